@@ -1,2 +1,204 @@
+"""The dataclasses of an experiment, and how a command line overrides them."""
+
+from __future__ import annotations
+
+import difflib
+import logging
+import re
+import sys
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+T = TypeVar("T")
+
+
 class InputError(ValueError):
     """Bad input or usage. The message is one line: which file or option, what is wrong, how to mend it."""
+
+
+@dataclass(frozen=True)
+class Data:
+    """Which scans, and how their patients are divided.
+
+    Args:
+        root: Folder of scans, or `phantom` for synthetic ones.
+        labels: Which mask values are which class, such as `LA:1` or `anterior:1;posterior:2` or `hippocampus:1,2`;
+            empty takes them from the data set.
+        split: A `split.json` to use instead of drawing a split.
+        split_seed: Seed of the patient-level 70/10/20 split, and of which patients a few-shot protocol takes.
+        train_patients: Number of training patients to use (nested: the 10 contain the 1); 0 is all of them.
+    """
+
+    root: str = ""
+    labels: str = ""
+    split: str = ""
+    split_seed: int = 0
+    train_patients: int = 0
+
+
+@dataclass(frozen=True)
+class Model:
+    """The network.
+
+    Args:
+        arch: Architecture of the backbone; `python -m convert_weights --arch=list` lists those with released weights.
+        weights: A converted `.safetensors` file, or `random`; empty is `<cache>/weights/<arch>.safetensors`.
+        backbone: Whether the backbone's parameters stay as loaded or are trained too.
+        decoder: `convolutional` is paper 1's, `linear` is DINOv2's own 1×1 convolution with bilinear upsampling.
+        decoder_widths: Channels of the convolutional decoder: after the token classifier, then of each ×2 stage.
+    """
+
+    arch: str = "dinov2_vitb14"
+    weights: str = ""
+    backbone: Literal["frozen", "finetuned"] = "frozen"
+    decoder: Literal["convolutional", "linear"] = "convolutional"
+    decoder_widths: tuple[int, ...] = (512, 256, 128, 64, 32)
+
+
+@dataclass(frozen=True)
+class Preprocessing:
+    """From a slice to the network's input.
+
+    Args:
+        image_size: Side of the square input in pixels; a slice is scaled to fit and centred, its aspect in mm kept.
+    """
+
+    image_size: int = 448
+
+
+@dataclass(frozen=True)
+class Training:
+    """The recipe.
+
+    Args:
+        epochs: Most epochs to train; one epoch is ceil(slices / batch size) steps.
+        batch_size: Slices in a step.
+        learning_rate: Adam's rate for whatever starts from random values.
+        backbone_learning_rate: Adam's rate for a backbone that is trained.
+        schedule: Rate over time: `constant`, or `cosine` (2 % warm-up, then a cosine down to zero at the last epoch).
+        patience: Epochs without a lower validation loss after which training stops.
+    """
+
+    epochs: int = 35
+    batch_size: int = 32
+    learning_rate: float = 1e-3
+    backbone_learning_rate: float = 1e-5
+    schedule: Literal["constant", "cosine"] = "constant"
+    patience: int = 10
+
+
+@dataclass(frozen=True)
+class Method:
+    """A network with its preprocessing and training recipe: one row of Table 1."""
+
+    name: str
+    summary: str
+    model: Model
+    preprocessing: Preprocessing
+    training: Training
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """A protocol and a method, under one name.
+
+    Args:
+        seed: Seed of initial parameters and of the order of slices.
+        data: The protocol.
+        model: The network.
+        preprocessing: From a slice to the network's input.
+        training: The recipe.
+    """
+
+    name: str
+    summary: str
+    method: str
+    seed: int = 0
+    data: Data = field(default_factory=Data)
+    model: Model = field(default_factory=Model)
+    preprocessing: Preprocessing = field(default_factory=Preprocessing)
+    training: Training = field(default_factory=Training)
+
+
+def experiment_of(name: str, summary: str, data: Data, method: Method) -> Experiment:
+    """The experiment that runs `method` under the protocol `data`."""
+    return Experiment(
+        name, summary, method.name, 0, data, model=method.model, preprocessing=method.preprocessing,
+        training=method.training,
+    )  # fmt: skip
+
+
+def with_method(experiment: Experiment, method: Method) -> Experiment:
+    """`experiment` with its method exchanged; the protocol stays."""
+    return replace(experiment_of(experiment.name, experiment.summary, experiment.data, method), seed=experiment.seed)
+
+
+def experiment_to_json(experiment: Experiment) -> dict[str, Any]:
+    return asdict(experiment)
+
+
+def experiment_from_json(values: Mapping[str, Any]) -> Experiment:
+    """The inverse of `experiment_to_json`, for a run folder's own file."""
+    parts = {"data": Data, "model": Model, "preprocessing": Preprocessing, "training": Training}
+    values = {key: parts[key](**value) if key in parts else value for key, value in values.items()}
+    model = values["model"]
+    return Experiment(**{**values, "model": replace(model, decoder_widths=tuple(model.decoder_widths))})
+
+
+def lookup(kind: str, name: str, table: Mapping[str, T]) -> T:
+    """`table[name]`, or an InputError that names the nearest entry."""
+    if name in table:
+        return table[name]
+    raise InputError(f"{kind} {name!r} is unknown{nearest(name, table)}. Known: {', '.join(table)}")
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """`; did you mean …?`, or nothing where nothing is near."""
+    close = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
+    return f"; did you mean {close[0]!r}?" if close else ""
+
+
+def default_cache_dir() -> Path:
+    """The one cache folder that all runs share, unless `--cache-dir` names another."""
+    import platformdirs
+
+    return Path(platformdirs.user_cache_dir("jaxla"))
+
+
+def parse_arguments(parser: Any, arguments: list[str]) -> Any:
+    """`parser.parse_args`, with every mistake an InputError of one line that names the option.
+
+    Args:
+        parser: a jsonargparse.ArgumentParser made with `exit_on_error=False`.
+    """
+    from jsonargparse import ArgumentError
+
+    try:
+        return parser.parse_args(arguments)
+    except ArgumentError as error:
+        message = " ".join(str(error).split())
+    known = [option for action in parser._actions for option in action.option_strings]
+    if unrecognised := re.match(r"unrecognized arguments: (.*)", message, re.IGNORECASE):
+        option = unrecognised[1].split("=")[0].split(" ")[0]
+        raise InputError(f"option {option} is unknown{nearest(option, known)} See --help for all of them")
+    if wrong := re.match(r'Parser key "(.*?)": Expected an? (.*)\. Got value: (.*)', message):
+        expected = re.sub(r"<class '(.*?)'>|typing\.Literal", r"\1", wrong[2])
+        raise InputError(f"option --{wrong[1]} expects {expected}, got {wrong[3]!r}")
+    raise InputError(f"{message}. See --help for all options")
+
+
+def run_command(main: Callable[[list[str]], None]) -> None:
+    """Run a command's `main` and leave the process: 0 on success, 2 with one line on bad input, 1 on anything else."""
+    logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stdout)
+    logging.getLogger("jaxla").setLevel(logging.INFO)
+    try:
+        main(sys.argv[1:])
+    except InputError as error:
+        print("error: " + " ".join(str(error).split()), file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        sys.exit(130)
+    sys.exit(0)
