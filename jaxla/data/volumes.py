@@ -1,8 +1,8 @@
 """One NIfTI file -> a checked volume; a volume <-> its stack of slices.
 
-Slices follow one convention whatever the file's orientation: the canonical axes run right-to-left, anterior-to-posterior
-and superior-to-inferior, the slice axis comes first, and of the other two the later one gives the rows. An axial slice
-is then seen as radiologists see it, patient's right on the left and anterior on top.
+Slices follow one convention whatever the file's orientation: the canonical axes run right-to-left,
+anterior-to-posterior and superior-to-inferior, the slice axis comes first, and of the other two the later one gives
+the rows. An axial slice is then seen as radiologists see it, patient's right on the left and anterior on top.
 """
 
 from __future__ import annotations
@@ -187,9 +187,7 @@ def _read(path: Path) -> Volume:
         _check_header(path, image)
         array = np.asarray(image.dataobj)
     except ImageFileError as error:
-        raise InputError(
-            f"{path}: not a NIfTI file; expected .nii or .nii.gz as written by a NIfTI converter"
-        ) from error
+        raise InputError(f"{path}: not a NIfTI file; convert it to .nii.gz first") from error
     except (EOFError, OSError, zlib.error, ValueError, HeaderDataError) as error:
         if isinstance(error, InputError):
             raise
@@ -212,12 +210,8 @@ def _check_header(path: Path, image: nib.Nifti1Image) -> None:
         stored = type(image.header).from_fileobj(io.BytesIO(file.read(image.header.sizeof_hdr)), check=False)
     spacing = stored["pixdim"][1:4]
     if not (np.isfinite(spacing).all() and (spacing != 0).all()):
-        raise InputError(
-            f"{path}: voxel spacing {tuple(map(float, spacing))} in the header; set the true spacing in mm"
-        )
+        raise InputError(f"{path}: voxel spacing {spacing.tolist()} in the header; set the true spacing in mm")
     affine = image.affine
     sizes = nib.affines.voxel_sizes(affine)
     if not np.isfinite(affine).all() or abs(np.linalg.det(affine[:3, :3])) < 1e-3 * max(np.prod(sizes), 1e-9):
-        raise InputError(
-            f"{path}: the affine is singular, so voxels have no place in the world; mend its sform or qform"
-        )
+        raise InputError(f"{path}: the affine is singular, so voxels have no place; mend its sform or qform")

@@ -1,0 +1,66 @@
+"""Prepared volumes -> batches of slices, by Grain, in threads: the arrays are memory-mapped."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import SupportsIndex, TypedDict
+
+import grain.python as grain
+import numpy as np
+
+from jaxla.data.inputs import frame, image_to_input, mask_to_input
+from jaxla.data.prepared import PreparedVolume
+
+READ_OPTIONS = grain.ReadOptions(num_threads=4, prefetch_buffer_size=64)
+
+
+class Batch(TypedDict):
+    """One batch; the arrays' first axis is B."""
+
+    image: np.ndarray  # [B, H, W, 1] float32, grey values in 0..1
+    mask: np.ndarray  # [B, H, W] uint8, class indices
+    volume: np.ndarray  # [B] int32, index of the volume the slice belongs to
+    weight: np.ndarray  # [B] float32, 0 for slices that only fill the batch
+
+
+class SliceSource:
+    """Every slice of the volumes, as a Grain random-access source of one-slice batches without the axis B."""
+
+    def __init__(self, volumes: Sequence[PreparedVolume], size: int) -> None:
+        self.volumes = volumes
+        self.frames = [frame(v.shape[1:], v.spacing[1:], size) for v in volumes]
+        self.index = [(i, s) for i, volume in enumerate(volumes) for s in range(volume.shape[0])]
+
+    def __len__(self) -> int:
+        return len(self.index)
+
+    def __getitem__(self, item: SupportsIndex) -> Batch:
+        i, s = self.index[item]
+        volume, place = self.volumes[i], self.frames[i]
+        return Batch(
+            image=image_to_input(volume.image[s], volume.intensity_range, place),
+            mask=mask_to_input(volume.mask[s], place),
+            volume=np.int32(i),
+            weight=np.float32(1),
+        )
+
+
+def training_batches(source: SliceSource, batch_size: int, seed: int) -> grain.DatasetIterator:
+    """An endless iterator of full batches in an order drawn anew each pass over the slices.
+
+    Batches run on over the end of a pass, so no slice is dropped. The iterator's state can be saved and set.
+    """
+    slices = grain.MapDataset.source(source).seed(seed).shuffle().repeat()
+    return iter(slices.batch(batch_size).to_iter_dataset(READ_OPTIONS))
+
+
+def steps_per_epoch(source: SliceSource, batch_size: int) -> int:
+    return -(-len(source) // batch_size)
+
+
+def evaluation_batches(source: SliceSource, batch_size: int) -> Iterator[Batch]:
+    """Every slice once, in order; the last batch is filled up with slices of weight 0."""
+    slices = grain.MapDataset.source(source).batch(batch_size, drop_remainder=False).to_iter_dataset(READ_OPTIONS)
+    for batch in slices:
+        short = batch_size - len(batch["weight"])
+        yield {key: np.pad(a, [(0, short)] + [(0, 0)] * (a.ndim - 1)) for key, a in batch.items()} if short else batch

@@ -1,0 +1,143 @@
+"""Cases -> prepared volumes: read and checked once, then memory-mapped from the cache folder that all runs share.
+
+A prepared volume is a folder named by what it was made from, holding `image.npy` [S, H, W] in the scan's own
+intensities and resolution, `mask.npy` [S, H, W] of class indices, and `volume.json`. A slice is an index into it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import shutil
+import tempfile
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+
+from jaxla.config import InputError
+from jaxla.data.cases import Case, Dataset, Labels
+from jaxla.data.volumes import Volume, read_image, read_mask, require_same_grid, slice_geometry, to_slices
+
+log = logging.getLogger(__name__)
+
+VERSION = 1  # of what stands in a prepared folder; another number makes other folders
+
+
+@dataclass(frozen=True)
+class PreparedVolume:
+    """A case as slices [S, H, W], opened from disk only when indexed.
+
+    Attributes:
+        id: of the case.
+        folder: where its arrays lie.
+        case: the files it was made from.
+        shape: S, H, W.
+        spacing: mm along slices, rows and columns.
+        slice_axis: anatomical name of the slice axis.
+        intensity_range: the 0.5 and 99.5 percentile of the scan's intensities.
+        image_sha256: of the image file.
+        class_voxels: number of voxels of each class, background first.
+    """
+
+    id: str
+    folder: Path
+    case: Case
+    shape: tuple[int, int, int]
+    spacing: tuple[float, float, float]
+    slice_axis: str
+    intensity_range: tuple[float, float]
+    image_sha256: str
+    class_voxels: tuple[int, ...]
+
+    @cached_property
+    def image(self) -> np.ndarray:
+        return np.load(self.folder / "image.npy", mmap_mode="r", allow_pickle=False)
+
+    @cached_property
+    def mask(self) -> np.ndarray:
+        return np.load(self.folder / "mask.npy", mmap_mode="r", allow_pickle=False)
+
+
+def intensity_range(array: np.ndarray) -> tuple[float, float]:
+    """The 0.5 and 99.5 percentile (PAPERS.md's normalisation); the extremes where these coincide."""
+    low, high = np.percentile(array, (0.5, 99.5))
+    if low == high:
+        low, high = array.min(), array.max()
+    return float(low), float(high)
+
+
+def prepare_cases(
+    dataset: Dataset, cache_dir: Path, track: Callable[[Iterable[Case]], Iterable[Case]] = iter
+) -> list[PreparedVolume]:
+    """Prepare every case of a data set that is not in the cache yet.
+
+    Args:
+        track: wraps the iteration over cases, for a progress bar.
+
+    Raises:
+        InputError: a file fails its checks, two cases hold one image, or the cache folder cannot be written.
+    """
+    volumes: list[PreparedVolume] = []
+    cases_of_image: dict[str, str] = {}
+    for case in track(dataset.cases):
+        volume = _prepare_case(case, dataset.labels, cache_dir / "volumes")
+        twin = cases_of_image.setdefault(volume.image_sha256, case.id)
+        if twin != case.id:
+            raise InputError(
+                f"{case.image}: the same image as case {twin}; remove one, a patient must not cross splits"
+            )
+        volumes.append(volume)
+    return volumes
+
+
+def _prepare_case(case: Case, labels: Labels, store: Path) -> PreparedVolume:
+    image_sha256, mask_sha256 = (_sha256(path) for path in (case.image, case.mask))
+    made_from = json.dumps([VERSION, image_sha256, mask_sha256, asdict(labels)])
+    folder = store / hashlib.sha256(made_from.encode()).hexdigest()[:32]
+    if not (folder / "volume.json").exists():
+        image, mask = read_image(case.image), read_mask(case.mask)
+        require_same_grid(mask, image)
+        try:
+            _write_prepared(folder, image, mask, labels, image_sha256)
+        except OSError as error:
+            raise InputError(f"--cache-dir={store.parent}: cannot be written ({error.strerror})") from error
+    described = json.loads((folder / "volume.json").read_text())
+    described = {key: tuple(value) if isinstance(value, list) else value for key, value in described.items()}
+    return PreparedVolume(id=case.id, folder=folder, case=case, **described)
+
+
+def _write_prepared(folder: Path, image: Volume, mask: Volume, labels: Labels, image_sha256: str) -> None:
+    geometry = slice_geometry(image.affine)
+    classes = labels.to_classes(mask.array, mask.path)
+    described = {
+        "shape": to_slices(classes, geometry).shape,
+        "spacing": geometry.spacing,
+        "slice_axis": geometry.axis,
+        "intensity_range": intensity_range(image.array),
+        "image_sha256": image_sha256,
+        "class_voxels": np.bincount(classes.ravel(), minlength=len(labels.names) + 1).tolist(),
+    }
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    beside = Path(tempfile.mkdtemp(prefix=".writing-", dir=folder.parent))
+    try:
+        np.save(beside / "image.npy", np.ascontiguousarray(to_slices(image.array, geometry)))
+        np.save(beside / "mask.npy", np.ascontiguousarray(to_slices(classes, geometry)))
+        (beside / "volume.json").write_text(json.dumps(described))
+        beside.rename(folder)
+    except OSError:
+        if not (folder / "volume.json").exists():  # unless another process was faster, with the same content
+            raise
+    finally:
+        shutil.rmtree(beside, ignore_errors=True)
+
+
+def _sha256(path: Path) -> str:
+    try:
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read ({error.strerror})") from error

@@ -1,0 +1,145 @@
+"""Converted weights: one safetensors file per network, which knows its own architecture and origin."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TypeVar
+
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
+
+from jaxla.config import InputError, default_cache_dir, nearest
+from jaxla.models.dinov2 import VARIANTS, VisionTransformer
+
+M = TypeVar("M", bound=nnx.Module)
+
+FORMAT = "jaxla-1"
+
+
+def parameter_shapes(network: nnx.Module) -> dict[str, tuple[int, ...]]:
+    """Name and shape of every parameter, as they stand in a file."""
+    return {name: tuple(value.shape) for name, value in _flat(nnx.state(network, nnx.Param)).items()}
+
+
+def save_weights(path: Path, arrays: Mapping[str, np.ndarray], metadata: Mapping[str, str]) -> None:
+    """Write parameters with what they are; beside the file first, then under its name.
+
+    Args:
+        metadata: `arch`, `source`, `source_sha256` and `licence`, at least.
+    """
+    beside = path.with_name(f".{os.getpid()}.{path.name}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        save_file(dict(arrays), beside, metadata={"format": FORMAT, **metadata})
+        beside.replace(path)
+    except (OSError, SafetensorError) as error:
+        raise InputError(f"{path}: cannot be written ({error}); choose another --output") from error
+    finally:
+        beside.unlink(missing_ok=True)
+
+
+def read_metadata(path: Path) -> dict[str, str]:
+    """What a weights file says of itself.
+
+    Raises:
+        InputError: no such file, or not one that convert_weights wrote.
+    """
+    if not path.is_file():
+        raise InputError(f"{path}: no such weights file; {_how_to_convert('ARCH', path)}")
+    try:
+        with safe_open(path, framework="numpy") as file:
+            metadata = file.metadata() or {}
+    except (SafetensorError, OSError) as error:
+        raise InputError(f"{path}: truncated, or not a safetensors file ({error}); convert it again") from error
+    if metadata.get("format") != FORMAT:
+        raise InputError(f"{path}: not written by convert_weights; {_how_to_convert('ARCH', path)}")
+    return metadata
+
+
+def load_backbone(path: str | Path, dtype: jnp.dtype | None = None) -> VisionTransformer:
+    """A backbone with the weights of a converted file, which names its architecture itself.
+
+    Args:
+        dtype: of the computation; by default float32 on CPU and bfloat16 on GPU. Parameters stay float32.
+
+    Raises:
+        InputError: a file that is missing, truncated, or does not hold the parameters of its architecture.
+    """
+    path = Path(path)
+    arch = read_metadata(path)["arch"]
+    if arch not in VARIANTS:
+        raise InputError(f"{path}: holds {arch!r}, an architecture unknown here{nearest(arch, VARIANTS)}")
+    dtype = dtype or compute_dtype()
+    return load_into(nnx.eval_shape(lambda: VisionTransformer(VARIANTS[arch], dtype=dtype, rngs=nnx.Rngs(0))), path)
+
+
+def load_into(network: M, path: Path, arch: str = "") -> M:
+    """`network` (may be abstract, from `nnx.eval_shape`) with the parameters of a file, each accounted for.
+
+    Args:
+        arch: architecture that the file must hold.
+
+    Raises:
+        InputError: another architecture, or parameters missing, extra or mis-shaped.
+    """
+    metadata = read_metadata(path)
+    if arch and metadata["arch"] != arch:
+        raise InputError(f"{path}: holds {metadata['arch']}, not {arch}; {_how_to_convert(arch, path)}")
+    graph, state = nnx.split(network)
+    expected = _flat(state)
+    with safe_open(path, framework="numpy") as file:
+        names = set(file.keys())
+        if missing := sorted(set(expected) - names):
+            raise InputError(f"{path}: lacks {len(missing)} parameters of {metadata['arch']}, such as {missing[0]}")
+        if extra := sorted(names - set(expected)):
+            raise InputError(f"{path}: has {len(extra)} parameters that {metadata['arch']} lacks, such as {extra[0]}")
+        for name, variable in expected.items():
+            shape = tuple(file.get_slice(name).get_shape())
+            if shape != tuple(variable.shape):
+                raise InputError(f"{path}: {name} has shape {shape}, {metadata['arch']} needs {tuple(variable.shape)}")
+            variable.set_value(jnp.asarray(file.get_tensor(name), jnp.float32))
+    return nnx.merge(graph, state)
+
+
+def weights_file(arch: str, weights: str, cache_dir: Path | None = None) -> Path:
+    """The file that `--model.weights` means, checked to be there and of that architecture.
+
+    Raises:
+        InputError: it is not; the message names the folder looked in and the command that makes it.
+    """
+    path = Path(weights) if weights else (cache_dir or default_cache_dir()) / "weights" / f"{arch}.safetensors"
+    if not path.is_file():
+        raise InputError(
+            f"weights of {arch} are missing: looked for {path}; {_how_to_convert(arch, path)}, "
+            "or pass --model.weights=FILE, or --model.weights=random for an untrained backbone"
+        )
+    holds = read_metadata(path)["arch"]
+    if holds != arch:
+        raise InputError(f"{path}: holds {holds}, not {arch}; {_how_to_convert(arch, path)}")
+    return path
+
+
+def file_sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def compute_dtype() -> jnp.dtype:
+    """bfloat16 where the device multiplies it fastest, float32 on CPU."""
+    import jax
+
+    return jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16
+
+
+def _how_to_convert(arch: str, path: Path) -> str:
+    return f"make it with: python -m convert_weights --arch={arch} --source=<downloaded>.pth --output={path}"
+
+
+def _flat(state: nnx.State) -> dict[str, nnx.Variable]:
+    return {".".join(map(str, path)): variable for path, variable in nnx.to_flat_state(state)}
