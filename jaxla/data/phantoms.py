@@ -1,0 +1,270 @@
+"""Synthetic LGE-MRI of the chest with a known left atrium, in the file layout of LAScarQS 2022.
+
+A phantom is a list of tissues painted one over the other on the voxel grid, with soft edges for the partial volume
+effect, and then scanned. Blood is about equally bright in every chamber, and the window lies a little differently in
+every case: neither a threshold nor the usual place finds the atrium.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import nibabel as nib
+import numpy as np
+from numpy.typing import NDArray
+from scipy.spatial.transform import Rotation
+
+from jaxla.config import InputError
+from jaxla.data.phantom_anatomy import (
+    ATRIUM,
+    CAVITY,
+    EVERYWHERE,
+    HEART,
+    MIDLINE,
+    TISSUES,
+    VEINS,
+    Array,
+    Box,
+    Ellipsoid,
+    Grid,
+    Tube,
+    box_between,
+    distance_to,
+    ellipsoid_distance,
+    lung_vessels,
+    straight,
+    vary,
+)
+
+SIZES = ("small", "full")
+SPACING = (0.625, 0.625, 2.5)  # mm, as in LAScarQS
+ORIENTATIONS = ("LPS", "RAS", "LAS", "RPS")  # how the array's axes may run; slices always lie along the third
+EDGE = 1.2  # mm over which one tissue passes into the next
+MAX_BEND = 6.0  # mm, bound on the smooth displacement that varies the shape of the heart
+
+
+class Phantom(NamedTuple):
+    """One synthetic case: `image` int16 and `mask` uint8 (0 or 255), both [X, Y, Z]; `affine` 4 × 4, voxel to mm."""
+
+    image: NDArray[np.int16]
+    mask: NDArray[np.uint8]
+    affine: NDArray[np.float64]
+
+
+def make_phantom(size: str, seed: int, index: int) -> Phantom:
+    """Make case number `index` of the set `seed`; it does not depend on how many other cases are made.
+
+    `size` is "full" (the whole chest: 576, 608 or 640 pixels square, 44 or 88 slices) or "small" (a window on the
+    heart: 160, 176 or 192 pixels square, 20 to 24 slices), both at 0.625 × 0.625 × 2.5 mm.
+    """
+    rng = np.random.default_rng([SIZES.index(size), seed, index])
+    signal, mask = _paint_patient(rng, _grid(rng, size))
+    return _store(rng, _scan(rng, signal), mask, ORIENTATIONS[(seed + index) % len(ORIENTATIONS)])
+
+
+def write_phantoms(
+    folder: Path, cases: int, size: str, seed: int, progress: Callable[[int, int], None] | None = None
+) -> None:
+    """Write `cases` phantoms as `<folder>/task2/train_data/train_<n>/{enhanced,atriumSegImgMO}.nii.gz`, n from 1.
+
+    `progress(done, cases)` is called after every case. The files are written beside `folder` and appear in it together.
+
+    Raises:
+        InputError: an argument is out of bounds, or `folder` is not empty or cannot be written.
+    """
+    if size not in SIZES:
+        raise InputError(f"--size={size}: unknown size; choose one of {', '.join(SIZES)}")
+    if cases < 1:
+        raise InputError(f"--cases={cases}: must be at least 1")
+    if seed < 0:
+        raise InputError(f"--seed={seed}: must be 0 or more")
+    folder = Path(folder)
+    try:
+        if folder.exists() and not folder.is_dir():
+            raise InputError(f"--output={folder}: is a file; name a folder")
+        if folder.is_dir() and any(folder.iterdir()):
+            raise InputError(f"--output={folder}: the folder is not empty; name a new one or empty it first")
+        # An empty folder may be a mount point, which cannot be replaced: then the files wait inside it.
+        beside = folder if folder.is_dir() else folder.parent
+        beside.mkdir(parents=True, exist_ok=True)
+        waiting = tempfile.TemporaryDirectory(prefix=".phantoms-", dir=beside)
+    except OSError as error:
+        raise InputError(f"--output={folder}: cannot write there ({error.strerror}); name another folder") from error
+    with waiting as name:
+        tree = Path(name, "tree")
+        for number in range(1, cases + 1):
+            case = tree / "task2" / "train_data" / f"train_{number}"
+            case.mkdir(parents=True)
+            image, mask, affine = make_phantom(size, seed, number)
+            _save(case / "enhanced.nii.gz", image, affine)
+            _save(case / "atriumSegImgMO.nii.gz", mask, affine)
+            if progress is not None:
+                progress(number, cases)
+        if folder.is_dir():
+            (tree / "task2").rename(folder / "task2")
+        else:
+            tree.rename(folder)
+
+
+def _save(path: Path, array: NDArray, affine: NDArray[np.float64]) -> None:
+    image = nib.Nifti1Image(array, affine)
+    image.header.set_xyzt_units("mm")
+    image.set_sform(affine, code="scanner")
+    image.set_qform(affine, code="scanner")
+    nib.save(image, path)
+
+
+def _grid(rng: np.random.Generator, size: str) -> Grid:
+    """The scanner's window, somewhere around the atrium."""
+    if size == "full":
+        plane, slices = int(rng.choice([576, 608, 640])), int(rng.choice([44, 88]))
+        centre, jitter = (0, 5, -4), (16, 14, 12 if slices == 44 else 30)
+    else:
+        plane, slices = int(rng.choice([160, 176, 192])), int(rng.integers(20, 25))
+        centre, jitter = (0, 6, 0), (17, 16, 8)
+    middle = np.add(centre, np.multiply(jitter, rng.uniform(-1, 1, 3)))
+    axes = zip((plane, plane, slices), SPACING, middle, strict=True)
+    return tuple(((np.arange(n) - (n - 1) / 2) * step + at).astype(np.float32) for n, step, at in axes)
+
+
+# --- painting ---
+
+
+def _paint(image: Array, box: Box, distance: Array, value: float | Array) -> None:
+    inside = np.clip(np.float32(0.5) - distance * np.float32(1 / EDGE), 0, 1)
+    image[box] += inside * (value - image[box])
+
+
+def _paint_patient(rng: np.random.Generator, grid: Grid) -> tuple[Array, NDArray[np.bool_]]:
+    """Signal and atrium [X, Y, Z] of one patient, before the scanner."""
+    tissues = {tissue: np.float32(value * np.exp(rng.normal(0, 0.06))) for tissue, value in TISSUES.items()}
+    image, pleura = _paint_chest_wall(rng, grid, tissues)
+    for structure in (*CAVITY, *MIDLINE):
+        box, distance = distance_to(grid, lambda box: straight(grid, box), vary(rng, structure, np.eye(3), loose=1.5))
+        if structure in CAVITY:
+            distance = np.maximum(distance, pleura[box[:2]])
+        if structure.shell:
+            _paint(image, box, distance - np.float32(structure.shell), tissues[structure.shell_tissue])
+        _paint(image, box, distance, tissues[structure.tissue])
+
+    turn = Rotation.from_euler("zyx", rng.uniform(-1, 1, 3) * (20, 12, 12), degrees=True).as_matrix()
+    region = box_between(grid, (-110, -75, -np.inf), (110, 95, np.inf))
+    mask = np.zeros(image.shape, bool)
+    inner = tuple(axis[part] for axis, part in zip(grid, region, strict=True))
+    _paint_heart(rng, inner, image[region], mask[region], tissues, turn)
+    return image, mask
+
+
+def _paint_heart(
+    rng: np.random.Generator, grid: Grid, image: Array, mask: NDArray[np.bool_], tissues: dict, turn: NDArray
+) -> None:
+    """Paint chambers and great vessels into `image`, and the left atrium's cavity into `mask`."""
+    bent = [
+        axis + np.clip(np.float32(2.2) * _smooth_field(rng, grid, EVERYWHERE, 60), -MAX_BEND, MAX_BEND)
+        for axis in straight(grid, EVERYWHERE)
+    ]
+
+    def points(box: Box) -> Sequence[Array]:
+        return [coordinate[box] for coordinate in bent]
+
+    def blood() -> np.float32:
+        return tissues["blood"] * np.float32(np.exp(rng.normal(0, 0.07)))  # in no chamber quite as in the next
+
+    veins = [vary(rng, vein, turn, loose=1.2) for vein in VEINS]
+    for structure in (*lung_vessels(rng), *(vary(rng, structure, turn) for structure in HEART), *veins):
+        box, distance = distance_to(grid, points, structure, turn)
+        _paint(image, box, distance - np.float32(structure.shell), tissues[structure.shell_tissue])
+        _paint(image, box, distance, blood())
+
+    atrium = vary(rng, ATRIUM, turn)
+    stumps = tuple(Tube(vein.parts[0].points[:2]) for vein in veins)
+    box, distance = distance_to(grid, points, atrium._replace(parts=atrium.parts + stumps), turn, blend=6.0)
+    scarred = np.clip((_smooth_field(rng, grid, box, 16) - np.float32(rng.uniform(0.3, 1.6))) * 5, 0, 1)
+    scar = tissues["blood"] * np.float32(rng.uniform(1.2, 1.6))
+    wall = tissues["wall"] + scarred * (scar - tissues["wall"])
+    _paint(image, box, distance - np.float32(atrium.shell), wall)
+    _paint(image, box, distance, blood())
+    mask[box] = distance < 0
+
+
+def _paint_chest_wall(rng: np.random.Generator, grid: Grid, tissues: dict) -> tuple[Array, Array]:
+    """A cylinder of fat, muscle and sloping ribs, filled with soft tissue; and the distance to its inner side."""
+    x, y, z = straight(grid, EVERYWHERE)
+    radii = np.array([162, 106]) * rng.uniform(0.95, 1.06, 2)
+    fat, muscle = np.float32(rng.uniform(7, 18)), np.float32(rng.uniform(14, 19))
+    skin = ellipsoid_distance((x, y, np.zeros_like(z[..., :1])), Ellipsoid((0, -8, 0), (*radii, np.inf)))
+    plane = np.full(skin.shape, tissues["air"], np.float32)
+    for depth, tissue in ((np.float32(0), "fat"), (fat, "muscle"), (fat + muscle, "fat")):
+        _paint(plane, EVERYWHERE, skin + depth, tissues[tissue])
+    image = np.repeat(plane, z.size, axis=2)
+
+    ring = np.clip(4 - np.abs(skin + fat + muscle - 6), 0, 1) * np.float32(0.5) * (tissues["cortex"] - plane)
+    slope = np.float32(5) * np.arctan2(np.abs(x), -y - 8) + np.float32(rng.uniform(0, 6))
+    height = z * np.float32(2 * np.pi / 28)  # one rib every 28 mm
+    image += ring + np.cos(height) * (ring * np.cos(slope)) - np.sin(height) * (ring * np.sin(slope))
+    return image, skin + fat + muscle
+
+
+def _smooth_field(rng: np.random.Generator, grid: Grid, box: Box, period: float) -> Array:
+    """A random field [X, Y, Z] of about unit deviation that varies over `period` mm: a few cosines per axis."""
+    bases = []
+    for axis in (a[part] for a, part in zip(grid, box, strict=True)):
+        length = np.ptp(axis) + 1.0
+        terms = int(np.clip(2 * length / period, 1, 24)) + 1
+        phase = np.pi * (axis - axis[0]) / length
+        bases.append(np.cos(phase[:, None] * np.arange(terms) + rng.uniform(0, 2 * np.pi, terms)).astype(np.float32))
+    field = rng.standard_normal([basis.shape[1] for basis in bases]).astype(np.float32)
+    field *= np.float32(np.sqrt(8 / field.size))
+    for basis in bases:  # each turn contracts the first axis and puts its voxels last
+        field = np.tensordot(field, basis, axes=(0, 1))
+    return field
+
+
+# --- scanning ---
+
+
+def _scan(rng: np.random.Generator, signal: Array) -> NDArray[np.int16]:
+    """What a scanner makes of the signal: thick slices, uneven coils, Rician noise, its own scale."""
+    grid = tuple((np.arange(n) * step).astype(np.float32) for n, step in zip(signal.shape, SPACING, strict=True))
+    gain = np.float32(0.12) * _smooth_field(rng, grid, EVERYWHERE, 250)
+    gain += np.float32(0.03) * _smooth_field(rng, grid, EVERYWHERE, 14)
+    np.exp(gain, out=gain)
+    scale, sigma = np.float32(rng.uniform(200, 900)), np.float32(rng.uniform(0.045, 0.075))
+    scanned = np.empty(signal.shape, np.int16)
+    for start in range(0, signal.shape[0], 32):  # in slabs, to hold few copies of a large volume
+        slab = signal[start : start + 32]
+        thick = np.float32(0.7) * slab
+        thick[..., 1:] += np.float32(0.15) * slab[..., :-1]
+        thick[..., :-1] += np.float32(0.15) * slab[..., 1:]
+        thick[..., [0, -1]] *= np.float32(1 / 0.85)
+        thick *= gain[start : start + 32]
+        thick += sigma * _coarse_noise(rng, slab.shape)
+        noisy = np.sqrt(thick**2 + (sigma * _coarse_noise(rng, slab.shape)) ** 2)
+        scanned[start : start + 32] = np.rint(scale * noisy)
+    return scanned
+
+
+def _coarse_noise(rng: np.random.Generator, shape: tuple[int, int, int]) -> Array:
+    """Unit noise [X, Y, Z] for even X and Y, interpolated in plane from half as many samples, as stored images are."""
+    noise = rng.standard_normal((shape[0] // 2 + 2, shape[1] // 2 + 2, shape[2]), dtype=np.float32)
+    noise *= np.float32(1.6)  # what two means of weights ¾ and ¼ take from the deviation
+    for axis in (0, 1):
+        noise = np.moveaxis(noise, axis, 0)
+        fine = np.empty((2 * len(noise) - 4, *noise.shape[1:]), np.float32)
+        middle = np.float32(0.75) * noise[1:-1]
+        fine[0::2] = middle + np.float32(0.25) * noise[:-2]
+        fine[1::2] = middle + np.float32(0.25) * noise[2:]
+        noise = np.moveaxis(fine, 0, axis)
+    return noise
+
+
+def _store(rng: np.random.Generator, image: NDArray, mask: NDArray, codes: str) -> Phantom:
+    """Let the array's axes run as `codes` says, and place it in the scanner's room."""
+    signs = np.array([1 if code in "RAS" else -1 for code in codes])
+    flips = tuple(slice(None, None, sign) for sign in signs)
+    affine = np.diag([*(signs * SPACING), 1.0])
+    affine[:3, 3] = rng.uniform(-30, 30, 3) - affine[:3, :3] @ np.subtract(image.shape, 1) / 2
+    return Phantom(image[flips], mask[flips] * np.uint8(255), affine)

@@ -1,0 +1,187 @@
+"""From label maps to rows per case, and from rows to the numbers of a table: mean, standard deviation, n and unit."""
+
+import csv
+import json
+import os
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Literal, TextIO
+
+import numpy as np
+
+from jaxla.config import InputError
+from jaxla.evaluation.metrics import DEFINITIONS, DISTANCES, EMPTY_POLICIES, SIZES, EmptyPolicy, score
+
+Unit = Literal["volume", "slice"]
+Row = dict[str, Any]
+
+# The order of columns and of the summary: what is read first comes first.
+METRICS = ("dice", "iou", "precision", "recall", "nsd_1mm", "nsd_2mm", *DISTANCES)
+
+
+def score_case(
+    case_id: str,
+    prediction: np.ndarray,
+    reference: np.ndarray,
+    spacing: Sequence[float],
+    class_names: Sequence[str],
+    unit: Unit = "volume",
+    slice_axis: int = 0,
+    empty: EmptyPolicy = "one",
+) -> list[Row]:
+    """Rows of one case: one per class, or with unit "slice" one per slice and class.
+
+    Args:
+        case_id: name of the case, the `case` column.
+        prediction: class indices [X, Y, Z]; 0 is background, k the class `class_names[k - 1]`.
+        reference: class indices of the same shape.
+        spacing: millimetres per voxel along each axis.
+        class_names: names of the foreground classes.
+        unit: what one row measures.
+        slice_axis: the axis that slices are cut across, for unit "slice"; the `slice` column counts along it from 0.
+        empty: how units with an empty reference count, see `metrics.EMPTY_POLICIES`.
+
+    Raises:
+        InputError: the shapes differ, or a mask holds a value that no class has.
+    """
+    if prediction.shape != reference.shape:
+        raise InputError(
+            f"case {case_id}: shapes {prediction.shape} (prediction) and {reference.shape} (reference) differ"
+        )
+    for role, labels in (("prediction", prediction), ("reference", reference)):
+        if labels.size and not 0 <= labels.min() <= labels.max() <= len(class_names):
+            raise InputError(f"case {case_id}: the {role} has values outside 0..{len(class_names)}, the known classes")
+
+    rows = []
+    for index, name in enumerate(class_names, start=1):
+        predicted, referenced = prediction == index, reference == index
+        if unit == "volume":
+            rows.append({"case": case_id, "class": name, **score(predicted, referenced, spacing, empty)})
+            continue
+        in_plane = [mm for axis, mm in enumerate(spacing) if axis != slice_axis]
+        planes = zip(np.moveaxis(predicted, slice_axis, 0), np.moveaxis(referenced, slice_axis, 0), strict=True)
+        for position, (plane, reference_plane) in enumerate(planes):
+            values = score(plane, reference_plane, in_plane, empty)
+            rows.append({"case": case_id, "slice": position, "class": name, **values})
+    return sorted(rows, key=lambda row: row["slice"]) if unit == "slice" else rows
+
+
+def summarise(rows: Iterable[Mapping], unit: Unit, empty: EmptyPolicy, class_names: Sequence[str]) -> dict[str, Any]:
+    """Means over units of the rows of `score_case`, ready to be written as JSON.
+
+    A unit's value is the mean over its foreground classes; `mean` and `sd` (sample standard deviation, n - 1; None when
+    n is 1) are taken over those values, and `n` counts the units behind them. Under "skip" the rows whose reference is
+    empty hold no values: classes and units are averaged without them, and `skipped` says how many units and rows.
+
+    Returns:
+        `{metric: {"mean", "sd", "n", "unit"}}` at the top level and for each class under "classes", beside
+        "empty_policy", "empty_rule", "skipped" and the "definitions" of the metrics.
+    """
+    rows = list(rows)
+    if not rows:
+        raise InputError("there is nothing to summarise: no case was scored")
+    metrics = (*METRICS, *SIZES[3 if unit == "volume" else 2])
+    units = _group_by_unit([row for row in rows if row["dice"] is not None], unit)
+    skipped_units = len(_group_by_unit(rows, unit)) - len(units)
+    skipped_rows = sum(row["dice"] is None for row in rows)
+
+    summary: dict[str, Any] = {}
+    for metric in metrics:
+        summary[metric] = _statistics([np.mean([row[metric] for row in group]) for group in units], unit)
+    summary["classes"] = {
+        name: {
+            metric: _statistics([row[metric] for group in units for row in group if row["class"] == name], unit)
+            for metric in metrics
+        }
+        for name in class_names
+    }
+    summary["empty_policy"] = empty
+    summary["empty_rule"] = EMPTY_POLICIES[empty]
+    summary["skipped"] = {"units": skipped_units, "rows": skipped_rows}
+    summary["averaging"] = f"mean over foreground classes within a {unit}, then over {unit}s; sd divides by n - 1"
+    summary["definitions"] = {metric: DEFINITIONS[metric] for metric in metrics}
+    return summary
+
+
+def summary_table(summary: Mapping) -> str:
+    """The summary as lines to print: one per metric, and the Dice of each class where there are several."""
+    lines = [("metric", "mean", "sd", "n", "unit")]
+    metrics = [(metric, summary[metric]) for metric in summary["definitions"]]
+    if len(summary["classes"]) > 1:
+        metrics += [(f"dice of {name}", values["dice"]) for name, values in summary["classes"].items()]
+    for name, values in metrics:
+        numbers = ["-" if values[key] is None else f"{values[key]:.4f}" for key in ("mean", "sd")]
+        lines.append((name, *numbers, str(values["n"]), values["unit"]))
+    widths = [max(len(line[column]) for line in lines) for column in range(5)]
+    return "\n".join(
+        "  ".join([name.ljust(widths[0]), *(c.rjust(w) for c, w in zip(rest, widths[1:4], strict=True)), unit])
+        for name, *rest, unit in lines
+    )
+
+
+def write_cases(rows: Sequence[Mapping], path: Path) -> None:
+    """Rows as CSV: case, (slice,) class, metrics, then whatever other columns the rows have. None is an empty cell."""
+    if not rows:
+        raise InputError(f"there are no rows to write to {path}")
+    first = ("case", "slice", "class", *METRICS, *SIZES[3], *SIZES[2])
+    present = dict.fromkeys(column for row in rows for column in row)
+    columns = [column for column in first if column in present] + [column for column in present if column not in first]
+    _write_csv(path, columns, rows)
+
+
+def write_summary(summary: Mapping, path: Path) -> None:
+    """A summary as JSON; refuses NaN, which JSON has no word for."""
+    with _replacing(path) as file:
+        json.dump(summary, file, indent=2, ensure_ascii=False, allow_nan=False)
+        file.write("\n")
+
+
+def write_lascarqs2022(rows: Sequence[Mapping], path: Path) -> None:
+    """The table of the LAScarQS 2022 challenge: 3D Dice, ASSD in mm and maximal Hausdorff distance in mm of each case.
+
+    Raises:
+        InputError: the rows are not whole volumes of one class, the LA cavity, or some were skipped.
+    """
+    if any("slice" in row for row in rows) or len({row["class"] for row in rows}) != 1:
+        raise InputError("protocol lascarqs2022 scores whole volumes with one class, the left-atrial cavity")
+    if any(row["dice"] is None for row in rows):
+        raise InputError("protocol lascarqs2022 scores every case: empty references cannot be skipped")
+    names = {"Casename": "case", "LAcavity_Dice": "dice", "LAcavity_ASD": "assd_mm", "LAcavity_HD": "hd_mm"}
+    _write_csv(path, list(names), [{name: row[key] for name, key in names.items()} for row in rows])
+
+
+def _group_by_unit(rows: Sequence[Mapping], unit: Unit) -> list[list[Mapping]]:
+    groups: dict[tuple, list[Mapping]] = {}
+    for row in rows:
+        key = (row["case"], row["slice"]) if unit == "slice" else (row["case"],)
+        groups.setdefault(key, []).append(row)
+    return list(groups.values())
+
+
+def _statistics(values: Sequence[float], unit: Unit) -> dict[str, Any]:
+    """Mean, sample standard deviation, count and unit; mean and sd are None where too few values define them."""
+    mean = float(np.mean(values)) if len(values) else None
+    sd = float(np.std(values, ddof=1)) if len(values) > 1 else None
+    return {"mean": mean, "sd": sd, "n": len(values), "unit": unit}
+
+
+def _write_csv(path: Path, columns: Sequence[str], rows: Iterable[Mapping]) -> None:
+    with _replacing(path) as file:
+        writer = csv.DictWriter(file, columns, lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+@contextmanager
+def _replacing(path: Path) -> Iterator[TextIO]:
+    """A file to write that takes its name only when it is complete."""
+    path = Path(path)
+    beside = path.with_name(path.name + ".part")
+    try:
+        with open(beside, "w", encoding="utf-8", newline="") as file:
+            yield file
+        os.replace(beside, path)
+    except BaseException:
+        beside.unlink(missing_ok=True)
+        raise

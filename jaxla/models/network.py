@@ -1,0 +1,71 @@
+"""A method's network: backbone and decoder, image in, logits out."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from jaxla.config import Model, lookup
+from jaxla.models.decoders import ConvolutionalDecoder, LinearDecoder
+from jaxla.models.dinov2 import VARIANTS, VisionTransformer
+from jaxla.models.weights import compute_dtype, load_into, weights_file
+
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_DEVIATION = (0.229, 0.224, 0.225)
+
+
+class TransformerSegmenter(nnx.Module):
+    """Paper 1's network: the backbone's patch tokens as a map, decoded to logits; the class token is dropped."""
+
+    def __init__(self, backbone: VisionTransformer, decoder: LinearDecoder | ConvolutionalDecoder) -> None:
+        self.backbone = backbone
+        self.decoder = decoder
+
+    def __call__(self, images: jax.Array) -> jax.Array:
+        """Logits [B, H, W, K] float32.
+
+        Args:
+            images: [B, H, W, 1] grey values in 0..1, or [B, H, W, 3] already ImageNet-normalised; H, W multiples of
+                the patch size.
+        """
+        if images.shape[-1] == 1:
+            images = (images - jnp.array(IMAGENET_MEAN)) / jnp.array(IMAGENET_DEVIATION)
+        return self.decoder(self.backbone(images).patches, images.shape[1:3])
+
+
+def build_network(model: Model, classes: int, seed: int, cache_dir: Path | None = None) -> TransformerSegmenter:
+    """The network of a method, in evaluation mode; its random parameters follow from `seed`.
+
+    Args:
+        classes: K, channels of the logits: 1 for one structure (sigmoid), else background and structures (softmax).
+        cache_dir: where `weights/<arch>.safetensors` is looked for if the model names no file.
+
+    Raises:
+        InputError: the backbone's weights are missing or do not fit; see `weights.load_into`.
+    """
+    dtype = compute_dtype()
+    variant = lookup("--model.arch", model.arch, VARIANTS)
+    backbone_key, decoder_key = jax.random.split(jax.random.key(seed))
+
+    def untrained() -> VisionTransformer:
+        remat = model.backbone == "finetuned"
+        return VisionTransformer(variant, dtype=dtype, remat=remat, rngs=nnx.Rngs(backbone_key))
+
+    if model.weights == "random":
+        backbone = nnx.jit(untrained)()
+    else:
+        path = weights_file(model.arch, model.weights, cache_dir)
+        backbone = load_into(nnx.eval_shape(untrained), path, model.arch)
+    network = TransformerSegmenter(backbone, _build_decoder(model, variant.width, classes, nnx.Rngs(decoder_key)))
+    network.eval()
+    return network
+
+
+def _build_decoder(model: Model, width: int, classes: int, rngs: nnx.Rngs) -> LinearDecoder | ConvolutionalDecoder:
+    dtype = compute_dtype()
+    if model.decoder == "linear":
+        return LinearDecoder(width, classes, dtype=dtype, rngs=rngs)
+    return ConvolutionalDecoder(width, model.decoder_widths, classes, dtype=dtype, rngs=rngs)

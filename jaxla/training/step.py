@@ -1,0 +1,113 @@
+"""One step of training, behind one seam: `(trainable, frozen, batch, key) -> loss, gradients, auxiliary`.
+
+What is frozen is an argument of its own and never differentiated. The loop knows only the seam.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import optax
+from flax import nnx
+
+from jaxla.config import Training
+from jaxla.training.losses import overlap_counts, pixel_loss
+
+Gradient = Callable[[Any, Any, Any, jax.Array], tuple[jax.Array, Any, dict[str, Any]]]
+
+
+class Frozen(NamedTuple):
+    """What a step reads but does not differentiate."""
+
+    parameters: nnx.State
+    statistics: nnx.State  # BatchNorm's running mean and variance; a step returns new ones as an auxiliary
+
+
+class SplitNetwork(NamedTuple):
+    """A network as a graph for training, one for evaluation, and its state."""
+
+    training: nnx.GraphDef
+    evaluation: nnx.GraphDef
+    trainable: nnx.State
+    frozen: Frozen
+
+    def merge(self, trainable: nnx.State, statistics: nnx.State) -> nnx.Module:
+        """The network with these trained values, in evaluation mode."""
+        return nnx.merge(self.evaluation, trainable, self.frozen.parameters, statistics)
+
+
+def split_network(network: nnx.Module, train_backbone: bool) -> SplitNetwork:
+    """Take a network apart, once: jitting over its state is faster than over the object."""
+    trained = nnx.Param if train_backbone else nnx.All(nnx.Param, nnx.Not(nnx.PathContains("backbone")))
+    filters = (trained, nnx.Param, ...)
+    network.train()
+    training, *_ = nnx.split(network, *filters)
+    network.eval()
+    evaluation, trainable, parameters, statistics = nnx.split(network, *filters)
+    return SplitNetwork(training, evaluation, trainable, Frozen(parameters, statistics))
+
+
+def make_gradient(graph: nnx.GraphDef) -> Gradient:
+    """The seam for a network trained on whole batches of slices."""
+
+    def loss(trainable: nnx.State, frozen: Frozen, batch: Any) -> tuple[jax.Array, nnx.State]:
+        network = nnx.merge(graph, trainable, *frozen, copy=True)  # its statistics change
+        logits = network(batch["image"])
+        return pixel_loss(logits, batch["mask"], batch["weight"]), nnx.state(network, nnx.BatchStat)
+
+    def gradient(trainable: nnx.State, frozen: Frozen, batch: Any, key: jax.Array) -> tuple[jax.Array, Any, dict]:
+        del key  # this network draws nothing while it trains
+        (value, statistics), gradients = jax.value_and_grad(loss, has_aux=True)(trainable, frozen, batch)
+        return value, gradients, {"statistics": statistics}
+
+    return gradient
+
+
+def make_step(gradient: Gradient, optimiser: optax.GradientTransformation) -> Callable:
+    """`(trainable, frozen, optimiser state, batch, key) -> (trainable, statistics, optimiser state, loss)`, jitted."""
+
+    def step(trainable: Any, frozen: Frozen, state: Any, batch: Any, key: jax.Array) -> tuple:
+        loss, gradients, auxiliary = gradient(trainable, frozen, batch, key)
+        updates, state = optimiser.update(gradients, state, trainable)
+        return optax.apply_updates(trainable, updates), auxiliary["statistics"], state, loss
+
+    return jax.jit(step, donate_argnums=(0, 2))
+
+
+def make_evaluation(graph: nnx.GraphDef) -> Callable:
+    """`(trainable, frozen, batch) -> (loss, overlap counts [B, classes, 3])`, jitted."""
+
+    def evaluate(trainable: Any, frozen: Frozen, batch: Any) -> tuple[jax.Array, jax.Array]:
+        logits = nnx.merge(graph, trainable, *frozen)(batch["image"])
+        return (
+            pixel_loss(logits, batch["mask"], batch["weight"]),
+            overlap_counts(logits, batch["mask"], batch["weight"]),
+        )
+
+    return jax.jit(evaluate)
+
+
+def make_optimiser(recipe: Training, steps: int, pretrained_backbone: bool) -> optax.GradientTransformation:
+    """Adam, with a rate of its own for a pretrained backbone.
+
+    Args:
+        steps: of the whole training, for the schedule.
+        pretrained_backbone: whether what is trained of the backbone takes `backbone_learning_rate`.
+    """
+
+    def adam(rate: float) -> optax.GradientTransformation:
+        if recipe.schedule == "constant":
+            return optax.adam(rate)
+        warmup = max(1, round(0.02 * steps))
+        return optax.adam(optax.warmup_cosine_decay_schedule(0.0, rate, warmup, max(steps, warmup + 1)))
+
+    def group(state: nnx.State) -> Any:
+        def name(path: tuple, _: Any) -> str:
+            return "backbone" if pretrained_backbone and path[0].key == "backbone" else "rest"
+
+        return jax.tree_util.tree_map_with_path(name, state)
+
+    rates = {"rest": recipe.learning_rate, "backbone": recipe.backbone_learning_rate}
+    return optax.multi_transform({name: adam(rate) for name, rate in rates.items()}, group)

@@ -1,0 +1,210 @@
+"""Phantoms: the files a user gets, that they repeat, and that neither brightness nor place gives the atrium away."""
+
+import subprocess
+import sys
+
+import nibabel as nib
+import numpy as np
+import pytest
+from scipy.ndimage import zoom
+
+from jaxla.config import InputError
+from jaxla.data.phantoms import SIZES, _grid, make_phantom, write_phantoms
+
+CASES = 20
+
+
+def canonical(phantom):
+    """Image and mask [X, Y, Z] in RAS+ order."""
+    arrays = (phantom.image, phantom.mask)
+    return [np.asarray(nib.as_closest_canonical(nib.Nifti1Image(a, phantom.affine)).dataobj) for a in arrays]
+
+
+def dice(prediction, reference):
+    return 2 * np.count_nonzero(prediction & reference) / (np.count_nonzero(prediction) + np.count_nonzero(reference))
+
+
+@pytest.fixture(scope="module")
+def small():
+    return [make_phantom("small", 0, index) for index in range(1, CASES + 1)]
+
+
+def test_layout_is_lascarqs(tmp_path):
+    folder = tmp_path / "new" / "phantoms"
+    seen = []
+    write_phantoms(folder, 2, "small", 0, lambda done, cases: seen.append((done, cases)))
+    files = sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
+    assert files == [
+        f"task2/train_data/train_{n}/{name}.nii.gz" for n in (1, 2) for name in ("atriumSegImgMO", "enhanced")
+    ]
+    assert seen == [(1, 2), (2, 2)]
+    assert [path.name for path in folder.parent.iterdir()] == ["phantoms"]
+
+    image, mask = (nib.load(folder / f"task2/train_data/train_2/{n}.nii.gz") for n in ("enhanced", "atriumSegImgMO"))
+    expected = make_phantom("small", 0, 2)
+    assert np.array_equal(image.dataobj, expected.image)
+    assert np.array_equal(mask.dataobj, expected.mask)
+    assert image.get_data_dtype() == np.int16
+    assert mask.get_data_dtype() == np.uint8
+    np.testing.assert_allclose(image.affine, expected.affine, atol=1e-4)
+    np.testing.assert_array_equal(image.affine, mask.affine)
+    np.testing.assert_allclose(image.get_qform(), image.get_sform(), atol=1e-4)
+    assert image.header.get_xyzt_units()[0] == "mm"
+
+
+def test_small_geometry_and_mask_values(small):
+    for image, mask, affine in small:
+        assert image.shape == mask.shape
+        assert image.shape[0] == image.shape[1]
+        assert 160 <= image.shape[0] <= 192
+        assert 20 <= image.shape[2] <= 24
+        np.testing.assert_allclose(nib.affines.voxel_sizes(affine), (0.625, 0.625, 2.5))
+        assert np.unique(mask).tolist() == [0, 255]
+        millilitres = np.count_nonzero(mask) * 0.625 * 0.625 * 2.5 / 1000
+        assert 25 < millilitres < 110
+        assert image.min() >= 0
+
+
+def test_full_geometry():
+    # One of the smaller full volumes; the shapes of the others need no painting.
+    shapes = {
+        tuple(map(len, _grid(np.random.default_rng([SIZES.index("full"), 0, n]), "full"))): n for n in range(40, 0, -1)
+    }
+    assert {s[:2] for s in shapes} == {(n, n) for n in (576, 608, 640)}
+    assert {s[2] for s in shapes} == {44, 88}
+    phantom = make_phantom("full", 0, shapes[576, 576, 44])
+    assert phantom.image.shape == phantom.mask.shape == (576, 576, 44)
+    np.testing.assert_allclose(nib.affines.voxel_sizes(phantom.affine), (0.625, 0.625, 2.5))
+    image, mask = canonical(phantom)
+    corners = image[:40, :40].mean()
+    assert corners < 0.3 * image[mask > 0].mean()  # air around the chest
+    assert 0.001 < (mask > 0).mean() < 0.02
+
+
+def test_same_seed_same_bits(small):
+    again = make_phantom("small", 0, 3)
+    for first, second in zip(small[2], again, strict=True):
+        np.testing.assert_array_equal(first, second)
+
+
+def test_cases_and_seeds_differ(small):
+    masks = [small[0].mask, small[4].mask, make_phantom("small", 1, 1).mask, make_phantom("small", 4, 1).mask]
+    assert len({mask.tobytes() for mask in masks}) == len(masks)
+
+
+def test_a_case_does_not_depend_on_the_number_of_cases(tmp_path):
+    for name, cases in (("one", 1), ("two", 2)):
+        write_phantoms(tmp_path / name, cases, "small", 7)
+    one, two = (nib.load(tmp_path / n / "task2/train_data/train_1/enhanced.nii.gz") for n in ("one", "two"))
+    np.testing.assert_array_equal(one.dataobj, two.dataobj)
+    np.testing.assert_array_equal(one.affine, two.affine)
+
+
+def test_axes_vary_and_anatomy_follows_the_affine(small):
+    codes = {"".join(nib.aff2axcodes(phantom.affine)) for phantom in small}
+    assert codes == {"LPS", "RAS", "LAS", "RPS"}
+    ahead, bright_right, lung = [], [], []
+    for phantom in small:
+        image, mask = canonical(phantom)
+        middle, size = np.argwhere(mask).mean(0), np.array(image.shape)
+        x, y, z = np.round(middle).astype(int)
+        blood = image > 0.8 * np.median(image[mask > 0])
+        blood[mask > 0] = False
+        ahead.append(blood[:, y:].mean() - blood[:, :y].mean())  # chambers lie in front, the spine behind
+        front = slice(y + 20, y + 60)
+        bright_right.append(blood[x + 35 :, front, : z + 1].mean())  # right atrium
+        back = slice(max(y - 80, 0), max(y - 40, 10))
+        lung.append(
+            np.median(image[-12:, back]) + np.median(image[:12, back]) - 2 * np.median(image[x - 6 : x + 6, back])
+        )
+        assert (np.abs(middle / size - 0.5) < 0.3).all()
+    assert np.mean(np.array(ahead) > 0) > 0.9
+    assert np.mean(bright_right) > 0.3
+    assert np.mean(np.array(lung) < 0) > 0.9  # lungs on both sides of the spine are dark
+
+
+def test_descending_aorta_is_behind_and_left(small):
+    counts = {-1: [], 1: []}
+    for phantom in small:
+        image, mask = canonical(phantom)
+        x, y, _ = np.round(np.argwhere(mask).mean(0)).astype(int)
+        blood = image > 0.8 * np.median(image[mask > 0])
+        blood[mask > 0] = False
+        behind = blood[:, max(y - 80, 0) : max(y - 48, 1)]
+        counts[1].append(behind[x + 10 : x + 70].mean())
+        counts[-1].append(behind[max(x - 70, 0) : x - 10].mean())
+    assert np.mean(counts[-1]) > 2 * np.mean(counts[1])
+
+
+def test_no_threshold_and_no_band_finds_the_atrium(small):
+    over, band = [], []
+    for phantom in small:
+        inside = phantom.mask > 0
+        top = np.percentile(phantom.image, 99.95)
+        edges = np.linspace(0, top, 101)
+        every = np.append(0, np.histogram(np.minimum(phantom.image, top), edges)[0].cumsum())
+        hits = np.append(0, np.histogram(np.minimum(phantom.image[inside], top), edges)[0].cumsum())
+        scores = 2 * (hits - hits[:, None]) / np.maximum(every - every[:, None] + inside.sum(), 1)  # [from, to]
+        over.append(scores[:, -1].max())
+        band.append(scores.max())
+    assert np.mean(over) < 0.6
+    assert np.mean(band) < 0.6
+
+
+def test_usual_position_does_not_find_the_atrium(small):
+    grid = (48, 48, 24)
+    masks = [canonical(phantom)[1] > 0 for phantom in small]
+    shaped = [
+        zoom(m.astype(np.float32), np.divide(grid, m.shape), order=1, grid_mode=True, mode="nearest") for m in masks
+    ]
+    train, test = shaped[:13], shaped[13:]
+    atlas = np.mean(train, axis=0)
+    best = max(np.mean([dice(atlas > t, m > 0.5) for m in test]) for t in np.arange(0.05, 0.95, 0.05))
+    assert best < 0.6
+
+
+def test_bad_arguments_are_refused_before_any_file_is_made(tmp_path):
+    for cases, size, seed, said in ((0, "small", 0, "--cases"), (1, "tiny", 0, "--size"), (1, "small", -1, "--seed")):
+        with pytest.raises(InputError, match=said):
+            write_phantoms(tmp_path / "x", cases, size, seed)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_failed_write_leaves_nothing(tmp_path):
+    def fail(done, cases):
+        raise RuntimeError("interrupted")
+
+    (tmp_path / "empty").mkdir()
+    for name in ("new", "empty"):
+        with pytest.raises(RuntimeError):
+            write_phantoms(tmp_path / name, 2, "small", 0, fail)
+    assert [str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*")] == ["empty"]
+
+
+def test_an_empty_folder_is_used(tmp_path):
+    write_phantoms(tmp_path, 1, "small", 0)
+    assert [path.name for path in tmp_path.iterdir()] == ["task2"]
+
+
+def test_a_place_that_cannot_hold_a_folder_is_refused(tmp_path):
+    (tmp_path / "file").write_text("mine")
+    for folder in (tmp_path / "file", tmp_path / "file" / "below"):
+        with pytest.raises(InputError, match="--output="):
+            write_phantoms(folder, 1, "small", 0)
+    assert (tmp_path / "file").read_text() == "mine"
+
+
+def test_command_refuses_a_folder_in_use_with_one_line(tmp_path):
+    def run(*arguments):
+        return subprocess.run(
+            [sys.executable, "-m", "jaxla.phantom", *arguments], capture_output=True, text=True, check=False
+        )
+
+    made = run(f"--output={tmp_path / 'made'}", "--cases=1", "--size=small")
+    assert made.returncode == 0, made.stderr
+    assert "case 1 of 1" in made.stdout
+    refused = run(f"--output={tmp_path / 'made'}", "--cases=1", "--size=small")
+    assert refused.returncode == 2
+    assert refused.stderr.count("\n") == 1
+    assert str(tmp_path / "made") in refused.stderr
+    assert "not empty" in refused.stderr

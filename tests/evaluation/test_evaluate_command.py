@@ -1,0 +1,181 @@
+"""python -m jaxla.evaluate from files to files, and its answers to mistakes."""
+
+import csv
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+import pytest
+
+from jaxla.config import InputError
+from jaxla.evaluate import main
+
+AFFINE = np.diag([1.0, 1.0, 2.5, 1.0])
+SHAPE = (16, 14, 8)
+ROOT = Path(__file__).parents[2]
+
+
+def save(path, *boxes, values=(1, 2), affine=AFFINE, shape=SHAPE):
+    """A mask with boxes of (start, stop) along each axis."""
+    array = np.zeros(shape, np.int16)
+    for value, box in zip(values, boxes, strict=False):
+        array[tuple(slice(*r) for r in box)] = value
+    path.parent.mkdir(parents=True, exist_ok=True)
+    nib.save(nib.Nifti1Image(array, affine), path)
+
+
+BOX, HALF, OTHER = ((2, 6), (2, 6), (2, 6)), ((2, 6), (2, 6), (2, 4)), ((8, 12), (2, 6), (2, 6))
+
+
+@pytest.fixture
+def folders(tmp_path):
+    """Two cases of one class, one found by half and one missed; values as LAScarQS stores them."""
+    for case, value in (("train_1", 255), ("train_2", 420)):
+        save(tmp_path / "references" / f"{case}.nii.gz", BOX, values=[value])
+    save(tmp_path / "predictions" / "train_1.nii.gz", HALF)
+    save(tmp_path / "predictions" / "train_2.nii")
+    return tmp_path
+
+
+def options(folder, *more):
+    names = {"predictions": folder / "predictions", "references": folder / "references", "output": folder / "out"}
+    return [*(f"--{name}={path}" for name, path in names.items()), *more]
+
+
+def run(*arguments):
+    command = [sys.executable, "-m", "jaxla.evaluate", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=60, check=False)
+
+
+def read_csv(path):
+    with open(path, newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def test_end_to_end(folders):
+    done = run(*options(folders, "--protocol=lascarqs2022"))
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "one class: any value but 0 (found [1, 255, 420])" in done.stdout
+    assert "dice" in done.stdout
+    assert sorted(path.name for path in (folders / "out").iterdir()) == [
+        "cases.csv",
+        "lascarqs2022.csv",
+        "summary.json",
+    ]
+    assert not list(folders.glob(".*"))
+
+    rows = read_csv(folders / "out" / "cases.csv")
+    assert [(row["case"], row["class"]) for row in rows] == [("train_1", "foreground"), ("train_2", "foreground")]
+    assert [float(row["dice"]) for row in rows] == pytest.approx([2 / 3, 0])
+    assert float(rows[0]["hd_mm"]) == 5  # two slices of 2.5 mm
+    assert float(rows[0]["reference_volume_ml"]) == pytest.approx(0.16)
+    summary = json.loads((folders / "out" / "summary.json").read_text())
+    assert summary["dice"] == pytest.approx({"mean": 1 / 3, "sd": (2 / 9) ** 0.5, "n": 2, "unit": "volume"})
+    challenge = read_csv(folders / "out" / "lascarqs2022.csv")
+    assert list(challenge[0]) == ["Casename", "LAcavity_Dice", "LAcavity_ASD", "LAcavity_HD"]
+    assert [row["Casename"] for row in challenge] == ["train_1", "train_2"]
+
+
+def test_slices_lie_across_the_coarsest_axis(folders):
+    main(options(folders, "--unit=slice", "--empty=skip"))
+    summary = json.loads((folders / "out" / "summary.json").read_text())
+    assert summary["dice"] == pytest.approx({"mean": 0.25, "sd": 0.46291, "n": 8, "unit": "slice"}, abs=1e-5)
+    assert summary["skipped"]["units"] == 8
+    assert len(read_csv(folders / "out" / "cases.csv")) == 16
+
+
+def test_several_classes_are_those_of_the_references(tmp_path, capsys):
+    save(tmp_path / "references" / "a.nii.gz", BOX, OTHER, values=(2, 5))
+    save(tmp_path / "predictions" / "a.nii.gz", BOX, values=[2])
+    main(options(tmp_path))
+    summary = json.loads((tmp_path / "out" / "summary.json").read_text())
+    assert {name: values["dice"]["mean"] for name, values in summary["classes"].items()} == {"2": 1, "5": 0}
+    assert summary["dice"]["mean"] == 0.5
+    assert "dice of 5" in capsys.readouterr().out
+
+
+def test_references_may_be_a_data_set(tmp_path):
+    for n in (2, 10):
+        folder = tmp_path / "references" / "task2" / "train_data" / f"train_{n}"
+        save(folder / "atriumSegImgMO.nii.gz", BOX, values=[420])
+        save(folder / "enhanced.nii.gz", BOX)
+        save(tmp_path / "predictions" / f"train_{n}.nii.gz", BOX)
+    main(options(tmp_path))
+    rows = read_csv(tmp_path / "out" / "cases.csv")
+    assert [(row["case"], row["class"], row["dice"]) for row in rows] == [
+        ("train_2", "LA", "1.0"),
+        ("train_10", "LA", "1.0"),
+    ]
+
+
+def test_a_mistake_is_one_line_and_leaves_nothing(folders):
+    save(folders / "predictions" / "stray.nii.gz")
+    done = run(*options(folders))
+    assert done.returncode == 2
+    assert len(done.stderr.splitlines()) == 1
+    assert "stray.nii.gz: this prediction has no reference" in done.stderr
+    assert sorted(path.name for path in folders.iterdir()) == ["predictions", "references"]
+
+
+@pytest.mark.parametrize(
+    ("break_it", "more", "message"),
+    [
+        (
+            lambda f: (f / "predictions" / "train_2.nii").unlink(),
+            (),
+            "train_2.nii.gz: this reference has no prediction",
+        ),
+        (lambda f: save(f / "predictions" / "train_2.nii.gz"), (), "train_2.nii.* is the same case"),
+        (lambda f: save(f / "predictions" / "train_2.nii", shape=(4, 4, 4)), (), "train_2.nii: .*shape .*4, 4, 4"),
+        (lambda f: save(f / "predictions" / "train_2.nii", affine=np.eye(4)), (), "train_2.nii: .*another affine"),
+        (lambda f: save(f / "predictions" / "train_2.nii", BOX, OTHER), (), r"train_2.nii: has the values \[1, 2\]"),
+        (lambda f: (f / "predictions" / "train_2.nii").write_bytes(b"text"), (), "train_2.nii: not a NIfTI"),
+        (lambda f: (f / "out").mkdir(), (), "--output=.*exists"),
+        (lambda f: None, ("--unit=slice", "--protocol=lascarqs2022"), "--protocol=lascarqs2022"),
+        (lambda f: None, ("--empty=skip", "--protocol=lascarqs2022"), "--protocol=lascarqs2022"),
+        (lambda f: None, ("--unit=patient",), "--unit"),
+        (lambda f: None, ("--predictions=nowhere",), "--predictions=nowhere: no such folder"),
+    ],
+)
+def test_what_is_wrong_is_named(folders, break_it, more, message):
+    break_it(folders)
+    before = sorted(folders.rglob("*"))
+    with pytest.raises(InputError, match=message):
+        main(options(folders, *more))
+    assert sorted(folders.rglob("*")) == before
+
+
+def test_an_image_is_not_taken_for_a_mask(folders):
+    noise = np.arange(np.prod(SHAPE), dtype=np.int16).reshape(SHAPE)
+    nib.save(nib.Nifti1Image(noise, AFFINE), folders / "predictions" / "train_2.nii")
+    with pytest.raises(InputError, match="an image"):
+        main(options(folders))
+
+
+def test_a_data_set_names_its_classes_and_its_masks_must_keep_to_them(tmp_path):
+    root = tmp_path / "references"
+    for folder in ("imagesTr", "labelsTr"):
+        save(root / folder / "a.nii.gz", BOX, OTHER)
+    (root / "dataset.json").write_text(json.dumps({"labels": {"0": "background", "1": "front", "2": "back"}}))
+    save(tmp_path / "predictions" / "a.nii.gz", BOX)
+    main(options(tmp_path))
+    summary = json.loads((tmp_path / "out" / "summary.json").read_text())
+    assert {name: values["dice"]["mean"] for name, values in summary["classes"].items()} == {"front": 1, "back": 0}
+    save(root / "labelsTr" / "a.nii.gz", BOX, OTHER, values=(1, 7))
+    with pytest.raises(InputError, match=r"labelsTr/a.nii.gz: has the values \[7\]"):
+        main([*options(tmp_path), f"--output={tmp_path / 'again'}"])
+
+
+def test_the_challenge_knows_one_class(tmp_path):
+    save(tmp_path / "references" / "a.nii.gz", BOX, OTHER)
+    save(tmp_path / "predictions" / "a.nii.gz", BOX, OTHER)
+    with pytest.raises(InputError, match="one class"):
+        main(options(tmp_path, "--protocol=lascarqs2022"))
+
+
+def test_an_option_that_is_missing_is_named():
+    with pytest.raises(InputError, match="predictions"):
+        main([])
