@@ -1,0 +1,82 @@
+"""python -m jaxla.predict --run=DIR --input=FILE|DIR --output=FILE|DIR [--probabilities]: scans in, masks out."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+
+from jaxla.config import InputError, parse_arguments, run_command
+
+log = logging.getLogger("jaxla.predict")
+
+
+def main(arguments: list[str]) -> None:
+    """Segment scans with a finished run.
+
+    Raises:
+        InputError: no run, no scan, an unreadable scan, or an output that exists or cannot be written.
+    """
+    from jsonargparse import ArgumentParser
+
+    parser = ArgumentParser(
+        prog="python -m jaxla.predict",
+        description="Segment scans with a finished run; each mask has its scan's shape, affine and header geometry.",
+        exit_on_error=False,
+    )
+    parser.add_argument("--run", type=str, required=True, help="folder of a finished run")
+    parser.add_argument("--input", type=str, required=True, help="a .nii or .nii.gz scan, or a folder of them")
+    parser.add_argument("--output", type=str, required=True, help="the mask's file, or a folder for <case>.nii.gz")
+    parser.add_argument(
+        "--probabilities", action="store_true", help="also write <case>_probabilities.nii.gz (float32; several classes: 4D)"
+    )
+    options = parse_arguments(parser, arguments)
+
+    from jaxla.data.cases import find_images
+
+    outputs = _name_outputs(find_images(options.input), Path(options.input), Path(options.output))
+    for mask in outputs.values():
+        for path in (mask, _probabilities_file(mask)) if options.probabilities else (mask,):
+            if path.exists():
+                raise InputError(f"{path}: exists already; choose another --output or remove it")
+
+    from jaxla.data.volumes import read_image, write_volume
+    from jaxla.inference.segment import make_segment, write_segmentation
+    from jaxla.inference.trained import load_run
+
+    for scan in outputs:  # all are checked before the first is segmented
+        read_image(scan)
+    trained = load_run(options.run)
+    segment = make_segment(trained)
+    for number, (scan, mask) in enumerate(outputs.items(), start=1):
+        volume = read_image(scan)
+        classes, probabilities = segment(volume, options.probabilities)
+        if probabilities is not None:
+            write_volume(_probabilities_file(mask), probabilities, volume)
+        write_segmentation(mask, classes, trained, volume)
+        millilitres = (classes > 0).sum() * abs(_voxel_volume(volume.affine)) / 1000
+        log.info("%d/%d %s: %.1f ml", number, len(outputs), mask, millilitres)
+
+
+def _name_outputs(scans: dict[str, Path], source: Path, output: Path) -> dict[Path, Path]:
+    """Scan -> mask file: the output itself for one scan and a file name, else `<case>.nii.gz` in the output folder."""
+    names_file = output.name.endswith((".nii", ".nii.gz"))
+    if source.is_file():
+        return {source: output if names_file else output / f"{next(iter(scans))}.nii.gz"}
+    if names_file:
+        raise InputError(f"--output={output}: a file, but --input={source} is a folder; give a folder")
+    return {scan: output / f"{case_id}.nii.gz" for case_id, scan in scans.items()}
+
+
+def _probabilities_file(mask: Path) -> Path:
+    stem = mask.name.removesuffix(".gz").removesuffix(".nii")
+    return mask.with_name(f"{stem}_probabilities{mask.name.removeprefix(stem)}")
+
+
+def _voxel_volume(affine: object) -> float:
+    import numpy as np
+
+    return float(np.linalg.det(np.asarray(affine)[:3, :3]))
+
+
+if __name__ == "__main__":
+    run_command(main)
