@@ -5,13 +5,18 @@ from jaxla.config import Data, Method, Model, Preprocessing, Training, experimen
 METHODS = {
     "vit_mini8": Method(
         "vit_mini8",
-        "3 M transformer trained from random weights, paper 1's decoder made small",
-        Model("vit_mini8", weights="random", backbone="finetuned", decoder_widths=(96, 64, 32, 16)),
-        Preprocessing(112),
-        Training(epochs=20, batch_size=16, learning_rate=1e-3, backbone_learning_rate=1e-3, schedule="cosine"),
+        "1 M transformer trained from random weights, paper 1's decoder made small",
+        Model("vit_mini8", weights="random", backbone="finetuned", decoder_widths=(64, 32, 16)),
+        Preprocessing(96),
+        Training(epochs=6, batch_size=16, learning_rate=1e-3, backbone_learning_rate=1e-3, schedule="cosine"),
     )
 }
 
 EXPERIMENTS = {
-    "quickstart": experiment_of("quickstart", "small phantoms", Data(root="phantom"), METHODS["vit_mini8"]),
+    "quickstart": experiment_of(
+        "quickstart",
+        "small phantoms",
+        Data(root="phantom", phantom_size="small", phantom_cases=24),
+        METHODS["vit_mini8"],
+    ),
 }

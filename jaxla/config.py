@@ -29,6 +29,8 @@ class Data:
         split: A `split.json` to use instead of drawing a split.
         split_seed: Seed of the patient-level 70/10/20 split, and of which patients a few-shot protocol takes.
         train_patients: Number of training patients to use (nested: the 10 contain the 1); 0 is all of them.
+        phantom_size: With root=phantom: `full` is the whole chest, `small` a window on the heart.
+        phantom_cases: With root=phantom: number of synthetic patients.
     """
 
     root: str = ""
@@ -36,6 +38,8 @@ class Data:
     split: str = ""
     split_seed: int = 0
     train_patients: int = 0
+    phantom_size: Literal["small", "full"] = "full"
+    phantom_cases: int = 20
 
 
 @dataclass(frozen=True)

@@ -27,7 +27,9 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("--input", type=str, required=True, help="a .nii or .nii.gz scan, or a folder of them")
     parser.add_argument("--output", type=str, required=True, help="the mask's file, or a folder for <case>.nii.gz")
     parser.add_argument(
-        "--probabilities", action="store_true", help="also write <case>_probabilities.nii.gz (float32; several classes: 4D)"
+        "--probabilities",
+        action="store_true",
+        help="also write <case>_probabilities.nii.gz (float32; several classes: 4D)",
     )
     options = parse_arguments(parser, arguments)
 

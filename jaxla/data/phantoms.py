@@ -7,6 +7,7 @@ every case: neither a threshold nor the usual place finds the atrium.
 
 from __future__ import annotations
 
+import logging
 import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -39,6 +40,9 @@ from jaxla.data.phantom_anatomy import (
     vary,
 )
 
+log = logging.getLogger(__name__)
+
+VERSION = 1  # of what a seed stands for; another number makes other cached folders
 SIZES = ("small", "full")
 SPACING = (0.625, 0.625, 2.5)  # mm, as in LAScarQS
 ORIENTATIONS = ("LPS", "RAS", "LAS", "RPS")  # how the array's axes may run; slices always lie along the third
@@ -107,6 +111,19 @@ def write_phantoms(
             (tree / "task2").rename(folder / "task2")
         else:
             tree.rename(folder)
+
+
+def cached_phantoms(cache_dir: Path, size: str, cases: int) -> Path:
+    """The folder of phantoms that `--data.root=phantom` stands for, made on first use."""
+    folder = cache_dir / "phantoms" / f"{size}-{cases}-v{VERSION}"
+    if not folder.is_dir():
+        log.info("making %d %s phantoms in %s", cases, size, folder)
+        try:
+            write_phantoms(folder, cases, size, seed=0)
+        except OSError as error:
+            if not folder.is_dir():  # unless another process was faster, with the same content
+                raise InputError(f"--cache-dir={cache_dir}: cannot be written ({error.strerror})") from error
+    return folder
 
 
 def _save(path: Path, array: NDArray, affine: NDArray[np.float64]) -> None:

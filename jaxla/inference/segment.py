@@ -46,7 +46,9 @@ def make_segment(trained: TrainedNetwork) -> Segment:
         kept = None
         for start in range(0, count, batch_size):
             chosen = slices[start : start + batch_size]
-            images = np.zeros((batch_size, size, size, 1), np.float32)  # a short batch is filled up: one shape, one compilation
+            images = np.zeros(
+                (batch_size, size, size, 1), np.float32
+            )  # a short batch is filled up: one shape, one compilation
             for i, pixels in enumerate(chosen):
                 images[i] = image_to_input(pixels, grey_range, place)
             inputs = np.asarray(probabilities_of(state, images))

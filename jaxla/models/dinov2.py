@@ -44,7 +44,7 @@ class Variant:
 VARIANTS = {
     "dinov2_vits14": Variant(width=384, depth=12, heads=6),
     "dinov2_vitb14": Variant(width=768, depth=12, heads=12),
-    "vit_mini8": Variant(width=192, depth=4, heads=3, patch=8, grid=14, licence=""),
+    "vit_mini8": Variant(width=128, depth=4, heads=2, patch=8, grid=12, licence=""),
 }
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
-import logging
+import os
 import platform
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -43,6 +43,7 @@ class Record:
         weights: the backbone's origin: `random`, or the file's path.
         weights_sha256: of that file; empty for random weights.
         split_sha256: of the case ids in `split.json`.
+        command: that started the run.
         environment: package versions, device and platform.
     """
 
@@ -51,11 +52,12 @@ class Record:
     weights: str
     weights_sha256: str
     split_sha256: str
+    command: str
     environment: dict[str, Any]
 
 
-def create_run_folder(folder: Path) -> None:
-    """Make the folder, unless it holds something already.
+def require_free(folder: Path) -> None:
+    """Check, leaving nothing behind, that a run can be written there.
 
     Raises:
         InputError: it holds a run or other files, or cannot be written.
@@ -64,19 +66,16 @@ def create_run_folder(folder: Path) -> None:
         raise InputError(f"--run-dir={folder}: already holds a run; choose another folder or remove this one")
     if folder.is_dir() and any(folder.iterdir()):
         raise InputError(f"--run-dir={folder}: is not empty; choose another folder")
+    parent = next(p for p in (folder, *folder.absolute().parents) if p.exists())
+    if not parent.is_dir() or not os.access(parent, os.W_OK):
+        raise InputError(f"--run-dir={folder}: cannot be written, for {parent} is no writable folder; choose another")
+
+
+def create_run_folder(folder: Path) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / ".writable").touch()
-        (folder / ".writable").unlink()
     except OSError as error:
         raise InputError(f"--run-dir={folder}: cannot be written ({error.strerror}); choose another folder") from error
-
-
-def log_to_folder(folder: Path) -> None:
-    """From now on the package's log lines also go to `train.log`."""
-    handler = logging.FileHandler(folder / "train.log")
-    handler.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
-    logging.getLogger("jaxla").addHandler(handler)
 
 
 def environment() -> dict[str, Any]:

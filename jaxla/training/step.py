@@ -49,6 +49,10 @@ def split_network(network: nnx.Module, train_backbone: bool) -> SplitNetwork:
     return SplitNetwork(training, evaluation, trainable, Frozen(parameters, statistics))
 
 
+def count_parameters(state: nnx.State) -> int:
+    return sum(leaf.size for leaf in jax.tree.leaves(state))
+
+
 def make_gradient(graph: nnx.GraphDef) -> Gradient:
     """The seam for a network trained on whole batches of slices."""
 

@@ -1,10 +1,10 @@
 """Our DINOv2 against outputs of the authors' PyTorch code, on all tokens (see tests/golden/README.md)."""
 
+import json
 import subprocess
 import sys
 from pathlib import Path
 
-import json
 import numpy as np
 import pytest
 

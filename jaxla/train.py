@@ -1,0 +1,328 @@
+"""python -m jaxla.train --exp=NAME: train a method under a protocol, test it, and write the run's folder."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import logging.handlers
+import sys
+import time
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from jaxla.config import (
+    Experiment,
+    InputError,
+    default_cache_dir,
+    lookup,
+    parse_arguments,
+    run_command,
+    with_method,
+)
+from jaxla.experiments import EXPERIMENTS, METHODS
+
+if TYPE_CHECKING:
+    from jaxla.data.cases import Dataset
+    from jaxla.data.prepared import PreparedVolume
+    from jaxla.data.split import Split
+
+log = logging.getLogger("jaxla.train")
+
+
+class Options(NamedTuple):
+    """A resolved command line."""
+
+    experiment: Experiment
+    run_dir: Path
+    cache_dir: Path
+
+
+def main(arguments: list[str]) -> None:
+    """Train, test, report.
+
+    Raises:
+        InputError: anything wrong with the options, the data or the weights; all of it before training starts.
+    """
+    if "--exp=list" in arguments or arguments[:2] == ["--exp", "list"]:
+        print(list_experiments())
+        return
+    experiment, run_dir, cache_dir = parse(arguments)
+    began = time.perf_counter()
+    early_lines = logging.handlers.MemoryHandler(capacity=1)  # holds the log until there is a folder for it
+    logging.getLogger("jaxla").addHandler(early_lines)
+
+    # What can fail is checked before what takes long.
+    from jaxla.models.weights import file_sha256, weights_file
+    from jaxla.training.run_folder import Record, create_run_folder, environment, require_free, write_record
+
+    require_free(run_dir)
+    weights = None
+    if experiment.model.weights != "random":
+        weights = weights_file(experiment.model.arch, experiment.model.weights, cache_dir).absolute()
+        experiment = replace(experiment, model=replace(experiment.model, weights=str(weights)))
+    else:
+        log.info("the backbone %s starts from random weights, not pretrained ones", experiment.model.arch)
+
+    from jaxla.data.split import write_split
+
+    dataset, volumes, split = prepare_data(experiment, cache_dir)
+
+    create_run_folder(run_dir)
+    early_lines.setTarget(logging.FileHandler(run_dir / "train.log"))
+    write_split(split, run_dir / "split.json")
+    record = Record(
+        experiment=experiment,
+        labels=dataset.labels,
+        weights=experiment.model.weights,
+        weights_sha256=file_sha256(weights) if weights else "",
+        split_sha256=split.sha256,
+        command="python -m jaxla.train " + " ".join(arguments),
+        environment=environment(),
+    )
+    write_record(run_dir, record)
+
+    train(experiment, dataset, volumes, split, run_dir)
+    summary = test(volumes, split, run_dir)
+    dice, iou, atlas = summary["dice"], summary["iou"], summary["atlas"]["dice"]
+    log.info("finished in %.0f s", time.perf_counter() - began)
+    print(
+        f"test Dice {dice['mean']:.3f}, IoU {iou['mean']:.3f} (mean per volume over {dice['n']} patients; "
+        f"the atlas, which never looks at the image: Dice {atlas['mean']:.3f}). Run folder: {run_dir}"
+    )
+
+
+# --- the command line ------------------------------------------------------------------------------------------------
+
+
+def parse(arguments: list[str]) -> Options:
+    """The experiment that a command line names, with its method and options exchanged as it says.
+
+    Raises:
+        InputError: an unknown experiment, method or option, or a value of the wrong kind.
+    """
+    from jsonargparse import ArgumentParser
+
+    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    first.add_argument("--exp")
+    first.add_argument("--method")
+    try:
+        named, _ = first.parse_known_args(arguments)
+    except argparse.ArgumentError as error:
+        raise InputError(str(error)) from error
+    if named.exp is None and {"-h", "--help"} & set(arguments):
+        print("usage: python -m jaxla.train --exp=NAME [--option=value ...]; --exp=NAME --help shows every option\n")
+        print(list_experiments())
+        sys.exit(0)
+    if named.exp is None:
+        raise InputError(f"option --exp is required; --exp=list describes them: {', '.join(EXPERIMENTS)}")
+    experiment = lookup("experiment", named.exp, EXPERIMENTS)
+    if named.method is not None:
+        experiment = with_method(experiment, lookup("method", named.method, METHODS))
+
+    parser = ArgumentParser(
+        prog=f"python -m jaxla.train --exp={experiment.name}",
+        description=f"{experiment.name}: {experiment.summary}; method {experiment.method}.",
+        exit_on_error=False,
+    )
+    parser.add_argument("--exp", type=str, help="experiment, or `list`")
+    parser.add_argument("--method", type=str, help="method in place of the experiment's own")
+    parser.add_argument("--run-dir", type=str, help="folder for the run (default: runs/<experiment>_<time>)")
+    parser.add_argument("--cache-dir", type=str, help="folder that runs share (default: the user's cache folder)")
+    fixed = {"name": experiment.name, "summary": experiment.summary, "method": experiment.method}
+    parser.add_class_arguments(Experiment, None, skip=set(fixed))
+    parser.set_defaults({key: value for key, value in asdict(experiment).items() if key not in fixed})
+    parsed = parser.instantiate(parse_arguments(parser, arguments))
+
+    values = {key: parsed[key] for key in ("seed", "data", "model", "preprocessing", "training")}
+    run_dir = parsed.run_dir or f"runs/{experiment.name}_{time.strftime('%Y%m%d-%H%M%S')}"
+    cache_dir = Path(parsed.cache_dir) if parsed.cache_dir else default_cache_dir()
+    experiment = Experiment(**fixed, **values)
+    check_options(experiment)
+    return Options(experiment, Path(run_dir), cache_dir)
+
+
+def check_options(experiment: Experiment) -> None:
+    """Raise an InputError for values that no run can work with."""
+    from jaxla.models.dinov2 import VARIANTS
+
+    if not experiment.data.root:
+        from jaxla.data.cases import HOW_TO_GET_DATA, LAYOUTS
+
+        raise InputError(
+            f"option --data.root is required: a folder in one of these layouts: {'; '.join(LAYOUTS)}. {HOW_TO_GET_DATA}"
+        )
+    positive = {
+        "training.epochs": experiment.training.epochs,
+        "training.batch_size": experiment.training.batch_size,
+        "training.patience": experiment.training.patience,
+        "training.learning_rate": experiment.training.learning_rate,
+        "training.backbone_learning_rate": experiment.training.backbone_learning_rate,
+        "preprocessing.image_size": experiment.preprocessing.image_size,
+        "model.decoder_widths": min(experiment.model.decoder_widths, default=0),
+        "data.phantom_cases": experiment.data.phantom_cases,
+    }
+    for option, value in positive.items():
+        if not value > 0:
+            raise InputError(f"option --{option} must be greater than 0, got {value}")
+    patch = lookup("--model.arch", experiment.model.arch, VARIANTS).patch
+    size = experiment.preprocessing.image_size
+    if size % patch:
+        raise InputError(
+            f"option --preprocessing.image_size={size} must be a multiple of {experiment.model.arch}'s patch size {patch}, "
+            f"such as {max(1, round(size / patch)) * patch}"
+        )
+
+
+def list_experiments() -> str:
+    lines = ["Experiments (--exp=NAME):"]
+    lines += [f"  {e.name:20} {e.summary}; method {e.method}" for e in EXPERIMENTS.values()]
+    lines += ["Methods (--method=NAME):"]
+    lines += [f"  {m.name:20} {m.summary}" for m in METHODS.values()]
+    return "\n".join(lines)
+
+
+# --- the run ---------------------------------------------------------------------------------------------------------
+
+
+def prepare_data(experiment: Experiment, cache_dir: Path) -> tuple[Dataset, list[PreparedVolume], Split]:
+    """Find, check and prepare the cases, and split their patients.
+
+    Raises:
+        InputError: no data, unusable data, too few patients, or a class that no training mask has.
+    """
+    from jaxla.data.cases import find_cases
+    from jaxla.data.phantoms import cached_phantoms
+    from jaxla.data.prepared import prepare_cases
+    from jaxla.data.split import make_split
+
+    protocol = experiment.data
+    root = Path(protocol.root)
+    if protocol.root == "phantom":
+        root = cached_phantoms(cache_dir, protocol.phantom_size, protocol.phantom_cases)
+    dataset = find_cases(root, protocol.labels)
+    split = make_split([case.id for case in dataset.cases], protocol)
+    volumes = prepare_cases(dataset, cache_dir, track=lambda cases: _track(cases, "preparing"))
+    training = [v for v in volumes if v.id in split.train]
+    for index, name in enumerate(dataset.labels.names, start=1):
+        if not any(v.class_voxels[index] for v in training):
+            raise InputError(
+                f"{root}: the masks of all {len(training)} training patients hold no {name}; check the masks, or "
+                "name their values with --data.labels"
+            )
+    if empty := [v.id for v in volumes if not any(v.class_voxels[1:])]:
+        log.info("%d cases have an empty mask and are kept: %s", len(empty), ", ".join(empty))
+    log.info(
+        "%d patients train, %d validate, %d test; slices along the %s axis, %d for training",
+        len(split.train), len(split.val), len(split.test),
+        "/".join(sorted({v.slice_axis for v in volumes})), sum(v.shape[0] for v in training),
+    )  # fmt: skip
+    return dataset, volumes, split
+
+
+def train(
+    experiment: Experiment, dataset: Dataset, volumes: Sequence[PreparedVolume], split: Split, run_dir: Path
+) -> None:
+    """Train; leaves checkpoints, metrics.jsonl and progress.png in the run's folder."""
+    from jaxla.data.batches import SliceSource
+    from jaxla.models.network import build_network
+    from jaxla.reporting.curves import draw_curves
+    from jaxla.training.loop import fit
+    from jaxla.training.step import count_parameters, split_network
+
+    by_id = {volume.id: volume for volume in volumes}
+    size = experiment.preprocessing.image_size
+    network = build_network(experiment.model, dataset.labels.outputs, experiment.seed)
+    parts = split_network(network, train_backbone=experiment.model.backbone == "finetuned")
+    log.info(
+        "%s: %d parameters are trained, %d are frozen",
+        experiment.method, count_parameters(parts.trainable), count_parameters(parts.frozen.parameters),
+    )  # fmt: skip
+    best = fit(
+        parts,
+        SliceSource([by_id[name] for name in split.train], size),
+        SliceSource([by_id[name] for name in split.val], size),
+        experiment.training,
+        seed=experiment.seed,
+        pretrained_backbone=experiment.model.weights != "random",
+        folder=run_dir,
+        on_epoch=lambda history: draw_curves(
+            history, f"{experiment.name}, {experiment.method}", run_dir / "progress.png"
+        ),
+    )
+    log.info("best epoch %d: validation Dice %.3f per volume", best.best_epoch, best.best_dice)
+
+
+def test(volumes: Sequence[PreparedVolume], split: Split, run_dir: Path) -> dict[str, Any]:
+    """Segment and score every test case on its own grid, beside the atlas; leaves `test/` in the run's folder.
+
+    Returns:
+        The summary: per metric mean, sd, n and unit, per volume; under "slice" the same per slice; under "atlas" the
+        atlas's.
+    """
+    import numpy as np
+
+    from jaxla.data.volumes import from_slices, read_image, read_mask, slice_geometry, to_slices
+    from jaxla.evaluation.atlas import apply_atlas, build_atlas, choose_threshold
+    from jaxla.evaluation.summary import score_case, summarise, write_cases, write_summary
+    from jaxla.inference.segment import make_segment, write_segmentation
+    from jaxla.inference.trained import load_run
+    from jaxla.reporting.overlays import Panel, draw_overlays
+
+    by_id = {volume.id: volume for volume in volumes}
+    trained = load_run(run_dir)
+    names = trained.record.labels.names
+    segment = make_segment(trained)
+    atlas = build_atlas((by_id[name].mask for name in split.train), len(names))
+    atlas = choose_threshold(atlas, [by_id[name].mask for name in split.val])
+
+    rows, slice_rows, atlas_rows = [], [], []
+    for name in _track(split.test, "testing"):
+        prepared = by_id[name]
+        volume = read_image(prepared.case.image)
+        geometry = slice_geometry(volume.affine)
+        classes, _ = segment(volume)
+        write_segmentation(run_dir / "test" / "predictions" / f"{name}.nii.gz", classes, trained, volume)
+        reference = np.asarray(from_slices(prepared.mask, geometry))
+        rows += score_case(name, classes, reference, volume.spacing, names)
+        slice_rows += score_case(name, classes, reference, volume.spacing, names, "slice", geometry.order[0])
+        of_atlas = apply_atlas(atlas, prepared.shape)
+        atlas_rows += score_case(name, from_slices(of_atlas, geometry), reference, volume.spacing, names)
+    for row, atlas_row in zip(rows, atlas_rows, strict=True):
+        row.update({f"atlas_{metric}": atlas_row[metric] for metric in ("dice", "iou")})
+
+    summary = summarise(rows, "volume", "one", names)
+    summary["slice"] = summarise(slice_rows, "slice", "one", names)
+    summary["atlas"] = summarise(atlas_rows, "volume", "one", names) | {"threshold": atlas.threshold}
+    summary["best_epoch"] = trained.epoch
+    write_cases(rows, run_dir / "test" / "cases.csv")
+    write_cases(slice_rows, run_dir / "test" / "slices.csv")
+    write_summary(summary, run_dir / "test" / "summary.json")
+
+    dice = {name: np.mean([row["dice"] for row in rows if row["case"] == name]) for name in split.test}
+    ranked = sorted(dice, key=dice.get)
+    shown = {"worst": ranked[0], "median": ranked[(len(ranked) - 1) // 2], "best": ranked[-1]}
+    panels = []
+    for rank, name in shown.items():
+        prepared = by_id[name]
+        mask = read_mask(run_dir / "test" / "predictions" / f"{name}.nii.gz")
+        prediction = to_slices(mask.array, slice_geometry(mask.affine))
+        title = f"{rank} of {len(ranked)}: {name}, Dice {dice[name]:.3f}"
+        panels.append(Panel(title, prepared.image, prediction, prepared.mask, prepared.spacing))
+    draw_overlays(panels, run_dir / "test" / "overlays.png")
+    return summary
+
+
+def _track(items: Iterable, label: str) -> Iterable:
+    """A progress bar on a terminal; elsewhere a line at the start."""
+    from tqdm import tqdm
+
+    items = list(items)
+    if not sys.stdout.isatty():
+        log.info("%s %d cases", label, len(items))
+    return tqdm(items, label, leave=False, file=sys.stdout, disable=not sys.stdout.isatty(), unit="case")
+
+
+if __name__ == "__main__":
+    run_command(main)
