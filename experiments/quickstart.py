@@ -8,15 +8,15 @@ METHODS = {
         "1 M transformer trained from random weights, paper 1's decoder made small",
         Model("vit_mini8", weights="random", backbone="finetuned", decoder_widths=(64, 32, 16)),
         Preprocessing(96),
-        Training(epochs=6, batch_size=16, learning_rate=1e-3, backbone_learning_rate=1e-3, schedule="cosine"),
+        Training(epochs=5, batch_size=8, learning_rate=1e-3, schedule="cosine"),
     )
 }
 
 EXPERIMENTS = {
     "quickstart": experiment_of(
         "quickstart",
-        "small phantoms",
-        Data(root="phantom", phantom_size="small", phantom_cases=24),
+        "synthetic scans, or your own: see that all of it works",
+        Data(root="phantom", phantom_size="small", phantom_cases=32),
         METHODS["vit_mini8"],
-    ),
+    )
 }

@@ -155,13 +155,13 @@ def lookup(kind: str, name: str, table: Mapping[str, T]) -> T:
     """`table[name]`, or an InputError that names the nearest entry."""
     if name in table:
         return table[name]
-    raise InputError(f"{kind} {name!r} is unknown{nearest(name, table)}. Known: {', '.join(table)}")
+    raise InputError(f"{kind} {name!r} is unknown{nearest(name, table)} Known: {', '.join(table)}")
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
-    """`; did you mean …?`, or nothing where nothing is near."""
-    close = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
-    return f"; did you mean {close[0]!r}?" if close else ""
+    """`; did you mean …?`, or a full stop where nothing is near."""
+    close = difflib.get_close_matches(name, list(known), n=1, cutoff=0.6)
+    return f"; did you mean {close[0]}?" if close else "."
 
 
 def default_cache_dir() -> Path:
@@ -186,11 +186,11 @@ def parse_arguments(parser: Any, arguments: list[str]) -> Any:
     known = [option for action in parser._actions for option in action.option_strings]
     if unrecognised := re.match(r"unrecognized arguments: (.*)", message, re.IGNORECASE):
         option = unrecognised[1].split("=")[0].split(" ")[0]
-        raise InputError(f"option {option} is unknown{nearest(option, known)} See --help for all of them")
+        raise InputError(f"option {option} is unknown{nearest(option, known)} --help lists them all")
     if wrong := re.match(r'Parser key "(.*?)": Expected an? (.*)\. Got value: (.*)', message):
         expected = re.sub(r"<class '(.*?)'>|typing\.Literal", r"\1", wrong[2])
         raise InputError(f"option --{wrong[1]} expects {expected}, got {wrong[3]!r}")
-    raise InputError(f"{message}. See --help for all options")
+    raise InputError(f"{message} (--help lists the options)")
 
 
 def run_command(main: Callable[[list[str]], None]) -> None:

@@ -170,7 +170,7 @@ def check_options(experiment: Experiment) -> None:
     size = experiment.preprocessing.image_size
     if size % patch:
         raise InputError(
-            f"option --preprocessing.image_size={size} must be a multiple of {experiment.model.arch}'s patch size {patch}, "
+            f"option --preprocessing.image_size={size} must be a multiple of the patch size {patch}, "
             f"such as {max(1, round(size / patch)) * patch}"
         )
 
