@@ -1,0 +1,52 @@
+"""What several tests share: the commands as a user runs them, and one small finished run."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+
+def run_command(module, *options, check=True):
+    """`python -m <module> <options>` in a process of its own."""
+    command = [sys.executable, "-m", module, *map(str, options)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    if check:
+        assert done.returncode == 0, done.stdout + done.stderr
+    return done
+
+
+@pytest.fixture(scope="session")
+def phantoms(tmp_path_factory):
+    """Six small phantoms in the LAScarQS layout."""
+    folder = tmp_path_factory.mktemp("data") / "phantoms"
+    run_command("jaxla.phantom", f"--output={folder}", "--cases=6", "--size=small", "--seed=3")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def small_run(phantoms, tmp_path_factory):
+    """A finished run on the six phantoms: three epochs of the quickstart's method at 48 pixels."""
+    folder = tmp_path_factory.mktemp("runs") / "small"
+    done = run_command(
+        "jaxla.train",
+        "--exp=quickstart",
+        f"--data.root={phantoms}",
+        f"--run-dir={folder}",
+        f"--cache-dir={folder.parent / 'cache'}",
+        "--preprocessing.image_size=48",
+        "--training.epochs=3",
+        "--seed=1",
+    )
+    (folder / "stdout.txt").write_text(done.stdout)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def hippocampus():
+    """Folder of 60 real brain MR scans, where the environment has them."""
+    folder = Path(os.environ.get("JAXLA_TEST_DATA", ".")) / "Task04_Hippocampus"
+    if not folder.is_dir():
+        pytest.skip("JAXLA_TEST_DATA names no folder with Task04_Hippocampus")
+    return folder

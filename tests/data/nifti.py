@@ -1,0 +1,94 @@
+"""Small NIfTI files for tests: single volumes, broken ones, and whole folders of cases."""
+
+import json
+
+import nibabel as nib
+import numpy as np
+
+SHAPE = (16, 14, 4)
+AFFINE = np.array([[-0.75, 0, 0, 6], [0, -0.75, 0, 5], [0, 0, 2.5, -4], [0, 0, 0, 1]])  # exact in float32
+
+
+def image_array(seed=0, shape=SHAPE, dtype=np.int16):
+    """Grey values 0..999, another scan for every seed."""
+    return np.random.default_rng(seed).integers(0, 1000, shape).astype(dtype)
+
+
+def mask_array(shape=SHAPE, value=1):
+    """A box of `value` in a background of 0."""
+    mask = np.zeros(shape, np.int16 if value > 255 else np.uint8)
+    mask[tuple(slice(n // 4, n // 2 + 1) for n in shape)] = value
+    return mask
+
+
+def save(path, array, affine=AFFINE, image_class=nib.Nifti1Image):
+    """Write an array as NIfTI, in the array's own type and byte order; -> path."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    endianness = "<" if array.dtype.newbyteorder("<") == array.dtype else ">"
+    header = image_class.header_class(endianness=endianness)
+    header.set_data_dtype(array.dtype)
+    nib.save(image_class(array, affine, header), path)
+    return path
+
+
+def save_as(path, image):
+    """Write a nibabel image; -> path."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    nib.save(image, path)
+    return path
+
+
+def save_raw_spacing(path, spacing):
+    """An uncompressed .nii whose header says `spacing`, whatever nibabel thinks of it; -> path."""
+    save(path, image_array())
+    content = bytearray(path.read_bytes())
+    content[80:92] = np.array(spacing, "<f4").tobytes()  # pixdim[1:4] of a NIfTI-1 header
+    path.write_bytes(content)
+    return path
+
+
+def save_singular(path):
+    """A file whose sform sends two axes to one direction; -> path."""
+    affine = AFFINE.copy()
+    affine[:, 1] = affine[:, 0]
+    image = nib.Nifti1Image(image_array(), None)
+    image.header.set_sform(affine, code=1)
+    image.header.set_qform(None, code=0)
+    image.header["pixdim"][1:4] = (0.75, 0.75, 2.5)
+    return save_as(path, nib.Nifti1Image(image_array(), None, image.header))
+
+
+def truncate(path, share=0.5):
+    """Keep the first part of a file; -> path."""
+    content = path.read_bytes()
+    path.write_bytes(content[: int(len(content) * share)])
+    return path
+
+
+def lascarqs(root, count=6, value=255, first=1):
+    """A LAScarQS tree of `count` cases; -> the folder that holds train_1, train_2, …"""
+    folder = root / "task2" / "train_data"
+    for n in range(first, first + count):
+        save(folder / f"train_{n}" / "enhanced.nii.gz", image_array(n))
+        save(folder / f"train_{n}" / "atriumSegImgMO.nii.gz", mask_array(value=value))
+    return folder
+
+
+def decathlon(root, names, labels, suffix="", values=(1,)):
+    """A data set with a dataset.json; every mask holds a box of each of `values`."""
+    for seed, name in enumerate(names):
+        mask = mask_array(value=values[0])
+        for i, value in enumerate(values[1:]):
+            mask[i, 0, 0] = value
+        save(root / "imagesTr" / f"{name}{suffix}.nii.gz", image_array(seed))
+        save(root / "labelsTr" / f"{name}.nii.gz", mask)
+    (root / "dataset.json").write_text(json.dumps({"labels": labels}))
+    return root
+
+
+def flat(root, count=5, value=1):
+    """`count` flat pairs case_0.nii.gz + case_0_mask.nii.gz, …"""
+    for n in range(count):
+        save(root / f"case_{n}.nii.gz", image_array(n))
+        save(root / f"case_{n}_mask.nii.gz", mask_array(value=value))
+    return root

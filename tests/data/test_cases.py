@@ -1,0 +1,367 @@
+"""Cases: which files of a folder belong together, in which order, and what their mask values mean."""
+
+import json
+import logging
+import shutil
+
+import numpy as np
+import pytest
+
+from jaxla.config import InputError
+from jaxla.data.cases import LAYOUTS, Labels, find_cases, find_images, parse_labels
+from tests.data.nifti import decathlon, flat, image_array, lascarqs, mask_array, save
+
+ONE_CLASS = {"background": 0, "LA": 1}
+
+
+def names_of(dataset):
+    return [case.id for case in dataset.cases]
+
+
+# --- LAScarQS --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("level", ["..", ".", "task2", "task2/train_data"])
+def test_lascarqs_is_found_at_every_level_in_numeric_order(tmp_path, level):
+    folder = lascarqs(tmp_path / "LAScarQS2022", count=11)
+    dataset = find_cases(tmp_path / "LAScarQS2022" / level)
+    assert names_of(dataset) == [f"train_{n}" for n in range(1, 12)]
+    assert dataset.layout == "LAScarQS"
+    assert dataset.labels == Labels(("LA",))
+    for case in dataset.cases:
+        assert case.image.samefile(folder / case.id / "enhanced.nii.gz")
+        assert case.mask.samefile(folder / case.id / "atriumSegImgMO.nii.gz")
+
+
+def test_a_single_lascarqs_case_folder_is_a_data_set_of_one(tmp_path):
+    dataset = find_cases(lascarqs(tmp_path) / "train_3")
+    assert names_of(dataset) == ["train_3"]
+
+
+def test_a_relative_root_names_the_cases_alike(tmp_path, monkeypatch):
+    folder = lascarqs(tmp_path)
+    monkeypatch.chdir(folder)
+    assert names_of(find_cases(".")) == [f"train_{n}" for n in range(1, 7)]
+    monkeypatch.chdir(folder / "train_3")
+    assert list(find_images(".")) == ["train_3"]
+
+
+def test_task_1_is_left_out_beside_task_2_and_read_alone(tmp_path, caplog):
+    lascarqs(tmp_path, count=3)
+    shutil.move(lascarqs(tmp_path / "other", count=2), tmp_path / "task1" / "train_data")
+    shutil.rmtree(tmp_path / "other")
+    with caplog.at_level(logging.INFO, "jaxla"):
+        assert names_of(find_cases(tmp_path)) == ["train_1", "train_2", "train_3"]
+    assert "2 case folders outside task2 are not read" in caplog.text
+    assert names_of(find_cases(tmp_path / "task1")) == ["train_1", "train_2"]
+
+
+def test_two_case_folders_of_one_name_are_refused(tmp_path):
+    shutil.copytree(lascarqs(tmp_path / "a", count=1), tmp_path / "b")
+    shutil.copytree(tmp_path / "b", tmp_path / "c")
+    shutil.rmtree(tmp_path / "a")
+    with pytest.raises(InputError, match="two case folders have one name"):
+        find_cases(tmp_path)
+
+
+@pytest.mark.parametrize("value", [255, 420])
+def test_any_non_zero_value_of_a_lascarqs_mask_is_the_atrium_and_the_log_says_so(tmp_path, caplog, value):
+    lascarqs(tmp_path, count=1, value=value)
+    with caplog.at_level(logging.INFO, "jaxla"):
+        labels = find_cases(tmp_path).labels
+    assert "1 cases (LAScarQS); classes LA: any non-zero value" in caplog.text
+    classes = labels.to_classes(mask_array(value=value), "m.nii.gz")
+    assert classes.dtype == np.uint8
+    np.testing.assert_array_equal(classes, mask_array())
+    assert labels.outputs == 1
+    np.testing.assert_array_equal(labels.to_values(classes), mask_array())
+
+
+# --- dataset.json ----------------------------------------------------------------------------------------------------
+
+
+def test_nnunet_version_2(tmp_path):
+    root = decathlon(tmp_path, ["LA_010", "LA_002"], {"background": 0, "LA": 1, "wall": 3}, "_0000", (1, 3))
+    dataset = find_cases(root)
+    assert names_of(dataset) == ["LA_002", "LA_010"]
+    assert dataset.cases[0].image == root / "imagesTr" / "LA_002_0000.nii.gz"
+    assert dataset.cases[0].mask == root / "labelsTr" / "LA_002.nii.gz"
+    assert dataset.layout == "dataset.json"
+    assert dataset.labels == Labels(("LA", "wall"), ((1,), (3,)))
+    assert dataset.labels.outputs == 3
+
+
+def test_decathlon(tmp_path):
+    labels = {"0": "background", "1": "Anterior", "2": "Posterior"}
+    dataset = find_cases(decathlon(tmp_path, ["hippocampus_001", "hippocampus_003"], labels, values=(1, 2)))
+    assert names_of(dataset) == ["hippocampus_001", "hippocampus_003"]
+    assert dataset.labels == Labels(("Anterior", "Posterior"), ((1,), (2,)))
+
+
+def test_hidden_files_that_some_systems_leave_are_no_scans(tmp_path):
+    root = decathlon(tmp_path, ["a", "b"], ONE_CLASS)
+    for folder in ("imagesTr", "labelsTr"):
+        (root / folder / "._a.nii.gz").write_bytes(b"resource fork")
+    (root / "._atlas.nii.gz").write_bytes(b"resource fork")
+    assert names_of(find_cases(root)) == ["a", "b"]
+
+
+def test_a_stray_volume_beside_dataset_json_does_no_harm(tmp_path):
+    root = decathlon(tmp_path, ["a", "b"], ONE_CLASS)
+    save(root / "atlas.nii.gz", image_array())
+    assert names_of(find_cases(root)) == ["a", "b"]
+
+
+@pytest.mark.parametrize("zero", ["background", "Background", "nothing"])
+def test_the_value_0_is_the_background_whatever_its_name(tmp_path, zero):
+    dataset = find_cases(decathlon(tmp_path, ["a"], {"0": zero, "1": "LA"}))
+    assert dataset.labels == Labels(("LA",), ((1,),))
+
+
+def test_labels_of_the_command_line_come_before_those_of_the_data_set(tmp_path):
+    root = decathlon(tmp_path, ["a"], {"0": "background", "1": "Anterior", "2": "Posterior"}, values=(1, 2))
+    assert find_cases(root, "hippocampus:1,2").labels == Labels(("hippocampus",), ((1, 2),))
+
+
+def test_labels_of_the_command_line_serve_where_those_of_the_data_set_overlap(tmp_path):
+    root = decathlon(tmp_path, ["a"], {"background": 0, "whole": [1, 2], "core": [2]}, values=(1, 2))
+    with pytest.raises(InputError, match=r"dataset.json: overlapping .* choose classes with --data.labels"):
+        find_cases(root)
+    assert find_cases(root, "whole:1,2").labels == Labels(("whole",), ((1, 2),))
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("{", "not readable"),
+        ("[]", "not readable"),
+        ("{}", "not readable.*labels"),
+        ('{"labels": ["LA"]}', "not readable"),
+        ('{"labels": {"LA": null}}', "not readable"),
+        ('{"labels": {"LA": "one"}}', "not readable"),
+        ('{"labels": {"1": "LA", "2": "LA"}}', "overlapping or repeated"),
+        ('{"labels": {"background": 0}}', "names no class but the background"),
+        ('{"labels": {}}', "names no class"),
+    ],
+)
+def test_a_dataset_json_that_says_nothing_usable_is_named(tmp_path, text, message):
+    root = decathlon(tmp_path, ["a"], ONE_CLASS)
+    (root / "dataset.json").write_text(text)
+    with pytest.raises(InputError, match=f"^{root / 'dataset.json'}: .*{message}"):
+        find_cases(root)
+
+
+def test_a_second_channel_is_refused(tmp_path):
+    root = decathlon(tmp_path, ["a"], ONE_CLASS, "_0000")
+    second = save(root / "imagesTr" / "a_0001.nii.gz", image_array(9))
+    with pytest.raises(InputError, match=f"^{second}: a second image channel"):
+        find_cases(root)
+
+
+def test_a_dataset_json_without_files_is_named(tmp_path):
+    (tmp_path / "dataset.json").write_text(json.dumps({"labels": ONE_CLASS}))
+    with pytest.raises(InputError, match=f"^{tmp_path}: has a dataset.json but no image"):
+        find_cases(tmp_path)
+
+
+# --- flat pairs ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("suffix", ["_mask", "_seg", "_label", "_labels", "_gt"])
+@pytest.mark.parametrize("channel", ["", "_0000"])
+def test_pairs_in_one_folder(tmp_path, suffix, channel):
+    for name in ("b", "a"):
+        save(tmp_path / f"{name}{channel}.nii.gz", image_array())
+        save(tmp_path / f"{name}{suffix}.nii", mask_array())
+    dataset = find_cases(tmp_path)
+    assert [(c.id, c.image.name, c.mask.name) for c in dataset.cases] == [
+        (name, f"{name}{channel}.nii.gz", f"{name}{suffix}.nii") for name in ("a", "b")
+    ]
+    assert dataset.layout == "flat pairs"
+    assert dataset.labels == Labels(("foreground",))
+
+
+@pytest.mark.parametrize(
+    ("images", "masks"), [("images", "labels"), ("imagesTr", "labelsTr"), ("image", "mask"), ("images", "masks")]
+)
+@pytest.mark.parametrize("suffix", ["", "_seg"])
+def test_pairs_in_two_folders(tmp_path, images, masks, suffix):
+    for name in ("b", "a"):
+        save(tmp_path / images / f"{name}.nii.gz", image_array())
+        save(tmp_path / masks / f"{name}{suffix}.nii.gz", mask_array())
+    assert [(c.id, c.image.parent.name, c.mask.name) for c in find_cases(tmp_path).cases] == [
+        (name, images, f"{name}{suffix}.nii.gz") for name in ("a", "b")
+    ]
+
+
+def test_a_case_with_two_masks_is_refused_rather_than_guessed(tmp_path):
+    flat(tmp_path, 2)
+    save(tmp_path / "case_1_seg.nii.gz", mask_array(value=2))
+    with pytest.raises(InputError, match="case_1"):
+        find_cases(tmp_path)
+
+
+@pytest.mark.parametrize("folder", ["imagesTr", "labelsTr"])
+def test_a_case_that_lies_there_twice_is_refused_rather_than_guessed(tmp_path, folder):
+    root = decathlon(tmp_path, ["a", "b"], ONE_CLASS)
+    save(root / folder / "a.nii", mask_array(value=2))
+    with pytest.raises(InputError, match=f"{folder}/a.nii"):
+        find_cases(root)
+
+
+# --- what does not fit -----------------------------------------------------------------------------------------------
+
+
+def layouts(tmp_path):
+    """(root, an image, its mask) in each layout, all of two cases or more."""
+    lascarqs(tmp_path / "lascarqs", 2)
+    decathlon(tmp_path / "decathlon", ["a", "b"], ONE_CLASS)
+    flat(tmp_path / "flat", 2)
+    for name in ("a", "b"):
+        save(tmp_path / "folders" / "images" / f"{name}.nii.gz", image_array())
+        save(tmp_path / "folders" / "labels" / f"{name}.nii.gz", mask_array())
+    case = tmp_path / "lascarqs" / "task2" / "train_data" / "train_2"
+    return {
+        "lascarqs": (case / "enhanced.nii.gz", case / "atriumSegImgMO.nii.gz"),
+        "decathlon": (tmp_path / "decathlon/imagesTr/b.nii.gz", tmp_path / "decathlon/labelsTr/b.nii.gz"),
+        "flat": (tmp_path / "flat/case_1.nii.gz", tmp_path / "flat/case_1_mask.nii.gz"),
+        "folders": (tmp_path / "folders/images/b.nii.gz", tmp_path / "folders/labels/b.nii.gz"),
+    }
+
+
+@pytest.mark.parametrize("layout", ["lascarqs", "decathlon", "flat", "folders"])
+def test_an_image_without_mask_and_a_mask_without_image_are_named(tmp_path, layout):
+    image, mask = layouts(tmp_path)[layout]
+    aside = tmp_path / "aside"
+    mask.rename(aside)
+    with pytest.raises(InputError, match=f"^{image}: no mask belongs to it; "):
+        find_cases(tmp_path / layout)
+    aside.rename(mask)
+    image.unlink()
+    with pytest.raises(InputError, match=f"^{mask}: no image belongs to it; "):
+        find_cases(tmp_path / layout)
+
+
+def test_how_many_more_lack_their_mask_is_said(tmp_path):
+    flat(tmp_path, 4)
+    for n in (0, 2, 3):
+        (tmp_path / f"case_{n}_mask.nii.gz").unlink()
+    with pytest.raises(InputError, match=r"case_0.nii.gz: no mask belongs to it \(and 2 more\)"):
+        find_cases(tmp_path)
+
+
+def test_a_folder_without_cases_names_the_layouts_and_where_data_comes_from(tmp_path):
+    (tmp_path / "notes.txt").write_text("no scans")
+    with pytest.raises(InputError, match=f"^{tmp_path}: no case found") as raised:
+        find_cases(tmp_path)
+    for layout in (*LAYOUTS, "registration", "--data.root=phantom"):
+        assert layout in str(raised.value)
+    with pytest.raises(InputError, match=r"^--data.root=.*/nowhere: no such folder"):
+        find_cases(tmp_path / "nowhere")
+
+
+# --- labels ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("text", "labels"),
+    [
+        ("LA:1", Labels(("LA",), ((1,),))),
+        ("anterior:1;posterior:2", Labels(("anterior", "posterior"), ((1,), (2,)))),
+        ("hippocampus:1,2", Labels(("hippocampus",), ((1, 2),))),
+        ("LA:1;background:2,3", Labels(("LA",), ((1,),), (2, 3))),
+        ("background:0,2;LA:420", Labels(("LA",), ((420,),), (2,))),
+        (" left atrium : 1 , 2 ; LA-wall:3", Labels(("left atrium", "LA-wall"), ((1, 2), (3,)))),
+    ],
+)
+def test_labels_are_read_from_text(text, labels):
+    assert parse_labels(text) == labels
+
+
+@pytest.mark.parametrize(
+    "text", ["LA", "LA:", ":1", "LA:one", "LA:-1", "LA:1;", "LA:1,", "LA:1;LA:2", "LA:1;wall:1", "LA:1,1", "LA:0"]
+    + ["background:1", "LA=1", "LA:1.5"],
+)  # fmt: skip
+def test_text_that_names_no_labels_is_an_error_that_shows_the_form(text):
+    with pytest.raises(InputError, match=f"^--data.labels='{text}': expected name:value.*such as LA:1"):
+        parse_labels(text)
+
+
+def test_classes_and_values_of_several_structures():
+    labels = parse_labels("front:5,6;back:2;background:9")
+    mask = np.array([0, 5, 6, 2, 9])
+    classes = labels.to_classes(mask, "m")
+    assert classes.tolist() == [0, 1, 1, 2, 0]
+    assert classes.dtype == np.uint8
+    assert labels.to_values(classes).tolist() == [0, 5, 5, 2, 0]  # the first value of a class stands for it
+    assert labels.outputs == 3
+    assert labels.describe() == "front: 5/6, back: 2"
+
+
+@pytest.mark.parametrize(("value", "dtype"), [(1, "u1"), (255, "u1"), (256, "i2"), (32767, "i2")])
+def test_values_are_written_in_the_smallest_usual_type(value, dtype):
+    values = parse_labels(f"LA:{value}").to_values(np.array([0, 1], np.uint8))
+    assert values.tolist() == [0, value]
+    assert values.dtype == np.dtype(dtype)
+
+
+@pytest.mark.parametrize("value", [32768, 70000])
+def test_large_label_values_can_be_written_too(value):
+    assert parse_labels(f"LA:{value}").to_values(np.array([0, 1], np.uint8)).tolist() == [0, value]
+
+
+def test_a_value_beyond_the_classes_is_named_with_its_file():
+    mask = np.array([0, 1, 2, 7, 7])
+    with pytest.raises(InputError, match=r"^m.nii.gz: holds the label values \[2, 7\] beyond the classes LA: 1; "):
+        parse_labels("LA:1").to_classes(mask, "m.nii.gz")
+    assert parse_labels("LA:1;background:2,7").to_classes(mask, "m").tolist() == [0, 1, 0, 0, 0]
+
+
+# --- images to predict -----------------------------------------------------------------------------------------------
+
+
+def test_one_file_is_the_image(tmp_path):
+    path = save(tmp_path / "scan.nii.gz", image_array())
+    assert find_images(path) == {"scan": path}
+
+
+def test_the_images_of_a_folder_are_found_without_its_masks(tmp_path, caplog):
+    flat(tmp_path, 2)
+    with caplog.at_level(logging.INFO, "jaxla"):
+        assert find_images(tmp_path) == {f"case_{n}": tmp_path / f"case_{n}.nii.gz" for n in range(2)}
+    assert "case_0_mask.nii.gz: not predicted" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("layout", "ids"),
+    [
+        ("lascarqs", ["train_1", "train_2"]),
+        ("decathlon", ["a", "b"]),
+        ("folders", ["a", "b"]),
+        ("lascarqs/task2/train_data/train_2", ["train_2"]),
+    ],
+)
+def test_the_images_of_a_data_set_are_found_without_its_masks(tmp_path, layout, ids):
+    last_image = {path.parent: path for path, _ in layouts(tmp_path).values()}
+    images = find_images(tmp_path / layout)
+    assert list(images) == ids
+    assert images[ids[-1]] in last_image.values()
+
+
+def test_lascarqs_images_need_no_masks_to_be_predicted(tmp_path):
+    folder = lascarqs(tmp_path, 2)
+    for mask in folder.glob("*/atriumSegImgMO.nii.gz"):
+        mask.unlink()
+    assert find_images(tmp_path) == {name: folder / name / "enhanced.nii.gz" for name in ("train_1", "train_2")}
+
+
+def test_channel_suffixes_do_not_get_into_the_names(tmp_path):
+    path = save(tmp_path / "a_0000.nii.gz", image_array())
+    assert find_images(tmp_path) == {"a": path}
+
+
+def test_nothing_to_predict_is_named(tmp_path):
+    with pytest.raises(InputError, match=f"^--input={tmp_path}: no .nii or .nii.gz file"):
+        find_images(tmp_path)
+    with pytest.raises(InputError, match="^--input=.*/nowhere: no such file or folder"):
+        find_images(tmp_path / "nowhere")

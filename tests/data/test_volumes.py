@@ -1,0 +1,370 @@
+"""Volumes: what is read and refused, which way slices lie, and that a written file keeps its scan's geometry."""
+
+import itertools
+
+import nibabel as nib
+import numpy as np
+import pytest
+
+from jaxla.config import InputError
+from jaxla.data.volumes import (
+    Volume,
+    from_slices,
+    read_image,
+    read_mask,
+    require_same_grid,
+    same_grid,
+    slice_geometry,
+    to_slices,
+    write_volume,
+)
+from tests.data.nifti import (
+    AFFINE,
+    SHAPE,
+    image_array,
+    mask_array,
+    save,
+    save_as,
+    save_raw_spacing,
+    save_singular,
+    truncate,
+)
+
+# --- reading ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["scan.nii", "scan.nii.gz"])
+@pytest.mark.parametrize("dtype", ["uint8", "int16", ">i2", "uint16", "int32", "float32", ">f4", "float64"])
+def test_every_usual_type_reads_as_its_own_values(tmp_path, name, dtype):
+    values = (image_array() % 250).astype(dtype)
+    volume = read_image(save(tmp_path / name, values))
+    np.testing.assert_array_equal(volume.array, values)
+    assert volume.array.dtype == (np.float32 if values.dtype.kind == "f" else values.dtype)
+    assert volume.array.dtype.isnative or values.dtype.kind != "f"
+    np.testing.assert_array_equal(volume.affine, AFFINE)
+    assert volume.spacing == (0.75, 0.75, 2.5)
+
+
+def test_the_axes_stay_those_of_the_file(tmp_path):
+    values = np.zeros(SHAPE, np.int16)
+    values[1, 2, 3] = 7
+    assert np.argwhere(read_image(save(tmp_path / "a.nii", values)).array).tolist() == [[1, 2, 3]]
+
+
+def test_slope_and_intercept_are_applied(tmp_path):
+    image = nib.Nifti1Image(image_array(), AFFINE)
+    path = save_as(tmp_path / "a.nii", image)
+    content = bytearray(path.read_bytes())
+    content[112:120] = np.array([0.5, -10], "<f4").tobytes()  # scl_slope, scl_inter
+    path.write_bytes(content)
+    volume = read_image(path)
+    assert volume.array.dtype == np.float32
+    np.testing.assert_array_equal(volume.array, image_array() * 0.5 - 10)  # exact: halves of small whole numbers
+
+
+def test_nifti_2_is_read(tmp_path):
+    volume = read_image(save(tmp_path / "a.nii.gz", image_array(), image_class=nib.Nifti2Image))
+    np.testing.assert_array_equal(volume.array, image_array())
+
+
+@pytest.mark.parametrize("dtype", ["uint8", "int16", "float32", "float64", ">i2"])
+def test_masks_come_as_int32_whatever_their_type(tmp_path, dtype):
+    mask = read_mask(save(tmp_path / "m.nii.gz", mask_array(value=2).astype(dtype)))
+    assert mask.array.dtype == np.int32
+    np.testing.assert_array_equal(mask.array, mask_array(value=2))
+
+
+def test_an_empty_mask_is_a_mask(tmp_path):
+    assert not read_mask(save(tmp_path / "m.nii.gz", np.zeros(SHAPE, np.uint8))).array.any()
+
+
+def broken_voxel(value):
+    array = image_array().astype(np.float32)
+    array[1, 2, 3] = value
+    return array
+
+
+def not_gzip(path):
+    path.write_bytes(b"this is no scan " * 40)
+    return path
+
+
+def rgb(path):
+    colours = np.zeros(SHAPE, np.dtype([("R", "u1"), ("G", "u1"), ("B", "u1")]))
+    return save_as(path, nib.Nifti1Image(colours, AFFINE))
+
+
+BAD_FILES = {
+    "4d.nii.gz": (lambda p: save(p, np.ones((4, 4, 4, 2), np.int16)), r"4D with shape \(4, 4, 4, 2\).*one 3D volume"),
+    "4d_of_one.nii.gz": (lambda p: save(p, np.ones((4, 4, 4, 1), np.int16)), "4D with shape"),
+    "2d.nii.gz": (lambda p: save(p, np.ones((4, 5), np.int16)), r"2D with shape \(4, 5\)"),
+    "no_voxels.nii": (lambda p: save(p, np.ones((4, 0, 4), np.int16)), "no voxels"),
+    "nan.nii.gz": (lambda p: save(p, broken_voxel(np.nan)), "1 of 896 voxels are NaN or infinite"),
+    "inf.nii.gz": (lambda p: save(p, broken_voxel(-np.inf)), "1 of 896 voxels are NaN or infinite"),
+    "too_large_for_float32.nii": (lambda p: save(p, broken_voxel(1).astype("f8") * 1e300), "NaN or infinite"),
+    "cut.nii.gz": (lambda p: truncate(save(p, image_array())), "truncated or damaged"),
+    "cut_in_header.nii.gz": (lambda p: truncate(save(p, image_array()), 0.02), "truncated or damaged|not a NIfTI"),
+    "cut.nii": (lambda p: truncate(save(p, image_array())), "truncated or damaged"),
+    "cut_in_header.nii": (lambda p: truncate(save(p, image_array()), 0.1), "truncated or damaged|not a NIfTI"),
+    "empty.nii": (lambda p: p.write_bytes(b""), "not a NIfTI"),
+    "text.nii": (not_gzip, "not a NIfTI"),
+    "text.nii.gz": (not_gzip, "not a NIfTI"),
+    "other_format.mgz": (lambda p: save_as(p, nib.MGHImage(image_array(), AFFINE)), "not a NIfTI.*MGHImage"),
+    "zero_spacing.nii": (lambda p: save_raw_spacing(p, (0.75, 0, 2.5)), r"voxel spacing \[0.75, 0.0, 2.5\]"),
+    "nan_spacing.nii": (lambda p: save_raw_spacing(p, (0.75, np.nan, 2.5)), "voxel spacing"),
+    "singular.nii.gz": (save_singular, "affine is singular"),
+    "complex.nii": (lambda p: save(p, image_array().astype(np.complex64)), "complex64 are not grey values"),
+    "colours.nii": (rgb, "not grey values"),
+    "missing.nii.gz": (lambda p: None, "no such file"),
+    "folder.nii.gz": (lambda p: p.mkdir(), "no such file"),
+}
+
+
+@pytest.mark.parametrize("name", BAD_FILES)
+@pytest.mark.parametrize("read", [read_image, read_mask])
+@pytest.mark.filterwarnings("error")  # a warning would be a second line on the terminal
+def test_a_file_that_cannot_be_used_is_refused_by_name(tmp_path, name, read):
+    make, message = BAD_FILES[name]
+    make(tmp_path / name)
+    with pytest.raises(InputError, match=f"^{tmp_path / name}: .*{message}") as raised:
+        read(tmp_path / name)
+    assert "\n" not in str(raised.value)
+
+
+def test_damaged_compressed_data_is_refused(tmp_path):
+    """A flipped byte that still decompresses shows only in gzip's checksum."""
+    path = save(tmp_path / "a.nii.gz", image_array(shape=(24, 24, 8)))
+    intact = path.read_bytes()
+    for place in range(800, len(intact) - 100, 97):
+        path.write_bytes(intact[:place] + bytes([intact[place] ^ 1]) + intact[place + 1 :])
+        with pytest.raises(InputError, match="truncated or damaged"):
+            read_image(path)
+
+
+@pytest.mark.parametrize("value", [0, 7])
+def test_a_constant_image_is_refused_and_a_constant_mask_is_not(tmp_path, value):
+    path = save(tmp_path / "a.nii.gz", np.full(SHAPE, value, np.int16))
+    with pytest.raises(InputError, match=f"^{path}: every voxel is {value};"):
+        read_image(path)
+    assert (read_mask(path).array == value).all()
+
+
+def test_a_mask_holds_whole_numbers(tmp_path):
+    path = save(tmp_path / "m.nii.gz", mask_array().astype(np.float32) / 2)
+    with pytest.raises(InputError, match=rf"^{path}: has values that are not whole numbers"):
+        read_mask(path)
+
+
+@pytest.mark.parametrize(("value", "dtype"), [(1e12, "f4"), (-1e12, "f4"), (4e9, "u4"), (2**40, "i8")])
+@pytest.mark.filterwarnings("error")
+def test_a_mask_value_beyond_32_bits_is_refused_not_wrapped(tmp_path, value, dtype):
+    path = save(tmp_path / "m.nii", mask_array().astype(dtype) * np.dtype(dtype).type(value))
+    with pytest.raises(InputError, match=f"^{path}: has values"):
+        read_mask(path)
+
+
+# --- one grid or two -------------------------------------------------------------------------------------------------
+
+
+def volume(affine, shape=(3, 5, 7), name="a.nii"):
+    return Volume(name, np.zeros(shape, np.int16), affine, None)
+
+
+@pytest.mark.parametrize(("shift", "same"), [(0.099, True), (0.101, False)])
+@pytest.mark.parametrize("axis", [0, 1, 2])
+def test_grids_may_differ_by_a_tenth_of_the_smallest_voxel_side(shift, same, axis):
+    affine = np.diag([1.0, 2.0, 3.0, 1.0])
+    moved = affine.copy()
+    moved[axis, 3] = shift
+    assert same_grid(volume(affine), volume(moved)) is same
+    assert same_grid(volume(moved), volume(affine)) is same
+
+
+def test_the_far_corner_counts_too():
+    affine = np.diag([1.0, 1.0, 1.0, 1.0])
+    stretched = np.diag([1.0, 1.0, 1.016, 1.0])  # the last of 7 voxels lies 0.096 off
+    further = np.diag([1.0, 1.0, 1.017, 1.0])  # 0.102
+    assert same_grid(volume(affine), volume(stretched))
+    assert not same_grid(volume(affine), volume(further))
+
+
+def test_a_mask_on_another_grid_is_refused_with_the_difference():
+    with pytest.raises(InputError, match=r"^m: not on the grid of i \(shape \(3, 5, 7\) against \(3, 5, 6\)\)"):
+        require_same_grid(volume(AFFINE, name="m"), volume(AFFINE, (3, 5, 6), "i"))
+    with pytest.raises(InputError, match=r"^m: not on the grid of i \(same shape, but another affine\)"):
+        require_same_grid(volume(AFFINE, name="m"), volume(np.eye(4), name="i"))
+    require_same_grid(volume(AFFINE), volume(AFFINE))
+
+
+# --- slices ----------------------------------------------------------------------------------------------------------
+
+ORIENTATIONS = [
+    [[axis, sign] for axis, sign in zip(order, signs, strict=True)]
+    for order in itertools.permutations(range(3))
+    for signs in itertools.product((1, -1), repeat=3)
+]
+
+
+def oblique(spacing=(0.7, 0.8, 2.5)):
+    """Axes turned by about 20 degrees about each direction in turn, so that none lies along a world axis."""
+    turn = np.eye(3)
+    for i, j in ((0, 1), (1, 2), (2, 0)):
+        single = np.eye(3)
+        single[[i, i, j, j], [i, j, i, j]] = np.cos(0.35), -np.sin(0.35), np.sin(0.35), np.cos(0.35)
+        turn = single @ turn
+    return nib.affines.from_matvec(turn @ np.diag(spacing), (-40, 30, 7))
+
+
+@pytest.mark.parametrize("affine", [np.diag([0.7, 0.8, 2.5, 1]), oblique()], ids=["straight", "oblique"])
+@pytest.mark.parametrize("orientation", ORIENTATIONS, ids=str)
+def test_slices_do_not_depend_on_the_stored_orientation(orientation, affine):
+    scan = np.arange(3 * 4 * 5).reshape(3, 4, 5)
+    expected = to_slices(scan, slice_geometry(affine))
+    stored = nib.Nifti1Image(scan.astype(np.int32), affine).as_reoriented(np.array(orientation))
+    geometry = slice_geometry(stored.affine)
+    array = np.asarray(stored.dataobj)
+    slices = to_slices(array, geometry)
+    np.testing.assert_array_equal(slices, expected)
+    assert slices.shape == (5, 4, 3)
+    assert geometry.spacing == pytest.approx((2.5, 0.8, 0.7), rel=1e-12)
+    assert np.shares_memory(slices, array)
+
+    back = from_slices(slices, geometry)
+    np.testing.assert_array_equal(back, array)
+    assert np.shares_memory(back, array)
+    with_classes = np.stack([slices, slices + 100], axis=-1)
+    np.testing.assert_array_equal(from_slices(with_classes, geometry), np.stack([array, array + 100], axis=-1))
+
+
+def test_all_orientations_are_tried():
+    assert len({str(orientation) for orientation in ORIENTATIONS}) == 48
+
+
+@pytest.mark.parametrize(
+    ("spacing", "axis"),
+    [
+        ((2.5, 0.7, 0.7), "left-right"),
+        ((0.7, 2.5, 0.7), "anterior-posterior"),
+        ((0.7, 0.7, 2.5), "head-foot"),
+        ((1, 1, 1), "head-foot"),
+        ((1, 2.5, 2.5), "head-foot"),
+        ((2.5, 1, 2.5), "head-foot"),
+        ((1.0005, 1, 1), "head-foot"),  # the rounding of a header, no coarser
+        ((1.002, 1, 1), "left-right"),
+    ],
+)
+@pytest.mark.parametrize("turned", [False, True], ids=["straight", "oblique"])
+def test_slices_lie_along_the_coarsest_spacing_and_ties_go_to_head_foot(spacing, axis, turned):
+    affine = oblique(spacing) if turned else np.diag([*spacing, 1.0])
+    geometry = slice_geometry(affine)
+    assert geometry.axis == axis
+    along = {"left-right": 0, "anterior-posterior": 1, "head-foot": 2}[axis]
+    assert geometry.spacing[0] == pytest.approx(spacing[along], rel=1e-12)
+
+
+def test_an_oblique_axis_is_named_by_the_direction_it_comes_closest_to():
+    """Slices tilted 30 degrees off the axial plane are head-foot slices, tilted 60 degrees anterior-posterior ones."""
+    for degrees, axis in ((30, "head-foot"), (60, "anterior-posterior")):
+        c, s = np.cos(np.radians(degrees)), np.sin(np.radians(degrees))
+        tilt = np.array([[1, 0, 0], [0, c, -s], [0, s, c]])
+        assert slice_geometry(nib.affines.from_matvec(tilt @ np.diag([1, 1, 3]), (0, 0, 0))).axis == axis
+
+
+@pytest.mark.parametrize(
+    ("spacing", "shape", "first", "last"),
+    [  # slice, row, column of the corner that lies right, anterior, superior; and of left, posterior, inferior
+        ((1, 1, 2), (3, 4, 5), (0, 0, 0), (4, 3, 2)),  # axial: rows to posterior, columns to the patient's left
+        ((1, 2, 1), (3, 4, 5), (0, 0, 0), (3, 4, 2)),  # coronal: rows to the feet, columns to the patient's left
+        ((2, 1, 1), (3, 4, 5), (0, 0, 0), (2, 4, 3)),  # sagittal: rows to the feet, columns to posterior
+    ],
+)
+def test_slices_are_seen_as_radiologists_see_them(spacing, shape, first, last):
+    affine = np.diag([*spacing, 1.0])  # RAS+: the last voxel of each axis lies right, anterior, superior
+    scan = np.zeros(shape, int)
+    scan[-1, -1, -1] = 1
+    scan[0, 0, 0] = 2
+    slices = to_slices(scan, slice_geometry(affine))
+    assert tuple(np.argwhere(slices == 1)[0]) == first
+    assert tuple(np.argwhere(slices == 2)[0]) == last
+
+
+# --- writing ---------------------------------------------------------------------------------------------------------
+
+GEOMETRY = (
+    "qform_code", "sform_code", "quatern_b", "quatern_c", "quatern_d", "qoffset_x", "qoffset_y", "qoffset_z",
+    "srow_x", "srow_y", "srow_z", "xyzt_units",
+)  # fmt: skip
+
+
+def scan_with_codes(path, qform_code, sform_code, image_class=nib.Nifti1Image, endianness="<"):
+    """An oblique scan with its own codes, units and description, and qform and sform a little apart."""
+    header = image_class.header_class(endianness=endianness)
+    header.set_data_dtype(np.dtype(np.int16).newbyteorder(endianness))
+    image = image_class(image_array(), None, header)
+    turned = oblique()
+    image.header.set_qform(turned, code=qform_code)
+    turned[:3, 3] += 0.01
+    image.header.set_sform(turned, code=sform_code)
+    image.header.set_xyzt_units("mm", "sec")
+    image.header["cal_max"], image.header["descrip"] = 500, b"LGE"
+    return save_as(path, image_class(image_array(), None, image.header))
+
+
+@pytest.mark.parametrize("codes", [(1, 1), (1, 2), (0, 1), (2, 0), (0, 0)], ids=str)
+@pytest.mark.parametrize("image_class", [nib.Nifti1Image, nib.Nifti2Image])
+@pytest.mark.parametrize("endianness", "<>")
+@pytest.mark.parametrize("name", ["m.nii", "m.nii.gz"])
+def test_a_written_mask_keeps_the_geometry_of_its_scan_exactly(tmp_path, codes, image_class, endianness, name):
+    scan = read_image(scan_with_codes(tmp_path / "scan.nii.gz", *codes, image_class, endianness))
+    write_volume(tmp_path / "new" / name, mask_array(), scan)
+    source, written = nib.load(tmp_path / "scan.nii.gz"), nib.load(tmp_path / "new" / name)
+    assert type(written) is type(source)
+    np.testing.assert_array_equal(np.asarray(written.dataobj), mask_array())
+    assert written.get_data_dtype() == np.uint8
+    np.testing.assert_array_equal(written.affine, source.affine)
+    for key in GEOMETRY:
+        np.testing.assert_array_equal(written.header[key], source.header[key], err_msg=key)
+    np.testing.assert_array_equal(written.header["pixdim"][:4], source.header["pixdim"][:4])
+    assert written.header.get_zooms() == source.header.get_zooms()
+    assert bytes(written.header["descrip"]) == bytes(source.header["descrip"])
+    assert written.header["cal_max"] == 0  # a viewer's window for grey values would hide a mask
+    assert [path.name for path in (tmp_path / "new").iterdir()] == [name]
+
+
+@pytest.mark.parametrize("classes", [(), (3,)], ids=["3D", "4D"])
+def test_probabilities_are_written_as_they_are(tmp_path, classes):
+    scan = read_image(scan_with_codes(tmp_path / "scan.nii.gz", 1, 1))
+    values = np.random.default_rng(0).random((*SHAPE, *classes), np.float32)
+    write_volume(tmp_path / "p.nii.gz", values, scan)
+    written = nib.load(tmp_path / "p.nii.gz")
+    np.testing.assert_array_equal(np.asarray(written.dataobj), values)
+    assert written.get_data_dtype() == np.float32
+    np.testing.assert_array_equal(written.affine, scan.affine)
+    np.testing.assert_array_equal(written.header["pixdim"][:4], scan.header["pixdim"][:4])
+
+
+def test_a_scaled_scan_does_not_scale_its_mask(tmp_path):
+    path = save(tmp_path / "scan.nii", image_array())
+    content = bytearray(path.read_bytes())
+    content[112:120] = np.array([0.5, -10], "<f4").tobytes()
+    path.write_bytes(content)
+    write_volume(tmp_path / "m.nii.gz", mask_array(), read_image(path))
+    np.testing.assert_array_equal(np.asarray(nib.load(tmp_path / "m.nii.gz").dataobj), mask_array())
+
+
+def test_a_written_mask_replaces_an_older_one(tmp_path):
+    scan = read_image(save(tmp_path / "scan.nii", image_array()))
+    for value in (1, 3):
+        write_volume(tmp_path / "m.nii.gz", mask_array(value=value), scan)
+    assert read_mask(tmp_path / "m.nii.gz").array.max() == 3
+
+
+def test_a_folder_that_cannot_be_written_is_named_and_left_as_it_was(tmp_path):
+    scan = read_image(save(tmp_path / "scan.nii", image_array()))
+    (tmp_path / "file").write_text("in the way")
+    (tmp_path / "m.nii.gz").mkdir()
+    for path in (tmp_path / "file" / "m.nii.gz", tmp_path / "file" / "deeper" / "m.nii.gz", tmp_path / "m.nii.gz"):
+        with pytest.raises(InputError, match=f"^{path}: cannot be written"):
+            write_volume(path, mask_array(), scan)
+    assert sorted(path.name for path in tmp_path.rglob("*")) == ["file", "m.nii.gz", "scan.nii"]
+    assert (tmp_path / "file").read_text() == "in the way"

@@ -1,0 +1,198 @@
+"""The main job end to end, as a user runs it."""
+
+import csv
+import json
+
+import jax
+import nibabel as nib
+import numpy as np
+import pytest
+
+import jaxla
+from tests.conftest import run_command
+
+
+def read_json(path):
+    return json.loads(path.read_text())
+
+
+def test_run_folder_holds_what_the_readme_promises(small_run):
+    for name in (
+        "experiment.json", "split.json", "metrics.jsonl", "progress.png", "train.log", "checkpoints/best",
+        "checkpoints/latest", "test/cases.csv", "test/slices.csv", "test/summary.json", "test/overlays.png",
+    ):  # fmt: skip
+        assert (small_run / name).exists(), name
+
+
+def test_record_says_what_was_run(small_run):
+    record = read_json(small_run / "experiment.json")
+    assert record["experiment"]["seed"] == 1
+    assert record["experiment"]["preprocessing"]["image_size"] == 48
+    assert record["experiment"]["training"]["epochs"] == 3
+    assert record["weights"] == "random"
+    assert record["environment"]["versions"]["jax"] == jax.__version__
+    assert len(record["split_sha256"]) == 64
+
+
+def test_log_tells_of_random_weights_and_of_what_masks_mean(small_run):
+    log = (small_run / "train.log").read_text()
+    assert "random weights, not pretrained" in log
+    assert "LA: any non-zero value" in log
+
+
+def test_one_line_of_metrics_per_epoch(small_run):
+    lines = [json.loads(line) for line in (small_run / "metrics.jsonl").read_text().splitlines()]
+    assert [line["epoch"] for line in lines] == [1, 2, 3]
+    keys = {"epoch", "train_loss", "val_loss", "val_dice", "val_iou", "seconds", "slices_per_second"}
+    assert all(set(line) == keys for line in lines)
+    assert lines[-1]["train_loss"] < lines[0]["train_loss"]
+
+
+def test_split_covers_every_patient_once(small_run):
+    split = read_json(small_run / "split.json")
+    named = split["train"] + split["val"] + split["test"]
+    assert sorted(named) == [f"train_{n}" for n in range(1, 7)]
+    assert all(split.values())
+
+
+def test_summary_is_the_mean_of_the_cases_and_stands_beside_the_atlas(small_run):
+    summary = read_json(small_run / "test" / "summary.json")
+    with (small_run / "test" / "cases.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert {row["case"] for row in rows} == set(read_json(small_run / "split.json")["test"])
+    assert summary["dice"]["mean"] == pytest.approx(np.mean([float(row["dice"]) for row in rows]), abs=1e-12)
+    assert (summary["dice"]["n"], summary["dice"]["unit"]) == (len(rows), "volume")
+    assert summary["slice"]["dice"]["unit"] == "slice"
+    of_atlas = np.mean([float(row["atlas_dice"]) for row in rows])
+    assert summary["atlas"]["dice"]["mean"] == pytest.approx(of_atlas, abs=1e-12)
+
+
+def test_last_line_names_dice_iou_and_folder(small_run):
+    summary = read_json(small_run / "test" / "summary.json")
+    last = (small_run / "stdout.txt").read_text().splitlines()[-1]
+    assert f"Dice {summary['dice']['mean']:.3f}, IoU {summary['iou']['mean']:.3f}" in last
+    assert str(small_run) in last
+
+
+def test_predictions_lie_on_the_scans_own_grid_and_give_the_reported_dice(small_run, phantoms):
+    with (small_run / "test" / "cases.csv").open() as file:
+        reported = {row["case"]: float(row["dice"]) for row in csv.DictReader(file)}
+    for path in (small_run / "test" / "predictions").iterdir():
+        case = path.name.removesuffix(".nii.gz")
+        scan = nib.load(phantoms / "task2" / "train_data" / case / "enhanced.nii.gz")
+        mask = nib.load(path)
+        assert mask.shape == scan.shape
+        assert np.array_equal(mask.affine, scan.affine)
+        assert mask.header.get_zooms() == scan.header.get_zooms()
+        for key in ("qform_code", "sform_code", "xyzt_units"):
+            assert mask.header[key] == scan.header[key]
+        reference = nib.load(phantoms / "task2" / "train_data" / case / "atriumSegImgMO.nii.gz").get_fdata() > 0
+        predicted = mask.get_fdata() > 0
+        dice = 2 * (reference & predicted).sum() / max(1, reference.sum() + predicted.sum())
+        assert dice == pytest.approx(reported[case], abs=1e-12)
+
+
+def test_atlas_and_threshold_are_no_competitors_to_learn_from(small_run):
+    # the atlas of so few patients must stay a floor; see also the phantoms' own tests
+    assert read_json(small_run / "test" / "summary.json")["atlas"]["dice"]["mean"] < 0.6
+
+
+def test_same_seed_gives_the_same_masks_and_parameters(small_run, phantoms, tmp_path):
+    again = tmp_path / "again"
+    run_command(
+        "jaxla.train", "--exp=quickstart", f"--data.root={phantoms}", f"--run-dir={again}",
+        f"--cache-dir={tmp_path / 'cache'}", "--preprocessing.image_size=48", "--training.epochs=3", "--seed=1",
+    )  # fmt: skip
+
+    def of(run):
+        network = jaxla.load_network(run)
+        return [np.asarray(leaf) for leaf in jax.tree.leaves(jaxla_state(network))]
+
+    assert all(np.array_equal(a, b) for a, b in zip(of(small_run), of(again), strict=True))
+    for path in (small_run / "test" / "predictions").iterdir():
+        other = nib.load(again / "test" / "predictions" / path.name)
+        assert np.array_equal(nib.load(path).get_fdata(), other.get_fdata())
+
+
+def jaxla_state(network):
+    from flax import nnx
+
+    return nnx.state(network)
+
+
+def test_a_second_run_in_the_same_folder_is_refused_and_the_first_kept(small_run, phantoms):
+    before = (small_run / "experiment.json").read_bytes()
+    done = run_command(
+        "jaxla.train", "--exp=quickstart", f"--data.root={phantoms}", f"--run-dir={small_run}", check=False
+    )
+    assert done.returncode == 2
+    assert done.stderr.startswith("error:")
+    assert str(small_run) in done.stderr
+    assert (small_run / "experiment.json").read_bytes() == before
+
+
+def test_a_loaded_network_takes_images_and_gives_logits(small_run):
+    network = jaxla.load_network(small_run)
+    logits = network(np.zeros((2, 48, 64, 1), np.float32))
+    assert logits.shape == (2, 48, 64, 1)
+    assert np.isfinite(np.asarray(logits)).all()
+
+
+def test_a_frozen_pretrained_backbone_is_used_and_its_file_must_stay(phantoms, tmp_path):
+    """Paper 1's method on synthetic weights: converted, trained upon, loaded again, and refused once changed."""
+    import torch
+
+    from tests.golden.fake_weights import fake_state_dict
+    from tests.parity.test_dinov2 import GOLDEN
+
+    shapes = read_json(GOLDEN / "dinov2_vits14.shapes.json")
+    state = {name: torch.from_numpy(value) for name, value in fake_state_dict(shapes).items()}
+    torch.save(state, tmp_path / "vits14.pth")
+    weights = tmp_path / "cache" / "weights" / "dinov2_vits14.safetensors"
+    run_command("convert_weights", "--arch=dinov2_vits14", f"--source={tmp_path / 'vits14.pth'}", f"--output={weights}")
+
+    run = tmp_path / "run"
+    run_command(
+        "jaxla.train", "--exp=fewshot_1patient", "--method=dinov2_vits14", f"--data.root={phantoms}",
+        f"--run-dir={run}", f"--cache-dir={tmp_path / 'cache'}", "--preprocessing.image_size=56",
+        "--training.epochs=1", "--training.batch_size=8", "--model.decoder_widths=[16,8]",
+    )  # fmt: skip
+    assert len(read_json(run / "split.json")["train"]) == 1
+    record = read_json(run / "experiment.json")
+    assert record["weights"] == str(weights)
+    loaded = jaxla.load_network(run).backbone
+    original = jaxla.load_backbone(weights)
+    assert np.array_equal(loaded.blocks.mlp.expand.kernel[...], original.blocks.mlp.expand.kernel[...])
+
+    weights.write_bytes(weights.read_bytes()[:-4] + b"\0\0\0\0")
+    with pytest.raises(jaxla.InputError, match="has changed"):
+        jaxla.load_network(run)
+
+
+def test_real_scans_of_several_classes(hippocampus, tmp_path):
+    """One epoch on eight real patients: three classes from dataset.json, and masks with the data set's own values."""
+    run = tmp_path / "run"
+    run_command(
+        "jaxla.train", "--exp=quickstart", f"--data.root={hippocampus}", f"--run-dir={run}",
+        f"--cache-dir={tmp_path / 'cache'}", "--data.train_patients=8", "--training.epochs=4",
+        "--preprocessing.image_size=64",
+    )  # fmt: skip
+    summary = read_json(run / "test" / "summary.json")
+    assert set(summary["classes"]) == {"Anterior", "Posterior"}
+    assert summary["dice"]["n"] == 12
+    values = [np.unique(nib.load(p).get_fdata()) for p in (run / "test" / "predictions").iterdir()]
+    assert set(np.concatenate(values)) <= {0, 1, 2}
+
+    # a reoriented copy of a scan gets the same mask in the world
+    scan = nib.load(hippocampus / "imagesTr" / "hippocampus_064.nii.gz")
+    turned = scan.as_reoriented(np.array([[2, -1], [0, 1], [1, -1]]))
+    (tmp_path / "scans").mkdir()
+    nib.save(scan, tmp_path / "scans" / "scan.nii.gz")
+    nib.save(turned, tmp_path / "scans" / "turned.nii.gz")
+    run_command("jaxla.predict", f"--run={run}", f"--input={tmp_path / 'scans'}", f"--output={tmp_path / 'masks'}")
+    mask, mask_turned = (
+        nib.as_closest_canonical(nib.load(tmp_path / "masks" / name)) for name in ("scan.nii.gz", "turned.nii.gz")
+    )
+    assert mask.get_fdata().any()
+    assert np.array_equal(mask.get_fdata(), mask_turned.get_fdata())
+    np.testing.assert_allclose(mask.affine, mask_turned.affine, atol=1e-6)

@@ -1,0 +1,36 @@
+"""A transformer small enough to run in milliseconds, and parameters that hide nothing."""
+
+import numpy as np
+from flax import nnx
+
+from jaxla.models.dinov2 import Variant, VisionTransformer
+
+TINY = Variant(width=32, depth=3, heads=2, patch=8, grid=4, licence="")
+
+
+def tiny_backbone(seed=0, variant=TINY, **options):
+    return randomise(VisionTransformer(variant, rngs=nnx.Rngs(seed), **options), seed)
+
+
+def randomise(module, seed=0):
+    """Every parameter and statistic drawn anew: no scale is 1 and no bias 0, so that none can be left out unseen."""
+    rng = np.random.default_rng(seed)
+    for path, variable in nnx.to_flat_state(nnx.state(module)):
+        draw = rng.standard_normal(variable.shape, dtype=np.float32)
+        match path[-1]:
+            case "kernel":
+                draw /= np.sqrt(np.prod(variable.shape[-2:-1] if path[0] == "blocks" else variable.shape[:-1]))
+            case "scale" | "gamma":
+                draw = 1 + 0.2 * draw
+            case "var":
+                draw = 0.5 + np.abs(draw)
+            case _:
+                draw *= 0.3
+        variable.set_value(draw.astype(np.float32))
+    return module
+
+
+def flat_arrays(module, kind=nnx.Param):
+    """Name -> array of every variable of a kind."""
+    state = nnx.to_flat_state(nnx.state(module, kind))
+    return {".".join(map(str, path)): np.asarray(variable.get_value()) for path, variable in state}
