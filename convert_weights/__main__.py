@@ -4,16 +4,13 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from jsonargparse import ArgumentParser
-
-from jaxla.config import InputError, lookup, parse_arguments, run_command
+from jaxla.config import InputError, command_parser, lookup, parse_arguments, run_command
 
 
 def main(arguments: list[str]) -> None:
-    parser = ArgumentParser(
-        prog="python -m convert_weights",
-        description="Convert a released PyTorch checkpoint; the result knows its architecture, source and licence.",
-        exit_on_error=False,
+    parser = command_parser(
+        "convert_weights",
+        "Convert a released PyTorch checkpoint; the result knows its architecture, source and licence.",
     )
     parser.add_argument("--arch", type=str, required=True, help="architecture, or `list`")
     parser.add_argument("--source", type=str, help="the released .pth file")

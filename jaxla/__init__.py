@@ -40,7 +40,9 @@ def load_backbone(path: str | Path, dtype: jnp.dtype | None = None) -> VisionTra
     return weights.load_backbone(path, dtype)
 
 
-def build_network(name: str, classes: int = 1, seed: int = 0, weights: str | Path | None = None) -> nnx.Module:
+def build_network(
+    name: str, classes: int = 1, seed: int = 0, weights: str | Path | None = None, plan: object = None
+) -> nnx.Module:
     """The untrained network of a method, in evaluation mode: images [B, H, W, C] -> logits [B, H, W, K].
 
     Transformer methods take C = 1 (grey values in 0..1) or C = 3 (ImageNet-normalised).
@@ -51,6 +53,7 @@ def build_network(name: str, classes: int = 1, seed: int = 0, weights: str | Pat
         seed: of the parameters that start from random values.
         weights: of the backbone: a converted file, "random", or None for what the method says (for released backbones
             the file in the cache folder).
+        plan: for methods that plan their network from the data; none of the present ones does.
 
     Raises:
         InputError: an unknown method, or weights that are missing or do not fit.
@@ -62,6 +65,8 @@ def build_network(name: str, classes: int = 1, seed: int = 0, weights: str | Pat
     from jaxla.models import network
 
     model = lookup("method", name, METHODS).model
+    if plan is not None:
+        raise InputError(f"plan: {name} takes none; its network is the same for all data")
     if weights is not None:
         model = replace(model, weights=str(weights))
     return network.build_network(model, classes, seed)

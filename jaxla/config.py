@@ -9,7 +9,10 @@ import sys
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
+
+if TYPE_CHECKING:
+    from jsonargparse import ArgumentParser, Namespace
 
 T = TypeVar("T")
 
@@ -171,12 +174,21 @@ def default_cache_dir() -> Path:
     return Path(platformdirs.user_cache_dir("jaxla"))
 
 
-def parse_arguments(parser: Any, arguments: list[str]) -> Any:
-    """`parser.parse_args`, with every mistake an InputError of one line that names the option.
+def command_parser(module: str, description: str) -> ArgumentParser:
+    """The parser of a command; its options are taken as spelt, never completed."""
+    from jsonargparse import ArgumentParser
 
-    Args:
-        parser: a jsonargparse.ArgumentParser made with `exit_on_error=False`.
-    """
+    return ArgumentParser(
+        prog=f"python -m {module}",
+        usage=f"python -m {module} --option=value ...",
+        description=description,
+        exit_on_error=False,
+        allow_abbrev=False,
+    )
+
+
+def parse_arguments(parser: ArgumentParser, arguments: list[str]) -> Namespace:
+    """`parser.parse_args`, with every mistake an InputError of one line that names the option."""
     from jsonargparse import ArgumentError
 
     try:
@@ -188,13 +200,16 @@ def parse_arguments(parser: Any, arguments: list[str]) -> Any:
         option = unrecognised[1].split("=")[0].split(" ")[0]
         raise InputError(f"option {option} is unknown{nearest(option, known)} --help lists them all")
     if wrong := re.match(r'Parser key "(.*?)": Expected an? (.*)\. Got value: (.*)', message):
-        expected = re.sub(r"<class '(.*?)'>|typing\.Literal", r"\1", wrong[2])
+        expected = re.sub(r"<class '(.*?)'>", r"\1", wrong[2]).replace("typing.Literal", "one of ")
         raise InputError(f"option --{wrong[1]} expects {expected}, got {wrong[3]!r}")
-    raise InputError(f"{message} (--help lists the options)")
+    if lacking := re.match(r"the following arguments are required: (.*)", message):
+        options = ", ".join(f"--{name}" for name in lacking[1].split(", "))
+        raise InputError(f"required and not given: {options}; --help describes them")
+    raise InputError(f"{message}; --help lists all options")
 
 
 def run_command(main: Callable[[list[str]], None]) -> None:
-    """Run a command's `main` and leave the process: 0 on success, 2 with one line on bad input, 1 on anything else."""
+    """Run a command's `main` and leave the process: 0 on success, 2 with one line on bad input, 1 otherwise."""
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stdout)
     logging.getLogger("jaxla").setLevel(logging.INFO)
     try:
@@ -204,5 +219,5 @@ def run_command(main: Callable[[list[str]], None]) -> None:
         sys.exit(2)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
-        sys.exit(130)
+        sys.exit(1)
     sys.exit(0)

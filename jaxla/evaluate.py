@@ -12,7 +12,7 @@ import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from jaxla.config import InputError, parse_arguments, run_command
+from jaxla.config import InputError, command_parser, parse_arguments, run_command
 
 if TYPE_CHECKING:
     import numpy as np
@@ -32,13 +32,10 @@ def main(arguments: list[str]) -> None:
         InputError: a file without its partner, on another grid, unreadable or with a value that no class has; an output
             that exists; options that contradict each other.
     """
-    from jsonargparse import ArgumentParser
 
     from jaxla.evaluation.summary import summarise, summary_table
 
-    parser = ArgumentParser(
-        prog="python -m jaxla.evaluate", description="Score predicted masks against references.", exit_on_error=False
-    )
+    parser = command_parser("jaxla.evaluate", "Score predicted masks against references.")
     parser.add_argument("--predictions", type=str, required=True, help="folder of predicted masks, <case>.nii.gz")
     parser.add_argument(
         "--references", type=str, required=True, help="folder of masks of the same names, or a data set"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from jaxla.config import parse_arguments, run_command
+from jaxla.config import command_parser, parse_arguments, run_command
 
 
 def main(arguments: list[str]) -> None:
@@ -11,15 +11,12 @@ def main(arguments: list[str]) -> None:
     from pathlib import Path
     from typing import Literal
 
-    from jsonargparse import ArgumentParser
     from tqdm import tqdm
 
     from jaxla.data.phantoms import write_phantoms
 
-    parser = ArgumentParser(
-        prog="python -m jaxla.phantom",
-        description="Write synthetic LGE-MRI with reference masks of the left atrium, laid out as LAScarQS 2022.",
-        exit_on_error=False,
+    parser = command_parser(
+        "jaxla.phantom", "Write synthetic LGE-MRI with reference masks of the left atrium, laid out as LAScarQS 2022."
     )
     parser.add_argument("--output", type=str, required=True, help="a new or empty folder")
     parser.add_argument("--cases", type=int, default=20, help="number of synthetic patients")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from pathlib import Path
 
-from jaxla.config import InputError, parse_arguments, run_command
+from jaxla.config import InputError, command_parser, parse_arguments, run_command
 
 log = logging.getLogger("jaxla.predict")
 
@@ -16,12 +16,10 @@ def main(arguments: list[str]) -> None:
     Raises:
         InputError: no run, no scan, an unreadable scan, or an output that exists or cannot be written.
     """
-    from jsonargparse import ArgumentParser
 
-    parser = ArgumentParser(
-        prog="python -m jaxla.predict",
-        description="Segment scans with a finished run; each mask has its scan's shape, affine and header geometry.",
-        exit_on_error=False,
+    parser = command_parser(
+        "jaxla.predict",
+        "Segment scans with a finished run; each mask has its scan's shape, affine and header geometry.",
     )
     parser.add_argument("--run", type=str, required=True, help="folder of a finished run")
     parser.add_argument("--input", type=str, required=True, help="a .nii or .nii.gz scan, or a folder of them")

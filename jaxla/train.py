@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from jaxla.config import (
     Experiment,
     InputError,
+    command_parser,
     default_cache_dir,
     lookup,
     parse_arguments,
@@ -63,7 +64,7 @@ def main(arguments: list[str]) -> None:
         weights = weights_file(experiment.model.arch, experiment.model.weights, cache_dir).absolute()
         experiment = replace(experiment, model=replace(experiment.model, weights=str(weights)))
     else:
-        log.info("the backbone %s starts from random weights, not pretrained ones", experiment.model.arch)
+        log.info("%s: no pretrained weights are used", describe_backbone(experiment))
 
     from jaxla.data.split import write_split
 
@@ -88,7 +89,7 @@ def main(arguments: list[str]) -> None:
     dice, iou, atlas = summary["dice"], summary["iou"], summary["atlas"]["dice"]
     log.info("finished in %.0f s", time.perf_counter() - began)
     print(
-        f"test Dice {dice['mean']:.3f}, IoU {iou['mean']:.3f} (mean per volume over {dice['n']} patients; "
+        f"{summary['backbone']}: test Dice {dice['mean']:.3f}, IoU {iou['mean']:.3f} (mean per volume over {dice['n']} patients; "
         f"the atlas, which never looks at the image: Dice {atlas['mean']:.3f}). Run folder: {run_dir}"
     )
 
@@ -102,8 +103,6 @@ def parse(arguments: list[str]) -> Options:
     Raises:
         InputError: an unknown experiment, method or option, or a value of the wrong kind.
     """
-    from jsonargparse import ArgumentParser
-
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
     first.add_argument("--exp")
     first.add_argument("--method")
@@ -121,10 +120,8 @@ def parse(arguments: list[str]) -> Options:
     if named.method is not None:
         experiment = with_method(experiment, lookup("method", named.method, METHODS))
 
-    parser = ArgumentParser(
-        prog=f"python -m jaxla.train --exp={experiment.name}",
-        description=f"{experiment.name}: {experiment.summary}; method {experiment.method}.",
-        exit_on_error=False,
+    parser = command_parser(
+        "jaxla.train", f"{experiment.name}: {experiment.summary}; method {experiment.method}. Options and their values:"
     )
     parser.add_argument("--exp", type=str, help="experiment, or `list`")
     parser.add_argument("--method", type=str, help="method in place of the experiment's own")
@@ -296,6 +293,7 @@ def test(volumes: Sequence[PreparedVolume], split: Split, run_dir: Path) -> dict
     summary["slice"] = summarise(slice_rows, "slice", "one", names)
     summary["atlas"] = summarise(atlas_rows, "volume", "one", names) | {"threshold": atlas.threshold}
     summary["best_epoch"] = trained.epoch
+    summary["backbone"] = describe_backbone(trained.record.experiment)
     write_cases(rows, run_dir / "test" / "cases.csv")
     write_cases(slice_rows, run_dir / "test" / "slices.csv")
     write_summary(summary, run_dir / "test" / "summary.json")
@@ -312,6 +310,12 @@ def test(volumes: Sequence[PreparedVolume], split: Split, run_dir: Path) -> dict
         panels.append(Panel(title, prepared.image, prediction, prepared.mask, prepared.spacing))
     draw_overlays(panels, run_dir / "test" / "overlays.png")
     return summary
+
+
+def describe_backbone(experiment: Experiment) -> str:
+    model = experiment.model
+    origin = "random weights" if model.weights == "random" else Path(model.weights).name
+    return f"{model.arch} ({origin}, {'frozen' if model.backbone == 'frozen' else 'trained'})"
 
 
 def _track(items: Iterable, label: str) -> Iterable:
