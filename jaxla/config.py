@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import difflib
 import logging
 import re
@@ -9,7 +10,7 @@ import sys
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeVar
 
 if TYPE_CHECKING:
     from jsonargparse import ArgumentParser, Namespace
@@ -206,6 +207,64 @@ def parse_arguments(parser: ArgumentParser, arguments: list[str]) -> Namespace:
         options = ", ".join(f"--{name}" for name in lacking[1].split(", "))
         raise InputError(f"required and not given: {options}; --help describes them")
     raise InputError(f"{message}; --help lists all options")
+
+
+class Options(NamedTuple):
+    """A resolved command line."""
+
+    experiment: Experiment
+    run_dir: Path | None
+    cache_dir: Path
+
+
+def parse_experiment(
+    module: str,
+    arguments: list[str],
+    experiments: Mapping[str, Experiment],
+    methods: Mapping[str, Method],
+    listing: str,
+) -> Options:
+    """The experiment that a command line names, with its method and options exchanged as it says.
+
+    Prints `listing` and leaves the process for `--exp=list`, and for `--help` without an experiment.
+
+    Raises:
+        InputError: an unknown experiment, method or option, or a value of the wrong kind.
+    """
+    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    first.add_argument("--exp")
+    first.add_argument("--method")
+    try:
+        named, _ = first.parse_known_args(arguments)
+    except argparse.ArgumentError as error:
+        raise InputError(str(error)) from error
+    if named.exp == "list" or (named.exp is None and {"-h", "--help"} & set(arguments)):
+        print(f"usage: python -m {module} --exp=NAME [--option=value ...]; --exp=NAME --help shows every option")
+        print(listing)
+        sys.exit(0)
+    if named.exp is None:
+        raise InputError(f"option --exp is required; --exp=list describes them: {', '.join(experiments)}")
+    experiment = lookup("experiment", named.exp, experiments)
+    if named.method is not None:
+        experiment = with_method(experiment, lookup("method", named.method, methods))
+
+    summary = f"{experiment.name}: {experiment.summary}; method {experiment.method}. Options and their values:"
+    parser = command_parser(module, summary)
+    parser.add_argument("--exp", type=str, help="experiment, or `list`")
+    parser.add_argument("--method", type=str, help="method in place of the experiment's own")
+    parser.add_argument("--run-dir", type=str, help="folder for the run (default: runs/<experiment>_<time>)")
+    parser.add_argument("--cache-dir", type=str, help="folder that runs share (default: the user's cache folder)")
+    fixed = {"name": experiment.name, "summary": experiment.summary, "method": experiment.method}
+    parser.add_class_arguments(Experiment, None, skip=set(fixed))
+    parser.set_defaults({key: value for key, value in asdict(experiment).items() if key not in fixed})
+    parsed = parser.instantiate(parse_arguments(parser, arguments))
+
+    values = {key: parsed[key] for key in ("seed", "data", "model", "preprocessing", "training")}
+    return Options(
+        experiment=Experiment(**fixed, **values),
+        run_dir=Path(parsed.run_dir) if parsed.run_dir else None,
+        cache_dir=Path(parsed.cache_dir) if parsed.cache_dir else default_cache_dir(),
+    )
 
 
 def run_command(main: Callable[[list[str]], None]) -> None:

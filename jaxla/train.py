@@ -2,26 +2,16 @@
 
 from __future__ import annotations
 
-import argparse
 import logging
 import logging.handlers
 import sys
 import time
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
-from jaxla.config import (
-    Experiment,
-    InputError,
-    command_parser,
-    default_cache_dir,
-    lookup,
-    parse_arguments,
-    run_command,
-    with_method,
-)
+from jaxla.config import Experiment, InputError, lookup, parse_experiment, run_command
 from jaxla.experiments import EXPERIMENTS, METHODS
 
 if TYPE_CHECKING:
@@ -32,24 +22,16 @@ if TYPE_CHECKING:
 log = logging.getLogger("jaxla.train")
 
 
-class Options(NamedTuple):
-    """A resolved command line."""
-
-    experiment: Experiment
-    run_dir: Path
-    cache_dir: Path
-
-
 def main(arguments: list[str]) -> None:
     """Train, test, report.
 
     Raises:
         InputError: anything wrong with the options, the data or the weights; all of it before training starts.
     """
-    if "--exp=list" in arguments or arguments[:2] == ["--exp", "list"]:
-        print(list_experiments())
-        return
-    experiment, run_dir, cache_dir = parse(arguments)
+    options = parse_experiment("jaxla.train", arguments, EXPERIMENTS, METHODS, list_experiments())
+    experiment, cache_dir = options.experiment, options.cache_dir
+    run_dir = options.run_dir or Path(f"runs/{experiment.name}_{time.strftime('%Y%m%d-%H%M%S')}")
+    check_options(experiment)
     began = time.perf_counter()
     early_lines = logging.handlers.MemoryHandler(capacity=1)  # holds the log until there is a folder for it
     logging.getLogger("jaxla").addHandler(early_lines)
@@ -89,55 +71,10 @@ def main(arguments: list[str]) -> None:
     dice, iou, atlas = summary["dice"], summary["iou"], summary["atlas"]["dice"]
     log.info("finished in %.0f s", time.perf_counter() - began)
     print(
-        f"{summary['backbone']}: test Dice {dice['mean']:.3f}, IoU {iou['mean']:.3f} (mean per volume over {dice['n']} patients; "
-        f"the atlas, which never looks at the image: Dice {atlas['mean']:.3f}). Run folder: {run_dir}"
+        f"{summary['backbone']}: test Dice {dice['mean']:.3f}, IoU {iou['mean']:.3f} "
+        f"(mean per volume over {dice['n']} patients; the atlas, which never looks at the image: "
+        f"Dice {atlas['mean']:.3f}). Run folder: {run_dir}"
     )
-
-
-# --- the command line ------------------------------------------------------------------------------------------------
-
-
-def parse(arguments: list[str]) -> Options:
-    """The experiment that a command line names, with its method and options exchanged as it says.
-
-    Raises:
-        InputError: an unknown experiment, method or option, or a value of the wrong kind.
-    """
-    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
-    first.add_argument("--exp")
-    first.add_argument("--method")
-    try:
-        named, _ = first.parse_known_args(arguments)
-    except argparse.ArgumentError as error:
-        raise InputError(str(error)) from error
-    if named.exp is None and {"-h", "--help"} & set(arguments):
-        print("usage: python -m jaxla.train --exp=NAME [--option=value ...]; --exp=NAME --help shows every option\n")
-        print(list_experiments())
-        sys.exit(0)
-    if named.exp is None:
-        raise InputError(f"option --exp is required; --exp=list describes them: {', '.join(EXPERIMENTS)}")
-    experiment = lookup("experiment", named.exp, EXPERIMENTS)
-    if named.method is not None:
-        experiment = with_method(experiment, lookup("method", named.method, METHODS))
-
-    parser = command_parser(
-        "jaxla.train", f"{experiment.name}: {experiment.summary}; method {experiment.method}. Options and their values:"
-    )
-    parser.add_argument("--exp", type=str, help="experiment, or `list`")
-    parser.add_argument("--method", type=str, help="method in place of the experiment's own")
-    parser.add_argument("--run-dir", type=str, help="folder for the run (default: runs/<experiment>_<time>)")
-    parser.add_argument("--cache-dir", type=str, help="folder that runs share (default: the user's cache folder)")
-    fixed = {"name": experiment.name, "summary": experiment.summary, "method": experiment.method}
-    parser.add_class_arguments(Experiment, None, skip=set(fixed))
-    parser.set_defaults({key: value for key, value in asdict(experiment).items() if key not in fixed})
-    parsed = parser.instantiate(parse_arguments(parser, arguments))
-
-    values = {key: parsed[key] for key in ("seed", "data", "model", "preprocessing", "training")}
-    run_dir = parsed.run_dir or f"runs/{experiment.name}_{time.strftime('%Y%m%d-%H%M%S')}"
-    cache_dir = Path(parsed.cache_dir) if parsed.cache_dir else default_cache_dir()
-    experiment = Experiment(**fixed, **values)
-    check_options(experiment)
-    return Options(experiment, Path(run_dir), cache_dir)
 
 
 def check_options(experiment: Experiment) -> None:
@@ -178,9 +115,6 @@ def list_experiments() -> str:
     lines += ["Methods (--method=NAME):"]
     lines += [f"  {m.name:20} {m.summary}" for m in METHODS.values()]
     return "\n".join(lines)
-
-
-# --- the run ---------------------------------------------------------------------------------------------------------
 
 
 def prepare_data(experiment: Experiment, cache_dir: Path) -> tuple[Dataset, list[PreparedVolume], Split]:

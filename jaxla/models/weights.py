@@ -75,53 +75,58 @@ def load_backbone(path: str | Path, dtype: jnp.dtype | None = None) -> VisionTra
     arch = read_metadata(path)["arch"]
     if arch not in VARIANTS:
         raise InputError(f"{path}: holds {arch!r}, an architecture unknown here{nearest(arch, VARIANTS)}")
-    dtype = dtype or compute_dtype()
-    return load_into(nnx.eval_shape(lambda: VisionTransformer(VARIANTS[arch], dtype=dtype, rngs=nnx.Rngs(0))), path)
+    return load_into(_abstract_backbone(arch, dtype or compute_dtype()), path, arch)
 
 
-def load_into(network: M, path: Path, arch: str = "") -> M:
+def load_into(network: M, path: Path, arch: str) -> M:
     """`network` (may be abstract, from `nnx.eval_shape`) with the parameters of a file, each accounted for.
 
-    Args:
-        arch: architecture that the file must hold.
-
     Raises:
-        InputError: another architecture, or parameters missing, extra or mis-shaped.
+        InputError: as `require_parameters`.
     """
-    metadata = read_metadata(path)
-    if arch and metadata["arch"] != arch:
-        raise InputError(f"{path}: holds {metadata['arch']}, not {arch}; {_how_to_convert(arch, path)}")
+    require_parameters(path, arch, parameter_shapes(network))
     graph, state = nnx.split(network)
-    expected = _flat(state)
     with safe_open(path, framework="numpy") as file:
-        names = set(file.keys())
-        if missing := sorted(set(expected) - names):
-            raise InputError(f"{path}: lacks {len(missing)} parameters of {metadata['arch']}, such as {missing[0]}")
-        if extra := sorted(names - set(expected)):
-            raise InputError(f"{path}: has {len(extra)} parameters that {metadata['arch']} lacks, such as {extra[0]}")
-        for name, variable in expected.items():
-            shape = tuple(file.get_slice(name).get_shape())
-            if shape != tuple(variable.shape):
-                raise InputError(f"{path}: {name} has shape {shape}, {metadata['arch']} needs {tuple(variable.shape)}")
+        for name, variable in _flat(state).items():
             variable.set_value(jnp.asarray(file.get_tensor(name), jnp.float32))
     return nnx.merge(graph, state)
 
 
+def require_parameters(path: Path, arch: str, shapes: Mapping[str, tuple[int, ...]]) -> None:
+    """Check that a file holds `arch` and just these parameters; reads its header alone.
+
+    Raises:
+        InputError: another architecture, or parameters missing, extra or mis-shaped.
+    """
+    holds = read_metadata(path)["arch"]
+    if holds != arch:
+        raise InputError(f"{path}: holds {holds}, not {arch}; {_how_to_convert(arch, path)}")
+    with safe_open(path, framework="numpy") as file:
+        held = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118  (not a dict)
+    if missing := sorted(set(shapes) - set(held)):
+        raise InputError(f"{path}: lacks {len(missing)} parameters of {arch}, such as {missing[0]}; convert it again")
+    if extra := sorted(set(held) - set(shapes)):
+        raise InputError(f"{path}: has {len(extra)} parameters that {arch} lacks, such as {extra[0]}; convert it again")
+    for name, shape in shapes.items():
+        if held[name] != shape:
+            raise InputError(f"{path}: {name} has shape {held[name]}, {arch} needs {shape}; convert it again")
+
+
 def weights_file(arch: str, weights: str, cache_dir: Path | None = None) -> Path:
-    """The file that `--model.weights` means, checked to be there and of that architecture.
+    """The file that `--model.weights` means, checked to be there and to hold that architecture.
 
     Raises:
         InputError: it is not; the message names the folder looked in and the command that makes it.
     """
     path = Path(weights) if weights else (cache_dir or default_cache_dir()) / "weights" / f"{arch}.safetensors"
+    if not path.is_file() and not weights and not VARIANTS[arch].licence:
+        raise InputError(f"no weights of {arch} were ever released; pass --model.weights=random to train it from random")
     if not path.is_file():
         raise InputError(
             f"weights of {arch} are missing: looked for {path}; {_how_to_convert(arch, path)}, "
             "or pass --model.weights=FILE, or --model.weights=random for an untrained backbone"
         )
-    holds = read_metadata(path)["arch"]
-    if holds != arch:
-        raise InputError(f"{path}: holds {holds}, not {arch}; {_how_to_convert(arch, path)}")
+    require_parameters(path, arch, parameter_shapes(_abstract_backbone(arch)))
     return path
 
 
@@ -135,6 +140,10 @@ def compute_dtype() -> jnp.dtype:
     import jax
 
     return jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16
+
+
+def _abstract_backbone(arch: str, dtype: jnp.dtype = jnp.float32) -> VisionTransformer:
+    return nnx.eval_shape(lambda: VisionTransformer(VARIANTS[arch], dtype=dtype, rngs=nnx.Rngs(0)))
 
 
 def _how_to_convert(arch: str, path: Path) -> str:
