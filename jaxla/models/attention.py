@@ -23,12 +23,12 @@ def attention(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
 
 
 def _one_head_at_a_time(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
-    """On CPU the scores of one head stay in the processor's cache: several times faster than all heads at once."""
-    scale = q.shape[-1] ** -0.5
+    """On CPU the scores of one head of one image stay in the processor's cache: faster than all at once."""
+    batch, tokens, heads, width = q.shape
 
     def head(qkv: tuple[jax.Array, jax.Array, jax.Array]) -> jax.Array:
         q, k, v = qkv
-        return jax.nn.softmax(jnp.einsum("bnd,bmd->bnm", q * scale, k), axis=-1) @ v
+        return jax.nn.softmax((q * width**-0.5) @ k.T, axis=-1) @ v
 
-    by_head = tuple(jnp.moveaxis(x, 2, 0) for x in (q, k, v))
-    return jnp.moveaxis(jax.lax.map(head, by_head), 0, 2)
+    by_head = tuple(jnp.moveaxis(x, 2, 1).reshape(batch * heads, tokens, width) for x in (q, k, v))
+    return jnp.moveaxis(jax.lax.map(head, by_head).reshape(batch, heads, tokens, width), 1, 2)

@@ -120,7 +120,7 @@ def weights_file(arch: str, weights: str, cache_dir: Path | None = None) -> Path
     """
     path = Path(weights) if weights else (cache_dir or default_cache_dir()) / "weights" / f"{arch}.safetensors"
     if not path.is_file() and not weights and not VARIANTS[arch].licence:
-        raise InputError(f"no weights of {arch} were ever released; pass --model.weights=random to train it from random")
+        raise InputError(f"no weights of {arch} were released; pass --model.weights=random to train it from random")
     if not path.is_file():
         raise InputError(
             f"weights of {arch} are missing: looked for {path}; {_how_to_convert(arch, path)}, "
