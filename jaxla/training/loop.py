@@ -15,7 +15,7 @@ import jax
 import numpy as np
 from tqdm import tqdm
 
-from jaxla.config import Training
+from jaxla.config import InputError, Training
 from jaxla.data.batches import SliceSource, evaluation_batches, steps_per_epoch, training_batches
 from jaxla.training.checkpoints import Checkpoints
 from jaxla.training.step import SplitNetwork, make_evaluation, make_gradient, make_optimiser, make_step
@@ -52,6 +52,9 @@ def fit(
 
     Args:
         on_epoch: called with the metrics of all epochs so far.
+
+    Raises:
+        InputError: the loss is no longer finite.
     """
     steps = steps_per_epoch(train, recipe.batch_size)
     optimiser = make_optimiser(recipe, steps * recipe.epochs, pretrained_backbone)
@@ -77,6 +80,11 @@ def fit(
             losses.append(loss)
         train_loss = float(np.mean(jax.device_get(losses)))
         trained_for = time.perf_counter() - began
+        if not np.isfinite(train_loss):
+            raise InputError(
+                f"the training loss became {train_loss} in epoch {progress.epoch + 1}; lower --training.learning_rate "
+                f"(now {recipe.learning_rate:g}). Epochs before it are kept in {folder}"
+            )
         val_loss, val_dice, val_iou = validate(evaluate, trainable, frozen, val, recipe.batch_size)
         progress.epoch += 1
 
@@ -100,7 +108,7 @@ def fit(
         latest.save(
             progress.epoch,
             {**weights, "optimiser": optimiser_state},
-            {**vars(progress), "batches": batches.get_state(), "lowest_loss": progress.lowest_loss},
+            {**vars(progress), "batches": batches.get_state()},
         )
         history.append(metrics)
         with (folder / "metrics.jsonl").open("a") as file:
