@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import difflib
 import logging
+import os
 import re
 import sys
 from collections.abc import Callable, Iterable, Mapping
@@ -188,6 +189,13 @@ def command_parser(module: str, description: str) -> ArgumentParser:
     )
 
 
+def require_writable(option: str, path: Path) -> None:
+    """Raise an InputError unless the folder `path` can be made or written; leaves nothing behind."""
+    parent = next(p for p in (path, *path.absolute().parents) if p.exists())
+    if not parent.is_dir() or not os.access(parent, os.W_OK):
+        raise InputError(f"{option}={path}: cannot be written, for {parent} is no writable folder; choose another")
+
+
 def parse_arguments(parser: ArgumentParser, arguments: list[str]) -> Namespace:
     """`parser.parse_args`, with every mistake an InputError of one line that names the option."""
     from jsonargparse import ArgumentError
@@ -199,9 +207,12 @@ def parse_arguments(parser: ArgumentParser, arguments: list[str]) -> Namespace:
     known = [option for action in parser._actions for option in action.option_strings]
     if unrecognised := re.match(r"unrecognized arguments: (.*)", message, re.IGNORECASE):
         option = unrecognised[1].split("=")[0].split(" ")[0]
+        if not option.startswith("-"):
+            raise InputError(f"{option!r} is no option; options are given as --name=value")
         raise InputError(f"option {option} is unknown{nearest(option, known)} --help lists them all")
     if wrong := re.match(r'Parser key "(.*?)": Expected an? (.*)\. Got value: (.*)', message):
         expected = re.sub(r"<class '(.*?)'>", r"\1", wrong[2]).replace("typing.Literal", "one of ")
+        expected = "a list such as [64,32]" if expected.startswith("tuple") else expected
         raise InputError(f"option --{wrong[1]} expects {expected}, got {wrong[3]!r}")
     if lacking := re.match(r"the following arguments are required: (.*)", message):
         options = ", ".join(f"--{name}" for name in lacking[1].split(", "))

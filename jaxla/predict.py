@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from pathlib import Path
 
-from jaxla.config import InputError, command_parser, parse_arguments, run_command
+from jaxla.config import InputError, command_parser, parse_arguments, require_writable, run_command
 
 log = logging.getLogger("jaxla.predict")
 
@@ -38,6 +38,8 @@ def main(arguments: list[str]) -> None:
         for path in (mask, _probabilities_file(mask)) if options.probabilities else (mask,):
             if path.exists():
                 raise InputError(f"{path}: exists already; choose another --output or remove it")
+
+    require_writable("--output", next(iter(outputs.values())).parent)
 
     from jaxla.data.volumes import read_image, write_volume
     from jaxla.inference.segment import make_segment, write_segmentation

@@ -87,19 +87,24 @@ def check_options(experiment: Experiment) -> None:
         raise InputError(
             f"option --data.root is required: a folder in one of these layouts: {'; '.join(LAYOUTS)}. {HOW_TO_GET_DATA}"
         )
-    positive = {
-        "training.epochs": experiment.training.epochs,
-        "training.batch_size": experiment.training.batch_size,
-        "training.patience": experiment.training.patience,
-        "training.learning_rate": experiment.training.learning_rate,
-        "training.backbone_learning_rate": experiment.training.backbone_learning_rate,
-        "preprocessing.image_size": experiment.preprocessing.image_size,
-        "model.decoder_widths": min(experiment.model.decoder_widths, default=0),
-        "data.phantom_cases": experiment.data.phantom_cases,
+    training = experiment.training
+    if not experiment.model.decoder_widths:
+        raise InputError("option --model.decoder_widths is empty; give at least one width, such as [64,32]")
+    least = {
+        "training.epochs": (1, training.epochs),
+        "training.batch_size": (1, training.batch_size),
+        "training.patience": (1, training.patience),
+        "preprocessing.image_size": (1, experiment.preprocessing.image_size),
+        "model.decoder_widths": (1, min(experiment.model.decoder_widths)),
+        "data.phantom_cases": (1, experiment.data.phantom_cases),
+        "seed": (0, experiment.seed),
     }
-    for option, value in positive.items():
-        if not value > 0:
-            raise InputError(f"option --{option} must be greater than 0, got {value}")
+    for option, (bound, value) in least.items():
+        if value < bound:
+            raise InputError(f"option --{option} must be at least {bound}, got {value}")
+    for option in ("learning_rate", "backbone_learning_rate"):
+        if not 0 < getattr(training, option) < float("inf"):
+            raise InputError(f"option --training.{option} must be a positive number, got {getattr(training, option)}")
     patch = lookup("--model.arch", experiment.model.arch, VARIANTS).patch
     size = experiment.preprocessing.image_size
     if size % patch:

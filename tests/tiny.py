@@ -1,5 +1,6 @@
 """A transformer small enough to run in milliseconds, and parameters that hide nothing."""
 
+import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
@@ -9,11 +10,14 @@ TINY = Variant(width=32, depth=3, heads=2, patch=8, grid=4, licence="")
 
 
 def tiny_backbone(seed=0, variant=TINY, **options):
-    return randomise(VisionTransformer(variant, rngs=nnx.Rngs(seed), **options), seed)
+    return randomise(nnx.eval_shape(lambda: VisionTransformer(variant, rngs=nnx.Rngs(0), **options)), seed)
 
 
 def randomise(module, seed=0):
-    """Every parameter and statistic drawn anew: no scale is 1 and no bias 0, so that none can be left out unseen."""
+    """Every parameter and statistic drawn anew: no scale is 1 and no bias 0, so that none can be left out unseen.
+
+    `module` may be abstract, from `nnx.eval_shape`.
+    """
     rng = np.random.default_rng(seed)
     for path, variable in nnx.to_flat_state(nnx.state(module)):
         draw = rng.standard_normal(variable.shape, dtype=np.float32)
@@ -26,7 +30,7 @@ def randomise(module, seed=0):
                 draw = 0.5 + np.abs(draw)
             case _:
                 draw *= 0.3
-        variable.set_value(draw.astype(np.float32))
+        variable.set_value(jnp.asarray(draw, jnp.float32))
     return module
 
 

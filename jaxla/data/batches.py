@@ -11,6 +11,7 @@ import numpy as np
 from jaxla.data.inputs import frame, image_to_input, mask_to_input
 from jaxla.data.prepared import PreparedVolume
 
+PASSES = 2**32  # over the data: as good as endless, and Grain can count the slices in them
 READ_OPTIONS = grain.ReadOptions(num_threads=4, prefetch_buffer_size=64)
 
 
@@ -50,7 +51,7 @@ def training_batches(source: SliceSource, batch_size: int, seed: int) -> grain.D
 
     Batches run on over the end of a pass, so no slice is dropped. The iterator's state can be saved and set.
     """
-    slices = grain.MapDataset.source(source).seed(seed).shuffle().repeat()
+    slices = grain.MapDataset.source(source).seed(seed).shuffle().repeat(PASSES)
     return iter(slices.batch(batch_size).to_iter_dataset(READ_OPTIONS))
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -46,11 +46,13 @@ class Labels:
         names: of the foreground classes; class c (1-based) is `names[c - 1]`.
         values: the mask values of each of them; None where any non-zero value is the one class.
         ignored: mask values that count as background.
+        one_value: where any non-zero value is the class, a mask must not hold two different ones.
     """
 
     names: tuple[str, ...]
     values: tuple[tuple[int, ...], ...] | None = None
     ignored: tuple[int, ...] = ()
+    one_value: bool = False
 
     @property
     def outputs(self) -> int:
@@ -64,6 +66,11 @@ class Labels:
             InputError: `mask` holds a value that is no class.
         """
         if self.values is None:
+            if self.one_value and len(found := np.unique(mask[mask != 0])) > 1:
+                raise InputError(
+                    f"{source}: holds the label values {found[:5].tolist()}; say which is which class, "
+                    f"such as --data.labels='a:{found[0]};b:{found[1]}'"
+                )
             return (mask != 0).astype(np.uint8)
         classes = np.zeros(mask.shape, np.uint8)
         known = mask == 0
@@ -83,7 +90,8 @@ class Labels:
     def to_values(self, classes: np.ndarray) -> np.ndarray:
         """Class indices -> the values that this data set's masks use (the first one of each class)."""
         values = [0, *(v[0] for v in self.values)] if self.values else [0, 1]
-        return np.array(values, np.uint8 if max(values) < 256 else np.int16)[classes]
+        dtype = next(t for t in (np.uint8, np.int16, np.int32) if max(values) <= np.iinfo(t).max)
+        return np.array(values, dtype)[classes]
 
     def describe(self) -> str:
         if self.values is None:
@@ -114,13 +122,19 @@ def find_cases(root: str | Path, labels: str = "") -> Dataset:
     """
     root = Path(root)
     if not root.is_dir():
-        raise InputError(f"--data.root={root}: no such folder. {HOW_TO_GET_DATA}")
-    readers = {"LAScarQS": _lascarqs, "dataset.json": _decathlon, "flat pairs": _flat_pairs}
-    found = {layout: cases for layout, read in readers.items() if (cases := read(root)) is not None}
-    if not found:
+        what = "is a file; give a folder" if root.exists() else "no such folder"
+        raise InputError(f"--data.root={root}: {what}. {HOW_TO_GET_DATA}")
+    layouts = {  # the first one that finds something is taken
+        "LAScarQS": (_lascarqs_cases, lambda root: Labels(("LA",))),
+        "dataset.json": (_decathlon_cases, _decathlon_labels),
+        "flat pairs": (_flat_cases, lambda root: Labels(("foreground",), one_value=True)),
+    }
+    found = next(((name, cases) for name, (read, _) in layouts.items() if (cases := read(root))), None)
+    if found is None:
         raise InputError(f"{root}: no case found; recognised layouts: {'; '.join(LAYOUTS)}. {HOW_TO_GET_DATA}")
-    layout, (cases, own_labels) = next(iter(found.items()))
-    chosen = parse_labels(labels) if labels else own_labels
+    layout, cases = found
+    own_labels = layouts[layout][1]
+    chosen = parse_labels(labels) if labels else own_labels(root)
     log.info("%s: %d cases (%s); classes %s", root, len(cases), layout, chosen.describe())
     return Dataset(root, layout, tuple(cases), chosen)
 
@@ -136,14 +150,12 @@ def find_images(root: str | Path) -> dict[str, Path]:
         return {_stem(root): root}
     if not root.is_dir():
         raise InputError(f"--input={root}: no such file or folder")
-    images = {}
-    for path in _nifti_files(root):
-        if _stem(path).endswith(MASK_SUFFIXES):
+    images = {f.name: f / "enhanced.nii.gz" for f in _lascarqs_folders(root) if (f / "enhanced.nii.gz").exists()}
+    if not images:
+        images, masks = _by_suffix(_nifti_files(root))
+        for path in masks.values():
             log.info("%s: not predicted, its name is that of a mask", path)
-        else:
-            images[_case_id(path)] = path
-    images = images or {folder.name: folder / "enhanced.nii.gz" for folder in _lascarqs_folders(root)}
-    images = images or {_case_id(path): path for name in IMAGE_FOLDERS for path in _nifti_files(root / name)}
+    images = images or _by_id(path for name in IMAGE_FOLDERS for path in _nifti_files(root / name))
     if not images:
         raise InputError(f"--input={root}: no .nii or .nii.gz file in this folder")
     return images
@@ -182,17 +194,19 @@ def _labels_of(named: dict[str, Sequence[int]], where: str) -> Labels:
 # --- LAScarQS 2022 ---------------------------------------------------------------------------------------------------
 
 
-def _lascarqs(root: Path) -> tuple[list[Case], Labels] | None:
+def _lascarqs_cases(root: Path) -> list[Case]:
     folders = _lascarqs_folders(root)
-    if not folders:
-        return None
-    cases = [Case(f.name, f / "enhanced.nii.gz", f / "atriumSegImgMO.nii.gz") for f in folders]
+    labelled = [f for f in folders if f.name.startswith("train_")]
+    if labelled and (others := [f for f in folders if f not in labelled]):
+        log.info("%s: %d folders not named train_<n> are not read (%s, …)", root, len(others), others[0])
+    cases = [Case(f.name, f / "enhanced.nii.gz", f / "atriumSegImgMO.nii.gz") for f in labelled or folders]
     _require_pairs({c.id: c.image for c in cases if c.image.exists()}, {c.id: c.mask for c in cases if c.mask.exists()})
-    return cases, Labels(("LA",))
+    return cases
 
 
 def _lascarqs_folders(root: Path) -> list[Path]:
     """The case folders, whatever level of the tree was given, in numeric order."""
+    root = root.resolve()  # a case folder given as "." has a name too
     names = ("enhanced.nii.gz", "atriumSegImgMO.nii.gz")
     folders = {path.parent for depth in range(5) for name in names for path in root.glob("*/" * depth + name)}
     if any("task2" in f.parts for f in folders) and (others := [f for f in folders if "task2" not in f.parts]):
@@ -206,73 +220,63 @@ def _lascarqs_folders(root: Path) -> list[Path]:
 # --- Medical Decathlon and nnU-Net -----------------------------------------------------------------------------------
 
 
-def _decathlon(root: Path) -> tuple[list[Case], Labels] | None:
-    description = root / "dataset.json"
-    if not description.is_file():
-        return None
-    try:
-        content = json.loads(description.read_text())
-        labels = _decathlon_labels(content["labels"], description)
-    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, AttributeError, TypeError, ValueError) as error:
-        if isinstance(error, InputError):
-            raise
-        raise InputError(f"{description}: not readable as a data set description ({error!r})") from error
-    images: dict[str, Path] = {}
-    for path in _nifti_files(root / "imagesTr"):
-        if re.search(r"_000[1-9]$", _stem(path)):
-            raise InputError(f"{path}: a second image channel; this package reads scans of one channel")
-        images[_case_id(path)] = path
-    masks = {_stem(path): path for path in _nifti_files(root / "labelsTr")}
+def _decathlon_cases(root: Path) -> list[Case]:
+    if not (root / "dataset.json").is_file():
+        return []
+    files = _nifti_files(root / "imagesTr")
+    if further := [path for path in files if re.search(r"_000[1-9]$", _stem(path))]:
+        raise InputError(f"{further[0]}: a second image channel; this package reads scans of one channel")
+    images, masks = _by_id(files), _by_stem(_nifti_files(root / "labelsTr"))
     if not images and not masks:
         raise InputError(f"{root}: has a dataset.json but no image in imagesTr and no mask in labelsTr")
-    _require_pairs(images, masks)
-    return [Case(name, images[name], masks[name]) for name in sorted(images)], labels
+    return _require_pairs(images, masks)
 
 
-def _decathlon_labels(labels: dict, where: Path) -> Labels:
-    named: dict[str, tuple[int, ...]] = {}
-    for key, value in labels.items():  # Decathlon writes {"1": "LA"}, nnU-Net {"LA": 1}
-        name, number = (value, key) if isinstance(value, str) else (key, value)
-        if isinstance(number, list) or name in named:
-            raise InputError(f"{where}: overlapping or repeated labels are not read; choose classes with --data.labels")
-        named[name] = (int(number),)
-    zero = [name for name, values in named.items() if values == (0,)]
-    named = {"background" if name in zero else name: values for name, values in named.items()}
-    return _labels_of(named, str(where))
+def _decathlon_labels(root: Path) -> Labels:
+    where = root / "dataset.json"
+    try:
+        labels = json.loads(where.read_text())["labels"]
+        # Decathlon writes {"1": "LA"}, nnU-Net {"LA": 1}
+        pairs = [(value, key) if isinstance(value, str) else (key, value) for key, value in labels.items()]
+        if any(isinstance(number, list) for _, number in pairs) or any(name == "ignore" for name, _ in pairs):
+            raise InputError(f"{where}: overlapping and ignored labels are not read; choose classes with --data.labels")
+        named = [("background" if int(number) == 0 else name, (int(number),)) for name, number in pairs]
+    except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
+        if isinstance(error, InputError):
+            raise
+        raise InputError(f"{where}: not readable as a data set description ({error!r})") from error
+    if len(dict(named)) < len(named):
+        raise InputError(f"{where}: a label stands twice; mend it, or choose classes with --data.labels")
+    return _labels_of(dict(named), str(where))
 
 
 # --- flat pairs ------------------------------------------------------------------------------------------------------
 
 
-def _flat_pairs(root: Path) -> tuple[list[Case], Labels] | None:
-    images: dict[str, Path] = {}
-    masks: dict[str, Path] = {}
-    for path in _nifti_files(root):
-        suffix = next((s for s in MASK_SUFFIXES if _stem(path).endswith(s)), None)
-        if suffix:
-            masks[_stem(path).removesuffix(suffix)] = path
-        else:
-            images[_case_id(path)] = path
+def _flat_cases(root: Path) -> list[Case]:
+    images, masks = _by_suffix(_nifti_files(root))
     if not images and not masks:
-        images = {_case_id(path): path for name in IMAGE_FOLDERS for path in _nifti_files(root / name)}
-        masks = {}
-        for path in (path for name in MASK_FOLDERS for path in _nifti_files(root / name)):
-            suffix = next((s for s in MASK_SUFFIXES if _stem(path).endswith(s)), "")
-            masks[_stem(path).removesuffix(suffix)] = path
-    if not images and not masks:
-        return None
-    _require_pairs(images, masks)
-    return [Case(name, images[name], masks[name]) for name in sorted(images)], Labels(("foreground",))
+        images = _by_id(path for name in IMAGE_FOLDERS for path in _nifti_files(root / name))
+        in_mask_folders = [path for name in MASK_FOLDERS for path in _nifti_files(root / name)]
+        plain, suffixed = _by_suffix(in_mask_folders)
+        masks = plain | suffixed
+        if len(masks) < len(in_mask_folders):
+            raise InputError(
+                f"{root}: two masks belong to one case ({sorted(set(plain) & set(suffixed))[0]}); keep one"
+            )
+    return _require_pairs(images, masks)
 
 
 # --- shared ----------------------------------------------------------------------------------------------------------
 
 
-def _require_pairs(images: dict[str, Path], masks: dict[str, Path]) -> None:
+def _require_pairs(images: dict[str, Path], masks: dict[str, Path]) -> list[Case]:
+    """The cases, in order of their ids; an InputError if an image or a mask stands alone."""
     for kind, has, lacks in (("mask", images, masks), ("image", masks, images)):
         if alone := sorted(set(has) - set(lacks)):
             more = f" (and {len(alone) - 1} more)" if len(alone) > 1 else ""
             raise InputError(f"{has[alone[0]]}: no {kind} belongs to it{more}; add the {kind} or take this file out")
+    return [Case(name, images[name], masks[name]) for name in sorted(images)]
 
 
 def _nifti_files(folder: Path) -> list[Path]:
@@ -282,9 +286,30 @@ def _nifti_files(folder: Path) -> list[Path]:
     return sorted(files)
 
 
+def _by_suffix(paths: Iterable[Path]) -> tuple[dict[str, Path], dict[str, Path]]:
+    """Images, and masks by the name of their image: whose names end in one of `MASK_SUFFIXES`."""
+    paths = list(paths)
+    masks = [path for path in paths if _stem(path).endswith(MASK_SUFFIXES)]
+    suffix = re.compile("|".join(f"{s}$" for s in MASK_SUFFIXES))
+    return _by_id(p for p in paths if p not in masks), _unambiguous((suffix.sub("", _stem(p)), p) for p in masks)
+
+
+def _by_id(paths: Iterable[Path]) -> dict[str, Path]:
+    return _unambiguous((_stem(path).removesuffix("_0000"), path) for path in paths)
+
+
+def _by_stem(paths: Iterable[Path]) -> dict[str, Path]:
+    return _unambiguous((_stem(path), path) for path in paths)
+
+
+def _unambiguous(named: Iterable[tuple[str, Path]]) -> dict[str, Path]:
+    files: dict[str, Path] = {}
+    for name, path in named:
+        if name in files:
+            raise InputError(f"{path}: stands for the same case as {files[name].name}; keep one of them")
+        files[name] = path
+    return files
+
+
 def _stem(path: Path) -> str:
     return path.name.removesuffix(".gz").removesuffix(".nii")
-
-
-def _case_id(path: Path) -> str:
-    return _stem(path).removesuffix("_0000")

@@ -98,7 +98,7 @@ def _prepare_case(case: Case, labels: Labels, store: Path) -> PreparedVolume:
     image_sha256, mask_sha256 = (_sha256(path) for path in (case.image, case.mask))
     made_from = json.dumps([VERSION, image_sha256, mask_sha256, asdict(labels)])
     folder = store / hashlib.sha256(made_from.encode()).hexdigest()[:32]
-    if not (folder / "volume.json").exists():
+    if not _is_whole(folder):
         image, mask = read_image(case.image), read_mask(case.mask)
         require_same_grid(mask, image)
         try:
@@ -127,12 +127,18 @@ def _write_prepared(folder: Path, image: Volume, mask: Volume, labels: Labels, i
         np.save(beside / "image.npy", np.ascontiguousarray(to_slices(image.array, geometry)))
         np.save(beside / "mask.npy", np.ascontiguousarray(to_slices(classes, geometry)))
         (beside / "volume.json").write_text(json.dumps(described))
+        if folder.exists() and not _is_whole(folder):  # somebody removed files from it
+            shutil.rmtree(folder)
         beside.rename(folder)
     except OSError:
-        if not (folder / "volume.json").exists():  # unless another process was faster, with the same content
+        if not _is_whole(folder):  # unless another process was faster, with the same content
             raise
     finally:
         shutil.rmtree(beside, ignore_errors=True)
+
+
+def _is_whole(folder: Path) -> bool:
+    return all((folder / name).exists() for name in ("image.npy", "mask.npy", "volume.json"))
 
 
 def _sha256(path: Path) -> str:

@@ -36,7 +36,9 @@ def make_split(ids: Sequence[str], protocol: Data) -> Split:
     """
     split = _read_split(Path(protocol.split), ids) if protocol.split else _draw_split(ids, protocol.split_seed)
     wanted = protocol.train_patients
-    if wanted < 0 or wanted > len(split.train):
+    if wanted < 0:
+        raise InputError(f"--data.train_patients={wanted}: must be 0 (all) or more")
+    if wanted > len(split.train):
         raise InputError(
             f"--data.train_patients={wanted}: there are {len(split.train)} training patients "
             f"(of {len(ids)} cases, {len(split.val)} validate and {len(split.test)} test); add cases or ask for fewer"
@@ -49,6 +51,8 @@ def write_split(split: Split, path: Path) -> None:
 
 
 def _draw_split(ids: Sequence[str], seed: int) -> Split:
+    if seed < 0:
+        raise InputError(f"--data.split_seed={seed}: must be 0 or more")
     if len(ids) < 3:
         raise InputError(f"--data.root holds {len(ids)} patients; training, validation and test need at least 3")
     shuffled = [sorted(ids)[i] for i in np.random.default_rng(seed).permutation(len(ids))]

@@ -8,6 +8,7 @@ the rows. An axial slice is then seen as radiologists see it, patient's right on
 from __future__ import annotations
 
 import contextlib
+import gzip
 import io
 import logging
 import os
@@ -24,6 +25,7 @@ from nibabel.spatialimages import HeaderDataError
 from jaxla.config import InputError
 
 HEAD_FOOT = 2  # canonical axis
+MOST_LABEL = 65535
 
 # nibabel logs what it repairs in a header; read_header looks at the header as stored and says it itself
 logging.getLogger("nibabel.global").setLevel(logging.CRITICAL)
@@ -70,10 +72,10 @@ def read_mask(path: str | Path) -> Volume:
         InputError: the file is missing, truncated, not a NIfTI, or fails a check.
     """
     volume = _read(Path(path))
-    labels = volume.array.astype(np.int32)
-    if not np.array_equal(labels, volume.array):
-        raise InputError(f"{path}: has values that are not whole numbers; a mask holds label values such as 0 and 1")
-    return Volume(volume.path, labels, volume.affine, volume.header)
+    values = volume.array
+    if values.min() < 0 or values.max() > MOST_LABEL or (values.dtype.kind == "f" and (values % 1).any()):
+        raise InputError(f"{path}: has values that are no labels; a mask holds whole numbers from 0 to {MOST_LABEL}")
+    return Volume(volume.path, values.astype(np.int32), volume.affine, volume.header)
 
 
 def same_grid(a: Volume, b: Volume) -> bool:
@@ -181,6 +183,7 @@ def _read(path: Path) -> Volume:
     if not path.is_file():
         raise InputError(f"{path}: no such file")
     try:
+        _check_compression(path)
         image = nib.load(path)
         if not isinstance(image, nib.Nifti1Image):  # Nifti2Image is one too
             raise InputError(f"{path}: not a NIfTI file (it reads as {type(image).__name__}); convert it to .nii.gz")
@@ -191,14 +194,29 @@ def _read(path: Path) -> Volume:
     except (EOFError, OSError, zlib.error, ValueError, HeaderDataError) as error:
         if isinstance(error, InputError):
             raise
-        raise InputError(f"{path}: truncated or damaged ({error}); copy or export the file again") from error
+        reason = " ".join(str(error).split())
+        raise InputError(f"{path}: truncated or damaged ({reason}); copy or export the file again") from error
     if array.dtype.kind == "f":
-        array = array.astype(np.float32, copy=False)
+        with np.errstate(over="ignore"):  # what float32 cannot hold becomes infinite, and is refused below
+            array = array.astype(np.float32, copy=False)
         if bad := int(array.size - np.isfinite(array).sum()):
             raise InputError(f"{path}: {bad} of {array.size} voxels are NaN or infinite; mend the file or leave it out")
     elif array.dtype.kind not in "iu":
         raise InputError(f"{path}: voxels of type {array.dtype} are not grey values; export a scalar image")
     return Volume(path, array, image.affine, image.header)
+
+
+def _check_compression(path: Path) -> None:
+    """Read a compressed file to its end, where its checksum is: nibabel stops before, and a flipped bit goes unseen."""
+    if path.stat().st_size == 0:
+        raise InputError(f"{path}: is empty; copy or export the file again")
+    if path.suffix == ".gz":
+        with path.open("rb") as file:
+            if file.read(2) != b"\x1f\x8b":
+                raise InputError(f"{path}: not a NIfTI file (its name ends in .gz, but it is not compressed)")
+        with gzip.open(path) as file:
+            while file.read(1 << 22):
+                pass
 
 
 def _check_header(path: Path, image: nib.Nifti1Image) -> None:

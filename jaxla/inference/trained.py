@@ -33,6 +33,8 @@ def load_run(folder: str | Path) -> TrainedNetwork:
     """
     folder = Path(folder)
     record = read_record(folder)
+    if not (folder / "checkpoints" / "best").is_dir():
+        raise InputError(f"{folder}: has no checkpoint; the run stopped before its first epoch ended")
     model, seed, outputs = record.experiment.model, record.experiment.seed, record.labels.outputs
     if model.backbone == "frozen":
         _require_same_weights(folder, record)
@@ -40,7 +42,7 @@ def load_run(folder: str | Path) -> TrainedNetwork:
     else:  # every parameter is in the checkpoint
         network = nnx.eval_shape(lambda: build_network(replace(model, weights="random"), outputs, seed))
     parts = split_network(network, train_backbone=model.backbone == "finetuned")
-    checkpoints = Checkpoints(folder / "checkpoints" / "best")
+    checkpoints = Checkpoints(folder / "checkpoints" / "best", read_only=True)
     like = {"trainable": parts.trainable, "statistics": parts.frozen.statistics}
     restored, progress = checkpoints.restore(jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), like))
     checkpoints.close()

@@ -57,7 +57,7 @@ def read_metadata(path: Path) -> dict[str, str]:
             metadata = file.metadata() or {}
     except (SafetensorError, OSError) as error:
         raise InputError(f"{path}: truncated, or not a safetensors file ({error}); convert it again") from error
-    if metadata.get("format") != FORMAT:
+    if metadata.get("format") != FORMAT or "arch" not in metadata:
         raise InputError(f"{path}: not written by convert_weights; {_how_to_convert('ARCH', path)}")
     return metadata
 

@@ -17,8 +17,10 @@ T = TypeVar("T")
 class Checkpoints:
     """The newest checkpoint of one kind; the older one goes only once the newer one is complete."""
 
-    def __init__(self, folder: Path) -> None:
-        options = ocp.CheckpointManagerOptions(max_to_keep=1, enable_async_checkpointing=False)
+    def __init__(self, folder: Path, read_only: bool = False) -> None:
+        options = ocp.CheckpointManagerOptions(
+            max_to_keep=1, enable_async_checkpointing=False, read_only=read_only, create=not read_only
+        )
         self._manager = ocp.CheckpointManager(folder.absolute(), options=options)
 
     def save(self, epoch: int, trees: Mapping[str, Any], progress: Mapping[str, Any]) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
-import os
 import platform
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -13,7 +12,7 @@ from typing import Any
 
 import jax
 
-from jaxla.config import Experiment, InputError, experiment_from_json, experiment_to_json
+from jaxla.config import Experiment, InputError, experiment_from_json, experiment_to_json, require_writable
 from jaxla.data.cases import Labels
 
 RECORD = "experiment.json"
@@ -66,9 +65,7 @@ def require_free(folder: Path) -> None:
         raise InputError(f"--run-dir={folder}: already holds a run; choose another folder or remove this one")
     if folder.is_dir() and any(folder.iterdir()):
         raise InputError(f"--run-dir={folder}: is not empty; choose another folder")
-    parent = next(p for p in (folder, *folder.absolute().parents) if p.exists())
-    if not parent.is_dir() or not os.access(parent, os.W_OK):
-        raise InputError(f"--run-dir={folder}: cannot be written, for {parent} is no writable folder; choose another")
+    require_writable("--run-dir", folder)
 
 
 def create_run_folder(folder: Path) -> None:

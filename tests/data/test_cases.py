@@ -139,7 +139,7 @@ def test_labels_of_the_command_line_serve_where_those_of_the_data_set_overlap(tm
         ('{"labels": ["LA"]}', "not readable"),
         ('{"labels": {"LA": null}}', "not readable"),
         ('{"labels": {"LA": "one"}}', "not readable"),
-        ('{"labels": {"1": "LA", "2": "LA"}}', "overlapping or repeated"),
+        ('{"labels": {"1": "LA", "2": "LA"}}', "a label stands twice"),
         ('{"labels": {"background": 0}}', "names no class but the background"),
         ('{"labels": {}}', "names no class"),
     ],
@@ -178,7 +178,7 @@ def test_pairs_in_one_folder(tmp_path, suffix, channel):
         (name, f"{name}{channel}.nii.gz", f"{name}{suffix}.nii") for name in ("a", "b")
     ]
     assert dataset.layout == "flat pairs"
-    assert dataset.labels == Labels(("foreground",))
+    assert dataset.labels == Labels(("foreground",), one_value=True)
 
 
 @pytest.mark.parametrize(
@@ -279,8 +279,11 @@ def test_labels_are_read_from_text(text, labels):
 
 
 @pytest.mark.parametrize(
-    "text", ["LA", "LA:", ":1", "LA:one", "LA:-1", "LA:1;", "LA:1,", "LA:1;LA:2", "LA:1;wall:1", "LA:1,1", "LA:0"]
-    + ["background:1", "LA=1", "LA:1.5"],
+    "text",
+    [
+        "LA", "LA:", ":1", "LA:one", "LA:-1", "LA:1.5", "LA=1", "LA:1;", "LA:1,",
+        "LA:1;LA:2", "LA:1;wall:1", "LA:1,1", "LA:0", "background:1",
+    ],
 )  # fmt: skip
 def test_text_that_names_no_labels_is_an_error_that_shows_the_form(text):
     with pytest.raises(InputError, match=f"^--data.labels='{text}': expected name:value.*such as LA:1"):
@@ -342,10 +345,10 @@ def test_the_images_of_a_folder_are_found_without_its_masks(tmp_path, caplog):
     ],
 )
 def test_the_images_of_a_data_set_are_found_without_its_masks(tmp_path, layout, ids):
-    last_image = {path.parent: path for path, _ in layouts(tmp_path).values()}
+    last_images = [image for image, _ in layouts(tmp_path).values()]
     images = find_images(tmp_path / layout)
     assert list(images) == ids
-    assert images[ids[-1]] in last_image.values()
+    assert images[ids[-1]] in last_images
 
 
 def test_lascarqs_images_need_no_masks_to_be_predicted(tmp_path):
@@ -363,5 +366,29 @@ def test_channel_suffixes_do_not_get_into_the_names(tmp_path):
 def test_nothing_to_predict_is_named(tmp_path):
     with pytest.raises(InputError, match=f"^--input={tmp_path}: no .nii or .nii.gz file"):
         find_images(tmp_path)
-    with pytest.raises(InputError, match="^--input=.*/nowhere: no such file or folder"):
+    with pytest.raises(InputError, match=r"^--input=.*/nowhere: no such file or folder"):
         find_images(tmp_path / "nowhere")
+
+
+def test_several_values_in_a_flat_mask_are_not_merged_silently(tmp_path):
+    labels = Labels(("foreground",), one_value=True)
+    assert labels.to_classes(np.array([0, 7, 7]), tmp_path / "m.nii.gz").tolist() == [0, 1, 1]
+    with pytest.raises(
+        InputError, match=r"m\.nii\.gz: holds the label values \[1, 2\]; say which .*--data\.labels='a:1;b:2'"
+    ):
+        labels.to_classes(np.array([0, 1, 2]), tmp_path / "m.nii.gz")
+
+
+def test_unlabelled_validation_scans_beside_the_training_ones_are_left_out(tmp_path, caplog):
+    for folder, names in {
+        "train_data/train_1": ("enhanced", "atriumSegImgMO"),
+        "val_data/val_1": ("enhanced",),
+    }.items():
+        for name in names:
+            path = tmp_path / "task2" / folder / f"{name}.nii.gz"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.touch()
+    with caplog.at_level("INFO"):
+        assert [case.id for case in find_cases(tmp_path).cases] == ["train_1"]
+    assert "1 folders not named train_<n> are not read" in caplog.text
+    assert list(find_images(tmp_path)) == ["train_1", "val_1"]

@@ -21,9 +21,9 @@ def test_values_and_gradients_equal_pytorch(formulation, batch, tokens, heads, w
     theirs = torch.nn.functional.scaled_dot_product_attention(*(x.transpose(1, 2) for x in leaves)).transpose(1, 2)
     theirs.backward(torch.from_numpy(weight))
 
-    np.testing.assert_allclose(ours, theirs.detach(), atol=5e-6)  # measured: 1e-6
+    np.testing.assert_allclose(ours, theirs.detach(), atol=5e-6)  # measured: 5e-7
     for mine, leaf in zip(gradients, leaves, strict=True):
-        np.testing.assert_allclose(mine, leaf.grad, atol=1e-5)  # measured: 2e-6
+        np.testing.assert_allclose(mine, leaf.grad, atol=1e-5)  # measured: 1.6e-6
 
 
 def test_every_query_takes_a_mean_of_values():

@@ -9,7 +9,7 @@ import pytest
 import torch
 from flax import nnx
 
-from jaxla.models.dinov2 import VisionTransformer, position_grid
+from jaxla.models.dinov2 import position_grid
 from tests.tiny import TINY, flat_arrays, tiny_backbone
 
 
@@ -40,7 +40,7 @@ def test_embedding_puts_a_patch_into_its_own_token_and_no_other():
             assert np.argwhere(np.abs(change).max(-1) > 0).tolist() == [[row, column]]
             assert np.argwhere(np.abs(tokens - empty).max(-1) > 0).tolist() == [[0, 1 + row * columns + column]]
             moved.append(change[row, column])
-    np.testing.assert_allclose(moved, np.broadcast_to(moved[0], (15, 32)), atol=2e-6)  # measured: 4e-7
+    np.testing.assert_allclose(moved, np.broadcast_to(moved[0], (15, 32)), atol=2e-6)  # measured: 2.4e-7
 
 
 def test_tokens_stay_in_place_through_the_whole_network():
@@ -65,7 +65,7 @@ def test_embedding_is_the_strided_convolution_of_the_reference():
     )
     expected = convolved.permute(0, 2, 3, 1).numpy() + np.asarray(vit.pos_grid)
     tokens = vit.embed(images)
-    np.testing.assert_allclose(vit.to_map(tokens, images), expected, atol=5e-6)  # measured: 1.4e-6
+    np.testing.assert_allclose(vit.to_map(tokens, images), expected, atol=2e-6)  # measured: 0
     np.testing.assert_array_equal(tokens[:, 0], np.tile(vit.cls_token[...] + vit.pos_cls[...], (2, 1)))
 
 
@@ -83,7 +83,8 @@ def test_positions_are_interpolated_as_the_reference_does(h, w):
     )
     expected = expected[0].permute(1, 2, 0).numpy()
     assert expected.shape == (h, w, 8)
-    np.testing.assert_allclose(position_grid(jnp.asarray(grid), h, w), expected, atol=1.5e-5)  # measured: 5e-6
+    # measured: 1.5e-5 at 38×37, 3e-6 at most sizes; in float32 the reference itself is 1.1e-5 from its float64
+    np.testing.assert_allclose(position_grid(jnp.asarray(grid), h, w), expected, atol=3e-5)
 
 
 def test_positions_at_the_native_size_are_the_learned_ones():
@@ -104,8 +105,8 @@ def test_images_of_a_batch_do_not_see_each_other():
     vit, images = tiny_backbone(), random_images(2, 24, 40)
     together, alone = vit(images), [vit(images[i : i + 1]) for i in range(2)]
     for i in range(2):
-        np.testing.assert_allclose(together.cls[i], alone[i].cls[0], atol=1e-5)  # measured: 1.2e-6
-        np.testing.assert_allclose(together.patches[i], alone[i].patches[0], atol=1e-5)  # measured: 1.9e-6
+        np.testing.assert_allclose(together.cls[i], alone[i].cls[0], atol=5e-6)  # measured: 0
+        np.testing.assert_allclose(together.patches[i], alone[i].patches[0], atol=5e-6)  # measured: 0
 
 
 def test_intermediate_tokens_are_those_of_a_network_cut_off_there():
@@ -120,13 +121,13 @@ def test_intermediate_tokens_are_those_of_a_network_cut_off_there():
         tokens_of = jax.jit(lambda images, short=short: short.run_blocks(short.embed(images))[0])
         expected = short.to_map(tokens_of(images), images)
         assert tokens.shape == (1, 3, 5, 32)
-        np.testing.assert_allclose(tokens, expected, atol=2e-5)  # measured: 4e-6
+        np.testing.assert_allclose(tokens, expected, atol=5e-6)  # measured: 0, of values up to 10
 
 
 def test_last_intermediate_tokens_normed_are_the_patches():
     vit, images = tiny_backbone(), random_images(1, 24, 40)
     (normed,) = vit.intermediate(images, blocks=[2], norm=True)
-    np.testing.assert_allclose(normed, vit(images).patches, atol=1e-5)  # measured: 0
+    np.testing.assert_allclose(normed, vit(images).patches, atol=5e-6)  # measured: 0
     (plain,) = vit.intermediate(images, blocks=[2])
     assert np.abs(plain - normed).max() > 0.1
 
@@ -139,7 +140,7 @@ def test_scan_over_blocks_equals_a_loop():
     for i in range(TINY.depth):
         block = nnx.merge(graph, jax.tree.map(lambda x, i=i: x[i], parameters))
         tokens = block(tokens)
-    np.testing.assert_allclose(scanned, tokens, atol=2e-5)  # measured: 5e-6
+    np.testing.assert_allclose(scanned, tokens, atol=1e-5)  # measured: 1.7e-6, of values up to 10
 
 
 def test_rematerialised_blocks_have_the_same_gradient():
@@ -236,7 +237,7 @@ def transformers_model():
 
 def test_tokens_equal_those_of_transformers_at_the_native_size():
     model, parameters = transformers_model()
-    vit = VisionTransformer(TINY, rngs=nnx.Rngs(0))
+    vit = tiny_backbone()
     variables = {".".join(map(str, path)): variable for path, variable in nnx.to_flat_state(nnx.state(vit))}
     assert variables.keys() == parameters.keys()
     for name, variable in variables.items():
@@ -248,11 +249,11 @@ def test_tokens_equal_those_of_transformers_at_the_native_size():
         theirs = model(torch.from_numpy(images.transpose(0, 3, 1, 2)), output_hidden_states=True)
     out = vit(images)
     expected = theirs.last_hidden_state.numpy()
-    np.testing.assert_allclose(out.cls, expected[:, 0], atol=1e-5)  # measured: 1e-6
-    np.testing.assert_allclose(out.patches.reshape(2, 16, 32), expected[:, 1:], atol=1e-5)  # measured: 1e-6
+    np.testing.assert_allclose(out.cls, expected[:, 0], atol=1e-5)  # measured: 1.2e-6
+    np.testing.assert_allclose(out.patches.reshape(2, 16, 32), expected[:, 1:], atol=1e-5)  # measured: 1.5e-6
     for tokens, hidden in zip(vit.intermediate(images, (0, 1, 2)), theirs.hidden_states[1:], strict=True):
         hidden = hidden.numpy()[:, 1:].reshape(2, 4, 4, 32)
-        np.testing.assert_allclose(tokens, hidden, atol=1e-5)  # measured
+        np.testing.assert_allclose(tokens, hidden, atol=3e-5)  # measured: 1.2e-5, of values up to 24
 
 
 # --- what is refused ---

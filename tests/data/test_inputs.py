@@ -1,0 +1,207 @@
+"""Slices and the network's square input: where a slice lies in it, what its pixels become, and the way back."""
+
+import numpy as np
+import pytest
+import torch
+from scipy.ndimage import center_of_mass
+
+from jaxla.data.inputs import Frame, frame, image_to_input, input_to_slice, mask_to_input
+
+# --- the frame -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("pixels", [96, 448, 576, 640])
+def test_a_square_slice_fills_the_input(pixels):
+    assert frame((pixels, pixels), (0.625, 0.625), 448) == Frame(448, 0, 0, 448, 448)
+
+
+@pytest.mark.parametrize(
+    ("shape", "spacing", "expected"),
+    [
+        ((50, 100), (1, 1), Frame(96, 24, 0, 48, 96)),  # wide: bands above and below
+        ((100, 50), (1, 1), Frame(96, 0, 24, 96, 48)),  # high: bands on both sides
+        ((100, 100), (0.5, 1), Frame(96, 24, 0, 48, 96)),  # the aspect is that in mm
+        ((50, 100), (2, 1), Frame(96, 0, 0, 96, 96)),
+        ((10, 96), (1, 1), Frame(96, 43, 0, 10, 96)),
+        ((11, 96), (1, 1), Frame(96, 42, 0, 11, 96)),  # an odd band: one row more below
+        ((1, 1000), (1, 1), Frame(96, 47, 0, 1, 96)),  # never nothing
+    ],
+)
+def test_a_slice_keeps_its_aspect_in_mm_and_is_centred(shape, spacing, expected):
+    assert frame(shape, spacing, 96) == expected
+
+
+@pytest.mark.parametrize("size", [96, 448])
+def test_frames_of_any_shape_lie_inside_touch_both_sides_and_are_centred(size):
+    draw = np.random.default_rng(0)
+    for _ in range(300):
+        shape, spacing = tuple(draw.integers(20, 700, 2)), tuple(draw.uniform(0.3, 3, 2))
+        place = frame(shape, spacing, size)
+        assert max(place.height, place.width) == size
+        assert 0 <= place.size - place.height - 2 * place.top <= 1
+        assert 0 <= place.size - place.width - 2 * place.left <= 1
+        mm_per_pixel = [n * mm / side for n, mm, side in zip(shape, spacing, (place.height, place.width), strict=True)]
+        # the shorter side is rounded to whole pixels, so it is off by half a pixel at most
+        assert abs(mm_per_pixel[0] / mm_per_pixel[1] - 1) <= 0.5 / (min(place.height, place.width) - 0.5)
+
+
+# --- slice to input --------------------------------------------------------------------------------------------------
+
+
+def test_where_nothing_is_resized_only_the_grey_values_change():
+    pixels = np.array([[0, 10], [20, 40]], np.int16)
+    grey = image_to_input(pixels, (10, 30), Frame(2, 0, 0, 2, 2))
+    assert grey.shape == (2, 2, 1)
+    assert grey.dtype == np.float32
+    assert grey[..., 0].tolist() == [[0, 0], [0.5, 1]]  # beyond the range: 0 and 1
+    assert mask_to_input(pixels.astype(np.uint8), Frame(2, 0, 0, 2, 2)).tolist() == [[0, 10], [20, 40]]
+
+
+@pytest.mark.parametrize("dtype", ["u1", "i2", ">i2", "i4", "f4"])
+def test_every_type_of_scan_gives_the_same_input(dtype):
+    pixels = np.random.default_rng(0).integers(0, 250, (30, 40))
+    place = frame((30, 40), (1, 1), 96)
+    expected = image_to_input(pixels.astype(np.float32), (5, 200), place)
+    np.testing.assert_array_equal(image_to_input(pixels.astype(dtype), (5, 200), place), expected)
+
+
+def test_values_stay_within_0_and_1_and_what_surrounds_the_slice_is_0():
+    draw = np.random.default_rng(0)
+    for shape in ((20, 33), (200, 130), (96, 50)):
+        place = frame(shape, (1, 1), 96)
+        pixels = draw.normal(500, 300, shape).astype(np.float32)
+        inside = np.zeros((96, 96), bool)
+        inside[place.top : place.top + place.height, place.left : place.left + place.width] = True
+        grey = image_to_input(pixels, (100, 900), place)[..., 0]
+        assert grey.min() == 0
+        assert 0.8 < grey.max() <= 1  # below 1 where it shrinks and pixels average
+        assert not grey[~inside].any()
+        mask = mask_to_input(np.ones(shape, np.uint8), place)
+        np.testing.assert_array_equal(mask, inside)
+
+
+@pytest.mark.parametrize("shape", [(20, 20), (20, 30), (47, 33), (200, 200), (130, 200), (576, 640)])
+def test_grey_values_are_resized_as_pytorch_does_with_antialiasing(shape):
+    pixels = np.random.default_rng(0).random(shape, np.float32)
+    place = frame(shape, (1, 1), 96)
+    ours = image_to_input(pixels, (0, 1), place)[place.top :, place.left :][: place.height, : place.width, 0]
+    theirs = torch.nn.functional.interpolate(
+        torch.from_numpy(pixels)[None, None], (place.height, place.width), mode="bilinear", antialias=True
+    )[0, 0]
+    np.testing.assert_allclose(ours, theirs, rtol=0, atol=5e-6)  # measured: 3.3e-6
+
+
+def test_bilinear_by_hand():
+    """One row of 0, 1 doubled: centres at -1/4, 1/4, 3/4, 5/4 of the way from the first pixel to the second."""
+    row = image_to_input(np.array([[0, 1], [0, 1]], np.float32), (0, 1), Frame(4, 0, 0, 4, 4))[1, :, 0]
+    assert row.tolist() == [0, 0.25, 0.75, 1]
+
+
+def test_mask_pixels_take_the_class_they_lie_in():
+    row = np.array([[1, 2, 3]], np.uint8)
+    assert mask_to_input(row, Frame(6, 0, 0, 1, 6))[0].tolist() == [1, 1, 2, 2, 3, 3]
+    # centres of five pixels lie 0.3, 0.9, 1.5, 2.1, 2.7 pixels along three
+    assert mask_to_input(row, Frame(5, 0, 0, 1, 5))[0].tolist() == [1, 1, 2, 3, 3]
+    nine = np.arange(1, 10, dtype=np.uint8)[None]  # of nine to three: the middle one of each three
+    assert mask_to_input(nine, Frame(3, 0, 0, 1, 3))[0].tolist() == [2, 5, 8]
+    assert mask_to_input(row, Frame(6, 2, 0, 1, 6))[:, 0].tolist() == [0, 0, 1, 0, 0, 0]
+
+
+def test_no_class_appears_that_a_mask_does_not_hold():
+    mask = np.random.default_rng(0).choice([0, 3, 7], (200, 133)).astype(np.uint8)
+    for size in (96, 448):
+        assert set(np.unique(mask_to_input(mask, frame(mask.shape, (1, 1), size)))) == {0, 3, 7}
+
+
+# --- and back --------------------------------------------------------------------------------------------------------
+
+
+def blob(shape, spacing, centre_mm, radius_mm):
+    """A smooth bump of height 1, [H, W] float32."""
+    rows, columns = ((np.arange(n) + 0.5) * mm for n, mm in zip(shape, spacing, strict=True))
+    squared = (rows[:, None] - centre_mm[0]) ** 2 + (columns - centre_mm[1]) ** 2
+    return np.exp(-squared / radius_mm**2 * 2).astype(np.float32)
+
+
+def centre_mm(pixels, spacing):
+    return (np.array(center_of_mass(pixels)) + 0.5) * spacing
+
+
+SLICES = [
+    ((160, 160), (1, 1)),
+    ((576, 576), (0.625, 0.625)),
+    ((120, 200), (1.3, 0.7)),
+    ((35, 51), (1, 1)),
+    ((640, 300), (0.625, 1.1)),
+]
+
+
+@pytest.mark.parametrize(("shape", "spacing"), SLICES, ids=str)
+@pytest.mark.parametrize("size", [96, 448])
+def test_a_blob_stays_where_it_is_through_the_input_and_back(shape, spacing, size):
+    extent = np.multiply(shape, spacing)
+    for place_in_slice in ((0.3, 0.35), (0.5, 0.5), (0.65, 0.7)):
+        image = blob(shape, spacing, extent * place_in_slice, 0.12 * min(extent))
+        place = frame(shape, spacing, size)
+        grey = image_to_input(image, (0, 1), place)
+        back = input_to_slice(grey, place, shape)
+        assert back.shape == (*shape, 1)
+        assert back.dtype == np.float32
+        moved = centre_mm(back[..., 0], spacing) - centre_mm(image, spacing)
+        # mm; measured: 0.0059 for the slice of 35 × 51 pixels, whose bump is cut off soonest, 0.0009 for the others
+        assert np.abs(moved).max() < (0.008 if shape == (35, 51) else 0.0015)
+
+
+@pytest.mark.parametrize(("shape", "spacing"), SLICES, ids=str)
+@pytest.mark.parametrize("size", [96, 448])
+def test_image_and_mask_of_one_thing_lie_on_one_place_of_the_input(shape, spacing, size):
+    extent = np.multiply(shape, spacing)
+    place = frame(shape, spacing, size)
+    bump = blob(shape, spacing, extent * (0.4, 0.55), 0.12 * min(extent))
+    disc = (bump > 0.2).astype(np.uint8)
+
+    def expected(pixels):  # where the frame says that a centre in mm lies
+        return centre_mm(pixels, spacing) / extent * (place.height, place.width) + (place.top, place.left) - 0.5
+
+    grey = image_to_input(bump, (0, 1), place)[..., 0]
+    assert np.abs(center_of_mass(grey) - expected(bump)).max() < 0.003  # input pixels; measured: 0.0024
+    mask = mask_to_input(disc, place)
+    assert np.abs(center_of_mass(mask) - expected(disc)).max() < 0.15  # measured: 0.127, where six pixels become one
+
+
+@pytest.mark.parametrize(("shape", "spacing"), SLICES, ids=str)
+def test_a_mask_comes_back_almost_as_it_was(shape, spacing):
+    extent = np.multiply(shape, spacing)
+    disc = blob(shape, spacing, extent * (0.45, 0.5), 0.4 * min(extent)) > 0.5
+    place = frame(shape, spacing, 448)
+    back = input_to_slice(mask_to_input(disc.astype(np.uint8), place)[..., None].astype(np.float32), place, shape)
+    back = back[..., 0] > 0.5
+    dice = 2 * np.count_nonzero(back & disc) / (np.count_nonzero(back) + np.count_nonzero(disc))
+    assert dice >= 0.998  # measured: 0.99838 where slices of more than 448 pixels shrink, 1 for the others
+
+
+def test_every_channel_comes_back_by_itself():
+    draw = np.random.default_rng(0)
+    place = frame((60, 100), (1, 1), 96)
+    channels = draw.random((96, 96, 3), np.float32)
+    together = input_to_slice(channels, place, (60, 100))
+    assert together.shape == (60, 100, 3)
+    for k in range(3):
+        alone = input_to_slice(channels[..., k : k + 1], place, (60, 100))
+        np.testing.assert_array_equal(together[..., k], alone[..., 0])
+
+
+def test_probabilities_that_sum_to_1_still_do_so_on_the_slice():
+    values = np.random.default_rng(0).random((96, 96, 4), np.float32)
+    values /= values.sum(-1, keepdims=True)
+    for shape in ((40, 60), (200, 300)):
+        back = input_to_slice(values, frame(shape, (1, 1), 96), shape)
+        np.testing.assert_allclose(back.sum(-1), 1, rtol=0, atol=1e-6)
+        assert back.min() >= 0
+
+
+def test_what_surrounds_the_slice_never_reaches_it():
+    place = frame((30, 60), (1, 1), 96)
+    probabilities = np.ones((96, 96, 1), np.float32)
+    probabilities[place.top : place.top + place.height, place.left : place.left + place.width] = 0
+    assert not input_to_slice(probabilities, place, (30, 60)).any()

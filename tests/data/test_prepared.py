@@ -1,0 +1,223 @@
+"""Prepared volumes: what they hold, when they are made anew, and that several runs may make them at once."""
+
+import json
+import multiprocessing
+import shutil
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+
+import nibabel as nib
+import numpy as np
+import pytest
+
+from jaxla.config import InputError
+from jaxla.data.cases import Labels, find_cases
+from jaxla.data.prepared import intensity_range, prepare_cases
+from tests.data.nifti import AFFINE, SHAPE, flat, image_array, lascarqs, mask_array, save
+
+
+def stamps(cache):
+    """File -> when it was last written."""
+    return {path: path.stat().st_mtime_ns for path in cache.rglob("*") if path.is_file()}
+
+
+def assert_holds(volume, image, mask):
+    """Slices of AFFINE's grid: x runs to the left (columns as stored), y to posterior (rows as stored), z upwards."""
+    np.testing.assert_array_equal(volume.image, image.transpose(2, 1, 0)[::-1])
+    np.testing.assert_array_equal(volume.mask, mask.transpose(2, 1, 0)[::-1])
+
+
+def test_a_prepared_volume_holds_its_source_slice_by_slice(tmp_path):
+    folder = lascarqs(tmp_path / "data", 2, value=420)
+    first, second = prepare_cases(find_cases(folder), tmp_path / "cache")
+    assert_holds(first, image_array(1), mask_array())
+    assert_holds(second, image_array(2), mask_array())
+    assert first.id == "train_1"
+    assert first.case.image == folder / "train_1" / "enhanced.nii.gz"
+    assert first.shape == (4, 14, 16)
+    assert first.spacing == (2.5, 0.75, 0.75)
+    assert first.slice_axis == "head-foot"
+    assert first.image.dtype == np.int16
+    assert first.mask.dtype == np.uint8
+    assert first.intensity_range == tuple(np.percentile(image_array(1), (0.5, 99.5)))
+    foreground = np.count_nonzero(mask_array())
+    assert first.class_voxels == (mask_array().size - foreground, foreground)
+
+
+def test_classes_are_counted_even_where_a_mask_lacks_them(tmp_path):
+    dataset = replace(
+        find_cases(flat(tmp_path / "data", 1, value=7)), labels=Labels(("a", "b", "c"), ((1,), (7,), (9,)))
+    )
+    (volume,) = prepare_cases(dataset, tmp_path / "cache")
+    foreground = np.count_nonzero(mask_array())
+    assert volume.class_voxels == (mask_array().size - foreground, 0, foreground, 0)
+    assert_holds(volume, image_array(0), 2 * mask_array())
+
+
+def test_any_orientation_on_file_gives_the_same_slices(tmp_path):
+    image, mask = nib.Nifti1Image(image_array(), AFFINE), nib.Nifti1Image(mask_array(), AFFINE)
+    turned = np.array([[2, 1], [0, -1], [1, -1]])
+    for name, orient in (("a", lambda x: x), ("b", lambda x: x.as_reoriented(turned))):
+        nib.save(orient(image), save(tmp_path / "data" / f"{name}.nii.gz", image_array()))
+        nib.save(orient(mask), save(tmp_path / "data" / f"{name}_mask.nii.gz", mask_array()))
+    volumes = prepare_cases(find_cases(tmp_path / "data"), tmp_path / "cache")
+    for volume in volumes:
+        assert_holds(volume, image_array(), mask_array())
+    assert nib.load(tmp_path / "data" / "b.nii.gz").shape == (14, 4, 16)
+
+
+def test_arrays_are_mapped_from_disk_and_read_only(tmp_path):
+    (volume,) = prepare_cases(find_cases(flat(tmp_path / "data", 1)), tmp_path / "cache")
+    for array in (volume.image, volume.mask):
+        assert isinstance(array, np.memmap)
+        assert array.flags.c_contiguous
+        with pytest.raises(ValueError, match="read-only"):
+            array[0] = 0
+
+
+def test_the_intensity_range_is_that_of_the_percentiles_or_else_of_the_extremes():
+    assert intensity_range(np.arange(1001)) == (5, 995)
+    lone = np.zeros(1001)
+    lone[3] = 8
+    assert intensity_range(lone) == (0, 8)
+
+
+# --- the cache -------------------------------------------------------------------------------------------------------
+
+
+def test_a_second_run_uses_what_the_first_prepared(tmp_path):
+    dataset = find_cases(flat(tmp_path / "data", 3))
+    first = prepare_cases(dataset, tmp_path / "cache")
+    written = stamps(tmp_path / "cache")
+    assert len(written) == 9
+    assert prepare_cases(dataset, tmp_path / "cache") == first
+    assert stamps(tmp_path / "cache") == written
+
+
+def test_what_is_prepared_follows_the_content_and_not_the_name(tmp_path):
+    shutil.move(flat(tmp_path / "data", 2), tmp_path / "moved")
+    first = prepare_cases(find_cases(tmp_path / "moved"), tmp_path / "cache")
+    written = stamps(tmp_path / "cache")
+    (tmp_path / "renamed").mkdir()
+    for path in (tmp_path / "moved").iterdir():
+        shutil.copy(path, tmp_path / "renamed" / path.name.replace("case", "patient"))
+    again = prepare_cases(find_cases(tmp_path / "renamed"), tmp_path / "cache")
+    assert [volume.id for volume in again] == ["patient_0", "patient_1"]
+    assert [volume.folder for volume in again] == [volume.folder for volume in first]
+    assert stamps(tmp_path / "cache") == written
+
+
+def test_a_changed_image_or_mask_is_prepared_anew(tmp_path):
+    root = flat(tmp_path / "data", 1)
+    (first,) = prepare_cases(find_cases(root), tmp_path / "cache")
+    save(root / "case_0.nii.gz", image_array(50))
+    (second,) = prepare_cases(find_cases(root), tmp_path / "cache")
+    assert_holds(second, image_array(50), mask_array())
+    save(root / "case_0_mask.nii.gz", np.flip(mask_array(), 0))
+    (third,) = prepare_cases(find_cases(root), tmp_path / "cache")
+    assert_holds(third, image_array(50), np.flip(mask_array(), 0))
+    assert len({first.folder, second.folder, third.folder}) == 3
+    assert_holds(first, image_array(0), mask_array())  # a run that still reads the older one is not disturbed
+
+
+def test_other_labels_are_prepared_anew(tmp_path):
+    root = flat(tmp_path / "data", 1, value=2)
+    (any_value,) = prepare_cases(find_cases(root), tmp_path / "cache")
+    (background,) = prepare_cases(find_cases(root, "LA:1;background:2"), tmp_path / "cache")
+    (second_class,) = prepare_cases(find_cases(root, "LA:1;wall:2"), tmp_path / "cache")
+    assert_holds(any_value, image_array(0), mask_array())
+    assert_holds(background, image_array(0), 0 * mask_array())
+    assert_holds(second_class, image_array(0), 2 * mask_array())
+
+
+def test_what_an_interrupted_run_left_does_no_harm(tmp_path):
+    leftover = tmp_path / "cache" / "volumes" / ".writing-abandoned"
+    leftover.mkdir(parents=True)
+    (leftover / "image.npy").write_bytes(b"half of it")
+    (volume,) = prepare_cases(find_cases(flat(tmp_path / "data", 1)), tmp_path / "cache")
+    assert_holds(volume, image_array(0), mask_array())
+    assert sorted(path.name for path in volume.folder.parent.iterdir()) == [".writing-abandoned", volume.folder.name]
+
+
+@pytest.mark.parametrize("lost", ["volume.json", "image.npy", "mask.npy"])
+def test_a_prepared_folder_that_lost_a_file_is_made_again(tmp_path, lost):
+    dataset = find_cases(flat(tmp_path / "data", 1))
+    (volume,) = prepare_cases(dataset, tmp_path / "cache")
+    (volume.folder / lost).unlink()
+    (again,) = prepare_cases(dataset, tmp_path / "cache")
+    assert_holds(again, image_array(0), mask_array())
+
+
+# --- several at once -------------------------------------------------------------------------------------------------
+
+
+def prepare_after(barrier, root, cache):
+    barrier.wait(timeout=30)
+    prepare_cases(find_cases(root), cache)
+
+
+def test_two_processes_that_prepare_at_once_leave_intact_volumes(tmp_path):
+    root, cache = flat(tmp_path / "data", 6), tmp_path / "cache"
+    context = multiprocessing.get_context("spawn")
+    barrier = context.Barrier(2)
+    workers = [context.Process(target=prepare_after, args=(barrier, root, cache)) for _ in range(2)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join(timeout=60)
+    assert [worker.exitcode for worker in workers] == [0, 0]
+    assert len(list((cache / "volumes").iterdir())) == 6  # nothing half-written beside them
+    written = stamps(cache)
+    for n, volume in enumerate(prepare_cases(find_cases(root), cache)):
+        assert_holds(volume, image_array(n), mask_array())
+    assert stamps(cache) == written
+
+
+def test_eight_threads_that_prepare_at_once_leave_intact_volumes(tmp_path):
+    dataset, cache = find_cases(flat(tmp_path / "data", 4)), tmp_path / "cache"
+    with ThreadPoolExecutor(8) as pool:
+        prepared = list(pool.map(lambda _: prepare_cases(dataset, cache), range(8)))
+    for volumes in prepared:
+        for n, volume in enumerate(volumes):
+            assert_holds(volume, image_array(n), mask_array())
+    assert len(list((cache / "volumes").iterdir())) == 4
+
+
+# --- what is refused -------------------------------------------------------------------------------------------------
+
+
+def test_one_image_under_two_names_is_refused(tmp_path):
+    root = flat(tmp_path / "data", 3)
+    shutil.copy(root / "case_0.nii.gz", root / "case_2.nii.gz")
+    with pytest.raises(InputError, match=f"^{root / 'case_2.nii.gz'}: the same image as case case_0; "):
+        prepare_cases(find_cases(root), tmp_path / "cache")
+
+
+def test_a_mask_on_another_grid_is_refused_and_leaves_nothing(tmp_path):
+    root = flat(tmp_path / "data", 1)
+    save(root / "case_0_mask.nii.gz", mask_array(shape=(16, 14, 5)))
+    with pytest.raises(InputError, match=f"^{root / 'case_0_mask.nii.gz'}: not on the grid of .*case_0.nii.gz"):
+        prepare_cases(find_cases(root), tmp_path / "cache")
+    assert not (tmp_path / "cache").exists()
+
+
+def test_a_value_beyond_the_classes_is_refused_and_leaves_nothing(tmp_path):
+    root = flat(tmp_path / "data", 1, value=3)
+    with pytest.raises(InputError, match=rf"^{root / 'case_0_mask.nii.gz'}: holds the label values \[3\]"):
+        prepare_cases(find_cases(root, "LA:1"), tmp_path / "cache")
+    assert not (tmp_path / "cache").exists()
+
+
+def test_a_cache_folder_that_cannot_be_written_is_named(tmp_path):
+    (tmp_path / "file").write_text("in the way")
+    cache = tmp_path / "file" / "cache"
+    with pytest.raises(InputError, match=f"^--cache-dir={cache}: cannot be written"):
+        prepare_cases(find_cases(flat(tmp_path / "data", 1)), cache)
+
+
+def test_the_description_says_what_a_reader_needs(tmp_path):
+    (volume,) = prepare_cases(find_cases(flat(tmp_path / "data", 1)), tmp_path / "cache")
+    described = json.loads((volume.folder / "volume.json").read_text())
+    assert described["shape"] == [SHAPE[2], SHAPE[1], SHAPE[0]]
+    assert described["spacing"] == [2.5, 0.75, 0.75]
+    assert described["slice_axis"] == "head-foot"

@@ -1,0 +1,138 @@
+"""The patient-level split: its sizes, that no patient crosses it, that it repeats, and files that do not fit."""
+
+import json
+import random
+
+import pytest
+
+from jaxla.config import Data, InputError
+from jaxla.data.split import Split, make_split, write_split
+
+
+def ids(count):
+    return [f"train_{n}" for n in range(1, count + 1)]
+
+
+def sizes(split):
+    return len(split.train), len(split.val), len(split.test)
+
+
+@pytest.mark.parametrize(
+    ("count", "expected"),
+    [(130, (91, 13, 26)), (60, (42, 6, 12)), (100, (70, 10, 20)), (10, (7, 1, 2)), (5, (3, 1, 1)), (3, (1, 1, 1))],
+)
+def test_seventy_ten_twenty(count, expected):
+    assert sizes(make_split(ids(count), Data())) == expected
+
+
+@pytest.mark.parametrize("count", range(3, 151))
+def test_every_patient_is_in_exactly_one_part_and_no_part_is_empty(count):
+    split = make_split(ids(count), Data())
+    assert sorted([*split.train, *split.val, *split.test]) == sorted(ids(count))
+    assert min(sizes(split)) >= 1
+    for part, share in zip(sizes(split), (0.7, 0.1, 0.2), strict=True):
+        assert abs(part - share * count) <= (1.11 if count < 5 else 1)  # the worst: 1 of 2.1 train at 3 patients
+
+
+def test_the_same_seed_gives_the_same_split_in_whatever_order_the_patients_come():
+    shuffled = random.Random(1).sample(ids(60), 60)
+    assert make_split(ids(60), Data()) == make_split(shuffled, Data())
+    assert make_split(ids(60), Data()).sha256 == make_split(shuffled, Data()).sha256
+
+
+def test_another_seed_gives_another_split():
+    parts = {make_split(ids(60), Data(split_seed=seed)).test for seed in range(20)}
+    assert len(parts) == 20
+    tested = {name for part in parts for name in part}
+    assert len(tested) > 55  # of 60; a patient escapes 20 draws of a fifth with a chance of 1 %
+
+
+def test_few_shot_protocols_are_nested_and_validate_and_test_on_the_same_patients():
+    whole = make_split(ids(60), Data())
+    for wanted in range(1, 43):
+        split = make_split(ids(60), Data(train_patients=wanted))
+        assert split.train == whole.train[:wanted]
+        assert (split.val, split.test) == (whole.val, whole.test)
+    assert make_split(ids(60), Data(train_patients=0)) == whole
+
+
+def test_the_hash_tells_splits_apart():
+    split = Split(("a", "b"), ("c",), ("d",))
+    assert split.sha256 == Split(("a", "b"), ("c",), ("d",)).sha256
+    others = [Split(("b", "a"), ("c",), ("d",)), Split(("a",), ("b", "c"), ("d",)), Split(("a", "b"), ("d",), ("c",))]
+    assert len({split.sha256, *(other.sha256 for other in others)}) == 4
+
+
+# --- the split file --------------------------------------------------------------------------------------------------
+
+
+def test_a_written_split_is_accepted_back(tmp_path):
+    split = make_split(ids(60), Data(split_seed=5))
+    write_split(split, tmp_path / "split.json")
+    again = make_split(ids(60), Data(split=str(tmp_path / "split.json"), split_seed=99))
+    assert again == split
+    assert again.sha256 == split.sha256
+    few = make_split(ids(60), Data(split=str(tmp_path / "split.json"), train_patients=10))
+    assert few == Split(split.train[:10], split.val, split.test)
+
+
+def test_the_file_is_three_lists_of_case_ids(tmp_path):
+    write_split(Split(("b", "a"), ("c",), ("d",)), tmp_path / "split.json")
+    assert json.loads((tmp_path / "split.json").read_text()) == {"train": ["b", "a"], "val": ["c"], "test": ["d"]}
+
+
+def test_a_split_file_may_leave_cases_out(tmp_path):
+    write_split(Split(("train_1",), ("train_2",), ("train_3",)), tmp_path / "split.json")
+    split = make_split(ids(10), Data(split=str(tmp_path / "split.json")))
+    assert split == Split(("train_1",), ("train_2",), ("train_3",))
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ('{"train": ["train_1", "train_1"], "val": ["train_2"], "test": ["train_3"]}', "train_1 stands in it twice"),
+        ('{"train": ["train_1"], "val": ["train_2"], "test": ["train_1"]}', "train_1 stands in it twice"),
+        ('{"train": ["train_1", "x", "y"], "val": ["train_2"], "test": ["train_3"]}', r"case x is not .*\(2 such"),
+        ('{"train": [], "val": ["train_2"], "test": ["train_3"]}', "its list train is empty"),
+        ('{"train": ["train_1"], "val": [], "test": ["train_3"]}', "its list val is empty"),
+        ('{"train": ["train_1"], "val": ["train_2"], "test": []}', "its list test is empty"),
+        ('{"train": ["train_1"], "val": ["train_2"]}', "not a split file: expected lists train, val, test"),
+        ('{"train": 1, "val": ["train_2"], "test": ["train_3"]}', "not a split file"),
+        ('["train_1", "train_2", "train_3"]', "not a split file"),
+        ("null", "not a split file"),
+        ("train: train_1", "not a split file"),
+        ("", "not a split file"),
+        (b"\xff\xfe\x00", "not a split file"),
+        (None, "cannot be read"),
+    ],
+)
+def test_a_split_file_that_does_not_fit_is_named(tmp_path, content, message):
+    path = tmp_path / "split.json"
+    if content is not None:
+        path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    with pytest.raises(InputError, match=f"^--data.split={path}: .*{message}"):
+        make_split(ids(5), Data(split=str(path)))
+
+
+def test_a_folder_is_no_split_file(tmp_path):
+    with pytest.raises(InputError, match=f"^--data.split={tmp_path}: cannot be read"):
+        make_split(ids(5), Data(split=str(tmp_path)))
+
+
+@pytest.mark.parametrize("count", [0, 1, 2])
+def test_fewer_than_three_patients_are_too_few(count):
+    with pytest.raises(InputError, match=f"^--data.root holds {count} patients.*at least 3"):
+        make_split(ids(count), Data())
+
+
+@pytest.mark.parametrize("wanted", [4, 10])
+def test_more_training_patients_than_there_are_is_an_error_that_counts_them(wanted):
+    message = rf"^--data.train_patients={wanted}: there are 3 training patients \(of 5 cases, 1 validate and 1 test\)"
+    with pytest.raises(InputError, match=message):
+        make_split(ids(5), Data(train_patients=wanted))
+    assert sizes(make_split(ids(5), Data(train_patients=3))) == (3, 1, 1)
+
+
+def test_a_negative_seed_is_an_error_that_names_the_option():
+    with pytest.raises(InputError, match=r"^(option )?--data.split_seed"):
+        make_split(ids(5), Data(split_seed=-1))

@@ -1,0 +1,258 @@
+"""The decoders: PyTorch's numbers, and no token that comes out elsewhere in the image."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+from flax import nnx
+
+from jaxla.models.decoders import ConvolutionalDecoder, LinearDecoder, resize
+from jaxla.models.dinov2 import VisionTransformer
+from jaxla.models.network import TransformerSegmenter
+from tests.tiny import TINY, flat_arrays, randomise, tiny_backbone
+
+WIDTHS = (8, 6, 4)
+
+
+def decoder_of(kind, width=16, outputs=1, widths=WIDTHS, seed=0):
+    """A decoder in evaluation mode with random parameters."""
+    make = {
+        "linear": lambda: LinearDecoder(width, outputs, rngs=nnx.Rngs(0)),
+        "convolutional": lambda: ConvolutionalDecoder(width, widths, outputs, rngs=nnx.Rngs(0)),
+    }
+    decoder = randomise(nnx.eval_shape(make[kind]), seed)
+    decoder.eval()
+    return decoder
+
+
+def to_torch(array):
+    """[B, H, W, C] -> [B, C, H, W]."""
+    return torch.from_numpy(np.array(array).transpose(0, 3, 1, 2).copy())
+
+
+def from_torch(tensor):
+    return tensor.detach().numpy().transpose(0, 2, 3, 1)
+
+
+# --- resizing ---
+
+
+@pytest.mark.parametrize(
+    ("shape", "size"),
+    [((4, 6), (8, 12)), ((3, 5), (24, 40)), ((7, 7), (98, 98)), ((1, 3), (5, 4)), ((7, 5), (4, 3)), ((6, 9), (6, 9))],
+)
+def test_resizing_is_pytorchs_bilinear(shape, size):
+    x = np.random.default_rng(0).standard_normal((2, *shape, 3), dtype=np.float32)
+    expected = torch.nn.functional.interpolate(to_torch(x), size=size, mode="bilinear", align_corners=False)
+    np.testing.assert_allclose(resize(jnp.asarray(x), size), from_torch(expected), atol=3e-6)  # measured: 5e-7
+
+
+# --- where a token comes out ---
+
+# corner tokens of a map of 12 × 20, and the quarter of 96 × 160 pixels that each lies in
+CORNERS = {
+    (0, 0): np.s_[:48, :80],
+    (0, 19): np.s_[:48, 80:],
+    (11, 0): np.s_[48:, :80],
+    (11, 19): np.s_[48:, 80:],
+}
+
+
+@pytest.mark.parametrize("kind", ["linear", "convolutional"])
+@pytest.mark.parametrize("corner", CORNERS)
+def test_a_blob_in_a_corner_comes_out_in_that_corner(kind, corner):
+    decoder = decoder_of(kind)
+    decode = jax.jit(lambda tokens: decoder(tokens, (96, 160))[0, ..., 0])
+    tokens = np.zeros((1, 12, 20, 16), np.float32)
+    empty = np.asarray(decode(tokens))
+    tokens[0, *corner] = np.random.default_rng(1).standard_normal(16)
+    change = np.abs(decode(tokens) - empty)
+    inside = np.zeros(change.shape, bool)
+    inside[CORNERS[corner]] = True
+    assert change[8 * corner[0] + 4, 8 * corner[1] + 4] > 1e-3
+    assert change[inside].max() > 0.01
+    assert change[~inside].max() == 0
+
+
+@pytest.mark.parametrize("kind", ["linear", "convolutional"])
+@pytest.mark.parametrize("token", [(5, 7), (6, 13)])
+def test_a_blob_comes_out_centred_on_its_token(kind, token):
+    """With symmetric kernels the blob stays symmetric, so its centre of mass is the middle of the token, to a pixel."""
+    decoder = decoder_of(kind)
+    for path, variable in nnx.to_flat_state(nnx.state(decoder, nnx.Param)):
+        variable.set_value(jnp.full(variable.shape, 0.1 if path[-1] in ("kernel", "scale") else 0.0))
+    for _, variable in nnx.to_flat_state(nnx.state(decoder, nnx.BatchStat)):
+        variable.set_value(jnp.ones(variable.shape) * (variable.get_value().min() > 0))  # mean 0, variance 1
+    tokens = np.zeros((1, 12, 20, 16), np.float32)
+    tokens[0, *token] = 1
+    logits = np.asarray(jax.jit(lambda tokens: decoder(tokens, (96, 160)))(tokens), np.float64)[0, ..., 0]
+    logits /= logits.sum()
+    centre = [(logits.sum(1) @ np.arange(96)), (logits.sum(0) @ np.arange(160))]
+    np.testing.assert_allclose(centre, [8 * n + 3.5 for n in token], atol=1e-5)  # measured: 5e-7
+
+
+def test_whole_network_answers_where_the_image_differs():
+    """On average over random decoders, what a patch changes in the logits is centred on that patch."""
+    backbone = tiny_backbone()
+    for scale in (backbone.blocks.scale1, backbone.blocks.scale2):  # blocks that add nothing: no token sees another
+        scale.gamma.set_value(jnp.zeros_like(scale.gamma[...]))
+    images = np.full((3, 96, 160, 1), 0.5, np.float32)
+    patches = {1: (5, 13), 2: (6, 6)}
+    for i, (row, column) in patches.items():
+        images[i, 8 * row : 8 * row + 8, 8 * column : 8 * column + 8] = 1
+    answer = jax.jit(lambda graph, state: nnx.merge(graph, state)(images)[..., 0], static_argnums=0)
+    changes = np.zeros((3, 96, 160))
+    for seed in range(40):
+        decoder = decoder_of("convolutional", width=32, widths=(24, 16, 12), seed=seed)
+        network = TransformerSegmenter(backbone, decoder)
+        logits = np.asarray(answer(*nnx.split(network)))
+        changes += np.abs(logits - logits[0])
+    changes /= np.maximum(changes.sum((1, 2), keepdims=True), 1e-9)
+    for i, (row, column) in patches.items():
+        centre = [changes[i].sum(1) @ np.arange(96), changes[i].sum(0) @ np.arange(160)]
+        np.testing.assert_allclose(centre, [8 * row + 3.5, 8 * column + 3.5], atol=1.0)  # measured: 0.75 of a token's 8
+
+
+# --- shapes ---
+
+
+@pytest.mark.parametrize("kind", ["linear", "convolutional"])
+@pytest.mark.parametrize(
+    ("outputs", "shape", "size"), [(1, (3, 5), (24, 40)), (4, (2, 2), (28, 28)), (2, (7, 4), (14, 8))]
+)
+def test_logits_have_the_size_of_the_image(kind, outputs, shape, size):
+    decoder = decoder_of(kind, outputs=outputs)
+    tokens = jnp.ones((2, *shape, 16), jnp.bfloat16)
+    logits = jax.eval_shape(lambda: decoder(tokens, size))
+    assert (logits.shape, logits.dtype) == ((2, *size, outputs), jnp.float32)
+
+
+def test_default_decoder_on_the_giant_backbone_has_15_million_parameters():
+    widths = (512, 256, 128, 64, 32)
+    decoder = nnx.eval_shape(lambda: ConvolutionalDecoder(1536, widths, 1, rngs=nnx.Rngs(0)))
+    token_classifier = 1536 * 512 + 512
+    mix = 7 * 7 * 512 * 512 + 512
+    stages = sum(9 * i * o + 2 * o for i, o in ((512, 256), (256, 128), (128, 64), (64, 32)))
+    logits = 9 * 32 + 1
+    count = sum(x.size for x in jax.tree.leaves(nnx.state(decoder, nnx.Param)))
+    assert count == token_classifier + mix + stages + logits == 15_200_481
+
+
+# --- the same numbers as PyTorch ---
+
+
+def torch_decoder(ours, size):
+    """The convolutional decoder as PyTorch layers, with the parameters of `ours`."""
+    widths = WIDTHS
+    layers = [torch.nn.Conv2d(16, widths[0], 1), torch.nn.SELU(), torch.nn.Conv2d(widths[0], widths[0], 7, padding=3)]
+    for i, o in ((widths[0], widths[1]), (widths[1], widths[2])):
+        layers += [
+            torch.nn.Upsample(scale_factor=2, mode="bilinear"),
+            torch.nn.Conv2d(i, o, 3, padding=1, bias=False),
+            torch.nn.BatchNorm2d(o),
+            torch.nn.ReLU(),
+        ]
+    layers += [torch.nn.Upsample(size=size, mode="bilinear"), torch.nn.Conv2d(widths[-1], 3, 3, padding=1)]
+    theirs = torch.nn.Sequential(*layers)
+    arrays = flat_arrays(ours, (nnx.Param, nnx.BatchStat))
+    places = {
+        "token_classifier.kernel": "0.weight", "token_classifier.bias": "0.bias",
+        "mix.kernel": "2.weight", "mix.bias": "2.bias",
+        "logits.kernel": "12.weight", "logits.bias": "12.bias",
+    }  # fmt: skip
+    for stage, first in ((0, 3), (1, 7)):
+        places |= {
+            f"stages.{stage}.convolution.kernel": f"{first + 1}.weight",
+            f"stages.{stage}.norm.scale": f"{first + 2}.weight",
+            f"stages.{stage}.norm.bias": f"{first + 2}.bias",
+            f"stages.{stage}.norm.mean": f"{first + 2}.running_mean",
+            f"stages.{stage}.norm.var": f"{first + 2}.running_var",
+        }
+    assert places.keys() == arrays.keys()
+    for name, place in places.items():
+        array = arrays[name].reshape(1, 1, *arrays[name].shape) if name == "token_classifier.kernel" else arrays[name]
+        array = array.transpose(3, 2, 0, 1) if array.ndim == 4 else array
+        theirs.state_dict()[place].copy_(torch.from_numpy(array.copy()))
+    return theirs
+
+
+def random_tokens():
+    return np.random.default_rng(3).standard_normal((4, 5, 7, 16), dtype=np.float32)
+
+
+def test_convolutional_decoder_equals_pytorch_in_evaluation():
+    decoder = decoder_of("convolutional", outputs=3)
+    theirs = torch_decoder(decoder, (40, 56)).eval()
+    before = flat_arrays(decoder, nnx.BatchStat)
+    ours = decoder(random_tokens(), (40, 56))
+    expected = from_torch(theirs(to_torch(random_tokens())))
+    assert np.abs(expected).max() > 0.5
+    np.testing.assert_allclose(ours, expected, atol=5e-6)  # measured: 5e-7
+    for name, value in flat_arrays(decoder, nnx.BatchStat).items():
+        np.testing.assert_array_equal(value, before[name])
+
+
+def test_convolutional_decoder_equals_pytorch_in_training():
+    decoder = decoder_of("convolutional", outputs=3)
+    theirs = torch_decoder(decoder, (40, 56)).train()
+    var_before = flat_arrays(decoder, nnx.BatchStat)
+    decoder.train()
+    graph, parameters, rest = nnx.split(decoder, nnx.Param, ...)
+    weight = 100 * np.random.default_rng(4).standard_normal((4, 40, 56, 3), dtype=np.float32)
+
+    def forward(parameters):
+        network = nnx.merge(graph, parameters, rest, copy=True)
+        logits = network(random_tokens(), (40, 56))
+        return jnp.mean(logits * weight), (logits, nnx.state(network, nnx.BatchStat))
+
+    (_, (ours, statistics)), gradients = jax.jit(jax.value_and_grad(forward, has_aux=True))(parameters)
+    expected = theirs(to_torch(random_tokens()))
+    (expected * to_torch(weight)).mean().backward()
+    np.testing.assert_allclose(ours, from_torch(expected), atol=1e-5)  # measured: 1.9e-6
+
+    for stage, (norm, inputs) in enumerate(((theirs[5], (10, 14)), (theirs[9], (20, 28)))):
+        mean, var = (statistics["stages"][stage]["norm"][name].get_value() for name in ("mean", "var"))
+        np.testing.assert_allclose(mean, norm.running_mean, atol=5e-7)  # measured: 3e-8
+        # PyTorch keeps the unbiased variance for later, this package the biased one
+        n = 4 * inputs[0] * inputs[1]
+        old = var_before[f"stages.{stage}.norm.var"]
+        expected_var = 0.9 * old + (norm.running_var.numpy() - 0.9 * old) * (n - 1) / n
+        np.testing.assert_allclose(var, expected_var, atol=1e-6)  # measured: 1.2e-7
+
+    pairs = (
+        (gradients["token_classifier"]["kernel"], theirs[0].weight.grad[:, :, 0, 0].T),
+        (gradients["mix"]["kernel"], theirs[2].weight.grad.permute(2, 3, 1, 0)),
+        (gradients["stages"][0]["convolution"]["kernel"], theirs[4].weight.grad.permute(2, 3, 1, 0)),
+        (gradients["stages"][1]["norm"]["scale"], theirs[9].weight.grad),
+        (gradients["logits"]["kernel"], theirs[12].weight.grad.permute(2, 3, 1, 0)),
+    )
+    for mine, grad in pairs:
+        assert grad.abs().max() > 0.02
+        np.testing.assert_allclose(mine.get_value(), grad, atol=3e-6)  # measured: 4e-7
+
+
+def test_linear_decoder_equals_pytorch():
+    decoder = decoder_of("linear", outputs=3)
+    arrays = flat_arrays(decoder)
+    tokens = random_tokens()
+    expected = torch.nn.functional.interpolate(
+        torch.nn.functional.conv2d(
+            to_torch(tokens),
+            torch.from_numpy(arrays["classifier.kernel"].T.copy())[:, :, None, None],
+            torch.from_numpy(arrays["classifier.bias"].copy()),
+        ),
+        size=(40, 56),
+        mode="bilinear",
+    )
+    np.testing.assert_allclose(decoder(tokens, (40, 56)), from_torch(expected), atol=5e-6)  # measured: 5e-7
+
+
+def test_grey_images_are_normalised_as_imagenet_is():
+    network = TransformerSegmenter(
+        nnx.eval_shape(lambda: VisionTransformer(TINY, rngs=nnx.Rngs(0))), decoder_of("linear", width=32)
+    )
+    network = randomise(network, 5)
+    grey = np.random.default_rng(0).random((2, 24, 40, 1), dtype=np.float32)
+    colour = (np.repeat(grey, 3, -1) - [0.485, 0.456, 0.406]) / [0.229, 0.224, 0.225]
+    np.testing.assert_allclose(network(grey), network(colour.astype(np.float32)), atol=5e-6)  # measured: 4e-7

@@ -1,0 +1,464 @@
+"""The commands on bad input: exit code 2, one line that names the file or option, and nothing left behind."""
+
+import contextlib
+import importlib
+import io
+import logging
+import os
+import pickle
+import re
+import shutil
+import subprocess
+import sys
+import warnings
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+import pytest
+
+from jaxla.config import run_command
+from tests.data.nifti import (
+    AFFINE,
+    decathlon,
+    flat,
+    image_array,
+    lascarqs,
+    mask_array,
+    save,
+    save_as,
+    save_raw_spacing,
+    save_singular,
+    truncate,
+)
+
+
+def tree(folder):
+    """Everything in a folder but the cache, with sizes and times of files."""
+    paths = (path for path in folder.rglob("*") if "cache" not in path.relative_to(folder).parts[:1])
+    return {path: (path.stat().st_size, path.stat().st_mtime_ns) if path.is_file() else None for path in paths}
+
+
+def in_a_new_process(folder, module, options):
+    """As a user runs it; -> exit code, stdout, stderr."""
+    command = [sys.executable, "-m", module, *options]
+    environment = os.environ | {"XDG_CACHE_HOME": str(folder / "cache")}
+    done = subprocess.run(
+        command, capture_output=True, text=True, cwd=folder, env=environment, timeout=100, check=False
+    )
+    return done.returncode, done.stdout, done.stderr
+
+
+def in_this_process(folder, module, options):
+    """The same without the seconds of starting Python and JAX; NumPy's warnings, a second line, are raised."""
+    main = importlib.import_module(module).main
+    arguments, handlers = sys.argv, logging.getLogger("jaxla").handlers[:]
+    sys.argv = [module, *options]
+    try:
+        with (
+            contextlib.chdir(folder),
+            contextlib.redirect_stdout(io.StringIO()) as stdout,
+            contextlib.redirect_stderr(io.StringIO()) as stderr,
+            warnings.catch_warnings(action="error", category=RuntimeWarning),
+            pytest.raises(SystemExit) as left,
+        ):
+            run_command(main)
+    finally:
+        sys.argv, logging.getLogger("jaxla").handlers[:] = arguments, handlers
+    return left.value.code, stdout.getvalue(), stderr.getvalue()
+
+
+def refuse(folder, module, *options, run=in_this_process):
+    """Run a command in `folder`; -> its one line of error, after checking that it left everything as it was."""
+    before = tree(folder)
+    code, stdout, stderr = run(folder, module, options)
+    assert code == 2, stdout + stderr
+    assert len(stderr.splitlines()) == 1, stderr
+    assert stderr.startswith("error: ")
+    assert "Traceback" not in stdout
+    assert tree(folder) == before
+    return stderr.rstrip("\n")
+
+
+def refuse_to_train(folder, *options, run=in_this_process):
+    """`refuse` for quickstart on the folder `data`; a later option of the same name wins."""
+    places = [f"--data.root={folder / 'data'}", f"--cache-dir={folder / 'cache'}", f"--run-dir={folder / 'run'}"]
+    return refuse(folder, "jaxla.train", "--exp=quickstart", *places, *options, run=run)
+
+
+def broken_voxel(value):
+    array = image_array().astype(np.float32)
+    array[3, 3, 3] = value
+    return array
+
+
+BAD_SCANS = {
+    "4d.nii.gz": (lambda p: save(p, np.stack([image_array()] * 2, -1)), "4D"),
+    "2d.nii.gz": (lambda p: save(p, image_array()[..., 0]), "2D"),
+    "nan.nii.gz": (lambda p: save(p, broken_voxel(np.nan)), "NaN"),
+    "infinite.nii.gz": (lambda p: save(p, broken_voxel(np.inf)), "infinite"),
+    "constant.nii.gz": (lambda p: save(p, np.full_like(image_array(), 7)), "every voxel is 7"),
+    "cut.nii.gz": (lambda p: truncate(save(p, image_array())), "truncated"),
+    "cut.nii": (lambda p: truncate(save(p, image_array())), "truncated"),
+    "text.nii.gz": (lambda p: p.write_text("no scan " * 99), "not a NIfTI"),
+    "text.nii": (lambda p: p.write_text("no scan " * 99), "not a NIfTI"),
+    "analyze.nii": (lambda p: save_as(p.with_suffix(".mgh"), nib.MGHImage(image_array(), AFFINE)).rename(p), "NIfTI"),
+    "zero_spacing.nii": (lambda p: save_raw_spacing(p, (0, 0.75, 2.5)), r"spacing \[0.0, 0.75, 2.5\]"),
+    "singular.nii.gz": (save_singular, "singular"),
+}
+
+# --- scans and masks that cannot be used -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", BAD_SCANS)
+def test_training_refuses_a_scan_that_cannot_be_used(tmp_path, name):
+    root = flat(tmp_path / "data")
+    (root / "case_2.nii.gz").unlink()
+    path = root / f"case_2.{name.split('.', 1)[1]}"
+    make, message = BAD_SCANS[name]
+    make(path)
+    assert re.search(f"^error: {path}: .*{message}", refuse_to_train(tmp_path))
+
+
+@pytest.mark.parametrize("name", ["4d.nii.gz", "nan.nii.gz", "constant.nii.gz", "cut.nii.gz", "zero_spacing.nii"])
+def test_prediction_refuses_a_scan_that_cannot_be_used(tmp_path, run_folder, name):
+    make, message = BAD_SCANS[name]
+    save(tmp_path / "scans" / "a_good_one.nii.gz", image_array())
+    make(tmp_path / "scans" / name)
+    run = shutil.copytree(run_folder, tmp_path / "run")
+    line = refuse(tmp_path, "jaxla.predict", f"--run={run}", "--input=scans", "--output=masks")
+    assert re.search(f"^error: scans/{name}: .*{message}", line)
+
+
+def another_shape(root):
+    return save(root / "case_2_mask.nii.gz", mask_array(shape=(16, 14, 5)))
+
+
+def another_affine(root):
+    return save(root / "case_2_mask.nii.gz", mask_array(), np.diag([-1, -1, 2.5, 1]))
+
+
+def no_mask(root):
+    (root / "case_2_mask.nii.gz").unlink()
+    return root / "case_2.nii.gz"
+
+
+def no_image(root):
+    (root / "case_2.nii.gz").unlink()
+    return root / "case_2_mask.nii.gz"
+
+
+def halves(root):
+    return save(root / "case_2_mask.nii.gz", mask_array().astype(np.float32) / 2)
+
+
+def cut_mask(root):
+    (root / "case_2_mask.nii.gz").unlink()
+    return truncate(save(root / "case_2_mask.nii", mask_array()))
+
+
+def twin(root):
+    return Path(shutil.copy(root / "case_0.nii.gz", root / "case_2.nii.gz"))
+
+
+def beyond(root):
+    return save(root / "case_2_mask.nii.gz", mask_array(value=3))
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (no_mask, "no mask belongs to it"),
+        (no_image, "no image belongs to it"),
+        (another_shape, r"not on the grid of .*case_2.nii.gz \(shape \(16, 14, 5\) against \(16, 14, 4\)\)"),
+        (another_affine, r"not on the grid of .*case_2.nii.gz \(same shape, but another affine\)"),
+        (halves, "values that are no labels"),
+        (cut_mask, "truncated"),
+        (beyond, r"label values \[3\] beyond the classes LA: 1"),
+        (twin, "the same image as case case_0"),
+    ],
+)
+def test_training_refuses_cases_that_do_not_fit_together(tmp_path, spoil, message):
+    path = spoil(flat(tmp_path / "data"))
+    line = refuse_to_train(tmp_path, "--data.labels=LA:1")
+    assert re.search(f"^error: {path}: .*{message}", line)
+
+
+def test_training_refuses_a_value_beyond_the_classes_of_dataset_json(tmp_path):
+    names = [f"a_{n}" for n in range(5)]
+    decathlon(tmp_path / "data", names, {"background": 0, "LA": 1}, "_0000", values=(1, 2))
+    line = refuse_to_train(tmp_path)
+    assert re.search(rf"^error: {tmp_path}/data/labelsTr/a_0.nii.gz: .*\[2\] beyond the classes LA: 1", line)
+
+
+def test_training_refuses_masks_that_are_all_empty(tmp_path):
+    lascarqs(tmp_path / "data", 5, value=0)
+    line = refuse_to_train(tmp_path)
+    assert re.search(f"^error: {tmp_path}/data: the masks of all 3 training patients hold no LA", line)
+
+
+@pytest.mark.parametrize("module", ["jaxla.train", "jaxla.predict"])
+def test_a_folder_without_any_case_is_named(tmp_path, module):
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "notes.txt").write_text("no scans")
+    if module == "jaxla.train":
+        line = refuse_to_train(tmp_path)
+        for layout in (f"{tmp_path / 'data'}: no case found", "LAScarQS", "dataset.json", "flat pairs"):
+            assert layout in line
+    else:
+        line = refuse(tmp_path, module, "--run=run", "--input=data", "--output=masks")
+        assert "--input=data: no .nii or .nii.gz file" in line
+
+
+def test_fewer_patients_than_the_protocol_needs_are_counted(tmp_path):
+    flat(tmp_path / "data", 5)
+    line = refuse_to_train(tmp_path, "--exp=fewshot_10patients", "--method=vit_mini8")
+    assert "--data.train_patients=10: there are 3 training patients (of 5 cases" in line
+    for n in (2, 3, 4):
+        for path in (tmp_path / "data").glob(f"case_{n}*"):
+            path.unlink()
+    assert "2 patients; training, validation and test need at least 3" in refuse_to_train(tmp_path)
+
+
+# --- options ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--exp=quickstrat"], "experiment 'quickstrat' is unknown; did you mean quickstart?"),
+        (["--exp=nothing_like_it"], "experiment 'nothing_like_it' is unknown. Known: quickstart, "),
+        (["--method=dinov2_vitb"], "method 'dinov2_vitb' is unknown; did you mean dinov2_vitb14?"),
+        (["--training.epoch=3"], "option --training.epoch is unknown; did you mean --training.epochs?"),
+        (["--data.rot=x"], "option --data.rot is unknown; did you mean --data.root?"),
+        (["--no-such-thing"], "option --no-such-thing is unknown"),
+        (["stray"], "'stray' is no option"),
+        (["--training.epochs=many"], "option --training.epochs expects int"),
+        (["--training.epochs"], "--training.epochs"),
+        (["--training.epochs=0"], "option --training.epochs must be at least 1, got 0"),
+        (["--training.batch_size=-1"], "option --training.batch_size must be at least 1"),
+        (["--training.learning_rate=nan"], "option --training.learning_rate"),
+        (["--model.decoder=lineal"], "option --model.decoder expects"),
+        (["--model.decoder_widths=[]"], "option --model.decoder_widths"),
+        (["--model.arch=vit_mini9"], "did you mean vit_mini8?"),
+        (["--preprocessing.image_size=97"], "option --preprocessing.image_size=97 must be a multiple of .* 8, .* 96"),
+        (["--data.labels=LA"], "--data.labels='LA': expected name:value"),
+        (["--data.split=nowhere.json"], "--data.split=nowhere.json: cannot be read"),
+        (["--data.train_patients=-1"], "--data.train_patients=-1"),
+        (["--data.split_seed=-1"], "--data.split_seed"),
+        (["--seed=-1"], "--seed"),
+        (["--data.root=nowhere"], "--data.root=nowhere: no such folder"),
+        (["--cache-dir=data/case_0.nii.gz/below"], "--cache-dir=data/case_0.nii.gz/below: cannot be written"),
+        (["--run-dir=data/case_0.nii.gz"], "--run-dir=data/case_0.nii.gz: cannot be written"),
+        (["--run-dir=data/case_0.nii.gz/below"], "--run-dir=data/case_0.nii.gz/below: cannot be written"),
+        (["--run-dir=data"], "--run-dir=data: is not empty"),
+    ],
+    ids=lambda value: value[0] if isinstance(value, list) else None,
+)
+def test_training_names_the_option_that_is_wrong(tmp_path, options, message):
+    flat(tmp_path / "data", 5)
+    pattern = message if ".*" in message else re.escape(message)
+    assert re.search(f"^error: .*{pattern}", refuse_to_train(tmp_path, *options))
+
+
+def test_training_needs_an_experiment_and_data(tmp_path):
+    line = refuse(tmp_path, "jaxla.train", "--data.root=data")
+    assert "option --exp is required" in line
+    assert "fewshot_10patients" in line
+    line = refuse(tmp_path, "jaxla.train", "--exp=paper1")
+    for text in ("option --data.root is required", "LAScarQS", "flat pairs", "by registration", "--data.root=phantom"):
+        assert text in line
+
+
+def test_a_folder_that_already_holds_a_run_is_not_written_into(tmp_path, run_folder):
+    flat(tmp_path / "data", 5)
+    shutil.copytree(run_folder, tmp_path / "run")
+    assert f"--run-dir={tmp_path / 'run'}: already holds a run" in refuse_to_train(tmp_path)
+
+
+# --- weights ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def parameters():
+    """Name -> zeros, of a vit_mini8 backbone."""
+    from flax import nnx
+
+    from jaxla.models.dinov2 import VARIANTS, VisionTransformer
+    from jaxla.models.weights import parameter_shapes
+
+    network = nnx.eval_shape(lambda: VisionTransformer(VARIANTS["vit_mini8"], rngs=nnx.Rngs(0)))
+    return {name: np.zeros(shape, np.float32) for name, shape in parameter_shapes(network).items()}
+
+
+def write_weights(path, parameters, arch="vit_mini8", **metadata):
+    from jaxla.models.weights import save_weights
+
+    save_weights(path, parameters, {"arch": arch, "source": "a test", "licence": "", **metadata})
+    return path
+
+
+def without(parameters, name):
+    return {key: value for key, value in parameters.items() if key != name}
+
+
+def unmarked(path, parameters):
+    from safetensors.numpy import save_file
+
+    save_file(parameters, path, metadata={"arch": "vit_mini8"})
+
+
+def nameless(path, parameters):
+    from safetensors.numpy import save_file
+
+    save_file(parameters, path, metadata={"format": "jaxla-1"})
+
+
+class MakesAFile:
+    """A pickle that, were it read, would make a file."""
+
+    def __reduce__(self):
+        return (open, ("executed", "w"))
+
+
+BAD_WEIGHTS = {
+    "another architecture": (lambda p, w: write_weights(p, w, "dinov2_vits14"), "holds dinov2_vits14, not vit_mini8"),
+    "truncated": (lambda p, w: truncate(write_weights(p, w)), "truncated"),
+    "truncated in its header": (lambda p, w: truncate(write_weights(p, w), 1e-4), "truncated"),
+    "empty": (lambda p, w: p.write_bytes(b""), "not a safetensors file"),
+    "a pickle": (lambda p, w: p.write_bytes(pickle.dumps(MakesAFile())), "not a safetensors file"),
+    "of another program": (unmarked, "not written by convert_weights"),
+    "without its architecture": (nameless, "convert"),
+    "wrong shape": (
+        lambda p, w: write_weights(p, w | {"cls_token": np.zeros(64, np.float32)}),
+        r"cls_token has shape \(64,\), vit_mini8 needs \(128,\)",
+    ),
+    "a parameter too few": (lambda p, w: write_weights(p, without(w, "cls_token")), "lacks 1 parameters .*cls_token"),
+    "a parameter too many": (lambda p, w: write_weights(p, w | {"head": w["cls_token"]}), "has 1 parameters .*head"),
+}
+
+
+@pytest.mark.parametrize("kind", BAD_WEIGHTS)
+def test_training_refuses_weights_that_do_not_fit(tmp_path, parameters, kind):
+    flat(tmp_path / "data", 5)
+    path = tmp_path / "backbone.safetensors"
+    make, message = BAD_WEIGHTS[kind]
+    make(path, parameters)
+    assert re.search(f"^error: {path}: .*{message}", refuse_to_train(tmp_path, f"--model.weights={path}"))
+
+
+@pytest.mark.parametrize("given", [False, True], ids=["default place", "named file"])
+def test_missing_weights_name_where_they_were_looked_for_and_how_to_make_them(tmp_path, given):
+    flat(tmp_path / "data", 5)
+    path = tmp_path / ("mine.safetensors" if given else "cache/weights/dinov2_vitb14.safetensors")
+    line = refuse_to_train(tmp_path, "--exp=paper1", *([f"--model.weights={path}"] if given else []))
+    assert f"weights of dinov2_vitb14 are missing: looked for {path}" in line
+    assert "python -m convert_weights --arch=dinov2_vitb14 --source=<downloaded>.pth --output=" in line
+    assert "--model.weights=random" in line
+
+
+def test_conversion_never_executes_what_a_pth_holds(tmp_path):
+    (tmp_path / "evil.pth").write_bytes(pickle.dumps(MakesAFile()))
+    options = ("--arch=dinov2_vits14", "--source=evil.pth", "--output=new.safetensors")
+    assert "evil.pth" in refuse(tmp_path, "convert_weights", *options, run=in_a_new_process)
+
+
+# --- prediction ------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def run_folder(tmp_path_factory):
+    """A run that stopped before its first checkpoint."""
+    from jaxla.data.cases import Labels
+    from jaxla.experiments import EXPERIMENTS
+    from jaxla.training.run_folder import Record, write_record
+
+    folder = tmp_path_factory.mktemp("run")
+    write_record(folder, Record(EXPERIMENTS["quickstart"], Labels(("LA",)), "random", "", "", "", {}))
+    return folder
+
+
+@pytest.fixture
+def scan_and_run(tmp_path, run_folder):
+    """A folder that holds `scan.nii.gz` and `run`."""
+    save(tmp_path / "scan.nii.gz", image_array())
+    shutil.copytree(run_folder, tmp_path / "run")
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--run=nowhere"], "nowhere: not a run folder"),
+        (["--run=scan.nii.gz"], "scan.nii.gz: not a run folder"),
+        (["--run=run"], "run.*: has no checkpoint"),
+        (["--input=nowhere.nii.gz"], "--input=nowhere.nii.gz: no such file or folder"),
+        (["--output=scan.nii.gz"], "scan.nii.gz: exists already"),
+        (["--output=scan.nii.gz/below"], "scan.nii.gz/below.*: cannot be written"),
+        (["--input=.", "--output=mask.nii.gz"], "--output=mask.nii.gz: a file, but --input=. is a folder"),
+        (["--probability"], "did you mean --probabilities"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else None,
+)
+def test_prediction_names_what_is_wrong(scan_and_run, options, message):
+    """A later option of the same name wins."""
+    defaults = ("--run=run", "--input=scan.nii.gz", "--output=mask.nii.gz")
+    assert re.search(f"^error: .*{message}", refuse(scan_and_run, "jaxla.predict", *defaults, *options))
+
+
+@pytest.mark.parametrize("missing", ["run", "input", "output"])
+def test_prediction_names_the_option_that_is_missing(scan_and_run, missing):
+    given = {"run": "run", "input": "scan.nii.gz", "output": "mask.nii.gz"}
+    options = [f"--{option}={value}" for option, value in given.items() if option != missing]
+    assert re.search(rf"^error: .*\b{missing}\b", refuse(scan_and_run, "jaxla.predict", *options))
+
+
+def test_a_damaged_record_of_a_run_is_named(scan_and_run):
+    (scan_and_run / "run" / "experiment.json").write_text('{"version": 1}')
+    options = ("--run=run", "--input=scan.nii.gz", "--output=mask.nii.gz")
+    assert "run/experiment.json: damaged" in refuse(scan_and_run, "jaxla.predict", *options)
+
+
+# --- as a user runs them ---------------------------------------------------------------------------------------------
+
+
+def case_2_is(name):
+    """A function that puts a bad scan in the place of case_2."""
+
+    def make(root):
+        (root / "case_2.nii.gz").unlink()
+        BAD_SCANS[name][0](root / f"case_2.{name.split('.', 1)[1]}")
+
+    return make
+
+
+@pytest.mark.parametrize(
+    ("spoil", "options", "message"),
+    [
+        (case_2_is("nan.nii.gz"), [], "data/case_2.nii.gz: 1 of 896 voxels are NaN or infinite"),
+        (case_2_is("zero_spacing.nii"), [], "data/case_2.nii: voxel spacing"),
+        (no_mask, [], "data/case_2.nii.gz: no mask belongs to it"),
+        (another_affine, [], "data/case_2_mask.nii.gz: not on the grid"),
+        (flat, ["--exp=quickstrat"], "did you mean quickstart?"),
+        (flat, ["--training.epoch=3"], "option --training.epoch is unknown"),
+        (flat, ["--exp=paper1"], "python -m convert_weights --arch=dinov2_vitb14"),
+        (flat, ["--run-dir=data/case_0.nii.gz/below"], "--run-dir=data/case_0.nii.gz/below: cannot be written"),
+    ],
+)
+def test_a_user_who_trains_sees_one_line(tmp_path, spoil, options, message):
+    spoil(flat(tmp_path / "data"))
+    assert message in refuse_to_train(tmp_path, *options, run=in_a_new_process)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--run=nowhere"], "nowhere: not a run folder"),
+        (["--input=nowhere.nii.gz"], "--input=nowhere.nii.gz: no such file or folder"),
+        (["--input=cut.nii"], "cut.nii: truncated or damaged"),
+    ],
+)
+def test_a_user_who_predicts_sees_one_line(scan_and_run, options, message):
+    truncate(save(scan_and_run / "cut.nii", image_array()))
+    defaults = ("--run=run", "--input=scan.nii.gz", "--output=mask.nii.gz")
+    assert message in refuse(scan_and_run, "jaxla.predict", *defaults, *options, run=in_a_new_process)

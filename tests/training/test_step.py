@@ -1,0 +1,229 @@
+"""One step: what moves, how far, and that it moves as PyTorch's would."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+from flax import nnx
+
+from jaxla.config import Training
+from jaxla.models.decoders import ConvolutionalDecoder
+from jaxla.models.network import TransformerSegmenter
+from jaxla.training.losses import pixel_loss
+from jaxla.training.step import (
+    count_parameters,
+    make_evaluation,
+    make_gradient,
+    make_optimiser,
+    make_step,
+    split_network,
+)
+from tests.tiny import flat_arrays, randomise, tiny_backbone
+
+CONSTANT = Training(learning_rate=1e-2, backbone_learning_rate=1e-4, schedule="constant")
+KEY = jax.random.key(0)
+
+
+def tiny_network():
+    decoder = nnx.eval_shape(lambda: ConvolutionalDecoder(32, (8, 4), 1, rngs=nnx.Rngs(0)))
+    return TransformerSegmenter(tiny_backbone(), randomise(decoder, 1))
+
+
+def batch_of(size=4, seed=0):
+    rng = np.random.default_rng(seed)
+    return {
+        "image": rng.random((size, 24, 40, 1), dtype=np.float32),
+        "mask": (rng.random((size, 24, 40)) < 0.3).astype(np.uint8),
+        "weight": np.ones(size, np.float32),
+    }
+
+
+def named(state):
+    """Name -> array of a state, copied, for a step gives its arguments' memory away."""
+    return {".".join(map(str, path)): np.array(variable.get_value()) for path, variable in nnx.to_flat_state(state)}
+
+
+def after_steps(train_backbone, recipe=CONSTANT, pretrained=True, steps=1):
+    """-> parameters and statistics before, and after some steps."""
+    parts = split_network(tiny_network(), train_backbone)
+    before = named(parts.trainable), named(parts.frozen.parameters), named(parts.frozen.statistics)
+    optimiser = make_optimiser(recipe, 10, pretrained)
+    step = make_step(make_gradient(parts.training), optimiser)
+    trainable, frozen, state = parts.trainable, parts.frozen, optimiser.init(parts.trainable)
+    for i in range(steps):
+        trainable, statistics, state, loss = step(trainable, frozen, state, batch_of(seed=i), KEY)
+        assert np.isfinite(loss)
+        frozen = frozen._replace(statistics=statistics)
+    return before, (named(trainable), named(frozen.parameters), named(frozen.statistics))
+
+
+def named_split(train_backbone):
+    parts = split_network(tiny_network(), train_backbone)
+    return set(named(parts.trainable)), set(named(parts.frozen.parameters)), set(named(parts.frozen.statistics))
+
+
+# --- what moves ---
+
+
+def test_a_frozen_backbone_is_no_part_of_what_is_differentiated():
+    network = tiny_network()
+    of_backbone = {f"backbone.{name}" for name in flat_arrays(network.backbone)}
+    of_decoder = {f"decoder.{name}" for name in flat_arrays(network.decoder)}
+    trainable, parameters, statistics = named_split(train_backbone=False)
+    assert (trainable, parameters) == (of_decoder, of_backbone)
+    assert statistics == {"decoder.stages.0.norm.mean", "decoder.stages.0.norm.var"}
+
+    parts = split_network(tiny_network(), train_backbone=False)
+    _, gradients, _ = jax.jit(make_gradient(parts.training))(parts.trainable, parts.frozen, batch_of(), KEY)
+    assert set(named(gradients)) == of_decoder
+    assert count_parameters(parts.trainable) == sum(a.size for a in flat_arrays(network.decoder).values())
+
+
+def test_a_frozen_backbone_stays_to_the_bit_while_every_part_of_the_decoder_moves():
+    (trainable, parameters, _), (moved, kept, _) = after_steps(train_backbone=False, steps=3)
+    for name, value in parameters.items():
+        np.testing.assert_array_equal(kept[name], value)
+    assert not [name for name, value in trainable.items() if np.array_equal(moved[name], value)]
+
+
+def test_a_finetuned_backbone_moves_in_every_part():
+    (trainable, parameters, _), (moved, _, _) = after_steps(train_backbone=True, steps=2)
+    assert parameters == {}
+    assert any(name.startswith("backbone.blocks") for name in trainable)
+    assert not [name for name, value in trainable.items() if np.array_equal(moved[name], value)]
+
+
+def test_statistics_follow_the_batch_and_are_used_in_evaluation():
+    (_, _, before), (_, _, after) = after_steps(train_backbone=False)
+    network = tiny_network()
+    tokens = network.backbone((batch_of()["image"] - [0.485, 0.456, 0.406]) / [0.229, 0.224, 0.225]).patches
+    decoder = network.decoder
+    x = decoder.mix(jax.nn.selu(decoder.token_classifier(tokens)))
+    stage = decoder.stages[0]
+    x = np.asarray(stage.convolution(jax.image.resize(x, (4, 6, 10, 8), "linear", antialias=False)))
+    for name, of_batch in (("mean", x.mean((0, 1, 2))), ("var", x.var((0, 1, 2)))):
+        name = f"decoder.stages.0.norm.{name}"
+        assert not np.array_equal(after[name], before[name])
+        np.testing.assert_allclose(after[name], 0.9 * before[name] + 0.1 * of_batch, atol=1e-7)  # measured: 1e-9
+
+    parts = split_network(tiny_network(), train_backbone=False)
+    evaluate = make_evaluation(parts.evaluation)
+    old, _ = evaluate(parts.trainable, parts.frozen, batch_of())
+    changed = jax.tree.map(lambda x: x + 1, parts.frozen.statistics)
+    new, _ = evaluate(parts.trainable, parts.frozen._replace(statistics=changed), batch_of())
+    assert abs(float(new - old)) > 1e-3
+
+
+# --- how far ---
+
+
+@pytest.mark.parametrize(("pretrained", "backbone_rate"), [(True, 1e-4), (False, 1e-2)])
+def test_first_step_of_adam_has_the_size_of_each_learning_rate(pretrained, backbone_rate):
+    (before, _, _), (after, _, _) = after_steps(train_backbone=True, pretrained=pretrained)
+    for part, rate in (("backbone", backbone_rate), ("decoder", 1e-2)):
+        sizes = np.concatenate([np.abs(after[n] - before[n]).ravel() for n in before if n.startswith(part)])
+        # float32 parameters of up to 3 resolve a step to 2e-7; gradients near Adam's epsilon of 1e-8 make it shorter
+        assert sizes.max() <= rate + 3e-7
+        assert abs(np.median(sizes) - rate) < 0.01 * rate
+
+
+def rates(recipe, steps):
+    """The sizes of all of Adam's steps when the gradient is always 1: its learning rates."""
+    optimiser = make_optimiser(recipe, steps, pretrained_backbone=False)
+    parameters = nnx.State({"decoder": {"x": nnx.Param(jnp.zeros(1))}})
+
+    def step(state, _):
+        updates, state = optimiser.update(jax.tree.map(jnp.ones_like, parameters), state, parameters)
+        return state, -jax.tree.leaves(updates)[0][0]
+
+    return np.asarray(jax.lax.scan(step, optimiser.init(parameters), None, length=steps)[1])
+
+
+def test_constant_schedule_is_constant():
+    np.testing.assert_allclose(rates(CONSTANT, 20), 1e-2, rtol=1e-4)
+
+
+def test_cosine_schedule_warms_up_and_ends_at_zero():
+    of_step = rates(Training(learning_rate=1e-2, schedule="cosine"), 200)
+    np.testing.assert_allclose(of_step[:5], 1e-2 * np.array([0, 0.25, 0.5, 0.75, 1]), rtol=1e-4, atol=1e-9)
+    falling = 1e-2 * (1 + np.cos(np.pi * np.arange(196) / 196)) / 2
+    np.testing.assert_allclose(of_step[4:], falling, rtol=1e-3, atol=1e-8)
+    assert of_step[-1] < 1e-6
+
+
+def test_cosine_schedule_trains_even_in_a_single_step():
+    assert rates(Training(learning_rate=1e-2, schedule="cosine"), 1).sum() > 0
+
+
+# --- as PyTorch does ---
+
+
+class TwoConvolutions(nnx.Module):
+    def __init__(self, rngs):
+        self.first = nnx.Conv(1, 4, (3, 3), padding=1, rngs=rngs)
+        self.second = nnx.Conv(4, 1, (3, 3), padding=1, rngs=rngs)
+
+    def __call__(self, x):
+        return self.second(jax.nn.silu(self.first(x)))
+
+
+def test_twenty_steps_of_adam_equal_pytorchs():
+    network = randomise(TwoConvolutions(nnx.Rngs(0)))
+    start = flat_arrays(network)
+    parts = split_network(network, train_backbone=True)
+    optimiser = make_optimiser(CONSTANT, 20, pretrained_backbone=False)
+    step = make_step(make_gradient(parts.training), optimiser)
+    trainable, frozen, state, losses = parts.trainable, parts.frozen, optimiser.init(parts.trainable), []
+    for i in range(20):
+        trainable, _, state, loss = step(trainable, frozen, state, batch_of(seed=i), KEY)
+        losses.append(float(loss))
+
+    first, second = torch.nn.Conv2d(1, 4, 3, padding=1), torch.nn.Conv2d(4, 1, 3, padding=1)
+    for name, layer in (("first", first), ("second", second)):
+        layer.weight.data = torch.from_numpy(start[f"{name}.kernel"].transpose(3, 2, 0, 1).copy())
+        layer.bias.data = torch.from_numpy(start[f"{name}.bias"].copy())
+    theirs = torch.nn.Sequential(first, torch.nn.SiLU(), second)
+    adam, their_losses = torch.optim.Adam(theirs.parameters(), lr=1e-2), []
+    for i in range(20):
+        batch = batch_of(seed=i)
+        logits = theirs(torch.from_numpy(batch["image"].transpose(0, 3, 1, 2).copy()))
+        loss = torch.nn.functional.binary_cross_entropy_with_logits(
+            logits[:, 0], torch.from_numpy(batch["mask"]).float()
+        )
+        adam.zero_grad()
+        loss.backward()
+        adam.step()
+        their_losses.append(loss.item())
+
+    assert losses[-1] < losses[0]
+    np.testing.assert_allclose(losses, their_losses, atol=1e-6)  # measured: 4e-7
+    ours = named(trainable)
+    for name, layer in (("first", first), ("second", second)):
+        kernel = layer.weight.detach().permute(2, 3, 1, 0)
+        assert np.abs(ours[f"{name}.kernel"] - start[f"{name}.kernel"]).max() > 0.05
+        np.testing.assert_allclose(ours[f"{name}.kernel"], kernel, atol=4e-6)  # measured: 1.2e-6
+        np.testing.assert_allclose(ours[f"{name}.bias"], layer.bias.detach(), atol=4e-6)  # measured: 1.2e-6
+
+
+@pytest.mark.parametrize("name", ["backbone.blocks.mlp.expand.kernel", "backbone.pos_grid", "decoder.mix.kernel"])
+def test_gradient_is_the_slope_of_the_loss(name):
+    parts = split_network(tiny_network(), train_backbone=True)
+    _, gradients, _ = jax.jit(make_gradient(parts.training))(parts.trainable, parts.frozen, batch_of(), KEY)
+    gradient = named(gradients)[name]
+    place = np.unravel_index(np.abs(gradient).argmax(), gradient.shape)
+
+    @jax.jit
+    def loss(shift):
+        def move(path, x):
+            moved = jax.tree_util.keystr(path, simple=True, separator=".").startswith(name)
+            return x.at[place].add(shift) if moved else x
+
+        trainable = jax.tree_util.tree_map_with_path(move, parts.trainable)
+        network = nnx.merge(parts.training, trainable, *parts.frozen, copy=True)
+        batch = batch_of()
+        return pixel_loss(network(batch["image"]), batch["mask"], batch["weight"])
+
+    slope = (loss(0.01) - loss(-0.01)) / 0.02
+    assert abs(gradient[place]) > 5e-4
+    np.testing.assert_allclose(gradient[place], slope, rtol=0.01)  # measured: 3e-3
