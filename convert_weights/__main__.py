@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from jaxla.config import InputError, command_parser, lookup, parse_arguments, run_command
+from jaxla.config import InputError, command_parser, lookup, parse_arguments, require_writable, run_command
 
 
 def main(arguments: list[str]) -> None:
@@ -33,6 +33,8 @@ def main(arguments: list[str]) -> None:
         raise InputError(f"{output}: exists already; choose another --output or remove it")
     if output.suffix != ".safetensors":
         raise InputError(f"--output={output}: the file's name must end in .safetensors")
+
+    require_writable("--output", output.parent)
 
     from convert_weights.checkpoint import read_checkpoint
     from convert_weights.dinov2 import IGNORED, from_reference, reference_shapes

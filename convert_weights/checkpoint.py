@@ -36,6 +36,10 @@ def read_checkpoint(
         raise InputError("conversion reads PyTorch files and needs torch: pip install 'jaxla[convert]'") from error
     if not path.is_file():
         raise InputError(f"--source={path}: no such file")
+    with path.open("rb") as file:
+        start = file.read(256).lstrip().lower()
+    if start.startswith((b"<!doctype", b"<html", b"version https://git-lfs")):
+        raise InputError(f"{path}: a web page or a pointer saved in place of the checkpoint; download the file itself")
     try:
         with warnings.catch_warnings(action="ignore"):  # torch warns of old pickles before it refuses them
             state = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
@@ -44,16 +48,15 @@ def read_checkpoint(
             f"{path}: not a plain file of weights: it is no checkpoint, or loading it would run code from it; "
             "nothing was run. Download the released weights again"
         ) from error
-    except (RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise InputError(f"{path}: truncated or damaged ({reason}); download it again") from error
+    except Exception as error:  # torch's unpickler lets many kinds escape on bytes that are no checkpoint
+        raise InputError(f"{path}: truncated, damaged or no checkpoint; download it again") from error
     if not isinstance(state, Mapping) or not all(isinstance(value, torch.Tensor) for value in state.values()):
         raise InputError(f"{path}: not a state dict (a mapping of names to tensors)")
 
     if missing := sorted(set(shapes) - set(state)):
-        raise InputError(f"{path}: not {arch}: lacks {len(missing)} parameters, such as {missing[0]}")
+        raise InputError(f"{path}: not {arch}: lacks {len(missing)} of its parameters, such as {missing[0]}")
     if extra := sorted(set(state) - set(shapes) - set(ignored)):
-        raise InputError(f"{path}: not {arch}: has {len(extra)} parameters too many, such as {extra[0]}")
+        raise InputError(f"{path}: not {arch}: has {len(extra)} parameters that it lacks, such as {extra[0]}")
     for name, shape in shapes.items():
         if tuple(state[name].shape) != tuple(shape):
             raise InputError(

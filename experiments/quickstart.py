@@ -8,7 +8,7 @@ METHODS = {
         "1 M transformer trained from random weights, paper 1's decoder made small",
         Model("vit_mini8", weights="random", backbone="finetuned", decoder_widths=(64, 32, 16)),
         Preprocessing(96),
-        Training(epochs=5, batch_size=8, learning_rate=1e-3, schedule="cosine"),
+        Training(epochs=4, batch_size=8, learning_rate=1e-3, schedule="cosine"),
     )
 }
 

@@ -282,6 +282,7 @@ def run_command(main: Callable[[list[str]], None]) -> None:
     """Run a command's `main` and leave the process: 0 on success, 2 with one line on bad input, 1 otherwise."""
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stdout)
     logging.getLogger("jaxla").setLevel(logging.INFO)
+    logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax tells there what it does with each option
     try:
         main(sys.argv[1:])
     except InputError as error:

@@ -126,12 +126,12 @@ def test_a_missing_key_is_named(tmp_path):
     state = empty_state()
     del state["blocks.3.mlp.fc1.bias"]
     torch.save(state, tmp_path / "source.pth")
-    refused(tmp_path, f"{tmp_path}/source.pth", "dinov2_vits14", "lacks 1 param", "blocks.3.mlp.fc1.bias", run=convert)
+    refused(tmp_path, f"{tmp_path}/source.pth", "dinov2_vits14", "lacks 1 of its param", "blocks.3.mlp.fc1.bias", run=convert)
 
 
 def test_an_extra_key_is_named(tmp_path):
     torch.save({**empty_state(), "head.weight": torch.zeros(3)}, tmp_path / "source.pth")
-    refused(tmp_path, f"{tmp_path}/source.pth", "dinov2_vits14", "1 param", "too many", "head.weight")
+    refused(tmp_path, f"{tmp_path}/source.pth", "dinov2_vits14", "has 1 param", "that it lacks", "head.weight")
 
 
 def test_a_wrong_shape_is_named_with_both_shapes(tmp_path):
@@ -190,10 +190,12 @@ def test_a_damaged_old_style_checkpoint_is_refused(tmp_path):
         b"<!DOCTYPE html><html><body>404: Not found</body></html>",
         b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 86\n",
         b"Not found\n",
+        b"Gone\n",
+        b"../weights/dinov2_vits14_pretrain.pth\n",
         b"\x89PNG\r\n\x1a\n" + bytes(64),
         bytes(64),
     ],
-    ids=["html", "lfs", "text", "png", "zeros"],
+    ids=["html", "lfs", "text", "too short for an opcode", "path", "png", "zeros"],
 )
 def test_something_that_is_no_checkpoint_is_refused(tmp_path, content):
     (tmp_path / "source.pth").write_bytes(content)

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TypeVar
 
@@ -39,9 +40,11 @@ def save_weights(path: Path, arrays: Mapping[str, np.ndarray], metadata: Mapping
         save_file(dict(arrays), beside, metadata={"format": FORMAT, **metadata})
         beside.replace(path)
     except (OSError, SafetensorError) as error:
-        raise InputError(f"{path}: cannot be written ({error}); choose another --output") from error
+        reason = getattr(error, "strerror", None) or error
+        raise InputError(f"{path}: cannot be written ({reason}); choose another --output") from error
     finally:
-        beside.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            beside.unlink(missing_ok=True)
 
 
 def read_metadata(path: Path) -> dict[str, str]:
@@ -50,6 +53,8 @@ def read_metadata(path: Path) -> dict[str, str]:
     Raises:
         InputError: no such file, or not one that convert_weights wrote.
     """
+    if path.is_dir():
+        raise InputError(f"{path}: is a folder; give the .safetensors file in it")
     if not path.is_file():
         raise InputError(f"{path}: no such weights file; {_how_to_convert('ARCH', path)}")
     try:
@@ -104,9 +109,9 @@ def require_parameters(path: Path, arch: str, shapes: Mapping[str, tuple[int, ..
     with safe_open(path, framework="numpy") as file:
         held = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118  (not a dict)
     if missing := sorted(set(shapes) - set(held)):
-        raise InputError(f"{path}: lacks {len(missing)} parameters of {arch}, such as {missing[0]}; convert it again")
+        raise InputError(f"{path}: lacks {_count(missing)} of {arch}, such as {missing[0]}; convert it again")
     if extra := sorted(set(held) - set(shapes)):
-        raise InputError(f"{path}: has {len(extra)} parameters that {arch} lacks, such as {extra[0]}; convert it again")
+        raise InputError(f"{path}: has {_count(extra)} that {arch} lacks, such as {extra[0]}; convert it again")
     for name, shape in shapes.items():
         if held[name] != shape:
             raise InputError(f"{path}: {name} has shape {held[name]}, {arch} needs {shape}; convert it again")
@@ -144,6 +149,10 @@ def compute_dtype() -> jnp.dtype:
 
 def _abstract_backbone(arch: str, dtype: jnp.dtype = jnp.float32) -> VisionTransformer:
     return nnx.eval_shape(lambda: VisionTransformer(VARIANTS[arch], dtype=dtype, rngs=nnx.Rngs(0)))
+
+
+def _count(names: Sequence[str]) -> str:
+    return f"{len(names)} parameter{'s' if len(names) > 1 else ''}"
 
 
 def _how_to_convert(arch: str, path: Path) -> str:

@@ -105,7 +105,8 @@ def make_optimiser(recipe: Training, steps: int, pretrained_backbone: bool) -> o
         if recipe.schedule == "constant":
             return optax.adam(rate)
         warmup = max(1, round(0.02 * steps))
-        return optax.adam(optax.warmup_cosine_decay_schedule(0.0, rate, warmup, max(steps, warmup + 1)))
+        schedule = optax.warmup_cosine_decay_schedule(0.0, rate, warmup, steps + 1)
+        return optax.adam(lambda count: schedule(count + 1))  # so that neither the first nor the last step has rate 0
 
     def group(state: nnx.State) -> Any:
         def name(path: tuple, _: Any) -> str:

@@ -150,17 +150,22 @@ def test_a_file_that_does_not_exist_is_refused_with_the_command_that_makes_it(tm
 
 
 def test_default_weights_lie_in_the_cache_folder(mini, tmp_path):
-    path = tmp_path / "weights" / "vit_mini8.safetensors"
+    path = tmp_path / "weights" / "dinov2_vitb14.safetensors"
     refusal(
-        lambda: weights_file("vit_mini8", "", tmp_path),
+        lambda: weights_file("dinov2_vitb14", "", tmp_path),
         f"looked for {path}",
-        "python -m convert_weights --arch=vit_mini8",
+        "python -m convert_weights --arch=dinov2_vitb14",
         f"--output={path}",
         "--model.weights=FILE",
         "--model.weights=random",
     )
+    path = path.with_stem("vit_mini8")
     save_weights(path, flat_arrays(mini), METADATA)
     assert weights_file("vit_mini8", "", tmp_path) == path
+
+
+def test_an_architecture_without_released_weights_says_so(tmp_path):
+    refusal(lambda: weights_file("vit_mini8", "", tmp_path), "vit_mini8", "released", "--model.weights=random")
 
 
 def test_a_pretrained_method_without_its_weights_is_never_started_from_random(monkeypatch, tmp_path):
