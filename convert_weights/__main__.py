@@ -4,7 +4,15 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from jaxla.config import InputError, command_parser, lookup, parse_arguments, require_writable, run_command
+from jaxla.config import (
+    InputError,
+    command_parser,
+    default_cache_dir,
+    lookup,
+    parse_arguments,
+    require_writable,
+    run_command,
+)
 
 
 def main(arguments: list[str]) -> None:
@@ -14,7 +22,9 @@ def main(arguments: list[str]) -> None:
     )
     parser.add_argument("--arch", type=str, required=True, help="architecture, or `list`")
     parser.add_argument("--source", type=str, help="the released .pth file")
-    parser.add_argument("--output", type=str, help="the .safetensors file to write")
+    parser.add_argument(
+        "--output", type=str, help="the .safetensors file to write (default: where training looks for it)"
+    )
     options = parse_arguments(parser, arguments)
 
     from jaxla.models.dinov2 import VARIANTS
@@ -25,10 +35,10 @@ def main(arguments: list[str]) -> None:
             print(f"{arch}: width {variant.width}, {variant.depth} blocks, weights under {variant.licence}")
         return
     variant = lookup("--arch", options.arch, released)
-    for option in ("source", "output"):
-        if not options[option]:
-            raise InputError(f"option --{option} is required to convert")
-    output = Path(options.output)
+    if not options.source:
+        raise InputError("option --source is required to convert")
+    default = default_cache_dir() / "weights" / f"{options.arch}.safetensors"
+    output = Path(options.output) if options.output else default
     if output.exists():
         raise InputError(f"{output}: exists already; choose another --output or remove it")
     if output.suffix != ".safetensors":

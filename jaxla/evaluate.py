@@ -56,6 +56,7 @@ def main(arguments: list[str]) -> None:
         default="one",
         help="what nothing predicted counts where the reference is empty: perfect, worst, or left out",
     )
+    parser.add_argument("--cases", type=str, help="a run's split.json: score only its test cases")
     options = parse_arguments(parser, arguments)
 
     output = Path(options.output)
@@ -64,7 +65,7 @@ def main(arguments: list[str]) -> None:
     if options.protocol and (options.unit, options.empty) not in (("volume", "one"), ("volume", "zero")):
         raise InputError(f"--protocol={options.protocol} scores every volume; leave --unit=slice and --empty=skip out")
 
-    pairs, labels = _match(Path(options.predictions), Path(options.references))
+    pairs, labels = _match(Path(options.predictions), Path(options.references), options.cases)
     labels = _check(pairs, labels)
     if options.protocol and len(labels.names) > 1:
         raise InputError(f"--protocol={options.protocol} has one class, the LA cavity; found {labels.describe()}")
@@ -84,9 +85,12 @@ def main(arguments: list[str]) -> None:
     print(f"written to {output}")
 
 
-def _match(predictions: Path, references: Path) -> tuple[list[tuple[str, Path, Path]], Labels | None]:
+def _match(
+    predictions: Path, references: Path, cases: str | None
+) -> tuple[list[tuple[str, Path, Path]], Labels | None]:
     """(case id, prediction, reference) of every case; and the classes, where the references are a data set."""
     from jaxla.data.cases import MASK_SUFFIXES, find_cases
+    from jaxla.data.split import read_test_cases
 
     predicted = _masks_in(predictions, "--predictions")
     if not predicted:
@@ -96,6 +100,12 @@ def _match(predictions: Path, references: Path) -> tuple[list[tuple[str, Path, P
     if images_too or not referenced:
         dataset = find_cases(references)
         referenced, labels = {case.id: case.mask for case in dataset.cases}, dataset.labels
+
+    if cases:
+        chosen = read_test_cases(Path(cases))
+        if missing := [name for name in chosen if name not in referenced]:
+            raise InputError(f"--cases={cases}: its test case {missing[0]} is not among the references")
+        referenced = {name: referenced[name] for name in chosen}
 
     for role, partner, has, lacks in (
         ("prediction", "reference", predicted, referenced),
@@ -145,6 +155,10 @@ def _check(pairs: list[tuple[str, Path, Path]], labels: Labels | None) -> Labels
 
     if labels is None and all(len(found) <= 1 for found in values.values()):
         labels = Labels(("foreground",))
+        of_references = set().union(*(values[reference] for _, _, reference in pairs))
+        for _, prediction, _ in pairs:  # 1 stands for the class, whatever value the references give it
+            if other := values[prediction] - of_references - {1}:
+                raise InputError(f"{prediction}: has the value {other.pop()}, which no reference has")
         log.info("one class: any value but 0 (found %s)", sorted(set().union(*values.values())))
     elif labels is None:
         classes = sorted(set().union(*(values[reference] for _, _, reference in pairs)))

@@ -44,7 +44,9 @@ def main(arguments: list[str]) -> None:
     from jaxla.data.volumes import read_image, write_volume
     from jaxla.inference.segment import make_segment, write_segmentation
     from jaxla.inference.trained import load_run
+    from jaxla.training.run_folder import read_record
 
+    read_record(Path(options.run))
     for scan in outputs:  # all are checked before the first is segmented
         read_image(scan)
     trained = load_run(options.run)

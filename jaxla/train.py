@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import logging.handlers
+import shlex
 import sys
 import time
 from collections.abc import Iterable, Sequence
@@ -11,7 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from jaxla.config import Experiment, InputError, lookup, parse_experiment, run_command
+from jaxla.config import Experiment, InputError, lookup, parse_experiment, require_writable, run_command
 from jaxla.experiments import EXPERIMENTS, METHODS
 
 if TYPE_CHECKING:
@@ -38,9 +39,10 @@ def main(arguments: list[str]) -> None:
 
     # What can fail is checked before what takes long.
     from jaxla.models.weights import file_sha256, weights_file
-    from jaxla.training.run_folder import Record, create_run_folder, environment, require_free, write_record
+    from jaxla.training.run_folder import LOG, Record, create_run_folder, environment, require_free, write_record
 
     require_free(run_dir)
+    require_writable("--cache-dir", cache_dir)
     weights = None
     if experiment.model.weights != "random":
         weights = weights_file(experiment.model.arch, experiment.model.weights, cache_dir).absolute()
@@ -53,7 +55,7 @@ def main(arguments: list[str]) -> None:
     dataset, volumes, split = prepare_data(experiment, cache_dir)
 
     create_run_folder(run_dir)
-    early_lines.setTarget(logging.FileHandler(run_dir / "train.log"))
+    early_lines.setTarget(logging.FileHandler(run_dir / LOG))
     write_split(split, run_dir / "split.json")
     record = Record(
         experiment=experiment,
@@ -61,7 +63,7 @@ def main(arguments: list[str]) -> None:
         weights=experiment.model.weights,
         weights_sha256=file_sha256(weights) if weights else "",
         split_sha256=split.sha256,
-        command="python -m jaxla.train " + " ".join(arguments),
+        command=shlex.join(["python", "-m", "jaxla.train", *arguments]),
         environment=environment(),
     )
     write_record(run_dir, record)
@@ -136,6 +138,7 @@ def prepare_data(experiment: Experiment, cache_dir: Path) -> tuple[Dataset, list
     protocol = experiment.data
     root = Path(protocol.root)
     if protocol.root == "phantom":
+        make_split([f"train_{n + 1}" for n in range(protocol.phantom_cases)], protocol)  # too few? before making them
         root = cached_phantoms(cache_dir, protocol.phantom_size, protocol.phantom_cases)
     dataset = find_cases(root, protocol.labels)
     split = make_split([case.id for case in dataset.cases], protocol)
@@ -199,7 +202,14 @@ def test(volumes: Sequence[PreparedVolume], split: Split, run_dir: Path) -> dict
     """
     import numpy as np
 
-    from jaxla.data.volumes import from_slices, read_image, read_mask, slice_geometry, to_slices
+    from jaxla.data.volumes import (
+        canonical_to_slices,
+        read_image,
+        read_mask,
+        slice_geometry,
+        slices_to_canonical,
+        to_slices,
+    )
     from jaxla.evaluation.atlas import apply_atlas, build_atlas, choose_threshold
     from jaxla.evaluation.summary import score_case, summarise, write_cases, write_summary
     from jaxla.inference.segment import make_segment, write_segmentation
@@ -210,21 +220,24 @@ def test(volumes: Sequence[PreparedVolume], split: Split, run_dir: Path) -> dict
     trained = load_run(run_dir)
     names = trained.record.labels.names
     segment = make_segment(trained)
-    atlas = build_atlas((by_id[name].mask for name in split.train), len(names))
-    atlas = choose_threshold(atlas, [by_id[name].mask for name in split.val])
+
+    def canonical_masks(ids: Iterable[str]) -> Iterable:
+        return (slices_to_canonical(by_id[name].mask, by_id[name].slice_axis) for name in ids)
+
+    atlas = choose_threshold(build_atlas(canonical_masks(split.train), len(names)), canonical_masks(split.val))
 
     rows, slice_rows, atlas_rows = [], [], []
     for name in _track(split.test, "testing"):
         prepared = by_id[name]
         volume = read_image(prepared.case.image)
-        geometry = slice_geometry(volume.affine)
         classes, _ = segment(volume)
         write_segmentation(run_dir / "test" / "predictions" / f"{name}.nii.gz", classes, trained, volume)
-        reference = np.asarray(from_slices(prepared.mask, geometry))
-        rows += score_case(name, classes, reference, volume.spacing, names)
-        slice_rows += score_case(name, classes, reference, volume.spacing, names, "slice", geometry.order[0])
-        of_atlas = apply_atlas(atlas, prepared.shape)
-        atlas_rows += score_case(name, from_slices(of_atlas, geometry), reference, volume.spacing, names)
+        predicted = to_slices(classes, slice_geometry(volume.affine))
+        rows += score_case(name, predicted, prepared.mask, prepared.spacing, names)
+        slice_rows += score_case(name, predicted, prepared.mask, prepared.spacing, names, "slice")
+        shape = slices_to_canonical(prepared.mask, prepared.slice_axis).shape
+        of_atlas = canonical_to_slices(apply_atlas(atlas, shape), prepared.slice_axis)
+        atlas_rows += score_case(name, of_atlas, prepared.mask, prepared.spacing, names)
     for row, atlas_row in zip(rows, atlas_rows, strict=True):
         row.update({f"atlas_{metric}": atlas_row[metric] for metric in ("dice", "iou")})
 
@@ -258,13 +271,17 @@ def describe_backbone(experiment: Experiment) -> str:
 
 
 def _track(items: Iterable, label: str) -> Iterable:
-    """A progress bar on a terminal; elsewhere a line at the start."""
+    """A progress bar on a terminal; elsewhere a line at each quarter."""
     from tqdm import tqdm
 
     items = list(items)
-    if not sys.stdout.isatty():
-        log.info("%s %d cases", label, len(items))
-    return tqdm(items, label, leave=False, file=sys.stdout, disable=not sys.stdout.isatty(), unit="case")
+    if sys.stdout.isatty():
+        yield from tqdm(items, label, leave=False, file=sys.stdout, unit="case")
+        return
+    for number, item in enumerate(items, start=1):
+        yield item
+        if number % max(1, len(items) // 4) == 0 or number == len(items):
+            log.info("%s: %d of %d cases", label, number, len(items))
 
 
 if __name__ == "__main__":

@@ -333,8 +333,8 @@ BAD_WEIGHTS = {
         lambda p, w: write_weights(p, w | {"cls_token": np.zeros(64, np.float32)}),
         r"cls_token has shape \(64,\), vit_mini8 needs \(128,\)",
     ),
-    "a parameter too few": (lambda p, w: write_weights(p, without(w, "cls_token")), "lacks 1 parameters .*cls_token"),
-    "a parameter too many": (lambda p, w: write_weights(p, w | {"head": w["cls_token"]}), "has 1 parameters .*head"),
+    "a parameter too few": (lambda p, w: write_weights(p, without(w, "cls_token")), "lacks 1 parameter .*cls_token"),
+    "a parameter too many": (lambda p, w: write_weights(p, w | {"head": w["cls_token"]}), "has 1 parameter .*head"),
 }
 
 

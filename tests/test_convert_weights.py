@@ -126,7 +126,14 @@ def test_a_missing_key_is_named(tmp_path):
     state = empty_state()
     del state["blocks.3.mlp.fc1.bias"]
     torch.save(state, tmp_path / "source.pth")
-    refused(tmp_path, f"{tmp_path}/source.pth", "dinov2_vits14", "lacks 1 of its param", "blocks.3.mlp.fc1.bias", run=convert)
+    refused(
+        tmp_path,
+        f"{tmp_path}/source.pth",
+        "dinov2_vits14",
+        "lacks 1 of its param",
+        "blocks.3.mlp.fc1.bias",
+        run=convert,
+    )
 
 
 def test_an_extra_key_is_named(tmp_path):

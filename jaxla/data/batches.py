@@ -12,7 +12,7 @@ from jaxla.data.inputs import frame, image_to_input, mask_to_input
 from jaxla.data.prepared import PreparedVolume
 
 PASSES = 2**32  # over the data: as good as endless, and Grain can count the slices in them
-READ_OPTIONS = grain.ReadOptions(num_threads=4, prefetch_buffer_size=64)
+READ_OPTIONS = grain.ReadOptions(num_threads=4, prefetch_buffer_size=4)  # batches
 
 
 class Batch(TypedDict):

@@ -119,11 +119,16 @@ def cached_phantoms(cache_dir: Path, size: str, cases: int) -> Path:
     if not folder.is_dir():
         log.info("making %d %s phantoms in %s", cases, size, folder)
         try:
-            write_phantoms(folder, cases, size, seed=0)
+            write_phantoms(folder, cases, size, seed=0, progress=_log_quarters)
         except OSError as error:
             if not folder.is_dir():  # unless another process was faster, with the same content
                 raise InputError(f"--cache-dir={cache_dir}: cannot be written ({error.strerror})") from error
     return folder
+
+
+def _log_quarters(done: int, cases: int) -> None:
+    if done % max(1, cases // 4) == 0:
+        log.info("made %d of %d phantoms", done, cases)
 
 
 def _save(path: Path, array: NDArray, affine: NDArray[np.float64]) -> None:

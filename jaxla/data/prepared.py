@@ -13,7 +13,6 @@ import shutil
 import tempfile
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
-from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -24,7 +23,7 @@ from jaxla.data.volumes import Volume, read_image, read_mask, require_same_grid,
 
 log = logging.getLogger(__name__)
 
-VERSION = 1  # of what stands in a prepared folder; another number makes other folders
+VERSION = 2  # of what stands in a prepared folder; another number makes other folders
 
 
 @dataclass(frozen=True)
@@ -39,7 +38,8 @@ class PreparedVolume:
         spacing: mm along slices, rows and columns.
         slice_axis: anatomical name of the slice axis.
         intensity_range: the 0.5 and 99.5 percentile of the scan's intensities.
-        image_sha256: of the image file.
+        image_sha256: of the scan's voxels.
+        mask_values: the values of its mask besides 0, at most ten.
         class_voxels: number of voxels of each class, background first.
     """
 
@@ -51,19 +51,22 @@ class PreparedVolume:
     slice_axis: str
     intensity_range: tuple[float, float]
     image_sha256: str
+    mask_values: tuple[int, ...]
     class_voxels: tuple[int, ...]
 
-    @cached_property
+    # Opened at each use, then closed: the maps of some hundred cases are more than a process may keep open.
+
+    @property
     def image(self) -> np.ndarray:
         return np.load(self.folder / "image.npy", mmap_mode="r", allow_pickle=False)
 
-    @cached_property
+    @property
     def mask(self) -> np.ndarray:
         return np.load(self.folder / "mask.npy", mmap_mode="r", allow_pickle=False)
 
 
 def intensity_range(array: np.ndarray) -> tuple[float, float]:
-    """The 0.5 and 99.5 percentile (PAPERS.md's normalisation); the extremes where these coincide."""
+    """The 0.5 and 99.5 percentile (docs/paper1.md); the extremes where these coincide."""
     low, high = np.percentile(array, (0.5, 99.5))
     if low == high:
         low, high = array.min(), array.max()
@@ -91,6 +94,13 @@ def prepare_cases(
                 f"{case.image}: the same image as case {twin}; remove one, a patient must not cross splits"
             )
         volumes.append(volume)
+    values = {value: volume.id for volume in volumes for value in volume.mask_values}
+    if dataset.labels.one_value and len(values) > 1:
+        (a, case_a), (b, case_b) = list(values.items())[:2]
+        raise InputError(
+            f"{dataset.root}: the mask of case {case_a} holds the value {a}, that of {case_b} the value {b}; say "
+            f"whether they are one class, --data.labels='a:{a},{b}', or two, --data.labels='a:{a};b:{b}'"
+        )
     return volumes
 
 
@@ -102,7 +112,7 @@ def _prepare_case(case: Case, labels: Labels, store: Path) -> PreparedVolume:
         image, mask = read_image(case.image), read_mask(case.mask)
         require_same_grid(mask, image)
         try:
-            _write_prepared(folder, image, mask, labels, image_sha256)
+            _write_prepared(folder, image, mask, labels)
         except OSError as error:
             raise InputError(f"--cache-dir={store.parent}: cannot be written ({error.strerror})") from error
     described = json.loads((folder / "volume.json").read_text())
@@ -110,7 +120,7 @@ def _prepare_case(case: Case, labels: Labels, store: Path) -> PreparedVolume:
     return PreparedVolume(id=case.id, folder=folder, case=case, **described)
 
 
-def _write_prepared(folder: Path, image: Volume, mask: Volume, labels: Labels, image_sha256: str) -> None:
+def _write_prepared(folder: Path, image: Volume, mask: Volume, labels: Labels) -> None:
     geometry = slice_geometry(image.affine)
     classes = labels.to_classes(mask.array, mask.path)
     described = {
@@ -118,7 +128,8 @@ def _write_prepared(folder: Path, image: Volume, mask: Volume, labels: Labels, i
         "spacing": geometry.spacing,
         "slice_axis": geometry.axis,
         "intensity_range": intensity_range(image.array),
-        "image_sha256": image_sha256,
+        "image_sha256": hashlib.sha256(str(image.array.shape).encode() + image.array.tobytes()).hexdigest(),
+        "mask_values": np.unique(mask.array[mask.array != 0])[:10].tolist(),
         "class_voxels": np.bincount(classes.ravel(), minlength=len(labels.names) + 1).tolist(),
     }
     folder.parent.mkdir(parents=True, exist_ok=True)

@@ -15,11 +15,15 @@ from jaxla.config import Data, InputError
 
 @dataclass(frozen=True)
 class Split:
-    """Case ids of each part; the training ids stand in the order in which few-shot protocols take them."""
+    """Case ids of each part; the training ids stand in the order in which few-shot protocols take them.
+
+    `unused` are the training patients that a few-shot protocol leaves out: kept, so that the same split serves all.
+    """
 
     train: tuple[str, ...]
     val: tuple[str, ...]
     test: tuple[str, ...]
+    unused: tuple[str, ...] = ()
 
     @property
     def sha256(self) -> str:
@@ -43,11 +47,19 @@ def make_split(ids: Sequence[str], protocol: Data) -> Split:
             f"--data.train_patients={wanted}: there are {len(split.train)} training patients "
             f"(of {len(ids)} cases, {len(split.val)} validate and {len(split.test)} test); add cases or ask for fewer"
         )
-    return Split(split.train[: wanted or None], split.val, split.test)
+    wanted = wanted or len(split.train)
+    return Split(split.train[:wanted], split.val, split.test, unused=split.train[wanted:])
 
 
 def write_split(split: Split, path: Path) -> None:
-    path.write_text(json.dumps(asdict(split), indent=1) + "\n")
+    """Write the lists train, val and test, and unused where a few-shot protocol leaves patients out."""
+    content = {part: ids for part, ids in asdict(split).items() if ids}
+    path.write_text(json.dumps(content, indent=1) + "\n")
+
+
+def read_test_cases(path: Path) -> tuple[str, ...]:
+    """The test cases of a split file."""
+    return _read(path, "--cases").test
 
 
 def _draw_split(ids: Sequence[str], seed: int) -> Split:
@@ -66,15 +78,7 @@ def _draw_split(ids: Sequence[str], seed: int) -> Split:
 
 
 def _read_split(path: Path, ids: Sequence[str]) -> Split:
-    try:
-        content = json.loads(path.read_text())
-        split = Split(**{part: tuple(map(str, content[part])) for part in ("train", "val", "test")})
-    except OSError as error:
-        raise InputError(f"--data.split={path}: cannot be read ({error.strerror})") from error
-    except (ValueError, KeyError, TypeError) as error:
-        raise InputError(
-            f"--data.split={path}: not a split file: expected lists train, val, test of case ids"
-        ) from error
+    split = _read(path, "--data.split")
     named = [*split.train, *split.val, *split.test]
     if twice := sorted({name for name in named if named.count(name) > 1}):
         raise InputError(f"--data.split={path}: case {twice[0]} stands in it twice; a patient must not cross splits")
@@ -84,3 +88,15 @@ def _read_split(path: Path, ids: Sequence[str]) -> Split:
         if not getattr(split, part):
             raise InputError(f"--data.split={path}: its list {part} is empty")
     return split
+
+
+def _read(path: Path, option: str) -> Split:
+    """A split file, its unused training patients back among the training ones."""
+    try:
+        content = json.loads(path.read_text())
+        train, val, test = (tuple(map(str, content[part])) for part in ("train", "val", "test"))
+        return Split(train + tuple(map(str, content.get("unused", ()))), val, test)
+    except OSError as error:
+        raise InputError(f"{option}={path}: cannot be read ({error.strerror})") from error
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise InputError(f"{option}={path}: not a split file: expected lists train, val, test of case ids") from error

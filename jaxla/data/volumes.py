@@ -24,7 +24,8 @@ from nibabel.spatialimages import HeaderDataError
 
 from jaxla.config import InputError
 
-HEAD_FOOT = 2  # canonical axis
+AXES = ("left-right", "anterior-posterior", "head-foot")  # canonical
+HEAD_FOOT = 2
 MOST_LABEL = 65535
 
 # nibabel logs what it repairs in a header; read_header looks at the header as stored and says it itself
@@ -127,14 +128,13 @@ def slice_geometry(affine: np.ndarray) -> SliceGeometry:
     spacing = nib.affines.voxel_sizes(affine)[stored_axis]
     coarsest = np.flatnonzero(spacing >= spacing.max() * (1 - 1e-3))
     slice_axis = int(coarsest[0]) if len(coarsest) == 1 else HEAD_FOOT
-    columns, rows = (axis for axis in range(3) if axis != slice_axis)
-    canonical = (slice_axis, rows, columns)
+    canonical = _axes_of_slices(slice_axis)
     order = tuple(int(stored_axis[axis]) for axis in canonical)
     return SliceGeometry(
         order=order,
         flip=tuple(i for i, stored in enumerate(order) if orientation[stored, 1] > 0),
         spacing=tuple(float(spacing[axis]) for axis in canonical),
-        axis=("left-right", "anterior-posterior", "head-foot")[slice_axis],
+        axis=AXES[slice_axis],
     )
 
 
@@ -147,6 +147,22 @@ def from_slices(slices: np.ndarray, geometry: SliceGeometry) -> np.ndarray:
     """[S, H, W] -> [X, Y, Z] as stored (a view); further axes stay behind."""
     further = tuple(range(3, slices.ndim))
     return np.flip(slices, geometry.flip).transpose(*np.argsort(geometry.order), *further)
+
+
+def slices_to_canonical(slices: np.ndarray, slice_axis: str) -> np.ndarray:
+    """[S, H, W] -> left-right, anterior-posterior, head-foot axes, whichever of them the slices were cut along."""
+    return slices.transpose(np.argsort(_axes_of_slices(AXES.index(slice_axis))))
+
+
+def canonical_to_slices(array: np.ndarray, slice_axis: str) -> np.ndarray:
+    """The inverse of `slices_to_canonical`."""
+    return array.transpose(_axes_of_slices(AXES.index(slice_axis)))
+
+
+def _axes_of_slices(slice_axis: int) -> tuple[int, int, int]:
+    """The canonical axes of slices, rows and columns."""
+    columns, rows = (axis for axis in range(3) if axis != slice_axis)
+    return slice_axis, rows, columns
 
 
 def write_volume(path: Path, array: np.ndarray, like: Volume) -> None:

@@ -8,10 +8,11 @@ from pathlib import Path
 import jax
 from flax import nnx
 
-from jaxla.config import InputError
+from jaxla.config import InputError, default_cache_dir
 from jaxla.models.network import build_network
 from jaxla.models.weights import file_sha256
 from jaxla.training.checkpoints import Checkpoints
+from jaxla.training.loop import checkpointed
 from jaxla.training.run_folder import Record, read_record
 from jaxla.training.step import split_network
 
@@ -36,25 +37,32 @@ def load_run(folder: str | Path) -> TrainedNetwork:
     if not (folder / "checkpoints" / "best").is_dir():
         raise InputError(f"{folder}: has no checkpoint; the run stopped before its first epoch ended")
     model, seed, outputs = record.experiment.model, record.experiment.seed, record.labels.outputs
-    if model.backbone == "frozen":
-        _require_same_weights(folder, record)
-        network = build_network(replace(model, weights=record.weights), outputs, seed)
-    else:  # every parameter is in the checkpoint
+    from_file = model.backbone == "frozen" and model.weights != "random"  # else every parameter is in the checkpoint
+    if from_file:
+        network = build_network(replace(model, weights=str(_frozen_weights(folder, record))), outputs, seed)
+    else:
         network = nnx.eval_shape(lambda: build_network(replace(model, weights="random"), outputs, seed))
     parts = split_network(network, train_backbone=model.backbone == "finetuned")
+
+    saved = checkpointed(parts.trainable, parts.frozen, include_frozen=not from_file)
+    here = jax.sharding.SingleDeviceSharding(jax.devices()[0])  # whatever device the run was trained on
+    like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here), saved)
     checkpoints = Checkpoints(folder / "checkpoints" / "best", read_only=True)
-    like = {"trainable": parts.trainable, "statistics": parts.frozen.statistics}
-    restored, progress = checkpoints.restore(jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), like))
+    restored, progress = checkpoints.restore(like)
     checkpoints.close()
-    return TrainedNetwork(parts.merge(**restored), record, progress["epoch"])
+    frozen = restored.get("frozen", parts.frozen.parameters)
+    network = nnx.merge(parts.evaluation, restored["trainable"], frozen, restored["statistics"])
+    return TrainedNetwork(network, record, progress["epoch"])
 
 
-def _require_same_weights(folder: Path, record: Record) -> None:
-    if record.weights == "random":
-        return
-    weights = Path(record.weights)
-    if not weights.is_file() or file_sha256(weights) != record.weights_sha256:
-        raise InputError(
-            f"{folder}: was trained on the frozen backbone {weights} (sha256 {record.weights_sha256[:12]}…), "
-            "which is gone or has changed; put that file back"
-        )
+def _frozen_weights(folder: Path, record: Record) -> Path:
+    """The backbone's file: where it was at training, or in this machine's cache folder; known by its sha256."""
+    arch = record.experiment.model.arch
+    candidates = (Path(record.weights), default_cache_dir() / "weights" / f"{arch}.safetensors")
+    for path in candidates:
+        if path.is_file() and file_sha256(path) == record.weights_sha256:
+            return path
+    raise InputError(
+        f"{folder}: was trained on a frozen backbone (sha256 {record.weights_sha256[:12]}…) whose file is gone or has "
+        f"changed; put it back as {' or '.join(map(str, candidates))}"
+    )

@@ -25,7 +25,7 @@ class ConvolutionalDecoder(nnx.Module):
     """Paper 1's decoder: LinearClassifierToken, a 7×7 convolution, then ×2 stages up to about the image's size.
 
     The paper names the token classifier (a 1×1 convolution that sets the channel count) and several convolution and
-    upsampling stages; widths, kernels and the last resizing are this package's choice (PAPERS: "open").
+    upsampling stages; widths, kernels and the last resizing are this package's choice (docs/paper1.md).
 
     Args:
         widths: channels after the token classifier, then after each ×2 stage.
@@ -38,14 +38,14 @@ class ConvolutionalDecoder(nnx.Module):
         self.token_classifier = nnx.Linear(width, widths[0], dtype=dtype, rngs=rngs)
         self.mix = nnx.Conv(widths[0], widths[0], (7, 7), padding=3, dtype=dtype, rngs=rngs)
         self.stages = nnx.List([Upsampling(i, o, dtype, rngs) for i, o in pairwise(widths)])
-        self.logits = nnx.Conv(widths[-1], outputs, (3, 3), padding=1, dtype=dtype, rngs=rngs)
+        self.logits = nnx.Conv(widths[-1], outputs, (3, 3), padding=1, dtype=jnp.float32, rngs=rngs)
 
     def __call__(self, tokens: jax.Array, size: tuple[int, int]) -> jax.Array:
         """[B, h, w, C] -> logits [B, H, W, K] float32."""
         x = self.mix(jax.nn.selu(self.token_classifier(tokens)))
         for stage in self.stages:
             x = stage(x)
-        return self.logits(resize(x, size)).astype(jnp.float32)
+        return self.logits(resize(x, size))
 
 
 class Upsampling(nnx.Module):

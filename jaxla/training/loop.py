@@ -18,7 +18,7 @@ from tqdm import tqdm
 from jaxla.config import InputError, Training
 from jaxla.data.batches import SliceSource, evaluation_batches, steps_per_epoch, training_batches
 from jaxla.training.checkpoints import Checkpoints
-from jaxla.training.step import SplitNetwork, make_evaluation, make_gradient, make_optimiser, make_step
+from jaxla.training.step import Frozen, SplitNetwork, make_evaluation, make_gradient, make_optimiser, make_step
 
 log = logging.getLogger(__name__)
 
@@ -80,12 +80,12 @@ def fit(
             losses.append(loss)
         train_loss = float(np.mean(jax.device_get(losses)))
         trained_for = time.perf_counter() - began
-        if not np.isfinite(train_loss):
-            raise InputError(
-                f"the training loss became {train_loss} in epoch {progress.epoch + 1}; lower --training.learning_rate "
-                f"(now {recipe.learning_rate:g}). Epochs before it are kept in {folder}"
-            )
         val_loss, val_dice, val_iou = validate(evaluate, trainable, frozen, val, recipe.batch_size)
+        if not np.isfinite([train_loss, val_loss]).all():
+            raise InputError(
+                f"training loss {train_loss}, validation loss {val_loss} in epoch {progress.epoch + 1}; lower "
+                f"--training.learning_rate (now {recipe.learning_rate:g}). Epochs before it are kept in {folder}"
+            )
         progress.epoch += 1
 
         metrics = {
@@ -101,7 +101,7 @@ def fit(
             progress.lowest_loss, progress.epochs_since_lowest = val_loss, 0
         else:
             progress.epochs_since_lowest += 1
-        weights = {"trainable": trainable, "statistics": frozen.statistics}
+        weights = checkpointed(trainable, frozen, include_frozen=not pretrained_backbone)
         if val_dice > progress.best_dice:
             progress.best_dice, progress.best_epoch = val_dice, progress.epoch
             best.save(progress.epoch, weights, vars(progress))
@@ -112,7 +112,7 @@ def fit(
         )
         history.append(metrics)
         with (folder / "metrics.jsonl").open("a") as file:
-            file.write(json.dumps(metrics) + "\n")
+            file.write(json.dumps(metrics, allow_nan=False) + "\n")
         remaining = (recipe.epochs - progress.epoch) * np.mean([m["seconds"] for m in history[-5:]])
         log.info(
             "epoch %d/%d: train loss %.4f, val loss %.4f, val Dice %.3f per volume%s; %.0f slices/s, %s left at most",
@@ -125,7 +125,14 @@ def fit(
         log.info("stopped early: no lower validation loss for %d epochs", recipe.patience)
     best.close()
     latest.close()
+    batches.close()
     return progress
+
+
+def checkpointed(trainable: Any, frozen: Frozen, include_frozen: bool) -> dict[str, Any]:
+    """What a checkpoint holds of a network; a frozen pretrained backbone has its own file and is left out."""
+    saved = {"trainable": trainable, "statistics": frozen.statistics}
+    return saved | {"frozen": frozen.parameters} if include_frozen else saved
 
 
 def validate(

@@ -16,6 +16,7 @@ from jaxla.config import Experiment, InputError, experiment_from_json, experimen
 from jaxla.data.cases import Labels
 
 RECORD = "experiment.json"
+LOG = "train.log"
 VERSION = 1
 PACKAGES = (
     "jaxla",
@@ -71,6 +72,9 @@ def require_free(folder: Path) -> None:
 def create_run_folder(folder: Path) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
+        (folder / LOG).touch(exist_ok=False)  # of two runs started at once, one gets it
+    except FileExistsError as error:
+        raise InputError(f"--run-dir={folder}: another run was started there just now; choose another") from error
     except OSError as error:
         raise InputError(f"--run-dir={folder}: cannot be written ({error.strerror}); choose another folder") from error
 
@@ -130,4 +134,5 @@ def _labels_from_json(content: Mapping[str, Any]) -> Labels:
         names=tuple(content["names"]),
         values=None if values is None else tuple(tuple(group) for group in values),
         ignored=tuple(content["ignored"]),
+        one_value=content["one_value"],
     )

@@ -33,10 +33,6 @@ class SplitNetwork(NamedTuple):
     trainable: nnx.State
     frozen: Frozen
 
-    def merge(self, trainable: nnx.State, statistics: nnx.State) -> nnx.Module:
-        """The network with these trained values, in evaluation mode."""
-        return nnx.merge(self.evaluation, trainable, self.frozen.parameters, statistics)
-
 
 def split_network(network: nnx.Module, train_backbone: bool) -> SplitNetwork:
     """Take a network apart, once: jitting over its state is faster than over the object."""

@@ -1,5 +1,6 @@
 """Prepared volumes: what they hold, when they are made anew, and that several runs may make them at once."""
 
+import gzip
 import json
 import multiprocessing
 import shutil
@@ -221,3 +222,23 @@ def test_the_description_says_what_a_reader_needs(tmp_path):
     assert described["shape"] == [SHAPE[2], SHAPE[1], SHAPE[0]]
     assert described["spacing"] == [2.5, 0.75, 0.75]
     assert described["slice_axis"] == "head-foot"
+
+
+def test_a_scan_compressed_anew_is_still_the_same_image(tmp_path):
+    root = flat(tmp_path / "data", 2)
+    scan = nib.load(root / "case_0.nii.gz")
+    (root / "case_1.nii.gz").write_bytes(gzip.compress(scan.to_bytes(), compresslevel=9))
+    assert (root / "case_0.nii.gz").read_bytes() != (root / "case_1.nii.gz").read_bytes()
+    with pytest.raises(InputError, match="the same image as case case_0"):
+        prepare_cases(find_cases(root), tmp_path / "cache")
+
+
+def test_masks_of_different_values_are_one_class_only_if_the_user_says_so(tmp_path):
+    root = flat(tmp_path / "data", 2)
+    path = root / "case_1_mask.nii.gz"
+    mask = nib.load(path)
+    nib.save(nib.Nifti1Image(np.uint8(mask.get_fdata() > 0) * 2, mask.affine), path)
+    with pytest.raises(InputError, match=r"say whether they are one class, --data\.labels='a:1,2', or two"):
+        prepare_cases(find_cases(root), tmp_path / "cache")
+    volumes = prepare_cases(find_cases(root, "a:1,2"), tmp_path / "cache")
+    assert set(np.unique(volumes[1].mask)) == {0, 1}

@@ -73,7 +73,14 @@ def test_a_written_split_is_accepted_back(tmp_path):
     assert again == split
     assert again.sha256 == split.sha256
     few = make_split(ids(60), Data(split=str(tmp_path / "split.json"), train_patients=10))
-    assert few == Split(split.train[:10], split.val, split.test)
+    assert few == Split(split.train[:10], split.val, split.test, unused=split.train[10:])
+
+
+def test_the_split_of_a_few_shot_run_still_holds_every_patient(tmp_path):
+    few = make_split(ids(60), Data(train_patients=1))
+    write_split(few, tmp_path / "split.json")
+    everyone = make_split(ids(60), Data(split=str(tmp_path / "split.json")))
+    assert everyone == make_split(ids(60), Data())
 
 
 def test_the_file_is_three_lists_of_case_ids(tmp_path):

@@ -9,12 +9,14 @@ import pytest
 from jaxla.config import InputError
 from jaxla.data.volumes import (
     Volume,
+    canonical_to_slices,
     from_slices,
     read_image,
     read_mask,
     require_same_grid,
     same_grid,
     slice_geometry,
+    slices_to_canonical,
     to_slices,
     write_volume,
 )
@@ -368,3 +370,13 @@ def test_a_folder_that_cannot_be_written_is_named_and_left_as_it_was(tmp_path):
             write_volume(path, mask_array(), scan)
     assert sorted(path.name for path in tmp_path.rglob("*")) == ["file", "m.nii.gz", "scan.nii"]
     assert (tmp_path / "file").read_text() == "in the way"
+
+
+@pytest.mark.parametrize("spacing", [(3, 1, 1), (1, 3, 1), (1, 1, 3)])
+def test_canonical_axes_are_the_same_whichever_way_slices_were_cut(spacing):
+    array = np.arange(2 * 3 * 4).reshape(2, 3, 4)
+    geometry = slice_geometry(np.diag([-spacing[0], -spacing[1], -spacing[2], 1.0]))  # LPI, as slices run: no flips
+    slices = to_slices(array, geometry)
+    canonical = slices_to_canonical(slices, geometry.axis)
+    np.testing.assert_array_equal(canonical, array)
+    np.testing.assert_array_equal(canonical_to_slices(canonical, geometry.axis), slices)

@@ -1,8 +1,13 @@
 """A finished run applied to scans of any size and orientation."""
 
+import json
+import shutil
+
+import jax
 import nibabel as nib
 import numpy as np
 import pytest
+from flax import nnx
 
 from jaxla.data.volumes import Volume, read_image
 from jaxla.inference.segment import make_segment
@@ -81,8 +86,6 @@ def test_one_bad_scan_stops_all_before_anything_is_written(small_run, scan, tmp_
 
 def test_volumes_of_any_size_share_one_compilation(small_run, scan, caplog):
     """Also: what a slice is given does not depend on its neighbours in the batch."""
-    import jax
-
     segment = make_segment(load_run(small_run))
     volume = read_image(scan)
     whole, _ = segment(volume)
@@ -105,3 +108,28 @@ def test_non_square_anisotropic_pixels_keep_their_place(small_run, scan):
     a, b = whole[::2] > 0, thinned > 0
     dice = 2 * (a & b).sum() / (a.sum() + b.sum())
     assert dice > 0.9  # measured DICE; a transposed or shifted slice gives below 0.7
+
+
+def test_a_run_trained_on_another_device_loads_here(small_run, tmp_path):
+    """A checkpoint names the device it was saved from; a laptop must read what a GPU wrote."""
+    moved = tmp_path / "run"
+    shutil.copytree(small_run, moved)
+    notes = list(moved.rglob("_sharding"))
+    assert notes
+    for note in notes:
+        note.write_text(note.read_text().replace("cpu:0", "cuda:0"))
+    here, there = (nnx.state(load_run(folder).network) for folder in (small_run, moved))
+    assert all(np.array_equal(a, b) for a, b in zip(jax.tree.leaves(here), jax.tree.leaves(there), strict=True))
+
+
+def test_a_runs_own_predictions_can_be_scored_against_the_data_set(small_run, phantoms, tmp_path):
+    run_command(
+        "jaxla.evaluate", f"--predictions={small_run / 'test' / 'predictions'}", f"--references={phantoms}",
+        f"--cases={small_run / 'split.json'}", f"--output={tmp_path / 'scores'}",
+    )  # fmt: skip
+    again, reported = (
+        json.loads((folder / "summary.json").read_text()) for folder in (tmp_path / "scores", small_run / "test")
+    )
+    for metric in ("dice", "hd95_mm", "volume_ml"):
+        assert again[metric]["mean"] == pytest.approx(reported[metric]["mean"], rel=1e-12)
+        assert again[metric]["n"] == reported[metric]["n"]
