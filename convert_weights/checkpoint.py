@@ -39,7 +39,9 @@ def read_checkpoint(
     with path.open("rb") as file:
         start = file.read(256).lstrip().lower()
     if start.startswith((b"<!doctype", b"<html", b"version https://git-lfs")):
-        raise InputError(f"{path}: a web page or a pointer saved in place of the checkpoint; download the file itself")
+        raise InputError(
+            f"{path}: a web page or a pointer saved in place of the checkpoint; download the file itself again"
+        )
     try:
         with warnings.catch_warnings(action="ignore"):  # torch warns of old pickles before it refuses them
             state = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))

@@ -142,8 +142,9 @@ def test_a_foreign_safetensors_file_is_refused(mini, tmp_path):
 
 
 def test_a_file_that_does_not_exist_is_refused_with_the_command_that_makes_it(tmp_path):
-    for path in (tmp_path / "none.safetensors", tmp_path):
-        refusal(lambda path=path: jaxla.load_backbone(path), path, "no such weights file", "python -m convert_weights")
+    path = tmp_path / "none.safetensors"
+    refusal(lambda: jaxla.load_backbone(path), path, "no such weights file", "python -m convert_weights")
+    refusal(lambda: jaxla.load_backbone(tmp_path), tmp_path, "is a folder; give the .safetensors file in it")
 
 
 # --- where weights are looked for ---
