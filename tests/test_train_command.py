@@ -2,15 +2,19 @@
 
 import csv
 import json
+import shutil
 
 import jax
 import nibabel as nib
 import numpy as np
 import pytest
+import torch
 from flax import nnx
 
 import jaxla
 from tests.conftest import run_command
+from tests.golden.fake_weights import fake_state_dict
+from tests.parity.test_dinov2 import GOLDEN
 
 
 def read_json(path):
@@ -129,31 +133,57 @@ def test_a_loaded_network_takes_images_and_gives_logits(small_run):
     assert np.isfinite(np.asarray(logits)).all()
 
 
-def test_a_frozen_pretrained_backbone_is_used_and_its_file_must_stay(phantoms, tmp_path):
-    """Paper 1's method on synthetic weights: converted, trained upon, loaded again, and refused once changed."""
-    import torch
-
-    from tests.golden.fake_weights import fake_state_dict
-    from tests.parity.test_dinov2 import GOLDEN
-
+@pytest.fixture(scope="module")
+def cache_with_vits14(tmp_path_factory):
+    """A cache folder with synthetic weights of dinov2_vits14, where training looks for them."""
+    folder = tmp_path_factory.mktemp("vits14")
     shapes = read_json(GOLDEN / "dinov2_vits14.shapes.json")
     state = {name: torch.from_numpy(value) for name, value in fake_state_dict(shapes).items()}
-    torch.save(state, tmp_path / "vits14.pth")
-    weights = tmp_path / "cache" / "weights" / "dinov2_vits14.safetensors"
-    run_command("convert_weights", "--arch=dinov2_vits14", f"--source={tmp_path / 'vits14.pth'}", f"--output={weights}")
+    torch.save(state, folder / "vits14.pth")
+    weights = folder / "cache" / "weights" / "dinov2_vits14.safetensors"
+    run_command("convert_weights", "--arch=dinov2_vits14", f"--source={folder / 'vits14.pth'}", f"--output={weights}")
+    return folder / "cache"
 
-    run = tmp_path / "run"
+
+def one_patient_one_epoch(run, phantoms, cache, *options):
     run_command(
         "jaxla.train", "--exp=fewshot_1patient", "--method=dinov2_vits14", f"--data.root={phantoms}",
-        f"--run-dir={run}", f"--cache-dir={tmp_path / 'cache'}", "--preprocessing.image_size=56",
-        "--training.epochs=1", "--training.batch_size=8", "--model.decoder_widths=[16,8]",
+        f"--run-dir={run}", f"--cache-dir={cache}", "--preprocessing.image_size=56", "--training.epochs=1",
+        "--training.batch_size=8", "--model.decoder_widths=[16,8]", *options,
     )  # fmt: skip
+
+
+def kernels_of(backbone):
+    return np.asarray(backbone.blocks.mlp.expand.kernel[...])
+
+
+def test_a_fine_tuned_backbone_moves_from_its_weights_and_is_in_the_checkpoint(phantoms, cache_with_vits14, tmp_path):
+    one_patient_one_epoch(tmp_path / "run", phantoms, cache_with_vits14, "--model.backbone=finetuned")
+    original = kernels_of(jaxla.load_backbone(cache_with_vits14 / "weights" / "dinov2_vits14.safetensors"))
+    moved = np.abs(kernels_of(jaxla.load_network(tmp_path / "run").backbone) - original).max()
+    steps = len(range(0, 24, 8))  # 24 slices of one patient at most
+    assert 0 < moved <= 1.01e-5 * steps  # Adam moves a parameter by about its rate, 1e-5, a step
+
+
+def test_a_frozen_random_backbone_is_in_the_checkpoint(phantoms, tmp_path):
+    run = tmp_path / "run"
+    options = ("--model.weights=random", "--model.backbone=frozen", "--seed=5")
+    one_patient_one_epoch(run, phantoms, tmp_path / "cache", *options)
+    assert "random weights, frozen" in read_json(run / "test" / "summary.json")["backbone"]
+    fresh = jaxla.build_network("dinov2_vits14", seed=5, weights="random").backbone
+    assert np.array_equal(kernels_of(jaxla.load_network(run).backbone), kernels_of(fresh))
+
+
+def test_a_frozen_pretrained_backbone_is_used_and_its_file_must_stay(phantoms, cache_with_vits14, tmp_path):
+    """Paper 1's method on synthetic weights: converted, trained upon, loaded again, and refused once changed."""
+    run = tmp_path / "run"
+    shutil.copytree(cache_with_vits14, tmp_path / "cache")
+    weights = tmp_path / "cache" / "weights" / "dinov2_vits14.safetensors"
+    one_patient_one_epoch(run, phantoms, tmp_path / "cache")
     assert len(read_json(run / "split.json")["train"]) == 1
     record = read_json(run / "experiment.json")
     assert record["weights"] == str(weights)
-    loaded = jaxla.load_network(run).backbone
-    original = jaxla.load_backbone(weights)
-    assert np.array_equal(loaded.blocks.mlp.expand.kernel[...], original.blocks.mlp.expand.kernel[...])
+    assert np.array_equal(kernels_of(jaxla.load_network(run).backbone), kernels_of(jaxla.load_backbone(weights)))
 
     weights.write_bytes(weights.read_bytes()[:-4] + b"\0\0\0\0")
     with pytest.raises(jaxla.InputError, match="has changed"):

@@ -37,14 +37,14 @@ def load_run(folder: str | Path) -> TrainedNetwork:
     if not (folder / "checkpoints" / "best").is_dir():
         raise InputError(f"{folder}: has no checkpoint; the run stopped before its first epoch ended")
     model, seed, outputs = record.experiment.model, record.experiment.seed, record.labels.outputs
-    from_file = model.backbone == "frozen" and model.weights != "random"  # else every parameter is in the checkpoint
-    if from_file:
+    untrained = model.weights == "random"
+    if model.backbone == "frozen" and not untrained:
         network = build_network(replace(model, weights=str(_frozen_weights(folder, record))), outputs, seed)
-    else:
+    else:  # every parameter is in the checkpoint
         network = nnx.eval_shape(lambda: build_network(replace(model, weights="random"), outputs, seed))
     parts = split_network(network, train_backbone=model.backbone == "finetuned")
 
-    saved = checkpointed(parts.trainable, parts.frozen, include_frozen=not from_file)
+    saved = checkpointed(parts.trainable, parts.frozen, include_frozen=untrained)
     here = jax.sharding.SingleDeviceSharding(jax.devices()[0])  # whatever device the run was trained on
     like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here), saved)
     checkpoints = Checkpoints(folder / "checkpoints" / "best", read_only=True)
