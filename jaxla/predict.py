@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from pathlib import Path
 
 from jaxla.config import InputError, command_parser, parse_arguments, require_writable, run_command
@@ -16,7 +17,6 @@ def main(arguments: list[str]) -> None:
     Raises:
         InputError: no run, no scan, an unreadable scan, or an output that exists or cannot be written.
     """
-
     parser = command_parser(
         "jaxla.predict",
         "Segment scans with a finished run; each mask has its scan's shape, affine and header geometry.",
@@ -57,7 +57,7 @@ def main(arguments: list[str]) -> None:
         if probabilities is not None:
             write_volume(_probabilities_file(mask), probabilities, volume)
         write_segmentation(mask, classes, trained, volume)
-        millilitres = (classes > 0).sum() * abs(_voxel_volume(volume.affine)) / 1000
+        millilitres = (classes > 0).sum() * math.prod(volume.spacing) / 1000
         log.info("%d/%d %s: %.1f ml", number, len(outputs), mask, millilitres)
 
 
@@ -74,12 +74,6 @@ def _name_outputs(scans: dict[str, Path], source: Path, output: Path) -> dict[Pa
 def _probabilities_file(mask: Path) -> Path:
     stem = mask.name.removesuffix(".gz").removesuffix(".nii")
     return mask.with_name(f"{stem}_probabilities{mask.name.removeprefix(stem)}")
-
-
-def _voxel_volume(affine: object) -> float:
-    import numpy as np
-
-    return float(np.linalg.det(np.asarray(affine)[:3, :3]))
 
 
 if __name__ == "__main__":

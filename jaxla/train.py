@@ -150,6 +150,8 @@ def prepare_data(experiment: Experiment, cache_dir: Path) -> tuple[Dataset, list
                 f"{root}: the masks of all {len(training)} training patients hold no {name}; check the masks, or "
                 "name their values with --data.labels"
             )
+    if outside := len(volumes) - sum(map(len, (split.train, split.val, split.test))):
+        log.info("%d cases are in no part of this split and are not used", outside)
     if empty := [v.id for v in volumes if not any(v.class_voxels[1:])]:
         log.info("%d cases have an empty mask and are kept: %s", len(empty), ", ".join(empty))
     log.info(

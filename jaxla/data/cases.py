@@ -147,7 +147,7 @@ def find_images(root: str | Path) -> dict[str, Path]:
     """
     root = Path(root)
     if root.is_file():
-        return {_stem(root): root}
+        return _by_id([root])
     if not root.is_dir():
         raise InputError(f"--input={root}: no such file or folder")
     images = {f.name: f / "enhanced.nii.gz" for f in _lascarqs_folders(root) if (f / "enhanced.nii.gz").exists()}

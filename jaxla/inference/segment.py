@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable
 from pathlib import Path
 
@@ -14,8 +13,6 @@ from jaxla.data.inputs import frame, image_to_input, input_to_slice
 from jaxla.data.prepared import intensity_range
 from jaxla.data.volumes import Volume, from_slices, slice_geometry, to_slices, write_volume
 from jaxla.inference.trained import TrainedNetwork
-
-log = logging.getLogger(__name__)
 
 Segment = Callable[..., tuple[np.ndarray, np.ndarray | None]]
 

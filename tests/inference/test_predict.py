@@ -107,7 +107,7 @@ def test_non_square_anisotropic_pixels_keep_their_place(small_run, scan):
     thinned, _ = segment(Volume(volume.path, volume.array[::2], affine, volume.header))
     a, b = whole[::2] > 0, thinned > 0
     dice = 2 * (a & b).sum() / (a.sum() + b.sum())
-    assert dice > 0.9  # measured DICE; a transposed or shifted slice gives below 0.7
+    assert dice > 0.99  # measured 0.995: half of the columns are interpolated from the others
 
 
 def test_a_run_trained_on_another_device_loads_here(small_run, tmp_path):

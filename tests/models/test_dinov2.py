@@ -165,7 +165,7 @@ def test_bfloat16_keeps_the_direction_of_every_token():
     for x, y in ((a.cls, b.cls), (a.patches, b.patches)):
         y = y.astype(jnp.float32)
         cosine = (x * y).sum(-1) / (jnp.linalg.norm(x, axis=-1) * jnp.linalg.norm(y, axis=-1))
-        assert cosine.min() >= 0.999  # measured: 0.9999
+        assert cosine.min() >= 0.999  # measured: 0.99996
 
 
 # --- the same numbers as the port in `transformers` ---
