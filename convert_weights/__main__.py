@@ -48,7 +48,7 @@ def main(arguments: list[str]) -> None:
 
     from convert_weights.checkpoint import read_checkpoint
     from convert_weights.dinov2 import IGNORED, from_reference, reference_shapes
-    from jaxla.models.weights import file_sha256, save_weights
+    from jaxla.models.weights_format import file_sha256, save_weights
 
     source = Path(options.source)
     reference = read_checkpoint(source, reference_shapes(variant), IGNORED, options.arch)

@@ -7,13 +7,18 @@ import difflib
 import logging
 import os
 import re
+import signal
 import sys
-from collections.abc import Callable, Iterable, Mapping
+import threading
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeVar
 
 if TYPE_CHECKING:
+    from types import FrameType
+
     from jsonargparse import ArgumentParser, Namespace
 
 T = TypeVar("T")
@@ -21,6 +26,10 @@ T = TypeVar("T")
 
 class InputError(ValueError):
     """Bad input or usage. The message is one line: which file or option, what is wrong, how to mend it."""
+
+
+class Stopped(Exception):
+    """The process was asked to end, and what is needed to go on is saved; the message says where it stopped."""
 
 
 @dataclass(frozen=True)
@@ -88,6 +97,7 @@ class Training:
         backbone_learning_rate: Adam's rate for a backbone that is trained.
         schedule: Rate over time: `constant`, or `cosine` (2 % warm-up, then a cosine down to zero at the last epoch).
         patience: Epochs without a lower validation loss after which training stops.
+        cache_features: Whether what a frozen backbone makes of a slice is computed once and kept in the cache folder.
     """
 
     epochs: int = 35
@@ -96,6 +106,7 @@ class Training:
     backbone_learning_rate: float = 1e-5
     schedule: Literal["constant", "cosine"] = "constant"
     patience: int = 10
+    cache_features: bool = True
 
 
 @dataclass(frozen=True)
@@ -226,6 +237,8 @@ class Options(NamedTuple):
     experiment: Experiment
     run_dir: Path | None
     cache_dir: Path
+    resume: bool
+    dry_run: bool
 
 
 def parse_experiment(
@@ -265,6 +278,8 @@ def parse_experiment(
     parser.add_argument("--method", type=str, help="method in place of the experiment's own")
     parser.add_argument("--run-dir", type=str, help="folder for the run (default: runs/<experiment>_<time>)")
     parser.add_argument("--cache-dir", type=str, help="folder that runs share (default: the user's cache folder)")
+    parser.add_argument("--resume", action="store_true", help="go on with the run in --run-dir, which was ended")
+    parser.add_argument("--dry-run", action="store_true", help="say what the run would take, and leave it at that")
     fixed = {"name": experiment.name, "summary": experiment.summary, "method": experiment.method}
     parser.add_class_arguments(Experiment, None, skip=set(fixed))
     parser.set_defaults({key: value for key, value in asdict(experiment).items() if key not in fixed})
@@ -275,20 +290,51 @@ def parse_experiment(
         experiment=Experiment(**fixed, **values),
         run_dir=Path(parsed.run_dir) if parsed.run_dir else None,
         cache_dir=Path(parsed.cache_dir) if parsed.cache_dir else default_cache_dir(),
+        resume=parsed.resume,
+        dry_run=parsed.dry_run,
     )
 
 
 def run_command(main: Callable[[list[str]], None]) -> None:
-    """Run a command's `main` and leave the process: 0 on success, 2 with one line on bad input, 1 otherwise."""
+    """Run a command's `main` and leave the process: 0 on success, 2 with one line on bad input, 1 otherwise.
+
+    SIGTERM ends it as Ctrl-C does: what is half-written is removed on the way out.
+    """
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stdout)
     logging.getLogger("jaxla").setLevel(logging.INFO)
-    logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax tells there what it does with each option
+    logging.getLogger("absl").setLevel(logging.CRITICAL)  # Orbax: each option, and tracebacks of errors that it raises
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         main(sys.argv[1:])
     except InputError as error:
         print("error: " + " ".join(str(error).split()), file=sys.stderr)
         sys.exit(2)
+    except Stopped as stopped:
+        print(f"stopped {stopped}", file=sys.stderr)
+        sys.exit(1)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(1)
     sys.exit(0)
+
+
+@contextmanager
+def stop_requests() -> Iterator[Callable[[], bool]]:
+    """Within it, SIGTERM and the first Ctrl-C only set a flag, which the yielded function reads; a second one ends."""
+    if threading.current_thread() is not threading.main_thread():  # Python takes signals only there
+        yield lambda: False
+        return
+    requested = threading.Event()
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+
+    def request(number: int, frame: FrameType | None) -> None:
+        requested.set()
+        signal.signal(number, signal.default_int_handler)
+
+    for number in before:
+        signal.signal(number, request)
+    try:
+        yield requested.is_set
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

@@ -292,7 +292,7 @@ def parameters():
 
 
 def write_weights(path, parameters, arch="vit_mini8", **metadata):
-    from jaxla.models.weights import save_weights
+    from jaxla.models.weights_format import save_weights
 
     save_weights(path, parameters, {"arch": arch, "source": "a test", "licence": "", **metadata})
     return path

@@ -8,7 +8,7 @@ from typing import SupportsIndex, TypedDict
 import grain.python as grain
 import numpy as np
 
-from jaxla.data.inputs import frame, image_to_input, mask_to_input
+from jaxla.data.inputs import frame, mask_to_input
 from jaxla.data.prepared import PreparedVolume
 
 PASSES = 2**32  # over the data: as good as endless, and Grain can count the slices in them
@@ -18,17 +18,25 @@ READ_OPTIONS = grain.ReadOptions(num_threads=4, prefetch_buffer_size=4)  # batch
 class Batch(TypedDict):
     """One batch; the arrays' first axis is B."""
 
-    image: np.ndarray  # [B, H, W, 1] float32, grey values in 0..1
+    input: np.ndarray  # [B, H, W, 1] float32, grey values in 0..1; or features [B, h, w, C]
     mask: np.ndarray  # [B, H, W] uint8, class indices
     volume: np.ndarray  # [B] int32, index of the volume the slice belongs to
     weight: np.ndarray  # [B] float32, 0 for slices that only fill the batch
 
 
 class SliceSource:
-    """Every slice of the volumes, as a Grain random-access source of one-slice batches without the axis B."""
+    """Every slice of the volumes, as a Grain random-access source of one-slice batches without the axis B.
 
-    def __init__(self, volumes: Sequence[PreparedVolume], size: int) -> None:
+    Args:
+        size: side of the square input in pixels.
+        features: of each volume, indexed by slice, where the network reads these instead of images.
+    """
+
+    def __init__(
+        self, volumes: Sequence[PreparedVolume], size: int, features: Sequence[Sequence[np.ndarray]] | None = None
+    ) -> None:
         self.volumes = volumes
+        self.features = features
         self.frames = [frame(v.shape[1:], v.spacing[1:], size) for v in volumes]
         self.index = [(i, s) for i, volume in enumerate(volumes) for s in range(volume.shape[0])]
 
@@ -39,7 +47,7 @@ class SliceSource:
         i, s = self.index[item]
         volume, place = self.volumes[i], self.frames[i]
         return Batch(
-            image=image_to_input(volume.image[s], volume.intensity_range, place),
+            input=self.features[i][s] if self.features else volume.input(s, place),
             mask=mask_to_input(volume.mask[s], place),
             volume=np.int32(i),
             weight=np.float32(1),

@@ -19,11 +19,12 @@ import numpy as np
 
 from jaxla.config import InputError
 from jaxla.data.cases import Case, Dataset, Labels
+from jaxla.data.inputs import Frame, image_to_input
 from jaxla.data.volumes import Volume, read_image, read_mask, require_same_grid, slice_geometry, to_slices
 
 log = logging.getLogger(__name__)
 
-VERSION = 2  # of what stands in a prepared folder; another number makes other folders
+VERSION = 3  # of what stands in a prepared folder; another number makes other folders
 
 
 @dataclass(frozen=True)
@@ -39,6 +40,7 @@ class PreparedVolume:
         slice_axis: anatomical name of the slice axis.
         intensity_range: the 0.5 and 99.5 percentile of the scan's intensities.
         image_sha256: of the scan's voxels.
+        slices_sha256: of the slices and their spacing: all that the network's inputs depend on.
         mask_values: the values of its mask besides 0, at most ten.
         class_voxels: number of voxels of each class, background first.
     """
@@ -51,6 +53,7 @@ class PreparedVolume:
     slice_axis: str
     intensity_range: tuple[float, float]
     image_sha256: str
+    slices_sha256: str
     mask_values: tuple[int, ...]
     class_voxels: tuple[int, ...]
 
@@ -63,6 +66,10 @@ class PreparedVolume:
     @property
     def mask(self) -> np.ndarray:
         return np.load(self.folder / "mask.npy", mmap_mode="r", allow_pickle=False)
+
+    def input(self, index: int, place: Frame) -> np.ndarray:
+        """A slice as the network reads it: [size, size, 1] float32 in 0..1."""
+        return image_to_input(self.image[index], self.intensity_range, place)
 
 
 def intensity_range(array: np.ndarray) -> tuple[float, float]:
@@ -123,19 +130,22 @@ def _prepare_case(case: Case, labels: Labels, store: Path) -> PreparedVolume:
 def _write_prepared(folder: Path, image: Volume, mask: Volume, labels: Labels) -> None:
     geometry = slice_geometry(image.affine)
     classes = labels.to_classes(mask.array, mask.path)
+    slices = np.ascontiguousarray(to_slices(image.array, geometry))
+    grid = f"{slices.shape} {slices.dtype} {geometry.spacing}"
     described = {
         "shape": to_slices(classes, geometry).shape,
         "spacing": geometry.spacing,
         "slice_axis": geometry.axis,
         "intensity_range": intensity_range(image.array),
         "image_sha256": hashlib.sha256(str(image.array.shape).encode() + image.array.tobytes()).hexdigest(),
+        "slices_sha256": hashlib.sha256(grid.encode() + slices.tobytes()).hexdigest(),
         "mask_values": np.unique(mask.array[mask.array != 0])[:10].tolist(),
         "class_voxels": np.bincount(classes.ravel(), minlength=len(labels.names) + 1).tolist(),
     }
     folder.parent.mkdir(parents=True, exist_ok=True)
     beside = Path(tempfile.mkdtemp(prefix=".writing-", dir=folder.parent))
     try:
-        np.save(beside / "image.npy", np.ascontiguousarray(to_slices(image.array, geometry)))
+        np.save(beside / "image.npy", slices)
         np.save(beside / "mask.npy", np.ascontiguousarray(to_slices(classes, geometry)))
         (beside / "volume.json").write_text(json.dumps(described))
         if folder.exists() and not _is_whole(folder):  # somebody removed files from it

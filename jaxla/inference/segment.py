@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from itertools import islice
 from pathlib import Path
 
 import jax
 import numpy as np
 from flax import nnx
 
-from jaxla.data.inputs import frame, image_to_input, input_to_slice
+from jaxla.data.inputs import Frame, frame, image_to_input, input_to_slice
 from jaxla.data.prepared import intensity_range
 from jaxla.data.volumes import Volume, from_slices, slice_geometry, to_slices, write_volume
 from jaxla.inference.trained import TrainedNetwork
@@ -25,42 +26,56 @@ def make_segment(trained: TrainedNetwork) -> Segment:
     its most probable class.
     """
     experiment = trained.record.experiment
-    size, batch_size = experiment.preprocessing.image_size, experiment.training.batch_size
-    graph, state = nnx.split(trained.network)
-
-    @jax.jit
-    def probabilities_of(state: nnx.State, images: jax.Array) -> jax.Array:
-        logits = nnx.merge(graph, state)(images)
-        return jax.nn.sigmoid(logits) if logits.shape[-1] == 1 else jax.nn.softmax(logits)
+    segment_slices = make_segment_slices(trained.network, experiment.training.batch_size)
 
     def segment(volume: Volume, probabilities: bool = False) -> tuple[np.ndarray, np.ndarray | None]:
         geometry = slice_geometry(volume.affine)
         slices = to_slices(volume.array, geometry)
-        count, *shape = slices.shape
-        place = frame(tuple(shape), geometry.spacing[1:], size)
+        place = frame(slices.shape[1:], geometry.spacing[1:], experiment.preprocessing.image_size)
         grey_range = intensity_range(volume.array)
-        classes = np.empty(slices.shape, np.uint8)
-        kept = None
-        for start in range(0, count, batch_size):
-            chosen = slices[start : start + batch_size]
-            images = np.zeros(
-                (batch_size, size, size, 1), np.float32
-            )  # a short batch is filled up: one shape, one compilation
-            for i, pixels in enumerate(chosen):
-                images[i] = image_to_input(pixels, grey_range, place)
-            inputs = np.asarray(probabilities_of(state, images))
-            for i in range(len(chosen)):
-                of_slice = input_to_slice(inputs[i], place, tuple(shape))
-                classes[start + i] = of_slice[..., 0] > 0.5 if of_slice.shape[-1] == 1 else of_slice.argmax(-1)
-                if probabilities:
-                    kept = np.empty((*slices.shape, of_slice.shape[-1]), np.float32) if kept is None else kept
-                    kept[start + i] = of_slice
+        inputs = (image_to_input(pixels, grey_range, place) for pixels in slices)
+        classes, kept = segment_slices(inputs, place, slices.shape, probabilities)
         classes = np.ascontiguousarray(from_slices(classes, geometry))
         if kept is not None:
             kept = np.ascontiguousarray(from_slices(kept[..., 0] if kept.shape[-1] == 1 else kept, geometry))
         return classes, kept
 
     return segment
+
+
+def make_segment_slices(network: nnx.Module, batch_size: int) -> Segment:
+    """`(inputs, place, shape, probabilities=False) -> (classes, probabilities or None)`, compiled once.
+
+    `inputs` are what `network` reads of each slice in turn, images or features; `place` is where the slices lie in
+    these, `shape` = (S, H, W) their own size. `classes` is [S, H, W] uint8, `probabilities` [S, H, W, K] float32.
+    """
+    graph, state = nnx.split(network)
+
+    @jax.jit
+    def probabilities_of(state: nnx.State, inputs: jax.Array) -> jax.Array:
+        logits = nnx.merge(graph, state)(inputs)
+        return jax.nn.sigmoid(logits) if logits.shape[-1] == 1 else jax.nn.softmax(logits)
+
+    def segment_slices(
+        inputs: Iterable[np.ndarray], place: Frame, shape: tuple[int, int, int], probabilities: bool = False
+    ) -> tuple[np.ndarray, np.ndarray | None]:
+        inputs = iter(inputs)
+        classes = np.empty(shape, np.uint8)
+        kept = None
+        for start in range(0, shape[0], batch_size):
+            chosen = list(islice(inputs, batch_size))
+            batch = np.zeros((batch_size, *chosen[0].shape), chosen[0].dtype)  # a short one is filled up: one shape,
+            batch[: len(chosen)] = chosen  # one compilation
+            outputs = np.asarray(probabilities_of(state, batch))
+            for i in range(len(chosen)):
+                of_slice = input_to_slice(outputs[i], place, shape[1:])
+                classes[start + i] = of_slice[..., 0] > 0.5 if of_slice.shape[-1] == 1 else of_slice.argmax(-1)
+                if probabilities:
+                    kept = np.empty((*shape, of_slice.shape[-1]), np.float32) if kept is None else kept
+                    kept[start + i] = of_slice
+        return classes, kept
+
+    return segment_slices
 
 
 def write_segmentation(path: Path, classes: np.ndarray, trained: TrainedNetwork, like: Volume) -> None:

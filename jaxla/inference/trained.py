@@ -10,10 +10,10 @@ from flax import nnx
 
 from jaxla.config import InputError, default_cache_dir
 from jaxla.models.network import build_network
-from jaxla.models.weights import file_sha256
-from jaxla.training.checkpoints import Checkpoints
+from jaxla.models.weights_format import file_sha256
+from jaxla.training.checkpoints import Checkpoints, checkpoint_steps
 from jaxla.training.loop import checkpointed
-from jaxla.training.run_folder import Record, read_record
+from jaxla.training.run_folder import BACKBONE, Record, read_record
 from jaxla.training.step import split_network
 
 
@@ -27,36 +27,36 @@ class TrainedNetwork:
 
 
 def load_run(folder: str | Path) -> TrainedNetwork:
-    """The best checkpoint of a run; a frozen pretrained backbone comes from its weights file, which must be unchanged.
+    """The best checkpoint of a run; a frozen backbone comes from its weights file, which must be unchanged.
 
     Raises:
-        InputError: not a run folder, no checkpoint yet, or the weights file is gone or another one.
+        InputError: not a run folder, no checkpoint yet or a damaged one, or the weights file is gone or another one.
     """
     folder = Path(folder)
     record = read_record(folder)
-    if not (folder / "checkpoints" / "best").is_dir():
+    if not (steps := checkpoint_steps(folder / "checkpoints" / "best")):
         raise InputError(f"{folder}: has no checkpoint; the run stopped before its first epoch ended")
     model, seed, outputs = record.experiment.model, record.experiment.seed, record.labels.outputs
-    untrained = model.weights == "random"
-    if model.backbone == "frozen" and not untrained:
+    if model.backbone == "frozen":
         network = build_network(replace(model, weights=str(_frozen_weights(folder, record))), outputs, seed)
     else:  # every parameter is in the checkpoint
         network = nnx.eval_shape(lambda: build_network(replace(model, weights="random"), outputs, seed))
     parts = split_network(network, train_backbone=model.backbone == "finetuned")
 
-    saved = checkpointed(parts.trainable, parts.frozen, include_frozen=untrained)
+    saved = checkpointed(parts.trainable, parts.frozen.statistics)
     here = jax.sharding.SingleDeviceSharding(jax.devices()[0])  # whatever device the run was trained on
     like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here), saved)
     checkpoints = Checkpoints(folder / "checkpoints" / "best", read_only=True)
-    restored, progress = checkpoints.restore(like)
+    restored, progress = checkpoints.restore(like, steps[0])
     checkpoints.close()
-    frozen = restored.get("frozen", parts.frozen.parameters)
-    network = nnx.merge(parts.evaluation, restored["trainable"], frozen, restored["statistics"])
+    network = nnx.merge(parts.evaluation, restored["trainable"], parts.frozen.parameters, restored["statistics"])
     return TrainedNetwork(network, record, progress["epoch"])
 
 
 def _frozen_weights(folder: Path, record: Record) -> Path:
     """The backbone's file: where it was at training, or in this machine's cache folder; known by its sha256."""
+    if record.weights == "random":
+        return folder / BACKBONE
     arch = record.experiment.model.arch
     candidates = (Path(record.weights), default_cache_dir() / "weights" / f"{arch}.safetensors")
     for path in candidates:

@@ -31,9 +31,28 @@ class TransformerSegmenter(nnx.Module):
             images: [B, H, W, 1] grey values in 0..1, or [B, H, W, 3] already ImageNet-normalised; H, W multiples of
                 the patch size.
         """
+        return self.decoder(self.features(images), images.shape[1:3])
+
+    def features(self, images: jax.Array) -> jax.Array:
+        """What the decoder reads of images [B, H, W, 1 or 3]: patch tokens [B, h, w, C] in the computation's dtype."""
         if images.shape[-1] == 1:
             images = (images - jnp.array(IMAGENET_MEAN)) / jnp.array(IMAGENET_DEVIATION)
-        return self.decoder(self.backbone(images).patches, images.shape[1:3])
+        return self.backbone(images).patches
+
+    def on_features(self, size: tuple[int, int]) -> FeatureSegmenter:
+        """The rest of this network, for features of images of H, W = `size` that were computed before."""
+        return FeatureSegmenter(self.decoder, size)
+
+
+class FeatureSegmenter(nnx.Module):
+    """Features [B, h, w, C] to logits [B, H, W, K] float32: a `TransformerSegmenter` without its backbone."""
+
+    def __init__(self, decoder: LinearDecoder | ConvolutionalDecoder, size: tuple[int, int]) -> None:
+        self.decoder = decoder
+        self.size = size
+
+    def __call__(self, features: jax.Array) -> jax.Array:
+        return self.decoder(features, self.size)
 
 
 def build_network(model: Model, classes: int, seed: int, cache_dir: Path | None = None) -> TransformerSegmenter:

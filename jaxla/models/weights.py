@@ -1,10 +1,7 @@
-"""Converted weights: one safetensors file per network, which knows its own architecture and origin."""
+"""Converted weights -> networks, every parameter accounted for."""
 
 from __future__ import annotations
 
-import contextlib
-import hashlib
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TypeVar
@@ -12,59 +9,18 @@ from typing import TypeVar
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
+from safetensors import safe_open
 
 from jaxla.config import InputError, default_cache_dir, nearest
 from jaxla.models.dinov2 import VARIANTS, VisionTransformer
+from jaxla.models.weights_format import how_to_convert, read_metadata, save_weights
 
 M = TypeVar("M", bound=nnx.Module)
-
-FORMAT = "jaxla-1"
 
 
 def parameter_shapes(network: nnx.Module) -> dict[str, tuple[int, ...]]:
     """Name and shape of every parameter, as they stand in a file."""
     return {name: tuple(value.shape) for name, value in _flat(nnx.state(network, nnx.Param)).items()}
-
-
-def save_weights(path: Path, arrays: Mapping[str, np.ndarray], metadata: Mapping[str, str]) -> None:
-    """Write parameters with what they are; beside the file first, then under its name.
-
-    Args:
-        metadata: `arch`, `source`, `source_sha256` and `licence`, at least.
-    """
-    beside = path.with_name(f".{os.getpid()}.{path.name}")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        save_file(dict(arrays), beside, metadata={"format": FORMAT, **metadata})
-        beside.replace(path)
-    except (OSError, SafetensorError) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise InputError(f"{path}: cannot be written ({reason}); choose another --output") from error
-    finally:
-        with contextlib.suppress(OSError):
-            beside.unlink(missing_ok=True)
-
-
-def read_metadata(path: Path) -> dict[str, str]:
-    """What a weights file says of itself.
-
-    Raises:
-        InputError: no such file, or not one that convert_weights wrote.
-    """
-    if path.is_dir():
-        raise InputError(f"{path}: is a folder; give the .safetensors file in it")
-    if not path.is_file():
-        raise InputError(f"{path}: no such weights file; {_how_to_convert('ARCH', path)}")
-    try:
-        with safe_open(path, framework="numpy") as file:
-            metadata = file.metadata() or {}
-    except (SafetensorError, OSError) as error:
-        raise InputError(f"{path}: truncated, or not a safetensors file ({error}); convert it again") from error
-    if metadata.get("format") != FORMAT or "arch" not in metadata:
-        raise InputError(f"{path}: not written by convert_weights; {_how_to_convert('ARCH', path)}")
-    return metadata
 
 
 def load_backbone(path: str | Path, dtype: jnp.dtype | None = None) -> VisionTransformer:
@@ -81,6 +37,12 @@ def load_backbone(path: str | Path, dtype: jnp.dtype | None = None) -> VisionTra
     if arch not in VARIANTS:
         raise InputError(f"{path}: holds {arch!r}, an architecture unknown here{nearest(arch, VARIANTS)}")
     return load_into(_abstract_backbone(arch, dtype or compute_dtype()), path, arch)
+
+
+def save_random(path: Path, backbone: VisionTransformer, arch: str, seed: int) -> None:
+    """Write a backbone that was drawn from `seed`; the file says that its weights are random."""
+    arrays = {name: np.asarray(value.get_value()) for name, value in _flat(nnx.state(backbone, nnx.Param)).items()}
+    save_weights(path, arrays, {"arch": arch, "source": f"random, seed {seed}", "source_sha256": "", "licence": ""})
 
 
 def load_into(network: M, path: Path, arch: str) -> M:
@@ -105,7 +67,7 @@ def require_parameters(path: Path, arch: str, shapes: Mapping[str, tuple[int, ..
     """
     holds = read_metadata(path)["arch"]
     if holds != arch:
-        raise InputError(f"{path}: holds {holds}, not {arch}; {_how_to_convert(arch, path)}")
+        raise InputError(f"{path}: holds {holds}, not {arch}; {how_to_convert(arch, path)}")
     with safe_open(path, framework="numpy") as file:
         held = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118  (not a dict)
     if missing := sorted(set(shapes) - set(held)):
@@ -128,16 +90,11 @@ def weights_file(arch: str, weights: str, cache_dir: Path | None = None) -> Path
         raise InputError(f"no weights of {arch} were released; pass --model.weights=random to train it from random")
     if not path.is_file():
         raise InputError(
-            f"weights of {arch} are missing: looked for {path}; {_how_to_convert(arch, path)}, "
+            f"weights of {arch} are missing: looked for {path}; {how_to_convert(arch, path)}, "
             "or pass --model.weights=FILE, or --model.weights=random for an untrained backbone"
         )
     require_parameters(path, arch, parameter_shapes(_abstract_backbone(arch)))
     return path
-
-
-def file_sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def compute_dtype() -> jnp.dtype:
@@ -153,10 +110,6 @@ def _abstract_backbone(arch: str, dtype: jnp.dtype = jnp.float32) -> VisionTrans
 
 def _count(names: Sequence[str]) -> str:
     return f"{len(names)} parameter{'s' if len(names) > 1 else ''}"
-
-
-def _how_to_convert(arch: str, path: Path) -> str:
-    return f"make it with: python -m convert_weights --arch={arch} --source=<downloaded>.pth --output={path}"
 
 
 def _flat(state: nnx.State) -> dict[str, nnx.Variable]:

@@ -1,7 +1,15 @@
-"""Checkpoints of a run, by Orbax: `checkpoints/latest` (everything training goes on from) and `checkpoints/best`."""
+"""Checkpoints of a run, by Orbax: `checkpoints/latest` (everything training goes on from) and `checkpoints/best`.
+
+A checkpoint counts once `<step>.sha256` stands beside it, the sums of its files, by which one that was damaged later is
+known too. Two of each kind are kept: should the newer one be damaged, there is the one before it.
+"""
 
 from __future__ import annotations
 
+import hashlib
+import json
+import logging
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TypeVar
@@ -13,37 +21,120 @@ from jaxla.config import InputError
 
 T = TypeVar("T")
 
+log = logging.getLogger(__name__)
+
 
 class Checkpoints:
-    """The newest checkpoint of one kind; the older one goes only once the newer one is complete."""
+    """The newest two checkpoints of one kind, by their step; an older one goes only once a newer one is complete."""
 
     def __init__(self, folder: Path, read_only: bool = False) -> None:
         options = ocp.CheckpointManagerOptions(
-            max_to_keep=1, enable_async_checkpointing=False, read_only=read_only, create=not read_only
+            max_to_keep=2, enable_async_checkpointing=False, read_only=read_only, create=not read_only
         )
-        self._manager = ocp.CheckpointManager(folder.absolute(), options=options)
+        self._folder = folder.absolute()
+        if not read_only:
+            self._remove_half_written()
+        self._manager = ocp.CheckpointManager(self._folder, options=options)
 
-    def save(self, epoch: int, trees: Mapping[str, Any], progress: Mapping[str, Any]) -> None:
-        """Save named pytrees of arrays, and a JSON-like record."""
+    def save(self, step: int, trees: Mapping[str, Any], progress: Mapping[str, Any]) -> None:
+        """Save named pytrees of arrays, and a JSON-like record; `step` is higher than any saved before.
+
+        Raises:
+            InputError: the disk is full or refuses; what was saved before is kept.
+        """
         arrays = {name: ocp.args.StandardSave(_by_name(tree)) for name, tree in trees.items()}
-        self._manager.save(epoch, args=ocp.args.Composite(**arrays, progress=ocp.args.JsonSave(dict(progress))))
+        try:
+            saved = self._manager.save(
+                step, args=ocp.args.Composite(**arrays, progress=ocp.args.JsonSave(dict(progress)))
+            )
+            assert saved, f"{self._folder}: step {step} is not beyond {self.steps()}"
+            beside = self._folder / f".{step}.sha256"
+            beside.write_text(json.dumps(_sums(self._folder / str(step))))
+            beside.replace(self._sums_file(step))
+        except (OSError, ValueError) as error:
+            if isinstance(error, ValueError) and "os_error_code" not in str(error):  # TensorStore's word for an OSError
+                raise
+            self._remove_half_written()
+            reason = getattr(error, "strerror", None) or str(error).split(": ")[-1]
+            raise InputError(
+                f"{self._folder / str(step)}: cannot be written ({reason}); the checkpoints before it are kept: free "
+                "space on the disk and go on with --resume"
+            ) from error
+        self._forget_sums()
 
-    def restore(self, like: Mapping[str, T]) -> tuple[dict[str, T], dict[str, Any]]:
+    def steps(self) -> list[int]:
+        return checkpoint_steps(self._folder)
+
+    def damage(self, step: int) -> str:
+        """The first thing wrong with a checkpoint's files; empty if it is whole."""
+        try:
+            expected = json.loads(self._sums_file(step).read_text())
+        except (OSError, ValueError):
+            return f"{self._sums_file(step).name} is missing or unreadable"
+        found = _sums(self._folder / str(step))
+        wrong = [name for name in sorted(expected | found) if expected.get(name) != found.get(name)]
+        return f"{wrong[0]} is missing or has changed" if wrong else ""
+
+    def restore(self, like: Mapping[str, T], step: int) -> tuple[dict[str, T], dict[str, Any]]:
         """The trees of `like`, which gives their structure, shapes and dtypes, and the record.
 
         Raises:
-            InputError: there is no complete checkpoint.
+            InputError: the checkpoint is damaged, or of another network.
         """
-        epoch = self._manager.latest_step()
-        if epoch is None:
-            raise InputError(f"{self._manager.directory}: no checkpoint; the run stopped before its first epoch ended")
+        if damage := self.damage(step):
+            raise InputError(f"{self._folder / str(step)}: damaged checkpoint, {damage}; restore it from a copy")
         arrays = {name: ocp.args.StandardRestore(_by_name(tree)) for name, tree in like.items()}
-        restored = self._manager.restore(epoch, args=ocp.args.Composite(**arrays, progress=ocp.args.JsonRestore()))
+        restored = self._manager.restore(step, args=ocp.args.Composite(**arrays, progress=ocp.args.JsonRestore()))
         trees = {name: _from_names(tree, restored[name]) for name, tree in like.items()}
         return trees, restored["progress"]
 
+    def newest_whole(self) -> int | None:
+        """The step of the newest checkpoint that is whole; damaged ones after it are named in the log and removed."""
+        for step in self.steps():
+            if not (damage := self.damage(step)):
+                return step
+            log.warning("%s: damaged checkpoint, %s; the one before it is used", self._folder / str(step), damage)
+            self.remove(step)
+        return None
+
+    def remove(self, step: int) -> None:
+        self._sums_file(step).unlink()  # first, for without it the rest counts as half-written
+        if step in self._manager.all_steps():
+            self._manager.delete(step)
+
     def close(self) -> None:
         self._manager.close()
+
+    def _sums_file(self, step: int | str) -> Path:
+        return self._folder / f"{step}.sha256"
+
+    def _forget_sums(self) -> None:
+        for step in set(self.steps()) - set(self._manager.all_steps()):
+            self._sums_file(step).unlink()
+
+    def _remove_half_written(self) -> None:
+        for path in self._folder.glob("[0-9]*"):
+            if path.is_dir() and not self._sums_file(path.name).exists():
+                log.warning("%s: half-written checkpoint, removed", path)
+                shutil.rmtree(path)
+        for sums in self._folder.glob("[0-9]*.sha256"):
+            if not sums.with_suffix("").is_dir():  # it was being removed
+                sums.unlink()
+
+
+def checkpoint_steps(folder: Path) -> list[int]:
+    """The steps of the checkpoints in a folder that were written to the end, the newest first."""
+    return sorted((int(path.stem) for path in folder.glob("[0-9]*.sha256")), reverse=True)
+
+
+def _sums(folder: Path) -> dict[str, str]:
+    """The sha256 of every file under a folder."""
+    sums = {}
+    for path in folder.rglob("*"):
+        if path.is_file():
+            with path.open("rb") as file:
+                sums[path.relative_to(folder).as_posix()] = hashlib.file_digest(file, "sha256").hexdigest()
+    return sums
 
 
 def _by_name(tree: Any) -> dict[str, jax.Array]:

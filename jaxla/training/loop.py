@@ -6,32 +6,56 @@ import json
 import logging
 import sys
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
+from grain.python import DatasetIterator
 from tqdm import tqdm
 
-from jaxla.config import InputError, Training
+from jaxla.config import InputError, Stopped, Training, stop_requests
 from jaxla.data.batches import SliceSource, evaluation_batches, steps_per_epoch, training_batches
 from jaxla.training.checkpoints import Checkpoints
 from jaxla.training.step import Frozen, SplitNetwork, make_evaluation, make_gradient, make_optimiser, make_step
 
 log = logging.getLogger(__name__)
 
+SAVE_EVERY = 600  # seconds; epochs that take longer are saved on the way
+
 
 @dataclass
 class Progress:
-    """Where training stands, apart from arrays."""
+    """Where training stands, apart from arrays and the order of slices; part of every checkpoint.
 
-    epoch: int = 0  # epochs completed
+    Attributes:
+        epoch: epochs completed.
+        losses: of the steps taken in the next one.
+        seconds: that these took.
+        history: the metrics of each completed epoch.
+    """
+
+    epoch: int = 0
+    losses: list[float] = field(default_factory=list)
+    seconds: float = 0.0
     best_epoch: int = 0
     best_dice: float = -1.0
     lowest_loss: float = float("inf")
     epochs_since_lowest: int = 0
+    history: list[dict[str, Any]] = field(default_factory=list)
+
+
+@dataclass
+class _State:
+    """Training at one moment: all that a checkpoint holds."""
+
+    trainable: Any
+    frozen: Frozen
+    optimiser: Any
+    batches: DatasetIterator
+    progress: Progress
 
 
 def fit(
@@ -45,106 +69,189 @@ def fit(
     folder: Path,
     on_epoch: Callable[[list[dict[str, Any]]], None] = lambda history: None,
 ) -> Progress:
-    """Train and leave the best and the latest checkpoint in `folder`.
+    """Train and leave the best and the latest checkpoint in `folder`; go on from the latest if there is one.
 
     The best epoch is that of the highest validation Dice, per volume, in the network's input pixels; training ends
-    after `recipe.patience` epochs without a lower validation loss.
+    after `recipe.patience` epochs without a lower validation loss. What follows from a checkpoint is, on CPU, to the
+    bit what would have followed without the interruption.
 
     Args:
         on_epoch: called with the metrics of all epochs so far.
 
     Raises:
-        InputError: the loss is no longer finite.
+        InputError: the loss is no longer finite, or a file cannot be written.
+        Stopped: the process was asked to end; the latest checkpoint is of this moment.
     """
     steps = steps_per_epoch(train, recipe.batch_size)
     optimiser = make_optimiser(recipe, steps * recipe.epochs, pretrained_backbone)
     step = make_step(make_gradient(network.training), optimiser)
     evaluate = make_evaluation(network.evaluation)
-    best, latest = (Checkpoints(folder / "checkpoints" / name) for name in ("best", "latest"))
-
-    batches = training_batches(train, recipe.batch_size, seed)
-    trainable, frozen = network.trainable, network.frozen
-    optimiser_state = jax.jit(optimiser.init)(trainable)
     key = jax.random.key(seed)
-    progress, history = Progress(), []
 
-    while progress.epoch < recipe.epochs and progress.epochs_since_lowest < recipe.patience:
-        began = time.perf_counter()
-        losses = []
-        for i in _bar(steps, f"epoch {progress.epoch + 1}/{recipe.epochs}"):
-            key_of_step = jax.random.fold_in(key, progress.epoch * steps + i)
-            trainable, statistics, optimiser_state, loss = step(
-                trainable, frozen, optimiser_state, next(batches), key_of_step
-            )
-            frozen = frozen._replace(statistics=statistics)
-            losses.append(loss)
-        train_loss = float(np.mean(jax.device_get(losses)))
-        trained_for = time.perf_counter() - began
-        val_loss, val_dice, val_iou = validate(evaluate, trainable, frozen, val, recipe.batch_size)
-        if not np.isfinite([train_loss, val_loss]).all():
-            raise InputError(
-                f"training loss {train_loss}, validation loss {val_loss} in epoch {progress.epoch + 1}; lower "
-                f"--training.learning_rate (now {recipe.learning_rate:g}). Epochs before it are kept in {folder}"
-            )
-        progress.epoch += 1
+    best, latest = (Checkpoints(folder / "checkpoints" / name) for name in ("best", "latest"))
+    state = _State(
+        network.trainable,
+        network.frozen,
+        jax.jit(optimiser.init)(network.trainable),
+        training_batches(train, recipe.batch_size, seed),
+        Progress(),
+    )
+    _go_on(state, best, latest)
+    progress, saved_at = state.progress, time.monotonic()
+    _write_history(folder, progress.history)
+    if progress.history:
+        on_epoch(progress.history)
 
-        metrics = {
-            "epoch": progress.epoch,
-            "train_loss": train_loss,
-            "val_loss": val_loss,
-            "val_dice": val_dice,
-            "val_iou": val_iou,
-            "seconds": time.perf_counter() - began,
-            "slices_per_second": steps * recipe.batch_size / trained_for,
-        }
-        if val_loss < progress.lowest_loss:
-            progress.lowest_loss, progress.epochs_since_lowest = val_loss, 0
-        else:
-            progress.epochs_since_lowest += 1
-        weights = checkpointed(trainable, frozen, include_frozen=not pretrained_backbone)
-        if val_dice > progress.best_dice:
-            progress.best_dice, progress.best_epoch = val_dice, progress.epoch
-            best.save(progress.epoch, weights, vars(progress))
-        latest.save(
-            progress.epoch,
-            {**weights, "optimiser": optimiser_state},
-            {**vars(progress), "batches": batches.get_state()},
-        )
-        history.append(metrics)
-        with (folder / "metrics.jsonl").open("a") as file:
-            file.write(json.dumps(metrics, allow_nan=False) + "\n")
-        remaining = (recipe.epochs - progress.epoch) * np.mean([m["seconds"] for m in history[-5:]])
-        log.info(
-            "epoch %d/%d: train loss %.4f, val loss %.4f, val Dice %.3f per volume%s; %.0f slices/s, %s left at most",
-            progress.epoch, recipe.epochs, train_loss, val_loss, val_dice,
-            " (best)" if progress.best_epoch == progress.epoch else "", metrics["slices_per_second"], clock(remaining),
-        )  # fmt: skip
-        on_epoch(history)
+    with stop_requests() as stop_requested:
+        while progress.epoch < recipe.epochs and progress.epochs_since_lowest < recipe.patience:
+            began = time.perf_counter() - progress.seconds
+            for _ in _bar(steps, len(progress.losses), f"epoch {progress.epoch + 1}/{recipe.epochs}"):
+                number = progress.epoch * steps + len(progress.losses)
+                state.trainable, statistics, state.optimiser, loss = step(
+                    state.trainable, state.frozen, state.optimiser, next(state.batches), jax.random.fold_in(key, number)
+                )
+                state.frozen = state.frozen._replace(statistics=statistics)
+                progress.losses.append(loss)
+                if stop_requested() or time.monotonic() - saved_at > SAVE_EVERY:
+                    progress.seconds = time.perf_counter() - began
+                    _save_latest(latest, state, steps)
+                    saved_at = time.monotonic()
+                if stop_requested():
+                    raise Stopped(f"in epoch {progress.epoch + 1}, after {len(progress.losses)} of {steps} steps")
+            train_loss = float(np.mean(np.asarray(jax.device_get(progress.losses), np.float32)))
+            progress.seconds = time.perf_counter() - began
+            try:
+                val_loss, val_dice, val_iou = validate(
+                    evaluate, state.trainable, state.frozen, val, recipe.batch_size, stop_requested
+                )
+            except Stopped:
+                _save_latest(latest, state, steps)
+                raise
+            if not np.isfinite([train_loss, val_loss]).all():
+                raise InputError(
+                    f"training loss {train_loss}, validation loss {val_loss} in epoch {progress.epoch + 1}; lower "
+                    f"--training.learning_rate (now {recipe.learning_rate:g}). Epochs before it are kept in {folder}"
+                )
+
+            metrics = {
+                "epoch": progress.epoch + 1,
+                "train_loss": train_loss,
+                "val_loss": val_loss,
+                "val_dice": val_dice,
+                "val_iou": val_iou,
+                "seconds": time.perf_counter() - began,
+                "slices_per_second": steps * recipe.batch_size / progress.seconds,
+            }
+            progress.epoch, progress.losses, progress.seconds = progress.epoch + 1, [], 0.0
+            progress.history.append(metrics)
+            progress.epochs_since_lowest = 0 if val_loss < progress.lowest_loss else progress.epochs_since_lowest + 1
+            progress.lowest_loss = min(val_loss, progress.lowest_loss)
+            if val_dice > progress.best_dice:
+                progress.best_dice, progress.best_epoch = val_dice, progress.epoch
+            _save_latest(latest, state, steps)  # first: the best one can be made from it, should the process end here
+            saved_at = time.monotonic()
+            if progress.best_epoch == progress.epoch:
+                _save_best(best, state)
+            _write_history(folder, progress.history)
+            remaining = (recipe.epochs - progress.epoch) * np.mean([m["seconds"] for m in progress.history[-5:]])
+            log.info(
+                "epoch %d/%d: train loss %.4f, val loss %.4f, val Dice %.3f per volume%s; %.0f slices/s, "
+                "%s left at most", progress.epoch, recipe.epochs, train_loss, val_loss, val_dice,
+                " (best)" if progress.best_epoch == progress.epoch else "", metrics["slices_per_second"],
+                clock(remaining),
+            )  # fmt: skip
+            on_epoch(progress.history)
 
     if progress.epoch < recipe.epochs:
         log.info("stopped early: no lower validation loss for %d epochs", recipe.patience)
-    best.close()
-    latest.close()
-    batches.close()
+    for checkpoints in (best, latest):  # the older ones were for a damaged newer one
+        for older in checkpoints.steps()[1:]:
+            checkpoints.remove(older)
+        checkpoints.close()
+    state.batches.close()
     return progress
 
 
-def checkpointed(trainable: Any, frozen: Frozen, include_frozen: bool) -> dict[str, Any]:
-    """What a checkpoint holds of a network; a frozen pretrained backbone has its own file and is left out."""
-    saved = {"trainable": trainable, "statistics": frozen.statistics}
-    return saved | {"frozen": frozen.parameters} if include_frozen else saved
+def checkpointed(trainable: Any, statistics: Any) -> dict[str, Any]:
+    """What a checkpoint holds of a network; a frozen backbone has its own file and is left out."""
+    return {"trainable": trainable, "statistics": statistics}
+
+
+def _save_latest(latest: Checkpoints, state: _State, steps: int) -> None:
+    progress = state.progress
+    progress.losses = [float(loss) for loss in jax.device_get(progress.losses)]
+    latest.save(
+        progress.epoch * (steps + 1) + len(progress.losses),
+        {**checkpointed(state.trainable, state.frozen.statistics), "optimiser": state.optimiser},
+        {**vars(progress), "batches": state.batches.get_state()},
+    )
+
+
+def _save_best(best: Checkpoints, state: _State) -> None:
+    progress = state.progress
+    record = {"epoch": progress.best_epoch, "dice": progress.best_dice}
+    best.save(progress.best_epoch, checkpointed(state.trainable, state.frozen.statistics), record)
+
+
+def _go_on(state: _State, best: Checkpoints, latest: Checkpoints) -> None:
+    """Bring `state` to the newest whole checkpoint, if there is one, and the best checkpoint to the same moment."""
+    newest = latest.newest_whole()
+    if newest is None:
+        for of_lost_epoch in best.steps():
+            best.remove(of_lost_epoch)
+        return
+    like = {**checkpointed(state.trainable, state.frozen.statistics), "optimiser": state.optimiser}
+    restored, saved = latest.restore(like, newest)
+    state.trainable, state.optimiser = restored["trainable"], restored["optimiser"]
+    state.frozen = state.frozen._replace(statistics=restored["statistics"])
+    state.batches.set_state(saved.pop("batches"))
+    progress = state.progress = Progress(**saved)
+    log.info("goes on after %d epochs and %d steps", progress.epoch, len(progress.losses))
+
+    for of_lost_epoch in [epoch for epoch in best.steps() if epoch > progress.best_epoch]:
+        best.remove(of_lost_epoch)
+    whole = best.newest_whole() or 0
+    if whole < progress.best_epoch == progress.epoch and not progress.losses:  # ended between latest and best
+        _save_best(best, state)
+    elif whole < progress.best_epoch:
+        progress.best_epoch, progress.best_dice = (
+            whole,
+            max([m["val_dice"] for m in progress.history if m["epoch"] == whole], default=-1.0),
+        )
+        log.warning("the best checkpoint was lost; the best that is left is that of epoch %d", whole)
+
+
+def _write_history(folder: Path, history: Sequence[Mapping[str, Any]]) -> None:
+    beside = folder / ".metrics.jsonl"
+    try:
+        beside.write_text("".join(json.dumps(metrics, allow_nan=False) + "\n" for metrics in history))
+        beside.replace(folder / "metrics.jsonl")
+    except OSError as error:
+        raise InputError(
+            f"{folder}: cannot be written ({error.strerror}); free space on the disk and go on with --resume"
+        ) from error
 
 
 def validate(
-    evaluate: Callable, trainable: Any, frozen: Any, source: SliceSource, batch_size: int
+    evaluate: Callable,
+    trainable: Any,
+    frozen: Frozen,
+    source: SliceSource,
+    batch_size: int,
+    stop_requested: Callable[[], bool] = lambda: False,
 ) -> tuple[float, float, float]:
     """Loss per slice, and Dice and IoU per volume, in the network's input pixels.
 
     Classes are averaged within a volume, then volumes; a class absent from both mask and prediction counts as 1.
+
+    Raises:
+        Stopped: before the end, when asked to.
     """
     counts: np.ndarray | None = None
     loss_sum = weight_sum = 0.0
     for batch in evaluation_batches(source, batch_size):
+        if stop_requested():
+            raise Stopped("during validation")
         loss, of_slices = jax.device_get(evaluate(trainable, frozen, batch))
         weight = float(batch["weight"].sum())
         loss_sum, weight_sum = loss_sum + float(loss) * weight, weight_sum + weight
@@ -167,5 +274,6 @@ def clock(seconds: float) -> str:
     return f"{minutes} min {seconds:02d} s" if minutes else f"{seconds} s"
 
 
-def _bar(steps: int, label: str) -> Iterator[int]:
-    return iter(tqdm(range(steps), label, leave=False, file=sys.stdout, disable=not sys.stdout.isatty()))
+def _bar(steps: int, done: int, label: str) -> Iterator[int]:
+    quiet = not sys.stdout.isatty()
+    return iter(tqdm(range(done, steps), label, steps, initial=done, leave=False, file=sys.stdout, disable=quiet))

@@ -4,20 +4,33 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
+import logging
+import os
 import platform
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
-import jax
+from filelock import FileLock, Timeout
 
 from jaxla.config import Experiment, InputError, experiment_from_json, experiment_to_json, require_writable
 from jaxla.data.cases import Labels
+from jaxla.data.split import Split, write_split
+
+# No JAX here: `python -m jaxla.info` reads a record in less time than JAX takes to import.
+
+log = logging.getLogger(__name__)
 
 RECORD = "experiment.json"
+CASES = "cases.json"
 LOG = "train.log"
-VERSION = 1
+LOCK = ".lock"
+BACKBONE = "backbone.safetensors"  # of a run on a frozen backbone of random weights, which no other file holds
+REPORT = "report.html"  # written last: a run that has it is finished
+VERSION = 2
 PACKAGES = (
     "jaxla",
     "jax",
@@ -31,6 +44,7 @@ PACKAGES = (
     "nibabel",
     "pillow",
 )
+NOT_COMPARED = {"summary", "data.root", "data.split", "model.weights"}  # of files the content is compared
 
 
 @dataclass(frozen=True)
@@ -43,8 +57,10 @@ class Record:
         weights: the backbone's origin: `random`, or the file's path.
         weights_sha256: of that file; empty for random weights.
         split_sha256: of the case ids in `split.json`.
+        data_sha256: of the scans and masks of all cases.
         command: that started the run.
         environment: package versions, device and platform.
+        features: where the features of a frozen backbone come from; empty for one that is trained.
     """
 
     experiment: Experiment
@@ -52,8 +68,10 @@ class Record:
     weights: str
     weights_sha256: str
     split_sha256: str
+    data_sha256: str
     command: str
     environment: dict[str, Any]
+    features: str = ""
 
 
 def require_free(folder: Path) -> None:
@@ -62,24 +80,150 @@ def require_free(folder: Path) -> None:
     Raises:
         InputError: it holds a run or other files, or cannot be written.
     """
+    if is_finished(folder):
+        raise InputError(f"--run-dir={folder}: already holds a finished run; choose another folder or remove this one")
     if (folder / RECORD).exists():
-        raise InputError(f"--run-dir={folder}: already holds a run; choose another folder or remove this one")
+        raise InputError(
+            f"--run-dir={folder}: already holds a run; go on with it by --resume, choose another folder or remove it"
+        )
     if folder.is_dir() and any(folder.iterdir()):
         raise InputError(f"--run-dir={folder}: is not empty; choose another folder")
     require_writable("--run-dir", folder)
 
 
-def create_run_folder(folder: Path) -> None:
+def is_finished(folder: Path) -> bool:
+    return (folder / REPORT).exists()
+
+
+def is_running(folder: Path) -> bool:
+    """Whether a process trains in that folder now."""
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / LOG).touch(exist_ok=False)  # of two runs started at once, one gets it
-    except FileExistsError as error:
-        raise InputError(f"--run-dir={folder}: another run was started there just now; choose another") from error
+        with FileLock(folder / LOCK, timeout=0):
+            return False
+    except Timeout:
+        return True
+    except OSError:  # a folder that this user cannot write
+        return False
+
+
+@contextmanager
+def run_folder(folder: Path, record: Record, split: Split, cases: Mapping[str, str], resume: bool) -> Iterator[None]:
+    """A run's folder, held by this process alone: made with its record, or opened to go on.
+
+    It appears with record, split and cases all in it, or not at all.
+
+    Args:
+        cases: id of each case, and a hash of its scan and mask.
+
+    Raises:
+        InputError: another process holds it, it cannot be written, or what is to be resumed differs.
+    """
+    if not resume:
+        beside = folder.with_name(f".{os.getpid()}.{folder.name}")
+        try:
+            beside.mkdir(parents=True)
+            write_split(split, beside / "split.json")
+            (beside / CASES).write_text(json.dumps(cases, indent=1) + "\n")
+            (beside / LOG).touch()
+            write_record(beside, record)
+            beside.rename(folder)
+        except OSError as error:
+            if is_running(folder):
+                raise InputError(
+                    f"--run-dir={folder}: another run was started there just now; choose another folder"
+                ) from error
+            raise InputError(
+                f"--run-dir={folder}: cannot be written ({error.strerror}); choose another folder"
+            ) from error
+        finally:
+            shutil.rmtree(beside, ignore_errors=True)
+    try:
+        lock = FileLock(folder / LOCK, timeout=0)
+        lock.acquire()
+    except Timeout as error:
+        raise InputError(f"--run-dir={folder}: another process is training there; wait for it or end it") from error
     except OSError as error:
-        raise InputError(f"--run-dir={folder}: cannot be written ({error.strerror}); choose another folder") from error
+        raise InputError(f"--run-dir={folder}: cannot be written ({error.strerror})") from error
+    try:
+        if resume:
+            _require_same_run(folder, record, split, cases)
+        yield
+    finally:
+        lock.release()
+
+
+def require_resumable(folder: Path | None, experiment: Experiment) -> Record:
+    """The record of the run to go on with, checked against the options given.
+
+    Raises:
+        InputError: no folder, no run, a finished one, or one of other options; the first that differs is named.
+    """
+    if folder is None:
+        raise InputError("option --resume needs --run-dir: the folder of the run to go on with")
+    record = read_record(folder)
+    if is_finished(folder):
+        raise InputError(
+            f"--resume: the run in {folder} is finished ({REPORT}); choose another --run-dir to train again"
+        )
+    if is_running(folder):
+        raise InputError(f"--run-dir={folder}: another process is training there; wait for it or end it")
+    for option, now, then in _differences(experiment, record.experiment):
+        raise InputError(
+            f"--resume: option --{option} is {_shown(now)}, but the run in {folder} was begun with {_shown(then)}; "
+            f"it was begun by: {record.command}"
+        )
+    return record
+
+
+def _require_same_run(folder: Path, record: Record, split: Split, cases: Mapping[str, str]) -> None:
+    """Raise an InputError unless data, split and weights are those that the run was begun with."""
+    begun = read_record(folder)
+    then: dict[str, str] = json.loads((folder / CASES).read_text())
+    for name in sorted(set(then) | set(cases)):
+        if then.get(name) != cases.get(name):
+            what = "new" if name not in then else "gone" if name not in cases else "another scan or mask"
+            raise InputError(
+                f"--resume: the data in {record.experiment.data.root} are not those that the run in {folder} was begun "
+                f"with: case {name} is {what}; put the data back, or start a new run"
+            )
+    if begun.split_sha256 != split.sha256:
+        raise InputError(
+            f"--resume: --data.split={record.experiment.data.split} is not the split that the run in {folder} was "
+            f"begun with; give {folder / 'split.json'}"
+        )
+    if begun.weights_sha256 != record.weights_sha256:
+        raise InputError(
+            f"--resume: {record.weights} (sha256 {record.weights_sha256[:12]}…) is not the file that the run in "
+            f"{folder} was begun with (sha256 {begun.weights_sha256[:12]}…); put that one back, or start a new run"
+        )
+    for name, version in record.environment["versions"].items():
+        if begun.environment["versions"].get(name) != version:
+            log.warning(
+                "the run was begun with %s %s and goes on with %s: it may differ in rounding from one that was not "
+                "interrupted", name, begun.environment["versions"].get(name), version,
+            )  # fmt: skip
+
+
+def _differences(now: Any, then: Any, within: str = "") -> Iterator[tuple[str, Any, Any]]:
+    """The options in which two experiments differ: dotted name, and the value of each."""
+    for field in fields(now):
+        option = within + field.name
+        a, b = getattr(now, field.name), getattr(then, field.name)
+        if is_dataclass(a):
+            yield from _differences(a, b, f"{option}.")
+        elif option == "model.weights" and "random" in (a, b) and a != b:
+            yield option, a, b
+        elif a != b and option not in NOT_COMPARED:
+            yield "exp" if option == "name" else option, a, b
+
+
+def _shown(value: Any) -> str:
+    return "[" + ",".join(map(str, value)) + "]" if isinstance(value, tuple) else str(value) or "not given"
 
 
 def environment() -> dict[str, Any]:
+    import jax
+
     device = jax.devices()[0]
     return {
         "versions": {name: importlib.metadata.version(name) for name in PACKAGES},
@@ -111,8 +255,11 @@ def read_record(folder: Path) -> Record:
     """
     try:
         content: dict[str, Any] = json.loads((folder / RECORD).read_text())
-        if content.pop("version") > VERSION:
-            raise InputError(f"{folder}: written by a newer version of this package; update it")
+        version = content.pop("version")
+        if version > VERSION:
+            raise InputError(f"{folder}: written by a newer version of this package; update it (pip install -U jaxla)")
+        if version < VERSION:
+            raise InputError(f"{folder}: written by an earlier version of this package, which this one cannot read")
         return Record(
             **{
                 **content,

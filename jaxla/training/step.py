@@ -54,7 +54,7 @@ def make_gradient(graph: nnx.GraphDef) -> Gradient:
 
     def loss(trainable: nnx.State, frozen: Frozen, batch: Any) -> tuple[jax.Array, nnx.State]:
         network = nnx.merge(graph, trainable, *frozen, copy=True)  # its statistics change
-        logits = network(batch["image"])
+        logits = network(batch["input"])
         return pixel_loss(logits, batch["mask"], batch["weight"]), nnx.state(network, nnx.BatchStat)
 
     def gradient(trainable: nnx.State, frozen: Frozen, batch: Any, key: jax.Array) -> tuple[jax.Array, Any, dict]:
@@ -80,7 +80,7 @@ def make_evaluation(graph: nnx.GraphDef) -> Callable:
     """`(trainable, frozen, batch) -> (loss, overlap counts [B, classes, 3])`, jitted."""
 
     def evaluate(trainable: Any, frozen: Frozen, batch: Any) -> tuple[jax.Array, jax.Array]:
-        logits = nnx.merge(graph, trainable, *frozen)(batch["image"])
+        logits = nnx.merge(graph, trainable, *frozen)(batch["input"])
         return (
             pixel_loss(logits, batch["mask"], batch["weight"]),
             overlap_counts(logits, batch["mask"], batch["weight"]),

@@ -28,7 +28,7 @@ def source(tmp_path_factory):
 
 def slices_of(batch):
     """(volume, slice) of every slice of a batch, read off its grey values."""
-    grey = batch["image"].max((1, 2, 3))
+    grey = batch["input"].max((1, 2, 3))
     return [(int(v), round(float(g) * (SLICES[v] - 1))) for v, g in zip(batch["volume"], grey, strict=True)]
 
 
@@ -52,7 +52,7 @@ def test_a_source_is_every_slice_of_every_volume_in_order(source):
     for item, (volume, s) in enumerate(ALL):
         one = source[item]
         assert (int(one["volume"]), float(one["weight"])) == (volume, 1)
-        grey, count = one["image"][..., 0], SLICES[volume]
+        grey, count = one["input"][..., 0], SLICES[volume]
         expected = np.zeros((SIZE, SIZE), np.float32)
         expected[2:14] = s / (count - 1)  # 12 rows of 16 pixels: two rows of nothing above and below
         np.testing.assert_allclose(grey, expected, rtol=0, atol=1e-6)
@@ -66,7 +66,7 @@ def test_batches_have_the_promised_shapes_and_types(source, batch_size):
     for batch in (next(training_batches(source, batch_size, 0)), next(evaluation_batches(source, batch_size))):
         described = {key: (array.shape, array.dtype) for key, array in batch.items()}
         assert described == {
-            "image": ((batch_size, SIZE, SIZE, 1), np.float32),
+            "input": ((batch_size, SIZE, SIZE, 1), np.float32),
             "mask": ((batch_size, SIZE, SIZE), np.uint8),
             "volume": ((batch_size,), np.int32),
             "weight": ((batch_size,), np.float32),

@@ -9,7 +9,8 @@ from safetensors.numpy import load_file, save_file
 import jaxla
 from jaxla import InputError
 from jaxla.models.dinov2 import VARIANTS, VisionTransformer
-from jaxla.models.weights import load_into, parameter_shapes, read_metadata, save_weights, weights_file
+from jaxla.models.weights import load_into, parameter_shapes, weights_file
+from jaxla.models.weights_format import read_metadata, save_weights
 from tests.tiny import flat_arrays, tiny_backbone
 
 METADATA = {

@@ -25,7 +25,7 @@ def training():
     jitted = make_step(make_gradient(parts.training), optimiser)
     rng = np.random.default_rng(0)
     batch = {
-        "image": rng.random((2, 24, 40, 1), dtype=np.float32),
+        "input": rng.random((2, 24, 40, 1), dtype=np.float32),
         "mask": rng.integers(0, 2, (2, 24, 40), np.uint8),
         "weight": np.ones(2, np.float32),
     }

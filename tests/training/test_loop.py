@@ -176,7 +176,7 @@ def test_validation_is_the_mean_of_each_volumes_own_dice(volumes):
     for i in range(3):
         slices = [source[n] for n in range(18) if source[n]["volume"] == i]
         assert len(slices) == (5, 6, 7)[i]
-        image = np.stack([s["image"][..., 0] for s in slices]).astype(np.float64)
+        image = np.stack([s["input"][..., 0] for s in slices]).astype(np.float64)
         mask = np.stack([s["mask"] for s in slices]) > 0
         probability = 1 / (1 + np.exp(-8 * (image - 0.5)))
         losses += [-np.log(np.where(m, p, 1 - p)).mean() for m, p in zip(mask, probability, strict=True)]

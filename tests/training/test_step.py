@@ -33,7 +33,7 @@ def tiny_network():
 def batch_of(size=4, seed=0):
     rng = np.random.default_rng(seed)
     return {
-        "image": rng.random((size, 24, 40, 1), dtype=np.float32),
+        "input": rng.random((size, 24, 40, 1), dtype=np.float32),
         "mask": (rng.random((size, 24, 40)) < 0.3).astype(np.uint8),
         "weight": np.ones(size, np.float32),
     }
@@ -97,7 +97,7 @@ def test_a_finetuned_backbone_moves_in_every_part():
 def test_statistics_follow_the_batch_and_are_used_in_evaluation():
     (_, _, before), (_, _, after) = after_steps(train_backbone=False)
     network = tiny_network()
-    tokens = network.backbone((batch_of()["image"] - [0.485, 0.456, 0.406]) / [0.229, 0.224, 0.225]).patches
+    tokens = network.backbone((batch_of()["input"] - [0.485, 0.456, 0.406]) / [0.229, 0.224, 0.225]).patches
     decoder = network.decoder
     x = decoder.mix(jax.nn.selu(decoder.token_classifier(tokens)))
     stage = decoder.stages[0]
@@ -187,7 +187,7 @@ def test_twenty_steps_of_adam_equal_pytorchs():
     adam, their_losses = torch.optim.Adam(theirs.parameters(), lr=1e-2), []
     for i in range(20):
         batch = batch_of(seed=i)
-        logits = theirs(torch.from_numpy(batch["image"].transpose(0, 3, 1, 2).copy()))
+        logits = theirs(torch.from_numpy(batch["input"].transpose(0, 3, 1, 2).copy()))
         loss = torch.nn.functional.binary_cross_entropy_with_logits(
             logits[:, 0], torch.from_numpy(batch["mask"]).float()
         )
@@ -222,7 +222,7 @@ def test_gradient_is_the_slope_of_the_loss(name):
         trainable = jax.tree_util.tree_map_with_path(move, parts.trainable)
         network = nnx.merge(parts.training, trainable, *parts.frozen, copy=True)
         batch = batch_of()
-        return pixel_loss(network(batch["image"]), batch["mask"], batch["weight"])
+        return pixel_loss(network(batch["input"]), batch["mask"], batch["weight"])
 
     slope = (loss(0.01) - loss(-0.01)) / 0.02
     assert abs(gradient[place]) > 5e-4

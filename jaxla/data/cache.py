@@ -1,0 +1,104 @@
+"""The cache folder that all runs share: what lies in it, whether a run uses it, and how it is cleared."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from filelock import FileLock, Timeout
+
+from jaxla.config import InputError
+
+KINDS = {  # folder -> what lies there
+    "volumes": "prepared volumes",
+    "features": "features of frozen backbones",
+    "phantoms": "synthetic scans",
+    "weights": "converted weights",
+}
+CLEARED = ("volumes", "features", "phantoms")  # what runs make again; weights are the user's own
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One folder or file of the cache."""
+
+    kind: str
+    path: Path
+    size: int
+    says: str
+
+
+@contextmanager
+def in_use(cache_dir: Path) -> Iterator[None]:
+    """Keep the cache from being cleared while this process reads it."""
+    users = cache_dir / "in-use"
+    try:
+        users.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"--cache-dir={cache_dir}: cannot be written ({error.strerror}); choose another") from error
+    mine = users / f"{os.getpid()}.lock"  # held by the operating system's lock: a killed process holds it no longer
+    with FileLock(mine):
+        yield
+    mine.unlink(missing_ok=True)
+
+
+def cache_entries(cache_dir: Path) -> list[Entry]:
+    """Everything in the cache: features by backbone, volumes and phantoms together, weights by file."""
+    entries = []
+    for kind in KINDS:
+        folder = cache_dir / kind
+        children = sorted(folder.iterdir()) if folder.is_dir() else []
+        if kind == "volumes":
+            whole = [c for c in children if not c.name.startswith(".")]
+            if whole:
+                entries.append(Entry(kind, folder, sum(map(_size, whole)), f"{len(whole)} volumes"))
+            children = [c for c in children if c.name.startswith(".")]
+        entries += [Entry(kind, child, _size(child), _says(child)) for child in children]
+    return entries
+
+
+def clear_cache(cache_dir: Path, kind: str) -> list[Entry]:
+    """Remove all entries of a kind (`all`: every kind in `CLEARED`); returns what was removed.
+
+    Raises:
+        InputError: a run uses the cache, or something cannot be removed.
+    """
+    for mark in (cache_dir / "in-use").glob("*.lock"):
+        try:
+            with FileLock(mark, timeout=0):
+                pass
+        except Timeout as error:
+            raise InputError(
+                f"--cache-dir={cache_dir}: process {mark.stem} uses it; clear it when that run has ended"
+            ) from error
+        mark.unlink(missing_ok=True)
+    kinds = CLEARED if kind == "all" else (kind,)
+    removed = [entry for entry in cache_entries(cache_dir) if entry.kind in kinds]
+    for each in kinds:
+        try:
+            if (cache_dir / each).is_dir():
+                shutil.rmtree(cache_dir / each)
+        except OSError as error:
+            raise InputError(f"{error.filename}: cannot be removed ({error.strerror})") from error
+    return removed
+
+
+def _says(path: Path) -> str:
+    if path.name.startswith("."):
+        return "left half-written by a process that was killed"
+    described = path / "backbone.json"
+    if described.is_file():
+        of = json.loads(described.read_text())
+        volumes = len(list(path.glob("*.npy")))
+        return f"{of['arch']}, {of['image_size']} px, {of['dtype']}, {volumes} volumes"
+    return path.name
+
+
+def _size(path: Path) -> int:
+    files = [path] if path.is_file() else [p for p in path.rglob("*") if p.is_file()]
+    return sum(file.stat().st_size for file in files)

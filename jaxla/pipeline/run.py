@@ -1,0 +1,284 @@
+"""One run, stage by stage: scans -> prepared volumes and a split -> a trained network -> test results and report."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import sys
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from flax import nnx
+from tqdm import tqdm
+
+from jaxla.config import Experiment, InputError
+from jaxla.data.batches import SliceSource
+from jaxla.data.cases import Dataset, find_cases
+from jaxla.data.inputs import frame
+from jaxla.data.phantoms import cached_phantoms
+from jaxla.data.prepared import PreparedVolume, prepare_cases
+from jaxla.data.split import Split, make_split
+from jaxla.data.volumes import (
+    canonical_to_slices,
+    from_slices,
+    read_image,
+    read_mask,
+    slice_geometry,
+    slices_to_canonical,
+    to_slices,
+)
+from jaxla.evaluation.atlas import apply_atlas, build_atlas, choose_threshold
+from jaxla.evaluation.summary import score_case, summarise, write_cases, write_summary
+from jaxla.inference.segment import make_segment, make_segment_slices, write_segmentation
+from jaxla.inference.trained import load_run
+from jaxla.models.network import TransformerSegmenter, build_network
+from jaxla.models.weights import save_random
+from jaxla.models.weights_format import parameters_sha256
+from jaxla.reporting.curves import draw_curves
+from jaxla.reporting.overlays import Panel, draw_overlays
+from jaxla.reporting.report import write_report
+from jaxla.training.features import CachedFeatures, FeatureCache
+from jaxla.training.loop import fit
+from jaxla.training.run_folder import BACKBONE, RECORD, REPORT, read_record, write_record
+from jaxla.training.step import count_parameters, split_network
+
+log = logging.getLogger(__name__)
+
+Features = Mapping[str, CachedFeatures]  # by case id
+
+
+@dataclass(frozen=True)
+class PreparedData:
+    """A data set ready to train on."""
+
+    dataset: Dataset
+    volumes: Mapping[str, PreparedVolume]  # by case id
+    split: Split
+
+    def of(self, ids: Iterable[str]) -> list[PreparedVolume]:
+        return [self.volumes[name] for name in ids]
+
+    @property
+    def cases(self) -> dict[str, str]:
+        """Case id -> a hash of its scan, its mask and the classes."""
+        return {name: volume.folder.name for name, volume in self.volumes.items()}
+
+    @property
+    def sha256(self) -> str:
+        return hashlib.sha256(json.dumps(self.cases).encode()).hexdigest()
+
+
+def prepare_data(experiment: Experiment, cache_dir: Path) -> PreparedData:
+    """Find, check and prepare the cases, and split their patients.
+
+    Raises:
+        InputError: no data, unusable data, too few patients, or a class that no training mask has.
+    """
+    protocol = experiment.data
+    root = Path(protocol.root)
+    if protocol.root == "phantom":
+        make_split([f"train_{n + 1}" for n in range(protocol.phantom_cases)], protocol)  # too few? before making them
+        root = cached_phantoms(cache_dir, protocol.phantom_size, protocol.phantom_cases)
+    dataset = find_cases(root, protocol.labels)
+    split = make_split([case.id for case in dataset.cases], protocol)
+    prepared = prepare_cases(dataset, cache_dir, track=lambda cases: track(cases, "preparing"))
+    data = PreparedData(dataset, {volume.id: volume for volume in prepared}, split)
+    training = data.of(split.train)
+    for index, name in enumerate(dataset.labels.names, start=1):
+        if not any(v.class_voxels[index] for v in training):
+            raise InputError(
+                f"{root}: the masks of all {len(training)} training patients hold no {name}; check the masks, or "
+                "name their values with --data.labels"
+            )
+    if outside := len(prepared) - sum(map(len, (split.train, split.val, split.test))):
+        log.info("%d cases are in no part of this split and are not used", outside)
+    if empty := [v.id for v in prepared if not any(v.class_voxels[1:])]:
+        log.info("%d cases have an empty mask and are kept: %s", len(empty), ", ".join(empty))
+    log.info(
+        "%d patients train, %d validate, %d test; slices along the %s axis, %d for training",
+        len(split.train), len(split.val), len(split.test),
+        "/".join(sorted({v.slice_axis for v in prepared})), sum(v.shape[0] for v in training),
+    )  # fmt: skip
+    return data
+
+
+def train_and_test(experiment: Experiment, data: PreparedData, run_dir: Path, cache_dir: Path) -> dict[str, Any]:
+    """All of a run once its folder is there; begins where the folder says it ended. Returns the summary of the test."""
+    network = build(experiment, data.dataset.labels.outputs, run_dir)
+    features, origin = cached_features(experiment, network, data, run_dir, cache_dir)
+    write_record(run_dir, replace(read_record(run_dir), features=origin))
+    train(experiment, network, data, features, run_dir)
+    del network  # the trained one is loaded with its own backbone
+    return test(data, features, run_dir)
+
+
+def build(experiment: Experiment, outputs: int, run_dir: Path) -> TransformerSegmenter:
+    """The untrained network of a run; a random backbone that stays frozen is kept in the run's folder."""
+    model, seed = experiment.model, experiment.seed
+    if model.backbone == "finetuned" or model.weights != "random":
+        return build_network(model, outputs, seed)
+    kept = run_dir / BACKBONE
+    if kept.exists():
+        return build_network(replace(model, weights=str(kept)), outputs, seed)
+    network = build_network(model, outputs, seed)
+    save_random(kept, network.backbone, model.arch, seed)
+    return network
+
+
+def cached_features(
+    experiment: Experiment, network: TransformerSegmenter, data: PreparedData, run_dir: Path, cache_dir: Path
+) -> tuple[Features | None, str]:
+    """The features of every slice that the run uses, where its backbone is frozen and the disk holds them.
+
+    Returns:
+        The features by case id, or None where the backbone runs in every epoch; and a sentence that says which.
+    """
+    model = experiment.model
+    if model.backbone != "frozen":
+        return None, ""
+    if not experiment.training.cache_features:
+        return None, "the frozen backbone ran in every epoch (--training.cache_features=false)"
+    weights_file = run_dir / BACKBONE if model.weights == "random" else Path(model.weights)
+    cache = FeatureCache(
+        cache_dir, network, model.arch, parameters_sha256(weights_file), experiment.preprocessing.image_size
+    )
+    used = data.of(data.split.train + data.split.val + data.split.test)
+    features = cache.features(used, track)
+    if features is None:
+        return None, "the frozen backbone ran in every epoch: its features did not fit in the cache folder"
+    by_id = {volume.id: of_volume for volume, of_volume in zip(used, features, strict=True)}
+    return by_id, f"computed once per slice, kept in {cache.dtype.name}, read from {cache.folder}"
+
+
+def train(
+    experiment: Experiment, network: TransformerSegmenter, data: PreparedData, features: Features | None, run_dir: Path
+) -> None:
+    """Train, from the run's latest checkpoint on; leaves checkpoints, metrics.jsonl and progress.png in its folder."""
+    size = experiment.preprocessing.image_size
+
+    def source(ids: Sequence[str]) -> SliceSource:
+        return SliceSource(data.of(ids), size, features and [features[name] for name in ids])
+
+    trained = network.on_features((size, size)) if features else network
+    parts = split_network(trained, train_backbone=experiment.model.backbone == "finetuned")
+    of_all, of_trained = (count_parameters(state) for state in (nnx.state(network, nnx.Param), parts.trainable))
+    log.info("%s: %d parameters are trained, %d are frozen", experiment.method, of_trained, of_all - of_trained)
+    best = fit(
+        parts,
+        source(data.split.train),
+        source(data.split.val),
+        experiment.training,
+        seed=experiment.seed,
+        pretrained_backbone=experiment.model.weights != "random",
+        folder=run_dir,
+        on_epoch=lambda history: draw_curves(
+            history, f"{experiment.name}, {experiment.method}", run_dir / "progress.png"
+        ),
+    )
+    log.info("best epoch %d: validation Dice %.3f per volume", best.best_epoch, best.best_dice)
+
+
+def test(data: PreparedData, features: Features | None, run_dir: Path) -> dict[str, Any]:
+    """Segment and score every test case on its own grid, beside the atlas; leaves `test/` and the report.
+
+    Returns:
+        The summary: per metric mean, sd, n and unit, per volume; under "slice" the same per slice; under "atlas" the
+        atlas's.
+    """
+    split = data.split
+    trained = load_run(run_dir)
+    experiment = trained.record.experiment
+    names = trained.record.labels.names
+    size, batch_size = experiment.preprocessing.image_size, experiment.training.batch_size
+    if features:
+        segment_slices = make_segment_slices(trained.network.on_features((size, size)), batch_size)
+    else:
+        segment = make_segment(trained)
+
+    def canonical_masks(ids: Iterable[str]) -> Iterable:
+        return (slices_to_canonical(v.mask, v.slice_axis) for v in data.of(ids))
+
+    atlas = choose_threshold(build_atlas(canonical_masks(split.train), len(names)), canonical_masks(split.val))
+
+    rows, slice_rows, atlas_rows = [], [], []
+    for name in track(split.test, "testing"):
+        prepared = data.volumes[name]
+        volume = read_image(prepared.case.image)
+        geometry = slice_geometry(volume.affine)
+        if features:
+            place = frame(prepared.shape[1:], prepared.spacing[1:], size)
+            predicted, _ = segment_slices(features[name], place, prepared.shape)
+            classes = np.ascontiguousarray(from_slices(predicted, geometry))
+        else:
+            classes, _ = segment(volume)
+            predicted = to_slices(classes, geometry)
+        write_segmentation(run_dir / "test" / "predictions" / f"{name}.nii.gz", classes, trained, volume)
+        rows += score_case(name, predicted, prepared.mask, prepared.spacing, names)
+        slice_rows += score_case(name, predicted, prepared.mask, prepared.spacing, names, "slice")
+        shape = slices_to_canonical(prepared.mask, prepared.slice_axis).shape
+        of_atlas = canonical_to_slices(apply_atlas(atlas, shape), prepared.slice_axis)
+        atlas_rows += score_case(name, of_atlas, prepared.mask, prepared.spacing, names)
+    for row, atlas_row in zip(rows, atlas_rows, strict=True):
+        row.update({f"atlas_{metric}": atlas_row[metric] for metric in ("dice", "iou")})
+
+    summary = summarise(rows, "volume", "one", names)
+    summary["slice"] = summarise(slice_rows, "slice", "one", names)
+    summary["atlas"] = summarise(atlas_rows, "volume", "one", names) | {"threshold": atlas.threshold}
+    summary["best_epoch"] = trained.epoch
+    summary["backbone"] = describe_backbone(experiment)
+    write_cases(rows, run_dir / "test" / "cases.csv")
+    write_cases(slice_rows, run_dir / "test" / "slices.csv")
+    write_summary(summary, run_dir / "test" / "summary.json")
+
+    panels = worst_median_best(data, rows, run_dir / "test" / "predictions")
+    draw_overlays(panels, run_dir / "test" / "overlays.png")
+    write_report(
+        run_dir / REPORT,
+        record=json.loads((run_dir / RECORD).read_text()),
+        split=json.loads((run_dir / "split.json").read_text()),
+        history=[json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()],
+        rows=rows,
+        summary=summary,
+        panels=panels,
+    )
+    return summary
+
+
+def worst_median_best(data: PreparedData, rows: Sequence[Mapping[str, Any]], predictions: Path) -> list[Panel]:
+    """The test cases of the lowest, the median and the highest Dice, with what was predicted for them."""
+    by_case: dict[str, list[float]] = {}
+    for row in rows:
+        by_case.setdefault(row["case"], []).append(row["dice"])
+    dice = {name: np.mean(of_classes) for name, of_classes in by_case.items()}
+    ranked = sorted(dice, key=dice.get)
+    shown = {"worst": ranked[0], "median": ranked[(len(ranked) - 1) // 2], "best": ranked[-1]}
+    panels = []
+    for rank, name in shown.items():
+        prepared = data.volumes[name]
+        mask = read_mask(predictions / f"{name}.nii.gz")
+        prediction = to_slices(mask.array, slice_geometry(mask.affine))
+        title = f"{rank} of {len(ranked)}: {name}, Dice {dice[name]:.3f}"
+        panels.append(Panel(title, prepared.image, prediction, prepared.mask, prepared.spacing))
+    return panels
+
+
+def describe_backbone(experiment: Experiment) -> str:
+    model = experiment.model
+    origin = "random weights" if model.weights == "random" else Path(model.weights).name
+    return f"{model.arch} ({origin}, {'frozen' if model.backbone == 'frozen' else 'trained'})"
+
+
+def track(items: Iterable, label: str) -> Iterable:
+    """A progress bar on a terminal; elsewhere a line at each quarter."""
+    items = list(items)
+    if sys.stdout.isatty():
+        yield from tqdm(items, label, leave=False, file=sys.stdout, unit="case")
+        return
+    for number, item in enumerate(items, start=1):
+        yield item
+        if number % max(1, len(items) // 4) == 0 or number == len(items):
+            log.info("%s: %d of %d cases", label, number, len(items))

@@ -1,0 +1,212 @@
+"""The frozen-feature cache: what a frozen backbone makes of a slice is computed once, for all epochs and all runs.
+
+Under `<cache>/features/` stands a folder for each backbone, input size and precision, and in it a file for each
+volume, named by the content of its slices: `<name>.npy` [S, h, w, C] and `<name>.json`, which is written last and holds
+the file's sha256. Features are stored in the precision in which they are computed (float32 on CPU, bfloat16 on GPU), so
+nothing is lost by storing them.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import importlib.metadata
+import json
+import logging
+import shutil
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from filelock import FileLock, Timeout
+from flax import nnx
+from tqdm import tqdm
+
+from jaxla.data.inputs import frame
+from jaxla.data.prepared import PreparedVolume
+from jaxla.models.network import TransformerSegmenter
+
+log = logging.getLogger(__name__)
+
+VERSION = 1  # of how features are computed and stored; another number makes another folder
+BATCH = 16  # slices the backbone takes at once
+SHARE_OF_FREE_DISK = 0.9
+
+
+@dataclass(frozen=True)
+class CachedFeatures:
+    """The features of a volume's slices, [S, h, w, C], read from disk one slice at a time."""
+
+    path: Path
+    shape: tuple[int, int, int, int]
+    dtype: np.dtype
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    def __getitem__(self, index: int) -> np.ndarray:
+        stored = np.load(self.path, mmap_mode="r", allow_pickle=False)
+        return np.array(stored[index]).view(self.dtype)  # NumPy's files know no bfloat16: its bits are stored
+
+
+class FeatureCache:
+    """The features of one frozen backbone at one input size.
+
+    Args:
+        network: holds the backbone.
+        weights_sha256: of the backbone's parameters.
+        size: side of the square input in pixels.
+    """
+
+    def __init__(
+        self, cache_dir: Path, network: TransformerSegmenter, arch: str, weights_sha256: str, size: int
+    ) -> None:
+        graph, state = nnx.split(network)
+        images = jax.ShapeDtypeStruct((BATCH, size, size, 1), np.float32)
+        self._extract = jax.jit(lambda state, images: nnx.merge(graph, state).features(images))
+        self._state = state
+        self._size = size
+        one_batch = jax.eval_shape(self._extract, state, images)
+        self.shape, self.dtype = one_batch.shape[1:], np.dtype(one_batch.dtype)
+        self.describes = {
+            "version": VERSION,
+            "jaxla": importlib.metadata.version("jaxla"),
+            "arch": arch,
+            "weights_sha256": weights_sha256,
+            "image_size": size,
+            "dtype": self.dtype.name,
+        }
+        key = hashlib.sha256(json.dumps(self.describes).encode()).hexdigest()[:16]
+        self.folder = cache_dir / "features" / f"{arch}_{size}px_{self.dtype.name}_{key}"
+
+    def missing(self, volumes: Iterable[PreparedVolume]) -> list[PreparedVolume]:
+        """The volumes whose features are not there yet."""
+        return [v for v in volumes if not (self.folder / f"{_name(v)}.json").exists()]
+
+    def bytes_of(self, volumes: Iterable[PreparedVolume]) -> int:
+        """The disk space that the features of these volumes take."""
+        return sum(v.shape[0] for v in volumes) * int(np.prod(self.shape)) * self.dtype.itemsize
+
+    def fits(self, size: int) -> bool:
+        """Whether the disk has room for that many bytes more, and some to spare."""
+        folder = next(p for p in (self.folder, *self.folder.parents) if p.exists())
+        return size <= SHARE_OF_FREE_DISK * shutil.disk_usage(folder).free
+
+    def features(
+        self, volumes: Sequence[PreparedVolume], track: Callable[[Iterable, str], Iterable] = lambda items, label: items
+    ) -> list[CachedFeatures] | None:
+        """The features of each volume; those not there yet are computed and kept.
+
+        Several processes may do so at once: each volume is computed by one of them.
+
+        Args:
+            track: wraps iterations over volumes, for a progress bar; takes a label.
+
+        Returns:
+            None where they do not fit on the disk, which the log says.
+        """
+        absent = self.missing(volumes)
+        needed = self.bytes_of(absent)
+        if absent and not self.fits(needed):
+            log.warning(
+                "features of %d volumes would take %s, more than is free in %s: the backbone runs in every epoch "
+                "instead (--cache-dir names another disk)", len(absent), _bytes(needed), self.folder,
+            )  # fmt: skip
+            return None
+        try:
+            if absent:
+                log.info(
+                    "features of %d volumes are computed once and kept: %s in %s",
+                    len(absent), _bytes(needed), self.folder,
+                )  # fmt: skip
+                self.folder.mkdir(parents=True, exist_ok=True)
+                _write_json(self.folder / "backbone.json", self.describes)
+                for volume in track(absent, "features"):
+                    self._require(volume)
+            log.info("checking the features of %d volumes (%s)", len(volumes), _bytes(self.bytes_of(volumes)))
+            for volume in [v for v in volumes if not self._is_sound(v)]:
+                log.warning("features of %s were damaged (%s): computed again", volume.id, self.folder / _name(volume))
+                (self.folder / f"{_name(volume)}.json").unlink(missing_ok=True)
+                self._require(volume)
+        except OSError as error:
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES):
+                raise
+            log.warning(
+                "features cannot be kept in %s (%s): the backbone runs in every epoch instead",
+                self.folder, error.strerror,
+            )  # fmt: skip
+            return None
+        return [CachedFeatures(self.folder / f"{_name(v)}.npy", (v.shape[0], *self.shape), self.dtype) for v in volumes]
+
+    def _require(self, volume: PreparedVolume) -> None:
+        """Compute and write a volume's features, unless another process has done so by now."""
+        with _locked(self.folder / "lock"):
+            if self.missing([volume]):
+                self._write(volume)
+
+    def _write(self, volume: PreparedVolume) -> None:
+        path = self.folder / f"{_name(volume)}.npy"
+        beside = path.with_suffix(".part")  # the lock is held: no other process writes it
+        shape = (volume.shape[0], *self.shape)
+        bits = np.dtype(f"u{self.dtype.itemsize}")
+        place = frame(volume.shape[1:], volume.spacing[1:], self._size)
+        try:
+            with beside.open("wb") as file:
+                header = {"descr": bits.str, "fortran_order": False, "shape": shape}
+                np.lib.format.write_array_header_1_0(file, header)
+                for start in range(0, shape[0], BATCH):
+                    chosen = range(start, min(start + BATCH, shape[0]))
+                    images = np.zeros((BATCH, self._size, self._size, 1), np.float32)
+                    for i, index in enumerate(chosen):
+                        images[i] = volume.input(index, place)
+                    computed = np.asarray(self._extract(self._state, images))[: len(chosen)]
+                    file.write(computed.view(bits).tobytes())
+            beside.replace(path)
+        finally:
+            beside.unlink(missing_ok=True)
+        _write_json(path.with_suffix(".json"), {"case": volume.id, "shape": shape, "sha256": _sha256(path)})
+
+    def _is_sound(self, volume: PreparedVolume) -> bool:
+        path = self.folder / f"{_name(volume)}.npy"
+        try:
+            said: dict[str, Any] = json.loads(path.with_suffix(".json").read_text())
+            return said["shape"] == [volume.shape[0], *self.shape] and said["sha256"] == _sha256(path)
+        except (OSError, ValueError, KeyError):
+            return False
+
+
+@contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    lock = FileLock(path)  # the operating system's: a killed process holds it no longer
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        log.info("another process computes these features; waiting for it")
+        lock.acquire()
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def _name(volume: PreparedVolume) -> str:
+    return volume.slices_sha256[:32]
+
+
+def _bytes(count: int) -> str:
+    return tqdm.format_sizeof(count, "B")
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _write_json(path: Path, content: dict[str, Any]) -> None:
+    beside = path.with_suffix(".json.part")
+    beside.write_text(json.dumps(content))
+    beside.replace(path)
