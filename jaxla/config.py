@@ -226,7 +226,7 @@ def parse_arguments(parser: ArgumentParser, arguments: list[str]) -> Namespace:
         expected = "a list such as [64,32]" if expected.startswith("tuple") else expected
         raise InputError(f"option --{wrong[1]} expects {expected}, got {wrong[3]!r}")
     if lacking := re.match(r"the following arguments are required: (.*)", message):
-        options = ", ".join(f"--{name}" for name in lacking[1].split(", "))
+        options = ", ".join(f"--{name}" if f"--{name}" in known else name.upper() for name in lacking[1].split(", "))
         raise InputError(f"required and not given: {options}; --help describes them")
     raise InputError(f"{message}; --help lists all options")
 

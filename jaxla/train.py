@@ -7,6 +7,7 @@ import logging.handlers
 import shlex
 import time
 from dataclasses import replace
+from datetime import datetime
 from pathlib import Path
 
 from jaxla.config import (
@@ -74,6 +75,7 @@ def main(arguments: list[str]) -> None:
             split_sha256=data.split.sha256,
             data_sha256=data.sha256,
             command=shlex.join(["python", "-m", "jaxla.train", *arguments]),
+            begun=datetime.now().astimezone().isoformat(timespec="seconds"),
             environment=environment(),
         )
         with run_folder(run_dir, record, data.split, data.cases, options.resume):

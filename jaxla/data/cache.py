@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import platform
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -41,10 +42,12 @@ def in_use(cache_dir: Path) -> Iterator[None]:
         users.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise InputError(f"--cache-dir={cache_dir}: cannot be written ({error.strerror}); choose another") from error
-    mine = users / f"{os.getpid()}.lock"  # held by the operating system's lock: a killed process holds it no longer
-    with FileLock(mine):
-        yield
-    mine.unlink(missing_ok=True)
+    mine = users / f"{platform.node()}-{os.getpid()}.lock"
+    try:
+        with FileLock(mine):  # the operating system's: a killed process holds it no longer
+            yield
+    finally:
+        mine.unlink(missing_ok=True)
 
 
 def cache_entries(cache_dir: Path) -> list[Entry]:

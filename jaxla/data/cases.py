@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 
@@ -111,6 +113,43 @@ class Dataset:
     labels: Labels
 
 
+@dataclass(frozen=True)
+class Finding:
+    """Something about a folder of scans that a person should know.
+
+    Attributes:
+        kind: what was looked at, one word or two.
+        file: which file, or folder where it concerns several.
+        what: is wrong, or unusual.
+        mend: how to mend it.
+        case: id of the case it concerns, if any.
+        level: training refuses an `error`; it accepts a `warning`, which a person should look at.
+    """
+
+    kind: str
+    file: Path
+    what: str
+    mend: str
+    case: str = ""
+    level: Literal["error", "warning"] = "error"
+
+
+@dataclass(frozen=True)
+class Survey:
+    """What lies in a folder, whole or not.
+
+    Attributes:
+        layout: one of `LAYOUTS`, in short.
+        cases: those with an image and a mask.
+        findings: errors, on files that make no case.
+    """
+
+    root: Path
+    layout: str
+    cases: tuple[Case, ...]
+    findings: tuple[Finding, ...]
+
+
 def find_cases(root: str | Path, labels: str = "") -> Dataset:
     """Find the labelled cases of a folder in any of the three layouts.
 
@@ -120,23 +159,67 @@ def find_cases(root: str | Path, labels: str = "") -> Dataset:
     Raises:
         InputError: no folder, no case, an image without mask or a mask without image.
     """
+    survey = survey_cases(root)
+    _raise_first(survey.findings)
+    chosen = find_labels(survey, labels)
+    log.info("%s: %d cases (%s); classes %s", survey.root, len(survey.cases), survey.layout, chosen.describe())
+    return Dataset(survey.root, survey.layout, survey.cases, chosen)
+
+
+def survey_cases(root: str | Path) -> Survey:
+    """The cases of a folder in any of the three layouts, and all files that stand alone or stand for a case twice.
+
+    Raises:
+        InputError: no folder, nothing of any layout in it, or nothing that could be told apart into cases.
+    """
     root = Path(root)
     if not root.is_dir():
         what = "is a file; give a folder" if root.exists() else "no such folder"
         raise InputError(f"--data.root={root}: {what}. {HOW_TO_GET_DATA}")
-    layouts = {  # the first one that finds something is taken
-        "LAScarQS": (_lascarqs_cases, lambda root: Labels(("LA",))),
-        "dataset.json": (_decathlon_cases, _decathlon_labels),
-        "flat pairs": (_flat_cases, lambda root: Labels(("foreground",), one_value=True)),
-    }
-    found = next(((name, cases) for name, (read, _) in layouts.items() if (cases := read(root))), None)
-    if found is None:
-        raise InputError(f"{root}: no case found; recognised layouts: {'; '.join(LAYOUTS)}. {HOW_TO_GET_DATA}")
-    layout, cases = found
-    own_labels = layouts[layout][1]
-    chosen = parse_labels(labels) if labels else own_labels(root)
-    log.info("%s: %d cases (%s); classes %s", root, len(cases), layout, chosen.describe())
-    return Dataset(root, layout, tuple(cases), chosen)
+    layouts = {"LAScarQS": _lascarqs_cases, "dataset.json": _decathlon_cases, "flat pairs": _flat_cases}
+    for layout, read in layouts.items():  # the first one that finds something is taken
+        findings: list[Finding] = []
+        cases = read(root, findings)
+        if cases or findings:
+            return Survey(root, layout, tuple(cases), tuple(findings))
+    raise InputError(f"{root}: no case found; recognised layouts: {'; '.join(LAYOUTS)}. {HOW_TO_GET_DATA}")
+
+
+def find_labels(survey: Survey, labels: str = "") -> Labels:
+    """Which mask values are which class: as `config.Data.labels` says it, or where that is empty as the data set does.
+
+    Raises:
+        InputError: `labels` is not of its form, or `dataset.json` says nothing usable.
+    """
+    if labels:
+        return parse_labels(labels)
+    if survey.layout == "LAScarQS":
+        return Labels(("LA",))
+    if survey.layout == "dataset.json":
+        return _decathlon_labels(survey.root)
+    return Labels(("foreground",), one_value=True)
+
+
+def require_one_value(labels: Labels, root: Path, mask_values: Mapping[str, Iterable[int]]) -> None:
+    """Where any non-zero value is the one class: raise an InputError if two masks hold different ones.
+
+    Args:
+        mask_values: case id -> the values of its mask besides 0.
+    """
+    values = {value: case for case, found in mask_values.items() for value in found}
+    if labels.one_value and len(values) > 1:
+        (a, case_a), (b, case_b) = list(values.items())[:2]
+        raise InputError(
+            f"{root}: the mask of case {case_a} holds the value {a}, that of {case_b} the value {b}; say "
+            f"whether they are one class, --data.labels='a:{a},{b}', or two, --data.labels='a:{a};b:{b}'"
+        )
+
+
+def voxels_sha256(array: np.ndarray) -> str:
+    """Of the shape and voxels of a scan: what two files of the same scan have in common."""
+    digest = hashlib.sha256(str(array.shape).encode())
+    digest.update(np.ascontiguousarray(array))
+    return digest.hexdigest()
 
 
 def find_images(root: str | Path) -> dict[str, Path]:
@@ -147,15 +230,18 @@ def find_images(root: str | Path) -> dict[str, Path]:
     """
     root = Path(root)
     if root.is_file():
-        return _by_id([root])
+        return _by_id([root], [])
     if not root.is_dir():
         raise InputError(f"--input={root}: no such file or folder")
+    findings: list[Finding] = []
     images = {f.name: f / "enhanced.nii.gz" for f in _lascarqs_folders(root) if (f / "enhanced.nii.gz").exists()}
     if not images:
-        images, masks = _by_suffix(_nifti_files(root))
+        images, masks = _by_suffix(_nifti_files(root), findings)
+        _raise_first(findings)
         for path in masks.values():
             log.info("%s: not predicted, its name is that of a mask", path)
-    images = images or _by_id(path for name in IMAGE_FOLDERS for path in _nifti_files(root / name))
+    images = images or _by_id((path for name in IMAGE_FOLDERS for path in _nifti_files(root / name)), findings)
+    _raise_first(findings)
     if not images:
         raise InputError(f"--input={root}: no .nii or .nii.gz file in this folder")
     return images
@@ -194,14 +280,15 @@ def _labels_of(named: dict[str, Sequence[int]], where: str) -> Labels:
 # --- LAScarQS 2022 ---------------------------------------------------------------------------------------------------
 
 
-def _lascarqs_cases(root: Path) -> list[Case]:
+def _lascarqs_cases(root: Path, findings: list[Finding]) -> list[Case]:
     folders = _lascarqs_folders(root)
     labelled = [f for f in folders if f.name.startswith("train_")]
     if labelled and (others := [f for f in folders if f not in labelled]):
         log.info("%s: %d folders not named train_<n> are not read (%s, …)", root, len(others), others[0])
     cases = [Case(f.name, f / "enhanced.nii.gz", f / "atriumSegImgMO.nii.gz") for f in labelled or folders]
-    _require_pairs({c.id: c.image for c in cases if c.image.exists()}, {c.id: c.mask for c in cases if c.mask.exists()})
-    return cases
+    images = {c.id: c.image for c in cases if c.image.exists()}
+    paired = {c.id: c for c in _pair(images, {c.id: c.mask for c in cases if c.mask.exists()}, findings)}
+    return [case for case in cases if case.id in paired]
 
 
 def _lascarqs_folders(root: Path) -> list[Path]:
@@ -220,16 +307,16 @@ def _lascarqs_folders(root: Path) -> list[Path]:
 # --- Medical Decathlon and nnU-Net -----------------------------------------------------------------------------------
 
 
-def _decathlon_cases(root: Path) -> list[Case]:
+def _decathlon_cases(root: Path, findings: list[Finding]) -> list[Case]:
     if not (root / "dataset.json").is_file():
         return []
     files = _nifti_files(root / "imagesTr")
     if further := [path for path in files if re.search(r"_000[1-9]$", _stem(path))]:
         raise InputError(f"{further[0]}: a second image channel; this package reads scans of one channel")
-    images, masks = _by_id(files), _by_stem(_nifti_files(root / "labelsTr"))
+    images, masks = _by_id(files, findings), _by_stem(_nifti_files(root / "labelsTr"), findings)
     if not images and not masks:
         raise InputError(f"{root}: has a dataset.json but no image in imagesTr and no mask in labelsTr")
-    return _require_pairs(images, masks)
+    return _pair(images, masks, findings)
 
 
 def _decathlon_labels(root: Path) -> Labels:
@@ -253,30 +340,36 @@ def _decathlon_labels(root: Path) -> Labels:
 # --- flat pairs ------------------------------------------------------------------------------------------------------
 
 
-def _flat_cases(root: Path) -> list[Case]:
-    images, masks = _by_suffix(_nifti_files(root))
+def _flat_cases(root: Path, findings: list[Finding]) -> list[Case]:
+    images, masks = _by_suffix(_nifti_files(root), findings)
     if not images and not masks:
-        images = _by_id(path for name in IMAGE_FOLDERS for path in _nifti_files(root / name))
-        in_mask_folders = [path for name in MASK_FOLDERS for path in _nifti_files(root / name)]
-        plain, suffixed = _by_suffix(in_mask_folders)
+        images = _by_id((path for name in IMAGE_FOLDERS for path in _nifti_files(root / name)), findings)
+        plain, suffixed = _by_suffix((path for name in MASK_FOLDERS for path in _nifti_files(root / name)), findings)
         masks = plain | suffixed
-        if len(masks) < len(in_mask_folders):
-            raise InputError(
-                f"{root}: two masks belong to one case ({sorted(set(plain) & set(suffixed))[0]}); keep one"
-            )
-    return _require_pairs(images, masks)
+        for name in sorted(set(plain) & set(suffixed)):
+            findings.append(Finding("two files", root, f"two masks belong to one case ({name})", "keep one", name))
+    return _pair(images, masks, findings)
 
 
 # --- shared ----------------------------------------------------------------------------------------------------------
 
 
-def _require_pairs(images: dict[str, Path], masks: dict[str, Path]) -> list[Case]:
-    """The cases, in order of their ids; an InputError if an image or a mask stands alone."""
+def _pair(images: dict[str, Path], masks: dict[str, Path], findings: list[Finding]) -> list[Case]:
+    """The cases, in order of their ids; what stands alone is added to `findings`."""
     for kind, has, lacks in (("mask", images, masks), ("image", masks, images)):
-        if alone := sorted(set(has) - set(lacks)):
-            more = f" (and {len(alone) - 1} more)" if len(alone) > 1 else ""
-            raise InputError(f"{has[alone[0]]}: no {kind} belongs to it{more}; add the {kind} or take this file out")
-    return [Case(name, images[name], masks[name]) for name in sorted(images)]
+        for name in sorted(set(has) - set(lacks)):
+            what, mend = f"no {kind} belongs to it", f"add the {kind} or take this file out"
+            findings.append(Finding(f"no {kind}", has[name], what, mend, name))
+    return [Case(name, images[name], masks[name]) for name in sorted(set(images) & set(masks))]
+
+
+def _raise_first(findings: Sequence[Finding]) -> None:
+    """Raise the first finding, if any, as an InputError; of files that stand alone it says how many there are."""
+    if not findings:
+        return
+    first = findings[0]
+    more = sum(f.kind == first.kind for f in findings[1:]) if first.kind in ("no mask", "no image") else 0
+    raise InputError(f"{first.file}: {first.what}{f' (and {more} more)' if more else ''}; {first.mend}")
 
 
 def _nifti_files(folder: Path) -> list[Path]:
@@ -286,28 +379,32 @@ def _nifti_files(folder: Path) -> list[Path]:
     return sorted(files)
 
 
-def _by_suffix(paths: Iterable[Path]) -> tuple[dict[str, Path], dict[str, Path]]:
+def _by_suffix(paths: Iterable[Path], findings: list[Finding]) -> tuple[dict[str, Path], dict[str, Path]]:
     """Images, and masks by the name of their image: whose names end in one of `MASK_SUFFIXES`."""
     paths = list(paths)
     masks = [path for path in paths if _stem(path).endswith(MASK_SUFFIXES)]
     suffix = re.compile("|".join(f"{s}$" for s in MASK_SUFFIXES))
-    return _by_id(p for p in paths if p not in masks), _unambiguous((suffix.sub("", _stem(p)), p) for p in masks)
+    images = _by_id((p for p in paths if p not in masks), findings)
+    return images, _unambiguous(((suffix.sub("", _stem(p)), p) for p in masks), findings)
 
 
-def _by_id(paths: Iterable[Path]) -> dict[str, Path]:
-    return _unambiguous((_stem(path).removesuffix("_0000"), path) for path in paths)
+def _by_id(paths: Iterable[Path], findings: list[Finding]) -> dict[str, Path]:
+    return _unambiguous(((_stem(path).removesuffix("_0000"), path) for path in paths), findings)
 
 
-def _by_stem(paths: Iterable[Path]) -> dict[str, Path]:
-    return _unambiguous((_stem(path), path) for path in paths)
+def _by_stem(paths: Iterable[Path], findings: list[Finding]) -> dict[str, Path]:
+    return _unambiguous(((_stem(path), path) for path in paths), findings)
 
 
-def _unambiguous(named: Iterable[tuple[str, Path]]) -> dict[str, Path]:
+def _unambiguous(named: Iterable[tuple[str, Path]], findings: list[Finding]) -> dict[str, Path]:
+    """The files by name; a second one of a name is added to `findings`."""
     files: dict[str, Path] = {}
     for name, path in named:
         if name in files:
-            raise InputError(f"{path}: stands for the same case as {files[name].name}; keep one of them")
-        files[name] = path
+            what = f"stands for the same case as {files[name].name}"
+            findings.append(Finding("two files", path, what, "keep one of them", name))
+        else:
+            files[name] = path
     return files
 
 

@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 
 from jaxla.config import InputError
-from jaxla.data.cases import Case, Dataset, Labels
+from jaxla.data.cases import Case, Dataset, Labels, require_one_value, voxels_sha256
 from jaxla.data.inputs import Frame, image_to_input
 from jaxla.data.volumes import Volume, read_image, read_mask, require_same_grid, slice_geometry, to_slices
 
@@ -101,13 +101,7 @@ def prepare_cases(
                 f"{case.image}: the same image as case {twin}; remove one, a patient must not cross splits"
             )
         volumes.append(volume)
-    values = {value: volume.id for volume in volumes for value in volume.mask_values}
-    if dataset.labels.one_value and len(values) > 1:
-        (a, case_a), (b, case_b) = list(values.items())[:2]
-        raise InputError(
-            f"{dataset.root}: the mask of case {case_a} holds the value {a}, that of {case_b} the value {b}; say "
-            f"whether they are one class, --data.labels='a:{a},{b}', or two, --data.labels='a:{a};b:{b}'"
-        )
+    require_one_value(dataset.labels, dataset.root, {v.id: v.mask_values for v in volumes})
     return volumes
 
 
@@ -137,7 +131,7 @@ def _write_prepared(folder: Path, image: Volume, mask: Volume, labels: Labels) -
         "spacing": geometry.spacing,
         "slice_axis": geometry.axis,
         "intensity_range": intensity_range(image.array),
-        "image_sha256": hashlib.sha256(str(image.array.shape).encode() + image.array.tobytes()).hexdigest(),
+        "image_sha256": voxels_sha256(image.array),
         "slices_sha256": hashlib.sha256(grid.encode() + slices.tobytes()).hexdigest(),
         "mask_values": np.unique(mask.array[mask.array != 0])[:10].tolist(),
         "class_voxels": np.bincount(classes.ravel(), minlength=len(labels.names) + 1).tolist(),

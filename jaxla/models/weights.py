@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TypeVar
@@ -37,6 +38,16 @@ def load_backbone(path: str | Path, dtype: jnp.dtype | None = None) -> VisionTra
     if arch not in VARIANTS:
         raise InputError(f"{path}: holds {arch!r}, an architecture unknown here{nearest(arch, VARIANTS)}")
     return load_into(_abstract_backbone(arch, dtype or compute_dtype()), path, arch)
+
+
+def parameters_sha256(network: nnx.Module) -> str:
+    """Of names, shapes and values: the same for the same parameters, whatever file they came from."""
+    total = hashlib.sha256()
+    for name, variable in sorted(_flat(nnx.state(network, nnx.Param)).items()):
+        value = np.ascontiguousarray(variable.get_value())
+        total.update(f"{name} {value.shape} {value.dtype}".encode())
+        total.update(value.data)
+    return total.hexdigest()
 
 
 def save_random(path: Path, backbone: VisionTransformer, arch: str, seed: int) -> None:

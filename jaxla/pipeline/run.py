@@ -37,7 +37,6 @@ from jaxla.inference.segment import make_segment, make_segment_slices, write_seg
 from jaxla.inference.trained import load_run
 from jaxla.models.network import TransformerSegmenter, build_network
 from jaxla.models.weights import save_random
-from jaxla.models.weights_format import parameters_sha256
 from jaxla.reporting.curves import draw_curves
 from jaxla.reporting.overlays import Panel, draw_overlays
 from jaxla.reporting.report import write_report
@@ -61,6 +60,11 @@ class PreparedData:
 
     def of(self, ids: Iterable[str]) -> list[PreparedVolume]:
         return [self.volumes[name] for name in ids]
+
+    @property
+    def used(self) -> list[PreparedVolume]:
+        """The volumes of the split's three parts."""
+        return self.of(self.split.train + self.split.val + self.split.test)
 
     @property
     def cases(self) -> dict[str, str]:
@@ -109,7 +113,7 @@ def prepare_data(experiment: Experiment, cache_dir: Path) -> PreparedData:
 def train_and_test(experiment: Experiment, data: PreparedData, run_dir: Path, cache_dir: Path) -> dict[str, Any]:
     """All of a run once its folder is there; begins where the folder says it ended. Returns the summary of the test."""
     network = build(experiment, data.dataset.labels.outputs, run_dir)
-    features, origin = cached_features(experiment, network, data, run_dir, cache_dir)
+    features, origin = cached_features(experiment, network, data, cache_dir)
     write_record(run_dir, replace(read_record(run_dir), features=origin))
     train(experiment, network, data, features, run_dir)
     del network  # the trained one is loaded with its own backbone
@@ -130,7 +134,7 @@ def build(experiment: Experiment, outputs: int, run_dir: Path) -> TransformerSeg
 
 
 def cached_features(
-    experiment: Experiment, network: TransformerSegmenter, data: PreparedData, run_dir: Path, cache_dir: Path
+    experiment: Experiment, network: TransformerSegmenter, data: PreparedData, cache_dir: Path
 ) -> tuple[Features | None, str]:
     """The features of every slice that the run uses, where its backbone is frozen and the disk holds them.
 
@@ -139,19 +143,15 @@ def cached_features(
     """
     model = experiment.model
     if model.backbone != "frozen":
-        return None, ""
+        return None, "The backbone was trained too, so it ran at every step."
     if not experiment.training.cache_features:
-        return None, "the frozen backbone ran in every epoch (--training.cache_features=false)"
-    weights_file = run_dir / BACKBONE if model.weights == "random" else Path(model.weights)
-    cache = FeatureCache(
-        cache_dir, network, model.arch, parameters_sha256(weights_file), experiment.preprocessing.image_size
-    )
-    used = data.of(data.split.train + data.split.val + data.split.test)
-    features = cache.features(used, track)
+        return None, "The frozen backbone ran in every epoch, for --training.cache_features was false."
+    cache = FeatureCache(cache_dir, network, model.arch, experiment.preprocessing.image_size)
+    features = cache.features(data.used, track)
     if features is None:
-        return None, "the frozen backbone ran in every epoch: its features did not fit in the cache folder"
-    by_id = {volume.id: of_volume for volume, of_volume in zip(used, features, strict=True)}
-    return by_id, f"computed once per slice, kept in {cache.dtype.name}, read from {cache.folder}"
+        return None, "The frozen backbone ran in every epoch: its features did not fit on the disk of the cache folder."
+    by_id = {volume.id: of_volume for volume, of_volume in zip(data.used, features, strict=True)}
+    return by_id, f"The frozen backbone's features were computed once per slice, in {cache.dtype.name}, and cached."
 
 
 def train(
@@ -249,15 +249,15 @@ def test(data: PreparedData, features: Features | None, run_dir: Path) -> dict[s
 
 
 def worst_median_best(data: PreparedData, rows: Sequence[Mapping[str, Any]], predictions: Path) -> list[Panel]:
-    """The test cases of the lowest, the median and the highest Dice, with what was predicted for them."""
+    """The test cases of the lowest, the median and the highest Dice, each once, with what was predicted for them."""
     by_case: dict[str, list[float]] = {}
     for row in rows:
         by_case.setdefault(row["case"], []).append(row["dice"])
     dice = {name: np.mean(of_classes) for name, of_classes in by_case.items()}
     ranked = sorted(dice, key=dice.get)
-    shown = {"worst": ranked[0], "median": ranked[(len(ranked) - 1) // 2], "best": ranked[-1]}
+    ranks = {ranked[-1]: "best", ranked[(len(ranked) - 1) // 2]: "median", ranked[0]: "worst"}
     panels = []
-    for rank, name in shown.items():
+    for name, rank in reversed(ranks.items()):
         prepared = data.volumes[name]
         mask = read_mask(predictions / f"{name}.nii.gz")
         prediction = to_slices(mask.array, slice_geometry(mask.affine))

@@ -5,29 +5,45 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
+History = Sequence[Mapping[str, float]]  # the lines of metrics.jsonl
 
-def draw_curves(history: Sequence[Mapping[str, float]], title: str, path: Path) -> None:
+
+def draw_curves(history: History, title: str, path: Path) -> None:
     """Draw the epochs of `metrics.jsonl` so far; written beside, then renamed, for it is redrawn while people look."""
-    epochs = [m["epoch"] for m in history]
-    best = max(history, key=lambda m: m["val_dice"])
     figure = Figure(figsize=(9, 3.6), layout="constrained")
     losses, overlaps = figure.subplots(1, 2)
-    losses.plot(epochs, [m["train_loss"] for m in history], "o-", ms=3, label="training")
-    losses.plot(epochs, [m["val_loss"] for m in history], "o-", ms=3, label="validation")
-    losses.set(xlabel="epoch", ylabel="loss", yscale="log")
-    overlaps.plot(epochs, [m["val_dice"] for m in history], "o-", ms=3, label="Dice")
-    overlaps.plot(epochs, [m["val_iou"] for m in history], "o-", ms=3, label="IoU")
-    overlaps.axvline(best["epoch"], color="grey", lw=0.8, ls=":")
-    overlaps.annotate(f"best {best['val_dice']:.3f}", (best["epoch"], 0.02), fontsize="small", color="grey", ha="right")
-    overlaps.set(xlabel="epoch", ylabel="validation, per volume", ylim=(0, 1))
-    for axes in (losses, overlaps):
-        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-        axes.grid(alpha=0.3)
-        axes.legend(frameon=False)
+    draw_losses(losses, history)
+    draw_validation(overlaps, history)
     figure.suptitle(title)
     beside = path.with_name(f".{path.name}")
     figure.savefig(beside, dpi=110, format="png")
     beside.replace(path)
+
+
+def draw_losses(axes: Axes, history: History) -> None:
+    """Training and validation loss over epochs."""
+    _draw_lines(axes, history, {"train_loss": "training", "val_loss": "validation"})
+    axes.set(ylabel="loss", yscale="log")
+
+
+def draw_validation(axes: Axes, history: History) -> None:
+    """Validation Dice and IoU over epochs, the epoch of the best Dice marked."""
+    best = max(history, key=lambda m: m["val_dice"])
+    _draw_lines(axes, history, {"val_dice": "Dice", "val_iou": "IoU"})
+    axes.axvline(best["epoch"], color="grey", lw=0.8, ls=":")
+    axes.annotate(f"best {best['val_dice']:.3f}", (best["epoch"], 0.02), fontsize="small", color="grey", ha="right")
+    axes.set(ylabel="validation, per volume", ylim=(0, 1))
+
+
+def _draw_lines(axes: Axes, history: History, labels: Mapping[str, str]) -> None:
+    epochs = [m["epoch"] for m in history]
+    for key, label in labels.items():
+        axes.plot(epochs, [m[key] for m in history], "o-", ms=3, label=label)
+    axes.set_xlabel("epoch")
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.grid(alpha=0.3)
+    axes.legend(frameon=False)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -25,30 +25,63 @@ class Panel(NamedTuple):
 
 
 def draw_overlays(panels: Sequence[Panel], path: Path, columns: int = 3) -> None:
-    """One row a case: the slice with the largest reference, and slices evenly before and after it."""
+    """One row a case: slices spread evenly over those that the reference covers."""
     height, width = panels[0].image.shape[1:]
     figure = Figure(figsize=(3 * columns, 3 * len(panels) * height / width + 0.6), layout="constrained")
     grid = figure.subplots(len(panels), columns, squeeze=False)
     for axes_of_row, panel in zip(grid, panels, strict=True):
+        window = _grey_window(panel)
         for axes, index in zip(axes_of_row, _slices_to_show(panel.reference, columns), strict=True):
-            _draw_slice(axes, panel, index)
+            _draw_slice(axes, panel, index, window)
+            axes.text(
+                0.02, 0.02, f"slice {index + 1}/{len(panel.image)}", transform=axes.transAxes, color="w",
+                fontsize="small",
+            )  # fmt: skip
         axes_of_row[0].set_title(panel.title, loc="left", fontsize="medium")
     handles = [Line2D([], [], color=PREDICTION, label="prediction"), Line2D([], [], color=REFERENCE, label="reference")]
     figure.legend(handles=handles, loc="outside lower center", ncols=2, frameon=False)
     figure.savefig(path, dpi=110)
 
 
-def _draw_slice(axes: Axes, panel: Panel, index: int) -> None:
+def slice_figures(panel: Panel, count: int) -> Iterator[tuple[int, Figure]]:
+    """Each shown slice as a figure of its own: nothing but the slice and its outlines, in its aspect in mm.
+
+    Saved as SVG, such a figure holds the slice's own H×W pixels, not resampled, and the outlines as lines.
+
+    Args:
+        panel: the case.
+        count: at most so many slices, spread evenly over those that the reference covers; none comes twice.
+
+    Yields:
+        The slice's index, from 0, and its figure.
+    """
+    window = _grey_window(panel)
+    (height, width), (_, row_mm, column_mm) = panel.image.shape[1:], panel.spacing
+    for index in dict.fromkeys(_slices_to_show(panel.reference, count)):
+        inches = max(4, width / 96)  # as wide as 96 pixels to the inch make it; outlines of 1.2 pt are then 1.6 pixels
+        figure = Figure(figsize=(inches, inches * height * row_mm / (width * column_mm)))
+        _draw_slice(figure.add_axes((0, 0, 1, 1)), panel, index, window, interpolation="none")
+        yield index, figure
+
+
+def _grey_window(panel: Panel) -> tuple[float, float]:
+    """The intensities shown as black and as white, the same for all slices of a case."""
     low, high = np.percentile(panel.image, (0.5, 99.5))
+    return float(low), float(high)
+
+
+def _draw_slice(
+    axes: Axes, panel: Panel, index: int, window: tuple[float, float], interpolation: str | None = None
+) -> None:
     _, row_mm, column_mm = panel.spacing
-    axes.imshow(panel.image[index], cmap="gray", vmin=low, vmax=high, aspect=row_mm / column_mm)
+    low, high = window
+    axes.imshow(
+        panel.image[index], cmap="gray", vmin=low, vmax=high, aspect=row_mm / column_mm, interpolation=interpolation
+    )
     for classes, colour in ((panel.reference[index], REFERENCE), (panel.prediction[index], PREDICTION)):
         for value in np.unique(classes[classes > 0]):
             axes.contour(classes == value, levels=[0.5], colors=colour, linewidths=1.2)
     axes.set_axis_off()
-    axes.text(
-        0.02, 0.02, f"slice {index + 1}/{len(panel.image)}", transform=axes.transAxes, color="w", fontsize="small"
-    )
 
 
 def _slices_to_show(reference: np.ndarray, count: int) -> list[int]:

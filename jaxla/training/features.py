@@ -17,6 +17,7 @@ import shutil
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,7 @@ from tqdm import tqdm
 from jaxla.data.inputs import frame
 from jaxla.data.prepared import PreparedVolume
 from jaxla.models.network import TransformerSegmenter
+from jaxla.models.weights import parameters_sha256
 
 log = logging.getLogger(__name__)
 
@@ -58,25 +60,22 @@ class FeatureCache:
 
     Args:
         network: holds the backbone.
-        weights_sha256: of the backbone's parameters.
+        arch: of the backbone.
         size: side of the square input in pixels.
     """
 
-    def __init__(
-        self, cache_dir: Path, network: TransformerSegmenter, arch: str, weights_sha256: str, size: int
-    ) -> None:
+    def __init__(self, cache_dir: Path, network: TransformerSegmenter, arch: str, size: int) -> None:
         graph, state = nnx.split(network)
-        images = jax.ShapeDtypeStruct((BATCH, size, size, 1), np.float32)
-        self._extract = jax.jit(lambda state, images: nnx.merge(graph, state).features(images))
-        self._state = state
+        extract = jax.jit(lambda state, images: nnx.merge(graph, state).features(images))
+        self.extract = partial(extract, state)  # [BATCH, size, size, 1] -> [BATCH, h, w, C]
         self._size = size
-        one_batch = jax.eval_shape(self._extract, state, images)
+        one_batch = jax.eval_shape(self.extract, jax.ShapeDtypeStruct((BATCH, size, size, 1), np.float32))
         self.shape, self.dtype = one_batch.shape[1:], np.dtype(one_batch.dtype)
         self.describes = {
             "version": VERSION,
             "jaxla": importlib.metadata.version("jaxla"),
             "arch": arch,
-            "weights_sha256": weights_sha256,
+            "parameters_sha256": parameters_sha256(network.backbone),
             "image_size": size,
             "dtype": self.dtype.name,
         }
@@ -163,7 +162,7 @@ class FeatureCache:
                     images = np.zeros((BATCH, self._size, self._size, 1), np.float32)
                     for i, index in enumerate(chosen):
                         images[i] = volume.input(index, place)
-                    computed = np.asarray(self._extract(self._state, images))[: len(chosen)]
+                    computed = np.asarray(self.extract(images))[: len(chosen)]
                     file.write(computed.view(bits).tobytes())
             beside.replace(path)
         finally:
@@ -185,7 +184,7 @@ def _locked(path: Path) -> Iterator[None]:
     try:
         lock.acquire(timeout=0)
     except Timeout:
-        log.info("another process computes these features; waiting for it")
+        log.info("%s: another process computes features; waiting for it", path.parent)
         lock.acquire()
     try:
         yield

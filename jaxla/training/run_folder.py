@@ -59,8 +59,9 @@ class Record:
         split_sha256: of the case ids in `split.json`.
         data_sha256: of the scans and masks of all cases.
         command: that started the run.
+        begun: when, in local time, ISO 8601.
         environment: package versions, device and platform.
-        features: where the features of a frozen backbone come from; empty for one that is trained.
+        features: a sentence on how the backbone was run: in every epoch, or once per slice.
     """
 
     experiment: Experiment
@@ -70,6 +71,7 @@ class Record:
     split_sha256: str
     data_sha256: str
     command: str
+    begun: str
     environment: dict[str, Any]
     features: str = ""
 

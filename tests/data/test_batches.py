@@ -134,7 +134,7 @@ def test_evaluation_covers_every_slice_once_in_order_and_fills_up_with_nothing(s
     assert weight.tolist() == [1] * 16 + [0] * filled
     assert take(batches, len(batches))[:16] == ALL
     if filled:
-        for key in ("image", "mask"):
+        for key in ("input", "mask"):
             assert not batches[-1][key][-filled:].any()
 
 

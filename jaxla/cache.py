@@ -1,0 +1,52 @@
+"""python -m jaxla.cache [--clear=features|volumes|phantoms|all]: what the cache folder holds, and clearing it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal
+
+from tqdm import tqdm
+
+from jaxla.config import command_parser, default_cache_dir, parse_arguments, run_command
+
+
+def main(arguments: list[str]) -> None:
+    """List the cache folder, or clear a part of it.
+
+    Raises:
+        InputError: a run uses what is to be cleared, or it cannot be removed.
+    """
+    from jaxla.data.cache import CLEARED, KINDS, cache_entries, clear_cache
+
+    parser = command_parser("jaxla.cache", "List what the cache folder holds, or clear it; runs make it again.")
+    parser.add_argument("--cache-dir", type=str, help="the folder (default: the user's cache folder)")
+    parser.add_argument(
+        "--clear",
+        type=Literal["features", "volumes", "phantoms", "all"] | None,
+        default=None,
+        help="remove these; `all` is all three of them; converted weights always stay",
+    )
+    options = parse_arguments(parser, arguments)
+    cache_dir = Path(options.cache_dir) if options.cache_dir else default_cache_dir()
+
+    if options.clear:
+        removed = clear_cache(cache_dir, options.clear)
+        what = options.clear if options.clear != "all" else ", ".join(CLEARED)
+        print(f"{cache_dir}: {what} cleared, {_bytes(sum(entry.size for entry in removed))} freed")
+        return
+    entries = cache_entries(cache_dir)
+    for kind, meaning in KINDS.items():
+        of_kind = [entry for entry in entries if entry.kind == kind]
+        if of_kind:
+            print(f"{_bytes(sum(entry.size for entry in of_kind)):>8}  {kind}: {meaning}")
+        for entry in of_kind:
+            print(f"{_bytes(entry.size):>12}  {entry.says}")
+    print(f"{_bytes(sum(entry.size for entry in entries)):>8}  in all, in {cache_dir}")
+
+
+def _bytes(count: int) -> str:
+    return tqdm.format_sizeof(count, "B")
+
+
+if __name__ == "__main__":
+    run_command(main)

@@ -1,0 +1,93 @@
+"""python -m jaxla.info RUN|WEIGHTS: what a run folder or a file of converted weights is, without building a network."""
+
+from __future__ import annotations
+
+import json
+import shlex
+from pathlib import Path
+
+from jaxla.config import InputError, command_parser, parse_arguments, run_command
+
+# Nothing here imports JAX: an answer in under a second is what this command is for.
+
+
+def main(arguments: list[str]) -> None:
+    """Describe a run or a weights file.
+
+    Raises:
+        InputError: the path is neither.
+    """
+    parser = command_parser("jaxla.info", "Say what a run folder or a file of converted weights is.")
+    parser.usage = "python -m jaxla.info RUN|WEIGHTS"
+    parser.add_argument("path", type=str, help="a run folder, or a .safetensors file")
+    path = Path(parse_arguments(parser, arguments).path)
+    if not path.exists():
+        raise InputError(f"{path}: no such file or folder; give a run folder or a .safetensors file")
+    facts = _describe_run(path) if path.is_dir() else _describe_weights(path)
+    width = max(map(len, facts))
+    print("\n".join(f"{name:<{width}}  {value}" for name, value in facts.items()))
+
+
+def _describe_run(folder: Path) -> dict[str, str]:
+    from jaxla.training.run_folder import is_finished, is_running, read_record
+
+    record = read_record(folder)
+    experiment, environment = record.experiment, record.environment
+    facts = {"run": str(folder.absolute()), "experiment": f"{experiment.name}, method {experiment.method}"}
+
+    lines = (folder / "metrics.jsonl").read_text().splitlines() if (folder / "metrics.jsonl").exists() else []
+    history = [json.loads(line) for line in lines]
+    epochs = f"{len(history)} of at most {experiment.training.epochs} epochs"
+    if is_finished(folder):
+        facts["state"] = f"finished after {epochs}"
+    elif is_running(folder):
+        facts["state"] = f"running: {epochs} are done"
+    else:
+        given = [a for a in shlex.split(record.command) if a != "--resume" and not a.startswith("--run-dir")]
+        facts["state"] = f"ended before it was finished: {epochs} are done"
+        facts["go on with"] = shlex.join([*given, f"--run-dir={folder}", "--resume"])
+    if history:
+        best = max(history, key=lambda metrics: metrics["val_dice"])
+        facts["validation"] = f"best Dice {best['val_dice']:.3f} (mean per volume) in epoch {best['epoch']}"
+    if (folder / "test" / "summary.json").exists():
+        summary = json.loads((folder / "test" / "summary.json").read_text())
+        facts["test"] = "; ".join(
+            f"{name} {summary[key]['mean']:.3f}" for name, key in (("Dice", "dice"), ("IoU", "iou"))
+        ) + (
+            f" (mean per {summary['dice']['unit']}, n = {summary['dice']['n']}); "
+            f"atlas Dice {summary['atlas']['dice']['mean']:.3f}"
+        )
+    split = json.loads((folder / "split.json").read_text())
+    model, weights = experiment.model, record.weights
+    facts |= {
+        "data": f"{experiment.data.root}; " + ", ".join(f"{len(ids)} {part}" for part, ids in split.items()),
+        "classes": record.labels.describe(),
+        "backbone": f"{model.arch}, {model.backbone}, "
+        + ("random weights" if weights == "random" else f"{weights} (sha256 {record.weights_sha256[:12]}…)"),
+        "decoder": model.decoder,
+        "input": f"{experiment.preprocessing.image_size} × {experiment.preprocessing.image_size} pixels",
+        "seed": str(experiment.seed),
+        "device": environment["device"],
+        "versions": ", ".join(f"{name} {environment['versions'][name]}" for name in ("jaxla", "jax", "flax")),
+        "begun by": record.command,
+    }
+    return facts
+
+
+def _describe_weights(path: Path) -> dict[str, str]:
+    from jaxla.models.weights_format import parameter_count, read_metadata
+
+    metadata = read_metadata(path)
+    tensors, parameters = parameter_count(path)
+    return {
+        "weights": str(path.absolute()),
+        "architecture": metadata["arch"],
+        "parameters": f"{parameters} in {tensors} arrays, {path.stat().st_size / 1e6:.1f} MB",
+        "source": metadata["source"]
+        + (f" (sha256 {metadata['source_sha256']})" if metadata.get("source_sha256") else ""),
+        "licence": metadata.get("licence") or "none: these weights were not released by anyone",
+    }
+
+
+if __name__ == "__main__":
+    run_command(main)

@@ -1,0 +1,213 @@
+"""What a run will take, before it starts: counts from the data, memory from XLA, times from a few measured steps."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from flax import nnx
+from tqdm import tqdm
+
+from jaxla.config import Experiment
+from jaxla.data.batches import SliceSource, evaluation_batches, steps_per_epoch, training_batches
+from jaxla.evaluation.summary import score_case
+from jaxla.models.network import build_network
+from jaxla.pipeline.run import PreparedData, describe_backbone
+from jaxla.training.features import BATCH, FeatureCache
+from jaxla.training.loop import clock
+from jaxla.training.step import (
+    count_parameters,
+    make_evaluation,
+    make_gradient,
+    make_optimiser,
+    make_step,
+    split_network,
+)
+
+MEASURED_STEPS = 3
+
+
+@dataclass(frozen=True)
+class Forecast:
+    """Bytes and seconds that a run will take.
+
+    Attributes:
+        features_bytes: of features still to be computed; 0 where none are cached.
+        features_fit: whether the disk has room for them; if not, the backbone runs in every epoch.
+        run_bytes: of the run's folder at its largest: checkpoints and predictions.
+        step_bytes: device memory of a training step, by XLA's own account.
+        device_bytes: memory that the device has; 0 where it does not say.
+        features_seconds: to compute the missing features.
+        epoch_seconds: of an epoch with its validation.
+        test_seconds: to segment and score the test cases.
+    """
+
+    experiment: Experiment
+    patients: dict[str, int]
+    slices: dict[str, int]
+    steps: int
+    trained: int
+    frozen: int
+    features_bytes: int
+    features_fit: bool
+    disk_free: int
+    cache_dir: Path
+    run_bytes: int
+    step_bytes: int
+    device_bytes: int
+    features_seconds: float
+    epoch_seconds: float
+    test_seconds: float
+
+
+def forecast(experiment: Experiment, data: PreparedData, cache_dir: Path) -> Forecast:
+    """Measure a few steps of the run on its own data; nothing is trained, and no file written."""
+    recipe, model, size = experiment.training, experiment.model, experiment.preprocessing.image_size
+    parts = {name: data.of(getattr(data.split, name)) for name in ("train", "val", "test")}
+    slices = {name: sum(v.shape[0] for v in volumes) for name, volumes in parts.items()}
+
+    network = build_network(model, data.dataset.labels.outputs, experiment.seed)
+    of_all = count_parameters(nnx.state(network, nnx.Param))
+    features_bytes, features_seconds, features_fit, stand_ins = 0, 0.0, True, None
+    if model.backbone == "frozen" and recipe.cache_features:
+        cache = FeatureCache(cache_dir, network, model.arch, size)
+        missing = cache.missing(data.used)
+        features_bytes = cache.bytes_of(missing)
+        features_fit = cache.fits(features_bytes)
+        if features_fit:
+            if missing:
+                images = np.zeros((BATCH, size, size, 1), np.float32)
+                batches = sum(-(-v.shape[0] // BATCH) for v in missing)
+                features_seconds = batches * _seconds(lambda: cache.extract(images), 1)
+            # what the values are does not change how long a step takes
+            stand_ins = {v.id: np.broadcast_to(np.zeros(1, cache.dtype), (v.shape[0], *cache.shape)) for v in data.used}
+            network = network.on_features((size, size))
+
+    split = split_network(network, train_backbone=model.backbone == "finetuned")
+    sources = {
+        name: SliceSource(volumes, size, stand_ins and [stand_ins[v.id] for v in volumes])
+        for name, volumes in parts.items()
+    }
+    steps = steps_per_epoch(sources["train"], recipe.batch_size)
+    optimiser = make_optimiser(recipe, steps * recipe.epochs, model.weights != "random")
+    state = jax.jit(optimiser.init)(split.trainable)
+    trained_bytes, state_bytes = (sum(leaf.nbytes for leaf in jax.tree.leaves(t)) for t in (split.trainable, state))
+    trained = count_parameters(split.trainable)
+
+    batches = training_batches(sources["train"], recipe.batch_size, experiment.seed)
+    key = jax.random.key(0)
+    arguments = [split.trainable, split.frozen, state, next(batches), key]
+    step = make_step(make_gradient(split.training), optimiser).lower(*arguments).compile()
+
+    def one_step() -> Any:
+        arguments[0], _, arguments[2], loss = step(*arguments)
+        arguments[3] = next(batches)
+        return loss
+
+    step_seconds = _seconds(one_step, MEASURED_STEPS)
+    batches.close()
+    evaluate = make_evaluation(split.evaluation)
+    batch = next(evaluation_batches(sources["val"], recipe.batch_size))
+    batch_seconds = _seconds(lambda: evaluate(arguments[0], split.frozen, batch), 2)
+    score_seconds = _scoring_seconds(data) * len(parts["test"])
+
+    return Forecast(
+        experiment=experiment,
+        patients={name: len(volumes) for name, volumes in parts.items()},
+        slices=slices,
+        steps=steps,
+        trained=trained,
+        frozen=of_all - trained,
+        features_bytes=features_bytes,
+        features_fit=features_fit,
+        disk_free=shutil.disk_usage(cache_dir if cache_dir.exists() else Path.cwd()).free,
+        cache_dir=cache_dir,
+        # two checkpoints of each kind are kept, and a third is there while it is written
+        run_bytes=3 * (2 * trained_bytes + state_bytes) + sum(int(np.prod(v.shape)) for v in parts["test"]) // 20,
+        step_bytes=_memory(step),
+        device_bytes=_device_bytes(),
+        features_seconds=features_seconds,
+        epoch_seconds=steps * step_seconds + -(-slices["val"] // recipe.batch_size) * batch_seconds,
+        test_seconds=-(-slices["test"] // recipe.batch_size) * batch_seconds + score_seconds,
+    )
+
+
+def describe(f: Forecast) -> str:
+    """The forecast as lines to print."""
+    experiment, recipe = f.experiment, f.experiment.training
+    training_seconds = recipe.epochs * f.epoch_seconds
+    together = f.features_seconds + training_seconds + f.test_seconds
+    features = f"features {_bytes(f.features_bytes)} in {f.cache_dir} ({_bytes(f.disk_free)} free)"
+    if not f.features_fit:
+        features = (
+            f"features would take {_bytes(f.features_bytes)}, more than the {_bytes(f.disk_free)} free in "
+            f"{f.cache_dir}: the backbone runs in every epoch instead; --cache-dir names another disk"
+        )
+    memory = f"{_bytes(f.step_bytes)} for a training step, by XLA's account"
+    if f.device_bytes:
+        memory += f", of {_bytes(f.device_bytes)}"
+        if f.step_bytes > f.device_bytes:
+            memory += f": too much; lower --training.batch_size (now {recipe.batch_size})"
+    lines = {
+        "run": f"{experiment.name}, {experiment.method}: {describe_backbone(experiment)}",
+        "patients": ", ".join(f"{count} {name}" for name, count in f.patients.items()),
+        "slices": ", ".join(f"{count} {name}" for name, count in f.slices.items()),
+        "steps": f"{f.steps} an epoch of {recipe.batch_size} slices each, {recipe.epochs} epochs at most",
+        "parameters": f"{f.trained} trained, {f.frozen} frozen",
+        "disk": f"run folder {_bytes(f.run_bytes)} at most" + (f"; {features}" if f.features_bytes else ""),
+        "memory": memory,
+        "time": (
+            (f"features {clock(f.features_seconds)}; " if f.features_seconds else "")
+            + f"an epoch {clock(f.epoch_seconds)}, all {recipe.epochs} {clock(training_seconds)}; "
+            f"test {clock(f.test_seconds)}; together {clock(together)} at most, on {jax.devices()[0].device_kind}, "
+            f"from {MEASURED_STEPS} measured steps"
+        ),
+    }
+    return "\n".join(f"{name:<11} {text}" for name, text in lines.items())
+
+
+def _seconds(call: Callable[[], Any], repeats: int) -> float:
+    """Of one call, on average, after a first one that compiles."""
+    jax.block_until_ready(call())
+    began = time.perf_counter()
+    for _ in range(repeats):
+        result = call()
+    jax.block_until_ready(result)
+    return (time.perf_counter() - began) / repeats
+
+
+def _scoring_seconds(data: PreparedData) -> float:
+    """To score one case as the test does, measured on a validation mask against itself, moved."""
+    volume, names = data.of(data.split.val)[0], data.dataset.labels.names
+    mask = np.asarray(volume.mask)
+    moved = np.roll(mask, 5, axis=1)
+    began = time.perf_counter()
+    score_case(volume.id, moved, mask, volume.spacing, names, "slice")
+    by_slice = time.perf_counter()
+    score_case(volume.id, moved, mask, volume.spacing, names)
+    by_volume = time.perf_counter()
+    return (by_slice - began) + 2 * (by_volume - by_slice)  # by volume the network's mask and the atlas's
+
+
+def _memory(compiled: Any) -> int:
+    of = compiled.memory_analysis()
+    held = of.argument_size_in_bytes + of.output_size_in_bytes - of.alias_size_in_bytes
+    return int(held + of.temp_size_in_bytes)
+
+
+def _device_bytes() -> int:
+    """Memory of the device; on CPU that of the machine."""
+    if jax.default_backend() == "cpu":
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return (jax.devices()[0].memory_stats() or {}).get("bytes_limit", 0)
+
+
+def _bytes(count: int) -> str:
+    return tqdm.format_sizeof(count, "B")

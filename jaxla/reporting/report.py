@@ -1,0 +1,235 @@
+"""A run's report: one HTML file that shows what was done and how good it is, and needs nothing but itself."""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+import re
+import shlex
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from importlib.resources import files
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jinja2
+import matplotlib
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from PIL import Image
+
+from jaxla.reporting.agreement import FEWEST_FOR_LIMITS, draw_volumes, volume_agreement
+from jaxla.reporting.curves import draw_losses, draw_validation
+from jaxla.reporting.overlays import PREDICTION, REFERENCE, Panel, slice_figures
+
+SLICES_PER_CASE = 4  # of 640×640 pixels: about 0.5 MB each in the page
+
+LABELS = {
+    "dice": "Dice",
+    "iou": "IoU",
+    "precision": "Precision",
+    "recall": "Recall",
+    "nsd_1mm": "NSD at 1 mm",
+    "nsd_2mm": "NSD at 2 mm",
+    "hd_mm": "HD, mm",
+    "hd95_mm": "HD95, mm",
+    "assd_mm": "ASSD, mm",
+    "volume_ml": "Volume, ml",
+    "reference_volume_ml": "Reference volume, ml",
+    "area_mm2": "Area, mm²",
+    "reference_area_mm2": "Reference area, mm²",
+}
+
+
+class Pair(NamedTuple):
+    """A mean Dice and a mean IoU that are printed side by side."""
+
+    name: str
+    dice: float
+    iou: float
+
+    @property
+    def floor(self) -> float:
+        """The least mean IoU that such a mean Dice allows: IoU is D/(2 − D) of a mask, which is convex (Jensen)."""
+        return self.dice / (2 - self.dice)
+
+    @property
+    def passes(self) -> bool:
+        return self.iou >= self.floor - 1e-6  # counts may have been divided in single precision
+
+
+def write_report(
+    path: Path,
+    *,
+    record: Mapping[str, Any],
+    split: Mapping[str, Sequence[str]],
+    history: Sequence[Mapping[str, float]],
+    rows: Sequence[Mapping[str, Any]],
+    summary: Mapping[str, Any],
+    panels: Sequence[Panel],
+) -> None:
+    """Write a run's report; it takes its name only when it is whole.
+
+    Args:
+        path: of the HTML file.
+        record: the content of `experiment.json`.
+        split: the content of `split.json`: case ids of train, val, test, and unused where there are any.
+        history: the lines of `metrics.jsonl`.
+        rows: the rows of `test/cases.csv`: one per test case and class, numbers as numbers.
+        summary: the content of `test/summary.json`.
+        panels: the cases to show, arrays [S, H, W], spacing in mm.
+
+    Raises:
+        KeyError, jinja2.UndefinedError: something that the report shows is missing from what it was given.
+    """
+    template = _environment().from_string(files("jaxla.reporting").joinpath("report.html.jinja").read_text("utf-8"))
+    cases = _cases(rows)
+    best = next(line for line in history if line["epoch"] == summary["best_epoch"])
+    page = template.render(
+        record=record,
+        experiment=record["experiment"],
+        classes=list(summary["classes"]),
+        split=split,
+        history=history,
+        best=best,
+        minutes=sum(line["seconds"] for line in history) / 60,
+        summary=summary,
+        results=_results(summary),
+        pairs=_pairs(summary, best),
+        row_pairs=_row_pairs(rows),
+        cases=cases,
+        above_atlas=sum(_mean(case, "dice") > _mean(case, "atlas_dice") for case in cases),
+        agreement=volume_agreement(rows),
+        fewest_for_limits=FEWEST_FOR_LIMITS,
+        losses=_chart(lambda axes: draw_losses(axes, history)),
+        validation=_chart(lambda axes: draw_validation(axes, history)),
+        volumes=_chart(lambda axes: draw_volumes(axes, rows), (4.2, 4)),
+        panels=[(panel, [(i, _data_uri(f)) for i, f in slice_figures(panel, SLICES_PER_CASE)]) for panel in panels],
+        colours={"prediction": PREDICTION, "reference": REFERENCE},
+        options=list(_flatten({k: v for k, v in record["experiment"].items() if k not in ("name", "summary")})),
+        repeat=command_to_repeat(record["command"]),
+        labels=LABELS,
+        definitions=summary["definitions"] | summary["slice"]["definitions"],
+    )
+    beside = path.with_name(f".{path.name}")
+    beside.write_text(page, encoding="utf-8")
+    beside.replace(path)
+
+
+def command_to_repeat(command: str) -> str:
+    """A run's command without what ties it to its folder, which a second run must not write to."""
+    words = iter(shlex.split(command))
+    kept = []
+    for word in words:
+        if word == "--run-dir":
+            next(words, None)
+        elif word != "--resume" and not word.startswith("--run-dir="):
+            kept.append(word)
+    return shlex.join(kept)
+
+
+def _environment() -> jinja2.Environment:
+    environment = jinja2.Environment(
+        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    environment.filters |= {"number": _number, "mean_sd": _mean_sd}
+    return environment
+
+
+def _digits(metric: str) -> int:
+    return 2 if metric.endswith(("_mm", "_ml", "_mm2")) else 3
+
+
+def _number(value: float | None, metric: str, sign: bool = False) -> str:
+    """`0.855`, `4.89`, `−1.20`; a dash for None."""
+    if value is None:
+        return "–"
+    return format(value, f"{'+' if sign else ''}.{_digits(metric)}f").replace("-", "−")
+
+
+def _mean_sd(summary: Mapping[str, Any], metric: str) -> str:
+    """`0.855 ± 0.046`, of what `summary` says of a metric; a dash where it says nothing."""
+    if metric not in summary:
+        return "–"
+    return f"{_number(summary[metric]['mean'], metric)} ± {_number(summary[metric]['sd'], metric)}"
+
+
+def _results(summary: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """What the table of results holds: over all classes, and of each class where there are several.
+
+    A block is a title and, in the order of the table's columns, summaries {metric: mean, sd, n, unit}.
+    """
+    columns = {"volume": summary, "atlas": summary["atlas"], "slice": summary["slice"]}
+    blocks = [{"title": "Mean over classes", **columns}]
+    if len(summary["classes"]) > 1:
+        blocks += [
+            {"title": name, **{column: content["classes"][name] for column, content in columns.items()}}
+            for name in summary["classes"]
+        ]
+    return blocks
+
+
+def _pairs(summary: Mapping[str, Any], best: Mapping[str, float]) -> list[Pair]:
+    """Every pair of mean Dice and mean IoU that the report prints."""
+    names = {"volume": "Test, per volume", "atlas": "Atlas, per volume", "slice": "Test, per slice"}
+    pairs = []
+    for block in _results(summary):
+        for column, name in names.items():
+            title = name if block["title"] == "Mean over classes" else f"{name}, {block['title']}"
+            pairs.append(Pair(title, block[column]["dice"]["mean"], block[column]["iou"]["mean"]))
+    return [*pairs, Pair("Validation, per volume", best["val_dice"], best["val_iou"])]
+
+
+def _row_pairs(rows: Sequence[Mapping[str, Any]]) -> list[Pair]:
+    """Dice and IoU of each case and class, the network's and the atlas's."""
+    pairs = []
+    for row in rows:
+        name = f"{row['case']}, {row['class']}"
+        pairs.append(Pair(name, row["dice"], row["iou"]))
+        pairs.append(Pair(f"{name}, atlas", row["atlas_dice"], row["atlas_iou"]))
+    return pairs
+
+
+def _cases(rows: Sequence[Mapping[str, Any]]) -> list[list[Mapping[str, Any]]]:
+    """The rows of each case, the case of the lowest mean Dice first: what went wrong is read before what went well."""
+    cases: dict[str, list[Mapping[str, Any]]] = {}
+    for row in rows:
+        cases.setdefault(row["case"], []).append(row)
+    return sorted(cases.values(), key=lambda case: _mean(case, "dice"))
+
+
+def _mean(rows: Sequence[Mapping[str, Any]], metric: str) -> float:
+    return float(np.mean([row[metric] for row in rows]))
+
+
+def _flatten(options: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
+    """Options under the dotted names that the command line takes."""
+    for key, value in options.items():
+        if isinstance(value, Mapping):
+            yield from _flatten(value, f"{prefix}{key}.")
+        else:
+            yield prefix + key, value if isinstance(value, str) and value else json.dumps(value, ensure_ascii=False)
+
+
+def _chart(draw: Callable[[Axes], None], inches: tuple[float, float] = (4.6, 3.5)) -> str:
+    figure = Figure(figsize=inches, layout="constrained")
+    draw(figure.add_subplot())
+    return _data_uri(figure)
+
+
+def _data_uri(figure: Figure) -> str:
+    """A figure as SVG inside a data URI, for an <img>; the same figure gives the same text."""
+    drawn = io.StringIO()
+    nothing = dict.fromkeys(("Creator", "Date", "Format", "Type"))
+    with matplotlib.rc_context({"svg.hashsalt": "jaxla", "svg.fonttype": "path"}):
+        figure.savefig(drawn, format="svg", transparent=True, metadata=nothing)
+    svg = re.sub(r"(?<=data:image/png;base64,)\s*([^\"]+)", _grey_png, drawn.getvalue())
+    return "data:image/svg+xml;base64," + base64.b64encode(svg.encode()).decode()
+
+
+def _grey_png(found: re.Match[str]) -> str:
+    """The PNG of a grey image with one channel in place of four: the same pixels in little more than half the bytes."""
+    image, smaller = Image.open(io.BytesIO(base64.b64decode(found[1]))), io.BytesIO()
+    image.getchannel("R").save(smaller, "PNG", optimize=True)
+    return base64.b64encode(smaller.getvalue()).decode()

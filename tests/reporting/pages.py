@@ -1,0 +1,132 @@
+"""A run's outcome made from masks by the package's own metrics, and a page taken apart by the standard library."""
+
+import base64
+import io
+import re
+from html.parser import HTMLParser
+
+import numpy as np
+from PIL import Image
+
+from jaxla.evaluation.summary import score_case, summarise
+from jaxla.reporting.overlays import Panel
+
+SPACING = (2.5, 1.5, 0.75)  # mm along slices, rows, columns
+SHAPE = (10, 20, 30)
+
+
+def mask(rows, classes=1, columns=(5, 20)):
+    """[S, H, W] with boxes in slices 1 to 8: class k lies `4 k` columns to the right; `rows` (0, 0) is empty."""
+    array = np.zeros(SHAPE, np.uint8)
+    for value in range(1, classes + 1):
+        start = columns[0] + 4 * (value - 1)
+        array[1:9, rows[0] : rows[1], start : start + (4 if classes > 1 else columns[1] - columns[0])] = value
+    return array
+
+
+REFERENCE, ATLAS = (4, 14), (8, 18)
+
+
+def outcome(predictions, names=("LA",), references=None):
+    """The arguments of `write_report` for a run whose test cases are `predictions`: case id -> rows of its mask."""
+    k = len(names)
+    references = {name: REFERENCE for name in predictions} | (references or {})
+    rows, slice_rows, atlas_rows, panels = [], [], [], []
+    rng = np.random.default_rng(0)
+    for name, found in predictions.items():
+        predicted, reference = mask(found, k), mask(references[name], k)
+        rows += score_case(name, predicted, reference, SPACING, names)
+        slice_rows += score_case(name, predicted, reference, SPACING, names, "slice")
+        atlas_rows += score_case(name, mask(ATLAS, k), reference, SPACING, names)
+        image = rng.integers(0, 900, SHAPE).astype(np.int16)
+        panels.append(Panel(f"{name}, shown", image, predicted, reference, SPACING))
+    for row, atlas_row in zip(rows, atlas_rows, strict=True):
+        row.update({f"atlas_{metric}": atlas_row[metric] for metric in ("dice", "iou")})
+    summary = summarise(rows, "volume", "one", names)
+    summary["slice"] = summarise(slice_rows, "slice", "one", names)
+    summary["atlas"] = summarise(atlas_rows, "volume", "one", names) | {"threshold": 0.45}
+    summary |= {"best_epoch": 2, "backbone": "vit_mini8 (random weights, trained)"}
+    record = {
+        "experiment": {
+            "name": "tiny", "summary": "boxes", "method": "vit_mini8", "seed": 7,
+            "data": {"root": "/scans", "labels": ""}, "model": {"decoder_widths": [64, 32]},
+        },
+        "labels": {"names": list(names), "values": [[i + 1] for i in range(k)], "ignored": [9], "one_value": False},
+        "weights": "random",
+        "weights_sha256": "",
+        "split_sha256": "5" * 64,
+        "data_sha256": "d" * 64,
+        "features": "Every step ran the backbone.",
+        "begun": "2026-01-02T03:04:05+00:00",
+        "command": "python -m jaxla.train --exp=tiny --run-dir=runs/a --seed=7",
+        "environment": {
+            "versions": {"jaxla": "0.1.0", "jax": "0.10.2"}, "python": "3.11.7", "platform": "Linux-x",
+            "device": "cpu: cpu", "devices": 1,
+        },
+    }  # fmt: skip
+    history = [
+        {"epoch": 1, "train_loss": 0.5, "val_loss": 0.6, "val_dice": 0.4, "val_iou": 0.31, "seconds": 30.0},
+        {"epoch": 2, "train_loss": 0.3, "val_loss": 0.4, "val_dice": 0.7, "val_iou": 0.56, "seconds": 30.0},
+        {"epoch": 3, "train_loss": 0.2, "val_loss": 0.5, "val_dice": 0.6, "val_iou": 0.47, "seconds": 30.0},
+    ]
+    split = {"train": ["t1", "t2"], "val": ["v1"], "test": list(predictions), "unused": ["u1"]}
+    return {
+        "record": record, "split": split, "history": history, "rows": rows, "summary": summary,
+        "panels": [panels[0]],
+    }  # fmt: skip
+
+
+class Page(HTMLParser):
+    """Tags with their attributes, the text, and tables as lists of rows of cell texts."""
+
+    def __init__(self, html):
+        super().__init__()
+        self.tags, self.tables, self.marked, self.text, self.style = [], [], [], "", ""
+        self._in_cell = self._in_style = False
+        self.feed(html)
+        self.text = " ".join(self.text.split())
+
+    def handle_starttag(self, tag, attributes):
+        self.tags.append((tag, dict(attributes)))
+        if tag == "table":
+            self.tables.append([])
+        if tag == "tr":
+            self.tables[-1].append([])
+            if dict(attributes).get("class") == "below":
+                self.marked.append(self.tables[-1][-1])
+        if tag in ("td", "th"):
+            self.tables[-1][-1].append("")
+            self._in_cell = True
+        if tag == "style":
+            self._in_style = True
+
+    def handle_endtag(self, tag):
+        if tag in ("td", "th"):
+            self.tables[-1][-1][-1] = " ".join(self.tables[-1][-1][-1].split())
+            self._in_cell = False
+        if tag == "style":
+            self._in_style = False
+
+    def handle_data(self, data):
+        if self._in_style:
+            self.style += data
+            return
+        self.text += data
+        if self._in_cell:
+            self.tables[-1][-1][-1] += data
+
+    def table(self, first_heading):
+        """The rows of the table whose first column is headed so, without the headings, and the headings."""
+        found = next(table for table in self.tables if table[0][0] == first_heading)
+        return found[1:], found[0]
+
+    def svgs(self):
+        """Every image of the page, decoded."""
+        sources = [attributes["src"] for tag, attributes in self.tags if tag == "img"]
+        return [base64.b64decode(source.removeprefix("data:image/svg+xml;base64,")).decode() for source in sources]
+
+
+def embedded_images(svg):
+    """The raster images inside an SVG."""
+    found = re.findall(r"data:image/png;base64,([^\"]+)", svg)
+    return [np.array(Image.open(io.BytesIO(base64.b64decode(data)))) for data in found]

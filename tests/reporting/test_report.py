@@ -1,0 +1,288 @@
+"""The report says what the run's files say, in one file that needs no other."""
+
+import copy
+import re
+import shlex
+
+import jinja2
+import numpy as np
+import pytest
+
+from jaxla.reporting.report import Pair, command_to_repeat, write_report
+from tests.reporting.pages import SHAPE, SPACING, Page, embedded_images, outcome
+
+GOOD, FAIR, POOR = (5, 14), (6, 16), (12, 18)  # rows of a box; the reference's are 4 to 14, the atlas's 8 to 18
+COLUMNS = ("volume", "atlas", "slice")
+
+
+@pytest.fixture
+def page_of(tmp_path):
+    def write(run):
+        write_report(tmp_path / "report.html", **run)
+        return Page((tmp_path / "report.html").read_text("utf-8"))
+
+    return write
+
+
+@pytest.fixture
+def one_class():
+    return outcome({"a1": GOOD, "a2": POOR, "a3": FAIR})
+
+
+@pytest.fixture
+def two_classes():
+    return outcome({"a1": GOOD, "a2": POOR}, names=("Anterior", "Posterior"))
+
+
+def shown(cell):
+    """`0.855 ± 0.046` -> (0.855, 0.046); a dash is None."""
+    return tuple(None if part == "–" else float(part.replace("−", "-")) for part in cell.split(" ± "))
+
+
+def expected(statistics, digits):
+    return tuple(None if statistics[key] is None else round(statistics[key], digits) for key in ("mean", "sd"))
+
+
+@pytest.mark.parametrize("run", ["one_class", "two_classes"])
+def test_every_number_of_the_summary_is_in_the_results(run, page_of, request):
+    run = request.getfixturevalue(run)
+    rows, _ = page_of(run).table("Metric")
+    summary, names = run["summary"], list(run["summary"]["classes"])
+    sources = {"volume": summary, "atlas": summary["atlas"], "slice": summary["slice"]}
+    blocks = [sources]
+    if len(names) > 1:
+        blocks += [{column: source["classes"][name] for column, source in sources.items()} for name in names]
+    metrics = list(summary["definitions"] | summary["slice"]["definitions"])
+    assert len(rows) == len(blocks) * (1 + len(metrics))
+    for number, block in enumerate(blocks):
+        title, *lines = rows[number * (1 + len(metrics)) :][: 1 + len(metrics)]
+        assert title[0] == (["Mean over classes", *names][number] if len(names) > 1 else "LA")
+        n, slices = len(run["split"]["test"]), len(run["split"]["test"]) * SHAPE[0]
+        assert title[1:] == [f"n = {n} volumes", f"n = {n} volumes", f"n = {slices} slices"]
+        for metric, (_, *cells) in zip(metrics, lines, strict=True):
+            digits = 2 if metric.endswith(("_mm", "_ml", "_mm2")) else 3
+            for column, cell in zip(COLUMNS, cells, strict=True):
+                if metric in block[column]:
+                    assert shown(cell) == expected(block[column][metric], digits)
+                else:
+                    assert cell == "–"
+
+
+def test_the_headline_has_dice_iou_and_the_atlas_with_unit_and_n(one_class, page_of):
+    text = page_of(one_class).text
+    for name, summary, metric in (
+        ("Test Dice", one_class["summary"], "dice"),
+        ("Test IoU", one_class["summary"], "iou"),
+        ("Atlas Dice, the floor", one_class["summary"]["atlas"], "dice"),
+        ("Atlas IoU, the floor", one_class["summary"]["atlas"], "iou"),
+    ):
+        mean, sd = expected(summary[metric], 3)
+        assert f"{name} {mean:.3f} ± {sd:.3f} mean ± sd per volume, n = 3" in text
+
+
+def test_cases_stand_worst_first_and_those_below_the_atlas_are_marked(one_class, page_of):
+    page = page_of(one_class)
+    rows, headings = page.table("Case")
+    by_case = {row["case"]: row for row in one_class["rows"]}
+    ranked = sorted(by_case, key=lambda case: by_case[case]["dice"])
+    assert [row[0].split(" ")[0] for row in rows] == ranked == ["a2", "a3", "a1"]
+    assert [row[0] for row in page.marked] == ["a2 not above the atlas"]
+    assert "2 of 3 test cases lie above the atlas" in page.text
+    metrics = {"Dice": "dice", "IoU": "iou", "HD95, mm": "hd95_mm", "ASSD, mm": "assd_mm", "Volume, ml": "volume_ml",
+               "Reference, ml": "reference_volume_ml", "Atlas Dice": "atlas_dice"}  # fmt: skip
+    for case, cells in zip(ranked, rows, strict=True):
+        row, cells = by_case[case], dict(zip(headings, cells, strict=True))
+        for heading, metric in metrics.items():
+            assert float(cells[heading]) == pytest.approx(row[metric], abs=0.0051 if "m" in heading else 0.00051)
+        difference = float(cells["Difference, ml"].replace("−", "-"))
+        assert difference == pytest.approx(row["volume_ml"] - row["reference_volume_ml"], abs=0.0051)
+
+
+def test_several_classes_have_a_row_each(two_classes, page_of):
+    rows, _ = page_of(two_classes).table("Case")
+    assert [(row[0].split(" ")[0], row[1]) for row in rows] == [
+        ("a2", "Anterior"), ("a2", "Posterior"), ("a1", "Anterior"), ("a1", "Posterior"),
+    ]  # fmt: skip
+
+
+def test_every_patient_option_hash_and_version_is_named(one_class, page_of):
+    page = page_of(one_class)
+    parts, _ = page.table("Part")
+    assert parts == [
+        ["Training", "2", "t1, t2"], ["Validation", "1", "v1"], ["Test", "3", "a1, a2, a3"], ["Unused", "1", "u1"],
+    ]  # fmt: skip
+    options, _ = page.table("Option")
+    assert options == [
+        ["method", "vit_mini8"], ["seed", "7"], ["data.root", "/scans"], ["data.labels", '""'],
+        ["model.decoder_widths", "[64, 32]"],
+    ]  # fmt: skip
+    facts = dict(page.table("What")[0])
+    assert facts["SHA-256 of data"] == "d" * 64
+    assert facts["of the split"] == "5" * 64
+    assert facts["of the weights"] == "none"
+    assert facts["Mask values"] == "LA: 1; set aside: 9"
+    assert facts["Versions"] == "Python 3.11.7, jaxla 0.1.0, jax 0.10.2"
+    assert facts["Device"] == "cpu: cpu"
+    assert facts["Command"] == one_class["record"]["command"]
+    assert "python -m jaxla.train --exp=tiny --seed=7" in page.text
+    assert "Every step ran the backbone." in page.text
+    for definition in one_class["summary"]["definitions"].values():
+        assert definition in page.text
+    assert one_class["summary"]["empty_rule"] in page.text
+    assert one_class["summary"]["averaging"] in page.text
+
+
+def test_the_origin_of_weights_and_data_is_said_plainly(one_class, page_of):
+    said = page_of(one_class).text
+    assert "random weights: no pretrained weights" in said
+    assert "phantom" not in said
+    record = copy.deepcopy(one_class["record"])
+    record |= {"weights": "/w/dinov2_vitb14.safetensors", "weights_sha256": "e" * 64}
+    record["experiment"]["data"]["root"] = "phantom"
+    said = page_of(one_class | {"record": record}).text
+    assert "no pretrained weights" not in said
+    assert "Its weights come from /w/dinov2_vitb14.safetensors." in said
+    assert "e" * 64 in said
+    assert "Synthetic phantoms, not patients" in said
+
+
+def test_the_page_needs_no_other_file(one_class, page_of):
+    page = page_of(one_class)
+    names = {tag for tag, _ in page.tags}
+    assert not names & {"script", "link", "iframe", "object", "embed", "base", "form"}
+    references = [a[key] for _, a in page.tags for key in ("src", "href", "srcset", "data", "action") if key in a]
+    assert len(references) == 3 + 4 + 1  # charts, slices, the link to the definitions
+    assert all(reference.startswith(("data:", "#")) for reference in references)
+    assert "url(" not in page.style
+    assert "@import" not in page.style
+    for svg in page.svgs():
+        assert all(target.startswith(("#", "data:")) for target in re.findall(r"href=\"([^\"]*)", svg))
+        assert all(target.startswith("#") for target in re.findall(r"url\(([^)]*)", svg))
+
+
+def test_images_and_tables_are_described_for_those_who_do_not_see_them(one_class, page_of):
+    page = page_of(one_class)
+    alternatives = [attributes["alt"] for tag, attributes in page.tags if tag == "img"]
+    assert len(set(alternatives)) == 7
+    assert all(len(text) > 20 for text in alternatives)
+    assert all("scope" in attributes for tag, attributes in page.tags if tag == "th")
+    assert [tag for tag, _ in page.tags if re.fullmatch("h[12]", tag)].count("h1") == 1
+
+
+def test_text_is_escaped(page_of):
+    name = "<i>&amp;\"1'"
+    run = outcome({name: GOOD, "a2": FAIR})
+    run["record"]["experiment"]["data"]["root"] = "/scans/<i>&lt;"
+    page = page_of(run)
+    assert "i" not in {tag for tag, _ in page.tags}
+    assert name in [row[0] for row in page.table("Case")[0]]
+    assert ["data.root", "/scans/<i>&lt;"] in page.table("Option")[0]
+    assert any(attributes["alt"].startswith(f"{name}, shown") for tag, attributes in page.tags if tag == "img")
+
+
+def test_one_case_has_no_deviation(page_of):
+    run = outcome({"a1": GOOD})
+    page = page_of(run)
+    assert f"Test Dice {run['summary']['dice']['mean']:.3f} ± – mean ± sd per volume, n = 1" in page.text
+    title, dice, *_ = page.table("Metric")[0]
+    assert title == ["LA", "n = 1 volume", "n = 1 volume", "n = 10 slices"]
+    assert shown(dice[1]) == expected(run["summary"]["dice"], 3)
+    assert shown(dice[1])[1] is None
+
+
+def test_empty_masks_are_named(page_of):
+    run = outcome({"a1": GOOD, "missed": (0, 0), "invented": GOOD}, references={"invented": (0, 0)})
+    run["panels"] = run["panels"] * 2 + [run["panels"][0]._replace(title="none", prediction=np.zeros(SHAPE, np.uint8))]
+    page = page_of(run)
+    cells = {row[0].split(" ")[0]: row for row in page.table("Case")[0]}
+    assert cells["missed"][0] == "missed not above the atlas prediction empty"
+    assert cells["invented"][0] == "invented not above the atlas reference empty"
+    assert cells["a1"][0] == "a1"
+    assert cells["missed"][1] == "0.000"
+
+
+def test_dice_and_iou_are_checked_against_each_other(one_class, page_of):
+    page = page_of(one_class)
+    assert "Consistency of Dice and IoU: passes." in page.text
+    assert "All 4 pairs of means and 6 pairs of single cases" in page.text
+    rows, _ = page.table("Mean")
+    dice, iou = (one_class["summary"][metric]["mean"] for metric in ("dice", "iou"))
+    assert rows[0] == ["Test, per volume", f"{dice:.3f}", f"{iou:.3f}", f"{dice / (2 - dice):.3f}", "passes"]
+    assert [row[-1] for row in rows] == ["passes"] * 4
+
+    impossible = copy.deepcopy(one_class["summary"])
+    impossible["slice"]["iou"]["mean"] = impossible["slice"]["dice"]["mean"] / 2
+    page = page_of(one_class | {"summary": impossible})
+    assert "Consistency of Dice and IoU: FAILS." in page.text
+    assert "these fail: Test, per slice." in page.text
+    assert [row[0] for row in page.table("Mean")[0] if row[-1] == "FAILS"] == ["Test, per slice"]
+
+    rows = copy.deepcopy(one_class["rows"])
+    rows[1]["iou"] -= 0.01
+    assert "these fail: a2, LA." in page_of(one_class | {"rows": rows}).text
+
+
+@pytest.mark.parametrize(("dice", "iou", "passes"), [(0.923, 0.841, False), (0.871, 0.792, True), (0.5, 1 / 3, True)])
+def test_published_pairs(dice, iou, passes):
+    assert Pair("", dice, iou).passes is passes
+
+
+def test_slices_are_embedded_at_their_own_resolution_and_aspect(one_class, page_of):
+    panel = one_class["panels"][0]
+    slices = [svg for svg in page_of(one_class).svgs() if "data:image/png" in svg]
+    low, high = np.percentile(panel.image, (0.5, 99.5))
+    indices = [2, 4, 5, 7]  # spread over 1 to 8, which the reference covers
+    assert len(slices) == len(indices)
+    for index, svg in zip(indices, slices, strict=True):
+        (grey,) = embedded_images(svg)
+        assert grey.shape == SHAPE[1:]
+        wanted = np.clip((panel.image[index] - low) / (high - low), 0, 1) * 255
+        assert np.abs(grey - wanted).max() < 2  # of 255: matplotlib takes the level below
+        width, height = map(float, re.search(r'viewBox="0 0 (\S+) (\S+)"', svg).groups())
+        assert height / width == pytest.approx(SHAPE[1] * SPACING[1] / (SHAPE[2] * SPACING[2]), rel=1e-3)
+
+
+def test_agreement_of_volumes_is_stated_with_n(page_of):
+    few = outcome({"a1": GOOD, "a2": FAIR})
+    rows, _ = page_of(few).table("Class")
+    bias = np.mean([row["volume_ml"] - row["reference_volume_ml"] for row in few["rows"]])
+    assert rows == [["LA", "2", f"{bias:+.2f}".replace("-", "−"), "–"]]
+
+    many = outcome({f"a{n}": (4, 8 + n) for n in range(10)})
+    differences = [row["volume_ml"] - row["reference_volume_ml"] for row in many["rows"]]
+    bias, sd = np.mean(differences), np.std(differences, ddof=1)
+    ((name, n, shown_bias, limits),) = page_of(many).table("Class")[0]
+    assert (name, n) == ("LA", "10")
+    numbers = [float(text.replace("−", "-")) for text in (shown_bias, *limits.split(" to "))]
+    assert numbers == pytest.approx([bias, bias - 1.96 * sd, bias + 1.96 * sd], abs=0.0051)
+
+
+@pytest.mark.parametrize(
+    ("given", "repeated"),
+    [
+        ("python -m jaxla.train --exp=a --run-dir=runs/b --seed=1", "python -m jaxla.train --exp=a --seed=1"),
+        ("python -m jaxla.train --run-dir 'my runs/b' --exp=a", "python -m jaxla.train --exp=a"),
+        ("python -m jaxla.train --exp=a --resume --run-dir=b", "python -m jaxla.train --exp=a"),
+        ("python -m jaxla.train '--data.labels=a:1;b:2'", "python -m jaxla.train '--data.labels=a:1;b:2'"),
+    ],
+)
+def test_the_command_to_repeat_leaves_the_folder_open(given, repeated):
+    assert shlex.split(command_to_repeat(given)) == shlex.split(repeated)
+
+
+def test_the_same_run_gives_the_same_bytes_and_nothing_beside(one_class, tmp_path):
+    path = tmp_path / "report.html"
+    write_report(path, **one_class)
+    first = path.read_bytes()
+    write_report(path, **one_class)
+    assert path.read_bytes() == first
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_record_that_lacks_something_leaves_the_old_report(one_class, tmp_path):
+    path = tmp_path / "report.html"
+    path.write_text("old")
+    record = {key: value for key, value in one_class["record"].items() if key != "data_sha256"}
+    with pytest.raises(jinja2.UndefinedError, match="data_sha256"):
+        write_report(path, **one_class | {"record": record})
+    assert path.read_text() == "old"

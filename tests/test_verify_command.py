@@ -1,0 +1,205 @@
+"""python -m jaxla.verify: its report, its JSON, its exit codes, and that it leaves everything as it was."""
+
+import json
+import logging
+import os
+import subprocess
+import sys
+
+import pytest
+
+from jaxla import verify
+from jaxla.config import run_command
+from tests.data.nifti import decathlon, flat, image_array, lascarqs, mask_array, save, truncate
+
+
+@pytest.fixture
+def run(monkeypatch, capsys):
+    """Run the command as `python -m` does, without the seconds of starting Python; -> exit code, stdout, stderr."""
+    logger = logging.getLogger("jaxla")
+    level = logger.level
+
+    def run(*options):
+        monkeypatch.setattr(sys, "argv", ["jaxla.verify", *map(str, options)])
+        with pytest.raises(SystemExit) as left:
+            run_command(verify.main)
+        return left.value.code, *capsys.readouterr()
+
+    yield run
+    logger.setLevel(level)
+
+
+def tree(folder):
+    return {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
+
+
+def test_the_report_of_a_folder_that_training_takes(run, tmp_path):
+    flat(tmp_path, 5)
+    code, stdout, stderr = run(f"--data.root={tmp_path}", "--data.labels=LA:1")
+    assert (code, stderr) == (0, "")
+    assert stdout.splitlines() == [
+        str(tmp_path),
+        "  layout        flat pairs",
+        "  cases         5; by default 3 train, 1 validate, 1 test",
+        "  classes       LA: 1",
+        "  label values  1 LA in 5 cases",
+        "  shapes        16×14×4 (5)",
+        "  spacings mm   0.75×0.75×2.5 (5)",
+        "  orientations  LPS (5)",
+        "  slices along  head-foot (5); 4 a case, 20 in all",
+        "  LA ml         median 0.0703, from 0.0703 (case_0) to 0.0703 (case_0)",
+        "  outliers      modified z-score of log volume beyond ±3.5 (median, median absolute deviation of at least "
+        "10 %), from 5 cases on",
+        "",
+        "Training can start: 0 errors, 0 warnings.",
+    ]
+
+
+def test_what_mask_values_are_taken_for_and_how_often(run, tmp_path):
+    root = decathlon(tmp_path, ["a", "b", "c"], {"background": 0, "LA": 1, "wall": 2}, values=(1, 2, 3))
+    _, stdout, _ = run(f"--data.root={root}", "--data.labels=LA:1,7;background:3")
+    assert (
+        "  label values  1 LA in 3 cases, 2 no class in 3 cases, 3 ignored (background) in 3 cases, 7 LA in 0" in stdout
+    )
+
+
+def test_findings_are_named_from_the_root_on_and_counted_in_the_one_line_of_stderr(run, tmp_path):
+    root = lascarqs(tmp_path / "set", 6).parent.parent
+    cases = root / "task2" / "train_data"
+    (cases / "train_2" / "atriumSegImgMO.nii.gz").unlink()
+    truncate(cases / "train_4" / "enhanced.nii.gz")
+    save(cases / "train_5" / "atriumSegImgMO.nii.gz", mask_array(value=0))
+    code, stdout, stderr = run(f"--data.root={root}")
+    assert code == 2
+    errors, warnings, last = stdout.split("\n\n")[1:]
+    assert errors.splitlines() == [
+        "errors (2)",
+        "  task2/train_data/train_2/enhanced.nii.gz: no mask belongs to it; add the mask or take this file out",
+        errors.splitlines()[2],
+    ]
+    assert errors.splitlines()[2].startswith("  task2/train_data/train_4/enhanced.nii.gz: truncated or damaged (")
+    assert warnings.splitlines()[0] == "warnings (1)"
+    assert warnings.splitlines()[1].startswith("  task2/train_data/train_5/atriumSegImgMO.nii.gz: the mask is empty; ")
+    assert last == "Training cannot start: 2 errors, 1 warning.\n"
+    assert stderr == (
+        f"error: --data.root={root}: 2 problems keep training from starting; the first: "
+        f"{cases}/train_2/enhanced.nii.gz: no mask belongs to it; add the mask or take this file out\n"
+    )
+
+
+def test_a_hundred_findings_of_a_kind_stay_readable(run, tmp_path):
+    root = decathlon(tmp_path, [f"c{n:02}" for n in range(30)], {"background": 0, "LA": 1}, values=(1, 2))
+    code, stdout, stderr = run(f"--data.root={root}")
+    assert code == 2
+    errors = stdout.split("\n\n")[1].splitlines()
+    assert errors[0] == "errors (30)"
+    assert [line.split(":")[0] for line in errors[1:4]] == [f"  labelsTr/c0{n}.nii.gz" for n in range(3)]
+    assert errors[4].startswith("  and 27 more like these (labels): c03, c04, ")
+    assert errors[4].endswith("c12, … 17 more; --json lists them all")
+    assert len(errors) == 5
+    assert "30 problems keep training from starting" in stderr
+
+
+def test_a_relative_root_is_taken_as_in_training(run, tmp_path, monkeypatch):
+    flat(tmp_path / "data", 5)
+    (tmp_path / "data" / "case_1_mask.nii.gz").unlink()
+    monkeypatch.chdir(tmp_path)
+    code, stdout, stderr = run("--data.root=data")
+    assert code == 2
+    assert "\n  case_1.nii.gz: no mask belongs to it; " in stdout
+    assert stderr.startswith("error: --data.root=data: 1 problem keeps training from starting: data/case_1.nii.gz: no")
+
+
+# --- JSON ------------------------------------------------------------------------------------------------------------
+
+
+def in_a_new_process(folder, *options):
+    code = (  # at its end, which of the slow imports happened
+        "import atexit, sys; from jaxla import verify; from jaxla.config import run_command;"
+        "atexit.register(lambda: open('modules.txt', 'w').write(' '.join({'jax', 'torch'} & set(sys.modules))));"
+        "run_command(verify.main)"
+    )
+    environment = os.environ | {"XDG_CACHE_HOME": str(folder / "cache")}
+    return subprocess.run(
+        [sys.executable, "-c", code, *map(str, options)],
+        capture_output=True, text=True, cwd=folder, env=environment, timeout=100, check=False,
+    )  # fmt: skip
+
+
+def test_json_is_all_of_stdout_where_training_would_log(tmp_path):
+    root = tmp_path / "set"
+    lascarqs(root, 4)
+    save(root / "task2" / "val_data" / "val_1" / "enhanced.nii.gz", image_array(9))  # training logs that it is not read
+    before = tree(root)
+    done = in_a_new_process(tmp_path, f"--data.root={root}", "--json")
+    assert (done.returncode, done.stderr) == (0, "")
+    report = json.loads(done.stdout)
+    assert report["training_could_start"] is True
+    assert report["layout"] == "LAScarQS"
+    assert report["label_values"] == [{"value": 255, "taken_for": "LA", "cases": 4}]
+    assert [case["id"] for case in report["cases"]] == ["train_1", "train_2", "train_3", "train_4"]
+    assert report["cases"][0]["volumes"] == {"LA": pytest.approx(0.0703125)}
+    assert report["cases"][0]["spacing"] == [0.75, 0.75, 2.5]
+    assert [os.path.relpath(path, root) for path in report["unread"]] == ["task2/val_data/val_1/enhanced.nii.gz"]
+    assert {len(report["default_split"][part]) for part in ("val", "test")} == {1}
+    assert tree(root) == before
+    assert not (tmp_path / "cache").exists()
+    assert (tmp_path / "modules.txt").read_text() == ""
+
+
+def test_json_holds_every_finding_and_stderr_still_says_why_training_cannot_start(run, tmp_path):
+    root = flat(tmp_path, 30)
+    for n in range(25):
+        (root / f"case_{n}_mask.nii.gz").unlink()
+    save(root / "case_27_mask.nii.gz", mask_array(value=0))
+    code, stdout, stderr = run(f"--data.root={root}", "--json")
+    assert code == 2
+    report = json.loads(stdout)
+    assert report["training_could_start"] is False
+    assert [finding["level"] for finding in report["findings"]] == ["error"] * 25 + ["warning"]
+    assert report["findings"][0] == {
+        "kind": "no mask",
+        "file": str(root / "case_0.nii.gz"),
+        "what": "no mask belongs to it",
+        "mend": "add the mask or take this file out",
+        "case": "case_0",
+        "level": "error",
+    }
+    assert len(stderr.splitlines()) == 1
+    assert stderr.startswith(f"error: --data.root={root}: 25 problems keep training from starting; the first: ")
+
+
+def test_a_case_that_cannot_be_read_is_null_in_json(run, tmp_path):
+    root = flat(tmp_path, 4)
+    truncate(root / "case_2.nii.gz")
+    report = json.loads(run(f"--data.root={root}", "--json")[1])
+    assert report["cases"][2]["shape"] is None
+    assert report["cases"][2]["mask_values"] == [1]
+
+
+# --- no folder to look into ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("json_too", [(), ("--json",)])
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ([], "required and not given: --data.root"),
+        (["--data.root=phantom"], "--data.root=phantom: "),
+        (["--data.root=nowhere"], "--data.root=nowhere: no such folder"),
+        (["--data.root=file.nii.gz"], "--data.root=file.nii.gz: is a file; give a folder"),
+        (["--data.root=empty"], "empty: no case found; recognised layouts: LAScarQS"),
+        (["--data.root=data", "--data.labels=LA"], "--data.labels='LA': expected name:value"),
+        (["--data.root=data", "--data.label=LA:1"], "option --data.label is unknown; did you mean --data.labels?"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_without_a_folder_of_cases_there_is_one_line(run, tmp_path, monkeypatch, options, message, json_too):
+    (tmp_path / "empty").mkdir()
+    save(tmp_path / "file.nii.gz", image_array())
+    flat(tmp_path / "data", 3)
+    monkeypatch.chdir(tmp_path)
+    code, stdout, stderr = run(*options, *json_too)
+    assert (code, stdout) == (2, "")
+    assert stderr.startswith(f"error: {message}")
+    assert len(stderr.splitlines()) == 1
