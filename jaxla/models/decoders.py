@@ -56,8 +56,7 @@ class Upsampling(nnx.Module):
         self.norm = nnx.BatchNorm(outputs, momentum=0.9, epsilon=1e-5, dtype=dtype, rngs=rngs)
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        _, height, width, _ = x.shape
-        return jax.nn.relu(self.norm(self.convolution(resize(x, (2 * height, 2 * width)))))
+        return jax.nn.relu(self.norm(self.convolution(double(x))))
 
 
 def resize(x: jax.Array, size: tuple[int, int]) -> jax.Array:
@@ -65,3 +64,44 @@ def resize(x: jax.Array, size: tuple[int, int]) -> jax.Array:
     if x.shape[1:3] == tuple(size):
         return x
     return jax.image.resize(x, (x.shape[0], *size, x.shape[3]), "linear", antialias=False)
+
+
+@jax.custom_vjp
+def double(x: jax.Array) -> jax.Array:
+    """`resize` to twice the size, [B, h, w, C] -> [B, 2h, 2w, C].
+
+    Each new pixel is ¾ of the pixel it lies in and ¼ of its neighbour. As shifted sums, forward and backward written
+    out, this is three to four times as fast on CPU as the matrix products of `jax.image.resize`.
+    """
+    return _double(_double(x, 1), 2)
+
+
+def _double(x: jax.Array, axis: int) -> jax.Array:
+    before, after = _neighbours(x, axis, edges=(x, x))
+    doubled = jnp.stack([0.75 * x + 0.25 * before, 0.75 * x + 0.25 * after], axis + 1)
+    return doubled.reshape(*x.shape[:axis], 2 * x.shape[axis], *x.shape[axis + 1 :])
+
+
+def _double_transposed(gradient: jax.Array, axis: int) -> jax.Array:
+    shape = gradient.shape
+    pairs = gradient.reshape(*shape[:axis], shape[axis] // 2, 2, *shape[axis + 1 :])
+    first, second = (jax.lax.index_in_dim(pairs, i, axis + 1, keepdims=False) for i in (0, 1))
+    # at the edges a pixel is its own neighbour, so what would leave the image comes back
+    from_before, _ = _neighbours(second, axis, edges=(first, first))
+    _, from_after = _neighbours(first, axis, edges=(second, second))
+    return 0.75 * (first + second) + 0.25 * (from_before + from_after)
+
+
+def _neighbours(x: jax.Array, axis: int, edges: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+    """`x` moved by one pixel to either side; what enters is the first pixel of edges[0], and the last of edges[1]."""
+    n = x.shape[axis]
+    first, last = jax.lax.slice_in_dim(edges[0], 0, 1, axis=axis), jax.lax.slice_in_dim(edges[1], n - 1, n, axis=axis)
+    before = jnp.concatenate([first, jax.lax.slice_in_dim(x, 0, n - 1, axis=axis)], axis)
+    after = jnp.concatenate([jax.lax.slice_in_dim(x, 1, n, axis=axis), last], axis)
+    return before, after
+
+
+double.defvjp(
+    lambda x: (double(x), None),
+    lambda _, gradient: (_double_transposed(_double_transposed(gradient, 2), 1),),
+)
