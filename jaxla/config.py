@@ -7,6 +7,7 @@ import difflib
 import logging
 import os
 import re
+import shlex
 import signal
 import sys
 import threading
@@ -295,6 +296,17 @@ def parse_experiment(
     )
 
 
+def without_run_dir(command: str) -> str:
+    """A run's command line without what ties it to its folder, so that another folder can be named."""
+    words, kept = iter(shlex.split(command)), []
+    for word in words:
+        if word == "--run-dir":
+            next(words, None)  # its value
+        elif word != "--resume" and not word.startswith("--run-dir="):
+            kept.append(word)
+    return shlex.join(kept)
+
+
 def run_command(main: Callable[[list[str]], None]) -> None:
     """Run a command's `main` and leave the process: 0 on success, 2 with one line on bad input, 1 otherwise.
 
@@ -303,6 +315,8 @@ def run_command(main: Callable[[list[str]], None]) -> None:
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stdout)
     logging.getLogger("jaxla").setLevel(logging.INFO)
     logging.getLogger("absl").setLevel(logging.CRITICAL)  # Orbax: each option, and tracebacks of errors that it raises
+    sys.unraisablehook = _report_unraisable
+    logging.raiseExceptions = False  # a log file on a full disk loses lines, and the error itself is what is said
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         main(sys.argv[1:])
@@ -316,6 +330,11 @@ def run_command(main: Callable[[list[str]], None]) -> None:
         print("interrupted", file=sys.stderr)
         sys.exit(1)
     sys.exit(0)
+
+
+def _report_unraisable(report: sys.UnraisableHookArgs) -> None:
+    if str(report.exc_value) != "Event loop is closed":  # Orbax's writers, to a loop that an error has ended
+        sys.__unraisablehook__(report)
 
 
 @contextmanager

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shlex
 from pathlib import Path
 
 from jaxla.config import InputError, command_parser, parse_arguments, run_command
@@ -29,7 +28,7 @@ def main(arguments: list[str]) -> None:
 
 
 def _describe_run(folder: Path) -> dict[str, str]:
-    from jaxla.training.run_folder import is_finished, is_running, read_record
+    from jaxla.training.run_folder import is_finished, is_running, read_record, resume_command
 
     record = read_record(folder)
     experiment, environment = record.experiment, record.environment
@@ -43,9 +42,8 @@ def _describe_run(folder: Path) -> dict[str, str]:
     elif is_running(folder):
         facts["state"] = f"running: {epochs} are done"
     else:
-        given = [a for a in shlex.split(record.command) if a != "--resume" and not a.startswith("--run-dir")]
         facts["state"] = f"ended before it was finished: {epochs} are done"
-        facts["go on with"] = shlex.join([*given, f"--run-dir={folder}", "--resume"])
+        facts["go on with"] = resume_command(record.command, folder)
     if history:
         best = max(history, key=lambda metrics: metrics["val_dice"])
         facts["validation"] = f"best Dice {best['val_dice']:.3f} (mean per volume) in epoch {best['epoch']}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 import logging.handlers
 import shlex
@@ -20,6 +21,8 @@ from jaxla.config import (
     run_command,
 )
 from jaxla.experiments import EXPERIMENTS, METHODS
+
+DISK_REFUSES = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES)
 
 log = logging.getLogger("jaxla.train")
 
@@ -40,7 +43,15 @@ def main(arguments: list[str]) -> None:
     logging.getLogger("jaxla").addHandler(early_lines)
 
     # What can fail is checked before what takes long.
-    from jaxla.training.run_folder import LOG, Record, environment, require_free, require_resumable, run_folder
+    from jaxla.training.run_folder import (
+        LOG,
+        Record,
+        environment,
+        require_free,
+        require_resumable,
+        resume_command,
+        run_folder,
+    )
 
     if options.resume:
         require_resumable(options.run_dir, experiment)
@@ -83,9 +94,15 @@ def main(arguments: list[str]) -> None:
             try:
                 summary = run.train_and_test(experiment, data, run_dir, cache_dir)
             except (Stopped, KeyboardInterrupt) as stop:
-                given = [a for a in arguments if a != "--resume" and not a.startswith("--run-dir")]
-                command = shlex.join(["python", "-m", "jaxla.train", *given, f"--run-dir={run_dir}", "--resume"])
-                raise Stopped(f"{stop or 'before the end'}; go on with: {command}") from stop
+                where = str(stop) or "before the end"
+                raise Stopped(f"{where}; go on with: {resume_command(record.command, run_dir)}") from stop
+            except OSError as error:
+                if error.errno not in DISK_REFUSES:
+                    raise
+                raise InputError(
+                    f"{error.filename or run_dir}: cannot be written ({error.strerror}); mend that and go on with: "
+                    f"{resume_command(record.command, run_dir)}"
+                ) from error
     dice, iou, atlas = summary["dice"], summary["iou"], summary["atlas"]["dice"]
     log.info("finished in %.0f s", time.perf_counter() - began)
     print(

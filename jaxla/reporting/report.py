@@ -6,7 +6,6 @@ import base64
 import io
 import json
 import re
-import shlex
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from importlib.resources import files
 from pathlib import Path
@@ -19,6 +18,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from PIL import Image
 
+from jaxla.config import without_run_dir
 from jaxla.reporting.agreement import FEWEST_FOR_LIMITS, draw_volumes, volume_agreement
 from jaxla.reporting.curves import draw_losses, draw_validation
 from jaxla.reporting.overlays import PREDICTION, REFERENCE, Panel, slice_figures
@@ -108,25 +108,13 @@ def write_report(
         panels=[(panel, [(i, _data_uri(f)) for i, f in slice_figures(panel, SLICES_PER_CASE)]) for panel in panels],
         colours={"prediction": PREDICTION, "reference": REFERENCE},
         options=list(_flatten({k: v for k, v in record["experiment"].items() if k not in ("name", "summary")})),
-        repeat=command_to_repeat(record["command"]),
+        repeat=without_run_dir(record["command"]),
         labels=LABELS,
         definitions=summary["definitions"] | summary["slice"]["definitions"],
     )
     beside = path.with_name(f".{path.name}")
     beside.write_text(page, encoding="utf-8")
     beside.replace(path)
-
-
-def command_to_repeat(command: str) -> str:
-    """A run's command without what ties it to its folder, which a second run must not write to."""
-    words = iter(shlex.split(command))
-    kept = []
-    for word in words:
-        if word == "--run-dir":
-            next(words, None)
-        elif word != "--resume" and not word.startswith("--run-dir="):
-            kept.append(word)
-    return shlex.join(kept)
 
 
 def _environment() -> jinja2.Environment:

@@ -6,9 +6,11 @@ known too. Two of each kind are kept: should the newer one be damaged, there is 
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import logging
+import os
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -43,7 +45,10 @@ class Checkpoints:
             InputError: the disk is full or refuses; what was saved before is kept.
         """
         arrays = {name: ocp.args.StandardSave(_by_name(tree)) for name, tree in trees.items()}
+        size = sum(leaf.nbytes for leaf in jax.tree.leaves(dict(trees)))
         try:
+            if shutil.disk_usage(self._folder).free < size:  # Orbax's own report of a full disk fills the screen
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
             saved = self._manager.save(
                 step, args=ocp.args.Composite(**arrays, progress=ocp.args.JsonSave(dict(progress)))
             )

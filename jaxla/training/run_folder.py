@@ -7,6 +7,7 @@ import json
 import logging
 import os
 import platform
+import shlex
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -16,7 +17,14 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from jaxla.config import Experiment, InputError, experiment_from_json, experiment_to_json, require_writable
+from jaxla.config import (
+    Experiment,
+    InputError,
+    experiment_from_json,
+    experiment_to_json,
+    require_writable,
+    without_run_dir,
+)
 from jaxla.data.cases import Labels
 from jaxla.data.split import Split, write_split
 
@@ -175,6 +183,11 @@ def require_resumable(folder: Path | None, experiment: Experiment) -> Record:
             f"it was begun by: {record.command}"
         )
     return record
+
+
+def resume_command(command: str, folder: Path) -> str:
+    """The command that goes on with a run that `command` began in `folder`."""
+    return f"{without_run_dir(command)} {shlex.join([f'--run-dir={folder}', '--resume'])}"
 
 
 def _require_same_run(folder: Path, record: Record, split: Split, cases: Mapping[str, str]) -> None:

@@ -5,38 +5,26 @@ from dataclasses import replace
 
 import jax
 import jax.numpy as jnp
-import nibabel as nib
 import numpy as np
 import pytest
 from flax import nnx
 
 from jaxla.config import Training
 from jaxla.data.batches import SliceSource
-from jaxla.data.cases import find_cases
-from jaxla.data.prepared import prepare_cases
 from jaxla.models.decoders import LinearDecoder
 from jaxla.models.network import TransformerSegmenter
-from jaxla.training.checkpoints import Checkpoints
-from jaxla.training.loop import clock, fit, validate
+from jaxla.training.checkpoints import Checkpoints, checkpoint_steps
+from jaxla.training.loop import checkpointed, clock, fit, validate
 from jaxla.training.step import make_evaluation, split_network
 from tests.tiny import randomise, tiny_backbone
+from tests.training.scans import disc_scans
 
 RECIPE = Training(epochs=3, batch_size=4, learning_rate=1e-2, backbone_learning_rate=1e-4, patience=3)
 
 
 @pytest.fixture(scope="module")
 def volumes(tmp_path_factory):
-    """Prepared scans of 5, 6 and 7 slices, a bright disc each on noise; the last one's mask is empty."""
-    folder = tmp_path_factory.mktemp("scans")
-    rng = np.random.default_rng(0)
-    row, column = np.mgrid[:32, :32]
-    for i, slices in enumerate((5, 6, 7)):
-        disc = ((row - 12 - 3 * i) ** 2 + (column - 18) ** 2 < 64)[..., None] & np.ones(slices, bool)
-        image = (100 * rng.random(disc.shape) + 80 * disc).astype(np.float32)
-        affine = np.diag([1.0, 1.0, 3.0, 1.0])
-        nib.save(nib.Nifti1Image(image, affine), folder / f"case{i}.nii.gz")
-        nib.save(nib.Nifti1Image(np.uint8(disc if i < 2 else 0 * disc), affine), folder / f"case{i}_mask.nii.gz")
-    return prepare_cases(find_cases(folder), folder / "cache")
+    return disc_scans(tmp_path_factory.mktemp("scans"))
 
 
 def tiny_parts(train_backbone=False, bias=0.0):
@@ -61,9 +49,10 @@ def run(folder, train, val, recipe=RECIPE, seed=0, parts=None):
 
 
 def restore(folder, kind, like):
-    """The parameters of a checkpoint and its record."""
-    checkpoints = Checkpoints(folder / "checkpoints" / kind)
-    trees, record = checkpoints.restore({"trainable": like.trainable, "statistics": like.frozen.statistics})
+    """The parameters of the one checkpoint that is left of a kind, and its record."""
+    (step,) = checkpoint_steps(folder / "checkpoints" / kind)
+    checkpoints = Checkpoints(folder / "checkpoints" / kind, read_only=True)
+    trees, record = checkpoints.restore(checkpointed(like.trainable, like.frozen.statistics), step)
     checkpoints.close()
     return trees, record
 
@@ -116,7 +105,8 @@ def test_latest_checkpoint_is_that_of_the_last_epoch(runs, volumes):
     folder, lines = runs["a"]
     like = tiny_parts(True)
     trees, record = restore(folder, "latest", like)
-    assert record["epoch"] == 3
+    assert (record["epoch"], record["losses"]) == (3, [])
+    assert record["history"] == lines
     frozen = like.frozen._replace(statistics=trees["statistics"])
     found = validate(make_evaluation(like.evaluation), trees["trainable"], frozen, SliceSource(volumes[1:2], 32), 4)
     assert found == tuple(lines[-1][key] for key in ("val_loss", "val_dice", "val_iou"))
@@ -134,7 +124,7 @@ def test_best_checkpoint_is_that_of_the_highest_validation_dice(volumes, tmp_pat
 
     like = tiny_parts()
     trees, record = restore(tmp_path / "run", "best", like)
-    assert (record["epoch"], record["best_dice"]) == (best + 1, dice[best])
+    assert record == {"epoch": best + 1, "dice": dice[best]}
     found = validate(
         make_evaluation(like.evaluation),
         trees["trainable"],

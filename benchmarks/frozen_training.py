@@ -1,0 +1,290 @@
+"""python -m benchmarks.frozen_training [--arch=…] [--size=…] [--slices=…] [--batch=…]: epochs on a frozen backbone.
+
+Seconds per epoch of training paper 1's decoder beside PyTorch, once with the backbone's features computed beforehand
+and once with the backbone run at every step. An epoch takes every slice once, forward and backward through the decoder,
+with a step of Adam per batch. Both sides run in this process, in turn, in float32 on CPU with all its cores, on random
+weights; printed as JSON with the ratios of the medians. First calls, which compile, are kept apart.
+
+This package reads slices and features from disk through its own loader; PyTorch finds the same arrays ready in memory.
+PyTorch runs `transformers`' Dinov2 with scaled-dot-product attention, and the decoder in the faster of two memory
+formats. Before anything is timed the losses of both decoders, with the same parameters on the same batch, are compared.
+"""
+
+import importlib.metadata
+import json
+import logging
+import shutil
+import statistics
+import sys
+import tempfile
+from dataclasses import replace
+from functools import partial
+from itertools import pairwise
+from pathlib import Path
+
+import jax
+import numpy as np
+import torch
+from torch.nn import functional
+from transformers import Dinov2Config, Dinov2Model
+
+from benchmarks.backbone import timed
+from jaxla.config import InputError, Model, Training, command_parser, lookup, parse_arguments, run_command
+from jaxla.data.batches import SliceSource, training_batches
+from jaxla.data.cases import find_cases
+from jaxla.data.phantoms import write_phantoms
+from jaxla.data.prepared import prepare_cases
+from jaxla.models.dinov2 import VARIANTS
+from jaxla.models.network import IMAGENET_DEVIATION, IMAGENET_MEAN, build_network
+from jaxla.training.features import BATCH, FeatureCache
+from jaxla.training.step import make_gradient, make_optimiser, make_step, split_network
+
+TOLERANCE = 1e-4  # of the two losses, relative
+FEWEST_SLICES = 20  # of a small phantom
+FORMATS = {"channels last": torch.channels_last, "channels first": torch.contiguous_format}
+
+
+def main(arguments):
+    logging.getLogger("jaxla").setLevel(logging.WARNING)  # stdout is the result's
+    parser = command_parser("benchmarks.frozen_training", "Training on a frozen backbone beside PyTorch's, on CPU.")
+    parser.add_argument("--arch", type=str, default="dinov2_vits14")
+    parser.add_argument("--size", type=int, default=224, help="side of the square image in pixels")
+    parser.add_argument("--slices", type=int, default=16, help="in an epoch; a multiple of the batch")
+    parser.add_argument("--batch", type=int, default=4)
+    parser.add_argument("--epochs", type=int, default=3, help="measured of each kind, after one that is not")
+    options = parse_arguments(parser, arguments)
+    variant = lookup("--arch", options.arch, VARIANTS)
+    if min(options.slices, options.batch, options.epochs) < 1 or options.slices % options.batch:
+        raise InputError(f"option --slices={options.slices} must be a multiple of --batch={options.batch}, above 0")
+    if options.size % variant.patch:
+        raise InputError(f"option --size={options.size} must be a multiple of the patch size {variant.patch}")
+
+    with tempfile.TemporaryDirectory() as folder:
+        volumes = small_phantoms(Path(folder), options.slices)
+        network = build_network(Model(options.arch, weights="random", backbone="frozen"), 1, seed=0)
+        cache = FeatureCache(Path(folder, "cache"), network, options.arch, options.size)
+        backbone, decoder = TorchBackbone(variant), TorchDecoder(variant.width, Model().decoder_widths, options.size)
+        images, masks = arrays_of(SliceSource(volumes, options.size))
+        images = torch.from_numpy(images)
+
+        def our_features():
+            shutil.rmtree(cache.folder, ignore_errors=True)
+            return cache.features(volumes)
+
+        def their_features():
+            return torch.cat([backbone(some) for some in images.split(BATCH)])
+
+        blank = np.zeros((BATCH, options.size, options.size, 1), np.float32)
+        first_call = {
+            "jaxla": {"features": timed(lambda: jax.block_until_ready(cache.extract(blank)))},
+            "torch": {"features": timed(lambda: backbone(images[:BATCH]))},
+        }
+        once = in_turn({"jaxla": our_features, "torch": their_features}, options.epochs)
+        cached = SliceSource(volumes, options.size, our_features())
+        features, _ = arrays_of(cached)
+
+        copy_parameters(network.decoder, decoder)
+        decoder_network = network.on_features((options.size, options.size))
+        difference = loss_difference(decoder_network, decoder, features[: options.batch], masks[: options.batch])
+        if not difference <= TOLERANCE:
+            sys.exit(f"the two decoders differ: their losses by {difference:.1e}, relative; at most {TOLERANCE:g}")
+
+        features = torch.from_numpy(features)
+        masks = torch.from_numpy(masks > 0).float().unsqueeze(1)
+        of_format = {}
+        for name, memory_format in FORMATS.items():
+            trial = TorchTraining(None, decoder, features, masks, options.batch, memory_format)
+            trial.steps(1)
+            of_format[name] = timed(partial(trial.steps, 2)) / 2
+        memory_format = min(of_format, key=of_format.get)
+
+        epochs = {}
+        for way, ours, source, first, inputs in (
+            ("cached", decoder_network, cached, None, features),
+            ("uncached", network, SliceSource(volumes, options.size), backbone, images),
+        ):
+            our_training = OurTraining(ours, source, options.batch)
+            their_training = TorchTraining(first, decoder, inputs, masks, options.batch, FORMATS[memory_format])
+            first_call["jaxla"][way] = timed(partial(our_training.steps, 1))
+            first_call["torch"][way] = timed(partial(their_training.steps, 1))
+            sides = {"jaxla": our_training, "torch": their_training}
+            runs = {side: partial(training.steps, options.slices // options.batch) for side, training in sides.items()}
+            epochs[way] = in_turn(runs, options.epochs)
+            our_training.close()
+
+    result = {
+        "arch": options.arch,
+        "size": options.size,
+        "slices": options.slices,
+        "batch": options.batch,
+        "decoder_widths": Model().decoder_widths,
+        "device": f"{jax.devices()[0].device_kind}, {torch.get_num_threads()} threads",
+        "versions": {name: importlib.metadata.version(name) for name in ("jax", "torch", "transformers")},
+        "torch_memory_format": memory_format,
+        "torch_step_seconds_by_format": of_format,
+        "relative_loss_difference": difference,
+        "first_call_seconds": first_call,
+        "features_once_seconds": once,
+        "epoch_seconds": epochs,
+        "ratio_torch_over_jaxla": {
+            name: seconds["torch"]["median"] / seconds["jaxla"]["median"]
+            for name, seconds in {"features_once": once, **epochs}.items()
+        },
+    }
+    json.dump(result, sys.stdout, indent=1)
+    print()
+
+
+def in_turn(runs, repeats):
+    """Each run in turn, `repeats` times; -> name -> median, fastest and slowest seconds."""
+    seconds = {name: [] for name in runs}
+    for _ in range(repeats):
+        for name, run in runs.items():
+            seconds[name].append(timed(run))
+    return {
+        name: {"median": statistics.median(times), "fastest": min(times), "slowest": max(times)}
+        for name, times in seconds.items()
+    }
+
+
+def small_phantoms(folder, count):
+    """Prepared volumes that hold `count` slices together."""
+    write_phantoms(folder / "data", -(-count // FEWEST_SLICES), "small", seed=0)
+    volumes = []
+    for volume in prepare_cases(find_cases(folder / "data", ""), folder / "cache"):
+        taken = min(volume.shape[0], count - sum(v.shape[0] for v in volumes))
+        volumes += [replace(volume, shape=(taken, *volume.shape[1:]))] if taken else []
+    return volumes
+
+
+def arrays_of(source):
+    """Inputs [S, H, W, 1] or [S, h, w, C], and masks [S, H, W], of every slice in order."""
+    slices = [source[i] for i in range(len(source))]
+    return np.stack([s["input"] for s in slices]), np.stack([s["mask"] for s in slices])
+
+
+class OurTraining:
+    """Steps of this package on a source of slices, as its training loop takes them."""
+
+    def __init__(self, network, source, batch):
+        self.network = split_network(network, train_backbone=False)
+        self.trainable, self.frozen = jax.tree.map(jax.numpy.copy, (self.network.trainable, self.network.frozen))
+        optimiser = make_optimiser(Training(), 1, pretrained_backbone=False)
+        self.step = make_step(make_gradient(self.network.training), optimiser)
+        self.state = jax.jit(optimiser.init)(self.trainable)
+        self.batches = training_batches(source, batch, seed=0)
+
+    def steps(self, count):
+        losses = []
+        for _ in range(count):
+            self.trainable, batch_statistics, self.state, loss = self.step(
+                self.trainable, self.frozen, self.state, next(self.batches), jax.random.key(0)
+            )
+            self.frozen = self.frozen._replace(statistics=batch_statistics)
+            losses.append(loss)
+        jax.block_until_ready(losses)
+
+    def close(self):
+        self.batches.close()
+
+
+class TorchTraining:
+    """The same steps in PyTorch, on arrays in memory; inputs are features where there is no backbone."""
+
+    def __init__(self, backbone, decoder, inputs, masks, batch, memory_format):
+        self.backbone, self.inputs, self.masks, self.batch = backbone, inputs, masks, batch
+        self.memory_format = memory_format
+        self.decoder = decoder.to(memory_format=memory_format).train()
+        self.optimiser = torch.optim.Adam(decoder.parameters(), lr=Training().learning_rate)
+        self.loss = torch.nn.BCEWithLogitsLoss()
+        self.order = []
+
+    def steps(self, count):
+        for _ in range(count):
+            self.order = self.order or list(torch.randperm(len(self.inputs)).split(self.batch))
+            chosen = self.order.pop()
+            inputs = self.inputs[chosen]
+            features = self.backbone(inputs) if self.backbone else inputs
+            features = features.permute(0, 3, 1, 2).contiguous(memory_format=self.memory_format)
+            self.optimiser.zero_grad()
+            self.loss(self.decoder(features), self.masks[chosen]).backward()
+            self.optimiser.step()
+
+
+class TorchBackbone:
+    """Grey images [B, H, W, 1] -> patch tokens [B, h, w, C]."""
+
+    def __init__(self, variant):
+        config = Dinov2Config(
+            hidden_size=variant.width,
+            num_hidden_layers=variant.depth,
+            num_attention_heads=variant.heads,
+            patch_size=variant.patch,
+            image_size=variant.grid * variant.patch,
+            attn_implementation="sdpa",
+        )
+        self.model, self.patch = Dinov2Model(config).eval(), variant.patch
+        self.mean, self.deviation = torch.tensor(IMAGENET_MEAN), torch.tensor(IMAGENET_DEVIATION)
+
+    def __call__(self, images):
+        with torch.no_grad():
+            colour = ((images - self.mean) / self.deviation).permute(0, 3, 1, 2).contiguous()
+            tokens = self.model(colour).last_hidden_state[:, 1:]
+        side = images.shape[1] // self.patch
+        return tokens.unflatten(1, (side, side))
+
+
+class TorchDecoder(torch.nn.Module):
+    """`ConvolutionalDecoder`, in PyTorch: features [B, C, h, w] -> logits [B, 1, H, W]."""
+
+    def __init__(self, width, widths, size):
+        super().__init__()
+        self.size = size
+        self.token_classifier = torch.nn.Conv2d(width, widths[0], 1)
+        self.mix = torch.nn.Conv2d(widths[0], widths[0], 7, padding=3)
+        self.convolutions = torch.nn.ModuleList(
+            torch.nn.Conv2d(i, o, 3, padding=1, bias=False) for i, o in pairwise(widths)
+        )
+        self.norms = torch.nn.ModuleList(torch.nn.BatchNorm2d(o) for o in widths[1:])
+        self.logits = torch.nn.Conv2d(widths[-1], 1, 3, padding=1)
+
+    def forward(self, x):
+        x = self.mix(functional.selu(self.token_classifier(x)))
+        for convolution, norm in zip(self.convolutions, self.norms, strict=True):
+            x = functional.relu(norm(convolution(functional.interpolate(x, scale_factor=2, mode="bilinear"))))
+        if x.shape[2:] != (self.size, self.size):
+            x = functional.interpolate(x, size=(self.size, self.size), mode="bilinear")
+        return self.logits(x)
+
+
+def copy_parameters(ours, theirs):
+    """Give a `TorchDecoder` the parameters of a `ConvolutionalDecoder`."""
+    pairs = [(ours.token_classifier, theirs.token_classifier), (ours.mix, theirs.mix), (ours.logits, theirs.logits)]
+    pairs += list(zip([stage.convolution for stage in ours.stages], theirs.convolutions, strict=True))
+    with torch.no_grad():
+        for layer, copy in pairs:
+            kernel = np.asarray(layer.kernel[...])
+            kernel = kernel.reshape((1,) * (4 - kernel.ndim) + kernel.shape)  # a 1×1 convolution is a matrix here
+            copy.weight.copy_(torch.from_numpy(kernel.transpose(3, 2, 0, 1).copy()))
+            if copy.bias is not None:
+                copy.bias.copy_(torch.from_numpy(np.array(layer.bias[...])))
+        for stage, norm in zip(ours.stages, theirs.norms, strict=True):
+            norm.weight.copy_(torch.from_numpy(np.array(stage.norm.scale[...])))
+            norm.bias.copy_(torch.from_numpy(np.array(stage.norm.bias[...])))
+
+
+def loss_difference(ours, theirs, features, masks):
+    """Relative difference of the training losses of the two decoders on one batch."""
+    split = split_network(ours, train_backbone=False)
+    batch = {"input": features, "mask": masks, "weight": np.ones(len(masks), np.float32)}
+    gradient = jax.jit(make_gradient(split.training))
+    our_loss = float(gradient(split.trainable, split.frozen, batch, jax.random.key(0))[0])
+    with torch.no_grad():
+        logits = theirs.train()(torch.from_numpy(features).permute(0, 3, 1, 2))
+        targets = torch.from_numpy(masks > 0).float().unsqueeze(1)
+        their_loss = float(functional.binary_cross_entropy_with_logits(logits, targets))
+    return abs(our_loss - their_loss) / abs(their_loss)
+
+
+if __name__ == "__main__":
+    run_command(main)

@@ -1,0 +1,56 @@
+"""What goes wrong outside a program: damaged files, a disk that refuses, processes that end at any moment."""
+
+import multiprocessing
+import os
+import resource
+import sys
+import threading
+from contextlib import contextmanager
+
+from tqdm import tqdm
+
+
+def flip_a_bit(path, at=0.5):
+    content = bytearray(path.read_bytes())
+    content[int(at * len(content))] ^= 1
+    path.write_bytes(content)
+
+
+def truncate(path):
+    os.truncate(path, path.stat().st_size // 2)
+
+
+@contextmanager
+def files_at_most(size):
+    """Within it the system refuses to write more than `size` bytes into any file."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+def start_process(log, target, *arguments):
+    """A process that runs `target(*arguments)`; all that it says goes to the file `log`.
+
+    It is forked from one that has imported JAX but never run it, which saves seconds for each.
+    """
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["tests.training.resume_driver", "jaxla.training.features"])
+    process = context.Process(target=_run, args=(log, target, arguments), daemon=True)
+    process.start()
+    return process
+
+
+def _run(log, target, arguments):
+    with open(log, "ab", buffering=0) as file:
+        os.dup2(file.fileno(), sys.__stdout__.fileno())
+        os.dup2(file.fileno(), sys.__stderr__.fileno())
+    tqdm.set_lock(threading.RLock())  # its own is a semaphore between processes, which a killed one leaves behind
+    target(*arguments)
+
+
+def said_by_us(caplog):
+    """What this package has logged, without other libraries' lines."""
+    return [record.getMessage() for record in caplog.records if record.name.startswith("jaxla")]

@@ -1,0 +1,45 @@
+"""Features of tiny scans, computed in a process of its own that tests end or let wait."""
+
+import logging
+import time
+from pathlib import Path
+
+from flax import nnx
+
+from jaxla.models.decoders import LinearDecoder
+from jaxla.models.network import TransformerSegmenter
+from jaxla.training.features import FeatureCache
+from tests.tiny import randomise, tiny_backbone
+from tests.training.scans import prepared
+
+
+def network(seed=0, **options):
+    decoder = nnx.eval_shape(lambda: LinearDecoder(32, 1, rngs=nnx.Rngs(0)))
+    whole = TransformerSegmenter(tiny_backbone(seed, **options), randomise(decoder, 1))
+    whole.eval()
+    return whole
+
+
+def compute(scans: Path, folder: Path, held_at: int = 0) -> None:
+    """Compute the features of all scans in `folder`.
+
+    Args:
+        held_at: the call of the backbone, counted from 1, at which this process stays; `<folder>/held` says that it is
+            there. Each call leaves a line in `<folder>/calls`.
+    """
+    logging.basicConfig(level=logging.INFO)
+    cache = FeatureCache(folder, network(), "tiny", 32)
+    extract, calls = cache.extract, []
+
+    def counted(images):
+        calls.append(images)
+        with (folder / "calls").open("a") as file:
+            file.write("call\n")
+        if len(calls) == held_at:
+            (folder / "held").touch()
+            time.sleep(600)
+        time.sleep(0.05)  # so that two processes meet
+        return extract(images)
+
+    cache.extract = counted
+    assert cache.features(prepared(scans)) is not None

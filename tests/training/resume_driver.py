@@ -1,0 +1,70 @@
+"""A training of seconds, in a process of its own that tests end in every way."""
+
+import argparse
+import os
+import signal
+import sys
+from pathlib import Path
+
+import jax
+from flax import nnx
+
+from jaxla.config import Training, run_command
+from jaxla.data.batches import SliceSource
+from jaxla.models.decoders import ConvolutionalDecoder
+from jaxla.models.network import TransformerSegmenter
+from jaxla.training import loop
+from jaxla.training.step import split_network
+from tests.tiny import randomise, tiny_backbone
+from tests.training.scans import prepared
+
+RECIPE = Training(epochs=9, batch_size=4, learning_rate=8e-3, backbone_learning_rate=1e-3, patience=1)
+STEPS = 4  # an epoch: 13 slices
+
+
+def parts():
+    """A fine-tuned transformer, and a decoder whose BatchNorm keeps statistics."""
+    decoder = nnx.eval_shape(lambda: ConvolutionalDecoder(32, (8, 8, 4), 1, rngs=nnx.Rngs(0)))
+    return split_network(TransformerSegmenter(tiny_backbone(), randomise(decoder, 1)), train_backbone=True)
+
+
+def main(arguments):
+    parser = argparse.ArgumentParser()
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("scans", type=Path)
+    parser.add_argument("--compiled", help="JAX's cache of compiled functions")
+    parser.add_argument("--save-every", type=float, default=loop.SAVE_EVERY, help="seconds")
+    parser.add_argument("--dies-before-best", type=int, help="epoch after whose `latest` checkpoint the process ends")
+    parser.add_argument("--stopped-in-validation", type=int, help="epoch in whose validation SIGTERM comes")
+    options = parser.parse_args(arguments)
+    if options.compiled:
+        jax.config.update("jax_compilation_cache_dir", options.compiled)
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
+    loop.SAVE_EVERY = options.save_every
+    save_best, evaluation_batches = loop._save_best, loop.evaluation_batches
+    epochs = []
+
+    def save_best_or_die(best, state):
+        if state.progress.epoch == options.dies_before_best:
+            os._exit(9)
+        save_best(best, state)
+
+    def batches_and_sigterm(source, batch_size):
+        for batch in evaluation_batches(source, batch_size):
+            yield batch
+            if len(epochs) + 1 == options.stopped_in_validation:
+                os.kill(os.getpid(), signal.SIGTERM)
+
+    loop._save_best, loop.evaluation_batches = save_best_or_die, batches_and_sigterm
+    options.folder.mkdir(exist_ok=True)
+    volumes = prepared(options.scans)
+    loop.fit(
+        parts(), SliceSource(volumes[1:], 32), SliceSource(volumes[:1], 32), RECIPE, seed=3, pretrained_backbone=True,
+        folder=options.folder, on_epoch=lambda history: epochs.__setitem__(slice(None), history),
+    )  # fmt: skip
+
+
+def as_command(arguments):
+    """As the training command does it: its exit codes, and SIGTERM."""
+    sys.argv = ["driver", *map(str, arguments)]
+    run_command(main)

@@ -1,0 +1,356 @@
+"""Features of a frozen backbone: what the network computes, computed once, and never damaged ones."""
+
+import json
+import logging
+import shutil
+import time
+
+import jax
+import jax.numpy as jnp
+import nibabel as nib
+import numpy as np
+import pytest
+
+from jaxla.config import Training
+from jaxla.data.batches import SliceSource
+from jaxla.data.inputs import frame
+from jaxla.training.features import BATCH, SHARE_OF_FREE_DISK, FeatureCache
+from jaxla.training.loop import fit
+from jaxla.training.step import split_network
+from tests.training.faults import files_at_most, flip_a_bit, said_by_us, start_process, truncate
+from tests.training.feature_driver import compute, network
+from tests.training.scans import disc_scans, prepared
+
+SIZE = 32
+
+
+@pytest.fixture(scope="module")
+def scans(tmp_path_factory):
+    """Folder of three scans of 5, 6 and 7 slices."""
+    folder = tmp_path_factory.mktemp("data") / "scans"
+    disc_scans(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def volumes(scans):
+    return prepared(scans)
+
+
+@pytest.fixture
+def copy(scans, tmp_path):
+    """The scans, to be changed."""
+    return shutil.copytree(scans, tmp_path / "scans", ignore=shutil.ignore_patterns("cache"))
+
+
+@pytest.fixture(scope="module")
+def kept(volumes, tmp_path_factory):
+    """A cache folder with the features of the scans."""
+    folder = tmp_path_factory.mktemp("kept")
+    cache_in(folder).features(volumes)
+    return folder
+
+
+def cache_in(folder, size=SIZE, seed=0, **options):
+    return FeatureCache(folder, network(seed, **options), "tiny", size)
+
+
+def inputs(volume, size=SIZE):
+    place = frame(volume.shape[1:], volume.spacing[1:], size)
+    return np.stack([volume.input(index, place) for index in range(volume.shape[0])])
+
+
+def times(folder, pattern="*.npy"):
+    return {path.name: path.stat().st_mtime_ns for path in (folder / "features").rglob(pattern)}
+
+
+def bits(array):
+    return np.asarray(array).view(f"u{array.dtype.itemsize}")
+
+
+def computed_live(volume, size=SIZE, **options):
+    """Features of a volume's slices in one batch as large as the cache's, the rest of it zeros."""
+    images = np.zeros((BATCH, size, size, 1), np.float32)
+    images[: volume.shape[0]] = inputs(volume, size)
+    return np.asarray(jax.jit(network(**options).features)(images))[: volume.shape[0]]
+
+
+# --- what they are ---
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_features_are_what_the_backbone_computes_to_the_bit(volumes, tmp_path, dtype):
+    features = cache_in(tmp_path, dtype=dtype).features(volumes)
+    for volume, of_volume in zip(volumes, features, strict=True):
+        assert len(of_volume) == volume.shape[0]
+        assert of_volume.shape == (volume.shape[0], 4, 4, 32)
+        found = np.stack([of_volume[index] for index in range(len(of_volume))])
+        assert found.dtype == dtype
+        np.testing.assert_array_equal(bits(found), bits(computed_live(volume, dtype=dtype)))
+
+
+def test_features_hardly_depend_on_the_batch_they_were_computed_in(volumes, tmp_path):
+    live = jax.jit(network().features)
+    for volume, of_volume in zip(volumes, cache_in(tmp_path).features(volumes), strict=True):
+        for index, image in enumerate(inputs(volume)):
+            np.testing.assert_allclose(of_volume[index], live(image[None])[0], atol=5e-6)  # measured: TODO of TODO
+
+
+def test_a_volume_of_more_slices_than_the_backbone_takes_at_once(copy, tmp_path):
+    image = np.random.default_rng(0).random((32, 32, BATCH + 3), np.float32)
+    affine = np.diag([1.0, 1.0, 3.0, 1.0])
+    nib.save(nib.Nifti1Image(image, affine), copy / "case0.nii.gz")
+    nib.save(nib.Nifti1Image(np.uint8(image > 0.9), affine), copy / "case0_mask.nii.gz")
+    volume = prepared(copy)[0]
+    assert volume.shape[0] == BATCH + 3
+    (features,) = cache_in(tmp_path).features([volume])
+    live = jax.jit(network().features)
+    images = inputs(volume)
+    padded = np.concatenate([images[BATCH:], np.zeros((BATCH - 3, SIZE, SIZE, 1), np.float32)])
+    expected = np.concatenate([live(images[:BATCH]), live(padded)[:3]])
+    np.testing.assert_array_equal(np.stack([features[i] for i in range(BATCH + 3)]), expected)
+
+
+@pytest.mark.parametrize(("dtype", "itemsize"), [(jnp.float32, 4), (jnp.bfloat16, 2)])
+def test_the_space_they_take_is_known_before(volumes, tmp_path, dtype, itemsize):
+    cache = cache_in(tmp_path, dtype=dtype)
+    said = cache.bytes_of(volumes)
+    assert said == (5 + 6 + 7) * 4 * 4 * 32 * itemsize
+    cache.features(volumes)
+    files = list((tmp_path / "features").rglob("*.npy"))
+    assert len(files) == 3
+    assert sum(path.stat().st_size for path in files) == said + 3 * 128  # NumPy's headers
+
+
+def test_training_on_features_is_training_on_images(volumes, tmp_path):
+    """The frozen network, once whole and once without its backbone: the same metrics, up to rounding."""
+    recipe = Training(epochs=3, batch_size=4, learning_rate=1e-2, patience=3)
+    features = cache_in(tmp_path).features(volumes)
+    lines = {}
+    for name in ("images", "features"):
+        whole = network()
+        trained = whole if name == "images" else whole.on_features((SIZE, SIZE))
+        train, val = (
+            SliceSource(volumes[part], SIZE, features[part] if name == "features" else None)
+            for part in (slice(1, None), slice(0, 1))
+        )
+        (tmp_path / name).mkdir()
+        fit(
+            split_network(trained, train_backbone=False), train, val, recipe, seed=0, pretrained_backbone=True,
+            folder=tmp_path / name,
+        )  # fmt: skip
+        lines[name] = [json.loads(line) for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
+    for on_images, on_features in zip(lines["images"], lines["features"], strict=True):
+        for key in ("train_loss", "val_loss", "val_dice", "val_iou"):
+            print(key, on_features[key] / on_images[key] - 1)
+            assert on_features[key] == pytest.approx(on_images[key], rel=1e-6), key  # measured: TODO
+    assert lines["features"][-1]["train_loss"] < 0.9 * lines["features"][0]["train_loss"]
+
+
+# --- computed once ---
+
+
+def test_they_are_computed_once_and_then_read(volumes, tmp_path, caplog):
+    caplog.set_level(logging.INFO, "jaxla")
+    cache = cache_in(tmp_path)
+    assert cache.missing(volumes) == volumes
+    cache.features(volumes[:2])
+    assert cache.missing(volumes) == volumes[2:]
+    assert "features of 2 volumes are computed once and kept: 22.5kB" in said_by_us(caplog)[0]
+    first = times(tmp_path)
+    assert len(first) == 2
+    cache_in(tmp_path).features(volumes)
+    again = times(tmp_path)
+    assert len(again) == 3
+    assert first.items() < again.items()
+    caplog.clear()
+    cache_in(tmp_path).features(volumes)
+    assert times(tmp_path) == again
+    assert not [line for line in said_by_us(caplog) if "computed" in line]
+
+
+@pytest.mark.parametrize(
+    "other", [{"seed": 1}, {"size": 40}, {"dtype": jnp.bfloat16}], ids=["weights", "size", "precision"]
+)
+def test_another_backbone_size_or_precision_has_features_of_its_own(volumes, kept, tmp_path, other):
+    folder = shutil.copytree(kept, tmp_path / "kept")
+    cache = cache_in(folder, **other)
+    assert cache.missing(volumes) == volumes
+    features = cache.features(volumes[:1])
+    np.testing.assert_array_equal(bits(features[0][2]), bits(computed_live(volumes[0], **other)[2]))
+    assert cache_in(folder).missing(volumes) == []
+    assert len(times(folder)) == 4
+
+
+def change_a_voxel(scans):
+    image = nib.load(scans / "case1.nii.gz")
+    array = image.get_fdata(dtype=np.float32)
+    array[3, 4, 5] = array[4, 4, 5]
+    nib.save(nib.Nifti1Image(array, image.affine), scans / "case1.nii.gz")
+
+
+def change_the_spacing(scans):
+    for path in (scans / "case1.nii.gz", scans / "case1_mask.nii.gz"):
+        image = nib.load(path)
+        nib.save(nib.Nifti1Image(np.asarray(image.dataobj), np.diag([1.0, 1.25, 3.0, 1.0])), path)
+
+
+def change_the_mask(scans):
+    mask = nib.load(scans / "case1_mask.nii.gz")
+    array = np.asarray(mask.dataobj).copy()
+    array[0, 0, 0] = 1
+    nib.save(nib.Nifti1Image(array, mask.affine), scans / "case1_mask.nii.gz")
+
+
+def rename(scans):
+    for path in scans.glob("case1*"):
+        path.rename(path.with_name(path.name.replace("case1", "another")))
+
+
+@pytest.mark.parametrize(
+    ("change", "missing"),
+    [(change_a_voxel, ["case1"]), (change_the_spacing, ["case1"]), (change_the_mask, []), (rename, [])],
+)
+def test_other_slices_have_features_of_their_own(copy, kept, change, missing):
+    assert cache_in(kept).missing(prepared(copy)) == []
+    change(copy)
+    assert [volume.id for volume in cache_in(kept).missing(prepared(copy))] == missing
+
+
+# --- damaged ---
+
+
+def swap(path):
+    """The features of another volume, and what is said of them."""
+    other = next(p for p in sorted(path.parent.glob("*.npy")) if p != path)
+    shutil.copy(other, path)
+    shutil.copy(other.with_suffix(".json"), path.with_suffix(".json"))
+
+
+DAMAGED = {
+    "a bit flipped": flip_a_bit,
+    "a bit of the last number flipped": lambda path: flip_a_bit(path, 0.9999),
+    "truncated": truncate,
+    "removed": lambda path: path.unlink(),
+    "emptied": lambda path: path.write_bytes(b""),
+    "another volume's": swap,
+    "its sum truncated": lambda path: truncate(path.with_suffix(".json")),
+    "its sum emptied": lambda path: path.with_suffix(".json").write_bytes(b""),
+    "its sum of another kind": lambda path: path.with_suffix(".json").write_text("{}"),
+}
+
+
+@pytest.mark.parametrize("kind", DAMAGED)
+def test_damaged_features_are_noticed_and_computed_again(volumes, kept, tmp_path, caplog, kind):
+    folder = shutil.copytree(kept, tmp_path / "kept")
+    cache = cache_in(folder)
+    path = cache.folder / f"{volumes[1].slices_sha256[:32]}.npy"
+    before, content = times(folder), path.read_bytes()
+    DAMAGED[kind](path)
+    caplog.set_level(logging.WARNING, "jaxla")
+    features = cache.features(volumes)
+    assert said_by_us(caplog) == [f"features of case1 were damaged ({path.with_suffix('')}): computed again"]
+    np.testing.assert_array_equal(features[1][5], computed_live(volumes[1])[5])
+    assert path.read_bytes() == content
+    after = times(folder)
+    assert {name for name in after if after[name] != before[name]} == {path.name}
+    caplog.clear()
+    cache_in(folder).features(volumes)
+    assert said_by_us(caplog) == []
+
+
+# --- several processes ---
+
+
+def calls(folder):
+    return len((folder / "calls").read_text().splitlines())
+
+
+def assert_sound(folder, volumes, kept):
+    assert times(folder, "*.part") == {}
+    cache, expected = cache_in(folder), cache_in(kept).folder
+    for volume in volumes:
+        name = f"{volume.slices_sha256[:32]}.npy"
+        assert (cache.folder / name).read_bytes() == (expected / name).read_bytes()
+        assert (cache.folder / name).with_suffix(".json").exists()
+
+
+def test_two_processes_at_once_compute_each_volume_once(scans, volumes, kept, tmp_path):
+    processes = [start_process(tmp_path / f"{n}.log", compute, scans, tmp_path) for n in (1, 2)]
+    for process in processes:
+        process.join(100)
+    said = "".join((tmp_path / f"{n}.log").read_text() for n in (1, 2))
+    assert [process.exitcode for process in processes] == [0, 0], said
+    assert "damaged" not in said
+    assert calls(tmp_path) == 3
+    assert_sound(tmp_path, volumes, kept)
+
+
+def wait_for(condition):
+    end = time.monotonic() + 100
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.01)
+
+
+def test_a_process_goes_on_where_a_killed_one_left(scans, volumes, kept, tmp_path):
+    """The first is killed with the second volume's file half-written, while another process waits for it."""
+    killed = start_process(tmp_path / "killed.log", compute, scans, tmp_path, 2)
+    wait_for((tmp_path / "held").exists)
+    assert len(times(tmp_path)) == 1
+    assert len(times(tmp_path, "*.part")) == 1
+    before = times(tmp_path)
+    waiting = start_process(tmp_path / "waiting.log", compute, scans, tmp_path)
+    wait_for(lambda: "another process computes features; waiting for it" in (tmp_path / "waiting.log").read_text())
+    assert calls(tmp_path) == 2
+    killed.kill()
+    waiting.join(100)
+    said = (tmp_path / "waiting.log").read_text()
+    assert waiting.exitcode == 0, said
+    assert "features of 2 volumes are computed" in said
+    assert "damaged" not in said
+    assert calls(tmp_path) == 2 + 2
+    assert before.items() < times(tmp_path).items()  # the one that was whole is not computed again
+    assert_sound(tmp_path, volumes, kept)
+
+
+# --- no room ---
+
+
+def test_where_they_do_not_fit_the_log_says_so_and_there_are_none(volumes, tmp_path, monkeypatch, caplog):
+    cache = cache_in(tmp_path)
+    needed = cache.bytes_of(volumes)
+    usage = shutil.disk_usage(tmp_path)
+    fits = -int(-needed // SHARE_OF_FREE_DISK)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=fits - 1))
+    assert cache.features(volumes) is None
+    assert list(tmp_path.iterdir()) == []
+    (said,) = said_by_us(caplog)
+    assert said.startswith(f"features of 3 volumes would take 36.9kB, more than is free in {cache.folder}: ")
+    assert "the backbone runs in every epoch" in said
+
+    caplog.clear()
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=fits))
+    assert len(cache.features(volumes)) == 3
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=0))
+    assert len(cache.features(volumes)) == 3  # those that are there need no room
+    assert said_by_us(caplog) == []
+
+
+def test_a_disk_that_refuses_in_the_middle_leaves_whole_features_only(volumes, kept, tmp_path, caplog):
+    """The first volume's features take 10240 bytes, the second's 12288."""
+    cache = cache_in(tmp_path)
+    with files_at_most(12000):
+        assert cache.features(volumes) is None
+    (said,) = said_by_us(caplog)
+    assert said.startswith(f"features cannot be kept in {cache.folder} (File too large): ")
+    assert "the backbone runs in every epoch" in said
+    before = times(tmp_path)
+    assert list(before) == [f"{volumes[0].slices_sha256[:32]}.npy"]
+    assert times(tmp_path, "*.part") == {}
+
+    caplog.clear()
+    assert len(cache.features(volumes)) == 3
+    assert said_by_us(caplog) == []
+    assert before.items() < times(tmp_path).items()
+    assert_sound(tmp_path, volumes, kept)
