@@ -80,7 +80,7 @@ def main(arguments):
             "torch": {"features": timed(lambda: backbone(images[:BATCH]))},
         }
         once = in_turn({"jaxla": our_features, "torch": their_features}, options.epochs)
-        cached = SliceSource(volumes, options.size, our_features())
+        cached = SliceSource(volumes, options.size, cache.features(volumes))
         features, _ = arrays_of(cached)
 
         copy_parameters(network.decoder, decoder)

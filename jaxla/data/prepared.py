@@ -115,7 +115,9 @@ def _prepare_case(case: Case, labels: Labels, store: Path) -> PreparedVolume:
         try:
             _write_prepared(folder, image, mask, labels)
         except OSError as error:
-            raise InputError(f"--cache-dir={store.parent}: cannot be written ({error.strerror or 'the disk is full'})") from error
+            raise InputError(
+                f"--cache-dir={store.parent}: cannot be written ({error.strerror or 'the disk is full'})"
+            ) from error
     described = json.loads((folder / "volume.json").read_text())
     described = {key: tuple(value) if isinstance(value, list) else value for key, value in described.items()}
     return PreparedVolume(id=case.id, folder=folder, case=case, **described)

@@ -39,11 +39,13 @@ class Checkpoints:
         self._manager = ocp.CheckpointManager(self._folder, options=options)
 
     def save(self, step: int, trees: Mapping[str, Any], progress: Mapping[str, Any]) -> None:
-        """Save named pytrees of arrays, and a JSON-like record; `step` is higher than any saved before.
+        """Save named pytrees of arrays, and a JSON-like record, unless this step was saved before.
 
         Raises:
             InputError: the disk is full or refuses; what was saved before is kept.
         """
+        if step in self.steps():
+            return
         arrays = {name: ocp.args.StandardSave(_by_name(tree)) for name, tree in trees.items()}
         size = sum(leaf.nbytes for leaf in jax.tree.leaves(dict(trees)))
         try:
@@ -76,6 +78,8 @@ class Checkpoints:
             expected = json.loads(self._sums_file(step).read_text())
         except (OSError, ValueError):
             return f"{self._sums_file(step).name} is missing or unreadable"
+        if not isinstance(expected, dict):
+            return f"{self._sums_file(step).name} is unreadable"
         found = _sums(self._folder / str(step))
         wrong = [name for name in sorted(expected | found) if expected.get(name) != found.get(name)]
         return f"{wrong[0]} is missing or has changed" if wrong else ""
@@ -84,7 +88,7 @@ class Checkpoints:
         """The trees of `like`, which gives their structure, shapes and dtypes, and the record.
 
         Raises:
-            InputError: the checkpoint is damaged, or of another network.
+            InputError: the checkpoint is damaged.
         """
         if damage := self.damage(step):
             raise InputError(f"{self._folder / str(step)}: damaged checkpoint, {damage}; restore it from a copy")
@@ -98,8 +102,9 @@ class Checkpoints:
         for step in self.steps():
             if not (damage := self.damage(step)):
                 return step
-            log.warning("%s: damaged checkpoint, %s; the one before it is used", self._folder / str(step), damage)
             self.remove(step)
+            instead = "the one before it is used" if self.steps() else "there is none before it"
+            log.warning("%s: damaged checkpoint, %s; %s", self._folder / str(step), damage, instead)
         return None
 
     def remove(self, step: int) -> None:
@@ -122,6 +127,8 @@ class Checkpoints:
             if path.is_dir() and not self._sums_file(path.name).exists():
                 log.warning("%s: half-written checkpoint, removed", path)
                 shutil.rmtree(path)
+        for unfinished in self._folder.glob(".*.sha256"):
+            unfinished.unlink()
         for sums in self._folder.glob("[0-9]*.sha256"):
             if not sums.with_suffix("").is_dir():  # it was being removed
                 sums.unlink()

@@ -123,7 +123,8 @@ class FeatureCache:
                     len(absent), _bytes(needed), self.folder,
                 )  # fmt: skip
                 self.folder.mkdir(parents=True, exist_ok=True)
-                _write_json(self.folder / "backbone.json", self.describes)
+                with _locked(self.folder / "lock"):
+                    _write_json(self.folder / "backbone.json", self.describes)
                 for volume in track(absent, "features"):
                     self._require(volume)
             log.info("checking the features of %d volumes (%s)", len(volumes), _bytes(self.bytes_of(volumes)))
@@ -174,7 +175,7 @@ class FeatureCache:
         try:
             said: dict[str, Any] = json.loads(path.with_suffix(".json").read_text())
             return said["shape"] == [volume.shape[0], *self.shape] and said["sha256"] == _sha256(path)
-        except (OSError, ValueError, KeyError):
+        except (OSError, ValueError, KeyError, TypeError):
             return False
 
 

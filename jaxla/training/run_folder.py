@@ -5,10 +5,8 @@ from __future__ import annotations
 import importlib.metadata
 import json
 import logging
-import os
 import platform
 import shlex
-import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields, is_dataclass
@@ -37,6 +35,8 @@ CASES = "cases.json"
 LOG = "train.log"
 LOCK = ".lock"
 BACKBONE = "backbone.safetensors"  # of a run on a frozen backbone of random weights, which no other file holds
+SPLIT = "split.json"
+FIRST_FILES = (LOCK, SPLIT, CASES, f".{RECORD}")  # what a run that was killed before it began may have left
 REPORT = "report.html"  # written last: a run that has it is finished
 VERSION = 2
 PACKAGES = (
@@ -96,7 +96,7 @@ def require_free(folder: Path) -> None:
         raise InputError(
             f"--run-dir={folder}: already holds a run; go on with it by --resume, choose another folder or remove it"
         )
-    if folder.is_dir() and any(folder.iterdir()):
+    if folder.is_dir() and {path.name for path in folder.iterdir()} - set(FIRST_FILES):
         raise InputError(f"--run-dir={folder}: is not empty; choose another folder")
     require_writable("--run-dir", folder)
 
@@ -107,6 +107,8 @@ def is_finished(folder: Path) -> bool:
 
 def is_running(folder: Path) -> bool:
     """Whether a process trains in that folder now."""
+    if not (folder / LOCK).exists():
+        return False
     try:
         with FileLock(folder / LOCK, timeout=0):
             return False
@@ -120,43 +122,38 @@ def is_running(folder: Path) -> bool:
 def run_folder(folder: Path, record: Record, split: Split, cases: Mapping[str, str], resume: bool) -> Iterator[None]:
     """A run's folder, held by this process alone: made with its record, or opened to go on.
 
-    It appears with record, split and cases all in it, or not at all.
-
     Args:
         cases: id of each case, and a hash of its scan and mask.
 
     Raises:
         InputError: another process holds it, it cannot be written, or what is to be resumed differs.
     """
-    if not resume:
-        beside = folder.with_name(f".{os.getpid()}.{folder.name}")
-        try:
-            beside.mkdir(parents=True)
-            write_split(split, beside / "split.json")
-            (beside / CASES).write_text(json.dumps(cases, indent=1) + "\n")
-            (beside / LOG).touch()
-            write_record(beside, record)
-            beside.rename(folder)
-        except OSError as error:
-            if is_running(folder):
-                raise InputError(
-                    f"--run-dir={folder}: another run was started there just now; choose another folder"
-                ) from error
-            raise InputError(
-                f"--run-dir={folder}: cannot be written ({error.strerror}); choose another folder"
-            ) from error
-        finally:
-            shutil.rmtree(beside, ignore_errors=True)
+    missing = [path for path in (folder, *folder.absolute().parents) if not path.exists()]
+    lock = FileLock(folder / LOCK, timeout=1)  # longer than `is_running` holds it
     try:
-        lock = FileLock(folder / LOCK, timeout=0)
+        folder.mkdir(parents=True, exist_ok=True)
         lock.acquire()
     except Timeout as error:
         raise InputError(f"--run-dir={folder}: another process is training there; wait for it or end it") from error
     except OSError as error:
-        raise InputError(f"--run-dir={folder}: cannot be written ({error.strerror})") from error
+        raise InputError(f"--run-dir={folder}: cannot be written ({error.strerror}); choose another folder") from error
     try:
         if resume:
             _require_same_run(folder, record, split, cases)
+        else:
+            require_free(folder)
+            try:
+                write_split(split, folder / SPLIT)
+                (folder / CASES).write_text(json.dumps(cases, indent=1) + "\n")
+                write_record(folder, record)  # last: with it the folder is a run
+            except OSError as error:
+                for name in FIRST_FILES:
+                    (folder / name).unlink(missing_ok=True)
+                for path in missing:
+                    path.rmdir()
+                raise InputError(
+                    f"--run-dir={folder}: cannot be written ({error.strerror}); choose another folder"
+                ) from error
         yield
     finally:
         lock.release()
@@ -193,7 +190,12 @@ def resume_command(command: str, folder: Path) -> str:
 def _require_same_run(folder: Path, record: Record, split: Split, cases: Mapping[str, str]) -> None:
     """Raise an InputError unless data, split and weights are those that the run was begun with."""
     begun = read_record(folder)
-    then: dict[str, str] = json.loads((folder / CASES).read_text())
+    try:
+        then: dict[str, str] = dict(json.loads((folder / CASES).read_text()))
+    except (OSError, ValueError, TypeError) as error:
+        raise InputError(
+            f"{folder / CASES}: missing or damaged, so the data cannot be compared; put it back, or start a new run"
+        ) from error
     for name in sorted(set(then) | set(cases)):
         if then.get(name) != cases.get(name):
             what = "new" if name not in then else "gone" if name not in cases else "another scan or mask"
@@ -204,7 +206,7 @@ def _require_same_run(folder: Path, record: Record, split: Split, cases: Mapping
     if begun.split_sha256 != split.sha256:
         raise InputError(
             f"--resume: --data.split={record.experiment.data.split} is not the split that the run in {folder} was "
-            f"begun with; give {folder / 'split.json'}"
+            f"begun with; give {folder / SPLIT}"
         )
     if begun.weights_sha256 != record.weights_sha256:
         raise InputError(

@@ -27,7 +27,8 @@ def compute(scans: Path, folder: Path, held_at: int = 0) -> None:
         held_at: the call of the backbone, counted from 1, at which this process stays; `<folder>/held` says that it is
             there. Each call leaves a line in `<folder>/calls`.
     """
-    logging.basicConfig(level=logging.INFO)
+    logging.basicConfig()
+    logging.getLogger("jaxla").setLevel(logging.INFO)
     cache = FeatureCache(folder, network(), "tiny", 32)
     extract, calls = cache.extract, []
 

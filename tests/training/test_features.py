@@ -61,7 +61,7 @@ def inputs(volume, size=SIZE):
 
 
 def times(folder, pattern="*.npy"):
-    return {path.name: path.stat().st_mtime_ns for path in (folder / "features").rglob(pattern)}
+    return {path: path.stat().st_mtime_ns for path in (folder / "features").rglob(pattern)}
 
 
 def bits(array):
@@ -93,7 +93,8 @@ def test_features_hardly_depend_on_the_batch_they_were_computed_in(volumes, tmp_
     live = jax.jit(network().features)
     for volume, of_volume in zip(volumes, cache_in(tmp_path).features(volumes), strict=True):
         for index, image in enumerate(inputs(volume)):
-            np.testing.assert_allclose(of_volume[index], live(image[None])[0], atol=5e-6)  # measured: TODO of TODO
+            expected = live(image[None])[0]
+            np.testing.assert_allclose(of_volume[index], expected, atol=3e-6)  # measured: 1.3e-6 of up to 3.7
 
 
 def test_a_volume_of_more_slices_than_the_backbone_takes_at_once(copy, tmp_path):
@@ -125,7 +126,7 @@ def test_the_space_they_take_is_known_before(volumes, tmp_path, dtype, itemsize)
 def test_training_on_features_is_training_on_images(volumes, tmp_path):
     """The frozen network, once whole and once without its backbone: the same metrics, up to rounding."""
     recipe = Training(epochs=3, batch_size=4, learning_rate=1e-2, patience=3)
-    features = cache_in(tmp_path).features(volumes)
+    features = cache_in(tmp_path / "cache").features(volumes)
     lines = {}
     for name in ("images", "features"):
         whole = network()
@@ -142,8 +143,7 @@ def test_training_on_features_is_training_on_images(volumes, tmp_path):
         lines[name] = [json.loads(line) for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
     for on_images, on_features in zip(lines["images"], lines["features"], strict=True):
         for key in ("train_loss", "val_loss", "val_dice", "val_iou"):
-            print(key, on_features[key] / on_images[key] - 1)
-            assert on_features[key] == pytest.approx(on_images[key], rel=1e-6), key  # measured: TODO
+            assert on_features[key] == pytest.approx(on_images[key], rel=3e-7), key  # measured: 1.1e-7
     assert lines["features"][-1]["train_loss"] < 0.9 * lines["features"][0]["train_loss"]
 
 
@@ -253,7 +253,7 @@ def test_damaged_features_are_noticed_and_computed_again(volumes, kept, tmp_path
     np.testing.assert_array_equal(features[1][5], computed_live(volumes[1])[5])
     assert path.read_bytes() == content
     after = times(folder)
-    assert {name for name in after if after[name] != before[name]} == {path.name}
+    assert {name for name in after if after[name] != before[name]} == {path}
     caplog.clear()
     cache_in(folder).features(volumes)
     assert said_by_us(caplog) == []
@@ -301,11 +301,12 @@ def test_a_process_goes_on_where_a_killed_one_left(scans, volumes, kept, tmp_pat
     assert len(times(tmp_path, "*.part")) == 1
     before = times(tmp_path)
     waiting = start_process(tmp_path / "waiting.log", compute, scans, tmp_path)
-    wait_for(lambda: "another process computes features; waiting for it" in (tmp_path / "waiting.log").read_text())
+    log = tmp_path / "waiting.log"
+    wait_for(lambda: log.exists() and "another process computes features; waiting for it" in log.read_text())
     assert calls(tmp_path) == 2
     killed.kill()
     waiting.join(100)
-    said = (tmp_path / "waiting.log").read_text()
+    said = log.read_text()
     assert waiting.exitcode == 0, said
     assert "features of 2 volumes are computed" in said
     assert "damaged" not in said
@@ -346,7 +347,7 @@ def test_a_disk_that_refuses_in_the_middle_leaves_whole_features_only(volumes, k
     assert said.startswith(f"features cannot be kept in {cache.folder} (File too large): ")
     assert "the backbone runs in every epoch" in said
     before = times(tmp_path)
-    assert list(before) == [f"{volumes[0].slices_sha256[:32]}.npy"]
+    assert [path.stem for path in before] == [volumes[0].slices_sha256[:32]]
     assert times(tmp_path, "*.part") == {}
 
     caplog.clear()

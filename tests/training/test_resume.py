@@ -21,7 +21,7 @@ from tests.training.scans import disc_scans
 
 @pytest.fixture(scope="module")
 def start(tmp_path_factory):
-    """-> a function that starts a training in a folder, with options of the driver; what it says is in `<folder>.log`."""
+    """-> a function that starts a training in a folder, with options of the driver; its output is in `<folder>.log`."""
     shared = tmp_path_factory.mktemp("shared")
     disc_scans(shared / "scans")
 
@@ -141,13 +141,16 @@ def test_ended_at_random_moments_it_leaves_what_it_would_have_left(
 
 
 def test_ended_between_the_latest_and_the_best_checkpoint_the_best_is_made_up_for(run, like, uninterrupted, tmp_path):
+    """In the fifth epoch, the best of all."""
+    assert uninterrupted[1]["best"]["epoch"] == 5
     folder = tmp_path / "run"
-    assert run(folder, "--dies-before-best=2")[0] == 9
-    assert checkpoint_steps(folder / "checkpoints" / "latest")[0] == 2 * (STEPS + 1)
-    assert checkpoint_steps(folder / "checkpoints" / "best") == [1]
+    assert run(folder, "--dies-before-best=5")[0] == 9
+    assert checkpoint_steps(folder / "checkpoints" / "latest")[0] == 5 * (STEPS + 1)
+    assert checkpoint_steps(folder / "checkpoints" / "best") == [4, 3]
     code, said = run(folder)
     assert code == 0, said
-    assert "goes on after 2 epochs and 0 steps" in said
+    assert "goes on after 5 epochs and 0 steps" in said
+    assert "was lost" not in said
     assert_same(folder, like, uninterrupted)
 
 

@@ -1,0 +1,199 @@
+"""python -m jaxla.cache: what it lists, what it clears, and when it refuses to."""
+
+import contextlib
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+
+import pytest
+
+from jaxla.config import Model
+from jaxla.data.cases import find_cases
+from jaxla.data.phantoms import cached_phantoms
+from jaxla.data.prepared import prepare_cases
+from jaxla.models.network import build_network
+from jaxla.models.weights_format import save_weights
+from jaxla.training.features import FeatureCache
+from tests.data.nifti import flat
+from tests.test_bad_input import in_this_process
+
+UNITS = {"": 1, "k": 1e3, "M": 1e6, "G": 1e9}
+USES_THE_CACHE = "from pathlib import Path; from jaxla.data.cache import in_use; hold = in_use(Path(sys.argv[1]))"
+
+
+def bytes_of(shown):
+    """`1.05kB` -> 1050.0; three digits are shown, so this is within half a per cent of what was meant."""
+    number, unit = re.fullmatch(r"([\d.]+)([kMG]?)B", shown).groups()
+    return float(number) * UNITS[unit]
+
+
+@contextlib.contextmanager
+def held_by_another_process(statements, *arguments):
+    """While a Python process is within the context manager that `statements` call `hold`; yields that process."""
+    code = f"import sys; {statements}\nwith hold:\n print(flush=True); sys.stdin.read()"
+    with subprocess.Popen(
+        [sys.executable, "-c", code, *map(str, arguments)], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    ) as process:
+        assert process.stdout.readline() == b"\n"
+        yield process
+        process.stdin.close()
+
+
+def size_of(folder):
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+
+
+def contents(folder):
+    """Path below `folder` -> content, for every file but the marks of those that use it."""
+    paths = (path for path in folder.rglob("*") if path.is_file() and path.parent.name != "in-use")
+    return {path.relative_to(folder): path.read_bytes() for path in paths}
+
+
+@pytest.fixture(scope="module")
+def made_cache(tmp_path_factory):
+    """A cache folder with something of every kind in it: two volumes, one of them with features."""
+    folder = tmp_path_factory.mktemp("cache_command")
+    cache = folder / "cache"
+    volumes = prepare_cases(find_cases(flat(folder / "data", 2), ""), cache)
+    network = build_network(Model("vit_mini8", weights="random", decoder_widths=(8,)), 1, seed=0)
+    FeatureCache(cache, network, "vit_mini8", 16).features(volumes[:1])
+    cached_phantoms(cache, "small", 1)
+    save_weights(cache / "weights" / "mine.safetensors", {}, {"arch": "vit_mini8", "source": "", "licence": ""})
+    return cache
+
+
+@pytest.fixture
+def cache(made_cache, tmp_path):
+    return shutil.copytree(made_cache, tmp_path / "cache")
+
+
+def run(cache, *options):
+    """The command's lines, after a run that must succeed."""
+    code, stdout, stderr = in_this_process(cache.parent, "jaxla.cache", [f"--cache-dir={cache}", *options])
+    assert (code, stderr) == (0, "")
+    return stdout.splitlines()
+
+
+def refuse(cache, *options):
+    """The one line of error, after checking that nothing was removed."""
+    before = contents(cache)
+    code, stdout, stderr = in_this_process(cache.parent, "jaxla.cache", [f"--cache-dir={cache}", *options])
+    assert (code, stdout, len(stderr.splitlines())) == (2, "", 1)
+    assert contents(cache) == before
+    return stderr
+
+
+# --- listing ---------------------------------------------------------------------------------------------------------
+
+
+def test_every_kind_is_listed_with_its_size(cache):
+    lines = [line.split(maxsplit=1) for line in run(cache)]
+    (backbone,) = (cache / "features").iterdir()
+    listed = [  # what stands on each line, and the folder or file whose size it gives
+        ("volumes: prepared volumes", cache / "volumes"),
+        ("2 volumes", cache / "volumes"),
+        ("features: features of frozen backbones", cache / "features"),
+        ("vit_mini8, 16 px, float32, 1 volumes", backbone),
+        ("phantoms: synthetic scans", cache / "phantoms"),
+        ("small-1-v1", cache / "phantoms"),
+        ("weights: converted weights", cache / "weights"),
+        ("mine.safetensors", cache / "weights"),
+    ]
+    assert [text for _, text in lines[:-1]] == [text for text, _ in listed]
+    for (shown, text), (_, folder) in zip(lines, listed, strict=False):
+        assert bytes_of(shown) == pytest.approx(size_of(folder), rel=0.005), text
+    assert bytes_of(lines[-1][0]) == pytest.approx(sum(map(len, contents(cache).values())), rel=0.005)
+    assert lines[-1][1] == f"in all, in {cache}"
+
+
+def test_listing_changes_nothing(cache):
+    before = sorted(cache.rglob("*"))
+    run(cache)
+    assert sorted(cache.rglob("*")) == before
+
+
+def test_what_a_killed_process_left_is_named_and_not_counted_as_a_volume(cache):
+    (cache / "volumes" / ".writing-abc").mkdir()
+    (cache / "volumes" / ".writing-abc" / "image.npy").write_bytes(bytes(5000))
+    lines = [line.strip() for line in run(cache)]
+    assert "5.00kB  left half-written by a process that was killed" in lines
+    assert any(line.endswith("B  2 volumes") for line in lines)
+
+
+@pytest.mark.parametrize("there", [True, False], ids=["empty", "missing"])
+def test_a_cache_without_anything_is_listed_and_cleared(tmp_path, there):
+    cache = tmp_path / "cache"
+    if there:
+        cache.mkdir()
+    (line,) = run(cache)
+    assert line.split(maxsplit=1) == ["0.00B", f"in all, in {cache}"]
+    assert run(cache, "--clear=all") == [f"{cache}: volumes, features, phantoms cleared, 0.00B freed"]
+    assert cache.exists() == there
+
+
+# --- clearing --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("option", "cleared"),
+    [
+        ("features", {"features"}),
+        ("volumes", {"volumes"}),
+        ("phantoms", {"phantoms"}),
+        ("all", {"features", "volumes", "phantoms"}),
+    ],
+)
+def test_only_what_is_named_is_cleared_and_weights_never(cache, option, cleared):
+    before = contents(cache)
+    (line,) = run(cache, f"--clear={option}")
+    after = contents(cache)
+    assert after == {path: content for path, content in before.items() if path.parts[0] not in cleared}
+    assert after[next(path for path in before if path.name == "mine.safetensors")]
+    what, freed = re.fullmatch(rf"{cache}: (.*) cleared, (\S+) freed", line).groups()
+    assert set(what.split(", ")) == cleared
+    freed_bytes = sum(map(len, before.values())) - sum(map(len, after.values()))
+    assert bytes_of(freed) == pytest.approx(freed_bytes, rel=0.005)
+    listed = {line.split()[1].rstrip(":") for line in run(cache)}
+    assert not listed & cleared
+
+
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [
+        ("--clear=weights", "option --clear expects .*features.*volumes.*phantoms.*all.*weights"),
+        ("--clear=feature", "option --clear expects .*features.*volumes.*phantoms.*all.*'feature'"),
+        ("--clean=all", "option --clean is unknown; did you mean --clear?"),
+        ("all", "'all' is no option"),
+    ],
+)
+def test_a_wrong_option_is_named_and_nothing_is_cleared(cache, option, message):
+    assert re.search(f"^error: {message}", refuse(cache, option))
+
+
+def test_a_cache_that_a_run_uses_is_not_cleared_until_the_run_has_ended(cache):
+    with held_by_another_process(USES_THE_CACHE, cache) as user:
+        error = refuse(cache, "--clear=all")
+        assert f"--cache-dir={cache}: process {os.uname().nodename}-{user.pid} uses it" in error
+        assert len(run(cache)) == 9  # listing does not disturb it
+    run(cache, "--clear=all")
+    assert not (cache / "volumes").exists()
+
+
+def test_a_run_that_was_killed_does_not_keep_the_cache_from_being_cleared(cache):
+    with held_by_another_process(USES_THE_CACHE, cache) as user:
+        user.send_signal(signal.SIGKILL)
+        user.wait()
+    (mark,) = (cache / "in-use").iterdir()  # it was left behind
+    run(cache, "--clear=all")
+    assert not mark.exists()
+    assert not (cache / "volumes").exists()
+
+
+def test_one_of_two_users_is_enough_to_keep_it(cache):
+    with held_by_another_process(USES_THE_CACHE, cache) as killed, held_by_another_process(USES_THE_CACHE, cache) as on:
+        killed.kill()
+        killed.wait()
+        assert f"-{on.pid} uses it" in refuse(cache, "--clear=features")

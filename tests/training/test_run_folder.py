@@ -1,0 +1,160 @@
+"""A run's folder: a run as a whole or none at all, and one process's at a time."""
+
+import json
+import os
+import time
+from pathlib import Path
+
+import pytest
+
+from jaxla.config import InputError
+from jaxla.data.cases import Labels
+from jaxla.data.split import Split
+from jaxla.experiments import EXPERIMENTS
+from jaxla.training.run_folder import (
+    Record,
+    is_running,
+    read_record,
+    require_free,
+    require_resumable,
+    run_folder,
+)
+from tests.training.faults import files_at_most, start_process
+
+EXPERIMENT = EXPERIMENTS["quickstart"]
+SPLIT = Split(("a", "b"), ("c",), ("d",))
+CASES = {"a": "1", "b": "2", "c": "3", "d": "4"}
+RECORD = Record(
+    EXPERIMENT, Labels(("LA",)), "random", "", SPLIT.sha256, "", "python -m jaxla.train", "2026-01-01T00:00:00+00:00",
+    {"versions": {"jax": "0.10.0"}},
+)  # fmt: skip
+WHOLE = {"experiment.json", "split.json", "cases.json", ".lock"}
+
+
+def opened(folder: Path, resume: bool = False):
+    return run_folder(folder, RECORD, SPLIT, CASES, resume)
+
+
+def names(folder):
+    return {path.name for path in folder.iterdir()}
+
+
+def hold(folder: Path, resume: bool = False) -> None:
+    """In another process: stay in the folder."""
+    try:
+        with opened(folder, resume):
+            print("inside", flush=True)
+            time.sleep(600)
+    except InputError as error:
+        print(f"refused: {error}", flush=True)
+
+
+def answers(*logs):
+    """Wait until every process has said whether it is inside."""
+    end = time.monotonic() + 60
+    while not all(log.exists() and log.read_text().endswith("\n") for log in logs):
+        assert time.monotonic() < end
+        time.sleep(0.01)
+    return [log.read_text() for log in logs]
+
+
+@pytest.fixture
+def held(tmp_path):
+    """-> a run's folder, and the process that is in it."""
+    folder = tmp_path / "runs" / "run"
+    process = start_process(tmp_path / "holder.log", hold, folder)
+    assert answers(tmp_path / "holder.log") == ["inside\n"]
+    yield folder, process
+    process.kill()
+    process.join()
+
+
+def test_it_appears_with_all_that_belongs_to_it(tmp_path):
+    folder = tmp_path / "runs" / "run"
+    with opened(folder):
+        assert names(folder) == WHOLE
+        assert names(tmp_path / "runs") == {"run"}
+        assert read_record(folder) == RECORD
+        assert json.loads((folder / "split.json").read_text()) == {"train": ["a", "b"], "val": ["c"], "test": ["d"]}
+        assert json.loads((folder / "cases.json").read_text()) == CASES
+        assert is_running(folder)
+    assert not is_running(folder)
+
+
+def test_an_empty_folder_may_be_given(tmp_path):
+    (tmp_path / "run").mkdir()
+    require_free(tmp_path / "run")
+    with opened(tmp_path / "run"):
+        assert names(tmp_path / "run") == WHOLE
+
+
+def test_what_a_start_that_was_killed_left_is_no_hindrance(tmp_path):
+    for name in (".lock", "split.json", ".experiment.json"):
+        (tmp_path / name).write_text("half")
+    require_free(tmp_path)
+    with opened(tmp_path):
+        assert names(tmp_path) == WHOLE
+        assert json.loads((tmp_path / "split.json").read_text())["val"] == ["c"]
+
+
+def test_on_a_disk_that_refuses_there_is_none(tmp_path):
+    """The record, the last to be written, is larger than the files before it."""
+    with files_at_most(1000), pytest.raises(InputError) as error, opened(tmp_path / "run"):
+        pass
+    assert str(error.value).startswith(f"--run-dir={tmp_path / 'run'}: cannot be written (File too large)")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_another_process_is_refused_while_one_is_in_it(held):
+    folder, _ = held
+    before = {path: path.stat().st_mtime_ns for path in folder.iterdir()}
+    assert is_running(folder)
+    with pytest.raises(InputError, match=f"^--run-dir={folder}: another process is training there"):
+        require_resumable(folder, EXPERIMENT)
+    with (
+        pytest.raises(InputError, match=f"^--run-dir={folder}: another process is training there"),
+        opened(folder, True),
+    ):
+        pass
+    with (
+        pytest.raises(InputError, match=f"^--run-dir={folder}: another process is training there"),
+        opened(folder),
+    ):
+        pass
+    assert {path: path.stat().st_mtime_ns for path in folder.iterdir()} == before
+    assert names(folder.parent) == {"run"}
+
+
+def test_a_killed_process_is_in_it_no_longer(held):
+    folder, process = held
+    os.kill(process.pid, 9)
+    process.join()
+    assert not is_running(folder)
+    require_resumable(folder, EXPERIMENT)
+    with opened(folder, True):
+        assert is_running(folder)
+
+
+def test_of_two_that_start_at_once_one_gets_it(tmp_path):
+    logs = [tmp_path / "1.log", tmp_path / "2.log"]
+    processes = [start_process(log, hold, tmp_path / "run") for log in logs]
+    said = sorted(answers(*logs))
+    assert said[0] == "inside\n"
+    assert said[1].startswith(f"refused: --run-dir={tmp_path / 'run'}: another process is training there")
+    for process in processes:
+        process.kill()
+        process.join()
+    assert names(tmp_path / "run") == WHOLE
+
+
+def test_of_two_that_resume_at_once_one_gets_it(tmp_path):
+    with opened(tmp_path / "run"):
+        pass
+    logs = [tmp_path / "1.log", tmp_path / "2.log"]
+    processes = [start_process(log, hold, tmp_path / "run", True) for log in logs]
+    said = sorted(answers(*logs))
+    assert said[0] == "inside\n"
+    assert said[1].startswith(f"refused: --run-dir={tmp_path / 'run'}: another process is training there")
+    for process in processes:
+        process.kill()
+        process.join()
