@@ -222,6 +222,8 @@ def parse_arguments(parser: ArgumentParser, arguments: list[str]) -> Namespace:
         if not option.startswith("-"):
             raise InputError(f"{option!r} is no option; options are given as --name=value")
         raise InputError(f"option {option} is unknown{nearest(option, known)} --help lists them all")
+    if wrong := re.match(r'Parser key "(.*?)": Does not validate .*?Literal\[(.*?)\].* Given value: (.*)', message):
+        raise InputError(f"option --{wrong[1]} expects one of {wrong[2]}, got {wrong[3]!r}")
     if wrong := re.match(r'Parser key "(.*?)": Expected an? (.*)\. Got value: (.*)', message):
         expected = re.sub(r"<class '(.*?)'>", r"\1", wrong[2]).replace("typing.Literal", "one of ")
         expected = "a list such as [64,32]" if expected.startswith("tuple") else expected

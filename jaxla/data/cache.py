@@ -51,7 +51,13 @@ def in_use(cache_dir: Path) -> Iterator[None]:
 
 
 def cache_entries(cache_dir: Path) -> list[Entry]:
-    """Everything in the cache: features by backbone, volumes and phantoms together, weights by file."""
+    """Everything in the cache: features by backbone, volumes together, phantoms by set, weights by file.
+
+    Raises:
+        InputError: it is no folder.
+    """
+    if cache_dir.exists() and not cache_dir.is_dir():
+        raise InputError(f"--cache-dir={cache_dir}: is a file; give a folder")
     entries = []
     for kind in KINDS:
         folder = cache_dir / kind
@@ -94,12 +100,12 @@ def clear_cache(cache_dir: Path, kind: str) -> list[Entry]:
 def _says(path: Path) -> str:
     if path.name.startswith("."):
         return "left half-written by a process that was killed"
-    described = path / "backbone.json"
-    if described.is_file():
-        of = json.loads(described.read_text())
+    try:
+        of = json.loads((path / "backbone.json").read_text())
         volumes = len(list(path.glob("*.npy")))
         return f"{of['arch']}, {of['image_size']} px, {of['dtype']}, {volumes} volumes"
-    return path.name
+    except (OSError, ValueError, KeyError, TypeError):  # not features, or damaged ones: it can be cleared all the same
+        return path.name
 
 
 def _size(path: Path) -> int:

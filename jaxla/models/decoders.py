@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from itertools import pairwise
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
 
@@ -61,9 +63,27 @@ class Upsampling(nnx.Module):
 
 def resize(x: jax.Array, size: tuple[int, int]) -> jax.Array:
     """Bilinear, half-pixel centres, not antialiased: PyTorch's `interpolate(align_corners=False)`. [B, h, w, C]."""
+    for axis, pixels in zip((1, 2), size, strict=True):
+        groups = math.gcd(x.shape[axis], pixels)
+        if x.shape[axis] // groups == pixels // groups + 1:
+            x = _shrink(x, axis, pixels, groups)
     if x.shape[1:3] == tuple(size):
         return x
     return jax.image.resize(x, (x.shape[0], *size, x.shape[3]), "linear", antialias=False)
+
+
+def _shrink(x: jax.Array, axis: int, pixels: int, groups: int) -> jax.Array:
+    """Resize an axis by (q + 1) : q, such as 512 to 448: of each group of q + 1 pixels, neighbours make q new ones.
+
+    So it takes no matrix product, which would be a fifth of a training step of paper 1's decoder on CPU.
+    """
+    before, after = x.shape[:axis], x.shape[axis + 1 :]
+    position = (np.arange(pixels, dtype=np.float32) + 0.5) * np.float32(x.shape[axis] / pixels) - 0.5
+    weight = (position - np.floor(position)).reshape(groups, -1, *(1 for _ in after)).astype(x.dtype)
+    x = x.reshape(*before, groups, -1, *after)
+    q = x.shape[axis + 1] - 1
+    left, right = (jax.lax.slice_in_dim(x, start, start + q, axis=axis + 1) for start in (0, 1))
+    return ((1 - weight) * left + weight * right).reshape(*before, pixels, *after)
 
 
 @jax.custom_vjp

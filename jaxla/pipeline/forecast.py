@@ -147,8 +147,8 @@ def describe(f: Forecast) -> str:
     features = f"features {_bytes(f.features_bytes)} in {f.cache_dir} ({_bytes(f.disk_free)} free)"
     if not f.features_fit:
         features = (
-            f"features would take {_bytes(f.features_bytes)}, more than the {_bytes(f.disk_free)} free in "
-            f"{f.cache_dir}: the backbone runs in every epoch instead; --cache-dir names another disk"
+            f"features would take {_bytes(f.features_bytes)} in {f.cache_dir}, where {_bytes(f.disk_free)} are free: "
+            f"the backbone runs in every epoch instead; --cache-dir names another disk"
         )
     memory = f"{_bytes(f.step_bytes)} for a training step, by XLA's account"
     if f.device_bytes:

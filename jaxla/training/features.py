@@ -90,10 +90,13 @@ class FeatureCache:
         """The disk space that the features of these volumes take."""
         return sum(v.shape[0] for v in volumes) * int(np.prod(self.shape)) * self.dtype.itemsize
 
+    def free_bytes(self) -> int:
+        """What is free on the disk of the cache folder."""
+        return shutil.disk_usage(next(p for p in (self.folder, *self.folder.parents) if p.exists())).free
+
     def fits(self, size: int) -> bool:
         """Whether the disk has room for that many bytes more, and some to spare."""
-        folder = next(p for p in (self.folder, *self.folder.parents) if p.exists())
-        return size <= SHARE_OF_FREE_DISK * shutil.disk_usage(folder).free
+        return size <= SHARE_OF_FREE_DISK * self.free_bytes()
 
     def features(
         self, volumes: Sequence[PreparedVolume], track: Callable[[Iterable, str], Iterable] = lambda items, label: items
@@ -112,8 +115,9 @@ class FeatureCache:
         needed = self.bytes_of(absent)
         if absent and not self.fits(needed):
             log.warning(
-                "features of %d volumes would take %s, more than is free in %s: the backbone runs in every epoch "
-                "instead (--cache-dir names another disk)", len(absent), _bytes(needed), self.folder,
+                "features of %d volumes would take %s in %s, where %s are free: the backbone runs in every epoch "
+                "instead (--cache-dir names another disk)",
+                len(absent), _bytes(needed), self.folder, _bytes(self.free_bytes()),
             )  # fmt: skip
             return None
         try:

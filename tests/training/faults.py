@@ -1,5 +1,6 @@
 """What goes wrong outside a program: damaged files, a disk that refuses, processes that end at any moment."""
 
+import logging
 import multiprocessing
 import os
 import resource
@@ -51,6 +52,7 @@ def _run(log, target, arguments):
     target(*arguments)
 
 
-def said_by_us(caplog):
-    """What this package has logged, without other libraries' lines."""
-    return [record.getMessage() for record in caplog.records if record.name.startswith("jaxla")]
+def said_by_us(caplog, least=logging.WARNING):
+    """What this package has logged from that level on, without other libraries' lines."""
+    records = [record for record in caplog.records if record.name.startswith("jaxla") and record.levelno >= least]
+    return [record.getMessage() for record in records]

@@ -156,7 +156,7 @@ def test_they_are_computed_once_and_then_read(volumes, tmp_path, caplog):
     assert cache.missing(volumes) == volumes
     cache.features(volumes[:2])
     assert cache.missing(volumes) == volumes[2:]
-    assert "features of 2 volumes are computed once and kept: 22.5kB" in said_by_us(caplog)[0]
+    assert "features of 2 volumes are computed once and kept: 22.5kB" in said_by_us(caplog, logging.INFO)[0]
     first = times(tmp_path)
     assert len(first) == 2
     cache_in(tmp_path).features(volumes)
@@ -166,7 +166,7 @@ def test_they_are_computed_once_and_then_read(volumes, tmp_path, caplog):
     caplog.clear()
     cache_in(tmp_path).features(volumes)
     assert times(tmp_path) == again
-    assert not [line for line in said_by_us(caplog) if "computed" in line]
+    assert not [line for line in said_by_us(caplog, logging.INFO) if "computed" in line]
 
 
 @pytest.mark.parametrize(
@@ -327,7 +327,7 @@ def test_where_they_do_not_fit_the_log_says_so_and_there_are_none(volumes, tmp_p
     assert cache.features(volumes) is None
     assert list(tmp_path.iterdir()) == []
     (said,) = said_by_us(caplog)
-    assert said.startswith(f"features of 3 volumes would take 36.9kB, more than is free in {cache.folder}: ")
+    assert said.startswith(f"features of 3 volumes would take 36.9kB in {cache.folder}, where ")
     assert "the backbone runs in every epoch" in said
 
     caplog.clear()
