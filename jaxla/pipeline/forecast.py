@@ -44,6 +44,7 @@ class Forecast:
         run_bytes: of the run's folder at its largest: checkpoints and predictions.
         step_bytes: device memory of a training step, by XLA's own account.
         device_bytes: memory that the device has; 0 where it does not say.
+        start_seconds: to build the network and compile its steps.
         features_seconds: to compute the missing features.
         epoch_seconds: of an epoch with its validation.
         test_seconds: to segment and score the test cases.
@@ -62,6 +63,7 @@ class Forecast:
     run_bytes: int
     step_bytes: int
     device_bytes: int
+    start_seconds: float
     features_seconds: float
     epoch_seconds: float
     test_seconds: float
@@ -69,6 +71,7 @@ class Forecast:
 
 def forecast(experiment: Experiment, data: PreparedData, cache_dir: Path) -> Forecast:
     """Measure a few steps of the run on its own data; nothing is trained, and no file written."""
+    began = time.perf_counter()
     recipe, model, size = experiment.training, experiment.model, experiment.preprocessing.image_size
     parts = {name: data.of(getattr(data.split, name)) for name in ("train", "val", "test")}
     slices = {name: sum(v.shape[0] for v in volumes) for name, volumes in parts.items()}
@@ -111,6 +114,8 @@ def forecast(experiment: Experiment, data: PreparedData, cache_dir: Path) -> For
         arguments[3] = next(batches)
         return loss
 
+    one_step()
+    start_seconds = time.perf_counter() - began
     step_seconds = _seconds(one_step, MEASURED_STEPS)
     batches.close()
     evaluate = make_evaluation(split.evaluation)
@@ -133,6 +138,7 @@ def forecast(experiment: Experiment, data: PreparedData, cache_dir: Path) -> For
         run_bytes=3 * (2 * trained_bytes + state_bytes) + sum(int(np.prod(v.shape)) for v in parts["test"]) // 20,
         step_bytes=_memory(step),
         device_bytes=_device_bytes(),
+        start_seconds=start_seconds,
         features_seconds=features_seconds,
         epoch_seconds=steps * step_seconds + -(-slices["val"] // recipe.batch_size) * batch_seconds,
         test_seconds=-(-slices["test"] // recipe.batch_size) * batch_seconds + score_seconds,
@@ -143,7 +149,7 @@ def describe(f: Forecast) -> str:
     """The forecast as lines to print."""
     experiment, recipe = f.experiment, f.experiment.training
     training_seconds = recipe.epochs * f.epoch_seconds
-    together = f.features_seconds + training_seconds + f.test_seconds
+    together = f.start_seconds + f.features_seconds + training_seconds + f.test_seconds
     features = f"features {_bytes(f.features_bytes)} in {f.cache_dir} ({_bytes(f.disk_free)} free)"
     if not f.features_fit:
         features = (
@@ -164,7 +170,8 @@ def describe(f: Forecast) -> str:
         "disk": f"run folder {_bytes(f.run_bytes)} at most" + (f"; {features}" if f.features_bytes else ""),
         "memory": memory,
         "time": (
-            (f"features {clock(f.features_seconds)}; " if f.features_seconds else "")
+            f"start and compilation {clock(f.start_seconds)}; "
+            + (f"features {clock(f.features_seconds)}; " if f.features_seconds else "")
             + f"an epoch {clock(f.epoch_seconds)}, all {recipe.epochs} {clock(training_seconds)}; "
             f"test {clock(f.test_seconds)}; together {clock(together)} at most, on {jax.devices()[0].device_kind}, "
             f"from {MEASURED_STEPS} measured steps"
