@@ -374,7 +374,8 @@ def run_folder(tmp_path_factory):
     from jaxla.training.run_folder import Record, write_record
 
     folder = tmp_path_factory.mktemp("run")
-    write_record(folder, Record(EXPERIMENTS["quickstart"], Labels(("LA",)), "random", "", "", "", {}))
+    unknown = dict.fromkeys(("weights_sha256", "split_sha256", "data_sha256", "command", "begun"), "")
+    write_record(folder, Record(EXPERIMENTS["quickstart"], Labels(("LA",)), "random", environment={}, **unknown))
     return folder
 
 
@@ -414,7 +415,7 @@ def test_prediction_names_the_option_that_is_missing(scan_and_run, missing):
 
 
 def test_a_damaged_record_of_a_run_is_named(scan_and_run):
-    (scan_and_run / "run" / "experiment.json").write_text('{"version": 1}')
+    (scan_and_run / "run" / "experiment.json").write_text('{"version": 2}')
     options = ("--run=run", "--input=scan.nii.gz", "--output=mask.nii.gz")
     assert "run/experiment.json: damaged" in refuse(scan_and_run, "jaxla.predict", *options)
 
