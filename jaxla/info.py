@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from jaxla.config import InputError, command_parser, parse_arguments, run_command
 
@@ -34,28 +37,31 @@ def _describe_run(folder: Path) -> dict[str, str]:
     experiment, environment = record.experiment, record.environment
     facts = {"run": str(folder.absolute()), "experiment": f"{experiment.name}, method {experiment.method}"}
 
-    lines = (folder / "metrics.jsonl").read_text().splitlines() if (folder / "metrics.jsonl").exists() else []
-    history = [json.loads(line) for line in lines]
+    history = _read(folder / "metrics.jsonl", lambda text: [json.loads(line) for line in text.splitlines()]) or []
+    summary = _read(folder / "test" / "summary.json", json.loads)
+    split = _read(folder / "split.json", json.loads) or {}
     epochs = f"{len(history)} of at most {experiment.training.epochs} epochs"
     if is_finished(folder):
         facts["state"] = f"finished after {epochs}"
     elif is_running(folder):
         facts["state"] = f"running: {epochs} are done"
+    elif not os.access(folder, os.W_OK):
+        facts["state"] = f"not finished: {epochs} are done (whether it runs, only who may write there can tell)"
     else:
         facts["state"] = f"ended before it was finished: {epochs} are done"
         facts["go on with"] = resume_command(record.command, folder)
     if history:
         best = max(history, key=lambda metrics: metrics["val_dice"])
+        if summary:  # the epoch that was tested, should the best one's checkpoint have been lost
+            best = history[summary["best_epoch"] - 1]
         facts["validation"] = f"best Dice {best['val_dice']:.3f} (mean per volume) in epoch {best['epoch']}"
-    if (folder / "test" / "summary.json").exists():
-        summary = json.loads((folder / "test" / "summary.json").read_text())
+    if summary:
         facts["test"] = "; ".join(
             f"{name} {summary[key]['mean']:.3f}" for name, key in (("Dice", "dice"), ("IoU", "iou"))
         ) + (
             f" (mean per {summary['dice']['unit']}, n = {summary['dice']['n']}); "
             f"atlas Dice {summary['atlas']['dice']['mean']:.3f}"
         )
-    split = json.loads((folder / "split.json").read_text())
     model, weights = experiment.model, record.weights
     facts |= {
         "data": f"{experiment.data.root}; " + ", ".join(f"{len(ids)} {part}" for part, ids in split.items()),
@@ -70,6 +76,20 @@ def _describe_run(folder: Path) -> dict[str, str]:
         "begun by": record.command,
     }
     return facts
+
+
+def _read(path: Path, parse: Callable[[str], Any]) -> Any:
+    """What a file of the run says; None where there is none.
+
+    Raises:
+        InputError: it is damaged.
+    """
+    try:
+        return parse(path.read_text())
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path}: damaged or unreadable ({error})") from error
 
 
 def _describe_weights(path: Path) -> dict[str, str]:

@@ -22,7 +22,9 @@ from jaxla.config import (
 )
 from jaxla.experiments import EXPERIMENTS, METHODS
 
-DISK_REFUSES = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES)
+DISK_REFUSES = (
+    errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EIO, errno.ESTALE, errno.ENOENT,
+)  # fmt: skip
 
 log = logging.getLogger("jaxla.train")
 
@@ -90,19 +92,23 @@ def main(arguments: list[str]) -> None:
             environment=environment(),
         )
         with run_folder(run_dir, record, data.split, data.cases, options.resume):
-            early_lines.setTarget(logging.FileHandler(run_dir / LOG))
+            log_file = logging.FileHandler(run_dir / LOG)
+            early_lines.setTarget(log_file)
+            go_on = resume_command(record.command, run_dir)
             try:
                 summary = run.train_and_test(experiment, data, run_dir, cache_dir)
             except (Stopped, KeyboardInterrupt) as stop:
-                where = str(stop) or "before the end"
-                raise Stopped(f"{where}; go on with: {resume_command(record.command, run_dir)}") from stop
+                note(log_file, f"stopped {stop}")
+                raise Stopped(f"{str(stop) or 'before the end'}; go on with: {go_on}") from stop
+            except InputError as error:
+                note(log_file, f"error: {error}")
+                raise
             except OSError as error:
                 if error.errno not in DISK_REFUSES:
                     raise
-                raise InputError(
-                    f"{error.filename or run_dir}: cannot be written ({error.strerror}); mend that and go on with: "
-                    f"{resume_command(record.command, run_dir)}"
-                ) from error
+                message = f"{error.filename or run_dir}: cannot be read or written ({error.strerror})"
+                note(log_file, f"error: {message}")
+                raise InputError(f"{message}; mend that and go on with: {go_on}") from error
     dice, iou, atlas = summary["dice"], summary["iou"], summary["atlas"]["dice"]
     log.info("finished in %.0f s", time.perf_counter() - began)
     print(
@@ -110,6 +116,11 @@ def main(arguments: list[str]) -> None:
         f"(mean per volume over {dice['n']} patients; the atlas, which never looks at the image: "
         f"Dice {atlas['mean']:.3f}). Run folder: {run_dir}"
     )
+
+
+def note(log_file: logging.Handler, message: str) -> None:
+    """Leave in the log what the terminal shows by other ways."""
+    log_file.handle(logging.LogRecord("jaxla.train", logging.ERROR, "", 0, message, None, None))
 
 
 def check_options(experiment: Experiment) -> None:

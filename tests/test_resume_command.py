@@ -223,13 +223,6 @@ def test_a_damaged_record_is_named(folder, content):
     assert f"error: {folder / 'run' / 'experiment.json'}: damaged" in refused(folder)
 
 
-@pytest.mark.parametrize("content", [None, "", "{"])
-def test_damaged_sums_of_the_cases_are_named(folder, content):
-    path = folder / "run" / "cases.json"
-    path.unlink() if content is None else path.write_text(content)
-    assert f"error: {path}: " in refused(folder)
-
-
 def test_two_processes_never_train_in_one_folder(folder):
     with FileLock(folder / "run" / ".lock"):
         assert f"--run-dir={folder / 'run'}: another process is training there" in refused(folder)

@@ -6,6 +6,7 @@ import json
 import os
 import platform
 import shutil
+import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -38,15 +39,17 @@ class Entry:
 def in_use(cache_dir: Path) -> Iterator[None]:
     """Keep the cache from being cleared while this process reads it."""
     users = cache_dir / "in-use"
+    mine = users / f"{uuid.uuid4().hex[:8]}.{platform.node()}-{os.getpid()}.lock"
+    lock = FileLock(mine)  # the operating system's: a killed process holds it no longer
     try:
         users.mkdir(parents=True, exist_ok=True)
+        lock.acquire()
     except OSError as error:
-        raise InputError(f"--cache-dir={cache_dir}: cannot be written ({error.strerror}); choose another") from error
-    mine = users / f"{platform.node()}-{os.getpid()}.lock"
+        raise InputError(f"{users}: cannot be written ({error.strerror}); choose another --cache-dir") from error
     try:
-        with FileLock(mine):  # the operating system's: a killed process holds it no longer
-            yield
+        yield
     finally:
+        lock.release()
         mine.unlink(missing_ok=True)
 
 
@@ -81,19 +84,21 @@ def clear_cache(cache_dir: Path, kind: str) -> list[Entry]:
         try:
             with FileLock(mark, timeout=0):
                 pass
+            mark.unlink(missing_ok=True)
         except Timeout as error:
+            process = mark.stem.split(".", 1)[-1]  # host and process id
             raise InputError(
-                f"--cache-dir={cache_dir}: process {mark.stem} uses it; clear it when that run has ended"
+                f"--cache-dir={cache_dir}: process {process} uses it; clear it when that run has ended"
             ) from error
-        mark.unlink(missing_ok=True)
+        except OSError as error:
+            raise InputError(f"{mark}: cannot be opened ({error.strerror}); another user's run may use it") from error
     kinds = CLEARED if kind == "all" else (kind,)
     removed = [entry for entry in cache_entries(cache_dir) if entry.kind in kinds]
-    for each in kinds:
+    for child in [path for each in kinds if (cache_dir / each).is_dir() for path in (cache_dir / each).iterdir()]:
         try:
-            if (cache_dir / each).is_dir():
-                shutil.rmtree(cache_dir / each)
+            shutil.rmtree(child) if child.is_dir() else child.unlink()
         except OSError as error:
-            raise InputError(f"{error.filename}: cannot be removed ({error.strerror})") from error
+            raise InputError(f"{error.filename or child}: cannot be removed ({error.strerror or error})") from error
     return removed
 
 

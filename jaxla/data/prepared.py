@@ -10,7 +10,7 @@ import hashlib
 import json
 import logging
 import shutil
-import tempfile
+import uuid
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -139,8 +139,9 @@ def _write_prepared(folder: Path, image: Volume, mask: Volume, labels: Labels) -
         "class_voxels": np.bincount(classes.ravel(), minlength=len(labels.names) + 1).tolist(),
     }
     folder.parent.mkdir(parents=True, exist_ok=True)
-    beside = Path(tempfile.mkdtemp(prefix=".writing-", dir=folder.parent))
+    beside = folder.parent / f".writing-{uuid.uuid4().hex}"
     try:
+        beside.mkdir()
         np.save(beside / "image.npy", slices)
         np.save(beside / "mask.npy", np.ascontiguousarray(to_slices(classes, geometry)))
         (beside / "volume.json").write_text(json.dumps(described))

@@ -26,6 +26,11 @@ class Split:
     unused: tuple[str, ...] = ()
 
     @property
+    def parts(self) -> dict[str, tuple[str, ...]]:
+        """The lists train, val and test, and unused where a few-shot protocol leaves patients out."""
+        return {part: ids for part, ids in asdict(self).items() if ids}
+
+    @property
     def sha256(self) -> str:
         return hashlib.sha256(json.dumps(asdict(self)).encode()).hexdigest()
 
@@ -52,9 +57,8 @@ def make_split(ids: Sequence[str], protocol: Data) -> Split:
 
 
 def write_split(split: Split, path: Path) -> None:
-    """Write the lists train, val and test, and unused where a few-shot protocol leaves patients out."""
-    content = {part: ids for part, ids in asdict(split).items() if ids}
-    path.write_text(json.dumps(content, indent=1) + "\n")
+    """Write `split.json`."""
+    path.write_text(json.dumps(split.parts, indent=1) + "\n")
 
 
 def read_test_cases(path: Path) -> tuple[str, ...]:

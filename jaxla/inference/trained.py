@@ -10,6 +10,7 @@ from flax import nnx
 
 from jaxla.config import InputError, default_cache_dir
 from jaxla.models.network import build_network
+from jaxla.models.weights import parameters_sha256
 from jaxla.models.weights_format import file_sha256
 from jaxla.training.checkpoints import Checkpoints, checkpoint_steps
 from jaxla.training.loop import checkpointed
@@ -39,6 +40,8 @@ def load_run(folder: str | Path) -> TrainedNetwork:
     model, seed, outputs = record.experiment.model, record.experiment.seed, record.labels.outputs
     if model.backbone == "frozen":
         network = build_network(replace(model, weights=str(_frozen_weights(folder, record))), outputs, seed)
+        if model.weights == "random" and parameters_sha256(network.backbone) != record.weights_sha256:
+            raise InputError(f"{folder / BACKBONE}: has changed since training; put it back from a copy")
     else:  # every parameter is in the checkpoint
         network = nnx.eval_shape(lambda: build_network(replace(model, weights="random"), outputs, seed))
     parts = split_network(network, train_backbone=model.backbone == "finetuned")

@@ -30,10 +30,13 @@ def save_weights(path: Path, arrays: Mapping[str, np.ndarray], metadata: Mapping
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         save_file(dict(arrays), beside, metadata={"format": FORMAT, **metadata})
+        umask = os.umask(0)
+        os.umask(umask)
+        beside.chmod(0o666 & ~umask)  # safetensors writes for its owner alone
         beside.replace(path)
     except (OSError, SafetensorError) as error:
         reason = getattr(error, "strerror", None) or error
-        raise InputError(f"{path}: cannot be written ({reason}); choose another --output") from error
+        raise InputError(f"{path}: cannot be written ({reason}); mend that, or choose another place") from error
     finally:
         with contextlib.suppress(OSError):
             beside.unlink(missing_ok=True)

@@ -173,7 +173,7 @@ def describe(f: Forecast) -> str:
             f"start and compilation {clock(f.start_seconds)}; "
             + (f"features {clock(f.features_seconds)}; " if f.features_seconds else "")
             + f"an epoch {clock(f.epoch_seconds)}, all {recipe.epochs} {clock(training_seconds)}; "
-            f"test {clock(f.test_seconds)}; together {clock(together)} at most, on {jax.devices()[0].device_kind}, "
+            f"test {clock(f.test_seconds)}; together about {clock(together)}, on {jax.devices()[0].device_kind}, "
             f"from {MEASURED_STEPS} measured steps"
         ),
     }

@@ -36,7 +36,7 @@ from jaxla.evaluation.summary import score_case, summarise, write_cases, write_s
 from jaxla.inference.segment import make_segment, make_segment_slices, write_segmentation
 from jaxla.inference.trained import load_run
 from jaxla.models.network import TransformerSegmenter, build_network
-from jaxla.models.weights import save_random
+from jaxla.models.weights import parameters_sha256, save_random
 from jaxla.reporting.curves import draw_curves
 from jaxla.reporting.overlays import Panel, draw_overlays
 from jaxla.reporting.report import write_report
@@ -121,15 +121,31 @@ def train_and_test(experiment: Experiment, data: PreparedData, run_dir: Path, ca
 
 
 def build(experiment: Experiment, outputs: int, run_dir: Path) -> TransformerSegmenter:
-    """The untrained network of a run; a random backbone that stays frozen is kept in the run's folder."""
+    """The untrained network of a run; a random backbone that stays frozen is kept in the run's folder.
+
+    Raises:
+        InputError: the backbone that was kept is damaged, and its seed gives another one now.
+    """
     model, seed = experiment.model, experiment.seed
     if model.backbone == "finetuned" or model.weights != "random":
         return build_network(model, outputs, seed)
-    kept = run_dir / BACKBONE
-    if kept.exists():
-        return build_network(replace(model, weights=str(kept)), outputs, seed)
+    kept, record = run_dir / BACKBONE, read_record(run_dir)
+    if record.weights_sha256:  # a resumed run
+        try:
+            network = build_network(replace(model, weights=str(kept)), outputs, seed)
+            if parameters_sha256(network.backbone) == record.weights_sha256:
+                return network
+        except InputError:  # missing or truncated
+            pass
+        log.warning("%s: missing or damaged; drawn again from seed %d", kept, seed)
     network = build_network(model, outputs, seed)
+    sha256 = parameters_sha256(network.backbone)
+    if record.weights_sha256 not in ("", sha256):
+        raise InputError(
+            f"{kept}: missing or damaged, and seed {seed} gives another backbone with the present versions; put it back"
+        )
     save_random(kept, network.backbone, model.arch, seed)
+    write_record(run_dir, replace(record, weights_sha256=sha256))
     return network
 
 
@@ -239,7 +255,7 @@ def test(data: PreparedData, features: Features | None, run_dir: Path) -> dict[s
     write_report(
         run_dir / REPORT,
         record=json.loads((run_dir / RECORD).read_text()),
-        split=json.loads((run_dir / "split.json").read_text()),
+        split=split.parts,
         history=[json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()],
         rows=rows,
         summary=summary,

@@ -30,12 +30,12 @@ def draw_losses(axes: Axes, history: History) -> None:
     axes.set(ylabel="loss", yscale="log")
 
 
-def draw_validation(axes: Axes, history: History) -> None:
-    """Validation Dice and IoU over epochs, the epoch of the best Dice marked."""
-    best = max(history, key=lambda m: m["val_dice"])
+def draw_validation(axes: Axes, history: History, best: Mapping[str, float] | None = None) -> None:
+    """Validation Dice and IoU over epochs; `best`, by default the epoch of the best Dice, is marked."""
+    best = best or max(history, key=lambda m: m["val_dice"])
     _draw_lines(axes, history, {"val_dice": "Dice", "val_iou": "IoU"})
     axes.axvline(best["epoch"], color="grey", lw=0.8, ls=":")
-    axes.annotate(f"best {best['val_dice']:.3f}", (best["epoch"], 0.02), fontsize="small", color="grey", ha="right")
+    axes.annotate(f"best {best['val_dice']:.3f}", (best["epoch"], 0.02), fontsize="small", ha="right")
     axes.set(ylabel="validation, per volume", ylim=(0, 1))
 
 

@@ -103,7 +103,7 @@ def write_report(
         agreement=volume_agreement(rows),
         fewest_for_limits=FEWEST_FOR_LIMITS,
         losses=_chart(lambda axes: draw_losses(axes, history)),
-        validation=_chart(lambda axes: draw_validation(axes, history)),
+        validation=_chart(lambda axes: draw_validation(axes, history, best)),
         volumes=_chart(lambda axes: draw_volumes(axes, rows), (4.2, 4)),
         panels=[(panel, [(i, _data_uri(f)) for i, f in slice_figures(panel, SLICES_PER_CASE)]) for panel in panels],
         colours={"prediction": PREDICTION, "reference": REFERENCE},

@@ -64,8 +64,8 @@ class Checkpoints:
             self._remove_half_written()
             reason = getattr(error, "strerror", None) or str(error).split(": ")[-1]
             raise InputError(
-                f"{self._folder / str(step)}: cannot be written ({reason}); the checkpoints before it are kept: free "
-                "space on the disk and go on with --resume"
+                f"{self._folder / str(step)}: cannot be written ({reason}); the checkpoints before it are kept: "
+                "mend that and go on with --resume"
             ) from error
         self._forget_sums()
 
@@ -76,11 +76,13 @@ class Checkpoints:
         """The first thing wrong with a checkpoint's files; empty if it is whole."""
         try:
             expected = json.loads(self._sums_file(step).read_text())
-        except (OSError, ValueError):
-            return f"{self._sums_file(step).name} is missing or unreadable"
+            found = _sums(self._folder / str(step))
+        except OSError as error:  # not damage: it may be readable tomorrow
+            raise InputError(f"{error.filename}: cannot be read ({error.strerror})") from error
+        except ValueError:
+            return f"{self._sums_file(step).name} is unreadable"
         if not isinstance(expected, dict):
             return f"{self._sums_file(step).name} is unreadable"
-        found = _sums(self._folder / str(step))
         wrong = [name for name in sorted(expected | found) if expected.get(name) != found.get(name)]
         return f"{wrong[0]} is missing or has changed" if wrong else ""
 
@@ -123,10 +125,14 @@ class Checkpoints:
             self._sums_file(step).unlink()
 
     def _remove_half_written(self) -> None:
-        for path in self._folder.glob("[0-9]*"):
-            if path.is_dir() and not self._sums_file(path.name).exists():
-                log.warning("%s: half-written checkpoint, removed", path)
-                shutil.rmtree(path)
+        unsummed = [
+            path for path in self._folder.glob("[0-9]*") if path.is_dir() and not self._sums_file(path.name).exists()
+        ]
+        if len([path for path in unsummed if path.name.isdecimal()]) > 1:  # one at most is being written
+            raise InputError(f"{self._folder}: the .sha256 files of its checkpoints are missing; put them back")
+        for path in unsummed:
+            log.warning("%s: half-written checkpoint, removed", path)
+            shutil.rmtree(path)
         for unfinished in self._folder.glob(".*.sha256"):
             unfinished.unlink()
         for sums in self._folder.glob("[0-9]*.sha256"):

@@ -28,6 +28,7 @@ from flax import nnx
 from tqdm import tqdm
 
 from jaxla.data.inputs import frame
+from jaxla.data.prepared import VERSION as PREPARED_VERSION
 from jaxla.data.prepared import PreparedVolume
 from jaxla.models.network import TransformerSegmenter
 from jaxla.models.weights import parameters_sha256
@@ -35,7 +36,7 @@ from jaxla.models.weights import parameters_sha256
 log = logging.getLogger(__name__)
 
 VERSION = 1  # of how features are computed and stored; another number makes another folder
-BATCH = 16  # slices the backbone takes at once
+BATCH = 8  # slices the backbone takes at once
 SHARE_OF_FREE_DISK = 0.9
 
 
@@ -72,7 +73,7 @@ class FeatureCache:
         one_batch = jax.eval_shape(self.extract, jax.ShapeDtypeStruct((BATCH, size, size, 1), np.float32))
         self.shape, self.dtype = one_batch.shape[1:], np.dtype(one_batch.dtype)
         self.describes = {
-            "version": VERSION,
+            "version": [VERSION, PREPARED_VERSION],
             "jaxla": importlib.metadata.version("jaxla"),
             "arch": arch,
             "parameters_sha256": parameters_sha256(network.backbone),
@@ -120,6 +121,7 @@ class FeatureCache:
                 len(absent), _bytes(needed), self.folder, _bytes(self.free_bytes()),
             )  # fmt: skip
             return None
+        written: list[PreparedVolume] = []
         try:
             if absent:
                 log.info(
@@ -130,7 +132,8 @@ class FeatureCache:
                 with _locked(self.folder / "lock"):
                     _write_json(self.folder / "backbone.json", self.describes)
                 for volume in track(absent, "features"):
-                    self._require(volume)
+                    if self._require(volume):
+                        written.append(volume)
             log.info("checking the features of %d volumes (%s)", len(volumes), _bytes(self.bytes_of(volumes)))
             for volume in [v for v in volumes if not self._is_sound(v)]:
                 log.warning("features of %s were damaged (%s): computed again", volume.id, self.folder / _name(volume))
@@ -139,6 +142,9 @@ class FeatureCache:
         except OSError as error:
             if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES):
                 raise
+            for volume in written:  # the run needs the room
+                for suffix in (".json", ".npy"):
+                    (self.folder / f"{_name(volume)}{suffix}").unlink(missing_ok=True)
             log.warning(
                 "features cannot be kept in %s (%s): the backbone runs in every epoch instead",
                 self.folder, error.strerror,
@@ -146,11 +152,12 @@ class FeatureCache:
             return None
         return [CachedFeatures(self.folder / f"{_name(v)}.npy", (v.shape[0], *self.shape), self.dtype) for v in volumes]
 
-    def _require(self, volume: PreparedVolume) -> None:
-        """Compute and write a volume's features, unless another process has done so by now."""
+    def _require(self, volume: PreparedVolume) -> bool:
+        """Compute and write a volume's features, unless another process has done so by now; whether it was done."""
         with _locked(self.folder / "lock"):
-            if self.missing([volume]):
+            if absent := bool(self.missing([volume])):
                 self._write(volume)
+        return absent
 
     def _write(self, volume: PreparedVolume) -> None:
         path = self.folder / f"{_name(volume)}.npy"

@@ -96,7 +96,7 @@ def fit(
         training_batches(train, recipe.batch_size, seed),
         Progress(),
     )
-    _go_on(state, best, latest)
+    _go_on(state, best, latest, folder)
     progress, saved_at = state.progress, time.monotonic()
     _write_history(folder, progress.history)
     if progress.history:
@@ -193,12 +193,19 @@ def _save_best(best: Checkpoints, state: _State) -> None:
     best.save(progress.best_epoch, checkpointed(state.trainable, state.frozen.statistics), record)
 
 
-def _go_on(state: _State, best: Checkpoints, latest: Checkpoints) -> None:
-    """Bring `state` to the newest whole checkpoint, if there is one, and the best checkpoint to the same moment."""
+def _go_on(state: _State, best: Checkpoints, latest: Checkpoints, folder: Path) -> None:
+    """Bring `state` to the newest whole checkpoint, if there is one, and the best checkpoint to the same moment.
+
+    Raises:
+        InputError: epochs were trained, but no whole checkpoint is left.
+    """
     newest = latest.newest_whole()
     if newest is None:
-        for of_lost_epoch in best.steps():
-            best.remove(of_lost_epoch)
+        if epochs := len(_read_history(folder)):
+            raise InputError(
+                f"{folder / 'checkpoints' / 'latest'}: no whole checkpoint is left of the {epochs} epochs that were "
+                "trained; put one back from a copy, or start a new run"
+            )
         return
     like = {**checkpointed(state.trainable, state.frozen.statistics), "optimiser": state.optimiser}
     restored, saved = latest.restore(like, newest)
@@ -214,11 +221,21 @@ def _go_on(state: _State, best: Checkpoints, latest: Checkpoints) -> None:
     if whole < progress.best_epoch == progress.epoch and not progress.losses:  # ended between latest and best
         _save_best(best, state)
     elif whole < progress.best_epoch:
-        progress.best_epoch, progress.best_dice = (
-            whole,
-            max([m["val_dice"] for m in progress.history if m["epoch"] == whole], default=-1.0),
-        )
-        log.warning("the best checkpoint was lost; the best that is left is that of epoch %d", whole)
+        lost, dice = progress.best_epoch, {m["epoch"]: m["val_dice"] for m in progress.history}
+        at_hand = [epoch for epoch in (whole, 0 if progress.losses else progress.epoch) if epoch]
+        progress.best_epoch = max(at_hand, key=dice.__getitem__, default=0)
+        progress.best_dice = dice.get(progress.best_epoch, -1.0)
+        if progress.best_epoch > whole:
+            _save_best(best, state)
+        log.warning(
+            "the checkpoint of the best epoch, %d, was lost; %s", lost,
+            f"that of epoch {progress.best_epoch} stands in for it" if at_hand else "the next epoch stands in for it",
+        )  # fmt: skip
+
+
+def _read_history(folder: Path) -> list[str]:
+    path = folder / "metrics.jsonl"
+    return path.read_text().splitlines() if path.exists() else []
 
 
 def _write_history(folder: Path, history: Sequence[Mapping[str, Any]]) -> None:
@@ -228,7 +245,7 @@ def _write_history(folder: Path, history: Sequence[Mapping[str, Any]]) -> None:
         beside.replace(folder / "metrics.jsonl")
     except OSError as error:
         raise InputError(
-            f"{folder}: cannot be written ({error.strerror}); free space on the disk and go on with --resume"
+            f"{folder}: cannot be written ({error.strerror}); mend that and go on with --resume"
         ) from error
 
 

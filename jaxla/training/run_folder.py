@@ -9,7 +9,7 @@ import platform
 import shlex
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, fields, is_dataclass
+from dataclasses import asdict, dataclass, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -63,12 +63,13 @@ class Record:
         experiment: with every option resolved.
         labels: classes of the data set.
         weights: the backbone's origin: `random`, or the file's path.
-        weights_sha256: of that file; empty for random weights.
+        weights_sha256: of that file; of a random backbone that stays frozen, of its parameters; else empty.
         split_sha256: of the case ids in `split.json`.
         data_sha256: of the scans and masks of all cases.
         command: that started the run.
         begun: when, in local time, ISO 8601.
         environment: package versions, device and platform.
+        resumed: when, where and by what command it was gone on with, each time.
         features: a sentence on how the backbone was run: in every epoch, or once per slice.
     """
 
@@ -81,6 +82,7 @@ class Record:
     command: str
     begun: str
     environment: dict[str, Any]
+    resumed: tuple[dict[str, Any], ...] = ()
     features: str = ""
 
 
@@ -139,7 +141,15 @@ def run_folder(folder: Path, record: Record, split: Split, cases: Mapping[str, s
         raise InputError(f"--run-dir={folder}: cannot be written ({error.strerror}); choose another folder") from error
     try:
         if resume:
-            _require_same_run(folder, record, split, cases)
+            _require_unfinished(folder)
+            begun = read_record(folder)
+            _require_same_run(folder, begun, record, split, cases)
+            session = {"begun": record.begun, "command": record.command, "environment": record.environment}
+            # files may have moved since, and the files that only repeat what was compared may be gone
+            where = replace(begun, experiment=record.experiment, weights=record.weights)
+            write_record(folder, replace(where, resumed=(*begun.resumed, session)))
+            write_split(split, folder / SPLIT)
+            (folder / CASES).write_text(json.dumps(cases, indent=1) + "\n")
         else:
             require_free(folder)
             try:
@@ -167,11 +177,11 @@ def require_resumable(folder: Path | None, experiment: Experiment) -> Record:
     """
     if folder is None:
         raise InputError("option --resume needs --run-dir: the folder of the run to go on with")
+    if folder.is_dir() and not {path.name for path in folder.iterdir()} - set(FIRST_FILES):
+        raise InputError(f"--resume: no run has begun in {folder}; start it without --resume")
     record = read_record(folder)
-    if is_finished(folder):
-        raise InputError(
-            f"--resume: the run in {folder} is finished ({REPORT}); choose another --run-dir to train again"
-        )
+    _require_unfinished(folder)
+    require_writable("--run-dir", folder)
     if is_running(folder):
         raise InputError(f"--run-dir={folder}: another process is training there; wait for it or end it")
     for option, now, then in _differences(experiment, record.experiment):
@@ -187,15 +197,19 @@ def resume_command(command: str, folder: Path) -> str:
     return f"{without_run_dir(command)} {shlex.join([f'--run-dir={folder}', '--resume'])}"
 
 
-def _require_same_run(folder: Path, record: Record, split: Split, cases: Mapping[str, str]) -> None:
+def _require_unfinished(folder: Path) -> None:
+    if is_finished(folder):
+        raise InputError(
+            f"--resume: the run in {folder} is finished ({REPORT}); choose another --run-dir to train again"
+        )
+
+
+def _require_same_run(folder: Path, begun: Record, record: Record, split: Split, cases: Mapping[str, str]) -> None:
     """Raise an InputError unless data, split and weights are those that the run was begun with."""
-    begun = read_record(folder)
     try:
         then: dict[str, str] = dict(json.loads((folder / CASES).read_text()))
-    except (OSError, ValueError, TypeError) as error:
-        raise InputError(
-            f"{folder / CASES}: missing or damaged, so the data cannot be compared; put it back, or start a new run"
-        ) from error
+    except (OSError, ValueError, TypeError):  # it only serves to name the case
+        then = cases
     for name in sorted(set(then) | set(cases)):
         if then.get(name) != cases.get(name):
             what = "new" if name not in then else "gone" if name not in cases else "another scan or mask"
@@ -203,16 +217,26 @@ def _require_same_run(folder: Path, record: Record, split: Split, cases: Mapping
                 f"--resume: the data in {record.experiment.data.root} are not those that the run in {folder} was begun "
                 f"with: case {name} is {what}; put the data back, or start a new run"
             )
+    if begun.data_sha256 != record.data_sha256:
+        raise InputError(
+            f"--resume: the data in {record.experiment.data.root} are not those that the run in {folder} was begun "
+            "with; put the data back, or start a new run"
+        )
     if begun.split_sha256 != split.sha256:
         raise InputError(
             f"--resume: --data.split={record.experiment.data.split} is not the split that the run in {folder} was "
             f"begun with; give {folder / SPLIT}"
         )
-    if begun.weights_sha256 != record.weights_sha256:
+    if record.weights != "random" and begun.weights_sha256 != record.weights_sha256:
         raise InputError(
             f"--resume: {record.weights} (sha256 {record.weights_sha256[:12]}…) is not the file that the run in "
             f"{folder} was begun with (sha256 {begun.weights_sha256[:12]}…); put that one back, or start a new run"
         )
+    if begun.environment["device"] != record.environment["device"]:
+        log.warning(
+            "the run was begun on %s and goes on on %s: it differs from one that was not interrupted",
+            begun.environment["device"], record.environment["device"],
+        )  # fmt: skip
     for name, version in record.environment["versions"].items():
         if begun.environment["versions"].get(name) != version:
             log.warning(
@@ -274,7 +298,7 @@ def read_record(folder: Path) -> Record:
         content: dict[str, Any] = json.loads((folder / RECORD).read_text())
         version = content.pop("version")
         if version > VERSION:
-            raise InputError(f"{folder}: written by a newer version of this package; update it (pip install -U jaxla)")
+            raise InputError(f"{folder}: written by a newer version of this package; update the one installed")
         if version < VERSION:
             raise InputError(f"{folder}: written by an earlier version of this package, which this one cannot read")
         return Record(
@@ -282,11 +306,12 @@ def read_record(folder: Path) -> Record:
                 **content,
                 "experiment": experiment_from_json(content["experiment"]),
                 "labels": _labels_from_json(content["labels"]),
+                "resumed": tuple(content["resumed"]),
             }
         )
     except OSError as error:
         raise InputError(f"{folder}: not a run folder (no {RECORD}); give the folder that training wrote") from error
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         if isinstance(error, InputError):
             raise
         raise InputError(f"{folder / RECORD}: damaged ({error!r})") from error

@@ -57,6 +57,7 @@ def outcome(predictions, names=("LA",), references=None):
         "split_sha256": "5" * 64,
         "data_sha256": "d" * 64,
         "features": "Every step ran the backbone.",
+        "resumed": [],
         "begun": "2026-01-02T03:04:05+00:00",
         "command": "python -m jaxla.train --exp=tiny --run-dir=runs/a --seed=7",
         "environment": {

@@ -201,20 +201,29 @@ def damage(checkpoint):
     flip_a_bit(max((path for path in checkpoint.rglob("*") if path.is_file()), key=lambda path: path.stat().st_size))
 
 
-@pytest.mark.parametrize("damaged", [1, 2], ids=["the newest", "both"])
-def test_from_a_damaged_latest_checkpoint_training_falls_back_and_ends_the_same(
-    run, like, uninterrupted, copy, damaged
-):
+def test_from_a_damaged_latest_checkpoint_training_falls_back_and_ends_the_same(run, like, uninterrupted, copy):
     latest = copy / "checkpoints" / "latest"
-    paths = [latest / str(step) for step in checkpoint_steps(latest)[:damaged]]
-    for path in paths:
-        damage(path)
+    newest, before = checkpoint_steps(latest)
+    damage(latest / str(newest))
     code, said = run(copy)
     assert code == 0, said
-    for path in paths:
-        assert f"{path}: damaged checkpoint, " in said
-    assert ("goes on after 5 epochs and 0 steps" in said) == (damaged == 1)
+    assert f"{latest / str(newest)}: damaged checkpoint, " in said
+    assert "the one before it is used" in said
+    assert "goes on after 5 epochs and 0 steps" in said
     assert_same(copy, like, uninterrupted)
+
+
+def test_without_a_whole_latest_checkpoint_nothing_is_trained_or_lost(run, copy):
+    """Rather than to begin anew without a word."""
+    latest, best = (copy / "checkpoints" / name for name in ("latest", "best"))
+    for step in checkpoint_steps(latest):
+        damage(latest / str(step))
+    kept = (checkpoint_steps(best), (copy / "metrics.jsonl").read_text())
+    for _ in range(2):
+        code, said = run(copy)
+        assert code == 2, said
+        assert f"error: {latest}: no whole checkpoint is left of the 5 epochs that were trained" in said
+        assert (checkpoint_steps(best), (copy / "metrics.jsonl").read_text()) == kept
 
 
 def test_a_damaged_best_checkpoint_gives_way_to_the_next_best(run, like, uninterrupted, copy):
@@ -228,7 +237,7 @@ def test_a_damaged_best_checkpoint_gives_way_to_the_next_best(run, like, uninter
     code, said = run(copy)
     assert code == 0, said
     assert f"{best / '5'}: damaged checkpoint, " in said
-    assert "the best checkpoint was lost; the best that is left is that of epoch 4" in said
+    assert "the checkpoint of the best epoch, 5, was lost; that of epoch 4 stands in for it" in said
 
     assert checkpoint_steps(best) == [4]
     again, record_again = restore(copy, "best", like, 4)

@@ -3,6 +3,7 @@
 import json
 import os
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -26,7 +27,7 @@ SPLIT = Split(("a", "b"), ("c",), ("d",))
 CASES = {"a": "1", "b": "2", "c": "3", "d": "4"}
 RECORD = Record(
     EXPERIMENT, Labels(("LA",)), "random", "", SPLIT.sha256, "", "python -m jaxla.train", "2026-01-01T00:00:00+00:00",
-    {"versions": {"jax": "0.10.0"}},
+    {"versions": {"jax": "0.10.0"}, "device": "cpu: cpu"},
 )  # fmt: skip
 WHOLE = {"experiment.json", "split.json", "cases.json", ".lock"}
 
@@ -133,6 +134,37 @@ def test_a_killed_process_is_in_it_no_longer(held):
     require_resumable(folder, EXPERIMENT)
     with opened(folder, True):
         assert is_running(folder)
+
+
+@pytest.mark.parametrize("content", [None, "", "{", "[1]"])
+def test_lists_that_were_lost_are_written_again(tmp_path, content):
+    with opened(tmp_path / "run"):
+        pass
+    before = {path: path.read_text() for path in (tmp_path / "run" / "cases.json", tmp_path / "run" / "split.json")}
+    for path in before:
+        path.unlink() if content is None else path.write_text(content)
+    other = replace(RECORD, data_sha256="other")
+    with (
+        pytest.raises(InputError, match=r"^--resume: the data in .* are not those that the run in"),
+        run_folder(tmp_path / "run", other, SPLIT, CASES, resume=True),
+    ):
+        pass
+    with opened(tmp_path / "run", resume=True):
+        assert {path: path.read_text() for path in before} == before
+
+
+def test_each_resumption_is_recorded_and_where_files_lie_now(tmp_path):
+    with opened(tmp_path / "run"):
+        pass
+    moved = replace(EXPERIMENT, data=replace(EXPERIMENT.data, root="/elsewhere"))
+    now = replace(RECORD, experiment=moved, begun="2026-02-02T00:00:00+00:00", command="python -m jaxla.train --resume")
+    for times in (1, 2):
+        with run_folder(tmp_path / "run", now, SPLIT, CASES, resume=True):
+            pass
+        record = read_record(tmp_path / "run")
+        assert (record.begun, record.command) == (RECORD.begun, RECORD.command)
+        assert record.experiment.data.root == "/elsewhere"
+        assert [session["begun"] for session in record.resumed] == [now.begun] * times
 
 
 def test_of_two_that_start_at_once_one_gets_it(tmp_path):
