@@ -203,7 +203,7 @@ def damage(checkpoint):
 
 def test_from_a_damaged_latest_checkpoint_training_falls_back_and_ends_the_same(run, like, uninterrupted, copy):
     latest = copy / "checkpoints" / "latest"
-    newest, before = checkpoint_steps(latest)
+    newest, _ = checkpoint_steps(latest)
     damage(latest / str(newest))
     code, said = run(copy)
     assert code == 0, said
