@@ -25,6 +25,7 @@ def test_run_folder_holds_what_the_readme_promises(small_run):
     for name in (
         "experiment.json", "split.json", "metrics.jsonl", "progress.png", "train.log", "checkpoints/best",
         "checkpoints/latest", "test/cases.csv", "test/slices.csv", "test/summary.json", "test/overlays.png",
+        "cases.json", "report.html",
     ):  # fmt: skip
         assert (small_run / name).exists(), name
 
@@ -70,6 +71,15 @@ def test_summary_is_the_mean_of_the_cases_and_stands_beside_the_atlas(small_run)
     assert summary["slice"]["dice"]["unit"] == "slice"
     of_atlas = np.mean([float(row["atlas_dice"]) for row in rows])
     assert summary["atlas"]["dice"]["mean"] == pytest.approx(of_atlas, abs=1e-12)
+
+
+def test_report_shows_the_one_test_case_once_and_the_reported_numbers(small_run):
+    report = (small_run / "report.html").read_text()
+    summary = read_json(small_run / "test" / "summary.json")
+    assert report.count(">worst of 1: ") == 1
+    assert "best of 1: " not in report
+    assert f"{summary['dice']['mean']:.3f}" in report
+    assert read_json(small_run / "experiment.json")["data_sha256"] in report
 
 
 def test_last_line_names_dice_iou_and_folder(small_run):

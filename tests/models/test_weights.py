@@ -85,7 +85,7 @@ def test_writing_leaves_no_other_file(mini_file):
 def test_a_folder_that_cannot_be_written_is_named(mini, tmp_path):
     (tmp_path / "file").write_text("")
     path = tmp_path / "file" / "x.safetensors"
-    refusal(lambda: save_weights(path, flat_arrays(mini), METADATA), path, "cannot be written", "--output")
+    refusal(lambda: save_weights(path, flat_arrays(mini), METADATA), path, "cannot be written", "choose another place")
     assert [p.name for p in tmp_path.iterdir()] == ["file"]
 
 
