@@ -22,7 +22,7 @@ from jaxla.config import (
 )
 from jaxla.experiments import EXPERIMENTS, METHODS
 
-DISK_REFUSES = (
+DISK_FAULTS = (
     errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EIO, errno.ESTALE, errno.ENOENT,
 )  # fmt: skip
 
@@ -104,7 +104,7 @@ def main(arguments: list[str]) -> None:
                 note(log_file, f"error: {error}")
                 raise
             except OSError as error:
-                if error.errno not in DISK_REFUSES:
+                if error.errno not in DISK_FAULTS:
                     raise
                 message = f"{error.filename or run_dir}: cannot be read or written ({error.strerror})"
                 note(log_file, f"error: {message}")
