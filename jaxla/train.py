@@ -98,8 +98,9 @@ def main(arguments: list[str]) -> None:
             try:
                 summary = run.train_and_test(experiment, data, run_dir, cache_dir)
             except (Stopped, KeyboardInterrupt) as stop:
-                note(log_file, f"stopped {stop}")
-                raise Stopped(f"{str(stop) or 'before the end'}; go on with: {go_on}") from stop
+                where = str(stop) or "before the end"
+                note(log_file, f"stopped {where}")
+                raise Stopped(f"{where}; go on with: {go_on}") from stop
             except InputError as error:
                 note(log_file, f"error: {error}")
                 raise

@@ -7,7 +7,6 @@ known too. Two of each kind are kept: should the newer one be damaged, there is 
 from __future__ import annotations
 
 import errno
-import hashlib
 import json
 import logging
 import os
@@ -20,6 +19,7 @@ import jax
 import orbax.checkpoint as ocp
 
 from jaxla.config import InputError
+from jaxla.models.weights_format import file_sha256
 
 T = TypeVar("T")
 
@@ -147,12 +147,7 @@ def checkpoint_steps(folder: Path) -> list[int]:
 
 def _sums(folder: Path) -> dict[str, str]:
     """The sha256 of every file under a folder."""
-    sums = {}
-    for path in folder.rglob("*"):
-        if path.is_file():
-            with path.open("rb") as file:
-                sums[path.relative_to(folder).as_posix()] = hashlib.file_digest(file, "sha256").hexdigest()
-    return sums
+    return {path.relative_to(folder).as_posix(): file_sha256(path) for path in folder.rglob("*") if path.is_file()}
 
 
 def _by_name(tree: Any) -> dict[str, jax.Array]:

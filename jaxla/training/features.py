@@ -32,6 +32,7 @@ from jaxla.data.prepared import VERSION as PREPARED_VERSION
 from jaxla.data.prepared import PreparedVolume
 from jaxla.models.network import TransformerSegmenter
 from jaxla.models.weights import parameters_sha256
+from jaxla.models.weights_format import file_sha256
 
 log = logging.getLogger(__name__)
 
@@ -179,13 +180,13 @@ class FeatureCache:
             beside.replace(path)
         finally:
             beside.unlink(missing_ok=True)
-        _write_json(path.with_suffix(".json"), {"case": volume.id, "shape": shape, "sha256": _sha256(path)})
+        _write_json(path.with_suffix(".json"), {"case": volume.id, "shape": shape, "sha256": file_sha256(path)})
 
     def _is_sound(self, volume: PreparedVolume) -> bool:
         path = self.folder / f"{_name(volume)}.npy"
         try:
             said: dict[str, Any] = json.loads(path.with_suffix(".json").read_text())
-            return said["shape"] == [volume.shape[0], *self.shape] and said["sha256"] == _sha256(path)
+            return said["shape"] == [volume.shape[0], *self.shape] and said["sha256"] == file_sha256(path)
         except (OSError, ValueError, KeyError, TypeError):
             return False
 
@@ -210,11 +211,6 @@ def _name(volume: PreparedVolume) -> str:
 
 def _bytes(count: int) -> str:
     return tqdm.format_sizeof(count, "B")
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _write_json(path: Path, content: dict[str, Any]) -> None:

@@ -169,8 +169,8 @@ def run_folder(folder: Path, record: Record, split: Split, cases: Mapping[str, s
         lock.release()
 
 
-def require_resumable(folder: Path | None, experiment: Experiment) -> Record:
-    """The record of the run to go on with, checked against the options given.
+def require_resumable(folder: Path | None, experiment: Experiment) -> None:
+    """Check that `folder` holds an unfinished run of these options.
 
     Raises:
         InputError: no folder, no run, a finished one, or one of other options; the first that differs is named.
@@ -189,7 +189,6 @@ def require_resumable(folder: Path | None, experiment: Experiment) -> Record:
             f"--resume: option --{option} is {_shown(now)}, but the run in {folder} was begun with {_shown(then)}; "
             f"it was begun by: {record.command}"
         )
-    return record
 
 
 def resume_command(command: str, folder: Path) -> str:
