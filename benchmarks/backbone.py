@@ -18,7 +18,8 @@ from flax import nnx
 from transformers import Dinov2Config, Dinov2Model
 
 from jaxla.config import command_parser, lookup, parse_arguments, run_command
-from jaxla.models.dinov2 import VARIANTS, VisionTransformer
+from jaxla.models.backbones import VARIANTS
+from jaxla.models.vision_transformer import VisionTransformer
 
 
 def main(arguments):

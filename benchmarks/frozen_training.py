@@ -34,7 +34,7 @@ from jaxla.data.batches import SliceSource, training_batches
 from jaxla.data.cases import find_cases
 from jaxla.data.phantoms import write_phantoms
 from jaxla.data.prepared import prepare_cases
-from jaxla.models.dinov2 import VARIANTS
+from jaxla.models.backbones import VARIANTS
 from jaxla.models.network import IMAGENET_DEVIATION, IMAGENET_MEAN, build_network
 from jaxla.training.features import BATCH, FeatureCache
 from jaxla.training.step import make_gradient, make_optimiser, make_step, split_network

@@ -27,7 +27,7 @@ def main(arguments: list[str]) -> None:
     )
     options = parse_arguments(parser, arguments)
 
-    from jaxla.models.dinov2 import VARIANTS
+    from jaxla.models.backbones import VARIANTS
 
     released = {arch: variant for arch, variant in VARIANTS.items() if variant.licence}
     if options.arch == "list":

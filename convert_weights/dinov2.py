@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 
 import numpy as np
 
-from jaxla.models.dinov2 import Variant
+from jaxla.models.vision_transformer import Variant
 
 # Parameters that a checkpoint may hold and that no forward pass without masking uses.
 IGNORED = ("mask_token",)

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     import jax.numpy as jnp
     from flax import nnx
 
-    from jaxla.models.dinov2 import VisionTransformer
+    from jaxla.models.vision_transformer import VisionTransformer
 
 __all__ = ["InputError", "build_network", "load_backbone", "load_network"]
 

@@ -15,7 +15,6 @@ from jaxla.config import (
     Experiment,
     InputError,
     Stopped,
-    lookup,
     parse_experiment,
     require_writable,
     run_command,
@@ -39,7 +38,7 @@ def main(arguments: list[str]) -> None:
     options = parse_experiment("jaxla.train", arguments, EXPERIMENTS, METHODS, list_experiments())
     experiment, cache_dir = options.experiment, options.cache_dir
     run_dir = options.run_dir or Path(f"runs/{experiment.name}_{time.strftime('%Y%m%d-%H%M%S')}")
-    check_options(experiment)
+    experiment = checked(experiment)
     began = time.perf_counter()
     early_lines = logging.handlers.MemoryHandler(capacity=1)  # holds the log until there is a folder for it
     logging.getLogger("jaxla").addHandler(early_lines)
@@ -124,9 +123,13 @@ def note(log_file: logging.Handler, message: str) -> None:
     log_file.handle(logging.LogRecord("jaxla.train", logging.ERROR, "", 0, message, None, None))
 
 
-def check_options(experiment: Experiment) -> None:
-    """Raise an InputError for values that no run can work with."""
-    from jaxla.models.dinov2 import VARIANTS
+def checked(experiment: Experiment) -> Experiment:
+    """The experiment, its architecture in this package's spelling.
+
+    Raises:
+        InputError: values that no run can work with.
+    """
+    from jaxla.models.backbones import VARIANTS, architecture
 
     if not experiment.data.root:
         from jaxla.data.cases import HOW_TO_GET_DATA, LAYOUTS
@@ -152,13 +155,14 @@ def check_options(experiment: Experiment) -> None:
     for option in ("learning_rate", "backbone_learning_rate"):
         if not 0 < getattr(training, option) < float("inf"):
             raise InputError(f"option --training.{option} must be a positive number, got {getattr(training, option)}")
-    patch = lookup("--model.arch", experiment.model.arch, VARIANTS).patch
-    size = experiment.preprocessing.image_size
+    arch = architecture("--model.arch", experiment.model.arch)
+    patch, size = VARIANTS[arch].patch, experiment.preprocessing.image_size
     if size % patch:
         raise InputError(
             f"option --preprocessing.image_size={size} must be a multiple of the patch size {patch}, "
             f"such as {max(1, round(size / patch)) * patch}"
         )
+    return replace(experiment, model=replace(experiment.model, arch=arch))
 
 
 def list_experiments() -> str:

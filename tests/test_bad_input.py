@@ -284,10 +284,10 @@ def parameters():
     """Name -> zeros, of a vit_mini8 backbone."""
     from flax import nnx
 
-    from jaxla.models.dinov2 import VARIANTS, VisionTransformer
+    from jaxla.models.backbones import build_backbone
     from jaxla.models.weights import parameter_shapes
 
-    network = nnx.eval_shape(lambda: VisionTransformer(VARIANTS["vit_mini8"], rngs=nnx.Rngs(0)))
+    network = nnx.eval_shape(lambda: build_backbone("vit_mini8", rngs=nnx.Rngs(0)))
     return {name: np.zeros(shape, np.float32) for name, shape in parameter_shapes(network).items()}
 
 

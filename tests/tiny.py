@@ -4,9 +4,9 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from jaxla.models.dinov2 import Variant, VisionTransformer
+from jaxla.models.vision_transformer import Variant, VisionTransformer
 
-TINY = Variant(width=32, depth=3, heads=2, patch=8, grid=4, licence="")
+TINY = Variant(width=32, depth=3, heads=2, hidden=128, patch=8, grid=4)
 
 
 def tiny_backbone(seed=0, variant=TINY, **options):

@@ -8,9 +8,10 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from jaxla.config import Model, lookup
+from jaxla.config import Model
+from jaxla.models.backbones import architecture, build_backbone
 from jaxla.models.decoders import ConvolutionalDecoder, LinearDecoder
-from jaxla.models.dinov2 import VARIANTS, VisionTransformer
+from jaxla.models.vision_transformer import VisionTransformer
 from jaxla.models.weights import compute_dtype, load_into, weights_file
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
@@ -66,19 +67,21 @@ def build_network(model: Model, classes: int, seed: int, cache_dir: Path | None 
         InputError: the backbone's weights are missing or do not fit; see `weights.load_into`.
     """
     dtype = compute_dtype()
-    variant = lookup("--model.arch", model.arch, VARIANTS)
+    arch = architecture("--model.arch", model.arch)
     backbone_key, decoder_key = jax.random.split(jax.random.key(seed))
 
     def untrained() -> VisionTransformer:
         remat = model.backbone == "finetuned"
-        return VisionTransformer(variant, dtype=dtype, remat=remat, rngs=nnx.Rngs(backbone_key))
+        return build_backbone(arch, dtype=dtype, remat=remat, rngs=nnx.Rngs(backbone_key))
 
     if model.weights == "random":
         backbone = nnx.jit(untrained)()
     else:
-        path = weights_file(model.arch, model.weights, cache_dir)
-        backbone = load_into(nnx.eval_shape(untrained), path, model.arch)
-    network = TransformerSegmenter(backbone, _build_decoder(model, variant.width, classes, nnx.Rngs(decoder_key)))
+        path = weights_file(arch, model.weights, cache_dir)
+        backbone = load_into(nnx.eval_shape(untrained), path, arch)
+    network = TransformerSegmenter(
+        backbone, _build_decoder(model, backbone.variant.width, classes, nnx.Rngs(decoder_key))
+    )
     network.eval()
     return network
 

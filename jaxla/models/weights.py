@@ -13,15 +13,16 @@ from flax import nnx
 from safetensors import safe_open
 
 from jaxla.config import InputError, default_cache_dir, nearest
-from jaxla.models.dinov2 import VARIANTS, VisionTransformer
+from jaxla.models.backbones import VARIANTS, build_backbone
+from jaxla.models.vision_transformer import VisionTransformer
 from jaxla.models.weights_format import how_to_convert, read_metadata, save_weights
 
 M = TypeVar("M", bound=nnx.Module)
 
 
 def parameter_shapes(network: nnx.Module) -> dict[str, tuple[int, ...]]:
-    """Name and shape of every parameter, as they stand in a file."""
-    return {name: tuple(value.shape) for name, value in _flat(nnx.state(network, nnx.Param)).items()}
+    """Name and shape of every parameter, buffer and statistic, as they stand in a file."""
+    return {name: tuple(value.shape) for name, value in _flat(nnx.state(network)).items()}
 
 
 def load_backbone(path: str | Path, dtype: jnp.dtype | None = None) -> VisionTransformer:
@@ -43,7 +44,7 @@ def load_backbone(path: str | Path, dtype: jnp.dtype | None = None) -> VisionTra
 def parameters_sha256(network: nnx.Module) -> str:
     """Of names, shapes and values: the same for the same parameters, whatever file they came from."""
     total = hashlib.sha256()
-    for name, variable in sorted(_flat(nnx.state(network, nnx.Param)).items()):
+    for name, variable in sorted(_flat(nnx.state(network)).items()):
         value = np.ascontiguousarray(variable.get_value())
         total.update(f"{name} {value.shape} {value.dtype}".encode())
         total.update(value.data)
@@ -52,7 +53,7 @@ def parameters_sha256(network: nnx.Module) -> str:
 
 def save_random(path: Path, backbone: VisionTransformer, arch: str, seed: int) -> None:
     """Write a backbone that was drawn from `seed`; the file says that its weights are random."""
-    arrays = {name: np.asarray(value.get_value()) for name, value in _flat(nnx.state(backbone, nnx.Param)).items()}
+    arrays = {name: np.asarray(value.get_value()) for name, value in _flat(nnx.state(backbone)).items()}
     save_weights(path, arrays, {"arch": arch, "source": f"random, seed {seed}", "source_sha256": "", "licence": ""})
 
 
@@ -116,7 +117,7 @@ def compute_dtype() -> jnp.dtype:
 
 
 def _abstract_backbone(arch: str, dtype: jnp.dtype = jnp.float32) -> VisionTransformer:
-    return nnx.eval_shape(lambda: VisionTransformer(VARIANTS[arch], dtype=dtype, rngs=nnx.Rngs(0)))
+    return nnx.eval_shape(lambda: build_backbone(arch, dtype=dtype, rngs=nnx.Rngs(0)))
 
 
 def _count(names: Sequence[str]) -> str:

@@ -22,7 +22,7 @@ class Frozen(NamedTuple):
     """What a step reads but does not differentiate."""
 
     parameters: nnx.State
-    statistics: nnx.State  # BatchNorm's running mean and variance; a step returns new ones as an auxiliary
+    statistics: nnx.State  # of BatchNorm, of which a step returns new ones as an auxiliary; buffers of what is trained
 
 
 class SplitNetwork(NamedTuple):
@@ -36,8 +36,8 @@ class SplitNetwork(NamedTuple):
 
 def split_network(network: nnx.Module, train_backbone: bool) -> SplitNetwork:
     """Take a network apart, once: jitting over its state is faster than over the object."""
-    trained = nnx.Param if train_backbone else nnx.All(nnx.Param, nnx.Not(nnx.PathContains("backbone")))
-    filters = (trained, nnx.Param, ...)
+    frozen = nnx.Nothing() if train_backbone else nnx.PathContains("backbone")
+    filters = (nnx.All(nnx.Param, nnx.Not(frozen)), frozen, ...)
     network.train()
     training, *_ = nnx.split(network, *filters)
     network.eval()
@@ -55,7 +55,8 @@ def make_gradient(graph: nnx.GraphDef) -> Gradient:
     def loss(trainable: nnx.State, frozen: Frozen, batch: Any) -> tuple[jax.Array, nnx.State]:
         network = nnx.merge(graph, trainable, *frozen, copy=True)  # its statistics change
         logits = network(batch["input"])
-        return pixel_loss(logits, batch["mask"], batch["weight"]), nnx.state(network, nnx.BatchStat)
+        statistics = nnx.merge_state(frozen.statistics, nnx.state(network, nnx.BatchStat))
+        return pixel_loss(logits, batch["mask"], batch["weight"]), statistics
 
     def gradient(trainable: nnx.State, frozen: Frozen, batch: Any, key: jax.Array) -> tuple[jax.Array, Any, dict]:
         del key  # this network draws nothing while it trains

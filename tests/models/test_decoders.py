@@ -8,8 +8,8 @@ import torch
 from flax import nnx
 
 from jaxla.models.decoders import ConvolutionalDecoder, LinearDecoder, double, resize
-from jaxla.models.dinov2 import VisionTransformer
 from jaxla.models.network import TransformerSegmenter
+from jaxla.models.vision_transformer import VisionTransformer
 from tests.tiny import TINY, flat_arrays, randomise, tiny_backbone
 
 WIDTHS = (8, 6, 4)

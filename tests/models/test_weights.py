@@ -8,7 +8,7 @@ from safetensors.numpy import load_file, save_file
 
 import jaxla
 from jaxla import InputError
-from jaxla.models.dinov2 import VARIANTS, VisionTransformer
+from jaxla.models.backbones import VARIANTS, build_backbone
 from jaxla.models.weights import load_into, parameter_shapes, weights_file
 from jaxla.models.weights_format import read_metadata, save_weights
 from tests.tiny import flat_arrays, tiny_backbone
@@ -110,7 +110,7 @@ def test_a_parameter_of_wrong_shape_is_named_with_both_shapes(mini_file):
 
 
 def test_another_architecture_than_asked_for_is_refused(mini_file):
-    abstract = nnx.eval_shape(lambda: VisionTransformer(VARIANTS["dinov2_vits14"], rngs=nnx.Rngs(0)))
+    abstract = nnx.eval_shape(lambda: build_backbone("dinov2_vits14", rngs=nnx.Rngs(0)))
     message = refusal(
         lambda: load_into(abstract, mini_file, "dinov2_vits14"), mini_file, "vit_mini8", "not dinov2_vits14"
     )

@@ -9,7 +9,7 @@ import pytest
 import torch
 from flax import nnx
 
-from jaxla.models.dinov2 import position_grid
+from jaxla.models.positions import position_grid
 from tests.tiny import TINY, flat_arrays, tiny_backbone
 
 
@@ -36,7 +36,7 @@ def test_embedding_puts_a_patch_into_its_own_token_and_no_other():
         for column in range(columns):
             image = image_with_one_patch(row, column, rows, columns)
             tokens = embed(image)
-            change = np.asarray(vit.to_map(tokens, image) - vit.to_map(empty, image))[0]
+            change = np.asarray(vit.to_map(tokens, (rows, columns)) - vit.to_map(empty, (rows, columns)))[0]
             assert np.argwhere(np.abs(change).max(-1) > 0).tolist() == [[row, column]]
             assert np.argwhere(np.abs(tokens - empty).max(-1) > 0).tolist() == [[0, 1 + row * columns + column]]
             moved.append(change[row, column])
@@ -65,7 +65,7 @@ def test_embedding_is_the_strided_convolution_of_the_reference():
     )
     expected = convolved.permute(0, 2, 3, 1).numpy() + np.asarray(vit.pos_grid)
     tokens = vit.embed(images)
-    np.testing.assert_allclose(vit.to_map(tokens, images), expected, atol=2e-6)  # measured: 0
+    np.testing.assert_allclose(vit.to_map(tokens, (4, 4)), expected, atol=2e-6)  # measured: 0
     np.testing.assert_array_equal(tokens[:, 0], np.tile(vit.cls_token[...] + vit.pos_cls[...], (2, 1)))
 
 
@@ -118,8 +118,8 @@ def test_intermediate_tokens_are_those_of_a_network_cut_off_there():
         for path, variable in nnx.to_flat_state(state):
             variable.set_value(cut[path][:depth] if path[0] == "blocks" else cut[path])
         short = nnx.merge(graph, state)
-        tokens_of = jax.jit(lambda images, short=short: short.run_blocks(short.embed(images))[0])
-        expected = short.to_map(tokens_of(images), images)
+        tokens_of = jax.jit(lambda images, short=short: short.run_blocks(short.embed(images), (3, 5))[0])
+        expected = short.to_map(tokens_of(images), (3, 5))
         assert tokens.shape == (1, 3, 5, 32)
         np.testing.assert_allclose(tokens, expected, atol=5e-6)  # measured: 0, of values up to 10
 
@@ -135,11 +135,11 @@ def test_last_intermediate_tokens_normed_are_the_patches():
 def test_scan_over_blocks_equals_a_loop():
     vit = tiny_backbone()
     tokens = vit.embed(random_images(2, 24, 40))
-    scanned, _ = vit.run_blocks(tokens)
+    scanned, _ = vit.run_blocks(tokens, (3, 5))
     graph, parameters = nnx.split(vit.blocks)
     for i in range(TINY.depth):
         block = nnx.merge(graph, jax.tree.map(lambda x, i=i: x[i], parameters))
-        tokens = block(tokens)
+        tokens = block(tokens, None)
     np.testing.assert_allclose(scanned, tokens, atol=1e-5)  # measured: 1.7e-6, of values up to 10
 
 
