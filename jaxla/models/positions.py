@@ -33,11 +33,19 @@ class Rotation(NamedTuple):
     sine: jax.Array  # [N, D]
     cosine: jax.Array  # [N, D]
 
-    def __call__(self, x: jax.Array) -> jax.Array:
+    def rows(self, x: jax.Array) -> jax.Array:
         """Turn [B, N, heads, D]: channel i < D/2 pairs with i + D/2. In float32, back in the dtype of `x`."""
-        first, second = jnp.split(x.astype(self.sine.dtype), 2, axis=-1)
-        turned = jnp.concatenate([-second, first], axis=-1)
-        return (x * self.cosine[:, None] + turned * self.sine[:, None]).astype(x.dtype)
+        return _turn(x, self.sine[:, None], self.cosine[:, None], channels=-1)
+
+    def columns(self, x: jax.Array) -> jax.Array:
+        """The same of [B, heads, D, N]."""
+        return _turn(x, self.sine.T, self.cosine.T, channels=-2)
+
+
+def _turn(x: jax.Array, sine: jax.Array, cosine: jax.Array, channels: int) -> jax.Array:
+    first, second = jnp.split(x.astype(sine.dtype), 2, axis=channels)
+    turned = jnp.concatenate([-second, first], axis=channels)
+    return (x * cosine + turned * sine).astype(x.dtype)
 
 
 def rotary_periods(head_width: int, base: float = 100.0) -> jax.Array:

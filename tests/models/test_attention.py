@@ -1,14 +1,24 @@
-"""Attention against PyTorch's, on the formulation that each device takes."""
+"""Attention against PyTorch's, in the formulation that each device takes."""
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
+from flax import nnx
 
-from jaxla.models.attention import _one_head_at_a_time, attention
+from jaxla.models import columns
+from jaxla.models.attention import attention
+from jaxla.models.positions import rotation
+from tests.tiny import TINY_VARIANTS, tiny_backbone
 
 
-@pytest.mark.parametrize("formulation", [attention, _one_head_at_a_time])
+def in_columns(q, k, v):
+    """The CPU's formulation, for [B, N, heads, D]."""
+    return columns.attention(*(x.transpose(0, 2, 3, 1) for x in (q, k, v))).transpose(0, 3, 1, 2)
+
+
+@pytest.mark.parametrize("formulation", [attention, in_columns])
 @pytest.mark.parametrize(("batch", "tokens", "heads", "width"), [(2, 26, 3, 16), (1, 101, 2, 64), (3, 1, 1, 8)])
 def test_values_and_gradients_equal_pytorch(formulation, batch, tokens, heads, width):
     rng = np.random.default_rng(0)
@@ -26,8 +36,37 @@ def test_values_and_gradients_equal_pytorch(formulation, batch, tokens, heads, w
         np.testing.assert_allclose(mine, leaf.grad, atol=1e-5)  # measured: 1.6e-6
 
 
-def test_every_query_takes_a_mean_of_values():
+@pytest.mark.parametrize("formulation", [attention, in_columns])
+def test_every_query_takes_a_mean_of_values(formulation):
     """Equal keys: each output is the plain mean of the head's values."""
     v = np.random.default_rng(0).standard_normal((1, 5, 2, 4), dtype=np.float32)
-    out = attention(v, np.ones_like(v), v)
+    out = formulation(v, np.ones_like(v), v)
     np.testing.assert_allclose(out, np.broadcast_to(v.mean(1, keepdims=True), v.shape), atol=1e-6)
+
+
+@pytest.mark.parametrize("variant", TINY_VARIANTS.values(), ids=TINY_VARIANTS)
+def test_a_block_in_rows_and_in_columns_has_the_same_values_and_gradients(variant):
+    """A GPU takes the rows, and this is their only check without one."""
+    vit = tiny_backbone(variant=variant)
+    prefix = 1 + variant.registers
+    tokens = np.random.default_rng(1).standard_normal((2, prefix + 15, variant.width), dtype=np.float32)
+    rotate = None if variant.grid else rotation(vit.periods[...], 3, 5, prefix)
+    graph, stacked = nnx.split(vit.blocks)
+    first = jax.tree.map(lambda x: x[0], stacked)
+
+    def half(part, formulation):
+        def loss(parameters, tokens):
+            module = getattr(nnx.merge(graph, parameters), part)
+            arguments = (rotate,) if part == "attention" else ()
+            out = getattr(module, formulation)(tokens, *arguments)
+            return jnp.sum(out**2), out
+
+        return jax.value_and_grad(loss, argnums=(0, 1), has_aux=True)(first, tokens)
+
+    for part in ("attention", "mlp"):
+        (_, rows), of_rows = half(part, "in_rows")
+        (_, cols), of_cols = half(part, "in_columns")
+        np.testing.assert_allclose(cols, rows, atol=1e-5)  # measured: 3.6e-7
+        for a, b in zip(jax.tree.leaves(of_rows), jax.tree.leaves(of_cols), strict=True):
+            # measured: 5e-7
+            assert np.linalg.norm(np.asarray(a) - b) <= 2e-6 * np.linalg.norm(a)
