@@ -129,7 +129,7 @@ def checked(experiment: Experiment) -> Experiment:
     Raises:
         InputError: values that no run can work with.
     """
-    from jaxla.models.backbones import VARIANTS, architecture
+    from jaxla.models.backbones import TRANSFORMERS, architecture
 
     if not experiment.data.root:
         from jaxla.data.cases import HOW_TO_GET_DATA, LAYOUTS
@@ -156,7 +156,7 @@ def checked(experiment: Experiment) -> Experiment:
         if not 0 < getattr(training, option) < float("inf"):
             raise InputError(f"option --training.{option} must be a positive number, got {getattr(training, option)}")
     arch = architecture("--model.arch", experiment.model.arch)
-    patch, size = VARIANTS[arch].patch, experiment.preprocessing.image_size
+    patch, size = TRANSFORMERS[arch].patch, experiment.preprocessing.image_size
     if size % patch:
         raise InputError(
             f"option --preprocessing.image_size={size} must be a multiple of the patch size {patch}, "

@@ -8,13 +8,11 @@ import jax
 import nibabel as nib
 import numpy as np
 import pytest
-import torch
 from flax import nnx
 
 import jaxla
 from tests.conftest import run_command
-from tests.golden.fake_weights import fake_state_dict
-from tests.parity.test_dinov2 import GOLDEN
+from tests.golden.checkpoints import write_checkpoint
 
 
 def read_json(path):
@@ -147,11 +145,10 @@ def test_a_loaded_network_takes_images_and_gives_logits(small_run):
 def cache_with_vits14(tmp_path_factory):
     """A cache folder with synthetic weights of dinov2_vits14, where training looks for them."""
     folder = tmp_path_factory.mktemp("vits14")
-    shapes = read_json(GOLDEN / "dinov2_vits14.shapes.json")
-    state = {name: torch.from_numpy(value) for name, value in fake_state_dict(shapes).items()}
-    torch.save(state, folder / "vits14.pth")
+    source = folder / "vits14.safetensors"
+    write_checkpoint(source, "dinov2_vits14")
     weights = folder / "cache" / "weights" / "dinov2_vits14.safetensors"
-    run_command("convert_weights", "--arch=dinov2_vits14", f"--source={folder / 'vits14.pth'}", f"--output={weights}")
+    run_command("convert_weights", "--arch=dinov2_vits14", f"--source={source}", f"--output={weights}")
     return folder / "cache"
 
 

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from jaxla.config import Model
-from jaxla.models.backbones import architecture, build_backbone
+from jaxla.models.backbones import TRANSFORMERS, architecture
 from jaxla.models.decoders import ConvolutionalDecoder, LinearDecoder
 from jaxla.models.vision_transformer import VisionTransformer
 from jaxla.models.weights import compute_dtype, load_into, weights_file
@@ -72,7 +72,7 @@ def build_network(model: Model, classes: int, seed: int, cache_dir: Path | None 
 
     def untrained() -> VisionTransformer:
         remat = model.backbone == "finetuned"
-        return build_backbone(arch, dtype=dtype, remat=remat, rngs=nnx.Rngs(backbone_key))
+        return VisionTransformer(TRANSFORMERS[arch], dtype=dtype, remat=remat, rngs=nnx.Rngs(backbone_key))
 
     if model.weights == "random":
         backbone = nnx.jit(untrained)()

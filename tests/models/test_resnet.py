@@ -1,0 +1,225 @@
+"""The ResNet encoder beside a PyTorch module written from the paper: features, gradients, BatchNorm's statistics."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+from flax import nnx
+from torch import nn
+
+from jaxla import InputError
+from jaxla.models.backbones import architecture, build_backbone
+from jaxla.models.resnet import ResNet, Variant
+from tests.tiny import flat_arrays, randomise
+
+SMALL = Variant(blocks=(2, 3, 2, 2))
+
+
+def small_resnet(dtype=jnp.float32):
+    return randomise(nnx.eval_shape(lambda: ResNet(SMALL, dtype=dtype, rngs=nnx.Rngs(0))))
+
+
+def random_images(batch, height, width, seed=0):
+    return np.random.default_rng(seed).standard_normal((batch, height, width, 3), dtype=np.float32)
+
+
+# --- the reference ---
+
+
+class Unit(nn.Sequential):
+    """A convolution and its BatchNorm."""
+
+    def __init__(self, inputs, outputs, side, stride=1):
+        convolution = nn.Conv2d(inputs, outputs, side, stride, padding=(side - 1) // 2, bias=False)
+        super().__init__(convolution, nn.BatchNorm2d(outputs))
+
+
+class Block(nn.Module):
+    """Figure 5, right, with the shortcuts "B" of section 3.3; the stride stands on the 3×3 convolution."""
+
+    def __init__(self, inputs, width, stride):
+        super().__init__()
+        self.units = nn.ModuleList([Unit(inputs, width, 1), Unit(width, width, 3, stride), Unit(width, 4 * width, 1)])
+        self.projection = Unit(inputs, 4 * width, 1, stride) if inputs != 4 * width else None
+
+    def forward(self, x):
+        first, second, third = self.units
+        y = third(second(first(x).relu()).relu())
+        return (y + (x if self.projection is None else self.projection(x))).relu()
+
+
+class Reference(nn.Module):
+    """Table 1 of He et al. 2016 without the classifier; gives the features of the pooled stem and of each stage."""
+
+    def __init__(self, blocks):
+        super().__init__()
+        self.stem = Unit(3, 64, 7, 2)
+        self.pool = nn.MaxPool2d(3, 2, padding=1)
+        self.stages = nn.ModuleList()
+        inputs = 64
+        for count, width, stride in zip(blocks, (64, 128, 256, 512), (1, 2, 2, 2), strict=True):
+            first = Block(inputs, width, stride)
+            self.stages.append(nn.Sequential(first, *(Block(4 * width, width, 1) for _ in range(count - 1))))
+            inputs = 4 * width
+
+    def forward(self, x):
+        features = [self.pool(self.stem(x).relu())]
+        for stage in self.stages:
+            features.append(stage(features[-1]))
+        return features
+
+
+def pairs(reference, resnet):
+    """Every unit of the reference, with the arrays of ours that play its part."""
+    arrays = flat_arrays(resnet, nnx.Variable)
+
+    def of(convolution, norm, block):
+        names = {f"{norm}.{name}": name for name in ("scale", "bias", "mean", "var")}
+        return {name: arrays[ours][block] for ours, name in {f"{convolution}.kernel": "kernel", **names}.items()}
+
+    yield reference.stem, of("conv1", "bn1", ...)
+    for i, stage in enumerate(reference.stages, 1):
+        for j, block in enumerate(stage):
+            ours, place = (f"layer{i}.rest", j - 1) if j else (f"layer{i}.first", ...)
+            for k, unit in enumerate(block.units, 1):
+                yield unit, of(f"{ours}.conv{k}", f"{ours}.bn{k}", place)
+            if block.projection is not None:
+                yield block.projection, of(f"{ours}.downsample_conv", f"{ours}.downsample_bn", ...)
+
+
+def reference_of(resnet):
+    """The reference with our parameters, in their precision and in evaluation mode."""
+    reference = Reference(resnet.variant.blocks).eval()
+    for (convolution, norm), ours in pairs(reference, resnet):
+        convolution.weight.data = torch.from_numpy(ours["kernel"].transpose(3, 2, 0, 1).copy())
+        norm.weight.data, norm.bias.data = (torch.from_numpy(ours[name].copy()) for name in ("scale", "bias"))
+        norm.running_mean, norm.running_var = (torch.from_numpy(ours[name].copy()) for name in ("mean", "var"))
+    return reference
+
+
+def watched(reference):
+    """The reference in training mode -> by BatchNorm, its running variance now, and how many values it will see."""
+    variances, counts = {}, {}
+    for module in reference.train().modules():
+        if isinstance(module, nn.BatchNorm2d):
+            variances[module] = module.running_var.numpy().copy()
+            module.register_forward_hook(lambda norm, _, y: counts.update({norm: y.numel() // y.shape[1]}))
+    return variances, counts
+
+
+def biased_variance(norm, before, count):
+    """What a BatchNorm's running variance would be if, as in Flax, that of a batch of `count` values were biased."""
+    kept = (1 - norm.momentum) * before
+    return kept + (norm.running_var.numpy() - kept) * (count - 1) / count
+
+
+def channels_first(array):
+    return torch.from_numpy(np.asarray(array).transpose(0, 3, 1, 2).copy())
+
+
+def channels_last(tensor):
+    return tensor.detach().permute(0, 2, 3, 1).numpy()
+
+
+def relative_l2(ours, theirs):
+    ours = np.asarray(ours)
+    assert ours.shape == theirs.shape
+    return np.linalg.norm(ours - theirs) / np.linalg.norm(theirs)
+
+
+# --- features ---
+
+
+def test_features_equal_the_reference():
+    resnet, images = small_resnet(), random_images(2, 65, 97)  # even sides: tests/parity
+    features = resnet.intermediate(images)
+    for ours, theirs in zip(features, reference_of(resnet)(channels_first(images)), strict=True):
+        assert relative_l2(ours, channels_last(theirs)) <= 1e-6  # measured: 5.2e-7
+    np.testing.assert_array_equal(resnet(images), features[-1])
+    assert [x.shape[-1] for x in features] == [64, 256, 512, 1024, 2048]
+
+
+def test_bfloat16_keeps_the_direction_of_every_pixels_features():
+    images, full, half = random_images(2, 65, 97), small_resnet(), small_resnet(jnp.bfloat16)
+    assert {str(x.dtype) for x in flat_arrays(half, nnx.Variable).values()} == {"float32"}
+    for x, y in zip(full.intermediate(images), half.intermediate(images), strict=True):
+        assert y.dtype == jnp.bfloat16
+        y = y.astype(jnp.float32)
+        cosine = (x * y).sum(-1) / (jnp.linalg.norm(x, axis=-1) * jnp.linalg.norm(y, axis=-1))
+        assert cosine.min() >= 0.999  # measured: 0.99995
+
+
+def test_what_is_compiled_does_not_grow_with_the_depth():
+    def convolutions(arch):
+        resnet = nnx.eval_shape(lambda: build_backbone(arch, rngs=nnx.Rngs(0)))
+        return str(jax.make_jaxpr(resnet.intermediate)(random_images(1, 64, 64))).count("conv_general_dilated[")
+
+    assert convolutions("resnet152") == convolutions("resnet50") == 1 + 4 * (4 + 3)
+
+
+# --- training ---
+
+
+def test_training_equals_the_reference():
+    """In float64: in float32, rounding moves an activation or two over a ReLU's zero and changes gradients by 0.3 %."""
+    with jax.enable_x64():
+        resnet, images = small_resnet(jnp.float64), random_images(2, 33, 49).astype(np.float64)
+        for _, variable in nnx.to_flat_state(nnx.state(resnet)):
+            variable.set_value(jnp.asarray(np.asarray(variable), jnp.float64))
+        reference = reference_of(resnet)
+        variances, counts = watched(reference)
+        their_features = reference(channels_first(images))
+        draw = np.random.default_rng(1).standard_normal
+        weights = [draw(channels_last(x).shape) for x in their_features]
+
+        @jax.jit
+        def step(parameters, statistics):
+            def loss(parameters):
+                network = nnx.merge(graph, parameters, statistics, copy=True)  # its statistics change
+                features = network.intermediate(images)
+                value = sum((x * weight).mean() for x, weight in zip(features, weights, strict=True))
+                return value, (features, nnx.state(network, nnx.BatchStat))
+
+            return jax.grad(loss, has_aux=True)(parameters)
+
+        resnet.train()
+        graph, parameters, statistics = nnx.split(resnet, nnx.Param, ...)
+        gradients, (features, statistics) = step(parameters, statistics)
+
+    sum((x * channels_first(weight)).mean() for x, weight in zip(their_features, weights, strict=True)).backward()
+    errors = [relative_l2(x, channels_last(y)) for x, y in zip(features, their_features, strict=True)]
+    for (convolution, norm), ours in pairs(reference, nnx.merge(graph, gradients, statistics)):
+        theirs = {
+            "kernel": convolution.weight.grad.permute(2, 3, 1, 0).numpy(),
+            "scale": norm.weight.grad.numpy(),
+            "bias": norm.bias.grad.numpy(),
+            "mean": norm.running_mean.numpy(),
+            "var": biased_variance(norm, variances[norm], counts[norm]),
+        }
+        errors += [relative_l2(ours[name], array) for name, array in theirs.items()]
+    assert max(errors) <= 1e-12  # measured: 7.6e-14
+
+
+# --- what is refused ---
+
+
+@pytest.mark.parametrize(
+    ("shape", "words"),
+    [
+        ((1, 3, 32, 32), ["(1, 3, 32, 32)", "[B, H, W, 3]", "channels come last"]),
+        ((1, 32, 32, 1), ["(1, 32, 32, 1)", "[B, H, W, 3]"]),
+        ((32, 32, 3), ["(32, 32, 3)", "[B, H, W, 3]"]),
+    ],
+)
+def test_images_of_a_wrong_shape_are_refused(shape, words):
+    resnet = nnx.eval_shape(lambda: ResNet(SMALL, rngs=nnx.Rngs(0)))
+    for call in (resnet, resnet.intermediate):
+        with pytest.raises(ValueError, match="images of") as error:
+            call(np.zeros(shape, np.float32))
+        assert all(word in str(error.value) for word in words)
+
+
+def test_training_a_transformers_method_on_a_resnet_is_refused():
+    with pytest.raises(InputError, match=r"^--model.arch=resnet50 is no vision transformer. Known: dinov2_vits14, "):
+        architecture("--model.arch", "resnet50")
