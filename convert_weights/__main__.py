@@ -1,8 +1,9 @@
-"""python -m convert_weights: released PyTorch checkpoints -> this package's weights."""
+"""python -m convert_weights: released checkpoints <-> this package's weights."""
 
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from jaxla.config import (
     InputError,
@@ -14,52 +15,140 @@ from jaxla.config import (
     run_command,
 )
 
+if TYPE_CHECKING:
+    from jsonargparse import Namespace
+
+# JAX takes seconds to import, and a command that shows its help must not wait for it: hence the imports within.
+
 
 def main(arguments: list[str]) -> None:
     parser = command_parser(
         "convert_weights",
-        "Convert a released PyTorch checkpoint; the result knows its architecture, source and licence.",
+        "Convert a released checkpoint; the result knows its architecture, source and licence.",
     )
-    parser.add_argument("--arch", type=str, required=True, help="architecture, or `list`")
-    parser.add_argument("--source", type=str, help="the released .pth file")
+    parser.add_argument("--arch", type=str, help="architecture, or `list`")
     parser.add_argument(
-        "--output", type=str, help="the .safetensors file to write (default: where training looks for it)"
+        "--source", type=str, help="released checkpoint: .pth, .safetensors, index of shards, or a folder with one"
     )
+    parser.add_argument("--download", action="store_true", help="fetch the released checkpoint in place of --source")
+    parser.add_argument("--output", type=str, help=".safetensors file to write (default: where training looks for it)")
+    parser.add_argument("--force", action="store_true", help="replace an output that exists")
+    parser.add_argument("--verify", action="store_true", help="read the output again, check it, run it on an image")
+    parser.add_argument("--to-torch", action="store_true", help="back: --source is a converted file, --output a .pth")
     options = parse_arguments(parser, arguments)
 
-    from jaxla.models.backbones import VARIANTS
-
-    released = {arch: variant for arch, variant in VARIANTS.items() if variant.licence}
     if options.arch == "list":
-        for arch, variant in released.items():
-            print(f"{arch}: width {variant.width}, {variant.depth} blocks, weights under {variant.licence}")
-        return
-    variant = lookup("--arch", options.arch, released)
-    if not options.source:
-        raise InputError("option --source is required to convert")
-    default = default_cache_dir() / "weights" / f"{options.arch}.safetensors"
-    output = Path(options.output) if options.output else default
-    if output.exists():
-        raise InputError(f"{output}: exists already; choose another --output or remove it")
-    if output.suffix != ".safetensors":
-        raise InputError(f"--output={output}: the file's name must end in .safetensors")
+        _print_architectures()
+    elif options.to_torch:
+        _convert_back(options)
+    elif options.source or options.download:
+        _convert(options)
+    elif options.verify:
+        _verify(options)
+    else:
+        raise InputError("option --source is required to convert, or --download; --help describes both")
 
+
+def _print_architectures() -> None:
+    from convert_weights.architectures import RELEASED
+    from convert_weights.download import RELEASES
+    from jaxla.models import resnet
+
+    for arch, variant in RELEASED.items():
+        is_resnet = isinstance(variant, resnet.Variant)
+        size = f"{sum(variant.blocks)} blocks" if is_resnet else f"width {variant.width}, {variant.depth} blocks"
+        got = "--download fetches them" if arch in RELEASES else "download them yourself and pass --source"
+        print(f"{arch}: {size}, weights under {variant.licence}, {got}")
+
+
+def _convert(options: Namespace) -> None:
+    if options.source and options.download:
+        raise InputError("options --source and --download: give one of them")
+    if not options.arch:
+        raise InputError("option --arch is required to convert; --arch=list names the architectures")
+    arch = _released(options.arch)
+    output = Path(options.output) if options.output else _default_output(arch)
+    _require_free(output, ".safetensors", options.force)
+
+    from convert_weights.convert import convert
+
+    print(convert(arch, _downloaded(arch) if options.download else Path(options.source), output))
+    if options.verify:
+        _print_verified(output)
+
+
+def _downloaded(arch: str) -> Path:
+    from convert_weights.checkpoint import require_torch
+    from convert_weights.download import DINOV3_GATE, RELEASES, download
+    from jaxla.models import dinov3
+
+    if arch in dinov3.VARIANTS:
+        raise InputError(f"--download: {DINOV3_GATE}")
+    require_torch()  # all of them are PyTorch files
+    return download(RELEASES[arch], default_cache_dir() / "downloads")
+
+
+def _convert_back(options: Namespace) -> None:
+    if options.download or options.verify:
+        raise InputError("option --to-torch goes with --source and --output alone; --verify checks converted files")
+    if not options.source or not options.output:
+        raise InputError("option --to-torch needs --source, a converted .safetensors file, and --output, a .pth")
+    source, output = Path(options.source), Path(options.output)
+    arch = _arch_of(source, options.arch)
+    _require_free(output, ".pth", options.force)
+
+    from convert_weights.pytorch import to_pytorch
+
+    print(f"{output}: {arch} from {source.name}, {to_pytorch(source, output)} tensors in their authors' format")
+
+
+def _verify(options: Namespace) -> None:
+    if not options.output and not options.arch:
+        raise InputError("option --verify needs --output, a converted file, or --arch for the one in the cache folder")
+    output = Path(options.output) if options.output else _default_output(_released(options.arch))
+    _arch_of(output, options.arch)
+    _print_verified(output)
+
+
+def _print_verified(output: Path) -> None:
+    from convert_weights.verify import verify
+
+    print(verify(output))
+
+
+def _released(name: str) -> str:
+    """The architecture that --arch names."""
+    from convert_weights.architectures import RELEASED
+    from jaxla.models.dinov3 import HUB_SPELLINGS
+
+    arch = HUB_SPELLINGS.get(name, name)
+    lookup("--arch", arch, RELEASED)
+    return arch
+
+
+def _arch_of(path: Path, name: str | None) -> str:
+    """The architecture of a converted file; that of --arch, if it is given."""
+    from jaxla.models.weights_format import read_metadata
+
+    arch = read_metadata(path)["arch"]
+    if name and _released(name) != arch:
+        raise InputError(f"{path}: holds {arch}, not {_released(name)}; leave --arch out")
+    return arch
+
+
+def _default_output(arch: str) -> Path:
+    return default_cache_dir() / "weights" / f"{arch}.safetensors"
+
+
+def _require_free(output: Path, ending: str, force: bool) -> None:
+    """Before anything long: what would keep the output from being written."""
+    if output.suffix != ending:
+        raise InputError(f"--output={output}: the file's name must end in {ending}")
+    if output.is_dir():
+        raise InputError(f"--output={output}: is a folder; give a file")
+    if output.exists() and not force:
+        raise InputError(f"{output}: exists already; choose another --output, or replace it with --force")
     require_writable("--output", output.parent)
-
-    from convert_weights.checkpoint import read_checkpoint
-    from convert_weights.dinov2 import IGNORED, from_reference, reference_shapes
-    from jaxla.models.weights_format import file_sha256, save_weights
-
-    source = Path(options.source)
-    reference = read_checkpoint(source, reference_shapes(variant), IGNORED, options.arch)
-    metadata = {
-        "arch": options.arch,
-        "source": source.name,
-        "source_sha256": file_sha256(source),
-        "licence": variant.licence,
-    }
-    save_weights(output, from_reference(reference, variant), metadata)
-    print(f"{output}: {options.arch} from {source.name}, sha256 of the result {file_sha256(output)}")
 
 
 if __name__ == "__main__":

@@ -1,47 +1,221 @@
-"""A PyTorch checkpoint, read without executing what it may contain, and with every parameter accounted for."""
+"""What a checkpoint holds, in whatever files it comes: its tensors' names, shapes and dtypes; the numbers on demand.
+
+PyTorch's `.pth` and `.bin`, a `.safetensors` file, several of either named by an index, or a folder with one of these.
+Nothing that a file may contain is ever executed.
+"""
 
 from __future__ import annotations
 
-import logging
+import hashlib
+import json
 import pickle
+import sys
 import warnings
 import zipfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 from pathlib import Path
+from types import ModuleType
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
+import ml_dtypes
 import numpy as np
+from safetensors import SafetensorError, safe_open
+from tqdm import tqdm
 
 from jaxla.config import InputError
+from jaxla.models.weights_format import FORMAT
 
-log = logging.getLogger("jaxla.convert_weights")
+if TYPE_CHECKING:
+    import torch
 
 
-def read_checkpoint(
-    path: Path, shapes: Mapping[str, tuple[int, ...]], ignored: Sequence[str], arch: str
-) -> dict[str, np.ndarray]:
-    """The float32 parameters of a `.pth` state dict.
+class Tensor(NamedTuple):
+    """One tensor of a checkpoint; `read()` gives its numbers, bfloat16 as the float32 that are equal to them."""
 
-    Args:
-        shapes: every parameter that must be there, with its shape.
-        ignored: parameters that may be there and are left out (the log says so).
-        arch: for messages.
+    shape: tuple[int, ...]
+    dtype: str
+    read: Callable[[], np.ndarray]
+
+
+class Checkpoint(NamedTuple):
+    """A checkpoint that was opened but not read."""
+
+    path: Path  # the file, or the index of the files
+    files: tuple[Path, ...]  # that hold tensors
+    tensors: dict[str, Tensor]
+
+
+def open_checkpoint(path: Path) -> Checkpoint:
+    """Recognise a file by its content, not its name, and list what it holds.
 
     Raises:
-        InputError: no such file, torch is not installed, a file that is damaged or would need arbitrary unpickling, or
-            parameters missing, extra or mis-shaped.
+        InputError: no such file; damaged, incomplete or no checkpoint; a pickle that would need code to be run; or
+            torch is not installed and the file needs it.
+    """
+    if path.is_dir():
+        path = _checkpoint_in(path)
+    if not path.is_file():
+        raise InputError(f"--source={path}: no such file")
+    if _kind(path) == "index":
+        return _open_shards(path)
+    return Checkpoint(path, (path,), _open_file(path))
+
+
+def checkpoint_sha256(checkpoint: Checkpoint) -> str:
+    """Read all its files once, in constant memory, check them where they can be, and hash them.
+
+    Returns:
+        sha256 of the file; of several, what `sha256sum model-0* | sha256sum` prints: that of their own, in the order of
+        their names.
+
+    Raises:
+        InputError: a PyTorch file differs from the checksums within it.
+    """
+    hashes = {file.name: _sha256(file) for file in checkpoint.files}
+    for file in checkpoint.files:
+        _require_own_checksums(file)
+    if len(checkpoint.files) == 1:
+        return hashes[checkpoint.files[0].name]
+    return hashlib.sha256("".join(f"{hashes[name]}  {name}\n" for name in sorted(hashes)).encode()).hexdigest()
+
+
+# --- files -----------------------------------------------------------------------------------------------------------
+
+
+def _checkpoint_in(folder: Path) -> Path:
+    """The one checkpoint in a folder, such as that of a downloaded Hugging Face repository."""
+    indices = sorted(folder.glob("*.index.json"))
+    shards = {name for index in indices for name in _shard_of(index).values()}
+    files = sorted(path for ending in ("safetensors", "pth", "bin") for path in folder.glob(f"[!.]*.{ending}"))
+    found = indices + [path for path in files if path.name not in shards]
+    if not found:
+        raise InputError(f"--source={folder}: holds no checkpoint (*.safetensors, *.pth, *.bin or their *.index.json)")
+    if len(found) > 1:
+        raise InputError(
+            f"--source={folder}: holds {len(found)} checkpoints ({some([path.name for path in found])}); give one"
+        )
+    return found[0]
+
+
+def _kind(path: Path) -> Literal["index", "safetensors", "torch"]:
+    try:
+        with path.open("rb") as file:
+            start = file.read(256)
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read ({error.strerror})") from error
+    # a length below 2^40, then JSON; before all else, for a length may begin with the bytes of anything
+    if start[5:9] == b"\0\0\0{":
+        return "safetensors"
+    text = start.lstrip().lower()
+    if text.startswith((b"<", b"version https://git-lfs")):
+        raise InputError(
+            f"{path}: a web page or a pointer saved in place of the checkpoint; download the file itself again"
+        )
+    if text.startswith(b"{"):
+        return "index"
+    if start.startswith((b"PK\x03\x04", b"\x80")):
+        return "torch"
+    raise InputError(f"{path}: neither a PyTorch nor a safetensors checkpoint, or damaged; download it again")
+
+
+def _open_shards(index: Path) -> Checkpoint:
+    shard_of = _shard_of(index)
+    files = [index.parent / name for name in sorted(set(shard_of.values()))]
+    if missing := [file.name for file in files if not file.is_file()]:
+        raise InputError(
+            f"{index}: missing: {len(missing)} of its {len(files)} shards ({some(missing)}); download into "
+            f"{index.parent} what is missing"
+        )
+    tensors: dict[str, Tensor] = {}
+    for file in files:
+        held = _open_file(file)
+        named = {name for name, shard in shard_of.items() if shard == file.name}
+        if lost := sorted(named - set(held)):
+            raise InputError(f"{file}: lacks {len(lost)} of what {index.name} places in it ({some(lost)})")
+        if unnamed := sorted(set(held) - named):
+            raise InputError(f"{file}: has {len(unnamed)} that {index.name} does not name ({some(unnamed)})")
+        tensors |= held
+    return Checkpoint(index, tuple(files), tensors)
+
+
+def _shard_of(index: Path) -> dict[str, str]:
+    """Tensor -> the file, beside the index, that holds it."""
+    try:
+        shard_of = json.loads(index.read_bytes())["weight_map"]
+        if all(Path(shard).name == shard for shard in shard_of.values()):
+            return dict(shard_of)
+    except (ValueError, KeyError, TypeError, AttributeError):
+        pass
+    raise InputError(f"{index}: damaged, or not the index of a checkpoint's shards; download it again")
+
+
+def _open_file(path: Path) -> dict[str, Tensor]:
+    kind = _kind(path)
+    if kind == "index":
+        raise InputError(f"{path}: an index in place of a checkpoint; download the file itself again")
+    return _open_safetensors(path) if kind == "safetensors" else _open_torch(path)
+
+
+# --- safetensors -----------------------------------------------------------------------------------------------------
+
+_SAFETENSORS_DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16", "I64": "int64"}
+
+
+def _open_safetensors(path: Path) -> dict[str, Tensor]:
+    try:
+        with safe_open(path, framework="numpy") as file:
+            metadata = file.metadata() or {}
+            headers = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118  (not a dict)
+            tensors = {
+                name: Tensor(
+                    tuple(header.get_shape()),
+                    _SAFETENSORS_DTYPES.get(header.get_dtype(), header.get_dtype()),
+                    partial(_read_safetensors, path, name),
+                )
+                for name, header in headers.items()
+            }
+    except (SafetensorError, OSError) as error:
+        raise InputError(f"{path}: truncated or damaged ({error}); download it again") from error
+    if metadata.get("format") == FORMAT:
+        raise InputError(f"{path}: converted already; load_backbone reads it, and --to-torch converts it back")
+    return tensors
+
+
+def _read_safetensors(path: Path, name: str) -> np.ndarray:
+    try:
+        # opened anew each time: an open file's pages, once read, would stay in memory
+        with safe_open(path, framework="numpy") as file:
+            array = file.get_tensor(name)
+    except (SafetensorError, OSError) as error:
+        raise InputError(f"{path}: {name} cannot be read ({error})") from error
+    return _finite(path, name, array.astype(np.float32) if array.dtype == ml_dtypes.bfloat16 else array)
+
+
+def _finite(path: Path, name: str, array: np.ndarray) -> np.ndarray:
+    if not np.isfinite(array).all():
+        raise InputError(f"{path}: {name} holds numbers that are not finite (NaN or infinite); download it again")
+    return array
+
+
+# --- PyTorch ---------------------------------------------------------------------------------------------------------
+
+
+def require_torch() -> ModuleType:
+    """The module; nothing else here needs it.
+
+    Raises:
+        InputError: it is not installed.
     """
     try:
         import torch
     except ImportError as error:
-        raise InputError("conversion reads PyTorch files and needs torch: pip install 'jaxla[convert]'") from error
-    if not path.is_file():
-        raise InputError(f"--source={path}: no such file")
-    with path.open("rb") as file:
-        start = file.read(256).lstrip().lower()
-    if start.startswith((b"<!doctype", b"<html", b"version https://git-lfs")):
-        raise InputError(
-            f"{path}: a web page or a pointer saved in place of the checkpoint; download the file itself again"
-        )
+        raise InputError("conversion of PyTorch files needs torch: pip install 'jaxla[convert]'") from error
+    return torch
+
+
+def _open_torch(path: Path) -> dict[str, Tensor]:
+    torch = require_torch()
     try:
         with warnings.catch_warnings(action="ignore"):  # torch warns of old pickles before it refuses them
             state = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
@@ -52,18 +226,74 @@ def read_checkpoint(
         ) from error
     except Exception as error:  # torch's unpickler lets many kinds escape on bytes that are no checkpoint
         raise InputError(f"{path}: truncated, damaged or no checkpoint; download it again") from error
-    if not isinstance(state, Mapping) or not all(isinstance(value, torch.Tensor) for value in state.values()):
-        raise InputError(f"{path}: not a state dict (a mapping of names to tensors)")
+    _require_state_dict(path, state, torch.Tensor)
+    return {
+        name: Tensor(tuple(value.shape), _torch_dtype(value), partial(_read_torch, path, name, value))
+        for name, value in state.items()
+    }
 
-    if missing := sorted(set(shapes) - set(state)):
-        raise InputError(f"{path}: not {arch}: lacks {len(missing)} of its parameters, such as {missing[0]}")
-    if extra := sorted(set(state) - set(shapes) - set(ignored)):
-        raise InputError(f"{path}: not {arch}: has {len(extra)} parameters that it lacks, such as {extra[0]}")
-    for name, shape in shapes.items():
-        if tuple(state[name].shape) != tuple(shape):
+
+def _require_state_dict(path: Path, state: object, tensor: type) -> None:
+    if not isinstance(state, Mapping):
+        raise InputError(f"{path}: not a state dict (a mapping of names to tensors) but a {type(state).__name__}")
+    others = {name: value for name, value in state.items() if not isinstance(value, tensor)}
+    for name, value in others.items():
+        if isinstance(value, Mapping) and any(isinstance(part, tensor) for part in value.values()):
             raise InputError(
-                f"{path}: not {arch}: {name} has shape {tuple(state[name].shape)}, expected {tuple(shape)}"
+                f"{path}: not a state dict, but something around one, which stands under {name!r}; save that alone: "
+                f"torch.save(torch.load({path.name!r}, weights_only=True)[{name!r}], 'new.pth')"
             )
-    for name in set(ignored) & set(state):
-        log.info("%s: %s is left out; no forward pass without masking uses it", path.name, name)
-    return {name: state[name].to(torch.float32).numpy() for name in shapes}
+    if others or not all(isinstance(name, str) for name in state):
+        raise InputError(f"{path}: not a state dict (a mapping of names to tensors): has {some(map(str, others))}")
+
+
+def _torch_dtype(value: torch.Tensor) -> str:
+    plain = str(value.layout) == "torch.strided" and value.device.type == "cpu"
+    return str(value.dtype if plain else value.layout).removeprefix("torch.")
+
+
+def _read_torch(path: Path, name: str, value: torch.Tensor) -> np.ndarray:
+    value = value.detach()
+    return _finite(path, name, (value.float() if _torch_dtype(value) == "bfloat16" else value).numpy())
+
+
+def _require_own_checksums(path: Path) -> None:
+    """PyTorch notes a checksum of each tensor in its files, but does not look at it again."""
+    if _kind(path) != "torch" or not zipfile.is_zipfile(path):
+        return
+    with zipfile.ZipFile(path) as archive:
+        damaged = archive.testzip()
+    # Where even the pickle, which was read, differs from its checksum, the file was written without them.
+    if damaged and not damaged.endswith("/data.pkl"):
+        raise InputError(f"{path}: damaged ({damaged} differs from its checksum); download it again")
+
+
+# --- both ------------------------------------------------------------------------------------------------------------
+
+
+def _sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as file, progress(f"hashing {path.name}", path.stat().st_size) as bar:
+        while block := file.read(1 << 22):
+            digest.update(block)
+            bar.update(len(block))
+    return digest.hexdigest()
+
+
+def progress(what: str, size: int) -> tqdm:
+    """A bar over `size` bytes on a terminal; nothing elsewhere."""
+    return tqdm(
+        desc=what,
+        total=size,
+        leave=False,
+        unit="B",
+        unit_scale=True,
+        unit_divisor=1000,
+        disable=not sys.stderr.isatty(),
+    )
+
+
+def some(names: Iterable[str]) -> str:
+    """The first few of many names."""
+    first = list(names)
+    return ", ".join(first[:3]) + (", …" if len(first) > 3 else "")

@@ -14,8 +14,9 @@ from safetensors import safe_open
 
 from jaxla.config import InputError, default_cache_dir, nearest
 from jaxla.models.backbones import VARIANTS, build_backbone
+from jaxla.models.resnet import ResNet
 from jaxla.models.vision_transformer import VisionTransformer
-from jaxla.models.weights_format import how_to_convert, read_metadata, save_weights
+from jaxla.models.weights_format import UNUSED, how_to_convert, read_metadata, save_weights
 
 M = TypeVar("M", bound=nnx.Module)
 
@@ -25,8 +26,8 @@ def parameter_shapes(network: nnx.Module) -> dict[str, tuple[int, ...]]:
     return {name: tuple(value.shape) for name, value in _flat(nnx.state(network)).items()}
 
 
-def load_backbone(path: str | Path, dtype: jnp.dtype | None = None) -> VisionTransformer:
-    """A backbone with the weights of a converted file, which names its architecture itself.
+def load_backbone(path: str | Path, dtype: jnp.dtype | None = None) -> VisionTransformer | ResNet:
+    """A backbone with the weights of a converted file, which names its architecture itself; in evaluation mode.
 
     Args:
         dtype: of the computation; by default float32 on CPU and bfloat16 on GPU. Parameters stay float32.
@@ -65,8 +66,8 @@ def load_into(network: M, path: Path, arch: str) -> M:
     """
     require_parameters(path, arch, parameter_shapes(network))
     graph, state = nnx.split(network)
-    with safe_open(path, framework="numpy") as file:
-        for name, variable in _flat(state).items():
+    for name, variable in _flat(state).items():
+        with safe_open(path, framework="numpy") as file:  # anew, so that what was read is not kept mapped: half the peak
             variable.set_value(jnp.asarray(file.get_tensor(name), jnp.float32))
     return nnx.merge(graph, state)
 
@@ -81,7 +82,8 @@ def require_parameters(path: Path, arch: str, shapes: Mapping[str, tuple[int, ..
     if holds != arch:
         raise InputError(f"{path}: holds {holds}, not {arch}; {how_to_convert(arch, path)}")
     with safe_open(path, framework="numpy") as file:
-        held = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118  (not a dict)
+        names = [name for name in file.keys() if not name.startswith(UNUSED)]  # noqa: SIM118  (not a dict)
+        held = {name: tuple(file.get_slice(name).get_shape()) for name in names}
     if missing := sorted(set(shapes) - set(held)):
         raise InputError(f"{path}: lacks {_count(missing)} of {arch}, such as {missing[0]}; convert it again")
     if extra := sorted(set(held) - set(shapes)):
@@ -116,7 +118,7 @@ def compute_dtype() -> jnp.dtype:
     return jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16
 
 
-def _abstract_backbone(arch: str, dtype: jnp.dtype = jnp.float32) -> VisionTransformer:
+def _abstract_backbone(arch: str, dtype: jnp.dtype = jnp.float32) -> VisionTransformer | ResNet:
     return nnx.eval_shape(lambda: build_backbone(arch, dtype=dtype, rngs=nnx.Rngs(0)))
 
 

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import json
 import math
 import os
-from collections.abc import Mapping
+import shutil
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
+from typing import BinaryIO, NamedTuple
 
 import numpy as np
 from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
 
 from jaxla.config import InputError
 
@@ -19,35 +21,111 @@ from jaxla.config import InputError
 
 FORMAT = "jaxla-1"
 
+# What stands under this prefix came with the released checkpoint and no forward pass here uses it: it is kept so that
+# the way back to PyTorch gives the released checkpoint again.
+UNUSED = "unused."
 
-def save_weights(path: Path, arrays: Mapping[str, np.ndarray], metadata: Mapping[str, str]) -> None:
-    """Write parameters with what they are; beside the file first, then under its name.
+CHECKSUM = "data_sha256"  # metadata: sha256 of all that follows the header
+
+_DTYPES = {"float32": "F32", "int64": "I64"}  # as safetensors spells those that are written here
+
+
+class Streamed(NamedTuple):
+    """An array that is never whole in memory: `chunks()` gives it piece by piece, in the order of its elements."""
+
+    shape: tuple[int, ...]
+    dtype: np.dtype
+    chunks: Callable[[], Iterable[np.ndarray]]
+
+
+def save_weights(path: Path, arrays: Mapping[str, np.ndarray | Streamed], metadata: Mapping[str, str]) -> str:
+    """Write parameters with what they are; beside the file first, then under its name. The same input, the same bytes.
 
     Args:
+        arrays: float32 or int64, each written as soon as it is read.
         metadata: `arch`, `source`, `source_sha256` and `licence`, at least.
+
+    Returns:
+        sha256 of the file's data (all that follows its header); it stands in the metadata too, for `require_undamaged`.
+
+    Raises:
+        InputError: the file cannot be written; nothing is left of it.
+    """
+    arrays = {
+        name: array if isinstance(array, Streamed) else Streamed(array.shape, array.dtype, lambda a=array: [a])
+        for name, array in arrays.items()
+    }
+    # the widest dtypes first, so that each array is aligned to its own
+    order = sorted(arrays, key=lambda name: (-arrays[name].dtype.itemsize, name))
+    described, end = {}, 0
+    for name in order:
+        shape, dtype, _ = arrays[name]
+        start, end = end, end + math.prod(shape) * dtype.itemsize
+        described[name] = {"dtype": _DTYPES[dtype.name], "shape": list(shape), "data_offsets": [start, end]}
+
+    def header(checksum: str) -> bytes:
+        said = dict(sorted({"format": FORMAT, CHECKSUM: checksum, **metadata}.items()))
+        text = json.dumps({"__metadata__": said, **described}, separators=(",", ":")).encode()
+        text += b" " * (-len(text) % 8)
+        return len(text).to_bytes(8, "little") + text
+
+    with replacing(path) as file:
+        file.write(header("0" * 64))  # its length is that of the header to come
+        digest = hashlib.sha256()
+        for name in order:
+            for chunk in arrays[name].chunks():
+                data = np.ascontiguousarray(chunk).reshape(-1).view(np.uint8)
+                digest.update(data)
+                file.write(data)
+        file.seek(0)
+        file.write(header(digest.hexdigest()))
+    return digest.hexdigest()
+
+
+@contextlib.contextmanager
+def replacing(path: Path) -> Iterator[BinaryIO]:
+    """A file to write that stands under its name once it is whole; left in any other way, nothing of it remains.
+
+    Raises:
+        InputError: it cannot be written.
     """
     beside = path.with_name(f".{os.getpid()}.{path.name}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        save_file(dict(arrays), beside, metadata={"format": FORMAT, **metadata})
-        umask = os.umask(0)
-        os.umask(umask)
-        beside.chmod(0o666 & ~umask)  # safetensors writes for its owner alone
+        with beside.open("wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())  # some file systems say only now that they are full
         beside.replace(path)
-    except (OSError, SafetensorError) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise InputError(f"{path}: cannot be written ({reason}); mend that, or choose another place") from error
+    except OSError as error:
+        raise InputError(
+            f"{path}: cannot be written ({error.strerror or error}); mend that, or choose another place"
+        ) from error
     finally:
         with contextlib.suppress(OSError):
             beside.unlink(missing_ok=True)
 
 
+def require_room(path: Path, size: int) -> None:
+    """Raise an InputError unless a file of `size` bytes has room where `path` is to be."""
+    free = shutil.disk_usage(next(parent for parent in path.absolute().parents if parent.exists())).free
+    if free < size:
+        raise InputError(
+            f"{path}: needs {size / 1e9:.2f} GB, {free / 1e9:.2f} are free; make room, or choose another place"
+        )
+
+
 def read_metadata(path: Path) -> dict[str, str]:
-    """What a weights file says of itself.
+    """What a weights file says of itself; its checksum, which is of this one file, apart.
 
     Raises:
         InputError: no such file, or not one that convert_weights wrote.
     """
+    metadata = _read_metadata(path)
+    return {key: value for key, value in metadata.items() if key != CHECKSUM}
+
+
+def _read_metadata(path: Path) -> dict[str, str]:
     if path.is_dir():
         raise InputError(f"{path}: is a folder; give the .safetensors file in it")
     if not path.is_file():
@@ -62,10 +140,26 @@ def read_metadata(path: Path) -> dict[str, str]:
     return metadata
 
 
+def require_undamaged(path: Path) -> str:
+    """Read the whole file; -> the sha256 of its data, which is the one that was noted when it was written.
+
+    Raises:
+        InputError: as `read_metadata`; or the data are not those that were written.
+    """
+    noted = _read_metadata(path).get(CHECKSUM, "none")
+    with path.open("rb", buffering=0) as file:
+        file.seek(8 + int.from_bytes(file.read(8), "little"))
+        found = hashlib.file_digest(file, "sha256").hexdigest()
+    if found != noted:
+        raise InputError(f"{path}: damaged: the sha256 of its data is {found}, noted was {noted}; convert it again")
+    return found
+
+
 def parameter_count(path: Path) -> tuple[int, int]:
-    """How many arrays a weights file holds, and how many numbers in all; reads its header alone."""
+    """How many arrays of parameters a weights file holds, and how many numbers in all; reads its header alone."""
     with safe_open(path, framework="numpy") as file:
-        sizes = [math.prod(file.get_slice(name).get_shape()) for name in file.keys()]  # noqa: SIM118  (not a dict)
+        names = [name for name in file.keys() if not name.startswith(UNUSED)]  # noqa: SIM118  (not a dict)
+        sizes = [math.prod(file.get_slice(name).get_shape()) for name in names]
     return len(sizes), sum(sizes)
 
 

@@ -1,0 +1,107 @@
+"""Which architecture a checkpoint holds, and whether it is all there: no tensor lacking, extra or of another kind."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import NamedTuple
+
+from convert_weights.architectures import RELEASED, rows_of
+from convert_weights.checkpoint import Checkpoint, Tensor, some
+from convert_weights.huggingface import as_authors, hub_name, hub_shapes
+from jaxla.config import InputError
+from jaxla.models import resnet
+
+AUTHORS, HUGGING_FACE = "authors' layout", "Hugging Face's layout"
+
+# A checkpoint that differs by more from each architecture, as a share of its parameters, looks like none.
+FAMILIAR = 0.1
+
+
+class Expected(NamedTuple):
+    shape: tuple[int, ...]
+    dtypes: tuple[str, ...]
+    optional: bool
+
+
+class Reading(NamedTuple):
+    """A checkpoint taken for one architecture in one layout."""
+
+    arch: str
+    layout: str
+    tensors: Mapping[str, Tensor]
+    expected: Mapping[str, Expected]
+
+    def lacking(self) -> list[str]:
+        return [name for name, of_name in self.expected.items() if name not in self.tensors and not of_name.optional]
+
+    def extra(self) -> list[str]:
+        return [name for name in self.tensors if name not in self.expected]
+
+    def misshapen(self) -> list[str]:
+        shared = [name for name in self.expected if name in self.tensors]
+        return [name for name in shared if self.tensors[name].shape != self.expected[name].shape]
+
+    def faults(self) -> int:
+        return len(self.lacking()) + len(self.extra()) + len(self.misshapen())
+
+
+def account_for(checkpoint: Checkpoint, arch: str) -> tuple[dict[str, Tensor], str]:
+    """The tensors of a checkpoint of `arch` by their authors' names, and the layout in which the file has them.
+
+    Raises:
+        InputError: it holds another architecture, or tensors are lacking, extra, or of another shape or dtype.
+    """
+    readings = list(_readings(checkpoint))
+    best = min(readings, key=Reading.faults)
+    asked = min((reading for reading in readings if reading.arch == arch), key=Reading.faults)
+    if not asked.faults():
+        _require_dtypes(checkpoint, asked)
+        of_authors = as_authors(rows_of(arch), asked.tensors) if asked.layout == HUGGING_FACE else asked.tensors
+        return dict(of_authors), asked.layout
+    if not best.faults():
+        raise InputError(f"{checkpoint.path}: holds {best.arch} ({best.layout}), not {arch}; pass --arch={best.arch}")
+    if best.faults() < asked.faults() and best.faults() < FAMILIAR * len(best.expected):
+        raise InputError(
+            f"{checkpoint.path}: looks like {best.arch} ({best.layout}), not {arch}; but of {best.arch} too it "
+            f"{_describe(best)}"
+        )
+    raise InputError(f"{checkpoint.path}: not {arch}: it {_describe(asked)}")
+
+
+def _readings(checkpoint: Checkpoint) -> Iterator[Reading]:
+    by_hub_name = {hub_name(name): tensor for name, tensor in checkpoint.tensors.items()}
+    for arch, variant in RELEASED.items():
+        rows = rows_of(arch)
+        expected = {row.theirs: Expected(row.shape, row.dtypes, row.optional) for row in rows}
+        yield Reading(arch, AUTHORS, checkpoint.tensors, expected)
+        if isinstance(variant, resnet.Variant) or len(by_hub_name) < len(checkpoint.tensors):
+            continue
+        shapes = hub_shapes(rows, by_hub_name)
+        expected = {name: Expected(shape, ("float32",), optional) for name, (shape, optional) in shapes.items()}
+        yield Reading(arch, HUGGING_FACE, by_hub_name, expected)
+
+
+def _describe(reading: Reading) -> str:
+    said = []
+    if names := reading.lacking():
+        said.append(f"lacks {len(names)} of its {len(reading.expected)} tensors ({some(names)})")
+    if names := reading.extra():
+        said.append(f"has {len(names)} too many ({some(names)})")
+    if names := reading.misshapen():
+        shapes = (f"{name}: {reading.tensors[name].shape}, expected {reading.expected[name].shape}" for name in names)
+        said.append(f"has {len(names)} of another shape ({some(shapes)})")
+    return ", ".join(said)
+
+
+def _require_dtypes(checkpoint: Checkpoint, reading: Reading) -> None:
+    held = {name: reading.tensors[name].dtype for name in reading.expected if name in reading.tensors}
+    wrong = [
+        f"{name}: {dtype}, expected {' or '.join(reading.expected[name].dtypes)}"
+        for name, dtype in held.items()
+        if dtype not in reading.expected[name].dtypes
+    ]
+    if wrong:
+        raise InputError(
+            f"{checkpoint.path}: {len(wrong)} of its {len(held)} tensors are of another dtype ({some(wrong)}); a copy "
+            "in it would not give the authors' numbers: take the file as it was released"
+        )

@@ -1,0 +1,64 @@
+"""A released checkpoint -> this package's file, one block of one parameter in memory at a time."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+from tqdm import tqdm
+
+from convert_weights.accounting import HUGGING_FACE, account_for
+from convert_weights.architectures import RELEASED, rows_of, shapes_of
+from convert_weights.checkpoint import checkpoint_sha256, open_checkpoint, progress, some
+from convert_weights.layout import to_ours
+from jaxla.models.weights_format import UNUSED, Streamed, require_room, save_weights
+
+log = logging.getLogger("jaxla.convert_weights")
+
+
+def convert(arch: str, source: Path, output: Path) -> str:
+    """Write the checkpoint `source` of a released architecture as `output`; -> a line that says what was done.
+
+    Raises:
+        InputError: the source is no checkpoint, is damaged or does not hold `arch`; or the output cannot be written.
+    """
+    checkpoint = open_checkpoint(source)
+    name = checkpoint.path.name
+    tensors, layout = account_for(checkpoint, arch)
+    arrays = to_ours(rows_of(arch), tensors, shapes_of(arch))
+    size = sum(math.prod(array.shape) * array.dtype.itemsize for array in arrays.values())
+    require_room(output, size)
+
+    log.info("%s: %s in %s, %.2f GB", name, arch, layout, size / 1e9)
+    if unused := [array.removeprefix(UNUSED) for array in arrays if array.startswith(UNUSED)]:
+        count = f" ({len(unused)} in all)" if len(unused) > 3 else ""
+        log.info("%s: kept, though no forward pass uses it: %s%s", name, some(unused), count)
+    if layout == HUGGING_FACE and "rope_embed.periods" in tensors:
+        log.info(
+            "%s: holds no rotary periods; they are computed as Hugging Face's code does. The authors' own .pth holds "
+            "them rounded to bfloat16: convert that file for the authors' own numbers",
+            name,
+        )
+    metadata = {
+        "arch": arch,
+        "source": name,
+        "source_sha256": checkpoint_sha256(checkpoint),
+        "licence": RELEASED[arch].licence,
+    }
+    if rounded := [theirs for theirs, tensor in tensors.items() if tensor.dtype == "bfloat16"]:
+        metadata["bfloat16"] = " ".join(rounded)  # the same numbers stand here as float32
+    with progress(f"writing {output.name}", size) as bar:
+        checksum = save_weights(output, {name: _tracked(array, bar) for name, array in arrays.items()}, metadata)
+    return f"{output}: {arch} from {name}, sha256 of its data {checksum}"
+
+
+def _tracked(array: Streamed, bar: tqdm) -> Streamed:
+    def chunks() -> Iterator[np.ndarray]:
+        for chunk in array.chunks():
+            yield chunk
+            bar.update(chunk.nbytes)
+
+    return array._replace(chunks=chunks)

@@ -1,0 +1,159 @@
+"""Released checkpoints from their authors' servers: over HTTPS, resumed where they broke off, checked by sha256."""
+
+from __future__ import annotations
+
+import http.client
+import logging
+import shutil
+import urllib.error
+import urllib.request
+from pathlib import Path
+from typing import IO, NamedTuple
+from urllib.parse import urlsplit
+
+from convert_weights.checkpoint import progress
+from jaxla.config import InputError
+from jaxla.models.weights_format import file_sha256
+
+log = logging.getLogger("jaxla.convert_weights")
+
+TIMEOUT = 60  # seconds without a byte
+
+DINOV3_GATE = (
+    "DINOv3 comes under Meta's own licence and is never downloaded from here: accept it at https://ai.meta.com/dinov3/ "
+    "or on the model's Hugging Face page, download the file there and pass it as --source"
+)
+
+
+class Release(NamedTuple):
+    """A file, and what its sha256 begins with."""
+
+    url: str
+    sha256: str
+
+
+_DINOV2 = "https://dl.fbaipublicfiles.com/dinov2"
+_TORCHVISION = "https://download.pytorch.org/models"
+
+# Meta publishes no sha256 of its files; these are the ones that independent projects pin and that copies on the Hugging
+# Face hub have (each was found in three places or more, finegrain-ai/refiners' conversion script among them).
+# torchvision puts the first digits of a file's sha256 into its name; these are the weights IMAGENET1K_V1.
+RELEASES = {
+    "dinov2_vits14": Release(
+        f"{_DINOV2}/dinov2_vits14/dinov2_vits14_pretrain.pth",
+        "b938bf1bc15cd2ec0feacfe3a1bb553fe8ea9ca46a7e1d8d00217f29aef60cd9",
+    ),
+    "dinov2_vitb14": Release(
+        f"{_DINOV2}/dinov2_vitb14/dinov2_vitb14_pretrain.pth",
+        "0b8b82f85de91b424aded121c7e1dcc2b7bc6d0adeea651bf73a13307fad8c73",
+    ),
+    "dinov2_vitl14": Release(
+        f"{_DINOV2}/dinov2_vitl14/dinov2_vitl14_pretrain.pth",
+        "d5383ea8f4877b2472eb973e0fd72d557c7da5d3611bd527ceeb1d7162cbf428",
+    ),
+    "dinov2_vitg14": Release(
+        f"{_DINOV2}/dinov2_vitg14/dinov2_vitg14_pretrain.pth",
+        "baf8467e50af277596bbbafa06887c177ee899ab46033649c383577d7e9309d3",
+    ),
+    "dinov2_vits14_reg": Release(
+        f"{_DINOV2}/dinov2_vits14/dinov2_vits14_reg4_pretrain.pth",
+        "f433177089a681826f849f194ece3bb48f4d63fb38d32fc837e3dc7a4e5641fb",
+    ),
+    "dinov2_vitb14_reg": Release(
+        f"{_DINOV2}/dinov2_vitb14/dinov2_vitb14_reg4_pretrain.pth",
+        "73182a088cf94833c94b1666d1c99e02fe87e2007bff57b564fb6206e25dba71",
+    ),
+    "dinov2_vitl14_reg": Release(
+        f"{_DINOV2}/dinov2_vitl14/dinov2_vitl14_reg4_pretrain.pth",
+        "36e4deffbaef061a2576705b0c36f93621e2ae20bf6274694821b0b492551b51",
+    ),
+    "dinov2_vitg14_reg": Release(
+        f"{_DINOV2}/dinov2_vitg14/dinov2_vitg14_reg4_pretrain.pth",
+        "746ecb8c6301c645c5c855be91687d274587d6e48fdaec4a729753160b34a283",
+    ),
+    "resnet50": Release(f"{_TORCHVISION}/resnet50-0676ba61.pth", "0676ba61"),
+    "resnet152": Release(f"{_TORCHVISION}/resnet152-394f9c45.pth", "394f9c45"),
+}
+
+
+def download(release: Release, folder: Path) -> Path:
+    """The released file, under its own name in `folder`: fetched, or as it lies there already.
+
+    When a transfer breaks off, what has come is kept, and the next call goes on from there.
+
+    Raises:
+        InputError: the server cannot be reached or refuses, the transfer broke off, there is no room, or the file is
+            not the one that was released.
+    """
+    path = folder / release.url.rpartition("/")[2]
+    if path.exists():
+        log.info("%s: is there already", path)
+        if not _is_released(path, release):
+            raise InputError(f"{path}: not the released file, whose sha256 begins with {release.sha256[:8]}; remove it")
+        return path
+    part = path.with_name(f"{path.name}.part")
+    log.info("fetching %s into %s", release.url, folder)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        _fetch(release.url, part)
+    except (OSError, http.client.HTTPException) as error:
+        reason = getattr(error, "reason", None) or error
+        raise InputError(
+            f"{release.url}: cannot be fetched ({reason}); run the command again to go on, or fetch the file elsewhere "
+            f"and put it at {path} for the same command to find"
+        ) from error
+    if not _is_released(part, release):
+        part.unlink()
+        raise InputError(
+            f"{release.url}: what came is not the released file, whose sha256 begins with {release.sha256[:8]}; it was "
+            "removed; run the command again"
+        )
+    part.replace(path)
+    return path
+
+
+def _fetch(url: str, part: Path) -> None:
+    """Append to `part` what is still missing of it."""
+    have = part.stat().st_size if part.exists() else 0
+    request = urllib.request.Request(url, headers={"Range": f"bytes={have}-"} if have else {})
+    try:
+        response = urllib.request.build_opener(StaySecure).open(request, timeout=TIMEOUT)
+    except urllib.error.HTTPError as error:
+        if error.code == 416 and have:
+            return  # nothing is missing
+        raise
+    with response:
+        resumed = response.status == 206 and response.headers.get("Content-Range", "").startswith(f"bytes {have}-")
+        have = have if resumed else 0  # a server that knows no ranges sends all of it again
+        missing = int(response.headers.get("Content-Length", 0))
+        if missing > shutil.disk_usage(part.parent).free:
+            raise OSError(f"{missing / 1e9:.1f} GB are missing, more than is free in {part.parent}")
+        with part.open("ab" if resumed else "wb") as file, progress(part.stem, have + missing) as bar:
+            bar.update(have)
+            while block := response.read(1 << 20):
+                file.write(block)
+                bar.update(len(block))
+                missing -= len(block)
+    if missing > 0:
+        raise OSError(f"the connection broke off {missing / 1e6:.1f} MB before the end")
+
+
+class StaySecure(urllib.request.HTTPRedirectHandler):
+    """Follows a redirection, but never from HTTPS to anything else."""
+
+    def redirect_request(
+        self,
+        req: urllib.request.Request,
+        fp: IO[bytes],
+        code: int,
+        msg: str,
+        headers: http.client.HTTPMessage,
+        newurl: str,
+    ) -> urllib.request.Request | None:
+        if req.type == "https" and urlsplit(newurl).scheme != "https":
+            raise OSError(f"it redirects to {newurl}, which is not HTTPS")
+        return super().redirect_request(req, fp, code, msg, headers, newurl)
+
+
+def _is_released(path: Path, release: Release) -> bool:
+    return file_sha256(path).startswith(release.sha256)

@@ -1,0 +1,51 @@
+"""A converted file back into its authors' format: the state dict that their own code loads, to the bit."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from pathlib import Path
+
+import numpy as np
+from safetensors import safe_open
+
+from convert_weights.architectures import RELEASED, rows_of, shapes_of
+from convert_weights.checkpoint import require_torch
+from convert_weights.layout import to_theirs
+from jaxla.config import InputError
+from jaxla.models.weights import require_parameters
+from jaxla.models.weights_format import read_metadata, replacing, require_room, require_undamaged
+
+
+def to_pytorch(source: Path, output: Path) -> int:
+    """Write a converted file's parameters as a `.pth`; holds all of them in memory. -> How many tensors there are.
+
+    Raises:
+        InputError: torch is not installed, the source is damaged or lacks parameters, or the output cannot be written.
+    """
+    torch = require_torch()
+    metadata = read_metadata(source)
+    arch = metadata["arch"]
+    if arch not in RELEASED:
+        raise InputError(f"{source}: holds {arch}, of which no weights were released: its authors' format is unknown")
+    require_parameters(source, arch, shapes_of(arch))
+    require_room(output, source.stat().st_size)
+    require_undamaged(source)
+    with safe_open(source, framework="numpy") as file:
+        held = set(file.keys())
+
+    def read(name: str, block: int | None) -> np.ndarray:
+        # opened anew each time: an open file's pages, once read, would stay in memory
+        with safe_open(source, framework="numpy") as file:
+            return file.get_tensor(name) if block is None else file.get_slice(name)[block]
+
+    rounded = metadata.get("bfloat16", "").split()
+    state = OrderedDict()
+    for name, array in to_theirs(rows_of(arch), held, read):
+        tensor = torch.from_numpy(array)
+        state[name] = tensor.bfloat16() if name in rounded else tensor
+    with replacing(output) as file:
+        try:
+            torch.save(state, file)
+        except RuntimeError as error:  # torch, closing its archive after a fault of the disk, fails once more
+            raise error.__context__ if isinstance(error.__context__, OSError) else error  # noqa: B904
+    return len(state)

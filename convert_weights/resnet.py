@@ -1,0 +1,57 @@
+"""torchvision's ResNet checkpoints: their tensors in torchvision's order, and where each stands among our parameters.
+
+Reference code: torchvision 0.29, `models/resnet.py`.
+"""
+
+from __future__ import annotations
+
+from convert_weights.layout import Row, unused
+from jaxla.models.resnet import Variant
+
+STEM = 64  # channels of the first convolution, and of the 3×3 convolutions of the first stage
+EXPANSION = 4  # how many times wider a block's output is than its 3×3 convolution
+CLASSES = 1000  # of ImageNet, in the classifier that the encoder leaves out
+
+
+def resnet_rows(variant: Variant) -> list[Row]:
+    rows = [*_convolution("conv1", "conv1", 3, STEM, 7), *_norm("bn1", "bn1", STEM)]
+    width = STEM
+    for i, blocks in enumerate(variant.blocks):
+        narrow, stage = STEM * 2**i, f"layer{i + 1}"
+        rows += _bottleneck(f"{stage}.0", f"{stage}.first", width, narrow, first=True)
+        width = EXPANSION * narrow
+        for j in range(1, blocks):  # the blocks after the first are stacked
+            rows += [
+                row if row.optional else row._replace(block=j - 1)
+                for row in _bottleneck(f"{stage}.{j}", f"{stage}.rest", width, narrow, first=False)
+            ]
+    return [*rows, unused("fc.weight", (CLASSES, width)), unused("fc.bias", (CLASSES,))]
+
+
+def _bottleneck(theirs: str, ours: str, inputs: int, narrow: int, *, first: bool) -> list[Row]:
+    outputs = EXPANSION * narrow
+    rows = [
+        *_convolution(f"{theirs}.conv1", f"{ours}.conv1", inputs, narrow, 1),
+        *_norm(f"{theirs}.bn1", f"{ours}.bn1", narrow),
+        *_convolution(f"{theirs}.conv2", f"{ours}.conv2", narrow, narrow, 3),
+        *_norm(f"{theirs}.bn2", f"{ours}.bn2", narrow),
+        *_convolution(f"{theirs}.conv3", f"{ours}.conv3", narrow, outputs, 1),
+        *_norm(f"{theirs}.bn3", f"{ours}.bn3", outputs),
+    ]
+    if first:
+        rows += _convolution(f"{theirs}.downsample.0", f"{ours}.downsample_conv", inputs, outputs, 1)
+        rows += _norm(f"{theirs}.downsample.1", f"{ours}.downsample_bn", outputs)
+    return rows
+
+
+def _convolution(theirs: str, ours: str, inputs: int, outputs: int, side: int) -> list[Row]:
+    """PyTorch's kernel is [out, in, height, width], Flax's [height, width, in, out]."""
+    return [Row(f"{theirs}.weight", (outputs, inputs, side, side), f"{ours}.kernel", (2, 3, 1, 0))]
+
+
+def _norm(theirs: str, ours: str, width: int) -> list[Row]:
+    names = {"weight": "scale", "bias": "bias", "running_mean": "mean", "running_var": "var"}
+    return [
+        *(Row(f"{theirs}.{name}", (width,), f"{ours}.{here}") for name, here in names.items()),
+        unused(f"{theirs}.num_batches_tracked", (), "int64"),
+    ]

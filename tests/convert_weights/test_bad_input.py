@@ -1,0 +1,403 @@
+"""What the conversion refuses: one line, exit status 2, and nothing written."""
+
+import json
+import math
+import resource
+import shutil
+import subprocess
+import sys
+import time
+import zipfile
+from contextlib import contextmanager
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from tests.convert_weights.command import (
+    ROOT,
+    convert,
+    empty_state,
+    files_in,
+    refuse,
+    refuse_source,
+    shapes_of,
+    succeed,
+)
+from tests.convert_weights.shards import write_shards
+
+
+def saved(folder, state):
+    torch.save(state, folder / "source.pth")
+    return folder / "source.pth"
+
+
+# --- another architecture, and tensors that do not fit ---
+
+
+@pytest.mark.parametrize(
+    ("held", "asked"),
+    [
+        ("dinov2_vitb14", "dinov2_vits14"),
+        ("dinov2_vits14_reg", "dinov2_vits14"),
+        ("dinov2_vits14", "dinov2_vits14_reg"),
+        ("dinov3_vits16plus", "dinov3_vits16"),
+        ("dinov3_vits16", "dinov3_vits16plus"),
+        ("dinov2_vitl14", "dinov3_vitl16"),
+        ("resnet152", "resnet50"),
+    ],
+)
+def test_the_architecture_that_a_file_holds_is_named(tmp_path, held, asked):
+    source = saved(tmp_path, empty_state(held))
+    held, asked = (name.replace("s16plus", "s_plus16") for name in (held, asked))
+    assert refuse_source(source, asked) == f"{source}: holds {held} (authors' layout), not {asked}; pass --arch={held}"
+
+
+def test_a_damaged_checkpoint_of_another_architecture_is_named_too(tmp_path):
+    state = empty_state("dinov2_vitb14")
+    del state["norm.bias"]
+    assert refuse_source(saved(tmp_path, state)).endswith(
+        "looks like dinov2_vitb14 (authors' layout), not dinov2_vits14; but of dinov2_vitb14 too it lacks 1 of its 175 "
+        "tensors (norm.bias)"
+    )
+
+
+def test_a_checkpoint_of_another_model_looks_like_none(tmp_path):
+    source = saved(tmp_path, {f"features.{i}.weight": torch.zeros(3) for i in range(20)})
+    assert refuse_source(source) == (
+        f"{source}: not dinov2_vits14: it lacks 174 of its 175 tensors (cls_token, pos_embed, patch_embed.proj.weight, "
+        "…), has 20 too many (features.0.weight, features.1.weight, features.2.weight, …)"
+    )
+
+
+def test_missing_extra_and_misshapen_tensors_are_counted_and_named(tmp_path):
+    state = empty_state() | {"head.weight": torch.zeros(3), "norm.weight": torch.zeros(383)}
+    del state["blocks.3.mlp.fc1.bias"], state["cls_token"]
+    source = saved(tmp_path, state)
+    assert refuse_source(source) == (
+        f"{source}: not dinov2_vits14: it lacks 2 of its 175 tensors (cls_token, blocks.3.mlp.fc1.bias), has 1 too "
+        "many (head.weight), has 1 of another shape (norm.weight: (383,), expected (384,))"
+    )
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64, torch.int64], ids=str)
+def test_another_dtype_is_named(tmp_path, dtype):
+    source = saved(tmp_path, empty_state() | {"norm.weight": torch.zeros(384, dtype=dtype)})
+    name = str(dtype).removeprefix("torch.")
+    line = f"{source}: 1 of its 175 tensors are of another dtype (norm.weight: {name}, expected float32); a copy"
+    assert refuse_source(source).startswith(line)
+
+
+def test_a_rounded_copy_is_refused_in_safetensors_too(tmp_path):
+    state = {name: torch.zeros(shape, dtype=torch.bfloat16) for name, shape in shapes_of("dinov2_vits14").items()}
+    save_file(state, tmp_path / "source.safetensors")
+    line = refuse_source(tmp_path / "source.safetensors")
+    assert (
+        "175 of its 175 tensors are of another dtype (cls_token: bfloat16, expected float32, pos_embed: bfloat16"
+        in line
+    )
+
+
+def test_a_sparse_tensor_is_refused(tmp_path):
+    source = saved(tmp_path, empty_state() | {"norm.weight": torch.ones(384).to_sparse()})
+    assert "norm.weight: sparse_coo, expected float32" in refuse_source(source)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_numbers_that_are_not_finite_are_refused(tmp_path, value):
+    source = saved(tmp_path, empty_state() | {"norm.bias": torch.full((384,), value)})
+    assert refuse_source(source).startswith(f"{source}: norm.bias holds numbers that are not finite (NaN or infinite)")
+
+
+# --- files that are no checkpoint, or not whole ---
+
+
+@pytest.mark.parametrize("name", ["source.pth", "source.safetensors"])
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"<!DOCTYPE html><html><body>404: Not found</body></html>",
+        b"\n<?xml version='1.0'?><Error><Code>AccessDenied</Code></Error>",
+        b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 86\n",
+        b"Not found\n",
+        b"",
+        b"../weights/dinov2_vits14_pretrain.pth\n",
+        b"\x89PNG\r\n\x1a\n" + bytes(64),
+        bytes(64),
+        b"{}",
+        b'{"weight_map": {"norm.weight": "../elsewhere.bin"}}',
+        b"\x80\x02}q\x00.",
+        b"PK\x03\x04" + bytes(64),
+        (2**63).to_bytes(8, "little") + b'{"a":1}',
+    ],
+    ids=[
+        "html", "xml", "lfs", "text", "empty", "path", "png", "zeros", "json", "elsewhere", "empty pickle", "zip",
+        "header too long",
+    ],
+)  # fmt: skip
+def test_something_that_is_no_checkpoint_is_refused(tmp_path, name, content):
+    (tmp_path / name).write_bytes(content)
+    line = refuse_source(tmp_path / name)
+    assert line.startswith(f"{tmp_path / name}: ")
+    assert "again" in line or "lacks 174 of its 175 tensors" in line
+
+
+@pytest.mark.parametrize("length", [0x3C20, 0x7B20], ids=["like a web page", "like an index"])
+def test_safetensors_are_known_whatever_their_length(tmp_path, length):
+    header = json.dumps({"norm.weight": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}})
+    source = tmp_path / "source.safetensors"
+    source.write_bytes(length.to_bytes(8, "little") + header.ljust(length).encode() + bytes(4))
+    assert "not dinov2_vits14: it lacks 173 of its 175 tensors" in refuse_source(source)
+
+
+class Malicious:
+    """Unpickled the careless way, this creates a file."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return open, (str(self.path), "w")
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+def test_code_in_a_checkpoint_is_never_run(tmp_path, zipped):
+    trace, source = tmp_path / "trace", tmp_path / "source.pth"
+    torch.save({**empty_state(), "extra": Malicious(trace)}, source, _use_new_zipfile_serialization=zipped)
+    line = refuse_source(source)
+    assert "would run code" in line
+    assert "nothing was run" in line
+    assert not trace.exists()
+    torch.load(source, weights_only=False)
+    assert trace.exists()  # the checkpoint was a dangerous one
+
+
+@pytest.mark.parametrize("kept", [0.0, 0.01, 0.5, 0.99])
+@pytest.mark.parametrize("kind", ["pth", "old pth", "safetensors"])
+def test_a_truncated_checkpoint_is_refused(tmp_path, kind, kept):
+    source = tmp_path / f"source.{kind.split()[-1]}"
+    state = {name: torch.zeros(math.prod(shape[:1])) for name, shape in shapes_of("dinov2_vits14").items()}
+    if kind == "safetensors":
+        save_file(state, source)
+    else:
+        torch.save(state, source, _use_new_zipfile_serialization=kind == "pth")
+    whole = source.read_bytes()
+    source.write_bytes(whole[: int(kept * len(whole))])
+    line = refuse_source(source)
+    assert line.startswith(f"{source}: ")
+    assert "again" in line
+
+
+def test_a_flipped_bit_in_a_tensor_is_found(tmp_path):
+    state = empty_state() | {"norm.weight": torch.arange(384.0)}
+    source = saved(tmp_path, state)
+    content = bytearray(source.read_bytes())
+    content[content.index(state["norm.weight"].numpy().tobytes()) + 800] ^= 1
+    source.write_bytes(content)
+    line = refuse_source(source)
+    assert line.startswith(f"{source}: damaged (source/data/")
+    assert line.endswith("differs from its checksum); download it again")
+
+
+def test_a_checkpoint_without_checksums_is_taken(tmp_path):
+    torch.serialization.set_crc32_options(False)
+    try:
+        source = saved(tmp_path, empty_state())
+    finally:
+        torch.serialization.set_crc32_options(True)
+    with zipfile.ZipFile(source) as archive:
+        assert archive.testzip()
+    succeed("--arch=dinov2_vits14", f"--source={source}", f"--output={tmp_path / 'o.safetensors'}")
+
+
+@pytest.mark.parametrize("key", ["model", "state_dict", "teacher"])
+def test_the_key_under_which_a_state_dict_stands_is_named(tmp_path, key):
+    line = refuse_source(saved(tmp_path, {"epoch": 3, key: empty_state()}))
+    assert f"something around one, which stands under {key!r}; save that alone: torch.save(" in line
+
+
+@pytest.mark.parametrize("content", [[torch.zeros(3)], {"epoch": 3}, {0: torch.zeros(3)}, torch.zeros(3)])
+def test_something_else_than_a_state_dict_is_refused(tmp_path, content):
+    assert "not a state dict (a mapping of names to tensors)" in refuse_source(saved(tmp_path, content))
+
+
+def test_a_file_that_was_converted_already_is_refused(tmp_path):
+    arguments = ("--arch=dinov2_vits14", f"--output={tmp_path / 'source.safetensors'}")
+    succeed(*arguments, f"--source={saved(tmp_path, empty_state())}")
+    line = refuse_source(tmp_path / "source.safetensors")
+    assert line.startswith(f"{tmp_path / 'source.safetensors'}: converted already; ")
+    assert "--to-torch" in line
+
+
+# --- shards and folders ---
+
+
+def test_a_missing_shard_is_named(tmp_path):
+    index, shards = write_shards(tmp_path, empty_state())
+    shards[1].unlink()
+    assert refuse_source(index) == (
+        f"{index}: missing: 1 of its 3 shards (pytorch_model-00002-of-00003.bin); download into {tmp_path} what is "
+        "missing"
+    )
+
+
+def test_a_shard_that_lacks_what_the_index_places_in_it_is_named(tmp_path):
+    index, shards = write_shards(tmp_path, empty_state())
+    shard_of = json.loads(index.read_text())["weight_map"]
+    shard_of["pos_embed"] = shards[2].name
+    index.write_text(json.dumps({"weight_map": shard_of}))
+    expected = f"{shards[1]}: has 1 that {index.name} does not name (pos_embed)"
+    assert refuse_source(index) == expected
+    del shard_of["pos_embed"], shard_of["cls_token"]
+    shard_of["norm.extra"] = shards[0].name
+    index.write_text(json.dumps({"weight_map": shard_of}))
+    assert refuse_source(index) == f"{shards[0]}: lacks 1 of what {index.name} places in it (norm.extra)"
+
+
+def test_a_damaged_shard_is_named(tmp_path):
+    index, shards = write_shards(tmp_path, empty_state())
+    shards[2].write_bytes(shards[2].read_bytes()[:1000])
+    assert refuse_source(index).startswith(f"{shards[2]}: ")
+
+
+def test_a_folder_must_hold_one_checkpoint(tmp_path):
+    folder = tmp_path / "repository"
+    folder.mkdir()
+    (folder / "config.json").write_text("{}")
+    arguments = ("--arch=dinov2_vits14", f"--source={folder}", f"--output={tmp_path / 'o.safetensors'}")
+    assert refuse(tmp_path, *arguments).startswith(f"--source={folder}: holds no checkpoint (")
+    write_shards(folder, empty_state())
+    torch.save(empty_state(), folder / "other.pth")
+    line = refuse(tmp_path, *arguments)
+    assert line == f"--source={folder}: holds 2 checkpoints (pytorch_model.bin.index.json, other.pth); give one"
+    (folder / "other.pth").unlink()
+    succeed(*arguments)
+
+
+# --- options ---
+
+
+def test_a_source_that_does_not_exist_is_refused(tmp_path):
+    source = tmp_path / "source.pth"
+    assert refuse_source(source) == f"--source={source}: no such file"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "line"),
+    [
+        ([], "option --source is required to convert, or --download; --help describes both"),
+        (["--arch=dinov2_vits14"], "option --source is required to convert, or --download; --help describes both"),
+        (["--source=x.pth"], "option --arch is required to convert; --arch=list names the architectures"),
+        (["--arch=dinov2_vits14", "--source=x.pth", "--download"], "options --source and --download: give one of them"),
+    ],
+)
+def test_options_that_lack_or_do_not_go_together_are_named(tmp_path, arguments, line):
+    assert refuse(tmp_path, *arguments) == line
+
+
+@pytest.mark.parametrize(
+    ("given", "nearest"), [("dinov2_vits15", "dinov2_vits14"), ("dinov3_vits17plus", "dinov3_vits_plus16")]
+)
+def test_an_unknown_architecture_names_the_nearest(tmp_path, given, nearest):
+    line = refuse_source(saved(tmp_path, empty_state()), given)
+    assert line.startswith(f"--arch {given!r} is unknown; did you mean {nearest}?")
+
+
+def test_an_output_that_exists_is_kept(tmp_path):
+    source, output = saved(tmp_path, empty_state()), tmp_path / "out.safetensors"
+    output.write_text("precious")
+    assert refuse_source(source) == f"{output}: exists already; choose another --output, or replace it with --force"
+
+
+def test_a_forced_output_is_kept_until_there_is_another(tmp_path):
+    source, output = (
+        saved(tmp_path, empty_state() | {"norm.bias": torch.full((384,), math.nan)}),
+        tmp_path / "o.safetensors",
+    )
+    output.write_text("precious")
+    arguments = ("--arch=dinov2_vits14", f"--source={source}", f"--output={output}", "--force")
+    assert "norm.bias holds numbers that are not finite" in refuse(tmp_path, *arguments)
+    assert output.read_text() == "precious"
+
+
+def test_an_output_that_cannot_be_written_is_refused(tmp_path):
+    source = saved(tmp_path, empty_state())
+    (tmp_path / "file").write_text("")
+    (tmp_path / "folder.safetensors").mkdir()
+    for output, word in {
+        "file/out.safetensors": "cannot be written",
+        "folder.safetensors": "is a folder",
+        "out.npz": "must end in .safetensors",
+    }.items():
+        arguments = ("--arch=dinov2_vits14", f"--source={source}", f"--output={tmp_path / output}", "--force")
+        line = refuse(tmp_path, *arguments)
+        assert line.startswith("--output=")
+        assert word in line
+
+
+def test_without_torch_the_way_to_install_it_is_named(tmp_path):
+    source = saved(tmp_path, empty_state())
+    blocked = tmp_path / "blocked" / "torch"
+    blocked.mkdir(parents=True)
+    (blocked / "__init__.py").write_text("raise ModuleNotFoundError('No module named torch')")
+
+    def run(*arguments):
+        return convert(*arguments, PYTHONPATH=str(blocked.parent), PYTHONDONTWRITEBYTECODE="1")
+
+    assert refuse_source(source, run=run) == ("conversion of PyTorch files needs torch: pip install 'jaxla[convert]'")
+
+
+# --- writing that comes to no end ---
+
+
+@contextmanager
+def largest_file(size):
+    """Every file that grows beyond `size` bytes meets the error that a full disk gives."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+@pytest.mark.parametrize("size", [100, 30_000_000], ids=["in the header", "in the data"])
+def test_a_disk_that_gets_full_leaves_nothing_behind(tmp_path, size):
+    source = saved(tmp_path, empty_state())
+    with largest_file(size):
+        line = refuse_source(source)
+    assert line == (
+        f"{tmp_path / 'out.safetensors'}: cannot be written (File too large); mend that, or choose another place"
+    )
+
+
+def test_a_disk_that_gets_full_on_the_way_back_leaves_nothing_behind(tmp_path):
+    source, ours, back = saved(tmp_path, empty_state()), tmp_path / "ours.safetensors", tmp_path / "back.pth"
+    succeed("--arch=dinov2_vits14", f"--source={source}", f"--output={ours}")
+    with largest_file(30_000_000):
+        line = refuse(tmp_path, "--to-torch", f"--source={ours}", f"--output={back}")
+    assert line.startswith(f"{back}: cannot be written (")
+
+
+def test_too_little_room_is_said_before_anything_is_written(tmp_path, monkeypatch):
+    source = saved(tmp_path, empty_state())
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=10_000_000))
+    line = refuse_source(source)
+    output = tmp_path / "out.safetensors"
+    assert line == f"{output}: needs 0.09 GB, 0.01 are free; make room, or choose another place"
+
+
+def test_a_conversion_that_is_ended_leaves_nothing_behind(tmp_path):
+    source = saved(tmp_path, empty_state("dinov2_vitl14"))
+    before = files_in(tmp_path)
+    arguments = ["--arch=dinov2_vitl14", f"--source={source}", f"--output={tmp_path / 'out.safetensors'}"]
+    process = subprocess.Popen([sys.executable, "-m", "convert_weights", *arguments], cwd=ROOT, stderr=subprocess.PIPE)
+    while process.poll() is None and not any(
+        path.name.endswith("out.safetensors") and path.stat().st_size > 1_000_000 for path in tmp_path.iterdir()
+    ):
+        time.sleep(0.01)
+    process.terminate()
+    _, stderr = process.communicate(timeout=60)
+    assert (process.returncode, stderr) == (1, b"interrupted\n")
+    assert files_in(tmp_path) == before

@@ -1,0 +1,144 @@
+"""What a conversion writes: every number of the source, in its place, under metadata that say where it came from."""
+
+import hashlib
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from convert_weights.architectures import RELEASED, rows_of, shapes_of
+from jaxla import load_backbone
+from jaxla.models.dinov3 import HUB_SPELLINGS
+from jaxla.models.weights_format import parameter_count, read_metadata
+from tests.convert_weights.command import GOLDEN, convert, empty_state, full_state, read_weights, succeed
+from tests.convert_weights.command import shapes_of as authors_shapes
+from tests.convert_weights.shards import write_shards
+
+
+@pytest.fixture(scope="module")
+def dinov2(tmp_path_factory):
+    """-> the folder of a converted checkpoint, its state dict, and what the command printed."""
+    folder = tmp_path_factory.mktemp("dinov2")
+    state = full_state("dinov2_vits14")
+    torch.save(state, folder / "vits14.pth")
+    output = folder / "made" / "vits14.safetensors"
+    return folder, state, succeed("--arch=dinov2_vits14", f"--source={folder / 'vits14.pth'}", f"--output={output}")
+
+
+def test_the_result_says_what_it_is_and_where_it_came_from(dinov2):
+    folder, _, _ = dinov2
+    path = folder / "made" / "vits14.safetensors"
+    said = {
+        "format": "jaxla-1",
+        "arch": "dinov2_vits14",
+        "source": "vits14.pth",
+        "source_sha256": hashlib.sha256((folder / "vits14.pth").read_bytes()).hexdigest(),
+        "licence": "Apache-2.0",
+    }
+    assert read_metadata(path) == said
+    content = path.read_bytes()
+    data = content[8 + int.from_bytes(content[:8], "little") :]
+    assert read_weights(path)[1] == said | {"data_sha256": hashlib.sha256(data).hexdigest()}
+
+
+def test_the_command_says_what_it_kept_and_what_it_wrote(dinov2):
+    folder, _, printed = dinov2
+    output = folder / "made" / "vits14.safetensors"
+    assert printed.splitlines() == [
+        "vits14.pth: dinov2_vits14 in authors' layout, 0.09 GB",
+        "vits14.pth: kept, though no forward pass uses it: mask_token",
+        f"{output}: dinov2_vits14 from vits14.pth, sha256 of its data {read_weights(output)[1]['data_sha256']}",
+    ]
+    assert [path.name for path in output.parent.iterdir()] == [output.name]
+
+
+def test_every_number_is_carried_over(dinov2):
+    folder, state, _ = dinov2
+    arrays, _ = read_weights(folder / "made" / "vits14.safetensors")
+    assert {str(array.dtype) for array in arrays.values()} == {"float32"}
+    ours = np.sort(np.concatenate([array.ravel() for array in arrays.values()]))
+    theirs = np.sort(np.concatenate([value.ravel() for value in state.values()]))
+    np.testing.assert_array_equal(ours, theirs)
+    np.testing.assert_array_equal(arrays["blocks.mlp.expand.kernel"][7], state["blocks.7.mlp.fc1.weight"].T)
+    np.testing.assert_array_equal(arrays["pos_grid"][2, 5], state["pos_embed"][0, 1 + 2 * 37 + 5])
+    kernel = arrays["patch_embed.kernel"].reshape(14, 14, 3, 384)
+    np.testing.assert_array_equal(kernel[3, 11, 2], state["patch_embed.proj.weight"][:, 2, 3, 11])
+    np.testing.assert_array_equal(arrays["unused.mask_token"], state["mask_token"])
+
+
+def test_what_no_forward_pass_uses_is_neither_loaded_nor_counted(dinov2):
+    path = dinov2[0] / "made" / "vits14.safetensors"
+    assert parameter_count(path) == (len(shapes_of("dinov2_vits14")), 22_056_576 - 384)
+    assert load_backbone(path).variant == RELEASED["dinov2_vits14"]
+
+
+def test_the_same_source_gives_the_same_bytes(dinov2, tmp_path):
+    folder, _, _ = dinov2
+    succeed("--arch=dinov2_vits14", f"--source={folder / 'vits14.pth'}", f"--output={tmp_path / 'again.safetensors'}")
+    assert (tmp_path / "again.safetensors").read_bytes() == (folder / "made" / "vits14.safetensors").read_bytes()
+
+
+def test_safetensors_are_converted_without_torch(dinov2, tmp_path):
+    _, state, printed = dinov2
+    save_file(state, tmp_path / "vits14.safetensors")
+    (tmp_path / "blocked" / "torch").mkdir(parents=True)
+    (tmp_path / "blocked" / "torch" / "__init__.py").write_text("raise ModuleNotFoundError('No module named torch')")
+    arguments = (
+        "--arch=dinov2_vits14",
+        f"--source={tmp_path / 'vits14.safetensors'}",
+        f"--output={tmp_path / 'o.safetensors'}",
+    )
+    without = convert(*arguments, PYTHONPATH=str(tmp_path / "blocked"), PYTHONDONTWRITEBYTECODE="1")
+    assert without.returncode == 0, without.stderr
+    assert read_weights(tmp_path / "o.safetensors")[1]["data_sha256"] in printed
+
+
+def test_without_an_output_the_result_lies_where_training_looks(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    torch.save(empty_state("dinov3_vits16plus"), tmp_path / "source.pth")
+    succeed("--arch=dinov3_vits16plus", f"--source={tmp_path / 'source.pth'}")
+    path = tmp_path / "jaxla" / "weights" / "dinov3_vits_plus16.safetensors"
+    assert read_metadata(path)["arch"] == "dinov3_vits_plus16"
+    assert read_metadata(path)["licence"] == "DINOv3 License"
+
+
+def test_an_output_is_replaced_by_force(tmp_path):
+    torch.save(empty_state(), tmp_path / "source.pth")
+    (tmp_path / "out.safetensors").write_text("old")
+    arguments = (
+        "--arch=dinov2_vits14",
+        f"--source={tmp_path / 'source.pth'}",
+        f"--output={tmp_path / 'out.safetensors'}",
+    )
+    succeed(*arguments, "--force")
+    assert read_metadata(tmp_path / "out.safetensors")["arch"] == "dinov2_vits14"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out.safetensors", "source.pth"]
+
+
+def test_the_sha256_of_shards_is_that_of_their_sha256sums(tmp_path):
+    index, shards = write_shards(tmp_path, empty_state())
+    succeed("--arch=dinov2_vits14", f"--source={index}", f"--output={tmp_path / 'out.safetensors'}")
+    lines = [f"{hashlib.sha256(shard.read_bytes()).hexdigest()}  {shard.name}\n" for shard in shards]
+    metadata = read_metadata(tmp_path / "out.safetensors")
+    assert metadata["source_sha256"] == hashlib.sha256("".join(lines).encode()).hexdigest()
+    assert metadata["source"] == index.name
+
+
+def test_list_names_released_architectures_with_their_licence():
+    lines = succeed("--arch=list").splitlines()
+    assert {line.split(":")[0] for line in lines} == set(RELEASED)
+    assert "dinov2_vits14_reg: width 384, 12 blocks, weights under Apache-2.0, --download fetches them" in lines
+    assert [line.split(", ")[-1] for line in lines if line.startswith("dinov3")] == 6 * [
+        "download them yourself and pass --source"
+    ]
+    assert "resnet50: 16 blocks, weights under BSD-3-Clause, --download fetches them" in lines
+
+
+@pytest.mark.parametrize("file", sorted(GOLDEN.glob("*.shapes.json")), ids=lambda path: path.stem.split(".")[0])
+def test_the_tables_list_the_authors_tensors_in_their_order(file):
+    name = file.name.removesuffix(".shapes.json")
+    rows = {row.theirs: row for row in rows_of(HUB_SPELLINGS.get(name, name))}
+    expected = authors_shapes(name)
+    assert [(theirs, row.shape) for theirs, row in rows.items() if theirs in expected] == list(expected.items())
+    assert all(row.optional for theirs, row in rows.items() if theirs not in expected)

@@ -1,0 +1,41 @@
+"""Who imports what."""
+
+import subprocess
+import sys
+
+import pytest
+
+from tests.convert_weights.command import ROOT
+
+
+def test_no_module_of_the_package_imports_torch():
+    program = (
+        "import importlib, pkgutil, sys, jaxla, jaxla.experiments\n"
+        "for p in (jaxla, jaxla.experiments):\n"
+        "    for m in pkgutil.walk_packages(p.__path__, p.__name__ + '.'):\n"
+        "        importlib.import_module(m.name)\n"
+        "print([m for m in sys.modules if m.startswith('jaxla.')])\n"
+        "sys.exit('torch' in sys.modules)\n"
+    )
+    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=ROOT)
+    assert result.returncode == 0, result.stderr
+    assert all(f"jaxla.{name}'" in result.stdout for name in ("train", "training.loop", "models.dinov2", "experiments"))
+
+
+@pytest.mark.parametrize(
+    ("module", "arguments", "word"),
+    [
+        ("jaxla.train", ["--help"], "quickstart"),
+        ("jaxla.train", ["--exp=quickstart", "--help"], "quickstart"),
+        ("jaxla.train", ["--exp=list"], "quickstart"),
+        ("convert_weights", ["--help"], "--to-torch"),
+    ],
+)
+def test_help_does_not_wait_for_jax(module, arguments, word):
+    command = [sys.executable, "-X", "importtime", "-m", module, *arguments]
+    result = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+    assert result.returncode == 0
+    assert word in result.stdout
+    imported = {line.rsplit("|", 1)[-1].strip() for line in result.stderr.splitlines() if "|" in line}
+    assert "jaxla.config" in imported
+    assert not imported & {"jax", "flax", "torch", "orbax", "grain"}

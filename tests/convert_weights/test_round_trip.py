@@ -1,0 +1,160 @@
+"""There and back: the authors' state dict again, to the bit."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from flax import nnx
+
+from convert_weights.checkpoint import Tensor
+from convert_weights.layout import to_ours, to_theirs
+from convert_weights.resnet import resnet_rows
+from convert_weights.vision_transformer import dinov2_rows, dinov3_rows
+from jaxla.models import dinov2, dinov3, resnet
+from jaxla.models.vision_transformer import VisionTransformer
+from jaxla.models.weights import parameter_shapes
+from tests.convert_weights.command import assert_same_state, full_state, read_weights, refuse, succeed, write_ours
+
+
+def there_and_back(folder, state, arch):
+    """-> our arrays, our metadata, and the state dict that comes back."""
+    source, ours, back = folder / "source.pth", folder / "ours.safetensors", folder / "back.pth"
+    torch.save(state, source)
+    succeed(f"--arch={arch}", f"--source={source}", f"--output={ours}")
+    said = succeed("--to-torch", f"--source={ours}", f"--output={back}")
+    assert (
+        said.splitlines()[-1] == f"{back}: {arch} from ours.safetensors, {len(state)} tensors in their authors' format"
+    )
+    return *read_weights(ours), torch.load(back, weights_only=True)
+
+
+def test_dinov2_with_registers(tmp_path):
+    state = full_state("dinov2_vits14_reg")
+    arrays, _, back = there_and_back(tmp_path, state, "dinov2_vits14_reg")
+    assert_same_state(back, state)
+    np.testing.assert_array_equal(arrays["register_tokens"], state["register_tokens"][0])
+
+
+def test_dinov3_with_constants_in_bfloat16_and_a_mask_of_its_own(tmp_path):
+    state = full_state("dinov3_vits16plus")
+    state["rope_embed.periods"] = torch.tensor([1.3359375 ** (k / 2) for k in range(16)]).bfloat16()
+    mask = "blocks.4.attn.qkv.bias_mask"
+    state[mask] = torch.arange(3 * 384).remainder(2).bfloat16()
+    del state["mask_token"]
+    arrays, metadata, back = there_and_back(tmp_path, state, "dinov3_vits_plus16")
+    assert_same_state(back, state)
+    assert metadata["bfloat16"] == f"rope_embed.periods {mask}"
+    np.testing.assert_array_equal(arrays["periods"], state["rope_embed.periods"].float())
+    np.testing.assert_array_equal(arrays["blocks.attention.qkv_bias_mask"][4, :4], [0, 1, 0, 1])
+    np.testing.assert_array_equal(arrays["blocks.attention.qkv_bias"][4], state["blocks.4.attn.qkv.bias"])
+    kernel = arrays["blocks.mlp.expand.kernel"][5]  # gate, then gated
+    np.testing.assert_array_equal(kernel[:, :1536], state["blocks.5.mlp.w1.weight"].T)
+    np.testing.assert_array_equal(kernel[:, 1536:], state["blocks.5.mlp.w2.weight"].T)
+
+
+# --- every kind of layer, in networks of a few thousand numbers ---
+
+SMALL = {"width": 16, "depth": 3, "heads": 2, "hidden": 20, "patch": 2}
+
+
+def small(arch):
+    """-> the rows of an architecture cut down, and the shapes of its parameters."""
+    if arch.startswith("resnet"):
+        variant = replace(resnet.VARIANTS[arch], blocks=(2, 3, 2, 2))
+        return resnet_rows(variant), abstract_shapes(resnet.ResNet, variant)
+    if arch.startswith("dinov2"):
+        variant = replace(dinov2.VARIANTS[arch], **SMALL, grid=3)
+        return dinov2_rows(variant), abstract_shapes(VisionTransformer, variant)
+    variant = replace(dinov3.VARIANTS[arch], **SMALL)
+    return dinov3_rows(arch, variant), abstract_shapes(VisionTransformer, variant)
+
+
+def abstract_shapes(network, variant):
+    return parameter_shapes(nnx.eval_shape(lambda: network(variant, rngs=nnx.Rngs(0))))
+
+
+ARCHITECTURES = (
+    "dinov2_vits14", "dinov2_vitg14_reg", "dinov3_vits16", "dinov3_vitl16", "dinov3_vith_plus16", "dinov3_vit7b16",
+    "resnet50",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+@pytest.mark.parametrize("whole", [True, False], ids=["with optional tensors", "without"])
+def test_every_kind_of_layer(arch, whole):
+    rows, shapes = small(arch)
+    rng = np.random.default_rng(0)
+    theirs = {
+        row.theirs: rng.integers(9, size=row.shape) if row.dtypes == ("int64",) else rng.random(row.shape, np.float32)
+        for row in rows
+        if whole or not row.optional
+    }
+    tensors = {name: Tensor(array.shape, "", lambda array=array: array) for name, array in theirs.items()}
+    arrays = {}
+    for name, stream in to_ours(rows, tensors, shapes).items():
+        chunks = list(stream.chunks())
+        arrays[name] = np.concatenate([chunk.ravel() for chunk in chunks]).reshape(stream.shape)
+        if name.startswith("blocks."):
+            assert len(chunks) == SMALL["depth"]  # never all blocks in memory
+    assert {name: array.shape for name, array in arrays.items() if not name.startswith("unused.")} == shapes
+    assert {name for name in arrays if name.startswith("unused.")} == {
+        f"unused.{row.theirs}" for row in rows if row.optional and whole
+    }
+
+    back = dict(to_theirs(rows, arrays, lambda name, block: arrays[name] if block is None else arrays[name][block]))
+    assert list(back) == list(theirs)
+    for name, array in theirs.items():
+        np.testing.assert_array_equal(back[name], array, strict=True)
+
+
+# --- what is refused ---
+
+
+@pytest.fixture
+def mini(tmp_path):
+    return write_ours(tmp_path / "mini.safetensors")
+
+
+def test_an_architecture_without_an_authors_format_is_refused(mini):
+    folder = mini.parent
+    line = refuse(folder, "--to-torch", f"--source={mini}", f"--output={folder / 'back.pth'}")
+    assert line == f"{mini}: holds vit_mini8, of which no weights were released: its authors' format is unknown"
+
+
+def test_a_file_that_was_not_converted_is_refused(tmp_path):
+    torch.save(full_state("dinov2_vits14"), tmp_path / "vits14.pth")
+    line = refuse(tmp_path, "--to-torch", f"--source={tmp_path / 'vits14.pth'}", f"--output={tmp_path / 'back.pth'}")
+    assert line.startswith(f"{tmp_path / 'vits14.pth'}: truncated, or not a safetensors file")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--source={}"], ["--to-torch needs --source", "--output"]),
+        (["--source={}", "--output=back.npz"], ["--output=back.npz", "must end in .pth"]),
+        (["--source={}", "--output={}.pth", "--verify"], ["--to-torch", "--verify checks converted files"]),
+        (["--source={}", "--output={}.pth", "--arch=dinov2_vits14"], ["holds vit_mini8, not dinov2_vits14"]),
+        (["--output={}.pth"], ["--to-torch needs --source"]),
+    ],
+    ids=["no output", "another ending", "verify", "another architecture", "no source"],
+)
+def test_options_that_do_not_go_together_are_refused(mini, arguments, words):
+    line = refuse(mini.parent, "--to-torch", *(argument.format(mini) for argument in arguments))
+    assert not [word for word in words if word not in line], line
+
+
+def test_an_output_that_exists_is_kept(mini):
+    back = mini.with_name("back.pth")
+    back.write_text("precious")
+    line = refuse(mini.parent, "--to-torch", f"--source={mini}", f"--output={back}")
+    assert line == f"{back}: exists already; choose another --output, or replace it with --force"
+
+
+def test_a_converted_file_that_was_damaged_is_not_converted_back(tmp_path):
+    ours, back = write_ours(tmp_path / "ours.safetensors", "dinov2_vits14"), tmp_path / "back.pth"
+    with ours.open("r+b") as file:
+        file.seek(-1000, 2)
+        file.write(b"\x3f")
+    line = refuse(tmp_path, "--to-torch", f"--source={ours}", f"--output={back}")
+    assert line.startswith(f"{ours}: damaged: the sha256 of its data is ")

@@ -1,0 +1,55 @@
+"""--verify: the file is read again, compared with its checksum, and run."""
+
+import pytest
+import torch
+
+from tests.convert_weights.command import empty_state, read_weights, refuse, succeed, write_ours
+
+
+@pytest.fixture
+def mini(tmp_path):
+    return write_ours(tmp_path / "mini.safetensors")
+
+
+def test_a_file_that_exists_is_verified(mini):
+    checksum = read_weights(mini)[1]["data_sha256"]
+    features = 128 * (1 + 14 * 14)  # class token and patches of 8 pixels
+    assert succeed("--verify", f"--output={mini}") == (
+        f"{mini}: verified: its data have the sha256 that was noted, {checksum}; "
+        f"the {features} features of one 112×112 image are finite\n"
+    )
+
+
+def test_a_new_file_is_verified(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    torch.save(empty_state("dinov2_vits14"), tmp_path / "source.pth")
+    printed = succeed("--arch=dinov2_vits14", f"--source={tmp_path / 'source.pth'}", "--verify")
+    path = tmp_path / "jaxla" / "weights" / "dinov2_vits14.safetensors"
+    assert printed.splitlines()[-1].startswith(f"{path}: verified: its data have the sha256 that was noted, ")
+
+
+@pytest.mark.parametrize("place", [-1, -5000, 100_000], ids=["last byte", "near the end", "in the middle"])
+def test_one_flipped_bit_is_found(mini, place):
+    content = bytearray(mini.read_bytes())
+    content[place] ^= 1
+    mini.write_bytes(content)
+    assert refuse(mini.parent, "--verify", f"--output={mini}").startswith(
+        f"{mini}: damaged: the sha256 of its data is "
+    )
+
+
+def test_weights_that_overflow_are_refused(tmp_path):
+    path = write_ours(tmp_path / "mini.safetensors", scale=1e30)
+    assert "the features of an image are not finite" in refuse(tmp_path, "--verify", f"--output={path}")
+
+
+def test_another_architecture_than_asked_for_is_refused(mini):
+    line = refuse(mini.parent, "--verify", f"--output={mini}", "--arch=dinov2_vits14")
+    assert line == f"{mini}: holds vit_mini8, not dinov2_vits14; leave --arch out"
+
+
+def test_verifying_needs_a_file(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert "--verify needs --output" in refuse(tmp_path, "--verify")
+    missing = tmp_path / "jaxla" / "weights" / "resnet50.safetensors"
+    assert refuse(tmp_path, "--verify", "--arch=resnet50").startswith(f"{missing}: no such weights file")
