@@ -1,12 +1,26 @@
-"""A transformer small enough to run in milliseconds, and parameters that hide nothing."""
+"""Transformers small enough to run in milliseconds, and parameters that hide nothing."""
+
+from dataclasses import replace
 
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from jaxla.models.positions import rotary_periods
 from jaxla.models.vision_transformer import Variant, VisionTransformer
 
 TINY = Variant(width=32, depth=3, heads=2, hidden=128, patch=8, grid=4)
+REGISTERS = replace(TINY, registers=3, antialias=True)
+ROTARY = replace(TINY, grid=0, registers=4, qkv_bias="masked", epsilon=1e-5)
+TINY_VARIANTS = {
+    "dinov2": TINY,
+    "dinov2 with registers": REGISTERS,
+    "dinov2 g": replace(TINY, mlp="swiglu", hidden=88),
+    "dinov2 g with registers": replace(REGISTERS, mlp="swiglu", hidden=88),
+    "dinov3": ROTARY,
+    "dinov3 plus": replace(ROTARY, mlp="swiglu"),
+    "dinov3 7B": replace(ROTARY, mlp="swiglu", qkv_bias="none"),
+}
 
 
 def tiny_backbone(seed=0, variant=TINY, **options):
@@ -28,6 +42,10 @@ def randomise(module, seed=0):
                 draw = 1 + 0.2 * draw
             case "var":
                 draw = 0.5 + np.abs(draw)
+            case "periods":  # near the formula's, but others: what counts is what the weights say
+                draw = rotary_periods(4 * draw.size) * (1 + 0.1 * draw)
+            case "qkv_bias_mask":
+                draw = np.broadcast_to(np.repeat([1.0, 0.0, 1.0], draw.shape[-1] // 3), draw.shape)
             case _:
                 draw *= 0.3
         variable.set_value(jnp.asarray(draw, jnp.float32))

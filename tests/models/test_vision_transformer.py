@@ -1,4 +1,4 @@
-"""The vision transformer: where its tokens stand, what it refuses, and the same numbers as `transformers`."""
+"""The vision transformer of both families: where its tokens stand, what comes out, what it keeps, what it refuses."""
 
 from dataclasses import replace
 
@@ -9,8 +9,13 @@ import pytest
 import torch
 from flax import nnx
 
-from jaxla.models.positions import position_grid
-from tests.tiny import TINY, flat_arrays, tiny_backbone
+from jaxla.models.positions import rotation
+from jaxla.models.vision_transformer import VisionTransformer, _intermediate
+from tests.tiny import REGISTERS, ROTARY, TINY, TINY_VARIANTS, flat_arrays, tiny_backbone
+
+# Tests that call one variant on images of the same shape share its compiled functions. The values of all variants are
+# compared in tests/parity/test_transformers.py.
+plain_and_rotary = pytest.mark.parametrize("variant", [TINY, ROTARY], ids=["plain", "rotary"])
 
 
 def random_images(batch, height, width, seed=0):
@@ -27,8 +32,10 @@ def image_with_one_patch(row, column, rows, columns):
 # --- where tokens stand ---
 
 
-def test_embedding_puts_a_patch_into_its_own_token_and_no_other():
-    vit, (rows, columns) = tiny_backbone(), (3, 5)
+@pytest.mark.parametrize("variant", [TINY, REGISTERS, ROTARY], ids=["plain", "registers", "rotary"])
+def test_embedding_puts_a_patch_into_its_own_token_and_no_other(variant):
+    vit, (rows, columns) = tiny_backbone(variant=variant), (3, 5)
+    before = 1 + variant.registers
     embed = jax.jit(vit.embed)
     empty = np.asarray(embed(np.zeros((1, 24, 40, 3), np.float32)))
     moved = []
@@ -38,20 +45,23 @@ def test_embedding_puts_a_patch_into_its_own_token_and_no_other():
             tokens = embed(image)
             change = np.asarray(vit.to_map(tokens, (rows, columns)) - vit.to_map(empty, (rows, columns)))[0]
             assert np.argwhere(np.abs(change).max(-1) > 0).tolist() == [[row, column]]
-            assert np.argwhere(np.abs(tokens - empty).max(-1) > 0).tolist() == [[0, 1 + row * columns + column]]
+            assert np.argwhere(np.abs(tokens - empty).max(-1) > 0).tolist() == [[0, before + row * columns + column]]
             moved.append(change[row, column])
     np.testing.assert_allclose(moved, np.broadcast_to(moved[0], (15, 32)), atol=2e-6)  # measured: 2.4e-7
 
 
-def test_tokens_stay_in_place_through_the_whole_network():
-    vit = tiny_backbone()
+@pytest.mark.parametrize("variant", [TINY, REGISTERS, ROTARY], ids=["plain", "registers", "rotary"])
+def test_tokens_stay_in_place_through_the_whole_network(variant):
+    vit = tiny_backbone(variant=variant)
     for scale in (vit.blocks.scale1, vit.blocks.scale2):  # blocks that add nothing: a token sees its own patch only
         scale.gamma.set_value(jnp.zeros_like(scale.gamma[...]))
-    empty = vit(np.zeros((1, 24, 40, 3), np.float32))
-    for row, column in ((0, 0), (0, 4), (1, 2), (2, 0), (2, 4)):
-        out = vit(image_with_one_patch(row, column, 3, 5))
-        assert np.argwhere(np.abs(out.patches - empty.patches)[0].max(-1) > 0).tolist() == [[row, column]]
+    empty = vit(np.zeros((2, 24, 40, 3), np.float32))
+    for places in (((0, 0), (0, 4)), ((1, 2), (2, 0)), ((2, 4), (1, 0))):
+        out = vit(np.concatenate([image_with_one_patch(row, column, 3, 5) for row, column in places]))
+        changed = np.argwhere(np.abs(out.patches - empty.patches).max(-1) > 0)
+        assert changed.tolist() == [[image, row, column] for image, (row, column) in enumerate(places)]
         np.testing.assert_array_equal(out.cls, empty.cls)
+        np.testing.assert_array_equal(out.registers, empty.registers)
 
 
 def test_embedding_is_the_strided_convolution_of_the_reference():
@@ -64,91 +74,124 @@ def test_embedding_is_the_strided_convolution_of_the_reference():
         stride=8,
     )
     expected = convolved.permute(0, 2, 3, 1).numpy() + np.asarray(vit.pos_grid)
-    tokens = vit.embed(images)
+    tokens = jax.jit(vit.embed)(images)
     np.testing.assert_allclose(vit.to_map(tokens, (4, 4)), expected, atol=2e-6)  # measured: 0
     np.testing.assert_array_equal(tokens[:, 0], np.tile(vit.cls_token[...] + vit.pos_cls[...], (2, 1)))
 
 
-# --- positions ---
+@pytest.mark.parametrize("variant", [REGISTERS, ROTARY], ids=["registers", "rotary"])
+def test_registers_follow_the_class_token_and_have_no_position(variant):
+    vit = tiny_backbone(variant=variant)
+    tokens = jax.jit(vit.embed)(random_images(2, 24, 40))
+    assert tokens.shape == (2, 1 + variant.registers + 15, 32)
+    for registers in tokens[:, 1 : 1 + variant.registers]:
+        np.testing.assert_array_equal(registers, vit.register_tokens[...])
 
 
-@pytest.mark.parametrize(("h", "w"), [(7, 7), (32, 32), (16, 45), (45, 16), (37, 36), (38, 37), (1, 60), (74, 37)])
-def test_positions_are_interpolated_as_the_reference_does(h, w):
-    grid = np.random.default_rng(0).standard_normal((37, 37, 8), dtype=np.float32)
-    expected = torch.nn.functional.interpolate(
-        torch.from_numpy(grid)[None].permute(0, 3, 1, 2),
-        mode="bicubic",
-        antialias=False,
-        scale_factor=(float(h + 0.1) / 37, float(w + 0.1) / 37),
-    )
-    expected = expected[0].permute(1, 2, 0).numpy()
-    assert expected.shape == (h, w, 8)
-    # measured: 1.5e-5 at 38×37, 3e-6 at most sizes; in float32 the reference itself is 1.1e-5 from its float64
-    np.testing.assert_allclose(position_grid(jnp.asarray(grid), h, w), expected, atol=3e-5)
-
-
-def test_positions_at_the_native_size_are_the_learned_ones():
-    grid = jax.random.normal(jax.random.key(0), (37, 37, 8))
-    np.testing.assert_array_equal(position_grid(grid, 37, 37), grid)
+def test_positions_matter_where_they_are_rotary():
+    """Two patches that change places change their tokens by more than their order."""
+    vit, image = tiny_backbone(variant=ROTARY), random_images(1, 8, 16)
+    swapped = np.concatenate([image[:, :, 8:], image[:, :, :8]], axis=2)
+    patches, of_swapped = vit(image).patches[0, 0], vit(swapped).patches[0, 0]
+    embed = jax.jit(vit.embed)
+    np.testing.assert_array_equal(*(embed(x)[0, 1 + ROTARY.registers :].sum(0) for x in (image, swapped)))
+    assert np.abs(patches - of_swapped[::-1]).max() > 0.01
 
 
 # --- what comes out ---
 
 
-def test_outputs_have_the_promised_shapes():
-    out = tiny_backbone()(random_images(2, 24, 40))
-    assert (out.cls.shape, out.registers.shape, out.patches.shape) == ((2, 32), (2, 0, 32), (2, 3, 5, 32))
+@pytest.mark.parametrize("variant", TINY_VARIANTS.values(), ids=TINY_VARIANTS)
+def test_outputs_have_the_promised_shapes(variant):
+    out = tiny_backbone(variant=variant)(random_images(2, 24, 40))
+    assert (out.cls.shape, out.patches.shape) == ((2, 32), (2, 3, 5, 32))
+    assert out.registers.shape == (2, variant.registers, 32)
     assert {x.dtype for x in out} == {jnp.dtype("float32")}
 
 
-def test_images_of_a_batch_do_not_see_each_other():
-    vit, images = tiny_backbone(), random_images(2, 24, 40)
+@plain_and_rotary
+def test_images_of_a_batch_do_not_see_each_other(variant):
+    vit, images = tiny_backbone(variant=variant), random_images(2, 24, 40)
     together, alone = vit(images), [vit(images[i : i + 1]) for i in range(2)]
     for i in range(2):
         np.testing.assert_allclose(together.cls[i], alone[i].cls[0], atol=5e-6)  # measured: 0
         np.testing.assert_allclose(together.patches[i], alone[i].patches[0], atol=5e-6)  # measured: 0
 
 
-def test_intermediate_tokens_are_those_of_a_network_cut_off_there():
-    vit, images = tiny_backbone(), random_images(1, 24, 40)
+@plain_and_rotary
+def test_intermediate_tokens_are_those_of_a_network_cut_off_there(variant):
+    vit, images = tiny_backbone(variant=variant), random_images(2, 24, 40)
     kept = vit.intermediate(images, blocks=(2, 0, 1))
     for tokens, depth in zip(kept, (3, 1, 2), strict=True):
-        graph, state = nnx.split(tiny_backbone(variant=replace(TINY, depth=depth)))
+        graph, state = nnx.split(tiny_backbone(variant=replace(variant, depth=depth)))
         cut = {path: variable.get_value() for path, variable in nnx.to_flat_state(nnx.state(vit))}
         for path, variable in nnx.to_flat_state(state):
             variable.set_value(cut[path][:depth] if path[0] == "blocks" else cut[path])
         short = nnx.merge(graph, state)
         tokens_of = jax.jit(lambda images, short=short: short.run_blocks(short.embed(images), (3, 5))[0])
         expected = short.to_map(tokens_of(images), (3, 5))
-        assert tokens.shape == (1, 3, 5, 32)
+        assert tokens.shape == (2, 3, 5, 32)
         np.testing.assert_allclose(tokens, expected, atol=5e-6)  # measured: 0, of values up to 10
 
 
-def test_last_intermediate_tokens_normed_are_the_patches():
-    vit, images = tiny_backbone(), random_images(1, 24, 40)
+def test_intermediate_tokens_come_in_the_order_asked_for_and_as_often():
+    vit, images = tiny_backbone(), random_images(2, 24, 40)
+    first, last = vit.intermediate(images, blocks=(0, 2))
+    assert np.abs(first - last).max() > 0.1
+    for tokens, expected in zip(vit.intermediate(images, blocks=[2, 0, 2]), (last, first, last), strict=True):
+        np.testing.assert_array_equal(tokens, expected)
+    assert vit.intermediate(images, blocks=()) == ()
+
+
+def test_memory_of_intermediate_tokens_grows_with_the_blocks_asked_for_and_not_with_the_depth():
+    images = jax.ShapeDtypeStruct((1, 256, 256, 3), jnp.float32)
+    of_one = (1 + 32 * 32) * 32 * 4  # bytes of all tokens of one image after one block
+
+    def temporary(depth, blocks):
+        """Buffers of the compiled call, in units of one block's tokens."""
+        vit = nnx.eval_shape(lambda: VisionTransformer(replace(TINY, depth=depth), rngs=nnx.Rngs(0)))
+        compiled = _intermediate.lower(*nnx.split(vit), images, blocks, False).compile()
+        return compiled.memory_analysis().temp_size_in_bytes / of_one
+
+    four = temporary(40, (9, 19, 29, 39))
+    # measured: 0, 4.0 and 36.0 more
+    assert abs(four - temporary(20, (4, 9, 14, 19))) < 0.5
+    assert temporary(40, tuple(range(4, 40, 5))) - four < 5
+    assert temporary(40, tuple(range(40))) - four > 30
+
+
+@plain_and_rotary
+def test_last_intermediate_tokens_normed_are_the_patches(variant):
+    vit, images = tiny_backbone(variant=variant), random_images(2, 24, 40)
     (normed,) = vit.intermediate(images, blocks=[2], norm=True)
     np.testing.assert_allclose(normed, vit(images).patches, atol=5e-6)  # measured: 0
     (plain,) = vit.intermediate(images, blocks=[2])
     assert np.abs(plain - normed).max() > 0.1
 
 
-def test_scan_over_blocks_equals_a_loop():
-    vit = tiny_backbone()
-    tokens = vit.embed(random_images(2, 24, 40))
-    scanned, _ = vit.run_blocks(tokens, (3, 5))
+@plain_and_rotary
+def test_scan_over_blocks_equals_a_loop(variant):
+    vit = tiny_backbone(variant=variant)
+    tokens = jax.jit(vit.embed)(random_images(2, 24, 40))
+    scanned, _ = jax.jit(lambda tokens: vit.run_blocks(tokens, (3, 5)))(tokens)
     graph, parameters = nnx.split(vit.blocks)
-    for i in range(TINY.depth):
-        block = nnx.merge(graph, jax.tree.map(lambda x, i=i: x[i], parameters))
-        tokens = block(tokens, None)
+    rotate = None if variant.grid else rotation(vit.periods[...], 3, 5, 1 + variant.registers)
+    block = jax.jit(lambda parameters, tokens: nnx.merge(graph, parameters)(tokens, rotate))
+    for i in range(variant.depth):
+        tokens = block(jax.tree.map(lambda x, i=i: x[i], parameters), tokens)
     np.testing.assert_allclose(scanned, tokens, atol=1e-5)  # measured: 1.7e-6, of values up to 10
 
 
-def test_rematerialised_blocks_have_the_same_gradient():
-    images = random_images(1, 24, 40)
+@pytest.mark.parametrize("name", ["dinov2", "dinov3 plus"])
+def test_rematerialised_blocks_have_the_same_gradient(name):
+    images = random_images(2, 24, 40)
     gradients = []
     for remat in (False, True):
-        graph, state = nnx.split(tiny_backbone(remat=remat))
-        mean = lambda state, graph=graph: jnp.mean(nnx.merge(graph, state)(images).patches ** 3)  # noqa: E731
+        graph, state, constants = nnx.split(tiny_backbone(variant=TINY_VARIANTS[name], remat=remat), nnx.Param, ...)
+
+        def mean(state, graph=graph, constants=constants):
+            return jnp.mean(nnx.merge(graph, state, constants)(images).patches ** 3)
+
         gradients.append(jax.jit(jax.grad(mean))(state))
     plain, remade = (jax.tree.leaves(g) for g in gradients)
     assert max(np.abs(g).max() for g in plain) > 1e-3
@@ -156,104 +199,17 @@ def test_rematerialised_blocks_have_the_same_gradient():
         np.testing.assert_allclose(a, b, atol=1e-6)  # measured: 6e-8
 
 
-def test_bfloat16_keeps_the_direction_of_every_token():
-    images = random_images(2, 24, 40)
-    full, half = tiny_backbone(), tiny_backbone(dtype=jnp.bfloat16)
-    assert {str(x.dtype) for x in flat_arrays(half).values()} == {"float32"}
+@pytest.mark.parametrize("name", ["dinov2", "dinov3 plus"])
+def test_bfloat16_keeps_the_direction_of_every_token(name):
+    variant, images = TINY_VARIANTS[name], random_images(2, 24, 40)
+    full, half = (tiny_backbone(variant=variant, dtype=dtype) for dtype in (jnp.float32, jnp.bfloat16))
+    assert {str(x.dtype) for x in flat_arrays(half, nnx.Variable).values()} == {"float32"}
     a, b = full(images), half(images)
-    assert b.patches.dtype == jnp.bfloat16
-    for x, y in ((a.cls, b.cls), (a.patches, b.patches)):
+    assert {x.dtype for x in b} == {jnp.dtype("bfloat16")}
+    for x, y in zip(a, b, strict=True):
         y = y.astype(jnp.float32)
         cosine = (x * y).sum(-1) / (jnp.linalg.norm(x, axis=-1) * jnp.linalg.norm(y, axis=-1))
-        assert cosine.min() >= 0.999  # measured: 0.99996
-
-
-# --- the same numbers as the port in `transformers` ---
-
-
-BEFORE_VERSION_5 = {
-    "attention.attention.query": "attention.q_proj",
-    "attention.attention.key": "attention.k_proj",
-    "attention.attention.value": "attention.v_proj",
-    "attention.output.dense": "attention.o_proj",
-}
-
-
-def transformers_model():
-    """-> its model of our tiny variant with random parameters, and these under our names."""
-    from transformers import Dinov2Config, Dinov2Model
-
-    config = Dinov2Config(
-        hidden_size=32, num_hidden_layers=3, num_attention_heads=2, patch_size=8, image_size=32, layer_norm_eps=1e-6,
-    )  # fmt: skip
-    model = Dinov2Model(config).eval()
-    generator = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            offset = 1.0 if parameter.ndim == 1 else 0.0  # scales away from 0 and 1, biases away from 0
-            parameter.copy_(offset + 0.2 * torch.randn(parameter.shape, generator=generator))
-
-    theirs = {name: value.detach().numpy() for name, value in model.named_parameters()}
-    position = theirs["embeddings.position_embeddings"][0]
-    ours = {
-        "cls_token": theirs["embeddings.cls_token"][0, 0],
-        "pos_cls": position[0],
-        "pos_grid": position[1:].reshape(4, 4, 32),
-        "patch_embed.kernel": theirs["embeddings.patch_embeddings.projection.weight"]
-        .transpose(2, 3, 1, 0)
-        .reshape(-1, 32),
-        "patch_embed.bias": theirs["embeddings.patch_embeddings.projection.bias"],
-        "norm.scale": theirs["layernorm.weight"],
-        "norm.bias": theirs["layernorm.bias"],
-    }
-    of_block = {
-        "norm1.scale": "norm1.weight",
-        "norm1.bias": "norm1.bias",
-        "attention.projection.kernel": "attention.o_proj.weight",
-        "attention.projection.bias": "attention.o_proj.bias",
-        "scale1.gamma": "layer_scale1.lambda1",
-        "norm2.scale": "norm2.weight",
-        "norm2.bias": "norm2.bias",
-        "mlp.expand.kernel": "mlp.fc1.weight",
-        "mlp.expand.bias": "mlp.fc1.bias",
-        "mlp.contract.kernel": "mlp.fc2.weight",
-        "mlp.contract.bias": "mlp.fc2.bias",
-        "scale2.gamma": "layer_scale2.lambda1",
-    }
-    blocks = [{} for _ in range(3)]
-    for name, value in theirs.items():
-        if name.startswith("encoder.layer."):
-            number, name = name.removeprefix("encoder.layer.").split(".", 1)
-            for old, new in BEFORE_VERSION_5.items():
-                name = name.replace(old, new)
-            blocks[int(number)][name] = value.T
-    for name, their_name in of_block.items():
-        ours[f"blocks.{name}"] = np.stack([block[their_name] for block in blocks])
-    for name, their_name in (("kernel", "weight"), ("bias", "bias")):
-        parts = [[block[f"attention.{x}_proj.{their_name}"] for x in "qkv"] for block in blocks]
-        ours[f"blocks.attention.qkv.{name}"] = np.stack([np.concatenate(qkv, axis=-1) for qkv in parts])
-    return model, ours
-
-
-def test_tokens_equal_those_of_transformers_at_the_native_size():
-    model, parameters = transformers_model()
-    vit = tiny_backbone()
-    variables = {".".join(map(str, path)): variable for path, variable in nnx.to_flat_state(nnx.state(vit))}
-    assert variables.keys() == parameters.keys()
-    for name, variable in variables.items():
-        assert variable.shape == parameters[name].shape
-        variable.set_value(parameters[name])
-
-    images = random_images(2, 32, 32)
-    with torch.no_grad():
-        theirs = model(torch.from_numpy(images.transpose(0, 3, 1, 2)), output_hidden_states=True)
-    out = vit(images)
-    expected = theirs.last_hidden_state.numpy()
-    np.testing.assert_allclose(out.cls, expected[:, 0], atol=1e-5)  # measured: 1.2e-6
-    np.testing.assert_allclose(out.patches.reshape(2, 16, 32), expected[:, 1:], atol=1e-5)  # measured: 1.5e-6
-    for tokens, hidden in zip(vit.intermediate(images, (0, 1, 2)), theirs.hidden_states[1:], strict=True):
-        hidden = hidden.numpy()[:, 1:].reshape(2, 4, 4, 32)
-        np.testing.assert_allclose(tokens, hidden, atol=3e-5)  # measured: 1.2e-5, of values up to 24
+        assert cosine.min(initial=1) >= 0.999  # measured: 0.99996
 
 
 # --- what is refused ---

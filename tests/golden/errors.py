@@ -1,0 +1,86 @@
+"""How far a backbone's tokens are from the reference, and how far they may be."""
+
+from collections.abc import Mapping
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from jaxla.models.vision_transformer import VisionTransformer
+from tests.golden.checkpoints import FOLDER, image_of
+
+
+class Error(NamedTuple):
+    """How far one array is from the reference's."""
+
+    max_abs: float
+    relative_l2: float
+
+
+# Of float32 tokens whose standard deviation is near 1; the authors' code in float64 differs from its own float32 by
+# 3e-6 and 5e-7.
+BOUND = Error(1e-5, 1.5e-6)
+COSINE_BOUND = 0.999  # between a token in bfloat16 and in float32
+
+
+def error(ours: jax.Array, theirs: np.ndarray) -> Error:
+    difference = np.asarray(ours, np.float64) - theirs
+    return Error(float(np.abs(difference).max()), float(np.linalg.norm(difference) / np.linalg.norm(theirs)))
+
+
+def beyond_bounds(errors: Mapping[str, Error]) -> dict[str, Error]:
+    return {name: e for name, e in errors.items() if not (e.max_abs <= BOUND[0] and e.relative_l2 <= BOUND[1])}
+
+
+def golden_errors(vit: VisionTransformer, file: str) -> dict[str, Error]:
+    """By array of a golden file, how far the backbone's is from it."""
+    golden, image = np.load(FOLDER / f"{file}.npz"), image_of(file)
+    step, channels = int(golden["patch_step"]), vit.variant.width
+
+    out = vit(image)
+    patches = np.asarray(out.patches).reshape(-1, channels)
+    ours = {
+        "cls": out.cls[0],
+        "registers": out.registers[0],
+        "patches": patches[::step],
+        "patches_mean": patches.mean(0),
+        "patches_std": patches.std(0),
+    }
+    errors = {name: error(array, golden[name]) for name, array in ours.items() if golden[name].size}
+    layers = tuple(int(i) for i in golden["layers"])
+    for layer, tokens, expected in zip(layers, vit.intermediate(image, layers), golden["intermediate"], strict=True):
+        errors[f"block {layer}"] = error(np.asarray(tokens).reshape(-1, channels)[::step], expected)
+    return errors
+
+
+def live_errors(
+    vit: VisionTransformer, images: np.ndarray, tokens: np.ndarray, of_blocks: list[np.ndarray]
+) -> dict[str, Error]:
+    """By kind of token, and by block, how far a backbone's are from those of `live_tokens`."""
+    out, first = vit(images), 1 + vit.variant.registers
+
+    def flat(patches: jax.Array) -> np.ndarray:
+        return np.asarray(patches).reshape(len(images), -1, vit.variant.width)
+
+    errors = {"cls": error(out.cls, tokens[:, 0]), "patches": error(flat(out.patches), tokens[:, first:])}
+    if vit.variant.registers:
+        errors["registers"] = error(out.registers, tokens[:, 1:first])
+    blocks = range(vit.variant.depth)
+    for block, ours, theirs in zip(blocks, vit.intermediate(images, blocks), of_blocks, strict=True):
+        errors[f"block {block}"] = error(flat(ours), theirs[:, first:])
+    return errors
+
+
+def lowest_bfloat16_cosine(vit: VisionTransformer, images: np.ndarray) -> float:
+    """Of the angles between each token in bfloat16 and in the backbone's own float32, after the final norm."""
+    abstract = nnx.eval_shape(lambda: VisionTransformer(vit.variant, dtype=jnp.bfloat16, rngs=nnx.Rngs(0)))
+    half = nnx.merge(nnx.graphdef(abstract), nnx.state(vit))(images)
+    assert half.cls.dtype == jnp.bfloat16
+    lowest = 1.0
+    for full_tokens, half_tokens in zip(vit(images), half, strict=True):
+        a, b = np.asarray(full_tokens, np.float64), np.asarray(half_tokens, np.float64)
+        cosines = (a * b).sum(-1) / (np.linalg.norm(a, axis=-1) * np.linalg.norm(b, axis=-1))
+        lowest = min(lowest, float(cosines.min(initial=1)))
+    return lowest

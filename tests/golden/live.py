@@ -1,0 +1,162 @@
+"""The live reference: the models of `transformers` with a backbone's own parameters and the authors' position grid."""
+
+from types import MethodType
+
+import numpy as np
+import torch
+from flax import nnx
+from transformers import (
+    Dinov2Config,
+    Dinov2Model,
+    Dinov2WithRegistersConfig,
+    Dinov2WithRegistersModel,
+    DINOv3ViTConfig,
+    DINOv3ViTModel,
+    PreTrainedModel,
+)
+
+from jaxla.models.vision_transformer import Variant, VisionTransformer
+
+
+def live_model(vit: VisionTransformer, authors_grid: bool = True) -> PreTrainedModel:
+    """The model of `transformers` of the same dimensions with the same parameters, in float32.
+
+    Args:
+        authors_grid: resize DINOv2's learned positions as its authors do, whatever `transformers` does.
+    """
+    parameters = {
+        ".".join(map(str, path)): np.asarray(variable.get_value())
+        for path, variable in nnx.to_flat_state(nnx.state(vit))
+    }
+    with torch.device("meta"):  # no random parameters that nobody needs
+        model = (_dinov2 if vit.variant.grid else _dinov3)(vit.variant, parameters).eval()
+    model.load_state_dict(_state_dict(vit.variant, parameters, model), assign=True)
+    if not vit.variant.grid:
+        # not their formula: the checkpoint's own periods, which may have been rounded
+        model.rope_embeddings.inv_freq = 1 / torch.tensor(parameters["periods"])
+    elif authors_grid:
+        registers = vit.variant.antialias
+        model.embeddings.interpolate_pos_encoding = MethodType(_authors_positions(registers), model.embeddings)
+    return model
+
+
+def live_tokens(model: PreTrainedModel, images: np.ndarray) -> tuple[np.ndarray, list[np.ndarray]]:
+    """[B, H, W, 3] -> all tokens [B, 1 + R + h·w, C] after the final norm, and those after each block before it."""
+    channels_first = torch.tensor(images.transpose(0, 3, 1, 2), dtype=next(model.parameters()).dtype)
+    with torch.inference_mode():
+        out = model(channels_first, output_hidden_states=True)
+    return out.last_hidden_state.numpy(), [tokens.numpy() for tokens in out.hidden_states[1:]]
+
+
+def authors_resize(grid: torch.Tensor, h: int, w: int, registers: bool) -> torch.Tensor:
+    """DINOv2's position grid [1, C, G, G] at h × w patches, with the arguments of its authors' code."""
+    side = grid.shape[-1]
+    scale = {"size": (h, w)} if registers else {"scale_factor": ((h + 0.1) / side, (w + 0.1) / side)}
+    return torch.nn.functional.interpolate(grid, mode="bicubic", antialias=registers, **scale)
+
+
+def _authors_positions(registers: bool):
+    def interpolate_pos_encoding(self, embeddings: torch.Tensor, height: int, width: int) -> torch.Tensor:
+        learned, side = self.position_embeddings, int((self.position_embeddings.shape[1] - 1) ** 0.5)
+        h, w = height // self.patch_size, width // self.patch_size
+        if (h, w) == (side, side):
+            return learned
+        grid = learned[:, 1:].unflatten(1, (side, side)).permute(0, 3, 1, 2)
+        resized = authors_resize(grid.float(), h, w, registers)  # in float32 whatever the model's precision, as theirs
+        return torch.cat([learned[:, :1], resized.permute(0, 2, 3, 1).flatten(1, 2).to(learned.dtype)], dim=1)
+
+    return interpolate_pos_encoding
+
+
+def _dinov2(variant: Variant, parameters: dict[str, np.ndarray]) -> PreTrainedModel:
+    sizes = {
+        "hidden_size": variant.width,
+        "num_hidden_layers": variant.depth,
+        "num_attention_heads": variant.heads,
+        "mlp_ratio": 4,
+        "patch_size": variant.patch,
+        "image_size": variant.grid * variant.patch,
+        "layer_norm_eps": variant.epsilon,
+        "use_swiglu_ffn": variant.mlp == "swiglu",
+    }
+    if variant.registers:
+        return Dinov2WithRegistersModel(Dinov2WithRegistersConfig(num_register_tokens=variant.registers, **sizes))
+    return Dinov2Model(Dinov2Config(**sizes))
+
+
+def _dinov3(variant: Variant, parameters: dict[str, np.ndarray]) -> PreTrainedModel:
+    biased = [bool(bias.any()) for bias in _qkv(_qkv_bias(variant, parameters))]
+    config = DINOv3ViTConfig(
+        hidden_size=variant.width,
+        num_hidden_layers=variant.depth,
+        num_attention_heads=variant.heads,
+        intermediate_size=variant.hidden,
+        patch_size=variant.patch,
+        layer_norm_eps=variant.epsilon,
+        num_register_tokens=variant.registers,
+        use_gated_mlp=variant.mlp == "swiglu",
+        hidden_act="silu" if variant.mlp == "swiglu" else "gelu",
+        **dict(zip(("query_bias", "key_bias", "value_bias"), biased, strict=True)),
+    )
+    return DINOv3ViTModel(config)
+
+
+def _qkv(joined: np.ndarray) -> list[np.ndarray]:
+    return np.split(joined, 3, axis=-1)
+
+
+def _qkv_bias(variant: Variant, parameters: dict[str, np.ndarray]) -> np.ndarray:
+    """[depth, 3 C] as it is added: zero where there is none, or where it is masked."""
+    if variant.qkv_bias == "masked":
+        return parameters["blocks.attention.qkv_bias"] * parameters["blocks.attention.qkv_bias_mask"]
+    return parameters.get("blocks.attention.qkv.bias", np.zeros((variant.depth, 3 * variant.width), np.float32))
+
+
+def _state_dict(variant: Variant, ours: dict[str, np.ndarray], model: PreTrainedModel) -> dict[str, torch.Tensor]:
+    """Our parameters under the names, and in the layout, of `transformers`."""
+    patch, width, family = variant.patch, variant.width, 2 if variant.grid else 3
+    convolution = "embeddings.patch_embeddings" + (".projection" if family == 2 else "")
+    norm = "layernorm" if family == 2 else "norm"
+    theirs = {
+        "embeddings.cls_token": ours["cls_token"][None, None],
+        "embeddings.mask_token": np.zeros(model.embeddings.mask_token.shape, np.float32),  # masks nothing here
+        f"{convolution}.weight": ours["patch_embed.kernel"].reshape(patch, patch, 3, width).transpose(3, 2, 0, 1),
+        f"{convolution}.bias": ours["patch_embed.bias"],
+        f"{norm}.weight": ours["norm.scale"],
+        f"{norm}.bias": ours["norm.bias"],
+    }
+    if variant.registers:
+        theirs["embeddings.register_tokens"] = ours["register_tokens"][None]
+    if variant.grid:
+        positions = np.concatenate([ours["pos_cls"][None], ours["pos_grid"].reshape(-1, width)])
+        theirs["embeddings.position_embeddings"] = positions[None]
+
+    stacked = {name.removeprefix("blocks."): value for name, value in ours.items() if name.startswith("blocks.")}
+    qkv_bias = _qkv_bias(variant, ours)
+    for i in range(variant.depth):
+        block = {name: value[i] for name, value in stacked.items()}
+        qkv = zip("qkv", _qkv(block["attention.qkv.kernel"]), _qkv(qkv_bias[i]), strict=True)
+        layers = {f"attention.{x}_proj": (kernel, bias) for x, kernel, bias in qkv}
+        layers["attention.o_proj"] = block["attention.projection.kernel"], block["attention.projection.bias"]
+        expand = block["mlp.expand.kernel"], block["mlp.expand.bias"]
+        contract = block["mlp.contract.kernel"], block["mlp.contract.bias"]
+        if variant.mlp == "swiglu":
+            gate, up = zip(*(np.split(array, 2, axis=-1) for array in expand), strict=True)
+            layers |= {"mlp.gate_proj": gate, "mlp.up_proj": up, "mlp.down_proj": contract}
+        elif family == 2:
+            layers |= {"mlp.fc1": expand, "mlp.fc2": contract}
+        else:
+            layers |= {"mlp.up_proj": expand, "mlp.down_proj": contract}
+        of_block = {}
+        for name, (kernel, bias) in layers.items():
+            of_block |= {f"{name}.weight": kernel.T, f"{name}.bias": bias}
+        for n in (1, 2):
+            of_block |= {f"norm{n}.weight": block[f"norm{n}.scale"], f"norm{n}.bias": block[f"norm{n}.bias"]}
+            of_block[f"layer_scale{n}.lambda1"] = block[f"scale{n}.gamma"]
+        prefix = f"encoder.layer.{i}" if family == 2 else f"model.layer.{i}"
+        theirs |= {f"{prefix}.{name}": value for name, value in of_block.items()}
+
+    wanted = model.state_dict()
+    # a bias that their configuration leaves out is zero here
+    assert not any(value.any() for name, value in theirs.items() if name not in wanted)
+    return {name: torch.tensor(np.ascontiguousarray(value)) for name, value in theirs.items() if name in wanted}

@@ -1,0 +1,17 @@
+"""What the conversion takes for the authors' checkpoint of each architecture: names and shapes from their own code."""
+
+import pytest
+
+from convert_weights.architectures import rows_of
+from jaxla.models import dinov2, dinov3
+from tests.golden.checkpoints import reference_shapes
+
+ARCHITECTURES = [arch for arch, variant in (dinov2.VARIANTS | dinov3.VARIANTS).items() if variant.licence]
+SEVEN_BILLION = "dinov3_vit7b16"  # see test_dinov3_7b.py
+
+
+@pytest.mark.parametrize("arch", [arch for arch in ARCHITECTURES if arch != SEVEN_BILLION])
+def test_conversion_expects_the_tensors_of_the_authors(arch):
+    # what pretraining alone uses, and only some checkpoints hold
+    rows = {row.theirs: row.shape for row in rows_of(arch) if not row.theirs.startswith("local_cls_norm")}
+    assert rows == {name: tuple(shape) for name, shape in reference_shapes(arch).items()}

@@ -1,0 +1,93 @@
+"""Small random configurations of both families against the models of `transformers`, on all tokens and all blocks.
+
+Where those differ from the authors' code, the authors' code wins: see the tests at the end.
+"""
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+
+from jaxla.models.positions import rotary_periods
+from tests.golden.errors import beyond_bounds, live_errors
+from tests.golden.live import authors_resize, live_model, live_tokens
+from tests.tiny import REGISTERS, ROTARY, TINY, TINY_VARIANTS, tiny_backbone
+
+
+def random_images(batch, height, width):
+    return np.random.default_rng(height).standard_normal((batch, height, width, 3), dtype=np.float32)
+
+
+IMAGES = random_images(3, 24, 40)  # of which every compiled function is made only once
+
+
+@pytest.mark.parametrize("variant", TINY_VARIANTS.values(), ids=TINY_VARIANTS)
+def test_all_tokens_of_all_blocks_equal(variant):
+    vit = tiny_backbone(variant=variant)
+    # measured at most: 2.2e-6 and 4.4e-7 after the norm, 3.3e-6 and 4.0e-7 before it, where values reach 10
+    assert not beyond_bounds(live_errors(vit, IMAGES, *live_tokens(live_model(vit), IMAGES)))
+
+
+@pytest.mark.parametrize("variant", [TINY, REGISTERS], ids=["plain", "registers"])
+def test_all_tokens_equal_at_the_size_of_the_learned_grid(variant):
+    vit, images = tiny_backbone(variant=variant), random_images(2, 32, 32)
+    assert not beyond_bounds(live_errors(vit, images, *live_tokens(live_model(vit, authors_grid=False), images)))
+
+
+# --- DINOv3 as it was released ---
+
+
+def test_a_bias_that_the_checkpoint_masks_wholly_is_not_there():
+    vit = tiny_backbone(variant=ROTARY)
+    biased = vit(IMAGES)
+    mask = vit.blocks.attention.qkv_bias_mask
+    mask.set_value(jnp.zeros_like(mask[...]))
+    model = live_model(vit)
+    assert not any(getattr(model.config, f"{name}_bias") for name in ("query", "key", "value"))
+    assert not beyond_bounds(live_errors(vit, IMAGES, *live_tokens(model, IMAGES)))
+    assert np.abs(biased.patches - vit(IMAGES).patches).max() > 0.1
+
+
+def test_periods_are_those_of_the_checkpoint():
+    """Released files hold periods rounded to bfloat16."""
+    vit = tiny_backbone(variant=ROTARY)
+    formula = rotary_periods(ROTARY.width // ROTARY.heads)
+    vit.periods.set_value(formula)
+    of_formula = vit(IMAGES)
+    vit.periods.set_value(formula.astype(jnp.bfloat16).astype(jnp.float32))
+    model = live_model(vit)
+    np.testing.assert_allclose(1 / model.rope_embeddings.inv_freq, vit.periods[...], rtol=1e-6)
+    assert not beyond_bounds(live_errors(vit, IMAGES, *live_tokens(model, IMAGES)))
+    assert np.abs(of_formula.patches - vit(IMAGES).patches).max() > 1e-3
+
+
+# --- where `transformers` and the authors' code differ ---
+
+
+def test_transformers_resizes_the_grid_without_the_authors_offset():
+    """Its DINOv2 scales by n / G where the authors' scales by (n + 0.1) / G, so its tokens are not theirs."""
+    vit = tiny_backbone(variant=TINY)
+    tokens, hidden = live_tokens(live_model(vit), IMAGES)
+    other_tokens, _ = live_tokens(live_model(vit, authors_grid=False), IMAGES)
+    assert np.abs(other_tokens - tokens).max() > 0.01  # measured: 0.05
+    assert not beyond_bounds(live_errors(vit, IMAGES, tokens, hidden))
+
+
+def test_transformers_resizes_the_grid_of_register_models_as_the_authors_do():
+    vit = tiny_backbone(variant=REGISTERS)
+    assert not beyond_bounds(live_errors(vit, IMAGES, *live_tokens(live_model(vit, authors_grid=False), IMAGES)))
+
+
+@pytest.mark.parametrize("registers", [False, True])
+def test_offset_and_antialiasing_both_change_the_grid(registers):
+    """Whoever resizes one kind of model as the other is off by far more than rounding."""
+    grid = torch.randn(1, 8, 37, 37, generator=torch.Generator().manual_seed(0))
+    ours, other = (authors_resize(grid, 32, 45, kind) for kind in (registers, not registers))
+    assert (ours - other).abs().max() > 0.1
+
+
+def test_transformers_multiplies_by_rounded_frequencies_of_the_same_periods():
+    """The authors divide by the periods; the two differ by rounding alone."""
+    model = live_model(tiny_backbone(variant=ROTARY)).rope_embeddings
+    formula = 1 / model.base ** torch.arange(0, 1, 4 / model.head_dim)
+    np.testing.assert_allclose(1 / formula, rotary_periods(model.head_dim), rtol=1e-6)
