@@ -1,81 +1,171 @@
-"""python -m benchmarks.backbone [--arch=…] [--size=…] [--batch=…]: a backbone's forward pass beside PyTorch's.
+"""python -m benchmarks.backbone [--arch=…] [--size=…] [--batch=…] [--output=FILE]: a forward pass beside PyTorch's.
 
-Both run in this process, in turn, in float32 on CPU with all its cores; printed as JSON with the ratio of the medians.
-PyTorch runs `transformers`' Dinov2 with scaled-dot-product attention. Weights are random on both sides: speed does not
-depend on them, and tests/parity compares the values.
+Both run in this process, in turn, on the same device and the same synthetic weights: this package, and the model of
+`transformers` with scaled-dot-product attention. On CPU in float32 with all cores; on a GPU in bfloat16, PyTorch also
+through `torch.compile`, and with the share of the measured peak of matrix multiplication that this package reaches.
+Before anything is timed the patch tokens of both are compared.
+
+Prints JSON: seconds of a call (median and fastest), images per second, and PyTorch's median over this package's. A
+pause before each call lets the threads of the other side fall asleep; without it they would take its cores.
 """
 
+import datetime
 import importlib.metadata
 import json
+import math
+import os
+import platform
 import statistics
 import sys
 import time
+from pathlib import Path
+
+os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # on a GPU, so that PyTorch finds memory too
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import torch
 from flax import nnx
-from transformers import Dinov2Config, Dinov2Model
 
-from jaxla.config import command_parser, lookup, parse_arguments, run_command
-from jaxla.models.backbones import VARIANTS
-from jaxla.models.vision_transformer import VisionTransformer
+from jaxla.config import InputError, command_parser, parse_arguments, run_command
+from jaxla.models.backbones import TRANSFORMERS, architecture, build_backbone
+from jaxla.models.vision_transformer import _features
+from tests.golden.errors import error
+from tests.golden.live import live_model
+
+PAUSE = 0.3  # seconds
+AGREEMENT = {"cpu": 1e-5, "gpu": 5e-2}  # relative L2 of the patch tokens, in the precision of each
+PEAK_SIDE = 8192  # of the square matrices whose product measures the peak
 
 
 def main(arguments):
-    parser = command_parser("benchmarks.backbone", "A backbone's forward pass beside PyTorch's, on CPU.")
+    parser = command_parser("benchmarks.backbone", "A backbone's forward pass beside PyTorch's.")
     parser.add_argument("--arch", type=str, default="dinov2_vitb14")
     parser.add_argument("--size", type=int, default=448, help="side of the square image in pixels")
     parser.add_argument("--batch", type=int, default=1)
-    parser.add_argument("--repeats", type=int, default=7)
+    parser.add_argument("--repeats", type=int, default=9)
+    parser.add_argument("--output", type=str, help="write the JSON there too")
     options = parse_arguments(parser, arguments)
-    variant = lookup("--arch", options.arch, VARIANTS)
+    arch = architecture("--arch", options.arch)
+    variant, size = TRANSFORMERS[arch], options.size
+    if size % variant.patch or min(size, options.batch, options.repeats) < 1:
+        raise InputError(f"--size={size} must be a multiple of {variant.patch}, --batch and --repeats at least 1")
+    on_gpu = jax.default_backend() == "gpu"
 
-    images = np.random.default_rng(0).standard_normal((options.batch, options.size, options.size, 3), np.float32)
-    ours = VisionTransformer(variant, rngs=nnx.Rngs(0))
-    config = Dinov2Config(
-        hidden_size=variant.width,
-        num_hidden_layers=variant.depth,
-        num_attention_heads=variant.heads,
-        patch_size=variant.patch,
-        image_size=variant.grid * variant.patch,
-        attn_implementation="sdpa",
-    )
-    theirs = Dinov2Model(config).eval()
-    channels_first = torch.from_numpy(images.transpose(0, 3, 1, 2).copy())
+    images = np.random.default_rng(0).standard_normal((options.batch, size, size, 3), np.float32)
+    ours = random_backbone(arch, jnp.bfloat16 if on_gpu else jnp.float32)
+    theirs = live_model(ours)
+    theirs.set_attn_implementation("sdpa")
+    if on_gpu:
+        theirs = theirs.to("cuda", torch.bfloat16)
+    channels_first = torch.from_numpy(images.transpose(0, 3, 1, 2).copy()).to(theirs.device, theirs.dtype)
+    on_device = jnp.asarray(images)
 
     def run_ours():
-        jax.block_until_ready(ours(images))
+        return jax.block_until_ready(ours(on_device))
 
-    def run_theirs():
-        with torch.inference_mode():
-            theirs(channels_first)
+    def torch_run(model):
+        def run():
+            with torch.inference_mode():
+                tokens = model(channels_first).last_hidden_state
+            if on_gpu:
+                torch.cuda.synchronize()
+            return tokens
 
-    seconds = {"jaxla": [], "torch": []}
-    runs = {"jaxla": run_ours, "torch": run_theirs}
+        return run
+
+    runs = {"jaxla": run_ours, "torch": torch_run(theirs)}
+    if on_gpu:
+        runs["torch.compile"] = torch_run(torch.compile(theirs))
     first_call = {name: timed(run) for name, run in runs.items()}
+    patches = runs["torch"]()[:, 1 + variant.registers :].float().cpu().numpy()
+    difference = error(run_ours().patches.reshape(patches.shape), patches).relative_l2
+    if difference > AGREEMENT[jax.default_backend()]:
+        raise InputError(f"{arch}: tokens differ from PyTorch's by {difference:.1e}; there is nothing to compare")
+
+    seconds = {name: [] for name in runs}
     for _ in range(options.repeats):
         for name, run in runs.items():
+            time.sleep(PAUSE)
             seconds[name].append(timed(run))
     medians = {name: statistics.median(times) for name, times in seconds.items()}
     result = {
-        "arch": options.arch,
-        "size": options.size,
+        "date": datetime.date.today().isoformat(),
+        "arch": arch,
+        "size": size,
         "batch": options.batch,
-        "device": f"{jax.devices()[0].device_kind}, {torch.get_num_threads()} threads",
-        "versions": {name: importlib.metadata.version(name) for name in ("jax", "torch", "transformers")},
+        "dtype": str(jnp.dtype(ours.dtype)),
+        "device": jax.devices()[0].device_kind if on_gpu else f"{processor()}, {torch.get_num_threads()} threads",
+        "versions": {name: importlib.metadata.version(name) for name in ("jax", "flax", "torch", "transformers")},
+        "patch_tokens_relative_l2": difference,
+        "repeats": options.repeats,
         "first_call_seconds": first_call,
         "median_seconds": medians,
-        "ratio_torch_over_jaxla": medians["torch"] / medians["jaxla"],
+        "fastest_seconds": {name: min(times) for name, times in seconds.items()},
+        "images_per_second": {name: options.batch / median for name, median in medians.items()},
+        "torch_over_jaxla": {name: medians[name] / medians["jaxla"] for name in runs if name != "jaxla"},
+        "jaxla_program_bytes": program_bytes(ours, on_device),
     }
+    if on_gpu:
+        peak = matmul_peak()
+        result["torch_peak_bytes"] = torch.cuda.max_memory_allocated()
+        result["jaxla_peak_bytes"] = jax.devices()[0].memory_stats()["peak_bytes_in_use"]
+        result["matmul_peak_flops"] = peak
+        result["share_of_matmul_peak"] = flops(variant, size) * options.batch / medians["jaxla"] / peak
+    if options.output:
+        Path(options.output).write_text(json.dumps(result, indent=1) + "\n")
     json.dump(result, sys.stdout, indent=1)
     print()
+
+
+def processor():
+    """Its name as Linux tells it, else its kind."""
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
+    return next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.machine())
+
+
+def random_backbone(arch, dtype):
+    """Synthetic parameters, drawn one at a time: initialising ViT-g would take twice its memory."""
+    vit = nnx.eval_shape(lambda: build_backbone(arch, dtype=dtype, rngs=nnx.Rngs(0)))
+    graph, state = nnx.split(vit)
+    rng = np.random.default_rng(0)
+    for path, variable in nnx.to_flat_state(state):
+        if path[-1] in ("periods", "qkv_bias_mask"):
+            value = jnp.linspace(1.0, 100.0, variable.size) if path[-1] == "periods" else jnp.ones(variable.shape)
+        else:
+            centre, spread = (1.0, 0.1) if path[-1] in ("scale", "gamma") else (0.0, 0.03)
+            value = centre + spread * rng.standard_normal(variable.shape, np.float32)
+        variable.set_value(jnp.asarray(value, jnp.float32))
+    return nnx.merge(graph, state)
 
 
 def timed(run):
     began = time.perf_counter()
     run()
     return time.perf_counter() - began
+
+
+def program_bytes(vit, images):
+    """What the compiled forward pass needs: parameters, images, results and everything between."""
+    memory = _features.lower(*nnx.split(vit), images).compile().memory_analysis()
+    return memory.argument_size_in_bytes + memory.output_size_in_bytes + memory.temp_size_in_bytes
+
+
+def flops(variant, size):
+    """Of one image: two for each multiplication with a parameter, and the attention's two products."""
+    tokens = (size // variant.patch) ** 2 + 1 + variant.registers
+    of_block = 4 * variant.width**2 + (3 if variant.mlp == "swiglu" else 2) * variant.width * variant.hidden
+    return variant.depth * (2 * tokens * of_block + 4 * tokens**2 * variant.width)
+
+
+def matmul_peak():
+    """Floating-point operations per second of a large bfloat16 product, the best of several."""
+    a = jax.random.normal(jax.random.key(0), (PEAK_SIDE, PEAK_SIDE), jnp.bfloat16)
+    product = jax.jit(lambda a: jax.lax.fori_loop(0, 10, lambda _, x: (x @ a) / math.sqrt(PEAK_SIDE), a))
+    jax.block_until_ready(product(a))
+    return 10 * 2 * PEAK_SIDE**3 / min(timed(lambda: jax.block_until_ready(product(a))) for _ in range(5))
 
 
 if __name__ == "__main__":

@@ -6,7 +6,7 @@ with a step of Adam per batch. Both sides run in this process, in turn, in float
 weights; printed as JSON with the ratios of the medians. First calls, which compile, are kept apart.
 
 This package reads slices and features from disk through its own loader; PyTorch finds the same arrays ready in memory.
-PyTorch runs `transformers`' Dinov2 with scaled-dot-product attention, and the decoder in the faster of two memory
+PyTorch runs the model of `transformers` with scaled-dot-product attention, and the decoder in the faster of two memory
 formats. Before anything is timed the losses of both decoders, with the same parameters on the same batch, are compared.
 """
 
@@ -17,6 +17,7 @@ import shutil
 import statistics
 import sys
 import tempfile
+import time
 from dataclasses import replace
 from functools import partial
 from itertools import pairwise
@@ -26,18 +27,18 @@ import jax
 import numpy as np
 import torch
 from torch.nn import functional
-from transformers import Dinov2Config, Dinov2Model
 
-from benchmarks.backbone import timed
-from jaxla.config import InputError, Model, Training, command_parser, lookup, parse_arguments, run_command
+from benchmarks.backbone import PAUSE, processor, timed
+from jaxla.config import InputError, Model, Training, command_parser, parse_arguments, run_command
 from jaxla.data.batches import SliceSource, training_batches
 from jaxla.data.cases import find_cases
 from jaxla.data.phantoms import write_phantoms
 from jaxla.data.prepared import prepare_cases
-from jaxla.models.backbones import VARIANTS
+from jaxla.models.backbones import TRANSFORMERS, architecture
 from jaxla.models.network import IMAGENET_DEVIATION, IMAGENET_MEAN, build_network
 from jaxla.training.features import BATCH, FeatureCache
 from jaxla.training.step import make_gradient, make_optimiser, make_step, split_network
+from tests.golden.live import live_model
 
 TOLERANCE = 1e-4  # of the two losses, relative
 FEWEST_SLICES = 20  # of a small phantom
@@ -53,7 +54,8 @@ def main(arguments):
     parser.add_argument("--batch", type=int, default=4)
     parser.add_argument("--epochs", type=int, default=3, help="measured of each kind, after one that is not")
     options = parse_arguments(parser, arguments)
-    variant = lookup("--arch", options.arch, VARIANTS)
+    arch = architecture("--arch", options.arch)
+    variant = TRANSFORMERS[arch]
     if min(options.slices, options.batch, options.epochs) < 1 or options.slices % options.batch:
         raise InputError(f"option --slices={options.slices} must be a multiple of --batch={options.batch}, above 0")
     if options.size % variant.patch:
@@ -61,9 +63,12 @@ def main(arguments):
 
     with tempfile.TemporaryDirectory() as folder:
         volumes = small_phantoms(Path(folder), options.slices)
-        network = build_network(Model(options.arch, weights="random", backbone="frozen"), 1, seed=0)
-        cache = FeatureCache(Path(folder, "cache"), network, options.arch, options.size)
-        backbone, decoder = TorchBackbone(variant), TorchDecoder(variant.width, Model().decoder_widths, options.size)
+        network = build_network(Model(arch, weights="random", backbone="frozen"), 1, seed=0)
+        cache = FeatureCache(Path(folder, "cache"), network, arch, options.size)
+        backbone, decoder = (
+            TorchBackbone(network.backbone),
+            TorchDecoder(variant.width, Model().decoder_widths, options.size),
+        )
         images, masks = arrays_of(SliceSource(volumes, options.size))
         images = torch.from_numpy(images)
 
@@ -113,12 +118,12 @@ def main(arguments):
             our_training.close()
 
     result = {
-        "arch": options.arch,
+        "arch": arch,
         "size": options.size,
         "slices": options.slices,
         "batch": options.batch,
         "decoder_widths": Model().decoder_widths,
-        "device": f"{jax.devices()[0].device_kind}, {torch.get_num_threads()} threads",
+        "device": f"{processor()}, {torch.get_num_threads()} threads",
         "versions": {name: importlib.metadata.version(name) for name in ("jax", "torch", "transformers")},
         "torch_memory_format": memory_format,
         "torch_step_seconds_by_format": of_format,
@@ -140,6 +145,7 @@ def in_turn(runs, repeats):
     seconds = {name: [] for name in runs}
     for _ in range(repeats):
         for name, run in runs.items():
+            time.sleep(PAUSE)
             seconds[name].append(timed(run))
     return {
         name: {"median": statistics.median(times), "fastest": min(times), "slowest": max(times)}
@@ -214,23 +220,16 @@ class TorchTraining:
 class TorchBackbone:
     """Grey images [B, H, W, 1] -> patch tokens [B, h, w, C]."""
 
-    def __init__(self, variant):
-        config = Dinov2Config(
-            hidden_size=variant.width,
-            num_hidden_layers=variant.depth,
-            num_attention_heads=variant.heads,
-            patch_size=variant.patch,
-            image_size=variant.grid * variant.patch,
-            attn_implementation="sdpa",
-        )
-        self.model, self.patch = Dinov2Model(config).eval(), variant.patch
+    def __init__(self, vit):
+        self.model, self.variant = live_model(vit), vit.variant
+        self.model.set_attn_implementation("sdpa")
         self.mean, self.deviation = torch.tensor(IMAGENET_MEAN), torch.tensor(IMAGENET_DEVIATION)
 
     def __call__(self, images):
         with torch.no_grad():
             colour = ((images - self.mean) / self.deviation).permute(0, 3, 1, 2).contiguous()
-            tokens = self.model(colour).last_hidden_state[:, 1:]
-        side = images.shape[1] // self.patch
+            tokens = self.model(colour).last_hidden_state[:, 1 + self.variant.registers :]
+        side = images.shape[1] // self.variant.patch
         return tokens.unflatten(1, (side, side))
 
 

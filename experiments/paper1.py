@@ -10,7 +10,7 @@ RECIPE = Training(epochs=35, batch_size=32, learning_rate=1e-3, backbone_learnin
 
 METHODS = {
     arch: Method(arch, f"frozen DINOv2 {size}/14, paper 1's decoder", Model(arch=arch), Preprocessing(448), RECIPE)
-    for arch, size in {"dinov2_vits14": "ViT-s", "dinov2_vitb14": "ViT-b"}.items()
+    for arch, size in {f"dinov2_vit{letter}14": f"ViT-{letter}" for letter in "sblg"}.items()
 }
 
 _PROTOCOLS = {

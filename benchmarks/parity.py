@@ -1,0 +1,120 @@
+"""python -m benchmarks.parity [--arch=…] [--output=FILE.json]: how far the backbones are from their authors' code.
+
+One row for each golden file of tests/golden, whose arrays the authors' own code computed; and rows at 448 pixels and
+more, where PyTorch runs here: the model of `transformers` with the same parameters and the authors' position grid.
+Both sides in float32 (ours at `highest` matmul precision), on synthetic weights: drawn by a rule, written as the
+authors' checkpoint and converted by `python -m convert_weights`.
+
+An error is the worst over all arrays of a row: class token, registers and patches after the final norm, and the patch
+tokens after blocks before it. The floor beside it is PyTorch's own rounding: the same model of `transformers` in
+float32 against itself in float64, at that size. On a GPU the lowest cosine between a token in bfloat16 and in float32
+is printed too.
+"""
+
+import datetime
+import importlib.metadata
+import json
+import sys
+from pathlib import Path
+
+import jax
+
+from jaxla.config import InputError, command_parser, parse_arguments, run_command
+from jaxla.models.backbones import VARIANTS, architecture
+from tests.golden.checkpoints import files_of, golden_backbone, image_of
+from tests.golden.errors import BOUND, Error, beyond_bounds, error, golden_errors, live_errors, lowest_bfloat16_cosine
+from tests.golden.fake_weights import fake_image
+from tests.golden.live import live_model, live_tokens
+
+SMALL = 768  # the widest of the architectures that run at full size within minutes on a CPU
+COLUMNS = ("architecture", "pixels", "reference", "max abs", "relative L2", "floor: max abs", "floor: relative L2")
+
+
+def main(arguments):
+    parser = command_parser("benchmarks.parity", "How far every backbone is from its authors' PyTorch code.")
+    parser.add_argument("--arch", type=str, default="all-small", help="one architecture, `all-small` or `all` (20 GB)")
+    parser.add_argument("--output", type=str, help="write the rows as JSON too")
+    options = parse_arguments(parser, arguments)
+    output = Path(options.output) if options.output else None
+    if output and not output.parent.is_dir():
+        raise InputError(f"--output={output}: no such folder")
+    on_gpu = jax.default_backend() == "gpu"
+
+    columns = (*COLUMNS, "bfloat16 cosine") if on_gpu else COLUMNS
+    print(f"| {' | '.join(columns)} |\n|{'---|' * len(columns)}")
+    rows = []
+    for arch in chosen(options.arch):
+        for row in measure(arch, on_gpu):
+            rows.append(row)
+            print(f"| {' | '.join(map(shown, row.values()))} |", flush=True)
+
+    if output:
+        about = {
+            "date": datetime.date.today().isoformat(),
+            "weights": "synthetic",
+            "device": jax.devices()[0].device_kind,
+            "versions": {name: importlib.metadata.version(name) for name in ("jax", "flax", "torch", "transformers")},
+        }
+        output.write_text(json.dumps(about | {"rows": rows}, indent=1))
+    wide = [row for row in rows if beyond_bounds({"": Error(row["max abs"], row["relative L2"])})]
+    print(f"\nSynthetic weights; {len(rows) - len(wide)} of {len(rows)} rows within {BOUND[0]:g} and {BOUND[1]:g}.")
+    if wide:
+        sys.exit(1)
+
+
+def chosen(option):
+    released = [arch for arch, variant in VARIANTS.items() if arch.startswith("dinov") and arch != "dinov3_vit7b16"]
+    if option == "all":
+        return released
+    if option == "all-small":
+        return [arch for arch in released if VARIANTS[arch].width <= SMALL]
+    arch = architecture("--arch", option)
+    if arch not in released:
+        raise InputError(f"--arch={arch}: too large to run whole; tests/parity compares two of its blocks")
+    return [arch]
+
+
+def measure(arch, on_gpu):
+    """-> rows of one architecture, each a dict whose keys are the columns."""
+    files = {image_of(file).shape[1:3]: file for file in files_of(arch)}
+    sizes = dict.fromkeys(files or [(98, 98)])
+    if VARIANTS[arch].width <= SMALL:
+        sizes |= dict.fromkeys([(448, 448), (518, 518)] if VARIANTS[arch].grid else [(448, 448), (512, 512)])
+    vit, rows, in_float32 = golden_backbone(arch), [], {}
+    model = live_model(vit)
+    for size in sizes:
+        images = fake_image(*size).transpose(0, 2, 3, 1)
+        in_float32[size] = live_tokens(model, images)
+        with jax.default_matmul_precision("highest"):
+            file = files.get(size)
+            errors = golden_errors(vit, file) if file else live_errors(vit, images, *in_float32[size])
+        row = {"architecture": arch, "pixels": f"{size[0]}×{size[1]}", "reference": "authors" if file else "live"}
+        rows.append(row | worst(errors.values()))
+        if on_gpu:
+            with jax.default_matmul_precision("highest"):
+                cosine = lowest_bfloat16_cosine(vit, images)
+            rows[-1]["bfloat16 cosine"] = cosine
+
+    del vit  # in float64 the model takes what memory there is
+    model = model.double()
+    for row, size in zip(rows, sizes, strict=True):
+        tokens, of_blocks = live_tokens(model, fake_image(*size).transpose(0, 2, 3, 1))
+        rounded, of_blocks_rounded = in_float32[size]
+        floors = [error(rounded, tokens), *map(error, of_blocks_rounded, of_blocks)]
+        floor = {f"floor: {name}": value for name, value in worst(floors).items()}
+        yield {name: (row | floor)[name] for name in (*COLUMNS, "bfloat16 cosine") if name in row | floor}
+
+
+def worst(errors):
+    max_abs, relative_l2 = map(max, zip(*errors, strict=True))
+    return {"max abs": max_abs, "relative L2": relative_l2}
+
+
+def shown(value):
+    if isinstance(value, str):
+        return value
+    return f"{value:.1e}" if value < 0.1 else f"{value:.5f}"
+
+
+if __name__ == "__main__":
+    run_command(main)
