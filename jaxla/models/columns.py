@@ -37,7 +37,7 @@ def attention(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
         q, k, v = qkv
         scores = jnp.einsum("dn,dm->nm", q * shape[2] ** -0.5, k)
         weights = jnp.exp(scores - jax.lax.stop_gradient(scores.max(-1, keepdims=True)))
-        # dividing late spares a pass over the weights; so multiplied, and then transposed, is faster than columns at once
+        # dividing late spares a pass over the weights; rows, transposed after, are faster than columns at once
         return (jnp.einsum("nm,dm->nd", weights, v) / weights.sum(-1, keepdims=True)).T
 
     return jax.lax.map(head, tuple(x.reshape(-1, *shape[2:]) for x in (q, k, v))).reshape(shape)

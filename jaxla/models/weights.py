@@ -67,7 +67,7 @@ def load_into(network: M, path: Path, arch: str) -> M:
     require_parameters(path, arch, parameter_shapes(network))
     graph, state = nnx.split(network)
     for name, variable in _flat(state).items():
-        with safe_open(path, framework="numpy") as file:  # anew, so that what was read is not kept mapped: half the peak
+        with safe_open(path, framework="numpy") as file:  # anew: else all that was read stays mapped
             variable.set_value(jnp.asarray(file.get_tensor(name), jnp.float32))
     return nnx.merge(graph, state)
 
