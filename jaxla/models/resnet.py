@@ -16,6 +16,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from jaxla.models.convolution import same_convolution
+
 WIDTH = 64  # channels of the stem's features
 EXPANSION = 4  # how many times wider a block's output is than its 3×3 convolution
 
@@ -169,8 +171,14 @@ def _convolution(inputs: int, outputs: int, side: int, dtype: jnp.dtype, rngs: n
         use_bias=False,
         dtype=dtype,
         kernel_init=jax.nn.initializers.variance_scaling(2.0, "fan_out", "normal"),
+        conv_general_dilated=_same_convolution if stride == 1 else jax.lax.conv_general_dilated,
         rngs=rngs,
     )
+
+
+def _same_convolution(x: jax.Array, kernel: jax.Array, *_: object, **__: object) -> jax.Array:
+    # nnx.Conv's further arguments describe what it always does
+    return same_convolution(x, kernel)
 
 
 def _norm(width: int, dtype: jnp.dtype, rngs: nnx.Rngs) -> nnx.BatchNorm:
