@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
+from contextlib import closing
 from typing import SupportsIndex, TypedDict
 
 import grain.python as grain
@@ -67,9 +68,14 @@ def steps_per_epoch(source: SliceSource, batch_size: int) -> int:
     return -(-len(source) // batch_size)
 
 
-def evaluation_batches(source: SliceSource, batch_size: int) -> Iterator[Batch]:
-    """Every slice once, in order; the last batch is filled up with slices of weight 0."""
+def evaluation_batches(source: SliceSource, batch_size: int) -> Generator[Batch]:
+    """Every slice once, in order; the last batch is filled up with slices of weight 0.
+
+    To be closed by whoever leaves it early: its threads read ahead.
+    """
     slices = grain.MapDataset.source(source).batch(batch_size, drop_remainder=False).to_iter_dataset(READ_OPTIONS)
-    for batch in slices:
-        short = batch_size - len(batch["weight"])
-        yield {key: np.pad(a, [(0, short)] + [(0, 0)] * (a.ndim - 1)) for key, a in batch.items()} if short else batch
+    with closing(iter(slices)) as batches:
+        for batch in batches:
+            short = batch_size - len(batch["weight"])
+            padded = {key: np.pad(a, [(0, short)] + [(0, 0)] * (a.ndim - 1)) for key, a in batch.items()}
+            yield padded if short else batch

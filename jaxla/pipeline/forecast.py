@@ -6,6 +6,7 @@ import os
 import shutil
 import time
 from collections.abc import Callable
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -119,7 +120,8 @@ def forecast(experiment: Experiment, data: PreparedData, cache_dir: Path) -> For
     step_seconds = _seconds(one_step, MEASURED_STEPS)
     batches.close()
     evaluate = make_evaluation(split.evaluation)
-    batch = next(evaluation_batches(sources["val"], recipe.batch_size))
+    with closing(evaluation_batches(sources["val"], recipe.batch_size)) as batches:
+        batch = next(batches)
     batch_seconds = _seconds(lambda: evaluate(arguments[0], split.frozen, batch), 2)
     score_seconds = _scoring_seconds(data) * len(parts["test"])
 

@@ -7,6 +7,7 @@ import logging
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -102,7 +103,7 @@ def fit(
     if progress.history:
         on_epoch(progress.history)
 
-    with stop_requests() as stop_requested:
+    with stop_requests() as stop_requested, closing(state.batches):
         while progress.epoch < recipe.epochs and progress.epochs_since_lowest < recipe.patience:
             began = time.perf_counter() - progress.seconds
             for _ in _bar(steps, len(progress.losses), f"epoch {progress.epoch + 1}/{recipe.epochs}"):
@@ -168,7 +169,6 @@ def fit(
         for older in checkpoints.steps()[1:]:
             checkpoints.remove(older)
         checkpoints.close()
-    state.batches.close()
     return progress
 
 
@@ -266,15 +266,16 @@ def validate(
     """
     counts: np.ndarray | None = None
     loss_sum = weight_sum = 0.0
-    for batch in evaluation_batches(source, batch_size):
-        if stop_requested():
-            raise Stopped("during validation")
-        loss, of_slices = jax.device_get(evaluate(trainable, frozen, batch))
-        weight = float(batch["weight"].sum())
-        loss_sum, weight_sum = loss_sum + float(loss) * weight, weight_sum + weight
-        if counts is None:
-            counts = np.zeros((len(source.volumes), *of_slices.shape[1:]))
-        np.add.at(counts, batch["volume"], of_slices)
+    with closing(evaluation_batches(source, batch_size)) as batches:
+        for batch in batches:
+            if stop_requested():
+                raise Stopped("during validation")
+            loss, of_slices = jax.device_get(evaluate(trainable, frozen, batch))
+            weight = float(batch["weight"].sum())
+            loss_sum, weight_sum = loss_sum + float(loss) * weight, weight_sum + weight
+            if counts is None:
+                counts = np.zeros((len(source.volumes), *of_slices.shape[1:]))
+            np.add.at(counts, batch["volume"], of_slices)
     predicted, reference, both = np.moveaxis(counts, -1, 0)
     total = predicted + reference
     dice = np.where(total > 0, 2 * both / np.maximum(total, 1), 1.0)

@@ -21,7 +21,8 @@ _AUTHORS_SPELLING = {ours: authors for authors, ours in HUB_SPELLINGS.items()}
 
 def files_of(arch: str) -> list[str]:
     """The golden files of an architecture, which is in this package's spelling."""
-    return sorted(path.stem for path in FOLDER.glob(f"{_AUTHORS_SPELLING.get(arch, arch)}_[0-9]*.npz"))
+    found = FOLDER.glob(f"{_AUTHORS_SPELLING.get(arch, arch)}_[0-9]*.npz")
+    return sorted((path.stem for path in found), key=lambda file: image_of(file).size)
 
 
 def image_of(file: str) -> np.ndarray:
