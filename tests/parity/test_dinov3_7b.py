@@ -82,6 +82,8 @@ def test_conversion_expects_the_tensors_of_the_authors():
 
 def test_two_of_its_blocks_equal_live_pytorch():
     vit = tiny_backbone(variant=replace(SEVEN_BILLION, depth=2))  # 340 million parameters
+    for scale in (vit.blocks.scale1, vit.blocks.scale2):  # to tokens whose standard deviation stays near 1
+        scale.gamma.set_value(0.3 * scale.gamma[...])
     images = fake_image(64, 96, batch=2).transpose(0, 2, 3, 1)
-    errors = live_errors(vit, images, *live_tokens(live_model(vit), images))
-    assert not beyond_bounds(errors)
+    # measured at most: 4.8e-6 and 6.7e-7
+    assert not beyond_bounds(live_errors(vit, images, *live_tokens(live_model(vit), images)))

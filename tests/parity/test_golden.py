@@ -16,12 +16,13 @@ from tests.golden.checkpoints import converted, files_of
 from tests.golden.errors import beyond_bounds, golden_errors
 
 # All that were released but DINOv2's l and g with registers and DINOv3's 7B.
-ARCHITECTURES = [arch for arch in dinov2.VARIANTS | dinov3.VARIANTS if files_of(arch)]
+VARIANTS = dinov2.VARIANTS | dinov3.VARIANTS
+ARCHITECTURES = sorted(filter(files_of, VARIANTS), key=lambda arch: VARIANTS[arch].depth * VARIANTS[arch].width ** 2)
 
 
 @pytest.fixture(scope="module")
 def conversion(request):
-    """-> the converted file of an architecture; the next one's is made meanwhile, since one takes only one core."""
+    """-> the converted file of an architecture; the next one's is made meanwhile, since either takes one core alone."""
     archs = [test.callspec.params["arch"] for test in request.session.items if test.path == request.path]
     files = {}
     with tempfile.TemporaryDirectory(prefix="jaxla_") as folder, ThreadPoolExecutor(2) as pool:
@@ -45,4 +46,4 @@ def test_tokens_equal_the_authors(conversion, arch):
         assert {"cls", "patches", "patches_mean", "patches_std"} < errors.keys()
         assert ("registers" in errors) == bool(vit.variant.registers)
         assert sum(name.startswith("block ") for name in errors) == 4
-        assert not beyond_bounds(errors), file  # measured at most: 3.8e-6 and 7.4e-7, both in ViT-h plus
+        assert not beyond_bounds(errors), file  # measured at most: 3.8e-6 and 6.3e-7, both in ViT-h plus

@@ -34,7 +34,7 @@ def both(arch):
 def test_all_tokens_of_all_blocks_equal(arch, batch, height, width):
     vit, model = both(arch)
     images = fake_image(height, width, batch).transpose(0, 2, 3, 1)
-    # measured:
+    # measured at most: 4.5e-6 and 6.0e-7
     assert not beyond_bounds(live_errors(vit, images, *live_tokens(model, images)))
 
 
@@ -43,4 +43,4 @@ def test_bfloat16_keeps_the_direction_of_every_token(arch):
     vit, _ = both(arch)
     patch = vit.variant.patch
     images = fake_image(7 * patch, 10 * patch, batch=2).transpose(0, 2, 3, 1)
-    assert lowest_bfloat16_cosine(vit, images) >= COSINE_BOUND  # measured: 0.9999
+    assert lowest_bfloat16_cosine(vit, images) >= COSINE_BOUND  # measured: 0.99993
