@@ -1,8 +1,8 @@
 """A transformer block's layers with one token a column: on CPU, XLA multiplies such matrices faster than rows.
 
 A layer enters columns, [B·N, K] -> [M, B·N], or leaves them, [K, B·N] -> [B·N, M]. Either product reads its left
-matrix along columns, which sends XLA to another matrix library than the usual one, faster by a tenth at a batch of 1
-and by a fifth at 4 (`benchmarks.backbone`); and each head's queries, keys and values lie in rows of their own.
+matrix along columns, which sends XLA to another matrix library than the usual one; and each head's queries, keys and
+values lie in rows of their own. A block of ViT-b at 448 pixels takes 7 % less time so at a batch of 1, 19 % less at 4.
 """
 
 from __future__ import annotations
