@@ -19,31 +19,38 @@ from pathlib import Path
 
 import jax
 
-from jaxla.config import InputError, command_parser, parse_arguments, run_command
-from jaxla.models.backbones import VARIANTS, architecture
+from jaxla.config import InputError, command_parser, lookup, parse_arguments, run_command
+from jaxla.models import dinov2, dinov3
 from tests.golden.checkpoints import files_of, golden_backbone, image_of
 from tests.golden.errors import BOUND, Error, beyond_bounds, error, golden_errors, live_errors, lowest_bfloat16_cosine
 from tests.golden.fake_weights import fake_image
 from tests.golden.live import live_model, live_tokens
 
+VARIANTS = dinov2.VARIANTS | dinov3.VARIANTS
 SMALL = 768  # the widest of the architectures that run at full size within minutes on a CPU
 COLUMNS = ("architecture", "pixels", "reference", "max abs", "relative L2", "floor: max abs", "floor: relative L2")
+COSINE = "bfloat16 cosine"
 
 
 def main(arguments):
     parser = command_parser("benchmarks.parity", "How far every backbone is from its authors' PyTorch code.")
-    parser.add_argument("--arch", type=str, default="all-small", help="one architecture, `all-small` or `all` (20 GB)")
+    parser.add_argument(
+        "--arch",
+        type=str,
+        default="all-small",
+        help="one architecture, `all-small` or `all` (13 GB of memory, 9 GB of disk)",
+    )
     parser.add_argument("--output", type=str, help="write the rows as JSON too")
     options = parse_arguments(parser, arguments)
     output = Path(options.output) if options.output else None
     if output and not output.parent.is_dir():
         raise InputError(f"--output={output}: no such folder")
-    on_gpu = jax.default_backend() == "gpu"
+    architectures, on_gpu = chosen(options.arch), jax.default_backend() == "gpu"
 
-    columns = (*COLUMNS, "bfloat16 cosine") if on_gpu else COLUMNS
+    columns = (*COLUMNS, COSINE) if on_gpu else COLUMNS
     print(f"| {' | '.join(columns)} |\n|{'---|' * len(columns)}")
     rows = []
-    for arch in chosen(options.arch):
+    for arch in architectures:
         for row in measure(arch, on_gpu):
             rows.append(row)
             print(f"| {' | '.join(map(shown, row.values()))} |", flush=True)
@@ -55,7 +62,7 @@ def main(arguments):
             "device": jax.devices()[0].device_kind,
             "versions": {name: importlib.metadata.version(name) for name in ("jax", "flax", "torch", "transformers")},
         }
-        output.write_text(json.dumps(about | {"rows": rows}, indent=1))
+        output.write_text(json.dumps(about | {"rows": rows}, indent=1, ensure_ascii=False))
     wide = [row for row in rows if beyond_bounds({"": Error(row["max abs"], row["relative L2"])})]
     print(f"\nSynthetic weights; {len(rows) - len(wide)} of {len(rows)} rows within {BOUND[0]:g} and {BOUND[1]:g}.")
     if wide:
@@ -63,14 +70,14 @@ def main(arguments):
 
 
 def chosen(option):
-    released = [arch for arch, variant in VARIANTS.items() if arch.startswith("dinov") and arch != "dinov3_vit7b16"]
+    # the 7B is 27 GB: tests/parity compares two of its blocks
+    measured = {arch: VARIANTS[arch] for arch in VARIANTS if arch != "dinov3_vit7b16" and VARIANTS[arch].licence}
     if option == "all":
-        return released
+        return list(measured)
     if option == "all-small":
-        return [arch for arch in released if VARIANTS[arch].width <= SMALL]
-    arch = architecture("--arch", option)
-    if arch not in released:
-        raise InputError(f"--arch={arch}: too large to run whole; tests/parity compares two of its blocks")
+        return [arch for arch, variant in measured.items() if variant.width <= SMALL]
+    arch = dinov3.HUB_SPELLINGS.get(option, option)
+    lookup("--arch", arch, measured)
     return [arch]
 
 
@@ -80,34 +87,34 @@ def measure(arch, on_gpu):
     sizes = dict.fromkeys(files or [(98, 98)])
     if VARIANTS[arch].width <= SMALL:
         sizes |= dict.fromkeys([(448, 448), (518, 518)] if VARIANTS[arch].grid else [(448, 448), (512, 512)])
-    vit, rows, in_float32 = golden_backbone(arch), [], {}
+
+    vit = golden_backbone(arch)
     model = live_model(vit)
-    for size in sizes:
-        images = fake_image(*size).transpose(0, 2, 3, 1)
-        in_float32[size] = live_tokens(model, images)
-        with jax.default_matmul_precision("highest"):
-            file = files.get(size)
-            errors = golden_errors(vit, file) if file else live_errors(vit, images, *in_float32[size])
-        row = {"architecture": arch, "pixels": f"{size[0]}×{size[1]}", "reference": "authors" if file else "live"}
-        rows.append(row | worst(errors.values()))
-        if on_gpu:
-            with jax.default_matmul_precision("highest"):
-                cosine = lowest_bfloat16_cosine(vit, images)
-            rows[-1]["bfloat16 cosine"] = cosine
+    in_float32, errors, cosines = {}, {}, {}
+    with jax.default_matmul_precision("highest"):
+        for size in sizes:
+            images = fake_image(*size).transpose(0, 2, 3, 1)
+            in_float32[size] = live_tokens(model, images)
+            of_arrays = (
+                golden_errors(vit, files[size]) if size in files else live_errors(vit, images, *in_float32[size])
+            )
+            errors[size] = worst(of_arrays.values())
+            if on_gpu:
+                cosines[size] = {COSINE: lowest_bfloat16_cosine(vit, images)}
 
     del vit  # in float64 the model takes what memory there is
     model = model.double()
-    for row, size in zip(rows, sizes, strict=True):
+    for size in sizes:
         tokens, of_blocks = live_tokens(model, fake_image(*size).transpose(0, 2, 3, 1))
         rounded, of_blocks_rounded = in_float32[size]
-        floors = [error(rounded, tokens), *map(error, of_blocks_rounded, of_blocks)]
-        floor = {f"floor: {name}": value for name, value in worst(floors).items()}
-        yield {name: (row | floor)[name] for name in (*COLUMNS, "bfloat16 cosine") if name in row | floor}
+        floor = worst([error(rounded, tokens), *map(error, of_blocks_rounded, of_blocks)])
+        place = (arch, f"{size[0]}×{size[1]}", "authors" if size in files else "live")
+        row = (*place, *errors[size], *floor)
+        yield dict(zip(COLUMNS, row, strict=True)) | cosines.get(size, {})
 
 
 def worst(errors):
-    max_abs, relative_l2 = map(max, zip(*errors, strict=True))
-    return {"max abs": max_abs, "relative L2": relative_l2}
+    return Error(*map(max, zip(*errors, strict=True)))
 
 
 def shown(value):
