@@ -6,18 +6,16 @@ Reference code: torchvision 0.29, `models/resnet.py`.
 from __future__ import annotations
 
 from convert_weights.layout import Row, unused
-from jaxla.models.resnet import Variant
+from jaxla.models.resnet import EXPANSION, WIDTH, Variant
 
-STEM = 64  # channels of the first convolution, and of the 3×3 convolutions of the first stage
-EXPANSION = 4  # how many times wider a block's output is than its 3×3 convolution
 CLASSES = 1000  # of ImageNet, in the classifier that the encoder leaves out
 
 
 def resnet_rows(variant: Variant) -> list[Row]:
-    rows = [*_convolution("conv1", "conv1", 3, STEM, 7), *_norm("bn1", "bn1", STEM)]
-    width = STEM
+    rows = [*_convolution("conv1", "conv1", 3, WIDTH, 7), *_norm("bn1", "bn1", WIDTH)]
+    width = WIDTH
     for i, blocks in enumerate(variant.blocks):
-        narrow, stage = STEM * 2**i, f"layer{i + 1}"
+        narrow, stage = WIDTH * 2**i, f"layer{i + 1}"
         rows += _bottleneck(f"{stage}.0", f"{stage}.first", width, narrow, first=True)
         width = EXPANSION * narrow
         for j in range(1, blocks):  # the blocks after the first are stacked

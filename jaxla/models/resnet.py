@@ -17,6 +17,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from jaxla.models.convolution import same_convolution
+from jaxla.models.images import require_images
 
 WIDTH = 64  # channels of the stem's features
 EXPANSION = 4  # how many times wider a block's output is than its 3×3 convolution
@@ -129,9 +130,7 @@ class ResNet(nnx.Module):
         Raises:
             ValueError: as for calling.
         """
-        if images.ndim != 4 or images.shape[-1] != 3:
-            hint = "; channels come last here" if images.ndim == 4 and images.shape[1] == 3 else ""
-            raise ValueError(f"images of shape {tuple(images.shape)}: expected [B, H, W, 3]{hint}")
+        require_images(images)
         if self.bn1.use_running_average:  # evaluation
             return _intermediate(*nnx.split(self), images)
         return self.stages(self.stem(images))

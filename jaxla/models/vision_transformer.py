@@ -16,6 +16,7 @@ from flax import nnx
 
 from jaxla.models import columns
 from jaxla.models.attention import attention
+from jaxla.models.images import require_images
 from jaxla.models.positions import Rotation, position_grid, rotary_periods, rotation
 
 
@@ -184,7 +185,7 @@ class VisionTransformer(nnx.Module):
         Raises:
             ValueError: `images` is not [B, H, W, 3], or H or W is no multiple of the patch size.
         """
-        self._check(images)
+        require_images(images, self.variant.patch)
         return _features(*nnx.split(self), images)
 
     def intermediate(self, images: jax.Array, blocks: Sequence[int], norm: bool = False) -> tuple[jax.Array, ...]:
@@ -196,7 +197,7 @@ class VisionTransformer(nnx.Module):
         Raises:
             ValueError: as for calling; or a block that does not exist.
         """
-        self._check(images)
+        require_images(images, self.variant.patch)
         if not all(0 <= block < self.variant.depth for block in blocks):
             raise ValueError(f"blocks {tuple(blocks)}: this backbone has blocks 0 to {self.variant.depth - 1}")
         return _intermediate(*nnx.split(self), images, tuple(blocks), norm)
@@ -249,15 +250,6 @@ class VisionTransformer(nnx.Module):
     def to_map(self, tokens: jax.Array, size: tuple[int, int]) -> jax.Array:
         """Patch tokens of [B, 1 + R + h·w, C] -> [B, h, w, C]: they are rows, then columns, of the image."""
         return tokens[:, 1 + self.variant.registers :].reshape(tokens.shape[0], *size, -1)
-
-    def _check(self, images: jax.Array) -> None:
-        if images.ndim != 4 or images.shape[-1] != 3:
-            hint = "; channels come last here" if images.ndim == 4 and images.shape[1] == 3 else ""
-            raise ValueError(f"images of shape {tuple(images.shape)}: expected [B, H, W, 3]{hint}")
-        if any(side % self.variant.patch for side in images.shape[1:3]):
-            raise ValueError(
-                f"images of {images.shape[1]}×{images.shape[2]} pixels: sides must be multiples of {self.variant.patch}"
-            )
 
 
 # Jitted here rather than by the caller, so that plain calls do not compile the scan anew each time.

@@ -10,7 +10,7 @@ import torch
 from flax import nnx
 
 from jaxla.models.positions import rotation
-from jaxla.models.vision_transformer import VisionTransformer, _intermediate
+from jaxla.models.vision_transformer import VisionTransformer, _features, _intermediate
 from tests.tiny import REGISTERS, ROTARY, TINY, TINY_VARIANTS, flat_arrays, tiny_backbone
 
 # Tests that call one variant on images of the same shape share its compiled functions. The values of all variants are
@@ -158,6 +158,16 @@ def test_memory_of_intermediate_tokens_grows_with_the_blocks_asked_for_and_not_w
     assert abs(four - temporary(20, (4, 9, 14, 19))) < 0.5
     assert temporary(40, tuple(range(4, 40, 5))) - four < 5
     assert temporary(40, tuple(range(40))) - four > 30
+
+
+@plain_and_rotary
+def test_what_is_compiled_does_not_grow_with_the_depth(variant):
+    def lines(depth):
+        vit = nnx.eval_shape(lambda: VisionTransformer(replace(variant, depth=depth), rngs=nnx.Rngs(0)))
+        program = _features.lower(*nnx.split(vit), jax.ShapeDtypeStruct((1, 64, 64, 3), jnp.float32))
+        return len(program.as_text().splitlines())
+
+    assert lines(40) == lines(2)
 
 
 @plain_and_rotary
