@@ -30,9 +30,9 @@ from flax import nnx
 
 from jaxla.config import InputError, command_parser, parse_arguments, run_command
 from jaxla.models.backbones import TRANSFORMERS, architecture, build_backbone
-from jaxla.models.vision_transformer import _features
 from tests.golden.errors import error
 from tests.golden.live import live_model
+from tests.tiny import randomise
 
 PAUSE = 0.3  # seconds
 AGREEMENT = {"cpu": 1e-5, "gpu": 5e-2}  # relative L2 of the patch tokens, in the precision of each
@@ -54,7 +54,8 @@ def main(arguments):
     on_gpu = jax.default_backend() == "gpu"
 
     images = np.random.default_rng(0).standard_normal((options.batch, size, size, 3), np.float32)
-    ours = random_backbone(arch, jnp.bfloat16 if on_gpu else jnp.float32)
+    dtype = jnp.bfloat16 if on_gpu else jnp.float32
+    ours = randomise(nnx.eval_shape(lambda: build_backbone(arch, dtype=dtype, rngs=nnx.Rngs(0))))
     theirs = live_model(ours)
     theirs.set_attn_implementation("sdpa")
     if on_gpu:
@@ -126,21 +127,6 @@ def processor():
     return next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.machine())
 
 
-def random_backbone(arch, dtype):
-    """Synthetic parameters, drawn one at a time: initialising ViT-g would take twice its memory."""
-    vit = nnx.eval_shape(lambda: build_backbone(arch, dtype=dtype, rngs=nnx.Rngs(0)))
-    graph, state = nnx.split(vit)
-    rng = np.random.default_rng(0)
-    for path, variable in nnx.to_flat_state(state):
-        if path[-1] in ("periods", "qkv_bias_mask"):
-            value = jnp.linspace(1.0, 100.0, variable.size) if path[-1] == "periods" else jnp.ones(variable.shape)
-        else:
-            centre, spread = (1.0, 0.1) if path[-1] in ("scale", "gamma") else (0.0, 0.03)
-            value = centre + spread * rng.standard_normal(variable.shape, np.float32)
-        variable.set_value(jnp.asarray(value, jnp.float32))
-    return nnx.merge(graph, state)
-
-
 def timed(run):
     began = time.perf_counter()
     run()
@@ -149,7 +135,9 @@ def timed(run):
 
 def program_bytes(vit, images):
     """What the compiled forward pass needs: parameters, images, results and everything between."""
-    memory = _features.lower(*nnx.split(vit), images).compile().memory_analysis()
+    graph, state = nnx.split(vit)
+    forward = jax.jit(lambda state, images: nnx.merge(graph, state)(images))
+    memory = forward.lower(state, images).compile().memory_analysis()
     return memory.argument_size_in_bytes + memory.output_size_in_bytes + memory.temp_size_in_bytes
 
 

@@ -20,13 +20,13 @@ from pathlib import Path
 import jax
 
 from jaxla.config import InputError, command_parser, lookup, parse_arguments, run_command
-from jaxla.models import dinov2, dinov3
+from jaxla.models import dinov3
+from jaxla.models.backbones import TRANSFORMERS
 from tests.golden.checkpoints import files_of, golden_backbone, image_of
 from tests.golden.errors import BOUND, Error, beyond_bounds, error, golden_errors, live_errors, lowest_bfloat16_cosine
 from tests.golden.fake_weights import fake_image
 from tests.golden.live import live_model, live_tokens
 
-VARIANTS = dinov2.VARIANTS | dinov3.VARIANTS
 SMALL = 768  # the widest of the architectures that run at full size within minutes on a CPU
 COLUMNS = ("architecture", "pixels", "reference", "max abs", "relative L2", "floor: max abs", "floor: relative L2")
 COSINE = "bfloat16 cosine"
@@ -71,11 +71,11 @@ def main(arguments):
 
 def chosen(option):
     # the 7B is 27 GB: tests/parity compares two of its blocks
-    measured = {arch: VARIANTS[arch] for arch in VARIANTS if arch != "dinov3_vit7b16" and VARIANTS[arch].licence}
+    measured = {name: row for name, row in TRANSFORMERS.items() if row.licence and name != "dinov3_vit7b16"}
     if option == "all":
         return list(measured)
     if option == "all-small":
-        return [arch for arch, variant in measured.items() if variant.width <= SMALL]
+        return [name for name, row in measured.items() if row.width <= SMALL]
     arch = dinov3.HUB_SPELLINGS.get(option, option)
     lookup("--arch", arch, measured)
     return [arch]
@@ -85,8 +85,8 @@ def measure(arch, on_gpu):
     """-> rows of one architecture, each a dict whose keys are the columns."""
     files = {image_of(file).shape[1:3]: file for file in files_of(arch)}
     sizes = dict.fromkeys(files or [(98, 98)])
-    if VARIANTS[arch].width <= SMALL:
-        sizes |= dict.fromkeys([(448, 448), (518, 518)] if VARIANTS[arch].grid else [(448, 448), (512, 512)])
+    if TRANSFORMERS[arch].width <= SMALL:
+        sizes |= dict.fromkeys([(448, 448), (518, 518)] if TRANSFORMERS[arch].grid else [(448, 448), (512, 512)])
 
     vit = golden_backbone(arch)
     model = live_model(vit)

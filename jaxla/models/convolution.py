@@ -2,8 +2,8 @@
 
 XLA's CPU compiler runs one form of convolution fast: images [N, H, W, C] by a kernel [h, w, C, K]. The gradients that
 JAX derives have other forms. Outside loops the compiler brings them into that one; in a loop it does not (its pass
-ConvCanonicalization visits the entry computation alone), and they take 6 to 50 times as long. Here they are written in
-the fast form.
+ConvCanonicalization visits the entry computation alone), and they take many times as long. Here they are written in the
+fast form.
 """
 
 from __future__ import annotations

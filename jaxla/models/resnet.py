@@ -116,7 +116,7 @@ class ResNet(nnx.Module):
         """The last stage's features [B, H/32, W/32, 2048]; sides round up.
 
         Raises:
-            ValueError: `images` is not [B, H, W, 3].
+            ValueError: `images` is not [B, H, W, 3] of floating point.
         """
         return self.intermediate(images)[-1]
 

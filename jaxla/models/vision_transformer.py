@@ -5,7 +5,7 @@ The blocks are one stacked module run by `jax.lax.scan`, so that forty of them c
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Literal, NamedTuple
@@ -183,12 +183,12 @@ class VisionTransformer(nnx.Module):
         """All tokens after the final norm.
 
         Raises:
-            ValueError: `images` is not [B, H, W, 3], or H or W is no multiple of the patch size.
+            ValueError: `images` is not [B, H, W, 3] of floating point, or H or W is no multiple of the patch size.
         """
         require_images(images, self.variant.patch)
         return _features(*nnx.split(self), images)
 
-    def intermediate(self, images: jax.Array, blocks: Sequence[int], norm: bool = False) -> tuple[jax.Array, ...]:
+    def intermediate(self, images: jax.Array, blocks: Iterable[int], norm: bool = False) -> tuple[jax.Array, ...]:
         """The patch tokens after each of the given blocks (0-based), [B, h, w, C] each.
 
         Args:
@@ -198,9 +198,10 @@ class VisionTransformer(nnx.Module):
             ValueError: as for calling; or a block that does not exist.
         """
         require_images(images, self.variant.patch)
+        blocks = tuple(blocks)
         if not all(0 <= block < self.variant.depth for block in blocks):
-            raise ValueError(f"blocks {tuple(blocks)}: this backbone has blocks 0 to {self.variant.depth - 1}")
-        return _intermediate(*nnx.split(self), images, tuple(blocks), norm)
+            raise ValueError(f"blocks {blocks}: this backbone has blocks 0 to {self.variant.depth - 1}")
+        return _intermediate(*nnx.split(self), images, blocks, norm)
 
     def embed(self, images: jax.Array) -> jax.Array:
         """[B, H, W, 3] -> class token, registers and patch tokens [B, 1 + R + h·w, C], with learned positions."""

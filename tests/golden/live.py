@@ -29,7 +29,7 @@ def live_model(vit: VisionTransformer, authors_grid: bool = True) -> PreTrainedM
         for path, variable in nnx.to_flat_state(nnx.state(vit))
     }
     with torch.device("meta"):  # no random parameters that nobody needs
-        model = (_dinov2 if vit.variant.grid else _dinov3)(vit.variant, parameters).eval()
+        model = (_dinov2(vit.variant) if vit.variant.grid else _dinov3(vit.variant, parameters)).eval()
     model.load_state_dict(_state_dict(vit.variant, parameters, model), assign=True)
     if not vit.variant.grid:
         # not their formula: the checkpoint's own periods, which may have been rounded
@@ -68,7 +68,7 @@ def _authors_positions(registers: bool):
     return interpolate_pos_encoding
 
 
-def _dinov2(variant: Variant, parameters: dict[str, np.ndarray]) -> PreTrainedModel:
+def _dinov2(variant: Variant) -> PreTrainedModel:
     sizes = {
         "hidden_size": variant.width,
         "num_hidden_layers": variant.depth,

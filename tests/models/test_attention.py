@@ -31,9 +31,9 @@ def test_values_and_gradients_equal_pytorch(formulation, batch, tokens, heads, w
     theirs = torch.nn.functional.scaled_dot_product_attention(*(x.transpose(1, 2) for x in leaves)).transpose(1, 2)
     theirs.backward(torch.from_numpy(weight))
 
-    np.testing.assert_allclose(ours, theirs.detach(), atol=5e-6)  # measured: 5e-7
+    np.testing.assert_allclose(ours, theirs.detach(), atol=2e-6)  # measured: 5e-7
     for mine, leaf in zip(gradients, leaves, strict=True):
-        np.testing.assert_allclose(mine, leaf.grad, atol=1e-5)  # measured: 1.6e-6
+        np.testing.assert_allclose(mine, leaf.grad, atol=5e-6)  # measured: 1.6e-6
 
 
 @pytest.mark.parametrize("formulation", [attention, in_columns])
@@ -66,7 +66,7 @@ def test_a_block_in_rows_and_in_columns_has_the_same_values_and_gradients(varian
     for part in ("attention", "mlp"):
         (_, rows), of_rows = half(part, "in_rows")
         (_, cols), of_cols = half(part, "in_columns")
-        np.testing.assert_allclose(cols, rows, atol=1e-5)  # measured: 3.6e-7
+        np.testing.assert_allclose(cols, rows, atol=2e-6)  # measured: 3.6e-7
         for a, b in zip(jax.tree.leaves(of_rows), jax.tree.leaves(of_cols), strict=True):
             # measured: 5e-7
             assert np.linalg.norm(np.asarray(a) - b) <= 2e-6 * np.linalg.norm(a)

@@ -26,7 +26,7 @@ def test_values_and_gradients_are_those_of_jax(side):
     np.testing.assert_array_equal(ours, theirs)
     weight = np.random.default_rng(1).standard_normal(ours.shape, np.float32)
     for a, b in zip(gradients(weight), expected(weight), strict=True):
-        np.testing.assert_allclose(a, b, atol=1e-5)  # measured: 0, of values up to 42
+        np.testing.assert_allclose(a, b, atol=1e-5)  # measured: 0; 42 is the largest value, with a last digit of 4e-6
 
 
 @pytest.mark.skipif(jax.default_backend() != "cpu", reason="elsewhere the gradients are JAX's own")

@@ -140,6 +140,7 @@ def test_intermediate_tokens_come_in_the_order_asked_for_and_as_often():
     assert np.abs(first - last).max() > 0.1
     for tokens, expected in zip(vit.intermediate(images, blocks=[2, 0, 2]), (last, first, last), strict=True):
         np.testing.assert_array_equal(tokens, expected)
+    assert len(vit.intermediate(images, blocks=reversed(range(3)))) == 3
     assert vit.intermediate(images, blocks=()) == ()
 
 
@@ -233,6 +234,7 @@ def test_bfloat16_keeps_the_direction_of_every_token(name):
         ((32, 32, 3), ["(32, 32, 3)", "[B, H, W, 3]"]),
         ((1, 32, 33, 3), ["32×33", "multiples of 8"]),
         ((1, 20, 32, 3), ["20×32", "multiples of 8"]),
+        ((1, 0, 32, 3), ["0×32", "multiples of 8"]),
     ],
 )
 def test_images_of_a_wrong_shape_are_refused(shape, words):
@@ -241,6 +243,11 @@ def test_images_of_a_wrong_shape_are_refused(shape, words):
         with pytest.raises(ValueError, match="images of") as error:
             call(np.zeros(shape, np.float32))
         assert all(word in str(error.value) for word in words)
+
+
+def test_whole_numbers_are_refused_as_images():
+    with pytest.raises(ValueError, match="images of uint8: expected floating point, normalised"):
+        tiny_backbone()(np.zeros((1, 32, 32, 3), np.uint8))
 
 
 @pytest.mark.parametrize("blocks", [(3,), (0, -1)])

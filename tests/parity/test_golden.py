@@ -11,13 +11,14 @@ import jax.numpy as jnp
 import pytest
 
 from jaxla import load_backbone
-from jaxla.models import dinov2, dinov3
+from jaxla.models.backbones import TRANSFORMERS
 from tests.golden.checkpoints import converted, files_of
 from tests.golden.errors import beyond_bounds, golden_errors
 
 # All that were released but DINOv2's l and g with registers and DINOv3's 7B.
-VARIANTS = dinov2.VARIANTS | dinov3.VARIANTS
-ARCHITECTURES = sorted(filter(files_of, VARIANTS), key=lambda arch: VARIANTS[arch].depth * VARIANTS[arch].width ** 2)
+ARCHITECTURES = sorted(
+    filter(files_of, TRANSFORMERS), key=lambda arch: TRANSFORMERS[arch].depth * TRANSFORMERS[arch].width ** 2
+)
 
 
 @pytest.fixture(scope="module")

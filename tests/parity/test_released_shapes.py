@@ -1,12 +1,13 @@
-"""What the conversion takes for the authors' checkpoint of each architecture: names and shapes from their own code."""
+"""What the conversion takes for the authors' checkpoint of each architecture: names and shapes from their own code
+(of ViT-l and ViT-g with registers, for which there is no golden file: those without, and the registers)."""
 
 import pytest
 
 from convert_weights.architectures import rows_of
-from jaxla.models import dinov2, dinov3
+from jaxla.models.backbones import TRANSFORMERS
 from tests.golden.checkpoints import reference_shapes
 
-ARCHITECTURES = [arch for arch, variant in (dinov2.VARIANTS | dinov3.VARIANTS).items() if variant.licence]
+ARCHITECTURES = [arch for arch, variant in TRANSFORMERS.items() if variant.licence]
 SEVEN_BILLION = "dinov3_vit7b16"  # see test_dinov3_7b.py
 
 
