@@ -108,7 +108,7 @@ def measure(arch, on_gpu):
         tokens, of_blocks = live_tokens(model, fake_image(*size).transpose(0, 2, 3, 1))
         rounded, of_blocks_rounded = in_float32[size]
         floor = worst([error(rounded, tokens), *map(error, of_blocks_rounded, of_blocks)])
-        place = (arch, f"{size[0]}×{size[1]}", "authors" if size in files else "live")
+        place = (arch, f"{size[0]}×{size[1]}", "authors' code" if size in files else "`transformers`")
         row = (*place, *errors[size], *floor)
         yield dict(zip(COLUMNS, row, strict=True)) | cosines.get(size, {})
 
