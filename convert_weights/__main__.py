@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -80,12 +81,15 @@ def _convert(options: Namespace) -> None:
 def _downloaded(arch: str) -> Path:
     from convert_weights.checkpoint import require_torch
     from convert_weights.download import DINOV3_GATE, RELEASES, download
+    from jaxla.data.cache import in_use
     from jaxla.models import dinov3
 
     if arch in dinov3.VARIANTS:
         raise InputError(f"--download: {DINOV3_GATE}")
     require_torch()  # all of them are PyTorch files
-    return download(RELEASES[arch], default_cache_dir() / "downloads")
+    cache_dir = default_cache_dir()
+    with in_use(cache_dir):
+        return download(RELEASES[arch], cache_dir / "downloads")
 
 
 def _convert_back(options: Namespace) -> None:
@@ -103,6 +107,8 @@ def _convert_back(options: Namespace) -> None:
 
 
 def _verify(options: Namespace) -> None:
+    if options.force:
+        raise InputError("option --force goes with a conversion; --verify alone writes nothing")
     if not options.output and not options.arch:
         raise InputError("option --verify needs --output, a converted file, or --arch for the one in the cache folder")
     output = Path(options.output) if options.output else _default_output(_released(options.arch))
@@ -131,7 +137,7 @@ def _arch_of(path: Path, name: str | None) -> str:
     from jaxla.models.weights_format import read_metadata
 
     arch = read_metadata(path)["arch"]
-    if name and _released(name) != arch:
+    if name not in (None, arch) and _released(name) != arch:
         raise InputError(f"{path}: holds {arch}, not {_released(name)}; leave --arch out")
     return arch
 
@@ -144,11 +150,14 @@ def _require_free(output: Path, ending: str, force: bool) -> None:
     """Before anything long: what would keep the output from being written."""
     if output.suffix != ending:
         raise InputError(f"--output={output}: the file's name must end in {ending}")
-    if output.is_dir():
+    if os.path.isdir(output):
         raise InputError(f"--output={output}: is a folder; give a file")
-    if output.exists() and not force:
-        raise InputError(f"{output}: exists already; choose another --output, or replace it with --force")
-    require_writable("--output", output.parent)
+    try:
+        if output.exists() and not force:
+            raise InputError(f"{output}: exists already; choose another --output, or replace it with --force")
+        require_writable("--output", output.parent)
+    except OSError as error:  # a name that is too long, a folder that may not be entered
+        raise InputError(f"--output={output}: cannot be written ({error.strerror}); choose another") from error
 
 
 if __name__ == "__main__":

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from typing import NamedTuple
 
 from convert_weights.architectures import RELEASED, rows_of
-from convert_weights.checkpoint import Checkpoint, Tensor, some
+from convert_weights.checkpoint import SHARD, Checkpoint, Tensor, some
 from convert_weights.huggingface import as_authors, hub_name, hub_shapes
 from jaxla.config import InputError
 from jaxla.models import resnet
@@ -32,7 +32,13 @@ class Reading(NamedTuple):
     expected: Mapping[str, Expected]
 
     def lacking(self) -> list[str]:
-        return [name for name, of_name in self.expected.items() if name not in self.tensors and not of_name.optional]
+        """A tensor that may be lacking is lacking where others of its group are there."""
+        groups = {_group(name) for name, of_name in self.expected.items() if of_name.optional and name in self.tensors}
+        return [
+            name
+            for name, of_name in self.expected.items()
+            if name not in self.tensors and (not of_name.optional or _group(name) in groups)
+        ]
 
     def extra(self) -> list[str]:
         return [name for name in self.tensors if name not in self.expected]
@@ -60,12 +66,19 @@ def account_for(checkpoint: Checkpoint, arch: str) -> tuple[dict[str, Tensor], s
         return dict(of_authors), asked.layout
     if not best.faults():
         raise InputError(f"{checkpoint.path}: holds {best.arch} ({best.layout}), not {arch}; pass --arch={best.arch}")
+    if SHARD.search(checkpoint.path.name):
+        mend = "it is one of several shards: give the *.index.json that names them all"
+    else:
+        mend = "download the released file again"
     if best.faults() < asked.faults() and best.faults() < FAMILIAR * len(best.expected):
         raise InputError(
             f"{checkpoint.path}: looks like {best.arch} ({best.layout}), not {arch}; but of {best.arch} too it "
-            f"{_describe(best)}"
+            f"{_describe(best)}; {mend}, and pass --arch={best.arch}"
         )
-    raise InputError(f"{checkpoint.path}: not {arch}: it {_describe(asked)}")
+    raise InputError(
+        f"{checkpoint.path}: not {arch}: it {_describe(asked)}; {mend}, or pass the --arch that it holds; --arch=list "
+        "names them"
+    )
 
 
 def _readings(checkpoint: Checkpoint) -> Iterator[Reading]:
@@ -79,6 +92,12 @@ def _readings(checkpoint: Checkpoint) -> Iterator[Reading]:
         shapes = hub_shapes(rows, by_hub_name)
         expected = {name: Expected(shape, ("float32",), optional) for name, (shape, optional) in shapes.items()}
         yield Reading(arch, HUGGING_FACE, by_hub_name, expected)
+
+
+def _group(name: str) -> str:
+    """Of tensors that may be lacking: those of one module come together, and so do the batch counters of all."""
+    module, _, kind = name.rpartition(".")
+    return kind if kind == "num_batches_tracked" else module
 
 
 def _describe(reading: Reading) -> str:

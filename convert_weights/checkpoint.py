@@ -8,7 +8,10 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
+import os
 import pickle
+import re
 import sys
 import warnings
 import zipfile
@@ -28,6 +31,11 @@ from jaxla.models.weights_format import FORMAT
 
 if TYPE_CHECKING:
     import torch
+
+log = logging.getLogger("jaxla.convert_weights")
+
+# One of several files, as Hugging Face names them; the one of one is whole.
+SHARD = re.compile(r"-\d+-of-(?!0*1\.)\d+\.")
 
 
 class Tensor(NamedTuple):
@@ -53,10 +61,10 @@ def open_checkpoint(path: Path) -> Checkpoint:
         InputError: no such file; damaged, incomplete or no checkpoint; a pickle that would need code to be run; or
             torch is not installed and the file needs it.
     """
-    if path.is_dir():
+    if os.path.isdir(path):  # Path.is_dir raises where a name is too long or a folder may not be read
         path = _checkpoint_in(path)
-    if not path.is_file():
-        raise InputError(f"--source={path}: no such file")
+    if not os.path.isfile(path):
+        raise InputError(f"--source={path}: no such file; give the checkpoint that you downloaded")
     if _kind(path) == "index":
         return _open_shards(path)
     return Checkpoint(path, (path,), _open_file(path))
@@ -70,7 +78,7 @@ def checkpoint_sha256(checkpoint: Checkpoint) -> str:
         their names.
 
     Raises:
-        InputError: a PyTorch file differs from the checksums within it.
+        InputError: a file cannot be read, or a PyTorch file differs from the checksums within it.
     """
     hashes = {file.name: _sha256(file) for file in checkpoint.files}
     for file in checkpoint.files:
@@ -78,6 +86,12 @@ def checkpoint_sha256(checkpoint: Checkpoint) -> str:
     if len(checkpoint.files) == 1:
         return hashes[checkpoint.files[0].name]
     return hashlib.sha256("".join(f"{hashes[name]}  {name}\n" for name in sorted(hashes)).encode()).hexdigest()
+
+
+def require_other(output: Path, sources: Iterable[Path]) -> None:
+    """Raise an InputError if writing `output` would replace one of the files that it is made from."""
+    if os.path.exists(output) and any(os.path.samefile(output, source) for source in sources):
+        raise InputError(f"--output={output}: is the source itself; choose another --output")
 
 
 # --- files -----------------------------------------------------------------------------------------------------------
@@ -90,7 +104,18 @@ def _checkpoint_in(folder: Path) -> Path:
     files = sorted(path for ending in ("safetensors", "pth", "bin") for path in folder.glob(f"[!.]*.{ending}"))
     found = indices + [path for path in files if path.name not in shards]
     if not found:
-        raise InputError(f"--source={folder}: holds no checkpoint (*.safetensors, *.pth, *.bin or their *.index.json)")
+        raise InputError(
+            f"--source={folder}: holds no checkpoint (*.safetensors, *.pth, *.bin or their *.index.json); give one"
+        )
+    if shards := [path.name for path in found if SHARD.search(path.name)]:
+        raise InputError(
+            f"--source={folder}: holds shards ({some(shards)}) without their *.index.json; download that too, or give "
+            "one whole file"
+        )
+    if sorted(path.name.removesuffix(".index.json") for path in found) == ["model.safetensors", "pytorch_model.bin"]:
+        taken, left = sorted(found)  # two forms of the same weights, as Hugging Face's repositories may have them
+        log.info("%s: took %s; %s beside it was left", folder, taken.name, left.name)
+        return taken
     if len(found) > 1:
         raise InputError(
             f"--source={folder}: holds {len(found)} checkpoints ({some([path.name for path in found])}); give one"
@@ -98,12 +123,12 @@ def _checkpoint_in(folder: Path) -> Path:
     return found[0]
 
 
-def _kind(path: Path) -> Literal["index", "safetensors", "torch"]:
+def _kind(path: Path) -> Literal["index", "safetensors", "torch archive", "old torch"]:
     try:
         with path.open("rb") as file:
             start = file.read(256)
     except OSError as error:
-        raise InputError(f"{path}: cannot be read ({error.strerror})") from error
+        raise _unreadable(path, error) from error
     # a length below 2^40, then JSON; before all else, for a length may begin with the bytes of anything
     if start[5:9] == b"\0\0\0{":
         return "safetensors"
@@ -114,15 +139,17 @@ def _kind(path: Path) -> Literal["index", "safetensors", "torch"]:
         )
     if text.startswith(b"{"):
         return "index"
-    if start.startswith((b"PK\x03\x04", b"\x80")):
-        return "torch"
+    if start.startswith(b"PK\x03\x04"):
+        return "torch archive"
+    if start.startswith(b"\x80"):
+        return "old torch"
     raise InputError(f"{path}: neither a PyTorch nor a safetensors checkpoint, or damaged; download it again")
 
 
 def _open_shards(index: Path) -> Checkpoint:
     shard_of = _shard_of(index)
     files = [index.parent / name for name in sorted(set(shard_of.values()))]
-    if missing := [file.name for file in files if not file.is_file()]:
+    if missing := [file.name for file in files if not os.path.isfile(file)]:
         raise InputError(
             f"{index}: missing: {len(missing)} of its {len(files)} shards ({some(missing)}); download into "
             f"{index.parent} what is missing"
@@ -132,9 +159,13 @@ def _open_shards(index: Path) -> Checkpoint:
         held = _open_file(file)
         named = {name for name, shard in shard_of.items() if shard == file.name}
         if lost := sorted(named - set(held)):
-            raise InputError(f"{file}: lacks {len(lost)} of what {index.name} places in it ({some(lost)})")
+            raise InputError(
+                f"{file}: lacks {len(lost)} of what {index.name} places in it ({some(lost)}); download both again"
+            )
         if unnamed := sorted(set(held) - named):
-            raise InputError(f"{file}: has {len(unnamed)} that {index.name} does not name ({some(unnamed)})")
+            raise InputError(
+                f"{file}: has {len(unnamed)} that {index.name} does not name ({some(unnamed)}); download both again"
+            )
         tensors |= held
     return Checkpoint(index, tuple(files), tensors)
 
@@ -143,9 +174,11 @@ def _shard_of(index: Path) -> dict[str, str]:
     """Tensor -> the file, beside the index, that holds it."""
     try:
         shard_of = json.loads(index.read_bytes())["weight_map"]
-        if all(Path(shard).name == shard for shard in shard_of.values()):
+        if all(Path(shard).name == shard and shard not in ("", "..") for shard in shard_of.values()):
             return dict(shard_of)
-    except (ValueError, KeyError, TypeError, AttributeError):
+    except OSError as error:
+        raise _unreadable(index, error) from error
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         pass
     raise InputError(f"{index}: damaged, or not the index of a checkpoint's shards; download it again")
 
@@ -154,7 +187,16 @@ def _open_file(path: Path) -> dict[str, Tensor]:
     kind = _kind(path)
     if kind == "index":
         raise InputError(f"{path}: an index in place of a checkpoint; download the file itself again")
-    return _open_safetensors(path) if kind == "safetensors" else _open_torch(path)
+    return _open_safetensors(path) if kind == "safetensors" else _open_torch(path, archive=kind == "torch archive")
+
+
+def _unreadable(path: Path, error: OSError) -> InputError:
+    return InputError(f"{path}: cannot be read ({error.strerror or error}); mend that, or download it again")
+
+
+def _cause(error: Exception) -> str:
+    """The first line of what an exception says; what it is, where it says nothing."""
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)
 
 
 # --- safetensors -----------------------------------------------------------------------------------------------------
@@ -188,7 +230,7 @@ def _read_safetensors(path: Path, name: str) -> np.ndarray:
         with safe_open(path, framework="numpy") as file:
             array = file.get_tensor(name)
     except (SafetensorError, OSError) as error:
-        raise InputError(f"{path}: {name} cannot be read ({error})") from error
+        raise InputError(f"{path}: {name} cannot be read ({error}); download it again") from error
     return _finite(path, name, array.astype(np.float32) if array.dtype == ml_dtypes.bfloat16 else array)
 
 
@@ -200,32 +242,46 @@ def _finite(path: Path, name: str, array: np.ndarray) -> np.ndarray:
 
 # --- PyTorch ---------------------------------------------------------------------------------------------------------
 
+RELEASED_ONE = "give the file of weights that was released"
+
+OLDEST_TORCH = (2, 10)  # before it a file can corrupt memory in spite of weights_only=True (CVE-2026-24747)
+
 
 def require_torch() -> ModuleType:
     """The module; nothing else here needs it.
 
     Raises:
-        InputError: it is not installed.
+        InputError: it is not installed, too old, or cannot be imported.
     """
     try:
         import torch
-    except ImportError as error:
-        raise InputError("conversion of PyTorch files needs torch: pip install 'jaxla[convert]'") from error
+    except Exception as error:  # its own libraries fail in many ways
+        if isinstance(error, ModuleNotFoundError) and error.name == "torch":
+            raise InputError("conversion of PyTorch files needs torch: pip install 'jaxla[convert]'") from error
+        raise InputError(
+            f"torch is installed but cannot be imported ({_cause(error)}); pip install --force-reinstall torch"
+        ) from error
+    version = torch.__version__  # such as 2.13.0+cpu
+    if tuple(int(part) for part in re.findall(r"\d+", version)[:2]) < OLDEST_TORCH:
+        raise InputError(f"torch {version} is too old to read untrusted files safely; pip install -U 'jaxla[convert]'")
     return torch
 
 
-def _open_torch(path: Path) -> dict[str, Tensor]:
+def _open_torch(path: Path, archive: bool) -> dict[str, Tensor]:
     torch = require_torch()
     try:
         with warnings.catch_warnings(action="ignore"):  # torch warns of old pickles before it refuses them
-            state = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+            state = torch.load(path, map_location="cpu", weights_only=True, mmap=archive)
     except pickle.UnpicklingError as error:
         raise InputError(
             f"{path}: not a plain file of weights: it is no checkpoint, or loading it would run code from it; "
             "nothing was run. Download the released weights again"
         ) from error
     except Exception as error:  # torch's unpickler lets many kinds escape on bytes that are no checkpoint
-        raise InputError(f"{path}: truncated, damaged or no checkpoint; download it again") from error
+        raise InputError(
+            f"{path}: truncated, damaged or no checkpoint, unless memory or the disk failed ({_cause(error)}); "
+            "download it again"
+        ) from error
     _require_state_dict(path, state, torch.Tensor)
     return {
         name: Tensor(tuple(value.shape), _torch_dtype(value), partial(_read_torch, path, name, value))
@@ -235,16 +291,21 @@ def _open_torch(path: Path) -> dict[str, Tensor]:
 
 def _require_state_dict(path: Path, state: object, tensor: type) -> None:
     if not isinstance(state, Mapping):
-        raise InputError(f"{path}: not a state dict (a mapping of names to tensors) but a {type(state).__name__}")
-    others = {name: value for name, value in state.items() if not isinstance(value, tensor)}
-    for name, value in others.items():
+        raise InputError(
+            f"{path}: not a state dict (a mapping of names to tensors) but a {type(state).__name__}; {RELEASED_ONE}"
+        )
+    others = [name for name, value in state.items() if not (isinstance(name, str) and isinstance(value, tensor))]
+    for name in others:
+        value = state[name]
         if isinstance(value, Mapping) and any(isinstance(part, tensor) for part in value.values()):
             raise InputError(
                 f"{path}: not a state dict, but something around one, which stands under {name!r}; save that alone: "
                 f"torch.save(torch.load({path.name!r}, weights_only=True)[{name!r}], 'new.pth')"
             )
-    if others or not all(isinstance(name, str) for name in state):
-        raise InputError(f"{path}: not a state dict (a mapping of names to tensors): has {some(map(str, others))}")
+    if others:
+        raise InputError(
+            f"{path}: not a state dict (a mapping of names to tensors): has {some(map(repr, others))}; {RELEASED_ONE}"
+        )
 
 
 def _torch_dtype(value: torch.Tensor) -> str:
@@ -258,13 +319,16 @@ def _read_torch(path: Path, name: str, value: torch.Tensor) -> np.ndarray:
 
 
 def _require_own_checksums(path: Path) -> None:
-    """PyTorch notes a checksum of each tensor in its files, but does not look at it again."""
-    if _kind(path) != "torch" or not zipfile.is_zipfile(path):
+    """PyTorch notes a checksum of each part of its archives, but does not look at it again."""
+    if _kind(path) != "torch archive":
         return
-    with zipfile.ZipFile(path) as archive:
-        damaged = archive.testzip()
-    # Where even the pickle, which was read, differs from its checksum, the file was written without them.
-    if damaged and not damaged.endswith("/data.pkl"):
+    try:
+        with zipfile.ZipFile(path) as archive:
+            written_without = not any(part.CRC for part in archive.infolist())
+            damaged = None if written_without else archive.testzip()
+    except Exception as error:  # zipfile and what unpacks for it let many kinds escape
+        raise InputError(f"{path}: damaged ({_cause(error)}); download it again") from error
+    if damaged:
         raise InputError(f"{path}: damaged ({damaged} differs from its checksum); download it again")
 
 
@@ -273,10 +337,13 @@ def _require_own_checksums(path: Path) -> None:
 
 def _sha256(path: Path) -> str:
     digest = hashlib.sha256()
-    with path.open("rb") as file, progress(f"hashing {path.name}", path.stat().st_size) as bar:
-        while block := file.read(1 << 22):
-            digest.update(block)
-            bar.update(len(block))
+    try:
+        with path.open("rb") as file, progress(f"hashing {path.name}", path.stat().st_size) as bar:
+            while block := file.read(1 << 22):
+                digest.update(block)
+                bar.update(len(block))
+    except OSError as error:
+        raise _unreadable(path, error) from error
     return digest.hexdigest()
 
 

@@ -12,7 +12,7 @@ from tqdm import tqdm
 
 from convert_weights.accounting import HUGGING_FACE, account_for
 from convert_weights.architectures import RELEASED, rows_of, shapes_of
-from convert_weights.checkpoint import checkpoint_sha256, open_checkpoint, progress, some
+from convert_weights.checkpoint import checkpoint_sha256, open_checkpoint, progress, require_other, some
 from convert_weights.layout import to_ours
 from jaxla.models.weights_format import UNUSED, Streamed, require_room, save_weights
 
@@ -23,12 +23,15 @@ def convert(arch: str, source: Path, output: Path) -> str:
     """Write the checkpoint `source` of a released architecture as `output`; -> a line that says what was done.
 
     Raises:
-        InputError: the source is no checkpoint, is damaged or does not hold `arch`; or the output cannot be written.
+        InputError: the source is no checkpoint, is damaged or does not hold `arch`; or the output cannot be written, or
+            would replace the source.
     """
     checkpoint = open_checkpoint(source)
+    require_other(output, (checkpoint.path, *checkpoint.files))
     name = checkpoint.path.name
     tensors, layout = account_for(checkpoint, arch)
-    arrays = to_ours(rows_of(arch), tensors, shapes_of(arch))
+    rows = rows_of(arch)
+    arrays = to_ours(rows, tensors, shapes_of(arch))
     size = sum(math.prod(array.shape) * array.dtype.itemsize for array in arrays.values())
     require_room(output, size)
 
@@ -36,9 +39,11 @@ def convert(arch: str, source: Path, output: Path) -> str:
     if unused := [array.removeprefix(UNUSED) for array in arrays if array.startswith(UNUSED)]:
         count = f" ({len(unused)} in all)" if len(unused) > 3 else ""
         log.info("%s: kept, though no forward pass uses it: %s%s", name, some(unused), count)
+    if "fc.weight" not in tensors and any(row.theirs == "fc.weight" for row in rows):
+        log.info("%s: holds no classifier (fc.weight, fc.bias), nor will what --to-torch makes of it", name)
     if layout == HUGGING_FACE and "rope_embed.periods" in tensors:
         log.info(
-            "%s: holds no rotary periods; they are computed as Hugging Face's code does. The authors' own .pth holds "
+            "%s: holds no rotary periods; they are computed by Hugging Face's formula. The authors' own .pth holds "
             "them rounded to bfloat16: convert that file for the authors' own numbers",
             name,
         )

@@ -7,9 +7,13 @@ import logging
 import shutil
 import urllib.error
 import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, NamedTuple
 from urllib.parse import urlsplit
+
+from filelock import FileLock, Timeout
 
 from convert_weights.checkpoint import progress
 from jaxla.config import InputError
@@ -79,29 +83,55 @@ RELEASES = {
 def download(release: Release, folder: Path) -> Path:
     """The released file, under its own name in `folder`: fetched, or as it lies there already.
 
-    When a transfer breaks off, what has come is kept, and the next call goes on from there.
+    When a transfer breaks off, what has come is kept, and the next call goes on from there. Of several processes that
+    want the same file one fetches it, and the others wait.
 
     Raises:
-        InputError: the server cannot be reached or refuses, the transfer broke off, there is no room, or the file is
-            not the one that was released.
+        InputError: the server cannot be reached, refuses or does not say how long the file is, the transfer broke off,
+            the folder cannot be read or written, there is no room, or the file is not the one that was released.
     """
     path = folder / release.url.rpartition("/")[2]
-    if path.exists():
+    try:
+        if not path.exists():
+            folder.mkdir(parents=True, exist_ok=True)
+            with _locked(path):
+                if not path.exists():  # nor has another process fetched it by now
+                    log.info("fetching %s into %s", release.url, folder)
+                    _fetch(release, path)
+                    return path
         log.info("%s: is there already", path)
         if not _is_released(path, release):
             raise InputError(f"{path}: not the released file, whose sha256 begins with {release.sha256[:8]}; remove it")
-        return path
-    part = path.with_name(f"{path.name}.part")
-    log.info("fetching %s into %s", release.url, folder)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        _fetch(release.url, part)
     except (OSError, http.client.HTTPException) as error:
         reason = getattr(error, "reason", None) or error
         raise InputError(
             f"{release.url}: cannot be fetched ({reason}); run the command again to go on, or fetch the file elsewhere "
             f"and put it at {path} for the same command to find"
         ) from error
+    return path
+
+
+@contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    """Keep other processes from fetching `path`."""
+    file = path.with_name(f"{path.name}.lock")
+    lock = FileLock(file)  # the operating system's: a killed process holds it no longer
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        log.info("%s: another process is fetching it; waiting for it", path)
+        lock.acquire()
+    try:
+        yield
+    finally:
+        lock.release()
+        if path.exists():  # else one that waits for this lock and one that makes a new one would both fetch
+            file.unlink(missing_ok=True)
+
+
+def _fetch(release: Release, path: Path) -> None:
+    part = path.with_name(f"{path.name}.part")
+    _append_missing(release.url, part)
     if not _is_released(part, release):
         part.unlink()
         raise InputError(
@@ -109,11 +139,9 @@ def download(release: Release, folder: Path) -> Path:
             "removed; run the command again"
         )
     part.replace(path)
-    return path
 
 
-def _fetch(url: str, part: Path) -> None:
-    """Append to `part` what is still missing of it."""
+def _append_missing(url: str, part: Path) -> None:
     have = part.stat().st_size if part.exists() else 0
     request = urllib.request.Request(url, headers={"Range": f"bytes={have}-"} if have else {})
     try:
@@ -123,9 +151,15 @@ def _fetch(url: str, part: Path) -> None:
             return  # nothing is missing
         raise
     with response:
-        resumed = response.status == 206 and response.headers.get("Content-Range", "").startswith(f"bytes {have}-")
-        have = have if resumed else 0  # a server that knows no ranges sends all of it again
-        missing = int(response.headers.get("Content-Length", 0))
+        missing = response.length  # as announced; None where that is no number, or stands nowhere
+        if missing is None:  # a transfer that breaks off would look complete, and the part be removed for its sha256
+            raise OSError("the server does not say how long the file is")
+        resumed = response.status == 206
+        if resumed and response.headers["Content-Range"] != f"bytes {have}-{have + missing - 1}/{have + missing}":
+            raise OSError("the server sends another part of the file than the one that is missing")
+        if have and not resumed:
+            log.info("%s: the server cannot go on where the transfer broke off, and sends all of it again", part)
+            have = 0
         if missing > shutil.disk_usage(part.parent).free:
             raise OSError(f"{missing / 1e9:.1f} GB are missing, more than is free in {part.parent}")
         with part.open("ab" if resumed else "wb") as file, progress(part.stem, have + missing) as bar:

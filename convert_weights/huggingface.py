@@ -44,6 +44,7 @@ _DINOV3 = {
     "patch_embed.proj": ["embeddings.patch_embeddings"],
     "blocks.N.norm1": ["layer.N.norm1"],
     "blocks.N.attn.qkv": ["layer.N.attention.q_proj", "layer.N.attention.k_proj", "layer.N.attention.v_proj"],
+    # a tensor's own name goes before its module's: the keys have no bias there
     "blocks.N.attn.qkv.bias": ["layer.N.attention.q_proj.bias", None, "layer.N.attention.v_proj.bias"],  # None: zeros
     "blocks.N.attn.proj": ["layer.N.attention.o_proj"],
     "blocks.N.ls1.gamma": ["layer.N.layer_scale1.lambda1"],

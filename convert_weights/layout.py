@@ -28,7 +28,7 @@ class Row(NamedTuple):
         place: in our parameter, or in one block of it.
         block: which block of a parameter that stacks all blocks along its first axis; None where it stacks none.
         dtypes: in which their tensor may come.
-        optional: whether a checkpoint may lack it.
+        optional: whether a checkpoint may lack it, with all others of its group (`accounting`).
     """
 
     theirs: str

@@ -9,7 +9,7 @@ import numpy as np
 from safetensors import safe_open
 
 from convert_weights.architectures import RELEASED, rows_of, shapes_of
-from convert_weights.checkpoint import require_torch
+from convert_weights.checkpoint import require_other, require_torch
 from convert_weights.layout import to_theirs
 from jaxla.config import InputError
 from jaxla.models.weights import require_parameters
@@ -20,7 +20,8 @@ def to_pytorch(source: Path, output: Path) -> int:
     """Write a converted file's parameters as a `.pth`; holds all of them in memory. -> How many tensors there are.
 
     Raises:
-        InputError: torch is not installed, the source is damaged or lacks parameters, or the output cannot be written.
+        InputError: torch is not installed, the source is damaged or lacks parameters, or the output is the source or
+            cannot be written.
     """
     torch = require_torch()
     metadata = read_metadata(source)
@@ -28,6 +29,7 @@ def to_pytorch(source: Path, output: Path) -> int:
     if arch not in RELEASED:
         raise InputError(f"{source}: holds {arch}, of which no weights were released: its authors' format is unknown")
     require_parameters(source, arch, shapes_of(arch))
+    require_other(output, [source])
     require_room(output, source.stat().st_size)
     require_undamaged(source)
     with safe_open(source, framework="numpy") as file:

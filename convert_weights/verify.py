@@ -25,7 +25,7 @@ def verify(path: Path) -> str:
     image = np.random.default_rng(0).standard_normal((1, SIDE, SIDE, 3), dtype=np.float32)
     features = [np.asarray(array, np.float32) for array in jax.tree.leaves(backbone(image))]
     if not all(np.isfinite(array).all() for array in features):
-        raise InputError(f"{path}: the features of an image are not finite: these weights cannot be used")
+        raise InputError(f"{path}: the features of an image are not finite; convert the released checkpoint again")
     count = sum(array.size for array in features)
     return (
         f"{path}: verified: its data have the sha256 that was noted, {checksum}; the {count} features of one "

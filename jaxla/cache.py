@@ -1,4 +1,4 @@
-"""python -m jaxla.cache [--clear=features|volumes|phantoms|all]: what the cache folder holds, and clearing it."""
+"""python -m jaxla.cache [--clear=<kind>|all]: what the cache folder holds, and clearing it."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ def main(arguments: list[str]) -> None:
     """
     from jaxla.data.cache import CLEARED, KINDS, cache_entries, clear_cache
 
-    parser = command_parser("jaxla.cache", "List what the cache folder holds, or clear it; runs make it again.")
+    parser = command_parser("jaxla.cache", "List what the cache folder holds, or clear what is made or fetched again.")
     parser.add_argument("--cache-dir", type=str, help="the folder (default: the user's cache folder)")
     parser.add_argument(
         "--clear",
-        type=Literal["features", "volumes", "phantoms", "all"] | None,
+        type=Literal["features", "volumes", "phantoms", "downloads", "all"] | None,
         default=None,
-        help="remove these; `all` is all three of them; converted weights always stay",
+        help="remove these; `all` is all four of them; converted weights always stay",
     )
     options = parse_arguments(parser, arguments)
     cache_dir = Path(options.cache_dir) if options.cache_dir else default_cache_dir()

@@ -353,7 +353,7 @@ def test_missing_weights_name_where_they_were_looked_for_and_how_to_make_them(tm
     path = tmp_path / ("mine.safetensors" if given else "cache/weights/dinov2_vitb14.safetensors")
     line = refuse_to_train(tmp_path, "--exp=paper1", *([f"--model.weights={path}"] if given else []))
     assert f"weights of dinov2_vitb14 are missing: looked for {path}" in line
-    assert "python -m convert_weights --arch=dinov2_vitb14 --source=<downloaded>.pth --output=" in line
+    assert "python -m convert_weights --arch=dinov2_vitb14 --download --output=" in line
     assert "--model.weights=random" in line
 
 

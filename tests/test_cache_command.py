@@ -43,7 +43,7 @@ def held_by_another_process(statements, *arguments):
 
 
 def size_of(folder):
-    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+    return sum(path.stat().st_size for path in (folder, *folder.rglob("*")) if path.is_file())
 
 
 def contents(folder):
@@ -62,6 +62,9 @@ def made_cache(tmp_path_factory):
     FeatureCache(cache, network, "vit_mini8", 16).features(volumes[:1])
     cached_phantoms(cache, "small", 1)
     save_weights(cache / "weights" / "mine.safetensors", {}, {"arch": "vit_mini8", "source": "", "licence": ""})
+    (cache / "downloads").mkdir()
+    for name, size in {"a.pth": 3000, "b.pth.part": 2000, "b.pth.lock": 0}.items():  # `b` broke off
+        (cache / "downloads" / name).write_bytes(bytes(size))
     return cache
 
 
@@ -101,6 +104,9 @@ def test_every_kind_is_listed_with_its_size(cache):
         ("small-1-v1", cache / "phantoms"),
         ("weights: converted weights", cache / "weights"),
         ("mine.safetensors", cache / "weights"),
+        ("downloads: released checkpoints as they were fetched", cache / "downloads"),
+        ("a.pth", cache / "downloads" / "a.pth"),
+        ("b.pth, as far as it was fetched", cache / "downloads" / "b.pth.part"),
     ]
     assert [text for _, text in lines[:-1]] == [text for text, _ in listed]
     for (shown, text), (_, folder) in zip(lines, listed, strict=False):
@@ -130,7 +136,7 @@ def test_a_cache_without_anything_is_listed_and_cleared(tmp_path, there):
         cache.mkdir()
     (line,) = run(cache)
     assert line.split(maxsplit=1) == ["0.00B", f"in all, in {cache}"]
-    assert run(cache, "--clear=all") == [f"{cache}: volumes, features, phantoms cleared, 0.00B freed"]
+    assert run(cache, "--clear=all") == [f"{cache}: volumes, features, phantoms, downloads cleared, 0.00B freed"]
     assert cache.exists() == there
 
 
@@ -143,7 +149,8 @@ def test_a_cache_without_anything_is_listed_and_cleared(tmp_path, there):
         ("features", {"features"}),
         ("volumes", {"volumes"}),
         ("phantoms", {"phantoms"}),
-        ("all", {"features", "volumes", "phantoms"}),
+        ("downloads", {"downloads"}),
+        ("all", {"features", "volumes", "phantoms", "downloads"}),
     ],
 )
 def test_only_what_is_named_is_cleared_and_weights_never(cache, option, cleared):
@@ -163,8 +170,8 @@ def test_only_what_is_named_is_cleared_and_weights_never(cache, option, cleared)
 @pytest.mark.parametrize(
     ("option", "message"),
     [
-        ("--clear=weights", "option --clear expects .*features.*volumes.*phantoms.*all.*weights"),
-        ("--clear=feature", "option --clear expects .*features.*volumes.*phantoms.*all.*'feature'"),
+        ("--clear=weights", "option --clear expects .*features.*volumes.*phantoms.*downloads.*all.*weights"),
+        ("--clear=feature", "option --clear expects .*features.*volumes.*phantoms.*downloads.*all.*'feature'"),
         ("--clean=all", "option --clean is unknown; did you mean --clear?"),
         ("all", "'all' is no option"),
     ],
@@ -177,7 +184,7 @@ def test_a_cache_that_a_run_uses_is_not_cleared_until_the_run_has_ended(cache):
     with held_by_another_process(USES_THE_CACHE, cache) as user:
         error = refuse(cache, "--clear=all")
         assert f"--cache-dir={cache}: process {os.uname().nodename}-{user.pid} uses it" in error
-        assert len(run(cache)) == 9  # listing does not disturb it
+        assert len(run(cache)) == 12  # listing does not disturb it
     run(cache, "--clear=all")
     assert not any((cache / "volumes").iterdir())
 

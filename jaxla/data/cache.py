@@ -21,8 +21,9 @@ KINDS = {  # folder -> what lies there
     "features": "features of frozen backbones",
     "phantoms": "synthetic scans",
     "weights": "converted weights",
+    "downloads": "released checkpoints as they were fetched",
 }
-CLEARED = ("volumes", "features", "phantoms")  # what runs make again; weights are the user's own
+CLEARED = ("volumes", "features", "phantoms", "downloads")  # what is made or fetched again; weights are the user's own
 
 
 @dataclass(frozen=True)
@@ -45,7 +46,9 @@ def in_use(cache_dir: Path) -> Iterator[None]:
         users.mkdir(parents=True, exist_ok=True)
         lock.acquire()
     except OSError as error:
-        raise InputError(f"{users}: cannot be written ({error.strerror}); choose another --cache-dir") from error
+        raise InputError(
+            f"{users}: cannot be written ({error.strerror}); choose another by --cache-dir or XDG_CACHE_HOME"
+        ) from error
     try:
         yield
     finally:
@@ -54,7 +57,7 @@ def in_use(cache_dir: Path) -> Iterator[None]:
 
 
 def cache_entries(cache_dir: Path) -> list[Entry]:
-    """Everything in the cache: features by backbone, volumes together, phantoms by set, weights by file.
+    """Everything in the cache: features by backbone, volumes together, phantoms by set, the others by file.
 
     Raises:
         InputError: it is no folder.
@@ -65,6 +68,7 @@ def cache_entries(cache_dir: Path) -> list[Entry]:
     for kind in KINDS:
         folder = cache_dir / kind
         children = sorted(folder.iterdir()) if folder.is_dir() else []
+        children = [child for child in children if child.suffix != ".lock"]  # empty; a download's may stay
         if kind == "volumes":
             whole = [c for c in children if not c.name.startswith(".")]
             if whole:
@@ -105,6 +109,8 @@ def clear_cache(cache_dir: Path, kind: str) -> list[Entry]:
 def _says(path: Path) -> str:
     if path.name.startswith("."):
         return "left half-written by a process that was killed"
+    if path.suffix == ".part":
+        return f"{path.stem}, as far as it was fetched"
     try:
         of = json.loads((path / "backbone.json").read_text())
         volumes = len(list(path.glob("*.npy")))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TypeVar
@@ -76,21 +77,25 @@ def require_parameters(path: Path, arch: str, shapes: Mapping[str, tuple[int, ..
     """Check that a file holds `arch` and just these parameters; reads its header alone.
 
     Raises:
-        InputError: another architecture, or parameters missing, extra or mis-shaped.
+        InputError: another architecture, or parameters missing, extra, mis-shaped or not float32.
     """
     holds = read_metadata(path)["arch"]
     if holds != arch:
-        raise InputError(f"{path}: holds {holds}, not {arch}; {how_to_convert(arch, path)}")
+        raise InputError(f"{path}: holds {holds}, not {arch}; pass --model.arch={holds}, or a file of {arch}")
     with safe_open(path, framework="numpy") as file:
         names = [name for name in file.keys() if not name.startswith(UNUSED)]  # noqa: SIM118  (not a dict)
-        held = {name: tuple(file.get_slice(name).get_shape()) for name in names}
+        slices = {name: file.get_slice(name) for name in names}
+        held = {name: (tuple(of_name.get_shape()), of_name.get_dtype()) for name, of_name in slices.items()}
     if missing := sorted(set(shapes) - set(held)):
         raise InputError(f"{path}: lacks {_count(missing)} of {arch}, such as {missing[0]}; convert it again")
     if extra := sorted(set(held) - set(shapes)):
         raise InputError(f"{path}: has {_count(extra)} that {arch} lacks, such as {extra[0]}; convert it again")
-    for name, shape in shapes.items():
-        if held[name] != shape:
-            raise InputError(f"{path}: {name} has shape {held[name]}, {arch} needs {shape}; convert it again")
+    for name, needed in shapes.items():
+        shape, dtype = held[name]
+        if shape != needed:
+            raise InputError(f"{path}: {name} has shape {shape}, {arch} needs {needed}; convert it again")
+        if dtype != "F32":
+            raise InputError(f"{path}: {name} is {dtype}, not F32 as it was written; convert it again")
 
 
 def weights_file(arch: str, weights: str, cache_dir: Path | None = None) -> Path:
@@ -100,12 +105,11 @@ def weights_file(arch: str, weights: str, cache_dir: Path | None = None) -> Path
         InputError: it is not; the message names the folder looked in and the command that makes it.
     """
     path = Path(weights) if weights else (cache_dir or default_cache_dir()) / "weights" / f"{arch}.safetensors"
-    if not path.is_file() and not weights and not VARIANTS[arch].licence:
-        raise InputError(f"no weights of {arch} were released; pass --model.weights=random to train it from random")
-    if not path.is_file():
+    if not os.path.isfile(path):  # Path.is_file raises where a name is too long or a folder may not be read
+        how = f"{how_to_convert(arch, path)}, or" if VARIANTS[arch].licence else "none were released:"
         raise InputError(
-            f"weights of {arch} are missing: looked for {path}; {how_to_convert(arch, path)}, "
-            "or pass --model.weights=FILE, or --model.weights=random for an untrained backbone"
+            f"weights of {arch} are missing: looked for {path}; {how} pass --model.weights=FILE, or "
+            "--model.weights=random for an untrained backbone"
         )
     require_parameters(path, arch, parameter_shapes(_abstract_backbone(arch)))
     return path

@@ -7,7 +7,9 @@ import hashlib
 import json
 import math
 import os
+import shlex
 import shutil
+import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
@@ -89,7 +91,7 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
     Raises:
         InputError: it cannot be written.
     """
-    beside = path.with_name(f".{os.getpid()}.{path.name}")
+    beside = path.with_name(f".{uuid.uuid4().hex}.{path.name}")  # another's, on any host, has another name
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with beside.open("wb") as file:
@@ -108,7 +110,7 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
 
 def require_room(path: Path, size: int) -> None:
     """Raise an InputError unless a file of `size` bytes has room where `path` is to be."""
-    free = shutil.disk_usage(next(parent for parent in path.absolute().parents if parent.exists())).free
+    free = shutil.disk_usage(next(parent for parent in path.absolute().parents if os.path.exists(parent))).free
     if free < size:
         raise InputError(
             f"{path}: needs {size / 1e9:.2f} GB, {free / 1e9:.2f} are free; make room, or choose another place"
@@ -119,24 +121,32 @@ def read_metadata(path: Path) -> dict[str, str]:
     """What a weights file says of itself; its checksum, which is of this one file, apart.
 
     Raises:
-        InputError: no such file, or not one that convert_weights wrote.
+        InputError: no such file, it cannot be read, or is not one that convert_weights wrote.
     """
     metadata = _read_metadata(path)
     return {key: value for key, value in metadata.items() if key != CHECKSUM}
 
 
 def _read_metadata(path: Path) -> dict[str, str]:
-    if path.is_dir():
+    if os.path.isdir(path):  # Path.is_dir raises where a name is too long or a folder may not be read
         raise InputError(f"{path}: is a folder; give the .safetensors file in it")
-    if not path.is_file():
+    if not os.path.isfile(path):
         raise InputError(f"{path}: no such weights file; {how_to_convert('ARCH', path)}")
     try:
-        with safe_open(path, framework="numpy") as file:
+        # opened here first: of a file that may not be read safetensors says that there is none
+        with path.open("rb"), safe_open(path, framework="numpy") as file:
             metadata = file.metadata() or {}
-    except (SafetensorError, OSError) as error:
+    except OSError as error:
+        raise InputError(
+            f"{path}: cannot be read ({error.strerror or error}); mend that, or convert it again"
+        ) from error
+    except SafetensorError as error:
         raise InputError(f"{path}: truncated, or not a safetensors file ({error}); convert it again") from error
     if metadata.get("format") != FORMAT or "arch" not in metadata:
-        raise InputError(f"{path}: not written by convert_weights; {how_to_convert('ARCH', path)}")
+        raise InputError(
+            f"{path}: not written by convert_weights; if it is a released checkpoint, convert it: "
+            f"python -m convert_weights --arch=ARCH --source={shlex.quote(str(path))}"
+        )
     return metadata
 
 
@@ -144,9 +154,11 @@ def require_undamaged(path: Path) -> str:
     """Read the whole file; -> the sha256 of its data, which is the one that was noted when it was written.
 
     Raises:
-        InputError: as `read_metadata`; or the data are not those that were written.
+        InputError: as `read_metadata`; or the data are not those that were written, or nothing tells.
     """
-    noted = _read_metadata(path).get(CHECKSUM, "none")
+    noted = _read_metadata(path).get(CHECKSUM)
+    if noted is None:
+        raise InputError(f"{path}: holds no checksum of its data; convert it again")
     with path.open("rb", buffering=0) as file:
         file.seek(8 + int.from_bytes(file.read(8), "little"))
         found = hashlib.file_digest(file, "sha256").hexdigest()
@@ -168,6 +180,10 @@ def file_sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def how_to_convert(arch: str, path: Path) -> str:
-    """The command that makes a weights file."""
-    return f"make it with: python -m convert_weights --arch={arch} --source=<downloaded>.pth --output={path}"
+def how_to_convert(arch: str, output: Path) -> str:
+    """The command that makes a weights file, which is not there yet."""
+    # known by their names, for the tables of architectures import JAX
+    source = "--download" if arch.startswith(("dinov2_", "resnet")) else "--source=CHECKPOINT"
+    command = f"python -m convert_weights --arch={arch} {source} --output={shlex.quote(str(output))}"
+    gate = " (CHECKPOINT: what you download once you have accepted the licence at https://ai.meta.com/dinov3/)"
+    return f"make it with: {command}{gate if arch.startswith('dinov3_') else ''}"

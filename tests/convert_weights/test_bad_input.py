@@ -2,6 +2,7 @@
 
 import json
 import math
+import random
 import resource
 import shutil
 import subprocess
@@ -14,6 +15,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from convert_weights.checkpoint import checkpoint_sha256, open_checkpoint
+from jaxla.config import InputError
 from tests.convert_weights.command import (
     ROOT,
     convert,
@@ -30,6 +33,9 @@ from tests.convert_weights.shards import write_shards
 def saved(folder, state):
     torch.save(state, folder / "source.pth")
     return folder / "source.pth"
+
+
+MEND = "; download the released file again, or pass the --arch that it holds; --arch=list names them"
 
 
 # --- another architecture, and tensors that do not fit ---
@@ -58,7 +64,7 @@ def test_a_damaged_checkpoint_of_another_architecture_is_named_too(tmp_path):
     del state["norm.bias"]
     assert refuse_source(saved(tmp_path, state)).endswith(
         "looks like dinov2_vitb14 (authors' layout), not dinov2_vits14; but of dinov2_vitb14 too it lacks 1 of its 175 "
-        "tensors (norm.bias)"
+        "tensors (norm.bias); download the released file again, and pass --arch=dinov2_vitb14"
     )
 
 
@@ -66,7 +72,7 @@ def test_a_checkpoint_of_another_model_looks_like_none(tmp_path):
     source = saved(tmp_path, {f"features.{i}.weight": torch.zeros(3) for i in range(20)})
     assert refuse_source(source) == (
         f"{source}: not dinov2_vits14: it lacks 174 of its 175 tensors (cls_token, pos_embed, patch_embed.proj.weight, "
-        "…), has 20 too many (features.0.weight, features.1.weight, features.2.weight, …)"
+        f"…), has 20 too many (features.0.weight, features.1.weight, features.2.weight, …){MEND}"
     )
 
 
@@ -76,8 +82,29 @@ def test_missing_extra_and_misshapen_tensors_are_counted_and_named(tmp_path):
     source = saved(tmp_path, state)
     assert refuse_source(source) == (
         f"{source}: not dinov2_vits14: it lacks 2 of its 175 tensors (cls_token, blocks.3.mlp.fc1.bias), has 1 too "
-        "many (head.weight), has 1 of another shape (norm.weight: (383,), expected (384,))"
+        f"many (head.weight), has 1 of another shape (norm.weight: (383,), expected (384,)){MEND}"
     )
+
+
+@pytest.mark.parametrize(
+    ("arch", "dropped"),
+    [
+        ("resnet50", ["fc.bias"]),
+        ("resnet50", ["layer4.2.bn3.num_batches_tracked", "bn1.num_batches_tracked"]),
+        ("dinov3_vitl16", ["local_cls_norm.bias"]),
+    ],
+    ids=["classifier", "counters", "second norm"],
+)
+def test_what_may_be_lacking_is_lacking_whole(tmp_path, arch, dropped):
+    state = empty_state(arch)
+    if arch == "dinov3_vitl16":
+        state |= {f"local_cls_norm.{name}": torch.zeros(1024) for name in ("weight", "bias")}
+    for name in dropped:
+        del state[name]
+    source, count = saved(tmp_path, state), len(state) + len(dropped)
+    line = refuse_source(source, arch)
+    assert line.startswith(f"{source}: not {arch}: it lacks {len(dropped)} of its {count} tensors (")
+    assert not [name for name in dropped if name not in line]
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64, torch.int64], ids=str)
@@ -126,20 +153,26 @@ def test_numbers_that_are_not_finite_are_refused(tmp_path, value):
         bytes(64),
         b"{}",
         b'{"weight_map": {"norm.weight": "../elsewhere.bin"}}',
+        b'{"weight_map": {"norm.weight": ".."}}',
+        b'{"weight_map": {"norm.weight": "."}}',
+        b'{"weight_map": {"norm.weight": ""}}',
+        b'{"weight_map": ' + 100_000 * b"[",
         b"\x80\x02}q\x00.",
         b"PK\x03\x04" + bytes(64),
         (2**63).to_bytes(8, "little") + b'{"a":1}',
     ],
     ids=[
-        "html", "xml", "lfs", "text", "empty", "path", "png", "zeros", "json", "elsewhere", "empty pickle", "zip",
-        "header too long",
+        "html", "xml", "lfs", "text", "empty", "path", "png", "zeros", "json", "elsewhere", "folder above", "folder",
+        "no name", "deep json", "empty pickle", "zip", "header too long",
     ],
 )  # fmt: skip
 def test_something_that_is_no_checkpoint_is_refused(tmp_path, name, content):
     (tmp_path / name).write_bytes(content)
     line = refuse_source(tmp_path / name)
     assert line.startswith(f"{tmp_path / name}: ")
-    assert "again" in line or "lacks 174 of its 175 tensors" in line
+    assert "download" in line
+    assert "again" in line
+    assert "missing" not in line
 
 
 @pytest.mark.parametrize("length", [0x3C20, 0x7B20], ids=["like a web page", "like an index"])
@@ -188,6 +221,15 @@ def test_a_truncated_checkpoint_is_refused(tmp_path, kind, kept):
     assert "again" in line
 
 
+def test_what_kept_a_checkpoint_from_being_loaded_is_quoted(tmp_path):
+    source = tmp_path / "source.pth"
+    source.write_bytes(b"PK\x03\x04" + bytes(64))
+    line = refuse_source(source)
+    assert line.startswith(f"{source}: truncated, damaged or no checkpoint, unless memory or the disk failed (Pytorch")
+    assert "failed finding central directory" in line
+    assert line.endswith("); download it again")
+
+
 def test_a_flipped_bit_in_a_tensor_is_found(tmp_path):
     state = empty_state() | {"norm.weight": torch.arange(384.0)}
     source = saved(tmp_path, state)
@@ -197,6 +239,36 @@ def test_a_flipped_bit_in_a_tensor_is_found(tmp_path):
     line = refuse_source(source)
     assert line.startswith(f"{source}: damaged (source/data/")
     assert line.endswith("differs from its checksum); download it again")
+
+
+def test_a_flipped_bit_that_gives_a_tensor_the_numbers_of_another_is_found(tmp_path):
+    source = saved(tmp_path, empty_state())
+    content = bytearray(source.read_bytes())
+    content[content.index(b"X\x01\x00\x00\x004") + 5] ^= 1  # storage 4 -> 5
+    source.write_bytes(content)
+    line = refuse_source(source)
+    assert line == f"{source}: damaged (source/data.pkl differs from its checksum); download it again"
+
+
+def test_any_flipped_bit_is_refused_or_changes_nothing(tmp_path):
+    torch.manual_seed(0)
+    source = saved(tmp_path, {"a.weight": torch.rand(3, 2), "b.weight": torch.rand(3, 2), "n": torch.tensor(4)})
+
+    def read():
+        checkpoint = open_checkpoint(source)
+        checkpoint_sha256(checkpoint)
+        return {name: (*tensor[:2], tensor.read().tobytes()) for name, tensor in checkpoint.tensors.items()}
+
+    whole, expected, refused = source.read_bytes(), read(), 0
+    for bit in random.Random(0).sample(range(8 * len(whole)), 700):
+        damaged = bytearray(whole)
+        damaged[bit // 8] ^= 1 << bit % 8
+        source.write_bytes(damaged)
+        try:
+            assert read() == expected, bit
+        except InputError:
+            refused += 1
+    assert refused > 200  # the others were in padding, dates and the like
 
 
 def test_a_checkpoint_without_checksums_is_taken(tmp_path):
@@ -216,9 +288,21 @@ def test_the_key_under_which_a_state_dict_stands_is_named(tmp_path, key):
     assert f"something around one, which stands under {key!r}; save that alone: torch.save(" in line
 
 
-@pytest.mark.parametrize("content", [[torch.zeros(3)], {"epoch": 3}, {0: torch.zeros(3)}, torch.zeros(3)])
-def test_something_else_than_a_state_dict_is_refused(tmp_path, content):
-    assert "not a state dict (a mapping of names to tensors)" in refuse_source(saved(tmp_path, content))
+@pytest.mark.parametrize(
+    ("content", "what"),
+    [
+        ([torch.zeros(3)], " but a list"),
+        ({"epoch": 3}, ": has 'epoch'"),
+        ({0: torch.zeros(3), "norm.weight": torch.zeros(3)}, ": has 0"),
+        (torch.zeros(3), " but a Tensor"),
+    ],
+    ids=["list", "number", "key that is no name", "tensor"],
+)
+def test_something_else_than_a_state_dict_is_refused(tmp_path, content, what):
+    source = saved(tmp_path, content)
+    assert refuse_source(source) == (
+        f"{source}: not a state dict (a mapping of names to tensors){what}; give the file of weights that was released"
+    )
 
 
 def test_a_file_that_was_converted_already_is_refused(tmp_path):
@@ -246,12 +330,32 @@ def test_a_shard_that_lacks_what_the_index_places_in_it_is_named(tmp_path):
     shard_of = json.loads(index.read_text())["weight_map"]
     shard_of["pos_embed"] = shards[2].name
     index.write_text(json.dumps({"weight_map": shard_of}))
-    expected = f"{shards[1]}: has 1 that {index.name} does not name (pos_embed)"
+    expected = f"{shards[1]}: has 1 that {index.name} does not name (pos_embed); download both again"
     assert refuse_source(index) == expected
     del shard_of["pos_embed"], shard_of["cls_token"]
     shard_of["norm.extra"] = shards[0].name
     index.write_text(json.dumps({"weight_map": shard_of}))
-    assert refuse_source(index) == f"{shards[0]}: lacks 1 of what {index.name} places in it (norm.extra)"
+    assert refuse_source(index) == (
+        f"{shards[0]}: lacks 1 of what {index.name} places in it (norm.extra); download both again"
+    )
+
+
+def test_one_shard_alone_is_called_so(tmp_path):
+    _, shards = write_shards(tmp_path, empty_state())
+    line = refuse_source(shards[0])
+    assert "lacks 115 of its 175 tensors" in line
+    assert "; it is one of several shards: give the *.index.json that names them all, or pass" in line
+
+
+def test_an_index_that_cannot_be_read_is_named(tmp_path):
+    folder = tmp_path / "repository"
+    folder.mkdir()
+    index = folder / "model.safetensors.index.json"
+    index.symlink_to("../../blobs/0")
+    arguments = ("--arch=dinov2_vits14", f"--source={folder}", f"--output={tmp_path / 'o.safetensors'}")
+    assert refuse(tmp_path, *arguments) == (
+        f"{index}: cannot be read (No such file or directory); mend that, or download it again"
+    )
 
 
 def test_a_damaged_shard_is_named(tmp_path):
@@ -266,7 +370,14 @@ def test_a_folder_must_hold_one_checkpoint(tmp_path):
     (folder / "config.json").write_text("{}")
     arguments = ("--arch=dinov2_vits14", f"--source={folder}", f"--output={tmp_path / 'o.safetensors'}")
     assert refuse(tmp_path, *arguments).startswith(f"--source={folder}: holds no checkpoint (")
-    write_shards(folder, empty_state())
+    index, shards = write_shards(folder, empty_state())
+    named = index.read_text()
+    index.unlink()
+    assert refuse(tmp_path, *arguments) == (
+        f"--source={folder}: holds shards ({', '.join(shard.name for shard in shards)}) without their *.index.json; "
+        "download that too, or give one whole file"
+    )
+    index.write_text(named)
     torch.save(empty_state(), folder / "other.pth")
     line = refuse(tmp_path, *arguments)
     assert line == f"--source={folder}: holds 2 checkpoints (pytorch_model.bin.index.json, other.pth); give one"
@@ -279,7 +390,19 @@ def test_a_folder_must_hold_one_checkpoint(tmp_path):
 
 def test_a_source_that_does_not_exist_is_refused(tmp_path):
     source = tmp_path / "source.pth"
-    assert refuse_source(source) == f"--source={source}: no such file"
+    assert refuse_source(source) == f"--source={source}: no such file; give the checkpoint that you downloaded"
+
+
+def test_names_that_are_too_long_are_refused(tmp_path):
+    long = tmp_path / f"{300 * 'a'}.safetensors"
+    source = saved(tmp_path, {"norm.weight": torch.zeros(3)})
+    assert "no such file" in refuse(
+        tmp_path, "--arch=resnet50", f"--source={long}", f"--output={tmp_path / 'o.safetensors'}"
+    )
+    for output in (long, long / "o.safetensors"):
+        line = refuse(tmp_path, "--arch=resnet50", f"--source={source}", f"--output={output}")
+        assert line == f"--output={output}: cannot be written (File name too long); choose another"
+    assert "no such weights file" in refuse(tmp_path, "--verify", f"--output={long}")
 
 
 @pytest.mark.parametrize(
@@ -289,6 +412,10 @@ def test_a_source_that_does_not_exist_is_refused(tmp_path):
         (["--arch=dinov2_vits14"], "option --source is required to convert, or --download; --help describes both"),
         (["--source=x.pth"], "option --arch is required to convert; --arch=list names the architectures"),
         (["--arch=dinov2_vits14", "--source=x.pth", "--download"], "options --source and --download: give one of them"),
+        (
+            ["--verify", "--output=x.safetensors", "--force"],
+            "option --force goes with a conversion; --verify alone writes nothing",
+        ),
     ],
 )
 def test_options_that_lack_or_do_not_go_together_are_named(tmp_path, arguments, line):
@@ -320,6 +447,20 @@ def test_a_forced_output_is_kept_until_there_is_another(tmp_path):
     assert output.read_text() == "precious"
 
 
+def test_the_source_is_never_the_output(tmp_path):
+    source, link = tmp_path / "source.safetensors", tmp_path / "link.safetensors"
+    save_file({"norm.weight": torch.zeros(3)}, source)
+    link.symlink_to(source)
+    for given, output in [(source, source), (link, source), (source, link)]:
+        line = refuse(tmp_path, "--arch=resnet50", f"--source={given}", f"--output={output}", "--force")
+        assert line == f"--output={output}: is the source itself; choose another --output"
+
+    index = tmp_path / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": {"norm.weight": source.name}}))
+    line = refuse(tmp_path, "--arch=resnet50", f"--source={index}", f"--output={source}", "--force")
+    assert line == f"--output={source}: is the source itself; choose another --output"
+
+
 def test_an_output_that_cannot_be_written_is_refused(tmp_path):
     source = saved(tmp_path, empty_state())
     (tmp_path / "file").write_text("")
@@ -335,16 +476,34 @@ def test_an_output_that_cannot_be_written_is_refused(tmp_path):
         assert word in line
 
 
-def test_without_torch_the_way_to_install_it_is_named(tmp_path):
+@pytest.mark.parametrize(
+    ("torch_there", "line"),
+    [
+        (
+            "raise ModuleNotFoundError(\"No module named 'torch'\", name='torch')",
+            "conversion of PyTorch files needs torch: pip install 'jaxla[convert]'",
+        ),
+        (
+            "__version__ = '2.9.1'",
+            "torch 2.9.1 is too old to read untrusted files safely; pip install -U 'jaxla[convert]'",
+        ),
+        (
+            "raise ImportError('libc10.so: no such file')",
+            "torch is installed but cannot be imported (libc10.so: no such file); pip install --force-reinstall torch",
+        ),
+    ],
+    ids=["none", "too old", "broken"],
+)
+def test_without_a_torch_that_can_be_used_the_way_to_install_it_is_named(tmp_path, torch_there, line):
     source = saved(tmp_path, empty_state())
     blocked = tmp_path / "blocked" / "torch"
     blocked.mkdir(parents=True)
-    (blocked / "__init__.py").write_text("raise ModuleNotFoundError('No module named torch')")
+    (blocked / "__init__.py").write_text(torch_there)
 
     def run(*arguments):
         return convert(*arguments, PYTHONPATH=str(blocked.parent), PYTHONDONTWRITEBYTECODE="1")
 
-    assert refuse_source(source, run=run) == ("conversion of PyTorch files needs torch: pip install 'jaxla[convert]'")
+    assert refuse_source(source, run=run) == line
 
 
 # --- writing that comes to no end ---

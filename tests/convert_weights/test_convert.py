@@ -116,6 +116,31 @@ def test_an_output_is_replaced_by_force(tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out.safetensors", "source.pth"]
 
 
+def test_a_resnet_may_lack_its_classifier(tmp_path):
+    state = {name: tensor for name, tensor in empty_state("resnet50").items() if not name.startswith("fc.")}
+    torch.save(state, tmp_path / "source.pth")
+    printed = succeed(
+        "--arch=resnet50", f"--source={tmp_path / 'source.pth'}", f"--output={tmp_path / 'o.safetensors'}"
+    )
+    line = "source.pth: holds no classifier (fc.weight, fc.bias), nor will what --to-torch makes of it"
+    assert line in printed.splitlines()
+
+
+@pytest.mark.parametrize("sharded", [False, True], ids=["whole", "in shards"])
+def test_of_two_forms_in_one_folder_safetensors_is_taken(tmp_path, sharded):
+    folder = tmp_path / "dinov2-small"
+    folder.mkdir()
+    save_file({name: tensor.contiguous() for name, tensor in empty_state().items()}, folder / "model.safetensors")
+    if sharded:
+        write_shards(folder, empty_state())
+    else:
+        torch.save(empty_state(), folder / "pytorch_model.bin")
+    left = "pytorch_model.bin.index.json" if sharded else "pytorch_model.bin"
+    printed = succeed("--arch=dinov2_vits14", f"--source={folder}", f"--output={tmp_path / 'o.safetensors'}")
+    assert f"{folder}: took model.safetensors; {left} beside it was left" in printed.splitlines()
+    assert read_metadata(tmp_path / "o.safetensors")["source"] == "model.safetensors"
+
+
 def test_the_sha256_of_shards_is_that_of_their_sha256sums(tmp_path):
     index, shards = write_shards(tmp_path, empty_state())
     succeed("--arch=dinov2_vits14", f"--source={index}", f"--output={tmp_path / 'out.safetensors'}")

@@ -1,28 +1,42 @@
 """--download: transfers that break off, servers of every kind, files that are not the released ones. No network."""
 
 import hashlib
+import io
+import logging
+import shutil
+import ssl
+import subprocess
 import threading
-import urllib.request
+import time
+from concurrent.futures import ThreadPoolExecutor
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
+import torch
 
-from convert_weights.download import RELEASES, Release, StaySecure, download
+from convert_weights.__main__ import main
+from convert_weights.download import RELEASES, Release, download
 from jaxla.config import InputError
-from tests.convert_weights.command import refuse
+from jaxla.data.cache import clear_cache
+from tests.convert_weights.command import empty_state, read_weights, refuse, succeed
 
 CONTENT = bytes(range(256)) * 1200
 
 
 class Server:
-    """Serves CONTENT under any name, and notes which part of it each request asked for."""
+    """Serves its content under any name, and notes which part of it each request asked for."""
 
-    def __init__(self):
+    def __init__(self, certificate=None):
+        self.content = CONTENT
         self.knows_ranges = True
-        self.breaks_after = None  # bytes of the whole file
+        self.breaks_after = None  # bytes of the whole file, once
         self.status = 200
+        self.headers = {}  # in place of those that are right; None leaves one out
+        self.redirects = {}  # path -> URL
         self.asked = []
+        self.goes_on = threading.Event()
+        self.goes_on.set()
         server = self
 
         class Handler(BaseHTTPRequestHandler):
@@ -33,35 +47,86 @@ class Server:
                 pass
 
         self.http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self.url = f"http://127.0.0.1:{self.http.server_address[1]}/models/weights.pth"
-        threading.Thread(target=self.http.serve_forever, daemon=True).start()
+        if certificate:
+            context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+            context.load_cert_chain(certificate)
+            self.http.socket = context.wrap_socket(self.http.socket, server_side=True)
+        self.root = f"http{'s' if certificate else ''}://127.0.0.1:{self.http.server_address[1]}"
+        self.url = f"{self.root}/models/weights.pth"
+        threading.Thread(target=self.http.serve_forever, args=(0.02,), daemon=True).start()
 
     def answer(self, request):
+        if request.path in self.redirects:
+            request.send_response(302)
+            request.send_header("Location", self.redirects[request.path])
+            request.end_headers()
+            return
         asked = request.headers.get("Range")
         self.asked.append(asked)
+        assert self.goes_on.wait(60)
         begin = int(asked.removeprefix("bytes=").removesuffix("-")) if asked and self.knows_ranges else 0
-        if self.status != 200 or begin >= len(CONTENT):
+        size = len(self.content)
+        if self.status != 200 or begin >= size:
             request.send_error(416 if begin else self.status)
             return
         request.send_response(206 if begin else 200)
-        if begin:
-            request.send_header("Content-Range", f"bytes {begin}-{len(CONTENT) - 1}/{len(CONTENT)}")
-        request.send_header("Content-Length", str(len(CONTENT) - begin))
+        headers = {"Content-Range": f"bytes {begin}-{size - 1}/{size}" if begin else None}
+        for name, value in {**headers, "Content-Length": str(size - begin), **self.headers}.items():
+            if value is not None:
+                request.send_header(name, value)
         request.end_headers()
-        request.wfile.write(CONTENT[begin : self.breaks_after])
+        end, self.breaks_after = self.breaks_after, None
+        request.wfile.write(self.content[begin:end])
+
+    def wait_until_asked(self):
+        wait_until(lambda: self.asked)
+
+    def close(self):
+        self.goes_on.set()
+        self.http.shutdown()
+        self.http.server_close()
+
+
+def wait_until(holds):
+    deadline = time.monotonic() + 60
+    while not holds():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
 
 
 @pytest.fixture
 def server():
     server = Server()
     yield server
-    server.http.shutdown()
-    server.http.server_close()
+    server.close()
+
+
+@pytest.fixture
+def secure_server(tmp_path_factory, monkeypatch):
+    """One over HTTPS, whose certificate this process trusts."""
+    if not shutil.which("openssl"):
+        pytest.skip("needs the program openssl, to make a certificate")
+    file = tmp_path_factory.mktemp("tls") / "certificate.pem"
+    name = ["-subj", "/CN=127.0.0.1", "-addext", "subjectAltName=IP:127.0.0.1"]
+    command = ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", *name, "-keyout", file, "-out", "-"]
+    certificate = subprocess.run(command, check=True, capture_output=True).stdout
+    with file.open("ab") as pem:
+        pem.write(certificate)
+    monkeypatch.setenv("SSL_CERT_FILE", str(file))
+    server = Server(file)
+    yield server
+    server.close()
 
 
 @pytest.fixture
 def release(server):
     return Release(server.url, hashlib.sha256(CONTENT).hexdigest())
+
+
+@pytest.fixture
+def log(caplog):
+    caplog.set_level(logging.INFO, "jaxla")
+    return caplog
 
 
 def refusal(release, folder):
@@ -72,14 +137,15 @@ def refusal(release, folder):
 
 
 def contents(folder):
-    return {path.name: path.read_bytes() for path in folder.iterdir()}
+    """Without the locks, which are empty and stay after a refusal."""
+    return {path.name: path.read_bytes() for path in folder.iterdir() if path.suffix != ".lock"}
 
 
 def test_a_file_is_fetched_once(server, release, tmp_path):
     folder = tmp_path / "cache" / "downloads"
     assert download(release, folder) == folder / "weights.pth"
     assert download(release, folder) == folder / "weights.pth"
-    assert contents(folder) == {"weights.pth": CONTENT}
+    assert [path.name for path in folder.iterdir()] == ["weights.pth"]
     assert server.asked == [None]
 
 
@@ -88,17 +154,41 @@ def test_a_transfer_that_broke_off_goes_on_where_it_was(server, release, tmp_pat
     line = refusal(release, tmp_path)
     assert line.startswith(f"{server.url}: cannot be fetched (the connection broke off 0.2 MB before the end); run the")
     assert contents(tmp_path) == {"weights.pth.part": CONTENT[:100_000]}
-    server.breaks_after = None
     assert download(release, tmp_path).read_bytes() == CONTENT
     assert server.asked == [None, "bytes=100000-"]
     assert contents(tmp_path) == {"weights.pth": CONTENT}
 
 
-def test_a_server_that_knows_no_ranges_sends_all_of_it_again(server, release, tmp_path):
-    (tmp_path / "weights.pth.part").write_bytes(CONTENT[:100_000])
+def test_a_server_that_knows_no_ranges_sends_all_of_it_again(server, release, tmp_path, log):
+    part = tmp_path / "weights.pth.part"
+    part.write_bytes(CONTENT[:100_000])
     server.knows_ranges = False
     assert download(release, tmp_path).read_bytes() == CONTENT
     assert server.asked == ["bytes=100000-"]
+    said = f"{part}: the server cannot go on where the transfer broke off, and sends all of it again"
+    assert said in log.messages
+
+
+@pytest.mark.parametrize("have", [0, 100_000], ids=["whole", "resumed"])
+@pytest.mark.parametrize(
+    "headers",
+    [{"Content-Length": None}, {"Content-Length": "0.3 MB"}, {"Transfer-Encoding": "chunked"}],
+    ids=["none", "malformed", "chunked"],
+)
+def test_a_server_that_does_not_say_how_long_the_file_is_is_refused(server, release, tmp_path, headers, have):
+    (tmp_path / "weights.pth.part").write_bytes(CONTENT[:have])
+    server.headers = headers
+    line = refusal(release, tmp_path)
+    assert line.startswith(f"{server.url}: cannot be fetched (the server does not say how long the file is); run the")
+    assert contents(tmp_path) == {"weights.pth.part": CONTENT[:have]}
+
+
+@pytest.mark.parametrize("sent", ["bytes 0-307199/307200", "bytes 100000-307199/400000", None])
+def test_another_part_than_the_missing_one_is_never_appended(server, release, tmp_path, sent):
+    (tmp_path / "weights.pth.part").write_bytes(CONTENT[:100_000])
+    server.headers = {"Content-Range": sent}
+    assert "(the server sends another part of the file than the one that is missing)" in refusal(release, tmp_path)
+    assert contents(tmp_path) == {"weights.pth.part": CONTENT[:100_000]}
 
 
 def test_a_transfer_that_was_complete_is_only_checked(server, release, tmp_path):
@@ -125,6 +215,41 @@ def test_another_file_that_lies_there_is_named_and_kept(server, release, tmp_pat
     assert server.asked == []
 
 
+@pytest.mark.parametrize("name", ["weights.pth", "weights.pth.part", "weights.pth.lock"])
+def test_what_cannot_be_read_or_written_is_one_line(release, tmp_path, name):
+    (tmp_path / name).mkdir()
+    line = refusal(release, tmp_path)
+    assert line.startswith(f"{release.url}: cannot be fetched ([Errno 21] Is a directory: '{tmp_path / name}'); run ")
+
+
+def test_a_folder_that_is_a_file_is_one_line(release, tmp_path):
+    (tmp_path / "downloads").touch()
+    assert f"File exists: '{tmp_path / 'downloads'}'" in refusal(release, tmp_path / "downloads")
+
+
+@pytest.mark.parametrize(
+    ("breaks_after", "asked"), [(None, [None]), (100_000, [None, "bytes=100000-"])], ids=["whole", "broken off"]
+)
+def test_of_two_that_want_a_file_one_fetches_it(server, release, tmp_path, log, breaks_after, asked):
+    path = tmp_path / "weights.pth"
+    server.breaks_after = breaks_after
+    server.goes_on.clear()
+    with ThreadPoolExecutor(2) as threads:
+        first = threads.submit(download, release, tmp_path)
+        server.wait_until_asked()
+        second = threads.submit(download, release, tmp_path)
+        wait_until(lambda: f"{path}: another process is fetching it; waiting for it" in log.messages)
+        server.goes_on.set()
+    if breaks_after:
+        assert "the connection broke off" in str(first.exception())
+    else:
+        assert first.result() == path
+    assert second.result() == path
+    assert server.asked == asked
+    assert list(tmp_path.iterdir()) == [path]
+    assert path.read_bytes() == CONTENT
+
+
 @pytest.mark.parametrize(("status", "reason"), [(404, "Not Found"), (503, "Service Unavailable")])
 def test_a_server_that_refuses_is_quoted(server, release, tmp_path, status, reason):
     server.status = status
@@ -136,12 +261,14 @@ def test_a_server_that_refuses_is_quoted(server, release, tmp_path, status, reas
     assert contents(tmp_path) == {}
 
 
-def test_https_is_never_left():
-    request = urllib.request.Request("https://example.org/weights.pth")
-    follow = (None, 302, "Found", {})
-    with pytest.raises(OSError, match=r"redirects to http://example\.org/w, which is not HTTPS"):
-        StaySecure().redirect_request(request, *follow, "http://example.org/w")
-    assert StaySecure().redirect_request(request, *follow, "https://example.org/w").full_url == "https://example.org/w"
+def test_https_is_never_left(server, secure_server, release, tmp_path):
+    release = release._replace(url=f"{secure_server.root}/weights.pth")
+    secure_server.redirects["/weights.pth"] = f"{server.root}/w"
+    line = refusal(release, tmp_path)
+    assert f"cannot be fetched (it redirects to {server.root}/w, which is not HTTPS)" in line
+    assert server.asked == []
+    secure_server.redirects["/weights.pth"] = f"{secure_server.root}/w"
+    assert download(release, tmp_path).read_bytes() == CONTENT
 
 
 def test_every_release_is_known_by_its_sha256():
@@ -159,12 +286,51 @@ def test_every_release_is_known_by_its_sha256():
 # --- through the command ---
 
 
+def release_of(server, arch, monkeypatch, cache):
+    """What the server has is the release of that architecture, and `cache` the cache folder."""
+    monkeypatch.setitem(RELEASES, arch, Release(server.url, hashlib.sha256(server.content).hexdigest()))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(cache))
+
+
+def test_a_download_is_converted_and_fetched_only_once(server, tmp_path, monkeypatch):
+    file = io.BytesIO()
+    torch.save(empty_state("dinov2_vits14"), file)
+    server.content = file.getvalue()
+    release_of(server, "dinov2_vits14", monkeypatch, tmp_path)
+    output = tmp_path / "jaxla" / "weights" / "dinov2_vits14.safetensors"
+    said = succeed("--arch=dinov2_vits14", "--download")
+    assert f"fetching {server.url} into {tmp_path / 'jaxla' / 'downloads'}\n" in said
+    assert f"{output}: dinov2_vits14 from weights.pth, sha256 of its data " in said
+    assert read_weights(output)[1]["source_sha256"] == RELEASES["dinov2_vits14"].sha256
+    assert contents(tmp_path / "jaxla" / "downloads") == {"weights.pth": server.content}
+    assert list((tmp_path / "jaxla" / "in-use").iterdir()) == []
+    again = succeed("--arch=dinov2_vits14", "--download", "--force")
+    assert f"{tmp_path / 'jaxla' / 'downloads' / 'weights.pth'}: is there already\n" in again
+    assert server.asked == [None]
+
+
+def test_what_is_being_fetched_is_not_cleared_from_the_cache(server, tmp_path, monkeypatch):
+    release_of(server, "dinov2_vits14", monkeypatch, tmp_path)
+    server.goes_on.clear()
+    server.status = 503
+    with ThreadPoolExecutor(1) as thread:
+        running = thread.submit(main, ["--arch=dinov2_vits14", "--download"])
+        server.wait_until_asked()
+        with pytest.raises(InputError, match="uses it; clear it when that run has ended"):
+            clear_cache(tmp_path / "jaxla", "downloads")
+        server.goes_on.set()
+    assert "Service Unavailable" in str(running.exception())
+    assert clear_cache(tmp_path / "jaxla", "downloads") == []
+
+
 def test_without_network_the_command_says_where_to_put_the_file(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setenv("https_proxy", "http://127.0.0.1:9")
     url = "https://dl.fbaipublicfiles.com/dinov2/dinov2_vits14/dinov2_vits14_reg4_pretrain.pth"
     place = tmp_path / "jaxla" / "downloads" / "dinov2_vits14_reg4_pretrain.pth"
     place.parent.mkdir(parents=True)
+    place.with_name(f"{place.name}.lock").touch()
+    (tmp_path / "jaxla" / "in-use").mkdir()
     assert refuse(tmp_path, "--arch=dinov2_vits14_reg", "--download") == (
         f"{url}: cannot be fetched ([Errno 111] Connection refused); run the command again to go on, or fetch the file "
         f"elsewhere and put it at {place} for the same command to find"

@@ -54,7 +54,7 @@ def test_dinov3_gives_the_tokens_of_transformers(dinov3):
         theirs = model(torch.from_numpy(image.transpose(0, 3, 1, 2))).last_hidden_state[0].numpy()
     ours = load_backbone(output)(image)
     ours = np.concatenate([ours.cls, ours.registers[0], ours.patches.reshape(-1, 384)])
-    np.testing.assert_allclose(ours, theirs, rtol=0, atol=1e-4)
+    np.testing.assert_allclose(ours, theirs, rtol=0, atol=1e-5)  # measured: 3.6e-6
 
 
 def test_what_dinov3_lacks_there_is_computed(dinov3):
@@ -84,7 +84,7 @@ def test_a_checkpoint_with_a_classifier_is_refused(dinov3, tmp_path):
     state = {f"model.{name}": tensor for name, tensor in load_file(dinov3[1] / "model.safetensors").items()}
     save_file(state | {"classifier.weight": torch.zeros(7, 384)}, tmp_path / "source.safetensors")
     line = refuse_source(tmp_path / "source.safetensors", "dinov3_vits_plus16")
-    assert line.endswith("not dinov3_vits_plus16: it has 1 too many (classifier.weight)")
+    assert "not dinov3_vits_plus16: it has 1 too many (classifier.weight); download" in line
 
 
 def test_the_other_family_is_named(dinov3, tmp_path):

@@ -151,6 +151,12 @@ def test_an_output_that_exists_is_kept(mini):
     assert line == f"{back}: exists already; choose another --output, or replace it with --force"
 
 
+def test_the_source_is_never_the_output(tmp_path):
+    source = write_ours(tmp_path / "source.pth", "dinov2_vits14")
+    line = refuse(tmp_path, "--to-torch", f"--source={source}", f"--output={source}", "--force")
+    assert line == f"--output={source}: is the source itself; choose another --output"
+
+
 def test_a_converted_file_that_was_damaged_is_not_converted_back(tmp_path):
     ours, back = write_ours(tmp_path / "ours.safetensors", "dinov2_vits14"), tmp_path / "back.pth"
     with ours.open("r+b") as file:

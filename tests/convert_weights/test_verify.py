@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from safetensors.numpy import save_file
 
 from tests.convert_weights.command import empty_state, read_weights, refuse, succeed, write_ours
 
@@ -46,6 +47,15 @@ def test_weights_that_overflow_are_refused(tmp_path):
 def test_another_architecture_than_asked_for_is_refused(mini):
     line = refuse(mini.parent, "--verify", f"--output={mini}", "--arch=dinov2_vits14")
     assert line == f"{mini}: holds vit_mini8, not dinov2_vits14; leave --arch out"
+    assert "verified" in succeed("--verify", f"--output={mini}", "--arch=vit_mini8")  # though nobody released it
+
+
+def test_a_file_without_a_checksum_is_refused(mini):
+    arrays, metadata = read_weights(mini)
+    del metadata["data_sha256"]
+    save_file(arrays, mini, metadata)
+    line = refuse(mini.parent, "--verify", f"--output={mini}")
+    assert line == f"{mini}: holds no checksum of its data; convert it again"
 
 
 def test_verifying_needs_a_file(tmp_path, monkeypatch):

@@ -10,7 +10,7 @@ import jaxla
 from jaxla import InputError
 from jaxla.models.backbones import VARIANTS, build_backbone
 from jaxla.models.weights import load_into, parameter_shapes, weights_file
-from jaxla.models.weights_format import read_metadata, save_weights
+from jaxla.models.weights_format import read_metadata, replacing, save_weights
 from tests.tiny import flat_arrays, tiny_backbone
 
 METADATA = {
@@ -89,6 +89,17 @@ def test_a_folder_that_cannot_be_written_is_named(mini, tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["file"]
 
 
+def test_two_writers_of_one_file_do_not_meet(tmp_path):
+    path = tmp_path / "x"
+    with replacing(path) as first:
+        first.write(b"first")
+        with replacing(path) as second:
+            second.write(b"second")
+        assert path.read_bytes() == b"second"
+    assert path.read_bytes() == b"first"
+    assert [p.name for p in tmp_path.iterdir()] == ["x"]
+
+
 # --- files that do not fit ---
 
 
@@ -109,10 +120,18 @@ def test_a_parameter_of_wrong_shape_is_named_with_both_shapes(mini_file):
     refusal(lambda: jaxla.load_backbone(mini_file), mini_file, "pos_cls", "(1, 128)", "(128,)")
 
 
+@pytest.mark.parametrize(("dtype", "name"), [(np.float16, "F16"), (np.float64, "F64")])
+def test_a_parameter_of_another_dtype_is_named(mini_file, dtype, name):
+    rewritten(mini_file, lambda arrays: arrays.update(pos_cls=arrays["pos_cls"].astype(dtype)))
+    message = refusal(lambda: jaxla.load_backbone(mini_file))
+    assert message == f"{mini_file}: pos_cls is {name}, not F32 as it was written; convert it again"
+
+
 def test_another_architecture_than_asked_for_is_refused(mini_file):
     abstract = nnx.eval_shape(lambda: build_backbone("dinov2_vits14", rngs=nnx.Rngs(0)))
     message = refusal(
-        lambda: load_into(abstract, mini_file, "dinov2_vits14"), mini_file, "vit_mini8", "not dinov2_vits14"
+        lambda: load_into(abstract, mini_file, "dinov2_vits14"),
+        f"{mini_file}: holds vit_mini8, not dinov2_vits14; pass --model.arch=vit_mini8, or a file of dinov2_vits14",
     )
     assert message == refusal(lambda: weights_file("dinov2_vits14", str(mini_file)))
 
@@ -139,12 +158,20 @@ def test_a_foreign_safetensors_file_is_refused(mini, tmp_path):
     path = tmp_path / "foreign.safetensors"
     for metadata in (None, {"format": "pt"}):
         save_file(flat_arrays(mini), path, metadata=metadata)
-        refusal(lambda: jaxla.load_backbone(path), path, "not written by convert_weights")
+        message = refusal(lambda: jaxla.load_backbone(path))
+        assert message == (
+            f"{path}: not written by convert_weights; if it is a released checkpoint, convert it: python -m "
+            f"convert_weights --arch=ARCH --source={path}"
+        )
 
 
 def test_a_file_that_does_not_exist_is_refused_with_the_command_that_makes_it(tmp_path):
-    path = tmp_path / "none.safetensors"
-    refusal(lambda: jaxla.load_backbone(path), path, "no such weights file", "python -m convert_weights")
+    for path in (tmp_path / "none.safetensors", tmp_path / f"{300 * 'a'}.safetensors"):
+        refusal(
+            lambda path=path: jaxla.load_backbone(path),
+            f"{path}: no such weights file; make it with: python -m convert_weights --arch=ARCH --source=CHECKPOINT "
+            f"--output={path}",
+        )
     refusal(lambda: jaxla.load_backbone(tmp_path), tmp_path, "is a folder; give the .safetensors file in it")
 
 
@@ -156,8 +183,7 @@ def test_default_weights_lie_in_the_cache_folder(mini, tmp_path):
     refusal(
         lambda: weights_file("dinov2_vitb14", "", tmp_path),
         f"looked for {path}",
-        "python -m convert_weights --arch=dinov2_vitb14",
-        f"--output={path}",
+        f"python -m convert_weights --arch=dinov2_vitb14 --download --output={path}, or",
         "--model.weights=FILE",
         "--model.weights=random",
     )
@@ -166,8 +192,23 @@ def test_default_weights_lie_in_the_cache_folder(mini, tmp_path):
     assert weights_file("vit_mini8", "", tmp_path) == path
 
 
+def test_what_is_never_downloaded_names_its_licence(tmp_path):
+    path = tmp_path / "the weights" / "dinov3_vitb16.safetensors"
+    refusal(
+        lambda: weights_file("dinov3_vitb16", str(path)),
+        f"--arch=dinov3_vitb16 --source=CHECKPOINT --output='{path}' (CHECKPOINT: what you download once you have "
+        "accepted the licence at https://ai.meta.com/dinov3/), or pass --model.weights=FILE",
+    )
+
+
 def test_an_architecture_without_released_weights_says_so(tmp_path):
-    refusal(lambda: weights_file("vit_mini8", "", tmp_path), "vit_mini8", "released", "--model.weights=random")
+    for weights in ("", str(tmp_path / "mine.safetensors")):
+        message = refusal(
+            lambda weights=weights: weights_file("vit_mini8", weights, tmp_path),
+            "weights of vit_mini8 are missing",
+            "none were released: pass --model.weights=FILE, or --model.weights=random",
+        )
+        assert "convert_weights" not in message
 
 
 def test_a_pretrained_method_without_its_weights_is_never_started_from_random(monkeypatch, tmp_path):
