@@ -5,8 +5,9 @@ Both run in this process, in turn, on the same device and the same synthetic wei
 through `torch.compile`, and with the share of the measured peak of matrix multiplication that this package reaches.
 Before anything is timed the patch tokens of both are compared.
 
-Prints JSON: seconds of a call (median and fastest), images per second, and PyTorch's median over this package's. A
-pause before each call lets the threads of the other side fall asleep; without it they would take its cores.
+Prints JSON: seconds of a call (median and fastest), images per second, PyTorch's median over this package's (above 1
+this package is the faster one), and the memory that its compiled program needs, parameters included. A pause before
+each call lets the threads of the other side fall asleep; without it they would take its cores.
 """
 
 import datetime
@@ -41,10 +42,10 @@ PEAK_SIDE = 8192  # of the square matrices whose product measures the peak
 
 def main(arguments):
     parser = command_parser("benchmarks.backbone", "A backbone's forward pass beside PyTorch's.")
-    parser.add_argument("--arch", type=str, default="dinov2_vitb14")
+    parser.add_argument("--arch", type=str, default="dinov2_vitb14", help="of a vision transformer")
     parser.add_argument("--size", type=int, default=448, help="side of the square image in pixels")
-    parser.add_argument("--batch", type=int, default=1)
-    parser.add_argument("--repeats", type=int, default=9)
+    parser.add_argument("--batch", type=int, default=1, help="images in a call")
+    parser.add_argument("--repeats", type=int, default=9, help="calls of each, of which the median is taken")
     parser.add_argument("--output", type=str, help="write the JSON there too")
     options = parse_arguments(parser, arguments)
     arch = architecture("--arch", options.arch)

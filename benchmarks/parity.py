@@ -28,7 +28,10 @@ from tests.golden.fake_weights import fake_image
 from tests.golden.live import live_model, live_tokens
 
 SMALL = 768  # the widest of the architectures that run at full size within minutes on a CPU
-COLUMNS = ("architecture", "pixels", "reference", "max abs", "relative L2", "floor: max abs", "floor: relative L2")
+FLOOR = "PyTorch's own float32"
+COLUMNS = (
+    "architecture", "image", "reference", "max abs", "relative L2", f"{FLOOR}: max abs", f"{FLOOR}: relative L2",
+)  # fmt: skip
 COSINE = "bfloat16 cosine"
 
 

@@ -273,6 +273,11 @@ def parse_experiment(
         raise InputError(f"option --exp is required; --exp=list describes them: {', '.join(experiments)}")
     experiment = lookup("experiment", named.exp, experiments)
     if named.method is not None:
+        if named.method not in methods and (named.method.startswith("dinov3_") or named.method.endswith("_reg")):
+            raise InputError(
+                f"method {named.method!r} is unknown; a backbone is given to any method as "
+                f"--model.arch={named.method}; methods: {', '.join(methods)}"
+            )
         experiment = with_method(experiment, lookup("method", named.method, methods))
 
     summary = f"{experiment.name}: {experiment.summary}; method {experiment.method}. Options and their values:"

@@ -67,7 +67,7 @@ def _describe_run(folder: Path) -> dict[str, str]:
         "data": f"{experiment.data.root}; " + ", ".join(f"{len(ids)} {part}" for part, ids in split.items()),
         "classes": record.labels.describe(),
         "backbone": f"{model.arch}, {model.backbone}, "
-        + ("random weights" if weights == "random" else f"{weights} (sha256 {record.weights_sha256[:12]}…)"),
+        + ("random weights" if weights == "random" else f"{weights} (data sha256 {record.weights_sha256[:12]}…)"),
         "decoder": model.decoder,
         "input": f"{experiment.preprocessing.image_size} × {experiment.preprocessing.image_size} pixels",
         "seed": str(experiment.seed),

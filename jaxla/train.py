@@ -62,12 +62,13 @@ def main(arguments: list[str]) -> None:
 
     from jaxla.data.cache import in_use
     from jaxla.models.weights import weights_file
-    from jaxla.models.weights_format import file_sha256
+    from jaxla.models.weights_format import require_undamaged
     from jaxla.pipeline import run
 
-    weights = None
+    weights_sha256 = ""
     if experiment.model.weights != "random":
         weights = weights_file(experiment.model.arch, experiment.model.weights, cache_dir).absolute()
+        weights_sha256 = require_undamaged(weights)
         experiment = replace(experiment, model=replace(experiment.model, weights=str(weights)))
     else:
         log.info("%s: no pretrained weights are used", run.describe_backbone(experiment))
@@ -83,7 +84,7 @@ def main(arguments: list[str]) -> None:
             experiment=experiment,
             labels=data.dataset.labels,
             weights=experiment.model.weights,
-            weights_sha256=file_sha256(weights) if weights else "",
+            weights_sha256=weights_sha256,
             split_sha256=data.split.sha256,
             data_sha256=data.sha256,
             command=shlex.join(["python", "-m", "jaxla.train", *arguments]),
@@ -124,7 +125,7 @@ def note(log_file: logging.Handler, message: str) -> None:
 
 
 def checked(experiment: Experiment) -> Experiment:
-    """The experiment, its architecture in this package's spelling.
+    """The experiment, its architecture in this package's spelling, and named beside the method if it is not its own.
 
     Raises:
         InputError: values that no run can work with.
@@ -162,7 +163,9 @@ def checked(experiment: Experiment) -> Experiment:
             f"option --preprocessing.image_size={size} must be a multiple of the patch size {patch}, "
             f"such as {max(1, round(size / patch)) * patch}"
         )
-    return replace(experiment, model=replace(experiment.model, arch=arch))
+    own = METHODS[experiment.method].model.arch == arch
+    method = experiment.method if own else f"{experiment.method} with {arch}"
+    return replace(experiment, method=method, model=replace(experiment.model, arch=arch))
 
 
 def list_experiments() -> str:

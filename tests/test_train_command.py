@@ -152,11 +152,11 @@ def cache_with_vits14(tmp_path_factory):
     return folder / "cache"
 
 
-def one_patient_one_epoch(run, phantoms, cache, *options):
-    run_command(
+def one_patient_one_epoch(run, phantoms, cache, *options, check=True):
+    return run_command(
         "jaxla.train", "--exp=fewshot_1patient", "--method=dinov2_vits14", f"--data.root={phantoms}",
         f"--run-dir={run}", f"--cache-dir={cache}", "--preprocessing.image_size=56", "--training.epochs=1",
-        "--training.batch_size=8", "--model.decoder_widths=[16,8]", *options,
+        "--training.batch_size=8", "--model.decoder_widths=[16,8]", *options, check=check,
     )  # fmt: skip
 
 
@@ -182,7 +182,7 @@ def test_a_frozen_random_backbone_is_in_the_checkpoint(phantoms, tmp_path):
 
 
 def test_a_frozen_pretrained_backbone_is_used_and_its_file_must_stay(phantoms, cache_with_vits14, tmp_path):
-    """Paper 1's method on synthetic weights: converted, trained upon, loaded again, and refused once changed."""
+    """Paper 1's method on synthetic weights: converted, trained upon, loaded again, and refused once damaged."""
     run = tmp_path / "run"
     shutil.copytree(cache_with_vits14, tmp_path / "cache")
     weights = tmp_path / "cache" / "weights" / "dinov2_vits14.safetensors"
@@ -192,8 +192,21 @@ def test_a_frozen_pretrained_backbone_is_used_and_its_file_must_stay(phantoms, c
     assert record["weights"] == str(weights)
     assert np.array_equal(kernels_of(jaxla.load_network(run).backbone), kernels_of(jaxla.load_backbone(weights)))
 
-    weights.write_bytes(weights.read_bytes()[:-4] + b"\0\0\0\0")
-    with pytest.raises(jaxla.InputError, match="has changed"):
+    # the same numbers from a file of another name are the same weights
+    renamed = shutil.copy(cache_with_vits14.parent / "vits14.safetensors", tmp_path / "renamed.safetensors")
+    before = weights.read_bytes()
+    run_command("convert_weights", "--arch=dinov2_vits14", f"--source={renamed}", f"--output={weights}", "--force")
+    assert weights.read_bytes() != before
+    jaxla.load_network(run)
+
+    weights.write_bytes(before[:-4] + b"\0\0\0\0")
+    with pytest.raises(jaxla.InputError, match=r"dinov2_vits14\.safetensors: damaged: the sha256 of its data is"):
+        jaxla.load_network(run)
+    refused = one_patient_one_epoch(tmp_path / "other", phantoms, tmp_path / "cache", check=False)
+    assert (refused.returncode, (tmp_path / "other").exists()) == (2, False)
+    assert refused.stderr.startswith(f"error: {weights}: damaged: the sha256 of its data is")
+    weights.unlink()
+    with pytest.raises(jaxla.InputError, match="is gone or another one; put it back as"):
         jaxla.load_network(run)
 
 

@@ -11,7 +11,7 @@ from flax import nnx
 from jaxla.config import InputError, default_cache_dir
 from jaxla.models.network import build_network
 from jaxla.models.weights import parameters_sha256
-from jaxla.models.weights_format import file_sha256
+from jaxla.models.weights_format import require_undamaged
 from jaxla.training.checkpoints import Checkpoints, checkpoint_steps
 from jaxla.training.loop import checkpointed
 from jaxla.training.run_folder import BACKBONE, Record, read_record
@@ -57,15 +57,15 @@ def load_run(folder: str | Path) -> TrainedNetwork:
 
 
 def _frozen_weights(folder: Path, record: Record) -> Path:
-    """The backbone's file: where it was at training, or in this machine's cache folder; known by its sha256."""
+    """The backbone's file: where it was at training, or in this machine's cache folder; known by its data's sha256."""
     if record.weights == "random":
         return folder / BACKBONE
     arch = record.experiment.model.arch
-    candidates = (Path(record.weights), default_cache_dir() / "weights" / f"{arch}.safetensors")
+    candidates = dict.fromkeys((Path(record.weights), default_cache_dir() / "weights" / f"{arch}.safetensors"))
     for path in candidates:
-        if path.is_file() and file_sha256(path) == record.weights_sha256:
+        if path.is_file() and require_undamaged(path) == record.weights_sha256:
             return path
     raise InputError(
-        f"{folder}: was trained on a frozen backbone (sha256 {record.weights_sha256[:12]}…) whose file is gone or has "
-        f"changed; put it back as {' or '.join(map(str, candidates))}"
+        f"{folder}: was trained on a frozen backbone whose file (sha256 of its data {record.weights_sha256[:12]}…) is "
+        f"gone or another one; put it back as {' or '.join(map(str, candidates))}"
     )

@@ -38,7 +38,7 @@ BACKBONE = "backbone.safetensors"  # of a run on a frozen backbone of random wei
 SPLIT = "split.json"
 FIRST_FILES = (LOCK, SPLIT, CASES, f".{RECORD}")  # what a run that was killed before it began may have left
 REPORT = "report.html"  # written last: a run that has it is finished
-VERSION = 2
+VERSION = 3
 PACKAGES = (
     "jaxla",
     "jax",
@@ -63,7 +63,7 @@ class Record:
         experiment: with every option resolved.
         labels: classes of the data set.
         weights: the backbone's origin: `random`, or the file's path.
-        weights_sha256: of that file; of a random backbone that stays frozen, of its parameters; else empty.
+        weights_sha256: of that file's data; of a random backbone that stays frozen, of its parameters; else empty.
         split_sha256: of the case ids in `split.json`.
         data_sha256: of the scans and masks of all cases.
         command: that started the run.
@@ -228,8 +228,8 @@ def _require_same_run(folder: Path, begun: Record, record: Record, split: Split,
         )
     if record.weights != "random" and begun.weights_sha256 != record.weights_sha256:
         raise InputError(
-            f"--resume: {record.weights} (sha256 {record.weights_sha256[:12]}…) is not the file that the run in "
-            f"{folder} was begun with (sha256 {begun.weights_sha256[:12]}…); put that one back, or start a new run"
+            f"--resume: {record.weights} (sha256 of its data {record.weights_sha256[:12]}…) is not the file that the "
+            f"run in {folder} was begun with ({begun.weights_sha256[:12]}…); put that one back, or start a new run"
         )
     if begun.environment["device"] != record.environment["device"]:
         log.warning(
