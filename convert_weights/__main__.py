@@ -54,26 +54,30 @@ def _print_architectures() -> None:
     from convert_weights.architectures import RELEASED
     from convert_weights.download import RELEASES
     from jaxla.models import resnet
+    from jaxla.models.dinov3 import HUB_SPELLINGS
 
+    spellings = {arch: f"; also spelt {spelling}" for spelling, arch in HUB_SPELLINGS.items()}
     for arch, variant in RELEASED.items():
         is_resnet = isinstance(variant, resnet.Variant)
         size = f"{sum(variant.blocks)} blocks" if is_resnet else f"width {variant.width}, {variant.depth} blocks"
         got = "--download fetches them" if arch in RELEASES else "download them yourself and pass --source"
-        print(f"{arch}: {size}, weights under {variant.licence}, {got}")
+        print(f"{arch}: {size}, weights under {variant.licence}, {got}{spellings.get(arch, '')}")
 
 
 def _convert(options: Namespace) -> None:
     if options.source and options.download:
         raise InputError("options --source and --download: give one of them")
     if not options.arch:
-        raise InputError("option --arch is required to convert; --arch=list names the architectures")
+        verify = "; to verify a converted file, give it as --output" if options.verify and options.source else ""
+        raise InputError(f"option --arch is required to convert; --arch=list names the architectures{verify}")
     arch = _released(options.arch)
-    output = Path(options.output) if options.output else _default_output(arch)
-    _require_free(output, ".safetensors", options.force)
-
+    from convert_weights.checkpoint import find_checkpoint
     from convert_weights.convert import convert
 
-    print(convert(arch, _downloaded(arch) if options.download else Path(options.source), output))
+    source = find_checkpoint(options.source) if options.source else None
+    output = Path(options.output) if options.output else _default_output(arch)
+    _require_free(output, ".safetensors", options.force)
+    print(convert(arch, source or _downloaded(arch), output))
     if options.verify:
         _print_verified(output)
 
@@ -86,7 +90,7 @@ def _downloaded(arch: str) -> Path:
 
     if arch in dinov3.VARIANTS:
         raise InputError(f"--download: {DINOV3_GATE}")
-    require_torch()  # all of them are PyTorch files
+    require_torch("option --download")  # all of them are PyTorch files
     cache_dir = default_cache_dir()
     with in_use(cache_dir):
         return download(RELEASES[arch], cache_dir / "downloads")
@@ -103,7 +107,7 @@ def _convert_back(options: Namespace) -> None:
 
     from convert_weights.pytorch import to_pytorch
 
-    print(f"{output}: {arch} from {source.name}, {to_pytorch(source, output)} tensors in their authors' format")
+    print(f"{output}: {arch} from {source}, {to_pytorch(source, output)} tensors as their authors' state dict")
 
 
 def _verify(options: Namespace) -> None:

@@ -66,6 +66,7 @@ def account_for(checkpoint: Checkpoint, arch: str) -> tuple[dict[str, Tensor], s
         return dict(of_authors), asked.layout
     if not best.faults():
         raise InputError(f"{checkpoint.path}: holds {best.arch} ({best.layout}), not {arch}; pass --arch={best.arch}")
+    _require_no_prefix(checkpoint)
     if SHARD.search(checkpoint.path.name):
         mend = "it is one of several shards: give the *.index.json that names them all"
     else:
@@ -79,6 +80,20 @@ def account_for(checkpoint: Checkpoint, arch: str) -> tuple[dict[str, Tensor], s
         f"{checkpoint.path}: not {arch}: it {_describe(asked)}; {mend}, or pass the --arch that it holds; --arch=list "
         "names them"
     )
+
+
+def _require_no_prefix(checkpoint: Checkpoint) -> None:
+    """Raise an InputError if only what all names begin with, as `backbone.`, keeps the tensors from fitting."""
+    first = next(iter(checkpoint.tensors), "")
+    starts = [first[: i + 1] for i, letter in enumerate(first) if letter == "."]
+    prefix = max((start for start in starts if all(name.startswith(start) for name in checkpoint.tensors)), default="")
+    tensors = {name.removeprefix(prefix): tensor for name, tensor in checkpoint.tensors.items()}
+    best = min(_readings(checkpoint._replace(tensors=tensors)), key=Reading.faults)
+    if not best.faults():
+        raise InputError(
+            f"{checkpoint.path}: holds {best.arch} ({best.layout}), but all names begin with {prefix!r}; save its "
+            f"state dict without that: {{name.removeprefix({prefix!r}): tensor for name, tensor in state.items()}}"
+        )
 
 
 def _readings(checkpoint: Checkpoint) -> Iterator[Reading]:

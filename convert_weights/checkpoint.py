@@ -38,6 +38,10 @@ log = logging.getLogger("jaxla.convert_weights")
 SHARD = re.compile(r"-\d+-of-(?!0*1\.)\d+\.")
 
 
+# What every repository of Hugging Face calls its weights; in shards, what comes before .index.json.
+HUGGING_FACE_FILES = ["model.safetensors", "pytorch_model.bin"]
+
+
 class Tensor(NamedTuple):
     """One tensor of a checkpoint; `read()` gives its numbers, bfloat16 as the float32 that are equal to them."""
 
@@ -61,13 +65,26 @@ def open_checkpoint(path: Path) -> Checkpoint:
         InputError: no such file; damaged, incomplete or no checkpoint; a pickle that would need code to be run; or
             torch is not installed and the file needs it.
     """
-    if os.path.isdir(path):  # Path.is_dir raises where a name is too long or a folder may not be read
-        path = _checkpoint_in(path)
-    if not os.path.isfile(path):
-        raise InputError(f"--source={path}: no such file; give the checkpoint that you downloaded")
+    path = find_checkpoint(path)
     if _kind(path) == "index":
         return _open_shards(path)
     return Checkpoint(path, (path,), _open_file(path))
+
+
+def find_checkpoint(given: str | Path) -> Path:
+    """The file, or the index of the files, that --source means.
+
+    Raises:
+        InputError: there is none, or the folder does not hold just one.
+    """
+    if os.path.isdir(given):  # Path.is_dir raises where a name is too long or a folder may not be read
+        return _checkpoint_in(Path(given))
+    if not os.path.isfile(given):
+        raise InputError(  # as it was given: a Path would take a slash from a URL
+            f"--source={given}: no such file; give a file or folder on this machine, such as the checkpoint that you "
+            "downloaded"
+        )
+    return Path(given)
 
 
 def checkpoint_sha256(checkpoint: Checkpoint) -> str:
@@ -112,7 +129,7 @@ def _checkpoint_in(folder: Path) -> Path:
             f"--source={folder}: holds shards ({some(shards)}) without their *.index.json; download that too, or give "
             "one whole file"
         )
-    if sorted(path.name.removesuffix(".index.json") for path in found) == ["model.safetensors", "pytorch_model.bin"]:
+    if sorted(path.name.removesuffix(".index.json") for path in found) == HUGGING_FACE_FILES:
         taken, left = sorted(found)  # two forms of the same weights, as Hugging Face's repositories may have them
         log.info("%s: took %s; %s beside it was left", folder, taken.name, left.name)
         return taken
@@ -195,8 +212,9 @@ def _unreadable(path: Path, error: OSError) -> InputError:
 
 
 def _cause(error: Exception) -> str:
-    """The first line of what an exception says; what it is, where it says nothing."""
-    return next(iter(str(error).strip().splitlines()), type(error).__name__)
+    """The first sentence of what an exception says; what it is, where it says nothing."""
+    line = next(iter(str(error).strip().splitlines()), type(error).__name__)
+    return line.split(". ")[0]
 
 
 # --- safetensors -----------------------------------------------------------------------------------------------------
@@ -220,7 +238,10 @@ def _open_safetensors(path: Path) -> dict[str, Tensor]:
     except (SafetensorError, OSError) as error:
         raise InputError(f"{path}: truncated or damaged ({error}); download it again") from error
     if metadata.get("format") == FORMAT:
-        raise InputError(f"{path}: converted already; load_backbone reads it, and --to-torch converts it back")
+        raise InputError(
+            f"{path}: converted already; load_backbone reads it, --to-torch converts it back, and --verify checks it "
+            "as --output"
+        )
     return tensors
 
 
@@ -245,10 +266,14 @@ def _finite(path: Path, name: str, array: np.ndarray) -> np.ndarray:
 RELEASED_ONE = "give the file of weights that was released"
 
 OLDEST_TORCH = (2, 10)  # before it a file can corrupt memory in spite of weights_only=True (CVE-2026-24747)
+INSTALL_TORCH = "pip install 'torch>=2.10'"
 
 
-def require_torch() -> ModuleType:
+def require_torch(what: str) -> ModuleType:
     """The module; nothing else here needs it.
+
+    Args:
+        what: needs it, for the message.
 
     Raises:
         InputError: it is not installed, too old, or cannot be imported.
@@ -257,30 +282,33 @@ def require_torch() -> ModuleType:
         import torch
     except Exception as error:  # its own libraries fail in many ways
         if isinstance(error, ModuleNotFoundError) and error.name == "torch":
-            raise InputError("conversion of PyTorch files needs torch: pip install 'jaxla[convert]'") from error
+            raise InputError(f"{what} needs torch, which is not installed: {INSTALL_TORCH}") from error
         raise InputError(
-            f"torch is installed but cannot be imported ({_cause(error)}); pip install --force-reinstall torch"
+            f"{what} needs torch, which is installed but cannot be imported ({_cause(error)}): "
+            f"{INSTALL_TORCH} --force-reinstall"
         ) from error
     version = torch.__version__  # such as 2.13.0+cpu
     if tuple(int(part) for part in re.findall(r"\d+", version)[:2]) < OLDEST_TORCH:
-        raise InputError(f"torch {version} is too old to read untrusted files safely; pip install -U 'jaxla[convert]'")
+        raise InputError(f"{what} needs torch, but {version} is too old to read files safely: {INSTALL_TORCH}")
     return torch
 
 
 def _open_torch(path: Path, archive: bool) -> dict[str, Tensor]:
-    torch = require_torch()
+    torch = require_torch(f"{path}: a PyTorch file, and reading it")
     try:
         with warnings.catch_warnings(action="ignore"):  # torch warns of old pickles before it refuses them
             state = torch.load(path, map_location="cpu", weights_only=True, mmap=archive)
     except pickle.UnpicklingError as error:
         raise InputError(
             f"{path}: not a plain file of weights: it is no checkpoint, or loading it would run code from it; "
-            "nothing was run. Download the released weights again"
+            "nothing was run. Download the released weights again; or, if the file is your own, save its state dict "
+            "alone: torch.save(model.state_dict(), 'new.pth')"
         ) from error
     except Exception as error:  # torch's unpickler lets many kinds escape on bytes that are no checkpoint
+        cause = _cause(error)
+        quoted = "" if cause.startswith("PytorchStreamReader") else f" ({cause})"  # that is of torch's own parts
         raise InputError(
-            f"{path}: truncated, damaged or no checkpoint, unless memory or the disk failed ({_cause(error)}); "
-            "download it again"
+            f"{path}: truncated, damaged or no checkpoint, unless memory or the disk failed{quoted}; download it again"
         ) from error
     _require_state_dict(path, state, torch.Tensor)
     return {
@@ -300,7 +328,7 @@ def _require_state_dict(path: Path, state: object, tensor: type) -> None:
         if isinstance(value, Mapping) and any(isinstance(part, tensor) for part in value.values()):
             raise InputError(
                 f"{path}: not a state dict, but something around one, which stands under {name!r}; save that alone: "
-                f"torch.save(torch.load({path.name!r}, weights_only=True)[{name!r}], 'new.pth')"
+                f"torch.save(torch.load({str(path)!r}, weights_only=True)[{name!r}], 'new.pth')"
             )
     if others:
         raise InputError(

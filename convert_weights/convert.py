@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -12,7 +13,14 @@ from tqdm import tqdm
 
 from convert_weights.accounting import HUGGING_FACE, account_for
 from convert_weights.architectures import RELEASED, rows_of, shapes_of
-from convert_weights.checkpoint import checkpoint_sha256, open_checkpoint, progress, require_other, some
+from convert_weights.checkpoint import (
+    HUGGING_FACE_FILES,
+    checkpoint_sha256,
+    open_checkpoint,
+    progress,
+    require_other,
+    some,
+)
 from convert_weights.layout import to_ours
 from jaxla.models.weights_format import UNUSED, Streamed, require_room, save_weights
 
@@ -28,28 +36,28 @@ def convert(arch: str, source: Path, output: Path) -> str:
     """
     checkpoint = open_checkpoint(source)
     require_other(output, (checkpoint.path, *checkpoint.files))
-    name = checkpoint.path.name
+    path = checkpoint.path
     tensors, layout = account_for(checkpoint, arch)
     rows = rows_of(arch)
     arrays = to_ours(rows, tensors, shapes_of(arch))
     size = sum(math.prod(array.shape) * array.dtype.itemsize for array in arrays.values())
     require_room(output, size)
 
-    log.info("%s: %s in %s, %.2f GB", name, arch, layout, size / 1e9)
+    log.info("%s: %s in %s, %.2f GB", path, arch, layout, size / 1e9)
     if unused := [array.removeprefix(UNUSED) for array in arrays if array.startswith(UNUSED)]:
         count = f" ({len(unused)} in all)" if len(unused) > 3 else ""
-        log.info("%s: kept, though no forward pass uses it: %s%s", name, some(unused), count)
+        log.info("%s: will be kept, though no forward pass uses it: %s%s", path, some(unused), count)
     if "fc.weight" not in tensors and any(row.theirs == "fc.weight" for row in rows):
-        log.info("%s: holds no classifier (fc.weight, fc.bias), nor will what --to-torch makes of it", name)
+        log.info("%s: holds no classifier (fc.weight, fc.bias), nor will what --to-torch makes of it", path)
     if layout == HUGGING_FACE and "rope_embed.periods" in tensors:
         log.info(
             "%s: holds no rotary periods; they are computed by Hugging Face's formula. The authors' own .pth holds "
             "them rounded to bfloat16: convert that file for the authors' own numbers",
-            name,
+            path,
         )
     metadata = {
         "arch": arch,
-        "source": name,
+        "source": _name_of(path),
         "source_sha256": checkpoint_sha256(checkpoint),
         "licence": RELEASED[arch].licence,
     }
@@ -57,7 +65,14 @@ def convert(arch: str, source: Path, output: Path) -> str:
         metadata["bfloat16"] = " ".join(rounded)  # the same numbers stand here as float32
     with progress(f"writing {output.name}", size) as bar:
         checksum = save_weights(output, {name: _tracked(array, bar) for name, array in arrays.items()}, metadata)
-    return f"{output}: {arch} from {name}, sha256 of its data {checksum}"
+    return f"{output}: {arch} from {path}, sha256 of its data {checksum}"
+
+
+def _name_of(path: Path) -> str:
+    """The file's name; with that of its folder where all of Hugging Face's repositories have a file of that name."""
+    if path.name.removesuffix(".index.json") in HUGGING_FACE_FILES:
+        return f"{Path(os.path.abspath(path)).parent.name}/{path.name}"
+    return path.name
 
 
 def _tracked(array: Streamed, bar: tqdm) -> Streamed:

@@ -23,7 +23,7 @@ def to_pytorch(source: Path, output: Path) -> int:
         InputError: torch is not installed, the source is damaged or lacks parameters, or the output is the source or
             cannot be written.
     """
-    torch = require_torch()
+    torch = require_torch("option --to-torch")
     metadata = read_metadata(source)
     arch = metadata["arch"]
     if arch not in RELEASED:

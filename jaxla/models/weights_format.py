@@ -7,6 +7,7 @@ import hashlib
 import json
 import math
 import os
+import re
 import shlex
 import shutil
 import uuid
@@ -131,17 +132,24 @@ def _read_metadata(path: Path) -> dict[str, str]:
     if os.path.isdir(path):  # Path.is_dir raises where a name is too long or a folder may not be read
         raise InputError(f"{path}: is a folder; give the .safetensors file in it")
     if not os.path.isfile(path):
-        raise InputError(f"{path}: no such weights file; {how_to_convert('ARCH', path)}")
+        named = re.match(r"dinov\d_vit\w+?1\d(_reg)?|resnet\d+", path.name)
+        how = how_to_convert(named[0] if named else "ARCH", path)
+        then = "" if path.suffix == ".safetensors" else ", and give the .safetensors file that it writes"
+        raise InputError(f"{path}: no such weights file; {how}{then}")
+    start, metadata = b"", {}
     try:
-        # opened here first: of a file that may not be read safetensors says that there is none
-        with path.open("rb"), safe_open(path, framework="numpy") as file:
+        with path.open("rb") as file:  # here first: of a file that may not be read safetensors says that there is none
+            start = file.read(9)
+        with safe_open(path, framework="numpy") as file:
             metadata = file.metadata() or {}
     except OSError as error:
         raise InputError(
             f"{path}: cannot be read ({error.strerror or error}); mend that, or convert it again"
         ) from error
     except SafetensorError as error:
-        raise InputError(f"{path}: truncated, or not a safetensors file ({error}); convert it again") from error
+        # what PyTorch's files begin with, unless it is the length of a header, which "{" follows
+        if not start.startswith((b"PK\x03\x04", b"\x80")) or start.endswith(b"\0\0\0{"):
+            raise InputError(f"{path}: truncated, or not a safetensors file; convert it again") from error
     if metadata.get("format") != FORMAT or "arch" not in metadata:
         raise InputError(
             f"{path}: not written by convert_weights; if it is a released checkpoint, convert it: "
@@ -181,9 +189,11 @@ def file_sha256(path: Path) -> str:
 
 
 def how_to_convert(arch: str, output: Path) -> str:
-    """The command that makes a weights file, which is not there yet."""
+    """The command that makes a weights file, which is not there yet: `output`, if that ends as one does."""
     # known by their names, for the tables of architectures import JAX
     source = "--download" if arch.startswith(("dinov2_", "resnet")) else "--source=CHECKPOINT"
-    command = f"python -m convert_weights --arch={arch} {source} --output={shlex.quote(str(output))}"
+    command = f"python -m convert_weights --arch={arch} {source}"
+    if output.suffix == ".safetensors":
+        command += f" --output={shlex.quote(str(output))}"
     gate = " (CHECKPOINT: what you download once you have accepted the licence at https://ai.meta.com/dinov3/)"
     return f"make it with: {command}{gate if arch.startswith('dinov3_') else ''}"

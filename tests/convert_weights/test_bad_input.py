@@ -76,6 +76,23 @@ def test_a_checkpoint_of_another_model_looks_like_none(tmp_path):
     )
 
 
+@pytest.mark.parametrize("prefix", ["backbone.", "teacher.backbone."])
+def test_a_prefix_of_all_names_is_named_with_the_way_to_strip_it(tmp_path, prefix):
+    state = {f"{prefix}{name}": tensor for name, tensor in empty_state().items()}
+    line = refuse_source(saved(tmp_path, state), "dinov2_vitb14")
+    said, _, way = line.partition("; save its state dict without that: ")
+    assert said == (
+        f"{tmp_path / 'source.pth'}: holds dinov2_vits14 (authors' layout), but all names begin with {prefix!r}"
+    )
+    source = saved(tmp_path, eval(way, {"state": state}))
+    succeed("--arch=dinov2_vits14", f"--source={source}", f"--output={tmp_path / 'o.safetensors'}")
+
+
+def test_a_prefix_is_not_named_where_more_is_amiss(tmp_path):
+    state = {f"backbone.{name}": tensor for name, tensor in empty_state().items() if name != "norm.bias"}
+    assert "not dinov2_vits14: it lacks 174 of its 175" in refuse_source(saved(tmp_path, state))
+
+
 def test_missing_extra_and_misshapen_tensors_are_counted_and_named(tmp_path):
     state = empty_state() | {"head.weight": torch.zeros(3), "norm.weight": torch.zeros(383)}
     del state["blocks.3.mlp.fc1.bias"], state["cls_token"]
@@ -200,6 +217,9 @@ def test_code_in_a_checkpoint_is_never_run(tmp_path, zipped):
     line = refuse_source(source)
     assert "would run code" in line
     assert "nothing was run" in line
+    assert line.endswith(
+        "or, if the file is your own, save its state dict alone: torch.save(model.state_dict(), 'new.pth')"
+    )
     assert not trace.exists()
     torch.load(source, weights_only=False)
     assert trace.exists()  # the checkpoint was a dangerous one
@@ -221,13 +241,16 @@ def test_a_truncated_checkpoint_is_refused(tmp_path, kind, kept):
     assert "again" in line
 
 
-def test_what_kept_a_checkpoint_from_being_loaded_is_quoted(tmp_path):
+def test_what_kept_a_checkpoint_from_being_loaded_is_quoted_in_short(tmp_path):
     source = tmp_path / "source.pth"
-    source.write_bytes(b"PK\x03\x04" + bytes(64))
+    said = f"{source}: truncated, damaged or no checkpoint, unless memory or the disk failed"
+    source.write_bytes(b"PK\x03\x04" + bytes(64))  # of this torch says much, and nothing to a user
+    assert refuse_source(source) == f"{said}; download it again"
+    torch.save({"norm.weight": torch.zeros(384)}, source, _use_new_zipfile_serialization=False)
+    source.write_bytes(source.read_bytes()[:-100])
     line = refuse_source(source)
-    assert line.startswith(f"{source}: truncated, damaged or no checkpoint, unless memory or the disk failed (Pytorch")
-    assert "failed finding central directory" in line
-    assert line.endswith("); download it again")
+    assert line.startswith(f"{said} (unexpected EOF, expected ")
+    assert line.endswith(" more bytes); download it again")
 
 
 def test_a_flipped_bit_in_a_tensor_is_found(tmp_path):
@@ -284,8 +307,11 @@ def test_a_checkpoint_without_checksums_is_taken(tmp_path):
 
 @pytest.mark.parametrize("key", ["model", "state_dict", "teacher"])
 def test_the_key_under_which_a_state_dict_stands_is_named(tmp_path, key):
-    line = refuse_source(saved(tmp_path, {"epoch": 3, key: empty_state()}))
-    assert f"something around one, which stands under {key!r}; save that alone: torch.save(" in line
+    source = saved(tmp_path, {"epoch": 3, key: empty_state()})
+    assert refuse_source(source).endswith(
+        f"something around one, which stands under {key!r}; save that alone: "
+        f"torch.save(torch.load('{source}', weights_only=True)[{key!r}], 'new.pth')"
+    )
 
 
 @pytest.mark.parametrize(
@@ -390,7 +416,14 @@ def test_a_folder_must_hold_one_checkpoint(tmp_path):
 
 def test_a_source_that_does_not_exist_is_refused(tmp_path):
     source = tmp_path / "source.pth"
-    assert refuse_source(source) == f"--source={source}: no such file; give the checkpoint that you downloaded"
+    output = tmp_path / "out.safetensors"
+    output.write_text("precious")  # of two mistakes the first is told
+    for given in (source, "https://host/source.pth", "facebook/dinov2-small"):
+        line = refuse(tmp_path, "--arch=dinov2_vits14", f"--source={given}", f"--output={output}")
+        assert line == (
+            f"--source={given}: no such file; give a file or folder on this machine, such as the checkpoint that you "
+            "downloaded"
+        )
 
 
 def test_names_that_are_too_long_are_refused(tmp_path):
@@ -411,6 +444,11 @@ def test_names_that_are_too_long_are_refused(tmp_path):
         ([], "option --source is required to convert, or --download; --help describes both"),
         (["--arch=dinov2_vits14"], "option --source is required to convert, or --download; --help describes both"),
         (["--source=x.pth"], "option --arch is required to convert; --arch=list names the architectures"),
+        (
+            ["--source=x.safetensors", "--verify"],
+            "option --arch is required to convert; --arch=list names the architectures; to verify a converted file, "
+            "give it as --output",
+        ),
         (["--arch=dinov2_vits14", "--source=x.pth", "--download"], "options --source and --download: give one of them"),
         (
             ["--verify", "--output=x.safetensors", "--force"],
@@ -481,15 +519,16 @@ def test_an_output_that_cannot_be_written_is_refused(tmp_path):
     [
         (
             "raise ModuleNotFoundError(\"No module named 'torch'\", name='torch')",
-            "conversion of PyTorch files needs torch: pip install 'jaxla[convert]'",
+            "which is not installed: pip install 'torch>=2.10'",
         ),
         (
             "__version__ = '2.9.1'",
-            "torch 2.9.1 is too old to read untrusted files safely; pip install -U 'jaxla[convert]'",
+            "but 2.9.1 is too old to read files safely: pip install 'torch>=2.10'",
         ),
         (
             "raise ImportError('libc10.so: no such file')",
-            "torch is installed but cannot be imported (libc10.so: no such file); pip install --force-reinstall torch",
+            "which is installed but cannot be imported (libc10.so: no such file): pip install 'torch>=2.10' "
+            "--force-reinstall",
         ),
     ],
     ids=["none", "too old", "broken"],
@@ -503,7 +542,8 @@ def test_without_a_torch_that_can_be_used_the_way_to_install_it_is_named(tmp_pat
     def run(*arguments):
         return convert(*arguments, PYTHONPATH=str(blocked.parent), PYTHONDONTWRITEBYTECODE="1")
 
-    assert refuse_source(source, run=run) == line
+    needs = "a PyTorch file, and reading it needs torch,"
+    assert refuse_source(source, run=run) == f"{source}: {needs} {line}"
 
 
 # --- writing that comes to no end ---

@@ -44,11 +44,11 @@ def test_the_result_says_what_it_is_and_where_it_came_from(dinov2):
 
 def test_the_command_says_what_it_kept_and_what_it_wrote(dinov2):
     folder, _, printed = dinov2
-    output = folder / "made" / "vits14.safetensors"
+    source, output = folder / "vits14.pth", folder / "made" / "vits14.safetensors"
     assert printed.splitlines() == [
-        "vits14.pth: dinov2_vits14 in authors' layout, 0.09 GB",
-        "vits14.pth: kept, though no forward pass uses it: mask_token",
-        f"{output}: dinov2_vits14 from vits14.pth, sha256 of its data {read_weights(output)[1]['data_sha256']}",
+        f"{source}: dinov2_vits14 in authors' layout, 0.09 GB",
+        f"{source}: will be kept, though no forward pass uses it: mask_token",
+        f"{output}: dinov2_vits14 from {source}, sha256 of its data {read_weights(output)[1]['data_sha256']}",
     ]
     assert [path.name for path in output.parent.iterdir()] == [output.name]
 
@@ -122,7 +122,7 @@ def test_a_resnet_may_lack_its_classifier(tmp_path):
     printed = succeed(
         "--arch=resnet50", f"--source={tmp_path / 'source.pth'}", f"--output={tmp_path / 'o.safetensors'}"
     )
-    line = "source.pth: holds no classifier (fc.weight, fc.bias), nor will what --to-torch makes of it"
+    line = f"{tmp_path / 'source.pth'}: holds no classifier (fc.weight, fc.bias), nor will what --to-torch makes of it"
     assert line in printed.splitlines()
 
 
@@ -138,7 +138,7 @@ def test_of_two_forms_in_one_folder_safetensors_is_taken(tmp_path, sharded):
     left = "pytorch_model.bin.index.json" if sharded else "pytorch_model.bin"
     printed = succeed("--arch=dinov2_vits14", f"--source={folder}", f"--output={tmp_path / 'o.safetensors'}")
     assert f"{folder}: took model.safetensors; {left} beside it was left" in printed.splitlines()
-    assert read_metadata(tmp_path / "o.safetensors")["source"] == "model.safetensors"
+    assert read_metadata(tmp_path / "o.safetensors")["source"] == "dinov2-small/model.safetensors"
 
 
 def test_the_sha256_of_shards_is_that_of_their_sha256sums(tmp_path):
@@ -147,15 +147,16 @@ def test_the_sha256_of_shards_is_that_of_their_sha256sums(tmp_path):
     lines = [f"{hashlib.sha256(shard.read_bytes()).hexdigest()}  {shard.name}\n" for shard in shards]
     metadata = read_metadata(tmp_path / "out.safetensors")
     assert metadata["source_sha256"] == hashlib.sha256("".join(lines).encode()).hexdigest()
-    assert metadata["source"] == index.name
+    assert metadata["source"] == f"{tmp_path.name}/{index.name}"
 
 
 def test_list_names_released_architectures_with_their_licence():
     lines = succeed("--arch=list").splitlines()
     assert {line.split(":")[0] for line in lines} == set(RELEASED)
     assert "dinov2_vits14_reg: width 384, 12 blocks, weights under Apache-2.0, --download fetches them" in lines
-    assert [line.split(", ")[-1] for line in lines if line.startswith("dinov3")] == 6 * [
-        "download them yourself and pass --source"
+    assert sum("download them yourself and pass --source" in line for line in lines) == 6
+    assert [line.split("; ")[1:] for line in lines if line.startswith("dinov3_vith")] == [
+        ["also spelt dinov3_vith16plus"]
     ]
     assert "resnet50: 16 blocks, weights under BSD-3-Clause, --download fetches them" in lines
 

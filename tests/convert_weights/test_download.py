@@ -300,7 +300,9 @@ def test_a_download_is_converted_and_fetched_only_once(server, tmp_path, monkeyp
     output = tmp_path / "jaxla" / "weights" / "dinov2_vits14.safetensors"
     said = succeed("--arch=dinov2_vits14", "--download")
     assert f"fetching {server.url} into {tmp_path / 'jaxla' / 'downloads'}\n" in said
-    assert f"{output}: dinov2_vits14 from weights.pth, sha256 of its data " in said
+    assert (
+        f"{output}: dinov2_vits14 from {tmp_path / 'jaxla' / 'downloads' / 'weights.pth'}, sha256 of its data " in said
+    )
     assert read_weights(output)[1]["source_sha256"] == RELEASES["dinov2_vits14"].sha256
     assert contents(tmp_path / "jaxla" / "downloads") == {"weights.pth": server.content}
     assert list((tmp_path / "jaxla" / "in-use").iterdir()) == []

@@ -64,10 +64,10 @@ def test_what_dinov3_lacks_there_is_computed(dinov3):
     np.testing.assert_array_equal(arrays["blocks.attention.qkv_bias_mask"], np.tile(np.repeat([1, 0, 1], 384), (12, 1)))
     assert not arrays["blocks.attention.qkv_bias"][:, 384:768].any()
     assert arrays["unused.mask_token"].shape == (1, 384)
-    assert "model.safetensors: dinov3_vits_plus16 in Hugging Face's layout, 0.11 GB" in printed
+    assert "saved/model.safetensors: dinov3_vits_plus16 in Hugging Face's layout, 0.11 GB" in printed
     assert "holds no rotary periods; they are computed" in printed
     assert "convert that file for the authors' own numbers" in printed
-    assert metadata["source"] == "model.safetensors"
+    assert metadata["source"] == "saved/model.safetensors"
 
 
 def test_names_in_memory_and_below_a_prefix_give_the_same_bytes(dinov3, tmp_path):
@@ -105,7 +105,7 @@ def test_dinov2_in_shards(tmp_path):
     assert len(list((tmp_path / "saved").glob("*.safetensors"))) > 2
     output, back = tmp_path / "o.safetensors", tmp_path / "back.pth"
     printed = succeed("--arch=dinov2_vits14", f"--source={tmp_path / 'saved'}", f"--output={output}")
-    assert "model.safetensors.index.json: dinov2_vits14 in Hugging Face's layout, 0.09 GB" in printed
+    assert "saved/model.safetensors.index.json: dinov2_vits14 in Hugging Face's layout, 0.09 GB" in printed
     assert "rotary" not in printed
 
     succeed("--to-torch", f"--source={output}", f"--output={back}")

@@ -11,6 +11,7 @@ from convert_weights.checkpoint import Tensor
 from convert_weights.layout import to_ours, to_theirs
 from convert_weights.resnet import resnet_rows
 from convert_weights.vision_transformer import dinov2_rows, dinov3_rows
+from jaxla import InputError, load_backbone
 from jaxla.models import dinov2, dinov3, resnet
 from jaxla.models.vision_transformer import VisionTransformer
 from jaxla.models.weights import parameter_shapes
@@ -23,9 +24,7 @@ def there_and_back(folder, state, arch):
     torch.save(state, source)
     succeed(f"--arch={arch}", f"--source={source}", f"--output={ours}")
     said = succeed("--to-torch", f"--source={ours}", f"--output={back}")
-    assert (
-        said.splitlines()[-1] == f"{back}: {arch} from ours.safetensors, {len(state)} tensors in their authors' format"
-    )
+    assert said.splitlines()[-1] == f"{back}: {arch} from {ours}, {len(state)} tensors as their authors' state dict"
     return *read_weights(ours), torch.load(back, weights_only=True)
 
 
@@ -122,10 +121,19 @@ def test_an_architecture_without_an_authors_format_is_refused(mini):
     assert line == f"{mini}: holds vit_mini8, of which no weights were released: its authors' format is unknown"
 
 
-def test_a_file_that_was_not_converted_is_refused(tmp_path):
-    torch.save(full_state("dinov2_vits14"), tmp_path / "vits14.pth")
-    line = refuse(tmp_path, "--to-torch", f"--source={tmp_path / 'vits14.pth'}", f"--output={tmp_path / 'back.pth'}")
-    assert line.startswith(f"{tmp_path / 'vits14.pth'}: truncated, or not a safetensors file")
+@pytest.mark.parametrize("zipped", [True, False])
+def test_a_file_that_was_not_converted_is_refused(tmp_path, zipped):
+    source = tmp_path / "vits14.pth"
+    torch.save({"norm.weight": torch.zeros(384)}, source, _use_new_zipfile_serialization=zipped)
+    line = (
+        f"{source}: not written by convert_weights; if it is a released checkpoint, convert it: "
+        f"python -m convert_weights --arch=ARCH --source={source}"
+    )
+    assert refuse(tmp_path, "--to-torch", f"--source={source}", f"--output={tmp_path / 'back.pth'}") == line
+    assert refuse(tmp_path, "--verify", f"--output={source}") == line
+    with pytest.raises(InputError) as error:
+        load_backbone(source)
+    assert str(error.value) == line
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ import pytest
 import torch
 from safetensors.numpy import save_file
 
+from jaxla import InputError, load_backbone
 from tests.convert_weights.command import empty_state, read_weights, refuse, succeed, write_ours
 
 
@@ -62,4 +63,16 @@ def test_verifying_needs_a_file(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     assert "--verify needs --output" in refuse(tmp_path, "--verify")
     missing = tmp_path / "jaxla" / "weights" / "resnet50.safetensors"
-    assert refuse(tmp_path, "--verify", "--arch=resnet50").startswith(f"{missing}: no such weights file")
+    assert refuse(tmp_path, "--verify", "--arch=resnet50") == (
+        f"{missing}: no such weights file; make it with: python -m convert_weights --arch=resnet50 --download "
+        f"--output={missing}"
+    )
+
+
+def test_an_architecture_in_place_of_a_file_names_the_command_that_makes_one():
+    with pytest.raises(InputError) as error:
+        load_backbone("dinov2_vits14_reg")
+    assert str(error.value) == (
+        "dinov2_vits14_reg: no such weights file; make it with: python -m convert_weights --arch=dinov2_vits14_reg "
+        "--download, and give the .safetensors file that it writes"
+    )

@@ -210,6 +210,8 @@ def test_training_equals_the_reference():
         ((1, 3, 32, 32), ["(1, 3, 32, 32)", "[B, H, W, 3]", "channels come last"]),
         ((1, 32, 32, 1), ["(1, 32, 32, 1)", "[B, H, W, 3]"]),
         ((32, 32, 3), ["(32, 32, 3)", "[B, H, W, 3]"]),
+        ((1, 0, 32, 3), ["(1, 0, 32, 3)", "no pixel"]),
+        ((0, 32, 32, 3), ["(0, 32, 32, 3)", "no pixel"]),
     ],
 )
 def test_images_of_a_wrong_shape_are_refused(shape, words):

@@ -232,9 +232,11 @@ def test_bfloat16_keeps_the_direction_of_every_token(name):
         ((1, 3, 32, 32), ["(1, 3, 32, 32)", "[B, H, W, 3]", "channels come last"]),
         ((1, 32, 32, 1), ["(1, 32, 32, 1)", "[B, H, W, 3]"]),
         ((32, 32, 3), ["(32, 32, 3)", "[B, H, W, 3]"]),
-        ((1, 32, 33, 3), ["32×33", "multiples of 8"]),
-        ((1, 20, 32, 3), ["20×32", "multiples of 8"]),
-        ((1, 0, 32, 3), ["0×32", "multiples of 8"]),
+        ((1, 32, 33, 3), ["32×33", "multiples of 8, such as 32×32"]),
+        ((1, 21, 32, 3), ["21×32", "multiples of 8, such as 24×32"]),
+        ((1, 3, 32, 3), ["3×32", "multiples of 8, such as 8×32"]),
+        ((1, 0, 32, 3), ["(1, 0, 32, 3)", "no pixel"]),
+        ((0, 32, 32, 3), ["(0, 32, 32, 3)", "no pixel"]),
     ],
 )
 def test_images_of_a_wrong_shape_are_refused(shape, words):
@@ -243,6 +245,14 @@ def test_images_of_a_wrong_shape_are_refused(shape, words):
         with pytest.raises(ValueError, match="images of") as error:
             call(np.zeros(shape, np.float32))
         assert all(word in str(error.value) for word in words)
+
+
+@pytest.mark.parametrize(
+    ("images", "kind"), [(torch.zeros(1, 32, 32, 3), "Tensor"), ([[[[0.0] * 3]]], "list")], ids=["torch", "list"]
+)
+def test_what_is_no_array_is_refused(images, kind):
+    with pytest.raises(ValueError, match=rf"^images of type {kind}: expected a NumPy or JAX array \[B, H, W, 3\]$"):
+        tiny_backbone()(images)
 
 
 def test_whole_numbers_are_refused_as_images():
