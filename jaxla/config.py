@@ -208,6 +208,10 @@ def require_writable(option: str, path: Path) -> None:
         raise InputError(f"{option}={path}: cannot be written, for {parent} is no writable folder; choose another")
 
 
+def add_device_options(parser: ArgumentParser) -> None:
+    parser.add_argument("--devices", type=int, default=0, help="how many devices to use (0: all that JAX sees)")
+
+
 def parse_arguments(parser: ArgumentParser, arguments: list[str]) -> Namespace:
     """`parser.parse_args`, with every mistake an InputError of one line that names the option."""
     from jsonargparse import ArgumentError
@@ -242,6 +246,8 @@ class Options(NamedTuple):
     cache_dir: Path
     resume: bool
     dry_run: bool
+    devices: int
+    shard_params: bool
 
 
 def parse_experiment(
@@ -288,6 +294,8 @@ def parse_experiment(
     parser.add_argument("--cache-dir", type=str, help="folder that runs share (default: the user's cache folder)")
     parser.add_argument("--resume", action="store_true", help="go on with the run in --run-dir, which was ended")
     parser.add_argument("--dry-run", action="store_true", help="say what the run would take, and leave it at that")
+    add_device_options(parser)
+    parser.add_argument("--shard-params", action="store_true", help="divide a backbone's parameters over the devices")
     fixed = {"name": experiment.name, "summary": experiment.summary, "method": experiment.method}
     parser.add_class_arguments(Experiment, None, skip=set(fixed))
     parser.set_defaults({key: value for key, value in asdict(experiment).items() if key not in fixed})
@@ -300,6 +308,8 @@ def parse_experiment(
         cache_dir=Path(parsed.cache_dir) if parsed.cache_dir else default_cache_dir(),
         resume=parsed.resume,
         dry_run=parsed.dry_run,
+        devices=parsed.devices,
+        shard_params=parsed.shard_params,
     )
 
 

@@ -6,7 +6,7 @@ import logging
 import math
 from pathlib import Path
 
-from jaxla.config import InputError, command_parser, parse_arguments, require_writable, run_command
+from jaxla.config import InputError, add_device_options, command_parser, parse_arguments, require_writable, run_command
 
 log = logging.getLogger("jaxla.predict")
 
@@ -29,6 +29,7 @@ def main(arguments: list[str]) -> None:
         action="store_true",
         help="also write <case>_probabilities.nii.gz (float32; several classes: 4D)",
     )
+    add_device_options(parser)
     options = parse_arguments(parser, arguments)
 
     from jaxla.data.cases import find_images
@@ -44,21 +45,23 @@ def main(arguments: list[str]) -> None:
     from jaxla.data.volumes import read_image, write_volume
     from jaxla.inference.segment import make_segment, write_segmentation
     from jaxla.inference.trained import load_run
+    from jaxla.models.mesh import use_devices
     from jaxla.training.run_folder import read_record
 
     read_record(Path(options.run))
     for scan in outputs:  # all are checked before the first is segmented
         read_image(scan)
-    trained = load_run(options.run)
-    segment = make_segment(trained)
-    for number, (scan, mask) in enumerate(outputs.items(), start=1):
-        volume = read_image(scan)
-        classes, probabilities = segment(volume, options.probabilities)
-        if probabilities is not None:
-            write_volume(_probabilities_file(mask), probabilities, volume)
-        write_segmentation(mask, classes, trained, volume)
-        millilitres = (classes > 0).sum() * math.prod(volume.spacing) / 1000
-        log.info("%d/%d %s: %.1f ml", number, len(outputs), mask, millilitres)
+    with use_devices(options.devices):
+        trained = load_run(options.run)
+        segment = make_segment(trained)
+        for number, (scan, mask) in enumerate(outputs.items(), start=1):
+            volume = read_image(scan)
+            classes, probabilities = segment(volume, options.probabilities)
+            if probabilities is not None:
+                write_volume(_probabilities_file(mask), probabilities, volume)
+            write_segmentation(mask, classes, trained, volume)
+            millilitres = (classes > 0).sum() * math.prod(volume.spacing) / 1000
+            log.info("%d/%d %s: %.1f ml", number, len(outputs), mask, millilitres)
 
 
 def _name_outputs(scans: dict[str, Path], source: Path, output: Path) -> dict[Path, Path]:

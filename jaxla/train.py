@@ -14,6 +14,7 @@ from pathlib import Path
 from jaxla.config import (
     Experiment,
     InputError,
+    Options,
     Stopped,
     parse_experiment,
     require_writable,
@@ -61,6 +62,7 @@ def main(arguments: list[str]) -> None:
     require_writable("--cache-dir", cache_dir)
 
     from jaxla.data.cache import in_use
+    from jaxla.models.mesh import use_devices
     from jaxla.models.weights import weights_file
     from jaxla.models.weights_format import require_undamaged
     from jaxla.pipeline import run
@@ -73,7 +75,8 @@ def main(arguments: list[str]) -> None:
     else:
         log.info("%s: no pretrained weights are used", run.describe_backbone(experiment))
 
-    with in_use(cache_dir):
+    with in_use(cache_dir), use_devices(options.devices, options.shard_params):
+        require_share(experiment, options)
         data = run.prepare_data(experiment, cache_dir)
         if options.dry_run:
             from jaxla.pipeline.forecast import describe, forecast
@@ -166,6 +169,18 @@ def checked(experiment: Experiment) -> Experiment:
     own = METHODS[experiment.method].model.arch == arch
     method = experiment.method if own else f"{experiment.method} with {arch}"
     return replace(experiment, method=method, model=replace(experiment.model, arch=arch))
+
+
+def require_share(experiment: Experiment, options: Options) -> None:
+    """Raise an InputError unless each device in use has a slice of a batch."""
+    from jaxla.models.mesh import device_count
+
+    if (size := experiment.training.batch_size) < (devices := device_count()):
+        given = f"--devices={options.devices}" if options.devices else f"all {devices} devices"
+        raise InputError(
+            f"option --training.batch_size={size}: smaller than {given}, which share a batch; raise it, or give "
+            f"--devices={size}"
+        )
 
 
 def list_experiments() -> str:

@@ -14,6 +14,7 @@ from jaxla.data.inputs import Frame, frame, image_to_input, input_to_slice
 from jaxla.data.prepared import intensity_range
 from jaxla.data.volumes import Volume, from_slices, slice_geometry, to_slices, write_volume
 from jaxla.inference.trained import TrainedNetwork
+from jaxla.models.mesh import place, spread
 
 Segment = Callable[..., tuple[np.ndarray, np.ndarray | None]]
 
@@ -50,6 +51,7 @@ def make_segment_slices(network: nnx.Module, batch_size: int) -> Segment:
     these, `shape` = (S, H, W) their own size. `classes` is [S, H, W] uint8, `probabilities` [S, H, W, K] float32.
     """
     graph, state = nnx.split(network)
+    state = place(state)
 
     @jax.jit
     def probabilities_of(state: nnx.State, inputs: jax.Array) -> jax.Array:
@@ -66,7 +68,7 @@ def make_segment_slices(network: nnx.Module, batch_size: int) -> Segment:
             chosen = list(islice(inputs, batch_size))
             batch = np.zeros((batch_size, *chosen[0].shape), chosen[0].dtype)  # a short one is filled up: one shape,
             batch[: len(chosen)] = chosen  # one compilation
-            outputs = np.asarray(probabilities_of(state, batch))
+            outputs = np.asarray(probabilities_of(state, spread(batch)))
             for i in range(len(chosen)):
                 of_slice = input_to_slice(outputs[i], place, shape[1:])
                 classes[start + i] = of_slice[..., 0] > 0.5 if of_slice.shape[-1] == 1 else of_slice.argmax(-1)

@@ -12,6 +12,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from jaxla.models.mesh import of_each_device
+
 
 def enter(linear: nnx.Linear, x: jax.Array) -> jax.Array:
     """A linear layer of [B, N, K], its result in columns: [M, B·N]."""
@@ -32,6 +34,10 @@ def attention(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
 
     One head of one image at a time: so its scores stay in the processor's cache.
     """
+    return of_each_device(_attention)(q, k, v)
+
+
+def _attention(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
     shape = q.shape
 
     def head(qkv: tuple[jax.Array, jax.Array, jax.Array]) -> jax.Array:

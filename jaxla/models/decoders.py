@@ -18,7 +18,7 @@ class LinearDecoder(nnx.Module):
     def __init__(self, width: int, outputs: int, *, dtype: jnp.dtype = jnp.float32, rngs: nnx.Rngs) -> None:
         self.classifier = nnx.Linear(width, outputs, dtype=dtype, rngs=rngs)
 
-    def __call__(self, tokens: jax.Array, size: tuple[int, int]) -> jax.Array:
+    def __call__(self, tokens: jax.Array, size: tuple[int, int], present: jax.Array | None = None) -> jax.Array:
         """[B, h, w, C] -> logits [B, H, W, K] float32."""
         return resize(self.classifier(tokens).astype(jnp.float32), size)
 
@@ -42,11 +42,11 @@ class ConvolutionalDecoder(nnx.Module):
         self.stages = nnx.List([Upsampling(i, o, dtype, rngs) for i, o in pairwise(widths)])
         self.logits = nnx.Conv(widths[-1], outputs, (3, 3), padding=1, dtype=jnp.float32, rngs=rngs)
 
-    def __call__(self, tokens: jax.Array, size: tuple[int, int]) -> jax.Array:
+    def __call__(self, tokens: jax.Array, size: tuple[int, int], present: jax.Array | None = None) -> jax.Array:
         """[B, h, w, C] -> logits [B, H, W, K] float32."""
         x = self.mix(jax.nn.selu(self.token_classifier(tokens)))
         for stage in self.stages:
-            x = stage(x)
+            x = stage(x, present)
         return self.logits(resize(x, size))
 
 
@@ -57,8 +57,9 @@ class Upsampling(nnx.Module):
         self.convolution = nnx.Conv(inputs, outputs, (3, 3), padding=1, use_bias=False, dtype=dtype, rngs=rngs)
         self.norm = nnx.BatchNorm(outputs, momentum=0.9, epsilon=1e-5, dtype=dtype, rngs=rngs)
 
-    def __call__(self, x: jax.Array) -> jax.Array:
-        return jax.nn.relu(self.norm(self.convolution(double(x))))
+    def __call__(self, x: jax.Array, present: jax.Array | None = None) -> jax.Array:
+        mask = None if present is None else present[:, None, None, None]
+        return jax.nn.relu(self.norm(self.convolution(double(x)), mask=mask))
 
 
 def resize(x: jax.Array, size: tuple[int, int]) -> jax.Array:

@@ -25,14 +25,15 @@ class TransformerSegmenter(nnx.Module):
         self.backbone = backbone
         self.decoder = decoder
 
-    def __call__(self, images: jax.Array) -> jax.Array:
+    def __call__(self, images: jax.Array, present: jax.Array | None = None) -> jax.Array:
         """Logits [B, H, W, K] float32.
 
         Args:
             images: [B, H, W, 1] grey values in 0..1, or [B, H, W, 3] already ImageNet-normalised; H, W multiples of
                 the patch size.
+            present: [B] bool, which of them BatchNorm's statistics are of while it trains; by default all.
         """
-        return self.decoder(self.features(images), images.shape[1:3])
+        return self.decoder(self.features(images), images.shape[1:3], present)
 
     def features(self, images: jax.Array) -> jax.Array:
         """What the decoder reads of images [B, H, W, 1 or 3]: patch tokens [B, h, w, C] in the computation's dtype."""
@@ -52,8 +53,8 @@ class FeatureSegmenter(nnx.Module):
         self.decoder = decoder
         self.size = size
 
-    def __call__(self, features: jax.Array) -> jax.Array:
-        return self.decoder(features, self.size)
+    def __call__(self, features: jax.Array, present: jax.Array | None = None) -> jax.Array:
+        return self.decoder(features, self.size, present)
 
 
 def build_network(model: Model, classes: int, seed: int, cache_dir: Path | None = None) -> TransformerSegmenter:

@@ -19,12 +19,14 @@ from tqdm import tqdm
 from jaxla.config import Experiment
 from jaxla.data.batches import SliceSource, evaluation_batches, steps_per_epoch, training_batches
 from jaxla.evaluation.summary import score_case
+from jaxla.models.mesh import place, spread
 from jaxla.models.network import build_network
 from jaxla.pipeline.run import PreparedData, describe_backbone
-from jaxla.training.features import BATCH, FeatureCache
+from jaxla.training.features import FeatureCache
 from jaxla.training.loop import clock
 from jaxla.training.step import (
     count_parameters,
+    initial_state,
     make_evaluation,
     make_gradient,
     make_optimiser,
@@ -87,8 +89,8 @@ def forecast(experiment: Experiment, data: PreparedData, cache_dir: Path) -> For
         features_fit = cache.fits(features_bytes)
         if features_fit:
             if missing:
-                images = np.zeros((BATCH, size, size, 1), np.float32)
-                batches = sum(-(-v.shape[0] // BATCH) for v in missing)
+                images = spread(np.zeros((cache.batch, size, size, 1), np.float32))
+                batches = sum(-(-v.shape[0] // cache.batch) for v in missing)
                 features_seconds = batches * _seconds(lambda: cache.extract(images), 1)
             # what the values are does not change how long a step takes
             stand_ins = {v.id: np.broadcast_to(np.zeros(1, cache.dtype), (v.shape[0], *cache.shape)) for v in data.used}
@@ -101,18 +103,19 @@ def forecast(experiment: Experiment, data: PreparedData, cache_dir: Path) -> For
     }
     steps = steps_per_epoch(sources["train"], recipe.batch_size)
     optimiser = make_optimiser(recipe, steps * recipe.epochs, model.weights != "random")
-    state = jax.jit(optimiser.init)(split.trainable)
+    split = split._replace(trainable=place(split.trainable), frozen=place(split.frozen))
+    state = initial_state(optimiser, split.trainable)
     trained_bytes, state_bytes = (sum(leaf.nbytes for leaf in jax.tree.leaves(t)) for t in (split.trainable, state))
     trained = count_parameters(split.trainable)
 
     batches = training_batches(sources["train"], recipe.batch_size, experiment.seed)
     key = jax.random.key(0)
-    arguments = [split.trainable, split.frozen, state, next(batches), key]
+    arguments = [split.trainable, split.frozen, state, spread(next(batches)), key]
     step = make_step(make_gradient(split.training), optimiser).lower(*arguments).compile()
 
     def one_step() -> Any:
         arguments[0], _, arguments[2], loss = step(*arguments)
-        arguments[3] = next(batches)
+        arguments[3] = spread(next(batches))
         return loss
 
     one_step()
@@ -121,7 +124,7 @@ def forecast(experiment: Experiment, data: PreparedData, cache_dir: Path) -> For
     batches.close()
     evaluate = make_evaluation(split.evaluation)
     with closing(evaluation_batches(sources["val"], recipe.batch_size)) as batches:
-        batch = next(batches)
+        batch = spread(next(batches))
     batch_seconds = _seconds(lambda: evaluate(arguments[0], split.frozen, batch), 2)
     score_seconds = _scoring_seconds(data) * len(parts["test"])
 

@@ -30,6 +30,7 @@ from tqdm import tqdm
 from jaxla.data.inputs import frame
 from jaxla.data.prepared import VERSION as PREPARED_VERSION
 from jaxla.data.prepared import PreparedVolume
+from jaxla.models.mesh import device_count, place, spread
 from jaxla.models.network import TransformerSegmenter
 from jaxla.models.weights import parameters_sha256
 from jaxla.models.weights_format import file_sha256
@@ -37,7 +38,7 @@ from jaxla.models.weights_format import file_sha256
 log = logging.getLogger(__name__)
 
 VERSION = 1  # of how features are computed and stored; another number makes another folder
-BATCH = 8  # slices the backbone takes at once
+BATCH = 8  # slices the backbone takes at once on a device
 SHARE_OF_FREE_DISK = 0.9
 
 
@@ -69,9 +70,10 @@ class FeatureCache:
     def __init__(self, cache_dir: Path, network: TransformerSegmenter, arch: str, size: int) -> None:
         graph, state = nnx.split(network)
         extract = jax.jit(lambda state, images: nnx.merge(graph, state).features(images))
-        self.extract = partial(extract, state)  # [BATCH, size, size, 1] -> [BATCH, h, w, C]
+        self.extract = partial(extract, place(state))  # [batch, size, size, 1] -> [batch, h, w, C]
+        self.batch = BATCH * device_count()
         self._size = size
-        one_batch = jax.eval_shape(self.extract, jax.ShapeDtypeStruct((BATCH, size, size, 1), np.float32))
+        one_batch = jax.eval_shape(self.extract, jax.ShapeDtypeStruct((self.batch, size, size, 1), np.float32))
         self.shape, self.dtype = one_batch.shape[1:], np.dtype(one_batch.dtype)
         self.describes = {
             "version": [VERSION, PREPARED_VERSION],
@@ -170,12 +172,12 @@ class FeatureCache:
             with beside.open("wb") as file:
                 header = {"descr": bits.str, "fortran_order": False, "shape": shape}
                 np.lib.format.write_array_header_1_0(file, header)
-                for start in range(0, shape[0], BATCH):
-                    chosen = range(start, min(start + BATCH, shape[0]))
-                    images = np.zeros((BATCH, self._size, self._size, 1), np.float32)
+                for start in range(0, shape[0], self.batch):
+                    chosen = range(start, min(start + self.batch, shape[0]))
+                    images = np.zeros((self.batch, self._size, self._size, 1), np.float32)
                     for i, index in enumerate(chosen):
                         images[i] = volume.input(index, place)
-                    computed = np.asarray(self.extract(images))[: len(chosen)]
+                    computed = np.asarray(self.extract(spread(images)))[: len(chosen)]
                     file.write(computed.view(bits).tobytes())
             beside.replace(path)
         finally:

@@ -19,8 +19,17 @@ from tqdm import tqdm
 
 from jaxla.config import InputError, Stopped, Training, stop_requests
 from jaxla.data.batches import SliceSource, evaluation_batches, steps_per_epoch, training_batches
+from jaxla.models.mesh import place, spread
 from jaxla.training.checkpoints import Checkpoints
-from jaxla.training.step import Frozen, SplitNetwork, make_evaluation, make_gradient, make_optimiser, make_step
+from jaxla.training.step import (
+    Frozen,
+    SplitNetwork,
+    initial_state,
+    make_evaluation,
+    make_gradient,
+    make_optimiser,
+    make_step,
+)
 
 log = logging.getLogger(__name__)
 
@@ -91,9 +100,9 @@ def fit(
 
     best, latest = (Checkpoints(folder / "checkpoints" / name) for name in ("best", "latest"))
     state = _State(
-        network.trainable,
-        network.frozen,
-        jax.jit(optimiser.init)(network.trainable),
+        place(network.trainable),
+        place(network.frozen),
+        initial_state(optimiser, network.trainable),
         training_batches(train, recipe.batch_size, seed),
         Progress(),
     )
@@ -108,8 +117,9 @@ def fit(
             began = time.perf_counter() - progress.seconds
             for _ in _bar(steps, len(progress.losses), f"epoch {progress.epoch + 1}/{recipe.epochs}"):
                 number = progress.epoch * steps + len(progress.losses)
+                batch = spread(next(state.batches))
                 state.trainable, statistics, state.optimiser, loss = step(
-                    state.trainable, state.frozen, state.optimiser, next(state.batches), jax.random.fold_in(key, number)
+                    state.trainable, state.frozen, state.optimiser, batch, jax.random.fold_in(key, number)
                 )
                 state.frozen = state.frozen._replace(statistics=statistics)
                 progress.losses.append(loss)
@@ -270,7 +280,8 @@ def validate(
         for batch in batches:
             if stop_requested():
                 raise Stopped("during validation")
-            loss, of_slices = jax.device_get(evaluate(trainable, frozen, batch))
+            loss, of_slices = jax.device_get(evaluate(trainable, frozen, spread(batch)))
+            of_slices = of_slices[: len(batch["volume"])]
             weight = float(batch["weight"].sum())
             loss_sum, weight_sum = loss_sum + float(loss) * weight, weight_sum + weight
             if counts is None:

@@ -264,13 +264,15 @@ def _shown(value: Any) -> str:
 def environment() -> dict[str, Any]:
     import jax
 
+    from jaxla.models.mesh import device_count
+
     device = jax.devices()[0]
     return {
         "versions": {name: importlib.metadata.version(name) for name in PACKAGES},
         "python": platform.python_version(),
         "platform": platform.platform(),
         "device": f"{device.platform}: {device.device_kind}",
-        "devices": jax.device_count(),
+        "devices": device_count(),
     }
 
 

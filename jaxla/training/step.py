@@ -13,6 +13,7 @@ import optax
 from flax import nnx
 
 from jaxla.config import Training
+from jaxla.models.mesh import constrain, device_count, place
 from jaxla.training.losses import overlap_counts, pixel_loss
 
 Gradient = Callable[[Any, Any, Any, jax.Array], tuple[jax.Array, Any, dict[str, Any]]]
@@ -54,7 +55,9 @@ def make_gradient(graph: nnx.GraphDef) -> Gradient:
 
     def loss(trainable: nnx.State, frozen: Frozen, batch: Any) -> tuple[jax.Array, nnx.State]:
         network = nnx.merge(graph, trainable, *frozen, copy=True)  # its statistics change
-        logits = network(batch["input"])
+        # slices that only fill a batch up to the number of devices are left out of BatchNorm's statistics
+        present = batch["weight"] > 0 if device_count() > 1 else None
+        logits = network(batch["input"], present)
         statistics = nnx.merge_state(frozen.statistics, nnx.state(network, nnx.BatchStat))
         return pixel_loss(logits, batch["mask"], batch["weight"]), statistics
 
@@ -72,7 +75,7 @@ def make_step(gradient: Gradient, optimiser: optax.GradientTransformation) -> Ca
     def step(trainable: Any, frozen: Frozen, state: Any, batch: Any, key: jax.Array) -> tuple:
         loss, gradients, auxiliary = gradient(trainable, frozen, batch, key)
         updates, state = optimiser.update(gradients, state, trainable)
-        return optax.apply_updates(trainable, updates), auxiliary["statistics"], state, loss
+        return constrain(optax.apply_updates(trainable, updates)), auxiliary["statistics"], constrain(state), loss
 
     return jax.jit(step, donate_argnums=(0, 2))
 
@@ -113,3 +116,8 @@ def make_optimiser(recipe: Training, steps: int, pretrained_backbone: bool) -> o
 
     rates = {"rest": recipe.learning_rate, "backbone": recipe.backbone_learning_rate}
     return optax.multi_transform({name: adam(rate) for name, rate in rates.items()}, group)
+
+
+def initial_state(optimiser: optax.GradientTransformation, trainable: nnx.State) -> Any:
+    """The optimiser's state before the first step, each part on the devices where its parameters are."""
+    return jax.jit(lambda trainable: constrain(optimiser.init(trainable)))(place(trainable))

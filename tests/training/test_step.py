@@ -164,7 +164,7 @@ class TwoConvolutions(nnx.Module):
         self.first = nnx.Conv(1, 4, (3, 3), padding=1, rngs=rngs)
         self.second = nnx.Conv(4, 1, (3, 3), padding=1, rngs=rngs)
 
-    def __call__(self, x):
+    def __call__(self, x, present=None):
         return self.second(jax.nn.silu(self.first(x)))
 
 

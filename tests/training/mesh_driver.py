@@ -1,0 +1,120 @@
+"""Training on one device and on several, in a process that sees eight; what came of it into an .npz file."""
+
+import os
+import sys
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8"
+
+import jax
+import numpy as np
+from flax import nnx
+
+from jaxla.config import Training
+from jaxla.data.batches import SliceSource
+from jaxla.models.decoders import ConvolutionalDecoder, Upsampling
+from jaxla.models.mesh import place, spread, use_devices
+from jaxla.models.network import TransformerSegmenter
+from jaxla.training.loop import fit
+from jaxla.training.step import initial_state, make_gradient, make_optimiser, make_step, split_network
+from tests.tiny import ROTARY, randomise, tiny_backbone
+from tests.training.mesh_cases import BATCH, CASES, NETWORKS, RESUMED_ON, STEPS
+from tests.training.scans import disc_scans
+
+RECIPE = Training(learning_rate=1e-3, backbone_learning_rate=1e-4)
+
+
+class Convolutional(nnx.Module):
+    """A network with BatchNorm and no transformer."""
+
+    def __init__(self, rngs):
+        self.first = nnx.Conv(1, 8, (3, 3), strides=2, rngs=rngs)
+        self.second = Upsampling(8, 8, None, rngs)
+        self.logits = nnx.Conv(8, 1, (1, 1), rngs=rngs)
+
+    def __call__(self, images, present=None):
+        return self.logits(self.second(jax.nn.relu(self.first(images)), present))
+
+
+def network(name):
+    if name == "convolutional":
+        return randomise(nnx.eval_shape(lambda: Convolutional(nnx.Rngs(0))))
+    decoder = nnx.eval_shape(lambda: ConvolutionalDecoder(32, (8, 8, 4), 1, rngs=nnx.Rngs(0)))
+    backbone = tiny_backbone() if name == "frozen" else tiny_backbone(variant=ROTARY, remat=True)
+    return TransformerSegmenter(backbone, randomise(decoder, 1))
+
+
+def batches():
+    rng = np.random.default_rng(0)
+    for _ in range(STEPS):
+        images = rng.random((BATCH, 24, 40, 1), dtype=np.float32)
+        yield {"input": images, "mask": (images[..., 0] > 0.7).astype(np.uint8), "weight": np.ones(BATCH, np.float32)}
+
+
+def trained(name):
+    """-> name of array -> array: the losses, the first gradients, and all parameters and statistics at the end."""
+    parts = split_network(network(name), train_backbone=not name.startswith("frozen"))
+    optimiser = make_optimiser(RECIPE, STEPS, pretrained_backbone=True)
+    gradient = make_gradient(parts.training)
+    step = make_step(gradient, optimiser)
+    key = jax.random.key(0)
+    trainable, frozen, state = place(parts.trainable), place(parts.frozen), initial_state(optimiser, parts.trainable)
+    arrays, losses = {}, []
+    for number, batch in enumerate(map(spread, batches())):
+        if not number:
+            _, gradients, _ = jax.jit(gradient)(trainable, frozen, batch, key)
+            arrays |= named("gradients", gradients)
+        trainable, statistics, state, loss = step(trainable, frozen, state, batch, key)
+        frozen = frozen._replace(statistics=statistics)
+        losses.append(loss)
+    held = sum(leaf.addressable_shards[0].data.nbytes for leaf in jax.tree.leaves((trainable, state)))
+    return (
+        arrays
+        | named("parameters", trainable)
+        | named("statistics", statistics)
+        | {
+            "losses": np.array(losses),
+            "bytes on a device": np.array(held),
+        }
+    )
+
+
+def named(kind, tree):
+    name = partial(jax.tree_util.keystr, simple=True, separator=".")
+    return {f"{kind}/{name(path)}": np.asarray(leaf) for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]}
+
+
+def resumed(folder, devices):
+    """-> the metrics of some epochs, of which each is trained on another number of devices."""
+    volumes = disc_scans(folder / "scans")
+    for epoch, count in enumerate(devices, start=1):
+        with use_devices(count, shard_params=count == 4):
+            progress = fit(
+                split_network(network("finetuned"), train_backbone=True),
+                SliceSource(volumes[:2], 32),
+                SliceSource(volumes[1:], 32),
+                replace(RECIPE, epochs=epoch, batch_size=BATCH, patience=9),
+                seed=0,
+                pretrained_backbone=True,
+                folder=folder,
+            )
+    kinds = ("train_loss", "val_loss", "val_dice", "val_iou")
+    return np.array([[metrics[kind] for kind in kinds] for metrics in progress.history])
+
+
+def main(folder):
+    arrays = {}
+    for case, (devices, shard_params) in CASES.items():
+        for name in NETWORKS:
+            with use_devices(devices, shard_params):
+                arrays |= {f"{case}/{name}/{key}": array for key, array in trained(name).items()}
+    arrays["resumed"], arrays["on one"] = (
+        resumed(folder / name, devices) for name, devices in {"a": RESUMED_ON, "b": [1] * len(RESUMED_ON)}.items()
+    )
+    np.savez(folder / "arrays.npz", **arrays)
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))

@@ -1,0 +1,69 @@
+"""Several devices give what one gives: simulated ones, in a process of its own."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from jaxla.config import InputError
+from jaxla.models.mesh import device_count, use_devices
+from tests.training.mesh_cases import CASES, NETWORKS
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="module")
+def arrays(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("mesh")
+    command = [sys.executable, "-m", "tests.training.mesh_driver", str(folder)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return dict(np.load(folder / "arrays.npz"))
+
+
+def of_kind(arrays, case, network, kind):
+    chosen = [name for name in sorted(arrays) if name.startswith(f"{case}/{network}/{kind}")]
+    assert chosen
+    return np.concatenate([np.ravel(arrays[name]).astype(np.float64) for name in chosen])
+
+
+def relative_l2(ours, theirs):
+    return np.linalg.norm(ours - theirs) / np.linalg.norm(theirs)
+
+
+@pytest.mark.parametrize("network", NETWORKS)
+@pytest.mark.parametrize("case", [case for case in CASES if case != "one"])
+def test_ten_steps_give_what_one_device_gives(arrays, case, network):
+    """The batch is one that the devices do not divide."""
+    for kind in ("losses", "gradients", "parameters", "statistics"):
+        # measured: at most MEASURED
+        assert relative_l2(of_kind(arrays, case, network, kind), of_kind(arrays, "one", network, kind)) <= 1e-5, kind
+
+
+def test_divided_parameters_take_less_memory(arrays):
+    """Three quarters of the tiny network's numbers, Adam's with them, are in the kernels that are divided."""
+    held = {case: int(arrays[f"{case}/finetuned/bytes on a device"]) for case in CASES}
+    assert held["one"] == held["four"] == held["eight"]
+    whole = of_kernels = 0
+    for name, array in arrays.items():
+        if name.startswith("one/finetuned/parameters/"):
+            whole += array.size
+            of_kernels += array.size if re.search(r"blocks\..*\.kernel", name) else 0
+    saved = 4 * 3 * of_kernels * 7 / 8  # float32; the parameter and two of Adam's; an eighth of each stays
+    assert held["one"] - held["eight, divided"] == saved
+
+
+def test_training_goes_on_with_another_number_of_devices(arrays):
+    # measured: RESUMED
+    np.testing.assert_allclose(arrays["resumed"], arrays["on one"], rtol=1e-5)
+
+
+def test_more_devices_than_there_are_are_refused():
+    for count in (1000, -1):
+        line = rf"option --devices={count}: there are \d+ \(.*\); give 1 to \d+, or leave it out to use all of them"
+        with pytest.raises(InputError, match=line), use_devices(count):
+            pass
+    assert device_count() == 1
