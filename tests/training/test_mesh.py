@@ -39,12 +39,12 @@ def relative_l2(ours, theirs):
 def test_ten_steps_give_what_one_device_gives(arrays, case, network):
     """The batch is one that the devices do not divide."""
     for kind in ("losses", "gradients", "parameters", "statistics"):
-        # measured: at most MEASURED
+        # measured: at most 8.6e-7, of gradients
         assert relative_l2(of_kind(arrays, case, network, kind), of_kind(arrays, "one", network, kind)) <= 1e-5, kind
 
 
 def test_divided_parameters_take_less_memory(arrays):
-    """Three quarters of the tiny network's numbers, Adam's with them, are in the kernels that are divided."""
+    """By just what the table of parameters says: seven eighths of these kernels, and of Adam's two for each."""
     held = {case: int(arrays[f"{case}/finetuned/bytes on a device"]) for case in CASES}
     assert held["one"] == held["four"] == held["eight"]
     whole = of_kernels = 0
@@ -57,7 +57,7 @@ def test_divided_parameters_take_less_memory(arrays):
 
 
 def test_training_goes_on_with_another_number_of_devices(arrays):
-    # measured: RESUMED
+    # measured: 1.9e-7
     np.testing.assert_allclose(arrays["resumed"], arrays["on one"], rtol=1e-5)
 
 
