@@ -14,7 +14,6 @@ from pathlib import Path
 from jaxla.config import (
     Experiment,
     InputError,
-    Options,
     Stopped,
     parse_experiment,
     require_writable,
@@ -76,7 +75,7 @@ def main(arguments: list[str]) -> None:
         log.info("%s: no pretrained weights are used", run.describe_backbone(experiment))
 
     with in_use(cache_dir), use_devices(options.devices, options.shard_params):
-        require_share(experiment, options)
+        require_share(experiment)
         data = run.prepare_data(experiment, cache_dir)
         if options.dry_run:
             from jaxla.pipeline.forecast import describe, forecast
@@ -171,15 +170,14 @@ def checked(experiment: Experiment) -> Experiment:
     return replace(experiment, method=method, model=replace(experiment.model, arch=arch))
 
 
-def require_share(experiment: Experiment, options: Options) -> None:
+def require_share(experiment: Experiment) -> None:
     """Raise an InputError unless each device in use has a slice of a batch."""
     from jaxla.models.mesh import device_count
 
     if (size := experiment.training.batch_size) < (devices := device_count()):
-        given = f"--devices={options.devices}" if options.devices else f"all {devices} devices"
         raise InputError(
-            f"option --training.batch_size={size}: smaller than {given}, which share a batch; raise it, or give "
-            f"--devices={size}"
+            f"option --training.batch_size={size}: smaller than the number of devices, {devices}, that share a batch; "
+            f"raise it, or give --devices={size}"
         )
 
 
