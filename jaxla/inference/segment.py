@@ -14,7 +14,7 @@ from jaxla.data.inputs import Frame, frame, image_to_input, input_to_slice
 from jaxla.data.prepared import intensity_range
 from jaxla.data.volumes import Volume, from_slices, slice_geometry, to_slices, write_volume
 from jaxla.inference.trained import TrainedNetwork
-from jaxla.models.mesh import place, spread
+from jaxla.models.mesh import spread, to_devices
 
 Segment = Callable[..., tuple[np.ndarray, np.ndarray | None]]
 
@@ -51,7 +51,7 @@ def make_segment_slices(network: nnx.Module, batch_size: int) -> Segment:
     these, `shape` = (S, H, W) their own size. `classes` is [S, H, W] uint8, `probabilities` [S, H, W, K] float32.
     """
     graph, state = nnx.split(network)
-    state = place(state)
+    state = to_devices(state)
 
     @jax.jit
     def probabilities_of(state: nnx.State, inputs: jax.Array) -> jax.Array:

@@ -61,7 +61,7 @@ def device_count() -> int:
     return jax.sharding.get_abstract_mesh().size or 1
 
 
-def place(tree: T) -> T:
+def to_devices(tree: T) -> T:
     """Parameters, statistics or an optimiser's state on the devices of the mesh, divided as the table says.
 
     Raises:
@@ -78,7 +78,7 @@ def shardings(tree: T) -> T:
     mesh = jax.sharding.get_abstract_mesh()
 
     def of_leaf(path: tuple, leaf: Any) -> NamedSharding:
-        name = jax.tree_util.keystr(path, simple=True, separator=".")
+        name = jax.tree_util.keystr(path, simple=True, separator=".").removesuffix(".value")
         spec = next((spec for suffix, spec in SHARDED.items() if f".{suffix}" in f".{name}"), WHOLE)
         for size, axis in zip(leaf.shape, spec, strict=False):
             if axis and size % mesh.shape[axis]:
@@ -92,7 +92,7 @@ def shardings(tree: T) -> T:
 
 
 def constrain(tree: T) -> T:
-    """`place` within a compiled function."""
+    """`to_devices` within a compiled function."""
     if jax.sharding.get_abstract_mesh().empty:
         return tree
     return jax.lax.with_sharding_constraint(tree, shardings(tree))

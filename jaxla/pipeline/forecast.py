@@ -19,7 +19,7 @@ from tqdm import tqdm
 from jaxla.config import Experiment
 from jaxla.data.batches import SliceSource, evaluation_batches, steps_per_epoch, training_batches
 from jaxla.evaluation.summary import score_case
-from jaxla.models.mesh import place, spread
+from jaxla.models.mesh import spread, to_devices
 from jaxla.models.network import build_network
 from jaxla.pipeline.run import PreparedData, describe_backbone
 from jaxla.training.features import FeatureCache
@@ -103,7 +103,7 @@ def forecast(experiment: Experiment, data: PreparedData, cache_dir: Path) -> For
     }
     steps = steps_per_epoch(sources["train"], recipe.batch_size)
     optimiser = make_optimiser(recipe, steps * recipe.epochs, model.weights != "random")
-    split = split._replace(trainable=place(split.trainable), frozen=place(split.frozen))
+    split = split._replace(trainable=to_devices(split.trainable), frozen=to_devices(split.frozen))
     state = initial_state(optimiser, split.trainable)
     trained_bytes, state_bytes = (sum(leaf.nbytes for leaf in jax.tree.leaves(t)) for t in (split.trainable, state))
     trained = count_parameters(split.trainable)

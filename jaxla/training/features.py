@@ -30,7 +30,7 @@ from tqdm import tqdm
 from jaxla.data.inputs import frame
 from jaxla.data.prepared import VERSION as PREPARED_VERSION
 from jaxla.data.prepared import PreparedVolume
-from jaxla.models.mesh import device_count, place, spread
+from jaxla.models.mesh import device_count, spread, to_devices
 from jaxla.models.network import TransformerSegmenter
 from jaxla.models.weights import parameters_sha256
 from jaxla.models.weights_format import file_sha256
@@ -70,7 +70,7 @@ class FeatureCache:
     def __init__(self, cache_dir: Path, network: TransformerSegmenter, arch: str, size: int) -> None:
         graph, state = nnx.split(network)
         extract = jax.jit(lambda state, images: nnx.merge(graph, state).features(images))
-        self.extract = partial(extract, place(state))  # [batch, size, size, 1] -> [batch, h, w, C]
+        self.extract = partial(extract, to_devices(state))  # [batch, size, size, 1] -> [batch, h, w, C]
         self.batch = BATCH * device_count()
         self._size = size
         one_batch = jax.eval_shape(self.extract, jax.ShapeDtypeStruct((self.batch, size, size, 1), np.float32))

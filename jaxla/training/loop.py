@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from jaxla.config import InputError, Stopped, Training, stop_requests
 from jaxla.data.batches import SliceSource, evaluation_batches, steps_per_epoch, training_batches
-from jaxla.models.mesh import place, spread
+from jaxla.models.mesh import spread, to_devices
 from jaxla.training.checkpoints import Checkpoints
 from jaxla.training.step import (
     Frozen,
@@ -99,10 +99,11 @@ def fit(
     key = jax.random.key(seed)
 
     best, latest = (Checkpoints(folder / "checkpoints" / name) for name in ("best", "latest"))
+    trainable, frozen = to_devices(network.trainable), to_devices(network.frozen)
     state = _State(
-        place(network.trainable),
-        place(network.frozen),
-        initial_state(optimiser, network.trainable),
+        trainable,
+        frozen,
+        initial_state(optimiser, trainable),
         training_batches(train, recipe.batch_size, seed),
         Progress(),
     )

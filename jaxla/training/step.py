@@ -13,7 +13,7 @@ import optax
 from flax import nnx
 
 from jaxla.config import Training
-from jaxla.models.mesh import constrain, device_count, place
+from jaxla.models.mesh import constrain, device_count
 from jaxla.training.losses import overlap_counts, pixel_loss
 
 Gradient = Callable[[Any, Any, Any, jax.Array], tuple[jax.Array, Any, dict[str, Any]]]
@@ -75,7 +75,8 @@ def make_step(gradient: Gradient, optimiser: optax.GradientTransformation) -> Ca
     def step(trainable: Any, frozen: Frozen, state: Any, batch: Any, key: jax.Array) -> tuple:
         loss, gradients, auxiliary = gradient(trainable, frozen, batch, key)
         updates, state = optimiser.update(gradients, state, trainable)
-        return constrain(optax.apply_updates(trainable, updates)), auxiliary["statistics"], constrain(state), loss
+        trainable, statistics = optax.apply_updates(trainable, updates), auxiliary["statistics"]
+        return *constrain((trainable, statistics, state)), loss
 
     return jax.jit(step, donate_argnums=(0, 2))
 
@@ -119,5 +120,5 @@ def make_optimiser(recipe: Training, steps: int, pretrained_backbone: bool) -> o
 
 
 def initial_state(optimiser: optax.GradientTransformation, trainable: nnx.State) -> Any:
-    """The optimiser's state before the first step, each part on the devices where its parameters are."""
-    return jax.jit(lambda trainable: constrain(optimiser.init(trainable)))(place(trainable))
+    """The optimiser's state before the first step, divided as the parameters are."""
+    return jax.jit(lambda trainable: constrain(optimiser.init(trainable)))(trainable)

@@ -15,7 +15,7 @@ from flax import nnx
 from jaxla.config import Training
 from jaxla.data.batches import SliceSource
 from jaxla.models.decoders import ConvolutionalDecoder, Upsampling
-from jaxla.models.mesh import place, spread, use_devices
+from jaxla.models.mesh import spread, to_devices, use_devices
 from jaxla.models.network import TransformerSegmenter
 from jaxla.training.loop import fit
 from jaxla.training.step import initial_state, make_gradient, make_optimiser, make_step, split_network
@@ -60,7 +60,8 @@ def trained(name):
     gradient = make_gradient(parts.training)
     step = make_step(gradient, optimiser)
     key = jax.random.key(0)
-    trainable, frozen, state = place(parts.trainable), place(parts.frozen), initial_state(optimiser, parts.trainable)
+    trainable, frozen = to_devices(parts.trainable), to_devices(parts.frozen)
+    state = initial_state(optimiser, trainable)
     arrays, losses = {}, []
     for number, batch in enumerate(map(spread, batches())):
         if not number:
