@@ -326,7 +326,7 @@ BAD_WEIGHTS = {
     "truncated": (lambda p, w: truncate(write_weights(p, w)), "truncated"),
     "truncated in its header": (lambda p, w: truncate(write_weights(p, w), 1e-4), "truncated"),
     "empty": (lambda p, w: p.write_bytes(b""), "not a safetensors file"),
-    "a pickle": (lambda p, w: p.write_bytes(pickle.dumps(MakesAFile())), "not a safetensors file"),
+    "a pickle": (lambda p, w: p.write_bytes(pickle.dumps(MakesAFile())), "not written by convert_weights"),
     "of another program": (unmarked, "not written by convert_weights"),
     "without its architecture": (nameless, "convert"),
     "wrong shape": (
