@@ -208,7 +208,7 @@ def require_writable(option: str, path: Path) -> None:
         raise InputError(f"{option}={path}: cannot be written, for {parent} is no writable folder; choose another")
 
 
-def add_device_options(parser: ArgumentParser) -> None:
+def add_devices_option(parser: ArgumentParser) -> None:
     parser.add_argument("--devices", type=int, default=0, help="how many devices to use (0: all that JAX sees)")
 
 
@@ -294,7 +294,7 @@ def parse_experiment(
     parser.add_argument("--cache-dir", type=str, help="folder that runs share (default: the user's cache folder)")
     parser.add_argument("--resume", action="store_true", help="go on with the run in --run-dir, which was ended")
     parser.add_argument("--dry-run", action="store_true", help="say what the run would take, and leave it at that")
-    add_device_options(parser)
+    add_devices_option(parser)
     parser.add_argument("--shard-params", action="store_true", help="divide a backbone's parameters over the devices")
     fixed = {"name": experiment.name, "summary": experiment.summary, "method": experiment.method}
     parser.add_class_arguments(Experiment, None, skip=set(fixed))

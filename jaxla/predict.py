@@ -6,7 +6,7 @@ import logging
 import math
 from pathlib import Path
 
-from jaxla.config import InputError, add_device_options, command_parser, parse_arguments, require_writable, run_command
+from jaxla.config import InputError, add_devices_option, command_parser, parse_arguments, require_writable, run_command
 
 log = logging.getLogger("jaxla.predict")
 
@@ -29,7 +29,7 @@ def main(arguments: list[str]) -> None:
         action="store_true",
         help="also write <case>_probabilities.nii.gz (float32; several classes: 4D)",
     )
-    add_device_options(parser)
+    add_devices_option(parser)
     options = parse_arguments(parser, arguments)
 
     from jaxla.data.cases import find_images

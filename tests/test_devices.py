@@ -48,7 +48,7 @@ def test_a_run_on_four_devices_gives_the_run_on_one(four_devices, small_run, pha
 @pytest.mark.parametrize(
     ("options", "line"),
     [
-        (["--devices=5"], "option --devices=5: there are 4 (cpu); give 1 to 4, or leave it out to use all of them"),
+        (["--devices=5"], "option --devices=5: JAX sees 4 (cpu); give a number from 0 (all) to 4"),
         (
             ["--training.batch_size=2"],
             "option --training.batch_size=2: smaller than the number of devices, 4, that share a batch; raise it, or "

@@ -43,7 +43,7 @@ class ConvolutionalDecoder(nnx.Module):
         self.logits = nnx.Conv(widths[-1], outputs, (3, 3), padding=1, dtype=jnp.float32, rngs=rngs)
 
     def __call__(self, tokens: jax.Array, size: tuple[int, int], present: jax.Array | None = None) -> jax.Array:
-        """[B, h, w, C] -> logits [B, H, W, K] float32."""
+        """[B, h, w, C] -> logits [B, H, W, K] float32; BatchNorm's statistics are of those `present`, [B] bool."""
         x = self.mix(jax.nn.selu(self.token_classifier(tokens)))
         for stage in self.stages:
             x = stage(x, present)

@@ -46,8 +46,8 @@ def use_devices(count: int = 0, shard_params: bool = False) -> Iterator[Mesh]:
     devices = jax.devices()
     if not 0 <= count <= len(devices):
         raise InputError(
-            f"option --devices={count}: there are {len(devices)} ({devices[0].device_kind}); give 1 to {len(devices)}, "
-            "or leave it out to use all of them"
+            f"option --devices={count}: JAX sees {len(devices)} ({devices[0].device_kind}); give a number from 0 (all) "
+            f"to {len(devices)}"
         )
     devices = devices[: count or None]
     shape = (1, len(devices)) if shard_params else (len(devices), 1)

@@ -85,7 +85,7 @@ def test_offset_and_antialiasing_both_change_the_grid(registers):
     grid = torch.randn(1, 8, 37, 37, generator=torch.Generator().manual_seed(0))
     same, other = (authors_resize(grid, 32, 45, kind)[0].permute(1, 2, 0) for kind in (registers, not registers))
     ours = position_grid(jnp.asarray(grid[0].permute(1, 2, 0)), 32, 45, antialias=registers)
-    np.testing.assert_allclose(ours, same, atol=1e-5)  # measured: 3.4e-6, of values up to 5
+    np.testing.assert_allclose(ours, same, atol=5e-6)  # measured: 3.4e-6, of values up to 4.3
     assert np.abs(ours - other.numpy()).max() > 0.1
 
 

@@ -60,7 +60,7 @@ def test_training_goes_on_with_another_number_of_devices(arrays):
 
 def test_more_devices_than_there_are_are_refused():
     for count in (1000, -1):
-        line = rf"option --devices={count}: there are \d+ \(.*\); give 1 to \d+, or leave it out to use all of them"
+        line = rf"option --devices={count}: JAX sees \d+ \(.*\); give a number from 0 \(all\) to \d+"
         with pytest.raises(InputError, match=line), use_devices(count):
             pass
     assert device_count() == 1
