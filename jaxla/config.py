@@ -212,6 +212,13 @@ def add_devices_option(parser: ArgumentParser) -> None:
     parser.add_argument("--devices", type=int, default=0, help="how many devices to use (0: all that JAX sees)")
 
 
+def add_processes_options(parser: ArgumentParser) -> None:
+    parser.add_argument("--coordinator", type=str, default="", help="HOST:PORT where several processes meet")
+    parser.add_argument("--processes", type=int | None, default=None, help="how many there are")
+    parser.add_argument("--process", type=int | None, default=None, help="which of them this is, from 0")
+    parser.add_argument("--wait", type=float, default=300, help="seconds to wait for the others at the start")
+
+
 def parse_arguments(parser: ArgumentParser, arguments: list[str]) -> Namespace:
     """`parser.parse_args`, with every mistake an InputError of one line that names the option."""
     from jsonargparse import ArgumentError
@@ -248,6 +255,10 @@ class Options(NamedTuple):
     dry_run: bool
     devices: int
     shard_params: bool
+    coordinator: str
+    processes: int | None
+    process: int | None
+    wait: float
 
 
 def parse_experiment(
@@ -296,6 +307,7 @@ def parse_experiment(
     parser.add_argument("--dry-run", action="store_true", help="say what the run would take, and leave it at that")
     add_devices_option(parser)
     parser.add_argument("--shard-params", action="store_true", help="divide a backbone's parameters over the devices")
+    add_processes_options(parser)
     fixed = {"name": experiment.name, "summary": experiment.summary, "method": experiment.method}
     parser.add_class_arguments(Experiment, None, skip=set(fixed))
     parser.set_defaults({key: value for key, value in asdict(experiment).items() if key not in fixed})
@@ -310,6 +322,10 @@ def parse_experiment(
         dry_run=parsed.dry_run,
         devices=parsed.devices,
         shard_params=parsed.shard_params,
+        coordinator=parsed.coordinator,
+        processes=parsed.processes,
+        process=parsed.process,
+        wait=parsed.wait,
     )
 
 
@@ -337,16 +353,18 @@ def run_command(main: Callable[[list[str]], None]) -> None:
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         main(sys.argv[1:])
-    except InputError as error:
-        print("error: " + " ".join(str(error).split()), file=sys.stderr)
-        sys.exit(2)
-    except Stopped as stopped:
-        print(f"stopped {stopped}", file=sys.stderr)
-        sys.exit(1)
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        sys.exit(1)
+    except (InputError, Stopped, KeyboardInterrupt) as error:
+        code, line = outcome(error)
+        print(line, file=sys.stderr)
+        sys.exit(code)
     sys.exit(0)
+
+
+def outcome(error: BaseException) -> tuple[int, str]:
+    """The exit code of a command that this ends, and the line to print."""
+    if isinstance(error, InputError):
+        return 2, "error: " + " ".join(str(error).split())
+    return 1, f"stopped {error}" if isinstance(error, Stopped) else "interrupted"
 
 
 def _report_unraisable(report: sys.UnraisableHookArgs) -> None:

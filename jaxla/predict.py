@@ -2,13 +2,25 @@
 
 from __future__ import annotations
 
-import logging
 import math
+import os
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from jaxla.config import InputError, add_devices_option, command_parser, parse_arguments, require_writable, run_command
+from jaxla.config import (
+    InputError,
+    add_devices_option,
+    add_processes_options,
+    command_parser,
+    parse_arguments,
+    require_writable,
+    run_command,
+)
+from jaxla.devices.launch import find_launch
+from jaxla.devices.processes import joined, require_same, share, tell
 
-log = logging.getLogger("jaxla.predict")
+if TYPE_CHECKING:
+    from jsonargparse import Namespace
 
 
 def main(arguments: list[str]) -> None:
@@ -30,7 +42,16 @@ def main(arguments: list[str]) -> None:
         help="also write <case>_probabilities.nii.gz (float32; several classes: 4D)",
     )
     add_devices_option(parser)
+    add_processes_options(parser)
     options = parse_arguments(parser, arguments)
+    with joined(find_launch(options.coordinator, options.processes, options.process, os.environ), options.wait):
+        predict(options)
+
+
+def predict(options: Namespace) -> None:
+    """Segment the scans that the options name; of several processes each its share of them."""
+    given = {name: str(options[name]) for name in ("run", "input", "output", "probabilities", "devices")}
+    require_same("option", {f"--{name}": value for name, value in given.items()}, "give all the same")
 
     from jaxla.data.cases import find_images
 
@@ -43,25 +64,26 @@ def main(arguments: list[str]) -> None:
     require_writable("--output", next(iter(outputs.values())).parent)
 
     from jaxla.data.volumes import read_image, write_volume
+    from jaxla.devices.mesh import use_devices, use_own_devices
     from jaxla.inference.segment import make_segment, write_segmentation
     from jaxla.inference.trained import load_run
-    from jaxla.models.mesh import use_devices
     from jaxla.training.run_folder import read_record
 
     read_record(Path(options.run))
-    for scan in outputs:  # all are checked before the first is segmented
+    for scan in share(list(outputs)):  # all are checked before the first is segmented
         read_image(scan)
-    with use_devices(options.devices):
+    require_same("scan", {str(path): str(path.stat().st_size) for path in outputs}, "give all the same scans")
+    with use_devices(options.devices), use_own_devices():
         trained = load_run(options.run)
         segment = make_segment(trained)
-        for number, (scan, mask) in enumerate(outputs.items(), start=1):
+        for number, (scan, mask) in share(list(enumerate(outputs.items(), start=1))):
             volume = read_image(scan)
             classes, probabilities = segment(volume, options.probabilities)
             if probabilities is not None:
                 write_volume(_probabilities_file(mask), probabilities, volume)
             write_segmentation(mask, classes, trained, volume)
             millilitres = (classes > 0).sum() * math.prod(volume.spacing) / 1000
-            log.info("%d/%d %s: %.1f ml", number, len(outputs), mask, millilitres)
+            tell(f"{number}/{len(outputs)} {mask}: {millilitres:.1f} ml")
 
 
 def _name_outputs(scans: dict[str, Path], source: Path, output: Path) -> dict[Path, Path]:

@@ -5,20 +5,26 @@ from __future__ import annotations
 import errno
 import logging
 import logging.handlers
+import os
 import shlex
 import time
+from contextlib import ExitStack
 from dataclasses import replace
 from datetime import datetime
+from functools import partial
 from pathlib import Path
 
 from jaxla.config import (
     Experiment,
     InputError,
+    Options,
     Stopped,
     parse_experiment,
     require_writable,
     run_command,
 )
+from jaxla.devices.launch import find_launch
+from jaxla.devices.processes import agreed, if_others_end, is_first, joined, require_same
 from jaxla.experiments import EXPERIMENTS, METHODS
 
 DISK_FAULTS = (
@@ -36,9 +42,16 @@ def main(arguments: list[str]) -> None:
         Stopped: the process was asked to end; the message has the command to go on with.
     """
     options = parse_experiment("jaxla.train", arguments, EXPERIMENTS, METHODS, list_experiments())
+    options = options._replace(experiment=checked(options.experiment))
+    with joined(find_launch(options.coordinator, options.processes, options.process, os.environ), options.wait):
+        train(options, shlex.join(["python", "-m", "jaxla.train", *arguments]))
+
+
+def train(options: Options, command: str) -> None:
+    """Train and test as the options say, which the line `command` gave."""
     experiment, cache_dir = options.experiment, options.cache_dir
     run_dir = options.run_dir or Path(f"runs/{experiment.name}_{time.strftime('%Y%m%d-%H%M%S')}")
-    experiment = checked(experiment)
+    run_dir = Path(agreed(str(run_dir)))
     began = time.perf_counter()
     early_lines = logging.handlers.MemoryHandler(capacity=1)  # holds the log until there is a folder for it
     logging.getLogger("jaxla").addHandler(early_lines)
@@ -46,22 +59,27 @@ def main(arguments: list[str]) -> None:
     # What can fail is checked before what takes long.
     from jaxla.training.run_folder import (
         LOG,
+        RECORD,
         Record,
         environment,
+        options_of,
         require_free,
         require_resumable,
         resume_command,
         run_folder,
     )
 
-    if options.resume:
+    given = {name: getattr(options, name) for name in ("run_dir", "resume", "dry_run", "devices", "shard_params")}
+    given = {name.replace("_", "-"): str(value) for name, value in given.items()}
+    require_same("option", options_of(experiment) | given, "give all processes the same")
+    if options.resume and is_first():
         require_resumable(options.run_dir, experiment)
-    elif not options.dry_run:
+    elif not options.dry_run and is_first():
         require_free(run_dir)
     require_writable("--cache-dir", cache_dir)
 
     from jaxla.data.cache import in_use
-    from jaxla.models.mesh import use_devices
+    from jaxla.devices.mesh import use_devices
     from jaxla.models.weights import weights_file
     from jaxla.models.weights_format import require_undamaged
     from jaxla.pipeline import run
@@ -74,9 +92,14 @@ def main(arguments: list[str]) -> None:
     else:
         log.info("%s: no pretrained weights are used", run.describe_backbone(experiment))
 
-    with in_use(cache_dir), use_devices(options.devices, options.shard_params):
+    with in_use(cache_dir), use_devices(options.devices, options.shard_params), ExitStack() as held:
         require_share(experiment)
+        environment_here = environment()
+        installed = {**environment_here["versions"], "device": environment_here["device"]}
+        require_same("the hosts differ:", installed, "give all the same packages and devices")
         data = run.prepare_data(experiment, cache_dir)
+        contents = {**data.cases, "--data.split": data.split.sha256, "--model.weights": weights_sha256}
+        require_same("the data differ:", contents, "give all processes the same scans, masks, split and weights")
         if options.dry_run:
             from jaxla.pipeline.forecast import describe, forecast
 
@@ -89,29 +112,37 @@ def main(arguments: list[str]) -> None:
             weights_sha256=weights_sha256,
             split_sha256=data.split.sha256,
             data_sha256=data.sha256,
-            command=shlex.join(["python", "-m", "jaxla.train", *arguments]),
+            command=command,
             begun=datetime.now().astimezone().isoformat(timespec="seconds"),
-            environment=environment(),
+            environment=environment_here,
         )
-        with run_folder(run_dir, record, data.split, data.cases, options.resume):
+        log_file: logging.Handler = logging.NullHandler()
+        go_on = resume_command(record.command, run_dir)
+        if is_first():
+            held.enter_context(run_folder(run_dir, record, data.split, data.cases, options.resume))
             log_file = logging.FileHandler(run_dir / LOG)
             early_lines.setTarget(log_file)
-            go_on = resume_command(record.command, run_dir)
-            try:
-                summary = run.train_and_test(experiment, data, run_dir, cache_dir)
-            except (Stopped, KeyboardInterrupt) as stop:
-                where = str(stop) or "before the end"
-                note(log_file, f"stopped {where}")
-                raise Stopped(f"{where}; go on with: {go_on}") from stop
-            except InputError as error:
-                note(log_file, f"error: {error}")
+        agreed("begun")
+        if not (run_dir / RECORD).exists():
+            raise InputError(f"--run-dir={run_dir}: is not seen here; it must lie on a disk that all processes share")
+        if_others_end(f"go on with: {go_on}", partial(note, log_file))
+        try:
+            summary = run.train_and_test(experiment, data, run_dir, cache_dir)
+        except (Stopped, KeyboardInterrupt) as stop:
+            where = str(stop) or "before the end"
+            note(log_file, f"stopped {where}")
+            raise Stopped(f"{where}; go on with: {go_on}") from stop
+        except InputError as error:
+            note(log_file, f"error: {error}")
+            raise
+        except OSError as error:
+            if error.errno not in DISK_FAULTS:
                 raise
-            except OSError as error:
-                if error.errno not in DISK_FAULTS:
-                    raise
-                message = f"{error.filename or run_dir}: cannot be read or written ({error.strerror})"
-                note(log_file, f"error: {message}")
-                raise InputError(f"{message}; mend that and go on with: {go_on}") from error
+            message = f"{error.filename or run_dir}: cannot be read or written ({error.strerror})"
+            note(log_file, f"error: {message}")
+            raise InputError(f"{message}; mend that and go on with: {go_on}") from error
+    if not is_first():
+        return
     dice, iou, atlas = summary["dice"], summary["iou"], summary["atlas"]["dice"]
     log.info("finished in %.0f s", time.perf_counter() - began)
     print(
@@ -172,7 +203,7 @@ def checked(experiment: Experiment) -> Experiment:
 
 def require_share(experiment: Experiment) -> None:
     """Raise an InputError unless each device in use has a slice of a batch."""
-    from jaxla.models.mesh import device_count
+    from jaxla.devices.mesh import device_count
 
     if (size := experiment.training.batch_size) < (devices := device_count()):
         raise InputError(

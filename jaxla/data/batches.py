@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Generator, Sequence
 from contextlib import closing
+from functools import partial
 from typing import SupportsIndex, TypedDict
 
 import grain.python as grain
@@ -55,27 +56,42 @@ class SliceSource:
         )
 
 
-def training_batches(source: SliceSource, batch_size: int, seed: int) -> grain.DatasetIterator:
+def training_batches(
+    source: SliceSource, batch_size: int, seed: int, rows: range | None = None
+) -> grain.DatasetIterator:
     """An endless iterator of full batches in an order drawn anew each pass over the slices.
 
-    Batches run on over the end of a pass, so no slice is dropped. The iterator's state can be saved and set.
+    Batches run on over the end of a pass, so no slice is dropped. The iterator's state can be saved and set; it is
+    the same whatever rows are read.
+
+    Args:
+        rows: of each batch to read, where other processes read the others; those from `batch_size` on are fillers.
     """
-    slices = grain.MapDataset.source(source).seed(seed).shuffle().repeat(PASSES)
-    return iter(slices.batch(batch_size).to_iter_dataset(READ_OPTIONS))
+    order = grain.MapDataset.range(len(source)).seed(seed).shuffle().repeat(PASSES).batch(batch_size)
+    return iter(order.map(partial(_read, source, rows or range(batch_size))).to_iter_dataset(READ_OPTIONS))
 
 
 def steps_per_epoch(source: SliceSource, batch_size: int) -> int:
     return -(-len(source) // batch_size)
 
 
-def evaluation_batches(source: SliceSource, batch_size: int) -> Generator[Batch]:
-    """Every slice once, in order; the last batch is filled up with slices of weight 0.
+def evaluation_batches(source: SliceSource, batch_size: int, rows: range | None = None) -> Generator[Batch]:
+    """Every slice once, in order; the last batch is filled up.
 
     To be closed by whoever leaves it early: its threads read ahead.
+
+    Args:
+        rows: as for `training_batches`.
     """
-    slices = grain.MapDataset.source(source).batch(batch_size, drop_remainder=False).to_iter_dataset(READ_OPTIONS)
-    with closing(iter(slices)) as batches:
-        for batch in batches:
-            short = batch_size - len(batch["weight"])
-            padded = {key: np.pad(a, [(0, short)] + [(0, 0)] * (a.ndim - 1)) for key, a in batch.items()}
-            yield padded if short else batch
+    order = grain.MapDataset.range(len(source)).batch(batch_size, drop_remainder=False)
+    read = order.map(partial(_read, source, rows or range(batch_size))).to_iter_dataset(READ_OPTIONS)
+    with closing(iter(read)) as batches:
+        yield from batches
+
+
+def _read(source: SliceSource, rows: range, chosen: np.ndarray) -> Batch:
+    """These rows of the batch of slices `chosen`; zeros, of weight 0, beyond its end."""
+    slices = [source[i] for i in chosen[rows.start : rows.stop]]
+    filler = {key: np.zeros_like(value) for key, value in (slices[0] if slices else source[chosen[0]]).items()}
+    slices += [filler] * (len(rows) - len(slices))
+    return Batch(**{key: np.stack([one[key] for one in slices]) for key in filler})

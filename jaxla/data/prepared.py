@@ -11,7 +11,7 @@ import json
 import logging
 import shutil
 import uuid
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -81,28 +81,33 @@ def intensity_range(array: np.ndarray) -> tuple[float, float]:
 
 
 def prepare_cases(
-    dataset: Dataset, cache_dir: Path, track: Callable[[Iterable[Case]], Iterable[Case]] = iter
+    dataset: Dataset,
+    cache_dir: Path,
+    track: Callable[[Iterable[Case]], Iterable[Case]] = iter,
+    first: Sequence[Case] = (),
 ) -> list[PreparedVolume]:
     """Prepare every case of a data set that is not in the cache yet.
 
     Args:
         track: wraps the iteration over cases, for a progress bar.
+        first: cases to begin with, while other processes begin with others.
 
     Raises:
         InputError: a file fails its checks, two cases hold one image, or the cache folder cannot be written.
     """
-    volumes: list[PreparedVolume] = []
+    volumes: dict[str, PreparedVolume] = {}
     cases_of_image: dict[str, str] = {}
-    for case in track(dataset.cases):
+    for case in track(list({case.id: case for case in (*first, *dataset.cases)}.values())):
         volume = _prepare_case(case, dataset.labels, cache_dir / "volumes")
         twin = cases_of_image.setdefault(volume.image_sha256, case.id)
         if twin != case.id:
             raise InputError(
                 f"{case.image}: the same image as case {twin}; remove one, a patient must not cross splits"
             )
-        volumes.append(volume)
-    require_one_value(dataset.labels, dataset.root, {v.id: v.mask_values for v in volumes})
-    return volumes
+        volumes[case.id] = volume
+    prepared = [volumes[case.id] for case in dataset.cases]
+    require_one_value(dataset.labels, dataset.root, {v.id: v.mask_values for v in prepared})
+    return prepared
 
 
 def _prepare_case(case: Case, labels: Labels, store: Path) -> PreparedVolume:

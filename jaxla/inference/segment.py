@@ -13,8 +13,8 @@ from flax import nnx
 from jaxla.data.inputs import Frame, frame, image_to_input, input_to_slice
 from jaxla.data.prepared import intensity_range
 from jaxla.data.volumes import Volume, from_slices, slice_geometry, to_slices, write_volume
+from jaxla.devices.mesh import own_rows, spread, to_devices
 from jaxla.inference.trained import TrainedNetwork
-from jaxla.models.mesh import spread, to_devices
 
 Segment = Callable[..., tuple[np.ndarray, np.ndarray | None]]
 
@@ -66,8 +66,9 @@ def make_segment_slices(network: nnx.Module, batch_size: int) -> Segment:
         kept = None
         for start in range(0, shape[0], batch_size):
             chosen = list(islice(inputs, batch_size))
-            batch = np.zeros((batch_size, *chosen[0].shape), chosen[0].dtype)  # a short one is filled up: one shape,
-            batch[: len(chosen)] = chosen  # one compilation
+            # a short one is filled up: one shape, one compilation
+            batch = np.zeros((len(own_rows(batch_size)), *chosen[0].shape), chosen[0].dtype)
+            batch[: len(chosen)] = chosen
             outputs = np.asarray(probabilities_of(state, spread(batch)))
             for i in range(len(chosen)):
                 of_slice = input_to_slice(outputs[i], place, shape[1:])

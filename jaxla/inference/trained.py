@@ -47,7 +47,7 @@ def load_run(folder: str | Path) -> TrainedNetwork:
     parts = split_network(network, train_backbone=model.backbone == "finetuned")
 
     saved = checkpointed(parts.trainable, parts.frozen.statistics)
-    here = jax.sharding.SingleDeviceSharding(jax.devices()[0])  # whatever device the run was trained on
+    here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])  # whatever device the run was trained on
     like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here), saved)
     checkpoints = Checkpoints(folder / "checkpoints" / "best", read_only=True)
     restored, progress = checkpoints.restore(like, steps[0])

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from jaxla.models.mesh import of_each_device
+from jaxla.devices.mesh import of_each_device
 
 
 def enter(linear: nnx.Linear, x: jax.Array) -> jax.Array:

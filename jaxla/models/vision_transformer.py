@@ -14,10 +14,10 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from jaxla.devices.mesh import whole
 from jaxla.models import columns
 from jaxla.models.attention import attention
 from jaxla.models.images import require_images
-from jaxla.models.mesh import gathered
 from jaxla.models.positions import Rotation, position_grid, rotary_periods, rotation
 
 
@@ -238,7 +238,7 @@ class VisionTransformer(nnx.Module):
         def step(carry: tuple, slot_and_parameters: tuple) -> tuple:
             x, kept = carry
             slot, parameters = slot_and_parameters
-            x = nnx.merge(block, gathered(parameters))(x, rotate)
+            x = nnx.merge(block, whole(parameters))(x, rotate)
             return (x, kept if kept is None else kept.at[slot].set(x)), None
 
         step = jax.checkpoint(step) if self.remat else step

@@ -18,8 +18,9 @@ from tqdm import tqdm
 
 from jaxla.config import Experiment
 from jaxla.data.batches import SliceSource, evaluation_batches, steps_per_epoch, training_batches
+from jaxla.devices.mesh import on_host, own_rows, spread, to_devices, use_own_devices
+from jaxla.devices.processes import process_count, share
 from jaxla.evaluation.summary import score_case
-from jaxla.models.mesh import spread, to_devices
 from jaxla.models.network import build_network
 from jaxla.pipeline.run import PreparedData, describe_backbone
 from jaxla.training.features import FeatureCache
@@ -79,19 +80,22 @@ def forecast(experiment: Experiment, data: PreparedData, cache_dir: Path) -> For
     parts = {name: data.of(getattr(data.split, name)) for name in ("train", "val", "test")}
     slices = {name: sum(v.shape[0] for v in volumes) for name, volumes in parts.items()}
 
-    network = build_network(model, data.dataset.labels.outputs, experiment.seed)
+    with on_host():
+        network = build_network(model, data.dataset.labels.outputs, experiment.seed)
     of_all = count_parameters(nnx.state(network, nnx.Param))
     features_bytes, features_seconds, features_fit, stand_ins = 0, 0.0, True, None
     if model.backbone == "frozen" and recipe.cache_features:
-        cache = FeatureCache(cache_dir, network, model.arch, size)
+        with use_own_devices():
+            cache = FeatureCache(cache_dir, network, model.arch, size)
         missing = cache.missing(data.used)
         features_bytes = cache.bytes_of(missing)
         features_fit = cache.fits(features_bytes)
         if features_fit:
             if missing:
-                images = spread(np.zeros((cache.batch, size, size, 1), np.float32))
-                batches = sum(-(-v.shape[0] // cache.batch) for v in missing)
-                features_seconds = batches * _seconds(lambda: cache.extract(images), 1)
+                batches = sum(-(-v.shape[0] // cache.batch) for v in share(missing))
+                with use_own_devices():
+                    images = spread(np.zeros((cache.batch, size, size, 1), np.float32))
+                    features_seconds = batches * _seconds(lambda: cache.extract(images), 1)
             # what the values are does not change how long a step takes
             stand_ins = {v.id: np.broadcast_to(np.zeros(1, cache.dtype), (v.shape[0], *cache.shape)) for v in data.used}
             network = network.on_features((size, size))
@@ -108,7 +112,8 @@ def forecast(experiment: Experiment, data: PreparedData, cache_dir: Path) -> For
     trained_bytes, state_bytes = (sum(leaf.nbytes for leaf in jax.tree.leaves(t)) for t in (split.trainable, state))
     trained = count_parameters(split.trainable)
 
-    batches = training_batches(sources["train"], recipe.batch_size, experiment.seed)
+    rows = own_rows(recipe.batch_size)
+    batches = training_batches(sources["train"], recipe.batch_size, experiment.seed, rows)
     key = jax.random.key(0)
     arguments = [split.trainable, split.frozen, state, spread(next(batches)), key]
     step = make_step(make_gradient(split.training), optimiser).lower(*arguments).compile()
@@ -123,7 +128,7 @@ def forecast(experiment: Experiment, data: PreparedData, cache_dir: Path) -> For
     step_seconds = _seconds(one_step, MEASURED_STEPS)
     batches.close()
     evaluate = make_evaluation(split.evaluation)
-    with closing(evaluation_batches(sources["val"], recipe.batch_size)) as batches:
+    with closing(evaluation_batches(sources["val"], recipe.batch_size, rows)) as batches:
         batch = spread(next(batches))
     batch_seconds = _seconds(lambda: evaluate(arguments[0], split.frozen, batch), 2)
     score_seconds = _scoring_seconds(data) * len(parts["test"])
@@ -146,7 +151,7 @@ def forecast(experiment: Experiment, data: PreparedData, cache_dir: Path) -> For
         start_seconds=start_seconds,
         features_seconds=features_seconds,
         epoch_seconds=steps * step_seconds + -(-slices["val"] // recipe.batch_size) * batch_seconds,
-        test_seconds=-(-slices["test"] // recipe.batch_size) * batch_seconds + score_seconds,
+        test_seconds=-(-slices["test"] // recipe.batch_size) * batch_seconds + score_seconds / process_count(),
     )
 
 

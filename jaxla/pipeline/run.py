@@ -31,6 +31,8 @@ from jaxla.data.volumes import (
     slices_to_canonical,
     to_slices,
 )
+from jaxla.devices.mesh import on_host, use_own_devices
+from jaxla.devices.processes import gather, is_first, share
 from jaxla.evaluation.atlas import apply_atlas, build_atlas, choose_threshold
 from jaxla.evaluation.summary import score_case, summarise, write_cases, write_summary
 from jaxla.inference.segment import make_segment, make_segment_slices, write_segmentation
@@ -89,7 +91,7 @@ def prepare_data(experiment: Experiment, cache_dir: Path) -> PreparedData:
         root = cached_phantoms(cache_dir, protocol.phantom_size, protocol.phantom_cases)
     dataset = find_cases(root, protocol.labels)
     split = make_split([case.id for case in dataset.cases], protocol)
-    prepared = prepare_cases(dataset, cache_dir, track=lambda cases: track(cases, "preparing"))
+    prepared = prepare_cases(dataset, cache_dir, lambda cases: track(cases, "preparing"), share(dataset.cases))
     data = PreparedData(dataset, {volume.id: volume for volume in prepared}, split)
     training = data.of(split.train)
     for index, name in enumerate(dataset.labels.names, start=1):
@@ -112,12 +114,15 @@ def prepare_data(experiment: Experiment, cache_dir: Path) -> PreparedData:
 
 def train_and_test(experiment: Experiment, data: PreparedData, run_dir: Path, cache_dir: Path) -> dict[str, Any]:
     """All of a run once its folder is there; begins where the folder says it ended. Returns the summary of the test."""
-    network = build(experiment, data.dataset.labels.outputs, run_dir)
+    with on_host():
+        network = build(experiment, data.dataset.labels.outputs, run_dir)
     features, origin = cached_features(experiment, network, data, cache_dir)
-    write_record(run_dir, replace(read_record(run_dir), features=origin))
+    if is_first():
+        write_record(run_dir, replace(read_record(run_dir), features=origin))
     train(experiment, network, data, features, run_dir)
     del network  # the trained one is loaded with its own backbone
-    return test(data, features, run_dir)
+    with use_own_devices():
+        return test(data, features, run_dir)
 
 
 def build(experiment: Experiment, outputs: int, run_dir: Path) -> TransformerSegmenter:
@@ -144,8 +149,9 @@ def build(experiment: Experiment, outputs: int, run_dir: Path) -> TransformerSeg
         raise InputError(
             f"{kept}: missing or damaged, and seed {seed} gives another backbone with the present versions; put it back"
         )
-    save_random(kept, network.backbone, model.arch, seed)
-    write_record(run_dir, replace(record, weights_sha256=sha256))
+    if is_first():
+        save_random(kept, network.backbone, model.arch, seed)
+        write_record(run_dir, replace(record, weights_sha256=sha256))
     return network
 
 
@@ -162,8 +168,9 @@ def cached_features(
         return None, "The backbone was trained too, so it ran at every step."
     if not experiment.training.cache_features:
         return None, "The frozen backbone ran in every epoch, for --training.cache_features was false."
-    cache = FeatureCache(cache_dir, network, model.arch, experiment.preprocessing.image_size)
-    features = cache.features(data.used, track)
+    with use_own_devices():
+        cache = FeatureCache(cache_dir, network, model.arch, experiment.preprocessing.image_size)
+        features = cache.features(data.used, track)
     if features is None:
         return None, "The frozen backbone ran in every epoch: its features did not fit on the disk of the cache folder."
     by_id = {volume.id: of_volume for volume, of_volume in zip(data.used, features, strict=True)}
@@ -203,7 +210,7 @@ def test(data: PreparedData, features: Features | None, run_dir: Path) -> dict[s
 
     Returns:
         The summary: per metric mean, sd, n and unit, per volume; under "slice" the same per slice; under "atlas" the
-        atlas's.
+        atlas's. Of several processes the first returns and writes it, and all segment their share of the cases.
     """
     split = data.split
     trained = load_run(run_dir)
@@ -221,7 +228,7 @@ def test(data: PreparedData, features: Features | None, run_dir: Path) -> dict[s
     atlas = choose_threshold(build_atlas(canonical_masks(split.train), len(names)), canonical_masks(split.val))
 
     rows, slice_rows, atlas_rows = [], [], []
-    for name in track(split.test, "testing"):
+    for name in track(share(split.test), "testing"):
         prepared = data.volumes[name]
         volume = read_image(prepared.case.image)
         geometry = slice_geometry(volume.affine)
@@ -238,6 +245,9 @@ def test(data: PreparedData, features: Features | None, run_dir: Path) -> dict[s
         shape = slices_to_canonical(prepared.mask, prepared.slice_axis).shape
         of_atlas = canonical_to_slices(apply_atlas(atlas, shape), prepared.slice_axis)
         atlas_rows += score_case(name, of_atlas, prepared.mask, prepared.spacing, names)
+    rows, slice_rows, atlas_rows = (in_order(of_all, split.test) for of_all in (rows, slice_rows, atlas_rows))
+    if not is_first():
+        return {}
     for row, atlas_row in zip(rows, atlas_rows, strict=True):
         row.update({f"atlas_{metric}": atlas_row[metric] for metric in ("dice", "iou")})
 
@@ -262,6 +272,12 @@ def test(data: PreparedData, features: Features | None, run_dir: Path) -> dict[s
         panels=panels,
     )
     return summary
+
+
+def in_order(rows: list[dict[str, Any]], cases: Sequence[str]) -> list[dict[str, Any]]:
+    """The rows of all processes, in the order of the cases."""
+    of_all = [row for of_process in gather(rows) for row in of_process]
+    return sorted(of_all, key=lambda row: cases.index(row["case"]))  # stable: a case's own rows keep their order
 
 
 def worst_median_best(data: PreparedData, rows: Sequence[Mapping[str, Any]], predictions: Path) -> list[Panel]:

@@ -19,6 +19,7 @@ import jax
 import orbax.checkpoint as ocp
 
 from jaxla.config import InputError
+from jaxla.devices.processes import agreed, is_first
 from jaxla.models.weights_format import file_sha256
 
 T = TypeVar("T")
@@ -27,15 +28,20 @@ log = logging.getLogger(__name__)
 
 
 class Checkpoints:
-    """The newest two checkpoints of one kind, by their step; an older one goes only once a newer one is complete."""
+    """The newest two checkpoints of one kind, by their step; an older one goes only once a newer one is complete.
+
+    Of several processes each must call what the others call: all of them write and read a checkpoint's arrays, the
+    first alone its sums, and what there is is what the first one sees.
+    """
 
     def __init__(self, folder: Path, read_only: bool = False) -> None:
         options = ocp.CheckpointManagerOptions(
             max_to_keep=2, enable_async_checkpointing=False, read_only=read_only, create=not read_only
         )
         self._folder = folder.absolute()
-        if not read_only:
+        if not read_only and is_first():
             self._remove_half_written()
+        agreed("removed")  # before the others look
         self._manager = ocp.CheckpointManager(self._folder, options=options)
 
     def save(self, step: int, trees: Mapping[str, Any], progress: Mapping[str, Any]) -> None:
@@ -49,31 +55,38 @@ class Checkpoints:
         arrays = {name: ocp.args.StandardSave(_by_name(tree)) for name, tree in trees.items()}
         size = sum(leaf.nbytes for leaf in jax.tree.leaves(dict(trees)))
         try:
-            if shutil.disk_usage(self._folder).free < size:  # Orbax's own report of a full disk fills the screen
+            if (
+                is_first() and shutil.disk_usage(self._folder).free < size
+            ):  # Orbax's own report of a full disk fills the screen
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
             saved = self._manager.save(
                 step, args=ocp.args.Composite(**arrays, progress=ocp.args.JsonSave(dict(progress)))
             )
             assert saved, f"{self._folder}: step {step} is not beyond {self.steps()}"
-            beside = self._folder / f".{step}.sha256"
-            beside.write_text(json.dumps(_sums(self._folder / str(step))))
-            beside.replace(self._sums_file(step))
+            if is_first():
+                beside = self._folder / f".{step}.sha256"
+                beside.write_text(json.dumps(_sums(self._folder / str(step))))
+                beside.replace(self._sums_file(step))
+                self._forget_sums()
         except (OSError, ValueError) as error:
             if isinstance(error, ValueError) and "os_error_code" not in str(error):  # TensorStore's word for an OSError
                 raise
-            self._remove_half_written()
+            if is_first():
+                self._remove_half_written()
             reason = getattr(error, "strerror", None) or str(error).split(": ")[-1]
             raise InputError(
                 f"{self._folder / str(step)}: cannot be written ({reason}); the checkpoints before it are kept: "
                 "mend that and go on with --resume"
             ) from error
-        self._forget_sums()
 
     def steps(self) -> list[int]:
-        return checkpoint_steps(self._folder)
+        return agreed(checkpoint_steps(self._folder))
 
     def damage(self, step: int) -> str:
         """The first thing wrong with a checkpoint's files; empty if it is whole."""
+        return agreed(self._damage(step) if is_first() else "")
+
+    def _damage(self, step: int) -> str:
         try:
             expected = json.loads(self._sums_file(step).read_text())
             found = _sums(self._folder / str(step))
@@ -110,8 +123,9 @@ class Checkpoints:
         return None
 
     def remove(self, step: int) -> None:
-        self._sums_file(step).unlink()  # first, for without it the rest counts as half-written
-        if step in self._manager.all_steps():
+        if is_first():
+            self._sums_file(step).unlink()  # first, for without it the rest counts as half-written
+        if agreed(step in self._manager.all_steps()):
             self._manager.delete(step)
 
     def close(self) -> None:
@@ -121,7 +135,7 @@ class Checkpoints:
         return self._folder / f"{step}.sha256"
 
     def _forget_sums(self) -> None:
-        for step in set(self.steps()) - set(self._manager.all_steps()):
+        for step in set(checkpoint_steps(self._folder)) - set(self._manager.all_steps()):
             self._sums_file(step).unlink()
 
     def _remove_half_written(self) -> None:

@@ -30,7 +30,8 @@ from tqdm import tqdm
 from jaxla.data.inputs import frame
 from jaxla.data.prepared import VERSION as PREPARED_VERSION
 from jaxla.data.prepared import PreparedVolume
-from jaxla.models.mesh import device_count, spread, to_devices
+from jaxla.devices.mesh import device_count, spread, to_devices
+from jaxla.devices.processes import gather, share
 from jaxla.models.network import TransformerSegmenter
 from jaxla.models.weights import parameters_sha256
 from jaxla.models.weights_format import file_sha256
@@ -117,31 +118,48 @@ class FeatureCache:
         """
         absent = self.missing(volumes)
         needed = self.bytes_of(absent)
-        if absent and not self.fits(needed):
+        fit = not absent or self.fits(needed)
+        if not fit:
             log.warning(
                 "features of %d volumes would take %s in %s, where %s are free: the backbone runs in every epoch "
                 "instead (--cache-dir names another disk)",
                 len(absent), _bytes(needed), self.folder, _bytes(self.free_bytes()),
             )  # fmt: skip
+        elif absent:
+            log.info(
+                "features of %d volumes are computed once and kept: %s in %s",
+                len(absent), _bytes(needed), self.folder,
+            )  # fmt: skip
+        if not all(gather(fit)):
             return None
+        # their own shares, then what of the others' does not lie in the same folder
+        for part in (share(volumes), volumes):
+            if not all(gather(self._keep(self.missing(part), track))):
+                return None
+        log.info("checking the features of %d volumes (%s)", len(volumes), _bytes(self.bytes_of(volumes)))
+        damaged = [v for v in volumes if not self._is_sound(v)]
+        for volume in damaged:
+            log.warning("features of %s were damaged (%s): computed again", volume.id, self.folder / _name(volume))
+        if not all(gather(self._keep(damaged, track, anew=True))):
+            return None
+        return [CachedFeatures(self.folder / f"{_name(v)}.npy", (v.shape[0], *self.shape), self.dtype) for v in volumes]
+
+    def _keep(
+        self, volumes: Sequence[PreparedVolume], track: Callable[[Iterable, str], Iterable], anew: bool = False
+    ) -> bool:
+        """Compute and write these features; False, and nothing of it left, where the disk refuses."""
+        if not volumes:
+            return True
         written: list[PreparedVolume] = []
         try:
-            if absent:
-                log.info(
-                    "features of %d volumes are computed once and kept: %s in %s",
-                    len(absent), _bytes(needed), self.folder,
-                )  # fmt: skip
-                self.folder.mkdir(parents=True, exist_ok=True)
-                with _locked(self.folder / "lock"):
-                    _write_json(self.folder / "backbone.json", self.describes)
-                for volume in track(absent, "features"):
-                    if self._require(volume):
-                        written.append(volume)
-            log.info("checking the features of %d volumes (%s)", len(volumes), _bytes(self.bytes_of(volumes)))
-            for volume in [v for v in volumes if not self._is_sound(v)]:
-                log.warning("features of %s were damaged (%s): computed again", volume.id, self.folder / _name(volume))
-                (self.folder / f"{_name(volume)}.json").unlink(missing_ok=True)
-                self._require(volume)
+            self.folder.mkdir(parents=True, exist_ok=True)
+            with _locked(self.folder / "lock"):
+                _write_json(self.folder / "backbone.json", self.describes)
+            for volume in track(volumes, "features"):
+                if anew:
+                    (self.folder / f"{_name(volume)}.json").unlink(missing_ok=True)
+                if self._require(volume):
+                    written.append(volume)
         except OSError as error:
             if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES):
                 raise
@@ -152,14 +170,16 @@ class FeatureCache:
                 "features cannot be kept in %s (%s): the backbone runs in every epoch instead",
                 self.folder, error.strerror,
             )  # fmt: skip
-            return None
-        return [CachedFeatures(self.folder / f"{_name(v)}.npy", (v.shape[0], *self.shape), self.dtype) for v in volumes]
+            return False
+        return True
 
     def _require(self, volume: PreparedVolume) -> bool:
         """Compute and write a volume's features, unless another process has done so by now; whether it was done."""
-        with _locked(self.folder / "lock"):
+        lock = self.folder / f"{_name(volume)}.lock"
+        with _locked(lock):
             if absent := bool(self.missing([volume])):
                 self._write(volume)
+            lock.unlink(missing_ok=True)  # whoever waits for it finds the features there
         return absent
 
     def _write(self, volume: PreparedVolume) -> None:

@@ -6,6 +6,7 @@ import json
 import logging
 import sys
 import time
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
@@ -19,7 +20,8 @@ from tqdm import tqdm
 
 from jaxla.config import InputError, Stopped, Training, stop_requests
 from jaxla.data.batches import SliceSource, evaluation_batches, steps_per_epoch, training_batches
-from jaxla.models.mesh import spread, to_devices
+from jaxla.devices.mesh import highest, own_rows, spread, to_devices
+from jaxla.devices.processes import agreed, is_first, process_count
 from jaxla.training.checkpoints import Checkpoints
 from jaxla.training.step import (
     Frozen,
@@ -34,6 +36,7 @@ from jaxla.training.step import (
 log = logging.getLogger(__name__)
 
 SAVE_EVERY = 600  # seconds; epochs that take longer are saved on the way
+SAVE, STOP = 1, 2  # what a process may ask for after a step
 
 
 @dataclass
@@ -86,7 +89,7 @@ def fit(
     bit what would have followed without the interruption.
 
     Args:
-        on_epoch: called with the metrics of all epochs so far.
+        on_epoch: called with the metrics of all epochs so far, by the first of several processes.
 
     Raises:
         InputError: the loss is no longer finite, or a file cannot be written.
@@ -104,15 +107,16 @@ def fit(
         trainable,
         frozen,
         initial_state(optimiser, trainable),
-        training_batches(train, recipe.batch_size, seed),
+        training_batches(train, recipe.batch_size, seed, own_rows(recipe.batch_size)),
         Progress(),
     )
     _go_on(state, best, latest, folder)
     progress, saved_at = state.progress, time.monotonic()
     _write_history(folder, progress.history)
-    if progress.history:
+    if progress.history and is_first():
         on_epoch(progress.history)
 
+    asked: deque[int | jax.Array] = deque()
     with stop_requests() as stop_requested, closing(state.batches):
         while progress.epoch < recipe.epochs and progress.epochs_since_lowest < recipe.patience:
             began = time.perf_counter() - progress.seconds
@@ -124,17 +128,27 @@ def fit(
                 )
                 state.frozen = state.frozen._replace(statistics=statistics)
                 progress.losses.append(loss)
-                if stop_requested() or time.monotonic() - saved_at > SAVE_EVERY:
+                wish = STOP if stop_requested() else SAVE if time.monotonic() - saved_at > SAVE_EVERY else 0
+                asked.append(highest(wish))
+                # several processes hear what was asked for a step ago: this one need not be waited for
+                heard = int(asked.popleft()) if len(asked) == min(2, process_count()) else 0
+                if heard:
                     progress.seconds = time.perf_counter() - began
                     _save_latest(latest, state, steps)
                     saved_at = time.monotonic()
-                if stop_requested():
+                    asked.clear()
+                if heard == STOP:
                     raise Stopped(f"in epoch {progress.epoch + 1}, after {len(progress.losses)} of {steps} steps")
             train_loss = float(np.mean(np.asarray(jax.device_get(progress.losses), np.float32)))
             progress.seconds = time.perf_counter() - began
             try:
                 val_loss, val_dice, val_iou = validate(
-                    evaluate, state.trainable, state.frozen, val, recipe.batch_size, stop_requested
+                    evaluate,
+                    state.trainable,
+                    state.frozen,
+                    val,
+                    recipe.batch_size,
+                    lambda: bool(highest(int(stop_requested()))),
                 )
             except Stopped:
                 _save_latest(latest, state, steps)
@@ -172,7 +186,8 @@ def fit(
                 " (best)" if progress.best_epoch == progress.epoch else "", metrics["slices_per_second"],
                 clock(remaining),
             )  # fmt: skip
-            on_epoch(progress.history)
+            if is_first():
+                on_epoch(progress.history)
 
     if progress.epoch < recipe.epochs:
         log.info("stopped early: no lower validation loss for %d epochs", recipe.patience)
@@ -212,7 +227,7 @@ def _go_on(state: _State, best: Checkpoints, latest: Checkpoints, folder: Path) 
     """
     newest = latest.newest_whole()
     if newest is None:
-        if epochs := len(_read_history(folder)):
+        if epochs := agreed(len(_read_history(folder))):
             raise InputError(
                 f"{folder / 'checkpoints' / 'latest'}: no whole checkpoint is left of the {epochs} epochs that were "
                 "trained; put one back from a copy, or start a new run"
@@ -250,6 +265,8 @@ def _read_history(folder: Path) -> list[str]:
 
 
 def _write_history(folder: Path, history: Sequence[Mapping[str, Any]]) -> None:
+    if not is_first():
+        return
     beside = folder / ".metrics.jsonl"
     try:
         beside.write_text("".join(json.dumps(metrics, allow_nan=False) + "\n" for metrics in history))
@@ -277,17 +294,16 @@ def validate(
     """
     counts: np.ndarray | None = None
     loss_sum = weight_sum = 0.0
-    with closing(evaluation_batches(source, batch_size)) as batches:
+    with closing(evaluation_batches(source, batch_size, own_rows(batch_size))) as batches:
         for batch in batches:
             if stop_requested():
                 raise Stopped("during validation")
-            loss, of_slices = jax.device_get(evaluate(trainable, frozen, spread(batch)))
-            of_slices = of_slices[: len(batch["volume"])]
-            weight = float(batch["weight"].sum())
-            loss_sum, weight_sum = loss_sum + float(loss) * weight, weight_sum + weight
+            of_batch = jax.device_get(evaluate(trainable, frozen, spread(batch)))
+            weight = float(of_batch.weight.sum())
+            loss_sum, weight_sum = loss_sum + float(of_batch.loss) * weight, weight_sum + weight
             if counts is None:
-                counts = np.zeros((len(source.volumes), *of_slices.shape[1:]))
-            np.add.at(counts, batch["volume"], of_slices)
+                counts = np.zeros((len(source.volumes), *of_batch.counts.shape[1:]))
+            np.add.at(counts, of_batch.volume, of_batch.counts)
     predicted, reference, both = np.moveaxis(counts, -1, 0)
     total = predicted + reference
     dice = np.where(total > 0, 2 * both / np.maximum(total, 1), 1.0)

@@ -244,6 +244,15 @@ def _require_same_run(folder: Path, begun: Record, record: Record, split: Split,
             )  # fmt: skip
 
 
+def options_of(experiment: Experiment) -> dict[str, str]:
+    """Every option that must be the same wherever the run goes on, by its dotted name."""
+    flat = {"exp": experiment.name}
+    for key, value in experiment_to_json(experiment).items():
+        of_part = {f"{key}.{name}": v for name, v in value.items()} if isinstance(value, dict) else {key: value}
+        flat |= {name: _shown(v) for name, v in of_part.items() if name not in NOT_COMPARED | {"name"}}
+    return flat
+
+
 def _differences(now: Any, then: Any, within: str = "") -> Iterator[tuple[str, Any, Any]]:
     """The options in which two experiments differ: dotted name, and the value of each."""
     for field in fields(now):
@@ -264,15 +273,17 @@ def _shown(value: Any) -> str:
 def environment() -> dict[str, Any]:
     import jax
 
-    from jaxla.models.mesh import device_count
+    from jaxla.devices.mesh import device_count
+    from jaxla.devices.processes import process_count
 
-    device = jax.devices()[0]
+    device = jax.local_devices()[0]
     return {
         "versions": {name: importlib.metadata.version(name) for name in PACKAGES},
         "python": platform.python_version(),
         "platform": platform.platform(),
         "device": f"{device.platform}: {device.device_kind}",
         "devices": device_count(),
+        "processes": process_count(),
     }
 
 

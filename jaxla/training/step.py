@@ -13,7 +13,7 @@ import optax
 from flax import nnx
 
 from jaxla.config import Training
-from jaxla.models.mesh import constrain, device_count
+from jaxla.devices.mesh import constrain, device_count, whole
 from jaxla.training.losses import overlap_counts, pixel_loss
 
 Gradient = Callable[[Any, Any, Any, jax.Array], tuple[jax.Array, Any, dict[str, Any]]]
@@ -81,15 +81,22 @@ def make_step(gradient: Gradient, optimiser: optax.GradientTransformation) -> Ca
     return jax.jit(step, donate_argnums=(0, 2))
 
 
-def make_evaluation(graph: nnx.GraphDef) -> Callable:
-    """`(trainable, frozen, batch) -> (loss, overlap counts [B, classes, 3])`, jitted."""
+class Evaluated(NamedTuple):
+    """What comes of a batch; whichever process holds its rows, all have the whole of this."""
 
-    def evaluate(trainable: Any, frozen: Frozen, batch: Any) -> tuple[jax.Array, jax.Array]:
-        logits = nnx.merge(graph, trainable, *frozen)(batch["input"])
-        return (
-            pixel_loss(logits, batch["mask"], batch["weight"]),
-            overlap_counts(logits, batch["mask"], batch["weight"]),
-        )
+    loss: jax.Array
+    counts: jax.Array  # [B, classes, 3]
+    volume: jax.Array  # [B]
+    weight: jax.Array  # [B]
+
+
+def make_evaluation(graph: nnx.GraphDef) -> Callable[..., Evaluated]:
+    """`(trainable, frozen, batch) -> Evaluated`, jitted."""
+
+    def evaluate(trainable: Any, frozen: Frozen, batch: Any) -> Evaluated:
+        logits, weight = nnx.merge(graph, trainable, *frozen)(batch["input"]), batch["weight"]
+        loss, counts = pixel_loss(logits, batch["mask"], weight), overlap_counts(logits, batch["mask"], weight)
+        return whole(Evaluated(loss, counts, batch["volume"], weight))
 
     return jax.jit(evaluate)
 

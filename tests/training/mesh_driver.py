@@ -15,7 +15,7 @@ from flax import nnx
 from jaxla.config import Training
 from jaxla.data.batches import SliceSource
 from jaxla.models.decoders import ConvolutionalDecoder, Upsampling
-from jaxla.models.mesh import spread, to_devices, use_devices
+from jaxla.devices.mesh import spread, to_devices, use_devices
 from jaxla.models.network import TransformerSegmenter
 from jaxla.training.loop import fit
 from jaxla.training.step import initial_state, make_gradient, make_optimiser, make_step, split_network

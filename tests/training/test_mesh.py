@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from jaxla.config import InputError
-from jaxla.models.mesh import device_count, use_devices
+from jaxla.devices.mesh import device_count, use_devices
 from tests.training.mesh_cases import CASES, NETWORKS
 
 ROOT = Path(__file__).parents[2]

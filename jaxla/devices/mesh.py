@@ -3,11 +3,13 @@
 Within `use_devices` a batch is divided over all devices of the mesh, whatever its axes. Parameters are whole on every
 device; or the large ones, and what the optimiser keeps of them, are divided over the axis `model` (SHARDED), and those
 of one block at a time are put together while it runs. Outside of it everything is on one device.
+
+Of several processes each one holds the rows of a batch that its own devices take.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
@@ -35,21 +37,43 @@ SHARDED = {
 
 @contextmanager
 def use_devices(count: int = 0, shard_params: bool = False) -> Iterator[Mesh]:
-    """Run what stands within it on `count` devices (0: all).
+    """Run what stands within it on `count` devices (0: all); the same number of each process.
 
     Args:
         shard_params: divide the parameters in SHARDED over the devices.
 
     Raises:
-        InputError: there are not so many.
+        InputError: there are not so many, or the processes cannot have the same number of them.
     """
-    devices = jax.devices()
+    devices, processes = jax.devices(), jax.process_count()
     if not 0 <= count <= len(devices):
         raise InputError(
             f"option --devices={count}: JAX sees {len(devices)} ({devices[0].device_kind}); give a number from 0 (all) "
             f"to {len(devices)}"
         )
-    devices = devices[: count or None]
+    of_process = [[device for device in devices if device.process_index == k] for k in range(processes)]
+    fewest, most = (reach(map(len, of_process)) for reach in (min, max))
+    if count % processes or count > fewest * processes or (not count and fewest < most):
+        seen = ", ".join(str(len(its)) for its in of_process)
+        raise InputError(
+            f"option --devices={count}: the {processes} processes see {seen} devices, and each must use the same "
+            f"number; give --devices a multiple of {processes}, at most {fewest * processes}"
+        )
+    each = count // processes or fewest
+    with _mesh([device for its in of_process for device in its[:each]], shard_params) as mesh:
+        yield mesh
+
+
+@contextmanager
+def use_own_devices() -> Iterator[None]:
+    """Within `use_devices`: only the devices of this process, for work that each process does on its own."""
+    mine = [device for device in jax.sharding.get_mesh().devices.flat if device.process_index == jax.process_index()]
+    with _mesh(mine, shard_params=False):
+        yield
+
+
+@contextmanager
+def _mesh(devices: Sequence[jax.Device], shard_params: bool) -> Iterator[Mesh]:
     shape = (1, len(devices)) if shard_params else (len(devices), 1)
     mesh = Mesh(np.array(devices).reshape(shape), (DATA, MODEL), axis_types=(AxisType.Auto, AxisType.Auto))
     with jax.set_mesh(mesh):
@@ -70,7 +94,15 @@ def to_devices(tree: T) -> T:
     if jax.sharding.get_abstract_mesh().empty:
         return tree
     mesh = jax.sharding.get_mesh()
-    return jax.device_put(tree, jax.tree.map(lambda divided: NamedSharding(mesh, divided.spec), shardings(tree)))
+
+    def place(leaf: Any, divided: NamedSharding) -> jax.Array:
+        sharding = NamedSharding(mesh, divided.spec)
+        if sharding.is_fully_addressable:
+            return jax.device_put(leaf, sharding)
+        array = np.asarray(leaf)  # each process gives its devices their part of what all of them have
+        return jax.make_array_from_callback(array.shape, sharding, array.__getitem__)
+
+    return jax.tree.map(place, tree, shardings(tree))
 
 
 def shardings(tree: T) -> T:
@@ -98,17 +130,50 @@ def constrain(tree: T) -> T:
     return jax.lax.with_sharding_constraint(tree, shardings(tree))
 
 
-def spread(batch: T) -> T:
-    """A batch, or one array of it, divided over the devices; filled up with zeros to a multiple of their number."""
+@contextmanager
+def on_host() -> Iterator[None]:
+    """Keep what is made within it in the host's memory, whose devices may not hold it whole."""
+    with jax.default_device(jax.local_devices(backend="cpu")[0]):
+        yield
+
+
+def own_rows(batch_size: int) -> range:
+    """The rows of a batch that the devices of this process take; those from `batch_size` on only fill it up."""
+    mesh = jax.sharding.get_mesh()
+    if mesh.empty:
+        return range(batch_size)
+    each = -(-batch_size // mesh.size)
+    mine = [i for i, device in enumerate(mesh.devices.flat) if device.process_index == jax.process_index()]
+    return range(mine[0] * each, (mine[-1] + 1) * each)
+
+
+def spread(rows: T) -> T:
+    """A batch, or one array of it, divided over the devices; of several processes each one gives its own rows."""
     if jax.sharding.get_abstract_mesh().empty:
-        return batch
+        return rows
     devices = NamedSharding(jax.sharding.get_mesh(), BATCH)
+    return jax.tree.map(lambda array: jax.make_array_from_process_local_data(devices, array), rows)
 
-    def of_array(array: np.ndarray) -> jax.Array:
-        short = -len(array) % device_count()
-        return jax.device_put(np.pad(array, [(0, short)] + [(0, 0)] * (array.ndim - 1)) if short else array, devices)
 
-    return jax.tree.map(of_array, batch)
+def whole(tree: T) -> T:
+    """Within a compiled function: arrays put together, so that every device and every process has all of them."""
+    if jax.sharding.get_abstract_mesh().empty:
+        return tree
+    return jax.lax.with_sharding_constraint(tree, WHOLE)
+
+
+def highest(number: int) -> int | jax.Array:
+    """The highest of the processes' numbers; each must call it. Waited for only once it is read."""
+    if jax.process_count() == 1:
+        return number
+    mesh = jax.sharding.get_mesh()
+    mine = np.full(len(mesh.local_devices), number)
+    return _highest(jax.make_array_from_process_local_data(NamedSharding(mesh, BATCH), mine))
+
+
+@jax.jit
+def _highest(numbers: jax.Array) -> jax.Array:
+    return whole(numbers.max())
 
 
 def of_each_device(function: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
@@ -119,10 +184,3 @@ def of_each_device(function: Callable[..., jax.Array]) -> Callable[..., jax.Arra
     if jax.sharding.get_abstract_mesh().empty:
         return function
     return jax.shard_map(function, in_specs=BATCH, out_specs=BATCH, check_vma=False)
-
-
-def gathered(tree: T) -> T:
-    """One block's parameters, whole on every device."""
-    if jax.sharding.get_abstract_mesh().empty:
-        return tree
-    return jax.lax.with_sharding_constraint(tree, WHOLE)

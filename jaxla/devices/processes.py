@@ -1,0 +1,398 @@
+"""The processes that run one command together: they meet, tell each other what they know, and end together.
+
+Each is linked to process 0 by a connection of its own, beside those over which JAX moves arrays. By it process 0
+collects and hands out small values (`gather`), prints what others have to say, and learns within moments that one of
+them is gone, at which all of them end: without it those that are left would wait for ever.
+
+Outside of `joined` a process is the only one.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import os
+import platform
+import queue
+import re
+import socket
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from multiprocessing.connection import Connection, wait
+from pathlib import Path
+from typing import Any, TypeVar
+
+from jaxla.config import InputError, Stopped, outcome
+from jaxla.devices.launch import Launch
+
+T = TypeVar("T")
+
+log = logging.getLogger("jaxla")
+
+GRACE = 3  # seconds for a process to end by itself, as all do that meet the same mistake
+KEEPALIVE = {socket.TCP_KEEPIDLE: 10, socket.TCP_KEEPINTVL: 5, socket.TCP_KEEPCNT: 4}  # a host without power: 30 s
+
+
+class _Processes:
+    """The processes as one of them sees them.
+
+    Attributes:
+        hosts: of each process, by its index.
+        links: the connections of this process: process 0's to all others, every other one's to process 0.
+        go_on: what a user can do once they have ended.
+        note: keeps a message beside the terminal.
+    """
+
+    def __init__(self, index: int, hosts: Sequence[str], links: dict[int, Connection]) -> None:
+        self.index, self.hosts, self.links = index, hosts, links
+        self.go_on = ""
+        self.note: Callable[[str], None] = lambda message: None
+        self._values = {k: queue.SimpleQueue() for k in links}
+        self._told, self._gone = ({k: threading.Event() for k in links} for _ in range(2))  # its end; its connection's
+        self._ending, self._lock = False, threading.Lock()
+        threading.Thread(target=self._watch, daemon=True).start()
+
+    def name(self, k: int) -> str:
+        return f"process {k} of {len(self.hosts)} ({self.hosts[k]})"
+
+    def gather(self, value: Any) -> list[Any]:
+        if self.index:
+            self.send(0, {"value": value})
+            return self._values[0].get()
+        values = [value] + [self._values[k].get() for k in sorted(self.links)]
+        values = json.loads(json.dumps(values))  # the same for all
+        for k in self.links:
+            self.send(k, {"value": values})
+        return values
+
+    def send(self, k: int, message: dict[str, Any]) -> None:
+        """Send a message; one to a process that is gone is lost, which `_watch` sees."""
+        with self._lock, contextlib.suppress(OSError):
+            self.links[k].send_bytes(json.dumps(message).encode())
+
+    def end(self, code: int, line: str) -> None:
+        """Leave the process with this exit code, and have all others leave."""
+        self._ending = True
+        if self.index and not self._gone[0].is_set():
+            self.send(0, {"end": [code, line]})  # which prints the line
+            self._told[0].wait(3 * GRACE)
+        elif line:
+            print(line, file=sys.stderr)
+        if not self.index:
+            for k in self.links:
+                self.send(k, {"end": [code, ""]})
+            for gone in self._gone.values():  # JAX aborts those that find process 0 gone
+                gone.wait(2 * GRACE)
+        _leave_now(code)
+
+    def leave(self) -> None:
+        """At the end of the command, for all of them."""
+        self.gather(None)
+        self._ending = True
+        import jax
+
+        jax.distributed.shutdown()
+
+    def _watch(self) -> None:
+        """Read all that comes, in a thread; end the process when another one has ended."""
+        left = dict(self.links)
+        while left:
+            for connection in wait(list(left.values())):
+                k = next(k for k, link in left.items() if link is connection)
+                try:
+                    message = json.loads(connection.recv_bytes())
+                except (OSError, EOFError):
+                    del left[k]
+                    self._gone[k].set()
+                    message = {"end": [1, ""]}
+                if "value" in message:
+                    self._values[k].put(message["value"])
+                elif "log" in message:
+                    level, text = message["log"]
+                    log.log(level, "%s", text)
+                elif not self._told[k].is_set():
+                    self._told[k].set()
+                    threading.Thread(target=self._after_end_of, args=(k, *message["end"]), daemon=True).start()
+
+    def _after_end_of(self, k: int, code: int, line: str) -> None:
+        without_word = self._gone[k].is_set()
+        if not without_word:
+            time.sleep(GRACE)
+        with self._lock:
+            if self._ending:
+                return
+            self._ending = True
+        if without_word:
+            line = f"stopped: {self.name(k)} has ended without a word"
+        elif line.startswith("error: "):
+            line = f"error: {self.name(k)}: {line.removeprefix('error: ')}"
+        elif line:
+            line = f"{line} ({self.name(k)})"
+        if line:
+            line += f"; {self.go_on}" if self.go_on else ""
+            self.note(line)
+        self.end(code, line)
+
+
+_processes: _Processes | None = None
+
+
+def is_first() -> bool:
+    """Whether this is process 0, the one that prints and writes."""
+    return _processes is None or _processes.index == 0
+
+
+def process_count() -> int:
+    """The number of processes."""
+    return 1 if _processes is None else len(_processes.hosts)
+
+
+def gather(value: Any) -> list[Any]:
+    """The JSON-like values of all processes, by their index; each must call it, and waits until all have."""
+    return [value] if _processes is None else _processes.gather(value)
+
+
+def agreed(value: T) -> T:
+    """Process 0's value; each process must call it."""
+    return gather(value if is_first() else None)[0]
+
+
+def share(items: Sequence[T]) -> Sequence[T]:
+    """The part of a work list that this process does; each item is in the part of one."""
+    return items if _processes is None else items[_processes.index :: process_count()]
+
+
+def require_same(what: str, value: dict[str, str], mend: str) -> None:
+    """Raise an InputError, in every process, unless all have the same entries.
+
+    Args:
+        what: an entry is, such as `option`.
+        mend: how.
+    """
+    first, *others = gather(value)
+    for k, other in enumerate(others, start=1):
+        for key in sorted(first.keys() | other.keys()):
+            a, b = (entries.get(key, "missing") for entries in (first, other))
+            if a != b:
+                raise InputError(
+                    f"{what} {key} is {b} on {_processes.name(k)}, but {a} on {_processes.name(0)}; {mend}"
+                )
+
+
+def tell(line: str) -> None:
+    """Log a line of progress, which the first process prints."""
+    if is_first():
+        log.info("%s", line)
+    else:
+        _processes.send(0, {"log": [logging.INFO, line]})
+
+
+def if_others_end(go_on: str, note: Callable[[str], None]) -> None:
+    """What to say, and where to note it, should another process end."""
+    if _processes is not None:
+        _processes.go_on, _processes.note = go_on, note
+
+
+@contextmanager
+def joined(launch: Launch | None, timeout: float) -> Iterator[None]:
+    """Run what stands within it together with the other processes; they end together.
+
+    Args:
+        timeout: seconds to wait for the others.
+
+    Raises:
+        InputError: they do not come.
+    """
+    global _processes
+    if launch is None:
+        yield
+        return
+    links, members = _meet(launch, timeout)
+    _processes = met = _Processes(launch.index, [member["host"] for member in members], links)
+    if launch.index:
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115  (for as long as the process lives)
+        logging.getLogger().handlers = [_ToFirst(met)]
+    try:
+        import jax
+
+        jax.config.update("jax_enable_preemption_service", False)  # it would take SIGTERM for itself
+        jax.distributed.initialize(
+            launch.coordinator,
+            launch.count,
+            launch.index,
+            local_device_ids=_shared_gpus(launch, members),
+            initialization_timeout=round(timeout) + 10,
+            coordinator_bind_address=_bound_to(launch.coordinator),
+        )
+        log.info("%d processes, on %s", launch.count, ", ".join(dict.fromkeys(met.hosts)))
+        yield
+        met.leave()
+    except (InputError, Stopped, KeyboardInterrupt) as error:
+        met.end(*outcome(error))
+    except Exception:
+        time.sleep(GRACE)  # collectives fail when a process is gone, which is said, and ends this one, meanwhile
+        traceback.print_exc()
+        met.end(1, "stopped: failed, for the reason printed above")
+    finally:
+        _processes = None
+
+
+class _ToFirst(logging.Handler):
+    """What another process than the first has to say is printed by the first."""
+
+    def __init__(self, processes: _Processes) -> None:
+        super().__init__(logging.WARNING)
+        self._processes = processes
+
+    def emit(self, record: logging.LogRecord) -> None:
+        said = f"{self._processes.name(self._processes.index)}: {record.getMessage()}"
+        self._processes.send(0, {"log": [record.levelno, said]})
+
+
+def _meet(launch: Launch, timeout: float) -> tuple[dict[int, Connection], list[dict[str, Any]]]:
+    """This process's links, and what each process, by its index, says of itself.
+
+    Raises:
+        InputError: not all come, or they do not fit together.
+    """
+    deadline = time.monotonic() + timeout
+    hello = {
+        "process": launch.index,
+        "processes": launch.count,
+        "host": platform.node(),
+        "gpus": os.environ.get("CUDA_VISIBLE_DEVICES"),
+    }
+    if launch.index:
+        link, answer = _find_first(launch.coordinator, hello, deadline)
+        links = {0: link}
+    else:
+        links, answer = _await_others(launch.coordinator, hello, deadline)
+    if answer["problem"]:
+        raise InputError(answer["problem"].format(waited=f"waited {timeout:g} s"))
+    return links, answer["all"]
+
+
+def _await_others(address: str, hello: dict[str, Any], deadline: float) -> tuple[dict[int, Connection], dict[str, Any]]:
+    """Process 0's side of the meeting: a link to each of the others, and the answer that each of them was given."""
+    host, port = _host_and_port(address)
+    try:
+        listening = socket.create_server((host if _is_loopback(host) else "", port), backlog=hello["processes"])
+    except OSError as error:
+        raise InputError(
+            f"option --coordinator={address}: port {port} of this host cannot be used ({error.strerror}); name another"
+        ) from error
+    links: dict[int, Connection] = {}
+    came, problem = {0: hello}, ""
+    with listening:
+        while len(came) < hello["processes"] and not problem:
+            listening.settimeout(max(0.01, deadline - time.monotonic()))
+            try:
+                link = _linked(listening.accept()[0])
+            except TimeoutError:
+                missing = ", ".join(str(k) for k in range(hello["processes"]) if k not in came)
+                problem = (
+                    f"{{waited}} at {address}, and process {missing} of {hello['processes']} did not come; start all "
+                    "of them, or raise --wait"
+                )
+                break
+            try:
+                other = _receive(link, 5)
+                k = int(other["process"])
+                if other["processes"] != hello["processes"]:
+                    problem = (
+                        f"process {k} ({other['host']}) is one of {other['processes']}, process 0 ({hello['host']}) "
+                        f"one of {hello['processes']}; give all the same --processes"
+                    )
+                elif k in came:
+                    problem = f"two are process {k} ({came[k]['host']}, {other['host']}); give each its own --process"
+            except (OSError, EOFError, ValueError, KeyError, TypeError):  # some other program
+                continue
+            links[k if k not in links else -1], came[k] = link, other
+    answer = {"problem": problem, "all": [came[k] for k in sorted(came)]}
+    for link in links.values():
+        with contextlib.suppress(OSError):
+            link.send_bytes(json.dumps(answer).encode())
+    return links, answer
+
+
+def _find_first(address: str, hello: dict[str, Any], deadline: float) -> tuple[Connection, dict[str, Any]]:
+    """The others' side: the link to process 0, and its answer."""
+    link, reason = None, ""
+    while time.monotonic() < deadline:
+        try:
+            link = _linked(socket.create_connection(_host_and_port(address), timeout=5))
+            link.send_bytes(json.dumps(hello).encode())
+            return link, _receive(link, deadline + 5 - time.monotonic())  # process 0's own limit may be a little later
+        except (OSError, EOFError, ValueError) as error:  # not there yet, or some other program is
+            reason = getattr(error, "strerror", None) or str(error) or "it closed the connection"
+            time.sleep(0.2)
+    problem = (
+        f"option --coordinator={address}: {{waited}} for process 0, which could not be reached ({reason}); start it, "
+        "open that port to this host, or name another"
+    )
+    return link, {"problem": problem}
+
+
+def _linked(connected: socket.socket) -> Connection:
+    connected.settimeout(None)
+    connected.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    for option, seconds in KEEPALIVE.items():
+        connected.setsockopt(socket.IPPROTO_TCP, option, seconds)
+    return Connection(connected.detach())
+
+
+def _receive(link: Connection, seconds: float) -> dict[str, Any]:
+    if not link.poll(seconds):
+        raise OSError("it does not answer")
+    return dict(json.loads(link.recv_bytes(1 << 20)))
+
+
+def _host_and_port(address: str) -> tuple[str, int]:
+    host, port = address.rsplit(":", 1)
+    return host.strip("[]"), int(port)
+
+
+def _is_loopback(host: str) -> bool:
+    return host in ("127.0.0.1", "localhost", "::1")
+
+
+def _bound_to(address: str) -> str | None:
+    return address if _is_loopback(_host_and_port(address)[0]) else None  # else all of the host's addresses
+
+
+def _shared_gpus(launch: Launch, members: Sequence[dict[str, Any]]) -> list[int]:
+    """Which of the GPUs that this process sees it takes, where those on its host share them; empty for all.
+
+    Raises:
+        InputError: there are fewer than processes.
+    """
+    mine = members[launch.index]
+    here = [k for k, other in enumerate(members) if other["host"] == mine["host"]]
+    seen = len(mine["gpus"].split(",")) if mine["gpus"] else sum(map(_is_gpu, Path("/dev").glob("nvidia*")))
+    own = launch.own_devices or len({members[k]["gpus"] for k in here}) == len(here)
+    if own or not seen:
+        return []
+    if seen < len(here):
+        raise InputError(
+            f"{mine['host']}: {len(here)} processes run there, and share {seen} GPUs; start one process a host, or "
+            "give each its own GPUs (srun --gpus-per-task=1)"
+        )
+    each = seen // len(here)
+    return [here.index(launch.index) * each + i for i in range(each)]
+
+
+def _is_gpu(path: Path) -> bool:
+    return re.fullmatch(r"nvidia\d+", path.name) is not None
+
+
+def _leave_now(code: int) -> None:
+    """Not by way of `sys.exit`: JAX would wait for the other processes."""
+    logging.shutdown()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
