@@ -51,7 +51,7 @@ def main(arguments: list[str]) -> None:
 def predict(options: Namespace) -> None:
     """Segment the scans that the options name; of several processes each its share of them."""
     given = {name: str(options[name]) for name in ("run", "input", "output", "probabilities", "devices")}
-    require_same("option", {f"--{name}": value for name, value in given.items()}, "give all the same")
+    require_same({f"option --{name}": value for name, value in given.items()}, "give all processes the same")
 
     from jaxla.data.cases import find_images
 
@@ -72,7 +72,8 @@ def predict(options: Namespace) -> None:
     read_record(Path(options.run))
     for scan in share(list(outputs)):  # all are checked before the first is segmented
         read_image(scan)
-    require_same("scan", {str(path): str(path.stat().st_size) for path in outputs}, "give all the same scans")
+    sizes = {str(path): f"of {path.stat().st_size} bytes" for path in outputs}
+    require_same(sizes, "give all processes the same scans")  # and wait: none writes while another still looks
     with use_devices(options.devices), use_own_devices():
         trained = load_run(options.run)
         segment = make_segment(trained)

@@ -24,7 +24,7 @@ from jaxla.config import (
     run_command,
 )
 from jaxla.devices.launch import find_launch
-from jaxla.devices.processes import agreed, if_others_end, is_first, joined, require_same
+from jaxla.devices.processes import agreed, if_others_end, is_first, joined, process_count, require_same
 from jaxla.experiments import EXPERIMENTS, METHODS
 
 DISK_FAULTS = (
@@ -70,8 +70,8 @@ def train(options: Options, command: str) -> None:
     )
 
     given = {name: getattr(options, name) for name in ("run_dir", "resume", "dry_run", "devices", "shard_params")}
-    given = {name.replace("_", "-"): str(value) for name, value in given.items()}
-    require_same("option", options_of(experiment) | given, "give all processes the same")
+    given = options_of(experiment) | {name.replace("_", "-"): str(value) for name, value in given.items()}
+    require_same({f"option --{name}": value for name, value in given.items()}, "give all processes the same")
     if options.resume and is_first():
         require_resumable(options.run_dir, experiment)
     elif not options.dry_run and is_first():
@@ -96,10 +96,11 @@ def train(options: Options, command: str) -> None:
         require_share(experiment)
         environment_here = environment()
         installed = {**environment_here["versions"], "device": environment_here["device"]}
-        require_same("the hosts differ:", installed, "give all the same packages and devices")
+        require_same(installed, "give all hosts the same packages and devices")
         data = run.prepare_data(experiment, cache_dir)
-        contents = {**data.cases, "--data.split": data.split.sha256, "--model.weights": weights_sha256}
-        require_same("the data differ:", contents, "give all processes the same scans, masks, split and weights")
+        contents = {f"case {name}": sha256 for name, sha256 in data.cases.items()}
+        contents |= {"option --data.split": data.split.sha256, "option --model.weights": weights_sha256}
+        require_same(contents, "give all processes the same scans, masks, split and weights")
         if options.dry_run:
             from jaxla.pipeline.forecast import describe, forecast
 
@@ -206,9 +207,11 @@ def require_share(experiment: Experiment) -> None:
     from jaxla.devices.mesh import device_count
 
     if (size := experiment.training.batch_size) < (devices := device_count()):
+        processes = process_count()
+        fewer = f"give --devices={size // processes * processes}" if size >= processes else "start fewer processes"
         raise InputError(
             f"option --training.batch_size={size}: smaller than the number of devices, {devices}, that share a batch; "
-            f"raise it, or give --devices={size}"
+            f"raise it, or {fewer}"
         )
 
 

@@ -3,9 +3,15 @@
 import os
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
+
+# What one test has compiled, the others and the commands that they start need not compile again: a third of all time.
+COMPILED = tempfile.TemporaryDirectory(prefix="jaxla-compiled-")
+os.environ["JAX_COMPILATION_CACHE_DIR"] = COMPILED.name
+os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.1"
 
 
 def run_command(module, *options, check=True):

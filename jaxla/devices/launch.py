@@ -51,6 +51,8 @@ def find_launch(coordinator: str, count: int | None, index: int | None, environ:
             )
     if not re.fullmatch(r".+:\d{1,5}", coordinator) or not 0 < int(coordinator.rsplit(":", 1)[1]) < 65536:
         raise InputError(f"option --coordinator={coordinator}: expected HOST:PORT, such as node1:62000")
+    if count < 1:
+        raise InputError(f"option --processes={count}: must be 1 or more")
     if not 0 <= index < count:
         raise InputError(f"option --process={index}: must be from 0 to {count - 1}, for --processes={count}")
     return None if count == 1 else Launch(coordinator, count, index, found is not None and found.own_devices)

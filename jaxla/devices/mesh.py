@@ -132,8 +132,9 @@ def constrain(tree: T) -> T:
 
 @contextmanager
 def on_host() -> Iterator[None]:
-    """Keep what is made within it in the host's memory, whose devices may not hold it whole."""
-    with jax.default_device(jax.local_devices(backend="cpu")[0]):
+    """Keep what is made within it in the host's memory, for the devices may not hold it whole."""
+    host = jax.local_devices(backend="cpu")[0]
+    with jax.default_device(host), _mesh([host], shard_params=False):
         yield
 
 

@@ -167,21 +167,19 @@ def share(items: Sequence[T]) -> Sequence[T]:
     return items if _processes is None else items[_processes.index :: process_count()]
 
 
-def require_same(what: str, value: dict[str, str], mend: str) -> None:
+def require_same(entries: dict[str, str], mend: str) -> None:
     """Raise an InputError, in every process, unless all have the same entries.
 
     Args:
-        what: an entry is, such as `option`.
-        mend: how.
+        mend: what to do about it.
     """
-    first, *others = gather(value)
+    first, *others = gather(entries)
     for k, other in enumerate(others, start=1):
         for key in sorted(first.keys() | other.keys()):
-            a, b = (entries.get(key, "missing") for entries in (first, other))
-            if a != b:
-                raise InputError(
-                    f"{what} {key} is {b} on {_processes.name(k)}, but {a} on {_processes.name(0)}; {mend}"
-                )
+            ours, theirs = (of_process.get(key, "missing") or "not given" for of_process in (first, other))
+            if ours != theirs:
+                name = _processes.name
+                raise InputError(f"{key} is {theirs} on {name(k)}, but {ours} on {name(0)}; {mend}")
 
 
 def tell(line: str) -> None:
@@ -283,8 +281,9 @@ def _await_others(address: str, hello: dict[str, Any], deadline: float) -> tuple
     try:
         listening = socket.create_server((host if _is_loopback(host) else "", port), backlog=hello["processes"])
     except OSError as error:
+        reason = os.strerror(error.errno)
         raise InputError(
-            f"option --coordinator={address}: port {port} of this host cannot be used ({error.strerror}); name another"
+            f"option --coordinator={address}: port {port} of this host cannot be used ({reason}); name another"
         ) from error
     links: dict[int, Connection] = {}
     came, problem = {0: hello}, ""

@@ -49,8 +49,8 @@ def main(arguments):
             os._exit(9)
         save_best(best, state)
 
-    def batches_and_sigterm(source, batch_size):
-        for batch in evaluation_batches(source, batch_size):
+    def batches_and_sigterm(*arguments):
+        for batch in evaluation_batches(*arguments):
             yield batch
             if len(epochs) + 1 == options.stopped_in_validation:
                 os.kill(os.getpid(), signal.SIGTERM)

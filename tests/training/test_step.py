@@ -35,6 +35,7 @@ def batch_of(size=4, seed=0):
     return {
         "input": rng.random((size, 24, 40, 1), dtype=np.float32),
         "mask": (rng.random((size, 24, 40)) < 0.3).astype(np.uint8),
+        "volume": np.zeros(size, np.int32),
         "weight": np.ones(size, np.float32),
     }
 
@@ -109,9 +110,9 @@ def test_statistics_follow_the_batch_and_are_used_in_evaluation():
 
     parts = split_network(tiny_network(), train_backbone=False)
     evaluate = make_evaluation(parts.evaluation)
-    old, _ = evaluate(parts.trainable, parts.frozen, batch_of())
+    old = evaluate(parts.trainable, parts.frozen, batch_of()).loss
     changed = jax.tree.map(lambda x: x + 1, parts.frozen.statistics)
-    new, _ = evaluate(parts.trainable, parts.frozen._replace(statistics=changed), batch_of())
+    new = evaluate(parts.trainable, parts.frozen._replace(statistics=changed), batch_of()).loss
     assert abs(float(new - old)) > 1e-3
 
 

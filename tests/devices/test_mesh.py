@@ -1,4 +1,4 @@
-"""Several devices give what one gives: simulated ones, in a process of its own."""
+"""Several devices give what one gives: simulated ones, in a process of its own and in two."""
 
 import re
 import subprocess
@@ -10,7 +10,8 @@ import pytest
 
 from jaxla.config import InputError
 from jaxla.devices.mesh import device_count, use_devices
-from tests.training.mesh_cases import CASES, NETWORKS
+from tests.devices.group import finish, free_port, start
+from tests.devices.mesh_cases import CASES, OF_TWO_PROCESSES
 
 ROOT = Path(__file__).parents[2]
 
@@ -18,10 +19,14 @@ ROOT = Path(__file__).parents[2]
 @pytest.fixture(scope="module")
 def arrays(tmp_path_factory):
     folder = tmp_path_factory.mktemp("mesh")
-    command = [sys.executable, "-m", "tests.training.mesh_driver", str(folder)]
+    command = [sys.executable, "-m", "tests.devices.mesh_driver", str(folder)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    return dict(np.load(folder / "arrays.npz"))
+    coordinator = f"127.0.0.1:{free_port()}"
+    commands = [["tests.devices.mesh_driver", folder, coordinator, index] for index in (0, 1)]
+    codes, _, err = finish(start(commands, folder), folder, seconds=300)
+    assert codes == [0, 0], err
+    return {**np.load(folder / "arrays.npz"), **np.load(folder / "of two.npz")}
 
 
 def of_kind(arrays, case, network, kind):
@@ -34,8 +39,10 @@ def relative_l2(ours, theirs):
     return np.linalg.norm(ours - theirs) / np.linalg.norm(theirs)
 
 
-@pytest.mark.parametrize("network", NETWORKS)
-@pytest.mark.parametrize("case", [case for case in CASES if case != "one"])
+@pytest.mark.parametrize(
+    ("case", "network"),
+    [(case, name) for case, (*_, networks) in (CASES | OF_TWO_PROCESSES).items() for name in networks if case != "one"],
+)
 def test_ten_steps_give_what_one_device_gives(arrays, case, network):
     """The batch is one that the devices do not divide."""
     for kind in ("losses", "gradients", "parameters", "statistics"):

@@ -1,4 +1,8 @@
-"""Training on one device and on several, in a process that sees eight; what came of it into an .npz file."""
+"""Training on one device and on several; what came of it into an .npz file.
+
+In one process that sees eight devices, or in one of two that see two each: python -m tests.devices.mesh_driver FOLDER
+[COORDINATOR INDEX].
+"""
 
 import os
 import sys
@@ -6,7 +10,7 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
-os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8"
+os.environ["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={2 if len(sys.argv) > 2 else 8}"
 
 import jax
 import numpy as np
@@ -14,13 +18,15 @@ from flax import nnx
 
 from jaxla.config import Training
 from jaxla.data.batches import SliceSource
+from jaxla.devices.launch import Launch
+from jaxla.devices.mesh import own_rows, spread, to_devices, use_devices, whole
+from jaxla.devices.processes import is_first, joined
 from jaxla.models.decoders import ConvolutionalDecoder, Upsampling
-from jaxla.devices.mesh import spread, to_devices, use_devices
 from jaxla.models.network import TransformerSegmenter
 from jaxla.training.loop import fit
 from jaxla.training.step import initial_state, make_gradient, make_optimiser, make_step, split_network
+from tests.devices.mesh_cases import BATCH, CASES, OF_TWO_PROCESSES, RESUMED_ON, STEPS
 from tests.tiny import ROTARY, randomise, tiny_backbone
-from tests.training.mesh_cases import BATCH, CASES, NETWORKS, RESUMED_ON, STEPS
 from tests.training.scans import disc_scans
 
 RECIPE = Training(learning_rate=1e-3, backbone_learning_rate=1e-4)
@@ -47,27 +53,30 @@ def network(name):
 
 
 def batches():
-    rng = np.random.default_rng(0)
+    """The rows of each batch that the devices of this process take."""
+    rng, rows = np.random.default_rng(0), own_rows(BATCH)
     for _ in range(STEPS):
         images = rng.random((BATCH, 24, 40, 1), dtype=np.float32)
-        yield {"input": images, "mask": (images[..., 0] > 0.7).astype(np.uint8), "weight": np.ones(BATCH, np.float32)}
+        batch = {"input": images, "mask": (images[..., 0] > 0.7).astype(np.uint8), "weight": np.ones(BATCH, np.float32)}
+        yield {
+            key: np.pad(array, [(0, max(0, rows.stop - BATCH)), *[(0, 0)] * (array.ndim - 1)])[rows.start : rows.stop]
+            for key, array in batch.items()
+        }
 
 
 def trained(name):
     """-> name of array -> array: the losses, the first gradients, and all parameters and statistics at the end."""
     parts = split_network(network(name), train_backbone=not name.startswith("frozen"))
     optimiser = make_optimiser(RECIPE, STEPS, pretrained_backbone=True)
-    gradient = make_gradient(parts.training)
-    step = make_step(gradient, optimiser)
+    step = make_step(make_gradient(parts.training), optimiser)
     key = jax.random.key(0)
     trainable, frozen = to_devices(parts.trainable), to_devices(parts.frozen)
     state = initial_state(optimiser, trainable)
     arrays, losses = {}, []
     for number, batch in enumerate(map(spread, batches())):
-        if not number:
-            _, gradients, _ = jax.jit(gradient)(trainable, frozen, batch, key)
-            arrays |= named("gradients", gradients)
         trainable, statistics, state, loss = step(trainable, frozen, state, batch, key)
+        if not number:  # Adam's first moment is a tenth of the first gradient
+            arrays |= {name: array for name, array in named("gradients", state).items() if ".mu." in name}
         frozen = frozen._replace(statistics=statistics)
         losses.append(loss)
     held = sum(leaf.addressable_shards[0].data.nbytes for leaf in jax.tree.leaves((trainable, state)))
@@ -83,14 +92,15 @@ def trained(name):
 
 
 def named(kind, tree):
+    tree = jax.jit(whole)(tree)
     name = partial(jax.tree_util.keystr, simple=True, separator=".")
     return {f"{kind}/{name(path)}": np.asarray(leaf) for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]}
 
 
-def resumed(folder, devices):
-    """-> the metrics of some epochs, of which each is trained on another number of devices."""
+def resumed(folder, sessions):
+    """-> the metrics of some epochs, trained in sessions: up to which epoch, on how many devices."""
     volumes = disc_scans(folder / "scans")
-    for epoch, count in enumerate(devices, start=1):
+    for epoch, count in sessions.items():
         with use_devices(count, shard_params=count == 4):
             progress = fit(
                 split_network(network("finetuned"), train_backbone=True),
@@ -105,17 +115,28 @@ def resumed(folder, devices):
     return np.array([[metrics[kind] for kind in kinds] for metrics in progress.history])
 
 
-def main(folder):
+def all_trained(cases):
     arrays = {}
-    for case, (devices, shard_params) in CASES.items():
-        for name in NETWORKS:
+    for case, (devices, shard_params, networks) in cases.items():
+        for name in networks:
             with use_devices(devices, shard_params):
                 arrays |= {f"{case}/{name}/{key}": array for key, array in trained(name).items()}
-    arrays["resumed"], arrays["on one"] = (
-        resumed(folder / name, devices) for name, devices in {"a": RESUMED_ON, "b": [1] * len(RESUMED_ON)}.items()
-    )
+    return arrays
+
+
+def main(folder):
+    arrays = all_trained(CASES)
+    arrays["resumed"] = resumed(folder / "resumed", RESUMED_ON)
+    arrays["on one"] = resumed(folder / "on one", {max(RESUMED_ON): 1})
     np.savez(folder / "arrays.npz", **arrays)
 
 
+def of_two(folder, coordinator, index):
+    with joined(Launch(coordinator, 2, int(index)), 60):
+        arrays = all_trained(OF_TWO_PROCESSES)
+        if is_first():
+            np.savez(folder / "of two.npz", **arrays)
+
+
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    (of_two if len(sys.argv) > 2 else main)(Path(sys.argv[1]), *sys.argv[2:])

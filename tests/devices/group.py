@@ -1,0 +1,61 @@
+"""Real processes that run together on this machine."""
+
+import os
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+
+
+def free_port():
+    with socket.socket() as listening:
+        listening.bind(("127.0.0.1", 0))
+        return listening.getsockname()[1]
+
+
+def start(commands, folder, **environ):
+    """Start `python -m` these; each one's output goes to `<its index>.out` and `.err` in the folder."""
+    processes = []
+    for index, command in enumerate(commands):
+        with (folder / f"{index}.out").open("w") as out, (folder / f"{index}.err").open("w") as err:
+            started = subprocess.Popen(
+                [sys.executable, "-m", *map(str, command)],
+                cwd=ROOT,
+                stdout=out,
+                stderr=err,
+                env={**os.environ, **environ},
+            )
+        processes.append(started)
+    return processes
+
+
+def together(command, port, count=2):
+    """The command line of each of `count` processes."""
+    return [
+        [*command, f"--coordinator=127.0.0.1:{port}", f"--processes={count}", f"--process={index}"]
+        for index in range(count)
+    ]
+
+
+def finish(processes, folder, seconds):
+    """Wait for all -> exit codes, and what each printed and said on stderr."""
+    end = time.monotonic() + seconds
+    try:
+        codes = [process.wait(max(0.1, end - time.monotonic())) for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    read = [[(folder / f"{i}.{stream}").read_text() for i in range(len(processes))] for stream in ("out", "err")]
+    return codes, *read
+
+
+def wait_for(condition, seconds=60, running=()):
+    """Until the condition holds, while these processes run."""
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "waited in vain"
+        assert all(process.poll() is None for process in running), "ended too early"
+        time.sleep(0.05)

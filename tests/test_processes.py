@@ -1,0 +1,143 @@
+"""Commands run by two processes on this machine: the numbers of one, each case once; killed, and gone on with."""
+
+import json
+import os
+import shutil
+import signal
+
+import nibabel as nib
+import numpy as np
+import pytest
+
+from tests.conftest import run_command
+from tests.devices.group import finish, free_port, start, together, wait_for
+
+
+def command(folder, phantoms, *options, run="run"):
+    """A frozen backbone, whose features are computed once."""
+    return [
+        "jaxla.train", "--exp=quickstart", f"--data.root={phantoms}", f"--run-dir={folder / run}",
+        f"--cache-dir={folder / 'cache'}", "--preprocessing.image_size=48", "--training.epochs=4", "--seed=1",
+        "--model.backbone=frozen", *options,
+    ]  # fmt: skip
+
+
+def history(run):
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def cases_of(run):
+    return [line.split(",")[0] for line in (run / "test" / "cases.csv").read_text().splitlines()[1:]]
+
+
+@pytest.fixture(scope="module")
+def split_file(phantoms, tmp_path_factory):
+    """Two patients train, one validates and three are tested."""
+    names = sorted(path.parent.name for path in phantoms.rglob("enhanced.nii.gz"))
+    path = tmp_path_factory.mktemp("split") / "split.json"
+    path.write_text(json.dumps({"train": names[:2], "val": names[2:3], "test": names[3:]}))
+    return path
+
+
+@pytest.fixture(scope="module")
+def of_one(phantoms, split_file, tmp_path_factory):
+    """The run of one process, and its cache."""
+    folder = tmp_path_factory.mktemp("one")
+    run_command(*command(folder, phantoms, f"--data.split={split_file}"))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def of_two(phantoms, split_file, tmp_path_factory):
+    """The run of two, of which one was killed after its first epoch and which then went on; its first log, too."""
+    folder = tmp_path_factory.mktemp("two")
+    ours = command(folder, phantoms, f"--data.split={split_file}")
+    processes = start(together(ours, free_port()), folder)
+    wait_for(lambda: (folder / "run" / "metrics.jsonl").exists() and history(folder / "run"), 120, processes)
+    os.kill(processes[1].pid, signal.SIGKILL)
+    killed = finish(processes, folder, seconds=60)
+    done = finish(start(together([*ours, "--resume"], free_port()), folder), folder, seconds=300)
+    assert done[0] == [0, 0], done
+    return folder, killed, done
+
+
+def test_a_killed_process_ends_the_run_which_says_how_to_go_on(of_two):
+    folder, (codes, _, err), _ = of_two
+    assert codes == [1, -signal.SIGKILL]
+    (line,) = [line for line in err[0].splitlines() if line.startswith("stopped")]
+    assert line.startswith("stopped: process 1 of 2 (")
+    assert f"--run-dir={folder / 'run'} --resume" in line
+    assert line in (folder / "run" / "train.log").read_text()
+
+
+def test_two_processes_give_the_run_of_one(of_one, of_two):
+    folder, _, (_, out, _) = of_two
+    ours, theirs = history(folder / "run"), history(of_one / "run")
+    assert len(ours) == len(theirs) == 4
+    for kind in ("train_loss", "val_loss", "val_dice"):
+        # measured: 3e-5, of the last validation loss
+        np.testing.assert_allclose([m[kind] for m in ours], [m[kind] for m in theirs], rtol=3e-4, err_msg=kind)
+    assert cases_of(folder / "run") == cases_of(of_one / "run")
+    summaries = [json.loads((f / "run" / "test" / "summary.json").read_text()) for f in (folder, of_one)]
+    for metric in ("dice", "iou", "hd95"):
+        assert summaries[0][metric]["n"] == 3
+        assert summaries[0][metric]["mean"] == pytest.approx(summaries[1][metric]["mean"], rel=1e-4)
+    assert out[1].count("\n") <= 1  # Gloo's own line
+    record = json.loads((folder / "run" / "experiment.json").read_text())
+    assert (record["environment"]["processes"], record["environment"]["devices"]) == (2, 2)
+
+
+def test_each_case_is_computed_and_segmented_once(of_one, of_two):
+    folder, _, _ = of_two
+    features = [sorted(path.name for path in (f / "cache" / "features").rglob("*")) for f in (folder, of_one)]
+    assert features[0] == features[1]
+    for name in [name for name in features[0] if name.endswith(".npy")]:
+        ours, theirs = (next((f / "cache" / "features").rglob(name)).read_bytes() for f in (folder, of_one))
+        assert ours == theirs
+    assert len(list((folder / "run" / "test" / "predictions").iterdir())) == 3
+
+
+def test_predictions_are_shared_out(of_two, phantoms, tmp_path):
+    folder, _, _ = of_two
+    scans = tmp_path / "scans"
+    scans.mkdir()
+    for path in sorted(phantoms.rglob("enhanced.nii.gz"))[:3]:
+        shutil.copy(path, scans / f"{path.parent.name}.nii.gz")
+    predict = ["jaxla.predict", f"--run={folder / 'run'}", f"--input={scans}"]
+    run_command(*predict, f"--output={tmp_path / 'one'}")
+    codes, out, err = finish(
+        start(together([*predict, f"--output={tmp_path / 'two'}"], free_port()), tmp_path), tmp_path, 120
+    )
+    assert codes == [0, 0], err
+    masks = sorted(path.name for path in scans.iterdir())
+    assert sorted(path.name for path in (tmp_path / "two").iterdir()) == masks
+    for name in masks:
+        one, two = (np.asarray(nib.load(tmp_path / folder / name).dataobj) for folder in ("one", "two"))
+        np.testing.assert_array_equal(one, two)
+    for number in (1, 2, 3):
+        assert f"\n{number}/3 {tmp_path / 'two'}" in f"\n{out[0]}"
+
+
+@pytest.mark.parametrize(
+    ("of_second", "says"),
+    [
+        (["--seed=2"], "option --seed is 2 on process 1 of 2 ({host}), but 1 on process 0 of 2 ({host}); give all"),
+        (["--data.root=OTHER"], "case train_2 is "),
+        (["--data.split=OTHER"], "process 1 of 2 ({host}): --data.split=OTHER: cannot be read"),
+    ],
+)
+def test_differences_are_found_before_training(phantoms, split_file, tmp_path, of_second, says):
+    other = tmp_path / "other"
+    shutil.copytree(phantoms, other)
+    scan = next(path for path in other.rglob("enhanced.nii.gz") if path.parent.name == "train_2")
+    image = nib.load(scan)
+    changed = np.asarray(image.dataobj) + 1
+    nib.save(nib.Nifti1Image(changed, image.affine, image.header), scan)
+    commands = together(command(tmp_path, phantoms, f"--data.split={split_file}"), free_port())
+    commands[1] += [option.replace("root=OTHER", f"root={other}") for option in of_second]
+    codes, _, err = finish(start(commands, tmp_path), tmp_path, 120)
+    assert codes == [2, 2]
+    (line,) = [line for line in err[0].splitlines() if line.startswith("error")]
+    assert says.format(host=os.uname().nodename) in line
+    assert "error" not in err[1]
+    assert not (tmp_path / "run").exists()
