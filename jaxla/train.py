@@ -126,7 +126,7 @@ def train(options: Options, command: str) -> None:
         agreed("begun")
         if not (run_dir / RECORD).exists():
             raise InputError(f"--run-dir={run_dir}: is not seen here; it must lie on a disk that all processes share")
-        if_others_end(f"go on with: {go_on}", partial(note, log_file))
+        if_others_end(go_on, partial(note, log_file))
         try:
             summary = run.train_and_test(experiment, data, run_dir, cache_dir)
         except (Stopped, KeyboardInterrupt) as stop:

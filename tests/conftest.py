@@ -8,10 +8,12 @@ from pathlib import Path
 
 import pytest
 
-# What one test has compiled, the others and the commands that they start need not compile again: a third of all time.
-COMPILED = tempfile.TemporaryDirectory(prefix="jaxla-compiled-")
-os.environ["JAX_COMPILATION_CACHE_DIR"] = COMPILED.name
-os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.1"
+# What one test has compiled, the others and the commands that they start need not compile again.
+if "PYTEST_XDIST_WORKER" not in os.environ:  # workers share that of the process that started them
+    COMPILED = tempfile.TemporaryDirectory(prefix="jaxla-compiled-")
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = COMPILED.name
+    os.environ["JAX_COMPILATION_CACHE_MAX_SIZE"] = str(2 * 1024**3)  # with a limit, JAX locks the folder
+    os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.1"
 
 
 def run_command(module, *options, check=True):

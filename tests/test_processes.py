@@ -74,12 +74,12 @@ def test_two_processes_give_the_run_of_one(of_one, of_two):
     folder, _, (_, out, _) = of_two
     ours, theirs = history(folder / "run"), history(of_one / "run")
     assert len(ours) == len(theirs) == 4
-    for kind in ("train_loss", "val_loss", "val_dice"):
-        # measured: 3e-5, of the last validation loss
-        np.testing.assert_allclose([m[kind] for m in ours], [m[kind] for m in theirs], rtol=3e-4, err_msg=kind)
+    for kind, tolerance in {"train_loss": 1e-4, "val_loss": 1e-4, "val_dice": 2e-3}.items():
+        # measured: 3e-5 of a loss, 5e-4 of Dice (some pixels at the threshold)
+        np.testing.assert_allclose([m[kind] for m in ours], [m[kind] for m in theirs], rtol=tolerance, err_msg=kind)
     assert cases_of(folder / "run") == cases_of(of_one / "run")
     summaries = [json.loads((f / "run" / "test" / "summary.json").read_text()) for f in (folder, of_one)]
-    for metric in ("dice", "iou", "hd95"):
+    for metric in ("dice", "iou", "assd_mm"):
         assert summaries[0][metric]["n"] == 3
         assert summaries[0][metric]["mean"] == pytest.approx(summaries[1][metric]["mean"], rel=1e-4)
     assert out[1].count("\n") <= 1  # Gloo's own line

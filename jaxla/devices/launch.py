@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import re
 import zlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 from jaxla.config import InputError
 
@@ -56,6 +59,37 @@ def find_launch(coordinator: str, count: int | None, index: int | None, environ:
     if not 0 <= index < count:
         raise InputError(f"option --process={index}: must be from 0 to {count - 1}, for --processes={count}")
     return None if count == 1 else Launch(coordinator, count, index, found is not None and found.own_devices)
+
+
+def gpus_of(launch: Launch, members: Sequence[Mapping[str, Any]], gpus: int) -> list[int]:
+    """Which of the GPUs that this process sees are its own: a share where others on its host see the same; [] for all.
+
+    Args:
+        members: what each process says of itself: its `host`, and its `visible` devices (CUDA_VISIBLE_DEVICES).
+        gpus: that this process sees.
+
+    Raises:
+        InputError: there are fewer than processes that share them.
+    """
+    host = members[launch.index]["host"]
+    here = [k for k, member in enumerate(members) if member["host"] == host]
+    each_its_own = launch.own_devices or len({members[k]["visible"] for k in here}) == len(here)
+    if each_its_own or not gpus:
+        return []
+    if gpus < len(here):
+        raise InputError(
+            f"{host}: {len(here)} processes run there, and share {gpus} GPUs; start one process a host, or give each "
+            "its own GPUs (srun --gpus-per-task=1)"
+        )
+    each = gpus // len(here)
+    return [here.index(launch.index) * each + i for i in range(each)]
+
+
+def count_gpus() -> int:
+    """NVIDIA GPUs that this process sees, found without starting CUDA."""
+    if visible := os.environ.get("CUDA_VISIBLE_DEVICES"):
+        return len(visible.split(","))
+    return len([path for path in Path("/dev").glob("nvidia*") if re.fullmatch(r"nvidia\d+", path.name)])
 
 
 def _from_slurm(environ: Mapping[str, str]) -> Launch | None:

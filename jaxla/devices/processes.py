@@ -15,7 +15,6 @@ import logging
 import os
 import platform
 import queue
-import re
 import socket
 import sys
 import threading
@@ -24,18 +23,23 @@ import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from multiprocessing.connection import Connection, wait
-from pathlib import Path
 from typing import Any, TypeVar
 
 from jaxla.config import InputError, Stopped, outcome
-from jaxla.devices.launch import Launch
+from jaxla.devices.launch import Launch, count_gpus, gpus_of
 
 T = TypeVar("T")
 
 log = logging.getLogger("jaxla")
 
 GRACE = 3  # seconds for a process to end by itself, as all do that meet the same mistake
-KEEPALIVE = {socket.TCP_KEEPIDLE: 10, socket.TCP_KEEPINTVL: 5, socket.TCP_KEEPCNT: 4}  # a host without power: 30 s
+SILENCE = 30  # seconds without an answer of the other host, after which it counts as gone
+KEEPALIVE = {
+    socket.TCP_KEEPIDLE: SILENCE // 3,
+    socket.TCP_KEEPINTVL: SILENCE // 6,
+    socket.TCP_KEEPCNT: 4,
+    socket.TCP_USER_TIMEOUT: 1000 * SILENCE,  # ms, where something was sent
+}
 
 
 class _Processes:
@@ -44,8 +48,8 @@ class _Processes:
     Attributes:
         hosts: of each process, by its index.
         links: the connections of this process: process 0's to all others, every other one's to process 0.
-        go_on: what a user can do once they have ended.
-        note: keeps a message beside the terminal.
+        go_on: the command that goes on once they have ended.
+        note: keeps a line beside the terminal, should another one end.
     """
 
     def __init__(self, index: int, hosts: Sequence[str], links: dict[int, Connection]) -> None:
@@ -133,10 +137,12 @@ class _Processes:
             line = f"error: {self.name(k)}: {line.removeprefix('error: ')}"
         elif line:
             line = f"{line} ({self.name(k)})"
-        if line:
-            line += f"; {self.go_on}" if self.go_on else ""
+        if line and self.go_on and "; go on with: " not in line:
+            line += f"; go on with: {self.go_on}"
+        try:
             self.note(line)
-        self.end(code, line)
+        finally:
+            self.end(code, line)
 
 
 _processes: _Processes | None = None
@@ -191,7 +197,7 @@ def tell(line: str) -> None:
 
 
 def if_others_end(go_on: str, note: Callable[[str], None]) -> None:
-    """What to say, and where to note it, should another process end."""
+    """The command that goes on, and where to note what is said, should another process end."""
     if _processes is not None:
         _processes.go_on, _processes.note = go_on, note
 
@@ -223,7 +229,7 @@ def joined(launch: Launch | None, timeout: float) -> Iterator[None]:
             launch.coordinator,
             launch.count,
             launch.index,
-            local_device_ids=_shared_gpus(launch, members),
+            local_device_ids=gpus_of(launch, members, count_gpus()),
             initialization_timeout=round(timeout) + 10,
             coordinator_bind_address=_bound_to(launch.coordinator),
         )
@@ -263,7 +269,7 @@ def _meet(launch: Launch, timeout: float) -> tuple[dict[int, Connection], list[d
         "process": launch.index,
         "processes": launch.count,
         "host": platform.node(),
-        "gpus": os.environ.get("CUDA_VISIBLE_DEVICES"),
+        "visible": os.environ.get("CUDA_VISIBLE_DEVICES"),
     }
     if launch.index:
         link, answer = _find_first(launch.coordinator, hello, deadline)
@@ -340,8 +346,8 @@ def _find_first(address: str, hello: dict[str, Any], deadline: float) -> tuple[C
 def _linked(connected: socket.socket) -> Connection:
     connected.settimeout(None)
     connected.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-    for option, seconds in KEEPALIVE.items():
-        connected.setsockopt(socket.IPPROTO_TCP, option, seconds)
+    for option, value in KEEPALIVE.items():
+        connected.setsockopt(socket.IPPROTO_TCP, option, value)
     return Connection(connected.detach())
 
 
@@ -362,31 +368,6 @@ def _is_loopback(host: str) -> bool:
 
 def _bound_to(address: str) -> str | None:
     return address if _is_loopback(_host_and_port(address)[0]) else None  # else all of the host's addresses
-
-
-def _shared_gpus(launch: Launch, members: Sequence[dict[str, Any]]) -> list[int]:
-    """Which of the GPUs that this process sees it takes, where those on its host share them; empty for all.
-
-    Raises:
-        InputError: there are fewer than processes.
-    """
-    mine = members[launch.index]
-    here = [k for k, other in enumerate(members) if other["host"] == mine["host"]]
-    seen = len(mine["gpus"].split(",")) if mine["gpus"] else sum(map(_is_gpu, Path("/dev").glob("nvidia*")))
-    own = launch.own_devices or len({members[k]["gpus"] for k in here}) == len(here)
-    if own or not seen:
-        return []
-    if seen < len(here):
-        raise InputError(
-            f"{mine['host']}: {len(here)} processes run there, and share {seen} GPUs; start one process a host, or "
-            "give each its own GPUs (srun --gpus-per-task=1)"
-        )
-    each = seen // len(here)
-    return [here.index(launch.index) * each + i for i in range(each)]
-
-
-def _is_gpu(path: Path) -> bool:
-    return re.fullmatch(r"nvidia\d+", path.name) is not None
 
 
 def _leave_now(code: int) -> None:

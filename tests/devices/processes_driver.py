@@ -28,7 +28,7 @@ def talk(folder, index):
 
 
 def sleep(folder, index):
-    if_others_end("go on with: that command", (folder / f"{index}.note").write_text)
+    if_others_end("that command", (folder / f"{index}.note").write_text)
     (folder / f"{index}.ready").touch()
     time.sleep(100)
 

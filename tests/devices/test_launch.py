@@ -3,7 +3,7 @@
 import pytest
 
 from jaxla.config import InputError
-from jaxla.devices.launch import PORTS, Launch, find_launch, first_host
+from jaxla.devices.launch import PORTS, Launch, find_launch, first_host, gpus_of
 
 # As SLURM 22.05 sets them: for a task that `srun` started, in the batch script itself, and under `salloc`.
 IN_JOB = {"SLURM_JOB_ID": "71", "SLURM_NTASKS": "2", "SLURM_PROCID": "0", "SLURM_LOCALID": "0"}
@@ -89,3 +89,35 @@ def test_what_does_not_fit_together_is_named(options, environ, message):
     with pytest.raises(InputError) as error:
         find_launch(*options, environ)
     assert str(error.value).startswith(message)
+
+
+# --- which GPUs ---
+
+
+def hosts(*members):
+    return [{"host": host, "visible": visible} for host, visible in members]
+
+
+@pytest.mark.parametrize(
+    ("index", "members", "gpus", "taken"),
+    [
+        (1, hosts(("a", None), ("b", None)), 4, []),  # one process on a host: all of its GPUs
+        (0, hosts(("a", None), ("a", None)), 4, [0, 1]),
+        (1, hosts(("a", None), ("a", None)), 4, [2, 3]),
+        (2, hosts(("a", None), ("b", "0,1"), ("b", "0,1")), 2, [1]),
+        (1, hosts(("a", "0"), ("a", "1")), 1, []),  # each was given its own
+        (1, hosts(("a", None), ("a", None)), 0, []),
+    ],
+)
+def test_processes_of_one_host_share_its_gpus(index, members, gpus, taken):
+    assert gpus_of(Launch("a:7000", len(members), index), members, gpus) == taken
+
+
+def test_gpus_that_srun_has_given_to_each_task_are_its_own():
+    members = hosts(("a", "0"), ("a", "0"))  # numbered anew for each
+    assert gpus_of(Launch("a:7000", 2, 1, own_devices=True), members, 1) == []
+
+
+def test_fewer_gpus_than_processes_are_refused():
+    with pytest.raises(InputError, match=r"a: 2 processes run there, and share 1 GPUs; start one process a host"):
+        gpus_of(Launch("a:7000", 2, 1), hosts(("a", None), ("a", None)), 1)
