@@ -46,7 +46,7 @@ def relative_l2(ours, theirs):
 def test_ten_steps_give_what_one_device_gives(arrays, case, network):
     """The batch is one that the devices do not divide."""
     for kind in ("losses", "gradients", "parameters", "statistics"):
-        # measured: at most 8.6e-7, of gradients
+        # measured: at most 9.3e-7, of gradients
         assert relative_l2(of_kind(arrays, case, network, kind), of_kind(arrays, "one", network, kind)) <= 1e-5, kind
 
 
