@@ -7,7 +7,8 @@ bytes it needs besides; and the bytes that a device sends in a step, computed fr
 memory taken: programs are compiled for shapes alone, for simulated CPU devices, in float32. Prints JSON.
 
 A device that takes part in a ring of N sends (N - 1) / N of an array to gather it, as much to reduce and scatter it,
-and twice that to reduce it everywhere.
+and twice that to reduce it everywhere. What is sent is the least that the table allows: a compiler may reduce gradients
+everywhere that need only be scattered.
 """
 
 import json

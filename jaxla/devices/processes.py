@@ -225,6 +225,9 @@ def joined(launch: Launch | None, timeout: float) -> Iterator[None]:
         import jax
 
         jax.config.update("jax_enable_preemption_service", False)  # it would take SIGTERM for itself
+        # The way to process 0 is no way for a proxy of the web, by which gRPC would go, and of which JAX would warn.
+        os.environ["no_grpc_proxy"] = _host_and_port(launch.coordinator)[0]
+        jax.config.update("jax_check_proxy_envs", False)
         jax.distributed.initialize(
             launch.coordinator,
             launch.count,

@@ -11,11 +11,12 @@ from tests.devices.group import finish, free_port, start, wait_for
 A_MINUTE = 60
 
 
-def drive(folder, kind, *, count=2, indices=None, wait=60, port=None):
+def drive(folder, kind, *, count=2, indices=None, wait=60, port=None, **environ):
     """Start the processes of `indices` (all of them), of `count`."""
     port = port or free_port()
     command = ["tests.devices.processes_driver", kind, folder, f"127.0.0.1:{port}", count]
-    return start([[*command, index, wait] for index in (range(count) if indices is None else indices)], folder)
+    numbers = range(count) if indices is None else indices
+    return start([[*command, index, wait] for index in numbers], folder, **environ)
 
 
 def test_each_hears_what_all_say_and_the_first_prints(tmp_path):
@@ -35,6 +36,14 @@ def test_each_hears_what_all_say_and_the_first_prints(tmp_path):
     assert any(line.startswith("process 2 of 3 (") and line.endswith("): warning of 2") for line in lines)
     assert "printed by 1" not in out[0]
     assert "info of 1" not in out[0]
+
+
+def test_a_proxy_of_the_web_is_not_asked_for_the_way(tmp_path):
+    """Clusters set such variables, and gRPC heeds them; nothing listens at this one."""
+    processes = drive(tmp_path, "talk", wait=10, http_proxy="http://127.0.0.1:9", https_proxy="http://127.0.0.1:9")
+    codes, out, err = finish(processes, tmp_path, A_MINUTE)
+    assert codes == [0, 0], err
+    assert "proxy" not in out[0] + err[0]
 
 
 @pytest.mark.parametrize("kind", ["sleep", "busy"])
