@@ -330,12 +330,12 @@ def parse_experiment(
 
 
 def without_run_dir(command: str) -> str:
-    """A run's command line without what ties it to its folder, so that another folder can be named."""
+    """A run's command line without what ties it to its folder and to one of several processes."""
     words, kept = iter(shlex.split(command)), []
     for word in words:
-        if word == "--run-dir":
+        if word in ("--run-dir", "--coordinator", "--processes", "--process"):
             next(words, None)  # its value
-        elif word != "--resume" and not word.startswith("--run-dir="):
+        elif word != "--resume" and not word.startswith(("--run-dir=", "--coordinator=", "--process")):
             kept.append(word)
     return shlex.join(kept)
 

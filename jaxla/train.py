@@ -70,7 +70,8 @@ def train(options: Options, command: str) -> None:
     )
 
     given = {name: getattr(options, name) for name in ("run_dir", "resume", "dry_run", "devices", "shard_params")}
-    given = options_of(experiment) | {name.replace("_", "-"): str(value) for name, value in given.items()}
+    given = {name.replace("_", "-"): "" if value is None else str(value) for name, value in given.items()}
+    given |= options_of(experiment)
     require_same({f"option --{name}": value for name, value in given.items()}, "give all processes the same")
     if options.resume and is_first():
         require_resumable(options.run_dir, experiment)
@@ -99,7 +100,7 @@ def train(options: Options, command: str) -> None:
         require_same(installed, "give all hosts the same packages and devices")
         data = run.prepare_data(experiment, cache_dir)
         contents = {f"case {name}": sha256 for name, sha256 in data.cases.items()}
-        contents |= {"option --data.split": data.split.sha256, "option --model.weights": weights_sha256}
+        contents |= {"option --data.split": data.split.sha256, "option --model.weights": weights_sha256 or "random"}
         require_same(contents, "give all processes the same scans, masks, split and weights")
         if options.dry_run:
             from jaxla.pipeline.forecast import describe, forecast
@@ -123,8 +124,8 @@ def train(options: Options, command: str) -> None:
             held.enter_context(run_folder(run_dir, record, data.split, data.cases, options.resume))
             log_file = logging.FileHandler(run_dir / LOG)
             early_lines.setTarget(log_file)
-        agreed("begun")
-        if not (run_dir / RECORD).exists():
+        begun = agreed((run_dir / RECORD).read_text() if is_first() else None)
+        if not (run_dir / RECORD).exists() or (run_dir / RECORD).read_text() != begun:
             raise InputError(f"--run-dir={run_dir}: is not seen here; it must lie on a disk that all processes share")
         if_others_end(go_on, partial(note, log_file))
         try:

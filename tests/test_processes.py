@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 
@@ -49,20 +50,23 @@ def of_one(phantoms, split_file, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def of_two(phantoms, split_file, tmp_path_factory):
-    """The run of two, of which one was killed after its first epoch and which then went on; its first log, too."""
+    """The run of two, which was ended twice, by SIGKILL and by SIGTERM to one of them; and what all said each time."""
     folder = tmp_path_factory.mktemp("two")
     ours = command(folder, phantoms, f"--data.split={split_file}")
-    processes = start(together(ours, free_port()), folder)
-    wait_for(lambda: (folder / "run" / "metrics.jsonl").exists() and history(folder / "run"), 120, processes)
-    os.kill(processes[1].pid, signal.SIGKILL)
-    killed = finish(processes, folder, seconds=60)
+    ended = []
+    for epoch, number, resume in ((1, signal.SIGKILL, []), (2, signal.SIGTERM, ["--resume"])):
+        processes = start(together([*ours, *resume], free_port()), folder)
+        metrics = folder / "run" / "metrics.jsonl"
+        wait_for(lambda: metrics.exists() and len(history(folder / "run")) >= epoch, 120, processes)  # noqa: B023
+        os.kill(processes[1].pid, number)
+        ended.append(finish(processes, folder, seconds=60))
     done = finish(start(together([*ours, "--resume"], free_port()), folder), folder, seconds=300)
     assert done[0] == [0, 0], done
-    return folder, killed, done
+    return folder, *ended, done
 
 
 def test_a_killed_process_ends_the_run_which_says_how_to_go_on(of_two):
-    folder, (codes, _, err), _ = of_two
+    folder, (codes, _, err), _, _ = of_two
     assert codes == [1, -signal.SIGKILL]
     (line,) = [line for line in err[0].splitlines() if line.startswith("stopped")]
     assert line.startswith("stopped: process 1 of 2 (")
@@ -70,8 +74,16 @@ def test_a_killed_process_ends_the_run_which_says_how_to_go_on(of_two):
     assert line in (folder / "run" / "train.log").read_text()
 
 
+def test_one_that_is_asked_to_end_has_all_finish_the_step_and_save(of_two):
+    _, _, (codes, _, err), (_, out, _) = of_two
+    assert codes == [1, 1]
+    (line,) = [line for line in (err[0] + err[1]).splitlines() if line.startswith("stopped")]
+    where = re.match(r"stopped in epoch (\d+), after (\d+) of \d+ steps; go on with: ", line)
+    assert f"goes on after {int(where[1]) - 1} epochs and {where[2]} steps" in out[0]
+
+
 def test_two_processes_give_the_run_of_one(of_one, of_two):
-    folder, _, (_, out, _) = of_two
+    folder, _, _, (_, out, _) = of_two
     ours, theirs = history(folder / "run"), history(of_one / "run")
     assert len(ours) == len(theirs) == 4
     for kind, tolerance in {"train_loss": 1e-4, "val_loss": 1e-4, "val_dice": 2e-3}.items():
@@ -88,7 +100,9 @@ def test_two_processes_give_the_run_of_one(of_one, of_two):
 
 
 def test_each_case_is_computed_and_segmented_once(of_one, of_two):
-    folder, _, _ = of_two
+    folder, (_, began, _), _, (_, ended, _) = of_two
+    assert "features: 3 of 3 cases" in began[0]  # of six
+    assert "testing: 2 of 2 cases" in ended[0]  # of three
     features = [sorted(path.name for path in (f / "cache" / "features").rglob("*")) for f in (folder, of_one)]
     assert features[0] == features[1]
     for name in [name for name in features[0] if name.endswith(".npy")]:
@@ -98,7 +112,7 @@ def test_each_case_is_computed_and_segmented_once(of_one, of_two):
 
 
 def test_predictions_are_shared_out(of_two, phantoms, tmp_path):
-    folder, _, _ = of_two
+    folder, *_ = of_two
     scans = tmp_path / "scans"
     scans.mkdir()
     for path in sorted(phantoms.rglob("enhanced.nii.gz"))[:3]:
@@ -116,6 +130,15 @@ def test_predictions_are_shared_out(of_two, phantoms, tmp_path):
         np.testing.assert_array_equal(one, two)
     for number in (1, 2, 3):
         assert f"\n{number}/3 {tmp_path / 'two'}" in f"\n{out[0]}"
+
+
+def test_a_forecast_is_made_together(phantoms, split_file, tmp_path):
+    dry = command(tmp_path, phantoms, f"--data.split={split_file}", "--dry-run")
+    codes, out, err = finish(start(together(dry, free_port()), tmp_path), tmp_path, 120)
+    assert codes == [0, 0], err
+    assert re.search(r"^patients +2 train, 1 val, 3 test$", out[0], re.MULTILINE)
+    assert "patients" not in out[1]
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import re
 import zlib
@@ -41,7 +42,7 @@ def find_launch(coordinator: str, count: int | None, index: int | None, environ:
         InputError: too little is said, or what does not fit together.
     """
     found = _from_slurm(environ) or _from_open_mpi(environ)
-    if not coordinator and count is None and index is None and (found is None or found.count == 1):
+    if count == 1 or (not coordinator and count is None and index is None and (found is None or found.count == 1)):
         return None
     coordinator = coordinator or (found.coordinator if found else "")
     count = found.count if count is None and found else count
@@ -58,7 +59,7 @@ def find_launch(coordinator: str, count: int | None, index: int | None, environ:
         raise InputError(f"option --processes={count}: must be 1 or more")
     if not 0 <= index < count:
         raise InputError(f"option --process={index}: must be from 0 to {count - 1}, for --processes={count}")
-    return None if count == 1 else Launch(coordinator, count, index, found is not None and found.own_devices)
+    return Launch(coordinator, count, index, found is not None and found.own_devices)
 
 
 def gpus_of(launch: Launch, members: Sequence[Mapping[str, Any]], gpus: int) -> list[int]:
@@ -86,9 +87,14 @@ def gpus_of(launch: Launch, members: Sequence[Mapping[str, Any]], gpus: int) -> 
 
 
 def count_gpus() -> int:
-    """NVIDIA GPUs that this process sees, found without starting CUDA."""
-    if visible := os.environ.get("CUDA_VISIBLE_DEVICES"):
-        return len(visible.split(","))
+    """NVIDIA GPUs that JAX will see in this process, found without starting CUDA."""
+    platforms, visible = (os.environ.get(name) for name in ("JAX_PLATFORMS", "CUDA_VISIBLE_DEVICES"))
+    if platforms and not {"cuda", "gpu"} & set(platforms.split(",")):
+        return 0
+    if not any(importlib.util.find_spec(f"jax_cuda{version}_plugin") for version in (12, 13)):
+        return 0
+    if visible is not None:
+        return 0 if visible in ("", "-1") else len(visible.split(","))
     return len([path for path in Path("/dev").glob("nvidia*") if re.fullmatch(r"nvidia\d+", path.name)])
 
 

@@ -53,11 +53,16 @@ def use_devices(count: int = 0, shard_params: bool = False) -> Iterator[Mesh]:
         )
     of_process = [[device for device in devices if device.process_index == k] for k in range(processes)]
     fewest, most = (reach(map(len, of_process)) for reach in (min, max))
-    if count % processes or count > fewest * processes or (not count and fewest < most):
+    if fewest < most:
         seen = ", ".join(str(len(its)) for its in of_process)
         raise InputError(
-            f"option --devices={count}: the {processes} processes see {seen} devices, and each must use the same "
-            f"number; give --devices a multiple of {processes}, at most {fewest * processes}"
+            f"the {processes} processes see {seen} devices, and must see the same number; make the others invisible "
+            f"(CUDA_VISIBLE_DEVICES), or choose other hosts"
+        )
+    if count % processes:
+        raise InputError(
+            f"option --devices={count}: {processes} processes use the same number of devices each; give a multiple of "
+            f"{processes}"
         )
     each = count // processes or fewest
     with _mesh([device for its in of_process for device in its[:each]], shard_params) as mesh:
@@ -133,7 +138,10 @@ def constrain(tree: T) -> T:
 @contextmanager
 def on_host() -> Iterator[None]:
     """Keep what is made within it in the host's memory, for the devices may not hold it whole."""
-    host = jax.local_devices(backend="cpu")[0]
+    try:
+        host = jax.local_devices(backend="cpu")[0]
+    except RuntimeError:  # JAX_PLATFORMS leaves the CPU out
+        host = jax.local_devices()[0]
     with jax.default_device(host), _mesh([host], shard_params=False):
         yield
 

@@ -16,6 +16,7 @@ import os
 import platform
 import queue
 import socket
+import struct
 import sys
 import threading
 import time
@@ -34,11 +35,11 @@ log = logging.getLogger("jaxla")
 
 GRACE = 3  # seconds for a process to end by itself, as all do that meet the same mistake
 SILENCE = 30  # seconds without an answer of the other host, after which it counts as gone
-KEEPALIVE = {
-    socket.TCP_KEEPIDLE: SILENCE // 3,
-    socket.TCP_KEEPINTVL: SILENCE // 6,
-    socket.TCP_KEEPCNT: 4,
-    socket.TCP_USER_TIMEOUT: 1000 * SILENCE,  # ms, where something was sent
+KEEPALIVE = {  # by the names of Linux; elsewhere the system's own, longer times hold
+    "TCP_KEEPIDLE": SILENCE // 3,
+    "TCP_KEEPINTVL": SILENCE // 6,
+    "TCP_KEEPCNT": 4,
+    "TCP_USER_TIMEOUT": 1000 * SILENCE,  # ms, where something was sent
 }
 
 
@@ -50,6 +51,7 @@ class _Processes:
         links: the connections of this process: process 0's to all others, every other one's to process 0.
         go_on: the command that goes on once they have ended.
         note: keeps a line beside the terminal, should another one end.
+        ending: whether this process is about to leave.
     """
 
     def __init__(self, index: int, hosts: Sequence[str], links: dict[int, Connection]) -> None:
@@ -58,7 +60,7 @@ class _Processes:
         self.note: Callable[[str], None] = lambda message: None
         self._values = {k: queue.SimpleQueue() for k in links}
         self._told, self._gone = ({k: threading.Event() for k in links} for _ in range(2))  # its end; its connection's
-        self._ending, self._lock = False, threading.Lock()
+        self.ending, self._lock = False, threading.Lock()
         threading.Thread(target=self._watch, daemon=True).start()
 
     def name(self, k: int) -> str:
@@ -80,24 +82,38 @@ class _Processes:
             self.links[k].send_bytes(json.dumps(message).encode())
 
     def end(self, code: int, line: str) -> None:
-        """Leave the process with this exit code, and have all others leave."""
-        self._ending = True
-        if self.index and not self._gone[0].is_set():
-            self.send(0, {"end": [code, line]})  # which prints the line
-            self._told[0].wait(3 * GRACE)
-        elif line:
-            print(line, file=sys.stderr)
-        if not self.index:
-            for k in self.links:
-                self.send(k, {"end": [code, ""]})
-            for gone in self._gone.values():  # JAX aborts those that find process 0 gone
-                gone.wait(2 * GRACE)
-        _leave_now(code)
+        """Leave the process with this exit code, and have all others leave; never returns."""
+        if not self._begin_to_end():
+            threading.Event().wait()  # for the other thread, which leaves the process
+        self._end(code, line)
+
+    def _begin_to_end(self) -> bool:
+        with self._lock:
+            begins, self.ending = not self.ending, True
+        return begins
+
+    def _end(self, code: int, line: str) -> None:
+        try:
+            if self.index and not self._gone[0].is_set():
+                self.send(0, {"end": [code, line]})  # which prints the line
+                self._told[0].wait(3 * GRACE)
+            elif line:
+                print(line, file=sys.stderr)
+            if not self.index:
+                for k in self.links:
+                    self.send(k, {"end": [code, ""]})
+                for gone in self._gone.values():  # JAX aborts those that find process 0 gone
+                    gone.wait(2 * GRACE)
+            logging.shutdown()
+            sys.stdout.flush()
+            sys.stderr.flush()
+        finally:
+            os._exit(code)  # by `sys.exit` JAX would wait for the other processes
 
     def leave(self) -> None:
         """At the end of the command, for all of them."""
         self.gather(None)
-        self._ending = True
+        self._begin_to_end()
         import jax
 
         jax.distributed.shutdown()
@@ -127,22 +143,21 @@ class _Processes:
         without_word = self._gone[k].is_set()
         if not without_word:
             time.sleep(GRACE)
-        with self._lock:
-            if self._ending:
-                return
-            self._ending = True
+        if not self._begin_to_end():
+            return
+        what, _, _ = line.partition("; go on with: ")
         if without_word:
             line = f"stopped: {self.name(k)} has ended without a word"
-        elif line.startswith("error: "):
-            line = f"error: {self.name(k)}: {line.removeprefix('error: ')}"
-        elif line:
-            line = f"{line} ({self.name(k)})"
-        if line and self.go_on and "; go on with: " not in line:
+        elif what.startswith("error: "):
+            line = f"error: {self.name(k)}: {what.removeprefix('error: ')}"
+        elif what:
+            line = f"{what} ({self.name(k)})"
+        if line and self.go_on:
             line += f"; go on with: {self.go_on}"
         try:
             self.note(line)
         finally:
-            self.end(code, line)
+            self._end(code, line)
 
 
 _processes: _Processes | None = None
@@ -166,6 +181,11 @@ def gather(value: Any) -> list[Any]:
 def agreed(value: T) -> T:
     """Process 0's value; each process must call it."""
     return gather(value if is_first() else None)[0]
+
+
+def wait_for_all() -> None:
+    """Until each process has called it."""
+    gather(None)
 
 
 def share(items: Sequence[T]) -> Sequence[T]:
@@ -226,7 +246,7 @@ def joined(launch: Launch | None, timeout: float) -> Iterator[None]:
 
         jax.config.update("jax_enable_preemption_service", False)  # it would take SIGTERM for itself
         # The way to process 0 is no way for a proxy of the web, by which gRPC would go, and of which JAX would warn.
-        os.environ["no_grpc_proxy"] = _host_and_port(launch.coordinator)[0]
+        os.environ["no_grpc_proxy"] = _host_and_port(launch.coordinator)[0]  # noqa: SIM112  (its name)
         jax.config.update("jax_check_proxy_envs", False)
         jax.distributed.initialize(
             launch.coordinator,
@@ -243,8 +263,9 @@ def joined(launch: Launch | None, timeout: float) -> Iterator[None]:
         met.end(*outcome(error))
     except Exception:
         time.sleep(GRACE)  # collectives fail when a process is gone, which is said, and ends this one, meanwhile
-        traceback.print_exc()
-        met.end(1, "stopped: failed, for the reason printed above")
+        if not met.ending:
+            traceback.print_exc()
+        met.end(1, "stopped: failed, for the reason that it printed")
     finally:
         _processes = None
 
@@ -349,8 +370,10 @@ def _find_first(address: str, hello: dict[str, Any], deadline: float) -> tuple[C
 def _linked(connected: socket.socket) -> Connection:
     connected.settimeout(None)
     connected.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    connected.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, struct.pack("ll", SILENCE, 0))  # within a message
     for option, value in KEEPALIVE.items():
-        connected.setsockopt(socket.IPPROTO_TCP, option, value)
+        if hasattr(socket, option):
+            connected.setsockopt(socket.IPPROTO_TCP, getattr(socket, option), value)
     return Connection(connected.detach())
 
 
@@ -371,11 +394,3 @@ def _is_loopback(host: str) -> bool:
 
 def _bound_to(address: str) -> str | None:
     return address if _is_loopback(_host_and_port(address)[0]) else None  # else all of the host's addresses
-
-
-def _leave_now(code: int) -> None:
-    """Not by way of `sys.exit`: JAX would wait for the other processes."""
-    logging.shutdown()
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(code)

@@ -9,6 +9,7 @@ import jax
 from flax import nnx
 
 from jaxla.config import InputError, default_cache_dir
+from jaxla.devices.processes import agreed
 from jaxla.models.network import build_network
 from jaxla.models.weights import parameters_sha256
 from jaxla.models.weights_format import require_undamaged
@@ -35,7 +36,7 @@ def load_run(folder: str | Path) -> TrainedNetwork:
     """
     folder = Path(folder)
     record = read_record(folder)
-    if not (steps := checkpoint_steps(folder / "checkpoints" / "best")):
+    if not (steps := agreed(checkpoint_steps(folder / "checkpoints" / "best"))):
         raise InputError(f"{folder}: has no checkpoint; the run stopped before its first epoch ended")
     model, seed, outputs = record.experiment.model, record.experiment.seed, record.labels.outputs
     if model.backbone == "frozen":

@@ -19,7 +19,7 @@ from tqdm import tqdm
 from jaxla.config import Experiment
 from jaxla.data.batches import SliceSource, evaluation_batches, steps_per_epoch, training_batches
 from jaxla.devices.mesh import on_host, own_rows, spread, to_devices, use_own_devices
-from jaxla.devices.processes import process_count, share
+from jaxla.devices.processes import gather, process_count, share
 from jaxla.evaluation.summary import score_case
 from jaxla.models.network import build_network
 from jaxla.pipeline.run import PreparedData, describe_backbone
@@ -89,7 +89,7 @@ def forecast(experiment: Experiment, data: PreparedData, cache_dir: Path) -> For
             cache = FeatureCache(cache_dir, network, model.arch, size)
         missing = cache.missing(data.used)
         features_bytes = cache.bytes_of(missing)
-        features_fit = cache.fits(features_bytes)
+        features_fit = all(gather(cache.fits(features_bytes)))
         if features_fit:
             if missing:
                 batches = sum(-(-v.shape[0] // cache.batch) for v in share(missing))
@@ -223,7 +223,7 @@ def _device_bytes() -> int:
     """Memory of the device; on CPU that of the machine."""
     if jax.default_backend() == "cpu":
         return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    return (jax.devices()[0].memory_stats() or {}).get("bytes_limit", 0)
+    return (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit", 0)
 
 
 def _bytes(count: int) -> str:

@@ -32,7 +32,7 @@ from jaxla.data.volumes import (
     to_slices,
 )
 from jaxla.devices.mesh import on_host, use_own_devices
-from jaxla.devices.processes import gather, is_first, share
+from jaxla.devices.processes import gather, is_first, share, wait_for_all
 from jaxla.evaluation.atlas import apply_atlas, build_atlas, choose_threshold
 from jaxla.evaluation.summary import score_case, summarise, write_cases, write_summary
 from jaxla.inference.segment import make_segment, make_segment_slices, write_segmentation
@@ -135,6 +135,7 @@ def build(experiment: Experiment, outputs: int, run_dir: Path) -> TransformerSeg
     if model.backbone == "finetuned" or model.weights != "random":
         return build_network(model, outputs, seed)
     kept, record = run_dir / BACKBONE, read_record(run_dir)
+    wait_for_all()  # the first one writes it anew
     if record.weights_sha256:  # a resumed run
         try:
             network = build_network(replace(model, weights=str(kept)), outputs, seed)
@@ -142,7 +143,8 @@ def build(experiment: Experiment, outputs: int, run_dir: Path) -> TransformerSeg
                 return network
         except InputError:  # missing or truncated
             pass
-        log.warning("%s: missing or damaged; drawn again from seed %d", kept, seed)
+        if is_first():
+            log.warning("%s: missing or damaged; drawn again from seed %d", kept, seed)
     network = build_network(model, outputs, seed)
     sha256 = parameters_sha256(network.backbone)
     if record.weights_sha256 not in ("", sha256):

@@ -19,7 +19,7 @@ import jax
 import orbax.checkpoint as ocp
 
 from jaxla.config import InputError
-from jaxla.devices.processes import agreed, is_first
+from jaxla.devices.processes import agreed, is_first, wait_for_all
 from jaxla.models.weights_format import file_sha256
 
 T = TypeVar("T")
@@ -41,7 +41,7 @@ class Checkpoints:
         self._folder = folder.absolute()
         if not read_only and is_first():
             self._remove_half_written()
-        agreed("removed")  # before the others look
+        wait_for_all()
         self._manager = ocp.CheckpointManager(self._folder, options=options)
 
     def save(self, step: int, trees: Mapping[str, Any], progress: Mapping[str, Any]) -> None:
@@ -78,6 +78,7 @@ class Checkpoints:
                 f"{self._folder / str(step)}: cannot be written ({reason}); the checkpoints before it are kept: "
                 "mend that and go on with --resume"
             ) from error
+        wait_for_all()  # none leaves before the checkpoint counts
 
     def steps(self) -> list[int]:
         return agreed(checkpoint_steps(self._folder))
@@ -119,7 +120,8 @@ class Checkpoints:
                 return step
             self.remove(step)
             instead = "the one before it is used" if self.steps() else "there is none before it"
-            log.warning("%s: damaged checkpoint, %s; %s", self._folder / str(step), damage, instead)
+            if is_first():
+                log.warning("%s: damaged checkpoint, %s; %s", self._folder / str(step), damage, instead)
         return None
 
     def remove(self, step: int) -> None:

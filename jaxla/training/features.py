@@ -132,40 +132,38 @@ class FeatureCache:
             )  # fmt: skip
         if not all(gather(fit)):
             return None
+        written: list[PreparedVolume] = []
         # their own shares, then what of the others' does not lie in the same folder
         for part in (share(volumes), volumes):
-            if not all(gather(self._keep(self.missing(part), track))):
-                return None
+            if not all(gather(self._keep(self.missing(part), track, written))):
+                return self._give_back(written)
         log.info("checking the features of %d volumes (%s)", len(volumes), _bytes(self.bytes_of(volumes)))
         damaged = [v for v in volumes if not self._is_sound(v)]
         for volume in damaged:
             log.warning("features of %s were damaged (%s): computed again", volume.id, self.folder / _name(volume))
-        if not all(gather(self._keep(damaged, track, anew=True))):
-            return None
+        if not all(gather(self._keep(damaged, track, written))):
+            return self._give_back(written)
         return [CachedFeatures(self.folder / f"{_name(v)}.npy", (v.shape[0], *self.shape), self.dtype) for v in volumes]
 
     def _keep(
-        self, volumes: Sequence[PreparedVolume], track: Callable[[Iterable, str], Iterable], anew: bool = False
+        self,
+        volumes: Sequence[PreparedVolume],
+        track: Callable[[Iterable, str], Iterable],
+        written: list[PreparedVolume],
     ) -> bool:
-        """Compute and write these features; False, and nothing of it left, where the disk refuses."""
+        """Compute and write what these lack, and add them to `written`; False where the disk refuses."""
         if not volumes:
             return True
-        written: list[PreparedVolume] = []
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             with _locked(self.folder / "lock"):
                 _write_json(self.folder / "backbone.json", self.describes)
             for volume in track(volumes, "features"):
-                if anew:
-                    (self.folder / f"{_name(volume)}.json").unlink(missing_ok=True)
                 if self._require(volume):
                     written.append(volume)
         except OSError as error:
             if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES):
                 raise
-            for volume in written:  # the run needs the room
-                for suffix in (".json", ".npy"):
-                    (self.folder / f"{_name(volume)}{suffix}").unlink(missing_ok=True)
             log.warning(
                 "features cannot be kept in %s (%s): the backbone runs in every epoch instead",
                 self.folder, error.strerror,
@@ -173,14 +171,21 @@ class FeatureCache:
             return False
         return True
 
+    def _give_back(self, written: Iterable[PreparedVolume]) -> None:
+        """Remove features that are of no use without the others: the run needs the room."""
+        for volume in written:
+            for suffix in (".json", ".npy"):
+                (self.folder / f"{_name(volume)}{suffix}").unlink(missing_ok=True)
+
     def _require(self, volume: PreparedVolume) -> bool:
         """Compute and write a volume's features, unless another process has done so by now; whether it was done."""
         lock = self.folder / f"{_name(volume)}.lock"
         with _locked(lock):
-            if absent := bool(self.missing([volume])):
+            if lacks := not self._is_sound(volume):
+                (self.folder / f"{_name(volume)}.json").unlink(missing_ok=True)
                 self._write(volume)
             lock.unlink(missing_ok=True)  # whoever waits for it finds the features there
-        return absent
+        return lacks
 
     def _write(self, volume: PreparedVolume) -> None:
         path = self.folder / f"{_name(volume)}.npy"

@@ -253,10 +253,12 @@ def _go_on(state: _State, best: Checkpoints, latest: Checkpoints, folder: Path) 
         progress.best_dice = dice.get(progress.best_epoch, -1.0)
         if progress.best_epoch > whole:
             _save_best(best, state)
-        log.warning(
-            "the checkpoint of the best epoch, %d, was lost; %s", lost,
-            f"that of epoch {progress.best_epoch} stands in for it" if at_hand else "the next epoch stands in for it",
-        )  # fmt: skip
+        if is_first():
+            log.warning(
+                "the checkpoint of the best epoch, %d, was lost; %s", lost,
+                f"that of epoch {progress.best_epoch} stands in for it" if at_hand
+                else "the next epoch stands in for it",
+            )  # fmt: skip
 
 
 def _read_history(folder: Path) -> list[str]:

@@ -26,7 +26,7 @@ def start(commands, folder, **environ):
                 cwd=ROOT,
                 stdout=out,
                 stderr=err,
-                env={**os.environ, **environ},
+                env={**os.environ, "JAX_PLATFORMS": "cpu", **environ},
             )
         processes.append(started)
     return processes

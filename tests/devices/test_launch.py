@@ -34,6 +34,10 @@ def test_a_process_of_its_own_is_launched_with_no_other(environ):
     assert find_launch("node1:7000", 1, 0, environ) is None
 
 
+def test_tasks_that_should_not_join_say_so():
+    assert find_launch("", 1, None, TASK) is None
+
+
 @pytest.mark.parametrize(
     ("environ", "found"),
     [

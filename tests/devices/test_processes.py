@@ -83,7 +83,7 @@ def test_a_bug_in_one_shows_its_traceback_and_ends_all(tmp_path):
     codes, _, err = finish(drive(tmp_path, "crash"), tmp_path, A_MINUTE)
     assert codes == [1, 1]
     assert "RuntimeError: a bug" in err[1]
-    assert "stopped: failed, for the reason printed above (process 1 of 2" in err[0]
+    assert "stopped: failed, for the reason that it printed (process 1 of 2" in err[0]
 
 
 # --- those that do not come together ---
