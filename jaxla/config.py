@@ -209,14 +209,14 @@ def require_writable(option: str, path: Path) -> None:
 
 
 def add_devices_option(parser: ArgumentParser) -> None:
-    parser.add_argument("--devices", type=int, default=0, help="how many devices to use (0: all that JAX sees)")
+    parser.add_argument("--devices", type=int, default=0, help="how many devices to use in all (0: all there are)")
 
 
 def add_processes_options(parser: ArgumentParser) -> None:
-    parser.add_argument("--coordinator", type=str, default="", help="HOST:PORT where several processes meet")
-    parser.add_argument("--processes", type=int | None, default=None, help="how many there are")
-    parser.add_argument("--process", type=int | None, default=None, help="which of them this is, from 0")
-    parser.add_argument("--wait", type=float, default=300, help="seconds to wait for the others at the start")
+    parser.add_argument("--coordinator", type=str, default="", help="HOST:PORT of process 0, where several meet")
+    parser.add_argument("--processes", type=int | None, default=None, help="how many run this together (srun tells)")
+    parser.add_argument("--process", type=int | None, default=None, help="which of them this one is, from 0 to N - 1")
+    parser.add_argument("--wait", type=float, default=300, help="seconds to wait for the other processes at the start")
 
 
 def parse_arguments(parser: ArgumentParser, arguments: list[str]) -> Namespace:
@@ -306,7 +306,11 @@ def parse_experiment(
     parser.add_argument("--resume", action="store_true", help="go on with the run in --run-dir, which was ended")
     parser.add_argument("--dry-run", action="store_true", help="say what the run would take, and leave it at that")
     add_devices_option(parser)
-    parser.add_argument("--shard-params", action="store_true", help="divide a backbone's parameters over the devices")
+    parser.add_argument(
+        "--shard-params",
+        action="store_true",
+        help="divide large parameters over the devices",
+    )
     add_processes_options(parser)
     fixed = {"name": experiment.name, "summary": experiment.summary, "method": experiment.method}
     parser.add_class_arguments(Experiment, None, skip=set(fixed))

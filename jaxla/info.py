@@ -71,7 +71,7 @@ def _describe_run(folder: Path) -> dict[str, str]:
         "decoder": model.decoder,
         "input": f"{experiment.preprocessing.image_size} × {experiment.preprocessing.image_size} pixels",
         "seed": str(experiment.seed),
-        "device": environment["device"] + (f", {devices} of them" if (devices := environment["devices"]) > 1 else ""),
+        "device": f"{environment['device']}, {environment.get('devices', 1)} of them",
         "versions": ", ".join(f"{name} {environment['versions'][name]}" for name in ("jaxla", "jax", "flax")),
         "begun by": record.command,
     }

@@ -42,6 +42,13 @@ def find_launch(coordinator: str, count: int | None, index: int | None, environ:
         InputError: too little is said, or what does not fit together.
     """
     found = _from_slurm(environ) or _from_open_mpi(environ)
+    if count is None and found is None:
+        for name in ("PMI_SIZE", "WORLD_SIZE"):
+            if environ.get(name, "").isdigit() and int(environ[name]) > 1:
+                raise InputError(
+                    f"started as one of {environ[name]} by a launcher that is not recognised ({name}); give "
+                    "--coordinator=HOST:PORT, --processes and --process, or --processes=1 for runs of their own"
+                )
     if count == 1 or (not coordinator and count is None and index is None and (found is None or found.count == 1)):
         return None
     coordinator = coordinator or (found.coordinator if found else "")

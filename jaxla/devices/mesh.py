@@ -9,6 +9,7 @@ Of several processes each one holds the rows of a batch that its own devices tak
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, TypeVar
@@ -20,6 +21,8 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from jaxla.config import InputError
 
 T = TypeVar("T")
+
+log = logging.getLogger(__name__)
 
 DATA, MODEL = "data", "model"
 BATCH = PartitionSpec((DATA, MODEL))
@@ -65,6 +68,8 @@ def use_devices(count: int = 0, shard_params: bool = False) -> Iterator[Mesh]:
             f"{processes}"
         )
     each = count // processes or fewest
+    if each * processes > 1:
+        log.info("%d devices share each batch (%s)", each * processes, devices[0].device_kind)
     with _mesh([device for its in of_process for device in its[:each]], shard_params) as mesh:
         yield mesh
 

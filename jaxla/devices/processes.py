@@ -313,17 +313,23 @@ def _await_others(address: str, hello: dict[str, Any], deadline: float) -> tuple
     except OSError as error:
         reason = os.strerror(error.errno)
         raise InputError(
-            f"option --coordinator={address}: port {port} of this host cannot be used ({reason}); name another"
+            f"option --coordinator={address}: port {port} of this host cannot be used ({reason}); is another process 0 "
+            "there? Each needs a --process of its own; else name another port"
         ) from error
     links: dict[int, Connection] = {}
-    came, problem = {0: hello}, ""
+    came, problem, said = {0: hello}, "", False
     with listening:
         while len(came) < hello["processes"] and not problem:
-            listening.settimeout(max(0.01, deadline - time.monotonic()))
+            left = max(0.01, deadline - time.monotonic())
+            listening.settimeout(left if said else min(GRACE, left))
             try:
                 link = _linked(listening.accept()[0])
             except TimeoutError:
                 missing = ", ".join(str(k) for k in range(hello["processes"]) if k not in came)
+                if time.monotonic() < deadline:
+                    log.info("waiting at %s for process %s of %d", address, missing, hello["processes"])
+                    said = True
+                    continue
                 problem = (
                     f"{{waited}} at {address}, and process {missing} of {hello['processes']} did not come; start all "
                     "of them, or raise --wait"
@@ -351,8 +357,11 @@ def _await_others(address: str, hello: dict[str, Any], deadline: float) -> tuple
 
 def _find_first(address: str, hello: dict[str, Any], deadline: float) -> tuple[Connection, dict[str, Any]]:
     """The others' side: the link to process 0, and its answer."""
-    link, reason = None, ""
+    link, reason, began, said = None, "", time.monotonic(), False
     while time.monotonic() < deadline:
+        if reason and not said and time.monotonic() > began + GRACE:
+            log.info("process %d: looking for process 0 at %s (%s)", hello["process"], address, reason)
+            said = True
         try:
             link = _linked(socket.create_connection(_host_and_port(address), timeout=5))
             link.send_bytes(json.dumps(hello).encode())

@@ -236,9 +236,9 @@ def _require_same_run(folder: Path, begun: Record, record: Record, split: Split,
             "the run was begun on %s and goes on on %s: it differs from one that was not interrupted",
             begun.environment["device"], record.environment["device"],
         )  # fmt: skip
-    then, now = (f"{of.environment['devices']} devices" for of in (begun, record))
+    then, now = (f"{of.environment.get('devices', 1)} devices" for of in (begun, record))
     if then != now:
-        log.info("the run was begun on %s and goes on on %s: it may differ in rounding", then, now)
+        log.info("the run was begun on %s and goes on with %s: it may differ in rounding", then, now)
     for name, version in record.environment["versions"].items():
         if begun.environment["versions"].get(name) != version:
             log.warning(

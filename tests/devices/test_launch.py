@@ -83,6 +83,7 @@ def test_options_go_before_the_launcher():
         (("here:7000", None, 0), {}, "option --processes is missing"),
         (("here:7000", 2, None), {}, "option --process is missing"),
         (("", None, None), APART_5, "option --coordinator is missing"),
+        (("", None, None), {"PMI_SIZE": "2", "PMI_RANK": "0"}, "started as one of 2 by a launcher that is not recogni"),
         (("here", 2, 0), {}, "option --coordinator=here: expected HOST:PORT, such as node1:62000"),
         (("here:70000", 2, 0), {}, "option --coordinator=here:70000: expected HOST:PORT"),
         (("here:7000", 2, 2), {}, "option --process=2: must be from 0 to 1, for --processes=2"),

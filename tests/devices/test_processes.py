@@ -158,5 +158,5 @@ def test_a_port_in_use_is_named(tmp_path):
     assert codes == [2]
     assert err[0] == (
         f"error: option --coordinator=127.0.0.1:{port}: port {port} of this host cannot be used (Address already in "
-        "use); name another\n"
+        "use); is another process 0 there? Each needs a --process of its own; else name another port\n"
     )
