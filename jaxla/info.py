@@ -35,6 +35,7 @@ def _describe_run(folder: Path) -> dict[str, str]:
 
     record = read_record(folder)
     experiment, environment = record.experiment, record.environment
+    devices = environment.get("devices", 1)
     facts = {"run": str(folder.absolute()), "experiment": f"{experiment.name}, method {experiment.method}"}
 
     history = _read(folder / "metrics.jsonl", lambda text: [json.loads(line) for line in text.splitlines()]) or []
@@ -71,7 +72,7 @@ def _describe_run(folder: Path) -> dict[str, str]:
         "decoder": model.decoder,
         "input": f"{experiment.preprocessing.image_size} × {experiment.preprocessing.image_size} pixels",
         "seed": str(experiment.seed),
-        "device": f"{environment['device']}, {environment.get('devices', 1)} of them",
+        "device": environment["device"] + (f", {devices} of them" if devices > 1 else ""),
         "versions": ", ".join(f"{name} {environment['versions'][name]}" for name in ("jaxla", "jax", "flax")),
         "begun by": record.command,
     }
