@@ -306,11 +306,7 @@ def parse_experiment(
     parser.add_argument("--resume", action="store_true", help="go on with the run in --run-dir, which was ended")
     parser.add_argument("--dry-run", action="store_true", help="say what the run would take, and leave it at that")
     add_devices_option(parser)
-    parser.add_argument(
-        "--shard-params",
-        action="store_true",
-        help="divide large parameters over the devices",
-    )
+    parser.add_argument("--shard-params", action="store_true", help="divide large parameters over the devices")
     add_processes_options(parser)
     fixed = {"name": experiment.name, "summary": experiment.summary, "method": experiment.method}
     parser.add_class_arguments(Experiment, None, skip=set(fixed))
@@ -333,7 +329,7 @@ def parse_experiment(
     )
 
 
-def without_run_dir(command: str) -> str:
+def without_folder_and_process(command: str) -> str:
     """A run's command line without what ties it to its folder and to one of several processes."""
     words, kept = iter(shlex.split(command)), []
     for word in words:

@@ -18,7 +18,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from PIL import Image
 
-from jaxla.config import without_run_dir
+from jaxla.config import without_folder_and_process
 from jaxla.reporting.agreement import FEWEST_FOR_LIMITS, draw_volumes, volume_agreement
 from jaxla.reporting.curves import draw_losses, draw_validation
 from jaxla.reporting.overlays import PREDICTION, REFERENCE, Panel, slice_figures
@@ -108,7 +108,7 @@ def write_report(
         panels=[(panel, [(i, _data_uri(f)) for i, f in slice_figures(panel, SLICES_PER_CASE)]) for panel in panels],
         colours={"prediction": PREDICTION, "reference": REFERENCE},
         options=list(_flatten({k: v for k, v in record["experiment"].items() if k not in ("name", "summary")})),
-        repeat=without_run_dir(record["command"]),
+        repeat=without_folder_and_process(record["command"]),
         labels=LABELS,
         definitions=summary["definitions"] | summary["slice"]["definitions"],
     )

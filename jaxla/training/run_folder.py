@@ -21,7 +21,7 @@ from jaxla.config import (
     experiment_from_json,
     experiment_to_json,
     require_writable,
-    without_run_dir,
+    without_folder_and_process,
 )
 from jaxla.data.cases import Labels
 from jaxla.data.split import Split, write_split
@@ -193,7 +193,7 @@ def require_resumable(folder: Path | None, experiment: Experiment) -> None:
 
 def resume_command(command: str, folder: Path) -> str:
     """The command that goes on with a run that `command` began in `folder`."""
-    return f"{without_run_dir(command)} {shlex.join([f'--run-dir={folder}', '--resume'])}"
+    return f"{without_folder_and_process(command)} {shlex.join([f'--run-dir={folder}', '--resume'])}"
 
 
 def _require_unfinished(folder: Path) -> None:

@@ -8,7 +8,7 @@ import jinja2
 import numpy as np
 import pytest
 
-from jaxla.config import without_run_dir
+from jaxla.config import without_folder_and_process
 from jaxla.reporting.report import Pair, write_report
 from tests.reporting.pages import SHAPE, SPACING, Page, embedded_images, outcome
 
@@ -268,7 +268,7 @@ def test_agreement_of_volumes_is_stated_with_n(page_of):
     ],
 )
 def test_the_command_to_repeat_leaves_the_folder_open(given, repeated):
-    assert shlex.split(without_run_dir(given)) == shlex.split(repeated)
+    assert shlex.split(without_folder_and_process(given)) == shlex.split(repeated)
 
 
 def test_the_same_run_gives_the_same_bytes_and_nothing_beside(one_class, tmp_path):
