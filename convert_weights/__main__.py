@@ -53,13 +53,18 @@ def main(arguments: list[str]) -> None:
 def _print_architectures() -> None:
     from convert_weights.architectures import RELEASED
     from convert_weights.download import RELEASES
-    from jaxla.models import resnet
+    from jaxla.models import resnet, vgg
     from jaxla.models.dinov3 import HUB_SPELLINGS
 
     spellings = {arch: f"; also spelt {spelling}" for spelling, arch in HUB_SPELLINGS.items()}
     for arch, variant in RELEASED.items():
-        is_resnet = isinstance(variant, resnet.Variant)
-        size = f"{sum(variant.blocks)} blocks" if is_resnet else f"width {variant.width}, {variant.depth} blocks"
+        match variant:
+            case resnet.Variant():
+                size = f"{sum(variant.blocks)} blocks"
+            case vgg.Variant():
+                size = f"{sum(map(len, variant.stages))} convolutions"
+            case _:
+                size = f"width {variant.width}, {variant.depth} blocks"
         got = "--download fetches them" if arch in RELEASES else "download them yourself and pass --source"
         print(f"{arch}: {size}, weights under {variant.licence}, {got}{spellings.get(arch, '')}")
 

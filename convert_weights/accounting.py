@@ -9,7 +9,7 @@ from convert_weights.architectures import RELEASED, rows_of
 from convert_weights.checkpoint import SHARD, Checkpoint, Tensor, some
 from convert_weights.huggingface import as_authors, hub_name, hub_shapes
 from jaxla.config import InputError
-from jaxla.models import resnet
+from jaxla.models.backbones import TRANSFORMERS
 
 AUTHORS, HUGGING_FACE = "authors' layout", "Hugging Face's layout"
 
@@ -98,11 +98,11 @@ def _require_no_prefix(checkpoint: Checkpoint) -> None:
 
 def _readings(checkpoint: Checkpoint) -> Iterator[Reading]:
     by_hub_name = {hub_name(name): tensor for name, tensor in checkpoint.tensors.items()}
-    for arch, variant in RELEASED.items():
+    for arch in RELEASED:
         rows = rows_of(arch)
         expected = {row.theirs: Expected(row.shape, row.dtypes, row.optional) for row in rows}
         yield Reading(arch, AUTHORS, checkpoint.tensors, expected)
-        if isinstance(variant, resnet.Variant) or len(by_hub_name) < len(checkpoint.tensors):
+        if arch not in TRANSFORMERS or len(by_hub_name) < len(checkpoint.tensors):
             continue
         shapes = hub_shapes(rows, by_hub_name)
         expected = {name: Expected(shape, ("float32",), optional) for name, (shape, optional) in shapes.items()}

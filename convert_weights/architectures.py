@@ -6,8 +6,9 @@ from flax import nnx
 
 from convert_weights.layout import Row
 from convert_weights.resnet import resnet_rows
+from convert_weights.vgg import vgg_rows
 from convert_weights.vision_transformer import dinov2_rows, dinov3_rows
-from jaxla.models import resnet
+from jaxla.models import resnet, vgg
 from jaxla.models.backbones import VARIANTS, build_backbone
 from jaxla.models.weights import parameter_shapes
 
@@ -19,6 +20,8 @@ def rows_of(arch: str) -> list[Row]:
     variant = RELEASED[arch]
     if isinstance(variant, resnet.Variant):
         return resnet_rows(variant)
+    if isinstance(variant, vgg.Variant):
+        return vgg_rows(variant)
     return dinov2_rows(variant) if variant.grid else dinov3_rows(arch, variant)
 
 

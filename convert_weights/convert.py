@@ -47,8 +47,9 @@ def convert(arch: str, source: Path, output: Path) -> str:
     if unused := [array.removeprefix(UNUSED) for array in arrays if array.startswith(UNUSED)]:
         count = f" ({len(unused)} in all)" if len(unused) > 3 else ""
         log.info("%s: will be kept, though no forward pass uses it: %s%s", path, some(unused), count)
-    if "fc.weight" not in tensors and any(row.theirs == "fc.weight" for row in rows):
-        log.info("%s: holds no classifier (fc.weight, fc.bias), nor will what --to-torch makes of it", path)
+    classifier = [row.theirs for row in rows if row.theirs.startswith(("fc.", "classifier."))]
+    if classifier and not set(classifier) & set(tensors):
+        log.info("%s: holds no classifier (%s), nor will what --to-torch makes of it", path, some(classifier))
     if layout == HUGGING_FACE and "rope_embed.periods" in tensors:
         log.info(
             "%s: holds no rotary periods; they are computed by Hugging Face's formula. The authors' own .pth holds "

@@ -77,6 +77,7 @@ RELEASES = {
     ),
     "resnet50": Release(f"{_TORCHVISION}/resnet50-0676ba61.pth", "0676ba61"),
     "resnet152": Release(f"{_TORCHVISION}/resnet152-394f9c45.pth", "394f9c45"),
+    "vgg16_bn": Release(f"{_TORCHVISION}/vgg16_bn-6c64b313.pth", "6c64b313"),
 }
 
 

@@ -57,6 +57,19 @@ def norm(theirs: str, ours: str, width: int) -> list[Row]:
     return [Row(f"{theirs}.weight", (width,), f"{ours}.scale"), Row(f"{theirs}.bias", (width,), f"{ours}.bias")]
 
 
+def convolution(theirs: str, ours: str, inputs: int, outputs: int, side: int) -> list[Row]:
+    """PyTorch's kernel is [out, in, height, width], Flax's [height, width, in, out]."""
+    return [Row(f"{theirs}.weight", (outputs, inputs, side, side), f"{ours}.kernel", (2, 3, 1, 0))]
+
+
+def batch_norm(theirs: str, ours: str, width: int) -> list[Row]:
+    names = {"weight": "scale", "bias": "bias", "running_mean": "mean", "running_var": "var"}
+    return [
+        *(Row(f"{theirs}.{name}", (width,), f"{ours}.{here}") for name, here in names.items()),
+        unused(f"{theirs}.num_batches_tracked", (), "int64"),
+    ]
+
+
 def unused(theirs: str, shape: tuple[int, ...], dtype: str = "float32") -> Row:
     """A tensor that no forward pass here reads: kept as it is, where the checkpoint has it."""
     return Row(theirs, shape, f"{UNUSED}{theirs}", dtypes=(dtype,), optional=True)

@@ -5,14 +5,14 @@ Reference code: torchvision 0.29, `models/resnet.py`.
 
 from __future__ import annotations
 
-from convert_weights.layout import Row, unused
+from convert_weights.layout import Row, batch_norm, convolution, unused
 from jaxla.models.resnet import EXPANSION, WIDTH, Variant
 
 CLASSES = 1000  # of ImageNet, in the classifier that the encoder leaves out
 
 
 def resnet_rows(variant: Variant) -> list[Row]:
-    rows = [*_convolution("conv1", "conv1", 3, WIDTH, 7), *_norm("bn1", "bn1", WIDTH)]
+    rows = [*convolution("conv1", "conv1", 3, WIDTH, 7), *batch_norm("bn1", "bn1", WIDTH)]
     width = WIDTH
     for i, blocks in enumerate(variant.blocks):
         narrow, stage = WIDTH * 2**i, f"layer{i + 1}"
@@ -29,27 +29,14 @@ def resnet_rows(variant: Variant) -> list[Row]:
 def _bottleneck(theirs: str, ours: str, inputs: int, narrow: int, *, first: bool) -> list[Row]:
     outputs = EXPANSION * narrow
     rows = [
-        *_convolution(f"{theirs}.conv1", f"{ours}.conv1", inputs, narrow, 1),
-        *_norm(f"{theirs}.bn1", f"{ours}.bn1", narrow),
-        *_convolution(f"{theirs}.conv2", f"{ours}.conv2", narrow, narrow, 3),
-        *_norm(f"{theirs}.bn2", f"{ours}.bn2", narrow),
-        *_convolution(f"{theirs}.conv3", f"{ours}.conv3", narrow, outputs, 1),
-        *_norm(f"{theirs}.bn3", f"{ours}.bn3", outputs),
+        *convolution(f"{theirs}.conv1", f"{ours}.conv1", inputs, narrow, 1),
+        *batch_norm(f"{theirs}.bn1", f"{ours}.bn1", narrow),
+        *convolution(f"{theirs}.conv2", f"{ours}.conv2", narrow, narrow, 3),
+        *batch_norm(f"{theirs}.bn2", f"{ours}.bn2", narrow),
+        *convolution(f"{theirs}.conv3", f"{ours}.conv3", narrow, outputs, 1),
+        *batch_norm(f"{theirs}.bn3", f"{ours}.bn3", outputs),
     ]
     if first:
-        rows += _convolution(f"{theirs}.downsample.0", f"{ours}.downsample_conv", inputs, outputs, 1)
-        rows += _norm(f"{theirs}.downsample.1", f"{ours}.downsample_bn", outputs)
+        rows += convolution(f"{theirs}.downsample.0", f"{ours}.downsample_conv", inputs, outputs, 1)
+        rows += batch_norm(f"{theirs}.downsample.1", f"{ours}.downsample_bn", outputs)
     return rows
-
-
-def _convolution(theirs: str, ours: str, inputs: int, outputs: int, side: int) -> list[Row]:
-    """PyTorch's kernel is [out, in, height, width], Flax's [height, width, in, out]."""
-    return [Row(f"{theirs}.weight", (outputs, inputs, side, side), f"{ours}.kernel", (2, 3, 1, 0))]
-
-
-def _norm(theirs: str, ours: str, width: int) -> list[Row]:
-    names = {"weight": "scale", "bias": "bias", "running_mean": "mean", "running_var": "var"}
-    return [
-        *(Row(f"{theirs}.{name}", (width,), f"{ours}.{here}") for name, here in names.items()),
-        unused(f"{theirs}.num_batches_tracked", (), "int64"),
-    ]

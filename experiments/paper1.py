@@ -1,16 +1,33 @@
-"""Paper 1: DINOv2 for left-atrium segmentation (Kundu, Khanal, Simon, Linte; arXiv 2411.09598).
+"""Paper 1: DINOv2 for left-atrium segmentation (Kundu, Khanal, Simon, Linte; arXiv 2411.09598), and its rivals.
 
-A frozen DINOv2 backbone, a convolutional decoder, slices at 448×448, Adam at 1e-3, 35 epochs of batches of 32, binary
-cross-entropy, early stopping. Protocols: all training patients, and the first 1 and 10 of them.
+A frozen DINOv2 backbone, a convolutional decoder, slices at 448×448, Adam at 1e-3, 35 epochs of batches of 32; beside
+it convolutional networks at 320×320, Adam at 1e-4, 75 epochs of batches of 24, their masks opened, then closed. Binary
+cross-entropy and early stopping for all. Protocols: all training patients, and the first 1 and 10 of them.
 """
 
-from jaxla.config import Data, Method, Model, Preprocessing, Training, experiment_of
+from jaxla.config import Data, Method, Model, Postprocessing, Preprocessing, Training, experiment_of
 
 RECIPE = Training(epochs=35, batch_size=32, learning_rate=1e-3, backbone_learning_rate=1e-5, patience=10)
+RIVALS_RECIPE = Training(epochs=75, batch_size=24, learning_rate=1e-4, backbone_learning_rate=1e-4, patience=10)
+
+_RESNET_UNET = {"backbone": "finetuned", "decoder_widths": (256, 128, 64, 32, 16)}
+_RIVALS = {
+    "unet": ("U-Net (2015) with BatchNorm", Model("unet", weights="random", backbone="finetuned")),
+    "attention_unet": (
+        "Attention U-Net (2018): a U-Net with a gate on every skip",
+        Model("attention_unet", weights="random", backbone="finetuned"),
+    ),
+    "resnet50_unet": ("U-Net on an ImageNet-trained ResNet-50", Model("resnet50", **_RESNET_UNET)),
+    "resnet152_unet": ("U-Net on an ImageNet-trained ResNet-152", Model("resnet152", **_RESNET_UNET)),
+    "segnet": ("SegNet (2017) on an ImageNet-trained VGG-16", Model("vgg16_bn", backbone="finetuned")),
+}
 
 METHODS = {
     arch: Method(arch, f"frozen DINOv2 {size}/14, paper 1's decoder", Model(arch=arch), Preprocessing(448), RECIPE)
     for arch, size in {f"dinov2_vit{letter}14": f"ViT-{letter}" for letter in "sblg"}.items()
+} | {
+    name: Method(name, summary, model, Preprocessing(320, "largest"), RIVALS_RECIPE, Postprocessing(3, 3))
+    for name, (summary, model) in _RIVALS.items()
 }
 
 _PROTOCOLS = {

@@ -15,21 +15,20 @@ if TYPE_CHECKING:
     import jax.numpy as jnp
     from flax import nnx
 
-    from jaxla.models.resnet import ResNet
-    from jaxla.models.vision_transformer import VisionTransformer
+    from jaxla.models.backbones import Backbone
 
 __all__ = ["InputError", "build_network", "load_backbone", "load_network"]
 
 # JAX takes seconds to import, and a command that shows its help must not wait for it: hence the imports within.
 
 
-def load_backbone(path: str | Path, dtype: jnp.dtype | None = None) -> VisionTransformer | ResNet:
+def load_backbone(path: str | Path, dtype: jnp.dtype | None = None) -> Backbone:
     """A backbone with the weights of a file that `convert_weights` wrote; the file names its architecture.
 
     It takes images [B, H, W, 3] float32, ImageNet-normalised. A vision transformer (H and W multiples of the patch
     size) gives `cls` [B, C], `registers` [B, R, C] and `patches` [B, h, w, C] after the final norm;
-    `intermediate(images, blocks)` gives the patch tokens after single blocks. A ResNet gives the last stage's features
-    [B, h, w, C]; `intermediate(images)` gives those of the stem and of all four stages.
+    `intermediate(images, blocks)` gives the patch tokens after single blocks. A ResNet and a VGG give the last stage's
+    features [B, h, w, C]; `intermediate(images)` gives those of all stages (of a ResNet, of its stem too).
 
     Args:
         dtype: of the computation; by default float32 on CPU and bfloat16 on GPU. Parameters stay float32.

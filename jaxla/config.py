@@ -62,11 +62,15 @@ class Model:
     """The network.
 
     Args:
-        arch: Architecture of the backbone; `python -m convert_weights --arch=list` lists those with released weights.
+        arch: Architecture of the backbone or encoder (`python -m convert_weights --arch=list` lists those with released
+            weights), or of a whole network that has none.
         weights: A converted `.safetensors` file, or `random`; empty is `<cache>/weights/<arch>.safetensors`.
         backbone: Whether the backbone's parameters stay as loaded or are trained too.
-        decoder: `convolutional` is paper 1's, `linear` is DINOv2's own 1×1 convolution with bilinear upsampling.
-        decoder_widths: Channels of the convolutional decoder: after the token classifier, then of each ×2 stage.
+        decoder: On a transformer: `convolutional` is paper 1's, `linear` is DINOv2's own 1×1 convolution with bilinear
+            upsampling.
+        decoder_widths: Channels of the decoder's ×2 stages, coarsest first; on a transformer after those of the token
+            classifier.
+        widths: Channels of each level of a U-Net without pretrained encoder, finest first.
     """
 
     arch: str = "dinov2_vitb14"
@@ -74,6 +78,7 @@ class Model:
     backbone: Literal["frozen", "finetuned"] = "frozen"
     decoder: Literal["convolutional", "linear"] = "convolutional"
     decoder_widths: tuple[int, ...] = (512, 256, 128, 64, 32)
+    widths: tuple[int, ...] = (64, 128, 256, 512, 1024)
 
 
 @dataclass(frozen=True)
@@ -81,10 +86,47 @@ class Preprocessing:
     """From a slice to the network's input.
 
     Args:
-        image_size: Side of the square input in pixels; a slice is scaled to fit and centred, its aspect in mm kept.
+        image_size: Side of the square input in pixels.
+        pad_to: What a slice is padded to before it is resized to the input, its aspect in mm kept: `square` is the
+            smallest square that holds it; `largest` the one that holds the largest training slice, in mm, so that a
+            pixel is as large in all scans. Of a larger slice the centre is cut out.
     """
 
     image_size: int = 448
+    pad_to: Literal["square", "largest"] = "square"
+
+
+@dataclass(frozen=True)
+class Postprocessing:
+    """From the predicted classes of a slice, on its own pixels, to its mask.
+
+    Args:
+        opening: Side in pixels of the square by which each class is opened (what is narrower goes away); 0 leaves that
+            out.
+        closing: Side of the square by which it is then closed (what is narrower between is filled); 0 leaves that out.
+    """
+
+    opening: int = 0
+    closing: int = 0
+
+
+@dataclass(frozen=True)
+class Augmentation:
+    """Random changes of the training slices, drawn anew for every slice of every step; 0 and false leave one out.
+
+    Args:
+        rotation: Largest angle in degrees, either way.
+        scale: Largest change of size: 0.2 is from 1/1.2 to 1.2 times as large.
+        flips: Whether rows and columns are reversed, each for every other slice.
+        intensity: Largest change of brightness (as a share of the grey range), contrast and gamma (as `scale`).
+        elastic: Standard deviation of smooth random displacements, in percent of the input's side.
+    """
+
+    rotation: float = 0.0
+    scale: float = 0.0
+    flips: bool = False
+    intensity: float = 0.0
+    elastic: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -112,13 +154,14 @@ class Training:
 
 @dataclass(frozen=True)
 class Method:
-    """A network with its preprocessing and training recipe: one row of Table 1."""
+    """A network with its preprocessing, training recipe and postprocessing: one row of Table 1."""
 
     name: str
     summary: str
     model: Model
     preprocessing: Preprocessing
     training: Training
+    postprocessing: Postprocessing = Postprocessing()
 
 
 @dataclass(frozen=True)
@@ -130,7 +173,9 @@ class Experiment:
         data: The protocol.
         model: The network.
         preprocessing: From a slice to the network's input.
+        augmentation: Random changes of the training slices.
         training: The recipe.
+        postprocessing: From predicted classes to a mask.
     """
 
     name: str
@@ -140,14 +185,26 @@ class Experiment:
     data: Data = field(default_factory=Data)
     model: Model = field(default_factory=Model)
     preprocessing: Preprocessing = field(default_factory=Preprocessing)
+    augmentation: Augmentation = field(default_factory=Augmentation)
     training: Training = field(default_factory=Training)
+    postprocessing: Postprocessing = field(default_factory=Postprocessing)
+
+
+PARTS = {
+    "data": Data,
+    "model": Model,
+    "preprocessing": Preprocessing,
+    "augmentation": Augmentation,
+    "training": Training,
+    "postprocessing": Postprocessing,
+}
 
 
 def experiment_of(name: str, summary: str, data: Data, method: Method) -> Experiment:
     """The experiment that runs `method` under the protocol `data`."""
     return Experiment(
         name, summary, method.name, 0, data, model=method.model, preprocessing=method.preprocessing,
-        training=method.training,
+        training=method.training, postprocessing=method.postprocessing,
     )  # fmt: skip
 
 
@@ -162,10 +219,10 @@ def experiment_to_json(experiment: Experiment) -> dict[str, Any]:
 
 def experiment_from_json(values: Mapping[str, Any]) -> Experiment:
     """The inverse of `experiment_to_json`, for a run folder's own file."""
-    parts = {"data": Data, "model": Model, "preprocessing": Preprocessing, "training": Training}
-    values = {key: parts[key](**value) if key in parts else value for key, value in values.items()}
+    values = {key: PARTS[key](**value) if key in PARTS else value for key, value in values.items()}
     model = values["model"]
-    return Experiment(**{**values, "model": replace(model, decoder_widths=tuple(model.decoder_widths))})
+    widths = {name: tuple(getattr(model, name)) for name in ("decoder_widths", "widths")}
+    return Experiment(**{**values, "model": replace(model, **widths)})
 
 
 def lookup(kind: str, name: str, table: Mapping[str, T]) -> T:
@@ -266,11 +323,11 @@ def parse_experiment(
     arguments: list[str],
     experiments: Mapping[str, Experiment],
     methods: Mapping[str, Method],
-    listing: str,
+    listing: Callable[[], str],
 ) -> Options:
     """The experiment that a command line names, with its method and options exchanged as it says.
 
-    Prints `listing` and leaves the process for `--exp=list`, and for `--help` without an experiment.
+    Prints the listing and leaves the process for `--exp=list`, and for `--help` without an experiment.
 
     Raises:
         InputError: an unknown experiment, method or option, or a value of the wrong kind.
@@ -284,7 +341,7 @@ def parse_experiment(
         raise InputError(str(error)) from error
     if named.exp == "list" or (named.exp is None and {"-h", "--help"} & set(arguments)):
         print(f"usage: python -m {module} --exp=NAME [--option=value ...]; --exp=NAME --help shows every option")
-        print(listing)
+        print(listing())
         sys.exit(0)
     if named.exp is None:
         raise InputError(f"option --exp is required; --exp=list describes them: {', '.join(experiments)}")
@@ -313,7 +370,7 @@ def parse_experiment(
     parser.set_defaults({key: value for key, value in asdict(experiment).items() if key not in fixed})
     parsed = parser.instantiate(parse_arguments(parser, arguments))
 
-    values = {key: parsed[key] for key in ("seed", "data", "model", "preprocessing", "training")}
+    values = {key: parsed[key] for key in ("seed", *PARTS)}
     return Options(
         experiment=Experiment(**fixed, **values),
         run_dir=Path(parsed.run_dir) if parsed.run_dir else None,

@@ -69,8 +69,9 @@ def _describe_run(folder: Path) -> dict[str, str]:
         "classes": record.labels.describe(),
         "backbone": f"{model.arch}, {model.backbone}, "
         + ("random weights" if weights == "random" else f"{weights} (data sha256 {record.weights_sha256[:12]}…)"),
-        "decoder": model.decoder,
-        "input": f"{experiment.preprocessing.image_size} × {experiment.preprocessing.image_size} pixels",
+        "method": experiment.method,
+        "input": f"{record.canvas.size} × {record.canvas.size} pixels"
+        + (f", of {record.extent:.0f} × {record.extent:.0f} mm" if record.extent else ""),
         "seed": str(experiment.seed),
         "device": environment["device"] + (f", {devices} of them" if devices > 1 else ""),
         "versions": ", ".join(f"{name} {environment['versions'][name]}" for name in ("jaxla", "jax", "flax")),

@@ -41,7 +41,7 @@ def main(arguments: list[str]) -> None:
         InputError: anything wrong with the options, the data or the weights; all of it before training starts.
         Stopped: the process was asked to end; the message has the command to go on with.
     """
-    options = parse_experiment("jaxla.train", arguments, EXPERIMENTS, METHODS, list_experiments())
+    options = parse_experiment("jaxla.train", arguments, EXPERIMENTS, METHODS, list_experiments)
     options = options._replace(experiment=checked(options.experiment))
     with joined(find_launch(options.coordinator, options.processes, options.process, os.environ), options.wait):
         train(options, shlex.join(["python", "-m", "jaxla.train", *arguments]))
@@ -114,6 +114,7 @@ def train(options: Options, command: str) -> None:
             weights_sha256=weights_sha256,
             split_sha256=data.split.sha256,
             data_sha256=data.sha256,
+            extent=data.canvas(experiment.preprocessing).extent,
             command=command,
             begun=datetime.now().astimezone().isoformat(timespec="seconds"),
             environment=environment_here,
@@ -165,7 +166,7 @@ def checked(experiment: Experiment) -> Experiment:
     Raises:
         InputError: values that no run can work with.
     """
-    from jaxla.models.backbones import TRANSFORMERS, architecture
+    from jaxla.models.network import checked_model, require_size
 
     if not experiment.data.root:
         from jaxla.data.cases import HOW_TO_GET_DATA, LAYOUTS
@@ -174,33 +175,35 @@ def checked(experiment: Experiment) -> Experiment:
             f"option --data.root is required: a folder in one of these layouts: {'; '.join(LAYOUTS)}. {HOW_TO_GET_DATA}"
         )
     training = experiment.training
-    if not experiment.model.decoder_widths:
-        raise InputError("option --model.decoder_widths is empty; give at least one width, such as [64,32]")
     least = {
         "training.epochs": (1, training.epochs),
         "training.batch_size": (1, training.batch_size),
         "training.patience": (1, training.patience),
         "preprocessing.image_size": (1, experiment.preprocessing.image_size),
-        "model.decoder_widths": (1, min(experiment.model.decoder_widths)),
         "data.phantom_cases": (1, experiment.data.phantom_cases),
         "seed": (0, experiment.seed),
     }
+    for name in ("decoder_widths", "widths"):
+        if not (widths := getattr(experiment.model, name)):
+            raise InputError(f"option --model.{name} is empty; give at least one width, such as [64,32]")
+        least[f"model.{name}"] = (1, min(widths))
+    for name in ("opening", "closing"):
+        if (side := getattr(experiment.postprocessing, name)) and side % 2 == 0:
+            raise InputError(f"option --postprocessing.{name} must be odd, or 0 to leave it out, got {side}")
+        least[f"postprocessing.{name}"] = (0, side)
+    for name in ("rotation", "scale", "intensity", "elastic"):
+        least[f"augmentation.{name}"] = (0, getattr(experiment.augmentation, name))
     for option, (bound, value) in least.items():
-        if value < bound:
+        if not bound <= value < float("inf"):
             raise InputError(f"option --{option} must be at least {bound}, got {value}")
     for option in ("learning_rate", "backbone_learning_rate"):
         if not 0 < getattr(training, option) < float("inf"):
             raise InputError(f"option --training.{option} must be a positive number, got {getattr(training, option)}")
-    arch = architecture("--model.arch", experiment.model.arch)
-    patch, size = TRANSFORMERS[arch].patch, experiment.preprocessing.image_size
-    if size % patch:
-        raise InputError(
-            f"option --preprocessing.image_size={size} must be a multiple of the patch size {patch}, "
-            f"such as {max(1, round(size / patch)) * patch}"
-        )
-    own = METHODS[experiment.method].model.arch == arch
-    method = experiment.method if own else f"{experiment.method} with {arch}"
-    return replace(experiment, method=method, model=replace(experiment.model, arch=arch))
+    own = METHODS[experiment.method].model
+    model = checked_model(experiment.model, own, experiment.method)
+    require_size(model, "option --preprocessing.image_size", experiment.preprocessing.image_size)
+    method = experiment.method if own.arch == model.arch else f"{experiment.method} with {model.arch}"
+    return replace(experiment, method=method, model=model)
 
 
 def require_share(experiment: Experiment) -> None:
@@ -217,10 +220,18 @@ def require_share(experiment: Experiment) -> None:
 
 
 def list_experiments() -> str:
+    from jaxla.models.network import parameter_count
+
     lines = ["Experiments (--exp=NAME):"]
     lines += [f"  {e.name:20} {e.summary}; method {e.method}" for e in EXPERIMENTS.values()]
-    lines += ["Methods (--method=NAME):"]
-    lines += [f"  {m.name:20} {m.summary}" for m in METHODS.values()]
+    lines += ["Methods (--method=NAME), with their parameters, input and recipe:"]
+    for method in METHODS.values():
+        size, recipe = method.preprocessing.image_size, method.training
+        lines.append(f"  {method.name:20} {method.summary}")
+        lines.append(
+            f"  {'':20} {parameter_count(method.model) / 1e6:.1f} M parameters; {size}×{size} pixels; Adam "
+            f"{recipe.learning_rate:g}, at most {recipe.epochs} epochs, batches of {recipe.batch_size}"
+        )
     return "\n".join(lines)
 
 

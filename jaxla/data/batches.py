@@ -10,7 +10,7 @@ from typing import SupportsIndex, TypedDict
 import grain.python as grain
 import numpy as np
 
-from jaxla.data.inputs import frame, mask_to_input
+from jaxla.data.inputs import Canvas, mask_to_input
 from jaxla.data.prepared import PreparedVolume
 
 PASSES = 2**32  # over the data: as good as endless, and Grain can count the slices in them
@@ -30,16 +30,19 @@ class SliceSource:
     """Every slice of the volumes, as a Grain random-access source of one-slice batches without the axis B.
 
     Args:
-        size: side of the square input in pixels.
+        canvas: the square that slices are laid on.
         features: of each volume, indexed by slice, where the network reads these instead of images.
     """
 
     def __init__(
-        self, volumes: Sequence[PreparedVolume], size: int, features: Sequence[Sequence[np.ndarray]] | None = None
+        self,
+        volumes: Sequence[PreparedVolume],
+        canvas: Canvas,
+        features: Sequence[Sequence[np.ndarray]] | None = None,
     ) -> None:
         self.volumes = volumes
         self.features = features
-        self.frames = [frame(v.shape[1:], v.spacing[1:], size) for v in volumes]
+        self.frames = [canvas.frame(v.shape[1:], v.spacing[1:]) for v in volumes]
         self.index = [(i, s) for i, volume in enumerate(volumes) for s in range(volume.shape[0])]
 
     def __len__(self) -> int:

@@ -1,11 +1,12 @@
 """A slice in its own pixels <-> the network's square input.
 
-A slice is scaled to fit the square with its aspect in millimetres kept, and centred; a square slice of square pixels,
-as in LAScarQS, fills it. Grey values run from 0 to 1 over the volume's own percentiles; what surrounds the slice is 0.
+A slice is padded to a square of so many millimetres, and that is resized to the input, so that its aspect is kept. Grey
+values run from 0 to 1 over the volume's own percentiles; what surrounds the slice is 0.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import numpy as np
@@ -14,7 +15,10 @@ from PIL import Image
 
 @dataclass(frozen=True)
 class Frame:
-    """Where a slice lies in the input: `height` × `width` input pixels from row `top` and column `left`."""
+    """Where a slice lies in the input: `height` × `width` input pixels from row `top` and column `left`.
+
+    Of a slice that is larger than the input, `top` or `left` is negative, and its centre is cut out.
+    """
 
     size: int
     top: int
@@ -22,12 +26,37 @@ class Frame:
     height: int
     width: int
 
+    @property
+    def cuts(self) -> bool:
+        return max(self.height, self.width) > self.size
 
-def frame(shape: tuple[int, int], spacing: tuple[float, float], size: int) -> Frame:
-    """The frame of slices of H × W pixels of `spacing` mm in an input of `size` × `size` pixels."""
-    extent = [n * mm for n, mm in zip(shape, spacing, strict=True)]
-    height, width = (max(1, round(size * e / max(extent))) for e in extent)
-    return Frame(size, (size - height) // 2, (size - width) // 2, height, width)
+
+@dataclass(frozen=True)
+class Canvas:
+    """The square that slices are laid on before it is resized to the network's input.
+
+    Attributes:
+        size: of the input, pixels a side.
+        extent: of the square, mm a side; 0 where each slice has the smallest that holds it.
+    """
+
+    size: int
+    extent: float = 0.0
+
+    def frame(self, shape: tuple[int, int], spacing: tuple[float, float]) -> Frame:
+        """The frame of slices of H × W pixels of `spacing` mm."""
+        sides = _sides(shape, spacing)
+        height, width = (max(1, round(self.size * side / (self.extent or max(sides)))) for side in sides)
+        return Frame(self.size, (self.size - height) // 2, (self.size - width) // 2, height, width)
+
+
+def smallest_extent(slices: Iterable[tuple[tuple[int, int], tuple[float, float]]]) -> float:
+    """The side in mm of the smallest square that holds each of the slices: their H and W, and spacing in mm."""
+    return max(max(_sides(shape, spacing)) for shape, spacing in slices)
+
+
+def _sides(shape: tuple[int, int], spacing: tuple[float, float]) -> list[float]:
+    return [n * mm for n, mm in zip(shape, spacing, strict=True)]
 
 
 def image_to_input(pixels: np.ndarray, intensity_range: tuple[float, float], place: Frame) -> np.ndarray:
@@ -43,9 +72,15 @@ def mask_to_input(classes: np.ndarray, place: Frame) -> np.ndarray:
 
 
 def input_to_slice(probabilities: np.ndarray, place: Frame, shape: tuple[int, int]) -> np.ndarray:
-    """[size, size, K] float32 -> [H, W, K] on the slice's own pixels."""
-    cut = probabilities[place.top : place.top + place.height, place.left : place.left + place.width]
-    channels = [_resize(cut[..., k], *shape, Image.Resampling.BILINEAR) for k in range(cut.shape[-1])]
+    """[size, size, K] float32 -> [H, W, K] on the slice's own pixels; what the input did not show is background."""
+    in_input, in_slice = _overlap(place)
+    shown = probabilities[in_input]
+    if place.cuts:
+        shown = np.zeros((place.height, place.width, probabilities.shape[-1]), np.float32)
+        if shown.shape[-1] > 1:
+            shown[..., 0] = 1
+        shown[in_slice] = probabilities[in_input]
+    channels = [_resize(shown[..., k], *shape, Image.Resampling.BILINEAR) for k in range(shown.shape[-1])]
     return np.stack(channels, axis=-1)
 
 
@@ -58,5 +93,16 @@ def _resize(pixels: np.ndarray, height: int, width: int, how: Image.Resampling) 
 
 def _embed(pixels: np.ndarray, place: Frame) -> np.ndarray:
     square = np.zeros((place.size, place.size), pixels.dtype)
-    square[place.top : place.top + place.height, place.left : place.left + place.width] = pixels
+    in_input, in_slice = _overlap(place)
+    square[in_input] = pixels[in_slice]
     return square
+
+
+def _overlap(place: Frame) -> tuple[tuple[slice, slice], tuple[slice, slice]]:
+    """What input and slice share: as rows and columns of the input, and of the slice at the input's resolution."""
+    pairs = []
+    for start, length in ((place.top, place.height), (place.left, place.width)):
+        first, last = max(start, 0), min(start + length, place.size)
+        pairs.append((slice(first, last), slice(first - start, last - start)))
+    rows, columns = pairs
+    return (rows[0], columns[0]), (rows[1], columns[1])

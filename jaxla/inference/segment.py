@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterable
 from itertools import islice
 from pathlib import Path
@@ -10,11 +11,15 @@ import jax
 import numpy as np
 from flax import nnx
 
-from jaxla.data.inputs import Frame, frame, image_to_input, input_to_slice
+from jaxla.config import Postprocessing
+from jaxla.data.inputs import Frame, image_to_input, input_to_slice
 from jaxla.data.prepared import intensity_range
 from jaxla.data.volumes import Volume, from_slices, slice_geometry, to_slices, write_volume
 from jaxla.devices.mesh import own_rows, spread, to_devices
+from jaxla.inference.postprocessing import postprocess
 from jaxla.inference.trained import TrainedNetwork
+
+log = logging.getLogger(__name__)
 
 Segment = Callable[..., tuple[np.ndarray, np.ndarray | None]]
 
@@ -24,15 +29,22 @@ def make_segment(trained: TrainedNetwork) -> Segment:
 
     `classes` is [X, Y, Z] uint8 on the volume's own grid; `probabilities` is [X, Y, Z] float32 for one class and
     [X, Y, Z, K] for several, background first. A voxel is foreground where its probability exceeds one half, or gets
-    its most probable class.
+    its most probable class; what the method's postprocessing makes of these classes does not show in the probabilities.
     """
     experiment = trained.record.experiment
-    segment_slices = make_segment_slices(trained.network, experiment.training.batch_size)
+    segment_slices = make_segment_slices(trained.network, experiment.training.batch_size, experiment.postprocessing)
+    canvas = trained.record.canvas
 
     def segment(volume: Volume, probabilities: bool = False) -> tuple[np.ndarray, np.ndarray | None]:
         geometry = slice_geometry(volume.affine)
         slices = to_slices(volume.array, geometry)
-        place = frame(slices.shape[1:], geometry.spacing[1:], experiment.preprocessing.image_size)
+        place = canvas.frame(slices.shape[1:], geometry.spacing[1:])
+        if place.cuts:
+            log.warning(
+                "%s: slices of %.0f × %.0f mm are larger than the %.0f mm that the network was trained on: it sees "
+                "their centre, the rest is background", volume.path,
+                *(n * mm for n, mm in zip(slices.shape[1:], geometry.spacing[1:], strict=True)), canvas.extent,
+            )  # fmt: skip
         grey_range = intensity_range(volume.array)
         inputs = (image_to_input(pixels, grey_range, place) for pixels in slices)
         classes, kept = segment_slices(inputs, place, slices.shape, probabilities)
@@ -44,7 +56,7 @@ def make_segment(trained: TrainedNetwork) -> Segment:
     return segment
 
 
-def make_segment_slices(network: nnx.Module, batch_size: int) -> Segment:
+def make_segment_slices(network: nnx.Module, batch_size: int, postprocessing: Postprocessing) -> Segment:
     """`(inputs, place, shape, probabilities=False) -> (classes, probabilities or None)`, compiled once.
 
     `inputs` are what `network` reads of each slice in turn, images or features; `place` is where the slices lie in
@@ -76,7 +88,7 @@ def make_segment_slices(network: nnx.Module, batch_size: int) -> Segment:
                 if probabilities:
                     kept = np.empty((*shape, of_slice.shape[-1]), np.float32) if kept is None else kept
                     kept[start + i] = of_slice
-        return classes, kept
+        return postprocess(classes, postprocessing), kept
 
     return segment_slices
 

@@ -6,12 +6,15 @@ import jax.numpy as jnp
 from flax import nnx
 
 from jaxla.config import InputError, lookup
-from jaxla.models import dinov2, dinov3, resnet
+from jaxla.models import dinov2, dinov3, resnet, vgg
 from jaxla.models.resnet import ResNet
+from jaxla.models.vgg import VGG
 from jaxla.models.vision_transformer import VisionTransformer
 
 TRANSFORMERS = dinov2.VARIANTS | dinov3.VARIANTS
-VARIANTS = TRANSFORMERS | resnet.VARIANTS
+VARIANTS = TRANSFORMERS | resnet.VARIANTS | vgg.VARIANTS
+
+Backbone = VisionTransformer | ResNet | VGG
 
 
 def architecture(option: str, name: str) -> str:
@@ -27,7 +30,14 @@ def architecture(option: str, name: str) -> str:
     return name
 
 
-def build_backbone(arch: str, *, dtype: jnp.dtype = jnp.float32, rngs: nnx.Rngs) -> VisionTransformer | ResNet:
-    """A backbone with random parameters; `dtype` is of the computation."""
-    network = ResNet if arch in resnet.VARIANTS else VisionTransformer
+def build_backbone(arch: str, *, dtype: jnp.dtype = jnp.float32, remat: bool = False, rngs: nnx.Rngs) -> Backbone:
+    """A backbone with random parameters.
+
+    Args:
+        dtype: of the computation.
+        remat: whether a transformer's gradient computes its blocks again instead of keeping what they made.
+    """
+    if arch in TRANSFORMERS:
+        return VisionTransformer(TRANSFORMERS[arch], dtype=dtype, remat=remat, rngs=rngs)
+    network = ResNet if arch in resnet.VARIANTS else VGG
     return network(VARIANTS[arch], dtype=dtype, rngs=rngs)

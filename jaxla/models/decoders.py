@@ -11,6 +11,9 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from jaxla.models.convolution import LECUN_NORMAL, convolution, logits_layer
+from jaxla.models.normalisation import BatchNorm
+
 
 class LinearDecoder(nnx.Module):
     """A 1×1 convolution and bilinear upsampling: DINOv2's own linear segmentation head."""
@@ -38,9 +41,9 @@ class ConvolutionalDecoder(nnx.Module):
         self, width: int, widths: Sequence[int], outputs: int, *, dtype: jnp.dtype = jnp.float32, rngs: nnx.Rngs
     ) -> None:
         self.token_classifier = nnx.Linear(width, widths[0], dtype=dtype, rngs=rngs)
-        self.mix = nnx.Conv(widths[0], widths[0], (7, 7), padding=3, dtype=dtype, rngs=rngs)
+        self.mix = convolution(widths[0], widths[0], 7, bias=True, kernel_init=LECUN_NORMAL, dtype=dtype, rngs=rngs)
         self.stages = nnx.List([Upsampling(i, o, dtype, rngs) for i, o in pairwise(widths)])
-        self.logits = nnx.Conv(widths[-1], outputs, (3, 3), padding=1, dtype=jnp.float32, rngs=rngs)
+        self.logits = logits_layer(widths[-1], outputs, 3, dtype, rngs)
 
     def __call__(self, tokens: jax.Array, size: tuple[int, int], present: jax.Array | None = None) -> jax.Array:
         """[B, h, w, C] -> logits [B, H, W, K] float32; BatchNorm's statistics are of those `present`, [B] bool."""
@@ -54,12 +57,11 @@ class Upsampling(nnx.Module):
     """Bilinear ×2, 3×3 convolution, BatchNorm, ReLU."""
 
     def __init__(self, inputs: int, outputs: int, dtype: jnp.dtype, rngs: nnx.Rngs) -> None:
-        self.convolution = nnx.Conv(inputs, outputs, (3, 3), padding=1, use_bias=False, dtype=dtype, rngs=rngs)
-        self.norm = nnx.BatchNorm(outputs, momentum=0.9, epsilon=1e-5, dtype=dtype, rngs=rngs)
+        self.convolution = convolution(inputs, outputs, 3, kernel_init=LECUN_NORMAL, dtype=dtype, rngs=rngs)
+        self.norm = BatchNorm(outputs, dtype=dtype)
 
     def __call__(self, x: jax.Array, present: jax.Array | None = None) -> jax.Array:
-        mask = None if present is None else present[:, None, None, None]
-        return jax.nn.relu(self.norm(self.convolution(double(x)), mask=mask))
+        return jax.nn.relu(self.norm(self.convolution(double(x)), present))
 
 
 def resize(x: jax.Array, size: tuple[int, int]) -> jax.Array:

@@ -16,8 +16,9 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from jaxla.models.convolution import same_convolution
+from jaxla.models.convolution import convolution
 from jaxla.models.images import require_images
+from jaxla.models.normalisation import BatchNorm
 
 WIDTH = 64  # channels of the stem's features
 EXPANSION = 4  # how many times wider a block's output is than its 3×3 convolution
@@ -55,22 +56,18 @@ class Bottleneck(nnx.Module):
         self, inputs: int, narrow: int, dtype: jnp.dtype, rngs: nnx.Rngs, *, stride: int = 1, first: bool = False
     ) -> None:
         outputs = EXPANSION * narrow
-        self.conv1 = _convolution(inputs, narrow, 1, dtype, rngs)
-        self.bn1 = _norm(narrow, dtype, rngs)
-        self.conv2 = _convolution(narrow, narrow, 3, dtype, rngs, stride)
-        self.bn2 = _norm(narrow, dtype, rngs)
-        self.conv3 = _convolution(narrow, outputs, 1, dtype, rngs)
-        self.bn3 = _norm(outputs, dtype, rngs)
+        self.conv1, self.bn1 = _unit(inputs, narrow, 1, dtype, rngs)
+        self.conv2, self.bn2 = _unit(narrow, narrow, 3, dtype, rngs, stride)
+        self.conv3, self.bn3 = _unit(narrow, outputs, 1, dtype, rngs)
         self.first = first
         if first:
-            self.downsample_conv = _convolution(inputs, outputs, 1, dtype, rngs, stride)
-            self.downsample_bn = _norm(outputs, dtype, rngs)
+            self.downsample_conv, self.downsample_bn = _unit(inputs, outputs, 1, dtype, rngs, stride)
 
-    def __call__(self, x: jax.Array) -> jax.Array:
-        y = jax.nn.relu(self.bn1(self.conv1(x)))
-        y = jax.nn.relu(self.bn2(self.conv2(y)))
-        y = self.bn3(self.conv3(y))
-        return jax.nn.relu(y + (self.downsample_bn(self.downsample_conv(x)) if self.first else x))
+    def __call__(self, x: jax.Array, present: jax.Array | None) -> jax.Array:
+        y = jax.nn.relu(self.bn1(self.conv1(x), present))
+        y = jax.nn.relu(self.bn2(self.conv2(y), present))
+        y = self.bn3(self.conv3(y), present)
+        return jax.nn.relu(y + (self.downsample_bn(self.downsample_conv(x), present) if self.first else x))
 
 
 class Stage(nnx.Module):
@@ -81,14 +78,14 @@ class Stage(nnx.Module):
         stack = nnx.vmap(lambda rngs: Bottleneck(EXPANSION * narrow, narrow, dtype, rngs))
         self.rest = nnx.split_rngs(splits=blocks - 1)(stack)(rngs)
 
-    def __call__(self, x: jax.Array) -> jax.Array:
+    def __call__(self, x: jax.Array, present: jax.Array | None) -> jax.Array:
         graph, state = nnx.split(self.rest)
 
         def step(x: jax.Array, state: nnx.State) -> tuple[jax.Array, nnx.State]:
             block = nnx.merge(graph, state)
-            return block(x), nnx.state(block, nnx.BatchStat)
+            return block(x, present), nnx.state(block, nnx.BatchStat)
 
-        x, statistics = jax.lax.scan(step, self.first(x), state)
+        x, statistics = jax.lax.scan(step, self.first(x, present), state)
         if not self.rest.bn1.use_running_average:  # training
             nnx.update(self.rest, statistics)
         return x
@@ -104,8 +101,7 @@ class ResNet(nnx.Module):
 
     def __init__(self, variant: Variant, *, dtype: jnp.dtype = jnp.float32, rngs: nnx.Rngs) -> None:
         self.variant = variant
-        self.conv1 = _convolution(3, WIDTH, 7, dtype, rngs, stride=2)
-        self.bn1 = _norm(WIDTH, dtype, rngs)
+        self.conv1, self.bn1 = _unit(3, WIDTH, 7, dtype, rngs, stride=2)
         one, two, three, four = variant.blocks
         self.layer1 = Stage(one, WIDTH, WIDTH, 1, dtype, rngs)  # the max-pool before it has the stride
         self.layer2 = Stage(two, 4 * WIDTH, 2 * WIDTH, 2, dtype, rngs)
@@ -120,66 +116,49 @@ class ResNet(nnx.Module):
         """
         return self.intermediate(images)[-1]
 
-    def intermediate(self, images: jax.Array) -> tuple[jax.Array, ...]:
+    def intermediate(self, images: jax.Array, present: jax.Array | None = None) -> tuple[jax.Array, ...]:
         """The features of the stem after its max-pool and of the four stages, [B, h, w, C] each.
 
         Their sides are 1/4, 1/4, 1/8, 1/16 and 1/32 of the image's, rounded up; C is 64, 256, 512, 1024 and 2048.
 
         In training mode BatchNorm's statistics change in place, so the caller jits.
 
+        Args:
+            present: [B] bool, which images those statistics are of; by default all.
+
         Raises:
             ValueError: as for calling.
         """
+        return self.pyramid(images, present)[1:]
+
+    def pyramid(self, images: jax.Array, present: jax.Array | None = None) -> tuple[jax.Array, ...]:
+        """What `intermediate` returns, and before it the stem's features before their max-pool, of half the sides."""
         require_images(images)
         if self.bn1.use_running_average:  # evaluation
-            return _intermediate(*nnx.split(self), images)
-        return self.stages(self.stem(images))
+            return _pyramid(*nnx.split(self), images)
+        return self.run(images, present)
 
-    def stem(self, images: jax.Array) -> jax.Array:
-        """[B, H, W, 3] -> features before the max-pool [B, H/2, W/2, 64]."""
-        return jax.nn.relu(self.bn1(self.conv1(images)))
-
-    def stages(self, x: jax.Array) -> tuple[jax.Array, ...]:
-        """The stem's features before the max-pool -> what `intermediate` returns."""
-        features = [_max_pool(x)]
+    def run(self, images: jax.Array, present: jax.Array | None = None) -> tuple[jax.Array, ...]:
+        """`pyramid`, for those who jit."""
+        stem = jax.nn.relu(self.bn1(self.conv1(images), present))
+        features = [stem, _max_pool(stem)]
         for stage in (self.layer1, self.layer2, self.layer3, self.layer4):
-            features.append(stage(features[-1]))
+            features.append(stage(features[-1], present))
         return tuple(features)
 
 
 # Jitted here rather than by the caller, so that plain calls do not compile the scans anew each time.
 @partial(jax.jit, static_argnums=0)
-def _intermediate(graph: nnx.GraphDef, state: nnx.State, images: jax.Array) -> tuple[jax.Array, ...]:
-    resnet = nnx.merge(graph, state)
-    return resnet.stages(resnet.stem(images))
+def _pyramid(graph: nnx.GraphDef, state: nnx.State, images: jax.Array) -> tuple[jax.Array, ...]:
+    return nnx.merge(graph, state).run(images)
+
+
+def _unit(inputs: int, outputs: int, side: int, dtype: jnp.dtype, rngs: nnx.Rngs, stride: int = 1) -> tuple:
+    """A convolution and its BatchNorm."""
+    return convolution(inputs, outputs, side, stride=stride, dtype=dtype, rngs=rngs), BatchNorm(outputs, dtype=dtype)
 
 
 def _max_pool(x: jax.Array) -> jax.Array:
     """Over 3×3 pixels with stride 2; what lies outside the image is never the largest."""
     padding = ((0, 0), (1, 1), (1, 1), (0, 0))
     return jax.lax.reduce_window(x, -jnp.inf, jax.lax.max, (1, 3, 3, 1), (1, 2, 2, 1), padding)
-
-
-def _convolution(inputs: int, outputs: int, side: int, dtype: jnp.dtype, rngs: nnx.Rngs, stride: int = 1) -> nnx.Conv:
-    return nnx.Conv(
-        inputs,
-        outputs,
-        (side, side),
-        strides=stride,
-        padding=side // 2,  # on both sides: with a stride, "SAME" would shift the grid of even-sized images
-        use_bias=False,
-        dtype=dtype,
-        kernel_init=jax.nn.initializers.variance_scaling(2.0, "fan_out", "normal"),
-        conv_general_dilated=_same_convolution if stride == 1 else jax.lax.conv_general_dilated,
-        rngs=rngs,
-    )
-
-
-def _same_convolution(x: jax.Array, kernel: jax.Array, *_: object, **__: object) -> jax.Array:
-    # nnx.Conv's further arguments describe what it always does
-    return same_convolution(x, kernel)
-
-
-def _norm(width: int, dtype: jnp.dtype, rngs: nnx.Rngs) -> nnx.BatchNorm:
-    # Flax's momentum is one minus torch's
-    return nnx.BatchNorm(width, use_running_average=True, momentum=0.9, epsilon=1e-5, dtype=dtype, rngs=rngs)

@@ -14,9 +14,7 @@ from flax import nnx
 from safetensors import safe_open
 
 from jaxla.config import InputError, default_cache_dir, nearest
-from jaxla.models.backbones import VARIANTS, build_backbone
-from jaxla.models.resnet import ResNet
-from jaxla.models.vision_transformer import VisionTransformer
+from jaxla.models.backbones import VARIANTS, Backbone, build_backbone
 from jaxla.models.weights_format import UNUSED, how_to_convert, read_metadata, save_weights
 
 M = TypeVar("M", bound=nnx.Module)
@@ -27,7 +25,7 @@ def parameter_shapes(network: nnx.Module) -> dict[str, tuple[int, ...]]:
     return {name: tuple(value.shape) for name, value in _flat(nnx.state(network)).items()}
 
 
-def load_backbone(path: str | Path, dtype: jnp.dtype | None = None) -> VisionTransformer | ResNet:
+def load_backbone(path: str | Path, dtype: jnp.dtype | None = None) -> Backbone:
     """A backbone with the weights of a converted file, which names its architecture itself; in evaluation mode.
 
     Args:
@@ -53,7 +51,7 @@ def parameters_sha256(network: nnx.Module) -> str:
     return total.hexdigest()
 
 
-def save_random(path: Path, backbone: VisionTransformer, arch: str, seed: int) -> None:
+def save_random(path: Path, backbone: Backbone, arch: str, seed: int) -> None:
     """Write a backbone that was drawn from `seed`; the file says that its weights are random."""
     arrays = {name: np.asarray(value.get_value()) for name, value in _flat(nnx.state(backbone)).items()}
     save_weights(path, arrays, {"arch": arch, "source": f"random, seed {seed}", "source_sha256": "", "licence": ""})
@@ -122,7 +120,7 @@ def compute_dtype() -> jnp.dtype:
     return jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16
 
 
-def _abstract_backbone(arch: str, dtype: jnp.dtype = jnp.float32) -> VisionTransformer | ResNet:
+def _abstract_backbone(arch: str, dtype: jnp.dtype = jnp.float32) -> Backbone:
     return nnx.eval_shape(lambda: build_backbone(arch, dtype=dtype, rngs=nnx.Rngs(0)))
 
 

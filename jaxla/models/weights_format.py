@@ -132,7 +132,7 @@ def _read_metadata(path: Path) -> dict[str, str]:
     if os.path.isdir(path):  # Path.is_dir raises where a name is too long or a folder may not be read
         raise InputError(f"{path}: is a folder; give the .safetensors file in it")
     if not os.path.isfile(path):
-        named = re.match(r"dinov\d_vit\w+?1\d(_reg)?|resnet\d+", path.name)
+        named = re.match(r"dinov\d_vit\w+?1\d(_reg)?|resnet\d+|vgg16_bn", path.name)
         how = how_to_convert(named[0] if named else "ARCH", path)
         then = "" if path.suffix == ".safetensors" else ", and give the .safetensors file that it writes"
         raise InputError(f"{path}: no such weights file; {how}{then}")
@@ -191,7 +191,7 @@ def file_sha256(path: Path) -> str:
 def how_to_convert(arch: str, output: Path) -> str:
     """The command that makes a weights file, which is not there yet: `output`, if that ends as one does."""
     # known by their names, for the tables of architectures import JAX
-    source = "--download" if arch.startswith(("dinov2_", "resnet")) else "--source=CHECKPOINT"
+    source = "--download" if arch.startswith(("dinov2_", "resnet", "vgg")) else "--source=CHECKPOINT"
     command = f"python -m convert_weights --arch={arch} {source}"
     if output.suffix == ".safetensors":
         command += f" --output={shlex.quote(str(output))}"

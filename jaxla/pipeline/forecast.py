@@ -22,7 +22,7 @@ from jaxla.devices.mesh import on_host, own_rows, spread, to_devices, use_own_de
 from jaxla.devices.processes import gather, process_count, share
 from jaxla.evaluation.summary import score_case
 from jaxla.models.network import build_network
-from jaxla.pipeline.run import PreparedData, describe_backbone
+from jaxla.pipeline.run import PreparedData, describe_backbone, why_not_cached
 from jaxla.training.features import FeatureCache
 from jaxla.training.loop import clock
 from jaxla.training.step import (
@@ -76,7 +76,8 @@ class Forecast:
 def forecast(experiment: Experiment, data: PreparedData, cache_dir: Path) -> Forecast:
     """Measure a few steps of the run on its own data; nothing is trained, and no file written."""
     began = time.perf_counter()
-    recipe, model, size = experiment.training, experiment.model, experiment.preprocessing.image_size
+    recipe, model, canvas = experiment.training, experiment.model, data.canvas(experiment.preprocessing)
+    size = canvas.size
     parts = {name: data.of(getattr(data.split, name)) for name in ("train", "val", "test")}
     slices = {name: sum(v.shape[0] for v in volumes) for name, volumes in parts.items()}
 
@@ -84,9 +85,9 @@ def forecast(experiment: Experiment, data: PreparedData, cache_dir: Path) -> For
         network = build_network(model, data.dataset.labels.outputs, experiment.seed)
     of_all = count_parameters(nnx.state(network, nnx.Param))
     features_bytes, features_seconds, features_fit, stand_ins = 0, 0.0, True, None
-    if model.backbone == "frozen" and recipe.cache_features:
+    if not why_not_cached(experiment, network):
         with use_own_devices():
-            cache = FeatureCache(cache_dir, network, model.arch, size)
+            cache = FeatureCache(cache_dir, network, model.arch, canvas)
         missing = cache.missing(data.used)
         features_bytes = cache.bytes_of(missing)
         features_fit = all(gather(cache.fits(features_bytes)))
@@ -102,7 +103,7 @@ def forecast(experiment: Experiment, data: PreparedData, cache_dir: Path) -> For
 
     split = split_network(network, train_backbone=model.backbone == "finetuned")
     sources = {
-        name: SliceSource(volumes, size, stand_ins and [stand_ins[v.id] for v in volumes])
+        name: SliceSource(volumes, canvas, stand_ins and [stand_ins[v.id] for v in volumes])
         for name, volumes in parts.items()
     }
     steps = steps_per_epoch(sources["train"], recipe.batch_size)
@@ -116,7 +117,7 @@ def forecast(experiment: Experiment, data: PreparedData, cache_dir: Path) -> For
     batches = training_batches(sources["train"], recipe.batch_size, experiment.seed, rows)
     key = jax.random.key(0)
     arguments = [split.trainable, split.frozen, state, spread(next(batches)), key]
-    step = make_step(make_gradient(split.training), optimiser).lower(*arguments).compile()
+    step = make_step(make_gradient(split.training, experiment.augmentation), optimiser).lower(*arguments).compile()
 
     def one_step() -> Any:
         arguments[0], _, arguments[2], loss = step(*arguments)

@@ -15,10 +15,10 @@ import numpy as np
 from flax import nnx
 from tqdm import tqdm
 
-from jaxla.config import Experiment, InputError
+from jaxla.config import Augmentation, Experiment, InputError, Preprocessing
 from jaxla.data.batches import SliceSource
 from jaxla.data.cases import Dataset, find_cases
-from jaxla.data.inputs import frame
+from jaxla.data.inputs import Canvas, smallest_extent
 from jaxla.data.phantoms import cached_phantoms
 from jaxla.data.prepared import PreparedVolume, prepare_cases
 from jaxla.data.split import Split, make_split
@@ -37,7 +37,7 @@ from jaxla.evaluation.atlas import apply_atlas, build_atlas, choose_threshold
 from jaxla.evaluation.summary import score_case, summarise, write_cases, write_summary
 from jaxla.inference.segment import make_segment, make_segment_slices, write_segmentation
 from jaxla.inference.trained import load_run
-from jaxla.models.network import TransformerSegmenter, build_network
+from jaxla.models.network import Network, build_network
 from jaxla.models.weights import parameters_sha256, save_random
 from jaxla.reporting.curves import draw_curves
 from jaxla.reporting.overlays import Panel, draw_overlays
@@ -67,6 +67,13 @@ class PreparedData:
     def used(self) -> list[PreparedVolume]:
         """The volumes of the split's three parts."""
         return self.of(self.split.train + self.split.val + self.split.test)
+
+    def canvas(self, preprocessing: Preprocessing) -> Canvas:
+        """The square that slices are laid on before it is resized to the network's input."""
+        if preprocessing.pad_to == "square":
+            return Canvas(preprocessing.image_size)
+        training = self.of(self.split.train)
+        return Canvas(preprocessing.image_size, smallest_extent((v.shape[1:], v.spacing[1:]) for v in training))
 
     @property
     def cases(self) -> dict[str, str]:
@@ -125,7 +132,7 @@ def train_and_test(experiment: Experiment, data: PreparedData, run_dir: Path, ca
         return test(data, features, run_dir)
 
 
-def build(experiment: Experiment, outputs: int, run_dir: Path) -> TransformerSegmenter:
+def build(experiment: Experiment, outputs: int, run_dir: Path) -> Network:
     """The untrained network of a run; a random backbone that stays frozen is kept in the run's folder.
 
     Raises:
@@ -158,20 +165,19 @@ def build(experiment: Experiment, outputs: int, run_dir: Path) -> TransformerSeg
 
 
 def cached_features(
-    experiment: Experiment, network: TransformerSegmenter, data: PreparedData, cache_dir: Path
+    experiment: Experiment, network: Network, data: PreparedData, cache_dir: Path
 ) -> tuple[Features | None, str]:
-    """The features of every slice that the run uses, where its backbone is frozen and the disk holds them.
+    """The features of every slice that the run uses, where they are computed once and the disk holds them.
 
     Returns:
-        The features by case id, or None where the backbone runs in every epoch; and a sentence that says which.
+        The features by case id, or None where the whole network runs in every epoch; and a sentence that says which.
     """
-    model = experiment.model
-    if model.backbone != "frozen":
-        return None, "The backbone was trained too, so it ran at every step."
-    if not experiment.training.cache_features:
-        return None, "The frozen backbone ran in every epoch, for --training.cache_features was false."
+    if reason := why_not_cached(experiment, network):
+        if experiment.model.backbone == "frozen" and experiment.training.cache_features:
+            log.info(reason)
+        return None, reason
     with use_own_devices():
-        cache = FeatureCache(cache_dir, network, model.arch, experiment.preprocessing.image_size)
+        cache = FeatureCache(cache_dir, network, experiment.model.arch, data.canvas(experiment.preprocessing))
         features = cache.features(data.used, track)
     if features is None:
         return None, "The frozen backbone ran in every epoch: its features did not fit on the disk of the cache folder."
@@ -179,16 +185,29 @@ def cached_features(
     return by_id, f"The frozen backbone's features were computed once per slice, in {cache.dtype.name}, and cached."
 
 
+def why_not_cached(experiment: Experiment, network: Network) -> str:
+    """A sentence that says why the whole network runs at every step; empty where a frozen backbone need not."""
+    if experiment.model.backbone != "frozen":
+        return f"All of {experiment.method} is trained, so all of it runs at every step."
+    if not experiment.training.cache_features:
+        return "The frozen backbone runs in every epoch, for --training.cache_features is false."
+    if experiment.augmentation != Augmentation():
+        return "The frozen backbone runs in every epoch and its features are not cached, for slices are augmented."
+    if not hasattr(network, "on_features"):
+        return f"The frozen {experiment.model.arch} runs in every epoch: its features of all scales are not cached."
+    return ""
+
+
 def train(
-    experiment: Experiment, network: TransformerSegmenter, data: PreparedData, features: Features | None, run_dir: Path
+    experiment: Experiment, network: Network, data: PreparedData, features: Features | None, run_dir: Path
 ) -> None:
     """Train, from the run's latest checkpoint on; leaves checkpoints, metrics.jsonl and progress.png in its folder."""
-    size = experiment.preprocessing.image_size
+    canvas = data.canvas(experiment.preprocessing)
 
     def source(ids: Sequence[str]) -> SliceSource:
-        return SliceSource(data.of(ids), size, features and [features[name] for name in ids])
+        return SliceSource(data.of(ids), canvas, features and [features[name] for name in ids])
 
-    trained = network.on_features((size, size)) if features else network
+    trained = network.on_features((canvas.size, canvas.size)) if features else network
     parts = split_network(trained, train_backbone=experiment.model.backbone == "finetuned")
     of_all, of_trained = (count_parameters(state) for state in (nnx.state(network, nnx.Param), parts.trainable))
     log.info("%s: %d parameters are trained, %d are frozen", experiment.method, of_trained, of_all - of_trained)
@@ -197,6 +216,7 @@ def train(
         source(data.split.train),
         source(data.split.val),
         experiment.training,
+        augmentation=experiment.augmentation,
         seed=experiment.seed,
         pretrained_backbone=experiment.model.weights != "random",
         folder=run_dir,
@@ -218,9 +238,10 @@ def test(data: PreparedData, features: Features | None, run_dir: Path) -> dict[s
     trained = load_run(run_dir)
     experiment = trained.record.experiment
     names = trained.record.labels.names
-    size, batch_size = experiment.preprocessing.image_size, experiment.training.batch_size
+    canvas, batch_size = trained.record.canvas, experiment.training.batch_size
     if features:
-        segment_slices = make_segment_slices(trained.network.on_features((size, size)), batch_size)
+        network = trained.network.on_features((canvas.size, canvas.size))
+        segment_slices = make_segment_slices(network, batch_size, experiment.postprocessing)
     else:
         segment = make_segment(trained)
 
@@ -235,7 +256,7 @@ def test(data: PreparedData, features: Features | None, run_dir: Path) -> dict[s
         volume = read_image(prepared.case.image)
         geometry = slice_geometry(volume.affine)
         if features:
-            place = frame(prepared.shape[1:], prepared.spacing[1:], size)
+            place = canvas.frame(prepared.shape[1:], prepared.spacing[1:])
             predicted, _ = segment_slices(features[name], place, prepared.shape)
             classes = np.ascontiguousarray(from_slices(predicted, geometry))
         else:

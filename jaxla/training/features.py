@@ -27,7 +27,7 @@ from filelock import FileLock, Timeout
 from flax import nnx
 from tqdm import tqdm
 
-from jaxla.data.inputs import frame
+from jaxla.data.inputs import Canvas
 from jaxla.data.prepared import VERSION as PREPARED_VERSION
 from jaxla.data.prepared import PreparedVolume
 from jaxla.devices.mesh import device_count, spread, to_devices
@@ -65,15 +65,15 @@ class FeatureCache:
     Args:
         network: holds the backbone.
         arch: of the backbone.
-        size: side of the square input in pixels.
+        canvas: the square that slices are laid on.
     """
 
-    def __init__(self, cache_dir: Path, network: TransformerSegmenter, arch: str, size: int) -> None:
+    def __init__(self, cache_dir: Path, network: TransformerSegmenter, arch: str, canvas: Canvas) -> None:
         graph, state = nnx.split(network)
         extract = jax.jit(lambda state, images: nnx.merge(graph, state).features(images))
         self.extract = partial(extract, to_devices(state))  # [batch, size, size, 1] -> [batch, h, w, C]
         self.batch = BATCH * device_count()
-        self._size = size
+        self._canvas, size = canvas, canvas.size
         one_batch = jax.eval_shape(self.extract, jax.ShapeDtypeStruct((self.batch, size, size, 1), np.float32))
         self.shape, self.dtype = one_batch.shape[1:], np.dtype(one_batch.dtype)
         self.describes = {
@@ -84,6 +84,8 @@ class FeatureCache:
             "image_size": size,
             "dtype": self.dtype.name,
         }
+        if canvas.extent:
+            self.describes["extent_mm"] = canvas.extent
         key = hashlib.sha256(json.dumps(self.describes).encode()).hexdigest()[:16]
         self.folder = cache_dir / "features" / f"{arch}_{size}px_{self.dtype.name}_{key}"
 
@@ -192,14 +194,14 @@ class FeatureCache:
         beside = path.with_suffix(".part")  # the lock is held: no other process writes it
         shape = (volume.shape[0], *self.shape)
         bits = np.dtype(f"u{self.dtype.itemsize}")
-        place = frame(volume.shape[1:], volume.spacing[1:], self._size)
+        place, size = self._canvas.frame(volume.shape[1:], volume.spacing[1:]), self._canvas.size
         try:
             with beside.open("wb") as file:
                 header = {"descr": bits.str, "fortran_order": False, "shape": shape}
                 np.lib.format.write_array_header_1_0(file, header)
                 for start in range(0, shape[0], self.batch):
                     chosen = range(start, min(start + self.batch, shape[0]))
-                    images = np.zeros((self.batch, self._size, self._size, 1), np.float32)
+                    images = np.zeros((self.batch, size, size, 1), np.float32)
                     for i, index in enumerate(chosen):
                         images[i] = volume.input(index, place)
                     computed = np.asarray(self.extract(spread(images)))[: len(chosen)]

@@ -18,12 +18,13 @@ import numpy as np
 from grain.python import DatasetIterator
 from tqdm import tqdm
 
-from jaxla.config import InputError, Stopped, Training, stop_requests
+from jaxla.config import Augmentation, InputError, Stopped, Training, stop_requests
 from jaxla.data.batches import SliceSource, evaluation_batches, steps_per_epoch, training_batches
 from jaxla.devices.mesh import highest, own_rows, spread, to_devices
 from jaxla.devices.processes import agreed, is_first, process_count
 from jaxla.training.checkpoints import Checkpoints
 from jaxla.training.step import (
+    UNCHANGED,
     Frozen,
     SplitNetwork,
     initial_state,
@@ -77,6 +78,7 @@ def fit(
     val: SliceSource,
     recipe: Training,
     *,
+    augmentation: Augmentation = UNCHANGED,
     seed: int,
     pretrained_backbone: bool,
     folder: Path,
@@ -97,7 +99,7 @@ def fit(
     """
     steps = steps_per_epoch(train, recipe.batch_size)
     optimiser = make_optimiser(recipe, steps * recipe.epochs, pretrained_backbone)
-    step = make_step(make_gradient(network.training), optimiser)
+    step = make_step(make_gradient(network.training, augmentation), optimiser)
     evaluate = make_evaluation(network.evaluation)
     key = jax.random.key(seed)
 

@@ -24,6 +24,7 @@ from jaxla.config import (
     without_folder_and_process,
 )
 from jaxla.data.cases import Labels
+from jaxla.data.inputs import Canvas
 from jaxla.data.split import Split, write_split
 
 # No JAX here: `python -m jaxla.info` reads a record in less time than JAX takes to import.
@@ -71,6 +72,7 @@ class Record:
         environment: package versions, device and platform.
         resumed: when, where and by what command it was gone on with, each time.
         features: a sentence on how the backbone was run: in every epoch, or once per slice.
+        extent: mm a side of the square that slices are laid on; 0 where each has its own.
     """
 
     experiment: Experiment
@@ -84,6 +86,12 @@ class Record:
     environment: dict[str, Any]
     resumed: tuple[dict[str, Any], ...] = ()
     features: str = ""
+    extent: float = 0.0
+
+    @property
+    def canvas(self) -> Canvas:
+        """The square that slices are laid on before it is resized to the network's input."""
+        return Canvas(self.experiment.preprocessing.image_size, self.extent)
 
 
 def require_free(folder: Path) -> None:

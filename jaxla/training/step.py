@@ -12,9 +12,12 @@ import jax
 import optax
 from flax import nnx
 
-from jaxla.config import Training
+from jaxla.config import Augmentation, Training
 from jaxla.devices.mesh import constrain, device_count, whole
+from jaxla.training.augmentation import augment
 from jaxla.training.losses import overlap_counts, pixel_loss
+
+UNCHANGED = Augmentation()
 
 Gradient = Callable[[Any, Any, Any, jax.Array], tuple[jax.Array, Any, dict[str, Any]]]
 
@@ -40,6 +43,8 @@ def split_network(network: nnx.Module, train_backbone: bool) -> SplitNetwork:
     frozen = nnx.Nothing() if train_backbone else nnx.PathContains("backbone")
     filters = (nnx.All(nnx.Param, nnx.Not(frozen)), frozen, ...)
     network.train()
+    if not train_backbone and hasattr(network, "backbone"):
+        network.backbone.eval()  # its BatchNorm's statistics too stay as they were loaded
     training, *_ = nnx.split(network, *filters)
     network.eval()
     evaluation, trainable, parameters, statistics = nnx.split(network, *filters)
@@ -50,7 +55,7 @@ def count_parameters(state: nnx.State) -> int:
     return sum(leaf.size for leaf in jax.tree.leaves(state))
 
 
-def make_gradient(graph: nnx.GraphDef) -> Gradient:
+def make_gradient(graph: nnx.GraphDef, augmentation: Augmentation = UNCHANGED) -> Gradient:
     """The seam for a network trained on whole batches of slices."""
 
     def loss(trainable: nnx.State, frozen: Frozen, batch: Any) -> tuple[jax.Array, nnx.State]:
@@ -58,11 +63,16 @@ def make_gradient(graph: nnx.GraphDef) -> Gradient:
         # slices that only fill a batch up to the number of devices are left out of BatchNorm's statistics
         present = batch["weight"] > 0 if device_count() > 1 else None
         logits = network(batch["input"], present)
-        statistics = nnx.merge_state(frozen.statistics, nnx.state(network, nnx.BatchStat))
+        # those of a frozen backbone are among its parameters, and stay
+        new = dict(nnx.to_flat_state(nnx.state(network, nnx.BatchStat)))
+        old = nnx.to_flat_state(frozen.statistics)
+        statistics = nnx.from_flat_state([(path, new.get(path, value)) for path, value in old])
         return pixel_loss(logits, batch["mask"], batch["weight"]), statistics
 
     def gradient(trainable: nnx.State, frozen: Frozen, batch: Any, key: jax.Array) -> tuple[jax.Array, Any, dict]:
-        del key  # this network draws nothing while it trains
+        if augmentation != UNCHANGED:
+            images, mask = augment(augmentation, key, batch["input"], batch["mask"])
+            batch = batch | {"input": images, "mask": mask}
         (value, statistics), gradients = jax.value_and_grad(loss, has_aux=True)(trainable, frozen, batch)
         return value, gradients, {"statistics": statistics}
 

@@ -1,0 +1,30 @@
+"""torchvision's VGG-16 with BatchNorm: its tensors in torchvision's order, and where each stands among our parameters.
+
+Reference code: torchvision 0.29, `models/vgg.py`.
+"""
+
+from __future__ import annotations
+
+from convert_weights.layout import Row, batch_norm, convolution, unused
+from jaxla.models.vgg import Variant
+
+# of the classifier that the encoder leaves out: outputs and inputs of its three layers
+CLASSIFIER = {0: (4096, 512 * 7 * 7), 3: (4096, 4096), 6: (1000, 4096)}
+
+
+def vgg_rows(variant: Variant) -> list[Row]:
+    rows, index, inputs = [], 0, 3
+    for i, widths in enumerate(variant.stages):
+        for j, width in enumerate(widths):
+            ours = f"stages.{i}.{j}"
+            rows += convolution(f"features.{index}", f"{ours}.convolution", inputs, width, 3)
+            rows.append(Row(f"features.{index}.bias", (width,), f"{ours}.convolution.bias"))
+            rows += batch_norm(f"features.{index + 1}", f"{ours}.norm", width)
+            index, inputs = index + 3, width  # a convolution, its BatchNorm and its ReLU
+        index += 1  # the max-pool
+    for layer, (outputs, inputs) in CLASSIFIER.items():
+        rows += [
+            unused(f"classifier.{layer}.weight", (outputs, inputs)),
+            unused(f"classifier.{layer}.bias", (outputs,)),
+        ]
+    return rows

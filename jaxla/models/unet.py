@@ -1,0 +1,62 @@
+"""U-Net (Ronneberger, Fischer, Brox 2015), its convolutions padded and each followed by BatchNorm."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import pairwise
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from jaxla.models.convolution import ConvolutionUnit, Upconvolution, logits_layer
+from jaxla.models.images import crop, pad_to_multiple, require_images
+from jaxla.models.pooling import max_pool
+
+
+class UNet(nnx.Module):
+    """Grey images to logits: down by max-pooling, up by transposed convolutions, each level joined to its like.
+
+    Args:
+        widths: channels of each level, finest first; between two levels the image is halved.
+        outputs: K, channels of the logits.
+        dtype: of the computation; parameters, statistics and logits are float32.
+    """
+
+    def __init__(self, widths: Sequence[int], outputs: int, *, dtype: jnp.dtype = jnp.float32, rngs: nnx.Rngs) -> None:
+        self.down = nnx.List([DoubleConvolution(i, o, dtype, rngs) for i, o in pairwise((1, *widths))])
+        self.up = nnx.List([Upconvolution(o, i, dtype=dtype, rngs=rngs) for i, o in pairwise(widths)])
+        self.join = nnx.List([DoubleConvolution(2 * width, width, dtype, rngs) for width in widths[:-1]])
+        self.logits = logits_layer(widths[0], outputs, 1, dtype, rngs)
+        self.multiple = 2 ** (len(widths) - 1)  # of which the sides must be; other images are padded
+
+    def __call__(self, images: jax.Array, present: jax.Array | None = None) -> jax.Array:
+        """[B, H, W, 1] grey values in 0..1 -> logits [B, H, W, K] float32, for any H and W of at least `multiple`.
+
+        Args:
+            present: [B] bool, which of them BatchNorm's statistics are of while it trains; by default all.
+
+        Raises:
+            ValueError: `images` is not [B, H, W, 1] of floating point, or too small.
+        """
+        require_images(images, least=self.multiple, channels=(1,))
+        x = pad_to_multiple(images, self.multiple)
+        levels = [self.down[0](x, present)]
+        for convolutions in self.down[1:]:
+            levels.append(convolutions(max_pool(levels[-1]), present))
+        x = levels.pop()
+        for up, join in zip(reversed(self.up), reversed(self.join), strict=True):
+            x = join(jnp.concatenate([levels.pop(), up(x)], axis=-1), present)
+        return crop(self.logits(x), images.shape[1:3], self.multiple)
+
+
+class DoubleConvolution(nnx.Module):
+    """Twice a 3×3 convolution, BatchNorm, ReLU."""
+
+    def __init__(self, inputs: int, outputs: int, dtype: jnp.dtype, rngs: nnx.Rngs) -> None:
+        self.first = ConvolutionUnit(inputs, outputs, dtype=dtype, rngs=rngs)
+        self.second = ConvolutionUnit(outputs, outputs, dtype=dtype, rngs=rngs)
+
+    def __call__(self, x: jax.Array, present: jax.Array | None = None) -> jax.Array:
+        """[B, H, W, C] -> [B, H, W, K]."""
+        return self.second(self.first(x, present), present)

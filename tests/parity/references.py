@@ -1,0 +1,282 @@
+"""PyTorch modules of the convolutional networks, written from their papers, and our parameters carried over to them.
+
+Encoders have torchvision's names, so that the conversion tables fill them; all else has our names.
+"""
+
+from itertools import pairwise
+
+import numpy as np
+import torch
+from flax import nnx
+from torch import nn
+from torch.nn import functional
+
+from convert_weights.layout import to_theirs
+from convert_weights.resnet import resnet_rows
+from convert_weights.vgg import vgg_rows
+from jaxla.models.attention_unet import AttentionUNet
+from jaxla.models.resnet import ResNet
+from jaxla.models.resnet_unet import ResNetUNet
+from jaxla.models.segnet import SegNet
+from jaxla.models.unet import UNet
+from jaxla.models.vgg import VGG
+from tests.tiny import flat_arrays
+
+# --- U-Net: Ronneberger et al. 2015, figure 1, padded, with BatchNorm ---
+
+
+class Unit(nn.Module):
+    def __init__(self, inputs, outputs, bias=False):
+        super().__init__()
+        self.convolution = nn.Conv2d(inputs, outputs, 3, padding=1, bias=bias)
+        self.norm = nn.BatchNorm2d(outputs)
+
+    def forward(self, x):
+        return self.norm(self.convolution(x)).relu()
+
+
+class Double(nn.Module):
+    def __init__(self, inputs, outputs):
+        super().__init__()
+        self.first, self.second = Unit(inputs, outputs), Unit(outputs, outputs)
+
+    def forward(self, x):
+        return self.second(self.first(x))
+
+
+class ReferenceUNet(nn.Module):
+    def __init__(self, widths, outputs):
+        super().__init__()
+        self.down = nn.ModuleList([Double(i, o) for i, o in pairwise((1, *widths))])
+        self.up = nn.ModuleList([nn.ConvTranspose2d(o, i, 2, 2) for i, o in pairwise(widths)])
+        self.join = nn.ModuleList([Double(2 * width, width) for width in widths[:-1]])
+        self.logits = nn.Conv2d(widths[0], outputs, 1)
+
+    def forward(self, x):
+        levels = []
+        for convolutions in self.down:
+            x = convolutions(functional.max_pool2d(x, 2) if levels else x)
+            levels.append(x)
+        for i in reversed(range(len(self.up))):
+            x = self.join[i](torch.cat([self.skip(i, levels[i], x), self.up[i](x)], dim=1))
+        return self.logits(x)
+
+    def skip(self, level, x, below):
+        return x
+
+
+# --- Attention U-Net: Oktay et al. 2018, equation 1 and figure 2, a gate on every skip ---
+
+
+class ReferenceGate(nn.Module):
+    def __init__(self, skip, gating):
+        super().__init__()
+        self.of_skip = nn.Conv2d(skip, skip, 2, 2, bias=False)
+        self.of_gating = nn.Conv2d(gating, skip, 1)
+        self.psi = nn.Conv2d(skip, 1, 1)
+
+    def forward(self, x, g):
+        weight = self.psi((self.of_skip(x) + self.of_gating(g)).relu()).sigmoid()
+        return x * functional.interpolate(weight, scale_factor=2, mode="bilinear", align_corners=False)
+
+
+class ReferenceAttentionUNet(ReferenceUNet):
+    def __init__(self, widths, outputs):
+        super().__init__(widths, outputs)
+        self.gates = nn.ModuleList([ReferenceGate(i, o) for i, o in pairwise(widths)])
+
+    def skip(self, level, x, below):
+        return self.gates[level](x, below)
+
+
+# --- ResNet: He et al. 2016, table 1 and figure 5; the stride on the 3×3 convolution ---
+
+
+class Bottleneck(nn.Module):
+    def __init__(self, inputs, width, stride):
+        super().__init__()
+        self.conv1, self.bn1 = nn.Conv2d(inputs, width, 1, bias=False), nn.BatchNorm2d(width)
+        self.conv2, self.bn2 = nn.Conv2d(width, width, 3, stride, padding=1, bias=False), nn.BatchNorm2d(width)
+        self.conv3, self.bn3 = nn.Conv2d(width, 4 * width, 1, bias=False), nn.BatchNorm2d(4 * width)
+        if inputs != 4 * width or stride > 1:
+            projection = nn.Conv2d(inputs, 4 * width, 1, stride, bias=False)
+            self.downsample = nn.Sequential(projection, nn.BatchNorm2d(4 * width))
+
+    def forward(self, x):
+        y = self.bn1(self.conv1(x)).relu()
+        y = self.bn2(self.conv2(y)).relu()
+        return (self.bn3(self.conv3(y)) + (self.downsample(x) if hasattr(self, "downsample") else x)).relu()
+
+
+class ReferenceResNet(nn.Module):
+    """Gives the features of the stem, those after its max-pool, and those of each stage."""
+
+    def __init__(self, blocks):
+        super().__init__()
+        self.conv1, self.bn1 = nn.Conv2d(3, 64, 7, 2, padding=3, bias=False), nn.BatchNorm2d(64)
+        inputs = 64
+        for i, (count, width) in enumerate(zip(blocks, (64, 128, 256, 512), strict=True), start=1):
+            first = Bottleneck(inputs, width, 1 if i == 1 else 2)
+            rest = (Bottleneck(4 * width, width, 1) for _ in range(count - 1))
+            setattr(self, f"layer{i}", nn.Sequential(first, *rest))
+            inputs = 4 * width
+
+    def forward(self, x):
+        stem = self.bn1(self.conv1(x)).relu()
+        features = [stem, functional.max_pool2d(stem, 3, 2, padding=1)]
+        for stage in (self.layer1, self.layer2, self.layer3, self.layer4):
+            features.append(stage(features[-1]))
+        return features
+
+
+# --- U-Net on a ResNet: the decoder of segmentation_models_pytorch ---
+
+
+class ReferenceResNetUNet(nn.Module):
+    def __init__(self, blocks, widths, outputs):
+        super().__init__()
+        self.backbone = ReferenceResNet(blocks)
+        below = (2048, *widths[:-1])
+        skips = (1024, 512, 256, 64, 0)
+        self.up = nn.ModuleList([Double(i + s, o) for i, s, o in zip(below, skips, widths, strict=True)])
+        self.logits = nn.Conv2d(widths[-1], outputs, 3, padding=1)
+
+    def forward(self, x):
+        stem, _, *stages = self.backbone(x)
+        *skips, x = [stem, *stages]
+        for stage in self.up:
+            x = functional.interpolate(x, scale_factor=2, mode="nearest")
+            x = stage(torch.cat([x, skips.pop()], dim=1) if skips else x)
+        return self.logits(x)
+
+
+# --- VGG-16: Simonyan and Zisserman 2015, table 1, column D, with BatchNorm; SegNet: Badrinarayanan et al. 2017 ---
+
+
+class ReferenceVGG(nn.Module):
+    """Gives the features before the first and after each max-pool, and the places that these took them from."""
+
+    def __init__(self, stages):
+        super().__init__()
+        layers, inputs = [], 3
+        for widths in stages:
+            for width in widths:
+                layers += [nn.Conv2d(inputs, width, 3, padding=1), nn.BatchNorm2d(width), nn.ReLU()]
+                inputs = width
+            layers.append(nn.MaxPool2d(2, return_indices=True))
+        self.features = nn.Sequential(*layers)
+
+    def forward(self, x):
+        pooled, places = [], []
+        for layer in self.features:
+            x = layer(x)
+            if isinstance(layer, nn.MaxPool2d):
+                x, where = x
+                pooled.append(x)
+                places.append(where)
+        return pooled, places
+
+
+class ReferenceSegNet(nn.Module):
+    def __init__(self, outputs):
+        super().__init__()
+        self.backbone = ReferenceVGG([[64] * 2, [128] * 2, [256] * 3, [512] * 3, [512] * 3])
+        widths = [[64, 64], [128, 128, 64], [256, 256, 256, 128], [512, 512, 512, 256], [512, 512, 512, 512]]
+        self.up = nn.ModuleList(
+            [nn.ModuleList([Unit(i, o, bias=True) for i, o in pairwise(stage)]) for stage in widths]
+        )
+        self.logits = nn.Conv2d(64, outputs, 3, padding=1)
+
+    def forward(self, x):
+        pooled, places = self.backbone(x)
+        x = pooled[-1]
+        for stage, where in zip(reversed(self.up), reversed(places), strict=True):
+            x = functional.max_unpool2d(x, where, 2)
+            for unit in stage:
+                x = unit(x)
+        return self.logits(x)
+
+
+# --- carrying over ---
+
+
+def reference_of(network):
+    """The reference of one of our networks or encoders, with its parameters and statistics, in evaluation mode."""
+    match network:
+        case AttentionUNet():
+            reference = ReferenceAttentionUNet(widths_of(network), network.logits.out_features)
+        case UNet():
+            reference = ReferenceUNet(widths_of(network), network.logits.out_features)
+        case ResNetUNet():
+            widths = [stage.second.norm.scale.shape[0] for stage in network.up]
+            blocks = network.backbone.variant.blocks
+            reference = ReferenceResNetUNet(blocks, widths, network.logits.out_features)
+        case SegNet():
+            reference = ReferenceSegNet(network.logits.out_features)
+        case ResNet():
+            reference = ReferenceResNet(network.variant.blocks)
+        case VGG():
+            reference = ReferenceVGG(network.variant.stages)
+    state = {name: torch.from_numpy(array.copy()) for name, array in as_theirs(network, network).items()}
+    missing, extra = reference.load_state_dict(state, strict=False)
+    assert not extra
+    assert all(name.endswith("num_batches_tracked") for name in missing)
+    kind = next(iter(state.values())).dtype
+    return reference.to(kind).eval()
+
+
+def widths_of(unet):
+    return [convolutions.second.norm.scale.shape[0] for convolutions in unet.down]
+
+
+def as_theirs(network, holder):
+    """Our parameters, statistics or gradients as the reference's: name -> array.
+
+    Args:
+        holder: a module or state of our structure that holds them.
+    """
+    arrays = flat_arrays(holder, nnx.Variable) if isinstance(holder, nnx.Module) else flat_state(holder)
+    if isinstance(network, ResNet | VGG):
+        return of_encoder(network, arrays)
+    ours = {name: array for name, array in arrays.items() if not name.startswith("backbone.")}
+    theirs = dict(rename(name, array) for name, array in ours.items())
+    if hasattr(network, "backbone"):
+        of_backbone = {
+            name.removeprefix("backbone."): array for name, array in arrays.items() if name.startswith("backbone.")
+        }
+        theirs |= {f"backbone.{name}": array for name, array in of_encoder(network.backbone, of_backbone).items()}
+    return theirs
+
+
+def flat_state(state):
+    return {".".join(map(str, path)): np.asarray(variable) for path, variable in nnx.to_flat_state(state)}
+
+
+def of_encoder(encoder, arrays):
+    rows = resnet_rows(encoder.variant) if isinstance(encoder, ResNet) else vgg_rows(encoder.variant)
+    # in the arrays' own precision, where `to_theirs` makes float32 of all
+    kind = next(iter(arrays.values())).dtype
+
+    def read(name, block):
+        return arrays[name] if block is None else arrays[name][block]
+
+    if kind == np.float32:
+        return dict(to_theirs(rows, arrays, read))
+    theirs = {}
+    for row in rows:
+        if row.ours in arrays:
+            array = read(row.ours, row.block)
+            theirs[row.theirs] = array.transpose(np.argsort(row.axes)) if row.axes else array
+    return theirs
+
+
+def rename(name, array):
+    module, _, leaf = name.rpartition(".")
+    if leaf == "kernel" and module.startswith("up.") and array.shape[1:3] == (2, 2):  # a transposed convolution
+        return f"{module}.weight", array.transpose(0, 3, 1, 2)
+    if leaf == "kernel" and module.endswith(".of_skip"):  # one of 2×2 pixels, as a matrix
+        outputs = array.shape[-1]
+        return f"{module}.weight", array.reshape(2, 2, -1, outputs).transpose(3, 2, 0, 1)
+    if leaf == "kernel":
+        return f"{module}.weight", array.transpose(3, 2, 0, 1)
+    return f"{module}.{ {'scale': 'weight', 'mean': 'running_mean', 'var': 'running_var'}.get(leaf, leaf) }", array
