@@ -32,10 +32,12 @@ from benchmarks.backbone import PAUSE, processor, timed
 from jaxla.config import InputError, Model, Training, command_parser, parse_arguments, run_command
 from jaxla.data.batches import SliceSource, training_batches
 from jaxla.data.cases import find_cases
+from jaxla.data.inputs import Canvas
 from jaxla.data.phantoms import write_phantoms
 from jaxla.data.prepared import prepare_cases
 from jaxla.models.backbones import TRANSFORMERS, architecture
-from jaxla.models.network import IMAGENET_DEVIATION, IMAGENET_MEAN, build_network
+from jaxla.models.images import IMAGENET_DEVIATION, IMAGENET_MEAN
+from jaxla.models.network import build_network
 from jaxla.training.features import BATCH, FeatureCache
 from jaxla.training.step import make_gradient, make_optimiser, make_step, split_network
 from tests.golden.live import live_model
@@ -64,12 +66,12 @@ def main(arguments):
     with tempfile.TemporaryDirectory() as folder:
         volumes = small_phantoms(Path(folder), options.slices)
         network = build_network(Model(arch, weights="random", backbone="frozen"), 1, seed=0)
-        cache = FeatureCache(Path(folder, "cache"), network, arch, options.size)
+        cache = FeatureCache(Path(folder, "cache"), network, arch, Canvas(options.size))
         backbone, decoder = (
             TorchBackbone(network.backbone),
             TorchDecoder(variant.width, Model().decoder_widths, options.size),
         )
-        images, masks = arrays_of(SliceSource(volumes, options.size))
+        images, masks = arrays_of(SliceSource(volumes, Canvas(options.size)))
         images = torch.from_numpy(images)
 
         def our_features():
@@ -85,7 +87,7 @@ def main(arguments):
             "torch": {"features": timed(lambda: backbone(images[:BATCH]))},
         }
         once = in_turn({"jaxla": our_features, "torch": their_features}, options.epochs)
-        cached = SliceSource(volumes, options.size, cache.features(volumes))
+        cached = SliceSource(volumes, Canvas(options.size), cache.features(volumes))
         features, _ = arrays_of(cached)
 
         copy_parameters(network.decoder, decoder)
@@ -106,7 +108,7 @@ def main(arguments):
         epochs = {}
         for way, ours, source, first, inputs in (
             ("cached", decoder_network, cached, None, features),
-            ("uncached", network, SliceSource(volumes, options.size), backbone, images),
+            ("uncached", network, SliceSource(volumes, Canvas(options.size)), backbone, images),
         ):
             our_training = OurTraining(ours, source, options.batch)
             their_training = TorchTraining(first, decoder, inputs, masks, options.batch, FORMATS[memory_format])

@@ -1,96 +1,195 @@
-"""python -m benchmarks.train_step [--arch=…] [--backbone=…] [--size=…] [--batch=…]: what the mesh costs, on one device.
+"""python -m benchmarks.train_step [--method=…] [--size=…] [--batch=…] [--output=FILE]: a step beside PyTorch's.
 
-One step of training — loss, gradients, Adam — compiled within a mesh of one device, as every run is, and outside of
-any. Both run in this process, in turn, from the same parameters on the same batch. Prints JSON: seconds of a step
-(median and fastest), and the median with the mesh over the median without. Before anything is timed the losses of both
-are compared: they must be the same bits.
+Forward pass, binary cross-entropy, backward pass and Adam, of a convolutional network and of the PyTorch module that
+the parity suite compares it with. Both run in this process, in turn, from the same parameters on the same batch. On CPU
+in float32 with all cores, PyTorch with channels first and with channels last; on a GPU in bfloat16, PyTorch also
+through `torch.compile`. Before anything is timed the gradients of both are compared.
+
+Prints JSON: seconds of a step (median and fastest), slices per second, PyTorch's median over this package's for each
+form of PyTorch (above 1 this package is the faster one) and for the fastest of them, how far the gradients differ, and
+on Linux by how much the process grew at most during a step. A pause before each step lets the threads of the other side
+fall asleep.
 """
 
+import datetime
 import importlib.metadata
 import json
+import os
 import statistics
-import sys
 import time
+from pathlib import Path
+
+os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # on a GPU, so that PyTorch finds memory too
 
 import jax
 import numpy as np
+import torch
 
 from benchmarks.backbone import PAUSE, processor, timed
-from jaxla.config import InputError, Model, Training, command_parser, parse_arguments, run_command
-from jaxla.devices.mesh import spread, to_devices, use_devices
-from jaxla.models.backbones import TRANSFORMERS, architecture
-from jaxla.models.network import build_network
+from jaxla.config import InputError, Training, command_parser, lookup, parse_arguments, run_command
+from jaxla.devices.memory import program_bytes
+from jaxla.experiments import METHODS
+from jaxla.models.images import IMAGENET_DEVIATION, IMAGENET_MEAN
+from jaxla.models.network import build_network, require_size
 from jaxla.training.step import initial_state, make_gradient, make_optimiser, make_step, split_network
+from tests.parity.references import as_theirs, reference_of
+
+RIVALS = {name: method for name, method in METHODS.items() if method.preprocessing.pad_to == "largest"}
+RATE = 1e-4
+AGREEMENT = {"cpu": 2e-2, "gpu": 0.2}  # relative L2 of the gradients, in the precision of each
+MEMORY = Path("/proc/self")
 
 
 def main(arguments):
-    parser = command_parser("benchmarks.train_step", "A training step with a mesh of one device and without.")
-    parser.add_argument("--arch", type=str, default="vit_mini8", help="of a vision transformer")
-    parser.add_argument("--backbone", type=str, default="finetuned", help="frozen or finetuned")
-    parser.add_argument("--size", type=int, default=96, help="side of the square image in pixels")
-    parser.add_argument("--batch", type=int, default=4)
-    parser.add_argument("--repeats", type=int, default=31, help="steps of each, of which the median is taken")
+    parser = command_parser("benchmarks.train_step", "A convolutional network's training step beside PyTorch's.")
+    parser.add_argument("--method", type=str, default="unet", help=f"one of {', '.join(RIVALS)}")
+    parser.add_argument("--size", type=int, default=320, help="side of the square image in pixels")
+    parser.add_argument("--batch", type=int, default=4, help="slices in a step")
+    parser.add_argument("--repeats", type=int, default=5, help="steps of each, of which the median is taken")
+    parser.add_argument("--output", type=str, help="write the JSON there too")
     options = parse_arguments(parser, arguments)
-    arch = architecture("--arch", options.arch)
-    if options.size % TRANSFORMERS[arch].patch or min(options.size, options.batch, options.repeats) < 1:
-        raise InputError(f"--size must be a multiple of {TRANSFORMERS[arch].patch}, --batch and --repeats at least 1")
-    model = Model(arch=arch, weights="random", backbone=options.backbone)
+    model = lookup("method", options.method, RIVALS).model
+    model = type(model)(**{**vars(model), "weights": "random"})
+    require_size(model, "--size", options.size)
+    if min(options.batch, options.repeats) < 1:
+        raise InputError("--batch and --repeats must be at least 1")
+    on_gpu = jax.default_backend() == "gpu"
 
-    without = Step(model, options)
-    with use_devices(1):
-        within = Step(model, options)
-        first = within(), without()
-        if first[0] != first[1]:
-            raise InputError(f"losses differ: {first[0]} within a mesh, {first[1]} without")
-    seconds = {"mesh": [], "no mesh": []}
-    for _ in range(options.repeats):
-        time.sleep(PAUSE)
-        with use_devices(1):
-            seconds["mesh"].append(timed(within))
-        time.sleep(PAUSE)
-        seconds["no mesh"].append(timed(without))
-    medians = {name: statistics.median(times) for name, times in seconds.items()}
+    network = build_network(model, 1, 0)
+    rng = np.random.default_rng(0)
+    images = rng.random((options.batch, options.size, options.size, 1), np.float32)
+    mask = (images[..., 0] > 0.7).astype(np.uint8)
+
+    sides = {}
+    for form in ("channels first", "channels last", *(["compiled"] if on_gpu else [])):
+        sides[f"torch {form}"] = Theirs(network, images, mask, form, "cuda" if on_gpu else "cpu")
+    sides = {"jaxla": Ours(network, images, mask)} | sides  # it gives the network's arrays away
+    difference = gradient_difference(sides)
+    if not difference <= AGREEMENT["gpu" if on_gpu else "cpu"]:
+        raise InputError(f"gradients differ by {difference:.1e}, relative L2; nothing is timed")
+
+    seconds, grown = {name: [] for name in sides}, {name: [] for name in sides}
+    for _ in range(options.repeats + 1):  # the first of each warms up
+        for name, side in sides.items():
+            time.sleep(PAUSE)
+            before = reset_peak()
+            seconds[name].append(timed(side))
+            grown[name].append(peak() - before)
+    medians = {name: statistics.median(times[1:]) for name, times in seconds.items()}
+    of_torch = {name: median / medians["jaxla"] for name, median in medians.items() if name != "jaxla"}
     result = {
-        "arch": arch,
-        "backbone": options.backbone,
+        "date": datetime.date.today().isoformat(),
+        "method": options.method,
         "size": options.size,
         "batch": options.batch,
-        "device": jax.devices()[0].device_kind if jax.default_backend() == "gpu" else processor(),
-        "versions": {name: importlib.metadata.version(name) for name in ("jax", "flax")},
+        "dtype": "bfloat16" if on_gpu else "float32",
+        "device": jax.devices()[0].device_kind if on_gpu else processor(),
+        "cores": os.cpu_count(),
+        "versions": {name: importlib.metadata.version(name) for name in ("jax", "flax", "torch")},
         "repeats": options.repeats,
+        "gradient_relative_l2": difference,
         "median_seconds": medians,
-        "fastest_seconds": {name: min(times) for name, times in seconds.items()},
-        "mesh_over_no_mesh": medians["mesh"] / medians["no mesh"],
+        "fastest_seconds": {name: min(times[1:]) for name, times in seconds.items()},
+        "slices_per_second": {name: options.batch / median for name, median in medians.items()},
+        "torch_over_jaxla": of_torch,
+        "fastest_torch_over_jaxla": min(of_torch.values()),
+        "grown_bytes": {name: max(values[1:]) for name, values in grown.items()},
+        "jaxla_program_bytes": sides["jaxla"].bytes,
     }
-    json.dump(result, sys.stdout, indent=1)
-    print()
+    text = json.dumps(result, indent=1)
+    if options.output:
+        Path(options.output).write_text(text + "\n")
+    print(text)
 
 
-class Step:
-    """A step that can be taken again and again; gives the loss. Within a mesh where it is made and called in one."""
+def gradient_difference(sides):
+    """Relative L2 between our gradients and PyTorch's, over all parameters as one, at the first step."""
+    ours = sides["jaxla"].gradients()
+    theirs = sides["torch channels first"].gradients()
+    difference = sum(np.square(np.float64(ours[name]) - theirs[name]).sum() for name in theirs)
+    return float(np.sqrt(difference / sum(np.square(np.float64(array)).sum() for array in theirs.values())))
 
-    def __init__(self, model, options):
-        parts = split_network(build_network(model, 1, 0), train_backbone=model.backbone == "finetuned")
-        optimiser = make_optimiser(Training(), options.repeats, pretrained_backbone=False)
-        self.step = make_step(make_gradient(parts.training), optimiser)
-        self.trainable, self.frozen = to_devices(parts.trainable), to_devices(parts.frozen)
+
+class Ours:
+    """A step that can be taken again and again; gives the loss."""
+
+    def __init__(self, network, images, mask):
+        self.network = network
+        parts = split_network(network, train_backbone=True)
+        optimiser = make_optimiser(Training(learning_rate=RATE), 1000, pretrained_backbone=False)
+        self.gradient = make_gradient(parts.training)
+        self.trainable, self.frozen = parts.trainable, parts.frozen
         self.state = initial_state(optimiser, self.trainable)
-        rng = np.random.default_rng(0)
-        images = rng.random((options.batch, options.size, options.size, 1), np.float32)
-        self.batch = {
-            "input": images,
-            "mask": (images[..., 0] > 0.7).astype(np.uint8),
-            "weight": np.ones(options.batch, np.float32),
-        }
+        self.batch = {"input": images, "mask": mask, "weight": np.ones(len(images), np.float32)}
         self.key = jax.random.key(0)
+        step = make_step(self.gradient, optimiser)
+        self.step = step.lower(self.trainable, self.frozen, self.state, self.batch, self.key).compile()
+        self.bytes = program_bytes(self.step)
+
+    def gradients(self):
+        _, gradients, _ = jax.jit(self.gradient)(self.trainable, self.frozen, self.batch, self.key)
+        return as_theirs(self.network, gradients)
 
     def __call__(self):
-        batch = spread(self.batch)  # part of what a mesh costs
         self.trainable, statistics, self.state, loss = self.step(
-            self.trainable, self.frozen, self.state, batch, self.key
+            self.trainable, self.frozen, self.state, self.batch, self.key
         )
         self.frozen = self.frozen._replace(statistics=statistics)
         return float(loss)
+
+
+class Theirs:
+    """The same of PyTorch's module."""
+
+    def __init__(self, network, images, mask, form, device):
+        torch.set_num_threads(os.cpu_count())
+        self.device = device
+        layout = torch.contiguous_format if form == "channels first" else torch.channels_last
+        module = reference_of(network).to(device, memory_format=layout).train()
+        if hasattr(network, "backbone"):  # an ImageNet encoder's three channels
+            images = (images - np.float32(IMAGENET_MEAN)) / np.float32(IMAGENET_DEVIATION)
+        images = torch.from_numpy(images.transpose(0, 3, 1, 2).copy())
+        self.images = images.to(device).contiguous(memory_format=layout)
+        self.mask = torch.from_numpy(mask[:, None].astype(np.float32)).to(device)
+        self.module = module
+        self.run = torch.compile(module) if form == "compiled" else module
+        self.optimiser = torch.optim.Adam(module.parameters(), RATE)
+
+    def loss(self):
+        with torch.autocast("cuda", torch.bfloat16, enabled=self.device == "cuda"):
+            logits = self.run(self.images)
+        return torch.nn.functional.binary_cross_entropy_with_logits(logits.float(), self.mask)
+
+    def gradients(self):
+        self.loss().backward()
+        found = {name: value.grad.float().cpu().numpy() for name, value in self.module.named_parameters()}
+        self.optimiser.zero_grad()
+        return found
+
+    def __call__(self):
+        self.optimiser.zero_grad()
+        loss = self.loss()
+        loss.backward()
+        self.optimiser.step()
+        return loss.item()
+
+
+def reset_peak():
+    """Forget the process's largest size so far; -> its size now, in bytes. 0 where the system keeps none."""
+    try:
+        (MEMORY / "clear_refs").write_text("5")
+    except OSError:
+        return 0
+    return peak()
+
+
+def peak():
+    """The process's largest size since then, in bytes."""
+    try:
+        lines = (MEMORY / "status").read_text().splitlines()
+    except OSError:
+        return 0
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM"))
 
 
 if __name__ == "__main__":

@@ -8,8 +8,8 @@ from __future__ import annotations
 from convert_weights.layout import Row, batch_norm, convolution, unused
 from jaxla.models.vgg import Variant
 
-# of the classifier that the encoder leaves out: outputs and inputs of its three layers
-CLASSIFIER = {0: (4096, 512 * 7 * 7), 3: (4096, 4096), 6: (1000, 4096)}
+# the classifier that the encoder leaves out: its layers' places and widths, and of how many pixels the first one reads
+CLASSIFIER, PIXELS = {0: 4096, 3: 4096, 6: 1000}, 7 * 7
 
 
 def vgg_rows(variant: Variant) -> list[Row]:
@@ -22,9 +22,9 @@ def vgg_rows(variant: Variant) -> list[Row]:
             rows += batch_norm(f"features.{index + 1}", f"{ours}.norm", width)
             index, inputs = index + 3, width  # a convolution, its BatchNorm and its ReLU
         index += 1  # the max-pool
-    for layer, (outputs, inputs) in CLASSIFIER.items():
-        rows += [
-            unused(f"classifier.{layer}.weight", (outputs, inputs)),
-            unused(f"classifier.{layer}.bias", (outputs,)),
-        ]
+    inputs *= PIXELS
+    for layer, outputs in CLASSIFIER.items():
+        rows.append(unused(f"classifier.{layer}.weight", (outputs, inputs)))
+        rows.append(unused(f"classifier.{layer}.bias", (outputs,)))
+        inputs = outputs
     return rows

@@ -31,14 +31,14 @@ def main(arguments: list[str]) -> None:
 
 
 def _describe_run(folder: Path) -> dict[str, str]:
-    from jaxla.training.run_folder import is_finished, is_running, read_record, resume_command
+    from jaxla.training.run_folder import METRICS, is_finished, is_running, read_record, resume_command
 
     record = read_record(folder)
     experiment, environment = record.experiment, record.environment
     devices = environment.get("devices", 1)
     facts = {"run": str(folder.absolute()), "experiment": f"{experiment.name}, method {experiment.method}"}
 
-    history = _read(folder / "metrics.jsonl", lambda text: [json.loads(line) for line in text.splitlines()]) or []
+    history = _read(folder / METRICS, lambda text: [json.loads(line) for line in text.splitlines()]) or []
     summary = _read(folder / "test" / "summary.json", json.loads)
     split = _read(folder / "split.json", json.loads) or {}
     epochs = f"{len(history)} of at most {experiment.training.epochs} epochs"

@@ -7,6 +7,7 @@ import logging
 import logging.handlers
 import os
 import shlex
+import shutil
 import time
 from contextlib import ExitStack
 from dataclasses import replace
@@ -59,6 +60,7 @@ def train(options: Options, command: str) -> None:
     # What can fail is checked before what takes long.
     from jaxla.training.run_folder import (
         LOG,
+        METRICS,
         RECORD,
         Record,
         environment,
@@ -80,6 +82,7 @@ def train(options: Options, command: str) -> None:
     require_writable("--cache-dir", cache_dir)
 
     from jaxla.data.cache import in_use
+    from jaxla.devices.memory import TooLarge
     from jaxla.devices.mesh import use_devices
     from jaxla.models.weights import weights_file
     from jaxla.models.weights_format import require_undamaged
@@ -135,6 +138,10 @@ def train(options: Options, command: str) -> None:
             where = str(stop) or "before the end"
             note(log_file, f"stopped {where}")
             raise Stopped(f"{where}; go on with: {go_on}") from stop
+        except TooLarge:
+            if is_first() and not options.resume and not (run_dir / METRICS).read_text():
+                shutil.rmtree(run_dir)  # nothing is lost, and the next try may have the same folder
+            raise
         except InputError as error:
             note(log_file, f"error: {error}")
             raise

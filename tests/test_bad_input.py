@@ -220,6 +220,21 @@ def test_fewer_patients_than_the_protocol_needs_are_counted(tmp_path):
     assert "2 patients; training, validation and test need at least 3" in refuse_to_train(tmp_path)
 
 
+def test_a_batch_that_the_memory_does_not_hold_names_the_option_and_leaves_no_run(tmp_path):
+    flat(tmp_path / "data", 5)
+    options = (
+        "--method=unet",
+        "--model.widths=[8,8,8]",
+        "--preprocessing.image_size=160",
+        "--training.batch_size=9999",
+    )
+    line = refuse_to_train(tmp_path, *options)
+    said = (
+        r"^error: option --training.batch_size=9999: a training step takes \S+ and the device has \S+; lower it, or --p"
+    )
+    assert re.search(said, line)
+
+
 # --- options ---------------------------------------------------------------------------------------------------------
 
 
@@ -252,6 +267,27 @@ def test_fewer_patients_than_the_protocol_needs_are_counted(tmp_path):
         (["--run-dir=data/case_0.nii.gz"], "--run-dir=data/case_0.nii.gz: cannot be written"),
         (["--run-dir=data/case_0.nii.gz/below"], "--run-dir=data/case_0.nii.gz/below: cannot be written"),
         (["--run-dir=data"], "--run-dir=data: is not empty"),
+        (["--method=unet", "--model.weights=x.safetensors"], "x.safetensors: unet has no pretrained weights; leave it"),
+        (["--method=unet", "--model.decoder=linear"], "option --model.decoder is not one of method unet; leave it out"),
+        (["--method=unet", "--model.backbone=frozen"], "option --model.backbone is not one of method unet"),
+        (["--method=segnet", "--model.widths=[8,8]"], "option --model.widths is not one of method segnet"),
+        (
+            ["--method=unet", "--model.arch=resnet50"],
+            "resnet50 is no U-Net, on which method unet is built. Known: ",
+        ),
+        (["--method=unet", "--preprocessing.image_size=15"], "=15: unet needs at least 16 pixels, one of its smallest"),
+        (["--method=segnet", "--preprocessing.image_size=31"], "vgg16_bn needs at least 32 pixels"),
+        (["--method=unet", "--postprocessing.opening=2"], "option --postprocessing.opening must be odd, or 0"),
+        (["--augmentation.rotation=-1"], "option --augmentation.rotation must be at least 0, got -1"),
+        (["--augmentation.scale=nan"], "option --augmentation.scale expects float, got 'nan'"),
+        (
+            ["--method=resnet50_unet"],
+            "weights of resnet50 are missing: .* --arch=resnet50 --download",
+        ),
+        (
+            ["--method=segnet"],
+            "weights of vgg16_bn are missing: .* --arch=vgg16_bn --download",
+        ),
     ],
     ids=lambda value: value[0] if isinstance(value, list) else None,
 )

@@ -12,6 +12,7 @@ import pytest
 
 from jaxla.config import Model
 from jaxla.data.cases import find_cases
+from jaxla.data.inputs import Canvas
 from jaxla.data.phantoms import cached_phantoms
 from jaxla.data.prepared import prepare_cases
 from jaxla.models.network import build_network
@@ -59,7 +60,7 @@ def made_cache(tmp_path_factory):
     cache = folder / "cache"
     volumes = prepare_cases(find_cases(flat(folder / "data", 2), ""), cache)
     network = build_network(Model("vit_mini8", weights="random", decoder_widths=(8,)), 1, seed=0)
-    FeatureCache(cache, network, "vit_mini8", 16).features(volumes[:1])
+    FeatureCache(cache, network, "vit_mini8", Canvas(16)).features(volumes[:1])
     cached_phantoms(cache, "small", 1)
     save_weights(cache / "weights" / "mine.safetensors", {}, {"arch": "vit_mini8", "source": "", "licence": ""})
     (cache / "downloads").mkdir()

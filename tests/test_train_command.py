@@ -9,6 +9,7 @@ import nibabel as nib
 import numpy as np
 import pytest
 from flax import nnx
+from scipy import ndimage
 
 import jaxla
 from tests.conftest import run_command
@@ -139,6 +140,66 @@ def test_a_loaded_network_takes_images_and_gives_logits(small_run):
     logits = network(np.zeros((2, 48, 64, 1), np.float32))
     assert logits.shape == (2, 48, 64, 1)
     assert np.isfinite(np.asarray(logits)).all()
+
+
+# --- a convolutional network, with its own pre- and postprocessing ---
+
+
+@pytest.fixture(scope="module")
+def unet_run(phantoms, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("unet")
+    run_command(
+        "jaxla.train", "--exp=quickstart", "--method=unet", f"--data.root={phantoms}", f"--run-dir={folder / 'run'}",
+        f"--cache-dir={folder / 'cache'}", "--preprocessing.image_size=48", "--training.epochs=4",
+        "--training.learning_rate=0.01", "--training.batch_size=8", "--model.widths=[8,12,16]",
+        "--augmentation.rotation=10", "--augmentation.flips=true", "--augmentation.intensity=0.1",
+    )  # fmt: skip
+    return folder / "run"
+
+
+def test_a_unet_is_trained_tested_and_predicts_the_same_masks(unet_run, phantoms, tmp_path):
+    summary = read_json(unet_run / "test" / "summary.json")
+    assert summary["backbone"] == "unet (random weights, trained)"
+    assert summary["dice"]["mean"] > summary["atlas"]["dice"]["mean"] / 2
+    case = read_json(unet_run / "split.json")["test"][0]
+    scan = phantoms / "task2" / "train_data" / case / "enhanced.nii.gz"
+    run_command("jaxla.predict", f"--run={unet_run}", f"--input={scan}", f"--output={tmp_path / 'mask.nii.gz'}")
+    masks = [
+        nib.load(path) for path in (unet_run / "test" / "predictions" / f"{case}.nii.gz", tmp_path / "mask.nii.gz")
+    ]
+    np.testing.assert_array_equal(*(mask.get_fdata() for mask in masks))
+
+
+def test_slices_are_laid_on_the_largest_training_slice_and_masks_are_opened_and_closed(unet_run, phantoms):
+    record, split = read_json(unet_run / "experiment.json"), read_json(unet_run / "split.json")
+    scans = {case: nib.load(phantoms / "task2" / "train_data" / case / "enhanced.nii.gz") for case in split["train"]}
+    assert record["extent"] == max(n * 0.625 for scan in scans.values() for n in scan.shape[:2])
+    square = np.ones((3, 3, 1), bool)
+    for path in (unet_run / "test" / "predictions").iterdir():
+        mask = nib.load(path).get_fdata() > 0
+        assert mask.any()
+        inner = mask[2:-2, 2:-2]
+        np.testing.assert_array_equal(ndimage.binary_closing(mask, square)[2:-2, 2:-2], inner)
+
+
+def test_a_scan_larger_than_those_of_training_is_seen_in_its_centre(unet_run, phantoms, tmp_path):
+    case = read_json(unet_run / "split.json")["test"][0]
+    scan = nib.load(phantoms / "task2" / "train_data" / case / "enhanced.nii.gz")
+    whole = nib.Nifti1Image(np.pad(scan.get_fdata(), ((64, 64), (64, 64), (0, 0)), mode="reflect"), scan.affine)
+    nib.save(whole, tmp_path / "large.nii.gz")
+    output = tmp_path / "mask.nii.gz"
+    done = run_command(
+        "jaxla.predict", f"--run={unet_run}", f"--input={tmp_path / 'large.nii.gz'}", f"--output={output}"
+    )
+    assert "large.nii.gz: slices of " in done.stdout
+    assert "it sees their centre, the rest is background" in done.stdout
+    mask, extent = nib.load(output), read_json(unet_run / "experiment.json")["extent"]
+    assert mask.shape == whole.shape
+    beyond = [int((n - extent / 0.625) / 2) - 8 for n in mask.shape[:2]]  # 8: an input pixel, and the interpolation
+    assert min(beyond) > 0
+    edges = mask.get_fdata().copy()
+    edges[beyond[0] : -beyond[0], beyond[1] : -beyond[1]] = 0
+    assert not edges.any()
 
 
 @pytest.fixture(scope="module")

@@ -12,7 +12,7 @@ def postprocess(classes: np.ndarray, postprocessing: Postprocessing) -> np.ndarr
     """Classes [S, H, W] uint8 -> the same, each class opened and closed in every slice.
 
     What opening takes from a class becomes background; closing fills background alone, of several classes the first
-    that claims a pixel. What lies outside the slice is neither in nor out: a structure at its border stays as it is.
+    that claims a pixel. Neither takes away from a structure because the slice's border cuts it.
     """
     if not postprocessing.opening and not postprocessing.closing:
         return classes
@@ -27,15 +27,17 @@ def postprocess(classes: np.ndarray, postprocessing: Postprocessing) -> np.ndarr
 
 
 def _open(mask: np.ndarray, side: int) -> np.ndarray:
-    return ndimage.binary_dilation(_erode(mask, side), _square(side)) if side else mask
+    if not side:
+        return mask
+    eroded = ndimage.binary_erosion(mask, _square(side), border_value=1)  # it may go on outside the slice
+    return ndimage.binary_dilation(eroded, _square(side))
 
 
 def _close(mask: np.ndarray, side: int) -> np.ndarray:
-    return _erode(ndimage.binary_dilation(mask, _square(side)), side) if side else mask
-
-
-def _erode(mask: np.ndarray, side: int) -> np.ndarray:
-    return ndimage.binary_erosion(mask, _square(side), border_value=1)
+    if not side:
+        return mask
+    room = np.pad(mask, ((0, 0), (side, side), (side, side)))  # for what the dilation puts outside the slice
+    return ndimage.binary_closing(room, _square(side))[:, side:-side, side:-side]
 
 
 def _square(side: int) -> np.ndarray:

@@ -37,7 +37,7 @@ def require_images(images: jax.Array, patch: int = 1, *, least: int = 1, channel
 
 
 def three_channels(images: jax.Array) -> jax.Array:
-    """Grey values in 0..1 [B, H, W, 1] -> ImageNet-normalised [B, H, W, 3]; those already of three channels as given."""
+    """Grey values in 0..1 [B, H, W, 1] -> ImageNet-normalised [B, H, W, 3]; three channels are returned as given."""
     if images.shape[-1] == 3:
         return images
     return (images - jnp.array(IMAGENET_MEAN)) / jnp.array(IMAGENET_DEVIATION)

@@ -1,7 +1,7 @@
 """A U-Net whose way down is a ResNet (He et al. 2016), pretrained or not.
 
 The way up is that of `segmentation_models_pytorch`, which most of the field means by the name: each stage doubles the
-map (nearest neighbour), joins the encoder's features of that size, and has two 3×3 convolutions with BatchNorm and ReLU.
+map (nearest neighbour), joins the encoder's features of that size, and has two 3×3 convolutions, BatchNorm and ReLU.
 """
 
 from __future__ import annotations

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 import time
 from collections.abc import Callable
@@ -14,10 +13,10 @@ from typing import Any
 import jax
 import numpy as np
 from flax import nnx
-from tqdm import tqdm
 
 from jaxla.config import Experiment
 from jaxla.data.batches import SliceSource, evaluation_batches, steps_per_epoch, training_batches
+from jaxla.devices.memory import as_bytes, device_bytes, program_bytes
 from jaxla.devices.mesh import on_host, own_rows, spread, to_devices, use_own_devices
 from jaxla.devices.processes import gather, process_count, share
 from jaxla.evaluation.summary import score_case
@@ -147,8 +146,8 @@ def forecast(experiment: Experiment, data: PreparedData, cache_dir: Path) -> For
         cache_dir=cache_dir,
         # two checkpoints of each kind are kept, and a third is there while it is written
         run_bytes=3 * (2 * trained_bytes + state_bytes) + sum(int(np.prod(v.shape)) for v in parts["test"]) // 20,
-        step_bytes=_memory(step),
-        device_bytes=_device_bytes(),
+        step_bytes=program_bytes(step),
+        device_bytes=device_bytes(),
         start_seconds=start_seconds,
         features_seconds=features_seconds,
         epoch_seconds=steps * step_seconds + -(-slices["val"] // recipe.batch_size) * batch_seconds,
@@ -161,15 +160,15 @@ def describe(f: Forecast) -> str:
     experiment, recipe = f.experiment, f.experiment.training
     training_seconds = recipe.epochs * f.epoch_seconds
     together = f.start_seconds + f.features_seconds + training_seconds + f.test_seconds
-    features = f"features {_bytes(f.features_bytes)} in {f.cache_dir} ({_bytes(f.disk_free)} free)"
+    features = f"features {as_bytes(f.features_bytes)} in {f.cache_dir} ({as_bytes(f.disk_free)} free)"
     if not f.features_fit:
         features = (
-            f"features would take {_bytes(f.features_bytes)} in {f.cache_dir}, where {_bytes(f.disk_free)} are free: "
-            f"the backbone runs in every epoch instead; --cache-dir names another disk"
+            f"features would take {as_bytes(f.features_bytes)} in {f.cache_dir}, where {as_bytes(f.disk_free)} are "
+            f"free: the backbone runs in every epoch instead; --cache-dir names another disk"
         )
-    memory = f"{_bytes(f.step_bytes)} for a training step, by XLA's account"
+    memory = f"{as_bytes(f.step_bytes)} for a training step, by XLA's account"
     if f.device_bytes:
-        memory += f", of {_bytes(f.device_bytes)}"
+        memory += f", of {as_bytes(f.device_bytes)}"
         if f.step_bytes > f.device_bytes:
             memory += f": too much; lower --training.batch_size (now {recipe.batch_size})"
     lines = {
@@ -178,7 +177,7 @@ def describe(f: Forecast) -> str:
         "slices": ", ".join(f"{count} {name}" for name, count in f.slices.items()),
         "steps": f"{f.steps} an epoch of {recipe.batch_size} slices each, {recipe.epochs} epochs at most",
         "parameters": f"{f.trained} trained, {f.frozen} frozen",
-        "disk": f"run folder {_bytes(f.run_bytes)} at most" + (f"; {features}" if f.features_bytes else ""),
+        "disk": f"run folder {as_bytes(f.run_bytes)} at most" + (f"; {features}" if f.features_bytes else ""),
         "memory": memory,
         "time": (
             f"start and compilation {clock(f.start_seconds)}; "
@@ -212,20 +211,3 @@ def _scoring_seconds(data: PreparedData) -> float:
     score_case(volume.id, moved, mask, volume.spacing, names)
     by_volume = time.perf_counter()
     return (by_slice - began) + 2 * (by_volume - by_slice)  # by volume the network's mask and the atlas's
-
-
-def _memory(compiled: Any) -> int:
-    of = compiled.memory_analysis()
-    held = of.argument_size_in_bytes + of.output_size_in_bytes - of.alias_size_in_bytes
-    return int(held + of.temp_size_in_bytes)
-
-
-def _device_bytes() -> int:
-    """Memory of the device; on CPU that of the machine."""
-    if jax.default_backend() == "cpu":
-        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    return (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit", 0)
-
-
-def _bytes(count: int) -> str:
-    return tqdm.format_sizeof(count, "B")

@@ -31,6 +31,7 @@ from jaxla.data.volumes import (
     slices_to_canonical,
     to_slices,
 )
+from jaxla.devices.memory import exhaustion_named
 from jaxla.devices.mesh import on_host, use_own_devices
 from jaxla.devices.processes import gather, is_first, share, wait_for_all
 from jaxla.evaluation.atlas import apply_atlas, build_atlas, choose_threshold
@@ -44,7 +45,7 @@ from jaxla.reporting.overlays import Panel, draw_overlays
 from jaxla.reporting.report import write_report
 from jaxla.training.features import CachedFeatures, FeatureCache
 from jaxla.training.loop import fit
-from jaxla.training.run_folder import BACKBONE, RECORD, REPORT, read_record, write_record
+from jaxla.training.run_folder import BACKBONE, METRICS, RECORD, REPORT, read_record, write_record
 from jaxla.training.step import count_parameters, split_network
 
 log = logging.getLogger(__name__)
@@ -211,19 +212,20 @@ def train(
     parts = split_network(trained, train_backbone=experiment.model.backbone == "finetuned")
     of_all, of_trained = (count_parameters(state) for state in (nnx.state(network, nnx.Param), parts.trainable))
     log.info("%s: %d parameters are trained, %d are frozen", experiment.method, of_trained, of_all - of_trained)
-    best = fit(
-        parts,
-        source(data.split.train),
-        source(data.split.val),
-        experiment.training,
-        augmentation=experiment.augmentation,
-        seed=experiment.seed,
-        pretrained_backbone=experiment.model.weights != "random",
-        folder=run_dir,
-        on_epoch=lambda history: draw_curves(
-            history, f"{experiment.name}, {experiment.method}", run_dir / "progress.png"
-        ),
-    )
+    with exhaustion_named(experiment.training.batch_size):
+        best = fit(
+            parts,
+            source(data.split.train),
+            source(data.split.val),
+            experiment.training,
+            augmentation=experiment.augmentation,
+            seed=experiment.seed,
+            pretrained_backbone=experiment.model.weights != "random",
+            folder=run_dir,
+            on_epoch=lambda history: draw_curves(
+                history, f"{experiment.name}, {experiment.method}", run_dir / "progress.png"
+            ),
+        )
     log.info("best epoch %d: validation Dice %.3f per volume", best.best_epoch, best.best_dice)
 
 
@@ -289,7 +291,7 @@ def test(data: PreparedData, features: Features | None, run_dir: Path) -> dict[s
         run_dir / REPORT,
         record=json.loads((run_dir / RECORD).read_text()),
         split=split.parts,
-        history=[json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()],
+        history=[json.loads(line) for line in (run_dir / METRICS).read_text().splitlines()],
         rows=rows,
         summary=summary,
         panels=panels,

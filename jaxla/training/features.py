@@ -25,11 +25,11 @@ import jax
 import numpy as np
 from filelock import FileLock, Timeout
 from flax import nnx
-from tqdm import tqdm
 
 from jaxla.data.inputs import Canvas
 from jaxla.data.prepared import VERSION as PREPARED_VERSION
 from jaxla.data.prepared import PreparedVolume
+from jaxla.devices.memory import as_bytes
 from jaxla.devices.mesh import device_count, spread, to_devices
 from jaxla.devices.processes import gather, share
 from jaxla.models.network import TransformerSegmenter
@@ -125,12 +125,12 @@ class FeatureCache:
             log.warning(
                 "features of %d volumes would take %s in %s, where %s are free: the backbone runs in every epoch "
                 "instead (--cache-dir names another disk)",
-                len(absent), _bytes(needed), self.folder, _bytes(self.free_bytes()),
+                len(absent), as_bytes(needed), self.folder, as_bytes(self.free_bytes()),
             )  # fmt: skip
         elif absent:
             log.info(
                 "features of %d volumes are computed once and kept: %s in %s",
-                len(absent), _bytes(needed), self.folder,
+                len(absent), as_bytes(needed), self.folder,
             )  # fmt: skip
         if not all(gather(fit)):
             return None
@@ -139,7 +139,7 @@ class FeatureCache:
         for part in (share(volumes), volumes):
             if not all(gather(self._keep(self.missing(part), track, written))):
                 return self._give_back(written)
-        log.info("checking the features of %d volumes (%s)", len(volumes), _bytes(self.bytes_of(volumes)))
+        log.info("checking the features of %d volumes (%s)", len(volumes), as_bytes(self.bytes_of(volumes)))
         damaged = [v for v in volumes if not self._is_sound(v)]
         for volume in damaged:
             log.warning("features of %s were damaged (%s): computed again", volume.id, self.folder / _name(volume))
@@ -236,10 +236,6 @@ def _locked(path: Path) -> Iterator[None]:
 
 def _name(volume: PreparedVolume) -> str:
     return volume.slices_sha256[:32]
-
-
-def _bytes(count: int) -> str:
-    return tqdm.format_sizeof(count, "B")
 
 
 def _write_json(path: Path, content: dict[str, Any]) -> None:

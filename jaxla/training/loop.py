@@ -20,9 +20,11 @@ from tqdm import tqdm
 
 from jaxla.config import Augmentation, InputError, Stopped, Training, stop_requests
 from jaxla.data.batches import SliceSource, evaluation_batches, steps_per_epoch, training_batches
+from jaxla.devices.memory import program_bytes, require_memory
 from jaxla.devices.mesh import highest, own_rows, spread, to_devices
 from jaxla.devices.processes import agreed, is_first, process_count
 from jaxla.training.checkpoints import Checkpoints
+from jaxla.training.run_folder import METRICS
 from jaxla.training.step import (
     UNCHANGED,
     Frozen,
@@ -94,7 +96,7 @@ def fit(
         on_epoch: called with the metrics of all epochs so far, by the first of several processes.
 
     Raises:
-        InputError: the loss is no longer finite, or a file cannot be written.
+        InputError: the loss is no longer finite, a step needs more memory than there is, or a file cannot be written.
         Stopped: the process was asked to end; the latest checkpoint is of this moment.
     """
     steps = steps_per_epoch(train, recipe.batch_size)
@@ -113,6 +115,7 @@ def fit(
         Progress(),
     )
     _go_on(state, best, latest, folder)
+    step = _compiled(step, state, train, recipe.batch_size, key)
     progress, saved_at = state.progress, time.monotonic()
     _write_history(folder, progress.history)
     if progress.history and is_first():
@@ -200,6 +203,20 @@ def fit(
     return progress
 
 
+def _compiled(step: Callable, state: _State, train: SliceSource, batch_size: int, key: jax.Array) -> Callable:
+    """The step for batches of that size, compiled before any is read.
+
+    Raises:
+        InputError: it needs more memory than there is.
+    """
+    rows = len(own_rows(batch_size))
+    batch = {name: np.broadcast_to(value, (rows, *np.shape(value))) for name, value in train[0].items()}
+    lowered = step.lower(state.trainable, state.frozen, state.optimiser, spread(batch), key)
+    compiled = lowered.compile()
+    require_memory(program_bytes(compiled), batch_size)
+    return compiled
+
+
 def checkpointed(trainable: Any, statistics: Any) -> dict[str, Any]:
     """What a checkpoint holds of a network; a frozen backbone has its own file and is left out."""
     return {"trainable": trainable, "statistics": statistics}
@@ -264,7 +281,7 @@ def _go_on(state: _State, best: Checkpoints, latest: Checkpoints, folder: Path) 
 
 
 def _read_history(folder: Path) -> list[str]:
-    path = folder / "metrics.jsonl"
+    path = folder / METRICS
     return path.read_text().splitlines() if path.exists() else []
 
 
@@ -274,7 +291,7 @@ def _write_history(folder: Path, history: Sequence[Mapping[str, Any]]) -> None:
     beside = folder / ".metrics.jsonl"
     try:
         beside.write_text("".join(json.dumps(metrics, allow_nan=False) + "\n" for metrics in history))
-        beside.replace(folder / "metrics.jsonl")
+        beside.replace(folder / METRICS)
     except OSError as error:
         raise InputError(
             f"{folder}: cannot be written ({error.strerror}); mend that and go on with --resume"

@@ -34,6 +34,7 @@ log = logging.getLogger(__name__)
 RECORD = "experiment.json"
 CASES = "cases.json"
 LOG = "train.log"
+METRICS = "metrics.jsonl"
 LOCK = ".lock"
 BACKBONE = "backbone.safetensors"  # of a run on a frozen backbone of random weights, which no other file holds
 SPLIT = "split.json"

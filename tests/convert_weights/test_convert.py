@@ -10,10 +10,20 @@ from safetensors.torch import save_file
 from convert_weights.architectures import RELEASED, rows_of, shapes_of
 from jaxla import load_backbone
 from jaxla.models.dinov3 import HUB_SPELLINGS
+from jaxla.models.vgg import VARIANTS as VGGS
 from jaxla.models.weights_format import parameter_count, read_metadata
-from tests.convert_weights.command import GOLDEN, convert, empty_state, full_state, read_weights, succeed
+from tests.convert_weights.command import (
+    GOLDEN,
+    assert_same_state,
+    convert,
+    empty_state,
+    full_state,
+    read_weights,
+    succeed,
+)
 from tests.convert_weights.command import shapes_of as authors_shapes
 from tests.convert_weights.shards import write_shards
+from tests.parity.references import ReferenceVGG
 
 
 @pytest.fixture(scope="module")
@@ -126,6 +136,31 @@ def test_a_resnet_may_lack_its_classifier(tmp_path):
     assert line in printed.splitlines()
 
 
+def test_vgg_is_converted_verified_and_read_back(tmp_path):
+    """Its features beside PyTorch's, and its tensors back as they were; without the half gigabyte of its classifier."""
+    reference = ReferenceVGG(VGGS["vgg16_bn"].stages).eval()
+    state = reference.state_dict()
+    draw = torch.Generator().manual_seed(0)
+    for name, tensor in state.items():
+        if not name.endswith("num_batches_tracked"):
+            tensor.copy_(torch.rand(tensor.shape, generator=draw) * (2 / tensor[0].numel() if tensor.ndim > 1 else 1))
+    source, ours, back = (tmp_path / name for name in ("source.pth", "ours.safetensors", "back.pth"))
+    torch.save(state, source)
+    printed = succeed("--arch=vgg16_bn", f"--source={source}", f"--output={ours}", "--verify")
+    assert "holds no classifier (classifier.0.weight, classifier.0.bias, classifier.3.weight, …)" in printed
+    succeed("--to-torch", f"--source={ours}", f"--output={back}")
+    assert_same_state(torch.load(back, weights_only=True), state)
+
+    images = np.random.default_rng(0).standard_normal((1, 48, 65, 3), dtype=np.float32)
+    features = load_backbone(ours).intermediate(images)
+    with torch.no_grad():
+        theirs, _ = reference(torch.from_numpy(images.transpose(0, 3, 1, 2).copy()))
+    for a, b in zip(features, theirs, strict=True):
+        b = b.numpy().transpose(0, 2, 3, 1)
+        assert np.linalg.norm(a - b) / np.linalg.norm(b) <= 1e-6  # measured: 3e-7
+        assert b.std() > 0
+
+
 @pytest.mark.parametrize("sharded", [False, True], ids=["whole", "in shards"])
 def test_of_two_forms_in_one_folder_safetensors_is_taken(tmp_path, sharded):
     folder = tmp_path / "dinov2-small"
@@ -159,6 +194,7 @@ def test_list_names_released_architectures_with_their_licence():
         ["also spelt dinov3_vith16plus"]
     ]
     assert "resnet50: 16 blocks, weights under BSD-3-Clause, --download fetches them" in lines
+    assert "vgg16_bn: 13 convolutions, weights under BSD-3-Clause, --download fetches them" in lines
 
 
 @pytest.mark.parametrize("file", sorted(GOLDEN.glob("*.shapes.json")), ids=lambda path: path.stem.split(".")[0])

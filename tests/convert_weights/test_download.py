@@ -275,12 +275,12 @@ def test_every_release_is_known_by_its_sha256():
     for arch, (url, sha256) in RELEASES.items():
         name = Path(url).name
         assert url.startswith("https://")
-        if arch.startswith("resnet"):
+        if arch.startswith(("resnet", "vgg")):
             assert name == f"{arch}-{sha256}.pth"
         else:
             assert name == f"{arch.replace('_reg', '_reg4')}_pretrain.pth"
             assert len(bytes.fromhex(sha256)) == 32
-    assert len({release.sha256 for release in RELEASES.values()}) == len(RELEASES) == 10
+    assert len({release.sha256 for release in RELEASES.values()}) == len(RELEASES) == 11
 
 
 # --- through the command ---

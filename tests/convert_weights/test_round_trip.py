@@ -10,9 +10,10 @@ from flax import nnx
 from convert_weights.checkpoint import Tensor
 from convert_weights.layout import to_ours, to_theirs
 from convert_weights.resnet import resnet_rows
+from convert_weights.vgg import vgg_rows
 from convert_weights.vision_transformer import dinov2_rows, dinov3_rows
 from jaxla import InputError, load_backbone
-from jaxla.models import dinov2, dinov3, resnet
+from jaxla.models import dinov2, dinov3, resnet, vgg
 from jaxla.models.vision_transformer import VisionTransformer
 from jaxla.models.weights import parameter_shapes
 from tests.convert_weights.command import assert_same_state, full_state, read_weights, refuse, succeed, write_ours
@@ -62,6 +63,9 @@ def small(arch):
     if arch.startswith("resnet"):
         variant = replace(resnet.VARIANTS[arch], blocks=(2, 3, 2, 2))
         return resnet_rows(variant), abstract_shapes(resnet.ResNet, variant)
+    if arch.startswith("vgg"):
+        variant = replace(vgg.VARIANTS[arch], stages=((2, 3), (4,)))
+        return vgg_rows(variant), abstract_shapes(vgg.VGG, variant)
     if arch.startswith("dinov2"):
         variant = replace(dinov2.VARIANTS[arch], **SMALL, grid=3)
         return dinov2_rows(variant), abstract_shapes(VisionTransformer, variant)
@@ -75,7 +79,7 @@ def abstract_shapes(network, variant):
 
 ARCHITECTURES = (
     "dinov2_vits14", "dinov2_vitg14_reg", "dinov3_vits16", "dinov3_vitl16", "dinov3_vith_plus16", "dinov3_vit7b16",
-    "resnet50",
+    "resnet50", "vgg16_bn",
 )  # fmt: skip
 
 

@@ -8,6 +8,7 @@ import pytest
 
 from jaxla.data.batches import SliceSource, evaluation_batches, steps_per_epoch, training_batches
 from jaxla.data.cases import find_cases
+from jaxla.data.inputs import Canvas
 from jaxla.data.prepared import prepare_cases
 from tests.data.nifti import AFFINE, save
 
@@ -23,7 +24,7 @@ def source(tmp_path_factory):
         image = np.broadcast_to(np.arange(count)[::-1], (16, 12, count)).astype(np.float32) + 10 * n
         save(root / f"case_{n}.nii.gz", image)
         save(root / f"case_{n}_mask.nii.gz", (image % 10 >= 2).astype(np.uint8))
-    return SliceSource(prepare_cases(find_cases(root), tmp_path_factory.mktemp("cache")), SIZE)
+    return SliceSource(prepare_cases(find_cases(root), tmp_path_factory.mktemp("cache")), Canvas(SIZE))
 
 
 def slices_of(batch):

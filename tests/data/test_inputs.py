@@ -3,16 +3,17 @@
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from scipy.ndimage import center_of_mass
 
-from jaxla.data.inputs import Frame, frame, image_to_input, input_to_slice, mask_to_input
+from jaxla.data.inputs import Canvas, Frame, image_to_input, input_to_slice, mask_to_input, smallest_extent
 
 # --- the frame -------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("pixels", [96, 448, 576, 640])
 def test_a_square_slice_fills_the_input(pixels):
-    assert frame((pixels, pixels), (0.625, 0.625), 448) == Frame(448, 0, 0, 448, 448)
+    assert Canvas(448).frame((pixels, pixels), (0.625, 0.625)) == Frame(448, 0, 0, 448, 448)
 
 
 @pytest.mark.parametrize(
@@ -28,7 +29,7 @@ def test_a_square_slice_fills_the_input(pixels):
     ],
 )
 def test_a_slice_keeps_its_aspect_in_mm_and_is_centred(shape, spacing, expected):
-    assert frame(shape, spacing, 96) == expected
+    assert Canvas(96).frame(shape, spacing) == expected
 
 
 @pytest.mark.parametrize("size", [96, 448])
@@ -36,7 +37,7 @@ def test_frames_of_any_shape_lie_inside_touch_both_sides_and_are_centred(size):
     draw = np.random.default_rng(0)
     for _ in range(300):
         shape, spacing = tuple(draw.integers(20, 700, 2)), tuple(draw.uniform(0.3, 3, 2))
-        place = frame(shape, spacing, size)
+        place = Canvas(size).frame(shape, spacing)
         assert max(place.height, place.width) == size
         assert 0 <= place.size - place.height - 2 * place.top <= 1
         assert 0 <= place.size - place.width - 2 * place.left <= 1
@@ -60,7 +61,7 @@ def test_where_nothing_is_resized_only_the_grey_values_change():
 @pytest.mark.parametrize("dtype", ["u1", "i2", ">i2", "i4", "f4"])
 def test_every_type_of_scan_gives_the_same_input(dtype):
     pixels = np.random.default_rng(0).integers(0, 250, (30, 40))
-    place = frame((30, 40), (1, 1), 96)
+    place = Canvas(96).frame((30, 40), (1, 1))
     expected = image_to_input(pixels.astype(np.float32), (5, 200), place)
     np.testing.assert_array_equal(image_to_input(pixels.astype(dtype), (5, 200), place), expected)
 
@@ -68,7 +69,7 @@ def test_every_type_of_scan_gives_the_same_input(dtype):
 def test_values_stay_within_0_and_1_and_what_surrounds_the_slice_is_0():
     draw = np.random.default_rng(0)
     for shape in ((20, 33), (200, 130), (96, 50)):
-        place = frame(shape, (1, 1), 96)
+        place = Canvas(96).frame(shape, (1, 1))
         pixels = draw.normal(500, 300, shape).astype(np.float32)
         inside = np.zeros((96, 96), bool)
         inside[place.top : place.top + place.height, place.left : place.left + place.width] = True
@@ -83,7 +84,7 @@ def test_values_stay_within_0_and_1_and_what_surrounds_the_slice_is_0():
 @pytest.mark.parametrize("shape", [(20, 20), (20, 30), (47, 33), (200, 200), (130, 200), (576, 640)])
 def test_grey_values_are_resized_as_pytorch_does_with_antialiasing(shape):
     pixels = np.random.default_rng(0).random(shape, np.float32)
-    place = frame(shape, (1, 1), 96)
+    place = Canvas(96).frame(shape, (1, 1))
     ours = image_to_input(pixels, (0, 1), place)[place.top :, place.left :][: place.height, : place.width, 0]
     theirs = torch.nn.functional.interpolate(
         torch.from_numpy(pixels)[None, None], (place.height, place.width), mode="bilinear", antialias=True
@@ -110,7 +111,7 @@ def test_mask_pixels_take_the_class_they_lie_in():
 def test_no_class_appears_that_a_mask_does_not_hold():
     mask = np.random.default_rng(0).choice([0, 3, 7], (200, 133)).astype(np.uint8)
     for size in (96, 448):
-        assert set(np.unique(mask_to_input(mask, frame(mask.shape, (1, 1), size)))) == {0, 3, 7}
+        assert set(np.unique(mask_to_input(mask, Canvas(size).frame(mask.shape, (1, 1))))) == {0, 3, 7}
 
 
 # --- and back --------------------------------------------------------------------------------------------------------
@@ -142,7 +143,7 @@ def test_a_blob_stays_where_it_is_through_the_input_and_back(shape, spacing, siz
     extent = np.multiply(shape, spacing)
     for place_in_slice in ((0.3, 0.35), (0.5, 0.5), (0.65, 0.7)):
         image = blob(shape, spacing, extent * place_in_slice, 0.12 * min(extent))
-        place = frame(shape, spacing, size)
+        place = Canvas(size).frame(shape, spacing)
         grey = image_to_input(image, (0, 1), place)
         back = input_to_slice(grey, place, shape)
         assert back.shape == (*shape, 1)
@@ -156,7 +157,7 @@ def test_a_blob_stays_where_it_is_through_the_input_and_back(shape, spacing, siz
 @pytest.mark.parametrize("size", [96, 448])
 def test_image_and_mask_of_one_thing_lie_on_one_place_of_the_input(shape, spacing, size):
     extent = np.multiply(shape, spacing)
-    place = frame(shape, spacing, size)
+    place = Canvas(size).frame(shape, spacing)
     bump = blob(shape, spacing, extent * (0.4, 0.55), 0.12 * min(extent))
     disc = (bump > 0.2).astype(np.uint8)
 
@@ -173,7 +174,7 @@ def test_image_and_mask_of_one_thing_lie_on_one_place_of_the_input(shape, spacin
 def test_a_mask_comes_back_almost_as_it_was(shape, spacing):
     extent = np.multiply(shape, spacing)
     disc = blob(shape, spacing, extent * (0.45, 0.5), 0.4 * min(extent)) > 0.5
-    place = frame(shape, spacing, 448)
+    place = Canvas(448).frame(shape, spacing)
     back = input_to_slice(mask_to_input(disc.astype(np.uint8), place)[..., None].astype(np.float32), place, shape)
     back = back[..., 0] > 0.5
     dice = 2 * np.count_nonzero(back & disc) / (np.count_nonzero(back) + np.count_nonzero(disc))
@@ -182,7 +183,7 @@ def test_a_mask_comes_back_almost_as_it_was(shape, spacing):
 
 def test_every_channel_comes_back_by_itself():
     draw = np.random.default_rng(0)
-    place = frame((60, 100), (1, 1), 96)
+    place = Canvas(96).frame((60, 100), (1, 1))
     channels = draw.random((96, 96, 3), np.float32)
     together = input_to_slice(channels, place, (60, 100))
     assert together.shape == (60, 100, 3)
@@ -195,13 +196,58 @@ def test_probabilities_that_sum_to_1_still_do_so_on_the_slice():
     values = np.random.default_rng(0).random((96, 96, 4), np.float32)
     values /= values.sum(-1, keepdims=True)
     for shape in ((40, 60), (200, 300)):
-        back = input_to_slice(values, frame(shape, (1, 1), 96), shape)
+        back = input_to_slice(values, Canvas(96).frame(shape, (1, 1)), shape)
         np.testing.assert_allclose(back.sum(-1), 1, rtol=0, atol=1e-6)
         assert back.min() >= 0
 
 
 def test_what_surrounds_the_slice_never_reaches_it():
-    place = frame((30, 60), (1, 1), 96)
+    place = Canvas(96).frame((30, 60), (1, 1))
     probabilities = np.ones((96, 96, 1), np.float32)
     probabilities[place.top : place.top + place.height, place.left : place.left + place.width] = 0
     assert not input_to_slice(probabilities, place, (30, 60)).any()
+
+
+# --- slices on the square of the largest training slice ---
+
+
+def test_the_largest_slice_fills_the_input_and_smaller_ones_lie_in_its_middle():
+    slices = [((576, 576), (0.625, 0.625)), ((640, 640), (0.625, 0.625)), ((400, 500), (0.625, 0.625))]
+    canvas = Canvas(320, smallest_extent(slices))
+    assert canvas.extent == 400.0
+    assert [canvas.frame(*of) for of in slices] == [
+        Frame(320, 16, 16, 288, 288), Frame(320, 0, 0, 320, 320), Frame(320, 60, 35, 200, 250),
+    ]  # fmt: skip
+    assert not any(canvas.frame(*of).cuts for of in slices)
+
+
+def test_padding_then_resizing_is_what_the_paper_did():
+    """A slice padded to the largest size, then halved, both by hand; inside the slice the same numbers."""
+    pixels = np.random.default_rng(0).random((24, 28), dtype=np.float32)
+    padded = np.pad(pixels, ((8, 8), (6, 6)))
+    by_hand = np.asarray(Image.fromarray(padded).resize((20, 20), Image.Resampling.BILINEAR))
+    ours = image_to_input(pixels, (0, 1), Canvas(20, 40.0).frame(pixels.shape, (1, 1)))[..., 0]
+    np.testing.assert_allclose(ours[5:-5, 4:-4], by_hand[5:-5, 4:-4], atol=1e-6)  # measured: 6e-8
+    assert not ours[:4].any()
+    assert not ours[:, :3].any()
+
+
+def test_of_a_larger_slice_the_centre_is_cut_out_and_the_rest_is_background():
+    shape, canvas = (60, 100), Canvas(32, 40.0)
+    place = canvas.frame(shape, (1, 1))
+    assert (place.height, place.width, place.top, place.left) == (48, 80, -8, -24)
+    assert place.cuts
+    mask = np.zeros(shape, np.uint8)
+    mask[10:50, 30:70] = 1  # what the canvas holds
+    np.testing.assert_array_equal(mask_to_input(mask, place), np.ones((32, 32)))
+    grey = np.tile(np.linspace(0, 1, 100, dtype=np.float32), (60, 1))
+    expected = np.interp(np.arange(32) * 1.25 + 30.125, np.arange(100), grey[0])
+    np.testing.assert_allclose(image_to_input(grey, (0, 1), place)[16, :, 0], expected, atol=1e-3)
+    one = input_to_slice(np.ones((32, 32, 1), np.float32), place, shape)
+    assert one.shape == (60, 100, 1)
+    np.testing.assert_array_equal(one[12:48, 32:68, 0], 1)
+    assert not one[:8].any()
+    assert not one[:, :28].any()
+    several = input_to_slice(np.full((32, 32, 3), 1 / 3, np.float32), place, shape)
+    np.testing.assert_allclose(several.sum(-1), 1, atol=1e-6)
+    np.testing.assert_array_equal(several[0, 0], [1, 0, 0])

@@ -18,11 +18,13 @@ from flax import nnx
 
 from jaxla.config import Training
 from jaxla.data.batches import SliceSource
+from jaxla.data.inputs import Canvas
 from jaxla.devices.launch import Launch
 from jaxla.devices.mesh import own_rows, spread, to_devices, use_devices, whole
 from jaxla.devices.processes import is_first, joined
-from jaxla.models.decoders import ConvolutionalDecoder, Upsampling
+from jaxla.models.decoders import ConvolutionalDecoder
 from jaxla.models.network import TransformerSegmenter
+from jaxla.models.unet import UNet
 from jaxla.training.loop import fit
 from jaxla.training.step import initial_state, make_gradient, make_optimiser, make_step, split_network
 from tests.devices.mesh_cases import BATCH, CASES, OF_TWO_PROCESSES, RESUMED_ON, STEPS
@@ -32,21 +34,9 @@ from tests.training.scans import disc_scans
 RECIPE = Training(learning_rate=1e-3, backbone_learning_rate=1e-4)
 
 
-class Convolutional(nnx.Module):
-    """A network with BatchNorm and no transformer."""
-
-    def __init__(self, rngs):
-        self.first = nnx.Conv(1, 8, (3, 3), strides=2, rngs=rngs)
-        self.second = Upsampling(8, 8, None, rngs)
-        self.logits = nnx.Conv(8, 1, (1, 1), rngs=rngs)
-
-    def __call__(self, images, present=None):
-        return self.logits(self.second(jax.nn.relu(self.first(images)), present))
-
-
 def network(name):
     if name == "convolutional":
-        return randomise(nnx.eval_shape(lambda: Convolutional(nnx.Rngs(0))))
+        return randomise(nnx.eval_shape(lambda: UNet((4, 8, 8), 1, rngs=nnx.Rngs(0))))
     decoder = nnx.eval_shape(lambda: ConvolutionalDecoder(32, (8, 8, 4), 1, rngs=nnx.Rngs(0)))
     backbone = tiny_backbone() if name == "frozen" else tiny_backbone(variant=ROTARY, remat=True)
     return TransformerSegmenter(backbone, randomise(decoder, 1))
@@ -104,8 +94,8 @@ def resumed(folder, sessions):
         with use_devices(count, shard_params=count == 4):
             progress = fit(
                 split_network(network("finetuned"), train_backbone=True),
-                SliceSource(volumes[:2], 32),
-                SliceSource(volumes[1:], 32),
+                SliceSource(volumes[:2], Canvas(32)),
+                SliceSource(volumes[1:], Canvas(32)),
                 replace(RECIPE, epochs=epoch, batch_size=BATCH, patience=9),
                 seed=0,
                 pretrained_backbone=True,

@@ -5,6 +5,7 @@ import re
 import jax
 import numpy as np
 import pytest
+import torch
 
 from jaxla.models.convolution import same_convolution
 
@@ -29,6 +30,39 @@ def test_values_and_gradients_are_those_of_jax(side):
         np.testing.assert_allclose(a, b, atol=1e-5)  # measured: 0; 42 is the largest value, with a last digit of 4e-6
 
 
+@pytest.mark.parametrize(
+    ("shape", "outputs", "side"),
+    [
+        ((3, 37, 61, 4), 5, 3),  # odd sides
+        ((5, 3, 4, 600), 2, 3),  # several whole images to a block, the last block not full
+        ((1, 150, 90, 40), 3, 5),  # blocks of rows, the last one not full
+        ((2, 64, 64, 16), 300, 1),
+    ],
+)
+def test_the_kernels_gradient_is_that_of_float64_to_its_last_digits(shape, outputs, side):
+    draw = np.random.default_rng(0).standard_normal
+    x, kernel = draw(shape, np.float32), draw((side, side, shape[-1], outputs), np.float32)
+    weight = draw((*shape[:3], outputs), np.float32)
+    ours = jax.jit(lambda kernel: jax.vjp(lambda kernel: same_convolution(x, kernel), kernel)[1](weight)[0])(kernel)
+    given = [torch.from_numpy(a.transpose(0, 3, 1, 2).copy()).double() for a in (weight, x)]
+    exact = torch.from_numpy(kernel.transpose(3, 2, 0, 1).copy()).double().requires_grad_()
+    torch.nn.functional.conv2d(given[1], exact, padding=side // 2).backward(given[0])
+    theirs = exact.grad.permute(2, 3, 1, 0).numpy()
+    assert np.linalg.norm(ours - theirs) / np.linalg.norm(theirs) <= 1e-6  # measured: 3.0e-7; JAX's own: up to 4e-6
+
+
+def test_gradients_in_float64_and_bfloat16():
+    x, kernel = arrays(3)
+    with jax.enable_x64():
+        of_kernel = jax.vjp(same_convolution, *(np.float64(a) for a in (x, kernel)))[1](np.ones((2, 9, 12, 5)))[1]
+    assert of_kernel.dtype == np.float64
+    half = [jax.numpy.asarray(a, jax.numpy.bfloat16) for a in (x, kernel)]
+    values, pull = jax.vjp(same_convolution, *half)
+    of_half = pull(jax.numpy.ones_like(values))[1]
+    assert of_half.dtype == jax.numpy.bfloat16
+    np.testing.assert_allclose(np.float64(of_half), of_kernel, atol=0.5)  # of sums of 200 numbers near 1, in 8 bits
+
+
 @pytest.mark.skipif(jax.default_backend() != "cpu", reason="elsewhere the gradients are JAX's own")
 def test_gradients_in_a_loop_are_convolutions_of_the_fast_form():
     def last(x, kernels):
@@ -36,4 +70,5 @@ def test_gradients_in_a_loop_are_convolutions_of_the_fast_form():
 
     compiled = jax.jit(jax.grad(last, (0, 1))).lower(*arrays(3, 3, channels=4)).compile()
     forms = re.findall(r" convolution\(.*dim_labels=([^, ]+)", compiled.as_text())
-    assert (len(forms), set(forms)) == (3, {"b01f_01io->b01f"})  # JAX's own: two more forms
+    # forward, and the image's gradient; JAX's own: two more forms, and one more convolution
+    assert (len(forms), set(forms)) == (2, {"b01f_01io->b01f"})

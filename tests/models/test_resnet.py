@@ -1,4 +1,4 @@
-"""The ResNet encoder beside a PyTorch module written from the paper: features, gradients, BatchNorm's statistics."""
+"""The ResNet encoder beside a PyTorch module of it (parity/references.py): features, gradients, statistics."""
 
 import jax
 import jax.numpy as jnp
@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 import torch
 from flax import nnx
-from torch import nn
 
 from jaxla import InputError
 from jaxla.models.backbones import architecture, build_backbone
 from jaxla.models.resnet import ResNet, Variant
+from tests.parity.references import as_theirs, reference_of
 from tests.tiny import flat_arrays, randomise
 
 SMALL = Variant(blocks=(2, 3, 2, 2))
@@ -22,96 +22,6 @@ def small_resnet(dtype=jnp.float32):
 
 def random_images(batch, height, width, seed=0):
     return np.random.default_rng(seed).standard_normal((batch, height, width, 3), dtype=np.float32)
-
-
-# --- the reference ---
-
-
-class Unit(nn.Sequential):
-    """A convolution and its BatchNorm."""
-
-    def __init__(self, inputs, outputs, side, stride=1):
-        convolution = nn.Conv2d(inputs, outputs, side, stride, padding=(side - 1) // 2, bias=False)
-        super().__init__(convolution, nn.BatchNorm2d(outputs))
-
-
-class Block(nn.Module):
-    """Figure 5, right, with the shortcuts "B" of section 3.3; the stride stands on the 3×3 convolution."""
-
-    def __init__(self, inputs, width, stride):
-        super().__init__()
-        self.units = nn.ModuleList([Unit(inputs, width, 1), Unit(width, width, 3, stride), Unit(width, 4 * width, 1)])
-        self.projection = Unit(inputs, 4 * width, 1, stride) if inputs != 4 * width else None
-
-    def forward(self, x):
-        first, second, third = self.units
-        y = third(second(first(x).relu()).relu())
-        return (y + (x if self.projection is None else self.projection(x))).relu()
-
-
-class Reference(nn.Module):
-    """Table 1 of He et al. 2016 without the classifier; gives the features of the pooled stem and of each stage."""
-
-    def __init__(self, blocks):
-        super().__init__()
-        self.stem = Unit(3, 64, 7, 2)
-        self.pool = nn.MaxPool2d(3, 2, padding=1)
-        self.stages = nn.ModuleList()
-        inputs = 64
-        for count, width, stride in zip(blocks, (64, 128, 256, 512), (1, 2, 2, 2), strict=True):
-            first = Block(inputs, width, stride)
-            self.stages.append(nn.Sequential(first, *(Block(4 * width, width, 1) for _ in range(count - 1))))
-            inputs = 4 * width
-
-    def forward(self, x):
-        features = [self.pool(self.stem(x).relu())]
-        for stage in self.stages:
-            features.append(stage(features[-1]))
-        return features
-
-
-def pairs(reference, resnet):
-    """Every unit of the reference, with the arrays of ours that play its part."""
-    arrays = flat_arrays(resnet, nnx.Variable)
-
-    def of(convolution, norm, block):
-        names = {f"{norm}.{name}": name for name in ("scale", "bias", "mean", "var")}
-        return {name: arrays[ours][block] for ours, name in {f"{convolution}.kernel": "kernel", **names}.items()}
-
-    yield reference.stem, of("conv1", "bn1", ...)
-    for i, stage in enumerate(reference.stages, 1):
-        for j, block in enumerate(stage):
-            ours, place = (f"layer{i}.rest", j - 1) if j else (f"layer{i}.first", ...)
-            for k, unit in enumerate(block.units, 1):
-                yield unit, of(f"{ours}.conv{k}", f"{ours}.bn{k}", place)
-            if block.projection is not None:
-                yield block.projection, of(f"{ours}.downsample_conv", f"{ours}.downsample_bn", ...)
-
-
-def reference_of(resnet):
-    """The reference with our parameters, in their precision and in evaluation mode."""
-    reference = Reference(resnet.variant.blocks).eval()
-    for (convolution, norm), ours in pairs(reference, resnet):
-        convolution.weight.data = torch.from_numpy(ours["kernel"].transpose(3, 2, 0, 1).copy())
-        norm.weight.data, norm.bias.data = (torch.from_numpy(ours[name].copy()) for name in ("scale", "bias"))
-        norm.running_mean, norm.running_var = (torch.from_numpy(ours[name].copy()) for name in ("mean", "var"))
-    return reference
-
-
-def watched(reference):
-    """The reference in training mode -> by BatchNorm, its running variance now, and how many values it will see."""
-    variances, counts = {}, {}
-    for module in reference.train().modules():
-        if isinstance(module, nn.BatchNorm2d):
-            variances[module] = module.running_var.numpy().copy()
-            module.register_forward_hook(lambda norm, _, y: counts.update({norm: y.numel() // y.shape[1]}))
-    return variances, counts
-
-
-def biased_variance(norm, before, count):
-    """What a BatchNorm's running variance would be if, as in Flax, that of a batch of `count` values were biased."""
-    kept = (1 - norm.momentum) * before
-    return kept + (norm.running_var.numpy() - kept) * (count - 1) / count
 
 
 def channels_first(array):
@@ -134,7 +44,7 @@ def relative_l2(ours, theirs):
 def test_features_equal_the_reference():
     resnet, images = small_resnet(), random_images(2, 65, 97)  # even sides: tests/parity
     features = resnet.intermediate(images)
-    for ours, theirs in zip(features, reference_of(resnet)(channels_first(images)), strict=True):
+    for ours, theirs in zip(features, reference_of(resnet)(channels_first(images))[1:], strict=True):
         assert relative_l2(ours, channels_last(theirs)) <= 1e-6  # measured: 5.2e-7
     np.testing.assert_array_equal(resnet(images), features[-1])
     assert [x.shape[-1] for x in features] == [64, 256, 512, 1024, 2048]
@@ -167,9 +77,8 @@ def test_training_equals_the_reference():
         resnet, images = small_resnet(jnp.float64), random_images(2, 33, 49).astype(np.float64)
         for _, variable in nnx.to_flat_state(nnx.state(resnet)):
             variable.set_value(jnp.asarray(np.asarray(variable), jnp.float64))
-        reference = reference_of(resnet)
-        variances, counts = watched(reference)
-        their_features = reference(channels_first(images))
+        reference = reference_of(resnet).train()
+        their_features = reference(channels_first(images))[1:]
         draw = np.random.default_rng(1).standard_normal
         weights = [draw(channels_last(x).shape) for x in their_features]
 
@@ -189,15 +98,12 @@ def test_training_equals_the_reference():
 
     sum((x * channels_first(weight)).mean() for x, weight in zip(their_features, weights, strict=True)).backward()
     errors = [relative_l2(x, channels_last(y)) for x, y in zip(features, their_features, strict=True)]
-    for (convolution, norm), ours in pairs(reference, nnx.merge(graph, gradients, statistics)):
-        theirs = {
-            "kernel": convolution.weight.grad.permute(2, 3, 1, 0).numpy(),
-            "scale": norm.weight.grad.numpy(),
-            "bias": norm.bias.grad.numpy(),
-            "mean": norm.running_mean.numpy(),
-            "var": biased_variance(norm, variances[norm], counts[norm]),
-        }
-        errors += [relative_l2(ours[name], array) for name, array in theirs.items()]
+    theirs = {name: parameter.grad for name, parameter in reference.named_parameters()} | dict(
+        reference.named_buffers()
+    )
+    for state in (gradients, statistics):
+        errors += [relative_l2(array, theirs[name].numpy()) for name, array in as_theirs(resnet, state).items()]
+    assert len(errors) == 5 + 5 * 30  # features; weight, scale, bias, mean and variance of each convolution's unit
     assert max(errors) <= 1e-12  # measured: 7.6e-14
 
 

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from flax import nnx
 
+from jaxla.data.inputs import Canvas
 from jaxla.models.decoders import LinearDecoder
 from jaxla.models.network import TransformerSegmenter
 from jaxla.training.features import FeatureCache
@@ -29,7 +30,7 @@ def compute(scans: Path, folder: Path, held_at: int = 0) -> None:
     """
     logging.basicConfig()
     logging.getLogger("jaxla").setLevel(logging.INFO)
-    cache = FeatureCache(folder, network(), "tiny", 32)
+    cache = FeatureCache(folder, network(), "tiny", Canvas(32))
     extract, calls = cache.extract, []
 
     def counted(images):

@@ -11,6 +11,7 @@ from flax import nnx
 
 from jaxla.config import Training, run_command
 from jaxla.data.batches import SliceSource
+from jaxla.data.inputs import Canvas
 from jaxla.models.decoders import ConvolutionalDecoder
 from jaxla.models.network import TransformerSegmenter
 from jaxla.training import loop
@@ -59,8 +60,9 @@ def main(arguments):
     options.folder.mkdir(exist_ok=True)
     volumes = prepared(options.scans)
     loop.fit(
-        parts(), SliceSource(volumes[1:], 32), SliceSource(volumes[:1], 32), RECIPE, seed=3, pretrained_backbone=True,
-        folder=options.folder, on_epoch=lambda history: epochs.__setitem__(slice(None), history),
+        parts(), SliceSource(volumes[1:], Canvas(32)), SliceSource(volumes[:1], Canvas(32)), RECIPE, seed=3,
+        pretrained_backbone=True, folder=options.folder,
+        on_epoch=lambda history: epochs.__setitem__(slice(None), history),
     )  # fmt: skip
 
 

@@ -13,7 +13,7 @@ import pytest
 
 from jaxla.config import Training
 from jaxla.data.batches import SliceSource
-from jaxla.data.inputs import frame
+from jaxla.data.inputs import Canvas
 from jaxla.training.features import BATCH, SHARE_OF_FREE_DISK, FeatureCache
 from jaxla.training.loop import fit
 from jaxla.training.step import split_network
@@ -52,11 +52,11 @@ def kept(volumes, tmp_path_factory):
 
 
 def cache_in(folder, size=SIZE, seed=0, **options):
-    return FeatureCache(folder, network(seed, **options), "tiny", size)
+    return FeatureCache(folder, network(seed, **options), "tiny", Canvas(size))
 
 
 def inputs(volume, size=SIZE):
-    place = frame(volume.shape[1:], volume.spacing[1:], size)
+    place = Canvas(size).frame(volume.shape[1:], volume.spacing[1:])
     return np.stack([volume.input(index, place) for index in range(volume.shape[0])])
 
 
@@ -132,7 +132,7 @@ def test_training_on_features_is_training_on_images(volumes, tmp_path):
         whole = network()
         trained = whole if name == "images" else whole.on_features((SIZE, SIZE))
         train, val = (
-            SliceSource(volumes[part], SIZE, features[part] if name == "features" else None)
+            SliceSource(volumes[part], Canvas(SIZE), features[part] if name == "features" else None)
             for part in (slice(1, None), slice(0, 1))
         )
         (tmp_path / name).mkdir()

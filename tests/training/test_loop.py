@@ -11,6 +11,7 @@ from flax import nnx
 
 from jaxla.config import Training
 from jaxla.data.batches import SliceSource
+from jaxla.data.inputs import Canvas
 from jaxla.models.decoders import LinearDecoder
 from jaxla.models.network import TransformerSegmenter
 from jaxla.training.checkpoints import Checkpoints, checkpoint_steps
@@ -40,8 +41,8 @@ def run(folder, train, val, recipe=RECIPE, seed=0, parts=None):
     parts = parts or tiny_parts()
     seen = []
     progress = fit(
-        parts, SliceSource(train, 32), SliceSource(val, 32), recipe, seed=seed, pretrained_backbone=True,
-        folder=folder, on_epoch=lambda history: seen.append(len(history)),
+        parts, SliceSource(train, Canvas(32)), SliceSource(val, Canvas(32)), recipe, seed=seed,
+        pretrained_backbone=True, folder=folder, on_epoch=lambda history: seen.append(len(history)),
     )  # fmt: skip
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     assert seen == list(range(1, len(lines) + 1))
@@ -108,7 +109,9 @@ def test_latest_checkpoint_is_that_of_the_last_epoch(runs, volumes):
     assert (record["epoch"], record["losses"]) == (3, [])
     assert record["history"] == lines
     frozen = like.frozen._replace(statistics=trees["statistics"])
-    found = validate(make_evaluation(like.evaluation), trees["trainable"], frozen, SliceSource(volumes[1:2], 32), 4)
+    found = validate(
+        make_evaluation(like.evaluation), trees["trainable"], frozen, SliceSource(volumes[1:2], Canvas(32)), 4
+    )
     assert found == tuple(lines[-1][key] for key in ("val_loss", "val_dice", "val_iou"))
 
 
@@ -129,7 +132,7 @@ def test_best_checkpoint_is_that_of_the_highest_validation_dice(volumes, tmp_pat
         make_evaluation(like.evaluation),
         trees["trainable"],
         like.frozen,
-        SliceSource(volumes[:1], 32),
+        SliceSource(volumes[:1], Canvas(32)),
         recipe.batch_size,
     )
     assert found == tuple(lines[best][key] for key in ("val_loss", "val_dice", "val_iou"))
@@ -157,7 +160,7 @@ class Brightness(nnx.Module):
 
 
 def test_validation_is_the_mean_of_each_volumes_own_dice(volumes):
-    source = SliceSource(volumes, 32)
+    source = SliceSource(volumes, Canvas(32))
     assert len(source) == 18  # batches of 4 straddle the volumes, and the last one is half empty
     parts = split_network(Brightness(), train_backbone=True)
     found = validate(make_evaluation(parts.evaluation), parts.trainable, parts.frozen, source, 4)
@@ -185,7 +188,7 @@ def test_an_empty_mask_left_empty_counts_as_one(volumes):
 
     parts = split_network(Nothing(), train_backbone=True)
     evaluate = make_evaluation(parts.evaluation)
-    _, dice, iou = validate(evaluate, parts.trainable, parts.frozen, SliceSource(volumes[1:], 32), 4)
+    _, dice, iou = validate(evaluate, parts.trainable, parts.frozen, SliceSource(volumes[1:], Canvas(32)), 4)
     assert (dice, iou) == (0.5, 0.5)  # the mean of 0 for the disc and 1 for the empty mask
 
 

@@ -10,6 +10,8 @@ from flax import nnx
 from jaxla.config import Training
 from jaxla.models.decoders import ConvolutionalDecoder
 from jaxla.models.network import TransformerSegmenter
+from jaxla.models.resnet import ResNet, Variant
+from jaxla.models.resnet_unet import ResNetUNet
 from jaxla.training.losses import pixel_loss
 from jaxla.training.step import (
     count_parameters,
@@ -228,3 +230,28 @@ def test_gradient_is_the_slope_of_the_loss(name):
     slope = (loss(0.01) - loss(-0.01)) / 0.02
     assert abs(gradient[place]) > 5e-4
     np.testing.assert_allclose(gradient[place], slope, rtol=0.01)  # measured: 3e-3
+
+
+# --- a frozen encoder with BatchNorm ---
+
+
+def test_a_frozen_encoder_is_in_evaluation_and_none_of_it_moves():
+    resnet = ResNet(Variant(blocks=(2, 2, 2, 2)), rngs=nnx.Rngs(0))
+    network = randomise(ResNetUNet(resnet, (8, 8, 8, 8, 4), 1, rngs=nnx.Rngs(1)))
+    parts = split_network(network, train_backbone=False)
+    statistics_before = named(parts.frozen.statistics)
+    assert statistics_before
+    assert not [name for name in statistics_before if name.startswith("backbone")]
+    assert not [name for name in named(parts.trainable) if name.startswith("backbone")]
+    batch = batch_of() | {"input": batch_of()["input"].repeat(2, axis=1), "mask": batch_of()["mask"].repeat(2, axis=1)}
+    loss, _, auxiliary = jax.jit(make_gradient(parts.training))(parts.trainable, parts.frozen, batch, KEY)
+    assert np.isfinite(loss)
+    after = named(auxiliary["statistics"])
+    assert after.keys() == statistics_before.keys()
+    assert all((after[name] != before).any() for name, before in statistics_before.items())
+
+    def features(training):
+        net = nnx.merge(parts.training if training else parts.evaluation, parts.trainable, *parts.frozen)
+        return net.backbone.pyramid(np.repeat(batch["input"], 3, axis=-1))[-1]
+
+    np.testing.assert_array_equal(features(training=True), features(training=False))

@@ -1,0 +1,91 @@
+"""Augmentation: image and mask move together, as far as was said and no farther, and alike for the same key."""
+
+import jax
+import numpy as np
+import pytest
+from scipy import ndimage
+
+from jaxla.config import Augmentation
+from jaxla.training.augmentation import augment
+
+SIDE = 48
+EACH = {
+    "rotation": Augmentation(rotation=30),
+    "scale": Augmentation(scale=0.3),
+    "flips": Augmentation(flips=True),
+    "elastic": Augmentation(elastic=3),
+    "intensity": Augmentation(intensity=0.3),
+}
+
+
+def slices(count=64):
+    """A bright ellipse off the centre, and its mask; in class 2 a smaller one."""
+    rows, columns = np.indices((SIDE, SIDE))
+    mask = (((rows - 20) / 10) ** 2 + ((columns - 27) / 6) ** 2 < 1).astype(np.uint8)
+    mask[(rows - 20) ** 2 + (columns - 27) ** 2 < 9] = 2
+    image = np.array([0.2, 0.6, 0.9], np.float32)[mask]
+    return np.repeat(image[None, ..., None], count, 0), np.repeat(mask[None], count, 0)
+
+
+def augmented(augmentation, seed=0):
+    images, masks = jax.jit(lambda key: augment(augmentation, key, *slices()))(jax.random.key(seed))
+    return np.asarray(images), np.asarray(masks)
+
+
+def moments(mask):
+    """Area, centre and angle of the long axis in degrees."""
+    where = np.argwhere(mask > 0)
+    values, vectors = np.linalg.eigh(np.cov(where.T))
+    long = vectors[:, values.argmax()]
+    return len(where), where.mean(0), np.degrees(np.arctan2(long[1], long[0]))
+
+
+@pytest.mark.parametrize("name", EACH)
+def test_every_slice_changes_in_its_own_way_and_alike_for_the_same_key(name):
+    images, masks = augmented(EACH[name])
+    assert images.shape == (64, SIDE, SIDE, 1)
+    assert (images.dtype, masks.dtype) == (np.float32, np.uint8)
+    different = 4 if name == "flips" else 64
+    assert len({image.tobytes() for image in images}) == different
+    again = augmented(EACH[name])
+    np.testing.assert_array_equal(images, again[0])
+    np.testing.assert_array_equal(masks, again[1])
+    assert (augmented(EACH[name], seed=1)[0] != images).any()
+
+
+@pytest.mark.parametrize("name", ["rotation", "scale", "flips", "elastic"])
+def test_the_mask_stays_on_its_structure(name):
+    images, masks = augmented(EACH[name])
+    assert set(np.unique(masks)) == {0, 1, 2}
+    for image, mask in zip(images[..., 0], masks, strict=True):
+        inner = [ndimage.binary_erosion(mask == k, iterations=2, border_value=1) for k in (0, 2)]
+        if inner[1].any():
+            np.testing.assert_allclose(image[inner[1]], 0.9, atol=0.01)
+        shown = inner[0] & ndimage.binary_erosion(image > 0.1, iterations=2)  # zeros come in from outside
+        assert shown.sum() > 500
+        np.testing.assert_allclose(image[shown], 0.2, atol=0.01)
+
+
+def test_angles_and_sizes_reach_what_was_said_and_no_farther():
+    before = moments(slices(1)[1][0])
+    angles = [moments(mask)[2] - before[2] for mask in augmented(EACH["rotation"])[1]]
+    angles = (np.array(angles) + 90) % 180 - 90
+    assert -31 < angles.min() < -24
+    assert 24 < angles.max() < 31
+    ratio = np.sqrt([moments(mask)[0] / before[0] for mask in augmented(EACH["scale"])[1]])
+    assert 1 / 1.34 < ratio.min() < 1 / 1.2
+    assert 1.2 < ratio.max() < 1.34
+
+
+def test_intensity_changes_the_image_alone_and_keeps_its_range():
+    images, masks = augmented(EACH["intensity"])
+    np.testing.assert_array_equal(masks, slices()[1])
+    assert images.min() >= 0
+    assert images.max() <= 1
+    background = images[:, 0, 0, 0]
+    assert background.std() > 0.05
+
+
+def test_elastic_displacements_are_as_large_as_was_said():
+    shifts = [np.abs(moments(mask)[1] - moments(slices(1)[1][0])[1]).mean() for mask in augmented(EACH["elastic"])[1]]
+    assert 0.3 < np.mean(shifts) < 0.03 * SIDE * 1.5
