@@ -60,10 +60,10 @@ def train(options: Options, command: str) -> None:
     # What can fail is checked before what takes long.
     from jaxla.training.run_folder import (
         LOG,
-        METRICS,
         RECORD,
         Record,
         environment,
+        has_epochs,
         options_of,
         require_free,
         require_resumable,
@@ -139,7 +139,7 @@ def train(options: Options, command: str) -> None:
             note(log_file, f"stopped {where}")
             raise Stopped(f"{where}; go on with: {go_on}") from stop
         except TooLarge:
-            if is_first() and not options.resume and not (run_dir / METRICS).read_text():
+            if is_first() and not options.resume and not has_epochs(run_dir):
                 shutil.rmtree(run_dir)  # nothing is lost, and the next try may have the same folder
             raise
         except InputError as error:

@@ -178,14 +178,15 @@ class ReferenceVGG(nn.Module):
 
 
 class ReferenceSegNet(nn.Module):
-    def __init__(self, outputs):
+    def __init__(self, stages, outputs):
         super().__init__()
-        self.backbone = ReferenceVGG([[64] * 2, [128] * 2, [256] * 3, [512] * 3, [512] * 3])
-        widths = [[64, 64], [128, 128, 64], [256, 256, 256, 128], [512, 512, 512, 256], [512, 512, 512, 512]]
+        self.backbone = ReferenceVGG(stages)
+        # mirrored: of VGG-16 64 64, 128 128 64, 256 256 256 128, 512 512 512 256, 512 512 512 512
+        widths = [stages[0], *([*stage, above[-1]] for above, stage in pairwise(stages))]
         self.up = nn.ModuleList(
             [nn.ModuleList([Unit(i, o, bias=True) for i, o in pairwise(stage)]) for stage in widths]
         )
-        self.logits = nn.Conv2d(64, outputs, 3, padding=1)
+        self.logits = nn.Conv2d(stages[0][0], outputs, 3, padding=1)
 
     def forward(self, x):
         pooled, places = self.backbone(x)
@@ -212,7 +213,7 @@ def reference_of(network):
             blocks = network.backbone.variant.blocks
             reference = ReferenceResNetUNet(blocks, widths, network.logits.out_features)
         case SegNet():
-            reference = ReferenceSegNet(network.logits.out_features)
+            reference = ReferenceSegNet(network.backbone.variant.stages, network.logits.out_features)
         case ResNet():
             reference = ReferenceResNet(network.variant.blocks)
         case VGG():

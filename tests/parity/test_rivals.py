@@ -16,16 +16,18 @@ import torch
 from flax import nnx
 
 from jaxla.models.attention_unet import AttentionUNet
-from jaxla.models.resnet import ResNet, Variant
+from jaxla.models.resnet import ResNet
+from jaxla.models.resnet import Variant as ResNetVariant
 from jaxla.models.resnet_unet import ResNetUNet
 from jaxla.models.segnet import SegNet
 from jaxla.models.unet import UNet
-from jaxla.models.vgg import VARIANTS as VGGS
 from jaxla.models.vgg import VGG
+from jaxla.models.vgg import Variant as VGGVariant
 from tests.parity.references import as_theirs, reference_of
 from tests.tiny import randomise
 
-SMALL_RESNET = Variant(blocks=(2, 3, 2, 2))
+SMALL_RESNET = ResNetVariant(blocks=(2, 2, 2, 2))
+SMALL_VGG = VGGVariant(stages=((6, 6), (8, 8), (12, 12, 12), (16, 16, 16), (16, 16, 16)))
 SIZE = (64, 96)
 
 
@@ -36,12 +38,12 @@ def resnet_unet(outputs, *, dtype, rngs):
 
 
 def segnet(outputs, *, dtype, rngs):
-    return SegNet(VGG(VGGS["vgg16_bn"], dtype=dtype, rngs=rngs), outputs, dtype=dtype, rngs=rngs)
+    return SegNet(VGG(SMALL_VGG, dtype=dtype, rngs=rngs), outputs, dtype=dtype, rngs=rngs)
 
 
 NETWORKS = {
-    "unet": partial(UNet, (8, 16, 24, 32, 48)),
-    "attention_unet": partial(AttentionUNet, (8, 16, 24, 32, 48)),
+    "unet": partial(UNet, (8, 16, 24, 32)),
+    "attention_unet": partial(AttentionUNet, (8, 16, 24, 32)),
     "resnet_unet": resnet_unet,
     "segnet": segnet,
 }
