@@ -74,7 +74,7 @@ def main(arguments):
             time.sleep(PAUSE)
             before = reset_peak()
             seconds[name].append(timed(side))
-            grown[name].append(peak() - before)
+            grown[name].append(peak() - before if before else None)
     medians = {name: statistics.median(times[1:]) for name, times in seconds.items()}
     of_torch = {name: median / medians["jaxla"] for name, median in medians.items() if name != "jaxla"}
     result = {
@@ -93,7 +93,7 @@ def main(arguments):
         "slices_per_second": {name: options.batch / median for name, median in medians.items()},
         "torch_over_jaxla": of_torch,
         "fastest_torch_over_jaxla": min(of_torch.values()),
-        "grown_bytes": {name: max(values[1:]) for name, values in grown.items()},
+        "grown_bytes": {name: max(values[1:]) if all(values[1:]) else None for name, values in grown.items()},
         "jaxla_program_bytes": sides["jaxla"].bytes,
     }
     text = json.dumps(result, indent=1)

@@ -46,7 +46,7 @@ def build_network(
 ) -> nnx.Module:
     """The untrained network of a method, in evaluation mode: images [B, H, W, C] -> logits [B, H, W, K].
 
-    Transformer methods take C = 1 (grey values in 0..1) or C = 3 (ImageNet-normalised).
+    All take C = 1 (grey values in 0..1); those on a pretrained backbone or encoder C = 3 (ImageNet-normalised) too.
 
     Args:
         name: a method, as `python -m jaxla.train --exp=list` lists them.

@@ -323,11 +323,12 @@ def parse_experiment(
     arguments: list[str],
     experiments: Mapping[str, Experiment],
     methods: Mapping[str, Method],
-    listing: Callable[[], str],
+    listing: Callable[[bool], str],
 ) -> Options:
     """The experiment that a command line names, with its method and options exchanged as it says.
 
-    Prints the listing and leaves the process for `--exp=list`, and for `--help` without an experiment.
+    Prints the listing, with details for `--exp=list`, and leaves the process for that, and for `--help` without an
+    experiment.
 
     Raises:
         InputError: an unknown experiment, method or option, or a value of the wrong kind.
@@ -341,7 +342,7 @@ def parse_experiment(
         raise InputError(str(error)) from error
     if named.exp == "list" or (named.exp is None and {"-h", "--help"} & set(arguments)):
         print(f"usage: python -m {module} --exp=NAME [--option=value ...]; --exp=NAME --help shows every option")
-        print(listing())
+        print(listing(named.exp == "list"))
         sys.exit(0)
     if named.exp is None:
         raise InputError(f"option --exp is required; --exp=list describes them: {', '.join(experiments)}")

@@ -22,6 +22,9 @@ from jaxla.devices.processes import joined, require_same, share, tell
 if TYPE_CHECKING:
     from jsonargparse import Namespace
 
+    from jaxla.data.inputs import Canvas
+    from jaxla.data.volumes import Volume
+
 
 def main(arguments: list[str]) -> None:
     """Segment scans with a finished run.
@@ -79,12 +82,26 @@ def predict(options: Namespace) -> None:
         segment = make_segment(trained)
         for number, (scan, mask) in share(list(enumerate(outputs.items(), start=1))):
             volume = read_image(scan)
+            say_if_cut(volume, trained.record.canvas)
             classes, probabilities = segment(volume, options.probabilities)
             if probabilities is not None:
                 write_volume(_probabilities_file(mask), probabilities, volume)
             write_segmentation(mask, classes, trained, volume)
             millilitres = (classes > 0).sum() * math.prod(volume.spacing) / 1000
             tell(f"{number}/{len(outputs)} {mask}: {millilitres:.1f} ml")
+
+
+def say_if_cut(volume: Volume, canvas: Canvas) -> None:
+    from jaxla.data.volumes import slice_geometry, to_slices
+
+    geometry = slice_geometry(volume.affine)
+    shape, spacing = to_slices(volume.array, geometry).shape[1:], geometry.spacing[1:]
+    if canvas.frame(shape, spacing).cuts:
+        height, width = (n * mm for n, mm in zip(shape, spacing, strict=True))
+        tell(
+            f"{volume.path}: slices of {height:.0f} × {width:.0f} mm are larger than the {canvas.extent:.0f} mm that "
+            "the network was trained on: it sees their centre, the rest is background"
+        )
 
 
 def _name_outputs(scans: dict[str, Path], source: Path, output: Path) -> dict[Path, Path]:

@@ -63,7 +63,6 @@ def train(options: Options, command: str) -> None:
         RECORD,
         Record,
         environment,
-        has_epochs,
         options_of,
         require_free,
         require_resumable,
@@ -82,7 +81,6 @@ def train(options: Options, command: str) -> None:
     require_writable("--cache-dir", cache_dir)
 
     from jaxla.data.cache import in_use
-    from jaxla.devices.memory import TooLarge
     from jaxla.devices.mesh import use_devices
     from jaxla.models.weights import weights_file
     from jaxla.models.weights_format import require_undamaged
@@ -125,8 +123,10 @@ def train(options: Options, command: str) -> None:
         log_file: logging.Handler = logging.NullHandler()
         go_on = resume_command(record.command, run_dir)
         if is_first():
+            held.push(partial(remove_unbegun, run_dir))
             held.enter_context(run_folder(run_dir, record, data.split, data.cases, options.resume))
             log_file = logging.FileHandler(run_dir / LOG)
+            held.callback(log_file.close)
             early_lines.setTarget(log_file)
         begun = agreed((run_dir / RECORD).read_text() if is_first() else None)
         if not (run_dir / RECORD).exists() or (run_dir / RECORD).read_text() != begun:
@@ -138,10 +138,6 @@ def train(options: Options, command: str) -> None:
             where = str(stop) or "before the end"
             note(log_file, f"stopped {where}")
             raise Stopped(f"{where}; go on with: {go_on}") from stop
-        except TooLarge:
-            if is_first() and not options.resume and not has_epochs(run_dir):
-                shutil.rmtree(run_dir)  # nothing is lost, and the next try may have the same folder
-            raise
         except InputError as error:
             note(log_file, f"error: {error}")
             raise
@@ -160,6 +156,15 @@ def train(options: Options, command: str) -> None:
         f"(mean per volume over {dice['n']} patients; the atlas, which never looks at the image: "
         f"Dice {atlas['mean']:.3f}). Run folder: {run_dir}"
     )
+
+
+def remove_unbegun(run_dir: Path, kind: type | None, error: BaseException | None, trace: object) -> None:
+    """Remove the folder of a run that ended for want of memory before anything was saved: the next try may have it."""
+    from jaxla.devices.memory import TooLarge
+    from jaxla.training.checkpoints import checkpoint_steps
+
+    if isinstance(error, TooLarge) and not checkpoint_steps(run_dir / "checkpoints" / "latest"):
+        shutil.rmtree(run_dir, ignore_errors=True)
 
 
 def note(log_file: logging.Handler, message: str) -> None:
@@ -208,6 +213,13 @@ def checked(experiment: Experiment) -> Experiment:
             raise InputError(f"option --training.{option} must be a positive number, got {getattr(training, option)}")
     own = METHODS[experiment.method].model
     model = checked_model(experiment.model, own, experiment.method)
+    recipe = METHODS[experiment.method].training
+    has_rate = model.backbone == "finetuned" and model.weights != "random"
+    if not has_rate and training.backbone_learning_rate != recipe.backbone_learning_rate:
+        raise InputError(
+            "option --training.backbone_learning_rate is that of a pretrained backbone that is trained, and "
+            f"{model.arch} is {'frozen' if model.backbone == 'frozen' else 'trained from random weights'}; leave it out"
+        )
     require_size(model, "option --preprocessing.image_size", experiment.preprocessing.image_size)
     method = experiment.method if own.arch == model.arch else f"{experiment.method} with {model.arch}"
     return replace(experiment, method=method, model=model)
@@ -226,12 +238,19 @@ def require_share(experiment: Experiment) -> None:
         )
 
 
-def list_experiments() -> str:
-    from jaxla.models.network import parameter_count
-
+def list_experiments(details: bool) -> str:
+    """The experiments and methods; with each method's parameters, input and recipe where asked for details."""
     lines = ["Experiments (--exp=NAME):"]
     lines += [f"  {e.name:20} {e.summary}; method {e.method}" for e in EXPERIMENTS.values()]
-    lines += ["Methods (--method=NAME), with their parameters, input and recipe:"]
+    lines += ["Methods (--method=NAME):"]
+    if not details:
+        return "\n".join([*lines, *(f"  {m.name:20} {m.summary}" for m in METHODS.values())])
+
+    import jax
+
+    from jaxla.models.network import parameter_count
+
+    jax.config.update("jax_platforms", "cpu")  # to count takes no GPU from others
     for method in METHODS.values():
         size, recipe = method.preprocessing.image_size, method.training
         lines.append(f"  {method.name:20} {method.summary}")

@@ -224,7 +224,7 @@ def test_a_batch_that_the_memory_does_not_hold_names_the_option_and_leaves_no_ru
     flat(tmp_path / "data", 5)
     options = ("--model.widths=[8,8]", "--preprocessing.image_size=160", "--training.batch_size=9999")
     line = refuse_to_train(tmp_path, "--method=unet", *options)
-    said = r"^error: option --training.batch_size=9999: a training step takes \S+ and the device has \S+; lower it, or"
+    said = r"^error: option --training.batch_size=9999: a training step takes \S+ and the device has \S+; in a new run"
     assert re.search(said, line)
 
 
@@ -263,6 +263,11 @@ def test_a_batch_that_the_memory_does_not_hold_names_the_option_and_leaves_no_ru
         (["--method=unet", "--model.weights=x.safetensors"], "x.safetensors: unet has no pretrained weights; leave it"),
         (["--method=unet", "--model.decoder=linear"], "option --model.decoder is not one of method unet; leave it out"),
         (["--method=unet", "--model.backbone=frozen"], "option --model.backbone is not one of method unet"),
+        (["--method=unet", "--training.backbone_learning_rate=1"], "backbone_learning_rate is that of a pretrained"),
+        (
+            ["--method=resnet50_unet", "--model.weights=random", "--model.decoder_widths=[8,8]"],
+            "resnet50 has 5 stages;",
+        ),
         (["--method=segnet", "--model.widths=[8,8]"], "option --model.widths is not one of method segnet"),
         (
             ["--method=unet", "--model.arch=resnet50"],

@@ -60,6 +60,7 @@ def test_a_finished_run_is_told_whole(small_run, phantoms):
         "data": f"{phantoms}; {len(split['train'])} train, {len(split['val'])} val, {len(split['test'])} test",
         "classes": "LA: any non-zero value",
         "backbone": "vit_mini8, finetuned, random weights",
+        "decoder": "convolutional",
         "input": "48 × 48 pixels",
         "seed": "1",
         "device": f"{jax.devices()[0].platform}: {jax.devices()[0].device_kind}",

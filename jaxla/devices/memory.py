@@ -5,15 +5,17 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 import jax
 from tqdm import tqdm
 
 from jaxla.config import InputError
 
-# What a container or a scheduler's job may take of the machine's memory: control groups, version 2 and 1.
-LIMITS = (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"))
+# Control groups, by which a container or a scheduler grants a share of the machine's memory: those of this process, and
+# where the limits of a group stand, in version 1 and in version 2.
+GROUPS = Path("/proc/self/cgroup")
+LIMITS = {"memory": ("/sys/fs/cgroup/memory", "memory.limit_in_bytes"), "": ("/sys/fs/cgroup", "memory.max")}
 
 
 class TooLarge(InputError):
@@ -34,13 +36,23 @@ def device_bytes() -> int:
     """Memory of a device, 0 where it does not say; on CPU that of the machine, or what this process may take of it."""
     if jax.default_backend() != "cpu":
         return (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit", 0)
-    limits = [os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")]
-    for path in LIMITS:
-        try:
-            limits.append(int(path.read_text()))
-        except (OSError, ValueError):  # no such file, or "max"
-            continue
-    return min(limits)
+    return min([os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"), *_granted()])
+
+
+def _granted() -> Iterator[int]:
+    """The limits of this process's control groups, and of those that these are in."""
+    try:
+        groups = [line.split(":", 2) for line in GROUPS.read_text().splitlines()]
+    except OSError:  # not Linux
+        return
+    for _, kinds, name in groups:
+        for kind in LIMITS.keys() & kinds.split(","):
+            root, file = LIMITS[kind]
+            for group in (PurePosixPath(name), *PurePosixPath(name).parents):
+                try:
+                    yield int(Path(f"{root}/{group}", file).read_text())
+                except (OSError, ValueError):  # no such file, or "max"
+                    continue
 
 
 def require_memory(needed: int, batch_size: int) -> None:

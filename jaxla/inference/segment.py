@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Iterable
 from itertools import islice
 from pathlib import Path
@@ -18,8 +17,6 @@ from jaxla.data.volumes import Volume, from_slices, slice_geometry, to_slices, w
 from jaxla.devices.mesh import own_rows, spread, to_devices
 from jaxla.inference.postprocessing import postprocess
 from jaxla.inference.trained import TrainedNetwork
-
-log = logging.getLogger(__name__)
 
 Segment = Callable[..., tuple[np.ndarray, np.ndarray | None]]
 
@@ -39,12 +36,6 @@ def make_segment(trained: TrainedNetwork) -> Segment:
         geometry = slice_geometry(volume.affine)
         slices = to_slices(volume.array, geometry)
         place = canvas.frame(slices.shape[1:], geometry.spacing[1:])
-        if place.cuts:
-            log.warning(
-                "%s: slices of %.0f × %.0f mm are larger than the %.0f mm that the network was trained on: it sees "
-                "their centre, the rest is background", volume.path,
-                *(n * mm for n, mm in zip(slices.shape[1:], geometry.spacing[1:], strict=True)), canvas.extent,
-            )  # fmt: skip
         grey_range = intensity_range(volume.array)
         inputs = (image_to_input(pixels, grey_range, place) for pixels in slices)
         classes, kept = segment_slices(inputs, place, slices.shape, probabilities)

@@ -19,49 +19,20 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from jaxla.models.convolution import LECUN_NORMAL, Upconvolution, convolution, logits_layer
+from jaxla.models.convolution import LECUN_NORMAL, convolution
 from jaxla.models.decoders import double
-from jaxla.models.images import crop, pad_to_multiple, require_images
-from jaxla.models.pooling import max_pool
-from jaxla.models.unet import DoubleConvolution
+from jaxla.models.unet import UNet
 
 
-class AttentionUNet(nnx.Module):
-    """Grey images to logits, as `UNet`, each skip weighed by a gate.
-
-    Args:
-        widths: channels of each level, finest first; between two levels the image is halved.
-        outputs: K, channels of the logits.
-        dtype: of the computation; parameters, statistics and logits are float32.
-    """
+class AttentionUNet(UNet):
+    """A `UNet`, each skip of which is weighed by a gate; takes and gives the same."""
 
     def __init__(self, widths: Sequence[int], outputs: int, *, dtype: jnp.dtype = jnp.float32, rngs: nnx.Rngs) -> None:
-        self.down = nnx.List([DoubleConvolution(i, o, dtype, rngs) for i, o in pairwise((1, *widths))])
+        super().__init__(widths, outputs, dtype=dtype, rngs=rngs)
         self.gates = nnx.List([Gate(i, o, dtype, rngs) for i, o in pairwise(widths)])
-        self.up = nnx.List([Upconvolution(o, i, dtype=dtype, rngs=rngs) for i, o in pairwise(widths)])
-        self.join = nnx.List([DoubleConvolution(2 * width, width, dtype, rngs) for width in widths[:-1]])
-        self.logits = logits_layer(widths[0], outputs, 1, dtype, rngs)
-        self.multiple = 2 ** (len(widths) - 1)  # of which the sides must be; other images are padded
 
-    def __call__(self, images: jax.Array, present: jax.Array | None = None) -> jax.Array:
-        """[B, H, W, 1] grey values in 0..1 -> logits [B, H, W, K] float32, for any H and W of at least `multiple`.
-
-        Args:
-            present: [B] bool, which of them BatchNorm's statistics are of while it trains; by default all.
-
-        Raises:
-            ValueError: `images` is not [B, H, W, 1] of floating point, or too small.
-        """
-        require_images(images, least=self.multiple, channels=(1,))
-        x = pad_to_multiple(images, self.multiple)
-        levels = [self.down[0](x, present)]
-        for convolutions in self.down[1:]:
-            levels.append(convolutions(max_pool(levels[-1]), present))
-        x = levels.pop()
-        for gate, up, join in zip(reversed(self.gates), reversed(self.up), reversed(self.join), strict=True):
-            skip = gate(levels.pop(), x)
-            x = join(jnp.concatenate([skip, up(x)], axis=-1), present)
-        return crop(self.logits(x), images.shape[1:3], self.multiple)
+    def skip(self, level: int, x: jax.Array, below: jax.Array) -> jax.Array:
+        return self.gates[level](x, below)
 
 
 class Gate(nnx.Module):

@@ -24,7 +24,7 @@ def architecture(option: str, name: str) -> str:
         InputError: there is none of that name; the message names the nearest.
     """
     name = dinov3.HUB_SPELLINGS.get(name, name)
-    if name in resnet.VARIANTS:
+    if name in VARIANTS and name not in TRANSFORMERS:
         raise InputError(f"{option}={name} is no vision transformer. Known: {', '.join(TRANSFORMERS)}")
     lookup(option, name, TRANSFORMERS)
     return name

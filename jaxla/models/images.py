@@ -25,7 +25,9 @@ def require_images(images: jax.Array, patch: int = 1, *, least: int = 1, channel
         hint = "; channels come last here" if images.ndim == 4 and images.shape[1] in (1, 3) else ""
         raise ValueError(f"images of shape {tuple(images.shape)}: expected {expected}{hint}")
     if not jnp.issubdtype(images.dtype, jnp.floating):
-        raise ValueError(f"images of {images.dtype}: expected floating point, normalised as ImageNet's are")
+        grey = "grey values in 0..1" + " or " * (3 in channels)
+        normalised = "normalised as ImageNet's are" if 3 in channels else ""
+        raise ValueError(f"images of {images.dtype}: expected floating point, {grey * (1 in channels)}{normalised}")
     if 0 in images.shape:
         raise ValueError(f"images of shape {tuple(images.shape)}: there is no pixel in them")
     height, width = images.shape[1:3]

@@ -70,6 +70,7 @@ class Family(NamedTuple):
         of: what their architectures are, for messages.
         options: of `Model`, those that it reads.
         multiple: of which the sides of an image must be; or, where `pads`, what they must be at least.
+        stages: how many `decoder_widths` it takes; 0 where any number will do.
         build: from a backbone with its weights (None where it has none), the options and K.
     """
 
@@ -78,6 +79,7 @@ class Family(NamedTuple):
     options: tuple[str, ...]
     multiple: Callable[[Model], int]
     pads: bool
+    stages: int
     build: Callable[[Backbone | None, Model, int, nnx.Rngs], Network]
 
 
@@ -98,9 +100,9 @@ def build_network(model: Model, classes: int, seed: int, cache_dir: Path | None 
         remat = model.backbone == "finetuned"
         return build_backbone(model.arch, dtype=compute_dtype(), remat=remat, rngs=nnx.Rngs(backbone_key))
 
-    backbone = None
+    require_fitting(model)
     if "weights" not in family.options:
-        require_no_weights(model)
+        backbone = None
     elif model.weights == "random":
         backbone = nnx.jit(untrained)()
     else:
@@ -142,17 +144,23 @@ def checked_model(model: Model, own: Model, method: str) -> Model:
         known = ", ".join(family.architectures)
         raise InputError(f"--model.arch={arch} is no {family.of}, on which method {method} is built. Known: {known}")
     model = replace(model, arch=arch)
-    if "weights" not in family.options:
-        require_no_weights(model)
+    require_fitting(model)
     for field in fields(Model):
         if field.name not in ("arch", *family.options) and getattr(model, field.name) != getattr(own, field.name):
             raise InputError(f"option --model.{field.name} is not one of method {method}; leave it out")
     return model
 
 
-def require_no_weights(model: Model) -> None:
-    if model.weights != "random":
+def require_fitting(model: Model) -> None:
+    """Raise an InputError if options have values that the network cannot have."""
+    family = family_of(model.arch)
+    if "weights" not in family.options and model.weights != "random":
         raise InputError(f"--model.weights={model.weights}: {model.arch} has no pretrained weights; leave it out")
+    if family.stages and len(model.decoder_widths) != family.stages:
+        raise InputError(
+            f"option --model.decoder_widths={list(model.decoder_widths)}: a U-Net on {model.arch} has {family.stages} "
+            "stages; give as many widths"
+        )
 
 
 def require_size(model: Model, option: str, size: int) -> None:
@@ -187,11 +195,6 @@ def _unet(backbone: None, model: Model, classes: int, rngs: nnx.Rngs) -> UNet | 
 
 
 def _resnet_unet(backbone: resnet.ResNet, model: Model, classes: int, rngs: nnx.Rngs) -> ResNetUNet:
-    if len(model.decoder_widths) != len(resnet_unet.SKIPS):
-        raise InputError(
-            f"option --model.decoder_widths={list(model.decoder_widths)}: a U-Net on {model.arch} has "
-            f"{len(resnet_unet.SKIPS)} stages; give as many widths"
-        )
     return ResNetUNet(backbone, model.decoder_widths, classes, dtype=compute_dtype(), rngs=rngs)
 
 
@@ -202,19 +205,19 @@ def _segnet(backbone: vgg.VGG, model: Model, classes: int, rngs: nnx.Rngs) -> Se
 FAMILIES = (
     Family(
         "vision transformer", TRANSFORMERS, ("weights", "backbone", "decoder", "decoder_widths"),
-        lambda model: TRANSFORMERS[model.arch].patch, pads=False, build=_transformer,
+        lambda model: TRANSFORMERS[model.arch].patch, pads=False, stages=0, build=_transformer,
     ),
     Family(
         "U-Net", ("unet", "attention_unet"), ("widths",),
-        lambda model: 2 ** (len(model.widths) - 1), pads=True, build=_unet,
+        lambda model: 2 ** (len(model.widths) - 1), pads=True, stages=0, build=_unet,
     ),
     Family(
         "ResNet", resnet.VARIANTS, ("weights", "backbone", "decoder_widths"),
-        lambda model: resnet_unet.MULTIPLE, pads=True, build=_resnet_unet,
+        lambda model: resnet_unet.MULTIPLE, pads=True, stages=len(resnet_unet.SKIPS), build=_resnet_unet,
     ),
     Family(
         "VGG", vgg.VARIANTS, ("weights", "backbone"),
-        lambda model: segnet.MULTIPLE, pads=True, build=_segnet,
+        lambda model: segnet.MULTIPLE, pads=True, stages=0, build=_segnet,
     ),
 )  # fmt: skip
 ARCHITECTURES = {name: family for family in FAMILIES for name in family.architectures}

@@ -45,9 +45,14 @@ class UNet(nnx.Module):
         for convolutions in self.down[1:]:
             levels.append(convolutions(max_pool(levels[-1]), present))
         x = levels.pop()
-        for up, join in zip(reversed(self.up), reversed(self.join), strict=True):
-            x = join(jnp.concatenate([levels.pop(), up(x)], axis=-1), present)
+        for level in reversed(range(len(levels))):
+            skip = self.skip(level, levels[level], x)
+            x = self.join[level](jnp.concatenate([skip, self.up[level](x)], axis=-1), present)
         return crop(self.logits(x), images.shape[1:3], self.multiple)
+
+    def skip(self, level: int, x: jax.Array, below: jax.Array) -> jax.Array:
+        """What the way up joins of a level's features x [B, H, W, C]; `below` [B, H/2, W/2, 2C] is where it stands."""
+        return x
 
 
 class DoubleConvolution(nnx.Module):

@@ -16,7 +16,7 @@ from flax import nnx
 
 from jaxla.config import Experiment
 from jaxla.data.batches import SliceSource, evaluation_batches, steps_per_epoch, training_batches
-from jaxla.devices.memory import as_bytes, device_bytes, program_bytes
+from jaxla.devices.memory import as_bytes, device_bytes, program_bytes, require_memory
 from jaxla.devices.mesh import on_host, own_rows, spread, to_devices, use_own_devices
 from jaxla.devices.processes import gather, process_count, share
 from jaxla.evaluation.summary import score_case
@@ -73,7 +73,11 @@ class Forecast:
 
 
 def forecast(experiment: Experiment, data: PreparedData, cache_dir: Path) -> Forecast:
-    """Measure a few steps of the run on its own data; nothing is trained, and no file written."""
+    """Measure a few steps of the run on its own data; nothing is trained, and no file written.
+
+    Raises:
+        InputError: a step needs more memory than there is.
+    """
     began = time.perf_counter()
     recipe, model, canvas = experiment.training, experiment.model, data.canvas(experiment.preprocessing)
     size = canvas.size
@@ -117,6 +121,7 @@ def forecast(experiment: Experiment, data: PreparedData, cache_dir: Path) -> For
     key = jax.random.key(0)
     arguments = [split.trainable, split.frozen, state, spread(next(batches)), key]
     step = make_step(make_gradient(split.training, experiment.augmentation), optimiser).lower(*arguments).compile()
+    require_memory(program_bytes(step), recipe.batch_size)
 
     def one_step() -> Any:
         arguments[0], _, arguments[2], loss = step(*arguments)
@@ -169,8 +174,6 @@ def describe(f: Forecast) -> str:
     memory = f"{as_bytes(f.step_bytes)} for a training step, by XLA's account"
     if f.device_bytes:
         memory += f", of {as_bytes(f.device_bytes)}"
-        if f.step_bytes > f.device_bytes:
-            memory += f": too much; lower --training.batch_size (now {recipe.batch_size})"
     lines = {
         "run": f"{experiment.name}, {experiment.method}: {describe_backbone(experiment)}",
         "patients": ", ".join(f"{count} {name}" for name, count in f.patients.items()),

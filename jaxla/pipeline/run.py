@@ -122,6 +122,7 @@ def prepare_data(experiment: Experiment, cache_dir: Path) -> PreparedData:
 
 def train_and_test(experiment: Experiment, data: PreparedData, run_dir: Path, cache_dir: Path) -> dict[str, Any]:
     """All of a run once its folder is there; begins where the folder says it ended. Returns the summary of the test."""
+    say_what_is_cut(data, data.canvas(experiment.preprocessing))
     with on_host():
         network = build(experiment, data.dataset.labels.outputs, run_dir)
     features, origin = cached_features(experiment, network, data, cache_dir)
@@ -131,6 +132,15 @@ def train_and_test(experiment: Experiment, data: PreparedData, run_dir: Path, ca
     del network  # the trained one is loaded with its own backbone
     with use_own_devices():
         return test(data, features, run_dir)
+
+
+def say_what_is_cut(data: PreparedData, canvas: Canvas) -> None:
+    cut = [v.id for v in data.used if canvas.frame(v.shape[1:], v.spacing[1:]).cuts]
+    if cut and is_first():
+        log.warning(
+            "%d validation or test cases have slices larger than the largest training slice (%.0f mm): the network "
+            "sees their centre, the rest is background: %s", len(cut), canvas.extent, ", ".join(cut),
+        )  # fmt: skip
 
 
 def build(experiment: Experiment, outputs: int, run_dir: Path) -> Network:

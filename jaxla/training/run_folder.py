@@ -116,11 +116,6 @@ def is_finished(folder: Path) -> bool:
     return (folder / REPORT).exists()
 
 
-def has_epochs(folder: Path) -> bool:
-    """Whether an epoch has been completed."""
-    return (folder / METRICS).exists() and bool((folder / METRICS).read_text())
-
-
 def is_running(folder: Path) -> bool:
     """Whether a process trains in that folder now."""
     if not (folder / LOCK).exists():
