@@ -22,7 +22,9 @@ class TooLarge(InputError):
     """A training step needs more memory than the device has."""
 
     def __init__(self, batch_size: int, what: str) -> None:
-        super().__init__(f"option --training.batch_size={batch_size}: {what}; lower it, or --preprocessing.image_size")
+        super().__init__(
+            f"option --training.batch_size={batch_size}: {what}; in a new run lower it, or --preprocessing.image_size"
+        )
 
 
 def program_bytes(compiled: jax.stages.Compiled) -> int:

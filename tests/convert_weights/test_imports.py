@@ -27,7 +27,6 @@ def test_no_module_of_the_package_imports_torch():
     [
         ("jaxla.train", ["--help"], "quickstart"),
         ("jaxla.train", ["--exp=quickstart", "--help"], "quickstart"),
-        ("jaxla.train", ["--exp=list"], "quickstart"),
         ("convert_weights", ["--help"], "--to-torch"),
     ],
 )

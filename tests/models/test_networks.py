@@ -14,6 +14,7 @@ from jaxla.models.attention_unet import AttentionUNet
 from jaxla.models.images import IMAGENET_DEVIATION, IMAGENET_MEAN
 from jaxla.models.network import parameter_count
 from jaxla.models.unet import UNet
+from jaxla.train import list_experiments
 from tests.parity.test_rivals import NETWORKS, network_of
 from tests.tiny import randomise
 
@@ -61,6 +62,15 @@ def test_grey_images_are_normalised_as_imagenets(name):
 @pytest.mark.parametrize("method", PARAMETERS)
 def test_parameters_are_as_many_as_published(method):
     assert parameter_count(METHODS[method].model) == PARAMETERS[method]
+
+
+def test_the_list_shows_parameters_input_and_recipe():
+    lines = list_experiments(details=True).splitlines()
+    where = next(i for i, line in enumerate(lines) if line.startswith("  segnet "))
+    assert lines[where + 1].strip() == (
+        "29.4 M parameters; 320×320 pixels; Adam 0.0001, at most 75 epochs, batches of 24"
+    )
+    assert sum("M parameters; " in line for line in lines) == len(METHODS)
 
 
 def test_attention_gates_weigh_the_skips():
