@@ -3,7 +3,9 @@
 Forward pass, binary cross-entropy, backward pass and Adam, of a convolutional network and of the PyTorch module that
 the parity suite compares it with. Both run in this process, in turn, from the same parameters on the same batch. On CPU
 in float32 with all cores, PyTorch with channels first and with channels last; on a GPU in bfloat16, PyTorch also
-through `torch.compile`. Before anything is timed the gradients of both are compared.
+through `torch.compile`. Before anything is timed the gradients of both are compared: they may not differ by more than
+PyTorch's own two layouts do from each other (rounding flips ReLUs and the places of maxima, and a deep network with
+random weights multiplies that).
 
 Prints JSON: seconds of a step (median and fastest), slices per second, PyTorch's median over this package's for each
 form of PyTorch (above 1 this package is the faster one) and for the fastest of them, how far the gradients differ, and
@@ -36,7 +38,7 @@ from tests.parity.references import as_theirs, reference_of
 
 RIVALS = {name: method for name, method in METHODS.items() if method.preprocessing.pad_to == "largest"}
 RATE = 1e-4
-AGREEMENT = {"cpu": 2e-2, "gpu": 0.2}  # relative L2 of the gradients, in the precision of each
+AGREEMENT = {"cpu": 2e-2, "gpu": 0.2}  # relative L2 of the gradients, where PyTorch's own forms agree better than this
 MEMORY = Path("/proc/self")
 
 
@@ -64,9 +66,16 @@ def main(arguments):
     for form in ("channels first", "channels last", *(["compiled"] if on_gpu else [])):
         sides[f"torch {form}"] = Theirs(network, images, mask, form, "cuda" if on_gpu else "cpu")
     sides = {"jaxla": Ours(network, images, mask)} | sides  # it gives the network's arrays away
-    difference = gradient_difference(sides)
-    if not difference <= AGREEMENT["gpu" if on_gpu else "cpu"]:
-        raise InputError(f"gradients differ by {difference:.1e}, relative L2; nothing is timed")
+    gradients = {name: side.gradients() for name, side in sides.items()}
+    reference = gradients["torch channels first"]
+    difference = relative_l2(gradients["jaxla"], reference)
+    difference_of_torch = relative_l2(gradients["torch channels last"], reference)
+    if not difference <= max(AGREEMENT["gpu" if on_gpu else "cpu"], difference_of_torch):
+        raise InputError(
+            f"gradients differ by {difference:.1e}, relative L2, PyTorch's own by {difference_of_torch:.1e}; "
+            "nothing is timed"
+        )
+    del gradients, reference
 
     seconds, grown = {name: [] for name in sides}, {name: [] for name in sides}
     for _ in range(options.repeats + 1):  # the first of each warms up
@@ -88,6 +97,7 @@ def main(arguments):
         "versions": {name: importlib.metadata.version(name) for name in ("jax", "flax", "torch")},
         "repeats": options.repeats,
         "gradient_relative_l2": difference,
+        "gradient_relative_l2_of_torch": difference_of_torch,
         "median_seconds": medians,
         "fastest_seconds": {name: min(times[1:]) for name, times in seconds.items()},
         "slices_per_second": {name: options.batch / median for name, median in medians.items()},
@@ -102,12 +112,10 @@ def main(arguments):
     print(text)
 
 
-def gradient_difference(sides):
-    """Relative L2 between our gradients and PyTorch's, over all parameters as one, at the first step."""
-    ours = sides["jaxla"].gradients()
-    theirs = sides["torch channels first"].gradients()
-    difference = sum(np.square(np.float64(ours[name]) - theirs[name]).sum() for name in theirs)
-    return float(np.sqrt(difference / sum(np.square(np.float64(array)).sum() for array in theirs.values())))
+def relative_l2(gradients, reference):
+    """The difference between gradients by name, over all parameters as one, by the reference's length."""
+    difference = sum(np.square(np.float64(gradients[name]) - reference[name]).sum() for name in reference)
+    return float(np.sqrt(difference / sum(np.square(np.float64(array)).sum() for array in reference.values())))
 
 
 class Ours:
