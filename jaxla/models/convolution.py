@@ -4,12 +4,14 @@ XLA's CPU compiler runs one form of convolution fast: images [N, H, W, C] by a s
 that JAX derives have other forms. That of the image can be written in the fast one. That of the kernel cannot: as a
 convolution it has a kernel as large as the image, takes up to eight times as long as the forward pass, and sums some
 hundred thousand products one after the other, which costs two digits. Here it is a sum of matrix products, each over
-as many pixels as the processor's cache holds.
+as many pixels as the processor's cache holds. A kernel of one pixel is a matrix product as it stands.
 
 Below them the layers that the convolutional networks are made of.
 """
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
@@ -55,6 +57,8 @@ def _kernel_gradient(x: jax.Array, gradient: jax.Array, side: int) -> jax.Array:
     """[side, side, C, K]: for each shift of the image, its channels times the gradient's, summed over all pixels."""
     batch, height, width, inputs = x.shape
     outputs = gradient.shape[-1]
+    if side > 1 and outputs < inputs:  # the gradient is the cheaper one to shift
+        return _kernel_gradient(gradient, x, side)[::-1, ::-1].swapaxes(2, 3)
     images, rows = _block(x, side)
     # zeros fill the last blocks up
     more_images, more_rows = -batch % images, -height % rows
@@ -97,6 +101,8 @@ def _derived_gradients(x: jax.Array, kernel: jax.Array, gradient: jax.Array) -> 
 
 
 def _convolve(x: jax.Array, kernel: jax.Array) -> jax.Array:
+    if kernel.shape[0] == 1:
+        return x @ kernel[0, 0]
     sides = [(kernel.shape[0] // 2,) * 2] * 2
     return jax.lax.conv_general_dilated(x, kernel, (1, 1), sides, dimension_numbers=("NHWC", "HWIO", "NHWC"))
 
@@ -125,14 +131,14 @@ def convolution(
         use_bias=bias,
         dtype=dtype,
         kernel_init=kernel_init,
-        conv_general_dilated=_of_stride_1 if stride == 1 else jax.lax.conv_general_dilated,
+        conv_general_dilated=_of_every_pixel if 1 in (stride, side) else jax.lax.conv_general_dilated,
         rngs=rngs,
     )
 
 
-def _of_stride_1(x: jax.Array, kernel: jax.Array, *_: object, **__: object) -> jax.Array:
-    # nnx.Conv's further arguments describe what it always does
-    return same_convolution(x, kernel)
+def _of_every_pixel(x: jax.Array, kernel: jax.Array, strides: Sequence[int], *_: object, **__: object) -> jax.Array:
+    # with a stride, a kernel of one pixel never sees the others; nnx.Conv's further arguments say what is always so
+    return same_convolution(x[:, :: strides[0], :: strides[1]], kernel)
 
 
 def logits_layer(inputs: int, outputs: int, side: int, dtype: jnp.dtype, rngs: nnx.Rngs) -> nnx.Conv:

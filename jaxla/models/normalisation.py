@@ -35,27 +35,54 @@ class BatchNorm(nnx.Module):
             present: [B] bool, which images the statistics are of; by default all.
         """
         full = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+        scale, bias = self.scale[...], self.bias[...]
         if self.use_running_average:
-            mean, var = self.mean[...], self.var[...]
-        else:
-            mean, var, count = _statistics(full, present)
-            self._remember(jax.lax.stop_gradient(mean), jax.lax.stop_gradient(var), count)
-        return ((full - mean) * (self.scale[...] * jax.lax.rsqrt(var + EPSILON)) + self.bias[...]).astype(self.dtype)
+            normalised = (full - self.mean[...]) * (scale * jax.lax.rsqrt(self.var[...] + EPSILON)) + bias
+            return normalised.astype(self.dtype)
+        images = jnp.ones(len(x), full.dtype) if present is None else present.astype(full.dtype)
+        count = images.sum() * (x.shape[1] * x.shape[2])
+        normalised, mean, var = _normalise(x, scale, bias, (images / count)[:, None, None, None])
+        self._remember(jax.lax.stop_gradient(mean), jax.lax.stop_gradient(var), count)
+        return normalised.astype(self.dtype)
 
-    def _remember(self, mean: jax.Array, var: jax.Array, count: jax.Array | int) -> None:
+    def _remember(self, mean: jax.Array, var: jax.Array, count: jax.Array) -> None:
         unbiased = var * (count / jnp.maximum(count - 1, 1))
         self.mean[...] = (1 - MOMENTUM) * self.mean[...] + MOMENTUM * mean
         self.var[...] = (1 - MOMENTUM) * self.var[...] + MOMENTUM * unbiased
 
 
-def _statistics(x: jax.Array, present: jax.Array | None) -> tuple[jax.Array, jax.Array, jax.Array | int]:
-    """Mean and variance of each channel, and over how many values."""
-    pixels = x.shape[1] * x.shape[2]
-    if present is None:
-        mean = x.mean((0, 1, 2))
-        return mean, jnp.square(x - mean).mean((0, 1, 2)), x.shape[0] * pixels
-    images = present.astype(x.dtype)
-    count = images.sum() * pixels
-    weight = images[:, None, None, None] / count
-    mean = (x * weight).sum((0, 1, 2))
-    return mean, (jnp.square(x - mean) * weight).sum((0, 1, 2)), count
+@jax.custom_vjp
+def _normalise(
+    x: jax.Array, scale: jax.Array, bias: jax.Array, weight: jax.Array
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """x by the statistics of x itself, in which a value of each image counts as `weight` [B, 1, 1, 1]; and those.
+
+    What JAX derives keeps several arrays as large as x for the gradient; this keeps x alone, as PyTorch does.
+    """
+    return _forward(x, scale, bias, weight)[0]
+
+
+def _forward(
+    x: jax.Array, scale: jax.Array, bias: jax.Array, weight: jax.Array
+) -> tuple[tuple[jax.Array, jax.Array, jax.Array], tuple[jax.Array, ...]]:
+    full = x.astype(weight.dtype)
+    mean = (full * weight).sum((0, 1, 2))
+    var = (jnp.square(full - mean) * weight).sum((0, 1, 2))
+    deviation = jax.lax.rsqrt(var + EPSILON)
+    normalised = (full - mean) * (scale * deviation) + bias
+    return (normalised, mean, var), (x, scale, weight, mean, deviation)
+
+
+def _backward(
+    kept: tuple[jax.Array, ...], gradients: tuple[jax.Array, jax.Array, jax.Array]
+) -> tuple[jax.Array, jax.Array, jax.Array, None]:
+    x, scale, weight, mean, deviation = kept
+    gradient = gradients[0]  # the statistics' own are zero: they are only remembered
+    centred = (x.astype(weight.dtype) - mean) * deviation
+    of_bias = gradient.sum((0, 1, 2))
+    of_scale = (gradient * centred).sum((0, 1, 2))
+    of_x = (gradient - weight * (of_bias + centred * of_scale)) * (scale * deviation)
+    return of_x.astype(x.dtype), of_scale, of_bias, None
+
+
+_normalise.defvjp(_forward, _backward)

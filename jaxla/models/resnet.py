@@ -19,6 +19,7 @@ from flax import nnx
 from jaxla.models.convolution import convolution
 from jaxla.models.images import require_images
 from jaxla.models.normalisation import BatchNorm
+from jaxla.models.pooling import max_pool_overlapping
 
 WIDTH = 64  # channels of the stem's features
 EXPANSION = 4  # how many times wider a block's output is than its 3×3 convolution
@@ -141,7 +142,7 @@ class ResNet(nnx.Module):
     def run(self, images: jax.Array, present: jax.Array | None = None) -> tuple[jax.Array, ...]:
         """`pyramid`, for those who jit."""
         stem = jax.nn.relu(self.bn1(self.conv1(images), present))
-        features = [stem, _max_pool(stem)]
+        features = [stem, max_pool_overlapping(stem)]
         for stage in (self.layer1, self.layer2, self.layer3, self.layer4):
             features.append(stage(features[-1], present))
         return tuple(features)
@@ -156,9 +157,3 @@ def _pyramid(graph: nnx.GraphDef, state: nnx.State, images: jax.Array) -> tuple[
 def _unit(inputs: int, outputs: int, side: int, dtype: jnp.dtype, rngs: nnx.Rngs, stride: int = 1) -> tuple:
     """A convolution and its BatchNorm."""
     return convolution(inputs, outputs, side, stride=stride, dtype=dtype, rngs=rngs), BatchNorm(outputs, dtype=dtype)
-
-
-def _max_pool(x: jax.Array) -> jax.Array:
-    """Over 3×3 pixels with stride 2; what lies outside the image is never the largest."""
-    padding = ((0, 0), (1, 1), (1, 1), (0, 0))
-    return jax.lax.reduce_window(x, -jnp.inf, jax.lax.max, (1, 3, 3, 1), (1, 2, 2, 1), padding)
