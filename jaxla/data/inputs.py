@@ -12,6 +12,8 @@ from dataclasses import dataclass
 import numpy as np
 from PIL import Image
 
+WHOLE = np.uint8(254)  # of a class that an input pixel is all of; even, so that halves are halves
+
 
 @dataclass(frozen=True)
 class Frame:
@@ -63,12 +65,27 @@ def image_to_input(pixels: np.ndarray, intensity_range: tuple[float, float], pla
     """[H, W] in the scan's intensities -> [size, size, 1] float32 in 0..1."""
     low, high = intensity_range
     grey = np.clip((pixels.astype(np.float32) - low) / (high - low), 0, 1)
-    return _embed(_resize(grey, place.height, place.width, Image.Resampling.BILINEAR), place)[..., None]
+    return _embed(_resize(grey, place.height, place.width), place)[..., None]
 
 
 def mask_to_input(classes: np.ndarray, place: Frame) -> np.ndarray:
-    """[H, W] class indices -> [size, size] uint8, each input pixel taking its nearest."""
-    return _embed(_resize(classes, place.height, place.width, Image.Resampling.NEAREST), place)
+    """[H, W] class indices -> [size, size] uint8, for each input pixel the class that most of it is of.
+
+    Classes are resized one by one, as the image is. Taking the nearest pixel would move every structure by half a pixel
+    where two pixels become one. There, where a border runs through the middle of an input pixel, two classes are even:
+    pixels then take the first and the last of them in turn.
+    """
+    if classes.shape == (place.height, place.width):
+        return _embed(classes, place)
+    lowest, *others = np.flatnonzero(np.bincount(classes.ravel())).astype(np.uint8)
+    shares = [_resize(WHOLE * (classes == k), place.height, place.width).astype(np.int16) for k in others]
+    result, most = np.full((place.height, place.width), lowest), WHOLE - sum(shares)
+    rows, columns = np.indices(result.shape, sparse=True)
+    turn = (rows + columns) % 2 == 0
+    for k, share in zip(others, shares, strict=True):
+        result[share + turn > most] = k
+        most = np.maximum(most, share)
+    return _embed(result, place)
 
 
 def input_to_slice(probabilities: np.ndarray, place: Frame, shape: tuple[int, int]) -> np.ndarray:
@@ -80,15 +97,15 @@ def input_to_slice(probabilities: np.ndarray, place: Frame, shape: tuple[int, in
         if shown.shape[-1] > 1:
             shown[..., 0] = 1
         shown[in_slice] = probabilities[in_input]
-    channels = [_resize(shown[..., k], *shape, Image.Resampling.BILINEAR) for k in range(shown.shape[-1])]
+    channels = [_resize(shown[..., k], *shape) for k in range(shown.shape[-1])]
     return np.stack(channels, axis=-1)
 
 
-def _resize(pixels: np.ndarray, height: int, width: int, how: Image.Resampling) -> np.ndarray:
-    """Pillow's resizing: half-pixel centres, and a kernel that widens where it shrinks (no aliasing)."""
+def _resize(pixels: np.ndarray, height: int, width: int) -> np.ndarray:
+    """Pillow's bilinear resizing: half-pixel centres, and a kernel that widens where it shrinks (no aliasing)."""
     if pixels.shape == (height, width):
         return np.asarray(pixels)
-    return np.asarray(Image.fromarray(np.ascontiguousarray(pixels)).resize((width, height), how))
+    return np.asarray(Image.fromarray(np.ascontiguousarray(pixels)).resize((width, height), Image.Resampling.BILINEAR))
 
 
 def _embed(pixels: np.ndarray, place: Frame) -> np.ndarray:
