@@ -8,11 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 from PIL import Image
+from scipy.sparse import csr_array
 
-WHOLE = np.uint8(254)  # of a class that an input pixel is all of; even, so that halves are halves
+EVEN = np.float32(1e-5)  # shares of a pixel that differ by less do so by rounding
 
 
 @dataclass(frozen=True)
@@ -69,23 +71,31 @@ def image_to_input(pixels: np.ndarray, intensity_range: tuple[float, float], pla
 
 
 def mask_to_input(classes: np.ndarray, place: Frame) -> np.ndarray:
-    """[H, W] class indices -> [size, size] uint8, for each input pixel the class that most of it is of.
+    """[H, W] class indices -> [size, size] uint8, for each input pixel the class that covers most of it.
 
-    Classes are resized one by one, as the image is. Taking the nearest pixel would move every structure by half a pixel
-    where two pixels become one. There, where a border runs through the middle of an input pixel, two classes are even:
-    pixels then take the first and the last of them in turn.
+    Taking the nearest pixel would move every structure by half a pixel where two pixels become one. There, where a
+    border runs through the middle of an input pixel, two classes are even: pixels then take the first and the last of
+    them in turn.
     """
     if classes.shape == (place.height, place.width):
         return _embed(classes, place)
     lowest, *others = np.flatnonzero(np.bincount(classes.ravel())).astype(np.uint8)
-    shares = [_resize(WHOLE * (classes == k), place.height, place.width).astype(np.int16) for k in others]
-    result, most = np.full((place.height, place.width), lowest), WHOLE - sum(shares)
-    rows, columns = np.indices(result.shape, sparse=True)
-    turn = (rows + columns) % 2 == 0
+    rows, columns = (_overlaps(n, count) for n, count in zip(classes.shape, (place.height, place.width), strict=True))
+    shares = [(columns @ (rows @ np.float32(classes == k)).T).T for k in others]
+    result, most = np.full((place.height, place.width), lowest), 1 - sum(shares)
+    turn = np.where(np.add(*np.indices(result.shape, sparse=True)) % 2, -EVEN, EVEN)
     for k, share in zip(others, shares, strict=True):
         result[share + turn > most] = k
         most = np.maximum(most, share)
     return _embed(result, place)
+
+
+@lru_cache(maxsize=64)
+def _overlaps(n: int, count: int) -> csr_array:
+    """[count, n] float32: of each of `count` equal intervals, the share that lies in each of n pixels."""
+    borders, pixels = np.arange(count + 1)[:, None] * (n / count), np.arange(n)
+    lengths = np.minimum(borders[1:], pixels + 1) - np.maximum(borders[:-1], pixels)
+    return csr_array(np.float32(np.maximum(lengths, 0) * (count / n)))
 
 
 def input_to_slice(probabilities: np.ndarray, place: Frame, shape: tuple[int, int]) -> np.ndarray:

@@ -2,7 +2,7 @@
 
 XLA's CPU compiler runs one form of convolution fast: images [N, H, W, C] by a small kernel [h, w, C, K]. The gradients
 that JAX derives have other forms. That of the image can be written in the fast one. That of the kernel cannot: as a
-convolution it has a kernel as large as the image, takes up to eight times as long as the forward pass, and sums some
+convolution it has a kernel as large as the image, takes up to nine times as long as the forward pass, and sums some
 hundred thousand products one after the other, which costs two digits. Here it is a sum of matrix products, each over
 as many pixels as the processor's cache holds. A kernel of one pixel is a matrix product as it stands.
 
@@ -131,12 +131,14 @@ def convolution(
         use_bias=bias,
         dtype=dtype,
         kernel_init=kernel_init,
-        conv_general_dilated=_of_every_pixel if 1 in (stride, side) else jax.lax.conv_general_dilated,
+        conv_general_dilated=_by_same_convolution if stride == 1 or side == 1 else jax.lax.conv_general_dilated,
         rngs=rngs,
     )
 
 
-def _of_every_pixel(x: jax.Array, kernel: jax.Array, strides: Sequence[int], *_: object, **__: object) -> jax.Array:
+def _by_same_convolution(
+    x: jax.Array, kernel: jax.Array, strides: Sequence[int], *_: object, **__: object
+) -> jax.Array:
     # with a stride, a kernel of one pixel never sees the others; nnx.Conv's further arguments say what is always so
     return same_convolution(x[:, :: strides[0], :: strides[1]], kernel)
 

@@ -34,12 +34,12 @@ class BatchNorm(nnx.Module):
         Args:
             present: [B] bool, which images the statistics are of; by default all.
         """
-        full = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+        full = jnp.promote_types(x.dtype, jnp.float32)
         scale, bias = self.scale[...], self.bias[...]
         if self.use_running_average:
-            normalised = (full - self.mean[...]) * (scale * jax.lax.rsqrt(self.var[...] + EPSILON)) + bias
-            return normalised.astype(self.dtype)
-        images = jnp.ones(len(x), full.dtype) if present is None else present.astype(full.dtype)
+            deviation = jax.lax.rsqrt(self.var[...] + EPSILON)
+            return ((x.astype(full) - self.mean[...]) * (scale * deviation) + bias).astype(self.dtype)
+        images = jnp.ones(len(x), full) if present is None else present.astype(full)
         count = images.sum() * (x.shape[1] * x.shape[2])
         normalised, mean, var = _normalise(x, scale, bias, (images / count)[:, None, None, None])
         self._remember(jax.lax.stop_gradient(mean), jax.lax.stop_gradient(var), count)
@@ -82,7 +82,7 @@ def _backward(
     of_bias = gradient.sum((0, 1, 2))
     of_scale = (gradient * centred).sum((0, 1, 2))
     of_x = (gradient - weight * (of_bias + centred * of_scale)) * (scale * deviation)
-    return of_x.astype(x.dtype), of_scale, of_bias, None
+    return of_x.astype(x.dtype), of_scale.astype(scale.dtype), of_bias.astype(scale.dtype), None
 
 
 _normalise.defvjp(_forward, _backward)

@@ -73,15 +73,16 @@ unpool.defvjp(lambda x, places: (unpool(x, places), places), lambda places, grad
 def max_pool_overlapping(x: jax.Array) -> jax.Array:
     """[B, H, W, C] -> [B, H/2, W/2, C], sides rounded up: the largest of 3×3 pixels around every second one."""
     height, width = x.shape[1:3]
-    return _of_even_sides(jnp.pad(x, ((0, 0), (0, height % 2), (0, width % 2), (0, 0)), constant_values=-jnp.inf))
+    return _overlapping(jnp.pad(x, ((0, 0), (0, height % 2), (0, width % 2), (0, 0)), constant_values=-jnp.inf))
 
 
 @jax.custom_vjp
-def _of_even_sides(x: jax.Array) -> jax.Array:
-    return _forward(x)[0]
+def _overlapping(x: jax.Array) -> jax.Array:
+    return _overlapping_forward(x)[0]
 
 
-def _forward(x: jax.Array) -> tuple[jax.Array, jax.Array]:
+def _overlapping_forward(x: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """The largest, and which of its window's nine it was, row by row from 0."""
     # what lies outside the image is never the largest
     x = jnp.pad(x, ((0, 0), (1, 0), (1, 0), (0, 0)), constant_values=-jnp.inf)
     height, width = (side - 1 for side in x.shape[1:3])
@@ -93,11 +94,11 @@ def _forward(x: jax.Array) -> tuple[jax.Array, jax.Array]:
     return values, places
 
 
-def _backward(places: jax.Array, gradient: jax.Array) -> tuple[jax.Array]:
-    of = [jnp.where(places == place, gradient, 0) for place in range(9)]
+def _overlapping_backward(places: jax.Array, gradient: jax.Array) -> tuple[jax.Array]:
+    at = [jnp.where(places == place, gradient, 0) for place in range(9)]
     # An even pixel is the middle of one window; an odd one belongs to the next window too.
-    even = [of[4], of[5] + _next(of[3], 2)]
-    odd = [of[7] + _next(of[1], 1), of[8] + _next(of[6], 2) + _next(of[2] + _next(of[0], 2), 1)]
+    even = [at[4], at[5] + _next(at[3], 2)]
+    odd = [at[7] + _next(at[1], 1), at[8] + _next(at[6], 2) + _next(at[2] + _next(at[0], 2), 1)]
     batch, height, width, channels = gradient.shape
     of_x = jnp.stack([jnp.stack(row, axis=3) for row in (even, odd)], axis=2)
     return (of_x.reshape(batch, 2 * height, 2 * width, channels),)
@@ -108,4 +109,4 @@ def _next(x: jax.Array, axis: int) -> jax.Array:
     return jax.lax.pad(x, jnp.zeros((), x.dtype), [(-1, 1, 0) if i == axis else (0, 0, 0) for i in range(x.ndim)])
 
 
-_of_even_sides.defvjp(_forward, _backward)
+_overlapping.defvjp(_overlapping_forward, _overlapping_backward)

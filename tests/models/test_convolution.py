@@ -8,7 +8,7 @@ import pytest
 import torch
 from flax import nnx
 
-from jaxla.models.convolution import convolution, same_convolution
+from jaxla.models.convolution import _block, convolution, same_convolution
 
 
 def by_jax(x, kernel):
@@ -36,12 +36,16 @@ def test_values_and_gradients_are_those_of_jax(side):
     [
         ((3, 37, 61, 4), 5, 3),  # odd sides
         ((3, 37, 61, 6), 5, 3),  # more channels than outputs: the gradient is shifted instead
-        ((5, 3, 4, 200), 210, 3),  # several whole images to a block, the last block not full
-        ((1, 150, 90, 40), 40, 5),  # blocks of rows, the last one not full
+        ((5, 12, 10, 200), 210, 3),  # several whole images to a block, the last block not full
+        ((5, 12, 10, 210), 200, 3),
+        ((1, 149, 90, 40), 40, 5),  # blocks of rows, the last one not full
+        ((1, 149, 90, 41), 40, 5),
         ((2, 64, 64, 16), 300, 1),
     ],
 )
 def test_the_kernels_gradient_is_that_of_float64_to_its_last_digits(shape, outputs, side):
+    images, rows = _block(np.empty((*shape[:3], min(shape[3], outputs)), np.float32), side)
+    assert (shape[0] > images or shape[1] > rows) == (shape[1] in (12, 149))  # several blocks, or one
     draw = np.random.default_rng(0).standard_normal
     x, kernel = draw(shape, np.float32), draw((side, side, shape[-1], outputs), np.float32)
     weight = draw((*shape[:3], outputs), np.float32)
