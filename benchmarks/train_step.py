@@ -4,8 +4,9 @@ Forward pass, binary cross-entropy, backward pass and Adam, of a convolutional n
 the parity suite compares it with. Both run in this process, in turn, from the same parameters on the same batch. On CPU
 in float32 with all cores, PyTorch with channels first and with channels last; on a GPU in bfloat16, PyTorch also
 through `torch.compile`. Before anything is timed the gradients of both are compared: they may differ by `AGREEMENT`,
-and by as much as PyTorch's own two layouts do from each other (rounding flips ReLUs and the places of maxima, and a
-deep network with random weights multiplies that).
+or by as much as PyTorch's own two layouts do from each other (rounding flips ReLUs and the places of maxima, and a deep
+network with random weights multiplies that), but never by more than `LIMIT`. `tests/parity` compares them in float64,
+where they agree to 1e-13.
 
 Prints JSON: seconds of a step (median and fastest), slices per second, PyTorch's median over this package's for each
 form of PyTorch (above 1 this package is the faster one) and for the fastest of them, how far the gradients differ, and
@@ -39,6 +40,7 @@ from tests.parity.references import as_theirs, reference_of
 RIVALS = {name: method for name, method in METHODS.items() if method.preprocessing.pad_to == "largest"}
 RATE = 1e-4
 AGREEMENT = {"cpu": 2e-2, "gpu": 0.2}  # relative L2 of the gradients
+LIMIT = 0.3  # PyTorch's own two differ by 0.21 for ResNet-152, on CPU
 MEMORY = Path("/proc/self")
 
 
@@ -70,7 +72,7 @@ def main(arguments):
     difference, difference_of_torch = (
         relative_l2(sides[name].gradients(), reference) for name in ("jaxla", "torch channels last")
     )
-    if not difference <= max(AGREEMENT["gpu" if on_gpu else "cpu"], difference_of_torch):
+    if not difference <= max(AGREEMENT["gpu" if on_gpu else "cpu"], min(difference_of_torch, LIMIT)):
         raise InputError(
             f"gradients differ by {difference:.1e}, relative L2, PyTorch's own by {difference_of_torch:.1e}; "
             "nothing is timed"

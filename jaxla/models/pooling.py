@@ -33,21 +33,13 @@ def max_pool(x: jax.Array) -> jax.Array:
 @jax.custom_vjp
 def max_pool_with_places(x: jax.Array) -> Pooled:
     """[B, H, W, C] -> the largest of each 2×2 pixels, and which it was; H and W are even."""
-    values, places = x[:, ::2, ::2], jnp.zeros((), jnp.int8)
-    for place in (1, 2, 3):
-        other = x[:, place // 2 :: 2, place % 2 :: 2]
-        places = jnp.where(other > values, jnp.int8(place), places)
-        values = jnp.maximum(values, other)
-    return Pooled(values, places)
+    return _largest([x[:, i::2, j::2] for i in range(2) for j in range(2)])
 
 
 @jax.custom_vjp
 def unpool(x: jax.Array, places: jax.Array) -> jax.Array:
     """[B, h, w, C] -> [B, 2h, 2w, C], each value where its maximum was, zeros elsewhere."""
-    batch, height, width, channels = x.shape
-    four = [jnp.where(places == place, x, 0) for place in range(4)]
-    rows = [jnp.stack(four[i : i + 2], axis=3) for i in (0, 2)]  # [B, h, w, 2, C]
-    return jnp.stack(rows, axis=2).reshape(batch, 2 * height, 2 * width, channels)
+    return _interleave([jnp.where(places == place, x, 0) for place in range(4)])
 
 
 def pick(x: jax.Array, places: jax.Array) -> jax.Array:
@@ -56,6 +48,21 @@ def pick(x: jax.Array, places: jax.Array) -> jax.Array:
     for place in (1, 2, 3):
         picked = jnp.where(places == place, x[:, place // 2 :: 2, place % 2 :: 2], picked)
     return picked
+
+
+def _largest(windows: list[jax.Array]) -> Pooled:
+    values, places = windows[0], jnp.zeros((), jnp.int8)
+    for place, other in enumerate(windows[1:], 1):
+        places = jnp.where(other > values, jnp.int8(place), places)
+        values = jnp.maximum(values, other)
+    return Pooled(values, places)
+
+
+def _interleave(four: list[jax.Array]) -> jax.Array:
+    """Four of [B, h, w, C] -> [B, 2h, 2w, C], of each 2×2 pixels the first two above, the others below."""
+    batch, height, width, channels = four[0].shape
+    rows = [jnp.stack(four[i : i + 2], axis=3) for i in (0, 2)]  # [B, h, w, 2, C]
+    return jnp.stack(rows, axis=2).reshape(batch, 2 * height, 2 * width, channels)
 
 
 def _pool_forward(x: jax.Array) -> tuple[Pooled, jax.Array]:
@@ -81,27 +88,20 @@ def _overlapping(x: jax.Array) -> jax.Array:
     return _overlapping_forward(x)[0]
 
 
-def _overlapping_forward(x: jax.Array) -> tuple[jax.Array, jax.Array]:
+def _overlapping_forward(x: jax.Array) -> Pooled:
     """The largest, and which of its window's nine it was, row by row from 0."""
     # what lies outside the image is never the largest
     x = jnp.pad(x, ((0, 0), (1, 0), (1, 0), (0, 0)), constant_values=-jnp.inf)
     height, width = (side - 1 for side in x.shape[1:3])
-    windows = [x[:, i : i + height : 2, j : j + width : 2] for i in range(3) for j in range(3)]
-    values, places = windows[0], jnp.zeros((), jnp.int8)
-    for place, other in enumerate(windows[1:], 1):
-        places = jnp.where(other > values, jnp.int8(place), places)
-        values = jnp.maximum(values, other)
-    return values, places
+    return _largest([x[:, i : i + height : 2, j : j + width : 2] for i in range(3) for j in range(3)])
 
 
 def _overlapping_backward(places: jax.Array, gradient: jax.Array) -> tuple[jax.Array]:
     at = [jnp.where(places == place, gradient, 0) for place in range(9)]
     # An even pixel is the middle of one window; an odd one belongs to the next window too.
-    even = [at[4], at[5] + _next(at[3], 2)]
-    odd = [at[7] + _next(at[1], 1), at[8] + _next(at[6], 2) + _next(at[2] + _next(at[0], 2), 1)]
-    batch, height, width, channels = gradient.shape
-    of_x = jnp.stack([jnp.stack(row, axis=3) for row in (even, odd)], axis=2)
-    return (of_x.reshape(batch, 2 * height, 2 * width, channels),)
+    above = [at[4], at[5] + _next(at[3], 2)]
+    below = [at[7] + _next(at[1], 1), at[8] + _next(at[6], 2) + _next(at[2] + _next(at[0], 2), 1)]
+    return (_interleave(above + below),)
 
 
 def _next(x: jax.Array, axis: int) -> jax.Array:
