@@ -2,7 +2,8 @@
 
 A frozen DINOv2 backbone, a convolutional decoder, slices at 448×448, Adam at 1e-3, 35 epochs of batches of 32; beside
 it convolutional networks at 320×320, Adam at 1e-4, 75 epochs of batches of 24, their masks opened, then closed. Binary
-cross-entropy and early stopping for all. Protocols: all training patients, and the first 1 and 10 of them.
+cross-entropy and early stopping for all. Protocols: all training patients; 1 and 10 of them, and beside the paper's
+2, 5 and 20; 25, 50 and 75 % of them.
 """
 
 from jaxla.config import Data, Method, Model, Postprocessing, Preprocessing, Training, experiment_of
@@ -30,11 +31,12 @@ METHODS = {
     for name, (summary, model) in _RIVALS.items()
 }
 
-_PROTOCOLS = {
-    "fewshot_1patient": ("one training patient", Data(train_patients=1)),
-    "fewshot_10patients": ("ten training patients", Data(train_patients=10)),
-    "paper1": ("all training patients", Data()),
-}
+_PROTOCOLS = (
+    {"fewshot_1patient": ("one training patient", Data(train_patients=1))}
+    | {f"fewshot_{n}patients": (f"{n} training patients", Data(train_patients=n)) for n in (2, 5, 10, 20)}
+    | {f"data_{p}percent": (f"{p} % of the training patients", Data(train_percent=p)) for p in (25, 50, 75)}
+    | {"paper1": ("all training patients", Data())}
+)
 
 EXPERIMENTS = {
     name: experiment_of(name, summary, data, METHODS["dinov2_vitb14"]) for name, (summary, data) in _PROTOCOLS.items()

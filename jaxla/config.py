@@ -42,8 +42,11 @@ class Data:
         labels: Which mask values are which class, such as `LA:1` or `anterior:1;posterior:2` or `hippocampus:1,2`;
             empty takes them from the data set.
         split: A `split.json` to use instead of drawing a split.
-        split_seed: Seed of the patient-level 70/10/20 split, and of which patients a few-shot protocol takes.
+        split_seed: Seed of the patient-level 70/10/20 split.
         train_patients: Number of training patients to use (nested: the 10 contain the 1); 0 is all of them.
+        train_percent: Percent of the training patients to use, at least one (nested too).
+        subset_seed: Seed of which training patients these are; 0 takes the first ones of the split. Validation and test
+            patients are the same for all seeds.
         phantom_size: With root=phantom: `full` is the whole chest, `small` a window on the heart.
         phantom_cases: With root=phantom: number of synthetic patients.
     """
@@ -53,6 +56,8 @@ class Data:
     split: str = ""
     split_seed: int = 0
     train_patients: int = 0
+    train_percent: float = 100.0
+    subset_seed: int = 0
     phantom_size: Literal["small", "full"] = "full"
     phantom_cases: int = 20
 

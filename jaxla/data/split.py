@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -15,9 +16,9 @@ from jaxla.config import Data, InputError
 
 @dataclass(frozen=True)
 class Split:
-    """Case ids of each part; the training ids stand in the order in which few-shot protocols take them.
+    """Case ids of each part; the training ids stand in the order in which smaller protocols take them.
 
-    `unused` are the training patients that a few-shot protocol leaves out: kept, so that the same split serves all.
+    `unused` are the training patients that a smaller protocol leaves out: kept, so that the same split serves all.
     """
 
     train: tuple[str, ...]
@@ -27,7 +28,7 @@ class Split:
 
     @property
     def parts(self) -> dict[str, tuple[str, ...]]:
-        """The lists train, val and test, and unused where a few-shot protocol leaves patients out."""
+        """The lists train, val and test, and unused where a smaller protocol leaves patients out."""
         return {part: ids for part, ids in asdict(self).items() if ids}
 
     @property
@@ -38,22 +39,32 @@ class Split:
 def make_split(ids: Sequence[str], protocol: Data) -> Split:
     """A protocol's split: drawn from its seed or read from its file, with as many training patients as it asks for.
 
-    The smaller protocols are nested in the larger ones; validation and test patients are the same in all of them.
+    The smaller protocols of one `subset_seed` are nested in the larger ones; validation and test patients are the same
+    in all of them, whatever that seed.
 
     Raises:
         InputError: fewer patients than the protocol needs, or a split file that does not fit the cases.
     """
     split = _read_split(Path(protocol.split), ids) if protocol.split else _draw_split(ids, protocol.split_seed)
-    wanted = protocol.train_patients
+    wanted, percent, seed = protocol.train_patients, protocol.train_percent, protocol.subset_seed
     if wanted < 0:
         raise InputError(f"--data.train_patients={wanted}: must be 0 (all) or more")
+    if not 0 < percent <= 100:
+        raise InputError(f"--data.train_percent={percent:g}: must be above 0 and at most 100")
+    if wanted and percent < 100:
+        raise InputError(f"--data.train_patients={wanted} and --data.train_percent={percent:g}: give one of the two")
+    if seed < 0:
+        raise InputError(f"--data.subset_seed={seed}: must be 0 or more")
     if wanted > len(split.train):
         raise InputError(
             f"--data.train_patients={wanted}: there are {len(split.train)} training patients "
             f"(of {len(ids)} cases, {len(split.val)} validate and {len(split.test)} test); add cases or ask for fewer"
         )
-    wanted = wanted or len(split.train)
-    return Split(split.train[:wanted], split.val, split.test, unused=split.train[wanted:])
+    train = split.train
+    if seed:
+        train = tuple(train[i] for i in np.random.default_rng(seed).permutation(len(train)))
+    wanted = wanted or max(1, math.floor(percent / 100 * len(train) + 0.5))
+    return Split(train[:wanted], split.val, split.test, unused=train[wanted:])
 
 
 def write_split(split: Split, path: Path) -> None:

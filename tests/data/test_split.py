@@ -56,6 +56,30 @@ def test_few_shot_protocols_are_nested_and_validate_and_test_on_the_same_patient
     assert make_split(ids(60), Data(train_patients=0)) == whole
 
 
+@pytest.mark.parametrize("seed", [0, 1, 7])
+def test_subsets_by_number_and_by_percent_are_one_nested_series(seed):
+    whole = make_split(ids(60), Data(subset_seed=seed))
+    by_percent = {p: make_split(ids(60), Data(train_percent=p, subset_seed=seed)) for p in (1, 25, 50, 75, 100)}
+    assert {p: len(split.train) for p, split in by_percent.items()} == {1: 1, 25: 11, 50: 21, 75: 32, 100: 42}
+    for split in by_percent.values():
+        by_number = make_split(ids(60), Data(train_patients=len(split.train), subset_seed=seed))
+        assert split == by_number
+        assert split.train + split.unused == whole.train
+
+
+def test_another_subset_seed_takes_other_training_patients_and_tests_on_the_same_ones():
+    whole = make_split(ids(60), Data())
+    firsts = set()
+    for seed in range(1, 60):
+        split = make_split(ids(60), Data(train_patients=1, subset_seed=seed))
+        assert (split.val, split.test) == (whole.val, whole.test)
+        assert sorted(split.train + split.unused) == sorted(whole.train)
+        firsts.update(split.train)
+    assert len(firsts) > 25  # of 42; 59 draws find 32 on average, fewer than 26 with a chance below 1 %
+    again = Data(train_patients=5, subset_seed=3)
+    assert make_split(ids(60), again) == make_split(ids(60), again)
+
+
 def test_the_hash_tells_splits_apart():
     split = Split(("a", "b"), ("c",), ("d",))
     assert split.sha256 == Split(("a", "b"), ("c",), ("d",)).sha256
@@ -138,6 +162,21 @@ def test_more_training_patients_than_there_are_is_an_error_that_counts_them(want
     with pytest.raises(InputError, match=message):
         make_split(ids(5), Data(train_patients=wanted))
     assert sizes(make_split(ids(5), Data(train_patients=3))) == (3, 1, 1)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"train_percent": 0}, "^--data.train_percent=0: must be above 0"),
+        ({"train_percent": 101}, "^--data.train_percent=101: must be .* at most 100"),
+        ({"train_percent": float("nan")}, "^--data.train_percent=nan: must be"),
+        ({"train_percent": 50, "train_patients": 2}, "^--data.train_patients=2 and --data.train_percent=50: give one"),
+        ({"subset_seed": -1}, "^--data.subset_seed=-1: must be 0 or more"),
+    ],
+)
+def test_a_subset_that_cannot_be_is_an_error_that_names_the_option(options, message):
+    with pytest.raises(InputError, match=message):
+        make_split(ids(10), Data(**options))
 
 
 def test_a_negative_seed_is_an_error_that_names_the_option():
