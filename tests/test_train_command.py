@@ -24,7 +24,7 @@ def test_run_folder_holds_what_the_readme_promises(small_run):
     for name in (
         "experiment.json", "split.json", "metrics.jsonl", "progress.png", "train.log", "checkpoints/best",
         "checkpoints/latest", "test/cases.csv", "test/slices.csv", "test/summary.json", "test/overlays.png",
-        "cases.json", "report.html",
+        "cases.json", "cost.json", "report.html",
     ):  # fmt: skip
         assert (small_run / name).exists(), name
 
@@ -79,6 +79,20 @@ def test_report_shows_the_one_test_case_once_and_the_reported_numbers(small_run)
     assert "best of 1: " not in report
     assert f"{summary['dice']['mean']:.3f}" in report
     assert read_json(small_run / "experiment.json")["data_sha256"] in report
+
+
+def test_cost_is_that_of_the_whole_network(small_run):
+    cost, (case,) = read_json(small_run / "cost.json"), read_json(small_run / "split.json")["test"]
+    parameters = sum(leaf.size for leaf in jax.tree.leaves(nnx.state(jaxla.load_network(small_run), nnx.Param)))
+    assert cost["parameters"] == cost["trained_parameters"] == parameters
+    assert cost["multiply_adds"] > 36 * 800_000  # each of 36 tokens meets the blocks' 0.8 M parameters
+    assert cost["step_bytes"] > 3 * 4 * parameters  # with Adam's two moments
+    assert cost["peak_host_bytes"] > cost["step_bytes"]
+    assert cost["peak_device_bytes"] is None
+    assert len(cost["inference_seconds"]) == 1
+    assert cost["inference_seconds"][0] > 0
+    slices = {row["slice"] for row in csv.DictReader((small_run / "test" / "slices.csv").open())}
+    assert cost["inference_slices"] == [len(slices)], case
 
 
 def test_last_line_names_dice_iou_and_folder(small_run):

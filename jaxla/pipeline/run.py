@@ -7,7 +7,7 @@ import json
 import logging
 import sys
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -40,12 +40,13 @@ from jaxla.inference.segment import make_segment, make_segment_slices, write_seg
 from jaxla.inference.trained import load_run
 from jaxla.models.network import Network, build_network
 from jaxla.models.weights import parameters_sha256, save_random
+from jaxla.pipeline.cost import measure_cost, write_cost
 from jaxla.reporting.curves import draw_curves
 from jaxla.reporting.overlays import Panel, draw_overlays
 from jaxla.reporting.report import write_report
 from jaxla.training.features import CachedFeatures, FeatureCache
 from jaxla.training.loop import fit
-from jaxla.training.run_folder import BACKBONE, METRICS, RECORD, REPORT, read_record, write_record
+from jaxla.training.run_folder import BACKBONE, COST, METRICS, RECORD, REPORT, read_record, write_record
 from jaxla.training.step import count_parameters, split_network
 
 log = logging.getLogger(__name__)
@@ -128,10 +129,10 @@ def train_and_test(experiment: Experiment, data: PreparedData, run_dir: Path, ca
     features, origin = cached_features(experiment, network, data, cache_dir)
     if is_first():
         write_record(run_dir, replace(read_record(run_dir), features=origin))
-    train(experiment, network, data, features, run_dir)
+    step_bytes = train(experiment, network, data, features, run_dir)
     del network  # the trained one is loaded with its own backbone
     with use_own_devices():
-        return test(data, features, run_dir)
+        return test(data, features, run_dir, step_bytes)
 
 
 def say_what_is_cut(data: PreparedData, canvas: Canvas) -> None:
@@ -211,8 +212,12 @@ def why_not_cached(experiment: Experiment, network: Network) -> str:
 
 def train(
     experiment: Experiment, network: Network, data: PreparedData, features: Features | None, run_dir: Path
-) -> None:
-    """Train, from the run's latest checkpoint on; leaves checkpoints, metrics.jsonl and progress.png in its folder."""
+) -> int:
+    """Train, from the run's latest checkpoint on; leaves checkpoints, metrics.jsonl and progress.png in its folder.
+
+    Returns:
+        Device memory of a training step, in bytes.
+    """
     canvas = data.canvas(experiment.preprocessing)
 
     def source(ids: Sequence[str]) -> SliceSource:
@@ -237,10 +242,11 @@ def train(
             ),
         )
     log.info("best epoch %d: validation Dice %.3f per volume", best.best_epoch, best.best_dice)
+    return best.step_bytes
 
 
-def test(data: PreparedData, features: Features | None, run_dir: Path) -> dict[str, Any]:
-    """Segment and score every test case on its own grid, beside the atlas; leaves `test/` and the report.
+def test(data: PreparedData, features: Features | None, run_dir: Path, step_bytes: int) -> dict[str, Any]:
+    """Segment and score every test case on its own grid, beside the atlas; leaves `test/`, the cost and the report.
 
     Returns:
         The summary: per metric mean, sd, n and unit, per volume; under "slice" the same per slice; under "atlas" the
@@ -251,11 +257,10 @@ def test(data: PreparedData, features: Features | None, run_dir: Path) -> dict[s
     experiment = trained.record.experiment
     names = trained.record.labels.names
     canvas, batch_size = trained.record.canvas, experiment.training.batch_size
+    segment = make_segment(trained)
     if features:
         network = trained.network.on_features((canvas.size, canvas.size))
         segment_slices = make_segment_slices(network, batch_size, experiment.postprocessing)
-    else:
-        segment = make_segment(trained)
 
     def canonical_masks(ids: Iterable[str]) -> Iterable:
         return (slices_to_canonical(v.mask, v.slice_axis) for v in data.of(ids))
@@ -295,6 +300,9 @@ def test(data: PreparedData, features: Features | None, run_dir: Path) -> dict[s
     write_cases(slice_rows, run_dir / "test" / "slices.csv")
     write_summary(summary, run_dir / "test" / "summary.json")
 
+    cost = measure_cost(trained, segment, data.of(split.test), step_bytes)
+    write_cost(cost, run_dir / COST)
+
     panels = worst_median_best(data, rows, run_dir / "test" / "predictions")
     draw_overlays(panels, run_dir / "test" / "overlays.png")
     write_report(
@@ -304,6 +312,7 @@ def test(data: PreparedData, features: Features | None, run_dir: Path) -> dict[s
         history=[json.loads(line) for line in (run_dir / METRICS).read_text().splitlines()],
         rows=rows,
         summary=summary,
+        cost=asdict(cost),
         panels=panels,
     )
     return summary

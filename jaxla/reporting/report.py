@@ -67,6 +67,7 @@ def write_report(
     history: Sequence[Mapping[str, float]],
     rows: Sequence[Mapping[str, Any]],
     summary: Mapping[str, Any],
+    cost: Mapping[str, Any],
     panels: Sequence[Panel],
 ) -> None:
     """Write a run's report; it takes its name only when it is whole.
@@ -78,6 +79,7 @@ def write_report(
         history: the lines of `metrics.jsonl`.
         rows: the rows of `test/cases.csv`: one per test case and class, numbers as numbers.
         summary: the content of `test/summary.json`.
+        cost: the content of `cost.json`.
         panels: the cases to show, arrays [S, H, W], spacing in mm.
 
     Raises:
@@ -94,6 +96,7 @@ def write_report(
         history=history,
         best=best,
         minutes=sum(line["seconds"] for line in history) / 60,
+        costs=_costs(cost, history, record["experiment"]["training"]["batch_size"]),
         summary=summary,
         results=_results(summary),
         pairs=_pairs(summary, best),
@@ -156,6 +159,27 @@ def _results(summary: Mapping[str, Any]) -> list[dict[str, Any]]:
             for name in summary["classes"]
         ]
     return blocks
+
+
+def _costs(cost: Mapping[str, Any], history: Sequence[Mapping[str, float]], batch_size: int) -> list[tuple[str, str]]:
+    """What the run cost, in words."""
+    volumes, slices = len(cost["inference_seconds"]), sum(cost["inference_slices"])
+    parameters, trained = cost["parameters"] / 1e6, cost["trained_parameters"] / 1e6
+    lines = [
+        ("Parameters", f"{parameters:.1f} M, of which {trained:.1f} M are trained"),
+        ("Multiply-adds", f"{cost['multiply_adds'] / 1e9:.2f} G for one slice"),
+        ("Training", f"{np.mean([line['seconds'] for line in history]):.1f} s an epoch, validation included"),
+        (
+            "Inference",
+            f"{np.mean(cost['inference_seconds']):.2f} s a volume of {slices / volumes:.0f} slices, from the scan in "
+            f"memory to its mask (mean, n = {volumes} {'volume' if volumes == 1 else 'volumes'})",
+        ),
+        ("Memory of a training step", f"{cost['step_bytes'] / 1e9:.2f} GB, {batch_size} slices, by XLA's account"),
+    ]
+    for name, place in (("peak_host_bytes", "the process on the host"), ("peak_device_bytes", "the device")):
+        if cost[name] is not None:
+            lines.append((f"Peak memory of {place}", f"{cost[name] / 1e9:.2f} GB"))
+    return lines
 
 
 def _pairs(summary: Mapping[str, Any], best: Mapping[str, float]) -> list[Pair]:

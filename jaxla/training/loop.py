@@ -51,6 +51,7 @@ class Progress:
         losses: of the steps taken in the next one.
         seconds: that these took.
         history: the metrics of each completed epoch.
+        step_bytes: device memory of a step's program.
     """
 
     epoch: int = 0
@@ -61,6 +62,7 @@ class Progress:
     lowest_loss: float = float("inf")
     epochs_since_lowest: int = 0
     history: list[dict[str, Any]] = field(default_factory=list)
+    step_bytes: int = 0
 
 
 @dataclass
@@ -117,6 +119,7 @@ def fit(
     _go_on(state, best, latest, folder)
     step = _compiled(step, state, train, recipe.batch_size, key)
     progress, saved_at = state.progress, time.monotonic()
+    progress.step_bytes = program_bytes(step)
     _write_history(folder, progress.history)
     if progress.history and is_first():
         on_epoch(progress.history)

@@ -38,6 +38,7 @@ METRICS = "metrics.jsonl"
 LOCK = ".lock"
 BACKBONE = "backbone.safetensors"  # of a run on a frozen backbone of random weights, which no other file holds
 SPLIT = "split.json"
+COST = "cost.json"
 FIRST_FILES = (LOCK, SPLIT, CASES, f".{RECORD}")  # what a run that was killed before it began may have left
 REPORT = "report.html"  # written last: a run that has it is finished
 VERSION = 3

@@ -50,6 +50,7 @@ def outcome(predictions, names=("LA",), references=None):
         "experiment": {
             "name": "tiny", "summary": "boxes", "method": "vit_mini8", "seed": 7,
             "data": {"root": "/scans", "labels": ""}, "model": {"decoder_widths": [64, 32]},
+            "training": {"batch_size": 8},
         },
         "labels": {"names": list(names), "values": [[i + 1] for i in range(k)], "ignored": [9], "one_value": False},
         "weights": "random",
@@ -70,10 +71,15 @@ def outcome(predictions, names=("LA",), references=None):
         {"epoch": 2, "train_loss": 0.3, "val_loss": 0.4, "val_dice": 0.7, "val_iou": 0.56, "seconds": 30.0},
         {"epoch": 3, "train_loss": 0.2, "val_loss": 0.5, "val_dice": 0.6, "val_iou": 0.47, "seconds": 30.0},
     ]
+    cost = {
+        "parameters": 1_234_567, "trained_parameters": 234_567, "multiply_adds": 5_678_000_000,
+        "step_bytes": 2_340_000_000, "peak_host_bytes": 3_450_000_000, "peak_device_bytes": None,
+        "inference_seconds": [1.0, 2.0, 3.5], "inference_slices": [10, 20, 30],
+    }  # fmt: skip
     split = {"train": ["t1", "t2"], "val": ["v1"], "test": list(predictions), "unused": ["u1"]}
     return {
         "record": record, "split": split, "history": history, "rows": rows, "summary": summary,
-        "panels": [panels[0]],
+        "cost": cost, "panels": [panels[0]],
     }  # fmt: skip
 
 

@@ -115,7 +115,7 @@ def test_every_patient_option_hash_and_version_is_named(one_class, page_of):
     options, _ = page.table("Option")
     assert options == [
         ["method", "vit_mini8"], ["seed", "7"], ["data.root", "/scans"], ["data.labels", '""'],
-        ["model.decoder_widths", "[64, 32]"],
+        ["model.decoder_widths", "[64, 32]"], ["training.batch_size", "8"],
     ]  # fmt: skip
     facts = dict(page.table("What")[0])
     assert facts["SHA-256 of data"] == "d" * 64
@@ -131,6 +131,21 @@ def test_every_patient_option_hash_and_version_is_named(one_class, page_of):
         assert definition in page.text
     assert one_class["summary"]["empty_rule"] in page.text
     assert one_class["summary"]["averaging"] in page.text
+
+
+def test_what_the_run_cost_is_said_with_units_and_n(one_class, page_of):
+    assert page_of(one_class).table("Quantity")[0] == [
+        ["Parameters", "1.2 M, of which 0.2 M are trained"],
+        ["Multiply-adds", "5.68 G for one slice"],
+        ["Training", "30.0 s an epoch, validation included"],
+        ["Inference", "2.17 s a volume of 20 slices, from the scan in memory to its mask (mean, n = 3 volumes)"],
+        ["Memory of a training step", "2.34 GB, 8 slices, by XLA's account"],
+        ["Peak memory of the process on the host", "3.45 GB"],
+    ]
+    on_gpu = one_class["cost"] | {"peak_device_bytes": 12_000_000_000, "peak_host_bytes": None}
+    lines = dict(page_of(one_class | {"cost": on_gpu}).table("Quantity")[0])
+    assert lines["Peak memory of the device"] == "12.00 GB"
+    assert "Peak memory of the process on the host" not in lines
 
 
 def test_the_origin_of_weights_and_data_is_said_plainly(one_class, page_of):

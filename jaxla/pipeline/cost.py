@@ -1,0 +1,83 @@
+"""What a run costs, to be read beside how good it is: parameters, multiply-adds, memory, seconds."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from jaxla.data.prepared import PreparedVolume
+from jaxla.data.volumes import read_image
+from jaxla.devices.memory import peak_device_bytes, peak_host_bytes
+from jaxla.inference.segment import Segment
+from jaxla.inference.trained import TrainedNetwork
+from jaxla.models.multiply_adds import multiply_adds
+from jaxla.training.step import count_parameters, split_network
+
+TIMED_VOLUMES, TIMED_SECONDS = 3, 60  # volumes are timed until there are so many, or that time has passed
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Of one run.
+
+    Attributes:
+        parameters: of the whole network.
+        trained_parameters: those of them that training changes.
+        multiply_adds: for one slice, at the network's input size, by the whole network.
+        step_bytes: device memory of a training step, by XLA's account.
+        peak_host_bytes: most memory that the process had on the host at any time, so on CPU all it had; None where the
+            system does not say.
+        peak_device_bytes: most that it had on a GPU; None on CPU.
+        inference_seconds: for each test volume that was timed, from the scan in memory to the mask on its grid, by the
+            whole network, compiled before.
+        inference_slices: how many slices each of these has.
+    """
+
+    parameters: int
+    trained_parameters: int
+    multiply_adds: int
+    step_bytes: int
+    peak_host_bytes: int | None
+    peak_device_bytes: int | None
+    inference_seconds: tuple[float, ...]
+    inference_slices: tuple[int, ...]
+
+
+def measure_cost(trained: TrainedNetwork, segment: Segment, test: Iterable[PreparedVolume], step_bytes: int) -> Cost:
+    """Of a finished run; the first of its test cases are segmented once more, to be timed."""
+    seconds, slices = [], []
+    for prepared in test:
+        volume = read_image(prepared.case.image)
+        if not seconds:
+            segment(volume)  # compiles
+        began = time.perf_counter()
+        segment(volume)
+        seconds.append(time.perf_counter() - began)
+        slices.append(prepared.shape[0])
+        if len(seconds) == TIMED_VOLUMES or sum(seconds) > TIMED_SECONDS:
+            break
+    network, size = trained.network, trained.record.canvas.size
+    finetuned = trained.record.experiment.model.backbone == "finetuned"
+    graph, state = nnx.split(network)
+    image = jax.ShapeDtypeStruct((1, size, size, 1), jnp.float32)
+    return Cost(
+        parameters=count_parameters(nnx.state(network, nnx.Param)),
+        trained_parameters=count_parameters(split_network(network, train_backbone=finetuned).trainable),
+        multiply_adds=multiply_adds(lambda state, images: nnx.merge(graph, state)(images), state, image),
+        step_bytes=step_bytes,
+        peak_host_bytes=peak_host_bytes(),
+        peak_device_bytes=peak_device_bytes(),
+        inference_seconds=tuple(seconds),
+        inference_slices=tuple(slices),
+    )
+
+
+def write_cost(cost: Cost, path: Path) -> None:
+    path.write_text(json.dumps(asdict(cost), indent=1) + "\n")

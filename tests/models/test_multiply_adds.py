@@ -1,0 +1,74 @@
+"""Multiply-adds by hand, and of whole networks beside PyTorch's counter of floating-point operations."""
+
+import jax
+import jax.numpy as jnp
+import pytest
+import torch
+from flax import nnx
+from torch.utils.flop_counter import FlopCounterMode
+
+from jaxla.experiments import METHODS
+from jaxla.models.multiply_adds import multiply_adds
+from jaxla.models.network import build_network
+from tests.parity.references import reference_of
+from tests.tiny import randomise, tiny_backbone
+
+
+def shape(*sides):
+    return jax.ShapeDtypeStruct(sides, jnp.float32)
+
+
+def convolve(x, kernel, stride=1, groups=1):
+    return jax.lax.conv_general_dilated(
+        x, kernel, (stride, stride), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC"), feature_group_count=groups
+    )
+
+
+@pytest.mark.parametrize(
+    ("function", "arguments", "expected"),
+    [
+        (jnp.matmul, [shape(3, 5), shape(5, 7)], 3 * 5 * 7),
+        (lambda a, b: jnp.einsum("bij,bjk->bik", a, b), [shape(2, 3, 5), shape(2, 5, 7)], 2 * 3 * 5 * 7),
+        (convolve, [shape(2, 8, 6, 4), shape(3, 3, 4, 5)], 2 * 8 * 6 * 5 * 9 * 4),
+        (lambda x, k: convolve(x, k, stride=2), [shape(2, 8, 6, 4), shape(3, 3, 4, 5)], 2 * 4 * 3 * 5 * 9 * 4),
+        (lambda x, k: convolve(x, k, groups=2), [shape(1, 8, 6, 4), shape(3, 3, 2, 6)], 8 * 6 * 6 * 9 * 2),
+        (lambda x, w: jax.lax.scan(lambda c, _: (c @ w, None), x, None, length=6)[0], [shape(3, 5), shape(5, 5)], 450),
+        (jax.jit(jax.checkpoint(lambda a, b: jnp.tanh(a @ b) + a)), [shape(4, 4), shape(4, 4)], 64),
+        (lambda a, b: jax.lax.cond(a[0, 0] > 0, lambda: a @ b, lambda: a @ b @ b), [shape(2, 2), shape(2, 2)], 16),
+        (lambda a: jnp.tanh(a) * 2 + a.sum(), [shape(9, 9)], 0),
+    ],
+)
+def test_by_hand(function, arguments, expected):
+    assert multiply_adds(function, *arguments) == expected
+
+
+def test_a_loop_of_unknown_length_is_refused():
+    with pytest.raises(ValueError, match="while"):
+        multiply_adds(lambda x: jax.lax.while_loop(lambda x: x[0, 0] < 9, lambda x: x @ x, x), shape(2, 2))
+
+
+def of_network(network, size):
+    graph, state = nnx.split(network)
+    return multiply_adds(lambda state, images: nnx.merge(graph, state)(images), state, shape(1, size, size, 1))
+
+
+@pytest.mark.parametrize("method", ["unet", "attention_unet", "resnet50_unet", "segnet"])
+def test_convolutional_networks_beside_pytorchs_counter(method):
+    model = METHODS[method].model
+    model = type(model)(**{**vars(model), "weights": "random"})
+    network = randomise(nnx.eval_shape(lambda: build_network(model, 1, 0)))
+    channels = 3 if hasattr(network, "backbone") else 1
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        reference_of(network).eval()(torch.zeros(1, channels, 64, 64))
+    assert of_network(network, 64) == counter.get_total_flops() // 2
+
+
+def test_a_transformer_by_its_formula():
+    backbone = tiny_backbone()
+    variant, tokens = backbone.variant, (32 // backbone.variant.patch) ** 2 + 1
+    images = shape(1, 32, 32, 3)
+    graph, state = nnx.split(backbone)
+    counted = multiply_adds(lambda state, images: nnx.merge(graph, state)(images).patches, state, images)
+    width, hidden = variant.width, variant.hidden
+    block = tokens * (4 * width * width + 2 * width * hidden) + 2 * tokens**2 * width
+    assert counted == (tokens - 1) * 3 * variant.patch**2 * width + variant.depth * block
