@@ -6,7 +6,17 @@ cross-entropy and early stopping for all. Protocols: all training patients; 1 an
 2, 5 and 20; 25, 50 and 75 % of them.
 """
 
-from jaxla.config import Data, Method, Model, Postprocessing, Preprocessing, Training, experiment_of
+from jaxla.config import (
+    Data,
+    Method,
+    Model,
+    Postprocessing,
+    Preprocessing,
+    Published,
+    Study,
+    Training,
+    experiment_of,
+)
 
 RECIPE = Training(epochs=35, batch_size=32, learning_rate=1e-3, backbone_learning_rate=1e-5, patience=10)
 RIVALS_RECIPE = Training(epochs=75, batch_size=24, learning_rate=1e-4, backbone_learning_rate=1e-4, patience=10)
@@ -40,4 +50,46 @@ _PROTOCOLS = (
 
 EXPERIMENTS = {
     name: experiment_of(name, summary, data, METHODS["dinov2_vitb14"]) for name, (summary, data) in _PROTOCOLS.items()
+}
+
+_PAPERS_METHODS = (
+    "attention_unet", "unet", "resnet50_unet", "dinov2_vitb14", "dinov2_vitl14", "dinov2_vitg14",
+)  # fmt: skip
+_FEW = ("fewshot_1patient", "fewshot_2patients", "fewshot_5patients", "fewshot_10patients", "fewshot_20patients")
+_PERCENT = ("data_25percent", "data_50percent", "data_75percent")
+
+STUDIES = {
+    study.name: study
+    for study in (
+        Study(
+            "paper1",
+            "paper 1's Table 1 and Figures 2 and 3",
+            ("fewshot_1patient", "fewshot_10patients", *_PERCENT, "paper1"),
+            _PAPERS_METHODS,
+        ),
+        Study("fewshot_patients", "from one training patient to all", (*_FEW, "paper1"), _PAPERS_METHODS),
+        Study("fewshot_data", "from a quarter of the training patients to all", (*_PERCENT, "paper1"), _PAPERS_METHODS),
+    )
+}
+
+# Table 1 for all training patients; the others read off Figure 2, to 0.1 %. LAScarQS 2022; the unit of the mean is not
+# stated.
+PUBLISHED = {
+    ("attention_unet", "paper1"): Published(79.2, 12.3, 72.1, 13.8),
+    ("unet", "paper1"): Published(84.1, 8.3, 76.4, 12.8),
+    ("resnet50_unet", "paper1"): Published(84.6, 13.1, 76.2, 12.1),
+    ("dinov2_vitb14", "paper1"): Published(84.9, 7.2, 75.5, 6.3),
+    ("dinov2_vitl14", "paper1"): Published(85.6, 5.1, 77.0, 6.0),
+    ("dinov2_vitg14", "paper1"): Published(87.1, 4.8, 79.2, 5.2),
+} | {
+    (method, experiment): Published(dice)
+    for method, values in {
+        "dinov2_vitg14": (83.7, 85.0, 85.8, 66.8, 74.2),
+        "dinov2_vitl14": (82.1, 83.4, 84.8, 61.2, 73.0),
+        "dinov2_vitb14": (81.4, 82.8, 84.0, 59.9, 71.2),
+        "resnet50_unet": (72.4, 82.7, 84.0, 31.1, 66.8),
+        "unet": (78.8, 80.3, 83.1, 26.3, 58.6),
+        "attention_unet": (75.5, 76.9, 78.7, 24.5, 54.8),
+    }.items()
+    for experiment, dice in zip((*_PERCENT, "fewshot_1patient", "fewshot_10patients"), values, strict=True)
 }

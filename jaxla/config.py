@@ -195,6 +195,30 @@ class Experiment:
     postprocessing: Postprocessing = field(default_factory=Postprocessing)
 
 
+@dataclass(frozen=True)
+class Study:
+    """Protocols and methods to compare: a run for each pair of them and each seed.
+
+    Attributes:
+        experiments: whose protocols are run.
+        methods: to run under each, unless others are asked for.
+    """
+
+    name: str
+    summary: str
+    experiments: tuple[str, ...]
+    methods: tuple[str, ...]
+
+
+class Published(NamedTuple):
+    """A row of a published table, in percent; `iou` and the deviations are None where none was printed."""
+
+    dice: float
+    dice_sd: float | None = None
+    iou: float | None = None
+    iou_sd: float | None = None
+
+
 PARTS = {
     "data": Data,
     "model": Model,
@@ -408,9 +432,7 @@ def run_command(main: Callable[[list[str]], None]) -> None:
 
     SIGTERM ends it as Ctrl-C does: what is half-written is removed on the way out.
     """
-    logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stdout)
-    logging.getLogger("jaxla").setLevel(logging.INFO)
-    logging.getLogger("absl").setLevel(logging.CRITICAL)  # Orbax: each option, and tracebacks of errors that it raises
+    log_to_terminal()
     sys.unraisablehook = _report_unraisable
     logging.raiseExceptions = False  # a log file on a full disk loses lines, and the error itself is what is said
     signal.signal(signal.SIGTERM, signal.default_int_handler)
@@ -421,6 +443,13 @@ def run_command(main: Callable[[list[str]], None]) -> None:
         print(line, file=sys.stderr)
         sys.exit(code)
     sys.exit(0)
+
+
+def log_to_terminal() -> None:
+    """Say on the terminal what the package logs, and of others what is worth a warning."""
+    logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stdout)
+    logging.getLogger("jaxla").setLevel(logging.INFO)
+    logging.getLogger("absl").setLevel(logging.CRITICAL)  # Orbax: each option, and tracebacks of errors that it raises
 
 
 def outcome(error: BaseException) -> tuple[int, str]:

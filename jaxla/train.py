@@ -10,13 +10,11 @@ import shlex
 import shutil
 import time
 from contextlib import ExitStack
-from dataclasses import replace
 from datetime import datetime
 from functools import partial
 from pathlib import Path
 
 from jaxla.config import (
-    Experiment,
     InputError,
     Options,
     Stopped,
@@ -25,7 +23,7 @@ from jaxla.config import (
     run_command,
 )
 from jaxla.devices.launch import find_launch
-from jaxla.devices.processes import agreed, if_others_end, is_first, joined, process_count, require_same
+from jaxla.devices.processes import agreed, if_others_end, is_first, joined, require_same
 from jaxla.experiments import EXPERIMENTS, METHODS
 
 DISK_FAULTS = (
@@ -43,6 +41,8 @@ def main(arguments: list[str]) -> None:
         Stopped: the process was asked to end; the message has the command to go on with.
     """
     options = parse_experiment("jaxla.train", arguments, EXPERIMENTS, METHODS, list_experiments)
+    from jaxla.pipeline.checks import checked
+
     options = options._replace(experiment=checked(options.experiment))
     with joined(find_launch(options.coordinator, options.processes, options.process, os.environ), options.wait):
         train(options, shlex.join(["python", "-m", "jaxla.train", *arguments]))
@@ -82,16 +82,11 @@ def train(options: Options, command: str) -> None:
 
     from jaxla.data.cache import in_use
     from jaxla.devices.mesh import use_devices
-    from jaxla.models.weights import weights_file
-    from jaxla.models.weights_format import require_undamaged
     from jaxla.pipeline import run
+    from jaxla.pipeline.checks import require_share, with_weights
 
-    weights_sha256 = ""
-    if experiment.model.weights != "random":
-        weights = weights_file(experiment.model.arch, experiment.model.weights, cache_dir).absolute()
-        weights_sha256 = require_undamaged(weights)
-        experiment = replace(experiment, model=replace(experiment.model, weights=str(weights)))
-    else:
+    experiment, weights_sha256 = with_weights(experiment, cache_dir)
+    if not weights_sha256:
         log.info("%s: no pretrained weights are used", run.describe_backbone(experiment))
 
     with in_use(cache_dir), use_devices(options.devices, options.shard_params), ExitStack() as held:
@@ -170,72 +165,6 @@ def remove_unbegun(run_dir: Path, kind: type | None, error: BaseException | None
 def note(log_file: logging.Handler, message: str) -> None:
     """Leave in the log what the terminal shows by other ways."""
     log_file.handle(logging.LogRecord("jaxla.train", logging.ERROR, "", 0, message, None, None))
-
-
-def checked(experiment: Experiment) -> Experiment:
-    """The experiment, its architecture in this package's spelling, and named beside the method if it is not its own.
-
-    Raises:
-        InputError: values that no run can work with.
-    """
-    from jaxla.models.network import checked_model, require_size
-
-    if not experiment.data.root:
-        from jaxla.data.cases import HOW_TO_GET_DATA, LAYOUTS
-
-        raise InputError(
-            f"option --data.root is required: a folder in one of these layouts: {'; '.join(LAYOUTS)}. {HOW_TO_GET_DATA}"
-        )
-    training = experiment.training
-    least = {
-        "training.epochs": (1, training.epochs),
-        "training.batch_size": (1, training.batch_size),
-        "training.patience": (1, training.patience),
-        "preprocessing.image_size": (1, experiment.preprocessing.image_size),
-        "data.phantom_cases": (1, experiment.data.phantom_cases),
-        "seed": (0, experiment.seed),
-    }
-    for name in ("decoder_widths", "widths"):
-        if not (widths := getattr(experiment.model, name)):
-            raise InputError(f"option --model.{name} is empty; give at least one width, such as [64,32]")
-        least[f"model.{name}"] = (1, min(widths))
-    for name in ("opening", "closing"):
-        if (side := getattr(experiment.postprocessing, name)) and side % 2 == 0:
-            raise InputError(f"option --postprocessing.{name} must be odd, or 0 to leave it out, got {side}")
-        least[f"postprocessing.{name}"] = (0, side)
-    for name in ("rotation", "scale", "intensity", "elastic"):
-        least[f"augmentation.{name}"] = (0, getattr(experiment.augmentation, name))
-    for option, (bound, value) in least.items():
-        if not bound <= value < float("inf"):
-            raise InputError(f"option --{option} must be at least {bound}, got {value}")
-    for option in ("learning_rate", "backbone_learning_rate"):
-        if not 0 < getattr(training, option) < float("inf"):
-            raise InputError(f"option --training.{option} must be a positive number, got {getattr(training, option)}")
-    own = METHODS[experiment.method].model
-    model = checked_model(experiment.model, own, experiment.method)
-    recipe = METHODS[experiment.method].training
-    has_rate = model.backbone == "finetuned" and model.weights != "random"
-    if not has_rate and training.backbone_learning_rate != recipe.backbone_learning_rate:
-        raise InputError(
-            "option --training.backbone_learning_rate is that of a pretrained backbone that is trained, and "
-            f"{model.arch} is {'frozen' if model.backbone == 'frozen' else 'trained from random weights'}; leave it out"
-        )
-    require_size(model, "option --preprocessing.image_size", experiment.preprocessing.image_size)
-    method = experiment.method if own.arch == model.arch else f"{experiment.method} with {model.arch}"
-    return replace(experiment, method=method, model=model)
-
-
-def require_share(experiment: Experiment) -> None:
-    """Raise an InputError unless each device in use has a slice of a batch."""
-    from jaxla.devices.mesh import device_count
-
-    if (size := experiment.training.batch_size) < (devices := device_count()):
-        processes = process_count()
-        fewer = f"give --devices={size // processes * processes}" if size >= processes else "start fewer processes"
-        raise InputError(
-            f"option --training.batch_size={size}: smaller than the number of devices, {devices}, that share a batch; "
-            f"raise it, or {fewer}"
-        )
 
 
 def list_experiments(details: bool) -> str:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import logging
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +17,13 @@ from flax import nnx
 
 from jaxla.config import Experiment
 from jaxla.data.batches import SliceSource, evaluation_batches, steps_per_epoch, training_batches
+from jaxla.data.split import make_split
 from jaxla.devices.memory import as_bytes, device_bytes, program_bytes, require_memory
 from jaxla.devices.mesh import on_host, own_rows, spread, to_devices, use_own_devices
 from jaxla.devices.processes import gather, process_count, share
 from jaxla.evaluation.summary import score_case
 from jaxla.models.network import build_network
-from jaxla.pipeline.run import PreparedData, describe_backbone, why_not_cached
+from jaxla.pipeline.run import PreparedData, describe_backbone, prepare_data, why_not_cached
 from jaxla.training.features import FeatureCache
 from jaxla.training.loop import clock
 from jaxla.training.step import (
@@ -33,6 +35,8 @@ from jaxla.training.step import (
     make_step,
     split_network,
 )
+
+log = logging.getLogger(__name__)
 
 MEASURED_STEPS = 3
 
@@ -49,7 +53,8 @@ class Forecast:
         device_bytes: memory that the device has; 0 where it does not say.
         start_seconds: to build the network and compile its steps.
         features_seconds: to compute the missing features.
-        epoch_seconds: of an epoch with its validation.
+        step_seconds: of a training step.
+        validation_seconds: of the validation at an epoch's end.
         test_seconds: to segment and score the test cases.
     """
 
@@ -68,8 +73,20 @@ class Forecast:
     device_bytes: int
     start_seconds: float
     features_seconds: float
-    epoch_seconds: float
+    step_seconds: float
+    validation_seconds: float
     test_seconds: float
+
+    @property
+    def epoch_seconds(self) -> float:
+        """Of an epoch with its validation."""
+        return self.steps * self.step_seconds + self.validation_seconds
+
+    @property
+    def seconds(self) -> float:
+        """Of the run, if it takes all epochs."""
+        training = self.experiment.training.epochs * self.epoch_seconds
+        return self.start_seconds + self.features_seconds + training + self.test_seconds
 
 
 def forecast(experiment: Experiment, data: PreparedData, cache_dir: Path) -> Forecast:
@@ -155,16 +172,73 @@ def forecast(experiment: Experiment, data: PreparedData, cache_dir: Path) -> For
         device_bytes=device_bytes(),
         start_seconds=start_seconds,
         features_seconds=features_seconds,
-        epoch_seconds=steps * step_seconds + -(-slices["val"] // recipe.batch_size) * batch_seconds,
+        step_seconds=step_seconds,
+        validation_seconds=-(-slices["val"] // recipe.batch_size) * batch_seconds,
         test_seconds=-(-slices["test"] // recipe.batch_size) * batch_seconds + score_seconds / process_count(),
+    )
+
+
+@dataclass(frozen=True)
+class RunsForecast:
+    """What several runs on the same scans will take, one after the other.
+
+    Attributes:
+        seconds: of each run, if it takes all epochs and the features are there.
+        run_bytes: of each run's folder at its largest.
+        features_seconds: to compute the features that are missing, for all runs.
+        features_bytes: of these.
+        disk_free: where they are kept.
+        device: that was measured on.
+        cases: id of each case, and a hash of its scan and mask.
+    """
+
+    seconds: tuple[float, ...]
+    run_bytes: tuple[int, ...]
+    features_seconds: float
+    features_bytes: int
+    disk_free: int
+    device: str
+    cases: dict[str, str]
+
+
+def forecast_runs(experiments: Sequence[Experiment], cache_dir: Path) -> RunsForecast:
+    """Measure a few steps of each method, for its run on most patients; the others follow from their numbers of steps.
+
+    Raises:
+        InputError: as for a run before it starts.
+    """
+    first = experiments[0]
+    everyone = replace(first.data, train_patients=0, train_percent=100.0)
+    prepared = prepare_data(replace(first, data=everyone), cache_dir)
+    ids = [case.id for case in prepared.dataset.cases]
+    data = [replace(prepared, split=make_split(ids, experiment.data)) for experiment in experiments]
+    steps = [
+        -(-sum(v.shape[0] for v in of_run.of(of_run.split.train)) // experiment.training.batch_size)
+        for experiment, of_run in zip(experiments, data, strict=True)
+    ]
+    measured = {}
+    for method in dict.fromkeys(experiment.method for experiment in experiments):
+        largest = max((n for n, e in enumerate(experiments) if e.method == method), key=lambda n: steps[n])
+        log.info("measuring a few steps of %s", method)
+        measured[method] = forecast(experiments[largest], data[largest], cache_dir)
+    of_runs = [
+        replace(measured[experiment.method], experiment=experiment, steps=count, features_seconds=0.0)
+        for experiment, count in zip(experiments, steps, strict=True)
+    ]
+    return RunsForecast(
+        seconds=tuple(f.seconds for f in of_runs),
+        run_bytes=tuple(f.run_bytes for f in of_runs),
+        features_seconds=sum(f.features_seconds for f in measured.values()),
+        features_bytes=sum(f.features_bytes for f in measured.values()),
+        disk_free=min(f.disk_free for f in measured.values()),
+        device=jax.devices()[0].device_kind,
+        cases=prepared.cases,
     )
 
 
 def describe(f: Forecast) -> str:
     """The forecast as lines to print."""
     experiment, recipe = f.experiment, f.experiment.training
-    training_seconds = recipe.epochs * f.epoch_seconds
-    together = f.start_seconds + f.features_seconds + training_seconds + f.test_seconds
     features = f"features {as_bytes(f.features_bytes)} in {f.cache_dir} ({as_bytes(f.disk_free)} free)"
     if not f.features_fit:
         features = (
@@ -185,8 +259,8 @@ def describe(f: Forecast) -> str:
         "time": (
             f"start and compilation {clock(f.start_seconds)}; "
             + (f"features {clock(f.features_seconds)}; " if f.features_seconds else "")
-            + f"an epoch {clock(f.epoch_seconds)}, all {recipe.epochs} {clock(training_seconds)}; "
-            f"test {clock(f.test_seconds)}; together about {clock(together)}, on {jax.devices()[0].device_kind}, "
+            + f"an epoch {clock(f.epoch_seconds)}, all {recipe.epochs} {clock(recipe.epochs * f.epoch_seconds)}; "
+            f"test {clock(f.test_seconds)}; together about {clock(f.seconds)}, on {jax.devices()[0].device_kind}, "
             f"from {MEASURED_STEPS} measured steps"
         ),
     }

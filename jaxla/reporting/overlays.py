@@ -30,9 +30,9 @@ def draw_overlays(panels: Sequence[Panel], path: Path, columns: int = 3) -> None
     figure = Figure(figsize=(3 * columns, 3 * len(panels) * height / width + 0.6), layout="constrained")
     grid = figure.subplots(len(panels), columns, squeeze=False)
     for axes_of_row, panel in zip(grid, panels, strict=True):
-        window = _grey_window(panel)
+        window = grey_window(panel)
         for axes, index in zip(axes_of_row, _slices_to_show(panel.reference, columns), strict=True):
-            _draw_slice(axes, panel, index, window)
+            draw_slice(axes, panel, index, window)
             axes.text(
                 0.02, 0.02, f"slice {index + 1}/{len(panel.image)}", transform=axes.transAxes, color="w",
                 fontsize="small",
@@ -55,32 +55,40 @@ def slice_figures(panel: Panel, count: int) -> Iterator[tuple[int, Figure]]:
     Yields:
         The slice's index, from 0, and its figure.
     """
-    window = _grey_window(panel)
+    window = grey_window(panel)
     (height, width), (_, row_mm, column_mm) = panel.image.shape[1:], panel.spacing
     for index in dict.fromkeys(_slices_to_show(panel.reference, count)):
         inches = max(4, width / 96)  # as wide as 96 pixels to the inch make it; outlines of 1.2 pt are then 1.6 pixels
         figure = Figure(figsize=(inches, inches * height * row_mm / (width * column_mm)))
-        _draw_slice(figure.add_axes((0, 0, 1, 1)), panel, index, window, interpolation="none")
+        draw_slice(figure.add_axes((0, 0, 1, 1)), panel, index, window, interpolation="none")
         yield index, figure
 
 
-def _grey_window(panel: Panel) -> tuple[float, float]:
+def grey_window(panel: Panel) -> tuple[float, float]:
     """The intensities shown as black and as white, the same for all slices of a case."""
     low, high = np.percentile(panel.image, (0.5, 99.5))
     return float(low), float(high)
 
 
-def _draw_slice(
-    axes: Axes, panel: Panel, index: int, window: tuple[float, float], interpolation: str | None = None
+def draw_slice(
+    axes: Axes,
+    panel: Panel,
+    index: int,
+    window: tuple[float, float],
+    interpolation: str | None = None,
+    reference_dashes: str = "-",
 ) -> None:
+    """A slice in its aspect in mm, grey between the intensities of `window`, with the outlines of both masks."""
     _, row_mm, column_mm = panel.spacing
     low, high = window
     axes.imshow(
         panel.image[index], cmap="gray", vmin=low, vmax=high, aspect=row_mm / column_mm, interpolation=interpolation
     )
-    for classes, colour in ((panel.reference[index], REFERENCE), (panel.prediction[index], PREDICTION)):
+    outlines = ((panel.reference, REFERENCE, reference_dashes), (panel.prediction, PREDICTION, "-"))
+    for masks, colour, dashes in outlines:
+        classes = masks[index]
         for value in np.unique(classes[classes > 0]):
-            axes.contour(classes == value, levels=[0.5], colors=colour, linewidths=1.2)
+            axes.contour(classes == value, levels=[0.5], colors=colour, linewidths=1.2, linestyles=dashes)
     axes.set_axis_off()
 
 

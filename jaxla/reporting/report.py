@@ -7,7 +7,6 @@ import io
 import json
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from importlib.resources import files
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -85,7 +84,7 @@ def write_report(
     Raises:
         KeyError, jinja2.UndefinedError: something that the report shows is missing from what it was given.
     """
-    template = _environment().from_string(files("jaxla.reporting").joinpath("report.html.jinja").read_text("utf-8"))
+    template = templates().get_template("report.html.jinja")
     cases = _cases(rows)
     best = next(line for line in history if line["epoch"] == summary["best_epoch"])
     page = template.render(
@@ -105,10 +104,10 @@ def write_report(
         above_atlas=sum(_mean(case, "dice") > _mean(case, "atlas_dice") for case in cases),
         agreement=volume_agreement(rows),
         fewest_for_limits=FEWEST_FOR_LIMITS,
-        losses=_chart(lambda axes: draw_losses(axes, history)),
-        validation=_chart(lambda axes: draw_validation(axes, history, best)),
-        volumes=_chart(lambda axes: draw_volumes(axes, rows), (4.2, 4)),
-        panels=[(panel, [(i, _data_uri(f)) for i, f in slice_figures(panel, SLICES_PER_CASE)]) for panel in panels],
+        losses=chart(lambda axes: draw_losses(axes, history)),
+        validation=chart(lambda axes: draw_validation(axes, history, best)),
+        volumes=chart(lambda axes: draw_volumes(axes, rows), (4.2, 4)),
+        panels=[(panel, [(i, data_uri(f)) for i, f in slice_figures(panel, SLICES_PER_CASE)]) for panel in panels],
         colours={"prediction": PREDICTION, "reference": REFERENCE},
         options=list(_flatten({k: v for k, v in record["experiment"].items() if k not in ("name", "summary")})),
         repeat=without_folder_and_process(record["command"]),
@@ -120,15 +119,21 @@ def write_report(
     beside.replace(path)
 
 
-def _environment() -> jinja2.Environment:
+def templates() -> jinja2.Environment:
+    """The pages, and the filters that they print numbers with."""
     environment = jinja2.Environment(
-        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
+        loader=jinja2.PackageLoader("jaxla.reporting", "."),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
     )
     environment.filters |= {"number": _number, "mean_sd": _mean_sd}
     return environment
 
 
-def _digits(metric: str) -> int:
+def digits(metric: str) -> int:
+    """Decimals that a metric is printed with."""
     return 2 if metric.endswith(("_mm", "_ml", "_mm2")) else 3
 
 
@@ -136,7 +141,7 @@ def _number(value: float | None, metric: str, sign: bool = False) -> str:
     """`0.855`, `4.89`, `−1.20`; a dash for None."""
     if value is None:
         return "–"
-    return format(value, f"{'+' if sign else ''}.{_digits(metric)}f").replace("-", "−")
+    return format(value, f"{'+' if sign else ''}.{digits(metric)}f").replace("-", "−")
 
 
 def _mean_sd(summary: Mapping[str, Any], metric: str) -> str:
@@ -224,13 +229,13 @@ def _flatten(options: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str
             yield prefix + key, value if isinstance(value, str) and value else json.dumps(value, ensure_ascii=False)
 
 
-def _chart(draw: Callable[[Axes], None], inches: tuple[float, float] = (4.6, 3.5)) -> str:
+def chart(draw: Callable[[Axes], None], inches: tuple[float, float] = (4.6, 3.5)) -> str:
     figure = Figure(figsize=inches, layout="constrained")
     draw(figure.add_subplot())
-    return _data_uri(figure)
+    return data_uri(figure)
 
 
-def _data_uri(figure: Figure) -> str:
+def data_uri(figure: Figure) -> str:
     """A figure as SVG inside a data URI, for an <img>; the same figure gives the same text."""
     drawn = io.StringIO()
     nothing = dict.fromkeys(("Creator", "Date", "Format", "Type"))

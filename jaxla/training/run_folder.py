@@ -194,9 +194,9 @@ def require_resumable(folder: Path | None, experiment: Experiment) -> None:
     require_writable("--run-dir", folder)
     if is_running(folder):
         raise InputError(f"--run-dir={folder}: another process is training there; wait for it or end it")
-    for option, now, then in _differences(experiment, record.experiment):
+    for option, now, then in differences(experiment, record.experiment):
         raise InputError(
-            f"--resume: option --{option} is {_shown(now)}, but the run in {folder} was begun with {_shown(then)}; "
+            f"--resume: option --{option} is {shown(now)}, but the run in {folder} was begun with {shown(then)}; "
             f"it was begun by: {record.command}"
         )
 
@@ -262,24 +262,24 @@ def options_of(experiment: Experiment) -> dict[str, str]:
     flat = {"exp": experiment.name}
     for key, value in experiment_to_json(experiment).items():
         of_part = {f"{key}.{name}": v for name, v in value.items()} if isinstance(value, dict) else {key: value}
-        flat |= {name: _shown(v) for name, v in of_part.items() if name not in NOT_COMPARED | {"name"}}
+        flat |= {name: shown(v) for name, v in of_part.items() if name not in NOT_COMPARED | {"name"}}
     return flat
 
 
-def _differences(now: Any, then: Any, within: str = "") -> Iterator[tuple[str, Any, Any]]:
+def differences(now: Any, then: Any, within: str = "") -> Iterator[tuple[str, Any, Any]]:
     """The options in which two experiments differ: dotted name, and the value of each."""
     for field in fields(now):
         option = within + field.name
         a, b = getattr(now, field.name), getattr(then, field.name)
         if is_dataclass(a):
-            yield from _differences(a, b, f"{option}.")
+            yield from differences(a, b, f"{option}.")
         elif option == "model.weights" and "random" in (a, b) and a != b:
             yield option, a, b
         elif a != b and option not in NOT_COMPARED:
             yield "exp" if option == "name" else option, a, b
 
 
-def _shown(value: Any) -> str:
+def shown(value: Any) -> str:
     return "[" + ",".join(map(str, value)) + "]" if isinstance(value, tuple) else str(value) or "not given"
 
 

@@ -1,0 +1,89 @@
+"""Whether an experiment can be run at all, before anything is begun."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+from jaxla.config import Experiment, InputError
+from jaxla.data.cases import HOW_TO_GET_DATA, LAYOUTS
+from jaxla.devices.mesh import device_count
+from jaxla.devices.processes import process_count
+from jaxla.experiments import METHODS
+from jaxla.models.network import checked_model, require_size
+from jaxla.models.weights import weights_file
+from jaxla.models.weights_format import require_undamaged
+
+
+def checked(experiment: Experiment) -> Experiment:
+    """The experiment, its architecture in this package's spelling, and named beside the method if it is not its own.
+
+    Raises:
+        InputError: values that no run can work with.
+    """
+    if not experiment.data.root:
+        raise InputError(
+            f"option --data.root is required: a folder in one of these layouts: {'; '.join(LAYOUTS)}. {HOW_TO_GET_DATA}"
+        )
+    training = experiment.training
+    least = {
+        "training.epochs": (1, training.epochs),
+        "training.batch_size": (1, training.batch_size),
+        "training.patience": (1, training.patience),
+        "preprocessing.image_size": (1, experiment.preprocessing.image_size),
+        "data.phantom_cases": (1, experiment.data.phantom_cases),
+        "seed": (0, experiment.seed),
+    }
+    for name in ("decoder_widths", "widths"):
+        if not (widths := getattr(experiment.model, name)):
+            raise InputError(f"option --model.{name} is empty; give at least one width, such as [64,32]")
+        least[f"model.{name}"] = (1, min(widths))
+    for name in ("opening", "closing"):
+        if (side := getattr(experiment.postprocessing, name)) and side % 2 == 0:
+            raise InputError(f"option --postprocessing.{name} must be odd, or 0 to leave it out, got {side}")
+        least[f"postprocessing.{name}"] = (0, side)
+    for name in ("rotation", "scale", "intensity", "elastic"):
+        least[f"augmentation.{name}"] = (0, getattr(experiment.augmentation, name))
+    for option, (bound, value) in least.items():
+        if not bound <= value < float("inf"):
+            raise InputError(f"option --{option} must be at least {bound}, got {value}")
+    for option in ("learning_rate", "backbone_learning_rate"):
+        if not 0 < getattr(training, option) < float("inf"):
+            raise InputError(f"option --training.{option} must be a positive number, got {getattr(training, option)}")
+    own = METHODS[experiment.method].model
+    model = checked_model(experiment.model, own, experiment.method)
+    recipe = METHODS[experiment.method].training
+    has_rate = model.backbone == "finetuned" and model.weights != "random"
+    if not has_rate and training.backbone_learning_rate != recipe.backbone_learning_rate:
+        raise InputError(
+            "option --training.backbone_learning_rate is that of a pretrained backbone that is trained, and "
+            f"{model.arch} is {'frozen' if model.backbone == 'frozen' else 'trained from random weights'}; leave it out"
+        )
+    require_size(model, "option --preprocessing.image_size", experiment.preprocessing.image_size)
+    method = experiment.method if own.arch == model.arch else f"{experiment.method} with {model.arch}"
+    return replace(experiment, method=method, model=model)
+
+
+def with_weights(experiment: Experiment, cache_dir: Path) -> tuple[Experiment, str]:
+    """The experiment with the path of its backbone's weights, and the sha256 of their data; empty for random ones.
+
+    Raises:
+        InputError: the weights are missing or damaged.
+    """
+    model = experiment.model
+    if model.weights == "random":
+        return experiment, ""
+    path = weights_file(model.arch, model.weights, cache_dir).absolute()
+    sha256 = require_undamaged(path)
+    return replace(experiment, model=replace(model, weights=str(path))), sha256
+
+
+def require_share(experiment: Experiment) -> None:
+    """Raise an InputError unless each device in use has a slice of a batch."""
+    if (size := experiment.training.batch_size) < (devices := device_count()):
+        processes = process_count()
+        fewer = f"give --devices={size // processes * processes}" if size >= processes else "start fewer processes"
+        raise InputError(
+            f"option --training.batch_size={size}: smaller than the number of devices, {devices}, that share a batch; "
+            f"raise it, or {fewer}"
+        )

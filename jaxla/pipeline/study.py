@@ -1,0 +1,314 @@
+"""A study: a run for each method, protocol and seed, one after the other, each in a process of its own.
+
+A run that fails, or takes all memory, so ends alone; and what stands in a run's folder is what `python -m jaxla.train`
+with the same options would have left there.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import logging
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from multiprocessing import get_context
+from pathlib import Path
+from types import FrameType
+from typing import Literal, NamedTuple
+
+from filelock import FileLock, Timeout
+from tabulate import tabulate
+
+from jaxla.config import Experiment, InputError, Stopped, Study, log_to_terminal, parse_experiment
+from jaxla.devices.memory import as_bytes
+from jaxla.experiments import EXPERIMENTS, METHODS
+from jaxla.pipeline.checks import checked, with_weights
+from jaxla.pipeline.forecast import MEASURED_STEPS, RunsForecast, forecast_runs
+from jaxla.reporting.results import RUNS, STUDY
+from jaxla.training.loop import clock
+from jaxla.training.run_folder import (
+    CASES,
+    FIRST_FILES,
+    LOCK,
+    differences,
+    is_finished,
+    is_running,
+    read_record,
+    shown,
+)
+
+log = logging.getLogger(__name__)
+
+POLL = 2.0  # seconds between two looks at a run that another process trains
+
+State = Literal["complete", "begun", "new"]
+
+
+class PlannedRun(NamedTuple):
+    """One run of a study.
+
+    Attributes:
+        protocol: name of the experiment whose protocol it runs.
+        method: by its name.
+        seed: of its random numbers, and of which training patients the protocol takes.
+        experiment: with every option resolved.
+        arguments: of `python -m jaxla.train`, but for its folder.
+        folder: where it lies, or will lie.
+    """
+
+    protocol: str
+    method: str
+    seed: int
+    experiment: Experiment
+    arguments: tuple[str, ...]
+    folder: Path
+
+
+@dataclass(frozen=True)
+class Failure:
+    """A run that did not come to its end, and the last that it said."""
+
+    run: PlannedRun
+    reason: str
+
+
+def plan_runs(
+    options: Mapping[str, Sequence[str]], protocols: Sequence[str], seeds: Sequence[int], output: Path, cache_dir: Path
+) -> list[PlannedRun]:
+    """Every method under every protocol with every seed; all of a seed come before the next one.
+
+    Args:
+        options: for each method, those of `python -m jaxla.train`.
+        protocols: names of the experiments whose protocols are run.
+
+    Raises:
+        InputError: options that no run could begin with, or missing weights.
+    """
+    planned = []
+    for protocol in protocols:
+        for method, of_method in options.items():
+            arguments = [f"--exp={protocol}", f"--method={method}", *of_method, f"--cache-dir={cache_dir}"]
+            parsed = parse_experiment("jaxla.train", arguments, EXPERIMENTS, METHODS, lambda details: "")
+            experiment, _ = with_weights(checked(parsed.experiment), cache_dir)
+            planned.append((protocol, method, experiment, arguments))
+    return [
+        PlannedRun(
+            protocol,
+            method,
+            seed,
+            replace(experiment, seed=seed, data=replace(experiment.data, subset_seed=seed)),
+            (*arguments, f"--seed={seed}", f"--data.subset_seed={seed}"),
+            output / RUNS / f"{protocol}_{method}_seed{seed}",
+        )
+        for seed in seeds
+        for protocol, method, experiment, arguments in planned
+    ]
+
+
+@contextmanager
+def study_folder(output: Path, study: Study, runs: Sequence[PlannedRun], command: str) -> Iterator[None]:
+    """The folder of a study, held by this process alone; `study.json` names its runs.
+
+    Raises:
+        InputError: another process holds it.
+    """
+    content = {
+        "name": study.name,
+        "summary": study.summary,
+        "command": command,
+        "runs": [
+            {"folder": run.folder.name, "protocol": run.protocol, "method": run.method, "seed": run.seed}
+            for run in runs
+        ],
+    }
+    output.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(output / LOCK, timeout=1)
+    try:
+        lock.acquire()
+    except Timeout as error:
+        raise InputError(f"--output={output}: another process runs a study there; wait for it or end it") from error
+    try:
+        beside = output / f".{STUDY}"
+        beside.write_text(json.dumps(content, indent=1) + "\n")
+        beside.replace(output / STUDY)
+        yield
+    finally:
+        lock.release()
+
+
+def state_of(run: PlannedRun) -> State:
+    """How far a run is.
+
+    Raises:
+        InputError: its folder holds something else, or a run of other options or by another version of this package.
+    """
+    folder = run.folder
+    if not folder.exists() or not {path.name for path in folder.iterdir()} - set(FIRST_FILES):
+        return "new"
+    record = read_record(folder)
+    move = "move that folder away to run it again, or choose another --output"
+    for option, now, then in differences(run.experiment, record.experiment):
+        if option != "exp":
+            raise InputError(f"{folder}: was run with --{option}={shown(then)}, not {shown(now)}; {move}")
+    made_by, here = record.environment["versions"].get("jaxla"), importlib.metadata.version("jaxla")
+    if made_by != here:
+        raise InputError(f"{folder}: was made by jaxla {made_by}, and this is {here}; {move}")
+    return "complete" if is_finished(folder) else "begun"
+
+
+def require_same_data(runs: Sequence[PlannedRun], cases: dict[str, str]) -> None:
+    """Raise an InputError unless complete runs saw the scans and masks that there are now."""
+    for run in runs:
+        then = json.loads((run.folder / CASES).read_text())
+        for name in sorted(set(then) | set(cases)):
+            if then.get(name) != cases.get(name):
+                what = "new" if name not in then else "gone" if name not in cases else "another scan or mask"
+                raise InputError(
+                    f"{run.folder}: was run on other data than those in {run.experiment.data.root}: case {name} is "
+                    f"{what}; put the data back, or choose another --output"
+                )
+
+
+def measure(runs: Sequence[PlannedRun], cache_dir: Path) -> RunsForecast:
+    """What the runs will take; measured in a process of its own, which then gives the device back.
+
+    Raises:
+        InputError: the data, or a method's first step, would end a run before it starts.
+    """
+    experiments = [run.experiment for run in runs]
+    with ProcessPoolExecutor(1, mp_context=get_context("spawn"), initializer=log_to_terminal) as pool:
+        found = pool.submit(_measure, experiments, cache_dir).result()
+    if isinstance(found, str):
+        raise InputError(found)
+    return found
+
+
+def _measure(experiments: Sequence[Experiment], cache_dir: Path) -> RunsForecast | str:
+    from jaxla.data.cache import in_use
+    from jaxla.devices.mesh import use_devices
+
+    try:
+        with in_use(cache_dir), use_devices():
+            return forecast_runs(experiments, cache_dir)
+    except InputError as error:  # not every error survives the way to another process
+        return str(error)
+
+
+def describe_plan(runs: Sequence[PlannedRun], states: Sequence[State], forecast: RunsForecast | None) -> str:
+    """The plan as lines to print; without a forecast nothing is left to run."""
+    count = {state: states.count(state) for state in ("complete", "begun", "new")}
+    methods, protocols, seeds = (
+        list(dict.fromkeys(getattr(run, of) for run in runs)) for of in ("method", "protocol", "seed")
+    )
+    lines = [
+        f"{len(runs)} runs: {_many(methods, 'method')}, {_many(protocols, 'protocol')}, {_many(seeds, 'seed')} "
+        f"({', '.join(map(str, seeds))}); {count['complete']} complete, {count['begun']} to go on with, "
+        f"{count['new']} new"
+    ]
+    if forecast is None:
+        return lines[0]
+    left = [n for n, state in enumerate(states) if state != "complete"]
+    seconds = {}
+    for n in left:
+        key = (runs[n].method, runs[n].protocol)
+        seconds[key] = seconds.get(key, 0.0) + forecast.seconds[n]
+    table = [
+        [method, *(clock(seconds[method, p]) if (method, p) in seconds else "–" for p in protocols)]
+        for method in methods
+    ]
+    total = sum(forecast.seconds[n] for n in left) + forecast.features_seconds
+    disk = f"run folders {as_bytes(sum(forecast.run_bytes[n] for n in left))} at most"
+    if forecast.features_bytes:
+        disk += f"; features {as_bytes(forecast.features_bytes)}, once"
+    lines += [
+        tabulate(table, ["", *protocols], "plain", colalign=["left", *["right"] * len(protocols)]),
+        f"time  at most about {clock(total)} on {forecast.device}"
+        + (f", {clock(forecast.features_seconds)} of it for features" if forecast.features_seconds else "")
+        + f"; all seeds together, from {MEASURED_STEPS} measured steps of each method; runs may stop early",
+        f"disk  {disk}; {as_bytes(forecast.disk_free)} free",
+    ]
+    return "\n".join(lines)
+
+
+def run_all(runs: Sequence[PlannedRun], states: Sequence[State], forecast: RunsForecast) -> list[Failure]:
+    """Run what is not complete, in order; -> those that failed.
+
+    Raises:
+        Stopped: asked to end; the run in progress has saved where it stands.
+    """
+    failures, expected, taken = [], 0.0, 0.0
+    left = [n for n, state in enumerate(states) if state != "complete"]
+    for done, n in enumerate(left):
+        run = runs[n]
+        log.info("run %d of %d: %s, %s, seed %d", done + 1, len(left), run.protocol, run.method, run.seed)
+        began = time.perf_counter()
+        failure = _run(run)
+        expected, taken = expected + forecast.seconds[n], taken + time.perf_counter() - began
+        outlook = sum(forecast.seconds[m] for m in left[done + 1 :]) * taken / max(expected, 1e-9)
+        if failure:
+            failures.append(Failure(run, failure))
+            log.warning("failed: %s", failure)
+        log.info("%d of %d done; about %s left", done + 1, len(left), clock(outlook))
+    return failures
+
+
+def _run(run: PlannedRun) -> str:
+    """Train and test in a process of its own, whose lines are printed indented; -> why it failed, or nothing."""
+    if is_running(run.folder):
+        log.info("another process trains in %s; waiting for it", run.folder)
+        while is_running(run.folder):
+            time.sleep(POLL)
+    state = state_of(run)
+    if state == "complete":
+        return ""
+    command = [sys.executable, "-m", "jaxla.train", *run.arguments, f"--run-dir={run.folder}"]
+    command += ["--resume"] * (state == "begun")
+    said = ""
+    with (
+        interruptible() as received,
+        subprocess.Popen(
+            command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace"
+        ) as process,
+    ):
+        try:
+            for line in process.stdout:
+                print(f"    {line.rstrip()}", flush=True)
+                said = line.strip() or said
+        except KeyboardInterrupt as interrupt:
+            # The terminal or the scheduler may have told the run too, and the same signal twice would end it at once.
+            process.send_signal(signal.SIGTERM if received == [signal.SIGINT] else signal.SIGINT)
+            for line in process.stdout:
+                print(f"    {line.rstrip()}", flush=True)
+            raise Stopped(f"in {run.folder.name}") from interrupt
+    if process.returncode == 0 and is_finished(run.folder):
+        return ""
+    if process.returncode < 0:
+        return f"ended by {signal.Signals(-process.returncode).name}"
+    return said.removeprefix("error: ") or f"exit code {process.returncode}"
+
+
+@contextmanager
+def interruptible() -> Iterator[list[int]]:
+    """Within it SIGINT and SIGTERM are a KeyboardInterrupt, and the yielded list says which came."""
+    received: list[int] = []
+
+    def interrupt(number: int, frame: FrameType | None) -> None:
+        received.append(number)
+        raise KeyboardInterrupt
+
+    before = {number: signal.signal(number, interrupt) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield received
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _many(items: Sequence[object], what: str) -> str:
+    return f"{len(items)} {what}{'' if len(items) == 1 else 's'}"

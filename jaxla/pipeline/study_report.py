@@ -1,0 +1,71 @@
+"""From a study's folder to its report: reads the results, and the scans that Figure 3 shows."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from jaxla.config import InputError
+from jaxla.data.cases import Case, Labels, find_cases
+from jaxla.data.phantoms import cached_phantoms
+from jaxla.data.volumes import read_image, read_mask, slice_geometry, to_slices
+from jaxla.experiments import PUBLISHED
+from jaxla.reporting.overlays import Panel
+from jaxla.reporting.results import Results, StudyRun, read_study, unit_values
+from jaxla.reporting.study import write_study_report
+from jaxla.reporting.study_tables import largest_protocol
+from jaxla.training.run_folder import read_record
+
+
+def report_study(folder: Path, cache_dir: Path, data_root: str = "", cases: Sequence[str] = ()) -> Path:
+    """Write the report of a study whose runs are complete; -> the path of its page.
+
+    Args:
+        data_root: where the scans lie, if not where they were.
+        cases: to show in Figure 3; by default the worst, the median and the best.
+
+    Raises:
+        InputError: the study is incomplete, or its scans are gone.
+    """
+    results = read_study(folder)
+    shown = choose_cases(results, cases)
+    first = read_record(results.runs[0].folder)
+    protocol = first.experiment.data
+    root = Path(data_root or protocol.root)
+    if str(root) == "phantom":
+        root = cached_phantoms(cache_dir, protocol.phantom_size, protocol.phantom_cases)
+    by_id = {case.id: case for case in find_cases(root, protocol.labels).cases}
+    largest = largest_protocol(results)
+    panels = {}
+    for name, case_id in shown.items():
+        if case_id not in by_id:
+            raise InputError(f"{root}: case {case_id} of the study is not there; give its folder as --data.root")
+        runs = [results.of(largest, method)[0] for method in results.methods]
+        panels[name] = [panel_of(run, by_id[case_id], first.labels) for run in runs]
+    return write_study_report(folder, results, PUBLISHED, panels)
+
+
+def choose_cases(results: Results, asked: Sequence[str]) -> dict[str, str]:
+    """What each case is to be called -> its id: those asked for, or the worst, median and best over all methods."""
+    largest = largest_protocol(results)
+    of_methods = [results.values(largest, method, "dice") for method in results.methods]
+    dice = {case: sum(values[case] for values in of_methods) for case in of_methods[0]}
+    for case in asked:
+        if case not in dice:
+            raise InputError(f"option --cases: {case} is no test case of this study; these are: {', '.join(dice)}")
+    if asked:
+        return {case: case for case in asked}
+    ranked = sorted(dice, key=dice.get)
+    ranks = {ranked[-1]: "best", ranked[(len(ranked) - 1) // 2]: "median", ranked[0]: "worst"}
+    return {f"{rank}: {case}": case for case, rank in reversed(ranks.items())}
+
+
+def panel_of(run: StudyRun, case: Case, labels: Labels) -> Panel:
+    """A case as a run segmented it."""
+    image, mask = read_image(case.image), read_mask(case.mask)
+    path = run.prediction_folder / f"{case.id}.nii.gz"
+    prediction = labels.to_classes(read_mask(path).array, path)
+    geometry = slice_geometry(image.affine)
+    dice = unit_values(run.rows, "dice")[case.id]
+    arrays = (image.array, prediction, labels.to_classes(mask.array, case.mask))
+    return Panel(f"Dice {dice:.3f}", *(to_slices(array, geometry) for array in arrays), geometry.spacing)

@@ -1,0 +1,107 @@
+"""The report on a study: tables and figures as files of their own, and all of them on one page."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from matplotlib.figure import Figure
+
+from jaxla.config import Published
+from jaxla.evaluation import statistics
+from jaxla.reporting.overlays import Panel
+from jaxla.reporting.report import LABELS, data_uri, templates
+from jaxla.reporting.results import Results
+from jaxla.reporting.study_figures import (
+    describe_agreement,
+    draw_agreement,
+    draw_cost,
+    draw_figure2,
+    draw_figure3,
+    series_of,
+)
+from jaxla.reporting.study_tables import all_tables, dice_iou_pairs, largest_protocol, write_tables
+
+PAGE = "report.html"
+
+
+class Drawn(NamedTuple):
+    """A figure, and what is to be said of it."""
+
+    name: str
+    figure: Figure
+    caption: str
+    alt: str
+
+
+def write_study_report(
+    folder: Path,
+    results: Results,
+    published: Mapping[tuple[str, str], Published],
+    cases: Mapping[str, Sequence[Panel]],
+) -> Path:
+    """Write `tables/`, `figures/` and the page, which takes its name only when it is whole; -> its path.
+
+    Args:
+        published: by method and protocol.
+        cases: for Figure 3: for each case a panel of each method, under the protocol of most training patients.
+    """
+    tables = all_tables(results, published)
+    drawn = _draw(results, cases)
+    for name in ("tables", "figures"):
+        (folder / name).mkdir(exist_ok=True)
+    write_tables(tables, folder / "tables")
+    for figure in drawn:
+        for ending in ("pdf", "png"):
+            metadata = {"CreationDate": None} if ending == "pdf" else {}  # the same study, the same bytes
+            figure.figure.savefig(folder / "figures" / f"{figure.name}.{ending}", dpi=200, metadata=metadata)
+
+    first = results.runs[0]
+    definitions = {LABELS.get(name, name): text for name, text in first.summary["definitions"].items()}
+    page = (
+        templates()
+        .get_template("study.html.jinja")
+        .render(
+            results=results,
+            first=first,
+            weights={m: results.of(results.protocols[0], m)[0].record["weights"] for m in results.methods},
+            pairs=dice_iou_pairs(results, published),
+            tables=tables,
+            figures=[{**figure._asdict(), "uri": data_uri(figure.figure)} for figure in drawn],
+            least_p=min(1.0, 2.0 ** (1 - len(first.split["test"]))),
+            definitions=definitions | {"Empty masks": first.summary["empty_rule"]} | statistics.DEFINITIONS,
+        )
+    )
+    beside = folder / f".{PAGE}"
+    beside.write_text(page, encoding="utf-8")
+    beside.replace(folder / PAGE)
+    return folder / PAGE
+
+
+def _draw(results: Results, cases: Mapping[str, Sequence[Panel]]) -> list[Drawn]:
+    largest = largest_protocol(results)
+    n = results.mean(largest, results.methods[0], "dice").n
+    several = len(results.seeds) > 1
+    drawn = []
+    if panels := series_of(results):
+        caption = (
+            f"Test Dice, mean over {n} volumes, over the training patients"
+            + (f"; bars: sd of the mean over {len(results.seeds)} seeds" if several else "; one seed")
+            + ". The atlas, the mean training mask, never looks at the image."
+        )
+        drawn.append(Drawn("figure2", draw_figure2(results, panels), caption, "Dice over training patients by method"))
+    caption = (
+        f"Protocol {largest}, seed {results.seeds[0]}: the slice with the largest reference, at the scan's own "
+        "resolution, cut to the structure's surroundings; prediction green, reference red. Dice is that of the volume."
+    )
+    drawn.append(Drawn("figure3", draw_figure3(cases, results.methods), caption, "Outlines over the scan by method"))
+    caption = (
+        f"Protocol {largest}: test Dice, mean over {n} volumes with its 95 % bootstrap interval, over what it costs; "
+        f"on {results.runs[0].record['environment']['device']}."
+    )
+    drawn.append(Drawn("cost", draw_cost(results), caption, "Dice over cost by method"))
+    drawn.append(
+        Drawn("agreement", draw_agreement(results), describe_agreement(results), "Bland-Altman plots by method")
+    )
+    return drawn

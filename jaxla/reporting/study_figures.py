@@ -1,0 +1,235 @@
+"""The figures of a study: Dice over training patients (Figure 2), overlays (Figure 3), cost, agreement of volumes.
+
+A method has one colour, marker and line style in all of them, and the colours differ in brightness too, so that a grey
+print can be read.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.ticker import StrMethodFormatter
+
+from jaxla.experiments import METHODS
+from jaxla.reporting.agreement import FEWEST_FOR_LIMITS, volume_agreement
+from jaxla.reporting.overlays import PREDICTION, REFERENCE, Panel, draw_slice, grey_window
+from jaxla.reporting.results import Results
+from jaxla.reporting.study_tables import cost_of, largest_protocol
+
+# Okabe and Ito's colours, which the colour-blind tell apart, in an order in which neighbours differ in brightness
+COLOURS = ("#0072B2", "#E69F00", "#000000", "#56B4E9", "#D55E00", "#009E73", "#CC79A7", "#8C8C00", "#5E3C99", "#999999")
+MARKERS = "os^Dv<P>X*"
+DASHES = ("-", "--", "-.", ":")
+
+
+class Style(NamedTuple):
+    """How a method looks in every figure."""
+
+    colour: str
+    marker: str
+    dashes: str
+
+
+def style_of(method: str) -> Style:
+    """Of a method, by its place among all methods; with another architecture it looks like its own."""
+    place = list(METHODS).index(method.split(" with ")[0])
+    return Style(COLOURS[place % len(COLOURS)], MARKERS[place % len(MARKERS)], DASHES[place % len(DASHES)])
+
+
+class Series(NamedTuple):
+    """One panel of Figure 2.
+
+    Attributes:
+        title: of its x axis.
+        ticks: label of each protocol.
+        protocols: in order of their training patients.
+    """
+
+    title: str
+    ticks: list[str]
+    protocols: list[str]
+
+
+def series_of(results: Results) -> list[Series]:
+    """The panels of Figure 2 that these protocols make: by share and by number of the training patients."""
+    shares, counts = {}, {}
+    for protocol in results.protocols:
+        run = results.of(protocol, results.methods[0])[0]
+        data, patients = run.record["experiment"]["data"], len(run.split["train"])
+        if data["train_percent"] < 100:
+            shares[protocol] = (patients, f"{data['train_percent']:g} %")
+        elif data["train_patients"]:
+            counts[protocol] = (patients, str(patients))
+        else:
+            shares[protocol], counts[protocol] = (patients, "100 %"), (patients, f"all ({patients})")
+    found = []
+    for title, of_panel in (("share of the training patients", shares), ("training patients", counts)):
+        if len(of_panel) > 1:
+            ordered = sorted(of_panel, key=lambda protocol: of_panel[protocol][0])
+            found.append(Series(title, [of_panel[protocol][1] for protocol in ordered], ordered))
+    return found
+
+
+def draw_series(axes: Axes, results: Results, series: Series) -> None:
+    """Mean Dice per volume of every method, with the spread over seeds, above the atlas."""
+    places = np.arange(len(series.protocols))
+    spread = 0.06 * (np.arange(len(results.methods)) - (len(results.methods) - 1) / 2)
+    for offset, method in zip(spread, results.methods, strict=True):
+        means = [results.mean(protocol, method, "dice") for protocol in series.protocols]
+        style = style_of(method)
+        axes.errorbar(
+            places + offset, [m.mean for m in means], yerr=[m.sd_over_seeds or 0 for m in means], color=style.colour,
+            marker=style.marker, ls=style.dashes, ms=5, lw=1.4, capsize=2, elinewidth=0.9, label=method,
+        )  # fmt: skip
+    atlas = [results.mean(protocol, results.methods[0], "atlas_dice").mean for protocol in series.protocols]
+    axes.plot(places, atlas, color="grey", lw=1, ls=(0, (1, 2)), label="atlas")
+    axes.set_xticks(places, series.ticks)
+    axes.set(xlabel=series.title, ylabel="test Dice (mean per volume)")
+    axes.grid(alpha=0.3)
+
+
+def draw_figure2(results: Results, panels: Sequence[Series]) -> Figure:
+    figure = Figure(figsize=(4.6 * len(panels), 3.9), layout="constrained")
+    grid = figure.subplots(1, len(panels), squeeze=False, sharey=True)[0]
+    for axes, series in zip(grid, panels, strict=True):
+        draw_series(axes, results, series)
+        axes.label_outer()
+    handles, labels = grid[0].get_legend_handles_labels()
+    figure.legend(
+        [*handles[1:], handles[0]], [*labels[1:], labels[0]], loc="outside lower center", ncols=4, frameon=False
+    )
+    return figure
+
+
+def draw_figure3(cases: Mapping[str, Sequence[Panel]], titles: Sequence[str]) -> Figure:
+    """One row a case, one column a method: the slice with the largest reference, cut to the structure's surroundings.
+
+    Args:
+        cases: for each case, named with what is to be said of it, a panel of each method.
+        titles: of the columns.
+    """
+    figure = Figure(figsize=(2.3 * len(titles), 2.3 * len(cases) + 0.6), layout="compressed")
+    grid = figure.subplots(len(cases), len(titles), squeeze=False)
+    for axes, title in zip(grid[0], titles, strict=True):
+        axes.set_title(title, fontsize="medium")
+    for row, (name, panels) in zip(grid, cases.items(), strict=True):
+        index = int(np.argmax(np.count_nonzero(panels[0].reference, axis=(1, 2))))
+        rows, columns = _surroundings([p.prediction[index] for p in panels] + [panels[0].reference[index]])
+        for axes, panel in zip(row, panels, strict=True):
+            draw_slice(axes, panel, index, grey_window(panel), interpolation="none", reference_dashes="--")
+            axes.set(xlim=columns, ylim=rows[::-1])
+            axes.text(0.03, 0.03, panel.title, transform=axes.transAxes, color="w", fontsize="small")
+        row[0].text(
+            -0.04, 0.5, f"{name}, slice {index + 1}", transform=row[0].transAxes, rotation=90, ha="right", va="center"
+        )
+    handles = [
+        Line2D([], [], color=PREDICTION, label="prediction"),
+        Line2D([], [], color=REFERENCE, ls="--", label="reference"),
+    ]
+    figure.legend(handles=handles, loc="outside lower center", ncols=2, frameon=False)
+    return figure
+
+
+def draw_cost(results: Results) -> Figure:
+    """Dice over multiply-adds and over seconds of inference, under the protocol of most training patients."""
+    protocol = largest_protocol(results)
+    figure = Figure(figsize=(9.2, 3.9), layout="constrained")
+    quantities = {
+        "multiply_adds": ("multiply-adds of a slice, G", 1e-9),
+        "inference_seconds": ("seconds of inference a volume", 1.0),
+    }
+    for axes, (quantity, (label, factor)) in zip(figure.subplots(1, 2, sharey=True), quantities.items(), strict=True):
+        for method in results.methods:
+            cost, mean, style = (
+                cost_of(results, protocol, method),
+                results.mean(protocol, method, "dice"),
+                style_of(method),
+            )
+            low, high = mean.interval or (mean.mean, mean.mean)
+            axes.errorbar(
+                cost[quantity] * factor, mean.mean, yerr=[[mean.mean - low], [high - mean.mean]], color=style.colour,
+                marker=style.marker, ls="", ms=7, capsize=2, elinewidth=0.9, label=method,
+            )  # fmt: skip
+        axes.set(xlabel=label, ylabel="test Dice (mean per volume)", xscale="log")
+        for axis_formatter in (axes.xaxis.set_major_formatter, axes.xaxis.set_minor_formatter):
+            axis_formatter(StrMethodFormatter("{x:g}"))
+        axes.grid(alpha=0.3)
+        axes.label_outer()
+    handles, labels = axes.get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=4, frameon=False)
+    return figure
+
+
+def draw_agreement(results: Results) -> Figure:
+    """Bland and Altman's plot of each method, under the protocol of most training patients; a mark for each class."""
+    protocol, across = largest_protocol(results), min(3, len(results.methods))
+    down = -(-len(results.methods) // across)
+    figure = Figure(figsize=(3.4 * across, 2.9 * down + 0.4), layout="constrained")
+    grid = figure.subplots(down, across, squeeze=False, sharex=True, sharey=True)
+    for axes in grid.flat[len(results.methods) :]:
+        axes.set_axis_off()
+    for axes, method in zip(grid.flat, results.methods, strict=False):
+        rows = mean_volumes(results, protocol, method)
+        for agreement, marker in zip(volume_agreement(rows), "osD^v<>*", strict=False):
+            of_class = [row for row in rows if row["class"] == agreement.name]
+            predicted, reference = (
+                np.array([row[key] for row in of_class]) for key in ("volume_ml", "reference_volume_ml")
+            )
+            axes.plot(
+                (predicted + reference) / 2, predicted - reference, marker, color=style_of(method).colour, ms=4,
+                mfc="none" if marker != "o" else None, label=agreement.name,
+            )  # fmt: skip
+            axes.axhline(agreement.bias, color="black", lw=1)
+            for limit in agreement.limits or ():
+                axes.axhline(limit, color="grey", lw=0.9, ls="--")
+        axes.axhline(0, color="grey", lw=0.8, ls=":")
+        axes.set_title(method, fontsize="medium")
+        axes.set(xlabel="mean of both volumes, ml", ylabel="prediction − reference, ml")
+        axes.grid(alpha=0.3)
+        axes.label_outer()
+    if len(results.classes) > 1:
+        figure.legend(*grid.flat[0].get_legend_handles_labels(), loc="outside lower center", ncols=4, frameon=False)
+    return figure
+
+
+def describe_agreement(results: Results) -> str:
+    """The caption of Bland and Altman's plots."""
+    n = results.mean(results.protocols[0], results.methods[0], "dice").n
+    lines = "Full line: bias" + (
+        "; dashed: limits of agreement, bias ± 1.96 sd" if n >= FEWEST_FOR_LIMITS
+        else f"; limits of agreement are given from {FEWEST_FOR_LIMITS} cases on"
+    )  # fmt: skip
+    return f"Protocol {largest_protocol(results)}, n = {n} test volumes, each averaged over seeds. {lines}."
+
+
+def mean_volumes(results: Results, protocol: str, method: str) -> list[dict[str, object]]:
+    """Rows of case and class with predicted and reference volume in ml, averaged over seeds."""
+    runs = results.of(protocol, method)
+    return [
+        {
+            "case": rows[0]["case"],
+            "class": rows[0]["class"],
+            **{key: float(np.mean([row[key] for row in rows])) for key in ("volume_ml", "reference_volume_ml")},
+        }
+        for rows in zip(*(run.rows for run in runs), strict=True)
+    ]
+
+
+def _surroundings(masks: Sequence[np.ndarray]) -> tuple[tuple[float, float], tuple[float, float]]:
+    """Rows and columns, as limits of axes, of a square twice as wide as the masks together, within the slice."""
+    any_of = np.any([mask > 0 for mask in masks], axis=0)
+    height, width = any_of.shape
+    if not any_of.any():
+        return (-0.5, height - 0.5), (-0.5, width - 0.5)
+    spans = [np.flatnonzero(any_of.any(axis=axis)) for axis in (1, 0)]
+    half = max(span[-1] - span[0] + 1 for span in spans)
+    limits = []
+    for span, size in zip(spans, (height, width), strict=True):
+        middle = (span[0] + span[-1]) / 2
+        limits.append((max(-0.5, middle - half), min(size - 0.5, middle + half)))
+    return limits[0], limits[1]

@@ -1,0 +1,253 @@
+"""The tables of a study, results, comparisons and cost: as CSV with all digits, as Markdown and LaTeX to print."""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from tabulate import tabulate
+
+from jaxla.config import Published
+from jaxla.evaluation.statistics import Comparison, compare
+from jaxla.reporting.report import LABELS, Pair, digits
+from jaxla.reporting.results import METRICS_SHOWN, Mean, Results
+
+ATLAS = "atlas"
+UNITS = ("volume", "slice")
+LATEX_ESCAPES = str.maketrans({sign: f"\\{sign}" for sign in "_%&#$"})
+LATEX_SIGNS = str.maketrans({"±": r"$\pm$", "−": "$-$", "–": "--", "×": r"$\times$"})
+
+
+class Table(NamedTuple):
+    """A table to print.
+
+    Attributes:
+        name: of its files, without ending.
+        caption: with units, n and protocol.
+        head: of the columns.
+        rows: of cells, the first one the row's name.
+        records: the same with all digits, a mapping per line of the CSV file.
+    """
+
+    name: str
+    caption: str
+    head: list[str]
+    rows: list[list[str]]
+    records: list[dict[str, Any]]
+
+
+def all_tables(results: Results, published: Mapping[tuple[str, str], Published]) -> list[Table]:
+    tables = [results_table(results, protocol, published) for protocol in results.protocols]
+    return [*tables, comparison_table(results), cost_table(results)]
+
+
+def results_table(results: Results, protocol: str, published: Mapping[tuple[str, str], Published]) -> Table:
+    """Table 1 under one protocol: Dice, IoU, HD95 and ASSD of every method, and the atlas's Dice and IoU."""
+    rows, records = [], []
+    printed = {method: published.get((method, protocol)) for method in results.methods}
+    for method in [*results.methods, ATLAS]:
+        cells = [method]
+        for unit in UNITS:
+            for metric in METRICS_SHOWN:
+                mean = _mean_of(results, protocol, method, metric, unit)
+                cells.append(mean_sd(mean, metric))
+                if mean:
+                    records.append(_record(protocol, method, metric, mean, printed.get(method)))
+        if any(printed.values()):
+            cells += _published_cells(printed.get(method))
+        rows.append(cells)
+    head = ["method", *(f"{LABELS[metric]} per {unit}" for unit in UNITS for metric in METRICS_SHOWN)]
+    if any(printed.values()):
+        head += ["published Dice", "published IoU"]
+    n, slices = (results.mean(protocol, results.methods[0], "dice", unit).n for unit in UNITS)
+    patients = len(results.of(protocol, results.methods[0])[0].split["train"])
+    caption = (
+        f"Protocol {protocol} ({patients} training patients): mean ± sd over {n} test volumes and over their {slices} "
+        f"slices, each first averaged over {_seeds(results)}. HD95 is the larger of the two directed 95th percentiles. "
+        "Both masks of a unit empty counts as perfect, one of them as worst. The atlas never looks at the image."
+    )
+    if any(printed.values()):
+        caption += " Published: by paper 1, on LAScarQS 2022; the unit of its means is not stated."
+    return Table(f"table1_{protocol}", caption, head, rows, records)
+
+
+def comparison_table(results: Results) -> Table:
+    """Every pair of methods under every protocol: Dice per volume to print, all metrics in the file."""
+    rows, records = [], []
+    for protocol in results.protocols:
+        for metric in METRICS_SHOWN:
+            for found in comparisons(results, protocol, metric):
+                records.append({"protocol": protocol, "metric": metric, **_flat(found)})
+                if metric == "dice":
+                    rows.append([protocol, found.first, found.second, *_comparison_cells(found)])
+    n = results.mean(results.protocols[0], results.methods[0], "dice").n
+    caption = (
+        f"Dice per volume, first − second: mean over {n} test volumes, each first averaged over {_seeds(results)}; "
+        "95 % bootstrap interval; Wilcoxon signed-rank test, Holm's correction within a protocol; rank-biserial effect."
+    )
+    head = ["protocol", "first", "second", "difference", "95 % interval", "p", "p (Holm)", "effect"]
+    return Table("comparisons", caption, head, rows, records)
+
+
+def comparisons(results: Results, protocol: str, metric: str) -> list[Comparison]:
+    return compare({method: results.values(protocol, method, metric) for method in results.methods})
+
+
+def cost_table(results: Results) -> Table:
+    """What each method costs, under the protocol of most training patients."""
+    protocol = largest_protocol(results)
+    rows, records = [], []
+    for method in results.methods:
+        cost = cost_of(results, protocol, method)
+        records.append({"protocol": protocol, "method": method, **cost})
+        rows.append(
+            [
+                method,
+                f"{cost['parameters'] / 1e6:.3g}",
+                f"{cost['trained_parameters'] / 1e6:.3g}",
+                f"{cost['multiply_adds'] / 1e9:.3g}",
+                f"{cost['epoch_seconds']:.3g}",
+                f"{cost['epochs']:.3g}",
+                f"{cost['inference_seconds']:.3g}",
+                f"{cost['step_bytes'] / 1e9:.2g}",
+                "–" if cost["peak_bytes"] is None else f"{cost['peak_bytes'] / 1e9:.2g}",
+                f"{cost['dice']:.3f}",
+            ]
+        )
+    first = results.of(protocol, results.methods[0])[0]
+    caption = (
+        f"Cost under protocol {protocol} on {first.record['environment']['device']}, mean over {_seeds(results)}. "
+        "Multiply-adds of one slice through the whole network; an epoch with its validation; inference from the scan "
+        f"in memory to its mask, of {_timed(first.cost)}; a training step by XLA's account, the peak of the process."
+    )
+    head = [
+        "method", "parameters, M", "trained, M", "multiply-adds, G", "s an epoch", "epochs", "s a volume",
+        "step, GB", "peak, GB", "Dice",
+    ]  # fmt: skip
+    return Table("cost", caption, head, rows, records)
+
+
+def cost_of(results: Results, protocol: str, method: str) -> dict[str, Any]:
+    """Means over seeds."""
+    runs = results.of(protocol, method)
+    peaks = [run.cost["peak_device_bytes"] or run.cost["peak_host_bytes"] for run in runs]
+    return {
+        **{key: runs[0].cost[key] for key in ("parameters", "trained_parameters", "multiply_adds", "step_bytes")},
+        "epoch_seconds": float(np.mean([line["seconds"] for run in runs for line in run.history])),
+        "epochs": float(np.mean([len(run.history) for run in runs])),
+        "inference_seconds": float(np.mean([seconds for run in runs for seconds in run.cost["inference_seconds"]])),
+        "peak_bytes": None if None in peaks else max(peaks),
+        "dice": results.mean(protocol, method, "dice").mean,
+    }
+
+
+def largest_protocol(results: Results) -> str:
+    """That of most training patients."""
+    return max(results.protocols, key=lambda protocol: len(results.of(protocol, results.methods[0])[0].split["train"]))
+
+
+def dice_iou_pairs(results: Results, published: Mapping[tuple[str, str], Published]) -> list[Pair]:
+    """Every mean Dice and mean IoU that stand side by side in the tables."""
+    pairs = []
+    for protocol in results.protocols:
+        for method in [*results.methods, ATLAS]:
+            for unit in UNITS:
+                dice, iou = (_mean_of(results, protocol, method, metric, unit) for metric in ("dice", "iou"))
+                if dice and iou:
+                    pairs.append(Pair(f"{protocol}, {method}, per {unit}", dice.mean, iou.mean))
+            found = published.get((method, protocol))
+            if found and found.iou is not None:
+                pairs.append(Pair(f"{protocol}, {method}, published", found.dice / 100, found.iou / 100))
+    return pairs
+
+
+def write_tables(tables: Sequence[Table], folder: Path) -> None:
+    """Each as `<name>.csv`, `.md` and `.tex`."""
+    for table in tables:
+        with (folder / f"{table.name}.csv").open("w", newline="", encoding="utf-8") as file:
+            writer = csv.DictWriter(file, list(table.records[0]), lineterminator="\n")
+            writer.writeheader()
+            writer.writerows(table.records)
+        aligned = ["left"] + ["right"] * (len(table.head) - 1)
+        plain = tabulate(table.rows, table.head, "pipe", colalign=aligned, disable_numparse=True)
+        (folder / f"{table.name}.md").write_text(f"{plain}\n\n{table.caption}\n", encoding="utf-8")
+        latex = tabulate(table.rows, table.head, "latex_booktabs", colalign=aligned, disable_numparse=True)
+        caption = table.caption.translate(LATEX_ESCAPES)
+        text = f"\\begin{{table}}\n\\caption{{{caption}}}\n{latex}\n\\end{{table}}\n"
+        (folder / f"{table.name}.tex").write_text(text.translate(LATEX_SIGNS), encoding="utf-8")
+
+
+def mean_sd(mean: Mean | None, metric: str) -> str:
+    """`0.855 ± 0.046`; a dash where there is no value."""
+    if mean is None:
+        return "–"
+    sd = "" if mean.sd is None else f" ± {mean.sd:.{digits(metric)}f}"
+    return f"{mean.mean:.{digits(metric)}f}{sd}"
+
+
+def _mean_of(results: Results, protocol: str, method: str, metric: str, unit: str) -> Mean | None:
+    if method != ATLAS:
+        return results.mean(protocol, method, metric, unit)
+    if unit == "slice" or metric not in ("dice", "iou"):
+        return None
+    return results.mean(protocol, results.methods[0], f"atlas_{metric}", unit)
+
+
+def _record(protocol: str, method: str, metric: str, mean: Mean, published: Published | None) -> dict[str, Any]:
+    low, high = mean.interval or (None, None)
+    of_paper = {"dice": ("dice", "dice_sd"), "iou": ("iou", "iou_sd")}.get(metric)
+    printed = [None if not published or not of_paper else getattr(published, name) for name in of_paper or ("", "")]
+    return {
+        "protocol": protocol,
+        "method": method,
+        "metric": metric,
+        "unit": mean.unit,
+        "mean": mean.mean,
+        "sd": mean.sd,
+        "n": mean.n,
+        "ci95_low": low,
+        "ci95_high": high,
+        "sd_over_seeds": mean.sd_over_seeds,
+        "published_mean": None if printed[0] is None else printed[0] / 100,
+        "published_sd": None if printed[1] is None else printed[1] / 100,
+    }
+
+
+def _published_cells(published: Published | None) -> list[str]:
+    if published is None:
+        return ["–", "–"]
+    cells = []
+    for mean, sd in ((published.dice, published.dice_sd), (published.iou, published.iou_sd)):
+        if mean is None:
+            cells.append("–")
+        else:
+            cells.append(f"{mean / 100:.3f}" + ("" if sd is None else f" ± {sd / 100:.3f}"))
+    return cells
+
+
+def _comparison_cells(found: Comparison) -> list[str]:
+    interval = "–" if found.interval is None else " to ".join(_signed(end) for end in found.interval)
+    return [_signed(found.difference), interval, f"{found.p:.2g}", f"{found.p_holm:.2g}", _signed(found.effect, 2)]
+
+
+def _flat(found: Comparison) -> dict[str, Any]:
+    values = dict(vars(found))
+    low, high = values.pop("interval") or (None, None)
+    return values | {"ci95_low": low, "ci95_high": high}
+
+
+def _signed(value: float, places: int = 3) -> str:
+    return f"{value:+.{places}f}".replace("-", "−")
+
+
+def _seeds(results: Results) -> str:
+    count = len(results.seeds)
+    return f"{count} {'seed' if count == 1 else 'seeds'}"
+
+
+def _timed(cost: Mapping[str, Any]) -> str:
+    slices = cost["inference_slices"]
+    return f"{len(slices)} test {'volume' if len(slices) == 1 else 'volumes'} of {np.mean(slices):.0f} slices"
