@@ -1,6 +1,7 @@
 """Left-atrium segmentation in LGE-MRI with DINOv2 and DINOv3 vision transformers, in JAX.
 
-The commands are `python -m jaxla.train`, `predict`, `evaluate`, `verify`, `info`, `cache` and `phantom`.
+The commands are `python -m jaxla.train`, `study`, `report`, `predict`, `evaluate`, `verify`, `info`, `cache` and
+`phantom`.
 """
 
 from __future__ import annotations

@@ -11,7 +11,7 @@ from jaxla.data.phantoms import cached_phantoms
 from jaxla.data.volumes import read_image, read_mask, slice_geometry, to_slices
 from jaxla.experiments import PUBLISHED
 from jaxla.reporting.overlays import Panel
-from jaxla.reporting.results import Results, StudyRun, read_study, unit_values
+from jaxla.reporting.results import Results, StudyRun, read_study
 from jaxla.reporting.study import write_study_report
 from jaxla.reporting.study_tables import largest_protocol
 from jaxla.training.run_folder import read_record
@@ -48,7 +48,7 @@ def report_study(folder: Path, cache_dir: Path, data_root: str = "", cases: Sequ
 def choose_cases(results: Results, asked: Sequence[str]) -> dict[str, str]:
     """What each case is to be called -> its id: those asked for, or the worst, median and best over all methods."""
     largest = largest_protocol(results)
-    of_methods = [results.values(largest, method, "dice") for method in results.methods]
+    of_methods = [results.volumes(largest, method, "dice") for method in results.methods]
     dice = {case: sum(values[case] for values in of_methods) for case in of_methods[0]}
     for case in asked:
         if case not in dice:
@@ -66,6 +66,6 @@ def panel_of(run: StudyRun, case: Case, labels: Labels) -> Panel:
     path = run.prediction_folder / f"{case.id}.nii.gz"
     prediction = labels.to_classes(read_mask(path).array, path)
     geometry = slice_geometry(image.affine)
-    dice = unit_values(run.rows, "dice")[case.id]
+    dice = run.volumes("dice")[case.id]
     arrays = (image.array, prediction, labels.to_classes(mask.array, case.mask))
     return Panel(f"Dice {dice:.3f}", *(to_slices(array, geometry) for array in arrays), geometry.spacing)

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import csv
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
@@ -34,6 +33,8 @@ class StudyRun:
         method: as the run calls it; beside the method's name an architecture that is not its own.
         record, split, summary, cost: the content of its JSON files.
         history: the lines of `metrics.jsonl`.
+        rows: of `test/cases.csv`.
+        slices: metric -> its value in every slice of every test case, averaged over classes.
     """
 
     folder: Path
@@ -45,18 +46,19 @@ class StudyRun:
     summary: dict[str, Any]
     cost: dict[str, Any]
     history: list[dict[str, float]]
+    rows: list[Row]
+    slices: dict[str, np.ndarray]
 
-    def rows_of(self, unit: Unit) -> list[Row]:
-        """Of `test/cases.csv` or `test/slices.csv`."""
-        return self.rows if unit == "volume" else self.slice_rows
+    def volumes(self, metric: str) -> dict[str, float]:
+        """Case -> its value, averaged over classes; with a metric `atlas_…` that of the atlas."""
+        values: dict[str, list[float]] = {}
+        for row in self.rows:
+            values.setdefault(row["case"], []).append(row[metric])
+        return {case: float(np.mean(of_classes)) for case, of_classes in sorted(values.items())}
 
-    @cached_property
-    def rows(self) -> list[Row]:
-        return _read_rows(self.folder / "test" / "cases.csv")
-
-    @cached_property
-    def slice_rows(self) -> list[Row]:
-        return _read_rows(self.folder / "test" / "slices.csv")
+    def values(self, metric: str, unit: Unit) -> np.ndarray:
+        """The values of all units, in the same order in all runs."""
+        return np.array(list(self.volumes(metric).values())) if unit == "volume" else self.slices[metric]
 
     @property
     def prediction_folder(self) -> Path:
@@ -111,33 +113,22 @@ class Results:
         """A run for each seed."""
         return [run for run in self.runs if (run.protocol, run.method) == (protocol, method)]
 
-    def values(self, protocol: str, method: str, metric: str, unit: Unit = "volume") -> dict[str, float]:
-        """Unit -> its value, averaged over classes and seeds; with a metric `atlas_…` those of the atlas."""
-        of_seeds = [unit_values(run.rows_of(unit), metric) for run in self.of(protocol, method)]
-        return {name: float(np.mean([values[name] for values in of_seeds])) for name in of_seeds[0]}
+    def volumes(self, protocol: str, method: str, metric: str) -> dict[str, float]:
+        """Case -> its value, averaged over classes and seeds."""
+        of_seeds = [run.volumes(metric) for run in self.of(protocol, method)]
+        return {case: float(np.mean([values[case] for values in of_seeds])) for case in of_seeds[0]}
 
     def mean(self, protocol: str, method: str, metric: str, unit: Unit = "volume") -> Mean:
-        values = list(self.values(protocol, method, metric, unit).values())
-        of_seeds = [
-            float(np.mean(list(unit_values(run.rows_of(unit), metric).values()))) for run in self.of(protocol, method)
-        ]
+        of_seeds = np.array([run.values(metric, unit) for run in self.of(protocol, method)])
+        values, seeds = of_seeds.mean(axis=0), of_seeds.mean(axis=1)
         return Mean(
-            mean=float(np.mean(values)),
-            sd=float(np.std(values, ddof=1)) if len(values) > 1 else None,
+            mean=float(values.mean()),
+            sd=float(values.std(ddof=1)) if len(values) > 1 else None,
             n=len(values),
             unit=unit,
             interval=mean_interval(values) if unit == "volume" else None,
-            sd_over_seeds=float(np.std(of_seeds, ddof=1)) if len(of_seeds) > 1 else None,
+            sd_over_seeds=float(seeds.std(ddof=1)) if len(seeds) > 1 else None,
         )
-
-
-def unit_values(rows: Sequence[Row], metric: str) -> dict[str, float]:
-    """Unit -> its value, averaged over classes."""
-    values: dict[str, list[float]] = {}
-    for row in rows:
-        name = f"{row['case']}, slice {row['slice']}" if "slice" in row else row["case"]
-        values.setdefault(name, []).append(row[metric])
-    return {name: float(np.mean(of_classes)) for name, of_classes in values.items()}
 
 
 def read_study(folder: Path) -> Results:
@@ -182,6 +173,8 @@ def _read_run(folder: Path, protocol: str, seed: int) -> StudyRun:
             summary=json.loads((folder / "test" / "summary.json").read_text()),
             cost=json.loads((folder / COST).read_text()),
             history=[json.loads(line) for line in (folder / METRICS).read_text().splitlines()],
+            rows=list(_rows(folder / "test" / "cases.csv")),
+            slices=_slices(folder / "test" / "slices.csv"),
         )
     except OSError as error:
         raise InputError(
@@ -194,7 +187,7 @@ def _read_run(folder: Path, protocol: str, seed: int) -> StudyRun:
 
 def _require_comparable(runs: Sequence[StudyRun]) -> None:
     first = runs[0]
-    require_same_cases({str(run.folder): unit_values(run.rows, "dice") for run in runs})
+    require_same_cases({str(run.folder): run.volumes("dice") for run in runs})
     for run in runs[1:]:
         for what, of_run, of_first in (
             ("versions of jaxla", *(r.record["environment"]["versions"]["jaxla"] for r in (run, first))),
@@ -208,9 +201,16 @@ def _require_comparable(runs: Sequence[StudyRun]) -> None:
                 )
 
 
-def _read_rows(path: Path) -> list[Row]:
+def _rows(path: Path) -> Iterator[Row]:
     with path.open(newline="", encoding="utf-8") as file:
-        return [
-            {key: value if key in WORDS else float(value) if value else None for key, value in row.items()}
-            for row in csv.DictReader(file)
-        ]
+        for row in csv.DictReader(file):
+            yield {key: value if key in WORDS else float(value) for key, value in row.items()}
+
+
+def _slices(path: Path) -> dict[str, np.ndarray]:
+    """Only what is shown of every slice, for a study has many."""
+    values: dict[tuple[str, int], list[list[float]]] = {}
+    for row in _rows(path):
+        values.setdefault((row["case"], int(row["slice"])), []).append([row[metric] for metric in METRICS_SHOWN])
+    of_slices = np.array([np.mean(values[place], axis=0) for place in sorted(values)])
+    return dict(zip(METRICS_SHOWN, of_slices.T, strict=True))

@@ -68,7 +68,9 @@ def write_study_report(
             weights={m: results.of(results.protocols[0], m)[0].record["weights"] for m in results.methods},
             pairs=dice_iou_pairs(results, published),
             tables=tables,
-            figures=[{**figure._asdict(), "uri": data_uri(figure.figure)} for figure in drawn],
+            figures=[
+                {**one._asdict(), "uri": data_uri(one.figure), "inches": one.figure.get_figwidth()} for one in drawn
+            ],
             least_p=min(1.0, 2.0 ** (1 - len(first.split["test"]))),
             definitions=definitions | {"Empty masks": first.summary["empty_rule"]} | statistics.DEFINITIONS,
         )

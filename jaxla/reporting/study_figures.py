@@ -13,7 +13,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from matplotlib.ticker import StrMethodFormatter
+from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
 
 from jaxla.experiments import METHODS
 from jaxla.reporting.agreement import FEWEST_FOR_LIMITS, volume_agreement
@@ -156,8 +156,11 @@ def draw_cost(results: Results) -> Figure:
                 marker=style.marker, ls="", ms=7, capsize=2, elinewidth=0.9, label=method,
             )  # fmt: skip
         axes.set(xlabel=label, ylabel="test Dice (mean per volume)", xscale="log")
-        for axis_formatter in (axes.xaxis.set_major_formatter, axes.xaxis.set_minor_formatter):
-            axis_formatter(StrMethodFormatter("{x:g}"))
+        low, high = axes.get_xlim()
+        axes.set_xlim(low / 2, high * 2)  # room for a tick at 1, 2 or 5
+        axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes.xaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+        axes.xaxis.set_minor_formatter(NullFormatter())
         axes.grid(alpha=0.3)
         axes.label_outer()
     handles, labels = axes.get_legend_handles_labels()

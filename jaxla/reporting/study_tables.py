@@ -48,26 +48,26 @@ def results_table(results: Results, protocol: str, published: Mapping[tuple[str,
     """Table 1 under one protocol: Dice, IoU, HD95 and ASSD of every method, and the atlas's Dice and IoU."""
     rows, records = [], []
     printed = {method: published.get((method, protocol)) for method in results.methods}
-    for method in [*results.methods, ATLAS]:
-        cells = [method]
-        for unit in UNITS:
-            for metric in METRICS_SHOWN:
-                mean = _mean_of(results, protocol, method, metric, unit)
-                cells.append(mean_sd(mean, metric))
-                if mean:
-                    records.append(_record(protocol, method, metric, mean, printed.get(method)))
-        if any(printed.values()):
-            cells += _published_cells(printed.get(method))
-        rows.append(cells)
-    head = ["method", *(f"{LABELS[metric]} per {unit}" for unit in UNITS for metric in METRICS_SHOWN)]
+    for unit in UNITS:
+        for method in [*results.methods, ATLAS] if unit == "volume" else results.methods:
+            means = {metric: _mean_of(results, protocol, method, metric, unit) for metric in METRICS_SHOWN}
+            cells = [method, unit, *(mean_sd(mean, metric) for metric, mean in means.items())]
+            if any(printed.values()):
+                cells += _published_cells(printed.get(method) if unit == "volume" else None)
+            rows.append(cells)
+            records += [
+                _record(protocol, method, metric, mean, printed.get(method)) for metric, mean in means.items() if mean
+            ]
+    head = ["method", "per", *(LABELS[metric] for metric in METRICS_SHOWN)]
     if any(printed.values()):
         head += ["published Dice", "published IoU"]
     n, slices = (results.mean(protocol, results.methods[0], "dice", unit).n for unit in UNITS)
     patients = len(results.of(protocol, results.methods[0])[0].split["train"])
     caption = (
-        f"Protocol {protocol} ({patients} training patients): mean ± sd over {n} test volumes and over their {slices} "
-        f"slices, each first averaged over {_seeds(results)}. HD95 is the larger of the two directed 95th percentiles. "
-        "Both masks of a unit empty counts as perfect, one of them as worst. The atlas never looks at the image."
+        f"Protocol {protocol} ({count_of(patients, 'training patient')}): mean ± sd over "
+        f"{count_of(n, 'test volume')} and over their {slices} slices, each first averaged over {_seeds(results)}. "
+        "HD95 is the larger of the two directed 95th percentiles (not that of the pooled distances). Both masks of a "
+        "unit empty counts as perfect, one of them as worst. The atlas never looks at the image."
     )
     if any(printed.values()):
         caption += " Published: by paper 1, on LAScarQS 2022; the unit of its means is not stated."
@@ -93,7 +93,7 @@ def comparison_table(results: Results) -> Table:
 
 
 def comparisons(results: Results, protocol: str, metric: str) -> list[Comparison]:
-    return compare({method: results.values(protocol, method, metric) for method in results.methods})
+    return compare({method: results.volumes(protocol, method, metric) for method in results.methods})
 
 
 def cost_table(results: Results) -> Table:
@@ -180,6 +180,11 @@ def write_tables(tables: Sequence[Table], folder: Path) -> None:
         (folder / f"{table.name}.tex").write_text(text.translate(LATEX_SIGNS), encoding="utf-8")
 
 
+def count_of(count: int, what: str) -> str:
+    """`1 seed`, `2 seeds`."""
+    return f"{count} {what}{'' if count == 1 else 's'}"
+
+
 def mean_sd(mean: Mean | None, metric: str) -> str:
     """`0.855 ± 0.046`; a dash where there is no value."""
     if mean is None:
@@ -244,10 +249,9 @@ def _signed(value: float, places: int = 3) -> str:
 
 
 def _seeds(results: Results) -> str:
-    count = len(results.seeds)
-    return f"{count} {'seed' if count == 1 else 'seeds'}"
+    return count_of(len(results.seeds), "seed")
 
 
 def _timed(cost: Mapping[str, Any]) -> str:
     slices = cost["inference_slices"]
-    return f"{len(slices)} test {'volume' if len(slices) == 1 else 'volumes'} of {np.mean(slices):.0f} slices"
+    return f"{count_of(len(slices), 'test volume')} of {np.mean(slices):.0f} slices"

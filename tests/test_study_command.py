@@ -1,0 +1,134 @@
+"""python -m jaxla.study as a user runs it: a run that fails, one that is stopped, and what is complete stays."""
+
+import json
+import re
+import shutil
+import signal
+import subprocess
+import sys
+
+import pytest
+
+from jaxla.config import InputError
+from jaxla.study import main
+from tests.conftest import run_command
+
+
+def options_of(phantoms, folder, *more):
+    return [
+        "--name=fewshot_patients", "--methods=unet,vit_mini8", "--experiments=fewshot_1patient", "--seeds=3",
+        f"--output={folder / 'study'}", f"--cache-dir={folder / 'cache'}", f"--data.root={phantoms}",
+        "--preprocessing.image_size=48", "--training.epochs=2", "--training.batch_size=8", "--unet.model.widths=[8,16]",
+        *more,
+    ]  # fmt: skip
+
+
+def test_a_study_goes_on_after_a_failure_and_after_a_stop(phantoms, tmp_path):
+    runs = tmp_path / "study" / "runs"
+    unet, vit = (runs / f"fewshot_1patient_{method}_seed3" for method in ("unet", "vit_mini8"))
+
+    planned = run_command("jaxla.study", *options_of(phantoms, tmp_path, "--dry-run"))
+    said = "2 runs: 2 methods, 1 protocol, 1 seed (3); 0 complete, 0 to go on with, 2 new"
+    assert said in planned.stdout
+    assert re.search(r"^time  at most about .* from 3 measured steps of each method", planned.stdout, re.MULTILINE)
+    assert re.search(r"^disk  run folders \S+ at most", planned.stdout, re.MULTILINE)
+    assert not (tmp_path / "study").exists()
+
+    # a rate at which the first epoch ends in NaN
+    failed = run_command(
+        "jaxla.study", *options_of(phantoms, tmp_path, "--unet.training.learning_rate=1e30"), check=False
+    )
+    assert failed.returncode == 1
+    assert failed.stderr.startswith(f"stopped with 1 of 2 runs failed: {unet} (training loss nan")
+    assert "lower --training.learning_rate" in failed.stderr
+    assert (vit / "report.html").exists()
+    assert not (tmp_path / "study" / "report.html").exists()
+    split = json.loads((vit / "split.json").read_text())
+    assert len(split["train"]) == 1
+    assert json.loads((vit / "experiment.json").read_text())["experiment"]["data"]["subset_seed"] == 3
+
+    other = run_command("jaxla.study", *options_of(phantoms, tmp_path), check=False)
+    assert other.returncode == 2
+    assert f"{unet}: was run with --training.learning_rate=1e+30, not 0.0001; move that folder away" in other.stderr
+
+    shutil.rmtree(unet)
+    complete = {path: path.stat().st_mtime_ns for path in vit.rglob("*")}
+    command = [sys.executable, "-m", "jaxla.study", *options_of(phantoms, tmp_path)]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    for line in process.stdout:
+        if "epoch 1/2" in line:
+            process.send_signal(signal.SIGTERM)
+            break
+    _, stderr = process.communicate(timeout=100)
+    assert process.returncode == 1
+    assert re.match(rf"stopped in {unet.name}; go on with: python -m jaxla.study --name=fewshot_patients", stderr)
+    assert (unet / "experiment.json").exists()
+
+    done = run_command("jaxla.study", *options_of(phantoms, tmp_path))
+    assert re.search(r"; 1 complete, 1 to go on with, 0 new|; 2 complete", done.stdout)
+    assert done.stdout.splitlines()[-1] == f"2 runs are complete: {tmp_path / 'study' / 'report.html'}"
+    assert json.loads((unet / "experiment.json").read_text())["resumed"]
+    assert {path: path.stat().st_mtime_ns for path in vit.rglob("*")} == complete
+    assert json.loads((unet / "split.json").read_text()) == split  # the same patient for both methods
+    assert "fewshot_1patient_unet_seed3" in (tmp_path / "study" / "report.html").read_text()
+
+    again = run_command("jaxla.study", *options_of(phantoms, tmp_path))
+    assert "2 complete, 0 to go on with, 0 new" in again.stdout
+    assert "measuring" not in again.stdout
+    assert {path: path.stat().st_mtime_ns for path in vit.rglob("*")} == complete
+
+
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [
+        ("--seeds=1,2,1", "option --seeds: 1 is given twice"),
+        ("--seeds=one", "option --seeds=one: expected numbers, such as 0,1,2"),
+        ("--seeds=-1", "option --seeds=-1: seeds must be 0 or more"),
+        ("--methods=unet,unet", "option --methods: unet is given twice"),
+        ("--methods=unet,segmet", "--methods: 'segmet' is unknown; did you mean segnet?"),
+        ("--experiments=fewshot_3patients", "--experiments: 'fewshot_3patients' is unknown; did you mean fewshot_"),
+        ("--name=paper2", "study 'paper2' is unknown; did you mean paper1?"),
+        ("--seed=3", "option --seed is given by the study to each run; give --seeds"),
+        ("--run-dir=x", "option --run-dir is given by the study to each run; leave it out"),
+        ("--data.subset_seed=3", "option --data.subset_seed is given by the study to each run; give --seeds"),
+        ("--segnet.training.epochs=3", "option --segnet.training.epochs: segnet is not one of this study's methods"),
+        ("--unet.data.labels=LA:1", "option --unet.data.labels: methods may differ in model, preprocessing"),
+        ("--unet.training.epoch=3", "option --training.epoch is unknown; did you mean --training.epochs?"),
+        ("--training.epochs=0", "option --training.epochs must be at least 1"),
+        ("--data.rot=x", "option --data.rot is unknown; did you mean --data.root?"),
+        ("stray", "'stray' is no option"),
+    ],
+)
+def test_mistakes_in_options_are_found_before_anything_is_run(phantoms, tmp_path, option, message):
+    with pytest.raises(InputError, match=re.escape(message)):
+        main(options_of(phantoms, tmp_path, option))
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("lacking", ["--name", "--output"])
+def test_a_required_option_is_named(lacking):
+    given = [option for option in ("--name=paper1", "--output=study") if not option.startswith(lacking)]
+    with pytest.raises(InputError, match=f"option {lacking} is required"):
+        main(given)
+
+
+def test_fewer_patients_than_a_protocol_needs(phantoms, tmp_path):
+    with pytest.raises(InputError, match=r"--data.train_patients=5: there are 4 training patients"):
+        main(options_of(phantoms, tmp_path, "--experiments=fewshot_1patient,fewshot_5patients"))
+    assert not (tmp_path / "study").exists()
+
+
+def test_what_lies_where_a_run_should_is_named_and_kept(phantoms, tmp_path):
+    folder = tmp_path / "study" / "runs" / "fewshot_1patient_unet_seed3"
+    folder.mkdir(parents=True)
+    (folder / "notes.txt").write_text("mine")
+    with pytest.raises(InputError, match=re.escape(f"{folder}: not a run folder")):
+        main(options_of(phantoms, tmp_path))
+    assert (folder / "notes.txt").read_text() == "mine"
+
+
+def test_the_studies_are_listed(capsys):
+    main(["--name=list"])
+    listed = capsys.readouterr().out
+    for text in ("paper1", "fewshot_patients", "fewshot_data", "fewshot_20patients", "data_25percent", "dinov2_vitg14"):
+        assert text in listed
