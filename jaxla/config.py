@@ -321,7 +321,7 @@ def parse_arguments(parser: ArgumentParser, arguments: list[str]) -> Namespace:
         raise InputError(f"option {option} is unknown{nearest(option, known)} --help lists them all")
     if wrong := re.match(r'Parser key "(.*?)": Does not validate .*?Literal\[(.*?)\].* Given value: (.*)', message):
         raise InputError(f"option --{wrong[1]} expects one of {wrong[2]}, got {wrong[3]!r}")
-    if wrong := re.match(r'Parser key "(.*?)": Expected an? (.*)\. Got value: (.*)', message):
+    if wrong := re.match(r'Parser key "(.*?)": Expected an? (.*)\. Got value: ?(.*)', message):
         expected = re.sub(r"<class '(.*?)'>", r"\1", wrong[2]).replace("typing.Literal", "one of ")
         expected = "a list such as [64,32]" if expected.startswith("tuple") else expected
         raise InputError(f"option --{wrong[1]} expects {expected}, got {wrong[3]!r}")
@@ -440,14 +440,17 @@ def run_command(main: Callable[[list[str]], None]) -> None:
         main(sys.argv[1:])
     except (InputError, Stopped, KeyboardInterrupt) as error:
         code, line = outcome(error)
-        print(line, file=sys.stderr)
+        print(line, file=sys.stderr, flush=True)
+        if not isinstance(error, InputError):  # XLA's threads may still compile, and would crash as Python goes down
+            sys.stdout.flush()
+            os._exit(code)
         sys.exit(code)
     sys.exit(0)
 
 
 def log_to_terminal() -> None:
     """Say on the terminal what the package logs, and of others what is worth a warning."""
-    logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stdout)
+    logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stdout, force=True)
     logging.getLogger("jaxla").setLevel(logging.INFO)
     logging.getLogger("absl").setLevel(logging.CRITICAL)  # Orbax: each option, and tracebacks of errors that it raises
 

@@ -27,16 +27,16 @@ if TYPE_CHECKING:
 
 
 def main(arguments: list[str]) -> None:
-    """Segment scans with a finished run.
+    """Segment scans with the best epoch of a run.
 
     Raises:
         InputError: no run, no scan, an unreadable scan, or an output that exists or cannot be written.
     """
     parser = command_parser(
         "jaxla.predict",
-        "Segment scans with a finished run; each mask has its scan's shape, affine and header geometry.",
+        "Segment scans with the best epoch of a run; each mask has its scan's shape, affine and header geometry.",
     )
-    parser.add_argument("--run", type=str, required=True, help="folder of a finished run")
+    parser.add_argument("--run", type=str, required=True, help="folder of a run")
     parser.add_argument("--input", type=str, required=True, help="a .nii or .nii.gz scan, or a folder of them")
     parser.add_argument("--output", type=str, required=True, help="the mask's file, or a folder for <case>.nii.gz")
     parser.add_argument(
@@ -70,15 +70,20 @@ def predict(options: Namespace) -> None:
     from jaxla.devices.mesh import use_devices, use_own_devices
     from jaxla.inference.segment import make_segment, write_segmentation
     from jaxla.inference.trained import load_run
-    from jaxla.training.run_folder import read_record
+    from jaxla.training.run_folder import is_finished, read_record
 
-    read_record(Path(options.run))
+    record = read_record(Path(options.run))
     for scan in share(list(outputs)):  # all are checked before the first is segmented
         read_image(scan)
     sizes = {str(path): f"of {path.stat().st_size} bytes" for path in outputs}
     require_same(sizes, "give all processes the same scans")  # and wait: none writes while another still looks
     with use_devices(options.devices), use_own_devices():
         trained = load_run(options.run)
+        if not is_finished(Path(options.run)):
+            tell(
+                f"{options.run}: this run of at most {record.experiment.training.epochs} epochs is not finished; its "
+                f"best epoch so far, {trained.epoch}, segments"
+            )
         segment = make_segment(trained)
         for number, (scan, mask) in share(list(enumerate(outputs.items(), start=1))):
             volume = read_image(scan)

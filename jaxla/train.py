@@ -83,7 +83,7 @@ def train(options: Options, command: str) -> None:
     from jaxla.data.cache import in_use
     from jaxla.devices.mesh import use_devices
     from jaxla.pipeline import run
-    from jaxla.pipeline.checks import require_share, with_weights
+    from jaxla.pipeline.checks import require_batch, require_share, with_weights
 
     experiment, weights_sha256 = with_weights(experiment, cache_dir)
     if not weights_sha256:
@@ -91,6 +91,7 @@ def train(options: Options, command: str) -> None:
 
     with in_use(cache_dir), use_devices(options.devices, options.shard_params), ExitStack() as held:
         require_share(experiment)
+        require_batch(experiment)
         environment_here = environment()
         installed = {**environment_here["versions"], "device": environment_here["device"]}
         require_same(installed, "give all hosts the same packages and devices")

@@ -91,7 +91,7 @@ def test_a_study_goes_on_after_a_failure_and_after_a_stop(phantoms, tmp_path):
         ("--seed=3", "option --seed is given by the study to each run; give --seeds"),
         ("--run-dir=x", "option --run-dir is given by the study to each run; leave it out"),
         ("--data.subset_seed=3", "option --data.subset_seed is given by the study to each run; give --seeds"),
-        ("--segnet.training.epochs=3", "option --segnet.training.epochs: segnet is not one of this study's methods"),
+        ("--segnet.training.epochs=3", "option --segnet.training.epochs: segnet is not among the methods of this study"),
         ("--unet.data.labels=LA:1", "option --unet.data.labels: methods may differ in model, preprocessing"),
         ("--unet.training.epoch=3", "option --training.epoch is unknown; did you mean --training.epochs?"),
         ("--training.epochs=0", "option --training.epochs must be at least 1"),

@@ -79,7 +79,9 @@ def require_parameters(path: Path, arch: str, shapes: Mapping[str, tuple[int, ..
     """
     holds = read_metadata(path)["arch"]
     if holds != arch:
-        raise InputError(f"{path}: holds {holds}, not {arch}; pass --model.arch={holds}, or a file of {arch}")
+        alike = type(VARIANTS.get(holds)) is type(VARIANTS[arch])  # then a method on one can be built on the other
+        instead = f"pass --model.arch={holds}, or" if alike else "pass"
+        raise InputError(f"{path}: holds {holds}, not {arch}; {instead} a file of {arch}")
     with safe_open(path, framework="numpy") as file:
         names = [name for name in file.keys() if not name.startswith(UNUSED)]  # noqa: SIM118  (not a dict)
         slices = {name: file.get_slice(name) for name in names}
@@ -103,6 +105,11 @@ def weights_file(arch: str, weights: str, cache_dir: Path | None = None) -> Path
         InputError: it is not; the message names the folder looked in and the command that makes it.
     """
     path = Path(weights) if weights else (cache_dir or default_cache_dir()) / "weights" / f"{arch}.safetensors"
+    if weights and path.suffix != ".safetensors":
+        raise InputError(
+            f"--model.weights={weights}: not the name of a .safetensors file; give the one of {arch} that "
+            "convert_weights wrote, or random, or leave it out for the one in the cache folder"
+        )
     if not os.path.isfile(path):  # Path.is_file raises where a name is too long or a folder may not be read
         how = f"{how_to_convert(arch, path)}, or" if VARIANTS[arch].licence else "none were released:"
         raise InputError(

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from jaxla.config import Experiment, InputError
 from jaxla.data.cases import HOW_TO_GET_DATA, LAYOUTS
+from jaxla.devices.memory import require_memory
 from jaxla.devices.mesh import device_count
 from jaxla.devices.processes import process_count
 from jaxla.experiments import METHODS
@@ -76,6 +77,12 @@ def with_weights(experiment: Experiment, cache_dir: Path) -> tuple[Experiment, s
     path = weights_file(model.arch, model.weights, cache_dir).absolute()
     sha256 = require_undamaged(path)
     return replace(experiment, model=replace(model, weights=str(path))), sha256
+
+
+def require_batch(experiment: Experiment) -> None:
+    """Raise `TooLarge` where a device could not even hold its images of a batch; before any is made."""
+    size, images = experiment.preprocessing.image_size, -(-experiment.training.batch_size // device_count())
+    require_memory(4 * size * size * images, experiment.training.batch_size)
 
 
 def require_share(experiment: Experiment) -> None:

@@ -39,6 +39,7 @@ from jaxla.training.step import (
 log = logging.getLogger(__name__)
 
 MEASURED_STEPS = 3
+PAGE_BYTES = 10_000_000  # report and figures, of large scans
 
 
 @dataclass(frozen=True)
@@ -167,7 +168,9 @@ def forecast(experiment: Experiment, data: PreparedData, cache_dir: Path) -> For
         disk_free=shutil.disk_usage(cache_dir if cache_dir.exists() else Path.cwd()).free,
         cache_dir=cache_dir,
         # two checkpoints of each kind are kept, and a third is there while it is written
-        run_bytes=3 * (2 * trained_bytes + state_bytes) + sum(int(np.prod(v.shape)) for v in parts["test"]) // 20,
+        run_bytes=3 * (2 * trained_bytes + state_bytes)
+        + sum(int(np.prod(v.shape)) for v in parts["test"]) // 20
+        + PAGE_BYTES,
         step_bytes=program_bytes(step),
         device_bytes=device_bytes(),
         start_seconds=start_seconds,

@@ -203,10 +203,10 @@ def why_not_cached(experiment: Experiment, network: Network) -> str:
         return f"All of {experiment.method} is trained, so all of it runs at every step."
     if not experiment.training.cache_features:
         return "The frozen backbone runs in every epoch, for --training.cache_features is false."
-    if experiment.augmentation != Augmentation():
-        return "The frozen backbone runs in every epoch and its features are not cached, for slices are augmented."
     if not hasattr(network, "on_features"):
         return f"The frozen {experiment.model.arch} runs in every epoch: its features of all scales are not cached."
+    if experiment.augmentation != Augmentation():
+        return "The frozen backbone runs in every epoch and its features are not cached, for slices are augmented."
     return ""
 
 
@@ -345,7 +345,8 @@ def worst_median_best(data: PreparedData, rows: Sequence[Mapping[str, Any]], pre
 def describe_backbone(experiment: Experiment) -> str:
     model = experiment.model
     origin = "random weights" if model.weights == "random" else Path(model.weights).name
-    return f"{model.arch} ({origin}, {'frozen' if model.backbone == 'frozen' else 'trained'})"
+    name = experiment.method if model.arch in experiment.method.split() else f"{experiment.method} on {model.arch}"
+    return f"{name} ({origin}, {'frozen' if model.backbone == 'frozen' else 'trained'})"
 
 
 def track(items: Iterable, label: str) -> Iterable:

@@ -14,10 +14,10 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from multiprocessing import get_context
+from multiprocessing.connection import Connection
 from pathlib import Path
 from types import FrameType
 from typing import Literal, NamedTuple
@@ -26,7 +26,9 @@ from filelock import FileLock, Timeout
 from tabulate import tabulate
 
 from jaxla.config import Experiment, InputError, Stopped, Study, log_to_terminal, parse_experiment
+from jaxla.data.cache import in_use
 from jaxla.devices.memory import as_bytes
+from jaxla.devices.mesh import use_devices
 from jaxla.experiments import EXPERIMENTS, METHODS
 from jaxla.pipeline.checks import checked, with_weights
 from jaxla.pipeline.forecast import MEASURED_STEPS, RunsForecast, forecast_runs
@@ -181,23 +183,34 @@ def measure(runs: Sequence[PlannedRun], cache_dir: Path) -> RunsForecast:
     Raises:
         InputError: the data, or a method's first step, would end a run before it starts.
     """
-    experiments = [run.experiment for run in runs]
-    with ProcessPoolExecutor(1, mp_context=get_context("spawn"), initializer=log_to_terminal) as pool:
-        found = pool.submit(_measure, experiments, cache_dir).result()
+    context = get_context("spawn")
+    receiving, sending = context.Pipe(duplex=False)
+    process = context.Process(target=_measure, args=(sending, [run.experiment for run in runs], cache_dir))
+    process.start()
+    sending.close()
+    try:
+        found = receiving.recv()
+    except EOFError as error:
+        process.join()
+        raise InputError(
+            f"measuring the methods' first steps ended with {_how_it_ended(process.exitcode)}; if memory was short, "
+            "lower --training.batch_size or --preprocessing.image_size"
+        ) from error
+    finally:
+        process.terminate()
+        process.join()
     if isinstance(found, str):
         raise InputError(found)
     return found
 
 
-def _measure(experiments: Sequence[Experiment], cache_dir: Path) -> RunsForecast | str:
-    from jaxla.data.cache import in_use
-    from jaxla.devices.mesh import use_devices
-
+def _measure(answer: Connection, experiments: Sequence[Experiment], cache_dir: Path) -> None:
+    log_to_terminal()
     try:
         with in_use(cache_dir), use_devices():
-            return forecast_runs(experiments, cache_dir)
+            answer.send(forecast_runs(experiments, cache_dir))
     except InputError as error:  # not every error survives the way to another process
-        return str(error)
+        answer.send(str(error))
 
 
 def describe_plan(runs: Sequence[PlannedRun], states: Sequence[State], forecast: RunsForecast | None) -> str:
@@ -289,8 +302,8 @@ def _run(run: PlannedRun) -> str:
     if process.returncode == 0 and is_finished(run.folder):
         return ""
     if process.returncode < 0:
-        return f"ended by {signal.Signals(-process.returncode).name}"
-    return said.removeprefix("error: ") or f"exit code {process.returncode}"
+        return f"ended with {_how_it_ended(process.returncode)}"
+    return said.removeprefix("error: ") or _how_it_ended(process.returncode)
 
 
 @contextmanager
@@ -308,6 +321,10 @@ def interruptible() -> Iterator[list[int]]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+def _how_it_ended(code: int) -> str:
+    return signal.Signals(-code).name if code < 0 else f"exit code {code}"
 
 
 def _many(items: Sequence[object], what: str) -> str:

@@ -54,6 +54,17 @@ def test_probabilities_are_written_beside_and_agree_with_the_mask(small_run, sca
     assert sorted(path.name for path in tmp_path.iterdir()) == ["mask.nii.gz", "mask_probabilities.nii.gz"]
 
 
+def test_a_run_that_is_not_finished_says_so(small_run, scan, tmp_path):
+    run = shutil.copytree(small_run, tmp_path / "run")
+    (run / "report.html").unlink()
+    output = tmp_path / "mask.nii.gz"
+    done = run_command("jaxla.predict", f"--run={run}", f"--input={scan}", f"--output={output}")
+    epoch = json.loads((small_run / "test" / "summary.json").read_text())["best_epoch"]
+    said = f"{run}: this run of at most 3 epochs is not finished; its best epoch so far, {epoch}, segments"
+    assert said in done.stdout.splitlines()
+    assert output.exists()
+
+
 def test_a_folder_gives_a_folder_and_an_existing_mask_is_kept(small_run, scan, tmp_path):
     (tmp_path / "scans").mkdir()
     for name in ("one.nii.gz", "two_0000.nii.gz"):

@@ -134,6 +134,15 @@ def test_another_architecture_than_asked_for_is_refused(mini_file):
         f"{mini_file}: holds vit_mini8, not dinov2_vits14; pass --model.arch=vit_mini8, or a file of dinov2_vits14",
     )
     assert message == refusal(lambda: weights_file("dinov2_vits14", str(mini_file)))
+    # no method can be built on either
+    refusal(lambda: weights_file("vgg16_bn", str(mini_file)), "holds vit_mini8, not vgg16_bn; pass a file of vgg16_bn")
+
+
+@pytest.mark.parametrize("weights", ["imagenet", "Random", "runs"])
+def test_what_is_no_weights_file_by_its_name_is_refused(weights):
+    refusal(
+        lambda: weights_file("resnet50", weights), f"--model.weights={weights}: not the name of a .safetensors file"
+    )
 
 
 def test_an_architecture_unknown_here_is_refused_with_the_nearest(mini, tmp_path):
