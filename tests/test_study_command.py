@@ -16,43 +16,39 @@ from tests.conftest import run_command
 
 def options_of(phantoms, folder, *more):
     return [
-        "--name=fewshot_patients", "--methods=unet,vit_mini8", "--experiments=fewshot_1patient", "--seeds=3",
+        "--name=fewshot_patients", "--methods=unet,attention_unet", "--experiments=fewshot_1patient", "--seeds=3",
         f"--output={folder / 'study'}", f"--cache-dir={folder / 'cache'}", f"--data.root={phantoms}",
-        "--preprocessing.image_size=48", "--training.epochs=2", "--training.batch_size=8", "--unet.model.widths=[8,16]",
+        "--preprocessing.image_size=32", "--training.epochs=2", "--training.batch_size=8", "--model.widths=[8,16]",
         *more,
     ]  # fmt: skip
 
 
 def test_a_study_goes_on_after_a_failure_and_after_a_stop(phantoms, tmp_path):
     runs = tmp_path / "study" / "runs"
-    unet, vit = (runs / f"fewshot_1patient_{method}_seed3" for method in ("unet", "vit_mini8"))
-
-    planned = run_command("jaxla.study", *options_of(phantoms, tmp_path, "--dry-run"))
-    said = "2 runs: 2 methods, 1 protocol, 1 seed (3); 0 complete, 0 to go on with, 2 new"
-    assert said in planned.stdout
-    assert re.search(r"^time  at most about .* from 3 measured steps of each method", planned.stdout, re.MULTILINE)
-    assert re.search(r"^disk  run folders \S+ at most", planned.stdout, re.MULTILINE)
-    assert not (tmp_path / "study").exists()
+    unet, gated = (runs / f"fewshot_1patient_{method}_seed3" for method in ("unet", "attention_unet"))
 
     # a rate at which the first epoch ends in NaN
     failed = run_command(
         "jaxla.study", *options_of(phantoms, tmp_path, "--unet.training.learning_rate=1e30"), check=False
     )
     assert failed.returncode == 1
+    assert "2 runs: 2 methods, 1 protocol, 1 seed (3); 0 complete, 0 to go on with, 2 new" in failed.stdout
+    assert re.search(r"^time  at most about .* from 3 measured steps of each method", failed.stdout, re.MULTILINE)
+    assert re.search(r"^disk  run folders \S+ at most", failed.stdout, re.MULTILINE)
     assert failed.stderr.startswith(f"stopped with 1 of 2 runs failed: {unet} (training loss nan")
     assert "lower --training.learning_rate" in failed.stderr
-    assert (vit / "report.html").exists()
+    assert (gated / "report.html").exists()
     assert not (tmp_path / "study" / "report.html").exists()
-    split = json.loads((vit / "split.json").read_text())
+    split = json.loads((gated / "split.json").read_text())
     assert len(split["train"]) == 1
-    assert json.loads((vit / "experiment.json").read_text())["experiment"]["data"]["subset_seed"] == 3
+    assert json.loads((gated / "experiment.json").read_text())["experiment"]["data"]["subset_seed"] == 3
 
     other = run_command("jaxla.study", *options_of(phantoms, tmp_path), check=False)
     assert other.returncode == 2
     assert f"{unet}: was run with --training.learning_rate=1e+30, not 0.0001; move that folder away" in other.stderr
 
     shutil.rmtree(unet)
-    complete = {path: path.stat().st_mtime_ns for path in vit.rglob("*")}
+    complete = {path: path.stat().st_mtime_ns for path in gated.rglob("*")}
     command = [sys.executable, "-m", "jaxla.study", *options_of(phantoms, tmp_path)]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     for line in process.stdout:
@@ -68,14 +64,18 @@ def test_a_study_goes_on_after_a_failure_and_after_a_stop(phantoms, tmp_path):
     assert re.search(r"; 1 complete, 1 to go on with, 0 new|; 2 complete", done.stdout)
     assert done.stdout.splitlines()[-1] == f"2 runs are complete: {tmp_path / 'study' / 'report.html'}"
     assert json.loads((unet / "experiment.json").read_text())["resumed"]
-    assert {path: path.stat().st_mtime_ns for path in vit.rglob("*")} == complete
+    assert {path: path.stat().st_mtime_ns for path in gated.rglob("*")} == complete
     assert json.loads((unet / "split.json").read_text()) == split  # the same patient for both methods
     assert "fewshot_1patient_unet_seed3" in (tmp_path / "study" / "report.html").read_text()
 
+    (tmp_path / "study" / "report.html").unlink()
+    again = run_command("jaxla.study", *options_of(phantoms, tmp_path, "--dry-run"))
+    assert again.stdout == "2 runs: 2 methods, 1 protocol, 1 seed (3); 2 complete, 0 to go on with, 0 new\n"
+    assert not (tmp_path / "study" / "report.html").exists()
     again = run_command("jaxla.study", *options_of(phantoms, tmp_path))
-    assert "2 complete, 0 to go on with, 0 new" in again.stdout
     assert "measuring" not in again.stdout
-    assert {path: path.stat().st_mtime_ns for path in vit.rglob("*")} == complete
+    assert (tmp_path / "study" / "report.html").exists()
+    assert {path: path.stat().st_mtime_ns for path in gated.rglob("*")} == complete
 
 
 @pytest.mark.parametrize(
@@ -91,7 +91,10 @@ def test_a_study_goes_on_after_a_failure_and_after_a_stop(phantoms, tmp_path):
         ("--seed=3", "option --seed is given by the study to each run; give --seeds"),
         ("--run-dir=x", "option --run-dir is given by the study to each run; leave it out"),
         ("--data.subset_seed=3", "option --data.subset_seed is given by the study to each run; give --seeds"),
-        ("--segnet.training.epochs=3", "option --segnet.training.epochs: segnet is not among the methods of this study"),
+        (
+            "--segnet.training.epochs=3",
+            "option --segnet.training.epochs: segnet is not among the methods of this study",
+        ),
         ("--unet.data.labels=LA:1", "option --unet.data.labels: methods may differ in model, preprocessing"),
         ("--unet.training.epoch=3", "option --training.epoch is unknown; did you mean --training.epochs?"),
         ("--training.epochs=0", "option --training.epochs must be at least 1"),
