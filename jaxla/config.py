@@ -450,7 +450,7 @@ def run_command(main: Callable[[list[str]], None]) -> None:
 
 def log_to_terminal() -> None:
     """Say on the terminal what the package logs, and of others what is worth a warning."""
-    logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stdout, force=True)
+    logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stdout)
     logging.getLogger("jaxla").setLevel(logging.INFO)
     logging.getLogger("absl").setLevel(logging.CRITICAL)  # Orbax: each option, and tracebacks of errors that it raises
 

@@ -18,7 +18,12 @@ from jaxla.config import (
 )
 from jaxla.experiments import EXPERIMENTS, METHODS, STUDIES
 
-OWN = ("exp", "method", "seed", "data.subset_seed", "run-dir", "resume")  # options of a run that the study gives itself
+# Options of a run that are not given to a study, and those that say it instead
+OWN = {
+    "exp": "--experiments", "method": "--methods", "seed": "--seeds", "data.subset_seed": "--seeds",
+    "data.train_patients": "--experiments", "data.train_percent": "--experiments", "run-dir": "", "resume": "",
+    "coordinator": "", "processes": "", "process": "", "wait": "",
+}  # fmt: skip
 PARTS_OF_A_METHOD = ("model", "preprocessing", "augmentation", "training", "postprocessing")
 DESCRIPTION = """
 A run for each method, protocol and seed, one after the other; then the report on all of them. Start the same command
@@ -87,7 +92,7 @@ def main(arguments: list[str]) -> None:
     forecast = None
     if set(states) != {"complete"}:
         forecast = measure(runs, options.cache_dir)
-        require_same_data([run for run, state in zip(runs, states, strict=True) if state == "complete"], forecast.cases)
+        require_same_data(runs, states, forecast)
     print(describe_plan(runs, states, forecast), flush=True)
     if options.dry_run:
         return
@@ -95,14 +100,15 @@ def main(arguments: list[str]) -> None:
     with study_folder(options.output, study, runs, command):
         try:
             failures = run_all(runs, states, forecast) if forecast else []
-        except Stopped as stop:
-            raise Stopped(f"{stop}; go on with: {command}") from stop
+        except (Stopped, KeyboardInterrupt) as stop:
+            where = str(stop) or "between two runs"
+            raise Stopped(f"{where}; go on with: {command}") from stop
         if failures:
             reasons = "; ".join(f"{failure.run.folder} ({failure.reason})" for failure in failures)
             raise Stopped(
                 f"with {len(failures)} of {len(runs)} runs failed: {reasons}; mend that; go on with: {command}"
             )
-        page = report_study(options.output, options.cache_dir)
+        page = report_study(options.output, options.cache_dir, runs[0].experiment.data.root)
     print(f"{len(runs)} runs are complete: {page}")
 
 
@@ -158,11 +164,8 @@ def divide_options(given: Sequence[str], methods: Sequence[str]) -> dict[str, li
         name = word[2:].split("=")[0]
         first, _, rest = name.partition(".")
         if name in OWN:
-            instead = {"exp": "experiments", "method": "methods", "seed": "seeds", "data.subset_seed": "seeds"}
-            raise InputError(
-                f"option --{name} is given by the study to each run; "
-                + (f"give --{instead[name]}" if name in instead else "leave it out")
-            )
+            instead = f"give {OWN[name]}" if OWN[name] else "leave it out"
+            raise InputError(f"option --{name} is not for a study, which says it to each run; {instead}")
         if first in METHODS:
             if first not in methods:
                 raise InputError(

@@ -193,6 +193,7 @@ class RunsForecast:
         disk_free: where they are kept.
         device: that was measured on.
         cases: id of each case, and a hash of its scan and mask.
+        splits_sha256: of each run's split.
     """
 
     seconds: tuple[float, ...]
@@ -202,6 +203,7 @@ class RunsForecast:
     disk_free: int
     device: str
     cases: dict[str, str]
+    splits_sha256: tuple[str, ...]
 
 
 def forecast_runs(experiments: Sequence[Experiment], cache_dir: Path) -> RunsForecast:
@@ -236,6 +238,7 @@ def forecast_runs(experiments: Sequence[Experiment], cache_dir: Path) -> RunsFor
         disk_free=min(f.disk_free for f in measured.values()),
         device=jax.devices()[0].device_kind,
         cases=prepared.cases,
+        splits_sha256=tuple(of_run.split.sha256 for of_run in data),
     )
 
 

@@ -25,12 +25,12 @@ from typing import Literal, NamedTuple
 from filelock import FileLock, Timeout
 from tabulate import tabulate
 
-from jaxla.config import Experiment, InputError, Stopped, Study, log_to_terminal, parse_experiment
+from jaxla.config import Data, Experiment, InputError, Stopped, Study, log_to_terminal, parse_experiment
 from jaxla.data.cache import in_use
 from jaxla.devices.memory import as_bytes
 from jaxla.devices.mesh import use_devices
 from jaxla.experiments import EXPERIMENTS, METHODS
-from jaxla.pipeline.checks import checked, with_weights
+from jaxla.pipeline.checks import checked, require_batch, require_share, with_weights
 from jaxla.pipeline.forecast import MEASURED_STEPS, RunsForecast, forecast_runs
 from jaxla.reporting.results import RUNS, STUDY
 from jaxla.training.loop import clock
@@ -61,6 +61,7 @@ class PlannedRun(NamedTuple):
         seed: of its random numbers, and of which training patients the protocol takes.
         experiment: with every option resolved.
         arguments: of `python -m jaxla.train`, but for its folder.
+        weights_sha256: of its backbone's weights; empty for random ones.
         folder: where it lies, or will lie.
     """
 
@@ -69,6 +70,7 @@ class PlannedRun(NamedTuple):
     seed: int
     experiment: Experiment
     arguments: tuple[str, ...]
+    weights_sha256: str
     folder: Path
 
 
@@ -92,13 +94,24 @@ def plan_runs(
     Raises:
         InputError: options that no run could begin with, or missing weights.
     """
-    planned = []
+    planned, weights = [], {}
     for protocol in protocols:
         for method, of_method in options.items():
             arguments = [f"--exp={protocol}", f"--method={method}", *of_method, f"--cache-dir={cache_dir}"]
             parsed = parse_experiment("jaxla.train", arguments, EXPERIMENTS, METHODS, lambda details: "")
-            experiment, _ = with_weights(checked(parsed.experiment), cache_dir)
-            planned.append((protocol, method, experiment, arguments))
+            experiment = checked(parsed.experiment)
+            if method not in weights:  # reads all of the file
+                weights[method] = with_weights(experiment, cache_dir)
+            located, sha256 = weights[method]
+            experiment = replace(experiment, model=located.model)
+            planned.append((protocol, method, experiment, arguments, sha256))
+    first = planned[0][2]
+    for protocol, _, experiment, *_ in planned:
+        if _scans(experiment) != _scans(first):
+            raise InputError(
+                f"--experiments: {protocol} has other data than {first.name} ({experiment.data} and {first.data}); "
+                "a study compares runs on the same scans"
+            )
     return [
         PlannedRun(
             protocol,
@@ -106,11 +119,17 @@ def plan_runs(
             seed,
             replace(experiment, seed=seed, data=replace(experiment.data, subset_seed=seed)),
             (*arguments, f"--seed={seed}", f"--data.subset_seed={seed}"),
+            sha256,
             output / RUNS / f"{protocol}_{method}_seed{seed}",
         )
         for seed in seeds
-        for protocol, method, experiment, arguments in planned
+        for protocol, method, experiment, arguments, sha256 in planned
     ]
+
+
+def _scans(experiment: Experiment) -> Data:
+    """The data of an experiment without the part of the training patients that its protocol takes."""
+    return replace(experiment.data, train_patients=0, train_percent=100.0, subset_seed=0)
 
 
 @contextmanager
@@ -158,15 +177,25 @@ def state_of(run: PlannedRun) -> State:
     for option, now, then in differences(run.experiment, record.experiment):
         if option != "exp":
             raise InputError(f"{folder}: was run with --{option}={shown(then)}, not {shown(now)}; {move}")
+    if run.weights_sha256 and run.weights_sha256 != record.weights_sha256:
+        raise InputError(f"{folder}: was run with other weights than {run.experiment.model.weights}; {move}")
     made_by, here = record.environment["versions"].get("jaxla"), importlib.metadata.version("jaxla")
     if made_by != here:
         raise InputError(f"{folder}: was made by jaxla {made_by}, and this is {here}; {move}")
     return "complete" if is_finished(folder) else "begun"
 
 
-def require_same_data(runs: Sequence[PlannedRun], cases: dict[str, str]) -> None:
-    """Raise an InputError unless complete runs saw the scans and masks that there are now."""
-    for run in runs:
+def require_same_data(runs: Sequence[PlannedRun], states: Sequence[State], forecast: RunsForecast) -> None:
+    """Raise an InputError unless complete runs saw the scans, masks and split that there are now."""
+    cases = forecast.cases
+    for run, state, split_sha256 in zip(runs, states, forecast.splits_sha256, strict=True):
+        if state != "complete":
+            continue
+        if read_record(run.folder).split_sha256 != split_sha256:
+            raise InputError(
+                f"{run.folder}: was run on another split than the present one; put --data.split back, or choose "
+                "another --output"
+            )
         then = json.loads((run.folder / CASES).read_text())
         for name in sorted(set(then) | set(cases)):
             if then.get(name) != cases.get(name):
@@ -205,9 +234,13 @@ def measure(runs: Sequence[PlannedRun], cache_dir: Path) -> RunsForecast:
 
 
 def _measure(answer: Connection, experiments: Sequence[Experiment], cache_dir: Path) -> None:
+    logging.getLogger().handlers.clear()  # Orbax, imported before this runs, has put its own there
     log_to_terminal()
     try:
         with in_use(cache_dir), use_devices():
+            for experiment in experiments:
+                require_share(experiment)
+                require_batch(experiment)
             answer.send(forecast_runs(experiments, cache_dir))
     except InputError as error:  # not every error survives the way to another process
         answer.send(str(error))
@@ -277,7 +310,10 @@ def _run(run: PlannedRun) -> str:
         log.info("another process trains in %s; waiting for it", run.folder)
         while is_running(run.folder):
             time.sleep(POLL)
-    state = state_of(run)
+    try:
+        state = state_of(run)
+    except InputError as error:
+        return str(error)
     if state == "complete":
         return ""
     command = [sys.executable, "-m", "jaxla.train", *run.arguments, f"--run-dir={run.folder}"]

@@ -41,7 +41,9 @@ class Table(NamedTuple):
 
 def all_tables(results: Results, published: Mapping[tuple[str, str], Published]) -> list[Table]:
     tables = [results_table(results, protocol, published) for protocol in results.protocols]
-    return [*tables, comparison_table(results), cost_table(results)]
+    if len(results.methods) > 1:
+        tables.append(comparison_table(results))
+    return [*tables, cost_table(results)]
 
 
 def results_table(results: Results, protocol: str, published: Mapping[tuple[str, str], Published]) -> Table:
@@ -56,7 +58,9 @@ def results_table(results: Results, protocol: str, published: Mapping[tuple[str,
                 cells += _published_cells(printed.get(method) if unit == "volume" else None)
             rows.append(cells)
             records += [
-                _record(protocol, method, metric, mean, printed.get(method)) for metric, mean in means.items() if mean
+                _record(protocol, method, metric, mean, printed.get(method) if unit == "volume" else None)
+                for metric, mean in means.items()
+                if mean
             ]
     head = ["method", "per", *(LABELS[metric] for metric in METRICS_SHOWN)]
     if any(printed.values()):

@@ -85,7 +85,7 @@ def test_published_numbers_stand_beside_ours_and_are_marked(reported):
     rows = {(r["method"], r["metric"], r["unit"]): r for r in read_csv(reported / "tables" / "table1_paper1.csv")}
     assert [float(rows["unet", m, "volume"]["published_mean"]) for m in ("dice", "iou")] == [0.841, 0.764]
     assert [float(rows["unet", m, "volume"]["published_sd"]) for m in ("dice", "iou")] == [0.083, 0.128]
-    assert rows["segnet", "dice", "volume"]["published_mean"] == ""
+    assert rows["segnet", "dice", "volume"]["published_mean"] == rows["unet", "dice", "slice"]["published_mean"] == ""
     printed = (reported / "tables" / "table1_paper1.md").read_text()
     head, _, first, *_ = printed.splitlines()
     assert (
@@ -198,6 +198,15 @@ def test_methods_are_told_apart_in_colour_and_in_grey():
         greys = sorted(np.dot(colors.to_rgb(styles[m].colour), (0.299, 0.587, 0.114)) for m in study.methods)
         assert len(greys) == 6
         assert greys[-1] - greys[0] > 0.5
+
+
+def test_a_study_of_one_method_compares_nothing(tmp_path):
+    found = dict(zip(REFERENCES, FOUND["unet", 0], strict=True))
+    write_study(tmp_path / "study", [Planned("paper1", "unet", 0, found)], REFERENCES, tmp_path / "scans")
+    page = Page(report_study(tmp_path / "study", tmp_path / "cache").read_text("utf-8"))
+    assert {path.stem for path in (tmp_path / "study" / "tables").iterdir()} == {"table1_paper1", "cost"}
+    assert "Are the differences real?" not in page.text
+    assert page.table("method")[0][0][:3] == ["unet", "volume", "0.850 ± 0.129"]
 
 
 def test_cases_for_figure_3_may_be_chosen(study, tmp_path, capsys):
