@@ -33,11 +33,13 @@ from jaxla.experiments import EXPERIMENTS, METHODS
 from jaxla.pipeline.checks import checked, require_batch, require_share, with_weights
 from jaxla.pipeline.forecast import MEASURED_STEPS, RunsForecast, forecast_runs
 from jaxla.reporting.results import RUNS, STUDY
+from jaxla.reporting.study_tables import count_of
 from jaxla.training.loop import clock
 from jaxla.training.run_folder import (
     CASES,
     FIRST_FILES,
     LOCK,
+    changed_case,
     differences,
     is_finished,
     is_running,
@@ -187,7 +189,6 @@ def state_of(run: PlannedRun) -> State:
 
 def require_same_data(runs: Sequence[PlannedRun], states: Sequence[State], forecast: RunsForecast) -> None:
     """Raise an InputError unless complete runs saw the scans, masks and split that there are now."""
-    cases = forecast.cases
     for run, state, split_sha256 in zip(runs, states, forecast.splits_sha256, strict=True):
         if state != "complete":
             continue
@@ -196,14 +197,11 @@ def require_same_data(runs: Sequence[PlannedRun], states: Sequence[State], forec
                 f"{run.folder}: was run on another split than the present one; put --data.split back, or choose "
                 "another --output"
             )
-        then = json.loads((run.folder / CASES).read_text())
-        for name in sorted(set(then) | set(cases)):
-            if then.get(name) != cases.get(name):
-                what = "new" if name not in then else "gone" if name not in cases else "another scan or mask"
-                raise InputError(
-                    f"{run.folder}: was run on other data than those in {run.experiment.data.root}: case {name} is "
-                    f"{what}; put the data back, or choose another --output"
-                )
+        if case := changed_case(json.loads((run.folder / CASES).read_text()), forecast.cases):
+            raise InputError(
+                f"{run.folder}: was run on other data than those in {run.experiment.data.root}: {case}; put the data "
+                "back, or choose another --output"
+            )
 
 
 def measure(runs: Sequence[PlannedRun], cache_dir: Path) -> RunsForecast:
@@ -253,7 +251,8 @@ def describe_plan(runs: Sequence[PlannedRun], states: Sequence[State], forecast:
         list(dict.fromkeys(getattr(run, of) for run in runs)) for of in ("method", "protocol", "seed")
     )
     lines = [
-        f"{len(runs)} runs: {_many(methods, 'method')}, {_many(protocols, 'protocol')}, {_many(seeds, 'seed')} "
+        f"{count_of(len(runs), 'run')}: {count_of(len(methods), 'method')}, "
+        f"{count_of(len(protocols), 'protocol')}, {count_of(len(seeds), 'seed')} "
         f"({', '.join(map(str, seeds))}); {count['complete']} complete, {count['begun']} to go on with, "
         f"{count['new']} new"
     ]
@@ -361,7 +360,3 @@ def interruptible() -> Iterator[list[int]]:
 
 def _how_it_ended(code: int) -> str:
     return signal.Signals(-code).name if code < 0 else f"exit code {code}"
-
-
-def _many(items: Sequence[object], what: str) -> str:
-    return f"{len(items)} {what}{'' if len(items) == 1 else 's'}"

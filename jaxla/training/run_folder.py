@@ -219,13 +219,11 @@ def _require_same_run(folder: Path, begun: Record, record: Record, split: Split,
         then: dict[str, str] = dict(json.loads((folder / CASES).read_text()))
     except (OSError, ValueError, TypeError):  # it only serves to name the case
         then = cases
-    for name in sorted(set(then) | set(cases)):
-        if then.get(name) != cases.get(name):
-            what = "new" if name not in then else "gone" if name not in cases else "another scan or mask"
-            raise InputError(
-                f"--resume: the data in {record.experiment.data.root} are not those that the run in {folder} was begun "
-                f"with: case {name} is {what}; put the data back, or start a new run"
-            )
+    if case := changed_case(then, cases):
+        raise InputError(
+            f"--resume: the data in {record.experiment.data.root} are not those that the run in {folder} was begun "
+            f"with: {case}; put the data back, or start a new run"
+        )
     if begun.data_sha256 != record.data_sha256:
         raise InputError(
             f"--resume: the data in {record.experiment.data.root} are not those that the run in {folder} was begun "
@@ -255,6 +253,15 @@ def _require_same_run(folder: Path, begun: Record, record: Record, split: Split,
                 "the run was begun with %s %s and goes on with %s: it may differ in rounding from one that was not "
                 "interrupted", name, begun.environment["versions"].get(name), version,
             )  # fmt: skip
+
+
+def changed_case(then: Mapping[str, str], now: Mapping[str, str]) -> str:
+    """What became of the first case whose hash is not what it was, in words; empty where all are the same."""
+    for name in sorted(set(then) | set(now)):
+        if then.get(name) != now.get(name):
+            what = "new" if name not in then else "gone" if name not in now else "another scan or mask"
+            return f"case {name} is {what}"
+    return ""
 
 
 def options_of(experiment: Experiment) -> dict[str, str]:
