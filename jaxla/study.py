@@ -84,14 +84,17 @@ def main(arguments: list[str]) -> None:
         run_all,
         state_of,
         study_folder,
+        wait_for_orphans,
     )
     from jaxla.pipeline.study_report import report_study
 
     runs = plan_runs(of_methods, experiments, seeds, options.output, options.cache_dir)
+    if not options.dry_run:
+        wait_for_orphans(runs, options.output)
     states = [state_of(run) for run in runs]
     forecast = None
     if set(states) != {"complete"}:
-        forecast = measure(runs, options.cache_dir)
+        forecast = measure(runs, states, options.cache_dir)
         require_same_data(runs, states, forecast)
     print(describe_plan(runs, states, forecast), flush=True)
     if options.dry_run:

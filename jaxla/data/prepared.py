@@ -110,10 +110,18 @@ def prepare_cases(
     return prepared
 
 
+def content_key(case: Case, labels: Labels) -> str:
+    """A hash of a case's scan, mask and classes, by which its prepared volume is known.
+
+    Raises:
+        InputError: a file cannot be read.
+    """
+    made_from = json.dumps([VERSION, *(_sha256(path) for path in (case.image, case.mask)), asdict(labels)])
+    return hashlib.sha256(made_from.encode()).hexdigest()[:32]
+
+
 def _prepare_case(case: Case, labels: Labels, store: Path) -> PreparedVolume:
-    image_sha256, mask_sha256 = (_sha256(path) for path in (case.image, case.mask))
-    made_from = json.dumps([VERSION, image_sha256, mask_sha256, asdict(labels)])
-    folder = store / hashlib.sha256(made_from.encode()).hexdigest()[:32]
+    folder = store / content_key(case, labels)
     if not _is_whole(folder):
         image, mask = read_image(case.image), read_mask(case.mask)
         require_same_grid(mask, image)

@@ -104,6 +104,13 @@ def summarise(rows: Iterable[Mapping], unit: Unit, empty: EmptyPolicy, class_nam
     return summary
 
 
+def worst_median_best(dice: Mapping[str, float]) -> dict[str, str]:
+    """The cases of the lowest, the median and the highest Dice, each once -> `worst`, `median` or `best`."""
+    ranked = sorted(dice, key=dice.get)
+    ranks = {ranked[-1]: "best", ranked[(len(ranked) - 1) // 2]: "median", ranked[0]: "worst"}
+    return dict(reversed(ranks.items()))
+
+
 def summary_table(summary: Mapping) -> str:
     """The summary as lines to print: one per metric, and the Dice of each class where there are several."""
     lines = [("metric", "mean", "sd", "n", "unit")]

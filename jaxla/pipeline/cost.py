@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 
 import jax
@@ -19,36 +19,10 @@ from jaxla.devices.mesh import on_host
 from jaxla.inference.segment import Segment
 from jaxla.inference.trained import TrainedNetwork
 from jaxla.models.multiply_adds import multiply_adds
+from jaxla.reporting.results import Cost
 from jaxla.training.step import count_parameters, split_network
 
 TIMED_VOLUMES, TIMED_SECONDS = 3, 60  # volumes are timed until there are so many, or that time has passed
-
-
-@dataclass(frozen=True)
-class Cost:
-    """Of one run.
-
-    Attributes:
-        parameters: of the whole network.
-        trained_parameters: those of them that training changes.
-        multiply_adds: for one slice, at the network's input size, by the whole network.
-        step_bytes: device memory of a training step, by XLA's account.
-        peak_host_bytes: most memory that the process had on the host at any time, so on CPU all it had; None where the
-            system does not say.
-        peak_device_bytes: most that it had on a GPU; None on CPU.
-        inference_seconds: for each test volume that was timed, from the scan in memory to the mask on its grid, by the
-            whole network, compiled before.
-        inference_slices: how many slices each of these has.
-    """
-
-    parameters: int
-    trained_parameters: int
-    multiply_adds: int
-    step_bytes: int
-    peak_host_bytes: int | None
-    peak_device_bytes: int | None
-    inference_seconds: tuple[float, ...]
-    inference_slices: tuple[int, ...]
 
 
 def measure_cost(trained: TrainedNetwork, segment: Segment, test: Iterable[PreparedVolume], step_bytes: int) -> Cost:

@@ -17,13 +17,14 @@ from flax import nnx
 
 from jaxla.config import Experiment
 from jaxla.data.batches import SliceSource, evaluation_batches, steps_per_epoch, training_batches
+from jaxla.data.prepared import PreparedVolume
 from jaxla.data.split import make_split
 from jaxla.devices.memory import as_bytes, device_bytes, program_bytes, require_memory
 from jaxla.devices.mesh import on_host, own_rows, spread, to_devices, use_own_devices
 from jaxla.devices.processes import gather, process_count, share
 from jaxla.evaluation.summary import score_case
 from jaxla.models.network import build_network
-from jaxla.pipeline.run import PreparedData, describe_backbone, prepare_data, why_not_cached
+from jaxla.pipeline.run import PreparedData, describe_backbone, prepare_data, require_classes, why_not_cached
 from jaxla.training.features import FeatureCache
 from jaxla.training.loop import clock
 from jaxla.training.step import (
@@ -90,8 +91,13 @@ class Forecast:
         return self.start_seconds + self.features_seconds + training + self.test_seconds
 
 
-def forecast(experiment: Experiment, data: PreparedData, cache_dir: Path) -> Forecast:
+def forecast(
+    experiment: Experiment, data: PreparedData, cache_dir: Path, seen: Sequence[PreparedVolume] | None = None
+) -> Forecast:
     """Measure a few steps of the run on its own data; nothing is trained, and no file written.
+
+    Args:
+        seen: whose features will be needed; by default the run's own.
 
     Raises:
         InputError: a step needs more memory than there is.
@@ -109,7 +115,7 @@ def forecast(experiment: Experiment, data: PreparedData, cache_dir: Path) -> For
     if not why_not_cached(experiment, network):
         with use_own_devices():
             cache = FeatureCache(cache_dir, network, model.arch, canvas)
-        missing = cache.missing(data.used)
+        missing = cache.missing(data.used if seen is None else seen)
         features_bytes = cache.bytes_of(missing)
         features_fit = all(gather(cache.fits(features_bytes)))
         if features_fit:
@@ -186,8 +192,8 @@ class RunsForecast:
     """What several runs on the same scans will take, one after the other.
 
     Attributes:
-        seconds: of each run, if it takes all epochs and the features are there.
-        run_bytes: of each run's folder at its largest.
+        seconds: of each run, if it takes all epochs and the features are there; 0 of one that is complete.
+        run_bytes: of each run's folder at its largest; 0 of one that is complete.
         features_seconds: to compute the features that are missing, for all runs.
         features_bytes: of these.
         disk_free: where they are kept.
@@ -206,8 +212,11 @@ class RunsForecast:
     splits_sha256: tuple[str, ...]
 
 
-def forecast_runs(experiments: Sequence[Experiment], cache_dir: Path) -> RunsForecast:
+def forecast_runs(experiments: Sequence[Experiment], complete: Sequence[bool], cache_dir: Path) -> RunsForecast:
     """Measure a few steps of each method, for its run on most patients; the others follow from their numbers of steps.
+
+    Args:
+        complete: which of the runs are, and need not be measured.
 
     Raises:
         InputError: as for a run before it starts.
@@ -217,25 +226,31 @@ def forecast_runs(experiments: Sequence[Experiment], cache_dir: Path) -> RunsFor
     prepared = prepare_data(replace(first, data=everyone), cache_dir)
     ids = [case.id for case in prepared.dataset.cases]
     data = [replace(prepared, split=make_split(ids, experiment.data)) for experiment in experiments]
-    steps = [
-        -(-sum(v.shape[0] for v in of_run.of(of_run.split.train)) // experiment.training.batch_size)
-        for experiment, of_run in zip(experiments, data, strict=True)
-    ]
-    measured = {}
-    for method in dict.fromkeys(experiment.method for experiment in experiments):
-        largest = max((n for n, e in enumerate(experiments) if e.method == method), key=lambda n: steps[n])
+    left: dict[str, list[int]] = {}
+    for n, experiment in enumerate(experiments):
+        if not complete[n]:
+            require_classes(data[n], experiment.data)
+            left.setdefault(experiment.method, []).append(n)
+    steps = {
+        n: -(-sum(v.shape[0] for v in data[n].of(data[n].split.train)) // experiments[n].training.batch_size)
+        for of_method in left.values()
+        for n in of_method
+    }
+    of_runs, measured = {}, []
+    for method, of_method in left.items():
         log.info("measuring a few steps of %s", method)
-        measured[method] = forecast(experiments[largest], data[largest], cache_dir)
-    of_runs = [
-        replace(measured[experiment.method], experiment=experiment, steps=count, features_seconds=0.0)
-        for experiment, count in zip(experiments, steps, strict=True)
-    ]
+        largest = max(of_method, key=steps.get)
+        seen = {volume.id: volume for n in of_method for volume in data[n].used}
+        found = forecast(experiments[largest], data[largest], cache_dir, list(seen.values()))
+        measured.append(found)
+        for n in of_method:
+            of_runs[n] = replace(found, experiment=experiments[n], steps=steps[n], features_seconds=0.0)
     return RunsForecast(
-        seconds=tuple(f.seconds for f in of_runs),
-        run_bytes=tuple(f.run_bytes for f in of_runs),
-        features_seconds=sum(f.features_seconds for f in measured.values()),
-        features_bytes=sum(f.features_bytes for f in measured.values()),
-        disk_free=min(f.disk_free for f in measured.values()),
+        seconds=tuple(of_runs[n].seconds if n in of_runs else 0.0 for n in range(len(experiments))),
+        run_bytes=tuple(of_runs[n].run_bytes if n in of_runs else 0 for n in range(len(experiments))),
+        features_seconds=sum(f.features_seconds for f in measured),
+        features_bytes=sum(f.features_bytes for f in measured),
+        disk_free=min(f.disk_free for f in measured),
         device=jax.devices()[0].device_kind,
         cases=prepared.cases,
         splits_sha256=tuple(of_run.split.sha256 for of_run in data),

@@ -15,7 +15,7 @@ import numpy as np
 from flax import nnx
 from tqdm import tqdm
 
-from jaxla.config import Augmentation, Experiment, InputError, Preprocessing
+from jaxla.config import Augmentation, Data, Experiment, InputError, Preprocessing
 from jaxla.data.batches import SliceSource
 from jaxla.data.cases import Dataset, find_cases
 from jaxla.data.inputs import Canvas, smallest_extent
@@ -35,7 +35,7 @@ from jaxla.devices.memory import exhaustion_named
 from jaxla.devices.mesh import on_host, use_own_devices
 from jaxla.devices.processes import gather, is_first, share, wait_for_all
 from jaxla.evaluation.atlas import apply_atlas, build_atlas, choose_threshold
-from jaxla.evaluation.summary import score_case, summarise, write_cases, write_summary
+from jaxla.evaluation.summary import score_case, summarise, worst_median_best, write_cases, write_summary
 from jaxla.inference.segment import make_segment, make_segment_slices, write_segmentation
 from jaxla.inference.trained import load_run
 from jaxla.models.network import Network, build_network
@@ -46,7 +46,16 @@ from jaxla.reporting.overlays import Panel, draw_overlays
 from jaxla.reporting.report import write_report
 from jaxla.training.features import CachedFeatures, FeatureCache
 from jaxla.training.loop import fit
-from jaxla.training.run_folder import BACKBONE, COST, METRICS, RECORD, REPORT, read_record, write_record
+from jaxla.training.run_folder import (
+    BACKBONE,
+    COST,
+    FEATURES_KEPT,
+    METRICS,
+    RECORD,
+    REPORT,
+    read_record,
+    write_record,
+)
 from jaxla.training.step import count_parameters, split_network
 
 log = logging.getLogger(__name__)
@@ -102,13 +111,8 @@ def prepare_data(experiment: Experiment, cache_dir: Path) -> PreparedData:
     split = make_split([case.id for case in dataset.cases], protocol)
     prepared = prepare_cases(dataset, cache_dir, lambda cases: track(cases, "preparing"), share(dataset.cases))
     data = PreparedData(dataset, {volume.id: volume for volume in prepared}, split)
+    require_classes(data, protocol)
     training = data.of(split.train)
-    for index, name in enumerate(dataset.labels.names, start=1):
-        if not any(v.class_voxels[index] for v in training):
-            raise InputError(
-                f"{root}: the masks of all {len(training)} training patients hold no {name}; check the masks, or "
-                "name their values with --data.labels"
-            )
     if outside := len(prepared) - sum(map(len, (split.train, split.val, split.test))):
         log.info("%d cases are in no part of this split and are not used", outside)
     if empty := [v.id for v in prepared if not any(v.class_voxels[1:])]:
@@ -119,6 +123,24 @@ def prepare_data(experiment: Experiment, cache_dir: Path) -> PreparedData:
         "/".join(sorted({v.slice_axis for v in prepared})), sum(v.shape[0] for v in training),
     )  # fmt: skip
     return data
+
+
+def require_classes(data: PreparedData, protocol: Data) -> None:
+    """Raise an InputError unless each class is in some training mask."""
+    training = data.of(data.split.train)
+    for index, name in enumerate(data.dataset.labels.names, start=1):
+        if any(v.class_voxels[index] for v in training):
+            continue
+        if any(v.class_voxels[index] for v in data.of(data.split.unused)):
+            raise InputError(
+                f"{data.dataset.root}: the masks of the {len(training)} training patients that this protocol takes "
+                f"({', '.join(data.split.train)}) hold no {name}; take others with another --data.subset_seed (now "
+                f"{protocol.subset_seed}; of a study --seeds), or more of them"
+            )
+        raise InputError(
+            f"{data.dataset.root}: the masks of all {len(training)} training patients hold no {name}; check the masks, "
+            "or name their values with --data.labels"
+        )
 
 
 def train_and_test(experiment: Experiment, data: PreparedData, run_dir: Path, cache_dir: Path) -> dict[str, Any]:
@@ -194,7 +216,7 @@ def cached_features(
     if features is None:
         return None, "The frozen backbone ran in every epoch: its features did not fit on the disk of the cache folder."
     by_id = {volume.id: of_volume for volume, of_volume in zip(data.used, features, strict=True)}
-    return by_id, f"The frozen backbone's features were computed once per slice, in {cache.dtype.name}, and cached."
+    return by_id, f"{FEATURES_KEPT}, in {cache.dtype.name}, and cached."
 
 
 def why_not_cached(experiment: Experiment, network: Network) -> str:
@@ -303,7 +325,7 @@ def test(data: PreparedData, features: Features | None, run_dir: Path, step_byte
     cost = measure_cost(trained, segment, data.of(split.test), step_bytes)
     write_cost(cost, run_dir / COST)
 
-    panels = worst_median_best(data, rows, run_dir / "test" / "predictions")
+    panels = panels_of(data, rows, run_dir / "test" / "predictions")
     draw_overlays(panels, run_dir / "test" / "overlays.png")
     write_report(
         run_dir / REPORT,
@@ -324,20 +346,18 @@ def in_order(rows: list[dict[str, Any]], cases: Sequence[str]) -> list[dict[str,
     return sorted(of_all, key=lambda row: cases.index(row["case"]))  # stable: a case's own rows keep their order
 
 
-def worst_median_best(data: PreparedData, rows: Sequence[Mapping[str, Any]], predictions: Path) -> list[Panel]:
-    """The test cases of the lowest, the median and the highest Dice, each once, with what was predicted for them."""
+def panels_of(data: PreparedData, rows: Sequence[Mapping[str, Any]], predictions: Path) -> list[Panel]:
+    """The test cases of the lowest, the median and the highest Dice, with what was predicted for them."""
     by_case: dict[str, list[float]] = {}
     for row in rows:
         by_case.setdefault(row["case"], []).append(row["dice"])
     dice = {name: np.mean(of_classes) for name, of_classes in by_case.items()}
-    ranked = sorted(dice, key=dice.get)
-    ranks = {ranked[-1]: "best", ranked[(len(ranked) - 1) // 2]: "median", ranked[0]: "worst"}
     panels = []
-    for name, rank in reversed(ranks.items()):
+    for name, rank in worst_median_best(dice).items():
         prepared = data.volumes[name]
         mask = read_mask(predictions / f"{name}.nii.gz")
         prediction = to_slices(mask.array, slice_geometry(mask.affine))
-        title = f"{rank} of {len(ranked)}: {name}, Dice {dice[name]:.3f}"
+        title = f"{rank} of {len(dice)}: {name}, Dice {dice[name]:.3f}"
         panels.append(Panel(title, prepared.image, prediction, prepared.mask, prepared.spacing))
     return panels
 

@@ -19,7 +19,6 @@ from dataclasses import dataclass, replace
 from multiprocessing import get_context
 from multiprocessing.connection import Connection
 from pathlib import Path
-from types import FrameType
 from typing import Literal, NamedTuple
 
 from filelock import FileLock, Timeout
@@ -197,22 +196,48 @@ def require_same_data(runs: Sequence[PlannedRun], states: Sequence[State], forec
                 f"{run.folder}: was run on another split than the present one; put --data.split back, or choose "
                 "another --output"
             )
-        if case := changed_case(json.loads((run.folder / CASES).read_text()), forecast.cases):
+        try:
+            then = dict(json.loads((run.folder / CASES).read_text()))
+        except (OSError, ValueError, TypeError) as error:
+            raise InputError(
+                f"{run.folder / CASES}: missing or damaged ({error!r}); move {run.folder} away to run it again"
+            ) from error
+        if case := changed_case(then, forecast.cases):
             raise InputError(
                 f"{run.folder}: was run on other data than those in {run.experiment.data.root}: {case}; put the data "
                 "back, or choose another --output"
             )
 
 
-def measure(runs: Sequence[PlannedRun], cache_dir: Path) -> RunsForecast:
-    """What the runs will take; measured in a process of its own, which then gives the device back.
+def wait_for_orphans(runs: Sequence[PlannedRun], output: Path) -> None:
+    """Wait for runs that a killed study has left behind, or that were started by hand.
+
+    Raises:
+        InputError: another process runs a study in this folder.
+    """
+    if is_running(output):
+        raise InputError(f"--output={output}: another process runs a study there; wait for it or end it")
+    for run in runs:
+        _wait_for(run.folder)
+
+
+def _wait_for(folder: Path) -> None:
+    if is_running(folder):
+        log.info("another process trains in %s; waiting for it", folder)
+        while is_running(folder):
+            time.sleep(POLL)
+
+
+def measure(runs: Sequence[PlannedRun], states: Sequence[State], cache_dir: Path) -> RunsForecast:
+    """What the runs not yet complete will take; measured in a process of its own, which then gives the device back.
 
     Raises:
         InputError: the data, or a method's first step, would end a run before it starts.
     """
     context = get_context("spawn")
     receiving, sending = context.Pipe(duplex=False)
-    process = context.Process(target=_measure, args=(sending, [run.experiment for run in runs], cache_dir))
+    experiments, complete = [run.experiment for run in runs], [state == "complete" for state in states]
+    process = context.Process(target=_measure, args=(sending, experiments, complete, cache_dir))
     process.start()
     sending.close()
     try:
@@ -231,7 +256,7 @@ def measure(runs: Sequence[PlannedRun], cache_dir: Path) -> RunsForecast:
     return found
 
 
-def _measure(answer: Connection, experiments: Sequence[Experiment], cache_dir: Path) -> None:
+def _measure(answer: Connection, experiments: Sequence[Experiment], complete: Sequence[bool], cache_dir: Path) -> None:
     logging.getLogger().handlers.clear()  # Orbax, imported before this runs, has put its own there
     log_to_terminal()
     try:
@@ -239,7 +264,7 @@ def _measure(answer: Connection, experiments: Sequence[Experiment], cache_dir: P
             for experiment in experiments:
                 require_share(experiment)
                 require_batch(experiment)
-            answer.send(forecast_runs(experiments, cache_dir))
+            answer.send(forecast_runs(experiments, complete, cache_dir))
     except InputError as error:  # not every error survives the way to another process
         answer.send(str(error))
 
@@ -305,10 +330,7 @@ def run_all(runs: Sequence[PlannedRun], states: Sequence[State], forecast: RunsF
 
 def _run(run: PlannedRun) -> str:
     """Train and test in a process of its own, whose lines are printed indented; -> why it failed, or nothing."""
-    if is_running(run.folder):
-        log.info("another process trains in %s; waiting for it", run.folder)
-        while is_running(run.folder):
-            time.sleep(POLL)
+    _wait_for(run.folder)
     try:
         state = state_of(run)
     except InputError as error:
@@ -317,23 +339,25 @@ def _run(run: PlannedRun) -> str:
         return ""
     command = [sys.executable, "-m", "jaxla.train", *run.arguments, f"--run-dir={run.folder}"]
     command += ["--resume"] * (state == "begun")
-    said = ""
+    said, stopped = "", None
     with (
-        interruptible() as received,
+        interruptible(),
+        # a process group of its own: Ctrl-C on a terminal would reach it too, and the same signal twice ends it at once
         subprocess.Popen(
-            command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace"
+            command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace", process_group=0
         ) as process,
     ):
-        try:
-            for line in process.stdout:
-                print(f"    {line.rstrip()}", flush=True)
-                said = line.strip() or said
-        except KeyboardInterrupt as interrupt:
-            # The terminal or the scheduler may have told the run too, and the same signal twice would end it at once.
-            process.send_signal(signal.SIGTERM if received == [signal.SIGINT] else signal.SIGINT)
-            for line in process.stdout:
-                print(f"    {line.rstrip()}", flush=True)
-            raise Stopped(f"in {run.folder.name}") from interrupt
+        while True:
+            try:
+                for line in process.stdout:
+                    print(f"    {line.rstrip()}", flush=True)
+                    said = line.strip() or said
+                break
+            except KeyboardInterrupt as interrupt:
+                stopped = interrupt
+                process.send_signal(signal.SIGINT)
+    if stopped:
+        raise Stopped(f"in {run.folder.name}") from stopped
     if process.returncode == 0 and is_finished(run.folder):
         return ""
     if process.returncode < 0:
@@ -342,17 +366,13 @@ def _run(run: PlannedRun) -> str:
 
 
 @contextmanager
-def interruptible() -> Iterator[list[int]]:
-    """Within it SIGINT and SIGTERM are a KeyboardInterrupt, and the yielded list says which came."""
-    received: list[int] = []
-
-    def interrupt(number: int, frame: FrameType | None) -> None:
-        received.append(number)
-        raise KeyboardInterrupt
-
-    before = {number: signal.signal(number, interrupt) for number in (signal.SIGINT, signal.SIGTERM)}
+def interruptible() -> Iterator[None]:
+    """Within it SIGINT, SIGTERM and a closed terminal, unless it is ignored as under nohup, are a KeyboardInterrupt."""
+    numbers = [signal.SIGINT, signal.SIGTERM]
+    numbers += [signal.SIGHUP] * (signal.getsignal(signal.SIGHUP) != signal.SIG_IGN)
+    before = {number: signal.signal(number, signal.default_int_handler) for number in numbers}
     try:
-        yield received
+        yield
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)

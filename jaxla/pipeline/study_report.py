@@ -8,8 +8,10 @@ from pathlib import Path
 from jaxla.config import InputError
 from jaxla.data.cases import Case, Labels, find_cases
 from jaxla.data.phantoms import cached_phantoms
+from jaxla.data.prepared import content_key
 from jaxla.data.volumes import read_image, read_mask, slice_geometry, to_slices
-from jaxla.experiments import PUBLISHED
+from jaxla.evaluation.summary import worst_median_best
+from jaxla.experiments import METHODS, PUBLISHED
 from jaxla.reporting.overlays import Panel
 from jaxla.reporting.results import Results, StudyRun, read_study
 from jaxla.reporting.study import write_study_report
@@ -40,9 +42,14 @@ def report_study(folder: Path, cache_dir: Path, data_root: str = "", cases: Sequ
     for name, case_id in shown.items():
         if case_id not in by_id:
             raise InputError(f"{root}: case {case_id} of the study is not there; give its folder as --data.root")
+        if content_key(by_id[case_id], first.labels) != results.runs[0].cases[case_id]:
+            raise InputError(
+                f"{root}: case {case_id} is another scan or mask than the one that the study was run on; give the "
+                "folder of those as --data.root"
+            )
         runs = [results.of(largest, method)[0] for method in results.methods]
         panels[name] = [panel_of(run, by_id[case_id], first.labels) for run in runs]
-    return write_study_report(folder, results, PUBLISHED, panels)
+    return write_study_report(folder, results, PUBLISHED, panels, list(METHODS))
 
 
 def choose_cases(results: Results, asked: Sequence[str]) -> dict[str, str]:
@@ -55,9 +62,7 @@ def choose_cases(results: Results, asked: Sequence[str]) -> dict[str, str]:
             raise InputError(f"option --cases: {case} is no test case of this study; these are: {', '.join(dice)}")
     if asked:
         return {case: case for case in asked}
-    ranked = sorted(dice, key=dice.get)
-    ranks = {ranked[-1]: "best", ranked[(len(ranked) - 1) // 2]: "median", ranked[0]: "worst"}
-    return {f"{rank}: {case}": case for case, rank in reversed(ranks.items())}
+    return {f"{rank}: {case}": case for case, rank in worst_median_best(dice).items()}
 
 
 def panel_of(run: StudyRun, case: Case, labels: Labels) -> Panel:

@@ -12,9 +12,14 @@ FEWEST_FOR_LIMITS = 10  # below, the limits are less certain than they are wide
 
 
 class Agreement(NamedTuple):
-    """Of one class: prediction minus reference in ml, over n cases; `limits` are bias ± 1.96 sd, None for few cases."""
+    """Of one class: prediction minus reference in ml, over n cases; `limits` are bias ± 1.96 sd, None for few cases.
+
+    `reference` and `predicted` are the volumes, [n].
+    """
 
     name: str
+    reference: np.ndarray
+    predicted: np.ndarray
     n: int
     bias: float
     limits: tuple[float, float] | None
@@ -34,7 +39,7 @@ def volume_agreement(rows: Sequence[Mapping[str, Any]]) -> list[Agreement]:
         if n >= FEWEST_FOR_LIMITS:
             half = 1.96 * float(difference.std(ddof=1))
             limits = (bias - half, bias + half)
-        found.append(Agreement(name, n, bias, limits))
+        found.append(Agreement(name, reference, predicted, n, bias, limits))
     return found
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import logging
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,15 +14,59 @@ import numpy as np
 
 from jaxla.config import InputError
 from jaxla.evaluation.statistics import mean_interval, require_same_cases
-from jaxla.training.run_folder import CASES, COST, METRICS, RECORD, SPLIT, is_finished, read_record
+from jaxla.training.run_folder import (
+    CASES,
+    COST,
+    METRICS,
+    RECORD,
+    SPLIT,
+    differences,
+    is_finished,
+    read_record,
+    shown,
+)
+
+log = logging.getLogger(__name__)
 
 STUDY = "study.json"
 RUNS = "runs"  # folder of the runs' folders
 METRICS_SHOWN = ("dice", "iou", "hd95_mm", "assd_mm")
 WORDS = ("case", "slice", "class")  # columns of a run's tables that are no numbers
+OF_VOLUMES = ("case", "class", *METRICS_SHOWN, "atlas_dice", "atlas_iou", "volume_ml", "reference_volume_ml")
+OF_SLICES = (*WORDS, *METRICS_SHOWN)
+# in what runs of one method may differ: the protocol, and what a seed decides
+OF_PROTOCOL = {"exp", "data.train_patients", "data.train_percent"}
+OF_SEED = {"seed", "data.subset_seed"}
 
 Unit = Literal["volume", "slice"]
 Row = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What a run costs: its `cost.json`.
+
+    Attributes:
+        parameters: of the whole network.
+        trained_parameters: those of them that training changes.
+        multiply_adds: for one slice, at the network's input size, by the whole network.
+        step_bytes: device memory of a training step, by XLA's account.
+        peak_host_bytes: most memory that the process had on the host at any time, so on CPU all it had; None where the
+            system does not say.
+        peak_device_bytes: most that it had on a GPU; None on CPU.
+        inference_seconds: for each test volume that was timed, from the scan in memory to the mask on its grid, by the
+            whole network, compiled before.
+        inference_slices: how many slices each of these has.
+    """
+
+    parameters: int
+    trained_parameters: int
+    multiply_adds: int
+    step_bytes: int
+    peak_host_bytes: int | None
+    peak_device_bytes: int | None
+    inference_seconds: tuple[float, ...]
+    inference_slices: tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -31,10 +76,11 @@ class StudyRun:
     Attributes:
         protocol: name of the experiment whose protocol it ran.
         method: as the run calls it; beside the method's name an architecture that is not its own.
-        record, split, summary, cost: the content of its JSON files.
+        record, split, summary: the content of its JSON files.
+        cases: id of each case, and a hash of its scan and mask.
         history: the lines of `metrics.jsonl`.
         rows: of `test/cases.csv`.
-        slices: metric -> its value in every slice of every test case, averaged over classes.
+        slices: metric -> its value in every slice of every test case, [slices, classes].
     """
 
     folder: Path
@@ -43,22 +89,28 @@ class StudyRun:
     seed: int
     record: dict[str, Any]
     split: dict[str, list[str]]
+    cases: dict[str, str]
     summary: dict[str, Any]
-    cost: dict[str, Any]
+    cost: Cost
     history: list[dict[str, float]]
     rows: list[Row]
     slices: dict[str, np.ndarray]
 
-    def volumes(self, metric: str) -> dict[str, float]:
-        """Case -> its value, averaged over classes; with a metric `atlas_…` that of the atlas."""
+    def volumes(self, metric: str, of_class: str = "") -> dict[str, float]:
+        """Case -> its value, of one class or averaged over all; with a metric `atlas_…` that of the atlas."""
         values: dict[str, list[float]] = {}
         for row in self.rows:
-            values.setdefault(row["case"], []).append(row[metric])
+            if of_class in ("", row["class"]):
+                values.setdefault(row["case"], []).append(row[metric])
         return {case: float(np.mean(of_classes)) for case, of_classes in sorted(values.items())}
 
-    def values(self, metric: str, unit: Unit) -> np.ndarray:
+    def values(self, metric: str, unit: Unit, of_class: str = "") -> np.ndarray:
         """The values of all units, in the same order in all runs."""
-        return np.array(list(self.volumes(metric).values())) if unit == "volume" else self.slices[metric]
+        if unit == "volume":
+            return np.array(list(self.volumes(metric, of_class).values()))
+        classes = list(self.summary["classes"])
+        of_classes = self.slices[metric]
+        return of_classes[:, classes.index(of_class)] if of_class else of_classes.mean(axis=1)
 
     @property
     def prediction_folder(self) -> Path:
@@ -113,13 +165,14 @@ class Results:
         """A run for each seed."""
         return [run for run in self.runs if (run.protocol, run.method) == (protocol, method)]
 
-    def volumes(self, protocol: str, method: str, metric: str) -> dict[str, float]:
-        """Case -> its value, averaged over classes and seeds."""
-        of_seeds = [run.volumes(metric) for run in self.of(protocol, method)]
+    def volumes(self, protocol: str, method: str, metric: str, of_class: str = "") -> dict[str, float]:
+        """Case -> its value, averaged over seeds; of one class or averaged over all."""
+        of_seeds = [run.volumes(metric, of_class) for run in self.of(protocol, method)]
         return {case: float(np.mean([values[case] for values in of_seeds])) for case in of_seeds[0]}
 
-    def mean(self, protocol: str, method: str, metric: str, unit: Unit = "volume") -> Mean:
-        of_seeds = np.array([run.values(metric, unit) for run in self.of(protocol, method)])
+    def mean(self, protocol: str, method: str, metric: str, unit: Unit = "volume", of_class: str = "") -> Mean:
+        """Of one class, or of the mean over classes within each unit."""
+        of_seeds = np.array([run.values(metric, unit, of_class) for run in self.of(protocol, method)])
         values, seeds = of_seeds.mean(axis=0), of_seeds.mean(axis=1)
         return Mean(
             mean=float(values.mean()),
@@ -135,12 +188,14 @@ def read_study(folder: Path) -> Results:
     """The results of a study whose runs are all complete.
 
     Raises:
-        InputError: not a study's folder; a run is missing, incomplete, damaged or made by another version of this
-            package; or the runs are not of the same scans and test cases.
+        InputError: not a study's folder; a run is missing, incomplete, damaged, not the one that was planned or made by
+            another version of this package; or the runs cannot be compared.
     """
     try:
         content = json.loads((folder / STUDY).read_text())
-        planned = [(folder / RUNS / run["folder"], run["protocol"], run["seed"]) for run in content["runs"]]
+        planned = [
+            (folder / RUNS / run["folder"], run["protocol"], run["method"], int(run["seed"])) for run in content["runs"]
+        ]
         name, summary, command = (content[key] for key in ("name", "summary", "command"))
     except OSError as error:
         raise InputError(
@@ -149,68 +204,121 @@ def read_study(folder: Path) -> Results:
     except (ValueError, KeyError, TypeError) as error:
         raise InputError(f"{folder / STUDY}: damaged ({error!r}); start the study again, complete runs stay") from error
     runs = []
-    for run_dir, protocol, seed in planned:
+    for run_dir, protocol, method, seed in planned:
         if not run_dir.exists():
             raise InputError(f"{run_dir}: this run of the study has not begun; go on with: {command}")
         read_record(run_dir)  # says what is wrong with it
         if not is_finished(run_dir):
             raise InputError(f"{run_dir}: this run of the study is incomplete; go on with: {command}")
-        runs.append(_read_run(run_dir, protocol, seed))
+        run = _read_run(run_dir, protocol, seed)
+        _require_planned(run, method)
+        runs.append(run)
     _require_comparable(runs)
+    others = {path.name for path in (folder / RUNS).iterdir() if path.is_dir()} - {run[0].name for run in planned}
+    if others:
+        log.warning("not in the report, for the plan does not name them: %s", ", ".join(sorted(others)))
     return Results(name, summary, command, tuple(runs))
 
 
 def _read_run(folder: Path, protocol: str, seed: int) -> StudyRun:
     try:
         record = json.loads((folder / RECORD).read_text())
+        summary = json.loads((folder / "test" / "summary.json").read_text())
+        classes, _, _ = (summary[key] for key in ("classes", "definitions", "empty_rule"))
+        history = [json.loads(line) for line in (folder / METRICS).read_text().splitlines()]
+        for line in history:
+            float(line["seconds"])
+        split = json.loads((folder / SPLIT).read_text())
         return StudyRun(
             folder=folder,
             protocol=protocol,
             method=record["experiment"]["method"],
             seed=seed,
             record=record,
-            split=json.loads((folder / SPLIT).read_text()),
-            summary=json.loads((folder / "test" / "summary.json").read_text()),
-            cost=json.loads((folder / COST).read_text()),
-            history=[json.loads(line) for line in (folder / METRICS).read_text().splitlines()],
-            rows=list(_rows(folder / "test" / "cases.csv")),
-            slices=_slices(folder / "test" / "slices.csv"),
+            split={part: list(map(str, split[part])) for part in ("train", "val", "test")},
+            cases=dict(json.loads((folder / CASES).read_text())),
+            summary=summary,
+            cost=Cost(**json.loads((folder / COST).read_text())),
+            history=history,
+            rows=list(_rows(folder / "test" / "cases.csv", OF_VOLUMES)),
+            slices=_slices(folder / "test" / "slices.csv", len(classes)),
         )
     except OSError as error:
         raise InputError(
             f"{error.filename}: missing or unreadable ({error.strerror}), and the report needs it; move {folder} away "
             "and run the study again"
         ) from error
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise InputError(f"{folder}: damaged ({error!r}); move it away and run the study again") from error
 
 
+def _require_planned(run: StudyRun, method: str) -> None:
+    """Raise an InputError where another run lies in the folder of a planned one."""
+    found = run.record["experiment"]
+    for option, planned, of_run in (
+        ("exp", run.protocol, found["name"]),
+        ("method", method, run.method.split(" with ")[0]),
+        ("seed", run.seed, found["seed"]),
+        ("data.subset_seed", run.seed, found["data"]["subset_seed"]),
+    ):
+        if of_run != planned:
+            raise InputError(
+                f"{run.folder}: holds another run than planned, with --{option}={of_run} and not {planned}; move it "
+                "away and run the study again"
+            )
+
+
 def _require_comparable(runs: Sequence[StudyRun]) -> None:
-    first = runs[0]
+    """Raise an InputError, which names two runs, unless they differ in method, protocol and seed alone."""
     require_same_cases({str(run.folder): run.volumes("dice") for run in runs})
     for run in runs[1:]:
         for what, of_run, of_first in (
-            ("versions of jaxla", *(r.record["environment"]["versions"]["jaxla"] for r in (run, first))),
-            ("scans and masks", *((r.folder / CASES).read_text() for r in (run, first))),
-            ("validation patients", *(r.split["val"] for r in (run, first))),
+            ("versions of jaxla", *(r.record["environment"]["versions"]["jaxla"] for r in (run, runs[0]))),
+            ("scans and masks", *(r.cases for r in (run, runs[0]))),
+            ("classes", *(list(r.summary["classes"]) for r in (run, runs[0]))),
+            ("validation patients", *(r.split["val"] for r in (run, runs[0]))),
         ):
             if of_run != of_first:
-                raise InputError(
-                    f"{run.folder} and {first.folder} cannot be compared, for their {what} differ; move one of them "
-                    "away and run the study again"
-                )
+                raise _incomparable(run, runs[0], what)
+    experiments = {run.folder: read_record(run.folder).experiment for run in runs}
+    of_methods, of_protocols, of_subsets = {}, {}, {}
+    for run in runs:
+        first = of_methods.setdefault(run.method, run)
+        for option, here, there in differences(experiments[run.folder], experiments[first.folder]):
+            if option not in OF_PROTOCOL | OF_SEED:
+                raise _incomparable(run, first, f"--{option} ({shown(here)} and {shown(there)})")
+        weights = [(r.record["weights"] == "random", r.record["weights_sha256"]) for r in (run, first)]
+        if weights[0] != weights[1] and not (weights[0][0] and weights[1][0]):  # random ones follow the seed
+            raise _incomparable(run, first, "weights")
+        first = of_protocols.setdefault(run.protocol, run)
+        for option, here, there in differences(*(experiments[r.folder].data for r in (run, first)), "data."):
+            if option not in OF_SEED:
+                raise _incomparable(run, first, f"--{option} ({shown(here)} and {shown(there)})")
+        first = of_subsets.setdefault((run.protocol, run.seed), run)
+        if run.split["train"] != first.split["train"]:
+            raise _incomparable(run, first, "training patients")
 
 
-def _rows(path: Path) -> Iterator[Row]:
+def _incomparable(run: StudyRun, other: StudyRun, what: str) -> InputError:
+    return InputError(
+        f"{run.folder} and {other.folder} cannot be compared, for their {what} differ; move one of them away and run "
+        "the study again"
+    )
+
+
+def _rows(path: Path, columns: Sequence[str]) -> Iterator[Row]:
     with path.open(newline="", encoding="utf-8") as file:
         for row in csv.DictReader(file):
-            yield {key: value if key in WORDS else float(value) for key, value in row.items()}
+            values = {key: row[key] if key in WORDS else float(row[key]) for key in columns}
+            if bad := [key for key, value in values.items() if key not in WORDS and not np.isfinite(value)]:
+                raise ValueError(f"{path.name}: {bad[0]} of {row['case']} is {row[bad[0]]}")
+            yield values
 
 
-def _slices(path: Path) -> dict[str, np.ndarray]:
+def _slices(path: Path, classes: int) -> dict[str, np.ndarray]:
     """Only what is shown of every slice, for a study has many."""
     values: dict[tuple[str, int], list[list[float]]] = {}
-    for row in _rows(path):
+    for row in _rows(path, OF_SLICES):
         values.setdefault((row["case"], int(row["slice"])), []).append([row[metric] for metric in METRICS_SHOWN])
-    of_slices = np.array([np.mean(values[place], axis=0) for place in sorted(values)])
-    return dict(zip(METRICS_SHOWN, of_slices.T, strict=True))
+    of_slices = np.array([values[place] for place in sorted(values)]).reshape(len(values), classes, len(METRICS_SHOWN))
+    return dict(zip(METRICS_SHOWN, np.moveaxis(of_slices, 2, 0), strict=True))

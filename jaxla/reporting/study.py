@@ -14,16 +14,20 @@ from jaxla.reporting.overlays import Panel
 from jaxla.reporting.report import LABELS, data_uri, templates
 from jaxla.reporting.results import Results
 from jaxla.reporting.study_figures import (
+    Styles,
     describe_agreement,
     draw_agreement,
     draw_cost,
     draw_figure2,
     draw_figure3,
     series_of,
+    styles_of,
 )
-from jaxla.reporting.study_tables import all_tables, dice_iou_pairs, largest_protocol, write_tables
+from jaxla.reporting.study_tables import all_tables, devices_of, dice_iou_pairs, largest_protocol, write_tables
 
 PAGE = "report.html"
+OF_A_REPORT = ("comparisons", "cost", "figure2", "figure3", "agreement")  # files that reports write, but for Table 1
+ENDINGS = (".csv", ".md", ".tex", ".pdf", ".png")
 
 
 class Drawn(NamedTuple):
@@ -40,17 +44,25 @@ def write_study_report(
     results: Results,
     published: Mapping[tuple[str, str], Published],
     cases: Mapping[str, Sequence[Panel]],
+    known_methods: Sequence[str],
 ) -> Path:
     """Write `tables/`, `figures/` and the page, which takes its name only when it is whole; -> its path.
+
+    Tables and figures of an earlier report that this one does not have are removed.
 
     Args:
         published: by method and protocol.
         cases: for Figure 3: for each case a panel of each method, under the protocol of most training patients.
+        known_methods: all there are, by which those of the study are given their colours.
     """
     tables = all_tables(results, published)
-    drawn = _draw(results, cases)
-    for name in ("tables", "figures"):
+    drawn = _draw(results, cases, styles_of(results.methods, known_methods))
+    for name, written in (("tables", {table.name for table in tables}), ("figures", {one.name for one in drawn})):
         (folder / name).mkdir(exist_ok=True)
+        for path in (folder / name).iterdir():
+            of_a_report = path.stem.startswith("table1_") or path.stem in OF_A_REPORT
+            if of_a_report and path.stem not in written and path.suffix in ENDINGS:
+                path.unlink()
     write_tables(tables, folder / "tables")
     for figure in drawn:
         for ending in ("pdf", "png"):
@@ -81,7 +93,7 @@ def write_study_report(
     return folder / PAGE
 
 
-def _draw(results: Results, cases: Mapping[str, Sequence[Panel]]) -> list[Drawn]:
+def _draw(results: Results, cases: Mapping[str, Sequence[Panel]], styles: Styles) -> list[Drawn]:
     largest = largest_protocol(results)
     n = results.mean(largest, results.methods[0], "dice").n
     several = len(results.seeds) > 1
@@ -92,7 +104,9 @@ def _draw(results: Results, cases: Mapping[str, Sequence[Panel]]) -> list[Drawn]
             + (f"; bars: sd of the mean over {len(results.seeds)} seeds" if several else "; one seed")
             + ". The atlas, the mean training mask, never looks at the image."
         )
-        drawn.append(Drawn("figure2", draw_figure2(results, panels), caption, "Dice over training patients by method"))
+        drawn.append(
+            Drawn("figure2", draw_figure2(results, styles, panels), caption, "Dice over training patients by method")
+        )
     caption = (
         f"Protocol {largest}, seed {results.seeds[0]}: the slice with the largest reference, at the scan's own "
         "resolution, cut to the structure's surroundings; prediction green, reference red. Dice is that of the volume."
@@ -100,10 +114,10 @@ def _draw(results: Results, cases: Mapping[str, Sequence[Panel]]) -> list[Drawn]
     drawn.append(Drawn("figure3", draw_figure3(cases, results.methods), caption, "Outlines over the scan by method"))
     caption = (
         f"Protocol {largest}: test Dice, mean over {n} volumes with its 95 % bootstrap interval, over what it costs; "
-        f"on {results.runs[0].record['environment']['device']}."
+        f"on {devices_of(results, largest)}."
     )
-    drawn.append(Drawn("cost", draw_cost(results), caption, "Dice over cost by method"))
+    drawn.append(Drawn("cost", draw_cost(results, styles), caption, "Dice over cost by method"))
     drawn.append(
-        Drawn("agreement", draw_agreement(results), describe_agreement(results), "Bland-Altman plots by method")
+        Drawn("agreement", draw_agreement(results, styles), describe_agreement(results), "Bland-Altman plots by method")
     )
     return drawn

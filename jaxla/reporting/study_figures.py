@@ -7,6 +7,7 @@ print can be read.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from itertools import product
 from typing import NamedTuple
 
 import numpy as np
@@ -15,15 +16,14 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
 
-from jaxla.experiments import METHODS
-from jaxla.reporting.agreement import FEWEST_FOR_LIMITS, volume_agreement
+from jaxla.reporting.agreement import FEWEST_FOR_LIMITS, Agreement, volume_agreement
 from jaxla.reporting.overlays import PREDICTION, REFERENCE, Panel, draw_slice, grey_window
 from jaxla.reporting.results import Results
 from jaxla.reporting.study_tables import cost_of, largest_protocol
 
 # Okabe and Ito's colours, which the colour-blind tell apart, in an order in which neighbours differ in brightness
 COLOURS = ("#0072B2", "#E69F00", "#000000", "#56B4E9", "#D55E00", "#009E73", "#CC79A7", "#8C8C00", "#5E3C99", "#999999")
-MARKERS = "os^Dv<P>X*"
+MARKERS = "os^Dv<P>X"  # one fewer than colours, so that a colour that comes again has another one
 DASHES = ("-", "--", "-.", ":")
 
 
@@ -35,10 +35,21 @@ class Style(NamedTuple):
     dashes: str
 
 
-def style_of(method: str) -> Style:
-    """Of a method, by its place among all methods; with another architecture it looks like its own."""
-    place = list(METHODS).index(method.split(" with ")[0])
-    return Style(COLOURS[place % len(COLOURS)], MARKERS[place % len(MARKERS)], DASHES[place % len(DASHES)])
+Styles = Mapping[str, Style]  # by method
+
+
+def styles_of(methods: Sequence[str], known: Sequence[str]) -> dict[str, Style]:
+    """A look for each method of a study: that of its place among all known ones, or the next that is free."""
+    styles: dict[str, Style] = {}
+    for method in methods:
+        place = known.index(method.split(" with ")[0])
+        colours = {style.colour for style in styles.values()}
+        while len(colours) < len(COLOURS) and COLOURS[place % len(COLOURS)] in colours:
+            place += 1
+        styles[method] = Style(
+            COLOURS[place % len(COLOURS)], MARKERS[place % len(MARKERS)], DASHES[place % len(DASHES)]
+        )
+    return styles
 
 
 class Series(NamedTuple):
@@ -75,13 +86,13 @@ def series_of(results: Results) -> list[Series]:
     return found
 
 
-def draw_series(axes: Axes, results: Results, series: Series) -> None:
+def draw_series(axes: Axes, results: Results, styles: Styles, series: Series) -> None:
     """Mean Dice per volume of every method, with the spread over seeds, above the atlas."""
     places = np.arange(len(series.protocols))
     spread = 0.06 * (np.arange(len(results.methods)) - (len(results.methods) - 1) / 2)
     for offset, method in zip(spread, results.methods, strict=True):
         means = [results.mean(protocol, method, "dice") for protocol in series.protocols]
-        style = style_of(method)
+        style = styles[method]
         axes.errorbar(
             places + offset, [m.mean for m in means], yerr=[m.sd_over_seeds or 0 for m in means], color=style.colour,
             marker=style.marker, ls=style.dashes, ms=5, lw=1.4, capsize=2, elinewidth=0.9, label=method,
@@ -93,11 +104,11 @@ def draw_series(axes: Axes, results: Results, series: Series) -> None:
     axes.grid(alpha=0.3)
 
 
-def draw_figure2(results: Results, panels: Sequence[Series]) -> Figure:
+def draw_figure2(results: Results, styles: Styles, panels: Sequence[Series]) -> Figure:
     figure = Figure(figsize=(4.6 * len(panels), 3.9), layout="constrained")
     grid = figure.subplots(1, len(panels), squeeze=False, sharey=True)[0]
     for axes, series in zip(grid, panels, strict=True):
-        draw_series(axes, results, series)
+        draw_series(axes, results, styles, series)
         axes.label_outer()
     handles, labels = grid[0].get_legend_handles_labels()
     figure.legend(
@@ -135,7 +146,7 @@ def draw_figure3(cases: Mapping[str, Sequence[Panel]], titles: Sequence[str]) ->
     return figure
 
 
-def draw_cost(results: Results) -> Figure:
+def draw_cost(results: Results, styles: Styles) -> Figure:
     """Dice over multiply-adds and over seconds of inference, under the protocol of most training patients."""
     protocol = largest_protocol(results)
     figure = Figure(figsize=(9.2, 3.9), layout="constrained")
@@ -148,7 +159,7 @@ def draw_cost(results: Results) -> Figure:
             cost, mean, style = (
                 cost_of(results, protocol, method),
                 results.mean(protocol, method, "dice"),
-                style_of(method),
+                styles[method],
             )
             low, high = mean.interval or (mean.mean, mean.mean)
             axes.errorbar(
@@ -168,36 +179,42 @@ def draw_cost(results: Results) -> Figure:
     return figure
 
 
-def draw_agreement(results: Results) -> Figure:
-    """Bland and Altman's plot of each method, under the protocol of most training patients; a mark for each class."""
-    protocol, across = largest_protocol(results), min(3, len(results.methods))
-    down = -(-len(results.methods) // across)
-    figure = Figure(figsize=(3.4 * across, 2.9 * down + 0.4), layout="constrained")
-    grid = figure.subplots(down, across, squeeze=False, sharex=True, sharey=True)
-    for axes in grid.flat[len(results.methods) :]:
+def draw_agreement(results: Results, styles: Styles) -> Figure:
+    """Bland and Altman's plot of each method, under the protocol of most training patients; of several classes a row
+    of plots for each."""
+    protocol, methods, classes = largest_protocol(results), results.methods, results.classes
+    several = len(classes) > 1
+    across = len(methods) if several else min(3, len(methods))
+    down = len(classes) if several else -(-len(methods) // across)
+    figure = Figure(figsize=((2.7 if several else 3.4) * across, 2.9 * down + 0.4), layout="constrained")
+    shared = "row" if several else "all"
+    grid = figure.subplots(down, across, squeeze=False, sharex=shared, sharey=shared)
+    for axes in grid.flat[len(methods) * len(classes) :]:
         axes.set_axis_off()
-    for axes, method in zip(grid.flat, results.methods, strict=False):
-        rows = mean_volumes(results, protocol, method)
-        for agreement, marker in zip(volume_agreement(rows), "osD^v<>*", strict=False):
-            of_class = [row for row in rows if row["class"] == agreement.name]
-            predicted, reference = (
-                np.array([row[key] for row in of_class]) for key in ("volume_ml", "reference_volume_ml")
-            )
-            axes.plot(
-                (predicted + reference) / 2, predicted - reference, marker, color=style_of(method).colour, ms=4,
-                mfc="none" if marker != "o" else None, label=agreement.name,
-            )  # fmt: skip
-            axes.axhline(agreement.bias, color="black", lw=1)
-            for limit in agreement.limits or ():
-                axes.axhline(limit, color="grey", lw=0.9, ls="--")
+    agreements = {method: volume_agreement(mean_volumes(results, protocol, method)) for method in methods}
+    for axes, (of_class, method) in zip(grid.flat, product(range(len(classes)), methods), strict=False):
+        agreement = agreements[method][of_class]
+        mean, difference = (agreement.predicted + agreement.reference) / 2, agreement.predicted - agreement.reference
+        axes.plot(mean, difference, styles[method].marker, color=styles[method].colour, ms=4)
         axes.axhline(0, color="grey", lw=0.8, ls=":")
-        axes.set_title(method, fontsize="medium")
-        axes.set(xlabel="mean of both volumes, ml", ylabel="prediction − reference, ml")
+        axes.axhline(agreement.bias, color="black", lw=1)
+        for limit in agreement.limits or ():
+            axes.axhline(limit, color="grey", lw=0.9, ls="--")
+        axes.set_title(f"{method}\n{describe(agreement)}", fontsize="small")
+        ylabel = "prediction − reference, ml"
+        axes.set(xlabel="mean of both volumes, ml", ylabel=f"{agreement.name}\n{ylabel}" if several else ylabel)
         axes.grid(alpha=0.3)
-        axes.label_outer()
-    if len(results.classes) > 1:
-        figure.legend(*grid.flat[0].get_legend_handles_labels(), loc="outside lower center", ncols=4, frameon=False)
+        axes.label_outer(remove_inner_ticks=False)
+        axes.margins(y=0.12)
+        if several:
+            axes.tick_params(labelbottom=True)
     return figure
+
+
+def describe(agreement: Agreement) -> str:
+    """`bias −0.12 ml, limits −0.60 to +0.36 ml`."""
+    values = [f"{value:+.2f}".replace("-", "−") for value in (agreement.bias, *(agreement.limits or ()))]
+    return f"bias {values[0]}" + (f", limits {' to '.join(values[1:])}" if agreement.limits else "") + " ml"
 
 
 def describe_agreement(results: Results) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 from collections.abc import Mapping, Sequence
+from itertools import product
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -14,8 +15,10 @@ from jaxla.config import Published
 from jaxla.evaluation.statistics import Comparison, compare
 from jaxla.reporting.report import LABELS, Pair, digits
 from jaxla.reporting.results import METRICS_SHOWN, Mean, Results
+from jaxla.training.run_folder import FEATURES_KEPT
 
 ATLAS = "atlas"
+MEAN = "mean"  # of several classes
 UNITS = ("volume", "slice")
 LATEX_ESCAPES = str.maketrans({sign: f"\\{sign}" for sign in "_%&#$"})
 LATEX_SIGNS = str.maketrans({"±": r"$\pm$", "−": "$-$", "–": "--", "×": r"$\times$"})
@@ -46,32 +49,41 @@ def all_tables(results: Results, published: Mapping[tuple[str, str], Published])
     return [*tables, cost_table(results)]
 
 
+def averages_of(results: Results) -> dict[str, str]:
+    """What is averaged in tables: what it is called -> the class, or nothing for the mean over several classes."""
+    of_classes = {name: name for name in results.classes}
+    return of_classes if len(of_classes) == 1 else {MEAN: ""} | of_classes
+
+
 def results_table(results: Results, protocol: str, published: Mapping[tuple[str, str], Published]) -> Table:
     """Table 1 under one protocol: Dice, IoU, HD95 and ASSD of every method, and the atlas's Dice and IoU."""
     rows, records = [], []
+    averages = averages_of(results)
     printed = {method: published.get((method, protocol)) for method in results.methods}
     for unit in UNITS:
-        for method in [*results.methods, ATLAS] if unit == "volume" else results.methods:
-            means = {metric: _mean_of(results, protocol, method, metric, unit) for metric in METRICS_SHOWN}
-            cells = [method, unit, *(mean_sd(mean, metric) for metric, mean in means.items())]
-            if any(printed.values()):
-                cells += _published_cells(printed.get(method) if unit == "volume" else None)
-            rows.append(cells)
-            records += [
-                _record(protocol, method, metric, mean, printed.get(method) if unit == "volume" else None)
-                for metric, mean in means.items()
-                if mean
-            ]
-    head = ["method", "per", *(LABELS[metric] for metric in METRICS_SHOWN)]
+        for place, (name, of_class) in enumerate(averages.items()):
+            for method in [*results.methods, ATLAS] if unit == "volume" else results.methods:
+                means = {
+                    metric: _mean_of(results, protocol, method, metric, unit, of_class) for metric in METRICS_SHOWN
+                }
+                of_paper = printed.get(method) if unit == "volume" and not place else None
+                cells = [method, *([name] if len(averages) > 1 else []), unit]
+                cells += [mean_sd(mean, metric) for metric, mean in means.items()]
+                rows.append(cells + (_published_cells(of_paper) if any(printed.values()) else []))
+                records += [
+                    _record(protocol, method, name, metric, mean, of_paper) for metric, mean in means.items() if mean
+                ]
+    head = ["method", *(["class"] if len(averages) > 1 else []), "per", *(LABELS[metric] for metric in METRICS_SHOWN)]
     if any(printed.values()):
         head += ["published Dice", "published IoU"]
     n, slices = (results.mean(protocol, results.methods[0], "dice", unit).n for unit in UNITS)
     patients = len(results.of(protocol, results.methods[0])[0].split["train"])
     caption = (
         f"Protocol {protocol} ({count_of(patients, 'training patient')}): mean ± sd over "
-        f"{count_of(n, 'test volume')} and over their {slices} slices, each first averaged over {_seeds(results)}. "
-        "HD95 is the larger of the two directed 95th percentiles (not that of the pooled distances). Both masks of a "
-        "unit empty counts as perfect, one of them as worst. The atlas never looks at the image."
+        f"{count_of(n, 'test volume')} and over their {slices} slices, each first averaged over {_seeds(results)}"
+        + (f"; {MEAN}: of the classes of a unit" if len(averages) > 1 else "")
+        + ". HD95 is the larger of the two directed 95th percentiles (not that of the pooled distances). Both masks of "
+        "a unit empty counts as perfect, one of them as worst. The atlas never looks at the image."
     )
     if any(printed.values()):
         caption += " Published: by paper 1, on LAScarQS 2022; the unit of its means is not stated."
@@ -79,25 +91,24 @@ def results_table(results: Results, protocol: str, published: Mapping[tuple[str,
 
 
 def comparison_table(results: Results) -> Table:
-    """Every pair of methods under every protocol: Dice per volume to print, all metrics in the file."""
+    """Every pair of methods under every protocol: Dice per volume to print; all metrics and classes in the file."""
     rows, records = [], []
     for protocol in results.protocols:
-        for metric in METRICS_SHOWN:
-            for found in comparisons(results, protocol, metric):
-                records.append({"protocol": protocol, "metric": metric, **_flat(found)})
-                if metric == "dice":
-                    rows.append([protocol, found.first, found.second, *_comparison_cells(found)])
+        for place, (name, of_class) in enumerate(averages_of(results).items()):
+            for metric in METRICS_SHOWN:
+                values = {m: results.volumes(protocol, m, metric, of_class) for m in results.methods}
+                for found in compare(values):
+                    records.append({"protocol": protocol, "class": name, "metric": metric, **_flat(found)})
+                    if metric == "dice" and not place:
+                        rows.append([protocol, found.first, found.second, *_comparison_cells(found)])
     n = results.mean(results.protocols[0], results.methods[0], "dice").n
     caption = (
-        f"Dice per volume, first − second: mean over {n} test volumes, each first averaged over {_seeds(results)}; "
-        "95 % bootstrap interval; Wilcoxon signed-rank test, Holm's correction within a protocol; rank-biserial effect."
+        f"Dice per volume{', mean over classes' if len(results.classes) > 1 else ''}, first − second: mean over {n} "
+        f"test volumes, each first averaged over {_seeds(results)}; 95 % bootstrap interval; Wilcoxon signed-rank "
+        "test, Holm's correction within a protocol; rank-biserial effect."
     )
     head = ["protocol", "first", "second", "difference", "95 % interval", "p", "p (Holm)", "effect"]
     return Table("comparisons", caption, head, rows, records)
-
-
-def comparisons(results: Results, protocol: str, metric: str) -> list[Comparison]:
-    return compare({method: results.volumes(protocol, method, metric) for method in results.methods})
 
 
 def cost_table(results: Results) -> Table:
@@ -121,12 +132,20 @@ def cost_table(results: Results) -> Table:
                 f"{cost['dice']:.3f}",
             ]
         )
-    first = results.of(protocol, results.methods[0])[0]
+    slices = results.of(protocol, results.methods[0])[0].cost.inference_slices
     caption = (
-        f"Cost under protocol {protocol} on {first.record['environment']['device']}, mean over {_seeds(results)}. "
+        f"Cost under protocol {protocol} on {devices_of(results, protocol)}; mean over {_seeds(results)}. "
         "Multiply-adds of one slice through the whole network; an epoch with its validation; inference from the scan "
-        f"in memory to its mask, of {_timed(first.cost)}; a training step by XLA's account, the peak of the process."
+        f"in memory to its mask, of {count_of(len(slices), 'test volume')} of {np.mean(slices):.0f} slices; a training "
+        "step by XLA's account, the peak of the process."
     )
+    if cached := [
+        m for m in results.methods if results.of(protocol, m)[0].record["features"].startswith(FEATURES_KEPT)
+    ]:
+        caption += (
+            f" Epochs of {', '.join(cached)} read features that the frozen backbone had made of each slice before, "
+            "once for all runs; the time of that is not in them, and is about that of inference for every slice."
+        )
     head = [
         "method", "parameters, M", "trained, M", "multiply-adds, G", "s an epoch", "epochs", "s a volume",
         "step, GB", "peak, GB", "Dice",
@@ -137,31 +156,55 @@ def cost_table(results: Results) -> Table:
 def cost_of(results: Results, protocol: str, method: str) -> dict[str, Any]:
     """Means over seeds."""
     runs = results.of(protocol, method)
-    peaks = [run.cost["peak_device_bytes"] or run.cost["peak_host_bytes"] for run in runs]
+    first, peaks = runs[0].cost, [run.cost.peak_device_bytes or run.cost.peak_host_bytes for run in runs]
     return {
-        **{key: runs[0].cost[key] for key in ("parameters", "trained_parameters", "multiply_adds", "step_bytes")},
+        "parameters": first.parameters,
+        "trained_parameters": first.trained_parameters,
+        "multiply_adds": first.multiply_adds,
+        "step_bytes": first.step_bytes,
         "epoch_seconds": float(np.mean([line["seconds"] for run in runs for line in run.history])),
         "epochs": float(np.mean([len(run.history) for run in runs])),
-        "inference_seconds": float(np.mean([seconds for run in runs for seconds in run.cost["inference_seconds"]])),
+        "inference_seconds": float(np.mean([seconds for run in runs for seconds in run.cost.inference_seconds])),
         "peak_bytes": None if None in peaks else max(peaks),
         "dice": results.mean(protocol, method, "dice").mean,
     }
 
 
+def devices_of(results: Results, protocol: str) -> str:
+    """What a protocol's runs were made on; says so where that was not the same for all."""
+    found: dict[str, list[str]] = {}
+    for method in results.methods:
+        for run in results.of(protocol, method):
+            for session in (run.record, *run.record["resumed"]):
+                names = found.setdefault(_device_of(session["environment"]), [])
+                names += [method] * (method not in names)
+    if len(found) == 1:
+        return next(iter(found))
+    each = "; ".join(f"{', '.join(methods)}: {device}" for device, methods in found.items())
+    return f"different devices, so that times and memory cannot be compared ({each})"
+
+
 def largest_protocol(results: Results) -> str:
-    """That of most training patients."""
-    return max(results.protocols, key=lambda protocol: len(results.of(protocol, results.methods[0])[0].split["train"]))
+    """That of most training patients; of several, one that asks for all of them."""
+
+    def size(protocol: str) -> tuple[int, bool]:
+        run = results.of(protocol, results.methods[0])[0]
+        data = run.record["experiment"]["data"]
+        return len(run.split["train"]), not data["train_patients"] and data["train_percent"] == 100
+
+    return max(results.protocols, key=size)
 
 
 def dice_iou_pairs(results: Results, published: Mapping[tuple[str, str], Published]) -> list[Pair]:
     """Every mean Dice and mean IoU that stand side by side in the tables."""
-    pairs = []
+    pairs, averages = [], averages_of(results)
     for protocol in results.protocols:
         for method in [*results.methods, ATLAS]:
-            for unit in UNITS:
-                dice, iou = (_mean_of(results, protocol, method, metric, unit) for metric in ("dice", "iou"))
+            for unit, (name, of_class) in product(UNITS, averages.items()):
+                dice, iou = (_mean_of(results, protocol, method, metric, unit, of_class) for metric in ("dice", "iou"))
                 if dice and iou:
-                    pairs.append(Pair(f"{protocol}, {method}, per {unit}", dice.mean, iou.mean))
+                    what = f"{name}, " if len(averages) > 1 else ""
+                    pairs.append(Pair(f"{protocol}, {method}, {what}per {unit}", dice.mean, iou.mean))
             found = published.get((method, protocol))
             if found and found.iou is not None:
                 pairs.append(Pair(f"{protocol}, {method}, published", found.dice / 100, found.iou / 100))
@@ -197,21 +240,24 @@ def mean_sd(mean: Mean | None, metric: str) -> str:
     return f"{mean.mean:.{digits(metric)}f}{sd}"
 
 
-def _mean_of(results: Results, protocol: str, method: str, metric: str, unit: str) -> Mean | None:
+def _mean_of(results: Results, protocol: str, method: str, metric: str, unit: str, of_class: str) -> Mean | None:
     if method != ATLAS:
-        return results.mean(protocol, method, metric, unit)
+        return results.mean(protocol, method, metric, unit, of_class)
     if unit == "slice" or metric not in ("dice", "iou"):
         return None
-    return results.mean(protocol, results.methods[0], f"atlas_{metric}", unit)
+    return results.mean(protocol, results.methods[0], f"atlas_{metric}", unit, of_class)
 
 
-def _record(protocol: str, method: str, metric: str, mean: Mean, published: Published | None) -> dict[str, Any]:
+def _record(
+    protocol: str, method: str, name: str, metric: str, mean: Mean, published: Published | None
+) -> dict[str, Any]:
     low, high = mean.interval or (None, None)
     of_paper = {"dice": ("dice", "dice_sd"), "iou": ("iou", "iou_sd")}.get(metric)
     printed = [None if not published or not of_paper else getattr(published, name) for name in of_paper or ("", "")]
     return {
         "protocol": protocol,
         "method": method,
+        "class": name,
         "metric": metric,
         "unit": mean.unit,
         "mean": mean.mean,
@@ -256,6 +302,7 @@ def _seeds(results: Results) -> str:
     return count_of(len(results.seeds), "seed")
 
 
-def _timed(cost: Mapping[str, Any]) -> str:
-    slices = cost["inference_slices"]
-    return f"{count_of(len(slices), 'test volume')} of {np.mean(slices):.0f} slices"
+def _device_of(environment: Mapping[str, Any]) -> str:
+    count, processes = (environment.get(key, 1) for key in ("devices", "processes"))  # older records do not say
+    name = environment["device"] if count == 1 else f"{count} devices ({environment['device']})"
+    return name if processes == 1 else f"{name} of {processes} processes"

@@ -39,6 +39,7 @@ LOCK = ".lock"
 BACKBONE = "backbone.safetensors"  # of a run on a frozen backbone of random weights, which no other file holds
 SPLIT = "split.json"
 COST = "cost.json"
+FEATURES_KEPT = "The frozen backbone's features were computed once per slice"  # how such a record's `features` begins
 FIRST_FILES = (LOCK, SPLIT, CASES, f".{RECORD}")  # what a run that was killed before it began may have left
 REPORT = "report.html"  # written last: a run that has it is finished
 VERSION = 3

@@ -8,7 +8,8 @@ import nibabel as nib
 import numpy as np
 
 from jaxla.config import with_method
-from jaxla.data.cases import Labels
+from jaxla.data.cases import Labels, find_cases
+from jaxla.data.prepared import content_key
 from jaxla.evaluation.summary import score_case, summarise, write_cases, write_summary
 from jaxla.experiments import EXPERIMENTS, METHODS
 from jaxla.training.run_folder import Record, environment, write_record
@@ -16,6 +17,8 @@ from jaxla.training.run_folder import Record, environment, write_record
 SHAPE, SPACING = (24, 20, 6), (1.0, 1.5, 4.0)  # X, Y, Z; the slices lie along Z
 AFFINE = np.diag([*SPACING, 1.0])
 TRAIN = [f"t{n}" for n in range(8)]
+ONE_CLASS = Labels(("LA",))
+TWO_CLASSES = Labels(("LA", "appendage"), ((1,), (2,)))
 
 
 class Planned(NamedTuple):
@@ -27,9 +30,12 @@ class Planned(NamedTuple):
     found: dict
 
 
-def box(rows):
+def box(rows, labels=ONE_CLASS):
+    """A box of the first class; a second class is always found where it is."""
     mask = np.zeros(SHAPE, np.uint8)
     mask[rows[0] : rows[1], 5:15, 1:5] = 1
+    if len(labels.names) > 1:
+        mask[2:5, 16:19, 1:5] = 2
     return mask
 
 
@@ -38,32 +44,36 @@ def save(array, path):
     nib.save(nib.Nifti1Image(array, AFFINE), path)
 
 
-def write_study(folder, planned, references, root):
+def write_study(folder, planned, references, root, labels=ONE_CLASS):
     """A study of one run for each of `planned`, whose scans, with boxes of rows `references`, lie in `root`."""
     rng = np.random.default_rng(0)
     for case, rows in references.items():
         save(rng.integers(0, 500, SHAPE).astype(np.int16), root / f"{case}.nii.gz")
-        save(box(rows), root / f"{case}_mask.nii.gz")
+        save(box(rows, labels), root / f"{case}_mask.nii.gz")
+    option = labels.describe().replace(", ", ";").replace(": ", ":") if labels.values else ""
+    hashes = {case.id: content_key(case, labels) for case in find_cases(root, option).cases}
     runs = []
     for run in planned:
         name = f"{run.protocol}_{run.method}_seed{run.seed}"
         runs.append({"folder": name, "protocol": run.protocol, "method": run.method, "seed": run.seed})
-        write_run(folder / "runs" / name, run, references, root)
+        write_run(folder / "runs" / name, run, references, root, labels, option)
+        (folder / "runs" / name / "cases.json").write_text(json.dumps(dict.fromkeys([*TRAIN, "v"], "0") | hashes))
     content = {"name": "tiny", "summary": "boxes", "command": "python -m jaxla.study --name=tiny", "runs": runs}
     (folder / "study.json").write_text(json.dumps(content))
 
 
-def write_run(folder, run, references, root):
+def write_run(folder, run, references, root, labels, option):
     experiment = with_method(EXPERIMENTS[run.protocol], METHODS[run.method])
-    experiment = replace(experiment, seed=run.seed, data=replace(experiment.data, root=str(root), subset_seed=run.seed))
+    experiment = replace(
+        experiment, seed=run.seed, data=replace(experiment.data, root=str(root), labels=option, subset_seed=run.seed)
+    )
     patients = experiment.data.train_patients or round(experiment.data.train_percent / 100 * len(TRAIN))
     (folder / "test").mkdir(parents=True)
     hashes = dict.fromkeys(("weights_sha256", "split_sha256", "data_sha256"), "0" * 64)
     begun = {"command": "python -m jaxla.train", "begun": "2026-01-02T03:04:05", "environment": environment()}
-    write_record(folder, Record(experiment, Labels(("LA",)), "random", **hashes, **begun))
+    write_record(folder, Record(experiment, labels, "random", **hashes, **begun))
     split = {"train": TRAIN[:patients], "val": ["v"], "test": list(run.found)}
     (folder / "split.json").write_text(json.dumps(split))
-    (folder / "cases.json").write_text(json.dumps(dict.fromkeys([*TRAIN, "v", *references], "0")))
     cost = {
         "parameters": 31_000_000, "trained_parameters": 31_000_000, "multiply_adds": 75_000_000_000,
         "step_bytes": 3_300_000_000, "peak_host_bytes": 4_000_000_000 + run.seed, "peak_device_bytes": None,
@@ -75,15 +85,15 @@ def write_run(folder, run, references, root):
 
     rows, slice_rows = [], []
     for case, found in run.found.items():
-        save(box(found), folder / "test" / "predictions" / f"{case}.nii.gz")
-        predicted, reference = (np.moveaxis(box(b), 2, 0) for b in (found, references[case]))
+        save(box(found, labels), folder / "test" / "predictions" / f"{case}.nii.gz")
+        predicted, reference = (np.moveaxis(box(b, labels), 2, 0) for b in (found, references[case]))
         spacing = (SPACING[2], *SPACING[:2])
-        rows += score_case(case, predicted, reference, spacing, ["LA"])
-        slice_rows += score_case(case, predicted, reference, spacing, ["LA"], "slice")
+        rows += score_case(case, predicted, reference, spacing, labels.names)
+        slice_rows += score_case(case, predicted, reference, spacing, labels.names, "slice")
     for row in rows:
         row |= {"atlas_dice": 0.4, "atlas_iou": 0.25}
-    summary = summarise(rows, "volume", "one", ["LA"])
-    summary["slice"] = summarise(slice_rows, "slice", "one", ["LA"])
+    summary = summarise(rows, "volume", "one", labels.names)
+    summary["slice"] = summarise(slice_rows, "slice", "one", labels.names)
     write_cases(rows, folder / "test" / "cases.csv")
     write_cases(slice_rows, folder / "test" / "slices.csv")
     write_summary(summary, folder / "test" / "summary.json")

@@ -18,9 +18,10 @@ from jaxla.experiments import METHODS, STUDIES
 from jaxla.pipeline.study_report import report_study
 from jaxla.report import main
 from jaxla.reporting.results import read_study
-from jaxla.reporting.study_figures import draw_series, series_of, style_of
+from jaxla.reporting.study_figures import draw_series, series_of, styles_of
+from jaxla.reporting.study_tables import devices_of, largest_protocol
 from tests.reporting.pages import Page
-from tests.reporting.studies import Planned, write_study
+from tests.reporting.studies import TWO_CLASSES, Planned, write_study
 
 REFERENCES = {f"c{n}": (4, 14) for n in range(4)}
 # rows found in cases c0 to c3, by method and seed; a box of 10 rows moved by m has Dice 1 − m / 10
@@ -182,22 +183,93 @@ def test_figure_2_has_a_panel_by_share_and_one_by_number(reported):
     assert (by_share.ticks, by_share.protocols) == (["50 %", "100 %"], ["data_50percent", "paper1"])
     assert (by_number.ticks, by_number.protocols) == (["1", "all (8)"], ["fewshot_1patient", "paper1"])
     axes = Figure().add_subplot()
-    draw_series(axes, results, by_number)
+    draw_series(axes, results, styles_of(results.methods, list(METHODS)), by_number)
     lines = {container.get_label(): container.lines[0].get_ydata() for container in axes.containers}
     assert lines == {m: pytest.approx([np.mean(dice)] * 2) for m, dice in DICE.items()}
     assert axes.get_xlabel() == "training patients"
 
 
 def test_methods_are_told_apart_in_colour_and_in_grey():
-    styles = {method: style_of(method) for method in METHODS}
-    assert style_of("dinov2_vitb14 with dinov3_vitb16") == styles["dinov2_vitb14"]
-    for a, b in combinations(styles.values(), 2):
-        assert a.colour != b.colour
-        assert (a.marker, a.dashes) != (b.marker, b.dashes)
+    known = list(METHODS)
     for study in STUDIES.values():
-        greys = sorted(np.dot(colors.to_rgb(styles[m].colour), (0.299, 0.587, 0.114)) for m in study.methods)
+        styles = styles_of(study.methods, known)
+        assert styles == styles_of(study.methods[::-1], known)  # the same in every study
+        for a, b in combinations(styles.values(), 2):
+            assert a.colour != b.colour
+            assert (a.marker, a.dashes) != (b.marker, b.dashes)
+        greys = sorted(np.dot(colors.to_rgb(style.colour), (0.299, 0.587, 0.114)) for style in styles.values())
         assert len(greys) == 6
         assert greys[-1] - greys[0] > 0.5
+    exchanged = styles_of(["unet", "dinov2_vitb14 with dinov3_vitb16"], known)
+    assert exchanged["dinov2_vitb14 with dinov3_vitb16"] == styles_of(["dinov2_vitb14"], known)["dinov2_vitb14"]
+    # the method after the ten that colours suffice for takes the next free one
+    many = [f"method {n}" for n in range(12)]
+    assert len({style.colour for style in styles_of([many[0], many[10]], many).values()}) == 2
+    assert len(set(styles_of(many, many).values())) == 12
+
+
+def test_of_several_classes_each_has_its_numbers(tmp_path):
+    planned = [
+        Planned("paper1", method, 0, dict(zip(REFERENCES, FOUND[method, 0], strict=True)))
+        for method in ("unet", "segnet")
+    ]
+    write_study(tmp_path / "study", planned, REFERENCES, tmp_path / "scans", TWO_CLASSES)
+    page = Page(report_study(tmp_path / "study", tmp_path / "cache").read_text("utf-8"))
+    dice = [1.0, 0.9, 0.8, 0.7]  # of the first class; the second is always right
+    for unit, head in (("volume", 0), ("slice", 2 / 6)):  # two slices of six are empty in both masks
+        rows = {
+            r["class"]: r
+            for r in read_csv(tmp_path / "study" / "tables" / "table1_paper1.csv")
+            if (r["method"], r["metric"], r["unit"]) == ("unet", "dice", unit)
+        }
+        of_box = np.mean(dice) if not head else head + (1 - head) * np.mean(dice)
+        assert {name: float(row["mean"]) for name, row in rows.items()} == pytest.approx(
+            {"mean": (of_box + 1) / 2, "LA": of_box, "appendage": 1}
+        )
+    rows, _ = page.table("method")
+    assert [row[:3] for row in rows] == [
+        [method, name, unit]
+        for unit, methods in (("volume", ["unet", "segnet", "atlas"]), ("slice", ["unet", "segnet"]))
+        for name in ("mean", "LA", "appendage")
+        for method in methods
+    ]
+    assert "; mean: of the classes of a unit" in page.text
+    compared = read_csv(tmp_path / "study" / "tables" / "comparisons.csv")
+    assert [r["class"] for r in compared if r["metric"] == "dice"] == ["mean", "LA", "appendage"]
+    assert [float(r["difference"]) for r in compared if r["metric"] == "dice"] == pytest.approx([0.0875, 0.175, 0])
+    assert "All 16 pairs of means" in page.text  # 3 of 2 methods by 2 units, 3 of the atlas, 1 published
+
+
+def test_a_smaller_plan_leaves_no_table_of_a_larger_one(study, tmp_path, caplog):
+    (study / "tables" / "notes.md").write_text("mine")
+    edit(study / "study.json", lambda content: content.update(runs=content["runs"][-2:-1]))
+    report_study(study, tmp_path / "cache")
+    assert {path.name for path in (study / "tables").iterdir()} == {
+        "notes.md", *(f"{name}.{ending}" for name in ("table1_paper1", "cost") for ending in ("csv", "md", "tex"))
+    }  # fmt: skip
+    assert {path.stem for path in (study / "figures").iterdir()} == {"figure3", "cost", "agreement"}
+    assert "not in the report, for the plan does not name them: data_50percent_segnet_seed0, " in caplog.text
+
+
+def test_times_of_different_devices_are_said_not_to_compare(study):
+    results = read_study(study)
+    assert re.fullmatch(r"cpu: \S+", devices_of(results, "paper1"))
+    device = {"device": "gpu: Fast", "devices": 4, "processes": 2}
+    edit(run_of(study, method="segnet") / "experiment.json", lambda content: content["environment"].update(device))
+    edit(
+        run_of(study, method="unet") / "experiment.json",
+        lambda content: content.update(resumed=[{"environment": device}]),
+    )
+    found = devices_of(read_study(study), "paper1")
+    assert found.startswith("different devices, so that times and memory cannot be compared (unet, segnet: cpu: ")
+    assert found.endswith("; unet, segnet: 4 devices (gpu: Fast) of 2 processes)")
+
+
+def test_of_equal_protocols_the_one_of_all_patients_is_shown(study):
+    for method, seed in FOUND:
+        run = run_of(study, "data_50percent", method, seed)
+        edit(run / "split.json", lambda content: content.update(train=[f"t{n}" for n in range(8)]))
+    assert largest_protocol(read_study(study)) == "paper1"
 
 
 def test_a_study_of_one_method_compares_nothing(tmp_path):
@@ -226,6 +298,10 @@ def test_scans_that_have_moved_are_asked_for(study, reported, tmp_path):
         report_study(study, tmp_path / "cache")
     (study / "report.html").unlink()
     assert report_study(study, tmp_path / "cache", str(elsewhere)).exists()
+    other = elsewhere / "c0.nii.gz"
+    other.write_bytes((elsewhere / "c1.nii.gz").read_bytes())
+    with pytest.raises(InputError, match=r"case c0 is another scan or mask than the one that the study was run on"):
+        report_study(study, tmp_path / "cache", str(elsewhere))
     for path in elsewhere.glob("c0*"):
         path.unlink()
     with pytest.raises(InputError, match=r"case c0 of the study is not there; give its folder as --data.root"):
@@ -261,17 +337,57 @@ FAULTS = {
     ),
     "another version": (
         lambda run: edit(run / "experiment.json", lambda c: c["environment"]["versions"].update(jaxla="0.0.1")),
-        "{run} and {first} cannot be compared, for their versions of jaxla differ",
+        "{run} and {any} cannot be compared, for their versions of jaxla differ",
     ),
     "other scans": (
         lambda run: edit(run / "cases.json", lambda c: c.update(c0="another")),
-        "{run} and {first} cannot be compared, for their scans and masks differ",
+        "{run} and {any} cannot be compared, for their scans and masks differ",
     ),
     "other validation": (
         lambda run: edit(run / "split.json", lambda c: c.update(val=["t0"])),
-        "{run} and {first} cannot be compared, for their validation patients differ",
+        "{run} and {any} cannot be compared, for their validation patients differ",
     ),
-    "other cases": (remove_case, "{first} and {run} were not tested on the same cases ({first} has c3, {run} has not)"),
+    "other cases": (remove_case, "{any} and {run} were not tested on the same cases ({any} has c3, {run} has not)"),
+    "another seed": (
+        lambda run: edit(run / "experiment.json", lambda c: c["experiment"].update(seed=7)),
+        "{run}: holds another run than planned, with --seed=7 and not 1; move it away",
+    ),
+    "another protocol": (
+        lambda run: edit(run / "experiment.json", lambda c: c["experiment"].update(name="data_25percent")),
+        "{run}: holds another run than planned, with --exp=data_25percent and not paper1",
+    ),
+    "another method": (
+        lambda run: edit(run / "experiment.json", lambda c: c["experiment"].update(method="unet")),
+        "{run}: holds another run than planned, with --method=unet and not segnet",
+    ),
+    "other options": (
+        lambda run: edit(run / "experiment.json", lambda c: c["experiment"]["training"].update(epochs=3)),
+        "{run} and {first} cannot be compared, for their --training.epochs (3 and 75) differ",
+    ),
+    "more patients than its protocol": (
+        lambda run: edit(run / "experiment.json", lambda c: c["experiment"]["data"].update(train_patients=3)),
+        "{run} and {same} cannot be compared, for their --data.train_patients (3 and 0) differ",
+    ),
+    "other patients": (
+        lambda run: edit(run / "split.json", lambda c: c.update(train=c["train"][::-1])),
+        "{run} and {same} cannot be compared, for their training patients differ",
+    ),
+    "other weights": (
+        lambda run: edit(run / "experiment.json", lambda c: c.update(weights="vgg.safetensors")),
+        "{run} and {first} cannot be compared, for their weights differ",
+    ),
+    "damaged hashes": (lambda run: (run / "cases.json").write_text("[3]"), "{run}: damaged"),
+    "no time": (
+        lambda run: (run / "metrics.jsonl").write_text('{"epoch": 1}\n'),
+        "{run}: damaged (KeyError('seconds'))",
+    ),
+    "half a cost": (lambda run: edit(run / "cost.json", lambda c: c.pop("step_bytes")), "{run}: damaged"),
+    "no number": (
+        lambda run: (run / "test" / "slices.csv").write_text(
+            re.sub(r"(c0,0,LA,)[^,]*", r"\1nan", (run / "test" / "slices.csv").read_text())
+        ),
+        "{run}: damaged (ValueError('slices.csv: dice of c0 is nan'))",
+    ),
     "no cost": (lambda run: (run / "cost.json").unlink(), "cost.json: missing or unreadable"),
     "no table": (lambda run: (run / "test" / "cases.csv").unlink(), "cases.csv: missing or unreadable"),
     "half a table": (
@@ -284,10 +400,12 @@ FAULTS = {
 @pytest.mark.parametrize("fault", FAULTS)
 def test_runs_that_cannot_be_compared_are_refused_and_what_there_is_stays(fault, study, tmp_path):
     before = {path: path.read_bytes() for path in (study / "report.html", *(study / "tables").iterdir())}
-    run, first = run_of(study, method="segnet", seed=1), run_of(study, "fewshot_1patient")
+    run, method = run_of(study, method="segnet", seed=1), "segnet"
+    others = {"any": run_of(study, "fewshot_1patient"), "first": run_of(study, "fewshot_1patient", method)}
+    same = run_of(study) if "patients than" in fault else run_of(study, seed=1)
     damage, message = FAULTS[fault]
     damage(run)
-    with pytest.raises(InputError, match=re.escape(message.format(run=run, first=first))):
+    with pytest.raises(InputError, match=re.escape(message.format(run=run, same=same, **others))):
         report_study(study, tmp_path / "cache")
     assert all(path.read_bytes() == content for path, content in before.items())
 
