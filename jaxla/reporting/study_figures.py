@@ -11,9 +11,11 @@ from itertools import product
 from typing import NamedTuple
 
 import numpy as np
+from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
+from matplotlib.patheffects import withStroke
 from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
 
 from jaxla.reporting.agreement import FEWEST_FOR_LIMITS, Agreement, volume_agreement
@@ -111,9 +113,7 @@ def draw_figure2(results: Results, styles: Styles, panels: Sequence[Series]) -> 
         draw_series(axes, results, styles, series)
         axes.label_outer()
     handles, labels = grid[0].get_legend_handles_labels()
-    figure.legend(
-        [*handles[1:], handles[0]], [*labels[1:], labels[0]], loc="outside lower center", ncols=4, frameon=False
-    )
+    _legend_below(figure, [*handles[1:], handles[0]], [*labels[1:], labels[0]])
     return figure
 
 
@@ -134,7 +134,10 @@ def draw_figure3(cases: Mapping[str, Sequence[Panel]], titles: Sequence[str]) ->
         for axes, panel in zip(row, panels, strict=True):
             draw_slice(axes, panel, index, grey_window(panel), interpolation="none", reference_dashes="--")
             axes.set(xlim=columns, ylim=rows[::-1])
-            axes.text(0.03, 0.03, panel.title, transform=axes.transAxes, color="w", fontsize="small")
+            shade = [withStroke(linewidth=2, foreground="black")]  # so that it can be read on white tissue too
+            axes.text(
+                0.03, 0.03, panel.title, transform=axes.transAxes, color="w", fontsize="small", path_effects=shade
+            )
         row[0].text(
             -0.04, 0.5, f"{name}, slice {index + 1}", transform=row[0].transAxes, rotation=90, ha="right", va="center"
         )
@@ -175,7 +178,7 @@ def draw_cost(results: Results, styles: Styles) -> Figure:
         axes.grid(alpha=0.3)
         axes.label_outer()
     handles, labels = axes.get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=4, frameon=False)
+    _legend_below(figure, handles, labels)
     return figure
 
 
@@ -238,6 +241,12 @@ def mean_volumes(results: Results, protocol: str, method: str) -> list[dict[str,
         }
         for rows in zip(*(run.rows for run in runs), strict=True)
     ]
+
+
+def _legend_below(figure: Figure, handles: Sequence[Artist], labels: Sequence[str]) -> None:
+    """In as few rows of equal length as hold four or five entries each."""
+    rows = -(-len(labels) // 5)
+    figure.legend(handles, labels, loc="outside lower center", ncols=-(-len(labels) // rows), frameon=False)
 
 
 def _surroundings(masks: Sequence[np.ndarray]) -> tuple[tuple[float, float], tuple[float, float]]:
