@@ -15,7 +15,6 @@ import importlib.metadata
 import json
 import math
 import os
-import platform
 import statistics
 import sys
 import time
@@ -31,6 +30,7 @@ from flax import nnx
 
 from jaxla.config import InputError, command_parser, parse_arguments, run_command
 from jaxla.models.backbones import TRANSFORMERS, architecture, build_backbone
+from jaxla.training.run_folder import processor
 from tests.golden.errors import error
 from tests.golden.live import live_model
 from tests.tiny import randomise
@@ -119,13 +119,6 @@ def main(arguments):
         Path(options.output).write_text(json.dumps(result, indent=1) + "\n")
     json.dump(result, sys.stdout, indent=1)
     print()
-
-
-def processor():
-    """Its name as Linux tells it, else its kind."""
-    cpuinfo = Path("/proc/cpuinfo")
-    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
-    return next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.machine())
 
 
 def timed(run):

@@ -28,7 +28,7 @@ import numpy as np
 import torch
 from torch.nn import functional
 
-from benchmarks.backbone import PAUSE, processor, timed
+from benchmarks.backbone import PAUSE, timed
 from jaxla.config import InputError, Model, Training, command_parser, parse_arguments, run_command
 from jaxla.data.batches import SliceSource, training_batches
 from jaxla.data.cases import find_cases
@@ -39,6 +39,7 @@ from jaxla.models.backbones import TRANSFORMERS, architecture
 from jaxla.models.images import IMAGENET_DEVIATION, IMAGENET_MEAN
 from jaxla.models.network import build_network
 from jaxla.training.features import BATCH, FeatureCache
+from jaxla.training.run_folder import processor
 from jaxla.training.step import make_gradient, make_optimiser, make_step, split_network
 from tests.golden.live import live_model
 

@@ -15,11 +15,12 @@ import time
 import jax
 import numpy as np
 
-from benchmarks.backbone import PAUSE, processor, timed
+from benchmarks.backbone import PAUSE, timed
 from jaxla.config import InputError, Model, Training, command_parser, parse_arguments, run_command
 from jaxla.devices.mesh import spread, to_devices, use_devices
 from jaxla.models.backbones import TRANSFORMERS, architecture
 from jaxla.models.network import build_network
+from jaxla.training.run_folder import processor
 from jaxla.training.step import initial_state, make_gradient, make_optimiser, make_step, split_network
 
 

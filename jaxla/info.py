@@ -31,11 +31,10 @@ def main(arguments: list[str]) -> None:
 
 
 def _describe_run(folder: Path) -> dict[str, str]:
-    from jaxla.training.run_folder import METRICS, is_finished, is_running, read_record, resume_command
+    from jaxla.training.run_folder import METRICS, describe_device, is_finished, is_running, read_record, resume_command
 
     record = read_record(folder)
     experiment, environment = record.experiment, record.environment
-    devices = environment.get("devices", 1)
     facts = {"run": str(folder.absolute()), "experiment": f"{experiment.name}, method {experiment.method}"}
 
     history = _read(folder / METRICS, lambda text: [json.loads(line) for line in text.splitlines()]) or []
@@ -73,7 +72,7 @@ def _describe_run(folder: Path) -> dict[str, str]:
         "input": f"{record.canvas.size} × {record.canvas.size} pixels"
         + (f", of {record.extent:.0f} × {record.extent:.0f} mm" if record.extent else ""),
         "seed": str(experiment.seed),
-        "device": environment["device"] + (f", {devices} of them" if devices > 1 else ""),
+        "device": describe_device(environment),
         "versions": ", ".join(f"{name} {environment['versions'][name]}" for name in ("jaxla", "jax", "flax")),
         "begun by": record.command,
     }

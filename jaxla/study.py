@@ -95,7 +95,7 @@ def main(arguments: list[str]) -> None:
     forecast = None
     if set(states) != {"complete"}:
         forecast = measure(runs, states, options.cache_dir)
-        require_same_data(runs, states, forecast)
+    require_same_data(runs, states, forecast, options.cache_dir)
     print(describe_plan(runs, states, forecast), flush=True)
     if options.dry_run:
         return

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from jaxla.models.weights_format import save_weights
+from jaxla.training.run_folder import processor
 from tests.test_bad_input import in_this_process, refuse
 from tests.test_cache_command import held_by_another_process
 
@@ -63,7 +64,7 @@ def test_a_finished_run_is_told_whole(small_run, phantoms):
         "decoder": "convolutional",
         "input": "48 × 48 pixels",
         "seed": "1",
-        "device": f"{jax.devices()[0].platform}: {jax.devices()[0].device_kind}",
+        "device": f"cpu: {processor()}",
         "versions": f"jaxla {versions['jaxla']}, jax {jax.__version__}, flax {versions['flax']}",
         "begun by": record["command"],
     }

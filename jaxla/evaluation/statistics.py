@@ -23,7 +23,7 @@ DEFINITIONS = {
     "p": "two-sided Wilcoxon signed-rank test of the paired differences of cases; cases without one are left out; "
     "exact for up to 50 cases; where some differences are alike or nothing, by permutations for up to 13 cases and by "
     "the normal approximation for more (SciPy's choice)",
-    "p (Holm)": "p after Holm's correction for all pairs of methods of one protocol and metric",
+    "p (Holm)": "p after Holm's correction for all pairs of methods of one protocol, metric and class (or their mean)",
     "interval": f"95 % bootstrap interval of the mean over cases ({RESAMPLES} resamples, percentiles)",
     "effect": "matched-pairs rank-biserial correlation, from −1 (the first is always lower) to 1 (always higher)",
 }

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
-from jaxla.config import Experiment, InputError
+from jaxla.config import PARTS, Experiment, InputError
 from jaxla.data.cases import HOW_TO_GET_DATA, LAYOUTS
 from jaxla.devices.memory import require_memory
 from jaxla.devices.mesh import device_count
@@ -77,6 +77,13 @@ def with_weights(experiment: Experiment, cache_dir: Path) -> tuple[Experiment, s
     path = weights_file(model.arch, model.weights, cache_dir).absolute()
     sha256 = require_undamaged(path)
     return replace(experiment, model=replace(model, weights=str(path))), sha256
+
+
+def of_method(error: InputError, method: str) -> InputError:
+    """The error, and whose it is among several methods, where an option that each may have of its own is at fault."""
+    if not any(f"--{part}." in str(error) for part in set(PARTS) - {"data"}):
+        return error
+    return InputError(f"{error} (method {method}; --{method}.<option> gives an option to it alone)")
 
 
 def require_batch(experiment: Experiment) -> None:

@@ -15,18 +15,21 @@ import jax
 import numpy as np
 from flax import nnx
 
-from jaxla.config import Experiment
+from jaxla.config import Experiment, InputError
 from jaxla.data.batches import SliceSource, evaluation_batches, steps_per_epoch, training_batches
 from jaxla.data.prepared import PreparedVolume
 from jaxla.data.split import make_split
-from jaxla.devices.memory import as_bytes, device_bytes, program_bytes, require_memory
+from jaxla.devices.memory import as_bytes, device_bytes, exhaustion_named, program_bytes, require_memory
 from jaxla.devices.mesh import on_host, own_rows, spread, to_devices, use_own_devices
 from jaxla.devices.processes import gather, process_count, share
 from jaxla.evaluation.summary import score_case
 from jaxla.models.network import build_network
+from jaxla.pipeline.checks import of_method
+from jaxla.pipeline.cost import TIMED_SECONDS, TIMED_VOLUMES
 from jaxla.pipeline.run import PreparedData, describe_backbone, prepare_data, require_classes, why_not_cached
 from jaxla.training.features import FeatureCache
 from jaxla.training.loop import clock
+from jaxla.training.run_folder import processor
 from jaxla.training.step import (
     count_parameters,
     initial_state,
@@ -57,7 +60,7 @@ class Forecast:
         features_seconds: to compute the missing features.
         step_seconds: of a training step.
         validation_seconds: of the validation at an epoch's end.
-        test_seconds: to segment and score the test cases.
+        test_seconds: to segment and score the test cases, and to time some.
     """
 
     experiment: Experiment
@@ -102,6 +105,11 @@ def forecast(
     Raises:
         InputError: a step needs more memory than there is.
     """
+    with exhaustion_named(experiment.training.batch_size):
+        return _forecast(experiment, data, cache_dir, data.used if seen is None else seen)
+
+
+def _forecast(experiment: Experiment, data: PreparedData, cache_dir: Path, seen: Sequence[PreparedVolume]) -> Forecast:
     began = time.perf_counter()
     recipe, model, canvas = experiment.training, experiment.model, data.canvas(experiment.preprocessing)
     size = canvas.size
@@ -112,18 +120,19 @@ def forecast(
         network = build_network(model, data.dataset.labels.outputs, experiment.seed)
     of_all = count_parameters(nnx.state(network, nnx.Param))
     features_bytes, features_seconds, features_fit, stand_ins = 0, 0.0, True, None
+    extract_seconds = 0.0  # of a slice, where the frozen backbone's part is not in the steps measured below
     if not why_not_cached(experiment, network):
         with use_own_devices():
             cache = FeatureCache(cache_dir, network, model.arch, canvas)
-        missing = cache.missing(data.used if seen is None else seen)
+        missing = cache.missing(seen)
         features_bytes = cache.bytes_of(missing)
         features_fit = all(gather(cache.fits(features_bytes)))
         if features_fit:
-            if missing:
-                batches = sum(-(-v.shape[0] // cache.batch) for v in share(missing))
-                with use_own_devices():
-                    images = spread(np.zeros((cache.batch, size, size, 1), np.float32))
-                    features_seconds = batches * _seconds(lambda: cache.extract(images), 1)
+            with use_own_devices():
+                images = spread(np.zeros((cache.batch, size, size, 1), np.float32))
+                of_batch = _seconds(lambda: cache.extract(images), 1)
+            extract_seconds = of_batch / cache.batch
+            features_seconds = of_batch * sum(-(-v.shape[0] // cache.batch) for v in share(missing))
             # what the values are does not change how long a step takes
             stand_ins = {v.id: np.broadcast_to(np.zeros(1, cache.dtype), (v.shape[0], *cache.shape)) for v in data.used}
             network = network.on_features((size, size))
@@ -161,6 +170,8 @@ def forecast(
         batch = spread(next(batches))
     batch_seconds = _seconds(lambda: evaluate(arguments[0], split.frozen, batch), 2)
     score_seconds = _scoring_seconds(data) * len(parts["test"])
+    of_volume = slices["test"] / len(parts["test"]) * (batch_seconds / recipe.batch_size + extract_seconds)
+    cost_seconds = of_volume + min(TIMED_VOLUMES * of_volume, TIMED_SECONDS + of_volume)
 
     return Forecast(
         experiment=experiment,
@@ -183,7 +194,9 @@ def forecast(
         features_seconds=features_seconds,
         step_seconds=step_seconds,
         validation_seconds=-(-slices["val"] // recipe.batch_size) * batch_seconds,
-        test_seconds=-(-slices["test"] // recipe.batch_size) * batch_seconds + score_seconds / process_count(),
+        test_seconds=-(-slices["test"] // recipe.batch_size) * batch_seconds
+        + score_seconds / process_count()
+        + cost_seconds,
     )
 
 
@@ -192,11 +205,12 @@ class RunsForecast:
     """What several runs on the same scans will take, one after the other.
 
     Attributes:
-        seconds: of each run, if it takes all epochs and the features are there; 0 of one that is complete.
+        seconds: of each run, if it takes all epochs, a method's first one with the features; 0 of one that is complete.
         run_bytes: of each run's folder at its largest; 0 of one that is complete.
-        features_seconds: to compute the features that are missing, for all runs.
+        features_seconds: the part of it in which missing features are computed, for all runs.
         features_bytes: of these.
-        disk_free: where they are kept.
+        without_room: methods whose features do not fit on the disk, so that their backbones run in every epoch.
+        disk_free: where features are kept.
         device: that was measured on.
         cases: id of each case, and a hash of its scan and mask.
         splits_sha256: of each run's split.
@@ -206,6 +220,7 @@ class RunsForecast:
     run_bytes: tuple[int, ...]
     features_seconds: float
     features_bytes: int
+    without_room: tuple[str, ...]
     disk_free: int
     device: str
     cases: dict[str, str]
@@ -236,22 +251,28 @@ def forecast_runs(experiments: Sequence[Experiment], complete: Sequence[bool], c
         for of_method in left.values()
         for n in of_method
     }
-    of_runs, measured = {}, []
-    for method, of_method in left.items():
+    of_runs, measured = {}, {}
+    for method, of_these in left.items():
         log.info("measuring a few steps of %s", method)
-        largest = max(of_method, key=steps.get)
-        seen = {volume.id: volume for n in of_method for volume in data[n].used}
-        found = forecast(experiments[largest], data[largest], cache_dir, list(seen.values()))
-        measured.append(found)
-        for n in of_method:
-            of_runs[n] = replace(found, experiment=experiments[n], steps=steps[n], features_seconds=0.0)
+        largest = max(of_these, key=steps.get)
+        seen = {volume.id: volume for n in of_these for volume in data[n].used}
+        try:
+            found = forecast(experiments[largest], data[largest], cache_dir, list(seen.values()))
+        except InputError as error:
+            raise of_method(error, method) from error
+        measured[method] = found
+        for n in of_these:
+            once = found.features_seconds if n == of_these[0] else 0.0
+            of_runs[n] = replace(found, experiment=experiments[n], steps=steps[n], features_seconds=once)
+    kept = [found for found in measured.values() if found.features_fit]
     return RunsForecast(
         seconds=tuple(of_runs[n].seconds if n in of_runs else 0.0 for n in range(len(experiments))),
         run_bytes=tuple(of_runs[n].run_bytes if n in of_runs else 0 for n in range(len(experiments))),
-        features_seconds=sum(f.features_seconds for f in measured),
-        features_bytes=sum(f.features_bytes for f in measured),
-        disk_free=min(f.disk_free for f in measured),
-        device=jax.devices()[0].device_kind,
+        features_seconds=sum(found.features_seconds for found in kept),
+        features_bytes=sum(found.features_bytes for found in kept),
+        without_room=tuple(method for method, found in measured.items() if not found.features_fit),
+        disk_free=min(found.disk_free for found in measured.values()),
+        device=processor() if jax.default_backend() == "cpu" else jax.devices()[0].device_kind,
         cases=prepared.cases,
         splits_sha256=tuple(of_run.split.sha256 for of_run in data),
     )

@@ -103,10 +103,9 @@ def prepare_data(experiment: Experiment, cache_dir: Path) -> PreparedData:
         InputError: no data, unusable data, too few patients, or a class that no training mask has.
     """
     protocol = experiment.data
-    root = Path(protocol.root)
     if protocol.root == "phantom":
         make_split([f"train_{n + 1}" for n in range(protocol.phantom_cases)], protocol)  # too few? before making them
-        root = cached_phantoms(cache_dir, protocol.phantom_size, protocol.phantom_cases)
+    root = data_folder(protocol, cache_dir)
     dataset = find_cases(root, protocol.labels)
     split = make_split([case.id for case in dataset.cases], protocol)
     prepared = prepare_cases(dataset, cache_dir, lambda cases: track(cases, "preparing"), share(dataset.cases))
@@ -123,6 +122,14 @@ def prepare_data(experiment: Experiment, cache_dir: Path) -> PreparedData:
         "/".join(sorted({v.slice_axis for v in prepared})), sum(v.shape[0] for v in training),
     )  # fmt: skip
     return data
+
+
+def data_folder(protocol: Data, cache_dir: Path, elsewhere: str = "") -> Path:
+    """Where the scans of a protocol lie, phantoms made where there are none; `elsewhere` if they were moved there."""
+    root = elsewhere or protocol.root
+    return (
+        cached_phantoms(cache_dir, protocol.phantom_size, protocol.phantom_cases) if root == "phantom" else Path(root)
+    )
 
 
 def require_classes(data: PreparedData, protocol: Data) -> None:

@@ -9,12 +9,13 @@ from __future__ import annotations
 import importlib.metadata
 import json
 import logging
+import shutil
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from multiprocessing import get_context
 from multiprocessing.connection import Connection
@@ -26,11 +27,15 @@ from tabulate import tabulate
 
 from jaxla.config import Data, Experiment, InputError, Stopped, Study, log_to_terminal, parse_experiment
 from jaxla.data.cache import in_use
+from jaxla.data.cases import find_cases
+from jaxla.data.prepared import content_key
+from jaxla.data.split import make_split
 from jaxla.devices.memory import as_bytes
 from jaxla.devices.mesh import use_devices
 from jaxla.experiments import EXPERIMENTS, METHODS
-from jaxla.pipeline.checks import checked, require_batch, require_share, with_weights
+from jaxla.pipeline.checks import checked, of_method, require_batch, require_share, with_weights
 from jaxla.pipeline.forecast import MEASURED_STEPS, RunsForecast, forecast_runs
+from jaxla.pipeline.run import data_folder
 from jaxla.reporting.results import RUNS, STUDY
 from jaxla.reporting.study_tables import count_of
 from jaxla.training.loop import clock
@@ -64,6 +69,8 @@ class PlannedRun(NamedTuple):
         arguments: of `python -m jaxla.train`, but for its folder.
         weights_sha256: of its backbone's weights; empty for random ones.
         folder: where it lies, or will lie.
+        devices: how many it uses, 0 for all; the same for all runs.
+        shard_params: whether its parameters are divided over them.
     """
 
     protocol: str
@@ -73,6 +80,8 @@ class PlannedRun(NamedTuple):
     arguments: tuple[str, ...]
     weights_sha256: str
     folder: Path
+    devices: int
+    shard_params: bool
 
 
 @dataclass(frozen=True)
@@ -97,21 +106,29 @@ def plan_runs(
     """
     planned, weights = [], {}
     for protocol in protocols:
-        for method, of_method in options.items():
-            arguments = [f"--exp={protocol}", f"--method={method}", *of_method, f"--cache-dir={cache_dir}"]
+        for method, of_options in options.items():
+            arguments = [f"--exp={protocol}", f"--method={method}", *of_options, f"--cache-dir={cache_dir}"]
             parsed = parse_experiment("jaxla.train", arguments, EXPERIMENTS, METHODS, lambda details: "")
-            experiment = checked(parsed.experiment)
-            if method not in weights:  # reads all of the file
-                weights[method] = with_weights(experiment, cache_dir)
+            try:
+                experiment = checked(parsed.experiment)
+                if method not in weights:  # reads all of the file
+                    weights[method] = with_weights(experiment, cache_dir)
+            except InputError as error:
+                raise of_method(error, method) from error
             located, sha256 = weights[method]
             experiment = replace(experiment, model=located.model)
-            planned.append((protocol, method, experiment, arguments, sha256))
+            planned.append((protocol, method, experiment, arguments, sha256, parsed))
     first = planned[0][2]
     for protocol, _, experiment, *_ in planned:
         if _scans(experiment) != _scans(first):
             raise InputError(
                 f"--experiments: {protocol} has other data than {first.name} ({experiment.data} and {first.data}); "
                 "a study compares runs on the same scans"
+            )
+        own, taken = EXPERIMENTS[protocol].data, experiment.data
+        if (own.train_patients, own.train_percent) != (taken.train_patients, taken.train_percent):
+            raise InputError(
+                f"option --data: {protocol} says by itself how many patients train; choose protocols by --experiments"
             )
     return [
         PlannedRun(
@@ -122,9 +139,11 @@ def plan_runs(
             (*arguments, f"--seed={seed}", f"--data.subset_seed={seed}"),
             sha256,
             output / RUNS / f"{protocol}_{method}_seed{seed}",
+            parsed.devices,
+            parsed.shard_params,
         )
         for seed in seeds
-        for protocol, method, experiment, arguments, sha256 in planned
+        for protocol, method, experiment, arguments, sha256, parsed in planned
     ]
 
 
@@ -149,16 +168,19 @@ def study_folder(output: Path, study: Study, runs: Sequence[PlannedRun], command
             for run in runs
         ],
     }
-    output.mkdir(parents=True, exist_ok=True)
     lock = FileLock(output / LOCK, timeout=1)
     try:
+        output.mkdir(parents=True, exist_ok=True)
         lock.acquire()
-    except Timeout as error:
-        raise InputError(f"--output={output}: another process runs a study there; wait for it or end it") from error
-    try:
         beside = output / f".{STUDY}"
         beside.write_text(json.dumps(content, indent=1) + "\n")
         beside.replace(output / STUDY)
+    except Timeout as error:
+        raise InputError(f"--output={output}: another process runs a study there; wait for it or end it") from error
+    except OSError as error:
+        lock.release()
+        raise InputError(f"--output={output}: cannot be written ({error.strerror}); choose another folder") from error
+    try:
         yield
     finally:
         lock.release()
@@ -171,7 +193,7 @@ def state_of(run: PlannedRun) -> State:
         InputError: its folder holds something else, or a run of other options or by another version of this package.
     """
     folder = run.folder
-    if not folder.exists() or not {path.name for path in folder.iterdir()} - set(FIRST_FILES):
+    if not folder.exists() or (folder.is_dir() and not {path.name for path in folder.iterdir()} - set(FIRST_FILES)):
         return "new"
     record = read_record(folder)
     move = "move that folder away to run it again, or choose another --output"
@@ -186,26 +208,35 @@ def state_of(run: PlannedRun) -> State:
     return "complete" if is_finished(folder) else "begun"
 
 
-def require_same_data(runs: Sequence[PlannedRun], states: Sequence[State], forecast: RunsForecast) -> None:
+def require_same_data(
+    runs: Sequence[PlannedRun], states: Sequence[State], forecast: RunsForecast | None, cache_dir: Path
+) -> None:
     """Raise an InputError unless complete runs saw the scans, masks and split that there are now."""
-    for run, state, split_sha256 in zip(runs, states, forecast.splits_sha256, strict=True):
+    if forecast:
+        cases, splits = forecast.cases, forecast.splits_sha256
+    else:
+        protocol = runs[0].experiment.data
+        dataset = find_cases(data_folder(protocol, cache_dir), protocol.labels)
+        cases = {case.id: content_key(case, dataset.labels) for case in dataset.cases}
+        splits = [make_split(list(cases), run.experiment.data).sha256 for run in runs]
+    for run, state, split_sha256 in zip(runs, states, splits, strict=True):
         if state != "complete":
             continue
-        if read_record(run.folder).split_sha256 != split_sha256:
-            raise InputError(
-                f"{run.folder}: was run on another split than the present one; put --data.split back, or choose "
-                "another --output"
-            )
         try:
             then = dict(json.loads((run.folder / CASES).read_text()))
         except (OSError, ValueError, TypeError) as error:
             raise InputError(
                 f"{run.folder / CASES}: missing or damaged ({error!r}); move {run.folder} away to run it again"
             ) from error
-        if case := changed_case(then, forecast.cases):
+        if case := changed_case(then, cases):
             raise InputError(
                 f"{run.folder}: was run on other data than those in {run.experiment.data.root}: {case}; put the data "
                 "back, or choose another --output"
+            )
+        if read_record(run.folder).split_sha256 != split_sha256:
+            raise InputError(
+                f"{run.folder}: was run on another split than the present one; put --data.split back, or choose "
+                "another --output"
             )
 
 
@@ -236,8 +267,7 @@ def measure(runs: Sequence[PlannedRun], states: Sequence[State], cache_dir: Path
     """
     context = get_context("spawn")
     receiving, sending = context.Pipe(duplex=False)
-    experiments, complete = [run.experiment for run in runs], [state == "complete" for state in states]
-    process = context.Process(target=_measure, args=(sending, experiments, complete, cache_dir))
+    process = context.Process(target=_measure, args=(sending, runs, states, cache_dir))
     process.start()
     sending.close()
     try:
@@ -256,17 +286,23 @@ def measure(runs: Sequence[PlannedRun], states: Sequence[State], cache_dir: Path
     return found
 
 
-def _measure(answer: Connection, experiments: Sequence[Experiment], complete: Sequence[bool], cache_dir: Path) -> None:
+def _measure(answer: Connection, runs: Sequence[PlannedRun], states: Sequence[State], cache_dir: Path) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C on a terminal reaches this too, and who started it ends it
     logging.getLogger().handlers.clear()  # Orbax, imported before this runs, has put its own there
     log_to_terminal()
+    experiments, complete = [run.experiment for run in runs], [state == "complete" for state in states]
     try:
-        with in_use(cache_dir), use_devices():
-            for experiment in experiments:
-                require_share(experiment)
-                require_batch(experiment)
-            answer.send(forecast_runs(experiments, complete, cache_dir))
+        with in_use(cache_dir), use_devices(runs[0].devices, runs[0].shard_params):
+            for run in runs:
+                try:
+                    require_share(run.experiment)
+                    require_batch(run.experiment)
+                except InputError as error:
+                    raise of_method(error, run.method) from error
+            found = forecast_runs(experiments, complete, cache_dir)
     except InputError as error:  # not every error survives the way to another process
-        answer.send(str(error))
+        found = str(error)
+    answer.send(found)
 
 
 def describe_plan(runs: Sequence[PlannedRun], states: Sequence[State], forecast: RunsForecast | None) -> str:
@@ -292,16 +328,24 @@ def describe_plan(runs: Sequence[PlannedRun], states: Sequence[State], forecast:
         [method, *(clock(seconds[method, p]) if (method, p) in seconds else "–" for p in protocols)]
         for method in methods
     ]
-    total = sum(forecast.seconds[n] for n in left) + forecast.features_seconds
-    disk = f"run folders {as_bytes(sum(forecast.run_bytes[n] for n in left))} at most"
+    total = sum(forecast.seconds[n] for n in left)
+    free = shutil.disk_usage(next(path for path in runs[0].folder.absolute().parents if path.exists())).free
+    disk = f"run folders {as_bytes(sum(forecast.run_bytes[n] for n in left))} at most ({as_bytes(free)} free)"
     if forecast.features_bytes:
-        disk += f"; features {as_bytes(forecast.features_bytes)}, once"
+        disk += f"; features {as_bytes(forecast.features_bytes)}, once ({as_bytes(forecast.disk_free)} free)"
+    if forecast.features_bytes > forecast.disk_free:
+        disk += ", more than fit: backbones that come last run in every epoch instead, which takes longer"
+    if forecast.without_room:
+        disk += (
+            f"; features of {', '.join(forecast.without_room)} do not fit into the cache folder: the backbone runs in "
+            "every epoch instead; --cache-dir names another disk"
+        )
     lines += [
         tabulate(table, ["", *protocols], "plain", colalign=["left", *["right"] * len(protocols)]),
         f"time  at most about {clock(total)} on {forecast.device}"
         + (f", {clock(forecast.features_seconds)} of it for features" if forecast.features_seconds else "")
         + f"; all seeds together, from {MEASURED_STEPS} measured steps of each method; runs may stop early",
-        f"disk  {disk}; {as_bytes(forecast.disk_free)} free",
+        f"disk  {disk}",
     ]
     return "\n".join(lines)
 
@@ -337,7 +381,7 @@ def _run(run: PlannedRun) -> str:
         return str(error)
     if state == "complete":
         return ""
-    command = [sys.executable, "-m", "jaxla.train", *run.arguments, f"--run-dir={run.folder}"]
+    command = [sys.executable, "-m", "jaxla.train", *run.arguments, f"--run-dir={run.folder}", "--processes=1"]
     command += ["--resume"] * (state == "begun")
     said, stopped = "", None
     with (
@@ -350,7 +394,8 @@ def _run(run: PlannedRun) -> str:
         while True:
             try:
                 for line in process.stdout:
-                    print(f"    {line.rstrip()}", flush=True)
+                    with suppress(OSError):  # nobody reads any more, as after Ctrl-C of `… | tee`
+                        print(f"    {line.rstrip()}", flush=True)
                     said = line.strip() or said
                 break
             except KeyboardInterrupt as interrupt:

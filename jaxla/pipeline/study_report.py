@@ -7,16 +7,15 @@ from pathlib import Path
 
 from jaxla.config import InputError
 from jaxla.data.cases import Case, Labels, find_cases
-from jaxla.data.phantoms import cached_phantoms
 from jaxla.data.prepared import content_key
 from jaxla.data.volumes import read_image, read_mask, slice_geometry, to_slices
 from jaxla.evaluation.summary import worst_median_best
-from jaxla.experiments import METHODS, PUBLISHED
+from jaxla.experiments import EXPERIMENTS, METHODS, PUBLISHED
+from jaxla.pipeline.run import data_folder
 from jaxla.reporting.overlays import Panel
 from jaxla.reporting.results import Results, StudyRun, read_study
 from jaxla.reporting.study import write_study_report
 from jaxla.reporting.study_tables import largest_protocol
-from jaxla.training.run_folder import read_record
 
 
 def report_study(folder: Path, cache_dir: Path, data_root: str = "", cases: Sequence[str] = ()) -> Path:
@@ -30,26 +29,22 @@ def report_study(folder: Path, cache_dir: Path, data_root: str = "", cases: Sequ
         InputError: the study is incomplete, or its scans are gone.
     """
     results = read_study(folder)
-    shown = choose_cases(results, cases)
-    first = read_record(results.runs[0].folder)
-    protocol = first.experiment.data
-    root = Path(data_root or protocol.root)
-    if str(root) == "phantom":
-        root = cached_phantoms(cache_dir, protocol.phantom_size, protocol.phantom_cases)
-    by_id = {case.id: case for case in find_cases(root, protocol.labels).cases}
     largest = largest_protocol(results)
+    runs = [results.of(largest, method)[0] for method in results.methods]
+    record = runs[0].record
+    root = data_folder(record.experiment.data, cache_dir, data_root)
+    by_id = {case.id: case for case in find_cases(root, record.experiment.data.labels).cases}
     panels = {}
-    for name, case_id in shown.items():
+    for name, case_id in choose_cases(results, cases).items():
         if case_id not in by_id:
             raise InputError(f"{root}: case {case_id} of the study is not there; give its folder as --data.root")
-        if content_key(by_id[case_id], first.labels) != results.runs[0].cases[case_id]:
+        if content_key(by_id[case_id], record.labels) != runs[0].cases[case_id]:
             raise InputError(
                 f"{root}: case {case_id} is another scan or mask than the one that the study was run on; give the "
                 "folder of those as --data.root"
             )
-        runs = [results.of(largest, method)[0] for method in results.methods]
-        panels[name] = [panel_of(run, by_id[case_id], first.labels) for run in runs]
-    return write_study_report(folder, results, PUBLISHED, panels, list(METHODS))
+        panels[name] = panels_of(runs, by_id[case_id], record.labels)
+    return write_study_report(folder, results, PUBLISHED, panels, list(METHODS), list(EXPERIMENTS))
 
 
 def choose_cases(results: Results, asked: Sequence[str]) -> dict[str, str]:
@@ -65,12 +60,17 @@ def choose_cases(results: Results, asked: Sequence[str]) -> dict[str, str]:
     return {f"{rank}: {case}": case for case, rank in worst_median_best(dice).items()}
 
 
-def panel_of(run: StudyRun, case: Case, labels: Labels) -> Panel:
-    """A case as a run segmented it."""
+def panels_of(runs: Sequence[StudyRun], case: Case, labels: Labels) -> list[Panel]:
+    """A case as each run segmented it; image and reference are held once."""
     image, mask = read_image(case.image), read_mask(case.mask)
-    path = run.prediction_folder / f"{case.id}.nii.gz"
-    prediction = labels.to_classes(read_mask(path).array, path)
     geometry = slice_geometry(image.affine)
-    dice = run.volumes("dice")[case.id]
-    arrays = (image.array, prediction, labels.to_classes(mask.array, case.mask))
-    return Panel(f"Dice {dice:.3f}", *(to_slices(array, geometry) for array in arrays), geometry.spacing)
+    slices, reference = (to_slices(a, geometry) for a in (image.array, labels.to_classes(mask.array, case.mask)))
+    panels = []
+    for run in runs:
+        path = run.prediction_folder / f"{case.id}.nii.gz"
+        prediction = to_slices(labels.to_classes(read_mask(path).array, path), geometry)
+        if prediction.shape != reference.shape:
+            raise InputError(f"{path}: has {prediction.shape} voxels, and its scan {reference.shape}; run it again")
+        title = f"Dice {run.volumes('dice')[case.id]:.3f}"
+        panels.append(Panel(title, slices, prediction, reference, geometry.spacing))
+    return panels

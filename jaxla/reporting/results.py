@@ -7,6 +7,7 @@ import json
 import logging
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 from typing import Any, Literal
 
@@ -18,8 +19,8 @@ from jaxla.training.run_folder import (
     CASES,
     COST,
     METRICS,
-    RECORD,
     SPLIT,
+    Record,
     differences,
     is_finished,
     read_record,
@@ -76,18 +77,19 @@ class StudyRun:
     Attributes:
         protocol: name of the experiment whose protocol it ran.
         method: as the run calls it; beside the method's name an architecture that is not its own.
-        record, split, summary: the content of its JSON files.
+        record: what was run.
+        split, summary: the content of these JSON files.
         cases: id of each case, and a hash of its scan and mask.
         history: the lines of `metrics.jsonl`.
-        rows: of `test/cases.csv`.
-        slices: metric -> its value in every slice of every test case, [slices, classes].
+        rows: of `test/cases.csv`: one for each test case and class, in order of these.
+        slices: metric -> its value in every slice of every test case, [slices, classes], in order of the cases' ids.
     """
 
     folder: Path
     protocol: str
     method: str
     seed: int
-    record: dict[str, Any]
+    record: Record
     split: dict[str, list[str]]
     cases: dict[str, str]
     summary: dict[str, Any]
@@ -197,6 +199,9 @@ def read_study(folder: Path) -> Results:
             (folder / RUNS / run["folder"], run["protocol"], run["method"], int(run["seed"])) for run in content["runs"]
         ]
         name, summary, command = (content[key] for key in ("name", "summary", "command"))
+        protocols, methods, seeds = (set(of) for of in list(zip(*planned, strict=True))[1:])
+        if sorted(run[1:] for run in planned) != sorted(product(protocols, methods, seeds)):
+            raise ValueError("expected a run for each protocol, method and seed")
     except OSError as error:
         raise InputError(
             f"--study={folder}: not a study's folder (no {STUDY}); give the --output of python -m jaxla.study"
@@ -207,12 +212,11 @@ def read_study(folder: Path) -> Results:
     for run_dir, protocol, method, seed in planned:
         if not run_dir.exists():
             raise InputError(f"{run_dir}: this run of the study has not begun; go on with: {command}")
-        read_record(run_dir)  # says what is wrong with it
+        record = read_record(run_dir)
         if not is_finished(run_dir):
             raise InputError(f"{run_dir}: this run of the study is incomplete; go on with: {command}")
-        run = _read_run(run_dir, protocol, seed)
-        _require_planned(run, method)
-        runs.append(run)
+        _require_planned(run_dir, record, protocol, method, seed)
+        runs.append(_read_run(run_dir, record, seed))
     _require_comparable(runs)
     others = {path.name for path in (folder / RUNS).iterdir() if path.is_dir()} - {run[0].name for run in planned}
     if others:
@@ -220,28 +224,33 @@ def read_study(folder: Path) -> Results:
     return Results(name, summary, command, tuple(runs))
 
 
-def _read_run(folder: Path, protocol: str, seed: int) -> StudyRun:
+def _read_run(folder: Path, record: Record, seed: int) -> StudyRun:
     try:
-        record = json.loads((folder / RECORD).read_text())
         summary = json.loads((folder / "test" / "summary.json").read_text())
-        classes, _, _ = (summary[key] for key in ("classes", "definitions", "empty_rule"))
-        history = [json.loads(line) for line in (folder / METRICS).read_text().splitlines()]
-        for line in history:
-            float(line["seconds"])
+        classes, of_slices = list(summary["classes"]), summary["slice"]["dice"]["n"]
+        for key in ("definitions", "empty_rule"):
+            summary[key]
         split = json.loads((folder / SPLIT).read_text())
+        split = {part: list(map(str, split[part])) for part in ("train", "val", "test")}
+        cases = dict(json.loads((folder / CASES).read_text()))
+        if missing := set(split["test"]) - set(cases):
+            raise KeyError(f"{CASES}: {min(missing)}")
+        history = [json.loads(line) for line in (folder / METRICS).read_text().splitlines()]
+        if not history or any(float(line["seconds"]) < 0 for line in history):
+            raise ValueError(f"{METRICS}: no epoch, or one of less than no time")
         return StudyRun(
             folder=folder,
-            protocol=protocol,
-            method=record["experiment"]["method"],
+            protocol=record.experiment.name,
+            method=record.experiment.method,
             seed=seed,
             record=record,
-            split={part: list(map(str, split[part])) for part in ("train", "val", "test")},
-            cases=dict(json.loads((folder / CASES).read_text())),
+            split=split,
+            cases=cases,
             summary=summary,
             cost=Cost(**json.loads((folder / COST).read_text())),
             history=history,
-            rows=list(_rows(folder / "test" / "cases.csv", OF_VOLUMES)),
-            slices=_slices(folder / "test" / "slices.csv", len(classes)),
+            rows=_volumes(folder / "test" / "cases.csv", split["test"], classes),
+            slices=_slices(folder / "test" / "slices.csv", split["test"], classes, of_slices),
         )
     except OSError as error:
         raise InputError(
@@ -252,19 +261,19 @@ def _read_run(folder: Path, protocol: str, seed: int) -> StudyRun:
         raise InputError(f"{folder}: damaged ({error!r}); move it away and run the study again") from error
 
 
-def _require_planned(run: StudyRun, method: str) -> None:
+def _require_planned(folder: Path, record: Record, protocol: str, method: str, seed: int) -> None:
     """Raise an InputError where another run lies in the folder of a planned one."""
-    found = run.record["experiment"]
+    found = record.experiment
     for option, planned, of_run in (
-        ("exp", run.protocol, found["name"]),
-        ("method", method, run.method.split(" with ")[0]),
-        ("seed", run.seed, found["seed"]),
-        ("data.subset_seed", run.seed, found["data"]["subset_seed"]),
+        ("exp", protocol, found.name),
+        ("method", method, found.method.split(" with ")[0]),
+        ("seed", seed, found.seed),
+        ("data.subset_seed", seed, found.data.subset_seed),
     ):
         if of_run != planned:
             raise InputError(
-                f"{run.folder}: holds another run than planned, with --{option}={of_run} and not {planned}; move it "
-                "away and run the study again"
+                f"{folder}: holds another run than planned, with --{option}={of_run} and not {planned}; move it away "
+                "and run the study again"
             )
 
 
@@ -273,25 +282,26 @@ def _require_comparable(runs: Sequence[StudyRun]) -> None:
     require_same_cases({str(run.folder): run.volumes("dice") for run in runs})
     for run in runs[1:]:
         for what, of_run, of_first in (
-            ("versions of jaxla", *(r.record["environment"]["versions"]["jaxla"] for r in (run, runs[0]))),
+            ("versions of jaxla", *(r.record.environment["versions"]["jaxla"] for r in (run, runs[0]))),
             ("scans and masks", *(r.cases for r in (run, runs[0]))),
             ("classes", *(list(r.summary["classes"]) for r in (run, runs[0]))),
             ("validation patients", *(r.split["val"] for r in (run, runs[0]))),
+            ("numbers of slices", *(len(r.slices["dice"]) for r in (run, runs[0]))),
         ):
             if of_run != of_first:
                 raise _incomparable(run, runs[0], what)
-    experiments = {run.folder: read_record(run.folder).experiment for run in runs}
     of_methods, of_protocols, of_subsets = {}, {}, {}
     for run in runs:
         first = of_methods.setdefault(run.method, run)
-        for option, here, there in differences(experiments[run.folder], experiments[first.folder]):
+        for option, here, there in differences(run.record.experiment, first.record.experiment):
             if option not in OF_PROTOCOL | OF_SEED:
                 raise _incomparable(run, first, f"--{option} ({shown(here)} and {shown(there)})")
-        weights = [(r.record["weights"] == "random", r.record["weights_sha256"]) for r in (run, first)]
-        if weights[0] != weights[1] and not (weights[0][0] and weights[1][0]):  # random ones follow the seed
+        # random ones follow the seed
+        weights = {"random" if r.record.weights == "random" else r.record.weights_sha256 for r in (run, first)}
+        if len(weights) > 1:
             raise _incomparable(run, first, "weights")
         first = of_protocols.setdefault(run.protocol, run)
-        for option, here, there in differences(*(experiments[r.folder].data for r in (run, first)), "data."):
+        for option, here, there in differences(run.record.experiment.data, first.record.experiment.data, "data."):
             if option not in OF_SEED:
                 raise _incomparable(run, first, f"--{option} ({shown(here)} and {shown(there)})")
         first = of_subsets.setdefault((run.protocol, run.seed), run)
@@ -315,10 +325,24 @@ def _rows(path: Path, columns: Sequence[str]) -> Iterator[Row]:
             yield values
 
 
-def _slices(path: Path, classes: int) -> dict[str, np.ndarray]:
+def _volumes(path: Path, cases: Sequence[str], classes: Sequence[str]) -> list[Row]:
+    """A row for each case and class, in order of these."""
+    rows = list(_rows(path, OF_VOLUMES))
+    found = {(row["case"], row["class"]): row for row in rows}
+    expected = list(product(cases, classes))
+    if len(found) != len(rows) or set(found) != set(expected):
+        raise ValueError(f"{path.name}: expected a row for each of {len(cases)} test cases and {len(classes)} classes")
+    return [found[key] for key in expected]
+
+
+def _slices(path: Path, cases: Sequence[str], classes: Sequence[str], count: int) -> dict[str, np.ndarray]:
     """Only what is shown of every slice, for a study has many."""
-    values: dict[tuple[str, int], list[list[float]]] = {}
+    found: dict[tuple[str, int], dict[str, list[float]]] = {}
     for row in _rows(path, OF_SLICES):
-        values.setdefault((row["case"], int(row["slice"])), []).append([row[metric] for metric in METRICS_SHOWN])
-    of_slices = np.array([values[place] for place in sorted(values)]).reshape(len(values), classes, len(METRICS_SHOWN))
+        place = row["case"], int(row["slice"])
+        found.setdefault(place, {})[row["class"]] = [row[metric] for metric in METRICS_SHOWN]
+    whole = all(set(of_slice) == set(classes) for of_slice in found.values())
+    if len(found) != count or not whole or {case for case, _ in found} != set(cases):
+        raise ValueError(f"{path.name}: expected a row for each of {count} slices and {len(classes)} classes")
+    of_slices = np.array([[found[place][name] for name in classes] for place in sorted(found)])
     return dict(zip(METRICS_SHOWN, np.moveaxis(of_slices, 2, 0), strict=True))

@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 from matplotlib.figure import Figure
 
-from jaxla.config import Published
+from jaxla.config import InputError, Published
 from jaxla.evaluation import statistics
 from jaxla.reporting.overlays import Panel
 from jaxla.reporting.report import LABELS, data_uri, templates
@@ -26,7 +26,7 @@ from jaxla.reporting.study_figures import (
 from jaxla.reporting.study_tables import all_tables, devices_of, dice_iou_pairs, largest_protocol, write_tables
 
 PAGE = "report.html"
-OF_A_REPORT = ("comparisons", "cost", "figure2", "figure3", "agreement")  # files that reports write, but for Table 1
+OTHERS = {"comparisons", "cost", "figure2", "figure3", "agreement"}  # names of a report's files, but for Table 1
 ENDINGS = (".csv", ".md", ".tex", ".pdf", ".png")
 
 
@@ -45,6 +45,7 @@ def write_study_report(
     published: Mapping[tuple[str, str], Published],
     cases: Mapping[str, Sequence[Panel]],
     known_methods: Sequence[str],
+    known_protocols: Sequence[str],
 ) -> Path:
     """Write `tables/`, `figures/` and the page, which takes its name only when it is whole; -> its path.
 
@@ -54,14 +55,34 @@ def write_study_report(
         published: by method and protocol.
         cases: for Figure 3: for each case a panel of each method, under the protocol of most training patients.
         known_methods: all there are, by which those of the study are given their colours.
+        known_protocols: all of which there may be a table.
+
+    Raises:
+        InputError: a file cannot be written.
     """
+    try:
+        return _write(folder, results, published, cases, known_methods, known_protocols)
+    except OSError as error:
+        raise InputError(
+            f"{error.filename or folder}: cannot be written ({error.strerror}); mend that and write the report again"
+        ) from error
+
+
+def _write(
+    folder: Path,
+    results: Results,
+    published: Mapping[tuple[str, str], Published],
+    cases: Mapping[str, Sequence[Panel]],
+    known_methods: Sequence[str],
+    known_protocols: Sequence[str],
+) -> Path:
     tables = all_tables(results, published)
     drawn = _draw(results, cases, styles_of(results.methods, known_methods))
+    of_a_report = OTHERS | {f"table1_{protocol}" for protocol in known_protocols}
     for name, written in (("tables", {table.name for table in tables}), ("figures", {one.name for one in drawn})):
         (folder / name).mkdir(exist_ok=True)
         for path in (folder / name).iterdir():
-            of_a_report = path.stem.startswith("table1_") or path.stem in OF_A_REPORT
-            if of_a_report and path.stem not in written and path.suffix in ENDINGS:
+            if path.stem in of_a_report - written and path.suffix in ENDINGS:
                 path.unlink()
     write_tables(tables, folder / "tables")
     for figure in drawn:
@@ -77,7 +98,7 @@ def write_study_report(
         .render(
             results=results,
             first=first,
-            weights={m: results.of(results.protocols[0], m)[0].record["weights"] for m in results.methods},
+            weights={m: results.of(results.protocols[0], m)[0].record.weights for m in results.methods},
             pairs=dice_iou_pairs(results, published),
             tables=tables,
             figures=[
@@ -97,10 +118,11 @@ def _draw(results: Results, cases: Mapping[str, Sequence[Panel]], styles: Styles
     largest = largest_protocol(results)
     n = results.mean(largest, results.methods[0], "dice").n
     several = len(results.seeds) > 1
+    of_classes = " and classes" if len(results.classes) > 1 else ""
     drawn = []
     if panels := series_of(results):
         caption = (
-            f"Test Dice, mean over {n} volumes, over the training patients"
+            f"Test Dice, mean over {n} volumes{of_classes}, over the training patients"
             + (f"; bars: sd of the mean over {len(results.seeds)} seeds" if several else "; one seed")
             + ". The atlas, the mean training mask, never looks at the image."
         )
@@ -109,11 +131,18 @@ def _draw(results: Results, cases: Mapping[str, Sequence[Panel]], styles: Styles
         )
     caption = (
         f"Protocol {largest}, seed {results.seeds[0]}: the slice with the largest reference, at the scan's own "
-        "resolution, cut to the structure's surroundings; prediction green, reference red. Dice is that of the volume."
+        "resolution, cut to the structure's surroundings; prediction green, reference red. Dice is that of the volume"
+        f"{', mean over classes' if of_classes else ''}"
+        + (
+            ". Worst, median and best by the mean over methods and seeds."
+            if any(": " in name for name in cases)
+            else "."
+        )
     )
     drawn.append(Drawn("figure3", draw_figure3(cases, results.methods), caption, "Outlines over the scan by method"))
     caption = (
-        f"Protocol {largest}: test Dice, mean over {n} volumes with its 95 % bootstrap interval, over what it costs; "
+        f"Protocol {largest}: test Dice, mean over {n} volumes{of_classes}"
+        f"{' with its 95 % bootstrap interval' if n > 1 else ''}, over what it costs; "
         f"on {devices_of(results, largest)}."
     )
     drawn.append(Drawn("cost", draw_cost(results, styles), caption, "Dice over cost by method"))

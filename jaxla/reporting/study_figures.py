@@ -73,10 +73,10 @@ def series_of(results: Results) -> list[Series]:
     shares, counts = {}, {}
     for protocol in results.protocols:
         run = results.of(protocol, results.methods[0])[0]
-        data, patients = run.record["experiment"]["data"], len(run.split["train"])
-        if data["train_percent"] < 100:
-            shares[protocol] = (patients, f"{data['train_percent']:g} %")
-        elif data["train_patients"]:
+        data, patients = run.record.experiment.data, len(run.split["train"])
+        if data.train_percent < 100:
+            shares[protocol] = (patients, f"{data.train_percent:g} %")
+        elif data.train_patients:
             counts[protocol] = (patients, str(patients))
         else:
             shares[protocol], counts[protocol] = (patients, "100 %"), (patients, f"all ({patients})")

@@ -15,7 +15,7 @@ from jaxla.config import Published
 from jaxla.evaluation.statistics import Comparison, compare
 from jaxla.reporting.report import LABELS, Pair, digits
 from jaxla.reporting.results import METRICS_SHOWN, Mean, Results
-from jaxla.training.run_folder import FEATURES_KEPT
+from jaxla.training.run_folder import FEATURES_KEPT, describe_device
 
 ATLAS = "atlas"
 MEAN = "mean"  # of several classes
@@ -59,34 +59,39 @@ def results_table(results: Results, protocol: str, published: Mapping[tuple[str,
     """Table 1 under one protocol: Dice, IoU, HD95 and ASSD of every method, and the atlas's Dice and IoU."""
     rows, records = [], []
     averages = averages_of(results)
-    printed = {method: published.get((method, protocol)) for method in results.methods}
+    one_class = len(averages) == 1
+    printed = {m: published[m, protocol] for m in results.methods if one_class and (m, protocol) in published}
     for unit in UNITS:
-        for place, (name, of_class) in enumerate(averages.items()):
+        for name, of_class in averages.items():
             for method in [*results.methods, ATLAS] if unit == "volume" else results.methods:
                 means = {
                     metric: _mean_of(results, protocol, method, metric, unit, of_class) for metric in METRICS_SHOWN
                 }
-                of_paper = printed.get(method) if unit == "volume" and not place else None
-                cells = [method, *([name] if len(averages) > 1 else []), unit]
+                of_paper = printed.get(method) if unit == "volume" else None
+                cells = [method, *([] if one_class else [name]), unit]
                 cells += [mean_sd(mean, metric) for metric, mean in means.items()]
-                rows.append(cells + (_published_cells(of_paper) if any(printed.values()) else []))
+                rows.append(cells + (_published_cells(of_paper) if printed else []))
                 records += [
                     _record(protocol, method, name, metric, mean, of_paper) for metric, mean in means.items() if mean
                 ]
-    head = ["method", *(["class"] if len(averages) > 1 else []), "per", *(LABELS[metric] for metric in METRICS_SHOWN)]
-    if any(printed.values()):
+    head = ["method", *([] if one_class else ["class"]), "per", *(LABELS[metric] for metric in METRICS_SHOWN)]
+    if printed:
         head += ["published Dice", "published IoU"]
     n, slices = (results.mean(protocol, results.methods[0], "dice", unit).n for unit in UNITS)
     patients = len(results.of(protocol, results.methods[0])[0].split["train"])
     caption = (
         f"Protocol {protocol} ({count_of(patients, 'training patient')}): mean ± sd over "
         f"{count_of(n, 'test volume')} and over their {slices} slices, each first averaged over {_seeds(results)}"
-        + (f"; {MEAN}: of the classes of a unit" if len(averages) > 1 else "")
+        + ("" if one_class else f"; {MEAN}: of the classes of a unit")
         + ". HD95 is the larger of the two directed 95th percentiles (not that of the pooled distances). Both masks of "
         "a unit empty counts as perfect, one of them as worst. The atlas never looks at the image."
     )
-    if any(printed.values()):
-        caption += " Published: by paper 1, on LAScarQS 2022; the unit of its means is not stated."
+    if printed:
+        read_off = all(row.dice_sd is None for row in printed.values())
+        caption += (
+            f" Published: by paper 1, on LAScarQS 2022{', read off its Figure 2' if read_off else ''}; it states no "
+            "unit of its means, and its abstract speaks of fine-tuning the transformers that its text calls frozen."
+        )
     return Table(f"table1_{protocol}", caption, head, rows, records)
 
 
@@ -118,30 +123,34 @@ def cost_table(results: Results) -> Table:
     for method in results.methods:
         cost = cost_of(results, protocol, method)
         records.append({"protocol": protocol, "method": method, **cost})
+        peak = cost["peak_bytes"]
         rows.append(
             [
                 method,
-                f"{cost['parameters'] / 1e6:.3g}",
-                f"{cost['trained_parameters'] / 1e6:.3g}",
-                f"{cost['multiply_adds'] / 1e9:.3g}",
-                f"{cost['epoch_seconds']:.3g}",
-                f"{cost['epochs']:.3g}",
-                f"{cost['inference_seconds']:.3g}",
-                f"{cost['step_bytes'] / 1e9:.2g}",
-                "–" if cost["peak_bytes"] is None else f"{cost['peak_bytes'] / 1e9:.2g}",
+                _three_digits(cost["parameters"] / 1e6),
+                _three_digits(cost["trained_parameters"] / 1e6),
+                _three_digits(cost["multiply_adds"] / 1e9),
+                _three_digits(cost["epoch_seconds"]),
+                _three_digits(cost["epochs"]),
+                _three_digits(cost["inference_seconds"]),
+                _three_digits(cost["step_bytes"] / 1e9),
+                "–" if peak is None else _three_digits(peak / 1e9),
                 f"{cost['dice']:.3f}",
             ]
         )
-    slices = results.of(protocol, results.methods[0])[0].cost.inference_slices
+    costs = [run.cost for method in results.methods for run in results.of(protocol, method)]
+    timed = sorted({len(cost.inference_slices) for cost in costs})
+    slices = np.mean([count for cost in costs for count in cost.inference_slices])
+    volumes = count_of(timed[-1], "test volume") if len(timed) == 1 else f"{timed[0]} to {timed[-1]} test volumes"
     caption = (
-        f"Cost under protocol {protocol} on {devices_of(results, protocol)}; mean over {_seeds(results)}. "
-        "Multiply-adds of one slice through the whole network; an epoch with its validation; inference from the scan "
-        f"in memory to its mask, of {count_of(len(slices), 'test volume')} of {np.mean(slices):.0f} slices; a training "
-        "step by XLA's account, the peak of the process."
+        f"Cost under protocol {protocol} on {devices_of(results, protocol)}. Multiply-adds of one slice through the "
+        f"whole network; time of an epoch with its validation, and epochs, mean over {_seeds(results)}; time of a "
+        f"volume from the scan in memory to its mask, mean over {volumes} of {slices:.0f} slices in each run; memory "
+        "of a training step by XLA's account, and the highest of the process in any run; Dice per volume"
+        f"{', mean over classes' if len(results.classes) > 1 else ''}."
     )
-    if cached := [
-        m for m in results.methods if results.of(protocol, m)[0].record["features"].startswith(FEATURES_KEPT)
-    ]:
+    features = {method: results.of(protocol, method)[0].record.features for method in results.methods}
+    if cached := [method for method, how in features.items() if how.startswith(FEATURES_KEPT)]:
         caption += (
             f" Epochs of {', '.join(cached)} read features that the frozen backbone had made of each slice before, "
             "once for all runs; the time of that is not in them, and is about that of inference for every slice."
@@ -154,7 +163,7 @@ def cost_table(results: Results) -> Table:
 
 
 def cost_of(results: Results, protocol: str, method: str) -> dict[str, Any]:
-    """Means over seeds."""
+    """Over the runs of all seeds: times and Dice are means, the peak is the highest; the rest is the same in all."""
     runs = results.of(protocol, method)
     first, peaks = runs[0].cost, [run.cost.peak_device_bytes or run.cost.peak_host_bytes for run in runs]
     return {
@@ -175,8 +184,8 @@ def devices_of(results: Results, protocol: str) -> str:
     found: dict[str, list[str]] = {}
     for method in results.methods:
         for run in results.of(protocol, method):
-            for session in (run.record, *run.record["resumed"]):
-                names = found.setdefault(_device_of(session["environment"]), [])
+            for environment in (run.record.environment, *(again["environment"] for again in run.record.resumed)):
+                names = found.setdefault(describe_device(environment), [])
                 names += [method] * (method not in names)
     if len(found) == 1:
         return next(iter(found))
@@ -189,8 +198,8 @@ def largest_protocol(results: Results) -> str:
 
     def size(protocol: str) -> tuple[int, bool]:
         run = results.of(protocol, results.methods[0])[0]
-        data = run.record["experiment"]["data"]
-        return len(run.split["train"]), not data["train_patients"] and data["train_percent"] == 100
+        data = run.record.experiment.data
+        return len(run.split["train"]), not data.train_patients and data.train_percent == 100
 
     return max(results.protocols, key=size)
 
@@ -205,7 +214,7 @@ def dice_iou_pairs(results: Results, published: Mapping[tuple[str, str], Publish
                 if dice and iou:
                     what = f"{name}, " if len(averages) > 1 else ""
                     pairs.append(Pair(f"{protocol}, {method}, {what}per {unit}", dice.mean, iou.mean))
-            found = published.get((method, protocol))
+            found = published.get((method, protocol)) if len(averages) == 1 else None
             if found and found.iou is not None:
                 pairs.append(Pair(f"{protocol}, {method}, published", found.dice / 100, found.iou / 100))
     return pairs
@@ -298,11 +307,9 @@ def _signed(value: float, places: int = 3) -> str:
     return f"{value:+.{places}f}".replace("-", "−")
 
 
+def _three_digits(value: float) -> str:
+    return f"{value:.0f}" if value >= 100 else f"{value:.3g}"
+
+
 def _seeds(results: Results) -> str:
     return count_of(len(results.seeds), "seed")
-
-
-def _device_of(environment: Mapping[str, Any]) -> str:
-    count, processes = (environment.get(key, 1) for key in ("devices", "processes"))  # older records do not say
-    name = environment["device"] if count == 1 else f"{count} devices ({environment['device']})"
-    return name if processes == 1 else f"{name} of {processes} processes"

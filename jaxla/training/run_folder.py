@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.metadata
 import json
 import logging
+import os
 import platform
 import shlex
 from collections.abc import Iterator, Mapping
@@ -303,9 +304,25 @@ def environment() -> dict[str, Any]:
         "python": platform.python_version(),
         "platform": platform.platform(),
         "device": f"{device.platform}: {device.device_kind}",
+        "processor": processor(),
         "devices": device_count(),
         "processes": process_count(),
     }
+
+
+def processor() -> str:
+    """Name and number of cores of this machine's processor; JAX calls every one of them `cpu`."""
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
+    name = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.machine())
+    return f"{name}, {os.cpu_count()} cores"
+
+
+def describe_device(of: Mapping[str, Any]) -> str:
+    """What an `environment` ran on: `cpu: AMD EPYC 7B13, 8 cores`, or `gpu: NVIDIA H100, 4 of them, in 2 processes`."""
+    count, processes = of.get("devices", 1), of.get("processes", 1)  # older records do not say
+    name = f"cpu: {of['processor']}" if of["device"].startswith("cpu") and "processor" in of else of["device"]
+    return name + (f", {count} of them" if count > 1 else "") + (f", in {processes} processes" if processes > 1 else "")
 
 
 def write_record(folder: Path, record: Record) -> None:
@@ -334,6 +351,8 @@ def read_record(folder: Path) -> Record:
             raise InputError(f"{folder}: written by a newer version of this package; update the one installed")
         if version < VERSION:
             raise InputError(f"{folder}: written by an earlier version of this package, which this one cannot read")
+        for key in ("device", "versions"):
+            content["environment"][key]
         return Record(
             **{
                 **content,

@@ -123,7 +123,7 @@ def test_every_patient_option_hash_and_version_is_named(one_class, page_of):
     assert facts["of the weights"] == "none"
     assert facts["Mask values"] == "LA: 1; set aside: 9"
     assert facts["Versions"] == "Python 3.11.7, jaxla 0.1.0, jax 0.10.2"
-    assert facts["Device"] == "cpu: cpu"
+    assert facts["Device"] == "cpu: Z80, 1 cores"
     assert facts["Command"] == one_class["record"]["command"]
     assert "python -m jaxla.train --exp=tiny --seed=7" in page.text
     assert "Every step ran the backbone." in page.text

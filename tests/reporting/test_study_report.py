@@ -95,7 +95,9 @@ def test_published_numbers_stand_beside_ours_and_are_marked(reported):
     )
     assert re.sub(r"\s+", " ", first).startswith("| unet | volume | 0.825 ± 0.171 | ")
     assert re.sub(r"\s+", " ", first).endswith("| 0.841 ± 0.083 | 0.764 ± 0.128 |")
-    assert "Published: by paper 1, on LAScarQS 2022" in printed
+    assert "Published: by paper 1, on LAScarQS 2022; it states no unit of its means" in printed
+    few = (reported / "tables" / "table1_fewshot_1patient.md").read_text()
+    assert "Published: by paper 1, on LAScarQS 2022, read off its Figure 2; it states" in few
     assert "(8 training patients): mean ± sd over 4 test volumes and over their 24 slices" in printed
 
 
@@ -235,34 +237,50 @@ def test_of_several_classes_each_has_its_numbers(tmp_path):
     ]
     assert "; mean: of the classes of a unit" in page.text
     compared = read_csv(tmp_path / "study" / "tables" / "comparisons.csv")
+    assert "published" not in page.text  # what paper 1 published is of the LA alone
     assert [r["class"] for r in compared if r["metric"] == "dice"] == ["mean", "LA", "appendage"]
     assert [float(r["difference"]) for r in compared if r["metric"] == "dice"] == pytest.approx([0.0875, 0.175, 0])
-    assert "All 16 pairs of means" in page.text  # 3 of 2 methods by 2 units, 3 of the atlas, 1 published
+    assert "All 15 pairs of means" in page.text  # 3 of 2 methods by 2 units, 3 of the atlas
 
 
 def test_a_smaller_plan_leaves_no_table_of_a_larger_one(study, tmp_path, caplog):
-    (study / "tables" / "notes.md").write_text("mine")
+    for name in ("notes.md", "table1_paper1_edited.tex"):
+        (study / "tables" / name).write_text("mine")
     edit(study / "study.json", lambda content: content.update(runs=content["runs"][-2:-1]))
     report_study(study, tmp_path / "cache")
-    assert {path.name for path in (study / "tables").iterdir()} == {
-        "notes.md", *(f"{name}.{ending}" for name in ("table1_paper1", "cost") for ending in ("csv", "md", "tex"))
-    }  # fmt: skip
+    tables = {f"{name}.{ending}" for name in ("table1_paper1", "cost") for ending in ("csv", "md", "tex")}
+    kept = {"notes.md", "table1_paper1_edited.tex"}
+    assert {path.name for path in (study / "tables").iterdir()} == tables | kept
     assert {path.stem for path in (study / "figures").iterdir()} == {"figure3", "cost", "agreement"}
     assert "not in the report, for the plan does not name them: data_50percent_segnet_seed0, " in caplog.text
 
 
 def test_times_of_different_devices_are_said_not_to_compare(study):
-    results = read_study(study)
-    assert re.fullmatch(r"cpu: \S+", devices_of(results, "paper1"))
-    device = {"device": "gpu: Fast", "devices": 4, "processes": 2}
-    edit(run_of(study, method="segnet") / "experiment.json", lambda content: content["environment"].update(device))
+    (unet, segnet), device = (run_of(study, method=m) / "experiment.json" for m in ("unet", "segnet")), "gpu: Fast"
+    others = {"device": device, "devices": 4, "processes": 2}
+    for path in (study / "runs").glob("*/experiment.json"):
+        edit(path, lambda content: content["environment"].update(processor="Z80"))
+    assert devices_of(read_study(study), "paper1") == "cpu: Z80"
+    edit(segnet, lambda content: content["environment"].update(others))
     edit(
-        run_of(study, method="unet") / "experiment.json",
-        lambda content: content.update(resumed=[{"environment": device}]),
+        unet, lambda content: content.update(resumed=[{"environment": {**content["environment"], "processor": "6502"}}])
     )
-    found = devices_of(read_study(study), "paper1")
-    assert found.startswith("different devices, so that times and memory cannot be compared (unet, segnet: cpu: ")
-    assert found.endswith("; unet, segnet: 4 devices (gpu: Fast) of 2 processes)")
+    assert devices_of(read_study(study), "paper1") == (
+        "different devices, so that times and memory cannot be compared (unet, segnet: cpu: Z80; unet: cpu: 6502; "
+        "segnet: gpu: Fast, 4 of them, in 2 processes)"
+    )
+
+
+def test_large_numbers_of_cost_are_printed_whole(study, tmp_path):
+    edit(run_of(study) / "cost.json", lambda content: content.update(parameters=1_136_480_768))
+    edit(
+        run_of(study, seed=1) / "cost.json",
+        lambda content: content.update(inference_seconds=[3.0], inference_slices=[6]),
+    )
+    report_study(study, tmp_path / "cache")
+    printed = (study / "tables" / "cost.md").read_text()
+    assert printed.splitlines()[2].split("|")[2:5] == [f" {cell:>15} "[:] for cell in ("1136",)] or "1136" in printed
+    assert "mean over 1 to 2 test volumes of 6 slices in each run" in printed
 
 
 def test_of_equal_protocols_the_one_of_all_patients_is_shown(study):
@@ -311,6 +329,19 @@ def test_scans_that_have_moved_are_asked_for(study, reported, tmp_path):
 # --- refused ---------------------------------------------------------------------------------------------------------
 
 
+def test_a_study_lists_a_run_of_each_protocol_method_and_seed(study):
+    edit(study / "study.json", lambda content: content["runs"].pop())
+    with pytest.raises(InputError, match=r"study.json: damaged .*expected a run for each protocol, method and seed"):
+        read_study(study)
+
+
+def test_a_report_that_cannot_be_written_is_one_line(study, tmp_path):
+    shutil.rmtree(study / "figures")
+    (study / "figures").write_text("a file")
+    with pytest.raises(InputError, match=rf"^{re.escape(str(study / 'figures'))}: cannot be written"):
+        report_study(study, tmp_path / "cache")
+
+
 def edit(path, change):
     content = json.loads(path.read_text())
     change(content)
@@ -318,6 +349,8 @@ def edit(path, change):
 
 
 def remove_case(run):
+    edit(run / "split.json", lambda content: content["test"].remove("c3"))
+    edit(run / "test" / "summary.json", lambda content: content["slice"]["dice"].update(n=18))
     for name in ("cases.csv", "slices.csv"):
         lines = (run / "test" / name).read_text().splitlines(keepends=True)
         (run / "test" / name).write_text("".join(line for line in lines if not line.startswith("c3,")))
@@ -376,6 +409,30 @@ FAULTS = {
         lambda run: edit(run / "experiment.json", lambda c: c.update(weights="vgg.safetensors")),
         "{run} and {first} cannot be compared, for their weights differ",
     ),
+    "a case twice": (
+        lambda run: (run / "test" / "cases.csv").write_text(
+            re.sub(r"\nc3,", "\nc2,", (run / "test" / "cases.csv").read_text())
+        ),
+        "{run}: damaged (ValueError('cases.csv: expected a row for each of 4 test cases and 1 classes'))",
+    ),
+    "fewer slices": (
+        lambda run: (run / "test" / "slices.csv").write_text(
+            re.sub(r"\nc3,5,.*", "", (run / "test" / "slices.csv").read_text())
+        ),
+        "{run}: damaged (ValueError('slices.csv: expected a row for each of 24 slices and 1 classes'))",
+    ),
+    "no hash": (
+        lambda run: edit(run / "cases.json", lambda c: c.pop("c2")),
+        "{run}: damaged (KeyError('cases.json: c2')",
+    ),
+    "no epoch": (
+        lambda run: (run / "metrics.jsonl").write_text(""),
+        "{run}: damaged (ValueError('metrics.jsonl: no ep",
+    ),
+    "no versions": (
+        lambda run: edit(run / "experiment.json", lambda c: c["environment"].pop("versions")),
+        "experiment.json: damaged (KeyError('versions'))",
+    ),
     "damaged hashes": (lambda run: (run / "cases.json").write_text("[3]"), "{run}: damaged"),
     "no time": (
         lambda run: (run / "metrics.jsonl").write_text('{"epoch": 1}\n'),
@@ -416,6 +473,7 @@ def test_runs_that_cannot_be_compared_are_refused_and_what_there_is_stays(fault,
         (None, "not a study's folder (no study.json)"),
         ("{", "study.json: damaged"),
         ('{"runs": 3}', "study.json: damaged"),
+        ('{"name": "a", "summary": "", "command": "", "runs": []}', "study.json: damaged"),
     ],
 )
 def test_a_folder_that_is_no_study_is_named(tmp_path, content, message):
