@@ -17,7 +17,8 @@ import nibabel as nib
 import numpy as np
 import pytest
 
-from jaxla.config import run_command
+from jaxla.config import Data, run_command
+from jaxla.data.split import make_split
 from tests.data.nifti import (
     AFFINE,
     decathlon,
@@ -195,6 +196,19 @@ def test_training_refuses_masks_that_are_all_empty(tmp_path):
     lascarqs(tmp_path / "data", 5, value=0)
     line = refuse_to_train(tmp_path)
     assert re.search(f"^error: {tmp_path}/data: the masks of all 3 training patients hold no LA", line)
+
+
+def test_training_refuses_few_patients_without_a_class_that_others_have(tmp_path):
+    folder = lascarqs(tmp_path / "data", 8)
+    (first,) = make_split([path.name for path in folder.iterdir()], Data(train_patients=1)).train
+    save(folder / first / "atriumSegImgMO.nii.gz", mask_array(value=0))
+    line = refuse_to_train(tmp_path, "--data.train_patients=1")
+    assert re.search(
+        rf"^error: {tmp_path}/data: the masks of the training patients that this protocol takes \({first}\) hold no "
+        "LA; "
+        r"take others with another --data.subset_seed \(now 0; of a study --seeds\), or more of them",
+        line,
+    )
 
 
 @pytest.mark.parametrize("module", ["jaxla.train", "jaxla.predict"])
@@ -412,7 +426,16 @@ def run_folder(tmp_path_factory):
 
     folder = tmp_path_factory.mktemp("run")
     unknown = dict.fromkeys(("weights_sha256", "split_sha256", "data_sha256", "command", "begun"), "")
-    write_record(folder, Record(EXPERIMENTS["quickstart"], Labels(("LA",)), "random", environment={}, **unknown))
+    write_record(
+        folder,
+        Record(
+            EXPERIMENTS["quickstart"],
+            Labels(("LA",)),
+            "random",
+            environment={"device": "cpu: cpu", "versions": {}},
+            **unknown,
+        ),
+    )
     return folder
 
 

@@ -6,11 +6,17 @@ import shutil
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 
 from jaxla.config import InputError
+from jaxla.data.cases import find_cases
+from jaxla.data.prepared import content_key
+from jaxla.data.split import make_split, write_split
+from jaxla.pipeline.study import plan_runs, require_same_data, state_of
 from jaxla.study import main
+from jaxla.training.run_folder import Record, environment, run_folder
 from tests.conftest import run_command
 
 
@@ -34,7 +40,7 @@ def test_a_study_goes_on_after_a_failure_and_after_a_stop(phantoms, tmp_path):
     assert failed.returncode == 1
     assert "2 runs: 2 methods, 1 protocol, 1 seed (3); 0 complete, 0 to go on with, 2 new" in failed.stdout
     assert re.search(r"^time  at most about .* from 3 measured steps of each method", failed.stdout, re.MULTILINE)
-    assert re.search(r"^disk  run folders \S+ at most", failed.stdout, re.MULTILINE)
+    assert re.search(r"^disk  run folders \S+ at most \(\S+ free\)$", failed.stdout, re.MULTILINE)
     assert failed.stderr.startswith(f"stopped with 1 of 2 runs failed: {unet} (training loss nan")
     assert "lower --training.learning_rate" in failed.stderr
     assert (gated / "report.html").exists()
@@ -70,7 +76,9 @@ def test_a_study_goes_on_after_a_failure_and_after_a_stop(phantoms, tmp_path):
 
     (tmp_path / "study" / "report.html").unlink()
     again = run_command("jaxla.study", *options_of(phantoms, tmp_path, "--dry-run"))
-    assert again.stdout == "2 runs: 2 methods, 1 protocol, 1 seed (3); 2 complete, 0 to go on with, 0 new\n"
+    assert again.stdout.splitlines()[-1] == (
+        "2 runs: 2 methods, 1 protocol, 1 seed (3); 2 complete, 0 to go on with, 0 new"
+    )
     assert not (tmp_path / "study" / "report.html").exists()
     again = run_command("jaxla.study", *options_of(phantoms, tmp_path))
     assert "measuring" not in again.stdout
@@ -98,6 +106,14 @@ def test_a_study_goes_on_after_a_failure_and_after_a_stop(phantoms, tmp_path):
             "option --segnet.training.epochs: segnet is not among the methods of this study",
         ),
         ("--unet.data.labels=LA:1", "option --unet.data.labels: methods may differ in model, preprocessing"),
+        (
+            '--data={"train_patients":5}',
+            "option --data: fewshot_1patient says by itself how many patients train; choose protocols by --experiments",
+        ),
+        (
+            "--unet.preprocessing.image_size=0",
+            "option --preprocessing.image_size must be at least 1, got 0 (method unet; --unet.<option> gives an option",
+        ),
         ("--unet.training.epoch=3", "option --training.epoch is unknown; did you mean --training.epochs?"),
         ("--training.epochs=0", "option --training.epochs must be at least 1"),
         ("--data.rot=x", "option --data.rot is unknown; did you mean --data.root?"),
@@ -130,6 +146,36 @@ def test_what_lies_where_a_run_should_is_named_and_kept(phantoms, tmp_path):
     with pytest.raises(InputError, match=re.escape(f"{folder}: not a run folder")):
         main(options_of(phantoms, tmp_path))
     assert (folder / "notes.txt").read_text() == "mine"
+
+
+def test_complete_runs_of_another_split_or_of_other_data_are_not_reported(phantoms, tmp_path):
+    """No run is made: a planned one is complete as soon as its folder says so."""
+    data, study = shutil.copytree(phantoms, tmp_path / "data"), tmp_path / "study"
+    folder = study / "runs" / "fewshot_1patient_unet_seed3"
+    (run,) = plan_runs({"unet": [f"--data.root={data}"]}, ["fewshot_1patient"], [3], study, tmp_path)
+    dataset = find_cases(data)
+    cases = {case.id: content_key(case, dataset.labels) for case in dataset.cases}
+    split = make_split(list(cases), run.experiment.data)
+    hashes = {"weights_sha256": "", "split_sha256": split.sha256, "data_sha256": ""}
+    record = Record(run.experiment, dataset.labels, "random", **hashes, command="", begun="", environment=environment())
+    with run_folder(folder, record, split, cases, resume=False):
+        (folder / "report.html").write_text("a finished run has one")
+
+    require_same_data([run], ["complete"], None, tmp_path)
+    assert state_of(run) == "complete"
+    other = tmp_path / "split.json"
+    write_split(replace(split, val=split.test, test=split.val), other)
+    moved = run._replace(experiment=replace(run.experiment, data=replace(run.experiment.data, split=str(other))))
+    with pytest.raises(InputError, match=re.escape(f"{folder}: was run on another split than the present one")):
+        require_same_data([moved], ["complete"], None, tmp_path)
+    shutil.rmtree(next(data.rglob("train_2")))
+    with pytest.raises(
+        InputError, match=re.escape(f"{folder}: was run on other data than those in {data}: case train_2")
+    ):
+        require_same_data([run], ["complete"], None, tmp_path)
+    (folder / "cases.json").write_text("{")
+    with pytest.raises(InputError, match=r"cases.json: missing or damaged"):
+        require_same_data([run], ["complete"], None, tmp_path)
 
 
 def test_the_studies_are_listed(capsys):

@@ -140,7 +140,7 @@ def require_classes(data: PreparedData, protocol: Data) -> None:
             continue
         if any(v.class_voxels[index] for v in data.of(data.split.unused)):
             raise InputError(
-                f"{data.dataset.root}: the masks of the {len(training)} training patients that this protocol takes "
+                f"{data.dataset.root}: the masks of the training patients that this protocol takes "
                 f"({', '.join(data.split.train)}) hold no {name}; take others with another --data.subset_seed (now "
                 f"{protocol.subset_seed}; of a study --seeds), or more of them"
             )

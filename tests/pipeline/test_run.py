@@ -21,7 +21,10 @@ EXPERIMENT = replace(QUICKSTART, seed=4, model=replace(QUICKSTART.model, backbon
 @pytest.fixture
 def run_dir(tmp_path):
     unknown = dict.fromkeys(("weights_sha256", "split_sha256", "data_sha256", "command", "begun"), "")
-    write_record(tmp_path, Record(EXPERIMENT, Labels(("LA",)), "random", environment={}, **unknown))
+    write_record(
+        tmp_path,
+        Record(EXPERIMENT, Labels(("LA",)), "random", environment={"device": "cpu: cpu", "versions": {}}, **unknown),
+    )
     return tmp_path
 
 
