@@ -26,7 +26,7 @@ def report_study(folder: Path, cache_dir: Path, data_root: str = "", cases: Sequ
         cases: to show in Figure 3; by default the worst, the median and the best.
 
     Raises:
-        InputError: the study is incomplete, or its scans are gone.
+        InputError: the study is incomplete, its scans are gone, or the report cannot be written.
     """
     results = read_study(folder)
     largest = largest_protocol(results)
@@ -44,7 +44,12 @@ def report_study(folder: Path, cache_dir: Path, data_root: str = "", cases: Sequ
                 "folder of those as --data.root"
             )
         panels[name] = panels_of(runs, by_id[case_id], record.labels)
-    return write_study_report(folder, results, PUBLISHED, panels, list(METHODS), list(EXPERIMENTS))
+    try:
+        return write_study_report(folder, results, PUBLISHED, panels, list(METHODS), list(EXPERIMENTS))
+    except OSError as error:
+        raise InputError(
+            f"{error.filename or folder}: cannot be written ({error.strerror}); mend that and write the report again"
+        ) from error
 
 
 def choose_cases(results: Results, asked: Sequence[str]) -> dict[str, str]:

@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 from matplotlib.figure import Figure
 
-from jaxla.config import InputError, Published
+from jaxla.config import Published
 from jaxla.evaluation import statistics
 from jaxla.reporting.overlays import Panel
 from jaxla.reporting.report import LABELS, data_uri, templates
@@ -58,24 +58,8 @@ def write_study_report(
         known_protocols: all of which there may be a table.
 
     Raises:
-        InputError: a file cannot be written.
+        OSError: a file cannot be written.
     """
-    try:
-        return _write(folder, results, published, cases, known_methods, known_protocols)
-    except OSError as error:
-        raise InputError(
-            f"{error.filename or folder}: cannot be written ({error.strerror}); mend that and write the report again"
-        ) from error
-
-
-def _write(
-    folder: Path,
-    results: Results,
-    published: Mapping[tuple[str, str], Published],
-    cases: Mapping[str, Sequence[Panel]],
-    known_methods: Sequence[str],
-    known_protocols: Sequence[str],
-) -> Path:
     tables = all_tables(results, published)
     drawn = _draw(results, cases, styles_of(results.methods, known_methods))
     of_a_report = OTHERS | {f"table1_{protocol}" for protocol in known_protocols}
