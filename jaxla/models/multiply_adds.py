@@ -33,6 +33,9 @@ def _of(jaxpr: Jaxpr) -> int:
             case "conv_general_dilated":
                 kernel, layout = equation.invars[1].aval.shape, equation.params["dimension_numbers"].rhs_spec
                 total += outputs * math.prod(kernel) // kernel[layout[0]]
+            case "dot_product_attention_fwd_wrapper":  # cuDNN's, on a GPU: queries with keys, weights with values
+                (batch, tokens, heads, width), (_, keys, *_) = (v.aval.shape for v in equation.invars[:2])
+                total += 2 * batch * heads * tokens * keys * width
             case "cond":  # one of the branches is taken; those for several platforms compute the same
                 total += max(map(_of, _inner(equation.params)))
             case "while":

@@ -1,10 +1,13 @@
 """Multiply-adds by hand, and of whole networks beside PyTorch's counter of floating-point operations."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import pytest
 import torch
 from flax import nnx
+from jax._src.cudnn import fused_attention_stablehlo
 from torch.utils.flop_counter import FlopCounterMode
 
 from jaxla.experiments import METHODS
@@ -22,6 +25,16 @@ def convolve(x, kernel, stride=1, groups=1):
     return jax.lax.conv_general_dilated(
         x, kernel, (stride, stride), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC"), feature_group_count=groups
     )
+
+
+def test_attention_counts_the_same_by_cudnn(monkeypatch):
+    """Traced as on a GPU that has cuDNN; nothing is run."""
+    monkeypatch.setattr(fused_attention_stablehlo, "check_cudnn_version", lambda: 92000)
+    q, k = (jax.ShapeDtypeStruct((2, tokens, 4, 64), jnp.bfloat16) for tokens in (65, 33))
+    by_hand = 2 * (2 * 4 * 65 * 33 * 64)
+    for implementation in ("xla", "cudnn"):
+        attention = partial(jax.nn.dot_product_attention, implementation=implementation)
+        assert multiply_adds(attention, q, k, k) == by_hand
 
 
 @pytest.mark.parametrize(
