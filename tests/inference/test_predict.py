@@ -31,16 +31,19 @@ def in_world(path):
     return np.asarray(nib.as_closest_canonical(nib.load(path)).dataobj)
 
 
-@pytest.mark.parametrize(
-    "transform", [[[0, -1], [1, -1], [2, 1]], [[1, 1], [0, 1], [2, -1]], [[2, 1], [0, -1], [1, 1]]]
-)
-def test_reoriented_copies_get_the_same_mask_in_the_world(small_run, scan, tmp_path, transform):
-    turned = reoriented(scan, transform, tmp_path / "turned.nii.gz")
-    for source, output in ((scan, "a.nii.gz"), (turned, "b.nii.gz")):
-        run_command("jaxla.predict", f"--run={small_run}", f"--input={source}", f"--output={tmp_path / output}")
-    a, b = in_world(tmp_path / "a.nii.gz"), in_world(tmp_path / "b.nii.gz")
-    assert a.any()
-    assert np.array_equal(a, b)
+def test_reoriented_copies_get_the_same_mask_in_the_world(small_run, scan, tmp_path):
+    (tmp_path / "scans").mkdir()
+    shutil.copy(scan, tmp_path / "scans" / "scan.nii.gz")
+    turns = ([[0, -1], [1, -1], [2, 1]], [[1, 1], [0, 1], [2, -1]], [[2, 1], [0, -1], [1, 1]])
+    for n, transform in enumerate(turns):
+        reoriented(scan, transform, tmp_path / "scans" / f"turned_{n}.nii.gz")
+    run_command(
+        "jaxla.predict", f"--run={small_run}", f"--input={tmp_path / 'scans'}", f"--output={tmp_path / 'masks'}"
+    )
+    mask = in_world(tmp_path / "masks" / "scan.nii.gz")
+    assert mask.any()
+    for n in range(len(turns)):
+        assert np.array_equal(in_world(tmp_path / "masks" / f"turned_{n}.nii.gz"), mask)
 
 
 def test_probabilities_are_written_beside_and_agree_with_the_mask(small_run, scan, tmp_path):
