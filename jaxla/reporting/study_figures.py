@@ -138,9 +138,11 @@ def draw_figure3(cases: Mapping[str, Sequence[Panel]], titles: Sequence[str]) ->
             axes.text(
                 0.03, 0.03, panel.title, transform=axes.transAxes, color="w", fontsize="small", path_effects=shade
             )
+        said = name.replace(": ", "\n") + f"\nslice {index + 1}"
         row[0].text(
-            -0.04, 0.5, f"{name}, slice {index + 1}", transform=row[0].transAxes, rotation=90, ha="right", va="center"
-        )
+            -0.04, 0.5, said, transform=row[0].transAxes, rotation=90, ha="right", va="center",
+            multialignment="center", fontsize="small",
+        )  # fmt: skip
     handles = [
         Line2D([], [], color=PREDICTION, label="prediction"),
         Line2D([], [], color=REFERENCE, ls="--", label="reference"),
@@ -244,8 +246,9 @@ def mean_volumes(results: Results, protocol: str, method: str) -> list[dict[str,
 
 
 def _legend_below(figure: Figure, handles: Sequence[Artist], labels: Sequence[str]) -> None:
-    """In as few rows of equal length as hold four or five entries each."""
-    rows = -(-len(labels) // 5)
+    """In as few rows as the figure's width allows, of equal length."""
+    widest = 0.65 + 0.09 * max(map(len, labels))  # inches: the line and the gap, and so much a letter
+    rows = -(-len(labels) // max(1, int(figure.get_figwidth() / widest)))
     figure.legend(handles, labels, loc="outside lower center", ncols=-(-len(labels) // rows), frameon=False)
 
 
