@@ -31,7 +31,7 @@ def test_a_run_on_four_devices_gives_the_run_on_one(four_devices, small_run, pha
     )
     for kind in ("train_loss", "val_loss", "val_dice"):
         # Rounding moves an activation over a ReLU's zero, and training makes more of it: one device whose parameters
-        # begin with another last digit is as far away. tests/training/test_mesh.py has the exact comparison.
+        # begin with another last digit is as far away. tests/devices/test_mesh.py has the exact comparison.
         # measured: 1e-2
         np.testing.assert_allclose([m[kind] for m in ours], [m[kind] for m in theirs], rtol=3e-2)
     assert json.loads((run / "experiment.json").read_text())["environment"]["devices"] == 4

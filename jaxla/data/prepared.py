@@ -35,6 +35,7 @@ class PreparedVolume:
         id: of the case.
         folder: where its arrays lie.
         case: the files it was made from.
+        content_key: hash of these, and of the classes.
         shape: S, H, W.
         spacing: mm along slices, rows and columns.
         slice_axis: anatomical name of the slice axis.
@@ -48,6 +49,7 @@ class PreparedVolume:
     id: str
     folder: Path
     case: Case
+    content_key: str
     shape: tuple[int, int, int]
     spacing: tuple[float, float, float]
     slice_axis: str
@@ -111,17 +113,18 @@ def prepare_cases(
 
 
 def content_key(case: Case, labels: Labels) -> str:
-    """A hash of a case's scan, mask and classes, by which its prepared volume is known.
+    """A hash of a case's scan and mask, as files, and of the classes: the same in all versions of this package.
 
     Raises:
         InputError: a file cannot be read.
     """
-    made_from = json.dumps([VERSION, *(_sha256(path) for path in (case.image, case.mask)), asdict(labels)])
-    return hashlib.sha256(made_from.encode()).hexdigest()[:32]
+    content = json.dumps([*(_sha256(path) for path in (case.image, case.mask)), asdict(labels)])
+    return hashlib.sha256(content.encode()).hexdigest()[:32]
 
 
 def _prepare_case(case: Case, labels: Labels, store: Path) -> PreparedVolume:
-    folder = store / content_key(case, labels)
+    key = content_key(case, labels)
+    folder = store / f"{key}-v{VERSION}"
     if not _is_whole(folder):
         image, mask = read_image(case.image), read_mask(case.mask)
         require_same_grid(mask, image)
@@ -133,7 +136,7 @@ def _prepare_case(case: Case, labels: Labels, store: Path) -> PreparedVolume:
             ) from error
     described = json.loads((folder / "volume.json").read_text())
     described = {key: tuple(value) if isinstance(value, list) else value for key, value in described.items()}
-    return PreparedVolume(id=case.id, folder=folder, case=case, **described)
+    return PreparedVolume(id=case.id, folder=folder, case=case, content_key=key, **described)
 
 
 def _write_prepared(folder: Path, image: Volume, mask: Volume, labels: Labels) -> None:

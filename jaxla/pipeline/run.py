@@ -89,7 +89,7 @@ class PreparedData:
     @property
     def cases(self) -> dict[str, str]:
         """Case id -> a hash of its scan, its mask and the classes."""
-        return {name: volume.folder.name for name, volume in self.volumes.items()}
+        return {name: volume.content_key for name, volume in self.volumes.items()}
 
     @property
     def sha256(self) -> str:
