@@ -30,7 +30,7 @@ from flax import nnx
 
 from jaxla.config import InputError, command_parser, parse_arguments, run_command
 from jaxla.models.backbones import TRANSFORMERS, architecture, build_backbone
-from jaxla.training.run_folder import processor
+from jaxla.runs.machine import processor
 from tests.golden.errors import error
 from tests.golden.live import live_model
 from tests.tiny import randomise

@@ -38,8 +38,8 @@ from jaxla.data.prepared import prepare_cases
 from jaxla.models.backbones import TRANSFORMERS, architecture
 from jaxla.models.images import IMAGENET_DEVIATION, IMAGENET_MEAN
 from jaxla.models.network import build_network
+from jaxla.runs.machine import processor
 from jaxla.training.features import BATCH, FeatureCache
-from jaxla.training.run_folder import processor
 from jaxla.training.step import make_gradient, make_optimiser, make_step, split_network
 from tests.golden.live import live_model
 

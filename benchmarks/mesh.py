@@ -20,7 +20,7 @@ from jaxla.config import InputError, Model, Training, command_parser, parse_argu
 from jaxla.devices.mesh import spread, to_devices, use_devices
 from jaxla.models.backbones import TRANSFORMERS, architecture
 from jaxla.models.network import build_network
-from jaxla.training.run_folder import processor
+from jaxla.runs.machine import processor
 from jaxla.training.step import initial_state, make_gradient, make_optimiser, make_step, split_network
 
 

@@ -34,7 +34,7 @@ from jaxla.devices.memory import program_bytes
 from jaxla.experiments import METHODS
 from jaxla.models.images import IMAGENET_DEVIATION, IMAGENET_MEAN
 from jaxla.models.network import build_network, require_size
-from jaxla.training.run_folder import processor
+from jaxla.runs.machine import processor
 from jaxla.training.step import initial_state, make_gradient, make_optimiser, make_step, split_network
 from tests.parity.references import as_theirs, reference_of
 

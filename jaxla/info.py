@@ -31,7 +31,9 @@ def main(arguments: list[str]) -> None:
 
 
 def _describe_run(folder: Path) -> dict[str, str]:
-    from jaxla.training.run_folder import METRICS, describe_device, is_finished, is_running, read_record, resume_command
+    from jaxla.runs.folder import METRICS, is_finished, is_running, resume_command
+    from jaxla.runs.machine import describe_device
+    from jaxla.runs.record import read_record
 
     record = read_record(folder)
     experiment, environment = record.experiment, record.environment

@@ -70,7 +70,8 @@ def predict(options: Namespace) -> None:
     from jaxla.devices.mesh import use_devices, use_own_devices
     from jaxla.inference.segment import make_segment, write_segmentation
     from jaxla.inference.trained import load_run
-    from jaxla.training.run_folder import is_finished, read_record
+    from jaxla.runs.folder import is_finished
+    from jaxla.runs.record import read_record
 
     record = read_record(Path(options.run))
     for scan in share(list(outputs)):  # all are checked before the first is segmented

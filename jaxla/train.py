@@ -58,17 +58,9 @@ def train(options: Options, command: str) -> None:
     logging.getLogger("jaxla").addHandler(early_lines)
 
     # What can fail is checked before what takes long.
-    from jaxla.training.run_folder import (
-        LOG,
-        RECORD,
-        Record,
-        environment,
-        options_of,
-        require_free,
-        require_resumable,
-        resume_command,
-        run_folder,
-    )
+    from jaxla.runs.folder import LOG, require_free, require_resumable, resume_command, run_folder
+    from jaxla.runs.machine import environment
+    from jaxla.runs.record import RECORD, Record, options_of
 
     given = {name: getattr(options, name) for name in ("run_dir", "resume", "dry_run", "devices", "shard_params")}
     given = {name.replace("_", "-"): "" if value is None else str(value) for name, value in given.items()}

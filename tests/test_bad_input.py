@@ -422,7 +422,7 @@ def run_folder(tmp_path_factory):
     """A run that stopped before its first checkpoint."""
     from jaxla.data.cases import Labels
     from jaxla.experiments import EXPERIMENTS
-    from jaxla.training.run_folder import Record, write_record
+    from jaxla.runs.record import Record, write_record
 
     folder = tmp_path_factory.mktemp("run")
     unknown = dict.fromkeys(("weights_sha256", "split_sha256", "data_sha256", "command", "begun"), "")

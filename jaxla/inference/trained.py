@@ -13,9 +13,9 @@ from jaxla.devices.processes import agreed
 from jaxla.models.network import build_network
 from jaxla.models.weights import parameters_sha256
 from jaxla.models.weights_format import require_undamaged
-from jaxla.training.checkpoints import Checkpoints, checkpoint_steps
-from jaxla.training.loop import checkpointed
-from jaxla.training.run_folder import BACKBONE, Record, read_record
+from jaxla.runs.folder import BACKBONE
+from jaxla.runs.record import Record, read_record
+from jaxla.training.checkpoints import Checkpoints, checkpoint_steps, checkpointed
 from jaxla.training.step import split_network
 
 

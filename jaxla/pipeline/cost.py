@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Iterable
-from dataclasses import asdict
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -19,7 +16,7 @@ from jaxla.devices.mesh import on_host
 from jaxla.inference.segment import Segment
 from jaxla.inference.trained import TrainedNetwork
 from jaxla.models.multiply_adds import multiply_adds
-from jaxla.reporting.results import Cost
+from jaxla.runs.cost import Cost
 from jaxla.training.step import count_parameters, split_network
 
 TIMED_VOLUMES, TIMED_SECONDS = 3, 60  # volumes are timed until there are so many, or that time has passed
@@ -55,7 +52,3 @@ def measure_cost(trained: TrainedNetwork, segment: Segment, test: Iterable[Prepa
         inference_seconds=tuple(seconds),
         inference_slices=tuple(slices),
     )
-
-
-def write_cost(cost: Cost, path: Path) -> None:
-    path.write_text(json.dumps(asdict(cost), indent=1) + "\n")

@@ -27,9 +27,9 @@ from jaxla.models.network import build_network
 from jaxla.pipeline.checks import of_method
 from jaxla.pipeline.cost import TIMED_SECONDS, TIMED_VOLUMES
 from jaxla.pipeline.run import PreparedData, describe_backbone, prepare_data, require_classes, why_not_cached
+from jaxla.runs.machine import processor
 from jaxla.training.features import FeatureCache
 from jaxla.training.loop import clock
-from jaxla.training.run_folder import processor
 from jaxla.training.step import (
     count_parameters,
     initial_state,

@@ -40,22 +40,15 @@ from jaxla.inference.segment import make_segment, make_segment_slices, write_seg
 from jaxla.inference.trained import load_run
 from jaxla.models.network import Network, build_network
 from jaxla.models.weights import parameters_sha256, save_random
-from jaxla.pipeline.cost import measure_cost, write_cost
+from jaxla.pipeline.cost import measure_cost
 from jaxla.reporting.curves import draw_curves
 from jaxla.reporting.overlays import Panel, draw_overlays
 from jaxla.reporting.report import write_report
+from jaxla.runs.cost import write_cost
+from jaxla.runs.folder import BACKBONE, COST, METRICS, REPORT
+from jaxla.runs.record import FEATURES_KEPT, RECORD, read_record, write_record
 from jaxla.training.features import CachedFeatures, FeatureCache
 from jaxla.training.loop import fit
-from jaxla.training.run_folder import (
-    BACKBONE,
-    COST,
-    FEATURES_KEPT,
-    METRICS,
-    RECORD,
-    REPORT,
-    read_record,
-    write_record,
-)
 from jaxla.training.step import count_parameters, split_network
 
 log = logging.getLogger(__name__)

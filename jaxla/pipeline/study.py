@@ -38,18 +38,9 @@ from jaxla.pipeline.forecast import MEASURED_STEPS, RunsForecast, forecast_runs
 from jaxla.pipeline.run import data_folder
 from jaxla.reporting.results import RUNS, STUDY
 from jaxla.reporting.study_tables import count_of
+from jaxla.runs.folder import CASES, FIRST_FILES, LOCK, is_finished, is_running
+from jaxla.runs.record import changed_case, differences, read_record, shown
 from jaxla.training.loop import clock
-from jaxla.training.run_folder import (
-    CASES,
-    FIRST_FILES,
-    LOCK,
-    changed_case,
-    differences,
-    is_finished,
-    is_running,
-    read_record,
-    shown,
-)
 
 log = logging.getLogger(__name__)
 

@@ -21,7 +21,7 @@ from jaxla.config import without_folder_and_process
 from jaxla.reporting.agreement import FEWEST_FOR_LIMITS, draw_volumes, volume_agreement
 from jaxla.reporting.curves import draw_losses, draw_validation
 from jaxla.reporting.overlays import PREDICTION, REFERENCE, Panel, slice_figures
-from jaxla.training.run_folder import describe_device
+from jaxla.runs.machine import describe_device
 
 SLICES_PER_CASE = 4  # of 640×640 pixels: about 0.5 MB each in the page
 

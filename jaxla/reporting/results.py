@@ -15,17 +15,9 @@ import numpy as np
 
 from jaxla.config import InputError
 from jaxla.evaluation.statistics import mean_interval, require_same_cases
-from jaxla.training.run_folder import (
-    CASES,
-    COST,
-    METRICS,
-    SPLIT,
-    Record,
-    differences,
-    is_finished,
-    read_record,
-    shown,
-)
+from jaxla.runs.cost import Cost
+from jaxla.runs.folder import CASES, COST, METRICS, SPLIT, is_finished
+from jaxla.runs.record import Record, differences, read_record, shown
 
 log = logging.getLogger(__name__)
 
@@ -41,33 +33,6 @@ OF_SEED = {"seed", "data.subset_seed"}
 
 Unit = Literal["volume", "slice"]
 Row = Mapping[str, Any]
-
-
-@dataclass(frozen=True)
-class Cost:
-    """What a run costs: its `cost.json`.
-
-    Attributes:
-        parameters: of the whole network.
-        trained_parameters: those of them that training changes.
-        multiply_adds: for one slice, at the network's input size, by the whole network.
-        step_bytes: device memory of a training step, by XLA's account.
-        peak_host_bytes: most memory that the process had on the host at any time, so on CPU all it had; None where the
-            system does not say.
-        peak_device_bytes: most that it had on a GPU; None on CPU.
-        inference_seconds: for each test volume that was timed, from the scan in memory to the mask on its grid, by the
-            whole network, compiled before.
-        inference_slices: how many slices each of these has.
-    """
-
-    parameters: int
-    trained_parameters: int
-    multiply_adds: int
-    step_bytes: int
-    peak_host_bytes: int | None
-    peak_device_bytes: int | None
-    inference_seconds: tuple[float, ...]
-    inference_slices: tuple[int, ...]
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,8 @@ from jaxla.config import Published
 from jaxla.evaluation.statistics import Comparison, compare
 from jaxla.reporting.report import LABELS, Pair, digits
 from jaxla.reporting.results import METRICS_SHOWN, Mean, Results
-from jaxla.training.run_folder import FEATURES_KEPT, describe_device
+from jaxla.runs.machine import describe_device
+from jaxla.runs.record import FEATURES_KEPT
 
 ATLAS = "atlas"
 MEAN = "mean"  # of several classes

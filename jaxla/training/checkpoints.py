@@ -161,6 +161,11 @@ def checkpoint_steps(folder: Path) -> list[int]:
     return sorted((int(path.stem) for path in folder.glob("[0-9]*.sha256")), reverse=True)
 
 
+def checkpointed(trainable: Any, statistics: Any) -> dict[str, Any]:
+    """What a checkpoint holds of a network; a frozen backbone has its own file and is left out."""
+    return {"trainable": trainable, "statistics": statistics}
+
+
 def _sums(folder: Path) -> dict[str, str]:
     """The sha256 of every file under a folder."""
     return {path.relative_to(folder).as_posix(): file_sha256(path) for path in folder.rglob("*") if path.is_file()}

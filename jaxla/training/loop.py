@@ -23,8 +23,8 @@ from jaxla.data.batches import SliceSource, evaluation_batches, steps_per_epoch,
 from jaxla.devices.memory import program_bytes, require_memory
 from jaxla.devices.mesh import highest, own_rows, spread, to_devices
 from jaxla.devices.processes import agreed, is_first, process_count
-from jaxla.training.checkpoints import Checkpoints
-from jaxla.training.run_folder import METRICS
+from jaxla.runs.folder import METRICS
+from jaxla.training.checkpoints import Checkpoints, checkpointed
 from jaxla.training.step import (
     UNCHANGED,
     Frozen,
@@ -218,11 +218,6 @@ def _compiled(step: Callable, state: _State, train: SliceSource, batch_size: int
     compiled = lowered.compile()
     require_memory(program_bytes(compiled), batch_size)
     return compiled
-
-
-def checkpointed(trainable: Any, statistics: Any) -> dict[str, Any]:
-    """What a checkpoint holds of a network; a frozen backbone has its own file and is left out."""
-    return {"trainable": trainable, "statistics": statistics}
 
 
 def _save_latest(latest: Checkpoints, state: _State, steps: int) -> None:

@@ -14,8 +14,8 @@ from jaxla.data.batches import SliceSource
 from jaxla.data.inputs import Canvas
 from jaxla.models.decoders import LinearDecoder
 from jaxla.models.network import TransformerSegmenter
-from jaxla.training.checkpoints import Checkpoints, checkpoint_steps
-from jaxla.training.loop import checkpointed, clock, fit, validate
+from jaxla.training.checkpoints import Checkpoints, checkpoint_steps, checkpointed
+from jaxla.training.loop import clock, fit, validate
 from jaxla.training.step import make_evaluation, split_network
 from tests.tiny import randomise, tiny_backbone
 from tests.training.scans import disc_scans

@@ -11,8 +11,7 @@ import jax
 import numpy as np
 import pytest
 
-from jaxla.training.checkpoints import Checkpoints, checkpoint_steps
-from jaxla.training.loop import checkpointed
+from jaxla.training.checkpoints import Checkpoints, checkpoint_steps, checkpointed
 from jaxla.training.step import make_optimiser
 from tests.training.faults import flip_a_bit, start_process
 from tests.training.resume_driver import RECIPE, STEPS, as_command, parts

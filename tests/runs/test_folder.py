@@ -12,14 +12,8 @@ from jaxla.config import InputError
 from jaxla.data.cases import Labels
 from jaxla.data.split import Split
 from jaxla.experiments import EXPERIMENTS
-from jaxla.training.run_folder import (
-    Record,
-    is_running,
-    read_record,
-    require_free,
-    require_resumable,
-    run_folder,
-)
+from jaxla.runs.folder import is_running, require_free, require_resumable, run_folder
+from jaxla.runs.record import Record, read_record
 from tests.training.faults import files_at_most, start_process
 
 EXPERIMENT = EXPERIMENTS["quickstart"]
