@@ -76,26 +76,17 @@ def main(arguments: list[str]) -> None:
     require_writable("--output", options.output)
     require_writable("--cache-dir", options.cache_dir)
 
-    from jaxla.pipeline.study import (
-        describe_plan,
-        measure,
-        plan_runs,
-        require_same_data,
-        run_all,
-        state_of,
-        study_folder,
-        wait_for_orphans,
-    )
+    from jaxla.pipeline.study import plan_runs, require_same_data, state_of, study_folder
+    from jaxla.pipeline.study_forecast import describe_plan, measure
     from jaxla.pipeline.study_report import report_study
+    from jaxla.pipeline.study_runs import run_all, wait_for_orphans
 
     runs = plan_runs(of_methods, experiments, seeds, options.output, options.cache_dir)
     if not options.dry_run:
         wait_for_orphans(runs, options.output)
     states = [state_of(run) for run in runs]
-    forecast = None
-    if set(states) != {"complete"}:
-        forecast = measure(runs, states, options.cache_dir)
-    require_same_data(runs, states, forecast, options.cache_dir)
+    require_same_data(runs, states, options.cache_dir)
+    forecast = None if set(states) == {"complete"} else measure(runs, states, options.cache_dir)
     print(describe_plan(runs, states, forecast), flush=True)
     if options.dry_run:
         return

@@ -76,6 +76,7 @@ def train(options: Options, command: str) -> None:
     from jaxla.devices.mesh import use_devices
     from jaxla.pipeline import run
     from jaxla.pipeline.checks import require_batch, require_share, with_weights
+    from jaxla.pipeline.data import prepare_data
 
     experiment, weights_sha256 = with_weights(experiment, cache_dir)
     if not weights_sha256:
@@ -87,7 +88,7 @@ def train(options: Options, command: str) -> None:
         environment_here = environment()
         installed = {**environment_here["versions"], "device": environment_here["device"]}
         require_same(installed, "give all hosts the same packages and devices")
-        data = run.prepare_data(experiment, cache_dir)
+        data = prepare_data(experiment, cache_dir)
         contents = {f"case {name}": sha256 for name, sha256 in data.cases.items()}
         contents |= {"option --data.split": data.split.sha256, "option --model.weights": weights_sha256 or "random"}
         require_same(contents, "give all processes the same scans, masks, split and weights")

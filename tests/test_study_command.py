@@ -163,21 +163,21 @@ def test_complete_runs_of_another_split_or_of_other_data_are_not_reported(phanto
     with run_folder(folder, record, split, cases, resume=False):
         (folder / "report.html").write_text("a finished run has one")
 
-    require_same_data([run], ["complete"], None, tmp_path)
+    require_same_data([run], ["complete"], tmp_path)
     assert state_of(run) == "complete"
     other = tmp_path / "split.json"
     write_split(replace(split, val=split.test, test=split.val), other)
     moved = run._replace(experiment=replace(run.experiment, data=replace(run.experiment.data, split=str(other))))
     with pytest.raises(InputError, match=re.escape(f"{folder}: was run on another split than the present one")):
-        require_same_data([moved], ["complete"], None, tmp_path)
+        require_same_data([moved], ["complete"], tmp_path)
     shutil.rmtree(next(data.rglob("train_2")))
     with pytest.raises(
         InputError, match=re.escape(f"{folder}: was run on other data than those in {data}: case train_2")
     ):
-        require_same_data([run], ["complete"], None, tmp_path)
+        require_same_data([run], ["complete"], tmp_path)
     (folder / "cases.json").write_text("{")
     with pytest.raises(InputError, match=r"cases.json: missing or damaged"):
-        require_same_data([run], ["complete"], None, tmp_path)
+        require_same_data([run], ["complete"], tmp_path)
 
 
 def test_the_studies_are_listed(capsys):

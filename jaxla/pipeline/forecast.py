@@ -7,7 +7,7 @@ import shutil
 import time
 from collections.abc import Callable, Sequence
 from contextlib import closing
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,19 +15,17 @@ import jax
 import numpy as np
 from flax import nnx
 
-from jaxla.config import Experiment, InputError
+from jaxla.config import Experiment
 from jaxla.data.batches import SliceSource, evaluation_batches, steps_per_epoch, training_batches
 from jaxla.data.prepared import PreparedVolume
-from jaxla.data.split import make_split
 from jaxla.devices.memory import as_bytes, device_bytes, exhaustion_named, program_bytes, require_memory
 from jaxla.devices.mesh import on_host, own_rows, spread, to_devices, use_own_devices
 from jaxla.devices.processes import gather, process_count, share
 from jaxla.evaluation.summary import score_case
 from jaxla.models.network import build_network
-from jaxla.pipeline.checks import of_method
 from jaxla.pipeline.cost import TIMED_SECONDS, TIMED_VOLUMES
-from jaxla.pipeline.run import PreparedData, describe_backbone, prepare_data, require_classes, why_not_cached
-from jaxla.runs.machine import processor
+from jaxla.pipeline.data import PreparedData
+from jaxla.pipeline.run import describe_backbone, why_not_cached
 from jaxla.training.features import FeatureCache
 from jaxla.training.loop import clock
 from jaxla.training.step import (
@@ -197,84 +195,6 @@ def _forecast(experiment: Experiment, data: PreparedData, cache_dir: Path, seen:
         test_seconds=-(-slices["test"] // recipe.batch_size) * batch_seconds
         + score_seconds / process_count()
         + cost_seconds,
-    )
-
-
-@dataclass(frozen=True)
-class RunsForecast:
-    """What several runs on the same scans will take, one after the other.
-
-    Attributes:
-        seconds: of each run, if it takes all epochs, a method's first one with the features; 0 of one that is complete.
-        run_bytes: of each run's folder at its largest; 0 of one that is complete.
-        features_seconds: the part of it in which missing features are computed, for all runs.
-        features_bytes: of these.
-        without_room: methods whose features do not fit on the disk, so that their backbones run in every epoch.
-        disk_free: where features are kept.
-        device: that was measured on.
-        cases: id of each case, and a hash of its scan and mask.
-        splits_sha256: of each run's split.
-    """
-
-    seconds: tuple[float, ...]
-    run_bytes: tuple[int, ...]
-    features_seconds: float
-    features_bytes: int
-    without_room: tuple[str, ...]
-    disk_free: int
-    device: str
-    cases: dict[str, str]
-    splits_sha256: tuple[str, ...]
-
-
-def forecast_runs(experiments: Sequence[Experiment], complete: Sequence[bool], cache_dir: Path) -> RunsForecast:
-    """Measure a few steps of each method, for its run on most patients; the others follow from their numbers of steps.
-
-    Args:
-        complete: which of the runs are, and need not be measured.
-
-    Raises:
-        InputError: as for a run before it starts.
-    """
-    first = experiments[0]
-    everyone = replace(first.data, train_patients=0, train_percent=100.0)
-    prepared = prepare_data(replace(first, data=everyone), cache_dir)
-    ids = [case.id for case in prepared.dataset.cases]
-    data = [replace(prepared, split=make_split(ids, experiment.data)) for experiment in experiments]
-    left: dict[str, list[int]] = {}
-    for n, experiment in enumerate(experiments):
-        if not complete[n]:
-            require_classes(data[n], experiment.data)
-            left.setdefault(experiment.method, []).append(n)
-    steps = {
-        n: -(-sum(v.shape[0] for v in data[n].of(data[n].split.train)) // experiments[n].training.batch_size)
-        for of_method in left.values()
-        for n in of_method
-    }
-    of_runs, measured = {}, {}
-    for method, of_these in left.items():
-        log.info("measuring a few steps of %s", method)
-        largest = max(of_these, key=steps.get)
-        seen = {volume.id: volume for n in of_these for volume in data[n].used}
-        try:
-            found = forecast(experiments[largest], data[largest], cache_dir, list(seen.values()))
-        except InputError as error:
-            raise of_method(error, method) from error
-        measured[method] = found
-        for n in of_these:
-            once = found.features_seconds if n == of_these[0] else 0.0
-            of_runs[n] = replace(found, experiment=experiments[n], steps=steps[n], features_seconds=once)
-    kept = [found for found in measured.values() if found.features_fit]
-    return RunsForecast(
-        seconds=tuple(of_runs[n].seconds if n in of_runs else 0.0 for n in range(len(experiments))),
-        run_bytes=tuple(of_runs[n].run_bytes if n in of_runs else 0 for n in range(len(experiments))),
-        features_seconds=sum(found.features_seconds for found in kept),
-        features_bytes=sum(found.features_bytes for found in kept),
-        without_room=tuple(method for method, found in measured.items() if not found.features_fit),
-        disk_free=min(found.disk_free for found in measured.values()),
-        device=processor() if jax.default_backend() == "cpu" else jax.devices()[0].device_kind,
-        cases=prepared.cases,
-        splits_sha256=tuple(of_run.split.sha256 for of_run in data),
     )
 
 

@@ -2,26 +2,18 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
-import sys
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from flax import nnx
-from tqdm import tqdm
 
-from jaxla.config import Augmentation, Data, Experiment, InputError, Preprocessing
+from jaxla.config import Augmentation, Experiment, InputError
 from jaxla.data.batches import SliceSource
-from jaxla.data.cases import Dataset, find_cases
-from jaxla.data.inputs import Canvas, smallest_extent
-from jaxla.data.phantoms import cached_phantoms
-from jaxla.data.prepared import PreparedVolume, prepare_cases
-from jaxla.data.split import Split, make_split
 from jaxla.data.volumes import (
     canonical_to_slices,
     from_slices,
@@ -41,6 +33,8 @@ from jaxla.inference.trained import load_run
 from jaxla.models.network import Network, build_network
 from jaxla.models.weights import parameters_sha256, save_random
 from jaxla.pipeline.cost import measure_cost
+from jaxla.pipeline.data import PreparedData, say_what_is_cut
+from jaxla.pipeline.progress import track
 from jaxla.reporting.curves import draw_curves
 from jaxla.reporting.overlays import Panel, draw_overlays
 from jaxla.reporting.report import write_report
@@ -56,93 +50,6 @@ log = logging.getLogger(__name__)
 Features = Mapping[str, CachedFeatures]  # by case id
 
 
-@dataclass(frozen=True)
-class PreparedData:
-    """A data set ready to train on."""
-
-    dataset: Dataset
-    volumes: Mapping[str, PreparedVolume]  # by case id
-    split: Split
-
-    def of(self, ids: Iterable[str]) -> list[PreparedVolume]:
-        return [self.volumes[name] for name in ids]
-
-    @property
-    def used(self) -> list[PreparedVolume]:
-        """The volumes of the split's three parts."""
-        return self.of(self.split.train + self.split.val + self.split.test)
-
-    def canvas(self, preprocessing: Preprocessing) -> Canvas:
-        """The square that slices are laid on before it is resized to the network's input."""
-        if preprocessing.pad_to == "square":
-            return Canvas(preprocessing.image_size)
-        training = self.of(self.split.train)
-        return Canvas(preprocessing.image_size, smallest_extent((v.shape[1:], v.spacing[1:]) for v in training))
-
-    @property
-    def cases(self) -> dict[str, str]:
-        """Case id -> a hash of its scan, its mask and the classes."""
-        return {name: volume.content_key for name, volume in self.volumes.items()}
-
-    @property
-    def sha256(self) -> str:
-        return hashlib.sha256(json.dumps(self.cases).encode()).hexdigest()
-
-
-def prepare_data(experiment: Experiment, cache_dir: Path) -> PreparedData:
-    """Find, check and prepare the cases, and split their patients.
-
-    Raises:
-        InputError: no data, unusable data, too few patients, or a class that no training mask has.
-    """
-    protocol = experiment.data
-    if protocol.root == "phantom":
-        make_split([f"train_{n + 1}" for n in range(protocol.phantom_cases)], protocol)  # too few? before making them
-    root = data_folder(protocol, cache_dir)
-    dataset = find_cases(root, protocol.labels)
-    split = make_split([case.id for case in dataset.cases], protocol)
-    prepared = prepare_cases(dataset, cache_dir, lambda cases: track(cases, "preparing"), share(dataset.cases))
-    data = PreparedData(dataset, {volume.id: volume for volume in prepared}, split)
-    require_classes(data, protocol)
-    training = data.of(split.train)
-    if outside := len(prepared) - sum(map(len, (split.train, split.val, split.test))):
-        log.info("%d cases are in no part of this split and are not used", outside)
-    if empty := [v.id for v in prepared if not any(v.class_voxels[1:])]:
-        log.info("%d cases have an empty mask and are kept: %s", len(empty), ", ".join(empty))
-    log.info(
-        "%d patients train, %d validate, %d test; slices along the %s axis, %d for training",
-        len(split.train), len(split.val), len(split.test),
-        "/".join(sorted({v.slice_axis for v in prepared})), sum(v.shape[0] for v in training),
-    )  # fmt: skip
-    return data
-
-
-def data_folder(protocol: Data, cache_dir: Path, elsewhere: str = "") -> Path:
-    """Where the scans of a protocol lie, phantoms made where there are none; `elsewhere` if they were moved there."""
-    root = elsewhere or protocol.root
-    return (
-        cached_phantoms(cache_dir, protocol.phantom_size, protocol.phantom_cases) if root == "phantom" else Path(root)
-    )
-
-
-def require_classes(data: PreparedData, protocol: Data) -> None:
-    """Raise an InputError unless each class is in some training mask."""
-    training = data.of(data.split.train)
-    for index, name in enumerate(data.dataset.labels.names, start=1):
-        if any(v.class_voxels[index] for v in training):
-            continue
-        if any(v.class_voxels[index] for v in data.of(data.split.unused)):
-            raise InputError(
-                f"{data.dataset.root}: the masks of the training patients that this protocol takes "
-                f"({', '.join(data.split.train)}) hold no {name}; take others with another --data.subset_seed (now "
-                f"{protocol.subset_seed}; of a study --seeds), or more of them"
-            )
-        raise InputError(
-            f"{data.dataset.root}: the masks of all {len(training)} training patients hold no {name}; check the masks, "
-            "or name their values with --data.labels"
-        )
-
-
 def train_and_test(experiment: Experiment, data: PreparedData, run_dir: Path, cache_dir: Path) -> dict[str, Any]:
     """All of a run once its folder is there; begins where the folder says it ended. Returns the summary of the test."""
     say_what_is_cut(data, data.canvas(experiment.preprocessing))
@@ -155,15 +62,6 @@ def train_and_test(experiment: Experiment, data: PreparedData, run_dir: Path, ca
     del network  # the trained one is loaded with its own backbone
     with use_own_devices():
         return test(data, features, run_dir, step_bytes)
-
-
-def say_what_is_cut(data: PreparedData, canvas: Canvas) -> None:
-    cut = [v.id for v in data.used if canvas.frame(v.shape[1:], v.spacing[1:]).cuts]
-    if cut and is_first():
-        log.warning(
-            "%d validation or test cases have slices larger than the largest training slice (%.0f mm): the network "
-            "sees their centre, the rest is background: %s", len(cut), canvas.extent, ", ".join(cut),
-        )  # fmt: skip
 
 
 def build(experiment: Experiment, outputs: int, run_dir: Path) -> Network:
@@ -367,15 +265,3 @@ def describe_backbone(experiment: Experiment) -> str:
     origin = "random weights" if model.weights == "random" else Path(model.weights).name
     name = experiment.method if model.arch in experiment.method.split() else f"{experiment.method} on {model.arch}"
     return f"{name} ({origin}, {'frozen' if model.backbone == 'frozen' else 'trained'})"
-
-
-def track(items: Iterable, label: str) -> Iterable:
-    """A progress bar on a terminal; elsewhere a line at each quarter."""
-    items = list(items)
-    if sys.stdout.isatty():
-        yield from tqdm(items, label, leave=False, file=sys.stdout, unit="case")
-        return
-    for number, item in enumerate(items, start=1):
-        yield item
-        if number % max(1, len(items) // 4) == 0 or number == len(items):
-            log.info("%s: %d of %d cases", label, number, len(items))

@@ -1,50 +1,27 @@
-"""A study: a run for each method, protocol and seed, one after the other, each in a process of its own.
-
-A run that fails, or takes all memory, so ends alone; and what stands in a run's folder is what `python -m jaxla.train`
-with the same options would have left there.
-"""
+"""The plan of a study: a run for each method, protocol and seed, and how far each of them is."""
 
 from __future__ import annotations
 
 import importlib.metadata
 import json
-import logging
-import shutil
-import signal
-import subprocess
-import sys
-import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
-from dataclasses import dataclass, replace
-from multiprocessing import get_context
-from multiprocessing.connection import Connection
+from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Literal, NamedTuple
 
 from filelock import FileLock, Timeout
-from tabulate import tabulate
 
-from jaxla.config import Data, Experiment, InputError, Stopped, Study, log_to_terminal, parse_experiment
-from jaxla.data.cache import in_use
+from jaxla.config import Data, Experiment, InputError, Study, parse_experiment
 from jaxla.data.cases import find_cases
 from jaxla.data.prepared import content_key
 from jaxla.data.split import make_split
-from jaxla.devices.memory import as_bytes
-from jaxla.devices.mesh import use_devices
 from jaxla.experiments import EXPERIMENTS, METHODS
-from jaxla.pipeline.checks import checked, of_method, require_batch, require_share, with_weights
-from jaxla.pipeline.forecast import MEASURED_STEPS, RunsForecast, forecast_runs
-from jaxla.pipeline.run import data_folder
+from jaxla.pipeline.checks import checked, of_method, with_weights
+from jaxla.pipeline.data import data_folder
 from jaxla.reporting.results import RUNS, STUDY
-from jaxla.reporting.study_tables import count_of
-from jaxla.runs.folder import CASES, FIRST_FILES, LOCK, is_finished, is_running
+from jaxla.runs.folder import CASES, FIRST_FILES, LOCK, is_finished
 from jaxla.runs.record import changed_case, differences, read_record, shown
-from jaxla.training.loop import clock
-
-log = logging.getLogger(__name__)
-
-POLL = 2.0  # seconds between two looks at a run that another process trains
 
 State = Literal["complete", "begun", "new"]
 
@@ -73,14 +50,6 @@ class PlannedRun(NamedTuple):
     folder: Path
     devices: int
     shard_params: bool
-
-
-@dataclass(frozen=True)
-class Failure:
-    """A run that did not come to its end, and the last that it said."""
-
-    run: PlannedRun
-    reason: str
 
 
 def plan_runs(
@@ -199,20 +168,15 @@ def state_of(run: PlannedRun) -> State:
     return "complete" if is_finished(folder) else "begun"
 
 
-def require_same_data(
-    runs: Sequence[PlannedRun], states: Sequence[State], forecast: RunsForecast | None, cache_dir: Path
-) -> None:
+def require_same_data(runs: Sequence[PlannedRun], states: Sequence[State], cache_dir: Path) -> None:
     """Raise an InputError unless complete runs saw the scans, masks and split that there are now."""
-    if forecast:
-        cases, splits = forecast.cases, forecast.splits_sha256
-    else:
-        protocol = runs[0].experiment.data
-        dataset = find_cases(data_folder(protocol, cache_dir), protocol.labels)
-        cases = {case.id: content_key(case, dataset.labels) for case in dataset.cases}
-        splits = [make_split(list(cases), run.experiment.data).sha256 for run in runs]
-    for run, state, split_sha256 in zip(runs, states, splits, strict=True):
-        if state != "complete":
-            continue
+    complete = [run for run, state in zip(runs, states, strict=True) if state == "complete"]
+    if not complete:
+        return
+    protocol = runs[0].experiment.data
+    dataset = find_cases(data_folder(protocol, cache_dir), protocol.labels)
+    cases = {case.id: content_key(case, dataset.labels) for case in dataset.cases}
+    for run in complete:
         try:
             then = dict(json.loads((run.folder / CASES).read_text()))
         except (OSError, ValueError, TypeError) as error:
@@ -224,195 +188,8 @@ def require_same_data(
                 f"{run.folder}: was run on other data than those in {run.experiment.data.root}: {case}; put the data "
                 "back, or choose another --output"
             )
-        if read_record(run.folder).split_sha256 != split_sha256:
+        if read_record(run.folder).split_sha256 != make_split(list(cases), run.experiment.data).sha256:
             raise InputError(
                 f"{run.folder}: was run on another split than the present one; put --data.split back, or choose "
                 "another --output"
             )
-
-
-def wait_for_orphans(runs: Sequence[PlannedRun], output: Path) -> None:
-    """Wait for runs that a killed study has left behind, or that were started by hand.
-
-    Raises:
-        InputError: another process runs a study in this folder.
-    """
-    if is_running(output):
-        raise InputError(f"--output={output}: another process runs a study there; wait for it or end it")
-    for run in runs:
-        _wait_for(run.folder)
-
-
-def _wait_for(folder: Path) -> None:
-    if is_running(folder):
-        log.info("another process trains in %s; waiting for it", folder)
-        while is_running(folder):
-            time.sleep(POLL)
-
-
-def measure(runs: Sequence[PlannedRun], states: Sequence[State], cache_dir: Path) -> RunsForecast:
-    """What the runs not yet complete will take; measured in a process of its own, which then gives the device back.
-
-    Raises:
-        InputError: the data, or a method's first step, would end a run before it starts.
-    """
-    context = get_context("spawn")
-    receiving, sending = context.Pipe(duplex=False)
-    process = context.Process(target=_measure, args=(sending, runs, states, cache_dir))
-    process.start()
-    sending.close()
-    try:
-        found = receiving.recv()
-    except EOFError as error:
-        process.join()
-        raise InputError(
-            f"measuring the methods' first steps ended with {_how_it_ended(process.exitcode)}; if memory was short, "
-            "lower --training.batch_size or --preprocessing.image_size"
-        ) from error
-    finally:
-        process.terminate()
-        process.join()
-    if isinstance(found, str):
-        raise InputError(found)
-    return found
-
-
-def _measure(answer: Connection, runs: Sequence[PlannedRun], states: Sequence[State], cache_dir: Path) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C on a terminal reaches this too, and who started it ends it
-    logging.getLogger().handlers.clear()  # Orbax, imported before this runs, has put its own there
-    log_to_terminal()
-    experiments, complete = [run.experiment for run in runs], [state == "complete" for state in states]
-    try:
-        with in_use(cache_dir), use_devices(runs[0].devices, runs[0].shard_params):
-            for run in runs:
-                try:
-                    require_share(run.experiment)
-                    require_batch(run.experiment)
-                except InputError as error:
-                    raise of_method(error, run.method) from error
-            found = forecast_runs(experiments, complete, cache_dir)
-    except InputError as error:  # not every error survives the way to another process
-        found = str(error)
-    answer.send(found)
-
-
-def describe_plan(runs: Sequence[PlannedRun], states: Sequence[State], forecast: RunsForecast | None) -> str:
-    """The plan as lines to print; without a forecast nothing is left to run."""
-    count = {state: states.count(state) for state in ("complete", "begun", "new")}
-    methods, protocols, seeds = (
-        list(dict.fromkeys(getattr(run, of) for run in runs)) for of in ("method", "protocol", "seed")
-    )
-    lines = [
-        f"{count_of(len(runs), 'run')}: {count_of(len(methods), 'method')}, "
-        f"{count_of(len(protocols), 'protocol')}, {count_of(len(seeds), 'seed')} "
-        f"({', '.join(map(str, seeds))}); {count['complete']} complete, {count['begun']} to go on with, "
-        f"{count['new']} new"
-    ]
-    if forecast is None:
-        return lines[0]
-    left = [n for n, state in enumerate(states) if state != "complete"]
-    seconds = {}
-    for n in left:
-        key = (runs[n].method, runs[n].protocol)
-        seconds[key] = seconds.get(key, 0.0) + forecast.seconds[n]
-    table = [
-        [method, *(clock(seconds[method, p]) if (method, p) in seconds else "–" for p in protocols)]
-        for method in methods
-    ]
-    total = sum(forecast.seconds[n] for n in left)
-    free = shutil.disk_usage(next(path for path in runs[0].folder.absolute().parents if path.exists())).free
-    disk = f"run folders {as_bytes(sum(forecast.run_bytes[n] for n in left))} at most ({as_bytes(free)} free)"
-    if forecast.features_bytes:
-        disk += f"; features {as_bytes(forecast.features_bytes)}, once ({as_bytes(forecast.disk_free)} free)"
-    if forecast.features_bytes > forecast.disk_free:
-        disk += ", more than fit: backbones that come last run in every epoch instead, which takes longer"
-    if forecast.without_room:
-        disk += (
-            f"; features of {', '.join(forecast.without_room)} do not fit into the cache folder: the backbone runs in "
-            "every epoch instead; --cache-dir names another disk"
-        )
-    lines += [
-        tabulate(table, ["", *protocols], "plain", colalign=["left", *["right"] * len(protocols)]),
-        f"time  at most about {clock(total)} on {forecast.device}"
-        + (f", {clock(forecast.features_seconds)} of it for features" if forecast.features_seconds else "")
-        + f"; all seeds together, from {MEASURED_STEPS} measured steps of each method; runs may stop early",
-        f"disk  {disk}",
-    ]
-    return "\n".join(lines)
-
-
-def run_all(runs: Sequence[PlannedRun], states: Sequence[State], forecast: RunsForecast) -> list[Failure]:
-    """Run what is not complete, in order; -> those that failed.
-
-    Raises:
-        Stopped: asked to end; the run in progress has saved where it stands.
-    """
-    failures, expected, taken = [], 0.0, 0.0
-    left = [n for n, state in enumerate(states) if state != "complete"]
-    for done, n in enumerate(left):
-        run = runs[n]
-        log.info("run %d of %d: %s, %s, seed %d", done + 1, len(left), run.protocol, run.method, run.seed)
-        began = time.perf_counter()
-        failure = _run(run)
-        expected, taken = expected + forecast.seconds[n], taken + time.perf_counter() - began
-        outlook = sum(forecast.seconds[m] for m in left[done + 1 :]) * taken / max(expected, 1e-9)
-        if failure:
-            failures.append(Failure(run, failure))
-            log.warning("failed: %s", failure)
-        log.info("%d of %d done; about %s left", done + 1, len(left), clock(outlook))
-    return failures
-
-
-def _run(run: PlannedRun) -> str:
-    """Train and test in a process of its own, whose lines are printed indented; -> why it failed, or nothing."""
-    _wait_for(run.folder)
-    try:
-        state = state_of(run)
-    except InputError as error:
-        return str(error)
-    if state == "complete":
-        return ""
-    command = [sys.executable, "-m", "jaxla.train", *run.arguments, f"--run-dir={run.folder}", "--processes=1"]
-    command += ["--resume"] * (state == "begun")
-    said, stopped = "", None
-    with (
-        interruptible(),
-        # a process group of its own: Ctrl-C on a terminal would reach it too, and the same signal twice ends it at once
-        subprocess.Popen(
-            command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace", process_group=0
-        ) as process,
-    ):
-        while True:
-            try:
-                for line in process.stdout:
-                    with suppress(OSError):  # nobody reads any more, as after Ctrl-C of `… | tee`
-                        print(f"    {line.rstrip()}", flush=True)
-                    said = line.strip() or said
-                break
-            except KeyboardInterrupt as interrupt:
-                stopped = interrupt
-                process.send_signal(signal.SIGINT)
-    if stopped:
-        raise Stopped(f"in {run.folder.name}") from stopped
-    if process.returncode == 0 and is_finished(run.folder):
-        return ""
-    if process.returncode < 0:
-        return f"ended with {_how_it_ended(process.returncode)}"
-    return said.removeprefix("error: ") or _how_it_ended(process.returncode)
-
-
-@contextmanager
-def interruptible() -> Iterator[None]:
-    """Within it SIGINT, SIGTERM and a closed terminal, unless it is ignored as under nohup, are a KeyboardInterrupt."""
-    numbers = [signal.SIGINT, signal.SIGTERM]
-    numbers += [signal.SIGHUP] * (signal.getsignal(signal.SIGHUP) != signal.SIG_IGN)
-    before = {number: signal.signal(number, signal.default_int_handler) for number in numbers}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-
-def _how_it_ended(code: int) -> str:
-    return signal.Signals(-code).name if code < 0 else f"exit code {code}"

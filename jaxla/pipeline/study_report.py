@@ -11,7 +11,7 @@ from jaxla.data.prepared import content_key
 from jaxla.data.volumes import read_image, read_mask, slice_geometry, to_slices
 from jaxla.evaluation.summary import worst_median_best
 from jaxla.experiments import EXPERIMENTS, METHODS, PUBLISHED
-from jaxla.pipeline.run import data_folder
+from jaxla.pipeline.data import data_folder
 from jaxla.reporting.overlays import Panel
 from jaxla.reporting.results import Results, StudyRun, read_study
 from jaxla.reporting.study import write_study_report
