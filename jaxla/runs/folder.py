@@ -1,0 +1,188 @@
+"""The folder of a run: the names of its files, who may write it, and whether a run may go on in it."""
+
+from __future__ import annotations
+
+import json
+import logging
+import shlex
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+
+from filelock import FileLock, Timeout
+
+from jaxla.config import Experiment, InputError, require_writable, without_folder_and_process
+from jaxla.data.split import Split, write_split
+from jaxla.runs.record import RECORD, Record, changed_case, differences, read_record, shown, write_record
+
+log = logging.getLogger(__name__)
+
+CASES = "cases.json"
+LOG = "train.log"
+METRICS = "metrics.jsonl"
+LOCK = ".lock"
+BACKBONE = "backbone.safetensors"  # of a run on a frozen backbone of random weights, which no other file holds
+SPLIT = "split.json"
+COST = "cost.json"
+FIRST_FILES = (LOCK, SPLIT, CASES, f".{RECORD}")  # what a run that was killed before it began may have left
+REPORT = "report.html"  # written last: a run that has it is finished
+
+
+def require_free(folder: Path) -> None:
+    """Check, leaving nothing behind, that a run can be written there.
+
+    Raises:
+        InputError: it holds a run or other files, or cannot be written.
+    """
+    if is_finished(folder):
+        raise InputError(f"--run-dir={folder}: already holds a finished run; choose another folder or remove this one")
+    if (folder / RECORD).exists():
+        raise InputError(
+            f"--run-dir={folder}: already holds a run; go on with it by --resume, choose another folder or remove it"
+        )
+    if folder.is_dir() and {path.name for path in folder.iterdir()} - set(FIRST_FILES):
+        raise InputError(f"--run-dir={folder}: is not empty; choose another folder")
+    require_writable("--run-dir", folder)
+
+
+def is_finished(folder: Path) -> bool:
+    return (folder / REPORT).exists()
+
+
+def is_running(folder: Path) -> bool:
+    """Whether a process trains in that folder now."""
+    if not (folder / LOCK).exists():
+        return False
+    try:
+        with FileLock(folder / LOCK, timeout=0):
+            return False
+    except Timeout:
+        return True
+    except OSError:  # a folder that this user cannot write
+        return False
+
+
+@contextmanager
+def run_folder(folder: Path, record: Record, split: Split, cases: Mapping[str, str], resume: bool) -> Iterator[None]:
+    """A run's folder, held by this process alone: made with its record, or opened to go on.
+
+    Args:
+        cases: id of each case, and a hash of its scan and mask.
+
+    Raises:
+        InputError: another process holds it, it cannot be written, or what is to be resumed differs.
+    """
+    missing = [path for path in (folder, *folder.absolute().parents) if not path.exists()]
+    lock = FileLock(folder / LOCK, timeout=1)  # longer than `is_running` holds it
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock.acquire()
+    except Timeout as error:
+        raise InputError(f"--run-dir={folder}: another process is training there; wait for it or end it") from error
+    except OSError as error:
+        raise InputError(f"--run-dir={folder}: cannot be written ({error.strerror}); choose another folder") from error
+    try:
+        if resume:
+            _require_unfinished(folder)
+            begun = read_record(folder)
+            _require_same_run(folder, begun, record, split, cases)
+            session = {"begun": record.begun, "command": record.command, "environment": record.environment}
+            # files may have moved since, and the files that only repeat what was compared may be gone
+            where = replace(begun, experiment=record.experiment, weights=record.weights)
+            write_record(folder, replace(where, resumed=(*begun.resumed, session)))
+            write_split(split, folder / SPLIT)
+            (folder / CASES).write_text(json.dumps(cases, indent=1) + "\n")
+        else:
+            require_free(folder)
+            try:
+                write_split(split, folder / SPLIT)
+                (folder / CASES).write_text(json.dumps(cases, indent=1) + "\n")
+                write_record(folder, record)  # last: with it the folder is a run
+            except OSError as error:
+                for name in FIRST_FILES:
+                    (folder / name).unlink(missing_ok=True)
+                for path in missing:
+                    path.rmdir()
+                raise InputError(
+                    f"--run-dir={folder}: cannot be written ({error.strerror}); choose another folder"
+                ) from error
+        yield
+    finally:
+        lock.release()
+
+
+def require_resumable(folder: Path | None, experiment: Experiment) -> None:
+    """Check that `folder` holds an unfinished run of these options.
+
+    Raises:
+        InputError: no folder, no run, a finished one, or one of other options; the first that differs is named.
+    """
+    if folder is None:
+        raise InputError("option --resume needs --run-dir: the folder of the run to go on with")
+    if folder.is_dir() and not {path.name for path in folder.iterdir()} - set(FIRST_FILES):
+        raise InputError(f"--resume: no run has begun in {folder}; start it without --resume")
+    record = read_record(folder)
+    _require_unfinished(folder)
+    require_writable("--run-dir", folder)
+    if is_running(folder):
+        raise InputError(f"--run-dir={folder}: another process is training there; wait for it or end it")
+    for option, now, then in differences(experiment, record.experiment):
+        raise InputError(
+            f"--resume: option --{option} is {shown(now)}, but the run in {folder} was begun with {shown(then)}; "
+            f"it was begun by: {record.command}"
+        )
+
+
+def resume_command(command: str, folder: Path) -> str:
+    """The command that goes on with a run that `command` began in `folder`."""
+    return f"{without_folder_and_process(command)} {shlex.join([f'--run-dir={folder}', '--resume'])}"
+
+
+def _require_unfinished(folder: Path) -> None:
+    if is_finished(folder):
+        raise InputError(
+            f"--resume: the run in {folder} is finished ({REPORT}); choose another --run-dir to train again"
+        )
+
+
+def _require_same_run(folder: Path, begun: Record, record: Record, split: Split, cases: Mapping[str, str]) -> None:
+    """Raise an InputError unless data, split and weights are those that the run was begun with."""
+    try:
+        then: dict[str, str] = dict(json.loads((folder / CASES).read_text()))
+    except (OSError, ValueError, TypeError):  # it only serves to name the case
+        then = cases
+    if case := changed_case(then, cases):
+        raise InputError(
+            f"--resume: the data in {record.experiment.data.root} are not those that the run in {folder} was begun "
+            f"with: {case}; put the data back, or start a new run"
+        )
+    if begun.data_sha256 != record.data_sha256:
+        raise InputError(
+            f"--resume: the data in {record.experiment.data.root} are not those that the run in {folder} was begun "
+            "with; put the data back, or start a new run"
+        )
+    if begun.split_sha256 != split.sha256:
+        raise InputError(
+            f"--resume: --data.split={record.experiment.data.split} is not the split that the run in {folder} was "
+            f"begun with; give {folder / SPLIT}"
+        )
+    if record.weights != "random" and begun.weights_sha256 != record.weights_sha256:
+        raise InputError(
+            f"--resume: {record.weights} (sha256 of its data {record.weights_sha256[:12]}…) is not the file that the "
+            f"run in {folder} was begun with ({begun.weights_sha256[:12]}…); put that one back, or start a new run"
+        )
+    if begun.environment["device"] != record.environment["device"]:
+        log.warning(
+            "the run was begun on %s and goes on on %s: it differs from one that was not interrupted",
+            begun.environment["device"], record.environment["device"],
+        )  # fmt: skip
+    then, now = (f"{of.environment.get('devices', 1)} devices" for of in (begun, record))
+    if then != now:
+        log.info("the run was begun on %s and goes on with %s: it may differ in rounding", then, now)
+    for name, version in record.environment["versions"].items():
+        if begun.environment["versions"].get(name) != version:
+            log.warning(
+                "the run was begun with %s %s and goes on with %s: it may differ in rounding from one that was not "
+                "interrupted", name, begun.environment["versions"].get(name), version,
+            )  # fmt: skip
