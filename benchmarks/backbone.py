@@ -27,10 +27,12 @@ import jax.numpy as jnp
 import numpy as np
 import torch
 from flax import nnx
-
-from jaxla.config import InputError, command_parser, parse_arguments, run_command
-from jaxla.models.backbones import TRANSFORMERS, architecture, build_backbone
 from jaxla.runs.machine import processor
+
+from jaxla.config import InputError
+from jaxla.models.backbones import TRANSFORMERS, architecture, build_backbone
+from jaxla.shell.command_line import command_parser, parse_arguments
+from jaxla.shell.process import run_command
 from tests.golden.errors import error
 from tests.golden.live import live_model
 from tests.tiny import randomise

@@ -26,10 +26,11 @@ from pathlib import Path
 import jax
 import numpy as np
 import torch
+from jaxla.runs.machine import processor
 from torch.nn import functional
 
 from benchmarks.backbone import PAUSE, timed
-from jaxla.config import InputError, Model, Training, command_parser, parse_arguments, run_command
+from jaxla.config import InputError, Model, Training
 from jaxla.data.batches import SliceSource, training_batches
 from jaxla.data.cases import find_cases
 from jaxla.data.inputs import Canvas
@@ -38,7 +39,8 @@ from jaxla.data.prepared import prepare_cases
 from jaxla.models.backbones import TRANSFORMERS, architecture
 from jaxla.models.images import IMAGENET_DEVIATION, IMAGENET_MEAN
 from jaxla.models.network import build_network
-from jaxla.runs.machine import processor
+from jaxla.shell.command_line import command_parser, parse_arguments
+from jaxla.shell.process import run_command
 from jaxla.training.features import BATCH, FeatureCache
 from jaxla.training.step import make_gradient, make_optimiser, make_step, split_network
 from tests.golden.live import live_model

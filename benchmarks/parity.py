@@ -19,9 +19,11 @@ from pathlib import Path
 
 import jax
 
-from jaxla.config import InputError, command_parser, lookup, parse_arguments, run_command
+from jaxla.config import InputError, lookup
 from jaxla.models import dinov3
 from jaxla.models.backbones import TRANSFORMERS
+from jaxla.shell.command_line import command_parser, parse_arguments
+from jaxla.shell.process import run_command
 from tests.golden.checkpoints import files_of, golden_backbone, image_of
 from tests.golden.errors import BOUND, Error, beyond_bounds, error, golden_errors, live_errors, lowest_bfloat16_cosine
 from tests.golden.fake_weights import fake_image

@@ -23,10 +23,12 @@ import numpy as np
 from flax import nnx
 from jax.sharding import NamedSharding
 
-from jaxla.config import Model, Training, command_parser, parse_arguments, run_command
+from jaxla.config import Model, Training
 from jaxla.devices.mesh import BATCH, MODEL, shardings, use_devices
 from jaxla.models.backbones import architecture
 from jaxla.models.network import build_network
+from jaxla.shell.command_line import command_parser, parse_arguments
+from jaxla.shell.process import run_command
 from jaxla.training.step import make_gradient, make_optimiser, make_step, split_network
 
 

@@ -6,15 +6,9 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from jaxla.config import (
-    InputError,
-    command_parser,
-    default_cache_dir,
-    lookup,
-    parse_arguments,
-    require_writable,
-    run_command,
-)
+from jaxla.config import InputError, default_cache_dir, lookup
+from jaxla.shell.command_line import command_parser, parse_arguments, require_writable
+from jaxla.shell.process import run_command
 
 if TYPE_CHECKING:
     from jsonargparse import Namespace

@@ -6,17 +6,7 @@ cross-entropy and early stopping for all. Protocols: all training patients; 1 an
 2, 5 and 20; 25, 50 and 75 % of them.
 """
 
-from jaxla.config import (
-    Data,
-    Method,
-    Model,
-    Postprocessing,
-    Preprocessing,
-    Published,
-    Study,
-    Training,
-    experiment_of,
-)
+from jaxla.config import Data, Method, Model, Postprocessing, Preprocessing, Published, Study, Training, experiment_of
 
 RECIPE = Training(epochs=35, batch_size=32, learning_rate=1e-3, backbone_learning_rate=1e-5, patience=10)
 RIVALS_RECIPE = Training(epochs=75, batch_size=24, learning_rate=1e-4, backbone_learning_rate=1e-4, patience=10)

@@ -7,7 +7,9 @@ from typing import Literal
 
 from tqdm import tqdm
 
-from jaxla.config import command_parser, default_cache_dir, parse_arguments, run_command
+from jaxla.config import default_cache_dir
+from jaxla.shell.command_line import command_parser, parse_arguments
+from jaxla.shell.process import run_command
 
 
 def main(arguments: list[str]) -> None:

@@ -12,7 +12,9 @@ import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from jaxla.config import InputError, command_parser, parse_arguments, run_command
+from jaxla.config import InputError
+from jaxla.shell.command_line import command_parser, parse_arguments
+from jaxla.shell.process import run_command
 
 if TYPE_CHECKING:
     import numpy as np

@@ -8,7 +8,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from jaxla.config import InputError, command_parser, parse_arguments, run_command
+from jaxla.config import InputError
+from jaxla.shell.command_line import command_parser, parse_arguments
+from jaxla.shell.process import run_command
 
 # Nothing here imports JAX: an answer in under a second is what this command is for.
 

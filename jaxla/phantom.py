@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from jaxla.config import command_parser, parse_arguments, run_command
+from jaxla.shell.command_line import command_parser, parse_arguments
+from jaxla.shell.process import run_command
 
 
 def main(arguments: list[str]) -> None:

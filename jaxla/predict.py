@@ -7,17 +7,17 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from jaxla.config import (
-    InputError,
+from jaxla.config import InputError
+from jaxla.devices.launch import find_launch
+from jaxla.devices.processes import joined, require_same, share, tell
+from jaxla.shell.command_line import (
     add_devices_option,
     add_processes_options,
     command_parser,
     parse_arguments,
     require_writable,
-    run_command,
 )
-from jaxla.devices.launch import find_launch
-from jaxla.devices.processes import joined, require_same, share, tell
+from jaxla.shell.process import run_command
 
 if TYPE_CHECKING:
     from jsonargparse import Namespace

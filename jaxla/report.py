@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from jaxla.config import command_parser, default_cache_dir, parse_arguments, require_writable, run_command
+from jaxla.config import default_cache_dir
+from jaxla.shell.command_line import command_parser, parse_arguments, require_writable
+from jaxla.shell.process import run_command
 
 
 def main(arguments: list[str]) -> None:

@@ -7,16 +7,10 @@ import shlex
 from collections.abc import Sequence
 from pathlib import Path
 
-from jaxla.config import (
-    InputError,
-    Stopped,
-    Study,
-    default_cache_dir,
-    lookup,
-    require_writable,
-    run_command,
-)
+from jaxla.config import InputError, Study, default_cache_dir, lookup
 from jaxla.experiments import EXPERIMENTS, METHODS, STUDIES
+from jaxla.shell.command_line import require_writable
+from jaxla.shell.process import Stopped, run_command
 
 # Options of a run that are not given to a study, and those that say it instead
 OWN = {

@@ -14,17 +14,12 @@ from datetime import datetime
 from functools import partial
 from pathlib import Path
 
-from jaxla.config import (
-    InputError,
-    Options,
-    Stopped,
-    parse_experiment,
-    require_writable,
-    run_command,
-)
+from jaxla.config import InputError
 from jaxla.devices.launch import find_launch
 from jaxla.devices.processes import agreed, if_others_end, is_first, joined, require_same
 from jaxla.experiments import EXPERIMENTS, METHODS
+from jaxla.shell.command_line import Options, parse_experiment, require_writable
+from jaxla.shell.process import Stopped, run_command
 
 DISK_FAULTS = (
     errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EIO, errno.ESTALE, errno.ENOENT,

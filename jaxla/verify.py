@@ -14,7 +14,9 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from jaxla.config import InputError, command_parser, parse_arguments, run_command
+from jaxla.config import InputError
+from jaxla.shell.command_line import command_parser, parse_arguments
+from jaxla.shell.process import run_command
 
 if TYPE_CHECKING:
     from jaxla.data.cases import Finding

@@ -9,7 +9,7 @@ import sys
 import pytest
 
 from jaxla import verify
-from jaxla.config import run_command
+from jaxla.shell.process import run_command
 from tests.data.nifti import decathlon, flat, image_array, lascarqs, mask_array, save, truncate
 
 

@@ -26,8 +26,9 @@ from contextlib import contextmanager
 from multiprocessing.connection import Connection, wait
 from typing import Any, TypeVar
 
-from jaxla.config import InputError, Stopped, outcome
+from jaxla.config import InputError
 from jaxla.devices.launch import Launch, count_gpus, gpus_of
+from jaxla.shell.process import Stopped, outcome
 
 T = TypeVar("T")
 

@@ -12,7 +12,7 @@ from typing import Literal, NamedTuple
 
 from filelock import FileLock, Timeout
 
-from jaxla.config import Data, Experiment, InputError, Study, parse_experiment
+from jaxla.config import Data, Experiment, InputError, Study
 from jaxla.data.cases import find_cases
 from jaxla.data.prepared import content_key
 from jaxla.data.split import make_split
@@ -22,6 +22,7 @@ from jaxla.pipeline.data import data_folder
 from jaxla.reporting.results import RUNS, STUDY
 from jaxla.runs.folder import CASES, FIRST_FILES, LOCK, is_finished
 from jaxla.runs.record import changed_case, differences, read_record, shown
+from jaxla.shell.command_line import parse_experiment
 
 State = Literal["complete", "begun", "new"]
 

@@ -14,7 +14,7 @@ from pathlib import Path
 import jax
 from tabulate import tabulate
 
-from jaxla.config import Experiment, InputError, log_to_terminal
+from jaxla.config import Experiment, InputError
 from jaxla.data.cache import in_use
 from jaxla.data.split import make_split
 from jaxla.devices.memory import as_bytes
@@ -25,6 +25,7 @@ from jaxla.pipeline.forecast import MEASURED_STEPS, forecast
 from jaxla.pipeline.study import PlannedRun, State
 from jaxla.reporting.study_tables import count_of
 from jaxla.runs.machine import processor
+from jaxla.shell.process import log_to_terminal
 from jaxla.training.loop import clock
 
 log = logging.getLogger(__name__)

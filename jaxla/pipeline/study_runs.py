@@ -16,10 +16,11 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from jaxla.config import InputError, Stopped
+from jaxla.config import InputError
 from jaxla.pipeline.study import PlannedRun, State, state_of
 from jaxla.pipeline.study_forecast import RunsForecast, how_it_ended
 from jaxla.runs.folder import is_finished, is_running
+from jaxla.shell.process import Stopped
 from jaxla.training.loop import clock
 
 log = logging.getLogger(__name__)

@@ -17,11 +17,11 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from PIL import Image
 
-from jaxla.config import without_folder_and_process
 from jaxla.reporting.agreement import FEWEST_FOR_LIMITS, draw_volumes, volume_agreement
 from jaxla.reporting.curves import draw_losses, draw_validation
 from jaxla.reporting.overlays import PREDICTION, REFERENCE, Panel, slice_figures
 from jaxla.runs.machine import describe_device
+from jaxla.shell.command_line import without_folder_and_process
 
 SLICES_PER_CASE = 4  # of 640×640 pixels: about 0.5 MB each in the page
 

@@ -18,12 +18,13 @@ import numpy as np
 from grain.python import DatasetIterator
 from tqdm import tqdm
 
-from jaxla.config import Augmentation, InputError, Stopped, Training, stop_requests
+from jaxla.config import Augmentation, InputError, Training
 from jaxla.data.batches import SliceSource, evaluation_batches, steps_per_epoch, training_batches
 from jaxla.devices.memory import program_bytes, require_memory
 from jaxla.devices.mesh import highest, own_rows, spread, to_devices
 from jaxla.devices.processes import agreed, is_first, process_count
 from jaxla.runs.folder import METRICS
+from jaxla.shell.process import Stopped, stop_requests
 from jaxla.training.checkpoints import Checkpoints, checkpointed
 from jaxla.training.step import (
     UNCHANGED,

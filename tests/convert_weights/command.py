@@ -16,10 +16,10 @@ from flax import nnx
 from safetensors import safe_open
 
 from convert_weights.__main__ import main
-from jaxla.config import run_command
 from jaxla.models.backbones import build_backbone
 from jaxla.models.weights import parameter_shapes
 from jaxla.models.weights_format import save_weights
+from jaxla.shell.process import run_command
 from tests.golden.fake_weights import fake_state_dict
 
 ROOT = Path(__file__).parents[2]

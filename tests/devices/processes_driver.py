@@ -5,9 +5,10 @@ import logging
 import time
 from pathlib import Path
 
-from jaxla.config import InputError, Stopped, run_command
+from jaxla.config import InputError
 from jaxla.devices.launch import Launch
 from jaxla.devices.processes import agreed, gather, if_others_end, is_first, joined, share, tell
+from jaxla.shell.process import Stopped, run_command
 
 log = logging.getLogger("jaxla.tests")
 

@@ -9,11 +9,12 @@ from pathlib import Path
 import jax
 from flax import nnx
 
-from jaxla.config import Training, run_command
+from jaxla.config import Training
 from jaxla.data.batches import SliceSource
 from jaxla.data.inputs import Canvas
 from jaxla.models.decoders import ConvolutionalDecoder
 from jaxla.models.network import TransformerSegmenter
+from jaxla.shell.process import run_command
 from jaxla.training import loop
 from jaxla.training.step import split_network
 from tests.tiny import randomise, tiny_backbone
