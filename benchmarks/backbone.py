@@ -27,10 +27,10 @@ import jax.numpy as jnp
 import numpy as np
 import torch
 from flax import nnx
-from jaxla.runs.machine import processor
 
 from jaxla.config import InputError
 from jaxla.models.backbones import TRANSFORMERS, architecture, build_backbone
+from jaxla.runs.machine import processor
 from jaxla.shell.command_line import command_parser, parse_arguments
 from jaxla.shell.process import run_command
 from tests.golden.errors import error

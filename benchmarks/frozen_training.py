@@ -26,7 +26,6 @@ from pathlib import Path
 import jax
 import numpy as np
 import torch
-from jaxla.runs.machine import processor
 from torch.nn import functional
 
 from benchmarks.backbone import PAUSE, timed
@@ -39,6 +38,7 @@ from jaxla.data.prepared import prepare_cases
 from jaxla.models.backbones import TRANSFORMERS, architecture
 from jaxla.models.images import IMAGENET_DEVIATION, IMAGENET_MEAN
 from jaxla.models.network import build_network
+from jaxla.runs.machine import processor
 from jaxla.shell.command_line import command_parser, parse_arguments
 from jaxla.shell.process import run_command
 from jaxla.training.features import BATCH, FeatureCache

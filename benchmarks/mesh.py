@@ -14,13 +14,13 @@ import time
 
 import jax
 import numpy as np
-from jaxla.runs.machine import processor
 
 from benchmarks.backbone import PAUSE, timed
 from jaxla.config import InputError, Model, Training
 from jaxla.devices.mesh import spread, to_devices, use_devices
 from jaxla.models.backbones import TRANSFORMERS, architecture
 from jaxla.models.network import build_network
+from jaxla.runs.machine import processor
 from jaxla.shell.command_line import command_parser, parse_arguments
 from jaxla.shell.process import run_command
 from jaxla.training.step import initial_state, make_gradient, make_optimiser, make_step, split_network

@@ -27,7 +27,6 @@ os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # on a GPU, so 
 import jax
 import numpy as np
 import torch
-from jaxla.runs.machine import processor
 
 from benchmarks.backbone import PAUSE, timed
 from jaxla.config import InputError, Training, lookup
@@ -35,6 +34,7 @@ from jaxla.devices.memory import program_bytes
 from jaxla.experiments import METHODS
 from jaxla.models.images import IMAGENET_DEVIATION, IMAGENET_MEAN
 from jaxla.models.network import build_network, require_size
+from jaxla.runs.machine import processor
 from jaxla.shell.command_line import command_parser, parse_arguments
 from jaxla.shell.process import run_command
 from jaxla.training.step import initial_state, make_gradient, make_optimiser, make_step, split_network

@@ -1,15 +1,12 @@
-"""The dataclasses of an experiment, and how a command line overrides them."""
+"""The dataclasses of an experiment, and what bad input is."""
 
 from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeVar
-
-if TYPE_CHECKING:
-    pass
+from typing import Any, Literal, NamedTuple, TypeVar
 
 T = TypeVar("T")
 
@@ -227,12 +224,8 @@ def with_method(experiment: Experiment, method: Method) -> Experiment:
     return replace(experiment_of(experiment.name, experiment.summary, experiment.data, method), seed=experiment.seed)
 
 
-def experiment_to_json(experiment: Experiment) -> dict[str, Any]:
-    return asdict(experiment)
-
-
 def experiment_from_json(values: Mapping[str, Any]) -> Experiment:
-    """The inverse of `experiment_to_json`, for a run folder's own file."""
+    """An experiment from what `dataclasses.asdict` makes of it, as it stands in a run folder's own file."""
     values = {key: PARTS[key](**value) if key in PARTS else value for key, value in values.items()}
     model = values["model"]
     widths = {name: tuple(getattr(model, name)) for name in ("decoder_widths", "widths")}

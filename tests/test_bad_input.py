@@ -421,10 +421,9 @@ def test_conversion_never_executes_what_a_pth_holds(tmp_path):
 @pytest.fixture(scope="module")
 def run_folder(tmp_path_factory):
     """A run that stopped before its first checkpoint."""
-    from jaxla.runs.record import Record, write_record
-
     from jaxla.data.cases import Labels
     from jaxla.experiments import EXPERIMENTS
+    from jaxla.runs.record import Record, write_record
 
     folder = tmp_path_factory.mktemp("run")
     unknown = dict.fromkeys(("weights_sha256", "split_sha256", "data_sha256", "command", "begun"), "")

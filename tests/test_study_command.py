@@ -9,15 +9,15 @@ import sys
 from dataclasses import replace
 
 import pytest
-from jaxla.runs.folder import run_folder
-from jaxla.runs.machine import environment
-from jaxla.runs.record import Record
 
 from jaxla.config import InputError
 from jaxla.data.cases import find_cases
 from jaxla.data.prepared import content_key
 from jaxla.data.split import make_split, write_split
 from jaxla.pipeline.study import plan_runs, require_same_data, state_of
+from jaxla.runs.folder import run_folder
+from jaxla.runs.machine import environment
+from jaxla.runs.record import Record
 from jaxla.study import main
 from tests.conftest import run_command
 

@@ -12,9 +12,10 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-from jaxla.config import Experiment, InputError, require_writable, without_folder_and_process
+from jaxla.config import Experiment, InputError
 from jaxla.data.split import Split, write_split
 from jaxla.runs.record import RECORD, Record, changed_case, differences, read_record, shown, write_record
+from jaxla.shell.command_line import require_writable, without_folder_and_process
 
 log = logging.getLogger(__name__)
 

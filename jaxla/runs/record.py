@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass, fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
-from jaxla.config import Experiment, InputError, experiment_from_json, experiment_to_json
+from jaxla.config import Experiment, InputError, experiment_from_json
 from jaxla.data.cases import Labels
 from jaxla.data.inputs import Canvas
 
@@ -61,7 +61,7 @@ def write_record(folder: Path, record: Record) -> None:
     content = {
         **vars(record),
         "version": VERSION,
-        "experiment": experiment_to_json(record.experiment),
+        "experiment": asdict(record.experiment),
         "labels": labels,
     }
     beside = folder / f".{RECORD}"
@@ -113,7 +113,7 @@ def _labels_from_json(content: Mapping[str, Any]) -> Labels:
 def options_of(experiment: Experiment) -> dict[str, str]:
     """Every option that must be the same wherever the run goes on, by its dotted name."""
     flat = {"exp": experiment.name}
-    for key, value in experiment_to_json(experiment).items():
+    for key, value in asdict(experiment).items():
         of_part = {f"{key}.{name}": v for name, v in value.items()} if isinstance(value, dict) else {key: value}
         flat |= {name: shown(v) for name, v in of_part.items() if name not in NOT_COMPARED | {"name"}}
     return flat

@@ -39,6 +39,8 @@ def run_command(main: Callable[[list[str]], None]) -> None:
             sys.stdout.flush()
             os._exit(code)
         sys.exit(code)
+    except BrokenPipeError:  # whoever read what this prints has left, as `| head` does
+        os._exit(1)
     sys.exit(0)
 
 

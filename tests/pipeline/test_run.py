@@ -5,8 +5,6 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from jaxla.runs.folder import BACKBONE
-from jaxla.runs.record import Record, read_record, write_record
 
 from jaxla.config import InputError
 from jaxla.data.cases import Labels
@@ -14,6 +12,8 @@ from jaxla.experiments import EXPERIMENTS
 from jaxla.models.weights import parameters_sha256
 from jaxla.models.weights_format import read_metadata
 from jaxla.pipeline.run import build
+from jaxla.runs.folder import BACKBONE
+from jaxla.runs.record import Record, read_record, write_record
 
 QUICKSTART = EXPERIMENTS["quickstart"]
 EXPERIMENT = replace(QUICKSTART, seed=4, model=replace(QUICKSTART.model, backbone="frozen"))

@@ -6,14 +6,14 @@ from typing import NamedTuple
 
 import nibabel as nib
 import numpy as np
-from jaxla.runs.machine import environment
-from jaxla.runs.record import Record, write_record
 
 from jaxla.config import with_method
 from jaxla.data.cases import Labels, find_cases
 from jaxla.data.prepared import content_key
 from jaxla.evaluation.summary import score_case, summarise, write_cases, write_summary
 from jaxla.experiments import EXPERIMENTS, METHODS
+from jaxla.runs.machine import environment
+from jaxla.runs.record import Record, write_record
 
 SHAPE, SPACING = (24, 20, 6), (1.0, 1.5, 4.0)  # X, Y, Z; the slices lie along Z
 AFFINE = np.diag([*SPACING, 1.0])
