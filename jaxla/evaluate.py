@@ -19,7 +19,7 @@ from jaxla.shell.process import run_command
 if TYPE_CHECKING:
     import numpy as np
 
-    from jaxla.data.cases import Labels
+    from jaxla.data.labels import Labels
     from jaxla.evaluation.summary import Row
 
 log = logging.getLogger("jaxla.evaluate")
@@ -142,7 +142,7 @@ def _check(pairs: list[tuple[str, Path, Path]], labels: Labels | None) -> Labels
     Without a data set that says its classes: where no file has more than one value besides 0, that is the one class;
     otherwise each value found in the references is a class.
     """
-    from jaxla.data.cases import Labels
+    from jaxla.data.labels import Labels
     from jaxla.data.volumes import read_mask, require_same_grid
 
     log.info("checking %d cases", len(pairs))

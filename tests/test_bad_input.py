@@ -421,7 +421,7 @@ def test_conversion_never_executes_what_a_pth_holds(tmp_path):
 @pytest.fixture(scope="module")
 def run_folder(tmp_path_factory):
     """A run that stopped before its first checkpoint."""
-    from jaxla.data.cases import Labels
+    from jaxla.data.labels import Labels
     from jaxla.experiments import EXPERIMENTS
     from jaxla.runs.record import Record, write_record
 

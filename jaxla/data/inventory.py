@@ -20,9 +20,10 @@ import numpy as np
 from scipy.stats import median_abs_deviation
 
 from jaxla.config import Data, InputError
-from jaxla.data.cases import Case, Finding, Labels, find_labels, require_one_value, survey_cases, voxels_sha256
+from jaxla.data.cases import Case, Finding, find_labels, survey_cases
+from jaxla.data.labels import Labels, require_one_value
 from jaxla.data.split import Split, make_split
-from jaxla.data.volumes import Volume, read_image, read_mask, require_same_grid, slice_geometry
+from jaxla.data.volumes import Volume, read_image, read_mask, require_same_grid, slice_geometry, voxels_sha256
 
 OUTLIER_Z = 3.5
 OUTLIER_CASES = 5

@@ -18,9 +18,18 @@ from pathlib import Path
 import numpy as np
 
 from jaxla.config import InputError
-from jaxla.data.cases import Case, Dataset, Labels, require_one_value, voxels_sha256
+from jaxla.data.cases import Case, Dataset
 from jaxla.data.inputs import Frame, image_to_input
-from jaxla.data.volumes import Volume, read_image, read_mask, require_same_grid, slice_geometry, to_slices
+from jaxla.data.labels import Labels, require_one_value
+from jaxla.data.volumes import (
+    Volume,
+    read_image,
+    read_mask,
+    require_same_grid,
+    slice_geometry,
+    to_slices,
+    voxels_sha256,
+)
 
 log = logging.getLogger(__name__)
 

@@ -13,10 +13,7 @@ import contextlib
 import json
 import logging
 import os
-import platform
 import queue
-import socket
-import struct
 import sys
 import threading
 import time
@@ -28,20 +25,12 @@ from typing import Any, TypeVar
 
 from jaxla.config import InputError
 from jaxla.devices.launch import Launch, count_gpus, gpus_of
+from jaxla.devices.meeting import GRACE, bound_to, host_and_port, meet
 from jaxla.shell.process import Stopped, outcome
 
 T = TypeVar("T")
 
 log = logging.getLogger("jaxla")
-
-GRACE = 3  # seconds for a process to end by itself, as all do that meet the same mistake
-SILENCE = 30  # seconds without an answer of the other host, after which it counts as gone
-KEEPALIVE = {  # by the names of Linux; elsewhere the system's own, longer times hold
-    "TCP_KEEPIDLE": SILENCE // 3,
-    "TCP_KEEPINTVL": SILENCE // 6,
-    "TCP_KEEPCNT": 4,
-    "TCP_USER_TIMEOUT": 1000 * SILENCE,  # ms, where something was sent
-}
 
 
 class _Processes:
@@ -53,6 +42,10 @@ class _Processes:
         go_on: the command that goes on once they have ended.
         note: keeps a line beside the terminal, should another one end.
         ending: whether this process is about to leave.
+
+    Messages are JSON: `{"value": …}` for `gather`, `{"log": [level, text]}` for process 0 to print, and
+    `{"end": [exit code, line]}` from one that leaves, at which all do. A process that comes to its end by itself calls
+    `leave`, one that is ended by a mistake or a signal `end`; `_after_end_of` ends one whose other has ended.
     """
 
     def __init__(self, index: int, hosts: Sequence[str], links: dict[int, Connection]) -> None:
@@ -237,7 +230,7 @@ def joined(launch: Launch | None, timeout: float) -> Iterator[None]:
     if launch is None:
         yield
         return
-    links, members = _meet(launch, timeout)
+    links, members = meet(launch, timeout)
     _processes = met = _Processes(launch.index, [member["host"] for member in members], links)
     if launch.index:
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115  (for as long as the process lives)
@@ -247,7 +240,7 @@ def joined(launch: Launch | None, timeout: float) -> Iterator[None]:
 
         jax.config.update("jax_enable_preemption_service", False)  # it would take SIGTERM for itself
         # The way to process 0 is no way for a proxy of the web, by which gRPC would go, and of which JAX would warn.
-        os.environ["no_grpc_proxy"] = _host_and_port(launch.coordinator)[0]  # noqa: SIM112  (its name)
+        os.environ["no_grpc_proxy"] = host_and_port(launch.coordinator)[0]  # noqa: SIM112  (its name)
         jax.config.update("jax_check_proxy_envs", False)
         jax.distributed.initialize(
             launch.coordinator,
@@ -255,7 +248,7 @@ def joined(launch: Launch | None, timeout: float) -> Iterator[None]:
             launch.index,
             local_device_ids=gpus_of(launch, members, count_gpus()),
             initialization_timeout=round(timeout) + 10,
-            coordinator_bind_address=_bound_to(launch.coordinator),
+            coordinator_bind_address=bound_to(launch.coordinator),
         )
         log.info("%d processes, on %s", launch.count, ", ".join(dict.fromkeys(met.hosts)))
         yield
@@ -281,126 +274,3 @@ class _ToFirst(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
         said = f"{self._processes.name(self._processes.index)}: {record.getMessage()}"
         self._processes.send(0, {"log": [record.levelno, said]})
-
-
-def _meet(launch: Launch, timeout: float) -> tuple[dict[int, Connection], list[dict[str, Any]]]:
-    """This process's links, and what each process, by its index, says of itself.
-
-    Raises:
-        InputError: not all come, or they do not fit together.
-    """
-    deadline = time.monotonic() + timeout
-    hello = {
-        "process": launch.index,
-        "processes": launch.count,
-        "host": platform.node(),
-        "visible": os.environ.get("CUDA_VISIBLE_DEVICES"),
-    }
-    if launch.index:
-        link, answer = _find_first(launch.coordinator, hello, deadline)
-        links = {0: link}
-    else:
-        links, answer = _await_others(launch.coordinator, hello, deadline)
-    if answer["problem"]:
-        raise InputError(answer["problem"].format(waited=f"waited {timeout:g} s"))
-    return links, answer["all"]
-
-
-def _await_others(address: str, hello: dict[str, Any], deadline: float) -> tuple[dict[int, Connection], dict[str, Any]]:
-    """Process 0's side of the meeting: a link to each of the others, and the answer that each of them was given."""
-    host, port = _host_and_port(address)
-    try:
-        listening = socket.create_server((host if _is_loopback(host) else "", port), backlog=hello["processes"])
-    except OSError as error:
-        reason = os.strerror(error.errno)
-        raise InputError(
-            f"option --coordinator={address}: port {port} of this host cannot be used ({reason}); is another process 0 "
-            "there? Each needs a --process of its own; else name another port"
-        ) from error
-    links: dict[int, Connection] = {}
-    came, problem, said = {0: hello}, "", False
-    with listening:
-        while len(came) < hello["processes"] and not problem:
-            left = max(0.01, deadline - time.monotonic())
-            listening.settimeout(left if said else min(GRACE, left))
-            try:
-                link = _linked(listening.accept()[0])
-            except TimeoutError:
-                missing = ", ".join(str(k) for k in range(hello["processes"]) if k not in came)
-                if time.monotonic() < deadline:
-                    log.info("waiting at %s for process %s of %d", address, missing, hello["processes"])
-                    said = True
-                    continue
-                problem = (
-                    f"{{waited}} at {address}, and process {missing} of {hello['processes']} did not come; start all "
-                    "of them, or raise --wait"
-                )
-                break
-            try:
-                other = _receive(link, 5)
-                k = int(other["process"])
-                if other["processes"] != hello["processes"]:
-                    problem = (
-                        f"process {k} ({other['host']}) is one of {other['processes']}, process 0 ({hello['host']}) "
-                        f"one of {hello['processes']}; give all the same --processes"
-                    )
-                elif k in came:
-                    problem = f"two are process {k} ({came[k]['host']}, {other['host']}); give each its own --process"
-            except (OSError, EOFError, ValueError, KeyError, TypeError):  # some other program
-                continue
-            links[k if k not in links else -1], came[k] = link, other
-    answer = {"problem": problem, "all": [came[k] for k in sorted(came)]}
-    for link in links.values():
-        with contextlib.suppress(OSError):
-            link.send_bytes(json.dumps(answer).encode())
-    return links, answer
-
-
-def _find_first(address: str, hello: dict[str, Any], deadline: float) -> tuple[Connection, dict[str, Any]]:
-    """The others' side: the link to process 0, and its answer."""
-    link, reason, began, said = None, "", time.monotonic(), False
-    while time.monotonic() < deadline:
-        if reason and not said and time.monotonic() > began + GRACE:
-            log.info("process %d: looking for process 0 at %s (%s)", hello["process"], address, reason)
-            said = True
-        try:
-            link = _linked(socket.create_connection(_host_and_port(address), timeout=5))
-            link.send_bytes(json.dumps(hello).encode())
-            return link, _receive(link, deadline + 5 - time.monotonic())  # process 0's own limit may be a little later
-        except (OSError, EOFError, ValueError) as error:  # not there yet, or some other program is
-            reason = getattr(error, "strerror", None) or str(error) or "it closed the connection"
-            time.sleep(0.2)
-    problem = (
-        f"option --coordinator={address}: {{waited}} for process 0, which could not be reached ({reason}); start it, "
-        "open that port to this host, or name another"
-    )
-    return link, {"problem": problem}
-
-
-def _linked(connected: socket.socket) -> Connection:
-    connected.settimeout(None)
-    connected.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-    connected.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, struct.pack("ll", SILENCE, 0))  # within a message
-    for option, value in KEEPALIVE.items():
-        if hasattr(socket, option):
-            connected.setsockopt(socket.IPPROTO_TCP, getattr(socket, option), value)
-    return Connection(connected.detach())
-
-
-def _receive(link: Connection, seconds: float) -> dict[str, Any]:
-    if not link.poll(seconds):
-        raise OSError("it does not answer")
-    return dict(json.loads(link.recv_bytes(1 << 20)))
-
-
-def _host_and_port(address: str) -> tuple[str, int]:
-    host, port = address.rsplit(":", 1)
-    return host.strip("[]"), int(port)
-
-
-def _is_loopback(host: str) -> bool:
-    return host in ("127.0.0.1", "localhost", "::1")
-
-
-def _bound_to(address: str) -> str | None:
-    return address if _is_loopback(_host_and_port(address)[0]) else None  # else all of the host's addresses

@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from jaxla.config import InputError
-from jaxla.data.cases import Case, Labels, find_cases
+from jaxla.data.cases import Case, find_cases
+from jaxla.data.labels import Labels
 from jaxla.data.prepared import content_key
 from jaxla.data.volumes import read_image, read_mask, slice_geometry, to_slices
 from jaxla.evaluation.summary import worst_median_best

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from jaxla.config import Experiment, InputError, experiment_from_json
-from jaxla.data.cases import Labels
 from jaxla.data.inputs import Canvas
+from jaxla.data.labels import Labels
 
 RECORD = "experiment.json"
 VERSION = 3

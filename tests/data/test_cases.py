@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 from jaxla.config import InputError
-from jaxla.data.cases import LAYOUTS, Labels, find_cases, find_images, parse_labels
+from jaxla.data.cases import LAYOUTS, find_cases, find_images
+from jaxla.data.labels import Labels, parse_labels
 from tests.data.nifti import decathlon, flat, image_array, lascarqs, mask_array, save
 
 ONE_CLASS = {"background": 0, "LA": 1}

@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 
 from jaxla.config import InputError
-from jaxla.data.cases import Labels, find_cases
+from jaxla.data.cases import find_cases
+from jaxla.data.labels import Labels
 from jaxla.data.prepared import intensity_range, prepare_cases
 from tests.data.nifti import AFFINE, SHAPE, flat, image_array, lascarqs, mask_array, save
 

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from jaxla.config import InputError
-from jaxla.data.cases import Labels
+from jaxla.data.labels import Labels
 from jaxla.experiments import EXPERIMENTS
 from jaxla.models.weights import parameters_sha256
 from jaxla.models.weights_format import read_metadata

@@ -8,7 +8,8 @@ import nibabel as nib
 import numpy as np
 
 from jaxla.config import with_method
-from jaxla.data.cases import Labels, find_cases
+from jaxla.data.cases import find_cases
+from jaxla.data.labels import Labels
 from jaxla.data.prepared import content_key
 from jaxla.evaluation.summary import score_case, summarise, write_cases, write_summary
 from jaxla.experiments import EXPERIMENTS, METHODS

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from jaxla.config import InputError
-from jaxla.data.cases import Labels
+from jaxla.data.labels import Labels
 from jaxla.data.split import Split
 from jaxla.experiments import EXPERIMENTS
 from jaxla.runs.folder import is_running, require_free, require_resumable, run_folder
