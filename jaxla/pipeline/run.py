@@ -37,7 +37,7 @@ from jaxla.pipeline.data import PreparedData, say_what_is_cut
 from jaxla.pipeline.progress import track
 from jaxla.reporting.curves import draw_curves
 from jaxla.reporting.overlays import Panel, draw_overlays
-from jaxla.reporting.report import write_report
+from jaxla.reporting.run_report import write_report
 from jaxla.runs.cost import write_cost
 from jaxla.runs.folder import BACKBONE, COST, METRICS, REPORT
 from jaxla.runs.record import FEATURES_KEPT, RECORD, read_record, write_record

@@ -19,7 +19,7 @@ from jaxla.data.split import make_split
 from jaxla.experiments import EXPERIMENTS, METHODS
 from jaxla.pipeline.checks import checked, of_method, with_weights
 from jaxla.pipeline.data import data_folder
-from jaxla.reporting.results import RUNS, STUDY
+from jaxla.reporting.study_results import RUNS, STUDY
 from jaxla.runs.folder import CASES, FIRST_FILES, LOCK, is_finished
 from jaxla.runs.record import changed_case, differences, read_record, shown
 from jaxla.shell.command_line import parse_experiment

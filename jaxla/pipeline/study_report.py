@@ -14,8 +14,8 @@ from jaxla.evaluation.summary import worst_median_best
 from jaxla.experiments import EXPERIMENTS, METHODS, PUBLISHED
 from jaxla.pipeline.data import data_folder
 from jaxla.reporting.overlays import Panel
-from jaxla.reporting.results import Results, StudyRun, read_study
-from jaxla.reporting.study import write_study_report
+from jaxla.reporting.study_page import write_study_report
+from jaxla.reporting.study_results import Results, StudyRun, read_study
 from jaxla.reporting.study_tables import largest_protocol
 
 

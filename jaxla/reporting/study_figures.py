@@ -20,7 +20,7 @@ from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
 
 from jaxla.reporting.agreement import FEWEST_FOR_LIMITS, Agreement, volume_agreement
 from jaxla.reporting.overlays import PREDICTION, REFERENCE, Panel, draw_slice, grey_window
-from jaxla.reporting.results import Results
+from jaxla.reporting.study_results import Results
 from jaxla.reporting.study_tables import cost_of, largest_protocol
 
 # Okabe and Ito's colours, which the colour-blind tell apart, in an order in which neighbours differ in brightness

@@ -13,8 +13,8 @@ from tabulate import tabulate
 
 from jaxla.config import Published
 from jaxla.evaluation.statistics import Comparison, compare
-from jaxla.reporting.report import LABELS, Pair, digits
-from jaxla.reporting.results import METRICS_SHOWN, Mean, Results
+from jaxla.reporting.page import LABELS, Pair, digits
+from jaxla.reporting.study_results import METRICS_SHOWN, Mean, Results
 from jaxla.runs.machine import describe_device
 from jaxla.runs.record import FEATURES_KEPT
 

@@ -8,7 +8,8 @@ import jinja2
 import numpy as np
 import pytest
 
-from jaxla.reporting.report import Pair, write_report
+from jaxla.reporting.page import Pair
+from jaxla.reporting.run_report import write_report
 from jaxla.shell.command_line import without_folder_and_process
 from tests.reporting.pages import SHAPE, SPACING, Page, embedded_images, outcome
 

@@ -17,8 +17,8 @@ from jaxla.config import InputError
 from jaxla.experiments import METHODS, STUDIES
 from jaxla.pipeline.study_report import report_study
 from jaxla.report import main
-from jaxla.reporting.results import read_study
 from jaxla.reporting.study_figures import draw_series, series_of, styles_of
+from jaxla.reporting.study_results import read_study
 from jaxla.reporting.study_tables import devices_of, largest_protocol
 from tests.reporting.pages import Page
 from tests.reporting.studies import TWO_CLASSES, Planned, write_study

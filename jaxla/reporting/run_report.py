@@ -2,61 +2,20 @@
 
 from __future__ import annotations
 
-import base64
-import io
 import json
-import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-import jinja2
-import matplotlib
 import numpy as np
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
-from PIL import Image
 
 from jaxla.reporting.agreement import FEWEST_FOR_LIMITS, draw_volumes, volume_agreement
 from jaxla.reporting.curves import draw_losses, draw_validation
 from jaxla.reporting.overlays import PREDICTION, REFERENCE, Panel, slice_figures
-from jaxla.runs.machine import describe_device
+from jaxla.reporting.page import LABELS, Pair, chart, data_uri, templates
 from jaxla.shell.command_line import without_folder_and_process
 
 SLICES_PER_CASE = 4  # of 640×640 pixels: about 0.5 MB each in the page
-
-LABELS = {
-    "dice": "Dice",
-    "iou": "IoU",
-    "precision": "Precision",
-    "recall": "Recall",
-    "nsd_1mm": "NSD at 1 mm",
-    "nsd_2mm": "NSD at 2 mm",
-    "hd_mm": "HD, mm",
-    "hd95_mm": "HD95, mm",
-    "assd_mm": "ASSD, mm",
-    "volume_ml": "Volume, ml",
-    "reference_volume_ml": "Reference volume, ml",
-    "area_mm2": "Area, mm²",
-    "reference_area_mm2": "Reference area, mm²",
-}
-
-
-class Pair(NamedTuple):
-    """A mean Dice and a mean IoU that are printed side by side."""
-
-    name: str
-    dice: float
-    iou: float
-
-    @property
-    def floor(self) -> float:
-        """The least mean IoU that such a mean Dice allows: IoU is D/(2 − D) of a mask, which is convex (Jensen)."""
-        return self.dice / (2 - self.dice)
-
-    @property
-    def passes(self) -> bool:
-        return self.iou >= self.floor - 1e-6  # counts may have been divided in single precision
 
 
 def write_report(
@@ -85,7 +44,7 @@ def write_report(
     Raises:
         KeyError, jinja2.UndefinedError: something that the report shows is missing from what it was given.
     """
-    template = templates().get_template("report.html.jinja")
+    template = templates().get_template("run_report.html.jinja")
     cases = _cases(rows)
     best = next(line for line in history if line["epoch"] == summary["best_epoch"])
     page = template.render(
@@ -118,38 +77,6 @@ def write_report(
     beside = path.with_name(f".{path.name}")
     beside.write_text(page, encoding="utf-8")
     beside.replace(path)
-
-
-def templates() -> jinja2.Environment:
-    """The pages, and the filters that they print numbers with."""
-    environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("jaxla.reporting", "."),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters |= {"number": _number, "mean_sd": _mean_sd, "device": describe_device}
-    return environment
-
-
-def digits(metric: str) -> int:
-    """Decimals that a metric is printed with."""
-    return 2 if metric.endswith(("_mm", "_ml", "_mm2")) else 3
-
-
-def _number(value: float | None, metric: str, sign: bool = False) -> str:
-    """`0.855`, `4.89`, `−1.20`; a dash for None."""
-    if value is None:
-        return "–"
-    return format(value, f"{'+' if sign else ''}.{digits(metric)}f").replace("-", "−")
-
-
-def _mean_sd(summary: Mapping[str, Any], metric: str) -> str:
-    """`0.855 ± 0.046`, of what `summary` says of a metric; a dash where it says nothing."""
-    if metric not in summary:
-        return "–"
-    return f"{_number(summary[metric]['mean'], metric)} ± {_number(summary[metric]['sd'], metric)}"
 
 
 def _results(summary: Mapping[str, Any]) -> list[dict[str, Any]]:
@@ -228,26 +155,3 @@ def _flatten(options: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str
             yield from _flatten(value, f"{prefix}{key}.")
         else:
             yield prefix + key, value if isinstance(value, str) and value else json.dumps(value, ensure_ascii=False)
-
-
-def chart(draw: Callable[[Axes], None], inches: tuple[float, float] = (4.6, 3.5)) -> str:
-    figure = Figure(figsize=inches, layout="constrained")
-    draw(figure.add_subplot())
-    return data_uri(figure)
-
-
-def data_uri(figure: Figure) -> str:
-    """A figure as SVG inside a data URI, for an <img>; the same figure gives the same text."""
-    drawn = io.StringIO()
-    nothing = dict.fromkeys(("Creator", "Date", "Format", "Type"))
-    with matplotlib.rc_context({"svg.hashsalt": "jaxla", "svg.fonttype": "path"}):
-        figure.savefig(drawn, format="svg", transparent=True, metadata=nothing)
-    svg = re.sub(r"(?<=data:image/png;base64,)\s*([^\"]+)", _grey_png, drawn.getvalue())
-    return "data:image/svg+xml;base64," + base64.b64encode(svg.encode()).decode()
-
-
-def _grey_png(found: re.Match[str]) -> str:
-    """The PNG of a grey image with one channel in place of four: the same pixels in little more than half the bytes."""
-    image, smaller = Image.open(io.BytesIO(base64.b64decode(found[1]))), io.BytesIO()
-    image.getchannel("R").save(smaller, "PNG", optimize=True)
-    return base64.b64encode(smaller.getvalue()).decode()

@@ -11,8 +11,7 @@ from matplotlib.figure import Figure
 from jaxla.config import Published
 from jaxla.evaluation import statistics
 from jaxla.reporting.overlays import Panel
-from jaxla.reporting.report import LABELS, data_uri, templates
-from jaxla.reporting.results import Results
+from jaxla.reporting.page import LABELS, data_uri, templates
 from jaxla.reporting.study_figures import (
     Styles,
     describe_agreement,
@@ -23,6 +22,7 @@ from jaxla.reporting.study_figures import (
     series_of,
     styles_of,
 )
+from jaxla.reporting.study_results import Results
 from jaxla.reporting.study_tables import all_tables, devices_of, dice_iou_pairs, largest_protocol, write_tables
 
 PAGE = "report.html"
@@ -78,7 +78,7 @@ def write_study_report(
     definitions = {LABELS.get(name, name): text for name, text in first.summary["definitions"].items()}
     page = (
         templates()
-        .get_template("study.html.jinja")
+        .get_template("study_page.html.jinja")
         .render(
             results=results,
             first=first,
