@@ -20,7 +20,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from jaxla.models.convolution import LECUN_NORMAL, convolution
-from jaxla.models.decoders import double
+from jaxla.models.resizing import double
 from jaxla.models.unet import UNet
 
 

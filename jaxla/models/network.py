@@ -14,51 +14,12 @@ from jaxla.config import InputError, Model, lookup
 from jaxla.models import dinov3, resnet, resnet_unet, segnet, vgg
 from jaxla.models.attention_unet import AttentionUNet
 from jaxla.models.backbones import TRANSFORMERS, Backbone, build_backbone
-from jaxla.models.decoders import ConvolutionalDecoder, LinearDecoder
-from jaxla.models.images import three_channels
 from jaxla.models.resnet_unet import ResNetUNet
 from jaxla.models.segnet import SegNet
+from jaxla.models.transformer_segmenter import ConvolutionalDecoder, LinearDecoder, TransformerSegmenter
 from jaxla.models.unet import UNet
 from jaxla.models.vision_transformer import VisionTransformer
 from jaxla.models.weights import compute_dtype, load_into, weights_file
-
-
-class TransformerSegmenter(nnx.Module):
-    """Paper 1's network: the backbone's patch tokens as a map, decoded to logits; the class token is dropped."""
-
-    def __init__(self, backbone: VisionTransformer, decoder: LinearDecoder | ConvolutionalDecoder) -> None:
-        self.backbone = backbone
-        self.decoder = decoder
-
-    def __call__(self, images: jax.Array, present: jax.Array | None = None) -> jax.Array:
-        """Logits [B, H, W, K] float32.
-
-        Args:
-            images: [B, H, W, 1] grey values in 0..1, or [B, H, W, 3] already ImageNet-normalised; H, W multiples of
-                the patch size.
-            present: [B] bool, which of them BatchNorm's statistics are of while it trains; by default all.
-        """
-        return self.decoder(self.features(images), images.shape[1:3], present)
-
-    def features(self, images: jax.Array) -> jax.Array:
-        """What the decoder reads of images [B, H, W, 1 or 3]: patch tokens [B, h, w, C] in the computation's dtype."""
-        return self.backbone(three_channels(images)).patches
-
-    def on_features(self, size: tuple[int, int]) -> FeatureSegmenter:
-        """The rest of this network, for features of images of H, W = `size` that were computed before."""
-        return FeatureSegmenter(self.decoder, size)
-
-
-class FeatureSegmenter(nnx.Module):
-    """Features [B, h, w, C] to logits [B, H, W, K] float32: a `TransformerSegmenter` without its backbone."""
-
-    def __init__(self, decoder: LinearDecoder | ConvolutionalDecoder, size: tuple[int, int]) -> None:
-        self.decoder = decoder
-        self.size = size
-
-    def __call__(self, features: jax.Array, present: jax.Array | None = None) -> jax.Array:
-        return self.decoder(features, self.size, present)
-
 
 Network = TransformerSegmenter | UNet | AttentionUNet | ResNetUNet | SegNet
 

@@ -32,7 +32,7 @@ from jaxla.data.prepared import PreparedVolume
 from jaxla.devices.memory import as_bytes
 from jaxla.devices.mesh import device_count, spread, to_devices
 from jaxla.devices.processes import gather, share
-from jaxla.models.network import TransformerSegmenter
+from jaxla.models.transformer_segmenter import TransformerSegmenter
 from jaxla.models.weights import parameters_sha256
 from jaxla.models.weights_format import file_sha256
 

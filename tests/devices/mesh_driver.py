@@ -22,8 +22,7 @@ from jaxla.data.inputs import Canvas
 from jaxla.devices.launch import Launch
 from jaxla.devices.mesh import own_rows, spread, to_devices, use_devices, whole
 from jaxla.devices.processes import is_first, joined
-from jaxla.models.decoders import ConvolutionalDecoder
-from jaxla.models.network import TransformerSegmenter
+from jaxla.models.transformer_segmenter import ConvolutionalDecoder, TransformerSegmenter
 from jaxla.models.unet import UNet
 from jaxla.training.loop import fit
 from jaxla.training.step import initial_state, make_gradient, make_optimiser, make_step, split_network

@@ -7,8 +7,7 @@ from pathlib import Path
 from flax import nnx
 
 from jaxla.data.inputs import Canvas
-from jaxla.models.decoders import LinearDecoder
-from jaxla.models.network import TransformerSegmenter
+from jaxla.models.transformer_segmenter import LinearDecoder, TransformerSegmenter
 from jaxla.training.features import FeatureCache
 from tests.tiny import randomise, tiny_backbone
 from tests.training.scans import prepared

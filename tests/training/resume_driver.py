@@ -12,8 +12,7 @@ from flax import nnx
 from jaxla.config import Training
 from jaxla.data.batches import SliceSource
 from jaxla.data.inputs import Canvas
-from jaxla.models.decoders import ConvolutionalDecoder
-from jaxla.models.network import TransformerSegmenter
+from jaxla.models.transformer_segmenter import ConvolutionalDecoder, TransformerSegmenter
 from jaxla.shell.process import run_command
 from jaxla.training import loop
 from jaxla.training.step import split_network
