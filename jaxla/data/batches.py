@@ -50,10 +50,10 @@ class SliceSource:
 
     def __getitem__(self, item: SupportsIndex) -> Batch:
         i, s = self.index[item]
-        volume, place = self.volumes[i], self.frames[i]
+        volume, frame = self.volumes[i], self.frames[i]
         return Batch(
-            input=self.features[i][s] if self.features else volume.input(s, place),
-            mask=mask_to_input(volume.mask[s], place),
+            input=self.features[i][s] if self.features else volume.input(s, frame),
+            mask=mask_to_input(volume.mask[s], frame),
             volume=np.int32(i),
             weight=np.float32(1),
         )

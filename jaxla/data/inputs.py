@@ -63,31 +63,31 @@ def _sides(shape: tuple[int, int], spacing: tuple[float, float]) -> list[float]:
     return [n * mm for n, mm in zip(shape, spacing, strict=True)]
 
 
-def image_to_input(pixels: np.ndarray, intensity_range: tuple[float, float], place: Frame) -> np.ndarray:
+def image_to_input(pixels: np.ndarray, intensity_range: tuple[float, float], frame: Frame) -> np.ndarray:
     """[H, W] in the scan's intensities -> [size, size, 1] float32 in 0..1."""
     low, high = intensity_range
     grey = np.clip((pixels.astype(np.float32) - low) / (high - low), 0, 1)
-    return _embed(_resize(grey, place.height, place.width), place)[..., None]
+    return _embed(_resize(grey, frame.height, frame.width), frame)[..., None]
 
 
-def mask_to_input(classes: np.ndarray, place: Frame) -> np.ndarray:
+def mask_to_input(classes: np.ndarray, frame: Frame) -> np.ndarray:
     """[H, W] class indices -> [size, size] uint8, for each input pixel the class that covers most of it.
 
     Taking the nearest pixel would move every structure by half a pixel where two pixels become one. There, where a
     border runs through the middle of an input pixel, two classes are even: pixels then take the first and the last of
     them in turn.
     """
-    if classes.shape == (place.height, place.width):
-        return _embed(classes, place)
+    if classes.shape == (frame.height, frame.width):
+        return _embed(classes, frame)
     lowest, *others = np.flatnonzero(np.bincount(classes.ravel())).astype(np.uint8)
-    rows, columns = (_overlaps(n, count) for n, count in zip(classes.shape, (place.height, place.width), strict=True))
+    rows, columns = (_overlaps(n, count) for n, count in zip(classes.shape, (frame.height, frame.width), strict=True))
     shares = [(columns @ (rows @ np.float32(classes == k)).T).T for k in others]
-    result, most = np.full((place.height, place.width), lowest), 1 - sum(shares)
+    result, most = np.full((frame.height, frame.width), lowest), 1 - sum(shares)
     turn = np.where(np.add(*np.indices(result.shape, sparse=True)) % 2, -EVEN, EVEN)
     for k, share in zip(others, shares, strict=True):
         result[share + turn > most] = k
         most = np.maximum(most, share)
-    return _embed(result, place)
+    return _embed(result, frame)
 
 
 @lru_cache(maxsize=64)
@@ -98,12 +98,12 @@ def _overlaps(n: int, count: int) -> csr_array:
     return csr_array(np.float32(np.maximum(lengths, 0) * (count / n)))
 
 
-def input_to_slice(probabilities: np.ndarray, place: Frame, shape: tuple[int, int]) -> np.ndarray:
+def input_to_slice(probabilities: np.ndarray, frame: Frame, shape: tuple[int, int]) -> np.ndarray:
     """[size, size, K] float32 -> [H, W, K] on the slice's own pixels; what the input did not show is background."""
-    in_input, in_slice = _overlap(place)
+    in_input, in_slice = _shared_part(frame)
     shown = probabilities[in_input]
-    if place.cuts:
-        shown = np.zeros((place.height, place.width, probabilities.shape[-1]), np.float32)
+    if frame.cuts:
+        shown = np.zeros((frame.height, frame.width, probabilities.shape[-1]), np.float32)
         if shown.shape[-1] > 1:
             shown[..., 0] = 1
         shown[in_slice] = probabilities[in_input]
@@ -118,18 +118,18 @@ def _resize(pixels: np.ndarray, height: int, width: int) -> np.ndarray:
     return np.asarray(Image.fromarray(np.ascontiguousarray(pixels)).resize((width, height), Image.Resampling.BILINEAR))
 
 
-def _embed(pixels: np.ndarray, place: Frame) -> np.ndarray:
-    square = np.zeros((place.size, place.size), pixels.dtype)
-    in_input, in_slice = _overlap(place)
+def _embed(pixels: np.ndarray, frame: Frame) -> np.ndarray:
+    square = np.zeros((frame.size, frame.size), pixels.dtype)
+    in_input, in_slice = _shared_part(frame)
     square[in_input] = pixels[in_slice]
     return square
 
 
-def _overlap(place: Frame) -> tuple[tuple[slice, slice], tuple[slice, slice]]:
+def _shared_part(frame: Frame) -> tuple[tuple[slice, slice], tuple[slice, slice]]:
     """What input and slice share: as rows and columns of the input, and of the slice at the input's resolution."""
     pairs = []
-    for start, length in ((place.top, place.height), (place.left, place.width)):
-        first, last = max(start, 0), min(start + length, place.size)
+    for start, length in ((frame.top, frame.height), (frame.left, frame.width)):
+        first, last = max(start, 0), min(start + length, frame.size)
         pairs.append((slice(first, last), slice(first - start, last - start)))
     rows, columns = pairs
     return (rows[0], columns[0]), (rows[1], columns[1])

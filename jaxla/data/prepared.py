@@ -78,9 +78,9 @@ class PreparedVolume:
     def mask(self) -> np.ndarray:
         return np.load(self.folder / "mask.npy", mmap_mode="r", allow_pickle=False)
 
-    def input(self, index: int, place: Frame) -> np.ndarray:
+    def input(self, index: int, frame: Frame) -> np.ndarray:
         """A slice as the network reads it: [size, size, 1] float32 in 0..1."""
-        return image_to_input(self.image[index], self.intensity_range, place)
+        return image_to_input(self.image[index], self.intensity_range, frame)
 
 
 def intensity_range(array: np.ndarray) -> tuple[float, float]:

@@ -35,10 +35,10 @@ def make_segment(trained: TrainedNetwork) -> Segment:
     def segment(volume: Volume, probabilities: bool = False) -> tuple[np.ndarray, np.ndarray | None]:
         geometry = slice_geometry(volume.affine)
         slices = to_slices(volume.array, geometry)
-        place = canvas.frame(slices.shape[1:], geometry.spacing[1:])
+        frame = canvas.frame(slices.shape[1:], geometry.spacing[1:])
         grey_range = intensity_range(volume.array)
-        inputs = (image_to_input(pixels, grey_range, place) for pixels in slices)
-        classes, kept = segment_slices(inputs, place, slices.shape, probabilities)
+        inputs = (image_to_input(pixels, grey_range, frame) for pixels in slices)
+        classes, kept = segment_slices(inputs, frame, slices.shape, probabilities)
         classes = np.ascontiguousarray(from_slices(classes, geometry))
         if kept is not None:
             kept = np.ascontiguousarray(from_slices(kept[..., 0] if kept.shape[-1] == 1 else kept, geometry))
@@ -48,9 +48,9 @@ def make_segment(trained: TrainedNetwork) -> Segment:
 
 
 def make_segment_slices(network: nnx.Module, batch_size: int, postprocessing: Postprocessing) -> Segment:
-    """`(inputs, place, shape, probabilities=False) -> (classes, probabilities or None)`, compiled once.
+    """`(inputs, frame, shape, probabilities=False) -> (classes, probabilities or None)`, compiled once.
 
-    `inputs` are what `network` reads of each slice in turn, images or features; `place` is where the slices lie in
+    `inputs` are what `network` reads of each slice in turn, images or features; `frame` is where the slices lie in
     these, `shape` = (S, H, W) their own size. `classes` is [S, H, W] uint8, `probabilities` [S, H, W, K] float32.
     """
     graph, state = nnx.split(network)
@@ -62,7 +62,7 @@ def make_segment_slices(network: nnx.Module, batch_size: int, postprocessing: Po
         return jax.nn.sigmoid(logits) if logits.shape[-1] == 1 else jax.nn.softmax(logits)
 
     def segment_slices(
-        inputs: Iterable[np.ndarray], place: Frame, shape: tuple[int, int, int], probabilities: bool = False
+        inputs: Iterable[np.ndarray], frame: Frame, shape: tuple[int, int, int], probabilities: bool = False
     ) -> tuple[np.ndarray, np.ndarray | None]:
         inputs = iter(inputs)
         classes = np.empty(shape, np.uint8)
@@ -74,7 +74,7 @@ def make_segment_slices(network: nnx.Module, batch_size: int, postprocessing: Po
             batch[: len(chosen)] = chosen
             outputs = np.asarray(probabilities_of(state, spread(batch)))
             for i in range(len(chosen)):
-                of_slice = input_to_slice(outputs[i], place, shape[1:])
+                of_slice = input_to_slice(outputs[i], frame, shape[1:])
                 classes[start + i] = of_slice[..., 0] > 0.5 if of_slice.shape[-1] == 1 else of_slice.argmax(-1)
                 if probabilities:
                     kept = np.empty((*shape, of_slice.shape[-1]), np.float32) if kept is None else kept

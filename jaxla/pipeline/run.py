@@ -193,8 +193,8 @@ def test(data: PreparedData, features: Features | None, run_dir: Path, step_byte
         volume = read_image(prepared.case.image)
         geometry = slice_geometry(volume.affine)
         if features:
-            place = canvas.frame(prepared.shape[1:], prepared.spacing[1:])
-            predicted, _ = segment_slices(features[name], place, prepared.shape)
+            frame = canvas.frame(prepared.shape[1:], prepared.spacing[1:])
+            predicted, _ = segment_slices(features[name], frame, prepared.shape)
             classes = np.ascontiguousarray(from_slices(predicted, geometry))
         else:
             classes, _ = segment(volume)

@@ -194,7 +194,7 @@ class FeatureCache:
         beside = path.with_suffix(".part")  # the lock is held: no other process writes it
         shape = (volume.shape[0], *self.shape)
         bits = np.dtype(f"u{self.dtype.itemsize}")
-        place, size = self._canvas.frame(volume.shape[1:], volume.spacing[1:]), self._canvas.size
+        frame, size = self._canvas.frame(volume.shape[1:], volume.spacing[1:]), self._canvas.size
         try:
             with beside.open("wb") as file:
                 header = {"descr": bits.str, "fortran_order": False, "shape": shape}
@@ -203,7 +203,7 @@ class FeatureCache:
                     chosen = range(start, min(start + self.batch, shape[0]))
                     images = np.zeros((self.batch, size, size, 1), np.float32)
                     for i, index in enumerate(chosen):
-                        images[i] = volume.input(index, place)
+                        images[i] = volume.input(index, frame)
                     computed = np.asarray(self.extract(spread(images)))[: len(chosen)]
                     file.write(computed.view(bits).tobytes())
             beside.replace(path)

@@ -37,13 +37,13 @@ def test_frames_of_any_shape_lie_inside_touch_both_sides_and_are_centred(size):
     draw = np.random.default_rng(0)
     for _ in range(300):
         shape, spacing = tuple(draw.integers(20, 700, 2)), tuple(draw.uniform(0.3, 3, 2))
-        place = Canvas(size).frame(shape, spacing)
-        assert max(place.height, place.width) == size
-        assert 0 <= place.size - place.height - 2 * place.top <= 1
-        assert 0 <= place.size - place.width - 2 * place.left <= 1
-        mm_per_pixel = [n * mm / side for n, mm, side in zip(shape, spacing, (place.height, place.width), strict=True)]
+        frame = Canvas(size).frame(shape, spacing)
+        assert max(frame.height, frame.width) == size
+        assert 0 <= frame.size - frame.height - 2 * frame.top <= 1
+        assert 0 <= frame.size - frame.width - 2 * frame.left <= 1
+        mm_per_pixel = [n * mm / side for n, mm, side in zip(shape, spacing, (frame.height, frame.width), strict=True)]
         # the shorter side is rounded to whole pixels, so it is off by half a pixel at most
-        assert abs(mm_per_pixel[0] / mm_per_pixel[1] - 1) <= 0.5 / (min(place.height, place.width) - 0.5)
+        assert abs(mm_per_pixel[0] / mm_per_pixel[1] - 1) <= 0.5 / (min(frame.height, frame.width) - 0.5)
 
 
 # --- slice to input --------------------------------------------------------------------------------------------------
@@ -61,33 +61,33 @@ def test_where_nothing_is_resized_only_the_grey_values_change():
 @pytest.mark.parametrize("dtype", ["u1", "i2", ">i2", "i4", "f4"])
 def test_every_type_of_scan_gives_the_same_input(dtype):
     pixels = np.random.default_rng(0).integers(0, 250, (30, 40))
-    place = Canvas(96).frame((30, 40), (1, 1))
-    expected = image_to_input(pixels.astype(np.float32), (5, 200), place)
-    np.testing.assert_array_equal(image_to_input(pixels.astype(dtype), (5, 200), place), expected)
+    frame = Canvas(96).frame((30, 40), (1, 1))
+    expected = image_to_input(pixels.astype(np.float32), (5, 200), frame)
+    np.testing.assert_array_equal(image_to_input(pixels.astype(dtype), (5, 200), frame), expected)
 
 
 def test_values_stay_within_0_and_1_and_what_surrounds_the_slice_is_0():
     draw = np.random.default_rng(0)
     for shape in ((20, 33), (200, 130), (96, 50)):
-        place = Canvas(96).frame(shape, (1, 1))
+        frame = Canvas(96).frame(shape, (1, 1))
         pixels = draw.normal(500, 300, shape).astype(np.float32)
         inside = np.zeros((96, 96), bool)
-        inside[place.top : place.top + place.height, place.left : place.left + place.width] = True
-        grey = image_to_input(pixels, (100, 900), place)[..., 0]
+        inside[frame.top : frame.top + frame.height, frame.left : frame.left + frame.width] = True
+        grey = image_to_input(pixels, (100, 900), frame)[..., 0]
         assert grey.min() == 0
         assert 0.8 < grey.max() <= 1  # below 1 where it shrinks and pixels average
         assert not grey[~inside].any()
-        mask = mask_to_input(np.ones(shape, np.uint8), place)
+        mask = mask_to_input(np.ones(shape, np.uint8), frame)
         np.testing.assert_array_equal(mask, inside)
 
 
 @pytest.mark.parametrize("shape", [(20, 20), (20, 30), (47, 33), (200, 200), (130, 200), (576, 640)])
 def test_grey_values_are_resized_as_pytorch_does_with_antialiasing(shape):
     pixels = np.random.default_rng(0).random(shape, np.float32)
-    place = Canvas(96).frame(shape, (1, 1))
-    ours = image_to_input(pixels, (0, 1), place)[place.top :, place.left :][: place.height, : place.width, 0]
+    frame = Canvas(96).frame(shape, (1, 1))
+    ours = image_to_input(pixels, (0, 1), frame)[frame.top :, frame.left :][: frame.height, : frame.width, 0]
     theirs = torch.nn.functional.interpolate(
-        torch.from_numpy(pixels)[None, None], (place.height, place.width), mode="bilinear", antialias=True
+        torch.from_numpy(pixels)[None, None], (frame.height, frame.width), mode="bilinear", antialias=True
     )[0, 0]
     np.testing.assert_allclose(ours, theirs, rtol=0, atol=5e-6)  # measured: 3.3e-6
 
@@ -112,14 +112,14 @@ def test_mask_pixels_take_the_class_they_lie_in():
 @pytest.mark.parametrize(("smallest", "largest"), [(2, 6), (15, 40)])
 def test_structures_stay_where_they_are_and_keep_their_area(pixels, size, smallest, largest):
     """The nearest pixel, where two become one, is always the second: it moves all by a quarter of an input pixel."""
-    draw, place = np.random.default_rng(0), Canvas(size).frame((pixels, pixels), (1, 1))
+    draw, frame = np.random.default_rng(0), Canvas(size).frame((pixels, pixels), (1, 1))
     scale = pixels / size
     rows, columns = np.indices((pixels, pixels))
     moved, areas = [], []
     for _ in range(300):
         centre, radii = draw.uniform(45, 55, 2), draw.uniform(smallest, largest, 2)
         ellipse = ((rows - centre[0]) / radii[0]) ** 2 + ((columns - centre[1]) / radii[1]) ** 2 < 1
-        mask = mask_to_input(ellipse.astype(np.uint8), place)
+        mask = mask_to_input(ellipse.astype(np.uint8), frame)
         moved.append(np.array(center_of_mass(mask)) - ((np.array(center_of_mass(ellipse)) + 0.5) / scale - 0.5))
         areas.append((mask.sum() * scale**2, ellipse.sum()))
     assert np.abs(np.mean(moved, axis=0)).max() < 0.015  # input pixels; measured: 0.011
@@ -172,9 +172,9 @@ def test_a_blob_stays_where_it_is_through_the_input_and_back(shape, spacing, siz
     extent = np.multiply(shape, spacing)
     for place_in_slice in ((0.3, 0.35), (0.5, 0.5), (0.65, 0.7)):
         image = blob(shape, spacing, extent * place_in_slice, 0.12 * min(extent))
-        place = Canvas(size).frame(shape, spacing)
-        grey = image_to_input(image, (0, 1), place)
-        back = input_to_slice(grey, place, shape)
+        frame = Canvas(size).frame(shape, spacing)
+        grey = image_to_input(image, (0, 1), frame)
+        back = input_to_slice(grey, frame, shape)
         assert back.shape == (*shape, 1)
         assert back.dtype == np.float32
         moved = centre_mm(back[..., 0], spacing) - centre_mm(image, spacing)
@@ -186,16 +186,16 @@ def test_a_blob_stays_where_it_is_through_the_input_and_back(shape, spacing, siz
 @pytest.mark.parametrize("size", [96, 448])
 def test_image_and_mask_of_one_thing_lie_on_one_place_of_the_input(shape, spacing, size):
     extent = np.multiply(shape, spacing)
-    place = Canvas(size).frame(shape, spacing)
+    frame = Canvas(size).frame(shape, spacing)
     bump = blob(shape, spacing, extent * (0.4, 0.55), 0.12 * min(extent))
     disc = (bump > 0.2).astype(np.uint8)
 
     def expected(pixels):  # where the frame says that a centre in mm lies
-        return centre_mm(pixels, spacing) / extent * (place.height, place.width) + (place.top, place.left) - 0.5
+        return centre_mm(pixels, spacing) / extent * (frame.height, frame.width) + (frame.top, frame.left) - 0.5
 
-    grey = image_to_input(bump, (0, 1), place)[..., 0]
+    grey = image_to_input(bump, (0, 1), frame)[..., 0]
     assert np.abs(center_of_mass(grey) - expected(bump)).max() < 0.003  # input pixels; measured: 0.0024
-    mask = mask_to_input(disc, place)
+    mask = mask_to_input(disc, frame)
     assert np.abs(center_of_mass(mask) - expected(disc)).max() < 0.12  # measured: 0.094
 
 
@@ -203,8 +203,8 @@ def test_image_and_mask_of_one_thing_lie_on_one_place_of_the_input(shape, spacin
 def test_a_mask_comes_back_almost_as_it_was(shape, spacing):
     extent = np.multiply(shape, spacing)
     disc = blob(shape, spacing, extent * (0.45, 0.5), 0.4 * min(extent)) > 0.5
-    place = Canvas(448).frame(shape, spacing)
-    back = input_to_slice(mask_to_input(disc.astype(np.uint8), place)[..., None].astype(np.float32), place, shape)
+    frame = Canvas(448).frame(shape, spacing)
+    back = input_to_slice(mask_to_input(disc.astype(np.uint8), frame)[..., None].astype(np.float32), frame, shape)
     back = back[..., 0] > 0.5
     dice = 2 * np.count_nonzero(back & disc) / (np.count_nonzero(back) + np.count_nonzero(disc))
     assert dice >= 0.998  # measured: 0.99838 where slices of more than 448 pixels shrink, 1 for the others
@@ -212,12 +212,12 @@ def test_a_mask_comes_back_almost_as_it_was(shape, spacing):
 
 def test_every_channel_comes_back_by_itself():
     draw = np.random.default_rng(0)
-    place = Canvas(96).frame((60, 100), (1, 1))
+    frame = Canvas(96).frame((60, 100), (1, 1))
     channels = draw.random((96, 96, 3), np.float32)
-    together = input_to_slice(channels, place, (60, 100))
+    together = input_to_slice(channels, frame, (60, 100))
     assert together.shape == (60, 100, 3)
     for k in range(3):
-        alone = input_to_slice(channels[..., k : k + 1], place, (60, 100))
+        alone = input_to_slice(channels[..., k : k + 1], frame, (60, 100))
         np.testing.assert_array_equal(together[..., k], alone[..., 0])
 
 
@@ -231,10 +231,10 @@ def test_probabilities_that_sum_to_1_still_do_so_on_the_slice():
 
 
 def test_what_surrounds_the_slice_never_reaches_it():
-    place = Canvas(96).frame((30, 60), (1, 1))
+    frame = Canvas(96).frame((30, 60), (1, 1))
     probabilities = np.ones((96, 96, 1), np.float32)
-    probabilities[place.top : place.top + place.height, place.left : place.left + place.width] = 0
-    assert not input_to_slice(probabilities, place, (30, 60)).any()
+    probabilities[frame.top : frame.top + frame.height, frame.left : frame.left + frame.width] = 0
+    assert not input_to_slice(probabilities, frame, (30, 60)).any()
 
 
 # --- slices on the square of the largest training slice ---
@@ -263,20 +263,20 @@ def test_padding_then_resizing_is_what_the_paper_did():
 
 def test_of_a_larger_slice_the_centre_is_cut_out_and_the_rest_is_background():
     shape, canvas = (60, 100), Canvas(32, 40.0)
-    place = canvas.frame(shape, (1, 1))
-    assert (place.height, place.width, place.top, place.left) == (48, 80, -8, -24)
-    assert place.cuts
+    frame = canvas.frame(shape, (1, 1))
+    assert (frame.height, frame.width, frame.top, frame.left) == (48, 80, -8, -24)
+    assert frame.cuts
     mask = np.zeros(shape, np.uint8)
     mask[10:50, 30:70] = 1  # what the canvas holds
-    np.testing.assert_array_equal(mask_to_input(mask, place), np.ones((32, 32)))
+    np.testing.assert_array_equal(mask_to_input(mask, frame), np.ones((32, 32)))
     grey = np.tile(np.linspace(0, 1, 100, dtype=np.float32), (60, 1))
     expected = np.interp(np.arange(32) * 1.25 + 30.125, np.arange(100), grey[0])
-    np.testing.assert_allclose(image_to_input(grey, (0, 1), place)[16, :, 0], expected, atol=1e-3)
-    one = input_to_slice(np.ones((32, 32, 1), np.float32), place, shape)
+    np.testing.assert_allclose(image_to_input(grey, (0, 1), frame)[16, :, 0], expected, atol=1e-3)
+    one = input_to_slice(np.ones((32, 32, 1), np.float32), frame, shape)
     assert one.shape == (60, 100, 1)
     np.testing.assert_array_equal(one[12:48, 32:68, 0], 1)
     assert not one[:8].any()
     assert not one[:, :28].any()
-    several = input_to_slice(np.full((32, 32, 3), 1 / 3, np.float32), place, shape)
+    several = input_to_slice(np.full((32, 32, 3), 1 / 3, np.float32), frame, shape)
     np.testing.assert_allclose(several.sum(-1), 1, atol=1e-6)
     np.testing.assert_array_equal(several[0, 0], [1, 0, 0])

@@ -56,8 +56,8 @@ def cache_in(folder, size=SIZE, seed=0, **options):
 
 
 def inputs(volume, size=SIZE):
-    place = Canvas(size).frame(volume.shape[1:], volume.spacing[1:])
-    return np.stack([volume.input(index, place) for index in range(volume.shape[0])])
+    frame = Canvas(size).frame(volume.shape[1:], volume.spacing[1:])
+    return np.stack([volume.input(index, frame) for index in range(volume.shape[0])])
 
 
 def times(folder, pattern="*.npy"):
