@@ -111,6 +111,11 @@ def rank_biserial(differences: np.ndarray) -> float:
     return float(np.sum(np.sign(differences) * ranks) / ranks.sum())
 
 
+def least_p(cases: int) -> float:
+    """The smallest p that the signed-rank test of so many cases can give."""
+    return min(1.0, 2.0 ** (1 - cases))
+
+
 def _compare(first: str, second: str, methods: Mapping[str, Values]) -> Comparison:
     cases = sorted(methods[first])
     # rounded, so that equal differences get equal ranks whatever the last bit says
@@ -124,6 +129,6 @@ def _compare(first: str, second: str, methods: Mapping[str, Values]) -> Comparis
         interval=mean_interval(differences),
         p=float(p),
         p_holm=float(p),
-        least_p=min(1.0, 2.0 ** (1 - len(cases))),
+        least_p=least_p(len(cases)),
         effect=rank_biserial(differences),
     )

@@ -88,7 +88,7 @@ def write_study_report(
             figures=[
                 {**one._asdict(), "uri": data_uri(one.figure), "inches": one.figure.get_figwidth()} for one in drawn
             ],
-            least_p=min(1.0, 2.0 ** (1 - len(first.split["test"]))),
+            least_p=statistics.least_p(len(first.split["test"])),
             definitions=definitions | {"Empty masks": first.summary["empty_rule"]} | statistics.DEFINITIONS,
         )
     )
