@@ -97,7 +97,7 @@ def main(arguments: list[str]) -> None:
                 f"with {len(failures)} of {len(runs)} runs failed: {reasons}; mend that; go on with: {command}"
             )
         page = report_study(options.output, options.cache_dir, runs[0].experiment.data.root)
-    print(f"{len(runs)} runs are complete: {page}")
+    print(f"{'1 run is' if len(runs) == 1 else f'{len(runs)} runs are'} complete: {page}")
 
 
 def describe(study: Study) -> str:
