@@ -11,13 +11,12 @@ from typing import Any, Literal, TextIO
 import numpy as np
 
 from jaxla.config import InputError
-from jaxla.evaluation.metrics import DEFINITIONS, DISTANCES, EMPTY_POLICIES, SIZES, EmptyPolicy, score
+from jaxla.evaluation.metrics import DEFINITIONS, DISTANCES, EMPTY_POLICIES, OVERLAPS, SIZES, EmptyPolicy, score
 
 Unit = Literal["volume", "slice"]
 Row = dict[str, Any]
 
-# The order of columns and of the summary: what is read first comes first.
-METRICS = ("dice", "iou", "precision", "recall", "nsd_1mm", "nsd_2mm", *DISTANCES)
+METRICS = (*OVERLAPS, *DISTANCES)  # the order of columns and of the summary
 
 
 def score_case(
