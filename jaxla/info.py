@@ -35,11 +35,11 @@ def main(arguments: list[str]) -> None:
 def _describe_run(folder: Path) -> dict[str, str]:
     from jaxla.runs.folder import METRICS, is_finished, is_running, resume_command
     from jaxla.runs.machine import describe_device
-    from jaxla.runs.record import read_record
+    from jaxla.runs.record import method_label, read_record
 
     record = read_record(folder)
     experiment, environment = record.experiment, record.environment
-    facts = {"run": str(folder.absolute()), "experiment": f"{experiment.name}, method {experiment.method}"}
+    facts = {"run": str(folder.absolute()), "experiment": f"{experiment.name}, method {method_label(experiment)}"}
 
     history = _read(folder / METRICS, lambda text: [json.loads(line) for line in text.splitlines()]) or []
     summary = _read(folder / "test" / "summary.json", json.loads)

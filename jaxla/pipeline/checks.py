@@ -61,8 +61,7 @@ def checked(experiment: Experiment) -> Experiment:
             f"{model.arch} is {'frozen' if model.backbone == 'frozen' else 'trained from random weights'}; leave it out"
         )
     require_size(model, "option --preprocessing.image_size", experiment.preprocessing.image_size)
-    method = experiment.method if own.arch == model.arch else f"{experiment.method} with {model.arch}"
-    return replace(experiment, method=method, model=model)
+    return replace(experiment, model=model)
 
 
 def with_weights(experiment: Experiment, cache_dir: Path) -> tuple[Experiment, str]:

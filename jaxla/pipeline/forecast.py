@@ -26,6 +26,7 @@ from jaxla.models.network import build_network
 from jaxla.pipeline.cost import TIMED_SECONDS, TIMED_VOLUMES
 from jaxla.pipeline.data import PreparedData
 from jaxla.pipeline.run import describe_backbone, why_not_cached
+from jaxla.runs.record import method_label
 from jaxla.training.features import FeatureCache
 from jaxla.training.loop import clock
 from jaxla.training.step import (
@@ -211,7 +212,7 @@ def describe(f: Forecast) -> str:
     if f.device_bytes:
         memory += f", of {as_bytes(f.device_bytes)}"
     lines = {
-        "run": f"{experiment.name}, {experiment.method}: {describe_backbone(experiment)}",
+        "run": f"{experiment.name}, {method_label(experiment)}: {describe_backbone(experiment)}",
         "patients": ", ".join(f"{count} {name}" for name, count in f.patients.items()),
         "slices": ", ".join(f"{count} {name}" for name, count in f.slices.items()),
         "steps": f"{f.steps} an epoch of {recipe.batch_size} slices each, {recipe.epochs} epochs at most",

@@ -40,7 +40,7 @@ from jaxla.reporting.overlays import Panel, draw_overlays
 from jaxla.reporting.run_report import write_report
 from jaxla.runs.cost import write_cost
 from jaxla.runs.folder import BACKBONE, COST, METRICS, REPORT
-from jaxla.runs.record import FEATURES_KEPT, RECORD, read_record, write_record
+from jaxla.runs.record import FEATURES_KEPT, RECORD, method_label, read_record, write_record
 from jaxla.training.features import CachedFeatures, FeatureCache
 from jaxla.training.loop import fit
 from jaxla.training.step import count_parameters, split_network
@@ -120,7 +120,7 @@ def cached_features(
 def why_not_cached(experiment: Experiment, network: Network) -> str:
     """A sentence that says why the whole network runs at every step; empty where a frozen backbone need not."""
     if experiment.model.backbone != "frozen":
-        return f"All of {experiment.method} is trained, so all of it runs at every step."
+        return f"All of {method_label(experiment)} is trained, so all of it runs at every step."
     if not experiment.training.cache_features:
         return "The frozen backbone runs in every epoch, for --training.cache_features is false."
     if not hasattr(network, "on_features"):
@@ -146,7 +146,7 @@ def train(
     trained = network.on_features((canvas.size, canvas.size)) if features else network
     parts = split_network(trained, train_backbone=experiment.model.backbone == "finetuned")
     of_all, of_trained = (count_parameters(state) for state in (nnx.state(network, nnx.Param), parts.trainable))
-    log.info("%s: %d parameters are trained, %d are frozen", experiment.method, of_trained, of_all - of_trained)
+    log.info("%s: %d parameters are trained, %d are frozen", method_label(experiment), of_trained, of_all - of_trained)
     with exhaustion_named(experiment.training.batch_size):
         best = fit(
             parts,
@@ -158,7 +158,7 @@ def train(
             pretrained_backbone=experiment.model.weights != "random",
             folder=run_dir,
             on_epoch=lambda history: draw_curves(
-                history, f"{experiment.name}, {experiment.method}", run_dir / "progress.png"
+                history, f"{experiment.name}, {method_label(experiment)}", run_dir / "progress.png"
             ),
         )
     log.info("best epoch %d: validation Dice %.3f per volume", best.best_epoch, best.best_dice)
@@ -263,5 +263,7 @@ def panels_of(data: PreparedData, rows: Sequence[Mapping[str, Any]], predictions
 def describe_backbone(experiment: Experiment) -> str:
     model = experiment.model
     origin = "random weights" if model.weights == "random" else Path(model.weights).name
-    name = experiment.method if model.arch in experiment.method.split() else f"{experiment.method} on {model.arch}"
+    name = method_label(experiment)
+    if name == experiment.method != model.arch:
+        name += f" on {model.arch}"
     return f"{name} ({origin}, {'frozen' if model.backbone == 'frozen' else 'trained'})"

@@ -40,15 +40,19 @@ class Style(NamedTuple):
 Styles = Mapping[str, Style]  # by method
 
 
-def styles_of(methods: Sequence[str], known: Sequence[str]) -> dict[str, Style]:
-    """A look for each method of a study: that of its place among all known ones, or the next that is free."""
+def styles_of(methods: Mapping[str, str], known: Sequence[str]) -> dict[str, Style]:
+    """A look for each method of a study: that of its place among all known ones, or the next that is free.
+
+    Args:
+        methods: by what they are called in the study.
+    """
     styles: dict[str, Style] = {}
-    for method in methods:
-        place = known.index(method.split(" with ")[0])
+    for called, method in methods.items():
+        place = known.index(method)
         colours = {style.colour for style in styles.values()}
         while len(colours) < len(COLOURS) and COLOURS[place % len(COLOURS)] in colours:
             place += 1
-        styles[method] = Style(
+        styles[called] = Style(
             COLOURS[place % len(COLOURS)], MARKERS[place % len(MARKERS)], DASHES[place % len(DASHES)]
         )
     return styles

@@ -61,7 +61,9 @@ def write_study_report(
         OSError: a file cannot be written.
     """
     tables = all_tables(results, published)
-    drawn = _draw(results, cases, styles_of(results.methods, known_methods))
+    drawn = _draw(
+        results, cases, styles_of({run.method: run.record.experiment.method for run in results.runs}, known_methods)
+    )
     of_a_report = OTHERS | {f"table1_{protocol}" for protocol in known_protocols}
     for name, written in (("tables", {table.name for table in tables}), ("figures", {one.name for one in drawn})):
         (folder / name).mkdir(exist_ok=True)

@@ -17,7 +17,7 @@ from jaxla.config import InputError
 from jaxla.evaluation.statistics import mean_interval, require_same_cases
 from jaxla.runs.cost import Cost
 from jaxla.runs.folder import CASES, COST, METRICS, SPLIT, is_finished
-from jaxla.runs.record import Record, differences, read_record, shown
+from jaxla.runs.record import Record, differences, method_label, read_record, shown
 
 log = logging.getLogger(__name__)
 
@@ -206,7 +206,7 @@ def _read_run(folder: Path, record: Record, seed: int) -> StudyRun:
         return StudyRun(
             folder=folder,
             protocol=record.experiment.name,
-            method=record.experiment.method,
+            method=method_label(record.experiment),
             seed=seed,
             record=record,
             split=split,
@@ -231,7 +231,7 @@ def _require_planned(folder: Path, record: Record, protocol: str, method: str, s
     found = record.experiment
     for option, planned, of_run in (
         ("exp", protocol, found.name),
-        ("method", method, found.method.split(" with ")[0]),
+        ("method", method, found.method),
         ("seed", seed, found.seed),
         ("data.subset_seed", seed, found.data.subset_seed),
     ):

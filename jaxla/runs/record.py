@@ -11,6 +11,7 @@ from typing import Any
 from jaxla.config import Experiment, InputError, experiment_from_json
 from jaxla.data.inputs import Canvas
 from jaxla.data.labels import Labels
+from jaxla.experiments import METHODS
 
 RECORD = "experiment.json"
 VERSION = 3
@@ -54,6 +55,13 @@ class Record:
     def canvas(self) -> Canvas:
         """The square that slices are laid on before it is resized to the network's input."""
         return Canvas(self.experiment.preprocessing.image_size, self.extent)
+
+
+def method_label(experiment: Experiment) -> str:
+    """Its method's name, and beside it an architecture that is not its own: `dinov2_vitb14 with dinov3_vitb16`."""
+    method, arch = METHODS.get(experiment.method), experiment.model.arch
+    foreign = method is not None and method.model.arch != arch
+    return f"{experiment.method} with {arch}" if foreign else experiment.method
 
 
 def write_record(folder: Path, record: Record) -> None:

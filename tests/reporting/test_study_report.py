@@ -185,7 +185,7 @@ def test_figure_2_has_a_panel_by_share_and_one_by_number(reported):
     assert (by_share.ticks, by_share.protocols) == (["50 %", "100 %"], ["data_50percent", "paper1"])
     assert (by_number.ticks, by_number.protocols) == (["1", "all (8)"], ["fewshot_1patient", "paper1"])
     axes = Figure().add_subplot()
-    draw_series(axes, results, styles_of(results.methods, list(METHODS)), by_number)
+    draw_series(axes, results, styles_of({m: m for m in results.methods}, list(METHODS)), by_number)
     lines = {container.get_label(): container.lines[0].get_ydata() for container in axes.containers}
     assert lines == {m: pytest.approx([np.mean(dice)] * 2) for m, dice in DICE.items()}
     assert axes.get_xlabel() == "training patients"
@@ -194,20 +194,20 @@ def test_figure_2_has_a_panel_by_share_and_one_by_number(reported):
 def test_methods_are_told_apart_in_colour_and_in_grey():
     known = list(METHODS)
     for study in STUDIES.values():
-        styles = styles_of(study.methods, known)
-        assert styles == styles_of(study.methods[::-1], known)  # the same in every study
+        styles = styles_of({m: m for m in study.methods}, known)
+        assert styles == styles_of({m: m for m in study.methods[::-1]}, known)  # the same in every study
         for a, b in combinations(styles.values(), 2):
             assert a.colour != b.colour
             assert (a.marker, a.dashes) != (b.marker, b.dashes)
         greys = sorted(np.dot(colors.to_rgb(style.colour), (0.299, 0.587, 0.114)) for style in styles.values())
         assert len(greys) == 6
         assert greys[-1] - greys[0] > 0.5
-    exchanged = styles_of(["unet", "dinov2_vitb14 with dinov3_vitb16"], known)
-    assert exchanged["dinov2_vitb14 with dinov3_vitb16"] == styles_of(["dinov2_vitb14"], known)["dinov2_vitb14"]
+    exchanged = styles_of({"unet": "unet", "exchanged": "dinov2_vitb14"}, known)
+    assert exchanged["exchanged"] == styles_of({"dinov2_vitb14": "dinov2_vitb14"}, known)["dinov2_vitb14"]
     # the method after the ten that colours suffice for takes the next free one
     many = [f"method {n}" for n in range(12)]
-    assert len({style.colour for style in styles_of([many[0], many[10]], many).values()}) == 2
-    assert len(set(styles_of(many, many).values())) == 12
+    assert len({style.colour for style in styles_of({m: m for m in (many[0], many[10])}, many).values()}) == 2
+    assert len(set(styles_of({m: m for m in many}, many).values())) == 12
 
 
 def test_of_several_classes_each_has_its_numbers(tmp_path):
