@@ -70,7 +70,13 @@ def prepare_data(experiment: Experiment, cache_dir: Path) -> PreparedData:
     data = PreparedData(dataset, {volume.id: volume for volume in prepared}, split)
     require_classes(data, protocol)
     training = data.of(split.train)
-    if outside := len(prepared) - sum(map(len, (split.train, split.val, split.test))):
+    if split.unused:
+        log.info(
+            "%d of %d training patients are left out by this protocol",
+            len(split.unused),
+            len(split.train + split.unused),
+        )
+    if outside := len(prepared) - sum(map(len, (split.train, split.val, split.test, split.unused))):
         log.info("%d cases are in no part of this split and are not used", outside)
     if empty := [v.id for v in prepared if not any(v.class_voxels[1:])]:
         log.info("%d cases have an empty mask and are kept: %s", len(empty), ", ".join(empty))

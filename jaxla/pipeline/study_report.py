@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from jaxla.config import InputError
+from jaxla.config import Experiment, InputError, with_method
 from jaxla.data.cases import Case, find_cases
 from jaxla.data.labels import Labels
 from jaxla.data.prepared import content_key
@@ -17,6 +17,7 @@ from jaxla.reporting.overlays import Panel
 from jaxla.reporting.study_page import write_study_report
 from jaxla.reporting.study_results import Results, StudyRun, read_study
 from jaxla.reporting.study_tables import largest_protocol
+from jaxla.runs.record import differences, shown
 
 
 def report_study(folder: Path, cache_dir: Path, data_root: str = "", cases: Sequence[str] = ()) -> Path:
@@ -46,11 +47,18 @@ def report_study(folder: Path, cache_dir: Path, data_root: str = "", cases: Sequ
             )
         panels[name] = panels_of(runs, by_id[case_id], record.labels)
     try:
-        return write_study_report(folder, results, PUBLISHED, panels, list(METHODS), list(EXPERIMENTS))
+        changed = {run.method: options for run in runs if (options := changed_options(run.record.experiment))}
+        return write_study_report(folder, results, PUBLISHED, panels, list(METHODS), list(EXPERIMENTS), changed)
     except OSError as error:
         raise InputError(
             f"{error.filename or folder}: cannot be written ({error.strerror}); mend that and write the report again"
         ) from error
+
+
+def changed_options(experiment: Experiment) -> str:
+    """The options in which a run's method is not as it stands in the table of methods, as a command line has them."""
+    own = with_method(experiment, METHODS[experiment.method])
+    return " ".join(f"--{option}={shown(now)}" for option, now, _ in differences(experiment, own))
 
 
 def choose_cases(results: Results, asked: Sequence[str]) -> dict[str, str]:

@@ -99,6 +99,8 @@ def _run(run: PlannedRun) -> str:
         while True:
             try:
                 for line in process.stdout:
+                    if stopped:  # how to go on with the study is said at its end
+                        line = line.partition("; go on with:")[0]
                     with suppress(OSError):  # nobody reads any more, as after Ctrl-C of `… | tee`
                         print(f"    {line.rstrip()}", flush=True)
                     said = line.strip() or said

@@ -46,6 +46,7 @@ def write_study_report(
     cases: Mapping[str, Sequence[Panel]],
     known_methods: Sequence[str],
     known_protocols: Sequence[str],
+    changed: Mapping[str, str],
 ) -> Path:
     """Write `tables/`, `figures/` and the page, which takes its name only when it is whole; -> its path.
 
@@ -56,6 +57,7 @@ def write_study_report(
         cases: for Figure 3: for each case a panel of each method, under the protocol of most training patients.
         known_methods: all there are, by which those of the study are given their colours.
         known_protocols: all of which there may be a table.
+        changed: by method, which options are not its own; only of those that have some.
 
     Raises:
         OSError: a file cannot be written.
@@ -83,6 +85,7 @@ def write_study_report(
         .get_template("study_page.html.jinja")
         .render(
             results=results,
+            changed=changed,
             first=first,
             weights={m: results.of(results.protocols[0], m)[0].record.weights for m in results.methods},
             pairs=dice_iou_pairs(results, published),
@@ -115,15 +118,12 @@ def _draw(results: Results, cases: Mapping[str, Sequence[Panel]], styles: Styles
         drawn.append(
             Drawn("figure2", draw_figure2(results, styles, panels), caption, "Dice over training patients by method")
         )
+    ranked = any(": " in name for name in cases)
     caption = (
-        f"Protocol {largest}, seed {results.seeds[0]}: the slice with the largest reference, at the scan's own "
-        "resolution, cut to the structure's surroundings; prediction green, reference red. Dice is that of the volume"
-        f"{', mean over classes' if of_classes else ''}"
-        + (
-            ". Worst, median and best by the mean over methods and seeds."
-            if any(": " in name for name in cases)
-            else "."
-        )
+        f"Protocol {largest}, seed {results.seeds[0]}: the slice (counted from 1) with the largest reference, at the "
+        "scan's own resolution, cut to the structure's surroundings; prediction green, reference red. Dice is that of "
+        f"the volume{', mean over classes' if of_classes else ''}."
+        f"{' Worst, median and best by the mean over methods and seeds.' if ranked else ''}"
     )
     drawn.append(Drawn("figure3", draw_figure3(cases, results.methods), caption, "Outlines over the scan by method"))
     caption = (

@@ -91,13 +91,15 @@ def test_published_numbers_stand_beside_ours_and_are_marked(reported):
     head, _, first, *_ = printed.splitlines()
     assert (
         re.sub(r"\s+", " ", head)
-        == "| method | per | Dice | IoU | HD95, mm | ASSD, mm | published Dice | published IoU |"
+        == "| method | per | Dice | IoU | HD95, mm | ASSD, mm | Dice, sd over seeds | above atlas | published Dice "
+        "| published IoU |"
     )
     assert re.sub(r"\s+", " ", first).startswith("| unet | volume | 0.825 ± 0.171 | ")
-    assert re.sub(r"\s+", " ", first).endswith("| 0.841 ± 0.083 | 0.764 ± 0.128 |")
-    assert "Published: by paper 1, on LAScarQS 2022; it states no unit of its means" in printed
+    # seeds' means 0.85 and 0.8; all four cases lie above the atlas's 0.4
+    assert re.sub(r"\s+", " ", first).endswith("| 0.035 | 4 of 4 | 0.841 ± 0.083 | 0.764 ± 0.128 |")
+    assert "Published: by paper 1, on LAScarQS 2022, with its own recipe, whatever data and options" in printed
     few = (reported / "tables" / "table1_fewshot_1patient.md").read_text()
-    assert "Published: by paper 1, on LAScarQS 2022, read off its Figure 2; it states" in few
+    assert "Published: by paper 1, on LAScarQS 2022, read off its Figure 2, with its own recipe" in few
     assert "(8 training patients): mean ± sd over 4 test volumes and over their 24 slices" in printed
 
 
@@ -160,6 +162,7 @@ def test_the_page_shows_all_of_it_and_needs_no_other_file(reported):
     assert "All 16 pairs of means" in page.text  # 3 protocols of 2 methods by 2 units, 3 atlases, 1 published with IoU
     assert "random, not pretrained" in page.text
     assert "With 4 test cases, p cannot fall below 0.12" in page.text
+    assert "Changed options" not in page.text
     for text in ("larger of the two directed 95th percentiles", "both masks empty counts as perfect", "Wilcoxon"):
         assert text in page.text
     runs, _ = page.table("Run")
@@ -269,6 +272,13 @@ def test_times_of_different_devices_are_said_not_to_compare(study):
         "different devices, so that times and memory cannot be compared (unet, segnet: cpu: Z80; unet: cpu: 6502; "
         "segnet: gpu: Fast, 4 of them, in 2 processes)"
     )
+
+
+def test_options_that_are_not_a_methods_own_are_named(study, tmp_path):
+    for path in (study / "runs").glob("*_unet_*/experiment.json"):
+        edit(path, lambda content: content["experiment"]["model"].update(widths=[8, 16]))
+    page = Page(report_study(study, tmp_path / "cache").read_text("utf-8"))
+    assert "Changed options. unet: --model.widths=[8,16]. The other options are the methods' own." in page.text
 
 
 def test_large_numbers_of_cost_are_printed_whole(study, tmp_path):
