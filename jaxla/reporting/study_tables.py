@@ -82,7 +82,7 @@ def results_table(results: Results, protocol: str, published: Mapping[tuple[str,
                     _record(protocol, method, name, metric, mean, of_paper) for metric, mean in means.items() if mean
                 ]
     head = ["method", *([] if one_class else ["class"]), "per", *(LABELS[metric] for metric in METRICS_SHOWN)]
-    head += [*(["Dice, sd over seeds"] if several_seeds else []), "above atlas"]
+    head += [*(["sd over seeds"] if several_seeds else []), "above atlas"]
     if printed:
         head += ["published Dice", "published IoU"]
     n, slices = (results.mean(protocol, results.methods[0], "dice", unit).n for unit in UNITS)
