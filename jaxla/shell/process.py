@@ -39,8 +39,12 @@ def run_command(main: Callable[[list[str]], None]) -> None:
             sys.stdout.flush()
             os._exit(code)
         sys.exit(code)
-    except BrokenPipeError:  # whoever read what this prints has left, as `| head` does
-        os._exit(1)
+    except BrokenPipeError:
+        try:
+            print(flush=True)
+        except BrokenPipeError:  # it is this one: whoever read what is printed has left, as `| head` does
+            os._exit(1)
+        raise  # some other pipe
     sys.exit(0)
 
 
