@@ -31,9 +31,6 @@ class PlannedRun(NamedTuple):
     """One run of a study.
 
     Attributes:
-        protocol: name of the experiment whose protocol it runs.
-        method: by its name.
-        seed: of its random numbers, and of which training patients the protocol takes.
         experiment: with every option resolved.
         arguments: of `python -m jaxla.train`, but for its folder.
         weights_sha256: of its backbone's weights; empty for random ones.
@@ -42,15 +39,26 @@ class PlannedRun(NamedTuple):
         shard_params: whether its parameters are divided over them.
     """
 
-    protocol: str
-    method: str
-    seed: int
     experiment: Experiment
     arguments: tuple[str, ...]
     weights_sha256: str
     folder: Path
     devices: int
     shard_params: bool
+
+    @property
+    def protocol(self) -> str:
+        """Name of the experiment whose protocol it runs."""
+        return self.experiment.name
+
+    @property
+    def method(self) -> str:
+        return self.experiment.method
+
+    @property
+    def seed(self) -> int:
+        """Of its random numbers, and of which training patients the protocol takes."""
+        return self.experiment.seed
 
 
 def plan_runs(
@@ -78,33 +86,31 @@ def plan_runs(
                 raise of_method(error, method) from error
             located, sha256 = weights[method]
             experiment = replace(experiment, model=located.model)
-            planned.append((protocol, method, experiment, arguments, sha256, parsed))
-    first = planned[0][2]
-    for protocol, _, experiment, *_ in planned:
+            planned.append((experiment, arguments, sha256, parsed))
+    first = planned[0][0]
+    for experiment, *_ in planned:
         if _scans(experiment) != _scans(first):
             raise InputError(
-                f"--experiments: {protocol} has other data than {first.name} ({experiment.data} and {first.data}); "
-                "a study compares runs on the same scans"
+                f"--experiments: {experiment.name} has other data than {first.name} ({experiment.data} and "
+                f"{first.data}); a study compares runs on the same scans"
             )
-        own, taken = EXPERIMENTS[protocol].data, experiment.data
+        own, taken = EXPERIMENTS[experiment.name].data, experiment.data
         if (own.train_patients, own.train_percent) != (taken.train_patients, taken.train_percent):
             raise InputError(
-                f"option --data: {protocol} says by itself how many patients train; choose protocols by --experiments"
+                f"option --data: {experiment.name} says by itself how many patients train; choose protocols by "
+                "--experiments"
             )
     return [
         PlannedRun(
-            protocol,
-            method,
-            seed,
             replace(experiment, seed=seed, data=replace(experiment.data, subset_seed=seed)),
             (*arguments, f"--seed={seed}", f"--data.subset_seed={seed}"),
             sha256,
-            output / RUNS / f"{protocol}_{method}_seed{seed}",
+            output / RUNS / f"{experiment.name}_{experiment.method}_seed{seed}",
             parsed.devices,
             parsed.shard_params,
         )
         for seed in seeds
-        for protocol, method, experiment, arguments, sha256, parsed in planned
+        for experiment, arguments, sha256, parsed in planned
     ]
 
 

@@ -40,20 +40,15 @@ class StudyRun:
     """One complete run.
 
     Attributes:
-        protocol: name of the experiment whose protocol it ran.
-        method: as the run calls it; beside the method's name an architecture that is not its own.
         record: what was run.
         split, summary: the content of these JSON files.
         cases: id of each case, and a hash of its scan and mask.
         history: the lines of `metrics.jsonl`.
-        rows: of `test/cases.csv`: one for each test case and class, in order of these.
+        rows: of `test/cases.csv`: one for each test case and class, in order of their ids.
         slices: metric -> its value in every slice of every test case, [slices, classes], in order of the cases' ids.
     """
 
     folder: Path
-    protocol: str
-    method: str
-    seed: int
     record: Record
     split: dict[str, list[str]]
     cases: dict[str, str]
@@ -62,6 +57,20 @@ class StudyRun:
     history: list[dict[str, float]]
     rows: list[Row]
     slices: dict[str, np.ndarray]
+
+    @property
+    def protocol(self) -> str:
+        """Name of the experiment whose protocol it ran."""
+        return self.record.experiment.name
+
+    @property
+    def method(self) -> str:
+        """Its name, and beside it an architecture that is not its own."""
+        return method_label(self.record.experiment)
+
+    @property
+    def seed(self) -> int:
+        return self.record.experiment.seed
 
     def volumes(self, metric: str, of_class: str = "") -> dict[str, float]:
         """Case -> its value, of one class or averaged over all; with a metric `atlas_…` that of the atlas."""
@@ -181,7 +190,7 @@ def read_study(folder: Path) -> Results:
         if not is_finished(run_dir):
             raise InputError(f"{run_dir}: this run of the study is incomplete; go on with: {command}")
         _require_planned(run_dir, record, protocol, method, seed)
-        runs.append(_read_run(run_dir, record, seed))
+        runs.append(_read_run(run_dir, record))
     _require_comparable(runs)
     others = {path.name for path in (folder / RUNS).iterdir() if path.is_dir()} - {run[0].name for run in planned}
     if others:
@@ -189,7 +198,7 @@ def read_study(folder: Path) -> Results:
     return Results(name, summary, command, tuple(runs))
 
 
-def _read_run(folder: Path, record: Record, seed: int) -> StudyRun:
+def _read_run(folder: Path, record: Record) -> StudyRun:
     try:
         summary = json.loads((folder / "test" / "summary.json").read_text())
         classes, of_slices = list(summary["classes"]), summary["slice"]["dice"]["n"]
@@ -205,9 +214,6 @@ def _read_run(folder: Path, record: Record, seed: int) -> StudyRun:
             raise ValueError(f"{METRICS}: no epoch, or one of less than no time")
         return StudyRun(
             folder=folder,
-            protocol=record.experiment.name,
-            method=method_label(record.experiment),
-            seed=seed,
             record=record,
             split=split,
             cases=cases,
@@ -291,10 +297,10 @@ def _rows(path: Path, columns: Sequence[str]) -> Iterator[Row]:
 
 
 def _volumes(path: Path, cases: Sequence[str], classes: Sequence[str]) -> list[Row]:
-    """A row for each case and class, in order of these."""
+    """A row for each case and class, in order of the cases' ids and of the classes."""
     rows = list(_rows(path, OF_VOLUMES))
     found = {(row["case"], row["class"]): row for row in rows}
-    expected = list(product(cases, classes))
+    expected = list(product(sorted(cases), classes))
     if len(found) != len(rows) or set(found) != set(expected):
         raise ValueError(f"{path.name}: expected a row for each of {len(cases)} test cases and {len(classes)} classes")
     return [found[key] for key in expected]
