@@ -26,6 +26,7 @@ from jaxla.pipeline.study import PlannedRun, State
 from jaxla.reporting.study_tables import count_of
 from jaxla.runs.machine import processor
 from jaxla.shell.process import log_to_terminal
+from jaxla.training.features import SHARE_OF_FREE_DISK
 from jaxla.training.loop import clock
 
 log = logging.getLogger(__name__)
@@ -177,7 +178,7 @@ def describe_plan(runs: Sequence[PlannedRun], states: Sequence[State], forecast:
     disk = f"run folders {as_bytes(sum(forecast.run_bytes[n] for n in left))} at most ({as_bytes(free)} free)"
     if forecast.features_bytes:
         disk += f"; features {as_bytes(forecast.features_bytes)}, once ({as_bytes(forecast.disk_free)} free)"
-    if forecast.features_bytes > forecast.disk_free:
+    if forecast.features_bytes > SHARE_OF_FREE_DISK * forecast.disk_free:
         disk += ", more than fit: backbones that come last run in every epoch instead, which takes longer"
     if forecast.without_room:
         disk += (

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from jaxla.config import Experiment, InputError, with_method
+from jaxla.config import Experiment, InputError, lookup, with_method
 from jaxla.data.cases import Case, find_cases
 from jaxla.data.labels import Labels
 from jaxla.data.prepared import content_key
@@ -56,8 +56,12 @@ def report_study(folder: Path, cache_dir: Path, data_root: str = "", cases: Sequ
 
 
 def changed_options(experiment: Experiment) -> str:
-    """The options in which a run's method is not as it stands in the table of methods, as a command line has them."""
-    own = with_method(experiment, METHODS[experiment.method])
+    """The options in which a run's method is not as it stands in the table of methods, as a command line has them.
+
+    Raises:
+        InputError: there is no such method, as in a study of another version.
+    """
+    own = with_method(experiment, lookup("method", experiment.method, METHODS))
     return " ".join(f"--{option}={shown(now)}" for option, now, _ in differences(experiment, own))
 
 

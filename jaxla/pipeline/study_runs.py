@@ -121,7 +121,8 @@ def _run(run: PlannedRun) -> str:
 def interruptible() -> Iterator[None]:
     """Within it SIGINT, SIGTERM and a closed terminal, unless it is ignored as under nohup, are a KeyboardInterrupt."""
     numbers = [signal.SIGINT, signal.SIGTERM]
-    numbers += [signal.SIGHUP] * (signal.getsignal(signal.SIGHUP) != signal.SIG_IGN)
+    if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # Windows has none
+        numbers.append(signal.SIGHUP)
     before = {number: signal.signal(number, signal.default_int_handler) for number in numbers}
     try:
         yield
