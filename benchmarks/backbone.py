@@ -10,14 +10,11 @@ this package is the faster one), and the memory that its compiled program needs,
 each call lets the threads of the other side fall asleep; without it they would take its cores.
 """
 
-import datetime
-import importlib.metadata
 import json
 import math
 import os
 import statistics
 import sys
-import time
 from pathlib import Path
 
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # on a GPU, so that PyTorch finds memory too
@@ -28,16 +25,15 @@ import numpy as np
 import torch
 from flax import nnx
 
+from benchmarks.timing import about, in_turn, timed
 from jaxla.config import InputError
 from jaxla.models.backbones import TRANSFORMERS, architecture, build_backbone
-from jaxla.runs.machine import processor
 from jaxla.shell.command_line import command_parser, parse_arguments
 from jaxla.shell.process import run_command
 from tests.golden.errors import error
 from tests.golden.live import live_model
 from tests.tiny import randomise
 
-PAUSE = 0.3  # seconds
 AGREEMENT = {"cpu": 1e-5, "gpu": 5e-2}  # relative L2 of the patch tokens, in the precision of each
 PEAK_SIDE = 8192  # of the square matrices whose product measures the peak
 
@@ -88,20 +84,14 @@ def main(arguments):
     if difference > AGREEMENT[jax.default_backend()]:
         raise InputError(f"{arch}: tokens differ from PyTorch's by {difference:.1e}; there is nothing to compare")
 
-    seconds = {name: [] for name in runs}
-    for _ in range(options.repeats):
-        for name, run in runs.items():
-            time.sleep(PAUSE)
-            seconds[name].append(timed(run))
+    seconds = in_turn(runs, options.repeats)
     medians = {name: statistics.median(times) for name, times in seconds.items()}
     result = {
-        "date": datetime.date.today().isoformat(),
+        **about("jax", "flax", "torch", "transformers"),
         "arch": arch,
         "size": size,
         "batch": options.batch,
         "dtype": str(jnp.dtype(ours.dtype)),
-        "device": jax.devices()[0].device_kind if on_gpu else f"{processor()}, {torch.get_num_threads()} threads",
-        "versions": {name: importlib.metadata.version(name) for name in ("jax", "flax", "torch", "transformers")},
         "patch_tokens_relative_l2": difference,
         "repeats": options.repeats,
         "first_call_seconds": first_call,
@@ -121,12 +111,6 @@ def main(arguments):
         Path(options.output).write_text(json.dumps(result, indent=1) + "\n")
     json.dump(result, sys.stdout, indent=1)
     print()
-
-
-def timed(run):
-    began = time.perf_counter()
-    run()
-    return time.perf_counter() - began
 
 
 def program_bytes(vit, images):

@@ -10,14 +10,12 @@ PyTorch runs the model of `transformers` with scaled-dot-product attention, and 
 formats. Before anything is timed the losses of both decoders, with the same parameters on the same batch, are compared.
 """
 
-import importlib.metadata
 import json
 import logging
 import shutil
 import statistics
 import sys
 import tempfile
-import time
 from dataclasses import replace
 from functools import partial
 from itertools import pairwise
@@ -28,7 +26,7 @@ import numpy as np
 import torch
 from torch.nn import functional
 
-from benchmarks.backbone import PAUSE, timed
+from benchmarks.timing import about, in_turn, timed
 from jaxla.config import InputError, Model, Training
 from jaxla.data.batches import SliceSource, training_batches
 from jaxla.data.cases import find_cases
@@ -36,9 +34,8 @@ from jaxla.data.inputs import Canvas
 from jaxla.data.phantoms import write_phantoms
 from jaxla.data.prepared import prepare_cases
 from jaxla.models.backbones import TRANSFORMERS, architecture
+from jaxla.models.build import build_network
 from jaxla.models.images import IMAGENET_DEVIATION, IMAGENET_MEAN
-from jaxla.models.network import build_network
-from jaxla.runs.machine import processor
 from jaxla.shell.command_line import command_parser, parse_arguments
 from jaxla.shell.process import run_command
 from jaxla.training.features import BATCH, FeatureCache
@@ -89,7 +86,7 @@ def main(arguments):
             "jaxla": {"features": timed(lambda: jax.block_until_ready(cache.extract(blank)))},
             "torch": {"features": timed(lambda: backbone(images[:BATCH]))},
         }
-        once = in_turn({"jaxla": our_features, "torch": their_features}, options.epochs)
+        once = spread_of(in_turn({"jaxla": our_features, "torch": their_features}, options.epochs))
         cached = SliceSource(volumes, Canvas(options.size), cache.features(volumes))
         features, _ = arrays_of(cached)
 
@@ -119,17 +116,16 @@ def main(arguments):
             first_call["torch"][way] = timed(partial(their_training.steps, 1))
             sides = {"jaxla": our_training, "torch": their_training}
             runs = {side: partial(training.steps, options.slices // options.batch) for side, training in sides.items()}
-            epochs[way] = in_turn(runs, options.epochs)
+            epochs[way] = spread_of(in_turn(runs, options.epochs))
             our_training.close()
 
     result = {
+        **about("jax", "torch", "transformers"),
         "arch": arch,
         "size": options.size,
         "slices": options.slices,
         "batch": options.batch,
         "decoder_widths": Model().decoder_widths,
-        "device": f"{processor()}, {torch.get_num_threads()} threads",
-        "versions": {name: importlib.metadata.version(name) for name in ("jax", "torch", "transformers")},
         "torch_memory_format": memory_format,
         "torch_step_seconds_by_format": of_format,
         "relative_loss_difference": difference,
@@ -145,13 +141,8 @@ def main(arguments):
     print()
 
 
-def in_turn(runs, repeats):
-    """Each run in turn, `repeats` times; -> name -> median, fastest and slowest seconds."""
-    seconds = {name: [] for name in runs}
-    for _ in range(repeats):
-        for name, run in runs.items():
-            time.sleep(PAUSE)
-            seconds[name].append(timed(run))
+def spread_of(seconds):
+    """Name -> median, fastest and slowest of its seconds."""
     return {
         name: {"median": statistics.median(times), "fastest": min(times), "slowest": max(times)}
         for name, times in seconds.items()

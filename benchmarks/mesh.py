@@ -6,21 +6,18 @@ any. Both run in this process, in turn, from the same parameters on the same bat
 are compared: they must be the same bits.
 """
 
-import importlib.metadata
 import json
 import statistics
 import sys
-import time
 
 import jax
 import numpy as np
 
-from benchmarks.backbone import PAUSE, timed
+from benchmarks.timing import about, in_turn
 from jaxla.config import InputError, Model, Training
 from jaxla.devices.mesh import spread, to_devices, use_devices
 from jaxla.models.backbones import TRANSFORMERS, architecture
-from jaxla.models.network import build_network
-from jaxla.runs.machine import processor
+from jaxla.models.build import build_network
 from jaxla.shell.command_line import command_parser, parse_arguments
 from jaxla.shell.process import run_command
 from jaxla.training.step import initial_state, make_gradient, make_optimiser, make_step, split_network
@@ -45,21 +42,19 @@ def main(arguments):
         first = within(), without()
         if first[0] != first[1]:
             raise InputError(f"losses differ: {first[0]} within a mesh, {first[1]} without")
-    seconds = {"mesh": [], "no mesh": []}
-    for _ in range(options.repeats):
-        time.sleep(PAUSE)
+
+    def run_within():
         with use_devices(1):
-            seconds["mesh"].append(timed(within))
-        time.sleep(PAUSE)
-        seconds["no mesh"].append(timed(without))
+            within()
+
+    seconds = in_turn({"mesh": run_within, "no mesh": without}, options.repeats)
     medians = {name: statistics.median(times) for name, times in seconds.items()}
     result = {
+        **about("jax", "flax"),
         "arch": arch,
         "backbone": options.backbone,
         "size": options.size,
         "batch": options.batch,
-        "device": jax.devices()[0].device_kind if jax.default_backend() == "gpu" else processor(),
-        "versions": {name: importlib.metadata.version(name) for name in ("jax", "flax")},
         "repeats": options.repeats,
         "median_seconds": medians,
         "fastest_seconds": {name: min(times) for name, times in seconds.items()},

@@ -11,14 +11,13 @@ float32 against itself in float64, at that size. On a GPU the lowest cosine betw
 is printed too.
 """
 
-import datetime
-import importlib.metadata
 import json
 import sys
 from pathlib import Path
 
 import jax
 
+from benchmarks.timing import about
 from jaxla.config import InputError, lookup
 from jaxla.models import dinov3
 from jaxla.models.backbones import TRANSFORMERS
@@ -61,13 +60,8 @@ def main(arguments):
             print(f"| {' | '.join(map(shown, row.values()))} |", flush=True)
 
     if output:
-        about = {
-            "date": datetime.date.today().isoformat(),
-            "weights": "synthetic",
-            "device": jax.devices()[0].device_kind,
-            "versions": {name: importlib.metadata.version(name) for name in ("jax", "flax", "torch", "transformers")},
-        }
-        output.write_text(json.dumps(about | {"rows": rows}, indent=1, ensure_ascii=False))
+        result = {**about("jax", "flax", "torch", "transformers"), "weights": "synthetic", "rows": rows}
+        output.write_text(json.dumps(result, indent=1, ensure_ascii=False))
     wide = [row for row in rows if beyond_bounds({"": Error(row["max abs"], row["relative L2"])})]
     print(f"\nSynthetic weights; {len(rows) - len(wide)} of {len(rows)} rows within {BOUND[0]:g} and {BOUND[1]:g}.")
     if wide:

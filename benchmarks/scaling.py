@@ -26,7 +26,7 @@ from jax.sharding import NamedSharding
 from jaxla.config import Model, Training
 from jaxla.devices.mesh import BATCH, MODEL, shardings, use_devices
 from jaxla.models.backbones import architecture
-from jaxla.models.network import build_network
+from jaxla.models.build import build_network
 from jaxla.shell.command_line import command_parser, parse_arguments
 from jaxla.shell.process import run_command
 from jaxla.training.step import make_gradient, make_optimiser, make_step, split_network

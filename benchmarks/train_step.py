@@ -14,8 +14,6 @@ on Linux by how much the process grew at most during a step. A pause before each
 fall asleep.
 """
 
-import datetime
-import importlib.metadata
 import json
 import os
 import statistics
@@ -28,13 +26,12 @@ import jax
 import numpy as np
 import torch
 
-from benchmarks.backbone import PAUSE, timed
+from benchmarks.timing import PAUSE, about, timed
 from jaxla.config import InputError, Training, lookup
 from jaxla.devices.memory import program_bytes
 from jaxla.experiments import METHODS
+from jaxla.models.build import build_network, require_size
 from jaxla.models.images import IMAGENET_DEVIATION, IMAGENET_MEAN
-from jaxla.models.network import build_network, require_size
-from jaxla.runs.machine import processor
 from jaxla.shell.command_line import command_parser, parse_arguments
 from jaxla.shell.process import run_command
 from jaxla.training.step import initial_state, make_gradient, make_optimiser, make_step, split_network
@@ -92,14 +89,11 @@ def main(arguments):
     medians = {name: statistics.median(times[1:]) for name, times in seconds.items()}
     of_torch = {name: median / medians["jaxla"] for name, median in medians.items() if name != "jaxla"}
     result = {
-        "date": datetime.date.today().isoformat(),
+        **about("jax", "flax", "torch"),
         "method": options.method,
         "size": options.size,
         "batch": options.batch,
         "dtype": "bfloat16" if on_gpu else "float32",
-        "device": jax.devices()[0].device_kind if on_gpu else processor(),
-        "cores": os.cpu_count(),
-        "versions": {name: importlib.metadata.version(name) for name in ("jax", "flax", "torch")},
         "repeats": options.repeats,
         "gradient_relative_l2": difference,
         "gradient_relative_l2_of_torch": difference_of_torch,

@@ -4,20 +4,15 @@ from __future__ import annotations
 
 import http.client
 import logging
-import shutil
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, NamedTuple
 from urllib.parse import urlsplit
 
-from filelock import FileLock, Timeout
-
 from convert_weights.checkpoint import progress
 from jaxla.config import InputError
-from jaxla.models.weights_format import file_sha256
+from jaxla.shell.files import file_sha256, free_bytes, locked
 
 log = logging.getLogger("jaxla.convert_weights")
 
@@ -95,11 +90,15 @@ def download(release: Release, folder: Path) -> Path:
     try:
         if not path.exists():
             folder.mkdir(parents=True, exist_ok=True)
-            with _locked(path):
-                if not path.exists():  # nor has another process fetched it by now
+            lock = path.with_name(f"{path.name}.lock")
+            with locked(lock, f"{path}: another process is fetching it"):
+                if fetched := not path.exists():  # nor has another process fetched it by now
                     log.info("fetching %s into %s", release.url, folder)
                     _fetch(release, path)
-                    return path
+                # never before the file is there, or one that waits for it and one that makes a new one both fetch
+                lock.unlink(missing_ok=True)
+            if fetched:
+                return path
         log.info("%s: is there already", path)
         if not _is_released(path, release):
             raise InputError(f"{path}: not the released file, whose sha256 begins with {release.sha256[:8]}; remove it")
@@ -110,24 +109,6 @@ def download(release: Release, folder: Path) -> Path:
             f"and put it at {path} for the same command to find"
         ) from error
     return path
-
-
-@contextmanager
-def _locked(path: Path) -> Iterator[None]:
-    """Keep other processes from fetching `path`."""
-    file = path.with_name(f"{path.name}.lock")
-    lock = FileLock(file)  # the operating system's: a killed process holds it no longer
-    try:
-        lock.acquire(timeout=0)
-    except Timeout:
-        log.info("%s: another process is fetching it; waiting for it", path)
-        lock.acquire()
-    try:
-        yield
-    finally:
-        lock.release()
-        if path.exists():  # else one that waits for this lock and one that makes a new one would both fetch
-            file.unlink(missing_ok=True)
 
 
 def _fetch(release: Release, path: Path) -> None:
@@ -161,7 +142,7 @@ def _append_missing(url: str, part: Path) -> None:
         if have and not resumed:
             log.info("%s: the server cannot go on where the transfer broke off, and sends all of it again", part)
             have = 0
-        if missing > shutil.disk_usage(part.parent).free:
+        if missing > free_bytes(part):
             raise OSError(f"{missing / 1e9:.1f} GB are missing, more than is free in {part.parent}")
         with part.open("ab" if resumed else "wb") as file, progress(part.stem, have + missing) as bar:
             bar.update(have)

@@ -13,7 +13,7 @@ from convert_weights.checkpoint import require_other, require_torch
 from convert_weights.layout import to_theirs
 from jaxla.config import InputError
 from jaxla.models.weights import require_parameters
-from jaxla.models.weights_format import read_metadata, replacing, require_room, require_undamaged
+from jaxla.models.weights_format import read_metadata, require_room, require_undamaged, writing
 
 
 def to_pytorch(source: Path, output: Path) -> int:
@@ -45,7 +45,7 @@ def to_pytorch(source: Path, output: Path) -> int:
     for name, array in to_theirs(rows_of(arch), held, read):
         tensor = torch.from_numpy(array)
         state[name] = tensor.bfloat16() if name in rounded else tensor
-    with replacing(output) as file:
+    with writing(output) as file:
         try:
             torch.save(state, file)
         except RuntimeError as error:  # torch, closing its archive after a fault of the disk, fails once more

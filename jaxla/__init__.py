@@ -64,14 +64,14 @@ def build_network(
 
     from jaxla.config import lookup
     from jaxla.experiments import METHODS
-    from jaxla.models import network
+    from jaxla.models import build
 
     model = lookup("method", name, METHODS).model
     if plan is not None:
         raise InputError(f"plan: {name} takes none; its network is the same for all data")
     if weights is not None:
         model = replace(model, weights=str(weights))
-    return network.build_network(model, classes, seed)
+    return build.build_network(model, classes, seed)
 
 
 def load_network(path: str | Path) -> nnx.Module:

@@ -33,7 +33,7 @@ def main(arguments: list[str]) -> None:
 
 
 def _describe_run(folder: Path) -> dict[str, str]:
-    from jaxla.runs.folder import METRICS, is_finished, is_running, resume_command
+    from jaxla.runs.folder import METRICS, SPLIT, SUMMARY, is_finished, is_running, resume_command
     from jaxla.runs.machine import describe_device
     from jaxla.runs.record import method_label, read_record
 
@@ -42,8 +42,8 @@ def _describe_run(folder: Path) -> dict[str, str]:
     facts = {"run": str(folder.absolute()), "experiment": f"{experiment.name}, method {method_label(experiment)}"}
 
     history = _read(folder / METRICS, lambda text: [json.loads(line) for line in text.splitlines()]) or []
-    summary = _read(folder / "test" / "summary.json", json.loads)
-    split = _read(folder / "split.json", json.loads) or {}
+    summary = _read(folder / SUMMARY, json.loads)
+    split = _read(folder / SPLIT, json.loads) or {}
     epochs = f"{len(history)} of at most {experiment.training.epochs} epochs"
     if is_finished(folder):
         facts["state"] = f"finished after {epochs}"

@@ -7,24 +7,11 @@ from __future__ import annotations
 
 import json
 import logging
-import re
 import sys
-from collections import Counter
-from collections.abc import Iterable
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
 from jaxla.config import InputError
 from jaxla.shell.command_line import command_parser, parse_arguments
 from jaxla.shell.process import run_command
-
-if TYPE_CHECKING:
-    from jaxla.data.cases import Finding
-    from jaxla.data.inventory import Inventory
-
-MOST_OF_A_KIND = 10  # findings in the text; --json has them all
-MOST_ALIKE = 3  # of these, with the same words
-MOST_DISTINCT = 4  # shapes, spacings, orientations
 
 
 def main(arguments: list[str]) -> None:
@@ -51,6 +38,7 @@ def main(arguments: list[str]) -> None:
     from tqdm import tqdm
 
     from jaxla.data.inventory import take_inventory
+    from jaxla.reporting.inventory_report import to_json, to_text
 
     logging.getLogger("jaxla").setLevel(logging.WARNING)  # what the readers log on stdout is in the report
     inventory = take_inventory(
@@ -67,147 +55,6 @@ def main(arguments: list[str]) -> None:
             f"--data.root={options.data.root}: {problems} training from starting{which}: "
             f"{first.file}: {first.what}; {first.mend}"
         )
-
-
-def to_json(inventory: Inventory) -> dict[str, Any]:
-    """The document that `--json` prints: every case and every finding."""
-    from dataclasses import asdict
-
-    from jaxla.data.inventory import OUTLIER_RULE
-
-    def plain(record: object) -> dict[str, Any]:
-        return {key: str(value) if isinstance(value, Path) else value for key, value in asdict(record).items()}
-
-    return {
-        "root": str(inventory.root),
-        "training_could_start": not inventory.errors,
-        "layout": inventory.layout,
-        "labels": plain(inventory.labels) if inventory.labels else None,
-        "label_values": label_values(inventory),
-        "default_split": plain(inventory.split) if inventory.split else None,
-        "outlier_rule": OUTLIER_RULE,
-        "findings": [plain(finding) for finding in inventory.findings],
-        "cases": [plain(case) for case in inventory.cases],
-        "unread": [str(path) for path in inventory.unread],
-    }
-
-
-def label_values(inventory: Inventory) -> list[dict[str, Any]]:
-    """Every mask value that is found or named, what it is taken for, and in how many cases it is."""
-    labels = inventory.labels
-    counts = Counter(value for case in inventory.cases for value in case.mask_values or ())
-    meanings: dict[int, str] = {}
-    if labels and labels.values is not None:
-        for name, values in zip(labels.names, labels.values, strict=True):
-            meanings |= dict.fromkeys(values, name)
-        meanings |= dict.fromkeys(labels.ignored, "ignored (background)")
-    elif labels:
-        meanings = dict.fromkeys(counts, labels.names[0])
-    unnamed = "no class" if labels else "not known"
-    return [
-        {"value": value, "taken_for": meanings.get(value, unnamed), "cases": counts[value]}
-        for value in sorted(counts.keys() | meanings.keys())
-    ]
-
-
-def to_text(inventory: Inventory) -> str:
-    """The report for a person: a summary, then the findings by level; files are named from the root on."""
-    errors = inventory.errors
-    warnings = inventory.findings[len(errors) :]
-    summary = list(_summary(inventory))
-    width = max(len(name) for name, _ in summary) + 2
-    lines = [f"  {name:{width}}{value}" for name, value in summary]
-    for level, findings in (("errors", errors), ("warnings", warnings)):
-        if findings:
-            lines += ["", f"{level} ({len(findings)})", *_lines(findings)]
-    counted = f"{_count(len(errors), 'error')}, {_count(len(warnings), 'warning')}"
-    lines += ["", f"Training {'cannot' if errors else 'can'} start: {counted}."]
-    text = "\n".join(lines)
-    for folder in (inventory.root, inventory.root.resolve()):
-        text = re.sub(rf"(?<!\S){re.escape(str(folder))}/", "", text)
-    return f"{inventory.root}\n{text}"
-
-
-def _summary(inventory: Inventory) -> Iterable[tuple[str, str]]:
-    import numpy as np
-
-    from jaxla.data.inventory import OUTLIER_RULE, times
-
-    yield "layout", inventory.layout
-    split = inventory.split
-    parts = f"; by default {len(split.train)} train, {len(split.val)} validate, {len(split.test)} test" if split else ""
-    yield "cases", f"{len(inventory.cases)}{parts}"
-    yield "classes", inventory.labels.describe() if inventory.labels else "not known"
-    values = label_values(inventory)
-    shown = [f"{v['value']} {v['taken_for']} in {_count(v['cases'], 'case')}" for v in values[:MOST_OF_A_KIND]]
-    yield "label values", (", ".join(shown) or "none but 0") + _more(len(values) - MOST_OF_A_KIND)
-
-    read = [case for case in inventory.cases if case.shape]
-    if read:
-        shapes = [times(case.shape) for case in read]
-        extent = ""
-        if len(set(shapes)) > 1:
-            sizes = np.array([case.shape for case in read])
-            extent = f"; from {times(sizes.min(0))} to {times(sizes.max(0))}"
-        yield "shapes", _distinct(shapes) + extent
-        yield "spacings mm", _distinct(times(case.spacing) for case in read)
-        yield "orientations", _distinct(case.orientation for case in read)
-        slices = [case.slices for case in read]
-        extent = f"{min(slices)} to {max(slices)} a case" if len(set(slices)) > 1 else f"{slices[0]} a case"
-        yield "slices along", f"{_distinct(case.slice_axis for case in read)}; {extent}, {sum(slices)} in all"
-
-    judged = False
-    for name in inventory.labels.names if inventory.labels else ():
-        volumes = {c.id: c.volumes[name] for c in inventory.cases if c.volumes and c.volumes[name]}
-        if volumes:
-            judged = True
-            least, most = min(volumes, key=volumes.get), max(volumes, key=volumes.get)
-            yield (
-                f"{name} ml",
-                f"median {np.median(list(volumes.values())):.3g}, from {volumes[least]:.3g} ({least}) "
-                f"to {volumes[most]:.3g} ({most})",
-            )
-    if judged:
-        yield "outliers", OUTLIER_RULE
-    if unread := inventory.unread:
-        shown = ", ".join(str(path) for path in unread[:3])
-        yield "not read", f"{_count(len(unread), 'NIfTI file')} of no case: {shown}{_more(len(unread) - 3)}"
-
-
-def _lines(findings: Iterable[Finding]) -> Iterable[str]:
-    """One line each, by kind; of many that say the same the first few, then which cases the others are."""
-    kinds: dict[str, list[Finding]] = {}
-    for finding in findings:
-        kinds.setdefault(finding.kind, []).append(finding)
-    for kind, group in kinds.items():
-        said: Counter[tuple[str, str]] = Counter()
-        left = []
-        for finding in group:
-            text = (finding.what, finding.mend)
-            if said[text] < MOST_ALIKE and said.total() < MOST_OF_A_KIND:
-                yield f"  {finding.file}: {finding.what}; {finding.mend}"
-                said[text] += 1
-            else:
-                left.append(finding.case)
-        if left:
-            cases = ", ".join(left[:MOST_OF_A_KIND]) + _more(len(left) - MOST_OF_A_KIND)
-            yield f"  and {len(left)} more like these ({kind}): {cases}; --json lists them all"
-
-
-def _distinct(values: Iterable[str]) -> str:
-    """The values and how often they occur; where there are many, those that occur more than once."""
-    counts = Counter(values).most_common()
-    shown = counts if len(counts) <= MOST_DISTINCT else [(v, n) for v, n in counts[:MOST_DISTINCT] if n > 1]
-    text = ", ".join(f"{value} ({n})" for value, n in shown)
-    return text + _more(len(counts) - len(shown)) if shown else f"{len(counts)} different ones"
-
-
-def _more(count: int) -> str:
-    return f", … {count} more" if count > 0 else ""
-
-
-def _count(count: int, noun: str) -> str:
-    return f"{count} {noun}{'' if count == 1 else 's'}"
 
 
 if __name__ == "__main__":

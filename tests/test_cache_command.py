@@ -15,7 +15,7 @@ from jaxla.data.cases import find_cases
 from jaxla.data.inputs import Canvas
 from jaxla.data.phantoms import cached_phantoms
 from jaxla.data.prepared import prepare_cases
-from jaxla.models.network import build_network
+from jaxla.models.build import build_network
 from jaxla.models.weights_format import save_weights
 from jaxla.training.features import FeatureCache
 from tests.data.nifti import flat

@@ -30,6 +30,7 @@ from jaxla.data.volumes import (
     to_slices,
     voxels_sha256,
 )
+from jaxla.shell.files import file_sha256
 
 log = logging.getLogger(__name__)
 
@@ -186,7 +187,6 @@ def _is_whole(folder: Path) -> bool:
 
 def _sha256(path: Path) -> str:
     try:
-        with path.open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
+        return file_sha256(path)
     except OSError as error:
         raise InputError(f"{path}: cannot be read ({error.strerror})") from error

@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from jaxla.config import Data, InputError
+from jaxla.shell.files import write_whole
 
 
 @dataclass(frozen=True)
@@ -69,7 +70,7 @@ def make_split(ids: Sequence[str], protocol: Data) -> Split:
 
 def write_split(split: Split, path: Path) -> None:
     """Write `split.json`."""
-    path.write_text(json.dumps(split.parts, indent=1) + "\n")
+    write_whole(path, json.dumps(split.parts, indent=1) + "\n")
 
 
 def read_test_cases(path: Path) -> tuple[str, ...]:

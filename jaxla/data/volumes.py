@@ -7,12 +7,10 @@ the rows. An axial slice is then seen as radiologists see it, patient's right on
 
 from __future__ import annotations
 
-import contextlib
 import gzip
 import hashlib
 import io
 import logging
-import os
 import zlib
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +22,7 @@ from nibabel.openers import ImageOpener
 from nibabel.spatialimages import HeaderDataError
 
 from jaxla.config import InputError
+from jaxla.shell.files import replacing
 
 AXES = ("left-right", "anterior-posterior", "head-foot")  # canonical
 HEAD_FOOT = 2
@@ -174,26 +173,21 @@ def write_volume(path: Path, array: np.ndarray, like: Volume) -> None:
     """
     header = like.header.copy()
     header.set_data_dtype(array.dtype)
-    header.set_slope_inter(1, 0)
     header["cal_min"] = header["cal_max"] = 0
-    beside = path.with_name(f".{os.getpid()}.{path.name}")
     image_class = nib.Nifti2Image if isinstance(header, nib.Nifti2Header) else nib.Nifti1Image
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        nib.save(image_class(array, like.affine, header), beside)
-        written = nib.load(beside)
-        same = np.array_equal(written.affine, like.affine) and all(
-            np.array_equal(written.header[key], like.header[key])
-            for key in ("qform_code", "sform_code", "xyzt_units", "srow_x", "srow_y", "srow_z")
-        )
-        if not (same and np.array_equal(np.asarray(written.dataobj), array)):
-            raise AssertionError(f"{path}: what was read back differs from what was written")
-        beside.replace(path)
+        with replacing(path) as beside:
+            nib.save(image_class(array, like.affine, header), beside)
+            written = nib.load(beside)
+            same = np.array_equal(written.affine, like.affine) and all(
+                np.array_equal(written.header[key], like.header[key])
+                for key in ("qform_code", "sform_code", "xyzt_units", "srow_x", "srow_y", "srow_z")
+            )
+            if not (same and np.array_equal(np.asarray(written.dataobj), array)):
+                raise AssertionError(f"{path}: what was read back differs from what was written")
     except OSError as error:
         raise InputError(f"{path}: cannot be written ({error.strerror}); choose another output folder") from error
-    finally:
-        with contextlib.suppress(OSError):
-            beside.unlink(missing_ok=True)
 
 
 def _read(path: Path) -> Volume:

@@ -2,16 +2,15 @@
 
 import csv
 import json
-import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, TextIO
+from typing import Any, Literal
 
 import numpy as np
 
 from jaxla.config import InputError
 from jaxla.evaluation.metrics import DEFINITIONS, DISTANCES, EMPTY_POLICIES, OVERLAPS, SIZES, EmptyPolicy, score
+from jaxla.shell.files import replacing, write_whole
 
 Unit = Literal["volume", "slice"]
 Row = dict[str, Any]
@@ -26,19 +25,17 @@ def score_case(
     spacing: Sequence[float],
     class_names: Sequence[str],
     unit: Unit = "volume",
-    slice_axis: int = 0,
     empty: EmptyPolicy = "one",
 ) -> list[Row]:
     """Rows of one case: one per class, or with unit "slice" one per slice and class.
 
     Args:
         case_id: name of the case, the `case` column.
-        prediction: class indices [X, Y, Z]; 0 is background, k the class `class_names[k - 1]`.
+        prediction: class indices, for unit "slice" [S, H, W]; 0 is background, k the class `class_names[k - 1]`.
         reference: class indices of the same shape.
         spacing: millimetres per voxel along each axis.
         class_names: names of the foreground classes.
-        unit: what one row measures.
-        slice_axis: the axis that slices are cut across, for unit "slice"; the `slice` column counts along it from 0.
+        unit: what one row measures; the `slice` column counts from 0.
         empty: how units with an empty reference count, see `metrics.EMPTY_POLICIES`.
 
     Raises:
@@ -58,10 +55,8 @@ def score_case(
         if unit == "volume":
             rows.append({"case": case_id, "class": name, **score(predicted, referenced, spacing, empty)})
             continue
-        in_plane = [mm for axis, mm in enumerate(spacing) if axis != slice_axis]
-        planes = zip(np.moveaxis(predicted, slice_axis, 0), np.moveaxis(referenced, slice_axis, 0), strict=True)
-        for position, (plane, reference_plane) in enumerate(planes):
-            values = score(plane, reference_plane, in_plane, empty)
+        for position, (plane, reference_plane) in enumerate(zip(predicted, referenced, strict=True)):
+            values = score(plane, reference_plane, spacing[1:], empty)
             rows.append({"case": case_id, "slice": position, "class": name, **values})
     return sorted(rows, key=lambda row: row["slice"]) if unit == "slice" else rows
 
@@ -103,6 +98,20 @@ def summarise(rows: Iterable[Mapping], unit: Unit, empty: EmptyPolicy, class_nam
     return summary
 
 
+def summarise_test(
+    rows: Sequence[Row], slice_rows: Sequence[Row], atlas_rows: Sequence[Row], class_names: Sequence[str]
+) -> tuple[list[Row], dict[str, Any]]:
+    """A run's test: rows per volume with the atlas's overlaps beside them, and the summary per volume.
+
+    Under "slice" the summary has the same per slice, under "atlas" that of the atlas per volume.
+    """
+    summary = summarise(rows, "volume", "one", class_names)
+    summary["slice"] = summarise(slice_rows, "slice", "one", class_names)
+    summary["atlas"] = summarise(atlas_rows, "volume", "one", class_names)
+    beside = [{f"atlas_{metric}": row[metric] for metric in ("dice", "iou")} for row in atlas_rows]
+    return [row | of_atlas for row, of_atlas in zip(rows, beside, strict=True)], summary
+
+
 def worst_median_best(dice: Mapping[str, float]) -> dict[str, str]:
     """The cases of the lowest, the median and the highest Dice, each once -> `worst`, `median` or `best`."""
     ranked = sorted(dice, key=dice.get)
@@ -138,9 +147,7 @@ def write_cases(rows: Sequence[Mapping], path: Path) -> None:
 
 def write_summary(summary: Mapping, path: Path) -> None:
     """A summary as JSON; refuses NaN, which JSON has no word for."""
-    with _replacing(path) as file:
-        json.dump(summary, file, indent=2, ensure_ascii=False, allow_nan=False)
-        file.write("\n")
+    write_whole(path, json.dumps(summary, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
 
 
 def write_lascarqs2022(rows: Sequence[Mapping], path: Path) -> None:
@@ -173,21 +180,7 @@ def _statistics(values: Sequence[float], unit: Unit) -> dict[str, Any]:
 
 
 def _write_csv(path: Path, columns: Sequence[str], rows: Iterable[Mapping]) -> None:
-    with _replacing(path) as file:
+    with replacing(path) as beside, beside.open("w", encoding="utf-8", newline="") as file:
         writer = csv.DictWriter(file, columns, lineterminator="\n")
         writer.writeheader()
         writer.writerows(rows)
-
-
-@contextmanager
-def _replacing(path: Path) -> Iterator[TextIO]:
-    """A file to write that takes its name only when it is complete."""
-    path = Path(path)
-    beside = path.with_name(path.name + ".part")
-    try:
-        with open(beside, "w", encoding="utf-8", newline="") as file:
-            yield file
-        os.replace(beside, path)
-    except BaseException:
-        beside.unlink(missing_ok=True)
-        raise

@@ -10,10 +10,10 @@ from flax import nnx
 
 from jaxla.config import InputError, default_cache_dir
 from jaxla.devices.processes import agreed
-from jaxla.models.network import build_network
+from jaxla.models.build import build_network
 from jaxla.models.weights import parameters_sha256
 from jaxla.models.weights_format import require_undamaged
-from jaxla.runs.folder import BACKBONE
+from jaxla.runs.folder import BACKBONE, BEST
 from jaxla.runs.record import Record, read_record
 from jaxla.training.checkpoints import Checkpoints, checkpoint_steps, checkpointed
 from jaxla.training.step import split_network
@@ -36,7 +36,7 @@ def load_run(folder: str | Path) -> TrainedNetwork:
     """
     folder = Path(folder)
     record = read_record(folder)
-    if not (steps := agreed(checkpoint_steps(folder / "checkpoints" / "best"))):
+    if not (steps := agreed(checkpoint_steps(folder / BEST))):
         raise InputError(f"{folder}: has no checkpoint; the run stopped before its first epoch ended")
     model, seed, outputs = record.experiment.model, record.experiment.seed, record.labels.outputs
     if model.backbone == "frozen":
@@ -50,7 +50,7 @@ def load_run(folder: str | Path) -> TrainedNetwork:
     saved = checkpointed(parts.trainable, parts.frozen.statistics)
     here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])  # whatever device the run was trained on
     like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here), saved)
-    checkpoints = Checkpoints(folder / "checkpoints" / "best", read_only=True)
+    checkpoints = Checkpoints(folder / BEST, read_only=True)
     restored, progress = checkpoints.restore(like, steps[0])
     checkpoints.close()
     network = nnx.merge(parts.evaluation, restored["trainable"], parts.frozen.parameters, restored["statistics"])

@@ -16,8 +16,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from jaxla.models.convolution import convolution
 from jaxla.models.images import require_images
+from jaxla.models.layers import convolution
 from jaxla.models.normalisation import BatchNorm
 from jaxla.models.pooling import max_pool_overlapping
 

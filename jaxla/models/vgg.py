@@ -12,8 +12,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from jaxla.models.convolution import ConvolutionUnit
 from jaxla.models.images import require_images
+from jaxla.models.layers import units_in_turn
 from jaxla.models.pooling import Pooled, max_pool_with_places
 
 
@@ -45,11 +45,8 @@ class VGG(nnx.Module):
         self.variant = variant
         stages, inputs = [], 3
         for widths in variant.stages:
-            units = []
-            for width in widths:
-                units.append(ConvolutionUnit(inputs, width, bias=True, dtype=dtype, rngs=rngs))
-                inputs = width
-            stages.append(nnx.List(units))
+            stages.append(units_in_turn(inputs, widths, dtype=dtype, rngs=rngs))
+            inputs = widths[-1]
         self.stages = nnx.List(stages)
 
     def __call__(self, images: jax.Array) -> jax.Array:

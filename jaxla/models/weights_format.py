@@ -9,8 +9,6 @@ import math
 import os
 import re
 import shlex
-import shutil
-import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
@@ -19,6 +17,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from jaxla.config import InputError
+from jaxla.shell.files import free_bytes, replacing
 
 # No JAX here: `python -m jaxla.info` reads a file's header in less time than JAX takes to import.
 
@@ -72,7 +71,7 @@ def save_weights(path: Path, arrays: Mapping[str, np.ndarray | Streamed], metada
         text += b" " * (-len(text) % 8)
         return len(text).to_bytes(8, "little") + text
 
-    with replacing(path) as file:
+    with writing(path) as file:
         file.write(header("0" * 64))  # its length is that of the header to come
         digest = hashlib.sha256()
         for name in order:
@@ -86,33 +85,25 @@ def save_weights(path: Path, arrays: Mapping[str, np.ndarray | Streamed], metada
 
 
 @contextlib.contextmanager
-def replacing(path: Path) -> Iterator[BinaryIO]:
+def writing(path: Path) -> Iterator[BinaryIO]:
     """A file to write that stands under its name once it is whole; left in any other way, nothing of it remains.
 
     Raises:
         InputError: it cannot be written.
     """
-    beside = path.with_name(f".{uuid.uuid4().hex}.{path.name}")  # another's, on any host, has another name
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with beside.open("wb") as file:
+        with replacing(path) as beside, beside.open("wb") as file:
             yield file
-            file.flush()
-            os.fsync(file.fileno())  # some file systems say only now that they are full
-        beside.replace(path)
     except OSError as error:
         raise InputError(
             f"{path}: cannot be written ({error.strerror or error}); mend that, or choose another place"
         ) from error
-    finally:
-        with contextlib.suppress(OSError):
-            beside.unlink(missing_ok=True)
 
 
 def require_room(path: Path, size: int) -> None:
     """Raise an InputError unless a file of `size` bytes has room where `path` is to be."""
-    free = shutil.disk_usage(next(parent for parent in path.absolute().parents if os.path.exists(parent))).free
-    if free < size:
+    if (free := free_bytes(path)) < size:
         raise InputError(
             f"{path}: needs {size / 1e9:.2f} GB, {free / 1e9:.2f} are free; make room, or choose another place"
         )
@@ -181,11 +172,6 @@ def parameter_count(path: Path) -> tuple[int, int]:
         names = [name for name in file.keys() if not name.startswith(UNUSED)]  # noqa: SIM118  (not a dict)
         sizes = [math.prod(file.get_slice(name).get_shape()) for name in names]
     return len(sizes), sum(sizes)
-
-
-def file_sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def how_to_convert(arch: str, output: Path) -> str:

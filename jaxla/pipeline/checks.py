@@ -11,7 +11,7 @@ from jaxla.devices.memory import require_memory
 from jaxla.devices.mesh import device_count
 from jaxla.devices.processes import process_count
 from jaxla.experiments import METHODS
-from jaxla.models.network import checked_model, require_size
+from jaxla.models.build import checked_model, require_size
 from jaxla.models.weights import weights_file
 from jaxla.models.weights_format import require_undamaged
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import shutil
 import time
 from collections.abc import Callable, Sequence
 from contextlib import closing
@@ -22,11 +21,12 @@ from jaxla.devices.memory import as_bytes, device_bytes, exhaustion_named, progr
 from jaxla.devices.mesh import on_host, own_rows, spread, to_devices, use_own_devices
 from jaxla.devices.processes import gather, process_count, share
 from jaxla.evaluation.summary import score_case
-from jaxla.models.network import build_network
+from jaxla.models.build import build_network
 from jaxla.pipeline.cost import TIMED_SECONDS, TIMED_VOLUMES
 from jaxla.pipeline.data import PreparedData
 from jaxla.pipeline.run import describe_backbone, why_not_cached
 from jaxla.runs.record import method_label
+from jaxla.shell.files import free_bytes
 from jaxla.training.features import FeatureCache
 from jaxla.training.loop import clock
 from jaxla.training.step import (
@@ -181,7 +181,7 @@ def _forecast(experiment: Experiment, data: PreparedData, cache_dir: Path, seen:
         frozen=of_all - trained,
         features_bytes=features_bytes,
         features_fit=features_fit,
-        disk_free=shutil.disk_usage(cache_dir if cache_dir.exists() else Path.cwd()).free,
+        disk_free=free_bytes(cache_dir),
         cache_dir=cache_dir,
         # two checkpoints of each kind are kept, and a third is there while it is written
         run_bytes=3 * (2 * trained_bytes + state_bytes)

@@ -27,10 +27,10 @@ from jaxla.devices.memory import exhaustion_named
 from jaxla.devices.mesh import on_host, use_own_devices
 from jaxla.devices.processes import gather, is_first, share, wait_for_all
 from jaxla.evaluation.atlas import apply_atlas, build_atlas, choose_threshold
-from jaxla.evaluation.summary import score_case, summarise, worst_median_best, write_cases, write_summary
+from jaxla.evaluation.summary import score_case, summarise_test, worst_median_best, write_cases, write_summary
 from jaxla.inference.segment import make_segment, make_segment_slices, write_segmentation
 from jaxla.inference.trained import load_run
-from jaxla.models.network import Network, build_network
+from jaxla.models.build import build_network
 from jaxla.models.weights import parameters_sha256, save_random
 from jaxla.pipeline.cost import measure_cost
 from jaxla.pipeline.data import PreparedData, say_what_is_cut
@@ -39,7 +39,18 @@ from jaxla.reporting.curves import draw_curves
 from jaxla.reporting.overlays import Panel, draw_overlays
 from jaxla.reporting.run_report import write_report
 from jaxla.runs.cost import write_cost
-from jaxla.runs.folder import BACKBONE, COST, METRICS, REPORT
+from jaxla.runs.folder import (
+    BACKBONE,
+    COST,
+    CURVES,
+    OVERLAYS,
+    PREDICTIONS,
+    REPORT,
+    SUMMARY,
+    TEST_CASES,
+    TEST_SLICES,
+    read_metrics,
+)
 from jaxla.runs.record import FEATURES_KEPT, RECORD, method_label, read_record, write_record
 from jaxla.training.features import CachedFeatures, FeatureCache
 from jaxla.training.loop import fit
@@ -64,7 +75,7 @@ def train_and_test(experiment: Experiment, data: PreparedData, run_dir: Path, ca
         return test(data, features, run_dir, step_bytes)
 
 
-def build(experiment: Experiment, outputs: int, run_dir: Path) -> Network:
+def build(experiment: Experiment, outputs: int, run_dir: Path) -> nnx.Module:
     """The untrained network of a run; a random backbone that stays frozen is kept in the run's folder.
 
     Raises:
@@ -97,7 +108,7 @@ def build(experiment: Experiment, outputs: int, run_dir: Path) -> Network:
 
 
 def cached_features(
-    experiment: Experiment, network: Network, data: PreparedData, cache_dir: Path
+    experiment: Experiment, network: nnx.Module, data: PreparedData, cache_dir: Path
 ) -> tuple[Features | None, str]:
     """The features of every slice that the run uses, where they are computed once and the disk holds them.
 
@@ -117,7 +128,7 @@ def cached_features(
     return by_id, f"{FEATURES_KEPT}, in {cache.dtype.name}, and cached."
 
 
-def why_not_cached(experiment: Experiment, network: Network) -> str:
+def why_not_cached(experiment: Experiment, network: nnx.Module) -> str:
     """A sentence that says why the whole network runs at every step; empty where a frozen backbone need not."""
     if experiment.model.backbone != "frozen":
         return f"All of {method_label(experiment)} is trained, so all of it runs at every step."
@@ -131,7 +142,7 @@ def why_not_cached(experiment: Experiment, network: Network) -> str:
 
 
 def train(
-    experiment: Experiment, network: Network, data: PreparedData, features: Features | None, run_dir: Path
+    experiment: Experiment, network: nnx.Module, data: PreparedData, features: Features | None, run_dir: Path
 ) -> int:
     """Train, from the run's latest checkpoint on; leaves checkpoints, metrics.jsonl and progress.png in its folder.
 
@@ -158,7 +169,7 @@ def train(
             pretrained_backbone=experiment.model.weights != "random",
             folder=run_dir,
             on_epoch=lambda history: draw_curves(
-                history, f"{experiment.name}, {method_label(experiment)}", run_dir / "progress.png"
+                history, f"{experiment.name}, {method_label(experiment)}", run_dir / CURVES
             ),
         )
     log.info("best epoch %d: validation Dice %.3f per volume", best.best_epoch, best.best_dice)
@@ -199,7 +210,7 @@ def test(data: PreparedData, features: Features | None, run_dir: Path, step_byte
         else:
             classes, _ = segment(volume)
             predicted = to_slices(classes, geometry)
-        write_segmentation(run_dir / "test" / "predictions" / f"{name}.nii.gz", classes, trained, volume)
+        write_segmentation(run_dir / PREDICTIONS / f"{name}.nii.gz", classes, trained, volume)
         rows += score_case(name, predicted, prepared.mask, prepared.spacing, names)
         slice_rows += score_case(name, predicted, prepared.mask, prepared.spacing, names, "slice")
         shape = slices_to_canonical(prepared.mask, prepared.slice_axis).shape
@@ -208,28 +219,24 @@ def test(data: PreparedData, features: Features | None, run_dir: Path, step_byte
     rows, slice_rows, atlas_rows = (in_order(of_all, split.test) for of_all in (rows, slice_rows, atlas_rows))
     if not is_first():
         return {}
-    for row, atlas_row in zip(rows, atlas_rows, strict=True):
-        row.update({f"atlas_{metric}": atlas_row[metric] for metric in ("dice", "iou")})
-
-    summary = summarise(rows, "volume", "one", names)
-    summary["slice"] = summarise(slice_rows, "slice", "one", names)
-    summary["atlas"] = summarise(atlas_rows, "volume", "one", names) | {"threshold": atlas.threshold}
+    rows, summary = summarise_test(rows, slice_rows, atlas_rows, names)
+    summary["atlas"]["threshold"] = atlas.threshold
     summary["best_epoch"] = trained.epoch
     summary["backbone"] = describe_backbone(experiment)
-    write_cases(rows, run_dir / "test" / "cases.csv")
-    write_cases(slice_rows, run_dir / "test" / "slices.csv")
-    write_summary(summary, run_dir / "test" / "summary.json")
+    write_cases(rows, run_dir / TEST_CASES)
+    write_cases(slice_rows, run_dir / TEST_SLICES)
+    write_summary(summary, run_dir / SUMMARY)
 
     cost = measure_cost(trained, segment, data.of(split.test), step_bytes)
     write_cost(cost, run_dir / COST)
 
-    panels = panels_of(data, rows, run_dir / "test" / "predictions")
-    draw_overlays(panels, run_dir / "test" / "overlays.png")
+    panels = panels_of(data, rows, run_dir / PREDICTIONS)
+    draw_overlays(panels, run_dir / OVERLAYS)
     write_report(
         run_dir / REPORT,
         record=json.loads((run_dir / RECORD).read_text()),
         split=split.parts,
-        history=[json.loads(line) for line in (run_dir / METRICS).read_text().splitlines()],
+        history=read_metrics(run_dir),
         rows=rows,
         summary=summary,
         cost=asdict(cost),

@@ -20,9 +20,10 @@ from jaxla.experiments import EXPERIMENTS, METHODS
 from jaxla.pipeline.checks import checked, of_method, with_weights
 from jaxla.pipeline.data import data_folder
 from jaxla.reporting.study_results import RUNS, STUDY
-from jaxla.runs.folder import CASES, FIRST_FILES, LOCK, is_finished
+from jaxla.runs.folder import CASES, LOCK, has_not_begun, is_finished
 from jaxla.runs.record import changed_case, differences, read_record, shown
 from jaxla.shell.command_line import parse_experiment
+from jaxla.shell.files import write_whole
 
 State = Literal["complete", "begun", "new"]
 
@@ -139,9 +140,7 @@ def study_folder(output: Path, study: Study, runs: Sequence[PlannedRun], command
     try:
         output.mkdir(parents=True, exist_ok=True)
         lock.acquire()
-        beside = output / f".{STUDY}"
-        beside.write_text(json.dumps(content, indent=1) + "\n")
-        beside.replace(output / STUDY)
+        write_whole(output / STUDY, json.dumps(content, indent=1) + "\n")
     except Timeout as error:
         raise InputError(f"--output={output}: another process runs a study there; wait for it or end it") from error
     except OSError as error:
@@ -160,7 +159,7 @@ def state_of(run: PlannedRun) -> State:
         InputError: its folder holds something else, or a run of other options or by another version of this package.
     """
     folder = run.folder
-    if not folder.exists() or (folder.is_dir() and not {path.name for path in folder.iterdir()} - set(FIRST_FILES)):
+    if not folder.exists() or (folder.is_dir() and has_not_begun(folder)):
         return "new"
     record = read_record(folder)
     move = "move that folder away to run it again, or choose another --output"

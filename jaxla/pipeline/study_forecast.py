@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import shutil
 import signal
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -25,6 +24,7 @@ from jaxla.pipeline.forecast import MEASURED_STEPS, forecast
 from jaxla.pipeline.study import PlannedRun, State
 from jaxla.reporting.study_tables import count_of
 from jaxla.runs.machine import processor
+from jaxla.shell.files import free_bytes
 from jaxla.shell.process import log_to_terminal
 from jaxla.training.features import SHARE_OF_FREE_DISK
 from jaxla.training.loop import clock
@@ -174,7 +174,7 @@ def describe_plan(runs: Sequence[PlannedRun], states: Sequence[State], forecast:
         for method in methods
     ]
     total = sum(forecast.seconds[n] for n in left)
-    free = shutil.disk_usage(next(path for path in runs[0].folder.absolute().parents if path.exists())).free
+    free = free_bytes(runs[0].folder)
     disk = f"run folders {as_bytes(sum(forecast.run_bytes[n] for n in left))} at most ({as_bytes(free)} free)"
     if forecast.features_bytes:
         disk += f"; features {as_bytes(forecast.features_bytes)}, once ({as_bytes(forecast.disk_free)} free)"

@@ -9,6 +9,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
+from jaxla.shell.files import replacing
+
 History = Sequence[Mapping[str, float]]  # the lines of metrics.jsonl
 
 
@@ -19,9 +21,8 @@ def draw_curves(history: History, title: str, path: Path) -> None:
     draw_losses(losses, history)
     draw_validation(overlaps, history)
     figure.suptitle(title)
-    beside = path.with_name(f".{path.name}")
-    figure.savefig(beside, dpi=110, format="png")
-    beside.replace(path)
+    with replacing(path) as beside:
+        figure.savefig(beside, dpi=110)
 
 
 def draw_losses(axes: Axes, history: History) -> None:

@@ -16,6 +16,7 @@ from jaxla.reporting.overlays import PREDICTION, REFERENCE, Panel, slice_figures
 from jaxla.reporting.page import LABELS, Pair, chart, data_uri, templates
 from jaxla.runs.record import method_label
 from jaxla.shell.command_line import without_folder_and_process
+from jaxla.shell.files import write_whole
 
 SLICES_PER_CASE = 4  # of 640×640 pixels: about 0.5 MB each in the page
 
@@ -77,9 +78,7 @@ def write_report(
         labels=LABELS,
         definitions=summary["definitions"] | summary["slice"]["definitions"],
     )
-    beside = path.with_name(f".{path.name}")
-    beside.write_text(page, encoding="utf-8")
-    beside.replace(path)
+    write_whole(path, page)
 
 
 def _results(summary: Mapping[str, Any]) -> list[dict[str, Any]]:

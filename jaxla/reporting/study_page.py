@@ -24,6 +24,7 @@ from jaxla.reporting.study_figures import (
 )
 from jaxla.reporting.study_results import Results
 from jaxla.reporting.study_tables import all_tables, devices_of, dice_iou_pairs, largest_protocol, write_tables
+from jaxla.shell.files import write_whole
 
 PAGE = "report.html"
 OTHERS = {"comparisons", "cost", "figure2", "figure3", "agreement"}  # names of a report's files, but for Table 1
@@ -97,9 +98,7 @@ def write_study_report(
             definitions=definitions | {"Empty masks": first.summary["empty_rule"]} | statistics.DEFINITIONS,
         )
     )
-    beside = folder / f".{PAGE}"
-    beside.write_text(page, encoding="utf-8")
-    beside.replace(folder / PAGE)
+    write_whole(folder / PAGE, page)
     return folder / PAGE
 
 

@@ -16,7 +16,18 @@ import numpy as np
 from jaxla.config import InputError
 from jaxla.evaluation.statistics import mean_interval, require_same_cases
 from jaxla.runs.cost import Cost
-from jaxla.runs.folder import CASES, COST, METRICS, SPLIT, is_finished
+from jaxla.runs.folder import (
+    CASES,
+    COST,
+    METRICS,
+    PREDICTIONS,
+    SPLIT,
+    SUMMARY,
+    TEST_CASES,
+    TEST_SLICES,
+    is_finished,
+    read_metrics,
+)
 from jaxla.runs.record import Record, differences, method_label, read_record, shown
 
 log = logging.getLogger(__name__)
@@ -90,7 +101,7 @@ class StudyRun:
 
     @property
     def prediction_folder(self) -> Path:
-        return self.folder / "test" / "predictions"
+        return self.folder / PREDICTIONS
 
 
 @dataclass(frozen=True)
@@ -200,7 +211,7 @@ def read_study(folder: Path) -> Results:
 
 def _read_run(folder: Path, record: Record) -> StudyRun:
     try:
-        summary = json.loads((folder / "test" / "summary.json").read_text())
+        summary = json.loads((folder / SUMMARY).read_text())
         classes, of_slices = list(summary["classes"]), summary["slice"]["dice"]["n"]
         for key in ("definitions", "empty_rule"):
             summary[key]
@@ -209,7 +220,7 @@ def _read_run(folder: Path, record: Record) -> StudyRun:
         cases = dict(json.loads((folder / CASES).read_text()))
         if missing := set(split["test"]) - set(cases):
             raise KeyError(f"{CASES}: {min(missing)}")
-        history = [json.loads(line) for line in (folder / METRICS).read_text().splitlines()]
+        history = read_metrics(folder)
         if not history or any(float(line["seconds"]) < 0 for line in history):
             raise ValueError(f"{METRICS}: no epoch, or one of less than no time")
         return StudyRun(
@@ -220,8 +231,8 @@ def _read_run(folder: Path, record: Record) -> StudyRun:
             summary=summary,
             cost=Cost(**json.loads((folder / COST).read_text())),
             history=history,
-            rows=_volumes(folder / "test" / "cases.csv", split["test"], classes),
-            slices=_slices(folder / "test" / "slices.csv", split["test"], classes, of_slices),
+            rows=_volumes(folder / TEST_CASES, split["test"], classes),
+            slices=_slices(folder / TEST_SLICES, split["test"], classes, of_slices),
         )
     except OSError as error:
         raise InputError(

@@ -6,6 +6,8 @@ import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from jaxla.shell.files import write_whole
+
 
 @dataclass(frozen=True)
 class Cost:
@@ -35,4 +37,4 @@ class Cost:
 
 
 def write_cost(cost: Cost, path: Path) -> None:
-    path.write_text(json.dumps(asdict(cost), indent=1) + "\n")
+    write_whole(path, json.dumps(asdict(cost), indent=1) + "\n")

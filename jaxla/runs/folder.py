@@ -9,6 +9,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from filelock import FileLock, Timeout
 
@@ -16,17 +17,24 @@ from jaxla.config import Experiment, InputError
 from jaxla.data.split import Split, write_split
 from jaxla.runs.record import RECORD, Record, changed_case, differences, read_record, shown, write_record
 from jaxla.shell.command_line import require_writable, without_folder_and_process
+from jaxla.shell.files import is_left_over, write_whole
 
 log = logging.getLogger(__name__)
 
+# What a run's folder holds, beside its record.
+LOCK = ".lock"
+SPLIT = "split.json"
 CASES = "cases.json"
 LOG = "train.log"
-METRICS = "metrics.jsonl"
-LOCK = ".lock"
 BACKBONE = "backbone.safetensors"  # of a run on a frozen backbone of random weights, which no other file holds
-SPLIT = "split.json"
+BEST, LATEST = "checkpoints/best", "checkpoints/latest"
+METRICS = "metrics.jsonl"
+CURVES = "progress.png"
+PREDICTIONS = "test/predictions"
+TEST_CASES, TEST_SLICES = "test/cases.csv", "test/slices.csv"
+SUMMARY = "test/summary.json"
+OVERLAYS = "test/overlays.png"
 COST = "cost.json"
-FIRST_FILES = (LOCK, SPLIT, CASES, f".{RECORD}")  # what a run that was killed before it began may have left
 REPORT = "report.html"  # written last: a run that has it is finished
 
 
@@ -42,9 +50,14 @@ def require_free(folder: Path) -> None:
         raise InputError(
             f"--run-dir={folder}: already holds a run; go on with it by --resume, choose another folder or remove it"
         )
-    if folder.is_dir() and {path.name for path in folder.iterdir()} - set(FIRST_FILES):
+    if folder.is_dir() and not has_not_begun(folder):
         raise InputError(f"--run-dir={folder}: is not empty; choose another folder")
     require_writable("--run-dir", folder)
+
+
+def has_not_begun(folder: Path) -> bool:
+    """Whether an existing folder holds nothing but what a run that was killed before it began may have left."""
+    return all(path.name in (LOCK, SPLIT, CASES) or is_left_over(path) for path in folder.iterdir())
 
 
 def is_finished(folder: Path) -> bool:
@@ -62,6 +75,15 @@ def is_running(folder: Path) -> bool:
         return True
     except OSError:  # a folder that this user cannot write
         return False
+
+
+def read_metrics(folder: Path) -> list[dict[str, Any]]:
+    """What is known of each epoch so far, from `metrics.jsonl`.
+
+    Raises:
+        OSError, ValueError: the file cannot be read, or is damaged.
+    """
+    return [json.loads(line) for line in (folder / METRICS).read_text().splitlines()]
 
 
 @contextmanager
@@ -84,6 +106,8 @@ def run_folder(folder: Path, record: Record, split: Split, cases: Mapping[str, s
     except OSError as error:
         raise InputError(f"--run-dir={folder}: cannot be written ({error.strerror}); choose another folder") from error
     try:
+        for path in filter(is_left_over, folder.iterdir()):
+            path.unlink()
         if resume:
             _require_unfinished(folder)
             begun = read_record(folder)
@@ -93,15 +117,15 @@ def run_folder(folder: Path, record: Record, split: Split, cases: Mapping[str, s
             where = replace(begun, experiment=record.experiment, weights=record.weights)
             write_record(folder, replace(where, resumed=(*begun.resumed, session)))
             write_split(split, folder / SPLIT)
-            (folder / CASES).write_text(json.dumps(cases, indent=1) + "\n")
+            write_whole(folder / CASES, json.dumps(cases, indent=1) + "\n")
         else:
             require_free(folder)
             try:
                 write_split(split, folder / SPLIT)
-                (folder / CASES).write_text(json.dumps(cases, indent=1) + "\n")
+                write_whole(folder / CASES, json.dumps(cases, indent=1) + "\n")
                 write_record(folder, record)  # last: with it the folder is a run
             except OSError as error:
-                for name in FIRST_FILES:
+                for name in (LOCK, SPLIT, CASES):
                     (folder / name).unlink(missing_ok=True)
                 for path in missing:
                     path.rmdir()
@@ -121,7 +145,7 @@ def require_resumable(folder: Path | None, experiment: Experiment) -> None:
     """
     if folder is None:
         raise InputError("option --resume needs --run-dir: the folder of the run to go on with")
-    if folder.is_dir() and not {path.name for path in folder.iterdir()} - set(FIRST_FILES):
+    if folder.is_dir() and has_not_begun(folder):
         raise InputError(f"--resume: no run has begun in {folder}; start it without --resume")
     record = read_record(folder)
     _require_unfinished(folder)

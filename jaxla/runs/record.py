@@ -12,6 +12,7 @@ from jaxla.config import Experiment, InputError, experiment_from_json
 from jaxla.data.inputs import Canvas
 from jaxla.data.labels import Labels
 from jaxla.experiments import METHODS
+from jaxla.shell.files import write_whole
 
 RECORD = "experiment.json"
 VERSION = 3
@@ -72,9 +73,7 @@ def write_record(folder: Path, record: Record) -> None:
         "experiment": asdict(record.experiment),
         "labels": labels,
     }
-    beside = folder / f".{RECORD}"
-    beside.write_text(json.dumps(content, indent=1) + "\n")
-    beside.replace(folder / RECORD)
+    write_whole(folder / RECORD, json.dumps(content, indent=1) + "\n")
 
 
 def read_record(folder: Path) -> Record:

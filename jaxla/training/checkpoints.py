@@ -20,7 +20,7 @@ import orbax.checkpoint as ocp
 
 from jaxla.config import InputError
 from jaxla.devices.processes import agreed, is_first, wait_for_all
-from jaxla.models.weights_format import file_sha256
+from jaxla.shell.files import file_sha256, free_bytes, write_whole
 
 T = TypeVar("T")
 
@@ -55,18 +55,14 @@ class Checkpoints:
         arrays = {name: ocp.args.StandardSave(_by_name(tree)) for name, tree in trees.items()}
         size = sum(leaf.nbytes for leaf in jax.tree.leaves(dict(trees)))
         try:
-            if (
-                is_first() and shutil.disk_usage(self._folder).free < size
-            ):  # Orbax's own report of a full disk fills the screen
+            if is_first() and free_bytes(self._folder) < size:  # Orbax's own report of a full disk fills the screen
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
             saved = self._manager.save(
                 step, args=ocp.args.Composite(**arrays, progress=ocp.args.JsonSave(dict(progress)))
             )
             assert saved, f"{self._folder}: step {step} is not beyond {self.steps()}"
             if is_first():
-                beside = self._folder / f".{step}.sha256"
-                beside.write_text(json.dumps(_sums(self._folder / str(step))))
-                beside.replace(self._sums_file(step))
+                write_whole(self._sums_file(step), json.dumps(_sums(self._folder / str(step))))
                 self._forget_sums()
         except (OSError, ValueError) as error:
             if isinstance(error, ValueError) and "os_error_code" not in str(error):  # TensorStore's word for an OSError

@@ -13,9 +13,7 @@ import hashlib
 import importlib.metadata
 import json
 import logging
-import shutil
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -23,7 +21,6 @@ from typing import Any
 
 import jax
 import numpy as np
-from filelock import FileLock, Timeout
 from flax import nnx
 
 from jaxla.data.inputs import Canvas
@@ -32,9 +29,9 @@ from jaxla.data.prepared import PreparedVolume
 from jaxla.devices.memory import as_bytes
 from jaxla.devices.mesh import device_count, spread, to_devices
 from jaxla.devices.processes import gather, share
-from jaxla.models.transformer_segmenter import TransformerSegmenter
+from jaxla.models.networks.transformer_segmenter import TransformerSegmenter
 from jaxla.models.weights import parameters_sha256
-from jaxla.models.weights_format import file_sha256
+from jaxla.shell.files import file_sha256, free_bytes, locked, write_whole
 
 log = logging.getLogger(__name__)
 
@@ -99,7 +96,7 @@ class FeatureCache:
 
     def free_bytes(self) -> int:
         """What is free on the disk of the cache folder."""
-        return shutil.disk_usage(next(p for p in (self.folder, *self.folder.parents) if p.exists())).free
+        return free_bytes(self.folder)
 
     def fits(self, size: int) -> bool:
         """Whether the disk has room for that many bytes more, and some to spare."""
@@ -158,8 +155,8 @@ class FeatureCache:
             return True
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            with _locked(self.folder / "lock"):
-                _write_json(self.folder / "backbone.json", self.describes)
+            with locked(self.folder / "lock", f"{self.folder}: another process computes features"):
+                write_whole(self.folder / "backbone.json", json.dumps(self.describes))
             for volume in track(volumes, "features"):
                 if self._require(volume):
                     written.append(volume)
@@ -182,7 +179,7 @@ class FeatureCache:
     def _require(self, volume: PreparedVolume) -> bool:
         """Compute and write a volume's features, unless another process has done so by now; whether it was done."""
         lock = self.folder / f"{_name(volume)}.lock"
-        with _locked(lock):
+        with locked(lock, f"{self.folder}: another process computes features"):
             if lacks := not self._is_sound(volume):
                 (self.folder / f"{_name(volume)}.json").unlink(missing_ok=True)
                 self._write(volume)
@@ -209,7 +206,8 @@ class FeatureCache:
             beside.replace(path)
         finally:
             beside.unlink(missing_ok=True)
-        _write_json(path.with_suffix(".json"), {"case": volume.id, "shape": shape, "sha256": file_sha256(path)})
+        said = {"case": volume.id, "shape": shape, "sha256": file_sha256(path)}
+        write_whole(path.with_suffix(".json"), json.dumps(said))
 
     def _is_sound(self, volume: PreparedVolume) -> bool:
         path = self.folder / f"{_name(volume)}.npy"
@@ -220,25 +218,5 @@ class FeatureCache:
             return False
 
 
-@contextmanager
-def _locked(path: Path) -> Iterator[None]:
-    lock = FileLock(path)  # the operating system's: a killed process holds it no longer
-    try:
-        lock.acquire(timeout=0)
-    except Timeout:
-        log.info("%s: another process computes features; waiting for it", path.parent)
-        lock.acquire()
-    try:
-        yield
-    finally:
-        lock.release()
-
-
 def _name(volume: PreparedVolume) -> str:
     return volume.slices_sha256[:32]
-
-
-def _write_json(path: Path, content: dict[str, Any]) -> None:
-    beside = path.with_suffix(".json.part")
-    beside.write_text(json.dumps(content))
-    beside.replace(path)

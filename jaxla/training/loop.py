@@ -23,7 +23,8 @@ from jaxla.data.batches import SliceSource, evaluation_batches, steps_per_epoch,
 from jaxla.devices.memory import program_bytes, require_memory
 from jaxla.devices.mesh import highest, own_rows, spread, to_devices
 from jaxla.devices.processes import agreed, is_first, process_count
-from jaxla.runs.folder import METRICS
+from jaxla.runs.folder import BEST, LATEST, METRICS
+from jaxla.shell.files import write_whole
 from jaxla.shell.process import Stopped, stop_requests
 from jaxla.training.checkpoints import Checkpoints, checkpointed
 from jaxla.training.step import (
@@ -108,7 +109,7 @@ def fit(
     evaluate = make_evaluation(network.evaluation)
     key = jax.random.key(seed)
 
-    best, latest = (Checkpoints(folder / "checkpoints" / name) for name in ("best", "latest"))
+    best, latest = (Checkpoints(folder / name) for name in (BEST, LATEST))
     trainable, frozen = to_devices(network.trainable), to_devices(network.frozen)
     state = _State(
         trainable,
@@ -287,10 +288,8 @@ def _read_history(folder: Path) -> list[str]:
 def _write_history(folder: Path, history: Sequence[Mapping[str, Any]]) -> None:
     if not is_first():
         return
-    beside = folder / ".metrics.jsonl"
     try:
-        beside.write_text("".join(json.dumps(metrics, allow_nan=False) + "\n" for metrics in history))
-        beside.replace(folder / METRICS)
+        write_whole(folder / METRICS, "".join(json.dumps(metrics, allow_nan=False) + "\n" for metrics in history))
     except OSError as error:
         raise InputError(
             f"{folder}: cannot be written ({error.strerror}); mend that and go on with --resume"

@@ -215,7 +215,7 @@ def test_every_channel_comes_back_by_itself():
     frame = Canvas(96).frame((60, 100), (1, 1))
     channels = draw.random((96, 96, 3), np.float32)
     together = input_to_slice(channels, frame, (60, 100))
-    assert together.shape == (60, 100, 3)
+    assert (together.shape, together.dtype) == ((60, 100, 3), np.float32)
     for k in range(3):
         alone = input_to_slice(channels[..., k : k + 1], frame, (60, 100))
         np.testing.assert_array_equal(together[..., k], alone[..., 0])
@@ -273,7 +273,7 @@ def test_of_a_larger_slice_the_centre_is_cut_out_and_the_rest_is_background():
     expected = np.interp(np.arange(32) * 1.25 + 30.125, np.arange(100), grey[0])
     np.testing.assert_allclose(image_to_input(grey, (0, 1), frame)[16, :, 0], expected, atol=1e-3)
     one = input_to_slice(np.ones((32, 32, 1), np.float32), frame, shape)
-    assert one.shape == (60, 100, 1)
+    assert (one.shape, one.dtype) == ((60, 100, 1), np.float32)
     np.testing.assert_array_equal(one[12:48, 32:68, 0], 1)
     assert not one[:8].any()
     assert not one[:, :28].any()

@@ -6,7 +6,7 @@ import random
 import pytest
 
 from jaxla.config import Data, InputError
-from jaxla.data.split import Split, make_split, write_split
+from jaxla.data.split import Split, make_split, read_test_cases, write_split
 
 
 def ids(count):
@@ -112,6 +112,15 @@ def test_the_file_is_three_lists_of_case_ids(tmp_path):
     assert json.loads((tmp_path / "split.json").read_text()) == {"train": ["b", "a"], "val": ["c"], "test": ["d"]}
 
 
+def test_the_test_cases_of_a_file_can_be_read_alone(tmp_path):
+    path = tmp_path / "split.json"
+    write_split(Split(("b", "a"), ("c",), ("d", "e")), path)
+    assert read_test_cases(path) == ("d", "e")
+    path.unlink()
+    with pytest.raises(InputError, match=f"^--cases={path}: cannot be read"):
+        read_test_cases(path)
+
+
 def test_a_split_file_may_leave_cases_out(tmp_path):
     write_split(Split(("train_1",), ("train_2",), ("train_3",)), tmp_path / "split.json")
     split = make_split(ids(10), Data(split=str(tmp_path / "split.json")))
@@ -167,6 +176,7 @@ def test_more_training_patients_than_there_are_is_an_error_that_counts_them(want
 @pytest.mark.parametrize(
     ("options", "message"),
     [
+        ({"train_patients": -1}, r"^--data.train_patients=-1: must be 0 \(all\) or more"),
         ({"train_percent": 0}, "^--data.train_percent=0: must be above 0"),
         ({"train_percent": 101}, "^--data.train_percent=101: must be .* at most 100"),
         ({"train_percent": float("nan")}, "^--data.train_percent=nan: must be"),

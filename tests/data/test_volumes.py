@@ -1,5 +1,6 @@
 """Volumes: what is read and refused, which way slices lie, and that a written file keeps its scan's geometry."""
 
+import hashlib
 import itertools
 
 import nibabel as nib
@@ -18,6 +19,7 @@ from jaxla.data.volumes import (
     slice_geometry,
     slices_to_canonical,
     to_slices,
+    voxels_sha256,
     write_volume,
 )
 from tests.data.nifti import (
@@ -45,6 +47,14 @@ def test_every_usual_type_reads_as_its_own_values(tmp_path, name, dtype):
     assert volume.array.dtype.isnative or values.dtype.kind != "f"
     np.testing.assert_array_equal(volume.affine, AFFINE)
     assert volume.spacing == (0.75, 0.75, 2.5)
+    assert volume.path == tmp_path / name
+
+
+@pytest.mark.parametrize("side", [1e-3, 0.02, 50])
+def test_voxels_of_any_size_are_read(tmp_path, side):
+    """Also those of a file that counts in metres, and of a microscope."""
+    path = save(tmp_path / "a.nii", image_array(), np.diag([side, side, 2 * side, 1]))
+    assert read_image(path).spacing == pytest.approx((side, side, 2 * side), rel=1e-6)
 
 
 def test_the_axes_stay_those_of_the_file(tmp_path):
@@ -71,9 +81,18 @@ def test_nifti_2_is_read(tmp_path):
 
 @pytest.mark.parametrize("dtype", ["uint8", "int16", "float32", "float64", ">i2"])
 def test_masks_come_as_int32_whatever_their_type(tmp_path, dtype):
-    mask = read_mask(save(tmp_path / "m.nii.gz", mask_array(value=2).astype(dtype)))
+    path = save(tmp_path / "m.nii.gz", mask_array(value=3).astype(dtype))
+    mask = read_mask(path)
     assert mask.array.dtype == np.int32
-    np.testing.assert_array_equal(mask.array, mask_array(value=2))
+    np.testing.assert_array_equal(mask.array, mask_array(value=3))
+    assert (mask.path, mask.spacing) == (path, (0.75, 0.75, 2.5))
+    assert mask.header.get_data_dtype() == dtype
+
+
+def test_labels_go_up_to_the_largest_of_16_bits(tmp_path):
+    assert read_mask(save(tmp_path / "m.nii", mask_array().astype(np.int32) * 65535)).array.max() == 65535
+    with pytest.raises(InputError, match="whole numbers from 0 to 65535"):
+        read_mask(save(tmp_path / "m.nii", mask_array().astype(np.int32) * 65536))
 
 
 def test_an_empty_mask_is_a_mask(tmp_path):
@@ -106,7 +125,10 @@ BAD_FILES = {
     "too_large_for_float32.nii": (lambda p: save(p, broken_voxel(1).astype("f8") * 1e300), "NaN or infinite"),
     "cut.nii.gz": (lambda p: truncate(save(p, image_array())), "truncated or damaged"),
     "cut_in_header.nii.gz": (lambda p: truncate(save(p, image_array()), 0.02), "truncated or damaged|not a NIfTI"),
-    "cut.nii": (lambda p: truncate(save(p, image_array())), "truncated or damaged"),
+    "cut.nii": (
+        lambda p: truncate(save(p, image_array())),
+        r"truncated or damaged \(Expected 1792 bytes",
+    ),
     "cut_in_header.nii": (lambda p: truncate(save(p, image_array()), 0.1), "truncated or damaged|not a NIfTI"),
     "empty.nii": (lambda p: p.write_bytes(b""), "is empty"),
     "text.nii": (not_gzip, "not a NIfTI"),
@@ -190,12 +212,36 @@ def test_the_far_corner_counts_too():
     assert not same_grid(volume(affine), volume(further))
 
 
+def test_the_first_corner_counts_too():
+    """Two grids that meet in the last voxel of every axis, and lie 0.12 apart in the first."""
+    affine, shape = np.diag([1.0, 1.0, 1.0, 1.0]), (3, 5, 7)
+    stretched = np.diag([1.0, 1.0, 1.02, 1.0])
+    stretched[2, 3] = -0.02 * 6
+    assert not same_grid(volume(affine, shape), volume(stretched, shape))
+
+
+@pytest.mark.parametrize(("side", "same"), [(0.5, False), (2.0, True)])
+def test_a_tenth_of_a_voxel_is_less_where_voxels_are_small(side, same):
+    affine = np.diag([side, side, side, 1.0])
+    moved = affine.copy()
+    moved[0, 3] = 0.08
+    assert same_grid(volume(affine), volume(moved)) is same
+
+
 def test_a_mask_on_another_grid_is_refused_with_the_difference():
     with pytest.raises(InputError, match=r"^m: not on the grid of i \(shape \(3, 5, 7\) against \(3, 5, 6\)\)"):
         require_same_grid(volume(AFFINE, name="m"), volume(AFFINE, (3, 5, 6), "i"))
     with pytest.raises(InputError, match=r"^m: not on the grid of i \(same shape, but another affine\)"):
         require_same_grid(volume(AFFINE, name="m"), volume(np.eye(4), name="i"))
     require_same_grid(volume(AFFINE), volume(AFFINE))
+
+
+def test_the_hash_of_a_scan_is_of_its_voxels_and_shape_wherever_they_lie():
+    array = image_array()
+    by_hash = hashlib.sha256(b"(16, 14, 4)" + array.tobytes()).hexdigest()
+    assert voxels_sha256(array) == voxels_sha256(np.asfortranarray(array)) == by_hash
+    assert voxels_sha256(array.reshape(14, 16, 4)) != by_hash
+    assert voxels_sha256(array + 1) != by_hash
 
 
 # --- slices ----------------------------------------------------------------------------------------------------------
@@ -318,8 +364,9 @@ def scan_with_codes(path, qform_code, sform_code, image_class=nib.Nifti1Image, e
 @pytest.mark.parametrize("name", ["m.nii", "m.nii.gz"])
 def test_a_written_mask_keeps_the_geometry_of_its_scan_exactly(tmp_path, codes, image_class, endianness, name):
     scan = read_image(scan_with_codes(tmp_path / "scan.nii.gz", *codes, image_class, endianness))
-    write_volume(tmp_path / "new" / name, mask_array(), scan)
-    source, written = nib.load(tmp_path / "scan.nii.gz"), nib.load(tmp_path / "new" / name)
+    folder = tmp_path / "new" / "folder"
+    write_volume(folder / name, mask_array(), scan)
+    source, written = nib.load(tmp_path / "scan.nii.gz"), nib.load(folder / name)
     assert type(written) is type(source)
     np.testing.assert_array_equal(np.asarray(written.dataobj), mask_array())
     assert written.get_data_dtype() == np.uint8
@@ -330,7 +377,7 @@ def test_a_written_mask_keeps_the_geometry_of_its_scan_exactly(tmp_path, codes, 
     assert written.header.get_zooms() == source.header.get_zooms()
     assert bytes(written.header["descrip"]) == bytes(source.header["descrip"])
     assert written.header["cal_max"] == 0  # a viewer's window for grey values would hide a mask
-    assert [path.name for path in (tmp_path / "new").iterdir()] == [name]
+    assert [path.name for path in folder.iterdir()] == [name]
 
 
 @pytest.mark.parametrize("classes", [(), (3,)], ids=["3D", "4D"])

@@ -22,8 +22,8 @@ from jaxla.data.inputs import Canvas
 from jaxla.devices.launch import Launch
 from jaxla.devices.mesh import own_rows, spread, to_devices, use_devices, whole
 from jaxla.devices.processes import is_first, joined
-from jaxla.models.transformer_segmenter import ConvolutionalDecoder, TransformerSegmenter
-from jaxla.models.unet import UNet
+from jaxla.models.networks.transformer_segmenter import ConvolutionalDecoder, TransformerSegmenter
+from jaxla.models.networks.unet import UNet
 from jaxla.training.loop import fit
 from jaxla.training.step import initial_state, make_gradient, make_optimiser, make_step, split_network
 from tests.devices.mesh_cases import BATCH, CASES, OF_TWO_PROCESSES, RESUMED_ON, STEPS

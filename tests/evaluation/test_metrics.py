@@ -100,6 +100,14 @@ def test_hd95_is_the_larger_directed_percentile_not_the_pooled_one():
     assert np.percentile(np.concatenate([forth, np.zeros(19)]), 95) < values["hd95_mm"]
 
 
+@pytest.mark.parametrize("dtype", [np.uint8, np.int32, np.float32])
+def test_whatever_is_not_zero_is_the_structure(dtype):
+    """4 and 3 have no bit in common, and yet both are not zero."""
+    prediction, reference = blob(np.random.default_rng(0), (9, 12, 11)), blob(np.random.default_rng(1), (9, 12, 11))
+    expected = score(prediction, reference, (2, 1, 1))
+    assert score(prediction.astype(dtype) * 4, reference.astype(dtype) * 3, (2, 1, 1)) == expected
+
+
 def test_slices_are_measured_in_square_millimetres():
     values = score(block((5, 5), (0, 2), (0, 3)), block((5, 5), (0, 2), (0, 3)), (0.5, 2.0))
     assert (values["area_mm2"], values["reference_area_mm2"]) == (6, 6)
@@ -269,5 +277,5 @@ def test_what_cannot_be_scored_is_refused():
         score(mask, mask[:2], (1, 1, 1))
     with pytest.raises(InputError, match="axes"):
         score(mask, mask, (1, 1))
-    with pytest.raises(InputError, match="'none'"):
+    with pytest.raises(InputError, match=r"'none'; choose one of one, zero, skip$"):
         score(mask, mask, (1, 1, 1), empty="none")

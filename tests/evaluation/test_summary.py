@@ -69,7 +69,7 @@ def test_the_same_masks_have_one_dice_per_unit_and_policy():
     prediction[4] = 0
 
     def dice(unit, empty):
-        rows = score_case("case", prediction, reference, SPACING, ["LA"], unit=unit, slice_axis=0, empty=empty)
+        rows = score_case("case", prediction, reference, SPACING, ["LA"], unit=unit, empty=empty)
         summary = summarise(rows, unit, empty, ["LA"])
         return summary["dice"]["mean"], summary["dice"]["n"], summary["skipped"]["units"]
 
@@ -79,14 +79,11 @@ def test_the_same_masks_have_one_dice_per_unit_and_policy():
     assert dice("slice", "skip") == pytest.approx((4 / 5, 5, 5))
 
 
-def test_slices_are_cut_across_the_named_axis_with_the_spacing_of_the_plane():
+def test_slices_lie_along_the_first_axis_and_are_measured_by_the_spacing_of_the_other_two():
     reference = labels(a=A)
-    rows = score_case("case", reference, reference, SPACING, ["a", "b"], unit="slice", slice_axis=2)
-    assert [(row["slice"], row["class"]) for row in rows] == [(i, c) for i in range(6) for c in "ab"]
-    assert rows[0]["reference_area_mm2"] == 16
-    sideways = score_case("case", reference, reference, SPACING, ["a"], unit="slice", slice_axis=0)
-    assert len(sideways) == 8
-    assert sideways[0]["reference_area_mm2"] == 4 * 4 * 2
+    rows = score_case("case", reference, reference, (5.0, 1.0, 2.0), ["a", "b"], unit="slice")
+    assert [(row["slice"], row["class"]) for row in rows] == [(i, c) for i in range(8) for c in "ab"]
+    assert [row["reference_area_mm2"] for row in rows if row["class"] == "a"] == 4 * [4 * 4 * 2] + 4 * [0]
 
 
 def test_skip_leaves_out_classes_and_units_and_says_so():
@@ -133,7 +130,7 @@ def test_cases_csv_keeps_further_columns_and_leaves_skipped_cells_empty(tmp_path
 
 
 def test_cases_csv_has_a_slice_column_for_slices_only(tmp_path):
-    rows = score_case("x", labels(a=A), labels(a=A), SPACING, ["a"], unit="slice", slice_axis=2)
+    rows = score_case("x", labels(a=A), labels(a=A), SPACING, ["a"], unit="slice")
     write_cases(rows, tmp_path / "cases.csv")
     header = (tmp_path / "cases.csv").read_text().splitlines()[0]
     assert header.startswith("case,slice,class,dice,")

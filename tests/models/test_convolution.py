@@ -8,7 +8,8 @@ import pytest
 import torch
 from flax import nnx
 
-from jaxla.models.convolution import _block, convolution, same_convolution
+from jaxla.models.convolution import _block, same_convolution
+from jaxla.models.layers import convolution
 
 
 def by_jax(x, kernel):

@@ -11,8 +11,8 @@ from jax._src.cudnn import fused_attention_stablehlo
 from torch.utils.flop_counter import FlopCounterMode
 
 from jaxla.experiments import METHODS
+from jaxla.models.build import build_network
 from jaxla.models.multiply_adds import multiply_adds
-from jaxla.models.network import build_network
 from tests.parity.references import reference_of
 from tests.tiny import randomise, tiny_backbone
 

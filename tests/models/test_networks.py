@@ -9,11 +9,11 @@ from flax import nnx
 import jaxla
 from jaxla.config import InputError, Model
 from jaxla.experiments import METHODS
-from jaxla.models import network
-from jaxla.models.attention_unet import AttentionUNet
+from jaxla.models import build
+from jaxla.models.build import parameter_count
 from jaxla.models.images import IMAGENET_DEVIATION, IMAGENET_MEAN
-from jaxla.models.network import parameter_count
-from jaxla.models.unet import UNet
+from jaxla.models.networks.attention_unet import AttentionUNet
+from jaxla.models.networks.unet import UNet
 from jaxla.train import list_experiments
 from tests.parity.test_rivals import NETWORKS, network_of
 from tests.tiny import randomise
@@ -133,4 +133,4 @@ def test_weights_for_a_network_that_has_none_are_refused():
 
 def test_another_number_of_widths_than_stages_is_refused():
     with pytest.raises(InputError, match="U-Net on resnet50 has 5 stages"):
-        network.build_network(Model("resnet50", weights="random", decoder_widths=(8, 8)), 1, 0)
+        build.build_network(Model("resnet50", weights="random", decoder_widths=(8, 8)), 1, 0)

@@ -7,8 +7,8 @@ import pytest
 import torch
 from flax import nnx
 
+from jaxla.models.networks.transformer_segmenter import ConvolutionalDecoder, LinearDecoder, TransformerSegmenter
 from jaxla.models.resizing import double, resize
-from jaxla.models.transformer_segmenter import ConvolutionalDecoder, LinearDecoder, TransformerSegmenter
 from jaxla.models.vision_transformer import VisionTransformer
 from tests.tiny import TINY, flat_arrays, randomise, tiny_backbone
 

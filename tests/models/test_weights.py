@@ -10,7 +10,7 @@ import jaxla
 from jaxla import InputError
 from jaxla.models.backbones import VARIANTS, build_backbone
 from jaxla.models.weights import load_into, parameter_shapes, weights_file
-from jaxla.models.weights_format import read_metadata, replacing, save_weights
+from jaxla.models.weights_format import read_metadata, save_weights, writing
 from tests.tiny import flat_arrays, tiny_backbone
 
 METADATA = {
@@ -91,9 +91,9 @@ def test_a_folder_that_cannot_be_written_is_named(mini, tmp_path):
 
 def test_two_writers_of_one_file_do_not_meet(tmp_path):
     path = tmp_path / "x"
-    with replacing(path) as first:
+    with writing(path) as first:
         first.write(b"first")
-        with replacing(path) as second:
+        with writing(path) as second:
             second.write(b"second")
         assert path.read_bytes() == b"second"
     assert path.read_bytes() == b"first"

@@ -14,11 +14,11 @@ from torch.nn import functional
 from convert_weights.layout import to_theirs
 from convert_weights.resnet import resnet_rows
 from convert_weights.vgg import vgg_rows
-from jaxla.models.attention_unet import AttentionUNet
+from jaxla.models.networks.attention_unet import AttentionUNet
+from jaxla.models.networks.resnet_unet import ResNetUNet
+from jaxla.models.networks.segnet import SegNet
+from jaxla.models.networks.unet import UNet
 from jaxla.models.resnet import ResNet
-from jaxla.models.resnet_unet import ResNetUNet
-from jaxla.models.segnet import SegNet
-from jaxla.models.unet import UNet
 from jaxla.models.vgg import VGG
 from tests.tiny import flat_arrays
 

@@ -8,7 +8,7 @@ from html.parser import HTMLParser
 import numpy as np
 from PIL import Image
 
-from jaxla.evaluation.summary import score_case, summarise
+from jaxla.evaluation.summary import score_case, summarise_test
 from jaxla.reporting.overlays import Panel
 
 SPACING = (2.5, 1.5, 0.75)  # mm along slices, rows, columns
@@ -40,11 +40,8 @@ def outcome(predictions, names=("LA",), references=None):
         atlas_rows += score_case(name, mask(ATLAS, k), reference, SPACING, names)
         image = rng.integers(0, 900, SHAPE).astype(np.int16)
         panels.append(Panel(f"{name}, shown", image, predicted, reference, SPACING))
-    for row, atlas_row in zip(rows, atlas_rows, strict=True):
-        row.update({f"atlas_{metric}": atlas_row[metric] for metric in ("dice", "iou")})
-    summary = summarise(rows, "volume", "one", names)
-    summary["slice"] = summarise(slice_rows, "slice", "one", names)
-    summary["atlas"] = summarise(atlas_rows, "volume", "one", names) | {"threshold": 0.45}
+    rows, summary = summarise_test(rows, slice_rows, atlas_rows, names)
+    summary["atlas"]["threshold"] = 0.45
     summary |= {"best_epoch": 2, "backbone": "vit_mini8 (random weights, trained)"}
     record = {
         "experiment": {

@@ -84,7 +84,7 @@ def test_an_empty_folder_may_be_given(tmp_path):
 
 
 def test_what_a_start_that_was_killed_left_is_no_hindrance(tmp_path):
-    for name in (".lock", "split.json", ".experiment.json"):
+    for name in (".lock", "split.json", f".{32 * 'a'}.experiment.json"):
         (tmp_path / name).write_text("half")
     require_free(tmp_path)
     with opened(tmp_path):

@@ -7,7 +7,7 @@ from pathlib import Path
 from flax import nnx
 
 from jaxla.data.inputs import Canvas
-from jaxla.models.transformer_segmenter import LinearDecoder, TransformerSegmenter
+from jaxla.models.networks.transformer_segmenter import LinearDecoder, TransformerSegmenter
 from jaxla.training.features import FeatureCache
 from tests.tiny import randomise, tiny_backbone
 from tests.training.scans import prepared

@@ -12,7 +12,7 @@ from flax import nnx
 from jaxla.config import Training
 from jaxla.data.batches import SliceSource
 from jaxla.data.inputs import Canvas
-from jaxla.models.transformer_segmenter import ConvolutionalDecoder, TransformerSegmenter
+from jaxla.models.networks.transformer_segmenter import ConvolutionalDecoder, TransformerSegmenter
 from jaxla.shell.process import run_command
 from jaxla.training import loop
 from jaxla.training.step import split_network

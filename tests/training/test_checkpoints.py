@@ -12,7 +12,7 @@ import pytest
 from flax import nnx
 
 from jaxla.config import InputError, Training
-from jaxla.models.transformer_segmenter import LinearDecoder, TransformerSegmenter
+from jaxla.models.networks.transformer_segmenter import LinearDecoder, TransformerSegmenter
 from jaxla.training.checkpoints import Checkpoints, checkpoint_steps
 from jaxla.training.step import make_gradient, make_optimiser, make_step, split_network
 from tests.tiny import randomise, tiny_backbone

@@ -12,7 +12,7 @@ from flax import nnx
 from jaxla.config import Training
 from jaxla.data.batches import SliceSource
 from jaxla.data.inputs import Canvas
-from jaxla.models.transformer_segmenter import LinearDecoder, TransformerSegmenter
+from jaxla.models.networks.transformer_segmenter import LinearDecoder, TransformerSegmenter
 from jaxla.training.checkpoints import Checkpoints, checkpoint_steps, checkpointed
 from jaxla.training.loop import clock, fit, validate
 from jaxla.training.step import make_evaluation, split_network

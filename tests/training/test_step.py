@@ -8,8 +8,8 @@ import torch
 from flax import nnx
 
 from jaxla.config import Training
-from jaxla.models.segnet import SegNet
-from jaxla.models.transformer_segmenter import ConvolutionalDecoder, TransformerSegmenter
+from jaxla.models.networks.segnet import SegNet
+from jaxla.models.networks.transformer_segmenter import ConvolutionalDecoder, TransformerSegmenter
 from jaxla.models.vgg import VGG, Variant
 from jaxla.training.losses import pixel_loss
 from jaxla.training.step import (

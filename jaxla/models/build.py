@@ -1,50 +1,31 @@
-"""A method's network, image in, logits out: which there are, and how each is built."""
+"""A method's network from its options: built, counted, and refused where the options do not fit."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+import pkgutil
 from dataclasses import fields, replace
+from importlib import import_module
 from pathlib import Path
-from typing import NamedTuple
 
 import jax
 from flax import nnx
 
 from jaxla.config import InputError, Model, lookup
-from jaxla.models import dinov3, resnet, resnet_unet, segnet, vgg
-from jaxla.models.attention_unet import AttentionUNet
-from jaxla.models.backbones import TRANSFORMERS, Backbone, build_backbone
-from jaxla.models.resnet_unet import ResNetUNet
-from jaxla.models.segnet import SegNet
-from jaxla.models.transformer_segmenter import ConvolutionalDecoder, LinearDecoder, TransformerSegmenter
-from jaxla.models.unet import UNet
-from jaxla.models.vision_transformer import VisionTransformer
+from jaxla.models import dinov3, networks
+from jaxla.models.backbones import Backbone, build_backbone
+from jaxla.models.family import Family
 from jaxla.models.weights import compute_dtype, load_into, weights_file
 
-Network = TransformerSegmenter | UNet | AttentionUNet | ResNetUNet | SegNet
+# Every file of `networks/`, by name of architecture.
+ARCHITECTURES = {
+    name: family
+    for file in pkgutil.iter_modules(networks.__path__, f"{networks.__name__}.")
+    for family in [import_module(file.name).FAMILY]
+    for name in family.architectures
+}
 
 
-class Family(NamedTuple):
-    """Networks that are built alike.
-
-    Attributes:
-        of: what their architectures are, for messages.
-        options: of `Model`, those that it reads.
-        multiple: of which the sides of an image must be; or, where `pads`, what they must be at least.
-        stages: how many `decoder_widths` it takes; 0 where any number will do.
-        build: from a backbone with its weights (None where it has none), the options and K.
-    """
-
-    of: str
-    architectures: Collection[str]
-    options: tuple[str, ...]
-    multiple: Callable[[Model], int]
-    pads: bool
-    stages: int
-    build: Callable[[Backbone | None, Model, int, nnx.Rngs], Network]
-
-
-def build_network(model: Model, classes: int, seed: int, cache_dir: Path | None = None) -> Network:
+def build_network(model: Model, classes: int, seed: int, cache_dir: Path | None = None) -> nnx.Module:
     """The network of a method, in evaluation mode; its random parameters follow from `seed`.
 
     Args:
@@ -54,12 +35,12 @@ def build_network(model: Model, classes: int, seed: int, cache_dir: Path | None 
     Raises:
         InputError: the backbone's weights are missing or do not fit; see `weights.load_into`.
     """
-    family = family_of(model.arch)
+    family, dtype = family_of(model.arch), compute_dtype()
     backbone_key, rest_key = jax.random.split(jax.random.key(seed))
 
     def untrained() -> Backbone:
         remat = model.backbone == "finetuned"
-        return build_backbone(model.arch, dtype=compute_dtype(), remat=remat, rngs=nnx.Rngs(backbone_key))
+        return build_backbone(model.arch, dtype=dtype, remat=remat, rngs=nnx.Rngs(backbone_key))
 
     require_fitting(model)
     if "weights" not in family.options:
@@ -69,7 +50,7 @@ def build_network(model: Model, classes: int, seed: int, cache_dir: Path | None 
     else:
         path = weights_file(model.arch, model.weights, cache_dir)
         backbone = load_into(nnx.eval_shape(untrained), path, model.arch)
-    network = family.build(backbone, model, classes, nnx.Rngs(rest_key))
+    network = family.build(backbone, model, classes, dtype, nnx.Rngs(rest_key))
     network.eval()
     return network
 
@@ -135,50 +116,3 @@ def require_size(model: Model, option: str, size: int) -> None:
             f"{option}={size} must be a multiple of the patch size {multiple}, such as "
             f"{max(1, round(size / multiple)) * multiple}"
         )
-
-
-# --- families --------------------------------------------------------------------------------------------------------
-
-
-def _transformer(backbone: VisionTransformer, model: Model, classes: int, rngs: nnx.Rngs) -> TransformerSegmenter:
-    dtype, width = compute_dtype(), backbone.variant.width
-    if model.decoder == "linear":
-        decoder = LinearDecoder(width, classes, dtype=dtype, rngs=rngs)
-    else:
-        decoder = ConvolutionalDecoder(width, model.decoder_widths, classes, dtype=dtype, rngs=rngs)
-    return TransformerSegmenter(backbone, decoder)
-
-
-def _unet(backbone: None, model: Model, classes: int, rngs: nnx.Rngs) -> UNet | AttentionUNet:
-    network = {"unet": UNet, "attention_unet": AttentionUNet}[model.arch]
-    build = nnx.jit(lambda rngs: network(model.widths, classes, dtype=compute_dtype(), rngs=rngs))
-    return build(rngs)
-
-
-def _resnet_unet(backbone: resnet.ResNet, model: Model, classes: int, rngs: nnx.Rngs) -> ResNetUNet:
-    return ResNetUNet(backbone, model.decoder_widths, classes, dtype=compute_dtype(), rngs=rngs)
-
-
-def _segnet(backbone: vgg.VGG, model: Model, classes: int, rngs: nnx.Rngs) -> SegNet:
-    return SegNet(backbone, classes, dtype=compute_dtype(), rngs=rngs)
-
-
-FAMILIES = (
-    Family(
-        "vision transformer", TRANSFORMERS, ("weights", "backbone", "decoder", "decoder_widths"),
-        lambda model: TRANSFORMERS[model.arch].patch, pads=False, stages=0, build=_transformer,
-    ),
-    Family(
-        "U-Net", ("unet", "attention_unet"), ("widths",),
-        lambda model: 2 ** (len(model.widths) - 1), pads=True, stages=0, build=_unet,
-    ),
-    Family(
-        "ResNet", resnet.VARIANTS, ("weights", "backbone", "decoder_widths"),
-        lambda model: resnet_unet.MULTIPLE, pads=True, stages=len(resnet_unet.SKIPS), build=_resnet_unet,
-    ),
-    Family(
-        "VGG", vgg.VARIANTS, ("weights", "backbone"),
-        lambda model: segnet.MULTIPLE, pads=True, stages=0, build=_segnet,
-    ),
-)  # fmt: skip
-ARCHITECTURES = {name: family for family in FAMILIES for name in family.architectures}

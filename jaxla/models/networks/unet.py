@@ -9,8 +9,10 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from jaxla.models.convolution import ConvolutionUnit, Upconvolution, logits_layer
+from jaxla.config import Model
+from jaxla.models.family import Family
 from jaxla.models.images import crop, pad_to_multiple, require_images
+from jaxla.models.layers import ConvolutionUnit, Upconvolution, logits_layer
 from jaxla.models.pooling import max_pool
 
 
@@ -65,3 +67,17 @@ class DoubleConvolution(nnx.Module):
     def __call__(self, x: jax.Array, present: jax.Array | None = None) -> jax.Array:
         """[B, H, W, C] -> [B, H, W, K]."""
         return self.second(self.first(x, present), present)
+
+
+def build_unet(network: type[UNet], model: Model, classes: int, dtype: jnp.dtype, rngs: nnx.Rngs) -> UNet:
+    """A U-Net of a kind, as its `Family` says."""
+    return nnx.jit(lambda rngs: network(model.widths, classes, dtype=dtype, rngs=rngs))(rngs)
+
+
+FAMILY = Family(
+    "U-Net",
+    ("unet",),
+    options=("widths",),
+    multiple=lambda model: 2 ** (len(model.widths) - 1),
+    build=lambda _, *options: build_unet(UNet, *options),
+)

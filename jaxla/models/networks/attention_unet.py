@@ -19,9 +19,10 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from jaxla.models.convolution import LECUN_NORMAL, convolution
+from jaxla.models.layers import LECUN_NORMAL, convolution
+from jaxla.models.networks import unet
+from jaxla.models.networks.unet import UNet
 from jaxla.models.resizing import double
-from jaxla.models.unet import UNet
 
 
 class AttentionUNet(UNet):
@@ -54,3 +55,10 @@ class Gate(nnx.Module):
         four = jnp.concatenate([x[:, i::2, j::2] for i in (0, 1) for j in (0, 1)], axis=-1)
         weight = jax.nn.sigmoid(self.psi(jax.nn.relu(self.of_skip(four) + self.of_gating(g))))
         return x * double(weight)
+
+
+FAMILY = unet.FAMILY._replace(
+    of="Attention U-Net",
+    architectures=("attention_unet",),
+    build=lambda _, *options: unet.build_unet(AttentionUNet, *options),
+)

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from itertools import pairwise
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from jaxla.models.convolution import LECUN_NORMAL, convolution, logits_layer
+from jaxla.config import Model
+from jaxla.models.backbones import TRANSFORMERS
+from jaxla.models.family import Family
 from jaxla.models.images import three_channels
-from jaxla.models.normalisation import BatchNorm
+from jaxla.models.layers import LECUN_NORMAL, ConvolutionUnit, convolution, logits_layer
 from jaxla.models.resizing import double, resize
 from jaxla.models.vision_transformer import VisionTransformer
 
@@ -80,23 +83,34 @@ class ConvolutionalDecoder(nnx.Module):
     ) -> None:
         self.token_classifier = nnx.Linear(width, widths[0], dtype=dtype, rngs=rngs)
         self.mix = convolution(widths[0], widths[0], 7, bias=True, kernel_init=LECUN_NORMAL, dtype=dtype, rngs=rngs)
-        self.stages = nnx.List([Upsampling(i, o, dtype, rngs) for i, o in pairwise(widths)])
+        unit = partial(ConvolutionUnit, kernel_init=LECUN_NORMAL, dtype=dtype, rngs=rngs)
+        self.stages = nnx.List([unit(i, o) for i, o in pairwise(widths)])
         self.logits = logits_layer(widths[-1], outputs, 3, dtype, rngs)
 
     def __call__(self, tokens: jax.Array, size: tuple[int, int], present: jax.Array | None = None) -> jax.Array:
         """[B, h, w, C] -> logits [B, H, W, K] float32; BatchNorm's statistics are of those `present`, [B] bool."""
         x = self.mix(jax.nn.selu(self.token_classifier(tokens)))
         for stage in self.stages:
-            x = stage(x, present)
+            x = stage(double(x), present)
         return self.logits(resize(x, size))
 
 
-class Upsampling(nnx.Module):
-    """Bilinear ×2, 3×3 convolution, BatchNorm, ReLU."""
+def _build(
+    backbone: VisionTransformer, model: Model, classes: int, dtype: jnp.dtype, rngs: nnx.Rngs
+) -> TransformerSegmenter:
+    width = backbone.variant.width
+    if model.decoder == "linear":
+        decoder = LinearDecoder(width, classes, dtype=dtype, rngs=rngs)
+    else:
+        decoder = ConvolutionalDecoder(width, model.decoder_widths, classes, dtype=dtype, rngs=rngs)
+    return TransformerSegmenter(backbone, decoder)
 
-    def __init__(self, inputs: int, outputs: int, dtype: jnp.dtype, rngs: nnx.Rngs) -> None:
-        self.convolution = convolution(inputs, outputs, 3, kernel_init=LECUN_NORMAL, dtype=dtype, rngs=rngs)
-        self.norm = BatchNorm(outputs, dtype=dtype)
 
-    def __call__(self, x: jax.Array, present: jax.Array | None = None) -> jax.Array:
-        return jax.nn.relu(self.norm(self.convolution(double(x)), present))
+FAMILY = Family(
+    "vision transformer",
+    TRANSFORMERS,
+    options=("weights", "backbone", "decoder", "decoder_widths"),
+    multiple=lambda model: TRANSFORMERS[model.arch].patch,
+    pads=False,
+    build=_build,
+)

@@ -13,10 +13,11 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from jaxla.models.convolution import logits_layer
+from jaxla.models.family import Family
 from jaxla.models.images import crop, pad_to_multiple, require_images, three_channels
-from jaxla.models.resnet import EXPANSION, WIDTH, ResNet
-from jaxla.models.unet import DoubleConvolution
+from jaxla.models.layers import logits_layer
+from jaxla.models.networks.unet import DoubleConvolution
+from jaxla.models.resnet import EXPANSION, VARIANTS, WIDTH, ResNet
 
 # Channels of the encoder's features that the stages join, at 1/16, 1/8, 1/4 and 1/2 of the image; the last joins none.
 SKIPS = (4 * EXPANSION * WIDTH, 2 * EXPANSION * WIDTH, EXPANSION * WIDTH, WIDTH, 0)
@@ -68,3 +69,15 @@ class ResNetUNet(nnx.Module):
             x = x.repeat(2, axis=1).repeat(2, axis=2)
             x = stage(x if skip is None else jnp.concatenate([x, skip], axis=-1), present)
         return crop(self.logits(x), images.shape[1:3], MULTIPLE)
+
+
+FAMILY = Family(
+    "ResNet",
+    VARIANTS,
+    options=("weights", "backbone", "decoder_widths"),
+    multiple=lambda model: MULTIPLE,
+    stages=len(SKIPS),
+    build=lambda backbone, model, classes, dtype, rngs: ResNetUNet(
+        backbone, model.decoder_widths, classes, dtype=dtype, rngs=rngs
+    ),
+)

@@ -10,10 +10,11 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from jaxla.models.convolution import ConvolutionUnit, logits_layer
+from jaxla.models.family import Family
 from jaxla.models.images import crop, pad_to_multiple, require_images, three_channels
+from jaxla.models.layers import logits_layer, units_in_turn
 from jaxla.models.pooling import unpool
-from jaxla.models.vgg import VGG
+from jaxla.models.vgg import VARIANTS, VGG
 
 MULTIPLE = 32  # of which the sides must be; other images are padded
 
@@ -34,7 +35,7 @@ class SegNet(nnx.Module):
         stages = [(*stage[1:], last) for last, stage in zip(above, encoder[1:], strict=True)]
         self.up = nnx.List(
             [
-                _stage(stage[-1], widths, dtype, rngs)
+                units_in_turn(stage[-1], widths, dtype=dtype, rngs=rngs)
                 for stage, widths in zip(encoder, [encoder[0][1:], *stages], strict=True)
             ]
         )
@@ -60,9 +61,10 @@ class SegNet(nnx.Module):
         return crop(self.logits(x), images.shape[1:3], MULTIPLE)
 
 
-def _stage(inputs: int, widths: tuple[int, ...], dtype: jnp.dtype, rngs: nnx.Rngs) -> nnx.List:
-    units = []
-    for width in widths:
-        units.append(ConvolutionUnit(inputs, width, bias=True, dtype=dtype, rngs=rngs))
-        inputs = width
-    return nnx.List(units)
+FAMILY = Family(
+    "VGG",
+    VARIANTS,
+    options=("weights", "backbone"),
+    multiple=lambda model: MULTIPLE,
+    build=lambda backbone, model, classes, dtype, rngs: SegNet(backbone, classes, dtype=dtype, rngs=rngs),
+)

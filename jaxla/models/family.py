@@ -1,0 +1,34 @@
+"""What the package asks of a network's file in `networks/`: a `FAMILY` that says how the network is built."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection
+from typing import NamedTuple
+
+import jax.numpy as jnp
+from flax import nnx
+
+from jaxla.config import Model
+from jaxla.models.backbones import Backbone
+
+
+class Family(NamedTuple):
+    """Networks that are built alike.
+
+    Attributes:
+        of: what their architectures are, for messages.
+        architectures: the names that `--model.arch` takes for them.
+        options: of `Model`, those that it reads; with `weights` it stands on a backbone of that architecture.
+        multiple: of which the sides of an image must be; or, where `pads`, what they must be at least.
+        stages: how many `decoder_widths` it takes; 0 where any number will do.
+        build: (backbone, options, K, dtype of the computation, rngs) -> the network; the backbone has its weights, and
+            is None where there is none.
+    """
+
+    of: str
+    architectures: Collection[str]
+    options: tuple[str, ...]
+    multiple: Callable[[Model], int]
+    build: Callable[[Backbone | None, Model, int, jnp.dtype, nnx.Rngs], nnx.Module]
+    pads: bool = True
+    stages: int = 0

@@ -1,0 +1,73 @@
+"""Files on disk: written whole or not at all, locked against other processes, hashed; and the room for them."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import logging
+import os
+import re
+import shutil
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+
+from filelock import FileLock, Timeout
+
+log = logging.getLogger(__name__)
+
+
+@contextlib.contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A path beside `path` to write a file to, which takes its name once it is whole; of a failed one nothing remains.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    beside = path.with_name(f".{uuid.uuid4().hex}.{path.name}")  # another's, on any host, has another name
+    try:
+        yield beside
+        with beside.open("rb") as file:
+            os.fsync(file.fileno())  # some file systems say only now that they are full
+        beside.replace(path)
+    finally:
+        with contextlib.suppress(OSError):
+            beside.unlink()
+
+
+def is_left_over(path: Path) -> bool:
+    """Whether it is what a process that was killed while it wrote by `replacing` has left."""
+    return re.fullmatch(r"\.[0-9a-f]{32}\..+", path.name) is not None
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write a text file, as `replacing` does."""
+    with replacing(path) as beside:
+        beside.write_text(text, encoding="utf-8")
+
+
+@contextlib.contextmanager
+def locked(path: Path, held: str) -> Iterator[None]:
+    """Hold the lock that is the file `path`; waits while another process does, and says so: `held` is what to say."""
+    lock = FileLock(path)  # the operating system's: a killed process holds it no longer
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        log.info("%s; waiting for it", held)
+        lock.acquire()
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def file_sha256(path: Path) -> str:
+    """Of a file's content."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def free_bytes(path: Path) -> int:
+    """What is free on the disk where `path`, a file or folder that need not be there yet, lies."""
+    path = path.absolute()
+    return shutil.disk_usage(next(place for place in (path, *path.parents) if os.path.exists(place))).free
