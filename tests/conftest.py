@@ -1,12 +1,12 @@
-"""What several tests share: the commands as a user runs them, and one small finished run."""
+"""What several tests share: one cache of compiled programs, some phantoms and one small finished run."""
 
 import os
-import subprocess
-import sys
 import tempfile
 from pathlib import Path
 
 import pytest
+
+from tests.commands import run_module
 
 # What one test has compiled, the others and the commands that they start need not compile again.
 if "PYTEST_XDIST_WORKER" not in os.environ:  # workers share that of the process that started them
@@ -16,20 +16,11 @@ if "PYTEST_XDIST_WORKER" not in os.environ:  # workers share that of the process
     os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.1"
 
 
-def run_command(module, *options, check=True):
-    """`python -m <module> <options>` in a process of its own."""
-    command = [sys.executable, "-m", module, *map(str, options)]
-    done = subprocess.run(command, capture_output=True, text=True)
-    if check:
-        assert done.returncode == 0, done.stdout + done.stderr
-    return done
-
-
 @pytest.fixture(scope="session")
 def phantoms(tmp_path_factory):
     """Six small phantoms in the LAScarQS layout."""
     folder = tmp_path_factory.mktemp("data") / "phantoms"
-    run_command("jaxla.phantom", f"--output={folder}", "--cases=6", "--size=small", "--seed=3")
+    run_module("jaxla.phantom", f"--output={folder}", "--cases=6", "--size=small", "--seed=3")
     return folder
 
 
@@ -37,7 +28,7 @@ def phantoms(tmp_path_factory):
 def small_run(phantoms, tmp_path_factory):
     """A finished run on the six phantoms: three epochs of the quickstart's method at 48 pixels."""
     folder = tmp_path_factory.mktemp("runs") / "small"
-    done = run_command(
+    done = run_module(
         "jaxla.train",
         "--exp=quickstart",
         f"--data.root={phantoms}",

@@ -1,16 +1,8 @@
 """The commands on bad input: exit code 2, one line that names the file or option, and nothing left behind."""
 
-import contextlib
-import importlib
-import io
-import logging
-import os
 import pickle
 import re
 import shutil
-import subprocess
-import sys
-import warnings
 from pathlib import Path
 
 import nibabel as nib
@@ -19,7 +11,7 @@ import pytest
 
 from jaxla.config import Data
 from jaxla.data.split import make_split
-from jaxla.shell.process import run_command
+from tests.commands import in_a_new_process, refuse, refuse_to_train
 from tests.data.nifti import (
     AFFINE,
     decathlon,
@@ -33,59 +25,6 @@ from tests.data.nifti import (
     save_singular,
     truncate,
 )
-
-
-def tree(folder):
-    """Everything in a folder but the cache, with sizes and times of files."""
-    paths = (path for path in folder.rglob("*") if "cache" not in path.relative_to(folder).parts[:1])
-    return {path: (path.stat().st_size, path.stat().st_mtime_ns) if path.is_file() else None for path in paths}
-
-
-def in_a_new_process(folder, module, options):
-    """As a user runs it; -> exit code, stdout, stderr."""
-    command = [sys.executable, "-m", module, *options]
-    environment = os.environ | {"XDG_CACHE_HOME": str(folder / "cache")}
-    done = subprocess.run(
-        command, capture_output=True, text=True, cwd=folder, env=environment, timeout=100, check=False
-    )
-    return done.returncode, done.stdout, done.stderr
-
-
-def in_this_process(folder, module, options):
-    """The same without the seconds of starting Python and JAX; NumPy's warnings, a second line, are raised."""
-    main = importlib.import_module(module).main
-    arguments, handlers = sys.argv, logging.getLogger("jaxla").handlers[:]
-    sys.argv = [module, *options]
-    try:
-        with (
-            contextlib.chdir(folder),
-            contextlib.redirect_stdout(io.StringIO()) as stdout,
-            contextlib.redirect_stderr(io.StringIO()) as stderr,
-            warnings.catch_warnings(action="error", category=RuntimeWarning),
-            pytest.raises(SystemExit) as left,
-        ):
-            run_command(main)
-    finally:
-        sys.argv, logging.getLogger("jaxla").handlers[:] = arguments, handlers
-    return left.value.code, stdout.getvalue(), stderr.getvalue()
-
-
-def refuse(folder, module, *options, run=in_this_process):
-    """Run a command in `folder`; -> its one line of error, after checking that it left everything as it was."""
-    before = tree(folder)
-    code, stdout, stderr = run(folder, module, options)
-    assert code == 2, stdout + stderr
-    assert len(stderr.splitlines()) == 1, stderr
-    assert stderr.startswith("error: ")
-    assert "Traceback" not in stdout
-    assert tree(folder) == before
-    return stderr.rstrip("\n")
-
-
-def refuse_to_train(folder, *options, run=in_this_process):
-    """`refuse` for quickstart on the folder `data`; a later option of the same name wins."""
-    places = [f"--data.root={folder / 'data'}", f"--cache-dir={folder / 'cache'}", f"--run-dir={folder / 'run'}"]
-    return refuse(folder, "jaxla.train", "--exp=quickstart", *places, *options, run=run)
 
 
 def broken_voxel(value):

@@ -18,8 +18,8 @@ from jaxla.data.prepared import prepare_cases
 from jaxla.models.build import build_network
 from jaxla.models.weights_format import save_weights
 from jaxla.training.features import FeatureCache
+from tests.commands import in_this_process
 from tests.data.nifti import flat
-from tests.test_bad_input import in_this_process
 
 UNITS = {"": 1, "k": 1e3, "M": 1e6, "G": 1e9}
 USES_THE_CACHE = "from pathlib import Path; from jaxla.data.cache import in_use; hold = in_use(Path(sys.argv[1]))"
@@ -76,18 +76,18 @@ def cache(made_cache, tmp_path):
 
 def run(cache, *options):
     """The command's lines, after a run that must succeed."""
-    code, stdout, stderr = in_this_process(cache.parent, "jaxla.cache", [f"--cache-dir={cache}", *options])
-    assert (code, stderr) == (0, "")
-    return stdout.splitlines()
+    done = in_this_process(cache.parent, "jaxla.cache", f"--cache-dir={cache}", *options)
+    assert (done.returncode, done.stderr) == (0, "")
+    return done.stdout.splitlines()
 
 
 def refuse(cache, *options):
     """The one line of error, after checking that nothing was removed."""
     before = contents(cache)
-    code, stdout, stderr = in_this_process(cache.parent, "jaxla.cache", [f"--cache-dir={cache}", *options])
-    assert (code, stdout, len(stderr.splitlines())) == (2, "", 1)
+    done = in_this_process(cache.parent, "jaxla.cache", f"--cache-dir={cache}", *options)
+    assert (done.returncode, done.stdout, len(done.stderr.splitlines())) == (2, "", 1)
     assert contents(cache) == before
-    return stderr
+    return done.stderr
 
 
 # --- listing ---------------------------------------------------------------------------------------------------------

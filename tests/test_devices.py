@@ -6,7 +6,7 @@ import nibabel as nib
 import numpy as np
 import pytest
 
-from tests.conftest import run_command
+from tests.commands import run_module
 
 
 @pytest.fixture
@@ -15,7 +15,7 @@ def four_devices(monkeypatch):
 
 
 def train(run, phantoms, *options, check=True):
-    return run_command(
+    return run_module(
         "jaxla.train", "--exp=quickstart", f"--data.root={phantoms}", f"--run-dir={run}",
         f"--cache-dir={run.parent / 'cache'}", "--preprocessing.image_size=48", "--training.epochs=3", "--seed=1",
         *options, check=check,
@@ -39,7 +39,7 @@ def test_a_run_on_four_devices_gives_the_run_on_one(four_devices, small_run, pha
     scan = next(phantoms.rglob("enhanced.nii.gz"))
     masks = [tmp_path / f"{count}.nii.gz" for count in (1, 3)]
     for count, mask in zip((1, 3), masks, strict=True):
-        run_command("jaxla.predict", f"--run={run}", f"--input={scan}", f"--output={mask}", f"--devices={count}")
+        run_module("jaxla.predict", f"--run={run}", f"--input={scan}", f"--output={mask}", f"--devices={count}")
     one, three = (np.asarray(nib.load(mask).dataobj) for mask in masks)
     assert one.any()
     assert (one != three).mean() <= 1e-5  # measured: 0

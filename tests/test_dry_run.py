@@ -13,7 +13,7 @@ import pytest
 from flax import nnx
 
 import jaxla
-from tests.test_bad_input import in_this_process, refuse_to_train, tree
+from tests.commands import in_this_process, refuse_to_train, tree
 from tests.test_cache_command import bytes_of
 
 SMALL = ("--preprocessing.image_size=48", "--training.epochs=3", "--seed=1")  # the options of `small_run`
@@ -25,10 +25,10 @@ def dry_run(folder, phantoms, *options):
     """The forecast, name -> text, after checking that no file was made but prepared volumes in the cache."""
     before = tree(folder)
     arguments = ["--exp=quickstart", f"--data.root={phantoms}", f"--cache-dir={folder / 'cache'}", "--dry-run"]
-    code, stdout, stderr = in_this_process(folder, "jaxla.train", [*arguments, *options])
-    assert (code, stderr) == (0, ""), stdout
+    done = in_this_process(folder, "jaxla.train", *arguments, *options)
+    assert (done.returncode, done.stderr) == (0, ""), done.stdout
     assert tree(folder) == before
-    return {line[:12].strip(): line[12:] for line in stdout.splitlines()[-8:]}
+    return {line[:12].strip(): line[12:] for line in done.stdout.splitlines()[-8:]}
 
 
 def count(network):
@@ -79,8 +79,8 @@ def frozen(folder, phantoms):
 def run_after(frozen, folder, phantoms):
     """The run itself, made after its forecast; the folder of its features."""
     places = [f"--data.root={phantoms}", f"--cache-dir={folder / 'cache'}", f"--run-dir={folder / 'run'}"]
-    code, stdout, stderr = in_this_process(folder, "jaxla.train", ["--exp=quickstart", *places, *FROZEN])
-    assert code == 0, stdout + stderr
+    done = in_this_process(folder, "jaxla.train", "--exp=quickstart", *places, *FROZEN)
+    assert done.returncode == 0, done.stdout + done.stderr
     (features,) = (folder / "cache" / "features").iterdir()
     return features
 

@@ -17,15 +17,15 @@ from jaxla.pipeline.checks import checked
 from jaxla.runs.folder import require_resumable
 from jaxla.runs.machine import processor
 from jaxla.shell.command_line import parse_experiment
-from tests.test_bad_input import in_this_process, refuse
+from tests.commands import in_this_process, refuse
 from tests.test_cache_command import held_by_another_process
 
 
 def info(path):
     """What the command says of `path`: name -> value."""
-    code, stdout, stderr = in_this_process(path.parent, "jaxla.info", [str(path)])
-    assert (code, stderr) == (0, "")
-    return dict(re.split(r"\s{2,}", line, maxsplit=1) for line in stdout.splitlines())
+    done = in_this_process(path.parent, "jaxla.info", path)
+    assert (done.returncode, done.stderr) == (0, "")
+    return dict(re.split(r"\s{2,}", line, maxsplit=1) for line in done.stdout.splitlines())
 
 
 def read_json(path):

@@ -10,7 +10,7 @@ import nibabel as nib
 import numpy as np
 import pytest
 
-from tests.conftest import run_command
+from tests.commands import run_module
 from tests.devices.group import finish, free_port, start, together, wait_for
 
 
@@ -44,7 +44,7 @@ def split_file(phantoms, tmp_path_factory):
 def of_one(phantoms, split_file, tmp_path_factory):
     """The run of one process, and its cache."""
     folder = tmp_path_factory.mktemp("one")
-    run_command(*command(folder, phantoms, f"--data.split={split_file}"))
+    run_module(*command(folder, phantoms, f"--data.split={split_file}"))
     return folder
 
 
@@ -118,7 +118,7 @@ def test_predictions_are_shared_out(of_two, phantoms, tmp_path):
     for path in sorted(phantoms.rglob("enhanced.nii.gz"))[:3]:
         shutil.copy(path, scans / f"{path.parent.name}.nii.gz")
     predict = ["jaxla.predict", f"--run={folder / 'run'}", f"--input={scans}"]
-    run_command(*predict, f"--output={tmp_path / 'one'}")
+    run_module(*predict, f"--output={tmp_path / 'one'}")
     codes, out, err = finish(
         start(together([*predict, f"--output={tmp_path / 'two'}"], free_port()), tmp_path), tmp_path, 120
     )

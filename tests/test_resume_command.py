@@ -17,7 +17,7 @@ from filelock import FileLock
 from flax import nnx
 
 import jaxla
-from tests.test_bad_input import refuse
+from tests.commands import refuse
 
 
 def options_of(data, run, cache):

@@ -19,7 +19,7 @@ from jaxla.runs.folder import run_folder
 from jaxla.runs.machine import environment
 from jaxla.runs.record import Record
 from jaxla.study import main
-from tests.conftest import run_command
+from tests.commands import run_module
 
 
 def options_of(phantoms, folder, *more):
@@ -36,7 +36,7 @@ def test_a_study_goes_on_after_a_failure_and_after_a_stop(phantoms, tmp_path, ca
     unet, gated = (runs / f"fewshot_1patient_{method}_seed3" for method in ("unet", "attention_unet"))
 
     # a rate at which the first epoch ends in NaN
-    failed = run_command(
+    failed = run_module(
         "jaxla.study", *options_of(phantoms, tmp_path, "--unet.training.learning_rate=1e30"), check=False
     )
     assert failed.returncode == 1
@@ -68,7 +68,7 @@ def test_a_study_goes_on_after_a_failure_and_after_a_stop(phantoms, tmp_path, ca
     assert re.match(rf"stopped in {unet.name}; go on with: python -m jaxla.study --name=fewshot_patients", stderr)
     assert (unet / "experiment.json").exists()
 
-    done = run_command("jaxla.study", *options_of(phantoms, tmp_path))
+    done = run_module("jaxla.study", *options_of(phantoms, tmp_path))
     assert re.search(r"; 1 complete, 1 to go on with, 0 new|; 2 complete", done.stdout)
     assert done.stdout.splitlines()[-1] == f"2 runs are complete: {tmp_path / 'study' / 'report.html'}"
     assert json.loads((unet / "experiment.json").read_text())["resumed"]

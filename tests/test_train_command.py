@@ -12,7 +12,7 @@ from flax import nnx
 from scipy import ndimage
 
 import jaxla
-from tests.conftest import run_command
+from tests.commands import run_module
 from tests.golden.checkpoints import write_checkpoint
 
 
@@ -134,7 +134,7 @@ def test_a_loaded_network_takes_images_and_gives_logits(small_run):
 @pytest.fixture(scope="module")
 def unet_run(phantoms, tmp_path_factory):
     folder = tmp_path_factory.mktemp("unet")
-    run_command(
+    run_module(
         "jaxla.train", "--exp=quickstart", "--method=unet", f"--data.root={phantoms}", f"--run-dir={folder / 'run'}",
         f"--cache-dir={folder / 'cache'}", "--preprocessing.image_size=48", "--training.epochs=4",
         "--training.learning_rate=0.01", "--training.batch_size=8", "--model.widths=[8,12,16]",
@@ -149,7 +149,7 @@ def test_a_unet_is_trained_tested_and_predicts_the_same_masks(unet_run, phantoms
     assert summary["dice"]["mean"] > summary["atlas"]["dice"]["mean"] / 2
     case = read_json(unet_run / "split.json")["test"][0]
     scan = phantoms / "task2" / "train_data" / case / "enhanced.nii.gz"
-    run_command("jaxla.predict", f"--run={unet_run}", f"--input={scan}", f"--output={tmp_path / 'mask.nii.gz'}")
+    run_module("jaxla.predict", f"--run={unet_run}", f"--input={scan}", f"--output={tmp_path / 'mask.nii.gz'}")
     masks = [
         nib.load(path) for path in (unet_run / "test" / "predictions" / f"{case}.nii.gz", tmp_path / "mask.nii.gz")
     ]
@@ -174,7 +174,7 @@ def test_a_scan_larger_than_those_of_training_is_seen_in_its_centre(unet_run, ph
     whole = nib.Nifti1Image(np.pad(scan.get_fdata(), ((64, 64), (64, 64), (0, 0)), mode="reflect"), scan.affine)
     nib.save(whole, tmp_path / "large.nii.gz")
     output = tmp_path / "mask.nii.gz"
-    done = run_command(
+    done = run_module(
         "jaxla.predict", f"--run={unet_run}", f"--input={tmp_path / 'large.nii.gz'}", f"--output={output}"
     )
     assert "large.nii.gz: slices of " in done.stdout
@@ -195,12 +195,12 @@ def cache_with_vits14(tmp_path_factory):
     source = folder / "vits14.safetensors"
     write_checkpoint(source, "dinov2_vits14")
     weights = folder / "cache" / "weights" / "dinov2_vits14.safetensors"
-    run_command("convert_weights", "--arch=dinov2_vits14", f"--source={source}", f"--output={weights}")
+    run_module("convert_weights", "--arch=dinov2_vits14", f"--source={source}", f"--output={weights}")
     return folder / "cache"
 
 
 def one_patient_one_epoch(run, phantoms, cache, *options, check=True):
-    return run_command(
+    return run_module(
         "jaxla.train", "--exp=fewshot_1patient", "--method=dinov2_vits14", f"--data.root={phantoms}",
         f"--run-dir={run}", f"--cache-dir={cache}", "--preprocessing.image_size=56", "--training.epochs=1",
         "--training.batch_size=8", "--model.decoder_widths=[16,8]", *options, check=check,
@@ -242,7 +242,7 @@ def test_a_frozen_pretrained_backbone_is_used_and_its_file_must_stay(phantoms, c
     # the same numbers from a file of another name are the same weights
     renamed = shutil.copy(cache_with_vits14.parent / "vits14.safetensors", tmp_path / "renamed.safetensors")
     before = weights.read_bytes()
-    run_command("convert_weights", "--arch=dinov2_vits14", f"--source={renamed}", f"--output={weights}", "--force")
+    run_module("convert_weights", "--arch=dinov2_vits14", f"--source={renamed}", f"--output={weights}", "--force")
     assert weights.read_bytes() != before
     jaxla.load_network(run)
 
@@ -260,7 +260,7 @@ def test_a_frozen_pretrained_backbone_is_used_and_its_file_must_stay(phantoms, c
 def test_real_scans_of_several_classes(hippocampus, tmp_path):
     """One epoch on eight real patients: three classes from dataset.json, and masks with the data set's own values."""
     run = tmp_path / "run"
-    run_command(
+    run_module(
         "jaxla.train", "--exp=quickstart", f"--data.root={hippocampus}", f"--run-dir={run}",
         f"--cache-dir={tmp_path / 'cache'}", "--data.train_patients=8", "--training.epochs=4",
         "--preprocessing.image_size=64",
@@ -277,7 +277,7 @@ def test_real_scans_of_several_classes(hippocampus, tmp_path):
     (tmp_path / "scans").mkdir()
     nib.save(scan, tmp_path / "scans" / "scan.nii.gz")
     nib.save(turned, tmp_path / "scans" / "turned.nii.gz")
-    run_command("jaxla.predict", f"--run={run}", f"--input={tmp_path / 'scans'}", f"--output={tmp_path / 'masks'}")
+    run_module("jaxla.predict", f"--run={run}", f"--input={tmp_path / 'scans'}", f"--output={tmp_path / 'masks'}")
     mask, mask_turned = (
         nib.as_closest_canonical(nib.load(tmp_path / "masks" / name)) for name in ("scan.nii.gz", "turned.nii.gz")
     )

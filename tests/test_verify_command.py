@@ -1,39 +1,24 @@
 """python -m jaxla.verify: its report, its JSON, its exit codes, and that it leaves everything as it was."""
 
 import json
-import logging
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
-from jaxla import verify
-from jaxla.shell.process import run_command
+from tests.commands import in_this_process, tree
 from tests.data.nifti import decathlon, flat, image_array, lascarqs, mask_array, save, truncate
 
 
-@pytest.fixture
-def run(monkeypatch, capsys):
-    """Run the command as `python -m` does, without the seconds of starting Python; -> exit code, stdout, stderr."""
-    logger = logging.getLogger("jaxla")
-    level = logger.level
-
-    def run(*options):
-        monkeypatch.setattr(sys, "argv", ["jaxla.verify", *map(str, options)])
-        with pytest.raises(SystemExit) as left:
-            run_command(verify.main)
-        return left.value.code, *capsys.readouterr()
-
-    yield run
-    logger.setLevel(level)
+def run(*options):
+    """-> exit code, stdout, stderr."""
+    done = in_this_process(Path.cwd(), "jaxla.verify", *options)
+    return done.returncode, done.stdout, done.stderr
 
 
-def tree(folder):
-    return {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
-
-
-def test_the_report_of_a_folder_that_training_takes(run, tmp_path):
+def test_the_report_of_a_folder_that_training_takes(tmp_path):
     flat(tmp_path, 5)
     code, stdout, stderr = run(f"--data.root={tmp_path}", "--data.labels=LA:1")
     assert (code, stderr) == (0, "")
@@ -55,7 +40,7 @@ def test_the_report_of_a_folder_that_training_takes(run, tmp_path):
     ]
 
 
-def test_what_mask_values_are_taken_for_and_how_often(run, tmp_path):
+def test_what_mask_values_are_taken_for_and_how_often(tmp_path):
     root = decathlon(tmp_path, ["a", "b", "c"], {"background": 0, "LA": 1, "wall": 2}, values=(1, 2, 3))
     _, stdout, _ = run(f"--data.root={root}", "--data.labels=LA:1,7;background:3")
     assert (
@@ -63,7 +48,7 @@ def test_what_mask_values_are_taken_for_and_how_often(run, tmp_path):
     )
 
 
-def test_findings_are_named_from_the_root_on_and_counted_in_the_one_line_of_stderr(run, tmp_path):
+def test_findings_are_named_from_the_root_on_and_counted_in_the_one_line_of_stderr(tmp_path):
     root = lascarqs(tmp_path / "set", 6).parent.parent
     cases = root / "task2" / "train_data"
     (cases / "train_2" / "atriumSegImgMO.nii.gz").unlink()
@@ -87,7 +72,7 @@ def test_findings_are_named_from_the_root_on_and_counted_in_the_one_line_of_stde
     )
 
 
-def test_a_hundred_findings_of_a_kind_stay_readable(run, tmp_path):
+def test_a_hundred_findings_of_a_kind_stay_readable(tmp_path):
     root = decathlon(tmp_path, [f"c{n:02}" for n in range(30)], {"background": 0, "LA": 1}, values=(1, 2))
     code, stdout, stderr = run(f"--data.root={root}")
     assert code == 2
@@ -100,7 +85,7 @@ def test_a_hundred_findings_of_a_kind_stay_readable(run, tmp_path):
     assert "30 problems keep training from starting" in stderr
 
 
-def test_a_relative_root_is_taken_as_in_training(run, tmp_path, monkeypatch):
+def test_a_relative_root_is_taken_as_in_training(tmp_path, monkeypatch):
     flat(tmp_path / "data", 5)
     (tmp_path / "data" / "case_1_mask.nii.gz").unlink()
     monkeypatch.chdir(tmp_path)
@@ -147,7 +132,7 @@ def test_json_is_all_of_stdout_where_training_would_log(tmp_path):
     assert (tmp_path / "modules.txt").read_text() == ""
 
 
-def test_json_holds_every_finding_and_stderr_still_says_why_training_cannot_start(run, tmp_path):
+def test_json_holds_every_finding_and_stderr_still_says_why_training_cannot_start(tmp_path):
     root = flat(tmp_path, 30)
     for n in range(25):
         (root / f"case_{n}_mask.nii.gz").unlink()
@@ -169,7 +154,7 @@ def test_json_holds_every_finding_and_stderr_still_says_why_training_cannot_star
     assert stderr.startswith(f"error: --data.root={root}: 25 problems keep training from starting; the first: ")
 
 
-def test_a_case_that_cannot_be_read_is_null_in_json(run, tmp_path):
+def test_a_case_that_cannot_be_read_is_null_in_json(tmp_path):
     root = flat(tmp_path, 4)
     truncate(root / "case_2.nii.gz")
     report = json.loads(run(f"--data.root={root}", "--json")[1])
@@ -194,7 +179,7 @@ def test_a_case_that_cannot_be_read_is_null_in_json(run, tmp_path):
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
-def test_without_a_folder_of_cases_there_is_one_line(run, tmp_path, monkeypatch, options, message, json_too):
+def test_without_a_folder_of_cases_there_is_one_line(tmp_path, monkeypatch, options, message, json_too):
     (tmp_path / "empty").mkdir()
     save(tmp_path / "file.nii.gz", image_array())
     flat(tmp_path / "data", 3)

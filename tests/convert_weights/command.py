@@ -1,50 +1,30 @@
 """The command as a user runs it, and checkpoints to give it."""
 
-import io
 import json
-import logging
-import os
-import subprocess
-import sys
-from contextlib import redirect_stderr, redirect_stdout
-from pathlib import Path
 
 import numpy as np
-import pytest
 import torch
 from flax import nnx
 from safetensors import safe_open
 
-from convert_weights.__main__ import main
 from jaxla.models.backbones import build_backbone
 from jaxla.models.weights import parameter_shapes
 from jaxla.models.weights_format import save_weights
-from jaxla.shell.process import run_command
+from tests import commands
+from tests.commands import ROOT, in_a_new_process, in_this_process
 from tests.golden.fake_weights import fake_state_dict
 
-ROOT = Path(__file__).parents[2]
 GOLDEN = ROOT / "tests" / "golden"
 
 
 def convert(*arguments, **environment):
     """In a process of its own."""
-    command = [sys.executable, "-m", "convert_weights", *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, env={**os.environ, **environment}, cwd=ROOT)
+    return in_a_new_process(ROOT, "convert_weights", *arguments, **environment)
 
 
 def convert_here(*arguments):
-    """The same without the seconds that a new process takes to import JAX and torch; a traceback fails the test."""
-    out, err = io.StringIO(), io.StringIO()
-    log = logging.StreamHandler(out)  # the command's own is not set up where pytest has set up its own
-    logging.getLogger("jaxla").addHandler(log)
-    try:
-        with pytest.MonkeyPatch.context() as patch, redirect_stdout(out), redirect_stderr(err):
-            patch.setattr(sys, "argv", ["convert_weights", *map(str, arguments)])
-            with pytest.raises(SystemExit) as left:
-                run_command(main)
-    finally:
-        logging.getLogger("jaxla").removeHandler(log)
-    return subprocess.CompletedProcess(arguments, left.value.code, out.getvalue(), err.getvalue())
+    """The same without the seconds that a new process takes to import JAX and torch."""
+    return in_this_process(ROOT, "convert_weights.__main__", *arguments)
 
 
 def succeed(*arguments):
@@ -54,19 +34,10 @@ def succeed(*arguments):
     return done.stdout
 
 
-def files_in(folder):
-    return {path: path.read_bytes() if path.is_file() else None for path in folder.rglob("*")}
-
-
 def refuse(folder, *arguments, run=convert_here):
     """The command must fail with one line and leave the folder as it was. -> the line"""
-    before = files_in(folder)
-    done = run(*arguments)
-    assert done.returncode == 2, done.stderr
-    assert done.stderr.startswith("error: ")
-    assert done.stderr.count("\n") == 1
-    assert files_in(folder) == before
-    return done.stderr.removeprefix("error: ").rstrip("\n")
+    line = commands.refuse(folder, None, *arguments, run=lambda _, __, *options: run(*options))
+    return line.removeprefix("error: ")
 
 
 def refuse_source(source, arch="dinov2_vits14", run=convert_here):

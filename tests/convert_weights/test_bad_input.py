@@ -17,11 +17,11 @@ from safetensors.torch import save_file
 
 from convert_weights.checkpoint import checkpoint_sha256, open_checkpoint
 from jaxla.config import InputError
+from tests.commands import tree
 from tests.convert_weights.command import (
     ROOT,
     convert,
     empty_state,
-    files_in,
     refuse,
     refuse_source,
     shapes_of,
@@ -589,7 +589,7 @@ def test_too_little_room_is_said_before_anything_is_written(tmp_path, monkeypatc
 
 def test_a_conversion_that_is_ended_leaves_nothing_behind(tmp_path):
     source = saved(tmp_path, empty_state("dinov2_vitl14"))
-    before = files_in(tmp_path)
+    before = tree(tmp_path)
     arguments = ["--arch=dinov2_vitl14", f"--source={source}", f"--output={tmp_path / 'out.safetensors'}"]
     process = subprocess.Popen([sys.executable, "-m", "convert_weights", *arguments], cwd=ROOT, stderr=subprocess.PIPE)
     while process.poll() is None and not any(
@@ -599,4 +599,4 @@ def test_a_conversion_that_is_ended_leaves_nothing_behind(tmp_path):
     process.terminate()
     _, stderr = process.communicate(timeout=60)
     assert (process.returncode, stderr) == (1, b"interrupted\n")
-    assert files_in(tmp_path) == before
+    assert tree(tmp_path) == before

@@ -1,8 +1,5 @@
 """Phantoms: the files a user gets, that they repeat, and that neither brightness nor place gives the atrium away."""
 
-import subprocess
-import sys
-
 import nibabel as nib
 import numpy as np
 import pytest
@@ -10,6 +7,7 @@ from scipy.ndimage import zoom
 
 from jaxla.config import InputError
 from jaxla.data.phantoms import SIZES, _grid, make_phantom, write_phantoms
+from tests.commands import in_a_new_process, refuse, run_module
 
 CASES = 20
 
@@ -195,16 +193,8 @@ def test_a_place_that_cannot_hold_a_folder_is_refused(tmp_path):
 
 
 def test_command_refuses_a_folder_in_use_with_one_line(tmp_path):
-    def run(*arguments):
-        return subprocess.run(
-            [sys.executable, "-m", "jaxla.phantom", *arguments], capture_output=True, text=True, check=False
-        )
-
-    made = run(f"--output={tmp_path / 'made'}", "--cases=1", "--size=small")
-    assert made.returncode == 0, made.stderr
-    assert "case 1 of 1" in made.stdout
-    refused = run(f"--output={tmp_path / 'made'}", "--cases=1", "--size=small")
-    assert refused.returncode == 2
-    assert refused.stderr.count("\n") == 1
-    assert str(tmp_path / "made") in refused.stderr
-    assert "not empty" in refused.stderr
+    options = ("jaxla.phantom", f"--output={tmp_path / 'made'}", "--cases=1", "--size=small")
+    assert "case 1 of 1" in run_module(*options).stdout
+    line = refuse(tmp_path, *options, run=in_a_new_process)
+    assert str(tmp_path / "made") in line
+    assert "not empty" in line

@@ -2,9 +2,6 @@
 
 import csv
 import json
-import subprocess
-import sys
-from pathlib import Path
 
 import nibabel as nib
 import numpy as np
@@ -12,10 +9,10 @@ import pytest
 
 from jaxla.config import InputError
 from jaxla.evaluate import main
+from tests.commands import ROOT, in_a_new_process
 
 AFFINE = np.diag([1.0, 1.0, 2.5, 1.0])
 SHAPE = (16, 14, 8)
-ROOT = Path(__file__).parents[2]
 
 
 def save(path, *boxes, values=(1, 2), affine=AFFINE, shape=SHAPE):
@@ -46,8 +43,7 @@ def options(folder, *more):
 
 
 def run(*arguments):
-    command = [sys.executable, "-m", "jaxla.evaluate", *arguments]
-    return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=60, check=False)
+    return in_a_new_process(ROOT, "jaxla.evaluate", *arguments)
 
 
 def read_csv(path):

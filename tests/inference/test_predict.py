@@ -13,7 +13,7 @@ from flax import nnx
 from jaxla.data.volumes import Volume, read_image
 from jaxla.inference.segment import make_segment
 from jaxla.inference.trained import load_run
-from tests.conftest import run_command
+from tests.commands import run_module
 
 
 @pytest.fixture(scope="module")
@@ -37,9 +37,7 @@ def test_reoriented_copies_get_the_same_mask_in_the_world(small_run, scan, tmp_p
     turns = ([[0, -1], [1, -1], [2, 1]], [[1, 1], [0, 1], [2, -1]], [[2, 1], [0, -1], [1, 1]])
     for n, transform in enumerate(turns):
         reoriented(scan, transform, tmp_path / "scans" / f"turned_{n}.nii.gz")
-    run_command(
-        "jaxla.predict", f"--run={small_run}", f"--input={tmp_path / 'scans'}", f"--output={tmp_path / 'masks'}"
-    )
+    run_module("jaxla.predict", f"--run={small_run}", f"--input={tmp_path / 'scans'}", f"--output={tmp_path / 'masks'}")
     mask = in_world(tmp_path / "masks" / "scan.nii.gz")
     assert mask.any()
     for n in range(len(turns)):
@@ -48,7 +46,7 @@ def test_reoriented_copies_get_the_same_mask_in_the_world(small_run, scan, tmp_p
 
 def test_probabilities_are_written_beside_and_agree_with_the_mask(small_run, scan, tmp_path):
     output = tmp_path / "mask.nii.gz"
-    run_command("jaxla.predict", f"--run={small_run}", f"--input={scan}", f"--output={output}", "--probabilities")
+    run_module("jaxla.predict", f"--run={small_run}", f"--input={scan}", f"--output={output}", "--probabilities")
     probabilities = nib.load(tmp_path / "mask_probabilities.nii.gz")
     mask = nib.load(output)
     assert probabilities.shape == mask.shape == nib.load(scan).shape
@@ -61,7 +59,7 @@ def test_a_run_that_is_not_finished_says_so(small_run, scan, tmp_path):
     run = shutil.copytree(small_run, tmp_path / "run")
     (run / "report.html").unlink()
     output = tmp_path / "mask.nii.gz"
-    done = run_command("jaxla.predict", f"--run={run}", f"--input={scan}", f"--output={output}")
+    done = run_module("jaxla.predict", f"--run={run}", f"--input={scan}", f"--output={output}")
     epoch = json.loads((small_run / "test" / "summary.json").read_text())["best_epoch"]
     said = f"{run}: this run of at most 3 epochs is not finished; its best epoch so far, {epoch}, segments"
     assert said in done.stdout.splitlines()
@@ -73,11 +71,11 @@ def test_a_folder_gives_a_folder_and_an_existing_mask_is_kept(small_run, scan, t
     for name in ("one.nii.gz", "two_0000.nii.gz"):
         (tmp_path / "scans" / name).write_bytes(scan.read_bytes())
     options = (f"--run={small_run}", f"--input={tmp_path / 'scans'}", f"--output={tmp_path / 'masks'}")
-    run_command("jaxla.predict", *options)
+    run_module("jaxla.predict", *options)
     assert sorted(path.name for path in (tmp_path / "masks").iterdir()) == ["one.nii.gz", "two.nii.gz"]
 
     before = (tmp_path / "masks" / "one.nii.gz").read_bytes()
-    done = run_command("jaxla.predict", *options, check=False)
+    done = run_module("jaxla.predict", *options, check=False)
     assert (done.returncode, done.stderr.count("\n")) == (2, 1)
     assert "one.nii.gz: exists already" in done.stderr
     assert (tmp_path / "masks" / "one.nii.gz").read_bytes() == before
@@ -87,7 +85,7 @@ def test_one_bad_scan_stops_all_before_anything_is_written(small_run, scan, tmp_
     (tmp_path / "scans").mkdir()
     (tmp_path / "scans" / "a.nii.gz").write_bytes(scan.read_bytes())
     (tmp_path / "scans" / "b.nii.gz").write_bytes(scan.read_bytes()[:5000])
-    done = run_command(
+    done = run_module(
         "jaxla.predict",
         f"--run={small_run}",
         f"--input={tmp_path / 'scans'}",
@@ -142,7 +140,7 @@ def test_a_run_trained_on_another_device_loads_here(small_run, tmp_path):
 
 
 def test_a_runs_own_predictions_can_be_scored_against_the_data_set(small_run, phantoms, tmp_path):
-    run_command(
+    run_module(
         "jaxla.evaluate", f"--predictions={small_run / 'test' / 'predictions'}", f"--references={phantoms}",
         f"--cases={small_run / 'split.json'}", f"--output={tmp_path / 'scores'}",
     )  # fmt: skip
