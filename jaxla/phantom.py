@@ -8,11 +8,8 @@ from jaxla.shell.process import run_command
 
 def main(arguments: list[str]) -> None:
     """Parse the command line and write the phantoms. Raises InputError on bad usage or an output folder in use."""
-    import sys
     from pathlib import Path
     from typing import Literal
-
-    from tqdm import tqdm
 
     from jaxla.data.phantoms import write_phantoms
 
@@ -25,15 +22,7 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("--seed", type=int, default=0, help="the same seed gives the same files")
     options = parse_arguments(parser, arguments)
 
-    # A bar where someone watches, lines where a file does.
-    with tqdm(total=options.cases, unit="case", disable=not sys.stderr.isatty()) as bar:
-
-        def progress(done: int, cases: int) -> None:
-            bar.update(done - bar.n)
-            if bar.disable:
-                print(f"case {done} of {cases}", flush=True)
-
-        write_phantoms(Path(options.output), options.cases, options.size, options.seed, progress)
+    write_phantoms(Path(options.output), options.cases, options.size, options.seed)
     print(f"{options.cases} phantoms in {options.output}")
 
 

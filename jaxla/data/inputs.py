@@ -63,6 +63,14 @@ def _sides(shape: tuple[int, int], spacing: tuple[float, float]) -> list[float]:
     return [n * mm for n, mm in zip(shape, spacing, strict=True)]
 
 
+def intensity_range(array: np.ndarray) -> tuple[float, float]:
+    """The 0.5 and 99.5 percentile (docs/paper1.md); the extremes where these coincide."""
+    low, high = np.percentile(array, (0.5, 99.5))
+    if low == high:
+        low, high = array.min(), array.max()
+    return float(low), float(high)
+
+
 def image_to_input(pixels: np.ndarray, intensity_range: tuple[float, float], frame: Frame) -> np.ndarray:
     """[H, W] in the scan's intensities -> [size, size, 1] float32 in 0..1."""
     low, high = intensity_range

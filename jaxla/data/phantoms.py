@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -39,6 +39,7 @@ from jaxla.data.phantom_anatomy import (
     straight,
     vary,
 )
+from jaxla.shell.terminal import track
 
 log = logging.getLogger(__name__)
 
@@ -69,12 +70,10 @@ def make_phantom(size: str, seed: int, index: int) -> Phantom:
     return _store(rng, _scan(rng, signal), mask, ORIENTATIONS[(seed + index) % len(ORIENTATIONS)])
 
 
-def write_phantoms(
-    folder: Path, cases: int, size: str, seed: int, progress: Callable[[int, int], None] | None = None
-) -> None:
+def write_phantoms(folder: Path, cases: int, size: str, seed: int) -> None:
     """Write `cases` phantoms as `<folder>/task2/train_data/train_<n>/{enhanced,atriumSegImgMO}.nii.gz`, n from 1.
 
-    `progress(done, cases)` is called after every case. The files are written beside `folder` and appear in it together.
+    The files are written beside `folder` and appear in it together.
 
     Raises:
         InputError: an argument is out of bounds, or `folder` is not empty or cannot be written.
@@ -99,14 +98,12 @@ def write_phantoms(
         raise InputError(f"--output={folder}: cannot write there ({error.strerror}); name another folder") from error
     with waiting as name:
         tree = Path(name, "tree")
-        for number in range(1, cases + 1):
+        for number in track(range(1, cases + 1), "phantoms"):
             case = tree / "task2" / "train_data" / f"train_{number}"
             case.mkdir(parents=True)
             image, mask, affine = make_phantom(size, seed, number)
             _save(case / "enhanced.nii.gz", image, affine)
             _save(case / "atriumSegImgMO.nii.gz", mask, affine)
-            if progress is not None:
-                progress(number, cases)
         if folder.is_dir():
             (tree / "task2").rename(folder / "task2")
         else:
@@ -119,16 +116,11 @@ def cached_phantoms(cache_dir: Path, size: str, cases: int) -> Path:
     if not folder.is_dir():
         log.info("making %d %s phantoms in %s", cases, size, folder)
         try:
-            write_phantoms(folder, cases, size, seed=0, progress=_log_quarters)
+            write_phantoms(folder, cases, size, seed=0)
         except OSError as error:
             if not folder.is_dir():  # unless another process was faster, with the same content
                 raise InputError(f"--cache-dir={cache_dir}: cannot be written ({error.strerror})") from error
     return folder
-
-
-def _log_quarters(done: int, cases: int) -> None:
-    if done % max(1, cases // 4) == 0:
-        log.info("made %d of %d phantoms", done, cases)
 
 
 def _save(path: Path, array: NDArray, affine: NDArray[np.float64]) -> None:

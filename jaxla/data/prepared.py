@@ -19,7 +19,7 @@ import numpy as np
 
 from jaxla.config import InputError
 from jaxla.data.cases import Case, Dataset
-from jaxla.data.inputs import Frame, image_to_input
+from jaxla.data.inputs import Frame, image_to_input, intensity_range
 from jaxla.data.labels import Labels, require_one_value
 from jaxla.data.volumes import (
     Volume,
@@ -82,14 +82,6 @@ class PreparedVolume:
     def input(self, index: int, frame: Frame) -> np.ndarray:
         """A slice as the network reads it: [size, size, 1] float32 in 0..1."""
         return image_to_input(self.image[index], self.intensity_range, frame)
-
-
-def intensity_range(array: np.ndarray) -> tuple[float, float]:
-    """The 0.5 and 99.5 percentile (docs/paper1.md); the extremes where these coincide."""
-    low, high = np.percentile(array, (0.5, 99.5))
-    if low == high:
-        low, high = array.min(), array.max()
-    return float(low), float(high)
 
 
 def prepare_cases(

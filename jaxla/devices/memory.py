@@ -9,9 +9,9 @@ from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 
 import jax
-from tqdm import tqdm
 
 from jaxla.config import InputError
+from jaxla.shell.terminal import as_bytes
 
 # Control groups, by which a container or a scheduler grants a share of the machine's memory: those of this process, and
 # where the limits of a group stand, in version 1 and in version 2.
@@ -89,7 +89,3 @@ def exhaustion_named(batch_size: int) -> Iterator[None]:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
         raise TooLarge(batch_size, "the device's memory is exhausted") from error
-
-
-def as_bytes(count: int) -> str:
-    return tqdm.format_sizeof(count, "B")

@@ -11,8 +11,7 @@ import numpy as np
 from flax import nnx
 
 from jaxla.config import Postprocessing
-from jaxla.data.inputs import Frame, image_to_input, input_to_slice
-from jaxla.data.prepared import intensity_range
+from jaxla.data.inputs import Frame, image_to_input, input_to_slice, intensity_range
 from jaxla.data.volumes import Volume, from_slices, slice_geometry, to_slices, write_volume
 from jaxla.devices.mesh import own_rows, spread, to_devices
 from jaxla.inference.postprocessing import postprocess

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TypeVar
 
@@ -16,6 +16,7 @@ from safetensors import safe_open
 from jaxla.config import InputError, default_cache_dir, nearest
 from jaxla.models.backbones import VARIANTS, Backbone, build_backbone
 from jaxla.models.weights_format import UNUSED, how_to_convert, read_metadata, save_weights
+from jaxla.shell.terminal import count_of
 
 M = TypeVar("M", bound=nnx.Module)
 
@@ -87,9 +88,13 @@ def require_parameters(path: Path, arch: str, shapes: Mapping[str, tuple[int, ..
         slices = {name: file.get_slice(name) for name in names}
         held = {name: (tuple(of_name.get_shape()), of_name.get_dtype()) for name, of_name in slices.items()}
     if missing := sorted(set(shapes) - set(held)):
-        raise InputError(f"{path}: lacks {_count(missing)} of {arch}, such as {missing[0]}; convert it again")
+        raise InputError(
+            f"{path}: lacks {count_of(len(missing), 'parameter')} of {arch}, such as {missing[0]}; convert it again"
+        )
     if extra := sorted(set(held) - set(shapes)):
-        raise InputError(f"{path}: has {_count(extra)} that {arch} lacks, such as {extra[0]}; convert it again")
+        raise InputError(
+            f"{path}: has {count_of(len(extra), 'parameter')} that {arch} lacks, such as {extra[0]}; convert it again"
+        )
     for name, needed in shapes.items():
         shape, dtype = held[name]
         if shape != needed:
@@ -129,10 +134,6 @@ def compute_dtype() -> jnp.dtype:
 
 def _abstract_backbone(arch: str, dtype: jnp.dtype = jnp.float32) -> Backbone:
     return nnx.eval_shape(lambda: build_backbone(arch, dtype=dtype, rngs=nnx.Rngs(0)))
-
-
-def _count(names: Sequence[str]) -> str:
-    return f"{len(names)} parameter{'s' if len(names) > 1 else ''}"
 
 
 def _flat(state: nnx.State) -> dict[str, nnx.Variable]:

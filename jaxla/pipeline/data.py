@@ -16,7 +16,7 @@ from jaxla.data.phantoms import cached_phantoms
 from jaxla.data.prepared import PreparedVolume, prepare_cases
 from jaxla.data.split import Split, make_split
 from jaxla.devices.processes import is_first, share
-from jaxla.pipeline.progress import track
+from jaxla.shell.terminal import track
 
 log = logging.getLogger(__name__)
 
@@ -81,7 +81,7 @@ def prepare_data(experiment: Experiment, cache_dir: Path) -> PreparedData:
     if empty := [v.id for v in prepared if not any(v.class_voxels[1:])]:
         log.info("%d cases have an empty mask and are kept: %s", len(empty), ", ".join(empty))
     log.info(
-        "%d patients train, %d validate, %d test; slices along the %s axis, %d for training",
+        "patients: %d training, %d validation, %d test; slices along the %s axis, %d for training",
         len(split.train), len(split.val), len(split.test),
         "/".join(sorted({v.slice_axis for v in prepared})), sum(v.shape[0] for v in training),
     )  # fmt: skip

@@ -17,18 +17,18 @@ from flax import nnx
 from jaxla.config import Experiment
 from jaxla.data.batches import SliceSource, evaluation_batches, steps_per_epoch, training_batches
 from jaxla.data.prepared import PreparedVolume
-from jaxla.devices.memory import as_bytes, device_bytes, exhaustion_named, program_bytes, require_memory
+from jaxla.devices.memory import device_bytes, exhaustion_named, program_bytes, require_memory
 from jaxla.devices.mesh import on_host, own_rows, spread, to_devices, use_own_devices
 from jaxla.devices.processes import gather, process_count, share
 from jaxla.evaluation.summary import score_case
 from jaxla.models.build import build_network
 from jaxla.pipeline.cost import TIMED_SECONDS, TIMED_VOLUMES
 from jaxla.pipeline.data import PreparedData
-from jaxla.pipeline.run import describe_backbone, why_not_cached
-from jaxla.runs.record import method_label
+from jaxla.pipeline.run import why_not_cached
+from jaxla.runs.record import describe_backbone, method_label
 from jaxla.shell.files import free_bytes
+from jaxla.shell.terminal import as_bytes, clock
 from jaxla.training.features import FeatureCache
-from jaxla.training.loop import clock
 from jaxla.training.step import (
     count_parameters,
     initial_state,

@@ -1,64 +1,33 @@
-"""One run, stage by stage: scans -> prepared volumes and a split -> a trained network -> test results and report."""
+"""One run once its data are prepared: the network, its backbone's features, training, then the test."""
 
 from __future__ import annotations
 
-import json
 import logging
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, replace
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from flax import nnx
 
 from jaxla.config import Augmentation, Experiment, InputError
 from jaxla.data.batches import SliceSource
-from jaxla.data.volumes import (
-    canonical_to_slices,
-    from_slices,
-    read_image,
-    read_mask,
-    slice_geometry,
-    slices_to_canonical,
-    to_slices,
-)
 from jaxla.devices.memory import exhaustion_named
 from jaxla.devices.mesh import on_host, use_own_devices
-from jaxla.devices.processes import gather, is_first, share, wait_for_all
-from jaxla.evaluation.atlas import apply_atlas, build_atlas, choose_threshold
-from jaxla.evaluation.summary import score_case, summarise_test, worst_median_best, write_cases, write_summary
-from jaxla.inference.segment import make_segment, make_segment_slices, write_segmentation
-from jaxla.inference.trained import load_run
+from jaxla.devices.processes import is_first, wait_for_all
 from jaxla.models.build import build_network
 from jaxla.models.weights import parameters_sha256, save_random
-from jaxla.pipeline.cost import measure_cost
 from jaxla.pipeline.data import PreparedData, say_what_is_cut
-from jaxla.pipeline.progress import track
+from jaxla.pipeline.testing import Features, test_run
 from jaxla.reporting.curves import draw_curves
-from jaxla.reporting.overlays import Panel, draw_overlays
-from jaxla.reporting.run_report import write_report
-from jaxla.runs.cost import write_cost
-from jaxla.runs.folder import (
-    BACKBONE,
-    COST,
-    CURVES,
-    OVERLAYS,
-    PREDICTIONS,
-    REPORT,
-    SUMMARY,
-    TEST_CASES,
-    TEST_SLICES,
-    read_metrics,
-)
-from jaxla.runs.record import FEATURES_KEPT, RECORD, method_label, read_record, write_record
-from jaxla.training.features import CachedFeatures, FeatureCache
+from jaxla.runs.folder import BACKBONE, CURVES
+from jaxla.runs.record import FEATURES_KEPT, method_label, read_record, write_record
+from jaxla.shell.terminal import track
+from jaxla.training.features import FeatureCache
 from jaxla.training.loop import fit
 from jaxla.training.step import count_parameters, split_network
 
 log = logging.getLogger(__name__)
-
-Features = Mapping[str, CachedFeatures]  # by case id
 
 
 def train_and_test(experiment: Experiment, data: PreparedData, run_dir: Path, cache_dir: Path) -> dict[str, Any]:
@@ -72,7 +41,7 @@ def train_and_test(experiment: Experiment, data: PreparedData, run_dir: Path, ca
     step_bytes = train(experiment, network, data, features, run_dir)
     del network  # the trained one is loaded with its own backbone
     with use_own_devices():
-        return test(data, features, run_dir, step_bytes)
+        return test_run(data, features, run_dir, step_bytes)
 
 
 def build(experiment: Experiment, outputs: int, run_dir: Path) -> nnx.Module:
@@ -174,103 +143,3 @@ def train(
         )
     log.info("best epoch %d: validation Dice %.3f per volume", best.best_epoch, best.best_dice)
     return best.step_bytes
-
-
-def test(data: PreparedData, features: Features | None, run_dir: Path, step_bytes: int) -> dict[str, Any]:
-    """Segment and score every test case on its own grid, beside the atlas; leaves `test/`, the cost and the report.
-
-    Returns:
-        The summary: per metric mean, sd, n and unit, per volume; under "slice" the same per slice; under "atlas" the
-        atlas's. Of several processes the first returns and writes it, and all segment their share of the cases.
-    """
-    split = data.split
-    trained = load_run(run_dir)
-    experiment = trained.record.experiment
-    names = trained.record.labels.names
-    canvas, batch_size = trained.record.canvas, experiment.training.batch_size
-    segment = make_segment(trained)
-    if features:
-        network = trained.network.on_features((canvas.size, canvas.size))
-        segment_slices = make_segment_slices(network, batch_size, experiment.postprocessing)
-
-    def canonical_masks(ids: Iterable[str]) -> Iterable:
-        return (slices_to_canonical(v.mask, v.slice_axis) for v in data.of(ids))
-
-    atlas = choose_threshold(build_atlas(canonical_masks(split.train), len(names)), canonical_masks(split.val))
-
-    rows, slice_rows, atlas_rows = [], [], []
-    for name in track(share(split.test), "testing"):
-        prepared = data.volumes[name]
-        volume = read_image(prepared.case.image)
-        geometry = slice_geometry(volume.affine)
-        if features:
-            frame = canvas.frame(prepared.shape[1:], prepared.spacing[1:])
-            predicted, _ = segment_slices(features[name], frame, prepared.shape)
-            classes = np.ascontiguousarray(from_slices(predicted, geometry))
-        else:
-            classes, _ = segment(volume)
-            predicted = to_slices(classes, geometry)
-        write_segmentation(run_dir / PREDICTIONS / f"{name}.nii.gz", classes, trained, volume)
-        rows += score_case(name, predicted, prepared.mask, prepared.spacing, names)
-        slice_rows += score_case(name, predicted, prepared.mask, prepared.spacing, names, "slice")
-        shape = slices_to_canonical(prepared.mask, prepared.slice_axis).shape
-        of_atlas = canonical_to_slices(apply_atlas(atlas, shape), prepared.slice_axis)
-        atlas_rows += score_case(name, of_atlas, prepared.mask, prepared.spacing, names)
-    rows, slice_rows, atlas_rows = (in_order(of_all, split.test) for of_all in (rows, slice_rows, atlas_rows))
-    if not is_first():
-        return {}
-    rows, summary = summarise_test(rows, slice_rows, atlas_rows, names)
-    summary["atlas"]["threshold"] = atlas.threshold
-    summary["best_epoch"] = trained.epoch
-    summary["backbone"] = describe_backbone(experiment)
-    write_cases(rows, run_dir / TEST_CASES)
-    write_cases(slice_rows, run_dir / TEST_SLICES)
-    write_summary(summary, run_dir / SUMMARY)
-
-    cost = measure_cost(trained, segment, data.of(split.test), step_bytes)
-    write_cost(cost, run_dir / COST)
-
-    panels = panels_of(data, rows, run_dir / PREDICTIONS)
-    draw_overlays(panels, run_dir / OVERLAYS)
-    write_report(
-        run_dir / REPORT,
-        record=json.loads((run_dir / RECORD).read_text()),
-        split=split.parts,
-        history=read_metrics(run_dir),
-        rows=rows,
-        summary=summary,
-        cost=asdict(cost),
-        panels=panels,
-    )
-    return summary
-
-
-def in_order(rows: list[dict[str, Any]], cases: Sequence[str]) -> list[dict[str, Any]]:
-    """The rows of all processes, in the order of the cases."""
-    of_all = [row for of_process in gather(rows) for row in of_process]
-    return sorted(of_all, key=lambda row: cases.index(row["case"]))  # stable: a case's own rows keep their order
-
-
-def panels_of(data: PreparedData, rows: Sequence[Mapping[str, Any]], predictions: Path) -> list[Panel]:
-    """The test cases of the lowest, the median and the highest Dice, with what was predicted for them."""
-    by_case: dict[str, list[float]] = {}
-    for row in rows:
-        by_case.setdefault(row["case"], []).append(row["dice"])
-    dice = {name: np.mean(of_classes) for name, of_classes in by_case.items()}
-    panels = []
-    for name, rank in worst_median_best(dice).items():
-        prepared = data.volumes[name]
-        mask = read_mask(predictions / f"{name}.nii.gz")
-        prediction = to_slices(mask.array, slice_geometry(mask.affine))
-        title = f"{rank} of {len(dice)}: {name}, Dice {dice[name]:.3f}"
-        panels.append(Panel(title, prepared.image, prediction, prepared.mask, prepared.spacing))
-    return panels
-
-
-def describe_backbone(experiment: Experiment) -> str:
-    model = experiment.model
-    origin = "random weights" if model.weights == "random" else Path(model.weights).name
-    name = method_label(experiment)
-    if name == experiment.method != model.arch:
-        name += f" on {model.arch}"
-    return f"{name} ({origin}, {'frozen' if model.backbone == 'frozen' else 'trained'})"

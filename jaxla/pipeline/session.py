@@ -17,13 +17,13 @@ from jaxla.data.cache import in_use
 from jaxla.devices.memory import TooLarge
 from jaxla.devices.mesh import use_devices
 from jaxla.devices.processes import agreed, if_others_end, is_first, require_same
-from jaxla.pipeline import run
 from jaxla.pipeline.checks import require_batch, require_share, with_weights
 from jaxla.pipeline.data import prepare_data
 from jaxla.pipeline.forecast import describe, forecast
+from jaxla.pipeline.run import train_and_test
 from jaxla.runs.folder import LATEST, LOG, require_free, require_resumable, resume_command, run_folder
 from jaxla.runs.machine import environment
-from jaxla.runs.record import RECORD, Record, options_of
+from jaxla.runs.record import RECORD, Record, describe_backbone, options_of
 from jaxla.shell.command_line import Options, require_writable
 from jaxla.shell.process import Stopped
 from jaxla.training.checkpoints import checkpoint_steps
@@ -62,7 +62,7 @@ def run_session(options: Options, command: str) -> None:
 
     experiment, weights_sha256 = with_weights(experiment, cache_dir)
     if not weights_sha256:
-        log.info("%s: no pretrained weights are used", run.describe_backbone(experiment))
+        log.info("%s: no pretrained weights are used", describe_backbone(experiment))
 
     with in_use(cache_dir), use_devices(options.devices, options.shard_params), ExitStack() as held:
         require_share(experiment)
@@ -102,7 +102,7 @@ def run_session(options: Options, command: str) -> None:
             raise InputError(f"--run-dir={run_dir}: is not seen here; it must lie on a disk that all processes share")
         if_others_end(go_on, partial(note, log_file))
         try:
-            summary = run.train_and_test(experiment, data, run_dir, cache_dir)
+            summary = train_and_test(experiment, data, run_dir, cache_dir)
         except (Stopped, KeyboardInterrupt) as stop:
             where = str(stop) or "before the end"
             note(log_file, f"stopped {where}")

@@ -16,18 +16,16 @@ from tabulate import tabulate
 from jaxla.config import Experiment, InputError
 from jaxla.data.cache import in_use
 from jaxla.data.split import make_split
-from jaxla.devices.memory import as_bytes
 from jaxla.devices.mesh import use_devices
 from jaxla.pipeline.checks import of_method, require_batch, require_share
 from jaxla.pipeline.data import prepare_data, require_classes
 from jaxla.pipeline.forecast import MEASURED_STEPS, forecast
 from jaxla.pipeline.study import PlannedRun, State
-from jaxla.reporting.study_tables import count_of
 from jaxla.runs.machine import processor
 from jaxla.shell.files import free_bytes
 from jaxla.shell.process import log_to_terminal
+from jaxla.shell.terminal import as_bytes, clock, count_of
 from jaxla.training.features import SHARE_OF_FREE_DISK
-from jaxla.training.loop import clock
 
 log = logging.getLogger(__name__)
 

@@ -21,7 +21,7 @@ from jaxla.pipeline.study import PlannedRun, State, state_of
 from jaxla.pipeline.study_forecast import RunsForecast, how_it_ended
 from jaxla.runs.folder import is_finished, is_running
 from jaxla.shell.process import Stopped
-from jaxla.training.loop import clock
+from jaxla.shell.terminal import clock
 
 log = logging.getLogger(__name__)
 

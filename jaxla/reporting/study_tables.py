@@ -17,6 +17,7 @@ from jaxla.reporting.page import LABELS, Pair, digits
 from jaxla.reporting.study_results import METRICS_SHOWN, Mean, Results
 from jaxla.runs.machine import describe_device
 from jaxla.runs.record import FEATURES_KEPT
+from jaxla.shell.terminal import count_of
 
 ATLAS = "atlas"
 MEAN = "mean"  # of several classes
@@ -254,11 +255,6 @@ def write_tables(tables: Sequence[Table], folder: Path) -> None:
         caption = table.caption.translate(LATEX_ESCAPES)
         text = f"\\begin{{table}}\n\\caption{{{caption}}}\n{latex}\n\\end{{table}}\n"
         (folder / f"{table.name}.tex").write_text(text.translate(LATEX_SIGNS), encoding="utf-8")
-
-
-def count_of(count: int, what: str) -> str:
-    """`1 seed`, `2 seeds`."""
-    return f"{count} {what}{'' if count == 1 else 's'}"
 
 
 def mean_sd(mean: Mean | None, metric: str) -> str:

@@ -65,6 +65,16 @@ def method_label(experiment: Experiment) -> str:
     return f"{experiment.method} with {arch}" if foreign else experiment.method
 
 
+def describe_backbone(experiment: Experiment) -> str:
+    """The network in words, its backbone's origin, and whether it is trained: for whoever reads a result."""
+    model = experiment.model
+    origin = "random weights" if model.weights == "random" else Path(model.weights).name
+    name = method_label(experiment)
+    if name == experiment.method != model.arch:
+        name += f" on {model.arch}"
+    return f"{name} ({origin}, {'frozen' if model.backbone == 'frozen' else 'trained'})"
+
+
 def write_record(folder: Path, record: Record) -> None:
     labels = asdict(record.labels)
     content = {

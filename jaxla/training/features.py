@@ -26,12 +26,12 @@ from flax import nnx
 from jaxla.data.inputs import Canvas
 from jaxla.data.prepared import VERSION as PREPARED_VERSION
 from jaxla.data.prepared import PreparedVolume
-from jaxla.devices.memory import as_bytes
 from jaxla.devices.mesh import device_count, spread, to_devices
 from jaxla.devices.processes import gather, share
 from jaxla.models.networks.transformer_segmenter import TransformerSegmenter
 from jaxla.models.weights import parameters_sha256
 from jaxla.shell.files import file_sha256, free_bytes, locked, write_whole
+from jaxla.shell.terminal import as_bytes
 
 log = logging.getLogger(__name__)
 

@@ -26,6 +26,7 @@ from jaxla.devices.processes import agreed, is_first, process_count
 from jaxla.runs.folder import BEST, LATEST, METRICS
 from jaxla.shell.files import write_whole
 from jaxla.shell.process import Stopped, stop_requests
+from jaxla.shell.terminal import clock
 from jaxla.training.checkpoints import Checkpoints, checkpointed
 from jaxla.training.step import (
     UNCHANGED,
@@ -328,15 +329,6 @@ def validate(
     dice = np.where(total > 0, 2 * both / np.maximum(total, 1), 1.0)
     iou = np.where(total > 0, both / np.maximum(total - both, 1), 1.0)
     return loss_sum / weight_sum, float(dice.mean()), float(iou.mean())
-
-
-def clock(seconds: float) -> str:
-    """`1 h 05 min`, `3 min 20 s`, `20 s`."""
-    minutes, seconds = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    if hours:
-        return f"{hours} h {minutes:02d} min"
-    return f"{minutes} min {seconds:02d} s" if minutes else f"{seconds} s"
 
 
 def _bar(steps: int, done: int, label: str) -> Iterator[int]:

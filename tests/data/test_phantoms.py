@@ -194,7 +194,7 @@ def test_a_place_that_cannot_hold_a_folder_is_refused(tmp_path):
 
 def test_command_refuses_a_folder_in_use_with_one_line(tmp_path):
     options = ("jaxla.phantom", f"--output={tmp_path / 'made'}", "--cases=1", "--size=small")
-    assert "case 1 of 1" in run_module(*options).stdout
+    assert "phantoms: 1 of 1 cases" in run_module(*options).stdout
     line = refuse(tmp_path, *options, run=in_a_new_process)
     assert str(tmp_path / "made") in line
     assert "not empty" in line

@@ -13,8 +13,9 @@ import pytest
 
 from jaxla.config import InputError
 from jaxla.data.cases import find_cases
+from jaxla.data.inputs import intensity_range
 from jaxla.data.labels import Labels
-from jaxla.data.prepared import intensity_range, prepare_cases
+from jaxla.data.prepared import prepare_cases
 from tests.data.nifti import AFFINE, SHAPE, flat, image_array, lascarqs, mask_array, save
 
 

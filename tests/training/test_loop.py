@@ -13,8 +13,9 @@ from jaxla.config import Training
 from jaxla.data.batches import SliceSource
 from jaxla.data.inputs import Canvas
 from jaxla.models.networks.transformer_segmenter import LinearDecoder, TransformerSegmenter
+from jaxla.shell.terminal import clock
 from jaxla.training.checkpoints import Checkpoints, checkpoint_steps, checkpointed
-from jaxla.training.loop import clock, fit, validate
+from jaxla.training.loop import fit, validate
 from jaxla.training.step import make_evaluation, split_network
 from tests.tiny import randomise, tiny_backbone
 from tests.training.scans import disc_scans
