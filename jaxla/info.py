@@ -33,10 +33,12 @@ def main(arguments: list[str]) -> None:
 
 
 def _describe_run(folder: Path) -> dict[str, str]:
-    from jaxla.runs.folder import METRICS, SPLIT, SUMMARY, is_finished, is_running, resume_command
+    from jaxla.runs.folder import METRICS, RUNS, SPLIT, STUDY, SUMMARY, is_finished, is_running, resume_command
     from jaxla.runs.machine import describe_device
     from jaxla.runs.record import method_label, read_record
 
+    if (folder / STUDY).exists():
+        raise InputError(f"{folder}: a study; give one of its runs, which lie in {folder / RUNS}")
     record = read_record(folder)
     experiment, environment = record.experiment, record.environment
     facts = {"run": str(folder.absolute()), "experiment": f"{experiment.name}, method {method_label(experiment)}"}

@@ -8,7 +8,7 @@ import shlex
 from jaxla.devices.launch import find_launch
 from jaxla.devices.processes import joined
 from jaxla.experiments import EXPERIMENTS, METHODS
-from jaxla.shell.command_line import parse_experiment
+from jaxla.shell.command_line import named_experiment, parse_experiment
 from jaxla.shell.process import run_command
 
 
@@ -19,7 +19,13 @@ def main(arguments: list[str]) -> None:
         InputError: anything wrong with the options, the data or the weights; all of it before training starts.
         Stopped: the process was asked to end; the message has the command to go on with.
     """
-    options = parse_experiment("jaxla.train", arguments, EXPERIMENTS, METHODS, list_experiments)
+    exp = named_experiment(arguments).exp
+    if exp == "list" or (exp is None and {"-h", "--help"} & set(arguments)):
+        print("usage: python -m jaxla.train --exp=NAME [--option=value ...]; --exp=NAME --help shows every option")
+        print(list_experiments(details=exp == "list"))
+        return
+    options = parse_experiment(arguments, EXPERIMENTS, METHODS)
+
     from jaxla.pipeline.checks import checked
     from jaxla.pipeline.session import run_session
 

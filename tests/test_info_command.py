@@ -85,7 +85,7 @@ def test_an_unfinished_run_says_how_far_it_came_and_what_finishes_it(unfinished)
     assert python == "python"
     assert words[-2:] == [f"--run-dir={unfinished}", "--resume"]
     assert words[:2] == ["-m", "jaxla.train"]
-    given = parse_experiment("jaxla.train", words[2:], EXPERIMENTS, METHODS, lambda details: "")
+    given = parse_experiment(words[2:], EXPERIMENTS, METHODS)
     assert given.resume
     require_resumable(given.run_dir, checked(given.experiment))  # what --resume checks of its options
 
@@ -175,6 +175,11 @@ def test_what_is_neither_a_run_nor_weights(tmp_path):
     )
     assert "error: notes.txt: truncated, or not a safetensors file" in refuse(tmp_path, "jaxla.info", "notes.txt")
     assert "required and not given: PATH" in refuse(tmp_path, "jaxla.info")
+    (tmp_path / "study").mkdir()
+    (tmp_path / "study" / "study.json").write_text("{}")
+    assert "error: study: a study; give one of its runs, which lie in study/runs" in refuse(
+        tmp_path, "jaxla.info", "study"
+    )
 
 
 # --- how it answers --------------------------------------------------------------------------------------------------

@@ -19,8 +19,7 @@ from jaxla.data.split import make_split
 from jaxla.experiments import EXPERIMENTS, METHODS
 from jaxla.pipeline.checks import checked, of_method, with_weights
 from jaxla.pipeline.data import data_folder
-from jaxla.reporting.study_results import RUNS, STUDY
-from jaxla.runs.folder import CASES, LOCK, has_not_begun, is_finished
+from jaxla.runs.folder import CASES, LOCK, RUNS, STUDY, has_not_begun, is_finished
 from jaxla.runs.record import changed_case, differences, read_record, shown
 from jaxla.shell.command_line import parse_experiment
 from jaxla.shell.files import write_whole
@@ -78,7 +77,7 @@ def plan_runs(
     for protocol in protocols:
         for method, of_options in options.items():
             arguments = [f"--exp={protocol}", f"--method={method}", *of_options, f"--cache-dir={cache_dir}"]
-            parsed = parse_experiment("jaxla.train", arguments, EXPERIMENTS, METHODS, lambda details: "")
+            parsed = parse_experiment(arguments, EXPERIMENTS, METHODS)
             try:
                 experiment = checked(parsed.experiment)
                 if method not in weights:  # reads all of the file

@@ -21,7 +21,9 @@ from jaxla.runs.folder import (
     COST,
     METRICS,
     PREDICTIONS,
+    RUNS,
     SPLIT,
+    STUDY,
     SUMMARY,
     TEST_CASES,
     TEST_SLICES,
@@ -32,8 +34,6 @@ from jaxla.runs.record import Record, differences, method_label, read_record, sh
 
 log = logging.getLogger(__name__)
 
-STUDY = "study.json"
-RUNS = "runs"  # folder of the runs' folders
 METRICS_SHOWN = ("dice", "iou", "hd95_mm", "assd_mm")
 WORDS = ("case", "slice", "class")  # columns of a run's tables that are no numbers
 OF_VOLUMES = ("case", "class", *METRICS_SHOWN, "atlas_dice", "atlas_iou", "volume_ml", "reference_volume_ml")

@@ -37,6 +37,8 @@ OVERLAYS = "test/overlays.png"
 COST = "cost.json"
 REPORT = "report.html"  # written last: a run that has it is finished
 
+STUDY, RUNS = "study.json", "runs"  # of a study's folder: its plan, and the folders of its runs
+
 
 def require_free(folder: Path) -> None:
     """Check, leaving nothing behind, that a run can be written there.

@@ -6,8 +6,7 @@ import argparse
 import os
 import re
 import shlex
-import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
@@ -91,32 +90,26 @@ class Options(NamedTuple):
     wait: float
 
 
-def parse_experiment(
-    module: str,
-    arguments: list[str],
-    experiments: Mapping[str, Experiment],
-    methods: Mapping[str, Method],
-    listing: Callable[[bool], str],
-) -> Options:
-    """The experiment that a command line names, with its method and options exchanged as it says.
+def named_experiment(arguments: list[str]) -> argparse.Namespace:
+    """The values of `exp` and `method`, on which the other options depend; None where they are not given."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    parser.add_argument("--exp")
+    parser.add_argument("--method")
+    try:
+        return parser.parse_known_args(arguments)[0]
+    except argparse.ArgumentError as error:
+        raise InputError(str(error)) from error
 
-    Prints the listing, with details for `--exp=list`, and leaves the process for that, and for `--help` without an
-    experiment.
+
+def parse_experiment(
+    arguments: list[str], experiments: Mapping[str, Experiment], methods: Mapping[str, Method]
+) -> Options:
+    """The experiment that a command line of `jaxla.train` names, with its method and options exchanged as it says.
 
     Raises:
         InputError: an unknown experiment, method or option, or a value of the wrong kind.
     """
-    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
-    first.add_argument("--exp")
-    first.add_argument("--method")
-    try:
-        named, _ = first.parse_known_args(arguments)
-    except argparse.ArgumentError as error:
-        raise InputError(str(error)) from error
-    if named.exp == "list" or (named.exp is None and {"-h", "--help"} & set(arguments)):
-        print(f"usage: python -m {module} --exp=NAME [--option=value ...]; --exp=NAME --help shows every option")
-        print(listing(named.exp == "list"))
-        sys.exit(0)
+    named = named_experiment(arguments)
     if named.exp is None:
         raise InputError(f"option --exp is required; --exp=list describes them: {', '.join(experiments)}")
     experiment = lookup("experiment", named.exp, experiments)
@@ -129,7 +122,7 @@ def parse_experiment(
         experiment = with_method(experiment, lookup("method", named.method, methods))
 
     summary = f"{experiment.name}: {experiment.summary}; method {experiment.method}. Options and their values:"
-    parser = command_parser(module, summary)
+    parser = command_parser("jaxla.train", summary)
     parser.add_argument("--exp", type=str, help="experiment, or `list`")
     parser.add_argument("--method", type=str, help="method in place of the experiment's own")
     parser.add_argument("--run-dir", type=str, help="folder for the run (default: runs/<experiment>_<time>)")
