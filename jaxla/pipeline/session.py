@@ -26,6 +26,7 @@ from jaxla.runs.machine import environment
 from jaxla.runs.record import RECORD, Record, describe_backbone, options_of
 from jaxla.shell.command_line import Options, require_writable
 from jaxla.shell.process import Stopped
+from jaxla.shell.terminal import count_of
 from jaxla.training.checkpoints import checkpoint_steps
 
 DISK_FAULTS = (
@@ -122,7 +123,7 @@ def run_session(options: Options, command: str) -> None:
     log.info("finished in %.0f s", time.perf_counter() - began)
     print(
         f"{summary['backbone']}: test Dice {dice['mean']:.3f}, IoU {iou['mean']:.3f} "
-        f"(mean per volume over {dice['n']} patients; the atlas, which never looks at the image: "
+        f"(mean per volume over {count_of(dice['n'], 'patient')}; the atlas, which never looks at the image: "
         f"Dice {atlas['mean']:.3f}). Run folder: {run_dir}"
     )
 

@@ -12,6 +12,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
 PREDICTION, REFERENCE = "#2fd12f", "#ff4040"
+SLICES_PER_CASE = 4  # of 640×640 pixels: about 0.5 MB each in a page
 
 
 class Panel(NamedTuple):
@@ -24,9 +25,10 @@ class Panel(NamedTuple):
     spacing: tuple[float, float, float]
 
 
-def draw_overlays(panels: Sequence[Panel], path: Path, columns: int = 3) -> None:
+def draw_overlays(panels: Sequence[Panel], path: Path) -> None:
     """One row a case: slices spread evenly over those that the reference covers."""
     height, width = panels[0].image.shape[1:]
+    columns = SLICES_PER_CASE
     figure = Figure(figsize=(3 * columns, 3 * len(panels) * height / width + 0.6), layout="constrained")
     grid = figure.subplots(len(panels), columns, squeeze=False)
     for axes_of_row, panel in zip(grid, panels, strict=True):

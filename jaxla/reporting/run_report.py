@@ -12,13 +12,11 @@ import numpy as np
 from jaxla.config import experiment_from_json
 from jaxla.reporting.agreement import FEWEST_FOR_LIMITS, draw_volumes, volume_agreement
 from jaxla.reporting.curves import draw_losses, draw_validation
-from jaxla.reporting.overlays import PREDICTION, REFERENCE, Panel, slice_figures
+from jaxla.reporting.overlays import PREDICTION, REFERENCE, SLICES_PER_CASE, Panel, slice_figures
 from jaxla.reporting.page import LABELS, Pair, chart, data_uri, templates
 from jaxla.runs.record import method_label
 from jaxla.shell.command_line import without_folder_and_process
 from jaxla.shell.files import write_whole
-
-SLICES_PER_CASE = 4  # of 640×640 pixels: about 0.5 MB each in the page
 
 
 def write_report(

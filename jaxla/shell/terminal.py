@@ -19,7 +19,7 @@ def track(items: Iterable, label: str) -> Iterable:
         return
     for number, item in enumerate(items, start=1):
         yield item
-        if number % max(1, len(items) // 4) == 0 or number == len(items):
+        if 4 * number // len(items) > 4 * (number - 1) // len(items):
             log.info("%s: %d of %d cases", label, number, len(items))
 
 
