@@ -21,6 +21,13 @@ def mask_array(shape=SHAPE, value=1):
     return mask
 
 
+def broken_voxel(value):
+    """Grey values, and one that is none."""
+    array = image_array().astype(np.float32)
+    array[1, 2, 3] = value
+    return array
+
+
 def save(path, array, affine=AFFINE, image_class=nib.Nifti1Image):
     """Write an array as NIfTI, in the array's own type and byte order; -> path."""
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -25,6 +25,7 @@ from jaxla.data.volumes import (
 from tests.data.nifti import (
     AFFINE,
     SHAPE,
+    broken_voxel,
     image_array,
     mask_array,
     save,
@@ -97,12 +98,6 @@ def test_labels_go_up_to_the_largest_of_16_bits(tmp_path):
 
 def test_an_empty_mask_is_a_mask(tmp_path):
     assert not read_mask(save(tmp_path / "m.nii.gz", np.zeros(SHAPE, np.uint8))).array.any()
-
-
-def broken_voxel(value):
-    array = image_array().astype(np.float32)
-    array[1, 2, 3] = value
-    return array
 
 
 def not_gzip(path):
