@@ -46,6 +46,9 @@ def main(arguments: list[str]) -> None:
         help="what nothing predicted counts where the reference is empty: perfect, worst, or left out",
     )
     parser.add_argument("--cases", type=str, help="a run's split.json: score only its test cases")
+    parser.add_argument(
+        "--data.labels", type=str, default="", help="which mask values are which class, such as LA:1; as in training"
+    )
     options = parse_arguments(parser, arguments)
 
     from jaxla.evaluation.summary import summarise, summary_table
@@ -57,7 +60,7 @@ def main(arguments: list[str]) -> None:
     if options.protocol and (options.unit, options.empty) not in (("volume", "one"), ("volume", "zero")):
         raise InputError(f"--protocol={options.protocol} scores every volume; leave --unit=slice and --empty=skip out")
 
-    pairs, labels = match_cases(Path(options.predictions), Path(options.references), options.cases)
+    pairs, labels = match_cases(Path(options.predictions), Path(options.references), options.cases, options.data.labels)
     labels = checked_labels(pairs, labels)
     if options.protocol and len(labels.names) > 1:
         raise InputError(f"--protocol={options.protocol} has one class, the LA cavity; found {labels.describe()}")

@@ -81,6 +81,7 @@ def _describe_run(folder: Path) -> dict[str, str]:
         "device": describe_device(environment),
         "versions": ", ".join(f"{name} {environment['versions'][name]}" for name in ("jaxla", "jax", "flax")),
         "begun by": record.command,
+        **({"resumed": ", ".join(session["begun"] for session in record.resumed)} if record.resumed else {}),
     }
     return facts
 

@@ -85,7 +85,7 @@ def predict(options: Namespace) -> None:
                 f"{options.run}: this run of at most {record.experiment.training.epochs} epochs is not finished; its "
                 f"best epoch so far, {trained.epoch}, segments"
             )
-        segment = make_segment(trained)
+        segment, names = make_segment(trained), record.labels.names
         for number, (scan, mask) in share(list(enumerate(outputs.items(), start=1))):
             volume = read_image(scan)
             say_if_cut(volume, trained.record.canvas)
@@ -93,8 +93,9 @@ def predict(options: Namespace) -> None:
             if probabilities is not None:
                 write_volume(_probabilities_file(mask), probabilities, volume)
             write_segmentation(mask, classes, trained, volume)
-            millilitres = (classes > 0).sum() * math.prod(volume.spacing) / 1000
-            tell(f"{number}/{len(outputs)} {mask}: {millilitres:.1f} ml")
+            voxel = math.prod(volume.spacing) / 1000
+            found = [f"{name} {(classes == k).sum() * voxel:.1f} ml" for k, name in enumerate(names, start=1)]
+            tell(f"{number}/{len(outputs)} {mask}: {', '.join(found)}")
 
 
 def say_if_cut(volume: Volume, canvas: Canvas) -> None:

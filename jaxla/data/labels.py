@@ -69,7 +69,7 @@ class Labels:
 
     def describe(self) -> str:
         if self.values is None:
-            return f"{self.names[0]}: any non-zero value"
+            return f"{self.names[0]}: {'the one' if self.one_value else 'any'} non-zero value"
         return ", ".join(
             f"{name}: {'/'.join(map(str, values))}" for name, values in zip(self.names, self.values, strict=True)
         )

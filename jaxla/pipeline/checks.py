@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 
-from jaxla.config import PARTS, Experiment, InputError
+from jaxla.config import PARTS, Experiment, InputError, Model
 from jaxla.data.cases import HOW_TO_GET_DATA, LAYOUTS
 from jaxla.devices.memory import require_memory
 from jaxla.devices.mesh import device_count
 from jaxla.devices.processes import process_count
 from jaxla.experiments import METHODS
-from jaxla.models.build import checked_model, require_size
+from jaxla.models.build import checked_model, family_of, require_size
 from jaxla.models.weights import weights_file
 from jaxla.models.weights_format import require_undamaged
 
@@ -54,14 +54,33 @@ def checked(experiment: Experiment) -> Experiment:
     own = METHODS[experiment.method].model
     model = checked_model(experiment.model, own, experiment.method)
     recipe = METHODS[experiment.method].training
-    has_rate = model.backbone == "finetuned" and model.weights != "random"
-    if not has_rate and training.backbone_learning_rate != recipe.backbone_learning_rate:
+    if not _has_backbone_rate(model) and training.backbone_learning_rate != recipe.backbone_learning_rate:
         raise InputError(
             "option --training.backbone_learning_rate is that of a pretrained backbone that is trained, and "
             f"{model.arch} is {'frozen' if model.backbone == 'frozen' else 'trained from random weights'}; leave it out"
         )
     require_size(model, "option --preprocessing.image_size", experiment.preprocessing.image_size)
     return replace(experiment, model=model)
+
+
+def unread_options(experiment: Experiment) -> set[str]:
+    """The options, by dotted name, that a run of this experiment does not read, whatever their values are."""
+    model = experiment.model
+    read = ("arch", *family_of(model.arch).options)
+    unread = {f"model.{field.name}" for field in fields(Model) if field.name not in read}
+    if model.decoder == "linear":
+        unread.add("model.decoder_widths")
+    if model.backbone == "finetuned":
+        unread.add("training.cache_features")
+    if not _has_backbone_rate(model):
+        unread.add("training.backbone_learning_rate")
+    if experiment.data.root != "phantom":
+        unread |= {"data.phantom_size", "data.phantom_cases"}
+    return unread
+
+
+def _has_backbone_rate(model: Model) -> bool:
+    return model.backbone == "finetuned" and model.weights != "random"
 
 
 def with_weights(experiment: Experiment, cache_dir: Path) -> tuple[Experiment, str]:

@@ -16,7 +16,7 @@ from jaxla.data.phantoms import cached_phantoms
 from jaxla.data.prepared import PreparedVolume, prepare_cases
 from jaxla.data.split import Split, make_split
 from jaxla.devices.processes import is_first, share
-from jaxla.shell.terminal import track
+from jaxla.shell.terminal import count_of, track
 
 log = logging.getLogger(__name__)
 
@@ -66,7 +66,7 @@ def prepare_data(experiment: Experiment, cache_dir: Path) -> PreparedData:
     root = data_folder(protocol, cache_dir)
     dataset = find_cases(root, protocol.labels)
     split = make_split([case.id for case in dataset.cases], protocol)
-    prepared = prepare_cases(dataset, cache_dir, lambda cases: track(cases, "preparing"), share(dataset.cases))
+    prepared = prepare_cases(dataset, cache_dir, lambda cases: track(cases, "reading"), share(dataset.cases))
     data = PreparedData(dataset, {volume.id: volume for volume in prepared}, split)
     require_classes(data, protocol)
     training = data.of(split.train)
@@ -118,6 +118,6 @@ def say_what_is_cut(data: PreparedData, canvas: Canvas) -> None:
     cut = [v.id for v in data.used if canvas.frame(v.shape[1:], v.spacing[1:]).cuts]
     if cut and is_first():
         log.warning(
-            "%d validation or test cases have slices larger than the largest training slice (%.0f mm): the network "
-            "sees their centre, the rest is background: %s", len(cut), canvas.extent, ", ".join(cut),
+            "%s with slices larger than the largest training slice (%.0f mm): the network sees their centre, the rest "
+            "is background: %s", count_of(len(cut), "validation or test case"), canvas.extent, ", ".join(cut),
         )  # fmt: skip

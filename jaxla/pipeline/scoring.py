@@ -11,10 +11,11 @@ import numpy as np
 
 from jaxla.config import InputError
 from jaxla.data.cases import MASK_SUFFIXES, find_cases
-from jaxla.data.labels import Labels
+from jaxla.data.labels import Labels, parse_labels
 from jaxla.data.split import read_test_cases
 from jaxla.data.volumes import read_mask, require_same_grid, slice_geometry, to_slices
 from jaxla.evaluation.summary import Row, score_case, write_cases, write_lascarqs2022, write_summary
+from jaxla.shell.terminal import count_of
 
 log = logging.getLogger("jaxla.evaluate")
 
@@ -22,23 +23,34 @@ MOST_CLASSES = 255  # class indices are uint8; a file with more values is an ima
 
 
 def match_cases(
-    predictions: Path, references: Path, cases: str | None
+    predictions: Path, references: Path, cases: str | None, labels: str
 ) -> tuple[list[tuple[str, Path, Path]], Labels | None]:
-    """(case id, prediction, reference) of every case; and the classes, where the references are a data set."""
+    """(case id, prediction, reference) of every case; and the classes, where something says them.
+
+    Args:
+        references: a data set, or a folder of masks, named as the predictions or with `_mask` or the like behind.
+        cases: a split file, of whose test cases alone to take.
+        labels: what `--data.labels` says; empty takes the data set's own.
+    """
     predicted = _masks_in(predictions, "--predictions")
     if not predicted:
         raise InputError(f"--predictions={predictions}: no .nii or .nii.gz file in this folder")
-    referenced, labels = _masks_in(references, "--references"), None
+    referenced, classes = _masks_in(references, "--references"), parse_labels(labels) if labels else None
     images_too = any(name + suffix in referenced for name in referenced for suffix in MASK_SUFFIXES)
     if images_too or not referenced:
-        dataset = find_cases(references)
-        referenced, labels = {case.id: case.mask for case in dataset.cases}, dataset.labels
+        dataset = find_cases(references, labels)
+        referenced, classes = {case.id: case.mask for case in dataset.cases}, dataset.labels
+    elif all(name.endswith(MASK_SUFFIXES) and name not in predicted for name in referenced):
+        referenced = {name.rpartition("_")[0]: path for name, path in referenced.items()}
 
     if cases:
         chosen = read_test_cases(Path(cases))
         if missing := [name for name in chosen if name not in referenced]:
             raise InputError(f"--cases={cases}: its test case {missing[0]} is not among the references")
         referenced = {name: referenced[name] for name in chosen}
+        if others := predicted.keys() - referenced.keys():
+            log.info("--cases=%s: %s of other cases not scored", cases, count_of(len(others), "prediction"))
+            predicted = {name: predicted[name] for name in predicted if name in referenced}
 
     for role, partner, has, lacks in (
         ("prediction", "reference", predicted, referenced),
@@ -50,7 +62,7 @@ def match_cases(
                 f"{has[alone[0]]}: this {role} has no {partner}{more}; files are matched by name, "
                 f"so there should be a {alone[0]}.nii.gz among the {partner}s"
             )
-    return [(name, predicted[name], path) for name, path in referenced.items()], labels
+    return [(name, predicted[name], path) for name, path in referenced.items()], classes
 
 
 def _masks_in(folder: Path, option: str) -> dict[str, Path]:
@@ -109,7 +121,10 @@ def checked_labels(pairs: list[tuple[str, Path, Path]], labels: Labels | None) -
             beyond = values[path] - set(labels.ignored).union(*labels.values)
         if beyond:
             classes = labels.describe() or "none, as every reference is empty"
-            raise InputError(f"{path}: has the values {sorted(beyond)[:5]}, but the classes are {classes}")
+            raise InputError(
+                f"{path}: has the values {sorted(beyond)[:5]}, but the classes are {classes}; mend the mask, or say by "
+                "--data.labels which values are which class, as in training"
+            )
     return labels
 
 

@@ -25,6 +25,7 @@ from jaxla.evaluation.atlas import Atlas, apply_atlas, build_atlas, choose_thres
 from jaxla.evaluation.summary import Row, score_case, summarise_test, worst_median_best, write_cases, write_summary
 from jaxla.inference.segment import Segment, make_segment, make_segment_slices, write_segmentation
 from jaxla.inference.trained import TrainedNetwork, load_run
+from jaxla.pipeline.checks import unread_options
 from jaxla.pipeline.cost import measure_cost
 from jaxla.pipeline.data import PreparedData
 from jaxla.reporting.overlays import Panel, draw_overlays
@@ -86,6 +87,7 @@ def test_run(data: PreparedData, features: Features | None, run_dir: Path, step_
         summary=summary,
         cost=asdict(cost),
         panels=panels,
+        unread=unread_options(trained.record.experiment),
     )
     return summary
 

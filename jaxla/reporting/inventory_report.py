@@ -17,7 +17,7 @@ from jaxla.shell.terminal import count_of
 
 MOST_OF_A_KIND = 10  # findings in the text; --json has them all
 MOST_ALIKE = 3  # of these, with the same words
-MOST_DISTINCT = 4  # shapes, spacings, orientations
+MOST_DISTINCT = 4  # shapes, spacings
 
 
 def to_json(inventory: Inventory) -> dict[str, Any]:
@@ -91,11 +91,12 @@ def _summary(inventory: Inventory) -> Iterable[tuple[str, str]]:
         shapes = [times(case.shape) for case in read]
         extent = ""
         if len(set(shapes)) > 1:
-            sizes = np.array([case.shape for case in read])
-            extent = f"; from {times(sizes.min(0))} to {times(sizes.max(0))}"
+            least, most = (choose(read, key=lambda case: np.prod(case.shape)) for choose in (min, max))
+            extent = f"; from {times(least.shape)} ({least.id}) to {times(most.shape)} ({most.id})"
         yield "shapes", _distinct(shapes) + extent
         yield "spacings mm", _distinct(times(case.spacing) for case in read)
-        yield "orientations", _distinct(case.orientation for case in read)
+        orientations = Counter(case.orientation for case in read).most_common()
+        yield "orientations", ", ".join(f"{orientation} ({count})" for orientation, count in orientations)
         slices = [case.slices for case in read]
         extent = f"{min(slices)} to {max(slices)} a case" if len(set(slices)) > 1 else f"{slices[0]} a case"
         yield "slices along", f"{_distinct(case.slice_axis for case in read)}; {extent}, {sum(slices)} in all"

@@ -15,6 +15,7 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from jaxla.runs.machine import describe_device
+from jaxla.shell.terminal import count_of
 
 LABELS = {
     "dice": "Dice",
@@ -59,7 +60,7 @@ def templates() -> jinja2.Environment:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {"number": number, "mean_sd": mean_sd, "device": describe_device}
+    environment.filters |= {"number": number, "mean_sd": mean_sd, "device": describe_device, "count_of": count_of}
     return environment
 
 

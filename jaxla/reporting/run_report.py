@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +29,7 @@ def write_report(
     summary: Mapping[str, Any],
     cost: Mapping[str, Any],
     panels: Sequence[Panel],
+    unread: Collection[str] = (),
 ) -> None:
     """Write a run's report; it takes its name only when it is whole.
 
@@ -41,6 +42,7 @@ def write_report(
         summary: the content of `test/summary.json`.
         cost: the content of `cost.json`.
         panels: the cases to show, arrays [S, H, W], spacing in mm.
+        unread: options that the run did not read, and that are not listed.
 
     Raises:
         KeyError, jinja2.UndefinedError: something that the report shows is missing from what it was given.
@@ -71,9 +73,10 @@ def write_report(
         volumes=chart(lambda axes: draw_volumes(axes, rows), (4.2, 4)),
         panels=[(panel, [(i, data_uri(f)) for i, f in slice_figures(panel, SLICES_PER_CASE)]) for panel in panels],
         colours={"prediction": PREDICTION, "reference": REFERENCE},
-        options=list(_flatten({k: v for k, v in record["experiment"].items() if k not in ("name", "summary")})),
+        options=[of for of in _flatten(record["experiment"]) if of[0] not in {"name", "summary", *unread}],
         repeat=without_folder_and_process(record["command"]),
         labels=LABELS,
+        unread=unread,
         definitions=summary["definitions"] | summary["slice"]["definitions"],
     )
     write_whole(path, page)

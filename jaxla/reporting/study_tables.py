@@ -74,7 +74,7 @@ def results_table(results: Results, protocol: str, published: Mapping[tuple[str,
                 cells = [method, *([] if one_class else [name]), unit]
                 cells += [mean_sd(mean, metric) for metric, mean in means.items()]
                 if several_seeds:
-                    over_seeds = means["dice"].sd_over_seeds if method != ATLAS else None
+                    over_seeds = means["dice"].sd_over_seeds
                     cells.append("–" if over_seeds is None else f"{over_seeds:.3f}")
                 above = method != ATLAS and unit == "volume"
                 cells.append(above_atlas(results, protocol, method, of_class) if above else "–")

@@ -193,7 +193,7 @@ def fit(
             remaining = (recipe.epochs - progress.epoch) * np.mean([m["seconds"] for m in progress.history[-5:]])
             log.info(
                 "epoch %d/%d: train loss %.4f, val loss %.4f, val Dice %.3f per volume%s; %.0f slices/s, "
-                "%s left at most", progress.epoch, recipe.epochs, train_loss, val_loss, val_dice,
+                "%s of training left at most", progress.epoch, recipe.epochs, train_loss, val_loss, val_dice,
                 " (best)" if progress.best_epoch == progress.epoch else "", metrics["slices_per_second"],
                 clock(remaining),
             )  # fmt: skip

@@ -107,6 +107,29 @@ def test_references_may_be_a_data_set(tmp_path):
     ]
 
 
+@pytest.mark.parametrize(
+    ("labels", "classes"), [("a:2;background:5", {"a": 1}), ("a:2,5", {"a": 2 / 3}), ("a:5;b:2", {"a": 0, "b": 1})]
+)
+@pytest.mark.parametrize("images", [True, False], ids=["a data set", "masks alone"])
+def test_classes_are_those_that_training_was_told(tmp_path, labels, classes, images):
+    """References hold 2 and 5 in boxes of one size; the prediction, 2 where the 2 is."""
+    save(tmp_path / "references" / "a_mask.nii.gz", BOX, OTHER, values=(2, 5))
+    if images:
+        save(tmp_path / "references" / "a.nii.gz", BOX)
+    save(tmp_path / "predictions" / "a.nii.gz", BOX, values=[2])
+    main(options(tmp_path, f"--data.labels={labels}"))
+    summary = json.loads((tmp_path / "out" / "summary.json").read_text())
+    assert {name: values["dice"]["mean"] for name, values in summary["classes"].items()} == pytest.approx(classes)
+
+
+def test_predictions_of_other_cases_than_those_asked_for_are_left_out_and_counted(folders, caplog):
+    (folders / "split.json").write_text('{"train": ["train_2"], "val": ["x"], "test": ["train_1"]}')
+    with caplog.at_level("INFO", "jaxla"):
+        main(options(folders, f"--cases={folders / 'split.json'}"))
+    assert [row["case"] for row in read_csv(folders / "out" / "cases.csv")] == ["train_1"]
+    assert "split.json: 1 prediction of other cases not scored" in caplog.text
+
+
 def test_a_mistake_is_one_line_and_leaves_nothing(folders):
     save(folders / "predictions" / "stray.nii.gz")
     done = run(*options(folders))

@@ -6,11 +6,12 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from jaxla.config import InputError
+from jaxla.config import InputError, with_method
 from jaxla.data.labels import Labels
-from jaxla.experiments import EXPERIMENTS
+from jaxla.experiments import EXPERIMENTS, METHODS
 from jaxla.models.weights import parameters_sha256
 from jaxla.models.weights_format import read_metadata
+from jaxla.pipeline.checks import unread_options
 from jaxla.pipeline.run import build
 from jaxla.runs.folder import BACKBONE
 from jaxla.runs.record import Record, read_record, write_record
@@ -55,3 +56,23 @@ def test_a_backbone_that_cannot_be_drawn_again_is_never_replaced_by_another(run_
     with pytest.raises(InputError, match="missing or damaged, and seed 4 gives another backbone"):
         build(EXPERIMENT, 1, run_dir)
     assert not (run_dir / BACKBONE).exists()
+
+
+@pytest.mark.parametrize(
+    ("method", "unread"),
+    [
+        ("vit_mini8", {"model.widths", "training.backbone_learning_rate", "training.cache_features"}),
+        ("dinov2_vitb14", {"model.widths", "training.backbone_learning_rate"}),
+        ("resnet50_unet", {"model.widths", "model.decoder", "training.cache_features"}),
+        (
+            "unet",
+            {"model.weights", "model.backbone", "model.decoder", "model.decoder_widths"}
+            | {"training.backbone_learning_rate", "training.cache_features"},
+        ),
+    ],
+)
+def test_options_that_a_method_does_not_read_are_known(method, unread):
+    experiment = with_method(QUICKSTART, METHODS[method])
+    assert unread_options(experiment) == unread
+    on_scans = replace(experiment, data=replace(experiment.data, root="scans"))
+    assert unread_options(on_scans) == unread | {"data.phantom_size", "data.phantom_cases"}

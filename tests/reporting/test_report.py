@@ -107,6 +107,15 @@ def test_several_classes_have_a_row_each(two_classes, page_of):
     ]  # fmt: skip
 
 
+def test_options_that_were_not_read_are_not_listed_and_that_is_said(one_class, page_of):
+    page = page_of({**one_class, "unread": {"data.labels", "model.widths"}})
+    names = [name for name, _ in page.table("Option")[0]]
+    assert "data.root" in names
+    assert "data.labels" not in names
+    assert "Without those that this method does not read." in page.text
+    assert "Without those" not in page_of(one_class).text
+
+
 def test_every_patient_option_hash_and_version_is_named(one_class, page_of):
     page = page_of(one_class)
     parts, _ = page.table("Part")
