@@ -11,25 +11,40 @@ from jaxla.config import Data, Method, Model, Postprocessing, Preprocessing, Pub
 RECIPE = Training(epochs=35, batch_size=32, learning_rate=1e-3, backbone_learning_rate=1e-5, patience=10)
 RIVALS_RECIPE = Training(epochs=75, batch_size=24, learning_rate=1e-4, backbone_learning_rate=1e-4, patience=10)
 
-_RESNET_UNET = {"backbone": "finetuned", "decoder_widths": (256, 128, 64, 32, 16)}
+_RESNET_UNET = {"network": "resnet_unet", "backbone": "finetuned", "decoder_widths": (256, 128, 64, 32, 16)}
+_OF_ITS_OWN = {"weights": "random", "backbone": "finetuned"}  # no backbone that could be pretrained or frozen
 _RIVALS = {
-    "unet": ("U-Net (2015) with BatchNorm", Model("unet", weights="random", backbone="finetuned")),
+    "unet": ("U-Net (2015) with BatchNorm", Model("unet", network="unet", **_OF_ITS_OWN)),
     "attention_unet": (
         "Attention U-Net (2018): a U-Net with a gate on every skip",
-        Model("attention_unet", weights="random", backbone="finetuned"),
+        Model("attention_unet", network="attention_unet", **_OF_ITS_OWN),
     ),
     "resnet50_unet": ("U-Net on an ImageNet-trained ResNet-50", Model("resnet50", **_RESNET_UNET)),
     "resnet152_unet": ("U-Net on an ImageNet-trained ResNet-152", Model("resnet152", **_RESNET_UNET)),
-    "segnet": ("SegNet (2017) on an ImageNet-trained VGG-16", Model("vgg16_bn", backbone="finetuned")),
+    "segnet": (
+        "SegNet (2017) on an ImageNet-trained VGG-16",
+        Model("vgg16_bn", network="segnet", backbone="finetuned"),
+    ),
 }
 
-METHODS = {
-    arch: Method(arch, f"frozen DINOv2 {size}/14, paper 1's decoder", Model(arch=arch), Preprocessing(448), RECIPE)
-    for arch, size in {f"dinov2_vit{letter}14": f"ViT-{letter}" for letter in "sblg"}.items()
-} | {
-    name: Method(name, summary, model, Preprocessing(320, "largest"), RIVALS_RECIPE, Postprocessing(3, 3))
-    for name, (summary, model) in _RIVALS.items()
+_DINOV2 = {
+    letter: Method(
+        f"dinov2_vit{letter}14",
+        f"frozen DINOv2 ViT-{letter}/14, paper 1's decoder",
+        Model(f"dinov2_vit{letter}14"),
+        Preprocessing(448),
+        RECIPE,
+    )
+    for letter in "sblg"
 }
+
+METHODS = [
+    *_DINOV2.values(),
+    *(
+        Method(name, summary, model, Preprocessing(320, "largest"), RIVALS_RECIPE, Postprocessing(3, 3))
+        for name, (summary, model) in _RIVALS.items()
+    ),
+]
 
 _PROTOCOLS = (
     {"fewshot_1patient": ("one training patient", Data(train_patients=1))}
@@ -38,9 +53,7 @@ _PROTOCOLS = (
     | {"paper1": ("all training patients", Data())}
 )
 
-EXPERIMENTS = {
-    name: experiment_of(name, summary, data, METHODS["dinov2_vitb14"]) for name, (summary, data) in _PROTOCOLS.items()
-}
+EXPERIMENTS = [experiment_of(name, summary, data, _DINOV2["b"]) for name, (summary, data) in _PROTOCOLS.items()]
 
 _PAPERS_METHODS = (
     "attention_unet", "unet", "resnet50_unet", "dinov2_vitb14", "dinov2_vitl14", "dinov2_vitg14",
@@ -48,19 +61,16 @@ _PAPERS_METHODS = (
 _FEW = ("fewshot_1patient", "fewshot_2patients", "fewshot_5patients", "fewshot_10patients", "fewshot_20patients")
 _PERCENT = ("data_25percent", "data_50percent", "data_75percent")
 
-STUDIES = {
-    study.name: study
-    for study in (
-        Study(
-            "paper1",
-            "paper 1's Table 1 and Figures 2 and 3",
-            ("fewshot_1patient", "fewshot_10patients", *_PERCENT, "paper1"),
-            _PAPERS_METHODS,
-        ),
-        Study("fewshot_patients", "from one training patient to all", (*_FEW, "paper1"), _PAPERS_METHODS),
-        Study("fewshot_data", "from a quarter of the training patients to all", (*_PERCENT, "paper1"), _PAPERS_METHODS),
-    )
-}
+STUDIES = [
+    Study(
+        "paper1",
+        "paper 1's Table 1 and Figures 2 and 3",
+        ("fewshot_1patient", "fewshot_10patients", *_PERCENT, "paper1"),
+        _PAPERS_METHODS,
+    ),
+    Study("fewshot_patients", "from one training patient to all", (*_FEW, "paper1"), _PAPERS_METHODS),
+    Study("fewshot_data", "from a quarter of the training patients to all", (*_PERCENT, "paper1"), _PAPERS_METHODS),
+]
 
 # Table 1 for all training patients; the others read off Figure 2, to 0.1 %. LAScarQS 2022; the unit of the mean is not
 # stated.

@@ -2,21 +2,21 @@
 
 from jaxla.config import Data, Method, Model, Preprocessing, Training, experiment_of
 
-METHODS = {
-    "vit_mini8": Method(
-        "vit_mini8",
-        "1 M transformer trained from random weights, paper 1's decoder made small",
-        Model("vit_mini8", weights="random", backbone="finetuned", decoder_widths=(64, 32, 16)),
-        Preprocessing(96),
-        Training(epochs=4, batch_size=8, learning_rate=1e-3, schedule="cosine"),
-    )
-}
+_VIT_MINI8 = Method(
+    "vit_mini8",
+    "1 M transformer trained from random weights, paper 1's decoder made small",
+    Model("vit_mini8", weights="random", backbone="finetuned", decoder_widths=(64, 32, 16)),
+    Preprocessing(96),
+    Training(epochs=4, batch_size=8, learning_rate=1e-3, schedule="cosine"),
+)
 
-EXPERIMENTS = {
-    "quickstart": experiment_of(
+METHODS = [_VIT_MINI8]
+
+EXPERIMENTS = [
+    experiment_of(
         "quickstart",
         "synthetic scans, or your own: see that all of it works",
         Data(root="phantom", phantom_size="small", phantom_cases=32),
-        METHODS["vit_mini8"],
+        _VIT_MINI8,
     )
-}
+]

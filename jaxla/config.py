@@ -58,6 +58,7 @@ class Model:
         decoder_widths: Channels of the decoder's ×2 stages, coarsest first; on a transformer after those of the token
             classifier.
         widths: Channels of each level of a U-Net without pretrained encoder, finest first.
+        network: What is built on the architecture: a file of `jaxla/models/networks`. It is the method's own.
     """
 
     arch: str = "dinov2_vitb14"
@@ -66,6 +67,7 @@ class Model:
     decoder: Literal["convolutional", "linear"] = "convolutional"
     decoder_widths: tuple[int, ...] = (512, 256, 128, 64, 32)
     widths: tuple[int, ...] = (64, 128, 256, 512, 1024)
+    network: str = "transformer_segmenter"
 
 
 @dataclass(frozen=True)
@@ -226,10 +228,11 @@ def with_method(experiment: Experiment, method: Method) -> Experiment:
 
 def experiment_from_json(values: Mapping[str, Any]) -> Experiment:
     """An experiment from what `dataclasses.asdict` makes of it, as it stands in a run folder's own file."""
-    values = {key: PARTS[key](**value) if key in PARTS else value for key, value in values.items()}
-    model = values["model"]
-    widths = {name: tuple(getattr(model, name)) for name in ("decoder_widths", "widths")}
-    return Experiment(**{**values, "model": replace(model, **widths)})
+
+    def part(of: type, content: Mapping[str, Any]) -> Any:
+        return of(**{name: tuple(value) if isinstance(value, list) else value for name, value in content.items()})
+
+    return Experiment(**{key: part(PARTS[key], value) if key in PARTS else value for key, value in values.items()})
 
 
 def lookup(kind: str, name: str, table: Mapping[str, T]) -> T:

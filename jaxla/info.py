@@ -74,7 +74,7 @@ def _describe_run(folder: Path) -> dict[str, str]:
         "classes": record.labels.describe(),
         "backbone": f"{model.arch}, {model.backbone}, "
         + ("random weights" if weights == "random" else f"{weights} (data sha256 {record.weights_sha256[:12]}…)"),
-        **({"decoder": model.decoder} if model.arch.startswith(("dinov", "vit_")) else {}),  # transformers, without JAX
+        **({"decoder": model.decoder} if model.network == "transformer_segmenter" else {}),
         "input": f"{record.canvas.size} × {record.canvas.size} pixels"
         + (f", of {record.extent:.0f} × {record.extent:.0f} mm" if record.extent else ""),
         "seed": str(experiment.seed),

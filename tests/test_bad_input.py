@@ -378,7 +378,7 @@ def test_prediction_names_the_option_that_is_missing(scan_and_run, missing):
 
 
 def test_a_damaged_record_of_a_run_is_named(scan_and_run):
-    (scan_and_run / "run" / "experiment.json").write_text('{"version": 3}')
+    (scan_and_run / "run" / "experiment.json").write_text('{"version": 4}')
     options = ("--run=run", "--input=scan.nii.gz", "--output=mask.nii.gz")
     assert "run/experiment.json: damaged" in refuse(scan_and_run, "jaxla.predict", *options)
 

@@ -156,7 +156,7 @@ def of_version(folder, change):
 BAD_RUNS = {
     "newer": (lambda folder: of_version(folder, 1), "written by a newer version of this package; update the"),
     "earlier": (lambda folder: of_version(folder, -1), "written by an earlier version of this package"),
-    "damaged": (lambda folder: (folder / "experiment.json").write_text('{"version": 2'), "experiment.json: damaged"),
+    "damaged": (lambda folder: (folder / "experiment.json").write_text('{"version": 4'), "experiment.json: damaged"),
     "no record": (lambda folder: (folder / "experiment.json").unlink(), r"not a run folder \(no experiment.json\)"),
 }
 

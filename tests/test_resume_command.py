@@ -217,7 +217,7 @@ def test_a_run_of_another_version_is_refused(folder, change, message):
     assert f"error: {folder / 'run'}: written {message} of this package" in refused(folder)
 
 
-@pytest.mark.parametrize("content", ["", "{", "[]", '{"version": 3}'])
+@pytest.mark.parametrize("content", ["", "{", "[]", '{"version": 4}'])
 def test_a_damaged_record_is_named(folder, content):
     (folder / "run" / "experiment.json").write_text(content)
     assert f"error: {folder / 'run' / 'experiment.json'}: damaged" in refused(folder)

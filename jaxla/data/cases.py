@@ -1,25 +1,20 @@
-"""A folder of scans -> its cases. Three layouts are recognised by themselves; see `LAYOUTS`."""
+"""A folder of scans -> its cases. The layouts at the end of this file are recognised by themselves."""
 
 from __future__ import annotations
 
 import json
 import logging
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from jaxla.config import InputError
 from jaxla.data.labels import Labels, labels_of, parse_labels
 
 log = logging.getLogger(__name__)
 
-LAYOUTS = (
-    "LAScarQS 2022 (task2/train_data/train_<n>/enhanced.nii.gz + atriumSegImgMO.nii.gz)",
-    "Medical Decathlon or nnU-Net (dataset.json, imagesTr, labelsTr)",
-    "flat pairs (<case>.nii.gz + <case>_mask.nii.gz in one folder, or images/<case>.nii.gz + labels/<case>.nii.gz)",
-)
 HOW_TO_GET_DATA = (
     "LAScarQS 2022 comes by registration at zmiclab.github.io/projects/lascarqs22; "
     "--data.root=phantom makes synthetic scans instead"
@@ -74,19 +69,38 @@ class Survey:
     """What lies in a folder, whole or not.
 
     Attributes:
-        layout: one of `LAYOUTS`, in short.
+        layout: one of `LAYOUTS`, the first that finds something.
         cases: those with an image and a mask.
         findings: errors, on files that make no case.
     """
 
     root: Path
-    layout: str
+    layout: Layout
     cases: tuple[Case, ...]
     findings: tuple[Finding, ...]
 
 
+class Layout(NamedTuple):
+    """One way in which a data set lies in a folder, and its masks hold classes.
+
+    Attributes:
+        name: in short.
+        description: for messages: which files.
+        cases: those with an image and a mask; what makes none is added to the findings. None of either where the folder
+            is not of this layout.
+        images: case id -> scan, labelled or not, for prediction; what is ambiguous is added to the findings.
+        labels: which mask values are which class, where the user does not say.
+    """
+
+    name: str
+    description: str
+    cases: Callable[[Path, list[Finding]], list[Case]]
+    images: Callable[[Path, list[Finding]], dict[str, Path]]
+    labels: Callable[[Path], Labels]
+
+
 def find_cases(root: str | Path, labels: str = "") -> Dataset:
-    """Find the labelled cases of a folder in any of the three layouts.
+    """Find the labelled cases of a folder in any layout.
 
     Args:
         labels: which mask values are which class, as in `config.Data.labels`; empty takes them from the data set.
@@ -97,12 +111,12 @@ def find_cases(root: str | Path, labels: str = "") -> Dataset:
     survey = survey_cases(root)
     _raise_first(survey.findings)
     chosen = find_labels(survey, labels)
-    log.info("%s: %d cases (%s); classes %s", survey.root, len(survey.cases), survey.layout, chosen.describe())
-    return Dataset(survey.root, survey.layout, survey.cases, chosen)
+    log.info("%s: %d cases (%s); classes %s", survey.root, len(survey.cases), survey.layout.name, chosen.describe())
+    return Dataset(survey.root, survey.layout.name, survey.cases, chosen)
 
 
 def survey_cases(root: str | Path) -> Survey:
-    """The cases of a folder in any of the three layouts, and all files that stand alone or stand for a case twice.
+    """The cases of a folder in any layout, and all files that stand alone or stand for a case twice.
 
     Raises:
         InputError: no folder, nothing of any layout in it, or nothing that could be told apart into cases.
@@ -111,13 +125,12 @@ def survey_cases(root: str | Path) -> Survey:
     if not root.is_dir():
         what = "is a file; give a folder" if root.exists() else "no such folder"
         raise InputError(f"--data.root={root}: {what}. {HOW_TO_GET_DATA}")
-    layouts = {"LAScarQS": _lascarqs_cases, "dataset.json": _decathlon_cases, "flat pairs": _flat_cases}
-    for layout, read in layouts.items():  # the first one that finds something is taken
+    for layout in LAYOUTS:
         findings: list[Finding] = []
-        cases = read(root, findings)
+        cases = layout.cases(root, findings)
         if cases or findings:
             return Survey(root, layout, tuple(cases), tuple(findings))
-    raise InputError(f"{root}: no case found; recognised layouts: {'; '.join(LAYOUTS)}. {HOW_TO_GET_DATA}")
+    raise InputError(f"{root}: no case found; recognised layouts: {RECOGNISED}. {HOW_TO_GET_DATA}")
 
 
 def find_labels(survey: Survey, labels: str = "") -> Labels:
@@ -126,13 +139,7 @@ def find_labels(survey: Survey, labels: str = "") -> Labels:
     Raises:
         InputError: `labels` is not of its form, or `dataset.json` says nothing usable.
     """
-    if labels:
-        return parse_labels(labels)
-    if survey.layout == "LAScarQS":
-        return Labels(("LA",))
-    if survey.layout == "dataset.json":
-        return _decathlon_labels(survey.root)
-    return Labels(("foreground",), one_value=True)
+    return parse_labels(labels) if labels else survey.layout.labels(survey.root)
 
 
 def find_images(root: str | Path) -> dict[str, Path]:
@@ -146,18 +153,13 @@ def find_images(root: str | Path) -> dict[str, Path]:
         return _by_id([root], [])
     if not root.is_dir():
         raise InputError(f"--input={root}: no such file or folder")
-    findings: list[Finding] = []
-    images = {f.name: f / "enhanced.nii.gz" for f in _lascarqs_folders(root) if (f / "enhanced.nii.gz").exists()}
-    if not images:
-        images, masks = _by_suffix(_nifti_files(root), findings)
+    for layout in LAYOUTS:
+        findings: list[Finding] = []
+        images = layout.images(root, findings)
         _raise_first(findings)
-        for path in masks.values():
-            log.info("%s: not predicted, its name is that of a mask", path)
-    images = images or _by_id((path for name in IMAGE_FOLDERS for path in _nifti_files(root / name)), findings)
-    _raise_first(findings)
-    if not images:
-        raise InputError(f"--input={root}: no .nii or .nii.gz file in this folder")
-    return images
+        if images:
+            return images
+    raise InputError(f"--input={root}: no .nii or .nii.gz file in this folder")
 
 
 # --- LAScarQS 2022 ---------------------------------------------------------------------------------------------------
@@ -172,6 +174,10 @@ def _lascarqs_cases(root: Path, findings: list[Finding]) -> list[Case]:
     images = {c.id: c.image for c in cases if c.image.exists()}
     paired = {c.id: c for c in _pair(images, {c.id: c.mask for c in cases if c.mask.exists()}, findings)}
     return [case for case in cases if case.id in paired]
+
+
+def _lascarqs_images(root: Path, _: list[Finding]) -> dict[str, Path]:
+    return {f.name: f / "enhanced.nii.gz" for f in _lascarqs_folders(root) if (f / "enhanced.nii.gz").exists()}
 
 
 def _lascarqs_folders(root: Path) -> list[Path]:
@@ -234,6 +240,13 @@ def _flat_cases(root: Path, findings: list[Finding]) -> list[Case]:
     return _pair(images, masks, findings)
 
 
+def _flat_images(root: Path, findings: list[Finding]) -> dict[str, Path]:
+    images, masks = _by_suffix(_nifti_files(root), findings)
+    for path in masks.values():
+        log.info("%s: not predicted, its name is that of a mask", path)
+    return images or _by_id((path for name in IMAGE_FOLDERS for path in _nifti_files(root / name)), findings)
+
+
 # --- shared ----------------------------------------------------------------------------------------------------------
 
 
@@ -293,3 +306,31 @@ def _unambiguous(named: Iterable[tuple[str, Path]], findings: list[Finding]) -> 
 
 def _stem(path: Path) -> str:
     return path.name.removesuffix(".gz").removesuffix(".nii")
+
+
+# --- layouts, in the order in which they are tried -------------------------------------------------------------------
+
+LAYOUTS = (
+    Layout(
+        "LAScarQS",
+        "LAScarQS 2022 (task2/train_data/train_<n>/enhanced.nii.gz + atriumSegImgMO.nii.gz)",
+        _lascarqs_cases,
+        _lascarqs_images,
+        lambda root: Labels(("LA",)),
+    ),
+    Layout(
+        "dataset.json",
+        "Medical Decathlon or nnU-Net (dataset.json, imagesTr, labelsTr)",
+        _decathlon_cases,
+        _flat_images,
+        _decathlon_labels,
+    ),
+    Layout(
+        "flat pairs",
+        "flat pairs (<case>.nii.gz + <case>_mask.nii.gz in one folder, or images/<case>.nii.gz + labels/<case>.nii.gz)",
+        _flat_cases,
+        _flat_images,
+        lambda root: Labels(("foreground",), one_value=True),
+    ),
+)
+RECOGNISED = "; ".join(layout.description for layout in LAYOUTS)

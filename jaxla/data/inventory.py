@@ -141,7 +141,7 @@ def take_inventory(
     findings.sort(key=lambda finding: finding.level)  # "error" before "warning", else as found
     return Inventory(
         root=survey.root,
-        layout=survey.layout,
+        layout=survey.layout.name,
         labels=classes,
         cases=tuple(cases),
         split=split,

@@ -3,11 +3,12 @@
 The surface of a mask is its border voxels: the mask minus its erosion with the face neighbourhood (6 voxels in 3D, 4
 pixels in 2D), where everything outside the array is background. Distances run between the centres of border voxels, in
 millimetres, from each one to the nearest of the other mask's. These are the definitions of MONAI's metrics, without
-sub-voxel surfaces; `DEFINITIONS` says them metric by metric.
+sub-voxel surfaces; `METRICS` says them one by one.
 """
 
 from collections.abc import Sequence
-from typing import Literal
+from functools import partial
+from typing import Literal, NamedTuple
 
 import numpy as np
 from scipy.ndimage import binary_erosion
@@ -17,25 +18,63 @@ from jaxla.config import InputError
 
 EmptyPolicy = Literal["one", "zero", "skip"]
 
-OVERLAPS = ("dice", "iou", "precision", "recall", "nsd_1mm", "nsd_2mm")  # from 0 to 1, higher is better
-DISTANCES = ("hd_mm", "hd95_mm", "assd_mm")  # lower is better
-SIZES = {3: ("volume_ml", "reference_volume_ml"), 2: ("area_mm2", "reference_area_mm2")}  # by dimensions of the unit
 
-DEFINITIONS = {
-    "dice": "2 |P ∩ R| / (|P| + |R|) over voxels of prediction P and reference R",
-    "iou": "|P ∩ R| / |P ∪ R| over voxels",
-    "precision": "|P ∩ R| / |P| over voxels",
-    "recall": "|P ∩ R| / |R| over voxels",
-    "hd_mm": "Hausdorff distance: the largest distance from a border voxel of either mask to the other's border, in mm",
-    "hd95_mm": "larger of the two directed 95th percentiles of border distances, in mm (not that of the pooled ones)",
-    "assd_mm": "average symmetric surface distance: mean of the border distances of both directions pooled, in mm",
-    "nsd_1mm": "normalised surface Dice: share of both masks' border voxels within 1 mm of the other's border",
-    "nsd_2mm": "normalised surface Dice: share of both masks' border voxels within 2 mm of the other's border",
-    "volume_ml": "volume of the predicted mask, in ml",
-    "reference_volume_ml": "volume of the reference mask, in ml",
-    "area_mm2": "area of the predicted mask, in mm²",
-    "reference_area_mm2": "area of the reference mask, in mm²",
+class Metric(NamedTuple):
+    """A row of a table of metrics.
+
+    Attributes:
+        title: of its column where people read it.
+        definition: in a line.
+        perfect: its value for two equal masks, and for two empty ones where these count as perfect.
+        worst: what a missed structure counts; None: the diagonal of the unit in mm.
+        digits: that are printed after the point.
+    """
+
+    title: str
+    definition: str
+    perfect: float = 1.0
+    worst: float | None = 0.0
+    digits: int = 3
+
+
+_distance = partial(Metric, perfect=0.0, worst=None, digits=2)
+_size = partial(Metric, digits=2)
+
+METRICS = {  # in the order of the columns
+    "dice": Metric("Dice", "2 |P ∩ R| / (|P| + |R|) over voxels of prediction P and reference R"),
+    "iou": Metric("IoU", "|P ∩ R| / |P ∪ R| over voxels"),
+    "precision": Metric("Precision", "|P ∩ R| / |P| over voxels"),
+    "recall": Metric("Recall", "|P ∩ R| / |R| over voxels"),
+    "nsd_1mm": Metric(
+        "NSD at 1 mm", "normalised surface Dice: share of both masks' border voxels within 1 mm of the other's border"
+    ),
+    "nsd_2mm": Metric(
+        "NSD at 2 mm", "normalised surface Dice: share of both masks' border voxels within 2 mm of the other's border"
+    ),
+    "hd_mm": _distance(
+        "HD, mm",
+        "Hausdorff distance: the largest distance from a border voxel of either mask to the other's border, in mm",
+    ),
+    "hd95_mm": _distance(
+        "HD95, mm",
+        "larger of the two directed 95th percentiles of border distances, in mm (not that of the pooled ones)",
+    ),
+    "assd_mm": _distance(
+        "ASSD, mm",
+        "average symmetric surface distance: mean of the border distances of both directions pooled, in mm",
+    ),
 }
+SIZES = {  # by dimensions of the unit: of the prediction, of the reference
+    3: {
+        "volume_ml": _size("Volume, ml", "volume of the predicted mask, in ml"),
+        "reference_volume_ml": _size("Reference volume, ml", "volume of the reference mask, in ml"),
+    },
+    2: {
+        "area_mm2": _size("Area, mm²", "area of the predicted mask, in mm²"),
+        "reference_area_mm2": _size("Reference area, mm²", "area of the reference mask, in mm²"),
+    },
+}
+COLUMNS = METRICS | SIZES[3] | SIZES[2]
 
 _WORST = "worst (overlaps 0, distances the diagonal of the unit in mm)"
 EMPTY_POLICIES = {
@@ -57,7 +96,7 @@ def score(
         empty: how a unit with an empty reference counts, a key of `EMPTY_POLICIES`.
 
     Returns:
-        The metrics of `OVERLAPS` and `DISTANCES`, and the two `SIZES` of that number of dimensions. Every value is a
+        Those of `METRICS`, and the two `SIZES` of that number of dimensions. Every value is a
         finite number, except under "skip" with an empty reference: there all but the sizes are None.
 
     Raises:
@@ -88,10 +127,10 @@ def score(
 def _without_overlap(both_empty: bool, reference_empty: bool, diagonal: float, empty: EmptyPolicy) -> dict:
     """The one place that says what a unit counts when at least one of its masks is empty."""
     if reference_empty and empty == "skip":
-        return dict.fromkeys((*OVERLAPS, *DISTANCES))
-    perfect = both_empty and empty == "one"
-    overlap, distance = (1.0, 0.0) if perfect else (0.0, diagonal)
-    return dict.fromkeys(OVERLAPS, overlap) | dict.fromkeys(DISTANCES, distance)
+        return dict.fromkeys(METRICS)
+    if both_empty and empty == "one":
+        return {name: metric.perfect for name, metric in METRICS.items()}
+    return {name: diagonal if metric.worst is None else metric.worst for name, metric in METRICS.items()}
 
 
 def _overlaps(prediction: np.ndarray, reference: np.ndarray) -> dict[str, float]:

@@ -9,13 +9,11 @@ from typing import Any, Literal
 import numpy as np
 
 from jaxla.config import InputError
-from jaxla.evaluation.metrics import DEFINITIONS, DISTANCES, EMPTY_POLICIES, OVERLAPS, SIZES, EmptyPolicy, score
+from jaxla.evaluation.metrics import COLUMNS, EMPTY_POLICIES, METRICS, SIZES, EmptyPolicy, score
 from jaxla.shell.files import replacing, write_whole
 
 Unit = Literal["volume", "slice"]
 Row = dict[str, Any]
-
-METRICS = (*OVERLAPS, *DISTANCES)  # the order of columns and of the summary
 
 
 def score_case(
@@ -94,7 +92,7 @@ def summarise(rows: Iterable[Mapping], unit: Unit, empty: EmptyPolicy, class_nam
     summary["empty_rule"] = EMPTY_POLICIES[empty]
     summary["skipped"] = {"units": skipped_units, "rows": skipped_rows}
     summary["averaging"] = f"mean over foreground classes within a {unit}, then over {unit}s; sd divides by n - 1"
-    summary["definitions"] = {metric: DEFINITIONS[metric] for metric in metrics}
+    summary["definitions"] = {metric: COLUMNS[metric].definition for metric in metrics}
     return summary
 
 
@@ -139,7 +137,7 @@ def write_cases(rows: Sequence[Mapping], path: Path) -> None:
     """Rows as CSV: case, (slice,) class, metrics, then whatever other columns the rows have. None is an empty cell."""
     if not rows:
         raise InputError(f"there are no rows to write to {path}")
-    first = ("case", "slice", "class", *METRICS, *SIZES[3], *SIZES[2])
+    first = ("case", "slice", "class", *COLUMNS)
     present = dict.fromkeys(column for row in rows for column in row)
     columns = [column for column in first if column in present] + [column for column in present if column not in first]
     _write_csv(path, columns, rows)

@@ -16,12 +16,10 @@ from jaxla.models.backbones import Backbone, build_backbone
 from jaxla.models.family import Family
 from jaxla.models.weights import compute_dtype, load_into, weights_file
 
-# Every file of `networks/`, by name of architecture.
-ARCHITECTURES = {
-    name: family
-    for file in pkgutil.iter_modules(networks.__path__, f"{networks.__name__}.")
-    for family in [import_module(file.name).FAMILY]
-    for name in family.architectures
+# Every file of `networks/`, by its name.
+NETWORKS: dict[str, Family] = {
+    file.name: import_module(f"{networks.__name__}.{file.name}").FAMILY
+    for file in pkgutil.iter_modules(networks.__path__)
 }
 
 
@@ -35,7 +33,7 @@ def build_network(model: Model, classes: int, seed: int, cache_dir: Path | None 
     Raises:
         InputError: the backbone's weights are missing or do not fit; see `weights.load_into`.
     """
-    family, dtype = family_of(model.arch), compute_dtype()
+    family, dtype = family_of(model), compute_dtype()
     backbone_key, rest_key = jax.random.split(jax.random.key(seed))
 
     def untrained() -> Backbone:
@@ -61,13 +59,13 @@ def parameter_count(model: Model, classes: int = 1) -> int:
     return sum(leaf.size for leaf in jax.tree.leaves(nnx.state(network, nnx.Param)))
 
 
-def family_of(arch: str) -> Family:
-    """The networks that are built on an architecture.
+def family_of(model: Model) -> Family:
+    """How the network that the options name is built.
 
     Raises:
         InputError: there is none of that name; the message names the nearest.
     """
-    return lookup("--model.arch", arch, ARCHITECTURES)
+    return lookup("--model.network", model.network, NETWORKS)
 
 
 def checked_model(model: Model, own: Model, method: str) -> Model:
@@ -79,10 +77,11 @@ def checked_model(model: Model, own: Model, method: str) -> Model:
     Raises:
         InputError: an architecture that the method cannot be built on, or an option that it does not read.
     """
-    family = family_of(own.arch)
+    family = family_of(own)
     arch = dinov3.HUB_SPELLINGS.get(model.arch, model.arch)
     if arch not in family.architectures:
-        lookup("--model.arch", arch, dict.fromkeys([*family.architectures, *ARCHITECTURES]))
+        others = [name for other in NETWORKS.values() for name in other.architectures]
+        lookup("--model.arch", arch, dict.fromkeys([*family.architectures, *others]))
         known = ", ".join(family.architectures)
         raise InputError(f"--model.arch={arch} is no {family.of}, on which method {method} is built. Known: {known}")
     model = replace(model, arch=arch)
@@ -95,7 +94,9 @@ def checked_model(model: Model, own: Model, method: str) -> Model:
 
 def require_fitting(model: Model) -> None:
     """Raise an InputError if options have values that the network cannot have."""
-    family = family_of(model.arch)
+    family = family_of(model)
+    if model.arch not in family.architectures:
+        raise InputError(f"--model.arch={model.arch} is no {family.of}, on which {model.network} is built")
     if "weights" not in family.options and model.weights != "random":
         raise InputError(f"--model.weights={model.weights}: {model.arch} has no pretrained weights; leave it out")
     if family.stages and len(model.decoder_widths) != family.stages:
@@ -107,7 +108,7 @@ def require_fitting(model: Model) -> None:
 
 def require_size(model: Model, option: str, size: int) -> None:
     """Raise an InputError unless a network takes images of that side."""
-    family = family_of(model.arch)
+    family = family_of(model)
     multiple = family.multiple(model)
     if family.pads and size < multiple:
         raise InputError(f"{option}={size}: {model.arch} needs at least {multiple} pixels, one of its smallest map")

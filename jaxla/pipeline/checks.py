@@ -6,7 +6,7 @@ from dataclasses import fields, replace
 from pathlib import Path
 
 from jaxla.config import PARTS, Experiment, InputError, Model
-from jaxla.data.cases import HOW_TO_GET_DATA, LAYOUTS
+from jaxla.data.cases import HOW_TO_GET_DATA, RECOGNISED
 from jaxla.devices.memory import require_memory
 from jaxla.devices.mesh import device_count
 from jaxla.devices.processes import process_count
@@ -24,7 +24,7 @@ def checked(experiment: Experiment) -> Experiment:
     """
     if not experiment.data.root:
         raise InputError(
-            f"option --data.root is required: a folder in one of these layouts: {'; '.join(LAYOUTS)}. {HOW_TO_GET_DATA}"
+            f"option --data.root is required: a folder in one of these layouts: {RECOGNISED}. {HOW_TO_GET_DATA}"
         )
     training = experiment.training
     least = {
@@ -35,10 +35,11 @@ def checked(experiment: Experiment) -> Experiment:
         "data.phantom_cases": (1, experiment.data.phantom_cases),
         "seed": (0, experiment.seed),
     }
-    for name in ("decoder_widths", "widths"):
-        if not (widths := getattr(experiment.model, name)):
-            raise InputError(f"option --model.{name} is empty; give at least one width, such as [64,32]")
-        least[f"model.{name}"] = (1, min(widths))
+    for name, widths in vars(experiment.model).items():
+        if isinstance(widths, tuple):
+            if not widths:
+                raise InputError(f"option --model.{name} is empty; give at least one width, such as [64,32]")
+            least[f"model.{name}"] = (1, min(widths))
     for name in ("opening", "closing"):
         if (side := getattr(experiment.postprocessing, name)) and side % 2 == 0:
             raise InputError(f"option --postprocessing.{name} must be odd, or 0 to leave it out, got {side}")
@@ -66,7 +67,7 @@ def checked(experiment: Experiment) -> Experiment:
 def unread_options(experiment: Experiment) -> set[str]:
     """The options, by dotted name, that a run of this experiment does not read, whatever their values are."""
     model = experiment.model
-    read = ("arch", *family_of(model.arch).options)
+    read = ("arch", "network", *family_of(model).options)
     unread = {f"model.{field.name}" for field in fields(Model) if field.name not in read}
     if model.decoder == "linear":
         unread.add("model.decoder_widths")

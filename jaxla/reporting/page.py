@@ -1,4 +1,4 @@
-"""What the pages of runs and of studies share: titles and digits of metrics, figures as data, templates."""
+"""What the pages of runs and of studies share: numbers of metrics, figures as data, templates."""
 
 from __future__ import annotations
 
@@ -14,24 +14,9 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from PIL import Image
 
+from jaxla.evaluation.metrics import COLUMNS
 from jaxla.runs.machine import describe_device
 from jaxla.shell.terminal import count_of
-
-LABELS = {
-    "dice": "Dice",
-    "iou": "IoU",
-    "precision": "Precision",
-    "recall": "Recall",
-    "nsd_1mm": "NSD at 1 mm",
-    "nsd_2mm": "NSD at 2 mm",
-    "hd_mm": "HD, mm",
-    "hd95_mm": "HD95, mm",
-    "assd_mm": "ASSD, mm",
-    "volume_ml": "Volume, ml",
-    "reference_volume_ml": "Reference volume, ml",
-    "area_mm2": "Area, mm²",
-    "reference_area_mm2": "Reference area, mm²",
-}
 
 
 class Pair(NamedTuple):
@@ -64,16 +49,11 @@ def templates() -> jinja2.Environment:
     return environment
 
 
-def digits(metric: str) -> int:
-    """Decimals that a metric is printed with."""
-    return 2 if metric.endswith(("_mm", "_ml", "_mm2")) else 3
-
-
 def number(value: float | None, metric: str, sign: bool = False) -> str:
     """`0.855`, `4.89`, `−1.20`; a dash for None."""
     if value is None:
         return "–"
-    return format(value, f"{'+' if sign else ''}.{digits(metric)}f").replace("-", "−")
+    return format(value, f"{'+' if sign else ''}.{COLUMNS[metric].digits}f").replace("-", "−")
 
 
 def mean_sd(summary: Mapping[str, Any], metric: str) -> str:

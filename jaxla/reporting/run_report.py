@@ -10,10 +10,11 @@ from typing import Any
 import numpy as np
 
 from jaxla.config import experiment_from_json
+from jaxla.evaluation.metrics import COLUMNS
 from jaxla.reporting.agreement import FEWEST_FOR_LIMITS, draw_volumes, volume_agreement
 from jaxla.reporting.curves import draw_losses, draw_validation
 from jaxla.reporting.overlays import PREDICTION, REFERENCE, SLICES_PER_CASE, Panel, slice_figures
-from jaxla.reporting.page import LABELS, Pair, chart, data_uri, templates
+from jaxla.reporting.page import Pair, chart, data_uri, templates
 from jaxla.runs.record import method_label
 from jaxla.shell.command_line import without_folder_and_process
 from jaxla.shell.files import write_whole
@@ -75,7 +76,7 @@ def write_report(
         colours={"prediction": PREDICTION, "reference": REFERENCE},
         options=[of for of in _flatten(record["experiment"]) if of[0] not in {"name", "summary", *unread}],
         repeat=without_folder_and_process(record["command"]),
-        labels=LABELS,
+        titles={name: metric.title for name, metric in COLUMNS.items()},
         unread=unread,
         definitions=summary["definitions"] | summary["slice"]["definitions"],
     )

@@ -10,8 +10,9 @@ from matplotlib.figure import Figure
 
 from jaxla.config import Published
 from jaxla.evaluation import statistics
+from jaxla.evaluation.metrics import COLUMNS
 from jaxla.reporting.overlays import Panel
-from jaxla.reporting.page import LABELS, data_uri, templates
+from jaxla.reporting.page import data_uri, templates
 from jaxla.reporting.study_figures import (
     Styles,
     describe_agreement,
@@ -80,7 +81,7 @@ def write_study_report(
             figure.figure.savefig(folder / "figures" / f"{figure.name}.{ending}", dpi=200, metadata=metadata)
 
     first = results.runs[0]
-    definitions = {LABELS.get(name, name): text for name, text in first.summary["definitions"].items()}
+    definitions = {COLUMNS[name].title: text for name, text in first.summary["definitions"].items()}
     page = (
         templates()
         .get_template("study_page.html.jinja")

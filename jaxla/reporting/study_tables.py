@@ -12,8 +12,9 @@ import numpy as np
 from tabulate import tabulate
 
 from jaxla.config import Published
+from jaxla.evaluation.metrics import COLUMNS
 from jaxla.evaluation.statistics import Comparison, compare
-from jaxla.reporting.page import LABELS, Pair, digits
+from jaxla.reporting.page import Pair
 from jaxla.reporting.study_results import METRICS_SHOWN, Mean, Results
 from jaxla.runs.machine import describe_device
 from jaxla.runs.record import FEATURES_KEPT
@@ -82,7 +83,7 @@ def results_table(results: Results, protocol: str, published: Mapping[tuple[str,
                 records += [
                     _record(protocol, method, name, metric, mean, of_paper) for metric, mean in means.items() if mean
                 ]
-    head = ["method", *([] if one_class else ["class"]), "per", *(LABELS[metric] for metric in METRICS_SHOWN)]
+    head = ["method", *([] if one_class else ["class"]), "per", *(COLUMNS[metric].title for metric in METRICS_SHOWN)]
     head += [*(["sd over seeds"] if several_seeds else []), "above atlas"]
     if printed:
         head += ["published Dice", "published IoU"]
@@ -261,8 +262,8 @@ def mean_sd(mean: Mean | None, metric: str) -> str:
     """`0.855 ± 0.046`; a dash where there is no value."""
     if mean is None:
         return "–"
-    sd = "" if mean.sd is None else f" ± {mean.sd:.{digits(metric)}f}"
-    return f"{mean.mean:.{digits(metric)}f}{sd}"
+    sd = "" if mean.sd is None else f" ± {mean.sd:.{COLUMNS[metric].digits}f}"
+    return f"{mean.mean:.{COLUMNS[metric].digits}f}{sd}"
 
 
 def _mean_of(results: Results, protocol: str, method: str, metric: str, unit: str, of_class: str) -> Mean | None:

@@ -15,7 +15,7 @@ from jaxla.experiments import METHODS
 from jaxla.shell.files import write_whole
 
 RECORD = "experiment.json"
-VERSION = 3
+VERSION = 4
 FEATURES_KEPT = "The frozen backbone's features were computed once per slice"  # how such a record's `features` begins
 NOT_COMPARED = {"summary", "data.root", "data.split", "model.weights"}  # of files the content is compared
 

@@ -77,6 +77,7 @@ class FeatureCache:
             "version": [VERSION, PREPARED_VERSION],
             "jaxla": importlib.metadata.version("jaxla"),
             "arch": arch,
+            "features": network.FEATURES,
             "parameters_sha256": parameters_sha256(network.backbone),
             "image_size": size,
             "dtype": self.dtype.name,

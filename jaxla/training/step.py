@@ -39,7 +39,13 @@ class SplitNetwork(NamedTuple):
 
 
 def split_network(network: nnx.Module, train_backbone: bool) -> SplitNetwork:
-    """Take a network apart, once: jitting over its state is faster than over the object."""
+    """Take a network apart, once: jitting over its state is faster than over the object.
+
+    Raises:
+        ValueError: it draws random numbers (dropout), of which a step would draw the same each time.
+    """
+    if jax.tree.leaves(nnx.state(network, nnx.RngState)):
+        raise ValueError("the network draws random numbers while it trains, which no step here gives it")
     frozen = nnx.Nothing() if train_backbone else nnx.PathContains("backbone")
     filters = (nnx.All(nnx.Param, nnx.Not(frozen)), frozen, ...)
     network.train()

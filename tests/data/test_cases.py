@@ -255,7 +255,7 @@ def test_a_folder_without_cases_names_the_layouts_and_where_data_comes_from(tmp_
     (tmp_path / "notes.txt").write_text("no scans")
     with pytest.raises(InputError, match=f"^{tmp_path}: no case found") as raised:
         find_cases(tmp_path)
-    for layout in (*LAYOUTS, "registration", "--data.root=phantom"):
+    for layout in (*(layout.description for layout in LAYOUTS), "registration", "--data.root=phantom"):
         assert layout in str(raised.value)
     with pytest.raises(InputError, match=r"^--data.root=.*/nowhere: no such folder"):
         find_cases(tmp_path / "nowhere")

@@ -10,8 +10,10 @@ from monai import metrics as monai
 from scipy.ndimage import gaussian_filter
 
 from jaxla.config import InputError
-from jaxla.evaluation.metrics import DEFINITIONS, DISTANCES, OVERLAPS, score
+from jaxla.evaluation.metrics import COLUMNS, METRICS, score
 
+OVERLAPS = ("dice", "iou", "precision", "recall", "nsd_1mm", "nsd_2mm")
+DISTANCES = ("hd_mm", "hd95_mm", "assd_mm")
 ALL = (*OVERLAPS, *DISTANCES)
 
 
@@ -112,7 +114,7 @@ def test_slices_are_measured_in_square_millimetres():
     values = score(block((5, 5), (0, 2), (0, 3)), block((5, 5), (0, 2), (0, 3)), (0.5, 2.0))
     assert (values["area_mm2"], values["reference_area_mm2"]) == (6, 6)
     assert "volume_ml" not in values
-    assert set(values) <= set(DEFINITIONS)
+    assert set(values) <= set(COLUMNS)
 
 
 def test_a_mask_that_touches_the_array_border_has_its_surface_there():
@@ -249,6 +251,10 @@ def test_a_missed_structure_is_the_worst_under_every_policy(empty):
     assert [missed[metric] for metric in DISTANCES] == pytest.approx([diagonal] * 3)
     assert missed["volume_ml"] == 0
     assert missed["reference_volume_ml"] > 0
+
+
+def test_every_metric_is_tried_here():
+    assert tuple(METRICS) == ALL
 
 
 def test_policies_for_an_empty_reference():

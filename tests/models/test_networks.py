@@ -133,4 +133,4 @@ def test_weights_for_a_network_that_has_none_are_refused():
 
 def test_another_number_of_widths_than_stages_is_refused():
     with pytest.raises(InputError, match="U-Net on resnet50 has 5 stages"):
-        build.build_network(Model("resnet50", weights="random", decoder_widths=(8, 8)), 1, 0)
+        build.build_network(Model("resnet50", network="resnet_unet", weights="random", decoder_widths=(8, 8)), 1, 0)

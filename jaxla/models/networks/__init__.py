@@ -1,1 +1,13 @@
-"""The networks, image in, logits out. Each file is one; `models/build.py` finds it by the `FAMILY` it ends in."""
+"""The networks, image in, logits out: a file each, found by its name, that ends in its `FAMILY` (`models/family.py`).
+
+A network is an `nnx.Module`, called as `network(images, present=None)` with images [B, H, W, 1] of grey values in 0..1;
+it gives logits [B, H, W, K] float32. `present`, [B] bool, says which of them BatchNorm's statistics are of while it
+trains. What is pretrained of it, and may stay frozen, is its attribute `backbone`. It draws no random numbers while it
+trains.
+
+Where a frozen backbone can run once per slice beforehand, the network also has
+
+- `FEATURES`, a line that says what it reads of the backbone: networks that say the same share it in the cache,
+- `features(images)` -> that, one array [B, h, w, C],
+- `on_features(size)` -> the rest of the network, for images of H, W = `size`; its attributes have the same names.
+"""

@@ -22,6 +22,8 @@ from jaxla.models.vision_transformer import VisionTransformer
 class TransformerSegmenter(nnx.Module):
     """The backbone's patch tokens as a map, decoded to logits; the class token is dropped."""
 
+    FEATURES = "patch tokens after the final norm"
+
     def __init__(self, backbone: VisionTransformer, decoder: LinearDecoder | ConvolutionalDecoder) -> None:
         self.backbone = backbone
         self.decoder = decoder

@@ -1,0 +1,84 @@
+"""What the package asks of every method, its row and its network alike; nothing is computed."""
+
+from dataclasses import replace
+
+import jax
+import jax.numpy as jnp
+import pytest
+from flax import nnx
+
+from jaxla.config import with_method
+from jaxla.experiments import EXPERIMENTS, METHODS, PUBLISHED, STUDIES
+from jaxla.models.build import NETWORKS, build_network
+from jaxla.pipeline.checks import checked, unread_options
+from jaxla.training.step import split_network
+
+CLASSES = 3
+
+
+@pytest.fixture(params=METHODS)
+def method(request):
+    return METHODS[request.param]
+
+
+@pytest.fixture
+def network(method):
+    return nnx.eval_shape(lambda: build_network(replace(method.model, weights="random"), CLASSES, 0))
+
+
+def run(network, *arguments):
+    graph, state = nnx.split(network)
+    return jax.eval_shape(lambda state, *arguments: nnx.merge(graph, state)(*arguments), state, *arguments)
+
+
+def images_of(method):
+    size = method.preprocessing.image_size
+    return jax.ShapeDtypeStruct((2, size, size, 1), jnp.float32)
+
+
+def test_its_network_gives_logits_of_the_images_size(method, network):
+    images, present = images_of(method), jax.ShapeDtypeStruct((2,), jnp.bool)
+    network.train()  # with batches that are filled up
+    for logits in (run(network, images), run(network, images, present)):
+        assert (logits.shape, logits.dtype) == ((*images.shape[:3], CLASSES), jnp.float32)
+
+
+def test_its_network_has_something_to_train_and_a_backbone_where_one_is_frozen(method, network):
+    frozen = method.model.backbone == "frozen"
+    assert not frozen or hasattr(network, "backbone")
+    parts = split_network(network, train_backbone=not frozen)
+    assert jax.tree.leaves(parts.trainable)
+    assert bool(jax.tree.leaves(nnx.filter_state(parts.frozen.parameters, nnx.Param))) == frozen
+
+
+def test_features_and_the_rest_make_the_network(method, network):
+    if not hasattr(network, "on_features"):
+        pytest.skip("runs as a whole")
+    assert network.FEATURES
+    images = images_of(method)
+    graph, state = nnx.split(network)
+    features = jax.eval_shape(lambda state, images: nnx.merge(graph, state).features(images), state, images)
+    rest = network.on_features(images.shape[1:3])
+    assert run(rest, features).shape == run(network, images).shape
+    names = [{path for path, _ in nnx.to_flat_state(nnx.state(part, nnx.Param))} for part in (rest, network)]
+    assert names[0] == {path for path in names[1] if path[0] != "backbone"}
+
+
+def test_its_row_holds_what_a_run_accepts(method):
+    """What a network does not read of a row has the value that a run takes it for."""
+    assert checked(with_method(EXPERIMENTS["quickstart"], method)).model == method.model
+    unread = unread_options(with_method(EXPERIMENTS["paper1"], method))
+    if "model.weights" in unread:
+        assert method.model.weights == "random"
+    if "model.backbone" in unread:
+        assert method.model.backbone == "finetuned"
+
+
+def test_every_network_is_a_methods_and_every_study_names_what_there_is():
+    assert {method.model.network for method in METHODS.values()} == set(NETWORKS)
+    for study in STUDIES.values():
+        assert set(study.methods) <= set(METHODS)
+        assert set(study.experiments) <= set(EXPERIMENTS)
+    assert {method for method, _ in PUBLISHED} <= set(METHODS)
+    assert {experiment for _, experiment in PUBLISHED} <= set(EXPERIMENTS)
+    assert {experiment.method for experiment in EXPERIMENTS.values()} <= set(METHODS)
