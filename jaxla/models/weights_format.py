@@ -182,4 +182,4 @@ def how_to_convert(arch: str, output: Path) -> str:
     if output.suffix == ".safetensors":
         command += f" --output={shlex.quote(str(output))}"
     gate = " (CHECKPOINT: what you download once you have accepted the licence at https://ai.meta.com/dinov3/)"
-    return f"make it with: {command}{gate if arch.startswith('dinov3_') else ''}"
+    return f"make it, where torch is installed, with: {command}{gate if arch.startswith('dinov3_') else ''}"

@@ -64,7 +64,8 @@ def test_verifying_needs_a_file(tmp_path, monkeypatch):
     assert "--verify needs --output" in refuse(tmp_path, "--verify")
     missing = tmp_path / "jaxla" / "weights" / "resnet50.safetensors"
     assert refuse(tmp_path, "--verify", "--arch=resnet50") == (
-        f"{missing}: no such weights file; make it with: python -m convert_weights --arch=resnet50 --download "
+        f"{missing}: no such weights file; make it, where torch is installed, with: "
+        f"python -m convert_weights --arch=resnet50 --download "
         f"--output={missing}"
     )
 
@@ -73,6 +74,7 @@ def test_an_architecture_in_place_of_a_file_names_the_command_that_makes_one():
     with pytest.raises(InputError) as error:
         load_backbone("dinov2_vits14_reg")
     assert str(error.value) == (
-        "dinov2_vits14_reg: no such weights file; make it with: python -m convert_weights --arch=dinov2_vits14_reg "
+        "dinov2_vits14_reg: no such weights file; make it, where torch is installed, with: "
+        "python -m convert_weights --arch=dinov2_vits14_reg "
         "--download, and give the .safetensors file that it writes"
     )

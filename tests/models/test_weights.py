@@ -178,7 +178,8 @@ def test_a_file_that_does_not_exist_is_refused_with_the_command_that_makes_it(tm
     for path in (tmp_path / "none.safetensors", tmp_path / f"{300 * 'a'}.safetensors"):
         refusal(
             lambda path=path: jaxla.load_backbone(path),
-            f"{path}: no such weights file; make it with: python -m convert_weights --arch=ARCH --source=CHECKPOINT "
+            f"{path}: no such weights file; make it, where torch is installed, with: "
+            f"python -m convert_weights --arch=ARCH --source=CHECKPOINT "
             f"--output={path}",
         )
     refusal(lambda: jaxla.load_backbone(tmp_path), tmp_path, "is a folder; give the .safetensors file in it")
