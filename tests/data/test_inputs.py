@@ -6,7 +6,15 @@ import torch
 from PIL import Image
 from scipy.ndimage import center_of_mass
 
-from jaxla.data.inputs import Canvas, Frame, image_to_input, input_to_slice, mask_to_input, smallest_extent
+from jaxla.data.inputs import (
+    Canvas,
+    Frame,
+    image_to_input,
+    input_to_slice,
+    intensity_range,
+    mask_to_input,
+    smallest_extent,
+)
 
 # --- the frame -------------------------------------------------------------------------------------------------------
 
@@ -47,6 +55,13 @@ def test_frames_of_any_shape_lie_inside_touch_both_sides_and_are_centred(size):
 
 
 # --- slice to input --------------------------------------------------------------------------------------------------
+
+
+def test_the_intensity_range_is_that_of_the_percentiles_or_else_of_the_extremes():
+    assert intensity_range(np.arange(1001)) == (5, 995)
+    lone = np.zeros(1001)
+    lone[3] = 8
+    assert intensity_range(lone) == (0, 8)
 
 
 def test_where_nothing_is_resized_only_the_grey_values_change():

@@ -13,7 +13,6 @@ import pytest
 
 from jaxla.config import InputError
 from jaxla.data.cases import find_cases
-from jaxla.data.inputs import intensity_range
 from jaxla.data.labels import Labels
 from jaxla.data.prepared import prepare_cases
 from tests.data.nifti import AFFINE, SHAPE, flat, image_array, lascarqs, mask_array, save
@@ -76,13 +75,6 @@ def test_arrays_are_mapped_from_disk_and_read_only(tmp_path):
         assert array.flags.c_contiguous
         with pytest.raises(ValueError, match="read-only"):
             array[0] = 0
-
-
-def test_the_intensity_range_is_that_of_the_percentiles_or_else_of_the_extremes():
-    assert intensity_range(np.arange(1001)) == (5, 995)
-    lone = np.zeros(1001)
-    lone[3] = 8
-    assert intensity_range(lone) == (0, 8)
 
 
 # --- the cache -------------------------------------------------------------------------------------------------------
