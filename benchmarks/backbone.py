@@ -91,6 +91,7 @@ def main(arguments):
         "arch": arch,
         "size": size,
         "batch": options.batch,
+        "torch_threads": torch.get_num_threads(),
         "dtype": str(jnp.dtype(ours.dtype)),
         "patch_tokens_relative_l2": difference,
         "repeats": options.repeats,

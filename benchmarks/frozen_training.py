@@ -126,6 +126,7 @@ def main(arguments):
         "slices": options.slices,
         "batch": options.batch,
         "decoder_widths": Model().decoder_widths,
+        "torch_threads": torch.get_num_threads(),
         "torch_memory_format": memory_format,
         "torch_step_seconds_by_format": of_format,
         "relative_loss_difference": difference,

@@ -2,7 +2,6 @@
 
 import datetime
 import importlib.metadata
-import os
 import time
 
 import jax
@@ -33,6 +32,5 @@ def about(*packages):
     return {
         "date": datetime.date.today().isoformat(),
         "device": jax.devices()[0].device_kind if jax.default_backend() == "gpu" else processor(),
-        "cores": os.cpu_count(),
         "versions": {name: importlib.metadata.version(name) for name in packages},
     }

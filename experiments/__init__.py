@@ -24,4 +24,8 @@ def _by_name(kind: str) -> dict:
 EXPERIMENTS = _by_name("EXPERIMENTS")
 METHODS = _by_name("METHODS")
 STUDIES = _by_name("STUDIES")
-PUBLISHED = {place: row for file in _FILES for place, row in getattr(file, "PUBLISHED", {}).items()}
+PUBLISHED = {}
+for _file in _FILES:
+    if twice := PUBLISHED.keys() & (_published := getattr(_file, "PUBLISHED", {})).keys():
+        raise ValueError(f"{min(twice)} stands twice among the PUBLISHED of {__name__}")
+    PUBLISHED |= _published

@@ -27,7 +27,10 @@ def main(arguments: list[str]) -> None:
     parser = command_parser("jaxla.evaluate", "Score predicted masks against references.")
     parser.add_argument("--predictions", type=str, required=True, help="folder of predicted masks, <case>.nii.gz")
     parser.add_argument(
-        "--references", type=str, required=True, help="folder of masks of the same names, or a data set"
+        "--references",
+        type=str,
+        required=True,
+        help="folder of such masks, <case>_mask.nii.gz too, or a data set",
     )
     parser.add_argument("--output", type=str, required=True, help="folder to create for cases.csv and summary.json")
     parser.add_argument(

@@ -27,9 +27,10 @@ def main(arguments: list[str]) -> None:
     options = parse_experiment(arguments, EXPERIMENTS, METHODS)
 
     from jaxla.pipeline.checks import checked
-    from jaxla.pipeline.session import run_session
 
     options = options._replace(experiment=checked(options.experiment))
+    from jaxla.pipeline.session import run_session  # brings all that a run needs
+
     with joined(find_launch(options.coordinator, options.processes, options.process, os.environ), options.wait):
         run_session(options, shlex.join(["python", "-m", "jaxla.train", *arguments]))
 

@@ -20,7 +20,9 @@ ROOT = Path(__file__).parents[1]
 def in_a_new_process(folder, module, *options, **environment):
     """`python -m <module> <options>`, in `folder`; -> the process that ended, its output as text."""
     command = [sys.executable, "-m", module, *map(str, options)]
-    return subprocess.run(command, capture_output=True, text=True, cwd=folder, env=os.environ | environment)
+    return subprocess.run(
+        command, capture_output=True, text=True, cwd=folder, env=os.environ | environment, timeout=900
+    )
 
 
 def run_module(module, *options, check=True):

@@ -209,6 +209,7 @@ def test_a_batch_that_the_memory_does_not_hold_names_the_option_and_leaves_no_ru
             ["--method=resnet50_unet", "--model.weights=random", "--model.decoder_widths=[8,8]"],
             "resnet50 has 5 stages;",
         ),
+        (["--model.network=unet"], "option --model.network is the own of method vit_mini8; leave it out"),
         (["--method=segnet", "--model.widths=[8,8]"], "option --model.widths is not one of method segnet"),
         (
             ["--method=unet", "--model.arch=resnet50"],

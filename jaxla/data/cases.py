@@ -208,6 +208,10 @@ def _decathlon_cases(root: Path, findings: list[Finding]) -> list[Case]:
     return _pair(images, masks, findings)
 
 
+def _decathlon_images(root: Path, findings: list[Finding]) -> dict[str, Path]:
+    return _by_id(_nifti_files(root / "imagesTr"), findings) if (root / "dataset.json").is_file() else {}
+
+
 def _decathlon_labels(root: Path) -> Labels:
     where = root / "dataset.json"
     try:
@@ -322,7 +326,7 @@ LAYOUTS = (
         "dataset.json",
         "Medical Decathlon or nnU-Net (dataset.json, imagesTr, labelsTr)",
         _decathlon_cases,
-        _flat_images,
+        _decathlon_images,
         _decathlon_labels,
     ),
     Layout(

@@ -17,10 +17,12 @@ from jaxla.models.family import Family
 from jaxla.models.weights import compute_dtype, load_into, weights_file
 
 # Every file of `networks/`, by its name.
-NETWORKS: dict[str, Family] = {
-    file.name: import_module(f"{networks.__name__}.{file.name}").FAMILY
-    for file in pkgutil.iter_modules(networks.__path__)
-}
+NETWORKS: dict[str, Family] = {}
+for _file in pkgutil.iter_modules(networks.__path__):
+    _network = import_module(f"{networks.__name__}.{_file.name}")
+    if not hasattr(_network, "FAMILY"):
+        raise AttributeError(f"{_network.__file__}: has no FAMILY, which says how its network is built")
+    NETWORKS[_file.name] = _network.FAMILY
 
 
 def build_network(model: Model, classes: int, seed: int, cache_dir: Path | None = None) -> nnx.Module:
@@ -77,6 +79,8 @@ def checked_model(model: Model, own: Model, method: str) -> Model:
     Raises:
         InputError: an architecture that the method cannot be built on, or an option that it does not read.
     """
+    if model.network != own.network:
+        raise InputError(f"option --model.network is the own of method {method}; leave it out")
     family = family_of(own)
     arch = dinov3.HUB_SPELLINGS.get(model.arch, model.arch)
     if arch not in family.architectures:

@@ -77,6 +77,8 @@ def unread_options(experiment: Experiment) -> set[str]:
         unread.add("training.backbone_learning_rate")
     if experiment.data.root != "phantom":
         unread |= {"data.phantom_size", "data.phantom_cases"}
+    if experiment.data.split:
+        unread.add("data.split_seed")
     return unread
 
 

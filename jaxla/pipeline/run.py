@@ -18,7 +18,7 @@ from jaxla.devices.processes import is_first, wait_for_all
 from jaxla.models.build import build_network
 from jaxla.models.weights import parameters_sha256, save_random
 from jaxla.pipeline.data import PreparedData, say_what_is_cut
-from jaxla.pipeline.testing import Features, test_run
+from jaxla.pipeline.testing import Features, run_test
 from jaxla.reporting.curves import draw_curves
 from jaxla.runs.folder import BACKBONE, CURVES
 from jaxla.runs.record import FEATURES_KEPT, method_label, read_record, write_record
@@ -41,7 +41,7 @@ def train_and_test(experiment: Experiment, data: PreparedData, run_dir: Path, ca
     step_bytes = train(experiment, network, data, features, run_dir)
     del network  # the trained one is loaded with its own backbone
     with use_own_devices():
-        return test_run(data, features, run_dir, step_bytes)
+        return run_test(data, features, run_dir, step_bytes)
 
 
 def build(experiment: Experiment, outputs: int, run_dir: Path) -> nnx.Module:

@@ -41,7 +41,7 @@ def match_cases(
         dataset = find_cases(references, labels)
         referenced, classes = {case.id: case.mask for case in dataset.cases}, dataset.labels
     elif all(name.endswith(MASK_SUFFIXES) and name not in predicted for name in referenced):
-        referenced = {name.rpartition("_")[0]: path for name, path in referenced.items()}
+        referenced = _without_suffix(referenced)
 
     if cases:
         chosen = read_test_cases(Path(cases))
@@ -63,6 +63,17 @@ def match_cases(
                 f"so there should be a {alone[0]}.nii.gz among the {partner}s"
             )
     return [(name, predicted[name], path) for name, path in referenced.items()], classes
+
+
+def _without_suffix(masks: dict[str, Path]) -> dict[str, Path]:
+    """`case_1_mask` -> `case_1`."""
+    cases: dict[str, Path] = {}
+    for name, path in masks.items():
+        case_id = name.rpartition("_")[0]
+        if case_id in cases:
+            raise InputError(f"{path}: {cases[case_id].name} is the same case; keep one of the two")
+        cases[case_id] = path
+    return cases
 
 
 def _masks_in(folder: Path, option: str) -> dict[str, Path]:

@@ -39,7 +39,7 @@ from jaxla.training.features import CachedFeatures
 Features = Mapping[str, CachedFeatures]  # by case id
 
 
-def test_run(data: PreparedData, features: Features | None, run_dir: Path, step_bytes: int) -> dict[str, Any]:
+def run_test(data: PreparedData, features: Features | None, run_dir: Path, step_bytes: int) -> dict[str, Any]:
     """Segment and score every test case on its own grid, beside the atlas; leaves `test/`, the cost and the report.
 
     Returns:

@@ -6,7 +6,7 @@ import json
 import logging
 import shlex
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -109,7 +109,8 @@ def run_folder(folder: Path, record: Record, split: Split, cases: Mapping[str, s
         raise InputError(f"--run-dir={folder}: cannot be written ({error.strerror}); choose another folder") from error
     try:
         for path in filter(is_left_over, folder.iterdir()):
-            path.unlink()
+            with suppress(OSError):
+                path.unlink()
         if resume:
             _require_unfinished(folder)
             begun = read_record(folder)

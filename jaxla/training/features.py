@@ -28,7 +28,6 @@ from jaxla.data.prepared import VERSION as PREPARED_VERSION
 from jaxla.data.prepared import PreparedVolume
 from jaxla.devices.mesh import device_count, spread, to_devices
 from jaxla.devices.processes import gather, share
-from jaxla.models.networks.transformer_segmenter import TransformerSegmenter
 from jaxla.models.weights import parameters_sha256
 from jaxla.shell.files import file_sha256, free_bytes, locked, write_whole
 from jaxla.shell.terminal import as_bytes
@@ -60,12 +59,12 @@ class FeatureCache:
     """The features of one frozen backbone at one input size.
 
     Args:
-        network: holds the backbone.
+        network: one with `FEATURES` and `features` (`jaxla/models/networks`).
         arch: of the backbone.
         canvas: the square that slices are laid on.
     """
 
-    def __init__(self, cache_dir: Path, network: TransformerSegmenter, arch: str, canvas: Canvas) -> None:
+    def __init__(self, cache_dir: Path, network: nnx.Module, arch: str, canvas: Canvas) -> None:
         graph, state = nnx.split(network)
         extract = jax.jit(lambda state, images: nnx.merge(graph, state).features(images))
         self.extract = partial(extract, to_devices(state))  # [batch, size, size, 1] -> [batch, h, w, C]

@@ -139,6 +139,13 @@ def test_a_mistake_is_one_line_and_leaves_nothing(folders):
     assert sorted(path.name for path in folders.iterdir()) == ["predictions", "references"]
 
 
+def two_masks_of_one_case(folder):
+    for path in (folder / "references").iterdir():
+        path.unlink()
+    for suffix in ("mask", "seg"):
+        save(folder / "references" / f"train_1_{suffix}.nii.gz", BOX)
+
+
 @pytest.mark.parametrize(
     ("break_it", "more", "message"),
     [
@@ -153,6 +160,7 @@ def test_a_mistake_is_one_line_and_leaves_nothing(folders):
         (lambda f: save(f / "predictions" / "train_2.nii", BOX, OTHER), (), r"train_2.nii: has the values \[1, 2\]"),
         (lambda f: (f / "predictions" / "train_2.nii").write_bytes(b"text"), (), "train_2.nii: not a NIfTI"),
         (lambda f: (f / "out").mkdir(), (), "--output=.*exists"),
+        (two_masks_of_one_case, (), "train_1_seg.nii.gz: train_1_mask.nii.gz is the same case; keep one of the two"),
         (lambda f: None, ("--unit=slice", "--protocol=lascarqs2022"), "--protocol=lascarqs2022"),
         (lambda f: None, ("--empty=skip", "--protocol=lascarqs2022"), "--protocol=lascarqs2022"),
         (lambda f: None, ("--unit=patient",), "--unit"),

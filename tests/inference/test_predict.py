@@ -46,10 +46,12 @@ def test_reoriented_copies_get_the_same_mask_in_the_world(small_run, scan, tmp_p
 
 def test_probabilities_are_written_beside_and_agree_with_the_mask(small_run, scan, tmp_path):
     output = tmp_path / "mask.nii.gz"
-    run_module("jaxla.predict", f"--run={small_run}", f"--input={scan}", f"--output={output}", "--probabilities")
+    done = run_module("jaxla.predict", f"--run={small_run}", f"--input={scan}", f"--output={output}", "--probabilities")
     probabilities = nib.load(tmp_path / "mask_probabilities.nii.gz")
     mask = nib.load(output)
     assert probabilities.shape == mask.shape == nib.load(scan).shape
+    millilitres = np.count_nonzero(mask.dataobj) * np.prod(mask.header.get_zooms()) / 1000
+    assert f"{output}: LA {millilitres:.1f} ml" in done.stdout
     assert probabilities.get_data_dtype() == np.float32
     assert np.array_equal(np.asarray(probabilities.dataobj) > 0.5, np.asarray(mask.dataobj) == 1)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["mask.nii.gz", "mask_probabilities.nii.gz"]

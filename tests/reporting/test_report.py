@@ -112,7 +112,7 @@ def test_options_that_were_not_read_are_not_listed_and_that_is_said(one_class, p
     names = [name for name, _ in page.table("Option")[0]]
     assert "data.root" in names
     assert "data.labels" not in names
-    assert "Without those that this method does not read." in page.text
+    assert "Without those that this run did not read." in page.text
     assert "Without those" not in page_of(one_class).text
 
 
