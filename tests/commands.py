@@ -5,6 +5,7 @@ import importlib
 import io
 import logging
 import os
+import resource
 import subprocess
 import sys
 import warnings
@@ -78,3 +79,14 @@ def refuse_to_train(folder, *options, run=in_this_process):
     """`refuse` for quickstart on the folder `data`; a later option of the same name wins."""
     places = [f"--data.root={folder / 'data'}", f"--cache-dir={folder / 'cache'}", f"--run-dir={folder / 'run'}"]
     return refuse(folder, "jaxla.train", "--exp=quickstart", *places, *options, run=run)
+
+
+@contextlib.contextmanager
+def largest_file(size):
+    """Every file that grows beyond `size` bytes meets the error that a full disk gives."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)

@@ -3,13 +3,11 @@
 import json
 import math
 import random
-import resource
 import shutil
 import subprocess
 import sys
 import time
 import zipfile
-from contextlib import contextmanager
 
 import pytest
 import torch
@@ -17,7 +15,7 @@ from safetensors.torch import save_file
 
 from convert_weights.checkpoint import checkpoint_sha256, open_checkpoint
 from jaxla.config import InputError
-from tests.commands import tree
+from tests.commands import largest_file, tree
 from tests.convert_weights.command import (
     ROOT,
     convert,
@@ -547,17 +545,6 @@ def test_without_a_torch_that_can_be_used_the_way_to_install_it_is_named(tmp_pat
 
 
 # --- writing that comes to no end ---
-
-
-@contextmanager
-def largest_file(size):
-    """Every file that grows beyond `size` bytes meets the error that a full disk gives."""
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
 @pytest.mark.parametrize("size", [100, 30_000_000], ids=["in the header", "in the data"])
