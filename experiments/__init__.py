@@ -1,7 +1,7 @@
-"""The experiments, methods and studies, by name: data, no logic.
+"""The experiments, methods and studies, by name.
 
-Every file of this folder is read, for what it has of EXPERIMENTS, METHODS and STUDIES, lists, and PUBLISHED, numbers
-of a paper by method and experiment.
+The files of this folder are data, without logic; each is read here for what it has of EXPERIMENTS, METHODS and STUDIES,
+lists, and PUBLISHED, numbers of a paper by method and experiment.
 """
 
 import pkgutil
@@ -12,20 +12,18 @@ _NAMES = sorted((file.name for file in pkgutil.iter_modules(__path__)), key=lamb
 _FILES = [import_module(f"{__name__}.{name}") for name in _NAMES]
 
 
-def _by_name(kind: str) -> dict:
+def _together(kind: str) -> dict:
     found = {}
-    for item in (item for file in _FILES for item in getattr(file, kind, ())):
-        if item.name in found:
-            raise ValueError(f"{item.name} stands twice among the {kind} of {__name__}; give one another name")
-        found[item.name] = item
+    for file in _FILES:
+        part = getattr(file, kind, ())
+        for name, item in part.items() if isinstance(part, dict) else [(item.name, item) for item in part]:
+            if name in found:
+                raise ValueError(f"{name} stands twice among the {kind} of {__name__}; give one another name")
+            found[name] = item
     return found
 
 
-EXPERIMENTS = _by_name("EXPERIMENTS")
-METHODS = _by_name("METHODS")
-STUDIES = _by_name("STUDIES")
-PUBLISHED = {}
-for _file in _FILES:
-    if twice := PUBLISHED.keys() & (_published := getattr(_file, "PUBLISHED", {})).keys():
-        raise ValueError(f"{min(twice)} stands twice among the PUBLISHED of {__name__}")
-    PUBLISHED |= _published
+EXPERIMENTS = _together("EXPERIMENTS")
+METHODS = _together("METHODS")
+STUDIES = _together("STUDIES")
+PUBLISHED = _together("PUBLISHED")

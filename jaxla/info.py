@@ -33,7 +33,17 @@ def main(arguments: list[str]) -> None:
 
 
 def _describe_run(folder: Path) -> dict[str, str]:
-    from jaxla.runs.folder import METRICS, RUNS, SPLIT, STUDY, SUMMARY, is_finished, is_running, resume_command
+    from jaxla.runs.folder import (
+        METRICS,
+        RUNS,
+        SPLIT,
+        STUDY,
+        SUMMARY,
+        is_finished,
+        is_running,
+        read_metrics,
+        resume_command,
+    )
     from jaxla.runs.machine import describe_device
     from jaxla.runs.record import method_label, read_record
 
@@ -43,9 +53,9 @@ def _describe_run(folder: Path) -> dict[str, str]:
     experiment, environment = record.experiment, record.environment
     facts = {"run": str(folder.absolute()), "experiment": f"{experiment.name}, method {method_label(experiment)}"}
 
-    history = _read(folder / METRICS, lambda text: [json.loads(line) for line in text.splitlines()]) or []
-    summary = _read(folder / SUMMARY, json.loads)
-    split = _read(folder / SPLIT, json.loads) or {}
+    history = _read(folder / METRICS, lambda path: read_metrics(path.parent)) or []
+    summary = _read(folder / SUMMARY)
+    split = _read(folder / SPLIT) or {}
     epochs = f"{len(history)} of at most {experiment.training.epochs} epochs"
     if is_finished(folder):
         facts["state"] = f"finished after {epochs}"
@@ -86,14 +96,14 @@ def _describe_run(folder: Path) -> dict[str, str]:
     return facts
 
 
-def _read(path: Path, parse: Callable[[str], Any]) -> Any:
+def _read(path: Path, read: Callable[[Path], Any] = lambda path: json.loads(path.read_text())) -> Any:
     """What a file of the run says; None where there is none.
 
     Raises:
         InputError: it is damaged.
     """
     try:
-        return parse(path.read_text())
+        return read(path)
     except FileNotFoundError:
         return None
     except (OSError, ValueError) as error:

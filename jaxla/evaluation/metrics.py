@@ -96,8 +96,8 @@ def score(
         empty: how a unit with an empty reference counts, a key of `EMPTY_POLICIES`.
 
     Returns:
-        Those of `METRICS`, and the two `SIZES` of that number of dimensions. Every value is a
-        finite number, except under "skip" with an empty reference: there all but the sizes are None.
+        Those of `METRICS`, and the two `SIZES` of that number of dimensions. Every value is a finite number, except
+        under "skip" with an empty reference: there all but the sizes are None.
 
     Raises:
         InputError: shapes differ, the number of dimensions is not 2 or 3, or `empty` is no policy.

@@ -16,13 +16,15 @@ from jaxla.models.backbones import Backbone, build_backbone
 from jaxla.models.family import Family
 from jaxla.models.weights import compute_dtype, load_into, weights_file
 
-# Every file of `networks/`, by its name.
-NETWORKS: dict[str, Family] = {}
-for _file in pkgutil.iter_modules(networks.__path__):
-    _network = import_module(f"{networks.__name__}.{_file.name}")
-    if not hasattr(_network, "FAMILY"):
-        raise AttributeError(f"{_network.__file__}: has no FAMILY, which says how its network is built")
-    NETWORKS[_file.name] = _network.FAMILY
+
+def _family(name: str) -> Family:
+    network = import_module(f"{networks.__name__}.{name}")
+    if not hasattr(network, "FAMILY"):
+        raise AttributeError(f"{network.__file__}: has no FAMILY, which says how its network is built")
+    return network.FAMILY
+
+
+NETWORKS = {file.name: _family(file.name) for file in pkgutil.iter_modules(networks.__path__)}  # all there are
 
 
 def build_network(model: Model, classes: int, seed: int, cache_dir: Path | None = None) -> nnx.Module:

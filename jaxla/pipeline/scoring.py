@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import shutil
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
@@ -41,7 +42,7 @@ def match_cases(
         dataset = find_cases(references, labels)
         referenced, classes = {case.id: case.mask for case in dataset.cases}, dataset.labels
     elif all(name.endswith(MASK_SUFFIXES) and name not in predicted for name in referenced):
-        referenced = _without_suffix(referenced)
+        referenced = _by_case((name.rpartition("_")[0], path) for name, path in referenced.items())
 
     if cases:
         chosen = read_test_cases(Path(cases))
@@ -65,28 +66,20 @@ def match_cases(
     return [(name, predicted[name], path) for name, path in referenced.items()], classes
 
 
-def _without_suffix(masks: dict[str, Path]) -> dict[str, Path]:
-    """`case_1_mask` -> `case_1`."""
-    cases: dict[str, Path] = {}
-    for name, path in masks.items():
-        case_id = name.rpartition("_")[0]
-        if case_id in cases:
-            raise InputError(f"{path}: {cases[case_id].name} is the same case; keep one of the two")
-        cases[case_id] = path
-    return cases
-
-
 def _masks_in(folder: Path, option: str) -> dict[str, Path]:
     """The NIfTI files directly in a folder, by name without ending."""
     if not folder.is_dir():
         raise InputError(f"{option}={folder}: no such folder")
+    files = [p for p in sorted(folder.iterdir()) if p.name.endswith((".nii", ".nii.gz")) and not p.name.startswith(".")]
+    return _by_case((path.name.removesuffix(".gz").removesuffix(".nii"), path) for path in files)
+
+
+def _by_case(named: Iterable[tuple[str, Path]]) -> dict[str, Path]:
     found: dict[str, Path] = {}
-    for path in sorted(folder.iterdir()):
-        if path.name.endswith((".nii", ".nii.gz")) and not path.name.startswith("."):
-            name = path.name.removesuffix(".gz").removesuffix(".nii")
-            if name in found:
-                raise InputError(f"{path}: {found[name].name} is the same case; keep one of the two")
-            found[name] = path
+    for case_id, path in named:
+        if case_id in found:
+            raise InputError(f"{path}: {found[case_id].name} is the same case; keep one of the two")
+        found[case_id] = path
     return found
 
 

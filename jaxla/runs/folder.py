@@ -37,6 +37,8 @@ OVERLAYS = "test/overlays.png"
 COST = "cost.json"
 REPORT = "report.html"  # written last: a run that has it is finished
 
+FIRST_FILES = (LOCK, SPLIT, CASES)  # written before the record, with which the folder is a run
+
 STUDY, RUNS = "study.json", "runs"  # of a study's folder: its plan, and the folders of its runs
 
 
@@ -59,7 +61,7 @@ def require_free(folder: Path) -> None:
 
 def has_not_begun(folder: Path) -> bool:
     """Whether an existing folder holds nothing but what a run that was killed before it began may have left."""
-    return all(path.name in (LOCK, SPLIT, CASES) or is_left_over(path) for path in folder.iterdir())
+    return all(path.name in FIRST_FILES or is_left_over(path) for path in folder.iterdir())
 
 
 def is_finished(folder: Path) -> bool:
@@ -128,7 +130,7 @@ def run_folder(folder: Path, record: Record, split: Split, cases: Mapping[str, s
                 write_whole(folder / CASES, json.dumps(cases, indent=1) + "\n")
                 write_record(folder, record)  # last: with it the folder is a run
             except OSError as error:
-                for name in (LOCK, SPLIT, CASES):
+                for name in FIRST_FILES:
                     (folder / name).unlink(missing_ok=True)
                 for path in missing:
                     path.rmdir()
