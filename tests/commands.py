@@ -5,7 +5,6 @@ import importlib
 import io
 import logging
 import os
-import resource
 import subprocess
 import sys
 import warnings
@@ -57,21 +56,21 @@ def in_this_process(folder, module, *options):
     return subprocess.CompletedProcess(sys.argv, left.value.code, stdout.getvalue(), stderr.getvalue())
 
 
-def tree(folder):
-    """Everything in a folder but its `cache`, with sizes and times of files."""
-    paths = (path for path in folder.rglob("*") if "cache" not in path.relative_to(folder).parts[:1])
-    return {path: (path.stat().st_size, path.stat().st_mtime_ns) if path.is_file() else None for path in paths}
+def tree(folder, but="cache"):
+    """Everything in a folder but what is named so at its top, with contents and times of files."""
+    paths = (path for path in folder.rglob("*") if path.relative_to(folder).parts[0] != but)
+    return {path: (path.read_bytes(), path.stat().st_mtime_ns) if path.is_file() else None for path in paths}
 
 
-def refuse(folder, module, *options, run=in_this_process):
-    """Run a command in `folder`; -> its one line of error, after checking that it left everything as it was."""
-    before = tree(folder)
+def refuse(folder, module, *options, run=in_this_process, but="cache"):
+    """Run a command in `folder`; -> its one line of error, after checking that it left all but `but` as it was."""
+    before = tree(folder, but)
     done = run(folder, module, *options)
     assert done.returncode == 2, done.stdout + done.stderr
     assert len(done.stderr.splitlines()) == 1, done.stderr
     assert done.stderr.startswith("error: ")
     assert "Traceback" not in done.stdout
-    assert tree(folder) == before
+    assert tree(folder, but) == before
     return done.stderr.rstrip("\n")
 
 
@@ -79,14 +78,3 @@ def refuse_to_train(folder, *options, run=in_this_process):
     """`refuse` for quickstart on the folder `data`; a later option of the same name wins."""
     places = [f"--data.root={folder / 'data'}", f"--cache-dir={folder / 'cache'}", f"--run-dir={folder / 'run'}"]
     return refuse(folder, "jaxla.train", "--exp=quickstart", *places, *options, run=run)
-
-
-@contextlib.contextmanager
-def largest_file(size):
-    """Every file that grows beyond `size` bytes meets the error that a full disk gives."""
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)

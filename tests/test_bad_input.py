@@ -23,6 +23,12 @@ from tests.data.nifti import (
     truncate,
 )
 
+
+def with_its_own_cache(folder, module, *options):
+    """As a user runs it, but for the place of the cache."""
+    return in_a_new_process(folder, module, *options, XDG_CACHE_HOME=str(folder / "cache"))
+
+
 BAD_SCANS = {  # of every kind in tests/data/test_volumes.py a few, as the commands say them
     "4d.nii.gz": (lambda p: save(p, np.stack([image_array()] * 2, -1)), "4D"),
     "nan.nii.gz": (lambda p: save(p, broken_voxel(np.nan)), "NaN"),
@@ -315,7 +321,7 @@ def test_missing_weights_name_where_they_were_looked_for_and_how_to_make_them(tm
 def test_conversion_never_executes_what_a_pth_holds(tmp_path):
     (tmp_path / "evil.pth").write_bytes(pickle.dumps(MakesAFile()))
     options = ("--arch=dinov2_vits14", "--source=evil.pth", "--output=new.safetensors")
-    assert "evil.pth" in refuse(tmp_path, "convert_weights", *options, run=in_a_new_process)
+    assert "evil.pth" in refuse(tmp_path, "convert_weights", *options, run=with_its_own_cache)
 
 
 # --- prediction ------------------------------------------------------------------------------------------------------
@@ -406,10 +412,10 @@ def case_2_is(name):
 )
 def test_a_user_who_trains_sees_one_line(tmp_path, spoil, options, message):
     spoil(flat(tmp_path / "data"))
-    assert message in refuse_to_train(tmp_path, *options, run=in_a_new_process)
+    assert message in refuse_to_train(tmp_path, *options, run=with_its_own_cache)
 
 
 def test_a_user_who_predicts_sees_one_line(scan_and_run):
     truncate(save(scan_and_run / "cut.nii", image_array()))
     options = ("--run=run", "--input=cut.nii", "--output=mask.nii.gz")
-    assert "cut.nii: truncated or damaged" in refuse(scan_and_run, "jaxla.predict", *options, run=in_a_new_process)
+    assert "cut.nii: truncated or damaged" in refuse(scan_and_run, "jaxla.predict", *options, run=with_its_own_cache)

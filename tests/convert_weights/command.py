@@ -36,7 +36,7 @@ def succeed(*arguments):
 
 def refuse(folder, *arguments, run=convert_here):
     """The command must fail with one line and leave the folder as it was. -> the line"""
-    line = commands.refuse(folder, None, *arguments, run=lambda _, __, *options: run(*options))
+    line = commands.refuse(folder, None, *arguments, run=lambda _, __, *options: run(*options), but=None)
     return line.removeprefix("error: ")
 
 

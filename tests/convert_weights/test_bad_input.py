@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 
 from convert_weights.checkpoint import checkpoint_sha256, open_checkpoint
 from jaxla.config import InputError
-from tests.commands import largest_file, tree
+from tests.commands import tree
 from tests.convert_weights.command import (
     ROOT,
     convert,
@@ -26,6 +26,7 @@ from tests.convert_weights.command import (
     succeed,
 )
 from tests.convert_weights.shards import write_shards
+from tests.training.faults import files_at_most
 
 
 def saved(folder, state):
@@ -550,7 +551,7 @@ def test_without_a_torch_that_can_be_used_the_way_to_install_it_is_named(tmp_pat
 @pytest.mark.parametrize("size", [100, 30_000_000], ids=["in the header", "in the data"])
 def test_a_disk_that_gets_full_leaves_nothing_behind(tmp_path, size):
     source = saved(tmp_path, empty_state())
-    with largest_file(size):
+    with files_at_most(size):
         line = refuse_source(source)
     assert line == (
         f"{tmp_path / 'out.safetensors'}: cannot be written (File too large); mend that, or choose another place"
@@ -560,7 +561,7 @@ def test_a_disk_that_gets_full_leaves_nothing_behind(tmp_path, size):
 def test_a_disk_that_gets_full_on_the_way_back_leaves_nothing_behind(tmp_path):
     source, ours, back = saved(tmp_path, empty_state()), tmp_path / "ours.safetensors", tmp_path / "back.pth"
     succeed("--arch=dinov2_vits14", f"--source={source}", f"--output={ours}")
-    with largest_file(30_000_000):
+    with files_at_most(30_000_000):
         line = refuse(tmp_path, "--to-torch", f"--source={ours}", f"--output={back}")
     assert line.startswith(f"{back}: cannot be written (")
 
@@ -576,7 +577,7 @@ def test_too_little_room_is_said_before_anything_is_written(tmp_path, monkeypatc
 
 def test_a_conversion_that_is_ended_leaves_nothing_behind(tmp_path):
     source = saved(tmp_path, empty_state("dinov2_vitl14"))
-    before = tree(tmp_path)
+    before = tree(tmp_path, but=None)
     arguments = ["--arch=dinov2_vitl14", f"--source={source}", f"--output={tmp_path / 'out.safetensors'}"]
     process = subprocess.Popen([sys.executable, "-m", "convert_weights", *arguments], cwd=ROOT, stderr=subprocess.PIPE)
     while process.poll() is None and not any(
@@ -586,4 +587,4 @@ def test_a_conversion_that_is_ended_leaves_nothing_behind(tmp_path):
     process.terminate()
     _, stderr = process.communicate(timeout=60)
     assert (process.returncode, stderr) == (1, b"interrupted\n")
-    assert tree(tmp_path) == before
+    assert tree(tmp_path, but=None) == before

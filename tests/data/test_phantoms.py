@@ -7,7 +7,8 @@ from scipy.ndimage import zoom
 
 from jaxla.config import InputError
 from jaxla.data.phantoms import SIZES, _grid, make_phantom, write_phantoms
-from tests.commands import in_a_new_process, largest_file, refuse, run_module
+from tests.commands import in_a_new_process, refuse, run_module
+from tests.training.faults import files_at_most
 
 CASES = 20
 
@@ -171,7 +172,7 @@ def test_bad_arguments_are_refused_before_any_file_is_made(tmp_path):
 def test_a_failed_write_leaves_nothing(tmp_path):
     (tmp_path / "empty").mkdir()
     for name in ("new", "empty"):
-        with largest_file(50_000), pytest.raises(OSError, match="File too large"):
+        with files_at_most(50_000), pytest.raises(OSError, match="File too large"):
             write_phantoms(tmp_path / name, 2, "small", 0)
     assert [str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*")] == ["empty"]
 

@@ -129,6 +129,10 @@ BAD_FILES = {
     "text.nii": (not_gzip, "not a NIfTI"),
     "text.nii.gz": (not_gzip, "not a NIfTI"),
     "other_format.mgz": (lambda p: save_as(p, nib.MGHImage(image_array(), AFFINE)), "not a NIfTI.*MGHImage"),
+    "other_format.nii": (
+        lambda p: save_as(p.with_suffix(".mgh"), nib.MGHImage(image_array(), AFFINE)).rename(p),
+        "not a NIfTI",
+    ),
     "zero_spacing.nii": (lambda p: save_raw_spacing(p, (0.75, 0, 2.5)), r"voxel spacing \[0.75, 0.0, 2.5\]"),
     "nan_spacing.nii": (lambda p: save_raw_spacing(p, (0.75, np.nan, 2.5)), "voxel spacing"),
     "singular.nii.gz": (save_singular, "affine is singular"),

@@ -165,7 +165,7 @@ def test_something_else_under_that_name_is_refused(tmp_path):
 
 def test_a_foreign_safetensors_file_is_refused(mini, tmp_path):
     path = tmp_path / "foreign.safetensors"
-    for metadata in (None, {"format": "pt"}, {"format": "jaxla-1"}):
+    for metadata in (None, {"format": "pt"}, {"format": "jaxla-1"}, {"arch": "vit_mini8"}):
         save_file(flat_arrays(mini), path, metadata=metadata)
         message = refusal(lambda: jaxla.load_backbone(path))
         assert message == (

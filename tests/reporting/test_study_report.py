@@ -97,6 +97,8 @@ def test_published_numbers_stand_beside_ours_and_are_marked(reported):
     assert re.sub(r"\s+", " ", first).startswith("| unet | volume | 0.825 ± 0.171 | ")
     # seeds' means 0.85 and 0.8; all four cases lie above the atlas's 0.4
     assert re.sub(r"\s+", " ", first).endswith("| 0.035 | 4 of 4 | 0.841 ± 0.083 | 0.764 ± 0.128 |")
+    (of_atlas,) = (re.sub(r"\s+", " ", line) for line in printed.splitlines() if line.startswith("| atlas"))
+    assert " | 0.000 | – | – | – |" in of_atlas  # the same for both seeds; no other atlas to lie above
     assert "Published: by paper 1, on LAScarQS 2022, with its own recipe, whatever data and options" in printed
     few = (reported / "tables" / "table1_fewshot_1patient.md").read_text()
     assert "Published: by paper 1, on LAScarQS 2022, read off its Figure 2, with its own recipe" in few
