@@ -10,12 +10,8 @@ this package is the faster one), and the memory that its compiled program needs,
 each call lets the threads of the other side fall asleep; without it they would take its cores.
 """
 
-import json
 import math
 import os
-import statistics
-import sys
-from pathlib import Path
 
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # on a GPU, so that PyTorch finds memory too
 
@@ -25,8 +21,9 @@ import numpy as np
 import torch
 from flax import nnx
 
-from benchmarks.timing import about, in_turn, timed
+from benchmarks.timing import about, compared, in_turn, print_result, timed
 from jaxla.config import InputError
+from jaxla.devices.memory import peak_device_bytes, program_bytes
 from jaxla.models.backbones import TRANSFORMERS, architecture, build_backbone
 from jaxla.shell.command_line import command_parser, parse_arguments
 from jaxla.shell.process import run_command
@@ -84,8 +81,8 @@ def main(arguments):
     if difference > AGREEMENT[jax.default_backend()]:
         raise InputError(f"{arch}: tokens differ from PyTorch's by {difference:.1e}; there is nothing to compare")
 
-    seconds = in_turn(runs, options.repeats)
-    medians = {name: statistics.median(times) for name, times in seconds.items()}
+    found = compared(in_turn(runs, options.repeats))
+    medians = found["median_seconds"]
     result = {
         **about("jax", "flax", "torch", "transformers"),
         "arch": arch,
@@ -96,30 +93,24 @@ def main(arguments):
         "patch_tokens_relative_l2": difference,
         "repeats": options.repeats,
         "first_call_seconds": first_call,
-        "median_seconds": medians,
-        "fastest_seconds": {name: min(times) for name, times in seconds.items()},
+        **found,
         "images_per_second": {name: options.batch / median for name, median in medians.items()},
-        "torch_over_jaxla": {name: medians[name] / medians["jaxla"] for name in runs if name != "jaxla"},
-        "jaxla_program_bytes": program_bytes(ours, on_device),
+        "jaxla_program_bytes": forward_bytes(ours, on_device),
     }
     if on_gpu:
         peak = matmul_peak()
         result["torch_peak_bytes"] = torch.cuda.max_memory_allocated()
-        result["jaxla_peak_bytes"] = jax.devices()[0].memory_stats()["peak_bytes_in_use"]
+        result["jaxla_peak_bytes"] = peak_device_bytes()
         result["matmul_peak_flops"] = peak
         result["share_of_matmul_peak"] = flops(variant, size) * options.batch / medians["jaxla"] / peak
-    if options.output:
-        Path(options.output).write_text(json.dumps(result, indent=1) + "\n")
-    json.dump(result, sys.stdout, indent=1)
-    print()
+    print_result(result, options.output)
 
 
-def program_bytes(vit, images):
+def forward_bytes(vit, images):
     """What the compiled forward pass needs: parameters, images, results and everything between."""
     graph, state = nnx.split(vit)
     forward = jax.jit(lambda state, images: nnx.merge(graph, state)(images))
-    memory = forward.lower(state, images).compile().memory_analysis()
-    return memory.argument_size_in_bytes + memory.output_size_in_bytes + memory.temp_size_in_bytes
+    return program_bytes(forward.lower(state, images).compile())
 
 
 def flops(variant, size):

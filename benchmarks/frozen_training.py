@@ -10,15 +10,12 @@ PyTorch runs the model of `transformers` with scaled-dot-product attention, and 
 formats. Before anything is timed the losses of both decoders, with the same parameters on the same batch, are compared.
 """
 
-import json
 import logging
 import shutil
-import statistics
 import sys
 import tempfile
 from dataclasses import replace
 from functools import partial
-from itertools import pairwise
 from pathlib import Path
 
 import jax
@@ -26,7 +23,7 @@ import numpy as np
 import torch
 from torch.nn import functional
 
-from benchmarks.timing import about, in_turn, timed
+from benchmarks.timing import about, compared, in_turn, print_result, timed
 from jaxla.config import InputError, Model, Training
 from jaxla.data.batches import SliceSource, training_batches
 from jaxla.data.cases import find_cases
@@ -39,8 +36,9 @@ from jaxla.models.images import IMAGENET_DEVIATION, IMAGENET_MEAN
 from jaxla.shell.command_line import command_parser, parse_arguments
 from jaxla.shell.process import run_command
 from jaxla.training.features import BATCH, FeatureCache
-from jaxla.training.step import make_gradient, make_optimiser, make_step, split_network
+from jaxla.training.step import initial_state, make_gradient, make_optimiser, make_step, split_network, take_step
 from tests.golden.live import live_model
+from tests.parity.references import reference_of
 
 TOLERANCE = 1e-4  # of the two losses, relative
 FEWEST_SLICES = 20  # of a small phantom
@@ -67,10 +65,8 @@ def main(arguments):
         volumes = small_phantoms(Path(folder), options.slices)
         network = build_network(Model(arch, weights="random", backbone="frozen"), 1, seed=0)
         cache = FeatureCache(Path(folder, "cache"), network, arch, Canvas(options.size))
-        backbone, decoder = (
-            TorchBackbone(network.backbone),
-            TorchDecoder(variant.width, Model().decoder_widths, options.size),
-        )
+        backbone = TorchBackbone(network.backbone)
+        decoder = reference_of(network.decoder, (options.size, options.size))
         images, masks = arrays_of(SliceSource(volumes, Canvas(options.size)))
         images = torch.from_numpy(images)
 
@@ -86,11 +82,10 @@ def main(arguments):
             "jaxla": {"features": timed(lambda: jax.block_until_ready(cache.extract(blank)))},
             "torch": {"features": timed(lambda: backbone(images[:BATCH]))},
         }
-        once = spread_of(in_turn({"jaxla": our_features, "torch": their_features}, options.epochs))
+        once = compared(in_turn({"jaxla": our_features, "torch": their_features}, options.epochs))
         cached = SliceSource(volumes, Canvas(options.size), cache.features(volumes))
         features, _ = arrays_of(cached)
 
-        copy_parameters(network.decoder, decoder)
         decoder_network = network.on_features((options.size, options.size))
         difference = loss_difference(decoder_network, decoder, features[: options.batch], masks[: options.batch])
         if not difference <= TOLERANCE:
@@ -116,7 +111,7 @@ def main(arguments):
             first_call["torch"][way] = timed(partial(their_training.steps, 1))
             sides = {"jaxla": our_training, "torch": their_training}
             runs = {side: partial(training.steps, options.slices // options.batch) for side, training in sides.items()}
-            epochs[way] = spread_of(in_turn(runs, options.epochs))
+            epochs[way] = compared(in_turn(runs, options.epochs))
             our_training.close()
 
     result = {
@@ -131,23 +126,10 @@ def main(arguments):
         "torch_step_seconds_by_format": of_format,
         "relative_loss_difference": difference,
         "first_call_seconds": first_call,
-        "features_once_seconds": once,
-        "epoch_seconds": epochs,
-        "ratio_torch_over_jaxla": {
-            name: seconds["torch"]["median"] / seconds["jaxla"]["median"]
-            for name, seconds in {"features_once": once, **epochs}.items()
-        },
+        "features_once": once,
+        "epoch": epochs,
     }
-    json.dump(result, sys.stdout, indent=1)
-    print()
-
-
-def spread_of(seconds):
-    """Name -> median, fastest and slowest of its seconds."""
-    return {
-        name: {"median": statistics.median(times), "fastest": min(times), "slowest": max(times)}
-        for name, times in seconds.items()
-    }
+    print_result(result)
 
 
 def small_phantoms(folder, count):
@@ -170,22 +152,18 @@ class OurTraining:
     """Steps of this package on a source of slices, as its training loop takes them."""
 
     def __init__(self, network, source, batch):
-        self.network = split_network(network, train_backbone=False)
-        self.trainable, self.frozen = jax.tree.map(jax.numpy.copy, (self.network.trainable, self.network.frozen))
+        parts = split_network(network, train_backbone=False)
+        # copied, for a step gives its arguments' memory away, and the next training starts from the same
+        parts = parts._replace(trainable=jax.tree.map(jax.numpy.copy, parts.trainable))
         optimiser = make_optimiser(Training(), 1, pretrained_backbone=False)
-        self.step = make_step(make_gradient(self.network.training), optimiser)
-        self.state = jax.jit(optimiser.init)(self.trainable)
+        self.step = make_step(make_gradient(parts.training), optimiser)
+        self.state = initial_state(parts, optimiser)
         self.batches = training_batches(source, batch, seed=0)
 
     def steps(self, count):
-        losses = []
-        for _ in range(count):
-            self.trainable, batch_statistics, self.state, loss = self.step(
-                self.trainable, self.frozen, self.state, next(self.batches), jax.random.key(0)
-            )
-            self.frozen = self.frozen._replace(statistics=batch_statistics)
-            losses.append(loss)
-        jax.block_until_ready(losses)
+        jax.block_until_ready(
+            [take_step(self.step, self.state, next(self.batches), jax.random.key(0)) for _ in range(count)]
+        )
 
     def close(self):
         self.batches.close()
@@ -228,45 +206,6 @@ class TorchBackbone:
             tokens = self.model(colour).last_hidden_state[:, 1 + self.variant.registers :]
         side = images.shape[1] // self.variant.patch
         return tokens.unflatten(1, (side, side))
-
-
-class TorchDecoder(torch.nn.Module):
-    """`ConvolutionalDecoder`, in PyTorch: features [B, C, h, w] -> logits [B, 1, H, W]."""
-
-    def __init__(self, width, widths, size):
-        super().__init__()
-        self.size = size
-        self.token_classifier = torch.nn.Conv2d(width, widths[0], 1)
-        self.mix = torch.nn.Conv2d(widths[0], widths[0], 7, padding=3)
-        self.convolutions = torch.nn.ModuleList(
-            torch.nn.Conv2d(i, o, 3, padding=1, bias=False) for i, o in pairwise(widths)
-        )
-        self.norms = torch.nn.ModuleList(torch.nn.BatchNorm2d(o) for o in widths[1:])
-        self.logits = torch.nn.Conv2d(widths[-1], 1, 3, padding=1)
-
-    def forward(self, x):
-        x = self.mix(functional.selu(self.token_classifier(x)))
-        for convolution, norm in zip(self.convolutions, self.norms, strict=True):
-            x = functional.relu(norm(convolution(functional.interpolate(x, scale_factor=2, mode="bilinear"))))
-        if x.shape[2:] != (self.size, self.size):
-            x = functional.interpolate(x, size=(self.size, self.size), mode="bilinear")
-        return self.logits(x)
-
-
-def copy_parameters(ours, theirs):
-    """Give a `TorchDecoder` the parameters of a `ConvolutionalDecoder`."""
-    pairs = [(ours.token_classifier, theirs.token_classifier), (ours.mix, theirs.mix), (ours.logits, theirs.logits)]
-    pairs += list(zip([stage.convolution for stage in ours.stages], theirs.convolutions, strict=True))
-    with torch.no_grad():
-        for layer, copy in pairs:
-            kernel = np.asarray(layer.kernel[...])
-            kernel = kernel.reshape((1,) * (4 - kernel.ndim) + kernel.shape)  # a 1×1 convolution is a matrix here
-            copy.weight.copy_(torch.from_numpy(kernel.transpose(3, 2, 0, 1).copy()))
-            if copy.bias is not None:
-                copy.bias.copy_(torch.from_numpy(np.array(layer.bias[...])))
-        for stage, norm in zip(ours.stages, theirs.norms, strict=True):
-            norm.weight.copy_(torch.from_numpy(np.array(stage.norm.scale[...])))
-            norm.bias.copy_(torch.from_numpy(np.array(stage.norm.bias[...])))
 
 
 def loss_difference(ours, theirs, features, masks):

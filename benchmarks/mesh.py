@@ -6,21 +6,19 @@ any. Both run in this process, in turn, from the same parameters on the same bat
 are compared: they must be the same bits.
 """
 
-import json
-import statistics
-import sys
+from contextlib import nullcontext
 
 import jax
 import numpy as np
 
-from benchmarks.timing import about, in_turn
+from benchmarks.timing import about, compared, in_turn, print_result
 from jaxla.config import InputError, Model, Training
-from jaxla.devices.mesh import spread, to_devices, use_devices
+from jaxla.devices.mesh import spread, use_devices
 from jaxla.models.backbones import TRANSFORMERS, architecture
 from jaxla.models.build import build_network
 from jaxla.shell.command_line import command_parser, parse_arguments
 from jaxla.shell.process import run_command
-from jaxla.training.step import initial_state, make_gradient, make_optimiser, make_step, split_network
+from jaxla.training.step import initial_state, make_gradient, make_optimiser, make_step, split_network, take_step
 
 
 def main(arguments):
@@ -36,59 +34,49 @@ def main(arguments):
         raise InputError(f"--size must be a multiple of {TRANSFORMERS[arch].patch}, --batch and --repeats at least 1")
     model = Model(arch=arch, weights="random", backbone=options.backbone)
 
-    without = Step(model, options)
-    with use_devices(1):
-        within = Step(model, options)
-        first = within(), without()
-        if first[0] != first[1]:
-            raise InputError(f"losses differ: {first[0]} within a mesh, {first[1]} without")
-
-    def run_within():
-        with use_devices(1):
-            within()
-
-    seconds = in_turn({"mesh": run_within, "no mesh": without}, options.repeats)
-    medians = {name: statistics.median(times) for name, times in seconds.items()}
-    result = {
-        **about("jax", "flax"),
-        "arch": arch,
-        "backbone": options.backbone,
-        "size": options.size,
-        "batch": options.batch,
-        "repeats": options.repeats,
-        "median_seconds": medians,
-        "fastest_seconds": {name: min(times) for name, times in seconds.items()},
-        "mesh_over_no_mesh": medians["mesh"] / medians["no mesh"],
+    sides = {
+        "no mesh": a_step(model, options, nullcontext),
+        "jaxla": a_step(model, options, lambda: use_devices(1)),
     }
-    json.dump(result, sys.stdout, indent=1)
-    print()
-
-
-class Step:
-    """A step that can be taken again and again; gives the loss. Within a mesh where it is made and called in one."""
-
-    def __init__(self, model, options):
-        parts = split_network(build_network(model, 1, 0), train_backbone=model.backbone == "finetuned")
-        optimiser = make_optimiser(Training(), options.repeats, pretrained_backbone=False)
-        self.step = make_step(make_gradient(parts.training), optimiser)
-        self.trainable, self.frozen = to_devices(parts.trainable), to_devices(parts.frozen)
-        self.state = initial_state(optimiser, self.trainable)
-        rng = np.random.default_rng(0)
-        images = rng.random((options.batch, options.size, options.size, 1), np.float32)
-        self.batch = {
-            "input": images,
-            "mask": (images[..., 0] > 0.7).astype(np.uint8),
-            "weight": np.ones(options.batch, np.float32),
+    losses = {name: side() for name, side in sides.items()}
+    if len(set(losses.values())) > 1:
+        raise InputError(f"losses differ: {losses['jaxla']} within a mesh, {losses['no mesh']} without")
+    found = compared(in_turn(sides, options.repeats))
+    print_result(
+        {
+            **about("jax", "flax"),
+            "arch": arch,
+            "backbone": options.backbone,
+            "size": options.size,
+            "batch": options.batch,
+            "repeats": options.repeats,
+            "median_seconds": found["median_seconds"],
+            "fastest_seconds": found["fastest_seconds"],
+            "mesh_over_no_mesh": found["median_seconds"]["jaxla"] / found["median_seconds"]["no mesh"],
         }
-        self.key = jax.random.key(0)
+    )
 
-    def __call__(self):
-        batch = spread(self.batch)  # part of what a mesh costs
-        self.trainable, statistics, self.state, loss = self.step(
-            self.trainable, self.frozen, self.state, batch, self.key
-        )
-        self.frozen = self.frozen._replace(statistics=statistics)
-        return float(loss)
+
+def a_step(model, options, devices):
+    """A step that can be taken again and again, within `devices()`; gives the loss."""
+    rng = np.random.default_rng(0)
+    images = rng.random((options.batch, options.size, options.size, 1), np.float32)
+    batch = {
+        "input": images,
+        "mask": (images[..., 0] > 0.7).astype(np.uint8),
+        "weight": np.ones(options.batch, np.float32),
+    }
+    parts = split_network(build_network(model, 1, 0), train_backbone=model.backbone == "finetuned")
+    optimiser = make_optimiser(Training(), options.repeats, pretrained_backbone=False)
+    step = make_step(make_gradient(parts.training), optimiser)
+    with devices():
+        state = initial_state(parts, optimiser)
+
+    def run():
+        with devices():
+            return float(take_step(step, state, spread(batch), jax.random.key(0)))  # spreading is part of what it costs
+
+    return run
 
 
 if __name__ == "__main__":

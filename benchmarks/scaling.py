@@ -11,9 +11,7 @@ and twice that to reduce it everywhere. What is sent is the least that the table
 everywhere that need only be scattered.
 """
 
-import json
 import os
-import sys
 
 os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"
 os.environ["JAX_PLATFORMS"] = "cpu"
@@ -23,6 +21,7 @@ import numpy as np
 from flax import nnx
 from jax.sharding import NamedSharding
 
+from benchmarks.timing import print_result
 from jaxla.config import Model, Training
 from jaxla.devices.mesh import BATCH, MODEL, shardings, use_devices
 from jaxla.models.backbones import architecture
@@ -44,8 +43,7 @@ def main(arguments):
         for devices in (1, 2, 4, 8)
         for shard in ((False, True) if devices > 1 else (False,))
     ]
-    json.dump({"arch": model.arch, "size": options.size, "batch": options.batch, "steps": rows}, sys.stdout, indent=1)
-    print()
+    print_result({"arch": model.arch, "size": options.size, "batch": options.batch, "steps": rows})
 
 
 def of_step(model, options, devices, shard_params):

@@ -1,8 +1,11 @@
-"""The sides of a comparison timed in turn, and on what they ran."""
+"""The sides of a comparison timed in turn, on what they ran, and how that is printed."""
 
 import datetime
 import importlib.metadata
+import json
+import statistics
 import time
+from pathlib import Path
 
 import jax
 
@@ -27,6 +30,16 @@ def in_turn(sides, repeats):
     return seconds
 
 
+def compared(seconds):
+    """Median and fastest of each side's seconds, and every other side's median over this package's."""
+    medians = {name: statistics.median(times) for name, times in seconds.items()}
+    return {
+        "median_seconds": medians,
+        "fastest_seconds": {name: min(times) for name, times in seconds.items()},
+        "torch_over_jaxla": {name: median / medians["jaxla"] for name, median in medians.items() if name != "jaxla"},
+    }
+
+
 def about(*packages):
     """What belongs to every result: date, device and versions."""
     return {
@@ -34,3 +47,11 @@ def about(*packages):
         "device": jax.devices()[0].device_kind if jax.default_backend() == "gpu" else processor(),
         "versions": {name: importlib.metadata.version(name) for name in packages},
     }
+
+
+def print_result(result, output=None):
+    """As JSON; into the file `output` too."""
+    text = json.dumps(result, indent=1, ensure_ascii=False)
+    if output:
+        Path(output).write_text(text + "\n")
+    print(text)

@@ -14,9 +14,7 @@ on Linux by how much the process grew at most during a step. A pause before each
 fall asleep.
 """
 
-import json
 import os
-import statistics
 import time
 from pathlib import Path
 
@@ -26,7 +24,7 @@ import jax
 import numpy as np
 import torch
 
-from benchmarks.timing import PAUSE, about, timed
+from benchmarks.timing import PAUSE, about, compared, print_result, timed
 from jaxla.config import InputError, Training, lookup
 from jaxla.devices.memory import program_bytes
 from jaxla.experiments import METHODS
@@ -34,7 +32,15 @@ from jaxla.models.build import build_network, require_size
 from jaxla.models.images import IMAGENET_DEVIATION, IMAGENET_MEAN
 from jaxla.shell.command_line import command_parser, parse_arguments
 from jaxla.shell.process import run_command
-from jaxla.training.step import initial_state, make_gradient, make_optimiser, make_step, split_network
+from jaxla.training.step import (
+    compile_step,
+    initial_state,
+    make_gradient,
+    make_optimiser,
+    make_step,
+    split_network,
+    take_step,
+)
 from tests.parity.references import as_theirs, reference_of
 
 RIVALS = {name: method for name, method in METHODS.items() if method.preprocessing.pad_to == "largest"}
@@ -86,8 +92,7 @@ def main(arguments):
             before = reset_peak()
             seconds[name].append(timed(side))
             grown[name].append(peak() - before if before else None)
-    medians = {name: statistics.median(times[1:]) for name, times in seconds.items()}
-    of_torch = {name: median / medians["jaxla"] for name, median in medians.items() if name != "jaxla"}
+    found = compared({name: times[1:] for name, times in seconds.items()})
     result = {
         **about("jax", "flax", "torch"),
         "method": options.method,
@@ -97,18 +102,13 @@ def main(arguments):
         "repeats": options.repeats,
         "gradient_relative_l2": difference,
         "gradient_relative_l2_of_torch": difference_of_torch,
-        "median_seconds": medians,
-        "fastest_seconds": {name: min(times[1:]) for name, times in seconds.items()},
-        "slices_per_second": {name: options.batch / median for name, median in medians.items()},
-        "torch_over_jaxla": of_torch,
-        "fastest_torch_over_jaxla": min(of_torch.values()),
+        **found,
+        "fastest_torch_over_jaxla": min(found["torch_over_jaxla"].values()),
+        "slices_per_second": {name: options.batch / median for name, median in found["median_seconds"].items()},
         "grown_bytes": {name: max(values[1:]) if all(values[1:]) else None for name, values in grown.items()},
         "jaxla_program_bytes": sides["jaxla"].bytes,
     }
-    text = json.dumps(result, indent=1)
-    if options.output:
-        Path(options.output).write_text(text + "\n")
-    print(text)
+    print_result(result, options.output)
 
 
 def relative_l2(gradients, reference):
@@ -125,24 +125,18 @@ class Ours:
         parts = split_network(network, train_backbone=True)
         optimiser = make_optimiser(Training(learning_rate=RATE), 1000, pretrained_backbone=False)
         self.gradient = make_gradient(parts.training)
-        self.trainable, self.frozen = parts.trainable, parts.frozen
-        self.state = initial_state(optimiser, self.trainable)
+        self.state = initial_state(parts, optimiser)
         self.batch = {"input": images, "mask": mask, "weight": np.ones(len(images), np.float32)}
         self.key = jax.random.key(0)
-        step = make_step(self.gradient, optimiser)
-        self.step = step.lower(self.trainable, self.frozen, self.state, self.batch, self.key).compile()
+        self.step = compile_step(make_step(self.gradient, optimiser), self.state, self.batch, self.key)
         self.bytes = program_bytes(self.step)
 
     def gradients(self):
-        _, gradients, _ = jax.jit(self.gradient)(self.trainable, self.frozen, self.batch, self.key)
+        _, gradients, _ = jax.jit(self.gradient)(self.state.trainable, self.state.frozen, self.batch, self.key)
         return as_theirs(self.network, gradients)
 
     def __call__(self):
-        self.trainable, statistics, self.state, loss = self.step(
-            self.trainable, self.frozen, self.state, self.batch, self.key
-        )
-        self.frozen = self.frozen._replace(statistics=statistics)
-        return float(loss)
+        return float(take_step(self.step, self.state, self.batch, self.key))
 
 
 class Theirs:

@@ -92,6 +92,11 @@ def evaluation_batches(source: SliceSource, batch_size: int, rows: range | None 
         yield from batches
 
 
+def blank_batch(source: SliceSource, rows: range) -> Batch:
+    """A batch like those of `source`, for what asks for shapes alone."""
+    return Batch(**{name: np.broadcast_to(value, (len(rows), *np.shape(value))) for name, value in source[0].items()})
+
+
 def _read(source: SliceSource, rows: range, chosen: np.ndarray) -> Batch:
     """These rows of the batch of slices `chosen`; zeros, of weight 0, beyond its end."""
     slices = [source[i] for i in chosen[rows.start : rows.stop]]

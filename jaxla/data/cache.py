@@ -15,6 +15,7 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 from jaxla.config import InputError
+from jaxla.shell.files import refusal_named
 
 KINDS = {  # folder -> what lies there
     "volumes": "prepared volumes",
@@ -42,13 +43,9 @@ def in_use(cache_dir: Path) -> Iterator[None]:
     users = cache_dir / "in-use"
     mine = users / f"{uuid.uuid4().hex[:8]}.{platform.node()}-{os.getpid()}.lock"
     lock = FileLock(mine)  # the operating system's: a killed process holds it no longer
-    try:
+    with refusal_named("written", users, "choose another by --cache-dir or XDG_CACHE_HOME"):
         users.mkdir(parents=True, exist_ok=True)
         lock.acquire()
-    except OSError as error:
-        raise InputError(
-            f"{users}: cannot be written ({error.strerror}); choose another by --cache-dir or XDG_CACHE_HOME"
-        ) from error
     try:
         yield
     finally:

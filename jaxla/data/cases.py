@@ -162,6 +162,32 @@ def find_images(root: str | Path) -> dict[str, Path]:
     raise InputError(f"--input={root}: no .nii or .nii.gz file in this folder")
 
 
+def find_masks(folder: Path, option: str) -> dict[str, Path]:
+    """The NIfTI files of a folder of masks, by name without ending.
+
+    Raises:
+        InputError: no such folder, or two files of one name.
+    """
+    if not folder.is_dir():
+        raise InputError(f"{option}={folder}: no such folder")
+    findings: list[Finding] = []
+    masks = _by_stem(_nifti_files(folder), findings)
+    _raise_first(findings)
+    return masks
+
+
+def of_their_images(masks: dict[str, Path]) -> dict[str, Path]:
+    """Masks by the name of their image, where the names of all end in one of `MASK_SUFFIXES`; else none.
+
+    Raises:
+        InputError: two are of one image.
+    """
+    findings: list[Finding] = []
+    images, by_image = _by_suffix(masks.values(), findings)
+    _raise_first(findings)
+    return {} if images else by_image
+
+
 # --- LAScarQS 2022 ---------------------------------------------------------------------------------------------------
 
 

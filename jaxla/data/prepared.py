@@ -10,7 +10,6 @@ import hashlib
 import json
 import logging
 import shutil
-import uuid
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -30,7 +29,7 @@ from jaxla.data.volumes import (
     to_slices,
     voxels_sha256,
 )
-from jaxla.shell.files import file_sha256
+from jaxla.shell.files import file_sha256, refusal_named, replacing_folder
 
 log = logging.getLogger(__name__)
 
@@ -120,7 +119,11 @@ def content_key(case: Case, labels: Labels) -> str:
     Raises:
         InputError: a file cannot be read.
     """
-    content = json.dumps([*(_sha256(path) for path in (case.image, case.mask)), asdict(labels)])
+    sums = []
+    for path in (case.image, case.mask):
+        with refusal_named("read", path):
+            sums.append(file_sha256(path))
+    content = json.dumps([*sums, asdict(labels)])
     return hashlib.sha256(content.encode()).hexdigest()[:32]
 
 
@@ -130,12 +133,8 @@ def _prepare_case(case: Case, labels: Labels, store: Path) -> PreparedVolume:
     if not _is_whole(folder):
         image, mask = read_image(case.image), read_mask(case.mask)
         require_same_grid(mask, image)
-        try:
+        with refusal_named("written", f"--cache-dir={store.parent}"):
             _write_prepared(folder, image, mask, labels)
-        except OSError as error:
-            raise InputError(
-                f"--cache-dir={store.parent}: cannot be written ({error.strerror or 'the disk is full'})"
-            ) from error
     described = json.loads((folder / "volume.json").read_text())
     described = {key: tuple(value) if isinstance(value, list) else value for key, value in described.items()}
     return PreparedVolume(id=case.id, folder=folder, case=case, content_key=key, **described)
@@ -156,29 +155,17 @@ def _write_prepared(folder: Path, image: Volume, mask: Volume, labels: Labels) -
         "mask_values": np.unique(mask.array[mask.array != 0])[:10].tolist(),
         "class_voxels": np.bincount(classes.ravel(), minlength=len(labels.names) + 1).tolist(),
     }
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    beside = folder.parent / f".writing-{uuid.uuid4().hex}"
     try:
-        beside.mkdir()
-        np.save(beside / "image.npy", slices)
-        np.save(beside / "mask.npy", np.ascontiguousarray(to_slices(classes, geometry)))
-        (beside / "volume.json").write_text(json.dumps(described))
-        if folder.exists() and not _is_whole(folder):  # somebody removed files from it
-            shutil.rmtree(folder)
-        beside.rename(folder)
+        with replacing_folder(folder) as beside:
+            np.save(beside / "image.npy", slices)
+            np.save(beside / "mask.npy", np.ascontiguousarray(to_slices(classes, geometry)))
+            (beside / "volume.json").write_text(json.dumps(described))
+            if folder.exists() and not _is_whole(folder):  # somebody removed files from it
+                shutil.rmtree(folder)
     except OSError:
         if not _is_whole(folder):  # unless another process was faster, with the same content
             raise
-    finally:
-        shutil.rmtree(beside, ignore_errors=True)
 
 
 def _is_whole(folder: Path) -> bool:
     return all((folder / name).exists() for name in ("image.npy", "mask.npy", "volume.json"))
-
-
-def _sha256(path: Path) -> str:
-    try:
-        return file_sha256(path)
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read ({error.strerror})") from error

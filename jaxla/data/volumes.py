@@ -22,7 +22,7 @@ from nibabel.openers import ImageOpener
 from nibabel.spatialimages import HeaderDataError
 
 from jaxla.config import InputError
-from jaxla.shell.files import replacing
+from jaxla.shell.files import refusal_named, replacing
 
 AXES = ("left-right", "anterior-posterior", "head-foot")  # canonical
 HEAD_FOOT = 2
@@ -175,7 +175,7 @@ def write_volume(path: Path, array: np.ndarray, like: Volume) -> None:
     header.set_data_dtype(array.dtype)
     header["cal_min"] = header["cal_max"] = 0
     image_class = nib.Nifti2Image if isinstance(header, nib.Nifti2Header) else nib.Nifti1Image
-    try:
+    with refusal_named("written", path, "choose another output folder"):
         path.parent.mkdir(parents=True, exist_ok=True)
         with replacing(path) as beside:
             nib.save(image_class(array, like.affine, header), beside)
@@ -186,8 +186,6 @@ def write_volume(path: Path, array: np.ndarray, like: Volume) -> None:
             )
             if not (same and np.array_equal(np.asarray(written.dataobj), array)):
                 raise AssertionError(f"{path}: what was read back differs from what was written")
-    except OSError as error:
-        raise InputError(f"{path}: cannot be written ({error.strerror}); choose another output folder") from error
 
 
 def _read(path: Path) -> Volume:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
+from tabulate import tabulate
 
 from jaxla.config import InputError
 from jaxla.evaluation.metrics import COLUMNS, EMPTY_POLICIES, METRICS, SIZES, EmptyPolicy, score
@@ -74,8 +75,8 @@ def summarise(rows: Iterable[Mapping], unit: Unit, empty: EmptyPolicy, class_nam
     if not rows:
         raise InputError("there is nothing to summarise: no case was scored")
     metrics = (*METRICS, *SIZES[3 if unit == "volume" else 2])
-    units = _group_by_unit([row for row in rows if row["dice"] is not None], unit)
-    skipped_units = len(_group_by_unit(rows, unit)) - len(units)
+    units = by_unit([row for row in rows if row["dice"] is not None], unit).values()
+    skipped_units = len(by_unit(rows, unit)) - len(units)
     skipped_rows = sum(row["dice"] is None for row in rows)
 
     summary: dict[str, Any] = {}
@@ -110,6 +111,19 @@ def summarise_test(
     return [row | of_atlas for row, of_atlas in zip(rows, beside, strict=True)], summary
 
 
+def by_unit(rows: Iterable[Row], unit: Unit = "volume") -> dict[tuple, list[Row]]:
+    """The rows of each unit, one per class, by its case, of slices by case and slice."""
+    groups: dict[tuple, list[Row]] = {}
+    for row in rows:
+        groups.setdefault((row["case"], row["slice"]) if unit == "slice" else (row["case"],), []).append(row)
+    return groups
+
+
+def of_cases(rows: Iterable[Row], metric: str) -> dict[str, float]:
+    """Case -> its value per volume, the mean over its classes."""
+    return {case: float(np.mean([row[metric] for row in of_case])) for (case,), of_case in by_unit(rows).items()}
+
+
 def worst_median_best(dice: Mapping[str, float]) -> dict[str, str]:
     """The cases of the lowest, the median and the highest Dice, each once -> `worst`, `median` or `best`."""
     ranked = sorted(dice, key=dice.get)
@@ -119,18 +133,15 @@ def worst_median_best(dice: Mapping[str, float]) -> dict[str, str]:
 
 def summary_table(summary: Mapping) -> str:
     """The summary as lines to print: one per metric, and the Dice of each class where there are several."""
-    lines = [("metric", "mean", "sd", "n", "unit")]
     metrics = [(metric, summary[metric]) for metric in summary["definitions"]]
     if len(summary["classes"]) > 1:
         metrics += [(f"dice of {name}", values["dice"]) for name, values in summary["classes"].items()]
-    for name, values in metrics:
-        numbers = ["-" if values[key] is None else f"{values[key]:.4f}" for key in ("mean", "sd")]
-        lines.append((name, *numbers, str(values["n"]), values["unit"]))
-    widths = [max(len(line[column]) for line in lines) for column in range(5)]
-    return "\n".join(
-        "  ".join([name.ljust(widths[0]), *(c.rjust(w) for c, w in zip(rest, widths[1:4], strict=True)), unit])
-        for name, *rest, unit in lines
-    )
+    lines = [
+        [name, *("-" if of[key] is None else f"{of[key]:.4f}" for key in ("mean", "sd")), of["n"], of["unit"]]
+        for name, of in metrics
+    ]
+    head, aligned = ("metric", "mean", "sd", "n", "unit"), ("left", "right", "right", "right", "left")
+    return tabulate(lines, head, "plain", colalign=aligned, disable_numparse=True)
 
 
 def write_cases(rows: Sequence[Mapping], path: Path) -> None:
@@ -160,14 +171,6 @@ def write_lascarqs2022(rows: Sequence[Mapping], path: Path) -> None:
         raise InputError("protocol lascarqs2022 scores every case: empty references cannot be skipped")
     names = {"Casename": "case", "LAcavity_Dice": "dice", "LAcavity_ASD": "assd_mm", "LAcavity_HD": "hd_mm"}
     _write_csv(path, list(names), [{name: row[key] for name, key in names.items()} for row in rows])
-
-
-def _group_by_unit(rows: Sequence[Mapping], unit: Unit) -> list[list[Mapping]]:
-    groups: dict[tuple, list[Mapping]] = {}
-    for row in rows:
-        key = (row["case"], row["slice"]) if unit == "slice" else (row["case"],)
-        groups.setdefault(key, []).append(row)
-    return list(groups.values())
 
 
 def _statistics(values: Sequence[float], unit: Unit) -> dict[str, Any]:

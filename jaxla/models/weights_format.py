@@ -17,7 +17,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from jaxla.config import InputError
-from jaxla.shell.files import free_bytes, replacing
+from jaxla.shell.files import free_bytes, refusal_named, replacing
 
 # No JAX here: `python -m jaxla.info` reads a file's header in less time than JAX takes to import.
 
@@ -91,14 +91,10 @@ def writing(path: Path) -> Iterator[BinaryIO]:
     Raises:
         InputError: it cannot be written.
     """
-    try:
+    with refusal_named("written", path, "mend that, or choose another place"):
         path.parent.mkdir(parents=True, exist_ok=True)
         with replacing(path) as beside, beside.open("wb") as file:
             yield file
-    except OSError as error:
-        raise InputError(
-            f"{path}: cannot be written ({error.strerror or error}); mend that, or choose another place"
-        ) from error
 
 
 def require_room(path: Path, size: int) -> None:

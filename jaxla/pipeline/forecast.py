@@ -15,10 +15,10 @@ import numpy as np
 from flax import nnx
 
 from jaxla.config import Experiment
-from jaxla.data.batches import SliceSource, evaluation_batches, steps_per_epoch, training_batches
+from jaxla.data.batches import SliceSource, blank_batch, evaluation_batches, steps_per_epoch, training_batches
 from jaxla.data.prepared import PreparedVolume
 from jaxla.devices.memory import device_bytes, exhaustion_named, program_bytes, require_memory
-from jaxla.devices.mesh import on_host, own_rows, spread, to_devices, use_own_devices
+from jaxla.devices.mesh import on_host, own_rows, spread, use_own_devices
 from jaxla.devices.processes import gather, process_count, share
 from jaxla.evaluation.summary import score_case
 from jaxla.models.build import build_network
@@ -30,6 +30,7 @@ from jaxla.shell.files import free_bytes
 from jaxla.shell.terminal import as_bytes, clock
 from jaxla.training.features import FeatureCache
 from jaxla.training.step import (
+    compile_step,
     count_parameters,
     initial_state,
     make_evaluation,
@@ -37,6 +38,7 @@ from jaxla.training.step import (
     make_optimiser,
     make_step,
     split_network,
+    take_step,
 )
 
 log = logging.getLogger(__name__)
@@ -143,22 +145,17 @@ def _forecast(experiment: Experiment, data: PreparedData, cache_dir: Path, seen:
     }
     steps = steps_per_epoch(sources["train"], recipe.batch_size)
     optimiser = make_optimiser(recipe, steps * recipe.epochs, model.weights != "random")
-    split = split._replace(trainable=to_devices(split.trainable), frozen=to_devices(split.frozen))
-    state = initial_state(optimiser, split.trainable)
-    trained_bytes, state_bytes = (sum(leaf.nbytes for leaf in jax.tree.leaves(t)) for t in (split.trainable, state))
-    trained = count_parameters(split.trainable)
+    state = initial_state(split, optimiser)
+    trained, trained_bytes = count_parameters(state.trainable), _bytes(state.trainable)
 
-    rows = own_rows(recipe.batch_size)
+    rows, key = own_rows(recipe.batch_size), jax.random.key(0)
     batches = training_batches(sources["train"], recipe.batch_size, experiment.seed, rows)
-    key = jax.random.key(0)
-    arguments = [split.trainable, split.frozen, state, spread(next(batches)), key]
-    step = make_step(make_gradient(split.training, experiment.augmentation), optimiser).lower(*arguments).compile()
+    step = make_step(make_gradient(split.training, experiment.augmentation), optimiser)
+    step = compile_step(step, state, spread(blank_batch(sources["train"], rows)), key)
     require_memory(program_bytes(step), recipe.batch_size)
 
-    def one_step() -> Any:
-        arguments[0], _, arguments[2], loss = step(*arguments)
-        arguments[3] = spread(next(batches))
-        return loss
+    def one_step() -> jax.Array:
+        return take_step(step, state, spread(next(batches)), key)
 
     one_step()
     start_seconds = time.perf_counter() - began
@@ -167,7 +164,7 @@ def _forecast(experiment: Experiment, data: PreparedData, cache_dir: Path, seen:
     evaluate = make_evaluation(split.evaluation)
     with closing(evaluation_batches(sources["val"], recipe.batch_size, rows)) as batches:
         batch = spread(next(batches))
-    batch_seconds = _seconds(lambda: evaluate(arguments[0], split.frozen, batch), 2)
+    batch_seconds = _seconds(lambda: evaluate(state.trainable, state.frozen, batch), 2)
     score_seconds = _scoring_seconds(data) * len(parts["test"])
     of_volume = slices["test"] / len(parts["test"]) * (batch_seconds / recipe.batch_size + extract_seconds)
     cost_seconds = of_volume + min(TIMED_VOLUMES * of_volume, TIMED_SECONDS + of_volume)
@@ -184,7 +181,7 @@ def _forecast(experiment: Experiment, data: PreparedData, cache_dir: Path, seen:
         disk_free=free_bytes(cache_dir),
         cache_dir=cache_dir,
         # two checkpoints of each kind are kept, and a third is there while it is written
-        run_bytes=3 * (2 * trained_bytes + state_bytes)
+        run_bytes=3 * (2 * trained_bytes + _bytes(state.optimiser))
         + sum(int(np.prod(v.shape)) for v in parts["test"]) // 20
         + PAGE_BYTES,
         step_bytes=program_bytes(step),
@@ -238,6 +235,10 @@ def _seconds(call: Callable[[], Any], repeats: int) -> float:
         result = call()
     jax.block_until_ready(result)
     return (time.perf_counter() - began) / repeats
+
+
+def _bytes(tree: Any) -> int:
+    return sum(leaf.nbytes for leaf in jax.tree.leaves(tree))
 
 
 def _scoring_seconds(data: PreparedData) -> float:

@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 import logging
-import os
-import shutil
-from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
 
 from jaxla.config import InputError
-from jaxla.data.cases import MASK_SUFFIXES, find_cases
+from jaxla.data.cases import MASK_SUFFIXES, find_cases, find_masks, of_their_images
 from jaxla.data.labels import Labels, parse_labels
 from jaxla.data.split import read_test_cases
 from jaxla.data.volumes import read_mask, require_same_grid, slice_geometry, to_slices
 from jaxla.evaluation.summary import Row, score_case, write_cases, write_lascarqs2022, write_summary
+from jaxla.shell.files import refusal_named, replacing_folder
 from jaxla.shell.terminal import count_of
 
 log = logging.getLogger("jaxla.evaluate")
@@ -33,16 +31,16 @@ def match_cases(
         cases: a split file, of whose test cases alone to take.
         labels: what `--data.labels` says; empty takes the data set's own.
     """
-    predicted = _masks_in(predictions, "--predictions")
+    predicted = find_masks(predictions, "--predictions")
     if not predicted:
         raise InputError(f"--predictions={predictions}: no .nii or .nii.gz file in this folder")
-    referenced, classes = _masks_in(references, "--references"), parse_labels(labels) if labels else None
+    referenced, classes = find_masks(references, "--references"), parse_labels(labels) if labels else None
     images_too = any(name + suffix in referenced for name in referenced for suffix in MASK_SUFFIXES)
     if images_too or not referenced:
         dataset = find_cases(references, labels)
         referenced, classes = {case.id: case.mask for case in dataset.cases}, dataset.labels
-    elif all(name.endswith(MASK_SUFFIXES) and name not in predicted for name in referenced):
-        referenced = _by_case((name.rpartition("_")[0], path) for name, path in referenced.items())
+    elif predicted.keys().isdisjoint(referenced):
+        referenced = of_their_images(referenced) or referenced
 
     if cases:
         chosen = read_test_cases(Path(cases))
@@ -64,23 +62,6 @@ def match_cases(
                 f"so there should be a {alone[0]}.nii.gz among the {partner}s"
             )
     return [(name, predicted[name], path) for name, path in referenced.items()], classes
-
-
-def _masks_in(folder: Path, option: str) -> dict[str, Path]:
-    """The NIfTI files directly in a folder, by name without ending."""
-    if not folder.is_dir():
-        raise InputError(f"{option}={folder}: no such folder")
-    files = [p for p in sorted(folder.iterdir()) if p.name.endswith((".nii", ".nii.gz")) and not p.name.startswith(".")]
-    return _by_case((path.name.removesuffix(".gz").removesuffix(".nii"), path) for path in files)
-
-
-def _by_case(named: Iterable[tuple[str, Path]]) -> dict[str, Path]:
-    found: dict[str, Path] = {}
-    for case_id, path in named:
-        if case_id in found:
-            raise InputError(f"{path}: {found[case_id].name} is the same case; keep one of the two")
-        found[case_id] = path
-    return found
 
 
 def checked_labels(pairs: list[tuple[str, Path, Path]], labels: Labels | None) -> Labels:
@@ -148,16 +129,9 @@ def score_files(case_id: str, prediction: Path, reference: Path, labels: Labels,
 
 
 def write_tables(output: Path, rows: list[Row], summary: dict, protocol: str | None) -> None:
-    """All files into a folder beside the output, which then takes its name."""
-    beside = output.with_name(f".{os.getpid()}.{output.name}")
-    try:
-        beside.mkdir(parents=True)
+    """All files at once."""
+    with refusal_named("written", f"--output={output}", "choose another folder"), replacing_folder(output) as beside:
         write_cases(rows, beside / "cases.csv")
         write_summary(summary, beside / "summary.json")
         if protocol == "lascarqs2022":
             write_lascarqs2022(rows, beside / "lascarqs2022.csv")
-        beside.rename(output)
-    except OSError as error:
-        raise InputError(f"--output={output}: cannot be written ({error.strerror}); choose another folder") from error
-    finally:
-        shutil.rmtree(beside, ignore_errors=True)

@@ -10,8 +10,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Literal, NamedTuple
 
-from filelock import FileLock, Timeout
-
 from jaxla.config import Data, Experiment, InputError, Study
 from jaxla.data.cases import find_cases
 from jaxla.data.prepared import content_key
@@ -19,10 +17,10 @@ from jaxla.data.split import make_split
 from jaxla.experiments import EXPERIMENTS, METHODS
 from jaxla.pipeline.checks import checked, of_method, with_weights
 from jaxla.pipeline.data import data_folder
-from jaxla.runs.folder import CASES, LOCK, RUNS, STUDY, has_not_begun, is_finished
+from jaxla.runs.folder import CASES, RUNS, STUDY, has_not_begun, held, is_finished
 from jaxla.runs.record import changed_case, differences, read_record, shown
 from jaxla.shell.command_line import parse_experiment
-from jaxla.shell.files import write_whole
+from jaxla.shell.files import refusal_named, write_whole
 
 State = Literal["complete", "begun", "new"]
 
@@ -135,20 +133,10 @@ def study_folder(output: Path, study: Study, runs: Sequence[PlannedRun], command
             for run in runs
         ],
     }
-    lock = FileLock(output / LOCK, timeout=1)
-    try:
-        output.mkdir(parents=True, exist_ok=True)
-        lock.acquire()
-        write_whole(output / STUDY, json.dumps(content, indent=1) + "\n")
-    except Timeout as error:
-        raise InputError(f"--output={output}: another process runs a study there; wait for it or end it") from error
-    except OSError as error:
-        lock.release()
-        raise InputError(f"--output={output}: cannot be written ({error.strerror}); choose another folder") from error
-    try:
+    with held(output, "--output", "runs a study"):
+        with refusal_named("written", f"--output={output}", "choose another folder"):
+            write_whole(output / STUDY, json.dumps(content, indent=1) + "\n")
         yield
-    finally:
-        lock.release()
 
 
 def state_of(run: PlannedRun) -> State:

@@ -22,7 +22,15 @@ from jaxla.data.volumes import (
 )
 from jaxla.devices.processes import gather, is_first, share
 from jaxla.evaluation.atlas import Atlas, apply_atlas, build_atlas, choose_threshold
-from jaxla.evaluation.summary import Row, score_case, summarise_test, worst_median_best, write_cases, write_summary
+from jaxla.evaluation.summary import (
+    Row,
+    of_cases,
+    score_case,
+    summarise_test,
+    worst_median_best,
+    write_cases,
+    write_summary,
+)
 from jaxla.inference.segment import Segment, make_segment, make_segment_slices, write_segmentation
 from jaxla.inference.trained import TrainedNetwork, load_run
 from jaxla.pipeline.checks import unread_options
@@ -137,11 +145,7 @@ def in_order(rows: list[Row], cases: Sequence[str]) -> list[Row]:
 
 def panels_of(data: PreparedData, rows: Sequence[Row], predictions: Path) -> list[Panel]:
     """The test cases of the lowest, the median and the highest Dice, with what was predicted for them."""
-    by_case: dict[str, list[float]] = {}
-    for row in rows:
-        by_case.setdefault(row["case"], []).append(row["dice"])
-    dice = {name: np.mean(of_classes) for name, of_classes in by_case.items()}
-    panels = []
+    dice, panels = of_cases(rows, "dice"), []
     for name, rank in worst_median_best(dice).items():
         prepared = data.volumes[name]
         mask = read_mask(predictions / f"{name}.nii.gz")

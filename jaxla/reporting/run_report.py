@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +10,12 @@ import numpy as np
 
 from jaxla.config import experiment_from_json
 from jaxla.evaluation.metrics import COLUMNS
+from jaxla.evaluation.summary import by_unit
 from jaxla.reporting.agreement import FEWEST_FOR_LIMITS, draw_volumes, volume_agreement
 from jaxla.reporting.curves import draw_losses, draw_validation
 from jaxla.reporting.overlays import PREDICTION, REFERENCE, SLICES_PER_CASE, Panel, slice_figures
 from jaxla.reporting.page import Pair, chart, data_uri, templates
-from jaxla.runs.record import method_label
+from jaxla.runs.record import flat, method_label, shown
 from jaxla.shell.command_line import without_folder_and_process
 from jaxla.shell.files import write_whole
 
@@ -49,7 +49,7 @@ def write_report(
         KeyError, jinja2.UndefinedError: something that the report shows is missing from what it was given.
     """
     template = templates().get_template("run_report.html.jinja")
-    cases = _cases(rows)
+    cases, left_out = _cases(rows), {"name", "summary", *unread}
     best = next(line for line in history if line["epoch"] == summary["best_epoch"])
     page = template.render(
         record=record,
@@ -74,7 +74,7 @@ def write_report(
         volumes=chart(lambda axes: draw_volumes(axes, rows), (4.2, 4)),
         panels=[(panel, [(i, data_uri(f)) for i, f in slice_figures(panel, SLICES_PER_CASE)]) for panel in panels],
         colours={"prediction": PREDICTION, "reference": REFERENCE},
-        options=[of for of in _flatten(record["experiment"]) if of[0] not in {"name", "summary", *unread}],
+        options=[(name, shown(v)) for name, v in flat(record["experiment"]).items() if name not in left_out],
         repeat=without_folder_and_process(record["command"]),
         titles={name: metric.title for name, metric in COLUMNS.items()},
         unread=unread,
@@ -142,20 +142,8 @@ def _row_pairs(rows: Sequence[Mapping[str, Any]]) -> list[Pair]:
 
 def _cases(rows: Sequence[Mapping[str, Any]]) -> list[list[Mapping[str, Any]]]:
     """The rows of each case, the case of the lowest mean Dice first: what went wrong is read before what went well."""
-    cases: dict[str, list[Mapping[str, Any]]] = {}
-    for row in rows:
-        cases.setdefault(row["case"], []).append(row)
-    return sorted(cases.values(), key=lambda case: _mean(case, "dice"))
+    return sorted(by_unit(rows).values(), key=lambda case: _mean(case, "dice"))
 
 
 def _mean(rows: Sequence[Mapping[str, Any]], metric: str) -> float:
     return float(np.mean([row[metric] for row in rows]))
-
-
-def _flatten(options: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
-    """Options under the dotted names that the command line takes."""
-    for key, value in options.items():
-        if isinstance(value, Mapping):
-            yield from _flatten(value, f"{prefix}{key}.")
-        else:
-            yield prefix + key, value if isinstance(value, str) and value else json.dumps(value, ensure_ascii=False)

@@ -15,6 +15,7 @@ import numpy as np
 
 from jaxla.config import InputError
 from jaxla.evaluation.statistics import mean_interval, require_same_cases
+from jaxla.evaluation.summary import of_cases
 from jaxla.runs.cost import Cost
 from jaxla.runs.folder import (
     CASES,
@@ -85,11 +86,7 @@ class StudyRun:
 
     def volumes(self, metric: str, of_class: str = "") -> dict[str, float]:
         """Case -> its value, of one class or averaged over all; with a metric `atlas_…` that of the atlas."""
-        values: dict[str, list[float]] = {}
-        for row in self.rows:
-            if of_class in ("", row["class"]):
-                values.setdefault(row["case"], []).append(row[metric])
-        return {case: float(np.mean(of_classes)) for case, of_classes in sorted(values.items())}
+        return of_cases((row for row in self.rows if of_class in ("", row["class"])), metric)
 
     def values(self, metric: str, unit: Unit, of_class: str = "") -> np.ndarray:
         """The values of all units, in the same order in all runs."""

@@ -17,7 +17,7 @@ from jaxla.config import Experiment, InputError
 from jaxla.data.split import Split, write_split
 from jaxla.runs.record import RECORD, Record, changed_case, differences, read_record, shown, write_record
 from jaxla.shell.command_line import require_writable, without_folder_and_process
-from jaxla.shell.files import is_left_over, write_whole
+from jaxla.shell.files import is_left_over, refusal_named, write_whole
 
 log = logging.getLogger(__name__)
 
@@ -101,15 +101,7 @@ def run_folder(folder: Path, record: Record, split: Split, cases: Mapping[str, s
         InputError: another process holds it, it cannot be written, or what is to be resumed differs.
     """
     missing = [path for path in (folder, *folder.absolute().parents) if not path.exists()]
-    lock = FileLock(folder / LOCK, timeout=1)  # longer than `is_running` holds it
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        lock.acquire()
-    except Timeout as error:
-        raise InputError(f"--run-dir={folder}: another process is training there; wait for it or end it") from error
-    except OSError as error:
-        raise InputError(f"--run-dir={folder}: cannot be written ({error.strerror}); choose another folder") from error
-    try:
+    with held(folder, "--run-dir", "is training"):
         for path in filter(is_left_over, folder.iterdir()):
             with suppress(OSError):
                 path.unlink()
@@ -137,6 +129,27 @@ def run_folder(folder: Path, record: Record, split: Split, cases: Mapping[str, s
                 raise InputError(
                     f"--run-dir={folder}: cannot be written ({error.strerror}); choose another folder"
                 ) from error
+        yield
+
+
+@contextmanager
+def held(folder: Path, option: str, does: str) -> Iterator[None]:
+    """A folder, of a run or a study, made where there is none and held by this process alone.
+
+    Args:
+        does: what another process does that holds it, for the message.
+
+    Raises:
+        InputError: another process holds it, or it cannot be written.
+    """
+    lock = FileLock(folder / LOCK, timeout=1)  # longer than `is_running` holds it
+    with refusal_named("written", f"{option}={folder}", "choose another folder"):
+        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            lock.acquire()
+        except Timeout as error:
+            raise InputError(f"{option}={folder}: another process {does} there; wait for it or end it") from error
+    try:
         yield
     finally:
         lock.release()

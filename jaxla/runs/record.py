@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass, fields, is_dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -127,30 +127,32 @@ def _labels_from_json(content: Mapping[str, Any]) -> Labels:
     )
 
 
+def flat(options: Mapping[str, Any], within: str = "") -> dict[str, Any]:
+    """What `dataclasses.asdict` makes of an experiment, under the dotted names that the command line takes."""
+    found: dict[str, Any] = {}
+    for key, value in options.items():
+        found |= flat(value, f"{within}{key}.") if isinstance(value, Mapping) else {within + key: value}
+    return found
+
+
 def options_of(experiment: Experiment) -> dict[str, str]:
     """Every option that must be the same wherever the run goes on, by its dotted name."""
-    flat = {"exp": experiment.name}
-    for key, value in asdict(experiment).items():
-        of_part = {f"{key}.{name}": v for name, v in value.items()} if isinstance(value, dict) else {key: value}
-        flat |= {name: shown(v) for name, v in of_part.items() if name not in NOT_COMPARED | {"name"}}
-    return flat
+    compared = {name: shown(v) for name, v in flat(asdict(experiment)).items() if name not in NOT_COMPARED | {"name"}}
+    return {"exp": experiment.name} | compared
 
 
 def differences(now: Any, then: Any, within: str = "") -> Iterator[tuple[str, Any, Any]]:
-    """The options in which two experiments differ: dotted name, and the value of each."""
-    for field in fields(now):
-        option = within + field.name
-        a, b = getattr(now, field.name), getattr(then, field.name)
-        if is_dataclass(a):
-            yield from differences(a, b, f"{option}.")
-        elif option == "model.weights" and "random" in (a, b) and a != b:
-            yield option, a, b
-        elif a != b and option not in NOT_COMPARED:
+    """The options in which two experiments, or the same part of both, differ: dotted name, and the value of each."""
+    before = flat(asdict(then), within)
+    for option, a in flat(asdict(now), within).items():
+        b = before[option]
+        if a != b and (option not in NOT_COMPARED or (option == "model.weights" and "random" in (a, b))):
             yield "exp" if option == "name" else option, a, b
 
 
 def shown(value: Any) -> str:
-    return "[" + ",".join(map(str, value)) + "]" if isinstance(value, tuple) else str(value) or "not given"
+    """An option's value as the command line takes it."""
+    return "[" + ",".join(map(str, value)) + "]" if isinstance(value, tuple | list) else str(value) or "not given"
 
 
 def changed_case(then: Mapping[str, str], now: Mapping[str, str]) -> str:

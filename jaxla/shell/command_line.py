@@ -137,19 +137,12 @@ def parse_experiment(
     parser.set_defaults({key: value for key, value in asdict(experiment).items() if key not in fixed})
     parsed = parser.instantiate(parse_arguments(parser, arguments))
 
-    values = {key: parsed[key] for key in ("seed", *PARTS)}
+    of_session = {name: parsed[name] for name in Options._fields if name not in ("experiment", "run_dir", "cache_dir")}
     return Options(
-        experiment=Experiment(**fixed, **values),
+        experiment=Experiment(**fixed, **{key: parsed[key] for key in ("seed", *PARTS)}),
         run_dir=Path(parsed.run_dir) if parsed.run_dir else None,
         cache_dir=Path(parsed.cache_dir) if parsed.cache_dir else default_cache_dir(),
-        resume=parsed.resume,
-        dry_run=parsed.dry_run,
-        devices=parsed.devices,
-        shard_params=parsed.shard_params,
-        coordinator=parsed.coordinator,
-        processes=parsed.processes,
-        process=parsed.process,
-        wait=parsed.wait,
+        **of_session,
     )
 
 

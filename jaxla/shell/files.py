@@ -14,7 +14,19 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
+from jaxla.config import InputError
+
 log = logging.getLogger(__name__)
+
+
+@contextlib.contextmanager
+def refusal_named(done: str, what: object, mend: str = "") -> Iterator[None]:
+    """Within it what the system does not allow is an InputError: `what` cannot be `done` (written, read), and why."""
+    try:
+        yield
+    except OSError as error:
+        reason = error.strerror or str(error) or "the disk is full"
+        raise InputError(f"{what}: cannot be {done} ({reason}){mend and f'; {mend}'}") from error
 
 
 @contextlib.contextmanager
@@ -44,6 +56,22 @@ def write_whole(path: Path, text: str) -> None:
     """Write a text file, as `replacing` does."""
     with replacing(path) as beside:
         beside.write_text(text, encoding="utf-8")
+
+
+@contextlib.contextmanager
+def replacing_folder(folder: Path) -> Iterator[Path]:
+    """As `replacing`, for a new folder of files, or one to take the place of an empty one.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    beside = folder.with_name(f".{uuid.uuid4().hex}.{folder.name}")
+    try:
+        beside.mkdir(parents=True)
+        yield beside
+        beside.rename(folder)
+    finally:
+        shutil.rmtree(beside, ignore_errors=True)
 
 
 @contextlib.contextmanager

@@ -19,12 +19,12 @@ from grain.python import DatasetIterator
 from tqdm import tqdm
 
 from jaxla.config import Augmentation, InputError, Training
-from jaxla.data.batches import SliceSource, evaluation_batches, steps_per_epoch, training_batches
+from jaxla.data.batches import SliceSource, blank_batch, evaluation_batches, steps_per_epoch, training_batches
 from jaxla.devices.memory import program_bytes, require_memory
-from jaxla.devices.mesh import highest, own_rows, spread, to_devices
+from jaxla.devices.mesh import highest, own_rows, spread
 from jaxla.devices.processes import agreed, is_first, process_count
 from jaxla.runs.folder import BEST, LATEST, METRICS
-from jaxla.shell.files import write_whole
+from jaxla.shell.files import refusal_named, write_whole
 from jaxla.shell.process import Stopped, stop_requests
 from jaxla.shell.terminal import clock
 from jaxla.training.checkpoints import Checkpoints, checkpointed
@@ -32,11 +32,14 @@ from jaxla.training.step import (
     UNCHANGED,
     Frozen,
     SplitNetwork,
+    State,
+    compile_step,
     initial_state,
     make_evaluation,
     make_gradient,
     make_optimiser,
     make_step,
+    take_step,
 )
 
 log = logging.getLogger(__name__)
@@ -66,17 +69,6 @@ class Progress:
     epochs_since_lowest: int = 0
     history: list[dict[str, Any]] = field(default_factory=list)
     step_bytes: int = 0
-
-
-@dataclass
-class _State:
-    """Training at one moment: all that a checkpoint holds."""
-
-    trainable: Any
-    frozen: Frozen
-    optimiser: Any
-    batches: DatasetIterator
-    progress: Progress
 
 
 def fit(
@@ -111,33 +103,24 @@ def fit(
     key = jax.random.key(seed)
 
     best, latest = (Checkpoints(folder / name) for name in (BEST, LATEST))
-    trainable, frozen = to_devices(network.trainable), to_devices(network.frozen)
-    state = _State(
-        trainable,
-        frozen,
-        initial_state(optimiser, trainable),
-        training_batches(train, recipe.batch_size, seed, own_rows(recipe.batch_size)),
-        Progress(),
-    )
-    _go_on(state, best, latest, folder)
-    step = _compiled(step, state, train, recipe.batch_size, key)
-    progress, saved_at = state.progress, time.monotonic()
+    state = initial_state(network, optimiser)
+    batches = training_batches(train, recipe.batch_size, seed, own_rows(recipe.batch_size))
+    progress = _go_on(state, batches, best, latest, folder)
+    step = compile_step(step, state, spread(blank_batch(train, own_rows(recipe.batch_size))), key)
     progress.step_bytes = program_bytes(step)
+    require_memory(progress.step_bytes, recipe.batch_size)
+    saved_at = time.monotonic()
     _write_history(folder, progress.history)
     if progress.history and is_first():
         on_epoch(progress.history)
 
     asked: deque[int | jax.Array] = deque()
-    with stop_requests() as stop_requested, closing(state.batches):
+    with stop_requests() as stop_requested, closing(batches):
         while progress.epoch < recipe.epochs and progress.epochs_since_lowest < recipe.patience:
             began = time.perf_counter() - progress.seconds
             for _ in _bar(steps, len(progress.losses), f"epoch {progress.epoch + 1}/{recipe.epochs}"):
                 number = progress.epoch * steps + len(progress.losses)
-                batch = spread(next(state.batches))
-                state.trainable, statistics, state.optimiser, loss = step(
-                    state.trainable, state.frozen, state.optimiser, batch, jax.random.fold_in(key, number)
-                )
-                state.frozen = state.frozen._replace(statistics=statistics)
+                loss = take_step(step, state, spread(next(batches)), jax.random.fold_in(key, number))
                 progress.losses.append(loss)
                 wish = STOP if stop_requested() else SAVE if time.monotonic() - saved_at > SAVE_EVERY else 0
                 asked.append(highest(wish))
@@ -145,7 +128,7 @@ def fit(
                 heard = int(asked.popleft()) if len(asked) == min(2, process_count()) else 0
                 if heard:
                     progress.seconds = time.perf_counter() - began
-                    _save_latest(latest, state, steps)
+                    _save_latest(latest, state, batches, progress, steps)
                     saved_at = time.monotonic()
                     asked.clear()
                 if heard == STOP:
@@ -162,7 +145,7 @@ def fit(
                     lambda: bool(highest(int(stop_requested()))),
                 )
             except Stopped:
-                _save_latest(latest, state, steps)
+                _save_latest(latest, state, batches, progress, steps)
                 raise
             if not np.isfinite([train_loss, val_loss]).all():
                 raise InputError(
@@ -185,10 +168,12 @@ def fit(
             progress.lowest_loss = min(val_loss, progress.lowest_loss)
             if val_dice > progress.best_dice:
                 progress.best_dice, progress.best_epoch = val_dice, progress.epoch
-            _save_latest(latest, state, steps)  # first: the best one can be made from it, should the process end here
+            _save_latest(
+                latest, state, batches, progress, steps
+            )  # first: the best one can be made from it, should the process end here
             saved_at = time.monotonic()
             if progress.best_epoch == progress.epoch:
-                _save_best(best, state)
+                _save_best(best, state, progress)
             _write_history(folder, progress.history)
             remaining = (recipe.epochs - progress.epoch) * np.mean([m["seconds"] for m in progress.history[-5:]])
             log.info(
@@ -209,38 +194,22 @@ def fit(
     return progress
 
 
-def _compiled(step: Callable, state: _State, train: SliceSource, batch_size: int, key: jax.Array) -> Callable:
-    """The step for batches of that size, compiled before any is read.
-
-    Raises:
-        InputError: it needs more memory than there is.
-    """
-    rows = len(own_rows(batch_size))
-    batch = {name: np.broadcast_to(value, (rows, *np.shape(value))) for name, value in train[0].items()}
-    lowered = step.lower(state.trainable, state.frozen, state.optimiser, spread(batch), key)
-    compiled = lowered.compile()
-    require_memory(program_bytes(compiled), batch_size)
-    return compiled
-
-
-def _save_latest(latest: Checkpoints, state: _State, steps: int) -> None:
-    progress = state.progress
+def _save_latest(latest: Checkpoints, state: State, batches: DatasetIterator, progress: Progress, steps: int) -> None:
     progress.losses = [float(loss) for loss in jax.device_get(progress.losses)]
     latest.save(
         progress.epoch * (steps + 1) + len(progress.losses),
         {**checkpointed(state.trainable, state.frozen.statistics), "optimiser": state.optimiser},
-        {**vars(progress), "batches": state.batches.get_state()},
+        {**vars(progress), "batches": batches.get_state()},
     )
 
 
-def _save_best(best: Checkpoints, state: _State) -> None:
-    progress = state.progress
+def _save_best(best: Checkpoints, state: State, progress: Progress) -> None:
     record = {"epoch": progress.best_epoch, "dice": progress.best_dice}
     best.save(progress.best_epoch, checkpointed(state.trainable, state.frozen.statistics), record)
 
 
-def _go_on(state: _State, best: Checkpoints, latest: Checkpoints, folder: Path) -> None:
-    """Bring `state` to the newest whole checkpoint, if there is one, and the best checkpoint to the same moment.
+def _go_on(state: State, batches: DatasetIterator, best: Checkpoints, latest: Checkpoints, folder: Path) -> Progress:
+    """Bring all to the newest whole checkpoint, if there is one, and the best checkpoint to the same moment.
 
     Raises:
         InputError: epochs were trained, but no whole checkpoint is left.
@@ -252,33 +221,34 @@ def _go_on(state: _State, best: Checkpoints, latest: Checkpoints, folder: Path) 
                 f"{folder / 'checkpoints' / 'latest'}: no whole checkpoint is left of the {epochs} epochs that were "
                 "trained; put one back from a copy, or start a new run"
             )
-        return
+        return Progress()
     like = {**checkpointed(state.trainable, state.frozen.statistics), "optimiser": state.optimiser}
     restored, saved = latest.restore(like, newest)
     state.trainable, state.optimiser = restored["trainable"], restored["optimiser"]
     state.frozen = state.frozen._replace(statistics=restored["statistics"])
-    state.batches.set_state(saved.pop("batches"))
-    progress = state.progress = Progress(**saved)
+    batches.set_state(saved.pop("batches"))
+    progress = Progress(**saved)
     log.info("goes on after %d epochs and %d steps", progress.epoch, len(progress.losses))
 
     for of_lost_epoch in [epoch for epoch in best.steps() if epoch > progress.best_epoch]:
         best.remove(of_lost_epoch)
     whole = best.newest_whole() or 0
     if whole < progress.best_epoch == progress.epoch and not progress.losses:  # ended between latest and best
-        _save_best(best, state)
+        _save_best(best, state, progress)
     elif whole < progress.best_epoch:
         lost, dice = progress.best_epoch, {m["epoch"]: m["val_dice"] for m in progress.history}
         at_hand = [epoch for epoch in (whole, 0 if progress.losses else progress.epoch) if epoch]
         progress.best_epoch = max(at_hand, key=dice.__getitem__, default=0)
         progress.best_dice = dice.get(progress.best_epoch, -1.0)
         if progress.best_epoch > whole:
-            _save_best(best, state)
+            _save_best(best, state, progress)
         if is_first():
             log.warning(
                 "the checkpoint of the best epoch, %d, was lost; %s", lost,
                 f"that of epoch {progress.best_epoch} stands in for it" if at_hand
                 else "the next epoch stands in for it",
             )  # fmt: skip
+    return progress
 
 
 def _read_history(folder: Path) -> list[str]:
@@ -289,12 +259,8 @@ def _read_history(folder: Path) -> list[str]:
 def _write_history(folder: Path, history: Sequence[Mapping[str, Any]]) -> None:
     if not is_first():
         return
-    try:
+    with refusal_named("written", folder, "mend that and go on with --resume"):
         write_whole(folder / METRICS, "".join(json.dumps(metrics, allow_nan=False) + "\n" for metrics in history))
-    except OSError as error:
-        raise InputError(
-            f"{folder}: cannot be written ({error.strerror}); mend that and go on with --resume"
-        ) from error
 
 
 def validate(

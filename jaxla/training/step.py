@@ -6,6 +6,7 @@ What is frozen is an argument of its own and never differentiated. The loop know
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import jax
@@ -13,7 +14,7 @@ import optax
 from flax import nnx
 
 from jaxla.config import Augmentation, Training
-from jaxla.devices.mesh import constrain, device_count, whole
+from jaxla.devices.mesh import constrain, device_count, to_devices, whole
 from jaxla.training.augmentation import augment
 from jaxla.training.losses import overlap_counts, pixel_loss
 
@@ -59,6 +60,36 @@ def split_network(network: nnx.Module, train_backbone: bool) -> SplitNetwork:
 
 def count_parameters(state: nnx.State) -> int:
     return sum(leaf.size for leaf in jax.tree.leaves(state))
+
+
+@dataclass
+class State:
+    """Training between two steps; what is trained, and the optimiser's own, a step takes away and gives anew."""
+
+    trainable: Any
+    frozen: Frozen
+    optimiser: Any
+
+
+def initial_state(network: SplitNetwork, optimiser: optax.GradientTransformation) -> State:
+    """Before the first step, on the devices of the mesh; the optimiser's part is divided as the parameters are."""
+    trainable = to_devices(network.trainable)
+    moments = jax.jit(lambda trainable: constrain(optimiser.init(trainable)))(trainable)
+    return State(trainable, to_devices(network.frozen), moments)
+
+
+def compile_step(step: Callable, state: State, batch: Any, key: jax.Array) -> jax.stages.Compiled:
+    """A step of `make_step` for batches like this one."""
+    return step.lower(state.trainable, state.frozen, state.optimiser, batch, key).compile()
+
+
+def take_step(step: Callable, state: State, batch: Any, key: jax.Array) -> jax.Array:
+    """Move `state` on by a step; -> the loss, which is not waited for."""
+    state.trainable, statistics, state.optimiser, loss = step(
+        state.trainable, state.frozen, state.optimiser, batch, key
+    )
+    state.frozen = state.frozen._replace(statistics=statistics)
+    return loss
 
 
 def make_gradient(graph: nnx.GraphDef, augmentation: Augmentation = UNCHANGED) -> Gradient:
@@ -140,8 +171,3 @@ def make_optimiser(recipe: Training, steps: int, pretrained_backbone: bool) -> o
 
     rates = {"rest": recipe.learning_rate, "backbone": recipe.backbone_learning_rate}
     return optax.multi_transform({name: adam(rate) for name, rate in rates.items()}, group)
-
-
-def initial_state(optimiser: optax.GradientTransformation, trainable: nnx.State) -> Any:
-    """The optimiser's state before the first step, divided as the parameters are."""
-    return jax.jit(lambda trainable: constrain(optimiser.init(trainable)))(trainable)

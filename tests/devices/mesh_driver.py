@@ -20,12 +20,12 @@ from jaxla.config import Training
 from jaxla.data.batches import SliceSource
 from jaxla.data.inputs import Canvas
 from jaxla.devices.launch import Launch
-from jaxla.devices.mesh import own_rows, spread, to_devices, use_devices, whole
+from jaxla.devices.mesh import own_rows, spread, use_devices, whole
 from jaxla.devices.processes import is_first, joined
 from jaxla.models.networks.transformer_segmenter import ConvolutionalDecoder, TransformerSegmenter
 from jaxla.models.networks.unet import UNet
 from jaxla.training.loop import fit
-from jaxla.training.step import initial_state, make_gradient, make_optimiser, make_step, split_network
+from jaxla.training.step import initial_state, make_gradient, make_optimiser, make_step, split_network, take_step
 from tests.devices.mesh_cases import BATCH, CASES, OF_TWO_PROCESSES, RESUMED_ON, STEPS
 from tests.tiny import ROTARY, randomise, tiny_backbone
 from tests.training.scans import disc_scans
@@ -58,21 +58,17 @@ def trained(name):
     parts = split_network(network(name), train_backbone=not name.startswith("frozen"))
     optimiser = make_optimiser(RECIPE, STEPS, pretrained_backbone=True)
     step = make_step(make_gradient(parts.training), optimiser)
-    key = jax.random.key(0)
-    trainable, frozen = to_devices(parts.trainable), to_devices(parts.frozen)
-    state = initial_state(optimiser, trainable)
-    arrays, losses = {}, []
+    state, arrays, losses = initial_state(parts, optimiser), {}, []
     for number, batch in enumerate(map(spread, batches())):
-        trainable, statistics, state, loss = step(trainable, frozen, state, batch, key)
+        losses.append(take_step(step, state, batch, jax.random.key(0)))
         if not number:  # Adam's first moment is a tenth of the first gradient
-            arrays |= {name: array for name, array in named("gradients", state).items() if ".mu." in name}
-        frozen = frozen._replace(statistics=statistics)
-        losses.append(loss)
-    held = sum(leaf.addressable_shards[0].data.nbytes for leaf in jax.tree.leaves((trainable, state)))
+            arrays |= {name: array for name, array in named("gradients", state.optimiser).items() if ".mu." in name}
+    held = jax.tree.leaves((state.trainable, state.optimiser))
+    held = sum(leaf.addressable_shards[0].data.nbytes for leaf in held)
     return (
         arrays
-        | named("parameters", trainable)
-        | named("statistics", statistics)
+        | named("parameters", state.trainable)
+        | named("statistics", state.frozen.statistics)
         | {
             "losses": np.array(losses),
             "bytes on a device": np.array(held),

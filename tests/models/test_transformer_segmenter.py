@@ -10,6 +10,7 @@ from flax import nnx
 from jaxla.models.networks.transformer_segmenter import ConvolutionalDecoder, LinearDecoder, TransformerSegmenter
 from jaxla.models.resizing import double, resize
 from jaxla.models.vision_transformer import VisionTransformer
+from tests.parity.references import as_theirs, reference_of
 from tests.tiny import TINY, flat_arrays, randomise, tiny_backbone
 
 WIDTHS = (8, 6, 4)
@@ -165,48 +166,13 @@ def test_default_decoder_on_the_giant_backbone_has_15_million_parameters():
 # --- the same numbers as PyTorch ---
 
 
-def torch_decoder(ours, size):
-    """The convolutional decoder as PyTorch layers, with the parameters of `ours`."""
-    widths = WIDTHS
-    layers = [torch.nn.Conv2d(16, widths[0], 1), torch.nn.SELU(), torch.nn.Conv2d(widths[0], widths[0], 7, padding=3)]
-    for i, o in ((widths[0], widths[1]), (widths[1], widths[2])):
-        layers += [
-            torch.nn.Upsample(scale_factor=2, mode="bilinear"),
-            torch.nn.Conv2d(i, o, 3, padding=1, bias=False),
-            torch.nn.BatchNorm2d(o),
-            torch.nn.ReLU(),
-        ]
-    layers += [torch.nn.Upsample(size=size, mode="bilinear"), torch.nn.Conv2d(widths[-1], 3, 3, padding=1)]
-    theirs = torch.nn.Sequential(*layers)
-    arrays = flat_arrays(ours, (nnx.Param, nnx.BatchStat))
-    places = {
-        "token_classifier.kernel": "0.weight", "token_classifier.bias": "0.bias",
-        "mix.kernel": "2.weight", "mix.bias": "2.bias",
-        "logits.kernel": "12.weight", "logits.bias": "12.bias",
-    }  # fmt: skip
-    for stage, first in ((0, 3), (1, 7)):
-        places |= {
-            f"stages.{stage}.convolution.kernel": f"{first + 1}.weight",
-            f"stages.{stage}.norm.scale": f"{first + 2}.weight",
-            f"stages.{stage}.norm.bias": f"{first + 2}.bias",
-            f"stages.{stage}.norm.mean": f"{first + 2}.running_mean",
-            f"stages.{stage}.norm.var": f"{first + 2}.running_var",
-        }
-    assert places.keys() == arrays.keys()
-    for name, place in places.items():
-        array = arrays[name].reshape(1, 1, *arrays[name].shape) if name == "token_classifier.kernel" else arrays[name]
-        array = array.transpose(3, 2, 0, 1) if array.ndim == 4 else array
-        theirs.state_dict()[place].copy_(torch.from_numpy(array.copy()))
-    return theirs
-
-
 def random_tokens():
     return np.random.default_rng(3).standard_normal((4, 5, 7, 16), dtype=np.float32)
 
 
 def test_convolutional_decoder_equals_pytorch_in_evaluation():
     decoder = decoder_of("convolutional", outputs=3)
-    theirs = torch_decoder(decoder, (40, 56)).eval()
+    theirs = reference_of(decoder, (40, 56))
     before = flat_arrays(decoder, nnx.BatchStat)
     ours = decoder(random_tokens(), (40, 56))
     expected = from_torch(theirs(to_torch(random_tokens())))
@@ -218,7 +184,7 @@ def test_convolutional_decoder_equals_pytorch_in_evaluation():
 
 def test_convolutional_decoder_equals_pytorch_in_training():
     decoder = decoder_of("convolutional", outputs=3)
-    theirs = torch_decoder(decoder, (40, 56)).train()
+    theirs = reference_of(decoder, (40, 56)).train()
     decoder.train()
     graph, parameters, rest = nnx.split(decoder, nnx.Param, ...)
     weight = 100 * np.random.default_rng(4).standard_normal((4, 40, 56, 3), dtype=np.float32)
@@ -233,21 +199,17 @@ def test_convolutional_decoder_equals_pytorch_in_training():
     (expected * to_torch(weight)).mean().backward()
     np.testing.assert_allclose(ours, from_torch(expected), atol=1e-5)  # measured: 1.9e-6
 
-    for stage, norm in enumerate((theirs[5], theirs[9])):
-        mean, var = (statistics["stages"][stage]["norm"][name].get_value() for name in ("mean", "var"))
-        np.testing.assert_allclose(mean, norm.running_mean, atol=5e-7)  # measured: 3e-8
-        np.testing.assert_allclose(var, norm.running_var, atol=1e-6)  # measured: 1.2e-7
+    buffers = dict(theirs.named_buffers())
+    found = as_theirs(decoder, statistics)
+    assert len(found) == 4
+    for name, value in found.items():
+        np.testing.assert_allclose(value, buffers[name], atol=1e-6)  # measured: 1.2e-7
 
-    pairs = (
-        (gradients["token_classifier"]["kernel"], theirs[0].weight.grad[:, :, 0, 0].T),
-        (gradients["mix"]["kernel"], theirs[2].weight.grad.permute(2, 3, 1, 0)),
-        (gradients["stages"][0]["convolution"]["kernel"], theirs[4].weight.grad.permute(2, 3, 1, 0)),
-        (gradients["stages"][1]["norm"]["scale"], theirs[9].weight.grad),
-        (gradients["logits"]["kernel"], theirs[12].weight.grad.permute(2, 3, 1, 0)),
-    )
-    for mine, grad in pairs:
-        assert grad.abs().max() > 0.02
-        np.testing.assert_allclose(mine.get_value(), grad, atol=3e-6)  # measured: 4e-7
+    found = as_theirs(decoder, gradients)
+    assert found.keys() == dict(theirs.named_parameters()).keys()
+    for name, parameter in theirs.named_parameters():
+        assert parameter.grad.abs().max() > 0.02
+        np.testing.assert_allclose(found[name], parameter.grad, atol=3e-6)  # measured: 7e-7
 
 
 def test_linear_decoder_equals_pytorch():

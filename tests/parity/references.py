@@ -1,4 +1,4 @@
-"""PyTorch modules of the convolutional networks, written from their papers, and our parameters carried over to them.
+"""PyTorch modules of the convolutional networks and decoders, written from their papers; and our parameters in them.
 
 Encoders have torchvision's names, so that the conversion tables fill them; all else has our names.
 """
@@ -17,6 +17,7 @@ from convert_weights.vgg import vgg_rows
 from jaxla.models.networks.attention_unet import AttentionUNet
 from jaxla.models.networks.resnet_unet import ResNetUNet
 from jaxla.models.networks.segnet import SegNet
+from jaxla.models.networks.transformer_segmenter import ConvolutionalDecoder
 from jaxla.models.networks.unet import UNet
 from jaxla.models.resnet import ResNet
 from jaxla.models.vgg import VGG
@@ -198,12 +199,41 @@ class ReferenceSegNet(nn.Module):
         return self.logits(x)
 
 
+# --- paper 1's decoder ---
+
+
+class ReferenceDecoder(nn.Module):
+    def __init__(self, width, widths, outputs, size):
+        super().__init__()
+        self.token_classifier = nn.Conv2d(width, widths[0], 1)
+        self.mix = nn.Conv2d(widths[0], widths[0], 7, padding=3)
+        self.stages = nn.ModuleList([Unit(i, o) for i, o in pairwise(widths)])
+        self.logits = nn.Conv2d(widths[-1], outputs, 3, padding=1)
+        self.size = size
+
+    def forward(self, x):
+        x = self.mix(functional.selu(self.token_classifier(x)))
+        for stage in self.stages:
+            x = stage(functional.interpolate(x, scale_factor=2, mode="bilinear"))
+        if x.shape[2:] != self.size:
+            x = functional.interpolate(x, size=self.size, mode="bilinear")
+        return self.logits(x)
+
+
 # --- carrying over ---
 
 
-def reference_of(network):
-    """The reference of one of our networks or encoders, with its parameters and statistics, in evaluation mode."""
+def reference_of(network, size=None):
+    """The reference of one of our networks, encoders or decoders, with its parameters and statistics, in evaluation.
+
+    Args:
+        size: H and W of the logits, which a decoder must be told.
+    """
     match network:
+        case ConvolutionalDecoder():
+            width, first = network.token_classifier.in_features, network.token_classifier.out_features
+            widths = (first, *(stage.norm.scale.shape[0] for stage in network.stages))
+            reference = ReferenceDecoder(width, widths, network.logits.out_features, size)
         case AttentionUNet():
             reference = ReferenceAttentionUNet(widths_of(network), network.logits.out_features)
         case UNet():
@@ -278,6 +308,8 @@ def rename(name, array):
     if leaf == "kernel" and module.endswith(".of_skip"):  # one of 2×2 pixels, as a matrix
         outputs = array.shape[-1]
         return f"{module}.weight", array.reshape(2, 2, -1, outputs).transpose(3, 2, 0, 1)
+    if leaf == "kernel" and array.ndim == 2:  # a 1×1 convolution, as a matrix
+        return f"{module}.weight", array.T[:, :, None, None]
     if leaf == "kernel":
         return f"{module}.weight", array.transpose(3, 2, 0, 1)
     return f"{module}.{ {'scale': 'weight', 'mean': 'running_mean', 'var': 'running_var'}.get(leaf, leaf) }", array

@@ -124,8 +124,8 @@ def test_every_patient_option_hash_and_version_is_named(one_class, page_of):
     ]  # fmt: skip
     options, _ = page.table("Option")
     assert options == [
-        ["method", "vit_mini8"], ["seed", "7"], ["data.root", "/scans"], ["data.labels", '""'],
-        ["model.decoder_widths", "[64, 32]"], ["training.batch_size", "8"],
+        ["method", "vit_mini8"], ["seed", "7"], ["data.root", "/scans"], ["data.labels", "not given"],
+        ["model.decoder_widths", "[64,32]"], ["training.batch_size", "8"],
     ]  # fmt: skip
     facts = dict(page.table("What")[0])
     assert facts["SHA-256 of data"] == "d" * 64

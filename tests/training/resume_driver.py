@@ -45,10 +45,10 @@ def main(arguments):
     save_best, evaluation_batches = loop._save_best, loop.evaluation_batches
     epochs = []
 
-    def save_best_or_die(best, state):
-        if state.progress.epoch == options.dies_before_best:
+    def save_best_or_die(best, state, progress):
+        if progress.epoch == options.dies_before_best:
             os._exit(9)
-        save_best(best, state)
+        save_best(best, state, progress)
 
     def batches_and_sigterm(*arguments):
         for batch in evaluation_batches(*arguments):

@@ -14,11 +14,13 @@ from jaxla.models.vgg import VGG, Variant
 from jaxla.training.losses import pixel_loss
 from jaxla.training.step import (
     count_parameters,
+    initial_state,
     make_evaluation,
     make_gradient,
     make_optimiser,
     make_step,
     split_network,
+    take_step,
 )
 from tests.tiny import flat_arrays, randomise, tiny_backbone
 
@@ -52,12 +54,10 @@ def after_steps(train_backbone, recipe=CONSTANT, pretrained=True, steps=1):
     before = named(parts.trainable), named(parts.frozen.parameters), named(parts.frozen.statistics)
     optimiser = make_optimiser(recipe, 10, pretrained)
     step = make_step(make_gradient(parts.training), optimiser)
-    trainable, frozen, state = parts.trainable, parts.frozen, optimiser.init(parts.trainable)
+    state = initial_state(parts, optimiser)
     for i in range(steps):
-        trainable, statistics, state, loss = step(trainable, frozen, state, batch_of(seed=i), KEY)
-        assert np.isfinite(loss)
-        frozen = frozen._replace(statistics=statistics)
-    return before, (named(trainable), named(frozen.parameters), named(frozen.statistics))
+        assert np.isfinite(take_step(step, state, batch_of(seed=i), KEY))
+    return before, (named(state.trainable), named(state.frozen.parameters), named(state.frozen.statistics))
 
 
 def named_split(train_backbone):
@@ -176,10 +176,8 @@ def test_twenty_steps_of_adam_equal_pytorchs():
     parts = split_network(network, train_backbone=True)
     optimiser = make_optimiser(CONSTANT, 20, pretrained_backbone=False)
     step = make_step(make_gradient(parts.training), optimiser)
-    trainable, frozen, state, losses = parts.trainable, parts.frozen, optimiser.init(parts.trainable), []
-    for i in range(20):
-        trainable, _, state, loss = step(trainable, frozen, state, batch_of(seed=i), KEY)
-        losses.append(float(loss))
+    state = initial_state(parts, optimiser)
+    losses = [float(take_step(step, state, batch_of(seed=i), KEY)) for i in range(20)]
 
     first, second = torch.nn.Conv2d(1, 4, 3, padding=1), torch.nn.Conv2d(4, 1, 3, padding=1)
     for name, layer in (("first", first), ("second", second)):
@@ -200,7 +198,7 @@ def test_twenty_steps_of_adam_equal_pytorchs():
 
     assert losses[-1] < losses[0]
     np.testing.assert_allclose(losses, their_losses, atol=1e-6)  # measured: 4e-7
-    ours = named(trainable)
+    ours = named(state.trainable)
     for name, layer in (("first", first), ("second", second)):
         kernel = layer.weight.detach().permute(2, 3, 1, 0)
         assert np.abs(ours[f"{name}.kernel"] - start[f"{name}.kernel"]).max() > 0.05
