@@ -102,7 +102,7 @@ def run_folder(folder: Path, record: Record, split: Split, cases: Mapping[str, s
     """
     missing = [path for path in (folder, *folder.absolute().parents) if not path.exists()]
     with held(folder, "--run-dir", "is training"):
-        for path in filter(is_left_over, folder.iterdir()):
+        for path in filter(is_left_over, [*folder.rglob(".*")]):
             with suppress(OSError):
                 path.unlink()
         if resume:

@@ -161,9 +161,23 @@ def test_each_resumption_is_recorded_and_where_files_lie_now(tmp_path):
         assert [session["begun"] for session in record.resumed] == [now.begun] * times
 
 
-def test_of_two_that_start_at_once_one_gets_it(tmp_path):
+def test_half_written_files_of_a_killed_process_go_when_the_run_goes_on(tmp_path):
+    with opened(tmp_path):
+        pass
+    half = tmp_path / "test" / "predictions" / f".{32 * 'a'}.train_1.nii.gz"
+    half.parent.mkdir(parents=True)
+    half.write_text("half")
+    with run_folder(tmp_path, RECORD, SPLIT, CASES, resume=True):
+        assert not half.exists()
+
+
+@pytest.mark.parametrize("resume", [False, True])
+def test_of_two_that_start_at_once_one_gets_it(tmp_path, resume):
+    if resume:
+        with opened(tmp_path / "run"):
+            pass
     logs = [tmp_path / "1.log", tmp_path / "2.log"]
-    processes = [start_process(log, hold, tmp_path / "run") for log in logs]
+    processes = [start_process(log, hold, tmp_path / "run", resume) for log in logs]
     said = sorted(answers(*logs))
     assert said[0] == "inside\n"
     assert said[1].startswith(f"refused: --run-dir={tmp_path / 'run'}: another process is training there")
@@ -171,16 +185,3 @@ def test_of_two_that_start_at_once_one_gets_it(tmp_path):
         process.kill()
         process.join()
     assert names(tmp_path / "run") == WHOLE
-
-
-def test_of_two_that_resume_at_once_one_gets_it(tmp_path):
-    with opened(tmp_path / "run"):
-        pass
-    logs = [tmp_path / "1.log", tmp_path / "2.log"]
-    processes = [start_process(log, hold, tmp_path / "run", True) for log in logs]
-    said = sorted(answers(*logs))
-    assert said[0] == "inside\n"
-    assert said[1].startswith(f"refused: --run-dir={tmp_path / 'run'}: another process is training there")
-    for process in processes:
-        process.kill()
-        process.join()
