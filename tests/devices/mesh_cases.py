@@ -12,4 +12,4 @@ OF_TWO_PROCESSES = {  # which see two devices each
     "two processes": (4, False, ("convolutional", "frozen")),
     "two processes, divided": (4, True, ("finetuned",)),
 }
-RESUMED_ON = {1: 4, 2: 8}  # devices of each epoch; on four the parameters are divided
+RESUMED_ON = {1: 4, 2: 2}  # devices of each epoch; on four the parameters are divided
