@@ -11,7 +11,7 @@ from contextlib import nullcontext
 import jax
 import numpy as np
 
-from benchmarks.timing import about, compared, in_turn, print_result
+from benchmarks.timing import about, in_numbers, in_turn, print_result
 from jaxla.config import InputError, Model, Training
 from jaxla.devices.mesh import spread, use_devices
 from jaxla.models.backbones import TRANSFORMERS, architecture
@@ -36,12 +36,12 @@ def main(arguments):
 
     sides = {
         "no mesh": a_step(model, options, nullcontext),
-        "jaxla": a_step(model, options, lambda: use_devices(1)),
+        "mesh": a_step(model, options, lambda: use_devices(1)),
     }
     losses = {name: side() for name, side in sides.items()}
     if len(set(losses.values())) > 1:
-        raise InputError(f"losses differ: {losses['jaxla']} within a mesh, {losses['no mesh']} without")
-    found = compared(in_turn(sides, options.repeats))
+        raise InputError(f"losses differ: {losses['mesh']} within a mesh, {losses['no mesh']} without")
+    found = in_numbers(in_turn(sides, options.repeats))
     print_result(
         {
             **about("jax", "flax"),
@@ -50,9 +50,8 @@ def main(arguments):
             "size": options.size,
             "batch": options.batch,
             "repeats": options.repeats,
-            "median_seconds": found["median_seconds"],
-            "fastest_seconds": found["fastest_seconds"],
-            "mesh_over_no_mesh": found["median_seconds"]["jaxla"] / found["median_seconds"]["no mesh"],
+            **found,
+            "mesh_over_no_mesh": found["median_seconds"]["mesh"] / found["median_seconds"]["no mesh"],
         }
     )
 

@@ -61,7 +61,7 @@ def main(arguments):
 
     if output:
         result = {**about("jax", "flax", "torch", "transformers"), "weights": "synthetic", "rows": rows}
-        output.write_text(json.dumps(result, indent=1, ensure_ascii=False) + "\n")
+        output.write_text(json.dumps(result, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
     wide = [row for row in rows if beyond_bounds({"": Error(row["max abs"], row["relative L2"])})]
     print(f"\nSynthetic weights; {len(rows) - len(wide)} of {len(rows)} rows within {BOUND[0]:g} and {BOUND[1]:g}.")
     if wide:

@@ -30,14 +30,19 @@ def in_turn(sides, repeats):
     return seconds
 
 
-def compared(seconds):
-    """Median and fastest of each side's seconds, and every other side's median over this package's."""
-    medians = {name: statistics.median(times) for name, times in seconds.items()}
+def in_numbers(seconds):
+    """Median and fastest of each side's seconds."""
     return {
-        "median_seconds": medians,
+        "median_seconds": {name: statistics.median(times) for name, times in seconds.items()},
         "fastest_seconds": {name: min(times) for name, times in seconds.items()},
-        "torch_over_jaxla": {name: median / medians["jaxla"] for name, median in medians.items() if name != "jaxla"},
     }
+
+
+def compared(seconds):
+    """The same, and the median of each form of PyTorch over this package's: above 1 this package is the faster one."""
+    found = in_numbers(seconds)
+    ours, theirs = found["median_seconds"]["jaxla"], found["median_seconds"].items()
+    return {**found, "torch_over_jaxla": {name: median / ours for name, median in theirs if name != "jaxla"}}
 
 
 def about(*packages):
@@ -53,5 +58,5 @@ def print_result(result, output=None):
     """As JSON; into the file `output` too."""
     text = json.dumps(result, indent=1, ensure_ascii=False)
     if output:
-        Path(output).write_text(text + "\n")
+        Path(output).write_text(text + "\n", encoding="utf-8")
     print(text)

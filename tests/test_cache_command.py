@@ -123,8 +123,8 @@ def test_listing_changes_nothing(cache):
 
 
 def test_what_a_killed_process_left_is_named_and_not_counted_as_a_volume(cache):
-    (cache / "volumes" / ".writing-abc").mkdir()
-    (cache / "volumes" / ".writing-abc" / "image.npy").write_bytes(bytes(5000))
+    (cache / "volumes" / f".{32 * 'a'}.volume").mkdir()
+    (cache / "volumes" / f".{32 * 'a'}.volume" / "image.npy").write_bytes(bytes(5000))
     lines = [line.strip() for line in run(cache)]
     assert "5.00kB  left half-written by a process that was killed" in lines
     assert any(line.endswith("B  2 volumes") for line in lines)

@@ -221,7 +221,13 @@ def test_a_fine_tuned_backbone_moves_from_its_weights_and_is_in_the_checkpoint(p
 
 def test_a_frozen_random_backbone_is_in_the_checkpoint(phantoms, tmp_path):
     run = tmp_path / "run"
-    options = ("--method=vit_mini8", "--model.backbone=frozen", "--preprocessing.image_size=48", "--seed=5")
+    options = (
+        "--method=vit_mini8",
+        "--model.weights=random",
+        "--model.backbone=frozen",
+        "--preprocessing.image_size=48",
+        "--seed=5",
+    )
     one_patient_one_epoch(run, phantoms, tmp_path / "cache", *options)
     assert "random weights, frozen" in read_json(run / "test" / "summary.json")["backbone"]
     fresh = jaxla.build_network("vit_mini8", seed=5).backbone

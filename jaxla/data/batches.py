@@ -92,8 +92,8 @@ def evaluation_batches(source: SliceSource, batch_size: int, rows: range | None 
         yield from batches
 
 
-def blank_batch(source: SliceSource, rows: range) -> Batch:
-    """A batch like those of `source`, for what asks for shapes alone."""
+def sample_batch(source: SliceSource, rows: range) -> Batch:
+    """The first slice in every row, read-only: for what asks for shapes, before any batch is read."""
     return Batch(**{name: np.broadcast_to(value, (len(rows), *np.shape(value))) for name, value in source[0].items()})
 
 

@@ -176,7 +176,7 @@ def find_masks(folder: Path, option: str) -> dict[str, Path]:
     return masks
 
 
-def of_their_images(masks: dict[str, Path]) -> dict[str, Path]:
+def masks_by_image(masks: dict[str, Path]) -> dict[str, Path]:
     """Masks by the name of their image, where the names of all end in one of `MASK_SUFFIXES`; else none.
 
     Raises:

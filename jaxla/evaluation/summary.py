@@ -112,7 +112,7 @@ def summarise_test(
 
 
 def by_unit(rows: Iterable[Row], unit: Unit = "volume") -> dict[tuple, list[Row]]:
-    """The rows of each unit, one per class, by its case, of slices by case and slice."""
+    """(case,), or of slices (case, slice) -> its rows, one per class, in the rows' order."""
     groups: dict[tuple, list[Row]] = {}
     for row in rows:
         groups.setdefault((row["case"], row["slice"]) if unit == "slice" else (row["case"],), []).append(row)
@@ -120,7 +120,7 @@ def by_unit(rows: Iterable[Row], unit: Unit = "volume") -> dict[tuple, list[Row]
 
 
 def of_cases(rows: Iterable[Row], metric: str) -> dict[str, float]:
-    """Case -> its value per volume, the mean over its classes."""
+    """Case -> its value per volume, the mean over its classes; in the rows' order."""
     return {case: float(np.mean([row[metric] for row in of_case])) for (case,), of_case in by_unit(rows).items()}
 
 

@@ -15,7 +15,7 @@ import numpy as np
 from flax import nnx
 
 from jaxla.config import Experiment
-from jaxla.data.batches import SliceSource, blank_batch, evaluation_batches, steps_per_epoch, training_batches
+from jaxla.data.batches import SliceSource, evaluation_batches, sample_batch, steps_per_epoch, training_batches
 from jaxla.data.prepared import PreparedVolume
 from jaxla.devices.memory import device_bytes, exhaustion_named, program_bytes, require_memory
 from jaxla.devices.mesh import on_host, own_rows, spread, use_own_devices
@@ -151,7 +151,7 @@ def _forecast(experiment: Experiment, data: PreparedData, cache_dir: Path, seen:
     rows, key = own_rows(recipe.batch_size), jax.random.key(0)
     batches = training_batches(sources["train"], recipe.batch_size, experiment.seed, rows)
     step = make_step(make_gradient(split.training, experiment.augmentation), optimiser)
-    step = compile_step(step, state, spread(blank_batch(sources["train"], rows)), key)
+    step = compile_step(step, state, spread(sample_batch(sources["train"], rows)), key)
     require_memory(program_bytes(step), recipe.batch_size)
 
     def one_step() -> jax.Array:

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from jaxla.config import InputError
-from jaxla.data.cases import MASK_SUFFIXES, find_cases, find_masks, of_their_images
+from jaxla.data.cases import MASK_SUFFIXES, find_cases, find_masks, masks_by_image
 from jaxla.data.labels import Labels, parse_labels
 from jaxla.data.split import read_test_cases
 from jaxla.data.volumes import read_mask, require_same_grid, slice_geometry, to_slices
@@ -40,7 +40,7 @@ def match_cases(
         dataset = find_cases(references, labels)
         referenced, classes = {case.id: case.mask for case in dataset.cases}, dataset.labels
     elif predicted.keys().isdisjoint(referenced):
-        referenced = of_their_images(referenced) or referenced
+        referenced = masks_by_image(referenced) or referenced
 
     if cases:
         chosen = read_test_cases(Path(cases))

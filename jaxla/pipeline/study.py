@@ -17,7 +17,7 @@ from jaxla.data.split import make_split
 from jaxla.experiments import EXPERIMENTS, METHODS
 from jaxla.pipeline.checks import checked, of_method, with_weights
 from jaxla.pipeline.data import data_folder
-from jaxla.runs.folder import CASES, RUNS, STUDY, has_not_begun, held, is_finished
+from jaxla.runs.folder import CASES, RUNS, STUDY, folder_held, has_not_begun, is_finished
 from jaxla.runs.record import changed_case, differences, read_record, shown
 from jaxla.shell.command_line import parse_experiment
 from jaxla.shell.files import refusal_named, write_whole
@@ -133,7 +133,7 @@ def study_folder(output: Path, study: Study, runs: Sequence[PlannedRun], command
             for run in runs
         ],
     }
-    with held(output, "--output", "runs a study"):
+    with folder_held(output, "--output", "runs a study"):
         with refusal_named("written", f"--output={output}", "choose another folder"):
             write_whole(output / STUDY, json.dumps(content, indent=1) + "\n")
         yield

@@ -15,7 +15,7 @@ from jaxla.reporting.agreement import FEWEST_FOR_LIMITS, draw_volumes, volume_ag
 from jaxla.reporting.curves import draw_losses, draw_validation
 from jaxla.reporting.overlays import PREDICTION, REFERENCE, SLICES_PER_CASE, Panel, slice_figures
 from jaxla.reporting.page import Pair, chart, data_uri, templates
-from jaxla.runs.record import flat, method_label, shown
+from jaxla.runs.record import by_option, method_label, shown
 from jaxla.shell.command_line import without_folder_and_process
 from jaxla.shell.files import write_whole
 
@@ -74,7 +74,7 @@ def write_report(
         volumes=chart(lambda axes: draw_volumes(axes, rows), (4.2, 4)),
         panels=[(panel, [(i, data_uri(f)) for i, f in slice_figures(panel, SLICES_PER_CASE)]) for panel in panels],
         colours={"prediction": PREDICTION, "reference": REFERENCE},
-        options=[(name, shown(v)) for name, v in flat(record["experiment"]).items() if name not in left_out],
+        options=[(name, shown(v)) for name, v in by_option(record["experiment"]).items() if name not in left_out],
         repeat=without_folder_and_process(record["command"]),
         titles={name: metric.title for name, metric in COLUMNS.items()},
         unread=unread,

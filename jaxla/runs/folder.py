@@ -6,7 +6,7 @@ import json
 import logging
 import shlex
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ from jaxla.config import Experiment, InputError
 from jaxla.data.split import Split, write_split
 from jaxla.runs.record import RECORD, Record, changed_case, differences, read_record, shown, write_record
 from jaxla.shell.command_line import require_writable, without_folder_and_process
-from jaxla.shell.files import is_left_over, refusal_named, write_whole
+from jaxla.shell.files import is_left_over, refusal_named, remove_left_overs, write_whole
 
 log = logging.getLogger(__name__)
 
@@ -101,14 +101,12 @@ def run_folder(folder: Path, record: Record, split: Split, cases: Mapping[str, s
         InputError: another process holds it, it cannot be written, or what is to be resumed differs.
     """
     missing = [path for path in (folder, *folder.absolute().parents) if not path.exists()]
-    with held(folder, "--run-dir", "is training"):
-        for path in filter(is_left_over, [*folder.rglob(".*")]):
-            with suppress(OSError):
-                path.unlink()
+    with folder_held(folder, "--run-dir", "is training"):
         if resume:
             _require_unfinished(folder)
             begun = read_record(folder)
             _require_same_run(folder, begun, record, split, cases)
+            remove_left_overs(folder)
             session = {"begun": record.begun, "command": record.command, "environment": record.environment}
             # files may have moved since, and the files that only repeat what was compared may be gone
             where = replace(begun, experiment=record.experiment, weights=record.weights)
@@ -117,6 +115,7 @@ def run_folder(folder: Path, record: Record, split: Split, cases: Mapping[str, s
             write_whole(folder / CASES, json.dumps(cases, indent=1) + "\n")
         else:
             require_free(folder)
+            remove_left_overs(folder)
             try:
                 write_split(split, folder / SPLIT)
                 write_whole(folder / CASES, json.dumps(cases, indent=1) + "\n")
@@ -133,7 +132,7 @@ def run_folder(folder: Path, record: Record, split: Split, cases: Mapping[str, s
 
 
 @contextmanager
-def held(folder: Path, option: str, does: str) -> Iterator[None]:
+def folder_held(folder: Path, option: str, does: str) -> Iterator[None]:
     """A folder, of a run or a study, made where there is none and held by this process alone.
 
     Args:

@@ -127,31 +127,33 @@ def _labels_from_json(content: Mapping[str, Any]) -> Labels:
     )
 
 
-def flat(options: Mapping[str, Any], within: str = "") -> dict[str, Any]:
+def by_option(options: Mapping[str, Any], within: str = "") -> dict[str, Any]:
     """What `dataclasses.asdict` makes of an experiment, under the dotted names that the command line takes."""
     found: dict[str, Any] = {}
     for key, value in options.items():
-        found |= flat(value, f"{within}{key}.") if isinstance(value, Mapping) else {within + key: value}
+        found |= by_option(value, f"{within}{key}.") if isinstance(value, Mapping) else {within + key: value}
     return found
 
 
 def options_of(experiment: Experiment) -> dict[str, str]:
     """Every option that must be the same wherever the run goes on, by its dotted name."""
-    compared = {name: shown(v) for name, v in flat(asdict(experiment)).items() if name not in NOT_COMPARED | {"name"}}
+    compared = {
+        name: shown(v) for name, v in by_option(asdict(experiment)).items() if name not in NOT_COMPARED | {"name"}
+    }
     return {"exp": experiment.name} | compared
 
 
 def differences(now: Any, then: Any, within: str = "") -> Iterator[tuple[str, Any, Any]]:
     """The options in which two experiments, or the same part of both, differ: dotted name, and the value of each."""
-    before = flat(asdict(then), within)
-    for option, a in flat(asdict(now), within).items():
+    before = by_option(asdict(then), within)
+    for option, a in by_option(asdict(now), within).items():
         b = before[option]
         if a != b and (option not in NOT_COMPARED or (option == "model.weights" and "random" in (a, b))):
             yield "exp" if option == "name" else option, a, b
 
 
 def shown(value: Any) -> str:
-    """An option's value as the command line takes it."""
+    """An option's value for people; a list as the command line takes it."""
     return "[" + ",".join(map(str, value)) + "]" if isinstance(value, tuple | list) else str(value) or "not given"
 
 

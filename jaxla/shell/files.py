@@ -25,7 +25,8 @@ def refusal_named(done: str, what: object, mend: str = "") -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        reason = error.strerror or str(error) or "the disk is full"
+        # NumPy's errors of a full disk tell no reason
+        reason = error.strerror or ("the disk is full" if done == "written" else error)
         raise InputError(f"{what}: cannot be {done} ({reason}){mend and f'; {mend}'}") from error
 
 
@@ -48,8 +49,16 @@ def replacing(path: Path) -> Iterator[Path]:
 
 
 def is_left_over(path: Path) -> bool:
-    """Whether it is what a process that was killed while it wrote by `replacing` has left."""
+    """Whether it is what a process that was killed while it wrote by `replacing` or `replacing_folder` has left."""
     return re.fullmatch(r"\.[0-9a-f]{32}\..+", path.name) is not None
+
+
+def remove_left_overs(folder: Path) -> None:
+    """Remove what is left over there, at any depth."""
+    for place, folders, files in os.walk(folder):
+        for path in filter(is_left_over, (Path(place, name) for name in (*folders, *files))):
+            with contextlib.suppress(OSError):
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
 def write_whole(path: Path, text: str) -> None:
@@ -60,7 +69,7 @@ def write_whole(path: Path, text: str) -> None:
 
 @contextlib.contextmanager
 def replacing_folder(folder: Path) -> Iterator[Path]:
-    """As `replacing`, for a new folder of files, or one to take the place of an empty one.
+    """A folder beside `folder`, which is new, to write files in; it takes its name once all are there, or is removed.
 
     Raises:
         OSError: it cannot be written.

@@ -19,7 +19,7 @@ from grain.python import DatasetIterator
 from tqdm import tqdm
 
 from jaxla.config import Augmentation, InputError, Training
-from jaxla.data.batches import SliceSource, blank_batch, evaluation_batches, steps_per_epoch, training_batches
+from jaxla.data.batches import SliceSource, evaluation_batches, sample_batch, steps_per_epoch, training_batches
 from jaxla.devices.memory import program_bytes, require_memory
 from jaxla.devices.mesh import highest, own_rows, spread
 from jaxla.devices.processes import agreed, is_first, process_count
@@ -32,7 +32,7 @@ from jaxla.training.step import (
     UNCHANGED,
     Frozen,
     SplitNetwork,
-    State,
+    TrainingState,
     compile_step,
     initial_state,
     make_evaluation,
@@ -106,7 +106,7 @@ def fit(
     state = initial_state(network, optimiser)
     batches = training_batches(train, recipe.batch_size, seed, own_rows(recipe.batch_size))
     progress = _go_on(state, batches, best, latest, folder)
-    step = compile_step(step, state, spread(blank_batch(train, own_rows(recipe.batch_size))), key)
+    step = compile_step(step, state, spread(sample_batch(train, own_rows(recipe.batch_size))), key)
     progress.step_bytes = program_bytes(step)
     require_memory(progress.step_bytes, recipe.batch_size)
     saved_at = time.monotonic()
@@ -168,9 +168,8 @@ def fit(
             progress.lowest_loss = min(val_loss, progress.lowest_loss)
             if val_dice > progress.best_dice:
                 progress.best_dice, progress.best_epoch = val_dice, progress.epoch
-            _save_latest(
-                latest, state, batches, progress, steps
-            )  # first: the best one can be made from it, should the process end here
+            # first: the best one can be made from it, should the process end here
+            _save_latest(latest, state, batches, progress, steps)
             saved_at = time.monotonic()
             if progress.best_epoch == progress.epoch:
                 _save_best(best, state, progress)
@@ -194,7 +193,9 @@ def fit(
     return progress
 
 
-def _save_latest(latest: Checkpoints, state: State, batches: DatasetIterator, progress: Progress, steps: int) -> None:
+def _save_latest(
+    latest: Checkpoints, state: TrainingState, batches: DatasetIterator, progress: Progress, steps: int
+) -> None:
     progress.losses = [float(loss) for loss in jax.device_get(progress.losses)]
     latest.save(
         progress.epoch * (steps + 1) + len(progress.losses),
@@ -203,12 +204,14 @@ def _save_latest(latest: Checkpoints, state: State, batches: DatasetIterator, pr
     )
 
 
-def _save_best(best: Checkpoints, state: State, progress: Progress) -> None:
+def _save_best(best: Checkpoints, state: TrainingState, progress: Progress) -> None:
     record = {"epoch": progress.best_epoch, "dice": progress.best_dice}
     best.save(progress.best_epoch, checkpointed(state.trainable, state.frozen.statistics), record)
 
 
-def _go_on(state: State, batches: DatasetIterator, best: Checkpoints, latest: Checkpoints, folder: Path) -> Progress:
+def _go_on(
+    state: TrainingState, batches: DatasetIterator, best: Checkpoints, latest: Checkpoints, folder: Path
+) -> Progress:
     """Bring all to the newest whole checkpoint, if there is one, and the best checkpoint to the same moment.
 
     Raises:

@@ -63,27 +63,30 @@ def count_parameters(state: nnx.State) -> int:
 
 
 @dataclass
-class State:
-    """Training between two steps; what is trained, and the optimiser's own, a step takes away and gives anew."""
+class TrainingState:
+    """Training between two steps."""
 
     trainable: Any
     frozen: Frozen
     optimiser: Any
 
 
-def initial_state(network: SplitNetwork, optimiser: optax.GradientTransformation) -> State:
-    """Before the first step, on the devices of the mesh; the optimiser's part is divided as the parameters are."""
+def initial_state(network: SplitNetwork, optimiser: optax.GradientTransformation) -> TrainingState:
+    """Before the first step, on the devices of the mesh; the optimiser's part is divided as the parameters are.
+
+    A step gives away the memory of what is trained: where there is no mesh that is the network's own, once.
+    """
     trainable = to_devices(network.trainable)
     moments = jax.jit(lambda trainable: constrain(optimiser.init(trainable)))(trainable)
-    return State(trainable, to_devices(network.frozen), moments)
+    return TrainingState(trainable, to_devices(network.frozen), moments)
 
 
-def compile_step(step: Callable, state: State, batch: Any, key: jax.Array) -> jax.stages.Compiled:
-    """A step of `make_step` for batches like this one."""
+def compile_step(step: Callable, state: TrainingState, batch: Any, key: jax.Array) -> jax.stages.Compiled:
+    """A step of `make_step`, compiled for batches like this one."""
     return step.lower(state.trainable, state.frozen, state.optimiser, batch, key).compile()
 
 
-def take_step(step: Callable, state: State, batch: Any, key: jax.Array) -> jax.Array:
+def take_step(step: Callable, state: TrainingState, batch: Any, key: jax.Array) -> jax.Array:
     """Move `state` on by a step; -> the loss, which is not waited for."""
     state.trainable, statistics, state.optimiser, loss = step(
         state.trainable, state.frozen, state.optimiser, batch, key

@@ -126,12 +126,12 @@ def test_other_labels_are_prepared_anew(tmp_path):
 
 
 def test_what_an_interrupted_run_left_does_no_harm(tmp_path):
-    leftover = tmp_path / "cache" / "volumes" / ".writing-abandoned"
+    leftover = tmp_path / "cache" / "volumes" / f".{32 * 'a'}.volume"
     leftover.mkdir(parents=True)
     (leftover / "image.npy").write_bytes(b"half of it")
     (volume,) = prepare_cases(find_cases(flat(tmp_path / "data", 1)), tmp_path / "cache")
     assert_holds(volume, image_array(0), mask_array())
-    assert sorted(path.name for path in volume.folder.parent.iterdir()) == [".writing-abandoned", volume.folder.name]
+    assert sorted(path.name for path in volume.folder.parent.iterdir()) == [f".{32 * 'a'}.volume", volume.folder.name]
 
 
 @pytest.mark.parametrize("lost", ["volume.json", "image.npy", "mask.npy"])

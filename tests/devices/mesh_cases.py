@@ -9,7 +9,7 @@ CASES = {  # devices, whether parameters are divided over them (transformers hav
     "eight, divided": (8, True, ("frozen", "finetuned")),
 }
 OF_TWO_PROCESSES = {  # which see two devices each
-    "two processes": (4, False, ("convolutional", "frozen")),
+    "two processes": (4, False, ("convolutional",)),
     "two processes, divided": (4, True, ("finetuned",)),
 }
-RESUMED_ON = {1: 4, 2: 2}  # devices of each epoch; on four the parameters are divided
+RESUMED_ON = {1: 4, 2: 1}  # devices of each epoch; on four the parameters are divided

@@ -63,8 +63,8 @@ def trained(name):
         losses.append(take_step(step, state, batch, jax.random.key(0)))
         if not number:  # Adam's first moment is a tenth of the first gradient
             arrays |= {name: array for name, array in named("gradients", state.optimiser).items() if ".mu." in name}
-    held = jax.tree.leaves((state.trainable, state.optimiser))
-    held = sum(leaf.addressable_shards[0].data.nbytes for leaf in held)
+    leaves = jax.tree.leaves((state.trainable, state.optimiser))
+    held = sum(leaf.addressable_shards[0].data.nbytes for leaf in leaves)
     return (
         arrays
         | named("parameters", state.trainable)

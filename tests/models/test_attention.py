@@ -18,14 +18,18 @@ def in_columns(q, k, v):
     return columns.attention(*(x.transpose(0, 2, 3, 1) for x in (q, k, v))).transpose(0, 3, 1, 2)
 
 
+def value_and_gradients(formulation, weight, *qkv):
+    value, pull = jax.vjp(formulation, *qkv)
+    return value, pull(weight)
+
+
 @pytest.mark.parametrize("formulation", [attention, in_columns])
 @pytest.mark.parametrize(("batch", "tokens", "heads", "width"), [(2, 26, 3, 16), (1, 101, 2, 64), (3, 1, 1, 8)])
 def test_values_and_gradients_equal_pytorch(formulation, batch, tokens, heads, width):
     rng = np.random.default_rng(0)
     *qkv, weight = (rng.standard_normal((batch, tokens, heads, width), dtype=np.float32) for _ in range(4))
     with jax.default_matmul_precision("highest"):
-        ours, pull = jax.vjp(formulation, *qkv)
-        gradients = pull(weight)
+        ours, gradients = jax.jit(value_and_gradients, static_argnums=0)(formulation, weight, *qkv)
 
     leaves = [torch.from_numpy(x).requires_grad_() for x in qkv]
     theirs = torch.nn.functional.scaled_dot_product_attention(*(x.transpose(1, 2) for x in leaves)).transpose(1, 2)
@@ -61,7 +65,7 @@ def test_a_block_in_rows_and_in_columns_has_the_same_values_and_gradients(varian
             out = getattr(module, formulation)(tokens, *arguments)
             return jnp.sum(out**2), out
 
-        return jax.value_and_grad(loss, argnums=(0, 1), has_aux=True)(first, tokens)
+        return jax.jit(jax.value_and_grad(loss, argnums=(0, 1), has_aux=True))(first, tokens)
 
     for part in ("attention", "mlp"):
         (_, rows), of_rows = half(part, "in_rows")

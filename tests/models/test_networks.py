@@ -29,14 +29,17 @@ PARAMETERS = {
 }
 
 
+run = nnx.jit(lambda network, images: network(images))
+
+
 @pytest.mark.parametrize("name", NETWORKS)
 @pytest.mark.parametrize("size", [(32, 32), (45, 61), (64, 33)])
 def test_logits_have_the_images_size_whatever_it_is(name, size):
     net = nnx.eval_shape(lambda: NETWORKS[name](3, dtype=jnp.float32, rngs=nnx.Rngs(0)))
     images = jax.ShapeDtypeStruct((2, *size, 1), jnp.float32)
     graph, state = nnx.split(net)
-    run = jax.eval_shape(lambda state, images: nnx.merge(graph, state)(images), state, images)
-    assert run.shape == (2, *size, 3)
+    logits = jax.eval_shape(lambda state, images: nnx.merge(graph, state)(images), state, images)
+    assert logits.shape == (2, *size, 3)
 
 
 @pytest.mark.parametrize("name", NETWORKS)
@@ -47,16 +50,15 @@ def test_what_is_padded_is_cut_off_again_where_it_was_added(name):
     lacking = [-side % getattr(net, "multiple", 32) for side in (50, 57)]
     top, left = (side // 2 for side in lacking)
     margins = ((0, 0), (top, lacking[0] - top), (left, lacking[1] - left), (0, 0))
-    run = jax.jit(lambda images: net(images))
-    of_large = run(np.pad(small, margins, mode="edge"))
-    np.testing.assert_array_equal(run(small), of_large[:, top : top + 50, left : left + 57])
+    of_large = run(net, np.pad(small, margins, mode="edge"))
+    np.testing.assert_array_equal(run(net, small), of_large[:, top : top + 50, left : left + 57])
 
 
 @pytest.mark.parametrize("name", ["resnet_unet", "segnet"])
 def test_grey_images_are_normalised_as_imagenets(name):
     net, images = network_of(name), np.random.default_rng(0).random((1, 40, 40, 1), dtype=np.float32)
     three = (images - np.float32(IMAGENET_MEAN)) / np.float32(IMAGENET_DEVIATION)
-    np.testing.assert_allclose(net(images), net(three), rtol=0, atol=1e-5)  # measured: 0
+    np.testing.assert_allclose(run(net, images), run(net, three), rtol=0, atol=1e-5)  # measured: 0
 
 
 @pytest.mark.parametrize("method", PARAMETERS)
@@ -88,13 +90,13 @@ def test_attention_gates_weigh_the_skips():
         for gate in nets["gated"].gates:
             gate.psi.kernel.set_value(jnp.zeros_like(gate.psi.kernel[...]))
             gate.psi.bias.set_value(jnp.full(1, bias))
-        return nets["gated"](images)
+        return run(nets["gated"], images)
 
-    np.testing.assert_allclose(with_gates(100.0), nets["unet"](images), rtol=0, atol=1e-6)
+    np.testing.assert_allclose(with_gates(100.0), run(nets["unet"], images), rtol=0, atol=1e-6)
     for join in nets["unet"].join:  # skips are the first half of what is joined
         kernel = join.first.convolution.kernel
         kernel.set_value(kernel[...].at[:, :, : kernel.shape[2] // 2].set(0))
-    np.testing.assert_allclose(with_gates(-100.0), nets["unet"](images), rtol=0, atol=1e-6)
+    np.testing.assert_allclose(with_gates(-100.0), run(nets["unet"], images), rtol=0, atol=1e-6)
 
 
 def test_the_seed_decides_what_is_random_and_evaluation_is_the_mode():
@@ -104,7 +106,7 @@ def test_the_seed_decides_what_is_random_and_evaluation_is_the_mode():
     np.testing.assert_array_equal(net.logits.kernel[...], again)
     assert (other != again).any()
     images = np.random.default_rng(0).random((2, 32, 32, 1), dtype=np.float32)
-    np.testing.assert_allclose(net(images)[:1], net(images[:1]), atol=1e-5)  # no statistics of a batch
+    np.testing.assert_allclose(run(net, images)[:1], run(net, images[:1]), atol=1e-5)  # no statistics of a batch
 
 
 # --- what is refused ---

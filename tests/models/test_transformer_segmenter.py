@@ -174,7 +174,7 @@ def test_convolutional_decoder_equals_pytorch_in_evaluation():
     decoder = decoder_of("convolutional", outputs=3)
     theirs = reference_of(decoder, (40, 56))
     before = flat_arrays(decoder, nnx.BatchStat)
-    ours = decoder(random_tokens(), (40, 56))
+    ours = jax.jit(lambda tokens: decoder(tokens, (40, 56)))(random_tokens())
     expected = from_torch(theirs(to_torch(random_tokens())))
     assert np.abs(expected).max() > 0.5
     np.testing.assert_allclose(ours, expected, atol=5e-6)  # measured: 5e-7

@@ -1,5 +1,7 @@
 """One step: what moves, how far, and that it moves as PyTorch's would."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -233,8 +235,11 @@ def test_gradient_is_the_slope_of_the_loss(name):
 
 
 def test_a_frozen_encoder_is_in_evaluation_and_none_of_it_moves():
-    vgg = VGG(Variant(stages=((4, 4), (6,), (8,), (8,), (8,))), rngs=nnx.Rngs(0))
-    parts = split_network(randomise(SegNet(vgg, 1, rngs=nnx.Rngs(1))), train_backbone=False)
+    def segnet():
+        variant, rngs = Variant(stages=((4, 4), (6,), (8,), (8,), (8,))), nnx.Rngs(0)
+        return SegNet(VGG(variant, rngs=rngs), 1, rngs=rngs)
+
+    parts = split_network(randomise(nnx.eval_shape(segnet)), train_backbone=False)
     statistics_before = named(parts.frozen.statistics)
     assert statistics_before
     for state in (statistics_before, named(parts.trainable)):
@@ -247,6 +252,7 @@ def test_a_frozen_encoder_is_in_evaluation_and_none_of_it_moves():
     assert after.keys() == statistics_before.keys()
     assert all((after[name] != before).any() for name, before in statistics_before.items())
 
+    @partial(jax.jit, static_argnums=0)
     def features(graph):
         return nnx.merge(graph, parts.trainable, *parts.frozen).backbone(np.repeat(images, 3, axis=-1))
 
