@@ -221,16 +221,10 @@ def test_a_fine_tuned_backbone_moves_from_its_weights_and_is_in_the_checkpoint(p
 
 def test_a_frozen_random_backbone_is_in_the_checkpoint(phantoms, tmp_path):
     run = tmp_path / "run"
-    options = (
-        "--method=vit_mini8",
-        "--model.weights=random",
-        "--model.backbone=frozen",
-        "--preprocessing.image_size=48",
-        "--seed=5",
-    )
+    options = ("--model.weights=random", "--model.backbone=frozen", "--seed=5")
     one_patient_one_epoch(run, phantoms, tmp_path / "cache", *options)
     assert "random weights, frozen" in read_json(run / "test" / "summary.json")["backbone"]
-    fresh = jaxla.build_network("vit_mini8", seed=5).backbone
+    fresh = jaxla.build_network("dinov2_vits14", seed=5, weights="random").backbone
     assert np.array_equal(kernels_of(jaxla.load_network(run).backbone), kernels_of(fresh))
 
 
@@ -264,12 +258,12 @@ def test_a_frozen_pretrained_backbone_is_used_and_its_file_must_stay(phantoms, c
 
 
 def test_real_scans_of_several_classes(hippocampus, tmp_path):
-    """A few epochs on six real patients: classes from dataset.json, and masks with the data set's own values."""
+    """One epoch on eight real patients: three classes from dataset.json, and masks with the data set's own values."""
     run = tmp_path / "run"
     run_module(
         "jaxla.train", "--exp=quickstart", f"--data.root={hippocampus}", f"--run-dir={run}",
-        f"--cache-dir={tmp_path / 'cache'}", "--data.train_patients=6", "--training.epochs=3",
-        "--preprocessing.image_size=48",
+        f"--cache-dir={tmp_path / 'cache'}", "--data.train_patients=8", "--training.epochs=4",
+        "--preprocessing.image_size=64",
     )  # fmt: skip
     summary = read_json(run / "test" / "summary.json")
     assert set(summary["classes"]) == {"Anterior", "Posterior"}

@@ -116,18 +116,17 @@ def run_folder(folder: Path, record: Record, split: Split, cases: Mapping[str, s
         else:
             require_free(folder)
             remove_left_overs(folder)
-            try:
-                write_split(split, folder / SPLIT)
-                write_whole(folder / CASES, json.dumps(cases, indent=1) + "\n")
-                write_record(folder, record)  # last: with it the folder is a run
-            except OSError as error:
-                for name in FIRST_FILES:
-                    (folder / name).unlink(missing_ok=True)
-                for path in missing:
-                    path.rmdir()
-                raise InputError(
-                    f"--run-dir={folder}: cannot be written ({error.strerror}); choose another folder"
-                ) from error
+            with refusal_named("written", f"--run-dir={folder}", "choose another folder"):
+                try:
+                    write_split(split, folder / SPLIT)
+                    write_whole(folder / CASES, json.dumps(cases, indent=1) + "\n")
+                    write_record(folder, record)  # last: with it the folder is a run
+                except OSError:
+                    for name in FIRST_FILES:
+                        (folder / name).unlink(missing_ok=True)
+                    for path in missing:
+                        path.rmdir()
+                    raise
         yield
 
 

@@ -46,14 +46,14 @@ def relative_l2(ours, theirs):
 def test_ten_steps_give_what_one_device_gives(arrays, case, network):
     """The batch is one that the devices do not divide."""
     for kind in ("losses", "gradients", "parameters", "statistics"):
-        # measured: at most 7.9e-7, of gradients
+        # measured: at most 9.3e-7, of gradients
         assert relative_l2(of_kind(arrays, case, network, kind), of_kind(arrays, "one", network, kind)) <= 1e-5, kind
 
 
 def test_divided_parameters_take_less_memory(arrays):
     """By just what the table of parameters says: seven eighths of these kernels, and of Adam's two for each."""
     held = {case: int(arrays[f"{case}/finetuned/bytes on a device"]) for case in CASES}
-    assert held["one"] == held["eight"]
+    assert held["one"] == held["four"] == held["eight"]
     prefix = "one/finetuned/parameters/"
     of_kernels = sum(a.size for name, a in arrays.items() if re.match(rf"{prefix}.*blocks\..*\.kernel", name))
     saved = 4 * 3 * of_kernels * 7 / 8  # float32; the parameter and two of Adam's; an eighth of each stays
@@ -61,7 +61,7 @@ def test_divided_parameters_take_less_memory(arrays):
 
 
 def test_training_goes_on_with_another_number_of_devices(arrays):
-    # measured: 1.2e-7
+    # measured: 1.9e-7
     np.testing.assert_allclose(arrays["resumed"], arrays["on one"], rtol=1e-5)
 
 

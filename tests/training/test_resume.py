@@ -106,7 +106,7 @@ def assert_same(folder, like, uninterrupted):
 
 @pytest.mark.parametrize(
     ("signals", "save_every", "most_saves", "seed"),
-    [([signal.SIGKILL], 0, 9, 1), ([signal.SIGKILL, signal.SIGTERM], 0.2, 2, 2)],
+    [([signal.SIGKILL], 0, 5, 1), ([signal.SIGKILL, signal.SIGTERM], 0.2, 2, 2)],
     ids=["SIGKILL", "SIGKILL or SIGTERM"],
 )
 def test_ended_at_random_moments_it_leaves_what_it_would_have_left(
