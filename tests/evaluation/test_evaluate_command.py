@@ -157,7 +157,7 @@ def two_masks_of_one_case(folder):
         (
             lambda f: save(f / "predictions" / "train_2.nii.gz"),
             (),
-            "train_2.nii.*: stands for the same case",
+            "train_2.nii.gz: stands for the same case as train_2.nii; keep one of them",
         ),
         (lambda f: save(f / "predictions" / "train_2.nii", shape=(4, 4, 4)), (), "train_2.nii: .*shape .*4, 4, 4"),
         (lambda f: save(f / "predictions" / "train_2.nii", affine=np.eye(4)), (), "train_2.nii: .*another affine"),
@@ -167,7 +167,7 @@ def two_masks_of_one_case(folder):
         (
             two_masks_of_one_case,
             (),
-            "train_1_seg.nii.gz: stands for the same case as train_1_mask",
+            "train_1_seg.nii.gz: stands for the same case as train_1_mask.nii.gz; keep one of them",
         ),
         (lambda f: None, ("--unit=slice", "--protocol=lascarqs2022"), "--protocol=lascarqs2022"),
         (lambda f: None, ("--empty=skip", "--protocol=lascarqs2022"), "--protocol=lascarqs2022"),

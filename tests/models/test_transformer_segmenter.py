@@ -202,8 +202,8 @@ def test_convolutional_decoder_equals_pytorch_in_training():
     buffers = dict(theirs.named_buffers())
     found = as_theirs(decoder, statistics)
     assert len(found) == 4
-    for name, value in found.items():
-        np.testing.assert_allclose(value, buffers[name], atol=1e-6)  # measured: 1.2e-7
+    for name, value in found.items():  # measured: 1.2e-8 of means, 6e-8 of variances
+        np.testing.assert_allclose(value, buffers[name], atol=5e-7 if name.endswith("mean") else 1e-6, err_msg=name)
 
     found = as_theirs(decoder, gradients)
     assert found.keys() == dict(theirs.named_parameters()).keys()
