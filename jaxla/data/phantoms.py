@@ -39,6 +39,7 @@ from jaxla.data.phantom_anatomy import (
     straight,
     vary,
 )
+from jaxla.shell.files import refusal_named
 from jaxla.shell.terminal import track
 
 log = logging.getLogger(__name__)
@@ -85,18 +86,33 @@ def write_phantoms(folder: Path, cases: int, size: str, seed: int) -> None:
     if seed < 0:
         raise InputError(f"--seed={seed}: must be 0 or more")
     folder = Path(folder)
-    try:
+    with refusal_named("written", f"--output={folder}", "name another folder"):
         if folder.exists() and not folder.is_dir():
             raise InputError(f"--output={folder}: is a file; name a folder")
         if folder.is_dir() and any(folder.iterdir()):
             raise InputError(f"--output={folder}: the folder is not empty; name a new one or empty it first")
-        # An empty folder may be a mount point, which cannot be replaced: then the files wait inside it.
-        beside = folder if folder.is_dir() else folder.parent
-        beside.mkdir(parents=True, exist_ok=True)
-        waiting = tempfile.TemporaryDirectory(prefix=".phantoms-", dir=beside)
-    except OSError as error:
-        raise InputError(f"--output={folder}: cannot write there ({error.strerror}); name another folder") from error
-    with waiting as name:
+        _write(folder, cases, size, seed)
+
+
+def cached_phantoms(cache_dir: Path, size: str, cases: int) -> Path:
+    """The folder of phantoms that `--data.root=phantom` stands for, made on first use."""
+    folder = cache_dir / "phantoms" / f"{size}-{cases}-v{VERSION}"
+    if not folder.is_dir():
+        log.info("making %d %s phantoms in %s", cases, size, folder)
+        with refusal_named("written", f"--cache-dir={cache_dir}"):
+            try:
+                _write(folder, cases, size, seed=0)
+            except OSError:
+                if not folder.is_dir():  # unless another process was faster, with the same content
+                    raise
+    return folder
+
+
+def _write(folder: Path, cases: int, size: str, seed: int) -> None:
+    # an empty folder may be a mount point, which cannot be replaced: then the files wait inside it
+    beside = folder if folder.is_dir() else folder.parent
+    beside.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=".phantoms-", dir=beside) as name:
         tree = Path(name, "tree")
         for number in track(range(1, cases + 1), "phantoms"):
             case = tree / "task2" / "train_data" / f"train_{number}"
@@ -108,19 +124,6 @@ def write_phantoms(folder: Path, cases: int, size: str, seed: int) -> None:
             (tree / "task2").rename(folder / "task2")
         else:
             tree.rename(folder)
-
-
-def cached_phantoms(cache_dir: Path, size: str, cases: int) -> Path:
-    """The folder of phantoms that `--data.root=phantom` stands for, made on first use."""
-    folder = cache_dir / "phantoms" / f"{size}-{cases}-v{VERSION}"
-    if not folder.is_dir():
-        log.info("making %d %s phantoms in %s", cases, size, folder)
-        try:
-            write_phantoms(folder, cases, size, seed=0)
-        except OSError as error:
-            if not folder.is_dir():  # unless another process was faster, with the same content
-                raise InputError(f"--cache-dir={cache_dir}: cannot be written ({error.strerror})") from error
-    return folder
 
 
 def _save(path: Path, array: NDArray, affine: NDArray[np.float64]) -> None:

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from jaxla.config import Data, InputError
-from jaxla.shell.files import write_whole
+from jaxla.shell.files import refusal_named, write_whole
 
 
 @dataclass(frozen=True)
@@ -108,11 +108,11 @@ def _read_split(path: Path, ids: Sequence[str]) -> Split:
 
 def _read(path: Path, option: str) -> Split:
     """A split file, its unused training patients back among the training ones."""
+    with refusal_named("read", f"{option}={path}"):
+        written = path.read_bytes()
     try:
-        content = json.loads(path.read_text())
+        content = json.loads(written)
         train, val, test = (tuple(map(str, content[part])) for part in ("train", "val", "test"))
         return Split(train + tuple(map(str, content.get("unused", ()))), val, test)
-    except OSError as error:
-        raise InputError(f"{option}={path}: cannot be read ({error.strerror})") from error
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise InputError(f"{option}={path}: not a split file: expected lists train, val, test of case ids") from error

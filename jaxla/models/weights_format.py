@@ -125,14 +125,11 @@ def _read_metadata(path: Path) -> dict[str, str]:
         raise InputError(f"{path}: no such weights file; {how}{then}")
     start, metadata = b"", {}
     try:
-        with path.open("rb") as file:  # here first: of a file that may not be read safetensors says that there is none
-            start = file.read(9)
-        with safe_open(path, framework="numpy") as file:
-            metadata = file.metadata() or {}
-    except OSError as error:
-        raise InputError(
-            f"{path}: cannot be read ({error.strerror or error}); mend that, or convert it again"
-        ) from error
+        with refusal_named("read", path, "mend that, or convert it again"):
+            with path.open("rb") as file:  # first: of a file that may not be read safetensors says that there is none
+                start = file.read(9)
+            with safe_open(path, framework="numpy") as file:
+                metadata = file.metadata() or {}
     except SafetensorError as error:
         # what PyTorch's files begin with, unless it is the length of a header, which "{" follows
         if not start.startswith((b"PK\x03\x04", b"\x80")) or start.endswith(b"\0\0\0{"):

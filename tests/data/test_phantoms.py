@@ -1,5 +1,7 @@
 """Phantoms: the files a user gets, that they repeat, and that neither brightness nor place gives the atrium away."""
 
+import re
+
 import nibabel as nib
 import numpy as np
 import pytest
@@ -169,10 +171,11 @@ def test_bad_arguments_are_refused_before_any_file_is_made(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_failed_write_leaves_nothing(tmp_path):
+def test_a_failed_write_says_why_and_leaves_nothing(tmp_path):
     (tmp_path / "empty").mkdir()
     for name in ("new", "empty"):
-        with files_at_most(50_000), pytest.raises(OSError, match="File too large"):
+        line = re.escape(f"--output={tmp_path / name}: cannot be written (File too large); name another folder")
+        with files_at_most(50_000), pytest.raises(InputError, match=f"^{line}$"):
             write_phantoms(tmp_path / name, 2, "small", 0)
     assert [str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*")] == ["empty"]
 
