@@ -55,8 +55,12 @@ class Model:
         backbone: Whether the backbone's parameters stay as loaded or are trained too.
         decoder: On a transformer: `convolutional` is paper 1's, `linear` is DINOv2's own 1×1 convolution with bilinear
             upsampling.
-        decoder_widths: Channels of the decoder's ×2 stages, coarsest first; on a transformer after those of the token
-            classifier.
+        decoder_widths: Channels of the decoder's ×2 stages, coarsest first; on a transformer after those of its first
+            level (paper 1's token classifier).
+        blocks: Of a fusion, the blocks whose features are fused: 0 is the first, -1 the last; empty takes all.
+        block_weights: Of a fusion, the weights of the blocks: learned for each level of the decoder (`per_level`), once
+            for all levels (`shared`), or equal and not learned (`uniform`).
+        image_stages: Of a fusion, the decoder's stages that see the image again: `all`, the `last` alone, or `none`.
         widths: Channels of each level of a U-Net without pretrained encoder, finest first.
         network: What is built on the architecture: a file of `jaxla/models/networks`. It is the method's own.
     """
@@ -66,6 +70,9 @@ class Model:
     backbone: Literal["frozen", "finetuned"] = "frozen"
     decoder: Literal["convolutional", "linear"] = "convolutional"
     decoder_widths: tuple[int, ...] = (512, 256, 128, 64, 32)
+    blocks: tuple[int, ...] = ()
+    block_weights: Literal["per_level", "shared", "uniform"] = "per_level"
+    image_stages: Literal["all", "last", "none"] = "all"
     widths: tuple[int, ...] = (64, 128, 256, 512, 1024)
     network: str = "transformer_segmenter"
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Generator, Sequence
 from contextlib import closing
 from functools import partial
-from typing import SupportsIndex, TypedDict
+from typing import NotRequired, SupportsIndex, TypedDict
 
 import grain.python as grain
 import numpy as np
@@ -14,13 +14,14 @@ from jaxla.data.inputs import Canvas, mask_to_input
 from jaxla.data.prepared import PreparedVolume
 
 PASSES = 2**32  # over the data: as good as endless, and Grain can count the slices in them
-READ_OPTIONS = grain.ReadOptions(num_threads=4, prefetch_buffer_size=4)  # batches
+READ_AHEAD, READ_AHEAD_BYTES = 4, 2**30  # batches, but not more than so many bytes of them: features may be large
 
 
 class Batch(TypedDict):
     """One batch; the arrays' first axis is B."""
 
-    input: np.ndarray  # [B, H, W, 1] float32, grey values in 0..1; or features [B, h, w, C]
+    input: np.ndarray  # [B, H, W, 1] float32, grey values in 0..1; or features [B, …]
+    image: NotRequired[np.ndarray]  # [B, H, W, 1], where the input is features and the network reads both
     mask: np.ndarray  # [B, H, W] uint8, class indices
     volume: np.ndarray  # [B] int32, index of the volume the slice belongs to
     weight: np.ndarray  # [B] float32, 0 for slices that only fill the batch
@@ -32,6 +33,7 @@ class SliceSource:
     Args:
         canvas: the square that slices are laid on.
         features: of each volume, indexed by slice, where the network reads these instead of images.
+        with_images: whether it reads the images beside the features.
     """
 
     def __init__(
@@ -39,9 +41,10 @@ class SliceSource:
         volumes: Sequence[PreparedVolume],
         canvas: Canvas,
         features: Sequence[Sequence[np.ndarray]] | None = None,
+        with_images: bool = False,
     ) -> None:
         self.volumes = volumes
-        self.features = features
+        self.features, self.with_images = features, features is not None and with_images
         self.frames = [canvas.frame(v.shape[1:], v.spacing[1:]) for v in volumes]
         self.index = [(i, s) for i, volume in enumerate(volumes) for s in range(volume.shape[0])]
 
@@ -51,11 +54,13 @@ class SliceSource:
     def __getitem__(self, item: SupportsIndex) -> Batch:
         i, s = self.index[item]
         volume, frame = self.volumes[i], self.frames[i]
+        image = {"image": volume.input(s, frame)} if self.with_images else {}
         return Batch(
             input=self.features[i][s] if self.features else volume.input(s, frame),
             mask=mask_to_input(volume.mask[s], frame),
             volume=np.int32(i),
             weight=np.float32(1),
+            **image,
         )
 
 
@@ -71,7 +76,8 @@ def training_batches(
         rows: of each batch to read, where other processes read the others; those from `batch_size` on are fillers.
     """
     order = grain.MapDataset.range(len(source)).seed(seed).shuffle().repeat(PASSES).batch(batch_size)
-    return iter(order.map(partial(_read, source, rows or range(batch_size))).to_iter_dataset(READ_OPTIONS))
+    rows = rows or range(batch_size)
+    return iter(order.map(partial(_read, source, rows)).to_iter_dataset(_read_options(source, rows)))
 
 
 def steps_per_epoch(source: SliceSource, batch_size: int) -> int:
@@ -87,7 +93,8 @@ def evaluation_batches(source: SliceSource, batch_size: int, rows: range | None 
         rows: as for `training_batches`.
     """
     order = grain.MapDataset.range(len(source)).batch(batch_size, drop_remainder=False)
-    read = order.map(partial(_read, source, rows or range(batch_size))).to_iter_dataset(READ_OPTIONS)
+    rows = rows or range(batch_size)
+    read = order.map(partial(_read, source, rows)).to_iter_dataset(_read_options(source, rows))
     with closing(iter(read)) as batches:
         yield from batches
 
@@ -95,6 +102,13 @@ def evaluation_batches(source: SliceSource, batch_size: int, rows: range | None 
 def sample_batch(source: SliceSource, rows: range) -> Batch:
     """The first slice in every row, read-only: for what asks for shapes, before any batch is read."""
     return Batch(**{name: np.broadcast_to(value, (len(rows), *np.shape(value))) for name, value in source[0].items()})
+
+
+def _read_options(source: SliceSource, rows: range) -> grain.ReadOptions:
+    """As many threads as batches are read ahead; each holds one."""
+    of_batch = sum(array.nbytes for array in sample_batch(source, rows).values())
+    ahead = min(max(1, READ_AHEAD_BYTES // of_batch), READ_AHEAD)
+    return grain.ReadOptions(num_threads=ahead, prefetch_buffer_size=ahead)
 
 
 def _read(source: SliceSource, rows: range, chosen: np.ndarray) -> Batch:

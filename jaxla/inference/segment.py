@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -49,8 +50,9 @@ def make_segment(trained: TrainedNetwork) -> Segment:
 def make_segment_slices(network: nnx.Module, batch_size: int, postprocessing: Postprocessing) -> Segment:
     """`(inputs, frame, shape, probabilities=False) -> (classes, probabilities or None)`, compiled once.
 
-    `inputs` are what `network` reads of each slice in turn, images or features; `frame` is where the slices lie in
-    these, `shape` = (S, H, W) their own size. `classes` is [S, H, W] uint8, `probabilities` [S, H, W, K] float32.
+    `inputs` are what `network` reads of each slice in turn, images, features, or pairs of both; `frame` is where the
+    slices lie in the images, `shape` = (S, H, W) their own size. `classes` is [S, H, W] uint8, `probabilities`
+    [S, H, W, K] float32.
     """
     graph, state = nnx.split(network)
     state = to_devices(state)
@@ -61,16 +63,14 @@ def make_segment_slices(network: nnx.Module, batch_size: int, postprocessing: Po
         return jax.nn.sigmoid(logits) if logits.shape[-1] == 1 else jax.nn.softmax(logits)
 
     def segment_slices(
-        inputs: Iterable[np.ndarray], frame: Frame, shape: tuple[int, int, int], probabilities: bool = False
+        inputs: Iterable[Any], frame: Frame, shape: tuple[int, int, int], probabilities: bool = False
     ) -> tuple[np.ndarray, np.ndarray | None]:
         inputs = iter(inputs)
         classes = np.empty(shape, np.uint8)
         kept = None
         for start in range(0, shape[0], batch_size):
             chosen = list(islice(inputs, batch_size))
-            # a short one is filled up: one shape, one compilation
-            batch = np.zeros((len(own_rows(batch_size)), *chosen[0].shape), chosen[0].dtype)
-            batch[: len(chosen)] = chosen
+            batch = jax.tree.map(lambda *slices: _filled_up(slices, len(own_rows(batch_size))), *chosen)
             outputs = np.asarray(probabilities_of(state, spread(batch)))
             for i in range(len(chosen)):
                 of_slice = input_to_slice(outputs[i], frame, shape[1:])
@@ -81,6 +81,13 @@ def make_segment_slices(network: nnx.Module, batch_size: int, postprocessing: Po
         return postprocess(classes, postprocessing), kept
 
     return segment_slices
+
+
+def _filled_up(slices: Sequence[np.ndarray], rows: int) -> np.ndarray:
+    """A batch of so many rows, however few the slices are: one shape, one compilation."""
+    batch = np.zeros((rows, *slices[0].shape), slices[0].dtype)
+    batch[: len(slices)] = slices
+    return batch
 
 
 def write_segmentation(path: Path, classes: np.ndarray, trained: TrainedNetwork, like: Volume) -> None:

@@ -63,6 +63,11 @@ def parameter_count(model: Model, classes: int = 1) -> int:
     return sum(leaf.size for leaf in jax.tree.leaves(nnx.state(network, nnx.Param)))
 
 
+def reads_images(network: nnx.Module) -> bool:
+    """Whether a network reads the images beside features that were computed before."""
+    return getattr(network, "READS_IMAGES", False)
+
+
 def family_of(model: Model) -> Family:
     """How the network that the options name is built.
 
@@ -105,11 +110,7 @@ def require_fitting(model: Model) -> None:
         raise InputError(f"--model.arch={model.arch} is no {family.of}, on which {model.network} is built")
     if "weights" not in family.options and model.weights != "random":
         raise InputError(f"--model.weights={model.weights}: {model.arch} has no pretrained weights; leave it out")
-    if family.stages and len(model.decoder_widths) != family.stages:
-        raise InputError(
-            f"option --model.decoder_widths={list(model.decoder_widths)}: a U-Net on {model.arch} has {family.stages} "
-            "stages; give as many widths"
-        )
+    family.check(model)
 
 
 def require_size(model: Model, option: str, size: int) -> None:

@@ -20,7 +20,7 @@ class Family(NamedTuple):
         architectures: the names that `--model.arch` takes for them.
         options: of `Model`, those that it reads; with `weights` it stands on a backbone of that architecture.
         multiple: of which the sides of an image must be; or, where `pads`, what they must be at least.
-        stages: how many `decoder_widths` it takes; 0 where any number will do.
+        check: raises an InputError where options have values that the network cannot have.
         build: (backbone, options, K, dtype of the computation, rngs) -> the network; the backbone has its weights, and
             is None where there is none.
     """
@@ -31,4 +31,4 @@ class Family(NamedTuple):
     multiple: Callable[[Model], int]
     build: Callable[[Backbone | None, Model, int, jnp.dtype, nnx.Rngs], nnx.Module]
     pads: bool = True
-    stages: int = 0
+    check: Callable[[Model], None] = lambda model: None

@@ -36,7 +36,7 @@ def checked(experiment: Experiment) -> Experiment:
         "seed": (0, experiment.seed),
     }
     for name, widths in vars(experiment.model).items():
-        if isinstance(widths, tuple):
+        if name.endswith("widths"):
             if not widths:
                 raise InputError(f"option --model.{name} is empty; give at least one width, such as [64,32]")
             least[f"model.{name}"] = (1, min(widths))

@@ -21,7 +21,7 @@ from jaxla.devices.memory import device_bytes, exhaustion_named, program_bytes, 
 from jaxla.devices.mesh import on_host, own_rows, spread, use_own_devices
 from jaxla.devices.processes import gather, process_count, share
 from jaxla.evaluation.summary import score_case
-from jaxla.models.build import build_network
+from jaxla.models.build import build_network, reads_images
 from jaxla.pipeline.cost import TIMED_SECONDS, TIMED_VOLUMES
 from jaxla.pipeline.data import PreparedData
 from jaxla.pipeline.run import why_not_cached
@@ -54,6 +54,7 @@ class Forecast:
     Attributes:
         features_bytes: of features still to be computed; 0 where none are cached.
         features_fit: whether the disk has room for them; if not, the backbone runs in every epoch.
+        how_to_fit: what to do then.
         run_bytes: of the run's folder at its largest: checkpoints and predictions.
         step_bytes: device memory of a training step, by XLA's own account.
         device_bytes: memory that the device has; 0 where it does not say.
@@ -72,6 +73,7 @@ class Forecast:
     frozen: int
     features_bytes: int
     features_fit: bool
+    how_to_fit: str
     disk_free: int
     cache_dir: Path
     run_bytes: int
@@ -120,14 +122,15 @@ def _forecast(experiment: Experiment, data: PreparedData, cache_dir: Path, seen:
     with on_host():
         network = build_network(model, data.dataset.labels.outputs, experiment.seed)
     of_all = count_parameters(nnx.state(network, nnx.Param))
-    features_bytes, features_seconds, features_fit, stand_ins = 0, 0.0, True, None
+    features_bytes, features_seconds, features_fit, how_to_fit, stand_ins = 0, 0.0, True, "", None
+    with_images = reads_images(network)
     extract_seconds = 0.0  # of a slice, where the frozen backbone's part is not in the steps measured below
     if not why_not_cached(experiment, network):
         with use_own_devices():
             cache = FeatureCache(cache_dir, network, model.arch, canvas)
         missing = cache.missing(seen)
         features_bytes = cache.bytes_of(missing)
-        features_fit = all(gather(cache.fits(features_bytes)))
+        features_fit, how_to_fit = all(gather(cache.fits(features_bytes))), cache.how_to_fit
         if features_fit:
             with use_own_devices():
                 images = spread(np.zeros((cache.batch, size, size, 1), np.float32))
@@ -140,7 +143,7 @@ def _forecast(experiment: Experiment, data: PreparedData, cache_dir: Path, seen:
 
     split = split_network(network, train_backbone=model.backbone == "finetuned")
     sources = {
-        name: SliceSource(volumes, canvas, stand_ins and [stand_ins[v.id] for v in volumes])
+        name: SliceSource(volumes, canvas, stand_ins and [stand_ins[v.id] for v in volumes], with_images)
         for name, volumes in parts.items()
     }
     steps = steps_per_epoch(sources["train"], recipe.batch_size)
@@ -178,6 +181,7 @@ def _forecast(experiment: Experiment, data: PreparedData, cache_dir: Path, seen:
         frozen=of_all - trained,
         features_bytes=features_bytes,
         features_fit=features_fit,
+        how_to_fit=how_to_fit,
         disk_free=free_bytes(cache_dir),
         cache_dir=cache_dir,
         # two checkpoints of each kind are kept, and a third is there while it is written
@@ -203,7 +207,7 @@ def describe(f: Forecast) -> str:
     if not f.features_fit:
         features = (
             f"features would take {as_bytes(f.features_bytes)} in {f.cache_dir}, where {as_bytes(f.disk_free)} are "
-            f"free: the backbone runs in every epoch instead; --cache-dir names another disk"
+            f"free: the backbone runs in every epoch instead; {f.how_to_fit}"
         )
     memory = f"{as_bytes(f.step_bytes)} for a training step, by XLA's account"
     if f.device_bytes:

@@ -40,6 +40,7 @@ class RunsForecast:
         features_seconds: the part of it in which missing features are computed, for all runs.
         features_bytes: of these.
         without_room: methods whose features do not fit on the disk, so that their backbones run in every epoch.
+        how_to_fit: what to do about these.
         disk_free: where features are kept.
         device: that was measured on.
     """
@@ -49,6 +50,7 @@ class RunsForecast:
     features_seconds: float
     features_bytes: int
     without_room: tuple[str, ...]
+    how_to_fit: str
     disk_free: int
     device: str
 
@@ -96,7 +98,8 @@ def forecast_runs(experiments: Sequence[Experiment], complete: Sequence[bool], c
         run_bytes=tuple(of_runs[n].run_bytes if n in of_runs else 0 for n in range(len(experiments))),
         features_seconds=sum(found.features_seconds for found in kept),
         features_bytes=sum(found.features_bytes for found in kept),
-        without_room=tuple(method for method, found in measured.items() if not found.features_fit),
+        without_room=tuple(not_kept),
+        how_to_fit=max((found.how_to_fit for found in not_kept.values()), key=len, default=""),
         disk_free=min(found.disk_free for found in measured.values()),
         device=processor() if jax.default_backend() == "cpu" else jax.devices()[0].device_kind,
     )
@@ -181,7 +184,7 @@ def describe_plan(runs: Sequence[PlannedRun], states: Sequence[State], forecast:
     if forecast.without_room:
         disk += (
             f"; features of {', '.join(forecast.without_room)} do not fit into the cache folder: the backbone runs in "
-            "every epoch instead; --cache-dir names another disk"
+            f"every epoch instead; {forecast.how_to_fit}"
         )
     lines += [
         tabulate(table, ["", *protocols], "plain", colalign=["left", *["right"] * len(protocols)]),

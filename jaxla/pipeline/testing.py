@@ -33,6 +33,7 @@ from jaxla.evaluation.summary import (
 )
 from jaxla.inference.segment import Segment, make_segment, make_segment_slices, write_segmentation
 from jaxla.inference.trained import TrainedNetwork, load_run
+from jaxla.models.build import reads_images
 from jaxla.pipeline.checks import unread_options
 from jaxla.pipeline.cost import measure_cost
 from jaxla.pipeline.data import PreparedData
@@ -77,6 +78,8 @@ def run_test(data: PreparedData, features: Features | None, run_dir: Path, step_
     summary["atlas"]["threshold"] = atlas.threshold
     summary["best_epoch"] = trained.epoch
     summary["backbone"] = describe_backbone(trained.record.experiment)
+    if hasattr(trained.network, "block_weights"):
+        summary["block_weights"] = trained.network.block_weights()
     write_cases(rows, run_dir / TEST_CASES)
     write_cases(slice_rows, run_dir / TEST_SLICES)
     write_summary(summary, run_dir / SUMMARY)
@@ -117,7 +120,10 @@ def segment_of_case(
         geometry = slice_geometry(volume.affine)
         if features:
             frame = canvas.frame(prepared.shape[1:], prepared.spacing[1:])
-            predicted, _ = segment_slices(features[prepared.id], frame, prepared.shape)
+            inputs = features[prepared.id]
+            if reads_images(trained.network):
+                inputs = zip(inputs, (prepared.input(s, frame) for s in range(prepared.shape[0])), strict=True)
+            predicted, _ = segment_slices(inputs, frame, prepared.shape)
             classes = np.ascontiguousarray(from_slices(predicted, geometry))
         else:
             classes, _ = segment(volume)

@@ -1,9 +1,12 @@
 """The frozen-feature cache: what a frozen backbone makes of a slice is computed once, for all epochs and all runs.
 
 Under `<cache>/features/` stands a folder for each backbone, input size and precision, and in it a file for each
-volume, named by the content of its slices: `<name>.npy` [S, h, w, C] and `<name>.json`, which is written last and holds
-the file's sha256. Features are stored in the precision in which they are computed (float32 on CPU, bfloat16 on GPU), so
-nothing is lost by storing them.
+volume, named by the content of its slices: `<name>.npy` [S, h, w, C], or [S, blocks, h, w, C] where a network reads
+several blocks, and `<name>.json`, which is written last and holds the file's sha256. Features are stored in the
+precision in which they are computed (float32 on CPU, bfloat16 on GPU), so nothing is lost by storing them.
+
+Of a backbone's blocks just those are kept that the network reads, and slices are read when their batch is due: memory
+does not grow with either.
 """
 
 from __future__ import annotations
@@ -41,10 +44,10 @@ SHARE_OF_FREE_DISK = 0.9
 
 @dataclass(frozen=True)
 class CachedFeatures:
-    """The features of a volume's slices, [S, h, w, C], read from disk one slice at a time."""
+    """The features of a volume's slices, [S, …], read from disk one slice at a time."""
 
     path: Path
-    shape: tuple[int, int, int, int]
+    shape: tuple[int, ...]
     dtype: np.dtype
 
     def __len__(self) -> int:
@@ -67,7 +70,7 @@ class FeatureCache:
     def __init__(self, cache_dir: Path, network: nnx.Module, arch: str, canvas: Canvas) -> None:
         graph, state = nnx.split(network)
         extract = jax.jit(lambda state, images: nnx.merge(graph, state).features(images))
-        self.extract = partial(extract, to_devices(state))  # [batch, size, size, 1] -> [batch, h, w, C]
+        self.extract = partial(extract, to_devices(state))  # [batch, size, size, 1] -> [batch, …]
         self.batch = BATCH * device_count()
         self._canvas, size = canvas, canvas.size
         one_batch = jax.eval_shape(self.extract, jax.ShapeDtypeStruct((self.batch, size, size, 1), np.float32))
@@ -98,6 +101,12 @@ class FeatureCache:
         """What is free on the disk of the cache folder."""
         return free_bytes(self.folder)
 
+    @property
+    def how_to_fit(self) -> str:
+        """What to do where they do not."""
+        several = len(self.shape) == 4 and self.shape[0] > 1
+        return "--cache-dir names another disk" + (", --model.blocks fewer blocks to keep" if several else "")
+
     def fits(self, size: int) -> bool:
         """Whether the disk has room for that many bytes more, and some to spare."""
         return size <= SHARE_OF_FREE_DISK * self.free_bytes()
@@ -121,8 +130,8 @@ class FeatureCache:
         if not fit:
             log.warning(
                 "features of %d volumes would take %s in %s, where %s are free: the backbone runs in every epoch "
-                "instead (--cache-dir names another disk)",
-                len(absent), as_bytes(needed), self.folder, as_bytes(self.free_bytes()),
+                "instead; %s",
+                len(absent), as_bytes(needed), self.folder, as_bytes(self.free_bytes()), self.how_to_fit,
             )  # fmt: skip
         elif absent:
             log.info(

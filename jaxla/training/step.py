@@ -95,6 +95,11 @@ def take_step(step: Callable, state: TrainingState, batch: Any, key: jax.Array) 
     return loss
 
 
+def inputs_of(batch: Any) -> Any:
+    """What the network is called with: images or features, or features and their images."""
+    return (batch["input"], batch["image"]) if "image" in batch else batch["input"]
+
+
 def make_gradient(graph: nnx.GraphDef, augmentation: Augmentation = UNCHANGED) -> Gradient:
     """The seam for a network trained on whole batches of slices."""
 
@@ -102,7 +107,7 @@ def make_gradient(graph: nnx.GraphDef, augmentation: Augmentation = UNCHANGED) -
         network = nnx.merge(graph, trainable, *frozen, copy=True)  # its statistics change
         # slices that only fill a batch up to the number of devices are left out of BatchNorm's statistics
         present = batch["weight"] > 0 if device_count() > 1 else None
-        logits = network(batch["input"], present)
+        logits = network(inputs_of(batch), present)
         # those of a frozen backbone are among its parameters, and stay
         new = dict(nnx.to_flat_state(nnx.state(network, nnx.BatchStat)))
         old = nnx.to_flat_state(frozen.statistics)
@@ -144,7 +149,7 @@ def make_evaluation(graph: nnx.GraphDef) -> Callable[..., Evaluated]:
     """`(trainable, frozen, batch) -> Evaluated`, jitted."""
 
     def evaluate(trainable: Any, frozen: Frozen, batch: Any) -> Evaluated:
-        logits, weight = nnx.merge(graph, trainable, *frozen)(batch["input"]), batch["weight"]
+        logits, weight = nnx.merge(graph, trainable, *frozen)(inputs_of(batch)), batch["weight"]
         loss, counts = pixel_loss(logits, batch["mask"], weight), overlap_counts(logits, batch["mask"], weight)
         return whole(Evaluated(loss, counts, batch["volume"], weight))
 

@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from jaxla.config import InputError, Model
 from jaxla.models.family import Family
 from jaxla.models.images import crop, pad_to_multiple, require_images, three_channels
 from jaxla.models.layers import logits_layer
@@ -71,12 +72,20 @@ class ResNetUNet(nnx.Module):
         return crop(self.logits(x), images.shape[1:3], MULTIPLE)
 
 
+def _check(model: Model) -> None:
+    if len(model.decoder_widths) != len(SKIPS):
+        raise InputError(
+            f"option --model.decoder_widths={list(model.decoder_widths)}: a U-Net on {model.arch} has {len(SKIPS)} "
+            "stages; give as many widths"
+        )
+
+
 FAMILY = Family(
     "ResNet",
     VARIANTS,
     options=("weights", "backbone", "decoder_widths"),
     multiple=lambda model: MULTIPLE,
-    stages=len(SKIPS),
+    check=_check,
     build=lambda backbone, model, classes, dtype, rngs: ResNetUNet(
         backbone, model.decoder_widths, classes, dtype=dtype, rngs=rngs
     ),

@@ -1,0 +1,242 @@
+"""Paper 2's network: features of several blocks fused by learned weights, decoded with the image brought back in.
+
+*Multi-scale feature fusion with image-driven spatial integration* (arXiv 2502.06615). Stated are the frozen backbone,
+one learnable scalar a block, softmax-normalised, a decoder like a U-Net's, and that the image is brought back in while
+decoding; what else stands here is this package's choice (docs/paper2.md).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import pairwise
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from jaxla.config import InputError, Model
+from jaxla.models.backbones import TRANSFORMERS
+from jaxla.models.family import Family
+from jaxla.models.images import three_channels
+from jaxla.models.layers import ConvolutionUnit, logits_layer
+from jaxla.models.networks.unet import DoubleConvolution
+from jaxla.models.resizing import double, resize
+from jaxla.models.vision_transformer import VisionTransformer
+
+STEM = 16  # channels that a stage sees of the image
+
+
+class FusionSegmenter(nnx.Module):
+    """Patch tokens of some of the backbone's blocks as maps, and the image, decoded to logits."""
+
+    def __init__(self, backbone: VisionTransformer, blocks: Sequence[int], decoder: FusionDecoder) -> None:
+        self.backbone = backbone
+        self.blocks = tuple(blocks)
+        self.decoder = decoder
+        self.FEATURES = f"patch tokens of blocks {', '.join(map(str, self.blocks))} after the final norm"
+        self.READS_IMAGES = decoder.reads_images
+
+    def __call__(self, images: jax.Array, present: jax.Array | None = None) -> jax.Array:
+        """Logits [B, H, W, K] float32.
+
+        Args:
+            images: [B, H, W, 1] grey values in 0..1, or [B, H, W, 3] already ImageNet-normalised; H, W multiples of
+                the patch size.
+            present: [B] bool, which of them BatchNorm's statistics are of while it trains; by default all.
+        """
+        return self.decoder(self.features(images), images, images.shape[1:3], present)
+
+    def features(self, images: jax.Array) -> jax.Array:
+        """What the decoder reads of the backbone: [B, blocks, h, w, C] in the computation's dtype.
+
+        Each block's tokens pass the final norm, for their scales differ from block to block.
+        """
+        return jnp.stack(self.backbone.intermediate(three_channels(images), self.blocks, norm=True), axis=1)
+
+    def on_features(self, size: tuple[int, int]) -> FeatureFusionSegmenter:
+        """The rest of this network, for features of images of H, W = `size` that were computed before."""
+        return FeatureFusionSegmenter(self.decoder, size)
+
+    def block_weights(self) -> dict[str, Any]:
+        """The share of each block in the features of each level of the decoder, coarsest first; ready for JSON."""
+        levels = np.asarray(self.decoder.fusion.weights(), np.float64)
+        return {"blocks": list(self.blocks), "levels": levels.tolist()}
+
+
+class FeatureFusionSegmenter(nnx.Module):
+    """A `FusionSegmenter` without its backbone."""
+
+    def __init__(self, decoder: FusionDecoder, size: tuple[int, int]) -> None:
+        self.decoder = decoder
+        self.size = size
+
+    def __call__(self, inputs: jax.Array | tuple[jax.Array, jax.Array], present: jax.Array | None = None) -> jax.Array:
+        """Features [B, blocks, h, w, C], with their images [B, H, W, 1 or 3] where it reads these, to logits.
+
+        Raises:
+            ValueError: it reads images, and is given features alone.
+        """
+        if self.decoder.reads_images and not isinstance(inputs, tuple):
+            raise ValueError("the decoder reads the images too: call it with (features, images)")
+        features, images = inputs if self.decoder.reads_images else (inputs, None)
+        return self.decoder(features, images, self.size, present)
+
+
+class FusionDecoder(nnx.Module):
+    """The first level's features, then ×2 stages up to about the image's size.
+
+    Args:
+        width: C, channels of the features.
+        blocks: how many blocks' features come in.
+        widths: channels of the first level, then after each stage.
+        outputs: K, channels of the logits.
+        weights: as `config.Model.block_weights`.
+        image: which stages see the image, as `config.Model.image_stages`.
+    """
+
+    def __init__(
+        self,
+        width: int,
+        blocks: int,
+        widths: Sequence[int],
+        outputs: int,
+        *,
+        weights: str = "per_level",
+        image: str = "all",
+        dtype: jnp.dtype = jnp.float32,
+        rngs: nnx.Rngs,
+    ) -> None:
+        last = len(widths) - 2
+        seen = {"all": range(last + 1), "last": [last], "none": []}[image]
+        self.reads_images = bool(seen)
+        self.fusion = Fusion(len(widths), blocks, weights)
+        self.project = nnx.Linear(width, widths[0], dtype=dtype, rngs=rngs)
+        self.stages = nnx.List(
+            [Stage(width, i, o, place in seen, dtype=dtype, rngs=rngs) for place, (i, o) in enumerate(pairwise(widths))]
+        )
+        self.logits = logits_layer(widths[-1], outputs, 3, dtype, rngs)
+
+    def __call__(
+        self,
+        features: jax.Array,
+        images: jax.Array | None,
+        size: tuple[int, int],
+        present: jax.Array | None = None,
+    ) -> jax.Array:
+        """[B, blocks, h, w, C] -> logits [B, H, W, K] float32, H, W = `size`.
+
+        Args:
+            images: [B, H, W, 1 or 3]; None where no stage sees them.
+            present: [B] bool, which of them BatchNorm's statistics are of while it trains.
+        """
+        images = three_channels(images) if self.reads_images else None
+        first, *others = self.fusion(features)
+        x = self.project(first)
+        for stage, fused in zip(self.stages, others, strict=True):
+            x = stage(x, fused, images, present)
+        return self.logits(resize(x, size))
+
+
+class Fusion(nnx.Module):
+    """Weighted sums of the blocks' features, one for each level of the decoder; the weights of a level sum to 1.
+
+    The weights are the softmax of what is learned: a scalar for each block and level, or for each block alone
+    (`shared`), all equal at first; `uniform` ones stay so.
+    """
+
+    def __init__(self, levels: int, blocks: int, weights: str) -> None:
+        self.shape = (levels, blocks)
+        if weights != "uniform":
+            self.scalars = nnx.Param(jnp.zeros((1 if weights == "shared" else levels, blocks)))
+
+    def weights(self) -> jax.Array:
+        """[levels, blocks] float32."""
+        scalars = self.scalars[...] if hasattr(self, "scalars") else jnp.zeros(self.shape)
+        return jnp.broadcast_to(jax.nn.softmax(scalars, axis=1), self.shape)
+
+    def __call__(self, features: jax.Array) -> list[jax.Array]:
+        """[B, blocks, h, w, C] -> for each level [B, h, w, C] in the same dtype."""
+        # product by product, which XLA makes one pass of: twice as fast on CPU as a product of matrices, forward and
+        # backward, and summed in float32
+        return [
+            sum(weight * features[:, place] for place, weight in enumerate(of_level)).astype(features.dtype)
+            for of_level in self.weights()
+        ]
+
+
+class Stage(nnx.Module):
+    """Twice the size; its own weighted sum added; what a small stem makes of the image beside it; two convolutions."""
+
+    def __init__(
+        self, width: int, inputs: int, outputs: int, sees_image: bool, *, dtype: jnp.dtype, rngs: nnx.Rngs
+    ) -> None:
+        self.project = nnx.Linear(width, inputs, dtype=dtype, rngs=rngs)
+        self.stem = ConvolutionUnit(3, STEM, dtype=dtype, rngs=rngs) if sees_image else None
+        self.convolutions = DoubleConvolution(inputs + (STEM if sees_image else 0), outputs, dtype, rngs)
+
+    def __call__(
+        self, x: jax.Array, fused: jax.Array, images: jax.Array | None, present: jax.Array | None
+    ) -> jax.Array:
+        """x [B, H, W, inputs], fused [B, h, w, C], images [B, …, …, 3] -> [B, 2H, 2W, outputs]."""
+        x = double(x)
+        size = x.shape[1:3]
+        x = x + resize(self.project(fused), size)
+        if self.stem is not None:
+            of_this_size = jax.image.resize(images, (len(images), *size, 3), "linear")  # antialiased where it shrinks
+            x = jnp.concatenate([x, self.stem(of_this_size, present)], axis=-1)
+        return self.convolutions(x, present)
+
+
+def chosen_blocks(model: Model) -> tuple[int, ...]:
+    """`Model.blocks` counted from 0.
+
+    Raises:
+        InputError: one that the backbone lacks, or one that stands twice.
+    """
+    depth = TRANSFORMERS[model.arch].depth
+    chosen = tuple(block + depth if block < 0 else block for block in model.blocks) or tuple(range(depth))
+    for given, block in zip(model.blocks, chosen, strict=False):
+        what = f"option --model.blocks={list(model.blocks)}:"
+        if not 0 <= block < depth:
+            raise InputError(
+                f"{what} {model.arch} has no block {given}; name some of 0 to {depth - 1}, or of -1, its last, to "
+                f"-{depth}"
+            )
+        if chosen.count(block) > 1:
+            raise InputError(f"{what} block {block} of {model.arch} stands twice; name each once")
+    return chosen
+
+
+def _check(model: Model) -> None:
+    chosen_blocks(model)
+    if len(model.decoder_widths) < 2:
+        raise InputError(
+            f"option --model.decoder_widths={list(model.decoder_widths)}: give the width of the first level and those "
+            "of one or more stages, such as [64,32]"
+        )
+
+
+def _build(
+    backbone: VisionTransformer, model: Model, classes: int, dtype: jnp.dtype, rngs: nnx.Rngs
+) -> FusionSegmenter:
+    blocks = chosen_blocks(model)
+    decoder = nnx.jit(
+        lambda rngs: FusionDecoder(
+            backbone.variant.width, len(blocks), model.decoder_widths, classes, weights=model.block_weights,
+            image=model.image_stages, dtype=dtype, rngs=rngs,
+        )
+    )(rngs)  # fmt: skip
+    return FusionSegmenter(backbone, blocks, decoder)
+
+
+FAMILY = Family(
+    "vision transformer",
+    TRANSFORMERS,
+    options=("weights", "backbone", "decoder_widths", "blocks", "block_weights", "image_stages"),
+    multiple=lambda model: TRANSFORMERS[model.arch].patch,
+    pads=False,
+    check=_check,
+    build=_build,
+)
