@@ -202,12 +202,17 @@ class Study:
 
 
 class Published(NamedTuple):
-    """A row of a published table, in percent; `iou` and the deviations are None where none was printed."""
+    """A row of a published table, in percent; `iou` and the deviations are None where none was printed.
+
+    `source` says where it stands, `caveat` what to bear in mind; both become part of a sentence.
+    """
 
     dice: float
     dice_sd: float | None = None
     iou: float | None = None
     iou_sd: float | None = None
+    source: str = ""
+    caveat: str = ""
 
 
 PARTS = {

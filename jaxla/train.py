@@ -37,11 +37,12 @@ def main(arguments: list[str]) -> None:
 
 def list_experiments(details: bool) -> str:
     """The experiments and methods; with each method's parameters, input and recipe where asked for details."""
+    width = max(map(len, [*EXPERIMENTS, *METHODS]))
     lines = ["Experiments (--exp=NAME):"]
-    lines += [f"  {e.name:20} {e.summary}; method {e.method}" for e in EXPERIMENTS.values()]
+    lines += [f"  {e.name:{width}} {e.summary}; method {e.method}" for e in EXPERIMENTS.values()]
     lines += ["Methods (--method=NAME):"]
     if not details:
-        return "\n".join([*lines, *(f"  {m.name:20} {m.summary}" for m in METHODS.values())])
+        return "\n".join([*lines, *(f"  {m.name:{width}} {m.summary}" for m in METHODS.values())])
 
     import jax
 
@@ -50,9 +51,9 @@ def list_experiments(details: bool) -> str:
     jax.config.update("jax_platforms", "cpu")  # to count takes no GPU from others
     for method in METHODS.values():
         size, recipe = method.preprocessing.image_size, method.training
-        lines.append(f"  {method.name:20} {method.summary}")
+        lines.append(f"  {method.name:{width}} {method.summary}")
         lines.append(
-            f"  {'':20} {parameter_count(method.model) / 1e6:.1f} M parameters; {size}×{size} pixels; Adam "
+            f"  {'':{width}} {parameter_count(method.model) / 1e6:.1f} M parameters; {size}×{size} pixels; Adam "
             f"{recipe.learning_rate:g}, at most {recipe.epochs} epochs, batches of {recipe.batch_size}"
         )
     return "\n".join(lines)

@@ -93,6 +93,7 @@ def forecast_runs(experiments: Sequence[Experiment], complete: Sequence[bool], c
             once = found.features_seconds if n == of_these[0] else 0.0
             of_runs[n] = replace(found, experiment=experiments[n], steps=steps[n], features_seconds=once)
     kept = [found for found in measured.values() if found.features_fit]
+    not_kept = {method: found for method, found in measured.items() if not found.features_fit}
     return RunsForecast(
         seconds=tuple(of_runs[n].seconds if n in of_runs else 0.0 for n in range(len(experiments))),
         run_bytes=tuple(of_runs[n].run_bytes if n in of_runs else 0 for n in range(len(experiments))),

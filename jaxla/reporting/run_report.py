@@ -12,6 +12,7 @@ from jaxla.config import experiment_from_json
 from jaxla.evaluation.metrics import COLUMNS
 from jaxla.evaluation.summary import by_unit
 from jaxla.reporting.agreement import FEWEST_FOR_LIMITS, draw_volumes, volume_agreement
+from jaxla.reporting.block_weights import draw_block_weights
 from jaxla.reporting.curves import draw_losses, draw_validation
 from jaxla.reporting.overlays import PREDICTION, REFERENCE, SLICES_PER_CASE, Panel, slice_figures
 from jaxla.reporting.page import Pair, chart, data_uri, templates
@@ -71,6 +72,7 @@ def write_report(
         fewest_for_limits=FEWEST_FOR_LIMITS,
         losses=chart(lambda axes: draw_losses(axes, history)),
         validation=chart(lambda axes: draw_validation(axes, history, best)),
+        block_weights=_block_weights(summary),
         volumes=chart(lambda axes: draw_volumes(axes, rows), (4.2, 4)),
         panels=[(panel, [(i, data_uri(f)) for i, f in slice_figures(panel, SLICES_PER_CASE)]) for panel in panels],
         colours={"prediction": PREDICTION, "reference": REFERENCE},
@@ -81,6 +83,14 @@ def write_report(
         definitions=summary["definitions"] | summary["slice"]["definitions"],
     )
     write_whole(path, page)
+
+
+def _block_weights(summary: Mapping[str, Any]) -> str:
+    """The figure of what a fusion's blocks weigh; empty for other networks."""
+    if "block_weights" not in summary:
+        return ""
+    inches = (max(4.6, 1.6 + 0.42 * min(len(summary["block_weights"]["blocks"]), 20)), 3.2)
+    return chart(lambda axes: draw_block_weights(axes, summary["block_weights"]), inches)
 
 
 def _results(summary: Mapping[str, Any]) -> list[dict[str, Any]]:

@@ -99,12 +99,10 @@ def results_table(results: Results, protocol: str, published: Mapping[tuple[str,
         + "The atlas never looks at the image; above atlas: test cases of a higher Dice."
     )
     if printed:
-        read_off = all(row.dice_sd is None for row in printed.values())
-        caption += (
-            f" Published: by paper 1, on LAScarQS 2022{', read off its Figure 2' if read_off else ''}, with its own "
-            "recipe, whatever data and options were taken here; it states no "
-            "unit of its means, and its abstract speaks of fine-tuning the transformers that its text calls frozen."
+        sources, caveats = (
+            "; ".join(dict.fromkeys(getattr(row, of) for row in printed.values())) for of in ("source", "caveat")
         )
+        caption += f" Published: {sources}, with its own recipe, whatever data and options were taken here; {caveats}."
     return Table(f"table1_{protocol}", caption, head, rows, records)
 
 

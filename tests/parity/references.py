@@ -15,6 +15,7 @@ from convert_weights.layout import to_theirs
 from convert_weights.resnet import resnet_rows
 from convert_weights.vgg import vgg_rows
 from jaxla.models.networks.attention_unet import AttentionUNet
+from jaxla.models.networks.fusion import FusionDecoder
 from jaxla.models.networks.resnet_unet import ResNetUNet
 from jaxla.models.networks.segnet import SegNet
 from jaxla.models.networks.transformer_segmenter import ConvolutionalDecoder
@@ -220,6 +221,55 @@ class ReferenceDecoder(nn.Module):
         return self.logits(x)
 
 
+# --- paper 2's decoder ---
+
+
+class ReferenceStage(nn.Module):
+    def __init__(self, width, inputs, outputs, stem):
+        super().__init__()
+        self.project = nn.Conv2d(width, inputs, 1)
+        self.stem = Unit(3, stem) if stem else None
+        self.convolutions = Double(inputs + stem, outputs)
+
+    def forward(self, x, fused, images):
+        size = [2 * side for side in x.shape[2:]]
+        x = functional.interpolate(x, size=size, mode="bilinear")
+        x = x + functional.interpolate(self.project(fused), size=size, mode="bilinear")
+        if self.stem:
+            images = functional.interpolate(images, size=size, mode="bilinear", antialias=True)
+            x = torch.cat([x, self.stem(images)], dim=1)
+        return self.convolutions(x)
+
+
+class ReferenceFusion(nn.Module):
+    def __init__(self, levels, blocks):
+        super().__init__()
+        self.scalars = nn.Parameter(torch.zeros(levels, blocks))
+
+    def forward(self, features):
+        return torch.einsum("kl,blchw->kbchw", self.scalars.softmax(1), features)
+
+
+class ReferenceFusionDecoder(nn.Module):
+    """Features [B, blocks, C, h, w] and images [B, 3, H, W]; a set of weights for each level."""
+
+    def __init__(self, width, blocks, widths, outputs, stems, size):
+        super().__init__()
+        self.fusion = ReferenceFusion(len(widths), blocks)
+        self.project = nn.Conv2d(width, widths[0], 1)
+        stages = zip(pairwise(widths), stems, strict=True)
+        self.stages = nn.ModuleList([ReferenceStage(width, i, o, stem) for (i, o), stem in stages])
+        self.logits = nn.Conv2d(widths[-1], outputs, 3, padding=1)
+        self.size = size
+
+    def forward(self, features, images):
+        first, *others = self.fusion(features)
+        x = self.project(first)
+        for stage, fused in zip(self.stages, others, strict=True):
+            x = stage(x, fused, images)
+        return self.logits(functional.interpolate(x, size=self.size, mode="bilinear"))
+
+
 # --- carrying over ---
 
 
@@ -234,6 +284,12 @@ def reference_of(network, size=None):
             width, first = network.token_classifier.in_features, network.token_classifier.out_features
             widths = (first, *(stage.norm.scale.shape[0] for stage in network.stages))
             reference = ReferenceDecoder(width, widths, network.logits.out_features, size)
+        case FusionDecoder():
+            widths = [stage.project.out_features for stage in network.stages]
+            widths.append(network.stages[-1].convolutions.second.norm.scale.shape[0])
+            stems = [stage.stem.norm.scale.shape[0] if stage.stem else 0 for stage in network.stages]
+            width, blocks = network.project.in_features, network.fusion.shape[1]
+            reference = ReferenceFusionDecoder(width, blocks, widths, network.logits.out_features, stems, size)
         case AttentionUNet():
             reference = ReferenceAttentionUNet(widths_of(network), network.logits.out_features)
         case UNet():

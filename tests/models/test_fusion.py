@@ -1,0 +1,282 @@
+"""Paper 2's network: PyTorch's numbers, weights that sum to 1 and are learned, what it reads of blocks and image."""
+
+import time
+from dataclasses import replace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+from flax import nnx
+
+from jaxla.config import InputError, Model
+from jaxla.data.batches import SliceSource, training_batches
+from jaxla.data.inputs import Canvas
+from jaxla.models.backbones import TRANSFORMERS
+from jaxla.models.build import build_network, checked_model
+from jaxla.models.images import three_channels
+from jaxla.models.networks.fusion import Fusion, FusionDecoder, FusionSegmenter, chosen_blocks
+from jaxla.training.step import make_gradient, split_network
+from tests.parity.references import as_theirs, reference_of
+from tests.tiny import ROTARY, TINY, randomise, tiny_backbone
+from tests.training.scans import disc_scans
+
+SIZE = (24, 40)  # of the images; h, w are 3, 5
+WIDTHS = (12, 8, 6, 4)
+WAYS = ("all", "last", "none")
+
+
+def decoder_of(blocks=3, outputs=1, seed=0, dtype=jnp.float32, **options):
+    """In evaluation mode with random parameters."""
+    decoder = randomise(
+        nnx.eval_shape(lambda: FusionDecoder(32, blocks, WIDTHS, outputs, dtype=dtype, rngs=nnx.Rngs(0), **options)),
+        seed,
+    )
+    for _, variable in nnx.to_flat_state(nnx.state(decoder)):
+        variable.set_value(jnp.asarray(np.asarray(variable), dtype))
+    decoder.eval()
+    return decoder
+
+
+def network_of(blocks=(0, 1, 2), variant=TINY, **options):
+    return FusionSegmenter(tiny_backbone(variant=variant), blocks, decoder_of(len(blocks), **options))
+
+
+def random_inputs(batch=2, blocks=3, dtype=np.float32):
+    """Features [B, blocks, h, w, C] and images [B, H, W, 1]."""
+    draw = np.random.default_rng(1)
+    return draw.standard_normal((batch, blocks, 3, 5, 32)).astype(dtype), draw.random((batch, *SIZE, 1)).astype(dtype)
+
+
+def to_torch(features, images):
+    images = np.asarray(three_channels(jnp.asarray(images)))
+    return (
+        torch.from_numpy(np.ascontiguousarray(features.transpose(0, 1, 4, 2, 3))),
+        torch.from_numpy(np.ascontiguousarray(images.transpose(0, 3, 1, 2))),
+    )
+
+
+def jitted(network):
+    graph, state = nnx.split(network)
+    return lambda *arguments: jax.jit(lambda state, *a: nnx.merge(graph, state)(*a))(state, *arguments)
+
+
+# --- the same numbers as PyTorch ---
+
+
+@pytest.mark.parametrize("image", WAYS)
+def test_logits_equal_pytorch(image):
+    decoder, (features, images) = decoder_of(outputs=3, image=image), random_inputs()
+    ours = jax.jit(lambda *inputs: decoder(*inputs, SIZE))(features, images)
+    with torch.no_grad():
+        theirs = reference_of(decoder, SIZE)(*to_torch(features, images)).numpy().transpose(0, 2, 3, 1)
+    assert (ours.shape, ours.dtype) == ((2, *SIZE, 3), jnp.float32)
+    assert np.std(theirs) > 0.2
+    np.testing.assert_allclose(ours, theirs, atol=2e-6)  # measured: 3.6e-7
+
+
+def test_gradients_and_statistics_equal_pytorch():
+    """In float64: in float32 rounding moves activations over a ReLU's zero, in PyTorch as here."""
+    with jax.enable_x64():
+        decoder, (features, images) = decoder_of(dtype=jnp.float64), random_inputs(dtype=np.float64)
+        weight = np.random.default_rng(2).standard_normal((2, *SIZE, 1))
+        theirs = reference_of(decoder, SIZE).train()
+        decoder.train()
+        graph, parameters, rest = nnx.split(decoder, nnx.Param, ...)
+
+        def loss(parameters):
+            network = nnx.merge(graph, parameters, rest, copy=True)
+            return (network(features, images, SIZE) * weight).mean(), nnx.state(network, nnx.BatchStat)
+
+        gradients, statistics = jax.jit(jax.grad(loss, has_aux=True))(parameters)
+        (theirs(*to_torch(features, images)) * torch.from_numpy(weight.transpose(0, 3, 1, 2).copy())).mean().backward()
+        found, expected = as_theirs(decoder, gradients), dict(theirs.named_parameters())
+        assert found.keys() == expected.keys()
+        for name, parameter in expected.items():
+            error = np.linalg.norm(found[name] - parameter.grad.numpy()) / np.linalg.norm(parameter.grad.numpy())
+            assert error <= 1e-13, name  # measured: 4.6e-15
+        buffers = dict(theirs.named_buffers())
+        found = as_theirs(decoder, statistics)
+        assert len(found) == 2 * 3 * 3  # of the stem and two convolutions of three stages
+        for name, value in found.items():
+            np.testing.assert_allclose(value, buffers[name], rtol=1e-13, err_msg=name)  # measured: 3.3e-15
+
+
+# --- weights ---
+
+
+@pytest.mark.parametrize(("weights", "count"), [("per_level", 12), ("shared", 3), ("uniform", 0)])
+def test_weights_start_equal_and_sum_to_1(weights, count):
+    decoder = FusionDecoder(32, 3, WIDTHS, 1, weights=weights, rngs=nnx.Rngs(0))
+    np.testing.assert_allclose(decoder.fusion.weights(), np.full((4, 3), 1 / 3), rtol=1e-6)
+    assert sum(leaf.size for leaf in jax.tree.leaves(nnx.state(decoder.fusion, nnx.Param))) == count
+    network = network_of(weights=weights)  # random scalars
+    of_levels = np.array(network.block_weights()["levels"])
+    np.testing.assert_allclose(of_levels.sum(1), np.ones(4), rtol=1e-6)
+    assert (np.ptp(of_levels) > 0.01) == (weights != "uniform")
+    assert (np.ptp(of_levels, axis=0).max() > 0.01) == (weights == "per_level")
+    assert network.block_weights()["blocks"] == [0, 1, 2]
+
+
+@pytest.mark.parametrize("weights", ["per_level", "shared"])
+@pytest.mark.parametrize("backbone", ["frozen", "finetuned"])
+def test_the_gradient_reaches_every_weight(weights, backbone):
+    parts = split_network(network_of(weights=weights), train_backbone=backbone == "finetuned")
+    mask = (np.random.default_rng(3).random((2, *SIZE)) > 0.6).astype(np.uint8)
+    batch = {"input": random_inputs()[1], "mask": mask, "weight": np.ones(2, np.float32)}
+    _, gradients, _ = jax.jit(make_gradient(parts.training))(parts.trainable, parts.frozen, batch, jax.random.key(0))
+    of_scalars = np.asarray(gradients["decoder"]["fusion"]["scalars"][...])
+    assert of_scalars.shape == ((4, 3) if weights == "per_level" else (1, 3))
+    assert np.abs(of_scalars).min() > 1e-7
+    np.testing.assert_allclose(of_scalars.sum(1), 0, atol=1e-6)  # the weights sum to 1 whatever the scalars are
+    assert ("backbone" in gradients) == (backbone == "finetuned")
+
+
+def test_a_block_counts_in_proportion_to_its_weight():
+    fusion, (features, _) = Fusion(2, 3, "per_level"), random_inputs()
+    fusion.scalars.set_value(jnp.array([[0.5, -1.0, 2.0], [0.0, 0.3, -0.2]]))
+    moved = features.copy()
+    moved[:, 1] += 1
+    for before, after, of_level in zip(fusion(features), fusion(moved), fusion.weights(), strict=True):
+        np.testing.assert_allclose(after - before, np.full(before.shape, of_level[1]), atol=1e-6)  # measured: 1.8e-7
+
+
+def test_all_weight_on_the_last_block_is_the_network_without_fusion_to_the_bit():
+    fused, last = network_of(image="none"), network_of(blocks=(2,), image="none")
+    for path, variable in nnx.to_flat_state(nnx.state(fused.decoder)):
+        if path[0] != "fusion":
+            same = dict(nnx.to_flat_state(nnx.state(last.decoder)))[path]
+            same.set_value(variable.get_value())
+    fused.decoder.fusion.scalars.set_value(jnp.full((4, 3), -jnp.inf).at[:, 2].set(0))
+    images = random_inputs()[1]
+    np.testing.assert_array_equal(jitted(fused)(images), jitted(last)(images))
+
+
+# --- what it reads ---
+
+
+@pytest.mark.parametrize("variant", [TINY, ROTARY], ids=["dinov2", "dinov3"])
+def test_it_reads_each_blocks_tokens_after_the_final_norm(variant):
+    network = network_of(blocks=(2, 0), variant=variant)
+    images = random_inputs()[1]
+    found = network.features(jnp.asarray(images))
+    assert found.shape == (2, 2, 3, 5, 32)
+    colour = three_channels(jnp.asarray(images))
+    np.testing.assert_array_equal(found[:, 0], network.backbone(colour).patches)  # of the last block
+    expected = network.backbone.norm(network.backbone.intermediate(colour, (0,))[0])
+    np.testing.assert_allclose(found[:, 1], expected, atol=2e-6)  # measured: 4.8e-7
+
+
+def test_networks_share_features_in_the_cache_only_where_they_read_the_same_blocks():
+    says = {network_of(blocks=blocks, image=image).FEATURES for blocks in ((1, 2), (2,)) for image in ("all", "none")}
+    assert len(says) == 2
+
+
+@pytest.mark.parametrize("image", WAYS)
+def test_features_and_the_rest_are_the_network(image):
+    network, images = network_of(image=image), random_inputs()[1]
+    features = jax.jit(lambda images: network.features(images))(images)
+    rest = network.on_features(SIZE)
+    if image == "none":
+        assert not network.READS_IMAGES
+        given = features
+    else:
+        with pytest.raises(ValueError, match=r"reads the images too: call it with \(features, images\)"):
+            rest(features)
+        given = (features, images)
+    np.testing.assert_allclose(jitted(rest)(given), jitted(network)(images), atol=1e-6)  # measured: equal
+
+
+@pytest.mark.parametrize("image", WAYS)
+def test_the_image_reaches_the_logits_by_the_stems_alone_where_features_stay(image):
+    rest, (features, images) = network_of(image=image).on_features(SIZE), random_inputs()
+    if image == "none":
+        assert all(stage.stem is None for stage in rest.decoder.stages)
+        return
+    assert [stage.stem is not None for stage in rest.decoder.stages] == [image == "all", image == "all", True]
+    other = images.copy()
+    other[:, :8, :8] = 1 - other[:, :8, :8]
+    change = np.abs(jitted(rest)((features, images)) - jitted(rest)((features, other)))[..., 0]
+    assert change[:, :8, :8].max() > 1e-3
+    if image == "last":  # three convolutions and a resizing reach no further
+        assert change[:, 16:].max() == 0
+        assert change[:, :, 16:].max() == 0
+
+
+@pytest.mark.parametrize("arch", ["dinov2_vits14", "dinov2_vits14_reg", "dinov2_vitg14", "dinov3_vits16"])
+def test_it_takes_every_backbone_and_sides_that_differ(arch):
+    model = Model(arch, weights="random", network="fusion", backbone="frozen", decoder_widths=WIDTHS, blocks=(0, -1))
+    network = nnx.eval_shape(lambda: build_network(model, 3, 0))
+    patch = TRANSFORMERS[arch].patch
+    graph, state = nnx.split(network)
+    images = jax.ShapeDtypeStruct((2, 3 * patch, 5 * patch, 1), jnp.float32)
+    logits = jax.eval_shape(lambda state, images: nnx.merge(graph, state)(images), state, images)
+    assert logits.shape == (2, 3 * patch, 5 * patch, 3)
+    assert network.blocks == (0, TRANSFORMERS[arch].depth - 1)
+
+
+# --- options ---
+
+
+@pytest.mark.parametrize(
+    ("blocks", "chosen"),
+    [((), tuple(range(12))), ((-1,), (11,)), ((-4, -3, -2, -1), (8, 9, 10, 11)), ((11, 0, -2), (11, 0, 10))],
+)
+def test_blocks_are_counted_from_either_end(blocks, chosen):
+    assert chosen_blocks(Model("dinov2_vits14", network="fusion", blocks=blocks)) == chosen
+
+
+@pytest.mark.parametrize(
+    ("changed", "line"),
+    [
+        (
+            {"blocks": (3, 12)},
+            r"option --model.blocks=\[3, 12\]: dinov2_vits14 has no block 12; name some of 0 to 11, or of -1, its last",
+        ),
+        ({"blocks": (-13,)}, r"option --model.blocks=\[-13\]: dinov2_vits14 has no block -13"),
+        ({"blocks": (11, 3, -1)}, r"option --model.blocks=\[11, 3, -1\]: block 11 of dinov2_vits14 stands twice"),
+        ({"decoder_widths": (8,)}, r"option --model.decoder_widths=\[8\]: give the width of the first level and those"),
+        ({"decoder": "linear"}, "option --model.decoder is not one of method fusion_vitb14; leave it out"),
+    ],
+)
+def test_options_that_do_not_fit_are_named(changed, line):
+    own = Model("dinov2_vits14", network="fusion")
+    with pytest.raises(InputError, match=line):
+        checked_model(replace(own, **changed), own, "fusion_vitb14")
+
+
+def test_other_networks_refuse_its_options():
+    own = Model("dinov2_vits14")
+    with pytest.raises(InputError, match=r"option --model.blocks is not one of method dinov2_vits14; leave it out"):
+        checked_model(replace(own, blocks=(-1,)), own, "dinov2_vits14")
+
+
+# --- batches ---
+
+
+def test_batches_have_the_images_of_their_features_and_large_ones_are_read_when_they_are_due(tmp_path):
+    """A batch here takes 800 MB, of which no four may wait."""
+
+    class Features:
+        read = 0
+
+        def __init__(self, volume):
+            self.volume = volume
+
+        def __getitem__(self, index):
+            Features.read += 1
+            return np.broadcast_to(np.float32(index), (100, 1000, 1000))
+
+    volumes = disc_scans(tmp_path)
+    frame = Canvas(32).frame(volumes[0].shape[1:], volumes[0].spacing[1:])
+    source = SliceSource(volumes, Canvas(32), [Features(volume) for volume in volumes], with_images=True)
+    batches = training_batches(source, 2, seed=0)
+    try:
+        batch = next(batches)
+        time.sleep(2)
+        assert Features.read <= 2 * 3  # the batch, one that waits, and one that was asked for its shape
+    finally:
+        batches.close()
+    for features, image, volume in zip(batch["input"], batch["image"], batch["volume"], strict=True):
+        np.testing.assert_array_equal(image, volumes[volume].input(int(features[0, 0, 0]), frame))
