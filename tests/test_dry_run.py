@@ -161,6 +161,20 @@ def test_features_that_do_not_fit_on_the_disk_are_said_not_to(tmp_path, phantoms
     assert said["parameters"] == f"{count(network.decoder)} trained, {count(network.backbone)} frozen"
 
 
+def test_a_fusion_keeps_the_blocks_that_it_reads_and_is_told_to_keep_fewer(tmp_path, phantoms, monkeypatch, slices):
+    options = (*FROZEN, "--method=fusion_vitb14", "--model.arch=vit_mini8", "--model.weights=random")
+    options += ("--model.decoder_widths=[16,8]",)
+    said = dry_run(tmp_path, phantoms, *options, "--model.blocks=[0,-1]")
+    shown = re.search(r"; features (\S+) in ", said["disk"])[1]
+    assert bytes_of(shown) == pytest.approx(sum(slices.values()) * 2 * 6 * 6 * 128 * 4, rel=0.005)
+    disk = namedtuple("usage", "total used free")(10**9, 10**9 - 250_000, 250_000)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: disk)
+    said = dry_run(tmp_path, phantoms, *options)
+    shown, mend = re.search(r"; features would take (\S+) in .*: the backbone .*; (--.*)$", said["disk"]).groups()
+    assert bytes_of(shown) == pytest.approx(sum(slices.values()) * 4 * 6 * 6 * 128 * 4, rel=0.005)
+    assert mend == "--cache-dir names another disk, --model.blocks fewer blocks to keep"
+
+
 def test_what_training_refuses_a_dry_run_refuses(tmp_path):
     line = refuse_to_train(tmp_path, "--dry-run", "--preprocessing.image_size=97")
     assert "option --preprocessing.image_size=97 must be a multiple of the patch size 8" in line

@@ -97,7 +97,7 @@ def test_a_study_goes_on_after_a_failure_and_after_a_stop(phantoms, tmp_path, ca
         ("--methods=unet,unet", "option --methods: unet is given twice"),
         ("--methods=unet,segmet", "--methods: 'segmet' is unknown; did you mean segnet?"),
         ("--experiments=fewshot_3patients", "--experiments: 'fewshot_3patients' is unknown; did you mean fewshot_"),
-        ("--name=paper2", "study 'paper2' is unknown; did you mean paper1?"),
+        ("--name=papers1", "study 'papers1' is unknown; did you mean paper1?"),
         ("--seed=3", "option --seed is not for a study, which says it to each run; give --seeds"),
         ("--run-dir=x", "option --run-dir is not for a study, which says it to each run; leave it out"),
         ("--data.train_patients=5", "option --data.train_patients is not for a study, which says it to each run; give"),

@@ -257,6 +257,37 @@ def test_a_frozen_pretrained_backbone_is_used_and_its_file_must_stay(phantoms, c
         jaxla.load_network(run)
 
 
+def test_a_fusion_is_trained_on_kept_features_and_images_and_predicts_the_same_masks(phantoms, tmp_path):
+    run, cache = tmp_path / "run", tmp_path / "cache"
+    run_module(
+        "jaxla.train", "--exp=paper2", "--model.arch=vit_mini8", "--model.weights=random", "--model.blocks=[1,-1]",
+        f"--data.root={phantoms}", f"--run-dir={run}", f"--cache-dir={cache}", "--preprocessing.image_size=48",
+        "--training.epochs=2", "--training.batch_size=8", "--model.decoder_widths=[16,8,8]",
+    )  # fmt: skip
+    (features,) = (cache / "features").iterdir()
+    arrays = [np.load(path, mmap_mode="r") for path in features.glob("*.npy")]
+    assert len(arrays) == 6
+    assert {array.shape[1:] for array in arrays} == {(2, 6, 6, 128)}
+
+    summary = read_json(run / "test" / "summary.json")
+    assert summary["backbone"] == "fusion_vitb14 with vit_mini8 (random weights, frozen)"
+    weights = summary["block_weights"]
+    assert weights["blocks"] == [1, 3]
+    assert np.shape(weights["levels"]) == (3, 2)
+    np.testing.assert_allclose(np.sum(weights["levels"], axis=1), 1, rtol=1e-6)
+    assert np.ptp(weights["levels"]) > 1e-3  # they began equal
+    report = (run / "report.html").read_text()
+    assert "Weights of the backbone's blocks" in report
+    assert "In the best epoch; those of a level, a row, sum to 1</figcaption>" in report
+
+    case = read_json(run / "split.json")["test"][0]
+    scan = phantoms / "task2" / "train_data" / case / "enhanced.nii.gz"
+    run_module("jaxla.predict", f"--run={run}", f"--input={scan}", f"--output={tmp_path / 'mask.nii.gz'}")
+    masks = [nib.load(path) for path in (run / "test" / "predictions" / f"{case}.nii.gz", tmp_path / "mask.nii.gz")]
+    assert masks[0].get_fdata().any()
+    np.testing.assert_array_equal(*(mask.get_fdata() for mask in masks))
+
+
 def test_real_scans_of_several_classes(hippocampus, tmp_path):
     """One epoch on eight real patients: three classes from dataset.json, and masks with the data set's own values."""
     run = tmp_path / "run"

@@ -7,7 +7,7 @@ print can be read.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from itertools import product
+from itertools import count, product
 from typing import NamedTuple
 
 import numpy as np
@@ -43,19 +43,25 @@ Styles = Mapping[str, Style]  # by method
 def styles_of(methods: Mapping[str, str], known: Sequence[str]) -> dict[str, Style]:
     """A look for each method of a study: that of its place among all known ones, or the next that is free.
 
+    The order of the methods does not change it.
+
     Args:
         methods: by what they are called in the study.
     """
     styles: dict[str, Style] = {}
-    for called, method in methods.items():
-        place = known.index(method)
+    for called, method in sorted(methods.items(), key=lambda both: (known.index(both[1]), both[0])):
         colours = {style.colour for style in styles.values()}
-        while len(colours) < len(COLOURS) and COLOURS[place % len(COLOURS)] in colours:
-            place += 1
-        styles[called] = Style(
-            COLOURS[place % len(COLOURS)], MARKERS[place % len(MARKERS)], DASHES[place % len(DASHES)]
+        all_colours_taken = len(colours) == len(COLOURS)
+        styles[called] = next(
+            look
+            for look in map(_look, count(known.index(method)))
+            if (look not in styles.values() if all_colours_taken else look.colour not in colours)
         )
     return styles
+
+
+def _look(place: int) -> Style:
+    return Style(*(of[place % len(of)] for of in (COLOURS, MARKERS, DASHES)))
 
 
 class Series(NamedTuple):

@@ -3,8 +3,10 @@
 import numpy as np
 import pytest
 from matplotlib.colors import to_rgb
+from matplotlib.figure import Figure
 from PIL import Image
 
+from jaxla.reporting.block_weights import draw_block_weights
 from jaxla.reporting.curves import draw_curves
 from jaxla.reporting.overlays import PREDICTION, REFERENCE, draw_overlays, slice_figures
 from tests.reporting.pages import SHAPE, outcome
@@ -48,3 +50,28 @@ def test_curves_replace_the_older_ones(tmp_path):
     assert first.shape == second.shape
     assert (first != second).any()
     assert list(tmp_path.iterdir()) == [path]
+
+
+def drawn(weights):
+    axes = Figure().subplots()
+    draw_block_weights(axes, weights)
+    return axes
+
+
+def test_block_weights_stand_at_their_block_and_level_coarsest_on_top():
+    axes = drawn({"blocks": [2, 5, 11], "levels": [[0.2, 0.3, 0.5], [0.0, 0.125, 0.875]]})
+    assert {text.get_position(): text.get_text() for text in axes.texts} == {
+        (0.5, 0.5): ".200", (1.5, 0.5): ".300", (2.5, 0.5): ".500",
+        (0.5, 1.5): ".000", (1.5, 1.5): ".125", (2.5, 1.5): ".875",
+    }  # fmt: skip
+    assert [label.get_text() for label in axes.get_xticklabels()] == ["2", "5", "11"]
+    assert [label.get_text() for label in axes.get_yticklabels()] == ["tokens", "×2"]
+    assert axes.yaxis_inverted()
+    np.testing.assert_array_equal(axes.collections[0].get_array(), [[0.2, 0.3, 0.5], [0.0, 0.125, 0.875]])
+
+
+def test_block_weights_of_forty_blocks_are_drawn_without_numbers():
+    axes = drawn({"blocks": list(range(40)), "levels": np.full((5, 40), 1 / 40).tolist()})
+    assert not axes.texts
+    assert axes.collections[0].get_array().shape == (5, 40)
+    assert drawn({"blocks": [11], "levels": [[1.0]]}).texts[0].get_text() == "1.000"

@@ -312,3 +312,15 @@ def test_a_record_that_lacks_something_leaves_the_old_report(one_class, tmp_path
     with pytest.raises(jinja2.UndefinedError, match="data_sha256"):
         write_report(path, **one_class | {"record": record})
     assert path.read_text() == "old"
+
+
+@pytest.mark.parametrize(("way", "ending"), [("per_level", "sum to 1"), ("uniform", "sum to 1, and were not learned")])
+def test_a_fusions_block_weights_are_shown(one_class, page_of, way, ending):
+    assert "Weights of the backbone" not in page_of(one_class).text
+    one_class["summary"]["block_weights"] = {"blocks": [0, 11], "levels": [[0.25, 0.75], [0.5, 0.5], [0.9, 0.1]]}
+    one_class["record"]["experiment"]["model"]["block_weights"] = way
+    page = page_of(one_class)
+    assert "Weights of the backbone's blocks" in page.text
+    assert f"those of a level, a row, {ending} Cost" in page.text
+    (alt,) = [tag["alt"] for name, tag in page.tags if name == "img" and "blocks" in tag["alt"]]
+    assert " ".join(alt.split()) == "Weight of each of 2 blocks at each of 3 levels of the decoder"

@@ -7,6 +7,7 @@ from pathlib import Path
 from flax import nnx
 
 from jaxla.data.inputs import Canvas
+from jaxla.models.networks.fusion import FusionDecoder, FusionSegmenter
 from jaxla.models.networks.transformer_segmenter import LinearDecoder, TransformerSegmenter
 from jaxla.training.features import FeatureCache
 from tests.tiny import randomise, tiny_backbone
@@ -16,6 +17,14 @@ from tests.training.scans import prepared
 def network(seed=0, **options):
     decoder = nnx.eval_shape(lambda: LinearDecoder(32, 1, rngs=nnx.Rngs(0)))
     whole = TransformerSegmenter(tiny_backbone(seed, **options), randomise(decoder, 1))
+    whole.eval()
+    return whole
+
+
+def fusion():
+    """Of two blocks, with the image."""
+    decoder = nnx.eval_shape(lambda: FusionDecoder(32, 2, (8, 8, 4), 1, rngs=nnx.Rngs(0)))
+    whole = FusionSegmenter(tiny_backbone(), (0, 2), randomise(decoder, 1))
     whole.eval()
     return whole
 

@@ -18,7 +18,7 @@ from jaxla.training.features import BATCH, SHARE_OF_FREE_DISK, FeatureCache
 from jaxla.training.loop import fit
 from jaxla.training.step import split_network
 from tests.training.faults import files_at_most, flip_a_bit, said_by_us, start_process, truncate
-from tests.training.feature_driver import compute, network
+from tests.training.feature_driver import compute, fusion, network
 from tests.training.scans import disc_scans, prepared
 
 SIZE = 32
@@ -123,16 +123,29 @@ def test_the_space_they_take_is_known_before(volumes, tmp_path, dtype, itemsize)
     assert sum(path.stat().st_size for path in files) == said + 3 * 128  # NumPy's headers
 
 
-def test_training_on_features_is_training_on_images(volumes, tmp_path):
+def test_a_fusions_features_are_those_of_its_blocks_to_the_bit(volumes, tmp_path):
+    cache = FeatureCache(tmp_path, fusion(), "tiny", Canvas(SIZE))
+    assert cache.bytes_of(volumes) == (5 + 6 + 7) * 2 * 4 * 4 * 32 * 4
+    images = np.zeros((BATCH, SIZE, SIZE, 1), np.float32)
+    images[: volumes[0].shape[0]] = inputs(volumes[0])
+    live = jax.jit(fusion().features)(images)
+    (features,) = cache.features(volumes[:1])
+    assert features.shape == (5, 2, 4, 4, 32)
+    for index in range(5):
+        np.testing.assert_array_equal(features[index], live[index])
+
+
+@pytest.mark.parametrize("make", [network, fusion])
+def test_training_on_features_is_training_on_images(volumes, tmp_path, make):
     """The frozen network, once whole and once without its backbone: the same metrics, up to rounding."""
     recipe = Training(epochs=3, batch_size=4, learning_rate=1e-2, patience=3)
-    features = cache_in(tmp_path / "cache").features(volumes)
+    features = FeatureCache(tmp_path / "cache", make(), "tiny", Canvas(SIZE)).features(volumes)
     lines = {}
     for name in ("images", "features"):
-        whole = network()
+        whole = make()
         trained = whole if name == "images" else whole.on_features((SIZE, SIZE))
         train, val = (
-            SliceSource(volumes[part], Canvas(SIZE), features[part] if name == "features" else None)
+            SliceSource(volumes[part], Canvas(SIZE), features[part] if name == "features" else None, make is fusion)
             for part in (slice(1, None), slice(0, 1))
         )
         (tmp_path / name).mkdir()
