@@ -23,7 +23,8 @@ def draw_block_weights(axes: Axes, weights: Mapping[str, Any]) -> None:
     axes.set_yticks(np.arange(len(levels)) + 0.5, level_names(len(levels)))
     axes.invert_yaxis()
     axes.set(xlabel="block of the backbone, 0 the first", ylabel="map of the decoder")
-    axes.figure.colorbar(drawn, ax=axes, label="weight")
+    bar = axes.figure.colorbar(drawn, ax=axes, label="weight")
+    bar.solids.set_rasterized(False)  # pages make pictures in a figure grey, as scans are
     if len(blocks) <= MOST_WRITTEN:
         for level, block in np.ndindex(levels.shape):
             weight = levels[level, block]

@@ -6,6 +6,7 @@ print can be read.
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Mapping, Sequence
 from itertools import count, product
 from typing import NamedTuple
@@ -27,6 +28,7 @@ from jaxla.reporting.study_tables import cost_of, largest_protocol
 COLOURS = ("#0072B2", "#E69F00", "#000000", "#56B4E9", "#D55E00", "#009E73", "#CC79A7", "#8C8C00", "#5E3C99", "#999999")
 MARKERS = "os^Dv<P>X"  # one fewer than colours, so that a colour that comes again has another one
 DASHES = ("-", "--", "-.", ":")
+TITLE_LETTERS = 24  # as many as stand above a column of Figure 3
 
 
 class Style(NamedTuple):
@@ -137,7 +139,7 @@ def draw_figure3(cases: Mapping[str, Sequence[Panel]], titles: Sequence[str]) ->
     figure = Figure(figsize=(2.3 * len(titles), 2.3 * len(cases) + 0.6), layout="compressed")
     grid = figure.subplots(len(cases), len(titles), squeeze=False)
     for axes, title in zip(grid[0], titles, strict=True):
-        axes.set_title(title, fontsize="medium")
+        axes.set_title(textwrap.fill(title, TITLE_LETTERS), fontsize="medium")
     for row, (name, panels) in zip(grid, cases.items(), strict=True):
         index = int(np.argmax(np.count_nonzero(panels[0].reference, axis=(1, 2))))
         rows, columns = _surroundings([p.prediction[index] for p in panels] + [panels[0].reference[index]])
