@@ -5,8 +5,8 @@ BATCH = 6  # slices, which neither four nor eight devices divide
 NETWORKS = ("convolutional", "frozen", "finetuned")
 TRANSFORMERS = ("frozen", "finetuned")  # which have parameters that are divided
 CASES = {  # devices, whether parameters are divided over them, and networks
-    "one": (1, False, NETWORKS),
-    "four": (4, False, NETWORKS),
+    "one": (1, False, (*NETWORKS, "fusion")),
+    "four": (4, False, (*NETWORKS, "fusion")),
     "eight": (8, False, NETWORKS),
     "eight, divided": (8, True, TRANSFORMERS),
 }

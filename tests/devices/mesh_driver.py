@@ -22,6 +22,7 @@ from jaxla.data.inputs import Canvas
 from jaxla.devices.launch import Launch
 from jaxla.devices.mesh import own_rows, spread, use_devices, whole
 from jaxla.devices.processes import is_first, joined
+from jaxla.models.networks.fusion import FusionDecoder, FusionSegmenter
 from jaxla.models.networks.transformer_segmenter import ConvolutionalDecoder, TransformerSegmenter
 from jaxla.models.networks.unet import UNet
 from jaxla.training.loop import fit
@@ -36,6 +37,9 @@ RECIPE = Training(learning_rate=1e-3, backbone_learning_rate=1e-4)
 def network(name):
     if name == "convolutional":
         return randomise(nnx.eval_shape(lambda: UNet((4, 8, 8), 1, rngs=nnx.Rngs(0))))
+    if name == "fusion":
+        decoder = nnx.eval_shape(lambda: FusionDecoder(32, 3, (8, 8, 4), 1, rngs=nnx.Rngs(0)))
+        return FusionSegmenter(tiny_backbone(), (0, 1, 2), randomise(decoder, 1))
     decoder = nnx.eval_shape(lambda: ConvolutionalDecoder(32, (8, 8, 4), 1, rngs=nnx.Rngs(0)))
     backbone = tiny_backbone() if name == "frozen" else tiny_backbone(variant=ROTARY, remat=True)
     return TransformerSegmenter(backbone, randomise(decoder, 1))
@@ -55,7 +59,7 @@ def batches():
 
 def trained(name):
     """-> name of array -> array: the losses, the first gradients, and all parameters and statistics at the end."""
-    parts = split_network(network(name), train_backbone=not name.startswith("frozen"))
+    parts = split_network(network(name), train_backbone=name not in ("frozen", "fusion"))
     optimiser = make_optimiser(RECIPE, STEPS, pretrained_backbone=True)
     step = make_step(make_gradient(parts.training), optimiser)
     state, arrays, losses = initial_state(parts, optimiser), {}, []
@@ -100,6 +104,13 @@ def resumed(folder, sessions):
     return np.array([[metrics[kind] for kind in kinds] for metrics in progress.history])
 
 
+def block_weights():
+    """Of a network that lies on one device, as a trained one does, asked for while eight share the work."""
+    network_of_one = jax.device_put(nnx.state(network("fusion")), jax.devices()[0])
+    with use_devices(8):
+        return np.array(nnx.merge(nnx.graphdef(network("fusion")), network_of_one).block_weights()["levels"])
+
+
 def all_trained(cases):
     arrays = {}
     for case, (devices, shard_params, networks) in cases.items():
@@ -111,6 +122,7 @@ def all_trained(cases):
 
 def main(folder):
     arrays = all_trained(CASES)
+    arrays["block weights"] = block_weights()
     arrays["resumed"] = resumed(folder / "resumed", RESUMED_ON)
     arrays["on one"] = resumed(folder / "on one", {max(RESUMED_ON): 1})
     np.savez(folder / "arrays.npz", **arrays)

@@ -60,6 +60,12 @@ def test_divided_parameters_take_less_memory(arrays):
     assert held["one"] - held["eight, divided"] == saved
 
 
+def test_what_blocks_weigh_can_be_asked_of_a_network_on_one_device(arrays):
+    assert arrays["block weights"].shape == (3, 3)
+    np.testing.assert_allclose(arrays["block weights"].sum(1), 1, rtol=1e-6)
+    assert np.ptp(arrays["block weights"]) > 0.01
+
+
 def test_training_goes_on_with_another_number_of_devices(arrays):
     # measured: 1.9e-7
     np.testing.assert_allclose(arrays["resumed"], arrays["on one"], rtol=1e-5)

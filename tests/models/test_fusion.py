@@ -113,6 +113,7 @@ def test_weights_start_equal_and_sum_to_1(weights, count):
     assert sum(leaf.size for leaf in jax.tree.leaves(nnx.state(decoder.fusion, nnx.Param))) == count
     network = network_of(weights=weights)  # random scalars
     of_levels = np.array(network.block_weights()["levels"])
+    np.testing.assert_allclose(of_levels, network.decoder.fusion.weights(), rtol=1e-6)
     np.testing.assert_allclose(of_levels.sum(1), np.ones(4), rtol=1e-6)
     assert (np.ptp(of_levels) > 0.01) == (weights != "uniform")
     assert (np.ptp(of_levels, axis=0).max() > 0.01) == (weights == "per_level")

@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from scipy.special import softmax
 
 from jaxla.config import InputError, Model
 from jaxla.models.backbones import TRANSFORMERS
@@ -61,7 +62,10 @@ class FusionSegmenter(nnx.Module):
 
     def block_weights(self) -> dict[str, Any]:
         """The share of each block in the features of each level of the decoder, coarsest first; ready for JSON."""
-        levels = np.asarray(self.decoder.fusion.weights(), np.float64)
+        fusion = self.decoder.fusion
+        # not by JAX: the network may lie on another device than those of the mesh
+        scalars = np.asarray(fusion.scalars.get_value()) if hasattr(fusion, "scalars") else np.zeros(fusion.shape)
+        levels = np.broadcast_to(softmax(scalars, axis=1), fusion.shape)
         return {"blocks": list(self.blocks), "levels": levels.tolist()}
 
 
