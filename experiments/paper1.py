@@ -73,20 +73,20 @@ STUDIES = [
 ]
 
 # Table 1 for all training patients; the others read off Figure 2, to 0.1 %.
-_BY = {
-    "source": "by paper 1, on LAScarQS 2022",
-    "caveat": "it states no unit of its means, and its abstract speaks of fine-tuning the transformers that its text "
-    "calls frozen",
-}
+_BY = (
+    "by paper 1, on LAScarQS 2022",
+    "it states no unit of its means, and its abstract speaks of fine-tuning the transformers that its text calls "
+    "frozen",
+)
 PUBLISHED = {
-    ("attention_unet", "paper1"): Published(79.2, 12.3, 72.1, 13.8, **_BY),
-    ("unet", "paper1"): Published(84.1, 8.3, 76.4, 12.8, **_BY),
-    ("resnet50_unet", "paper1"): Published(84.6, 13.1, 76.2, 12.1, **_BY),
-    ("dinov2_vitb14", "paper1"): Published(84.9, 7.2, 75.5, 6.3, **_BY),
-    ("dinov2_vitl14", "paper1"): Published(85.6, 5.1, 77.0, 6.0, **_BY),
-    ("dinov2_vitg14", "paper1"): Published(87.1, 4.8, 79.2, 5.2, **_BY),
+    ("attention_unet", "paper1"): Published(*_BY, 79.2, 12.3, 72.1, 13.8),
+    ("unet", "paper1"): Published(*_BY, 84.1, 8.3, 76.4, 12.8),
+    ("resnet50_unet", "paper1"): Published(*_BY, 84.6, 13.1, 76.2, 12.1),
+    ("dinov2_vitb14", "paper1"): Published(*_BY, 84.9, 7.2, 75.5, 6.3),
+    ("dinov2_vitl14", "paper1"): Published(*_BY, 85.6, 5.1, 77.0, 6.0),
+    ("dinov2_vitg14", "paper1"): Published(*_BY, 87.1, 4.8, 79.2, 5.2),
 } | {
-    (method, experiment): Published(dice, **_BY)._replace(source=f"{_BY['source']}, read off its Figure 2")
+    (method, experiment): Published(f"{_BY[0]}, read off its Figure 2", _BY[1], dice)
     for method, values in {
         "dinov2_vitg14": (83.7, 85.0, 85.8, 66.8, 74.2),
         "dinov2_vitl14": (82.1, 83.4, 84.8, 61.2, 73.0),

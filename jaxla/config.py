@@ -207,12 +207,12 @@ class Published(NamedTuple):
     `source` says where it stands, `caveat` what to bear in mind; both become part of a sentence.
     """
 
+    source: str
+    caveat: str
     dice: float
     dice_sd: float | None = None
     iou: float | None = None
     iou_sd: float | None = None
-    source: str = ""
-    caveat: str = ""
 
 
 PARTS = {

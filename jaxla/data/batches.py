@@ -113,7 +113,10 @@ def _read_options(source: SliceSource, rows: range) -> grain.ReadOptions:
 
 def _read(source: SliceSource, rows: range, chosen: np.ndarray) -> Batch:
     """These rows of the batch of slices `chosen`; zeros, of weight 0, beyond its end."""
-    slices = [source[i] for i in chosen[rows.start : rows.stop]]
-    filler = {key: np.zeros_like(value) for key, value in (slices[0] if slices else source[chosen[0]]).items()}
-    slices += [filler] * (len(rows) - len(slices))
-    return Batch(**{key: np.stack([one[key] for one in slices]) for key in filler})
+    own = chosen[rows.start : rows.stop]
+    one = source[own[0] if len(own) else chosen[0]]
+    batch = {key: np.zeros((len(rows), *np.shape(array)), array.dtype) for key, array in one.items()}
+    for row, i in enumerate(own):  # one after the other: all slices beside their batch would be twice as much
+        for key, array in (source[i] if row else one).items():
+            batch[key][row] = array
+    return Batch(**batch)

@@ -55,6 +55,7 @@ class Forecast:
         features_bytes: of features still to be computed; 0 where none are cached.
         features_fit: whether the disk has room for them; if not, the backbone runs in every epoch.
         how_to_fit: what to do then.
+        features_folder: where they are kept; None where they are not.
         run_bytes: of the run's folder at its largest: checkpoints and predictions.
         step_bytes: device memory of a training step, by XLA's own account.
         device_bytes: memory that the device has; 0 where it does not say.
@@ -74,6 +75,7 @@ class Forecast:
     features_bytes: int
     features_fit: bool
     how_to_fit: str
+    features_folder: Path | None
     disk_free: int
     cache_dir: Path
     run_bytes: int
@@ -123,6 +125,7 @@ def _forecast(experiment: Experiment, data: PreparedData, cache_dir: Path, seen:
         network = build_network(model, data.dataset.labels.outputs, experiment.seed)
     of_all = count_parameters(nnx.state(network, nnx.Param))
     features_bytes, features_seconds, features_fit, how_to_fit, stand_ins = 0, 0.0, True, "", None
+    features_folder = None
     with_images = reads_images(network)
     extract_seconds = 0.0  # of a slice, where the frozen backbone's part is not in the steps measured below
     if not why_not_cached(experiment, network):
@@ -131,6 +134,7 @@ def _forecast(experiment: Experiment, data: PreparedData, cache_dir: Path, seen:
         missing = cache.missing(seen)
         features_bytes = cache.bytes_of(missing)
         features_fit, how_to_fit = all(gather(cache.fits(features_bytes))), cache.how_to_fit
+        features_folder = cache.folder
         if features_fit:
             with use_own_devices():
                 images = spread(np.zeros((cache.batch, size, size, 1), np.float32))
@@ -182,6 +186,7 @@ def _forecast(experiment: Experiment, data: PreparedData, cache_dir: Path, seen:
         features_bytes=features_bytes,
         features_fit=features_fit,
         how_to_fit=how_to_fit,
+        features_folder=features_folder,
         disk_free=free_bytes(cache_dir),
         cache_dir=cache_dir,
         # two checkpoints of each kind are kept, and a third is there while it is written
@@ -225,7 +230,7 @@ def describe(f: Forecast) -> str:
             + (f"features {clock(f.features_seconds)}; " if f.features_seconds else "")
             + f"an epoch {clock(f.epoch_seconds)}, all {recipe.epochs} {clock(recipe.epochs * f.epoch_seconds)}; "
             f"test {clock(f.test_seconds)}; together about {clock(f.seconds)}, on {jax.devices()[0].device_kind}, "
-            f"from {MEASURED_STEPS} measured steps"
+            f"from {MEASURED_STEPS} measured steps" + (", without reading features" if f.features_folder else "")
         ),
     }
     return "\n".join(f"{name:<11} {text}" for name, text in lines.items())

@@ -39,8 +39,8 @@ class RunsForecast:
         run_bytes: of each run's folder at its largest; 0 of one that is complete.
         features_seconds: the part of it in which missing features are computed, for all runs.
         features_bytes: of these.
-        without_room: methods whose features do not fit on the disk, so that their backbones run in every epoch.
-        how_to_fit: what to do about these.
+        without_room: methods whose features do not fit on the disk, so that their backbones run in every epoch; for
+            each what to do about it.
         disk_free: where features are kept.
         device: that was measured on.
     """
@@ -49,8 +49,7 @@ class RunsForecast:
     run_bytes: tuple[int, ...]
     features_seconds: float
     features_bytes: int
-    without_room: tuple[str, ...]
-    how_to_fit: str
+    without_room: dict[str, str]
     disk_free: int
     device: str
 
@@ -79,7 +78,7 @@ def forecast_runs(experiments: Sequence[Experiment], complete: Sequence[bool], c
         for of_these in left.values()
         for n in of_these
     }
-    of_runs, measured = {}, {}
+    of_runs, measured, folders = {}, {}, set()
     for method, of_these in left.items():
         log.info("measuring a few steps of %s", method)
         largest = max(of_these, key=steps.get)
@@ -88,19 +87,20 @@ def forecast_runs(experiments: Sequence[Experiment], complete: Sequence[bool], c
             found = forecast(experiments[largest], data[largest], cache_dir, list(seen.values()))
         except InputError as error:
             raise of_method(error, method) from error
+        if found.features_folder in folders:  # another method reads the same
+            found = replace(found, features_bytes=0, features_seconds=0.0)
+        folders.add(found.features_folder)
         measured[method] = found
         for n in of_these:
             once = found.features_seconds if n == of_these[0] else 0.0
             of_runs[n] = replace(found, experiment=experiments[n], steps=steps[n], features_seconds=once)
     kept = [found for found in measured.values() if found.features_fit]
-    not_kept = {method: found for method, found in measured.items() if not found.features_fit}
     return RunsForecast(
         seconds=tuple(of_runs[n].seconds if n in of_runs else 0.0 for n in range(len(experiments))),
         run_bytes=tuple(of_runs[n].run_bytes if n in of_runs else 0 for n in range(len(experiments))),
         features_seconds=sum(found.features_seconds for found in kept),
         features_bytes=sum(found.features_bytes for found in kept),
-        without_room=tuple(not_kept),
-        how_to_fit=max((found.how_to_fit for found in not_kept.values()), key=len, default=""),
+        without_room={name: found.how_to_fit for name, found in measured.items() if not found.features_fit},
         disk_free=min(found.disk_free for found in measured.values()),
         device=processor() if jax.default_backend() == "cpu" else jax.devices()[0].device_kind,
     )
@@ -182,10 +182,10 @@ def describe_plan(runs: Sequence[PlannedRun], states: Sequence[State], forecast:
         disk += f"; features {as_bytes(forecast.features_bytes)}, once ({as_bytes(forecast.disk_free)} free)"
     if forecast.features_bytes > SHARE_OF_FREE_DISK * forecast.disk_free:
         disk += ", more than fit: backbones that come last run in every epoch instead, which takes longer"
-    if forecast.without_room:
+    for method, how_to_fit in forecast.without_room.items():
         disk += (
-            f"; features of {', '.join(forecast.without_room)} do not fit into the cache folder: the backbone runs in "
-            f"every epoch instead; {forecast.how_to_fit}"
+            f"; features of {method} do not fit into the cache folder: the backbone runs in every epoch instead; "
+            f"{how_to_fit}"
         )
     lines += [
         tabulate(table, ["", *protocols], "plain", colalign=["left", *["right"] * len(protocols)]),

@@ -66,7 +66,8 @@ def parse_arguments(parser: ArgumentParser, arguments: list[str]) -> Namespace:
         raise InputError(f"option --{wrong[1]} expects one of {wrong[2]}, got {wrong[3]!r}")
     if wrong := re.match(r'Parser key "(.*?)": Expected an? (.*)\. Got value: ?(.*)', message):
         expected = re.sub(r"<class '(.*?)'>", r"\1", wrong[2]).replace("typing.Literal", "one of ")
-        expected = "a list such as [64,32]" if expected.startswith("tuple") else expected
+        if expected.startswith("tuple"):
+            expected = f"a list such as [{wrong[3] if re.fullmatch(r'[-0-9, ]+', wrong[3]) else '64,32'}]"
         raise InputError(f"option --{wrong[1]} expects {expected}, got {wrong[3]!r}")
     if lacking := re.match(r"the following arguments are required: (.*)", message):
         options = ", ".join(f"--{name}" if f"--{name}" in known else name.upper() for name in lacking[1].split(", "))

@@ -5,8 +5,8 @@ volume, named by the content of its slices: `<name>.npy` [S, h, w, C], or [S, bl
 several blocks, and `<name>.json`, which is written last and holds the file's sha256. Features are stored in the
 precision in which they are computed (float32 on CPU, bfloat16 on GPU), so nothing is lost by storing them.
 
-Of a backbone's blocks just those are kept that the network reads, and slices are read when their batch is due: memory
-does not grow with either.
+Of a backbone's blocks just those are kept that the network reads. A slice is read when its batch is due: memory holds a
+few batches, however many slices there are.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import importlib.metadata
 import json
 import logging
 from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -55,7 +56,7 @@ class CachedFeatures:
 
     def __getitem__(self, index: int) -> np.ndarray:
         stored = np.load(self.path, mmap_mode="r", allow_pickle=False)
-        return np.array(stored[index]).view(self.dtype)  # NumPy's files know no bfloat16: its bits are stored
+        return np.asarray(stored[index]).view(self.dtype)  # NumPy's files know no bfloat16: its bits are stored
 
 
 class FeatureCache:
@@ -72,6 +73,7 @@ class FeatureCache:
         extract = jax.jit(lambda state, images: nnx.merge(graph, state).features(images))
         self.extract = partial(extract, to_devices(state))  # [batch, size, size, 1] -> [batch, …]
         self.batch = BATCH * device_count()
+        self.how_to_fit = ", ".join(["--cache-dir names another disk", *getattr(network, "TO_KEEP_LESS", ())])
         self._canvas, size = canvas, canvas.size
         one_batch = jax.eval_shape(self.extract, jax.ShapeDtypeStruct((self.batch, size, size, 1), np.float32))
         self.shape, self.dtype = one_batch.shape[1:], np.dtype(one_batch.dtype)
@@ -100,12 +102,6 @@ class FeatureCache:
     def free_bytes(self) -> int:
         """What is free on the disk of the cache folder."""
         return free_bytes(self.folder)
-
-    @property
-    def how_to_fit(self) -> str:
-        """What to do where they do not."""
-        several = len(self.shape) == 4 and self.shape[0] > 1
-        return "--cache-dir names another disk" + (", --model.blocks fewer blocks to keep" if several else "")
 
     def fits(self, size: int) -> bool:
         """Whether the disk has room for that many bytes more, and some to spare."""
@@ -146,7 +142,9 @@ class FeatureCache:
             if not all(gather(self._keep(self.missing(part), track, written))):
                 return self._give_back(written)
         log.info("checking the features of %d volumes (%s)", len(volumes), as_bytes(self.bytes_of(volumes)))
-        damaged = [v for v in volumes if not self._is_sound(v)]
+        with ThreadPoolExecutor() as pool:  # hashing lets other threads run
+            sound = list(pool.map(self._is_sound, volumes))
+        damaged = [v for v, is_sound in zip(volumes, sound, strict=True) if not is_sound]
         for volume in damaged:
             log.warning("features of %s were damaged (%s): computed again", volume.id, self.folder / _name(volume))
         if not all(gather(self._keep(damaged, track, written))):

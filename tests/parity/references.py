@@ -242,20 +242,25 @@ class ReferenceStage(nn.Module):
 
 
 class ReferenceFusion(nn.Module):
-    def __init__(self, levels, blocks):
+    """Learns a row of scalars for each level, or one row for all; without any the weights are equal."""
+
+    def __init__(self, levels, blocks, rows):
         super().__init__()
-        self.scalars = nn.Parameter(torch.zeros(levels, blocks))
+        self.shape = levels, blocks
+        if rows:
+            self.scalars = nn.Parameter(torch.zeros(rows, blocks))
 
     def forward(self, features):
-        return torch.einsum("kl,blchw->kbchw", self.scalars.softmax(1), features)
+        scalars = self.scalars if hasattr(self, "scalars") else features.new_zeros(self.shape)
+        return torch.einsum("kl,blchw->kbchw", scalars.softmax(1).expand(self.shape), features)
 
 
 class ReferenceFusionDecoder(nn.Module):
-    """Features [B, blocks, C, h, w] and images [B, 3, H, W]; a set of weights for each level."""
+    """Features [B, blocks, C, h, w] and images [B, 3, H, W]."""
 
-    def __init__(self, width, blocks, widths, outputs, stems, size):
+    def __init__(self, width, blocks, rows, widths, outputs, stems, size):
         super().__init__()
-        self.fusion = ReferenceFusion(len(widths), blocks)
+        self.fusion = ReferenceFusion(len(widths), blocks, rows)
         self.project = nn.Conv2d(width, widths[0], 1)
         stages = zip(pairwise(widths), stems, strict=True)
         self.stages = nn.ModuleList([ReferenceStage(width, i, o, stem) for (i, o), stem in stages])
@@ -289,7 +294,8 @@ def reference_of(network, size=None):
             widths.append(network.stages[-1].convolutions.second.norm.scale.shape[0])
             stems = [stage.stem.norm.scale.shape[0] if stage.stem else 0 for stage in network.stages]
             width, blocks = network.project.in_features, network.fusion.shape[1]
-            reference = ReferenceFusionDecoder(width, blocks, widths, network.logits.out_features, stems, size)
+            rows = len(network.fusion.scalars) if hasattr(network.fusion, "scalars") else 0
+            reference = ReferenceFusionDecoder(width, blocks, rows, widths, network.logits.out_features, stems, size)
         case AttentionUNet():
             reference = ReferenceAttentionUNet(widths_of(network), network.logits.out_features)
         case UNet():

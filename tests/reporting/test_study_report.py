@@ -105,6 +105,22 @@ def test_published_numbers_stand_beside_ours_and_are_marked(reported):
     assert "(8 training patients): mean ± sd over 4 test volumes and over their 24 slices" in printed
 
 
+def test_each_published_number_names_its_own_paper(tmp_path):
+    planned = [
+        Planned("paper2", method, 0, dict(zip(REFERENCES, FOUND["unet", 0], strict=True)))
+        for method in ("unet", "fusion_vitg14")
+    ]
+    write_study(tmp_path / "study", planned, REFERENCES, tmp_path / "scans")
+    page = Page(report_study(tmp_path / "study", tmp_path / "cache").read_text("utf-8"))
+    printed = (tmp_path / "study" / "tables" / "table1_paper2.md").read_text()
+    assert printed.rstrip().endswith(
+        "Published: by paper 2, on LAScarQS 2022, with its own recipe, whatever data and options were taken here; it "
+        "states no unit of its means."
+    )
+    # lower than the least that such a mean Dice allows
+    assert "these fail: paper2, fusion_vitg14, published." in page.text
+
+
 def test_methods_are_compared_case_by_case(reported):
     rows = read_csv(reported / "tables" / "comparisons.csv")
     assert len(rows) == len(PROTOCOLS) * 4  # one pair of methods, four metrics

@@ -38,6 +38,7 @@ class FusionSegmenter(nnx.Module):
         self.decoder = decoder
         self.FEATURES = f"patch tokens of blocks {', '.join(map(str, self.blocks))} after the final norm"
         self.READS_IMAGES = decoder.reads_images
+        self.TO_KEEP_LESS = ("--model.blocks fewer blocks to keep",) if len(self.blocks) > 1 else ()
 
     def __call__(self, images: jax.Array, present: jax.Array | None = None) -> jax.Array:
         """Logits [B, H, W, K] float32.
@@ -163,10 +164,12 @@ class Fusion(nnx.Module):
 
     def __call__(self, features: jax.Array) -> list[jax.Array]:
         """[B, blocks, h, w, C] -> for each level [B, h, w, C] in the same dtype."""
+        # Split, whose gradient is one concatenation: that of a slice is as large as all blocks, for each block anew.
+        blocks = [block.squeeze(1) for block in jnp.split(features, features.shape[1], axis=1)]
         # product by product, which XLA makes one pass of: twice as fast on CPU as a product of matrices, forward and
         # backward, and summed in float32
         return [
-            sum(weight * features[:, place] for place, weight in enumerate(of_level)).astype(features.dtype)
+            sum(weight * block for weight, block in zip(of_level, blocks, strict=True)).astype(features.dtype)
             for of_level in self.weights()
         ]
 
@@ -195,7 +198,7 @@ class Stage(nnx.Module):
 
 
 def chosen_blocks(model: Model) -> tuple[int, ...]:
-    """`Model.blocks` counted from 0.
+    """`Model.blocks` counted from 0, in their order.
 
     Raises:
         InputError: one that the backbone lacks, or one that stands twice.
@@ -211,7 +214,7 @@ def chosen_blocks(model: Model) -> tuple[int, ...]:
             )
         if chosen.count(block) > 1:
             raise InputError(f"{what} block {block} of {model.arch} stands twice; name each once")
-    return chosen
+    return tuple(sorted(chosen))
 
 
 def _check(model: Model) -> None:
