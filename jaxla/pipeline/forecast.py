@@ -230,7 +230,8 @@ def describe(f: Forecast) -> str:
             + (f"features {clock(f.features_seconds)}; " if f.features_seconds else "")
             + f"an epoch {clock(f.epoch_seconds)}, all {recipe.epochs} {clock(recipe.epochs * f.epoch_seconds)}; "
             f"test {clock(f.test_seconds)}; together about {clock(f.seconds)}, on {jax.devices()[0].device_kind}, "
-            f"from {MEASURED_STEPS} measured steps" + (", without reading features" if f.features_folder else "")
+            f"from {MEASURED_STEPS} measured steps"
+            + (", without reading from disk" if f.features_folder and f.features_fit else "")
         ),
     }
     return "\n".join(f"{name:<11} {text}" for name, text in lines.items())
