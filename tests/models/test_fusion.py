@@ -2,6 +2,7 @@
 
 import time
 from dataclasses import replace
+from itertools import pairwise
 
 import jax
 import jax.numpy as jnp
@@ -234,6 +235,17 @@ def test_it_takes_every_backbone_and_sides_that_differ(arch):
     logits = jax.eval_shape(lambda state, images: nnx.merge(graph, state)(images), state, images)
     assert logits.shape == (2, 3 * patch, 5 * patch, 3)
     assert network.blocks == (0, TRANSFORMERS[arch].depth - 1)
+
+
+def test_the_default_decoder_on_vit_b_has_as_many_parameters_as_its_layers_say():
+    widths = (512, 256, 128, 64, 32)
+    decoder = nnx.eval_shape(lambda: FusionDecoder(768, 12, widths, 1, rngs=nnx.Rngs(0)))
+    expected = 768 * 512 + 512 + 5 * 12 + 9 * 32 + 1  # first level, weights of the blocks, logits
+    for i, o in pairwise(widths):
+        expected += 768 * i + i  # the stage's own sum
+        expected += 9 * 3 * 16 + 2 * 16  # the image
+        expected += 9 * (i + 16) * o + 2 * o + 9 * o * o + 2 * o
+    assert sum(leaf.size for leaf in jax.tree.leaves(nnx.state(decoder, nnx.Param))) == expected == 3_555_293
 
 
 # --- options ---
