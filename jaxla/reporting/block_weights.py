@@ -24,7 +24,7 @@ def draw_block_weights(axes: Axes, weights: Mapping[str, Any]) -> None:
     axes.invert_yaxis()
     axes.set(xlabel="block of the backbone, 0 the first", ylabel="map of the decoder")
     bar = axes.figure.colorbar(drawn, ax=axes, label="weight")
-    bar.solids.set_rasterized(False)  # pages make pictures in a figure grey, as scans are
+    bar.solids.set(rasterized=False, edgecolor="face")  # pages make pictures in a figure grey, as scans are
     if len(blocks) <= MOST_WRITTEN:
         for level, block in np.ndindex(levels.shape):
             weight = levels[level, block]
