@@ -100,7 +100,7 @@ def test_every_kind_is_listed_with_its_size(cache):
         ("volumes: prepared volumes", cache / "volumes"),
         ("2 volumes", cache / "volumes"),
         ("features: features of frozen backbones", cache / "features"),
-        ("vit_mini8, 16 px, float32, 1 volumes", backbone),
+        ("vit_mini8, 16 px, float32, 1 volumes: patch tokens after the final norm", backbone),
         ("phantoms: synthetic scans", cache / "phantoms"),
         ("small-1-v1", cache / "phantoms"),
         ("weights: converted weights", cache / "weights"),

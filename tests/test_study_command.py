@@ -128,6 +128,18 @@ def test_mistakes_in_options_are_found_before_anything_is_run(phantoms, tmp_path
     assert list(tmp_path.iterdir()) == []
 
 
+def test_methods_that_options_make_the_same_are_refused(phantoms, tmp_path):
+    options = [option for option in options_of(phantoms, tmp_path) if "widths" not in option]
+    options += ["--methods=fusion_vitb14_last4,fusion_vitb14_no_image,fusion_vitb14", "--model.arch=vit_mini8"]
+    line = re.escape(
+        "--methods: fusion_vitb14_no_image and fusion_vitb14 are the same with these options; leave one out, or give "
+        "an option to one alone, as --fusion_vitb14_no_image.<option>"
+    )
+    with pytest.raises(InputError, match=f"^{line}$"):
+        main([*options, "--model.weights=random", "--model.image_stages=all"])
+    assert list(tmp_path.iterdir()) == []
+
+
 @pytest.mark.parametrize("lacking", ["--name", "--output"])
 def test_a_required_option_is_named(lacking):
     given = [option for option in ("--name=paper1", "--output=study") if not option.startswith(lacking)]

@@ -111,7 +111,7 @@ def _says(path: Path) -> str:
     try:
         of = json.loads((path / "backbone.json").read_text())
         volumes = len(list(path.glob("*.npy")))
-        return f"{of['arch']}, {of['image_size']} px, {of['dtype']}, {volumes} volumes"
+        return f"{of['arch']}, {of['image_size']} px, {of['dtype']}, {volumes} volumes: {of['features']}"
     except (OSError, ValueError, KeyError, TypeError):  # not features, or damaged ones: it can be cleared all the same
         return path.name
 

@@ -86,12 +86,18 @@ def plan_runs(
             experiment = replace(experiment, model=located.model)
             planned.append((experiment, arguments, sha256, parsed))
     first = planned[0][0]
-    for experiment, *_ in planned:
+    for n, (experiment, *_) in enumerate(planned):
         if _scans(experiment) != _scans(first):
             raise InputError(
                 f"--experiments: {experiment.name} has other data than {first.name} ({experiment.data} and "
                 f"{first.data}); a study compares runs on the same scans"
             )
+        for other, *_ in planned[:n]:
+            if other.method != experiment.method and replace(other, method=experiment.method) == experiment:
+                raise InputError(
+                    f"--methods: {other.method} and {experiment.method} are the same with these options; leave one "
+                    f"out, or give an option to one alone, as --{other.method}.<option>"
+                )
         own, taken = EXPERIMENTS[experiment.name].data, experiment.data
         if (own.train_patients, own.train_percent) != (taken.train_patients, taken.train_percent):
             raise InputError(

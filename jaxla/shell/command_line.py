@@ -67,7 +67,8 @@ def parse_arguments(parser: ArgumentParser, arguments: list[str]) -> Namespace:
     if wrong := re.match(r'Parser key "(.*?)": Expected an? (.*)\. Got value: ?(.*)', message):
         expected = re.sub(r"<class '(.*?)'>", r"\1", wrong[2]).replace("typing.Literal", "one of ")
         if expected.startswith("tuple"):
-            expected = f"a list such as [{wrong[3] if re.fullmatch(r'[-0-9, ]+', wrong[3]) else '64,32'}]"
+            example = wrong[3] if re.fullmatch(r"[-0-9, ]+", wrong[3]) else "8,4"
+            expected = f"a list of whole numbers, such as [{example}]"
         raise InputError(f"option --{wrong[1]} expects {expected}, got {wrong[3]!r}")
     if lacking := re.match(r"the following arguments are required: (.*)", message):
         options = ", ".join(f"--{name}" if f"--{name}" in known else name.upper() for name in lacking[1].split(", "))
