@@ -58,16 +58,21 @@ def test_a_backbone_that_cannot_be_drawn_again_is_never_replaced_by_another(run_
     assert not (run_dir / BACKBONE).exists()
 
 
+OF_A_FUSION = {"model.blocks", "model.block_weights", "model.image_stages"}
+
+
 @pytest.mark.parametrize(
     ("method", "unread"),
     [
-        ("vit_mini8", {"model.widths", "training.backbone_learning_rate", "training.cache_features"}),
-        ("dinov2_vitb14", {"model.widths", "training.backbone_learning_rate"}),
-        ("resnet50_unet", {"model.widths", "model.decoder", "training.cache_features"}),
+        ("vit_mini8", {"model.widths", "training.backbone_learning_rate", "training.cache_features"} | OF_A_FUSION),
+        ("dinov2_vitb14", {"model.widths", "training.backbone_learning_rate"} | OF_A_FUSION),
+        ("fusion_vitb14", {"model.widths", "model.decoder", "training.backbone_learning_rate"}),
+        ("resnet50_unet", {"model.widths", "model.decoder", "training.cache_features"} | OF_A_FUSION),
         (
             "unet",
             {"model.weights", "model.backbone", "model.decoder", "model.decoder_widths"}
-            | {"training.backbone_learning_rate", "training.cache_features"},
+            | {"training.backbone_learning_rate", "training.cache_features"}
+            | OF_A_FUSION,
         ),
     ],
 )
