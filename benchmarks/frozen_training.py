@@ -33,7 +33,7 @@ from jaxla.data.inputs import Canvas
 from jaxla.data.phantoms import write_phantoms
 from jaxla.data.prepared import prepare_cases
 from jaxla.models.backbones import TRANSFORMERS, architecture
-from jaxla.models.build import build_network, reads_images
+from jaxla.models.build import build_network
 from jaxla.models.images import IMAGENET_DEVIATION, IMAGENET_MEAN
 from jaxla.shell.command_line import command_parser, parse_arguments
 from jaxla.shell.process import run_command
@@ -86,7 +86,7 @@ def main(arguments):
             "torch": {"features": timed(lambda: backbone(images[:BATCH]))},
         }
         once = compared(in_turn({"jaxla": our_features, "torch": their_features}, options.epochs))
-        cached = SliceSource(volumes, Canvas(options.size), cache.features(volumes), reads_images(network))
+        cached = SliceSource(volumes, Canvas(options.size), cache.features(volumes), network.READS_IMAGES)
         features, _ = arrays_of(cached)
 
         decoder_network = network.on_features((options.size, options.size))
@@ -233,7 +233,7 @@ def loss_difference(ours, theirs, features, images, masks):
     """Relative difference of the training losses of the two decoders on one batch."""
     split = split_network(ours, train_backbone=False)
     batch = {"input": features, "mask": masks, "weight": np.ones(len(masks), np.float32)}
-    if reads_images(ours):
+    if isinstance(theirs, ReferenceFusionDecoder):
         batch["image"] = images.numpy()
     gradient = jax.jit(make_gradient(split.training))
     our_loss = float(gradient(split.trainable, split.frozen, batch, jax.random.key(0))[0])

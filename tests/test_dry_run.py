@@ -4,7 +4,6 @@ import json
 import math
 import re
 import shutil
-from collections import namedtuple
 
 import jax
 import nibabel as nib
@@ -15,6 +14,7 @@ from flax import nnx
 import jaxla
 from tests.commands import in_this_process, refuse_to_train, tree
 from tests.test_cache_command import bytes_of
+from tests.training.faults import leave_free
 
 SMALL = ("--preprocessing.image_size=48", "--training.epochs=3", "--seed=1")  # the options of `small_run`
 FROZEN = (*SMALL, "--model.backbone=frozen", "--training.epochs=1")
@@ -147,8 +147,7 @@ def test_features_that_are_there_are_not_counted_again(run_after, folder, phanto
 
 
 def test_features_that_do_not_fit_on_the_disk_are_said_not_to(tmp_path, phantoms, monkeypatch, slices, network):
-    disk = namedtuple("usage", "total used free")(10**9, 10**9 - 250_000, 250_000)
-    monkeypatch.setattr(shutil, "disk_usage", lambda path: disk)
+    leave_free(monkeypatch, 250_000)
     said = dry_run(tmp_path, phantoms, *FROZEN)
     cache = tmp_path / "cache"
     shown = re.search(
@@ -167,8 +166,7 @@ def test_a_fusion_keeps_the_blocks_that_it_reads_and_is_told_to_keep_fewer(tmp_p
     said = dry_run(tmp_path, phantoms, *options, "--model.blocks=[0,-1]")
     shown = re.search(r"; features (\S+) in ", said["disk"])[1]
     assert bytes_of(shown) == pytest.approx(sum(slices.values()) * 2 * 6 * 6 * 128 * 4, rel=0.005)
-    disk = namedtuple("usage", "total used free")(10**9, 10**9 - 250_000, 250_000)
-    monkeypatch.setattr(shutil, "disk_usage", lambda path: disk)
+    leave_free(monkeypatch, 250_000)
     said = dry_run(tmp_path, phantoms, *options)
     shown, mend = re.search(r"; features would take (\S+) in .*: the backbone .*; (--.*)$", said["disk"]).groups()
     assert bytes_of(shown) == pytest.approx(sum(slices.values()) * 4 * 6 * 6 * 128 * 4, rel=0.005)

@@ -63,11 +63,6 @@ def parameter_count(model: Model, classes: int = 1) -> int:
     return sum(leaf.size for leaf in jax.tree.leaves(nnx.state(network, nnx.Param)))
 
 
-def reads_images(network: nnx.Module) -> bool:
-    """Whether a network reads the images beside features that were computed before."""
-    return getattr(network, "READS_IMAGES", False)
-
-
 def family_of(model: Model) -> Family:
     """How the network that the options name is built.
 

@@ -21,7 +21,7 @@ from jaxla.devices.memory import device_bytes, exhaustion_named, program_bytes, 
 from jaxla.devices.mesh import on_host, own_rows, spread, use_own_devices
 from jaxla.devices.processes import gather, process_count, share
 from jaxla.evaluation.summary import score_case
-from jaxla.models.build import build_network, reads_images
+from jaxla.models.build import build_network
 from jaxla.pipeline.cost import TIMED_SECONDS, TIMED_VOLUMES
 from jaxla.pipeline.data import PreparedData
 from jaxla.pipeline.run import why_not_cached
@@ -125,8 +125,7 @@ def _forecast(experiment: Experiment, data: PreparedData, cache_dir: Path, seen:
         network = build_network(model, data.dataset.labels.outputs, experiment.seed)
     of_all = count_parameters(nnx.state(network, nnx.Param))
     features_bytes, features_seconds, features_fit, how_to_fit, stand_ins = 0, 0.0, True, "", None
-    features_folder = None
-    with_images = reads_images(network)
+    features_folder, with_images = None, False
     extract_seconds = 0.0  # of a slice, where the frozen backbone's part is not in the steps measured below
     if not why_not_cached(experiment, network):
         with use_own_devices():
@@ -143,7 +142,7 @@ def _forecast(experiment: Experiment, data: PreparedData, cache_dir: Path, seen:
             features_seconds = of_batch * sum(-(-v.shape[0] // cache.batch) for v in share(missing))
             # what the values are does not change how long a step takes
             stand_ins = {v.id: np.broadcast_to(np.zeros(1, cache.dtype), (v.shape[0], *cache.shape)) for v in data.used}
-            network = network.on_features((size, size))
+            with_images, network = network.READS_IMAGES, network.on_features((size, size))
 
     split = split_network(network, train_backbone=model.backbone == "finetuned")
     sources = {

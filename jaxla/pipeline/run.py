@@ -15,7 +15,7 @@ from jaxla.data.batches import SliceSource
 from jaxla.devices.memory import exhaustion_named
 from jaxla.devices.mesh import on_host, use_own_devices
 from jaxla.devices.processes import is_first, wait_for_all
-from jaxla.models.build import build_network, reads_images
+from jaxla.models.build import build_network
 from jaxla.models.weights import parameters_sha256, save_random
 from jaxla.pipeline.data import PreparedData, say_what_is_cut
 from jaxla.pipeline.testing import Features, run_test
@@ -122,7 +122,7 @@ def train(
 
     def source(ids: Sequence[str]) -> SliceSource:
         of_ids = features and [features[name] for name in ids]
-        return SliceSource(data.of(ids), canvas, of_ids, with_images=reads_images(network))
+        return SliceSource(data.of(ids), canvas, of_ids, with_images=bool(features) and network.READS_IMAGES)
 
     trained = network.on_features((canvas.size, canvas.size)) if features else network
     parts = split_network(trained, train_backbone=experiment.model.backbone == "finetuned")

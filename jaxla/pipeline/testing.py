@@ -33,7 +33,6 @@ from jaxla.evaluation.summary import (
 )
 from jaxla.inference.segment import Segment, make_segment, make_segment_slices, write_segmentation
 from jaxla.inference.trained import TrainedNetwork, load_run
-from jaxla.models.build import reads_images
 from jaxla.pipeline.checks import unread_options
 from jaxla.pipeline.cost import measure_cost
 from jaxla.pipeline.data import PreparedData
@@ -121,7 +120,7 @@ def segment_of_case(
         if features:
             frame = canvas.frame(prepared.shape[1:], prepared.spacing[1:])
             inputs = features[prepared.id]
-            if reads_images(trained.network):
+            if trained.network.READS_IMAGES:
                 inputs = zip(inputs, (prepared.input(s, frame) for s in range(prepared.shape[0])), strict=True)
             predicted, _ = segment_slices(inputs, frame, prepared.shape)
             classes = np.ascontiguousarray(from_slices(predicted, geometry))

@@ -56,14 +56,14 @@ class CachedFeatures:
 
     def __getitem__(self, index: int) -> np.ndarray:
         stored = np.load(self.path, mmap_mode="r", allow_pickle=False)
-        return np.asarray(stored[index]).view(self.dtype)  # NumPy's files know no bfloat16: its bits are stored
+        return np.array(stored[index]).view(self.dtype)  # NumPy's files know no bfloat16: its bits are stored
 
 
 class FeatureCache:
     """The features of one frozen backbone at one input size.
 
     Args:
-        network: one with `FEATURES` and `features` (`jaxla/models/networks`).
+        network: one with `features` and what goes with it (`jaxla/models/networks`).
         arch: of the backbone.
         canvas: the square that slices are laid on.
     """
@@ -73,7 +73,7 @@ class FeatureCache:
         extract = jax.jit(lambda state, images: nnx.merge(graph, state).features(images))
         self.extract = partial(extract, to_devices(state))  # [batch, size, size, 1] -> [batch, …]
         self.batch = BATCH * device_count()
-        self.how_to_fit = ", ".join(["--cache-dir names another disk", *getattr(network, "TO_KEEP_LESS", ())])
+        self.how_to_fit = ", ".join(["--cache-dir names another disk", *network.TO_KEEP_LESS])
         self._canvas, size = canvas, canvas.size
         one_batch = jax.eval_shape(self.extract, jax.ShapeDtypeStruct((self.batch, size, size, 1), np.float32))
         self.shape, self.dtype = one_batch.shape[1:], np.dtype(one_batch.dtype)

@@ -3,7 +3,6 @@
 import json
 import math
 import random
-import shutil
 import subprocess
 import sys
 import time
@@ -26,7 +25,7 @@ from tests.convert_weights.command import (
     succeed,
 )
 from tests.convert_weights.shards import write_shards
-from tests.training.faults import files_at_most
+from tests.training.faults import files_at_most, leave_free
 
 
 def saved(folder, state):
@@ -568,8 +567,7 @@ def test_a_disk_that_gets_full_on_the_way_back_leaves_nothing_behind(tmp_path):
 
 def test_too_little_room_is_said_before_anything_is_written(tmp_path, monkeypatch):
     source = saved(tmp_path, empty_state())
-    usage = shutil.disk_usage(tmp_path)
-    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=10_000_000))
+    leave_free(monkeypatch, 10_000_000)
     line = refuse_source(source)
     output = tmp_path / "out.safetensors"
     assert line == f"{output}: needs 0.09 GB, 0.01 are free; make room, or choose another place"

@@ -9,7 +9,7 @@ from flax import nnx
 
 from jaxla.config import with_method
 from jaxla.experiments import EXPERIMENTS, METHODS, PUBLISHED, STUDIES
-from jaxla.models.build import NETWORKS, build_network, reads_images
+from jaxla.models.build import NETWORKS, build_network
 from jaxla.pipeline.checks import checked, unread_options
 from jaxla.training.step import split_network
 
@@ -59,7 +59,7 @@ def test_features_and_the_rest_make_the_network(method, network):
     graph, state = nnx.split(network)
     features = jax.eval_shape(lambda state, images: nnx.merge(graph, state).features(images), state, images)
     rest = network.on_features(images.shape[1:3])
-    inputs = (features, images) if reads_images(network) else features
+    inputs = (features, images) if network.READS_IMAGES else features
     assert run(rest, inputs).shape == run(network, images).shape
     names = [{path for path, _ in nnx.to_flat_state(nnx.state(part, nnx.Param))} for part in (rest, network)]
     assert names[0] == {path for path in names[1] if path[0] != "backbone"}

@@ -4,6 +4,7 @@ import logging
 import multiprocessing
 import os
 import resource
+import shutil
 import sys
 import threading
 from contextlib import contextmanager
@@ -30,6 +31,12 @@ def files_at_most(size):
         yield
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+def leave_free(monkeypatch, count):
+    """From now on the operating system says that so many bytes are free on every disk; none of ours is replaced."""
+    usage = shutil.disk_usage(".")
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=count))
 
 
 def start_process(log, target, *arguments):

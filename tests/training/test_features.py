@@ -17,7 +17,7 @@ from jaxla.data.inputs import Canvas
 from jaxla.training.features import BATCH, SHARE_OF_FREE_DISK, FeatureCache
 from jaxla.training.loop import fit
 from jaxla.training.step import split_network
-from tests.training.faults import files_at_most, flip_a_bit, said_by_us, start_process, truncate
+from tests.training.faults import files_at_most, flip_a_bit, leave_free, said_by_us, start_process, truncate
 from tests.training.feature_driver import compute, fusion, network
 from tests.training.scans import disc_scans, prepared
 
@@ -334,9 +334,8 @@ def test_a_process_goes_on_where_a_killed_one_left(scans, volumes, kept, tmp_pat
 def test_where_they_do_not_fit_the_log_says_so_and_there_are_none(volumes, tmp_path, monkeypatch, caplog):
     cache = cache_in(tmp_path)
     needed = cache.bytes_of(volumes)
-    usage = shutil.disk_usage(tmp_path)
     fits = -int(-needed // SHARE_OF_FREE_DISK)
-    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=fits - 1))
+    leave_free(monkeypatch, fits - 1)
     assert cache.features(volumes) is None
     assert list(tmp_path.iterdir()) == []
     (said,) = said_by_us(caplog)
@@ -344,9 +343,9 @@ def test_where_they_do_not_fit_the_log_says_so_and_there_are_none(volumes, tmp_p
     assert "the backbone runs in every epoch" in said
 
     caplog.clear()
-    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=fits))
+    leave_free(monkeypatch, fits)
     assert len(cache.features(volumes)) == 3
-    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=0))
+    leave_free(monkeypatch, 0)
     assert len(cache.features(volumes)) == 3  # those that are there need no room
     assert said_by_us(caplog) == []
 

@@ -9,9 +9,9 @@ Where a frozen backbone can run once per slice beforehand, the network also has
 
 - `FEATURES`, a line that says what it reads of the backbone: networks that say the same share it in the cache,
 - `features(images)` -> that, one array [B, …], such as [B, h, w, C],
-- where its options make these smaller, `TO_KEEP_LESS`, phrases that say how,
+- `TO_KEEP_LESS`, phrases that say which of its options make these smaller, if any,
 - `on_features(size)` -> the rest of the network, for images of H, W = `size`; its attributes have the same names. It is
-  called with the features, or with a pair, features and images, where `READS_IMAGES` is there and true.
+  called with the features, or with a pair, features and images, where `READS_IMAGES` of the whole is true.
 
 Where it weighs blocks of its backbone, `block_weights()` tells how: {"blocks": their numbers, "levels": for each level
 of the decoder the share of each}.

@@ -76,7 +76,6 @@ class FeatureFusionSegmenter(nnx.Module):
     def __init__(self, decoder: FusionDecoder, size: tuple[int, int]) -> None:
         self.decoder = decoder
         self.size = size
-        self.READS_IMAGES = decoder.reads_images
 
     def __call__(self, inputs: jax.Array | tuple[jax.Array, jax.Array], present: jax.Array | None = None) -> jax.Array:
         """Features [B, blocks, h, w, C], with their images [B, H, W, 1 or 3] where it reads these, to logits.

@@ -23,6 +23,8 @@ class TransformerSegmenter(nnx.Module):
     """The backbone's patch tokens as a map, decoded to logits; the class token is dropped."""
 
     FEATURES = "patch tokens after the final norm"
+    READS_IMAGES = False
+    TO_KEEP_LESS = ()
 
     def __init__(self, backbone: VisionTransformer, decoder: LinearDecoder | ConvolutionalDecoder) -> None:
         self.backbone = backbone
