@@ -26,6 +26,8 @@ def main(arguments: list[str]) -> None:
         "--source", type=str, help="released checkpoint: .pth, .safetensors, index of shards, or a folder with one"
     )
     parser.add_argument("--download", action="store_true", help="fetch the released checkpoint in place of --source")
+    parser.add_argument("--plans", type=str, help="with --arch=nnunet: nnU-Net's nnUNetPlans.json, or a plan of jaxla.plan")
+    parser.add_argument("--configuration", type=str, help="with --arch=nnunet: 2d or 3d_fullres")
     parser.add_argument("--output", type=str, help=".safetensors file to write (default: where training looks for it)")
     parser.add_argument("--force", action="store_true", help="replace an output that exists")
     parser.add_argument("--verify", action="store_true", help="read the output again, check it, run it on an image")
@@ -48,8 +50,13 @@ def _print_architectures() -> None:
     from convert_weights.architectures import RELEASED
     from convert_weights.download import RELEASES
     from jaxla.models import resnet, vgg
+    from jaxla.models.build import NNUNET
     from jaxla.models.dinov3 import HUB_SPELLINGS
 
+    print(
+        f"{NNUNET}: a network that nnU-Net trained, as its --plans and --configuration (2d, 3d_fullres) say; pass its "
+        "checkpoint_final.pth as --source"
+    )
     spellings = {arch: f"; also spelt {spelling}" for spelling, arch in HUB_SPELLINGS.items()}
     for arch, variant in RELEASED.items():
         match variant:
@@ -69,14 +76,45 @@ def _convert(options: Namespace) -> None:
     if not options.arch:
         verify = "; to verify a converted file, give it as --output" if options.verify and options.source else ""
         raise InputError(f"option --arch is required to convert; --arch=list names the architectures{verify}")
+    from jaxla.models.build import NNUNET
+
+    if options.arch == NNUNET:
+        _convert_nnunet(options)
+        return
+    if options.plans or options.configuration:
+        raise InputError(f"options --plans and --configuration go with --arch={NNUNET}; leave them out")
     arch = _released(options.arch)
-    from convert_weights.checkpoint import find_checkpoint
+    from convert_weights.architectures import released
+    from convert_weights.checkpoint import find_checkpoint, open_checkpoint
     from convert_weights.convert import convert
 
     source = find_checkpoint(options.source) if options.source else None
     output = Path(options.output) if options.output else _default_output(arch)
     _require_free(output, ".safetensors", options.force)
-    print(convert(arch, source or _downloaded(arch), output))
+    print(convert(released(arch), open_checkpoint(source or _downloaded(arch)), output))
+    if options.verify:
+        _print_verified(output)
+
+
+def _convert_nnunet(options: Namespace) -> None:
+    lacking = [name for name in ("plans", "configuration", "source", "output") if not options[name]]
+    if lacking:
+        raise InputError(
+            f"option --{lacking[0]} is required with --arch=nnunet: --plans=nnUNetPlans.json --configuration=2d "
+            "--source=checkpoint_final.pth --output=FILE.safetensors"
+        )
+    from convert_weights.architectures import nnunet
+    from convert_weights.checkpoint import find_checkpoint, open_checkpoint
+    from convert_weights.convert import convert
+    from convert_weights.nnunet import STATE
+    from jaxla.planning.plan import read_plan
+
+    plan = read_plan(Path(options.plans))
+    source, output = find_checkpoint(options.source), Path(options.output)
+    plan.configuration(options.configuration)
+    _require_free(output, ".safetensors", options.force)
+    checkpoint = open_checkpoint(source, under=STATE)
+    print(convert(nnunet(plan, options.configuration, checkpoint), checkpoint, output))
     if options.verify:
         _print_verified(output)
 
@@ -128,10 +166,11 @@ def _print_verified(output: Path) -> None:
 def _released(name: str) -> str:
     """The architecture that --arch names."""
     from convert_weights.architectures import RELEASED
+    from jaxla.models.build import NNUNET
     from jaxla.models.dinov3 import HUB_SPELLINGS
 
     arch = HUB_SPELLINGS.get(name, name)
-    lookup("--arch", arch, RELEASED)
+    lookup("--arch", arch, {**RELEASED, NNUNET: None})
     return arch
 
 

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple
 
-from convert_weights.architectures import RELEASED, rows_of
+from convert_weights.architectures import RELEASED, Architecture, rows_of
 from convert_weights.checkpoint import SHARD, Checkpoint, Tensor, some
 from convert_weights.huggingface import as_authors, hub_name, hub_shapes
+from convert_weights.layout import Row
 from jaxla.config import InputError
 from jaxla.models.backbones import TRANSFORMERS
 
@@ -51,24 +52,29 @@ class Reading(NamedTuple):
         return len(self.lacking()) + len(self.extra()) + len(self.misshapen())
 
 
-def account_for(checkpoint: Checkpoint, arch: str) -> tuple[dict[str, Tensor], str]:
-    """The tensors of a checkpoint of `arch` by their authors' names, and the layout in which the file has them.
+def account_for(checkpoint: Checkpoint, architecture: Architecture) -> tuple[dict[str, Tensor], str]:
+    """The tensors of an architecture's checkpoint by their authors' names, and the layout in which the file has them.
 
     Raises:
         InputError: it holds another architecture, or tensors are lacking, extra, or of another shape or dtype.
     """
+    arch, rows = architecture.name, architecture.rows
     readings = list(_readings(checkpoint))
+    if arch not in RELEASED:
+        readings.append(_as_authors_have_it(checkpoint, arch, rows))
     best = min(readings, key=Reading.faults)
     asked = min((reading for reading in readings if reading.arch == arch), key=Reading.faults)
     if not asked.faults():
         _require_dtypes(checkpoint, asked)
-        of_authors = as_authors(rows_of(arch), asked.tensors) if asked.layout == HUGGING_FACE else asked.tensors
+        of_authors = as_authors(rows, asked.tensors) if asked.layout == HUGGING_FACE else asked.tensors
         return dict(of_authors), asked.layout
     if not best.faults():
         raise InputError(f"{checkpoint.path}: holds {best.arch} ({best.layout}), not {arch}; pass --arch={best.arch}")
     _require_no_prefix(checkpoint)
     if SHARD.search(checkpoint.path.name):
         mend = "it is one of several shards: give the *.index.json that names them all"
+    elif arch not in RELEASED:
+        mend = "give the plan and the configuration that it was trained with"
     else:
         mend = "download the released file again"
     if best.faults() < asked.faults() and best.faults() < FAMILIAR * len(best.expected):
@@ -100,13 +106,17 @@ def _readings(checkpoint: Checkpoint) -> Iterator[Reading]:
     by_hub_name = {hub_name(name): tensor for name, tensor in checkpoint.tensors.items()}
     for arch in RELEASED:
         rows = rows_of(arch)
-        expected = {row.theirs: Expected(row.shape, row.dtypes, row.optional) for row in rows}
-        yield Reading(arch, AUTHORS, checkpoint.tensors, expected)
+        yield _as_authors_have_it(checkpoint, arch, rows)
         if arch not in TRANSFORMERS or len(by_hub_name) < len(checkpoint.tensors):
             continue
         shapes = hub_shapes(rows, by_hub_name)
         expected = {name: Expected(shape, ("float32",), optional) for name, (shape, optional) in shapes.items()}
         yield Reading(arch, HUGGING_FACE, by_hub_name, expected)
+
+
+def _as_authors_have_it(checkpoint: Checkpoint, arch: str, rows: Sequence[Row]) -> Reading:
+    expected = {row.theirs: Expected(row.shape, row.dtypes, row.optional) for row in rows}
+    return Reading(arch, AUTHORS, checkpoint.tensors, expected)
 
 
 def _group(name: str) -> str:

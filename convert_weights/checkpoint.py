@@ -6,6 +6,7 @@ Nothing that a file may contain is ever executed.
 
 from __future__ import annotations
 
+import codecs
 import hashlib
 import json
 import logging
@@ -58,8 +59,12 @@ class Checkpoint(NamedTuple):
     tensors: dict[str, Tensor]
 
 
-def open_checkpoint(path: Path) -> Checkpoint:
+def open_checkpoint(path: Path, under: str = "") -> Checkpoint:
     """Recognise a file by its content, not its name, and list what it holds.
+
+    Args:
+        under: name under which the state dict stands in a file of PyTorch's that holds more; a state dict alone is read
+            too.
 
     Raises:
         InputError: no such file; damaged, incomplete or no checkpoint; a pickle that would need code to be run; or
@@ -68,7 +73,7 @@ def open_checkpoint(path: Path) -> Checkpoint:
     path = find_checkpoint(path)
     if _kind(path) == "index":
         return _open_shards(path)
-    return Checkpoint(path, (path,), _open_file(path))
+    return Checkpoint(path, (path,), _open_file(path, under))
 
 
 def find_checkpoint(given: str | Path) -> Path:
@@ -200,11 +205,13 @@ def _shard_of(index: Path) -> dict[str, str]:
     raise InputError(f"{index}: damaged, or not the index of a checkpoint's shards; download it again")
 
 
-def _open_file(path: Path) -> dict[str, Tensor]:
+def _open_file(path: Path, under: str = "") -> dict[str, Tensor]:
     kind = _kind(path)
     if kind == "index":
         raise InputError(f"{path}: an index in place of a checkpoint; download the file itself again")
-    return _open_safetensors(path) if kind == "safetensors" else _open_torch(path, archive=kind == "torch archive")
+    if kind == "safetensors":
+        return _open_safetensors(path)
+    return _open_torch(path, archive=kind == "torch archive", under=under)
 
 
 def _unreadable(path: Path, error: OSError) -> InputError:
@@ -263,6 +270,15 @@ def _finite(path: Path, name: str, array: np.ndarray) -> np.ndarray:
 
 # --- PyTorch ---------------------------------------------------------------------------------------------------------
 
+# What stands beside the weights may be numbers of NumPy's, such as losses; by these names, and no others, they are read.
+_NUMPY_NUMBERS = [
+    (np._core.multiarray.scalar, "numpy.core.multiarray.scalar"),
+    (np._core.multiarray.scalar, "numpy._core.multiarray.scalar"),
+    np.dtype,
+    *(type(np.dtype(kind)) for kind in ("f8", "f4", "f2", "i8", "i4", "?")),
+    codecs.encode,
+]
+
 RELEASED_ONE = "give the file of weights that was released"
 
 OLDEST_TORCH = (2, 10)  # before it a file can corrupt memory in spite of weights_only=True (CVE-2026-24747)
@@ -293,10 +309,11 @@ def require_torch(what: str) -> ModuleType:
     return torch
 
 
-def _open_torch(path: Path, archive: bool) -> dict[str, Tensor]:
+def _open_torch(path: Path, archive: bool, under: str) -> dict[str, Tensor]:
     torch = require_torch(f"{path}: a PyTorch file, and reading it")
+    plain_numbers = torch.serialization.safe_globals(_NUMPY_NUMBERS if under else [])
     try:
-        with warnings.catch_warnings(action="ignore"):  # torch warns of old pickles before it refuses them
+        with warnings.catch_warnings(action="ignore"), plain_numbers:  # torch warns of old pickles, then refuses them
             state = torch.load(path, map_location="cpu", weights_only=True, mmap=archive)
     except pickle.UnpicklingError as error:
         raise InputError(
@@ -310,6 +327,8 @@ def _open_torch(path: Path, archive: bool) -> dict[str, Tensor]:
         raise InputError(
             f"{path}: truncated, damaged or no checkpoint, unless memory or the disk failed{quoted}; download it again"
         ) from error
+    if under and isinstance(state, Mapping) and isinstance(state.get(under), Mapping):
+        state = state[under]
     _require_state_dict(path, state, torch.Tensor)
     return {
         name: Tensor(tuple(value.shape), _torch_dtype(value), partial(_read_torch, path, name, value))

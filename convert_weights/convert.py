@@ -12,34 +12,36 @@ import numpy as np
 from tqdm import tqdm
 
 from convert_weights.accounting import HUGGING_FACE, account_for
-from convert_weights.architectures import RELEASED, rows_of, shapes_of
+from convert_weights.architectures import Architecture
 from convert_weights.checkpoint import (
     HUGGING_FACE_FILES,
+    Checkpoint,
     checkpoint_sha256,
-    open_checkpoint,
     progress,
     require_other,
     some,
 )
 from convert_weights.layout import to_ours
+from convert_weights.nnunet import require_equal_copies
+from jaxla.models.build import NNUNET
 from jaxla.models.weights_format import UNUSED, Streamed, require_room, save_weights
 
 log = logging.getLogger("jaxla.convert_weights")
 
 
-def convert(arch: str, source: Path, output: Path) -> str:
-    """Write the checkpoint `source` of a released architecture as `output`; -> a line that says what was done.
+def convert(architecture: Architecture, checkpoint: Checkpoint, output: Path) -> str:
+    """Write a checkpoint as `output`; -> a line that says what was done.
 
     Raises:
-        InputError: the source is no checkpoint, is damaged or does not hold `arch`; or the output cannot be written, or
+        InputError: the checkpoint is damaged or does not hold the architecture; or the output cannot be written, or
             would replace the source.
     """
-    checkpoint = open_checkpoint(source)
     require_other(output, (checkpoint.path, *checkpoint.files))
-    path = checkpoint.path
-    tensors, layout = account_for(checkpoint, arch)
-    rows = rows_of(arch)
-    arrays = to_ours(rows, tensors, shapes_of(arch))
+    path, arch, rows = checkpoint.path, architecture.name, architecture.rows
+    tensors, layout = account_for(checkpoint, architecture)
+    if arch == NNUNET:
+        require_equal_copies(rows, tensors, path)
+    arrays = to_ours(rows, tensors, architecture.shapes)
     size = sum(math.prod(array.shape) * array.dtype.itemsize for array in arrays.values())
     require_room(output, size)
 
@@ -60,7 +62,7 @@ def convert(arch: str, source: Path, output: Path) -> str:
         "arch": arch,
         "source": _name_of(path),
         "source_sha256": checkpoint_sha256(checkpoint),
-        "licence": RELEASED[arch].licence,
+        **architecture.metadata,
     }
     if rounded := [theirs for theirs, tensor in tensors.items() if tensor.dtype == "bfloat16"]:
         metadata["bfloat16"] = " ".join(rounded)  # the same numbers stand here as float32

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 from safetensors import safe_open
 
-from convert_weights.architectures import RELEASED, rows_of, shapes_of
+from convert_weights.architectures import of_file
 from convert_weights.checkpoint import require_other, require_torch
 from convert_weights.layout import to_theirs
 from jaxla.config import InputError
@@ -26,9 +26,10 @@ def to_pytorch(source: Path, output: Path) -> int:
     torch = require_torch("option --to-torch")
     metadata = read_metadata(source)
     arch = metadata["arch"]
-    if arch not in RELEASED:
+    architecture = of_file(source, metadata)
+    if architecture is None:
         raise InputError(f"{source}: holds {arch}, of which no weights were released: its authors' format is unknown")
-    require_parameters(source, arch, shapes_of(arch))
+    require_parameters(source, arch, architecture.shapes)
     require_other(output, [source])
     require_room(output, source.stat().st_size)
     require_undamaged(source)
@@ -42,7 +43,7 @@ def to_pytorch(source: Path, output: Path) -> int:
 
     rounded = metadata.get("bfloat16", "").split()
     state = OrderedDict()
-    for name, array in to_theirs(rows_of(arch), held, read):
+    for name, array in to_theirs(architecture.rows, held, read):
         tensor = torch.from_numpy(array)
         state[name] = tensor.bfloat16() if name in rounded else tensor
     with writing(output) as file:

@@ -8,8 +8,9 @@ import jax
 import numpy as np
 
 from jaxla.config import InputError
+from jaxla.models.build import NNUNET, load_converted, planned_of
 from jaxla.models.weights import load_backbone
-from jaxla.models.weights_format import require_undamaged
+from jaxla.models.weights_format import read_metadata, require_undamaged
 
 SIDE = 112  # pixels; a multiple of every architecture's patch
 
@@ -18,16 +19,21 @@ def verify(path: Path) -> str:
     """Read a converted file again, compare it with its checksum and run it on one image; -> what was checked.
 
     Raises:
-        InputError: it is damaged, is not whole, or its features are not finite.
+        InputError: it is damaged, is not whole, or what it makes of the image is not finite.
     """
     checksum = require_undamaged(path)
-    backbone = load_backbone(path)
-    image = np.random.default_rng(0).standard_normal((1, SIDE, SIDE, 3), dtype=np.float32)
-    features = [np.asarray(array, np.float32) for array in jax.tree.leaves(backbone(image))]
-    if not all(np.isfinite(array).all() for array in features):
-        raise InputError(f"{path}: the features of an image are not finite; convert the released checkpoint again")
-    count = sum(array.size for array in features)
+    metadata, size, channels = read_metadata(path), (SIDE, SIDE), 3
+    if metadata["arch"] == NNUNET:
+        plan, configuration, _ = planned_of(metadata, path)
+        network, size, channels = load_converted(path), plan.configuration(configuration).patch_size, 1
+    else:
+        network = load_backbone(path)
+    image = np.random.default_rng(0).standard_normal((1, *size, channels), dtype=np.float32)
+    made = [np.asarray(array, np.float32) for array in jax.tree.leaves(network(image))]
+    what, count = "logits" if channels == 1 else "features", sum(array.size for array in made)
+    if not all(np.isfinite(array).all() for array in made):
+        raise InputError(f"{path}: the {what} of an image are not finite; convert the checkpoint again")
     return (
-        f"{path}: verified: its data have the sha256 that was noted, {checksum}; the {count} features of one "
-        f"{SIDE}×{SIDE} image are finite"
+        f"{path}: verified: its data have the sha256 that was noted, {checksum}; the {count} {what} of one "
+        f"{'×'.join(map(str, size))} image are finite"
     )

@@ -1,18 +1,18 @@
 """Left-atrium segmentation in LGE-MRI with DINOv2 and DINOv3 vision transformers, in JAX.
 
-The commands are `python -m jaxla.train`, `study`, `report`, `predict`, `evaluate`, `verify`, `info`, `cache` and
-`phantom`.
+The commands are `python -m jaxla.train`, `study`, `report`, `predict`, `evaluate`, `verify`, `info`, `cache`,
+`phantom` and `plan`.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from jaxla.config import InputError
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
     import jax.numpy as jnp
     from flax import nnx
 
@@ -43,11 +43,17 @@ def load_backbone(path: str | Path, dtype: jnp.dtype | None = None) -> Backbone:
 
 
 def build_network(
-    name: str, classes: int = 1, seed: int = 0, weights: str | Path | None = None, plan: object = None
+    name: str,
+    classes: int = 1,
+    seed: int = 0,
+    weights: str | Path | None = None,
+    plan: Mapping[str, Any] | str | Path | None = None,
 ) -> nnx.Module:
     """The untrained network of a method, in evaluation mode: images [B, H, W, C] -> logits [B, H, W, K].
 
     All take C = 1 (grey values in 0..1); those on a pretrained backbone or encoder C = 3 (ImageNet-normalised) too.
+    nnU-Net in three dimensions takes [B, D, H, W, 1] -> [B, D, H, W, K]; its grey values, as those of nnU-Net in two
+    dimensions, have mean 0 and standard deviation 1.
 
     Args:
         name: a method, as `python -m jaxla.train --exp=list` lists them.
@@ -55,31 +61,47 @@ def build_network(
         seed: of the parameters that start from random values.
         weights: of the backbone: a converted file, "random", or None for what the method says (for released backbones
             the file in the cache folder).
-        plan: for methods that plan their network from the data; none of the present ones does.
+        plan: for nnU-Net, which plans its network from the data: the file that `python -m jaxla.plan` writes, nnU-Net's
+            own, or what stands in it.
 
     Raises:
-        InputError: an unknown method, or weights that are missing or do not fit.
+        InputError: an unknown method, weights that are missing or do not fit, or no plan where one is needed.
     """
     from dataclasses import replace
 
     from jaxla.config import lookup
     from jaxla.experiments import METHODS
     from jaxla.models import build
+    from jaxla.planning.plan import plan_of, read_plan
 
     model = lookup("method", name, METHODS).model
-    if plan is not None:
-        raise InputError(f"plan: {name} takes none; its network is the same for all data")
     if weights is not None:
         model = replace(model, weights=str(weights))
-    return build.build_network(model, classes, seed)
+    planned = build.is_planned(model)
+    if not planned and plan is not None:
+        raise InputError(f"plan: {name} takes none; its network is the same for all data")
+    if planned and plan is None:
+        raise InputError(f"plan: {name} is planned from the data; give the file that python -m jaxla.plan writes")
+    if isinstance(plan, Mapping):
+        plan = plan_of(plan, "plan")
+    elif plan is not None:
+        plan = read_plan(Path(plan))
+    return build.build_network(model, classes, seed, plan=plan)
 
 
 def load_network(path: str | Path) -> nnx.Module:
-    """The trained network of a finished run's folder, in evaluation mode: images [B, H, W, C] -> logits [B, H, W, K].
+    """A trained network, in evaluation mode: images [B, H, W, C] -> logits [B, H, W, K], or with D.
+
+    Args:
+        path: a finished run's folder, or a file that `convert_weights --arch=nnunet` wrote.
 
     Raises:
-        InputError: not a run folder, no checkpoint in it, or its frozen backbone's file is gone or has changed.
+        InputError: not a run folder, no checkpoint in it, or its frozen backbone's file is gone or has changed; or a
+            file that is damaged or holds no network.
     """
     from jaxla.inference.trained import load_run
+    from jaxla.models.build import load_converted
 
+    if Path(path).is_file() or Path(path).suffix == ".safetensors":
+        return load_converted(Path(path))
     return load_run(path).network

@@ -62,6 +62,9 @@ class Model:
             for all levels (`shared`), or equal and not learned (`uniform`).
         image_stages: Of a fusion, the decoder's stages that see the image again: `all`, the `last` alone, or `none`.
         widths: Channels of each level of a U-Net without pretrained encoder, finest first.
+        plan: Of nnU-Net, the file of its plan: one that `python -m jaxla.plan` wrote, or nnU-Net's own; empty makes it
+            from the run's training and validation cases.
+        memory_gb: Of nnU-Net, the memory of the GPU that is planned for, in GB: less makes its patches smaller.
         network: What is built on the architecture: a file of `jaxla/models/networks`. It is the method's own.
     """
 
@@ -74,6 +77,8 @@ class Model:
     block_weights: Literal["per_level", "shared", "uniform"] = "per_level"
     image_stages: Literal["all", "last", "none"] = "all"
     widths: tuple[int, ...] = (64, 128, 256, 512, 1024)
+    plan: str = ""
+    memory_gb: float = 8.0
     network: str = "transformer_segmenter"
 
 

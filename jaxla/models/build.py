@@ -2,19 +2,28 @@
 
 from __future__ import annotations
 
+import json
 import pkgutil
+from collections.abc import Mapping
 from dataclasses import fields, replace
 from importlib import import_module
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
 
 from jaxla.config import InputError, Model, lookup
 from jaxla.models import dinov3, networks
 from jaxla.models.backbones import Backbone, build_backbone
 from jaxla.models.family import Family
+from jaxla.models.networks.nnunet import NNUNet
 from jaxla.models.weights import compute_dtype, load_into, weights_file
+from jaxla.models.weights_format import read_metadata
+from jaxla.planning.plan import Configuration, Plan, plan_of, read_plan
+
+
+NNUNET = "nnunet"  # what a file of a converted network of nnU-Net's says that it holds
 
 
 def _family(name: str) -> Family:
@@ -27,15 +36,18 @@ def _family(name: str) -> Family:
 NETWORKS = {file.name: _family(file.name) for file in pkgutil.iter_modules(networks.__path__)}  # all there are
 
 
-def build_network(model: Model, classes: int, seed: int, cache_dir: Path | None = None) -> nnx.Module:
+def build_network(
+    model: Model, classes: int, seed: int, cache_dir: Path | None = None, plan: Plan | None = None
+) -> nnx.Module:
     """The network of a method, in evaluation mode; its random parameters follow from `seed`.
 
     Args:
         classes: K, channels of the logits: 1 for one structure (sigmoid), else background and structures (softmax).
         cache_dir: where `weights/<arch>.safetensors` is looked for if the model names no file.
+        plan: of a network that is planned from the data, where the model names no file.
 
     Raises:
-        InputError: the backbone's weights are missing or do not fit; see `weights.load_into`.
+        InputError: the backbone's weights are missing or do not fit; see `weights.load_into`; or there is no plan.
     """
     family, dtype = family_of(model), compute_dtype()
     backbone_key, rest_key = jax.random.split(jax.random.key(seed))
@@ -45,14 +57,15 @@ def build_network(model: Model, classes: int, seed: int, cache_dir: Path | None 
         return build_backbone(model.arch, dtype=dtype, remat=remat, rngs=nnx.Rngs(backbone_key))
 
     require_fitting(model)
-    if "weights" not in family.options:
-        backbone = None
-    elif model.weights == "random":
-        backbone = nnx.jit(untrained)()
-    else:
+    built_on: Backbone | Configuration | None = None
+    if family.configuration:
+        built_on = configuration_of(model, plan)
+    elif "weights" in family.options and model.weights == "random":
+        built_on = nnx.jit(untrained)()
+    elif "weights" in family.options:
         path = weights_file(model.arch, model.weights, cache_dir)
-        backbone = load_into(nnx.eval_shape(untrained), path, model.arch)
-    network = family.build(backbone, model, classes, dtype, nnx.Rngs(rest_key))
+        built_on = load_into(nnx.eval_shape(untrained), path, model.arch)
+    network = family.build(built_on, model, classes, dtype, nnx.Rngs(rest_key))
     network.eval()
     return network
 
@@ -61,6 +74,63 @@ def parameter_count(model: Model, classes: int = 1) -> int:
     """Of a method's network, without making its arrays."""
     network = nnx.eval_shape(lambda: build_network(replace(model, weights="random"), classes, 0))
     return sum(leaf.size for leaf in jax.tree.leaves(nnx.state(network, nnx.Param)))
+
+
+def configuration_of(model: Model, plan: Plan | None = None) -> Configuration:
+    """What a network that is planned from the data is built on.
+
+    Args:
+        plan: where the model names no file.
+
+    Raises:
+        InputError: there is no plan, or it lacks the configuration.
+    """
+    if plan is None and not model.plan:
+        raise InputError(f"{model.arch} is planned from the data: give it the plan that python -m jaxla.plan makes")
+    return (plan or read_plan(Path(model.plan))).configuration(family_of(model).configuration(model))
+
+
+def load_converted(path: Path, dtype: jnp.dtype | None = None) -> nnx.Module:
+    """The network of a file that `convert_weights --arch=nnunet` wrote, in evaluation mode.
+
+    Args:
+        dtype: of the computation; by default float32 on CPU and bfloat16 on GPU. Parameters stay float32.
+
+    Raises:
+        InputError: a file that is missing, truncated, or holds something else.
+    """
+    metadata = read_metadata(path)
+    if metadata["arch"] != NNUNET:
+        raise InputError(f"{path}: holds {metadata['arch']}, a backbone and no network; load_backbone reads it")
+    planned = planned_of(metadata, path)
+    network = load_into(nnx.eval_shape(lambda: planned_network(*planned, dtype or compute_dtype())), path, NNUNET)
+    network.eval()
+    return network
+
+
+def planned_network(plan: Plan, configuration: str, outputs: int, dtype: jnp.dtype = jnp.float32) -> NNUNet:
+    """nnU-Net's network as a plan has it, with random parameters."""
+    return NNUNet(plan.configuration(configuration), outputs, dtype=dtype, rngs=nnx.Rngs(0))
+
+
+def planned_of(metadata: Mapping[str, str], path: Path) -> tuple[Plan, str, int]:
+    """What a converted file of nnU-Net's says of its network: plan, configuration, K.
+
+    Raises:
+        InputError: it does not say it.
+    """
+    try:
+        plan = plan_of(json.loads(metadata["plan"]), str(path))
+        return plan, metadata["configuration"], int(metadata["outputs"])
+    except (KeyError, ValueError) as error:
+        if isinstance(error, InputError):
+            raise
+        raise InputError(f"{path}: does not say which network it holds ({error!r}); convert it again") from error
+
+
+def is_planned(model: Model) -> bool:
+    """Whether the network is planned from the data."""
+    return family_of(model).configuration is not None
 
 
 def family_of(model: Model) -> Family:

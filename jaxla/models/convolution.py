@@ -5,9 +5,16 @@ that JAX derives have other forms. That of the image can be written in the fast 
 convolution it has a kernel as large as the image, takes up to nine times as long as the forward pass, and sums some
 hundred thousand products one after the other, which costs two digits. Here it is a sum of matrix products, each over
 as many pixels as the processor's cache holds. A kernel of one pixel is a matrix product as it stands.
+
+Of three axes no form is fast: those volumes are convolved slice by slice, or as one matrix product where strides leave
+few places.
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from itertools import product
 
 import jax
 import jax.numpy as jnp
@@ -93,5 +100,78 @@ def _derived_gradients(x: jax.Array, kernel: jax.Array, gradient: jax.Array) -> 
 def _convolve(x: jax.Array, kernel: jax.Array) -> jax.Array:
     if kernel.shape[0] == 1:
         return x @ kernel[0, 0]
-    sides = [(kernel.shape[0] // 2,) * 2] * 2
-    return jax.lax.conv_general_dilated(x, kernel, (1, 1), sides, dimension_numbers=("NHWC", "HWIO", "NHWC"))
+    return _as_it_stands(x, kernel, (1, 1))
+
+
+# --- any number of axes, any strides ---------------------------------------------------------------------------------
+
+
+def convolve(x: jax.Array, kernel: jax.Array, strides: Sequence[int]) -> jax.Array:
+    """[B, …, C] by a kernel [k, …, C, K] with odd sides, zeros around the image -> [B, …/stride, K], rounded up."""
+    if kernel.ndim == 4 and set(strides) == {1} and kernel.shape[0] == kernel.shape[1]:
+        return same_convolution(x, kernel)
+    return _convolve_axes(x, kernel, tuple(strides))
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(2,))
+def _convolve_axes(x: jax.Array, kernel: jax.Array, strides: tuple[int, ...]) -> jax.Array:
+    cpu, default = (partial(form, strides=strides) for form in (_for_cpu, _as_it_stands))
+    return jax.lax.platform_dependent(x, kernel, cpu=cpu, default=default)
+
+
+def _forward_axes(x: jax.Array, kernel: jax.Array, strides: tuple[int, ...]) -> tuple[jax.Array, Gradients]:
+    return _convolve_axes(x, kernel, strides), (x, kernel)
+
+
+def _backward_axes(strides: tuple[int, ...], inputs: Gradients, gradient: jax.Array) -> Gradients:
+    # the forms are derived anew: what they make of x on the way is several times as large, and is not kept
+    cpu, default = (partial(_gradients_of, partial(form, strides=strides)) for form in (_for_cpu, _as_it_stands))
+    return jax.lax.platform_dependent(*inputs, gradient, cpu=cpu, default=default)
+
+
+_convolve_axes.defvjp(_forward_axes, _backward_axes)
+
+
+def _gradients_of(form: Callable[..., jax.Array], x: jax.Array, kernel: jax.Array, gradient: jax.Array) -> Gradients:
+    return jax.vjp(form, x, kernel)[1](gradient)
+
+
+def _as_it_stands(x: jax.Array, kernel: jax.Array, strides: tuple[int, ...]) -> jax.Array:
+    axes = "DHW"[3 - len(strides) :]
+    layout = (f"N{axes}C", f"{axes}IO", f"N{axes}C")
+    return jax.lax.conv_general_dilated(x, kernel, strides, _borders(kernel), dimension_numbers=layout)
+
+
+def _for_cpu(x: jax.Array, kernel: jax.Array, strides: tuple[int, ...]) -> jax.Array:
+    """Up to ten times as fast on CPU, with the gradients, as what it stands for."""
+    *sides, inputs, outputs = kernel.shape
+    if set(strides) != {1}:
+        patches = _shifted(x, tuple(sides), strides)
+        return patches @ kernel.reshape(-1, outputs)
+    if len(sides) == 2:
+        return _as_it_stands(x, kernel, strides)
+    # what lies above and below stands among the channels; each slice is an image of its own
+    slices = _shifted(x, (sides[0], 1, 1), strides)
+    batch, depth, height, width, channels = slices.shape
+    of_slices = jnp.moveaxis(kernel, 0, 2).reshape(*sides[1:], channels, outputs)
+    convolved = convolve(slices.reshape(batch * depth, height, width, channels), of_slices, (1, 1))
+    return convolved.reshape(batch, depth, height, width, outputs)
+
+
+def _shifted(x: jax.Array, sides: tuple[int, ...], strides: tuple[int, ...]) -> jax.Array:
+    """For every place of a kernel of these sides, the pixels that it sees, among the channels: [B, …/stride, sides·C]."""
+    padded = jnp.pad(x, ((0, 0), *((side // 2, side // 2) for side in sides), (0, 0)))
+    places = [range(side) for side in sides]
+    counts = [-(-n // stride) for n, stride in zip(x.shape[1:-1], strides, strict=True)]
+    shifts = []
+    for place in product(*places):
+        taken = [
+            slice(start, start + (count - 1) * stride + 1, stride)
+            for start, count, stride in zip(place, counts, strides, strict=True)
+        ]
+        shifts.append(padded[:, *taken])
+    return jnp.concatenate(shifts, axis=-1)
+
+
+def _borders(kernel: jax.Array) -> list[tuple[int, int]]:
+    return [(side // 2, side // 2) for side in kernel.shape[:-2]]

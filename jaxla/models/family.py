@@ -10,6 +10,7 @@ from flax import nnx
 
 from jaxla.config import Model
 from jaxla.models.backbones import Backbone
+from jaxla.planning.plan import Configuration
 
 
 class Family(NamedTuple):
@@ -21,14 +22,16 @@ class Family(NamedTuple):
         options: of `Model`, those that it reads; with `weights` it stands on a backbone of that architecture.
         multiple: of which the sides of an image must be; or, where `pads`, what they must be at least.
         check: raises an InputError where options have values that the network cannot have.
-        build: (backbone, options, K, dtype of the computation, rngs) -> the network; the backbone has its weights, and
-            is None where there is none.
+        build: (what it is built on, options, K, dtype of the computation, rngs) -> the network. That is its backbone,
+            with its weights; or a plan's configuration; or None.
+        configuration: which one of a plan it is built on, where it is planned from the data.
     """
 
     of: str
     architectures: Collection[str]
     options: tuple[str, ...]
     multiple: Callable[[Model], int]
-    build: Callable[[Backbone | None, Model, int, jnp.dtype, nnx.Rngs], nnx.Module]
+    build: Callable[[Backbone | Configuration | None, Model, int, jnp.dtype, nnx.Rngs], nnx.Module]
     pads: bool = True
     check: Callable[[Model], None] = lambda model: None
+    configuration: Callable[[Model], str] | None = None

@@ -1,6 +1,9 @@
-"""BatchNorm that follows PyTorch's to the last statistic."""
+"""BatchNorm that follows PyTorch's to the last statistic, and InstanceNorm."""
 
 from __future__ import annotations
+
+import math
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -41,8 +44,8 @@ class BatchNorm(nnx.Module):
             return ((x.astype(full) - self.mean[...]) * (scale * deviation) + bias).astype(self.dtype)
         images = jnp.ones(len(x), full) if present is None else present.astype(full)
         count = images.sum() * (x.shape[1] * x.shape[2])
-        normalised, mean, var = _normalise(x, scale, bias, (images / count)[:, None, None, None])
-        self._remember(jax.lax.stop_gradient(mean), jax.lax.stop_gradient(var), count)
+        normalised, mean, var = _normalise(x, scale, bias, (images / count)[:, None, None, None], (0, 1, 2))
+        self._remember(*(jax.lax.stop_gradient(of_all.ravel()) for of_all in (mean, var)), count)
         return normalised.astype(self.dtype)
 
     def _remember(self, mean: jax.Array, var: jax.Array, count: jax.Array) -> None:
@@ -51,38 +54,60 @@ class BatchNorm(nnx.Module):
         self.var[...] = (1 - MOMENTUM) * self.var[...] + MOMENTUM * unbiased
 
 
-@jax.custom_vjp
+class InstanceNorm(nnx.Module):
+    """Each channel of each image to mean 0 and variance 1, then scaled and shifted: no statistic is kept.
+
+    Args:
+        width: C.
+        dtype: of the result; parameters are float32.
+    """
+
+    def __init__(self, width: int, *, dtype: jnp.dtype = jnp.float32) -> None:
+        self.scale = nnx.Param(jnp.ones(width))
+        self.bias = nnx.Param(jnp.zeros(width))
+        self.dtype = dtype
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """[B, H, W, C] or [B, D, H, W, C] -> the same."""
+        pixels = tuple(range(1, x.ndim - 1))
+        weight = jnp.full((1,) * x.ndim, 1 / math.prod(x.shape[1:-1]), jnp.promote_types(x.dtype, jnp.float32))
+        normalised, *_ = _normalise(x, self.scale[...], self.bias[...], weight, pixels)
+        return normalised.astype(self.dtype)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(4,))
 def _normalise(
-    x: jax.Array, scale: jax.Array, bias: jax.Array, weight: jax.Array
+    x: jax.Array, scale: jax.Array, bias: jax.Array, weight: jax.Array, axes: tuple[int, ...]
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """x by the statistics of x itself, in which a value of each image counts as `weight` [B, 1, 1, 1]; and those.
+    """x by the statistics of x itself over `axes`, in which each value counts as `weight`; and those statistics.
 
     What JAX derives keeps several arrays as large as x for the gradient; this keeps x alone, as PyTorch does.
     """
-    return _forward(x, scale, bias, weight)[0]
+    return _forward(x, scale, bias, weight, axes)[0]
 
 
 def _forward(
-    x: jax.Array, scale: jax.Array, bias: jax.Array, weight: jax.Array
+    x: jax.Array, scale: jax.Array, bias: jax.Array, weight: jax.Array, axes: tuple[int, ...]
 ) -> tuple[tuple[jax.Array, jax.Array, jax.Array], tuple[jax.Array, ...]]:
     full = x.astype(weight.dtype)
-    mean = (full * weight).sum((0, 1, 2))
-    var = (jnp.square(full - mean) * weight).sum((0, 1, 2))
+    mean = (full * weight).sum(axes, keepdims=True)
+    var = (jnp.square(full - mean) * weight).sum(axes, keepdims=True)
     deviation = jax.lax.rsqrt(var + EPSILON)
     normalised = (full - mean) * (scale * deviation) + bias
     return (normalised, mean, var), (x, scale, weight, mean, deviation)
 
 
 def _backward(
-    kept: tuple[jax.Array, ...], gradients: tuple[jax.Array, jax.Array, jax.Array]
+    axes: tuple[int, ...], kept: tuple[jax.Array, ...], gradients: tuple[jax.Array, jax.Array, jax.Array]
 ) -> tuple[jax.Array, jax.Array, jax.Array, None]:
     x, scale, weight, mean, deviation = kept
     gradient = gradients[0]  # the statistics' own are zero: they are only remembered
     centred = (x.astype(weight.dtype) - mean) * deviation
-    of_bias = gradient.sum((0, 1, 2))
-    of_scale = (gradient * centred).sum((0, 1, 2))
+    of_bias = gradient.sum(axes, keepdims=True)
+    of_scale = (gradient * centred).sum(axes, keepdims=True)
     of_x = (gradient - weight * (of_bias + centred * of_scale)) * (scale * deviation)
-    return of_x.astype(x.dtype), of_scale.astype(scale.dtype), of_bias.astype(scale.dtype), None
+    of_scale, of_bias = (of_all.reshape(-1, len(scale)).sum(0).astype(scale.dtype) for of_all in (of_scale, of_bias))
+    return of_x.astype(x.dtype), of_scale, of_bias, None
 
 
 _normalise.defvjp(_forward, _backward)
