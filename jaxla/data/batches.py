@@ -1,11 +1,11 @@
-"""Prepared volumes -> batches of slices, by Grain, in threads: the arrays are memory-mapped."""
+"""Prepared volumes -> batches of slices or patches, by Grain, in threads: the arrays are memory-mapped."""
 
 from __future__ import annotations
 
 from collections.abc import Generator, Sequence
 from contextlib import closing
 from functools import partial
-from typing import NotRequired, SupportsIndex, TypedDict
+from typing import NotRequired, Protocol, SupportsIndex, TypedDict
 
 import grain.python as grain
 import numpy as np
@@ -20,11 +20,29 @@ READ_AHEAD, READ_AHEAD_BYTES = 4, 2**30  # batches, but not more than so many by
 class Batch(TypedDict):
     """One batch; the arrays' first axis is B."""
 
-    input: np.ndarray  # [B, H, W, 1] float32, grey values in 0..1; or features [B, …]
+    input: np.ndarray  # [B, H, W, 1] float32, grey values in 0..1; or features [B, …]; of patches also [B, D, H, W, 1]
     image: NotRequired[np.ndarray]  # [B, H, W, 1], where the input is features and the network reads both
-    mask: np.ndarray  # [B, H, W] uint8, class indices
+    mask: np.ndarray  # [B, H, W] uint8, class indices; of patches int8, -1 where the scan is zero
     volume: np.ndarray  # [B] int32, index of the volume the slice belongs to
     weight: np.ndarray  # [B] float32, 0 for slices that only fill the batch
+
+
+class Source(Protocol):
+    """What batches are read from.
+
+    Attributes:
+        units: how many there are of what Dice is averaged over; each row of a batch says which it belongs to.
+    """
+
+    units: int
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, item: SupportsIndex) -> Batch: ...
+
+    def order(self, seed: int) -> grain.MapDataset:
+        """The rows that training reads, as good as endless."""
+        ...
 
 
 class SliceSource:
@@ -47,9 +65,14 @@ class SliceSource:
         self.features, self.with_images = features, features is not None and with_images
         self.frames = [canvas.frame(v.shape[1:], v.spacing[1:]) for v in volumes]
         self.index = [(i, s) for i, volume in enumerate(volumes) for s in range(volume.shape[0])]
+        self.units = len(volumes)
 
     def __len__(self) -> int:
         return len(self.index)
+
+    def order(self, seed: int) -> grain.MapDataset:
+        """Every slice, in an order drawn anew each pass."""
+        return grain.MapDataset.range(len(self)).seed(seed).shuffle().repeat(PASSES)
 
     def __getitem__(self, item: SupportsIndex) -> Batch:
         i, s = self.index[item]
@@ -65,9 +88,9 @@ class SliceSource:
 
 
 def training_batches(
-    source: SliceSource, batch_size: int, seed: int, rows: range | None = None
+    source: Source, batch_size: int, seed: int, rows: range | None = None
 ) -> grain.DatasetIterator:
-    """An endless iterator of full batches in an order drawn anew each pass over the slices.
+    """An endless iterator of full batches, of slices in an order drawn anew each pass over them.
 
     Batches run on over the end of a pass, so no slice is dropped. The iterator's state can be saved and set; it is
     the same whatever rows are read.
@@ -75,16 +98,16 @@ def training_batches(
     Args:
         rows: of each batch to read, where other processes read the others; those from `batch_size` on are fillers.
     """
-    order = grain.MapDataset.range(len(source)).seed(seed).shuffle().repeat(PASSES).batch(batch_size)
+    order = source.order(seed).batch(batch_size)
     rows = rows or range(batch_size)
     return iter(order.map(partial(_read, source, rows)).to_iter_dataset(_read_options(source, rows)))
 
 
-def steps_per_epoch(source: SliceSource, batch_size: int) -> int:
+def steps_per_epoch(source: Source, batch_size: int) -> int:
     return -(-len(source) // batch_size)
 
 
-def evaluation_batches(source: SliceSource, batch_size: int, rows: range | None = None) -> Generator[Batch]:
+def evaluation_batches(source: Source, batch_size: int, rows: range | None = None) -> Generator[Batch]:
     """Every slice once, in order; the last batch is filled up.
 
     To be closed by whoever leaves it early: its threads read ahead.
@@ -99,19 +122,19 @@ def evaluation_batches(source: SliceSource, batch_size: int, rows: range | None 
         yield from batches
 
 
-def sample_batch(source: SliceSource, rows: range) -> Batch:
+def sample_batch(source: Source, rows: range) -> Batch:
     """The first slice in every row, read-only: for what asks for shapes, before any batch is read."""
     return Batch(**{name: np.broadcast_to(value, (len(rows), *np.shape(value))) for name, value in source[0].items()})
 
 
-def _read_options(source: SliceSource, rows: range) -> grain.ReadOptions:
+def _read_options(source: Source, rows: range) -> grain.ReadOptions:
     """As many threads as batches are read ahead; each holds one."""
     of_batch = sum(array.nbytes for array in sample_batch(source, rows).values())
     ahead = min(max(1, READ_AHEAD_BYTES // of_batch), READ_AHEAD)
     return grain.ReadOptions(num_threads=ahead, prefetch_buffer_size=ahead)
 
 
-def _read(source: SliceSource, rows: range, chosen: np.ndarray) -> Batch:
+def _read(source: Source, rows: range, chosen: np.ndarray) -> Batch:
     """These rows of the batch of slices `chosen`; zeros, of weight 0, beyond its end."""
     own = chosen[rows.start : rows.stop]
     one = source[own[0] if len(own) else chosen[0]]

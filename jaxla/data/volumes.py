@@ -128,7 +128,7 @@ def slice_geometry(affine: np.ndarray) -> SliceGeometry:
     spacing = nib.affines.voxel_sizes(affine)[stored_axis]
     coarsest = np.flatnonzero(spacing >= spacing.max() * (1 - 1e-3))
     slice_axis = int(coarsest[0]) if len(coarsest) == 1 else HEAD_FOOT
-    canonical = _axes_of_slices(slice_axis)
+    canonical = axes_of_slices(slice_axis)
     order = tuple(int(stored_axis[axis]) for axis in canonical)
     return SliceGeometry(
         order=order,
@@ -151,15 +151,15 @@ def from_slices(slices: np.ndarray, geometry: SliceGeometry) -> np.ndarray:
 
 def slices_to_canonical(slices: np.ndarray, slice_axis: str) -> np.ndarray:
     """[S, H, W] -> left-right, anterior-posterior, head-foot axes, whichever of them the slices were cut along."""
-    return slices.transpose(np.argsort(_axes_of_slices(AXES.index(slice_axis))))
+    return slices.transpose(np.argsort(axes_of_slices(AXES.index(slice_axis))))
 
 
 def canonical_to_slices(array: np.ndarray, slice_axis: str) -> np.ndarray:
     """The inverse of `slices_to_canonical`."""
-    return array.transpose(_axes_of_slices(AXES.index(slice_axis)))
+    return array.transpose(axes_of_slices(AXES.index(slice_axis)))
 
 
-def _axes_of_slices(slice_axis: int) -> tuple[int, int, int]:
+def axes_of_slices(slice_axis: int) -> tuple[int, int, int]:
     """The canonical axes of slices, rows and columns."""
     columns, rows = (axis for axis in range(3) if axis != slice_axis)
     return slice_axis, rows, columns

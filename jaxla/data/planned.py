@@ -1,0 +1,208 @@
+"""A scan as a plan wants it: zeros around it cut away, grey values normalised, resampled; kept in the cache folder.
+
+A planned volume is a folder named by what it was made from, holding `image.npy` [D, H, W] float32, `mask.npy` [D, H, W]
+int8 of class indices, -1 where the scan is zero, `places.npy`, where each class is, and `volume.json`.
+Reference code: nnunetv2 2.8.1, `DefaultPreprocessor`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from jaxla.config import InputError
+from jaxla.data.axes import planned_order, to_planned
+from jaxla.data.fingerprint import Box, nonzero_box, nonzero_mask
+from jaxla.data.prepared import PreparedVolume
+from jaxla.data.resampling import resample_image, resample_mask, separate_axis
+from jaxla.planning.plan import Configuration, Plan
+from jaxla.planning.planner import resampled_shape
+from jaxla.shell.files import refusal_named, replacing_folder
+
+VERSION = 1  # of what stands in a planned folder; another number makes other folders
+OUTSIDE = -1  # in a mask: where the scan is zero
+LEAST_DEVIATION = 1e-8
+PLACES, SHARE_OF_PLACES = 10_000, 0.01  # of a class that are kept: so many, or that share of them if it is more
+
+
+class PlannedImage(NamedTuple):
+    """A scan's image as a plan wants it, and the way back.
+
+    Attributes:
+        image: [D, H, W] float32.
+        box: what was cut out of the scan, in the plan's axes.
+        shape: of the scan in the plan's axes, before that.
+        spacing: of the scan in the plan's axes, mm.
+        target: its spacing now.
+        order: which axis of its slices comes first, second, third.
+    """
+
+    image: np.ndarray
+    box: Box
+    shape: tuple[int, ...]
+    spacing: tuple[float, ...]
+    target: tuple[float, ...]
+    order: tuple[int, int, int]
+
+    @property
+    def cropped(self) -> tuple[int, ...]:
+        """The shape of the box."""
+        return tuple(side.stop - side.start for side in self.box)
+
+    @property
+    def separate(self) -> int | None:
+        """The axis along which it was resampled by itself."""
+        return separate_axis(self.spacing, self.target)
+
+
+def plan_image(
+    slices: np.ndarray, slice_axis: str, spacing: Sequence[float], plan: Plan, configuration: Configuration
+) -> PlannedImage:
+    """A scan's slices [S, H, W] in its own grey values, as the plan wants them.
+
+    Args:
+        slice_axis: anatomical name of S.
+        spacing: mm along slices, rows and columns.
+    """
+    order = planned_order(slice_axis, plan.transpose_forward)
+    whole = to_planned(slices, order)
+    mm = tuple(spacing[axis] for axis in order)
+    target = target_spacing(mm, configuration)
+    box = nonzero_box(whole)
+    image = _normalised(whole[box].astype(np.float32), plan.use_mask_for_norm)
+    shape = resampled_shape(image.shape, mm, target)
+    image = resample_image(image, shape, separate_axis(mm, target))
+    return PlannedImage(np.ascontiguousarray(image), box, whole.shape, mm, target, order)
+
+
+def target_spacing(spacing: Sequence[float], configuration: Configuration) -> tuple[float, ...]:
+    """The spacing that a scan is brought to; in two dimensions its slices stay apart as they are."""
+    along_slices = spacing[: 3 - len(configuration.spacing)]
+    return (*along_slices, *configuration.spacing)
+
+
+def _normalised(image: np.ndarray, within_mask: bool) -> np.ndarray:
+    """Mean 0 and standard deviation 1, changed in place; of what is not zero alone, where that is asked for."""
+    inside = nonzero_mask(image) if within_mask else ...
+    part = image[inside]
+    image[inside] = (part - part.mean()) / max(part.std(), LEAST_DEVIATION)
+    return image
+
+
+@dataclass(frozen=True)
+class PlannedVolume:
+    """A case as a plan wants it, opened from disk only when indexed.
+
+    Attributes:
+        id: of the case.
+        folder: where its arrays lie.
+        shape: D, H, W.
+        class_places: how many places of each class are kept, background left out.
+    """
+
+    id: str
+    folder: Path
+    shape: tuple[int, int, int]
+    class_places: tuple[int, ...]
+
+    @property
+    def image(self) -> np.ndarray:
+        return np.load(self.folder / "image.npy", mmap_mode="r", allow_pickle=False)
+
+    @property
+    def mask(self) -> np.ndarray:
+        return np.load(self.folder / "mask.npy", mmap_mode="r", allow_pickle=False)
+
+    def place(self, of_class: int, number: int) -> tuple[int, ...]:
+        """One of the places of a class, 1 the first."""
+        places = np.load(self.folder / "places.npy", mmap_mode="r", allow_pickle=False)
+        return tuple(int(i) for i in np.unravel_index(places[sum(self.class_places[: of_class - 1]) + number], self.shape))
+
+
+def prepare_planned(
+    volumes: Sequence[PreparedVolume],
+    plan: Plan,
+    configuration: Configuration,
+    cache_dir: Path,
+    track: Callable[[Iterable[PreparedVolume]], Iterable[PreparedVolume]] = iter,
+) -> list[PlannedVolume]:
+    """Every case as the plan wants it; those that are not in the cache yet are made.
+
+    Args:
+        track: wraps the iteration over volumes, for a progress bar.
+
+    Raises:
+        InputError: the plan does not fit the data, or the cache folder cannot be written.
+    """
+    return [_prepare(volume, plan, configuration, cache_dir / "planned") for volume in track(volumes)]
+
+
+def _prepare(volume: PreparedVolume, plan: Plan, configuration: Configuration, store: Path) -> PlannedVolume:
+    order = planned_order(volume.slice_axis, plan.transpose_forward)
+    target = target_spacing([volume.spacing[axis] for axis in order], configuration)
+    made_from = [VERSION, volume.slices_sha256, volume.content_key, order, target, plan.use_mask_for_norm]
+    folder = store / hashlib.sha256(json.dumps(made_from).encode()).hexdigest()[:32]
+    if not _is_whole(folder):
+        with refusal_named("written", f"--cache-dir={store.parent}"):
+            _write(folder, volume, plan, configuration)
+    described = json.loads((folder / "volume.json").read_text())
+    return PlannedVolume(volume.id, folder, tuple(described["shape"]), tuple(described["class_places"]))
+
+
+def _write(folder: Path, volume: PreparedVolume, plan: Plan, configuration: Configuration) -> None:
+    planned = plan_image(volume.image, volume.slice_axis, volume.spacing, plan, configuration)
+    mask = to_planned(volume.mask, planned.order)[planned.box].astype(np.int8)
+    nonzero = nonzero_mask(to_planned(volume.image, planned.order)[planned.box])
+    mask[(mask == 0) & ~nonzero] = OUTSIDE
+    mask = np.ascontiguousarray(resample_mask(mask, planned.image.shape, planned.separate))
+    draw = np.random.default_rng(0)
+    places = [_some(np.flatnonzero(mask == k), draw) for k in range(1, len(volume.class_voxels))]
+    described = {"shape": mask.shape, "class_places": [len(of_class) for of_class in places]}
+    try:
+        with replacing_folder(folder) as beside:
+            np.save(beside / "image.npy", planned.image)
+            np.save(beside / "mask.npy", mask)
+            np.save(beside / "places.npy", np.concatenate(places))
+            (beside / "volume.json").write_text(json.dumps(described))
+            if folder.exists() and not _is_whole(folder):  # somebody removed files from it
+                shutil.rmtree(folder)
+    except OSError:
+        if not _is_whole(folder):  # unless another process was faster, with the same content
+            raise
+
+
+def _some(places: np.ndarray, draw: np.random.Generator) -> np.ndarray:
+    kept = min(len(places), max(PLACES, int(np.ceil(len(places) * SHARE_OF_PLACES))))
+    return draw.choice(places, kept, replace=False)
+
+
+def _is_whole(folder: Path) -> bool:
+    return all((folder / name).exists() for name in ("image.npy", "mask.npy", "places.npy", "volume.json"))
+
+
+def require_fitting(plan: Plan, configuration: Configuration, volumes: Sequence[PreparedVolume], where: str) -> None:
+    """Raise an InputError if a plan is of another kind of scans: of sides that differ by more than twice.
+
+    Args:
+        where: what to call the plan in the message.
+    """
+    shapes = []
+    for volume in volumes:
+        order = planned_order(volume.slice_axis, plan.transpose_forward)
+        mm = [volume.spacing[axis] for axis in order]
+        shapes.append(resampled_shape([volume.shape[axis] for axis in order], mm, target_spacing(mm, configuration)))
+    axes = len(configuration.spacing)
+    found, planned = np.median(shapes, 0)[-axes:], np.array(configuration.median_image_size_in_voxels)
+    if (np.maximum(found / planned, planned / found) > 2).any():
+        here, there = ("×".join(f"{side:g}" for side in sides) for sides in (found, planned))
+        raise InputError(
+            f"{where}: does not fit the data: at its spacing the scans have {here} voxels (median), and it was made "
+            f"for {there}; leave --model.plan out to plan anew, or give the plan of these data"
+        )

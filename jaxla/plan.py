@@ -1,0 +1,96 @@
+"""python -m jaxla.plan (--data.root=DIR | --fingerprint=FILE) --output=FILE: what nnU-Net plans for the scans."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from jaxla.config import Data, InputError, default_cache_dir
+from jaxla.planning.plan import Plan, read_fingerprint, write_plan
+from jaxla.planning.planner import MEMORY_GB, make_plan
+from jaxla.shell.command_line import command_parser, parse_arguments, require_writable
+from jaxla.shell.files import refusal_named
+from jaxla.shell.process import run_command
+
+
+def main(arguments: list[str]) -> None:
+    """Plan from a folder of scans, or from their shapes and spacings alone, and write the plan.
+
+    Raises:
+        InputError: no scans or no fingerprint, or an output that exists or cannot be written.
+    """
+    parser = command_parser(
+        "jaxla.plan", "What nnU-Net plans for scans: patches, networks and batches, from their shapes and spacings."
+    )
+    parser.add_argument("--data.root", type=str, default="", help="folder of scans with masks")
+    parser.add_argument("--data.labels", type=str, default="", help="which mask values are which class (as for training)")
+    parser.add_argument("--fingerprint", type=str, help="in place of scans: file with spacings and shapes_after_crop")
+    parser.add_argument("--classes", type=int, help="with --fingerprint: number of structures (default: 1)")
+    parser.add_argument("--memory-gb", type=float, default=MEMORY_GB, help="memory of the GPU that is planned for")
+    parser.add_argument("--output", type=str, required=True, help="the plan's file, .json")
+    parser.add_argument("--cache-dir", type=str, help="folder that runs share (default: the user's cache folder)")
+    options = parse_arguments(parser, arguments)
+
+    root, output = options["data.root"], Path(options.output)
+    if bool(root) == bool(options.fingerprint):
+        raise InputError("give one of the options --data.root, a folder of scans, and --fingerprint, a file")
+    if not 0 < options.memory_gb < float("inf"):
+        raise InputError(f"option --memory-gb must be a positive number, got {options.memory_gb}")
+    if output.suffix != ".json":
+        raise InputError(f"--output={output}: the file's name must end in .json")
+    if os.path.exists(output):
+        raise InputError(f"{output}: exists already; choose another --output or remove it")
+    require_writable("--output", output.parent)
+
+    if options.fingerprint:
+        if options.data.labels:
+            raise InputError("option --data.labels goes with --data.root; with --fingerprint give --classes")
+        if options.classes is not None and options.classes < 1:
+            raise InputError(f"option --classes must be at least 1, got {options.classes}")
+        plan = make_plan(read_fingerprint(Path(options.fingerprint)), 1 + (options.classes or 1), options.memory_gb)
+    else:
+        if options.classes is not None:
+            raise InputError("option --classes goes with --fingerprint; the data say which classes there are")
+        plan = _plan_scans(Data(root=root, labels=options["data.labels"]), options.cache_dir, options.memory_gb)
+    with refusal_named("written", f"--output={output}", "choose another"):
+        output.parent.mkdir(parents=True, exist_ok=True)
+        write_plan(output, plan)
+    print(describe(plan))
+
+
+def _plan_scans(data: Data, cache_dir: str | None, memory_gb: float) -> Plan:
+    from jaxla.data.cache import in_use
+    from jaxla.data.cases import find_cases
+    from jaxla.data.fingerprint import fingerprint
+    from jaxla.data.phantoms import cached_phantoms
+    from jaxla.data.prepared import prepare_cases
+    from jaxla.shell.terminal import track
+
+    cache = Path(cache_dir) if cache_dir else default_cache_dir()
+    require_writable("--cache-dir", cache)
+    with in_use(cache):
+        phantom = data.root == "phantom"
+        dataset = find_cases(cached_phantoms(cache, data.phantom_size, data.phantom_cases) if phantom else data.root, data.labels)
+        volumes = prepare_cases(dataset, cache, lambda cases: track(cases, "reading"))
+        found = fingerprint(volumes, lambda volumes: track(volumes, "planning"))
+    return make_plan(found, 1 + len(dataset.labels.names), memory_gb)
+
+
+def describe(plan: Plan) -> str:
+    """A plan in a few lines."""
+
+    def by(numbers: tuple) -> str:
+        return "×".join(f"{number:g}" for number in numbers)
+
+    cases = len(plan.fingerprint.spacings) if plan.fingerprint else 0
+    lines = [f"{cases} cases, median {by(plan.median_shape)} voxels of {by(plan.median_spacing)} mm"]
+    for name, c in plan.configurations.items():
+        lines.append(
+            f"{name:<12} patches of {by(c.patch_size)} at {by(c.spacing)} mm, {c.batch_size} in a batch; {c.n_stages} "
+            f"stages, {by(c.features_per_stage[:1])} to {c.features_per_stage[-1]} features"
+        )
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    run_command(main)
