@@ -26,7 +26,9 @@ def main(arguments: list[str]) -> None:
         "--source", type=str, help="released checkpoint: .pth, .safetensors, index of shards, or a folder with one"
     )
     parser.add_argument("--download", action="store_true", help="fetch the released checkpoint in place of --source")
-    parser.add_argument("--plans", type=str, help="with --arch=nnunet: nnU-Net's nnUNetPlans.json, or a plan of jaxla.plan")
+    parser.add_argument(
+        "--plans", type=str, help="with --arch=nnunet: nnU-Net's nnUNetPlans.json, or a plan of jaxla.plan"
+    )
     parser.add_argument("--configuration", type=str, help="with --arch=nnunet: 2d or 3d_fullres")
     parser.add_argument("--output", type=str, help=".safetensors file to write (default: where training looks for it)")
     parser.add_argument("--force", action="store_true", help="replace an output that exists")

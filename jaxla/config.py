@@ -105,10 +105,13 @@ class Postprocessing:
         opening: Side in pixels of the square by which each class is opened (what is narrower goes away); 0 leaves that
             out.
         closing: Side of the square by which it is then closed (what is narrower between is filled); 0 leaves that out.
+        largest: Whether of all structures together, or of each, only the largest connected part is kept: `never`, or
+            `if_better` (nnU-Net's), where the mean Dice of the validation cases says that it helps.
     """
 
     opening: int = 0
     closing: int = 0
+    largest: Literal["never", "if_better"] = "never"
 
 
 @dataclass(frozen=True)
@@ -116,6 +119,7 @@ class Augmentation:
     """Random changes of the training slices, drawn anew for every slice of every step; 0 and false leave one out.
 
     Args:
+        nnunet: Whether patches of nnU-Net are augmented as it does it; its methods read none of the other options.
         rotation: Largest angle in degrees, either way.
         scale: Largest change of size: 0.2 is from 1/1.2 to 1.2 times as large.
         flips: Whether rows and columns are reversed, each for every other slice.
@@ -123,6 +127,7 @@ class Augmentation:
         elastic: Standard deviation of smooth random displacements, in percent of the input's side.
     """
 
+    nnunet: bool = False
     rotation: float = 0.0
     scale: float = 0.0
     flips: bool = False
@@ -135,21 +140,31 @@ class Training:
     """The recipe.
 
     Args:
-        epochs: Most epochs to train; one epoch is ceil(slices / batch size) steps.
-        batch_size: Slices in a step.
-        learning_rate: Adam's rate for whatever starts from random values.
-        backbone_learning_rate: Adam's rate for a backbone that is trained.
-        schedule: Rate over time: `constant`, or `cosine` (2 % warm-up, then a cosine down to zero at the last epoch).
-        patience: Epochs without a lower validation loss after which training stops.
+        epochs: Most epochs to train.
+        steps: Steps of an epoch; 0 takes each slice once, ceil(slices / batch size).
+        batch_size: Slices in a step, of nnU-Net patches; 0, which is nnU-Net's alone, is what the plan says.
+        optimiser: `adam`; or `sgd`, nnU-Net's: Nesterov's momentum 0.99, weight decay 3e-5, gradients of a norm of at
+            most 12.
+        learning_rate: Rate for whatever starts from random values.
+        backbone_learning_rate: Rate for a backbone that is trained.
+        schedule: Rate over time: `constant`; `cosine` (2 % warm-up, then a cosine down to zero at the last epoch); or
+            `poly`, nnU-Net's (1 - epochs / all epochs) to the power of 0.9.
+        loss: `cross_entropy`; or `dice_cross_entropy`, nnU-Net's, less the soft Dice of the structures.
+        patience: Epochs without a lower validation loss after which training stops; 0 never stops it early.
+        checkpoint: Which epoch is kept: the `best`, of the highest validation Dice, or the `last`.
         cache_features: Whether what a frozen backbone makes of a slice is computed once and kept in the cache folder.
     """
 
     epochs: int = 35
+    steps: int = 0
     batch_size: int = 32
+    optimiser: Literal["adam", "sgd"] = "adam"
     learning_rate: float = 1e-3
     backbone_learning_rate: float = 1e-5
-    schedule: Literal["constant", "cosine"] = "constant"
+    schedule: Literal["constant", "cosine", "poly"] = "constant"
+    loss: Literal["cross_entropy", "dice_cross_entropy"] = "cross_entropy"
     patience: int = 10
+    checkpoint: Literal["best", "last"] = "best"
     cache_features: bool = True
 
 
@@ -163,6 +178,7 @@ class Method:
     preprocessing: Preprocessing
     training: Training
     postprocessing: Postprocessing = Postprocessing()
+    augmentation: Augmentation = Augmentation()
 
 
 @dataclass(frozen=True)
@@ -171,6 +187,8 @@ class Experiment:
 
     Args:
         seed: Seed of initial parameters and of the order of slices.
+        fold: Of five-fold cross-validation over the training and validation patients, which fold validates, `0` to `4`;
+            `all` trains the five, one after the other, and tests them together; empty takes the split as it is.
         data: The protocol.
         model: The network.
         preprocessing: From a slice to the network's input.
@@ -183,6 +201,7 @@ class Experiment:
     summary: str
     method: str
     seed: int = 0
+    fold: Literal["", "0", "1", "2", "3", "4", "all"] = ""
     data: Data = field(default_factory=Data)
     model: Model = field(default_factory=Model)
     preprocessing: Preprocessing = field(default_factory=Preprocessing)
@@ -233,14 +252,15 @@ PARTS = {
 def experiment_of(name: str, summary: str, data: Data, method: Method) -> Experiment:
     """The experiment that runs `method` under the protocol `data`."""
     return Experiment(
-        name, summary, method.name, 0, data, model=method.model, preprocessing=method.preprocessing,
-        training=method.training, postprocessing=method.postprocessing,
+        name, summary, method.name, data=data, model=method.model, preprocessing=method.preprocessing,
+        augmentation=method.augmentation, training=method.training, postprocessing=method.postprocessing,
     )  # fmt: skip
 
 
 def with_method(experiment: Experiment, method: Method) -> Experiment:
     """`experiment` with its method exchanged; the protocol stays."""
-    return replace(experiment_of(experiment.name, experiment.summary, experiment.data, method), seed=experiment.seed)
+    with_it = experiment_of(experiment.name, experiment.summary, experiment.data, method)
+    return replace(with_it, seed=experiment.seed, fold=experiment.fold)
 
 
 def experiment_from_json(values: Mapping[str, Any]) -> Experiment:

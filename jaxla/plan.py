@@ -23,7 +23,9 @@ def main(arguments: list[str]) -> None:
         "jaxla.plan", "What nnU-Net plans for scans: patches, networks and batches, from their shapes and spacings."
     )
     parser.add_argument("--data.root", type=str, default="", help="folder of scans with masks")
-    parser.add_argument("--data.labels", type=str, default="", help="which mask values are which class (as for training)")
+    parser.add_argument(
+        "--data.labels", type=str, default="", help="which mask values are which class (as for training)"
+    )
     parser.add_argument("--fingerprint", type=str, help="in place of scans: file with spacings and shapes_after_crop")
     parser.add_argument("--classes", type=int, help="with --fingerprint: number of structures (default: 1)")
     parser.add_argument("--memory-gb", type=float, default=MEMORY_GB, help="memory of the GPU that is planned for")
@@ -70,7 +72,9 @@ def _plan_scans(data: Data, cache_dir: str | None, memory_gb: float) -> Plan:
     require_writable("--cache-dir", cache)
     with in_use(cache):
         phantom = data.root == "phantom"
-        dataset = find_cases(cached_phantoms(cache, data.phantom_size, data.phantom_cases) if phantom else data.root, data.labels)
+        dataset = find_cases(
+            cached_phantoms(cache, data.phantom_size, data.phantom_cases) if phantom else data.root, data.labels
+        )
         volumes = prepare_cases(dataset, cache, lambda cases: track(cases, "reading"))
         found = fingerprint(volumes, lambda volumes: track(volumes, "planning"))
     return make_plan(found, 1 + len(dataset.labels.names), memory_gb)

@@ -32,9 +32,11 @@ class Source(Protocol):
 
     Attributes:
         units: how many there are of what Dice is averaged over; each row of a batch says which it belongs to.
+        counted: that in words.
     """
 
     units: int
+    counted: str
 
     def __len__(self) -> int: ...
 
@@ -53,6 +55,8 @@ class SliceSource:
         features: of each volume, indexed by slice, where the network reads these instead of images.
         with_images: whether it reads the images beside the features.
     """
+
+    counted = "per volume"
 
     def __init__(
         self,
@@ -87,9 +91,7 @@ class SliceSource:
         )
 
 
-def training_batches(
-    source: Source, batch_size: int, seed: int, rows: range | None = None
-) -> grain.DatasetIterator:
+def training_batches(source: Source, batch_size: int, seed: int, rows: range | None = None) -> grain.DatasetIterator:
     """An endless iterator of full batches, of slices in an order drawn anew each pass over them.
 
     Batches run on over the end of a pass, so no slice is dropped. The iterator's state can be saved and set; it is
@@ -103,8 +105,9 @@ def training_batches(
     return iter(order.map(partial(_read, source, rows)).to_iter_dataset(_read_options(source, rows)))
 
 
-def steps_per_epoch(source: Source, batch_size: int) -> int:
-    return -(-len(source) // batch_size)
+def steps_per_epoch(source: Source, batch_size: int, asked: int = 0) -> int:
+    """As many as are asked for; of 0, as many as take each row once."""
+    return asked or -(-len(source) // batch_size)
 
 
 def evaluation_batches(source: Source, batch_size: int, rows: range | None = None) -> Generator[Batch]:

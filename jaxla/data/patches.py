@@ -29,11 +29,11 @@ class PatchSource:
         inner: of the part that is seen in the end, when the patch has been turned and scaled: a patch may reach so far
             beyond a volume that this part lies at its border.
         batch_size: rows of a batch.
-        seed: of all patches.
+        seed: numbers, of all patches.
         length: how many of them are read to judge an epoch.
     """
 
-    units = 1  # patches of all volumes are counted together
+    units, counted = 1, "over all patches together"
 
     def __init__(
         self,
@@ -41,7 +41,7 @@ class PatchSource:
         size: Sequence[int],
         inner: Sequence[int],
         batch_size: int,
-        seed: int,
+        seed: Sequence[int],
         length: int,
     ) -> None:
         self.volumes, self.batch_size, self.seed, self.length = volumes, batch_size, seed, length
@@ -59,11 +59,13 @@ class PatchSource:
 
     def __getitem__(self, item: SupportsIndex) -> Batch:
         number = int(item)
-        draw = np.random.default_rng([self.seed, number])
+        draw = np.random.default_rng([*self.seed, number])
         volume = self.volumes[draw.integers(len(self.volumes))]
         around_structure = number % self.batch_size >= self.drawn_anywhere
         start = self._start(volume, draw, around_structure)
-        image, mask = (_cut(array, start, self.size, fill) for array, fill in ((volume.image, 0), (volume.mask, OUTSIDE)))
+        image, mask = (
+            _cut(array, start, self.size, fill) for array, fill in ((volume.image, 0), (volume.mask, OUTSIDE))
+        )
         if self.of_slices:
             image, mask = image[0], mask[0]
         return Batch(input=image[..., None], mask=mask, volume=np.int32(0), weight=np.float32(1))

@@ -14,6 +14,8 @@ import numpy as np
 from jaxla.config import Data, InputError
 from jaxla.shell.files import refusal_named, write_whole
 
+FOLDS, FOLD_SEED = 5, 12345
+
 
 @dataclass(frozen=True)
 class Split:
@@ -37,11 +39,14 @@ class Split:
         return hashlib.sha256(json.dumps(asdict(self)).encode()).hexdigest()
 
 
-def make_split(ids: Sequence[str], protocol: Data) -> Split:
+def make_split(ids: Sequence[str], protocol: Data, fold: str = "") -> Split:
     """A protocol's split: drawn from its seed or read from its file, with as many training patients as it asks for.
 
     The smaller protocols of one `subset_seed` are nested in the larger ones; validation and test patients are the same
-    in all of them, whatever that seed.
+    in all of them, whatever that seed. The test patients are the same in every fold too.
+
+    Args:
+        fold: number of the fold that validates, of five of the training and validation patients; else these stay.
 
     Raises:
         InputError: fewer patients than the protocol needs, or a split file that does not fit the cases.
@@ -61,11 +66,35 @@ def make_split(ids: Sequence[str], protocol: Data) -> Split:
             f"--data.train_patients={wanted}: there are {len(split.train)} training patients "
             f"(of {len(ids)} cases, {len(split.val)} validate and {len(split.test)} test); add cases or ask for fewer"
         )
+    if fold and (wanted or percent < 100):
+        raise InputError(
+            "option --fold: folds take turns in training and validation, so it needs all training patients; leave out "
+            "--data.train_patients and --data.train_percent, or take an experiment of all of them"
+        )
+    if fold.isdecimal():
+        return _of_fold(split, int(fold))
     train = split.train
     if seed:
         train = tuple(train[i] for i in np.random.default_rng(seed).permutation(len(train)))
     wanted = wanted or max(1, math.floor(percent / 100 * len(train) + 0.5))
     return Split(train[:wanted], split.val, split.test, unused=train[wanted:])
+
+
+def _of_fold(split: Split, fold: int) -> Split:
+    """Five folds of the training and validation patients, drawn as nnU-Net draws its own (scikit-learn's `KFold`)."""
+    pool = sorted(split.train + split.val)
+    if len(pool) < FOLDS:
+        raise InputError(
+            f"option --fold: {FOLDS} folds need as many patients that do not test, and there are {len(pool)}; add cases"
+        )
+    order = np.arange(len(pool))
+    np.random.RandomState(FOLD_SEED).shuffle(order)
+    val = set(np.array_split(order, FOLDS)[fold].tolist())
+    return Split(
+        train=tuple(name for i, name in enumerate(pool) if i not in val),
+        val=tuple(name for i, name in enumerate(pool) if i in val),
+        test=split.test,
+    )
 
 
 def write_split(split: Split, path: Path) -> None:

@@ -24,7 +24,8 @@ class TooLarge(InputError):
 
     def __init__(self, batch_size: int, what: str) -> None:
         super().__init__(
-            f"option --training.batch_size={batch_size}: {what}; in a new run lower it, or --preprocessing.image_size"
+            f"option --training.batch_size={batch_size}: {what}; in a new run lower it, or --preprocessing.image_size; "
+            "of nnU-Net --model.memory_gb, which makes its patches smaller"
         )
 
 

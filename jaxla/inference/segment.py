@@ -10,15 +10,20 @@ from typing import Any
 import jax
 import numpy as np
 from flax import nnx
+from scipy import special
 
-from jaxla.config import Postprocessing
+from jaxla.data.axes import from_planned
 from jaxla.data.inputs import Frame, image_to_input, input_to_slice, intensity_range
-from jaxla.data.volumes import Volume, from_slices, slice_geometry, to_slices, write_volume
+from jaxla.data.planned import plan_image
+from jaxla.data.volumes import SliceGeometry, Volume, from_slices, slice_geometry, to_slices, write_volume
 from jaxla.devices.mesh import own_rows, spread, to_devices
-from jaxla.inference.postprocessing import postprocess
+from jaxla.inference.postprocessing import keep_largest, postprocess
+from jaxla.inference.sliding_window import make_window_logits, onto_scan
 from jaxla.inference.trained import TrainedNetwork
+from jaxla.models.build import configuration_of
 
-Segment = Callable[..., tuple[np.ndarray, np.ndarray | None]]
+Segmented = tuple[np.ndarray, np.ndarray | None]
+Segment = Callable[..., Segmented]
 
 
 def make_segment(trained: TrainedNetwork) -> Segment:
@@ -27,18 +32,15 @@ def make_segment(trained: TrainedNetwork) -> Segment:
     `classes` is [X, Y, Z] uint8 on the volume's own grid; `probabilities` is [X, Y, Z] float32 for one class and
     [X, Y, Z, K] for several, background first. A voxel is foreground where its probability exceeds one half, or gets
     its most probable class; what the method's postprocessing makes of these classes does not show in the probabilities.
+    Of several networks the logits are averaged.
     """
     experiment = trained.record.experiment
-    segment_slices = make_segment_slices(trained.network, experiment.training.batch_size, experiment.postprocessing)
-    canvas = trained.record.canvas
+    of_slices = _planned_slices(trained) if trained.plan else _prepared_slices(trained)
 
     def segment(volume: Volume, probabilities: bool = False) -> tuple[np.ndarray, np.ndarray | None]:
         geometry = slice_geometry(volume.affine)
-        slices = to_slices(volume.array, geometry)
-        frame = canvas.frame(slices.shape[1:], geometry.spacing[1:])
-        grey_range = intensity_range(volume.array)
-        inputs = (image_to_input(pixels, grey_range, frame) for pixels in slices)
-        classes, kept = segment_slices(inputs, frame, slices.shape, probabilities)
+        classes, kept = of_slices(to_slices(volume.array, geometry), geometry, probabilities)
+        classes = keep_largest(postprocess(classes, experiment.postprocessing), trained.largest)
         classes = np.ascontiguousarray(from_slices(classes, geometry))
         if kept is not None:
             kept = np.ascontiguousarray(from_slices(kept[..., 0] if kept.shape[-1] == 1 else kept, geometry))
@@ -47,38 +49,77 @@ def make_segment(trained: TrainedNetwork) -> Segment:
     return segment
 
 
-def make_segment_slices(network: nnx.Module, batch_size: int, postprocessing: Postprocessing) -> Segment:
+def _prepared_slices(trained: TrainedNetwork) -> Callable[..., Segmented]:
+    """Slice by slice, each on the square that the network was trained on."""
+    segment_slices = make_segment_slices(trained.networks, trained.record.experiment.training.batch_size)
+    canvas = trained.record.canvas
+
+    def segment(slices: np.ndarray, geometry: SliceGeometry, probabilities: bool) -> Segmented:
+        frame = canvas.frame(slices.shape[1:], geometry.spacing[1:])
+        grey_range = intensity_range(slices)
+        inputs = (image_to_input(pixels, grey_range, frame) for pixels in slices)
+        return segment_slices(inputs, frame, slices.shape, probabilities)
+
+    return segment
+
+
+def _planned_slices(trained: TrainedNetwork) -> Callable[..., Segmented]:
+    """By a window that slides over the scan as the plan wants it."""
+    outputs = trained.record.labels.outputs
+    configuration = configuration_of(trained.record.experiment.model, trained.plan)
+    window_logits = make_window_logits(trained.networks, configuration)
+
+    def segment(slices: np.ndarray, geometry: SliceGeometry, probabilities: bool) -> Segmented:
+        planned = plan_image(slices, geometry.axis, geometry.spacing, trained.plan, configuration)
+        classes = np.zeros(planned.shape, np.uint8)
+        kept = None
+        if probabilities:
+            kept = np.zeros((*planned.shape, outputs), np.float32)
+            if outputs > 1:
+                kept[..., 0] = 1  # what was cut away is background
+        depth, *plane = planned.box
+        for z, logits in enumerate(onto_scan(window_logits(planned.image), planned), start=depth.start):
+            classes[z, *plane] = logits[..., 0] > 0 if outputs == 1 else logits.argmax(-1)
+            if kept is not None:
+                kept[z, *plane] = special.expit(logits) if outputs == 1 else special.softmax(logits, axis=-1)
+        classes = from_planned(classes, planned.order)
+        return classes, kept if kept is None else from_planned(kept, planned.order)
+
+    return segment
+
+
+def make_segment_slices(networks: Sequence[nnx.Module], batch_size: int) -> Callable[..., Segmented]:
     """`(inputs, frame, shape, probabilities=False) -> (classes, probabilities or None)`, compiled once.
 
-    `inputs` are what `network` reads of each slice in turn, images, features, or pairs of both; `frame` is where the
+    `inputs` are what a network reads of each slice in turn, images, features, or pairs of both; `frame` is where the
     slices lie in the images, `shape` = (S, H, W) their own size. `classes` is [S, H, W] uint8, `probabilities`
-    [S, H, W, K] float32.
+    [S, H, W, K] float32. The logits of the networks are averaged.
     """
-    graph, state = nnx.split(network)
-    state = to_devices(state)
+    graph, _ = nnx.split(networks[0])
+    states = [to_devices(nnx.split(network)[1]) for network in networks]
 
     @jax.jit
-    def probabilities_of(state: nnx.State, inputs: jax.Array) -> jax.Array:
-        logits = nnx.merge(graph, state)(inputs)
+    def probabilities_of(states: Sequence[nnx.State], inputs: jax.Array) -> jax.Array:
+        logits = sum(nnx.merge(graph, state)(inputs) for state in states) / len(states)
         return jax.nn.sigmoid(logits) if logits.shape[-1] == 1 else jax.nn.softmax(logits)
 
     def segment_slices(
         inputs: Iterable[Any], frame: Frame, shape: tuple[int, int, int], probabilities: bool = False
-    ) -> tuple[np.ndarray, np.ndarray | None]:
+    ) -> Segmented:
         inputs = iter(inputs)
         classes = np.empty(shape, np.uint8)
         kept = None
         for start in range(0, shape[0], batch_size):
             chosen = list(islice(inputs, batch_size))
             batch = jax.tree.map(lambda *slices: _filled_up(slices, len(own_rows(batch_size))), *chosen)
-            outputs = np.asarray(probabilities_of(state, spread(batch)))
+            outputs = np.asarray(probabilities_of(states, spread(batch)))
             for i in range(len(chosen)):
                 of_slice = input_to_slice(outputs[i], frame, shape[1:])
                 classes[start + i] = of_slice[..., 0] > 0.5 if of_slice.shape[-1] == 1 else of_slice.argmax(-1)
                 if probabilities:
                     kept = np.empty((*shape, of_slice.shape[-1]), np.float32) if kept is None else kept
                     kept[start + i] = of_slice
-        return postprocess(classes, postprocessing), kept
+        return classes, kept
 
     return segment_slices
 

@@ -9,11 +9,13 @@ import jax
 from flax import nnx
 
 from jaxla.config import InputError, default_cache_dir
+from jaxla.data.split import FOLDS
 from jaxla.devices.processes import agreed
-from jaxla.models.build import build_network
+from jaxla.models.build import build_network, is_planned
 from jaxla.models.weights import parameters_sha256
 from jaxla.models.weights_format import require_undamaged
-from jaxla.runs.folder import BACKBONE, BEST
+from jaxla.planning.plan import Plan, read_plan
+from jaxla.runs.folder import ALL_FOLDS, BACKBONE, BEST, PLAN, fold_folders, read_largest
 from jaxla.runs.record import Record, read_record
 from jaxla.training.checkpoints import Checkpoints, checkpoint_steps, checkpointed
 from jaxla.training.step import split_network
@@ -21,11 +23,33 @@ from jaxla.training.step import split_network
 
 @dataclass(frozen=True)
 class TrainedNetwork:
-    """The network of a run's best epoch, in evaluation mode, and what was recorded of the run."""
+    """What a run trained, in evaluation mode, and what was recorded of it.
 
-    network: nnx.Module
+    Attributes:
+        networks: that of the epoch that was kept; of cross-validation those of all folds.
+        epoch: which one that is; of the first fold.
+        plan: that the network was built by, where it is planned from the data.
+        largest: groups of classes of which the largest connected part is kept.
+    """
+
+    networks: tuple[nnx.Module, ...]
     record: Record
     epoch: int
+    plan: Plan | None = None
+    largest: tuple[tuple[int, ...], ...] = ()
+
+    @property
+    def network(self) -> nnx.Module:
+        """The one network.
+
+        Raises:
+            InputError: there are several.
+        """
+        if len(self.networks) > 1:
+            raise InputError(
+                "a run with --fold=all has a network for each fold: give the folder of one, such as fold_0"
+            )
+        return self.networks[0]
 
 
 def load_run(folder: str | Path) -> TrainedNetwork:
@@ -36,15 +60,18 @@ def load_run(folder: str | Path) -> TrainedNetwork:
     """
     folder = Path(folder)
     record = read_record(folder)
+    if record.experiment.fold == ALL_FOLDS:
+        return _load_folds(folder, record)
     if not (steps := agreed(checkpoint_steps(folder / BEST))):
         raise InputError(f"{folder}: has no checkpoint; the run stopped before its first epoch ended")
     model, seed, outputs = record.experiment.model, record.experiment.seed, record.labels.outputs
+    plan = read_plan(folder / PLAN) if is_planned(model) else None
     if model.backbone == "frozen":
         network = build_network(replace(model, weights=str(_frozen_weights(folder, record))), outputs, seed)
         if model.weights == "random" and parameters_sha256(network.backbone) != record.weights_sha256:
             raise InputError(f"{folder / BACKBONE}: has changed since training; put it back from a copy")
     else:  # every parameter is in the checkpoint
-        network = nnx.eval_shape(lambda: build_network(replace(model, weights="random"), outputs, seed))
+        network = nnx.eval_shape(lambda: build_network(replace(model, weights="random"), outputs, seed, plan=plan))
     parts = split_network(network, train_backbone=model.backbone == "finetuned")
 
     saved = checkpointed(parts.trainable, parts.frozen.statistics)
@@ -54,7 +81,16 @@ def load_run(folder: str | Path) -> TrainedNetwork:
     restored, progress = checkpoints.restore(like, steps[0])
     checkpoints.close()
     network = nnx.merge(parts.evaluation, restored["trainable"], parts.frozen.parameters, restored["statistics"])
-    return TrainedNetwork(network, record, progress["epoch"])
+    network.eval()
+    return TrainedNetwork((network,), record, progress["epoch"], plan, read_largest(folder))
+
+
+def _load_folds(folder: Path, record: Record) -> TrainedNetwork:
+    folds = [load_run(place) for place in fold_folders(folder) if place.exists()]
+    if len(folds) < FOLDS:
+        raise InputError(f"{folder}: only {len(folds)} of its {FOLDS} folds have begun; go on with --resume")
+    networks = tuple(fold.network for fold in folds)
+    return TrainedNetwork(networks, record, folds[0].epoch, folds[0].plan, read_largest(folder))
 
 
 def _frozen_weights(folder: Path, record: Record) -> Path:

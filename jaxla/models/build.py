@@ -22,7 +22,6 @@ from jaxla.models.weights import compute_dtype, load_into, weights_file
 from jaxla.models.weights_format import read_metadata
 from jaxla.planning.plan import Configuration, Plan, plan_of, read_plan
 
-
 NNUNET = "nnunet"  # what a file of a converted network of nnU-Net's says that it holds
 
 

@@ -45,7 +45,9 @@ def require_images(
     if any(side % multiple for side, multiple in zip(size, patches, strict=True)):
         fitting = [max(round(side / multiple), 1) * multiple for side, multiple in zip(size, patches, strict=True)]
         multiples = patches[0] if len(set(patches)) == 1 else _by(patches)
-        raise ValueError(f"images of {_by(size)} pixels: sides must be multiples of {multiples}, such as {_by(fitting)}")
+        raise ValueError(
+            f"images of {_by(size)} pixels: sides must be multiples of {multiples}, such as {_by(fitting)}"
+        )
     if any(side < fewest_of_side for side, fewest_of_side in zip(size, fewest, strict=True)):
         raise ValueError(f"images of {_by(size)} pixels: at least {_by(fewest)} are needed, one of the last map")
 

@@ -5,13 +5,13 @@ from __future__ import annotations
 from dataclasses import fields, replace
 from pathlib import Path
 
-from jaxla.config import PARTS, Experiment, InputError, Model
+from jaxla.config import PARTS, Augmentation, Experiment, InputError, Model, Preprocessing
 from jaxla.data.cases import HOW_TO_GET_DATA, RECOGNISED
 from jaxla.devices.memory import require_memory
 from jaxla.devices.mesh import device_count
 from jaxla.devices.processes import process_count
 from jaxla.experiments import METHODS
-from jaxla.models.build import checked_model, family_of, require_size
+from jaxla.models.build import checked_model, family_of, is_planned, require_size
 from jaxla.models.weights import weights_file
 from jaxla.models.weights_format import require_undamaged
 
@@ -27,10 +27,14 @@ def checked(experiment: Experiment) -> Experiment:
             f"option --data.root is required: a folder in one of these layouts: {RECOGNISED}. {HOW_TO_GET_DATA}"
         )
     training = experiment.training
+    own = METHODS[experiment.method].model
+    model = checked_model(experiment.model, own, experiment.method)
+    planned = is_planned(model)
     least = {
         "training.epochs": (1, training.epochs),
-        "training.batch_size": (1, training.batch_size),
-        "training.patience": (1, training.patience),
+        "training.steps": (1 if planned else 0, training.steps),
+        "training.batch_size": (0 if planned else 1, training.batch_size),
+        "training.patience": (0, training.patience),
         "preprocessing.image_size": (1, experiment.preprocessing.image_size),
         "data.phantom_cases": (1, experiment.data.phantom_cases),
         "seed": (0, experiment.seed),
@@ -52,16 +56,40 @@ def checked(experiment: Experiment) -> Experiment:
     for option in ("learning_rate", "backbone_learning_rate"):
         if not 0 < getattr(training, option) < float("inf"):
             raise InputError(f"option --training.{option} must be a positive number, got {getattr(training, option)}")
-    own = METHODS[experiment.method].model
-    model = checked_model(experiment.model, own, experiment.method)
+    if not 0 < model.memory_gb < float("inf"):
+        raise InputError(f"option --model.memory_gb must be a positive number, got {model.memory_gb}")
+    _require_read(experiment, planned)
     recipe = METHODS[experiment.method].training
     if not _has_backbone_rate(model) and training.backbone_learning_rate != recipe.backbone_learning_rate:
         raise InputError(
             "option --training.backbone_learning_rate is that of a pretrained backbone that is trained, and "
             f"{model.arch} is {'frozen' if model.backbone == 'frozen' else 'trained from random weights'}; leave it out"
         )
-    require_size(model, "option --preprocessing.image_size", experiment.preprocessing.image_size)
+    if not planned:
+        require_size(model, "option --preprocessing.image_size", experiment.preprocessing.image_size)
     return replace(experiment, model=model)
+
+
+def _require_read(experiment: Experiment, planned: bool) -> None:
+    """Raise an InputError if an option of images and their changes is set that this method does not read."""
+    own = METHODS[experiment.method]
+    for part in ("preprocessing", "augmentation"):
+        for field in fields(PARTS[part]):
+            value, default = (getattr(getattr(of, part), field.name) for of in (experiment, own))
+            if f"{part}.{field.name}" in _of_images(planned) and value != default:
+                instead = (
+                    "its plan says it" if part == "preprocessing" else "--augmentation.nnunet is all that it reads"
+                )
+                why = instead if planned else "it is of nnU-Net's methods alone"
+                raise InputError(f"option --{part}.{field.name} is not one of method {experiment.method}: {why}")
+
+
+def _of_images(planned: bool) -> set[str]:
+    """The options of preprocessing and augmentation that a method does not read."""
+    if not planned:
+        return {"augmentation.nnunet"}
+    of_slices = {f"preprocessing.{field.name}" for field in fields(Preprocessing)}
+    return of_slices | {f"augmentation.{field.name}" for field in fields(Augmentation)} - {"augmentation.nnunet"}
 
 
 def unread_options(experiment: Experiment) -> set[str]:
@@ -69,6 +97,9 @@ def unread_options(experiment: Experiment) -> set[str]:
     model = experiment.model
     read = ("arch", "network", *family_of(model).options)
     unread = {f"model.{field.name}" for field in fields(Model) if field.name not in read}
+    unread |= _of_images(is_planned(model))
+    if model.plan:
+        unread.add("model.memory_gb")
     if model.decoder == "linear":
         unread.add("model.decoder_widths")
     if model.backbone == "finetuned":
@@ -109,13 +140,15 @@ def of_method(error: InputError, method: str) -> InputError:
 
 def require_batch(experiment: Experiment) -> None:
     """Raise `TooLarge` where a device could not even hold its images of a batch; before any is made."""
+    if is_planned(experiment.model):  # the plan, which is not made yet, says how large its patches are
+        return
     size, images = experiment.preprocessing.image_size, -(-experiment.training.batch_size // device_count())
     require_memory(4 * size * size * images, experiment.training.batch_size)
 
 
 def require_share(experiment: Experiment) -> None:
-    """Raise an InputError unless each device in use has a slice of a batch."""
-    if (size := experiment.training.batch_size) < (devices := device_count()):
+    """Raise an InputError unless each device in use has a slice of a batch; of size 0 a plan says later how large."""
+    if 0 < (size := experiment.training.batch_size) < (devices := device_count()):
         processes = process_count()
         fewer = f"give --devices={size // processes * processes}" if size >= processes else "start fewer processes"
         raise InputError(

@@ -15,6 +15,7 @@ from jaxla.devices.memory import peak_device_bytes, peak_host_bytes
 from jaxla.devices.mesh import on_host
 from jaxla.inference.segment import Segment
 from jaxla.inference.trained import TrainedNetwork
+from jaxla.models.build import configuration_of
 from jaxla.models.multiply_adds import multiply_adds
 from jaxla.runs.cost import Cost
 from jaxla.training.step import count_parameters, split_network
@@ -23,7 +24,10 @@ TIMED_VOLUMES, TIMED_SECONDS = 3, 60  # volumes are timed until there are so man
 
 
 def measure_cost(trained: TrainedNetwork, segment: Segment, test: Iterable[PreparedVolume], step_bytes: int) -> Cost:
-    """Of a finished run; the first of its test cases are segmented once more, to be timed."""
+    """Of a finished run; the first of its test cases are segmented once more, to be timed.
+
+    Of several networks parameters and multiply-adds are of all together.
+    """
     seconds, slices = [], []
     for prepared in test:
         volume = read_image(prepared.case.image)
@@ -35,18 +39,24 @@ def measure_cost(trained: TrainedNetwork, segment: Segment, test: Iterable[Prepa
         slices.append(prepared.shape[0])
         if len(seconds) == TIMED_VOLUMES or sum(seconds) > TIMED_SECONDS:
             break
-    network, size = trained.network, trained.record.canvas.size
-    finetuned = trained.record.experiment.model.backbone == "finetuned"
+    network, experiment, count = trained.networks[0], trained.record.experiment, len(trained.networks)
+    size, batch_size = (trained.record.canvas.size,) * 2, experiment.training.batch_size
+    if trained.plan:
+        configuration = configuration_of(experiment.model, trained.plan)
+        size, batch_size = configuration.patch_size, batch_size or configuration.batch_size
+    depth = size[0] if len(size) == 3 else 1
+    finetuned = experiment.model.backbone == "finetuned"
     graph, state = nnx.split(network)
     shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), state)
-    image = jax.ShapeDtypeStruct((1, size, size, 1), jnp.float32)
+    image = jax.ShapeDtypeStruct((1, *size, 1), jnp.float32)
     with on_host():  # one slice, which several devices could not divide
         multiplied = multiply_adds(lambda state, images: nnx.merge(graph, state)(images), shapes, image)
     return Cost(
-        parameters=count_parameters(nnx.state(network, nnx.Param)),
-        trained_parameters=count_parameters(split_network(network, train_backbone=finetuned).trainable),
-        multiply_adds=multiplied,
+        parameters=count * count_parameters(nnx.state(network, nnx.Param)),
+        trained_parameters=count * count_parameters(split_network(network, train_backbone=finetuned).trainable),
+        multiply_adds=count * multiplied // depth,
         step_bytes=step_bytes,
+        step_slices=batch_size * depth,
         peak_host_bytes=peak_host_bytes(),
         peak_device_bytes=peak_device_bytes(),
         inference_seconds=tuple(seconds),

@@ -62,10 +62,11 @@ def prepare_data(experiment: Experiment, cache_dir: Path) -> PreparedData:
     """
     protocol = experiment.data
     if protocol.root == "phantom":
-        make_split([f"train_{n + 1}" for n in range(protocol.phantom_cases)], protocol)  # too few? before making them
+        # too few? before making them
+        make_split([f"train_{n + 1}" for n in range(protocol.phantom_cases)], protocol, experiment.fold)
     root = data_folder(protocol, cache_dir)
     dataset = find_cases(root, protocol.labels)
-    split = make_split([case.id for case in dataset.cases], protocol)
+    split = make_split([case.id for case in dataset.cases], protocol, experiment.fold)
     prepared = prepare_cases(dataset, cache_dir, lambda cases: track(cases, "reading"), share(dataset.cases))
     data = PreparedData(dataset, {volume.id: volume for volume in prepared}, split)
     require_classes(data, protocol)

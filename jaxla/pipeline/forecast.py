@@ -6,7 +6,7 @@ import logging
 import time
 from collections.abc import Callable, Sequence
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,20 +15,24 @@ import numpy as np
 from flax import nnx
 
 from jaxla.config import Experiment
-from jaxla.data.batches import SliceSource, evaluation_batches, sample_batch, steps_per_epoch, training_batches
+from jaxla.data.batches import evaluation_batches, sample_batch, steps_per_epoch, training_batches
 from jaxla.data.prepared import PreparedVolume
 from jaxla.devices.memory import device_bytes, exhaustion_named, program_bytes, require_memory
 from jaxla.devices.mesh import on_host, own_rows, spread, use_own_devices
 from jaxla.devices.processes import gather, process_count, share
 from jaxla.evaluation.summary import score_case
-from jaxla.models.build import build_network
+from jaxla.inference.sliding_window import windows_of
+from jaxla.models.build import build_network, configuration_of
 from jaxla.pipeline.cost import TIMED_SECONDS, TIMED_VOLUMES
 from jaxla.pipeline.data import PreparedData
+from jaxla.pipeline.planning import plan_run
 from jaxla.pipeline.run import why_not_cached
+from jaxla.pipeline.sources import patch_sources, slice_sources
 from jaxla.runs.record import describe_backbone, method_label
 from jaxla.shell.files import free_bytes
 from jaxla.shell.terminal import as_bytes, clock
 from jaxla.training.features import FeatureCache
+from jaxla.training.loop import slices_of
 from jaxla.training.step import (
     compile_step,
     count_parameters,
@@ -52,6 +56,7 @@ class Forecast:
     """Bytes and seconds that a run will take.
 
     Attributes:
+        slices_of_row: how many slices a row of a batch has.
         features_bytes: of features still to be computed; 0 where none are cached.
         features_fit: whether the disk has room for them; if not, the backbone runs in every epoch.
         how_to_fit: what to do then.
@@ -67,6 +72,7 @@ class Forecast:
     """
 
     experiment: Experiment
+    slices_of_row: int
     patients: dict[str, int]
     slices: dict[str, int]
     steps: int
@@ -118,11 +124,12 @@ def _forecast(experiment: Experiment, data: PreparedData, cache_dir: Path, seen:
     began = time.perf_counter()
     recipe, model, canvas = experiment.training, experiment.model, data.canvas(experiment.preprocessing)
     size = canvas.size
+    plan = plan_run(experiment, data)
     parts = {name: data.of(getattr(data.split, name)) for name in ("train", "val", "test")}
     slices = {name: sum(v.shape[0] for v in volumes) for name, volumes in parts.items()}
 
     with on_host():
-        network = build_network(model, data.dataset.labels.outputs, experiment.seed)
+        network = build_network(model, data.dataset.labels.outputs, experiment.seed, plan=plan)
     of_all = count_parameters(nnx.state(network, nnx.Param))
     features_bytes, features_seconds, features_fit, how_to_fit, stand_ins = 0, 0.0, True, "", None
     features_folder, with_images = None, False
@@ -145,19 +152,20 @@ def _forecast(experiment: Experiment, data: PreparedData, cache_dir: Path, seen:
             with_images, network = network.READS_IMAGES, network.on_features((size, size))
 
     split = split_network(network, train_backbone=model.backbone == "finetuned")
-    sources = {
-        name: SliceSource(volumes, canvas, stand_ins and [stand_ins[v.id] for v in volumes], with_images)
-        for name, volumes in parts.items()
-    }
-    steps = steps_per_epoch(sources["train"], recipe.batch_size)
+    if plan:
+        sources = patch_sources(experiment, data, plan, cache_dir)
+    else:
+        sources = slice_sources(experiment, data, stand_ins, with_images)
+    recipe = sources.recipe
+    steps = steps_per_epoch(sources.train, recipe.batch_size, recipe.steps)
     optimiser = make_optimiser(recipe, steps * recipe.epochs, model.weights != "random")
     state = initial_state(split, optimiser)
     trained, trained_bytes = count_parameters(state.trainable), _bytes(state.trainable)
 
     rows, key = own_rows(recipe.batch_size), jax.random.key(0)
-    batches = training_batches(sources["train"], recipe.batch_size, experiment.seed, rows)
-    step = make_step(make_gradient(split.training, experiment.augmentation), optimiser)
-    step = compile_step(step, state, spread(sample_batch(sources["train"], rows)), key)
+    batches = training_batches(sources.train, recipe.batch_size, experiment.seed, rows)
+    step = make_step(make_gradient(split.training, sources.augment, sources.loss_of), optimiser)
+    step = compile_step(step, state, spread(sample_batch(sources.train, rows)), key)
     require_memory(program_bytes(step), recipe.batch_size)
 
     def one_step() -> jax.Array:
@@ -167,16 +175,23 @@ def _forecast(experiment: Experiment, data: PreparedData, cache_dir: Path, seen:
     start_seconds = time.perf_counter() - began
     step_seconds = _seconds(one_step, MEASURED_STEPS)
     batches.close()
-    evaluate = make_evaluation(split.evaluation)
-    with closing(evaluation_batches(sources["val"], recipe.batch_size, rows)) as batches:
+    evaluate = make_evaluation(split.evaluation, sources.loss_of)
+    with closing(evaluation_batches(sources.val, recipe.batch_size, rows)) as batches:
         batch = spread(next(batches))
     batch_seconds = _seconds(lambda: evaluate(state.trainable, state.frozen, batch), 2)
     score_seconds = _scoring_seconds(data) * len(parts["test"])
-    of_volume = slices["test"] / len(parts["test"]) * (batch_seconds / recipe.batch_size + extract_seconds)
+    if plan:
+        windows = windows_of(parts["test"], plan, configuration_of(model, plan))
+        of_volume = windows / len(parts["test"]) * batch_seconds / recipe.batch_size
+        judged = of_volume * len(parts["val"]) if experiment.postprocessing.largest == "if_better" else 0.0
+    else:
+        of_volume = slices["test"] / len(parts["test"]) * (batch_seconds / recipe.batch_size + extract_seconds)
+        judged = 0.0
     cost_seconds = of_volume + min(TIMED_VOLUMES * of_volume, TIMED_SECONDS + of_volume)
 
     return Forecast(
-        experiment=experiment,
+        experiment=replace(experiment, training=recipe),
+        slices_of_row=slices_of(sources.val),
         patients={name: len(volumes) for name, volumes in parts.items()},
         slices=slices,
         steps=steps,
@@ -197,8 +212,11 @@ def _forecast(experiment: Experiment, data: PreparedData, cache_dir: Path, seen:
         start_seconds=start_seconds,
         features_seconds=features_seconds,
         step_seconds=step_seconds,
-        validation_seconds=-(-slices["val"] // recipe.batch_size) * batch_seconds,
-        test_seconds=-(-slices["test"] // recipe.batch_size) * batch_seconds
+        validation_seconds=-(-len(sources.val) // recipe.batch_size) * batch_seconds,
+        test_seconds=(
+            of_volume * len(parts["test"]) if plan else -(-slices["test"] // recipe.batch_size) * batch_seconds
+        )
+        + judged
         + score_seconds / process_count()
         + cost_seconds,
     )
@@ -216,11 +234,12 @@ def describe(f: Forecast) -> str:
     memory = f"{as_bytes(f.step_bytes)} for a training step, by XLA's account"
     if f.device_bytes:
         memory += f", of {as_bytes(f.device_bytes)}"
+    rows = "slices" if f.slices_of_row == 1 else f"patches of {f.slices_of_row} slices"
     lines = {
         "run": f"{experiment.name}, {method_label(experiment)}: {describe_backbone(experiment)}",
         "patients": ", ".join(f"{count} {name}" for name, count in f.patients.items()),
         "slices": ", ".join(f"{count} {name}" for name, count in f.slices.items()),
-        "steps": f"{f.steps} an epoch of {recipe.batch_size} slices each, {recipe.epochs} epochs at most",
+        "steps": f"{f.steps} an epoch of {recipe.batch_size} {rows} each, {recipe.epochs} epochs at most",
         "parameters": f"{f.trained} trained, {f.frozen} frozen",
         "disk": f"run folder {as_bytes(f.run_bytes)} at most" + (f"; {features}" if f.features_bytes else ""),
         "memory": memory,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,14 +10,16 @@ from typing import Any
 from flax import nnx
 
 from jaxla.config import Augmentation, Experiment, InputError
-from jaxla.data.batches import SliceSource
 from jaxla.devices.memory import exhaustion_named
 from jaxla.devices.mesh import on_host, use_own_devices
 from jaxla.devices.processes import is_first, wait_for_all
-from jaxla.models.build import build_network
+from jaxla.models.build import build_network, configuration_of
 from jaxla.models.weights import parameters_sha256, save_random
 from jaxla.pipeline.data import PreparedData, say_what_is_cut
+from jaxla.pipeline.planning import describe, keep_plan, plan_run
+from jaxla.pipeline.sources import patch_sources, slice_sources
 from jaxla.pipeline.testing import Features, run_test
+from jaxla.planning.plan import Plan
 from jaxla.reporting.curves import draw_curves
 from jaxla.runs.folder import BACKBONE, CURVES
 from jaxla.runs.record import FEATURES_KEPT, method_label, read_record, write_record
@@ -32,19 +33,24 @@ log = logging.getLogger(__name__)
 
 def train_and_test(experiment: Experiment, data: PreparedData, run_dir: Path, cache_dir: Path) -> dict[str, Any]:
     """All of a run once its folder is there; begins where the folder says it ended. Returns the summary of the test."""
-    say_what_is_cut(data, data.canvas(experiment.preprocessing))
+    plan = plan_run(experiment, data)
+    if plan:
+        plan = keep_plan(run_dir, plan)
+        log.info(describe(experiment.model.arch, configuration_of(experiment.model, plan)))
+    else:
+        say_what_is_cut(data, data.canvas(experiment.preprocessing))
     with on_host():
-        network = build(experiment, data.dataset.labels.outputs, run_dir)
+        network = build(experiment, data.dataset.labels.outputs, run_dir, plan)
     features, origin = cached_features(experiment, network, data, cache_dir)
     if is_first():
         write_record(run_dir, replace(read_record(run_dir), features=origin))
-    step_bytes = train(experiment, network, data, features, run_dir)
+    step_bytes = train(experiment, network, data, features, plan, run_dir, cache_dir)
     del network  # the trained one is loaded with its own backbone
     with use_own_devices():
         return run_test(data, features, run_dir, step_bytes)
 
 
-def build(experiment: Experiment, outputs: int, run_dir: Path) -> nnx.Module:
+def build(experiment: Experiment, outputs: int, run_dir: Path, plan: Plan | None = None) -> nnx.Module:
     """The untrained network of a run; a random backbone that stays frozen is kept in the run's folder.
 
     Raises:
@@ -52,7 +58,7 @@ def build(experiment: Experiment, outputs: int, run_dir: Path) -> nnx.Module:
     """
     model, seed = experiment.model, experiment.seed
     if model.backbone == "finetuned" or model.weights != "random":
-        return build_network(model, outputs, seed)
+        return build_network(model, outputs, seed, plan=plan)
     kept, record = run_dir / BACKBONE, read_record(run_dir)
     wait_for_all()  # the first one writes it anew
     if record.weights_sha256:  # a resumed run
@@ -111,36 +117,49 @@ def why_not_cached(experiment: Experiment, network: nnx.Module) -> str:
 
 
 def train(
-    experiment: Experiment, network: nnx.Module, data: PreparedData, features: Features | None, run_dir: Path
+    experiment: Experiment,
+    network: nnx.Module,
+    data: PreparedData,
+    features: Features | None,
+    plan: Plan | None,
+    run_dir: Path,
+    cache_dir: Path,
 ) -> int:
     """Train, from the run's latest checkpoint on; leaves checkpoints, metrics.jsonl and progress.png in its folder.
 
     Returns:
         Device memory of a training step, in bytes.
     """
-    canvas = data.canvas(experiment.preprocessing)
-
-    def source(ids: Sequence[str]) -> SliceSource:
-        of_ids = features and [features[name] for name in ids]
-        return SliceSource(data.of(ids), canvas, of_ids, with_images=bool(features) and network.READS_IMAGES)
-
-    trained = network.on_features((canvas.size, canvas.size)) if features else network
+    if plan:
+        sources = patch_sources(experiment, data, plan, cache_dir)
+    else:
+        sources = slice_sources(experiment, data, features, with_images=bool(features) and network.READS_IMAGES)
+    size = experiment.preprocessing.image_size
+    trained = network.on_features((size, size)) if features else network
     parts = split_network(trained, train_backbone=experiment.model.backbone == "finetuned")
     of_all, of_trained = (count_parameters(state) for state in (nnx.state(network, nnx.Param), parts.trainable))
     log.info("%s: %d parameters are trained, %d are frozen", method_label(experiment), of_trained, of_all - of_trained)
-    with exhaustion_named(experiment.training.batch_size):
+    with exhaustion_named(sources.recipe.batch_size):
         best = fit(
             parts,
-            source(data.split.train),
-            source(data.split.val),
-            experiment.training,
-            augmentation=experiment.augmentation,
+            sources.train,
+            sources.val,
+            sources.recipe,
+            augment=sources.augment,
+            loss_of=sources.loss_of,
             seed=experiment.seed,
             pretrained_backbone=experiment.model.weights != "random",
             folder=run_dir,
             on_epoch=lambda history: draw_curves(
-                history, f"{experiment.name}, {method_label(experiment)}", run_dir / CURVES
+                history,
+                f"{experiment.name}, {method_label(experiment)}",
+                run_dir / CURVES,
+                sources.val.counted,
+                experiment.training.checkpoint,
             ),
         )
-    log.info("best epoch %d: validation Dice %.3f per volume", best.best_epoch, best.best_dice)
+    log.info(
+        "%s epoch %d: validation Dice %.3f %s", experiment.training.checkpoint, best.best_epoch, best.best_dice,
+        sources.val.counted,
+    )  # fmt: skip
     return best.step_bytes

@@ -74,7 +74,8 @@ def forecast_runs(experiments: Sequence[Experiment], complete: Sequence[bool], c
             require_classes(data[n], experiment.data)
             left.setdefault(experiment.method, []).append(n)
     steps = {
-        n: -(-sum(v.shape[0] for v in data[n].of(data[n].split.train)) // experiments[n].training.batch_size)
+        n: experiments[n].training.steps
+        or -(-sum(v.shape[0] for v in data[n].of(data[n].split.train)) // experiments[n].training.batch_size)
         for of_these in left.values()
         for n in of_these
     }

@@ -31,15 +31,27 @@ from jaxla.evaluation.summary import (
     write_cases,
     write_summary,
 )
+from jaxla.inference.postprocessing import keep_largest, postprocess
 from jaxla.inference.segment import Segment, make_segment, make_segment_slices, write_segmentation
 from jaxla.inference.trained import TrainedNetwork, load_run
 from jaxla.pipeline.checks import unread_options
 from jaxla.pipeline.cost import measure_cost
 from jaxla.pipeline.data import PreparedData
+from jaxla.pipeline.largest import choose_largest
 from jaxla.reporting.overlays import Panel, draw_overlays
 from jaxla.reporting.run_report import write_report
 from jaxla.runs.cost import write_cost
-from jaxla.runs.folder import COST, OVERLAYS, PREDICTIONS, REPORT, SUMMARY, TEST_CASES, TEST_SLICES, read_metrics
+from jaxla.runs.folder import (
+    ALL_FOLDS,
+    COST,
+    OVERLAYS,
+    PREDICTIONS,
+    REPORT,
+    SUMMARY,
+    TEST_CASES,
+    TEST_SLICES,
+    read_metrics,
+)
 from jaxla.runs.record import RECORD, describe_backbone
 from jaxla.shell.terminal import track
 from jaxla.training.features import CachedFeatures
@@ -56,6 +68,8 @@ def run_test(data: PreparedData, features: Features | None, run_dir: Path, step_
     """
     split = data.split
     trained = load_run(run_dir)
+    if trained.record.experiment.postprocessing.largest == "if_better" and trained.record.experiment.fold != ALL_FOLDS:
+        trained = choose_largest(trained, data, run_dir)
     segment = make_segment(trained)
     segment_case = segment_of_case(trained, segment, features)
     names = trained.record.labels.names
@@ -77,7 +91,7 @@ def run_test(data: PreparedData, features: Features | None, run_dir: Path, step_
     summary["atlas"]["threshold"] = atlas.threshold
     summary["best_epoch"] = trained.epoch
     summary["backbone"] = describe_backbone(trained.record.experiment)
-    if hasattr(trained.network, "block_weights"):
+    if len(trained.networks) == 1 and hasattr(trained.network, "block_weights"):
         summary["block_weights"] = trained.network.block_weights()
     write_cases(rows, run_dir / TEST_CASES)
     write_cases(slice_rows, run_dir / TEST_SLICES)
@@ -111,8 +125,8 @@ def segment_of_case(
     """
     canvas, experiment = trained.record.canvas, trained.record.experiment
     if features:
-        network = trained.network.on_features((canvas.size, canvas.size))
-        segment_slices = make_segment_slices(network, experiment.training.batch_size, experiment.postprocessing)
+        networks = [network.on_features((canvas.size, canvas.size)) for network in trained.networks]
+        segment_slices = make_segment_slices(networks, experiment.training.batch_size)
 
     def segment_case(prepared: PreparedVolume, path: Path) -> np.ndarray:
         volume = read_image(prepared.case.image)
@@ -120,9 +134,10 @@ def segment_of_case(
         if features:
             frame = canvas.frame(prepared.shape[1:], prepared.spacing[1:])
             inputs = features[prepared.id]
-            if trained.network.READS_IMAGES:
+            if trained.networks[0].READS_IMAGES:
                 inputs = zip(inputs, (prepared.input(s, frame) for s in range(prepared.shape[0])), strict=True)
             predicted, _ = segment_slices(inputs, frame, prepared.shape)
+            predicted = keep_largest(postprocess(predicted, experiment.postprocessing), trained.largest)
             classes = np.ascontiguousarray(from_slices(predicted, geometry))
         else:
             classes, _ = segment(volume)

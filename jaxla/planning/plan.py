@@ -120,7 +120,10 @@ def plan_of(content: Any, where: str) -> Plan:
         configurations = {name: _configuration_of(of_name) for name, of_name in mine.items()}
         spacing = content.get("median_spacing", content.get("original_median_spacing_after_transp"))
         shape = content.get("median_shape", content.get("original_median_shape_after_transp"))
-        masked = [content.get("use_mask_for_norm", False), *(bool(c.get("use_mask_for_norm", [0])[0]) for c in mine.values())]
+        masked = [
+            content.get("use_mask_for_norm", False),
+            *(bool(c.get("use_mask_for_norm", [0])[0]) for c in mine.values()),
+        ]
         schemes = [c.get("normalization_schemes", [Z_SCORE])[0] for c in mine.values()]
         plan = Plan(
             fingerprint=fingerprint_of(content["fingerprint"]) if "fingerprint" in content else None,
@@ -155,7 +158,9 @@ def read_fingerprint(path: Path) -> Fingerprint:
     try:
         found = fingerprint_of(content.get("fingerprint", content))
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise InputError(f"{path}: not a fingerprint ({error!r}); it needs lists spacings and shapes_after_crop") from error
+        raise InputError(
+            f"{path}: not a fingerprint ({error!r}); it needs lists spacings and shapes_after_crop"
+        ) from error
     for case, (spacing, shape) in enumerate(zip(found.spacings, found.shapes_after_crop, strict=True)):
         for name, values in (("spacing", spacing), ("shape", shape)):
             if not all(0 < value < math.inf for value in values):
@@ -195,12 +200,16 @@ def _configuration_of(content: Mapping[str, Any]) -> Configuration:
     if "architecture" in content:
         network = content["architecture"]["network_class_name"]
         if not network.endswith(".PlainConvUNet"):
-            raise InputError(f"plans the network {network}; this package has PlainConvUNet, of nnU-Net's default planner")
+            raise InputError(
+                f"plans the network {network}; this package has PlainConvUNet, of nnU-Net's default planner"
+            )
         content |= content["architecture"]["arch_kwargs"]
     elif "UNet_class_name" in content:  # nnU-Net 2.0 to 2.3
         if content["UNet_class_name"] != "PlainConvUNet":
             raise InputError(f"plans the network {content['UNet_class_name']}; this package has PlainConvUNet")
-        stages, first, most = (content[k] for k in ("pool_op_kernel_sizes", "UNet_base_num_features", "unet_max_num_features"))
+        stages, first, most = (
+            content[k] for k in ("pool_op_kernel_sizes", "UNet_base_num_features", "unet_max_num_features")
+        )
         content |= {
             "n_stages": len(stages),
             "features_per_stage": [min(most, first * 2**stage) for stage in range(len(stages))],

@@ -14,12 +14,16 @@ from jaxla.shell.files import replacing
 History = Sequence[Mapping[str, float]]  # the lines of metrics.jsonl
 
 
-def draw_curves(history: History, title: str, path: Path) -> None:
-    """Draw the epochs of `metrics.jsonl` so far; written beside, then renamed, for it is redrawn while people look."""
+def draw_curves(history: History, title: str, path: Path, counted: str = "per volume", kept: str = "best") -> None:
+    """Draw the epochs of `metrics.jsonl` so far; written beside, then renamed, for it is redrawn while people look.
+
+    Args:
+        counted, kept: as for `draw_validation`.
+    """
     figure = Figure(figsize=(9, 3.6), layout="constrained")
     losses, overlaps = figure.subplots(1, 2)
     draw_losses(losses, history)
-    draw_validation(overlaps, history)
+    draw_validation(overlaps, history, counted=counted, kept=kept)
     figure.suptitle(title)
     with replacing(path) as beside:
         figure.savefig(beside, dpi=110)
@@ -28,16 +32,29 @@ def draw_curves(history: History, title: str, path: Path) -> None:
 def draw_losses(axes: Axes, history: History) -> None:
     """Training and validation loss over epochs."""
     _draw_lines(axes, history, {"train_loss": "training", "val_loss": "validation"})
-    axes.set(ylabel="loss", yscale="log")
+    positive = all(m[key] > 0 for m in history for key in ("train_loss", "val_loss"))
+    axes.set(ylabel="loss", yscale="log" if positive else "linear")  # with Dice in it a loss falls below zero
 
 
-def draw_validation(axes: Axes, history: History, best: Mapping[str, float] | None = None) -> None:
-    """Validation Dice and IoU over epochs; `best`, by default the epoch of the best Dice, is marked."""
-    best = best or max(history, key=lambda m: m["val_dice"])
+def draw_validation(
+    axes: Axes,
+    history: History,
+    best: Mapping[str, float] | None = None,
+    counted: str = "per volume",
+    kept: str = "best",
+) -> None:
+    """Validation Dice and IoU over epochs; the epoch that is kept is marked.
+
+    Args:
+        best: that epoch; by default that of the best Dice, or the last.
+        counted: what the means are of.
+        kept: `best` or `last`.
+    """
+    best = best or (history[-1] if kept == "last" else max(history, key=lambda m: m["val_dice"]))
     _draw_lines(axes, history, {"val_dice": "Dice", "val_iou": "IoU"})
     axes.axvline(best["epoch"], color="grey", lw=0.8, ls=":")
-    axes.annotate(f"best {best['val_dice']:.3f}", (best["epoch"], 0.02), fontsize="small", ha="right")
-    axes.set(ylabel="validation, per volume", ylim=(0, 1))
+    axes.annotate(f"{kept} {best['val_dice']:.3f}", (best["epoch"], 0.02), fontsize="small", ha="right")
+    axes.set(ylabel=f"validation, {counted}", ylim=(0, 1))
 
 
 def _draw_lines(axes: Axes, history: History, labels: Mapping[str, str]) -> None:

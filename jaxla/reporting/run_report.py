@@ -61,7 +61,7 @@ def write_report(
         history=history,
         best=best,
         minutes=sum(line["seconds"] for line in history) / 60,
-        costs=_costs(cost, history, record["experiment"]["training"]["batch_size"]),
+        costs=_costs(cost, history),
         summary=summary,
         results=_results(summary),
         pairs=_pairs(summary, best),
@@ -108,7 +108,7 @@ def _results(summary: Mapping[str, Any]) -> list[dict[str, Any]]:
     return blocks
 
 
-def _costs(cost: Mapping[str, Any], history: Sequence[Mapping[str, float]], batch_size: int) -> list[tuple[str, str]]:
+def _costs(cost: Mapping[str, Any], history: Sequence[Mapping[str, float]]) -> list[tuple[str, str]]:
     """What the run cost, in words."""
     volumes, slices = len(cost["inference_seconds"]), sum(cost["inference_slices"])
     parameters, trained = cost["parameters"] / 1e6, cost["trained_parameters"] / 1e6
@@ -121,7 +121,10 @@ def _costs(cost: Mapping[str, Any], history: Sequence[Mapping[str, float]], batc
             f"{np.mean(cost['inference_seconds']):.2f} s a volume of {slices / volumes:.0f} slices, from the scan in "
             f"memory to its mask (mean, n = {volumes} {'volume' if volumes == 1 else 'volumes'})",
         ),
-        ("Memory of a training step", f"{cost['step_bytes'] / 1e9:.2f} GB, {batch_size} slices, by XLA's account"),
+        (
+            "Memory of a training step",
+            f"{cost['step_bytes'] / 1e9:.2f} GB, {cost['step_slices']} slices, by XLA's account",
+        ),
     ]
     for name, place in (("peak_host_bytes", "the process on the host"), ("peak_device_bytes", "the device")):
         if cost[name] is not None:

@@ -16,7 +16,7 @@ class Cost:
     Attributes:
         parameters: of the whole network.
         trained_parameters: those of them that training changes.
-        multiply_adds: for one slice, at the network's input size, by the whole network.
+        multiply_adds: for one slice, at the network's input size, by the whole network; of a volume its share.
         step_bytes: device memory of a training step, by XLA's account.
         peak_host_bytes: most memory that the process had on the host at any time, so on CPU all it had; None where the
             system does not say.
@@ -24,6 +24,7 @@ class Cost:
         inference_seconds: for each test volume that was timed, from the scan in memory to the mask on its grid, by the
             whole network, compiled before.
         inference_slices: how many slices each of these has.
+        step_slices: how many slices a training step sees.
     """
 
     parameters: int
@@ -34,6 +35,7 @@ class Cost:
     peak_device_bytes: int | None
     inference_seconds: tuple[float, ...]
     inference_slices: tuple[int, ...]
+    step_slices: int = 0
 
 
 def write_cost(cost: Cost, path: Path) -> None:

@@ -14,7 +14,7 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from jaxla.config import Experiment, InputError
-from jaxla.data.split import Split, write_split
+from jaxla.data.split import FOLDS, Split, write_split
 from jaxla.runs.record import RECORD, Record, changed_case, differences, read_record, shown, write_record
 from jaxla.shell.command_line import require_writable, without_folder_and_process
 from jaxla.shell.files import is_left_over, refusal_named, remove_left_overs, write_whole
@@ -30,6 +30,9 @@ BACKBONE = "backbone.safetensors"  # of a run on a frozen backbone of random wei
 BEST, LATEST = "checkpoints/best", "checkpoints/latest"
 METRICS = "metrics.jsonl"
 CURVES = "progress.png"
+PLAN = "plan.json"  # of a network that is planned from the data
+VALIDATION_CASES = "validation/cases.csv"
+LARGEST = "validation/largest.json"  # groups of classes of which the largest connected part is kept
 PREDICTIONS = "test/predictions"
 TEST_CASES, TEST_SLICES = "test/cases.csv", "test/slices.csv"
 SUMMARY = "test/summary.json"
@@ -40,6 +43,29 @@ REPORT = "report.html"  # written last: a run that has it is finished
 FIRST_FILES = (LOCK, SPLIT, CASES)  # written before the record, with which the folder is a run
 
 STUDY, RUNS = "study.json", "runs"  # of a study's folder: its plan, and the folders of its runs
+
+
+ALL_FOLDS = "all"  # what --fold is where a run trains them all
+
+
+def fold_folders(folder: Path) -> list[Path]:
+    """The folders of a run's folds, where it trains them all."""
+    return [folder / f"fold_{k}" for k in range(FOLDS)]
+
+
+def read_largest(folder: Path) -> tuple[tuple[int, ...], ...]:
+    """The groups of classes of which a run keeps the largest connected part alone; none where it does not say.
+
+    Raises:
+        InputError: the file is damaged.
+    """
+    if not (folder / LARGEST).exists():
+        return ()
+    try:
+        groups = json.loads((folder / LARGEST).read_text())["groups"]
+        return tuple(tuple(int(k) for k in group) for group in groups)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise InputError(f"{folder / LARGEST}: damaged ({error!r}); put it back from a copy") from error
 
 
 def require_free(folder: Path) -> None:

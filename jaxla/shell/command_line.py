@@ -141,7 +141,7 @@ def parse_experiment(
 
     of_session = {name: parsed[name] for name in Options._fields if name not in ("experiment", "run_dir", "cache_dir")}
     return Options(
-        experiment=Experiment(**fixed, **{key: parsed[key] for key in ("seed", *PARTS)}),
+        experiment=Experiment(**fixed, **{key: parsed[key] for key in ("seed", "fold", *PARTS)}),
         run_dir=Path(parsed.run_dir) if parsed.run_dir else None,
         cache_dir=Path(parsed.cache_dir) if parsed.cache_dir else default_cache_dir(),
         **of_session,

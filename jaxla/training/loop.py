@@ -18,8 +18,8 @@ import numpy as np
 from grain.python import DatasetIterator
 from tqdm import tqdm
 
-from jaxla.config import Augmentation, InputError, Training
-from jaxla.data.batches import SliceSource, evaluation_batches, sample_batch, steps_per_epoch, training_batches
+from jaxla.config import InputError, Training
+from jaxla.data.batches import Source, evaluation_batches, sample_batch, steps_per_epoch, training_batches
 from jaxla.devices.memory import program_bytes, require_memory
 from jaxla.devices.mesh import highest, own_rows, spread
 from jaxla.devices.processes import agreed, is_first, process_count
@@ -28,8 +28,9 @@ from jaxla.shell.files import refusal_named, write_whole
 from jaxla.shell.process import Stopped, stop_requests
 from jaxla.shell.terminal import clock
 from jaxla.training.checkpoints import Checkpoints, checkpointed
+from jaxla.training.losses import Loss, pixel_loss
 from jaxla.training.step import (
-    UNCHANGED,
+    Augment,
     Frozen,
     SplitNetwork,
     TrainingState,
@@ -73,11 +74,12 @@ class Progress:
 
 def fit(
     network: SplitNetwork,
-    train: SliceSource,
-    val: SliceSource,
+    train: Source,
+    val: Source,
     recipe: Training,
     *,
-    augmentation: Augmentation = UNCHANGED,
+    augment: Augment | None = None,
+    loss_of: Loss = pixel_loss,
     seed: int,
     pretrained_backbone: bool,
     folder: Path,
@@ -85,21 +87,24 @@ def fit(
 ) -> Progress:
     """Train and leave the best and the latest checkpoint in `folder`; go on from the latest if there is one.
 
-    The best epoch is that of the highest validation Dice, per volume, in the network's input pixels; training ends
-    after `recipe.patience` epochs without a lower validation loss. What follows from a checkpoint is, on CPU, to the
+    The best epoch is that of the highest validation Dice, over the units of `val`, in the network's input pixels, or the
+    last one where the recipe says so; training ends after `recipe.patience` epochs without a lower validation loss.
+    What follows from a checkpoint is, on CPU, to the
     bit what would have followed without the interruption.
 
     Args:
+        augment: what is done to a batch's images and masks, on the device.
+        loss_of: what is lowered, and watched on the validation cases.
         on_epoch: called with the metrics of all epochs so far, by the first of several processes.
 
     Raises:
         InputError: the loss is no longer finite, a step needs more memory than there is, or a file cannot be written.
         Stopped: the process was asked to end; the latest checkpoint is of this moment.
     """
-    steps = steps_per_epoch(train, recipe.batch_size)
+    steps = steps_per_epoch(train, recipe.batch_size, recipe.steps)
     optimiser = make_optimiser(recipe, steps * recipe.epochs, pretrained_backbone)
-    step = make_step(make_gradient(network.training, augmentation), optimiser)
-    evaluate = make_evaluation(network.evaluation)
+    step = make_step(make_gradient(network.training, augment, loss_of), optimiser)
+    evaluate = make_evaluation(network.evaluation, loss_of)
     key = jax.random.key(seed)
 
     best, latest = (Checkpoints(folder / name) for name in (BEST, LATEST))
@@ -116,7 +121,7 @@ def fit(
 
     asked: deque[int | jax.Array] = deque()
     with stop_requests() as stop_requested, closing(batches):
-        while progress.epoch < recipe.epochs and progress.epochs_since_lowest < recipe.patience:
+        while progress.epoch < recipe.epochs and not (0 < recipe.patience <= progress.epochs_since_lowest):
             began = time.perf_counter() - progress.seconds
             for _ in _bar(steps, len(progress.losses), f"epoch {progress.epoch + 1}/{recipe.epochs}"):
                 number = progress.epoch * steps + len(progress.losses)
@@ -160,13 +165,13 @@ def fit(
                 "val_dice": val_dice,
                 "val_iou": val_iou,
                 "seconds": time.perf_counter() - began,
-                "slices_per_second": steps * recipe.batch_size / progress.seconds,
+                "slices_per_second": steps * recipe.batch_size * slices_of(val) / progress.seconds,
             }
             progress.epoch, progress.losses, progress.seconds = progress.epoch + 1, [], 0.0
             progress.history.append(metrics)
             progress.epochs_since_lowest = 0 if val_loss < progress.lowest_loss else progress.epochs_since_lowest + 1
             progress.lowest_loss = min(val_loss, progress.lowest_loss)
-            if val_dice > progress.best_dice:
+            if val_dice > progress.best_dice or recipe.checkpoint == "last":
                 progress.best_dice, progress.best_epoch = val_dice, progress.epoch
             # first: the best one can be made from it, should the process end here
             _save_latest(latest, state, batches, progress, steps)
@@ -176,10 +181,10 @@ def fit(
             _write_history(folder, progress.history)
             remaining = (recipe.epochs - progress.epoch) * np.mean([m["seconds"] for m in progress.history[-5:]])
             log.info(
-                "epoch %d/%d: train loss %.4f, val loss %.4f, val Dice %.3f per volume%s; %.0f slices/s, "
-                "%s of training left at most", progress.epoch, recipe.epochs, train_loss, val_loss, val_dice,
-                " (best)" if progress.best_epoch == progress.epoch else "", metrics["slices_per_second"],
-                clock(remaining),
+                "epoch %d/%d: train loss %.4f, val loss %.4f, val Dice %.3f %s%s; %.0f slices/s, "
+                "%s of training left at most", progress.epoch, recipe.epochs, train_loss, val_loss, val_dice, val.counted,
+                " (best)" if progress.best_epoch == progress.epoch and recipe.checkpoint == "best" else "",
+                metrics["slices_per_second"], clock(remaining),
             )  # fmt: skip
             if is_first():
                 on_epoch(progress.history)
@@ -270,13 +275,13 @@ def validate(
     evaluate: Callable,
     trainable: Any,
     frozen: Frozen,
-    source: SliceSource,
+    source: Source,
     batch_size: int,
     stop_requested: Callable[[], bool] = lambda: False,
 ) -> tuple[float, float, float]:
-    """Loss per slice, and Dice and IoU per volume, in the network's input pixels.
+    """Loss per row, and Dice and IoU per unit of the source, such as a volume, in the network's input pixels.
 
-    Classes are averaged within a volume, then volumes; a class absent from both mask and prediction counts as 1.
+    Classes are averaged within a unit, then units; a class absent from both mask and prediction counts as 1.
 
     Raises:
         Stopped: before the end, when asked to.
@@ -291,13 +296,19 @@ def validate(
             weight = float(of_batch.weight.sum())
             loss_sum, weight_sum = loss_sum + float(of_batch.loss) * weight, weight_sum + weight
             if counts is None:
-                counts = np.zeros((len(source.volumes), *of_batch.counts.shape[1:]))
+                counts = np.zeros((source.units, *of_batch.counts.shape[1:]))
             np.add.at(counts, of_batch.volume, of_batch.counts)
     predicted, reference, both = np.moveaxis(counts, -1, 0)
     total = predicted + reference
     dice = np.where(total > 0, 2 * both / np.maximum(total, 1), 1.0)
     iou = np.where(total > 0, both / np.maximum(total - both, 1), 1.0)
     return loss_sum / weight_sum, float(dice.mean()), float(iou.mean())
+
+
+def slices_of(source: Source) -> int:
+    """How many slices a row of a batch is: one, or a patch's depth."""
+    shape = np.shape(source[0]["mask"])
+    return shape[0] if len(shape) == 3 else 1
 
 
 def _bar(steps: int, done: int, label: str) -> Iterator[int]:

@@ -10,17 +10,20 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import optax
 from flax import nnx
 
-from jaxla.config import Augmentation, Training
+from jaxla.config import Training
 from jaxla.devices.mesh import constrain, device_count, to_devices, whole
-from jaxla.training.augmentation import augment
-from jaxla.training.losses import overlap_counts, pixel_loss
+from jaxla.training.losses import Loss, of_resolutions, overlap_counts, pixel_loss
 
-UNCHANGED = Augmentation()
-
+Augment = Callable[[jax.Array, jax.Array, jax.Array], tuple[jax.Array, jax.Array]]  # (key, images, masks) -> the same
 Gradient = Callable[[Any, Any, Any, jax.Array], tuple[jax.Array, Any, dict[str, Any]]]
+
+
+# nnU-Net's: of SGD, and the power of the decay of its rate
+MOMENTUM, WEIGHT_DECAY, LARGEST_NORM, POWER = 0.99, 3e-5, 12.0, 0.9
 
 
 class Frozen(NamedTuple):
@@ -100,8 +103,12 @@ def inputs_of(batch: Any) -> Any:
     return (batch["input"], batch["image"]) if "image" in batch else batch["input"]
 
 
-def make_gradient(graph: nnx.GraphDef, augmentation: Augmentation = UNCHANGED) -> Gradient:
-    """The seam for a network trained on whole batches of slices."""
+def make_gradient(graph: nnx.GraphDef, augment: Augment | None = None, loss_of: Loss = pixel_loss) -> Gradient:
+    """The seam for a network trained on whole batches.
+
+    Args:
+        augment: what is done to images and masks before.
+    """
 
     def loss(trainable: nnx.State, frozen: Frozen, batch: Any) -> tuple[jax.Array, nnx.State]:
         network = nnx.merge(graph, trainable, *frozen, copy=True)  # its statistics change
@@ -112,11 +119,13 @@ def make_gradient(graph: nnx.GraphDef, augmentation: Augmentation = UNCHANGED) -
         new = dict(nnx.to_flat_state(nnx.state(network, nnx.BatchStat)))
         old = nnx.to_flat_state(frozen.statistics)
         statistics = nnx.from_flat_state([(path, new.get(path, value)) for path, value in old])
-        return pixel_loss(logits, batch["mask"], batch["weight"]), statistics
+        if isinstance(logits, list):
+            return of_resolutions(loss_of, logits, batch["mask"], batch["weight"]), statistics
+        return loss_of(logits, batch["mask"], batch["weight"]), statistics
 
     def gradient(trainable: nnx.State, frozen: Frozen, batch: Any, key: jax.Array) -> tuple[jax.Array, Any, dict]:
-        if augmentation != UNCHANGED:
-            images, mask = augment(augmentation, key, batch["input"], batch["mask"])
+        if augment:
+            images, mask = augment(key, batch["input"], batch["mask"])
             batch = batch | {"input": images, "mask": mask}
         (value, statistics), gradients = jax.value_and_grad(loss, has_aux=True)(trainable, frozen, batch)
         return value, gradients, {"statistics": statistics}
@@ -145,31 +154,45 @@ class Evaluated(NamedTuple):
     weight: jax.Array  # [B]
 
 
-def make_evaluation(graph: nnx.GraphDef) -> Callable[..., Evaluated]:
+def make_evaluation(graph: nnx.GraphDef, loss_of: Loss = pixel_loss) -> Callable[..., Evaluated]:
     """`(trainable, frozen, batch) -> Evaluated`, jitted."""
 
     def evaluate(trainable: Any, frozen: Frozen, batch: Any) -> Evaluated:
         logits, weight = nnx.merge(graph, trainable, *frozen)(inputs_of(batch)), batch["weight"]
-        loss, counts = pixel_loss(logits, batch["mask"], weight), overlap_counts(logits, batch["mask"], weight)
+        mask = jnp.maximum(batch["mask"], 0)  # where a scan is zero there is background
+        loss, counts = loss_of(logits, mask, weight), overlap_counts(logits, mask, weight)
         return whole(Evaluated(loss, counts, batch["volume"], weight))
 
     return jax.jit(evaluate)
 
 
 def make_optimiser(recipe: Training, steps: int, pretrained_backbone: bool) -> optax.GradientTransformation:
-    """Adam, with a rate of its own for a pretrained backbone.
+    """The recipe's optimiser, with a rate of its own for a pretrained backbone.
 
     Args:
         steps: of the whole training, for the schedule.
         pretrained_backbone: whether what is trained of the backbone takes `backbone_learning_rate`.
     """
 
-    def adam(rate: float) -> optax.GradientTransformation:
+    def rate_of(rate: float) -> float | optax.Schedule:
         if recipe.schedule == "constant":
-            return optax.adam(rate)
+            return rate
+        if recipe.schedule == "poly":
+            of_epoch = steps // recipe.epochs
+            return lambda count: rate * (1 - count // of_epoch / recipe.epochs) ** POWER
         warmup = max(1, round(0.02 * steps))
         schedule = optax.warmup_cosine_decay_schedule(0.0, rate, warmup, steps + 1)
-        return optax.adam(lambda count: schedule(count + 1))  # so that neither the first nor the last step has rate 0
+        return lambda count: schedule(count + 1)  # so that neither the first nor the last step has rate 0
+
+    def of_rate(rate: float) -> optax.GradientTransformation:
+        if recipe.optimiser == "adam":
+            return optax.adam(rate_of(rate))
+        # PyTorch's SGD: the decay is of the gradient, and rates come after momentum
+        return optax.chain(
+            optax.add_decayed_weights(WEIGHT_DECAY),
+            optax.trace(MOMENTUM, nesterov=True),
+            optax.scale_by_learning_rate(rate_of(rate)),
+        )
 
     def group(state: nnx.State) -> Any:
         def name(path: tuple, _: Any) -> str:
@@ -178,4 +201,5 @@ def make_optimiser(recipe: Training, steps: int, pretrained_backbone: bool) -> o
         return jax.tree_util.tree_map_with_path(name, state)
 
     rates = {"rest": recipe.learning_rate, "backbone": recipe.backbone_learning_rate}
-    return optax.multi_transform({name: adam(rate) for name, rate in rates.items()}, group)
+    optimiser = optax.multi_transform({name: of_rate(rate) for name, rate in rates.items()}, group)
+    return optimiser if recipe.optimiser == "adam" else optax.chain(optax.clip_by_global_norm(LARGEST_NORM), optimiser)

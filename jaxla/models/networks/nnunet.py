@@ -135,7 +135,13 @@ class Unit(nnx.Module):
 
 
 def _stage(
-    inputs: int, features: int, kernel: Sequence[int], strides: Sequence[int], count: int, dtype: jnp.dtype, rngs: nnx.Rngs
+    inputs: int,
+    features: int,
+    kernel: Sequence[int],
+    strides: Sequence[int],
+    count: int,
+    dtype: jnp.dtype,
+    rngs: nnx.Rngs,
 ) -> nnx.List:
     first = Unit(inputs, features, kernel, strides, dtype, rngs)
     ones = (1,) * len(strides)

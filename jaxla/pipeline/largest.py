@@ -1,0 +1,101 @@
+"""Whether a run keeps of its structures the largest connected part alone: what its validation cases say.
+
+All structures together are tried first, then, where there are several, each by itself. A try is kept if the mean Dice
+of the structures that it may change rises, and none's falls. Reference code: nnunetv2 2.8.1, `determine_postprocessing`.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+
+from jaxla.data.volumes import read_image, slice_geometry, to_slices
+from jaxla.devices.processes import gather, is_first, share, wait_for_all
+from jaxla.inference.postprocessing import keep_largest
+from jaxla.inference.segment import make_segment
+from jaxla.inference.trained import TrainedNetwork
+from jaxla.pipeline.data import PreparedData
+from jaxla.runs.folder import LARGEST, read_largest
+from jaxla.shell.files import refusal_named, write_whole
+from jaxla.shell.terminal import track
+
+log = logging.getLogger(__name__)
+
+Tries = dict[str, list[float]]  # of a case, for each way of keeping parts the Dice of every structure
+
+
+def choose_largest(trained: TrainedNetwork, data: PreparedData, run_dir: Path) -> TrainedNetwork:
+    """The trained network, with what its validation cases say; noted in the run's folder.
+
+    Of several processes each segments its share of the cases.
+    """
+    if not (run_dir / LARGEST).exists():
+        segment, count = make_segment(replace(trained, largest=())), len(trained.record.labels.names)
+        tries = {}
+        for name in track(share(data.split.val), "validating"):
+            prepared = data.volumes[name]
+            volume = read_image(prepared.case.image)
+            predicted = to_slices(segment(volume)[0], slice_geometry(volume.affine))
+            tries[name] = tries_of(predicted, prepared.mask, count)
+        of_all = {name: of_case for of_process in gather(tries) for name, of_case in of_process.items()}
+        if is_first():
+            keep_choice(of_all, trained.record.labels.names, run_dir)
+        wait_for_all()
+    return replace(trained, largest=read_largest(run_dir))
+
+
+def keep_choice(tries: Mapping[str, Tries], names: Sequence[str], run_dir: Path) -> None:
+    """Note in a run's folder what the cases say, and the Dice that says it."""
+    groups = choose_groups(tries, len(names))
+    content = {"groups": groups, "unit": "volume", "n": len(tries), "dice": tries}
+    with refusal_named("written", run_dir / LARGEST, "mend that and go on with --resume"):
+        (run_dir / LARGEST).parent.mkdir(parents=True, exist_ok=True)
+        write_whole(run_dir / LARGEST, json.dumps(content, indent=1) + "\n")
+    what = ", then ".join(" and ".join(names[k - 1] for k in group) for group in groups)
+    log.info(
+        "largest connected part: %s (mean Dice of %d validation cases)",
+        f"kept alone of {what}" if groups else "not kept alone, for it does not help", len(tries),
+    )  # fmt: skip
+
+
+def read_tries(run_dir: Path) -> dict[str, Tries]:
+    """What was noted of each case."""
+    return json.loads((run_dir / LARGEST).read_text())["dice"]
+
+
+def tries_of(predicted: np.ndarray, reference: np.ndarray, count: int) -> Tries:
+    """The Dice of each of `count` structures of a case, for each way of keeping parts."""
+    together = [range(1, count + 1)]
+    found = {"none": _dice(predicted, reference, count)}
+    found["all"] = _dice(kept := keep_largest(predicted, together), reference, count)
+    each = [[k] for k in range(1, count + 1)]
+    found["each"] = _dice(keep_largest(predicted, each), reference, count)
+    found["all, each"] = _dice(keep_largest(kept, each), reference, count)
+    return found
+
+
+def choose_groups(tries: Mapping[str, Tries], count: int) -> list[list[int]]:
+    """The groups of classes of which the largest part alone is kept."""
+    mean = {way: np.mean([of_case[way] for of_case in tries.values()], 0) for way in next(iter(tries.values()))}
+    groups, base = [], "none"
+    if mean["all"].mean() > mean["none"].mean() and (mean["all"] >= mean["none"]).all():
+        groups, base = [list(range(1, count + 1))], "all"
+    each = "each" if base == "none" else "all, each"
+    if count > 1:  # what is taken from one structure changes no other's Dice
+        groups += [[k] for k in range(1, count + 1) if mean[each][k - 1] > mean[base][k - 1]]
+    return groups
+
+
+def _dice(predicted: np.ndarray, reference: np.ndarray, count: int) -> list[float]:
+    """Of each structure; 1 where neither has it."""
+    values = []
+    for k in range(1, count + 1):
+        ours, theirs = predicted == k, reference == k
+        voxels = int(ours.sum()) + int(theirs.sum())
+        values.append(2 * int((ours & theirs).sum()) / voxels if voxels else 1.0)
+    return values

@@ -1,0 +1,72 @@
+"""The plan of a run: made from its own training and validation cases, or given, and kept in its folder."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+
+from jaxla.config import Experiment, InputError
+from jaxla.data.fingerprint import fingerprint
+from jaxla.data.planned import require_fitting
+from jaxla.devices.processes import is_first, wait_for_all
+from jaxla.models.build import configuration_of, is_planned
+from jaxla.pipeline.data import PreparedData
+from jaxla.planning.plan import Z_SCORE, Configuration, Plan, read_plan, write_plan
+from jaxla.planning.planner import make_plan
+from jaxla.runs.folder import PLAN
+from jaxla.shell.files import refusal_named
+from jaxla.shell.terminal import track
+
+log = logging.getLogger(__name__)
+
+
+def plan_run(experiment: Experiment, data: PreparedData) -> Plan | None:
+    """What the network of a run is planned by; None where it is not planned from the data.
+
+    The test cases are not looked at, so a plan differs from that of the whole folder.
+
+    Raises:
+        InputError: the plan that is given does not fit the data.
+    """
+    model = experiment.model
+    if not is_planned(model):
+        return None
+    planned_from = data.of(sorted(data.split.train + data.split.val))
+    if not model.plan:
+        found = fingerprint(planned_from, lambda volumes: track(volumes, "planning"))
+        return make_plan(found, 1 + len(data.dataset.labels.names), model.memory_gb)
+    where = f"--model.plan={model.plan}"
+    plan = read_plan(Path(model.plan))
+    if plan.normalisation != Z_SCORE:
+        raise InputError(f"{where}: normalises by {plan.normalisation}; this package has {Z_SCORE}, nnU-Net's for MRI")
+    require_fitting(plan, configuration_of(model, plan), planned_from, where)
+    return plan
+
+
+def keep_plan(run_dir: Path, plan: Plan) -> Plan:
+    """Write the plan into the run's folder, where it is not yet; -> the one that is there.
+
+    Raises:
+        InputError: the run was begun with another one.
+    """
+    path = run_dir / PLAN
+    if is_first() and not path.exists():
+        with refusal_named("written", path, "mend that and go on with --resume"):
+            write_plan(path, plan)
+    wait_for_all()
+    kept = read_plan(path)
+    if kept._replace(fingerprint=None) != plan._replace(fingerprint=None):
+        raise InputError(
+            f"--resume: {path} is not the plan that is asked for now; put the one back that the run was begun with, or "
+            "start a new run"
+        )
+    return kept
+
+
+def describe(name: str, c: Configuration) -> str:
+    """A configuration in a line."""
+    patch, spacing = ("×".join(f"{n:g}" for n in numbers) for numbers in (c.patch_size, c.spacing))
+    return (
+        f"{name}: patches of {patch} at {spacing} mm, {c.batch_size} in a batch; {c.n_stages} stages, "
+        f"{c.features_per_stage[0]} to {c.features_per_stage[-1]} features"
+    )
