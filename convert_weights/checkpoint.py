@@ -270,7 +270,7 @@ def _finite(path: Path, name: str, array: np.ndarray) -> np.ndarray:
 
 # --- PyTorch ---------------------------------------------------------------------------------------------------------
 
-# What stands beside the weights may be numbers of NumPy's, such as losses; by these names, and no others, they are read.
+# What stands beside the weights may be numbers of NumPy's, such as losses; by these names and no others they are read.
 _NUMPY_NUMBERS = [
     (np._core.multiarray.scalar, "numpy.core.multiarray.scalar"),
     (np._core.multiarray.scalar, "numpy._core.multiarray.scalar"),

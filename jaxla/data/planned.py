@@ -123,9 +123,8 @@ class PlannedVolume:
     def place(self, of_class: int, number: int) -> tuple[int, ...]:
         """One of the places of a class, 1 the first."""
         places = np.load(self.folder / "places.npy", mmap_mode="r", allow_pickle=False)
-        return tuple(
-            int(i) for i in np.unravel_index(places[sum(self.class_places[: of_class - 1]) + number], self.shape)
-        )
+        place = places[sum(self.class_places[: of_class - 1]) + number]
+        return tuple(int(i) for i in np.unravel_index(place, self.shape))
 
 
 def prepare_planned(

@@ -144,7 +144,7 @@ def _as_it_stands(x: jax.Array, kernel: jax.Array, strides: tuple[int, ...]) -> 
 
 def _for_cpu(x: jax.Array, kernel: jax.Array, strides: tuple[int, ...]) -> jax.Array:
     """Up to ten times as fast on CPU, with the gradients, as what it stands for."""
-    *sides, inputs, outputs = kernel.shape
+    *sides, _, outputs = kernel.shape
     if set(strides) != {1}:
         patches = _shifted(x, tuple(sides), strides)
         return patches @ kernel.reshape(-1, outputs)
@@ -159,7 +159,7 @@ def _for_cpu(x: jax.Array, kernel: jax.Array, strides: tuple[int, ...]) -> jax.A
 
 
 def _shifted(x: jax.Array, sides: tuple[int, ...], strides: tuple[int, ...]) -> jax.Array:
-    """For every place of a kernel of these sides, the pixels that it sees, among the channels: [B, …/stride, sides·C]."""
+    """For every place of a kernel of these sides the pixels it sees, among the channels: [B, …/stride, sides·C]."""
     padded = jnp.pad(x, ((0, 0), *((side // 2, side // 2) for side in sides), (0, 0)))
     places = [range(side) for side in sides]
     counts = [-(-n // stride) for n, stride in zip(x.shape[1:-1], strides, strict=True)]

@@ -1,7 +1,8 @@
 """Whether a run keeps of its structures the largest connected part alone: what its validation cases say.
 
 All structures together are tried first, then, where there are several, each by itself. A try is kept if the mean Dice
-of the structures that it may change rises, and none's falls. Reference code: nnunetv2 2.8.1, `determine_postprocessing`.
+of the structures that it may change rises, and none's falls. Reference code: nnunetv2 2.8.1,
+`determine_postprocessing`.
 """
 
 from __future__ import annotations

@@ -140,7 +140,7 @@ def plan_of(content: Any, where: str) -> Plan:
         raise InputError(f"{where}: {error}") from error
     except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
         raise InputError(
-            f"{where}: not a plan ({error!r}); give a file that python -m jaxla.plan wrote, or nnU-Net's nnUNetPlans.json"
+            f"{where}: not a plan ({error!r}); give a file that python -m jaxla.plan wrote, or nnUNetPlans.json"
         ) from error
     for name, of_name in configurations.items():
         if fault := _fault(of_name):

@@ -87,8 +87,8 @@ def fit(
 ) -> Progress:
     """Train and leave the best and the latest checkpoint in `folder`; go on from the latest if there is one.
 
-    The best epoch is that of the highest validation Dice, over the units of `val`, in the network's input pixels, or the
-    last one where the recipe says so; training ends after `recipe.patience` epochs without a lower validation loss.
+    The best epoch is that of the highest validation Dice, over the units of `val`, in the network's input pixels, or
+    the last one where the recipe says so; training ends after `recipe.patience` epochs without a lower validation loss.
     What follows from a checkpoint is, on CPU, to the
     bit what would have followed without the interruption.
 
@@ -180,10 +180,11 @@ def fit(
                 _save_best(best, state, progress)
             _write_history(folder, progress.history)
             remaining = (recipe.epochs - progress.epoch) * np.mean([m["seconds"] for m in progress.history[-5:]])
+            is_best = progress.best_epoch == progress.epoch and recipe.checkpoint == "best"
             log.info(
                 "epoch %d/%d: train loss %.4f, val loss %.4f, val Dice %.3f %s%s; %.0f slices/s, "
-                "%s of training left at most", progress.epoch, recipe.epochs, train_loss, val_loss, val_dice, val.counted,
-                " (best)" if progress.best_epoch == progress.epoch and recipe.checkpoint == "best" else "",
+                "%s of training left at most", progress.epoch, recipe.epochs, train_loss, val_loss, val_dice,
+                val.counted, " (best)" if is_best else "",
                 metrics["slices_per_second"], clock(remaining),
             )  # fmt: skip
             if is_first():

@@ -37,10 +37,7 @@ def dice_cross_entropy(logits: jax.Array, mask: jax.Array, weight: jax.Array, *,
         batch_dice: whether Dice is of all images together; else it is of each, then averaged.
     """
     of_structures = jnp.arange(1, max(2, logits.shape[-1]))
-    if logits.shape[-1] == 1:
-        predicted = jax.nn.sigmoid(logits)
-    else:
-        predicted = jax.nn.softmax(logits)[..., 1:]
+    predicted = jax.nn.sigmoid(logits) if logits.shape[-1] == 1 else jax.nn.softmax(logits)[..., 1:]
     reference = (mask[..., None] == of_structures).astype(predicted.dtype)
     sums = [x.sum(axis=_pixels(mask)) * weight[:, None] for x in (predicted * reference, predicted, reference)]
     if batch_dice:

@@ -1,10 +1,10 @@
 """The networks, image in, logits out: a file each, found by its name, that ends in its `FAMILY` (`models/family.py`).
 
 A network is an `nnx.Module`, called as `network(images, present=None)` with images [B, H, W, 1] of grey values in 0..1;
-it gives logits [B, H, W, K] float32. One that is planned from the data may take volumes [B, D, H, W, 1] instead, and its
-grey values have mean 0 and standard deviation 1. `present`, [B] bool, says which of them BatchNorm's statistics are of while it
-trains. What is pretrained of it, and may stay frozen, is its attribute `backbone`. It draws no random numbers while it
-trains.
+it gives logits [B, H, W, K] float32. One that is planned from the data may take volumes [B, D, H, W, 1] instead, and
+its grey values have mean 0 and standard deviation 1. `present`, [B] bool, says which of them BatchNorm's statistics are
+of while it trains. What is pretrained of it, and may stay frozen, is its attribute `backbone`. It draws no random
+numbers while it trains.
 
 Where a frozen backbone can run once per slice beforehand, the network also has
 
