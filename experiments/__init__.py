@@ -7,8 +7,11 @@ lists, and PUBLISHED, numbers of a paper by method and experiment.
 import pkgutil
 from importlib import import_module
 
-# the quickstart first: --exp=list shows them in this order
-_NAMES = sorted((file.name for file in pkgutil.iter_modules(__path__)), key=lambda name: (name != "quickstart", name))
+# the quickstart first, then the papers: --exp=list shows them in this order, and figures' colours follow it
+_NAMES = sorted(
+    (file.name for file in pkgutil.iter_modules(__path__)),
+    key=lambda name: (name != "quickstart", not name.startswith("paper"), name),
+)
 _FILES = [import_module(f"{__name__}.{name}") for name in _NAMES]
 
 

@@ -29,10 +29,10 @@ def main(arguments: list[str]) -> None:
     from jaxla.pipeline.checks import checked
 
     options = options._replace(experiment=checked(options.experiment))
-    from jaxla.pipeline.session import run_session  # brings all that a run needs
+    from jaxla.pipeline.cross_validation import run_experiment  # brings all that a run needs
 
     with joined(find_launch(options.coordinator, options.processes, options.process, os.environ), options.wait):
-        run_session(options, shlex.join(["python", "-m", "jaxla.train", *arguments]))
+        run_experiment(options, shlex.join(["python", "-m", "jaxla.train", *arguments]))
 
 
 def list_experiments(details: bool) -> str:
@@ -46,16 +46,21 @@ def list_experiments(details: bool) -> str:
 
     import jax
 
-    from jaxla.models.build import parameter_count
+    from jaxla.models.build import is_planned, parameter_count
 
     jax.config.update("jax_platforms", "cpu")  # to count takes no GPU from others
     for method in METHODS.values():
         size, recipe = method.preprocessing.image_size, method.training
         lines.append(f"  {method.name:{width}} {method.summary}")
-        lines.append(
-            f"  {'':{width}} {parameter_count(method.model) / 1e6:.1f} M parameters; {size}×{size} pixels; Adam "
-            f"{recipe.learning_rate:g}, at most {recipe.epochs} epochs, batches of {recipe.batch_size}"
-        )
+        rate = f"{'Adam' if recipe.optimiser == 'adam' else 'SGD'} {recipe.learning_rate:g}"
+        if is_planned(method.model):
+            about = f"planned from the data; {rate}, {recipe.epochs} epochs of {recipe.steps} steps"
+        else:
+            about = (
+                f"{parameter_count(method.model) / 1e6:.1f} M parameters; {size}×{size} pixels; {rate}, at most "
+                f"{recipe.epochs} epochs, batches of {recipe.batch_size}"
+            )
+        lines.append(f"  {'':{width}} {about}")
     return "\n".join(lines)
 
 

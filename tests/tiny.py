@@ -1,4 +1,4 @@
-"""Transformers small enough to run in milliseconds, and parameters that hide nothing."""
+"""Transformers and plans small enough to run in milliseconds, and parameters that hide nothing."""
 
 from dataclasses import replace
 
@@ -8,6 +8,8 @@ from flax import nnx
 
 from jaxla.models.positions import rotary_periods
 from jaxla.models.vision_transformer import Variant, VisionTransformer
+from jaxla.planning.plan import Fingerprint
+from jaxla.planning.planner import make_plan
 
 TINY = Variant(width=32, depth=3, heads=2, hidden=128, patch=8, grid=4)
 REGISTERS = replace(TINY, registers=3, antialias=True)
@@ -21,6 +23,9 @@ TINY_VARIANTS = {
     "dinov3 plus": replace(ROTARY, mlp="swiglu"),
     "dinov3 7B": replace(ROTARY, mlp="swiglu", qkv_bias="none"),
 }
+
+
+TINY_PLAN = make_plan(Fingerprint(((2.0, 1.0, 1.0),) * 4, ((10, 20, 18),) * 4), classes=3)
 
 
 def tiny_backbone(seed=0, variant=TINY, **options):

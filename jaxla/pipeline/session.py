@@ -7,18 +7,20 @@ import logging
 import logging.handlers
 import shutil
 import time
+from collections.abc import Callable
 from contextlib import ExitStack
 from datetime import datetime
 from functools import partial
 from pathlib import Path
+from typing import Any
 
-from jaxla.config import InputError
+from jaxla.config import Experiment, InputError
 from jaxla.data.cache import in_use
 from jaxla.devices.memory import TooLarge
 from jaxla.devices.mesh import use_devices
 from jaxla.devices.processes import agreed, if_others_end, is_first, require_same
 from jaxla.pipeline.checks import require_batch, require_share, with_weights
-from jaxla.pipeline.data import prepare_data
+from jaxla.pipeline.data import PreparedData, prepare_data
 from jaxla.pipeline.forecast import describe, forecast
 from jaxla.pipeline.run import train_and_test
 from jaxla.runs.folder import LATEST, LOG, require_free, require_resumable, resume_command, run_folder
@@ -33,11 +35,16 @@ DISK_FAULTS = (
     errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EIO, errno.ESTALE, errno.ENOENT,
 )  # fmt: skip
 
+Run = Callable[[Experiment, PreparedData, Path, Path], dict[str, Any]]
+
 log = logging.getLogger("jaxla.train")
 
 
-def run_session(options: Options, command: str) -> None:
+def run_session(options: Options, command: str, run: Run = train_and_test) -> None:
     """Train and test as the options say, which the line `command` gave; or only say what that will take.
+
+    Args:
+        run: `(experiment, data, run folder, cache folder) -> summary of the test`, once all is there.
 
     Raises:
         InputError: anything wrong with the options, the data or the weights; all of it before training starts.
@@ -103,7 +110,7 @@ def run_session(options: Options, command: str) -> None:
             raise InputError(f"--run-dir={run_dir}: is not seen here; it must lie on a disk that all processes share")
         if_others_end(go_on, partial(note, log_file))
         try:
-            summary = train_and_test(experiment, data, run_dir, cache_dir)
+            summary = run(experiment, data, run_dir, cache_dir)
         except (Stopped, KeyboardInterrupt) as stop:
             where = str(stop) or "before the end"
             note(log_file, f"stopped {where}")

@@ -10,6 +10,8 @@ from typing import Any
 
 import numpy as np
 
+from jaxla.data.batches import SliceSource
+from jaxla.data.patches import PatchSource
 from jaxla.data.prepared import PreparedVolume
 from jaxla.data.volumes import (
     canonical_to_slices,
@@ -47,9 +49,11 @@ from jaxla.runs.folder import (
     OVERLAYS,
     PREDICTIONS,
     REPORT,
+    SPLIT,
     SUMMARY,
     TEST_CASES,
     TEST_SLICES,
+    fold_folders,
     read_metrics,
 )
 from jaxla.runs.record import RECORD, describe_backbone
@@ -68,7 +72,9 @@ def run_test(data: PreparedData, features: Features | None, run_dir: Path, step_
     """
     split = data.split
     trained = load_run(run_dir)
-    if trained.record.experiment.postprocessing.largest == "if_better" and trained.record.experiment.fold != ALL_FOLDS:
+    experiment = trained.record.experiment
+    of_folds = experiment.fold == ALL_FOLDS
+    if experiment.postprocessing.largest == "if_better" and not of_folds:
         trained = choose_largest(trained, data, run_dir)
     segment = make_segment(trained)
     segment_case = segment_of_case(trained, segment, features)
@@ -90,7 +96,7 @@ def run_test(data: PreparedData, features: Features | None, run_dir: Path, step_
     rows, summary = summarise_test(rows, slice_rows, atlas_rows, names)
     summary["atlas"]["threshold"] = atlas.threshold
     summary["best_epoch"] = trained.epoch
-    summary["backbone"] = describe_backbone(trained.record.experiment)
+    summary["backbone"] = describe_backbone(experiment)
     if len(trained.networks) == 1 and hasattr(trained.network, "block_weights"):
         summary["block_weights"] = trained.network.block_weights()
     write_cases(rows, run_dir / TEST_CASES)
@@ -106,14 +112,33 @@ def run_test(data: PreparedData, features: Features | None, run_dir: Path, step_
         run_dir / REPORT,
         record=json.loads((run_dir / RECORD).read_text()),
         split=split.parts,
-        history=read_metrics(run_dir),
+        history=[] if of_folds else read_metrics(run_dir),
         rows=rows,
         summary=summary,
         cost=asdict(cost),
         panels=panels,
-        unread=unread_options(trained.record.experiment),
+        unread=unread_options(experiment),
+        counted=PatchSource.counted if trained.plan else SliceSource.counted,
+        folds=[_of_fold(folder) for folder in fold_folders(run_dir)] if of_folds else (),
+        largest=[[names[k - 1] for k in group] for group in trained.largest]
+        if experiment.postprocessing.largest == "if_better"
+        else None,
     )
     return summary
+
+
+def _of_fold(folder: Path) -> dict[str, Any]:
+    """What the report of all folds says of one."""
+    summary, history = json.loads((folder / SUMMARY).read_text()), read_metrics(folder)
+    kept = next(line for line in history if line["epoch"] == summary["best_epoch"])
+    return {
+        "folder": folder.name,
+        "patients": len(json.loads((folder / SPLIT).read_text())["val"]),
+        **{name: kept[name] for name in ("epoch", "val_dice", "val_iou")},
+        "test_dice": summary["dice"]["mean"],
+        "test_iou": summary["iou"]["mean"],
+        "minutes": sum(line["seconds"] for line in history) / 60,
+    }
 
 
 def segment_of_case(

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from jaxla.config import InputError, lookup
+from jaxla.config import InputError
 from jaxla.shell.files import refusal_named, write_whole
 
 TRAINED = ("2d", "3d_fullres")  # the configurations that this package trains
@@ -73,8 +73,11 @@ class Plan(NamedTuple):
         Raises:
             InputError: it was not planned.
         """
-        planned = {key: of_key for key, of_key in self.configurations.items() if key in TRAINED}
-        return lookup("configuration", name, planned)
+        if name not in TRAINED:
+            raise InputError(f"configuration {name!r}: none that is built here; give one of {', '.join(TRAINED)}")
+        if name not in self.configurations:
+            raise InputError(f"the plan has no configuration {name}; it has {', '.join(self.configurations)}")
+        return self.configurations[name]
 
 
 def read_plan(path: Path) -> Plan:

@@ -32,6 +32,9 @@ def write_report(
     cost: Mapping[str, Any],
     panels: Sequence[Panel],
     unread: Collection[str] = (),
+    counted: str = "per volume",
+    folds: Sequence[Mapping[str, Any]] = (),
+    largest: Sequence[Sequence[str]] | None = None,
 ) -> None:
     """Write a run's report; it takes its name only when it is whole.
 
@@ -45,17 +48,22 @@ def write_report(
         cost: the content of `cost.json`.
         panels: the cases to show, arrays [S, H, W], spacing in mm.
         unread: options that the run did not read, and that are not listed.
+        counted: what the Dice of an epoch is of.
+        folds: of cross-validation, of each fold its folder's name and what is known of the epoch that was kept.
+        largest: names of the structures of which the largest connected part alone was kept, in groups; None where that
+            was not tried.
 
     Raises:
         KeyError, jinja2.UndefinedError: something that the report shows is missing from what it was given.
     """
     template = templates().get_template("run_report.html.jinja")
     cases, left_out = _cases(rows), {"name", "summary", *unread}
-    best = next(line for line in history if line["epoch"] == summary["best_epoch"])
+    best = next((line for line in history if line["epoch"] == summary["best_epoch"]), None)
+    experiment = experiment_from_json(record["experiment"])
     page = template.render(
         record=record,
         experiment=record["experiment"],
-        method=method_label(experiment_from_json(record["experiment"])),
+        method=method_label(experiment),
         classes=list(summary["classes"]),
         split=split,
         history=history,
@@ -64,14 +72,19 @@ def write_report(
         costs=_costs(cost, history),
         summary=summary,
         results=_results(summary),
-        pairs=_pairs(summary, best),
+        pairs=_pairs(summary, best, counted),
         row_pairs=_row_pairs(rows),
         cases=cases,
         above_atlas=sum(_mean(case, "dice") > _mean(case, "atlas_dice") for case in cases),
         agreement=volume_agreement(rows),
         fewest_for_limits=FEWEST_FOR_LIMITS,
-        losses=chart(lambda axes: draw_losses(axes, history)),
-        validation=chart(lambda axes: draw_validation(axes, history, best)),
+        kept=experiment.training.checkpoint,
+        counted=counted,
+        folds=folds,
+        losses=chart(lambda axes: draw_losses(axes, history)) if history else "",
+        validation=chart(lambda axes: draw_validation(axes, history, best, counted, experiment.training.checkpoint))
+        if history
+        else "",
         block_weights=_block_weights(summary),
         volumes=chart(lambda axes: draw_volumes(axes, rows), (4.2, 4)),
         panels=[(panel, [(i, data_uri(f)) for i, f in slice_figures(panel, SLICES_PER_CASE)]) for panel in panels],
@@ -80,6 +93,7 @@ def write_report(
         repeat=without_folder_and_process(record["command"]),
         titles={name: metric.title for name, metric in COLUMNS.items()},
         unread=unread,
+        largest=largest,
         definitions=summary["definitions"] | summary["slice"]["definitions"],
     )
     write_whole(path, page)
@@ -115,24 +129,24 @@ def _costs(cost: Mapping[str, Any], history: Sequence[Mapping[str, float]]) -> l
     lines = [
         ("Parameters", f"{parameters:.1f} M, of which {trained:.1f} M are trained"),
         ("Multiply-adds", f"{cost['multiply_adds'] / 1e9:.2f} G for one slice"),
-        ("Training", f"{np.mean([line['seconds'] for line in history]):.1f} s an epoch, validation included"),
         (
             "Inference",
             f"{np.mean(cost['inference_seconds']):.2f} s a volume of {slices / volumes:.0f} slices, from the scan in "
             f"memory to its mask (mean, n = {volumes} {'volume' if volumes == 1 else 'volumes'})",
         ),
-        (
-            "Memory of a training step",
-            f"{cost['step_bytes'] / 1e9:.2f} GB, {cost['step_slices']} slices, by XLA's account",
-        ),
     ]
+    if history:
+        seconds, memory = np.mean([line["seconds"] for line in history]), cost["step_bytes"] / 1e9
+        lines.insert(2, ("Training", f"{seconds:.1f} s an epoch, validation included"))
+        taken = f"{memory:.2f} GB, {cost['step_slices']} slices, by XLA's account"
+        lines.append(("Memory of a training step", taken))
     for name, place in (("peak_host_bytes", "the process on the host"), ("peak_device_bytes", "the device")):
         if cost[name] is not None:
             lines.append((f"Peak memory of {place}", f"{cost[name] / 1e9:.2f} GB"))
     return lines
 
 
-def _pairs(summary: Mapping[str, Any], best: Mapping[str, float]) -> list[Pair]:
+def _pairs(summary: Mapping[str, Any], best: Mapping[str, float] | None, counted: str) -> list[Pair]:
     """Every pair of mean Dice and mean IoU that the report prints."""
     names = {"volume": "Test, per volume", "atlas": "Atlas, per volume", "slice": "Test, per slice"}
     pairs = []
@@ -140,7 +154,9 @@ def _pairs(summary: Mapping[str, Any], best: Mapping[str, float]) -> list[Pair]:
         for column, name in names.items():
             title = name if block["title"] == "Mean over classes" else f"{name}, {block['title']}"
             pairs.append(Pair(title, block[column]["dice"]["mean"], block[column]["iou"]["mean"]))
-    return [*pairs, Pair("Validation, per volume", best["val_dice"], best["val_iou"])]
+    if best is None:
+        return pairs
+    return [*pairs, Pair(f"Validation, {counted}", best["val_dice"], best["val_iou"])]
 
 
 def _row_pairs(rows: Sequence[Mapping[str, Any]]) -> list[Pair]:

@@ -1,6 +1,7 @@
 """What the package asks of every method, its row and its network alike; nothing is computed."""
 
 from dataclasses import replace
+from itertools import pairwise
 
 import jax
 import jax.numpy as jnp
@@ -9,9 +10,10 @@ from flax import nnx
 
 from jaxla.config import with_method
 from jaxla.experiments import EXPERIMENTS, METHODS, PUBLISHED, STUDIES
-from jaxla.models.build import NETWORKS, build_network
+from jaxla.models.build import NETWORKS, build_network, configuration_of, is_planned
 from jaxla.pipeline.checks import checked, unread_options
 from jaxla.training.step import split_network
+from tests.tiny import TINY_PLAN
 
 CLASSES = 3
 
@@ -23,7 +25,7 @@ def method(request):
 
 @pytest.fixture
 def network(method):
-    return nnx.eval_shape(lambda: build_network(replace(method.model, weights="random"), CLASSES, 0))
+    return nnx.eval_shape(lambda: build_network(replace(method.model, weights="random"), CLASSES, 0, plan=TINY_PLAN))
 
 
 def run(network, *arguments):
@@ -32,15 +34,22 @@ def run(network, *arguments):
 
 
 def images_of(method):
-    size = method.preprocessing.image_size
-    return jax.ShapeDtypeStruct((2, size, size, 1), jnp.float32)
+    size = (method.preprocessing.image_size,) * 2
+    if is_planned(method.model):
+        size = configuration_of(method.model, TINY_PLAN).patch_size
+    return jax.ShapeDtypeStruct((2, *size, 1), jnp.float32)
 
 
 def test_its_network_gives_logits_of_the_images_size(method, network):
     images, present = images_of(method), jax.ShapeDtypeStruct((2,), jnp.bool)
     network.train()  # with batches that are filled up
     for logits in (run(network, images), run(network, images, present)):
-        assert (logits.shape, logits.dtype) == ((*images.shape[:3], CLASSES), jnp.float32)
+        if isinstance(logits, list):  # of several resolutions, the finest first
+            assert all(
+                coarse.shape[1] < fine.shape[1] or coarse.shape[2] < fine.shape[2] for fine, coarse in pairwise(logits)
+            )
+            logits = logits[0]
+        assert (logits.shape, logits.dtype) == ((*images.shape[:-1], CLASSES), jnp.float32)
 
 
 def test_its_network_has_something_to_train_and_a_backbone_where_one_is_frozen(method, network):

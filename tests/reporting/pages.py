@@ -70,7 +70,7 @@ def outcome(predictions, names=("LA",), references=None):
     ]
     cost = {
         "parameters": 1_234_567, "trained_parameters": 234_567, "multiply_adds": 5_678_000_000,
-        "step_bytes": 2_340_000_000, "peak_host_bytes": 3_450_000_000, "peak_device_bytes": None,
+        "step_bytes": 2_340_000_000, "step_slices": 8, "peak_host_bytes": 3_450_000_000, "peak_device_bytes": None,
         "inference_seconds": [1.0, 2.0, 3.5], "inference_slices": [10, 20, 30],
     }  # fmt: skip
     split = {"train": ["t1", "t2"], "val": ["v1"], "test": list(predictions), "unused": ["u1"]}

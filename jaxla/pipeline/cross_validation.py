@@ -1,0 +1,81 @@
+"""Five-fold cross-validation: a run for each fold, in a folder of its own, then all of them tested together."""
+
+from __future__ import annotations
+
+import logging
+import shlex
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from jaxla.config import Experiment
+from jaxla.data.split import FOLDS
+from jaxla.devices.mesh import use_own_devices
+from jaxla.devices.processes import agreed, is_first, wait_for_all
+from jaxla.pipeline.data import PreparedData
+from jaxla.pipeline.largest import keep_choice, read_tries
+from jaxla.pipeline.planning import keep_plan, plan_run
+from jaxla.pipeline.session import run_session
+from jaxla.pipeline.testing import run_test
+from jaxla.runs.folder import ALL_FOLDS, fold_folders, is_finished
+from jaxla.runs.record import RECORD
+from jaxla.shell.command_line import Options, without_folder_and_process
+from jaxla.shell.process import Stopped
+
+log = logging.getLogger("jaxla.train")
+
+
+def run_experiment(options: Options, command: str) -> None:
+    """Train and test as the options say, which the line `command` gave: one run, or one for each of the folds.
+
+    Raises:
+        InputError, Stopped: as `run_session`.
+    """
+    if options.experiment.fold == ALL_FOLDS and not options.dry_run:
+        run_session(options, command, partial(train_folds, options, command))
+    else:
+        run_session(options, command)
+
+
+def train_folds(
+    options: Options, command: str, experiment: Experiment, data: PreparedData, run_dir: Path, cache_dir: Path
+) -> dict[str, Any]:
+    """All of a run of five folds once its folder is there; begins where the folder says it ended.
+
+    Returns:
+        The summary of the test of all five together, whose logits are averaged.
+    """
+    plan = plan_run(experiment, data)
+    if plan:
+        keep_plan(run_dir, plan)
+    for fold, folder in enumerate(fold_folders(run_dir)):
+        if agreed(is_finished(folder)):
+            continue
+        if is_first():
+            log.info("fold %d of %d, in %s", fold + 1, FOLDS, folder)
+        of_fold = options._replace(
+            experiment=replace(options.experiment, fold=str(fold)),
+            run_dir=folder,
+            resume=agreed((folder / RECORD).exists()),
+        )
+        words = [*shlex.split(without_folder_and_process(command)), f"--fold={fold}", f"--run-dir={folder}"]
+        _in_fold(fold, partial(run_session, of_fold, shlex.join(words)))
+    if experiment.postprocessing.largest == "if_better" and is_first():
+        tries = {name: of_case for folder in fold_folders(run_dir) for name, of_case in read_tries(folder).items()}
+        keep_choice(tries, data.dataset.labels.names, run_dir)
+    wait_for_all()
+    with use_own_devices():
+        return run_test(data, None, run_dir, step_bytes=0)
+
+
+def _in_fold(fold: int, run: Callable[[], None]) -> None:
+    package = logging.getLogger("jaxla")
+    handlers = list(package.handlers)
+    try:
+        run()
+    except Stopped as stop:  # its own command to go on with is of this fold alone
+        raise Stopped(f"in fold {fold + 1} of {FOLDS}, {stop.__cause__ or stop}") from stop
+    finally:
+        package.handlers[:] = handlers  # what comes after is not of this fold's log
