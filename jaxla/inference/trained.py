@@ -46,9 +46,7 @@ class TrainedNetwork:
             InputError: there are several.
         """
         if len(self.networks) > 1:
-            raise InputError(
-                "a run with --fold=all has a network for each fold: give the folder of one, such as fold_0"
-            )
+            raise InputError("a run with --fold=all has a network for each fold: give the folder of one, as fold_0")
         return self.networks[0]
 
 

@@ -11,7 +11,7 @@ from jaxla.devices.memory import require_memory
 from jaxla.devices.mesh import device_count
 from jaxla.devices.processes import process_count
 from jaxla.experiments import METHODS
-from jaxla.models.build import checked_model, family_of, is_planned, require_size
+from jaxla.models.build import checked_model, configuration_of, family_of, is_planned, require_size
 from jaxla.models.weights import weights_file
 from jaxla.models.weights_format import require_undamaged
 
@@ -58,6 +58,8 @@ def checked(experiment: Experiment) -> Experiment:
             raise InputError(f"option --training.{option} must be a positive number, got {getattr(training, option)}")
     if not 0 < model.memory_gb < float("inf"):
         raise InputError(f"option --model.memory_gb must be a positive number, got {model.memory_gb}")
+    if model.plan:
+        configuration_of(model)
     _require_read(experiment, planned)
     recipe = METHODS[experiment.method].training
     if not _has_backbone_rate(model) and training.backbone_learning_rate != recipe.backbone_learning_rate:

@@ -16,7 +16,7 @@ from jaxla.devices.mesh import use_own_devices
 from jaxla.devices.processes import agreed, is_first, wait_for_all
 from jaxla.pipeline.data import PreparedData
 from jaxla.pipeline.largest import keep_choice, read_tries
-from jaxla.pipeline.planning import keep_plan, plan_run
+from jaxla.pipeline.planning import keep_plan
 from jaxla.pipeline.session import run_session
 from jaxla.pipeline.testing import run_test
 from jaxla.runs.folder import ALL_FOLDS, fold_folders, is_finished
@@ -47,9 +47,8 @@ def train_folds(
     Returns:
         The summary of the test of all five together, whose logits are averaged.
     """
-    plan = plan_run(experiment, data)
-    if plan:
-        keep_plan(run_dir, plan)
+    if data.plan:
+        keep_plan(run_dir, data.plan)
     for fold, folder in enumerate(fold_folders(run_dir)):
         if agreed(is_finished(folder)):
             continue

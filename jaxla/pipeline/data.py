@@ -16,6 +16,7 @@ from jaxla.data.phantoms import cached_phantoms
 from jaxla.data.prepared import PreparedVolume, prepare_cases
 from jaxla.data.split import Split, make_split
 from jaxla.devices.processes import is_first, share
+from jaxla.planning.plan import Plan
 from jaxla.shell.terminal import count_of, track
 
 log = logging.getLogger(__name__)
@@ -28,6 +29,7 @@ class PreparedData:
     dataset: Dataset
     volumes: Mapping[str, PreparedVolume]  # by case id
     split: Split
+    plan: Plan | None = None  # where the network is planned from the data
 
     def of(self, ids: Iterable[str]) -> list[PreparedVolume]:
         return [self.volumes[name] for name in ids]

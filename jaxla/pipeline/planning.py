@@ -43,8 +43,8 @@ def plan_run(experiment: Experiment, data: PreparedData) -> Plan | None:
     return plan
 
 
-def keep_plan(run_dir: Path, plan: Plan) -> Plan:
-    """Write the plan into the run's folder, where it is not yet; -> the one that is there.
+def keep_plan(run_dir: Path, plan: Plan) -> None:
+    """Write the plan into the run's folder, where it is not yet.
 
     Raises:
         InputError: the run was begun with another one.
@@ -60,7 +60,6 @@ def keep_plan(run_dir: Path, plan: Plan) -> Plan:
             f"--resume: {path} is not the plan that is asked for now; put the one back that the run was begun with, or "
             "start a new run"
         )
-    return kept
 
 
 def describe(name: str, c: Configuration) -> str:

@@ -16,7 +16,7 @@ from jaxla.devices.processes import is_first, wait_for_all
 from jaxla.models.build import build_network, configuration_of
 from jaxla.models.weights import parameters_sha256, save_random
 from jaxla.pipeline.data import PreparedData, say_what_is_cut
-from jaxla.pipeline.planning import describe, keep_plan, plan_run
+from jaxla.pipeline.planning import describe, keep_plan
 from jaxla.pipeline.sources import patch_sources, slice_sources
 from jaxla.pipeline.testing import Features, run_test
 from jaxla.planning.plan import Plan
@@ -33,18 +33,17 @@ log = logging.getLogger(__name__)
 
 def train_and_test(experiment: Experiment, data: PreparedData, run_dir: Path, cache_dir: Path) -> dict[str, Any]:
     """All of a run once its folder is there; begins where the folder says it ended. Returns the summary of the test."""
-    plan = plan_run(experiment, data)
-    if plan:
-        plan = keep_plan(run_dir, plan)
-        log.info(describe(experiment.model.arch, configuration_of(experiment.model, plan)))
+    if data.plan:
+        keep_plan(run_dir, data.plan)
+        log.info(describe(experiment.model.arch, configuration_of(experiment.model, data.plan)))
     else:
         say_what_is_cut(data, data.canvas(experiment.preprocessing))
     with on_host():
-        network = build(experiment, data.dataset.labels.outputs, run_dir, plan)
+        network = build(experiment, data.dataset.labels.outputs, run_dir, data.plan)
     features, origin = cached_features(experiment, network, data, cache_dir)
     if is_first():
         write_record(run_dir, replace(read_record(run_dir), features=origin))
-    step_bytes = train(experiment, network, data, features, plan, run_dir, cache_dir)
+    step_bytes = train(experiment, network, data, features, run_dir, cache_dir)
     del network  # the trained one is loaded with its own backbone
     with use_own_devices():
         return run_test(data, features, run_dir, step_bytes)
@@ -121,7 +120,6 @@ def train(
     network: nnx.Module,
     data: PreparedData,
     features: Features | None,
-    plan: Plan | None,
     run_dir: Path,
     cache_dir: Path,
 ) -> int:
@@ -130,8 +128,8 @@ def train(
     Returns:
         Device memory of a training step, in bytes.
     """
-    if plan:
-        sources = patch_sources(experiment, data, plan, cache_dir)
+    if data.plan:
+        sources = patch_sources(experiment, data, data.plan, cache_dir)
     else:
         sources = slice_sources(experiment, data, features, with_images=bool(features) and network.READS_IMAGES)
     size = experiment.preprocessing.image_size

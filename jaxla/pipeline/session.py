@@ -9,6 +9,7 @@ import shutil
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
+from dataclasses import replace
 from datetime import datetime
 from functools import partial
 from pathlib import Path
@@ -22,6 +23,7 @@ from jaxla.devices.processes import agreed, if_others_end, is_first, require_sam
 from jaxla.pipeline.checks import require_batch, require_share, with_weights
 from jaxla.pipeline.data import PreparedData, prepare_data
 from jaxla.pipeline.forecast import describe, forecast
+from jaxla.pipeline.planning import plan_run
 from jaxla.pipeline.run import train_and_test
 from jaxla.runs.folder import LATEST, LOG, require_free, require_resumable, resume_command, run_folder
 from jaxla.runs.machine import environment
@@ -85,6 +87,7 @@ def run_session(options: Options, command: str, run: Run = train_and_test) -> No
         if options.dry_run:
             print(describe(forecast(experiment, data, cache_dir)))
             return
+        data = replace(data, plan=plan_run(experiment, data))
         record = Record(
             experiment=experiment,
             labels=data.dataset.labels,

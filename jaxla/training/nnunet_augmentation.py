@@ -19,11 +19,7 @@ import numpy as np
 from jaxla.data.planned import OUTSIDE
 from jaxla.planning.planner import ANISOTROPIC
 
-# how likely each change is
-MOVED, NOISE, BLUR, BRIGHTNESS, CONTRAST, LOW_RESOLUTION, INVERTED_GAMMA, GAMMA, MIRRORED = (
-    0.2, 0.1, 0.2 * 0.5, 0.15, 0.15, 0.25 * 0.5, 0.1, 0.3, 0.5,
-)  # fmt: skip
-# and from where to where it goes
+# from where to where each change goes
 SCALE, NOISE_DEVIATION, BLUR_VOXELS, FACTOR, RESOLUTION, EXPONENT = (
     (0.7, 1.4), (0.0, 0.1), (0.5, 1.0), (0.75, 1.25), (0.5, 1.0), (0.7, 1.5),
 )  # fmt: skip
@@ -32,6 +28,23 @@ WIDEST_KERNEL = 7
 SMALL = 1e-7
 
 Arrays = tuple[jax.Array, jax.Array]
+
+
+class Chances(NamedTuple):
+    """How likely each change is; of turning and scaling each by itself, of mirroring along each axis."""
+
+    moved: float = 0.2
+    noise: float = 0.1
+    blur: float = 0.2 * 0.5
+    brightness: float = 0.15
+    contrast: float = 0.15
+    low_resolution: float = 0.25 * 0.5
+    inverted_gamma: float = 0.1
+    gamma: float = 0.3
+    mirrored: float = 0.5
+
+
+NNUNET = Chances()
 
 
 class Turning(NamedTuple):
@@ -75,7 +88,7 @@ def read_size(patch_size: Sequence[int]) -> tuple[int, ...]:
 
 
 def make_augment(
-    patch_size: Sequence[int], classes: int, zeros_stay: bool
+    patch_size: Sequence[int], classes: int, zeros_stay: bool, chances: Chances = NNUNET
 ) -> Callable[[jax.Array, jax.Array, jax.Array], Arrays]:
     """`(key, images, masks) -> images, masks`: [B, …, 1] and [B, …] as they are read -> as they are seen.
 
@@ -84,7 +97,7 @@ def make_augment(
         classes: highest class index of a mask.
         zeros_stay: whether what is zero in the scan is zero in the end.
     """
-    change = partial(_augment_patch, tuple(patch_size), classes, zeros_stay)
+    change = partial(_augment_patch, tuple(patch_size), classes, zeros_stay, chances)
 
     def augment(key: jax.Array, images: jax.Array, masks: jax.Array) -> Arrays:
         images, masks = jax.vmap(change)(jax.random.split(key, len(images)), images[..., 0], masks)
@@ -94,7 +107,13 @@ def make_augment(
 
 
 def _augment_patch(
-    patch_size: tuple[int, ...], classes: int, zeros_stay: bool, key: jax.Array, image: jax.Array, mask: jax.Array
+    patch_size: tuple[int, ...],
+    classes: int,
+    zeros_stay: bool,
+    chances: Chances,
+    key: jax.Array,
+    image: jax.Array,
+    mask: jax.Array,
 ) -> Arrays:
     keys = iter(jax.random.split(key, 32))
     degrees, in_plane = turning(patch_size)
@@ -109,7 +128,7 @@ def _augment_patch(
     def factor(low: float, high: float) -> jax.Array:  # as often below 1 as above
         return jnp.where(happens(0.5), between(low, 1.0), between(1.0, high))
 
-    turned, scaled = happens(MOVED), happens(MOVED)
+    turned, scaled = happens(chances.moved), happens(chances.moved)
     angles = jnp.where(turned, jnp.deg2rad(between(-degrees, degrees, (axes,))), 0.0)
     scale = jnp.where(scaled, between(*SCALE), 1.0)
     move = partial(moved, size=patch_size[in_plane:], classes=classes, happens=turned | scaled)
@@ -121,17 +140,17 @@ def _augment_patch(
     def perhaps(probability: float, changed: jax.Array) -> jax.Array:
         return jnp.where(happens(probability), changed, image)
 
-    image = perhaps(NOISE, image + between(*NOISE_DEVIATION) * jax.random.normal(next(keys), image.shape))
-    image = perhaps(BLUR, blurred(image, between(*BLUR_VOXELS, (image.ndim,))))
-    image = perhaps(BRIGHTNESS, image * factor(*FACTOR))
-    image = perhaps(CONTRAST, contrasted(image, factor(*FACTOR)))
+    image = perhaps(chances.noise, image + between(*NOISE_DEVIATION) * jax.random.normal(next(keys), image.shape))
+    image = perhaps(chances.blur, blurred(image, between(*BLUR_VOXELS, (image.ndim,))))
+    image = perhaps(chances.brightness, image * factor(*FACTOR))
+    image = perhaps(chances.contrast, contrasted(image, factor(*FACTOR)))
     resolution = jnp.full(image.ndim, between(*RESOLUTION))
     resolution = resolution.at[0].set(1.0) if in_plane else resolution
-    image = perhaps(LOW_RESOLUTION, at_low_resolution(image, resolution))
-    image = perhaps(INVERTED_GAMMA, -gamma_changed(-image, factor(*EXPONENT)))
-    image = perhaps(GAMMA, gamma_changed(image, factor(*EXPONENT)))
+    image = perhaps(chances.low_resolution, at_low_resolution(image, resolution))
+    image = perhaps(chances.inverted_gamma, -gamma_changed(-image, factor(*EXPONENT)))
+    image = perhaps(chances.gamma, gamma_changed(image, factor(*EXPONENT)))
     for axis in range(image.ndim):
-        mirrored = happens(MIRRORED)
+        mirrored = happens(chances.mirrored)
         image, mask = (jnp.where(mirrored, jnp.flip(x, axis), x) for x in (image, mask))
     if zeros_stay:
         image = jnp.where(mask == OUTSIDE, 0, image)

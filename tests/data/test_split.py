@@ -192,3 +192,44 @@ def test_a_subset_that_cannot_be_is_an_error_that_names_the_option(options, mess
 def test_a_negative_seed_is_an_error_that_names_the_option():
     with pytest.raises(InputError, match=r"^(option )?--data.split_seed"):
         make_split(ids(5), Data(split_seed=-1))
+
+
+# --- folds ---
+
+
+@pytest.mark.parametrize("count", [10, 33, 60])
+def test_folds_take_turns_over_all_patients_that_do_not_test(count):
+    whole = make_split(ids(count), Data())
+    folds = [make_split(ids(count), Data(), str(k)) for k in range(5)]
+    pool = sorted(whole.train + whole.val)
+    for fold in folds:
+        assert fold.test == whole.test
+        assert sorted(fold.train + fold.val) == pool
+        assert not set(fold.train) & set(fold.val)
+    assert sorted(name for fold in folds for name in fold.val) == pool
+    assert make_split(ids(count), Data(), "all") == whole
+    assert max(len(fold.val) for fold in folds) - min(len(fold.val) for fold in folds) <= 1
+
+
+def test_folds_are_nnunets(tmp_path):
+    """scikit-learn's KFold(5, shuffle=True, random_state=12345) of twelve cases in order, as nnU-Net calls it."""
+    names = [f"c{n:02}" for n in range(12)]
+    write_split(Split(tuple(names[:10]), tuple(names[10:]), ("t",)), tmp_path / "split.json")
+    folds = [make_split([*names, "t"], Data(split=str(tmp_path / "split.json")), str(k)).val for k in range(5)]
+    assert [[int(name[1:]) for name in val] for val in folds] == [
+        [0, 3, 8],
+        [7, 10, 11],
+        [6, 9],
+        [1, 4],
+        [2, 5],
+    ]
+
+
+def test_folds_need_all_training_patients_and_five_of_them():
+    for protocol in (Data(train_patients=1), Data(train_percent=50)):
+        with pytest.raises(InputError, match="option --fold: folds take turns in training and validation"):
+            make_split(ids(20), protocol, "0")
+    with pytest.raises(
+        InputError, match="option --fold: 5 folds need as many patients that do not test, and there are 4"
+    ):
+        make_split(ids(5), Data(), "0")

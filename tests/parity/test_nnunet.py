@@ -24,7 +24,9 @@ PLAN = GOLDEN / "nnunet_plans" / "Hippocampus.json"
 
 # 3×3 everywhere; along a long axis neither convolved nor halved at first; strides of all kinds
 TINY = {
-    "2d": Configuration(2, (16, 24), (16, 24), (1, 1), True, 3, (4, 6, 8), ((3, 3),) * 3, ((1, 1), (2, 2), (1, 2)), (2, 1, 2), (2, 1)),
+    "2d": Configuration(
+        2, (16, 24), (16, 24), (1, 1), True, 3, (4, 6, 8), ((3, 3),) * 3, ((1, 1), (2, 2), (1, 2)), (2, 1, 2), (2, 1)
+    ),
     "3d": Configuration(
         2, (8, 16, 12), (8, 16, 12), (3, 1, 1), False, 3, (4, 6, 8), ((1, 3, 3), (3, 3, 3), (3, 3, 3)),
         ((1, 1, 1), (1, 2, 2), (2, 2, 2)), (2, 2, 1), (1, 2),

@@ -78,7 +78,8 @@ def write_run(folder, run, references, root, labels, option):
     (folder / "split.json").write_text(json.dumps(split))
     cost = {
         "parameters": 31_000_000, "trained_parameters": 31_000_000, "multiply_adds": 75_000_000_000,
-        "step_bytes": 3_300_000_000, "step_slices": 8, "peak_host_bytes": 4_000_000_000 + run.seed, "peak_device_bytes": None,
+        "step_bytes": 3_300_000_000, "step_slices": 8,
+        "peak_host_bytes": 4_000_000_000 + run.seed, "peak_device_bytes": None,
         "inference_seconds": [1.0 + run.seed, 2.0 + run.seed], "inference_slices": [6, 6],
     }  # fmt: skip
     (folder / "cost.json").write_text(json.dumps(cost))

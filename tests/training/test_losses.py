@@ -5,7 +5,13 @@ import numpy as np
 import pytest
 import torch
 
-from jaxla.training.losses import overlap_counts, pixel_loss, predicted_classes
+from jaxla.training.losses import (
+    dice_cross_entropy,
+    of_resolutions,
+    overlap_counts,
+    pixel_loss,
+    predicted_classes,
+)
 
 RNG = np.random.default_rng(0)
 WEIGHTS = ([1, 1, 1, 1], [1, 1, 1, 0], [0, 1, 0, 0])
@@ -63,3 +69,60 @@ def test_overlap_of_several_classes_leaves_the_background_out():
 def test_a_pixel_is_foreground_above_one_half_or_takes_its_largest_logit():
     np.testing.assert_array_equal(predicted_classes(jnp.array([-1e-6, 0.0, 1e-6])[..., None]), [0, 0, 1])
     np.testing.assert_array_equal(predicted_classes(jnp.array([[0.1, 0.3, 0.2], [-1, -3, -2]])), [1, 0])
+
+
+# --- nnU-Net's ---
+
+
+def soft_dice(probabilities, reference):
+    return (2 * (probabilities * reference).sum() + 1e-5) / (probabilities.sum() + reference.sum() + 1e-5)
+
+
+@pytest.mark.parametrize("weight", WEIGHTS)
+@pytest.mark.parametrize("batch_dice", [True, False])
+@pytest.mark.parametrize("shape", [(4, 6, 9), (4, 3, 6, 5)])
+@pytest.mark.parametrize("outputs", [1, 3])
+def test_dice_and_cross_entropy(weight, batch_dice, shape, outputs):
+    """Cross-entropy less soft Dice: written out for each patch and structure that counts."""
+    logits = 2 * RNG.standard_normal((*shape, outputs), dtype=np.float32)
+    mask = RNG.integers(0, max(2, outputs), shape, np.uint8)
+    counted = np.flatnonzero(weight)
+    whole = np.float64(logits[counted])
+    probabilities = 1 / (1 + np.exp(-whole)) if outputs == 1 else np.exp(whole) / np.exp(whole).sum(-1, keepdims=True)
+    structures = [(probabilities[..., 0 if outputs == 1 else k], mask[counted] == k) for k in range(1, max(2, outputs))]
+    if batch_dice:
+        dice = np.mean([soft_dice(p, r) for p, r in structures])
+    else:
+        dice = np.mean([[soft_dice(p[i], r[i]) for p, r in structures] for i in range(len(counted))])
+    expected = float(pixel_loss(jnp.asarray(logits), mask, np.float32(weight))) - dice
+    loss = dice_cross_entropy(jnp.asarray(logits), mask, np.float32(weight), batch_dice=batch_dice)
+    np.testing.assert_allclose(loss, expected, atol=1e-6)  # measured: 2.4e-7
+
+
+def test_resolutions_count_half_of_the_one_before_and_the_coarsest_nothing():
+    mask = np.arange(2 * 8 * 12).reshape(2, 8, 12)
+    seen = []
+
+    def loss(logits, target, weight):
+        seen.append(np.asarray(target))
+        return logits.mean()
+
+    logits = [jnp.full((2, 8, 12, 1), 1.0), jnp.full((2, 4, 6, 1), 10.0), jnp.full((2, 2, 6, 1), 100.0)]
+    np.testing.assert_allclose(of_resolutions(loss, logits, mask, jnp.ones(2)), (1 + 0.5 * 10) / 1.5, rtol=1e-6)
+    np.testing.assert_array_equal(seen[1], mask[:, 1::2, 1::2])  # of two voxels the later one, as nearest-exact has it
+    assert len(seen) == 2
+    assert of_resolutions(loss, logits[:1], mask, jnp.ones(2)) == 1  # of one alone that one counts
+    of_four = torch.nn.functional.interpolate(torch.from_numpy(mask[:, None]).float(), (2, 12), mode="nearest-exact")
+    of_resolutions(loss, [logits[0], jnp.ones((2, 2, 12, 1)), logits[2]], mask, jnp.ones(2))
+    np.testing.assert_array_equal(seen[-1], of_four[:, 0].numpy())
+
+
+def test_overlap_in_volumes_is_counted_over_all_of_their_axes():
+    classes = RNG.integers(0, 3, (2, 3, 4, 5))
+    mask = RNG.integers(0, 3, (2, 3, 4, 5))
+    counts = overlap_counts(np.eye(3, dtype=np.float32)[classes], mask, np.ones(2))
+    for k in (1, 2):
+        expected = [
+            [(classes[b] == k).sum(), (mask[b] == k).sum(), ((classes[b] == k) & (mask[b] == k)).sum()] for b in (0, 1)
+        ]
+        np.testing.assert_array_equal(counts[:, k - 1], expected)

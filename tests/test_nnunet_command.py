@@ -1,0 +1,223 @@
+"""nnU-Net as a user runs it: planned, trained, gone on with, tested, applied; in both dimensions, on phantoms."""
+
+import csv
+import json
+import shutil
+
+import nibabel as nib
+import numpy as np
+import pytest
+
+import jaxla
+from jaxla.inference.trained import load_run
+from tests.commands import in_this_process, refuse, run_module
+
+
+@pytest.fixture(scope="module")
+def plan(phantoms, tmp_path_factory):
+    """What is planned for the phantoms, at a quarter of their resolution and with few features: steps take no time."""
+    folder = tmp_path_factory.mktemp("plan")
+    run_module("jaxla.plan", f"--data.root={phantoms}", f"--output={folder / 'full.json'}", f"--cache-dir={folder}")
+    content = json.loads((folder / "full.json").read_text())
+    for c in content["configurations"].values():
+        if "spacing" not in c:
+            continue
+        axes = len(c["spacing"])
+        c["spacing"][-2:] = [4 * mm for mm in c["spacing"][-2:]]
+        c["median_image_size_in_voxels"][-2:] = [n / 4 for n in c["median_image_size_in_voxels"][-2:]]
+        c |= {"batch_size": 3, "patch_size": [8, 32, 32][3 - axes :], "n_stages": 3, "features_per_stage": [4, 8, 8]}
+        c |= {"strides": [[1, 1, 1], [1, 2, 2], [2, 2, 2]], "kernel_sizes": [[1, 3, 3], [3, 3, 3], [3, 3, 3]]}
+        c |= {name: [of_stage[3 - axes :] for of_stage in c[name]] for name in ("strides", "kernel_sizes")}
+        c |= {"n_conv_per_stage": [2, 2, 2], "n_conv_per_stage_decoder": [2, 2]}
+    (folder / "small.json").write_text(json.dumps(content))
+    return folder / "small.json"
+
+
+def options(phantoms, plan, folder, *more, method="nnunet_3d_short"):
+    return (
+        "--exp=quickstart", f"--method={method}", f"--data.root={phantoms}", f"--model.plan={plan}",
+        f"--run-dir={folder}", f"--cache-dir={folder.parent / 'cache'}", "--training.epochs=3", "--training.steps=5",
+        *more,
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="module", params=["nnunet_2d_short", "nnunet_3d_short"])
+def run(request, phantoms, plan, tmp_path_factory):
+    folder = tmp_path_factory.mktemp(request.param) / "run"
+    (folder.parent / "said").write_text(
+        run_module("jaxla.train", *options(phantoms, plan, folder, method=request.param)).stdout
+    )
+    return folder
+
+
+def test_a_run_leaves_what_every_run_leaves_and_its_plan(run, plan):
+    record = json.loads((run / "experiment.json").read_text())
+    assert json.loads((run / "plan.json").read_text()) == json.loads(plan.read_text())
+    summary = json.loads((run / "test" / "summary.json").read_text())
+    assert summary["dice"]["unit"] == "volume"
+    assert summary["best_epoch"] == 3  # the last one is kept
+    with (run / "test" / "cases.csv").open() as file:
+        assert len(list(csv.DictReader(file))) == summary["dice"]["n"] == 1
+    metrics = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert [of["epoch"] for of in metrics] == [1, 2, 3]
+    assert set(metrics[0]) == {
+        "epoch", "train_loss", "val_loss", "val_dice", "val_iou", "seconds", "slices_per_second",
+    }  # fmt: skip
+    largest = json.loads((run / "validation" / "largest.json").read_text())
+    assert largest["n"] == 1
+    assert len(next(iter(largest["dice"].values()))["none"]) == 1
+    page = (run / "report.html").read_text()
+    assert "The last, epoch 3, was tested" in page
+    assert "over all patches together" in page
+    assert "largest connected part" in page
+    assert "pad_to" not in page  # what is not read is not listed
+    assert record["experiment"]["training"]["optimiser"] == "sgd"
+    said = (run.parent / "said").read_text()
+    assert "3 in a batch; 3 stages, 4 to 8 features" in said
+    assert "val Dice" in said
+
+
+def test_it_segments_scans_on_their_own_grid(run, phantoms, tmp_path):
+    scan = next(phantoms.rglob("train_2/enhanced.nii.gz"))
+    done = run_module(
+        "jaxla.predict", f"--run={run}", f"--input={scan}", f"--output={tmp_path / 'mask.nii.gz'}", "--probabilities"
+    )
+    assert "LA " in done.stdout
+    image, mask = nib.load(scan), nib.load(tmp_path / "mask.nii.gz")
+    assert mask.shape == image.shape
+    np.testing.assert_array_equal(mask.affine, image.affine)
+    probabilities = np.asarray(nib.load(tmp_path / "mask_probabilities.nii.gz").dataobj)
+    assert probabilities.shape == image.shape
+    assert 0 <= probabilities.min() <= probabilities.max() <= 1
+    if not load_run(run).largest:
+        np.testing.assert_array_equal(np.asarray(mask.dataobj) > 0, probabilities > 0.5)
+
+
+def test_its_network_is_loaded_by_its_folder(run):
+    network = jaxla.load_network(run)
+    shape = (1, *((8, 32, 32) if "3d" in str(run) else (32, 32)), 1)
+    assert network(np.zeros(shape, np.float32)).shape == shape
+
+
+def test_a_run_that_was_ended_before_its_test_goes_on_to_the_same_result(run, phantoms, plan, tmp_path):
+    folder = tmp_path / "run"
+    shutil.copytree(run.parent / "cache", tmp_path / "cache")
+    shutil.copytree(run, folder)
+    for name in ("report.html", "cost.json"):
+        (folder / name).unlink()
+    for name in ("test", "validation"):
+        shutil.rmtree(folder / name)
+    method = "nnunet_3d_short" if "3d" in str(run) else "nnunet_2d_short"
+    done = in_this_process(tmp_path, "jaxla.train", *options(phantoms, plan, folder, "--resume", method=method))
+    assert done.returncode == 0, done.stderr
+    for name in ("test/cases.csv", "validation/largest.json", "plan.json"):
+        assert (folder / name).read_text() == (run / name).read_text()
+
+
+def test_a_run_goes_on_with_its_own_plan_alone(run, phantoms, plan, tmp_path):
+    folder = tmp_path / "run"
+    shutil.copytree(run.parent / "cache", tmp_path / "cache")
+    shutil.copytree(run, folder)
+    (folder / "report.html").unlink()
+    content = json.loads((folder / "plan.json").read_text())
+    for c in content["configurations"].values():
+        if "spacing" in c:
+            c["batch_size"] = 4
+    (folder / "plan.json").write_text(json.dumps(content))
+    method = "nnunet_3d_short" if "3d" in str(run) else "nnunet_2d_short"
+    done = in_this_process(tmp_path, "jaxla.train", *options(phantoms, plan, folder, "--resume", method=method))
+    assert done.returncode == 2
+    assert "plan.json is not the plan that is asked for now" in done.stderr
+
+
+def test_the_same_seed_gives_the_same_run(run, phantoms, plan, tmp_path):
+    if "3d" in str(run):
+        pytest.skip("one of the two dimensions is enough")
+    shutil.copytree(run.parent / "cache", tmp_path / "cache")
+    more = options(phantoms, plan, tmp_path / "run", method="nnunet_2d_short")
+    assert in_this_process(tmp_path, "jaxla.train", *more).returncode == 0
+    assert (tmp_path / "run" / "test" / "cases.csv").read_bytes() == (run / "test" / "cases.csv").read_bytes()
+    ours, theirs = (
+        [{k: v for k, v in json.loads(line).items() if "second" not in k} for line in lines]
+        for lines in ((folder / "metrics.jsonl").read_text().splitlines() for folder in (tmp_path / "run", run))
+    )
+    assert ours == theirs
+
+
+def test_what_a_run_takes_is_said_before_it_starts(phantoms, plan, tmp_path):
+    done = in_this_process(tmp_path, "jaxla.train", *options(phantoms, plan, tmp_path / "run", "--dry-run"))
+    assert done.returncode == 0, done.stderr
+    assert "5 an epoch of 3 patches of 8 slices each, 3 epochs at most" in done.stdout
+    assert not (tmp_path / "run").exists()
+
+
+def test_five_folds_are_trained_and_tested_together(phantoms, plan, tmp_path):
+    folder = tmp_path / "run"
+    few = ("--training.epochs=1", "--training.steps=2", "--fold=all")
+    done = in_this_process(tmp_path, "jaxla.train", *options(phantoms, plan, folder, *few, method="nnunet_2d_short"))
+    assert done.returncode == 0, done.stdout + done.stderr
+    whole = json.loads((folder / "split.json").read_text())
+    pool = sorted(whole["train"] + whole["val"])
+    folds = [json.loads((folder / f"fold_{k}" / "split.json").read_text()) for k in range(5)]
+    assert sorted(name for fold in folds for name in fold["val"]) == pool
+    assert all(fold["test"] == whole["test"] for fold in folds)
+    largest = json.loads((folder / "validation" / "largest.json").read_text())
+    assert sorted(largest["dice"]) == pool
+    summary = json.loads((folder / "test" / "summary.json").read_text())
+    assert summary["dice"]["n"] == len(whole["test"])
+    page = (folder / "report.html").read_text()
+    assert "5 folds of the 5 patients that do not test" in page
+    assert 'href="fold_4/report.html"' in page
+    assert "fold 2 of 5" not in (folder / "fold_0" / "train.log").read_text()  # each fold's log is its own
+    assert "fold 2 of 5" in (folder / "train.log").read_text()
+
+    trained = load_run(folder)
+    assert len(trained.networks) == 5
+    with pytest.raises(jaxla.InputError, match="give the folder of one, as fold_0"):
+        jaxla.load_network(folder)
+    scan = next(phantoms.rglob("train_2/enhanced.nii.gz"))
+    said = in_this_process(
+        tmp_path, "jaxla.predict", f"--run={folder}", f"--input={scan}", f"--output={tmp_path / 'mask.nii.gz'}"
+    )
+    assert said.returncode == 0, said.stderr
+
+
+@pytest.mark.parametrize(
+    ("more", "says"),
+    [
+        (
+            "--preprocessing.image_size=64",
+            "option --preprocessing.image_size is not one of method nnunet_3d_short: its plan",
+        ),
+        ("--augmentation.flips=true", "option --augmentation.flips is not one of method nnunet_3d_short"),
+        ("--training.steps=0", "option --training.steps must be at least 1, got 0"),
+        ("--model.memory_gb=0", "option --model.memory_gb must be a positive number"),
+        ("--model.widths=[8,16]", "option --model.widths is not one of method nnunet_3d_short"),
+        ("--model.plan=nothing.json", "nothing.json: cannot be read"),
+        ("--fold=5", "option --fold expects one of"),
+        ("--devices=0 --training.batch_size=-1", "option --training.batch_size must be at least 0, got -1"),
+    ],
+)
+def test_what_cannot_be_is_refused_before_anything_is_done(phantoms, plan, tmp_path, more, says):
+    given = options(phantoms, plan, tmp_path / "run", *more.split())
+    assert says in refuse(tmp_path, "jaxla.train", *given)
+
+
+def test_plans_that_do_not_fit_are_refused(phantoms, plan, tmp_path):
+    content = json.loads(plan.read_text())
+    for c in content["configurations"].values():
+        if "spacing" in c:
+            c["median_image_size_in_voxels"] = [3 * n for n in c["median_image_size_in_voxels"]]
+    (tmp_path / "other.json").write_text(json.dumps(content))
+    given = options(phantoms, tmp_path / "other.json", tmp_path / "run")
+    done = in_this_process(tmp_path, "jaxla.train", *given)
+    assert done.returncode == 2
+    assert "does not fit the data" in done.stderr
+    for method in ("unet", "vit_mini8"):
+        said = refuse(
+            tmp_path, "jaxla.train", "--exp=quickstart", f"--method={method}", f"--data.root={phantoms}",
+            f"--cache-dir={tmp_path / 'cache'}", f"--model.plan={plan}",
+        )  # fmt: skip
+        assert f"option --model.plan is not one of method {method}" in said
+    said = refuse(tmp_path, "jaxla.train", "--exp=quickstart", f"--data.root={phantoms}", "--augmentation.nnunet=true")
+    assert "it is of nnU-Net's methods alone" in said
