@@ -23,9 +23,9 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("--cache-dir", type=str, help="the folder (default: the user's cache folder)")
     parser.add_argument(
         "--clear",
-        type=Literal["features", "volumes", "phantoms", "downloads", "all"] | None,
+        type=Literal["features", "volumes", "planned", "phantoms", "downloads", "all"] | None,
         default=None,
-        help="remove these; `all` is all four of them; converted weights always stay",
+        help="remove these; `all` is all five of them; converted weights always stay",
     )
     options = parse_arguments(parser, arguments)
     cache_dir = Path(options.cache_dir) if options.cache_dir else default_cache_dir()

@@ -14,12 +14,14 @@ from jaxla.config import Model
 from jaxla.data.cases import find_cases
 from jaxla.data.inputs import Canvas
 from jaxla.data.phantoms import cached_phantoms
+from jaxla.data.planned import prepare_planned
 from jaxla.data.prepared import prepare_cases
 from jaxla.models.build import build_network
 from jaxla.models.weights_format import save_weights
 from jaxla.training.features import FeatureCache
 from tests.commands import in_this_process
 from tests.data.nifti import flat
+from tests.data.test_planned import plan_for
 
 UNITS = {"": 1, "k": 1e3, "M": 1e6, "G": 1e9}
 USES_THE_CACHE = "from pathlib import Path; from jaxla.data.cache import in_use; hold = in_use(Path(sys.argv[1]))"
@@ -61,6 +63,7 @@ def made_cache(tmp_path_factory):
     volumes = prepare_cases(find_cases(flat(folder / "data", 2), ""), cache)
     network = build_network(Model("vit_mini8", weights="random", decoder_widths=(8,)), 1, seed=0)
     FeatureCache(cache, network, "vit_mini8", Canvas(16)).features(volumes[:1])
+    prepare_planned(volumes[:1], *plan_for((2.5, 0.75, 0.75)), cache)
     cached_phantoms(cache, "small", 1)
     save_weights(cache / "weights" / "mine.safetensors", {}, {"arch": "vit_mini8", "source": "", "licence": ""})
     (cache / "downloads").mkdir()
@@ -99,6 +102,8 @@ def test_every_kind_is_listed_with_its_size(cache):
     listed = [  # what stands on each line, and the folder or file whose size it gives
         ("volumes: prepared volumes", cache / "volumes"),
         ("2 volumes", cache / "volumes"),
+        ("planned: volumes resampled for nnU-Net", cache / "planned"),
+        ("1 volumes", cache / "planned"),
         ("features: features of frozen backbones", cache / "features"),
         ("vit_mini8, 16 px, float32, 1 volumes: patch tokens after the final norm", backbone),
         ("phantoms: synthetic scans", cache / "phantoms"),
@@ -137,7 +142,9 @@ def test_a_cache_without_anything_is_listed_and_cleared(tmp_path, there):
         cache.mkdir()
     (line,) = run(cache)
     assert line.split(maxsplit=1) == ["0.00B", f"in all, in {cache}"]
-    assert run(cache, "--clear=all") == [f"{cache}: volumes, features, phantoms, downloads cleared, 0.00B freed"]
+    assert run(cache, "--clear=all") == [
+        f"{cache}: volumes, planned, features, phantoms, downloads cleared, 0.00B freed"
+    ]
     assert cache.exists() == there
 
 
@@ -149,9 +156,10 @@ def test_a_cache_without_anything_is_listed_and_cleared(tmp_path, there):
     [
         ("features", {"features"}),
         ("volumes", {"volumes"}),
+        ("planned", {"planned"}),
         ("phantoms", {"phantoms"}),
         ("downloads", {"downloads"}),
-        ("all", {"features", "volumes", "phantoms", "downloads"}),
+        ("all", {"features", "volumes", "planned", "phantoms", "downloads"}),
     ],
 )
 def test_only_what_is_named_is_cleared_and_weights_never(cache, option, cleared):

@@ -19,12 +19,19 @@ from jaxla.shell.files import refusal_named
 
 KINDS = {  # folder -> what lies there
     "volumes": "prepared volumes",
+    "planned": "volumes resampled for nnU-Net",
     "features": "features of frozen backbones",
     "phantoms": "synthetic scans",
     "weights": "converted weights",
     "downloads": "released checkpoints as they were fetched",
 }
-CLEARED = ("volumes", "features", "phantoms", "downloads")  # what is made or fetched again; weights are the user's own
+CLEARED = (
+    "volumes",
+    "planned",
+    "features",
+    "phantoms",
+    "downloads",
+)  # what is made or fetched again; weights are the user's own
 
 
 @dataclass(frozen=True)
@@ -66,7 +73,7 @@ def cache_entries(cache_dir: Path) -> list[Entry]:
         folder = cache_dir / kind
         children = sorted(folder.iterdir()) if folder.is_dir() else []
         children = [child for child in children if child.suffix != ".lock"]  # empty; a download's may stay
-        if kind == "volumes":
+        if kind in ("volumes", "planned"):
             whole = [c for c in children if not c.name.startswith(".")]
             if whole:
                 entries.append(Entry(kind, folder, sum(map(_size, whole)), f"{len(whole)} volumes"))

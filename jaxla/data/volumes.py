@@ -27,6 +27,7 @@ from jaxla.shell.files import refusal_named, replacing
 AXES = ("left-right", "anterior-posterior", "head-foot")  # canonical
 HEAD_FOOT = 2
 MOST_LABEL = 65535
+MOST_SKEW = 0.01  # cosine between two axes; rounding in a header makes far less
 
 # nibabel logs what it repairs in a header; read_header looks at the header as stored and says it itself
 logging.getLogger("nibabel.global").setLevel(logging.CRITICAL)
@@ -242,6 +243,12 @@ def _check_header(path: Path, image: nib.Nifti1Image) -> None:
     sizes = nib.affines.voxel_sizes(affine)
     if not np.isfinite(affine).all() or abs(np.linalg.det(affine[:3, :3])) < 1e-3 * max(np.prod(sizes), 1e-9):
         raise InputError(f"{path}: the affine is singular, so voxels have no place; mend its sform or qform")
+    axes = affine[:3, :3] / sizes
+    if (skew := np.abs(axes.T @ axes - np.eye(3)).max()) > MOST_SKEW:
+        raise InputError(
+            f"{path}: the affine is sheared: two of its axes are {np.degrees(np.arcsin(skew)):.1f}° off a right angle, and "
+            "distances along them would be wrong; resample the scan onto a grid of right angles"
+        )
 
 
 def voxels_sha256(array: np.ndarray) -> str:

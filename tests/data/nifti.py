@@ -65,6 +65,13 @@ def save_singular(path):
     return save_as(path, nib.Nifti1Image(image_array(), None, image.header))
 
 
+def save_sheared(path):
+    """A file whose second axis leans over its first, by nearly three degrees; -> path."""
+    affine = AFFINE.copy()
+    affine[0, 1] = 0.05 * affine[1, 1]
+    return save(path, image_array(), affine)
+
+
 def truncate(path, share=0.5):
     """Keep the first part of a file; -> path."""
     content = path.read_bytes()

@@ -31,6 +31,7 @@ from tests.data.nifti import (
     save,
     save_as,
     save_raw_spacing,
+    save_sheared,
     save_singular,
     truncate,
 )
@@ -136,6 +137,7 @@ BAD_FILES = {
     "zero_spacing.nii": (lambda p: save_raw_spacing(p, (0.75, 0, 2.5)), r"voxel spacing \[0.75, 0.0, 2.5\]"),
     "nan_spacing.nii": (lambda p: save_raw_spacing(p, (0.75, np.nan, 2.5)), "voxel spacing"),
     "singular.nii.gz": (save_singular, "affine is singular"),
+    "sheared.nii.gz": (save_sheared, r"affine is sheared: two of its axes are 2\.9° off a right angle"),
     "complex.nii": (lambda p: save(p, image_array().astype(np.complex64)), "complex64 are not grey values"),
     "colours.nii": (rgb, "not grey values"),
     "missing.nii.gz": (lambda p: None, "no such file"),
