@@ -42,7 +42,7 @@ def compared(seconds):
     """The same, and the median of each form of PyTorch over this package's: above 1 this package is the faster one."""
     found = in_numbers(seconds)
     ours, theirs = found["median_seconds"]["jaxla"], found["median_seconds"].items()
-    return {**found, "torch_over_jaxla": {name: median / ours for name, median in theirs if name != "jaxla"}}
+    return {**found, "torch_over_jaxla": {name: median / ours for name, median in theirs if name.startswith("torch")}}
 
 
 def about(*packages):

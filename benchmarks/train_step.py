@@ -1,12 +1,13 @@
 """python -m benchmarks.train_step [--method=…] [--size=…] [--batch=…] [--output=FILE]: a step beside PyTorch's.
 
 Forward pass, binary cross-entropy, backward pass and Adam, of a convolutional network and of the PyTorch module that
-the parity suite compares it with. Both run in this process, in turn, from the same parameters on the same batch. On CPU
-in float32 with all cores, PyTorch with channels first and with channels last; on a GPU in bfloat16, PyTorch also
-through `torch.compile`. Before anything is timed the gradients of both are compared: they may differ by `AGREEMENT`,
-or by as much as PyTorch's own two layouts do from each other (rounding flips ReLUs and the places of maxima, and a deep
-network with random weights multiplies that), but never by more than `LIMIT`. `tests/parity` compares them in float64,
-where they agree to 1e-13.
+the parity suite compares it with; of nnU-Net its own loss at all resolutions and SGD, on the patches of a plan, and
+this package's step once more with the augmentation. Both run in this process, in turn, from the same parameters on the
+same batch. On CPU in float32 with all cores, PyTorch with channels first and with channels last; on a GPU in bfloat16,
+PyTorch also through `torch.compile`. Before anything is timed the gradients of both are compared: they may differ by
+`AGREEMENT`, or by as much as PyTorch's own two layouts do from each other (rounding flips ReLUs and the places of
+maxima, and a deep network with random weights multiplies that), but never by more than `LIMIT`. `tests/parity` compares
+them in float64, where they agree to 1e-13.
 
 Prints JSON: seconds of a step (median and fastest), slices per second, PyTorch's median over this package's for each
 form of PyTorch (above 1 this package is the faster one) and for the fastest of them, how far the gradients differ, and
@@ -14,9 +15,13 @@ on Linux by how much the process grew at most during a step. A pause before each
 fall asleep.
 """
 
+import copy
 import os
 import time
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
+from typing import NamedTuple
 
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # on a GPU, so that PyTorch finds memory too
 
@@ -28,10 +33,14 @@ from benchmarks.timing import PAUSE, about, compared, print_result, timed
 from jaxla.config import InputError, Training, lookup
 from jaxla.devices.memory import program_bytes
 from jaxla.experiments import METHODS
-from jaxla.models.build import build_network, require_size
+from jaxla.models.build import build_network, configuration_of, is_planned, require_size
 from jaxla.models.images import IMAGENET_DEVIATION, IMAGENET_MEAN
+from jaxla.pipeline.sources import loss_of
+from jaxla.planning.plan import read_plan
 from jaxla.shell.command_line import command_parser, parse_arguments
 from jaxla.shell.process import run_command
+from jaxla.training.losses import pixel_loss
+from jaxla.training.nnunet_augmentation import make_augment, read_size
 from jaxla.training.step import (
     compile_step,
     initial_state,
@@ -41,9 +50,15 @@ from jaxla.training.step import (
     split_network,
     take_step,
 )
-from tests.parity.references import as_theirs, reference_of
+from tests.parity.references import as_theirs, nnunet_as_theirs, nnunet_reference_of, reference_of
+from tests.parity.test_nnunet import their_loss
 
-RIVALS = {name: method for name, method in METHODS.items() if method.preprocessing.pad_to == "largest"}
+PLANNED = ("nnunet_2d", "nnunet_3d")
+RIVALS = {
+    name: method for name, method in METHODS.items() if method.preprocessing.pad_to == "largest" or name in PLANNED
+}
+PLAN = Path(__file__).parents[1] / "tests" / "golden" / "nnunet_plans" / "Hippocampus.json"
+CLASSES = 3  # of nnU-Net: the hippocampus's two structures, and background
 RATE = 1e-4
 AGREEMENT = {"cpu": 2e-2, "gpu": 0.2}  # relative L2 of the gradients
 LIMIT = 0.3  # PyTorch's own two differ by 0.21 for ResNet-152, on CPU
@@ -53,27 +68,61 @@ MEMORY = Path("/proc/self")
 def main(arguments):
     parser = command_parser("benchmarks.train_step", "A convolutional network's training step beside PyTorch's.")
     parser.add_argument("--method", type=str, default="unet", help=f"one of {', '.join(RIVALS)}")
-    parser.add_argument("--size", type=int, default=320, help="side of the square image in pixels")
-    parser.add_argument("--batch", type=int, default=4, help="slices in a step")
+    parser.add_argument("--size", type=int, default=320, help="side of the square image in pixels; not of nnU-Net")
+    parser.add_argument("--batch", type=int | None, default=None, help="slices in a step (default: 4, or the plan's)")
+    parser.add_argument("--plan", type=str, default=str(PLAN), help="of nnU-Net (default: the Decathlon hippocampus's)")
     parser.add_argument("--repeats", type=int, default=5, help="steps of each, of which the median is taken")
     parser.add_argument("--output", type=str, help="write the JSON there too")
     options = parse_arguments(parser, arguments)
     model = lookup("method", options.method, RIVALS).model
     model = type(model)(**{**vars(model), "weights": "random"})
-    require_size(model, "--size", options.size)
-    if min(options.batch, options.repeats) < 1:
+    if min(4 if options.batch is None else options.batch, options.repeats) < 1:
         raise InputError("--batch and --repeats must be at least 1")
     on_gpu = jax.default_backend() == "gpu"
+    rng, further = np.random.default_rng(0), {}
 
-    network = build_network(model, 1, 0)
-    rng = np.random.default_rng(0)
-    images = rng.random((options.batch, options.size, options.size, 1), np.float32)
-    mask = (images[..., 0] > 0.7).astype(np.uint8)
+    if is_planned(model):
+        plan = read_plan(Path(options.plan))
+        configuration = configuration_of(model, plan)
+        network = build_network(model, CLASSES, 0, plan=plan)
+        batch, size = options.batch or configuration.batch_size, configuration.patch_size
+        images = rng.standard_normal((batch, *size, 1), np.float32)
+        mask = rng.integers(0, CLASSES, images.shape[:-1]).astype(np.int8)
+        loss = loss_of(METHODS[options.method].training, configuration.batch_dice)
+        taken = OfTheirs(
+            nnunet_reference_of(configuration, network),
+            lambda logits, mask: their_loss(logits, mask, configuration.batch_dice),
+            lambda parameters: torch.optim.SGD(parameters, RATE, momentum=0.99, weight_decay=3e-5, nesterov=True),
+        )
+        recipe = replace(METHODS[options.method].training, learning_rate=RATE, schedule="constant")
 
+        def renamed(gradients):
+            return nnunet_as_theirs(configuration, gradients)
+
+        large = rng.standard_normal((batch, *read_size(size), 1), np.float32)
+        augmented = large, rng.integers(-1, CLASSES, large.shape[:-1]).astype(np.int8)
+        augment = make_augment(size, CLASSES - 1, zeros_stay=False)
+        again = build_network(model, CLASSES, 0, plan=plan)
+        further = {"jaxla augmented": Ours(again, *augmented, recipe, loss, renamed, augment)}
+    else:
+        require_size(model, "--size", options.size)
+        network, batch, size = build_network(model, 1, 0), options.batch or 4, (options.size,) * 2
+        images = rng.random((batch, *size, 1), np.float32)
+        mask = (images[..., 0] > 0.7).astype(np.uint8)
+        loss, recipe = pixel_loss, Training(learning_rate=RATE)
+        taken = OfTheirs(
+            reference_of(network), binary_cross_entropy, lambda parameters: torch.optim.Adam(parameters, RATE)
+        )
+
+        def renamed(gradients):
+            return as_theirs(network, gradients)
+
+    of_encoder = hasattr(network, "backbone")
     sides = {}
     for form in ("channels first", "channels last", *(["compiled"] if on_gpu else [])):
-        sides[f"torch {form}"] = Theirs(network, images, mask, form, "cuda" if on_gpu else "cpu")
-    sides = {"jaxla": Ours(network, images, mask)} | sides  # it gives the network's arrays away
+        sides[f"torch {form}"] = Theirs(taken, of_encoder, images, mask, form, "cuda" if on_gpu else "cpu")
+    # it gives the network's arrays away
+    sides = {"jaxla": Ours(network, images, mask, recipe, loss, renamed)} | sides | further
     reference = sides["torch channels first"].gradients()
     difference, difference_of_torch = (
         relative_l2(sides[name].gradients(), reference) for name in ("jaxla", "torch channels last")
@@ -96,15 +145,18 @@ def main(arguments):
     result = {
         **about("jax", "flax", "torch"),
         "method": options.method,
-        "size": options.size,
-        "batch": options.batch,
+        "size": size,
+        "batch": batch,
         "dtype": "bfloat16" if on_gpu else "float32",
         "repeats": options.repeats,
         "gradient_relative_l2": difference,
         "gradient_relative_l2_of_torch": difference_of_torch,
         **found,
         "fastest_torch_over_jaxla": min(found["torch_over_jaxla"].values()),
-        "slices_per_second": {name: options.batch / median for name, median in found["median_seconds"].items()},
+        "slices_per_second": {
+            name: batch * (size[0] if len(size) == 3 else 1) / median
+            for name, median in found["median_seconds"].items()
+        },
         "grown_bytes": {name: max(values[1:]) if all(values[1:]) else None for name, values in grown.items()},
         "jaxla_program_bytes": sides["jaxla"].bytes,
     }
@@ -120,11 +172,11 @@ def relative_l2(gradients, reference):
 class Ours:
     """A step that can be taken again and again; gives the loss."""
 
-    def __init__(self, network, images, mask):
-        self.network = network
+    def __init__(self, network, images, mask, recipe, loss, renamed, augment=None):
+        self.renamed = renamed
         parts = split_network(network, train_backbone=True)
-        optimiser = make_optimiser(Training(learning_rate=RATE), 1000, pretrained_backbone=False)
-        self.gradient = make_gradient(parts.training)
+        optimiser = make_optimiser(recipe, 1000, pretrained_backbone=False)
+        self.gradient = make_gradient(parts.training, augment, loss)
         self.state = initial_state(parts, optimiser)
         self.batch = {"input": images, "mask": mask, "weight": np.ones(len(images), np.float32)}
         self.key = jax.random.key(0)
@@ -133,37 +185,53 @@ class Ours:
 
     def gradients(self):
         _, gradients, _ = jax.jit(self.gradient)(self.state.trainable, self.state.frozen, self.batch, self.key)
-        return as_theirs(self.network, gradients)
+        return self.renamed(gradients)
 
     def __call__(self):
         return float(take_step(self.step, self.state, self.batch, self.key))
 
 
+class OfTheirs(NamedTuple):
+    """What PyTorch's side is made of."""
+
+    module: torch.nn.Module
+    loss: Callable  # (logits, mask) -> value
+    optimiser: Callable  # of parameters
+
+
+def binary_cross_entropy(logits, mask):
+    return torch.nn.functional.binary_cross_entropy_with_logits(logits[:, 0].float(), mask.float())
+
+
 class Theirs:
     """The same of PyTorch's module."""
 
-    def __init__(self, network, images, mask, form, device):
+    def __init__(self, taken, of_encoder, images, mask, form, device):
         torch.set_num_threads(os.cpu_count())
         self.device = device
-        layout = torch.contiguous_format if form == "channels first" else torch.channels_last
-        module = reference_of(network).to(device, memory_format=layout).train()
-        if hasattr(network, "backbone"):  # an ImageNet encoder's three channels
+        last = torch.channels_last if images.ndim == 4 else torch.channels_last_3d
+        layout = torch.contiguous_format if form == "channels first" else last
+        module = copy.deepcopy(taken.module).to(device, memory_format=layout).train()
+        if of_encoder:  # ImageNet's three channels
             images = (images - np.float32(IMAGENET_MEAN)) / np.float32(IMAGENET_DEVIATION)
-        images = torch.from_numpy(images.transpose(0, 3, 1, 2).copy())
+        images = torch.from_numpy(np.moveaxis(images, -1, 1).copy())
         self.images = images.to(device).contiguous(memory_format=layout)
-        self.mask = torch.from_numpy(mask[:, None].astype(np.float32)).to(device)
-        self.module = module
+        self.mask = torch.from_numpy(mask).to(device)
+        self.module, self.loss_of = module, taken.loss
         self.run = torch.compile(module) if form == "compiled" else module
-        self.optimiser = torch.optim.Adam(module.parameters(), RATE)
+        self.optimiser = taken.optimiser(module.parameters())
 
     def loss(self):
         with torch.autocast("cuda", torch.bfloat16, enabled=self.device == "cuda"):
             logits = self.run(self.images)
-        return torch.nn.functional.binary_cross_entropy_with_logits(logits.float(), self.mask)
+        return self.loss_of(logits, self.mask)
 
     def gradients(self):
         self.loss().backward()
-        found = {name: value.grad.float().cpu().numpy() for name, value in self.module.named_parameters()}
+        found = {  # the coarsest logits of nnU-Net do not count
+            name: np.zeros(value.shape) if value.grad is None else value.grad.float().cpu().numpy()
+            for name, value in self.module.named_parameters()
+        }
         self.optimiser.zero_grad()
         return found
 

@@ -18,6 +18,7 @@ from typing import NamedTuple
 import numpy as np
 
 from jaxla.config import InputError
+from jaxla.data.arrays import open_array
 from jaxla.data.axes import planned_order, to_planned
 from jaxla.data.fingerprint import Box, nonzero_box, nonzero_mask
 from jaxla.data.prepared import PreparedVolume
@@ -114,15 +115,15 @@ class PlannedVolume:
 
     @property
     def image(self) -> np.ndarray:
-        return np.load(self.folder / "image.npy", mmap_mode="r", allow_pickle=False)
+        return open_array(self.folder / "image.npy")
 
     @property
     def mask(self) -> np.ndarray:
-        return np.load(self.folder / "mask.npy", mmap_mode="r", allow_pickle=False)
+        return open_array(self.folder / "mask.npy")
 
     def place(self, of_class: int, number: int) -> tuple[int, ...]:
         """One of the places of a class, 1 the first."""
-        places = np.load(self.folder / "places.npy", mmap_mode="r", allow_pickle=False)
+        places = open_array(self.folder / "places.npy")
         place = places[sum(self.class_places[: of_class - 1]) + number]
         return tuple(int(i) for i in np.unravel_index(place, self.shape))
 

@@ -17,6 +17,7 @@ from pathlib import Path
 import numpy as np
 
 from jaxla.config import InputError
+from jaxla.data.arrays import open_array
 from jaxla.data.cases import Case, Dataset
 from jaxla.data.inputs import Frame, image_to_input, intensity_range
 from jaxla.data.labels import Labels, require_one_value
@@ -72,11 +73,11 @@ class PreparedVolume:
 
     @property
     def image(self) -> np.ndarray:
-        return np.load(self.folder / "image.npy", mmap_mode="r", allow_pickle=False)
+        return open_array(self.folder / "image.npy")
 
     @property
     def mask(self) -> np.ndarray:
-        return np.load(self.folder / "mask.npy", mmap_mode="r", allow_pickle=False)
+        return open_array(self.folder / "mask.npy")
 
     def input(self, index: int, frame: Frame) -> np.ndarray:
         """A slice as the network reads it: [size, size, 1] float32 in 0..1."""

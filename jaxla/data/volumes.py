@@ -246,8 +246,8 @@ def _check_header(path: Path, image: nib.Nifti1Image) -> None:
     axes = affine[:3, :3] / sizes
     if (skew := np.abs(axes.T @ axes - np.eye(3)).max()) > MOST_SKEW:
         raise InputError(
-            f"{path}: the affine is sheared: two of its axes are {np.degrees(np.arcsin(skew)):.1f}° off a right angle, and "
-            "distances along them would be wrong; resample the scan onto a grid of right angles"
+            f"{path}: the affine is sheared: two of its axes are {np.degrees(np.arcsin(skew)):.1f}° off a right angle, "
+            "and distances along them would be wrong; resample the scan onto a grid of right angles"
         )
 
 

@@ -27,6 +27,7 @@ import jax
 import numpy as np
 from flax import nnx
 
+from jaxla.data.arrays import open_array
 from jaxla.data.inputs import Canvas
 from jaxla.data.prepared import VERSION as PREPARED_VERSION
 from jaxla.data.prepared import PreparedVolume
@@ -55,7 +56,7 @@ class CachedFeatures:
         return self.shape[0]
 
     def __getitem__(self, index: int) -> np.ndarray:
-        stored = np.load(self.path, mmap_mode="r", allow_pickle=False)
+        stored = open_array(self.path)
         return np.array(stored[index]).view(self.dtype)  # NumPy's files know no bfloat16: its bits are stored
 
 

@@ -88,7 +88,9 @@ def test_gradients_of_the_loss_equal_the_reference(name, outputs):
 
         value, gradients = jax.jit(jax.value_and_grad(loss))(parameters)
         theirs = their_loss(
-            reference(torch.from_numpy(np.moveaxis(images, -1, 1).copy())), mask, configuration.batch_dice
+            reference(torch.from_numpy(np.moveaxis(images, -1, 1).copy())),
+            torch.from_numpy(mask),
+            configuration.batch_dice,
         )
         theirs.backward()
         assert abs(float(value) - theirs.item()) <= 1e-12  # measured: 5.6e-16
@@ -109,10 +111,10 @@ def their_loss(logits, mask, batch_dice):
     """nnU-Net's, written from its paper and code: softmax, soft Dice of the structures, targets by nearest voxels."""
     total, shares = 0.0, [0.5**level for level in range(len(logits) - 1)]
     for of_level, share in zip(logits, shares, strict=False):
-        target = torch.from_numpy(mask)[:, None].double()
+        target = mask[:, None].to(of_level.dtype)
         target = torch.nn.functional.interpolate(target, of_level.shape[2:], mode="nearest-exact")[:, 0].long()
         probabilities = of_level.softmax(1)[:, 1:]
-        one_hot = torch.nn.functional.one_hot(target, of_level.shape[1]).movedim(-1, 1)[:, 1:].double()
+        one_hot = torch.nn.functional.one_hot(target, of_level.shape[1]).movedim(-1, 1)[:, 1:].to(of_level.dtype)
         axes = tuple(range(2, of_level.ndim))
         both, predicted, referenced = (x.sum(axes) for x in (probabilities * one_hot, probabilities, one_hot))
         if batch_dice:
