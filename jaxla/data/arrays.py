@@ -13,8 +13,8 @@ _HEADER = re.compile(rb"'descr': '([^']+)', 'fortran_order': False, 'shape': \((
 def open_array(path: Path) -> np.ndarray:
     """An array that `np.save` wrote, in C order, memory-mapped and read-only.
 
-    NumPy's own reader hands a file's header to Python's parser, which ended a run on Python 3.11 in a SystemError: rarely,
-    where several threads parse at once, it loses count of its depth (python/cpython issue 106905).
+    NumPy's own reader hands a file's header to Python's parser, which ended a run on Python 3.11 in a SystemError: of
+    several threads that parse at once one rarely loses count of its depth (python/cpython issue 106905).
 
     Raises:
         OSError: the file cannot be read.
