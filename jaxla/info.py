@@ -6,11 +6,14 @@ import json
 import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from jaxla.config import InputError
 from jaxla.shell.command_line import command_parser, parse_arguments
 from jaxla.shell.process import run_command
+
+if TYPE_CHECKING:
+    from jaxla.runs.record import Record
 
 # Nothing here imports JAX: an answer in under a second is what this command is for.
 
@@ -34,11 +37,14 @@ def main(arguments: list[str]) -> None:
 
 def _describe_run(folder: Path) -> dict[str, str]:
     from jaxla.runs.folder import (
+        ALL_FOLDS,
         METRICS,
+        PLAN,
         RUNS,
         SPLIT,
         STUDY,
         SUMMARY,
+        fold_folders,
         is_finished,
         is_running,
         read_metrics,
@@ -57,6 +63,9 @@ def _describe_run(folder: Path) -> dict[str, str]:
     summary = _read(folder / SUMMARY)
     split = _read(folder / SPLIT) or {}
     epochs = f"{len(history)} of at most {experiment.training.epochs} epochs"
+    if experiment.fold == ALL_FOLDS:
+        folds = fold_folders(folder)
+        epochs = f"{sum(map(is_finished, folds))} of {len(folds)} folds"
     if is_finished(folder):
         facts["state"] = f"finished after {epochs}"
     elif is_running(folder):
@@ -68,9 +77,13 @@ def _describe_run(folder: Path) -> dict[str, str]:
         facts["go on with"] = resume_command(record.command, folder)
     if history:
         best = max(history, key=lambda metrics: metrics["val_dice"])
+        if experiment.training.checkpoint == "last":
+            best = history[-1]
         if summary:  # the epoch that was tested, should the best one's checkpoint have been lost
             best = history[summary["best_epoch"] - 1]
-        facts["validation"] = f"best Dice {best['val_dice']:.3f} (mean per volume) in epoch {best['epoch']}"
+        counted = "over all patches together" if (folder / PLAN).exists() else "mean per volume"
+        kept = experiment.training.checkpoint
+        facts["validation"] = f"{kept} Dice {best['val_dice']:.3f} ({counted}) in epoch {best['epoch']}"
     if summary:
         facts["test"] = "; ".join(
             f"{name} {summary[key]['mean']:.3f}" for name, key in (("Dice", "dice"), ("IoU", "iou"))
@@ -85,8 +98,7 @@ def _describe_run(folder: Path) -> dict[str, str]:
         "backbone": f"{model.arch}, {model.backbone}, "
         + ("random weights" if weights == "random" else f"{weights} (data sha256 {record.weights_sha256[:12]}…)"),
         **({"decoder": model.decoder} if model.network == "transformer_segmenter" else {}),
-        "input": f"{record.canvas.size} × {record.canvas.size} pixels"
-        + (f", of {record.extent:.0f} × {record.extent:.0f} mm" if record.extent else ""),
+        "input": _input(folder, record),
         "seed": str(experiment.seed),
         "device": describe_device(environment),
         "versions": ", ".join(f"{name} {environment['versions'][name]}" for name in ("jaxla", "jax", "flax")),
@@ -94,6 +106,19 @@ def _describe_run(folder: Path) -> dict[str, str]:
         **({"resumed": ", ".join(session["begun"] for session in record.resumed)} if record.resumed else {}),
     }
     return facts
+
+
+def _input(folder: Path, record: Record) -> str:
+    """What the network sees at once."""
+    from jaxla.planning.plan import read_plan
+    from jaxla.runs.folder import PLAN
+
+    if (folder / PLAN).exists():
+        planned = read_plan(folder / PLAN).configurations[record.experiment.model.arch.removeprefix("nnunet_")]
+        patch, spacing = (" × ".join(f"{n:g}" for n in numbers) for numbers in (planned.patch_size, planned.spacing))
+        return f"patches of {patch} voxels of {spacing} mm"
+    extent = f", of {record.extent:.0f} × {record.extent:.0f} mm" if record.extent else ""
+    return f"{record.canvas.size} × {record.canvas.size} pixels{extent}"
 
 
 def _read(path: Path, read: Callable[[Path], Any] = lambda path: json.loads(path.read_text())) -> Any:

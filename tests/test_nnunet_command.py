@@ -173,6 +173,8 @@ def test_five_folds_are_trained_and_tested_together(phantoms, plan, tmp_path):
 
     trained = load_run(folder)
     assert len(trained.networks) == 5
+    assert "finished after 5 of 5 folds" in in_this_process(tmp_path, "jaxla.info", folder).stdout
+    assert "last Dice 0." in in_this_process(tmp_path, "jaxla.info", folder / "fold_2").stdout
     with pytest.raises(jaxla.InputError, match="give the folder of one, as fold_0"):
         jaxla.load_network(folder)
     scan = next(phantoms.rglob("train_2/enhanced.nii.gz"))
