@@ -115,6 +115,7 @@ def _readings(checkpoint: Checkpoint) -> Iterator[Reading]:
 
 
 def _as_authors_have_it(checkpoint: Checkpoint, arch: str, rows: Sequence[Row]) -> Reading:
+    """A checkpoint taken for an architecture in its authors' layout."""
     expected = {row.theirs: Expected(row.shape, row.dtypes, row.optional) for row in rows}
     return Reading(arch, AUTHORS, checkpoint.tensors, expected)
 

@@ -53,11 +53,13 @@ def heads_of(tensors: Mapping[str, Tensor], path: Path) -> int:
     """How many channels the logits have.
 
     Raises:
-        InputError: the checkpoint holds no such layer.
+        InputError: the checkpoint holds no such layer, or it was trained on regions.
     """
     if LAST_LOGITS not in tensors or not tensors[LAST_LOGITS].shape:
         raise InputError(f"{path}: not nnunet: it has no {LAST_LOGITS}; give nnU-Net's checkpoint_final.pth")
-    return tensors[LAST_LOGITS].shape[0]
+    if (heads := tensors[LAST_LOGITS].shape[0]) < 2:
+        raise InputError(f"{path}: has one output, of regions; this package reads networks of labels, with background")
+    return heads
 
 
 def require_equal_copies(rows: Sequence[Row], tensors: Mapping[str, Tensor], path: Path) -> None:

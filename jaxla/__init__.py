@@ -93,7 +93,8 @@ def load_network(path: str | Path) -> nnx.Module:
     """A trained network, in evaluation mode: images [B, H, W, C] -> logits [B, H, W, K], or with D.
 
     Args:
-        path: a finished run's folder, or a file that `convert_weights --arch=nnunet` wrote.
+        path: a finished run's folder, or a file that `convert_weights --arch=nnunet` wrote: it gives nnU-Net's own
+            logits, K = 2 for one structure, background first.
 
     Raises:
         InputError: not a run folder, no checkpoint in it, or its frozen backbone's file is gone or has changed; or a

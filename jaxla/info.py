@@ -110,11 +110,11 @@ def _describe_run(folder: Path) -> dict[str, str]:
 
 def _input(folder: Path, record: Record) -> str:
     """What the network sees at once."""
-    from jaxla.planning.plan import read_plan
+    from jaxla.planning.plan import OF_ARCHITECTURE, read_plan
     from jaxla.runs.folder import PLAN
 
     if (folder / PLAN).exists():
-        planned = read_plan(folder / PLAN).configurations[record.experiment.model.arch.removeprefix("nnunet_")]
+        planned = read_plan(folder / PLAN).configuration(OF_ARCHITECTURE[record.experiment.model.arch])
         patch, spacing = (" × ".join(f"{n:g}" for n in numbers) for numbers in (planned.patch_size, planned.spacing))
         return f"patches of {patch} voxels of {spacing} mm"
     extent = f", of {record.extent:.0f} × {record.extent:.0f} mm" if record.extent else ""

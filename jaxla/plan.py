@@ -7,6 +7,7 @@ from pathlib import Path
 
 from jaxla.config import Data, InputError, default_cache_dir
 from jaxla.planning.plan import Plan, read_fingerprint, write_plan
+from jaxla.planning.plan import describe as describe_configuration
 from jaxla.planning.planner import MEMORY_GB, make_plan
 from jaxla.shell.command_line import command_parser, parse_arguments, require_writable
 from jaxla.shell.files import refusal_named
@@ -64,17 +65,16 @@ def _plan_scans(data: Data, cache_dir: str | None, memory_gb: float) -> Plan:
     from jaxla.data.cache import in_use
     from jaxla.data.cases import find_cases
     from jaxla.data.fingerprint import fingerprint
-    from jaxla.data.phantoms import cached_phantoms
     from jaxla.data.prepared import prepare_cases
+    from jaxla.pipeline.data import data_folder
+    from jaxla.pipeline.planning import warn_of_channel
     from jaxla.shell.terminal import track
 
     cache = Path(cache_dir) if cache_dir else default_cache_dir()
     require_writable("--cache-dir", cache)
     with in_use(cache):
-        phantom = data.root == "phantom"
-        dataset = find_cases(
-            cached_phantoms(cache, data.phantom_size, data.phantom_cases) if phantom else data.root, data.labels
-        )
+        dataset = find_cases(data_folder(data, cache), data.labels)
+        warn_of_channel(dataset.root)
         volumes = prepare_cases(dataset, cache, lambda cases: track(cases, "reading"))
         found = fingerprint(volumes, lambda volumes: track(volumes, "planning"))
     return make_plan(found, 1 + len(dataset.labels.names), memory_gb)
@@ -83,16 +83,10 @@ def _plan_scans(data: Data, cache_dir: str | None, memory_gb: float) -> Plan:
 def describe(plan: Plan) -> str:
     """A plan in a few lines."""
 
-    def by(numbers: tuple) -> str:
-        return "×".join(f"{number:g}" for number in numbers)
-
+    shape, spacing = ("×".join(f"{n:g}" for n in numbers) for numbers in (plan.median_shape, plan.median_spacing))
     cases = len(plan.fingerprint.spacings) if plan.fingerprint else 0
-    lines = [f"{cases} cases, median {by(plan.median_shape)} voxels of {by(plan.median_spacing)} mm"]
-    for name, c in plan.configurations.items():
-        lines.append(
-            f"{name:<12} patches of {by(c.patch_size)} at {by(c.spacing)} mm, {c.batch_size} in a batch; {c.n_stages} "
-            f"stages, {by(c.features_per_stage[:1])} to {c.features_per_stage[-1]} features"
-        )
+    lines = [f"{cases} cases, median {shape} voxels of {spacing} mm"]
+    lines += [f"{name:<12} {describe_configuration(c)}" for name, c in plan.configurations.items()]
     return "\n".join(lines)
 
 

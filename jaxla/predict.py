@@ -81,9 +81,10 @@ def predict(options: Namespace) -> None:
     with use_devices(options.devices), use_own_devices():
         trained = load_run(options.run)
         if not is_finished(Path(options.run)):
+            kept = record.experiment.training.checkpoint
             tell(
                 f"{options.run}: this run of at most {record.experiment.training.epochs} epochs is not finished; its "
-                f"best epoch so far, {trained.epoch}, segments"
+                f"{kept} epoch so far, {trained.epoch}, segments"
             )
         segment, names = make_segment(trained), record.labels.names
         for number, (scan, mask) in share(list(enumerate(outputs.items(), start=1))):

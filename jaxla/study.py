@@ -16,7 +16,7 @@ from jaxla.shell.process import Stopped, run_command
 OWN = {
     "exp": "--experiments", "method": "--methods", "seed": "--seeds", "data.subset_seed": "--seeds",
     "data.train_patients": "--experiments", "data.train_percent": "--experiments", "run-dir": "", "resume": "",
-    "coordinator": "", "processes": "", "process": "", "wait": "",
+    "fold": "", "coordinator": "", "processes": "", "process": "", "wait": "",
 }  # fmt: skip
 PARTS_OF_A_METHOD = ("model", "preprocessing", "augmentation", "training", "postprocessing")
 DESCRIPTION = """

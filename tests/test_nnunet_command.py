@@ -194,6 +194,7 @@ def test_five_folds_are_trained_and_tested_together(phantoms, plan, tmp_path):
         ("--augmentation.flips=true", "option --augmentation.flips is not one of method nnunet_3d_short"),
         ("--training.steps=0", "option --training.steps must be at least 1, got 0"),
         ("--model.memory_gb=0", "option --model.memory_gb must be a positive number"),
+        ("--model.memory_gb=4", "options --model.plan and --model.memory_gb: "),
         ("--model.widths=[8,16]", "option --model.widths is not one of method nnunet_3d_short"),
         ("--model.plan=nothing.json", "nothing.json: cannot be read"),
         ("--fold=5", "option --fold expects one of"),

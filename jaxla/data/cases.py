@@ -256,6 +256,15 @@ def _decathlon_labels(root: Path) -> Labels:
     return labels_of(dict(named), str(where))
 
 
+def channel_name(root: Path) -> str:
+    """What a `dataset.json` calls the scans' one channel; empty where it does not say."""
+    try:
+        content = json.loads((root / "dataset.json").read_text())
+        return str(next(iter(content.get("channel_names", content.get("modality", {})).values()), ""))
+    except (OSError, ValueError, AttributeError):
+        return ""
+
+
 # --- flat pairs ------------------------------------------------------------------------------------------------------
 
 

@@ -13,6 +13,7 @@ import shutil
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import EllipsisType
 from typing import NamedTuple
 
 import numpy as np
@@ -20,7 +21,7 @@ import numpy as np
 from jaxla.config import InputError
 from jaxla.data.arrays import open_array
 from jaxla.data.axes import planned_order, to_planned
-from jaxla.data.fingerprint import Box, nonzero_box, nonzero_mask
+from jaxla.data.fingerprint import Box, fingerprint, nonzero_box, nonzero_mask
 from jaxla.data.prepared import PreparedVolume
 from jaxla.data.resampling import resample_image, resample_mask, separate_axis
 from jaxla.planning.plan import Configuration, Plan
@@ -64,23 +65,41 @@ class PlannedImage(NamedTuple):
 
 
 def plan_image(
-    slices: np.ndarray, slice_axis: str, spacing: Sequence[float], plan: Plan, configuration: Configuration
+    slices: np.ndarray,
+    slice_axis: str,
+    spacing: Sequence[float],
+    plan: Plan,
+    configuration: Configuration,
+    mask: np.ndarray | None = None,
 ) -> PlannedImage:
     """A scan's slices [S, H, W] in its own grey values, as the plan wants them.
 
     Args:
         slice_axis: anatomical name of S.
         spacing: mm along slices, rows and columns.
+        mask: class indices [S, H, W], where there are any: what has a class counts as not zero.
     """
     order = planned_order(slice_axis, plan.transpose_forward)
     whole = to_planned(slices, order)
     mm = tuple(spacing[axis] for axis in order)
     target = target_spacing(mm, configuration)
     box = nonzero_box(whole)
-    image = _normalised(whole[box].astype(np.float32), plan.use_mask_for_norm)
+    inside = ...
+    if plan.use_mask_for_norm:
+        inside = nonzero_mask(whole[box])
+        if mask is not None:
+            inside |= to_planned(mask, order)[box] > 0
+    image = _normalised(whole[box].astype(np.float32), inside)
     shape = resampled_shape(image.shape, mm, target)
     image = resample_image(image, shape, separate_axis(mm, target))
     return PlannedImage(np.ascontiguousarray(image), box, whole.shape, mm, target, order)
+
+
+def planned_shape(volume: PreparedVolume, plan: Plan, configuration: Configuration) -> tuple[int, ...]:
+    """The shape of a scan at the plan's spacing, in its axes, with the zeros around it."""
+    order = planned_order(volume.slice_axis, plan.transpose_forward)
+    mm = [volume.spacing[axis] for axis in order]
+    return resampled_shape([volume.shape[axis] for axis in order], mm, target_spacing(mm, configuration))
 
 
 def target_spacing(spacing: Sequence[float], configuration: Configuration) -> tuple[float, ...]:
@@ -89,9 +108,8 @@ def target_spacing(spacing: Sequence[float], configuration: Configuration) -> tu
     return (*along_slices, *configuration.spacing)
 
 
-def _normalised(image: np.ndarray, within_mask: bool) -> np.ndarray:
-    """Mean 0 and standard deviation 1, changed in place; of what is not zero alone, where that is asked for."""
-    inside = nonzero_mask(image) if within_mask else ...
+def _normalised(image: np.ndarray, inside: np.ndarray | EllipsisType) -> np.ndarray:
+    """Mean 0 and standard deviation 1 of what is inside, changed in place."""
     part = image[inside]
     image[inside] = (part - part.mean()) / max(part.std(), LEAST_DEVIATION)
     return image
@@ -159,7 +177,7 @@ def _prepare(volume: PreparedVolume, plan: Plan, configuration: Configuration, s
 
 
 def _write(folder: Path, volume: PreparedVolume, plan: Plan, configuration: Configuration) -> None:
-    planned = plan_image(volume.image, volume.slice_axis, volume.spacing, plan, configuration)
+    planned = plan_image(volume.image, volume.slice_axis, volume.spacing, plan, configuration, volume.mask)
     mask = to_planned(volume.mask, planned.order)[planned.box].astype(np.int8)
     nonzero = nonzero_mask(to_planned(volume.image, planned.order)[planned.box])
     mask[(mask == 0) & ~nonzero] = OUTSIDE
@@ -195,12 +213,10 @@ def require_fitting(plan: Plan, configuration: Configuration, volumes: Sequence[
     Args:
         where: what to call the plan in the message.
     """
-    shapes = []
-    for volume in volumes:
-        order = planned_order(volume.slice_axis, plan.transpose_forward)
-        mm = [volume.spacing[axis] for axis in order]
-        shapes.append(resampled_shape([volume.shape[axis] for axis in order], mm, target_spacing(mm, configuration)))
-    axes = len(configuration.spacing)
+    found, axes, shapes = fingerprint(volumes), len(configuration.spacing), []
+    for spacing, shape in zip(found.spacings, found.shapes_after_crop, strict=True):
+        mm, size = ([of_axis[axis] for axis in plan.transpose_forward] for of_axis in (spacing, shape))
+        shapes.append(resampled_shape(size, mm, target_spacing(mm, configuration)))
     found, planned = np.median(shapes, 0)[-axes:], np.array(configuration.median_image_size_in_voxels)
     if (np.maximum(found / planned, planned / found) > 2).any():
         here, there = ("×".join(f"{side:g}" for side in sides) for sides in (found, planned))

@@ -34,7 +34,7 @@ from jaxla.shell.files import file_sha256, refusal_named, replacing_folder
 
 log = logging.getLogger(__name__)
 
-VERSION = 3  # of what stands in a prepared folder; another number makes other folders
+VERSION = 4  # of what stands in a prepared folder; another number makes other folders
 
 
 @dataclass(frozen=True)

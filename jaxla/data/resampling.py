@@ -44,10 +44,14 @@ def resample_mask(mask: np.ndarray, shape: Sequence[int], separate: int | None) 
 
     def resize(part: np.ndarray, size: Sequence[int]) -> np.ndarray:
         values = np.unique(part)
-        shares = np.stack([_resize(part == value, size, MASK_ORDER) for value in values])
         nearest = np.searchsorted(values, _resize(part, size, order=0))
-        of_nearest = np.take_along_axis(shares, nearest[None], 0)[0]
-        return values[np.where(of_nearest == shares.max(0), nearest, shares.argmax(0))]
+        largest, of_nearest, winner = np.full(size, -1.0), np.zeros(size), np.zeros(size, int)
+        for i, value in enumerate(values):  # one at a time: of many classes all shares would fill the memory
+            share = _resize(part == value, size, MASK_ORDER)
+            of_nearest[nearest == i] = share[nearest == i]
+            winner[share > largest] = i
+            largest = np.maximum(largest, share)
+        return values[np.where(of_nearest == largest, nearest, winner)]
 
     return _resample(mask, shape, separate, resize)
 

@@ -99,9 +99,13 @@ def make_segment_slices(networks: Sequence[nnx.Module], batch_size: int) -> Call
     states = [to_devices(nnx.split(network)[1]) for network in networks]
 
     @jax.jit
-    def probabilities_of(states: Sequence[nnx.State], inputs: jax.Array) -> jax.Array:
-        logits = sum(nnx.merge(graph, state)(inputs) for state in states) / len(states)
-        return jax.nn.sigmoid(logits) if logits.shape[-1] == 1 else jax.nn.softmax(logits)
+    def logits_of(state: nnx.State, inputs: jax.Array) -> jax.Array:
+        return nnx.merge(graph, state)(inputs)
+
+    @jax.jit
+    def probabilities_of(logits: Sequence[jax.Array]) -> jax.Array:
+        mean = sum(logits) / len(logits)
+        return jax.nn.sigmoid(mean) if mean.shape[-1] == 1 else jax.nn.softmax(mean)
 
     def segment_slices(
         inputs: Iterable[Any], frame: Frame, shape: tuple[int, int, int], probabilities: bool = False
@@ -112,7 +116,8 @@ def make_segment_slices(networks: Sequence[nnx.Module], batch_size: int) -> Call
         for start in range(0, shape[0], batch_size):
             chosen = list(islice(inputs, batch_size))
             batch = jax.tree.map(lambda *slices: _filled_up(slices, len(own_rows(batch_size))), *chosen)
-            outputs = np.asarray(probabilities_of(states, spread(batch)))
+            divided = spread(batch)
+            outputs = np.asarray(probabilities_of([logits_of(state, divided) for state in states]))
             for i in range(len(chosen)):
                 of_slice = input_to_slice(outputs[i], frame, shape[1:])
                 classes[start + i] = of_slice[..., 0] > 0.5 if of_slice.shape[-1] == 1 else of_slice.argmax(-1)

@@ -17,13 +17,11 @@ import numpy as np
 from flax import nnx
 from scipy import ndimage
 
-from jaxla.data.axes import planned_order
-from jaxla.data.planned import PlannedImage, target_spacing
+from jaxla.data.planned import PlannedImage, planned_shape
 from jaxla.data.prepared import PreparedVolume
 from jaxla.data.resampling import linear_places, nearest_places
 from jaxla.devices.mesh import device_count, spread, to_devices
 from jaxla.planning.plan import Configuration, Plan
-from jaxla.planning.planner import resampled_shape
 
 STEP = 0.5  # of a window, by which the next one is moved at most
 SIGMA = 1 / 8  # of a window's side: how its weight falls from the middle to the border
@@ -91,7 +89,8 @@ def _merged(
                 yield logits[wanted[1], wanted[2]] / weights[wanted[1], wanted[2], None]
         done = before
 
-    starts = product(*(window_starts(n, side) for n, side in zip(padded.shape, size, strict=True)))
+    along = [window_starts(n, side) for n, side in zip(padded.shape, size, strict=True)]
+    starts = product(range(len(padded)), *along[1:]) if of_slices else product(*along)
     while places := list(islice(starts, together)):
         yield from finished(places[0][0])
         parts = [tuple(slice(s, s + side) for s, side in zip(start, size, strict=True)) for start in places]
@@ -119,9 +118,7 @@ def windows_of(volumes: Iterable[PreparedVolume], plan: Plan, configuration: Con
     """How many windows, each way of mirroring counted, it takes to segment these scans."""
     total, size = 0, configuration.patch_size
     for volume in volumes:
-        order = planned_order(volume.slice_axis, plan.transpose_forward)
-        mm = [volume.spacing[axis] for axis in order]
-        shape = resampled_shape([volume.shape[axis] for axis in order], mm, target_spacing(mm, configuration))
+        shape = planned_shape(volume, plan, configuration)
         sides = zip(shape[-len(size) :], size, strict=True)
         windows = math.prod(len(window_starts(max(n, side), side)) for n, side in sides)
         total += windows * (shape[0] if len(size) == 2 else 1)

@@ -88,6 +88,9 @@ def _load_folds(folder: Path, record: Record) -> TrainedNetwork:
     if len(folds) < FOLDS:
         raise InputError(f"{folder}: only {len(folds)} of its {FOLDS} folds have begun; go on with --resume")
     networks = tuple(fold.network for fold in folds)
+    if record.experiment.model.backbone == "frozen":  # one for all
+        for network in networks[1:]:
+            network.backbone = networks[0].backbone
     return TrainedNetwork(networks, record, folds[0].epoch, folds[0].plan, read_largest(folder))
 
 

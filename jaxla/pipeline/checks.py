@@ -60,6 +60,10 @@ def checked(experiment: Experiment) -> Experiment:
         raise InputError(f"option --model.memory_gb must be a positive number, got {model.memory_gb}")
     if model.plan:
         configuration_of(model)
+        if model.memory_gb != own.memory_gb:
+            raise InputError(
+                f"options --model.plan and --model.memory_gb: {model.plan} says how large patches are; leave one out"
+            )
     _require_read(experiment, planned)
     recipe = METHODS[experiment.method].training
     if not _has_backbone_rate(model) and training.backbone_learning_rate != recipe.backbone_learning_rate:

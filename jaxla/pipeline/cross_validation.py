@@ -19,7 +19,7 @@ from jaxla.pipeline.largest import keep_choice, read_tries
 from jaxla.pipeline.planning import keep_plan
 from jaxla.pipeline.session import run_session
 from jaxla.pipeline.testing import run_test
-from jaxla.runs.folder import ALL_FOLDS, fold_folders, is_finished
+from jaxla.runs.folder import ALL_FOLDS, fold_folders, is_finished, resume_command
 from jaxla.runs.record import RECORD
 from jaxla.shell.command_line import Options, without_folder_and_process
 from jaxla.shell.process import Stopped
@@ -33,10 +33,13 @@ def run_experiment(options: Options, command: str) -> None:
     Raises:
         InputError, Stopped: as `run_session`.
     """
-    if options.experiment.fold == ALL_FOLDS and not options.dry_run:
-        run_session(options, command, partial(train_folds, options, command))
-    else:
+    if options.experiment.fold != ALL_FOLDS:
         run_session(options, command)
+    elif options.dry_run:
+        log.info("the first of %d folds, each of which takes as much; then their test together", FOLDS)
+        run_session(options._replace(experiment=replace(options.experiment, fold="0")), command)
+    else:
+        run_session(options, command, partial(train_folds, options, command))
 
 
 def train_folds(
@@ -59,8 +62,9 @@ def train_folds(
             run_dir=folder,
             resume=agreed((folder / RECORD).exists()),
         )
-        words = [*shlex.split(without_folder_and_process(command)), f"--fold={fold}", f"--run-dir={folder}"]
-        _in_fold(fold, partial(run_session, of_fold, shlex.join(words)))
+        of_all = shlex.split(without_folder_and_process(command))
+        words = [*(word for word in of_all if not word.startswith("--fold=")), f"--fold={fold}", f"--run-dir={folder}"]
+        _in_fold(fold, partial(run_session, of_fold, shlex.join(words), go_on=resume_command(command, run_dir)))
     if experiment.postprocessing.largest == "if_better" and is_first():
         tries = {name: of_case for folder in fold_folders(run_dir) for name, of_case in read_tries(folder).items()}
         keep_choice(tries, data.dataset.labels.names, run_dir)
@@ -74,7 +78,7 @@ def _in_fold(fold: int, run: Callable[[], None]) -> None:
     handlers = list(package.handlers)
     try:
         run()
-    except Stopped as stop:  # its own command to go on with is of this fold alone
-        raise Stopped(f"in fold {fold + 1} of {FOLDS}, {stop.__cause__ or stop}") from stop
+    except Stopped as stop:  # without the command to go on with, which the outer one says
+        raise Stopped(f"in fold {fold + 1} of {FOLDS}, {str(stop.__cause__) or 'before its end'}") from stop
     finally:
         package.handlers[:] = handlers  # what comes after is not of this fold's log

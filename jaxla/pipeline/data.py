@@ -30,6 +30,7 @@ class PreparedData:
     volumes: Mapping[str, PreparedVolume]  # by case id
     split: Split
     plan: Plan | None = None  # where the network is planned from the data
+    fold: str = ""  # of cross-validation
 
     def of(self, ids: Iterable[str]) -> list[PreparedVolume]:
         return [self.volumes[name] for name in ids]
@@ -43,8 +44,10 @@ class PreparedData:
         """The square that slices are laid on before it is resized to the network's input."""
         if preprocessing.pad_to == "square":
             return Canvas(preprocessing.image_size)
-        training = self.of(self.split.train)
-        return Canvas(preprocessing.image_size, smallest_extent((v.shape[1:], v.spacing[1:]) for v in training))
+        # of folds, whose networks are tested together, all must have one square
+        ids = self.split.train + self.split.val if self.fold else self.split.train
+        largest = smallest_extent((v.shape[1:], v.spacing[1:]) for v in self.of(ids))
+        return Canvas(preprocessing.image_size, largest)
 
     @property
     def cases(self) -> dict[str, str]:
@@ -70,7 +73,7 @@ def prepare_data(experiment: Experiment, cache_dir: Path) -> PreparedData:
     dataset = find_cases(root, protocol.labels)
     split = make_split([case.id for case in dataset.cases], protocol, experiment.fold)
     prepared = prepare_cases(dataset, cache_dir, lambda cases: track(cases, "reading"), share(dataset.cases))
-    data = PreparedData(dataset, {volume.id: volume for volume in prepared}, split)
+    data = PreparedData(dataset, {volume.id: volume for volume in prepared}, split, fold=experiment.fold)
     require_classes(data, protocol)
     training = data.of(split.train)
     if split.unused:

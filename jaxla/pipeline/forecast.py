@@ -28,6 +28,7 @@ from jaxla.pipeline.data import PreparedData
 from jaxla.pipeline.planning import plan_run
 from jaxla.pipeline.run import why_not_cached
 from jaxla.pipeline.sources import patch_sources, slice_sources
+from jaxla.planning.plan import Plan
 from jaxla.runs.record import describe_backbone, method_label
 from jaxla.shell.files import free_bytes
 from jaxla.shell.terminal import as_bytes, clock
@@ -108,7 +109,7 @@ class Forecast:
 def forecast(
     experiment: Experiment, data: PreparedData, cache_dir: Path, seen: Sequence[PreparedVolume] | None = None
 ) -> Forecast:
-    """Measure a few steps of the run on its own data; nothing is trained, and no file written.
+    """Measure a few steps of the run on its own data; nothing is trained, and no file written but in the cache.
 
     Args:
         seen: whose features will be needed; by default the run's own.
@@ -116,15 +117,17 @@ def forecast(
     Raises:
         InputError: a step needs more memory than there is.
     """
-    with exhaustion_named(experiment.training.batch_size):
-        return _forecast(experiment, data, cache_dir, data.used if seen is None else seen)
+    plan, batch_size = plan_run(experiment, data), experiment.training.batch_size
+    with exhaustion_named(batch_size or configuration_of(experiment.model, plan).batch_size):
+        return _forecast(experiment, data, plan, cache_dir, data.used if seen is None else seen)
 
 
-def _forecast(experiment: Experiment, data: PreparedData, cache_dir: Path, seen: Sequence[PreparedVolume]) -> Forecast:
+def _forecast(
+    experiment: Experiment, data: PreparedData, plan: Plan | None, cache_dir: Path, seen: Sequence[PreparedVolume]
+) -> Forecast:
     began = time.perf_counter()
     recipe, model, canvas = experiment.training, experiment.model, data.canvas(experiment.preprocessing)
     size = canvas.size
-    plan = plan_run(experiment, data)
     parts = {name: data.of(getattr(data.split, name)) for name in ("train", "val", "test")}
     slices = {name: sum(v.shape[0] for v in volumes) for name, volumes in parts.items()}
 

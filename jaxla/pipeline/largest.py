@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 
 from jaxla.data.volumes import read_image, slice_geometry, to_slices
-from jaxla.devices.processes import gather, is_first, share, wait_for_all
+from jaxla.devices.processes import agreed, gather, is_first, share, wait_for_all
 from jaxla.inference.postprocessing import keep_largest
 from jaxla.inference.segment import make_segment
 from jaxla.inference.trained import TrainedNetwork
@@ -35,7 +35,7 @@ def choose_largest(trained: TrainedNetwork, data: PreparedData, run_dir: Path) -
 
     Of several processes each segments its share of the cases.
     """
-    if not (run_dir / LARGEST).exists():
+    if not agreed((run_dir / LARGEST).exists()):
         segment, count = make_segment(replace(trained, largest=())), len(trained.record.labels.names)
         tries = {}
         for name in track(share(data.split.val), "validating"):
@@ -47,7 +47,7 @@ def choose_largest(trained: TrainedNetwork, data: PreparedData, run_dir: Path) -
         if is_first():
             keep_choice(of_all, trained.record.labels.names, run_dir)
         wait_for_all()
-    return replace(trained, largest=read_largest(run_dir))
+    return replace(trained, largest=tuple(map(tuple, agreed(read_largest(run_dir) if is_first() else None))))
 
 
 def keep_choice(tries: Mapping[str, Tries], names: Sequence[str], run_dir: Path) -> None:

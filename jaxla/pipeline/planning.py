@@ -3,21 +3,26 @@
 from __future__ import annotations
 
 import logging
+from dataclasses import replace
 from pathlib import Path
 
 from jaxla.config import Experiment, InputError
+from jaxla.data.cases import channel_name
 from jaxla.data.fingerprint import fingerprint
 from jaxla.data.planned import require_fitting
 from jaxla.devices.processes import is_first, wait_for_all
 from jaxla.models.build import configuration_of, is_planned
+from jaxla.pipeline.checks import require_share
 from jaxla.pipeline.data import PreparedData
-from jaxla.planning.plan import Z_SCORE, Configuration, Plan, read_plan, write_plan
+from jaxla.planning.plan import Z_SCORE, Plan, read_plan, write_plan
 from jaxla.planning.planner import make_plan
 from jaxla.runs.folder import PLAN
 from jaxla.shell.files import refusal_named
 from jaxla.shell.terminal import track
 
 log = logging.getLogger(__name__)
+
+OTHER_CHANNELS = ("ct", "nonorm", "rescale_0_1", "rescale_to_0_1", "rgb_to_0_1")  # nnU-Net normalises these otherwise
 
 
 def plan_run(experiment: Experiment, data: PreparedData) -> Plan | None:
@@ -26,21 +31,41 @@ def plan_run(experiment: Experiment, data: PreparedData) -> Plan | None:
     The test cases are not looked at, so a plan differs from that of the whole folder.
 
     Raises:
-        InputError: the plan that is given does not fit the data.
+        InputError: the plan that is given does not fit the data, it lacks the configuration, or there are more devices
+            than patches in a batch.
     """
     model = experiment.model
     if not is_planned(model):
         return None
+    warn_of_channel(data.dataset.root)
     planned_from = data.of(sorted(data.split.train + data.split.val))
     if not model.plan:
         found = fingerprint(planned_from, lambda volumes: track(volumes, "planning"))
-        return make_plan(found, 1 + len(data.dataset.labels.names), model.memory_gb)
+        plan = make_plan(found, 1 + len(data.dataset.labels.names), model.memory_gb)
+        _require_share(experiment, plan)
+        return plan
     where = f"--model.plan={model.plan}"
     plan = read_plan(Path(model.plan))
     if plan.normalisation != Z_SCORE:
         raise InputError(f"{where}: normalises by {plan.normalisation}; this package has {Z_SCORE}, nnU-Net's for MRI")
     require_fitting(plan, configuration_of(model, plan), planned_from, where)
+    _require_share(experiment, plan)
     return plan
+
+
+def warn_of_channel(root: Path) -> None:
+    """Say it where nnU-Net would not take the scans for MRI, for their name in `dataset.json`."""
+    name = channel_name(root)
+    if name.casefold() in OTHER_CHANNELS:
+        log.warning(
+            "%s: its channel is %s, which nnU-Net does not normalise by mean and standard deviation; this package does",
+            root / "dataset.json", name,
+        )  # fmt: skip
+
+
+def _require_share(experiment: Experiment, plan: Plan) -> None:
+    batch_size = experiment.training.batch_size or configuration_of(experiment.model, plan).batch_size
+    require_share(replace(experiment, training=replace(experiment.training, batch_size=batch_size)))
 
 
 def keep_plan(run_dir: Path, plan: Plan) -> None:
@@ -60,12 +85,3 @@ def keep_plan(run_dir: Path, plan: Plan) -> None:
             f"--resume: {path} is not the plan that is asked for now; put the one back that the run was begun with, or "
             "start a new run"
         )
-
-
-def describe(name: str, c: Configuration) -> str:
-    """A configuration in a line."""
-    patch, spacing = ("×".join(f"{n:g}" for n in numbers) for numbers in (c.patch_size, c.spacing))
-    return (
-        f"{name}: patches of {patch} at {spacing} mm, {c.batch_size} in a batch; {c.n_stages} stages, "
-        f"{c.features_per_stage[0]} to {c.features_per_stage[-1]} features"
-    )

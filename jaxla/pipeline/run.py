@@ -16,10 +16,10 @@ from jaxla.devices.processes import is_first, wait_for_all
 from jaxla.models.build import build_network, configuration_of
 from jaxla.models.weights import parameters_sha256, save_random
 from jaxla.pipeline.data import PreparedData, say_what_is_cut
-from jaxla.pipeline.planning import describe, keep_plan
+from jaxla.pipeline.planning import keep_plan
 from jaxla.pipeline.sources import patch_sources, slice_sources
 from jaxla.pipeline.testing import Features, run_test
-from jaxla.planning.plan import Plan
+from jaxla.planning.plan import Plan, describe
 from jaxla.reporting.curves import draw_curves
 from jaxla.runs.folder import BACKBONE, CURVES
 from jaxla.runs.record import FEATURES_KEPT, method_label, read_record, write_record
@@ -35,7 +35,7 @@ def train_and_test(experiment: Experiment, data: PreparedData, run_dir: Path, ca
     """All of a run once its folder is there; begins where the folder says it ended. Returns the summary of the test."""
     if data.plan:
         keep_plan(run_dir, data.plan)
-        log.info(describe(experiment.model.arch, configuration_of(experiment.model, data.plan)))
+        log.info("%s: %s", experiment.model.arch, describe(configuration_of(experiment.model, data.plan)))
     else:
         say_what_is_cut(data, data.canvas(experiment.preprocessing))
     with on_host():

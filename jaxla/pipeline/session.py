@@ -25,7 +25,7 @@ from jaxla.pipeline.data import PreparedData, prepare_data
 from jaxla.pipeline.forecast import describe, forecast
 from jaxla.pipeline.planning import plan_run
 from jaxla.pipeline.run import train_and_test
-from jaxla.runs.folder import LATEST, LOG, require_free, require_resumable, resume_command, run_folder
+from jaxla.runs.folder import LATEST, LOG, fold_folders, require_free, require_resumable, resume_command, run_folder
 from jaxla.runs.machine import environment
 from jaxla.runs.record import RECORD, Record, describe_backbone, options_of
 from jaxla.shell.command_line import Options, require_writable
@@ -42,11 +42,12 @@ Run = Callable[[Experiment, PreparedData, Path, Path], dict[str, Any]]
 log = logging.getLogger("jaxla.train")
 
 
-def run_session(options: Options, command: str, run: Run = train_and_test) -> None:
+def run_session(options: Options, command: str, run: Run = train_and_test, go_on: str = "") -> None:
     """Train and test as the options say, which the line `command` gave; or only say what that will take.
 
     Args:
         run: `(experiment, data, run folder, cache folder) -> summary of the test`, once all is there.
+        go_on: the command that goes on with it, should it end early; by default the same with --resume.
 
     Raises:
         InputError: anything wrong with the options, the data or the weights; all of it before training starts.
@@ -101,7 +102,7 @@ def run_session(options: Options, command: str, run: Run = train_and_test) -> No
             environment=environment_here,
         )
         log_file: logging.Handler = logging.NullHandler()
-        go_on = resume_command(record.command, run_dir)
+        go_on = go_on or resume_command(record.command, run_dir)
         if is_first():
             held.push(partial(remove_unbegun, run_dir))
             held.enter_context(run_folder(run_dir, record, data.split, data.cases, options.resume))
@@ -141,7 +142,8 @@ def run_session(options: Options, command: str, run: Run = train_and_test) -> No
 def remove_unbegun(run_dir: Path, kind: type | None, error: BaseException | None, trace: object) -> None:
     """Remove the folder of a run that ended for want of memory before anything was saved: the next try may have it."""
 
-    if isinstance(error, TooLarge) and not checkpoint_steps(run_dir / LATEST):
+    begun = (checkpoint_steps(place / LATEST) for place in (run_dir, *fold_folders(run_dir)))
+    if isinstance(error, TooLarge) and not any(begun):
         shutil.rmtree(run_dir, ignore_errors=True)
 
 

@@ -18,7 +18,6 @@ from jaxla.data.patches import PatchSource
 from jaxla.data.planned import prepare_planned
 from jaxla.devices.processes import share
 from jaxla.models.build import configuration_of
-from jaxla.pipeline.checks import require_share
 from jaxla.pipeline.data import PreparedData
 from jaxla.planning.plan import Plan
 from jaxla.shell.terminal import track
@@ -77,12 +76,11 @@ def patch_sources(experiment: Experiment, data: PreparedData, plan: Plan, cache_
     """Random patches; the scans are brought to the plan's spacing first, where the cache has them not yet.
 
     Raises:
-        InputError: the cache folder cannot be written, or there are more devices than patches in a batch.
+        InputError: the cache folder cannot be written.
     """
     configuration = configuration_of(experiment.model, plan)
     recipe = experiment.training
     recipe = replace(recipe, batch_size=recipe.batch_size or configuration.batch_size)
-    require_share(replace(experiment, training=recipe))
     ids = data.split.train + data.split.val
     first = share(ids)  # while other processes begin with others
     ids = list(dict.fromkeys((*first, *ids)))

@@ -95,7 +95,8 @@ def run_test(data: PreparedData, features: Features | None, run_dir: Path, step_
 
     rows, summary = summarise_test(rows, slice_rows, atlas_rows, names)
     summary["atlas"]["threshold"] = atlas.threshold
-    summary["best_epoch"] = trained.epoch
+    if not of_folds:
+        summary["best_epoch"] = trained.epoch
     summary["backbone"] = describe_backbone(experiment)
     if len(trained.networks) == 1 and hasattr(trained.network, "block_weights"):
         summary["block_weights"] = trained.network.block_weights()

@@ -12,8 +12,23 @@ from jaxla.config import InputError
 from jaxla.shell.files import refusal_named, write_whole
 
 TRAINED = ("2d", "3d_fullres")  # the configurations that this package trains
+OF_ARCHITECTURE = {"nnunet_2d": "2d", "nnunet_3d_fullres": "3d_fullres"}  # as an experiment names them
 Z_SCORE = "ZScoreNormalization"
 CASCADE = {"3d_cascade_fullres": {"inherits_from": "3d_fullres", "previous_stage": "3d_lowres"}}
+
+
+# What a plan of nnU-Net's may say of its network and resampling beside its shapes, as the default planner has it
+OF_PLAIN: dict[str, tuple[Any, ...]] = {
+    "conv_bias": (True,),
+    "norm_op": tuple(f"torch.nn.modules.instancenorm.InstanceNorm{axes}d" for axes in (2, 3)),
+    "norm_op_kwargs": ({"eps": 1e-5, "affine": True},),
+    "dropout_op": (None,),
+    "nonlin": ("torch.nn.LeakyReLU",),
+    "nonlin_kwargs": ({"inplace": True}, {"inplace": True, "negative_slope": 0.01}, {}),
+    "resampling_fn_data": ("resample_data_or_seg_to_shape",),
+    "resampling_fn_data_kwargs": ({"is_seg": False, "order": 3, "order_z": 0, "force_separate_z": None},),
+    "resampling_fn_seg_kwargs": ({"is_seg": True, "order": 1, "order_z": 0, "force_separate_z": None},),
+}
 
 
 class Fingerprint(NamedTuple):
@@ -80,6 +95,15 @@ class Plan(NamedTuple):
         return self.configurations[name]
 
 
+def describe(c: Configuration) -> str:
+    """A configuration in a line."""
+    patch, spacing = ("×".join(f"{n:g}" for n in numbers) for numbers in (c.patch_size, c.spacing))
+    return (
+        f"patches of {patch} at {spacing} mm, {c.batch_size} in a batch; {c.n_stages} stages, "
+        f"{c.features_per_stage[0]} to {c.features_per_stage[-1]} features"
+    )
+
+
 def read_plan(path: Path) -> Plan:
     """A plan that this package wrote, or nnU-Net's own `nnUNetPlans.json`.
 
@@ -90,6 +114,7 @@ def read_plan(path: Path) -> Plan:
 
 
 def write_plan(path: Path, plan: Plan) -> None:
+    """Write it whole. Raises OSError where that is not possible."""
     write_whole(path, json.dumps(content_of(plan), indent=1) + "\n")
 
 
@@ -139,15 +164,15 @@ def plan_of(content: Any, where: str) -> Plan:
         )
         if sorted(plan.transpose_forward) != [0, 1, 2] or len(plan.median_spacing) != 3 or not configurations:
             raise ValueError("it is not of three axes, or plans nothing")
+        for name, of_name in configurations.items():
+            if fault := _fault(of_name):
+                raise InputError(f"its configuration {name} cannot be built: {fault}; plan anew, or mend it")
     except InputError as error:
         raise InputError(f"{where}: {error}") from error
     except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
         raise InputError(
             f"{where}: not a plan ({error!r}); give a file that python -m jaxla.plan wrote, or nnUNetPlans.json"
         ) from error
-    for name, of_name in configurations.items():
-        if fault := _fault(of_name):
-            raise InputError(f"{where}: its configuration {name} cannot be built: {fault}; plan anew, or mend it")
     return plan
 
 
@@ -172,6 +197,11 @@ def read_fingerprint(path: Path) -> Fingerprint:
 
 
 def fingerprint_of(content: Mapping[str, Any]) -> Fingerprint:
+    """A fingerprint from what stands in a file.
+
+    Raises:
+        ValueError, KeyError, TypeError, AttributeError: it is none.
+    """
     spacings = tuple(tuple(map(float, spacing)) for spacing in content["spacings"])
     shapes = tuple(tuple(map(int, shape)) for shape in content["shapes_after_crop"])
     if not spacings or len(spacings) != len(shapes) or {len(of_case) for of_case in (*spacings, *shapes)} != {3}:
@@ -207,6 +237,9 @@ def _configuration_of(content: Mapping[str, Any]) -> Configuration:
                 f"plans the network {network}; this package has PlainConvUNet, of nnU-Net's default planner"
             )
         content |= content["architecture"]["arch_kwargs"]
+        for name, expected in OF_PLAIN.items():
+            if (found := content.get(name, expected[0])) not in expected:
+                raise InputError(f"plans {name} {found}; this package has the default planner's, {expected[0]}")
     elif "UNet_class_name" in content:  # nnU-Net 2.0 to 2.3
         if content["UNet_class_name"] != "PlainConvUNet":
             raise InputError(f"plans the network {content['UNet_class_name']}; this package has PlainConvUNet")
@@ -230,6 +263,8 @@ def _tuples(value: Any) -> Any:
 def _fault(c: Configuration) -> str:
     """What keeps a configuration from being built, in words; empty where nothing does."""
     axes, stages = len(c.patch_size), c.n_stages
+    if len(c.median_image_size_in_voxels) != axes or not all(n > 0 for n in c.median_image_size_in_voxels):
+        return f"the median size of an image is {list(c.median_image_size_in_voxels)}"
     by_stage = {"strides": stages, "kernel_sizes": stages, "features_per_stage": stages, "n_conv_per_stage": stages}
     for name, length in (by_stage | {"n_conv_per_stage_decoder": stages - 1}).items():
         if len(getattr(c, name)) != length:

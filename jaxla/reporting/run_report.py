@@ -58,7 +58,7 @@ def write_report(
     """
     template = templates().get_template("run_report.html.jinja")
     cases, left_out = _cases(rows), {"name", "summary", *unread}
-    best = next((line for line in history if line["epoch"] == summary["best_epoch"]), None)
+    best = next((line for line in history if line["epoch"] == summary.get("best_epoch")), None)
     experiment = experiment_from_json(record["experiment"])
     page = template.render(
         record=record,

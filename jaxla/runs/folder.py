@@ -31,7 +31,6 @@ BEST, LATEST = "checkpoints/best", "checkpoints/latest"
 METRICS = "metrics.jsonl"
 CURVES = "progress.png"
 PLAN = "plan.json"  # of a network that is planned from the data
-VALIDATION_CASES = "validation/cases.csv"
 LARGEST = "validation/largest.json"  # groups of classes of which the largest connected part is kept
 PREDICTIONS = "test/predictions"
 TEST_CASES, TEST_SLICES = "test/cases.csv", "test/slices.csv"

@@ -17,7 +17,7 @@ from jaxla.shell.files import write_whole
 RECORD = "experiment.json"
 VERSION = 4
 FEATURES_KEPT = "The frozen backbone's features were computed once per slice"  # how such a record's `features` begins
-NOT_COMPARED = {"summary", "data.root", "data.split", "model.weights"}  # of files the content is compared
+NOT_COMPARED = {"summary", "data.root", "data.split", "model.weights", "model.plan"}  # of files the content is compared
 
 
 @dataclass(frozen=True)

@@ -88,9 +88,9 @@ def fit(
     """Train and leave the best and the latest checkpoint in `folder`; go on from the latest if there is one.
 
     The best epoch is that of the highest validation Dice, over the units of `val`, in the network's input pixels, or
-    the last one where the recipe says so; training ends after `recipe.patience` epochs without a lower validation loss.
-    What follows from a checkpoint is, on CPU, to the
-    bit what would have followed without the interruption.
+    the last one where the recipe says so. Training ends after `recipe.patience` epochs without a lower validation loss,
+    with a patience of 0 never early. What follows from a checkpoint is, on CPU, to the bit what would have followed
+    without the interruption.
 
     Args:
         augment: what is done to a batch's images and masks, on the device.

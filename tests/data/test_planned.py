@@ -126,6 +126,35 @@ def test_a_plan_of_other_scans_is_refused(tmp_path):
             require_fitting(plan, other, volumes, "it")
 
 
+def test_zeros_around_a_scan_do_not_make_a_plan_unfit(tmp_path):
+    """A plan is made of what they leave."""
+    image = np.zeros((40, 36, 10), np.int16)
+    image[2:16, 3:15, 1:5] = image_array(1, (14, 12, 4)) + 1
+    save(tmp_path / "a.nii.gz", image)
+    save(tmp_path / "a_mask.nii.gz", mask_array(image.shape))
+    volumes = prepare_cases(find_cases(tmp_path), tmp_path / "cache")
+    require_fitting(*plan_for((2.5, 0.75, 0.75), size=(4, 12, 14)), volumes, "it")
+
+
+def test_what_has_a_class_counts_as_not_zero_where_zeros_are_left_out(tmp_path):
+    """As in nnU-Net: grey values are normalised over the scan and its structures."""
+    image = np.zeros((12, 10, 6), np.int16)
+    image[2:9, 2:8, 1:5] = image_array(1, (7, 6, 4)) + 1
+    mask = np.zeros(image.shape, np.uint8)
+    mask[5:9, 2:8, 1:5] = 1
+    image[8, 7, 1:4] = 0  # at the edge, so no hole, and within the structure
+    plan, configuration = plan_for((2.5, 0.75, 0.75), within=True)
+    slices, classes = (array.transpose(2, 1, 0) for array in (image, mask))
+    spacing = (2.5, 0.75, 0.75)
+    found = plan_image(slices, "head-foot", spacing, plan, configuration, classes)
+    inside = (slices[found.box] != 0) | (classes[found.box] > 0)
+    values = slices[found.box].astype(np.float32)[inside]
+    np.testing.assert_allclose(found.image[inside], (values - values.mean()) / values.std(), atol=1e-6)
+    assert (found.image[~inside] == 0).all()
+    without = plan_image(slices, "head-foot", spacing, plan, configuration)
+    assert not np.array_equal(without.image, found.image)
+
+
 def test_volumes_of_empty_masks_have_no_places(tmp_path):
     folder = flat(tmp_path / "data", 1)
     save(next(folder.glob("*_mask.nii.gz")), np.zeros_like(mask_array()))

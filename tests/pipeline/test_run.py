@@ -59,6 +59,10 @@ def test_a_backbone_that_cannot_be_drawn_again_is_never_replaced_by_another(run_
 
 
 OF_A_FUSION = {"model.blocks", "model.block_weights", "model.image_stages"}
+OF_NNUNET = {"model.plan", "model.memory_gb", "augmentation.nnunet"}
+OF_IMAGES = {"preprocessing.image_size", "preprocessing.pad_to"} | {
+    f"augmentation.{name}" for name in ("rotation", "scale", "flips", "intensity", "elastic")
+}
 
 
 @pytest.mark.parametrize(
@@ -74,10 +78,19 @@ OF_A_FUSION = {"model.blocks", "model.block_weights", "model.image_stages"}
             | {"training.backbone_learning_rate", "training.cache_features"}
             | OF_A_FUSION,
         ),
+        (
+            "nnunet_3d",
+            {"model.weights", "model.backbone", "model.decoder", "model.decoder_widths", "model.widths"}
+            | {"training.backbone_learning_rate", "training.cache_features"}
+            | OF_A_FUSION
+            | OF_IMAGES,
+        ),
     ],
 )
 def test_options_that_a_method_does_not_read_are_known(method, unread):
     experiment = with_method(QUICKSTART, METHODS[method])
+    if method != "nnunet_3d":
+        unread = unread | OF_NNUNET
     assert unread_options(experiment) == unread
     on_scans = replace(experiment, data=replace(experiment.data, root="scans"))
     assert unread_options(on_scans) == unread | {"data.phantom_size", "data.phantom_cases"}

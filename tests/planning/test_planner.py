@@ -126,6 +126,29 @@ def test_nnunets_own_files_are_read():
     assert ct.normalisation == "CTNormalization"
 
 
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("nonlin", "torch.nn.ReLU"),
+        ("nonlin_kwargs", {"inplace": True, "negative_slope": 0.2}),
+        ("dropout_op", "torch.nn.Dropout3d"),
+        ("norm_op_kwargs", {"eps": 1e-3, "affine": True}),
+        ("conv_bias", False),
+    ],
+)
+def test_networks_of_other_layers_are_refused_by_name(name, value):
+    """Their shapes fit, and their logits would be others."""
+    planned = json.loads((GOLDEN / "nnunet_plans" / "Hippocampus.json").read_text())["configurations"]["2d"]
+    content = nnunets_file(nnunets_own("2d", planned))
+    arguments = content["configurations"]["2d"]["architecture"]["arch_kwargs"]
+    arguments |= {"nonlin": "torch.nn.LeakyReLU", "nonlin_kwargs": {"inplace": True}, "dropout_op": None}
+    arguments |= {"norm_op": "torch.nn.modules.instancenorm.InstanceNorm2d", "conv_bias": True}
+    plan_of(content, "it")
+    arguments[name] = value
+    with pytest.raises(InputError, match=f"it: plans {name} .*; this package has the default planner's"):
+        plan_of(content, "it")
+
+
 def changed(**values):
     content = json.loads((GOLDEN / "nnunet_plans" / "Hippocampus.json").read_text())
     content["configurations"] = {"2d": content["configurations"]["2d"] | values}
@@ -145,7 +168,13 @@ def changed(**values):
         (changed(strides=[[1, 1, 1], [2, 2, 2], [2, 2, 2], [2, 2, 2]]), "strides are not of the patch's 2 axes"),
         (changed(batch_size=0), "must be whole numbers above 0"),
         (changed(batch_size="2"), "must be whole numbers above 0"),
-        (changed(patch_size=[56]), "it: its configuration 2d cannot be built: a patch of 1 axes and 4 stages"),
+        (changed(patch_size=[56], median_image_size_in_voxels=[50]), "cannot be built: a patch of 1 axes and 4 stages"),
+        (changed(median_image_size_in_voxels=[50, 0]), "the median size of an image is [50, 0]"),
+        (changed(median_image_size_in_voxels=5), "it: not a plan"),
+        (changed(features_per_stage=32), "it: not a plan"),
+        (changed(patch_size=64), "it: not a plan"),
+        (changed(n_stages="4"), "it: not a plan"),
+        (changed(strides=[1, 2, 2, 2]), "it: not a plan"),
         (
             nnunets_file(
                 {"2d": {**changed()["configurations"]["2d"], "architecture": {"network_class_name": "a.ResEnc"}}}

@@ -20,7 +20,7 @@ from jaxla.models.family import Family
 from jaxla.models.images import crop, pad_to_multiple, require_images
 from jaxla.models.layers import Upconvolution
 from jaxla.models.normalisation import InstanceNorm
-from jaxla.planning.plan import Configuration
+from jaxla.planning.plan import OF_ARCHITECTURE, Configuration
 
 SLOPE = 0.01  # of LeakyReLU below zero
 HE_NORMAL = jax.nn.initializers.variance_scaling(2 / (1 + SLOPE**2), "fan_in", "normal")  # He et al. 2015
@@ -164,18 +164,15 @@ def _convolution(
     )
 
 
-CONFIGURATIONS = {"nnunet_2d": "2d", "nnunet_3d_fullres": "3d_fullres"}
-
-
 def _build(configuration: Configuration, model: Model, classes: int, dtype: jnp.dtype, rngs: nnx.Rngs) -> NNUNet:
     return nnx.jit(lambda rngs: NNUNet(configuration, classes, dtype=dtype, rngs=rngs))(rngs)
 
 
 FAMILY = Family(
     "nnU-Net",
-    tuple(CONFIGURATIONS),
+    tuple(OF_ARCHITECTURE),
     options=("plan", "memory_gb"),
     multiple=lambda model: 1,  # the plan says it
     build=_build,
-    configuration=lambda model: CONFIGURATIONS[model.arch],
+    configuration=lambda model: OF_ARCHITECTURE[model.arch],
 )
