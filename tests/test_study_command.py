@@ -100,6 +100,7 @@ def test_a_study_goes_on_after_a_failure_and_after_a_stop(phantoms, tmp_path, ca
         ("--name=papers1", "study 'papers1' is unknown; did you mean paper1?"),
         ("--seed=3", "option --seed is not for a study, which says it to each run; give --seeds"),
         ("--run-dir=x", "option --run-dir is not for a study, which says it to each run; leave it out"),
+        ("--fold=0", "option --fold is not for a study, which says it to each run; leave it out"),
         ("--data.train_patients=5", "option --data.train_patients is not for a study, which says it to each run; give"),
         ("--experiments=quickstart,paper1", "--experiments: paper1 has other data than quickstart"),
         ("--data.subset_seed=3", "option --data.subset_seed is not for a study, which says it to each run"),

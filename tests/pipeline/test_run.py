@@ -8,11 +8,13 @@ import pytest
 
 from jaxla.config import InputError, with_method
 from jaxla.data.labels import Labels
+from jaxla.devices.memory import TooLarge
 from jaxla.experiments import EXPERIMENTS, METHODS
 from jaxla.models.weights import parameters_sha256
 from jaxla.models.weights_format import read_metadata
 from jaxla.pipeline.checks import unread_options
 from jaxla.pipeline.run import build
+from jaxla.pipeline.session import remove_unbegun
 from jaxla.runs.folder import BACKBONE
 from jaxla.runs.record import Record, read_record, write_record
 
@@ -94,3 +96,19 @@ def test_options_that_a_method_does_not_read_are_known(method, unread):
     assert unread_options(experiment) == unread
     on_scans = replace(experiment, data=replace(experiment.data, root="scans"))
     assert unread_options(on_scans) == unread | {"data.phantom_size", "data.phantom_cases"}
+
+
+def test_a_run_that_memory_ended_is_removed_only_if_nothing_was_saved(tmp_path):
+    """Of folds too: those that are finished are days of work."""
+    for saved in ("checkpoints/latest", "fold_0/checkpoints/latest", "fold_3/checkpoints/latest"):
+        run_dir = tmp_path / saved.replace("/", "_")
+        (run_dir / saved).mkdir(parents=True)
+        (run_dir / saved / "12.sha256").write_text("{}")
+        remove_unbegun(run_dir, TooLarge, TooLarge(2, "too large"), None)
+        assert (run_dir / saved / "12.sha256").exists()
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    remove_unbegun(empty, InputError, InputError("another fault"), None)
+    assert empty.exists()
+    remove_unbegun(empty, TooLarge, TooLarge(2, "too large"), None)
+    assert not empty.exists()
