@@ -8,10 +8,12 @@ import torch
 from safetensors.torch import save_file
 
 from convert_weights.architectures import RELEASED, rows_of, shapes_of
+from convert_weights.nnunet import nnunet_rows
 from jaxla import load_backbone
 from jaxla.models.dinov3 import HUB_SPELLINGS
 from jaxla.models.vgg import VARIANTS as VGGS
 from jaxla.models.weights_format import parameter_count, read_metadata
+from jaxla.planning.plan import read_plan
 from tests.convert_weights.command import (
     GOLDEN,
     assert_same_state,
@@ -187,7 +189,7 @@ def test_the_sha256_of_shards_is_that_of_their_sha256sums(tmp_path):
 
 def test_list_names_released_architectures_with_their_licence():
     lines = succeed("--arch=list").splitlines()
-    assert {line.split(":")[0] for line in lines} == set(RELEASED)
+    assert {line.split(":")[0] for line in lines} == {*RELEASED, "nnunet"}
     assert "dinov2_vits14_reg: width 384, 12 blocks, weights under Apache-2.0, --download fetches them" in lines
     assert sum("download them yourself and pass --source" in line for line in lines) == 6
     assert [line.split("; ")[1:] for line in lines if line.startswith("dinov3_vith")] == [
@@ -200,7 +202,12 @@ def test_list_names_released_architectures_with_their_licence():
 @pytest.mark.parametrize("file", sorted(GOLDEN.glob("*.shapes.json")), ids=lambda path: path.stem.split(".")[0])
 def test_the_tables_list_the_authors_tensors_in_their_order(file):
     name = file.name.removesuffix(".shapes.json")
-    rows = {row.theirs: row for row in rows_of(HUB_SPELLINGS.get(name, name))}
+    if name.startswith("nnunet_"):
+        plan = read_plan(GOLDEN / "nnunet_plans" / "Hippocampus.json")
+        of_name = nnunet_rows(plan.configuration(name.removeprefix("nnunet_hippocampus_")), 3)
+    else:
+        of_name = rows_of(HUB_SPELLINGS.get(name, name))
+    rows = {row.theirs: row for row in of_name}
     expected = authors_shapes(name)
     assert [(theirs, row.shape) for theirs, row in rows.items() if theirs in expected] == list(expected.items())
     assert all(row.optional for theirs, row in rows.items() if theirs not in expected)
