@@ -10,14 +10,23 @@ import pytest
 
 import jaxla
 from jaxla.inference.trained import load_run
-from tests.commands import in_this_process, refuse, run_module
+from tests.commands import in_this_process, refuse
+
+
+def succeed(folder, module, *options):
+    """What a command prints that must succeed."""
+    done = in_this_process(folder, module, *options)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
 
 
 @pytest.fixture(scope="module")
 def plan(phantoms, tmp_path_factory):
     """What is planned for the phantoms, at a quarter of their resolution and with few features: steps take no time."""
     folder = tmp_path_factory.mktemp("plan")
-    run_module("jaxla.plan", f"--data.root={phantoms}", f"--output={folder / 'full.json'}", f"--cache-dir={folder}")
+    succeed(
+        folder, "jaxla.plan", f"--data.root={phantoms}", f"--output={folder / 'full.json'}", f"--cache-dir={folder}"
+    )
     content = json.loads((folder / "full.json").read_text())
     for c in content["configurations"].values():
         if "spacing" not in c:
@@ -44,9 +53,8 @@ def options(phantoms, plan, folder, *more, method="nnunet_3d_short"):
 @pytest.fixture(scope="module", params=["nnunet_2d_short", "nnunet_3d_short"])
 def run(request, phantoms, plan, tmp_path_factory):
     folder = tmp_path_factory.mktemp(request.param) / "run"
-    (folder.parent / "said").write_text(
-        run_module("jaxla.train", *options(phantoms, plan, folder, method=request.param)).stdout
-    )
+    said = succeed(folder.parent, "jaxla.train", *options(phantoms, plan, folder, method=request.param))
+    (folder.parent / "said").write_text(said)
     return folder
 
 
@@ -79,10 +87,9 @@ def test_a_run_leaves_what_every_run_leaves_and_its_plan(run, plan):
 
 def test_it_segments_scans_on_their_own_grid(run, phantoms, tmp_path):
     scan = next(phantoms.rglob("train_2/enhanced.nii.gz"))
-    done = run_module(
-        "jaxla.predict", f"--run={run}", f"--input={scan}", f"--output={tmp_path / 'mask.nii.gz'}", "--probabilities"
-    )
-    assert "LA " in done.stdout
+    mask = tmp_path / "mask.nii.gz"
+    said = succeed(tmp_path, "jaxla.predict", f"--run={run}", f"--input={scan}", f"--output={mask}", "--probabilities")
+    assert "LA " in said
     image, mask = nib.load(scan), nib.load(tmp_path / "mask.nii.gz")
     assert mask.shape == image.shape
     np.testing.assert_array_equal(mask.affine, image.affine)
