@@ -25,13 +25,8 @@ KINDS = {  # folder -> what lies there
     "weights": "converted weights",
     "downloads": "released checkpoints as they were fetched",
 }
-CLEARED = (
-    "volumes",
-    "planned",
-    "features",
-    "phantoms",
-    "downloads",
-)  # what is made or fetched again; weights are the user's own
+# what is made or fetched again; weights are the user's own
+CLEARED = ("volumes", "planned", "features", "phantoms", "downloads")
 
 
 @dataclass(frozen=True)

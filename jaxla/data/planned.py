@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import shutil
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,9 +25,10 @@ from jaxla.data.prepared import PreparedVolume
 from jaxla.data.resampling import resample_image, resample_mask, separate_axis
 from jaxla.planning.plan import Configuration, Plan
 from jaxla.planning.planner import resampled_shape
-from jaxla.shell.files import refusal_named, replacing_folder
+from jaxla.shell.files import is_whole, making_folder, refusal_named
 
 VERSION = 1  # of what stands in a planned folder; another number makes other folders
+FILES = ("image.npy", "mask.npy", "places.npy", "volume.json")
 OUTSIDE = -1  # in a mask: where the scan is zero
 LEAST_DEVIATION = 1e-8
 PLACES, SHARE_OF_PLACES = 10_000, 0.01  # of a class that are kept: so many, or that share of them if it is more
@@ -159,7 +159,7 @@ def prepare_planned(
         track: wraps the iteration over volumes, for a progress bar.
 
     Raises:
-        InputError: the plan does not fit the data, or the cache folder cannot be written.
+        InputError: the cache folder cannot be written.
     """
     return [_prepare(volume, plan, configuration, cache_dir / "planned") for volume in track(volumes)]
 
@@ -169,7 +169,7 @@ def _prepare(volume: PreparedVolume, plan: Plan, configuration: Configuration, s
     target = target_spacing([volume.spacing[axis] for axis in order], configuration)
     made_from = [VERSION, volume.slices_sha256, volume.content_key, order, target, plan.use_mask_for_norm]
     folder = store / hashlib.sha256(json.dumps(made_from).encode()).hexdigest()[:32]
-    if not _is_whole(folder):
+    if not is_whole(folder, FILES):
         with refusal_named("written", f"--cache-dir={store.parent}"):
             _write(folder, volume, plan, configuration)
     described = json.loads((folder / "volume.json").read_text())
@@ -185,26 +185,16 @@ def _write(folder: Path, volume: PreparedVolume, plan: Plan, configuration: Conf
     draw = np.random.default_rng(0)
     places = [_some(np.flatnonzero(mask == k), draw) for k in range(1, len(volume.class_voxels))]
     described = {"shape": mask.shape, "class_places": [len(of_class) for of_class in places]}
-    try:
-        with replacing_folder(folder) as beside:
-            np.save(beside / "image.npy", planned.image)
-            np.save(beside / "mask.npy", mask)
-            np.save(beside / "places.npy", np.concatenate(places))
-            (beside / "volume.json").write_text(json.dumps(described))
-            if folder.exists() and not _is_whole(folder):  # somebody removed files from it
-                shutil.rmtree(folder)
-    except OSError:
-        if not _is_whole(folder):  # unless another process was faster, with the same content
-            raise
+    with making_folder(folder, FILES) as beside:
+        np.save(beside / "image.npy", planned.image)
+        np.save(beside / "mask.npy", mask)
+        np.save(beside / "places.npy", np.concatenate(places))
+        (beside / "volume.json").write_text(json.dumps(described))
 
 
 def _some(places: np.ndarray, draw: np.random.Generator) -> np.ndarray:
     kept = min(len(places), max(PLACES, int(np.ceil(len(places) * SHARE_OF_PLACES))))
     return draw.choice(places, kept, replace=False)
-
-
-def _is_whole(folder: Path) -> bool:
-    return all((folder / name).exists() for name in ("image.npy", "mask.npy", "places.npy", "volume.json"))
 
 
 def require_fitting(plan: Plan, configuration: Configuration, volumes: Sequence[PreparedVolume], where: str) -> None:
@@ -213,8 +203,8 @@ def require_fitting(plan: Plan, configuration: Configuration, volumes: Sequence[
     Args:
         where: what to call the plan in the message.
     """
-    found, axes, shapes = fingerprint(volumes), len(configuration.spacing), []
-    for spacing, shape in zip(found.spacings, found.shapes_after_crop, strict=True):
+    data, axes, shapes = fingerprint(volumes), len(configuration.spacing), []
+    for spacing, shape in zip(data.spacings, data.shapes_after_crop, strict=True):
         mm, size = ([of_axis[axis] for axis in plan.transpose_forward] for of_axis in (spacing, shape))
         shapes.append(resampled_shape(size, mm, target_spacing(mm, configuration)))
     found, planned = np.median(shapes, 0)[-axes:], np.array(configuration.median_image_size_in_voxels)

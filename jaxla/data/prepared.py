@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import shutil
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -30,11 +29,12 @@ from jaxla.data.volumes import (
     to_slices,
     voxels_sha256,
 )
-from jaxla.shell.files import file_sha256, refusal_named, replacing_folder
+from jaxla.shell.files import file_sha256, is_whole, making_folder, refusal_named
 
 log = logging.getLogger(__name__)
 
 VERSION = 4  # of what stands in a prepared folder; another number makes other folders
+FILES = ("image.npy", "mask.npy", "volume.json")
 
 
 @dataclass(frozen=True)
@@ -131,7 +131,7 @@ def content_key(case: Case, labels: Labels) -> str:
 def _prepare_case(case: Case, labels: Labels, store: Path) -> PreparedVolume:
     key = content_key(case, labels)
     folder = store / f"{key}-v{VERSION}"
-    if not _is_whole(folder):
+    if not is_whole(folder, FILES):
         image, mask = read_image(case.image), read_mask(case.mask)
         require_same_grid(mask, image)
         with refusal_named("written", f"--cache-dir={store.parent}"):
@@ -156,17 +156,7 @@ def _write_prepared(folder: Path, image: Volume, mask: Volume, labels: Labels) -
         "mask_values": np.unique(mask.array[mask.array != 0])[:10].tolist(),
         "class_voxels": np.bincount(classes.ravel(), minlength=len(labels.names) + 1).tolist(),
     }
-    try:
-        with replacing_folder(folder) as beside:
-            np.save(beside / "image.npy", slices)
-            np.save(beside / "mask.npy", np.ascontiguousarray(to_slices(classes, geometry)))
-            (beside / "volume.json").write_text(json.dumps(described))
-            if folder.exists() and not _is_whole(folder):  # somebody removed files from it
-                shutil.rmtree(folder)
-    except OSError:
-        if not _is_whole(folder):  # unless another process was faster, with the same content
-            raise
-
-
-def _is_whole(folder: Path) -> bool:
-    return all((folder / name).exists() for name in ("image.npy", "mask.npy", "volume.json"))
+    with making_folder(folder, FILES) as beside:
+        np.save(beside / "image.npy", slices)
+        np.save(beside / "mask.npy", np.ascontiguousarray(to_slices(classes, geometry)))
+        (beside / "volume.json").write_text(json.dumps(described))

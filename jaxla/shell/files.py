@@ -9,7 +9,7 @@ import os
 import re
 import shutil
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from filelock import FileLock, Timeout
@@ -81,6 +81,31 @@ def replacing_folder(folder: Path) -> Iterator[Path]:
         beside.rename(folder)
     finally:
         shutil.rmtree(beside, ignore_errors=True)
+
+
+def is_whole(folder: Path, names: Sequence[str]) -> bool:
+    """Whether every file of these names lies in a folder."""
+    return all((folder / name).exists() for name in names)
+
+
+@contextlib.contextmanager
+def making_folder(folder: Path, names: Sequence[str]) -> Iterator[Path]:
+    """As `replacing_folder`, for one whose content follows from its path: where another process was faster, that stays.
+
+    Args:
+        names: of the files that make it whole; one that lacks some is replaced.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    try:
+        with replacing_folder(folder) as beside:
+            yield beside
+            if folder.exists() and not is_whole(folder, names):  # somebody removed files from it
+                shutil.rmtree(folder)
+    except OSError:
+        if not is_whole(folder, names):
+            raise
 
 
 @contextlib.contextmanager
