@@ -52,7 +52,7 @@ def _print_architectures() -> None:
     from convert_weights.architectures import RELEASED
     from convert_weights.download import RELEASES
     from jaxla.models import resnet, vgg
-    from jaxla.models.build import NNUNET
+    from jaxla.models.converted import NNUNET
     from jaxla.models.dinov3 import HUB_SPELLINGS
 
     print(
@@ -78,7 +78,7 @@ def _convert(options: Namespace) -> None:
     if not options.arch:
         verify = "; to verify a converted file, give it as --output" if options.verify and options.source else ""
         raise InputError(f"option --arch is required to convert; --arch=list names the architectures{verify}")
-    from jaxla.models.build import NNUNET
+    from jaxla.models.converted import NNUNET
 
     if options.arch == NNUNET:
         _convert_nnunet(options)
@@ -168,7 +168,7 @@ def _print_verified(output: Path) -> None:
 def _released(name: str) -> str:
     """The architecture that --arch names."""
     from convert_weights.architectures import RELEASED
-    from jaxla.models.build import NNUNET
+    from jaxla.models.converted import NNUNET
     from jaxla.models.dinov3 import HUB_SPELLINGS
 
     arch = HUB_SPELLINGS.get(name, name)

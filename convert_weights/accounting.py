@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple
 
+import numpy as np
+
 from convert_weights.architectures import RELEASED, Architecture, rows_of
 from convert_weights.checkpoint import SHARD, Checkpoint, Tensor, some
 from convert_weights.huggingface import as_authors, hub_name, hub_shapes
@@ -56,7 +58,8 @@ def account_for(checkpoint: Checkpoint, architecture: Architecture) -> tuple[dic
     """The tensors of an architecture's checkpoint by their authors' names, and the layout in which the file has them.
 
     Raises:
-        InputError: it holds another architecture, or tensors are lacking, extra, or of another shape or dtype.
+        InputError: it holds another architecture, or tensors are lacking, extra, of another shape or dtype, or differ
+            from their copies.
     """
     arch, rows = architecture.name, architecture.rows
     readings = list(_readings(checkpoint))
@@ -66,6 +69,7 @@ def account_for(checkpoint: Checkpoint, architecture: Architecture) -> tuple[dic
     asked = min((reading for reading in readings if reading.arch == arch), key=Reading.faults)
     if not asked.faults():
         _require_dtypes(checkpoint, asked)
+        _require_equal_copies(checkpoint, rows)
         of_authors = as_authors(rows, asked.tensors) if asked.layout == HUGGING_FACE else asked.tensors
         return dict(of_authors), asked.layout
     if not best.faults():
@@ -150,3 +154,15 @@ def _require_dtypes(checkpoint: Checkpoint, reading: Reading) -> None:
             f"{checkpoint.path}: {len(wrong)} of its {len(held)} tensors are of another dtype ({some(wrong)}); a copy "
             "in it would not give the authors' numbers: take the file as it was released"
         )
+
+
+def _require_equal_copies(checkpoint: Checkpoint, rows: Sequence[Row]) -> None:
+    tensors = checkpoint.tensors
+    for row in rows:
+        if not row.copy_of or row.theirs not in tensors:
+            continue
+        if not np.array_equal(tensors[row.copy_of].read(), tensors[row.theirs].read()):
+            raise InputError(
+                f"{checkpoint.path}: {row.copy_of} and {row.theirs} are one module's and differ; copy the checkpoint "
+                "again"
+            )

@@ -16,7 +16,7 @@ from convert_weights.vgg import vgg_rows
 from convert_weights.vision_transformer import dinov2_rows, dinov3_rows
 from jaxla.models import resnet, vgg
 from jaxla.models.backbones import VARIANTS, build_backbone
-from jaxla.models.build import NNUNET, planned_network, planned_of
+from jaxla.models.converted import NNUNET, planned_network, planned_of
 from jaxla.models.weights import parameter_shapes
 from jaxla.planning.plan import Plan, content_of
 

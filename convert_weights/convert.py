@@ -22,8 +22,6 @@ from convert_weights.checkpoint import (
     some,
 )
 from convert_weights.layout import to_ours
-from convert_weights.nnunet import require_equal_copies
-from jaxla.models.build import NNUNET
 from jaxla.models.weights_format import UNUSED, Streamed, require_room, save_weights
 
 log = logging.getLogger("jaxla.convert_weights")
@@ -39,8 +37,6 @@ def convert(architecture: Architecture, checkpoint: Checkpoint, output: Path) ->
     require_other(output, (checkpoint.path, *checkpoint.files))
     path, arch, rows = checkpoint.path, architecture.name, architecture.rows
     tensors, layout = account_for(checkpoint, architecture)
-    if arch == NNUNET:
-        require_equal_copies(rows, tensors, path)
     arrays = to_ours(rows, tensors, architecture.shapes)
     size = sum(math.prod(array.shape) * array.dtype.itemsize for array in arrays.values())
     require_room(output, size)

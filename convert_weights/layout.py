@@ -29,6 +29,7 @@ class Row(NamedTuple):
         block: which block of a parameter that stacks all blocks along its first axis; None where it stacks none.
         dtypes: in which their tensor may come.
         optional: whether a checkpoint may lack it, with all others of its group (`accounting`).
+        copy_of: name of the tensor that is saved here once more; its numbers must be equal.
     """
 
     theirs: str
@@ -40,6 +41,7 @@ class Row(NamedTuple):
     block: int | None = None
     dtypes: tuple[str, ...] = ("float32",)
     optional: bool = False
+    copy_of: str = ""
 
 
 # --- rows that families share ----------------------------------------------------------------------------------------
@@ -98,7 +100,7 @@ def to_ours(
     """
     made: dict[str, list[Row]] = {}
     for row in rows:
-        if row.theirs in tensors:
+        if row.theirs in tensors and not row.copy_of:
             made.setdefault(row.ours, []).append(row)
     streams = {}
     for name, of_name in made.items():

@@ -7,10 +7,7 @@ under each of them: a layer again in `all_modules`, the encoder again in the dec
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from itertools import groupby
 from pathlib import Path
-
-import numpy as np
 
 from convert_weights.checkpoint import Tensor
 from convert_weights.layout import Row
@@ -32,7 +29,7 @@ def nnunet_rows(c: Configuration, heads: int) -> list[Row]:
         for i in range(c.n_conv_per_stage[stage]):
             down += _unit(f"encoder.stages.{stage}.0.convs.{i}", f"down.{stage}.{i}", inputs, features, kernel)
             inputs = features
-    decoder = [row._replace(theirs=f"decoder.{row.theirs}", optional=True) for row in down]
+    decoder = [_copy(row, f"decoder.{row.theirs}") for row in down]
     join, up, logits = [], [], []
     for i, level in enumerate(reversed(range(c.n_stages - 1))):
         below, features = c.features_per_stage[level + 1], c.features_per_stage[level]
@@ -62,18 +59,6 @@ def heads_of(tensors: Mapping[str, Tensor], path: Path) -> int:
     return heads
 
 
-def require_equal_copies(rows: Sequence[Row], tensors: Mapping[str, Tensor], path: Path) -> None:
-    """Raise an InputError if tensors that are one module's under several names differ."""
-    by_ours = sorted((row for row in rows if row.theirs in tensors), key=lambda row: row.ours)
-    for _, copies in groupby(by_ours, key=lambda row: row.ours):
-        first, *others = copies
-        for other in others:
-            if not np.array_equal(tensors[first.theirs].read(), tensors[other.theirs].read()):
-                raise InputError(
-                    f"{path}: {first.theirs} and {other.theirs} are one module's and differ; copy the checkpoint again"
-                )
-
-
 def _unit(theirs: str, ours: str, inputs: int, outputs: int, kernel: Sequence[int]) -> Iterator[Row]:
     convolution = _convolution(f"{theirs}.conv", f"{ours}.convolution", inputs, outputs, kernel)
     names = {"weight": "scale", "bias": "bias"}
@@ -82,7 +67,11 @@ def _unit(theirs: str, ours: str, inputs: int, outputs: int, kernel: Sequence[in
     for i, rows in enumerate((convolution, norm)):
         for row in rows:
             name = row.theirs.rpartition(".")[2]
-            yield row._replace(theirs=f"{theirs}.all_modules.{i}.{name}", optional=True)
+            yield _copy(row, f"{theirs}.all_modules.{i}.{name}")
+
+
+def _copy(row: Row, theirs: str) -> Row:
+    return row._replace(theirs=theirs, optional=True, copy_of=row.copy_of or row.theirs)
 
 
 def _convolution(theirs: str, ours: str, inputs: int, outputs: int, kernel: Sequence[int]) -> list[Row]:

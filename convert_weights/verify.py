@@ -8,7 +8,7 @@ import jax
 import numpy as np
 
 from jaxla.config import InputError
-from jaxla.models.build import NNUNET, load_converted, planned_of
+from jaxla.models.converted import NNUNET, load_converted, planned_of
 from jaxla.models.weights import load_backbone
 from jaxla.models.weights_format import read_metadata, require_undamaged
 

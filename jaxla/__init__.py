@@ -101,7 +101,7 @@ def load_network(path: str | Path) -> nnx.Module:
             file that is damaged or holds no network.
     """
     from jaxla.inference.trained import load_run
-    from jaxla.models.build import load_converted
+    from jaxla.models.converted import load_converted
 
     if Path(path).is_file() or Path(path).suffix == ".safetensors":
         return load_converted(Path(path))

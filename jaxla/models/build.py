@@ -2,27 +2,20 @@
 
 from __future__ import annotations
 
-import json
 import pkgutil
-from collections.abc import Mapping
 from dataclasses import fields, replace
 from importlib import import_module
 from pathlib import Path
 
 import jax
-import jax.numpy as jnp
 from flax import nnx
 
 from jaxla.config import InputError, Model, lookup
 from jaxla.models import dinov3, networks
 from jaxla.models.backbones import Backbone, build_backbone
 from jaxla.models.family import Family
-from jaxla.models.networks.nnunet import NNUNet
 from jaxla.models.weights import compute_dtype, load_into, weights_file
-from jaxla.models.weights_format import read_metadata
-from jaxla.planning.plan import Configuration, Plan, plan_of, read_plan
-
-NNUNET = "nnunet"  # what a file of a converted network of nnU-Net's says that it holds
+from jaxla.planning.plan import Configuration, Plan, read_plan
 
 
 def _family(name: str) -> Family:
@@ -87,44 +80,6 @@ def configuration_of(model: Model, plan: Plan | None = None) -> Configuration:
     if plan is None and not model.plan:
         raise InputError(f"{model.arch} is planned from the data: give it the plan that python -m jaxla.plan makes")
     return (plan or read_plan(Path(model.plan))).configuration(family_of(model).configuration(model))
-
-
-def load_converted(path: Path, dtype: jnp.dtype | None = None) -> nnx.Module:
-    """The network of a file that `convert_weights --arch=nnunet` wrote, in evaluation mode.
-
-    Args:
-        dtype: of the computation; by default float32 on CPU and bfloat16 on GPU. Parameters stay float32.
-
-    Raises:
-        InputError: a file that is missing, truncated, or holds something else.
-    """
-    metadata = read_metadata(path)
-    if metadata["arch"] != NNUNET:
-        raise InputError(f"{path}: holds {metadata['arch']}, a backbone and no network; load_backbone reads it")
-    planned = planned_of(metadata, path)
-    network = load_into(nnx.eval_shape(lambda: planned_network(*planned, dtype or compute_dtype())), path, NNUNET)
-    network.eval()
-    return network
-
-
-def planned_network(plan: Plan, configuration: str, outputs: int, dtype: jnp.dtype = jnp.float32) -> NNUNet:
-    """nnU-Net's network as a plan has it, with random parameters."""
-    return NNUNet(plan.configuration(configuration), outputs, dtype=dtype, rngs=nnx.Rngs(0))
-
-
-def planned_of(metadata: Mapping[str, str], path: Path) -> tuple[Plan, str, int]:
-    """What a converted file of nnU-Net's says of its network: plan, configuration, K.
-
-    Raises:
-        InputError: it does not say it.
-    """
-    try:
-        plan = plan_of(json.loads(metadata["plan"]), str(path))
-        return plan, metadata["configuration"], int(metadata["outputs"])
-    except (KeyError, ValueError) as error:
-        if isinstance(error, InputError):
-            raise
-        raise InputError(f"{path}: does not say which network it holds ({error!r}); convert it again") from error
 
 
 def is_planned(model: Model) -> bool:
