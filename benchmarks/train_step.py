@@ -12,7 +12,7 @@ them in float64, where they agree to 1e-13.
 Prints JSON: seconds of a step (median and fastest), slices per second, PyTorch's median over this package's for each
 form of PyTorch (above 1 this package is the faster one) and for the fastest of them, how far the gradients differ, and
 on Linux by how much the process grew at most during a step. A pause before each step lets the threads of the other side
-fall asleep.
+fall asleep, and a step that is not timed follows it, as steps follow each other in training.
 """
 
 import copy
@@ -122,7 +122,7 @@ def main(arguments):
     for form in ("channels first", "channels last", *(["compiled"] if on_gpu else [])):
         sides[f"torch {form}"] = Theirs(taken, of_encoder, images, mask, form, "cuda" if on_gpu else "cpu")
     # it gives the network's arrays away
-    sides = {"jaxla": Ours(network, images, mask, recipe, loss, renamed)} | sides | further
+    sides = {"jaxla": Ours(network, images, mask, recipe, loss, renamed)} | further | sides
     reference = sides["torch channels first"].gradients()
     difference, difference_of_torch = (
         relative_l2(sides[name].gradients(), reference) for name in ("jaxla", "torch channels last")
@@ -138,6 +138,7 @@ def main(arguments):
     for _ in range(options.repeats + 1):  # the first of each warms up
         for name, side in sides.items():
             time.sleep(PAUSE)
+            side()  # not timed: the caches are the other side's, and so is memory that it has just given back
             before = reset_peak()
             seconds[name].append(timed(side))
             grown[name].append(peak() - before if before else None)
