@@ -42,6 +42,9 @@ from jaxla.shell.process import run_command
 from jaxla.training.losses import pixel_loss
 from jaxla.training.nnunet_augmentation import make_augment, read_size
 from jaxla.training.step import (
+    LARGEST_NORM,
+    MOMENTUM,
+    WEIGHT_DECAY,
     compile_step,
     initial_state,
     make_gradient,
@@ -91,8 +94,11 @@ def main(arguments):
         loss = loss_of(METHODS[options.method].training, configuration.batch_dice)
         taken = OfTheirs(
             nnunet_reference_of(configuration, network),
-            lambda logits, mask: their_loss(logits, mask, configuration.batch_dice),
-            lambda parameters: torch.optim.SGD(parameters, RATE, momentum=0.99, weight_decay=3e-5, nesterov=True),
+            lambda logits, mask: their_loss([level.float() for level in logits], mask, configuration.batch_dice),
+            lambda parameters: torch.optim.SGD(
+                parameters, RATE, momentum=MOMENTUM, weight_decay=WEIGHT_DECAY, nesterov=True
+            ),
+            LARGEST_NORM,
         )
         recipe = replace(METHODS[options.method].training, learning_rate=RATE, schedule="constant")
 
@@ -198,6 +204,7 @@ class OfTheirs(NamedTuple):
     module: torch.nn.Module
     loss: Callable  # (logits, mask) -> value
     optimiser: Callable  # of parameters
+    largest_norm: float | None = None  # to which gradients are cut
 
 
 def binary_cross_entropy(logits, mask):
@@ -218,7 +225,7 @@ class Theirs:
         images = torch.from_numpy(np.moveaxis(images, -1, 1).copy())
         self.images = images.to(device).contiguous(memory_format=layout)
         self.mask = torch.from_numpy(mask).to(device)
-        self.module, self.loss_of = module, taken.loss
+        self.module, self.loss_of, self.largest_norm = module, taken.loss, taken.largest_norm
         self.run = torch.compile(module) if form == "compiled" else module
         self.optimiser = taken.optimiser(module.parameters())
 
@@ -240,6 +247,8 @@ class Theirs:
         self.optimiser.zero_grad()
         loss = self.loss()
         loss.backward()
+        if self.largest_norm:
+            torch.nn.utils.clip_grad_norm_(self.module.parameters(), self.largest_norm)
         self.optimiser.step()
         return loss.item()
 

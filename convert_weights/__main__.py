@@ -113,7 +113,7 @@ def _convert_nnunet(options: Namespace) -> None:
 
     plan = read_plan(Path(options.plans))
     source, output = find_checkpoint(options.source), Path(options.output)
-    plan.configuration(options.configuration)
+    plan.configuration(options.configuration, options.plans)
     _require_free(output, ".safetensors", options.force)
     checkpoint = open_checkpoint(source, under=STATE)
     print(convert(nnunet(plan, options.configuration, checkpoint), checkpoint, output))

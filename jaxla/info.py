@@ -36,8 +36,8 @@ def main(arguments: list[str]) -> None:
 
 
 def _describe_run(folder: Path) -> dict[str, str]:
+    from jaxla.data.split import ALL_FOLDS
     from jaxla.runs.folder import (
-        ALL_FOLDS,
         METRICS,
         PLAN,
         RUNS,

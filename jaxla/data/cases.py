@@ -228,6 +228,11 @@ def _decathlon_cases(root: Path, findings: list[Finding]) -> list[Case]:
     files = _nifti_files(root / "imagesTr")
     if further := [path for path in files if re.search(r"_000[1-9]$", _stem(path))]:
         raise InputError(f"{further[0]}: a second image channel; this package reads scans of one channel")
+    if len(names := _channel_names(root)) > 1:
+        raise InputError(
+            f"{root / 'dataset.json'}: names {len(names)} image channels ({', '.join(names)}); this package reads "
+            "scans of one channel: name that one alone, if it is the one that the files hold"
+        )
     images, masks = _by_id(files, findings), _by_stem(_nifti_files(root / "labelsTr"), findings)
     if not images and not masks:
         raise InputError(f"{root}: has a dataset.json but no image in imagesTr and no mask in labelsTr")
@@ -258,11 +263,15 @@ def _decathlon_labels(root: Path) -> Labels:
 
 def channel_name(root: Path) -> str:
     """What a `dataset.json` calls the scans' one channel; empty where it does not say."""
+    return next(iter(_channel_names(root)), "")
+
+
+def _channel_names(root: Path) -> list[str]:
     try:
         content = json.loads((root / "dataset.json").read_text())
-        return str(next(iter(content.get("channel_names", content.get("modality", {})).values()), ""))
+        return list(map(str, content.get("channel_names", content.get("modality", {})).values()))
     except (OSError, ValueError, AttributeError):
-        return ""
+        return []
 
 
 # --- flat pairs ------------------------------------------------------------------------------------------------------

@@ -1,7 +1,8 @@
 """A scan as a plan wants it: zeros around it cut away, grey values normalised, resampled; kept in the cache folder.
 
 A planned volume is a folder named by what it was made from, holding `image.npy` [D, H, W] float32, `mask.npy` [D, H, W]
-int8 of class indices, -1 where the scan is zero, `places.npy`, where each class is, and `volume.json`.
+int8 (of more than 127 classes int16) of class indices, -1 where the scan is zero, `places.npy`, where each class is,
+and `volume.json`.
 Reference code: nnunetv2 2.8.1, `DefaultPreprocessor`.
 """
 
@@ -62,6 +63,11 @@ class PlannedImage(NamedTuple):
     def separate(self) -> int | None:
         """The axis along which it was resampled by itself."""
         return separate_axis(self.spacing, self.target)
+
+    @property
+    def separate_back(self) -> int | None:
+        """The axis along which it goes back onto the scan by itself; another one where both have a coarse axis."""
+        return separate_axis(self.target, self.spacing)
 
 
 def plan_image(
@@ -178,7 +184,9 @@ def _prepare(volume: PreparedVolume, plan: Plan, configuration: Configuration, s
 
 def _write(folder: Path, volume: PreparedVolume, plan: Plan, configuration: Configuration) -> None:
     planned = plan_image(volume.image, volume.slice_axis, volume.spacing, plan, configuration, volume.mask)
-    mask = to_planned(volume.mask, planned.order)[planned.box].astype(np.int8)
+    classes = len(volume.class_voxels) - 1
+    kind = np.int8 if classes <= np.iinfo(np.int8).max else np.int16
+    mask = to_planned(volume.mask, planned.order)[planned.box].astype(kind)
     nonzero = nonzero_mask(to_planned(volume.image, planned.order)[planned.box])
     mask[(mask == 0) & ~nonzero] = OUTSIDE
     mask = np.ascontiguousarray(resample_mask(mask, planned.image.shape, planned.separate))

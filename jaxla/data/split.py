@@ -15,6 +15,7 @@ from jaxla.config import Data, InputError
 from jaxla.shell.files import refusal_named, write_whole
 
 FOLDS, FOLD_SEED = 5, 12345
+ALL_FOLDS = "all"  # what --fold is where a run trains them all
 
 
 @dataclass(frozen=True)
@@ -71,6 +72,10 @@ def make_split(ids: Sequence[str], protocol: Data, fold: str = "") -> Split:
             "option --fold: folds take turns in training and validation, so it needs all training patients; leave out "
             "--data.train_patients and --data.train_percent, or take an experiment of all of them"
         )
+    if fold and len(pool := split.train + split.val) < FOLDS:
+        raise InputError(
+            f"option --fold: {FOLDS} folds need as many patients that do not test, and there are {len(pool)}; add cases"
+        )
     if fold.isdecimal():
         return _of_fold(split, int(fold))
     train = split.train
@@ -83,10 +88,6 @@ def make_split(ids: Sequence[str], protocol: Data, fold: str = "") -> Split:
 def _of_fold(split: Split, fold: int) -> Split:
     """Five folds of the training and validation patients, drawn as nnU-Net draws its own (scikit-learn's `KFold`)."""
     pool = sorted(split.train + split.val)
-    if len(pool) < FOLDS:
-        raise InputError(
-            f"option --fold: {FOLDS} folds need as many patients that do not test, and there are {len(pool)}; add cases"
-        )
     order = np.arange(len(pool))
     np.random.RandomState(FOLD_SEED).shuffle(order)
     val = set(np.array_split(order, FOLDS)[fold].tolist())

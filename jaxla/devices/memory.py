@@ -19,14 +19,16 @@ GROUPS = Path("/proc/self/cgroup")
 LIMITS = {"memory": ("/sys/fs/cgroup/memory", "memory.limit_in_bytes"), "": ("/sys/fs/cgroup", "memory.max")}
 
 
+SMALLER = (  # what else makes a step take less memory
+    "--preprocessing.image_size; nnU-Net's patches are smaller with --model.memory_gb, or a plan of less --memory-gb"
+)
+
+
 class TooLarge(InputError):
     """A training step needs more memory than the device has."""
 
     def __init__(self, batch_size: int, what: str) -> None:
-        super().__init__(
-            f"option --training.batch_size={batch_size}: {what}; in a new run lower it, or --preprocessing.image_size; "
-            "of nnU-Net --model.memory_gb, which makes its patches smaller"
-        )
+        super().__init__(f"option --training.batch_size={batch_size}: {what}; in a new run lower it, or {SMALLER}")
 
 
 def program_bytes(compiled: jax.stages.Compiled) -> int:

@@ -210,10 +210,18 @@ def tell(line: str) -> None:
         _processes.send(0, {"log": [logging.INFO, line]})
 
 
-def if_others_end(go_on: str, note: Callable[[str], None]) -> None:
-    """The command that goes on, and where to note what is said, should another process end."""
-    if _processes is not None:
-        _processes.go_on, _processes.note = go_on, note
+@contextmanager
+def if_others_end(go_on: str, note: Callable[[str], None]) -> Iterator[None]:
+    """Within it, the command that goes on, and where to note what is said, should another process end."""
+    if _processes is None:
+        yield
+        return
+    before = _processes.go_on, _processes.note
+    _processes.go_on, _processes.note = go_on, note
+    try:
+        yield
+    finally:
+        _processes.go_on, _processes.note = before
 
 
 @contextmanager

@@ -29,7 +29,7 @@ def postprocess(classes: np.ndarray, postprocessing: Postprocessing) -> np.ndarr
 
 
 def keep_largest(classes: np.ndarray, groups: Iterable[Sequence[int]]) -> np.ndarray:
-    """Classes [S, H, W] uint8 -> the same, of each group of classes the largest connected part alone.
+    """Classes [S, H, W] uint8 -> the same, of each group of classes the largest connected part alone; equal ones all.
 
     Voxels hang together by faces, edges and corners. Reference code: nnunetv2 2.8.1, `remove_connected_components`.
     """
@@ -38,8 +38,9 @@ def keep_largest(classes: np.ndarray, groups: Iterable[Sequence[int]]) -> np.nda
         mask = np.isin(kept, list(group))
         parts, count = ndimage.label(mask, np.ones((3, 3, 3), bool))
         if count > 1:
-            largest = np.argmax(np.bincount(parts.ravel())[1:]) + 1
-            kept[mask & (parts != largest)] = 0
+            sizes = np.bincount(parts.ravel())
+            sizes[0] = 0  # background
+            kept[mask & (sizes < sizes.max())[parts]] = 0
     return kept
 
 

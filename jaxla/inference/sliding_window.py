@@ -137,10 +137,10 @@ def importance(size: Sequence[int]) -> np.ndarray:
 def onto_scan(logits: Iterable[np.ndarray], planned: PlannedImage) -> Rows:
     """Slices of logits [H, W, K] of an image -> those of the part of the scan that it was made from, in its voxels.
 
-    Linear between voxels; the nearest slice along the axis along which the scan was resampled by itself.
+    Linear between voxels; the nearest slice along an axis of much longer voxels.
     """
     before, after = planned.image.shape, planned.cropped
-    separate = planned.separate
+    separate = planned.separate_back
 
     def in_plane(row: np.ndarray) -> np.ndarray:
         for axis in (1, 2):

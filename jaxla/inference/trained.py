@@ -9,13 +9,13 @@ import jax
 from flax import nnx
 
 from jaxla.config import InputError, default_cache_dir
-from jaxla.data.split import FOLDS
+from jaxla.data.split import ALL_FOLDS, FOLDS
 from jaxla.devices.processes import agreed
 from jaxla.models.build import build_network, is_planned
 from jaxla.models.weights import parameters_sha256
 from jaxla.models.weights_format import require_undamaged
 from jaxla.planning.plan import Plan, read_plan
-from jaxla.runs.folder import ALL_FOLDS, BACKBONE, BEST, PLAN, fold_folders, read_largest
+from jaxla.runs.folder import BACKBONE, BEST, PLAN, fold_folders, read_largest
 from jaxla.runs.record import Record, read_record
 from jaxla.training.checkpoints import Checkpoints, checkpoint_steps, checkpointed
 from jaxla.training.step import split_network
@@ -84,14 +84,16 @@ def load_run(folder: str | Path) -> TrainedNetwork:
 
 
 def _load_folds(folder: Path, record: Record) -> TrainedNetwork:
-    folds = [load_run(place) for place in fold_folders(folder) if place.exists()]
-    if len(folds) < FOLDS:
-        raise InputError(f"{folder}: only {len(folds)} of its {FOLDS} folds have begun; go on with --resume")
-    networks = tuple(fold.network for fold in folds)
-    if record.experiment.model.backbone == "frozen":  # one for all
-        for network in networks[1:]:
+    begun = [place for place in fold_folders(folder) if place.exists()]
+    if len(begun) < FOLDS:
+        raise InputError(f"{folder}: only {len(begun)} of its {FOLDS} folds have begun; go on with --resume")
+    first, networks = load_run(begun[0]), []
+    for place in begun:
+        network = load_run(place).network if networks else first.network
+        if networks and record.experiment.model.backbone == "frozen":  # one for all, and never more than two in memory
             network.backbone = networks[0].backbone
-    return TrainedNetwork(networks, record, folds[0].epoch, folds[0].plan, read_largest(folder))
+        networks.append(network)
+    return TrainedNetwork(tuple(networks), record, first.epoch, first.plan, read_largest(folder))
 
 
 def _frozen_weights(folder: Path, record: Record) -> Path:

@@ -79,7 +79,8 @@ def configuration_of(model: Model, plan: Plan | None = None) -> Configuration:
     """
     if plan is None and not model.plan:
         raise InputError(f"{model.arch} is planned from the data: give it the plan that python -m jaxla.plan makes")
-    return (plan or read_plan(Path(model.plan))).configuration(family_of(model).configuration(model))
+    where = f"--model.plan={model.plan}" if model.plan else "the plan of these scans"
+    return (plan or read_plan(Path(model.plan))).configuration(family_of(model).configuration(model), where)
 
 
 def is_planned(model: Model) -> bool:

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import gc
+import json
 import logging
 import shlex
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 from jaxla.config import Experiment
-from jaxla.data.split import FOLDS
+from jaxla.data.split import ALL_FOLDS, FOLDS
 from jaxla.devices.mesh import use_own_devices
 from jaxla.devices.processes import agreed, is_first, wait_for_all
 from jaxla.pipeline.data import PreparedData
@@ -19,7 +22,7 @@ from jaxla.pipeline.largest import keep_choice, read_tries
 from jaxla.pipeline.planning import keep_plan
 from jaxla.pipeline.session import run_session
 from jaxla.pipeline.testing import run_test
-from jaxla.runs.folder import ALL_FOLDS, fold_folders, is_finished, resume_command
+from jaxla.runs.folder import COST, fold_folders, is_finished, require_resumable, resume_command
 from jaxla.runs.record import RECORD
 from jaxla.shell.command_line import Options, without_folder_and_process
 from jaxla.shell.process import Stopped
@@ -36,8 +39,10 @@ def run_experiment(options: Options, command: str) -> None:
     if options.experiment.fold != ALL_FOLDS:
         run_session(options, command)
     elif options.dry_run:
+        if options.resume and is_first():
+            require_resumable(options.run_dir, options.experiment)
         log.info("the first of %d folds, each of which takes as much; then their test together", FOLDS)
-        run_session(options._replace(experiment=replace(options.experiment, fold="0")), command)
+        run_session(options._replace(experiment=replace(options.experiment, fold="0"), resume=False), command)
     else:
         run_session(options, command, partial(train_folds, options, command))
 
@@ -63,14 +68,24 @@ def train_folds(
             resume=agreed((folder / RECORD).exists()),
         )
         of_all = shlex.split(without_folder_and_process(command))
-        words = [*(word for word in of_all if not word.startswith("--fold=")), f"--fold={fold}", f"--run-dir={folder}"]
+        words = [*_without_fold(of_all), f"--fold={fold}", f"--run-dir={folder}"]
         _in_fold(fold, partial(run_session, of_fold, shlex.join(words), go_on=resume_command(command, run_dir)))
     if experiment.postprocessing.largest == "if_better" and is_first():
         tries = {name: of_case for folder in fold_folders(run_dir) for name, of_case in read_tries(folder).items()}
         keep_choice(tries, data.dataset.labels.names, run_dir)
     wait_for_all()
     with use_own_devices():
-        return run_test(data, None, run_dir, step_bytes=0)
+        largest = max(json.loads((folder / COST).read_text())["step_bytes"] for folder in fold_folders(run_dir))
+        return run_test(data, None, run_dir, step_bytes=largest)
+
+
+def _without_fold(words: Sequence[str]) -> list[str]:
+    """The words of a command without `--fold=all`, or `--fold` and `all`."""
+    return [
+        word
+        for before, word in pairwise(("", *words))
+        if not word.startswith("--fold=") and "--fold" not in (before, word)
+    ]
 
 
 def _in_fold(fold: int, run: Callable[[], None]) -> None:
@@ -81,4 +96,6 @@ def _in_fold(fold: int, run: Callable[[], None]) -> None:
     except Stopped as stop:  # without the command to go on with, which the outer one says
         raise Stopped(f"in fold {fold + 1} of {FOLDS}, {str(stop.__cause__) or 'before its end'}") from stop
     finally:
-        package.handlers[:] = handlers  # what comes after is not of this fold's log
+        for handler in set(package.handlers) - set(handlers):  # what comes after is not of this fold's log
+            package.removeHandler(handler)
+        gc.collect()  # arrays that only cycles still hold would take the next fold's memory

@@ -6,7 +6,7 @@ import hashlib
 import json
 import logging
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from jaxla.config import Data, Experiment, InputError, Preprocessing
@@ -14,7 +14,7 @@ from jaxla.data.cases import Dataset, find_cases
 from jaxla.data.inputs import Canvas, smallest_extent
 from jaxla.data.phantoms import cached_phantoms
 from jaxla.data.prepared import PreparedVolume, prepare_cases
-from jaxla.data.split import Split, make_split
+from jaxla.data.split import ALL_FOLDS, FOLDS, Split, make_split
 from jaxla.devices.processes import is_first, share
 from jaxla.planning.plan import Plan
 from jaxla.shell.terminal import count_of, track
@@ -74,7 +74,12 @@ def prepare_data(experiment: Experiment, cache_dir: Path) -> PreparedData:
     split = make_split([case.id for case in dataset.cases], protocol, experiment.fold)
     prepared = prepare_cases(dataset, cache_dir, lambda cases: track(cases, "reading"), share(dataset.cases))
     data = PreparedData(dataset, {volume.id: volume for volume in prepared}, split, fold=experiment.fold)
-    require_classes(data, protocol)
+    if experiment.fold == ALL_FOLDS:
+        for k in range(FOLDS):
+            of_fold = make_split([case.id for case in dataset.cases], protocol, str(k))
+            require_classes(replace(data, split=of_fold, fold=str(k)), protocol)
+    else:
+        require_classes(data, protocol)
     training = data.of(split.train)
     if split.unused:
         log.info(
@@ -108,6 +113,11 @@ def require_classes(data: PreparedData, protocol: Data) -> None:
     for index, name in enumerate(data.dataset.labels.names, start=1):
         if any(v.class_voxels[index] for v in training):
             continue
+        if data.fold and any(v.class_voxels[index] for v in data.of(data.split.val)):
+            raise InputError(
+                f"option --fold: in fold {data.fold} the masks of all {len(training)} training patients hold no "
+                f"{name}, for those that do validate; add cases with {name}, or leave --fold out"
+            )
         if any(v.class_voxels[index] for v in data.of(data.split.unused)):
             raise InputError(
                 f"{data.dataset.root}: the masks of the training patients that this protocol takes "

@@ -156,7 +156,9 @@ def _forecast(
 
     split = split_network(network, train_backbone=model.backbone == "finetuned")
     if plan:
+        began_to_resample = time.perf_counter()
         sources = patch_sources(experiment, data, plan, cache_dir)
+        began += time.perf_counter() - began_to_resample  # the run finds it done
     else:
         sources = slice_sources(experiment, data, stand_ins, with_images)
     recipe = sources.recipe
@@ -186,10 +188,9 @@ def _forecast(
     if plan:
         windows = windows_of(parts["test"], plan, configuration_of(model, plan))
         of_volume = windows / len(parts["test"]) * batch_seconds / recipe.batch_size
-        judged = of_volume * len(parts["val"]) if experiment.postprocessing.largest == "if_better" else 0.0
     else:
         of_volume = slices["test"] / len(parts["test"]) * (batch_seconds / recipe.batch_size + extract_seconds)
-        judged = 0.0
+    judged = of_volume * len(parts["val"]) if experiment.postprocessing.largest == "if_better" else 0.0
     cost_seconds = of_volume + min(TIMED_VOLUMES * of_volume, TIMED_SECONDS + of_volume)
 
     return Forecast(

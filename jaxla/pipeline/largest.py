@@ -27,7 +27,7 @@ from jaxla.shell.terminal import track
 
 log = logging.getLogger(__name__)
 
-Tries = dict[str, list[float]]  # of a case, for each way of keeping parts the Dice of every structure
+Tries = dict[str, list[float | None]]  # of a case, for each way of keeping parts the Dice of every structure
 
 
 def choose_largest(trained: TrainedNetwork, data: PreparedData, run_dir: Path) -> TrainedNetwork:
@@ -82,7 +82,7 @@ def tries_of(predicted: np.ndarray, reference: np.ndarray, count: int) -> Tries:
 
 def choose_groups(tries: Mapping[str, Tries], count: int) -> list[list[int]]:
     """The groups of classes of which the largest part alone is kept."""
-    mean = {way: np.mean([of_case[way] for of_case in tries.values()], 0) for way in next(iter(tries.values()))}
+    mean = {way: _mean([of_case[way] for of_case in tries.values()]) for way in next(iter(tries.values()))}
     groups, base = [], "none"
     if mean["all"].mean() > mean["none"].mean() and (mean["all"] >= mean["none"]).all():
         groups, base = [list(range(1, count + 1))], "all"
@@ -92,11 +92,19 @@ def choose_groups(tries: Mapping[str, Tries], count: int) -> list[list[int]]:
     return groups
 
 
-def _dice(predicted: np.ndarray, reference: np.ndarray, count: int) -> list[float]:
-    """Of each structure; 1 where neither has it."""
+def _mean(dice: Sequence[Sequence[float | None]]) -> np.ndarray:
+    """Of each structure, over the cases that have one; NaN, which is neither more nor less, where none has."""
+    values = np.array(dice, float)
+    there = ~np.isnan(values)
+    with np.errstate(invalid="ignore"):
+        return np.where(there, values, 0).sum(0) / there.sum(0)
+
+
+def _dice(predicted: np.ndarray, reference: np.ndarray, count: int) -> list[float | None]:
+    """Of each structure; None where neither has it, which nnU-Net leaves out of its means."""
     values = []
     for k in range(1, count + 1):
         ours, theirs = predicted == k, reference == k
         voxels = int(ours.sum()) + int(theirs.sum())
-        values.append(2 * int((ours & theirs).sum()) / voxels if voxels else 1.0)
+        values.append(2 * int((ours & theirs).sum()) / voxels if voxels else None)
     return values

@@ -42,6 +42,7 @@ def plan_run(experiment: Experiment, data: PreparedData) -> Plan | None:
     if not model.plan:
         found = fingerprint(planned_from, lambda volumes: track(volumes, "planning"))
         plan = make_plan(found, 1 + len(data.dataset.labels.names), model.memory_gb)
+        configuration_of(model, plan)
         _require_share(experiment, plan)
         return plan
     where = f"--model.plan={model.plan}"

@@ -112,9 +112,9 @@ def run_session(options: Options, command: str, run: Run = train_and_test, go_on
         begun = agreed((run_dir / RECORD).read_text() if is_first() else None)
         if not (run_dir / RECORD).exists() or (run_dir / RECORD).read_text() != begun:
             raise InputError(f"--run-dir={run_dir}: is not seen here; it must lie on a disk that all processes share")
-        if_others_end(go_on, partial(note, log_file))
         try:
-            summary = run(experiment, data, run_dir, cache_dir)
+            with if_others_end(go_on, partial(note, log_file)):
+                summary = run(experiment, data, run_dir, cache_dir)
         except (Stopped, KeyboardInterrupt) as stop:
             where = str(stop) or "before the end"
             note(log_file, f"stopped {where}")

@@ -17,7 +17,8 @@ from jaxla.data.split import make_split
 from jaxla.experiments import EXPERIMENTS, METHODS
 from jaxla.pipeline.checks import checked, of_method, with_weights
 from jaxla.pipeline.data import data_folder
-from jaxla.runs.folder import CASES, RUNS, STUDY, folder_held, has_not_begun, is_finished
+from jaxla.planning.plan import read_plan
+from jaxla.runs.folder import CASES, PLAN, RUNS, STUDY, folder_held, has_not_begun, is_finished
 from jaxla.runs.record import changed_case, differences, read_record, shown
 from jaxla.shell.command_line import parse_experiment
 from jaxla.shell.files import refusal_named, write_whole
@@ -161,6 +162,9 @@ def state_of(run: PlannedRun) -> State:
             raise InputError(f"{folder}: was run with --{option}={shown(then)}, not {shown(now)}; {move}")
     if run.weights_sha256 and run.weights_sha256 != record.weights_sha256:
         raise InputError(f"{folder}: was run with other weights than {run.experiment.model.weights}; {move}")
+    plan = run.experiment.model.plan
+    if plan and (folder / PLAN).exists() and read_plan(folder / PLAN) != read_plan(Path(plan)):
+        raise InputError(f"{folder}: was run with another plan than {plan}; {move}")
     made_by, here = record.environment["versions"].get("jaxla"), importlib.metadata.version("jaxla")
     if made_by != here:
         raise InputError(f"{folder}: was made by jaxla {made_by}, and this is {here}; {move}")

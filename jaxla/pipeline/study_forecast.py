@@ -16,6 +16,7 @@ from tabulate import tabulate
 from jaxla.config import Experiment, InputError
 from jaxla.data.cache import in_use
 from jaxla.data.split import make_split
+from jaxla.devices.memory import SMALLER
 from jaxla.devices.mesh import use_devices
 from jaxla.pipeline.checks import of_method, require_batch, require_share
 from jaxla.pipeline.data import prepare_data, require_classes
@@ -124,7 +125,7 @@ def measure(runs: Sequence[PlannedRun], states: Sequence[State], cache_dir: Path
         process.join()
         raise InputError(
             f"measuring the methods' first steps ended with {how_it_ended(process.exitcode)}; if memory was short, "
-            "lower --training.batch_size or --preprocessing.image_size"
+            f"lower --training.batch_size, or {SMALLER}"
         ) from error
     finally:
         process.terminate()

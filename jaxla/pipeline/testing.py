@@ -13,6 +13,7 @@ import numpy as np
 from jaxla.data.batches import SliceSource
 from jaxla.data.patches import PatchSource
 from jaxla.data.prepared import PreparedVolume
+from jaxla.data.split import ALL_FOLDS
 from jaxla.data.volumes import (
     canonical_to_slices,
     from_slices,
@@ -44,7 +45,6 @@ from jaxla.reporting.overlays import Panel, draw_overlays
 from jaxla.reporting.run_report import write_report
 from jaxla.runs.cost import write_cost
 from jaxla.runs.folder import (
-    ALL_FOLDS,
     COST,
     OVERLAYS,
     PREDICTIONS,

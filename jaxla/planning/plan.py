@@ -82,16 +82,24 @@ class Plan(NamedTuple):
     use_mask_for_norm: bool = False
     normalisation: str = Z_SCORE
 
-    def configuration(self, name: str) -> Configuration:
+    def configuration(self, name: str, where: str = "the plan") -> Configuration:
         """One of TRAINED.
 
+        Args:
+            where: what to call the plan in a message.
+
         Raises:
-            InputError: it was not planned.
+            InputError: it was not planned, or no network can be built by it.
         """
         if name not in TRAINED:
             raise InputError(f"configuration {name!r}: none that is built here; give one of {', '.join(TRAINED)}")
         if name not in self.configurations:
-            raise InputError(f"the plan has no configuration {name}; it has {', '.join(self.configurations)}")
+            has = ", ".join(self.configurations)
+            raise InputError(f"{where}: has no configuration {name}; take {has}, which it has, or another plan")
+        if fault := _fault(self.configurations[name]):
+            raise InputError(
+                f"{where}: its configuration {name} cannot be built: {fault}; take another configuration or plan"
+            )
         return self.configurations[name]
 
 
@@ -164,9 +172,8 @@ def plan_of(content: Any, where: str) -> Plan:
         )
         if sorted(plan.transpose_forward) != [0, 1, 2] or len(plan.median_spacing) != 3 or not configurations:
             raise ValueError("it is not of three axes, or plans nothing")
-        for name, of_name in configurations.items():
-            if fault := _fault(of_name):
-                raise InputError(f"its configuration {name} cannot be built: {fault}; plan anew, or mend it")
+        for of_name in configurations.values():
+            _fault(of_name)  # raises where values are of another kind; what it says matters only of what is built
     except InputError as error:
         raise InputError(f"{where}: {error}") from error
     except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:

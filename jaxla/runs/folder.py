@@ -44,9 +44,6 @@ FIRST_FILES = (LOCK, SPLIT, CASES)  # written before the record, with which the 
 STUDY, RUNS = "study.json", "runs"  # of a study's folder: its plan, and the folders of its runs
 
 
-ALL_FOLDS = "all"  # what --fold is where a run trains them all
-
-
 def fold_folders(folder: Path) -> list[Path]:
     """The folders of a run's folds, where it trains them all."""
     return [folder / f"fold_{k}" for k in range(FOLDS)]

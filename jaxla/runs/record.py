@@ -18,6 +18,7 @@ RECORD = "experiment.json"
 VERSION = 4
 FEATURES_KEPT = "The frozen backbone's features were computed once per slice"  # how such a record's `features` begins
 NOT_COMPARED = {"summary", "data.root", "data.split", "model.weights", "model.plan"}  # of files the content is compared
+NO_FILE = {"model.weights": "random", "model.plan": ""}  # a value that is none
 
 
 @dataclass(frozen=True)
@@ -148,7 +149,7 @@ def differences(now: Any, then: Any, within: str = "") -> Iterator[tuple[str, An
     before = by_option(asdict(then), within)
     for option, a in by_option(asdict(now), within).items():
         b = before[option]
-        if a != b and (option not in NOT_COMPARED or (option == "model.weights" and "random" in (a, b))):
+        if a != b and (option not in NOT_COMPARED or NO_FILE.get(option) in (a, b)):
             yield "exp" if option == "name" else option, a, b
 
 

@@ -176,7 +176,7 @@ def moved(
         happens: whether it is; else the middle is cut out as it is.
     """
     places = jnp.moveaxis(jnp.indices(size, dtype=jnp.float32), 0, -1) - (jnp.array(size) - 1) / 2  # from the middle
-    places = places @ (_rotation(angles) * scale).T
+    places = jnp.matmul(places, (_rotation(angles) * scale).T, precision="highest")  # GPUs round to TF32 else
     whole = jnp.array(image.shape)
     still = whole // 2 - jnp.array(size) // 2 + (jnp.array(size) - 1) / 2
     places += jnp.where(happens, (whole - 1) / 2, still)

@@ -159,6 +159,15 @@ def test_a_second_channel_is_refused(tmp_path):
         find_cases(root)
 
 
+def test_several_channels_that_are_named_are_refused(tmp_path):
+    root = decathlon(tmp_path, ["a"], ONE_CLASS, "_0000")
+    content = json.loads((root / "dataset.json").read_text())
+    for key in ("channel_names", "modality"):
+        (root / "dataset.json").write_text(json.dumps(content | {key: {"0": "LGE", "1": "cine"}}))
+        with pytest.raises(InputError, match=r"dataset.json: names 2 image channels \(LGE, cine\)"):
+            find_cases(root)
+
+
 def test_a_dataset_json_without_files_is_named(tmp_path):
     (tmp_path / "dataset.json").write_text(json.dumps({"labels": ONE_CLASS}))
     with pytest.raises(InputError, match=f"^{tmp_path}: has a dataset.json but no image"):

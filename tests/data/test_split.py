@@ -233,3 +233,5 @@ def test_folds_need_all_training_patients_and_five_of_them():
         InputError, match="option --fold: 5 folds need as many patients that do not test, and there are 4"
     ):
         make_split(ids(5), Data(), "0")
+    with pytest.raises(InputError, match="option --fold: 5 folds need as many patients"):  # before any fold begins
+        make_split(ids(5), Data(), "all")

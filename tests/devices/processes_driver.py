@@ -29,9 +29,9 @@ def talk(folder, index):
 
 
 def sleep(folder, index):
-    if_others_end("that command", (folder / f"{index}.note").write_text)
-    (folder / f"{index}.ready").touch()
-    time.sleep(100)
+    with if_others_end("that command", (folder / f"{index}.note").write_text):
+        (folder / f"{index}.ready").touch()
+        time.sleep(100)
 
 
 def busy(folder, index):

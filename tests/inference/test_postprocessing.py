@@ -6,7 +6,6 @@ from scipy import ndimage
 
 from jaxla.config import Postprocessing
 from jaxla.inference.postprocessing import keep_largest, postprocess
-from jaxla.pipeline.largest import choose_groups, tries_of
 
 BOTH = Postprocessing(opening=3, closing=3)
 
@@ -104,42 +103,7 @@ def test_the_largest_part_of_a_group_alone_is_kept():
     each = keep_largest(classes, [(1,), (2,)])
     assert each[3, 6, 7] == 0
     assert np.count_nonzero(each == 1) == 4
-    assert np.count_nonzero(each == 2) == 1  # of equal ones the first
+    assert np.count_nonzero(each == 2) == 2  # equal ones both
     np.testing.assert_array_equal(keep_largest(classes, []), classes)
     np.testing.assert_array_equal(keep_largest(np.zeros_like(classes), [(1, 2)]), 0)
     assert classes[3, 6, 6] == 2  # what was given stays
-
-
-TWO = {"none": [0.6, 0.8], "all": [0.7, 0.8], "each": [0.7, 0.7], "all, each": [0.7, 0.9]}
-
-
-@pytest.mark.parametrize(
-    ("tries", "count", "groups"),
-    [
-        ({"none": [0.6], "all": [0.7], "each": [0.7], "all, each": [0.7]}, 1, [[1]]),
-        ({"none": [0.7], "all": [0.7], "each": [0.7], "all, each": [0.7]}, 1, []),  # no better
-        ({"none": [0.7], "all": [0.6], "each": [0.6], "all, each": [0.6]}, 1, []),
-        (TWO, 2, [[1, 2], [2]]),
-        (TWO | {"all": [0.8, 0.7]}, 2, [[1]]),  # better in the mean, but one is worse
-        (TWO | {"all, each": [0.6, 0.7]}, 2, [[1, 2]]),
-    ],
-)
-def test_parts_are_taken_away_only_where_validation_says_that_it_helps(tries, count, groups):
-    worse = {way: [value - 0.1 for value in values] for way, values in tries.items()}
-    better = {way: [value + 0.1 for value in values] for way, values in tries.items()}
-    assert choose_groups({"a": worse, "b": better}, count) == groups
-
-
-def test_what_is_tried_is_what_is_kept():
-    draw = np.random.default_rng(0)
-    reference = draw.integers(0, 3, (5, 9, 8)).astype(np.uint8)
-    predicted = np.where(draw.random(reference.shape) < 0.3, reference, 0).astype(np.uint8)
-    found = tries_of(predicted, reference, 2)
-    ways = {"none": [], "all": [(1, 2)], "each": [(1,), (2,)], "all, each": [(1, 2), (1,), (2,)]}
-    for way, groups in ways.items():
-        kept = keep_largest(predicted, groups)
-        for k in (1, 2):
-            both = np.count_nonzero((kept == k) & (reference == k))
-            dice = 2 * both / (np.count_nonzero(kept == k) + np.count_nonzero(reference == k))
-            assert found[way][k - 1] == pytest.approx(dice)
-    assert tries_of(np.zeros_like(predicted), np.zeros_like(reference), 2)["none"] == [1.0, 1.0]

@@ -85,7 +85,6 @@ def test_logits_are_the_weighted_mean_of_all_mirrored_windows(name):
         total[part] += (mean[None] if name == "2d" else mean) * weight[..., None]
         weights[part] += weight
     found = np.stack(list(make_window_logits(networks, c)(image)))
-    print("MERGE", np.abs(found - total / weights[..., None]).max())
     np.testing.assert_allclose(found, total / weights[..., None], atol=4e-6)  # measured: 8.7e-7
 
 
@@ -101,7 +100,6 @@ def test_memory_does_not_grow_with_the_scan():
         peaks[depth] = tracemalloc.get_traced_memory()[1] - image.nbytes  # the padded copy
         tracemalloc.stop()
     of_logits = 360 * 32 * 32 * (2 + 1) * 4  # of the slices more, and their weights
-    print("PEAK", (peaks[400] - peaks[40]) / of_logits)
     assert peaks[400] - peaks[40] < 0.1 * of_logits  # measured: 0.001
 
 
@@ -117,8 +115,21 @@ def test_logits_go_back_onto_the_scans_grid_as_nnunets_do(number):
     box = tuple(slice(0, side) for side in shape)
     image = PlannedImage(np.zeros(logits.shape[1:]), box, shape, tuple(scan), tuple(planned), (0, 1, 2))
     found = np.stack(list(onto_scan(iter(np.moveaxis(logits, 0, -1)), image)))
-    print("BACK", np.abs(found - np.moveaxis(expected, 0, -1)).max())
     np.testing.assert_allclose(found, np.moveaxis(expected, 0, -1), atol=1e-6)  # measured: 2.4e-7
+
+
+@pytest.mark.parametrize(
+    ("spacing", "there"), [((1.0, 1.0, 5.0), 2), ((1.0, 3.5, 3.5), None), ((2.0, 2.0, 5.0), 0), ((1.0, 1.0, 1.0), 0)]
+)
+def test_where_two_axes_are_coarse_the_plans_counts_on_the_way_back(spacing, there):
+    """nnU-Net asks first of what it resamples from: the scan on the way there, the plan's spacing on the way back."""
+    target = (5.0, 1.0, 1.0)
+    image = PlannedImage(np.zeros((4, 5, 5)), (slice(0, 20), slice(0, 2), slice(0, 2)), (20, 2, 2), spacing, target, ())
+    assert image.separate == there
+    assert image.separate_back == 0
+    rows = np.arange(4, dtype=np.float32)[:, None, None, None] * np.ones((4, 5, 5, 1), np.float32)
+    back = np.stack(list(onto_scan(iter(rows), image)))[:, 0, 0, 0]
+    np.testing.assert_array_equal(back, np.repeat(np.arange(4), 5))  # the nearest slice, and nothing between
 
 
 def test_of_slices_each_is_seen_once_from_each_place():

@@ -6,7 +6,15 @@ from pathlib import Path
 import pytest
 
 from jaxla.config import InputError
-from jaxla.planning.plan import content_of, fingerprint_of, plan_of, read_fingerprint, read_plan, write_plan
+from jaxla.planning.plan import (
+    Fingerprint,
+    content_of,
+    fingerprint_of,
+    plan_of,
+    read_fingerprint,
+    read_plan,
+    write_plan,
+)
 from jaxla.planning.planner import make_plan
 from jaxla.planning.topology import topology
 
@@ -186,7 +194,7 @@ def changed(**values):
 )
 def test_what_is_no_plan_is_refused_in_a_line(content, says):
     with pytest.raises(InputError) as refused:
-        plan_of(content, "it")
+        plan_of(content, "it").configuration("2d", "it")
     assert says in str(refused.value)
     assert "\n" not in str(refused.value)
 
@@ -213,5 +221,14 @@ def test_what_is_no_fingerprint_is_refused_in_a_line(tmp_path, text, says):
 
 def test_a_configuration_that_was_not_planned_is_named(tmp_path):
     write_plan(tmp_path / "plan.json", plan_of(changed(), "it"))
-    with pytest.raises(InputError, match="the plan has no configuration 3d_fullres; it has 2d"):
+    with pytest.raises(InputError, match=r"^the plan: has no configuration 3d_fullres; take 2d, which it has"):
         read_plan(tmp_path / "plan.json").configuration("3d_fullres")
+
+
+def test_a_plan_of_very_small_scans_is_read_and_refused_where_no_network_can_be_built(tmp_path):
+    """nnU-Net plans a network of one stage, which has no way up."""
+    plan = make_plan(Fingerprint(((1.0, 1.0, 1.0),) * 3, ((20, 7, 7),) * 3, 1.0), 2)
+    write_plan(tmp_path / "plan.json", plan)
+    assert read_plan(tmp_path / "plan.json") == plan
+    with pytest.raises(InputError, match="its configuration 2d cannot be built: a patch of 2 axes and 1 stages"):
+        plan.configuration("2d", "here")

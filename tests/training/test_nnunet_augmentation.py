@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from scipy import ndimage
 
 from jaxla.training.nnunet_augmentation import (
     NNUNET,
@@ -117,15 +118,44 @@ def test_image_and_mask_are_moved_together():
     assert outside < -3  # beyond the scan it is 0
 
 
+def test_flat_patches_are_changed_slice_by_slice_all_alike():
+    """Every slice of a scan is the same, and so they are in the end, whatever happened to them; the mask with them."""
+    patch, draw = (4, 16, 20), np.random.default_rng(3)
+    assert turning(patch).in_plane
+    size = read_size(patch)
+    assert size[0] == patch[0]
+    plane = ndimage.gaussian_filter(draw.standard_normal((30, *size[1:])), (0, 2, 2)) > 0
+    masks = jnp.asarray(np.broadcast_to(plane[:, None], (30, *size)), jnp.int8)
+    images = jnp.where(masks == 1, 1.0, 0.0)[..., None]
+    alike = NNUNET._replace(noise=0.0)
+    changed, after = jax.jit(make_augment(patch, 1, zeros_stay=False, chances=alike))(jax.random.key(0), images, masks)
+    assert changed.shape == (30, *patch, 1)
+    assert after.shape == (30, *patch)
+    np.testing.assert_array_equal(after, after[:, :1].repeat(patch[0], 1))
+    np.testing.assert_array_equal(changed, changed[:, :1].repeat(patch[0], 1))
+    moved = NNUNET._replace(**dict.fromkeys(set(NNUNET._fields) - {"moved", "mirrored"}, 0.0))
+    changed, after = jax.jit(make_augment(patch, 1, zeros_stay=False, chances=moved))(jax.random.key(0), images, masks)
+    inside, outside = (np.asarray(where) for where in (changed[..., 0] > 0.51, changed[..., 0] < 0.32))
+    assert (inside | outside).mean() > 0.9  # elsewhere the structure's share of a voxel is near that of others
+    assert (np.asarray(after)[inside] == 1).all()
+    assert (np.asarray(after)[outside] == 0).all()
+    start = [(n - m) // 2 for n, m in zip(size, patch, strict=True)]
+    still = np.asarray(images)[:, :, start[1] : start[1] + 16, start[2] : start[2] + 20]
+    assert 5 < sum(not np.array_equal(a, b) for a, b in zip(still, np.asarray(changed), strict=True)) <= 30
+
+
 def test_zeros_stay_zero_where_that_is_asked_for():
     patch = (8, 8, 8)
     size = read_size(patch)
     masks = jnp.full((30, *size), -1, jnp.int8).at[:, : size[0] // 2].set(0)
     images = jnp.where(masks == 0, 1.0, 0.0)[..., None]
+    none = Chances(*(0.0,) * len(NNUNET))
     for zeros_stay in (True, False):
-        changed, after = jax.jit(make_augment(patch, 1, zeros_stay))(jax.random.key(0), images, masks)
+        bright = none._replace(inverted_gamma=1.0, noise=1.0)  # and nothing is moved: the lower half is outside
+        changed, after = jax.jit(make_augment(patch, 1, zeros_stay, bright))(jax.random.key(0), images, masks)
         assert after.min() == 0
-        assert bool((jnp.abs(changed) < 0.2).any())
+        assert bool((changed[:, patch[0] // 2 :] == 0).all()) == zeros_stay
+        assert bool((changed[:, : patch[0] // 2] != 0).all())
     # of noise, which comes to one patch in ten, nothing is left outside of the scan
     noise = {}
     for zeros_stay in (True, False):
