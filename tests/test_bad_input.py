@@ -141,6 +141,23 @@ def test_training_refuses_few_patients_without_a_class_that_others_have(tmp_path
     )
 
 
+@pytest.mark.parametrize("fold", ["all", "2"])
+def test_training_refuses_folds_of_which_one_trains_without_a_class(tmp_path, fold):
+    """Before the first of them begins: only the patients that validate in fold 2 have the class."""
+    folder = flat(tmp_path / "data", 12)
+    names = [path.name.removesuffix(".nii.gz") for path in folder.glob("*.nii.gz") if "mask" not in path.name]
+    for name in make_split(names, Data(), "2").val:
+        mask = mask_array()
+        mask[0, 0, 0] = 2
+        save(folder / f"{name}_mask.nii.gz", mask)
+    line = refuse_to_train(tmp_path, "--data.labels=LA:1;scar:2", f"--fold={fold}")
+    assert re.search(
+        r"^error: option --fold: in fold 2 the masks of all \d training patients hold no scar, for those that do "
+        "validate; add cases with scar, or leave --fold out",
+        line,
+    )
+
+
 @pytest.mark.parametrize("module", ["jaxla.train", "jaxla.predict"])
 def test_a_folder_without_any_case_is_named(tmp_path, module):
     (tmp_path / "data").mkdir()

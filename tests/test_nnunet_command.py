@@ -231,3 +231,14 @@ def test_plans_that_do_not_fit_are_refused(phantoms, plan, tmp_path):
         assert f"option --model.plan is not one of method {method}" in said
     said = refuse(tmp_path, "jaxla.train", "--exp=quickstart", f"--data.root={phantoms}", "--augmentation.nnunet=true")
     assert "it is of nnU-Net's methods alone" in said
+
+
+@pytest.mark.parametrize("more", [(), ("--dry-run",)])
+def test_patches_that_no_memory_holds_are_refused_before_any_is_made(phantoms, plan, tmp_path, more):
+    given = options(phantoms, plan, tmp_path / "run", "--training.batch_size=40000", *more)
+    done = in_this_process(tmp_path, "jaxla.train", *given)
+    assert done.returncode == 2
+    (line,) = done.stderr.splitlines()
+    assert line.startswith("error: option --training.batch_size=40000: a training step takes ")
+    assert line.endswith("nnU-Net's patches are smaller with --model.memory_gb, or a plan of less --memory-gb")
+    assert not (tmp_path / "run").exists()

@@ -15,11 +15,13 @@ from jaxla.data.cases import find_cases
 from jaxla.data.prepared import content_key
 from jaxla.data.split import make_split, write_split
 from jaxla.pipeline.study import plan_runs, require_same_data, state_of
+from jaxla.planning.plan import write_plan
 from jaxla.runs.folder import run_folder
 from jaxla.runs.machine import environment
 from jaxla.runs.record import Record
 from jaxla.study import main
 from tests.commands import run_module
+from tests.tiny import TINY_PLAN
 
 
 def options_of(phantoms, folder, *more):
@@ -178,6 +180,9 @@ def test_complete_runs_of_another_split_or_of_other_data_are_not_reported(phanto
 
     require_same_data([run], ["complete"], tmp_path)
     assert state_of(run) == "complete"
+    planned = replace(run.experiment, model=replace(run.experiment.model, plan=str(tmp_path / "plan.json")))
+    with pytest.raises(InputError, match=r"was run with --model.plan=not given, not "):
+        state_of(run._replace(experiment=planned))
     other = tmp_path / "split.json"
     write_split(replace(split, val=split.test, test=split.val), other)
     moved = run._replace(experiment=replace(run.experiment, data=replace(run.experiment.data, split=str(other))))
@@ -191,6 +196,29 @@ def test_complete_runs_of_another_split_or_of_other_data_are_not_reported(phanto
     (folder / "cases.json").write_text("{")
     with pytest.raises(InputError, match=r"cases.json: missing or damaged"):
         require_same_data([run], ["complete"], tmp_path)
+
+
+def test_a_run_of_another_plan_is_not_taken_for_complete(phantoms, tmp_path):
+    """A plan is known by its contents: the file may lie elsewhere, but not say something else."""
+    plan, study = tmp_path / "plan.json", tmp_path / "study"
+    write_plan(plan, TINY_PLAN)
+    (run,) = plan_runs(
+        {"nnunet_2d": [f"--data.root={phantoms}", f"--model.plan={plan}"]}, ["paper1"], [0], study, tmp_path
+    )
+    dataset = find_cases(phantoms)
+    cases = {case.id: content_key(case, dataset.labels) for case in dataset.cases}
+    split = make_split(list(cases), run.experiment.data)
+    hashes = {"weights_sha256": "", "split_sha256": split.sha256, "data_sha256": ""}
+    record = Record(run.experiment, dataset.labels, "random", **hashes, command="", begun="", environment=environment())
+    with run_folder(run.folder, record, split, cases, resume=False):
+        shutil.copy(plan, run.folder / "plan.json")
+    moved = shutil.copy(plan, tmp_path / "moved.json")
+    model = replace(run.experiment.model, plan=str(moved))
+    run = run._replace(experiment=replace(run.experiment, model=model))
+    assert state_of(run) == "begun"
+    write_plan(moved, TINY_PLAN._replace(median_spacing=(3.0, 1.0, 1.0)))
+    with pytest.raises(InputError, match=r"was run with another plan than .*moved.json; move that folder away"):
+        state_of(run)
 
 
 def test_the_studies_are_listed(capsys):

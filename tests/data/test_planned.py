@@ -162,3 +162,18 @@ def test_volumes_of_empty_masks_have_no_places(tmp_path):
     (planned,) = prepare_planned([volume], *plan_for((2.5, 0.75, 0.75)), tmp_path / "cache")
     assert planned.class_places == (0,)
     assert replace(planned, id="other").shape == planned.image.shape
+
+
+def test_masks_of_many_classes_keep_them_all(tmp_path):
+    root = flat(tmp_path / "data", 1)
+    mask = np.zeros(image_array().shape, np.int16)
+    mask[4:8, 4:8, 1:3] = np.arange(1, 33).reshape(4, 4, 2)
+    mask[8, 8, 1:3] = 127, 140
+    save(root / "case_0_mask.nii.gz", mask)
+    names = ";".join(f"c{k}:{k}" for k in range(1, 141))
+    (volume,) = prepare_cases(find_cases(root, names), tmp_path / "cache")
+    plan, configuration = plan_for((2.5, 0.75, 0.75))
+    (planned,) = prepare_planned([volume], plan, configuration, tmp_path / "cache")
+    counts = np.bincount(planned.mask[planned.mask > 0], minlength=141)
+    np.testing.assert_array_equal(counts[1:], volume.class_voxels[1:])
+    assert planned.mask[planned.place(140, 0)] == 140
