@@ -21,7 +21,7 @@ RECIPE = Training(
 )
 
 _CONFIGURATIONS = {"nnunet_2d": ("2D", "nnunet_2d"), "nnunet_3d": ("3D, full resolution", "nnunet_3d_fullres")}
-_SHORT = {"nnunet_2d": (40, 25), "nnunet_3d": (25, 20)}  # epochs, and steps of each: 25 minutes of two CPU cores
+_SHORT = {"nnunet_2d": (50, 25), "nnunet_3d": (25, 20)}  # epochs, and steps of each: 25 minutes of two CPU cores
 
 _WHOLE = [
     Method(
