@@ -174,6 +174,7 @@ def test_five_folds_are_trained_and_tested_together(phantoms, plan, tmp_path):
     assert summary["dice"]["n"] == len(whole["test"])
     page = (folder / "report.html").read_text()
     assert "5 folds of the 5 patients that do not test" in page
+    assert "5 patients train and validate in turn, 1 test" in page
     assert 'href="fold_4/report.html"' in page
     assert "fold 2 of 5" not in (folder / "fold_0" / "train.log").read_text()  # each fold's log is its own
     assert "fold 2 of 5" in (folder / "train.log").read_text()
