@@ -27,14 +27,14 @@ if TYPE_CHECKING:
 
 
 def main(arguments: list[str]) -> None:
-    """Segment scans with the best epoch of a run.
+    """Segment scans with the epoch of a run that was kept.
 
     Raises:
         InputError: no run, no scan, an unreadable scan, or an output that exists or cannot be written.
     """
     parser = command_parser(
         "jaxla.predict",
-        "Segment scans with the best epoch of a run; each mask has its scan's shape, affine and header geometry.",
+        "Segment scans with the epoch that a run kept; each mask has its scan's shape, affine and header geometry.",
     )
     parser.add_argument("--run", type=str, required=True, help="folder of a run")
     parser.add_argument("--input", type=str, required=True, help="a .nii or .nii.gz scan, or a folder of them")

@@ -226,8 +226,7 @@ def _decathlon_cases(root: Path, findings: list[Finding]) -> list[Case]:
     if not (root / "dataset.json").is_file():
         return []
     files = _nifti_files(root / "imagesTr")
-    if further := [path for path in files if re.search(r"_000[1-9]$", _stem(path))]:
-        raise InputError(f"{further[0]}: a second image channel; this package reads scans of one channel")
+    _require_one_channel(files)
     if len(names := _channel_names(root)) > 1:
         raise InputError(
             f"{root / 'dataset.json'}: names {len(names)} image channels ({', '.join(names)}); this package reads "
@@ -240,7 +239,17 @@ def _decathlon_cases(root: Path, findings: list[Finding]) -> list[Case]:
 
 
 def _decathlon_images(root: Path, findings: list[Finding]) -> dict[str, Path]:
-    return _by_id(_nifti_files(root / "imagesTr"), findings) if (root / "dataset.json").is_file() else {}
+    if not (root / "dataset.json").is_file():
+        return {}
+    files = _nifti_files(root / "imagesTr")
+    _require_one_channel(files)
+    return _by_id(files, findings)
+
+
+def _require_one_channel(files: Iterable[Path]) -> None:
+    """Raise an InputError if there is a further channel, as nnU-Net names its files."""
+    if further := [path for path in files if re.search(r"_000[1-9]$", _stem(path))]:
+        raise InputError(f"{further[0]}: a second image channel; this package reads scans of one channel")
 
 
 def _decathlon_labels(root: Path) -> Labels:

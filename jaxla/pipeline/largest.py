@@ -23,7 +23,7 @@ from jaxla.inference.trained import TrainedNetwork
 from jaxla.pipeline.data import PreparedData
 from jaxla.runs.folder import LARGEST, read_largest
 from jaxla.shell.files import refusal_named, write_whole
-from jaxla.shell.terminal import track
+from jaxla.shell.terminal import count_of, track
 
 log = logging.getLogger(__name__)
 
@@ -59,8 +59,9 @@ def keep_choice(tries: Mapping[str, Tries], names: Sequence[str], run_dir: Path)
         write_whole(run_dir / LARGEST, json.dumps(content, indent=1) + "\n")
     what = ", then ".join(" and ".join(names[k - 1] for k in group) for group in groups)
     log.info(
-        "largest connected part: %s (mean Dice of %d validation cases)",
-        f"kept alone of {what}" if groups else "not kept alone, for it does not help", len(tries),
+        "postprocessing: %s (by the mean Dice of %s)",
+        f"the largest connected part alone stays of {what}" if groups
+        else "all parts stay, for the largest alone is not better", count_of(len(tries), "validation case"),
     )  # fmt: skip
 
 

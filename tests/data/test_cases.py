@@ -155,8 +155,9 @@ def test_a_dataset_json_that_says_nothing_usable_is_named(tmp_path, text, messag
 def test_a_second_channel_is_refused(tmp_path):
     root = decathlon(tmp_path, ["a"], ONE_CLASS, "_0000")
     second = save(root / "imagesTr" / "a_0001.nii.gz", image_array(9))
-    with pytest.raises(InputError, match=f"^{second}: a second image channel"):
-        find_cases(root)
+    for find in (find_cases, find_images):  # to train, and to segment
+        with pytest.raises(InputError, match=f"^{second}: a second image channel"):
+            find(root)
 
 
 def test_several_channels_that_are_named_are_refused(tmp_path):
