@@ -42,7 +42,7 @@ def plan_run(experiment: Experiment, data: PreparedData) -> Plan | None:
     if not model.plan:
         found = fingerprint(planned_from, lambda volumes: track(volumes, "planning"))
         plan = make_plan(found, 1 + len(data.dataset.labels.names), model.memory_gb)
-        configuration_of(model, plan)
+        configuration_of(model, plan)  # refused, if it cannot be built, before the run has a folder
         _require_share(experiment, plan)
         return plan
     where = f"--model.plan={model.plan}"
