@@ -68,11 +68,12 @@ def parameter_count(model: Model, classes: int = 1) -> int:
     return sum(leaf.size for leaf in jax.tree.leaves(nnx.state(network, nnx.Param)))
 
 
-def configuration_of(model: Model, plan: Plan | None = None) -> Configuration:
+def configuration_of(model: Model, plan: Plan | None = None, batch_size: int = 0) -> Configuration:
     """What a network that is planned from the data is built on.
 
     Args:
         plan: where the model names no file.
+        batch_size: in place of the plan's, where it is not 0.
 
     Raises:
         InputError: there is no plan, or it lacks the configuration.
@@ -80,7 +81,8 @@ def configuration_of(model: Model, plan: Plan | None = None) -> Configuration:
     if plan is None and not model.plan:
         raise InputError(f"{model.arch} is planned from the data: give it the plan that python -m jaxla.plan makes")
     where = f"--model.plan={model.plan}" if model.plan else "the plan of these scans"
-    return (plan or read_plan(Path(model.plan))).configuration(family_of(model).configuration(model), where)
+    planned = (plan or read_plan(Path(model.plan))).configuration(family_of(model).configuration(model), where)
+    return planned._replace(batch_size=batch_size or planned.batch_size)
 
 
 def is_planned(model: Model) -> bool:

@@ -42,8 +42,8 @@ def measure_cost(trained: TrainedNetwork, segment: Segment, test: Iterable[Prepa
     network, experiment, count = trained.networks[0], trained.record.experiment, len(trained.networks)
     size, batch_size = (trained.record.canvas.size,) * 2, experiment.training.batch_size
     if trained.plan:
-        configuration = configuration_of(experiment.model, trained.plan)
-        size, batch_size = configuration.patch_size, batch_size or configuration.batch_size
+        configuration = configuration_of(experiment.model, trained.plan, batch_size)
+        size, batch_size = configuration.patch_size, configuration.batch_size
     depth = size[0] if len(size) == 3 else 1
     finetuned = experiment.model.backbone == "finetuned"
     graph, state = nnx.split(network)

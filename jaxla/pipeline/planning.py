@@ -42,8 +42,7 @@ def plan_run(experiment: Experiment, data: PreparedData) -> Plan | None:
     if not model.plan:
         found = fingerprint(planned_from, lambda volumes: track(volumes, "planning"))
         plan = make_plan(found, 1 + len(data.dataset.labels.names), model.memory_gb)
-        configuration_of(model, plan)  # refused, if it cannot be built, before the run has a folder
-        _require_share(experiment, plan)
+        _require_share(experiment, plan)  # what cannot be built is refused here, before the run has a folder
         return plan
     where = f"--model.plan={model.plan}"
     plan = read_plan(Path(model.plan))
@@ -65,7 +64,7 @@ def warn_of_channel(root: Path) -> None:
 
 
 def _require_share(experiment: Experiment, plan: Plan) -> None:
-    batch_size = experiment.training.batch_size or configuration_of(experiment.model, plan).batch_size
+    batch_size = configuration_of(experiment.model, plan, experiment.training.batch_size).batch_size
     require_share(replace(experiment, training=replace(experiment.training, batch_size=batch_size)))
 
 

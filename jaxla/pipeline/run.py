@@ -35,9 +35,8 @@ def train_and_test(experiment: Experiment, data: PreparedData, run_dir: Path, ca
     """All of a run once its folder is there; begins where the folder says it ended. Returns the summary of the test."""
     if data.plan:
         keep_plan(run_dir, data.plan)
-        planned = configuration_of(experiment.model, data.plan)
-        taken = planned._replace(batch_size=experiment.training.batch_size or planned.batch_size)
-        log.info("%s: %s", experiment.model.arch, describe(taken))
+        configuration = configuration_of(experiment.model, data.plan, experiment.training.batch_size)
+        log.info("%s: %s", experiment.model.arch, describe(configuration))
     else:
         say_what_is_cut(data, data.canvas(experiment.preprocessing))
     with on_host():

@@ -78,9 +78,9 @@ def patch_sources(experiment: Experiment, data: PreparedData, plan: Plan, cache_
     Raises:
         InputError: the cache folder cannot be written.
     """
-    configuration = configuration_of(experiment.model, plan)
     recipe = experiment.training
-    recipe = replace(recipe, batch_size=recipe.batch_size or configuration.batch_size)
+    configuration = configuration_of(experiment.model, plan, recipe.batch_size)
+    recipe = replace(recipe, batch_size=configuration.batch_size)
     ids = data.split.train + data.split.val
     first = share(ids)  # while other processes begin with others
     ids = list(dict.fromkeys((*first, *ids)))
