@@ -10,6 +10,8 @@ from typing import Any, Literal, NamedTuple, TypeVar
 
 T = TypeVar("T")
 
+OTHERS_ARE_BACKGROUND = "background:rest"  # in labels
+
 
 class InputError(ValueError):
     """Bad input or usage. The message is one line: which file or option, what is wrong, how to mend it."""
@@ -23,6 +25,8 @@ class Data:
         root: Folder of scans, or `phantom` for synthetic ones.
         labels: Which mask values are which class, such as `LA:1` or `anterior:1;posterior:2` or `hippocampus:1,2`;
             empty takes them from the data set.
+        other_labels: What becomes of mask values that `labels` does not name: they are `refused`, or `background`, as
+            `;background:rest` behind the labels says too.
         split: A `split.json` to use instead of drawing a split.
         split_seed: Seed of the patient-level 70/10/20 split.
         train_patients: Number of training patients to use (nested: the 10 contain the 1); 0 is all of them.
@@ -35,6 +39,7 @@ class Data:
 
     root: str = ""
     labels: str = ""
+    other_labels: Literal["refused", "background"] = "refused"
     split: str = ""
     split_seed: int = 0
     train_patients: int = 0
@@ -42,6 +47,11 @@ class Data:
     subset_seed: int = 0
     phantom_size: Literal["small", "full"] = "full"
     phantom_cases: int = 20
+
+    @property
+    def all_labels(self) -> str:
+        """`labels`, and that all other values are background where that is so."""
+        return f"{self.labels};{OTHERS_ARE_BACKGROUND}" if self.other_labels == "background" else self.labels
 
 
 @dataclass(frozen=True)
@@ -56,11 +66,17 @@ class Model:
         decoder: On a transformer: `convolutional` is paper 1's, `linear` is DINOv2's own 1×1 convolution with bilinear
             upsampling.
         decoder_widths: Channels of the decoder's ×2 stages, coarsest first; on a transformer after those of its first
-            level (paper 1's token classifier).
+            level (paper 1's token classifier). Of windows four.
         blocks: Of a fusion, the blocks whose features are fused: 0 is the first, -1 the last; empty takes all.
         block_weights: Of a fusion, the weights of the blocks: learned for each level of the decoder (`per_level`), once
             for all levels (`shared`), or equal and not learned (`uniform`).
         image_stages: Of a fusion, the decoder's stages that see the image again: `all`, the `last` alone, or `none`.
+        windows: Into how many windows (sub-cubes) the features of a volume are divided, which are decoded one after the
+            other: along the slices, `2`; or along slices, rows and columns, `2x2x2`.
+        depth_places: Of windows, places of the depth embedding, which is interpolated to the slices of a volume; 0
+            leaves it out.
+        convolutions: Of windows, whether those of the decoder reach neighbouring slices (`3d`), or each slice is
+            decoded by itself (`2d`).
         widths: Channels of each level of a U-Net without pretrained encoder, finest first.
         plan: Of nnU-Net, the file of its plan: one that `python -m jaxla.plan` wrote, or nnU-Net's own; empty makes it
             from the run's training and validation cases.
@@ -76,6 +92,9 @@ class Model:
     blocks: tuple[int, ...] = ()
     block_weights: Literal["per_level", "shared", "uniform"] = "per_level"
     image_stages: Literal["all", "last", "none"] = "all"
+    windows: str = "1"
+    depth_places: int = 32
+    convolutions: Literal["3d", "2d"] = "3d"
     widths: tuple[int, ...] = (64, 128, 256, 512, 1024)
     plan: str = ""
     memory_gb: float = 8.0
@@ -141,15 +160,19 @@ class Training:
 
     Args:
         epochs: Most epochs to train.
-        steps: Steps of an epoch; 0 takes each slice once, ceil(slices / batch size).
-        batch_size: Slices in a step, of nnU-Net patches; 0, which is nnU-Net's alone, is what the plan says.
+        steps: Steps of an epoch; 0 takes each slice (of windows each volume) once, ceil(slices / batch size).
+        batch_size: Slices in a step, of nnU-Net patches, of windows volumes; 0, which is nnU-Net's alone, is what the
+            plan says.
         optimiser: `adam`; or `sgd`, nnU-Net's: Nesterov's momentum 0.99, weight decay 3e-5, gradients of a norm of at
             most 12.
         learning_rate: Rate for whatever starts from random values.
         backbone_learning_rate: Rate for a backbone that is trained.
         schedule: Rate over time: `constant`; `cosine` (2 % warm-up, then a cosine down to zero at the last epoch); or
             `poly`, nnU-Net's (1 - epochs / all epochs) to the power of 0.9.
-        loss: `cross_entropy`; or `dice_cross_entropy`, nnU-Net's, less the soft Dice of the structures.
+        loss: `cross_entropy`; or `dice_cross_entropy`, nnU-Net's, less the soft Dice of the structures (of a batch of
+            slices together; of windows of each whole volume).
+        gradient: How gradients are taken: of the `whole` network at once; or, of windows alone, in `two_pass`es over
+            them, the same in the memory of one window.
         patience: Epochs without a lower validation loss after which training stops; 0 never stops it early.
         checkpoint: Which epoch is kept: the `best`, of the highest validation Dice, or the `last`.
         cache_features: Whether what a frozen backbone makes of a slice is computed once and kept in the cache folder.
@@ -163,6 +186,7 @@ class Training:
     backbone_learning_rate: float = 1e-5
     schedule: Literal["constant", "cosine", "poly"] = "constant"
     loss: Literal["cross_entropy", "dice_cross_entropy"] = "cross_entropy"
+    gradient: Literal["whole", "two_pass"] = "whole"
     patience: int = 10
     checkpoint: Literal["best", "last"] = "best"
     cache_features: bool = True

@@ -70,12 +70,13 @@ def predict(options: Namespace) -> None:
     from jaxla.devices.mesh import use_devices, use_own_devices
     from jaxla.inference.segment import make_segment, write_segmentation
     from jaxla.inference.trained import load_run
+    from jaxla.models.build import about_depth, require_slices
     from jaxla.runs.folder import is_finished
     from jaxla.runs.record import read_record
 
     record = read_record(Path(options.run))
     for scan in share(list(outputs)):  # all are checked before the first is segmented
-        read_image(scan)
+        require_slices(record.experiment.model, scan, slices_of(read_image(scan)))
     sizes = {str(path): f"of {path.stat().st_size} bytes" for path in outputs}
     require_same(sizes, "give all processes the same scans")  # and wait: none writes while another still looks
     with use_devices(options.devices), use_own_devices():
@@ -90,6 +91,8 @@ def predict(options: Namespace) -> None:
         for number, (scan, mask) in share(list(enumerate(outputs.items(), start=1))):
             volume = read_image(scan)
             say_if_cut(volume, trained.record.canvas)
+            if of_depth := about_depth(record.experiment.model, [slices_of(volume)]):
+                tell(f"{scan}: {of_depth}")
             classes, probabilities = segment(volume, options.probabilities)
             if probabilities is not None:
                 write_volume(_probabilities_file(mask), probabilities, volume)
@@ -97,6 +100,12 @@ def predict(options: Namespace) -> None:
             voxel = math.prod(volume.spacing) / 1000
             found = [f"{name} {(classes == k).sum() * voxel:.1f} ml" for k, name in enumerate(names, start=1)]
             tell(f"{number}/{len(outputs)} {mask}: {', '.join(found)}")
+
+
+def slices_of(volume: Volume) -> int:
+    from jaxla.data.volumes import slice_geometry, to_slices
+
+    return to_slices(volume.array, slice_geometry(volume.affine)).shape[0]
 
 
 def say_if_cut(volume: Volume, canvas: Canvas) -> None:

@@ -1,4 +1,4 @@
-"""Prepared volumes -> batches of slices or patches, by Grain, in threads: the arrays are memory-mapped."""
+"""Prepared volumes -> batches of slices, patches, or all of them, by Grain, in threads: arrays are memory-mapped."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ READ_AHEAD, READ_AHEAD_BYTES = 4, 2**30  # batches, but not more than so many by
 class Batch(TypedDict):
     """One batch; the arrays' first axis is B."""
 
-    input: np.ndarray  # [B, H, W, 1] float32, grey values in 0..1; or features [B, …]; of patches also [B, D, H, W, 1]
+    input: np.ndarray  # [B, H, W, 1] float32, grey values in 0..1; or features [B, …]; patches and volumes have D
     image: NotRequired[np.ndarray]  # [B, H, W, 1], where the input is features and the network reads both
     mask: np.ndarray  # [B, H, W] uint8, class indices; of patches int8, -1 where the scan is zero
     volume: np.ndarray  # [B] int32, index of the volume the slice belongs to
-    weight: np.ndarray  # [B] float32, 0 for slices that only fill the batch
+    weight: np.ndarray  # [B] float32, 0 for slices that only fill the batch; of volumes [B, D]
 
 
 class Source(Protocol):
@@ -33,10 +33,14 @@ class Source(Protocol):
     Attributes:
         units: how many there are of what Dice is averaged over; each row of a batch says which it belongs to.
         counted: that in words.
+        rows: what they are, in words.
+        slices: of a row, on average.
     """
 
     units: int
     counted: str
+    rows: str
+    slices: float
 
     def __len__(self) -> int: ...
 
@@ -56,7 +60,7 @@ class SliceSource:
         with_images: whether it reads the images beside the features.
     """
 
-    counted = "per volume"
+    counted, rows, slices = "per volume", "slices", 1.0
 
     def __init__(
         self,
@@ -89,6 +93,43 @@ class SliceSource:
             weight=np.float32(1),
             **image,
         )
+
+
+class VolumeSource:
+    """Whole volumes, as a Grain random-access source of one-volume batches without the axis B.
+
+    Args:
+        canvas: the square that slices are laid on.
+        depth: D, up to which volumes are filled with empty slices, which come last and have weight 0.
+        features: as of `SliceSource`.
+    """
+
+    counted, rows = "per volume", "whole volumes"
+
+    def __init__(
+        self,
+        volumes: Sequence[PreparedVolume],
+        canvas: Canvas,
+        depth: int,
+        features: Sequence[Sequence[np.ndarray]] | None = None,
+    ) -> None:
+        self.of_slices, self.depth = SliceSource(volumes, canvas, features), depth
+        self.units = len(volumes)
+        self.firsts = np.cumsum([0, *(volume.shape[0] for volume in volumes)])
+        self.slices = float(np.diff(self.firsts).mean())
+
+    def __len__(self) -> int:
+        return self.units
+
+    def order(self, seed: int) -> grain.MapDataset:
+        """Every volume, in an order drawn anew each pass."""
+        return grain.MapDataset.range(len(self)).seed(seed).shuffle().repeat(PASSES)
+
+    def __getitem__(self, item: SupportsIndex) -> Batch:
+        i = int(item)
+        own = range(self.firsts[i], self.firsts[i + 1])
+        volume = _read(self.of_slices, range(self.depth), np.arange(own.start, own.stop))
+        return Batch(**{**volume, "volume": np.int32(i)})
 
 
 def training_batches(source: Source, batch_size: int, seed: int, rows: range | None = None) -> grain.DatasetIterator:

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 
-from jaxla.config import InputError
+from jaxla.config import OTHERS_ARE_BACKGROUND, InputError
 
 
 @dataclass(frozen=True)
@@ -19,13 +19,13 @@ class Labels:
     Attributes:
         names: of the foreground classes; class c (1-based) is `names[c - 1]`.
         values: the mask values of each of them; None where any non-zero value is the one class.
-        ignored: mask values that count as background.
+        ignored: mask values that count as background; None where all do that are no class.
         one_value: where any non-zero value is the class, a mask must not hold two different ones.
     """
 
     names: tuple[str, ...]
     values: tuple[tuple[int, ...], ...] | None = None
-    ignored: tuple[int, ...] = ()
+    ignored: tuple[int, ...] | None = ()
     one_value: bool = False
 
     @property
@@ -52,12 +52,15 @@ class Labels:
             of_class = np.isin(mask, values)
             classes[of_class] = index
             known |= of_class
+        if self.ignored is None:
+            return classes
         known |= np.isin(mask, self.ignored)
         if not known.all():
             beyond = np.unique(mask[~known])[:5].tolist()
             raise InputError(
                 f"{source}: holds the label values {beyond} beyond the classes {self.describe()}; "
-                "mend the mask, or name them with --data.labels (background:<value> leaves a value out)"
+                "mend the mask, or name them with --data.labels (background:<value> leaves a value out, "
+                "background:rest all others)"
             )
         return classes
 
@@ -70,20 +73,22 @@ class Labels:
     def describe(self) -> str:
         if self.values is None:
             return f"{self.names[0]}: {'the one' if self.one_value else 'any'} non-zero value"
-        return ", ".join(
+        named = ", ".join(
             f"{name}: {'/'.join(map(str, values))}" for name, values in zip(self.names, self.values, strict=True)
         )
+        return named if self.ignored is not None else f"{named}; all other values are background"
 
 
 def parse_labels(text: str) -> Labels:
-    """`LA:1`, `anterior:1;posterior:2`, `hippocampus:1,2`, `LA:1;background:2,3` -> Labels.
+    """`LA:1`, `anterior:1;posterior:2`, `hippocampus:1,2`, `LA:1;background:2,3`, `LA:1;background:rest` -> Labels.
 
     Raises:
         InputError: not of that form, or a value is named twice.
     """
     how = f"--data.labels={text!r}: expected name:value[,value…] with ';' between classes, such as LA:1 or a:1;b:2"
     names, values = [], []
-    for part in text.split(";"):
+    parts = [part for part in text.split(";") if part.strip() != OTHERS_ARE_BACKGROUND]
+    for part in parts:
         match = re.fullmatch(r"\s*([\w -]+?)\s*:\s*(\d+(?:\s*,\s*\d+)*)\s*", part)
         if not match:
             raise InputError(how)
@@ -92,7 +97,8 @@ def parse_labels(text: str) -> Labels:
     flat = [value for group in values for value in group]
     if len(set(flat)) < len(flat) or len(set(names)) < len(names):
         raise InputError(f"{how}; a name or value stands twice")
-    return labels_of(dict(zip(names, values, strict=True)), how)
+    labels = labels_of(dict(zip(names, values, strict=True)), how)
+    return labels if len(parts) == len(text.split(";")) else replace(labels, ignored=None)
 
 
 def labels_of(named: dict[str, Sequence[int]], where: str) -> Labels:

@@ -47,6 +47,8 @@ class PatchSource:
         self.volumes, self.batch_size, self.seed, self.length = volumes, batch_size, seed, length
         self.of_slices = len(size) == 2
         self.size = np.array((1, *size) if self.of_slices else size)
+        self.slices = 1.0 if self.of_slices else float(inner[0])
+        self.rows = "slices" if self.of_slices else f"patches of {inner[0]} slices"
         self.margin = self.size - np.array((1, *inner) if self.of_slices else inner)
         self.drawn_anywhere = round(batch_size * (1 - SHARE_OF_STRUCTURES))  # the first rows of a batch
 

@@ -20,7 +20,8 @@ LIMITS = {"memory": ("/sys/fs/cgroup/memory", "memory.limit_in_bytes"), "": ("/s
 
 
 SMALLER = (  # what else makes a step take less memory
-    "--preprocessing.image_size; nnU-Net's patches are smaller with --model.memory_gb, or a plan of less --memory-gb"
+    "--preprocessing.image_size; more --model.windows need less; nnU-Net's patches are smaller "
+    "with --model.memory_gb, or a plan of less --memory-gb"
 )
 
 

@@ -20,7 +20,9 @@ from jaxla.devices.mesh import own_rows, spread, to_devices
 from jaxla.inference.postprocessing import keep_largest, postprocess
 from jaxla.inference.sliding_window import make_window_logits, onto_scan
 from jaxla.inference.trained import TrainedNetwork
-from jaxla.models.build import configuration_of
+from jaxla.models.build import configuration_of, reads_volumes
+
+DEPTH_STEP = 16  # slices of a volume are filled up to a multiple of it
 
 Segmented = tuple[np.ndarray, np.ndarray | None]
 Segment = Callable[..., Segmented]
@@ -50,8 +52,8 @@ def make_segment(trained: TrainedNetwork) -> Segment:
 
 
 def _prepared_slices(trained: TrainedNetwork) -> Callable[..., Segmented]:
-    """Slice by slice, each on the square that the network was trained on."""
-    segment_slices = make_segment_slices(trained.networks, trained.record.experiment.training.batch_size)
+    """Each slice on the square that the network was trained on."""
+    segment_slices = make_segment_inputs(trained, trained.networks)
     canvas = trained.record.canvas
 
     def segment(slices: np.ndarray, geometry: SliceGeometry, probabilities: bool) -> Segmented:
@@ -88,24 +90,49 @@ def _planned_slices(trained: TrainedNetwork) -> Callable[..., Segmented]:
     return segment
 
 
-def make_segment_slices(networks: Sequence[nnx.Module], batch_size: int) -> Callable[..., Segmented]:
+def make_segment_inputs(trained: TrainedNetwork, networks: Sequence[nnx.Module]) -> Callable[..., Segmented]:
     """`(inputs, frame, shape, probabilities=False) -> (classes, probabilities or None)`, compiled once.
 
     `inputs` are what a network reads of each slice in turn, images, features, or pairs of both; `frame` is where the
     slices lie in the images, `shape` = (S, H, W) their own size. `classes` is [S, H, W] uint8, `probabilities`
     [S, H, W, K] float32. The logits of the networks are averaged.
+
+    Args:
+        networks: those of the run, or what is left of them where they are given features.
     """
-    graph, _ = nnx.split(networks[0])
-    states = [to_devices(nnx.split(network)[1]) for network in networks]
+    experiment = trained.record.experiment
+    if reads_volumes(experiment.model):
+        return make_segment_volume(networks)
+    return make_segment_slices(networks, experiment.training.batch_size)
 
-    @jax.jit
-    def logits_of(state: nnx.State, inputs: jax.Array) -> jax.Array:
-        return nnx.merge(graph, state)(inputs)
 
-    @jax.jit
-    def probabilities_of(logits: Sequence[jax.Array]) -> jax.Array:
-        mean = sum(logits) / len(logits)
-        return jax.nn.sigmoid(mean) if mean.shape[-1] == 1 else jax.nn.softmax(mean)
+def make_segment_volume(networks: Sequence[nnx.Module]) -> Callable[..., Segmented]:
+    """As `make_segment_inputs` says, for networks that read all slices of a volume together."""
+    probabilities_of = _mean_probabilities(networks)
+
+    def segment_volume(
+        inputs: Iterable[Any], frame: Frame, shape: tuple[int, int, int], probabilities: bool = False
+    ) -> Segmented:
+        # filled up to one of few depths, for each of which it is compiled; what is filled up changes nothing
+        depth = -(-shape[0] // DEPTH_STEP) * DEPTH_STEP
+        volume, present = _filled_up(list(inputs), depth), np.arange(depth) < shape[0]
+        batch = [_filled_up([array], len(own_rows(1))) for array in (volume, present)]
+        outputs = np.asarray(probabilities_of(*map(spread, batch))[0])
+        classes = np.empty(shape, np.uint8)
+        kept = np.empty((*shape, outputs.shape[-1]), np.float32) if probabilities else None
+        for i in range(shape[0]):
+            of_slice = input_to_slice(outputs[i], frame, shape[1:])
+            classes[i] = _classes_of(of_slice)
+            if kept is not None:
+                kept[i] = of_slice
+        return classes, kept
+
+    return segment_volume
+
+
+def make_segment_slices(networks: Sequence[nnx.Module], batch_size: int) -> Callable[..., Segmented]:
+    """As `make_segment_inputs` says, for networks of slices."""
+    probabilities_of = _mean_probabilities(networks)
 
     def segment_slices(
         inputs: Iterable[Any], frame: Frame, shape: tuple[int, int, int], probabilities: bool = False
@@ -116,11 +143,10 @@ def make_segment_slices(networks: Sequence[nnx.Module], batch_size: int) -> Call
         for start in range(0, shape[0], batch_size):
             chosen = list(islice(inputs, batch_size))
             batch = jax.tree.map(lambda *slices: _filled_up(slices, len(own_rows(batch_size))), *chosen)
-            divided = spread(batch)
-            outputs = np.asarray(probabilities_of([logits_of(state, divided) for state in states]))
+            outputs = np.asarray(probabilities_of(spread(batch)))
             for i in range(len(chosen)):
                 of_slice = input_to_slice(outputs[i], frame, shape[1:])
-                classes[start + i] = of_slice[..., 0] > 0.5 if of_slice.shape[-1] == 1 else of_slice.argmax(-1)
+                classes[start + i] = _classes_of(of_slice)
                 if probabilities:
                     kept = np.empty((*shape, of_slice.shape[-1]), np.float32) if kept is None else kept
                     kept[start + i] = of_slice
@@ -129,8 +155,30 @@ def make_segment_slices(networks: Sequence[nnx.Module], batch_size: int) -> Call
     return segment_slices
 
 
+def _mean_probabilities(networks: Sequence[nnx.Module]) -> Callable[..., jax.Array]:
+    """What the networks make of a batch, their logits averaged: one network after the other, compiled once."""
+    graph, _ = nnx.split(networks[0])
+    states = [to_devices(nnx.split(network)[1]) for network in networks]
+
+    @jax.jit
+    def logits_of(state: nnx.State, *inputs: Any) -> jax.Array:
+        return nnx.merge(graph, state)(*inputs)
+
+    @jax.jit
+    def probabilities_of(logits: Sequence[jax.Array]) -> jax.Array:
+        mean = sum(logits) / len(logits)
+        return jax.nn.sigmoid(mean) if mean.shape[-1] == 1 else jax.nn.softmax(mean)
+
+    return lambda *inputs: probabilities_of([logits_of(state, *inputs) for state in states])
+
+
+def _classes_of(probabilities: np.ndarray) -> np.ndarray:
+    """[H, W, K] -> [H, W]."""
+    return probabilities[..., 0] > 0.5 if probabilities.shape[-1] == 1 else probabilities.argmax(-1)
+
+
 def _filled_up(slices: Sequence[np.ndarray], rows: int) -> np.ndarray:
-    """A batch of so many rows, however few the slices are: one shape, one compilation."""
+    """A batch of so many rows, however few the slices (or volumes) are: one shape, one compilation."""
     batch = np.zeros((rows, *slices[0].shape), slices[0].dtype)
     batch[: len(slices)] = slices
     return batch

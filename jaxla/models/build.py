@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pkgutil
+from collections.abc import Collection
 from dataclasses import fields, replace
 from importlib import import_module
 from pathlib import Path
@@ -90,6 +91,11 @@ def is_planned(model: Model) -> bool:
     return family_of(model).configuration is not None
 
 
+def reads_volumes(model: Model) -> bool:
+    """Whether the network reads all slices of a volume together."""
+    return family_of(model).of_volumes
+
+
 def family_of(model: Model) -> Family:
     """How the network that the options name is built.
 
@@ -135,6 +141,23 @@ def require_fitting(model: Model) -> None:
     family.check(model)
 
 
+def require_slices(model: Model, scan: str | Path, slices: int) -> None:
+    """Raise an InputError unless a scan has as many slices as the network needs."""
+    if slices < (least := family_of(model).least_slices(model)):
+        raise InputError(
+            f"{scan}: has {slices} slices, fewer than the {least} windows along them that --model.windows="
+            f"{model.windows} asks for; a network of fewer windows takes it, or leave the scan out"
+        )
+
+
+def about_depth(model: Model, slices: Collection[int]) -> str:
+    """What becomes of the depth embedding for volumes of so many slices, in words; empty where nothing does."""
+    if not reads_volumes(model) or not model.depth_places or set(slices) == {model.depth_places}:
+        return ""
+    span = " to ".join(map(str, sorted({min(slices), max(slices)})))
+    return f"the depth embedding has {model.depth_places} places and is interpolated to {span} slices"
+
+
 def require_size(model: Model, option: str, size: int) -> None:
     """Raise an InputError unless a network takes images of that side."""
     family = family_of(model)
@@ -146,3 +169,4 @@ def require_size(model: Model, option: str, size: int) -> None:
             f"{option}={size} must be a multiple of the patch size {multiple}, such as "
             f"{max(1, round(size / multiple)) * multiple}"
         )
+    family.check_size(model, option, size)

@@ -22,9 +22,12 @@ class Family(NamedTuple):
         options: of `Model`, those that it reads; with `weights` it stands on a backbone of that architecture.
         multiple: of which the sides of an image must be; or, where `pads`, what they must be at least.
         check: raises an InputError where options have values that the network cannot have.
+        check_size: (options, option, side) raises one where it cannot have them with images of that side.
         build: (what it is built on, options, K, dtype of the computation, rngs) -> the network. That is its backbone,
             with its weights; or a plan's configuration; or None.
         configuration: which one of a plan it is built on, where it is planned from the data.
+        of_volumes: whether it reads all slices of a volume together, [B, D, H, W, 1].
+        least_slices: that a volume must have for it.
     """
 
     of: str
@@ -34,4 +37,7 @@ class Family(NamedTuple):
     build: Callable[[Backbone | Configuration | None, Model, int, jnp.dtype, nnx.Rngs], nnx.Module]
     pads: bool = True
     check: Callable[[Model], None] = lambda model: None
+    check_size: Callable[[Model, str, int], None] = lambda model, option, size: None
     configuration: Callable[[Model], str] | None = None
+    of_volumes: bool = False
+    least_slices: Callable[[Model], int] = lambda model: 1

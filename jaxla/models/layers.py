@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from jaxla.models.convolution import same_convolution
+from jaxla.models.convolution import convolve, same_convolution
 from jaxla.models.normalisation import BatchNorm
 
 HE_NORMAL = jax.nn.initializers.variance_scaling(2.0, "fan_out", "normal")  # He et al. 2015, for what a ReLU follows
@@ -47,6 +47,32 @@ def _by_same_convolution(
 ) -> jax.Array:
     # with a stride, a kernel of one pixel never sees the others; nnx.Conv's further arguments say what is always so
     return same_convolution(x[:, :: strides[0], :: strides[1]], kernel)
+
+
+def convolution_of_axes(
+    inputs: int,
+    outputs: int,
+    kernel: Sequence[int],
+    strides: Sequence[int],
+    *,
+    bias: bool = False,
+    kernel_init: nnx.Initializer = HE_NORMAL,
+    dtype: jnp.dtype,
+    rngs: nnx.Rngs,
+) -> nnx.Conv:
+    """[B, D, H, W, C] -> [B, D/stride, …, K] or without D, sides rounded up; the kernel's sides are odd."""
+    return nnx.Conv(
+        inputs,
+        outputs,
+        tuple(kernel),
+        strides=tuple(strides),
+        padding=[(side // 2, side // 2) for side in kernel],
+        use_bias=bias,
+        dtype=dtype,
+        kernel_init=kernel_init,
+        conv_general_dilated=lambda x, kernel, strides, *_, **__: convolve(x, kernel, strides),
+        rngs=rngs,
+    )
 
 
 def logits_layer(inputs: int, outputs: int, side: int, dtype: jnp.dtype, rngs: nnx.Rngs) -> nnx.Conv:

@@ -1,4 +1,4 @@
-"""BatchNorm that follows PyTorch's to the last statistic, and InstanceNorm."""
+"""BatchNorm that follows PyTorch's to the last statistic, InstanceNorm, and GroupNorm of volumes."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 MOMENTUM, EPSILON = 0.1, 1e-5  # PyTorch's defaults; its momentum is the weight of the new batch
+GROUPS = 8  # of channels, in GroupNorm
 
 
 class BatchNorm(nnx.Module):
@@ -73,6 +74,31 @@ class InstanceNorm(nnx.Module):
         weight = jnp.full((1,) * x.ndim, 1 / math.prod(x.shape[1:-1]), jnp.promote_types(x.dtype, jnp.float32))
         normalised, *_ = _normalise(x, self.scale[...], self.bias[...], weight, pixels)
         return normalised.astype(self.dtype)
+
+
+class GroupNorm(nnx.Module):
+    """Each group of channels of each volume to mean 0 and variance 1, then each channel scaled and shifted.
+
+    Args:
+        width: C; there are as many groups as divide it, at most GROUPS.
+        dtype: of the result; parameters are float32.
+    """
+
+    def __init__(self, width: int, *, dtype: jnp.dtype = jnp.float32) -> None:
+        self.scale = nnx.Param(jnp.ones(width))
+        self.bias = nnx.Param(jnp.zeros(width))
+        self.groups = math.gcd(width, GROUPS)
+        self.dtype = dtype
+
+    def __call__(self, x: jax.Array, present: jax.Array) -> jax.Array:
+        """[B, D, H, W, C] -> the same, by the statistics of the slices that are `present`, [B, D] bool."""
+        grouped = x.reshape(*x.shape[:-1], self.groups, -1)
+        full = jnp.promote_types(x.dtype, jnp.float32)
+        of_slice = math.prod(grouped.shape[2:4]) * grouped.shape[-1]
+        weight = present / (jnp.maximum(present.sum(1, keepdims=True), 1) * of_slice)
+        weight = weight.astype(full)[:, :, None, None, None, None]
+        normalised, *_ = _normalise(grouped, jnp.ones(1, full), jnp.zeros(1, full), weight, (1, 2, 3, 5))
+        return (normalised.reshape(x.shape) * self.scale[...] + self.bias[...]).astype(self.dtype)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(4,))

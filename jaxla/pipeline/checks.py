@@ -2,16 +2,26 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import fields, replace
 from pathlib import Path
 
 from jaxla.config import PARTS, Augmentation, Experiment, InputError, Model, Preprocessing
 from jaxla.data.cases import HOW_TO_GET_DATA, RECOGNISED
+from jaxla.data.prepared import PreparedVolume
 from jaxla.devices.memory import require_memory
 from jaxla.devices.mesh import device_count
 from jaxla.devices.processes import process_count
 from jaxla.experiments import METHODS
-from jaxla.models.build import checked_model, configuration_of, family_of, is_planned, require_size
+from jaxla.models.build import (
+    checked_model,
+    configuration_of,
+    family_of,
+    is_planned,
+    reads_volumes,
+    require_size,
+    require_slices,
+)
 from jaxla.models.weights import weights_file
 from jaxla.models.weights_format import require_undamaged
 
@@ -25,6 +35,10 @@ def checked(experiment: Experiment) -> Experiment:
     if not experiment.data.root:
         raise InputError(
             f"option --data.root is required: a folder in one of these layouts: {RECOGNISED}. {HOW_TO_GET_DATA}"
+        )
+    if experiment.data.other_labels == "background" and not experiment.data.labels:
+        raise InputError(
+            "option --data.other_labels=background: say by --data.labels which values are a class, such as LA:1"
         )
     training = experiment.training
     own = METHODS[experiment.method].model
@@ -64,6 +78,11 @@ def checked(experiment: Experiment) -> Experiment:
             raise InputError(
                 f"options --model.plan and --model.memory_gb: {model.plan} says how large patches are; leave one out"
             )
+    if training.gradient == "two_pass" and not reads_volumes(model):
+        raise InputError(
+            f"option --training.gradient=two_pass is of networks in windows, which method {experiment.method} is not; "
+            "leave it out"
+        )
     _require_read(experiment, planned)
     recipe = METHODS[experiment.method].training
     if not _has_backbone_rate(model) and training.backbone_learning_rate != recipe.backbone_learning_rate:
@@ -106,6 +125,8 @@ def unread_options(experiment: Experiment) -> set[str]:
     unread |= _of_images(is_planned(model))
     if model.plan:
         unread.add("model.memory_gb")
+    if not reads_volumes(model):
+        unread.add("training.gradient")
     if model.decoder == "linear":
         unread.add("model.decoder_widths")
     if model.backbone == "finetuned":
@@ -142,6 +163,12 @@ def of_method(error: InputError, method: str) -> InputError:
     if not any(f"--{part}." in str(error) for part in set(PARTS) - {"data"}):
         return error
     return InputError(f"{error} (method {method}; --{method}.<option> gives an option to it alone)")
+
+
+def require_fitting_scans(experiment: Experiment, volumes: Iterable[PreparedVolume]) -> None:
+    """Raise an InputError if a scan has too few slices for the network."""
+    for volume in volumes:
+        require_slices(experiment.model, volume.case.image, volume.shape[0])
 
 
 def require_batch(experiment: Experiment) -> None:

@@ -15,7 +15,7 @@ from jaxla.devices.memory import peak_device_bytes, peak_host_bytes
 from jaxla.devices.mesh import on_host
 from jaxla.inference.segment import Segment
 from jaxla.inference.trained import TrainedNetwork
-from jaxla.models.build import configuration_of
+from jaxla.models.build import configuration_of, reads_volumes
 from jaxla.models.multiply_adds import multiply_adds
 from jaxla.runs.cost import Cost
 from jaxla.training.step import count_parameters, split_network
@@ -44,6 +44,8 @@ def measure_cost(trained: TrainedNetwork, segment: Segment, test: Iterable[Prepa
     if trained.plan:
         configuration = configuration_of(experiment.model, trained.plan, batch_size)
         size, batch_size = configuration.patch_size, configuration.batch_size
+    elif reads_volumes(experiment.model):
+        size = (slices[0], *size)
     depth = size[0] if len(size) == 3 else 1
     finetuned = experiment.model.backbone == "finetuned"
     graph, state = nnx.split(network)

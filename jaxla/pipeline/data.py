@@ -70,7 +70,7 @@ def prepare_data(experiment: Experiment, cache_dir: Path) -> PreparedData:
         # too few? before making them
         make_split([f"train_{n + 1}" for n in range(protocol.phantom_cases)], protocol, experiment.fold)
     root = data_folder(protocol, cache_dir)
-    dataset = find_cases(root, protocol.labels)
+    dataset = find_cases(root, protocol.all_labels)
     split = make_split([case.id for case in dataset.cases], protocol, experiment.fold)
     prepared = prepare_cases(dataset, cache_dir, lambda cases: track(cases, "reading"), share(dataset.cases))
     data = PreparedData(dataset, {volume.id: volume for volume in prepared}, split, fold=experiment.fold)

@@ -22,24 +22,22 @@ from jaxla.devices.mesh import on_host, own_rows, spread, use_own_devices
 from jaxla.devices.processes import gather, process_count, share
 from jaxla.evaluation.summary import score_case
 from jaxla.inference.sliding_window import windows_of
-from jaxla.models.build import build_network, configuration_of
+from jaxla.models.build import build_network, configuration_of, reads_volumes
 from jaxla.pipeline.cost import TIMED_SECONDS, TIMED_VOLUMES
 from jaxla.pipeline.data import PreparedData
 from jaxla.pipeline.planning import plan_run
 from jaxla.pipeline.run import why_not_cached
-from jaxla.pipeline.sources import patch_sources, slice_sources
+from jaxla.pipeline.sources import image_sources, patch_sources
 from jaxla.planning.plan import Plan
 from jaxla.runs.record import describe_backbone, method_label
 from jaxla.shell.files import free_bytes
 from jaxla.shell.terminal import as_bytes, clock
 from jaxla.training.features import FeatureCache
-from jaxla.training.loop import slices_of
 from jaxla.training.step import (
     compile_step,
     count_parameters,
     initial_state,
     make_evaluation,
-    make_gradient,
     make_optimiser,
     make_step,
     split_network,
@@ -57,7 +55,7 @@ class Forecast:
     """Bytes and seconds that a run will take.
 
     Attributes:
-        slices_of_row: how many slices a row of a batch has.
+        rows: what a batch has, in words.
         features_bytes: of features still to be computed; 0 where none are cached.
         features_fit: whether the disk has room for them; if not, the backbone runs in every epoch.
         how_to_fit: what to do then.
@@ -73,7 +71,7 @@ class Forecast:
     """
 
     experiment: Experiment
-    slices_of_row: int
+    rows: str
     patients: dict[str, int]
     slices: dict[str, int]
     steps: int
@@ -160,7 +158,7 @@ def _forecast(
         sources = patch_sources(experiment, data, plan, cache_dir)
         began += time.perf_counter() - began_to_resample  # the run finds it done
     else:
-        sources = slice_sources(experiment, data, stand_ins, with_images)
+        sources = image_sources(experiment, data, stand_ins, with_images)
     recipe = sources.recipe
     steps = steps_per_epoch(sources.train, recipe.batch_size, recipe.steps)
     optimiser = make_optimiser(recipe, steps * recipe.epochs, model.weights != "random")
@@ -169,7 +167,7 @@ def _forecast(
 
     rows, key = own_rows(recipe.batch_size), jax.random.key(0)
     batches = training_batches(sources.train, recipe.batch_size, experiment.seed, rows)
-    step = make_step(make_gradient(split.training, sources.augment, sources.loss_of), optimiser)
+    step = make_step(sources.gradient_of(split.training, sources.augment, sources.loss_of), optimiser)
     step = compile_step(step, state, spread(sample_batch(sources.train, rows)), key)
     require_memory(program_bytes(step), recipe.batch_size)
 
@@ -189,13 +187,15 @@ def _forecast(
         windows = windows_of(parts["test"], plan, configuration_of(model, plan))
         of_volume = windows / len(parts["test"]) * batch_seconds / recipe.batch_size
     else:
-        of_volume = slices["test"] / len(parts["test"]) * (batch_seconds / recipe.batch_size + extract_seconds)
+        to_segment = len(parts["test"]) if reads_volumes(model) else slices["test"]
+        of_test = to_segment * batch_seconds / recipe.batch_size + slices["test"] * extract_seconds
+        of_volume = of_test / len(parts["test"])
     judged = of_volume * len(parts["val"]) if experiment.postprocessing.largest == "if_better" else 0.0
     cost_seconds = of_volume + min(TIMED_VOLUMES * of_volume, TIMED_SECONDS + of_volume)
 
     return Forecast(
         experiment=replace(experiment, training=recipe),
-        slices_of_row=slices_of(sources.val),
+        rows=sources.train.rows,
         patients={name: len(volumes) for name, volumes in parts.items()},
         slices=slices,
         steps=steps,
@@ -217,9 +217,7 @@ def _forecast(
         features_seconds=features_seconds,
         step_seconds=step_seconds,
         validation_seconds=-(-len(sources.val) // recipe.batch_size) * batch_seconds,
-        test_seconds=(
-            of_volume * len(parts["test"]) if plan else -(-slices["test"] // recipe.batch_size) * batch_seconds
-        )
+        test_seconds=(of_volume * len(parts["test"]) if plan else -(-to_segment // recipe.batch_size) * batch_seconds)
         + judged
         + score_seconds / process_count()
         + cost_seconds,
@@ -238,12 +236,11 @@ def describe(f: Forecast) -> str:
     memory = f"{as_bytes(f.step_bytes)} for a training step, by XLA's account"
     if f.device_bytes:
         memory += f", of {as_bytes(f.device_bytes)}"
-    rows = "slices" if f.slices_of_row == 1 else f"patches of {f.slices_of_row} slices"
     lines = {
         "run": f"{experiment.name}, {method_label(experiment)}: {describe_backbone(experiment)}",
         "patients": ", ".join(f"{count} {name}" for name, count in f.patients.items()),
         "slices": ", ".join(f"{count} {name}" for name, count in f.slices.items()),
-        "steps": f"{f.steps} an epoch of {recipe.batch_size} {rows} each, {recipe.epochs} epochs at most",
+        "steps": f"{f.steps} an epoch of {recipe.batch_size} {f.rows} each, {recipe.epochs} epochs at most",
         "parameters": f"{f.trained} trained, {f.frozen} frozen",
         "disk": f"run folder {as_bytes(f.run_bytes)} at most" + (f"; {features}" if f.features_bytes else ""),
         "memory": memory,

@@ -13,11 +13,11 @@ from jaxla.config import Augmentation, Experiment, InputError
 from jaxla.devices.memory import exhaustion_named
 from jaxla.devices.mesh import on_host, use_own_devices
 from jaxla.devices.processes import is_first, wait_for_all
-from jaxla.models.build import build_network, configuration_of
+from jaxla.models.build import about_depth, build_network, configuration_of
 from jaxla.models.weights import parameters_sha256, save_random
 from jaxla.pipeline.data import PreparedData, say_what_is_cut
 from jaxla.pipeline.planning import keep_plan
-from jaxla.pipeline.sources import patch_sources, slice_sources
+from jaxla.pipeline.sources import image_sources, patch_sources
 from jaxla.pipeline.testing import Features, run_test
 from jaxla.planning.plan import Plan, describe
 from jaxla.reporting.curves import draw_curves
@@ -39,6 +39,8 @@ def train_and_test(experiment: Experiment, data: PreparedData, run_dir: Path, ca
         log.info("%s: %s", experiment.model.arch, describe(configuration))
     else:
         say_what_is_cut(data, data.canvas(experiment.preprocessing))
+        if of_depth := about_depth(experiment.model, [volume.shape[0] for volume in data.used]):
+            log.info("%s: %s", experiment.method, of_depth)
     with on_host():
         network = build(experiment, data.dataset.labels.outputs, run_dir, data.plan)
     features, origin = cached_features(experiment, network, data, cache_dir)
@@ -132,7 +134,7 @@ def train(
     if data.plan:
         sources = patch_sources(experiment, data, data.plan, cache_dir)
     else:
-        sources = slice_sources(experiment, data, features, with_images=bool(features) and network.READS_IMAGES)
+        sources = image_sources(experiment, data, features, with_images=bool(features) and network.READS_IMAGES)
     size = experiment.preprocessing.image_size
     trained = network.on_features((size, size)) if features else network
     parts = split_network(trained, train_backbone=experiment.model.backbone == "finetuned")
@@ -146,6 +148,7 @@ def train(
             sources.recipe,
             augment=sources.augment,
             loss_of=sources.loss_of,
+            gradient_of=sources.gradient_of,
             seed=experiment.seed,
             pretrained_backbone=experiment.model.weights != "random",
             folder=run_dir,

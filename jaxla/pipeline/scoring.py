@@ -103,7 +103,7 @@ def checked_labels(pairs: list[tuple[str, Path, Path]], labels: Labels | None) -
         if labels.values is None:
             beyond = values[path] if len(values[path]) > 1 else set()
         else:
-            beyond = values[path] - set(labels.ignored).union(*labels.values)
+            beyond = set() if labels.ignored is None else values[path] - set(labels.ignored).union(*labels.values)
         if beyond:
             classes = labels.describe() or "none, as every reference is empty"
             raise InputError(

@@ -20,7 +20,7 @@ from jaxla.data.cache import in_use
 from jaxla.devices.memory import TooLarge
 from jaxla.devices.mesh import use_devices
 from jaxla.devices.processes import agreed, if_others_end, is_first, require_same
-from jaxla.pipeline.checks import require_batch, require_share, with_weights
+from jaxla.pipeline.checks import require_batch, require_fitting_scans, require_share, with_weights
 from jaxla.pipeline.data import PreparedData, prepare_data
 from jaxla.pipeline.forecast import describe, forecast
 from jaxla.pipeline.planning import plan_run
@@ -82,6 +82,7 @@ def run_session(options: Options, command: str, run: Run = train_and_test, go_on
         installed = {**environment_here["versions"], "device": environment_here["device"]}
         require_same(installed, "give all hosts the same packages and devices")
         data = prepare_data(experiment, cache_dir)
+        require_fitting_scans(experiment, data.used)
         contents = {f"case {name}": sha256 for name, sha256 in data.cases.items()}
         contents |= {"option --data.split": data.split.sha256, "option --model.weights": weights_sha256 or "random"}
         require_same(contents, "give all processes the same scans, masks, split and weights")

@@ -1,8 +1,8 @@
-"""What a run trains on and is judged by: slices, or patches as a plan has them."""
+"""What a run trains on and is judged by: slices, whole volumes, or patches as a plan has them."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -13,20 +13,22 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxla.config import Augmentation, Experiment, Training
-from jaxla.data.batches import SliceSource, Source
+from jaxla.data.batches import SliceSource, Source, VolumeSource
 from jaxla.data.patches import PatchSource
 from jaxla.data.planned import prepare_planned
 from jaxla.devices.processes import share
-from jaxla.models.build import configuration_of
+from jaxla.models.build import configuration_of, reads_volumes
 from jaxla.pipeline.data import PreparedData
 from jaxla.planning.plan import Plan
 from jaxla.shell.terminal import track
 from jaxla.training.augmentation import augment
-from jaxla.training.losses import Loss, dice_cross_entropy, pixel_loss
+from jaxla.training.losses import Loss, dice_cross_entropy, of_volumes, pixel_loss
 from jaxla.training.nnunet_augmentation import make_augment, read_size
-from jaxla.training.step import Augment
+from jaxla.training.step import Augment, Gradient, make_gradient
+from jaxla.training.two_pass import make_two_pass_gradient
 
 VALIDATION_STEPS = 5  # steps of training to one of validation, as nnU-Net has them
+GRADIENTS = {"whole": make_gradient, "two_pass": make_two_pass_gradient}  # by the recipe's word for them
 TRAIN, VAL = 0, 1  # so that the two draw other patches
 
 
@@ -37,6 +39,7 @@ class Sources(NamedTuple):
         recipe: with the size of a batch as it is.
         augment: what is done to a batch on the device.
         loss_of: what is lowered.
+        gradient_of: how its gradient is taken, as `fit` is given it.
     """
 
     train: Source
@@ -44,6 +47,19 @@ class Sources(NamedTuple):
     recipe: Training
     augment: Augment | None
     loss_of: Loss
+    gradient_of: Callable[..., Gradient] = make_gradient
+
+
+def image_sources(
+    experiment: Experiment,
+    data: PreparedData,
+    features: Mapping[str, Sequence[np.ndarray]] | None = None,
+    with_images: bool = False,
+) -> Sources:
+    """Slices or whole volumes, as the network reads them; arguments as of `slice_sources`."""
+    if reads_volumes(experiment.model):
+        return volume_sources(experiment, data, features)
+    return slice_sources(experiment, data, features, with_images)
 
 
 def slice_sources(
@@ -62,13 +78,36 @@ def slice_sources(
     def source(ids: Sequence[str]) -> SliceSource:
         return SliceSource(data.of(ids), canvas, features and [features[name] for name in ids], with_images)
 
-    changes = experiment.augmentation
     return Sources(
         source(data.split.train),
         source(data.split.val),
         experiment.training,
-        None if changes == Augmentation() else partial(augment, changes),
+        _augment_of(experiment.augmentation),
         loss_of(experiment.training, batch_dice=True),
+    )
+
+
+def volume_sources(
+    experiment: Experiment, data: PreparedData, features: Mapping[str, Sequence[np.ndarray]] | None = None
+) -> Sources:
+    """Whole volumes, all of them, filled up with empty slices to as many as the deepest has.
+
+    Args:
+        features: of their slices by case id, where the network reads these.
+    """
+    canvas, recipe = data.canvas(experiment.preprocessing), experiment.training
+    deepest = max(volume.shape[0] for volume in data.of(data.split.train + data.split.val))
+
+    def source(ids: Sequence[str]) -> VolumeSource:
+        return VolumeSource(data.of(ids), canvas, deepest, features and [features[name] for name in ids])
+
+    return Sources(
+        source(data.split.train),
+        source(data.split.val),
+        recipe,
+        _augment_of(experiment.augmentation),
+        of_volumes(loss_of(recipe, batch_dice=True)),
+        GRADIENTS[recipe.gradient],
     )
 
 
@@ -105,6 +144,10 @@ def patch_sources(experiment: Experiment, data: PreparedData, plan: Plan, cache_
         make_augment(patch, len(names), plan.use_mask_for_norm) if augmented else background_inside,
         loss_of(recipe, configuration.batch_dice),
     )
+
+
+def _augment_of(changes: Augmentation) -> Augment | None:
+    return None if changes == Augmentation() else partial(augment, changes)
 
 
 def background_inside(key: jax.Array, images: jax.Array, masks: jax.Array) -> tuple[jax.Array, jax.Array]:

@@ -177,7 +177,7 @@ def require_same_data(runs: Sequence[PlannedRun], states: Sequence[State], cache
     if not complete:
         return
     protocol = runs[0].experiment.data
-    dataset = find_cases(data_folder(protocol, cache_dir), protocol.labels)
+    dataset = find_cases(data_folder(protocol, cache_dir), protocol.all_labels)
     cases = {case.id: content_key(case, dataset.labels) for case in dataset.cases}
     for run in complete:
         try:

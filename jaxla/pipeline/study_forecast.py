@@ -18,8 +18,9 @@ from jaxla.data.cache import in_use
 from jaxla.data.split import make_split
 from jaxla.devices.memory import SMALLER
 from jaxla.devices.mesh import use_devices
-from jaxla.pipeline.checks import of_method, require_batch, require_share
-from jaxla.pipeline.data import prepare_data, require_classes
+from jaxla.models.build import reads_volumes
+from jaxla.pipeline.checks import of_method, require_batch, require_fitting_scans, require_share
+from jaxla.pipeline.data import PreparedData, prepare_data, require_classes
 from jaxla.pipeline.forecast import MEASURED_STEPS, forecast
 from jaxla.pipeline.study import PlannedRun, State
 from jaxla.runs.machine import processor
@@ -73,13 +74,12 @@ def forecast_runs(experiments: Sequence[Experiment], complete: Sequence[bool], c
     for n, experiment in enumerate(experiments):
         if not complete[n]:
             require_classes(data[n], experiment.data)
+            try:
+                require_fitting_scans(experiment, data[n].used)
+            except InputError as error:
+                raise of_method(error, experiment.method) from error
             left.setdefault(experiment.method, []).append(n)
-    steps = {
-        n: experiments[n].training.steps
-        or -(-sum(v.shape[0] for v in data[n].of(data[n].split.train)) // experiments[n].training.batch_size)
-        for of_these in left.values()
-        for n in of_these
-    }
+    steps = {n: _steps(experiments[n], data[n]) for of_these in left.values() for n in of_these}
     of_runs, measured, folders = {}, {}, set()
     for method, of_these in left.items():
         log.info("measuring a few steps of %s", method)
@@ -106,6 +106,13 @@ def forecast_runs(experiments: Sequence[Experiment], complete: Sequence[bool], c
         disk_free=min(found.disk_free for found in measured.values()),
         device=processor() if jax.default_backend() == "cpu" else jax.devices()[0].device_kind,
     )
+
+
+def _steps(experiment: Experiment, data: PreparedData) -> int:
+    """Of an epoch."""
+    volumes, recipe = data.of(data.split.train), experiment.training
+    rows = len(volumes) if reads_volumes(experiment.model) else sum(v.shape[0] for v in volumes)
+    return recipe.steps or -(-rows // recipe.batch_size)
 
 
 def measure(runs: Sequence[PlannedRun], states: Sequence[State], cache_dir: Path) -> RunsForecast:

@@ -35,7 +35,7 @@ def report_study(folder: Path, cache_dir: Path, data_root: str = "", cases: Sequ
     runs = [results.of(largest, method)[0] for method in results.methods]
     record = runs[0].record
     root = data_folder(record.experiment.data, cache_dir, data_root)
-    by_id = {case.id: case for case in find_cases(root, record.experiment.data.labels).cases}
+    by_id = {case.id: case for case in find_cases(root, record.experiment.data.all_labels).cases}
     panels = {}
     for name, case_id in choose_cases(results, cases).items():
         if case_id not in by_id:

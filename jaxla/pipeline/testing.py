@@ -35,7 +35,7 @@ from jaxla.evaluation.summary import (
     write_summary,
 )
 from jaxla.inference.postprocessing import keep_largest, postprocess
-from jaxla.inference.segment import Segment, make_segment, make_segment_slices, write_segmentation
+from jaxla.inference.segment import Segment, make_segment, make_segment_inputs, write_segmentation
 from jaxla.inference.trained import TrainedNetwork, load_run
 from jaxla.pipeline.checks import unread_options
 from jaxla.pipeline.cost import measure_cost
@@ -152,7 +152,7 @@ def segment_of_case(
     canvas, experiment = trained.record.canvas, trained.record.experiment
     if features:
         networks = [network.on_features((canvas.size, canvas.size)) for network in trained.networks]
-        segment_slices = make_segment_slices(networks, experiment.training.batch_size)
+        segment_slices = make_segment_inputs(trained, networks)
 
     def segment_case(prepared: PreparedVolume, path: Path) -> np.ndarray:
         volume = read_image(prepared.case.image)

@@ -48,7 +48,8 @@ def label_values(inventory: Inventory) -> list[dict[str, Any]]:
     if labels and labels.values is not None:
         for name, values in zip(labels.names, labels.values, strict=True):
             meanings |= dict.fromkeys(values, name)
-        meanings |= dict.fromkeys(labels.ignored, "ignored (background)")
+        ignored = counts.keys() - meanings.keys() if labels.ignored is None else labels.ignored
+        meanings |= dict.fromkeys(ignored, "ignored (background)")
     elif labels:
         meanings = dict.fromkeys(counts, labels.names[0])
     unnamed = "no class" if labels else "not known"

@@ -123,7 +123,7 @@ def _labels_from_json(content: Mapping[str, Any]) -> Labels:
     return Labels(
         names=tuple(content["names"]),
         values=None if values is None else tuple(tuple(group) for group in values),
-        ignored=tuple(content["ignored"]),
+        ignored=None if content["ignored"] is None else tuple(content["ignored"]),
         one_value=content["one_value"],
     )
 

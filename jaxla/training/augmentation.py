@@ -18,11 +18,16 @@ def augment(
 ) -> tuple[jax.Array, jax.Array]:
     """Each slice changed in its own way: images [B, H, W, 1] in 0..1 and masks [B, H, W] -> the same.
 
+    Of volumes, [B, D, H, W, 1] and [B, D, H, W], each one is, all of its slices alike.
+
     An image and its mask are moved together, the image bilinearly and each pixel of the mask from its nearest; what
     comes in from outside is 0 in both.
     """
     keys = jax.random.split(key, images.shape[0])
-    return jax.vmap(partial(_augment_slice, augmentation))(keys, images, masks)
+    of_row = partial(_augment_slice, augmentation)
+    if masks.ndim > 3:
+        of_row = jax.vmap(of_row, in_axes=(None, 0, 0))
+    return jax.vmap(of_row)(keys, images, masks)
 
 
 def _augment_slice(

@@ -15,6 +15,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from flax import nnx
 from grain.python import DatasetIterator
 from tqdm import tqdm
 
@@ -32,6 +33,7 @@ from jaxla.training.losses import Loss, pixel_loss
 from jaxla.training.step import (
     Augment,
     Frozen,
+    Gradient,
     SplitNetwork,
     TrainingState,
     compile_step,
@@ -80,6 +82,7 @@ def fit(
     *,
     augment: Augment | None = None,
     loss_of: Loss = pixel_loss,
+    gradient_of: Callable[[nnx.GraphDef, Augment | None, Loss], Gradient] = make_gradient,
     seed: int,
     pretrained_backbone: bool,
     folder: Path,
@@ -95,6 +98,7 @@ def fit(
     Args:
         augment: what is done to a batch's images and masks, on the device.
         loss_of: what is lowered, and watched on the validation cases.
+        gradient_of: the seam for a network that is so augmented, and has that loss.
         on_epoch: called with the metrics of all epochs so far, by the first of several processes.
 
     Raises:
@@ -103,7 +107,7 @@ def fit(
     """
     steps = steps_per_epoch(train, recipe.batch_size, recipe.steps)
     optimiser = make_optimiser(recipe, steps * recipe.epochs, pretrained_backbone)
-    step = make_step(make_gradient(network.training, augment, loss_of), optimiser)
+    step = make_step(gradient_of(network.training, augment, loss_of), optimiser)
     evaluate = make_evaluation(network.evaluation, loss_of)
     key = jax.random.key(seed)
 
@@ -165,7 +169,7 @@ def fit(
                 "val_dice": val_dice,
                 "val_iou": val_iou,
                 "seconds": time.perf_counter() - began,
-                "slices_per_second": steps * recipe.batch_size * slices_of(val) / progress.seconds,
+                "slices_per_second": steps * recipe.batch_size * train.slices / progress.seconds,
             }
             progress.epoch, progress.losses, progress.seconds = progress.epoch + 1, [], 0.0
             progress.history.append(metrics)
@@ -304,12 +308,6 @@ def validate(
     dice = np.where(total > 0, 2 * both / np.maximum(total, 1), 1.0)
     iou = np.where(total > 0, both / np.maximum(total - both, 1), 1.0)
     return loss_sum / weight_sum, float(dice.mean()), float(iou.mean())
-
-
-def slices_of(source: Source) -> int:
-    """How many slices a row of a batch is: one, or a patch's depth."""
-    shape = np.shape(source[0]["mask"])
-    return shape[0] if len(shape) == 3 else 1
 
 
 def _bar(steps: int, done: int, label: str) -> Iterator[int]:

@@ -67,6 +67,24 @@ def of_resolutions(loss: Loss, logits: Sequence[jax.Array], mask: jax.Array, wei
     return total / sum(weights)
 
 
+def of_volumes(loss: Loss) -> Loss:
+    """A loss on slices as one on volumes [B, D, H, W, K], each of which is taken together; then their mean.
+
+    Its `weight` is [B, D]: 0 for slices that only fill a volume up, and for all of one that only fills a batch up.
+    """
+
+    def loss_of_volumes(logits: jax.Array, mask: jax.Array, weight: jax.Array) -> jax.Array:
+        rows = weight_of_rows(weight)
+        return jnp.sum(jax.vmap(loss)(logits, mask, weight) * rows) / jnp.maximum(rows.sum(), 1)
+
+    return loss_of_volumes
+
+
+def weight_of_rows(weight: jax.Array) -> jax.Array:
+    """[B] of weights of rows, or [B, D] of their slices: 0 for rows that only fill a batch up."""
+    return weight.reshape(len(weight), -1).max(1)
+
+
 def predicted_classes(logits: jax.Array) -> jax.Array:
     """[B, H, W, K] -> class indices [B, H, W]: probability above one half for one class, else the largest logit."""
     return (logits[..., 0] > 0).astype(jnp.int32) if logits.shape[-1] == 1 else jnp.argmax(logits, axis=-1)

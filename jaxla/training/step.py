@@ -16,7 +16,7 @@ from flax import nnx
 
 from jaxla.config import Training
 from jaxla.devices.mesh import constrain, device_count, to_devices, whole
-from jaxla.training.losses import Loss, of_resolutions, overlap_counts, pixel_loss
+from jaxla.training.losses import Loss, of_resolutions, overlap_counts, pixel_loss, weight_of_rows
 
 Augment = Callable[[jax.Array, jax.Array, jax.Array], tuple[jax.Array, jax.Array]]  # (key, images, masks) -> the same
 Gradient = Callable[[Any, Any, Any, jax.Array], tuple[jax.Array, Any, dict[str, Any]]]
@@ -103,6 +103,20 @@ def inputs_of(batch: Any) -> Any:
     return (batch["input"], batch["image"]) if "image" in batch else batch["input"]
 
 
+def present_of(batch: Any) -> jax.Array | None:
+    """What the network is told of the rows that only fill a batch up, or of the slices that fill up its volumes."""
+    weight = batch["weight"]
+    return weight > 0 if weight.ndim > 1 or device_count() > 1 else None
+
+
+def augmented(augment: Augment | None, batch: Any, key: jax.Array) -> Any:
+    """The batch with its images and masks changed."""
+    if augment is None:
+        return batch
+    images, mask = augment(key, batch["input"], batch["mask"])
+    return batch | {"input": images, "mask": mask}
+
+
 def make_gradient(graph: nnx.GraphDef, augment: Augment | None = None, loss_of: Loss = pixel_loss) -> Gradient:
     """The seam for a network trained on whole batches.
 
@@ -112,9 +126,7 @@ def make_gradient(graph: nnx.GraphDef, augment: Augment | None = None, loss_of: 
 
     def loss(trainable: nnx.State, frozen: Frozen, batch: Any) -> tuple[jax.Array, nnx.State]:
         network = nnx.merge(graph, trainable, *frozen, copy=True)  # its statistics change
-        # slices that only fill a batch up to the number of devices are left out of BatchNorm's statistics
-        present = batch["weight"] > 0 if device_count() > 1 else None
-        logits = network(inputs_of(batch), present)
+        logits = network(inputs_of(batch), present_of(batch))
         # those of a frozen backbone are among its parameters, and stay
         new = dict(nnx.to_flat_state(nnx.state(network, nnx.BatchStat)))
         old = nnx.to_flat_state(frozen.statistics)
@@ -124,9 +136,7 @@ def make_gradient(graph: nnx.GraphDef, augment: Augment | None = None, loss_of: 
         return loss_of(logits, batch["mask"], batch["weight"]), statistics
 
     def gradient(trainable: nnx.State, frozen: Frozen, batch: Any, key: jax.Array) -> tuple[jax.Array, Any, dict]:
-        if augment:
-            images, mask = augment(key, batch["input"], batch["mask"])
-            batch = batch | {"input": images, "mask": mask}
+        batch = augmented(augment, batch, key)
         (value, statistics), gradients = jax.value_and_grad(loss, has_aux=True)(trainable, frozen, batch)
         return value, gradients, {"statistics": statistics}
 
@@ -158,10 +168,10 @@ def make_evaluation(graph: nnx.GraphDef, loss_of: Loss = pixel_loss) -> Callable
     """`(trainable, frozen, batch) -> Evaluated`, jitted."""
 
     def evaluate(trainable: Any, frozen: Frozen, batch: Any) -> Evaluated:
-        logits, weight = nnx.merge(graph, trainable, *frozen)(inputs_of(batch)), batch["weight"]
+        logits = nnx.merge(graph, trainable, *frozen)(inputs_of(batch), present_of(batch))
         mask = jnp.maximum(batch["mask"], 0)  # where a scan is zero there is background
-        loss, counts = loss_of(logits, mask, weight), overlap_counts(logits, mask, weight)
-        return whole(Evaluated(loss, counts, batch["volume"], weight))
+        loss, rows = loss_of(logits, mask, batch["weight"]), weight_of_rows(batch["weight"])
+        return whole(Evaluated(loss, overlap_counts(logits, mask, rows), batch["volume"], rows))
 
     return jax.jit(evaluate)
 

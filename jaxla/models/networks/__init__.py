@@ -6,13 +6,18 @@ its grey values have mean 0 and standard deviation 1. `present`, [B] bool, says 
 of while it trains. What is pretrained of it, and may stay frozen, is its attribute `backbone`. It draws no random
 numbers while it trains.
 
+One `of_volumes` takes all slices of volumes, [B, D, H, W, 1] of grey values in 0..1, and gives [B, D, H, W, K]; its
+`present` is [B, D]: which slices are the volume's, the first ones, and which only fill it up.
+
 Where a frozen backbone can run once per slice beforehand, the network also has
 
 - `FEATURES`, a line that says what it reads of the backbone: networks that say the same share it in the cache,
-- `features(images)` -> that, one array [B, …], such as [B, h, w, C],
+- `features(images)` of slices -> that, one array [B, …], such as [B, h, w, C],
 - `TO_KEEP_LESS`, phrases that say which of its options make these smaller, if any,
 - `on_features(size)` -> the rest of the network, for images of H, W = `size`; its attributes have the same names. It is
   called with the features, or with a pair, features and images, where `READS_IMAGES` of the whole is true.
+
+One whose gradient can be taken part by part has the methods that `training/two_pass.py` names.
 
 One that learns at several resolutions gives in training a list of logits, the finest first.
 

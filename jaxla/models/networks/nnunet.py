@@ -15,10 +15,9 @@ import jax.numpy as jnp
 from flax import nnx
 
 from jaxla.config import Model
-from jaxla.models.convolution import convolve
 from jaxla.models.family import Family
 from jaxla.models.images import crop, pad_to_multiple, require_images
-from jaxla.models.layers import Upconvolution
+from jaxla.models.layers import Upconvolution, convolution_of_axes
 from jaxla.models.normalisation import InstanceNorm
 from jaxla.planning.plan import OF_ARCHITECTURE, Configuration
 
@@ -151,16 +150,8 @@ def _stage(
 def _convolution(
     inputs: int, outputs: int, kernel: Sequence[int], strides: Sequence[int], dtype: jnp.dtype, rngs: nnx.Rngs
 ) -> nnx.Conv:
-    return nnx.Conv(
-        inputs,
-        outputs,
-        tuple(kernel),
-        strides=tuple(strides),
-        padding=[(side // 2, side // 2) for side in kernel],
-        dtype=dtype,
-        kernel_init=HE_NORMAL,
-        conv_general_dilated=lambda x, kernel, strides, *_, **__: convolve(x, kernel, strides),
-        rngs=rngs,
+    return convolution_of_axes(
+        inputs, outputs, kernel, strides, bias=True, kernel_init=HE_NORMAL, dtype=dtype, rngs=rngs
     )
 
 

@@ -1,0 +1,97 @@
+"""Paper 3: from 2D DINOv3 features to 3D segmentation (Usman, Khan, Qasim Syed; arXiv 2602.23962), and its ablations.
+
+A frozen DINOv3, a depth embedding, a light 3D decoder window by window, one loss on the whole volume, whose gradient is
+taken in two passes. The paper's data are neonatal brains (ALBERT), its structure the hippocampus. What it leaves open,
+the recipe and the decoder among it, is this package's choice (docs/paper3.md).
+"""
+
+from dataclasses import replace
+
+from jaxla.config import Data, Method, Model, Preprocessing, Published, Study, Training, experiment_of
+
+RECIPE = Training(
+    epochs=60,
+    batch_size=1,
+    learning_rate=1e-3,
+    backbone_learning_rate=1e-5,
+    schedule="cosine",
+    loss="dice_cross_entropy",
+    gradient="two_pass",
+    patience=15,
+)
+WIDTHS = (128, 64, 32, 16)
+
+_WINDOWS = {
+    name: Method(
+        f"windows_{name}",
+        f"frozen {family} {called}, a 3D decoder on whole volumes, two-pass training",
+        Model(name, network="windows", decoder_widths=WIDTHS),
+        Preprocessing(224),
+        RECIPE,
+    )
+    for name, family, called in (
+        ("dinov3_vits16", "DINOv3", "ViT-s/16"),
+        ("dinov3_vitb16", "DINOv3", "ViT-b/16"),
+        ("dinov3_vitl16", "DINOv3", "ViT-l/16"),
+        ("dinov2_vitb14", "DINOv2", "ViT-b/14"),
+    )
+}
+_SMALL = Method(
+    "windows_vit_mini8",
+    "1 M transformer trained from random weights, paper 3's decoder made small",
+    Model("vit_mini8", network="windows", weights="random", backbone="finetuned", decoder_widths=(64, 32, 16, 16)),
+    Preprocessing(64),
+    replace(RECIPE, epochs=30),
+)
+
+_FULL = _WINDOWS["dinov3_vits16"]
+_ABLATIONS = {
+    "2windows": ("two windows along the slices", {"windows": "2"}),
+    "8windows": ("2×2×2 windows", {"windows": "2x2x2"}),
+    "no_depth": ("without depth embedding", {"depth_places": 0}),
+    "2d": ("slice by slice, without depth embedding", {"convolutions": "2d", "depth_places": 0}),
+}
+_VARIED = [
+    replace(
+        _FULL, name=f"{_FULL.name}_{name}", summary=f"{_FULL.name}, {summary}", model=replace(_FULL.model, **options)
+    )
+    for name, (summary, options) in _ABLATIONS.items()
+]
+_WHOLE = replace(
+    _FULL,
+    name=f"{_FULL.name}_one_graph",
+    summary=f"{_FULL.name}, its gradient in one pass, which takes the memory of all windows",
+    training=replace(RECIPE, gradient="whole"),
+)
+METHODS = [*_WINDOWS.values(), _SMALL, *_VARIED, _WHOLE]
+
+_HIPPOCAMPUS = Data(labels="hippocampus:1,2")
+EXPERIMENTS = [
+    experiment_of(
+        "paper3_hippocampus", "Decathlon hippocampus, both parts together", _HIPPOCAMPUS, _WINDOWS["dinov3_vitb16"]
+    ),
+    experiment_of(
+        "paper3_albert",
+        "neonatal brains (ALBERT), the hippocampus of many labels",
+        replace(_HIPPOCAMPUS, other_labels="background"),
+        _WINDOWS["dinov3_vitb16"],
+    ),
+    experiment_of("paper3_left_atrium", "left atrium (LAScarQS 2022)", Data(), _WINDOWS["dinov3_vitb16"]),
+]
+
+STUDIES = [
+    Study(
+        "paper3_ablation",
+        "paper 3's parts varied one at a time: windows, depth embedding, three dimensions",
+        ("paper3_hippocampus",),
+        (*(method.name for method in _VARIED), _FULL.name),
+    ),
+]
+
+PUBLISHED = {
+    ("windows_dinov3_vitb16", "paper3_albert"): Published(
+        "by paper 3, on ALBERT, of the hippocampus with a single window",
+        "it may be of another size of transformer, and its unit is not known here",
+        65.0,
+    ),
+}
