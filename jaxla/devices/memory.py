@@ -19,9 +19,10 @@ GROUPS = Path("/proc/self/cgroup")
 LIMITS = {"memory": ("/sys/fs/cgroup/memory", "memory.limit_in_bytes"), "": ("/sys/fs/cgroup", "memory.max")}
 
 
-SMALLER = (  # what else makes a step take less memory
-    "--preprocessing.image_size; more --model.windows need less; nnU-Net's patches are smaller "
-    "with --model.memory_gb, or a plan of less --memory-gb"
+# what else makes a step take less memory
+SMALLER = (
+    "--preprocessing.image_size; more --model.windows need less; nnU-Net's patches are smaller with "
+    "--model.memory_gb, or a plan of less --memory-gb"
 )
 
 

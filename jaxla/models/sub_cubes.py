@@ -19,7 +19,7 @@ Counts = tuple[int, int, int]
 
 
 class SubCubes(NamedTuple):
-    """How arrays [B, D, h, w, …] are divided; a sub-cube is named by its number, which may be traced.
+    """How arrays [B, D, …, h, w, C] are divided; a sub-cube is named by its number, which may be traced.
 
     Attributes:
         counts: of sub-cubes along slices, rows and columns.
@@ -43,7 +43,7 @@ class SubCubes(NamedTuple):
         return depth, rows, columns
 
     def cut(self, x: jax.Array, number: int | jax.Array) -> jax.Array:
-        """One sub-cube of [B, D, h, w, …]: [B, d, h', w', …]; it is filled up with its last slice, row and column."""
+        """One sub-cube of [B, D, …, h, w, C]: [B, d, …, h', w', C], filled up with its last slice, row and column."""
         of_slices, *of_plane = self._along(number)
         if self.counts[0] > 1:
             taken, present = self._slices(of_slices)
@@ -54,7 +54,7 @@ class SubCubes(NamedTuple):
             if k > 1:
                 first, beyond = i * n // k, (i + 1) * n // k
                 inside = jnp.minimum(first + jnp.arange(self.shape[axis]), beyond - 1)
-                x = jnp.take(x, inside, axis=axis + 1, mode="clip")
+                x = jnp.take(x, inside, axis=axis - 4, mode="clip")
         return x
 
     def slices_of(self, number: int | jax.Array) -> tuple[jax.Array, jax.Array]:

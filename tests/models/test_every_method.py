@@ -1,5 +1,6 @@
 """What the package asks of every method, its row and its network alike; nothing is computed."""
 
+import math
 from dataclasses import replace
 from itertools import pairwise
 
@@ -10,7 +11,7 @@ from flax import nnx
 
 from jaxla.config import with_method
 from jaxla.experiments import EXPERIMENTS, METHODS, PUBLISHED, STUDIES
-from jaxla.models.build import NETWORKS, build_network, configuration_of, is_planned
+from jaxla.models.build import NETWORKS, build_network, configuration_of, is_planned, reads_volumes
 from jaxla.pipeline.checks import checked, unread_options
 from jaxla.training.step import split_network
 from tests.tiny import TINY_PLAN
@@ -37,11 +38,15 @@ def images_of(method):
     size = (method.preprocessing.image_size,) * 2
     if is_planned(method.model):
         size = configuration_of(method.model, TINY_PLAN).patch_size
+    if reads_volumes(method.model):
+        size = (3, *size)
     return jax.ShapeDtypeStruct((2, *size, 1), jnp.float32)
 
 
 def test_its_network_gives_logits_of_the_images_size(method, network):
-    images, present = images_of(method), jax.ShapeDtypeStruct((2,), jnp.bool)
+    images = images_of(method)
+    rows = images.shape[:2] if reads_volumes(method.model) else images.shape[:1]
+    present = jax.ShapeDtypeStruct(rows, jnp.bool)
     network.train()  # with batches that are filled up
     for logits in (run(network, images), run(network, images, present)):
         if isinstance(logits, list):  # of several resolutions, the finest first
@@ -66,8 +71,11 @@ def test_features_and_the_rest_make_the_network(method, network):
     assert network.FEATURES
     images = images_of(method)
     graph, state = nnx.split(network)
-    features = jax.eval_shape(lambda state, images: nnx.merge(graph, state).features(images), state, images)
-    rest = network.on_features(images.shape[1:3])
+    *rows, height, width, _ = images.shape
+    slices = jax.ShapeDtypeStruct((math.prod(rows), height, width, 1), jnp.float32)
+    features = jax.eval_shape(lambda state, images: nnx.merge(graph, state).features(images), state, slices)
+    features = jax.ShapeDtypeStruct((*rows, *features.shape[1:]), features.dtype)
+    rest = network.on_features((height, width))
     inputs = (features, images) if network.READS_IMAGES else features
     assert run(rest, inputs).shape == run(network, images).shape
     names = [{path for path, _ in nnx.to_flat_state(nnx.state(part, nnx.Param))} for part in (rest, network)]

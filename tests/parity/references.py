@@ -4,6 +4,7 @@ Encoders have torchvision's names, so that the conversion tables fill them; all 
 """
 
 from itertools import pairwise
+from math import gcd
 
 import numpy as np
 import torch
@@ -21,6 +22,7 @@ from jaxla.models.networks.resnet_unet import ResNetUNet
 from jaxla.models.networks.segnet import SegNet
 from jaxla.models.networks.transformer_segmenter import ConvolutionalDecoder
 from jaxla.models.networks.unet import UNet
+from jaxla.models.networks.windows import WindowDecoder
 from jaxla.models.resnet import ResNet
 from jaxla.models.vgg import VGG
 from tests.tiny import flat_arrays
@@ -276,6 +278,56 @@ class ReferenceFusionDecoder(nn.Module):
         return self.logits(functional.interpolate(x, size=self.size, mode="bilinear"))
 
 
+# --- paper 3's decoder, of one window ---
+
+
+class ReferenceLevel(nn.Module):
+    def __init__(self, width, outputs, places):
+        super().__init__()
+        self.project = nn.Conv2d(width, outputs, 1)  # 1×1×1
+        self.depth = nn.Parameter(torch.zeros(places, outputs)) if places else None
+
+    def forward(self, x, slices, own):
+        x = functional.conv3d(x, self.project.weight[..., None], self.project.bias)
+        if self.depth is None:
+            return x
+        of_volume = functional.interpolate(self.depth.T[None], size=slices, mode="linear", align_corners=False)
+        return x + of_volume[:, :, own.start : own.stop, None, None]
+
+
+class ReferenceWindowUnit(nn.Module):
+    def __init__(self, inputs, outputs, depth):
+        super().__init__()
+        self.convolution = nn.Conv3d(inputs, outputs, (depth, 3, 3), padding=(depth // 2, 1, 1), bias=False)
+        self.norm = nn.GroupNorm(gcd(8, outputs), outputs)
+
+    def forward(self, x):
+        return self.norm(self.convolution(x)).relu()
+
+
+class ReferenceWindowDecoder(nn.Module):
+    """Features [B, 4, C, d, h, w] of the slices `own` of a volume that has so many `slices`."""
+
+    def __init__(self, width, widths, outputs, places, depth):
+        super().__init__()
+        inputs = (widths[0], *widths[:-1])
+        self.levels = nn.ModuleList([ReferenceLevel(width, i, places) for i in inputs])
+        self.units = nn.ModuleList([ReferenceWindowUnit(i, o, depth) for i, o in zip(inputs, widths, strict=True)])
+        self.logits = nn.Conv2d(widths[-1], outputs, 1)
+
+    def forward(self, features, slices, own):
+        x = None
+        for level, unit, deepest in zip(self.levels, self.units, (3, 2, 1, 0), strict=True):
+            projected = level(features[:, deepest], slices, own)
+            if x is None:
+                x = projected
+            else:
+                x = functional.interpolate(x, scale_factor=(1, 2, 2), mode="trilinear")
+                x = x + functional.interpolate(projected, size=x.shape[2:], mode="trilinear")
+            x = unit(x)
+        return functional.conv3d(x, self.logits.weight[..., None], self.logits.bias)
+
+
 # --- nnU-Net: Isensee, Jaeger et al. 2021, as its plan says; names are those of its own state dicts ---
 
 
@@ -376,6 +428,11 @@ def reference_of(network, size=None):
             width, blocks = network.project.in_features, network.fusion.shape[1]
             rows = len(network.fusion.scalars) if hasattr(network.fusion, "scalars") else 0
             reference = ReferenceFusionDecoder(width, blocks, rows, widths, network.logits.out_features, stems, size)
+        case WindowDecoder():
+            widths = [unit.norm.scale.shape[0] for unit in network.units]
+            width, places = network.levels[0].project.in_features, network.levels[0].places
+            depth = 1 if network.slicewise else 3
+            reference = ReferenceWindowDecoder(width, widths, network.logits.out_features, places, depth)
         case AttentionUNet():
             reference = ReferenceAttentionUNet(widths_of(network), network.logits.out_features)
         case UNet():
@@ -453,5 +510,6 @@ def rename(name, array):
     if leaf == "kernel" and array.ndim == 2:  # a 1×1 convolution, as a matrix
         return f"{module}.weight", array.T[:, :, None, None]
     if leaf == "kernel":
-        return f"{module}.weight", array.transpose(3, 2, 0, 1)
+        *sides, inputs, outputs = range(array.ndim)
+        return f"{module}.weight", array.transpose(outputs, inputs, *sides)
     return f"{module}.{ {'scale': 'weight', 'mean': 'running_mean', 'var': 'running_var'}.get(leaf, leaf) }", array
