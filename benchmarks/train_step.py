@@ -29,6 +29,7 @@ import jax
 import numpy as np
 import torch
 
+from benchmarks.memory import peak, reset_peak
 from benchmarks.timing import PAUSE, about, compared, print_result, timed
 from jaxla.config import InputError, Training, lookup
 from jaxla.devices.memory import program_bytes
@@ -65,7 +66,6 @@ CLASSES = 3  # of nnU-Net: the hippocampus's two structures, and background
 RATE = 1e-4
 AGREEMENT = {"cpu": 2e-2, "gpu": 0.2}  # relative L2 of the gradients
 LIMIT = 0.3  # PyTorch's own two differ by 0.21 for ResNet-152, on CPU
-MEMORY = Path("/proc/self")
 
 
 def main(arguments):
@@ -251,24 +251,6 @@ class Theirs:
             torch.nn.utils.clip_grad_norm_(self.module.parameters(), self.largest_norm)
         self.optimiser.step()
         return loss.item()
-
-
-def reset_peak():
-    """Forget the process's largest size so far; -> its size now, in bytes. 0 where the system keeps none."""
-    try:
-        (MEMORY / "clear_refs").write_text("5")
-    except OSError:
-        return 0
-    return peak()
-
-
-def peak():
-    """The process's largest size since then, in bytes."""
-    try:
-        lines = (MEMORY / "status").read_text().splitlines()
-    except OSError:
-        return 0
-    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM"))
 
 
 if __name__ == "__main__":

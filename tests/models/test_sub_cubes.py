@@ -7,7 +7,7 @@ import pytest
 
 from jaxla.models.sub_cubes import SubCubes
 
-SHAPES = 40
+SHAPES = 20
 
 
 def drawn(seed):

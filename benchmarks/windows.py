@@ -1,0 +1,209 @@
+"""python -m benchmarks.windows: memory and time of a training step on whole volumes, by the number of windows.
+
+Volumes grow with the number of windows, each of the same size, and the gradient of one loss on the whole volume (Dice
+and cross-entropy) is taken of the decoder on given features: by this package in two passes over the windows and of the
+whole at once ("one graph"), and by PyTorch in the same two ways, on the same parameters and features; on CPU or GPU,
+in float32; printed as JSON. Nothing is timed before all four agree.
+
+Bytes of this package are XLA's own account of what lies between a program's arguments and its results. What is of the
+volume in any case, the assembled logits, the loss and its derivative, is that account of a program that does nothing
+else; the decoder's are the rest. Beside it stands how far the process itself grew during a step, of PyTorch too.
+"""
+
+import os
+import time
+from dataclasses import replace
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import torch
+from flax import nnx
+from torch.nn import functional
+
+from benchmarks.memory import peak, reset_peak
+from benchmarks.timing import PAUSE, about, in_numbers, print_result, timed
+from benchmarks.train_step import relative_l2
+from jaxla.config import InputError, lookup
+from jaxla.experiments import METHODS
+from jaxla.models.backbones import TRANSFORMERS
+from jaxla.models.build import build_network, require_size
+from jaxla.models.networks.windows import LEVELS, FeatureWindows
+from jaxla.models.sub_cubes import SubCubes
+from jaxla.shell.command_line import command_parser, parse_arguments
+from jaxla.shell.process import run_command
+from jaxla.training.losses import SMOOTH, dice_cross_entropy, of_volumes
+from jaxla.training.step import make_gradient, split_network
+from jaxla.training.two_pass import make_two_pass_gradient
+from tests.parity.references import as_theirs, reference_of
+
+WINDOWED = {name: method for name, method in METHODS.items() if method.model.network == "windows"}
+WAYS = {"two passes": make_two_pass_gradient, "one graph": make_gradient}
+LOSS = of_volumes(partial(dice_cross_entropy, batch_dice=True))
+AGREEMENT = 1e-2  # relative L2 with PyTorch's, in float32: by rounding, activations cross a ReLU's zero
+KEY = jax.random.key(0)
+
+
+def main(arguments):
+    parser = command_parser("benchmarks.windows", "Memory and time of a step by the number of windows.")
+    parser.add_argument("--method", type=str, default="windows_dinov3_vits16", help=f"one of {', '.join(WINDOWED)}")
+    parser.add_argument("--size", type=int, default=224, help="side of the square slices in pixels")
+    parser.add_argument("--slices", type=int, default=8, help="of a window")
+    parser.add_argument("--windows", type=tuple[int, ...], default=(1, 2, 4, 8), help="how many, along the slices")
+    parser.add_argument("--batch", type=int, default=1, help="volumes in a step")
+    parser.add_argument("--repeats", type=int, default=3, help="steps of each, of which the median is taken")
+    parser.add_argument("--output", type=str, help="write the JSON there too")
+    options = parse_arguments(parser, arguments)
+    model = lookup("--method", options.method, WINDOWED).model
+    if min(options.slices, options.repeats, options.size, options.batch, *options.windows) < 1:
+        raise InputError("--slices, --size, --windows, --batch and --repeats must be at least 1")
+    torch.set_num_threads(os.cpu_count())
+    variant = TRANSFORMERS[model.arch]
+    require_size(model, "--size", options.size)
+    side = options.size // variant.patch
+    decoder = build_network(replace(model, weights="random"), 1, 0).decoder
+    rows = [
+        measured(decoder, shape_of(options, count, side, variant.width), count, options) for count in options.windows
+    ]
+    result = {
+        **about("jax", "flax", "torch"),
+        "method": options.method,
+        "size": options.size,
+        "slices_of_a_window": options.slices,
+        "batch": options.batch,
+        "repeats": options.repeats,
+        "windows": rows,
+        "decoder_bytes_of_most_over_fewest_windows": {
+            way: rows[-1]["decoder_bytes"][way] / rows[0]["decoder_bytes"][way] for way in WAYS
+        },
+    }
+    print_result(result, options.output)
+
+
+def shape_of(options, count, side, width):
+    """Of the features of volumes of so many windows."""
+    return options.batch, count * options.slices, LEVELS, side, side, width
+
+
+def measured(decoder, shape, count, options):
+    """One row: volumes of so many windows."""
+    draw, size, repeats = np.random.default_rng(0), options.size, options.repeats
+    volumes, depth, _, *plane, _ = shape
+    features = draw.standard_normal(shape, np.float32)
+    mask = (draw.random((volumes, depth, size, size)) > 0.7).astype(np.uint8)
+    batch = {"input": features, "mask": mask, "weight": np.ones((volumes, depth), np.float32)}
+    batch = jax.tree.map(jnp.asarray, batch)
+    network = FeatureWindows(decoder, (size, size), (count, 1, 1))
+    parts = split_network(network, train_backbone=False)
+    programs = {
+        way: jax.jit(make(parts.training, None, LOSS)).lower(parts.trainable, parts.frozen, batch, KEY).compile()
+        for way, make in WAYS.items()
+    }
+    theirs = {f"torch {way}": OfTorch(decoder, features, mask, count, way) for way in WAYS}
+    sides = {way: partial(ours, program, parts, batch) for way, program in programs.items()} | theirs
+
+    gradients = {way: as_theirs(decoder, part_of(side())) for way, side in sides.items() if way in WAYS}
+    gradients |= {way: side() for way, side in theirs.items()}
+    reference = gradients["torch one graph"]
+    for way, of_way in gradients.items():
+        error = relative_l2(of_way, reference)
+        if not error <= AGREEMENT:
+            raise InputError(f"{count} windows: gradients of {way} differ by {error:.1e} from PyTorch's")
+    difference = relative_l2(gradients["two passes"], gradients["one graph"])
+
+    seconds, grown = {way: [] for way in sides}, {way: [] for way in sides}
+    for _ in range(repeats):
+        for way, side in sides.items():
+            time.sleep(PAUSE)
+            side()  # not timed: the caches are the other side's, and so is memory that it has just given back
+            before = reset_peak()
+            seconds[way].append(timed(side))
+            grown[way].append(peak() - before if before else None)
+    of_volume = volume_bytes(network, count, depth, plane, batch)
+    temporary = {way: program.memory_analysis().temp_size_in_bytes for way, program in programs.items()}
+    found = in_numbers(seconds)
+    return {
+        "windows": count,
+        "slices": depth,
+        "gradient_relative_l2_of_two_passes": difference,
+        "decoder_bytes": {way: size - of_volume for way, size in temporary.items()},
+        "volume_bytes": of_volume,
+        "grown_bytes": {
+            way: max(values) if all(v is not None for v in values) else None for way, values in grown.items()
+        },
+        **found,
+        "torch_over_jaxla": {
+            way: found["median_seconds"][f"torch {way}"] / found["median_seconds"][way] for way in WAYS
+        },
+    }
+
+
+def volume_bytes(network, count, depth, plane, batch):
+    """Of the loss on assembled logits and its derivative, with what these come from: the windows' logits and back."""
+    volumes = len(batch["mask"])
+    cubes = SubCubes((count, 1, 1), (depth, *plane), jnp.full(volumes, depth))
+
+    def of_logits(parts):
+        logits, apart = jax.vjp(cubes.assemble, parts)
+        of_all = jax.grad(lambda x: LOSS(network.finish(x, network.size), batch["mask"], batch["weight"]))(logits)
+        return apart(of_all)[0]
+
+    parts = jax.ShapeDtypeStruct((count, volumes, depth // count, 8 * plane[0], 8 * plane[1], 1), jnp.float32)
+    of = jax.jit(of_logits).lower(parts).compile().memory_analysis()
+    return of.temp_size_in_bytes + of.argument_size_in_bytes + of.output_size_in_bytes
+
+
+def ours(program, parts, batch):
+    return jax.block_until_ready(program(parts.trainable, parts.frozen, batch, KEY))
+
+
+def part_of(result):
+    """The decoder's gradients in what the seam gives."""
+    return nnx.State(nnx.to_pure_dict(result[1])["decoder"])
+
+
+class OfTorch:
+    """The same gradient by PyTorch; gives it by name."""
+
+    def __init__(self, decoder, features, mask, count, way):
+        self.device = "cuda" if jax.default_backend() == "gpu" else "cpu"
+        self.decoder = reference_of(decoder).train().to(self.device)
+        of_windows = np.split(np.ascontiguousarray(features.transpose(0, 2, 5, 1, 3, 4)), count, axis=3)
+        self.features = [torch.from_numpy(part.copy()).to(self.device) for part in of_windows]
+        self.mask = torch.from_numpy(mask > 0).float().unsqueeze(1).to(self.device)
+        depth = mask.shape[1] // count
+        self.own = [range(i * depth, (i + 1) * depth) for i in range(count)]
+        self.way = way
+
+    def __call__(self):
+        self.decoder.zero_grad(set_to_none=True)
+        (self.two_passes if self.way == "two passes" else self.one_graph)()
+        if self.device == "cuda":
+            torch.cuda.synchronize()
+        return {name: value.grad.cpu().numpy() for name, value in self.decoder.named_parameters()}
+
+    def one_graph(self):
+        self.loss(torch.cat([self.decode(i) for i in range(len(self.own))], dim=2)).backward()
+
+    def two_passes(self):
+        with torch.no_grad():
+            logits = torch.cat([self.decode(i) for i in range(len(self.own))], dim=2)
+        logits.requires_grad_()
+        self.loss(logits).backward()
+        for i, own in enumerate(self.own):
+            self.decode(i).backward(logits.grad[:, :, own.start : own.stop])
+
+    def decode(self, i):
+        return self.decoder(self.features[i], self.mask.shape[2], self.own[i])
+
+    def loss(self, logits):
+        logits = functional.interpolate(logits, size=self.mask.shape[2:], mode="trilinear")
+        probability = logits.sigmoid()
+        both, of_all = (x.sum((1, 2, 3, 4)) for x in (probability * self.mask, probability + self.mask))
+        dice = (2 * both + SMOOTH) / (of_all + SMOOTH)
+        return functional.binary_cross_entropy_with_logits(logits, self.mask) - dice.mean()
+
+
+if __name__ == "__main__":
+    run_command(main)
