@@ -5,9 +5,9 @@ and cross-entropy) is taken of the decoder on given features: by this package in
 whole at once ("one graph"), and by PyTorch in the same two ways, on the same parameters and features; on CPU or GPU,
 in float32; printed as JSON. Nothing is timed before all four agree.
 
-Bytes of this package are XLA's own account of what lies between a program's arguments and its results. What is of the
-volume in any case, the assembled logits, the loss and its derivative, is that account of a program that does nothing
-else; the decoder's are the rest. Beside it stands how far the process itself grew during a step, of PyTorch too.
+Bytes are XLA's own account of what lies between a program's arguments (parameters, features, masks) and its results
+(gradients): what the decoder makes of all windows, the assembled logits, the loss and its derivative. Beside it stands
+how far the process itself grew during a step; PyTorch's growth is not told, for it keeps what it once had.
 """
 
 import os
@@ -30,7 +30,6 @@ from jaxla.experiments import METHODS
 from jaxla.models.backbones import TRANSFORMERS
 from jaxla.models.build import build_network, require_size
 from jaxla.models.networks.windows import LEVELS, FeatureWindows
-from jaxla.models.sub_cubes import SubCubes
 from jaxla.shell.command_line import command_parser, parse_arguments
 from jaxla.shell.process import run_command
 from jaxla.training.losses import SMOOTH, dice_cross_entropy, of_volumes
@@ -74,9 +73,7 @@ def main(arguments):
         "batch": options.batch,
         "repeats": options.repeats,
         "windows": rows,
-        "decoder_bytes_of_most_over_fewest_windows": {
-            way: rows[-1]["decoder_bytes"][way] / rows[0]["decoder_bytes"][way] for way in WAYS
-        },
+        "bytes_of_last_over_first": {way: rows[-1]["bytes"][way] / rows[0]["bytes"][way] for way in WAYS},
     }
     print_result(result, options.output)
 
@@ -119,39 +116,19 @@ def measured(decoder, shape, count, options):
             side()  # not timed: the caches are the other side's, and so is memory that it has just given back
             before = reset_peak()
             seconds[way].append(timed(side))
-            grown[way].append(peak() - before if before else None)
-    of_volume = volume_bytes(network, count, depth, plane, batch)
-    temporary = {way: program.memory_analysis().temp_size_in_bytes for way, program in programs.items()}
+            grown[way].append(peak() - before if before else 0)  # where the system does not say
     found = in_numbers(seconds)
     return {
         "windows": count,
         "slices": depth,
         "gradient_relative_l2_of_two_passes": difference,
-        "decoder_bytes": {way: size - of_volume for way, size in temporary.items()},
-        "volume_bytes": of_volume,
-        "grown_bytes": {
-            way: max(values) if all(v is not None for v in values) else None for way, values in grown.items()
-        },
+        "bytes": {way: program.memory_analysis().temp_size_in_bytes for way, program in programs.items()},
+        "grown_bytes": {way: max(grown[way]) for way in WAYS},
         **found,
         "torch_over_jaxla": {
             way: found["median_seconds"][f"torch {way}"] / found["median_seconds"][way] for way in WAYS
         },
     }
-
-
-def volume_bytes(network, count, depth, plane, batch):
-    """Of the loss on assembled logits and its derivative, with what these come from: the windows' logits and back."""
-    volumes = len(batch["mask"])
-    cubes = SubCubes((count, 1, 1), (depth, *plane), jnp.full(volumes, depth))
-
-    def of_logits(parts):
-        logits, apart = jax.vjp(cubes.assemble, parts)
-        of_all = jax.grad(lambda x: LOSS(network.finish(x, network.size), batch["mask"], batch["weight"]))(logits)
-        return apart(of_all)[0]
-
-    parts = jax.ShapeDtypeStruct((count, volumes, depth // count, 8 * plane[0], 8 * plane[1], 1), jnp.float32)
-    of = jax.jit(of_logits).lower(parts).compile().memory_analysis()
-    return of.temp_size_in_bytes + of.argument_size_in_bytes + of.output_size_in_bytes
 
 
 def ours(program, parts, batch):

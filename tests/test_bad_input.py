@@ -3,13 +3,17 @@
 import pickle
 import re
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from jaxla.config import Data
+from jaxla.data.cases import find_cases
+from jaxla.data.prepared import prepare_cases
 from jaxla.data.split import make_split
+from jaxla.experiments import EXPERIMENTS
 from tests.commands import in_a_new_process, refuse, refuse_to_train
 from tests.data.nifti import (
     broken_voxel,
@@ -49,6 +53,56 @@ def test_training_refuses_a_scan_that_cannot_be_used(tmp_path, name):
     make, message = BAD_SCANS[name]
     make(path)
     assert re.search(f"^error: {path}: .*{message}", refuse_to_train(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("options", "line"),
+    [
+        (
+            ["--model.windows=40"],
+            r"data/\w+.nii.gz: has [45] slices, fewer than the 40 windows along them that --model.w",
+        ),
+        (
+            ["--model.windows=1x1x9"],
+            r"option --preprocessing.image_size=64: has 8 × 8 patches, fewer than the 1 × 9 win",
+        ),
+        (
+            ["--model.windows=two"],
+            r"option --model.windows=two: give how many windows there are along the slices, such",
+        ),
+        (
+            ["--preprocessing.image_size=4"],
+            r"option --preprocessing.image_size=4 must be a multiple of the patch size 8",
+        ),
+        (
+            ["--data.other_labels=background"],
+            r"option --data.other_labels=background: say by --data.labels which values",
+        ),
+        (
+            ["--method=vit_mini8", "--training.gradient=two_pass"],
+            r"option --training.gradient=two_pass is of networks in",
+        ),
+        (
+            ["--method=vit_mini8", "--model.windows=2"],
+            r"option --model.windows is not one of method vit_mini8; leave it",
+        ),
+    ],
+)
+def test_training_refuses_windows_that_do_not_fit(tmp_path, options, line):
+    flat(tmp_path / "data")
+    assert re.search(f"^error: .*{line}", refuse_to_train(tmp_path, "--method=windows_vit_mini8", *options))
+
+
+def test_labels_that_are_no_class_are_refused_unless_the_experiment_says_that_they_are_background(tmp_path):
+    """As of neonatal brains, whose masks hold many labels of which one is the structure."""
+    root, many = flat(tmp_path / "data", 5), mask_array()
+    many[-1, -1, -1] = 7
+    save(root / "case_1_mask.nii.gz", many)
+    named = ("--method=windows_vit_mini8", "--data.labels=hippocampus:1")
+    assert re.search(r"label values \[7\] beyond the classes hippocampus: 1", refuse_to_train(tmp_path, *named))
+    protocol = replace(EXPERIMENTS["paper3_albert"].data, labels="hippocampus:1")
+    volumes = prepare_cases(find_cases(root, protocol.all_labels), tmp_path / "of albert")
+    assert {v.class_voxels[1] for v in volumes} == {int((mask_array() == 1).sum())}
 
 
 @pytest.mark.parametrize("name", BAD_SCANS)

@@ -288,6 +288,45 @@ def test_a_fusion_is_trained_on_kept_features_and_images_and_predicts_the_same_m
     np.testing.assert_array_equal(*(mask.get_fdata() for mask in masks))
 
 
+def test_windows_are_trained_on_kept_features_of_whole_volumes_and_predict_the_same_masks(phantoms, tmp_path):
+    run, cache = tmp_path / "run", tmp_path / "cache"
+    done = run_module(
+        "jaxla.train", "--exp=paper3_left_atrium", "--model.arch=vit_mini8", "--model.weights=random",
+        "--preprocessing.image_size=48", "--model.decoder_widths=[16,8,8,8]", "--training.epochs=2",
+        "--model.windows=2x2x2", f"--data.root={phantoms}", f"--run-dir={run}", f"--cache-dir={cache}",
+    )  # fmt: skip
+    (features,) = (cache / "features").iterdir()
+    arrays = [np.load(path, mmap_mode="r") for path in features.glob("*.npy")]
+    assert {array.shape[1:] for array in arrays} == {(4, 6, 6, 128)}
+    slices = sorted({len(array) for array in arrays})
+    depth = f"has 32 places and is interpolated to {' to '.join(map(str, sorted({slices[0], slices[-1]})))} slices"
+    assert f"windows_dinov3_vitb16: the depth embedding {depth}" in done.stdout
+    assert [line["epoch"] for line in map(json.loads, (run / "metrics.jsonl").read_text().splitlines())] == [1, 2]
+    summary = read_json(run / "test" / "summary.json")
+    assert summary["backbone"] == "windows_dinov3_vitb16 with vit_mini8 (random weights, frozen)"
+    cost = read_json(run / "cost.json")
+    assert cost["step_slices"] in slices
+    assert cost["multiply_adds"] > 0
+
+    case = read_json(run / "split.json")["test"][0]
+    scan = phantoms / "task2" / "train_data" / case / "enhanced.nii.gz"
+    done = run_module("jaxla.predict", f"--run={run}", f"--input={scan}", f"--output={tmp_path / 'mask.nii.gz'}")
+    assert f"{scan}: the depth embedding has 32 places and is interpolated to " in done.stdout
+    masks = [nib.load(path) for path in (run / "test" / "predictions" / f"{case}.nii.gz", tmp_path / "mask.nii.gz")]
+    assert masks[0].shape == nib.load(scan).shape
+    np.testing.assert_array_equal(*(mask.get_fdata() for mask in masks))
+
+    network = jaxla.load_network(run)
+    volume = np.random.default_rng(0).random((1, 5, 48, 48, 1), dtype=np.float32)
+    assert network(volume).shape == (1, 5, 48, 48, 1)
+
+    few, mask = tmp_path / "few.nii.gz", tmp_path / "few_mask.nii.gz"
+    nib.save(nib.load(scan).slicer[:, :, :1], few)
+    refused = run_module("jaxla.predict", f"--run={run}", f"--input={few}", f"--output={mask}", check=False)
+    assert (refused.returncode, mask.exists()) == (2, False)
+    assert refused.stderr.startswith(f"error: {few}: has 1 slice, fewer than the 2 windows along them")
+
+
 def test_real_scans_of_several_classes(hippocampus, tmp_path):
     """One epoch on eight real patients: three classes from dataset.json, and masks with the data set's own values."""
     run = tmp_path / "run"

@@ -17,6 +17,7 @@ from jaxla.models.backbones import Backbone, build_backbone
 from jaxla.models.family import Family
 from jaxla.models.weights import compute_dtype, load_into, weights_file
 from jaxla.planning.plan import Configuration, Plan, read_plan
+from jaxla.shell.terminal import count_of
 
 
 def _family(name: str) -> Family:
@@ -145,7 +146,7 @@ def require_slices(model: Model, scan: str | Path, slices: int) -> None:
     """Raise an InputError unless a scan has as many slices as the network needs."""
     if slices < (least := family_of(model).least_slices(model)):
         raise InputError(
-            f"{scan}: has {slices} slices, fewer than the {least} windows along them that --model.windows="
+            f"{scan}: has {count_of(slices, 'slice')}, fewer than the {least} windows along them that --model.windows="
             f"{model.windows} asks for; a network of fewer windows takes it, or leave the scan out"
         )
 

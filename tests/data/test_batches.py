@@ -6,7 +6,7 @@ import json
 import numpy as np
 import pytest
 
-from jaxla.data.batches import SliceSource, evaluation_batches, steps_per_epoch, training_batches
+from jaxla.data.batches import SliceSource, VolumeSource, evaluation_batches, steps_per_epoch, training_batches
 from jaxla.data.cases import find_cases
 from jaxla.data.inputs import Canvas
 from jaxla.data.prepared import prepare_cases
@@ -142,3 +142,35 @@ def test_evaluation_covers_every_slice_once_in_order_and_fills_up_with_nothing(s
 def test_evaluation_is_the_same_every_time(source):
     for first, second in zip(evaluation_batches(source, 5), evaluation_batches(source, 5), strict=True):
         assert_equal(first, second)
+
+
+# --- whole volumes ---
+
+
+def test_a_volume_is_its_slices_in_order_filled_up_behind(source):
+    volumes = VolumeSource(source.volumes, Canvas(SIZE), depth=9)
+    assert (len(volumes), volumes.units, volumes.slices) == (3, 3, 16 / 3)
+    for i, count in enumerate(SLICES):
+        row = volumes[i]
+        of_slices = [source[item] for item, (volume, _) in enumerate(ALL) if volume == i]
+        for name in ("input", "mask"):
+            assert row[name].shape[0] == 9
+            np.testing.assert_array_equal(row[name][:count], [one[name] for one in of_slices])
+            assert not row[name][count:].any()
+        assert row["weight"].tolist() == [1] * count + [0] * (9 - count)
+        assert (row["volume"].shape, int(row["volume"])) == ((), i)
+
+
+def test_volumes_come_once_a_pass_in_another_order_each_time(source):
+    volumes = VolumeSource(source.volumes, Canvas(SIZE), depth=7)
+    batches = training_batches(volumes, 1, seed=3)
+    order = [int(next(batches)["volume"][0]) for _ in range(30)]
+    passes = [tuple(order[i : i + 3]) for i in range(0, 30, 3)]
+    assert all(sorted(one) == [0, 1, 2] for one in passes)
+    assert len(set(passes)) > 1
+
+
+def test_a_last_short_batch_of_volumes_is_filled_up_with_rows_that_weigh_nothing(source):
+    *_, last = evaluation_batches(VolumeSource(source.volumes, Canvas(SIZE), depth=7), 2)
+    assert last["input"].shape == (2, 7, SIZE, SIZE, 1)
+    assert last["weight"].sum(1).tolist() == [SLICES[2], 0]

@@ -7,7 +7,7 @@ import shutil
 import numpy as np
 import pytest
 
-from jaxla.config import InputError
+from jaxla.config import Data, InputError
 from jaxla.data.cases import LAYOUTS, find_cases, find_images
 from jaxla.data.labels import Labels, parse_labels
 from tests.data.nifti import decathlon, flat, image_array, lascarqs, mask_array, save
@@ -310,6 +310,17 @@ def test_classes_and_values_of_several_structures():
     assert labels.to_values(classes).tolist() == [0, 5, 5, 2, 0]  # the first value of a class stands for it
     assert labels.outputs == 3
     assert labels.describe() == "front: 5/6, back: 2"
+
+
+def test_all_other_values_can_be_background():
+    """As of brains with many labels, of which one is the structure."""
+    labels = parse_labels("hippocampus:1,2;background:rest")
+    assert labels.to_classes(np.array([0, 1, 2, 3, 50]), "m").tolist() == [0, 1, 1, 0, 0]
+    assert labels.describe() == "hippocampus: 1/2; all other values are background"
+    assert Data(labels="hippocampus:1,2", other_labels="background").all_labels == "hippocampus:1,2;background:rest"
+    assert Data(labels="hippocampus:1,2").all_labels == "hippocampus:1,2"
+    with pytest.raises(InputError, match="names no class but the background"):
+        parse_labels("background:rest")
 
 
 @pytest.mark.parametrize(("value", "dtype"), [(1, "u1"), (255, "u1"), (256, "i2"), (32767, "i2")])

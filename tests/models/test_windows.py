@@ -215,7 +215,10 @@ def experiment(**options):
 @pytest.mark.parametrize(
     ("options", "line"),
     [
-        ({"windows": "1x9x1"}, r"--model.windows=1x9x1: .*image_size=64 has 8 × 8 patches, fewer than 9 × 1 windows"),
+        (
+            {"windows": "1x9x1"},
+            r"image_size=64: has 8 × 8 patches, fewer than the 9 × 1 windows of --model.windows=1x9x1",
+        ),
         ({"decoder_widths": (8, 8)}, r"--model.decoder_widths=\[8, 8\]: give 4 widths"),
         ({"depth_places": -1}, r"--model.depth_places must be at least 0, got -1"),
         ({"decoder": "linear"}, r"--model.decoder is not one of method windows_vit_mini8"),

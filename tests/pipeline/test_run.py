@@ -8,15 +8,21 @@ import pytest
 
 from jaxla.config import InputError, with_method
 from jaxla.data.labels import Labels
+from jaxla.data.split import Split
 from jaxla.devices.memory import TooLarge
 from jaxla.experiments import EXPERIMENTS, METHODS
 from jaxla.models.weights import parameters_sha256
 from jaxla.models.weights_format import read_metadata
 from jaxla.pipeline.checks import unread_options
+from jaxla.pipeline.data import PreparedData
 from jaxla.pipeline.run import build
 from jaxla.pipeline.session import remove_unbegun
+from jaxla.pipeline.sources import image_sources
 from jaxla.runs.folder import BACKBONE
 from jaxla.runs.record import Record, read_record, write_record
+from jaxla.training.step import make_gradient
+from jaxla.training.two_pass import make_two_pass_gradient
+from tests.training.scans import disc_scans
 
 QUICKSTART = EXPERIMENTS["quickstart"]
 EXPERIMENT = replace(QUICKSTART, seed=4, model=replace(QUICKSTART.model, backbone="frozen"))
@@ -60,6 +66,7 @@ def test_a_backbone_that_cannot_be_drawn_again_is_never_replaced_by_another(run_
     assert not (run_dir / BACKBONE).exists()
 
 
+OF_WINDOWS = {"model.windows", "model.depth_places", "model.convolutions", "training.gradient"}
 OF_A_FUSION = {"model.blocks", "model.block_weights", "model.image_stages"}
 OF_NNUNET = {"model.plan", "model.memory_gb", "augmentation.nnunet"}
 OF_IMAGES = {"preprocessing.image_size", "preprocessing.pad_to"} | {
@@ -73,6 +80,7 @@ OF_IMAGES = {"preprocessing.image_size", "preprocessing.pad_to"} | {
         ("vit_mini8", {"model.widths", "training.backbone_learning_rate", "training.cache_features"} | OF_A_FUSION),
         ("dinov2_vitb14", {"model.widths", "training.backbone_learning_rate"} | OF_A_FUSION),
         ("fusion_vitb14", {"model.widths", "model.decoder", "training.backbone_learning_rate"}),
+        ("windows_dinov3_vits16", {"model.widths", "model.decoder", "training.backbone_learning_rate"} | OF_A_FUSION),
         ("resnet50_unet", {"model.widths", "model.decoder", "training.cache_features"} | OF_A_FUSION),
         (
             "unet",
@@ -93,6 +101,8 @@ def test_options_that_a_method_does_not_read_are_known(method, unread):
     experiment = with_method(QUICKSTART, METHODS[method])
     if method != "nnunet_3d":
         unread = unread | OF_NNUNET
+    if method != "windows_dinov3_vits16":
+        unread = unread | OF_WINDOWS
     assert unread_options(experiment) == unread
     on_scans = replace(experiment, data=replace(experiment.data, root="scans"))
     assert unread_options(on_scans) == unread | {"data.phantom_size", "data.phantom_cases"}
@@ -112,3 +122,16 @@ def test_a_run_that_memory_ended_is_removed_only_if_nothing_was_saved(tmp_path):
     assert empty.exists()
     remove_unbegun(empty, TooLarge, TooLarge(2, "too large"), None)
     assert not empty.exists()
+
+
+def test_gradients_are_taken_as_the_recipe_says(tmp_path):
+    volumes = {volume.id: volume for volume in disc_scans(tmp_path)}
+    first, second, third = volumes
+    data = PreparedData(None, volumes, Split(train=(first, second), val=(third,), test=(), unused=()))
+    method = METHODS["windows_vit_mini8"]
+    for word, taken in (("two_pass", make_two_pass_gradient), ("whole", make_gradient)):
+        experiment = with_method(QUICKSTART, replace(method, training=replace(method.training, gradient=word)))
+        sources = image_sources(experiment, data)
+        assert sources.gradient_of is taken
+        assert [len(source) for source in (sources.train, sources.val)] == [2, 1]
+        assert {source[0]["mask"].shape for source in (sources.train, sources.val)} == {(7, 64, 64)}  # the deepest

@@ -1,5 +1,7 @@
 """The loss against PyTorch's, and overlaps counted by hand."""
 
+from functools import partial
+
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -8,6 +10,7 @@ import torch
 from jaxla.training.losses import (
     dice_cross_entropy,
     of_resolutions,
+    of_volumes,
     overlap_counts,
     pixel_loss,
     predicted_classes,
@@ -126,3 +129,16 @@ def test_overlap_in_volumes_is_counted_over_all_of_their_axes():
             [(classes[b] == k).sum(), (mask[b] == k).sum(), ((classes[b] == k) & (mask[b] == k)).sum()] for b in (0, 1)
         ]
         np.testing.assert_array_equal(counts[:, k - 1], expected)
+
+
+def test_a_loss_of_volumes_takes_each_together_and_leaves_what_fills_up_out():
+    logits, mask = RNG.standard_normal((3, 5, 4, 6, 1), dtype=np.float32), RNG.integers(0, 2, (3, 5, 4, 6), np.uint8)
+    weight = np.float32([[1, 1, 1, 1, 1], [1, 1, 1, 0, 0], [0, 0, 0, 0, 0]])  # five slices, three, and no volume
+    expected = []
+    for volume, slices in ((0, 5), (1, 3)):
+        own, reference = (torch.from_numpy(x[volume, :slices]).double() for x in (logits[..., 0], mask))
+        probability = own.sigmoid()
+        dice = (2 * (probability * reference).sum() + 1e-5) / (probability.sum() + reference.sum() + 1e-5)
+        expected.append(torch.nn.functional.binary_cross_entropy_with_logits(own, reference) - dice)
+    loss = of_volumes(partial(dice_cross_entropy, batch_dice=True))(jnp.asarray(logits), mask, weight)
+    np.testing.assert_allclose(loss, np.mean(expected), rtol=1e-6)  # measured: 4e-8

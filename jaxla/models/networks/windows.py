@@ -266,8 +266,8 @@ def _check_size(model: Model, option: str, size: int) -> None:
     _, rows, columns = window_counts(model.windows)
     if max(rows, columns) > (patches := size // TRANSFORMERS[model.arch].patch):
         raise InputError(
-            f"option --model.windows={model.windows}: {option}={size} has {patches} × {patches} patches, fewer than "
-            f"{rows} × {columns} windows; give fewer"
+            f"{option}={size}: has {patches} × {patches} patches, fewer than the {rows} × {columns} windows of "
+            f"--model.windows={model.windows}; give fewer windows"
         )
 
 
