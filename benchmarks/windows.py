@@ -86,7 +86,7 @@ def shape_of(options, count, side, width):
 def measured(decoder, shape, count, options):
     """One row: volumes of so many windows."""
     draw, size, repeats = np.random.default_rng(0), options.size, options.repeats
-    volumes, depth, _, *plane, _ = shape
+    volumes, depth, *_ = shape
     features = draw.standard_normal(shape, np.float32)
     mask = (draw.random((volumes, depth, size, size)) > 0.7).astype(np.uint8)
     batch = {"input": features, "mask": mask, "weight": np.ones((volumes, depth), np.float32)}
