@@ -1,12 +1,12 @@
 """What `mesh_driver` runs and `test_mesh` compares."""
 
 STEPS = 10
-BATCH = 6  # slices, which neither four nor eight devices divide
+BATCH = 6  # slices or volumes, which neither four nor eight devices divide
 NETWORKS = ("convolutional", "frozen", "finetuned")
 TRANSFORMERS = ("frozen", "finetuned")  # which have parameters that are divided
 CASES = {  # devices, whether parameters are divided over them, and networks
-    "one": (1, False, (*NETWORKS, "fusion")),
-    "four": (4, False, (*NETWORKS, "fusion")),
+    "one": (1, False, (*NETWORKS, "fusion", "windows")),
+    "four": (4, False, (*NETWORKS, "fusion", "windows")),
     "eight": (8, False, NETWORKS),
     "eight, divided": (8, True, TRANSFORMERS),
 }

@@ -25,8 +25,11 @@ from jaxla.devices.processes import is_first, joined
 from jaxla.models.networks.fusion import FusionDecoder, FusionSegmenter
 from jaxla.models.networks.transformer_segmenter import ConvolutionalDecoder, TransformerSegmenter
 from jaxla.models.networks.unet import UNet
+from jaxla.models.networks.windows import WindowDecoder, WindowSegmenter
 from jaxla.training.loop import fit
+from jaxla.training.losses import dice_cross_entropy, of_volumes
 from jaxla.training.step import initial_state, make_gradient, make_optimiser, make_step, split_network, take_step
+from jaxla.training.two_pass import make_two_pass_gradient
 from tests.devices.mesh_cases import BATCH, CASES, OF_TWO_PROCESSES, RESUMED_ON, STEPS
 from tests.tiny import ROTARY, randomise, tiny_backbone
 from tests.training.scans import disc_scans
@@ -40,17 +43,27 @@ def network(name):
     if name == "fusion":
         decoder = nnx.eval_shape(lambda: FusionDecoder(32, 3, (8, 8, 4), 1, rngs=nnx.Rngs(0)))
         return FusionSegmenter(tiny_backbone(), (0, 1, 2), randomise(decoder, 1))
+    if name == "windows":
+        decoder = nnx.eval_shape(lambda: WindowDecoder(32, (8, 8, 4, 4), 1, places=4, rngs=nnx.Rngs(0)))
+        return WindowSegmenter(tiny_backbone(), randomise(decoder, 1), (2, 1, 2))
     decoder = nnx.eval_shape(lambda: ConvolutionalDecoder(32, (8, 8, 4), 1, rngs=nnx.Rngs(0)))
     backbone = tiny_backbone() if name == "frozen" else tiny_backbone(variant=ROTARY, remat=True)
     return TransformerSegmenter(backbone, randomise(decoder, 1))
 
 
-def batches():
-    """The rows of each batch that the devices of this process take."""
+def batches(slices=None):
+    """The rows of each batch that the devices of this process take.
+
+    Args:
+        slices: of every volume, where rows are volumes; every other one lacks the last of them.
+    """
     rng, rows = np.random.default_rng(0), own_rows(BATCH)
     for _ in range(STEPS):
-        images = rng.random((BATCH, 24, 40, 1), dtype=np.float32)
-        batch = {"input": images, "mask": (images[..., 0] > 0.7).astype(np.uint8), "weight": np.ones(BATCH, np.float32)}
+        shape = (BATCH,) if slices is None else (BATCH, slices)
+        images, weight = rng.random((*shape, 24, 40, 1), dtype=np.float32), np.ones(shape, np.float32)
+        if slices is not None:
+            weight[::2, -1] = 0
+        batch = {"input": images, "mask": (images[..., 0] > 0.7).astype(np.uint8), "weight": weight}
         yield {
             key: np.pad(array, [(0, max(0, rows.stop - BATCH)), *[(0, 0)] * (array.ndim - 1)])[rows.start : rows.stop]
             for key, array in batch.items()
@@ -61,9 +74,13 @@ def trained(name):
     """-> name of array -> array: the losses, the first gradients, and all parameters and statistics at the end."""
     parts = split_network(network(name), train_backbone=name not in ("frozen", "fusion"))
     optimiser = make_optimiser(RECIPE, STEPS, pretrained_backbone=True)
-    step = make_step(make_gradient(parts.training), optimiser)
+    gradient = make_gradient(parts.training)
+    if name == "windows":
+        loss = of_volumes(partial(dice_cross_entropy, batch_dice=True))
+        gradient = make_two_pass_gradient(parts.training, None, loss)
+    step = make_step(gradient, optimiser)
     state, arrays, losses = initial_state(parts, optimiser), {}, []
-    for number, batch in enumerate(map(spread, batches())):
+    for number, batch in enumerate(map(spread, batches(3 if name == "windows" else None))):
         losses.append(take_step(step, state, batch, jax.random.key(0)))
         if not number:  # Adam's first moment is a tenth of the first gradient
             arrays |= {name: array for name, array in named("gradients", state.optimiser).items() if ".mu." in name}

@@ -45,7 +45,7 @@ def relative_l2(ours, theirs):
 )
 def test_ten_steps_give_what_one_device_gives(arrays, case, network):
     """The batch is one that the devices do not divide."""
-    for kind in ("losses", "gradients", "parameters", "statistics"):
+    for kind in ("losses", "gradients", "parameters", *(["statistics"] if network != "windows" else [])):  # it has none
         # measured: at most 9.3e-7, of gradients
         assert relative_l2(of_kind(arrays, case, network, kind), of_kind(arrays, "one", network, kind)) <= 1e-5, kind
 
