@@ -22,7 +22,7 @@ class Batch(TypedDict):
 
     input: np.ndarray  # [B, H, W, 1] float32, grey values in 0..1; or features [B, …]; patches and volumes have D
     image: NotRequired[np.ndarray]  # [B, H, W, 1], where the input is features and the network reads both
-    mask: np.ndarray  # [B, H, W] uint8, class indices; of patches int8, -1 where the scan is zero
+    mask: np.ndarray  # [B, H, W] uint8, class indices, or with D; of patches int8, -1 where the scan is zero
     volume: np.ndarray  # [B] int32, index of the volume the slice belongs to
     weight: np.ndarray  # [B] float32, 0 for slices that only fill the batch; of volumes [B, D]
 
@@ -33,13 +33,13 @@ class Source(Protocol):
     Attributes:
         units: how many there are of what Dice is averaged over; each row of a batch says which it belongs to.
         counted: that in words.
-        rows: what they are, in words.
+        rows: what one is called, and several are.
         slices: of a row, on average.
     """
 
     units: int
     counted: str
-    rows: str
+    rows: tuple[str, str]
     slices: float
 
     def __len__(self) -> int: ...
@@ -60,7 +60,7 @@ class SliceSource:
         with_images: whether it reads the images beside the features.
     """
 
-    counted, rows, slices = "per volume", "slices", 1.0
+    counted, rows, slices = "per volume", ("slice", "slices"), 1.0
 
     def __init__(
         self,
@@ -104,7 +104,7 @@ class VolumeSource:
         features: as of `SliceSource`.
     """
 
-    counted, rows = "per volume", "whole volumes"
+    counted, rows = "per volume", ("whole volume", "whole volumes")
 
     def __init__(
         self,

@@ -85,10 +85,14 @@ def parse_labels(text: str) -> Labels:
     Raises:
         InputError: not of that form, or a value is named twice.
     """
-    how = f"--data.labels={text!r}: expected name:value[,value…] with ';' between classes, such as LA:1 or a:1;b:2"
+    how = (
+        f"--data.labels={text!r}: expected name:value[,value…] with ';' between classes, such as LA:1 or a:1;b:2; "
+        f"{OTHERS_ARE_BACKGROUND} at the end sets all other values aside"
+    )
     names, values = [], []
-    parts = [part for part in text.split(";") if part.strip() != OTHERS_ARE_BACKGROUND]
-    for part in parts:
+    *parts, last = text.split(";")
+    others_are_background = last.replace(" ", "") == OTHERS_ARE_BACKGROUND
+    for part in parts if others_are_background else [*parts, last]:
         match = re.fullmatch(r"\s*([\w -]+?)\s*:\s*(\d+(?:\s*,\s*\d+)*)\s*", part)
         if not match:
             raise InputError(how)
@@ -98,7 +102,7 @@ def parse_labels(text: str) -> Labels:
     if len(set(flat)) < len(flat) or len(set(names)) < len(names):
         raise InputError(f"{how}; a name or value stands twice")
     labels = labels_of(dict(zip(names, values, strict=True)), how)
-    return labels if len(parts) == len(text.split(";")) else replace(labels, ignored=None)
+    return replace(labels, ignored=None) if others_are_background else labels
 
 
 def labels_of(named: dict[str, Sequence[int]], where: str) -> Labels:

@@ -48,7 +48,9 @@ class PatchSource:
         self.of_slices = len(size) == 2
         self.size = np.array((1, *size) if self.of_slices else size)
         self.slices = 1.0 if self.of_slices else float(inner[0])
-        self.rows = "slices" if self.of_slices else f"patches of {inner[0]} slices"
+        self.rows = ("slice", "slices")
+        if not self.of_slices:
+            self.rows = tuple(f"{word} of {inner[0]} slices" for word in ("patch", "patches"))
         self.margin = self.size - np.array((1, *inner) if self.of_slices else inner)
         self.drawn_anywhere = round(batch_size * (1 - SHARE_OF_STRUCTURES))  # the first rows of a batch
 

@@ -21,8 +21,8 @@ LIMITS = {"memory": ("/sys/fs/cgroup/memory", "memory.limit_in_bytes"), "": ("/s
 
 # what else makes a step take less memory
 SMALLER = (
-    "--preprocessing.image_size; more --model.windows need less; nnU-Net's patches are smaller with "
-    "--model.memory_gb, or a plan of less --memory-gb"
+    "--preprocessing.image_size; networks in windows need less with --training.gradient=two_pass and more "
+    "--model.windows; nnU-Net's patches are smaller with --model.memory_gb, or a plan of less --memory-gb"
 )
 
 
@@ -30,7 +30,8 @@ class TooLarge(InputError):
     """A training step needs more memory than the device has."""
 
     def __init__(self, batch_size: int, what: str) -> None:
-        super().__init__(f"option --training.batch_size={batch_size}: {what}; in a new run lower it, or {SMALLER}")
+        lower = "lower it, or" if batch_size > 1 else "lower"
+        super().__init__(f"option --training.batch_size={batch_size}: {what}; in a new run {lower} {SMALLER}")
 
 
 def program_bytes(compiled: jax.stages.Compiled) -> int:

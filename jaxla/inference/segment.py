@@ -29,7 +29,9 @@ Segment = Callable[..., Segmented]
 
 
 def make_segment(trained: TrainedNetwork) -> Segment:
-    """`(volume, probabilities=False) -> (classes, probabilities or None)` for volumes of any size, compiled once.
+    """`(volume, probabilities=False) -> (classes, probabilities or None)` for volumes of any size.
+
+    Compiled once; of networks that read whole volumes once for each multiple of DEPTH_STEP slices.
 
     `classes` is [X, Y, Z] uint8 on the volume's own grid; `probabilities` is [X, Y, Z] float32 for one class and
     [X, Y, Z, K] for several, background first. A voxel is foreground where its probability exceeds one half, or gets
@@ -91,7 +93,7 @@ def _planned_slices(trained: TrainedNetwork) -> Callable[..., Segmented]:
 
 
 def make_segment_inputs(trained: TrainedNetwork, networks: Sequence[nnx.Module]) -> Callable[..., Segmented]:
-    """`(inputs, frame, shape, probabilities=False) -> (classes, probabilities or None)`, compiled once.
+    """`(inputs, frame, shape, probabilities=False) -> (classes, probabilities or None)`.
 
     `inputs` are what a network reads of each slice in turn, images, features, or pairs of both; `frame` is where the
     slices lie in the images, `shape` = (S, H, W) their own size. `classes` is [S, H, W] uint8, `probabilities`

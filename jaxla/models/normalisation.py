@@ -80,7 +80,7 @@ class GroupNorm(nnx.Module):
     """Each group of channels of each volume to mean 0 and variance 1, then each channel scaled and shifted.
 
     Args:
-        width: C; there are as many groups as divide it, at most GROUPS.
+        width: C; there are as many groups as its greatest common divisor with GROUPS.
         dtype: of the result; parameters are float32.
     """
 
@@ -91,12 +91,12 @@ class GroupNorm(nnx.Module):
         self.dtype = dtype
 
     def __call__(self, x: jax.Array, present: jax.Array) -> jax.Array:
-        """[B, D, H, W, C] -> the same, by the statistics of the slices that are `present`, [B, D] bool."""
+        """[B, D, H, W, C] -> the same, by the statistics of the voxels `present`, bool [B, D, H, W] or [B, D, 1, 1]."""
         grouped = x.reshape(*x.shape[:-1], self.groups, -1)
         full = jnp.promote_types(x.dtype, jnp.float32)
-        of_slice = math.prod(grouped.shape[2:4]) * grouped.shape[-1]
-        weight = present / (jnp.maximum(present.sum(1, keepdims=True), 1) * of_slice)
-        weight = weight.astype(full)[:, :, None, None, None, None]
+        of_each = math.prod(grouped.shape[1:4]) // math.prod(present.shape[1:]) * grouped.shape[-1]
+        count = jnp.maximum(present.sum((1, 2, 3), keepdims=True), 1) * of_each
+        weight = (present / count).astype(full)[..., None, None]
         normalised, *_ = _normalise(grouped, jnp.ones(1, full), jnp.zeros(1, full), weight, (1, 2, 3, 5))
         return (normalised.reshape(x.shape) * self.scale[...] + self.bias[...]).astype(self.dtype)
 

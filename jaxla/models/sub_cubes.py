@@ -61,6 +61,16 @@ class SubCubes(NamedTuple):
         """[B, d] of a sub-cube: which slice of the volume each is, and whether it is one rather than filled up."""
         return self._slices(self._along(number)[0])
 
+    def plane_of(self, number: int | jax.Array) -> tuple[int | jax.Array, int | jax.Array] | None:
+        """How many rows and columns of a sub-cube are its own, the first ones; None where all sub-cubes fill theirs."""
+        _, *i = self._along(number)
+        if not any(n % k for n, k in zip(self.places[1:], self.counts[1:], strict=True)):
+            return None
+        rows, columns = (
+            (j + 1) * n // k - j * n // k for j, n, k in zip(i, self.places[1:], self.counts[1:], strict=True)
+        )
+        return rows, columns
+
     def assemble(self, parts: jax.Array) -> jax.Array:
         """Sub-cubes [number, B, d, f·h', f·w', K], so many times as fine, to [B, D, f·h, f·w, K].
 

@@ -23,29 +23,36 @@ from jaxla.training.step import count_parameters, split_network
 TIMED_VOLUMES, TIMED_SECONDS = 3, 60  # volumes are timed until there are so many, or that time has passed
 
 
-def measure_cost(trained: TrainedNetwork, segment: Segment, test: Iterable[PreparedVolume], step_bytes: int) -> Cost:
+def measure_cost(
+    trained: TrainedNetwork, segment: Segment, test: Iterable[PreparedVolume], step_bytes: int, deepest: int
+) -> Cost:
     """Of a finished run; the first of its test cases are segmented once more, to be timed.
 
     Of several networks parameters and multiply-adds are of all together.
+
+    Args:
+        step_bytes: of a training step.
+        deepest: slices of the deepest volume that trained or validated.
     """
+    experiment = trained.record.experiment
     seconds, slices = [], []
     for prepared in test:
         volume = read_image(prepared.case.image)
-        if not seconds:
-            segment(volume)  # compiles
+        if not seconds or reads_volumes(experiment.model):  # those are compiled for several numbers of slices
+            segment(volume)
         began = time.perf_counter()
         segment(volume)
         seconds.append(time.perf_counter() - began)
         slices.append(prepared.shape[0])
         if len(seconds) == TIMED_VOLUMES or sum(seconds) > TIMED_SECONDS:
             break
-    network, experiment, count = trained.networks[0], trained.record.experiment, len(trained.networks)
+    network, count = trained.networks[0], len(trained.networks)
     size, batch_size = (trained.record.canvas.size,) * 2, experiment.training.batch_size
     if trained.plan:
         configuration = configuration_of(experiment.model, trained.plan, batch_size)
         size, batch_size = configuration.patch_size, configuration.batch_size
     elif reads_volumes(experiment.model):
-        size = (slices[0], *size)
+        size = (deepest, *size)
     depth = size[0] if len(size) == 3 else 1
     finetuned = experiment.model.backbone == "finetuned"
     graph, state = nnx.split(network)

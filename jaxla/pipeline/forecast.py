@@ -55,7 +55,7 @@ class Forecast:
     """Bytes and seconds that a run will take.
 
     Attributes:
-        rows: what a batch has, in words.
+        rows: what one row of a batch is called, and several are.
         features_bytes: of features still to be computed; 0 where none are cached.
         features_fit: whether the disk has room for them; if not, the backbone runs in every epoch.
         how_to_fit: what to do then.
@@ -71,7 +71,7 @@ class Forecast:
     """
 
     experiment: Experiment
-    rows: str
+    rows: tuple[str, str]
     patients: dict[str, int]
     slices: dict[str, int]
     steps: int
@@ -236,11 +236,12 @@ def describe(f: Forecast) -> str:
     memory = f"{as_bytes(f.step_bytes)} for a training step, by XLA's account"
     if f.device_bytes:
         memory += f", of {as_bytes(f.device_bytes)}"
+    rows = f.rows[recipe.batch_size > 1]
     lines = {
         "run": f"{experiment.name}, {method_label(experiment)}: {describe_backbone(experiment)}",
         "patients": ", ".join(f"{count} {name}" for name, count in f.patients.items()),
         "slices": ", ".join(f"{count} {name}" for name, count in f.slices.items()),
-        "steps": f"{f.steps} an epoch of {recipe.batch_size} {f.rows} each, {recipe.epochs} epochs at most",
+        "steps": f"{f.steps} an epoch of {recipe.batch_size} {rows} each, {recipe.epochs} epochs at most",
         "parameters": f"{f.trained} trained, {f.frozen} frozen",
         "disk": f"run folder {as_bytes(f.run_bytes)} at most" + (f"; {features}" if f.features_bytes else ""),
         "memory": memory,

@@ -99,11 +99,15 @@ def checked_labels(pairs: list[tuple[str, Path, Path]], labels: Labels | None) -
     # The file with most values first: where a single one keeps the others from being one class, it is the one to name.
     # References of "any value but 0" may hold several, as in training.
     to_check = [prediction for _, prediction, _ in pairs] if labels.values is None else values
+    set_aside = set(labels.ignored or ())
+    if labels.ignored is None:  # what references hold, but not what predictions alone do
+        log.info("classes: %s", labels.describe())
+        set_aside.update(*(values[reference] for _, _, reference in pairs))
     for path in sorted(to_check, key=lambda path: -len(values[path])):
         if labels.values is None:
             beyond = values[path] if len(values[path]) > 1 else set()
         else:
-            beyond = set() if labels.ignored is None else values[path] - set(labels.ignored).union(*labels.values)
+            beyond = values[path] - set_aside.union(*labels.values)
         if beyond:
             classes = labels.describe() or "none, as every reference is empty"
             raise InputError(

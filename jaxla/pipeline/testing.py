@@ -104,7 +104,8 @@ def run_test(data: PreparedData, features: Features | None, run_dir: Path, step_
     write_cases(slice_rows, run_dir / TEST_SLICES)
     write_summary(summary, run_dir / SUMMARY)
 
-    cost = measure_cost(trained, segment, data.of(split.test), step_bytes)
+    deepest = max(volume.shape[0] for volume in data.of(split.train + split.val))
+    cost = measure_cost(trained, segment, data.of(split.test), step_bytes, deepest)
     write_cost(cost, run_dir / COST)
 
     panels = panels_of(data, rows, run_dir / PREDICTIONS)

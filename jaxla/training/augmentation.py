@@ -24,16 +24,24 @@ def augment(
     comes in from outside is 0 in both.
     """
     keys = jax.random.split(key, images.shape[0])
-    of_row = partial(_augment_slice, augmentation)
-    if masks.ndim > 3:
-        of_row = jax.vmap(of_row, in_axes=(None, 0, 0))
-    return jax.vmap(of_row)(keys, images, masks)
+    return jax.vmap(partial(_augment_row, augmentation))(keys, images, masks)
 
 
-def _augment_slice(
+def _augment_row(
     augmentation: Augmentation, key: jax.Array, image: jax.Array, mask: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
+    """A slice, or all of a volume."""
     moving, flipping, shading = jax.random.split(key, 3)
+    move = partial(_move, augmentation, moving, flipping)
+    image, mask = (jax.vmap(move) if mask.ndim > 2 else move)(image, mask)
+    if augmentation.intensity:
+        image = _shade(augmentation.intensity, shading, image)
+    return image, mask
+
+
+def _move(
+    augmentation: Augmentation, moving: jax.Array, flipping: jax.Array, image: jax.Array, mask: jax.Array
+) -> tuple[jax.Array, jax.Array]:
     if augmentation.rotation or augmentation.scale or augmentation.elastic:
         places = _sources(augmentation, moving, mask.shape)
         image = map_coordinates(image[..., 0], places, order=1, mode="constant")[..., None]
@@ -41,8 +49,6 @@ def _augment_slice(
     if augmentation.flips:
         for axis, flip in enumerate(jax.random.bernoulli(flipping, shape=(2,))):
             image, mask = (jnp.where(flip, jnp.flip(x, axis), x) for x in (image, mask))
-    if augmentation.intensity:
-        image = _shade(augmentation.intensity, shading, image)
     return image, mask
 
 

@@ -25,14 +25,21 @@ def make_two_pass_gradient(graph: nnx.GraphDef, augment: Augment | None, loss_of
     - `encode(inputs)`, features of whole volumes, once,
     - `divide(features, present)`, the windows: `numbers`, `cut(features, number)`, `assemble(parts)`,
     - `decode(part, windows, number)`, a window's logits from its features,
-    - `finish(logits, size)`, the assembled logits at the size of the volume, `size_of(inputs)`.
+    - `finish(logits, size)`, the assembled logits at the size of the volume, `size_of(inputs)`,
+
+    and no BatchNorm, whose statistics would be of all windows.
 
     Args:
         augment: what is done to images and masks before.
         loss_of: of the logits of whole volumes.
+
+    Raises, when called:
+        ValueError: it has BatchNorm.
     """
 
     def gradient(trainable: nnx.State, frozen: Frozen, batch: Any, key: jax.Array) -> tuple[jax.Array, Any, dict]:
+        if jax.tree.leaves(nnx.filter_state(frozen.statistics, nnx.BatchStat)):
+            raise ValueError("the network has BatchNorm, whose statistics two passes over windows cannot give")
         batch = augmented(augment, batch, key)
         inputs, mask, weight = inputs_of(batch), batch["mask"], batch["weight"]
         # apart, for each needs its gradient at another time; a backbone that is frozen is in neither

@@ -319,8 +319,10 @@ def test_all_other_values_can_be_background():
     assert labels.describe() == "hippocampus: 1/2; all other values are background"
     assert Data(labels="hippocampus:1,2", other_labels="background").all_labels == "hippocampus:1,2;background:rest"
     assert Data(labels="hippocampus:1,2").all_labels == "hippocampus:1,2"
-    with pytest.raises(InputError, match="names no class but the background"):
-        parse_labels("background:rest")
+    assert parse_labels("LA:1 ; background: rest").ignored is None
+    for text in ("background:rest", "background:rest;LA:1", "LA:1;background:rest;background:rest"):
+        with pytest.raises(InputError, match=r"background:rest at the end sets all other values aside|names no class"):
+            parse_labels(text)
 
 
 @pytest.mark.parametrize(("value", "dtype"), [(1, "u1"), (255, "u1"), (256, "i2"), (32767, "i2")])

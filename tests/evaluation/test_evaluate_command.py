@@ -122,6 +122,19 @@ def test_classes_are_those_that_training_was_told(tmp_path, labels, classes, ima
     assert {name: values["dice"]["mean"] for name, values in summary["classes"].items()} == pytest.approx(classes)
 
 
+def test_values_that_references_hold_may_be_set_aside_but_not_what_a_prediction_alone_holds(tmp_path, caplog):
+    save(tmp_path / "references" / "a.nii.gz", BOX, OTHER, values=(1, 7))
+    save(tmp_path / "predictions" / "a.nii.gz", BOX, OTHER, values=(1, 7))
+    told = "--data.labels=hippocampus:1;background:rest"
+    with caplog.at_level("INFO", "jaxla"):
+        main(options(tmp_path, told))
+    assert "classes: hippocampus: 1; all other values are background" in caplog.text
+    assert json.loads((tmp_path / "out" / "summary.json").read_text())["dice"]["mean"] == 1
+    save(tmp_path / "predictions" / "a.nii.gz", BOX, values=[255])
+    with pytest.raises(InputError, match=r"predictions/a.nii.gz: has the values \[255\], but the classes are hippoc"):
+        main([*options(tmp_path, told), f"--output={tmp_path / 'again'}"])
+
+
 def test_predictions_of_other_cases_than_those_asked_for_are_left_out_and_counted(folders, caplog):
     (folders / "split.json").write_text('{"train": ["train_2"], "val": ["x"], "test": ["train_1"]}')
     with caplog.at_level("INFO", "jaxla"):

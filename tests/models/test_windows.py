@@ -99,7 +99,7 @@ def test_gradients_equal_pytorch():
             assert error <= 1e-13, name  # measured: 7e-15
 
 
-@pytest.mark.parametrize("counts", [(1, 1, 1), (2, 2, 2), (3, 4, 2)])
+@pytest.mark.parametrize("counts", [(1, 1, 1), (2, 2, 2), (4, 3, 5)])
 def test_the_whole_is_its_windows_decoded_by_pytorch_in_their_places(counts):
     decoder, features = decoder_of(), random_features()
     reference = reference_of(decoder)
@@ -188,7 +188,7 @@ def test_the_decoder_is_light():
     model = METHODS["windows_dinov3_vitb16"].model
     of_all = parameter_count(model)
     of_backbone = parameter_count(replace(model, network="transformer_segmenter", decoder="linear")) - 769
-    assert of_all - of_backbone < 0.02 * of_backbone  # 1.1 M to 85.7 M
+    assert of_all - of_backbone < 0.02 * of_backbone  # 1.0 M to 85.7 M
 
 
 # --- bad input ---

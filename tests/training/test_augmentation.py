@@ -89,3 +89,18 @@ def test_intensity_changes_the_image_alone_and_keeps_its_range():
 def test_elastic_displacements_are_as_large_as_was_said():
     shifts = [np.abs(moments(mask)[1] - moments(slices(1)[1][0])[1]).mean() for mask in augmented(EACH["elastic"])[1]]
     assert 0.3 < np.mean(shifts) < 0.03 * SIDE * 1.5
+
+
+@pytest.mark.parametrize("name", EACH)
+def test_all_slices_of_a_volume_change_alike(name):
+    """Also where they differ: what is grey in one becomes the same grey as in another."""
+    image, mask = (of_all[0] for of_all in slices(1))
+    bright = np.where(mask[..., None] > 0, image, 1.0).astype(np.float32)  # another mean
+    volumes = np.stack([np.stack([image, bright, image])] * 8), np.stack([np.stack([mask] * 3)] * 8)
+    images, masks = jax.jit(lambda key: augment(EACH[name], key, *volumes))(jax.random.key(3))
+    assert (images.shape, masks.shape) == ((8, 3, SIDE, SIDE, 1), (8, 3, SIDE, SIDE))
+    np.testing.assert_array_equal(images[:, 0], images[:, 2])
+    np.testing.assert_array_equal(masks[:, 0], masks[:, 1])
+    inner = ndimage.binary_erosion(np.asarray(masks[:, 0]) > 0, np.ones((1, 3, 3)), iterations=2)
+    np.testing.assert_array_equal(np.asarray(images[:, 0])[inner], np.asarray(images[:, 1])[inner])
+    assert len({np.asarray(volume).tobytes() for volume in images}) > 2

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Sequence
+from functools import partial
 from itertools import pairwise
 
 import jax
@@ -29,6 +30,7 @@ from jaxla.models.resizing import double, resize
 from jaxla.models.sub_cubes import Counts, SubCubes
 from jaxla.models.vision_transformer import VisionTransformer
 
+ENCODED_TOGETHER = 16  # slices of a volume, at most: what the backbone makes on the way is of these alone
 LEVELS = 4  # of features: a quarter, half, three quarters and all of the backbone's depth
 
 
@@ -82,7 +84,7 @@ class FeatureWindows(nnx.Module):
 
     def decode(self, part: jax.Array, cubes: SubCubes, number: int | jax.Array) -> jax.Array:
         """One window's features [B, d, 4, h', w', C] to its logits [B, d, 8h', 8w', K] float32."""
-        return self.decoder(part, *cubes.slices_of(number), cubes.slices)
+        return self.decoder(part, *cubes.slices_of(number), cubes.slices, cubes.plane_of(number))
 
     def finish(self, logits: jax.Array, size: tuple[int, int]) -> jax.Array:
         """Assembled logits [B, D, 8h, 8w, K] to the size of the slices [B, D, H, W, K]."""
@@ -118,7 +120,15 @@ class WindowSegmenter(FeatureWindows):
 
     def encode(self, inputs: jax.Array) -> jax.Array:
         """Volumes [B, D, H, W, 1 or 3] -> [B, D, 4, h, w, C]."""
-        return _each_slice(self.features, inputs)
+        depth = inputs.shape[1]
+        parts = -(-depth // ENCODED_TOGETHER)
+        if parts == 1:
+            return _each_slice(self.features, inputs)
+        together = -(-depth // parts)
+        inputs = jnp.pad(inputs, ((0, 0), (0, parts * together - depth), *((0, 0),) * 3))
+        inputs = jnp.moveaxis(inputs.reshape(len(inputs), parts, together, *inputs.shape[2:]), 1, 0)
+        features = jnp.moveaxis(jax.lax.map(partial(_each_slice, self.features), inputs), 0, 1)
+        return features.reshape(len(features), -1, *features.shape[3:])[:, :depth]
 
     def features(self, images: jax.Array) -> jax.Array:
         """What the decoder reads of slices [B, H, W, 1 or 3]: [B, 4, h, w, C] in the computation's dtype."""
@@ -166,13 +176,22 @@ class WindowDecoder(nnx.Module):
         full = jnp.promote_types(dtype, jnp.float32)
         self.logits = nnx.Linear(widths[-1], outputs, dtype=full, kernel_init=LECUN_NORMAL, rngs=rngs)
 
-    def __call__(self, features: jax.Array, numbers: jax.Array, present: jax.Array, slices: jax.Array) -> jax.Array:
+    def __call__(
+        self,
+        features: jax.Array,
+        numbers: jax.Array,
+        present: jax.Array,
+        slices: jax.Array,
+        plane: tuple[int | jax.Array, int | jax.Array] | None = None,
+    ) -> jax.Array:
         """[B, d, 4, h, w, C] -> [B, d, 8h, 8w, K] float32.
 
         Args:
             numbers: [B, d], which slice of the volume each is.
             present: [B, d] bool, whether it is one; others change nothing of those that are.
             slices: [B], how many the volume has.
+            plane: how many rows and columns are the window's, the first ones; others repeat the last one, and change
+                nothing either. By default all are.
         """
         whole = features.shape[:2]
         share = (numbers + 0.5) / jnp.maximum(slices, 1)[:, None]  # of the volume's depth that lies before its middle
@@ -184,9 +203,9 @@ class WindowDecoder(nnx.Module):
             if x is None:
                 x = projected
             else:
-                x = _each_slice(double, x)
+                x = _each_slice(double, x if plane is None else _repeat_last(x, *(side << (i - 1) for side in plane)))
                 x = x + _each_slice(lambda y, size=x.shape[2:4]: resize(y, size), projected)
-            x = unit(x, present)
+            x = unit(x, present, plane and tuple(side << i for side in plane))
         logits = self.logits(x)
         return logits.reshape(*whole, *logits.shape[2:])
 
@@ -224,10 +243,23 @@ class Unit(nnx.Module):
         self.convolution = convolution_of_axes(inputs, outputs, (depth, 3, 3), (1, 1, 1), dtype=dtype, rngs=rngs)
         self.norm = GroupNorm(outputs, dtype=dtype)
 
-    def __call__(self, x: jax.Array, present: jax.Array) -> jax.Array:
-        """[B, d, h, w, C] -> [B, d, h, w, K]; slices not present, [B, d], are zeros around the others."""
-        x = jnp.where(present[:, :, None, None, None], x, 0)
+    def __call__(
+        self, x: jax.Array, present: jax.Array, plane: tuple[int | jax.Array, int | jax.Array] | None
+    ) -> jax.Array:
+        """[B, d, h, w, C] -> [B, d, h, w, K]; slices not `present`, [B, d], and beyond `plane` are zeros around it."""
+        present = present[:, :, None, None]
+        if plane is not None:
+            rows, columns = (jnp.arange(n) < own for n, own in zip(x.shape[2:4], plane, strict=True))
+            present = present & rows[:, None] & columns
+        x = jnp.where(present[..., None], x, 0)
         return jax.nn.relu(self.norm(self.convolution(x), present))
+
+
+def _repeat_last(x: jax.Array, *own: int | jax.Array) -> jax.Array:
+    """[B, d, h, w, C] with the last one of its own rows and columns in place of those beyond, as at a border."""
+    for axis, count in enumerate(own, start=2):
+        x = jnp.take(x, jnp.minimum(jnp.arange(x.shape[axis]), count - 1), axis=axis, mode="clip")
+    return x
 
 
 def _each_slice(function: Callable[[jax.Array], jax.Array], volumes: jax.Array) -> jax.Array:
