@@ -118,7 +118,9 @@ def _input(folder: Path, record: Record) -> str:
         patch, spacing = (" × ".join(f"{n:g}" for n in numbers) for numbers in (planned.patch_size, planned.spacing))
         return f"patches of {patch} voxels of {spacing} mm"
     extent = f", of {record.extent:.0f} × {record.extent:.0f} mm" if record.extent else ""
-    return f"{record.canvas.size} × {record.canvas.size} pixels{extent}"
+    pixels = f"{record.canvas.size} × {record.canvas.size} pixels{extent}"
+    model = record.experiment.model
+    return f"whole volumes of {pixels}, --model.windows={model.windows}" if model.network == "windows" else pixels
 
 
 def _read(path: Path, read: Callable[[Path], Any] = lambda path: json.loads(path.read_text())) -> Any:
