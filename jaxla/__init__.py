@@ -52,6 +52,7 @@ def build_network(
     """The untrained network of a method, in evaluation mode: images [B, H, W, C] -> logits [B, H, W, K].
 
     All take C = 1 (grey values in 0..1); those on a pretrained backbone or encoder C = 3 (ImageNet-normalised) too.
+    Those in windows take whole volumes [B, D, H, W, C], slices from head to foot, right to left or front to back.
     nnU-Net in three dimensions takes [B, D, H, W, 1] -> [B, D, H, W, K]; its grey values, as those of nnU-Net in two
     dimensions, have mean 0 and standard deviation 1.
 
@@ -90,7 +91,7 @@ def build_network(
 
 
 def load_network(path: str | Path) -> nnx.Module:
-    """A trained network, in evaluation mode: images [B, H, W, C] -> logits [B, H, W, K], or with D.
+    """A trained network, in evaluation mode: images [B, H, W, C] -> logits [B, H, W, K]; see `build_network`.
 
     Args:
         path: a finished run's folder, or a file that `convert_weights --arch=nnunet` wrote: it gives nnU-Net's own

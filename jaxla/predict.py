@@ -75,8 +75,12 @@ def predict(options: Namespace) -> None:
     from jaxla.runs.record import read_record
 
     record = read_record(Path(options.run))
+    model, counts = record.experiment.model, []
     for scan in share(list(outputs)):  # all are checked before the first is segmented
-        require_slices(record.experiment.model, scan, slices_of(read_image(scan)))
+        counts.append(slices_of(read_image(scan)))
+        require_slices(model, scan, counts[-1])
+    if counts and (of_depth := about_depth(model, counts)):
+        tell(f"{options.run}: {of_depth}")
     sizes = {str(path): f"of {path.stat().st_size} bytes" for path in outputs}
     require_same(sizes, "give all processes the same scans")  # and wait: none writes while another still looks
     with use_devices(options.devices), use_own_devices():
@@ -91,8 +95,6 @@ def predict(options: Namespace) -> None:
         for number, (scan, mask) in share(list(enumerate(outputs.items(), start=1))):
             volume = read_image(scan)
             say_if_cut(volume, trained.record.canvas)
-            if of_depth := about_depth(record.experiment.model, [slices_of(volume)]):
-                tell(f"{scan}: {of_depth}")
             classes, probabilities = segment(volume, options.probabilities)
             if probabilities is not None:
                 write_volume(_probabilities_file(mask), probabilities, volume)
@@ -103,6 +105,7 @@ def predict(options: Namespace) -> None:
 
 
 def slices_of(volume: Volume) -> int:
+    """How many slices a scan has."""
     from jaxla.data.volumes import slice_geometry, to_slices
 
     return to_slices(volume.array, slice_geometry(volume.affine)).shape[0]

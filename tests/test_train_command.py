@@ -313,7 +313,7 @@ def test_windows_are_trained_on_kept_features_of_whole_volumes_and_predict_the_s
     case = read_json(run / "split.json")["test"][0]
     scan = phantoms / "task2" / "train_data" / case / "enhanced.nii.gz"
     done = run_module("jaxla.predict", f"--run={run}", f"--input={scan}", f"--output={tmp_path / 'mask.nii.gz'}")
-    assert f"{scan}: the depth embedding has 32 places and is interpolated to " in done.stdout
+    assert f"{run}: the depth embedding has 32 places and is interpolated to " in done.stdout
     masks = [nib.load(path) for path in (run / "test" / "predictions" / f"{case}.nii.gz", tmp_path / "mask.nii.gz")]
     assert masks[0].shape == nib.load(scan).shape
     np.testing.assert_array_equal(*(mask.get_fdata() for mask in masks))

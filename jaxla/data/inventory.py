@@ -34,7 +34,7 @@ OUTLIER_RULE = (
 )
 SPACING_FACTOR = 1.5
 OBLIQUE_DEGREES = 15
-VALUES_KEPT = 10  # label values of one mask; one with more is an image
+VALUES_KEPT = 255  # label values of one mask; one with more is an image
 
 
 @dataclass(frozen=True)

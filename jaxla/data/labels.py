@@ -42,8 +42,8 @@ class Labels:
         if self.values is None:
             if self.one_value and len(found := np.unique(mask[mask != 0])) > 1:
                 raise InputError(
-                    f"{source}: holds the label values {found[:5].tolist()}; say which is which class, "
-                    f"such as --data.labels='a:{found[0]};b:{found[1]}'"
+                    f"{source}: holds the label values {_first(found)}; say which is which class, such as "
+                    f"--data.labels='a:{found[0]};b:{found[1]}' (;{OTHERS_ARE_BACKGROUND} sets all others aside)"
                 )
             return (mask != 0).astype(np.uint8)
         classes = np.zeros(mask.shape, np.uint8)
@@ -56,7 +56,7 @@ class Labels:
             return classes
         known |= np.isin(mask, self.ignored)
         if not known.all():
-            beyond = np.unique(mask[~known])[:5].tolist()
+            beyond = _first(np.unique(mask[~known]))
             raise InputError(
                 f"{source}: holds the label values {beyond} beyond the classes {self.describe()}; "
                 "mend the mask, or name them with --data.labels (background:<value> leaves a value out, "
@@ -77,6 +77,12 @@ class Labels:
             f"{name}: {'/'.join(map(str, values))}" for name, values in zip(self.names, self.values, strict=True)
         )
         return named if self.ignored is not None else f"{named}; all other values are background"
+
+
+def _first(values: np.ndarray) -> str:
+    """The first five of them, and how many there are beside."""
+    more = f" and {len(values) - 5} more" if len(values) > 5 else ""
+    return f"{values[:5].tolist()}{more}"
 
 
 def parse_labels(text: str) -> Labels:

@@ -156,7 +156,8 @@ def about_depth(model: Model, slices: Collection[int]) -> str:
     if not reads_volumes(model) or not model.depth_places or set(slices) == {model.depth_places}:
         return ""
     span = " to ".join(map(str, sorted({min(slices), max(slices)})))
-    return f"the depth embedding has {model.depth_places} places and is interpolated to {span} slices"
+    slices = "slice" if span == "1" else "slices"
+    return f"the depth embedding has {model.depth_places} places and is interpolated to {span} {slices}"
 
 
 def require_size(model: Model, option: str, size: int) -> None:

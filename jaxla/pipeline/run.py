@@ -135,6 +135,11 @@ def train(
         sources = patch_sources(experiment, data, data.plan, cache_dir)
     else:
         sources = image_sources(experiment, data, features, with_images=bool(features) and network.READS_IMAGES)
+    if (rows := sources.recipe.batch_size) > (there := len(sources.train)):
+        log.warning(
+            "option --training.batch_size=%d: a step takes %d %s and only %d train, so each comes several times in one "
+            "step; lower it", rows, rows, sources.train.rows[1], there,
+        )  # fmt: skip
     size = experiment.preprocessing.image_size
     trained = network.on_features((size, size)) if features else network
     parts = split_network(trained, train_backbone=experiment.model.backbone == "finetuned")

@@ -234,7 +234,7 @@ def test_a_scan_of_fewer_slices_than_windows_is_refused():
     require_slices(model, "scan.nii.gz", 5)
     with pytest.raises(InputError, match=r"^scan.nii.gz: has 4 slices, fewer than the 5 windows along them that --mod"):
         require_slices(model, "scan.nii.gz", 4)
-    with pytest.raises(ValueError, match=r"^\(5, 1, 1\) windows of \(4, 4, 8\) slices"):
+    with pytest.raises(ValueError, match=r"^volumes of 4×4×8 slices, .*: fewer than the network's 5×1×1 w"):
         FeatureWindows(decoder_of(), SIZE, (5, 1, 1))(random_features(slices=4))
 
 

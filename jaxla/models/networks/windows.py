@@ -78,7 +78,10 @@ class FeatureWindows(nnx.Module):
         batch, depth, _, *plane, _ = features.shape
         places = (depth, *plane)
         if any(n < k for n, k in zip(places, self.counts, strict=True)):
-            raise ValueError(f"{self.counts} windows of {places} slices, rows and columns of patches: give fewer")
+            asked, found = ("×".join(map(str, numbers)) for numbers in (self.counts, places))
+            raise ValueError(
+                f"volumes of {found} slices, rows and columns of patches: fewer than the network's {asked} windows"
+            )
         slices = jnp.full(batch, depth) if present is None else present.sum(1)
         return SubCubes(self.counts, places, slices)
 
