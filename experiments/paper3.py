@@ -63,7 +63,7 @@ _WHOLE = replace(
     summary=f"{_FULL.name}, its gradient in one pass, which takes the memory of all windows",
     training=replace(RECIPE, gradient="whole"),
 )
-METHODS = [*_WINDOWS.values(), _SMALL, *_VARIED, _WHOLE]
+METHODS = [_FULL, *_VARIED, _WHOLE, *(method for method in _WINDOWS.values() if method is not _FULL), _SMALL]
 
 _HIPPOCAMPUS = Data(labels="hippocampus:1,2")
 EXPERIMENTS = [

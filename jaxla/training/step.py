@@ -168,7 +168,8 @@ def make_evaluation(graph: nnx.GraphDef, loss_of: Loss = pixel_loss) -> Callable
     """`(trainable, frozen, batch) -> Evaluated`, jitted."""
 
     def evaluate(trainable: Any, frozen: Frozen, batch: Any) -> Evaluated:
-        logits = nnx.merge(graph, trainable, *frozen)(inputs_of(batch), present_of(batch))
+        network, present = nnx.merge(graph, trainable, *frozen), present_of(batch)
+        logits = network(inputs_of(batch)) if present is None else network(inputs_of(batch), present)
         mask = jnp.maximum(batch["mask"], 0)  # where a scan is zero there is background
         loss, rows = loss_of(logits, mask, batch["weight"]), weight_of_rows(batch["weight"])
         return whole(Evaluated(loss, overlap_counts(logits, mask, rows), batch["volume"], rows))
