@@ -141,4 +141,4 @@ def test_a_loss_of_volumes_takes_each_together_and_leaves_what_fills_up_out():
         dice = (2 * (probability * reference).sum() + 1e-5) / (probability.sum() + reference.sum() + 1e-5)
         expected.append(torch.nn.functional.binary_cross_entropy_with_logits(own, reference) - dice)
     loss = of_volumes(partial(dice_cross_entropy, batch_dice=True))(jnp.asarray(logits), mask, weight)
-    np.testing.assert_allclose(loss, np.mean(expected), rtol=1e-6)  # measured: 4e-8
+    np.testing.assert_allclose(loss, np.mean(expected), rtol=1e-6)  # measured: 2.0e-7

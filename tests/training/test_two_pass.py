@@ -80,7 +80,7 @@ def test_it_is_that_of_the_whole_for_any_loss(counts):
     values = []
     for (a, ours), (b, whole) in zip(*both, strict=True):
         assert a == pytest.approx(b, rel=1e-6)
-        assert relative_l2(ours, whole) <= 1e-5  # measured: at most 3e-7
+        assert relative_l2(ours, whole) <= 1e-5  # measured: at most 1.1e-7
         values.append(a)
     assert len(set(values)) == len(LOSSES)
 
@@ -92,7 +92,7 @@ def test_so_it_is_where_the_backbone_is_trained_too(counts, outputs, slicewise):
         gradient_of(make, network, batch, train_backbone=True) for make in (make_two_pass_gradient, make_gradient)
     )
     for part in ("backbone", "decoder"):
-        assert relative_l2(ours, whole, part) <= 1e-5  # measured: at most 5e-7
+        assert relative_l2(ours, whole, part) <= 1e-5  # measured: at most 6.7e-8
 
 
 def test_so_it_is_of_features_that_were_computed_before():
@@ -100,7 +100,7 @@ def test_so_it_is_of_features_that_were_computed_before():
     features = np.stack([jax.jit(network.features)(jnp.asarray(volume)) for volume in batch["input"]])
     of_features = gradient_of(make_two_pass_gradient, network.on_features(SIZE), batch | {"input": features})
     of_images = gradient_of(make_gradient, network, batch)
-    assert relative_l2(of_features[1], of_images[1]) <= 1e-5  # measured: 5e-7
+    assert relative_l2(of_features[1], of_images[1]) <= 1e-5  # measured: 1.9e-7
 
 
 def test_so_it_is_of_augmented_volumes():
@@ -109,7 +109,7 @@ def test_so_it_is_of_augmented_volumes():
     (a, ours), (_, whole) = (
         gradient_of(make, network, batch, changes=changes) for make in (make_two_pass_gradient, make_gradient)
     )
-    assert relative_l2(ours, whole) <= 1e-5  # measured: 3e-7
+    assert relative_l2(ours, whole) <= 1e-5  # measured: 4.8e-10
     images, masks = changes(KEY, batch["input"], batch["mask"])
     assert a == pytest.approx(
         gradient_of(make_two_pass_gradient, network, batch | {"input": images, "mask": masks})[0], rel=1e-5
