@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
+
+from jaxla.devices.capability import runs_cudnn_attention
 
 
 def attention(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
@@ -15,6 +19,32 @@ def attention(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
     Returns:
         [B, N, heads, D] in the dtype of `q`.
     """
-    if jax.default_backend() == "gpu" and q.dtype == jnp.bfloat16:
-        return jax.nn.dot_product_attention(q, k, v, implementation="cudnn")
-    return jax.nn.dot_product_attention(q, k, v)
+    if q.dtype == jnp.bfloat16 and runs_cudnn_attention(jax.local_devices()[0]):
+        return by_cudnn(q, k, v)
+    return jax.nn.dot_product_attention(q, k, v, implementation="xla")
+
+
+@jax.custom_vjp
+def by_cudnn(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+    """The same by cuDNN, for any number of tokens; JAX 0.10 refuses the gradient of an odd one."""
+    return jax.nn.dot_product_attention(q, k, v, implementation="cudnn")
+
+
+def _with_gradient(q: jax.Array, k: jax.Array, v: jax.Array) -> tuple[jax.Array, jax.tree_util.Partial]:
+    return jax.vjp(partial(of_even_length, implementation="cudnn"), q, k, v)
+
+
+by_cudnn.defvjp(_with_gradient, lambda pull, gradient: pull(gradient))
+
+
+def of_even_length(q: jax.Array, k: jax.Array, v: jax.Array, implementation: str) -> jax.Array:
+    """The same; where the number of tokens is odd, with one more that no other sees."""
+    batch, tokens = q.shape[:2]
+    if tokens % 2 == 0:
+        return jax.nn.dot_product_attention(q, k, v, implementation=implementation)
+    lengths = jnp.full(batch, tokens, jnp.int32)
+    padded = (jnp.pad(x, ((0, 0), (0, 1), (0, 0), (0, 0))) for x in (q, k, v))
+    out = jax.nn.dot_product_attention(
+        *padded, query_seq_lengths=lengths, key_value_seq_lengths=lengths, implementation=implementation
+    )
+    return out[:, :tokens]

@@ -92,13 +92,18 @@ class Attention(nnx.Module):
         return (self.in_columns if jax.default_backend() == "cpu" else self.in_rows)(x, rotate)
 
     def in_rows(self, x: jax.Array, rotate: Rotation | None) -> jax.Array:
-        qkv = self.qkv(x)
-        if self.masked:
-            qkv = qkv + (self.qkv_bias * self.qkv_bias_mask).astype(qkv.dtype)
-        q, k, v = jnp.moveaxis(qkv.reshape(*x.shape[:2], 3, self.heads, -1), 2, 0)
+        # three products: cuDNN takes queries, keys and values apart, and to part them afterwards is a pass over all
+        q, k, v = (y.reshape(*x.shape[:2], self.heads, -1) for y in self.each_of_qkv(x))
         if rotate is not None:
             q, k = rotate.rows(q), rotate.rows(k)
         return self.projection(attention(q, k, v).reshape(x.shape))
+
+    def each_of_qkv(self, x: jax.Array) -> list[jax.Array]:
+        products = [x @ kernel for kernel in jnp.split(self.qkv.kernel[...].astype(x.dtype), 3, axis=1)]
+        bias = self.qkv_bias * self.qkv_bias_mask if self.masked else self.qkv.bias
+        if bias is None:
+            return products
+        return [y + part for y, part in zip(products, jnp.split(bias[...].astype(x.dtype), 3), strict=True)]
 
     def in_columns(self, x: jax.Array, rotate: Rotation | None) -> jax.Array:
         batch, tokens, width = x.shape

@@ -1,14 +1,19 @@
 """Attention against PyTorch's, in the formulation that each device takes."""
 
+from functools import partial
+from types import SimpleNamespace
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
 from flax import nnx
+from jax._src.cudnn import fused_attention_stablehlo
 
+from jaxla.devices.capability import multiplies_bfloat16, runs_cudnn_attention
 from jaxla.models import columns
-from jaxla.models.attention import attention
+from jaxla.models.attention import attention, by_cudnn, of_even_length
 from jaxla.models.positions import rotation
 from tests.tiny import TINY_VARIANTS, tiny_backbone
 
@@ -23,7 +28,10 @@ def value_and_gradients(formulation, weight, *qkv):
     return value, pull(weight)
 
 
-@pytest.mark.parametrize("formulation", [attention, in_columns])
+of_even_length_by_xla = partial(of_even_length, implementation="xla")
+
+
+@pytest.mark.parametrize("formulation", [attention, in_columns, of_even_length_by_xla])
 @pytest.mark.parametrize(("batch", "tokens", "heads", "width"), [(2, 26, 3, 16), (1, 101, 2, 64), (3, 1, 1, 8)])
 def test_values_and_gradients_equal_pytorch(formulation, batch, tokens, heads, width):
     rng = np.random.default_rng(0)
@@ -46,6 +54,38 @@ def test_every_query_takes_a_mean_of_values(formulation):
     v = np.random.default_rng(0).standard_normal((1, 5, 2, 4), dtype=np.float32)
     out = formulation(v, np.ones_like(v), v)
     np.testing.assert_allclose(out, np.broadcast_to(v.mean(1, keepdims=True), v.shape), atol=1e-6)
+
+
+@pytest.mark.parametrize("tokens", [144, 145])
+def test_cudnn_gives_the_gradient_for_any_number_of_tokens(monkeypatch, tokens):
+    """Traced as on a GPU that has cuDNN; nothing is run. JAX's own gradient refuses odd numbers."""
+    monkeypatch.setattr(fused_attention_stablehlo, "check_cudnn_version", lambda: 92000)
+    qkv = [jax.ShapeDtypeStruct((2, tokens, 4, 64), jnp.bfloat16)] * 3
+    traced = str(jax.make_jaxpr(jax.grad(lambda *qkv: by_cudnn(*qkv).sum().astype(jnp.float32)))(*qkv))
+    assert "dot_product_attention_bwd" in traced
+    untrained = str(jax.make_jaxpr(by_cudnn)(*qkv))
+    assert "dot_product_attention_fwd" in untrained
+    assert " pad" not in untrained
+
+
+def device(platform, version="", **about):
+    return SimpleNamespace(platform=platform, client=SimpleNamespace(platform_version=version), **about)
+
+
+@pytest.mark.parametrize(
+    ("of", "bfloat16", "cudnn"),
+    [
+        (device("cpu", "cpu"), False, False),
+        (device("gpu", "PJRT C API\ncuda 12090", compute_capability="7.5"), False, False),  # T4
+        (device("gpu", "PJRT C API\ncuda 12090", compute_capability="8.0"), True, True),  # A100
+        (device("gpu", "PJRT C API\ncuda 13000", compute_capability="12.0"), True, True),
+        (device("gpu", "PJRT C API\nrocm 60443483", compute_capability="gfx942"), True, False),
+        (device("tpu", "TFRT TPU v5 lite"), True, False),
+    ],
+    ids=["CPU", "Turing", "Ampere", "Blackwell", "AMD", "TPU"],
+)
+def test_what_a_device_computes_with(of, bfloat16, cudnn):
+    assert (multiplies_bfloat16(of), runs_cudnn_attention(of)) == (bfloat16, cudnn)
 
 
 @pytest.mark.parametrize("variant", TINY_VARIANTS.values(), ids=TINY_VARIANTS)
