@@ -25,13 +25,14 @@ from benchmarks.timing import about, compared, in_turn, print_result, timed
 from jaxla.config import InputError
 from jaxla.devices.memory import peak_device_bytes, program_bytes
 from jaxla.models.backbones import TRANSFORMERS, architecture, build_backbone
+from jaxla.models.weights import compute_dtype
 from jaxla.shell.command_line import command_parser, parse_arguments
 from jaxla.shell.process import run_command
 from tests.golden.errors import error
 from tests.golden.live import live_model
 from tests.tiny import randomise
 
-AGREEMENT = {"cpu": 1e-5, "gpu": 5e-2}  # relative L2 of the patch tokens, in the precision of each
+AGREEMENT = {"float32": 1e-5, "bfloat16": 5e-2}  # relative L2 of the patch tokens
 PEAK_SIDE = 8192  # of the square matrices whose product measures the peak
 
 
@@ -50,12 +51,12 @@ def main(arguments):
     on_gpu = jax.default_backend() == "gpu"
 
     images = np.random.default_rng(0).standard_normal((options.batch, size, size, 3), np.float32)
-    dtype = jnp.bfloat16 if on_gpu else jnp.float32
+    dtype = jnp.dtype(compute_dtype())
     ours = randomise(nnx.eval_shape(lambda: build_backbone(arch, dtype=dtype, rngs=nnx.Rngs(0))))
     theirs = live_model(ours)
     theirs.set_attn_implementation("sdpa")
     if on_gpu:
-        theirs = theirs.to("cuda", torch.bfloat16)
+        theirs = theirs.to("cuda", getattr(torch, dtype.name))
     channels_first = torch.from_numpy(images.transpose(0, 3, 1, 2).copy()).to(theirs.device, theirs.dtype)
     on_device = jnp.asarray(images)
 
@@ -78,7 +79,7 @@ def main(arguments):
     first_call = {name: timed(run) for name, run in runs.items()}
     patches = runs["torch"]()[:, 1 + variant.registers :].float().cpu().numpy()
     difference = error(run_ours().patches.reshape(patches.shape), patches).relative_l2
-    if difference > AGREEMENT[jax.default_backend()]:
+    if difference > AGREEMENT[dtype.name]:
         raise InputError(f"{arch}: tokens differ from PyTorch's by {difference:.1e}; there is nothing to compare")
 
     found = compared(in_turn(runs, options.repeats))
@@ -89,7 +90,7 @@ def main(arguments):
         "size": size,
         "batch": options.batch,
         "torch_threads": torch.get_num_threads(),
-        "dtype": str(jnp.dtype(ours.dtype)),
+        "dtype": dtype.name,
         "patch_tokens_relative_l2": difference,
         "repeats": options.repeats,
         "first_call_seconds": first_call,
