@@ -47,5 +47,5 @@ def test_tokens_equal_the_authors(conversion, arch):
         assert {"cls", "patches", "patches_mean", "patches_std"} < errors.keys()
         assert ("registers" in errors) == bool(vit.variant.registers)
         assert sum(name.startswith("block ") for name in errors) == 4
-        assert not beyond_bounds(errors), file  # measured at most: 3.8e-6 and 6.3e-7, both in ViT-h plus
-        assert lowest_bfloat16_cosine(vit, image_of(file)) >= COSINE_BOUND, file
+        assert not beyond_bounds(errors), file  # measured at most: 3.8e-6 and 6.3e-7
+        assert lowest_bfloat16_cosine(vit, image_of(file)) >= COSINE_BOUND, file  # measured at least: 0.99987

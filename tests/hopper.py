@@ -1,0 +1,69 @@
+"""A training step as a program for an NVIDIA GPU of the Hopper generation, which need not be there: nothing is run."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from types import SimpleNamespace
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax._src.cudnn import fused_attention_stablehlo
+
+from jaxla.config import Method
+from jaxla.models.build import build_network, configuration_of, is_planned, reads_volumes
+from jaxla.pipeline.sources import GRADIENTS, loss_of
+from jaxla.planning.plan import Plan
+from jaxla.training.losses import of_volumes
+from jaxla.training.step import make_optimiser, make_step, split_network
+
+DEVICE = SimpleNamespace(
+    platform="gpu", compute_capability="9.0", client=SimpleNamespace(platform_version="PJRT C API\ncuda 12090")
+)
+# What JAX says where there is such a device and cuDNN.
+ANSWERS = [
+    (jax, "default_backend", lambda: "gpu"),
+    (jax, "local_devices", lambda: [DEVICE]),
+    (fused_attention_stablehlo, "check_cudnn_version", lambda: 92000),
+    (fused_attention_stablehlo, "check_compute_capability", lambda least: float(least) <= 9.0),
+    (fused_attention_stablehlo, "is_cuda_compute_capability_equal", lambda capability: capability == "9.0"),
+]
+
+
+def lowered_step(
+    method: Method,
+    *,
+    classes: int,
+    plan: Plan,
+    batch_size: int,
+    slices: int,
+    place: Callable[[Any], Any] = lambda shapes: shapes,
+) -> jax.stages.Lowered:
+    """A step of a method from random weights, before it is compiled; where `ANSWERS` are given.
+
+    Args:
+        classes: channels of the logits.
+        plan: what nnU-Net is built on.
+        slices: of a volume, where the network reads volumes.
+        place: gives the shapes of a step's arguments the device that they lie on.
+    """
+    model, recipe = replace(method.model, weights="random"), method.training
+    network = nnx.eval_shape(lambda: build_network(model, classes, 0, plan=plan))
+    split = split_network(network, train_backbone=model.backbone != "frozen")
+    optimiser = make_optimiser(recipe, recipe.epochs, pretrained_backbone=False)
+    rows, size = (batch_size,), (method.preprocessing.image_size,) * 2
+    if is_planned(model):
+        size = configuration_of(model, plan).patch_size
+    if reads_volumes(model):
+        rows = (batch_size, slices)
+    batch = {
+        "input": jax.ShapeDtypeStruct((*rows, *size, 1), jnp.float32),
+        "mask": jax.ShapeDtypeStruct((*rows, *size), jnp.uint8),
+        "weight": jax.ShapeDtypeStruct(rows, jnp.float32),
+    }
+    loss = loss_of(recipe, batch_dice=True)
+    loss = of_volumes(loss) if reads_volumes(model) else loss
+    step = make_step(GRADIENTS[recipe.gradient](split.training, None, loss), optimiser)
+    state, key = jax.eval_shape(optimiser.init, split.trainable), jax.eval_shape(lambda: jax.random.key(0))
+    traced = step.trace(*map(place, (split.trainable, split.frozen, state, batch, key)))
+    return traced.lower(lowering_platforms=("cuda",))
