@@ -1,7 +1,8 @@
 """python -m benchmarks.backbone [--arch=…] [--size=…] [--batch=…] [--output=FILE]: a forward pass beside PyTorch's.
 
 Both run in this process, in turn, on the same device and the same synthetic weights: this package, and the model of
-`transformers` with scaled-dot-product attention. On CPU in float32 with all cores; on a GPU in bfloat16, PyTorch also
+`transformers` with scaled-dot-product attention. On CPU in float32 with all cores; on a GPU in bfloat16 (before
+NVIDIA's Ampere in float32), PyTorch also
 through `torch.compile`, and with the share of the measured peak of matrix multiplication that this package reaches.
 Before anything is timed the patch tokens of both are compared.
 
@@ -99,7 +100,7 @@ def main(arguments):
         "jaxla_program_bytes": forward_bytes(ours, on_device),
     }
     if on_gpu:
-        peak = matmul_peak()
+        peak = matmul_peak(dtype)
         result["torch_peak_bytes"] = torch.cuda.max_memory_allocated()
         result["jaxla_peak_bytes"] = peak_device_bytes()
         result["matmul_peak_flops"] = peak
@@ -121,9 +122,9 @@ def flops(variant, size):
     return variant.depth * (2 * tokens * of_block + 4 * tokens**2 * variant.width)
 
 
-def matmul_peak():
-    """Floating-point operations per second of a large bfloat16 product, the best of several."""
-    a = jax.random.normal(jax.random.key(0), (PEAK_SIDE, PEAK_SIDE), jnp.bfloat16)
+def matmul_peak(dtype):
+    """Floating-point operations per second of a large product, the best of several."""
+    a = jax.random.normal(jax.random.key(0), (PEAK_SIDE, PEAK_SIDE), dtype)
     product = jax.jit(lambda a: jax.lax.fori_loop(0, 10, lambda _, x: (x @ a) / math.sqrt(PEAK_SIDE), a))
     jax.block_until_ready(product(a))
     return 10 * 2 * PEAK_SIDE**3 / min(timed(lambda: jax.block_until_ready(product(a))) for _ in range(5))

@@ -5,7 +5,7 @@ for a device that it is told of. Nothing is run; and XLA cannot try kernels out,
 cuBLAS's, not Triton's. What is wrong with a program before it runs shows itself.
 
 Prints for each method, from random weights and with the recipe's batch: seconds to compile, the memory that the step's
-program needs (parameters, optimiser and batch included), and how often it calls cuDNN's attention.
+program needs (parameters, optimiser and batch included), and in how many places it calls cuDNN's attention.
 """
 
 import json
@@ -31,7 +31,7 @@ from jaxla.models.build import configuration_of, is_planned
 from jaxla.planning.plan import read_plan
 from jaxla.shell.command_line import command_parser, parse_arguments
 from jaxla.shell.process import run_command
-from tests.hopper import ANSWERS, lowered_step
+from tests.gpu import HOPPER, answers, lowered_step
 
 PLAN = Path(__file__).parents[1] / "tests" / "golden" / "nnunet_plans" / "Hippocampus.json"
 SLICES = 40  # of a volume
@@ -107,7 +107,7 @@ def measure(method, device):
         return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=whole), shapes)
 
     with ExitStack() as as_there:
-        for answer in ANSWERS:
+        for answer in answers(HOPPER):
             as_there.enter_context(mock.patch.object(*answer))
         lowered = lowered_step(method, classes=1, plan=plan, batch_size=batch, slices=SLICES, place=place)
         began = time.perf_counter()

@@ -32,8 +32,8 @@ def load_backbone(path: str | Path, dtype: jnp.dtype | None = None) -> Backbone:
     features [B, h, w, C]; `intermediate(images)` gives those of all stages (of a ResNet, of its stem too).
 
     Args:
-        dtype: of the computation; by default bfloat16 where the device multiplies it faster (GPUs from NVIDIA's
-            Ampere on), float32 elsewhere. Parameters stay float32.
+        dtype: of the computation; by default float32 on CPU and on NVIDIA's GPUs before Ampere, bfloat16 elsewhere.
+            Parameters stay float32.
 
     Raises:
         InputError: the file is missing, truncated, or does not hold the parameters of its architecture.

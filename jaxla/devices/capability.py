@@ -8,7 +8,7 @@ AMPERE = (8, 0)  # NVIDIA's first generation that multiplies bfloat16, and that 
 
 
 def multiplies_bfloat16(device: jax.Device) -> bool:
-    """Whether products of bfloat16 are faster there than those of float32."""
+    """Whether products of bfloat16 are faster there than those of float32; of AMD's GPUs it is taken for granted."""
     if device.platform == "cpu":
         return False
     return not _is_nvidia(device) or _generation(device) >= AMPERE

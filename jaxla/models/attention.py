@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxla.devices.capability import runs_cudnn_attention
+from jaxla.devices.mesh import of_each_device
 
 
 def attention(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
@@ -19,14 +20,17 @@ def attention(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
     Returns:
         [B, N, heads, D] in the dtype of `q`.
     """
-    if q.dtype == jnp.bfloat16 and runs_cudnn_attention(jax.local_devices()[0]):
-        return by_cudnn(q, k, v)
+    if q.dtype == jnp.bfloat16 and all(map(runs_cudnn_attention, jax.devices())):
+        return of_each_device(by_cudnn)(q, k, v)
     return jax.nn.dot_product_attention(q, k, v, implementation="xla")
 
 
 @jax.custom_vjp
 def by_cudnn(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
-    """The same by cuDNN, for any number of tokens; JAX 0.10 refuses the gradient of an odd one."""
+    """The same by cuDNN.
+
+    JAX 0.10 refuses the gradient where N is odd, which cuDNN does not do with a bias: JAX takes a missing one for one.
+    """
     return jax.nn.dot_product_attention(q, k, v, implementation="cudnn")
 
 
@@ -38,7 +42,7 @@ by_cudnn.defvjp(_with_gradient, lambda pull, gradient: pull(gradient))
 
 
 def of_even_length(q: jax.Array, k: jax.Array, v: jax.Array, implementation: str) -> jax.Array:
-    """The same; where the number of tokens is odd, with one more that no other sees."""
+    """The same; where N is odd, with one token more that no other sees."""
     batch, tokens = q.shape[:2]
     if tokens % 2 == 0:
         return jax.nn.dot_product_attention(q, k, v, implementation=implementation)

@@ -22,8 +22,8 @@ def load_converted(path: Path, dtype: jnp.dtype | None = None) -> nnx.Module:
     """The network of a file that `convert_weights --arch=nnunet` wrote, in evaluation mode.
 
     Args:
-        dtype: of the computation; by default bfloat16 where the device multiplies it faster (GPUs from NVIDIA's
-            Ampere on), float32 elsewhere. Parameters stay float32.
+        dtype: of the computation; by default float32 on CPU and on NVIDIA's GPUs before Ampere, bfloat16 elsewhere.
+            Parameters stay float32.
 
     Raises:
         InputError: a file that is missing, truncated, or holds something else.

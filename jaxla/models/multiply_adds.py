@@ -36,7 +36,7 @@ def _of(jaxpr: Jaxpr) -> int:
             case "dot_product_attention_fwd_wrapper":  # cuDNN's, on a GPU: queries with keys, weights with values
                 (batch, tokens, heads, width), (_, keys, *_) = (v.aval.shape for v in equation.invars[:2])
                 total += 2 * batch * heads * tokens * keys * width
-            case "cond":  # one of the branches is taken; those for several platforms compute the same
+            case "cond":  # one of the branches is taken; those for several platforms count alike, or a sum as a product
                 total += max(map(_of, _inner(equation.params)))
             case "while":
                 raise ValueError("how often a while loop runs is not known before it runs")

@@ -32,8 +32,8 @@ def load_backbone(path: str | Path, dtype: jnp.dtype | None = None) -> Backbone:
     """A backbone with the weights of a converted file, which names its architecture itself; in evaluation mode.
 
     Args:
-        dtype: of the computation; by default bfloat16 where the device multiplies it faster (GPUs from NVIDIA's
-            Ampere on), float32 elsewhere. Parameters stay float32.
+        dtype: of the computation; by default float32 on CPU and on NVIDIA's GPUs before Ampere, bfloat16 elsewhere.
+            Parameters stay float32.
 
     Raises:
         InputError: a file that is missing, truncated, or does not hold the parameters of its architecture.
@@ -129,8 +129,8 @@ def weights_file(arch: str, weights: str, cache_dir: Path | None = None) -> Path
 
 
 def compute_dtype() -> jnp.dtype:
-    """bfloat16 where the device multiplies it faster than float32."""
-    return jnp.bfloat16 if multiplies_bfloat16(jax.local_devices()[0]) else jnp.float32
+    """bfloat16 where the devices multiply it faster than float32; of several processes all have the same."""
+    return jnp.bfloat16 if all(map(multiplies_bfloat16, jax.devices())) else jnp.float32
 
 
 def _abstract_backbone(arch: str, dtype: jnp.dtype = jnp.float32) -> Backbone:

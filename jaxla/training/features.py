@@ -3,7 +3,7 @@
 Under `<cache>/features/` stands a folder for each backbone, input size and precision, and in it a file for each
 volume, named by the content of its slices: `<name>.npy` [S, h, w, C], or [S, blocks, h, w, C] where a network reads
 several blocks, and `<name>.json`, which is written last and holds the file's sha256. Features are stored in the
-precision in which they are computed (float32 on CPU, bfloat16 on GPU), so nothing is lost by storing them.
+precision in which they are computed (float32 on CPU, bfloat16 on most GPUs), so nothing is lost by storing them.
 
 Of a backbone's blocks just those are kept that the network reads. A slice is read when its batch is due: memory holds a
 few batches, however many slices there are.

@@ -33,9 +33,10 @@ def test_attention_counts_the_same_by_cudnn(monkeypatch):
     monkeypatch.setattr(fused_attention_stablehlo, "check_cudnn_version", lambda: 92000)
     q, k = (jax.ShapeDtypeStruct((2, tokens, 4, 64), jnp.bfloat16) for tokens in (65, 33))
     by_hand = 2 * (2 * 4 * 65 * 33 * 64)
-    by_xla = partial(jax.nn.dot_product_attention, implementation="xla")
-    for attention in (by_xla, by_cudnn):
+    for implementation in ("xla", "cudnn"):
+        attention = partial(jax.nn.dot_product_attention, implementation=implementation)
         assert multiply_adds(attention, q, k, k) == by_hand
+    assert multiply_adds(by_cudnn, q, q, q) == 2 * (2 * 4 * 65 * 65 * 64)
 
 
 @pytest.mark.parametrize(

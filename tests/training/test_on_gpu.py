@@ -3,23 +3,33 @@
 import re
 from dataclasses import replace
 
+import jax
 import pytest
 
 from jaxla.experiments import METHODS
-from tests.hopper import ANSWERS, lowered_step
+from tests.gpu import HOPPER, TURING, answers, lowered_step
 from tests.tiny import TINY_PLAN
 
 CUDNN_ATTENTION = ["__cudnn$fmhaSoftmax", "__cudnn$fmhaSoftmaxBackward"]
 
 
-@pytest.fixture(autouse=True)
-def hopper(monkeypatch):
-    for answer in ANSWERS:
-        monkeypatch.setattr(*answer)
+@pytest.fixture
+def program(monkeypatch):
+    """(method, compute capability) -> the text of its step's program."""
+
+    def program(method, capability=HOPPER):
+        for answer in answers(capability):
+            monkeypatch.setattr(*answer)
+        return lowered_step(method, classes=3, plan=TINY_PLAN, batch_size=2, slices=5).as_text()
+
+    jax.clear_caches()  # what was traced for a CPU would be taken for the GPU's, and the other way round
+    yield program
+    jax.clear_caches()
 
 
-def program(method):
-    return lowered_step(method, classes=3, plan=TINY_PLAN, batch_size=2, slices=5).as_text()
+def of_backbone(name, backbone):
+    method = METHODS[name]
+    return replace(method, model=replace(method.model, backbone=backbone))
 
 
 @pytest.mark.parametrize(
@@ -33,17 +43,26 @@ def program(method):
         ("windows_vit_mini8", "finetuned"),
     ],
 )
-def test_transformers_attend_by_cudnn(name, backbone):
-    method = METHODS[name]
-    text = program(replace(method, model=replace(method.model, backbone=backbone)))
+def test_transformers_attend_by_cudnn(program, name, backbone):
+    text = program(of_backbone(name, backbone))
     found = [f"@{call}(" in text for call in CUDNN_ATTENTION]
     assert found == [True, backbone == "finetuned"]
 
 
 @pytest.mark.parametrize("name", ["unet", "attention_unet", "resnet50_unet", "segnet", "nnunet_2d", "nnunet_3d"])
-def test_convolutions_are_xlas_own_in_bfloat16(name):
+def test_convolutions_are_xlas_own_in_bfloat16(program, name):
     """Not in the forms that are fast on a CPU, of which that of a kernel's gradient is a loop."""
     text = program(METHODS[name])
     results = re.findall(r"stablehlo\.convolution.*-> tensor<\w+x(\w+)>", text)
-    assert results.count("bf16") > results.count("f32")  # logits are float32
+    # those of float32 are the one that gives the logits and its two gradients, if it is not written as a product
+    assert results.count("bf16") > 25
+    assert results.count("f32") in (0, 3)
     assert ("stablehlo.while" in text) == ("resnet" in name)  # whose blocks are scanned
+
+
+def test_a_gpu_before_ampere_computes_in_float32_without_cudnns_attention(program):
+    text = program(of_backbone("vit_mini8", "finetuned"), TURING)
+    assert "stablehlo.convolution" in text  # the decoder's
+    assert "stablehlo.dot_general" in text
+    assert "bf16" not in text
+    assert "fmha" not in text

@@ -170,7 +170,7 @@ def weighted_sums(weights: jax.Array, features: jax.Array) -> list[jax.Array]:
     """[levels, blocks] of [B, blocks, h, w, C] -> for each level [B, h, w, C], product by product.
 
     XLA makes one pass of it, summed in float32: twice as fast on CPU as a product of matrices, forward and backward.
-    Its compiler for GPUs takes minutes for that pass.
+    Its compiler for GPUs takes minutes for that pass: two for twelve blocks.
     """
     # Split, whose gradient is one concatenation: that of a slice is as large as all blocks, for each block anew.
     blocks = [block.squeeze(1) for block in jnp.split(features, features.shape[1], axis=1)]
@@ -181,9 +181,11 @@ def weighted_sums(weights: jax.Array, features: jax.Array) -> list[jax.Array]:
 
 
 def weighted_product(weights: jax.Array, features: jax.Array) -> list[jax.Array]:
-    """The same as a product of matrices for each image."""
-    sums = jnp.einsum("ln,bnhwc->blhwc", weights.astype(features.dtype), features)
-    return [sums[:, level] for level in range(len(weights))]
+    """The same but for rounding, the weights' too: a product of matrices for each image."""
+    batch, blocks, *rest = features.shape
+    of_each = jnp.broadcast_to(weights.astype(features.dtype), (batch, *weights.shape))
+    sums = jnp.einsum("bln,bnx->blx", of_each, features.reshape(batch, blocks, -1))
+    return [sums[:, level].reshape(batch, *rest) for level in range(len(weights))]
 
 
 class Stage(nnx.Module):

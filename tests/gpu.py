@@ -1,4 +1,4 @@
-"""A training step as a program for an NVIDIA GPU of the Hopper generation, which need not be there: nothing is run."""
+"""A training step as a program for an NVIDIA GPU, which need not be there: nothing is run."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -17,17 +17,23 @@ from jaxla.planning.plan import Plan
 from jaxla.training.losses import of_volumes
 from jaxla.training.step import make_optimiser, make_step, split_network
 
-DEVICE = SimpleNamespace(
-    platform="gpu", compute_capability="9.0", client=SimpleNamespace(platform_version="PJRT C API\ncuda 12090")
-)
-# What JAX says where there is such a device and cuDNN.
-ANSWERS = [
-    (jax, "default_backend", lambda: "gpu"),
-    (jax, "local_devices", lambda: [DEVICE]),
-    (fused_attention_stablehlo, "check_cudnn_version", lambda: 92000),
-    (fused_attention_stablehlo, "check_compute_capability", lambda least: float(least) <= 9.0),
-    (fused_attention_stablehlo, "is_cuda_compute_capability_equal", lambda capability: capability == "9.0"),
-]
+HOPPER, TURING = 9.0, 7.5  # compute capabilities: an H200's, and one without bfloat16 and cuDNN's attention
+
+
+def answers(capability: float) -> list[tuple[Any, str, Callable]]:
+    """What JAX says where there is such a GPU and cuDNN: module, name, and what stands there instead."""
+    device = SimpleNamespace(
+        platform="gpu",
+        compute_capability=str(capability),
+        client=SimpleNamespace(platform_version="PJRT C API\ncuda 12090"),
+    )
+    return [
+        (jax, "default_backend", lambda: "gpu"),
+        (jax, "devices", lambda: [device]),
+        (fused_attention_stablehlo, "check_cudnn_version", lambda: 92000),
+        (fused_attention_stablehlo, "check_compute_capability", lambda least: float(least) <= capability),
+        (fused_attention_stablehlo, "is_cuda_compute_capability_equal", lambda that: float(that) == capability),
+    ]
 
 
 def lowered_step(
@@ -39,7 +45,7 @@ def lowered_step(
     slices: int,
     place: Callable[[Any], Any] = lambda shapes: shapes,
 ) -> jax.stages.Lowered:
-    """A step of a method from random weights, before it is compiled; where `ANSWERS` are given.
+    """A step of a method from random weights, before it is compiled; where JAX's `answers` are those of a GPU.
 
     Args:
         classes: channels of the logits.
