@@ -29,7 +29,8 @@ def attention(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
 def by_cudnn(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
     """The same by cuDNN.
 
-    JAX 0.10 refuses the gradient where N is odd, which cuDNN does not do with a bias: JAX takes a missing one for one.
+    JAX 0.10 refuses its gradient where N is odd: cuDNN has none then if there is a bias, and JAX takes a missing bias
+    for one.
     """
     return jax.nn.dot_product_attention(q, k, v, implementation="cudnn")
 
