@@ -36,7 +36,8 @@ def load_backbone(path: str | Path, dtype: jnp.dtype | None = None) -> Backbone:
             Parameters stay float32.
 
     Raises:
-        InputError: the file is missing, truncated, or does not hold the parameters of its architecture.
+        InputError: the file is missing, truncated, or does not hold the parameters of its architecture. Whether their
+            values are those that were written, tells `convert_weights --verify` alone.
     """
     from jaxla.models import weights
 
