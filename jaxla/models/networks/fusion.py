@@ -170,7 +170,7 @@ def weighted_sums(weights: jax.Array, features: jax.Array) -> list[jax.Array]:
     """[levels, blocks] of [B, blocks, h, w, C] -> for each level [B, h, w, C], product by product.
 
     XLA makes one pass of it, summed in float32: twice as fast on CPU as a product of matrices, forward and backward.
-    Its compiler for GPUs takes minutes for that pass: two for twelve blocks.
+    Its compiler for GPUs takes a minute for that pass over twelve blocks, and much more for forty.
     """
     # Split, whose gradient is one concatenation: that of a slice is as large as all blocks, for each block anew.
     blocks = [block.squeeze(1) for block in jnp.split(features, features.shape[1], axis=1)]
