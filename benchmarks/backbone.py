@@ -2,9 +2,8 @@
 
 Both run in this process, in turn, on the same device and the same synthetic weights: this package, and the model of
 `transformers` with scaled-dot-product attention. On CPU in float32 with all cores; on a GPU in bfloat16 (before
-NVIDIA's Ampere in float32), PyTorch also
-through `torch.compile`, and with the share of the measured peak of matrix multiplication that this package reaches.
-Before anything is timed the patch tokens of both are compared.
+NVIDIA's Ampere in float32), PyTorch also through `torch.compile`, and with the share of the measured peak of matrix
+multiplication that this package reaches. Before anything is timed the patch tokens of both are compared.
 
 Prints JSON: seconds of a call (median and fastest), images per second, PyTorch's median over this package's (above 1
 this package is the faster one), and the memory that its compiled program needs, parameters included. A pause before

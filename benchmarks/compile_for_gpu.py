@@ -8,22 +8,20 @@ Prints for each method, from random weights and with the recipe's batch: seconds
 program needs (parameters, optimiser and batch included), and in how many places it calls cuDNN's attention.
 """
 
-import json
 import os
 import time
-from contextlib import ExitStack
 from pathlib import Path
-from unittest import mock
 
 os.environ["JAX_SKIP_CUDA_CONSTRAINTS_CHECK"] = "1"  # which asks the driver
 os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_gpu_enable_triton_gemm=false"
 
 import jax
+import pytest
 from jax._src import xla_bridge
 from jax.experimental import topologies
 from jax.sharding import NamedSharding, PartitionSpec
 
-from benchmarks.timing import about
+from benchmarks.timing import about, require_folder, write_result
 from jaxla.config import InputError, lookup
 from jaxla.devices.memory import program_bytes
 from jaxla.experiments import METHODS
@@ -31,7 +29,7 @@ from jaxla.models.build import configuration_of, is_planned
 from jaxla.planning.plan import read_plan
 from jaxla.shell.command_line import command_parser, parse_arguments
 from jaxla.shell.process import run_command
-from tests.gpu import HOPPER, answers, lowered_step
+from tests.gpu import lowered_step, pretend_gpu
 
 PLAN = Path(__file__).parents[1] / "tests" / "golden" / "nnunet_plans" / "Hippocampus.json"
 SLICES = 40  # of a volume
@@ -68,6 +66,7 @@ def main(arguments):
     parser.add_argument("--method", type=str, default="all", help="one of train's methods, or all")
     parser.add_argument("--output", type=str, help="write the rows as JSON too")
     options = parse_arguments(parser, arguments)
+    require_folder(options.output)
     # those that are cut short differ in their epochs alone
     methods = {name: method for name, method in METHODS.items() if not name.endswith("_short")}
     if options.method != "all":
@@ -83,7 +82,7 @@ def main(arguments):
         print(f"| `{name}` | {row['batch']} | {of_program} |", flush=True)
     if options.output:
         result = {**about("jax", "flax"), "compiled_for": device.device_kind, "rows": rows}
-        Path(options.output).write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+        write_result(result, options.output)
 
 
 def absent_device():
@@ -106,9 +105,8 @@ def measure(method, device):
     def place(shapes):
         return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=whole), shapes)
 
-    with ExitStack() as as_there:
-        for answer in answers(HOPPER):
-            as_there.enter_context(mock.patch.object(*answer))
+    with pytest.MonkeyPatch.context() as patch:
+        pretend_gpu(patch)
         lowered = lowered_step(method, classes=1, plan=plan, batch_size=batch, slices=SLICES, place=place)
         began = time.perf_counter()
         program = lowered.compile()

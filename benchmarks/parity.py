@@ -11,14 +11,12 @@ tokens after blocks before it. The floor beside it is PyTorch's own rounding: th
 float32 against itself in float64, at that size.
 """
 
-import json
 import sys
-from pathlib import Path
 
 import jax
 
-from benchmarks.timing import about
-from jaxla.config import InputError, lookup
+from benchmarks.timing import about, require_folder, write_result
+from jaxla.config import lookup
 from jaxla.models import dinov3
 from jaxla.models.backbones import TRANSFORMERS
 from jaxla.shell.command_line import command_parser, parse_arguments
@@ -55,9 +53,7 @@ def main(arguments):
     )
     parser.add_argument("--output", type=str, help="write the rows as JSON too")
     options = parse_arguments(parser, arguments)
-    output = Path(options.output) if options.output else None
-    if output and not output.parent.is_dir():
-        raise InputError(f"--output={output}: no such folder")
+    require_folder(options.output)
     architectures = chosen(options.arch)
 
     print(f"| {' | '.join(COLUMNS)} |\n|{'---|' * len(COLUMNS)}")
@@ -67,9 +63,9 @@ def main(arguments):
             rows.append(row)
             print(f"| {' | '.join(map(shown, row.values()))} |", flush=True)
 
-    if output:
-        result = {**about("jax", "flax", "torch", "transformers"), "weights": "synthetic", "rows": rows}
-        output.write_text(json.dumps(result, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    if options.output:
+        versions = about("jax", "flax", "torch", "transformers")
+        write_result({**versions, "weights": "synthetic", "rows": rows}, options.output)
     wide = [row for row in rows if not within_bounds(row)]
     bounds = f"{BOUND[0]:g} and {BOUND[1]:g}, in bfloat16 {COSINE_BOUND:g}"
     print(f"\nSynthetic weights; {len(rows) - len(wide)} of {len(rows)} rows within the bounds ({bounds}).")

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import jax
 
+from jaxla.config import InputError
 from jaxla.runs.machine import processor
 
 PAUSE = 0.3  # seconds before each call: the threads of the other side fall asleep, else they would take its cores
@@ -56,7 +57,16 @@ def about(*packages):
 
 def print_result(result, output=None):
     """As JSON; into the file `output` too."""
-    text = json.dumps(result, indent=1, ensure_ascii=False)
+    print(json.dumps(result, indent=1, ensure_ascii=False))
     if output:
-        Path(output).write_text(text + "\n", encoding="utf-8")
-    print(text)
+        write_result(result, output)
+
+
+def write_result(result, output):
+    Path(output).write_text(json.dumps(result, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def require_folder(output):
+    """Before minutes of work: the file of --output can be written."""
+    if output and not Path(output).parent.is_dir():
+        raise InputError(f"--output={output}: no such folder")

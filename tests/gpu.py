@@ -7,6 +7,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import pytest
 from flax import nnx
 from jax._src.cudnn import fused_attention_stablehlo
 
@@ -20,20 +21,19 @@ from jaxla.training.step import make_optimiser, make_step, split_network
 HOPPER, TURING = 9.0, 7.5  # compute capabilities: an H200's, and one without bfloat16 and cuDNN's attention
 
 
-def answers(capability: float) -> list[tuple[Any, str, Callable]]:
-    """What JAX says where there is such a GPU and cuDNN: module, name, and what stands there instead."""
+def pretend_gpu(patch: pytest.MonkeyPatch, capability: float = HOPPER) -> None:
+    """Have JAX say what it says where there is such a GPU and cuDNN."""
     device = SimpleNamespace(
         platform="gpu",
         compute_capability=str(capability),
         client=SimpleNamespace(platform_version="PJRT C API\ncuda 12090"),
     )
-    return [
-        (jax, "default_backend", lambda: "gpu"),
-        (jax, "devices", lambda: [device]),
-        (fused_attention_stablehlo, "check_cudnn_version", lambda: 92000),
-        (fused_attention_stablehlo, "check_compute_capability", lambda least: float(least) <= capability),
-        (fused_attention_stablehlo, "is_cuda_compute_capability_equal", lambda that: float(that) == capability),
-    ]
+    patch.setattr(jax, "default_backend", lambda: "gpu")
+    patch.setattr(jax, "devices", lambda: [device])
+    cudnn = fused_attention_stablehlo
+    patch.setattr(cudnn, "check_cudnn_version", lambda: 92000)
+    patch.setattr(cudnn, "check_compute_capability", lambda least: float(least) <= capability)
+    patch.setattr(cudnn, "is_cuda_compute_capability_equal", lambda that: float(that) == capability)
 
 
 def lowered_step(
@@ -45,7 +45,7 @@ def lowered_step(
     slices: int,
     place: Callable[[Any], Any] = lambda shapes: shapes,
 ) -> jax.stages.Lowered:
-    """A step of a method from random weights, before it is compiled; where JAX's `answers` are those of a GPU.
+    """A step of a method from random weights, before it is compiled; within `pretend_gpu`.
 
     Args:
         classes: channels of the logits.

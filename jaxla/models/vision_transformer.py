@@ -99,6 +99,7 @@ class Attention(nnx.Module):
         return self.projection(attention(q, k, v).reshape(x.shape))
 
     def each_of_qkv(self, x: jax.Array) -> list[jax.Array]:
+        """[B, N, C] -> three of [B, N, C]."""
         products = [x @ kernel for kernel in jnp.split(self.qkv.kernel[...].astype(x.dtype), 3, axis=1)]
         bias = self.qkv_bias * self.qkv_bias_mask if self.masked else self.qkv.bias
         if bias is None:

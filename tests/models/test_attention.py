@@ -10,12 +10,12 @@ import numpy as np
 import pytest
 import torch
 from flax import nnx
-from jax._src.cudnn import fused_attention_stablehlo
 
 from jaxla.devices.capability import multiplies_bfloat16, runs_cudnn_attention
 from jaxla.models import columns
 from jaxla.models.attention import attention, by_cudnn, of_even_length
 from jaxla.models.positions import rotation
+from tests.gpu import pretend_gpu
 from tests.tiny import TINY_VARIANTS, tiny_backbone
 
 
@@ -60,7 +60,7 @@ def test_every_query_takes_a_mean_of_values(formulation):
 @pytest.mark.parametrize("tokens", [144, 145])
 def test_cudnn_gives_the_gradient_for_any_number_of_tokens(monkeypatch, tokens):
     """Traced as on a GPU that has cuDNN; nothing is run."""
-    monkeypatch.setattr(fused_attention_stablehlo, "check_cudnn_version", lambda: 92000)
+    pretend_gpu(monkeypatch)
     qkv = [jax.ShapeDtypeStruct((2, tokens, 4, 64), jnp.bfloat16)] * 3
 
     def traced_gradient(formulation):
@@ -96,7 +96,7 @@ def test_what_a_device_computes_with(of, bfloat16, cudnn):
 
 @pytest.mark.parametrize("variant", TINY_VARIANTS.values(), ids=TINY_VARIANTS)
 def test_a_block_in_rows_and_in_columns_has_the_same_values_and_gradients(variant):
-    """A GPU takes the rows, and this is their only check without one."""
+    """A GPU takes the rows, and this is the only check of their values without one."""
     vit = tiny_backbone(variant=variant)
     prefix = 1 + variant.registers
     tokens = np.random.default_rng(1).standard_normal((2, prefix + 15, variant.width), dtype=np.float32)

@@ -7,13 +7,13 @@ import jax.numpy as jnp
 import pytest
 import torch
 from flax import nnx
-from jax._src.cudnn import fused_attention_stablehlo
 from torch.utils.flop_counter import FlopCounterMode
 
 from jaxla.experiments import METHODS
 from jaxla.models.attention import by_cudnn
 from jaxla.models.build import build_network
 from jaxla.models.multiply_adds import multiply_adds
+from tests.gpu import pretend_gpu
 from tests.parity.references import reference_of
 from tests.tiny import randomise, tiny_backbone
 
@@ -30,7 +30,7 @@ def convolve(x, kernel, stride=1, groups=1):
 
 def test_attention_counts_the_same_by_cudnn(monkeypatch):
     """Traced as on a GPU that has cuDNN; nothing is run."""
-    monkeypatch.setattr(fused_attention_stablehlo, "check_cudnn_version", lambda: 92000)
+    pretend_gpu(monkeypatch)
     q, k = (jax.ShapeDtypeStruct((2, tokens, 4, 64), jnp.bfloat16) for tokens in (65, 33))
     by_hand = 2 * (2 * 4 * 65 * 33 * 64)
     for implementation in ("xla", "cudnn"):

@@ -7,7 +7,7 @@ import jax
 import pytest
 
 from jaxla.experiments import METHODS
-from tests.gpu import HOPPER, TURING, answers, lowered_step
+from tests.gpu import HOPPER, TURING, lowered_step, pretend_gpu
 from tests.tiny import TINY_PLAN
 
 CUDNN_ATTENTION = ["__cudnn$fmhaSoftmax", "__cudnn$fmhaSoftmaxBackward"]
@@ -18,8 +18,7 @@ def program(monkeypatch):
     """(method, compute capability) -> the text of its step's program."""
 
     def program(method, capability=HOPPER):
-        for answer in answers(capability):
-            monkeypatch.setattr(*answer)
+        pretend_gpu(monkeypatch, capability)
         return lowered_step(method, classes=3, plan=TINY_PLAN, batch_size=2, slices=5).as_text()
 
     jax.clear_caches()  # what was traced for a CPU would be taken for the GPU's, and the other way round
