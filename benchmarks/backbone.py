@@ -22,12 +22,12 @@ import torch
 from flax import nnx
 
 from benchmarks.timing import about, compared, in_turn, print_result, timed
+from jaxla.cli.command_line import command_parser, parse_arguments
+from jaxla.cli.process import run_command
 from jaxla.config import InputError
-from jaxla.devices.memory import peak_device_bytes, program_bytes
+from jaxla.memory import peak_device_bytes, program_bytes
 from jaxla.models.backbones import TRANSFORMERS, architecture, build_backbone
 from jaxla.models.weights import compute_dtype
-from jaxla.shell.command_line import command_parser, parse_arguments
-from jaxla.shell.process import run_command
 from tests.golden.errors import error
 from tests.golden.live import live_model
 from tests.tiny import randomise

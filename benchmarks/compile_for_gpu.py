@@ -20,15 +20,15 @@ import pytest
 from jax._src import xla_bridge
 from jax.experimental import topologies
 from jax.sharding import NamedSharding, PartitionSpec
+from jaxla.experiments import METHODS
 
 from benchmarks.timing import about, require_folder, write_result
+from jaxla.cli.command_line import command_parser, parse_arguments
+from jaxla.cli.process import run_command
 from jaxla.config import InputError, lookup
-from jaxla.devices.memory import program_bytes
-from jaxla.experiments import METHODS
+from jaxla.memory import program_bytes
 from jaxla.models.build import configuration_of, is_planned
-from jaxla.planning.plan import read_plan
-from jaxla.shell.command_line import command_parser, parse_arguments
-from jaxla.shell.process import run_command
+from jaxla.nnunet.plan import read_plan
 from tests.gpu import lowered_step, pretend_gpu
 
 PLAN = Path(__file__).parents[1] / "tests" / "golden" / "nnunet_plans" / "Hippocampus.json"

@@ -26,6 +26,8 @@ import torch
 from torch.nn import functional
 
 from benchmarks.timing import about, compared, in_turn, print_result, timed
+from jaxla.cli.command_line import command_parser, parse_arguments
+from jaxla.cli.process import run_command
 from jaxla.config import InputError, Model, Training
 from jaxla.data.batches import SliceSource, training_batches
 from jaxla.data.cases import find_cases
@@ -34,9 +36,7 @@ from jaxla.data.phantoms import write_phantoms
 from jaxla.data.prepared import prepare_cases
 from jaxla.models.backbones import TRANSFORMERS, architecture
 from jaxla.models.build import build_network
-from jaxla.models.images import IMAGENET_DEVIATION, IMAGENET_MEAN
-from jaxla.shell.command_line import command_parser, parse_arguments
-from jaxla.shell.process import run_command
+from jaxla.models.ops.images import IMAGENET_DEVIATION, IMAGENET_MEAN
 from jaxla.training.features import BATCH, FeatureCache
 from jaxla.training.step import initial_state, make_gradient, make_optimiser, make_step, split_network, take_step
 from tests.golden.live import live_model

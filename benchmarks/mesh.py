@@ -12,12 +12,12 @@ import jax
 import numpy as np
 
 from benchmarks.timing import about, in_numbers, in_turn, print_result
+from jaxla.cli.command_line import command_parser, parse_arguments
+from jaxla.cli.process import run_command
 from jaxla.config import InputError, Model, Training
-from jaxla.devices.mesh import spread, use_devices
+from jaxla.distributed import shard_batch, use_devices
 from jaxla.models.backbones import TRANSFORMERS, architecture
 from jaxla.models.build import build_network
-from jaxla.shell.command_line import command_parser, parse_arguments
-from jaxla.shell.process import run_command
 from jaxla.training.step import initial_state, make_gradient, make_optimiser, make_step, split_network, take_step
 
 
@@ -73,7 +73,7 @@ def a_step(model, options, devices):
 
     def run():
         with devices():
-            return float(take_step(step, state, spread(batch), jax.random.key(0)))  # spreading is part of what it costs
+            return float(take_step(step, state, shard_batch(batch), jax.random.key(0)))
 
     return run
 

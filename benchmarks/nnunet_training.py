@@ -21,23 +21,23 @@ import jax
 import numpy as np
 import torch
 from flax import nnx
+from jaxla.experiments import EXPERIMENTS, METHODS
 
 from benchmarks.timing import about, print_result
+from jaxla.cli.command_line import parse_experiment
+from jaxla.cli.process import run_command
 from jaxla.config import InputError
 from jaxla.data.batches import training_batches
+from jaxla.data.dataset import prepare_data
 from jaxla.data.volumes import read_image, slice_geometry, to_slices
-from jaxla.evaluation.summary import of_cases, score_case
-from jaxla.experiments import EXPERIMENTS, METHODS
+from jaxla.evaluation.summary import case_means, score_case
 from jaxla.inference.segment import make_segment
 from jaxla.inference.trained import TrainedNetwork
 from jaxla.models.build import build_network, configuration_of, is_planned
 from jaxla.pipeline.checks import checked
-from jaxla.pipeline.data import prepare_data
 from jaxla.pipeline.planning import plan_run
 from jaxla.pipeline.sources import patch_sources
 from jaxla.runs.record import Record
-from jaxla.shell.command_line import parse_experiment
-from jaxla.shell.process import run_command
 from jaxla.training.step import (
     LARGEST_NORM,
     MOMENTUM,
@@ -181,7 +181,7 @@ def dice_of(trained, data):
         volume = read_image(prepared.case.image)
         predicted = to_slices(segment(volume)[0], slice_geometry(volume.affine))
         rows += score_case(case, predicted, prepared.mask, prepared.spacing, names)
-    return of_cases(rows, "dice")
+    return case_means(rows, "dice")
 
 
 if __name__ == "__main__":

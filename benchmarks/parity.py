@@ -16,11 +16,10 @@ import sys
 import jax
 
 from benchmarks.timing import about, require_folder, write_result
+from jaxla.cli.command_line import command_parser, parse_arguments
+from jaxla.cli.process import run_command
 from jaxla.config import lookup
-from jaxla.models import dinov3
-from jaxla.models.backbones import TRANSFORMERS
-from jaxla.shell.command_line import command_parser, parse_arguments
-from jaxla.shell.process import run_command
+from jaxla.models.backbones import TRANSFORMERS, dinov3
 from tests.golden.checkpoints import files_of, golden_backbone, image_of
 from tests.golden.errors import (
     BOUND,

@@ -2,7 +2,7 @@
 
 For one training step of a fine-tuned backbone with paper 1's decoder, on 1, 2, 4 and 8 devices that share a batch, with
 whole and with divided parameters: bytes that a device holds from step to step (parameters, Adam's two moments),
-computed from the table `jaxla.devices.mesh.SHARDED` and read from the compiled program's own memory analysis, and the
+computed from the table `jaxla.distributed.SHARDED` and read from the compiled program's own memory analysis, and the
 bytes it needs besides; and the bytes that a device sends in a step, computed from the same table. Nothing is run and no
 memory taken: programs are compiled for shapes alone, for simulated CPU devices, in float32. Prints JSON.
 
@@ -22,12 +22,12 @@ from flax import nnx
 from jax.sharding import NamedSharding
 
 from benchmarks.timing import print_result
+from jaxla.cli.command_line import command_parser, parse_arguments
+from jaxla.cli.process import run_command
 from jaxla.config import Model, Training
-from jaxla.devices.mesh import BATCH, MODEL, shardings, use_devices
+from jaxla.distributed import BATCH, MODEL, shardings, use_devices
 from jaxla.models.backbones import architecture
 from jaxla.models.build import build_network
-from jaxla.shell.command_line import command_parser, parse_arguments
-from jaxla.shell.process import run_command
 from jaxla.training.step import make_gradient, make_optimiser, make_step, split_network
 
 

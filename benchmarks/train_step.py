@@ -29,21 +29,21 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import torch
+from jaxla.experiments import METHODS
 
 from benchmarks.memory import peak, reset_peak
 from benchmarks.timing import PAUSE, about, compared, print_result, timed
+from jaxla.cli.command_line import command_parser, parse_arguments
+from jaxla.cli.process import run_command
 from jaxla.config import InputError, Training, lookup
-from jaxla.devices.memory import program_bytes
-from jaxla.experiments import METHODS
+from jaxla.memory import program_bytes
 from jaxla.models.build import build_network, configuration_of, is_planned, require_size
-from jaxla.models.images import IMAGENET_DEVIATION, IMAGENET_MEAN
+from jaxla.models.ops.images import IMAGENET_DEVIATION, IMAGENET_MEAN
 from jaxla.models.weights import compute_dtype
+from jaxla.nnunet.augmentation import make_augment, read_size
+from jaxla.nnunet.plan import read_plan
 from jaxla.pipeline.sources import loss_of
-from jaxla.planning.plan import read_plan
-from jaxla.shell.command_line import command_parser, parse_arguments
-from jaxla.shell.process import run_command
-from jaxla.training.losses import pixel_loss
-from jaxla.training.nnunet_augmentation import make_augment, read_size
+from jaxla.training.losses import cross_entropy
 from jaxla.training.step import (
     LARGEST_NORM,
     MOMENTUM,
@@ -117,7 +117,7 @@ def main(arguments):
         network, batch, size = build_network(model, 1, 0), options.batch or 4, (options.size,) * 2
         images = rng.random((batch, *size, 1), np.float32)
         mask = (images[..., 0] > 0.7).astype(np.uint8)
-        loss, recipe = pixel_loss, Training(learning_rate=RATE)
+        loss, recipe = cross_entropy, Training(learning_rate=RATE)
         taken = OfTheirs(
             reference_of(network), binary_cross_entropy, lambda parameters: torch.optim.Adam(parameters, RATE)
         )

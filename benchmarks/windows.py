@@ -20,26 +20,26 @@ import jax.numpy as jnp
 import numpy as np
 import torch
 from flax import nnx
+from jaxla.experiments import METHODS
 from torch.nn import functional
 
 from benchmarks.memory import peak, reset_peak
 from benchmarks.timing import PAUSE, about, in_numbers, print_result, timed
 from benchmarks.train_step import relative_l2
+from jaxla.cli.command_line import command_parser, parse_arguments
+from jaxla.cli.process import run_command
 from jaxla.config import InputError, lookup
-from jaxla.experiments import METHODS
 from jaxla.models.backbones import TRANSFORMERS
 from jaxla.models.build import build_network, require_size
 from jaxla.models.networks.windows import LEVELS, FeatureWindows
-from jaxla.shell.command_line import command_parser, parse_arguments
-from jaxla.shell.process import run_command
-from jaxla.training.losses import SMOOTH, dice_cross_entropy, of_volumes
+from jaxla.training.losses import SMOOTH, dice_cross_entropy, per_volume
 from jaxla.training.step import make_gradient, split_network
 from jaxla.training.two_pass import make_two_pass_gradient
 from tests.parity.references import as_theirs, reference_of
 
 WINDOWED = {name: method for name, method in METHODS.items() if method.model.network == "windows"}
 WAYS = {"two passes": make_two_pass_gradient, "one graph": make_gradient}
-LOSS = of_volumes(partial(dice_cross_entropy, batch_dice=True))
+LOSS = per_volume(partial(dice_cross_entropy, batch_dice=True))
 AGREEMENT = 1e-2  # relative L2 with PyTorch's, in float32: by rounding, activations cross a ReLU's zero
 KEY = jax.random.key(0)
 

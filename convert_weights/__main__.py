@@ -6,9 +6,9 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from jaxla.cli.command_line import command_parser, parse_arguments, require_writable
+from jaxla.cli.process import run_command
 from jaxla.config import InputError, default_cache_dir, lookup
-from jaxla.shell.command_line import command_parser, parse_arguments, require_writable
-from jaxla.shell.process import run_command
 
 if TYPE_CHECKING:
     from jsonargparse import Namespace
@@ -51,9 +51,9 @@ def main(arguments: list[str]) -> None:
 def _print_architectures() -> None:
     from convert_weights.architectures import RELEASED
     from convert_weights.download import RELEASES
-    from jaxla.models import resnet, vgg
-    from jaxla.models.converted import NNUNET
-    from jaxla.models.dinov3 import HUB_SPELLINGS
+    from jaxla.models.backbones import resnet, vgg
+    from jaxla.models.backbones.dinov3 import HUB_SPELLINGS
+    from jaxla.nnunet.converted import NNUNET
 
     print(
         f"{NNUNET}: a network that nnU-Net trained, as its --plans and --configuration (2d, 3d_fullres) say; pass its "
@@ -78,7 +78,7 @@ def _convert(options: Namespace) -> None:
     if not options.arch:
         verify = "; to verify a converted file, give it as --output" if options.verify and options.source else ""
         raise InputError(f"option --arch is required to convert; --arch=list names the architectures{verify}")
-    from jaxla.models.converted import NNUNET
+    from jaxla.nnunet.converted import NNUNET
 
     if options.arch == NNUNET:
         _convert_nnunet(options)
@@ -109,7 +109,7 @@ def _convert_nnunet(options: Namespace) -> None:
     from convert_weights.checkpoint import find_checkpoint, open_checkpoint
     from convert_weights.convert import convert
     from convert_weights.nnunet import STATE
-    from jaxla.planning.plan import read_plan
+    from jaxla.nnunet.plan import read_plan
 
     plan = read_plan(Path(options.plans))
     source, output = find_checkpoint(options.source), Path(options.output)
@@ -125,7 +125,7 @@ def _downloaded(arch: str) -> Path:
     from convert_weights.checkpoint import require_torch
     from convert_weights.download import DINOV3_GATE, RELEASES, download
     from jaxla.data.cache import in_use
-    from jaxla.models import dinov3
+    from jaxla.models.backbones import dinov3
 
     if arch in dinov3.VARIANTS:
         raise InputError(f"--download: {DINOV3_GATE}")
@@ -168,8 +168,8 @@ def _print_verified(output: Path) -> None:
 def _released(name: str) -> str:
     """The architecture that --arch names."""
     from convert_weights.architectures import RELEASED
-    from jaxla.models.converted import NNUNET
-    from jaxla.models.dinov3 import HUB_SPELLINGS
+    from jaxla.models.backbones.dinov3 import HUB_SPELLINGS
+    from jaxla.nnunet.converted import NNUNET
 
     arch = HUB_SPELLINGS.get(name, name)
     lookup("--arch", arch, {**RELEASED, NNUNET: None})

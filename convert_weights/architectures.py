@@ -14,11 +14,10 @@ from convert_weights.nnunet import heads_of, nnunet_rows
 from convert_weights.resnet import resnet_rows
 from convert_weights.vgg import vgg_rows
 from convert_weights.vision_transformer import dinov2_rows, dinov3_rows
-from jaxla.models import resnet, vgg
-from jaxla.models.backbones import VARIANTS, build_backbone
-from jaxla.models.converted import NNUNET, planned_network, planned_of
+from jaxla.models.backbones import VARIANTS, build_backbone, resnet, vgg
 from jaxla.models.weights import parameter_shapes
-from jaxla.planning.plan import Plan, content_of
+from jaxla.nnunet.converted import NNUNET, planned_network, planned_of
+from jaxla.nnunet.plan import Plan, plan_to_json
 
 RELEASED = {arch: variant for arch, variant in VARIANTS.items() if variant.licence}
 
@@ -65,7 +64,7 @@ def nnunet(plan: Plan, configuration: str, checkpoint: Checkpoint) -> Architectu
         InputError: the plan lacks the configuration, or the checkpoint is not of nnU-Net.
     """
     heads = heads_of(checkpoint.tensors, checkpoint.path)
-    said = json.dumps(content_of(plan._replace(fingerprint=None)))
+    said = json.dumps(plan_to_json(plan._replace(fingerprint=None)))
     metadata = {"licence": "", "plan": said, "configuration": configuration, "outputs": str(heads)}
     return _nnunet(plan, configuration, heads, metadata)
 

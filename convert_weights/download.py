@@ -11,8 +11,8 @@ from typing import IO, NamedTuple
 from urllib.parse import urlsplit
 
 from convert_weights.checkpoint import progress
+from jaxla.cli.files import file_lock, file_sha256, free_bytes
 from jaxla.config import InputError
-from jaxla.shell.files import file_sha256, free_bytes, locked
 
 log = logging.getLogger("jaxla.convert_weights")
 
@@ -91,7 +91,7 @@ def download(release: Release, folder: Path) -> Path:
         if not path.exists():
             folder.mkdir(parents=True, exist_ok=True)
             lock = path.with_name(f"{path.name}.lock")
-            with locked(lock, f"{path}: another process is fetching it"):
+            with file_lock(lock, f"{path}: another process is fetching it"):
                 if fetched := not path.exists():  # nor has another process fetched it by now
                     log.info("fetching %s into %s", release.url, folder)
                     _fetch(release, path)

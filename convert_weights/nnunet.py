@@ -12,7 +12,7 @@ from pathlib import Path
 from convert_weights.checkpoint import Tensor
 from convert_weights.layout import Row
 from jaxla.config import InputError
-from jaxla.planning.plan import Configuration
+from jaxla.nnunet.plan import Configuration
 
 STATE = "network_weights"  # under which it stands in nnU-Net's checkpoints
 LAST_LOGITS = "decoder.seg_layers.0.weight"  # whose first axis is the number of classes

@@ -6,7 +6,7 @@ Reference code: torchvision 0.29, `models/resnet.py`.
 from __future__ import annotations
 
 from convert_weights.layout import Row, batch_norm, convolution, unused
-from jaxla.models.resnet import EXPANSION, WIDTH, Variant
+from jaxla.models.backbones.resnet import EXPANSION, WIDTH, Variant
 
 CLASSES = 1000  # of ImageNet, in the classifier that the encoder leaves out
 

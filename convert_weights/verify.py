@@ -8,9 +8,9 @@ import jax
 import numpy as np
 
 from jaxla.config import InputError
-from jaxla.models.converted import NNUNET, load_converted, planned_of
 from jaxla.models.weights import load_backbone
 from jaxla.models.weights_format import read_metadata, require_undamaged
+from jaxla.nnunet.converted import NNUNET, load_converted, planned_of
 
 SIDE = 112  # pixels; a multiple of every architecture's patch
 

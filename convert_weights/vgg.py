@@ -6,7 +6,7 @@ Reference code: torchvision 0.29, `models/vgg.py`.
 from __future__ import annotations
 
 from convert_weights.layout import Row, batch_norm, convolution, unused
-from jaxla.models.vgg import Variant
+from jaxla.models.backbones.vgg import Variant
 
 # the classifier that the encoder leaves out: its layers' places and widths, and of how many pixels the first one reads
 CLASSIFIER, PIXELS = {0: 4096, 3: 4096, 6: 1000}, 7 * 7

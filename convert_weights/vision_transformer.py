@@ -8,7 +8,7 @@ from __future__ import annotations
 import numpy as np
 
 from convert_weights.layout import Row, linear, norm, stacked, unused
-from jaxla.models.vision_transformer import Variant
+from jaxla.models.backbones.vision_transformer import Variant
 
 # In whose checkpoints of DINOv3 there may be a second final norm, which serves pretraining alone: all of the 7B, and
 # those of ViT-l that were trained on satellite images.

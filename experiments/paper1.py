@@ -6,7 +6,7 @@ cross-entropy and early stopping for all. Protocols: all training patients; 1 an
 2, 5 and 20; 25, 50 and 75 % of them.
 """
 
-from jaxla.config import Data, Method, Model, Postprocessing, Preprocessing, Published, Study, Training, experiment_of
+from jaxla.config import Data, Method, Model, Postprocessing, Preprocessing, Published, Study, Training, make_experiment
 
 RECIPE = Training(epochs=35, batch_size=32, learning_rate=1e-3, backbone_learning_rate=1e-5, patience=10)
 RIVALS_RECIPE = Training(epochs=75, batch_size=24, learning_rate=1e-4, backbone_learning_rate=1e-4, patience=10)
@@ -53,7 +53,7 @@ _PROTOCOLS = (
     | {"paper1": ("all training patients", Data())}
 )
 
-EXPERIMENTS = [experiment_of(name, summary, data, _DINOV2["b"]) for name, (summary, data) in _PROTOCOLS.items()]
+EXPERIMENTS = [make_experiment(name, summary, data, _DINOV2["b"]) for name, (summary, data) in _PROTOCOLS.items()]
 
 _PAPERS_METHODS = (
     "attention_unet", "unet", "resnet50_unet", "dinov2_vitb14", "dinov2_vitl14", "dinov2_vitg14",

@@ -6,7 +6,7 @@ recipe is paper 1's, with the 50 epochs that a sibling abstract of the group sta
 
 from dataclasses import replace
 
-from jaxla.config import Data, Method, Model, Preprocessing, Published, Study, Training, experiment_of
+from jaxla.config import Data, Method, Model, Preprocessing, Published, Study, Training, make_experiment
 
 RECIPE = Training(epochs=50, batch_size=32, learning_rate=1e-3, backbone_learning_rate=1e-5, patience=10)
 
@@ -44,7 +44,7 @@ _LEFT_OUT = [
 ]
 METHODS = [_FULL, *_LEFT_OUT, *(method for method in _FUSION.values() if method is not _FULL)]
 
-EXPERIMENTS = [experiment_of("paper2", "all training patients", Data(), _FULL)]
+EXPERIMENTS = [make_experiment("paper2", "all training patients", Data(), _FULL)]
 
 STUDIES = [
     Study(

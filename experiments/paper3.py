@@ -7,7 +7,7 @@ the recipe and the decoder among it, is this package's choice (docs/paper3.md).
 
 from dataclasses import replace
 
-from jaxla.config import Data, Method, Model, Preprocessing, Published, Study, Training, experiment_of
+from jaxla.config import Data, Method, Model, Preprocessing, Published, Study, Training, make_experiment
 
 RECIPE = Training(
     epochs=60,
@@ -67,16 +67,16 @@ METHODS = [_FULL, *_VARIED, _WHOLE, *(method for method in _WINDOWS.values() if 
 
 _HIPPOCAMPUS = Data(labels="hippocampus:1,2")
 EXPERIMENTS = [
-    experiment_of(
+    make_experiment(
         "paper3_hippocampus", "Decathlon hippocampus, both parts together", _HIPPOCAMPUS, _WINDOWS["dinov3_vitb16"]
     ),
-    experiment_of(
+    make_experiment(
         "paper3_albert",
         "neonatal brains (ALBERT), the hippocampus of many labels",
         replace(_HIPPOCAMPUS, other_labels="background"),
         _WINDOWS["dinov3_vitb16"],
     ),
-    experiment_of("paper3_left_atrium", "left atrium (LAScarQS 2022)", Data(), _WINDOWS["dinov3_vitb16"]),
+    make_experiment("paper3_left_atrium", "left atrium (LAScarQS 2022)", Data(), _WINDOWS["dinov3_vitb16"]),
 ]
 
 STUDIES = [

@@ -1,6 +1,6 @@
 """The whole pipeline in two minutes on a laptop: small phantoms, a small transformer trained from random weights."""
 
-from jaxla.config import Data, Method, Model, Preprocessing, Training, experiment_of
+from jaxla.config import Data, Method, Model, Preprocessing, Training, make_experiment
 
 _VIT_MINI8 = Method(
     "vit_mini8",
@@ -13,7 +13,7 @@ _VIT_MINI8 = Method(
 METHODS = [_VIT_MINI8]
 
 EXPERIMENTS = [
-    experiment_of(
+    make_experiment(
         "quickstart",
         "synthetic scans, or your own: see that all of it works",
         Data(root="phantom", phantom_size="small", phantom_cases=32),

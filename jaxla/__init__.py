@@ -18,6 +18,10 @@ if TYPE_CHECKING:
 
     from jaxla.models.backbones import Backbone
 
+# In a checkout the folder of experiments stands beside the package, in an installation within it.
+if not (Path(__file__).parent / "experiments").is_dir():
+    __path__.append(str(Path(__file__).parents[1]))
+
 __all__ = ["InputError", "build_network", "load_backbone", "load_network"]
 
 # JAX takes seconds to import, and a command that shows its help must not wait for it: hence the imports within.
@@ -75,7 +79,7 @@ def build_network(
     from jaxla.config import lookup
     from jaxla.experiments import METHODS
     from jaxla.models import build
-    from jaxla.planning.plan import plan_of, read_plan
+    from jaxla.nnunet.plan import plan_from_json, read_plan
 
     model = lookup("method", name, METHODS).model
     if weights is not None:
@@ -86,7 +90,7 @@ def build_network(
     if planned and plan is None:
         raise InputError(f"plan: {name} is planned from the data; give the file that python -m jaxla.plan writes")
     if isinstance(plan, Mapping):
-        plan = plan_of(plan, "plan")
+        plan = plan_from_json(plan, "plan")
     elif plan is not None:
         plan = read_plan(Path(plan))
     return build.build_network(model, classes, seed, plan=plan)
@@ -104,7 +108,7 @@ def load_network(path: str | Path) -> nnx.Module:
             file that is damaged or holds no network.
     """
     from jaxla.inference.trained import load_run
-    from jaxla.models.converted import load_converted
+    from jaxla.nnunet.converted import load_converted
 
     if Path(path).is_file() or Path(path).suffix == ".safetensors":
         return load_converted(Path(path))

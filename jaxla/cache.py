@@ -5,10 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Literal
 
+from jaxla.cli.command_line import command_parser, parse_arguments
+from jaxla.cli.process import run_command
+from jaxla.cli.terminal import format_bytes
 from jaxla.config import default_cache_dir
-from jaxla.shell.command_line import command_parser, parse_arguments
-from jaxla.shell.process import run_command
-from jaxla.shell.terminal import as_bytes
 
 
 def main(arguments: list[str]) -> None:
@@ -33,16 +33,16 @@ def main(arguments: list[str]) -> None:
     if options.clear:
         removed = clear_cache(cache_dir, options.clear)
         what = options.clear if options.clear != "all" else ", ".join(CLEARED)
-        print(f"{cache_dir}: {what} cleared, {as_bytes(sum(entry.size for entry in removed))} freed")
+        print(f"{cache_dir}: {what} cleared, {format_bytes(sum(entry.size for entry in removed))} freed")
         return
     entries = cache_entries(cache_dir)
     for kind, meaning in KINDS.items():
         of_kind = [entry for entry in entries if entry.kind == kind]
         if of_kind:
-            print(f"{as_bytes(sum(entry.size for entry in of_kind)):>8}  {kind}: {meaning}")
+            print(f"{format_bytes(sum(entry.size for entry in of_kind)):>8}  {kind}: {meaning}")
         for entry in of_kind:
-            print(f"{as_bytes(entry.size):>12}  {entry.says}")
-    print(f"{as_bytes(sum(entry.size for entry in entries)):>8}  in all, in {cache_dir}")
+            print(f"{format_bytes(entry.size):>12}  {entry.says}")
+    print(f"{format_bytes(sum(entry.size for entry in entries)):>8}  in all, in {cache_dir}")
 
 
 if __name__ == "__main__":

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, TypeVar
@@ -14,7 +15,42 @@ OTHERS_ARE_BACKGROUND = "background:rest"  # in labels
 
 
 class InputError(ValueError):
-    """Bad input or usage. The message is one line: which file or option, what is wrong, how to mend it."""
+    """Bad input or usage. Printed as one line: `{where}: {problem}. {fix}`.
+
+    Attributes:
+        where: the file or option at fault.
+        problem: what is wrong with it, without a full stop.
+        fix: what to do about it, as whole sentences; empty if there is nothing to advise.
+    """
+
+    def __init__(self, where: object, problem: str = "", fix: str = "") -> None:
+        self.where, self.problem, self.fix = str(where), problem, fix
+        text = f"{self.where}: {problem}. {fix}".rstrip() if problem else self.where
+        super().__init__(" ".join(text.split()))
+
+
+_speaks_command_line = False
+
+
+@contextmanager
+def command_line_wording() -> Iterator[None]:
+    """Within it, messages name options as a command takes them (see `option`)."""
+    global _speaks_command_line
+    before, _speaks_command_line = _speaks_command_line, True
+    try:
+        yield
+    finally:
+        _speaks_command_line = before
+
+
+def option(name: str, value: object = None) -> str:
+    """Return how a message names an option.
+
+    Libraries raise the same errors in commands and in notebooks: a command's user reads `--data.labels=LA:1`, a
+    notebook's user reads `data.labels=LA:1`.
+    """
+    dashes = "--" if _speaks_command_line else ""
+    return f"{dashes}{name}" if value is None else f"{dashes}{name}={value}"
 
 
 @dataclass(frozen=True)
@@ -273,7 +309,7 @@ PARTS = {
 }
 
 
-def experiment_of(name: str, summary: str, data: Data, method: Method) -> Experiment:
+def make_experiment(name: str, summary: str, data: Data, method: Method) -> Experiment:
     """The experiment that runs `method` under the protocol `data`."""
     return Experiment(
         name, summary, method.name, data=data, model=method.model, preprocessing=method.preprocessing,
@@ -283,7 +319,7 @@ def experiment_of(name: str, summary: str, data: Data, method: Method) -> Experi
 
 def with_method(experiment: Experiment, method: Method) -> Experiment:
     """`experiment` with its method exchanged; the protocol stays."""
-    with_it = experiment_of(experiment.name, experiment.summary, experiment.data, method)
+    with_it = make_experiment(experiment.name, experiment.summary, experiment.data, method)
     return replace(with_it, seed=experiment.seed, fold=experiment.fold)
 
 

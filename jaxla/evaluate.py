@@ -10,9 +10,9 @@ import logging
 from pathlib import Path
 from typing import Literal
 
+from jaxla.cli.command_line import command_parser, parse_arguments
+from jaxla.cli.process import run_command
 from jaxla.config import InputError
-from jaxla.shell.command_line import command_parser, parse_arguments
-from jaxla.shell.process import run_command
 
 log = logging.getLogger("jaxla.evaluate")
 

@@ -8,9 +8,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from jaxla.cli.command_line import command_parser, parse_arguments
+from jaxla.cli.process import run_command
 from jaxla.config import InputError
-from jaxla.shell.command_line import command_parser, parse_arguments
-from jaxla.shell.process import run_command
 
 if TYPE_CHECKING:
     from jaxla.runs.record import Record
@@ -110,7 +110,7 @@ def _describe_run(folder: Path) -> dict[str, str]:
 
 def _input(folder: Path, record: Record) -> str:
     """What the network sees at once."""
-    from jaxla.planning.plan import OF_ARCHITECTURE, read_plan
+    from jaxla.nnunet.plan import OF_ARCHITECTURE, read_plan
     from jaxla.runs.folder import PLAN
 
     if (folder / PLAN).exists():

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from jaxla.shell.command_line import command_parser, parse_arguments
-from jaxla.shell.process import run_command
+from jaxla.cli.command_line import command_parser, parse_arguments
+from jaxla.cli.process import run_command
 
 
 def main(arguments: list[str]) -> None:

@@ -5,13 +5,13 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+from jaxla.cli.command_line import command_parser, parse_arguments, require_writable
+from jaxla.cli.files import report_os_errors
+from jaxla.cli.process import run_command
 from jaxla.config import Data, InputError, default_cache_dir
-from jaxla.planning.plan import Plan, read_fingerprint, write_plan
-from jaxla.planning.plan import describe as describe_configuration
-from jaxla.planning.planner import MEMORY_GB, make_plan
-from jaxla.shell.command_line import command_parser, parse_arguments, require_writable
-from jaxla.shell.files import refusal_named
-from jaxla.shell.process import run_command
+from jaxla.nnunet.plan import Plan, read_fingerprint, write_plan
+from jaxla.nnunet.plan import describe as describe_configuration
+from jaxla.nnunet.planner import MEMORY_GB, make_plan
 
 
 def main(arguments: list[str]) -> None:
@@ -55,20 +55,20 @@ def main(arguments: list[str]) -> None:
         if options.classes is not None:
             raise InputError("option --classes goes with --fingerprint; the data say which classes there are")
         plan = _plan_scans(Data(root=root, labels=options["data.labels"]), options.cache_dir, options.memory_gb)
-    with refusal_named("written", f"--output={output}", "choose another"):
+    with report_os_errors("written", f"--output={output}", "choose another"):
         output.parent.mkdir(parents=True, exist_ok=True)
         write_plan(output, plan)
     print(describe(plan))
 
 
 def _plan_scans(data: Data, cache_dir: str | None, memory_gb: float) -> Plan:
+    from jaxla.cli.terminal import track
     from jaxla.data.cache import in_use
     from jaxla.data.cases import find_cases
-    from jaxla.data.fingerprint import fingerprint
+    from jaxla.data.dataset import data_folder
     from jaxla.data.prepared import prepare_cases
-    from jaxla.pipeline.data import data_folder
+    from jaxla.nnunet.fingerprint import fingerprint
     from jaxla.pipeline.planning import warn_of_channel
-    from jaxla.shell.terminal import track
 
     cache = Path(cache_dir) if cache_dir else default_cache_dir()
     require_writable("--cache-dir", cache)

@@ -7,17 +7,17 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from jaxla.config import InputError
-from jaxla.devices.launch import find_launch
-from jaxla.devices.processes import joined, require_same, share, tell
-from jaxla.shell.command_line import (
+from jaxla.cli.command_line import (
     add_devices_option,
     add_processes_options,
     command_parser,
     parse_arguments,
     require_writable,
 )
-from jaxla.shell.process import run_command
+from jaxla.cli.process import run_command
+from jaxla.config import InputError
+from jaxla.devices.launch import find_launch
+from jaxla.distributed import join_processes, local_items, log_progress, require_same
 
 if TYPE_CHECKING:
     from jsonargparse import Namespace
@@ -47,7 +47,7 @@ def main(arguments: list[str]) -> None:
     add_devices_option(parser)
     add_processes_options(parser)
     options = parse_arguments(parser, arguments)
-    with joined(find_launch(options.coordinator, options.processes, options.process, os.environ), options.wait):
+    with join_processes(find_launch(options.coordinator, options.processes, options.process, os.environ), options.wait):
         predict(options)
 
 
@@ -67,7 +67,7 @@ def predict(options: Namespace) -> None:
     require_writable("--output", next(iter(outputs.values())).parent)
 
     from jaxla.data.volumes import read_image, write_volume
-    from jaxla.devices.mesh import use_devices, use_own_devices
+    from jaxla.distributed import use_devices, use_local_devices
     from jaxla.inference.segment import make_segment, write_segmentation
     from jaxla.inference.trained import load_run
     from jaxla.models.build import about_depth, require_slices
@@ -76,23 +76,23 @@ def predict(options: Namespace) -> None:
 
     record = read_record(Path(options.run))
     model, counts = record.experiment.model, []
-    for scan in share(list(outputs)):  # all are checked before the first is segmented
+    for scan in local_items(list(outputs)):  # all are checked before the first is segmented
         counts.append(slices_of(read_image(scan)))
         require_slices(model, scan, counts[-1])
     if counts and (of_depth := about_depth(model, counts)):
-        tell(f"{options.run}: {of_depth}")
+        log_progress(f"{options.run}: {of_depth}")
     sizes = {str(path): f"of {path.stat().st_size} bytes" for path in outputs}
     require_same(sizes, "give all processes the same scans")  # and wait: none writes while another still looks
-    with use_devices(options.devices), use_own_devices():
+    with use_devices(options.devices), use_local_devices():
         trained = load_run(options.run)
         if not is_finished(Path(options.run)):
             kept = record.experiment.training.checkpoint
-            tell(
+            log_progress(
                 f"{options.run}: this run of at most {record.experiment.training.epochs} epochs is not finished; its "
                 f"{kept} epoch so far, {trained.epoch}, segments"
             )
         segment, names = make_segment(trained), record.labels.names
-        for number, (scan, mask) in share(list(enumerate(outputs.items(), start=1))):
+        for number, (scan, mask) in local_items(list(enumerate(outputs.items(), start=1))):
             volume = read_image(scan)
             say_if_cut(volume, trained.record.canvas)
             classes, probabilities = segment(volume, options.probabilities)
@@ -101,7 +101,7 @@ def predict(options: Namespace) -> None:
             write_segmentation(mask, classes, trained, volume)
             voxel = math.prod(volume.spacing) / 1000
             found = [f"{name} {(classes == k).sum() * voxel:.1f} ml" for k, name in enumerate(names, start=1)]
-            tell(f"{number}/{len(outputs)} {mask}: {', '.join(found)}")
+            log_progress(f"{number}/{len(outputs)} {mask}: {', '.join(found)}")
 
 
 def slices_of(volume: Volume) -> int:
@@ -118,7 +118,7 @@ def say_if_cut(volume: Volume, canvas: Canvas) -> None:
     shape, spacing = to_slices(volume.array, geometry).shape[1:], geometry.spacing[1:]
     if canvas.frame(shape, spacing).cuts:
         height, width = (n * mm for n, mm in zip(shape, spacing, strict=True))
-        tell(
+        log_progress(
             f"{volume.path}: slices of {height:.0f} × {width:.0f} mm are larger than the {canvas.extent:.0f} mm that "
             "the network was trained on: it sees their centre, the rest is background"
         )

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from jaxla.cli.command_line import command_parser, parse_arguments, require_writable
+from jaxla.cli.process import run_command
 from jaxla.config import default_cache_dir
-from jaxla.shell.command_line import command_parser, parse_arguments, require_writable
-from jaxla.shell.process import run_command
 
 
 def main(arguments: list[str]) -> None:
@@ -25,7 +25,7 @@ def main(arguments: list[str]) -> None:
     folder = Path(options.study)
     cache_dir = Path(options.cache_dir) if options.cache_dir else default_cache_dir()
 
-    from jaxla.pipeline.study_report import report_study
+    from jaxla.studies.report import report_study
 
     if folder.is_dir():
         require_writable("--study", folder)

@@ -7,10 +7,10 @@ import shlex
 from collections.abc import Sequence
 from pathlib import Path
 
+from jaxla.cli.command_line import require_writable
+from jaxla.cli.process import Stopped, run_command
 from jaxla.config import InputError, Study, default_cache_dir, lookup
 from jaxla.experiments import EXPERIMENTS, METHODS, STUDIES
-from jaxla.shell.command_line import require_writable
-from jaxla.shell.process import Stopped, run_command
 
 # Options of a run that are not given to a study, and those that say it instead
 OWN = {
@@ -70,10 +70,10 @@ def main(arguments: list[str]) -> None:
     require_writable("--output", options.output)
     require_writable("--cache-dir", options.cache_dir)
 
-    from jaxla.pipeline.study import plan_runs, require_same_data, state_of, study_folder
-    from jaxla.pipeline.study_forecast import describe_plan, measure
-    from jaxla.pipeline.study_report import report_study
-    from jaxla.pipeline.study_runs import run_all, wait_for_orphans
+    from jaxla.studies.execution import run_all, wait_for_orphans
+    from jaxla.studies.forecast import describe_plan, measure
+    from jaxla.studies.report import report_study
+    from jaxla.studies.schedule import plan_runs, require_same_data, state_of, study_folder
 
     runs = plan_runs(of_methods, experiments, seeds, options.output, options.cache_dir)
     if not options.dry_run:

@@ -9,9 +9,9 @@ import json
 import logging
 import sys
 
+from jaxla.cli.command_line import command_parser, parse_arguments
+from jaxla.cli.process import run_command
 from jaxla.config import InputError
-from jaxla.shell.command_line import command_parser, parse_arguments
-from jaxla.shell.process import run_command
 
 
 def main(arguments: list[str]) -> None:

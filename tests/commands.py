@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from jaxla.shell.process import run_command
+from jaxla.cli.process import run_command
 
 ROOT = Path(__file__).parents[1]
 

@@ -13,9 +13,9 @@ from jax._src.cudnn import fused_attention_stablehlo
 
 from jaxla.config import Method
 from jaxla.models.build import build_network, configuration_of, is_planned, reads_volumes
+from jaxla.nnunet.plan import Plan
 from jaxla.pipeline.sources import GRADIENTS, loss_of
-from jaxla.planning.plan import Plan
-from jaxla.training.losses import of_volumes
+from jaxla.training.losses import per_volume
 from jaxla.training.step import make_optimiser, make_step, split_network
 
 HOPPER, TURING = 9.0, 7.5  # compute capabilities: an H200's, and one without bfloat16 and cuDNN's attention
@@ -68,7 +68,7 @@ def lowered_step(
         "weight": jax.ShapeDtypeStruct(rows, jnp.float32),
     }
     loss = loss_of(recipe, batch_dice=True)
-    loss = of_volumes(loss) if reads_volumes(model) else loss
+    loss = per_volume(loss) if reads_volumes(model) else loss
     step = make_step(GRADIENTS[recipe.gradient](split.training, None, loss), optimiser)
     state, key = jax.eval_shape(optimiser.init, split.trainable), jax.eval_shape(lambda: jax.random.key(0))
     traced = step.trace(*map(place, (split.trainable, split.frozen, state, batch, key)))

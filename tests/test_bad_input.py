@@ -8,12 +8,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from jaxla.experiments import EXPERIMENTS
 
 from jaxla.config import Data
 from jaxla.data.cases import find_cases
 from jaxla.data.prepared import prepare_cases
 from jaxla.data.split import make_split
-from jaxla.experiments import EXPERIMENTS
 from tests.commands import in_a_new_process, refuse, refuse_to_train
 from tests.data.nifti import (
     broken_voxel,
@@ -401,8 +401,9 @@ def test_conversion_never_executes_what_a_pth_holds(tmp_path):
 @pytest.fixture(scope="module")
 def run_folder(tmp_path_factory):
     """A run that stopped before its first checkpoint."""
-    from jaxla.data.labels import Labels
     from jaxla.experiments import EXPERIMENTS
+
+    from jaxla.data.labels import Labels
     from jaxla.runs.record import Record, write_record
 
     folder = tmp_path_factory.mktemp("run")

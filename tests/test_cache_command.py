@@ -9,19 +9,19 @@ import subprocess
 import sys
 
 import pytest
+from tests.data.test_planned import plan_for
 
 from jaxla.config import Model
 from jaxla.data.cases import find_cases
 from jaxla.data.inputs import Canvas
 from jaxla.data.phantoms import cached_phantoms
-from jaxla.data.planned import prepare_planned
 from jaxla.data.prepared import prepare_cases
 from jaxla.models.build import build_network
 from jaxla.models.weights_format import save_weights
+from jaxla.nnunet.preprocessing import prepare_planned
 from jaxla.training.features import FeatureCache
 from tests.commands import in_this_process
 from tests.data.nifti import flat
-from tests.data.test_planned import plan_for
 
 UNITS = {"": 1, "k": 1e3, "M": 1e6, "G": 1e9}
 USES_THE_CACHE = "from pathlib import Path; from jaxla.data.cache import in_use; hold = in_use(Path(sys.argv[1]))"

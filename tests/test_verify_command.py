@@ -105,7 +105,7 @@ def test_a_relative_root_is_taken_as_in_training(tmp_path, monkeypatch):
 
 def in_a_new_process(folder, *options):
     code = (  # at its end, which of the slow imports happened
-        "import atexit, sys; from jaxla import verify; from jaxla.shell.process import run_command;"
+        "import atexit, sys; from jaxla import verify; from jaxla.cli.process import run_command;"
         "atexit.register(lambda: open('modules.txt', 'w').write(' '.join({'jax', 'torch'} & set(sys.modules))));"
         "run_command(verify.main)"
     )

@@ -6,10 +6,10 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from jaxla.models.positions import rotary_periods
-from jaxla.models.vision_transformer import Variant, VisionTransformer
-from jaxla.planning.plan import Fingerprint
-from jaxla.planning.planner import make_plan
+from jaxla.models.backbones.vision_transformer import Variant, VisionTransformer
+from jaxla.models.ops.positions import rotary_periods
+from jaxla.nnunet.plan import Fingerprint
+from jaxla.nnunet.planner import make_plan
 
 TINY = Variant(width=32, depth=3, heads=2, hidden=128, patch=8, grid=4)
 REGISTERS = replace(TINY, registers=3, antialias=True)

@@ -14,8 +14,8 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
+from jaxla.cli.files import report_os_errors
 from jaxla.config import InputError
-from jaxla.shell.files import refusal_named
 
 KINDS = {  # folder -> what lies there
     "volumes": "prepared volumes",
@@ -45,7 +45,7 @@ def in_use(cache_dir: Path) -> Iterator[None]:
     users = cache_dir / "in-use"
     mine = users / f"{uuid.uuid4().hex[:8]}.{platform.node()}-{os.getpid()}.lock"
     lock = FileLock(mine)  # the operating system's: a killed process holds it no longer
-    with refusal_named("written", users, "choose another by --cache-dir or XDG_CACHE_HOME"):
+    with report_os_errors("written", users, "choose another by --cache-dir or XDG_CACHE_HOME"):
         users.mkdir(parents=True, exist_ok=True)
         lock.acquire()
     try:

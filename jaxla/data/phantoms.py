@@ -18,6 +18,8 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.spatial.transform import Rotation
 
+from jaxla.cli.files import report_os_errors
+from jaxla.cli.terminal import track
 from jaxla.config import InputError
 from jaxla.data.phantom_anatomy import (
     ATRIUM,
@@ -39,8 +41,6 @@ from jaxla.data.phantom_anatomy import (
     straight,
     vary,
 )
-from jaxla.shell.files import refusal_named
-from jaxla.shell.terminal import track
 
 log = logging.getLogger(__name__)
 
@@ -86,7 +86,7 @@ def write_phantoms(folder: Path, cases: int, size: str, seed: int) -> None:
     if seed < 0:
         raise InputError(f"--seed={seed}: must be 0 or more")
     folder = Path(folder)
-    with refusal_named("written", f"--output={folder}", "name another folder"):
+    with report_os_errors("written", f"--output={folder}", "name another folder"):
         if folder.exists() and not folder.is_dir():
             raise InputError(f"--output={folder}: is a file; name a folder")
         if folder.is_dir() and any(folder.iterdir()):
@@ -99,7 +99,7 @@ def cached_phantoms(cache_dir: Path, size: str, cases: int) -> Path:
     folder = cache_dir / "phantoms" / f"{size}-{cases}-v{VERSION}"
     if not folder.is_dir():
         log.info("making %d %s phantoms in %s", cases, size, folder)
-        with refusal_named("written", f"--cache-dir={cache_dir}"):
+        with report_os_errors("written", f"--cache-dir={cache_dir}"):
             try:
                 _write(folder, cases, size, seed=0)
             except OSError:

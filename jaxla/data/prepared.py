@@ -15,6 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
+from jaxla.cli.files import create_folder_once, file_sha256, has_files, report_os_errors
 from jaxla.config import InputError
 from jaxla.data.arrays import open_array
 from jaxla.data.cases import Case, Dataset
@@ -29,7 +30,6 @@ from jaxla.data.volumes import (
     to_slices,
     voxels_sha256,
 )
-from jaxla.shell.files import file_sha256, is_whole, making_folder, refusal_named
 
 log = logging.getLogger(__name__)
 
@@ -122,7 +122,7 @@ def content_key(case: Case, labels: Labels) -> str:
     """
     sums = []
     for path in (case.image, case.mask):
-        with refusal_named("read", path):
+        with report_os_errors("read", path):
             sums.append(file_sha256(path))
     content = json.dumps([*sums, asdict(labels)])
     return hashlib.sha256(content.encode()).hexdigest()[:32]
@@ -131,10 +131,10 @@ def content_key(case: Case, labels: Labels) -> str:
 def _prepare_case(case: Case, labels: Labels, store: Path) -> PreparedVolume:
     key = content_key(case, labels)
     folder = store / f"{key}-v{VERSION}"
-    if not is_whole(folder, FILES):
+    if not has_files(folder, FILES):
         image, mask = read_image(case.image), read_mask(case.mask)
         require_same_grid(mask, image)
-        with refusal_named("written", f"--cache-dir={store.parent}"):
+        with report_os_errors("written", f"--cache-dir={store.parent}"):
             _write_prepared(folder, image, mask, labels)
     described = json.loads((folder / "volume.json").read_text())
     described = {key: tuple(value) if isinstance(value, list) else value for key, value in described.items()}
@@ -156,7 +156,7 @@ def _write_prepared(folder: Path, image: Volume, mask: Volume, labels: Labels) -
         "mask_values": np.unique(mask.array[mask.array != 0])[:10].tolist(),
         "class_voxels": np.bincount(classes.ravel(), minlength=len(labels.names) + 1).tolist(),
     }
-    with making_folder(folder, FILES) as beside:
+    with create_folder_once(folder, FILES) as beside:
         np.save(beside / "image.npy", slices)
         np.save(beside / "mask.npy", np.ascontiguousarray(to_slices(classes, geometry)))
         (beside / "volume.json").write_text(json.dumps(described))

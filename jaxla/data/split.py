@@ -11,8 +11,8 @@ from pathlib import Path
 
 import numpy as np
 
+from jaxla.cli.files import report_os_errors, write_atomically
 from jaxla.config import Data, InputError
-from jaxla.shell.files import refusal_named, write_whole
 
 FOLDS, FOLD_SEED = 5, 12345
 ALL_FOLDS = "all"  # what --fold is where a run trains them all
@@ -100,7 +100,7 @@ def _of_fold(split: Split, fold: int) -> Split:
 
 def write_split(split: Split, path: Path) -> None:
     """Write `split.json`."""
-    write_whole(path, json.dumps(split.parts, indent=1) + "\n")
+    write_atomically(path, json.dumps(split.parts, indent=1) + "\n")
 
 
 def read_test_cases(path: Path) -> tuple[str, ...]:
@@ -138,7 +138,7 @@ def _read_split(path: Path, ids: Sequence[str]) -> Split:
 
 def _read(path: Path, option: str) -> Split:
     """A split file, its unused training patients back among the training ones."""
-    with refusal_named("read", f"{option}={path}"):
+    with report_os_errors("read", f"{option}={path}"):
         written = path.read_bytes()
     try:
         content = json.loads(written)

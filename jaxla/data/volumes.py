@@ -21,8 +21,8 @@ from nibabel.filebasedimages import ImageFileError
 from nibabel.openers import ImageOpener
 from nibabel.spatialimages import HeaderDataError
 
+from jaxla.cli.files import atomic_file, report_os_errors
 from jaxla.config import InputError
-from jaxla.shell.files import refusal_named, replacing
 
 AXES = ("left-right", "anterior-posterior", "head-foot")  # canonical
 HEAD_FOOT = 2
@@ -176,9 +176,9 @@ def write_volume(path: Path, array: np.ndarray, like: Volume) -> None:
     header.set_data_dtype(array.dtype)
     header["cal_min"] = header["cal_max"] = 0
     image_class = nib.Nifti2Image if isinstance(header, nib.Nifti2Header) else nib.Nifti1Image
-    with refusal_named("written", path, "choose another output folder"):
+    with report_os_errors("written", path, "choose another output folder"):
         path.parent.mkdir(parents=True, exist_ok=True)
-        with replacing(path) as beside:
+        with atomic_file(path) as beside:
             nib.save(image_class(array, like.affine, header), beside)
             written = nib.load(beside)
             same = np.array_equal(written.affine, like.affine) and all(

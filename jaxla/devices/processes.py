@@ -23,10 +23,10 @@ from contextlib import contextmanager
 from multiprocessing.connection import Connection, wait
 from typing import Any, TypeVar
 
+from jaxla.cli.process import Stopped, exit_status
 from jaxla.config import InputError
 from jaxla.devices.launch import Launch, count_gpus, gpus_of
 from jaxla.devices.meeting import GRACE, bound_to, host_and_port, meet
-from jaxla.shell.process import Stopped, outcome
 
 T = TypeVar("T")
 
@@ -172,17 +172,17 @@ def gather(value: Any) -> list[Any]:
     return [value] if _processes is None else _processes.gather(value)
 
 
-def agreed(value: T) -> T:
+def broadcast(value: T) -> T:
     """Process 0's value; each process must call it."""
     return gather(value if is_first() else None)[0]
 
 
-def wait_for_all() -> None:
+def barrier() -> None:
     """Until each process has called it."""
     gather(None)
 
 
-def share(items: Sequence[T]) -> Sequence[T]:
+def local_items(items: Sequence[T]) -> Sequence[T]:
     """The part of a work list that this process does; each item is in the part of one."""
     return items if _processes is None else items[_processes.index :: process_count()]
 
@@ -202,7 +202,7 @@ def require_same(entries: dict[str, str], mend: str) -> None:
                 raise InputError(f"{key} is {theirs} on {name(k)}, but {ours} on {name(0)}; {mend}")
 
 
-def tell(line: str) -> None:
+def log_progress(line: str) -> None:
     """Log a line of progress, which the first process prints."""
     if is_first():
         log.info("%s", line)
@@ -225,7 +225,7 @@ def if_others_end(go_on: str, note: Callable[[str], None]) -> Iterator[None]:
 
 
 @contextmanager
-def joined(launch: Launch | None, timeout: float) -> Iterator[None]:
+def join_processes(launch: Launch | None, timeout: float) -> Iterator[None]:
     """Run what stands within it together with the other processes; they end together.
 
     Args:
@@ -262,7 +262,7 @@ def joined(launch: Launch | None, timeout: float) -> Iterator[None]:
         yield
         met.leave()
     except (InputError, Stopped, KeyboardInterrupt) as error:
-        met.end(*outcome(error))
+        met.end(*exit_status(error))
     except Exception:
         time.sleep(GRACE)  # collectives fail when a process is gone, which is said, and ends this one, meanwhile
         if not met.ending:

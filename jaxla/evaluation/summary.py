@@ -9,9 +9,9 @@ from typing import Any, Literal
 import numpy as np
 from tabulate import tabulate
 
+from jaxla.cli.files import atomic_file, write_atomically
 from jaxla.config import InputError
 from jaxla.evaluation.metrics import COLUMNS, EMPTY_POLICIES, METRICS, SIZES, EmptyPolicy, score
-from jaxla.shell.files import replacing, write_whole
 
 Unit = Literal["volume", "slice"]
 Row = dict[str, Any]
@@ -75,8 +75,8 @@ def summarise(rows: Iterable[Mapping], unit: Unit, empty: EmptyPolicy, class_nam
     if not rows:
         raise InputError("there is nothing to summarise: no case was scored")
     metrics = (*METRICS, *SIZES[3 if unit == "volume" else 2])
-    units = by_unit([row for row in rows if row["dice"] is not None], unit).values()
-    skipped_units = len(by_unit(rows, unit)) - len(units)
+    units = rows_by_unit([row for row in rows if row["dice"] is not None], unit).values()
+    skipped_units = len(rows_by_unit(rows, unit)) - len(units)
     skipped_rows = sum(row["dice"] is None for row in rows)
 
     summary: dict[str, Any] = {}
@@ -111,7 +111,7 @@ def summarise_test(
     return [row | of_atlas for row, of_atlas in zip(rows, beside, strict=True)], summary
 
 
-def by_unit(rows: Iterable[Row], unit: Unit = "volume") -> dict[tuple, list[Row]]:
+def rows_by_unit(rows: Iterable[Row], unit: Unit = "volume") -> dict[tuple, list[Row]]:
     """(case,), or of slices (case, slice) -> its rows, one per class, in the rows' order."""
     groups: dict[tuple, list[Row]] = {}
     for row in rows:
@@ -119,9 +119,9 @@ def by_unit(rows: Iterable[Row], unit: Unit = "volume") -> dict[tuple, list[Row]
     return groups
 
 
-def of_cases(rows: Iterable[Row], metric: str) -> dict[str, float]:
+def case_means(rows: Iterable[Row], metric: str) -> dict[str, float]:
     """Case -> its value per volume, the mean over its classes; in the rows' order."""
-    return {case: float(np.mean([row[metric] for row in of_case])) for (case,), of_case in by_unit(rows).items()}
+    return {case: float(np.mean([row[metric] for row in of_case])) for (case,), of_case in rows_by_unit(rows).items()}
 
 
 def worst_median_best(dice: Mapping[str, float]) -> dict[str, str]:
@@ -156,7 +156,7 @@ def write_cases(rows: Sequence[Mapping], path: Path) -> None:
 
 def write_summary(summary: Mapping, path: Path) -> None:
     """A summary as JSON; refuses NaN, which JSON has no word for."""
-    write_whole(path, json.dumps(summary, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+    write_atomically(path, json.dumps(summary, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
 
 
 def write_lascarqs2022(rows: Sequence[Mapping], path: Path) -> None:
@@ -181,7 +181,7 @@ def _statistics(values: Sequence[float], unit: Unit) -> dict[str, Any]:
 
 
 def _write_csv(path: Path, columns: Sequence[str], rows: Iterable[Mapping]) -> None:
-    with replacing(path) as beside, beside.open("w", encoding="utf-8", newline="") as file:
+    with atomic_file(path) as beside, beside.open("w", encoding="utf-8", newline="") as file:
         writer = csv.DictWriter(file, columns, lineterminator="\n")
         writer.writeheader()
         writer.writerows(rows)

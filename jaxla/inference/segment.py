@@ -12,15 +12,15 @@ import numpy as np
 from flax import nnx
 from scipy import special
 
-from jaxla.data.axes import from_planned
 from jaxla.data.inputs import Frame, image_to_input, input_to_slice, intensity_range
-from jaxla.data.planned import plan_image
 from jaxla.data.volumes import SliceGeometry, Volume, from_slices, slice_geometry, to_slices, write_volume
-from jaxla.devices.mesh import own_rows, spread, to_devices
+from jaxla.distributed import local_rows, place_on_devices, shard_batch
 from jaxla.inference.postprocessing import keep_largest, postprocess
-from jaxla.inference.sliding_window import make_window_logits, onto_scan
 from jaxla.inference.trained import TrainedNetwork
 from jaxla.models.build import configuration_of, reads_volumes
+from jaxla.nnunet.axes import from_plan_axes
+from jaxla.nnunet.preprocessing import plan_image
+from jaxla.nnunet.tiles import make_tile_logits, resample_to_scan
 
 DEPTH_STEP = 16  # slices of a volume are filled up to a multiple of it
 
@@ -71,7 +71,7 @@ def _planned_slices(trained: TrainedNetwork) -> Callable[..., Segmented]:
     """By a window that slides over the scan as the plan wants it."""
     outputs = trained.record.labels.outputs
     configuration = configuration_of(trained.record.experiment.model, trained.plan)
-    window_logits = make_window_logits(trained.networks, configuration)
+    window_logits = make_tile_logits(trained.networks, configuration)
 
     def segment(slices: np.ndarray, geometry: SliceGeometry, probabilities: bool) -> Segmented:
         planned = plan_image(slices, geometry.axis, geometry.spacing, trained.plan, configuration)
@@ -82,12 +82,12 @@ def _planned_slices(trained: TrainedNetwork) -> Callable[..., Segmented]:
             if outputs > 1:
                 kept[..., 0] = 1  # what was cut away is background
         depth, *plane = planned.box
-        for z, logits in enumerate(onto_scan(window_logits(planned.image), planned), start=depth.start):
+        for z, logits in enumerate(resample_to_scan(window_logits(planned.image), planned), start=depth.start):
             classes[z, *plane] = logits[..., 0] > 0 if outputs == 1 else logits.argmax(-1)
             if kept is not None:
                 kept[z, *plane] = special.expit(logits) if outputs == 1 else special.softmax(logits, axis=-1)
-        classes = from_planned(classes, planned.order)
-        return classes, kept if kept is None else from_planned(kept, planned.order)
+        classes = from_plan_axes(classes, planned.order)
+        return classes, kept if kept is None else from_plan_axes(kept, planned.order)
 
     return segment
 
@@ -118,8 +118,8 @@ def make_segment_volume(networks: Sequence[nnx.Module]) -> Callable[..., Segment
         # filled up to one of few depths, for each of which it is compiled; what is filled up changes nothing
         depth = -(-shape[0] // DEPTH_STEP) * DEPTH_STEP
         volume, present = _filled_up(list(inputs), depth), np.arange(depth) < shape[0]
-        batch = [_filled_up([array], len(own_rows(1))) for array in (volume, present)]
-        outputs = np.asarray(probabilities_of(*map(spread, batch))[0])
+        batch = [_filled_up([array], len(local_rows(1))) for array in (volume, present)]
+        outputs = np.asarray(probabilities_of(*map(shard_batch, batch))[0])
         classes = np.empty(shape, np.uint8)
         kept = np.empty((*shape, outputs.shape[-1]), np.float32) if probabilities else None
         for i in range(shape[0]):
@@ -144,8 +144,8 @@ def make_segment_slices(networks: Sequence[nnx.Module], batch_size: int) -> Call
         kept = None
         for start in range(0, shape[0], batch_size):
             chosen = list(islice(inputs, batch_size))
-            batch = jax.tree.map(lambda *slices: _filled_up(slices, len(own_rows(batch_size))), *chosen)
-            outputs = np.asarray(probabilities_of(spread(batch)))
+            batch = jax.tree.map(lambda *slices: _filled_up(slices, len(local_rows(batch_size))), *chosen)
+            outputs = np.asarray(probabilities_of(shard_batch(batch)))
             for i in range(len(chosen)):
                 of_slice = input_to_slice(outputs[i], frame, shape[1:])
                 classes[start + i] = _classes_of(of_slice)
@@ -160,7 +160,7 @@ def make_segment_slices(networks: Sequence[nnx.Module], batch_size: int) -> Call
 def _mean_probabilities(networks: Sequence[nnx.Module]) -> Callable[..., jax.Array]:
     """What the networks make of a batch, their logits averaged: one network after the other, compiled once."""
     graph, _ = nnx.split(networks[0])
-    states = [to_devices(nnx.split(network)[1]) for network in networks]
+    states = [place_on_devices(nnx.split(network)[1]) for network in networks]
 
     @jax.jit
     def logits_of(state: nnx.State, *inputs: Any) -> jax.Array:

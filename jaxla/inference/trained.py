@@ -10,11 +10,11 @@ from flax import nnx
 
 from jaxla.config import InputError, default_cache_dir
 from jaxla.data.split import ALL_FOLDS, FOLDS
-from jaxla.devices.processes import agreed
+from jaxla.distributed import broadcast
 from jaxla.models.build import build_network, is_planned
 from jaxla.models.weights import parameters_sha256
 from jaxla.models.weights_format import require_undamaged
-from jaxla.planning.plan import Plan, read_plan
+from jaxla.nnunet.plan import Plan, read_plan
 from jaxla.runs.folder import BACKBONE, BEST, PLAN, fold_folders, read_largest
 from jaxla.runs.record import Record, read_record
 from jaxla.training.checkpoints import Checkpoints, checkpoint_steps, checkpointed
@@ -60,7 +60,7 @@ def load_run(folder: str | Path) -> TrainedNetwork:
     record = read_record(folder)
     if record.experiment.fold == ALL_FOLDS:
         return _load_folds(folder, record)
-    if not (steps := agreed(checkpoint_steps(folder / BEST))):
+    if not (steps := broadcast(checkpoint_steps(folder / BEST))):
         raise InputError(f"{folder}: has no checkpoint; the run stopped before its first epoch ended")
     model, seed, outputs = record.experiment.model, record.experiment.seed, record.labels.outputs
     plan = read_plan(folder / PLAN) if is_planned(model) else None

@@ -11,13 +11,13 @@ from pathlib import Path
 import jax
 from flax import nnx
 
+from jaxla.cli.terminal import plural
 from jaxla.config import InputError, Model, lookup
-from jaxla.models import dinov3, networks
-from jaxla.models.backbones import Backbone, build_backbone
+from jaxla.models import networks
+from jaxla.models.backbones import Backbone, build_backbone, dinov3
 from jaxla.models.family import Family
 from jaxla.models.weights import compute_dtype, load_into, weights_file
-from jaxla.planning.plan import Configuration, Plan, read_plan
-from jaxla.shell.terminal import count_of
+from jaxla.nnunet.plan import Configuration, Plan, read_plan
 
 
 def _family(name: str) -> Family:
@@ -146,7 +146,7 @@ def require_slices(model: Model, scan: str | Path, slices: int) -> None:
     """Raise an InputError unless a scan has as many slices as the network needs."""
     if slices < (least := family_of(model).least_slices(model)):
         raise InputError(
-            f"{scan}: has {count_of(slices, 'slice')}, fewer than the {least} windows along them that --model.windows="
+            f"{scan}: has {plural(slices, 'slice')}, fewer than the {least} windows along them that --model.windows="
             f"{model.windows} asks for; a network of fewer windows takes it, or leave the scan out"
         )
 

@@ -10,7 +10,7 @@ from flax import nnx
 
 from jaxla.config import Model
 from jaxla.models.backbones import Backbone
-from jaxla.planning.plan import Configuration
+from jaxla.nnunet.plan import Configuration
 
 
 class Family(NamedTuple):

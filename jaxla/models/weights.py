@@ -14,11 +14,11 @@ import numpy as np
 from flax import nnx
 from safetensors import safe_open
 
+from jaxla.cli.terminal import plural
 from jaxla.config import InputError, default_cache_dir, nearest
-from jaxla.devices.capability import multiplies_bfloat16
+from jaxla.hardware import prefers_bfloat16
 from jaxla.models.backbones import VARIANTS, Backbone, build_backbone
 from jaxla.models.weights_format import UNUSED, how_to_convert, read_metadata, save_weights
-from jaxla.shell.terminal import count_of
 
 M = TypeVar("M", bound=nnx.Module)
 
@@ -92,11 +92,11 @@ def require_parameters(path: Path, arch: str, shapes: Mapping[str, tuple[int, ..
         held = {name: (tuple(of_name.get_shape()), of_name.get_dtype()) for name, of_name in slices.items()}
     if missing := sorted(set(shapes) - set(held)):
         raise InputError(
-            f"{path}: lacks {count_of(len(missing), 'parameter')} of {arch}, such as {missing[0]}; convert it again"
+            f"{path}: lacks {plural(len(missing), 'parameter')} of {arch}, such as {missing[0]}; convert it again"
         )
     if extra := sorted(set(held) - set(shapes)):
         raise InputError(
-            f"{path}: has {count_of(len(extra), 'parameter')} that {arch} lacks, such as {extra[0]}; convert it again"
+            f"{path}: has {plural(len(extra), 'parameter')} that {arch} lacks, such as {extra[0]}; convert it again"
         )
     for name, needed in shapes.items():
         shape, dtype = held[name]
@@ -130,7 +130,7 @@ def weights_file(arch: str, weights: str, cache_dir: Path | None = None) -> Path
 
 def compute_dtype() -> jnp.dtype:
     """bfloat16 where the devices multiply it faster than float32; of several processes all have the same."""
-    return jnp.bfloat16 if all(map(multiplies_bfloat16, jax.devices())) else jnp.float32
+    return jnp.bfloat16 if all(map(prefers_bfloat16, jax.devices())) else jnp.float32
 
 
 def _abstract_backbone(arch: str, dtype: jnp.dtype = jnp.float32) -> Backbone:

@@ -16,8 +16,8 @@ from typing import BinaryIO, NamedTuple
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
+from jaxla.cli.files import atomic_file, free_bytes, report_os_errors
 from jaxla.config import InputError
-from jaxla.shell.files import free_bytes, refusal_named, replacing
 
 # No JAX here: `python -m jaxla.info` reads a file's header in less time than JAX takes to import.
 
@@ -91,9 +91,9 @@ def writing(path: Path) -> Iterator[BinaryIO]:
     Raises:
         InputError: it cannot be written.
     """
-    with refusal_named("written", path, "mend that, or choose another place"):
+    with report_os_errors("written", path, "mend that, or choose another place"):
         path.parent.mkdir(parents=True, exist_ok=True)
-        with replacing(path) as beside, beside.open("wb") as file:
+        with atomic_file(path) as beside, beside.open("wb") as file:
             yield file
 
 
@@ -125,7 +125,7 @@ def _read_metadata(path: Path) -> dict[str, str]:
         raise InputError(f"{path}: no such weights file; {how}{then}")
     start, metadata = b"", {}
     try:
-        with refusal_named("read", path, "mend that, or convert it again"):
+        with report_os_errors("read", path, "mend that, or convert it again"):
             with path.open("rb") as file:  # first: of a file that may not be read safetensors says that there is none
                 start = file.read(9)
             with safe_open(path, framework="numpy") as file:

@@ -9,10 +9,9 @@ from pathlib import Path
 from jaxla.config import PARTS, Augmentation, Experiment, InputError, Model, Preprocessing
 from jaxla.data.cases import HOW_TO_GET_DATA, RECOGNISED
 from jaxla.data.prepared import PreparedVolume
-from jaxla.devices.memory import require_memory
-from jaxla.devices.mesh import device_count
-from jaxla.devices.processes import process_count
+from jaxla.distributed import device_count, process_count
 from jaxla.experiments import METHODS
+from jaxla.memory import require_memory
 from jaxla.models.build import (
     checked_model,
     configuration_of,

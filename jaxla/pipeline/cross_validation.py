@@ -13,19 +13,18 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+from jaxla.cli.command_line import Options, without_folder_and_process
+from jaxla.cli.process import Stopped
 from jaxla.config import Experiment
+from jaxla.data.dataset import PreparedData
 from jaxla.data.split import ALL_FOLDS, FOLDS
-from jaxla.devices.mesh import use_own_devices
-from jaxla.devices.processes import agreed, is_first, wait_for_all
-from jaxla.pipeline.data import PreparedData
-from jaxla.pipeline.largest import keep_choice, read_tries
+from jaxla.distributed import barrier, broadcast, is_first, use_local_devices
+from jaxla.nnunet.postprocessing import keep_choice, read_tries
 from jaxla.pipeline.planning import keep_plan
 from jaxla.pipeline.session import run_session
 from jaxla.pipeline.testing import run_test
 from jaxla.runs.folder import COST, fold_folders, is_finished, require_resumable, resume_command
 from jaxla.runs.record import RECORD
-from jaxla.shell.command_line import Options, without_folder_and_process
-from jaxla.shell.process import Stopped
 
 log = logging.getLogger("jaxla.train")
 
@@ -58,14 +57,14 @@ def train_folds(
     if data.plan:
         keep_plan(run_dir, data.plan)
     for fold, folder in enumerate(fold_folders(run_dir)):
-        if agreed(is_finished(folder)):
+        if broadcast(is_finished(folder)):
             continue
         if is_first():
             log.info("fold %d of %d, in %s", fold + 1, FOLDS, folder)
         of_fold = options._replace(
             experiment=replace(options.experiment, fold=str(fold)),
             run_dir=folder,
-            resume=agreed((folder / RECORD).exists()),
+            resume=broadcast((folder / RECORD).exists()),
         )
         of_all = shlex.split(without_folder_and_process(command))
         words = [*_without_fold(of_all), f"--fold={fold}", f"--run-dir={folder}"]
@@ -73,8 +72,8 @@ def train_folds(
     if experiment.postprocessing.largest == "if_better" and is_first():
         tries = {name: of_case for folder in fold_folders(run_dir) for name, of_case in read_tries(folder).items()}
         keep_choice(tries, data.dataset.labels.names, run_dir)
-    wait_for_all()
-    with use_own_devices():
+    barrier()
+    with use_local_devices():
         largest = max(json.loads((folder / COST).read_text())["step_bytes"] for folder in fold_folders(run_dir))
         return run_test(data, None, run_dir, step_bytes=largest)
 

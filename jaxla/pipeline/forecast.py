@@ -14,24 +14,23 @@ import jax
 import numpy as np
 from flax import nnx
 
+from jaxla.cli.files import free_bytes
+from jaxla.cli.terminal import format_bytes, format_duration
 from jaxla.config import Experiment
 from jaxla.data.batches import evaluation_batches, sample_batch, steps_per_epoch, training_batches
+from jaxla.data.dataset import PreparedData
 from jaxla.data.prepared import PreparedVolume
-from jaxla.devices.memory import device_bytes, exhaustion_named, program_bytes, require_memory
-from jaxla.devices.mesh import on_host, own_rows, spread, use_own_devices
-from jaxla.devices.processes import gather, process_count, share
+from jaxla.distributed import gather, local_items, local_rows, on_host, process_count, shard_batch, use_local_devices
 from jaxla.evaluation.summary import score_case
-from jaxla.inference.sliding_window import windows_of
+from jaxla.memory import catch_out_of_memory, device_bytes, program_bytes, require_memory
 from jaxla.models.build import build_network, configuration_of, reads_volumes
+from jaxla.nnunet.plan import Plan
+from jaxla.nnunet.tiles import count_tiles
 from jaxla.pipeline.cost import TIMED_SECONDS, TIMED_VOLUMES
-from jaxla.pipeline.data import PreparedData
 from jaxla.pipeline.planning import plan_run
 from jaxla.pipeline.run import why_not_cached
 from jaxla.pipeline.sources import image_sources, patch_sources
-from jaxla.planning.plan import Plan
 from jaxla.runs.record import describe_backbone, method_label
-from jaxla.shell.files import free_bytes
-from jaxla.shell.terminal import as_bytes, clock
 from jaxla.training.features import FeatureCache
 from jaxla.training.step import (
     compile_step,
@@ -116,7 +115,7 @@ def forecast(
         InputError: a step needs more memory than there is.
     """
     plan, batch_size = plan_run(experiment, data), experiment.training.batch_size
-    with exhaustion_named(batch_size or configuration_of(experiment.model, plan).batch_size):
+    with catch_out_of_memory(batch_size or configuration_of(experiment.model, plan).batch_size):
         return _forecast(experiment, data, plan, cache_dir, data.used if seen is None else seen)
 
 
@@ -136,18 +135,18 @@ def _forecast(
     features_folder, with_images = None, False
     extract_seconds = 0.0  # of a slice, where the frozen backbone's part is not in the steps measured below
     if not why_not_cached(experiment, network):
-        with use_own_devices():
+        with use_local_devices():
             cache = FeatureCache(cache_dir, network, model.arch, canvas)
         missing = cache.missing(seen)
         features_bytes = cache.bytes_of(missing)
         features_fit, how_to_fit = all(gather(cache.fits(features_bytes))), cache.how_to_fit
         features_folder = cache.folder
         if features_fit:
-            with use_own_devices():
-                images = spread(np.zeros((cache.batch, size, size, 1), np.float32))
+            with use_local_devices():
+                images = shard_batch(np.zeros((cache.batch, size, size, 1), np.float32))
                 of_batch = _seconds(lambda: cache.extract(images), 1)
             extract_seconds = of_batch / cache.batch
-            features_seconds = of_batch * sum(-(-v.shape[0] // cache.batch) for v in share(missing))
+            features_seconds = of_batch * sum(-(-v.shape[0] // cache.batch) for v in local_items(missing))
             # what the values are does not change how long a step takes
             stand_ins = {v.id: np.broadcast_to(np.zeros(1, cache.dtype), (v.shape[0], *cache.shape)) for v in data.used}
             with_images, network = network.READS_IMAGES, network.on_features((size, size))
@@ -165,14 +164,14 @@ def _forecast(
     state = initial_state(split, optimiser)
     trained, trained_bytes = count_parameters(state.trainable), _bytes(state.trainable)
 
-    rows, key = own_rows(recipe.batch_size), jax.random.key(0)
+    rows, key = local_rows(recipe.batch_size), jax.random.key(0)
     batches = training_batches(sources.train, recipe.batch_size, experiment.seed, rows)
     step = make_step(sources.gradient_of(split.training, sources.augment, sources.loss_of), optimiser)
-    step = compile_step(step, state, spread(sample_batch(sources.train, rows)), key)
+    step = compile_step(step, state, shard_batch(sample_batch(sources.train, rows)), key)
     require_memory(program_bytes(step), recipe.batch_size)
 
     def one_step() -> jax.Array:
-        return take_step(step, state, spread(next(batches)), key)
+        return take_step(step, state, shard_batch(next(batches)), key)
 
     one_step()
     start_seconds = time.perf_counter() - began
@@ -180,11 +179,11 @@ def _forecast(
     batches.close()
     evaluate = make_evaluation(split.evaluation, sources.loss_of)
     with closing(evaluation_batches(sources.val, recipe.batch_size, rows)) as batches:
-        batch = spread(next(batches))
+        batch = shard_batch(next(batches))
     batch_seconds = _seconds(lambda: evaluate(state.trainable, state.frozen, batch), 2)
     score_seconds = _scoring_seconds(data) * len(parts["test"])
     if plan:
-        windows = windows_of(parts["test"], plan, configuration_of(model, plan))
+        windows = count_tiles(parts["test"], plan, configuration_of(model, plan))
         of_volume = windows / len(parts["test"]) * batch_seconds / recipe.batch_size
     else:
         to_segment = len(parts["test"]) if reads_volumes(model) else slices["test"]
@@ -227,15 +226,15 @@ def _forecast(
 def describe(f: Forecast) -> str:
     """The forecast as lines to print."""
     experiment, recipe = f.experiment, f.experiment.training
-    features = f"features {as_bytes(f.features_bytes)} in {f.cache_dir} ({as_bytes(f.disk_free)} free)"
+    features = f"features {format_bytes(f.features_bytes)} in {f.cache_dir} ({format_bytes(f.disk_free)} free)"
     if not f.features_fit:
         features = (
-            f"features would take {as_bytes(f.features_bytes)} in {f.cache_dir}, where {as_bytes(f.disk_free)} are "
+            f"features would take {format_bytes(f.features_bytes)} in {f.cache_dir}, where {format_bytes(f.disk_free)} are "
             f"free: the backbone runs in every epoch instead; {f.how_to_fit}"
         )
-    memory = f"{as_bytes(f.step_bytes)} for a training step, by XLA's account"
+    memory = f"{format_bytes(f.step_bytes)} for a training step, by XLA's account"
     if f.device_bytes:
-        memory += f", of {as_bytes(f.device_bytes)}"
+        memory += f", of {format_bytes(f.device_bytes)}"
     rows = f.rows[recipe.batch_size > 1]
     lines = {
         "run": f"{experiment.name}, {method_label(experiment)}: {describe_backbone(experiment)}",
@@ -243,13 +242,13 @@ def describe(f: Forecast) -> str:
         "slices": ", ".join(f"{count} {name}" for name, count in f.slices.items()),
         "steps": f"{f.steps} an epoch of {recipe.batch_size} {rows} each, {recipe.epochs} epochs at most",
         "parameters": f"{f.trained} trained, {f.frozen} frozen",
-        "disk": f"run folder {as_bytes(f.run_bytes)} at most" + (f"; {features}" if f.features_bytes else ""),
+        "disk": f"run folder {format_bytes(f.run_bytes)} at most" + (f"; {features}" if f.features_bytes else ""),
         "memory": memory,
         "time": (
-            f"start and compilation {clock(f.start_seconds)}; "
-            + (f"features {clock(f.features_seconds)}; " if f.features_seconds else "")
-            + f"an epoch {clock(f.epoch_seconds)}, all {recipe.epochs} {clock(recipe.epochs * f.epoch_seconds)}; "
-            f"test {clock(f.test_seconds)}; together about {clock(f.seconds)}, on {jax.devices()[0].device_kind}, "
+            f"start and compilation {format_duration(f.start_seconds)}; "
+            + (f"features {format_duration(f.features_seconds)}; " if f.features_seconds else "")
+            + f"an epoch {format_duration(f.epoch_seconds)}, all {recipe.epochs} {format_duration(recipe.epochs * f.epoch_seconds)}; "
+            f"test {format_duration(f.test_seconds)}; together about {format_duration(f.seconds)}, on {jax.devices()[0].device_kind}, "
             f"from {MEASURED_STEPS} measured steps"
             + (", without reading from disk" if f.features_folder and f.features_fit else "")
         ),

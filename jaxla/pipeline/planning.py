@@ -6,19 +6,19 @@ import logging
 from dataclasses import replace
 from pathlib import Path
 
+from jaxla.cli.files import report_os_errors
+from jaxla.cli.terminal import track
 from jaxla.config import Experiment, InputError
 from jaxla.data.cases import channel_name
-from jaxla.data.fingerprint import fingerprint
-from jaxla.data.planned import require_fitting
-from jaxla.devices.processes import is_first, wait_for_all
+from jaxla.data.dataset import PreparedData
+from jaxla.distributed import barrier, is_first
 from jaxla.models.build import configuration_of, is_planned
+from jaxla.nnunet.fingerprint import fingerprint
+from jaxla.nnunet.plan import Z_SCORE, Plan, read_plan, write_plan
+from jaxla.nnunet.planner import make_plan
+from jaxla.nnunet.preprocessing import require_fitting
 from jaxla.pipeline.checks import require_share
-from jaxla.pipeline.data import PreparedData
-from jaxla.planning.plan import Z_SCORE, Plan, read_plan, write_plan
-from jaxla.planning.planner import make_plan
 from jaxla.runs.folder import PLAN
-from jaxla.shell.files import refusal_named
-from jaxla.shell.terminal import track
 
 log = logging.getLogger(__name__)
 
@@ -76,9 +76,9 @@ def keep_plan(run_dir: Path, plan: Plan) -> None:
     """
     path = run_dir / PLAN
     if is_first() and not path.exists():
-        with refusal_named("written", path, "mend that and go on with --resume"):
+        with report_os_errors("written", path, "mend that and go on with --resume"):
             write_plan(path, plan)
-    wait_for_all()
+    barrier()
     kept = read_plan(path)
     if kept._replace(fingerprint=None) != plan._replace(fingerprint=None):
         raise InputError(

@@ -9,21 +9,20 @@ from typing import Any
 
 from flax import nnx
 
+from jaxla.cli.terminal import track
 from jaxla.config import Augmentation, Experiment, InputError
-from jaxla.devices.memory import exhaustion_named
-from jaxla.devices.mesh import on_host, use_own_devices
-from jaxla.devices.processes import is_first, wait_for_all
+from jaxla.data.dataset import PreparedData, say_what_is_cut
+from jaxla.distributed import barrier, is_first, on_host, use_local_devices
+from jaxla.memory import catch_out_of_memory
 from jaxla.models.build import about_depth, build_network, configuration_of
 from jaxla.models.weights import parameters_sha256, save_random
-from jaxla.pipeline.data import PreparedData, say_what_is_cut
+from jaxla.nnunet.plan import Plan, describe
 from jaxla.pipeline.planning import keep_plan
 from jaxla.pipeline.sources import image_sources, patch_sources
 from jaxla.pipeline.testing import Features, run_test
-from jaxla.planning.plan import Plan, describe
 from jaxla.reporting.curves import draw_curves
 from jaxla.runs.folder import BACKBONE, CURVES
 from jaxla.runs.record import FEATURES_KEPT, method_label, read_record, write_record
-from jaxla.shell.terminal import track
 from jaxla.training.features import FeatureCache
 from jaxla.training.loop import fit
 from jaxla.training.step import count_parameters, split_network
@@ -48,7 +47,7 @@ def train_and_test(experiment: Experiment, data: PreparedData, run_dir: Path, ca
         write_record(run_dir, replace(read_record(run_dir), features=origin))
     step_bytes = train(experiment, network, data, features, run_dir, cache_dir)
     del network  # the trained one is loaded with its own backbone
-    with use_own_devices():
+    with use_local_devices():
         return run_test(data, features, run_dir, step_bytes)
 
 
@@ -62,7 +61,7 @@ def build(experiment: Experiment, outputs: int, run_dir: Path, plan: Plan | None
     if model.backbone == "finetuned" or model.weights != "random":
         return build_network(model, outputs, seed, plan=plan)
     kept, record = run_dir / BACKBONE, read_record(run_dir)
-    wait_for_all()  # the first one writes it anew
+    barrier()  # the first one writes it anew
     if record.weights_sha256:  # a resumed run
         try:
             network = build_network(replace(model, weights=str(kept)), outputs, seed)
@@ -96,7 +95,7 @@ def cached_features(
         if experiment.model.backbone == "frozen" and experiment.training.cache_features:
             log.info(reason)
         return None, reason
-    with use_own_devices():
+    with use_local_devices():
         cache = FeatureCache(cache_dir, network, experiment.model.arch, data.canvas(experiment.preprocessing))
         features = cache.features(data.used, track)
     if features is None:
@@ -145,7 +144,7 @@ def train(
     parts = split_network(trained, train_backbone=experiment.model.backbone == "finetuned")
     of_all, of_trained = (count_parameters(state) for state in (nnx.state(network, nnx.Param), parts.trainable))
     log.info("%s: %d parameters are trained, %d are frozen", method_label(experiment), of_trained, of_all - of_trained)
-    with exhaustion_named(sources.recipe.batch_size):
+    with catch_out_of_memory(sources.recipe.batch_size):
         best = fit(
             parts,
             sources.train,

@@ -7,14 +7,14 @@ from pathlib import Path
 
 import numpy as np
 
+from jaxla.cli.files import atomic_folder, report_os_errors
+from jaxla.cli.terminal import plural
 from jaxla.config import InputError
 from jaxla.data.cases import MASK_SUFFIXES, find_cases, find_masks, masks_by_image
 from jaxla.data.labels import Labels, parse_labels
 from jaxla.data.split import read_test_cases
 from jaxla.data.volumes import read_mask, require_same_grid, slice_geometry, to_slices
 from jaxla.evaluation.summary import Row, score_case, write_cases, write_lascarqs2022, write_summary
-from jaxla.shell.files import refusal_named, replacing_folder
-from jaxla.shell.terminal import count_of
 
 log = logging.getLogger("jaxla.evaluate")
 
@@ -48,7 +48,7 @@ def match_cases(
             raise InputError(f"--cases={cases}: its test case {missing[0]} is not among the references")
         referenced = {name: referenced[name] for name in chosen}
         if others := predicted.keys() - referenced.keys():
-            log.info("--cases=%s: %s of other cases not scored", cases, count_of(len(others), "prediction"))
+            log.info("--cases=%s: %s of other cases not scored", cases, plural(len(others), "prediction"))
             predicted = {name: predicted[name] for name in predicted if name in referenced}
 
     for role, partner, has, lacks in (
@@ -134,7 +134,7 @@ def score_files(case_id: str, prediction: Path, reference: Path, labels: Labels,
 
 def write_tables(output: Path, rows: list[Row], summary: dict, protocol: str | None) -> None:
     """All files at once."""
-    with refusal_named("written", f"--output={output}", "choose another folder"), replacing_folder(output) as beside:
+    with report_os_errors("written", f"--output={output}", "choose another folder"), atomic_folder(output) as beside:
         write_cases(rows, beside / "cases.csv")
         write_summary(summary, beside / "summary.json")
         if protocol == "lascarqs2022":

@@ -15,22 +15,21 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from jaxla.cli.command_line import Options, require_writable
+from jaxla.cli.process import Stopped
+from jaxla.cli.terminal import plural
 from jaxla.config import Experiment, InputError
 from jaxla.data.cache import in_use
-from jaxla.devices.memory import TooLarge
-from jaxla.devices.mesh import use_devices
-from jaxla.devices.processes import agreed, if_others_end, is_first, require_same
+from jaxla.data.dataset import PreparedData, prepare_data
+from jaxla.distributed import broadcast, if_others_end, is_first, require_same, use_devices
+from jaxla.memory import StepTooLarge
 from jaxla.pipeline.checks import require_batch, require_fitting_scans, require_share, with_weights
-from jaxla.pipeline.data import PreparedData, prepare_data
 from jaxla.pipeline.forecast import describe, forecast
 from jaxla.pipeline.planning import plan_run
 from jaxla.pipeline.run import train_and_test
 from jaxla.runs.folder import LATEST, LOG, fold_folders, require_free, require_resumable, resume_command, run_folder
 from jaxla.runs.machine import environment
 from jaxla.runs.record import RECORD, Record, describe_backbone, options_of
-from jaxla.shell.command_line import Options, require_writable
-from jaxla.shell.process import Stopped
-from jaxla.shell.terminal import count_of
 from jaxla.training.checkpoints import checkpoint_steps
 
 DISK_FAULTS = (
@@ -55,7 +54,7 @@ def run_session(options: Options, command: str, run: Run = train_and_test, go_on
     """
     experiment, cache_dir = options.experiment, options.cache_dir
     run_dir = options.run_dir or Path(f"runs/{experiment.name}_{time.strftime('%Y%m%d-%H%M%S')}")
-    run_dir = Path(agreed(str(run_dir)))
+    run_dir = Path(broadcast(str(run_dir)))
     began = time.perf_counter()
     early_lines = logging.handlers.MemoryHandler(capacity=1)  # holds the log until there is a folder for it
     logging.getLogger("jaxla").addHandler(early_lines)
@@ -110,7 +109,7 @@ def run_session(options: Options, command: str, run: Run = train_and_test, go_on
             log_file = logging.FileHandler(run_dir / LOG)
             held.callback(log_file.close)
             early_lines.setTarget(log_file)
-        begun = agreed((run_dir / RECORD).read_text() if is_first() else None)
+        begun = broadcast((run_dir / RECORD).read_text() if is_first() else None)
         if not (run_dir / RECORD).exists() or (run_dir / RECORD).read_text() != begun:
             raise InputError(f"--run-dir={run_dir}: is not seen here; it must lie on a disk that all processes share")
         try:
@@ -135,7 +134,7 @@ def run_session(options: Options, command: str, run: Run = train_and_test, go_on
     log.info("finished in %.0f s", time.perf_counter() - began)
     print(
         f"{summary['backbone']}: test Dice {dice['mean']:.3f}, IoU {iou['mean']:.3f} "
-        f"(mean per volume over {count_of(dice['n'], 'patient')}; the atlas, which never looks at the image: "
+        f"(mean per volume over {plural(dice['n'], 'patient')}; the atlas, which never looks at the image: "
         f"Dice {atlas['mean']:.3f}). Run folder: {run_dir}"
     )
 
@@ -144,7 +143,7 @@ def remove_unbegun(run_dir: Path, kind: type | None, error: BaseException | None
     """Remove the folder of a run that ended for want of memory before anything was saved: the next try may have it."""
 
     begun = (checkpoint_steps(place / LATEST) for place in (run_dir, *fold_folders(run_dir)))
-    if isinstance(error, TooLarge) and not any(begun):
+    if isinstance(error, StepTooLarge) and not any(begun):
         shutil.rmtree(run_dir, ignore_errors=True)
 
 

@@ -12,18 +12,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxla.cli.terminal import track
 from jaxla.config import Augmentation, Experiment, Training
 from jaxla.data.batches import SliceSource, Source, VolumeSource
-from jaxla.data.patches import PatchSource
-from jaxla.data.planned import prepare_planned
-from jaxla.devices.processes import share
+from jaxla.data.dataset import PreparedData
+from jaxla.distributed import local_items
 from jaxla.models.build import configuration_of, reads_volumes
-from jaxla.pipeline.data import PreparedData
-from jaxla.planning.plan import Plan
-from jaxla.shell.terminal import track
+from jaxla.nnunet.augmentation import make_augment, read_size
+from jaxla.nnunet.patches import PatchSource
+from jaxla.nnunet.plan import Plan
+from jaxla.nnunet.preprocessing import prepare_planned
 from jaxla.training.augmentation import augment
-from jaxla.training.losses import Loss, dice_cross_entropy, of_volumes, pixel_loss
-from jaxla.training.nnunet_augmentation import make_augment, read_size
+from jaxla.training.losses import Loss, cross_entropy, dice_cross_entropy, per_volume
 from jaxla.training.step import Augment, Gradient, make_gradient
 from jaxla.training.two_pass import make_two_pass_gradient
 
@@ -106,7 +106,7 @@ def volume_sources(
         source(data.split.val),
         recipe,
         _augment_of(experiment.augmentation),
-        of_volumes(loss_of(recipe, batch_dice=True)),
+        per_volume(loss_of(recipe, batch_dice=True)),
         GRADIENTS[recipe.gradient],
     )
 
@@ -121,7 +121,7 @@ def patch_sources(experiment: Experiment, data: PreparedData, plan: Plan, cache_
     configuration = configuration_of(experiment.model, plan, recipe.batch_size)
     recipe = replace(recipe, batch_size=configuration.batch_size)
     ids = data.split.train + data.split.val
-    first = share(ids)  # while other processes begin with others
+    first = local_items(ids)  # while other processes begin with others
     ids = list(dict.fromkeys((*first, *ids)))
     volumes = prepare_planned(
         data.of(ids), plan, configuration, cache_dir, lambda volumes: track(volumes, "resampling")
@@ -157,4 +157,4 @@ def background_inside(key: jax.Array, images: jax.Array, masks: jax.Array) -> tu
 
 def loss_of(recipe: Training, batch_dice: bool) -> Loss:
     """The loss that a recipe names."""
-    return pixel_loss if recipe.loss == "cross_entropy" else partial(dice_cross_entropy, batch_dice=batch_dice)
+    return cross_entropy if recipe.loss == "cross_entropy" else partial(dice_cross_entropy, batch_dice=batch_dice)

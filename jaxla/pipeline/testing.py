@@ -10,8 +10,9 @@ from typing import Any
 
 import numpy as np
 
+from jaxla.cli.terminal import track
 from jaxla.data.batches import SliceSource
-from jaxla.data.patches import PatchSource
+from jaxla.data.dataset import PreparedData
 from jaxla.data.prepared import PreparedVolume
 from jaxla.data.split import ALL_FOLDS
 from jaxla.data.volumes import (
@@ -23,11 +24,11 @@ from jaxla.data.volumes import (
     slices_to_canonical,
     to_slices,
 )
-from jaxla.devices.processes import gather, is_first, share
+from jaxla.distributed import gather, is_first, local_items
 from jaxla.evaluation.atlas import Atlas, apply_atlas, build_atlas, choose_threshold
 from jaxla.evaluation.summary import (
     Row,
-    of_cases,
+    case_means,
     score_case,
     summarise_test,
     worst_median_best,
@@ -37,10 +38,10 @@ from jaxla.evaluation.summary import (
 from jaxla.inference.postprocessing import keep_largest, postprocess
 from jaxla.inference.segment import Segment, make_segment, make_segment_inputs, write_segmentation
 from jaxla.inference.trained import TrainedNetwork, load_run
+from jaxla.nnunet.patches import PatchSource
+from jaxla.nnunet.postprocessing import choose_largest
 from jaxla.pipeline.checks import unread_options
 from jaxla.pipeline.cost import measure_cost
-from jaxla.pipeline.data import PreparedData
-from jaxla.pipeline.largest import choose_largest
 from jaxla.reporting.overlays import Panel, draw_overlays
 from jaxla.reporting.run_report import write_report
 from jaxla.runs.cost import write_cost
@@ -57,7 +58,6 @@ from jaxla.runs.folder import (
     read_metrics,
 )
 from jaxla.runs.record import RECORD, describe_backbone
-from jaxla.shell.terminal import track
 from jaxla.training.features import CachedFeatures
 
 Features = Mapping[str, CachedFeatures]  # by case id
@@ -81,7 +81,7 @@ def run_test(data: PreparedData, features: Features | None, run_dir: Path, step_
     names = trained.record.labels.names
     atlas = atlas_of(data, len(names))
     rows, slice_rows, atlas_rows = [], [], []
-    for name in track(share(split.test), "testing"):
+    for name in track(local_items(split.test), "testing"):
         prepared = data.volumes[name]
         predicted = segment_case(prepared, run_dir / PREDICTIONS / f"{name}.nii.gz")
         rows += score_case(name, predicted, prepared.mask, prepared.spacing, names)
@@ -192,7 +192,7 @@ def in_order(rows: list[Row], cases: Sequence[str]) -> list[Row]:
 
 def panels_of(data: PreparedData, rows: Sequence[Row], predictions: Path) -> list[Panel]:
     """The test cases of the lowest, the median and the highest Dice, with what was predicted for them."""
-    dice, panels = of_cases(rows, "dice"), []
+    dice, panels = case_means(rows, "dice"), []
     for name, rank in worst_median_best(dice).items():
         prepared = data.volumes[name]
         mask = read_mask(predictions / f"{name}.nii.gz")

@@ -9,7 +9,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from jaxla.shell.files import replacing
+from jaxla.cli.files import atomic_file
 
 History = Sequence[Mapping[str, float]]  # the lines of metrics.jsonl
 
@@ -25,7 +25,7 @@ def draw_curves(history: History, title: str, path: Path, counted: str = "per vo
     draw_losses(losses, history)
     draw_validation(overlaps, history, counted=counted, kept=kept)
     figure.suptitle(title)
-    with replacing(path) as beside:
+    with atomic_file(path) as beside:
         figure.savefig(beside, dpi=110)
 
 

@@ -11,9 +11,9 @@ from typing import Any
 
 import numpy as np
 
+from jaxla.cli.terminal import plural
 from jaxla.data.cases import Finding
 from jaxla.data.inventory import OUTLIER_RULE, Inventory, times
-from jaxla.shell.terminal import count_of
 
 MOST_OF_A_KIND = 10  # findings in the text; --json has them all
 MOST_ALIKE = 3  # of these, with the same words
@@ -69,7 +69,7 @@ def to_text(inventory: Inventory) -> str:
     for level, findings in (("errors", errors), ("warnings", warnings)):
         if findings:
             lines += ["", f"{level} ({len(findings)})", *_lines(findings)]
-    counted = f"{count_of(len(errors), 'error')}, {count_of(len(warnings), 'warning')}"
+    counted = f"{plural(len(errors), 'error')}, {plural(len(warnings), 'warning')}"
     lines += ["", f"Training {'cannot' if errors else 'can'} start: {counted}."]
     text = "\n".join(lines)
     for folder in (inventory.root, inventory.root.resolve()):
@@ -84,7 +84,7 @@ def _summary(inventory: Inventory) -> Iterable[tuple[str, str]]:
     yield "cases", f"{len(inventory.cases)}{parts}"
     yield "classes", inventory.labels.describe() if inventory.labels else "not known"
     values = label_values(inventory)
-    shown = [f"{v['value']} {v['taken_for']} in {count_of(v['cases'], 'case')}" for v in values[:MOST_OF_A_KIND]]
+    shown = [f"{v['value']} {v['taken_for']} in {plural(v['cases'], 'case')}" for v in values[:MOST_OF_A_KIND]]
     yield "label values", (", ".join(shown) or "none but 0") + _more(len(values) - MOST_OF_A_KIND)
 
     read = [case for case in inventory.cases if case.shape]
@@ -117,7 +117,7 @@ def _summary(inventory: Inventory) -> Iterable[tuple[str, str]]:
         yield "outliers", OUTLIER_RULE
     if unread := inventory.unread:
         shown = ", ".join(str(path) for path in unread[:3])
-        yield "not read", f"{count_of(len(unread), 'NIfTI file')} of no case: {shown}{_more(len(unread) - 3)}"
+        yield "not read", f"{plural(len(unread), 'NIfTI file')} of no case: {shown}{_more(len(unread) - 3)}"
 
 
 def _lines(findings: Iterable[Finding]) -> Iterable[str]:

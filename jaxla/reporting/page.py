@@ -14,9 +14,9 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from PIL import Image
 
+from jaxla.cli.terminal import plural
 from jaxla.evaluation.metrics import COLUMNS
 from jaxla.runs.machine import describe_device
-from jaxla.shell.terminal import count_of
 
 
 class Pair(NamedTuple):
@@ -39,13 +39,13 @@ class Pair(NamedTuple):
 def templates() -> jinja2.Environment:
     """The pages, and the filters that they print numbers with."""
     environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("jaxla.reporting", "."),
+        loader=jinja2.ChoiceLoader([jinja2.PackageLoader(f"jaxla.{name}", ".") for name in ("reporting", "studies")]),
         autoescape=True,
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {"number": number, "mean_sd": mean_sd, "device": describe_device, "count_of": count_of}
+    environment.filters |= {"number": number, "mean_sd": mean_sd, "device": describe_device, "count_of": plural}
     return environment
 
 

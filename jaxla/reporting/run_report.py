@@ -8,17 +8,17 @@ from typing import Any
 
 import numpy as np
 
+from jaxla.cli.command_line import without_folder_and_process
+from jaxla.cli.files import write_atomically
 from jaxla.config import experiment_from_json
 from jaxla.evaluation.metrics import COLUMNS
-from jaxla.evaluation.summary import by_unit
+from jaxla.evaluation.summary import rows_by_unit
 from jaxla.reporting.agreement import FEWEST_FOR_LIMITS, draw_volumes, volume_agreement
 from jaxla.reporting.block_weights import draw_block_weights
 from jaxla.reporting.curves import draw_losses, draw_validation
 from jaxla.reporting.overlays import PREDICTION, REFERENCE, SLICES_PER_CASE, Panel, slice_figures
 from jaxla.reporting.page import Pair, chart, data_uri, templates
 from jaxla.runs.record import by_option, method_label, shown
-from jaxla.shell.command_line import without_folder_and_process
-from jaxla.shell.files import write_whole
 
 
 def write_report(
@@ -96,7 +96,7 @@ def write_report(
         largest=largest,
         definitions=summary["definitions"] | summary["slice"]["definitions"],
     )
-    write_whole(path, page)
+    write_atomically(path, page)
 
 
 def _block_weights(summary: Mapping[str, Any]) -> str:
@@ -171,7 +171,7 @@ def _row_pairs(rows: Sequence[Mapping[str, Any]]) -> list[Pair]:
 
 def _cases(rows: Sequence[Mapping[str, Any]]) -> list[list[Mapping[str, Any]]]:
     """The rows of each case, the case of the lowest mean Dice first: what went wrong is read before what went well."""
-    return sorted(by_unit(rows).values(), key=lambda case: _mean(case, "dice"))
+    return sorted(rows_by_unit(rows).values(), key=lambda case: _mean(case, "dice"))
 
 
 def _mean(rows: Sequence[Mapping[str, Any]], metric: str) -> float:

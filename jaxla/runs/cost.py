@@ -6,7 +6,7 @@ import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from jaxla.shell.files import write_whole
+from jaxla.cli.files import write_atomically
 
 
 @dataclass(frozen=True)
@@ -39,4 +39,4 @@ class Cost:
 
 
 def write_cost(cost: Cost, path: Path) -> None:
-    write_whole(path, json.dumps(asdict(cost), indent=1) + "\n")
+    write_atomically(path, json.dumps(asdict(cost), indent=1) + "\n")

@@ -13,11 +13,11 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
+from jaxla.cli.command_line import require_writable, without_folder_and_process
+from jaxla.cli.files import is_leftover, remove_leftovers, report_os_errors, write_atomically
 from jaxla.config import Experiment, InputError
 from jaxla.data.split import FOLDS, Split, write_split
 from jaxla.runs.record import RECORD, Record, changed_case, differences, read_record, shown, write_record
-from jaxla.shell.command_line import require_writable, without_folder_and_process
-from jaxla.shell.files import is_left_over, refusal_named, remove_left_overs, write_whole
 
 log = logging.getLogger(__name__)
 
@@ -83,7 +83,7 @@ def require_free(folder: Path) -> None:
 
 def has_not_begun(folder: Path) -> bool:
     """Whether an existing folder holds nothing but what a run that was killed before it began may have left."""
-    return all(path.name in FIRST_FILES or is_left_over(path) for path in folder.iterdir())
+    return all(path.name in FIRST_FILES or is_leftover(path) for path in folder.iterdir())
 
 
 def is_finished(folder: Path) -> bool:
@@ -128,20 +128,20 @@ def run_folder(folder: Path, record: Record, split: Split, cases: Mapping[str, s
             _require_unfinished(folder)
             begun = read_record(folder)
             _require_same_run(folder, begun, record, split, cases)
-            remove_left_overs(folder)
+            remove_leftovers(folder)
             session = {"begun": record.begun, "command": record.command, "environment": record.environment}
             # files may have moved since, and the files that only repeat what was compared may be gone
             where = replace(begun, experiment=record.experiment, weights=record.weights)
             write_record(folder, replace(where, resumed=(*begun.resumed, session)))
             write_split(split, folder / SPLIT)
-            write_whole(folder / CASES, json.dumps(cases, indent=1) + "\n")
+            write_atomically(folder / CASES, json.dumps(cases, indent=1) + "\n")
         else:
             require_free(folder)
-            remove_left_overs(folder)
-            with refusal_named("written", f"--run-dir={folder}", "choose another folder"):
+            remove_leftovers(folder)
+            with report_os_errors("written", f"--run-dir={folder}", "choose another folder"):
                 try:
                     write_split(split, folder / SPLIT)
-                    write_whole(folder / CASES, json.dumps(cases, indent=1) + "\n")
+                    write_atomically(folder / CASES, json.dumps(cases, indent=1) + "\n")
                     write_record(folder, record)  # last: with it the folder is a run
                 except OSError:
                     for name in FIRST_FILES:
@@ -163,7 +163,7 @@ def folder_held(folder: Path, option: str, does: str) -> Iterator[None]:
         InputError: another process holds it, or it cannot be written.
     """
     lock = FileLock(folder / LOCK, timeout=1)  # longer than `is_running` holds it
-    with refusal_named("written", f"{option}={folder}", "choose another folder"):
+    with report_os_errors("written", f"{option}={folder}", "choose another folder"):
         folder.mkdir(parents=True, exist_ok=True)
         try:
             lock.acquire()

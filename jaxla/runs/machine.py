@@ -29,8 +29,7 @@ PACKAGES = (
 def environment() -> dict[str, Any]:
     import jax
 
-    from jaxla.devices.mesh import device_count
-    from jaxla.devices.processes import process_count
+    from jaxla.distributed import device_count, process_count
 
     device = jax.local_devices()[0]
     return {

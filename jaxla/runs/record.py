@@ -8,11 +8,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from jaxla.cli.files import write_atomically
 from jaxla.config import Experiment, InputError, experiment_from_json
 from jaxla.data.inputs import Canvas
 from jaxla.data.labels import Labels
 from jaxla.experiments import METHODS
-from jaxla.shell.files import write_whole
 
 RECORD = "experiment.json"
 VERSION = 4
@@ -84,7 +84,7 @@ def write_record(folder: Path, record: Record) -> None:
         "experiment": asdict(record.experiment),
         "labels": labels,
     }
-    write_whole(folder / RECORD, json.dumps(content, indent=1) + "\n")
+    write_atomically(folder / RECORD, json.dumps(content, indent=1) + "\n")
 
 
 def read_record(folder: Path) -> Record:

@@ -18,9 +18,9 @@ from typing import Any, TypeVar
 import jax
 import orbax.checkpoint as ocp
 
+from jaxla.cli.files import file_sha256, free_bytes, write_atomically
 from jaxla.config import InputError
-from jaxla.devices.processes import agreed, is_first, wait_for_all
-from jaxla.shell.files import file_sha256, free_bytes, write_whole
+from jaxla.distributed import barrier, broadcast, is_first
 
 T = TypeVar("T")
 
@@ -41,7 +41,7 @@ class Checkpoints:
         self._folder = folder.absolute()
         if not read_only and is_first():
             self._remove_half_written()
-        wait_for_all()
+        barrier()
         self._manager = ocp.CheckpointManager(self._folder, options=options)
 
     def save(self, step: int, trees: Mapping[str, Any], progress: Mapping[str, Any]) -> None:
@@ -62,7 +62,7 @@ class Checkpoints:
             )
             assert saved, f"{self._folder}: step {step} is not beyond {self.steps()}"
             if is_first():
-                write_whole(self._sums_file(step), json.dumps(_sums(self._folder / str(step))))
+                write_atomically(self._sums_file(step), json.dumps(_sums(self._folder / str(step))))
                 self._forget_sums()
         except (OSError, ValueError) as error:
             if isinstance(error, ValueError) and "os_error_code" not in str(error):  # TensorStore's word for an OSError
@@ -74,14 +74,14 @@ class Checkpoints:
                 f"{self._folder / str(step)}: cannot be written ({reason}); the checkpoints before it are kept: "
                 "mend that and go on with --resume"
             ) from error
-        wait_for_all()  # none leaves before the checkpoint counts
+        barrier()  # none leaves before the checkpoint counts
 
     def steps(self) -> list[int]:
-        return agreed(checkpoint_steps(self._folder))
+        return broadcast(checkpoint_steps(self._folder))
 
     def damage(self, step: int) -> str:
         """The first thing wrong with a checkpoint's files; empty if it is whole."""
-        return agreed(self._damage(step) if is_first() else "")
+        return broadcast(self._damage(step) if is_first() else "")
 
     def _damage(self, step: int) -> str:
         try:
@@ -123,7 +123,7 @@ class Checkpoints:
     def remove(self, step: int) -> None:
         if is_first():
             self._sums_file(step).unlink()  # first, for without it the rest counts as half-written
-        if agreed(step in self._manager.all_steps()):
+        if broadcast(step in self._manager.all_steps()):
             self._manager.delete(step)
 
     def close(self) -> None:

@@ -27,15 +27,14 @@ import jax
 import numpy as np
 from flax import nnx
 
+from jaxla.cli.files import file_lock, file_sha256, free_bytes, write_atomically
+from jaxla.cli.terminal import format_bytes
 from jaxla.data.arrays import open_array
 from jaxla.data.inputs import Canvas
 from jaxla.data.prepared import VERSION as PREPARED_VERSION
 from jaxla.data.prepared import PreparedVolume
-from jaxla.devices.mesh import device_count, spread, to_devices
-from jaxla.devices.processes import gather, share
+from jaxla.distributed import device_count, gather, local_items, place_on_devices, shard_batch
 from jaxla.models.weights import parameters_sha256
-from jaxla.shell.files import file_sha256, free_bytes, locked, write_whole
-from jaxla.shell.terminal import as_bytes
 
 log = logging.getLogger(__name__)
 
@@ -72,7 +71,7 @@ class FeatureCache:
     def __init__(self, cache_dir: Path, network: nnx.Module, arch: str, canvas: Canvas) -> None:
         graph, state = nnx.split(network)
         extract = jax.jit(lambda state, images: nnx.merge(graph, state).features(images))
-        self.extract = partial(extract, to_devices(state))  # [batch, size, size, 1] -> [batch, …]
+        self.extract = partial(extract, place_on_devices(state))  # [batch, size, size, 1] -> [batch, …]
         self.batch = BATCH * device_count()
         self.how_to_fit = ", ".join(["--cache-dir names another disk", *network.TO_KEEP_LESS])
         self._canvas, size = canvas, canvas.size
@@ -128,21 +127,21 @@ class FeatureCache:
             log.warning(
                 "features of %d volumes would take %s in %s, where %s are free: the backbone runs in every epoch "
                 "instead; %s",
-                len(absent), as_bytes(needed), self.folder, as_bytes(self.free_bytes()), self.how_to_fit,
+                len(absent), format_bytes(needed), self.folder, format_bytes(self.free_bytes()), self.how_to_fit,
             )  # fmt: skip
         elif absent:
             log.info(
                 "features of %d volumes are computed once and kept: %s in %s",
-                len(absent), as_bytes(needed), self.folder,
+                len(absent), format_bytes(needed), self.folder,
             )  # fmt: skip
         if not all(gather(fit)):
             return None
         written: list[PreparedVolume] = []
         # their own shares, then what of the others' does not lie in the same folder
-        for part in (share(volumes), volumes):
+        for part in (local_items(volumes), volumes):
             if not all(gather(self._keep(self.missing(part), track, written))):
                 return self._give_back(written)
-        log.info("checking the features of %d volumes (%s)", len(volumes), as_bytes(self.bytes_of(volumes)))
+        log.info("checking the features of %d volumes (%s)", len(volumes), format_bytes(self.bytes_of(volumes)))
         with ThreadPoolExecutor() as pool:  # hashing lets other threads run
             sound = list(pool.map(self._is_sound, volumes))
         damaged = [v for v, is_sound in zip(volumes, sound, strict=True) if not is_sound]
@@ -163,8 +162,8 @@ class FeatureCache:
             return True
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            with locked(self.folder / "lock", f"{self.folder}: another process computes features"):
-                write_whole(self.folder / "backbone.json", json.dumps(self.describes))
+            with file_lock(self.folder / "lock", f"{self.folder}: another process computes features"):
+                write_atomically(self.folder / "backbone.json", json.dumps(self.describes))
             for volume in track(volumes, "features"):
                 if self._require(volume):
                     written.append(volume)
@@ -187,7 +186,7 @@ class FeatureCache:
     def _require(self, volume: PreparedVolume) -> bool:
         """Compute and write a volume's features, unless another process has done so by now; whether it was done."""
         lock = self.folder / f"{_name(volume)}.lock"
-        with locked(lock, f"{self.folder}: another process computes features"):
+        with file_lock(lock, f"{self.folder}: another process computes features"):
             if lacks := not self._is_sound(volume):
                 (self.folder / f"{_name(volume)}.json").unlink(missing_ok=True)
                 self._write(volume)
@@ -209,13 +208,13 @@ class FeatureCache:
                     images = np.zeros((self.batch, size, size, 1), np.float32)
                     for i, index in enumerate(chosen):
                         images[i] = volume.input(index, frame)
-                    computed = np.asarray(self.extract(spread(images)))[: len(chosen)]
+                    computed = np.asarray(self.extract(shard_batch(images)))[: len(chosen)]
                     file.write(computed.view(bits).tobytes())
             beside.replace(path)
         finally:
             beside.unlink(missing_ok=True)
         said = {"case": volume.id, "shape": shape, "sha256": file_sha256(path)}
-        write_whole(path.with_suffix(".json"), json.dumps(said))
+        write_atomically(path.with_suffix(".json"), json.dumps(said))
 
     def _is_sound(self, volume: PreparedVolume) -> bool:
         path = self.folder / f"{_name(volume)}.npy"

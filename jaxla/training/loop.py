@@ -19,17 +19,16 @@ from flax import nnx
 from grain.python import DatasetIterator
 from tqdm import tqdm
 
+from jaxla.cli.files import report_os_errors, write_atomically
+from jaxla.cli.process import Stopped, stop_requests
+from jaxla.cli.terminal import format_duration
 from jaxla.config import InputError, Training
 from jaxla.data.batches import Source, evaluation_batches, sample_batch, steps_per_epoch, training_batches
-from jaxla.devices.memory import program_bytes, require_memory
-from jaxla.devices.mesh import highest, own_rows, spread
-from jaxla.devices.processes import agreed, is_first, process_count
+from jaxla.distributed import broadcast, global_max, is_first, local_rows, process_count, shard_batch
+from jaxla.memory import program_bytes, require_memory
 from jaxla.runs.folder import BEST, LATEST, METRICS
-from jaxla.shell.files import refusal_named, write_whole
-from jaxla.shell.process import Stopped, stop_requests
-from jaxla.shell.terminal import clock
 from jaxla.training.checkpoints import Checkpoints, checkpointed
-from jaxla.training.losses import Loss, pixel_loss
+from jaxla.training.losses import Loss, cross_entropy
 from jaxla.training.step import (
     Augment,
     Frozen,
@@ -81,7 +80,7 @@ def fit(
     recipe: Training,
     *,
     augment: Augment | None = None,
-    loss_of: Loss = pixel_loss,
+    loss_of: Loss = cross_entropy,
     gradient_of: Callable[[nnx.GraphDef, Augment | None, Loss], Gradient] = make_gradient,
     seed: int,
     pretrained_backbone: bool,
@@ -113,9 +112,9 @@ def fit(
 
     best, latest = (Checkpoints(folder / name) for name in (BEST, LATEST))
     state = initial_state(network, optimiser)
-    batches = training_batches(train, recipe.batch_size, seed, own_rows(recipe.batch_size))
+    batches = training_batches(train, recipe.batch_size, seed, local_rows(recipe.batch_size))
     progress = _go_on(state, batches, best, latest, folder)
-    step = compile_step(step, state, spread(sample_batch(train, own_rows(recipe.batch_size))), key)
+    step = compile_step(step, state, shard_batch(sample_batch(train, local_rows(recipe.batch_size))), key)
     progress.step_bytes = program_bytes(step)
     require_memory(progress.step_bytes, recipe.batch_size)
     saved_at = time.monotonic()
@@ -129,10 +128,10 @@ def fit(
             began = time.perf_counter() - progress.seconds
             for _ in _bar(steps, len(progress.losses), f"epoch {progress.epoch + 1}/{recipe.epochs}"):
                 number = progress.epoch * steps + len(progress.losses)
-                loss = take_step(step, state, spread(next(batches)), jax.random.fold_in(key, number))
+                loss = take_step(step, state, shard_batch(next(batches)), jax.random.fold_in(key, number))
                 progress.losses.append(loss)
                 wish = STOP if stop_requested() else SAVE if time.monotonic() - saved_at > SAVE_EVERY else 0
-                asked.append(highest(wish))
+                asked.append(global_max(wish))
                 # several processes hear what was asked for a step ago: this one need not be waited for
                 heard = int(asked.popleft()) if len(asked) == min(2, process_count()) else 0
                 if heard:
@@ -151,7 +150,7 @@ def fit(
                     state.frozen,
                     val,
                     recipe.batch_size,
-                    lambda: bool(highest(int(stop_requested()))),
+                    lambda: bool(global_max(int(stop_requested()))),
                 )
             except Stopped:
                 _save_latest(latest, state, batches, progress, steps)
@@ -189,7 +188,7 @@ def fit(
                 "epoch %d/%d: train loss %.4f, val loss %.4f, val Dice %.3f %s%s; %.0f slices/s, "
                 "%s of training left at most", progress.epoch, recipe.epochs, train_loss, val_loss, val_dice,
                 val.counted, " (best)" if is_best else "",
-                metrics["slices_per_second"], clock(remaining),
+                metrics["slices_per_second"], format_duration(remaining),
             )  # fmt: skip
             if is_first():
                 on_epoch(progress.history)
@@ -229,7 +228,7 @@ def _go_on(
     """
     newest = latest.newest_whole()
     if newest is None:
-        if epochs := agreed(len(_read_history(folder))):
+        if epochs := broadcast(len(_read_history(folder))):
             raise InputError(
                 f"{folder / 'checkpoints' / 'latest'}: no whole checkpoint is left of the {epochs} epochs that were "
                 "trained; put one back from a copy, or start a new run"
@@ -272,8 +271,8 @@ def _read_history(folder: Path) -> list[str]:
 def _write_history(folder: Path, history: Sequence[Mapping[str, Any]]) -> None:
     if not is_first():
         return
-    with refusal_named("written", folder, "mend that and go on with --resume"):
-        write_whole(folder / METRICS, "".join(json.dumps(metrics, allow_nan=False) + "\n" for metrics in history))
+    with report_os_errors("written", folder, "mend that and go on with --resume"):
+        write_atomically(folder / METRICS, "".join(json.dumps(metrics, allow_nan=False) + "\n" for metrics in history))
 
 
 def validate(
@@ -293,11 +292,11 @@ def validate(
     """
     counts: np.ndarray | None = None
     loss_sum = weight_sum = 0.0
-    with closing(evaluation_batches(source, batch_size, own_rows(batch_size))) as batches:
+    with closing(evaluation_batches(source, batch_size, local_rows(batch_size))) as batches:
         for batch in batches:
             if stop_requested():
                 raise Stopped("during validation")
-            of_batch = jax.device_get(evaluate(trainable, frozen, spread(batch)))
+            of_batch = jax.device_get(evaluate(trainable, frozen, shard_batch(batch)))
             weight = float(of_batch.weight.sum())
             loss_sum, weight_sum = loss_sum + float(of_batch.loss) * weight, weight_sum + weight
             if counts is None:

@@ -13,7 +13,7 @@ Loss = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]  # (logits, mask, 
 SMOOTH = 1e-5  # of Dice, as nnU-Net has it
 
 
-def pixel_loss(logits: jax.Array, mask: jax.Array, weight: jax.Array) -> jax.Array:
+def cross_entropy(logits: jax.Array, mask: jax.Array, weight: jax.Array) -> jax.Array:
     """Binary cross-entropy with logits for one class (K = 1), else softmax cross-entropy; mean over pixels.
 
     Args:
@@ -43,13 +43,13 @@ def dice_cross_entropy(logits: jax.Array, mask: jax.Array, weight: jax.Array, *,
     if batch_dice:
         both, of_prediction, of_reference = (x.sum(0) for x in sums)
         dice = (2 * both + SMOOTH) / (of_prediction + of_reference + SMOOTH)
-        return pixel_loss(logits, mask, weight) - dice.mean()
+        return cross_entropy(logits, mask, weight) - dice.mean()
     both, of_prediction, of_reference = sums
     dice = ((2 * both + SMOOTH) / (of_prediction + of_reference + SMOOTH)).mean(-1)
-    return pixel_loss(logits, mask, weight) - jnp.sum(dice * weight) / jnp.maximum(weight.sum(), 1)
+    return cross_entropy(logits, mask, weight) - jnp.sum(dice * weight) / jnp.maximum(weight.sum(), 1)
 
 
-def of_resolutions(loss: Loss, logits: Sequence[jax.Array], mask: jax.Array, weight: jax.Array) -> jax.Array:
+def deep_supervision(loss: Loss, logits: Sequence[jax.Array], mask: jax.Array, weight: jax.Array) -> jax.Array:
     """A loss at several resolutions, the finest first: each counts half of the one before, the coarsest not at all.
 
     Of a mask that is so many times as fine, the voxel in the middle stands for all. (Deep supervision as nnU-Net has
@@ -67,20 +67,20 @@ def of_resolutions(loss: Loss, logits: Sequence[jax.Array], mask: jax.Array, wei
     return total / sum(weights)
 
 
-def of_volumes(loss: Loss) -> Loss:
+def per_volume(loss: Loss) -> Loss:
     """A loss on slices as one on volumes [B, D, H, W, K], each of which is taken together; then their mean.
 
     Its `weight` is [B, D]: 0 for slices that only fill a volume up, and for all of one that only fills a batch up.
     """
 
     def loss_of_volumes(logits: jax.Array, mask: jax.Array, weight: jax.Array) -> jax.Array:
-        rows = weight_of_rows(weight)
+        rows = row_weights(weight)
         return jnp.sum(jax.vmap(loss)(logits, mask, weight) * rows) / jnp.maximum(rows.sum(), 1)
 
     return loss_of_volumes
 
 
-def weight_of_rows(weight: jax.Array) -> jax.Array:
+def row_weights(weight: jax.Array) -> jax.Array:
     """[B] of weights of rows, or [B, D] of their slices: 0 for rows that only fill a batch up."""
     return weight.reshape(len(weight), -1).max(1)
 

@@ -15,8 +15,8 @@ import optax
 from flax import nnx
 
 from jaxla.config import Training
-from jaxla.devices.mesh import constrain, device_count, to_devices, whole
-from jaxla.training.losses import Loss, of_resolutions, overlap_counts, pixel_loss, weight_of_rows
+from jaxla.distributed import constrain_sharding, device_count, place_on_devices, replicate
+from jaxla.training.losses import Loss, cross_entropy, deep_supervision, overlap_counts, row_weights
 
 Augment = Callable[[jax.Array, jax.Array, jax.Array], tuple[jax.Array, jax.Array]]  # (key, images, masks) -> the same
 Gradient = Callable[[Any, Any, Any, jax.Array], tuple[jax.Array, Any, dict[str, Any]]]
@@ -79,9 +79,9 @@ def initial_state(network: SplitNetwork, optimiser: optax.GradientTransformation
 
     A step gives away the memory of what is trained: where there is no mesh that is the network's own, once.
     """
-    trainable = to_devices(network.trainable)
-    moments = jax.jit(lambda trainable: constrain(optimiser.init(trainable)))(trainable)
-    return TrainingState(trainable, to_devices(network.frozen), moments)
+    trainable = place_on_devices(network.trainable)
+    moments = jax.jit(lambda trainable: constrain_sharding(optimiser.init(trainable)))(trainable)
+    return TrainingState(trainable, place_on_devices(network.frozen), moments)
 
 
 def compile_step(step: Callable, state: TrainingState, batch: Any, key: jax.Array) -> jax.stages.Compiled:
@@ -98,18 +98,18 @@ def take_step(step: Callable, state: TrainingState, batch: Any, key: jax.Array) 
     return loss
 
 
-def inputs_of(batch: Any) -> Any:
+def network_inputs(batch: Any) -> Any:
     """What the network is called with: images or features, or features and their images."""
     return (batch["input"], batch["image"]) if "image" in batch else batch["input"]
 
 
-def present_of(batch: Any) -> jax.Array | None:
+def valid_rows(batch: Any) -> jax.Array | None:
     """What the network is told of the rows that only fill a batch up, or of the slices that fill up its volumes."""
     weight = batch["weight"]
     return weight > 0 if weight.ndim > 1 or device_count() > 1 else None
 
 
-def augmented(augment: Augment | None, batch: Any, key: jax.Array) -> Any:
+def apply_augmentation(augment: Augment | None, batch: Any, key: jax.Array) -> Any:
     """The batch with its images and masks changed."""
     if augment is None:
         return batch
@@ -117,7 +117,7 @@ def augmented(augment: Augment | None, batch: Any, key: jax.Array) -> Any:
     return batch | {"input": images, "mask": mask}
 
 
-def make_gradient(graph: nnx.GraphDef, augment: Augment | None = None, loss_of: Loss = pixel_loss) -> Gradient:
+def make_gradient(graph: nnx.GraphDef, augment: Augment | None = None, loss_of: Loss = cross_entropy) -> Gradient:
     """The seam for a network trained on whole batches.
 
     Args:
@@ -126,17 +126,17 @@ def make_gradient(graph: nnx.GraphDef, augment: Augment | None = None, loss_of: 
 
     def loss(trainable: nnx.State, frozen: Frozen, batch: Any) -> tuple[jax.Array, nnx.State]:
         network = nnx.merge(graph, trainable, *frozen, copy=True)  # its statistics change
-        logits = network(inputs_of(batch), present_of(batch))
+        logits = network(network_inputs(batch), valid_rows(batch))
         # those of a frozen backbone are among its parameters, and stay
         new = dict(nnx.to_flat_state(nnx.state(network, nnx.BatchStat)))
         old = nnx.to_flat_state(frozen.statistics)
         statistics = nnx.from_flat_state([(path, new.get(path, value)) for path, value in old])
         if isinstance(logits, list):
-            return of_resolutions(loss_of, logits, batch["mask"], batch["weight"]), statistics
+            return deep_supervision(loss_of, logits, batch["mask"], batch["weight"]), statistics
         return loss_of(logits, batch["mask"], batch["weight"]), statistics
 
     def gradient(trainable: nnx.State, frozen: Frozen, batch: Any, key: jax.Array) -> tuple[jax.Array, Any, dict]:
-        batch = augmented(augment, batch, key)
+        batch = apply_augmentation(augment, batch, key)
         (value, statistics), gradients = jax.value_and_grad(loss, has_aux=True)(trainable, frozen, batch)
         return value, gradients, {"statistics": statistics}
 
@@ -150,7 +150,7 @@ def make_step(gradient: Gradient, optimiser: optax.GradientTransformation) -> Ca
         loss, gradients, auxiliary = gradient(trainable, frozen, batch, key)
         updates, state = optimiser.update(gradients, state, trainable)
         trainable, statistics = optax.apply_updates(trainable, updates), auxiliary["statistics"]
-        return *constrain((trainable, statistics, state)), loss
+        return *constrain_sharding((trainable, statistics, state)), loss
 
     return jax.jit(step, donate_argnums=(0, 2))
 
@@ -164,15 +164,15 @@ class Evaluated(NamedTuple):
     weight: jax.Array  # [B]
 
 
-def make_evaluation(graph: nnx.GraphDef, loss_of: Loss = pixel_loss) -> Callable[..., Evaluated]:
+def make_evaluation(graph: nnx.GraphDef, loss_of: Loss = cross_entropy) -> Callable[..., Evaluated]:
     """`(trainable, frozen, batch) -> Evaluated`, jitted."""
 
     def evaluate(trainable: Any, frozen: Frozen, batch: Any) -> Evaluated:
-        network, present = nnx.merge(graph, trainable, *frozen), present_of(batch)
-        logits = network(inputs_of(batch)) if present is None else network(inputs_of(batch), present)
+        network, present = nnx.merge(graph, trainable, *frozen), valid_rows(batch)
+        logits = network(network_inputs(batch)) if present is None else network(network_inputs(batch), present)
         mask = jnp.maximum(batch["mask"], 0)  # where a scan is zero there is background
-        loss, rows = loss_of(logits, mask, batch["weight"]), weight_of_rows(batch["weight"])
-        return whole(Evaluated(loss, overlap_counts(logits, mask, rows), batch["volume"], rows))
+        loss, rows = loss_of(logits, mask, batch["weight"]), row_weights(batch["weight"])
+        return replicate(Evaluated(loss, overlap_counts(logits, mask, rows), batch["volume"], rows))
 
     return jax.jit(evaluate)
 

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from jaxla.training.losses import Loss
-from jaxla.training.step import Augment, Frozen, Gradient, augmented, inputs_of, present_of
+from jaxla.training.step import Augment, Frozen, Gradient, apply_augmentation, network_inputs, valid_rows
 
 
 def make_two_pass_gradient(graph: nnx.GraphDef, augment: Augment | None, loss_of: Loss) -> Gradient:
@@ -40,8 +40,8 @@ def make_two_pass_gradient(graph: nnx.GraphDef, augment: Augment | None, loss_of
     def gradient(trainable: nnx.State, frozen: Frozen, batch: Any, key: jax.Array) -> tuple[jax.Array, Any, dict]:
         if jax.tree.leaves(nnx.filter_state(frozen.statistics, nnx.BatchStat)):
             raise ValueError("the network has BatchNorm, whose statistics two passes over windows cannot give")
-        batch = augmented(augment, batch, key)
-        inputs, mask, weight = inputs_of(batch), batch["mask"], batch["weight"]
+        batch = apply_augmentation(augment, batch, key)
+        inputs, mask, weight = network_inputs(batch), batch["mask"], batch["weight"]
         # apart, for each needs its gradient at another time; a backbone that is frozen is in neither
         of_backbone, of_decoder = nnx.split_state(trainable, nnx.PathContains("backbone"), ...)
 
@@ -60,7 +60,7 @@ def make_two_pass_gradient(graph: nnx.GraphDef, augment: Augment | None, loss_of
             features, back_to_backbone = jax.vjp(lambda own: network(own, of_decoder).encode(inputs), of_backbone)
         else:
             features = whole.encode(inputs)
-        windows = whole.divide(features, present_of(batch))
+        windows = whole.divide(features, valid_rows(batch))
 
         # Pass 1: the logits of all windows, one after the other, and nothing else of them.
         parts = jax.lax.map(lambda number: decode(number, of_decoder, features), windows.numbers)

@@ -10,10 +10,10 @@ from safetensors.torch import save_file
 from convert_weights.architectures import RELEASED, rows_of, shapes_of
 from convert_weights.nnunet import nnunet_rows
 from jaxla import load_backbone
-from jaxla.models.dinov3 import HUB_SPELLINGS
-from jaxla.models.vgg import VARIANTS as VGGS
+from jaxla.models.backbones.dinov3 import HUB_SPELLINGS
+from jaxla.models.backbones.vgg import VARIANTS as VGGS
 from jaxla.models.weights_format import parameter_count, read_metadata
-from jaxla.planning.plan import read_plan
+from jaxla.nnunet.plan import read_plan
 from tests.convert_weights.command import (
     GOLDEN,
     assert_same_state,

@@ -20,7 +20,7 @@ from convert_weights.huggingface import as_authors, hub_name, hub_shapes
 from convert_weights.vision_transformer import dinov2_rows, dinov3_rows
 from jaxla import load_backbone
 from jaxla.models.backbones import VARIANTS
-from jaxla.models.positions import rotary_periods
+from jaxla.models.ops.positions import rotary_periods
 from tests.convert_weights.command import read_weights, refuse_source, succeed
 
 DINOV2 = {"hidden_size": 384, "num_attention_heads": 6, "image_size": 518, "patch_size": 14}

@@ -9,7 +9,7 @@ import torch
 
 import jaxla
 from convert_weights.nnunet import nnunet_rows
-from jaxla.planning.plan import content_of, plan_of, read_plan
+from jaxla.nnunet.plan import plan_from_json, plan_to_json, read_plan
 from tests.convert_weights.command import refuse, succeed
 from tests.golden.fake_weights import fake_state_dict
 
@@ -106,7 +106,7 @@ def small_plan(folder):
     plan = read_plan(PLANS)
     c = plan.configurations["2d"]
     (folder / "other.json").write_text(
-        json.dumps(content_of(plan._replace(configurations={"2d": c._replace(features_per_stage=(16, 32, 64, 128))})))
+        json.dumps(plan_to_json(plan._replace(configurations={"2d": c._replace(features_per_stage=(16, 32, 64, 128))})))
     )
     return folder / "other.json"
 
@@ -170,4 +170,4 @@ def test_backbones_and_networks_are_told_apart(tmp_path):
     assert "not a plain file of weights" in said  # NumPy's numbers are read where nnU-Net is asked for
     said = refuse(tmp_path, "--arch=dinov2_vits14", "--configuration=2d", f"--source={tmp_path / 'c.pth'}")
     assert "options --plans and --configuration go with --arch=nnunet" in said
-    assert plan_of(json.loads(PLANS.read_text()), "it").fingerprint is not None
+    assert plan_from_json(json.loads(PLANS.read_text()), "it").fingerprint is not None

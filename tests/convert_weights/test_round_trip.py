@@ -13,8 +13,8 @@ from convert_weights.resnet import resnet_rows
 from convert_weights.vgg import vgg_rows
 from convert_weights.vision_transformer import dinov2_rows, dinov3_rows
 from jaxla import InputError, load_backbone
-from jaxla.models import dinov2, dinov3, resnet, vgg
-from jaxla.models.vision_transformer import VisionTransformer
+from jaxla.models.backbones import dinov2, dinov3, resnet, vgg
+from jaxla.models.backbones.vision_transformer import VisionTransformer
 from jaxla.models.weights import parameter_shapes
 from tests.convert_weights.command import assert_same_state, full_state, read_weights, refuse, succeed, write_ours
 

@@ -11,8 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxla import load_backbone
-from jaxla.models.dinov3 import HUB_SPELLINGS
-from jaxla.models.vision_transformer import VisionTransformer
+from jaxla.models.backbones.dinov3 import HUB_SPELLINGS
+from jaxla.models.backbones.vision_transformer import VisionTransformer
 from tests.golden.fake_weights import fake_image, fake_parameter
 
 FOLDER = Path(__file__).parent

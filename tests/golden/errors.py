@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from jaxla.models.vision_transformer import VisionTransformer
+from jaxla.models.backbones.vision_transformer import VisionTransformer
 from tests.golden.checkpoints import FOLDER, image_of
 
 

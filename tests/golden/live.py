@@ -15,7 +15,7 @@ from transformers import (
     PreTrainedModel,
 )
 
-from jaxla.models.vision_transformer import Variant, VisionTransformer
+from jaxla.models.backbones.vision_transformer import Variant, VisionTransformer
 
 
 def live_model(vit: VisionTransformer, authors_grid: bool = True) -> PreTrainedModel:

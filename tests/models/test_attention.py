@@ -11,10 +11,10 @@ import pytest
 import torch
 from flax import nnx
 
-from jaxla.devices.capability import multiplies_bfloat16, runs_cudnn_attention
-from jaxla.models import columns
-from jaxla.models.attention import attention, by_cudnn, of_even_length
-from jaxla.models.positions import rotation
+from jaxla.hardware import prefers_bfloat16, supports_cudnn_attention
+from jaxla.models.ops import columns
+from jaxla.models.ops.attention import attention, cudnn_attention, padded_attention
+from jaxla.models.ops.positions import rotation
 from tests.gpu import pretend_gpu
 from tests.tiny import TINY_VARIANTS, tiny_backbone
 
@@ -29,7 +29,7 @@ def value_and_gradients(formulation, weight, *qkv):
     return value, pull(weight)
 
 
-of_even_length_by_xla = partial(of_even_length, implementation="xla")
+of_even_length_by_xla = partial(padded_attention, implementation="xla")
 
 
 @pytest.mark.parametrize("formulation", [attention, in_columns, of_even_length_by_xla])
@@ -66,8 +66,8 @@ def test_cudnn_gives_the_gradient_for_any_number_of_tokens(monkeypatch, tokens):
     def traced_gradient(formulation):
         return str(jax.make_jaxpr(jax.grad(lambda *qkv: formulation(*qkv).sum().astype(jnp.float32)))(*qkv))
 
-    assert "dot_product_attention_bwd" in traced_gradient(by_cudnn)
-    untrained = str(jax.make_jaxpr(by_cudnn)(*qkv))
+    assert "dot_product_attention_bwd" in traced_gradient(cudnn_attention)
+    untrained = str(jax.make_jaxpr(cudnn_attention)(*qkv))
     assert "dot_product_attention_fwd" in untrained
     assert " pad" not in untrained
     with nullcontext() if tokens % 2 == 0 else pytest.raises(NotImplementedError, match="145"):
@@ -91,7 +91,7 @@ def device(platform, version="", **about):
     ids=["CPU", "Turing", "Ampere", "Blackwell", "AMD", "TPU"],
 )
 def test_what_a_device_computes_with(of, bfloat16, cudnn):
-    assert (multiplies_bfloat16(of), runs_cudnn_attention(of)) == (bfloat16, cudnn)
+    assert (prefers_bfloat16(of), supports_cudnn_attention(of)) == (bfloat16, cudnn)
 
 
 @pytest.mark.parametrize("variant", TINY_VARIANTS.values(), ids=TINY_VARIANTS)

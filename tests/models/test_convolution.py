@@ -8,8 +8,8 @@ import pytest
 import torch
 from flax import nnx
 
-from jaxla.models.convolution import _as_it_stands, _block, _for_cpu, convolve, same_convolution
-from jaxla.models.layers import convolution
+from jaxla.models.ops.convolution import _as_it_stands, _block, _for_cpu, convolve, same_convolution
+from jaxla.models.ops.layers import convolution
 
 
 def by_jax(x, kernel):

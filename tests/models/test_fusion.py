@@ -16,7 +16,6 @@ from jaxla.data.batches import SliceSource, training_batches
 from jaxla.data.inputs import Canvas
 from jaxla.models.backbones import TRANSFORMERS
 from jaxla.models.build import build_network, checked_model
-from jaxla.models.images import three_channels
 from jaxla.models.networks.fusion import (
     Fusion,
     FusionDecoder,
@@ -25,6 +24,7 @@ from jaxla.models.networks.fusion import (
     weighted_product,
     weighted_sums,
 )
+from jaxla.models.ops.images import three_channels
 from jaxla.training.features import FeatureCache
 from jaxla.training.step import make_gradient, split_network
 from tests.parity.references import as_theirs, reference_of

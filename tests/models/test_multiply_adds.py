@@ -7,12 +7,12 @@ import jax.numpy as jnp
 import pytest
 import torch
 from flax import nnx
+from jaxla.experiments import METHODS
 from torch.utils.flop_counter import FlopCounterMode
 
-from jaxla.experiments import METHODS
-from jaxla.models.attention import by_cudnn
 from jaxla.models.build import build_network
-from jaxla.models.multiply_adds import multiply_adds
+from jaxla.models.ops.attention import cudnn_attention
+from jaxla.models.ops.multiply_adds import multiply_adds
 from tests.gpu import pretend_gpu
 from tests.parity.references import reference_of
 from tests.tiny import randomise, tiny_backbone
@@ -36,7 +36,7 @@ def test_attention_counts_the_same_by_cudnn(monkeypatch):
     for implementation in ("xla", "cudnn"):
         attention = partial(jax.nn.dot_product_attention, implementation=implementation)
         assert multiply_adds(attention, q, k, k) == by_hand
-    assert multiply_adds(by_cudnn, q, q, q) == 2 * (2 * 4 * 65 * 65 * 64)
+    assert multiply_adds(cudnn_attention, q, q, q) == 2 * (2 * 4 * 65 * 65 * 64)
 
 
 @pytest.mark.parametrize(

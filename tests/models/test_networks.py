@@ -5,15 +5,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from jaxla.experiments import METHODS
 
 import jaxla
 from jaxla.config import InputError, Model
-from jaxla.experiments import METHODS
 from jaxla.models import build
 from jaxla.models.build import parameter_count
-from jaxla.models.images import IMAGENET_DEVIATION, IMAGENET_MEAN
 from jaxla.models.networks.attention_unet import AttentionUNet
 from jaxla.models.networks.unet import UNet
+from jaxla.models.ops.images import IMAGENET_DEVIATION, IMAGENET_MEAN
 from jaxla.train import list_experiments
 from tests.parity.test_rivals import NETWORKS, network_of
 from tests.tiny import randomise

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.nn import functional
 
-from jaxla.models.pooling import max_pool, max_pool_overlapping, max_pool_with_places, unpool
+from jaxla.models.ops.pooling import max_pool, max_pool_overlapping, max_pool_with_places, unpool
 
 
 def values(ties, seed=0, shape=(2, 6, 10, 3)):

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from jaxla.models.positions import position_grid, rotary_periods, rotation
+from jaxla.models.ops.positions import position_grid, rotary_periods, rotation
 from tests.golden.live import authors_resize
 
 # --- DINOv2's grid ---

@@ -9,7 +9,7 @@ from flax import nnx
 
 from jaxla import InputError
 from jaxla.models.backbones import architecture, build_backbone
-from jaxla.models.resnet import ResNet, Variant
+from jaxla.models.backbones.resnet import ResNet, Variant
 from tests.parity.references import as_theirs, reference_of
 from tests.tiny import flat_arrays, randomise
 

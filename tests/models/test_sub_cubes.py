@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxla.models.sub_cubes import SubCubes
+from jaxla.models.ops.sub_cubes import SubCubes
 
 SHAPES = 20
 

@@ -7,9 +7,9 @@ import pytest
 import torch
 from flax import nnx
 
+from jaxla.models.backbones.vision_transformer import VisionTransformer
 from jaxla.models.networks.transformer_segmenter import ConvolutionalDecoder, LinearDecoder, TransformerSegmenter
-from jaxla.models.resizing import double, resize
-from jaxla.models.vision_transformer import VisionTransformer
+from jaxla.models.ops.resizing import double, resize
 from tests.parity.references import as_theirs, reference_of
 from tests.tiny import TINY, flat_arrays, randomise, tiny_backbone
 

@@ -9,8 +9,8 @@ import pytest
 import torch
 from flax import nnx
 
-from jaxla.models.positions import rotation
-from jaxla.models.vision_transformer import VisionTransformer, _features, _intermediate
+from jaxla.models.backbones.vision_transformer import VisionTransformer, _features, _intermediate
+from jaxla.models.ops.positions import rotation
 from tests.tiny import REGISTERS, ROTARY, TINY, TINY_VARIANTS, flat_arrays, tiny_backbone
 
 # Tests that call one variant on images of the same shape share its compiled functions. The values of all variants are

@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 import torch
 from flax import nnx
+from jaxla.experiments import EXPERIMENTS, METHODS
 from torch.nn import functional
 
 from jaxla.config import InputError, Model, with_method
-from jaxla.experiments import EXPERIMENTS, METHODS
 from jaxla.models.build import build_network, parameter_count, require_slices
 from jaxla.models.networks.windows import FeatureWindows, WindowDecoder, WindowSegmenter, window_counts
 from jaxla.pipeline.checks import checked

@@ -16,6 +16,8 @@ from convert_weights.layout import to_theirs
 from convert_weights.nnunet import nnunet_rows
 from convert_weights.resnet import resnet_rows
 from convert_weights.vgg import vgg_rows
+from jaxla.models.backbones.resnet import ResNet
+from jaxla.models.backbones.vgg import VGG
 from jaxla.models.networks.attention_unet import AttentionUNet
 from jaxla.models.networks.fusion import FusionDecoder
 from jaxla.models.networks.resnet_unet import ResNetUNet
@@ -23,8 +25,6 @@ from jaxla.models.networks.segnet import SegNet
 from jaxla.models.networks.transformer_segmenter import ConvolutionalDecoder
 from jaxla.models.networks.unet import UNet
 from jaxla.models.networks.windows import WindowDecoder
-from jaxla.models.resnet import ResNet
-from jaxla.models.vgg import VGG
 from tests.tiny import flat_arrays
 
 # --- U-Net: Ronneberger et al. 2015, figure 1, padded, with BatchNorm ---

@@ -12,9 +12,9 @@ from flax import nnx
 
 import jaxla
 from convert_weights.nnunet import nnunet_rows
-from jaxla.models.networks.nnunet import NNUNet
-from jaxla.planning.plan import Configuration, read_plan
-from jaxla.training.losses import dice_cross_entropy, of_resolutions
+from jaxla.nnunet.network import NNUNet
+from jaxla.nnunet.plan import Configuration, read_plan
+from jaxla.training.losses import deep_supervision, dice_cross_entropy
 from tests.golden.fake_weights import fake_state_dict
 from tests.parity.references import nnunet_as_theirs, nnunet_reference_of
 from tests.tiny import randomise
@@ -79,7 +79,7 @@ def test_gradients_of_the_loss_equal_the_reference(name, outputs):
 
         def loss(parameters):
             logits = nnx.merge(graph, parameters)(images)
-            return of_resolutions(
+            return deep_supervision(
                 lambda *of_level: dice_cross_entropy(*of_level, batch_dice=configuration.batch_dice),
                 logits,
                 mask,

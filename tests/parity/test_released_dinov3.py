@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from jaxla import load_backbone
-from jaxla.models.positions import rotary_periods
+from jaxla.models.ops.positions import rotary_periods
 from tests.golden.checkpoints import checkpoint_parameter, convert, reference_shapes
 from tests.golden.errors import beyond_bounds, live_errors
 from tests.golden.fake_weights import fake_image

@@ -15,14 +15,14 @@ import pytest
 import torch
 from flax import nnx
 
+from jaxla.models.backbones.resnet import ResNet
+from jaxla.models.backbones.resnet import Variant as ResNetVariant
+from jaxla.models.backbones.vgg import VGG
+from jaxla.models.backbones.vgg import Variant as VGGVariant
 from jaxla.models.networks.attention_unet import AttentionUNet
 from jaxla.models.networks.resnet_unet import ResNetUNet
 from jaxla.models.networks.segnet import SegNet
 from jaxla.models.networks.unet import UNet
-from jaxla.models.resnet import ResNet
-from jaxla.models.resnet import Variant as ResNetVariant
-from jaxla.models.vgg import VGG
-from jaxla.models.vgg import Variant as VGGVariant
 from tests.parity.references import as_theirs, reference_of
 from tests.tiny import randomise
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from transformers import DINOv3ViTConfig, DINOv3ViTModel
 
-from jaxla.models.positions import position_grid, rotary_periods
+from jaxla.models.ops.positions import position_grid, rotary_periods
 from tests.golden.errors import beyond_bounds, live_errors
 from tests.golden.live import authors_resize, live_model, live_tokens
 from tests.tiny import REGISTERS, ROTARY, TINY, TINY_VARIANTS, tiny_backbone

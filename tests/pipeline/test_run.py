@@ -5,16 +5,16 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from jaxla.experiments import EXPERIMENTS, METHODS
 
 from jaxla.config import InputError, with_method
+from jaxla.data.dataset import PreparedData
 from jaxla.data.labels import Labels
 from jaxla.data.split import Split
-from jaxla.devices.memory import TooLarge
-from jaxla.experiments import EXPERIMENTS, METHODS
+from jaxla.memory import StepTooLarge
 from jaxla.models.weights import parameters_sha256
 from jaxla.models.weights_format import read_metadata
 from jaxla.pipeline.checks import unread_options
-from jaxla.pipeline.data import PreparedData
 from jaxla.pipeline.run import build
 from jaxla.pipeline.session import remove_unbegun
 from jaxla.pipeline.sources import image_sources
@@ -114,13 +114,13 @@ def test_a_run_that_memory_ended_is_removed_only_if_nothing_was_saved(tmp_path):
         run_dir = tmp_path / saved.replace("/", "_")
         (run_dir / saved).mkdir(parents=True)
         (run_dir / saved / "12.sha256").write_text("{}")
-        remove_unbegun(run_dir, TooLarge, TooLarge(2, "too large"), None)
+        remove_unbegun(run_dir, StepTooLarge, StepTooLarge(2, "too large"), None)
         assert (run_dir / saved / "12.sha256").exists()
     empty = tmp_path / "empty"
     empty.mkdir()
     remove_unbegun(empty, InputError, InputError("another fault"), None)
     assert empty.exists()
-    remove_unbegun(empty, TooLarge, TooLarge(2, "too large"), None)
+    remove_unbegun(empty, StepTooLarge, StepTooLarge(2, "too large"), None)
     assert not empty.exists()
 
 

@@ -8,9 +8,9 @@ import jinja2
 import numpy as np
 import pytest
 
+from jaxla.cli.command_line import without_folder_and_process
 from jaxla.reporting.page import Pair
 from jaxla.reporting.run_report import write_report
-from jaxla.shell.command_line import without_folder_and_process
 from tests.reporting.pages import SHAPE, SPACING, Page, embedded_images, outcome
 
 GOOD, FAIR, POOR = (5, 14), (6, 16), (12, 18)  # rows of a box; the reference's are 4 to 14, the atlas's 8 to 18

@@ -7,11 +7,11 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from jaxla.experiments import EXPERIMENTS
 
 from jaxla.config import InputError
 from jaxla.data.labels import Labels
 from jaxla.data.split import Split
-from jaxla.experiments import EXPERIMENTS
 from jaxla.runs.folder import is_running, require_free, require_resumable, run_folder
 from jaxla.runs.record import Record, read_record
 from tests.training.faults import files_at_most, start_process

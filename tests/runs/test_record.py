@@ -3,9 +3,9 @@
 from dataclasses import replace
 
 import pytest
+from jaxla.experiments import EXPERIMENTS, METHODS
 
 from jaxla.config import with_method
-from jaxla.experiments import EXPERIMENTS, METHODS
 from jaxla.runs.machine import describe_device
 from jaxla.runs.record import method_label
 

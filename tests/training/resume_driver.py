@@ -9,11 +9,11 @@ from pathlib import Path
 import jax
 from flax import nnx
 
+from jaxla.cli.process import run_command
 from jaxla.config import Training
 from jaxla.data.batches import SliceSource
 from jaxla.data.inputs import Canvas
 from jaxla.models.networks.transformer_segmenter import ConvolutionalDecoder, TransformerSegmenter
-from jaxla.shell.process import run_command
 from jaxla.training import loop
 from jaxla.training.step import split_network
 from tests.tiny import randomise, tiny_backbone

@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from jaxla.cli.terminal import format_duration
 from jaxla.config import Training
 from jaxla.data.batches import SliceSource
 from jaxla.data.inputs import Canvas
 from jaxla.models.networks.transformer_segmenter import LinearDecoder, TransformerSegmenter
-from jaxla.shell.terminal import clock
 from jaxla.training.checkpoints import Checkpoints, checkpoint_steps, checkpointed
 from jaxla.training.loop import fit, validate
 from jaxla.training.step import make_evaluation, split_network
@@ -194,4 +194,4 @@ def test_an_empty_mask_left_empty_counts_as_one(volumes):
 
 @pytest.mark.parametrize(("seconds", "text"), [(20.4, "20 s"), (200, "3 min 20 s"), (3900, "1 h 05 min")])
 def test_times_are_written_for_people(seconds, text):
-    assert clock(seconds) == text
+    assert format_duration(seconds) == text

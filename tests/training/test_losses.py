@@ -8,11 +8,11 @@ import pytest
 import torch
 
 from jaxla.training.losses import (
+    cross_entropy,
+    deep_supervision,
     dice_cross_entropy,
-    of_resolutions,
-    of_volumes,
     overlap_counts,
-    pixel_loss,
+    per_volume,
     predicted_classes,
 )
 
@@ -28,7 +28,7 @@ def test_one_class_is_binary_cross_entropy_over_the_slices_that_count(weight):
     expected = torch.nn.BCEWithLogitsLoss()(
         torch.from_numpy(logits[counted, ..., 0]), torch.from_numpy(mask[counted]).float()
     )
-    loss = pixel_loss(jnp.asarray(logits), mask, np.float32(weight))
+    loss = cross_entropy(jnp.asarray(logits), mask, np.float32(weight))
     np.testing.assert_allclose(loss, expected, rtol=5e-7)  # measured: 2e-7
 
 
@@ -40,18 +40,18 @@ def test_several_classes_are_softmax_cross_entropy_over_the_slices_that_count(we
     expected = torch.nn.CrossEntropyLoss()(
         torch.from_numpy(logits[counted].transpose(0, 3, 1, 2).copy()), torch.from_numpy(mask[counted]).long()
     )
-    loss = pixel_loss(jnp.asarray(logits), mask, np.float32(weight))
+    loss = cross_entropy(jnp.asarray(logits), mask, np.float32(weight))
     np.testing.assert_allclose(loss, expected, rtol=5e-7)  # measured: 2e-7
 
 
 def test_confident_logits_stay_finite():
     logits = jnp.array([1e4, -1e4]).reshape(1, 1, 2, 1)
-    assert pixel_loss(logits, np.array([[[1, 0]]]), np.ones(1)) == 0
-    assert pixel_loss(logits, np.array([[[0, 1]]]), np.ones(1)) == 1e4
+    assert cross_entropy(logits, np.array([[[1, 0]]]), np.ones(1)) == 0
+    assert cross_entropy(logits, np.array([[[0, 1]]]), np.ones(1)) == 1e4
 
 
 def test_no_slice_that_counts_is_no_loss():
-    assert pixel_loss(jnp.ones((2, 3, 3, 1)), np.ones((2, 3, 3)), np.zeros(2)) == 0
+    assert cross_entropy(jnp.ones((2, 3, 3, 1)), np.ones((2, 3, 3)), np.zeros(2)) == 0
 
 
 def test_overlap_of_one_class_is_counted_slice_by_slice():
@@ -97,7 +97,7 @@ def test_dice_and_cross_entropy(weight, batch_dice, shape, outputs):
         dice = np.mean([soft_dice(p, r) for p, r in structures])
     else:
         dice = np.mean([[soft_dice(p[i], r[i]) for p, r in structures] for i in range(len(counted))])
-    expected = float(pixel_loss(jnp.asarray(logits), mask, np.float32(weight))) - dice
+    expected = float(cross_entropy(jnp.asarray(logits), mask, np.float32(weight))) - dice
     loss = dice_cross_entropy(jnp.asarray(logits), mask, np.float32(weight), batch_dice=batch_dice)
     np.testing.assert_allclose(loss, expected, atol=1e-6)  # measured: 2.4e-7
 
@@ -111,12 +111,12 @@ def test_resolutions_count_half_of_the_one_before_and_the_coarsest_nothing():
         return logits.mean()
 
     logits = [jnp.full((2, 8, 12, 1), 1.0), jnp.full((2, 4, 6, 1), 10.0), jnp.full((2, 2, 6, 1), 100.0)]
-    np.testing.assert_allclose(of_resolutions(loss, logits, mask, jnp.ones(2)), (1 + 0.5 * 10) / 1.5, rtol=1e-6)
+    np.testing.assert_allclose(deep_supervision(loss, logits, mask, jnp.ones(2)), (1 + 0.5 * 10) / 1.5, rtol=1e-6)
     np.testing.assert_array_equal(seen[1], mask[:, 1::2, 1::2])  # of two voxels the later one, as nearest-exact has it
     assert len(seen) == 2
-    assert of_resolutions(loss, logits[:1], mask, jnp.ones(2)) == 1  # of one alone that one counts
+    assert deep_supervision(loss, logits[:1], mask, jnp.ones(2)) == 1  # of one alone that one counts
     of_four = torch.nn.functional.interpolate(torch.from_numpy(mask[:, None]).float(), (2, 12), mode="nearest-exact")
-    of_resolutions(loss, [logits[0], jnp.ones((2, 2, 12, 1)), logits[2]], mask, jnp.ones(2))
+    deep_supervision(loss, [logits[0], jnp.ones((2, 2, 12, 1)), logits[2]], mask, jnp.ones(2))
     np.testing.assert_array_equal(seen[-1], of_four[:, 0].numpy())
 
 
@@ -140,5 +140,5 @@ def test_a_loss_of_volumes_takes_each_together_and_leaves_what_fills_up_out():
         probability = own.sigmoid()
         dice = (2 * (probability * reference).sum() + 1e-5) / (probability.sum() + reference.sum() + 1e-5)
         expected.append(torch.nn.functional.binary_cross_entropy_with_logits(own, reference) - dice)
-    loss = of_volumes(partial(dice_cross_entropy, batch_dice=True))(jnp.asarray(logits), mask, weight)
+    loss = per_volume(partial(dice_cross_entropy, batch_dice=True))(jnp.asarray(logits), mask, weight)
     np.testing.assert_allclose(loss, np.mean(expected), rtol=1e-6)  # measured: 2.0e-7

@@ -5,8 +5,8 @@ from dataclasses import replace
 
 import jax
 import pytest
-
 from jaxla.experiments import METHODS
+
 from tests.gpu import HOPPER, TURING, lowered_step, pretend_gpu
 from tests.tiny import TINY_PLAN
 

@@ -11,10 +11,10 @@ import torch
 from flax import nnx
 
 from jaxla.config import Training
+from jaxla.models.backbones.vgg import VGG, Variant
 from jaxla.models.networks.segnet import SegNet
 from jaxla.models.networks.transformer_segmenter import ConvolutionalDecoder, TransformerSegmenter
-from jaxla.models.vgg import VGG, Variant
-from jaxla.training.losses import pixel_loss
+from jaxla.training.losses import cross_entropy
 from jaxla.training.step import (
     count_parameters,
     initial_state,
@@ -225,7 +225,7 @@ def test_gradient_is_the_slope_of_the_loss(name):
         trainable = jax.tree_util.tree_map_with_path(move, parts.trainable)
         network = nnx.merge(parts.training, trainable, *parts.frozen, copy=True)
         batch = batch_of()
-        return pixel_loss(network(batch["input"]), batch["mask"], batch["weight"])
+        return cross_entropy(network(batch["input"]), batch["mask"], batch["weight"])
 
     slope = (loss(0.01) - loss(-0.01)) / 0.02
     assert abs(gradient[place]) > 5e-4

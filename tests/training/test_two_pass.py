@@ -11,7 +11,7 @@ from flax import nnx
 from jaxla.config import Augmentation
 from jaxla.models.networks.windows import WindowDecoder, WindowSegmenter
 from jaxla.training.augmentation import augment
-from jaxla.training.losses import dice_cross_entropy, of_volumes, pixel_loss
+from jaxla.training.losses import cross_entropy, dice_cross_entropy, per_volume
 from jaxla.training.step import make_gradient, split_network
 from jaxla.training.two_pass import make_two_pass_gradient
 from tests.tiny import randomise, tiny_backbone
@@ -19,8 +19,8 @@ from tests.tiny import randomise, tiny_backbone
 KEY = jax.random.key(3)
 SIZE, SLICES = (40, 56), (7, 5)  # of slices, and of two volumes in one batch; 5 × 7 patches, which 2 do not divide
 LAYOUTS = [(1, 1, 1), (3, 1, 1), (2, 2, 2), (5, 2, 3)]
-DICE = of_volumes(partial(dice_cross_entropy, batch_dice=True))
-LOSSES = [of_volumes(pixel_loss), DICE, lambda *of_volume: (DICE(*of_volume) + 2) ** 3]
+DICE = per_volume(partial(dice_cross_entropy, batch_dice=True))
+LOSSES = [per_volume(cross_entropy), DICE, lambda *of_volume: (DICE(*of_volume) + 2) ** 3]
 FAST = {"xla_backend_optimization_level": 0}  # to compile, which is most of what these tests do
 
 

@@ -19,10 +19,10 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from jaxla.models.layers import LECUN_NORMAL, convolution
 from jaxla.models.networks import unet
 from jaxla.models.networks.unet import UNet
-from jaxla.models.resizing import double
+from jaxla.models.ops.layers import LECUN_NORMAL, convolution
+from jaxla.models.ops.resizing import double
 
 
 class AttentionUNet(UNet):

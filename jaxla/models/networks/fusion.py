@@ -19,12 +19,12 @@ from scipy.special import softmax
 
 from jaxla.config import InputError, Model
 from jaxla.models.backbones import TRANSFORMERS
+from jaxla.models.backbones.vision_transformer import VisionTransformer
 from jaxla.models.family import Family
-from jaxla.models.images import three_channels
-from jaxla.models.layers import ConvolutionUnit, logits_layer
 from jaxla.models.networks.unet import DoubleConvolution
-from jaxla.models.resizing import double, resize
-from jaxla.models.vision_transformer import VisionTransformer
+from jaxla.models.ops.images import three_channels
+from jaxla.models.ops.layers import ConvolutionUnit, logits_layer
+from jaxla.models.ops.resizing import double, resize
 
 STEM = 16  # channels that a stage sees of the image
 

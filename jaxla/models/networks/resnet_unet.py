@@ -14,11 +14,11 @@ import jax.numpy as jnp
 from flax import nnx
 
 from jaxla.config import InputError, Model
+from jaxla.models.backbones.resnet import EXPANSION, VARIANTS, WIDTH, ResNet
 from jaxla.models.family import Family
-from jaxla.models.images import crop, pad_to_multiple, require_images, three_channels
-from jaxla.models.layers import logits_layer
 from jaxla.models.networks.unet import DoubleConvolution
-from jaxla.models.resnet import EXPANSION, VARIANTS, WIDTH, ResNet
+from jaxla.models.ops.images import crop, pad_to_multiple, require_images, three_channels
+from jaxla.models.ops.layers import logits_layer
 
 # Channels of the encoder's features that the stages join, at 1/16, 1/8, 1/4 and 1/2 of the image; the last joins none.
 SKIPS = (4 * EXPANSION * WIDTH, 2 * EXPANSION * WIDTH, EXPANSION * WIDTH, WIDTH, 0)

@@ -10,11 +10,11 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from jaxla.models.backbones.vgg import VARIANTS, VGG
 from jaxla.models.family import Family
-from jaxla.models.images import crop, pad_to_multiple, require_images, three_channels
-from jaxla.models.layers import logits_layer, units_in_turn
-from jaxla.models.pooling import unpool
-from jaxla.models.vgg import VARIANTS, VGG
+from jaxla.models.ops.images import crop, pad_to_multiple, require_images, three_channels
+from jaxla.models.ops.layers import logits_layer, units_in_turn
+from jaxla.models.ops.pooling import unpool
 
 MULTIPLE = 32  # of which the sides must be; other images are padded
 

@@ -12,11 +12,11 @@ from flax import nnx
 
 from jaxla.config import Model
 from jaxla.models.backbones import TRANSFORMERS
+from jaxla.models.backbones.vision_transformer import VisionTransformer
 from jaxla.models.family import Family
-from jaxla.models.images import three_channels
-from jaxla.models.layers import LECUN_NORMAL, ConvolutionUnit, convolution, logits_layer
-from jaxla.models.resizing import double, resize
-from jaxla.models.vision_transformer import VisionTransformer
+from jaxla.models.ops.images import three_channels
+from jaxla.models.ops.layers import LECUN_NORMAL, ConvolutionUnit, convolution, logits_layer
+from jaxla.models.ops.resizing import double, resize
 
 
 class TransformerSegmenter(nnx.Module):

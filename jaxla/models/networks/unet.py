@@ -11,9 +11,9 @@ from flax import nnx
 
 from jaxla.config import Model
 from jaxla.models.family import Family
-from jaxla.models.images import crop, pad_to_multiple, require_images
-from jaxla.models.layers import ConvolutionUnit, Upconvolution, logits_layer
-from jaxla.models.pooling import max_pool
+from jaxla.models.ops.images import crop, pad_to_multiple, require_images
+from jaxla.models.ops.layers import ConvolutionUnit, Upconvolution, logits_layer
+from jaxla.models.ops.pooling import max_pool
 
 
 class UNet(nnx.Module):

@@ -22,13 +22,13 @@ from flax import nnx
 
 from jaxla.config import InputError, Model
 from jaxla.models.backbones import TRANSFORMERS
+from jaxla.models.backbones.vision_transformer import VisionTransformer
 from jaxla.models.family import Family
-from jaxla.models.images import require_images, three_channels
-from jaxla.models.layers import LECUN_NORMAL, convolution_of_axes
-from jaxla.models.normalisation import GroupNorm
-from jaxla.models.resizing import double, resize
-from jaxla.models.sub_cubes import Counts, SubCubes
-from jaxla.models.vision_transformer import VisionTransformer
+from jaxla.models.ops.images import require_images, three_channels
+from jaxla.models.ops.layers import LECUN_NORMAL, convolution_of_axes
+from jaxla.models.ops.norms import GroupNorm
+from jaxla.models.ops.resizing import double, resize
+from jaxla.models.ops.sub_cubes import Counts, SubCubes
 
 ENCODED_TOGETHER = 16  # slices of a volume, at most: what the backbone makes on the way is of these alone
 LEVELS = 4  # of features: a quarter, half, three quarters and all of the backbone's depth

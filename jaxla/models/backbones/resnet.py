@@ -1,0 +1,159 @@
+"""ResNet-50 and ResNet-152 (He et al. 2016) as encoders: the features of the stem and of the four stages.
+
+Reference code: torchvision 0.29, `models/resnet.py`. As there ("v1.5"), a stage's stride is that of its first 3×3
+convolution, not of the 1×1 before it as in the paper. The classifier is left out.
+
+A stage's blocks after the first are alike: they are one stacked module run by `jax.lax.scan`, so that the 36 of
+ResNet-152 compile as fast as two.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from jaxla.models.ops.images import require_images
+from jaxla.models.ops.layers import convolution
+from jaxla.models.ops.norms import BatchNorm
+from jaxla.models.ops.pooling import max_pool_overlapping
+
+WIDTH = 64  # channels of the stem's features
+EXPANSION = 4  # how many times wider a block's output is than its 3×3 convolution
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One row of the table of architectures.
+
+    Attributes:
+        blocks: how many each of the four stages has; at least two.
+        licence: of the released weights.
+    """
+
+    blocks: tuple[int, int, int, int]
+    licence: str = "BSD-3-Clause"
+
+
+VARIANTS = {
+    "resnet50": Variant(blocks=(3, 4, 6, 3)),
+    "resnet152": Variant(blocks=(3, 8, 36, 3)),
+}
+
+
+class Bottleneck(nnx.Module):
+    """A 1×1, a 3×3 and a 1×1 convolution, added to their input.
+
+    Args:
+        narrow: channels of the 3×3 convolution; the output has `EXPANSION` times as many.
+        first: whether it is its stage's first block, which changes the width of its input, and with a stride its size:
+            the input is then added through a 1×1 convolution.
+    """
+
+    def __init__(
+        self, inputs: int, narrow: int, dtype: jnp.dtype, rngs: nnx.Rngs, *, stride: int = 1, first: bool = False
+    ) -> None:
+        outputs = EXPANSION * narrow
+        self.conv1, self.bn1 = _unit(inputs, narrow, 1, dtype, rngs)
+        self.conv2, self.bn2 = _unit(narrow, narrow, 3, dtype, rngs, stride)
+        self.conv3, self.bn3 = _unit(narrow, outputs, 1, dtype, rngs)
+        self.first = first
+        if first:
+            self.downsample_conv, self.downsample_bn = _unit(inputs, outputs, 1, dtype, rngs, stride)
+
+    def __call__(self, x: jax.Array, present: jax.Array | None) -> jax.Array:
+        y = jax.nn.relu(self.bn1(self.conv1(x), present))
+        y = jax.nn.relu(self.bn2(self.conv2(y), present))
+        y = self.bn3(self.conv3(y), present)
+        return jax.nn.relu(y + (self.downsample_bn(self.downsample_conv(x), present) if self.first else x))
+
+
+class Stage(nnx.Module):
+    """A first block that changes width and size, and a stack of further ones."""
+
+    def __init__(self, blocks: int, inputs: int, narrow: int, stride: int, dtype: jnp.dtype, rngs: nnx.Rngs) -> None:
+        self.first = Bottleneck(inputs, narrow, dtype, rngs, stride=stride, first=True)
+        stack = nnx.vmap(lambda rngs: Bottleneck(EXPANSION * narrow, narrow, dtype, rngs))
+        self.rest = nnx.split_rngs(splits=blocks - 1)(stack)(rngs)
+
+    def __call__(self, x: jax.Array, present: jax.Array | None) -> jax.Array:
+        graph, state = nnx.split(self.rest)
+
+        def step(x: jax.Array, state: nnx.State) -> tuple[jax.Array, nnx.State]:
+            block = nnx.merge(graph, state)
+            return block(x, present), nnx.state(block, nnx.BatchStat)
+
+        x, statistics = jax.lax.scan(step, self.first(x, present), state)
+        if not self.rest.bn1.use_running_average:  # training
+            nnx.update(self.rest, statistics)
+        return x
+
+
+class ResNet(nnx.Module):
+    """Images [B, H, W, 3], ImageNet-normalised, to features; in evaluation mode until `train()`.
+
+    Args:
+        variant: row of `VARIANTS`.
+        dtype: of the computation; parameters and statistics stay float32.
+    """
+
+    def __init__(self, variant: Variant, *, dtype: jnp.dtype = jnp.float32, rngs: nnx.Rngs) -> None:
+        self.variant = variant
+        self.conv1, self.bn1 = _unit(3, WIDTH, 7, dtype, rngs, stride=2)
+        one, two, three, four = variant.blocks
+        self.layer1 = Stage(one, WIDTH, WIDTH, 1, dtype, rngs)  # the max-pool before it has the stride
+        self.layer2 = Stage(two, 4 * WIDTH, 2 * WIDTH, 2, dtype, rngs)
+        self.layer3 = Stage(three, 8 * WIDTH, 4 * WIDTH, 2, dtype, rngs)
+        self.layer4 = Stage(four, 16 * WIDTH, 8 * WIDTH, 2, dtype, rngs)
+
+    def __call__(self, images: jax.Array) -> jax.Array:
+        """The last stage's features [B, H/32, W/32, 2048]; sides round up.
+
+        Raises:
+            ValueError: `images` is not [B, H, W, 3] of floating point.
+        """
+        return self.intermediate(images)[-1]
+
+    def intermediate(self, images: jax.Array, present: jax.Array | None = None) -> tuple[jax.Array, ...]:
+        """The features of the stem after its max-pool and of the four stages, [B, h, w, C] each.
+
+        Their sides are 1/4, 1/4, 1/8, 1/16 and 1/32 of the image's, rounded up; C is 64, 256, 512, 1024 and 2048.
+
+        In training mode BatchNorm's statistics change in place, so the caller jits.
+
+        Args:
+            present: [B] bool, which images those statistics are of; by default all.
+
+        Raises:
+            ValueError: as for calling.
+        """
+        return self.pyramid(images, present)[1:]
+
+    def pyramid(self, images: jax.Array, present: jax.Array | None = None) -> tuple[jax.Array, ...]:
+        """What `intermediate` returns, and before it the stem's features before their max-pool, of half the sides."""
+        require_images(images)
+        if self.bn1.use_running_average:  # evaluation
+            return _pyramid(*nnx.split(self), images)
+        return self.run(images, present)
+
+    def run(self, images: jax.Array, present: jax.Array | None = None) -> tuple[jax.Array, ...]:
+        """`pyramid`, for those who jit."""
+        stem = jax.nn.relu(self.bn1(self.conv1(images), present))
+        features = [stem, max_pool_overlapping(stem)]
+        for stage in (self.layer1, self.layer2, self.layer3, self.layer4):
+            features.append(stage(features[-1], present))
+        return tuple(features)
+
+
+# Jitted here rather than by the caller, so that plain calls do not compile the scans anew each time.
+@partial(jax.jit, static_argnums=0)
+def _pyramid(graph: nnx.GraphDef, state: nnx.State, images: jax.Array) -> tuple[jax.Array, ...]:
+    return nnx.merge(graph, state).run(images)
+
+
+def _unit(inputs: int, outputs: int, side: int, dtype: jnp.dtype, rngs: nnx.Rngs, stride: int = 1) -> tuple:
+    """A convolution and its BatchNorm."""
+    return convolution(inputs, outputs, side, stride=stride, dtype=dtype, rngs=rngs), BatchNorm(outputs, dtype=dtype)

@@ -1,0 +1,155 @@
+"""Training on one device and on several; what came of it into an .npz file.
+
+In one process that sees eight devices, or in one of two that see two each: python -m tests.distributed.mesh_driver
+FOLDER [COORDINATOR INDEX].
+"""
+
+import os
+import sys
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+os.environ["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={2 if len(sys.argv) > 2 else 8}"
+
+import jax
+import numpy as np
+from flax import nnx
+
+from jaxla.config import Training
+from jaxla.data.batches import SliceSource
+from jaxla.data.inputs import Canvas
+from jaxla.devices.launch import Launch
+from jaxla.distributed import is_first, join_processes, local_rows, replicate, shard_batch, use_devices
+from jaxla.models.networks.fusion import FusionDecoder, FusionSegmenter
+from jaxla.models.networks.transformer_segmenter import ConvolutionalDecoder, TransformerSegmenter
+from jaxla.models.networks.unet import UNet
+from jaxla.models.networks.windows import WindowDecoder, WindowSegmenter
+from jaxla.training.loop import fit
+from jaxla.training.losses import dice_cross_entropy, per_volume
+from jaxla.training.step import initial_state, make_gradient, make_optimiser, make_step, split_network, take_step
+from jaxla.training.two_pass import make_two_pass_gradient
+from tests.distributed.mesh_cases import BATCH, CASES, OF_TWO_PROCESSES, RESUMED_ON, STEPS
+from tests.tiny import ROTARY, randomise, tiny_backbone
+from tests.training.scans import disc_scans
+
+RECIPE = Training(learning_rate=1e-3, backbone_learning_rate=1e-4)
+
+
+def network(name):
+    if name == "convolutional":
+        return randomise(nnx.eval_shape(lambda: UNet((4, 8, 8), 1, rngs=nnx.Rngs(0))))
+    if name == "fusion":
+        decoder = nnx.eval_shape(lambda: FusionDecoder(32, 3, (8, 8, 4), 1, rngs=nnx.Rngs(0)))
+        return FusionSegmenter(tiny_backbone(), (0, 1, 2), randomise(decoder, 1))
+    if name == "windows":
+        decoder = nnx.eval_shape(lambda: WindowDecoder(32, (8, 8, 4, 4), 1, places=4, rngs=nnx.Rngs(0)))
+        return WindowSegmenter(tiny_backbone(), randomise(decoder, 1), (2, 1, 2))
+    decoder = nnx.eval_shape(lambda: ConvolutionalDecoder(32, (8, 8, 4), 1, rngs=nnx.Rngs(0)))
+    backbone = tiny_backbone() if name == "frozen" else tiny_backbone(variant=ROTARY, remat=True)
+    return TransformerSegmenter(backbone, randomise(decoder, 1))
+
+
+def batches(slices=None):
+    """The rows of each batch that the devices of this process take.
+
+    Args:
+        slices: of every volume, where rows are volumes; every other one lacks the last of them.
+    """
+    rng, rows = np.random.default_rng(0), local_rows(BATCH)
+    for _ in range(STEPS):
+        shape = (BATCH,) if slices is None else (BATCH, slices)
+        images, weight = rng.random((*shape, 24, 40, 1), dtype=np.float32), np.ones(shape, np.float32)
+        if slices is not None:
+            weight[::2, -1] = 0
+        batch = {"input": images, "mask": (images[..., 0] > 0.7).astype(np.uint8), "weight": weight}
+        yield {
+            key: np.pad(array, [(0, max(0, rows.stop - BATCH)), *[(0, 0)] * (array.ndim - 1)])[rows.start : rows.stop]
+            for key, array in batch.items()
+        }
+
+
+def trained(name):
+    """-> name of array -> array: the losses, the first gradients, and all parameters and statistics at the end."""
+    parts = split_network(network(name), train_backbone=name not in ("frozen", "fusion"))
+    optimiser = make_optimiser(RECIPE, STEPS, pretrained_backbone=True)
+    gradient = make_gradient(parts.training)
+    if name == "windows":
+        loss = per_volume(partial(dice_cross_entropy, batch_dice=True))
+        gradient = make_two_pass_gradient(parts.training, None, loss)
+    step = make_step(gradient, optimiser)
+    state, arrays, losses = initial_state(parts, optimiser), {}, []
+    for number, batch in enumerate(map(shard_batch, batches(3 if name == "windows" else None))):
+        losses.append(take_step(step, state, batch, jax.random.key(0)))
+        if not number:  # Adam's first moment is a tenth of the first gradient
+            arrays |= {name: array for name, array in named("gradients", state.optimiser).items() if ".mu." in name}
+    leaves = jax.tree.leaves((state.trainable, state.optimiser))
+    held = sum(leaf.addressable_shards[0].data.nbytes for leaf in leaves)
+    return (
+        arrays
+        | named("parameters", state.trainable)
+        | named("statistics", state.frozen.statistics)
+        | {
+            "losses": np.array(losses),
+            "bytes on a device": np.array(held),
+        }
+    )
+
+
+def named(kind, tree):
+    tree = jax.jit(replicate)(tree)
+    name = partial(jax.tree_util.keystr, simple=True, separator=".")
+    return {f"{kind}/{name(path)}": np.asarray(leaf) for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]}
+
+
+def resumed(folder, sessions):
+    """-> the metrics of some epochs, trained in sessions: up to which epoch, on how many devices."""
+    volumes = disc_scans(folder / "scans")
+    for epoch, count in sessions.items():
+        with use_devices(count, shard_params=count == 4):
+            progress = fit(
+                split_network(network("finetuned"), train_backbone=True),
+                SliceSource(volumes[:2], Canvas(32)),
+                SliceSource(volumes[1:], Canvas(32)),
+                replace(RECIPE, epochs=epoch, batch_size=BATCH, patience=9),
+                seed=0,
+                pretrained_backbone=True,
+                folder=folder,
+            )
+    kinds = ("train_loss", "val_loss", "val_dice", "val_iou")
+    return np.array([[metrics[kind] for kind in kinds] for metrics in progress.history])
+
+
+def block_weights():
+    """Of a network that lies on one device, as a trained one does, asked for while eight share the work."""
+    network_of_one = jax.device_put(nnx.state(network("fusion")), jax.devices()[0])
+    with use_devices(8):
+        return np.array(nnx.merge(nnx.graphdef(network("fusion")), network_of_one).block_weights()["levels"])
+
+
+def all_trained(cases):
+    arrays = {}
+    for case, (devices, shard_params, networks) in cases.items():
+        for name in networks:
+            with use_devices(devices, shard_params):
+                arrays |= {f"{case}/{name}/{key}": array for key, array in trained(name).items()}
+    return arrays
+
+
+def main(folder):
+    arrays = all_trained(CASES)
+    arrays["block weights"] = block_weights()
+    arrays["resumed"] = resumed(folder / "resumed", RESUMED_ON)
+    arrays["on one"] = resumed(folder / "on one", {max(RESUMED_ON): 1})
+    np.savez(folder / "arrays.npz", **arrays)
+
+
+def of_two(folder, coordinator, index):
+    with join_processes(Launch(coordinator, 2, int(index)), 60):
+        arrays = all_trained(OF_TWO_PROCESSES)
+        if is_first():
+            np.savez(folder / "of two.npz", **arrays)
+
+
+if __name__ == "__main__":
+    (of_two if len(sys.argv) > 2 else main)(Path(sys.argv[1]), *sys.argv[2:])

@@ -1,0 +1,103 @@
+"""A study's folder made from boxes by the package's own metrics, without any training."""
+
+import json
+from dataclasses import replace
+from typing import NamedTuple
+
+import nibabel as nib
+import numpy as np
+from jaxla.experiments import EXPERIMENTS, METHODS
+
+from jaxla.config import with_method
+from jaxla.data.cases import find_cases
+from jaxla.data.labels import Labels
+from jaxla.data.prepared import content_key
+from jaxla.evaluation.summary import score_case, summarise, write_cases, write_summary
+from jaxla.runs.machine import environment
+from jaxla.runs.record import Record, write_record
+
+SHAPE, SPACING = (24, 20, 6), (1.0, 1.5, 4.0)  # X, Y, Z; the slices lie along Z
+AFFINE = np.diag([*SPACING, 1.0])
+TRAIN = [f"t{n}" for n in range(8)]
+ONE_CLASS = Labels(("LA",))
+TWO_CLASSES = Labels(("LA", "appendage"), ((1,), (2,)))
+
+
+class Planned(NamedTuple):
+    """A run: rows that its masks' boxes cover, by test case."""
+
+    protocol: str
+    method: str
+    seed: int
+    found: dict
+
+
+def box(rows, labels=ONE_CLASS):
+    """A box of the first class; a second class is always found where it is."""
+    mask = np.zeros(SHAPE, np.uint8)
+    mask[rows[0] : rows[1], 5:15, 1:5] = 1
+    if len(labels.names) > 1:
+        mask[2:5, 16:19, 1:5] = 2
+    return mask
+
+
+def save(array, path):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    nib.save(nib.Nifti1Image(array, AFFINE), path)
+
+
+def write_study(folder, planned, references, root, labels=ONE_CLASS):
+    """A study of one run for each of `planned`, whose scans, with boxes of rows `references`, lie in `root`."""
+    rng = np.random.default_rng(0)
+    for case, rows in references.items():
+        save(rng.integers(0, 500, SHAPE).astype(np.int16), root / f"{case}.nii.gz")
+        save(box(rows, labels), root / f"{case}_mask.nii.gz")
+    option = labels.describe().replace(", ", ";").replace(": ", ":") if labels.values else ""
+    hashes = {case.id: content_key(case, labels) for case in find_cases(root, option).cases}
+    runs = []
+    for run in planned:
+        name = f"{run.protocol}_{run.method}_seed{run.seed}"
+        runs.append({"folder": name, "protocol": run.protocol, "method": run.method, "seed": run.seed})
+        write_run(folder / "runs" / name, run, references, root, labels, option)
+        (folder / "runs" / name / "cases.json").write_text(json.dumps(dict.fromkeys([*TRAIN, "v"], "0") | hashes))
+    content = {"name": "tiny", "summary": "boxes", "command": "python -m jaxla.study --name=tiny", "runs": runs}
+    (folder / "study.json").write_text(json.dumps(content))
+
+
+def write_run(folder, run, references, root, labels, option):
+    experiment = with_method(EXPERIMENTS[run.protocol], METHODS[run.method])
+    experiment = replace(
+        experiment, seed=run.seed, data=replace(experiment.data, root=str(root), labels=option, subset_seed=run.seed)
+    )
+    patients = experiment.data.train_patients or round(experiment.data.train_percent / 100 * len(TRAIN))
+    (folder / "test").mkdir(parents=True)
+    hashes = dict.fromkeys(("weights_sha256", "split_sha256", "data_sha256"), "0" * 64)
+    begun = {"command": "python -m jaxla.train", "begun": "2026-01-02T03:04:05", "environment": environment()}
+    write_record(folder, Record(experiment, labels, "random", **hashes, **begun))
+    split = {"train": TRAIN[:patients], "val": ["v"], "test": list(run.found)}
+    (folder / "split.json").write_text(json.dumps(split))
+    cost = {
+        "parameters": 31_000_000, "trained_parameters": 31_000_000, "multiply_adds": 75_000_000_000,
+        "step_bytes": 3_300_000_000, "step_slices": 8,
+        "peak_host_bytes": 4_000_000_000 + run.seed, "peak_device_bytes": None,
+        "inference_seconds": [1.0 + run.seed, 2.0 + run.seed], "inference_slices": [6, 6],
+    }  # fmt: skip
+    (folder / "cost.json").write_text(json.dumps(cost))
+    lines = [{"epoch": n, "seconds": 10.0 * n, "val_dice": 0.5, "val_iou": 0.4} for n in (1, 2)]
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+    rows, slice_rows = [], []
+    for case, found in run.found.items():
+        save(box(found, labels), folder / "test" / "predictions" / f"{case}.nii.gz")
+        predicted, reference = (np.moveaxis(box(b, labels), 2, 0) for b in (found, references[case]))
+        spacing = (SPACING[2], *SPACING[:2])
+        rows += score_case(case, predicted, reference, spacing, labels.names)
+        slice_rows += score_case(case, predicted, reference, spacing, labels.names, "slice")
+    for row in rows:
+        row |= {"atlas_dice": 0.4, "atlas_iou": 0.25}
+    summary = summarise(rows, "volume", "one", labels.names)
+    summary["slice"] = summarise(slice_rows, "slice", "one", labels.names)
+    write_cases(rows, folder / "test" / "cases.csv")
+    write_cases(slice_rows, folder / "test" / "slices.csv")
+    write_summary(summary, folder / "test" / "summary.json")
+    (folder / "report.html").write_text("a finished run has one")

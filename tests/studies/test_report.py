@@ -1,0 +1,511 @@
+"""The report on a study: its numbers by hand, its files, and the folders that it refuses."""
+
+import csv
+import json
+import re
+import shutil
+from itertools import combinations
+
+import numpy as np
+import pytest
+from jaxla.experiments import METHODS, STUDIES
+from matplotlib import colors
+from matplotlib.figure import Figure
+from PIL import Image
+from scipy import stats
+
+from jaxla.config import InputError
+from jaxla.report import main
+from jaxla.studies.figures import draw_series, series_of, styles_of
+from jaxla.studies.report import report_study
+from jaxla.studies.results import read_study
+from jaxla.studies.tables import devices_of, largest_protocol
+from tests.reporting.pages import Page
+from tests.studies.runs import TWO_CLASSES, Planned, write_study
+
+REFERENCES = {f"c{n}": (4, 14) for n in range(4)}
+# rows found in cases c0 to c3, by method and seed; a box of 10 rows moved by m has Dice 1 − m / 10
+FOUND = {
+    ("unet", 0): [(4, 14), (5, 15), (6, 16), (7, 17)],
+    ("unet", 1): [(4, 14), (5, 15), (6, 16), (9, 19)],
+    ("segnet", 0): [(5, 15), (6, 16), (8, 18), (10, 20)],
+    ("segnet", 1): [(6, 16), (6, 16), (8, 18), (12, 22)],
+}
+DICE = {"unet": [1.0, 0.9, 0.8, 0.6], "segnet": [0.85, 0.8, 0.6, 0.3]}  # of each case, averaged over the seeds
+PROTOCOLS = ("fewshot_1patient", "data_50percent", "paper1")
+
+
+@pytest.fixture(scope="module")
+def reported(tmp_path_factory):
+    """A study with its report."""
+    folder = tmp_path_factory.mktemp("reported")
+    planned = [
+        Planned(protocol, method, seed, dict(zip(REFERENCES, found, strict=True)))
+        for protocol in PROTOCOLS
+        for (method, seed), found in FOUND.items()
+    ]
+    write_study(folder / "study", planned, REFERENCES, folder / "scans")
+    report_study(folder / "study", folder / "cache")
+    return folder / "study"
+
+
+@pytest.fixture
+def study(reported, tmp_path):
+    """A copy of it."""
+    return shutil.copytree(reported, tmp_path / "study")
+
+
+def read_csv(path):
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def run_of(study, protocol="paper1", method="unet", seed=0):
+    return study / "runs" / f"{protocol}_{method}_seed{seed}"
+
+
+def test_a_case_counts_once_averaged_over_seeds(reported):
+    rows = {(r["method"], r["metric"], r["unit"]): r for r in read_csv(reported / "tables" / "table1_paper1.csv")}
+    for method, dice in DICE.items():
+        row = rows[method, "dice", "volume"]
+        assert float(row["mean"]) == pytest.approx(np.mean(dice))
+        assert float(row["sd"]) == pytest.approx(np.std(dice, ddof=1))
+        assert row["n"] == "4"
+        of_seeds = [np.mean([1 - (start - 4) / 10 for start, _ in FOUND[method, seed]]) for seed in (0, 1)]
+        assert float(row["sd_over_seeds"]) == pytest.approx(np.std(of_seeds, ddof=1))
+        assert float(row["ci95_low"]) < np.mean(dice) < float(row["ci95_high"])
+    # 4 of the 6 slices of a case hold the structure; the others are empty in both masks, which counts as 1
+    of_slices = rows["unet", "dice", "slice"]
+    assert float(of_slices["mean"]) == pytest.approx((4 * np.mean(DICE["unet"]) + 2) / 6)
+    assert of_slices["n"] == "24"
+    assert of_slices["ci95_low"] == ""
+    assert float(rows["atlas", "dice", "volume"]["mean"]) == pytest.approx(0.4)
+
+
+def test_published_numbers_stand_beside_ours_and_are_marked(reported):
+    rows = {(r["method"], r["metric"], r["unit"]): r for r in read_csv(reported / "tables" / "table1_paper1.csv")}
+    assert [float(rows["unet", m, "volume"]["published_mean"]) for m in ("dice", "iou")] == [0.841, 0.764]
+    assert [float(rows["unet", m, "volume"]["published_sd"]) for m in ("dice", "iou")] == [0.083, 0.128]
+    assert rows["segnet", "dice", "volume"]["published_mean"] == rows["unet", "dice", "slice"]["published_mean"] == ""
+    printed = (reported / "tables" / "table1_paper1.md").read_text()
+    head, _, first, *_ = printed.splitlines()
+    assert (
+        re.sub(r"\s+", " ", head)
+        == "| method | per | Dice | IoU | HD95, mm | ASSD, mm | sd over seeds | above atlas | published Dice "
+        "| published IoU |"
+    )
+    assert re.sub(r"\s+", " ", first).startswith("| unet | volume | 0.825 ± 0.171 | ")
+    # seeds' means 0.85 and 0.8; all four cases lie above the atlas's 0.4
+    assert re.sub(r"\s+", " ", first).endswith("| 0.035 | 4 of 4 | 0.841 ± 0.083 | 0.764 ± 0.128 |")
+    (of_atlas,) = (re.sub(r"\s+", " ", line) for line in printed.splitlines() if line.startswith("| atlas"))
+    assert " | 0.000 | – | – | – |" in of_atlas  # the same for both seeds; no other atlas to lie above
+    assert "Published: by paper 1, on LAScarQS 2022, with its own recipe, whatever data and options" in printed
+    few = (reported / "tables" / "table1_fewshot_1patient.md").read_text()
+    assert "Published: by paper 1, on LAScarQS 2022, read off its Figure 2, with its own recipe" in few
+    assert "(8 training patients): mean ± sd over 4 test volumes and over their 24 slices" in printed
+
+
+def test_each_published_number_names_its_own_paper(tmp_path):
+    planned = [
+        Planned("paper2", method, 0, dict(zip(REFERENCES, FOUND["unet", 0], strict=True)))
+        for method in ("unet", "fusion_vitg14")
+    ]
+    write_study(tmp_path / "study", planned, REFERENCES, tmp_path / "scans")
+    page = Page(report_study(tmp_path / "study", tmp_path / "cache").read_text("utf-8"))
+    printed = (tmp_path / "study" / "tables" / "table1_paper2.md").read_text()
+    assert printed.rstrip().endswith(
+        "Published: by paper 2, on LAScarQS 2022, with its own recipe, whatever data and options were taken here; it "
+        "states no unit of its means."
+    )
+    # lower than the least that such a mean Dice allows
+    assert "these fail: paper2, fusion_vitg14, published." in page.text
+
+
+def test_methods_are_compared_case_by_case(reported):
+    rows = read_csv(reported / "tables" / "comparisons.csv")
+    assert len(rows) == len(PROTOCOLS) * 4  # one pair of methods, four metrics
+    (row,) = (r for r in rows if (r["protocol"], r["metric"]) == ("paper1", "dice"))
+    differences = np.round(np.subtract(DICE["unet"], DICE["segnet"]), 12)
+    assert (row["first"], row["second"], row["n"]) == ("unet", "segnet", "4")
+    assert float(row["difference"]) == pytest.approx(differences.mean())
+    assert float(row["p"]) == float(row["p_holm"]) == pytest.approx(stats.wilcoxon(differences).pvalue)
+    assert float(row["effect"]) == 1
+
+
+def test_cost_stands_beside_accuracy(reported):
+    unet, segnet = read_csv(reported / "tables" / "cost.csv")
+    assert (unet["method"], segnet["method"]) == ("unet", "segnet")
+    assert unet["protocol"] == "paper1"  # of the three that of most training patients
+    assert float(unet["epoch_seconds"]) == 15  # epochs of 10 and 20 s
+    assert float(unet["inference_seconds"]) == 2  # 1, 2 and 2, 3 s
+    assert float(unet["peak_bytes"]) == 4_000_000_001
+    assert float(unet["dice"]) == pytest.approx(np.mean(DICE["unet"]))
+
+
+def test_every_table_and_figure_is_there_in_every_format_and_the_same_again(study, tmp_path):
+    names = {"comparisons", "cost", *(f"table1_{protocol}" for protocol in PROTOCOLS)}
+    tables, figures = study / "tables", study / "figures"
+    assert {path.name for path in tables.iterdir()} == {f"{n}.{e}" for n in names for e in ("csv", "md", "tex")}
+    drawn = {"figure2", "figure3", "cost", "agreement"}
+    assert {path.name for path in figures.iterdir()} == {f"{name}.{e}" for name in drawn for e in ("pdf", "png")}
+    for name in drawn:
+        pixels = np.asarray(Image.open(figures / f"{name}.png").convert("L"))
+        assert pixels.shape[1] > 600
+        assert pixels.std() > 10
+        assert (figures / f"{name}.pdf").read_bytes().startswith(b"%PDF")
+    files = [path for path in (study / "report.html", *tables.iterdir(), *figures.iterdir()) if path.suffix != ".png"]
+    before = {path: path.read_bytes() for path in files}
+    for path in before:
+        path.unlink()
+    assert report_study(study, tmp_path / "cache") == study / "report.html"
+    assert all(path.read_bytes() == content for path, content in before.items())
+
+
+def test_latex_has_no_sign_that_latex_does_not_take(reported):
+    for path in (reported / "tables").glob("*.tex"):
+        text = path.read_text()
+        assert text.isascii(), path
+        assert not re.search(r"(?<!\\)[_%#]", text), path
+        assert text.count("{tabular}") == text.count("\\toprule") * 2 == 2
+
+
+def test_the_page_shows_all_of_it_and_needs_no_other_file(reported):
+    page = Page((reported / "report.html").read_text("utf-8"))
+    assert not {tag for tag, _ in page.tags} & {"script", "link", "iframe", "object", "embed", "base", "form"}
+    references = [a[key] for _, a in page.tags for key in ("src", "href", "srcset", "data") if key in a]
+    assert len(references) == 4
+    assert all(reference.startswith("data:") for reference in references)
+    assert all(len(a["alt"]) > 10 for tag, a in page.tags if tag == "img")
+    assert "Consistency of Dice and IoU: passes." in page.text
+    assert "All 16 pairs of means" in page.text  # 3 protocols of 2 methods by 2 units, 3 atlases, 1 published with IoU
+    assert "random, not pretrained" in page.text
+    assert "With 4 test cases, p cannot fall below 0.12" in page.text
+    assert "Changed options" not in page.text
+    for text in ("larger of the two directed 95th percentiles", "both masks empty counts as perfect", "Wilcoxon"):
+        assert text in page.text
+    runs, _ = page.table("Run")
+    assert [row[0] for row in runs] == [f"{p}_{m}_seed{s}" for p in PROTOCOLS for m, s in FOUND]
+
+
+def test_pairs_that_cannot_be_are_named(study, tmp_path):
+    for seed in (0, 1):
+        path = run_of(study, seed=seed) / "test" / "cases.csv"
+        rows = read_csv(path)
+        with path.open("w", newline="") as file:
+            writer = csv.DictWriter(file, rows[0])
+            writer.writeheader()
+            writer.writerows({**row, "iou": 0.3} for row in rows)
+    page = Page(report_study(study, tmp_path / "cache").read_text("utf-8"))
+    assert "Consistency of Dice and IoU: FAILS." in page.text
+    assert "these fail: paper1, unet, per volume." in page.text
+
+
+def test_figure_2_has_a_panel_by_share_and_one_by_number(reported):
+    results = read_study(reported)
+    by_share, by_number = series_of(results)
+    assert (by_share.ticks, by_share.protocols) == (["50 %", "100 %"], ["data_50percent", "paper1"])
+    assert (by_number.ticks, by_number.protocols) == (["1", "all (8)"], ["fewshot_1patient", "paper1"])
+    axes = Figure().add_subplot()
+    draw_series(axes, results, styles_of({m: m for m in results.methods}, list(METHODS)), by_number)
+    lines = {container.get_label(): container.lines[0].get_ydata() for container in axes.containers}
+    assert lines == {m: pytest.approx([np.mean(dice)] * 2) for m, dice in DICE.items()}
+    assert axes.get_xlabel() == "training patients"
+
+
+def test_methods_are_told_apart_in_colour_and_in_grey():
+    known = list(METHODS)
+    for study in STUDIES.values():
+        styles = styles_of({m: m for m in study.methods}, known)
+        assert styles == styles_of({m: m for m in study.methods[::-1]}, known)  # the same in every study
+        for a, b in combinations(styles.values(), 2):
+            assert a.colour != b.colour
+            assert (a.marker, a.dashes) != (b.marker, b.dashes)
+        greys = sorted(np.dot(colors.to_rgb(style.colour), (0.299, 0.587, 0.114)) for style in styles.values())
+        assert len(greys) == len(study.methods)
+        assert greys[-1] - greys[0] > 0.5
+    exchanged = styles_of({"unet": "unet", "exchanged": "dinov2_vitb14"}, known)
+    assert exchanged["exchanged"] == styles_of({"dinov2_vitb14": "dinov2_vitb14"}, known)["dinov2_vitb14"]
+    # the method after the ten that colours suffice for takes the next free one
+    many = [f"method {n}" for n in range(12)]
+    assert len({style.colour for style in styles_of({m: m for m in (many[0], many[10])}, many).values()}) == 2
+    assert len(set(styles_of({m: m for m in many}, many).values())) == 12
+
+
+def test_of_several_classes_each_has_its_numbers(tmp_path):
+    planned = [
+        Planned("paper1", method, 0, dict(zip(REFERENCES, FOUND[method, 0], strict=True)))
+        for method in ("unet", "segnet")
+    ]
+    write_study(tmp_path / "study", planned, REFERENCES, tmp_path / "scans", TWO_CLASSES)
+    page = Page(report_study(tmp_path / "study", tmp_path / "cache").read_text("utf-8"))
+    dice = [1.0, 0.9, 0.8, 0.7]  # of the first class; the second is always right
+    for unit, head in (("volume", 0), ("slice", 2 / 6)):  # two slices of six are empty in both masks
+        rows = {
+            r["class"]: r
+            for r in read_csv(tmp_path / "study" / "tables" / "table1_paper1.csv")
+            if (r["method"], r["metric"], r["unit"]) == ("unet", "dice", unit)
+        }
+        of_box = np.mean(dice) if not head else head + (1 - head) * np.mean(dice)
+        assert {name: float(row["mean"]) for name, row in rows.items()} == pytest.approx(
+            {"mean": (of_box + 1) / 2, "LA": of_box, "appendage": 1}
+        )
+    rows, _ = page.table("method")
+    assert [row[:3] for row in rows] == [
+        [method, name, unit]
+        for unit, methods in (("volume", ["unet", "segnet", "atlas"]), ("slice", ["unet", "segnet"]))
+        for name in ("mean", "LA", "appendage")
+        for method in methods
+    ]
+    assert "; mean: of the classes of a unit" in page.text
+    compared = read_csv(tmp_path / "study" / "tables" / "comparisons.csv")
+    assert "published" not in page.text  # what paper 1 published is of the LA alone
+    assert [r["class"] for r in compared if r["metric"] == "dice"] == ["mean", "LA", "appendage"]
+    assert [float(r["difference"]) for r in compared if r["metric"] == "dice"] == pytest.approx([0.0875, 0.175, 0])
+    assert "All 15 pairs of means" in page.text  # 3 of 2 methods by 2 units, 3 of the atlas
+
+
+def test_a_smaller_plan_leaves_no_table_of_a_larger_one(study, tmp_path, caplog):
+    for name in ("notes.md", "table1_paper1_edited.tex"):
+        (study / "tables" / name).write_text("mine")
+    edit(study / "study.json", lambda content: content.update(runs=content["runs"][-2:-1]))
+    report_study(study, tmp_path / "cache")
+    tables = {f"{name}.{ending}" for name in ("table1_paper1", "cost") for ending in ("csv", "md", "tex")}
+    kept = {"notes.md", "table1_paper1_edited.tex"}
+    assert {path.name for path in (study / "tables").iterdir()} == tables | kept
+    assert {path.stem for path in (study / "figures").iterdir()} == {"figure3", "cost", "agreement"}
+    assert "not in the report, for the plan does not name them: data_50percent_segnet_seed0, " in caplog.text
+
+
+def test_times_of_different_devices_are_said_not_to_compare(study):
+    (unet, segnet), device = (run_of(study, method=m) / "experiment.json" for m in ("unet", "segnet")), "gpu: Fast"
+    others = {"device": device, "devices": 4, "processes": 2}
+    for path in (study / "runs").glob("*/experiment.json"):
+        edit(path, lambda content: content["environment"].update(processor="Z80"))
+    assert devices_of(read_study(study), "paper1") == "cpu: Z80"
+    edit(segnet, lambda content: content["environment"].update(others))
+    edit(
+        unet, lambda content: content.update(resumed=[{"environment": {**content["environment"], "processor": "6502"}}])
+    )
+    assert devices_of(read_study(study), "paper1") == (
+        "different devices, so that times and memory cannot be compared (unet, segnet: cpu: Z80; unet: cpu: 6502; "
+        "segnet: gpu: Fast, 4 of them, in 2 processes)"
+    )
+
+
+def test_options_that_are_not_a_methods_own_are_named(study, tmp_path):
+    for path in (study / "runs").glob("*_unet_*/experiment.json"):
+        edit(path, lambda content: content["experiment"]["model"].update(widths=[8, 16]))
+    page = Page(report_study(study, tmp_path / "cache").read_text("utf-8"))
+    assert "Changed options. unet: --model.widths=[8,16]. The other options are the methods' own." in page.text
+
+
+def test_large_numbers_of_cost_are_printed_whole(study, tmp_path):
+    edit(run_of(study) / "cost.json", lambda content: content.update(parameters=1_136_480_768))
+    edit(
+        run_of(study, seed=1) / "cost.json",
+        lambda content: content.update(inference_seconds=[3.0], inference_slices=[6]),
+    )
+    report_study(study, tmp_path / "cache")
+    printed = (study / "tables" / "cost.md").read_text()
+    assert [cell.strip() for cell in printed.splitlines()[2].split("|")[1:5]] == ["unet", "1136", "31", "75"]
+    assert "mean over 1 to 2 test volumes of 6 slices in each run" in printed
+
+
+def test_of_equal_protocols_the_one_of_all_patients_is_shown(study):
+    for method, seed in FOUND:
+        run = run_of(study, "data_50percent", method, seed)
+        edit(run / "split.json", lambda content: content.update(train=[f"t{n}" for n in range(8)]))
+    assert largest_protocol(read_study(study)) == "paper1"
+
+
+def test_a_study_of_one_method_compares_nothing(tmp_path):
+    found = dict(zip(REFERENCES, FOUND["unet", 0], strict=True))
+    write_study(tmp_path / "study", [Planned("paper1", "unet", 0, found)], REFERENCES, tmp_path / "scans")
+    page = Page(report_study(tmp_path / "study", tmp_path / "cache").read_text("utf-8"))
+    assert {path.stem for path in (tmp_path / "study" / "tables").iterdir()} == {"table1_paper1", "cost"}
+    assert "Are the differences real?" not in page.text
+    assert page.table("method")[0][0][:3] == ["unet", "volume", "0.850 ± 0.129"]
+
+
+def test_cases_for_figure_3_may_be_chosen(study, tmp_path, capsys):
+    before = (study / "figures" / "figure3.png").read_bytes()
+    main([f"--study={study}", f"--cache-dir={tmp_path / 'cache'}", "--cases=c2,c0"])
+    assert capsys.readouterr().out.splitlines()[-1] == f"written: {study / 'report.html'}"
+    assert (study / "figures" / "figure3.png").read_bytes() != before
+    with pytest.raises(InputError, match=r"--cases: c9 is no test case of this study; these are: c0, c1, c2, c3"):
+        main([f"--study={study}", "--cases=c9"])
+
+
+def test_scans_that_have_moved_are_asked_for(study, reported, tmp_path):
+    elsewhere = shutil.copytree(reported.parent / "scans", tmp_path / "elsewhere")
+    for run in (study / "runs").iterdir():
+        edit(run / "experiment.json", lambda content: content["experiment"]["data"].update(root="/gone"))
+    with pytest.raises(InputError, match=r"^--data.root=/gone: no such folder"):
+        report_study(study, tmp_path / "cache")
+    (study / "report.html").unlink()
+    assert report_study(study, tmp_path / "cache", str(elsewhere)).exists()
+    other = elsewhere / "c0.nii.gz"
+    other.write_bytes((elsewhere / "c1.nii.gz").read_bytes())
+    with pytest.raises(InputError, match=r"case c0 is another scan or mask than the one that the study was run on"):
+        report_study(study, tmp_path / "cache", str(elsewhere))
+    for path in elsewhere.glob("c0*"):
+        path.unlink()
+    with pytest.raises(InputError, match=r"case c0 of the study is not there; give its folder as --data.root"):
+        report_study(study, tmp_path / "cache", str(elsewhere))
+
+
+# --- refused ---------------------------------------------------------------------------------------------------------
+
+
+def test_a_study_lists_a_run_of_each_protocol_method_and_seed(study):
+    edit(study / "study.json", lambda content: content["runs"].pop())
+    with pytest.raises(InputError, match=r"study.json: damaged .*expected a run for each protocol, method and seed"):
+        read_study(study)
+
+
+def test_a_report_that_cannot_be_written_is_one_line(study, tmp_path):
+    shutil.rmtree(study / "figures")
+    (study / "figures").write_text("a file")
+    with pytest.raises(InputError, match=rf"^{re.escape(str(study / 'figures'))}: cannot be written"):
+        report_study(study, tmp_path / "cache")
+
+
+def edit(path, change):
+    content = json.loads(path.read_text())
+    change(content)
+    path.write_text(json.dumps(content))
+
+
+def remove_case(run):
+    edit(run / "split.json", lambda content: content["test"].remove("c3"))
+    edit(run / "test" / "summary.json", lambda content: content["slice"]["dice"].update(n=18))
+    for name in ("cases.csv", "slices.csv"):
+        lines = (run / "test" / name).read_text().splitlines(keepends=True)
+        (run / "test" / name).write_text("".join(line for line in lines if not line.startswith("c3,")))
+
+
+FAULTS = {
+    "missing": (shutil.rmtree, "{run}: this run of the study has not begun; go on with: python -m jaxla.study"),
+    "incomplete": (
+        lambda run: (run / "report.html").unlink(),
+        "{run}: this run of the study is incomplete; go on with:",
+    ),
+    "no run": (lambda run: (run / "experiment.json").unlink(), "{run}: not a run folder (no experiment.json)"),
+    "damaged": (lambda run: (run / "experiment.json").write_text("{"), "experiment.json: damaged"),
+    "another format": (
+        lambda run: edit(run / "experiment.json", lambda c: c.update(version=99)),
+        "{run}: written by a newer version of this package",
+    ),
+    "another version": (
+        lambda run: edit(run / "experiment.json", lambda c: c["environment"]["versions"].update(jaxla="0.0.1")),
+        "{run} and {any} cannot be compared, for their versions of jaxla differ",
+    ),
+    "other scans": (
+        lambda run: edit(run / "cases.json", lambda c: c.update(c0="another")),
+        "{run} and {any} cannot be compared, for their scans and masks differ",
+    ),
+    "other validation": (
+        lambda run: edit(run / "split.json", lambda c: c.update(val=["t0"])),
+        "{run} and {any} cannot be compared, for their validation patients differ",
+    ),
+    "other cases": (remove_case, "{any} and {run} were not tested on the same cases ({any} has c3, {run} has not)"),
+    "another seed": (
+        lambda run: edit(run / "experiment.json", lambda c: c["experiment"].update(seed=7)),
+        "{run}: holds another run than planned, with --seed=7 and not 1; move it away",
+    ),
+    "another protocol": (
+        lambda run: edit(run / "experiment.json", lambda c: c["experiment"].update(name="data_25percent")),
+        "{run}: holds another run than planned, with --exp=data_25percent and not paper1",
+    ),
+    "another method": (
+        lambda run: edit(run / "experiment.json", lambda c: c["experiment"].update(method="unet")),
+        "{run}: holds another run than planned, with --method=unet and not segnet",
+    ),
+    "other options": (
+        lambda run: edit(run / "experiment.json", lambda c: c["experiment"]["training"].update(epochs=3)),
+        "{run} and {first} cannot be compared, for their --training.epochs (3 and 75) differ",
+    ),
+    "more patients than its protocol": (
+        lambda run: edit(run / "experiment.json", lambda c: c["experiment"]["data"].update(train_patients=3)),
+        "{run} and {same} cannot be compared, for their --data.train_patients (3 and 0) differ",
+    ),
+    "other patients": (
+        lambda run: edit(run / "split.json", lambda c: c.update(train=c["train"][::-1])),
+        "{run} and {same} cannot be compared, for their training patients differ",
+    ),
+    "other weights": (
+        lambda run: edit(run / "experiment.json", lambda c: c.update(weights="vgg.safetensors")),
+        "{run} and {first} cannot be compared, for their weights differ",
+    ),
+    "a case twice": (
+        lambda run: (run / "test" / "cases.csv").write_text(
+            re.sub(r"\nc3,", "\nc2,", (run / "test" / "cases.csv").read_text())
+        ),
+        "{run}: damaged (ValueError('cases.csv: expected a row for each of 4 test cases and 1 classes'))",
+    ),
+    "fewer slices": (
+        lambda run: (run / "test" / "slices.csv").write_text(
+            re.sub(r"\nc3,5,.*", "", (run / "test" / "slices.csv").read_text())
+        ),
+        "{run}: damaged (ValueError('slices.csv: expected a row for each of 24 slices and 1 classes'))",
+    ),
+    "no hash": (
+        lambda run: edit(run / "cases.json", lambda c: c.pop("c2")),
+        "{run}: damaged (KeyError('cases.json: c2')",
+    ),
+    "no epoch": (
+        lambda run: (run / "metrics.jsonl").write_text(""),
+        "{run}: damaged (ValueError('metrics.jsonl: no ep",
+    ),
+    "no versions": (
+        lambda run: edit(run / "experiment.json", lambda c: c["environment"].pop("versions")),
+        "experiment.json: damaged (KeyError('versions'))",
+    ),
+    "damaged hashes": (lambda run: (run / "cases.json").write_text("[3]"), "{run}: damaged"),
+    "no time": (
+        lambda run: (run / "metrics.jsonl").write_text('{"epoch": 1}\n'),
+        "{run}: damaged (KeyError('seconds'))",
+    ),
+    "half a cost": (lambda run: edit(run / "cost.json", lambda c: c.pop("step_bytes")), "{run}: damaged"),
+    "no number": (
+        lambda run: (run / "test" / "slices.csv").write_text(
+            re.sub(r"(c0,0,LA,)[^,]*", r"\1nan", (run / "test" / "slices.csv").read_text())
+        ),
+        "{run}: damaged (ValueError('slices.csv: dice of c0 is nan'))",
+    ),
+    "no cost": (lambda run: (run / "cost.json").unlink(), "cost.json: missing or unreadable"),
+    "no table": (lambda run: (run / "test" / "cases.csv").unlink(), "cases.csv: missing or unreadable"),
+    "half a table": (
+        lambda run: (run / "test" / "cases.csv").write_text("case,class,dice\nc0,LA,x\n"),
+        "{run}: damaged",
+    ),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_runs_that_cannot_be_compared_are_refused_and_what_there_is_stays(fault, study, tmp_path):
+    before = {path: path.read_bytes() for path in (study / "report.html", *(study / "tables").iterdir())}
+    run, method = run_of(study, method="segnet", seed=1), "segnet"
+    others = {"any": run_of(study, "fewshot_1patient"), "first": run_of(study, "fewshot_1patient", method)}
+    same = run_of(study) if "patients than" in fault else run_of(study, seed=1)
+    damage, message = FAULTS[fault]
+    damage(run)
+    with pytest.raises(InputError, match=re.escape(message.format(run=run, same=same, **others))):
+        report_study(study, tmp_path / "cache")
+    assert all(path.read_bytes() == content for path, content in before.items())
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (None, "not a study's folder (no study.json)"),
+        ("{", "study.json: damaged"),
+        ('{"runs": 3}', "study.json: damaged"),
+        ('{"name": "a", "summary": "", "command": "", "runs": []}', "study.json: damaged"),
+    ],
+)
+def test_a_folder_that_is_no_study_is_named(tmp_path, content, message):
+    if content is not None:
+        (tmp_path / "study.json").write_text(content)
+    with pytest.raises(InputError, match=re.escape(message)):
+        main([f"--study={tmp_path}"])
