@@ -21,13 +21,13 @@ from jax._src import xla_bridge
 from jax.experimental import topologies
 from jax.sharding import NamedSharding, PartitionSpec
 from jaxla.experiments import METHODS
+from jaxla.models.build import configuration_of, is_planned
 
 from benchmarks.timing import about, require_folder, write_result
 from jaxla.cli.command_line import command_parser, parse_arguments
 from jaxla.cli.process import run_command
 from jaxla.config import InputError, lookup
 from jaxla.memory import program_bytes
-from jaxla.models.build import configuration_of, is_planned
 from jaxla.nnunet.plan import read_plan
 from tests.gpu import lowered_step, pretend_gpu
 

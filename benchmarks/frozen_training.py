@@ -23,6 +23,7 @@ from typing import Literal
 import jax
 import numpy as np
 import torch
+from jaxla.models.build import build_network
 from torch.nn import functional
 
 from benchmarks.timing import about, compared, in_turn, print_result, timed
@@ -35,7 +36,6 @@ from jaxla.data.inputs import Canvas
 from jaxla.data.phantoms import write_phantoms
 from jaxla.data.prepared import prepare_cases
 from jaxla.models.backbones import TRANSFORMERS, architecture
-from jaxla.models.build import build_network
 from jaxla.models.ops.images import IMAGENET_DEVIATION, IMAGENET_MEAN
 from jaxla.training.features import BATCH, FeatureCache
 from jaxla.training.step import initial_state, make_gradient, make_optimiser, make_step, split_network, take_step

@@ -10,6 +10,7 @@ from contextlib import nullcontext
 
 import jax
 import numpy as np
+from jaxla.models.build import build_network
 
 from benchmarks.timing import about, in_numbers, in_turn, print_result
 from jaxla.cli.command_line import command_parser, parse_arguments
@@ -17,7 +18,6 @@ from jaxla.cli.process import run_command
 from jaxla.config import InputError, Model, Training
 from jaxla.distributed import shard_batch, use_devices
 from jaxla.models.backbones import TRANSFORMERS, architecture
-from jaxla.models.build import build_network
 from jaxla.training.step import initial_state, make_gradient, make_optimiser, make_step, split_network, take_step
 
 

@@ -22,6 +22,11 @@ import numpy as np
 import torch
 from flax import nnx
 from jaxla.experiments import EXPERIMENTS, METHODS
+from jaxla.inference.trained import TrainedNetwork
+from jaxla.models.build import build_network, configuration_of, is_planned
+from jaxla.pipeline.checks import checked
+from jaxla.pipeline.planning import plan_run
+from jaxla.pipeline.sources import patch_sources
 
 from benchmarks.timing import about, print_result
 from jaxla.cli.command_line import parse_experiment
@@ -32,11 +37,6 @@ from jaxla.data.dataset import prepare_data
 from jaxla.data.volumes import read_image, slice_geometry, to_slices
 from jaxla.evaluation.summary import case_means, score_case
 from jaxla.inference.segment import make_segment
-from jaxla.inference.trained import TrainedNetwork
-from jaxla.models.build import build_network, configuration_of, is_planned
-from jaxla.pipeline.checks import checked
-from jaxla.pipeline.planning import plan_run
-from jaxla.pipeline.sources import patch_sources
 from jaxla.runs.record import Record
 from jaxla.training.step import (
     LARGEST_NORM,

@@ -20,6 +20,7 @@ import jax
 import numpy as np
 from flax import nnx
 from jax.sharding import NamedSharding
+from jaxla.models.build import build_network
 
 from benchmarks.timing import print_result
 from jaxla.cli.command_line import command_parser, parse_arguments
@@ -27,7 +28,6 @@ from jaxla.cli.process import run_command
 from jaxla.config import Model, Training
 from jaxla.distributed import BATCH, MODEL, shardings, use_devices
 from jaxla.models.backbones import architecture
-from jaxla.models.build import build_network
 from jaxla.training.step import make_gradient, make_optimiser, make_step, split_network
 
 

@@ -30,6 +30,8 @@ import jax.numpy as jnp
 import numpy as np
 import torch
 from jaxla.experiments import METHODS
+from jaxla.models.build import build_network, configuration_of, is_planned, require_size
+from jaxla.pipeline.sources import loss_of
 
 from benchmarks.memory import peak, reset_peak
 from benchmarks.timing import PAUSE, about, compared, print_result, timed
@@ -37,12 +39,10 @@ from jaxla.cli.command_line import command_parser, parse_arguments
 from jaxla.cli.process import run_command
 from jaxla.config import InputError, Training, lookup
 from jaxla.memory import program_bytes
-from jaxla.models.build import build_network, configuration_of, is_planned, require_size
 from jaxla.models.ops.images import IMAGENET_DEVIATION, IMAGENET_MEAN
 from jaxla.models.weights import compute_dtype
 from jaxla.nnunet.augmentation import make_augment, read_size
 from jaxla.nnunet.plan import read_plan
-from jaxla.pipeline.sources import loss_of
 from jaxla.training.losses import cross_entropy
 from jaxla.training.step import (
     LARGEST_NORM,

@@ -21,6 +21,7 @@ import numpy as np
 import torch
 from flax import nnx
 from jaxla.experiments import METHODS
+from jaxla.models.build import build_network, require_size
 from torch.nn import functional
 
 from benchmarks.memory import peak, reset_peak
@@ -30,7 +31,6 @@ from jaxla.cli.command_line import command_parser, parse_arguments
 from jaxla.cli.process import run_command
 from jaxla.config import InputError, lookup
 from jaxla.models.backbones import TRANSFORMERS
-from jaxla.models.build import build_network, require_size
 from jaxla.models.networks.windows import LEVELS, FeatureWindows
 from jaxla.training.losses import SMOOTH, dice_cross_entropy, per_volume
 from jaxla.training.step import make_gradient, split_network

@@ -6,7 +6,9 @@ not nnU-Net's result: they are for a first look, and for machines without a GPU.
 
 from dataclasses import replace
 
-from jaxla.config import Augmentation, Method, Model, Postprocessing, Preprocessing, Training
+from jaxla.config import Method, Postprocessing, Training
+from jaxla.nnunet.augmentation import PatchAugmentation
+from jaxla.nnunet.network import NNUNetOptions
 
 RECIPE = Training(
     epochs=1000,
@@ -27,11 +29,11 @@ _WHOLE = [
     Method(
         name,
         f"nnU-Net {dimensions}: plans itself from the data",
-        Model(arch, network="nnunet", weights="random", backbone="finetuned"),
-        Preprocessing(),
+        NNUNetOptions(arch),
+        None,
         RECIPE,
         Postprocessing(largest="if_better"),
-        Augmentation(nnunet=True),
+        PatchAugmentation(nnunet=True),
     )
     for name, (dimensions, arch) in _CONFIGURATIONS.items()
 ]

@@ -6,32 +6,50 @@ cross-entropy and early stopping for all. Protocols: all training patients; 1 an
 2, 5 and 20; 25, 50 and 75 % of them.
 """
 
-from jaxla.config import Data, Method, Model, Postprocessing, Preprocessing, Published, Study, Training, make_experiment
+from dataclasses import asdict
 
-RECIPE = Training(epochs=35, batch_size=32, learning_rate=1e-3, backbone_learning_rate=1e-5, patience=10)
-RIVALS_RECIPE = Training(epochs=75, batch_size=24, learning_rate=1e-4, backbone_learning_rate=1e-4, patience=10)
+from jaxla.config import (
+    BackboneTraining,
+    Data,
+    Experiment,
+    Method,
+    Postprocessing,
+    Preprocessing,
+    Published,
+    Study,
+    Training,
+)
+from jaxla.models.networks.attention_unet import AttentionUNetOptions
+from jaxla.models.networks.resnet_unet import ResNetUNetOptions
+from jaxla.models.networks.segnet import SegNetOptions
+from jaxla.models.networks.transformer_segmenter import TransformerSegmenterOptions
+from jaxla.models.networks.unet import UNetOptions
 
-_RESNET_UNET = {"network": "resnet_unet", "backbone": "finetuned", "decoder_widths": (256, 128, 64, 32, 16)}
-_OF_ITS_OWN = {"weights": "random", "backbone": "finetuned"}  # no backbone that could be pretrained or frozen
+RECIPE = BackboneTraining(epochs=35, batch_size=32, learning_rate=1e-3, backbone_learning_rate=1e-5, patience=10)
+UNET_RECIPE = Training(epochs=75, batch_size=24, learning_rate=1e-4, patience=10)
+ENCODER_RECIPE = BackboneTraining(**asdict(UNET_RECIPE), backbone_learning_rate=1e-4)
+
 _RIVALS = {
-    "unet": ("U-Net (2015) with BatchNorm", Model("unet", network="unet", **_OF_ITS_OWN)),
+    "unet": ("U-Net (2015) with BatchNorm", UNetOptions(), UNET_RECIPE),
     "attention_unet": (
-        "Attention U-Net (2018): a U-Net with a gate on every skip",
-        Model("attention_unet", network="attention_unet", **_OF_ITS_OWN),
+        "Attention U-Net (2018): a U-Net with a gate on every skip connection", AttentionUNetOptions(), UNET_RECIPE,
     ),
-    "resnet50_unet": ("U-Net on an ImageNet-trained ResNet-50", Model("resnet50", **_RESNET_UNET)),
-    "resnet152_unet": ("U-Net on an ImageNet-trained ResNet-152", Model("resnet152", **_RESNET_UNET)),
+    "resnet50_unet": (
+        "U-Net on an ImageNet-trained ResNet-50", ResNetUNetOptions("resnet50", backbone="finetuned"), ENCODER_RECIPE,
+    ),
+    "resnet152_unet": (
+        "U-Net on an ImageNet-trained ResNet-152", ResNetUNetOptions("resnet152", backbone="finetuned"), ENCODER_RECIPE,
+    ),
     "segnet": (
-        "SegNet (2017) on an ImageNet-trained VGG-16",
-        Model("vgg16_bn", network="segnet", backbone="finetuned"),
+        "SegNet (2017) on an ImageNet-trained VGG-16", SegNetOptions(backbone="finetuned"), ENCODER_RECIPE,
     ),
-}
+}  # fmt: skip
 
 _DINOV2 = {
     letter: Method(
         f"dinov2_vit{letter}14",
         f"frozen DINOv2 ViT-{letter}/14, paper 1's decoder",
-        Model(f"dinov2_vit{letter}14"),
+        TransformerSegmenterOptions(f"dinov2_vit{letter}14"),
         Preprocessing(448),
         RECIPE,
     )
@@ -41,8 +59,8 @@ _DINOV2 = {
 METHODS = [
     *_DINOV2.values(),
     *(
-        Method(name, summary, model, Preprocessing(320, "largest"), RIVALS_RECIPE, Postprocessing(3, 3))
-        for name, (summary, model) in _RIVALS.items()
+        Method(name, summary, model, Preprocessing(320, "largest"), recipe, Postprocessing(3, 3))
+        for name, (summary, model, recipe) in _RIVALS.items()
     ),
 ]
 
@@ -53,7 +71,7 @@ _PROTOCOLS = (
     | {"paper1": ("all training patients", Data())}
 )
 
-EXPERIMENTS = [make_experiment(name, summary, data, _DINOV2["b"]) for name, (summary, data) in _PROTOCOLS.items()]
+EXPERIMENTS = [Experiment(name, summary, data, _DINOV2["b"]) for name, (summary, data) in _PROTOCOLS.items()]
 
 _PAPERS_METHODS = (
     "attention_unet", "unet", "resnet50_unet", "dinov2_vitb14", "dinov2_vitl14", "dinov2_vitg14",

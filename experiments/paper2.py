@@ -6,15 +6,16 @@ recipe is paper 1's, with the 50 epochs that a sibling abstract of the group sta
 
 from dataclasses import replace
 
-from jaxla.config import Data, Method, Model, Preprocessing, Published, Study, Training, make_experiment
+from jaxla.config import BackboneTraining, Data, Experiment, Method, Preprocessing, Published, Study
+from jaxla.models.networks.fusion import FusionOptions
 
-RECIPE = Training(epochs=50, batch_size=32, learning_rate=1e-3, backbone_learning_rate=1e-5, patience=10)
+RECIPE = BackboneTraining(epochs=50, batch_size=32, learning_rate=1e-3, backbone_learning_rate=1e-5, patience=10)
 
 _FUSION = {
     name: Method(
         f"fusion_{name}",
         f"frozen {family} {called}, all blocks fused, the image brought back",
-        Model(arch, network="fusion"),
+        FusionOptions(arch),
         Preprocessing(448),
         RECIPE,
     )
@@ -44,7 +45,7 @@ _LEFT_OUT = [
 ]
 METHODS = [_FULL, *_LEFT_OUT, *(method for method in _FUSION.values() if method is not _FULL)]
 
-EXPERIMENTS = [make_experiment("paper2", "all training patients", Data(), _FULL)]
+EXPERIMENTS = [Experiment("paper2", "all training patients", Data(), _FULL)]
 
 STUDIES = [
     Study(

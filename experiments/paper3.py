@@ -7,9 +7,10 @@ the recipe and the decoder among it, is this package's choice (docs/paper3.md).
 
 from dataclasses import replace
 
-from jaxla.config import Data, Method, Model, Preprocessing, Published, Study, Training, make_experiment
+from jaxla.config import Data, Experiment, Method, Preprocessing, Published, Study, VolumeTraining
+from jaxla.models.networks.windows import WindowOptions
 
-RECIPE = Training(
+RECIPE = VolumeTraining(
     epochs=60,
     batch_size=1,
     learning_rate=1e-3,
@@ -25,7 +26,7 @@ _WINDOWS = {
     name: Method(
         f"windows_{name}",
         f"frozen {family} {called}, a 3D decoder on whole volumes, two-pass training",
-        Model(name, network="windows", decoder_widths=WIDTHS),
+        WindowOptions(name, decoder_widths=WIDTHS),
         Preprocessing(224),
         RECIPE,
     )
@@ -39,7 +40,7 @@ _WINDOWS = {
 _SMALL = Method(
     "windows_vit_mini8",
     "1 M transformer trained from random weights, paper 3's decoder made small",
-    Model("vit_mini8", network="windows", weights="random", backbone="finetuned", decoder_widths=(64, 32, 16, 16)),
+    WindowOptions("vit_mini8", weights="random", backbone="finetuned", decoder_widths=(64, 32, 16, 16)),
     Preprocessing(64),
     replace(RECIPE, epochs=30),
 )
@@ -67,16 +68,16 @@ METHODS = [_FULL, *_VARIED, _WHOLE, *(method for method in _WINDOWS.values() if 
 
 _HIPPOCAMPUS = Data(labels="hippocampus:1,2")
 EXPERIMENTS = [
-    make_experiment(
+    Experiment(
         "paper3_hippocampus", "Decathlon hippocampus, both parts together", _HIPPOCAMPUS, _WINDOWS["dinov3_vitb16"]
     ),
-    make_experiment(
+    Experiment(
         "paper3_albert",
         "neonatal brains (ALBERT), the hippocampus of many labels",
         replace(_HIPPOCAMPUS, other_labels="background"),
         _WINDOWS["dinov3_vitb16"],
     ),
-    make_experiment("paper3_left_atrium", "left atrium (LAScarQS 2022)", Data(), _WINDOWS["dinov3_vitb16"]),
+    Experiment("paper3_left_atrium", "left atrium (LAScarQS 2022)", Data(), _WINDOWS["dinov3_vitb16"]),
 ]
 
 STUDIES = [

@@ -74,26 +74,26 @@ def build_network(
     Raises:
         InputError: an unknown method, weights that are missing or do not fit, or no plan where one is needed.
     """
-    from dataclasses import replace
-
     from jaxla.config import lookup
     from jaxla.experiments import METHODS
-    from jaxla.models import build
+    from jaxla.models.networks.base import build_network
     from jaxla.nnunet.plan import plan_from_json, read_plan
 
-    model = lookup("method", name, METHODS).model
+    method = lookup("method", name, METHODS)
+    model, needs_plan = method.model, method.preprocessing is None
     if weights is not None:
-        model = replace(model, weights=str(weights))
-    planned = build.is_planned(model)
-    if not planned and plan is not None:
-        raise InputError(f"plan: {name} takes none; its network is the same for all data")
-    if planned and plan is None:
-        raise InputError(f"plan: {name} is planned from the data; give the file that python -m jaxla.plan writes")
+        model = model.with_weights(str(weights))
+        if model.weights != str(weights):
+            raise InputError(f"weights={weights}", f"{name} has no pretrained part", "Leave it out.")
+    if not needs_plan and plan is not None:
+        raise InputError("plan", f"{name} takes none, because its network is the same for all data", "Leave it out.")
+    if needs_plan and plan is None:
+        raise InputError("plan", f"{name} is planned from the data", "Give the file that python -m jaxla.plan writes.")
     if isinstance(plan, Mapping):
         plan = plan_from_json(plan, "plan")
     elif plan is not None:
         plan = read_plan(Path(plan))
-    return build.build_network(model, classes, seed, plan=plan)
+    return build_network(model, classes, seed, plan=plan)
 
 
 def load_network(path: str | Path) -> nnx.Module:
@@ -107,8 +107,8 @@ def load_network(path: str | Path) -> nnx.Module:
         InputError: not a run folder, no checkpoint in it, or its frozen backbone's file is gone or has changed; or a
             file that is damaged or holds no network.
     """
-    from jaxla.inference.trained import load_run
     from jaxla.nnunet.converted import load_converted
+    from jaxla.runs.trained import load_run
 
     if Path(path).is_file() or Path(path).suffix == ".safetensors":
         return load_converted(Path(path))

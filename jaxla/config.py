@@ -1,13 +1,13 @@
-"""The dataclasses of an experiment, and what bad input is."""
+"""The options of an experiment as dataclasses, and the error for bad input."""
 
 from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, TypeVar
+from typing import Any, ClassVar, Literal, NamedTuple, Self, TypeVar
 
 T = TypeVar("T")
 
@@ -55,21 +55,18 @@ def option(name: str, value: object = None) -> str:
 
 @dataclass(frozen=True)
 class Data:
-    """Which scans, and how their patients are divided.
+    """Which scans to use, and how their patients are split.
 
     Args:
         root: Folder of scans, or `phantom` for synthetic ones.
-        labels: Which mask values are which class, such as `LA:1` or `anterior:1;posterior:2` or `hippocampus:1,2`;
-            empty takes them from the data set.
-        other_labels: What becomes of mask values that `labels` does not name: they are `refused`, or `background`, as
-            `;background:rest` behind the labels says too.
+        labels: Mask values of each class, such as `LA:1` or `anterior:1;posterior:2`. Default: the data set's own.
+        other_labels: Mask values that `labels` does not name are `refused` or count as `background`.
         split: A `split.json` to use instead of drawing a split.
-        split_seed: Seed of the patient-level 70/10/20 split.
-        train_patients: Number of training patients to use (nested: the 10 contain the 1); 0 is all of them.
-        train_percent: Percent of the training patients to use, at least one (nested too).
-        subset_seed: Seed of which training patients these are; 0 takes the first ones of the split. Validation and test
-            patients are the same for all seeds.
-        phantom_size: With root=phantom: `full` is the whole chest, `small` a window on the heart.
+        split_seed: Seed of the 70/10/20 split by patient.
+        train_patients: Number of training patients to use, 0 for all. Subsets are nested: the 10 contain the 1.
+        train_percent: Percent of the training patients to use, at least one patient. Subsets are nested.
+        subset_seed: Seed of the training subset; 0 takes the first patients. Validation and test stay the same.
+        phantom_size: With root=phantom: `full` is the whole chest, `small` a region around the heart.
         phantom_cases: With root=phantom: number of synthetic patients.
     """
 
@@ -86,66 +83,17 @@ class Data:
 
     @property
     def all_labels(self) -> str:
-        """`labels`, and that all other values are background where that is so."""
+        """`labels`, plus the rule that all other values are background if that was asked for."""
         return f"{self.labels};{OTHERS_ARE_BACKGROUND}" if self.other_labels == "background" else self.labels
 
 
 @dataclass(frozen=True)
-class Model:
-    """The network.
-
-    Args:
-        arch: Architecture of the backbone or encoder (`python -m convert_weights --arch=list` lists those with released
-            weights), or of a whole network that has none.
-        weights: A converted `.safetensors` file, or `random`; empty is `<cache>/weights/<arch>.safetensors`.
-        backbone: Whether the backbone's parameters stay as loaded or are trained too.
-        decoder: On a transformer: `convolutional` is paper 1's, `linear` is DINOv2's own 1×1 convolution with bilinear
-            upsampling.
-        decoder_widths: Channels of the decoder's ×2 stages, coarsest first; on a transformer after those of its first
-            level (paper 1's token classifier). Of windows four.
-        blocks: Of a fusion, the blocks whose features are fused: 0 is the first, -1 the last; empty takes all.
-        block_weights: Of a fusion, the weights of the blocks: learned for each level of the decoder (`per_level`), once
-            for all levels (`shared`), or equal and not learned (`uniform`).
-        image_stages: Of a fusion, the decoder's stages that see the image again: `all`, the `last` alone, or `none`.
-        windows: Into how many windows (sub-cubes) the features of a volume are divided, which are decoded one after the
-            other: along the slices, `2`; or along slices, rows and columns, `2x2x2`.
-        depth_places: Of windows, places of the depth embedding, which is interpolated to the slices of a volume; 0
-            leaves it out.
-        convolutions: Of windows, whether those of the decoder reach neighbouring slices (`3d`), or each slice is
-            decoded by itself (`2d`).
-        widths: Channels of each level of a U-Net without pretrained encoder, finest first.
-        plan: Of nnU-Net, the file of its plan: one that `python -m jaxla.plan` wrote, or nnU-Net's own; empty makes it
-            from the run's training and validation cases.
-        memory_gb: Of nnU-Net, the memory of the GPU that is planned for, in GB: less makes its patches smaller.
-        network: What is built on the architecture: a file of `jaxla/models/networks`. It is the method's own.
-    """
-
-    arch: str = "dinov2_vitb14"
-    weights: str = ""
-    backbone: Literal["frozen", "finetuned"] = "frozen"
-    decoder: Literal["convolutional", "linear"] = "convolutional"
-    decoder_widths: tuple[int, ...] = (512, 256, 128, 64, 32)
-    blocks: tuple[int, ...] = ()
-    block_weights: Literal["per_level", "shared", "uniform"] = "per_level"
-    image_stages: Literal["all", "last", "none"] = "all"
-    windows: str = "1"
-    depth_places: int = 32
-    convolutions: Literal["3d", "2d"] = "3d"
-    widths: tuple[int, ...] = (64, 128, 256, 512, 1024)
-    plan: str = ""
-    memory_gb: float = 8.0
-    network: str = "transformer_segmenter"
-
-
-@dataclass(frozen=True)
 class Preprocessing:
-    """From a slice to the network's input.
+    """How a slice becomes the network's input.
 
     Args:
         image_size: Side of the square input in pixels.
-        pad_to: What a slice is padded to before it is resized to the input, its aspect in mm kept: `square` is the
-            smallest square that holds it; `largest` the one that holds the largest training slice, in mm, so that a
-            pixel is as large in all scans. Of a larger slice the centre is cut out.
+        pad_to: Pad each slice to its own `square`, or to the `largest` training slice in mm, before resizing.
     """
 
     image_size: int = 448
@@ -154,14 +102,12 @@ class Preprocessing:
 
 @dataclass(frozen=True)
 class Postprocessing:
-    """From the predicted classes of a slice, on its own pixels, to its mask.
+    """How the predicted classes of a slice become its mask.
 
     Args:
-        opening: Side in pixels of the square by which each class is opened (what is narrower goes away); 0 leaves that
-            out.
-        closing: Side of the square by which it is then closed (what is narrower between is filled); 0 leaves that out.
-        largest: Whether of all structures together, or of each, only the largest connected part is kept: `never`, or
-            `if_better` (nnU-Net's), where the mean Dice of the validation cases says that it helps.
+        opening: Side in pixels of the square for binary opening of each class; 0 for none.
+        closing: Side in pixels of the square for binary closing, after opening; 0 for none.
+        largest: Keep only the largest connected part: `never`, or `if_better` on the validation cases (nnU-Net).
     """
 
     opening: int = 0
@@ -171,18 +117,16 @@ class Postprocessing:
 
 @dataclass(frozen=True)
 class Augmentation:
-    """Random changes of the training slices, drawn anew for every slice of every step; 0 and false leave one out.
+    """Random changes of training slices, drawn anew in every step. 0 and false turn a change off.
 
     Args:
-        nnunet: Whether patches of nnU-Net are augmented as it does it; its methods read none of the other options.
-        rotation: Largest angle in degrees, either way.
-        scale: Largest change of size: 0.2 is from 1/1.2 to 1.2 times as large.
-        flips: Whether rows and columns are reversed, each for every other slice.
-        intensity: Largest change of brightness (as a share of the grey range), contrast and gamma (as `scale`).
+        rotation: Largest angle in degrees, in both directions.
+        scale: Largest change of size: 0.2 scales by 1/1.2 to 1.2.
+        flips: Flip rows and columns, each with probability one half.
+        intensity: Largest change of brightness (fraction of the grey range), contrast and gamma (like `scale`).
         elastic: Standard deviation of smooth random displacements, in percent of the input's side.
     """
 
-    nnunet: bool = False
     rotation: float = 0.0
     scale: float = 0.0
     flips: bool = False
@@ -192,26 +136,18 @@ class Augmentation:
 
 @dataclass(frozen=True)
 class Training:
-    """The recipe.
+    """The training recipe.
 
     Args:
-        epochs: Most epochs to train.
-        steps: Steps of an epoch; 0 takes each slice (of windows each volume) once, ceil(slices / batch size).
-        batch_size: Slices in a step, of nnU-Net patches, of windows volumes; 0, which is nnU-Net's alone, is what the
-            plan says.
-        optimiser: `adam`; or `sgd`, nnU-Net's: Nesterov's momentum 0.99, weight decay 3e-5, gradients of a norm of at
-            most 12.
-        learning_rate: Rate for whatever starts from random values.
-        backbone_learning_rate: Rate for a backbone that is trained.
-        schedule: Rate over time: `constant`; `cosine` (2 % warm-up, then a cosine down to zero at the last epoch); or
-            `poly`, nnU-Net's (1 - epochs / all epochs) to the power of 0.9.
-        loss: `cross_entropy`; or `dice_cross_entropy`, nnU-Net's, less the soft Dice of the structures (of a batch of
-            slices together; of windows of each whole volume).
-        gradient: How gradients are taken: of the `whole` network at once; or, of windows alone, in `two_pass`es over
-            them, the same in the memory of one window.
-        patience: Epochs without a lower validation loss after which training stops; 0 never stops it early.
-        checkpoint: Which epoch is kept: the `best`, of the highest validation Dice, or the `last`.
-        cache_features: Whether what a frozen backbone makes of a slice is computed once and kept in the cache folder.
+        epochs: Maximum number of epochs.
+        steps: Steps per epoch; 0 for one pass over the training data.
+        batch_size: Samples per step; 0, for nnU-Net only, takes the plan's batch size.
+        optimiser: `adam`, or `sgd` as in nnU-Net (Nesterov 0.99, weight decay 3e-5, gradients clipped to norm 12).
+        learning_rate: Learning rate of parameters that start from random values.
+        schedule: `constant`, `cosine` (2 % warm-up, then down to zero) or nnU-Net's `poly` (power 0.9).
+        loss: `cross_entropy`, or nnU-Net's `dice_cross_entropy`.
+        patience: Stop after this many epochs without a lower validation loss; 0 never stops early.
+        checkpoint: Epoch to keep: the `best` validation Dice, or the `last`.
     """
 
     epochs: int = 35
@@ -219,64 +155,129 @@ class Training:
     batch_size: int = 32
     optimiser: Literal["adam", "sgd"] = "adam"
     learning_rate: float = 1e-3
-    backbone_learning_rate: float = 1e-5
     schedule: Literal["constant", "cosine", "poly"] = "constant"
     loss: Literal["cross_entropy", "dice_cross_entropy"] = "cross_entropy"
-    gradient: Literal["whole", "two_pass"] = "whole"
     patience: int = 10
     checkpoint: Literal["best", "last"] = "best"
+
+
+@dataclass(frozen=True)
+class BackboneTraining(Training):
+    """The training recipe of a network on a backbone.
+
+    Args:
+        backbone_learning_rate: Learning rate of a pretrained backbone that is fine-tuned.
+        cache_features: Compute a frozen backbone's features once and keep them in the cache folder.
+    """
+
+    backbone_learning_rate: float = 1e-5
     cache_features: bool = True
 
 
 @dataclass(frozen=True)
-class Method:
-    """A network with its preprocessing, training recipe and postprocessing: one row of Table 1."""
+class VolumeTraining(BackboneTraining):
+    """The training recipe of a network that reads whole volumes.
 
-    name: str
-    summary: str
-    model: Model
-    preprocessing: Preprocessing
-    training: Training
-    postprocessing: Postprocessing = Postprocessing()
-    augmentation: Augmentation = Augmentation()
+    Args:
+        gradient: Differentiate the `whole` network at once, or in `two_pass`: equal, in the memory of one window.
+    """
+
+    gradient: Literal["whole", "two_pass"] = "whole"
 
 
 @dataclass(frozen=True)
-class Experiment:
-    """A protocol and a method, under one name.
+class NetworkOptions:
+    """Base of the options of one network. Each file in `jaxla/models/networks` derives its own, next to the network.
 
-    Args:
-        seed: Seed of initial parameters and of the order of slices.
-        fold: Of five-fold cross-validation over the training and validation patients, which fold validates, `0` to `4`;
-            `all` trains the five, one after the other, and tests them together; empty takes the split as it is.
-        data: The protocol.
-        model: The network.
-        preprocessing: From a slice to the network's input.
-        augmentation: Random changes of the training slices.
-        training: The recipe.
-        postprocessing: From predicted classes to a mask.
+    A derived class adds the fields that a user may set and a method `build` (see `jaxla.models.networks`). The class
+    variables below are what a network without a pretrained part has; `BackboneOptions` makes options of them.
+
+    Attributes:
+        sample: what one training sample of the network is, a key of `jaxla.tasks.TASKS`.
+        arch: name of the architecture.
+        weights: origin of the backbone's parameters.
+        backbone: whether the backbone stays `frozen` or is `finetuned`.
+    """
+
+    sample: ClassVar[str] = "slices"
+    arch: ClassVar[str] = ""
+    weights: ClassVar[str] = "random"
+    backbone: ClassVar[str] = "finetuned"
+
+    def resolve(self) -> Self:
+        """Return these options with every name in this package's spelling.
+
+        Raises:
+            InputError: a value that the network cannot have.
+        """
+        return self
+
+    def check_size(self, option_name: str, size: int) -> None:
+        """Raise an InputError unless the network takes square images with sides of `size` pixels."""
+
+    def unread(self) -> set[str]:
+        """Return the names of options that have no effect, given the values of others."""
+        return set()
+
+    def with_weights(self, weights: str) -> Self:
+        """Return these options with weights of another origin; a network without a backbone has no such option."""
+        return self
+
+    def prerequisites(self, key: Any, dtype: Any, cache_dir: Path | None, plan: Any) -> dict[str, Any]:
+        """Return what `build` needs besides: a backbone, or a plan's configuration."""
+        return {}
+
+    def build(self, outputs: int, dtype: Any, rngs: Any, **prerequisites: Any) -> Any:
+        """Return the network.
+
+        Args:
+            outputs: K, channels of the logits.
+            dtype: of the computation; parameters and logits are float32.
+            rngs: random numbers for initial parameters.
+        """
+        raise NotImplementedError
+
+
+@dataclass(frozen=True)
+class Method:
+    """A network with its preprocessing, training recipe and postprocessing: one row of a results table.
+
+    Preprocessing is None for a network whose plan says how images are prepared (nnU-Net).
     """
 
     name: str
     summary: str
-    method: str
+    model: NetworkOptions
+    preprocessing: Preprocessing | None
+    training: Training
+    postprocessing: Postprocessing = Postprocessing()
+    augmentation: Any = Augmentation()
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """A protocol (`data`, `fold`) and a method, under one name.
+
+    Args:
+        seed: Seed of initial parameters and of the order of samples.
+        fold: Fold of five-fold cross-validation that validates, `0` to `4`; `all` trains all five; empty for none.
+    """
+
+    name: str
+    summary: str
+    data: Data
+    method: Method
     seed: int = 0
     fold: Literal["", "0", "1", "2", "3", "4", "all"] = ""
-    data: Data = field(default_factory=Data)
-    model: Model = field(default_factory=Model)
-    preprocessing: Preprocessing = field(default_factory=Preprocessing)
-    augmentation: Augmentation = field(default_factory=Augmentation)
-    training: Training = field(default_factory=Training)
-    postprocessing: Postprocessing = field(default_factory=Postprocessing)
 
 
 @dataclass(frozen=True)
 class Study:
-    """Protocols and methods to compare: a run for each pair of them and each seed.
+    """Protocols and methods to compare: one run for each pair of them and each seed.
 
     Attributes:
-        experiments: whose protocols are run.
-        methods: to run under each, unless others are asked for.
+        experiments: names of the experiments whose protocols are run.
+        methods: names of the methods to run under each protocol, by default.
     """
 
     name: str
@@ -286,9 +287,9 @@ class Study:
 
 
 class Published(NamedTuple):
-    """A row of a published table, in percent; `iou` and the deviations are None where none was printed.
+    """A row of a published table, in percent; `iou` and the deviations are None if none was printed.
 
-    `source` says where it stands, `caveat` what to bear in mind; both become part of a sentence.
+    `source` says where it was published, `caveat` what to keep in mind; both become part of a sentence.
     """
 
     source: str
@@ -299,54 +300,85 @@ class Published(NamedTuple):
     iou_sd: float | None = None
 
 
-PARTS = {
-    "data": Data,
-    "model": Model,
-    "preprocessing": Preprocessing,
-    "augmentation": Augmentation,
-    "training": Training,
-    "postprocessing": Postprocessing,
-}
+METHOD_GROUPS = ("model", "preprocessing", "augmentation", "training", "postprocessing")
+OPTION_GROUPS = ("data", *METHOD_GROUPS)
 
 
-def make_experiment(name: str, summary: str, data: Data, method: Method) -> Experiment:
-    """The experiment that runs `method` under the protocol `data`."""
-    return Experiment(
-        name, summary, method.name, data=data, model=method.model, preprocessing=method.preprocessing,
-        augmentation=method.augmentation, training=method.training, postprocessing=method.postprocessing,
-    )  # fmt: skip
+def option_groups(experiment: Experiment) -> dict[str, Any]:
+    """Return the dataclasses that hold an experiment's options, by the group's name on the command line."""
+    groups = {"data": experiment.data} | {name: getattr(experiment.method, name) for name in METHOD_GROUPS}
+    return {name: group for name, group in groups.items() if group is not None}
 
 
-def with_method(experiment: Experiment, method: Method) -> Experiment:
-    """`experiment` with its method exchanged; the protocol stays."""
-    with_it = make_experiment(experiment.name, experiment.summary, experiment.data, method)
-    return replace(with_it, seed=experiment.seed, fold=experiment.fold)
+def option_values(experiment: Experiment) -> dict[str, Any]:
+    """Return every option's value by its dotted name, as the command line takes it."""
+    values = {"seed": experiment.seed, "fold": experiment.fold}
+    for name, group in option_groups(experiment).items():
+        values |= {f"{name}.{field}": value for field, value in asdict(group).items()}
+    return values
 
 
-def experiment_from_json(values: Mapping[str, Any]) -> Experiment:
-    """An experiment from what `dataclasses.asdict` makes of it, as it stands in a run folder's own file."""
+def unread_options(experiment: Experiment) -> set[str]:
+    """Return the options, by dotted name, that have no effect in this experiment, given the values of others."""
+    model, training = experiment.method.model, experiment.method.training
+    unread = {f"model.{name}" for name in model.unread()}
+    if isinstance(training, BackboneTraining):
+        if model.backbone == "finetuned":
+            unread.add("training.cache_features")
+        if model.backbone == "frozen" or model.weights == "random":
+            unread.add("training.backbone_learning_rate")
+    if experiment.data.root != "phantom":
+        unread |= {"data.phantom_size", "data.phantom_cases"}
+    if experiment.data.split:
+        unread.add("data.split_seed")
+    return unread
 
-    def part(of: type, content: Mapping[str, Any]) -> Any:
-        return of(**{name: tuple(value) if isinstance(value, list) else value for name, value in content.items()})
 
-    return Experiment(**{key: part(PARTS[key], value) if key in PARTS else value for key, value in values.items()})
+def experiment_to_json(experiment: Experiment) -> dict[str, Any]:
+    """Return an experiment as it stands in `experiment.json`: a group of options for each group of the command line."""
+    about = {"name": experiment.name, "summary": experiment.summary, "method": experiment.method.name}
+    groups = {name: asdict(group) for name, group in option_groups(experiment).items()}
+    return about | {"seed": experiment.seed, "fold": experiment.fold} | groups
 
 
-def lookup(kind: str, name: str, table: Mapping[str, T]) -> T:
-    """`table[name]`, or an InputError that names the nearest entry."""
+def experiment_from_json(content: Mapping[str, Any], methods: Mapping[str, Method]) -> Experiment:
+    """Return the experiment that `experiment_to_json` wrote.
+
+    Args:
+        methods: all methods by name; they say which options a group has.
+
+    Raises:
+        KeyError, TypeError: the method is unknown, or has other options.
+    """
+
+    def read(group: Any, values: Mapping[str, Any]) -> Any:
+        return type(group)(**{key: tuple(v) if isinstance(v, list) else v for key, v in values.items()})
+
+    own = methods[content["method"]]
+    groups = {name: read(getattr(own, name), content[name]) for name in METHOD_GROUPS if name in content}
+    about = {key: content[key] for key in ("name", "summary", "seed", "fold")}
+    return Experiment(**about, data=read(Data(), content["data"]), method=replace(own, **groups))
+
+
+def lookup(where: str, name: str, table: Mapping[str, T]) -> T:
+    """Return `table[name]`, or raise an InputError that suggests the nearest name."""
     if name in table:
         return table[name]
-    raise InputError(f"{kind} {name!r} is unknown{nearest(name, table)} Known: {', '.join(table)}")
+    raise InputError(f"{where}={name}", f"unknown name{suggestion(name, table)}", f"Known: {', '.join(table)}.")
 
 
-def nearest(name: str, known: Iterable[str]) -> str:
-    """`; did you mean …?`, or a full stop where nothing is near."""
+def suggestion(name: str, known: Iterable[str]) -> str:
+    """Return `; did you mean X?` if a known name is near, else nothing."""
     close = difflib.get_close_matches(name, list(known), n=1, cutoff=0.6)
-    return f"; did you mean {close[0]}?" if close else "."
+    return f"; did you mean {close[0]}?" if close else ""
 
 
 def default_cache_dir() -> Path:
-    """The one cache folder that all runs share, unless `--cache-dir` names another."""
+    """Return the cache folder that all runs share, unless a command is given another."""
     import platformdirs
 
     return Path(platformdirs.user_cache_dir("jaxla"))
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    return suggestion(name, known) or "."

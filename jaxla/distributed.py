@@ -25,7 +25,6 @@ from jaxla.devices.processes import (  # noqa: F401
     gather,
     if_others_end,
     is_first,
-    join_processes,
     local_items,
     log_progress,
     process_count,
@@ -210,3 +209,12 @@ def map_over_devices(function: Callable[..., jax.Array]) -> Callable[..., jax.Ar
     if jax.sharding.get_abstract_mesh().empty:
         return function
     return jax.shard_map(function, in_specs=BATCH, out_specs=BATCH, check_vma=False)
+
+
+def join_processes(coordinator: str, processes: int | None, process: int | None, timeout: float):  # noqa: ANN201
+    import os
+
+    from jaxla.devices.launch import find_launch
+    from jaxla.devices.processes import join_processes as join
+
+    return join(find_launch(coordinator, processes, process, os.environ), timeout)

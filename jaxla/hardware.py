@@ -25,3 +25,13 @@ def _is_nvidia(device: jax.Device) -> bool:
 
 def _generation(device: jax.Device) -> tuple[int, ...]:
     return tuple(map(int, device.compute_capability.split(".")))
+
+
+def device_name() -> str:
+    """Return the kind of device that computes, such as `NVIDIA H200` or `cpu`."""
+    return jax.devices()[0].device_kind
+
+
+def first_device() -> jax.Device:
+    """Return this process's first device."""
+    return jax.local_devices()[0]

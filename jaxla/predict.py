@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -16,125 +15,132 @@ from jaxla.cli.command_line import (
 )
 from jaxla.cli.process import run_command
 from jaxla.config import InputError
-from jaxla.devices.launch import find_launch
-from jaxla.distributed import join_processes, local_items, log_progress, require_same
+from jaxla.data.cases import find_images
+from jaxla.data.volumes import Volume, read_image, slice_geometry, to_slices, write_volume
+from jaxla.distributed import (
+    join_processes,
+    local_items,
+    log_progress,
+    require_same,
+    use_devices,
+    use_local_devices,
+)
+from jaxla.inference.segment import segment_volume
+from jaxla.runs.folder import is_finished
+from jaxla.runs.record import read_record
+from jaxla.runs.trained import TrainedRun, load_run
+from jaxla.tasks import Task, restore_task
 
 if TYPE_CHECKING:
     from jsonargparse import Namespace
 
-    from jaxla.data.inputs import Canvas
-    from jaxla.data.volumes import Volume
-
 
 def main(arguments: list[str]) -> None:
-    """Segment scans with the epoch of a run that was kept.
+    """Segment scans with the epoch that a run kept.
 
     Raises:
         InputError: no run, no scan, an unreadable scan, or an output that exists or cannot be written.
     """
     parser = command_parser(
         "jaxla.predict",
-        "Segment scans with the epoch that a run kept; each mask has its scan's shape, affine and header geometry.",
+        "Segment scans with a trained network. Each mask has the shape, affine and header geometry of its scan.",
     )
     parser.add_argument("--run", type=str, required=True, help="folder of a run")
     parser.add_argument("--input", type=str, required=True, help="a .nii or .nii.gz scan, or a folder of them")
-    parser.add_argument("--output", type=str, required=True, help="the mask's file, or a folder for <case>.nii.gz")
+    parser.add_argument("--output", type=str, required=True, help="file for the mask, or folder for <case>.nii.gz")
     parser.add_argument(
         "--probabilities",
         action="store_true",
-        help="also write <case>_probabilities.nii.gz (float32; several classes: 4D)",
+        help="also write <case>_probabilities.nii.gz (float32; 4D for several classes)",
     )
     add_devices_option(parser)
     add_processes_options(parser)
     options = parse_arguments(parser, arguments)
-    with join_processes(find_launch(options.coordinator, options.processes, options.process, os.environ), options.wait):
+    with join_processes(options.coordinator, options.processes, options.process, options.wait):
         predict(options)
 
 
 def predict(options: Namespace) -> None:
-    """Segment the scans that the options name; of several processes each its share of them."""
+    """Segment the scans; each process segments its share of them."""
     given = {name: str(options[name]) for name in ("run", "input", "output", "probabilities", "devices")}
-    require_same({f"option --{name}": value for name, value in given.items()}, "give all processes the same")
-
-    from jaxla.data.cases import find_images
-
-    outputs = _name_outputs(find_images(options.input), Path(options.input), Path(options.output))
+    require_same({f"--{name}": value for name, value in given.items()}, "Give all processes the same options.")
+    outputs = name_outputs(find_images(options.input), Path(options.input), Path(options.output))
     for mask in outputs.values():
-        for path in (mask, _probabilities_file(mask)) if options.probabilities else (mask,):
+        for path in (mask, probabilities_file(mask)) if options.probabilities else (mask,):
             if path.exists():
-                raise InputError(f"{path}: exists already; choose another --output or remove it")
-
+                raise InputError(path, "exists already", "Use another --output.")
     require_writable("--output", next(iter(outputs.values())).parent)
 
-    from jaxla.data.volumes import read_image, write_volume
-    from jaxla.distributed import use_devices, use_local_devices
-    from jaxla.inference.segment import make_segment, write_segmentation
-    from jaxla.inference.trained import load_run
-    from jaxla.models.build import about_depth, require_slices
-    from jaxla.runs.folder import is_finished
-    from jaxla.runs.record import read_record
-
     record = read_record(Path(options.run))
-    model, counts = record.experiment.model, []
-    for scan in local_items(list(outputs)):  # all are checked before the first is segmented
-        counts.append(slices_of(read_image(scan)))
-        require_slices(model, scan, counts[-1])
-    if counts and (of_depth := about_depth(model, counts)):
-        log_progress(f"{options.run}: {of_depth}")
-    sizes = {str(path): f"of {path.stat().st_size} bytes" for path in outputs}
-    require_same(sizes, "give all processes the same scans")  # and wait: none writes while another still looks
+    task = restore_task(record.experiment, record.labels.outputs, record.extent, Path(options.run))
+    check_scans(local_items(list(outputs)), task, options.run)
+    sizes = {str(path): f"{path.stat().st_size} bytes" for path in outputs}
+    require_same(sizes, "Give all processes the same scans.")  # also waits: none writes while another still checks
     with use_devices(options.devices), use_local_devices():
-        trained = load_run(options.run)
+        run = load_run(options.run)
         if not is_finished(Path(options.run)):
-            kept = record.experiment.training.checkpoint
+            training = record.experiment.method.training
             log_progress(
-                f"{options.run}: this run of at most {record.experiment.training.epochs} epochs is not finished; its "
-                f"{kept} epoch so far, {trained.epoch}, segments"
+                f"{options.run}: this run of at most {training.epochs} epochs is not finished; using its "
+                f"{training.checkpoint} epoch so far, {run.epoch}"
             )
-        segment, names = make_segment(trained), record.labels.names
-        for number, (scan, mask) in local_items(list(enumerate(outputs.items(), start=1))):
-            volume = read_image(scan)
-            say_if_cut(volume, trained.record.canvas)
-            classes, probabilities = segment(volume, options.probabilities)
-            if probabilities is not None:
-                write_volume(_probabilities_file(mask), probabilities, volume)
-            write_segmentation(mask, classes, trained, volume)
-            voxel = math.prod(volume.spacing) / 1000
-            found = [f"{name} {(classes == k).sum() * voxel:.1f} ml" for k, name in enumerate(names, start=1)]
-            log_progress(f"{number}/{len(outputs)} {mask}: {', '.join(found)}")
+        segment_scans(run, outputs, options.probabilities)
 
 
-def slices_of(volume: Volume) -> int:
-    """How many slices a scan has."""
-    from jaxla.data.volumes import slice_geometry, to_slices
+def check_scans(scans: list[Path], task: Task, run: str) -> None:
+    """Check all scans before the first is segmented.
 
-    return to_slices(volume.array, slice_geometry(volume.affine)).shape[0]
+    Raises:
+        InputError: a scan cannot be read, or has too few slices.
+    """
+    slice_counts = []
+    for scan in scans:
+        volume = read_image(scan)
+        slice_counts.append(to_slices(volume.array, slice_geometry(volume.affine)).shape[0])
+        task.check_scan(scan, slice_counts[-1])
+    if slice_counts and (description := task.describe(slice_counts)):
+        log_progress(f"{run}: {description}")
 
 
-def say_if_cut(volume: Volume, canvas: Canvas) -> None:
-    from jaxla.data.volumes import slice_geometry, to_slices
+def segment_scans(run: TrainedRun, outputs: dict[Path, Path], with_probabilities: bool) -> None:
+    """Segment this process's share of the scans, and write each mask as soon as it is there."""
+    segment, names = run.make_segment(), run.record.labels.names
+    for number, (scan, mask) in local_items(list(enumerate(outputs.items(), start=1))):
+        volume = read_image(scan)
+        log_if_cut(volume, run.task)
+        classes, probabilities = segment_volume(segment, volume, with_probabilities)
+        if probabilities is not None:
+            write_volume(probabilities_file(mask), probabilities, volume)
+        write_volume(mask, run.record.labels.to_values(classes), volume)
+        voxel_ml = math.prod(volume.spacing) / 1000
+        volumes = [f"{name} {(classes == k).sum() * voxel_ml:.1f} ml" for k, name in enumerate(names, start=1)]
+        log_progress(f"{number}/{len(outputs)} {mask}: {', '.join(volumes)}")
 
+
+def log_if_cut(volume: Volume, task: Task) -> None:
+    """Log if the network sees only the centre of a scan's slices."""
     geometry = slice_geometry(volume.affine)
-    shape, spacing = to_slices(volume.array, geometry).shape[1:], geometry.spacing[1:]
-    if canvas.frame(shape, spacing).cuts:
-        height, width = (n * mm for n, mm in zip(shape, spacing, strict=True))
+    shape, spacing = to_slices(volume.array, geometry).shape, geometry.spacing
+    if task.is_cut(shape, spacing):
+        height, width = (n * mm for n, mm in zip(shape[1:], spacing[1:], strict=True))
         log_progress(
-            f"{volume.path}: slices of {height:.0f} × {width:.0f} mm are larger than the {canvas.extent:.0f} mm that "
-            "the network was trained on: it sees their centre, the rest is background"
+            f"{volume.path}: slices of {height:.0f} × {width:.0f} mm are larger than the {task.extent:.0f} mm that the "
+            "network was trained on; it sees their centre, and the rest becomes background"
         )
 
 
-def _name_outputs(scans: dict[str, Path], source: Path, output: Path) -> dict[Path, Path]:
-    """Scan -> mask file: the output itself for one scan and a file name, else `<case>.nii.gz` in the output folder."""
-    names_file = output.name.endswith((".nii", ".nii.gz"))
+def name_outputs(scans: dict[str, Path], source: Path, output: Path) -> dict[Path, Path]:
+    """Return the mask file of each scan: the output itself for one scan and a file name, else `<case>.nii.gz` in it."""
+    is_file_name = output.name.endswith((".nii", ".nii.gz"))
     if source.is_file():
-        return {source: output if names_file else output / f"{next(iter(scans))}.nii.gz"}
-    if names_file:
-        raise InputError(f"--output={output}: a file, but --input={source} is a folder; give a folder")
+        return {source: output if is_file_name else output / f"{next(iter(scans))}.nii.gz"}
+    if is_file_name:
+        raise InputError(f"--output={output}", f"a file, but --input={source} is a folder", "Give a folder.")
     return {scan: output / f"{case_id}.nii.gz" for case_id, scan in scans.items()}
 
 
-def _probabilities_file(mask: Path) -> Path:
+def probabilities_file(mask: Path) -> Path:
+    """Return the name of the probabilities beside a mask."""
     stem = mask.name.removesuffix(".gz").removesuffix(".nii")
     return mask.with_name(f"{stem}_probabilities{mask.name.removeprefix(stem)}")
 

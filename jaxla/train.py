@@ -1,67 +1,459 @@
-"""python -m jaxla.train --exp=NAME: train a method under a protocol, test it, and write the run's folder."""
+"""python -m jaxla.train --exp=NAME: train a method under a protocol, test it, and write the run's folder.
+
+This file is one run from top to bottom: `main` parses the command, `run` opens the run and prepares its data,
+`train_and_test` builds, trains and tests the network, and `write_reports` reports. Every step is one call, in the order
+in which it happens. With --fold=all, `train_folds` calls `train_and_test` once for each fold.
+"""
 
 from __future__ import annotations
 
-import os
+import gc
+import json
+import logging
 import shlex
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from datetime import datetime
+from pathlib import Path
+from typing import Any
 
-from jaxla.cli.command_line import named_experiment, parse_experiment
-from jaxla.cli.process import run_command
-from jaxla.devices.launch import find_launch
-from jaxla.distributed import join_processes
+from flax import nnx
+
+from jaxla.cli.command_line import Options, parse_experiment, parse_names, require_writable, set_option
+from jaxla.cli.process import Stopped, run_command
+from jaxla.cli.terminal import plural, track
+from jaxla.config import Experiment, InputError, Method, unread_options
+from jaxla.data.cache import in_use
+from jaxla.data.dataset import PreparedData, prepare_data
+from jaxla.data.split import ALL_FOLDS, FOLDS
+from jaxla.distributed import (
+    barrier,
+    broadcast,
+    is_first,
+    join_processes,
+    on_host,
+    require_same,
+    use_devices,
+    use_local_devices,
+)
 from jaxla.experiments import EXPERIMENTS, METHODS
+from jaxla.memory import catch_out_of_memory
+from jaxla.models.networks.base import parameter_count
+from jaxla.models.weights import parameters_sha256, save_random
+from jaxla.nnunet.postprocessing import join_folds
+from jaxla.reporting.curves import draw_curves
+from jaxla.reporting.overlays import draw_overlays
+from jaxla.reporting.panels import select_panels
+from jaxla.reporting.run_report import write_report
+from jaxla.runs.checks import check_experiment, find_weights
+from jaxla.runs.cost import measure_cost, write_cost
+from jaxla.runs.folder import (
+    BACKBONE,
+    CHECKPOINTS,
+    COST,
+    CURVES,
+    LARGEST,
+    OVERLAYS,
+    PREDICTIONS,
+    REPORT,
+    count_epochs,
+    fold_folders,
+    is_finished,
+    read_metrics,
+    require_free,
+    require_resumable,
+    resume_command,
+    summarise_fold,
+    write_metrics,
+)
+from jaxla.runs.forecast import describe_forecast, forecast_run
+from jaxla.runs.machine import environment
+from jaxla.runs.record import (
+    RECORD,
+    Record,
+    comparable_options,
+    describe_network,
+    method_label,
+    read_record,
+    write_record,
+)
+from jaxla.runs.session import buffered_log, open_run
+from jaxla.runs.testing import Scores, choose_postprocessing, make_segment_case, score_test_cases
+from jaxla.runs.trained import TrainedRun, load_run
+from jaxla.tasks import Features, Task, make_task
+from jaxla.training.loop import fit
+from jaxla.training.progress import Progress
+from jaxla.training.step import count_parameters
+
+log = logging.getLogger("jaxla.train")
 
 
 def main(arguments: list[str]) -> None:
     """Train, test, report.
 
     Raises:
-        InputError: anything wrong with the options, the data or the weights; all of it before training starts.
-        Stopped: the process was asked to end; the message has the command to go on with.
+        InputError: bad options, data or weights; everything is checked before training starts.
+        Stopped: the process was asked to stop; the message holds the command that resumes the run.
     """
-    exp = named_experiment(arguments).exp
-    if exp == "list" or (exp is None and {"-h", "--help"} & set(arguments)):
+    names = parse_names(arguments)
+    if names.exp == "list" or (names.exp is None and {"-h", "--help"} & set(arguments)):
         print("usage: python -m jaxla.train --exp=NAME [--option=value ...]; --exp=NAME --help shows every option")
-        print(list_experiments(details=exp == "list"))
+        print(list_experiments(with_details=names.exp == "list"))
         return
     options = parse_experiment(arguments, EXPERIMENTS, METHODS)
-
-    from jaxla.pipeline.checks import checked
-
-    options = options._replace(experiment=checked(options.experiment))
-    from jaxla.pipeline.cross_validation import run_experiment  # brings all that a run needs
-
-    with join_processes(find_launch(options.coordinator, options.processes, options.process, os.environ), options.wait):
-        run_experiment(options, shlex.join(["python", "-m", "jaxla.train", *arguments]))
+    with join_processes(options.coordinator, options.processes, options.process, options.wait):
+        run(options, shlex.join(["python", "-m", "jaxla.train", *arguments]))
 
 
-def list_experiments(details: bool) -> str:
-    """The experiments and methods; with each method's parameters, input and recipe where asked for details."""
+@dataclass(frozen=True)
+class Run:
+    """A run whose folder is open: what every step below needs."""
+
+    experiment: Experiment
+    data: PreparedData
+    task: Task
+    folder: Path
+    cache_dir: Path
+
+    @property
+    def label(self) -> str:
+        return method_label(self.experiment, METHODS)
+
+
+def run(options: Options, command: str) -> None:
+    """Run the experiment that the options describe, or print what it would take.
+
+    Args:
+        command: the command line, for the record.
+    """
+    began = time.perf_counter()
+    with buffered_log() as early_log:
+        # What can fail is checked before what takes long.
+        experiment = check_experiment(options.experiment)
+        folder = Path(broadcast(str(options.run_dir or f"runs/{experiment.name}_{time.strftime('%Y%m%d-%H%M%S')}")))
+        check_session(options, experiment, folder)
+        experiment, weights_sha256 = find_weights(experiment, options.cache_dir)
+        network_words = describe_network(experiment, METHODS)
+        if not weights_sha256:
+            log.info("%s: no pretrained weights are used", network_words)
+
+        with in_use(options.cache_dir), use_devices(options.devices, options.shard_params):
+            environment_here = environment()
+            installed = {**environment_here["versions"], "device": environment_here["device"]}
+            require_same(installed, "Install the same packages on all hosts, with the same devices.")
+            data = prepare_data(experiment, options.cache_dir)
+            require_same_content(data, weights_sha256)
+            task = make_task(experiment, data)
+            task.check_batch_size()
+            for volume in data.used:
+                task.check_scan(volume.case.image, volume.shape[0])
+            if options.dry_run:
+                print_forecast(experiment, network_words, data, task, options.cache_dir)
+                return
+
+            record = Record(
+                experiment=experiment,
+                label=method_label(experiment, METHODS),
+                network=network_words,
+                input=task.describe_input(),
+                unit=task.unit,
+                labels=data.dataset.labels,
+                weights=experiment.method.model.weights,
+                weights_sha256=weights_sha256,
+                split_sha256=data.split.sha256,
+                data_sha256=data.sha256,
+                extent=task.extent,
+                command=command,
+                begun=datetime.now().astimezone().isoformat(timespec="seconds"),
+                environment=environment_here,
+            )
+            this = Run(experiment, data, task, folder, options.cache_dir)
+            with open_run(folder, record, data, early_log.buffer, resume=options.resume):
+                summary = train_folds(this, record) if experiment.fold == ALL_FOLDS else train_and_test(this)
+    if summary:
+        log.info("finished in %.0f s", time.perf_counter() - began)
+        print_result(summary, folder)
+
+
+def check_session(options: Options, experiment: Experiment, folder: Path) -> None:
+    """Check that all processes have the same options, and that the run can be written or resumed.
+
+    Raises:
+        InputError: they differ, or it cannot.
+    """
+    given = {name: getattr(options, name) for name in ("run_dir", "resume", "dry_run", "devices", "shard_params")}
+    given = {name.replace("_", "-"): "" if value is None else str(value) for name, value in given.items()}
+    given |= comparable_options(experiment)
+    require_same({f"--{name}": value for name, value in given.items()}, "Give all processes the same options.")
+    if options.resume and is_first():
+        require_resumable(options.run_dir, experiment)
+    elif not options.dry_run and is_first():
+        require_free(folder)
+    require_writable("--cache-dir", options.cache_dir)
+
+
+def require_same_content(data: PreparedData, weights_sha256: str) -> None:
+    """Raise an InputError unless all processes have the same scans, masks, split and weights."""
+    contents = {f"case {name}": sha256 for name, sha256 in data.cases.items()}
+    contents |= {"--data.split": data.split.sha256, "--model.weights": weights_sha256 or "random"}
+    require_same(contents, "Give all processes the same scans, masks, split and weights.")
+
+
+def print_forecast(experiment: Experiment, network_words: str, data: PreparedData, task: Task, cache_dir: Path) -> None:
+    """Print what the run would take; of cross-validation, the first fold."""
+    if experiment.fold == ALL_FOLDS:
+        log.info("forecast of the first of %d folds; each takes as much, then all are tested together", FOLDS)
+        data = data.for_fold("0", experiment.data)
+    print(describe_forecast(forecast_run(experiment, network_words, data, task, cache_dir), experiment.name))
+
+
+def train_and_test(run: Run) -> dict[str, Any] | None:
+    """Train and test one network; starts where the folder says that an earlier session stopped.
+
+    Returns:
+        The summary of the test, in the first of several processes.
+    """
+    run.task.save(run.folder)
+    log_what_is_seen(run)
+    with on_host():
+        network = build_network(run)
+    features = compute_features(run, network)
+    progress = train_network(run, network, features)
+    del network  # the trained one is loaded with its own backbone
+    with use_local_devices():
+        return test_network(run, features, progress.step_bytes)
+
+
+def train_folds(run: Run, record: Record) -> dict[str, Any] | None:
+    """Train and test a network for each fold, each in a folder of its own, then test all of them together.
+
+    Returns:
+        The summary of the test of the mean of their logits, in the first of several processes.
+    """
+    run.task.save(run.folder)
+    command = resume_command(record.command, run.folder)
+    for fold, folder in enumerate(fold_folders(run.folder)):
+        if broadcast(is_finished(folder)):
+            continue
+        if is_first():
+            log.info("fold %d of %d, in %s", fold + 1, FOLDS, folder)
+        experiment = replace(run.experiment, fold=str(fold))
+        data = run.data.for_fold(str(fold), experiment.data)
+        fold_command = set_option(set_option(record.command, "--fold", fold), "--run-dir", folder)
+        fold_record = replace(
+            record, experiment=experiment, split_sha256=data.split.sha256, command=fold_command, resumed=()
+        )
+        resume = broadcast((folder / RECORD).exists())
+        with name_fold(fold), open_run(folder, fold_record, data, (), resume=resume, outer_resume_command=command):
+            train_and_test(replace(run, experiment=experiment, data=data, folder=folder))
+        gc.collect()  # arrays that only cycles hold would take the next fold's memory
+    if run.experiment.method.postprocessing.largest == "if_better" and is_first():
+        paths = [folder / LARGEST for folder in fold_folders(run.folder)]
+        join_folds(paths, run.data.dataset.labels.names, run.folder / LARGEST)
+    barrier()
+    with use_local_devices():
+        step_bytes = max(json.loads((folder / COST).read_text())["step_bytes"] for folder in fold_folders(run.folder))
+        return test_network(run, None, step_bytes)
+
+
+@contextmanager
+def name_fold(fold: int) -> Iterator[None]:
+    """Within it, a stop names the fold."""
+    try:
+        yield
+    except Stopped as stop:
+        raise Stopped(f"in fold {fold + 1} of {FOLDS}, {stop.reason}") from stop
+
+
+def log_what_is_seen(run: Run) -> None:
+    """Log what the network sees of the scans."""
+    cut = [volume.id for volume in run.data.used if run.task.is_cut(volume.shape, volume.spacing)]
+    if cut and is_first():
+        log.warning(
+            "%s with slices larger than the largest training slice (%.0f mm): the network sees their centre, and the "
+            "rest becomes background: %s", plural(len(cut), "validation or test case"), run.task.extent, ", ".join(cut),
+        )  # fmt: skip
+    if description := run.task.describe([volume.shape[0] for volume in run.data.used]):
+        log.info("%s: %s", run.experiment.method.name, description)
+
+
+def build_network(run: Run) -> nnx.Module:
+    """Build the untrained network. A random backbone that stays frozen is kept in the run's folder.
+
+    Raises:
+        InputError: the backbone that was kept is damaged, and its seed gives another one now.
+    """
+    model, kept, seed = run.experiment.method.model, run.folder / BACKBONE, run.experiment.seed
+    if model.backbone == "finetuned" or model.weights != "random":
+        return run.task.build_network()
+    record = read_record(run.folder)
+    barrier()  # before the first process writes the record anew
+    if record.backbone_sha256:  # a resumed run
+        try:
+            network = run.task.build_network(weights=str(kept))
+            if parameters_sha256(network.backbone) == record.backbone_sha256:
+                return network
+        except InputError:  # missing or truncated
+            pass
+        if is_first():
+            log.warning("%s: missing or damaged; drawn again from seed %d", kept, seed)
+    network = run.task.build_network()
+    sha256 = parameters_sha256(network.backbone)
+    if record.backbone_sha256 not in ("", sha256):
+        raise InputError(
+            kept, f"missing or damaged, and seed {seed} gives another backbone with these versions", "Restore it."
+        )
+    if is_first():
+        save_random(kept, network.backbone, model.arch, seed)
+        write_record(run.folder, replace(record, backbone_sha256=sha256))
+    return network
+
+
+def compute_features(run: Run, network: nnx.Module) -> Features | None:
+    """Compute the features of every slice that the run uses, once, if the backbone is frozen and the disk has room.
+
+    Returns:
+        None if the whole network runs at every step. The record says which, and why.
+    """
+    reason, features = run.task.why_not_cached(network), None
+    if not reason:
+        with use_local_devices():
+            cache = run.task.make_feature_cache(network, run.cache_dir)
+            arrays = cache.features(run.data.used, track)
+        if arrays is None:
+            reason = "The frozen backbone ran at every step: its features did not fit on the disk of the cache folder."
+        else:
+            by_case = {volume.id: array for volume, array in zip(run.data.used, arrays, strict=True)}
+            features = Features(by_case, network.READS_IMAGES)
+            reason = f"The frozen backbone's features were computed once per slice, in {cache.dtype.name}, and cached."
+    if is_first():
+        record = read_record(run.folder)
+        write_record(run.folder, replace(record, features=reason, features_cached=features is not None))
+    return features
+
+
+def train_network(run: Run, network: nnx.Module, features: Features | None) -> Progress:
+    """Train; leaves checkpoints, metrics.jsonl and progress.png in the run's folder."""
+    sources = run.task.make_sources(run.data, run.cache_dir, features)
+    if (batch_size := run.task.batch_size) > (count := len(sources.train)):
+        log.warning(
+            "--training.batch_size=%d: larger than the training set of %d %s, so each comes several times in one step",
+            batch_size, count, run.task.sample[count > 1],
+        )  # fmt: skip
+    parameters = count_parameters(nnx.state(network, nnx.Param))
+    trainer = run.task.make_trainer(network, sources.train, features)
+    trained = count_parameters(trainer.trainable)
+    log.info("%s: %d parameters are trained, %d are frozen", run.label, trained, parameters - trained)
+    kept = run.experiment.method.training.checkpoint
+
+    def report_epoch(history: list[dict[str, Any]]) -> None:
+        if is_first():
+            write_metrics(run.folder, history)
+            if history:
+                title = f"{run.experiment.name}, {run.label}"
+                draw_curves(history, title, run.folder / CURVES, run.task.unit, kept)
+
+    with catch_out_of_memory(batch_size):
+        progress = fit(
+            trainer,
+            sources.val,
+            run.folder / CHECKPOINTS,
+            epochs_done=broadcast(count_epochs(run.folder)),
+            on_epoch=report_epoch,
+        )
+    log.info("%s epoch %d: validation Dice %.3f %s", kept, progress.best_epoch, progress.best_dice, run.task.unit)
+    return progress
+
+
+def test_network(run: Run, features: Features | None, step_bytes: int) -> dict[str, Any] | None:
+    """Test the trained network on scans that it never saw; leaves `test/`, cost.json and report.html.
+
+    Args:
+        step_bytes: device memory of a training step.
+
+    Returns:
+        The summary of the test, in the first of several processes.
+    """
+    trained = load_run(run.folder)
+    is_single = run.experiment.fold != ALL_FOLDS
+    if run.experiment.method.postprocessing.largest == "if_better" and is_single:
+        trained = choose_postprocessing(trained, run.data, run.folder)
+    segment = trained.make_segment()
+    about = {"best_epoch": trained.epoch} if is_single else {}
+    about["backbone"] = trained.record.network
+    if is_single and hasattr(trained.network, "block_weights"):
+        about["block_weights"] = trained.network.block_weights()
+    segment_case = make_segment_case(trained, segment, features)
+    scores = score_test_cases(trained, run.data, segment_case, run.folder, **about)
+    if scores is None:
+        return None
+    deepest = max(volume.shape[0] for volume in run.data.of(run.data.split.train + run.data.split.val))
+    cost = measure_cost(trained, segment, run.data.of(run.data.split.test), step_bytes, deepest)
+    write_cost(cost, run.folder / COST)
+    write_reports(run, trained, scores, asdict(cost))
+    return scores.summary
+
+
+def write_reports(run: Run, trained: TrainedRun, scores: Scores, cost: Mapping[str, Any]) -> None:
+    """Write overlays.png and report.html, which marks the run as finished."""
+    names, is_single = trained.record.labels.names, run.experiment.fold != ALL_FOLDS
+    panels = select_panels(run.data.volumes, scores.rows, run.folder / PREDICTIONS)
+    draw_overlays(panels, run.folder / OVERLAYS)
+    largest = None
+    if run.experiment.method.postprocessing.largest == "if_better":
+        largest = [[names[k - 1] for k in group] for group in trained.largest]
+    write_report(
+        run.folder / REPORT,
+        record=json.loads((run.folder / RECORD).read_text()),
+        split=run.data.split.parts,
+        history=read_metrics(run.folder) if is_single else [],
+        rows=scores.rows,
+        summary=scores.summary,
+        cost=cost,
+        panels=panels,
+        unread=unread_options(run.experiment),
+        folds=() if is_single else [summarise_fold(folder) for folder in fold_folders(run.folder)],
+        counted=run.task.unit,
+        largest=largest,
+    )
+
+
+def print_result(summary: Mapping[str, Any], folder: Path) -> None:
+    """Print the line that a run ends with."""
+    dice, iou, atlas = summary["dice"], summary["iou"], summary["atlas"]["dice"]
+    print(
+        f"{summary['backbone']}: test Dice {dice['mean']:.3f}, IoU {iou['mean']:.3f} "
+        f"(mean per volume over {plural(dice['n'], 'patient')}; the atlas baseline, which does not use the image: "
+        f"Dice {atlas['mean']:.3f}). Run folder: {folder}"
+    )
+
+
+def list_experiments(with_details: bool) -> str:
+    """Return the experiments and methods as lines; with each method's parameters, input and recipe on request."""
     width = max(map(len, [*EXPERIMENTS, *METHODS]))
     lines = ["Experiments (--exp=NAME):"]
-    lines += [f"  {e.name:{width}} {e.summary}; method {e.method}" for e in EXPERIMENTS.values()]
+    lines += [f"  {e.name:{width}} {e.summary}; method {e.method.name}" for e in EXPERIMENTS.values()]
     lines += ["Methods (--method=NAME):"]
-    if not details:
-        return "\n".join([*lines, *(f"  {m.name:{width}} {m.summary}" for m in METHODS.values())])
-
-    import jax
-
-    from jaxla.models.build import is_planned, parameter_count
-
-    jax.config.update("jax_platforms", "cpu")  # to count takes no GPU from others
     for method in METHODS.values():
-        size, recipe = method.preprocessing.image_size, method.training
         lines.append(f"  {method.name:{width}} {method.summary}")
-        rate = f"{'Adam' if recipe.optimiser == 'adam' else 'SGD'} {recipe.learning_rate:g}"
-        if is_planned(method.model):
-            about = f"planned from the data; {rate}, {recipe.epochs} epochs of {recipe.steps} steps"
-        else:
-            about = (
-                f"{parameter_count(method.model) / 1e6:.1f} M parameters; {size}×{size} pixels; {rate}, at most "
-                f"{recipe.epochs} epochs, batches of {recipe.batch_size}"
-            )
-        lines.append(f"  {'':{width}} {about}")
+        if with_details:
+            lines.append(f"  {'':{width}} {describe_method(method)}")
     return "\n".join(lines)
+
+
+def describe_method(method: Method) -> str:
+    """Return a method's parameters, input and recipe in one line."""
+    recipe = method.training
+    rate = f"{'Adam' if recipe.optimiser == 'adam' else 'SGD'} {recipe.learning_rate:g}"
+    if method.preprocessing is None:
+        return f"planned from the data; {rate}, {recipe.epochs} epochs of {recipe.steps} steps"
+    size = method.preprocessing.image_size
+    return (
+        f"{parameter_count(method.model) / 1e6:.1f} M parameters; {size}×{size} pixels; {rate}, at most "
+        f"{recipe.epochs} epochs, batches of {recipe.batch_size}"
+    )
 
 
 if __name__ == "__main__":

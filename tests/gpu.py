@@ -10,11 +10,11 @@ import jax.numpy as jnp
 import pytest
 from flax import nnx
 from jax._src.cudnn import fused_attention_stablehlo
+from jaxla.models.build import build_network, configuration_of, is_planned, reads_volumes
+from jaxla.pipeline.sources import GRADIENTS, loss_of
 
 from jaxla.config import Method
-from jaxla.models.build import build_network, configuration_of, is_planned, reads_volumes
 from jaxla.nnunet.plan import Plan
-from jaxla.pipeline.sources import GRADIENTS, loss_of
 from jaxla.training.losses import per_volume
 from jaxla.training.step import make_optimiser, make_step, split_network
 

@@ -9,6 +9,7 @@ import subprocess
 import sys
 
 import pytest
+from jaxla.models.build import build_network
 from tests.data.test_planned import plan_for
 
 from jaxla.config import Model
@@ -16,7 +17,6 @@ from jaxla.data.cases import find_cases
 from jaxla.data.inputs import Canvas
 from jaxla.data.phantoms import cached_phantoms
 from jaxla.data.prepared import prepare_cases
-from jaxla.models.build import build_network
 from jaxla.models.weights_format import save_weights
 from jaxla.nnunet.preprocessing import prepare_planned
 from jaxla.training.features import FeatureCache

@@ -11,10 +11,10 @@ import jax
 import numpy as np
 import pytest
 from jaxla.experiments import EXPERIMENTS, METHODS
+from jaxla.pipeline.checks import checked
 
 from jaxla.cli.command_line import parse_experiment
 from jaxla.models.weights_format import save_weights
-from jaxla.pipeline.checks import checked
 from jaxla.runs.folder import require_resumable
 from jaxla.runs.machine import processor
 from tests.commands import in_this_process, refuse

@@ -1,24 +1,34 @@
-"""The command line: how its options become an experiment, and how a mistake in them is said in one line."""
+"""The command line: how its words become options, and how a mistake in them is reported in one line."""
 
 from __future__ import annotations
 
 import argparse
 import os
-import re
 import shlex
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import fields, is_dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
-from jaxla.config import PARTS, Experiment, InputError, Method, default_cache_dir, lookup, nearest, with_method
+from jaxla.config import (
+    METHOD_GROUPS,
+    Experiment,
+    InputError,
+    Method,
+    default_cache_dir,
+    lookup,
+    option_groups,
+    suggestion,
+)
 
 if TYPE_CHECKING:
     from jsonargparse import ArgumentParser, Namespace
 
+PROCESS_OPTIONS = ("--coordinator", "--processes", "--process")
+
 
 def command_parser(module: str, description: str) -> ArgumentParser:
-    """The parser of a command; its options are taken as spelt, never completed."""
+    """Return the parser of a command. Options are never completed from a prefix."""
     from jsonargparse import ArgumentParser
 
     return ArgumentParser(
@@ -31,53 +41,60 @@ def command_parser(module: str, description: str) -> ArgumentParser:
 
 
 def require_writable(option: str, path: Path) -> None:
-    """Raise an InputError unless the folder `path` can be made or written; leaves nothing behind."""
+    """Raise an InputError unless the folder `path` can be created or written; leaves nothing behind."""
     parent = next(p for p in (path, *path.absolute().parents) if p.exists())
     if not parent.is_dir() or not os.access(parent, os.W_OK):
-        raise InputError(f"{option}={path}: cannot be written, for {parent} is no writable folder; choose another")
+        raise InputError(f"{option}={path}", f"{parent} is not a writable folder", "Use another folder.")
 
 
 def add_devices_option(parser: ArgumentParser) -> None:
-    parser.add_argument("--devices", type=int, default=0, help="how many devices to use in all (0: all there are)")
+    parser.add_argument("--devices", type=int, default=0, help="number of devices to use in all (0: all there are)")
 
 
 def add_processes_options(parser: ArgumentParser) -> None:
-    parser.add_argument("--coordinator", type=str, default="", help="HOST:PORT of process 0, where several meet")
-    parser.add_argument("--processes", type=int | None, default=None, help="how many run this together (srun tells)")
-    parser.add_argument("--process", type=int | None, default=None, help="which of them this one is, from 0 to N - 1")
+    parser.add_argument("--coordinator", type=str, default="", help="HOST:PORT of process 0, if several run together")
+    parser.add_argument("--processes", type=int | None, default=None, help="number of processes (default: from srun)")
+    parser.add_argument("--process", type=int | None, default=None, help="index of this process, from 0")
     parser.add_argument("--wait", type=float, default=300, help="seconds to wait for the other processes at the start")
 
 
 def parse_arguments(parser: ArgumentParser, arguments: list[str]) -> Namespace:
-    """`parser.parse_args`, with every mistake an InputError of one line that names the option."""
+    """Parse a command's arguments.
+
+    Raises:
+        InputError: an unknown option, or a value of the wrong kind.
+    """
     from jsonargparse import ArgumentError
 
+    _check_words(parser, arguments)
     try:
         return parser.parse_args(arguments)
     except ArgumentError as error:
-        message = " ".join(str(error).split())
-    known = [option for action in parser._actions for option in action.option_strings]
-    if unrecognised := re.match(r"unrecognized arguments: (.*)", message, re.IGNORECASE):
-        option = unrecognised[1].split("=")[0].split(" ")[0]
-        if not option.startswith("-"):
-            raise InputError(f"{option!r} is no option; options are given as --name=value")
-        raise InputError(f"option {option} is unknown{nearest(option, known)} --help lists them all")
-    if wrong := re.match(r'Parser key "(.*?)": Does not validate .*?Literal\[(.*?)\].* Given value: (.*)', message):
-        raise InputError(f"option --{wrong[1]} expects one of {wrong[2]}, got {wrong[3]!r}")
-    if wrong := re.match(r'Parser key "(.*?)": Expected an? (.*)\. Got value: ?(.*)', message):
-        expected = re.sub(r"<class '(.*?)'>", r"\1", wrong[2]).replace("typing.Literal", "one of ")
-        if expected.startswith("tuple"):
-            example = wrong[3] if re.fullmatch(r"[-0-9, ]+", wrong[3]) else "8,4"
-            expected = f"a list of whole numbers, such as [{example}]"
-        raise InputError(f"option --{wrong[1]} expects {expected}, got {wrong[3]!r}")
-    if lacking := re.match(r"the following arguments are required: (.*)", message):
-        options = ", ".join(f"--{name}" if f"--{name}" in known else name.upper() for name in lacking[1].split(", "))
-        raise InputError(f"required and not given: {options}; --help describes them")
-    raise InputError(f"{message}; --help lists all options")
+        raise InputError("command line", " ".join(str(error).split()).rstrip("."), "See --help.") from error
+
+
+def _check_words(parser: ArgumentParser, arguments: list[str]) -> None:
+    """Raise an InputError if a word is not one of the parser's options, nor the value of one."""
+    actions = {name: action for action in parser._actions for name in action.option_strings}
+    positionals = [action for action in parser._actions if not action.option_strings and action.nargs is None]
+    expects_value = False
+    for word in arguments:
+        name, has_value = word.split("=")[0], "=" in word
+        if word.startswith("--"):
+            if name not in actions:
+                raise InputError(name, f"unknown option{suggestion(name, actions)}", "See --help for all options.")
+            expects_value = not has_value and actions[name].nargs != 0
+        elif expects_value or word in actions:  # -h
+            expects_value = False
+        elif positionals:
+            positionals.pop()
+        else:
+            meant = f"Did you mean --{word}?" if f"--{name}" in actions else "Write options as --name=value."
+            raise InputError("command line", f"unexpected argument {word!r}", meant)
 
 
 class Options(NamedTuple):
-    """A resolved command line."""
+    """The resolved command line of `jaxla.train`."""
 
     experiment: Experiment
     run_dir: Path | None
@@ -92,68 +109,123 @@ class Options(NamedTuple):
     wait: float
 
 
-def named_experiment(arguments: list[str]) -> argparse.Namespace:
-    """The values of `exp` and `method`, on which the other options depend; None where they are not given."""
+def parse_names(arguments: list[str]) -> argparse.Namespace:
+    """Return the values of `exp` and `method`, on which the other options depend; None if not given."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
     parser.add_argument("--exp")
     parser.add_argument("--method")
     try:
         return parser.parse_known_args(arguments)[0]
     except argparse.ArgumentError as error:
-        raise InputError(str(error)) from error
+        raise InputError("command line", str(error)) from error
 
 
 def parse_experiment(
     arguments: list[str], experiments: Mapping[str, Experiment], methods: Mapping[str, Method]
 ) -> Options:
-    """The experiment that a command line of `jaxla.train` names, with its method and options exchanged as it says.
+    """Parse the command line of `jaxla.train`. Only options that the method has are known.
 
     Raises:
         InputError: an unknown experiment, method or option, or a value of the wrong kind.
     """
-    named = named_experiment(arguments)
-    if named.exp is None:
-        raise InputError(f"option --exp is required; --exp=list describes them: {', '.join(experiments)}")
-    experiment = lookup("experiment", named.exp, experiments)
-    if named.method is not None:
-        if named.method not in methods and (named.method.startswith("dinov3_") or named.method.endswith("_reg")):
-            raise InputError(
-                f"method {named.method!r} is unknown; a backbone is given to any method as "
-                f"--model.arch={named.method}; methods: {', '.join(methods)}"
-            )
-        experiment = with_method(experiment, lookup("method", named.method, methods))
-
-    summary = f"{experiment.name}: {experiment.summary}; method {experiment.method}. Options and their values:"
-    parser = command_parser("jaxla.train", summary)
-    parser.add_argument("--exp", type=str, help="experiment, or `list`")
-    parser.add_argument("--method", type=str, help="method in place of the experiment's own")
-    parser.add_argument("--run-dir", type=str, help="folder for the run (default: runs/<experiment>_<time>)")
-    parser.add_argument("--cache-dir", type=str, help="folder that runs share (default: the user's cache folder)")
-    parser.add_argument("--resume", action="store_true", help="go on with the run in --run-dir, which was ended")
-    parser.add_argument("--dry-run", action="store_true", help="say what the run would take, and leave it at that")
-    add_devices_option(parser)
-    parser.add_argument("--shard-params", action="store_true", help="divide large parameters over the devices")
-    add_processes_options(parser)
-    fixed = {"name": experiment.name, "summary": experiment.summary, "method": experiment.method}
-    parser.add_class_arguments(Experiment, None, skip=set(fixed))
-    parser.set_defaults({key: value for key, value in asdict(experiment).items() if key not in fixed})
-    parsed = parser.instantiate(parse_arguments(parser, arguments))
-
-    of_session = {name: parsed[name] for name in Options._fields if name not in ("experiment", "run_dir", "cache_dir")}
+    experiment = _named_experiment(parse_names(arguments), experiments, methods)
+    parser = experiment_parser(experiment)
+    try:
+        parsed = parser.instantiate(parse_arguments(parser, arguments))
+    except InputError as error:
+        raise _option_of_other_method(error, experiment.method, methods) from error
+    groups = {name: parsed[name] for name in METHOD_GROUPS if name in parsed}
+    session = {name: parsed[name] for name in Options._fields if name not in ("experiment", "run_dir", "cache_dir")}
     return Options(
-        experiment=Experiment(**fixed, **{key: parsed[key] for key in ("seed", "fold", *PARTS)}),
+        experiment=replace(
+            experiment,
+            data=parsed.data,
+            method=replace(experiment.method, **groups),
+            seed=parsed.seed,
+            fold=parsed.fold,
+        ),
         run_dir=Path(parsed.run_dir) if parsed.run_dir else None,
         cache_dir=Path(parsed.cache_dir) if parsed.cache_dir else default_cache_dir(),
-        **of_session,
+        **session,
     )
 
 
-def without_folder_and_process(command: str) -> str:
-    """A run's command line without what ties it to its folder and to one of several processes."""
+def _named_experiment(
+    names: argparse.Namespace, experiments: Mapping[str, Experiment], methods: Mapping[str, Method]
+) -> Experiment:
+    if names.exp is None:
+        raise InputError("--exp", "missing", f"Use one of {', '.join(experiments)}; --exp=list describes them.")
+    experiment = lookup("--exp", names.exp, experiments)
+    if names.method is None:
+        return experiment
+    if names.method not in methods and (names.method.startswith("dinov3_") or names.method.endswith("_reg")):
+        raise InputError(
+            f"--method={names.method}",
+            "names a backbone, not a method",
+            f"Use --model.arch={names.method} with a method: {', '.join(methods)}.",
+        )
+    return replace(experiment, method=lookup("--method", names.method, methods))
+
+
+def experiment_parser(experiment: Experiment) -> ArgumentParser:
+    """Return the parser of `jaxla.train` with the options of an experiment and its method, and their defaults."""
+    title = f"{experiment.name}: {experiment.summary}; method {experiment.method.name}. Options and their values:"
+    parser = command_parser("jaxla.train", title)
+    parser.add_argument("--exp", type=str, help="experiment, or `list`")
+    parser.add_argument("--method", type=str, help="method instead of the experiment's own")
+    parser.add_argument("--run-dir", type=str, help="folder for the run (default: runs/<experiment>_<time>)")
+    parser.add_argument("--cache-dir", type=str, help="folder that runs share (default: the user's cache folder)")
+    parser.add_argument("--resume", action="store_true", help="continue the interrupted run in --run-dir")
+    parser.add_argument("--dry-run", action="store_true", help="print what the run would take, and stop")
+    add_devices_option(parser)
+    parser.add_argument("--shard-params", action="store_true", help="divide large parameters over the devices")
+    add_processes_options(parser)
+    parser.add_argument("--seed", type=int, default=experiment.seed, help="seed of parameters and order of samples")
+    parser.add_argument(
+        "--fold",
+        type=Literal["", "0", "1", "2", "3", "4", "all"],
+        default=experiment.fold,
+        help="fold of five-fold cross-validation that validates, or `all`",
+    )
+    for name, group in option_groups(experiment).items():
+        parser.add_class_arguments(type(group), name)
+        parser.set_defaults({f"{name}.{field}": value for field, value in vars(group).items()})
+    return parser
+
+
+def _option_of_other_method(error: InputError, method: Method, methods: Mapping[str, Method]) -> InputError:
+    """Return a better error if the option at fault exists, but only for other methods."""
+    group, _, field = error.where.removeprefix("--").partition(".")
+    if error.where == "--model.network":
+        return InputError(error.where, f"fixed by --method={method.name}", "Remove the option.")
+    having = [name for name, each in methods.items() if field in _field_names(getattr(each, group, None))]
+    if group not in METHOD_GROUPS or not field or method.name in having or not having:
+        return error
+    owners = f"{', '.join(having[:3])} and others have it" if len(having) > 3 else f"it belongs to {', '.join(having)}"
+    return InputError(error.where, f"method {method.name} has no such option; {owners}", "Remove the option.")
+
+
+def _field_names(options: object) -> list[str]:
+    return [field.name for field in fields(options)] if is_dataclass(options) else []
+
+
+def strip_run_options(command: str) -> str:
+    """Return a run's command line without what ties it to its folder and to one of several processes."""
     words, kept = iter(shlex.split(command)), []
     for word in words:
-        if word in ("--run-dir", "--coordinator", "--processes", "--process"):
+        if word in ("--run-dir", *PROCESS_OPTIONS):
             next(words, None)  # its value
-        elif word != "--resume" and not word.startswith(("--run-dir=", "--coordinator=", "--process")):
+        elif word != "--resume" and word.split("=")[0] not in ("--run-dir", *PROCESS_OPTIONS):
             kept.append(word)
     return shlex.join(kept)
+
+
+def set_option(command: str, name: str, value: object) -> str:
+    """Return a command line with one option set to a value, in place of any earlier value."""
+    words, kept = iter(shlex.split(command)), []
+    for word in words:
+        if word == name:
+            next(words, None)
+        elif not word.startswith(f"{name}="):
+            kept.append(word)
+    return shlex.join([*kept, f"{name}={value}"])

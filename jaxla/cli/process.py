@@ -1,4 +1,4 @@
-"""A command as a process: what it prints and returns, and how it is asked to end."""
+"""A command as a process: its exit code, its log, and how it is asked to stop."""
 
 from __future__ import annotations
 
@@ -18,17 +18,26 @@ if TYPE_CHECKING:
 
 
 class Stopped(Exception):
-    """The process was asked to end, and what is needed to go on is saved; the message says where it stopped."""
+    """The process was asked to stop, and everything needed to resume is saved.
+
+    Attributes:
+        reason: where it stopped.
+        resume_command: the command that resumes, if there is one.
+    """
+
+    def __init__(self, reason: str, resume_command: str = "") -> None:
+        self.reason, self.resume_command = reason, resume_command
+        super().__init__(reason + (f"; resume with: {resume_command}" if resume_command else ""))
 
 
 def run_command(main: Callable[[list[str]], None]) -> None:
-    """Run a command's `main` and leave the process: 0 on success, 2 with one line on bad input, 1 otherwise.
+    """Run a command's `main` and exit: 0 on success, 2 with one line on bad input, 1 otherwise.
 
-    SIGTERM ends it as Ctrl-C does: what is half-written is removed on the way out.
+    SIGTERM ends it like Ctrl-C: half-written files are removed on the way out.
     """
     log_to_terminal()
     sys.unraisablehook = _report_unraisable
-    logging.raiseExceptions = False  # a log file on a full disk loses lines, and the error itself is what is said
+    logging.raiseExceptions = False  # on a full disk the log file loses lines; the error itself is reported
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         with command_line_wording():
@@ -36,28 +45,30 @@ def run_command(main: Callable[[list[str]], None]) -> None:
     except (InputError, Stopped, KeyboardInterrupt) as error:
         code, line = exit_status(error)
         print(line, file=sys.stderr, flush=True)
-        if not isinstance(error, InputError):  # XLA's threads may still compile, and would crash as Python goes down
+        if not isinstance(error, InputError):  # XLA's threads may still compile, and crash when Python shuts down
             sys.stdout.flush()
             os._exit(code)
         sys.exit(code)
     except BrokenPipeError:
         try:
             print(flush=True)
-        except BrokenPipeError:  # it is this one: whoever read what is printed has left, as `| head` does
+        except BrokenPipeError:  # stdout itself: its reader has left, as `| head` does
             os._exit(1)
-        raise  # some other pipe
+        raise  # another pipe
     sys.exit(0)
 
 
 def log_to_terminal() -> None:
-    """Say on the terminal what the package logs, and of others what is worth a warning."""
-    logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stdout)
+    """Print the package's log lines on the terminal, and warnings of other packages."""
+    # Importing Orbax sets up absl's plain handler, which is replaced. Handlers of a caller in this process stay.
+    is_default = all(type(handler) is logging.StreamHandler for handler in logging.getLogger().handlers)
+    logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stdout, force=is_default)
     logging.getLogger("jaxla").setLevel(logging.INFO)
-    logging.getLogger("absl").setLevel(logging.CRITICAL)  # Orbax: each option, and tracebacks of errors that it raises
+    logging.getLogger("absl").setLevel(logging.CRITICAL)  # Orbax logs options, and tracebacks of errors that it raises
 
 
 def exit_status(error: BaseException) -> tuple[int, str]:
-    """The exit code of a command that this ends, and the line to print."""
+    """Return the exit code of a command that ends with this error, and the line to print."""
     if isinstance(error, InputError):
         return 2, "error: " + " ".join(str(error).split())
     return 1, f"stopped {error}" if isinstance(error, Stopped) else "interrupted"
@@ -70,7 +81,7 @@ def _report_unraisable(report: sys.UnraisableHookArgs) -> None:
 
 @contextmanager
 def stop_requests() -> Iterator[Callable[[], bool]]:
-    """Within it, SIGTERM and the first Ctrl-C only set a flag, which the yielded function reads; a second one ends."""
+    """Within it, SIGTERM and the first Ctrl-C set a flag, which the yielded function returns; a second one ends."""
     if threading.current_thread() is not threading.main_thread():  # Python takes signals only there
         yield lambda: False
         return

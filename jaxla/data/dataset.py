@@ -17,7 +17,6 @@ from jaxla.data.phantoms import cached_phantoms
 from jaxla.data.prepared import PreparedVolume, prepare_cases
 from jaxla.data.split import ALL_FOLDS, FOLDS, Split, make_split
 from jaxla.distributed import is_first, local_items
-from jaxla.nnunet.plan import Plan
 
 log = logging.getLogger(__name__)
 
@@ -29,8 +28,11 @@ class PreparedData:
     dataset: Dataset
     volumes: Mapping[str, PreparedVolume]  # by case id
     split: Split
-    plan: Plan | None = None  # where the network is planned from the data
     fold: str = ""  # of cross-validation
+
+    def for_fold(self, fold: str, protocol: Data) -> PreparedData:
+        """Return the same data, split for one fold of cross-validation."""
+        return replace(self, split=make_split([case.id for case in self.dataset.cases], protocol, fold), fold=fold)
 
     def of(self, ids: Iterable[str]) -> list[PreparedVolume]:
         return [self.volumes[name] for name in ids]

@@ -14,6 +14,7 @@ import logging
 import zlib
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import nibabel as nib
 import numpy as np
@@ -53,6 +54,26 @@ class Volume:
     def spacing(self) -> tuple[float, float, float]:
         """Voxel size in mm along the array's own axes."""
         return tuple(float(s) for s in nib.affines.voxel_sizes(self.affine))
+
+
+class Grid(NamedTuple):
+    """Where a scan's voxels lie: its affine [4, 4], voxel indices to mm (RAS+), and its NIfTI header."""
+
+    affine: np.ndarray
+    header: nib.Nifti1Header
+
+
+def read_grid(path: str | Path) -> Grid:
+    """Read a scan's affine and header, without its voxels.
+
+    Raises:
+        InputError: the file is missing or damaged.
+    """
+    try:
+        image = nib.load(path)
+    except (ImageFileError, OSError, EOFError, HeaderDataError) as error:
+        raise InputError(path, f"cannot be read ({error})", "Restore it from a copy.") from error
+    return Grid(image.affine, image.header)
 
 
 def read_image(path: str | Path) -> Volume:
@@ -166,7 +187,7 @@ def axes_of_slices(slice_axis: int) -> tuple[int, int, int]:
     return slice_axis, rows, columns
 
 
-def write_volume(path: Path, array: np.ndarray, like: Volume) -> None:
+def write_volume(path: Path, array: np.ndarray, like: Volume | Grid) -> None:
     """Write `array` [X, Y, Z] (or [X, Y, Z, K]) on the grid of `like`, read it back, and only then give it its name.
 
     Raises:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import partial
 from itertools import product
 from typing import NamedTuple
@@ -28,6 +29,17 @@ WIDEST_KERNEL = 7
 SMALL = 1e-7
 
 Arrays = tuple[jax.Array, jax.Array]
+
+
+@dataclass(frozen=True)
+class PatchAugmentation:
+    """Random changes of training patches.
+
+    Args:
+        nnunet: Augment patches as nnU-Net does.
+    """
+
+    nnunet: bool = True
 
 
 class Chances(NamedTuple):

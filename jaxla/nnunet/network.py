@@ -8,22 +8,74 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar, Literal, Self
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from jaxla.config import Model
-from jaxla.models.family import Family
+from jaxla.config import InputError, NetworkOptions, option
 from jaxla.models.ops.images import crop, pad_to_multiple, require_images
 from jaxla.models.ops.layers import Upconvolution, convolution_of_axes
 from jaxla.models.ops.norms import InstanceNorm
-from jaxla.nnunet.plan import OF_ARCHITECTURE, Configuration
+from jaxla.nnunet.plan import OF_ARCHITECTURE, Configuration, Plan, read_plan
 
 SLOPE = 0.01  # of LeakyReLU below zero
 HE_NORMAL = jax.nn.initializers.variance_scaling(2 / (1 + SLOPE**2), "fan_in", "normal")  # He et al. 2015
 HE_NORMAL_UP = jax.nn.initializers.variance_scaling(2 / (1 + SLOPE**2), "fan_in", "normal", in_axis=-1, out_axis=0)
+
+
+@dataclass(frozen=True)
+class NNUNetOptions(NetworkOptions):
+    """Options of nnU-Net's network, which follows a plan.
+
+    Args:
+        arch: Configuration of the plan: two-dimensional, or three-dimensional at full resolution.
+        plan: Plan file, from `python -m jaxla.plan` or nnU-Net itself. Default: plan from the run's own cases.
+        memory_gb: GPU memory to plan for, in GB; less memory gives smaller patches.
+    """
+
+    sample: ClassVar[str] = "patches"
+
+    arch: Literal["nnunet_2d", "nnunet_3d_fullres"] = "nnunet_2d"
+    plan: str = ""
+    memory_gb: float = 8.0
+
+    def resolve(self) -> Self:
+        if not 0 < self.memory_gb < math.inf:
+            raise InputError(option("model.memory_gb", self.memory_gb), "not a positive number", "Use 8, for example.")
+        if self.plan:
+            self.configuration()
+        return self
+
+    def unread(self) -> set[str]:
+        return {"memory_gb"} if self.plan else set()
+
+    def configuration(self, plan: Plan | None = None, batch_size: int = 0) -> Configuration:
+        """Return the plan's configuration that the network is built on.
+
+        Args:
+            plan: used if the options name no file.
+            batch_size: replaces the plan's unless it is 0.
+
+        Raises:
+            InputError: there is no plan, or it lacks the configuration.
+        """
+        if plan is None and not self.plan:
+            raise InputError(
+                option("model.plan"), f"{self.arch} needs a plan", "Give the file that python -m jaxla.plan writes."
+            )
+        where = option("model.plan", self.plan) if self.plan else "the plan of these scans"
+        planned = (plan or read_plan(Path(self.plan))).configuration(OF_ARCHITECTURE[self.arch], where)
+        return planned._replace(batch_size=batch_size or planned.batch_size)
+
+    def prerequisites(self, key: jax.Array, dtype: jnp.dtype, cache_dir: Path | None, plan: Plan | None) -> dict:
+        return {"configuration": self.configuration(plan)}
+
+    def build(self, outputs: int, dtype: jnp.dtype, rngs: nnx.Rngs, configuration: Configuration) -> NNUNet:
+        return nnx.jit(lambda rngs: NNUNet(configuration, outputs, dtype=dtype, rngs=rngs))(rngs)
 
 
 class NNUNet(nnx.Module):
@@ -153,17 +205,3 @@ def _convolution(
     return convolution_of_axes(
         inputs, outputs, kernel, strides, bias=True, kernel_init=HE_NORMAL, dtype=dtype, rngs=rngs
     )
-
-
-def _build(configuration: Configuration, model: Model, classes: int, dtype: jnp.dtype, rngs: nnx.Rngs) -> NNUNet:
-    return nnx.jit(lambda rngs: NNUNet(configuration, classes, dtype=dtype, rngs=rngs))(rngs)
-
-
-FAMILY = Family(
-    "nnU-Net",
-    tuple(OF_ARCHITECTURE),
-    options=("plan", "memory_gb"),
-    multiple=lambda model: 1,  # the plan says it
-    build=_build,
-    configuration=lambda model: OF_ARCHITECTURE[model.arch],
-)

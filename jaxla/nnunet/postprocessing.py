@@ -9,65 +9,68 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 
 from jaxla.cli.files import report_os_errors, write_atomically
-from jaxla.cli.terminal import plural, track
-from jaxla.data.dataset import PreparedData
-from jaxla.data.volumes import read_image, slice_geometry, to_slices
-from jaxla.distributed import barrier, broadcast, gather, is_first, local_items
+from jaxla.cli.terminal import plural
+from jaxla.config import InputError
+from jaxla.distributed import barrier, gather, is_first
 from jaxla.inference.postprocessing import keep_largest
-from jaxla.inference.segment import make_segment
-from jaxla.inference.trained import TrainedNetwork
-from jaxla.runs.folder import LARGEST, read_largest
 
 log = logging.getLogger(__name__)
 
-Tries = dict[str, list[float | None]]  # of a case, for each way of keeping parts the Dice of every structure
+Tries = dict[str, list[float | None]]  # of a case: the Dice of every structure, for each way of keeping parts
 
 
-def choose_largest(trained: TrainedNetwork, data: PreparedData, run_dir: Path) -> TrainedNetwork:
-    """The trained network, with what its validation cases say; noted in the run's folder.
+def choose_largest(cases: Iterable[tuple[str, np.ndarray, np.ndarray]], names: Sequence[str], path: Path) -> None:
+    """Decide on validation cases which classes keep only their largest part, and write that to a file.
 
-    Of several processes each segments its share of the cases.
+    Args:
+        cases: id, predicted and reference classes [S, H, W] of this process's share of the cases.
+        names: of the classes.
+        path: of the file.
     """
-    if not broadcast((run_dir / LARGEST).exists()):
-        segment, count = make_segment(replace(trained, largest=())), len(trained.record.labels.names)
-        tries = {}
-        for name in track(local_items(data.split.val), "validating"):
-            prepared = data.volumes[name]
-            volume = read_image(prepared.case.image)
-            predicted = to_slices(segment(volume)[0], slice_geometry(volume.affine))
-            tries[name] = tries_of(predicted, prepared.mask, count)
-        of_all = {name: of_case for of_process in gather(tries) for name, of_case in of_process.items()}
-        if is_first():
-            keep_choice(of_all, trained.record.labels.names, run_dir)
-        barrier()
-    return replace(trained, largest=tuple(map(tuple, broadcast(read_largest(run_dir) if is_first() else None))))
+    tries = {case_id: tries_of(predicted, reference, len(names)) for case_id, predicted, reference in cases}
+    all_tries = {case_id: each for of_process in gather(tries) for case_id, each in of_process.items()}
+    if is_first():
+        write_choice(all_tries, names, path)
+    barrier()
 
 
-def keep_choice(tries: Mapping[str, Tries], names: Sequence[str], run_dir: Path) -> None:
-    """Note in a run's folder what the cases say, and the Dice that says it."""
+def join_folds(paths: Iterable[Path], names: Sequence[str], path: Path) -> None:
+    """Decide on the validation cases of all folds together, from the files that `choose_largest` wrote for each."""
+    tries = {case_id: each for fold in paths for case_id, each in json.loads(fold.read_text())["dice"].items()}
+    write_choice(tries, names, path)
+
+
+def read_largest(path: Path) -> tuple[tuple[int, ...], ...]:
+    """Return the groups of classes whose largest connected part alone is kept; none if there is no such file.
+
+    Raises:
+        InputError: the file is damaged.
+    """
+    if not path.exists():
+        return ()
+    try:
+        groups = json.loads(path.read_text())["groups"]
+        return tuple(tuple(int(k) for k in group) for group in groups)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise InputError(path, f"damaged ({error!r})", "Restore it from a copy.") from error
+
+
+def write_choice(tries: Mapping[str, Tries], names: Sequence[str], path: Path) -> None:
+    """Write the chosen groups of classes, and the Dice scores that decided it."""
     groups = choose_groups(tries, len(names))
     content = {"groups": groups, "unit": "volume", "n": len(tries), "dice": tries}
-    with report_os_errors("written", run_dir / LARGEST, "mend that and go on with --resume"):
-        (run_dir / LARGEST).parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(run_dir / LARGEST, json.dumps(content, indent=1) + "\n")
-    what = ", then ".join(" and ".join(names[k - 1] for k in group) for group in groups)
-    log.info(
-        "postprocessing: %s (by the mean Dice of %s)",
-        f"the largest connected part alone stays of {what}" if groups
-        else "all parts stay, for the largest alone is not better", plural(len(tries), "validation case"),
-    )  # fmt: skip
-
-
-def read_tries(run_dir: Path) -> dict[str, Tries]:
-    """What was noted of each case."""
-    return json.loads((run_dir / LARGEST).read_text())["dice"]
+    with report_os_errors("written", path, "Fix this and rerun with --resume."):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(path, json.dumps(content, indent=1) + "\n")
+    kept = ", then ".join(" and ".join(names[k - 1] for k in group) for group in groups)
+    choice = f"only the largest connected part of {kept} is kept" if groups else "all connected parts are kept"
+    log.info("postprocessing: %s (by the mean Dice of %s)", choice, plural(len(tries), "validation case"))
 
 
 def tries_of(predicted: np.ndarray, reference: np.ndarray, count: int) -> Tries:

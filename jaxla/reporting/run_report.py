@@ -8,9 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from jaxla.cli.command_line import without_folder_and_process
+from jaxla.cli.command_line import strip_run_options
 from jaxla.cli.files import write_atomically
-from jaxla.config import experiment_from_json
 from jaxla.evaluation.metrics import COLUMNS
 from jaxla.evaluation.summary import rows_by_unit
 from jaxla.reporting.agreement import FEWEST_FOR_LIMITS, draw_volumes, volume_agreement
@@ -18,7 +17,7 @@ from jaxla.reporting.block_weights import draw_block_weights
 from jaxla.reporting.curves import draw_losses, draw_validation
 from jaxla.reporting.overlays import PREDICTION, REFERENCE, SLICES_PER_CASE, Panel, slice_figures
 from jaxla.reporting.page import Pair, chart, data_uri, templates
-from jaxla.runs.record import by_option, method_label, shown
+from jaxla.runs.record import format_value
 
 
 def write_report(
@@ -59,11 +58,11 @@ def write_report(
     template = templates().get_template("run_report.html.jinja")
     cases, left_out = _cases(rows), {"name", "summary", *unread}
     best = next((line for line in history if line["epoch"] == summary.get("best_epoch")), None)
-    experiment = experiment_from_json(record["experiment"])
+    experiment, kept = record["experiment"], record["experiment"]["training"]["checkpoint"]
     page = template.render(
         record=record,
         experiment=record["experiment"],
-        method=method_label(experiment),
+        method=record["label"],
         classes=list(summary["classes"]),
         split=split,
         history=history,
@@ -78,19 +77,17 @@ def write_report(
         above_atlas=sum(_mean(case, "dice") > _mean(case, "atlas_dice") for case in cases),
         agreement=volume_agreement(rows),
         fewest_for_limits=FEWEST_FOR_LIMITS,
-        kept=experiment.training.checkpoint,
+        kept=kept,
         counted=counted,
         folds=folds,
         losses=chart(lambda axes: draw_losses(axes, history)) if history else "",
-        validation=chart(lambda axes: draw_validation(axes, history, best, counted, experiment.training.checkpoint))
-        if history
-        else "",
+        validation=chart(lambda axes: draw_validation(axes, history, best, counted, kept)) if history else "",
         block_weights=_block_weights(summary),
         volumes=chart(lambda axes: draw_volumes(axes, rows), (4.2, 4)),
         panels=[(panel, [(i, data_uri(f)) for i, f in slice_figures(panel, SLICES_PER_CASE)]) for panel in panels],
         colours={"prediction": PREDICTION, "reference": REFERENCE},
-        options=[(name, shown(v)) for name, v in by_option(record["experiment"]).items() if name not in left_out],
-        repeat=without_folder_and_process(record["command"]),
+        options=[(name, format_value(v)) for name, v in flatten(experiment).items() if name not in left_out],
+        repeat=strip_run_options(record["command"]),
         titles={name: metric.title for name, metric in COLUMNS.items()},
         unread=unread,
         largest=largest,
@@ -176,3 +173,11 @@ def _cases(rows: Sequence[Mapping[str, Any]]) -> list[list[Mapping[str, Any]]]:
 
 def _mean(rows: Sequence[Mapping[str, Any]], metric: str) -> float:
     return float(np.mean([row[metric] for row in rows]))
+
+
+def flatten(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Return an experiment's options, from its JSON, by their dotted names."""
+    flat: dict[str, Any] = {}
+    for name, value in options.items():
+        flat |= {f"{name}.{key}": v for key, v in value.items()} if isinstance(value, Mapping) else {name: value}
+    return flat

@@ -1,30 +1,46 @@
-"""What a run cost, `cost.json`: to be read beside how good it is."""
+"""What a run costs, `cost.json`: parameters, multiply-adds, memory and seconds, to be read beside how good it is."""
 
 from __future__ import annotations
 
 import json
+import time
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
 from jaxla.cli.files import write_atomically
+from jaxla.data.prepared import PreparedVolume
+from jaxla.data.volumes import from_slices, read_grid, slice_geometry
+from jaxla.distributed import on_host
+from jaxla.inference.segment import SegmentSlices
+from jaxla.memory import peak_device_bytes, peak_host_bytes
+from jaxla.models.ops.multiply_adds import multiply_adds
+from jaxla.runs.trained import TrainedRun
+from jaxla.training.step import count_parameters, split_network
+
+MAX_TIMED_VOLUMES, MAX_TIMED_SECONDS = 3, 60
 
 
 @dataclass(frozen=True)
 class Cost:
-    """Parameters, multiply-adds, memory and seconds of one run.
+    """Parameters, multiply-adds, memory and seconds of one run; of cross-validation, of all folds' networks together.
 
     Attributes:
-        parameters: of the whole network.
-        trained_parameters: those of them that training changes.
-        multiply_adds: for one slice, at the network's input size, by the whole network; of a volume its share.
+        parameters: of the network.
+        trained_parameters: those that training changes.
+        multiply_adds: per slice at the network's input size; for networks that read volumes, a slice's part.
         step_bytes: device memory of a training step, by XLA's account.
-        peak_host_bytes: most memory that the process had on the host at any time, so on CPU all it had; None where the
-            system does not say.
-        peak_device_bytes: most that it had on a GPU; None on CPU.
-        inference_seconds: for each test volume that was timed, from the scan in memory to the mask on its grid, by the
-            whole network, compiled before.
-        inference_slices: how many slices each of these has.
-        step_slices: how many slices a training step sees.
+        peak_host_bytes: peak memory of the process on the host (on CPU, all of it); None if the system does not say.
+        peak_device_bytes: peak memory on a GPU; None on CPU.
+        inference_seconds: for each timed test volume, from the scan in memory to the mask on its grid, by the whole
+            network, compiled before.
+        inference_slices: number of slices of each of them.
+        step_slices: number of slices that a training step reads.
     """
 
     parameters: int
@@ -39,4 +55,52 @@ class Cost:
 
 
 def write_cost(cost: Cost, path: Path) -> None:
+    """Write `cost.json`."""
     write_atomically(path, json.dumps(asdict(cost), indent=1) + "\n")
+
+
+def measure_cost(
+    run: TrainedRun, segment: SegmentSlices, test: Sequence[PreparedVolume], step_bytes: int, deepest: int
+) -> Cost:
+    """Measure a finished run; some of its test volumes are segmented once more, to be timed.
+
+    Args:
+        step_bytes: of a training step.
+        deepest: slices of the deepest volume in training and validation.
+    """
+    seconds = time_inference(segment, test)
+    task, network, count = run.task, run.networks[0], len(run.networks)
+    size = task.input_shape(deepest)
+    depth = size[0] if len(size) == 3 else 1
+    is_finetuned = task.model.backbone == "finetuned"
+    graph, state = nnx.split(network)
+    shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), state)
+    image = jax.ShapeDtypeStruct((1, *size, 1), jnp.float32)
+    with on_host():  # a single image, which several devices could not share
+        operations = multiply_adds(lambda state, images: nnx.merge(graph, state)(images), shapes, image)
+    return Cost(
+        parameters=count * count_parameters(nnx.state(network, nnx.Param)),
+        trained_parameters=count * count_parameters(split_network(network, train_backbone=is_finetuned).trainable),
+        multiply_adds=count * operations // depth,
+        step_bytes=step_bytes,
+        step_slices=task.batch_size * depth,
+        peak_host_bytes=peak_host_bytes(),
+        peak_device_bytes=peak_device_bytes(),
+        inference_seconds=tuple(seconds),
+        inference_slices=tuple(volume.shape[0] for volume in test[: len(seconds)]),
+    )
+
+
+def time_inference(segment: SegmentSlices, volumes: Sequence[PreparedVolume]) -> list[float]:
+    """Return the seconds that each of the first volumes takes, until there are enough or enough time has passed."""
+    seconds: list[float] = []
+    for volume in volumes[:MAX_TIMED_VOLUMES]:
+        slices, geometry = np.array(volume.image), slice_geometry(read_grid(volume.case.image).affine)
+        segment(slices, geometry, False)  # compiles, if no volume of this depth was segmented before
+        began = time.perf_counter()
+        classes, _ = segment(slices, geometry, False)
+        np.ascontiguousarray(from_slices(classes, geometry))
+        seconds.append(time.perf_counter() - began)
+        if sum(seconds) > MAX_TIMED_SECONDS:
+            break
+    return seconds

@@ -1,4 +1,4 @@
-"""The record of what was run, `experiment.json`, and in what two records differ."""
+"""The record of a run, `experiment.json`, and how two records differ."""
 
 from __future__ import annotations
 
@@ -9,38 +9,52 @@ from pathlib import Path
 from typing import Any
 
 from jaxla.cli.files import write_atomically
-from jaxla.config import Experiment, InputError, experiment_from_json
-from jaxla.data.inputs import Canvas
+from jaxla.config import (
+    Experiment,
+    InputError,
+    Method,
+    experiment_from_json,
+    experiment_to_json,
+    option_values,
+)
 from jaxla.data.labels import Labels
-from jaxla.experiments import METHODS
 
 RECORD = "experiment.json"
-VERSION = 4
-FEATURES_KEPT = "The frozen backbone's features were computed once per slice"  # how such a record's `features` begins
-NOT_COMPARED = {"summary", "data.root", "data.split", "model.weights", "model.plan"}  # of files the content is compared
-NO_FILE = {"model.weights": "random", "model.plan": ""}  # a value that is none
+VERSION = 5
+NOT_COMPARED = {"data.root", "data.split", "model.weights", "model.plan"}  # the files' content is compared instead
+NO_FILE = {"model.weights": "random", "model.plan": ""}  # values that name no file
 
 
 @dataclass(frozen=True)
 class Record:
-    """What a run folder says of itself in `experiment.json`.
+    """What a run folder says about its run.
 
     Attributes:
         experiment: with every option resolved.
+        label: the method's name, and the architecture if it is not the method's own.
+        network: the network in words: label, origin of its weights, and whether they are trained.
+        input: one input of the network, in words.
+        unit: what validation averages Dice over, in words.
         labels: classes of the data set.
-        weights: the backbone's origin: `random`, or the file's path.
-        weights_sha256: of that file's data; of a random backbone that stays frozen, of its parameters; else empty.
-        split_sha256: of the case ids in `split.json`.
-        data_sha256: of the scans and masks of all cases.
+        weights: origin of the backbone: `random`, or the file's path.
+        weights_sha256: hash of that file's data; "" for random weights.
+        split_sha256: hash of the case ids in `split.json`.
+        data_sha256: hash of the scans and masks of all cases.
         command: that started the run.
-        begun: when, in local time, ISO 8601.
+        begun: local time of the start, ISO 8601.
         environment: package versions, device and platform.
-        resumed: when, where and by what command it was gone on with, each time.
-        features: a sentence on how the backbone was run: in every epoch, or once per slice.
-        extent: mm a side of the square that slices are laid on; 0 where each has its own.
+        backbone_sha256: hash of the parameters of a random backbone that stays frozen; else "".
+        resumed: time, environment and command of each time the run was resumed.
+        features: a sentence on how the backbone was run: at every step, or once per slice.
+        features_cached: whether it was run once per slice.
+        extent: side in mm of the square that all slices are laid on; 0 if each has its own.
     """
 
     experiment: Experiment
+    label: str
+    network: str
+    input: str
+    unit: str
     labels: Labels
     weights: str
     weights_sha256: str
@@ -49,119 +63,120 @@ class Record:
     command: str
     begun: str
     environment: dict[str, Any]
+    backbone_sha256: str = ""
     resumed: tuple[dict[str, Any], ...] = ()
     features: str = ""
+    features_cached: bool = False
     extent: float = 0.0
 
-    @property
-    def canvas(self) -> Canvas:
-        """The square that slices are laid on before it is resized to the network's input."""
-        return Canvas(self.experiment.preprocessing.image_size, self.extent)
+
+def method_label(experiment: Experiment, methods: Mapping[str, Method]) -> str:
+    """Return the method's name, and an architecture that is not its own: `dinov2_vitb14 with dinov3_vitb16`."""
+    name, arch = experiment.method.name, experiment.method.model.arch
+    return name if methods[name].model.arch == arch else f"{name} with {arch}"
 
 
-def method_label(experiment: Experiment) -> str:
-    """Its method's name, and beside it an architecture that is not its own: `dinov2_vitb14 with dinov3_vitb16`."""
-    method, arch = METHODS.get(experiment.method), experiment.model.arch
-    foreign = method is not None and method.model.arch != arch
-    return f"{experiment.method} with {arch}" if foreign else experiment.method
-
-
-def describe_backbone(experiment: Experiment) -> str:
-    """The network in words, its backbone's origin, and whether it is trained: for whoever reads a result."""
-    model = experiment.model
+def describe_network(experiment: Experiment, methods: Mapping[str, Method]) -> str:
+    """Return the network in words: its label, the origin of its weights, and whether they are trained."""
+    method, model, label = experiment.method, experiment.method.model, method_label(experiment, methods)
+    if label == method.name != model.arch:
+        label += f" on {model.arch}"
     origin = "random weights" if model.weights == "random" else Path(model.weights).name
-    name = method_label(experiment)
-    if name == experiment.method != model.arch:
-        name += f" on {model.arch}"
-    return f"{name} ({origin}, {'frozen' if model.backbone == 'frozen' else 'trained'})"
+    return f"{label} ({origin}, {'frozen' if model.backbone == 'frozen' else 'trained'})"
 
 
 def write_record(folder: Path, record: Record) -> None:
-    labels = asdict(record.labels)
+    """Write `experiment.json`. Raises OSError if that is not possible."""
     content = {
         **vars(record),
         "version": VERSION,
-        "experiment": asdict(record.experiment),
-        "labels": labels,
+        "experiment": experiment_to_json(record.experiment),
+        "labels": asdict(record.labels),
     }
     write_atomically(folder / RECORD, json.dumps(content, indent=1) + "\n")
 
 
-def read_record(folder: Path) -> Record:
-    """What a run folder says of itself.
+def read_record_json(folder: Path) -> dict[str, Any]:
+    """Return the content of `experiment.json`, without importing the networks.
 
     Raises:
-        InputError: `folder` holds no run, or one of a newer version.
+        InputError: `folder` holds no run, a damaged record, or one of another version.
     """
     try:
         content: dict[str, Any] = json.loads((folder / RECORD).read_text())
-        version = content.pop("version")
-        if version > VERSION:
-            raise InputError(f"{folder}: written by a newer version of this package; update the one installed")
-        if version < VERSION:
-            raise InputError(f"{folder}: written by an earlier version of this package, which this one cannot read")
-        for key in ("device", "versions"):
-            content["environment"][key]
-        return Record(
-            **{
-                **content,
-                "experiment": experiment_from_json(content["experiment"]),
-                "labels": _labels_from_json(content["labels"]),
-                "resumed": tuple(content["resumed"]),
-            }
-        )
+        version = content["version"]
+        is_newer = version > VERSION
+        content["environment"]["device"], content["environment"]["versions"]
     except OSError as error:
-        raise InputError(f"{folder}: not a run folder (no {RECORD}); give the folder that training wrote") from error
+        raise InputError(folder, f"not a run folder (no {RECORD})", "Give the folder that training wrote.") from error
+    except (ValueError, KeyError, TypeError) as error:
+        raise InputError(folder / RECORD, f"damaged ({error!r})", "Restore it from a copy.") from error
+    if is_newer:
+        raise InputError(folder, "written by a newer version of jaxla", "Update jaxla.")
+    if version < VERSION:
+        raise InputError(folder, "written by an earlier version of jaxla", "Use that version, or train again.")
+    return content
+
+
+def read_record(folder: Path) -> Record:
+    """Return the record of a run.
+
+    Raises:
+        InputError: as `read_record_json`; or the method is unknown.
+    """
+    from jaxla.experiments import METHODS  # imports the networks, and with them JAX
+
+    content = read_record_json(folder)
+    del content["version"]
+    try:
+        experiment = experiment_from_json(content["experiment"], METHODS)
+        labels, resumed = labels_from_json(content["labels"]), tuple(content["resumed"])
+        return Record(**{**content, "experiment": experiment, "labels": labels, "resumed": resumed})
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        if isinstance(error, InputError):
-            raise
-        raise InputError(f"{folder / RECORD}: damaged ({error!r})") from error
+        raise InputError(folder / RECORD, f"damaged ({error!r})", "Restore it from a copy.") from error
 
 
-def _labels_from_json(content: Mapping[str, Any]) -> Labels:
-    values = content["values"]
+def labels_from_json(content: Mapping[str, Any]) -> Labels:
+    values, ignored = content["values"], content["ignored"]
     return Labels(
         names=tuple(content["names"]),
         values=None if values is None else tuple(tuple(group) for group in values),
-        ignored=None if content["ignored"] is None else tuple(content["ignored"]),
+        ignored=None if ignored is None else tuple(ignored),
         one_value=content["one_value"],
     )
 
 
-def by_option(options: Mapping[str, Any], within: str = "") -> dict[str, Any]:
-    """What `dataclasses.asdict` makes of an experiment, under the dotted names that the command line takes."""
-    found: dict[str, Any] = {}
-    for key, value in options.items():
-        found |= by_option(value, f"{within}{key}.") if isinstance(value, Mapping) else {within + key: value}
-    return found
+def comparable_options(experiment: Experiment) -> dict[str, str]:
+    """Return the options, by dotted name, that must be the same wherever a run is trained."""
+    names = {"exp": experiment.name, "method": experiment.method.name}
+    values = option_values(experiment).items()
+    return names | {name: format_value(value) for name, value in values if name not in NOT_COMPARED}
 
 
-def options_of(experiment: Experiment) -> dict[str, str]:
-    """Every option that must be the same wherever the run goes on, by its dotted name."""
-    compared = {
-        name: shown(v) for name, v in by_option(asdict(experiment)).items() if name not in NOT_COMPARED | {"name"}
-    }
-    return {"exp": experiment.name} | compared
+def differences(now: Experiment, then: Experiment) -> Iterator[tuple[str, Any, Any]]:
+    """Yield the options in which two experiments differ: dotted name, value now, value then."""
+    for name in ("exp", "method"):
+        a, b = ((e.name if name == "exp" else e.method.name) for e in (now, then))
+        if a != b:
+            yield name, a, b
+    before = option_values(then)
+    for name, value in option_values(now).items():
+        earlier = before.get(name)
+        if value != earlier and (name not in NOT_COMPARED or NO_FILE.get(name) in (value, earlier)):
+            yield name, value, earlier
 
 
-def differences(now: Any, then: Any, within: str = "") -> Iterator[tuple[str, Any, Any]]:
-    """The options in which two experiments, or the same part of both, differ: dotted name, and the value of each."""
-    before = by_option(asdict(then), within)
-    for option, a in by_option(asdict(now), within).items():
-        b = before[option]
-        if a != b and (option not in NOT_COMPARED or NO_FILE.get(option) in (a, b)):
-            yield "exp" if option == "name" else option, a, b
-
-
-def shown(value: Any) -> str:
-    """An option's value for people; a list as the command line takes it."""
-    return "[" + ",".join(map(str, value)) + "]" if isinstance(value, tuple | list) else str(value) or "not given"
+def format_value(value: Any) -> str:
+    """Return an option's value as the command line takes it."""
+    if isinstance(value, tuple | list):
+        return "[" + ",".join(map(str, value)) + "]"
+    return "not given" if value in ("", None) else str(value)
 
 
 def changed_case(then: Mapping[str, str], now: Mapping[str, str]) -> str:
-    """What became of the first case whose hash is not what it was, in words; empty where all are the same."""
+    """Describe the first case whose hash has changed; "" if all are the same."""
     for name in sorted(set(then) | set(now)):
         if then.get(name) != now.get(name):
-            what = "new" if name not in then else "gone" if name not in now else "another scan or mask"
+            what = "new" if name not in then else "missing" if name not in now else "a different scan or mask"
             return f"case {name} is {what}"
     return ""

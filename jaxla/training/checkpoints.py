@@ -157,8 +157,8 @@ def checkpoint_steps(folder: Path) -> list[int]:
     return sorted((int(path.stem) for path in folder.glob("[0-9]*.sha256")), reverse=True)
 
 
-def checkpointed(trainable: Any, statistics: Any) -> dict[str, Any]:
-    """What a checkpoint holds of a network; a frozen backbone has its own file and is left out."""
+def network_state(trainable: Any, statistics: Any) -> dict[str, Any]:
+    """Return the part of a network that a checkpoint holds. A frozen backbone has its own file."""
     return {"trainable": trainable, "statistics": statistics}
 
 

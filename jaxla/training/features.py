@@ -29,6 +29,7 @@ from flax import nnx
 
 from jaxla.cli.files import file_lock, file_sha256, free_bytes, write_atomically
 from jaxla.cli.terminal import format_bytes
+from jaxla.config import option
 from jaxla.data.arrays import open_array
 from jaxla.data.inputs import Canvas
 from jaxla.data.prepared import VERSION as PREPARED_VERSION
@@ -73,7 +74,7 @@ class FeatureCache:
         extract = jax.jit(lambda state, images: nnx.merge(graph, state).features(images))
         self.extract = partial(extract, place_on_devices(state))  # [batch, size, size, 1] -> [batch, …]
         self.batch = BATCH * device_count()
-        self.how_to_fit = ", ".join(["--cache-dir names another disk", *network.TO_KEEP_LESS])
+        self.how_to_fit = " or ".join([f"another {option('cache-dir')}", *network.SMALLER_FEATURES])
         self._canvas, size = canvas, canvas.size
         one_batch = jax.eval_shape(self.extract, jax.ShapeDtypeStruct((self.batch, size, size, 1), np.float32))
         self.shape, self.dtype = one_batch.shape[1:], np.dtype(one_batch.dtype)
@@ -126,7 +127,7 @@ class FeatureCache:
         if not fit:
             log.warning(
                 "features of %d volumes would take %s in %s, where %s are free: the backbone runs in every epoch "
-                "instead; %s",
+                "instead; to keep them, use %s",
                 len(absent), format_bytes(needed), self.folder, format_bytes(self.free_bytes()), self.how_to_fit,
             )  # fmt: skip
         elif absent:

@@ -9,10 +9,10 @@ import nibabel as nib
 import numpy as np
 import pytest
 from flax import nnx
+from jaxla.inference.trained import load_run
 
 from jaxla.data.volumes import Volume, read_image
 from jaxla.inference.segment import make_segment
-from jaxla.inference.trained import load_run
 from tests.commands import run_module
 
 

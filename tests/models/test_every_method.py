@@ -9,10 +9,10 @@ import jax.numpy as jnp
 import pytest
 from flax import nnx
 from jaxla.experiments import EXPERIMENTS, METHODS, PUBLISHED, STUDIES
-
-from jaxla.config import with_method
 from jaxla.models.build import NETWORKS, build_network, configuration_of, is_planned, reads_volumes
 from jaxla.pipeline.checks import checked, unread_options
+
+from jaxla.config import with_method
 from jaxla.training.step import split_network
 from tests.tiny import TINY_PLAN
 

@@ -10,12 +10,12 @@ import numpy as np
 import pytest
 import torch
 from flax import nnx
+from jaxla.models.build import build_network, checked_model
 
 from jaxla.config import InputError, Model
 from jaxla.data.batches import SliceSource, training_batches
 from jaxla.data.inputs import Canvas
 from jaxla.models.backbones import TRANSFORMERS
-from jaxla.models.build import build_network, checked_model
 from jaxla.models.networks.fusion import (
     Fusion,
     FusionDecoder,

@@ -8,9 +8,9 @@ import pytest
 import torch
 from flax import nnx
 from jaxla.experiments import METHODS
+from jaxla.models.build import build_network
 from torch.utils.flop_counter import FlopCounterMode
 
-from jaxla.models.build import build_network
 from jaxla.models.ops.attention import cudnn_attention
 from jaxla.models.ops.multiply_adds import multiply_adds
 from tests.gpu import pretend_gpu

@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 from flax import nnx
 from jaxla.experiments import METHODS
+from jaxla.models.build import parameter_count
 
 import jaxla
 from jaxla.config import InputError, Model
 from jaxla.models import build
-from jaxla.models.build import parameter_count
 from jaxla.models.networks.attention_unet import AttentionUNet
 from jaxla.models.networks.unet import UNet
 from jaxla.models.ops.images import IMAGENET_DEVIATION, IMAGENET_MEAN

@@ -10,12 +10,12 @@ import pytest
 import torch
 from flax import nnx
 from jaxla.experiments import EXPERIMENTS, METHODS
+from jaxla.models.build import build_network, parameter_count, require_slices
+from jaxla.pipeline.checks import checked
 from torch.nn import functional
 
 from jaxla.config import InputError, Model, with_method
-from jaxla.models.build import build_network, parameter_count, require_slices
 from jaxla.models.networks.windows import FeatureWindows, WindowDecoder, WindowSegmenter, window_counts
-from jaxla.pipeline.checks import checked
 from tests.parity.references import as_theirs, reference_of
 from tests.tiny import ROTARY, TINY, randomise, tiny_backbone
 

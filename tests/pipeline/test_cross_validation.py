@@ -5,8 +5,8 @@ import shutil
 
 import numpy as np
 import pytest
-
 from jaxla.inference.trained import load_run
+
 from tests.commands import in_this_process, refuse
 
 OPTIONS = (

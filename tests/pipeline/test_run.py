@@ -6,6 +6,10 @@ from dataclasses import replace
 import numpy as np
 import pytest
 from jaxla.experiments import EXPERIMENTS, METHODS
+from jaxla.pipeline.checks import unread_options
+from jaxla.pipeline.run import build
+from jaxla.pipeline.session import remove_unbegun
+from jaxla.pipeline.sources import image_sources
 
 from jaxla.config import InputError, with_method
 from jaxla.data.dataset import PreparedData
@@ -14,10 +18,6 @@ from jaxla.data.split import Split
 from jaxla.memory import StepTooLarge
 from jaxla.models.weights import parameters_sha256
 from jaxla.models.weights_format import read_metadata
-from jaxla.pipeline.checks import unread_options
-from jaxla.pipeline.run import build
-from jaxla.pipeline.session import remove_unbegun
-from jaxla.pipeline.sources import image_sources
 from jaxla.runs.folder import BACKBONE
 from jaxla.runs.record import Record, read_record, write_record
 from jaxla.training.step import make_gradient

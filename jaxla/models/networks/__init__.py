@@ -1,26 +1,29 @@
-"""The networks, image in, logits out: a file each, found by its name, that ends in its `FAMILY` (`models/family.py`).
+"""The networks: image in, logits out. Each file holds one network: its options, its modules, and how it is built.
 
-A network is an `nnx.Module`, called as `network(images, present=None)` with images [B, H, W, 1] of grey values in 0..1;
-it gives logits [B, H, W, K] float32. One that is planned from the data may take volumes [B, D, H, W, 1] instead, and
-its grey values have mean 0 and standard deviation 1. `present`, [B] bool, says which of them BatchNorm's statistics are
-of while it trains. What is pretrained of it, and may stay frozen, is its attribute `backbone`. It draws no random
-numbers while it trains.
+To add a network, write one file here with
 
-One `of_volumes` takes all slices of volumes, [B, D, H, W, 1] of grey values in 0..1, and gives [B, D, H, W, K]; its
-`present` is [B, D]: which slices are the volume's, the first ones, and which only fill it up.
+- a frozen dataclass derived from `NetworkOptions`, or from `BackboneOptions` or `TransformerOptions` if the network has
+  a backbone. Its fields become the options `--model.<field>`; its docstring's `Args` become their help text. Its method
+  `build(outputs, dtype, rngs)` returns the network (`backbone` is a further argument if there is one);
+- the `nnx.Module`, called as `network(images)` with images [B, H, W, 1] of grey values in 0..1, which returns logits
+  [B, H, W, K] in float32;
 
-Where a frozen backbone can run once per slice beforehand, the network also has
+and a row in `METHODS` of a file in `experiments/` that names the options class.
 
-- `FEATURES`, a line that says what it reads of the backbone: networks that say the same share it in the cache,
-- `features(images)` of slices -> that, one array [B, …], such as [B, h, w, C],
-- `TO_KEEP_LESS`, phrases that say which of its options make these smaller, if any,
-- `on_features(size)` -> the rest of the network, for images of H, W = `size`; its attributes have the same names. It is
-  called with the features, or with a pair, features and images, where `READS_IMAGES` of the whole is true.
+More that a network may have:
 
-One whose gradient can be taken part by part has the methods that `training/two_pass.py` names.
+- An argument `present`, [B] bool: the images that BatchNorm's statistics are computed from during training. The others
+  only fill a batch.
+- An attribute `backbone`: the part that is pretrained and may stay frozen.
+- `sample = "volumes"` in its options: it reads volumes [B, D, H, W, 1] and returns [B, D, H, W, K]. `present` is then
+  [B, D]: the volume's own slices, which come first; the others only fill it.
+- For a frozen backbone that runs once per slice: `FEATURES`, a line that says which of the backbone's features it reads
+  (networks with the same line share them in the cache); `features(images)` -> [B, ...]; `on_features(size)` -> the rest
+  of the network for images of H, W = `size`, with the same attribute names, called with features, or with a pair of
+  features and images if `READS_IMAGES` is true; `SMALLER_FEATURES`, advice on options that make the features smaller.
+- The methods listed in `jaxla.training.two_pass`, if its gradient can be computed window by window.
+- In training, a list of logits, finest first, if it is supervised at several resolutions.
+- `block_weights()` -> {"blocks": block numbers, "levels": the weight of each block at each decoder level}.
 
-One that learns at several resolutions gives in training a list of logits, the finest first.
-
-Where it weighs blocks of its backbone, `block_weights()` tells how: {"blocks": their numbers, "levels": for each level
-of the decoder the share of each}.
+A network draws no random numbers during training.
 """

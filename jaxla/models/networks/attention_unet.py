@@ -12,17 +12,32 @@ weights come back to the grid of x bilinearly (figure 2).
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from jaxla.models.networks import unet
-from jaxla.models.networks.unet import UNet
+from jaxla.models.networks.unet import UNet, UNetOptions
 from jaxla.models.ops.layers import LECUN_NORMAL, convolution
 from jaxla.models.ops.resizing import double
+
+
+@dataclass(frozen=True)
+class AttentionUNetOptions(UNetOptions):
+    """Options of an Attention U-Net.
+
+    Args:
+        widths: Channels of each level, finest first.
+    """
+
+    arch: ClassVar[str] = "attention_unet"
+
+    def build(self, outputs: int, dtype: jnp.dtype, rngs: nnx.Rngs) -> AttentionUNet:
+        return nnx.jit(lambda rngs: AttentionUNet(self.widths, outputs, dtype=dtype, rngs=rngs))(rngs)
 
 
 class AttentionUNet(UNet):
@@ -55,10 +70,3 @@ class Gate(nnx.Module):
         four = jnp.concatenate([x[:, i::2, j::2] for i in (0, 1) for j in (0, 1)], axis=-1)
         weight = jax.nn.sigmoid(self.psi(jax.nn.relu(self.of_skip(four) + self.of_gating(g))))
         return x * double(weight)
-
-
-FAMILY = unet.FAMILY._replace(
-    of="Attention U-Net",
-    architectures=("attention_unet",),
-    build=lambda _, *options: unet.build_unet(AttentionUNet, *options),
-)

@@ -8,8 +8,9 @@ decoding; what else stands here is this package's choice (docs/paper2.md).
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any
+from typing import Any, Literal, Self
 
 import jax
 import jax.numpy as jnp
@@ -17,16 +18,76 @@ import numpy as np
 from flax import nnx
 from scipy.special import softmax
 
-from jaxla.config import InputError, Model
+from jaxla.config import InputError, option
 from jaxla.models.backbones import TRANSFORMERS
 from jaxla.models.backbones.vision_transformer import VisionTransformer
-from jaxla.models.family import Family
+from jaxla.models.networks.base import TransformerOptions, check_widths
 from jaxla.models.networks.unet import DoubleConvolution
 from jaxla.models.ops.images import three_channels
 from jaxla.models.ops.layers import ConvolutionUnit, logits_layer
 from jaxla.models.ops.resizing import double, resize
 
 STEM = 16  # channels that a stage sees of the image
+
+
+@dataclass(frozen=True)
+class FusionOptions(TransformerOptions):
+    """Options of paper 2's network.
+
+    Args:
+        arch: Architecture of the backbone; `python -m convert_weights --arch=list` lists those with released weights.
+        weights: A converted `.safetensors` file, or `random`. Default: `<cache>/weights/<arch>.safetensors`.
+        backbone: Keep the backbone `frozen` as loaded, or train it too (`finetuned`).
+        decoder_widths: Channels of the decoder's first level, then of each x2 stage.
+        blocks: Backbone blocks to fuse; 0 is the first, -1 the last. Default: all.
+        block_weights: Weights of the blocks: learned `per_level` of the decoder, `shared` by all levels, or `uniform`.
+        image_stages: Decoder stages that read the image again: `all`, the `last`, or `none`.
+    """
+
+    decoder_widths: tuple[int, ...] = (512, 256, 128, 64, 32)
+    blocks: tuple[int, ...] = ()
+    block_weights: Literal["per_level", "shared", "uniform"] = "per_level"
+    image_stages: Literal["all", "last", "none"] = "all"
+
+    def resolve(self) -> Self:
+        resolved = super().resolve()
+        resolved.block_numbers()
+        check_widths(option("model.decoder_widths"), self.decoder_widths)
+        if len(self.decoder_widths) < 2:
+            raise InputError(
+                option("model.decoder_widths", list(self.decoder_widths)),
+                "needs the width of the first level and of at least one stage",
+                "Use [64,32], for example.",
+            )
+        return resolved
+
+    def block_numbers(self) -> tuple[int, ...]:
+        """Return `blocks` counted from 0, in ascending order.
+
+        Raises:
+            InputError: a block that the backbone does not have, or that is named twice.
+        """
+        depth = TRANSFORMERS[self.arch].depth
+        numbers = tuple(block + depth if block < 0 else block for block in self.blocks) or tuple(range(depth))
+        where = option("model.blocks", list(self.blocks))
+        for given, block in zip(self.blocks, numbers, strict=False):
+            if not 0 <= block < depth:
+                raise InputError(
+                    where, f"{self.arch} has no block {given}", f"Use 0 to {depth - 1}, or -1 (the last) to -{depth}."
+                )
+            if numbers.count(block) > 1:
+                raise InputError(where, f"block {block} of {self.arch} is named twice", "Name each block once.")
+        return tuple(sorted(numbers))
+
+    def build(self, outputs: int, dtype: jnp.dtype, rngs: nnx.Rngs, backbone: VisionTransformer) -> FusionSegmenter:
+        blocks = self.block_numbers()
+        decoder = nnx.jit(
+            lambda rngs: FusionDecoder(
+                backbone.variant.width, len(blocks), self.decoder_widths, outputs, weights=self.block_weights,
+                image=self.image_stages, dtype=dtype, rngs=rngs,
+            )
+        )(rngs)  # fmt: skip
+        return FusionSegmenter(backbone, blocks, decoder)
 
 
 class FusionSegmenter(nnx.Module):
@@ -38,7 +99,7 @@ class FusionSegmenter(nnx.Module):
         self.decoder = decoder
         self.FEATURES = f"patch tokens of blocks {', '.join(map(str, self.blocks))} after the final norm"
         self.READS_IMAGES = decoder.reads_images
-        self.TO_KEEP_LESS = ("--model.blocks fewer blocks to keep",) if len(self.blocks) > 1 else ()
+        self.SMALLER_FEATURES = (f"fewer {option('model.blocks')}",) if len(self.blocks) > 1 else ()
 
     def __call__(self, images: jax.Array, present: jax.Array | None = None) -> jax.Array:
         """Logits [B, H, W, K] float32.
@@ -97,8 +158,8 @@ class FusionDecoder(nnx.Module):
         blocks: how many blocks' features come in.
         widths: channels of the first level, then after each stage.
         outputs: K, channels of the logits.
-        weights: as `config.Model.block_weights`.
-        image: which stages see the image, as `config.Model.image_stages`.
+        weights: as `FusionOptions.block_weights`.
+        image: which stages see the image, as `FusionOptions.image_stages`.
     """
 
     def __init__(
@@ -209,56 +270,3 @@ class Stage(nnx.Module):
             of_this_size = jax.image.resize(images, (len(images), *size, 3), "linear")  # antialiased where it shrinks
             x = jnp.concatenate([x, self.stem(of_this_size, present)], axis=-1)
         return self.convolutions(x, present)
-
-
-def chosen_blocks(model: Model) -> tuple[int, ...]:
-    """`Model.blocks` counted from 0, in their order.
-
-    Raises:
-        InputError: one that the backbone lacks, or one that stands twice.
-    """
-    depth = TRANSFORMERS[model.arch].depth
-    chosen = tuple(block + depth if block < 0 else block for block in model.blocks) or tuple(range(depth))
-    for given, block in zip(model.blocks, chosen, strict=False):
-        what = f"option --model.blocks={list(model.blocks)}:"
-        if not 0 <= block < depth:
-            raise InputError(
-                f"{what} {model.arch} has no block {given}; name some of 0 to {depth - 1}, or of -1, its last, to "
-                f"-{depth}"
-            )
-        if chosen.count(block) > 1:
-            raise InputError(f"{what} block {block} of {model.arch} stands twice; name each once")
-    return tuple(sorted(chosen))
-
-
-def _check(model: Model) -> None:
-    chosen_blocks(model)
-    if len(model.decoder_widths) < 2:
-        raise InputError(
-            f"option --model.decoder_widths={list(model.decoder_widths)}: give the width of the first level and those "
-            "of one or more stages, such as [64,32]"
-        )
-
-
-def _build(
-    backbone: VisionTransformer, model: Model, classes: int, dtype: jnp.dtype, rngs: nnx.Rngs
-) -> FusionSegmenter:
-    blocks = chosen_blocks(model)
-    decoder = nnx.jit(
-        lambda rngs: FusionDecoder(
-            backbone.variant.width, len(blocks), model.decoder_widths, classes, weights=model.block_weights,
-            image=model.image_stages, dtype=dtype, rngs=rngs,
-        )
-    )(rngs)  # fmt: skip
-    return FusionSegmenter(backbone, blocks, decoder)
-
-
-FAMILY = Family(
-    "vision transformer",
-    TRANSFORMERS,
-    options=("weights", "backbone", "decoder_widths", "blocks", "block_weights", "image_stages"),
-    multiple=lambda model: TRANSFORMERS[model.arch].patch,
-    pads=False,
-    check=_check,
-    build=_build,
-)

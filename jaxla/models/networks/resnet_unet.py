@@ -6,16 +6,18 @@ map (nearest neighbour), joins the encoder's features of that size, and has two 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
 from itertools import pairwise
+from typing import ClassVar, Self
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from jaxla.config import InputError, Model
+from jaxla.config import option
 from jaxla.models.backbones.resnet import EXPANSION, VARIANTS, WIDTH, ResNet
-from jaxla.models.family import Family
+from jaxla.models.networks.base import BackboneOptions, check_smallest_size, check_widths
 from jaxla.models.networks.unet import DoubleConvolution
 from jaxla.models.ops.images import crop, pad_to_multiple, require_images, three_channels
 from jaxla.models.ops.layers import logits_layer
@@ -23,6 +25,34 @@ from jaxla.models.ops.layers import logits_layer
 # Channels of the encoder's features that the stages join, at 1/16, 1/8, 1/4 and 1/2 of the image; the last joins none.
 SKIPS = (4 * EXPANSION * WIDTH, 2 * EXPANSION * WIDTH, EXPANSION * WIDTH, WIDTH, 0)
 MULTIPLE = 32  # of which the sides must be; other images are padded
+
+
+@dataclass(frozen=True)
+class ResNetUNetOptions(BackboneOptions):
+    """Options of a U-Net on a ResNet.
+
+    Args:
+        arch: Architecture of the encoder.
+        weights: A converted `.safetensors` file, or `random`. Default: `<cache>/weights/<arch>.safetensors`.
+        backbone: Keep the encoder `frozen` as loaded, or train it too (`finetuned`).
+        decoder_widths: Channels of the decoder's five x2 stages, coarsest first.
+    """
+
+    ARCHITECTURES: ClassVar[Collection[str]] = VARIANTS
+    KIND: ClassVar[str] = "ResNet"
+
+    arch: str = "resnet50"
+    decoder_widths: tuple[int, ...] = (256, 128, 64, 32, 16)
+
+    def resolve(self) -> Self:
+        check_widths(option("model.decoder_widths"), self.decoder_widths, len(SKIPS), ", one for each decoder stage")
+        return super().resolve()
+
+    def check_size(self, option_name: str, size: int) -> None:
+        check_smallest_size(option_name, size, MULTIPLE, self.arch)
+
+    def build(self, outputs: int, dtype: jnp.dtype, rngs: nnx.Rngs, backbone: ResNet) -> ResNetUNet:
+        return ResNetUNet(backbone, self.decoder_widths, outputs, dtype=dtype, rngs=rngs)
 
 
 class ResNetUNet(nnx.Module):
@@ -70,23 +100,3 @@ class ResNetUNet(nnx.Module):
             x = x.repeat(2, axis=1).repeat(2, axis=2)
             x = stage(x if skip is None else jnp.concatenate([x, skip], axis=-1), present)
         return crop(self.logits(x), images.shape[1:3], MULTIPLE)
-
-
-def _check(model: Model) -> None:
-    if len(model.decoder_widths) != len(SKIPS):
-        raise InputError(
-            f"option --model.decoder_widths={list(model.decoder_widths)}: a U-Net on {model.arch} has {len(SKIPS)} "
-            "stages; give as many widths"
-        )
-
-
-FAMILY = Family(
-    "ResNet",
-    VARIANTS,
-    options=("weights", "backbone", "decoder_widths"),
-    multiple=lambda model: MULTIPLE,
-    check=_check,
-    build=lambda backbone, model, classes, dtype, rngs: ResNetUNet(
-        backbone, model.decoder_widths, classes, dtype=dtype, rngs=rngs
-    ),
-)

@@ -6,17 +6,43 @@ feature passes from the encoder to the decoder.
 
 from __future__ import annotations
 
+from collections.abc import Collection
+from dataclasses import dataclass
+from typing import ClassVar
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
 from jaxla.models.backbones.vgg import VARIANTS, VGG
-from jaxla.models.family import Family
+from jaxla.models.networks.base import BackboneOptions, check_smallest_size
 from jaxla.models.ops.images import crop, pad_to_multiple, require_images, three_channels
 from jaxla.models.ops.layers import logits_layer, units_in_turn
 from jaxla.models.ops.pooling import unpool
 
 MULTIPLE = 32  # of which the sides must be; other images are padded
+
+
+@dataclass(frozen=True)
+class SegNetOptions(BackboneOptions):
+    """Options of SegNet.
+
+    Args:
+        arch: Architecture of the encoder.
+        weights: A converted `.safetensors` file, or `random`. Default: `<cache>/weights/<arch>.safetensors`.
+        backbone: Keep the encoder `frozen` as loaded, or train it too (`finetuned`).
+    """
+
+    ARCHITECTURES: ClassVar[Collection[str]] = VARIANTS
+    KIND: ClassVar[str] = "VGG"
+
+    arch: str = "vgg16_bn"
+
+    def check_size(self, option_name: str, size: int) -> None:
+        check_smallest_size(option_name, size, MULTIPLE, self.arch)
+
+    def build(self, outputs: int, dtype: jnp.dtype, rngs: nnx.Rngs, backbone: VGG) -> SegNet:
+        return SegNet(backbone, outputs, dtype=dtype, rngs=rngs)
 
 
 class SegNet(nnx.Module):
@@ -59,12 +85,3 @@ class SegNet(nnx.Module):
             for unit in stage:
                 x = unit(x, present)
         return crop(self.logits(x), images.shape[1:3], MULTIPLE)
-
-
-FAMILY = Family(
-    "VGG",
-    VARIANTS,
-    options=("weights", "backbone"),
-    multiple=lambda model: MULTIPLE,
-    build=lambda backbone, model, classes, dtype, rngs: SegNet(backbone, classes, dtype=dtype, rngs=rngs),
-)

@@ -3,20 +3,53 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise
+from typing import Literal, Self
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from jaxla.config import Model
-from jaxla.models.backbones import TRANSFORMERS
+from jaxla.config import option
 from jaxla.models.backbones.vision_transformer import VisionTransformer
-from jaxla.models.family import Family
+from jaxla.models.networks.base import TransformerOptions, check_widths
 from jaxla.models.ops.images import three_channels
 from jaxla.models.ops.layers import LECUN_NORMAL, ConvolutionUnit, convolution, logits_layer
 from jaxla.models.ops.resizing import double, resize
+
+
+@dataclass(frozen=True)
+class TransformerSegmenterOptions(TransformerOptions):
+    """Options of paper 1's network.
+
+    Args:
+        arch: Architecture of the backbone; `python -m convert_weights --arch=list` lists those with released weights.
+        weights: A converted `.safetensors` file, or `random`. Default: `<cache>/weights/<arch>.safetensors`.
+        backbone: Keep the backbone `frozen` as loaded, or train it too (`finetuned`).
+        decoder: `convolutional` (paper 1), or `linear`: DINOv2's 1x1 convolution with bilinear upsampling.
+        decoder_widths: Channels of the token classifier, then of each x2 stage of the convolutional decoder.
+    """
+
+    decoder: Literal["convolutional", "linear"] = "convolutional"
+    decoder_widths: tuple[int, ...] = (512, 256, 128, 64, 32)
+
+    def resolve(self) -> Self:
+        check_widths(option("model.decoder_widths"), self.decoder_widths)
+        return super().resolve()
+
+    def unread(self) -> set[str]:
+        return {"decoder_widths"} if self.decoder == "linear" else set()
+
+    def build(
+        self, outputs: int, dtype: jnp.dtype, rngs: nnx.Rngs, backbone: VisionTransformer
+    ) -> TransformerSegmenter:
+        width = backbone.variant.width
+        if self.decoder == "linear":
+            return TransformerSegmenter(backbone, LinearDecoder(width, outputs, dtype=dtype, rngs=rngs))
+        decoder = ConvolutionalDecoder(width, self.decoder_widths, outputs, dtype=dtype, rngs=rngs)
+        return TransformerSegmenter(backbone, decoder)
 
 
 class TransformerSegmenter(nnx.Module):
@@ -24,7 +57,7 @@ class TransformerSegmenter(nnx.Module):
 
     FEATURES = "patch tokens after the final norm"
     READS_IMAGES = False
-    TO_KEEP_LESS = ()
+    SMALLER_FEATURES = ()
 
     def __init__(self, backbone: VisionTransformer, decoder: LinearDecoder | ConvolutionalDecoder) -> None:
         self.backbone = backbone
@@ -97,24 +130,3 @@ class ConvolutionalDecoder(nnx.Module):
         for stage in self.stages:
             x = stage(double(x), present)
         return self.logits(resize(x, size))
-
-
-def _build(
-    backbone: VisionTransformer, model: Model, classes: int, dtype: jnp.dtype, rngs: nnx.Rngs
-) -> TransformerSegmenter:
-    width = backbone.variant.width
-    if model.decoder == "linear":
-        decoder = LinearDecoder(width, classes, dtype=dtype, rngs=rngs)
-    else:
-        decoder = ConvolutionalDecoder(width, model.decoder_widths, classes, dtype=dtype, rngs=rngs)
-    return TransformerSegmenter(backbone, decoder)
-
-
-FAMILY = Family(
-    "vision transformer",
-    TRANSFORMERS,
-    options=("weights", "backbone", "decoder", "decoder_widths"),
-    multiple=lambda model: TRANSFORMERS[model.arch].patch,
-    pads=False,
-    build=_build,
-)

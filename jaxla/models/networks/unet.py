@@ -3,17 +3,42 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from itertools import pairwise
+from typing import ClassVar, Self
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from jaxla.config import Model
-from jaxla.models.family import Family
+from jaxla.config import NetworkOptions, option
+from jaxla.models.networks.base import check_smallest_size, check_widths
 from jaxla.models.ops.images import crop, pad_to_multiple, require_images
 from jaxla.models.ops.layers import ConvolutionUnit, Upconvolution, logits_layer
 from jaxla.models.ops.pooling import max_pool
+
+
+@dataclass(frozen=True)
+class UNetOptions(NetworkOptions):
+    """Options of a U-Net.
+
+    Args:
+        widths: Channels of each level, finest first.
+    """
+
+    arch: ClassVar[str] = "unet"
+
+    widths: tuple[int, ...] = (64, 128, 256, 512, 1024)
+
+    def resolve(self) -> Self:
+        check_widths(option("model.widths"), self.widths)
+        return self
+
+    def check_size(self, option_name: str, size: int) -> None:
+        check_smallest_size(option_name, size, 2 ** (len(self.widths) - 1), self.arch)
+
+    def build(self, outputs: int, dtype: jnp.dtype, rngs: nnx.Rngs) -> UNet:
+        return nnx.jit(lambda rngs: UNet(self.widths, outputs, dtype=dtype, rngs=rngs))(rngs)
 
 
 class UNet(nnx.Module):
@@ -67,17 +92,3 @@ class DoubleConvolution(nnx.Module):
     def __call__(self, x: jax.Array, present: jax.Array | None = None) -> jax.Array:
         """[B, H, W, C] -> [B, H, W, K]."""
         return self.second(self.first(x, present), present)
-
-
-def build_unet(network: type[UNet], model: Model, classes: int, dtype: jnp.dtype, rngs: nnx.Rngs) -> UNet:
-    """A U-Net of a kind, as its `Family` says."""
-    return nnx.jit(lambda rngs: network(model.widths, classes, dtype=dtype, rngs=rngs))(rngs)
-
-
-FAMILY = Family(
-    "U-Net",
-    ("unet",),
-    options=("widths",),
-    multiple=lambda model: 2 ** (len(model.widths) - 1),
-    build=lambda _, *options: build_unet(UNet, *options),
-)

@@ -12,18 +12,21 @@ the plane. GroupNorm's statistics are of one window, so nothing of a window depe
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise
+from pathlib import Path
+from typing import ClassVar, Literal, Self
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from jaxla.config import InputError, Model
+from jaxla.config import InputError, option
 from jaxla.models.backbones import TRANSFORMERS
 from jaxla.models.backbones.vision_transformer import VisionTransformer
-from jaxla.models.family import Family
+from jaxla.models.networks.base import TransformerOptions, check_widths
 from jaxla.models.ops.images import require_images, three_channels
 from jaxla.models.ops.layers import LECUN_NORMAL, convolution_of_axes
 from jaxla.models.ops.norms import GroupNorm
@@ -32,6 +35,87 @@ from jaxla.models.ops.sub_cubes import Counts, SubCubes
 
 ENCODED_TOGETHER = 16  # slices of a volume, at most: what the backbone makes on the way is of these alone
 LEVELS = 4  # of features: a quarter, half, three quarters and all of the backbone's depth
+
+
+@dataclass(frozen=True)
+class WindowOptions(TransformerOptions):
+    """Options of paper 3's network.
+
+    Args:
+        arch: Architecture of the backbone; `python -m convert_weights --arch=list` lists those with released weights.
+        weights: A converted `.safetensors` file, or `random`. Default: `<cache>/weights/<arch>.safetensors`.
+        backbone: Keep the backbone `frozen` as loaded, or train it too (`finetuned`).
+        decoder_widths: Channels of the decoder's four levels, deepest features first.
+        windows: Windows per volume: along the slices (`2`), or along slices, rows and columns (`2x2x2`).
+        depth_places: Entries of the depth embedding, interpolated to a volume's slices; 0 for none.
+        convolutions: Decoder convolutions over neighbouring slices (`3d`), or within each slice (`2d`).
+    """
+
+    sample: ClassVar[str] = "volumes"
+
+    arch: str = "dinov3_vitb16"
+    decoder_widths: tuple[int, ...] = (128, 64, 32, 16)
+    windows: str = "1"
+    depth_places: int = 32
+    convolutions: Literal["3d", "2d"] = "3d"
+
+    def resolve(self) -> Self:
+        self.window_counts()
+        if self.depth_places < 0:
+            raise InputError(option("model.depth_places", self.depth_places), "negative", "Use 0 or more.")
+        meaning = ", one for each level of features"
+        check_widths(option("model.decoder_widths"), self.decoder_widths, LEVELS, meaning)
+        return super().resolve()
+
+    def window_counts(self) -> Counts:
+        """Return the number of windows along slices, rows and columns.
+
+        Raises:
+            InputError: `windows` has another form.
+        """
+        if not re.fullmatch(r"[1-9]\d{0,3}(x[1-9]\d{0,3}x[1-9]\d{0,3})?", self.windows):
+            raise InputError(
+                option("model.windows", self.windows),
+                "not a number of windows",
+                "Use 2 for two along the slices, or 2x2x2 for two along slices, rows and columns.",
+            )
+        depth, rows, columns = map(int, [*self.windows.split("x"), "1", "1"][:3])
+        return depth, rows, columns
+
+    def check_size(self, option_name: str, size: int) -> None:
+        super().check_size(option_name, size)
+        _, rows, columns = self.window_counts()
+        if max(rows, columns) > (patches := size // TRANSFORMERS[self.arch].patch):
+            raise InputError(
+                f"{option_name}={size}",
+                f"{patches} x {patches} patches are fewer than {rows} x {columns} windows",
+                f"Use fewer {option('model.windows')}.",
+            )
+
+    def check_depth(self, scan: str | Path, slices: int) -> None:
+        """Raise an InputError unless a scan has a slice for each window along the slices."""
+        if slices < (depth := self.window_counts()[0]):
+            raise InputError(
+                scan,
+                f"{slices} slices are fewer than the {depth} windows along the slices",
+                f"Use fewer {option('model.windows')}, or leave the scan out.",
+            )
+
+    def describe_depth(self, slice_counts: Collection[int]) -> str:
+        """Describe how the depth embedding is interpolated to volumes with these numbers of slices; "" if it is not."""
+        if not self.depth_places or set(slice_counts) == {self.depth_places}:
+            return ""
+        span = " to ".join(map(str, sorted({min(slice_counts), max(slice_counts)})))
+        return f"the depth embedding's {self.depth_places} entries are interpolated to {span} slices"
+
+    def build(self, outputs: int, dtype: jnp.dtype, rngs: nnx.Rngs, backbone: VisionTransformer) -> WindowSegmenter:
+        decoder = nnx.jit(
+            lambda rngs: WindowDecoder(
+                backbone.variant.width, self.decoder_widths, outputs, places=self.depth_places,
+                slicewise=self.convolutions == "2d", dtype=dtype, rngs=rngs,
+            )
+        )(rngs)  # fmt: skip
+        return WindowSegmenter(backbone, decoder, self.window_counts())
 
 
 class FeatureWindows(nnx.Module):
@@ -98,7 +182,7 @@ class WindowSegmenter(FeatureWindows):
     """Volumes to logits: every slice encoded once, and decoded in windows."""
 
     READS_IMAGES = False
-    TO_KEEP_LESS = ()
+    SMALLER_FEATURES = ()
 
     def __init__(self, backbone: VisionTransformer, decoder: WindowDecoder, counts: Counts) -> None:
         super().__init__(decoder, (0, 0), counts)
@@ -269,64 +353,3 @@ def _each_slice(function: Callable[[jax.Array], jax.Array], volumes: jax.Array) 
     """`function` of slices [B, …] for volumes of them [B, D, …]."""
     results = function(volumes.reshape(-1, *volumes.shape[2:]))
     return results.reshape(*volumes.shape[:2], *results.shape[1:])
-
-
-def window_counts(windows: str) -> Counts:
-    """How many windows `--model.windows` asks for along slices, rows and columns: `2` or `2x2x2`.
-
-    Raises:
-        InputError: it is not of that form.
-    """
-    if not re.fullmatch(r"[1-9]\d{0,3}(x[1-9]\d{0,3}x[1-9]\d{0,3})?", windows):
-        raise InputError(
-            f"option --model.windows={windows}: give how many windows there are along the slices, such as 2, or along "
-            "slices, rows and columns, such as 2x2x2"
-        )
-    depth, rows, columns = map(int, [*windows.split("x"), "1", "1"][:3])
-    return depth, rows, columns
-
-
-def _check(model: Model) -> None:
-    window_counts(model.windows)
-    if model.depth_places < 0:
-        raise InputError(f"option --model.depth_places must be at least 0, got {model.depth_places}")
-    if len(model.decoder_widths) != LEVELS:
-        raise InputError(
-            f"option --model.decoder_widths={list(model.decoder_widths)}: give {LEVELS} widths, one for each level of "
-            "features, such as [64,32,16,8]"
-        )
-
-
-def _check_size(model: Model, option: str, size: int) -> None:
-    _, rows, columns = window_counts(model.windows)
-    if max(rows, columns) > (patches := size // TRANSFORMERS[model.arch].patch):
-        raise InputError(
-            f"{option}={size}: has {patches} × {patches} patches, fewer than the {rows} × {columns} windows of "
-            f"--model.windows={model.windows}; give fewer windows"
-        )
-
-
-def _build(
-    backbone: VisionTransformer, model: Model, classes: int, dtype: jnp.dtype, rngs: nnx.Rngs
-) -> WindowSegmenter:
-    decoder = nnx.jit(
-        lambda rngs: WindowDecoder(
-            backbone.variant.width, model.decoder_widths, classes, places=model.depth_places,
-            slicewise=model.convolutions == "2d", dtype=dtype, rngs=rngs,
-        )
-    )(rngs)  # fmt: skip
-    return WindowSegmenter(backbone, decoder, window_counts(model.windows))
-
-
-FAMILY = Family(
-    "vision transformer",
-    TRANSFORMERS,
-    options=("weights", "backbone", "decoder_widths", "windows", "depth_places", "convolutions"),
-    multiple=lambda model: TRANSFORMERS[model.arch].patch,
-    pads=False,
-    check=_check,
-    check_size=_check_size,
-    build=_build,
-    of_volumes=True,
-    least_slices=lambda model: window_counts(model.windows)[0],
-)

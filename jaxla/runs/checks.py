@@ -1,0 +1,94 @@
+"""Whether an experiment's options can work at all, before anything is read."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from pathlib import Path
+
+from jaxla.config import BackboneTraining, Experiment, InputError
+from jaxla.data.cases import HOW_TO_GET_DATA, RECOGNISED
+from jaxla.experiments import METHODS
+from jaxla.models.weights import weights_file
+from jaxla.models.weights_format import require_undamaged
+from jaxla.tasks import TASKS
+
+
+def check_experiment(experiment: Experiment) -> Experiment:
+    """Return the experiment with every name in this package's spelling.
+
+    Raises:
+        InputError: a value that no run can work with.
+    """
+    data, method = experiment.data, experiment.method
+    if not data.root:
+        raise InputError(
+            "--data.root", "missing", f"Give a folder in one of these layouts: {RECOGNISED}. {HOW_TO_GET_DATA}"
+        )
+    if data.other_labels == "background" and not data.labels:
+        raise InputError(
+            "--data.other_labels=background", "--data.labels is missing", "Name each class's values, such as LA:1."
+        )
+    model = method.model.resolve()
+    experiment = replace(experiment, method=replace(method, model=model))
+    _check_bounds(experiment)
+    training, own = method.training, METHODS[method.name].training
+    has_backbone_rate = model.backbone == "finetuned" and model.weights != "random"
+    if (
+        isinstance(training, BackboneTraining)
+        and not has_backbone_rate
+        and training.backbone_learning_rate != own.backbone_learning_rate
+    ):
+        state = "frozen" if model.backbone == "frozen" else "trained from random weights"
+        raise InputError(
+            "--training.backbone_learning_rate", f"has no effect, because {model.arch} is {state}", "Remove the option."
+        )
+    if method.preprocessing is not None:
+        model.check_size("--preprocessing.image_size", method.preprocessing.image_size)
+    if "memory_gb" in model.unread() and model.memory_gb != METHODS[method.name].model.memory_gb:
+        raise InputError("--model.memory_gb", "has no effect, because --model.plan is given", "Remove one of the two.")
+    return experiment
+
+
+def _check_bounds(experiment: Experiment) -> None:
+    """Raise an InputError if a number is below its minimum or not finite."""
+    data, method = experiment.data, experiment.method
+    training, task = method.training, TASKS[method.model.sample]
+    minimum = {
+        "training.epochs": (1, training.epochs),
+        "training.steps": (task.MIN_STEPS, training.steps),
+        "training.batch_size": (task.MIN_BATCH_SIZE, training.batch_size),
+        "training.patience": (0, training.patience),
+        "data.phantom_cases": (1, data.phantom_cases),
+        "seed": (0, experiment.seed),
+    }
+    if method.preprocessing is not None:
+        minimum["preprocessing.image_size"] = (1, method.preprocessing.image_size)
+    for name in ("opening", "closing"):
+        side = getattr(method.postprocessing, name)
+        if side and side % 2 == 0:
+            raise InputError(f"--postprocessing.{name}={side}", "an even number", "Use an odd number, or 0 for none.")
+        minimum[f"postprocessing.{name}"] = (0, side)
+    for name, value in vars(method.augmentation).items():
+        minimum[f"augmentation.{name}"] = (0, value)
+    for name, (bound, value) in minimum.items():
+        if not bound <= value < math.inf:
+            raise InputError(f"--{name}={value}", f"less than {bound}, or not finite", f"Use {bound} or more.")
+    for name in ("learning_rate", "backbone_learning_rate"):
+        rate = getattr(training, name, 1.0)
+        if not 0 < rate < math.inf:
+            raise InputError(f"--training.{name}={rate}", "not a positive number", "Use 1e-3, for example.")
+
+
+def find_weights(experiment: Experiment, cache_dir: Path) -> tuple[Experiment, str]:
+    """Return the experiment with the path of its backbone's weights, and the hash of their data; "" for random ones.
+
+    Raises:
+        InputError: the weights are missing or damaged.
+    """
+    model = experiment.method.model
+    if model.weights == "random":
+        return experiment, ""
+    path = weights_file(model.arch, model.weights, cache_dir).absolute()
+    sha256 = require_undamaged(path)
+    return replace(experiment, method=replace(experiment.method, model=model.with_weights(str(path)))), sha256

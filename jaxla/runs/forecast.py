@@ -1,0 +1,285 @@
+"""What a run will take, before it starts: counts from the data, memory from XLA, times from a few measured steps."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from contextlib import closing
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from flax import nnx
+
+from jaxla.cli.files import free_bytes
+from jaxla.cli.terminal import format_bytes, format_duration
+from jaxla.config import Experiment
+from jaxla.data.batches import evaluation_batches, training_batches
+from jaxla.data.dataset import PreparedData
+from jaxla.data.prepared import PreparedVolume
+from jaxla.distributed import gather, local_items, local_rows, on_host, process_count, shard_batch, use_local_devices
+from jaxla.evaluation.summary import score_case
+from jaxla.hardware import device_name
+from jaxla.memory import catch_out_of_memory, device_bytes
+from jaxla.runs.cost import MAX_TIMED_SECONDS, MAX_TIMED_VOLUMES
+from jaxla.tasks import Features, Task
+from jaxla.training.features import FeatureCache
+from jaxla.training.step import count_parameters
+
+MEASURED_STEPS = 3
+PAGE_BYTES = 10_000_000  # report and figures for large scans
+
+
+@dataclass(frozen=True)
+class FeaturesForecast:
+    """What computing and keeping a frozen backbone's features will take; all zero if they are not cached.
+
+    Attributes:
+        size: bytes of the features that are not in the cache yet.
+        fit: whether the disk has room for them; if not, the backbone runs at every step.
+        how_to_fit: advice on making them fit.
+        folder: that keeps them.
+        seconds: to compute those that are missing.
+        seconds_per_slice: of the frozen backbone.
+    """
+
+    size: int = 0
+    fit: bool = True
+    how_to_fit: str = ""
+    folder: Path | None = None
+    seconds: float = 0.0
+    seconds_per_slice: float = 0.0
+
+
+@dataclass(frozen=True)
+class Forecast:
+    """Bytes and seconds that a run will take.
+
+    Attributes:
+        network: the network in words.
+        sample: the word for one training sample, and for several.
+        patients, slices: numbers in each part of the split.
+        batch_size: as used.
+        steps: per epoch.
+        epochs: at most.
+        trained, frozen: numbers of parameters.
+        disk_free: bytes on the disk of the cache folder.
+        run_bytes: size of the run's folder at its largest: checkpoints and predictions.
+        step_bytes: device memory of a training step, by XLA's account.
+        device_bytes: memory of the device; 0 if it does not say.
+        start_seconds: to build the network and compile its step.
+        step_seconds: of a training step.
+        validation_seconds: at the end of an epoch.
+        test_seconds: to segment and score the test cases, and to time some of them.
+    """
+
+    network: str
+    sample: tuple[str, str]
+    patients: dict[str, int]
+    slices: dict[str, int]
+    batch_size: int
+    steps: int
+    epochs: int
+    trained: int
+    frozen: int
+    features: FeaturesForecast
+    disk_free: int
+    cache_dir: Path
+    run_bytes: int
+    step_bytes: int
+    device_bytes: int
+    start_seconds: float
+    step_seconds: float
+    validation_seconds: float
+    test_seconds: float
+
+    @property
+    def epoch_seconds(self) -> float:
+        """Seconds of an epoch with its validation."""
+        return self.steps * self.step_seconds + self.validation_seconds
+
+    @property
+    def seconds(self) -> float:
+        """Seconds of the run, if it trains all epochs."""
+        return self.start_seconds + self.features.seconds + self.epochs * self.epoch_seconds + self.test_seconds
+
+
+def forecast_run(
+    experiment: Experiment,
+    network_words: str,
+    data: PreparedData,
+    task: Task,
+    cache_dir: Path,
+    needing_features: Sequence[PreparedVolume] | None = None,
+) -> Forecast:
+    """Measure a few steps of a run on its own data. Nothing is trained, and no file written but in the cache.
+
+    Args:
+        network_words: the network in words.
+        needing_features: volumes whose features are needed; by default the run's own.
+
+    Raises:
+        InputError: a step needs more memory than there is.
+    """
+    with catch_out_of_memory(task.batch_size):
+        began = time.perf_counter()
+        with on_host():
+            network = task.build_network()
+        parameters = count_parameters(nnx.state(network, nnx.Param))
+        build_seconds = time.perf_counter() - began
+        volumes = data.used if needing_features is None else needing_features
+        found, features = forecast_features(network, data, task, cache_dir, volumes)
+        sources = task.make_sources(data, cache_dir, features)  # the run finds patches resampled: not its start
+
+        began = time.perf_counter()
+        trainer = task.make_trainer(network, sources.train, features)
+        trained, trained_bytes = count_parameters(trainer.trainable), _tree_bytes(trainer.trainable)
+        checkpoint_bytes = 2 * trained_bytes + _tree_bytes(trainer.optimiser_state)
+        step_bytes = trainer.compile()
+        rows = local_rows(task.batch_size)
+        with closing(training_batches(sources.train, task.batch_size, experiment.seed, rows)) as batches:
+            jax.block_until_ready(trainer.step(next(batches), 0))
+            start_seconds = build_seconds + time.perf_counter() - began
+            step_seconds = mean_seconds(lambda: trainer.step(next(batches), 0), MEASURED_STEPS)
+        with closing(evaluation_batches(sources.val, task.batch_size, rows)) as batches:
+            batch = next(batches)
+        batch_seconds = mean_seconds(lambda: trainer.evaluate(batch), 2)
+
+    parts = {name: data.of(getattr(data.split, name)) for name in ("train", "val", "test")}
+    return Forecast(
+        network=network_words,
+        sample=task.sample,
+        patients={name: len(volumes) for name, volumes in parts.items()},
+        slices={name: sum(volume.shape[0] for volume in volumes) for name, volumes in parts.items()},
+        batch_size=task.batch_size,
+        steps=trainer.steps,
+        epochs=experiment.method.training.epochs,
+        trained=trained,
+        frozen=parameters - trained,
+        features=found,
+        disk_free=free_bytes(cache_dir),
+        cache_dir=cache_dir,
+        # Two checkpoints of each kind are kept, and a third exists while it is written.
+        run_bytes=3 * checkpoint_bytes + sum(int(np.prod(v.shape)) for v in parts["test"]) // 20 + PAGE_BYTES,
+        step_bytes=step_bytes,
+        device_bytes=device_bytes(),
+        start_seconds=start_seconds,
+        step_seconds=step_seconds,
+        validation_seconds=-(-len(sources.val) // task.batch_size) * batch_seconds,
+        test_seconds=forecast_test(experiment, data, task, batch_seconds, found.seconds_per_slice),
+    )
+
+
+def forecast_features(
+    network: nnx.Module,
+    data: PreparedData,
+    task: Task,
+    cache_dir: Path,
+    volumes: Sequence[PreparedVolume],
+) -> tuple[FeaturesForecast, Features | None]:
+    """Forecast the features of volumes; also stand-ins for those of the run, which take as long to train on."""
+    if task.why_not_cached(network):
+        return FeaturesForecast(), None
+    with use_local_devices():
+        cache = task.make_feature_cache(network, cache_dir)
+    missing = cache.missing(volumes)
+    size = cache.bytes_of(missing)
+    found = FeaturesForecast(size, all(gather(cache.fits(size))), cache.how_to_fit, cache.folder)
+    if not found.fit:
+        return found, None
+    batch_seconds = _time_backbone(cache, task)
+    batches = sum(-(-volume.shape[0] // cache.batch) for volume in local_items(missing))
+    stand_ins = {
+        volume.id: np.broadcast_to(np.zeros(1, cache.dtype), (volume.shape[0], *cache.shape)) for volume in data.used
+    }
+    timed = FeaturesForecast(
+        found.size, found.fit, found.how_to_fit, found.folder, batch_seconds * batches, batch_seconds / cache.batch
+    )
+    return timed, Features(stand_ins, network.READS_IMAGES)
+
+
+def _time_backbone(cache: FeatureCache, task: Task) -> float:
+    """Return the seconds of a batch through the frozen backbone."""
+    with use_local_devices():
+        images = shard_batch(np.zeros((cache.batch, *task.input_shape(1)[-2:], 1), np.float32))
+        return mean_seconds(lambda: cache.extract(images), 1)
+
+
+def forecast_test(
+    experiment: Experiment, data: PreparedData, task: Task, batch_seconds: float, backbone_seconds_per_slice: float
+) -> float:
+    """Return the seconds to segment and score the test cases, to time some, and to choose the postprocessing."""
+    test, val = data.of(data.split.test), data.of(data.split.val)
+    slices = sum(volume.shape[0] for volume in test)
+    segmenting = task.batches_to_segment(test) * batch_seconds
+    per_volume = (segmenting + slices * backbone_seconds_per_slice) / len(test)
+    choosing = per_volume * len(val) if experiment.method.postprocessing.largest == "if_better" else 0.0
+    timing = per_volume + min(MAX_TIMED_VOLUMES * per_volume, MAX_TIMED_SECONDS + per_volume)
+    scoring = _time_scoring(data) * len(test) / process_count()
+    return segmenting + choosing + scoring + timing
+
+
+def describe_forecast(forecast: Forecast, name: str) -> str:
+    """Return the forecast as lines to print.
+
+    Args:
+        name: of the experiment.
+    """
+    f, features = forecast, forecast.features
+    disk = f"run folder {format_bytes(f.run_bytes)} at most"
+    if features.size:
+        size, free = format_bytes(features.size), f"{format_bytes(f.disk_free)} free"
+        disk += f"; features {size} in {f.cache_dir} ({free})"
+        if not features.fit:
+            disk += f", which do not fit: the backbone will run at every step. To keep them, use {features.how_to_fit}"
+    memory = f"{format_bytes(f.step_bytes)} for a training step, by XLA's account"
+    if f.device_bytes:
+        memory += f", of {format_bytes(f.device_bytes)}"
+    duration = format_duration
+    lines = {
+        "run": f"{name}, {f.network}",
+        "patients": ", ".join(f"{count} {part}" for part, count in f.patients.items()),
+        "slices": ", ".join(f"{count} {part}" for part, count in f.slices.items()),
+        "steps": f"{f.steps} per epoch, {f.batch_size} {f.sample[f.batch_size > 1]} each, at most {f.epochs} epochs",
+        "parameters": f"{f.trained} trained, {f.frozen} frozen",
+        "disk": disk,
+        "memory": memory,
+        "time": (
+            f"start and compilation {duration(f.start_seconds)}; "
+            + (f"features {duration(features.seconds)}; " if features.seconds else "")
+            + f"an epoch {duration(f.epoch_seconds)}, all {f.epochs} {duration(f.epochs * f.epoch_seconds)}; "
+            f"test {duration(f.test_seconds)}; about {duration(f.seconds)} in total, on {device_name()}, "
+            f"from {MEASURED_STEPS} measured steps"
+            + (", without reading features from disk" if features.folder and features.fit else "")
+        ),
+    }
+    return "\n".join(f"{title:<11} {text}" for title, text in lines.items())
+
+
+def mean_seconds(call: Callable[[], Any], repeats: int) -> float:
+    """Return the mean seconds of a call, after a first one that compiles."""
+    jax.block_until_ready(call())
+    began = time.perf_counter()
+    for _ in range(repeats):
+        result = call()
+    jax.block_until_ready(result)
+    return (time.perf_counter() - began) / repeats
+
+
+def _tree_bytes(tree: Any) -> int:
+    return sum(leaf.nbytes for leaf in jax.tree.leaves(tree))
+
+
+def _time_scoring(data: PreparedData) -> float:
+    """Return the seconds to score one case as the test does, measured on a shifted validation mask."""
+    volume, names = data.of(data.split.val)[0], data.dataset.labels.names
+    mask = np.asarray(volume.mask)
+    shifted = np.roll(mask, 5, axis=1)
+    began = time.perf_counter()
+    score_case(volume.id, shifted, mask, volume.spacing, names, "slice")
+    by_slice = time.perf_counter()
+    score_case(volume.id, shifted, mask, volume.spacing, names)
+    by_volume = time.perf_counter()
+    return (by_slice - began) + 2 * (by_volume - by_slice)  # per volume: the network's mask and the atlas baseline's

@@ -1,0 +1,129 @@
+"""The test of a trained run: every test case segmented on its own grid, scored beside the atlas baseline."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from jaxla.cli.terminal import track
+from jaxla.data.dataset import PreparedData
+from jaxla.data.prepared import PreparedVolume
+from jaxla.data.volumes import (
+    canonical_to_slices,
+    from_slices,
+    read_grid,
+    slice_geometry,
+    slices_to_canonical,
+    write_volume,
+)
+from jaxla.distributed import broadcast, gather, is_first, local_items
+from jaxla.evaluation.atlas import Atlas, apply_atlas, build_atlas, choose_threshold
+from jaxla.evaluation.summary import Row, score_case, summarise_test, write_cases, write_summary
+from jaxla.inference.segment import SegmentSlices
+from jaxla.nnunet.postprocessing import choose_largest, read_largest
+from jaxla.runs.folder import LARGEST, PREDICTIONS, SUMMARY, TEST_CASES, TEST_SLICES
+from jaxla.runs.trained import TrainedRun
+from jaxla.tasks import Features
+
+SegmentCase = Callable[[PreparedVolume], np.ndarray]  # -> classes [S, H, W]
+
+
+class Scores(NamedTuple):
+    """Rows of `test/cases.csv` and the summary: mean, sd, n and unit of each metric, per volume.
+
+    Under "slice" the summary holds the same per slice, under "atlas" that of the atlas baseline.
+    """
+
+    rows: list[Row]
+    summary: dict[str, Any]
+
+
+def choose_postprocessing(run: TrainedRun, data: PreparedData, run_dir: Path) -> TrainedRun:
+    """Decide on the validation cases whether only the largest connected parts are kept; noted in the run's folder.
+
+    Each process segments its share of the cases.
+    """
+    if broadcast((run_dir / LARGEST).exists()):
+        return run
+    segment_case = make_segment_case(run, replace(run, largest=()).make_segment(), None)
+
+    def predictions() -> Iterator[tuple[str, np.ndarray, np.ndarray]]:
+        for name in track(local_items(data.split.val), "validating"):
+            volume = data.volumes[name]
+            yield name, segment_case(volume), volume.mask
+
+    choose_largest(predictions(), run.record.labels.names, run_dir / LARGEST)
+    return replace(run, largest=read_largest(run_dir / LARGEST))
+
+
+def make_segment_case(run: TrainedRun, segment: SegmentSlices, features: Features | None) -> SegmentCase:
+    """Return a function that segments a test case; it runs on cached features where there are any."""
+    if features is None:
+        return lambda volume: segment(volume.image, slice_geometry(read_grid(volume.case.image).affine), False)[0]
+    segment_features = run.task.make_segment_features(run.networks)
+    return lambda volume: run.postprocess(segment_features(volume, features.by_case[volume.id]))
+
+
+def score_test_cases(
+    run: TrainedRun, data: PreparedData, segment_case: SegmentCase, run_dir: Path, **about: Any
+) -> Scores | None:
+    """Segment and score every test case; writes `test/`.
+
+    Each process segments its share of the cases; the first returns the result, the others None.
+
+    Args:
+        about: further entries of the summary.
+    """
+    names, split = run.record.labels.names, data.split
+    atlas = make_atlas(data, len(names))
+    rows, slice_rows, atlas_rows = [], [], []
+    for case_id in track(local_items(split.test), "testing"):
+        volume = data.volumes[case_id]
+        predicted = segment_case(volume)
+        write_prediction(predicted, volume, run, run_dir / PREDICTIONS / f"{case_id}.nii.gz")
+        rows += score_case(case_id, predicted, volume.mask, volume.spacing, names)
+        slice_rows += score_case(case_id, predicted, volume.mask, volume.spacing, names, "slice")
+        baseline = atlas_mask(atlas, volume)
+        atlas_rows += score_case(case_id, baseline, volume.mask, volume.spacing, names)
+    rows, slice_rows, atlas_rows = (in_order(part, split.test) for part in (rows, slice_rows, atlas_rows))
+    if not is_first():
+        return None
+    rows, summary = summarise_test(rows, slice_rows, atlas_rows, names)
+    summary["atlas"]["threshold"] = atlas.threshold
+    summary |= about
+    write_cases(rows, run_dir / TEST_CASES)
+    write_cases(slice_rows, run_dir / TEST_SLICES)
+    write_summary(summary, run_dir / SUMMARY)
+    return Scores(rows, summary)
+
+
+def write_prediction(classes: np.ndarray, volume: PreparedVolume, run: TrainedRun, path: Path) -> None:
+    """Write classes [S, H, W] as a mask with the data set's label values, on the scan's own grid."""
+    grid = read_grid(volume.case.image)
+    stored = np.ascontiguousarray(from_slices(classes, slice_geometry(grid.affine)))
+    write_volume(path, run.record.labels.to_values(stored), grid)
+
+
+def make_atlas(data: PreparedData, classes: int) -> Atlas:
+    """Return the atlas baseline of the training masks; its threshold is chosen on the validation masks."""
+
+    def masks(ids: Iterable[str]) -> Iterator[np.ndarray]:
+        return (slices_to_canonical(volume.mask, volume.slice_axis) for volume in data.of(ids))
+
+    return choose_threshold(build_atlas(masks(data.split.train), classes), masks(data.split.val))
+
+
+def atlas_mask(atlas: Atlas, volume: PreparedVolume) -> np.ndarray:
+    """Return the atlas baseline's mask [S, H, W] for a volume."""
+    shape = slices_to_canonical(volume.mask, volume.slice_axis).shape
+    return canonical_to_slices(apply_atlas(atlas, shape), volume.slice_axis)
+
+
+def in_order(rows: list[Row], case_ids: Sequence[str]) -> list[Row]:
+    """Return the rows of all processes, in the order of the cases."""
+    all_rows = [row for process_rows in gather(rows) for row in process_rows]
+    return sorted(all_rows, key=lambda row: case_ids.index(row["case"]))  # stable: a case's rows keep their order

@@ -1,0 +1,135 @@
+"""A run's folder -> the network that it trained."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import jax
+import numpy as np
+from flax import nnx
+
+from jaxla.config import InputError, default_cache_dir
+from jaxla.data.split import ALL_FOLDS, FOLDS
+from jaxla.data.volumes import SliceGeometry
+from jaxla.distributed import broadcast
+from jaxla.hardware import first_device
+from jaxla.inference.postprocessing import keep_largest, postprocess
+from jaxla.inference.segment import Segmented, SegmentSlices
+from jaxla.models.weights import parameters_sha256
+from jaxla.models.weights_format import require_undamaged
+from jaxla.nnunet.postprocessing import read_largest
+from jaxla.runs.folder import BACKBONE, CHECKPOINTS, LARGEST, fold_folders
+from jaxla.runs.record import Record, read_record
+from jaxla.tasks import Task, restore_task
+from jaxla.training.checkpoints import Checkpoints, checkpoint_steps, network_state
+from jaxla.training.progress import BEST
+from jaxla.training.step import split_network
+
+
+@dataclass(frozen=True)
+class TrainedRun:
+    """What a run trained, in evaluation mode.
+
+    Attributes:
+        networks: the network of the epoch that was kept; of cross-validation, one for each fold.
+        epoch: that epoch; of cross-validation, the first fold's.
+        largest: groups of classes whose largest connected part alone is kept.
+    """
+
+    record: Record
+    task: Task
+    networks: tuple[nnx.Module, ...]
+    epoch: int
+    largest: tuple[tuple[int, ...], ...] = ()
+
+    @property
+    def network(self) -> nnx.Module:
+        """The only network.
+
+        Raises:
+            InputError: there are several.
+        """
+        if len(self.networks) > 1:
+            raise InputError("run", "a run with --fold=all has a network for each fold", "Give one fold, as in fold_0.")
+        return self.networks[0]
+
+    def postprocess(self, classes: np.ndarray) -> np.ndarray:
+        """Return classes [S, H, W] after the method's postprocessing."""
+        return keep_largest(postprocess(classes, self.record.experiment.method.postprocessing), self.largest)
+
+    def make_segment(self) -> SegmentSlices:
+        """Return a function that segments a scan's slices, including postprocessing; compiled once.
+
+        Postprocessing does not change probabilities.
+        """
+        segment_slices = self.task.make_segment(self.networks)
+
+        def segment(slices: np.ndarray, geometry: SliceGeometry, with_probabilities: bool = False) -> Segmented:
+            classes, probabilities = segment_slices(slices, geometry, with_probabilities)
+            return self.postprocess(classes), probabilities
+
+        return segment
+
+
+def load_run(folder: str | Path) -> TrainedRun:
+    """Load the best checkpoint of a run; a frozen backbone comes from its weights file, which must be unchanged.
+
+    Raises:
+        InputError: not a run folder, no checkpoint or a damaged one, or the weights file is missing or has changed.
+    """
+    folder = Path(folder)
+    record = read_record(folder)
+    if record.experiment.fold == ALL_FOLDS:
+        return _load_folds(folder, record)
+    if not (steps := broadcast(checkpoint_steps(folder / CHECKPOINTS / BEST))):
+        raise InputError(folder, "no checkpoint; the run stopped before its first epoch ended", "Resume the run.")
+    task = restore_task(record.experiment, record.labels.outputs, record.extent, folder)
+    is_frozen = record.experiment.method.model.backbone == "frozen"
+    if is_frozen:
+        network = task.build_network(weights=str(_frozen_weights(folder, record)))
+        if record.backbone_sha256 and parameters_sha256(network.backbone) != record.backbone_sha256:
+            raise InputError(folder / BACKBONE, "has changed since training", "Restore it from a copy.")
+    else:  # every parameter is in the checkpoint
+        network = nnx.eval_shape(lambda: task.build_network(weights="random"))
+    parts = split_network(network, train_backbone=not is_frozen)
+
+    saved = network_state(parts.trainable, parts.frozen.statistics)
+    here = jax.sharding.SingleDeviceSharding(first_device())  # whatever device the run was trained on
+    like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here), saved)
+    checkpoints = Checkpoints(folder / CHECKPOINTS / BEST, read_only=True)
+    restored, progress = checkpoints.restore(like, steps[0])
+    checkpoints.close()
+    network = nnx.merge(parts.evaluation, restored["trainable"], parts.frozen.parameters, restored["statistics"])
+    network.eval()
+    return TrainedRun(record, task, (network,), progress["epoch"], read_largest(folder / LARGEST))
+
+
+def _load_folds(folder: Path, record: Record) -> TrainedRun:
+    begun = [fold for fold in fold_folders(folder) if fold.exists()]
+    if len(begun) < FOLDS:
+        raise InputError(folder, f"only {len(begun)} of {FOLDS} folds have begun", "Resume the run.")
+    first, networks = load_run(begun[0]), []
+    for fold in begun:
+        run = load_run(fold) if networks else first
+        if networks and record.experiment.method.model.backbone == "frozen":  # all share one backbone in memory
+            run.network.backbone = networks[0].backbone
+        networks.append(run.network)
+    task = restore_task(record.experiment, record.labels.outputs, record.extent, folder)
+    return TrainedRun(record, task, tuple(networks), first.epoch, read_largest(folder / LARGEST))
+
+
+def _frozen_weights(folder: Path, record: Record) -> Path:
+    """Return the backbone's file: where it was at training, or in this machine's cache folder, known by its hash."""
+    if record.weights == "random":
+        return folder / BACKBONE
+    arch = record.experiment.method.model.arch
+    candidates = dict.fromkeys((Path(record.weights), default_cache_dir() / "weights" / f"{arch}.safetensors"))
+    for path in candidates:
+        if path.is_file() and require_undamaged(path) == record.weights_sha256:
+            return path
+    raise InputError(
+        folder,
+        f"the file of its frozen backbone is missing or has changed (sha256 {record.weights_sha256[:12]}…)",
+        f"Restore it as {' or '.join(map(str, candidates))}.",
+    )

@@ -1,0 +1,39 @@
+"""Tasks: what depends on the kind of training sample. No other module asks whether samples are slices or volumes.
+
+To add a kind of sample, write a class in a file here, add a row to `TASKS`, and name it as `sample` in the options of
+the networks that read it.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from jaxla.config import Experiment
+from jaxla.data.dataset import PreparedData
+from jaxla.tasks.base import Features, Task
+from jaxla.tasks.patches import PatchTask
+from jaxla.tasks.slices import SliceTask
+from jaxla.tasks.volumes import VolumeTask
+
+__all__ = ["TASKS", "Features", "Task", "make_task", "restore_task"]
+
+TASKS: dict[str, type[Task]] = {"slices": SliceTask, "volumes": VolumeTask, "patches": PatchTask}
+
+
+def make_task(experiment: Experiment, data: PreparedData) -> Task:
+    """Return the task of a new run.
+
+    Raises:
+        InputError: the method does not fit the data.
+    """
+    return TASKS[experiment.method.model.sample].from_data(experiment, data)
+
+
+def restore_task(experiment: Experiment, outputs: int, extent: float, folder: Path) -> Task:
+    """Return the task of a run that was trained in `folder`.
+
+    Args:
+        outputs: K, channels of the logits.
+        extent: as the run recorded it.
+    """
+    return TASKS[experiment.method.model.sample].from_run(experiment, outputs, extent, folder)

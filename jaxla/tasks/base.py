@@ -1,0 +1,243 @@
+"""What a task is: everything in a run that depends on what one training sample is."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any, ClassVar, NamedTuple, Self
+
+from flax import nnx
+
+from jaxla.config import Augmentation, Experiment, InputError, Training, option
+from jaxla.data.batches import Source
+from jaxla.data.dataset import PreparedData
+from jaxla.data.prepared import PreparedVolume
+from jaxla.distributed import device_count, process_count
+from jaxla.inference.segment import SegmentSlices
+from jaxla.models.networks.base import build_network
+from jaxla.training.augmentation import augment
+from jaxla.training.features import CachedFeatures, FeatureCache
+from jaxla.training.losses import Loss, cross_entropy, dice_cross_entropy
+from jaxla.training.step import Augment, MakeGradient, make_gradient
+from jaxla.training.trainer import Trainer
+
+
+class Features(NamedTuple):
+    """Features of a frozen backbone, computed before training.
+
+    Attributes:
+        by_case: of each case's slices.
+        with_images: whether the rest of the network reads the images too.
+    """
+
+    by_case: Mapping[str, CachedFeatures]
+    with_images: bool
+
+
+class Sources(NamedTuple):
+    """The samples that a run trains on, and those that judge each epoch."""
+
+    train: Source
+    val: Source
+
+
+class Task(ABC):
+    """Training and inference of one kind of sample: slices, volumes or patches.
+
+    Args:
+        experiment: with every option resolved.
+        outputs: K, channels of the logits.
+
+    Attributes:
+        sample: the word for one sample, and for several.
+        unit: what validation averages Dice over, in words.
+        MIN_STEPS, MIN_BATCH_SIZE: lower bounds of these options; 0 stands for a value that follows from the data.
+        extent: side in mm of the square that all slices are laid on; 0 if there is none.
+    """
+
+    sample: tuple[str, str]
+    unit: ClassVar[str] = "per volume"
+    extent: float = 0.0
+    MIN_STEPS: ClassVar[int] = 0
+    MIN_BATCH_SIZE: ClassVar[int] = 1
+
+    def __init__(self, experiment: Experiment, outputs: int) -> None:
+        self.experiment, self.outputs = experiment, outputs
+        self.model, self.recipe = experiment.method.model, experiment.method.training
+
+    @classmethod
+    @abstractmethod
+    def from_data(cls, experiment: Experiment, data: PreparedData) -> Self:
+        """Return the task of a new run.
+
+        Raises:
+            InputError: the method does not fit the data.
+        """
+
+    @classmethod
+    @abstractmethod
+    def from_run(cls, experiment: Experiment, outputs: int, extent: float, folder: Path) -> Self:
+        """Return the task of an earlier run.
+
+        Args:
+            extent: as the run recorded it.
+            folder: of the run, with what `save` kept there.
+        """
+
+    @property
+    def batch_size(self) -> int:
+        """Samples per step."""
+        return self.recipe.batch_size
+
+    @property
+    def resolved_recipe(self) -> Training:
+        """The recipe with the batch size that is used."""
+        return replace(self.recipe, batch_size=self.batch_size)
+
+    def save(self, folder: Path) -> None:
+        """Keep in the run's folder what `from_run` needs besides the record; on resuming, check that it is the same."""
+
+    def check_batch_size(self) -> None:
+        """Raise an InputError unless each device gets a sample of every batch."""
+        if self.batch_size >= (devices := device_count()):
+            return
+        per_process = self.batch_size // process_count() * process_count()
+        fewer = f"use {option('devices', per_process)}" if per_process else "start fewer processes"
+        raise InputError(
+            option("training.batch_size", self.batch_size),
+            f"{devices} devices share a batch, and each needs a sample",
+            f"Use a larger batch size, or {fewer}.",
+        )
+
+    def check_scan(self, scan: str | Path, slices: int) -> None:
+        """Raise an InputError if a scan has too few slices for the network."""
+
+    def is_cut(self, shape: Sequence[int], spacing: Sequence[float]) -> bool:
+        """Whether the network sees only the centre of slices of this shape [S, H, W] and spacing in mm."""
+        return False
+
+    @abstractmethod
+    def describe(self, slice_counts: Collection[int]) -> str:
+        """Describe for the log what the network sees; "" if there is nothing to say.
+
+        Args:
+            slice_counts: numbers of slices of the scans.
+        """
+
+    @abstractmethod
+    def describe_input(self) -> str:
+        """Describe one input of the network, such as `448 × 448 pixels`."""
+
+    def build_network(self, weights: str | None = None) -> nnx.Module:
+        """Build the untrained network.
+
+        Args:
+            weights: replaces the backbone's weights of the options.
+
+        Raises:
+            InputError: weights that are missing or do not fit.
+        """
+        model = self.model if weights is None else self.model.with_weights(weights)
+        return build_network(model, self.outputs, self.experiment.seed)
+
+    @abstractmethod
+    def make_sources(self, data: PreparedData, cache_dir: Path, features: Features | None = None) -> Sources:
+        """Return the samples for training and validation.
+
+        Args:
+            features: if the network reads these instead of images.
+        """
+
+    @abstractmethod
+    def samples_per_pass(self, volumes: Sequence[PreparedVolume]) -> int:
+        """Return the number of training samples in volumes."""
+
+    def steps_per_epoch(self, volumes: Sequence[PreparedVolume]) -> int:
+        """Return the number of steps of an epoch on these training volumes."""
+        return self.recipe.steps or -(-self.samples_per_pass(volumes) // self.batch_size)
+
+    @property
+    def loss(self) -> Loss:
+        """The loss `(logits, mask, weight) -> value`."""
+        return make_loss(self.recipe, batch_dice=True)
+
+    @property
+    def augment(self) -> Augment | None:
+        """The augmentation of a batch, on the device."""
+        changes = self.experiment.method.augmentation
+        return None if changes == Augmentation() else partial(augment, changes)
+
+    @property
+    def make_gradient(self) -> MakeGradient:
+        """How the gradient is computed."""
+        return make_gradient
+
+    def make_trainer(self, network: nnx.Module, train: Source, features: Features | None = None) -> Trainer:
+        """Assemble the trainer of a run: the only place where one is."""
+        return Trainer(
+            self.reduce_network(network) if features else network,
+            train,
+            self.resolved_recipe,
+            loss=self.loss,
+            augment=self.augment,
+            make_gradient=self.make_gradient,
+            train_backbone=self.model.backbone == "finetuned",
+            has_pretrained_backbone=self.model.weights != "random",
+            seed=self.experiment.seed,
+        )
+
+    def why_not_cached(self, network: nnx.Module) -> str:
+        """Return a sentence that says why the whole network runs at every step; "" if features can be cached."""
+        if self.model.backbone != "frozen":
+            return "All of the network is trained, so all of it runs at every step."
+        if not self.recipe.cache_features:
+            return "The frozen backbone runs at every step, because training.cache_features is false."
+        if not hasattr(network, "on_features"):
+            return f"The frozen {self.model.arch} runs at every step: its features of all scales are not cached."
+        if self.augment is not None:
+            return (
+                "The frozen backbone runs at every step and its features are not cached, because slices are augmented."
+            )
+        return ""
+
+    def make_feature_cache(self, network: nnx.Module, cache_dir: Path) -> FeatureCache:
+        """Return the cache of the frozen backbone's features."""
+        raise NotImplementedError(f"{type(self).__name__} does not cache features")
+
+    def reduce_network(self, network: nnx.Module) -> nnx.Module:
+        """Return the part of the network that runs on cached features."""
+        raise NotImplementedError(f"{type(self).__name__} does not train on features")
+
+    @abstractmethod
+    def input_shape(self, slices: int) -> tuple[int, ...]:
+        """Return the shape of one network input without channels: [H, W] or [D, H, W].
+
+        Args:
+            slices: of the deepest volume in training and validation.
+        """
+
+    @abstractmethod
+    def make_segment(self, networks: Sequence[nnx.Module]) -> SegmentSlices:
+        """Return a function that segments a scan's slices; the logits of several networks are averaged."""
+
+    def make_segment_features(self, networks: Sequence[nnx.Module]) -> Any:
+        """Return `(volume, features) -> classes [S, H, W]` for networks that read cached features."""
+        raise NotImplementedError(f"{type(self).__name__} does not segment features")
+
+    @abstractmethod
+    def batches_to_segment(self, volumes: Sequence[PreparedVolume]) -> float:
+        """Return how many batches of `batch_size` inputs it takes to segment volumes, for the time estimate."""
+
+
+def make_loss(recipe: Training, batch_dice: bool) -> Loss:
+    """Return the loss that a recipe names.
+
+    Args:
+        batch_dice: whether Dice is computed over a whole batch rather than per sample.
+    """
+    if recipe.loss == "cross_entropy":
+        return cross_entropy
+    return partial(dice_cross_entropy, batch_dice=batch_dice)

@@ -1,0 +1,200 @@
+"""One sample is one random patch of a resampled scan, in two or three dimensions, as nnU-Net's plan says."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Collection, Sequence
+from pathlib import Path
+from typing import Self
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from scipy import special
+
+from jaxla.cli.files import report_os_errors
+from jaxla.cli.terminal import track
+from jaxla.config import Experiment, InputError, option
+from jaxla.data.cases import channel_name
+from jaxla.data.dataset import PreparedData
+from jaxla.data.prepared import PreparedVolume
+from jaxla.data.volumes import SliceGeometry
+from jaxla.distributed import barrier, is_first, local_items
+from jaxla.inference.segment import Segmented, SegmentSlices
+from jaxla.models.networks.base import build_network
+from jaxla.nnunet.augmentation import make_augment, read_size
+from jaxla.nnunet.axes import from_plan_axes
+from jaxla.nnunet.fingerprint import fingerprint
+from jaxla.nnunet.patches import PatchSource
+from jaxla.nnunet.plan import Z_SCORE, Plan, describe, read_plan, write_plan
+from jaxla.nnunet.planner import make_plan
+from jaxla.nnunet.preprocessing import plan_image, prepare_planned, require_fitting
+from jaxla.nnunet.tiles import count_tiles, make_tile_logits, resample_to_scan
+from jaxla.tasks.base import Features, Sources, Task, make_loss
+from jaxla.training.losses import Loss
+from jaxla.training.step import Augment
+
+log = logging.getLogger(__name__)
+
+PLAN = "plan.json"  # in the run's folder
+VALIDATION_FRACTION = 5  # training steps per validation step, as in nnU-Net
+TRAIN_STREAM, VAL_STREAM = 0, 1  # training and validation draw different patches
+
+
+class PatchTask(Task):
+    """Trains on random patches, and segments in overlapping tiles.
+
+    Args:
+        plan: spacing, patch size, network and batch size.
+    """
+
+    unit = "over all patches together"
+    MIN_STEPS, MIN_BATCH_SIZE = 1, 0
+
+    def __init__(self, experiment: Experiment, outputs: int, plan: Plan) -> None:
+        super().__init__(experiment, outputs)
+        self.plan = plan
+        self.configuration = self.model.configuration(plan, self.recipe.batch_size)
+        depth = self.configuration.patch_size[0]
+        self.sample = (
+            ("patch", "patches") if self._is_2d else (f"patch of {depth} slices", f"patches of {depth} slices")
+        )
+
+    @classmethod
+    def from_data(cls, experiment: Experiment, data: PreparedData) -> Self:
+        """Plan from the training and validation cases, or check the given plan on them.
+
+        Test cases are not used, so the plan differs from that of the whole folder.
+        """
+        model, volumes = experiment.method.model, data.of(sorted(data.split.train + data.split.val))
+        log_other_channel(data.dataset.root)
+        if not model.plan:
+            found = fingerprint(volumes, lambda volumes: track(volumes, "planning"))
+            plan = make_plan(found, 1 + len(data.dataset.labels.names), model.memory_gb)
+            return cls(experiment, data.dataset.labels.outputs, plan)
+        where, plan = option("model.plan", model.plan), read_plan(Path(model.plan))
+        if plan.normalisation != Z_SCORE:
+            raise InputError(where, f"normalises by {plan.normalisation}, not by {Z_SCORE}", "Use a plan for MRI.")
+        require_fitting(plan, model.configuration(plan), volumes, where)
+        return cls(experiment, data.dataset.labels.outputs, plan)
+
+    @classmethod
+    def from_run(cls, experiment: Experiment, outputs: int, extent: float, folder: Path) -> Self:
+        return cls(experiment, outputs, read_plan(folder / PLAN))
+
+    @property
+    def _is_2d(self) -> bool:
+        return len(self.configuration.patch_size) == 2
+
+    @property
+    def batch_size(self) -> int:
+        return self.configuration.batch_size
+
+    def save(self, folder: Path) -> None:
+        """Write the plan, or check that the run began with the same one.
+
+        Raises:
+            InputError: the run began with another plan, or the plan cannot be written.
+        """
+        path = folder / PLAN
+        if is_first() and not path.exists():
+            with report_os_errors("written", path, "Fix this and rerun with --resume."):
+                write_plan(path, self.plan)
+        barrier()
+        if read_plan(path)._replace(fingerprint=None) != self.plan._replace(fingerprint=None):
+            raise InputError(path, "differs from the plan of this command", "Restore it, or start a new run.")
+
+    def describe(self, slice_counts: Collection[int]) -> str:
+        return f"{self.model.arch}: {describe(self.configuration)}"
+
+    def describe_input(self) -> str:
+        sizes = (self.configuration.patch_size, self.configuration.spacing)
+        patch, spacing = (" × ".join(f"{n:g}" for n in numbers) for numbers in sizes)
+        return f"patches of {patch} voxels of {spacing} mm"
+
+    def build_network(self, weights: str | None = None) -> nnx.Module:
+        return build_network(self.model, self.outputs, self.experiment.seed, plan=self.plan)
+
+    def make_sources(self, data: PreparedData, cache_dir: Path, features: Features | None = None) -> Sources:
+        """Return random patches of the scans; scans that are not in the cache are resampled first."""
+        ids = data.split.train + data.split.val
+        ids = list(dict.fromkeys((*local_items(ids), *ids)))  # each process begins with others
+        planned = prepare_planned(
+            data.of(ids), self.plan, self.configuration, cache_dir, lambda volumes: track(volumes, "resampling")
+        )
+        by_id = {volume.id: volume for volume in planned}
+        patch, steps = self.configuration.patch_size, self.recipe.steps
+
+        def make_source(ids: Sequence[str], stream: int, size: Sequence[int], steps: int) -> PatchSource:
+            volumes, seed = [by_id[name] for name in ids], (self.experiment.seed, stream)
+            return PatchSource(volumes, size, patch, self.batch_size, seed, steps * self.batch_size)
+
+        read = read_size(patch) if self.experiment.method.augmentation.nnunet else patch
+        return Sources(
+            make_source(data.split.train, TRAIN_STREAM, read, steps),
+            make_source(data.split.val, VAL_STREAM, patch, max(1, steps // VALIDATION_FRACTION)),
+        )
+
+    def samples_per_pass(self, volumes: Sequence[PreparedVolume]) -> int:
+        return self.recipe.steps * self.batch_size
+
+    @property
+    def loss(self) -> Loss:
+        return make_loss(self.recipe, self.configuration.batch_dice)
+
+    @property
+    def augment(self) -> Augment:
+        if not self.experiment.method.augmentation.nnunet:
+            return background_outside
+        classes = max(1, self.outputs - 1)
+        return make_augment(self.configuration.patch_size, classes, self.plan.use_mask_for_norm)
+
+    def input_shape(self, slices: int) -> tuple[int, ...]:
+        return self.configuration.patch_size
+
+    def batches_to_segment(self, volumes: Sequence[PreparedVolume]) -> float:
+        return count_tiles(volumes, self.plan, self.configuration) / self.batch_size
+
+    def make_segment(self, networks: Sequence[nnx.Module]) -> SegmentSlices:
+        configuration = self.model.configuration(self.plan)
+        tile_logits = make_tile_logits(networks, configuration)
+
+        def segment(slices: np.ndarray, geometry: SliceGeometry, with_probabilities: bool = False) -> Segmented:
+            planned = plan_image(slices, geometry.axis, geometry.spacing, self.plan, configuration)
+            classes = np.zeros(planned.shape, np.uint8)
+            probabilities = None
+            if with_probabilities:
+                probabilities = np.zeros((*planned.shape, self.outputs), np.float32)
+                if self.outputs > 1:
+                    probabilities[..., 0] = 1  # what was cropped is background
+            depth, *plane = planned.box
+            rows = resample_to_scan(tile_logits(planned.image), planned)
+            for z, logits in enumerate(rows, start=depth.start):
+                classes[z, *plane] = logits[..., 0] > 0 if self.outputs == 1 else logits.argmax(-1)
+                if probabilities is not None:
+                    probabilities[z, *plane] = (
+                        special.expit(logits) if self.outputs == 1 else special.softmax(logits, axis=-1)
+                    )
+            classes = from_plan_axes(classes, planned.order)
+            return classes, probabilities if probabilities is None else from_plan_axes(probabilities, planned.order)
+
+        return segment
+
+
+def background_outside(key: jax.Array, images: jax.Array, masks: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Return patches unchanged, except that voxels outside the scan are background in the mask."""
+    return images, jnp.maximum(masks, 0)
+
+
+OTHER_CHANNELS = ("ct", "nonorm", "rescale_0_1", "rescale_to_0_1", "rgb_to_0_1")  # nnU-Net normalises these otherwise
+
+
+def log_other_channel(root: Path) -> None:
+    """Warn if `dataset.json` names a channel that nnU-Net would not normalise like MRI."""
+    name = channel_name(root)
+    if name.casefold() in OTHER_CHANNELS:
+        log.warning(
+            "%s: the channel is %s, which nnU-Net does not normalise by mean and standard deviation; jaxla does",
+            root / "dataset.json", name,
+        )  # fmt: skip

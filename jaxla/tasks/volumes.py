@@ -1,0 +1,81 @@
+"""One sample is one whole volume: networks that read all slices of a scan together, [B, D, H, W, 1]."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from flax import nnx
+
+from jaxla.data.batches import VolumeSource
+from jaxla.data.dataset import PreparedData
+from jaxla.data.inputs import Frame
+from jaxla.data.prepared import PreparedVolume
+from jaxla.distributed import local_rows, shard_batch
+from jaxla.inference.segment import Segmented, mean_probabilities, pad_rows
+from jaxla.tasks.base import Features, Sources
+from jaxla.tasks.slices import SegmentInputs, SlicesResult, SliceTask
+from jaxla.training.losses import Loss, per_volume
+from jaxla.training.step import MakeGradient, make_gradient
+from jaxla.training.two_pass import make_two_pass_gradient
+
+DEPTH_STEP = 16  # volumes are padded to a multiple of this many slices, so that few depths are compiled
+GRADIENTS: dict[str, MakeGradient] = {"whole": make_gradient, "two_pass": make_two_pass_gradient}
+
+
+class VolumeTask(SliceTask):
+    """Trains on whole volumes, padded with empty slices to the depth of the deepest; each slice is laid on a canvas."""
+
+    sample = ("whole volume", "whole volumes")
+
+    def check_scan(self, scan: str | Path, slices: int) -> None:
+        self.model.check_depth(scan, slices)
+
+    def describe(self, slice_counts: Collection[int]) -> str:
+        return self.model.describe_depth(slice_counts)
+
+    def describe_input(self) -> str:
+        return f"whole volumes of {super().describe_input()}, windows: {self.model.windows}"
+
+    def make_sources(self, data: PreparedData, cache_dir: Path, features: Features | None = None) -> Sources:
+        parts = [data.of(ids) for ids in (data.split.train, data.split.val)]
+        depth = max(volume.shape[0] for volumes in parts for volume in volumes)
+
+        def make_source(volumes: Sequence[PreparedVolume]) -> VolumeSource:
+            arrays = features and [features.by_case[volume.id] for volume in volumes]
+            return VolumeSource(volumes, self.canvas, depth, arrays)
+
+        return Sources(*map(make_source, parts))
+
+    def samples_per_pass(self, volumes: Sequence[PreparedVolume]) -> int:
+        return len(volumes)
+
+    @property
+    def loss(self) -> Loss:
+        return per_volume(super().loss)
+
+    @property
+    def make_gradient(self) -> MakeGradient:
+        return GRADIENTS[self.recipe.gradient]
+
+    def input_shape(self, slices: int) -> tuple[int, ...]:
+        return (slices, *super().input_shape(slices))
+
+    def make_segment_inputs(self, networks: Sequence[nnx.Module]) -> SegmentInputs:
+        probabilities_of_batch = mean_probabilities(networks)
+
+        def segment_inputs(
+            inputs: Iterable[Any], frame: Frame, shape: tuple[int, int, int], with_probabilities: bool
+        ) -> Segmented:
+            depth = -(-shape[0] // DEPTH_STEP) * DEPTH_STEP
+            volume, present = pad_rows(list(inputs), depth), np.arange(depth) < shape[0]
+            batch = [shard_batch(pad_rows([array], len(local_rows(1)))) for array in (volume, present)]
+            outputs = np.asarray(probabilities_of_batch(*batch)[0])
+            result = SlicesResult(frame, shape, with_probabilities)
+            for index in range(shape[0]):
+                result.add(index, outputs[index])
+            return result.classes, result.probabilities
+
+        return segment_inputs

@@ -1,0 +1,61 @@
+"""The optimisers of the recipes: Adam, and nnU-Net's SGD."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import optax
+
+from jaxla.config import BackboneTraining, Training
+
+# nnU-Net's SGD, and the exponent of its learning rate schedule.
+MOMENTUM, WEIGHT_DECAY, MAX_GRADIENT_NORM, POLY_POWER = 0.99, 3e-5, 12.0, 0.9
+WARMUP_FRACTION = 0.02  # of all steps, in the cosine schedule
+
+
+def make_optimiser(recipe: Training, steps: int, has_pretrained_backbone: bool) -> optax.GradientTransformation:
+    """Return the recipe's optimiser, with a separate learning rate for a pretrained backbone.
+
+    Args:
+        steps: number of steps of the whole training, for the schedule.
+        has_pretrained_backbone: whether parameters under `backbone` use `backbone_learning_rate`.
+    """
+    rates = {"rest": recipe.learning_rate}
+    if isinstance(recipe, BackboneTraining):
+        rates["backbone"] = recipe.backbone_learning_rate
+    has_backbone_rate = has_pretrained_backbone and "backbone" in rates
+
+    def group_names(parameters: Any) -> Any:
+        def group_name(path: tuple, _: Any) -> str:
+            return "backbone" if has_backbone_rate and path[0].key == "backbone" else "rest"
+
+        return jax.tree_util.tree_map_with_path(group_name, parameters)
+
+    groups = {name: _update_rule(recipe, _schedule(recipe, rate, steps)) for name, rate in rates.items()}
+    optimiser = optax.multi_transform(groups, group_names)
+    if recipe.optimiser == "adam":
+        return optimiser
+    return optax.chain(optax.clip_by_global_norm(MAX_GRADIENT_NORM), optimiser)
+
+
+def _update_rule(recipe: Training, rate: optax.ScalarOrSchedule) -> optax.GradientTransformation:
+    if recipe.optimiser == "adam":
+        return optax.adam(rate)
+    # PyTorch's SGD: weight decay is added to the gradient, and the learning rate is applied after momentum.
+    return optax.chain(
+        optax.add_decayed_weights(WEIGHT_DECAY),
+        optax.trace(MOMENTUM, nesterov=True),
+        optax.scale_by_learning_rate(rate),
+    )
+
+
+def _schedule(recipe: Training, rate: float, steps: int) -> optax.ScalarOrSchedule:
+    if recipe.schedule == "constant":
+        return rate
+    if recipe.schedule == "poly":
+        steps_per_epoch = steps // recipe.epochs
+        return lambda count: rate * (1 - count // steps_per_epoch / recipe.epochs) ** POLY_POWER
+    warmup = max(1, round(WARMUP_FRACTION * steps))
+    schedule = optax.warmup_cosine_decay_schedule(0.0, rate, warmup, steps + 1)
+    return lambda count: schedule(count + 1)  # neither the first nor the last step has rate 0

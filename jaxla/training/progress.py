@@ -1,0 +1,133 @@
+"""How far a training has come, and its two kinds of checkpoints: `latest`, to resume from, and `best`, to use."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import jax
+from grain.python import DatasetIterator
+
+from jaxla.config import InputError
+from jaxla.distributed import is_first
+from jaxla.training.checkpoints import Checkpoints, network_state
+from jaxla.training.trainer import Trainer
+
+log = logging.getLogger(__name__)
+
+BEST, LATEST = "best", "latest"  # folders of the two kinds
+
+
+@dataclass
+class Progress:
+    """How far a training has come, apart from arrays and the order of samples; part of every checkpoint.
+
+    Attributes:
+        epoch: completed epochs.
+        losses: losses of the steps taken in the next epoch.
+        seconds: time that these steps took.
+        best_epoch: epoch that is kept.
+        best_dice: its validation Dice.
+        lowest_loss: lowest validation loss so far.
+        epochs_since_lowest: completed epochs since then.
+        history: metrics of each completed epoch.
+        step_bytes: device memory of a compiled step.
+    """
+
+    epoch: int = 0
+    losses: list[float] = field(default_factory=list)
+    seconds: float = 0.0
+    best_epoch: int = 0
+    best_dice: float = -1.0
+    lowest_loss: float = float("inf")
+    epochs_since_lowest: int = 0
+    history: list[dict[str, Any]] = field(default_factory=list)
+    step_bytes: int = 0
+
+
+class TrainingCheckpoints:
+    """The latest and the best checkpoint of a training, in two folders.
+
+    Args:
+        folder: that holds both.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.best, self.latest = Checkpoints(folder / BEST), Checkpoints(folder / LATEST)
+
+    def save_latest(self, trainer: Trainer, batches: DatasetIterator, progress: Progress) -> None:
+        """Save everything that training resumes from."""
+        progress.losses = [float(loss) for loss in jax.device_get(progress.losses)]
+        self.latest.save(
+            progress.epoch * (trainer.steps + 1) + len(progress.losses),
+            _training_state(trainer),
+            {**vars(progress), "batches": batches.get_state()},
+        )
+
+    def save_best(self, trainer: Trainer, progress: Progress) -> None:
+        """Save the network as that of the best epoch."""
+        record = {"epoch": progress.best_epoch, "dice": progress.best_dice}
+        self.best.save(progress.best_epoch, network_state(trainer.trainable, trainer.frozen.statistics), record)
+
+    def resume(self, trainer: Trainer, batches: DatasetIterator, epochs_done: int) -> Progress:
+        """Restore the newest intact checkpoint, if there is one, and bring the best checkpoint to the same moment.
+
+        Args:
+            epochs_done: epochs that earlier sessions reported.
+
+        Raises:
+            InputError: epochs were trained, but no intact checkpoint is left.
+        """
+        newest = self.latest.newest_whole()
+        if newest is None:
+            if epochs_done:
+                raise InputError(
+                    self.folder / LATEST,
+                    f"no intact checkpoint is left of the {epochs_done} trained epochs",
+                    "Restore one from a copy, or start a new run.",
+                )
+            return Progress()
+        restored, saved = self.latest.restore(_training_state(trainer), newest)
+        trainer.trainable, trainer.optimiser_state = restored["trainable"], restored["optimiser"]
+        trainer.frozen = trainer.frozen._replace(statistics=restored["statistics"])
+        batches.set_state(saved.pop("batches"))
+        progress = Progress(**saved)
+        log.info("resuming after %d epochs and %d steps", progress.epoch, len(progress.losses))
+        self._restore_best(trainer, progress)
+        return progress
+
+    def _restore_best(self, trainer: Trainer, progress: Progress) -> None:
+        """Remove best checkpoints of lost epochs, and replace one that was lost itself."""
+        for epoch in self.best.steps():
+            if epoch > progress.best_epoch:
+                self.best.remove(epoch)
+        intact = self.best.newest_whole() or 0
+        is_at_epoch_end = not progress.losses
+        if intact == progress.best_epoch:
+            return
+        if progress.best_epoch == progress.epoch and is_at_epoch_end:  # killed between saving latest and best
+            self.save_best(trainer, progress)
+            return
+        lost, dice = progress.best_epoch, {metrics["epoch"]: metrics["val_dice"] for metrics in progress.history}
+        candidates = [epoch for epoch in (intact, progress.epoch if is_at_epoch_end else 0) if epoch]
+        progress.best_epoch = max(candidates, key=dice.__getitem__, default=0)
+        progress.best_dice = dice.get(progress.best_epoch, -1.0)
+        if progress.best_epoch > intact:
+            self.save_best(trainer, progress)
+        if is_first():
+            replacement = f"epoch {progress.best_epoch} replaces it" if candidates else "the next epoch replaces it"
+            log.warning("the checkpoint of the best epoch, %d, was lost; %s", lost, replacement)
+
+    def close(self) -> None:
+        """Remove older checkpoints, which were kept in case the newer ones get damaged."""
+        for checkpoints in (self.best, self.latest):
+            for step in checkpoints.steps()[1:]:
+                checkpoints.remove(step)
+            checkpoints.close()
+
+
+def _training_state(trainer: Trainer) -> dict[str, Any]:
+    return {**network_state(trainer.trainable, trainer.frozen.statistics), "optimiser": trainer.optimiser_state}

@@ -1,0 +1,146 @@
+"""The trainer: a network with its loss, optimiser, compiled step and evaluation, assembled in one place."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import closing
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from flax import nnx
+
+from jaxla.cli.process import Stopped
+from jaxla.config import Training
+from jaxla.data.batches import Source, evaluation_batches, sample_batch, steps_per_epoch
+from jaxla.distributed import constrain_sharding, local_rows, place_on_devices, shard_batch
+from jaxla.memory import program_bytes, require_memory
+from jaxla.training.losses import Loss, cross_entropy
+from jaxla.training.optimisers import make_optimiser
+from jaxla.training.step import (
+    Augment,
+    Frozen,
+    MakeGradient,
+    make_evaluation,
+    make_gradient,
+    make_step,
+    split_network,
+)
+
+
+class Validation(NamedTuple):
+    """Loss per sample; Dice and IoU per unit of the source, such as a volume, in the network's input pixels."""
+
+    loss: float
+    dice: float
+    iou: float
+
+
+class Trainer:
+    """Trains one network on batches of `train`, by the steps that `recipe` describes.
+
+    Args:
+        network: a Flax NNX module, called with images [B, H, W, C] (or whatever `train` yields) and returning logits
+            [B, H, W, K]; see `jaxla.models.networks`.
+        train: source of training samples.
+        recipe: optimiser, schedule and batch size.
+        loss: `(logits, mask, weight) -> value`.
+        augment: `(key, images, masks) -> (images, masks)`, run on the device as part of the step.
+        make_gradient: how the gradient is computed.
+        train_backbone: whether the network's attribute `backbone` is trained; without one this does not matter.
+        has_pretrained_backbone: whether the backbone has its own learning rate.
+        seed: seed of augmentation.
+
+    Attributes:
+        trainable, frozen, optimiser_state: the state between two steps.
+        steps: number of steps per epoch.
+
+    Raises:
+        ValueError: the network draws random numbers during training.
+    """
+
+    def __init__(
+        self,
+        network: nnx.Module,
+        train: Source,
+        recipe: Training,
+        *,
+        loss: Loss = cross_entropy,
+        augment: Augment | None = None,
+        make_gradient: MakeGradient = make_gradient,
+        train_backbone: bool = True,
+        has_pretrained_backbone: bool = False,
+        seed: int = 0,
+    ) -> None:
+        self.train, self.recipe, self.seed = train, recipe, seed
+        self.steps = steps_per_epoch(train, recipe.batch_size, recipe.steps)
+        parts = split_network(network, train_backbone)
+        optimiser = make_optimiser(recipe, self.steps * recipe.epochs, has_pretrained_backbone)
+        self._step: Callable = make_step(make_gradient(parts.training, augment, loss), optimiser)
+        self._evaluate = make_evaluation(parts.evaluation, loss)
+        self._graph, self._key = parts.evaluation, jax.random.key(seed)
+        # The optimiser's state is sharded like the parameters. A step donates the memory of what it trains: without a
+        # mesh that is the memory of the given network, which cannot be used any more.
+        self.trainable = place_on_devices(parts.trainable)
+        self.optimiser_state = jax.jit(lambda trainable: constrain_sharding(optimiser.init(trainable)))(self.trainable)
+        self.frozen: Frozen = place_on_devices(parts.frozen)
+
+    def compile(self) -> int:
+        """Compile the step for the source's batches, and return the device memory that it needs, in bytes.
+
+        Raises:
+            InputError: the device has less memory.
+        """
+        batch = shard_batch(sample_batch(self.train, local_rows(self.recipe.batch_size)))
+        self._step = self._step.lower(self.trainable, self.frozen, self.optimiser_state, batch, self._key).compile()
+        needed = program_bytes(self._step)
+        require_memory(needed, self.recipe.batch_size)
+        return needed
+
+    def step(self, batch: Any, number: int) -> jax.Array:
+        """Take one step on a batch and return its loss, without waiting for it.
+
+        Args:
+            number: of the step since the start of training; it seeds the augmentation.
+        """
+        key = jax.random.fold_in(self._key, number)
+        self.trainable, statistics, self.optimiser_state, loss = self._step(
+            self.trainable, self.frozen, self.optimiser_state, shard_batch(batch), key
+        )
+        self.frozen = self.frozen._replace(statistics=statistics)
+        return loss
+
+    def evaluate(self, batch: Any) -> Any:
+        """Return the loss and overlap counts of a batch (see `Evaluated`)."""
+        return self._evaluate(self.trainable, self.frozen, shard_batch(batch))
+
+    def validate(self, source: Source, stop_requested: Callable[[], bool] = lambda: False) -> Validation:
+        """Evaluate all samples of a source.
+
+        Classes are averaged within a unit, then units; a class absent from both mask and prediction counts as 1.
+
+        Raises:
+            Stopped: a stop was requested before the end.
+        """
+        counts: np.ndarray | None = None
+        loss_sum = weight_sum = 0.0
+        batch_size = self.recipe.batch_size
+        with closing(evaluation_batches(source, batch_size, local_rows(batch_size))) as batches:
+            for batch in batches:
+                if stop_requested():
+                    raise Stopped("during validation")
+                found = jax.device_get(self.evaluate(batch))
+                weight = float(found.weight.sum())
+                loss_sum, weight_sum = loss_sum + float(found.loss) * weight, weight_sum + weight
+                if counts is None:
+                    counts = np.zeros((source.units, *found.counts.shape[1:]))
+                np.add.at(counts, found.volume, found.counts)
+        predicted, reference, both = np.moveaxis(counts, -1, 0)
+        total = predicted + reference
+        dice = np.where(total > 0, 2 * both / np.maximum(total, 1), 1.0)
+        iou = np.where(total > 0, both / np.maximum(total - both, 1), 1.0)
+        return Validation(loss_sum / weight_sum, float(dice.mean()), float(iou.mean()))
+
+    def network(self) -> nnx.Module:
+        """Return the network in its present state, in evaluation mode."""
+        return nnx.merge(self._graph, self.trainable, *self.frozen, copy=True)
