@@ -358,6 +358,7 @@ def train_network(run: Run, network: nnx.Module, features: Features | None) -> P
     with catch_out_of_memory(batch_size):
         progress = fit(
             trainer,
+            sources.train,
             sources.val,
             run.folder / CHECKPOINTS,
             epochs_done=broadcast(count_epochs(run.folder)),

@@ -51,6 +51,31 @@ class Source(Protocol):
         ...
 
 
+class ArraySource:
+    """Images and masks that lie in memory, as a source of one-row batches without the axis B.
+
+    Args:
+        images: [N, H, W, C] float32.
+        masks: [N, H, W] class indices.
+    """
+
+    counted, rows, slices = "per image", ("image", "images"), 1.0
+
+    def __init__(self, images: np.ndarray, masks: np.ndarray) -> None:
+        self.images, self.masks, self.units = images, masks, len(images)
+
+    def __len__(self) -> int:
+        return self.units
+
+    def order(self, seed: int) -> grain.MapDataset:
+        """Return every image, in an order drawn anew in each pass."""
+        return grain.MapDataset.range(len(self)).seed(seed).shuffle().repeat(PASSES)
+
+    def __getitem__(self, item: SupportsIndex) -> Batch:
+        i = int(item)
+        return Batch(input=self.images[i], mask=self.masks[i], volume=np.int32(i), weight=np.float32(1))
+
+
 class SliceSource:
     """Every slice of the volumes, as a Grain random-access source of one-slice batches without the axis B.
 

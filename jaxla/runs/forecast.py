@@ -16,7 +16,7 @@ from flax import nnx
 from jaxla.cli.files import free_bytes
 from jaxla.cli.terminal import format_bytes, format_duration
 from jaxla.config import Experiment
-from jaxla.data.batches import evaluation_batches, training_batches
+from jaxla.data.batches import evaluation_batches, sample_batch, training_batches
 from jaxla.data.dataset import PreparedData
 from jaxla.data.prepared import PreparedVolume
 from jaxla.distributed import gather, local_items, local_rows, on_host, process_count, shard_batch, use_local_devices
@@ -137,8 +137,8 @@ def forecast_run(
         trainer = task.make_trainer(network, sources.train, features)
         trained, trained_bytes = count_parameters(trainer.trainable), _tree_bytes(trainer.trainable)
         checkpoint_bytes = 2 * trained_bytes + _tree_bytes(trainer.optimiser_state)
-        step_bytes = trainer.compile()
         rows = local_rows(task.batch_size)
+        step_bytes = trainer.compile(sample_batch(sources.train, rows))
         with closing(training_batches(sources.train, task.batch_size, experiment.seed, rows)) as batches:
             jax.block_until_ready(trainer.step(next(batches), 0))
             start_seconds = build_seconds + time.perf_counter() - began
@@ -154,7 +154,7 @@ def forecast_run(
         patients={name: len(volumes) for name, volumes in parts.items()},
         slices={name: sum(volume.shape[0] for volume in volumes) for name, volumes in parts.items()},
         batch_size=task.batch_size,
-        steps=trainer.steps,
+        steps=trainer.steps_per_epoch,
         epochs=experiment.method.training.epochs,
         trained=trained,
         frozen=parameters - trained,

@@ -12,7 +12,7 @@ from typing import Any, ClassVar, NamedTuple, Self
 from flax import nnx
 
 from jaxla.config import Augmentation, Experiment, InputError, Training, option
-from jaxla.data.batches import Source
+from jaxla.data.batches import Source, steps_per_epoch
 from jaxla.data.dataset import PreparedData
 from jaxla.data.prepared import PreparedVolume
 from jaxla.distributed import device_count, process_count
@@ -179,8 +179,8 @@ class Task(ABC):
         """Assemble the trainer of a run: the only place where one is."""
         return Trainer(
             self.reduce_network(network) if features else network,
-            train,
             self.resolved_recipe,
+            steps_per_epoch(train, self.batch_size, self.recipe.steps),
             loss=self.loss,
             augment=self.augment,
             make_gradient=self.make_gradient,

@@ -19,7 +19,7 @@ from tqdm import tqdm
 from jaxla.cli.process import Stopped, stop_requests
 from jaxla.cli.terminal import format_duration
 from jaxla.config import InputError, option
-from jaxla.data.batches import Source, training_batches
+from jaxla.data.batches import Source, sample_batch, training_batches
 from jaxla.distributed import global_max, local_rows, process_count
 from jaxla.training.progress import Progress, TrainingCheckpoints
 from jaxla.training.trainer import Trainer, Validation
@@ -32,6 +32,7 @@ SAVE, STOP = 1, 2  # what a process may request after a step
 
 def fit(
     trainer: Trainer,
+    train: Source,
     val: Source,
     folder: Path,
     *,
@@ -45,7 +46,8 @@ def fit(
     an interruption the remaining training is, on CPU, bit for bit what it would have been.
 
     Args:
-        trainer: holds the network, the training samples and the recipe.
+        trainer: holds the network and the recipe.
+        train: source of training samples.
         val: source of validation samples.
         folder: of the checkpoints.
         epochs_done: epochs that earlier sessions reported; without a checkpoint of them training does not start.
@@ -56,9 +58,10 @@ def fit(
         Stopped: the process was asked to stop; the latest checkpoint is of this moment.
     """
     recipe, checkpoints = trainer.recipe, TrainingCheckpoints(folder)
-    batches = training_batches(trainer.train, recipe.batch_size, trainer.seed, local_rows(recipe.batch_size))
+    rows = local_rows(recipe.batch_size)
+    batches = training_batches(train, recipe.batch_size, trainer.seed, rows)
     progress = checkpoints.resume(trainer, batches, epochs_done)
-    progress.step_bytes = trainer.compile()
+    progress.step_bytes = trainer.compile(sample_batch(train, rows))
     on_epoch(progress.history)
 
     with stop_requests() as stop_requested, closing(batches):
@@ -70,7 +73,7 @@ def fit(
             except Stopped:
                 checkpoints.save_latest(trainer, batches, progress)
                 raise
-            _finish_epoch(trainer, progress, validation, time.perf_counter() - began, folder)
+            _finish_epoch(trainer, progress, validation, time.perf_counter() - began, train.slices, folder)
             # The latest first: if the process is killed here, the best can be made from it.
             checkpoints.save_latest(trainer, batches, progress)
             if progress.best_epoch == progress.epoch:
@@ -96,8 +99,8 @@ def _train_epoch(
     saved_at = time.monotonic()
     requests: deque[int | jax.Array] = deque()
     title = f"epoch {progress.epoch + 1}/{trainer.recipe.epochs}"
-    for _ in _progress_bar(title, trainer.steps, done=len(progress.losses)):
-        number = progress.epoch * trainer.steps + len(progress.losses)
+    for _ in _progress_bar(title, trainer.steps_per_epoch, done=len(progress.losses)):
+        number = progress.epoch * trainer.steps_per_epoch + len(progress.losses)
         progress.losses.append(trainer.step(next(batches), number))
         request = STOP if stop_requested() else SAVE if time.monotonic() - saved_at > SAVE_SECONDS else 0
         requests.append(global_max(request))
@@ -109,20 +112,26 @@ def _train_epoch(
             saved_at = time.monotonic()
             requests.clear()
         if request == STOP:
-            raise Stopped(f"in epoch {progress.epoch + 1}, after {len(progress.losses)} of {trainer.steps} steps")
+            done = f"{len(progress.losses)} of {trainer.steps_per_epoch} steps"
+            raise Stopped(f"in epoch {progress.epoch + 1}, after {done}")
     progress.losses = list(jax.device_get(progress.losses))
     progress.seconds = time.perf_counter() - began
 
 
 def _finish_epoch(
-    trainer: Trainer, progress: Progress, validation: Validation, validation_seconds: float, folder: Path
+    trainer: Trainer,
+    progress: Progress,
+    validation: Validation,
+    validation_seconds: float,
+    slices_per_sample: float,
+    folder: Path,
 ) -> None:
     """Add the epoch's metrics to the history, and decide whether it is the best.
 
     Raises:
         InputError: a loss is not finite.
     """
-    recipe, train = trainer.recipe, trainer.train
+    recipe = trainer.recipe
     train_loss = float(np.mean(np.asarray(progress.losses, np.float32)))
     if not np.isfinite([train_loss, validation.loss]).all():
         raise InputError(
@@ -131,7 +140,7 @@ def _finish_epoch(
             f"(training {train_loss}, validation {validation.loss})",
             f"Use a lower rate. Earlier epochs are kept in {folder}.",
         )
-    samples = trainer.steps * recipe.batch_size
+    samples = trainer.steps_per_epoch * recipe.batch_size
     metrics = {
         "epoch": progress.epoch + 1,
         "train_loss": train_loss,
@@ -139,7 +148,7 @@ def _finish_epoch(
         "val_dice": validation.dice,
         "val_iou": validation.iou,
         "seconds": progress.seconds + validation_seconds,
-        "slices_per_second": samples * train.slices / progress.seconds,
+        "slices_per_second": samples * slices_per_sample / progress.seconds,
     }
     progress.epoch, progress.losses, progress.seconds = progress.epoch + 1, [], 0.0
     progress.history.append(metrics)

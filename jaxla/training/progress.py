@@ -62,7 +62,7 @@ class TrainingCheckpoints:
         """Save everything that training resumes from."""
         progress.losses = [float(loss) for loss in jax.device_get(progress.losses)]
         self.latest.save(
-            progress.epoch * (trainer.steps + 1) + len(progress.losses),
+            progress.epoch * (trainer.steps_per_epoch + 1) + len(progress.losses),
             _training_state(trainer),
             {**vars(progress), "batches": batches.get_state()},
         )

@@ -12,7 +12,7 @@ from flax import nnx
 
 from jaxla.cli.process import Stopped
 from jaxla.config import Training
-from jaxla.data.batches import Source, evaluation_batches, sample_batch, steps_per_epoch
+from jaxla.data.batches import Source, evaluation_batches
 from jaxla.distributed import constrain_sharding, local_rows, place_on_devices, shard_batch
 from jaxla.memory import program_bytes, require_memory
 from jaxla.training.losses import Loss, cross_entropy
@@ -37,13 +37,13 @@ class Validation(NamedTuple):
 
 
 class Trainer:
-    """Trains one network on batches of `train`, by the steps that `recipe` describes.
+    """Trains one network, step by step, as a recipe describes.
 
     Args:
-        network: a Flax NNX module, called with images [B, H, W, C] (or whatever `train` yields) and returning logits
-            [B, H, W, K]; see `jaxla.models.networks`.
-        train: source of training samples.
+        network: a Flax NNX module, called with the `input` of batches, such as images [B, H, W, C], and returning
+            logits [B, H, W, K]; see `jaxla.models.networks`.
         recipe: optimiser, schedule and batch size.
+        steps_per_epoch: number of steps per epoch, for the schedule.
         loss: `(logits, mask, weight) -> value`.
         augment: `(key, images, masks) -> (images, masks)`, run on the device as part of the step.
         make_gradient: how the gradient is computed.
@@ -53,7 +53,6 @@ class Trainer:
 
     Attributes:
         trainable, frozen, optimiser_state: the state between two steps.
-        steps: number of steps per epoch.
 
     Raises:
         ValueError: the network draws random numbers during training.
@@ -62,8 +61,8 @@ class Trainer:
     def __init__(
         self,
         network: nnx.Module,
-        train: Source,
         recipe: Training,
+        steps_per_epoch: int,
         *,
         loss: Loss = cross_entropy,
         augment: Augment | None = None,
@@ -72,10 +71,9 @@ class Trainer:
         has_pretrained_backbone: bool = False,
         seed: int = 0,
     ) -> None:
-        self.train, self.recipe, self.seed = train, recipe, seed
-        self.steps = steps_per_epoch(train, recipe.batch_size, recipe.steps)
+        self.recipe, self.steps_per_epoch, self.seed = recipe, steps_per_epoch, seed
         parts = split_network(network, train_backbone)
-        optimiser = make_optimiser(recipe, self.steps * recipe.epochs, has_pretrained_backbone)
+        optimiser = make_optimiser(recipe, steps_per_epoch * recipe.epochs, has_pretrained_backbone)
         self._step: Callable = make_step(make_gradient(parts.training, augment, loss), optimiser)
         self._evaluate = make_evaluation(parts.evaluation, loss)
         self._graph, self._key = parts.evaluation, jax.random.key(seed)
@@ -85,14 +83,14 @@ class Trainer:
         self.optimiser_state = jax.jit(lambda trainable: constrain_sharding(optimiser.init(trainable)))(self.trainable)
         self.frozen: Frozen = place_on_devices(parts.frozen)
 
-    def compile(self) -> int:
-        """Compile the step for the source's batches, and return the device memory that it needs, in bytes.
+    def compile(self, batch: Any) -> int:
+        """Compile the step for batches like this one, and return the device memory that it needs, in bytes.
 
         Raises:
             InputError: the device has less memory.
         """
-        batch = shard_batch(sample_batch(self.train, local_rows(self.recipe.batch_size)))
-        self._step = self._step.lower(self.trainable, self.frozen, self.optimiser_state, batch, self._key).compile()
+        arguments = (self.trainable, self.frozen, self.optimiser_state, shard_batch(batch), self._key)
+        self._step = self._step.lower(*arguments).compile()
         needed = program_bytes(self._step)
         require_memory(needed, self.recipe.batch_size)
         return needed

@@ -16,24 +16,25 @@ import jax
 import numpy as np
 from flax import nnx
 
-from jaxla.config import Training
-from jaxla.data.batches import SliceSource
+from jaxla.config import BackboneTraining
+from jaxla.data.batches import SliceSource, steps_per_epoch
 from jaxla.data.inputs import Canvas
 from jaxla.devices.launch import Launch
-from jaxla.distributed import is_first, join_processes, local_rows, replicate, shard_batch, use_devices
+from jaxla.distributed import is_first, join_processes, local_rows, replicate, use_devices
 from jaxla.models.networks.fusion import FusionDecoder, FusionSegmenter
 from jaxla.models.networks.transformer_segmenter import ConvolutionalDecoder, TransformerSegmenter
 from jaxla.models.networks.unet import UNet
 from jaxla.models.networks.windows import WindowDecoder, WindowSegmenter
 from jaxla.training.loop import fit
-from jaxla.training.losses import dice_cross_entropy, per_volume
-from jaxla.training.step import initial_state, make_gradient, make_optimiser, make_step, split_network, take_step
+from jaxla.training.losses import cross_entropy, dice_cross_entropy, per_volume
+from jaxla.training.step import make_gradient
+from jaxla.training.trainer import Trainer
 from jaxla.training.two_pass import make_two_pass_gradient
 from tests.distributed.mesh_cases import BATCH, CASES, OF_TWO_PROCESSES, RESUMED_ON, STEPS
 from tests.tiny import ROTARY, randomise, tiny_backbone
 from tests.training.scans import disc_scans
 
-RECIPE = Training(learning_rate=1e-3, backbone_learning_rate=1e-4)
+RECIPE = BackboneTraining(learning_rate=1e-3, backbone_learning_rate=1e-4)
 
 
 def network(name):
@@ -71,24 +72,28 @@ def batches(slices=None):
 
 def trained(name):
     """-> name of array -> array: the losses, the first gradients, and all parameters and statistics at the end."""
-    parts = split_network(network(name), train_backbone=name not in ("frozen", "fusion"))
-    optimiser = make_optimiser(RECIPE, STEPS, pretrained_backbone=True)
-    gradient = make_gradient(parts.training)
-    if name == "windows":
-        loss = per_volume(partial(dice_cross_entropy, batch_dice=True))
-        gradient = make_two_pass_gradient(parts.training, None, loss)
-    step = make_step(gradient, optimiser)
-    state, arrays, losses = initial_state(parts, optimiser), {}, []
-    for number, batch in enumerate(map(shard_batch, batches(3 if name == "windows" else None))):
-        losses.append(take_step(step, state, batch, jax.random.key(0)))
+    is_windows = name == "windows"
+    trainer = Trainer(
+        network(name),
+        RECIPE,
+        STEPS,
+        loss=per_volume(partial(dice_cross_entropy, batch_dice=True)) if is_windows else cross_entropy,
+        make_gradient=make_two_pass_gradient if is_windows else make_gradient,
+        train_backbone=name not in ("frozen", "fusion"),
+        has_pretrained_backbone=True,
+    )
+    arrays, losses = {}, []
+    for number, batch in enumerate(batches(3 if is_windows else None)):
+        losses.append(trainer.step(batch, number))
         if not number:  # Adam's first moment is a tenth of the first gradient
-            arrays |= {name: array for name, array in named("gradients", state.optimiser).items() if ".mu." in name}
-    leaves = jax.tree.leaves((state.trainable, state.optimiser))
+            moments = named("gradients", trainer.optimiser_state)
+            arrays |= {name: array for name, array in moments.items() if ".mu." in name}
+    leaves = jax.tree.leaves((trainer.trainable, trainer.optimiser_state))
     held = sum(leaf.addressable_shards[0].data.nbytes for leaf in leaves)
     return (
         arrays
-        | named("parameters", state.trainable)
-        | named("statistics", state.frozen.statistics)
+        | named("parameters", trainer.trainable)
+        | named("statistics", trainer.frozen.statistics)
         | {
             "losses": np.array(losses),
             "bytes on a device": np.array(held),
@@ -107,15 +112,11 @@ def resumed(folder, sessions):
     volumes = disc_scans(folder / "scans")
     for epoch, count in sessions.items():
         with use_devices(count, shard_params=count == 4):
-            progress = fit(
-                split_network(network("finetuned"), train_backbone=True),
-                SliceSource(volumes[:2], Canvas(32)),
-                SliceSource(volumes[1:], Canvas(32)),
-                replace(RECIPE, epochs=epoch, batch_size=BATCH, patience=9),
-                seed=0,
-                pretrained_backbone=True,
-                folder=folder,
-            )
+            train, val = SliceSource(volumes[:2], Canvas(32)), SliceSource(volumes[1:], Canvas(32))
+            recipe = replace(RECIPE, epochs=epoch, batch_size=BATCH, patience=9)
+            steps = steps_per_epoch(train, BATCH)
+            trainer = Trainer(network("finetuned"), recipe, steps, has_pretrained_backbone=True)
+            progress = fit(trainer, train, val, folder / "checkpoints")
     kinds = ("train_loss", "val_loss", "val_dice", "val_iou")
     return np.array([[metrics[kind] for kind in kinds] for metrics in progress.history])
 

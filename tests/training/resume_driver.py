@@ -10,23 +10,25 @@ import jax
 from flax import nnx
 
 from jaxla.cli.process import run_command
-from jaxla.config import Training
+from jaxla.config import BackboneTraining
 from jaxla.data.batches import SliceSource
 from jaxla.data.inputs import Canvas
 from jaxla.models.networks.transformer_segmenter import ConvolutionalDecoder, TransformerSegmenter
-from jaxla.training import loop
-from jaxla.training.step import split_network
+from jaxla.runs.folder import count_epochs, write_metrics
+from jaxla.training import loop, trainer
+from jaxla.training.progress import TrainingCheckpoints
 from tests.tiny import randomise, tiny_backbone
 from tests.training.scans import prepared
 
-RECIPE = Training(epochs=9, batch_size=4, learning_rate=8e-3, backbone_learning_rate=1e-3, patience=1)
+RECIPE = BackboneTraining(epochs=9, batch_size=4, learning_rate=8e-3, backbone_learning_rate=1e-3, patience=1)
 STEPS = 4  # an epoch: 13 slices
 
 
-def parts():
+def make_trainer():
     """A fine-tuned transformer, and a decoder whose BatchNorm keeps statistics."""
     decoder = nnx.eval_shape(lambda: ConvolutionalDecoder(32, (8, 8, 4), 1, rngs=nnx.Rngs(0)))
-    return split_network(TransformerSegmenter(tiny_backbone(), randomise(decoder, 1)), train_backbone=True)
+    network = TransformerSegmenter(tiny_backbone(), randomise(decoder, 1))
+    return trainer.Trainer(network, RECIPE, STEPS, has_pretrained_backbone=True, seed=3)
 
 
 def main(arguments):
@@ -34,21 +36,21 @@ def main(arguments):
     parser.add_argument("folder", type=Path)
     parser.add_argument("scans", type=Path)
     parser.add_argument("--compiled", help="JAX's cache of compiled functions")
-    parser.add_argument("--save-every", type=float, default=loop.SAVE_EVERY, help="seconds")
+    parser.add_argument("--save-every", type=float, default=loop.SAVE_SECONDS, help="seconds")
     parser.add_argument("--dies-before-best", type=int, help="epoch after whose `latest` checkpoint the process ends")
     parser.add_argument("--stopped-in-validation", type=int, help="epoch in whose validation SIGTERM comes")
     options = parser.parse_args(arguments)
     if options.compiled:
         jax.config.update("jax_compilation_cache_dir", options.compiled)
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
-    loop.SAVE_EVERY = options.save_every
-    save_best, evaluation_batches = loop._save_best, loop.evaluation_batches
+    loop.SAVE_SECONDS = options.save_every
+    save_best, evaluation_batches = TrainingCheckpoints.save_best, trainer.evaluation_batches
     epochs = []
 
-    def save_best_or_die(best, state, progress):
+    def save_best_or_die(checkpoints, trained, progress):
         if progress.epoch == options.dies_before_best:
             os._exit(9)
-        save_best(best, state, progress)
+        save_best(checkpoints, trained, progress)
 
     def batches_and_sigterm(*arguments):
         for batch in evaluation_batches(*arguments):
@@ -56,14 +58,21 @@ def main(arguments):
             if len(epochs) + 1 == options.stopped_in_validation:
                 os.kill(os.getpid(), signal.SIGTERM)
 
-    loop._save_best, loop.evaluation_batches = save_best_or_die, batches_and_sigterm
+    def report(history):
+        write_metrics(options.folder, history)
+        epochs[:] = history
+
+    TrainingCheckpoints.save_best, trainer.evaluation_batches = save_best_or_die, batches_and_sigterm
     options.folder.mkdir(exist_ok=True)
     volumes = prepared(options.scans)
     loop.fit(
-        parts(), SliceSource(volumes[1:], Canvas(32)), SliceSource(volumes[:1], Canvas(32)), RECIPE, seed=3,
-        pretrained_backbone=True, folder=options.folder,
-        on_epoch=lambda history: epochs.__setitem__(slice(None), history),
-    )  # fmt: skip
+        make_trainer(),
+        SliceSource(volumes[1:], Canvas(32)),
+        SliceSource(volumes[:1], Canvas(32)),
+        options.folder / "checkpoints",
+        epochs_done=count_epochs(options.folder),
+        on_epoch=report,
+    )
 
 
 def as_command(arguments):

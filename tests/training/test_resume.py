@@ -11,10 +11,9 @@ import jax
 import numpy as np
 import pytest
 
-from jaxla.training.checkpoints import Checkpoints, checkpoint_steps, checkpointed
-from jaxla.training.step import make_optimiser
+from jaxla.training.checkpoints import Checkpoints, checkpoint_steps, network_state
 from tests.training.faults import flip_a_bit, start_process
-from tests.training.resume_driver import RECIPE, STEPS, as_command, parts
+from tests.training.resume_driver import RECIPE, STEPS, as_command, make_trainer
 from tests.training.scans import disc_scans
 
 
@@ -49,11 +48,10 @@ def run(start):
 @pytest.fixture(scope="module")
 def like():
     """The shapes of what checkpoints hold."""
-    network = parts()
-    best = checkpointed(network.trainable, network.frozen.statistics)
+    trainer = make_trainer()
+    best = network_state(trainer.trainable, trainer.frozen.statistics)
     assert len(jax.tree.leaves(best["statistics"])) == 4  # mean and variance of two BatchNorms
-    latest = {**best, "optimiser": jax.eval_shape(make_optimiser(RECIPE, 9, True).init, network.trainable)}
-    return {"best": best, "latest": latest}
+    return {"best": best, "latest": {**best, "optimiser": trainer.optimiser_state}}
 
 
 def restore(folder, kind, like, step):
@@ -132,7 +130,7 @@ def test_ended_at_random_moments_it_leaves_what_it_would_have_left(
         assert process.exitcode in (0, -number if number == signal.SIGKILL else 1), log.read_text()
         assert len(ended) < 40
     assert len(ended) > 3
-    assert log.read_text().count("goes on after") >= len(ended) - 2  # the first began, the second may have begun anew
+    assert log.read_text().count("resuming after") >= len(ended) - 2  # the first began, the second may have begun anew
     assert_same(tmp_path / "run", like, uninterrupted)
 
 
@@ -148,7 +146,7 @@ def test_ended_between_the_latest_and_the_best_checkpoint_the_best_is_made_up_fo
     assert checkpoint_steps(folder / "checkpoints" / "best") == [4, 3]
     code, said = run(folder)
     assert code == 0, said
-    assert "goes on after 5 epochs and 0 steps" in said
+    assert "resuming after 5 epochs and 0 steps" in said
     assert "was lost" not in said
     assert_same(folder, like, uninterrupted)
 
@@ -172,7 +170,7 @@ def copy(stopped, tmp_path):
 def test_stopped_in_validation_it_goes_on_with_validation(run, like, uninterrupted, copy):
     code, said = run(copy)
     assert code == 0, said
-    assert f"goes on after 5 epochs and {STEPS} steps" in said
+    assert f"resuming after 5 epochs and {STEPS} steps" in said
     assert "half-written" not in said
     assert "damaged" not in said
     assert_same(copy, like, uninterrupted)
@@ -208,7 +206,7 @@ def test_from_a_damaged_latest_checkpoint_training_falls_back_and_ends_the_same(
     assert code == 0, said
     assert f"{latest / str(newest)}: damaged checkpoint, " in said
     assert "the one before it is used" in said
-    assert "goes on after 5 epochs and 0 steps" in said
+    assert "resuming after 5 epochs and 0 steps" in said
     assert_same(copy, like, uninterrupted)
 
 
@@ -221,7 +219,7 @@ def test_without_a_whole_latest_checkpoint_nothing_is_trained_or_lost(run, copy)
     for _ in range(2):
         code, said = run(copy)
         assert code == 2, said
-        assert f"error: {latest}: no whole checkpoint is left of the 5 epochs that were trained" in said
+        assert f"error: {latest}: no intact checkpoint is left of the 5 trained epochs" in said
         assert (checkpoint_steps(best), (copy / "metrics.jsonl").read_text()) == kept
 
 
@@ -236,7 +234,7 @@ def test_a_damaged_best_checkpoint_gives_way_to_the_next_best(run, like, uninter
     code, said = run(copy)
     assert code == 0, said
     assert f"{best / '5'}: damaged checkpoint, " in said
-    assert "the checkpoint of the best epoch, 5, was lost; that of epoch 4 stands in for it" in said
+    assert "the checkpoint of the best epoch, 5, was lost; epoch 4 replaces it" in said
 
     assert checkpoint_steps(best) == [4]
     again, record_again = restore(copy, "best", like, 4)

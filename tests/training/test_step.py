@@ -10,24 +10,17 @@ import pytest
 import torch
 from flax import nnx
 
-from jaxla.config import Training
+from jaxla.config import BackboneTraining, Training
 from jaxla.models.backbones.vgg import VGG, Variant
 from jaxla.models.networks.segnet import SegNet
 from jaxla.models.networks.transformer_segmenter import ConvolutionalDecoder, TransformerSegmenter
 from jaxla.training.losses import cross_entropy
-from jaxla.training.step import (
-    count_parameters,
-    initial_state,
-    make_evaluation,
-    make_gradient,
-    make_optimiser,
-    make_step,
-    split_network,
-    take_step,
-)
+from jaxla.training.optimisers import make_optimiser
+from jaxla.training.step import count_parameters, make_evaluation, make_gradient, split_network
+from jaxla.training.trainer import Trainer
 from tests.tiny import flat_arrays, randomise, tiny_backbone
 
-CONSTANT = Training(learning_rate=1e-2, backbone_learning_rate=1e-4, schedule="constant")
+CONSTANT = BackboneTraining(learning_rate=1e-2, backbone_learning_rate=1e-4, schedule="constant")
 KEY = jax.random.key(0)
 
 
@@ -53,14 +46,12 @@ def named(state):
 
 def after_steps(train_backbone, recipe=CONSTANT, pretrained=True, steps=1):
     """-> parameters and statistics before, and after some steps."""
-    parts = split_network(tiny_network(), train_backbone)
-    before = named(parts.trainable), named(parts.frozen.parameters), named(parts.frozen.statistics)
-    optimiser = make_optimiser(recipe, 10, pretrained)
-    step = make_step(make_gradient(parts.training), optimiser)
-    state = initial_state(parts, optimiser)
+    options = {"train_backbone": train_backbone, "has_pretrained_backbone": pretrained}
+    trainer = Trainer(tiny_network(), recipe, 10, **options)
+    before = named(trainer.trainable), named(trainer.frozen.parameters), named(trainer.frozen.statistics)
     for i in range(steps):
-        assert np.isfinite(take_step(step, state, batch_of(seed=i), KEY))
-    return before, (named(state.trainable), named(state.frozen.parameters), named(state.frozen.statistics))
+        assert np.isfinite(trainer.step(batch_of(seed=i), i))
+    return before, (named(trainer.trainable), named(trainer.frozen.parameters), named(trainer.frozen.statistics))
 
 
 def named_split(train_backbone):
@@ -135,7 +126,7 @@ def test_first_step_of_adam_has_the_size_of_each_learning_rate(pretrained, backb
 
 def rates(recipe, steps):
     """The sizes of all of Adam's steps when the gradient is always 1: its learning rates."""
-    optimiser = make_optimiser(recipe, steps, pretrained_backbone=False)
+    optimiser = make_optimiser(recipe, steps, has_pretrained_backbone=False)
     parameters = nnx.State({"decoder": {"x": nnx.Param(jnp.zeros(1))}})
 
     def step(state, _):
@@ -176,11 +167,8 @@ class TwoConvolutions(nnx.Module):
 def test_twenty_steps_of_adam_equal_pytorchs():
     network = randomise(TwoConvolutions(nnx.Rngs(0)))
     start = flat_arrays(network)
-    parts = split_network(network, train_backbone=True)
-    optimiser = make_optimiser(CONSTANT, 20, pretrained_backbone=False)
-    step = make_step(make_gradient(parts.training), optimiser)
-    state = initial_state(parts, optimiser)
-    losses = [float(take_step(step, state, batch_of(seed=i), KEY)) for i in range(20)]
+    trainer = Trainer(network, CONSTANT, 20)
+    losses = [float(trainer.step(batch_of(seed=i), i)) for i in range(20)]
 
     first, second = torch.nn.Conv2d(1, 4, 3, padding=1), torch.nn.Conv2d(4, 1, 3, padding=1)
     for name, layer in (("first", first), ("second", second)):
@@ -201,7 +189,7 @@ def test_twenty_steps_of_adam_equal_pytorchs():
 
     assert losses[-1] < losses[0]
     np.testing.assert_allclose(losses, their_losses, atol=1e-6)  # measured: 4e-7
-    ours = named(state.trainable)
+    ours = named(trainer.trainable)
     for name, layer in (("first", first), ("second", second)):
         kernel = layer.weight.detach().permute(2, 3, 1, 0)
         assert np.abs(ours[f"{name}.kernel"] - start[f"{name}.kernel"]).max() > 0.05
@@ -269,7 +257,7 @@ def test_poly_schedule_falls_from_epoch_to_epoch():
 def test_sgd_equals_pytorchs_with_its_decay_clipping_and_rates():
     """nnU-Net's recipe: two epochs of five steps, some gradients of them longer than allowed."""
     recipe = Training(epochs=2, optimiser="sgd", learning_rate=1e-2, schedule="poly")
-    optimiser = make_optimiser(recipe, 10, pretrained_backbone=False)
+    optimiser = make_optimiser(recipe, 10, has_pretrained_backbone=False)
     draw = np.random.default_rng(0)
     start = draw.standard_normal((5, 6), np.float32)
     gradients = draw.standard_normal((10, 5, 6), np.float32) * np.linspace(0.5, 8, 10, dtype=np.float32)[:, None, None]
