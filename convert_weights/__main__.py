@@ -1,4 +1,4 @@
-"""python -m convert_weights: released checkpoints <-> this package's weights."""
+"""Convert released checkpoints into this package's weights, and back: `python -m convert_weights`."""
 
 from __future__ import annotations
 
@@ -13,27 +13,23 @@ from jaxla.config import InputError, default_cache_dir, lookup
 if TYPE_CHECKING:
     from jsonargparse import Namespace
 
-# JAX takes seconds to import, and a command that shows its help must not wait for it: hence the imports within.
+# JAX takes seconds to import, and --help must not wait for it: hence the imports within functions.
 
 
 def main(arguments: list[str]) -> None:
     parser = command_parser(
         "convert_weights",
-        "Convert a released checkpoint; the result knows its architecture, source and licence.",
+        "Convert a released checkpoint. The result states its architecture, source and licence.",
     )
     parser.add_argument("--arch", type=str, help="architecture, or `list`")
-    parser.add_argument(
-        "--source", type=str, help="released checkpoint: .pth, .safetensors, index of shards, or a folder with one"
-    )
-    parser.add_argument("--download", action="store_true", help="fetch the released checkpoint in place of --source")
-    parser.add_argument(
-        "--plans", type=str, help="with --arch=nnunet: nnU-Net's nnUNetPlans.json, or a plan of jaxla.plan"
-    )
-    parser.add_argument("--configuration", type=str, help="with --arch=nnunet: 2d or 3d_fullres")
-    parser.add_argument("--output", type=str, help=".safetensors file to write (default: where training looks for it)")
-    parser.add_argument("--force", action="store_true", help="replace an output that exists")
-    parser.add_argument("--verify", action="store_true", help="read the output again, check it, run it on an image")
-    parser.add_argument("--to-torch", action="store_true", help="back: --source is a converted file, --output a .pth")
+    parser.add_argument("--source", type=str, help="checkpoint: .pth, .bin, .safetensors, index of shards, or folder")
+    parser.add_argument("--download", action="store_true", help="download the checkpoint instead of --source")
+    parser.add_argument("--plans", type=str, help="for --arch=nnunet: nnUNetPlans.json, or a plan of jaxla.plan")
+    parser.add_argument("--configuration", type=str, help="for --arch=nnunet: 2d or 3d_fullres")
+    parser.add_argument("--output", type=str, help=".safetensors file to write (default: where training finds it)")
+    parser.add_argument("--force", action="store_true", help="replace an existing output")
+    parser.add_argument("--verify", action="store_true", help="check the output and run it on one image")
+    parser.add_argument("--to-torch", action="store_true", help="convert a converted --source into a .pth --output")
     options = parse_arguments(parser, arguments)
 
     if options.arch == "list":
@@ -45,7 +41,9 @@ def main(arguments: list[str]) -> None:
     elif options.verify:
         _verify(options)
     else:
-        raise InputError("option --source is required to convert, or --download; --help describes both")
+        raise InputError(
+            "--source", "required to convert a checkpoint", "Give --source=FILE or --download; see --help."
+        )
 
 
 def _print_architectures() -> None:
@@ -56,10 +54,10 @@ def _print_architectures() -> None:
     from jaxla.nnunet.converted import NNUNET
 
     print(
-        f"{NNUNET}: a network that nnU-Net trained, as its --plans and --configuration (2d, 3d_fullres) say; pass its "
-        "checkpoint_final.pth as --source"
+        f"{NNUNET}: a network that nnU-Net trained: give its checkpoint_final.pth as --source, its nnUNetPlans.json as "
+        "--plans, and --configuration=2d or 3d_fullres"
     )
-    spellings = {arch: f"; also spelt {spelling}" for spelling, arch in HUB_SPELLINGS.items()}
+    aliases = {arch: f"; also called {alias}" for alias, arch in HUB_SPELLINGS.items()}
     for arch, variant in RELEASED.items():
         match variant:
             case resnet.Variant():
@@ -68,94 +66,105 @@ def _print_architectures() -> None:
                 size = f"{sum(map(len, variant.stages))} convolutions"
             case _:
                 size = f"width {variant.width}, {variant.depth} blocks"
-        got = "--download fetches them" if arch in RELEASES else "download them yourself and pass --source"
-        print(f"{arch}: {size}, weights under {variant.licence}, {got}{spellings.get(arch, '')}")
+        origin = "use --download" if arch in RELEASES else "download them yourself and use --source"
+        print(f"{arch}: {size}, weights under {variant.licence}, {origin}{aliases.get(arch, '')}")
 
 
 def _convert(options: Namespace) -> None:
     if options.source and options.download:
-        raise InputError("options --source and --download: give one of them")
+        raise InputError("--download", "cannot be combined with --source", "Give one of the two options.")
     if not options.arch:
-        verify = "; to verify a converted file, give it as --output" if options.verify and options.source else ""
-        raise InputError(f"option --arch is required to convert; --arch=list names the architectures{verify}")
+        verify = " To verify a converted file, give it as --output." if options.verify and options.source else ""
+        raise InputError("--arch", "required to convert a checkpoint", f"--arch=list shows the names.{verify}")
+    from convert_weights.architectures import nnunet_architecture, released_architecture
+    from convert_weights.checkpoint import find_checkpoint, open_checkpoint
+    from convert_weights.convert import convert
     from jaxla.nnunet.converted import NNUNET
 
     if options.arch == NNUNET:
-        _convert_nnunet(options)
-        return
-    if options.plans or options.configuration:
-        raise InputError(f"options --plans and --configuration go with --arch={NNUNET}; leave them out")
-    arch = _released(options.arch)
-    from convert_weights.architectures import released
-    from convert_weights.checkpoint import find_checkpoint, open_checkpoint
-    from convert_weights.convert import convert
+        from convert_weights.nnunet import STATE_DICT_KEY
+        from jaxla.nnunet.plan import read_plan
 
-    source = find_checkpoint(options.source) if options.source else None
-    output = Path(options.output) if options.output else _default_output(arch)
-    _require_free(output, ".safetensors", options.force)
-    print(convert(released(arch), open_checkpoint(source or _downloaded(arch)), output))
+        _require_nnunet_options(options)
+        plan = read_plan(Path(options.plans))
+        source, output = find_checkpoint(options.source), Path(options.output)
+        plan.configuration(options.configuration, options.plans)
+        _require_free(output, ".safetensors", options.force)
+        checkpoint = open_checkpoint(source, STATE_DICT_KEY)
+        architecture = nnunet_architecture(plan, options.configuration, checkpoint)
+    else:
+        for name in ("plans", "configuration"):
+            if options[name]:
+                raise InputError(f"--{name}", f"applies only to --arch={NNUNET}", "Remove the option.")
+        arch = _resolve_arch(options.arch)
+        source = find_checkpoint(options.source) if options.source else None
+        output = Path(options.output) if options.output else _default_output(arch)
+        _require_free(output, ".safetensors", options.force)
+        architecture, checkpoint = released_architecture(arch), open_checkpoint(source or _download(arch))
+    print(convert(architecture, checkpoint, output))
     if options.verify:
         _print_verified(output)
 
 
-def _convert_nnunet(options: Namespace) -> None:
-    lacking = [name for name in ("plans", "configuration", "source", "output") if not options[name]]
-    if lacking:
-        raise InputError(
-            f"option --{lacking[0]} is required with --arch=nnunet: --plans=nnUNetPlans.json --configuration=2d "
-            "--source=checkpoint_final.pth --output=FILE.safetensors"
-        )
-    from convert_weights.architectures import nnunet
-    from convert_weights.checkpoint import find_checkpoint, open_checkpoint
-    from convert_weights.convert import convert
-    from convert_weights.nnunet import STATE
-    from jaxla.nnunet.plan import read_plan
-
-    plan = read_plan(Path(options.plans))
-    source, output = find_checkpoint(options.source), Path(options.output)
-    plan.configuration(options.configuration, options.plans)
-    _require_free(output, ".safetensors", options.force)
-    checkpoint = open_checkpoint(source, under=STATE)
-    print(convert(nnunet(plan, options.configuration, checkpoint), checkpoint, output))
-    if options.verify:
-        _print_verified(output)
+def _require_nnunet_options(options: Namespace) -> None:
+    for name in ("plans", "configuration", "source", "output"):
+        if not options[name]:
+            raise InputError(
+                f"--{name}",
+                "required with --arch=nnunet",
+                "Give --plans=nnUNetPlans.json --configuration=2d --source=checkpoint_final.pth "
+                "--output=FILE.safetensors.",
+            )
 
 
-def _downloaded(arch: str) -> Path:
-    from convert_weights.checkpoint import require_torch
-    from convert_weights.download import DINOV3_GATE, RELEASES, download
+def _download(arch: str) -> Path:
+    from convert_weights.download import RELEASES, download
+    from convert_weights.torch_file import require_torch
     from jaxla.data.cache import in_use
     from jaxla.models.backbones import dinov3
 
     if arch in dinov3.VARIANTS:
-        raise InputError(f"--download: {DINOV3_GATE}")
-    require_torch("option --download")  # all of them are PyTorch files
+        raise InputError(
+            "--download",
+            "DINOv3 has to be downloaded by hand, because you must accept Meta's licence first",
+            "Accept it at https://ai.meta.com/dinov3/ or on the model's Hugging Face page, download the file there, "
+            "and give it as --source.",
+        )
+    require_torch("--download")  # every released file is a PyTorch file
     cache_dir = default_cache_dir()
     with in_use(cache_dir):
         return download(RELEASES[arch], cache_dir / "downloads")
 
 
 def _convert_back(options: Namespace) -> None:
-    if options.download or options.verify:
-        raise InputError("option --to-torch goes with --source and --output alone; --verify checks converted files")
-    if not options.source or not options.output:
-        raise InputError("option --to-torch needs --source, a converted .safetensors file, and --output, a .pth")
+    for name in ("download", "verify"):
+        if options[name]:
+            raise InputError(f"--{name}", "cannot be combined with --to-torch", "Remove the option.")
+    for name in ("source", "output"):
+        if not options[name]:
+            raise InputError(
+                f"--{name}", "required with --to-torch", "Give --source=FILE.safetensors and --output=FILE.pth."
+            )
     source, output = Path(options.source), Path(options.output)
-    arch = _arch_of(source, options.arch)
+    arch = _read_arch(source, options.arch)
     _require_free(output, ".pth", options.force)
 
     from convert_weights.pytorch import to_pytorch
 
-    print(f"{output}: {arch} from {source}, {to_pytorch(source, output)} tensors as their authors' state dict")
+    print(f"{output}: {arch} from {source}, {to_pytorch(source, output)} tensors of the authors' state dict")
 
 
 def _verify(options: Namespace) -> None:
     if options.force:
-        raise InputError("option --force goes with a conversion; --verify alone writes nothing")
+        raise InputError("--force", "applies only to a conversion", "Remove the option.")
     if not options.output and not options.arch:
-        raise InputError("option --verify needs --output, a converted file, or --arch for the one in the cache folder")
-    output = Path(options.output) if options.output else _default_output(_released(options.arch))
-    _arch_of(output, options.arch)
+        raise InputError(
+            "--verify",
+            "needs a converted file",
+            "Give --output=FILE.safetensors, or --arch=ARCH for the file in the cache folder.",
+        )
+    output = Path(options.output) if options.output else _default_output(_resolve_arch(options.arch))
+    _read_arch(output, options.arch)
     _print_verified(output)
 
 
@@ -165,8 +174,8 @@ def _print_verified(output: Path) -> None:
     print(verify(output))
 
 
-def _released(name: str) -> str:
-    """The architecture that --arch names."""
+def _resolve_arch(name: str) -> str:
+    """Return this package's name of the architecture that --arch gives."""
     from convert_weights.architectures import RELEASED
     from jaxla.models.backbones.dinov3 import HUB_SPELLINGS
     from jaxla.nnunet.converted import NNUNET
@@ -176,13 +185,13 @@ def _released(name: str) -> str:
     return arch
 
 
-def _arch_of(path: Path, name: str | None) -> str:
-    """The architecture of a converted file; that of --arch, if it is given."""
+def _read_arch(path: Path, name: str | None) -> str:
+    """Return the architecture of a converted file, which must be the one of --arch if that is given."""
     from jaxla.models.weights_format import read_metadata
 
     arch = read_metadata(path)["arch"]
-    if name not in (None, arch) and _released(name) != arch:
-        raise InputError(f"{path}: holds {arch}, not {_released(name)}; leave --arch out")
+    if name not in (None, arch) and _resolve_arch(name) != arch:
+        raise InputError(path, f"contains {arch}, not {_resolve_arch(name)}", "Remove --arch.")
     return arch
 
 
@@ -190,18 +199,19 @@ def _default_output(arch: str) -> Path:
     return default_cache_dir() / "weights" / f"{arch}.safetensors"
 
 
-def _require_free(output: Path, ending: str, force: bool) -> None:
-    """Before anything long: what would keep the output from being written."""
-    if output.suffix != ending:
-        raise InputError(f"--output={output}: the file's name must end in {ending}")
+def _require_free(output: Path, suffix: str, force: bool) -> None:
+    """Raise an InputError if the output cannot be written; called before any long work."""
+    where = f"--output={output}"
+    if output.suffix != suffix:
+        raise InputError(where, f"the file name does not end in {suffix}", f"Choose a name that ends in {suffix}.")
     if os.path.isdir(output):
-        raise InputError(f"--output={output}: is a folder; give a file")
+        raise InputError(where, "is a folder", "Give the name of a file.")
     try:
         if output.exists() and not force:
-            raise InputError(f"{output}: exists already; choose another --output, or replace it with --force")
+            raise InputError(where, "already exists, and --force is not given", "Choose another --output.")
         require_writable("--output", output.parent)
-    except OSError as error:  # a name that is too long, a folder that may not be entered
-        raise InputError(f"--output={output}: cannot be written ({error.strerror}); choose another") from error
+    except OSError as error:  # the name is too long, or the folder may not be entered
+        raise InputError(where, f"cannot be written ({error.strerror})", "Choose another --output.") from error
 
 
 if __name__ == "__main__":

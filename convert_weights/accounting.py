@@ -1,23 +1,25 @@
-"""Which architecture a checkpoint holds, and whether it is all there: no tensor lacking, extra or of another kind."""
+"""Identify a checkpoint's architecture, and require exactly its tensors, with the right shapes and dtypes."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from typing import NamedTuple
+from pathlib import Path
+from typing import NamedTuple, NoReturn
 
 import numpy as np
 
-from convert_weights.architectures import RELEASED, Architecture, rows_of
-from convert_weights.checkpoint import SHARD, Checkpoint, Tensor, some
-from convert_weights.huggingface import as_authors, hub_name, hub_shapes
+from convert_weights.architectures import RELEASED, Architecture, architecture_rows
+from convert_weights.checkpoint import SHARD, Checkpoint
+from convert_weights.huggingface import hub_name, hub_shapes, to_authors
 from convert_weights.layout import Row
+from convert_weights.tensors import Tensor, summarize
 from jaxla.config import InputError
 from jaxla.models.backbones import TRANSFORMERS
 
 AUTHORS, HUGGING_FACE = "authors' layout", "Hugging Face's layout"
 
-# A checkpoint that differs by more from each architecture, as a share of its parameters, looks like none.
-FAMILIAR = 0.1
+# A checkpoint resembles an architecture if faults concern less than this fraction of its tensors.
+MAX_FAULT_FRACTION = 0.1
 
 
 class Expected(NamedTuple):
@@ -27,132 +29,144 @@ class Expected(NamedTuple):
 
 
 class Reading(NamedTuple):
-    """A checkpoint taken for one architecture in one layout."""
+    """A checkpoint compared with one architecture in one layout."""
 
     arch: str
     layout: str
     tensors: Mapping[str, Tensor]
     expected: Mapping[str, Expected]
 
-    def lacking(self) -> list[str]:
-        """A tensor that may be lacking is lacking where others of its group are there."""
-        groups = {_group(name) for name, of_name in self.expected.items() if of_name.optional and name in self.tensors}
+    def missing(self) -> list[str]:
+        """Return the missing tensors; an optional one counts only if another of its group is present."""
+        groups = {_group(name) for name, tensor in self.expected.items() if tensor.optional and name in self.tensors}
         return [
             name
-            for name, of_name in self.expected.items()
-            if name not in self.tensors and (not of_name.optional or _group(name) in groups)
+            for name, tensor in self.expected.items()
+            if name not in self.tensors and (not tensor.optional or _group(name) in groups)
         ]
 
-    def extra(self) -> list[str]:
+    def unexpected(self) -> list[str]:
         return [name for name in self.tensors if name not in self.expected]
 
     def misshapen(self) -> list[str]:
-        shared = [name for name in self.expected if name in self.tensors]
-        return [name for name in shared if self.tensors[name].shape != self.expected[name].shape]
+        common = [name for name in self.expected if name in self.tensors]
+        return [name for name in common if self.tensors[name].shape != self.expected[name].shape]
 
-    def faults(self) -> int:
-        return len(self.lacking()) + len(self.extra()) + len(self.misshapen())
+    def fault_count(self) -> int:
+        return len(self.missing()) + len(self.unexpected()) + len(self.misshapen())
+
+    def describe_faults(self) -> str:
+        faults = []
+        if names := self.missing():
+            faults.append(f"{len(names)} of {len(self.expected)} tensors missing ({summarize(names)})")
+        if names := self.unexpected():
+            faults.append(f"{len(names)} unexpected ({summarize(names)})")
+        if names := self.misshapen():
+            shapes = (f"{name}: {self.tensors[name].shape}, expected {self.expected[name].shape}" for name in names)
+            faults.append(f"{len(names)} with the wrong shape ({summarize(shapes)})")
+        return ", ".join(faults)
 
 
 def account_for(checkpoint: Checkpoint, architecture: Architecture) -> tuple[dict[str, Tensor], str]:
-    """The tensors of an architecture's checkpoint by their authors' names, and the layout in which the file has them.
+    """Return an architecture's tensors by their authors' names, and the layout of the checkpoint.
 
     Raises:
-        InputError: it holds another architecture, or tensors are lacking, extra, of another shape or dtype, or differ
-            from their copies.
+        InputError: the checkpoint holds another architecture; tensors are missing, unexpected, or of the wrong shape or
+            dtype; or copies of one tensor differ.
     """
     arch, rows = architecture.name, architecture.rows
     readings = list(_readings(checkpoint))
     if arch not in RELEASED:
-        readings.append(_as_authors_have_it(checkpoint, arch, rows))
-    best = min(readings, key=Reading.faults)
-    asked = min((reading for reading in readings if reading.arch == arch), key=Reading.faults)
-    if not asked.faults():
-        _require_dtypes(checkpoint, asked)
+        readings.append(_authors_reading(checkpoint, arch, rows))
+    best = min(readings, key=Reading.fault_count)
+    requested = min((reading for reading in readings if reading.arch == arch), key=Reading.fault_count)
+    if not requested.fault_count():
+        _require_dtypes(checkpoint, requested)
         _require_equal_copies(checkpoint, rows)
-        of_authors = as_authors(rows, asked.tensors) if asked.layout == HUGGING_FACE else asked.tensors
-        return dict(of_authors), asked.layout
-    if not best.faults():
-        raise InputError(f"{checkpoint.path}: holds {best.arch} ({best.layout}), not {arch}; pass --arch={best.arch}")
-    _require_no_prefix(checkpoint)
-    if SHARD.search(checkpoint.path.name):
-        mend = "it is one of several shards: give the *.index.json that names them all"
-    elif arch not in RELEASED:
-        mend = "give the plan and the configuration that it was trained with"
-    else:
-        mend = "download the released file again"
-    if best.faults() < asked.faults() and best.faults() < FAMILIAR * len(best.expected):
+        tensors = requested.tensors
+        return dict(to_authors(rows, tensors) if requested.layout == HUGGING_FACE else tensors), requested.layout
+    if not best.fault_count():
         raise InputError(
-            f"{checkpoint.path}: looks like {best.arch} ({best.layout}), not {arch}; but of {best.arch} too it "
-            f"{_describe(best)}; {mend}, and pass --arch={best.arch}"
+            checkpoint.path, f"contains {best.arch} ({best.layout}), not {arch}", f"Use --arch={best.arch}."
+        )
+    _require_no_prefix(checkpoint)
+    _report_faults(checkpoint.path, requested, best)
+
+
+def _report_faults(path: Path, requested: Reading, best: Reading) -> NoReturn:
+    """Raise the InputError for a checkpoint that fits no architecture."""
+    if SHARD.search(path.name):
+        fix = "This is one of several shards. Give the *.index.json that lists them all"
+    elif requested.arch not in RELEASED:
+        fix = "Give the plan and the configuration of the training run"
+    else:
+        fix = "Download the released file again"
+    if best.fault_count() < min(requested.fault_count(), MAX_FAULT_FRACTION * len(best.expected)):
+        raise InputError(
+            path,
+            f"resembles {best.arch} ({best.layout}) more than {requested.arch}, but with {best.describe_faults()}",
+            f"{fix}, and use --arch={best.arch}.",
         )
     raise InputError(
-        f"{checkpoint.path}: not {arch}: it {_describe(asked)}; {mend}, or pass the --arch that it holds; --arch=list "
-        "names them"
+        path,
+        f"not {requested.arch}: {requested.describe_faults()}",
+        f"{fix}, or use the --arch of this file; --arch=list shows the names.",
     )
 
 
 def _require_no_prefix(checkpoint: Checkpoint) -> None:
-    """Raise an InputError if only what all names begin with, as `backbone.`, keeps the tensors from fitting."""
+    """Raise an InputError if the tensors would fit an architecture without a common prefix, such as `backbone.`."""
     first = next(iter(checkpoint.tensors), "")
-    starts = [first[: i + 1] for i, letter in enumerate(first) if letter == "."]
-    prefix = max((start for start in starts if all(name.startswith(start) for name in checkpoint.tensors)), default="")
+    candidates = [first[: i + 1] for i, letter in enumerate(first) if letter == "."]
+    common = [prefix for prefix in candidates if all(name.startswith(prefix) for name in checkpoint.tensors)]
+    prefix = max(common, default="")
     tensors = {name.removeprefix(prefix): tensor for name, tensor in checkpoint.tensors.items()}
-    best = min(_readings(checkpoint._replace(tensors=tensors)), key=Reading.faults)
-    if not best.faults():
+    best = min(_readings(checkpoint._replace(tensors=tensors)), key=Reading.fault_count)
+    if not best.fault_count():
         raise InputError(
-            f"{checkpoint.path}: holds {best.arch} ({best.layout}), but all names begin with {prefix!r}; save its "
-            f"state dict without that: {{name.removeprefix({prefix!r}): tensor for name, tensor in state.items()}}"
+            checkpoint.path,
+            f"contains {best.arch} ({best.layout}), but all names begin with {prefix!r}",
+            "Save its state dict without this prefix: "
+            f"`{{name.removeprefix({prefix!r}): tensor for name, tensor in state.items()}}`.",
         )
 
 
 def _readings(checkpoint: Checkpoint) -> Iterator[Reading]:
-    by_hub_name = {hub_name(name): tensor for name, tensor in checkpoint.tensors.items()}
+    """Compare a checkpoint with every released architecture in every layout."""
+    hub_tensors = {hub_name(name): tensor for name, tensor in checkpoint.tensors.items()}
     for arch in RELEASED:
-        rows = rows_of(arch)
-        yield _as_authors_have_it(checkpoint, arch, rows)
-        if arch not in TRANSFORMERS or len(by_hub_name) < len(checkpoint.tensors):
+        rows = architecture_rows(arch)
+        yield _authors_reading(checkpoint, arch, rows)
+        if arch not in TRANSFORMERS or len(hub_tensors) < len(checkpoint.tensors):
             continue
-        shapes = hub_shapes(rows, by_hub_name)
+        shapes = hub_shapes(rows, hub_tensors)
         expected = {name: Expected(shape, ("float32",), optional) for name, (shape, optional) in shapes.items()}
-        yield Reading(arch, HUGGING_FACE, by_hub_name, expected)
+        yield Reading(arch, HUGGING_FACE, hub_tensors, expected)
 
 
-def _as_authors_have_it(checkpoint: Checkpoint, arch: str, rows: Sequence[Row]) -> Reading:
-    """A checkpoint taken for an architecture in its authors' layout."""
+def _authors_reading(checkpoint: Checkpoint, arch: str, rows: Sequence[Row]) -> Reading:
     expected = {row.theirs: Expected(row.shape, row.dtypes, row.optional) for row in rows}
     return Reading(arch, AUTHORS, checkpoint.tensors, expected)
 
 
 def _group(name: str) -> str:
-    """Of tensors that may be lacking: those of one module come together, and so do the batch counters of all."""
+    """Return the group of an optional tensor: its module, or one group for the batch counters of all modules."""
     module, _, kind = name.rpartition(".")
     return kind if kind == "num_batches_tracked" else module
 
 
-def _describe(reading: Reading) -> str:
-    said = []
-    if names := reading.lacking():
-        said.append(f"lacks {len(names)} of its {len(reading.expected)} tensors ({some(names)})")
-    if names := reading.extra():
-        said.append(f"has {len(names)} too many ({some(names)})")
-    if names := reading.misshapen():
-        shapes = (f"{name}: {reading.tensors[name].shape}, expected {reading.expected[name].shape}" for name in names)
-        said.append(f"has {len(names)} of another shape ({some(shapes)})")
-    return ", ".join(said)
-
-
 def _require_dtypes(checkpoint: Checkpoint, reading: Reading) -> None:
-    held = {name: reading.tensors[name].dtype for name in reading.expected if name in reading.tensors}
+    found = {name: reading.tensors[name].dtype for name in reading.expected if name in reading.tensors}
     wrong = [
         f"{name}: {dtype}, expected {' or '.join(reading.expected[name].dtypes)}"
-        for name, dtype in held.items()
+        for name, dtype in found.items()
         if dtype not in reading.expected[name].dtypes
     ]
     if wrong:
         raise InputError(
-            f"{checkpoint.path}: {len(wrong)} of its {len(held)} tensors are of another dtype ({some(wrong)}); a copy "
-            "in it would not give the authors' numbers: take the file as it was released"
+            checkpoint.path,
+            f"wrong dtype in {len(wrong)} of {len(found)} tensors ({summarize(wrong)})",
+            "Use the file as it was released: a rounded copy does not give the authors' numbers.",
         )
 
 
@@ -163,6 +177,7 @@ def _require_equal_copies(checkpoint: Checkpoint, rows: Sequence[Row]) -> None:
             continue
         if not np.array_equal(tensors[row.copy_of].read(), tensors[row.theirs].read()):
             raise InputError(
-                f"{checkpoint.path}: {row.copy_of} and {row.theirs} are one module's and differ; copy the checkpoint "
-                "again"
+                checkpoint.path,
+                f"{row.copy_of} and {row.theirs} are copies of one tensor, but differ",
+                "Copy the checkpoint again.",
             )

@@ -1,4 +1,4 @@
-"""Every architecture that can be converted: what its authors' checkpoint holds, and what ours does."""
+"""Describe every architecture that can be converted: the authors' tensors and our parameters."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from flax import nnx
 
 from convert_weights.checkpoint import Checkpoint
 from convert_weights.layout import Row
-from convert_weights.nnunet import heads_of, nnunet_rows
+from convert_weights.nnunet import nnunet_rows, read_output_count
 from convert_weights.resnet import resnet_rows
 from convert_weights.vgg import vgg_rows
 from convert_weights.vision_transformer import dinov2_rows, dinov3_rows
@@ -23,12 +23,12 @@ RELEASED = {arch: variant for arch, variant in VARIANTS.items() if variant.licen
 
 
 class Architecture(NamedTuple):
-    """What a conversion is between.
+    """Both sides of a conversion.
 
     Attributes:
         rows: the authors' tensors, in their order.
-        shapes: name and shape of each of our parameters.
-        metadata: what else the converted file says of itself.
+        shapes: the shape of each of our parameters.
+        metadata: further entries of the converted file's metadata.
     """
 
     name: str
@@ -37,13 +37,14 @@ class Architecture(NamedTuple):
     metadata: dict[str, str]
 
 
-def released(arch: str) -> Architecture:
-    """One of `RELEASED`."""
-    return Architecture(arch, rows_of(arch), shapes_of(arch), {"licence": RELEASED[arch].licence})
+def released_architecture(arch: str) -> Architecture:
+    """Return one of `RELEASED`."""
+    metadata = {"licence": RELEASED[arch].licence}
+    return Architecture(arch, architecture_rows(arch), architecture_shapes(arch), metadata)
 
 
-def rows_of(arch: str) -> list[Row]:
-    """The authors' tensors of one of `RELEASED`, in their order."""
+def architecture_rows(arch: str) -> list[Row]:
+    """Return the authors' tensors of one of `RELEASED`, in their order."""
     variant = RELEASED[arch]
     if isinstance(variant, resnet.Variant):
         return resnet_rows(variant)
@@ -52,30 +53,30 @@ def rows_of(arch: str) -> list[Row]:
     return dinov2_rows(variant) if variant.grid else dinov3_rows(arch, variant)
 
 
-def shapes_of(arch: str) -> dict[str, tuple[int, ...]]:
-    """Name and shape of each of our parameters, of one of `RELEASED`."""
+def architecture_shapes(arch: str) -> dict[str, tuple[int, ...]]:
+    """Return the name and shape of each of our parameters of one of `RELEASED`."""
     return parameter_shapes(nnx.eval_shape(lambda: build_backbone(arch, rngs=nnx.Rngs(0))))
 
 
-def nnunet(plan: Plan, configuration: str, checkpoint: Checkpoint) -> Architecture:
-    """A network that nnU-Net trained, its number of classes taken from its checkpoint.
+def nnunet_architecture(plan: Plan, configuration: str, checkpoint: Checkpoint) -> Architecture:
+    """Return a network that nnU-Net trained; its number of classes is read from the checkpoint.
 
     Raises:
-        InputError: the plan lacks the configuration, or the checkpoint is not of nnU-Net.
+        InputError: the plan lacks the configuration, or nnU-Net did not write the checkpoint.
     """
-    heads = heads_of(checkpoint.tensors, checkpoint.path)
-    said = json.dumps(plan_to_json(plan._replace(fingerprint=None)))
-    metadata = {"licence": "", "plan": said, "configuration": configuration, "outputs": str(heads)}
-    return _nnunet(plan, configuration, heads, metadata)
+    outputs = read_output_count(checkpoint.tensors, checkpoint.path)
+    plan_text = json.dumps(plan_to_json(plan._replace(fingerprint=None)))
+    metadata = {"licence": "", "plan": plan_text, "configuration": configuration, "outputs": str(outputs)}
+    return _nnunet_architecture(plan, configuration, outputs, metadata)
 
 
-def of_file(path: Path, metadata: dict[str, str]) -> Architecture | None:
-    """The architecture of a converted file; None where its authors' format is not known."""
+def converted_architecture(path: Path, metadata: dict[str, str]) -> Architecture | None:
+    """Return the architecture of a converted file; None if its authors' format is unknown."""
     if metadata["arch"] == NNUNET:
-        return _nnunet(*planned_of(metadata, path), metadata)
-    return released(metadata["arch"]) if metadata["arch"] in RELEASED else None
+        return _nnunet_architecture(*planned_of(metadata, path), metadata)
+    return released_architecture(metadata["arch"]) if metadata["arch"] in RELEASED else None
 
 
-def _nnunet(plan: Plan, configuration: str, heads: int, metadata: dict[str, str]) -> Architecture:
-    shapes = parameter_shapes(nnx.eval_shape(lambda: planned_network(plan, configuration, heads)))
-    return Architecture(NNUNET, nnunet_rows(plan.configuration(configuration), heads), shapes, metadata)
+def _nnunet_architecture(plan: Plan, configuration: str, outputs: int, metadata: dict[str, str]) -> Architecture:
+    shapes = parameter_shapes(nnx.eval_shape(lambda: planned_network(plan, configuration, outputs)))
+    return Architecture(NNUNET, nnunet_rows(plan.configuration(configuration), outputs), shapes, metadata)

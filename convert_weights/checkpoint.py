@@ -1,227 +1,212 @@
-"""What a checkpoint holds, in whatever files it comes: its tensors' names, shapes and dtypes; the numbers on demand.
+"""List the tensors of a checkpoint, in whatever files it comes; their values are read on demand.
 
-PyTorch's `.pth` and `.bin`, a `.safetensors` file, several of either named by an index, or a folder with one of these.
-Nothing that a file may contain is ever executed.
+A checkpoint is a PyTorch `.pth` or `.bin` file, a `.safetensors` file, several of either named by an index, or a folder
+that contains one of these. Code in a file is never executed.
 """
 
 from __future__ import annotations
 
-import codecs
 import hashlib
 import json
 import logging
 import os
-import pickle
 import re
-import sys
-import warnings
-import zipfile
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable
 from functools import partial
 from pathlib import Path
-from types import ModuleType
-from typing import TYPE_CHECKING, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import ml_dtypes
 import numpy as np
 from safetensors import SafetensorError, safe_open
 from tqdm import tqdm
 
+from convert_weights.tensors import Tensor, require_finite, summarize
+from convert_weights.torch_file import open_torch_file, require_archive_checksums
+from jaxla.cli.terminal import plural
 from jaxla.config import InputError
 from jaxla.models.weights_format import FORMAT
 
-if TYPE_CHECKING:
-    import torch
-
 log = logging.getLogger("jaxla.convert_weights")
 
-# One of several files, as Hugging Face names them; the one of one is whole.
+# Hugging Face's name of one of several files. A file "-00001-of-00001" is complete.
 SHARD = re.compile(r"-\d+-of-(?!0*1\.)\d+\.")
 
-
-# What every repository of Hugging Face calls its weights; in shards, what comes before .index.json.
+# Every Hugging Face repository uses these names; the index of shards has `.index.json` appended.
 HUGGING_FACE_FILES = ["model.safetensors", "pytorch_model.bin"]
 
-
-class Tensor(NamedTuple):
-    """One tensor of a checkpoint; `read()` gives its numbers, bfloat16 as the float32 that are equal to them."""
-
-    shape: tuple[int, ...]
-    dtype: str
-    read: Callable[[], np.ndarray]
+DOWNLOAD_AGAIN = "Download the file again."
 
 
 class Checkpoint(NamedTuple):
-    """A checkpoint that was opened but not read."""
+    """An opened checkpoint whose values are not read yet.
 
-    path: Path  # the file, or the index of the files
-    files: tuple[Path, ...]  # that hold tensors
+    Attributes:
+        path: the file, or the index of the files.
+        files: those that contain tensors.
+    """
+
+    path: Path
+    files: tuple[Path, ...]
     tensors: dict[str, Tensor]
 
 
-def open_checkpoint(path: Path, under: str = "") -> Checkpoint:
-    """Recognise a file by its content, not its name, and list what it holds.
+def open_checkpoint(path: Path, state_dict_key: str = "") -> Checkpoint:
+    """List the tensors of a checkpoint; the type of a file is recognised by its content.
 
     Args:
-        under: name under which the state dict stands in a file of PyTorch's that holds more; a state dict alone is read
+        state_dict_key: key of the state dict in a PyTorch file that holds more; a file with a state dict alone is read
             too.
 
     Raises:
-        InputError: no such file; damaged, incomplete or no checkpoint; a pickle that would need code to be run; or
-            torch is not installed and the file needs it.
+        InputError: the file does not exist, is damaged, incomplete or not a checkpoint, would run code, or needs torch,
+            which is not installed.
     """
     path = find_checkpoint(path)
-    if _kind(path) == "index":
+    if _file_kind(path) == "index":
         return _open_shards(path)
-    return Checkpoint(path, (path,), _open_file(path, under))
+    return Checkpoint(path, (path,), _open_file(path, state_dict_key))
 
 
-def find_checkpoint(given: str | Path) -> Path:
-    """The file, or the index of the files, that --source means.
+def find_checkpoint(source: str | Path) -> Path:
+    """Return the file, or the index of the files, that --source names.
 
     Raises:
-        InputError: there is none, or the folder does not hold just one.
+        InputError: there is none, or the folder does not contain exactly one.
     """
-    if os.path.isdir(given):  # Path.is_dir raises where a name is too long or a folder may not be read
-        return _checkpoint_in(Path(given))
-    if not os.path.isfile(given):
-        raise InputError(  # as it was given: a Path would take a slash from a URL
-            f"--source={given}: no such file; give a file or folder on this machine, such as the checkpoint that you "
-            "downloaded"
+    if os.path.isdir(source):  # Path.is_dir raises if a name is too long or a folder may not be read
+        return _find_in_folder(Path(source))
+    if not os.path.isfile(source):
+        raise InputError(  # not as a Path, which would remove a slash from a URL
+            f"--source={source}", "no such file", "Give a file or folder on this machine: the downloaded checkpoint."
         )
-    return Path(given)
+    return Path(source)
 
 
 def checkpoint_sha256(checkpoint: Checkpoint) -> str:
-    """Read all its files once, in constant memory, check them where they can be, and hash them.
+    """Return the sha256 of a checkpoint; PyTorch archives are compared with their own checksums too.
 
-    Returns:
-        sha256 of the file; of several, what `sha256sum model-0* | sha256sum` prints: that of their own, in the order of
-        their names.
+    The hash of several files is what `sha256sum model-0* | sha256sum` prints.
 
     Raises:
-        InputError: a file cannot be read, or a PyTorch file differs from the checksums within it.
+        InputError: a file cannot be read, or a PyTorch archive differs from its checksums.
     """
-    hashes = {file.name: _sha256(file) for file in checkpoint.files}
+    hashes = {file.name: _file_sha256(file) for file in checkpoint.files}
     for file in checkpoint.files:
-        _require_own_checksums(file)
+        if _file_kind(file) == "torch archive":
+            require_archive_checksums(file)
     if len(checkpoint.files) == 1:
         return hashes[checkpoint.files[0].name]
     return hashlib.sha256("".join(f"{hashes[name]}  {name}\n" for name in sorted(hashes)).encode()).hexdigest()
 
 
-def require_other(output: Path, sources: Iterable[Path]) -> None:
-    """Raise an InputError if writing `output` would replace one of the files that it is made from."""
+def require_not_source(output: Path, sources: Iterable[Path]) -> None:
+    """Raise an InputError if writing `output` would replace one of its sources."""
     if os.path.exists(output) and any(os.path.samefile(output, source) for source in sources):
-        raise InputError(f"--output={output}: is the source itself; choose another --output")
+        raise InputError(f"--output={output}", "is the source itself", "Choose another --output.")
 
 
-# --- files -----------------------------------------------------------------------------------------------------------
+# --- files and shards ------------------------------------------------------------------------------------------------
 
 
-def _checkpoint_in(folder: Path) -> Path:
-    """The one checkpoint in a folder, such as that of a downloaded Hugging Face repository."""
+def _find_in_folder(folder: Path) -> Path:
+    """Return the only checkpoint in a folder, such as a downloaded Hugging Face repository."""
+    where = f"--source={folder}"
     indices = sorted(folder.glob("*.index.json"))
-    shards = {name for index in indices for name in _shard_of(index).values()}
-    files = sorted(path for ending in ("safetensors", "pth", "bin") for path in folder.glob(f"[!.]*.{ending}"))
-    found = indices + [path for path in files if path.name not in shards]
+    indexed = {name for index in indices for name in _read_index(index).values()}
+    files = sorted(path for suffix in ("safetensors", "pth", "bin") for path in folder.glob(f"[!.]*.{suffix}"))
+    found = indices + [path for path in files if path.name not in indexed]
     if not found:
         raise InputError(
-            f"--source={folder}: holds no checkpoint (*.safetensors, *.pth, *.bin or their *.index.json); give one"
+            where,
+            "contains no checkpoint (*.safetensors, *.pth, *.bin or their *.index.json)",
+            "Give the folder or file of a checkpoint.",
         )
     if shards := [path.name for path in found if SHARD.search(path.name)]:
         raise InputError(
-            f"--source={folder}: holds shards ({some(shards)}) without their *.index.json; download that too, or give "
-            "one whole file"
+            where,
+            f"contains shards ({summarize(shards)}) without their *.index.json",
+            "Download the index too, or give a checkpoint in one file.",
         )
     if sorted(path.name.removesuffix(".index.json") for path in found) == HUGGING_FACE_FILES:
-        taken, left = sorted(found)  # two forms of the same weights, as Hugging Face's repositories may have them
-        log.info("%s: took %s; %s beside it was left", folder, taken.name, left.name)
-        return taken
+        used, ignored = sorted(found)  # the same weights in two formats
+        log.info("%s: using %s, ignoring %s", folder, used.name, ignored.name)
+        return used
     if len(found) > 1:
-        raise InputError(
-            f"--source={folder}: holds {len(found)} checkpoints ({some([path.name for path in found])}); give one"
-        )
+        names = summarize(path.name for path in found)
+        raise InputError(where, f"contains {len(found)} checkpoints ({names})", "Give one of these files.")
     return found[0]
 
 
-def _kind(path: Path) -> Literal["index", "safetensors", "torch archive", "old torch"]:
+def _file_kind(path: Path) -> Literal["index", "safetensors", "torch archive", "old torch"]:
     try:
         with path.open("rb") as file:
             start = file.read(256)
     except OSError as error:
         raise _unreadable(path, error) from error
-    # a length below 2^40, then JSON; before all else, for a length may begin with the bytes of anything
+    # A header length below 2^40, then JSON. This test comes first: a length can begin with the bytes of any other kind.
     if start[5:9] == b"\0\0\0{":
         return "safetensors"
     text = start.lstrip().lower()
     if text.startswith((b"<", b"version https://git-lfs")):
-        raise InputError(
-            f"{path}: a web page or a pointer saved in place of the checkpoint; download the file itself again"
-        )
+        raise InputError(path, "a web page or a Git LFS pointer, not a checkpoint", DOWNLOAD_AGAIN)
     if text.startswith(b"{"):
         return "index"
     if start.startswith(b"PK\x03\x04"):
         return "torch archive"
     if start.startswith(b"\x80"):
         return "old torch"
-    raise InputError(f"{path}: neither a PyTorch nor a safetensors checkpoint, or damaged; download it again")
+    raise InputError(path, "neither a PyTorch nor a safetensors checkpoint, or damaged", DOWNLOAD_AGAIN)
 
 
 def _open_shards(index: Path) -> Checkpoint:
-    shard_of = _shard_of(index)
-    files = [index.parent / name for name in sorted(set(shard_of.values()))]
+    shard_names = _read_index(index)
+    files = [index.parent / name for name in sorted(set(shard_names.values()))]
     if missing := [file.name for file in files if not os.path.isfile(file)]:
         raise InputError(
-            f"{index}: missing: {len(missing)} of its {len(files)} shards ({some(missing)}); download into "
-            f"{index.parent} what is missing"
+            index,
+            f"lacks {len(missing)} of its {len(files)} shards ({summarize(missing)})",
+            f"Download them into {index.parent}.",
         )
     tensors: dict[str, Tensor] = {}
     for file in files:
-        held = _open_file(file)
-        named = {name for name, shard in shard_of.items() if shard == file.name}
-        if lost := sorted(named - set(held)):
-            raise InputError(
-                f"{file}: lacks {len(lost)} of what {index.name} places in it ({some(lost)}); download both again"
-            )
-        if unnamed := sorted(set(held) - named):
-            raise InputError(
-                f"{file}: has {len(unnamed)} that {index.name} does not name ({some(unnamed)}); download both again"
-            )
-        tensors |= held
+        found = _open_file(file)
+        expected = {name for name, shard in shard_names.items() if shard == file.name}
+        if missing := sorted(expected - set(found)):
+            problem = f"lacks {plural(len(missing), 'tensor')} of {index.name} ({summarize(missing)})"
+            raise InputError(file, problem, "Download both files again.")
+        if extra := sorted(set(found) - expected):
+            problem = f"contains {plural(len(extra), 'tensor')} that {index.name} does not list ({summarize(extra)})"
+            raise InputError(file, problem, "Download both files again.")
+        tensors |= found
     return Checkpoint(index, tuple(files), tensors)
 
 
-def _shard_of(index: Path) -> dict[str, str]:
-    """Tensor -> the file, beside the index, that holds it."""
+def _read_index(index: Path) -> dict[str, str]:
+    """Return the file name, in the folder of the index, of each tensor."""
     try:
-        shard_of = json.loads(index.read_bytes())["weight_map"]
-        if all(Path(shard).name == shard and shard not in ("", "..") for shard in shard_of.values()):
-            return dict(shard_of)
+        shard_names = json.loads(index.read_bytes())["weight_map"]
+        if all(Path(shard).name == shard and shard not in ("", "..") for shard in shard_names.values()):
+            return dict(shard_names)
     except OSError as error:
         raise _unreadable(index, error) from error
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         pass
-    raise InputError(f"{index}: damaged, or not the index of a checkpoint's shards; download it again")
+    raise InputError(index, "damaged, or not the index of a checkpoint's shards", DOWNLOAD_AGAIN)
 
 
-def _open_file(path: Path, under: str = "") -> dict[str, Tensor]:
-    kind = _kind(path)
-    if kind == "index":
-        raise InputError(f"{path}: an index in place of a checkpoint; download the file itself again")
-    if kind == "safetensors":
-        return _open_safetensors(path)
-    return _open_torch(path, archive=kind == "torch archive", under=under)
+def _open_file(path: Path, state_dict_key: str = "") -> dict[str, Tensor]:
+    match _file_kind(path):
+        case "index":
+            raise InputError(path, "an index in place of a checkpoint", DOWNLOAD_AGAIN)
+        case "safetensors":
+            return _open_safetensors(path)
+        case kind:
+            return open_torch_file(path, kind == "torch archive", state_dict_key)
 
 
 def _unreadable(path: Path, error: OSError) -> InputError:
-    return InputError(f"{path}: cannot be read ({error.strerror or error}); mend that, or download it again")
-
-
-def _cause(error: Exception) -> str:
-    """The first sentence of what an exception says; what it is, where it says nothing."""
-    line = next(iter(str(error).strip().splitlines()), type(error).__name__)
-    return line.split(". ")[0]
+    return InputError(path, f"cannot be read ({error.strerror or error})", "Fix this, or download the file again.")
 
 
 # --- safetensors -----------------------------------------------------------------------------------------------------
@@ -243,149 +228,33 @@ def _open_safetensors(path: Path) -> dict[str, Tensor]:
                 for name, header in headers.items()
             }
     except (SafetensorError, OSError) as error:
-        raise InputError(f"{path}: truncated or damaged ({error}); download it again") from error
+        raise InputError(path, f"truncated or damaged ({error})", DOWNLOAD_AGAIN) from error
     if metadata.get("format") == FORMAT:
         raise InputError(
-            f"{path}: converted already; load_backbone reads it, --to-torch converts it back, and --verify checks it "
-            "as --output"
+            path,
+            "already converted",
+            "Give the released checkpoint; use --to-torch to convert this file back, or --verify --output to check it.",
         )
     return tensors
 
 
 def _read_safetensors(path: Path, name: str) -> np.ndarray:
     try:
-        # opened anew each time: an open file's pages, once read, would stay in memory
+        # Opened for each tensor: the pages of an open file stay in memory once they are read.
         with safe_open(path, framework="numpy") as file:
             array = file.get_tensor(name)
     except (SafetensorError, OSError) as error:
-        raise InputError(f"{path}: {name} cannot be read ({error}); download it again") from error
-    return _finite(path, name, array.astype(np.float32) if array.dtype == ml_dtypes.bfloat16 else array)
+        raise InputError(path, f"{name} cannot be read ({error})", DOWNLOAD_AGAIN) from error
+    return require_finite(path, name, array.astype(np.float32) if array.dtype == ml_dtypes.bfloat16 else array)
 
 
-def _finite(path: Path, name: str, array: np.ndarray) -> np.ndarray:
-    if not np.isfinite(array).all():
-        raise InputError(f"{path}: {name} holds numbers that are not finite (NaN or infinite); download it again")
-    return array
+# --- reading with a progress bar -------------------------------------------------------------------------------------
 
 
-# --- PyTorch ---------------------------------------------------------------------------------------------------------
-
-# What stands beside the weights may be numbers of NumPy's, such as losses; by these names and no others they are read.
-_NUMPY_NUMBERS = [
-    (np._core.multiarray.scalar, "numpy.core.multiarray.scalar"),
-    (np._core.multiarray.scalar, "numpy._core.multiarray.scalar"),
-    np.dtype,
-    *(type(np.dtype(kind)) for kind in ("f8", "f4", "f2", "i8", "i4", "?")),
-    codecs.encode,
-]
-
-RELEASED_ONE = "give the file of weights that was released"
-
-OLDEST_TORCH = (2, 10)  # before it a file can corrupt memory in spite of weights_only=True (CVE-2026-24747)
-INSTALL_TORCH = "pip install 'torch>=2.10'"
-
-
-def require_torch(what: str) -> ModuleType:
-    """The module; nothing else here needs it.
-
-    Args:
-        what: needs it, for the message.
-
-    Raises:
-        InputError: it is not installed, too old, or cannot be imported.
-    """
-    try:
-        import torch
-    except Exception as error:  # its own libraries fail in many ways
-        if isinstance(error, ModuleNotFoundError) and error.name == "torch":
-            raise InputError(f"{what} needs torch, which is not installed: {INSTALL_TORCH}") from error
-        raise InputError(
-            f"{what} needs torch, which is installed but cannot be imported ({_cause(error)}): "
-            f"{INSTALL_TORCH} --force-reinstall"
-        ) from error
-    version = torch.__version__  # such as 2.13.0+cpu
-    if tuple(int(part) for part in re.findall(r"\d+", version)[:2]) < OLDEST_TORCH:
-        raise InputError(f"{what} needs torch, but {version} is too old to read files safely: {INSTALL_TORCH}")
-    return torch
-
-
-def _open_torch(path: Path, archive: bool, under: str) -> dict[str, Tensor]:
-    torch = require_torch(f"{path}: a PyTorch file, and reading it")
-    plain_numbers = torch.serialization.safe_globals(_NUMPY_NUMBERS if under else [])
-    try:
-        with warnings.catch_warnings(action="ignore"), plain_numbers:  # torch warns of old pickles, then refuses them
-            state = torch.load(path, map_location="cpu", weights_only=True, mmap=archive)
-    except pickle.UnpicklingError as error:
-        raise InputError(
-            f"{path}: not a plain file of weights: it is no checkpoint, or loading it would run code from it; "
-            "nothing was run. Download the released weights again; or, if the file is your own, save its state dict "
-            "alone: torch.save(model.state_dict(), 'new.pth')"
-        ) from error
-    except Exception as error:  # torch's unpickler lets many kinds escape on bytes that are no checkpoint
-        cause = _cause(error)
-        quoted = "" if cause.startswith("PytorchStreamReader") else f" ({cause})"  # that is of torch's own parts
-        raise InputError(
-            f"{path}: truncated, damaged or no checkpoint, unless memory or the disk failed{quoted}; download it again"
-        ) from error
-    if under and isinstance(state, Mapping) and isinstance(state.get(under), Mapping):
-        state = state[under]
-    _require_state_dict(path, state, torch.Tensor)
-    return {
-        name: Tensor(tuple(value.shape), _torch_dtype(value), partial(_read_torch, path, name, value))
-        for name, value in state.items()
-    }
-
-
-def _require_state_dict(path: Path, state: object, tensor: type) -> None:
-    if not isinstance(state, Mapping):
-        raise InputError(
-            f"{path}: not a state dict (a mapping of names to tensors) but a {type(state).__name__}; {RELEASED_ONE}"
-        )
-    others = [name for name, value in state.items() if not (isinstance(name, str) and isinstance(value, tensor))]
-    for name in others:
-        value = state[name]
-        if isinstance(value, Mapping) and any(isinstance(part, tensor) for part in value.values()):
-            raise InputError(
-                f"{path}: not a state dict, but something around one, which stands under {name!r}; save that alone: "
-                f"torch.save(torch.load({str(path)!r}, weights_only=True)[{name!r}], 'new.pth')"
-            )
-    if others:
-        raise InputError(
-            f"{path}: not a state dict (a mapping of names to tensors): has {some(map(repr, others))}; {RELEASED_ONE}"
-        )
-
-
-def _torch_dtype(value: torch.Tensor) -> str:
-    plain = str(value.layout) == "torch.strided" and value.device.type == "cpu"
-    return str(value.dtype if plain else value.layout).removeprefix("torch.")
-
-
-def _read_torch(path: Path, name: str, value: torch.Tensor) -> np.ndarray:
-    value = value.detach()
-    return _finite(path, name, (value.float() if _torch_dtype(value) == "bfloat16" else value).numpy())
-
-
-def _require_own_checksums(path: Path) -> None:
-    """PyTorch notes a checksum of each part of its archives, but does not look at it again."""
-    if _kind(path) != "torch archive":
-        return
-    try:
-        with zipfile.ZipFile(path) as archive:
-            written_without = not any(part.CRC for part in archive.infolist())
-            damaged = None if written_without else archive.testzip()
-    except Exception as error:  # zipfile and what unpacks for it let many kinds escape
-        raise InputError(f"{path}: damaged ({_cause(error)}); download it again") from error
-    if damaged:
-        raise InputError(f"{path}: damaged ({damaged} differs from its checksum); download it again")
-
-
-# --- both ------------------------------------------------------------------------------------------------------------
-
-
-def _sha256(path: Path) -> str:
+def _file_sha256(path: Path) -> str:
     digest = hashlib.sha256()
     try:
-        with path.open("rb") as file, progress(f"hashing {path.name}", path.stat().st_size) as bar:
+        with path.open("rb") as file, progress_bar(f"hashing {path.name}", path.stat().st_size) as bar:
             while block := file.read(1 << 22):
                 digest.update(block)
                 bar.update(len(block))
@@ -394,20 +263,6 @@ def _sha256(path: Path) -> str:
     return digest.hexdigest()
 
 
-def progress(what: str, size: int) -> tqdm:
-    """A bar over `size` bytes on a terminal; nothing elsewhere."""
-    return tqdm(
-        desc=what,
-        total=size,
-        leave=False,
-        unit="B",
-        unit_scale=True,
-        unit_divisor=1000,
-        disable=not sys.stderr.isatty(),
-    )
-
-
-def some(names: Iterable[str]) -> str:
-    """The first few of many names."""
-    first = list(names)
-    return ", ".join(first[:3]) + (", …" if len(first) > 3 else "")
+def progress_bar(label: str, size: int) -> tqdm:
+    """Return a progress bar over `size` bytes, which is shown on a terminal only."""
+    return tqdm(desc=label, total=size, leave=False, unit="B", unit_scale=True, disable=None)

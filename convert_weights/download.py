@@ -1,4 +1,4 @@
-"""Released checkpoints from their authors' servers: over HTTPS, resumed where they broke off, checked by sha256."""
+"""Download released checkpoints over HTTPS; an interrupted download is resumed, and every file's sha256 is checked."""
 
 from __future__ import annotations
 
@@ -10,22 +10,21 @@ from pathlib import Path
 from typing import IO, NamedTuple
 from urllib.parse import urlsplit
 
-from convert_weights.checkpoint import progress
+from convert_weights.checkpoint import progress_bar
 from jaxla.cli.files import file_lock, file_sha256, free_bytes
 from jaxla.config import InputError
 
 log = logging.getLogger("jaxla.convert_weights")
 
-TIMEOUT = 60  # seconds without a byte
-
-DINOV3_GATE = (
-    "DINOv3 comes under Meta's own licence and is never downloaded from here: accept it at https://ai.meta.com/dinov3/ "
-    "or on the model's Hugging Face page, download the file there and pass it as --source"
-)
+TIMEOUT_SECONDS = 60  # without receiving a byte
 
 
 class Release(NamedTuple):
-    """A file, and what its sha256 begins with."""
+    """A released file.
+
+    Attributes:
+        sha256: the first digits of its hash, or all of them.
+    """
 
     url: str
     sha256: str
@@ -34,9 +33,9 @@ class Release(NamedTuple):
 _DINOV2 = "https://dl.fbaipublicfiles.com/dinov2"
 _TORCHVISION = "https://download.pytorch.org/models"
 
-# Meta publishes no sha256 of its files; these are the ones that independent projects pin and that copies on the Hugging
-# Face hub have (each was found in three places or more, finegrain-ai/refiners' conversion script among them).
-# torchvision puts the first digits of a file's sha256 into its name; these are the weights IMAGENET1K_V1.
+# Meta does not publish hashes of its files. These are the ones that independent projects pin and that copies on the
+# Hugging Face hub have; each was found in at least three places, including the conversion script of
+# finegrain-ai/refiners. torchvision's file names contain the first digits of the sha256; the weights are IMAGENET1K_V1.
 RELEASES = {
     "dinov2_vits14": Release(
         f"{_DINOV2}/dinov2_vits14/dinov2_vits14_pretrain.pth",
@@ -77,75 +76,85 @@ RELEASES = {
 
 
 def download(release: Release, folder: Path) -> Path:
-    """The released file, under its own name in `folder`: fetched, or as it lies there already.
+    """Download a released file into `folder`, unless it is there already, and return its path.
 
-    When a transfer breaks off, what has come is kept, and the next call goes on from there. Of several processes that
-    want the same file one fetches it, and the others wait.
+    The received part of an interrupted download is kept; the next call resumes it. If several processes request the
+    same file, one downloads it and the others wait.
 
     Raises:
-        InputError: the server cannot be reached, refuses or does not say how long the file is, the transfer broke off,
-            the folder cannot be read or written, there is no room, or the file is not the one that was released.
+        InputError: the server cannot be reached, refuses, or does not announce the file's length; the connection broke
+            off; the folder cannot be read or written; the disk is full; or the file is not the released one.
     """
     path = folder / release.url.rpartition("/")[2]
     try:
         if not path.exists():
             folder.mkdir(parents=True, exist_ok=True)
             lock = path.with_name(f"{path.name}.lock")
-            with file_lock(lock, f"{path}: another process is fetching it"):
-                if fetched := not path.exists():  # nor has another process fetched it by now
-                    log.info("fetching %s into %s", release.url, folder)
-                    _fetch(release, path)
-                # never before the file is there, or one that waits for it and one that makes a new one both fetch
+            with file_lock(lock, f"{path}: another process is downloading it"):
+                if is_new := not path.exists():  # another process may have downloaded it in the meantime
+                    log.info("downloading %s into %s", release.url, folder)
+                    _download_new(release, path)
+                # Not before the file exists: a process that waits for the old lock and one that creates a new lock
+                # would both download it.
                 lock.unlink(missing_ok=True)
-            if fetched:
+            if is_new:
                 return path
-        log.info("%s: is there already", path)
-        if not _is_released(path, release):
-            raise InputError(f"{path}: not the released file, whose sha256 begins with {release.sha256[:8]}; remove it")
+        log.info("%s: already downloaded", path)
+        if not _matches(path, release):
+            raise InputError(
+                path,
+                f"not the released file, whose sha256 begins with {release.sha256[:8]}",
+                "Move the file away and run the command again.",
+            )
     except (OSError, http.client.HTTPException) as error:
         reason = getattr(error, "reason", None) or error
         raise InputError(
-            f"{release.url}: cannot be fetched ({reason}); run the command again to go on, or fetch the file elsewhere "
-            f"and put it at {path} for the same command to find"
+            release.url,
+            f"cannot be downloaded ({reason})",
+            f"Run the command again to resume, or download the file elsewhere, put it at {path}, and run the same "
+            "command.",
         ) from error
     return path
 
 
-def _fetch(release: Release, path: Path) -> None:
+def _download_new(release: Release, path: Path) -> None:
     part = path.with_name(f"{path.name}.part")
     _append_missing(release.url, part)
-    if not _is_released(part, release):
+    if not _matches(part, release):
         part.unlink()
         raise InputError(
-            f"{release.url}: what came is not the released file, whose sha256 begins with {release.sha256[:8]}; it was "
-            "removed; run the command again"
+            release.url,
+            f"the server sent a file that is not the released one, whose sha256 begins with {release.sha256[:8]}; "
+            "it was removed",
+            "Run the command again.",
         )
     part.replace(path)
 
 
 def _append_missing(url: str, part: Path) -> None:
-    have = part.stat().st_size if part.exists() else 0
-    request = urllib.request.Request(url, headers={"Range": f"bytes={have}-"} if have else {})
+    received = part.stat().st_size if part.exists() else 0
+    request = urllib.request.Request(url, headers={"Range": f"bytes={received}-"} if received else {})
     try:
-        response = urllib.request.build_opener(StaySecure).open(request, timeout=TIMEOUT)
+        response = urllib.request.build_opener(RefuseInsecureRedirects).open(request, timeout=TIMEOUT_SECONDS)
     except urllib.error.HTTPError as error:
-        if error.code == 416 and have:
-            return  # nothing is missing
+        if error.code == 416 and received:
+            return  # the part is already complete
         raise
     with response:
-        missing = response.length  # as announced; None where that is no number, or stands nowhere
-        if missing is None:  # a transfer that breaks off would look complete, and the part be removed for its sha256
-            raise OSError("the server does not say how long the file is")
-        resumed = response.status == 206
-        if resumed and response.headers["Content-Range"] != f"bytes {have}-{have + missing - 1}/{have + missing}":
-            raise OSError("the server sends another part of the file than the one that is missing")
-        if have and not resumed:
-            log.info("%s: the server cannot go on where the transfer broke off, and sends all of it again", part)
-            have = 0
+        missing = response.length  # as announced; None if the announcement is absent or not a number
+        if missing is None:  # otherwise an interrupted download would look complete, and fail its sha256
+            raise OSError("the server does not announce the length of the file")
+        is_resumed = response.status == 206
+        expected_range = f"bytes {received}-{received + missing - 1}/{received + missing}"
+        if is_resumed and response.headers["Content-Range"] != expected_range:
+            raise OSError("the server sends a different part of the file than the missing one")
+        if received and not is_resumed:
+            log.info("%s: the server cannot resume a download; it sends the file from the beginning", part)
+            received = 0
         if missing > free_bytes(part):
             raise OSError(f"{missing / 1e9:.1f} GB are missing, more than is free in {part.parent}")
-        with part.open("ab" if resumed else "wb") as file, progress(part.stem, have + missing) as bar:
-            bar.update(have)
+        with part.open("ab" if is_resumed else "wb") as file, progress_bar(part.stem, received + missing) as bar:
+            bar.update(received)
             while block := response.read(1 << 20):
                 file.write(block)
                 bar.update(len(block))
@@ -154,8 +163,8 @@ def _append_missing(url: str, part: Path) -> None:
         raise OSError(f"the connection broke off {missing / 1e6:.1f} MB before the end")
 
 
-class StaySecure(urllib.request.HTTPRedirectHandler):
-    """Follows a redirection, but never from HTTPS to anything else."""
+class RefuseInsecureRedirects(urllib.request.HTTPRedirectHandler):
+    """Follow redirects, except from HTTPS to another protocol."""
 
     def redirect_request(
         self,
@@ -171,5 +180,5 @@ class StaySecure(urllib.request.HTTPRedirectHandler):
         return super().redirect_request(req, fp, code, msg, headers, newurl)
 
 
-def _is_released(path: Path, release: Release) -> bool:
+def _matches(path: Path, release: Release) -> bool:
     return file_sha256(path).startswith(release.sha256)

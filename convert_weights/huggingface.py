@@ -1,8 +1,8 @@
-"""Hugging Face's checkpoints of DINOv2, with and without registers, and of DINOv3, seen as their authors' ones.
+"""Translate Hugging Face's checkpoints of DINOv2, with and without registers, and DINOv3 into their authors' layout.
 
 Reference code: transformers 4.56 to 5.23, `models/dinov2`, `models/dinov2_with_registers` and `models/dinov3_vit`. The
-names here are those of the files on the hub, which version 5 still writes; version 5's names in memory, and names under
-a prefix that says which model they belong to, are read as well.
+tables use the names in the files on the hub, which version 5 still writes. Version 5's names in memory, and names with
+a model prefix, are read too.
 """
 
 from __future__ import annotations
@@ -14,10 +14,10 @@ from typing import NamedTuple
 
 import numpy as np
 
-from convert_weights.checkpoint import Tensor
 from convert_weights.layout import Row
+from convert_weights.tensors import Tensor
 
-# The authors' module or tensor: Hugging Face's that make it up, in this order. N is the number of a block.
+# The authors' module or tensor -> the Hugging Face ones to concatenate, in this order. N is the index of a block.
 _DINOV2 = {
     "cls_token": ["embeddings.cls_token"],
     "pos_embed": ["embeddings.position_embeddings"],
@@ -36,7 +36,7 @@ _DINOV2 = {
     "blocks.N.ls2.gamma": ["encoder.layer.N.layer_scale2.lambda1"],
     "norm": ["layernorm"],
 }
-_DINOV2_IN_TWO = _DINOV2 | {"blocks.N.mlp.w12": ["encoder.layer.N.mlp.gate_proj", "encoder.layer.N.mlp.up_proj"]}
+_DINOV2_SPLIT_GATE = _DINOV2 | {"blocks.N.mlp.w12": ["encoder.layer.N.mlp.gate_proj", "encoder.layer.N.mlp.up_proj"]}
 _DINOV3 = {
     "cls_token": ["embeddings.cls_token"],
     "storage_tokens": ["embeddings.register_tokens"],
@@ -44,7 +44,7 @@ _DINOV3 = {
     "patch_embed.proj": ["embeddings.patch_embeddings"],
     "blocks.N.norm1": ["layer.N.norm1"],
     "blocks.N.attn.qkv": ["layer.N.attention.q_proj", "layer.N.attention.k_proj", "layer.N.attention.v_proj"],
-    # a tensor's own name goes before its module's: the keys have no bias there
+    # A tensor's entry overrides its module's: Hugging Face's keys have no bias.
     "blocks.N.attn.qkv.bias": ["layer.N.attention.q_proj.bias", None, "layer.N.attention.v_proj.bias"],  # None: zeros
     "blocks.N.attn.proj": ["layer.N.attention.o_proj"],
     "blocks.N.ls1.gamma": ["layer.N.layer_scale1.lambda1"],
@@ -57,7 +57,7 @@ _DINOV3 = {
     "blocks.N.ls2.gamma": ["layer.N.layer_scale2.lambda1"],
     "norm": ["norm"],
 }
-# Hugging Face keeps no rotary periods and no mask of the bias: its code computes the one and leaves out the other.
+# Hugging Face's files lack the rotary periods, which its code computes, and the bias mask, which it does not use.
 _COMPUTED = {
     "rope_embed.periods": lambda quarter: (100.0 ** (np.arange(quarter) / quarter)).astype(np.float32),
     "blocks.N.attn.qkv.bias_mask": lambda width: np.repeat(np.array([1, 0, 1], np.float32), width // 3),
@@ -66,7 +66,7 @@ _COMPUTED = {
 # --- names -----------------------------------------------------------------------------------------------------------
 
 _PREFIX = re.compile(r"^((dinov2|dinov2_with_registers|dinov3_vit|model)\.)+(?=embeddings\.|encoder\.|layer|norm\.)")
-_IN_MEMORY = {  # within DINOv2's blocks, in version 5: on the hub
+_MEMORY_TO_HUB = {  # modules of DINOv2's blocks: version 5's name in memory -> name on the hub
     "attention.q_proj": "attention.attention.query",
     "attention.k_proj": "attention.attention.key",
     "attention.v_proj": "attention.attention.value",
@@ -76,11 +76,11 @@ _IN_MEMORY = {  # within DINOv2's blocks, in version 5: on the hub
 
 
 def hub_name(name: str) -> str:
-    """A tensor's name as it is on the hub; one that is not Hugging Face's stays as it is."""
+    """Return a tensor's name on the hub; names that are not Hugging Face's are returned unchanged."""
     name = _PREFIX.sub("", name)
     if match := re.fullmatch(r"(encoder\.layer\.\d+)\.(\w+\.\w+)\.(weight|bias)", name):
         block, module, kind = match.groups()
-        return f"{block}.{_IN_MEMORY.get(module, module)}.{kind}"
+        return f"{block}.{_MEMORY_TO_HUB.get(module, module)}.{kind}"
     return name
 
 
@@ -88,7 +88,12 @@ def hub_name(name: str) -> str:
 
 
 class _Recipe(NamedTuple):
-    """One of the authors' tensors, and the hub names of what makes it up: None for zeros, nothing if it is computed."""
+    """How one of the authors' tensors is made.
+
+    Attributes:
+        parts: the hub names of the tensors to concatenate; None stands for zeros. Empty if the tensor is computed.
+        part_shape: the shape of each part.
+    """
 
     row: Row
     parts: list[str | None]
@@ -96,11 +101,11 @@ class _Recipe(NamedTuple):
 
 
 def hub_shapes(rows: Sequence[Row], names: Collection[str]) -> dict[str, tuple[tuple[int, ...], bool]]:
-    """What Hugging Face's checkpoint of an architecture holds: hub name -> shape, and whether it may be lacking.
+    """Return the shape of each tensor in an architecture's Hugging Face checkpoint, and whether it is optional.
 
     Args:
         rows: the authors' tensors.
-        names: the hub names that the file at hand holds, for there are two ways to keep a gated layer.
+        names: the hub names in the checkpoint, which tell how it stores a gated layer.
     """
     return {
         part: (recipe.part_shape, recipe.row.optional)
@@ -110,16 +115,16 @@ def hub_shapes(rows: Sequence[Row], names: Collection[str]) -> dict[str, tuple[t
     }
 
 
-def as_authors(rows: Sequence[Row], tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The authors' tensors, each put together when it is read.
+def to_authors(rows: Sequence[Row], tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return the authors' tensors, each assembled when it is read.
 
     Args:
-        tensors: Hugging Face's, by hub name; all that `hub_shapes` expects.
+        tensors: Hugging Face's tensors by hub name: every one that `hub_shapes` requires.
     """
     return {
         recipe.row.theirs: Tensor(recipe.row.shape, "float32", partial(_read, recipe, tensors))
         for recipe in _recipes(rows, tensors)
-        if all(part is None or part in tensors for part in recipe.parts)  # else an optional one
+        if all(part is None or part in tensors for part in recipe.parts)  # skips missing optional tensors
     }
 
 
@@ -127,31 +132,31 @@ def _recipes(rows: Sequence[Row], names: Collection[str]) -> Iterator[_Recipe]:
     if any(row.theirs == "rope_embed.periods" for row in rows):
         table = _DINOV3
     else:
-        table = _DINOV2_IN_TWO if any(".mlp.gate_proj." in name for name in names) else _DINOV2
+        table = _DINOV2_SPLIT_GATE if any(".mlp.gate_proj." in name for name in names) else _DINOV2
     for row in {row.theirs: row for row in rows}.values():
-        name, block = _split(row.theirs)
+        name, block = _split_block(row.theirs)
         module, _, kind = name.rpartition(".")
         if name in _COMPUTED:
             yield _Recipe(row, [], ())
             continue
         parts = table.get(name) or [f"{part}.{kind}" for part in table.get(module, [])]
         if not parts:
-            continue  # of pretraining alone, which Hugging Face leaves out
+            continue  # used in pretraining only; Hugging Face does not save it
         shape = (row.shape[0] // len(parts), *row.shape[1:])
         if table is _DINOV3 and name == "mask_token":
             shape = (1, *shape)
         yield _Recipe(row, [part and part.replace(".N.", f".{block}.") for part in parts], shape)
 
 
-def _split(theirs: str) -> tuple[str, str]:
-    """`blocks.7.norm1.weight` -> `blocks.N.norm1.weight`, `7`."""
+def _split_block(theirs: str) -> tuple[str, str]:
+    """Split `blocks.7.norm1.weight` into `blocks.N.norm1.weight` and `7`."""
     match = re.match(r"blocks\.(\d+)\.(.*)", theirs)
     return (f"blocks.N.{match[2]}", match[1]) if match else (theirs, "")
 
 
 def _read(recipe: _Recipe, tensors: Mapping[str, Tensor]) -> np.ndarray:
     if not recipe.parts:
-        return _COMPUTED[_split(recipe.row.theirs)[0]](recipe.row.shape[0])
+        return _COMPUTED[_split_block(recipe.row.theirs)[0]](recipe.row.shape[0])
     arrays = [
         np.zeros(recipe.part_shape, np.float32) if part is None else tensors[part].read() for part in recipe.parts
     ]

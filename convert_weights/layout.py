@@ -1,4 +1,4 @@
-"""Where each of the authors' tensors stands among this package's parameters: rows of a table, read both ways."""
+"""Map each tensor of the authors to this package's parameters: rows of a table, used in both directions."""
 
 from __future__ import annotations
 
@@ -10,48 +10,48 @@ from typing import NamedTuple
 
 import numpy as np
 
-from convert_weights.checkpoint import Tensor
-from jaxla.models.weights_format import UNUSED, Streamed
+from convert_weights.tensors import Tensor
+from jaxla.models.weights_format import UNUSED_PREFIX, StreamedArray
 
 Index = EllipsisType | tuple
 
 
 class Row(NamedTuple):
-    """One of the authors' tensors, or a part of one, and the place of its numbers among ours.
+    """One tensor of the authors, or a part of it, and the parameter that holds its values here.
 
     Attributes:
         theirs: name of the authors' tensor.
         shape: its shape.
         ours: name of our parameter.
-        axes: the order in which our place runs through the axes of their part; empty is their own order.
-        part: of their tensor.
-        place: in our parameter, or in one block of it.
-        block: which block of a parameter that stacks all blocks along its first axis; None where it stacks none.
-        dtypes: in which their tensor may come.
-        optional: whether a checkpoint may lack it, with all others of its group (`accounting`).
-        copy_of: name of the tensor that is saved here once more; its numbers must be equal.
+        axes: the permutation of the authors' axes that gives ours; empty keeps their order.
+        theirs_index: the part of the authors' tensor.
+        ours_index: where it goes in our parameter, or in one block of it.
+        block: which block of a parameter that stacks all blocks along its first axis; None if it stacks none.
+        dtypes: those that the authors' tensor may have.
+        optional: whether a checkpoint may lack it together with the other tensors of its group (see `accounting`).
+        copy_of: name of the tensor that the checkpoint saves here again; both must be equal.
     """
 
     theirs: str
     shape: tuple[int, ...]
     ours: str
     axes: tuple[int, ...] = ()
-    part: Index = ...
-    place: Index = ...
+    theirs_index: Index = ...
+    ours_index: Index = ...
     block: int | None = None
     dtypes: tuple[str, ...] = ("float32",)
     optional: bool = False
     copy_of: str = ""
 
 
-# --- rows that families share ----------------------------------------------------------------------------------------
+# --- rows of common layers -------------------------------------------------------------------------------------------
 
 
-def linear(theirs: str, ours: str, inputs: int, outputs: int, place: Index = ...) -> list[Row]:
-    """PyTorch's kernel is [out, in], Flax's [in, out]."""
+def linear(theirs: str, ours: str, inputs: int, outputs: int, ours_index: Index = ...) -> list[Row]:
+    """Return the rows of a linear layer; PyTorch's kernel is [out, in], Flax's [in, out]."""
     return [
-        Row(f"{theirs}.weight", (outputs, inputs), f"{ours}.kernel", (1, 0), place=place),
-        Row(f"{theirs}.bias", (outputs,), f"{ours}.bias", place=place),
+        Row(f"{theirs}.weight", (outputs, inputs), f"{ours}.kernel", (1, 0), ours_index=ours_index),
+        Row(f"{theirs}.bias", (outputs,), f"{ours}.bias", ours_index=ours_index),
     ]
 
 
@@ -59,26 +59,30 @@ def norm(theirs: str, ours: str, width: int) -> list[Row]:
     return [Row(f"{theirs}.weight", (width,), f"{ours}.scale"), Row(f"{theirs}.bias", (width,), f"{ours}.bias")]
 
 
-def convolution(theirs: str, ours: str, inputs: int, outputs: int, side: int) -> list[Row]:
-    """PyTorch's kernel is [out, in, height, width], Flax's [height, width, in, out]."""
-    return [Row(f"{theirs}.weight", (outputs, inputs, side, side), f"{ours}.kernel", (2, 3, 1, 0))]
+def convolution(
+    theirs: str, ours: str, inputs: int, outputs: int, kernel: Sequence[int], *, bias: bool = False
+) -> list[Row]:
+    """Return the rows of a convolution; PyTorch's kernel is [out, in, *size], Flax's [*size, in, out]."""
+    axes = (*range(2, 2 + len(kernel)), 1, 0)
+    rows = [Row(f"{theirs}.weight", (outputs, inputs, *kernel), f"{ours}.kernel", axes)]
+    return [*rows, Row(f"{theirs}.bias", (outputs,), f"{ours}.bias")] if bias else rows
 
 
 def batch_norm(theirs: str, ours: str, width: int) -> list[Row]:
     names = {"weight": "scale", "bias": "bias", "running_mean": "mean", "running_var": "var"}
     return [
-        *(Row(f"{theirs}.{name}", (width,), f"{ours}.{here}") for name, here in names.items()),
+        *(Row(f"{theirs}.{torch_name}", (width,), f"{ours}.{flax_name}") for torch_name, flax_name in names.items()),
         unused(f"{theirs}.num_batches_tracked", (), "int64"),
     ]
 
 
 def unused(theirs: str, shape: tuple[int, ...], dtype: str = "float32") -> Row:
-    """A tensor that no forward pass here reads: kept as it is, where the checkpoint has it."""
-    return Row(theirs, shape, f"{UNUSED}{theirs}", dtypes=(dtype,), optional=True)
+    """Return the row of a tensor that no forward pass here uses: it is kept unchanged if the checkpoint has it."""
+    return Row(theirs, shape, f"{UNUSED_PREFIX}{theirs}", dtypes=(dtype,), optional=True)
 
 
 def stacked(rows: Sequence[Row], depth: int) -> list[Row]:
-    """The rows of one block -> those of all blocks."""
+    """Return the rows of all blocks, given those of one block."""
     return [
         row._replace(theirs=f"blocks.{i}.{row.theirs}", ours=f"blocks.{row.ours}", block=i)
         for i in range(depth)
@@ -91,59 +95,59 @@ def stacked(rows: Sequence[Row], depth: int) -> list[Row]:
 
 def to_ours(
     rows: Sequence[Row], tensors: Mapping[str, Tensor], shapes: Mapping[str, tuple[int, ...]]
-) -> dict[str, Streamed]:
-    """The authors' tensors as our parameters, read one block of one parameter at a time.
+) -> dict[str, StreamedArray]:
+    """Return our parameters, which read the authors' tensors one block of one parameter at a time.
 
     Args:
-        tensors: every one of the rows' but optional ones.
-        shapes: of our parameters, those that are unused apart.
+        tensors: one for every row; those of optional rows may be missing.
+        shapes: the shape of each of our parameters that is not unused.
     """
-    made: dict[str, list[Row]] = {}
+    rows_by_parameter: dict[str, list[Row]] = {}
     for row in rows:
         if row.theirs in tensors and not row.copy_of:
-            made.setdefault(row.ours, []).append(row)
+            rows_by_parameter.setdefault(row.ours, []).append(row)
     streams = {}
-    for name, of_name in made.items():
-        shape = shapes.get(name, of_name[0].shape)
-        dtype = _dtype_here(of_name[0])
-        streams[name] = Streamed(shape, dtype, partial(_chunks, of_name, tensors, shape, dtype))
+    for name, parameter_rows in rows_by_parameter.items():
+        shape = shapes.get(name, parameter_rows[0].shape)
+        dtype = _saved_dtype(parameter_rows[0])
+        streams[name] = StreamedArray(shape, dtype, partial(_chunks, parameter_rows, tensors, shape, dtype))
     return streams
 
 
 def _chunks(
     rows: Sequence[Row], tensors: Mapping[str, Tensor], shape: tuple[int, ...], dtype: np.dtype
 ) -> Iterator[np.ndarray]:
-    for block, of_block in groupby(rows, key=lambda row: row.block):
+    for block, block_rows in groupby(rows, key=lambda row: row.block):
         chunk = np.empty(shape if block is None else shape[1:], dtype)
-        for row in of_block:
-            part = tensors[row.theirs].read()[row.part]
-            turned = part.transpose(row.axes) if row.axes else part
-            chunk[row.place] = turned.reshape(chunk[row.place].shape)
+        for row in block_rows:
+            values = tensors[row.theirs].read()[row.theirs_index]
+            values = values.transpose(row.axes) if row.axes else values
+            chunk[row.ours_index] = values.reshape(chunk[row.ours_index].shape)
         yield chunk
 
 
 def to_theirs(
-    rows: Sequence[Row], held: Collection[str], read: Callable[[str, int | None], np.ndarray]
+    rows: Sequence[Row], names: Collection[str], read: Callable[[str, int | None], np.ndarray]
 ) -> Iterator[tuple[str, np.ndarray]]:
-    """Our parameters as the authors' tensors, in the authors' order, one at a time.
+    """Yield the authors' tensors in the authors' order, one at a time.
 
     Args:
-        held: the names of our parameters.
-        read: one of them, or one block of it.
+        names: the names of our parameters.
+        read: returns the parameter of a name, or one block of it.
     """
-    for theirs, of_tensor in groupby(rows, key=lambda row: row.theirs):
-        of_tensor = list(of_tensor)
-        if of_tensor[0].ours not in held:
-            continue  # an optional one, which the checkpoint lacked
-        tensor = np.empty(of_tensor[0].shape, _dtype_here(of_tensor[0]))
-        for row in of_tensor:
-            place = read(row.ours, row.block)[row.place]
+    for theirs, tensor_rows in groupby(rows, key=lambda row: row.theirs):
+        tensor_rows = list(tensor_rows)
+        if tensor_rows[0].ours not in names:
+            continue  # an optional tensor that the checkpoint lacked
+        tensor = np.empty(tensor_rows[0].shape, _saved_dtype(tensor_rows[0]))
+        for row in tensor_rows:
+            values = read(row.ours, row.block)[row.ours_index]
+            shape = tensor[row.theirs_index].shape
             if row.axes:
-                sides = tensor[row.part].shape
-                place = place.reshape([sides[axis] for axis in row.axes]).transpose(np.argsort(row.axes))
-            tensor[row.part] = place.reshape(tensor[row.part].shape)
+                values = values.reshape([shape[axis] for axis in row.axes]).transpose(np.argsort(row.axes))
+            tensor[row.theirs_index] = values.reshape(shape)
         yield theirs, tensor
 
 
-def _dtype_here(row: Row) -> np.dtype:
-    return np.dtype("int64" if row.dtypes == ("int64",) else "float32")  # bfloat16 comes as float32
+def _saved_dtype(row: Row) -> np.dtype:
+    return np.dtype("int64" if row.dtypes == ("int64",) else "float32")  # bfloat16 is saved as float32

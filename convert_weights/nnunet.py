@@ -1,7 +1,7 @@
-"""nnU-Net's state dicts: their tensors in PyTorch's order, and where each stands among our parameters.
+"""Map the tensors of nnU-Net's state dicts, in PyTorch's order, to our parameters.
 
-Reference code: dynamic_network_architectures 0.4.4, `PlainConvUNet`. A module that stands under several names is saved
-under each of them: a layer again in `all_modules`, the encoder again in the decoder.
+Reference code: dynamic_network_architectures 0.4.4, `PlainConvUNet`. PyTorch saves a module once for each of its names:
+each layer again in `all_modules`, the encoder again in the decoder.
 """
 
 from __future__ import annotations
@@ -9,20 +9,20 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
-from convert_weights.checkpoint import Tensor
-from convert_weights.layout import Row
+from convert_weights.layout import Row, convolution, norm
+from convert_weights.tensors import Tensor
 from jaxla.config import InputError
 from jaxla.nnunet.plan import Configuration
 
-STATE = "network_weights"  # under which it stands in nnU-Net's checkpoints
-LAST_LOGITS = "decoder.seg_layers.0.weight"  # whose first axis is the number of classes
+STATE_DICT_KEY = "network_weights"  # in nnU-Net's checkpoints
+LOGITS_WEIGHT = "decoder.seg_layers.0.weight"  # its first axis is the number of classes
 
 
-def nnunet_rows(c: Configuration, heads: int) -> list[Row]:
-    """The rows of a network of one image channel.
+def nnunet_rows(c: Configuration, outputs: int) -> list[Row]:
+    """Return the rows of a network with one image channel.
 
     Args:
-        heads: channels of the logits, background among them.
+        outputs: channels of the logits, including background.
     """
     down, inputs = [], 1
     for stage, (features, kernel) in enumerate(zip(c.features_per_stage, c.kernel_sizes, strict=True)):
@@ -39,44 +39,39 @@ def nnunet_rows(c: Configuration, heads: int) -> list[Row]:
             join += _unit(unit, f"join.{i}.{j}", inputs, features, c.kernel_sizes[level])
             inputs = features
         strides = c.strides[level + 1]
-        axes = (0, *range(2, 2 + len(strides)), 1)  # PyTorch's kernel is [in, out, …], ours [in, …, out]
+        axes = (0, *range(2, 2 + len(strides)), 1)  # PyTorch's kernel is [in, out, *size], ours [in, *size, out]
         up.append(Row(f"decoder.transpconvs.{i}.weight", (below, features, *strides), f"up.{i}.kernel", axes))
         up.append(Row(f"decoder.transpconvs.{i}.bias", (features,), f"up.{i}.bias"))
-        logits += _convolution(f"decoder.seg_layers.{i}", f"logits.{i}", features, heads, (1,) * len(strides))
+        ones = (1,) * len(strides)
+        logits += convolution(f"decoder.seg_layers.{i}", f"logits.{i}", features, outputs, ones, bias=True)
     return [*down, *decoder, *join, *up, *logits]
 
 
-def heads_of(tensors: Mapping[str, Tensor], path: Path) -> int:
-    """How many channels the logits have.
+def read_output_count(tensors: Mapping[str, Tensor], path: Path) -> int:
+    """Return the number of channels of the logits.
 
     Raises:
-        InputError: the checkpoint holds no such layer, or it was trained on regions.
+        InputError: the checkpoint lacks that layer, or the network was trained on regions.
     """
-    if LAST_LOGITS not in tensors or not tensors[LAST_LOGITS].shape:
-        raise InputError(f"{path}: not nnunet: it has no {LAST_LOGITS}; give nnU-Net's checkpoint_final.pth")
-    if (heads := tensors[LAST_LOGITS].shape[0]) < 2:
-        raise InputError(f"{path}: has one output, of regions; this package reads networks of labels, with background")
-    return heads
+    if LOGITS_WEIGHT not in tensors or not tensors[LOGITS_WEIGHT].shape:
+        raise InputError(path, f"not a checkpoint of nnU-Net: {LOGITS_WEIGHT} is missing", "Give checkpoint_final.pth.")
+    if (outputs := tensors[LOGITS_WEIGHT].shape[0]) < 2:
+        raise InputError(
+            path, "has a single output, so it was trained on regions", "Use a network trained on labels and background."
+        )
+    return outputs
 
 
 def _unit(theirs: str, ours: str, inputs: int, outputs: int, kernel: Sequence[int]) -> Iterator[Row]:
-    convolution = _convolution(f"{theirs}.conv", f"{ours}.convolution", inputs, outputs, kernel)
-    names = {"weight": "scale", "bias": "bias"}
-    norm = [Row(f"{theirs}.norm.{name}", (outputs,), f"{ours}.norm.{here}") for name, here in names.items()]
-    yield from (*convolution, *norm)
-    for i, rows in enumerate((convolution, norm)):
+    layers = (
+        convolution(f"{theirs}.conv", f"{ours}.convolution", inputs, outputs, kernel, bias=True),
+        norm(f"{theirs}.norm", f"{ours}.norm", outputs),
+    )
+    yield from (*layers[0], *layers[1])
+    for i, rows in enumerate(layers):
         for row in rows:
-            name = row.theirs.rpartition(".")[2]
-            yield _copy(row, f"{theirs}.all_modules.{i}.{name}")
+            yield _copy(row, f"{theirs}.all_modules.{i}.{row.theirs.rpartition('.')[2]}")
 
 
 def _copy(row: Row, theirs: str) -> Row:
     return row._replace(theirs=theirs, optional=True, copy_of=row.copy_of or row.theirs)
-
-
-def _convolution(theirs: str, ours: str, inputs: int, outputs: int, kernel: Sequence[int]) -> list[Row]:
-    axes = (*range(2, 2 + len(kernel)), 1, 0)  # PyTorch's kernel is [out, in, …], Flax's […, in, out]
-    return [
-        Row(f"{theirs}.weight", (outputs, inputs, *kernel), f"{ours}.kernel", axes),
-        Row(f"{theirs}.bias", (outputs,), f"{ours}.bias"),
-    ]

@@ -1,4 +1,4 @@
-"""A converted file back into its authors' format: the state dict that their own code loads, to the bit."""
+"""Convert a file back into its authors' state dict, bit for bit."""
 
 from __future__ import annotations
 
@@ -8,47 +8,48 @@ from pathlib import Path
 import numpy as np
 from safetensors import safe_open
 
-from convert_weights.architectures import of_file
-from convert_weights.checkpoint import require_other, require_torch
+from convert_weights.architectures import converted_architecture
+from convert_weights.checkpoint import require_not_source
 from convert_weights.layout import to_theirs
+from convert_weights.torch_file import require_torch
 from jaxla.config import InputError
 from jaxla.models.weights import require_parameters
-from jaxla.models.weights_format import read_metadata, require_room, require_undamaged, writing
+from jaxla.models.weights_format import open_atomically, read_metadata, require_free_space, require_undamaged
 
 
 def to_pytorch(source: Path, output: Path) -> int:
-    """Write a converted file's parameters as a `.pth`; holds all of them in memory. -> How many tensors there are.
+    """Write a converted file's parameters as a `.pth` and return the number of tensors; holds all of them in memory.
 
     Raises:
-        InputError: torch is not installed, the source is damaged or lacks parameters, or the output is the source or
-            cannot be written.
+        InputError: torch is not installed; the source is damaged or incomplete; the output is the source or cannot be
+            written.
     """
-    torch = require_torch("option --to-torch")
+    torch = require_torch("--to-torch")
     metadata = read_metadata(source)
     arch = metadata["arch"]
-    architecture = of_file(source, metadata)
+    architecture = converted_architecture(source, metadata)
     if architecture is None:
-        raise InputError(f"{source}: holds {arch}, of which no weights were released: its authors' format is unknown")
+        raise InputError(source, f"contains {arch}, which was never released in a PyTorch format")
     require_parameters(source, arch, architecture.shapes)
-    require_other(output, [source])
-    require_room(output, source.stat().st_size)
+    require_not_source(output, [source])
+    require_free_space(output, source.stat().st_size)
     require_undamaged(source)
     with safe_open(source, framework="numpy") as file:
-        held = set(file.keys())
+        names = set(file.keys())
 
     def read(name: str, block: int | None) -> np.ndarray:
-        # opened anew each time: an open file's pages, once read, would stay in memory
+        # Opened for each tensor: the pages of an open file stay in memory once they are read.
         with safe_open(source, framework="numpy") as file:
             return file.get_tensor(name) if block is None else file.get_slice(name)[block]
 
-    rounded = metadata.get("bfloat16", "").split()
+    bfloat16_names = metadata.get("bfloat16", "").split()
     state = OrderedDict()
-    for name, array in to_theirs(architecture.rows, held, read):
+    for name, array in to_theirs(architecture.rows, names, read):
         tensor = torch.from_numpy(array)
-        state[name] = tensor.bfloat16() if name in rounded else tensor
-    with writing(output) as file:
+        state[name] = tensor.bfloat16() if name in bfloat16_names else tensor
+    with open_atomically(output) as file:
         try:
             torch.save(state, file)
-        except RuntimeError as error:  # torch, closing its archive after a fault of the disk, fails once more
+        except RuntimeError as error:  # after a disk error torch raises this when it closes its archive
             raise error.__context__ if isinstance(error.__context__, OSError) else error  # noqa: B904
     return len(state)

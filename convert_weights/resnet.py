@@ -1,4 +1,4 @@
-"""torchvision's ResNet checkpoints: their tensors in torchvision's order, and where each stands among our parameters.
+"""Map the tensors of torchvision's ResNet checkpoints, in torchvision's order, to our parameters.
 
 Reference code: torchvision 0.29, `models/resnet.py`.
 """
@@ -8,11 +8,11 @@ from __future__ import annotations
 from convert_weights.layout import Row, batch_norm, convolution, unused
 from jaxla.models.backbones.resnet import EXPANSION, WIDTH, Variant
 
-CLASSES = 1000  # of ImageNet, in the classifier that the encoder leaves out
+IMAGENET_CLASSES = 1000  # outputs of the classifier, which the encoder does not use
 
 
 def resnet_rows(variant: Variant) -> list[Row]:
-    rows = [*convolution("conv1", "conv1", 3, WIDTH, 7), *batch_norm("bn1", "bn1", WIDTH)]
+    rows = [*convolution("conv1", "conv1", 3, WIDTH, (7, 7)), *batch_norm("bn1", "bn1", WIDTH)]
     width = WIDTH
     for i, blocks in enumerate(variant.blocks):
         narrow, stage = WIDTH * 2**i, f"layer{i + 1}"
@@ -23,20 +23,20 @@ def resnet_rows(variant: Variant) -> list[Row]:
                 row if row.optional else row._replace(block=j - 1)
                 for row in _bottleneck(f"{stage}.{j}", f"{stage}.rest", width, narrow, first=False)
             ]
-    return [*rows, unused("fc.weight", (CLASSES, width)), unused("fc.bias", (CLASSES,))]
+    return [*rows, unused("fc.weight", (IMAGENET_CLASSES, width)), unused("fc.bias", (IMAGENET_CLASSES,))]
 
 
 def _bottleneck(theirs: str, ours: str, inputs: int, narrow: int, *, first: bool) -> list[Row]:
     outputs = EXPANSION * narrow
     rows = [
-        *convolution(f"{theirs}.conv1", f"{ours}.conv1", inputs, narrow, 1),
+        *convolution(f"{theirs}.conv1", f"{ours}.conv1", inputs, narrow, (1, 1)),
         *batch_norm(f"{theirs}.bn1", f"{ours}.bn1", narrow),
-        *convolution(f"{theirs}.conv2", f"{ours}.conv2", narrow, narrow, 3),
+        *convolution(f"{theirs}.conv2", f"{ours}.conv2", narrow, narrow, (3, 3)),
         *batch_norm(f"{theirs}.bn2", f"{ours}.bn2", narrow),
-        *convolution(f"{theirs}.conv3", f"{ours}.conv3", narrow, outputs, 1),
+        *convolution(f"{theirs}.conv3", f"{ours}.conv3", narrow, outputs, (1, 1)),
         *batch_norm(f"{theirs}.bn3", f"{ours}.bn3", outputs),
     ]
     if first:
-        rows += convolution(f"{theirs}.downsample.0", f"{ours}.downsample_conv", inputs, outputs, 1)
+        rows += convolution(f"{theirs}.downsample.0", f"{ours}.downsample_conv", inputs, outputs, (1, 1))
         rows += batch_norm(f"{theirs}.downsample.1", f"{ours}.downsample_bn", outputs)
     return rows

@@ -1,4 +1,4 @@
-"""Does a converted file hold what was written, and does it run?"""
+"""Check that a converted file is undamaged and that its network runs."""
 
 from __future__ import annotations
 
@@ -12,28 +12,28 @@ from jaxla.models.weights import load_backbone
 from jaxla.models.weights_format import read_metadata, require_undamaged
 from jaxla.nnunet.converted import NNUNET, load_converted, planned_of
 
-SIDE = 112  # pixels; a multiple of every architecture's patch
+IMAGE_SIDE = 112  # pixels; a multiple of every backbone's patch size
 
 
 def verify(path: Path) -> str:
-    """Read a converted file again, compare it with its checksum and run it on one image; -> what was checked.
+    """Compare a converted file with its checksum and run its network on one random image; return a report line.
 
     Raises:
-        InputError: it is damaged, is not whole, or what it makes of the image is not finite.
+        InputError: the file is damaged or incomplete, or the outputs are not finite.
     """
     checksum = require_undamaged(path)
-    metadata, size, channels = read_metadata(path), (SIDE, SIDE), 3
+    metadata = read_metadata(path)
     if metadata["arch"] == NNUNET:
         plan, configuration, _ = planned_of(metadata, path)
         network, size, channels = load_converted(path), plan.configuration(configuration).patch_size, 1
+        kind = "logits"
     else:
-        network = load_backbone(path)
+        network, size, channels, kind = load_backbone(path), (IMAGE_SIDE, IMAGE_SIDE), 3, "features"
     image = np.random.default_rng(0).standard_normal((1, *size, channels), dtype=np.float32)
-    made = [np.asarray(array, np.float32) for array in jax.tree.leaves(network(image))]
-    what, count = "logits" if channels == 1 else "features", sum(array.size for array in made)
-    if not all(np.isfinite(array).all() for array in made):
-        raise InputError(f"{path}: the {what} of an image are not finite; convert the checkpoint again")
+    outputs = [np.asarray(array, np.float32) for array in jax.tree.leaves(network(image))]
+    if not all(np.isfinite(array).all() for array in outputs):
+        raise InputError(path, f"the {kind} of a test image are not finite", "Convert the checkpoint again.")
     return (
-        f"{path}: verified: its data have the sha256 that was noted, {checksum}; the {count} {what} of one "
-        f"{'×'.join(map(str, size))} image are finite"
+        f"{path}: verified: the data match their sha256 {checksum}; the {sum(array.size for array in outputs)} {kind} "
+        f"of one {'×'.join(map(str, size))} image are finite"
     )

@@ -1,4 +1,4 @@
-"""torchvision's VGG-16 with BatchNorm: its tensors in torchvision's order, and where each stands among our parameters.
+"""Map the tensors of torchvision's VGG-16 with BatchNorm, in torchvision's order, to our parameters.
 
 Reference code: torchvision 0.29, `models/vgg.py`.
 """
@@ -8,8 +8,8 @@ from __future__ import annotations
 from convert_weights.layout import Row, batch_norm, convolution, unused
 from jaxla.models.backbones.vgg import Variant
 
-# the classifier that the encoder leaves out: its layers' places and widths, and of how many pixels the first one reads
-CLASSIFIER, PIXELS = {0: 4096, 3: 4096, 6: 1000}, 7 * 7
+# The classifier, which the encoder does not use: width of each layer by its index, and pixels that the first one reads.
+CLASSIFIER_WIDTHS, CLASSIFIER_PIXELS = {0: 4096, 3: 4096, 6: 1000}, 7 * 7
 
 
 def vgg_rows(variant: Variant) -> list[Row]:
@@ -17,13 +17,12 @@ def vgg_rows(variant: Variant) -> list[Row]:
     for i, widths in enumerate(variant.stages):
         for j, width in enumerate(widths):
             ours = f"stages.{i}.{j}"
-            rows += convolution(f"features.{index}", f"{ours}.convolution", inputs, width, 3)
-            rows.append(Row(f"features.{index}.bias", (width,), f"{ours}.convolution.bias"))
+            rows += convolution(f"features.{index}", f"{ours}.convolution", inputs, width, (3, 3), bias=True)
             rows += batch_norm(f"features.{index + 1}", f"{ours}.norm", width)
             index, inputs = index + 3, width  # a convolution, its BatchNorm and its ReLU
         index += 1  # the max-pool
-    inputs *= PIXELS
-    for layer, outputs in CLASSIFIER.items():
+    inputs *= CLASSIFIER_PIXELS
+    for layer, outputs in CLASSIFIER_WIDTHS.items():
         rows.append(unused(f"classifier.{layer}.weight", (outputs, inputs)))
         rows.append(unused(f"classifier.{layer}.bias", (outputs,)))
         inputs = outputs

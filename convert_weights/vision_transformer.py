@@ -1,4 +1,4 @@
-"""DINOv2's and DINOv3's released checkpoints: their tensors in their authors' order, and where each stands among ours.
+"""Map the tensors of DINOv2's and DINOv3's checkpoints, in their authors' order, to our parameters.
 
 Reference code: facebookresearch/dinov2 and facebookresearch/dinov3, `models/vision_transformer.py`.
 """
@@ -7,26 +7,26 @@ from __future__ import annotations
 
 import numpy as np
 
-from convert_weights.layout import Row, linear, norm, stacked, unused
+from convert_weights.layout import Row, convolution, linear, norm, stacked, unused
 from jaxla.models.backbones.vision_transformer import Variant
 
-# In whose checkpoints of DINOv3 there may be a second final norm, which serves pretraining alone: all of the 7B, and
-# those of ViT-l that were trained on satellite images.
-SECOND_NORM = ("dinov3_vitl16", "dinov3_vit7b16")
+# Checkpoints of the 7B, and of ViT-l trained on satellite images, may contain a second final norm, which is used in
+# pretraining only.
+SECOND_NORM_ARCHS = ("dinov3_vitl16", "dinov3_vit7b16")
 
-# DINOv3's constants were rounded to bfloat16 before they were released.
-CONSTANT = ("float32", "bfloat16")
+# The authors of DINOv3 rounded its constants to bfloat16 before the release.
+CONSTANT_DTYPES = ("float32", "bfloat16")
 
 
 def dinov2_rows(variant: Variant) -> list[Row]:
     c, positions = variant.width, (1, 1 + variant.grid**2, variant.width)
     return [
         Row("cls_token", (1, 1, c), "cls_token"),
-        Row("pos_embed", positions, "pos_cls", part=np.s_[0, 0]),
-        Row("pos_embed", positions, "pos_grid", part=np.s_[0, 1:]),
+        Row("pos_embed", positions, "pos_cls", theirs_index=np.s_[0, 0]),
+        Row("pos_embed", positions, "pos_grid", theirs_index=np.s_[0, 1:]),
         *([Row("register_tokens", (1, variant.registers, c), "register_tokens")] if variant.registers else []),
         unused("mask_token", (1, c)),
-        *_patch_embedding(variant),
+        *convolution("patch_embed.proj", "patch_embed", 3, c, (variant.patch, variant.patch), bias=True),
         *stacked(_block(variant, linear("attn.qkv", "attention.qkv", c, 3 * c)), variant.depth),
         *norm("norm", "norm", c),
     ]
@@ -37,26 +37,17 @@ def dinov3_rows(arch: str, variant: Variant) -> list[Row]:
     qkv = [
         Row("attn.qkv.weight", (3 * c, c), "attention.qkv.kernel", (1, 0)),
         Row("attn.qkv.bias", (3 * c,), "attention.qkv_bias"),
-        Row("attn.qkv.bias_mask", (3 * c,), "attention.qkv_bias_mask", dtypes=CONSTANT),
+        Row("attn.qkv.bias_mask", (3 * c,), "attention.qkv_bias_mask", dtypes=CONSTANT_DTYPES),
     ]
     return [
         Row("cls_token", (1, 1, c), "cls_token"),
         Row("storage_tokens", (1, variant.registers, c), "register_tokens"),
         unused("mask_token", (1, c)),
-        *_patch_embedding(variant),
-        Row("rope_embed.periods", (head // 4,), "periods", dtypes=CONSTANT),
+        *convolution("patch_embed.proj", "patch_embed", 3, c, (variant.patch, variant.patch), bias=True),
+        Row("rope_embed.periods", (head // 4,), "periods", dtypes=CONSTANT_DTYPES),
         *stacked(_block(variant, qkv[:1] if variant.qkv_bias == "none" else qkv), variant.depth),
         *norm("norm", "norm", c),
-        *([unused(f"local_cls_norm.{name}", (c,)) for name in ("weight", "bias")] if arch in SECOND_NORM else []),
-    ]
-
-
-def _patch_embedding(variant: Variant) -> list[Row]:
-    c, p = variant.width, variant.patch
-    return [
-        # ours multiplies a patch's pixels as rows, columns, channels
-        Row("patch_embed.proj.weight", (c, 3, p, p), "patch_embed.kernel", (2, 3, 1, 0)),
-        Row("patch_embed.proj.bias", (c,), "patch_embed.bias"),
+        *([unused(f"local_cls_norm.{name}", (c,)) for name in ("weight", "bias")] if arch in SECOND_NORM_ARCHS else []),
     ]
 
 
@@ -64,12 +55,12 @@ def _block(variant: Variant, qkv: list[Row]) -> list[Row]:
     c, h = variant.width, variant.hidden
     if variant.mlp == "gelu":
         mlp = linear("mlp.fc1", "mlp.expand", c, h) + linear("mlp.fc2", "mlp.contract", h, c)
-    elif variant.grid:  # DINOv2: gate and gated in one
+    elif variant.grid:  # DINOv2 stores the gate and the gated branch in one layer
         mlp = linear("mlp.w12", "mlp.expand", c, 2 * h) + linear("mlp.w3", "mlp.contract", h, c)
     else:
         mlp = (
-            linear("mlp.w1", "mlp.expand", c, h, place=np.s_[..., :h])
-            + linear("mlp.w2", "mlp.expand", c, h, place=np.s_[..., h:])
+            linear("mlp.w1", "mlp.expand", c, h, ours_index=np.s_[..., :h])
+            + linear("mlp.w2", "mlp.expand", c, h, ours_index=np.s_[..., h:])
             + linear("mlp.w3", "mlp.contract", h, c)
         )
     return [

@@ -1,8 +1,9 @@
-"""The file of converted weights: safetensors, whose metadata say what architecture it holds and where it came from."""
+"""Read and write files of converted weights: safetensors whose metadata state the architecture and the source."""
 
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 import json
 import math
@@ -19,60 +20,63 @@ from safetensors import SafetensorError, safe_open
 from jaxla.cli.files import atomic_file, free_bytes, report_os_errors
 from jaxla.config import InputError
 
-# No JAX here: `python -m jaxla.info` reads a file's header in less time than JAX takes to import.
+# This module does not import JAX: `python -m jaxla.info` reads a header in less time than that import takes.
 
 FORMAT = "jaxla-1"
 
-# What stands under this prefix came with the released checkpoint and no forward pass here uses it: it is kept so that
-# the way back to PyTorch gives the released checkpoint again.
-UNUSED = "unused."
+# Prefix of the tensors that no forward pass here uses. They are kept so that a conversion back to PyTorch restores the
+# released checkpoint.
+UNUSED_PREFIX = "unused."
 
-CHECKSUM = "data_sha256"  # metadata: sha256 of all that follows the header
+CHECKSUM_KEY = "data_sha256"  # metadata: sha256 of everything that follows the header
 
-_DTYPES = {"float32": "F32", "int64": "I64"}  # as safetensors spells those that are written here
+CONVERT_AGAIN = "Convert the checkpoint again."
+
+_SAFETENSORS_DTYPES = {"float32": "F32", "int64": "I64"}
 
 
-class Streamed(NamedTuple):
-    """An array that is never whole in memory: `chunks()` gives it piece by piece, in the order of its elements."""
+class StreamedArray(NamedTuple):
+    """An array that is never complete in memory: `chunks()` yields its parts in the order of its elements."""
 
     shape: tuple[int, ...]
     dtype: np.dtype
     chunks: Callable[[], Iterable[np.ndarray]]
 
 
-def save_weights(path: Path, arrays: Mapping[str, np.ndarray | Streamed], metadata: Mapping[str, str]) -> str:
-    """Write parameters with what they are; beside the file first, then under its name. The same input, the same bytes.
+def save_weights(path: Path, arrays: Mapping[str, np.ndarray | StreamedArray], metadata: Mapping[str, str]) -> str:
+    """Write a weights file atomically and return the sha256 of its data, which is also written into the metadata.
+
+    The same arguments give the same bytes.
 
     Args:
-        arrays: float32 or int64, each written as soon as it is read.
-        metadata: `arch`, `source`, `source_sha256` and `licence`, at least.
-
-    Returns:
-        sha256 of the file's data (all that follows its header); it stands in the metadata too, for `require_undamaged`.
+        arrays: float32 or int64; each chunk is written as soon as it is read.
+        metadata: at least `arch`, `source`, `source_sha256` and `licence`.
 
     Raises:
-        InputError: the file cannot be written; nothing is left of it.
+        InputError: the file cannot be written; nothing of it is left.
     """
     arrays = {
-        name: array if isinstance(array, Streamed) else Streamed(array.shape, array.dtype, lambda a=array: [a])
+        name: array
+        if isinstance(array, StreamedArray)
+        else StreamedArray(array.shape, array.dtype, lambda a=array: [a])
         for name, array in arrays.items()
     }
-    # the widest dtypes first, so that each array is aligned to its own
+    # The widest dtypes come first, so that each array is aligned to its own.
     order = sorted(arrays, key=lambda name: (-arrays[name].dtype.itemsize, name))
-    described, end = {}, 0
+    entries, end = {}, 0
     for name in order:
         shape, dtype, _ = arrays[name]
         start, end = end, end + math.prod(shape) * dtype.itemsize
-        described[name] = {"dtype": _DTYPES[dtype.name], "shape": list(shape), "data_offsets": [start, end]}
+        entries[name] = {"dtype": _SAFETENSORS_DTYPES[dtype.name], "shape": list(shape), "data_offsets": [start, end]}
 
     def header(checksum: str) -> bytes:
-        said = dict(sorted({"format": FORMAT, CHECKSUM: checksum, **metadata}.items()))
-        text = json.dumps({"__metadata__": said, **described}, separators=(",", ":")).encode()
+        sorted_metadata = dict(sorted({"format": FORMAT, CHECKSUM_KEY: checksum, **metadata}.items()))
+        text = json.dumps({"__metadata__": sorted_metadata, **entries}, separators=(",", ":")).encode()
         text += b" " * (-len(text) % 8)
         return len(text).to_bytes(8, "little") + text
 
-    with writing(path) as file:
-        file.write(header("0" * 64))  # its length is that of the header to come
+    with open_atomically(path) as file:
+        file.write(header("0" * 64))  # has the length of the final header
         digest = hashlib.sha256()
         for name in order:
             for chunk in arrays[name].chunks():
@@ -85,94 +89,104 @@ def save_weights(path: Path, arrays: Mapping[str, np.ndarray | Streamed], metada
 
 
 @contextlib.contextmanager
-def writing(path: Path) -> Iterator[BinaryIO]:
-    """A file to write that stands under its name once it is whole; left in any other way, nothing of it remains.
+def open_atomically(path: Path) -> Iterator[BinaryIO]:
+    """Yield a file to write, which gets its name when the block ends; after an error nothing of it is left.
 
     Raises:
         InputError: it cannot be written.
     """
-    with report_os_errors("written", path, "mend that, or choose another place"):
+    with report_os_errors("written", path, "Fix this, or choose another file."):
         path.parent.mkdir(parents=True, exist_ok=True)
-        with atomic_file(path) as beside, beside.open("wb") as file:
+        with atomic_file(path) as temporary, temporary.open("wb") as file:
             yield file
 
 
-def require_room(path: Path, size: int) -> None:
-    """Raise an InputError unless a file of `size` bytes has room where `path` is to be."""
+def require_free_space(path: Path, size: int) -> None:
+    """Raise an InputError unless the disk of `path` has `size` free bytes."""
     if (free := free_bytes(path)) < size:
-        raise InputError(
-            f"{path}: needs {size / 1e9:.2f} GB, {free / 1e9:.2f} are free; make room, or choose another place"
-        )
+        problem = f"needs {size / 1e9:.2f} GB, but only {free / 1e9:.2f} GB are free"
+        raise InputError(path, problem, "Free some space, or choose another folder.")
 
 
 def read_metadata(path: Path) -> dict[str, str]:
-    """What a weights file says of itself; its checksum, which is of this one file, apart.
+    """Return a weights file's metadata without the checksum.
 
     Raises:
-        InputError: no such file, it cannot be read, or is not one that convert_weights wrote.
+        InputError: the file does not exist, cannot be read, or was not written by convert_weights.
     """
     metadata = _read_metadata(path)
-    return {key: value for key, value in metadata.items() if key != CHECKSUM}
+    return {key: value for key, value in metadata.items() if key != CHECKSUM_KEY}
 
 
 def _read_metadata(path: Path) -> dict[str, str]:
-    if os.path.isdir(path):  # Path.is_dir raises where a name is too long or a folder may not be read
-        raise InputError(f"{path}: is a folder; give the .safetensors file in it")
+    if os.path.isdir(path):  # Path.is_dir raises if a name is too long or a folder may not be read
+        raise InputError(path, "is a folder", "Give the .safetensors file in it.")
     if not os.path.isfile(path):
-        named = re.match(r"dinov\d_vit\w+?1\d(_reg)?|resnet\d+|vgg16_bn", path.name)
-        how = how_to_convert(named[0] if named else "ARCH", path)
-        then = "" if path.suffix == ".safetensors" else ", and give the .safetensors file that it writes"
-        raise InputError(f"{path}: no such weights file; {how}{then}")
+        arch = re.match(r"dinov\d_vit\w+?1\d(_reg)?|resnet\d+|vgg16_bn", path.name)
+        then = "" if path.suffix == ".safetensors" else " Then give the .safetensors file that it writes."
+        raise InputError(path, "no such weights file", suggest_conversion(arch[0] if arch else "ARCH", path) + then)
     start, metadata = b"", {}
     try:
-        with report_os_errors("read", path, "mend that, or convert it again"):
-            with path.open("rb") as file:  # first: of a file that may not be read safetensors says that there is none
+        with report_os_errors("read", path, "Fix this, or convert the checkpoint again."):
+            with path.open("rb") as file:  # before safe_open, which reports an unreadable file as missing
                 start = file.read(9)
             with safe_open(path, framework="numpy") as file:
                 metadata = file.metadata() or {}
     except SafetensorError as error:
-        # what PyTorch's files begin with, unless it is the length of a header, which "{" follows
+        # These bytes begin a PyTorch file, unless they are the length of a safetensors header, which "{" follows.
         if not start.startswith((b"PK\x03\x04", b"\x80")) or start.endswith(b"\0\0\0{"):
-            raise InputError(f"{path}: truncated, or not a safetensors file; convert it again") from error
+            raise InputError(path, "truncated, or not a safetensors file", CONVERT_AGAIN) from error
     if metadata.get("format") != FORMAT or "arch" not in metadata:
         raise InputError(
-            f"{path}: not written by convert_weights; if it is a released checkpoint, convert it: "
-            f"python -m convert_weights --arch=ARCH --source={shlex.quote(str(path))}"
+            path,
+            "not written by convert_weights",
+            "If it is a released checkpoint, convert it: "
+            f"`python -m convert_weights --arch=ARCH --source={shlex.quote(str(path))}`.",
         )
     return metadata
 
 
 def require_undamaged(path: Path) -> str:
-    """Read the whole file; -> the sha256 of its data, which is the one that was noted when it was written.
+    """Return the sha256 of a weights file's data, after comparing it with the one in the metadata.
+
+    A file is read once per process, and again only if its size or modification time changes.
 
     Raises:
-        InputError: as `read_metadata`; or the data are not those that were written, or nothing tells.
+        InputError: see `read_metadata`; or the data differ from the checksum, or there is none.
     """
-    noted = _read_metadata(path).get(CHECKSUM)
-    if noted is None:
-        raise InputError(f"{path}: holds no checksum of its data; convert it again")
-    with path.open("rb", buffering=0) as file:
-        file.seek(8 + int.from_bytes(file.read(8), "little"))
-        found = hashlib.file_digest(file, "sha256").hexdigest()
-    if found != noted:
-        raise InputError(f"{path}: damaged: the sha256 of its data is {found}, noted was {noted}; convert it again")
+    expected = _read_metadata(path).get(CHECKSUM_KEY)
+    if expected is None:
+        raise InputError(path, "contains no checksum of its data", CONVERT_AGAIN)
+    status = path.stat()
+    found = _data_sha256(path.resolve(), status.st_size, status.st_mtime_ns)
+    if found != expected:
+        problem = f"damaged: the sha256 of its data is {found}, but its metadata state {expected}"
+        raise InputError(path, problem, CONVERT_AGAIN)
     return found
 
 
+@functools.cache
+def _data_sha256(path: Path, size: int, mtime_ns: int) -> str:
+    """Return the sha256 of what follows the header; `size` and `mtime_ns` identify the version of the file."""
+    with path.open("rb", buffering=0) as file:
+        file.seek(8 + int.from_bytes(file.read(8), "little"))
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
 def parameter_count(path: Path) -> tuple[int, int]:
-    """How many arrays of parameters a weights file holds, and how many numbers in all; reads its header alone."""
+    """Return how many parameter arrays a weights file contains, and how many values in total; reads only its header."""
     with safe_open(path, framework="numpy") as file:
-        names = [name for name in file.keys() if not name.startswith(UNUSED)]  # noqa: SIM118  (not a dict)
+        names = [name for name in file.keys() if not name.startswith(UNUSED_PREFIX)]  # noqa: SIM118  (not a dict)
         sizes = [math.prod(file.get_slice(name).get_shape()) for name in names]
     return len(sizes), sum(sizes)
 
 
-def how_to_convert(arch: str, output: Path) -> str:
-    """The command that makes a weights file, which is not there yet: `output`, if that ends as one does."""
-    # known by their names, for the tables of architectures import JAX
+def suggest_conversion(arch: str, output: Path) -> str:
+    """Return a sentence with the command that creates a missing weights file, as `output` if that is a .safetensors."""
+    # By name, because the tables of architectures import JAX.
     source = "--download" if arch.startswith(("dinov2_", "resnet", "vgg")) else "--source=CHECKPOINT"
     command = f"python -m convert_weights --arch={arch} {source}"
     if output.suffix == ".safetensors":
         command += f" --output={shlex.quote(str(output))}"
-    gate = " (CHECKPOINT: what you download once you have accepted the licence at https://ai.meta.com/dinov3/)"
-    return f"make it, where torch is installed, with: {command}{gate if arch.startswith('dinov3_') else ''}"
+    licence = " with the CHECKPOINT from https://ai.meta.com/dinov3/, where you accept the licence"
+    return f"Where torch is installed, run `{command}`{licence if arch.startswith('dinov3_') else ''}."

@@ -1,4 +1,4 @@
-"""A checkpoint in several files, as Hugging Face writes them."""
+"""Write a checkpoint in several files, as Hugging Face does."""
 
 import json
 
@@ -6,11 +6,11 @@ import torch
 
 
 def write_shards(folder, state, count=3):
-    """-> the index, and the files that it names."""
-    shard_of = {name: f"pytorch_model-{i % count + 1:05}-of-{count:05}.bin" for i, name in enumerate(state)}
-    shards = [folder / name for name in sorted(set(shard_of.values()))]
+    """Return the index, and the files that it names."""
+    shard_names = {name: f"pytorch_model-{i % count + 1:05}-of-{count:05}.bin" for i, name in enumerate(state)}
+    shards = [folder / name for name in sorted(set(shard_names.values()))]
     for shard in shards:
-        torch.save({name: value for name, value in state.items() if shard_of[name] == shard.name}, shard)
+        torch.save({name: value for name, value in state.items() if shard_names[name] == shard.name}, shard)
     index = folder / "pytorch_model.bin.index.json"
-    index.write_text(json.dumps({"metadata": {"total_size": 0}, "weight_map": shard_of}))
+    index.write_text(json.dumps({"metadata": {"total_size": 0}, "weight_map": shard_names}))
     return index, shards

@@ -1,4 +1,4 @@
-"""What the conversion refuses: one line, exit status 2, and nothing written."""
+"""Every refusal of a conversion is one line and exit status 2, and nothing is written."""
 
 import json
 import math
@@ -17,30 +17,29 @@ from jaxla.config import InputError
 from tests.commands import tree
 from tests.convert_weights.command import (
     ROOT,
-    convert,
+    authors_shapes,
     empty_state,
     refuse,
     refuse_source,
-    shapes_of,
     succeed,
 )
 from tests.convert_weights.shards import write_shards
 from tests.training.faults import files_at_most, leave_free
 
 
-def saved(folder, state):
+def save(folder, state):
     torch.save(state, folder / "source.pth")
     return folder / "source.pth"
 
 
-MEND = "; download the released file again, or pass the --arch that it holds; --arch=list names them"
+FIX = "Download the released file again, or use the --arch of this file; --arch=list shows the names."
 
 
-# --- another architecture, and tensors that do not fit ---
+# --- a different architecture, and tensors that do not fit ---
 
 
 @pytest.mark.parametrize(
-    ("held", "asked"),
+    ("found", "requested"),
     [
         ("dinov2_vitb14", "dinov2_vits14"),
         ("dinov2_vits14_reg", "dinov2_vits14"),
@@ -51,53 +50,54 @@ MEND = "; download the released file again, or pass the --arch that it holds; --
         ("resnet152", "resnet50"),
     ],
 )
-def test_the_architecture_that_a_file_holds_is_named(tmp_path, held, asked):
-    source = saved(tmp_path, empty_state(held))
-    held, asked = (name.replace("s16plus", "s_plus16") for name in (held, asked))
-    assert refuse_source(source, asked) == f"{source}: holds {held} (authors' layout), not {asked}; pass --arch={held}"
+def test_error_names_the_architecture_in_the_file(tmp_path, found, requested):
+    source = save(tmp_path, empty_state(found))
+    found, requested = (name.replace("s16plus", "s_plus16") for name in (found, requested))
+    line = refuse_source(source, requested)
+    assert line == f"{source}: contains {found} (authors' layout), not {requested}. Use --arch={found}."
 
 
-def test_a_damaged_checkpoint_of_another_architecture_is_named_too(tmp_path):
+def test_error_names_the_architecture_of_an_incomplete_file(tmp_path):
     state = empty_state("dinov2_vitb14")
     del state["norm.bias"]
-    assert refuse_source(saved(tmp_path, state)).endswith(
-        "looks like dinov2_vitb14 (authors' layout), not dinov2_vits14; but of dinov2_vitb14 too it lacks 1 of its 175 "
-        "tensors (norm.bias); download the released file again, and pass --arch=dinov2_vitb14"
+    assert refuse_source(save(tmp_path, state)).endswith(
+        "resembles dinov2_vitb14 (authors' layout) more than dinov2_vits14, but with 1 of 175 tensors missing "
+        "(norm.bias). Download the released file again, and use --arch=dinov2_vitb14."
     )
 
 
-def test_a_checkpoint_of_another_model_looks_like_none(tmp_path):
-    source = saved(tmp_path, {f"features.{i}.weight": torch.zeros(3) for i in range(20)})
+def test_checkpoint_of_an_unrelated_model_resembles_no_architecture(tmp_path):
+    source = save(tmp_path, {f"features.{i}.weight": torch.zeros(3) for i in range(20)})
     assert refuse_source(source) == (
-        f"{source}: not dinov2_vits14: it lacks 174 of its 175 tensors (cls_token, pos_embed, patch_embed.proj.weight, "
-        f"…), has 20 too many (features.0.weight, features.1.weight, features.2.weight, …){MEND}"
+        f"{source}: not dinov2_vits14: 174 of 175 tensors missing (cls_token, pos_embed, patch_embed.proj.weight, …), "
+        f"20 unexpected (features.0.weight, features.1.weight, features.2.weight, …). {FIX}"
     )
 
 
 @pytest.mark.parametrize("prefix", ["backbone.", "teacher.backbone."])
-def test_a_prefix_of_all_names_is_named_with_the_way_to_strip_it(tmp_path, prefix):
+def test_error_names_a_common_prefix_and_the_code_that_removes_it(tmp_path, prefix):
     state = {f"{prefix}{name}": tensor for name, tensor in empty_state().items()}
-    line = refuse_source(saved(tmp_path, state), "dinov2_vitb14")
-    said, _, way = line.partition("; save its state dict without that: ")
-    assert said == (
-        f"{tmp_path / 'source.pth'}: holds dinov2_vits14 (authors' layout), but all names begin with {prefix!r}"
+    line = refuse_source(save(tmp_path, state), "dinov2_vitb14")
+    problem, _, code = line.partition(" Save its state dict without this prefix: ")
+    assert problem == (
+        f"{tmp_path / 'source.pth'}: contains dinov2_vits14 (authors' layout), but all names begin with {prefix!r}."
     )
-    source = saved(tmp_path, eval(way, {"state": state}))
+    source = save(tmp_path, eval(code.removeprefix("`").removesuffix("`."), {"state": state}))
     succeed("--arch=dinov2_vits14", f"--source={source}", f"--output={tmp_path / 'o.safetensors'}")
 
 
-def test_a_prefix_is_not_named_where_more_is_amiss(tmp_path):
+def test_error_does_not_name_a_prefix_if_tensors_are_missing_too(tmp_path):
     state = {f"backbone.{name}": tensor for name, tensor in empty_state().items() if name != "norm.bias"}
-    assert "not dinov2_vits14: it lacks 174 of its 175" in refuse_source(saved(tmp_path, state))
+    assert "not dinov2_vits14: 174 of 175 tensors missing" in refuse_source(save(tmp_path, state))
 
 
-def test_missing_extra_and_misshapen_tensors_are_counted_and_named(tmp_path):
+def test_error_counts_and_names_missing_unexpected_and_misshapen_tensors(tmp_path):
     state = empty_state() | {"head.weight": torch.zeros(3), "norm.weight": torch.zeros(383)}
     del state["blocks.3.mlp.fc1.bias"], state["cls_token"]
-    source = saved(tmp_path, state)
+    source = save(tmp_path, state)
     assert refuse_source(source) == (
-        f"{source}: not dinov2_vits14: it lacks 2 of its 175 tensors (cls_token, blocks.3.mlp.fc1.bias), has 1 too "
-        f"many (head.weight), has 1 of another shape (norm.weight: (383,), expected (384,)){MEND}"
+        f"{source}: not dinov2_vits14: 2 of 175 tensors missing (cls_token, blocks.3.mlp.fc1.bias), 1 unexpected "
+        f"(head.weight), 1 with the wrong shape (norm.weight: (383,), expected (384,)). {FIX}"
     )
 
 
@@ -110,48 +110,45 @@ def test_missing_extra_and_misshapen_tensors_are_counted_and_named(tmp_path):
     ],
     ids=["classifier", "counters", "second norm"],
 )
-def test_what_may_be_lacking_is_lacking_whole(tmp_path, arch, dropped):
+def test_a_group_of_optional_tensors_may_not_be_incomplete(tmp_path, arch, dropped):
     state = empty_state(arch)
     if arch == "dinov3_vitl16":
         state |= {f"local_cls_norm.{name}": torch.zeros(1024) for name in ("weight", "bias")}
     for name in dropped:
         del state[name]
-    source, count = saved(tmp_path, state), len(state) + len(dropped)
+    source, count = save(tmp_path, state), len(state) + len(dropped)
     line = refuse_source(source, arch)
-    assert line.startswith(f"{source}: not {arch}: it lacks {len(dropped)} of its {count} tensors (")
+    assert line.startswith(f"{source}: not {arch}: {len(dropped)} of {count} tensors missing (")
     assert not [name for name in dropped if name not in line]
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64, torch.int64], ids=str)
-def test_another_dtype_is_named(tmp_path, dtype):
-    source = saved(tmp_path, empty_state() | {"norm.weight": torch.zeros(384, dtype=dtype)})
+def test_error_names_a_wrong_dtype(tmp_path, dtype):
+    source = save(tmp_path, empty_state() | {"norm.weight": torch.zeros(384, dtype=dtype)})
     name = str(dtype).removeprefix("torch.")
-    line = f"{source}: 1 of its 175 tensors are of another dtype (norm.weight: {name}, expected float32); a copy"
+    line = f"{source}: wrong dtype in 1 of 175 tensors (norm.weight: {name}, expected float32). Use the file as"
     assert refuse_source(source).startswith(line)
 
 
-def test_a_rounded_copy_is_refused_in_safetensors_too(tmp_path):
-    state = {name: torch.zeros(shape, dtype=torch.bfloat16) for name, shape in shapes_of("dinov2_vits14").items()}
+def test_bfloat16_copy_in_safetensors_is_refused(tmp_path):
+    state = {name: torch.zeros(shape, dtype=torch.bfloat16) for name, shape in authors_shapes("dinov2_vits14").items()}
     save_file(state, tmp_path / "source.safetensors")
     line = refuse_source(tmp_path / "source.safetensors")
-    assert (
-        "175 of its 175 tensors are of another dtype (cls_token: bfloat16, expected float32, pos_embed: bfloat16"
-        in line
-    )
+    assert "wrong dtype in 175 of 175 tensors (cls_token: bfloat16, expected float32, pos_embed: bfloat16" in line
 
 
 def test_a_sparse_tensor_is_refused(tmp_path):
-    source = saved(tmp_path, empty_state() | {"norm.weight": torch.ones(384).to_sparse()})
+    source = save(tmp_path, empty_state() | {"norm.weight": torch.ones(384).to_sparse()})
     assert "norm.weight: sparse_coo, expected float32" in refuse_source(source)
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])
-def test_numbers_that_are_not_finite_are_refused(tmp_path, value):
-    source = saved(tmp_path, empty_state() | {"norm.bias": torch.full((384,), value)})
-    assert refuse_source(source).startswith(f"{source}: norm.bias holds numbers that are not finite (NaN or infinite)")
+def test_nan_and_infinite_values_are_refused(tmp_path, value):
+    source = save(tmp_path, empty_state() | {"norm.bias": torch.full((384,), value)})
+    assert refuse_source(source).startswith(f"{source}: norm.bias contains NaN or infinite values.")
 
 
-# --- files that are no checkpoint, or not whole ---
+# --- files that are not a checkpoint, or incomplete ---
 
 
 @pytest.mark.parametrize("name", ["source.pth", "source.safetensors"])
@@ -181,25 +178,24 @@ def test_numbers_that_are_not_finite_are_refused(tmp_path, value):
         "no name", "deep json", "empty pickle", "zip", "header too long",
     ],
 )  # fmt: skip
-def test_something_that_is_no_checkpoint_is_refused(tmp_path, name, content):
+def test_file_that_is_not_a_checkpoint_is_refused(tmp_path, name, content):
     (tmp_path / name).write_bytes(content)
     line = refuse_source(tmp_path / name)
     assert line.startswith(f"{tmp_path / name}: ")
-    assert "download" in line
-    assert "again" in line
+    assert line.endswith(" Download the file again.")
     assert "missing" not in line
 
 
 @pytest.mark.parametrize("length", [0x3C20, 0x7B20], ids=["like a web page", "like an index"])
-def test_safetensors_are_known_whatever_their_length(tmp_path, length):
+def test_safetensors_are_recognised_whatever_the_length_of_their_header(tmp_path, length):
     header = json.dumps({"norm.weight": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}})
     source = tmp_path / "source.safetensors"
     source.write_bytes(length.to_bytes(8, "little") + header.ljust(length).encode() + bytes(4))
-    assert "not dinov2_vits14: it lacks 173 of its 175 tensors" in refuse_source(source)
+    assert "not dinov2_vits14: 173 of 175 tensors missing" in refuse_source(source)
 
 
 class Malicious:
-    """Unpickled the careless way, this creates a file."""
+    """Create a file when unpickled without weights_only."""
 
     def __init__(self, path):
         self.path = path
@@ -209,93 +205,90 @@ class Malicious:
 
 
 @pytest.mark.parametrize("zipped", [True, False])
-def test_code_in_a_checkpoint_is_never_run(tmp_path, zipped):
+def test_code_in_a_checkpoint_is_never_executed(tmp_path, zipped):
     trace, source = tmp_path / "trace", tmp_path / "source.pth"
     torch.save({**empty_state(), "extra": Malicious(trace)}, source, _use_new_zipfile_serialization=zipped)
     line = refuse_source(source)
     assert "would run code" in line
     assert "nothing was run" in line
     assert line.endswith(
-        "or, if the file is your own, save its state dict alone: torch.save(model.state_dict(), 'new.pth')"
+        "If the file is your own, save only its state dict: `torch.save(model.state_dict(), 'new.pth')`."
     )
     assert not trace.exists()
     torch.load(source, weights_only=False)
-    assert trace.exists()  # the checkpoint was a dangerous one
+    assert trace.exists()  # the checkpoint was dangerous
 
 
 @pytest.mark.parametrize("kept", [0.0, 0.01, 0.5, 0.99])
 @pytest.mark.parametrize("kind", ["pth", "old pth", "safetensors"])
-def test_a_truncated_checkpoint_is_refused(tmp_path, kind, kept):
+def test_truncated_checkpoint_is_refused(tmp_path, kind, kept):
     source = tmp_path / f"source.{kind.split()[-1]}"
-    state = {name: torch.zeros(math.prod(shape[:1])) for name, shape in shapes_of("dinov2_vits14").items()}
+    state = {name: torch.zeros(math.prod(shape[:1])) for name, shape in authors_shapes("dinov2_vits14").items()}
     if kind == "safetensors":
         save_file(state, source)
     else:
         torch.save(state, source, _use_new_zipfile_serialization=kind == "pth")
-    whole = source.read_bytes()
-    source.write_bytes(whole[: int(kept * len(whole))])
+    content = source.read_bytes()
+    source.write_bytes(content[: int(kept * len(content))])
     line = refuse_source(source)
     assert line.startswith(f"{source}: ")
-    assert "again" in line
+    assert line.endswith(" Download the file again.")
 
 
-def test_what_kept_a_checkpoint_from_being_loaded_is_quoted_in_short(tmp_path):
+def test_error_quotes_what_torch_says_of_a_truncated_file(tmp_path):
     source = tmp_path / "source.pth"
-    said = f"{source}: truncated, damaged or no checkpoint, unless memory or the disk failed"
-    source.write_bytes(b"PK\x03\x04" + bytes(64))  # of this torch says much, and nothing to a user
-    assert refuse_source(source) == f"{said}; download it again"
     torch.save({"norm.weight": torch.zeros(384)}, source, _use_new_zipfile_serialization=False)
     source.write_bytes(source.read_bytes()[:-100])
     line = refuse_source(source)
-    assert line.startswith(f"{said} (unexpected EOF, expected ")
-    assert line.endswith(" more bytes); download it again")
+    assert line.startswith(f"{source}: cannot be loaded (unexpected EOF, expected 100 more bytes")
+    assert line.endswith("); it may be truncated or damaged. Download the file again.")
 
 
-def test_a_flipped_bit_in_a_tensor_is_found(tmp_path):
+def test_flipped_bit_in_a_tensor_is_found(tmp_path):
     state = empty_state() | {"norm.weight": torch.arange(384.0)}
-    source = saved(tmp_path, state)
+    source = save(tmp_path, state)
     content = bytearray(source.read_bytes())
     content[content.index(state["norm.weight"].numpy().tobytes()) + 800] ^= 1
     source.write_bytes(content)
     line = refuse_source(source)
-    assert line.startswith(f"{source}: damaged (source/data/")
-    assert line.endswith("differs from its checksum); download it again")
+    assert line.startswith(f"{source}: damaged: source/data/")
+    assert line.endswith(" differs from its checksum. Download the file again.")
 
 
-def test_a_flipped_bit_that_gives_a_tensor_the_numbers_of_another_is_found(tmp_path):
-    source = saved(tmp_path, empty_state())
+def test_flipped_bit_that_exchanges_the_data_of_two_tensors_is_found(tmp_path):
+    source = save(tmp_path, empty_state())
     content = bytearray(source.read_bytes())
     content[content.index(b"X\x01\x00\x00\x004") + 5] ^= 1  # storage 4 -> 5
     source.write_bytes(content)
     line = refuse_source(source)
-    assert line == f"{source}: damaged (source/data.pkl differs from its checksum); download it again"
+    assert line == f"{source}: damaged: source/data.pkl differs from its checksum. Download the file again."
 
 
-def test_any_flipped_bit_is_refused_or_changes_nothing(tmp_path):
+def test_every_flipped_bit_is_refused_or_harmless(tmp_path):
     torch.manual_seed(0)
-    source = saved(tmp_path, {"a.weight": torch.rand(3, 2), "b.weight": torch.rand(3, 2), "n": torch.tensor(4)})
+    source = save(tmp_path, {"a.weight": torch.rand(3, 2), "b.weight": torch.rand(3, 2), "n": torch.tensor(4)})
 
     def read():
         checkpoint = open_checkpoint(source)
         checkpoint_sha256(checkpoint)
         return {name: (*tensor[:2], tensor.read().tobytes()) for name, tensor in checkpoint.tensors.items()}
 
-    whole, expected, refused = source.read_bytes(), read(), 0
-    for bit in random.Random(0).sample(range(8 * len(whole)), 700):
-        damaged = bytearray(whole)
+    content, expected, refused = source.read_bytes(), read(), 0
+    for bit in random.Random(0).sample(range(8 * len(content)), 700):
+        damaged = bytearray(content)
         damaged[bit // 8] ^= 1 << bit % 8
         source.write_bytes(damaged)
         try:
             assert read() == expected, bit
         except InputError:
             refused += 1
-    assert refused > 200  # the others were in padding, dates and the like
+    assert refused > 200  # the other bits were in padding, dates and the like
 
 
-def test_a_checkpoint_without_checksums_is_taken(tmp_path):
+def test_checkpoint_without_checksums_is_converted(tmp_path):
     torch.serialization.set_crc32_options(False)
     try:
-        source = saved(tmp_path, empty_state())
+        source = save(tmp_path, empty_state())
     finally:
         torch.serialization.set_crc32_options(True)
     with zipfile.ZipFile(source) as archive:
@@ -304,107 +297,104 @@ def test_a_checkpoint_without_checksums_is_taken(tmp_path):
 
 
 @pytest.mark.parametrize("key", ["model", "state_dict", "teacher"])
-def test_the_key_under_which_a_state_dict_stands_is_named(tmp_path, key):
-    source = saved(tmp_path, {"epoch": 3, key: empty_state()})
+def test_error_names_the_key_of_a_nested_state_dict(tmp_path, key):
+    source = save(tmp_path, {"epoch": 3, key: empty_state()})
     assert refuse_source(source).endswith(
-        f"something around one, which stands under {key!r}; save that alone: "
-        f"torch.save(torch.load('{source}', weights_only=True)[{key!r}], 'new.pth')"
+        f"not a state dict, but contains one under {key!r}. Save it alone: "
+        f"`torch.save(torch.load('{source}', weights_only=True)[{key!r}], 'new.pth')`."
     )
 
 
 @pytest.mark.parametrize(
-    ("content", "what"),
+    ("content", "problem"),
     [
         ([torch.zeros(3)], " but a list"),
-        ({"epoch": 3}, ": has 'epoch'"),
-        ({0: torch.zeros(3), "norm.weight": torch.zeros(3)}, ": has 0"),
+        ({"epoch": 3}, ": contains 'epoch'"),
+        ({0: torch.zeros(3), "norm.weight": torch.zeros(3)}, ": contains 0"),
         (torch.zeros(3), " but a Tensor"),
     ],
-    ids=["list", "number", "key that is no name", "tensor"],
+    ids=["list", "number", "integer key", "tensor"],
 )
-def test_something_else_than_a_state_dict_is_refused(tmp_path, content, what):
-    source = saved(tmp_path, content)
-    assert refuse_source(source) == (
-        f"{source}: not a state dict (a mapping of names to tensors){what}; give the file of weights that was released"
-    )
+def test_content_that_is_not_a_state_dict_is_refused(tmp_path, content, problem):
+    source = save(tmp_path, content)
+    expected = f"{source}: not a state dict (names mapped to tensors){problem}. Give the released file of weights."
+    assert refuse_source(source) == expected
 
 
-def test_a_file_that_was_converted_already_is_refused(tmp_path):
+def test_converted_file_is_refused_as_a_source(tmp_path):
     arguments = ("--arch=dinov2_vits14", f"--output={tmp_path / 'source.safetensors'}")
-    succeed(*arguments, f"--source={saved(tmp_path, empty_state())}")
+    succeed(*arguments, f"--source={save(tmp_path, empty_state())}")
     line = refuse_source(tmp_path / "source.safetensors")
-    assert line.startswith(f"{tmp_path / 'source.safetensors'}: converted already; ")
+    assert line.startswith(f"{tmp_path / 'source.safetensors'}: already converted. ")
     assert "--to-torch" in line
 
 
 # --- shards and folders ---
 
 
-def test_a_missing_shard_is_named(tmp_path):
+def test_error_names_a_missing_shard(tmp_path):
     index, shards = write_shards(tmp_path, empty_state())
     shards[1].unlink()
     assert refuse_source(index) == (
-        f"{index}: missing: 1 of its 3 shards (pytorch_model-00002-of-00003.bin); download into {tmp_path} what is "
-        "missing"
+        f"{index}: lacks 1 of its 3 shards (pytorch_model-00002-of-00003.bin). Download them into {tmp_path}."
     )
 
 
-def test_a_shard_that_lacks_what_the_index_places_in_it_is_named(tmp_path):
+def test_error_names_a_shard_that_does_not_match_the_index(tmp_path):
     index, shards = write_shards(tmp_path, empty_state())
-    shard_of = json.loads(index.read_text())["weight_map"]
-    shard_of["pos_embed"] = shards[2].name
-    index.write_text(json.dumps({"weight_map": shard_of}))
-    expected = f"{shards[1]}: has 1 that {index.name} does not name (pos_embed); download both again"
-    assert refuse_source(index) == expected
-    del shard_of["pos_embed"], shard_of["cls_token"]
-    shard_of["norm.extra"] = shards[0].name
-    index.write_text(json.dumps({"weight_map": shard_of}))
-    assert refuse_source(index) == (
-        f"{shards[0]}: lacks 1 of what {index.name} places in it (norm.extra); download both again"
-    )
+    shard_names = json.loads(index.read_text())["weight_map"]
+    shard_names["pos_embed"] = shards[2].name
+    index.write_text(json.dumps({"weight_map": shard_names}))
+    problem = f"contains 1 tensor that {index.name} does not list (pos_embed)"
+    assert refuse_source(index) == f"{shards[1]}: {problem}. Download both files again."
+    del shard_names["pos_embed"], shard_names["cls_token"]
+    shard_names["norm.extra"] = shards[0].name
+    index.write_text(json.dumps({"weight_map": shard_names}))
+    problem = f"lacks 1 tensor of {index.name} (norm.extra)"
+    assert refuse_source(index) == f"{shards[0]}: {problem}. Download both files again."
 
 
-def test_one_shard_alone_is_called_so(tmp_path):
+def test_error_for_a_single_shard_asks_for_the_index(tmp_path):
     _, shards = write_shards(tmp_path, empty_state())
     line = refuse_source(shards[0])
-    assert "lacks 115 of its 175 tensors" in line
-    assert "; it is one of several shards: give the *.index.json that names them all, or pass" in line
+    assert "115 of 175 tensors missing" in line
+    assert " This is one of several shards. Give the *.index.json that lists them all, or use" in line
 
 
-def test_an_index_that_cannot_be_read_is_named(tmp_path):
+def test_error_names_an_index_that_cannot_be_read(tmp_path):
     folder = tmp_path / "repository"
     folder.mkdir()
     index = folder / "model.safetensors.index.json"
     index.symlink_to("../../blobs/0")
     arguments = ("--arch=dinov2_vits14", f"--source={folder}", f"--output={tmp_path / 'o.safetensors'}")
     assert refuse(tmp_path, *arguments) == (
-        f"{index}: cannot be read (No such file or directory); mend that, or download it again"
+        f"{index}: cannot be read (No such file or directory). Fix this, or download the file again."
     )
 
 
-def test_a_damaged_shard_is_named(tmp_path):
+def test_error_names_a_damaged_shard(tmp_path):
     index, shards = write_shards(tmp_path, empty_state())
     shards[2].write_bytes(shards[2].read_bytes()[:1000])
     assert refuse_source(index).startswith(f"{shards[2]}: ")
 
 
-def test_a_folder_must_hold_one_checkpoint(tmp_path):
+def test_folder_must_contain_one_checkpoint(tmp_path):
     folder = tmp_path / "repository"
     folder.mkdir()
     (folder / "config.json").write_text("{}")
     arguments = ("--arch=dinov2_vits14", f"--source={folder}", f"--output={tmp_path / 'o.safetensors'}")
-    assert refuse(tmp_path, *arguments).startswith(f"--source={folder}: holds no checkpoint (")
+    assert refuse(tmp_path, *arguments).startswith(f"--source={folder}: contains no checkpoint (")
     index, shards = write_shards(folder, empty_state())
-    named = index.read_text()
+    index_text = index.read_text()
     index.unlink()
     assert refuse(tmp_path, *arguments) == (
-        f"--source={folder}: holds shards ({', '.join(shard.name for shard in shards)}) without their *.index.json; "
-        "download that too, or give one whole file"
+        f"--source={folder}: contains shards ({', '.join(shard.name for shard in shards)}) without their *.index.json. "
+        "Download the index too, or give a checkpoint in one file."
     )
-    index.write_text(named)
+    index.write_text(index_text)
     torch.save(empty_state(), folder / "other.pth")
-    line = refuse(tmp_path, *arguments)
-    assert line == f"--source={folder}: holds 2 checkpoints (pytorch_model.bin.index.json, other.pth); give one"
+    problem = "contains 2 checkpoints (pytorch_model.bin.index.json, other.pth)"
+    assert refuse(tmp_path, *arguments) == f"--source={folder}: {problem}. Give one of these files."
     (folder / "other.pth").unlink()
     succeed(*arguments)
 
@@ -412,169 +402,171 @@ def test_a_folder_must_hold_one_checkpoint(tmp_path):
 # --- options ---
 
 
-def test_a_source_that_does_not_exist_is_refused(tmp_path):
+def test_missing_source_is_refused(tmp_path):
     source = tmp_path / "source.pth"
     output = tmp_path / "out.safetensors"
-    output.write_text("precious")  # of two mistakes the first is told
+    output.write_text("precious")  # a second mistake, which is not reported first
     for given in (source, "https://host/source.pth", "facebook/dinov2-small"):
         line = refuse(tmp_path, "--arch=dinov2_vits14", f"--source={given}", f"--output={output}")
         assert line == (
-            f"--source={given}: no such file; give a file or folder on this machine, such as the checkpoint that you "
-            "downloaded"
+            f"--source={given}: no such file. Give a file or folder on this machine: the downloaded checkpoint."
         )
 
 
-def test_names_that_are_too_long_are_refused(tmp_path):
+def test_file_names_that_are_too_long_are_refused(tmp_path):
     long = tmp_path / f"{300 * 'a'}.safetensors"
-    source = saved(tmp_path, {"norm.weight": torch.zeros(3)})
+    source = save(tmp_path, {"norm.weight": torch.zeros(3)})
     assert "no such file" in refuse(
         tmp_path, "--arch=resnet50", f"--source={long}", f"--output={tmp_path / 'o.safetensors'}"
     )
     for output in (long, long / "o.safetensors"):
         line = refuse(tmp_path, "--arch=resnet50", f"--source={source}", f"--output={output}")
-        assert line == f"--output={output}: cannot be written (File name too long); choose another"
+        assert line == f"--output={output}: cannot be written (File name too long). Choose another --output."
     assert "no such weights file" in refuse(tmp_path, "--verify", f"--output={long}")
 
 
 @pytest.mark.parametrize(
     ("arguments", "line"),
     [
-        ([], "option --source is required to convert, or --download; --help describes both"),
-        (["--arch=dinov2_vits14"], "option --source is required to convert, or --download; --help describes both"),
-        (["--source=x.pth"], "option --arch is required to convert; --arch=list names the architectures"),
+        ([], "--source: required to convert a checkpoint. Give --source=FILE or --download; see --help."),
+        (
+            ["--arch=dinov2_vits14"],
+            "--source: required to convert a checkpoint. Give --source=FILE or --download; see --help.",
+        ),
+        (["--source=x.pth"], "--arch: required to convert a checkpoint. --arch=list shows the names."),
         (
             ["--source=x.safetensors", "--verify"],
-            "option --arch is required to convert; --arch=list names the architectures; to verify a converted file, "
-            "give it as --output",
+            "--arch: required to convert a checkpoint. --arch=list shows the names. "
+            "To verify a converted file, give it as --output.",
         ),
-        (["--arch=dinov2_vits14", "--source=x.pth", "--download"], "options --source and --download: give one of them"),
+        (
+            ["--arch=dinov2_vits14", "--source=x.pth", "--download"],
+            "--download: cannot be combined with --source. Give one of the two options.",
+        ),
         (
             ["--verify", "--output=x.safetensors", "--force"],
-            "option --force goes with a conversion; --verify alone writes nothing",
+            "--force: applies only to a conversion. Remove the option.",
         ),
     ],
 )
-def test_options_that_lack_or_do_not_go_together_are_named(tmp_path, arguments, line):
+def test_missing_and_incompatible_options_are_named(tmp_path, arguments, line):
     assert refuse(tmp_path, *arguments) == line
 
 
 @pytest.mark.parametrize(
     ("given", "nearest"), [("dinov2_vits15", "dinov2_vits14"), ("dinov3_vits17plus", "dinov3_vits_plus16")]
 )
-def test_an_unknown_architecture_names_the_nearest(tmp_path, given, nearest):
-    line = refuse_source(saved(tmp_path, empty_state()), given)
+def test_error_for_an_unknown_architecture_names_the_nearest(tmp_path, given, nearest):
+    line = refuse_source(save(tmp_path, empty_state()), given)
     assert line.startswith(f"--arch {given!r} is unknown; did you mean {nearest}?")
 
 
-def test_an_output_that_exists_is_kept(tmp_path):
-    source, output = saved(tmp_path, empty_state()), tmp_path / "out.safetensors"
+def test_existing_output_is_kept(tmp_path):
+    source, output = save(tmp_path, empty_state()), tmp_path / "out.safetensors"
     output.write_text("precious")
-    assert refuse_source(source) == f"{output}: exists already; choose another --output, or replace it with --force"
+    line = refuse_source(source)
+    assert line == f"--output={output}: already exists, and --force is not given. Choose another --output."
 
 
-def test_a_forced_output_is_kept_until_there_is_another(tmp_path):
+def test_existing_output_is_kept_if_a_forced_conversion_fails(tmp_path):
     source, output = (
-        saved(tmp_path, empty_state() | {"norm.bias": torch.full((384,), math.nan)}),
+        save(tmp_path, empty_state() | {"norm.bias": torch.full((384,), math.nan)}),
         tmp_path / "o.safetensors",
     )
     output.write_text("precious")
     arguments = ("--arch=dinov2_vits14", f"--source={source}", f"--output={output}", "--force")
-    assert "norm.bias holds numbers that are not finite" in refuse(tmp_path, *arguments)
+    assert "norm.bias contains NaN or infinite values" in refuse(tmp_path, *arguments)
     assert output.read_text() == "precious"
 
 
-def test_the_source_is_never_the_output(tmp_path):
+def test_source_is_never_overwritten(tmp_path):
     source, link = tmp_path / "source.safetensors", tmp_path / "link.safetensors"
     save_file({"norm.weight": torch.zeros(3)}, source)
     link.symlink_to(source)
     for given, output in [(source, source), (link, source), (source, link)]:
         line = refuse(tmp_path, "--arch=resnet50", f"--source={given}", f"--output={output}", "--force")
-        assert line == f"--output={output}: is the source itself; choose another --output"
+        assert line == f"--output={output}: is the source itself. Choose another --output."
 
     index = tmp_path / "model.safetensors.index.json"
     index.write_text(json.dumps({"weight_map": {"norm.weight": source.name}}))
     line = refuse(tmp_path, "--arch=resnet50", f"--source={index}", f"--output={source}", "--force")
-    assert line == f"--output={source}: is the source itself; choose another --output"
+    assert line == f"--output={source}: is the source itself. Choose another --output."
 
 
-def test_an_output_that_cannot_be_written_is_refused(tmp_path):
-    source = saved(tmp_path, empty_state())
+def test_output_that_cannot_be_written_is_refused(tmp_path):
+    source = save(tmp_path, empty_state())
     (tmp_path / "file").write_text("")
     (tmp_path / "folder.safetensors").mkdir()
-    for output, word in {
+    for output, problem in {
         "file/out.safetensors": "cannot be written",
         "folder.safetensors": "is a folder",
-        "out.npz": "must end in .safetensors",
+        "out.npz": "does not end in .safetensors",
     }.items():
         arguments = ("--arch=dinov2_vits14", f"--source={source}", f"--output={tmp_path / output}", "--force")
         line = refuse(tmp_path, *arguments)
         assert line.startswith("--output=")
-        assert word in line
+        assert problem in line
 
 
 @pytest.mark.parametrize(
-    ("torch_there", "line"),
+    ("torch_code", "problem"),
     [
         (
-            "raise ModuleNotFoundError(\"No module named 'torch'\", name='torch')",
-            "which is not installed: pip install 'torch>=2.10'",
+            "raise ModuleNotFoundError(name='torch')",
+            "needs torch, which is not installed. Run `pip install 'torch>=2.10'`.",
         ),
         (
             "__version__ = '2.9.1'",
-            "but 2.9.1 is too old to read files safely: pip install 'torch>=2.10'",
+            "needs torch, but 2.9.1 is too old to read files safely. Run `pip install 'torch>=2.10'`.",
         ),
         (
             "raise ImportError('libc10.so: no such file')",
-            "which is installed but cannot be imported (libc10.so: no such file): pip install 'torch>=2.10' "
-            "--force-reinstall",
+            "needs torch, which is installed but cannot be imported (libc10.so: no such file). "
+            "Run `pip install 'torch>=2.10' --force-reinstall`.",
         ),
     ],
-    ids=["none", "too old", "broken"],
+    ids=["not installed", "too old", "broken"],
 )
-def test_without_a_torch_that_can_be_used_the_way_to_install_it_is_named(tmp_path, torch_there, line):
-    source = saved(tmp_path, empty_state())
-    blocked = tmp_path / "blocked" / "torch"
-    blocked.mkdir(parents=True)
-    (blocked / "__init__.py").write_text(torch_there)
-
-    def run(*arguments):
-        return convert(*arguments, PYTHONPATH=str(blocked.parent), PYTHONDONTWRITEBYTECODE="1")
-
-    needs = "a PyTorch file, and reading it needs torch,"
-    assert refuse_source(source, run=run) == f"{source}: {needs} {line}"
+def test_error_without_a_usable_torch_names_the_command_that_installs_it(tmp_path, monkeypatch, torch_code, problem):
+    source = save(tmp_path, empty_state())
+    (tmp_path / "packages" / "torch").mkdir(parents=True)
+    (tmp_path / "packages" / "torch" / "__init__.py").write_text(torch_code)
+    monkeypatch.delitem(sys.modules, "torch")
+    monkeypatch.syspath_prepend(tmp_path / "packages")
+    monkeypatch.setattr(sys, "dont_write_bytecode", True)
+    assert refuse_source(source) == f"{source}: {problem}"
 
 
-# --- writing that comes to no end ---
+# --- writing that fails ---
 
 
 @pytest.mark.parametrize("size", [100, 30_000_000], ids=["in the header", "in the data"])
-def test_a_disk_that_gets_full_leaves_nothing_behind(tmp_path, size):
-    source = saved(tmp_path, empty_state())
+def test_full_disk_leaves_nothing_behind(tmp_path, size):
+    source = save(tmp_path, empty_state())
     with files_at_most(size):
         line = refuse_source(source)
-    assert line == (
-        f"{tmp_path / 'out.safetensors'}: cannot be written (File too large); mend that, or choose another place"
-    )
+    assert line.startswith(f"{tmp_path / 'out.safetensors'}: cannot be written (File too large)")
+    assert line.endswith("Fix this, or choose another file.")
 
 
-def test_a_disk_that_gets_full_on_the_way_back_leaves_nothing_behind(tmp_path):
-    source, ours, back = saved(tmp_path, empty_state()), tmp_path / "ours.safetensors", tmp_path / "back.pth"
+def test_full_disk_in_a_conversion_to_torch_leaves_nothing_behind(tmp_path):
+    source, ours, back = save(tmp_path, empty_state()), tmp_path / "ours.safetensors", tmp_path / "back.pth"
     succeed("--arch=dinov2_vits14", f"--source={source}", f"--output={ours}")
     with files_at_most(30_000_000):
         line = refuse(tmp_path, "--to-torch", f"--source={ours}", f"--output={back}")
     assert line.startswith(f"{back}: cannot be written (")
 
 
-def test_too_little_room_is_said_before_anything_is_written(tmp_path, monkeypatch):
-    source = saved(tmp_path, empty_state())
+def test_too_little_space_is_reported_before_anything_is_written(tmp_path, monkeypatch):
+    source = save(tmp_path, empty_state())
     leave_free(monkeypatch, 10_000_000)
     line = refuse_source(source)
     output = tmp_path / "out.safetensors"
-    assert line == f"{output}: needs 0.09 GB, 0.01 are free; make room, or choose another place"
+    assert line == (f"{output}: needs 0.09 GB, but only 0.01 GB are free. Free some space, or choose another folder.")
 
 
-def test_a_conversion_that_is_ended_leaves_nothing_behind(tmp_path):
-    source = saved(tmp_path, empty_state("dinov2_vitl14"))
+def test_terminated_conversion_leaves_nothing_behind(tmp_path):
+    source = save(tmp_path, empty_state("dinov2_vitl14"))
     before = tree(tmp_path, but=None)
     arguments = ["--arch=dinov2_vitl14", f"--source={source}", f"--output={tmp_path / 'out.safetensors'}"]
     process = subprocess.Popen([sys.executable, "-m", "convert_weights", *arguments], cwd=ROOT, stderr=subprocess.PIPE)

@@ -1,4 +1,4 @@
-"""What a conversion writes: every number of the source, in its place, under metadata that say where it came from."""
+"""A conversion writes every value of the source, and metadata that state the source."""
 
 import hashlib
 
@@ -7,7 +7,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from convert_weights.architectures import RELEASED, rows_of, shapes_of
+from convert_weights.architectures import RELEASED, architecture_rows, architecture_shapes
 from convert_weights.nnunet import nnunet_rows
 from jaxla import load_backbone
 from jaxla.models.backbones.dinov3 import HUB_SPELLINGS
@@ -17,20 +17,20 @@ from jaxla.nnunet.plan import read_plan
 from tests.convert_weights.command import (
     GOLDEN,
     assert_same_state,
-    convert,
+    authors_shapes,
+    convert_in_a_new_process,
     empty_state,
     full_state,
     read_weights,
     succeed,
 )
-from tests.convert_weights.command import shapes_of as authors_shapes
 from tests.convert_weights.shards import write_shards
 from tests.parity.references import ReferenceVGG
 
 
 @pytest.fixture(scope="module")
 def dinov2(tmp_path_factory):
-    """-> the folder of a converted checkpoint, its state dict, and what the command printed."""
+    """Return the folder of a converted checkpoint, its state dict, and what the command printed."""
     folder = tmp_path_factory.mktemp("dinov2")
     state = full_state("dinov2_vits14")
     torch.save(state, folder / "vits14.pth")
@@ -38,34 +38,34 @@ def dinov2(tmp_path_factory):
     return folder, state, succeed("--arch=dinov2_vits14", f"--source={folder / 'vits14.pth'}", f"--output={output}")
 
 
-def test_the_result_says_what_it_is_and_where_it_came_from(dinov2):
+def test_metadata_state_architecture_source_and_hashes(dinov2):
     folder, _, _ = dinov2
     path = folder / "made" / "vits14.safetensors"
-    said = {
+    metadata = {
         "format": "jaxla-1",
         "arch": "dinov2_vits14",
         "source": "vits14.pth",
         "source_sha256": hashlib.sha256((folder / "vits14.pth").read_bytes()).hexdigest(),
         "licence": "Apache-2.0",
     }
-    assert read_metadata(path) == said
+    assert read_metadata(path) == metadata
     content = path.read_bytes()
     data = content[8 + int.from_bytes(content[:8], "little") :]
-    assert read_weights(path)[1] == said | {"data_sha256": hashlib.sha256(data).hexdigest()}
+    assert read_weights(path)[1] == metadata | {"data_sha256": hashlib.sha256(data).hexdigest()}
 
 
-def test_the_command_says_what_it_kept_and_what_it_wrote(dinov2):
+def test_command_reports_what_it_kept_and_wrote(dinov2):
     folder, _, printed = dinov2
     source, output = folder / "vits14.pth", folder / "made" / "vits14.safetensors"
     assert printed.splitlines() == [
         f"{source}: dinov2_vits14 in authors' layout, 0.09 GB",
-        f"{source}: will be kept, though no forward pass uses it: mask_token",
+        f"{source}: kept, although no forward pass uses it: mask_token",
         f"{output}: dinov2_vits14 from {source}, sha256 of its data {read_weights(output)[1]['data_sha256']}",
     ]
     assert [path.name for path in output.parent.iterdir()] == [output.name]
 
 
-def test_every_number_is_carried_over(dinov2):
+def test_every_value_is_copied(dinov2):
     folder, state, _ = dinov2
     arrays, _ = read_weights(folder / "made" / "vits14.safetensors")
     assert {str(array.dtype) for array in arrays.values()} == {"float32"}
@@ -79,13 +79,13 @@ def test_every_number_is_carried_over(dinov2):
     np.testing.assert_array_equal(arrays["unused.mask_token"], state["mask_token"])
 
 
-def test_what_no_forward_pass_uses_is_neither_loaded_nor_counted(dinov2):
+def test_unused_tensors_are_neither_loaded_nor_counted(dinov2):
     path = dinov2[0] / "made" / "vits14.safetensors"
-    assert parameter_count(path) == (len(shapes_of("dinov2_vits14")), 22_056_576 - 384)
+    assert parameter_count(path) == (len(architecture_shapes("dinov2_vits14")), 22_056_576 - 384)
     assert load_backbone(path).variant == RELEASED["dinov2_vits14"]
 
 
-def test_the_same_source_gives_the_same_bytes(dinov2, tmp_path):
+def test_same_source_gives_same_bytes(dinov2, tmp_path):
     folder, _, _ = dinov2
     succeed("--arch=dinov2_vits14", f"--source={folder / 'vits14.pth'}", f"--output={tmp_path / 'again.safetensors'}")
     assert (tmp_path / "again.safetensors").read_bytes() == (folder / "made" / "vits14.safetensors").read_bytes()
@@ -101,12 +101,12 @@ def test_safetensors_are_converted_without_torch(dinov2, tmp_path):
         f"--source={tmp_path / 'vits14.safetensors'}",
         f"--output={tmp_path / 'o.safetensors'}",
     )
-    without = convert(*arguments, PYTHONPATH=str(tmp_path / "blocked"), PYTHONDONTWRITEBYTECODE="1")
-    assert without.returncode == 0, without.stderr
+    done = convert_in_a_new_process(*arguments, PYTHONPATH=str(tmp_path / "blocked"), PYTHONDONTWRITEBYTECODE="1")
+    assert done.returncode == 0, done.stderr
     assert read_weights(tmp_path / "o.safetensors")[1]["data_sha256"] in printed
 
 
-def test_without_an_output_the_result_lies_where_training_looks(tmp_path, monkeypatch):
+def test_default_output_is_where_training_finds_it(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     torch.save(empty_state("dinov3_vits16plus"), tmp_path / "source.pth")
     succeed("--arch=dinov3_vits16plus", f"--source={tmp_path / 'source.pth'}")
@@ -115,7 +115,7 @@ def test_without_an_output_the_result_lies_where_training_looks(tmp_path, monkey
     assert read_metadata(path)["licence"] == "DINOv3 License"
 
 
-def test_an_output_is_replaced_by_force(tmp_path):
+def test_force_replaces_an_output(tmp_path):
     torch.save(empty_state(), tmp_path / "source.pth")
     (tmp_path / "out.safetensors").write_text("old")
     arguments = (
@@ -128,18 +128,18 @@ def test_an_output_is_replaced_by_force(tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out.safetensors", "source.pth"]
 
 
-def test_a_resnet_may_lack_its_classifier(tmp_path):
+def test_resnet_may_lack_its_classifier(tmp_path):
     state = {name: tensor for name, tensor in empty_state("resnet50").items() if not name.startswith("fc.")}
     torch.save(state, tmp_path / "source.pth")
     printed = succeed(
         "--arch=resnet50", f"--source={tmp_path / 'source.pth'}", f"--output={tmp_path / 'o.safetensors'}"
     )
-    line = f"{tmp_path / 'source.pth'}: holds no classifier (fc.weight, fc.bias), nor will what --to-torch makes of it"
+    line = f"{tmp_path / 'source.pth'}: contains no classifier (fc.weight, fc.bias); --to-torch will not write one"
     assert line in printed.splitlines()
 
 
-def test_vgg_is_converted_verified_and_read_back(tmp_path):
-    """Its features beside PyTorch's, and its tensors back as they were; without the half gigabyte of its classifier."""
+def test_vgg_gives_pytorchs_features_and_converts_back_to_the_bit(tmp_path):
+    """The checkpoint lacks the classifier, which takes half a gigabyte."""
     reference = ReferenceVGG(VGGS["vgg16_bn"].stages).eval()
     state = reference.state_dict()
     draw = torch.Generator().manual_seed(0)
@@ -149,7 +149,7 @@ def test_vgg_is_converted_verified_and_read_back(tmp_path):
     source, ours, back = (tmp_path / name for name in ("source.pth", "ours.safetensors", "back.pth"))
     torch.save(state, source)
     printed = succeed("--arch=vgg16_bn", f"--source={source}", f"--output={ours}", "--verify")
-    assert "holds no classifier (classifier.0.weight, classifier.0.bias, classifier.3.weight, …)" in printed
+    assert "contains no classifier (classifier.0.weight, classifier.0.bias, classifier.3.weight, …)" in printed
     succeed("--to-torch", f"--source={ours}", f"--output={back}")
     assert_same_state(torch.load(back, weights_only=True), state)
 
@@ -163,8 +163,8 @@ def test_vgg_is_converted_verified_and_read_back(tmp_path):
         assert b.std() > 0
 
 
-@pytest.mark.parametrize("sharded", [False, True], ids=["whole", "in shards"])
-def test_of_two_forms_in_one_folder_safetensors_is_taken(tmp_path, sharded):
+@pytest.mark.parametrize("sharded", [False, True], ids=["one file", "in shards"])
+def test_safetensors_are_preferred_if_a_folder_has_both_formats(tmp_path, sharded):
     folder = tmp_path / "dinov2-small"
     folder.mkdir()
     save_file({name: tensor.contiguous() for name, tensor in empty_state().items()}, folder / "model.safetensors")
@@ -172,13 +172,13 @@ def test_of_two_forms_in_one_folder_safetensors_is_taken(tmp_path, sharded):
         write_shards(folder, empty_state())
     else:
         torch.save(empty_state(), folder / "pytorch_model.bin")
-    left = "pytorch_model.bin.index.json" if sharded else "pytorch_model.bin"
+    ignored = "pytorch_model.bin.index.json" if sharded else "pytorch_model.bin"
     printed = succeed("--arch=dinov2_vits14", f"--source={folder}", f"--output={tmp_path / 'o.safetensors'}")
-    assert f"{folder}: took model.safetensors; {left} beside it was left" in printed.splitlines()
+    assert f"{folder}: using model.safetensors, ignoring {ignored}" in printed.splitlines()
     assert read_metadata(tmp_path / "o.safetensors")["source"] == "dinov2-small/model.safetensors"
 
 
-def test_the_sha256_of_shards_is_that_of_their_sha256sums(tmp_path):
+def test_sha256_of_shards_is_that_of_their_sha256sums(tmp_path):
     index, shards = write_shards(tmp_path, empty_state())
     succeed("--arch=dinov2_vits14", f"--source={index}", f"--output={tmp_path / 'out.safetensors'}")
     lines = [f"{hashlib.sha256(shard.read_bytes()).hexdigest()}  {shard.name}\n" for shard in shards]
@@ -187,27 +187,27 @@ def test_the_sha256_of_shards_is_that_of_their_sha256sums(tmp_path):
     assert metadata["source"] == f"{tmp_path.name}/{index.name}"
 
 
-def test_list_names_released_architectures_with_their_licence():
+def test_list_shows_released_architectures_with_their_licence():
     lines = succeed("--arch=list").splitlines()
     assert {line.split(":")[0] for line in lines} == {*RELEASED, "nnunet"}
-    assert "dinov2_vits14_reg: width 384, 12 blocks, weights under Apache-2.0, --download fetches them" in lines
-    assert sum("download them yourself and pass --source" in line for line in lines) == 6
+    assert "dinov2_vits14_reg: width 384, 12 blocks, weights under Apache-2.0, use --download" in lines
+    assert sum("download them yourself and use --source" in line for line in lines) == 6
     assert [line.split("; ")[1:] for line in lines if line.startswith("dinov3_vith")] == [
-        ["also spelt dinov3_vith16plus"]
+        ["also called dinov3_vith16plus"]
     ]
-    assert "resnet50: 16 blocks, weights under BSD-3-Clause, --download fetches them" in lines
-    assert "vgg16_bn: 13 convolutions, weights under BSD-3-Clause, --download fetches them" in lines
+    assert "resnet50: 16 blocks, weights under BSD-3-Clause, use --download" in lines
+    assert "vgg16_bn: 13 convolutions, weights under BSD-3-Clause, use --download" in lines
 
 
 @pytest.mark.parametrize("file", sorted(GOLDEN.glob("*.shapes.json")), ids=lambda path: path.stem.split(".")[0])
-def test_the_tables_list_the_authors_tensors_in_their_order(file):
+def test_tables_list_the_authors_tensors_in_their_order(file):
     name = file.name.removesuffix(".shapes.json")
     if name.startswith("nnunet_"):
         plan = read_plan(GOLDEN / "nnunet_plans" / "Hippocampus.json")
-        of_name = nnunet_rows(plan.configuration(name.removeprefix("nnunet_hippocampus_")), 3)
+        file_rows = nnunet_rows(plan.configuration(name.removeprefix("nnunet_hippocampus_")), 3)
     else:
-        of_name = rows_of(HUB_SPELLINGS.get(name, name))
-    rows = {row.theirs: row for row in of_name}
+        file_rows = architecture_rows(HUB_SPELLINGS.get(name, name))
+    rows = {row.theirs: row for row in file_rows}
     expected = authors_shapes(name)
     assert [(theirs, row.shape) for theirs, row in rows.items() if theirs in expected] == list(expected.items())
     assert all(row.optional for theirs, row in rows.items() if theirs not in expected)

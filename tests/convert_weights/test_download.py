@@ -1,4 +1,4 @@
-"""--download: transfers that break off, servers of every kind, files that are not the released ones. No network."""
+"""--download against a local server: interrupted downloads, unusual servers, files that are not the released ones."""
 
 import hashlib
 import io
@@ -25,18 +25,18 @@ CONTENT = bytes(range(256)) * 1200
 
 
 class Server:
-    """Serves its content under any name, and notes which part of it each request asked for."""
+    """Serve `content` under any name, and record which part each request asked for."""
 
     def __init__(self, certificate=None):
         self.content = CONTENT
-        self.knows_ranges = True
-        self.breaks_after = None  # bytes of the whole file, once
+        self.supports_ranges = True
+        self.breaks_after = None  # position in the file; happens once
         self.status = 200
-        self.headers = {}  # in place of those that are right; None leaves one out
+        self.headers = {}  # replace the correct ones; None removes one
         self.redirects = {}  # path -> URL
-        self.asked = []
-        self.goes_on = threading.Event()
-        self.goes_on.set()
+        self.requested_ranges = []
+        self.may_answer = threading.Event()
+        self.may_answer.set()
         server = self
 
         class Handler(BaseHTTPRequestHandler):
@@ -61,10 +61,10 @@ class Server:
             request.send_header("Location", self.redirects[request.path])
             request.end_headers()
             return
-        asked = request.headers.get("Range")
-        self.asked.append(asked)
-        assert self.goes_on.wait(60)
-        begin = int(asked.removeprefix("bytes=").removesuffix("-")) if asked and self.knows_ranges else 0
+        requested = request.headers.get("Range")
+        self.requested_ranges.append(requested)
+        assert self.may_answer.wait(60)
+        begin = int(requested.removeprefix("bytes=").removesuffix("-")) if requested and self.supports_ranges else 0
         size = len(self.content)
         if self.status != 200 or begin >= size:
             request.send_error(416 if begin else self.status)
@@ -78,18 +78,18 @@ class Server:
         end, self.breaks_after = self.breaks_after, None
         request.wfile.write(self.content[begin:end])
 
-    def wait_until_asked(self):
-        wait_until(lambda: self.asked)
+    def wait_for_request(self):
+        wait_until(lambda: self.requested_ranges)
 
     def close(self):
-        self.goes_on.set()
+        self.may_answer.set()
         self.http.shutdown()
         self.http.server_close()
 
 
-def wait_until(holds):
+def wait_until(condition):
     deadline = time.monotonic() + 60
-    while not holds():
+    while not condition():
         assert time.monotonic() < deadline
         time.sleep(0.01)
 
@@ -103,7 +103,7 @@ def server():
 
 @pytest.fixture
 def secure_server(tmp_path_factory, monkeypatch):
-    """One over HTTPS, whose certificate this process trusts."""
+    """A server over HTTPS, whose certificate this process trusts."""
     if not shutil.which("openssl"):
         pytest.skip("needs the program openssl, to make a certificate")
     file = tmp_path_factory.mktemp("tls") / "certificate.pem"
@@ -137,141 +137,146 @@ def refusal(release, folder):
 
 
 def contents(folder):
-    """Without the locks, which are empty and stay after a refusal."""
+    """Return the files but the locks, which are empty and remain after an error."""
     return {path.name: path.read_bytes() for path in folder.iterdir() if path.suffix != ".lock"}
 
 
-def test_a_file_is_fetched_once(server, release, tmp_path):
+def test_file_is_downloaded_once(server, release, tmp_path):
     folder = tmp_path / "cache" / "downloads"
     assert download(release, folder) == folder / "weights.pth"
     assert download(release, folder) == folder / "weights.pth"
     assert [path.name for path in folder.iterdir()] == ["weights.pth"]
-    assert server.asked == [None]
+    assert server.requested_ranges == [None]
 
 
-def test_a_transfer_that_broke_off_goes_on_where_it_was(server, release, tmp_path):
+def test_interrupted_download_is_resumed(server, release, tmp_path):
     server.breaks_after = 100_000
     line = refusal(release, tmp_path)
-    assert line.startswith(f"{server.url}: cannot be fetched (the connection broke off 0.2 MB before the end); run the")
+    assert line.startswith(
+        f"{server.url}: cannot be downloaded (the connection broke off 0.2 MB before the end). Run the"
+    )
     assert contents(tmp_path) == {"weights.pth.part": CONTENT[:100_000]}
     assert download(release, tmp_path).read_bytes() == CONTENT
-    assert server.asked == [None, "bytes=100000-"]
+    assert server.requested_ranges == [None, "bytes=100000-"]
     assert contents(tmp_path) == {"weights.pth": CONTENT}
 
 
-def test_a_server_that_knows_no_ranges_sends_all_of_it_again(server, release, tmp_path, log):
+def test_server_without_ranges_sends_the_file_from_the_beginning(server, release, tmp_path, log):
     part = tmp_path / "weights.pth.part"
     part.write_bytes(CONTENT[:100_000])
-    server.knows_ranges = False
+    server.supports_ranges = False
     assert download(release, tmp_path).read_bytes() == CONTENT
-    assert server.asked == ["bytes=100000-"]
-    said = f"{part}: the server cannot go on where the transfer broke off, and sends all of it again"
-    assert said in log.messages
+    assert server.requested_ranges == ["bytes=100000-"]
+    assert f"{part}: the server cannot resume a download; it sends the file from the beginning" in log.messages
 
 
-@pytest.mark.parametrize("have", [0, 100_000], ids=["whole", "resumed"])
+@pytest.mark.parametrize("received", [0, 100_000], ids=["new", "resumed"])
 @pytest.mark.parametrize(
     "headers",
     [{"Content-Length": None}, {"Content-Length": "0.3 MB"}, {"Transfer-Encoding": "chunked"}],
     ids=["none", "malformed", "chunked"],
 )
-def test_a_server_that_does_not_say_how_long_the_file_is_is_refused(server, release, tmp_path, headers, have):
-    (tmp_path / "weights.pth.part").write_bytes(CONTENT[:have])
+def test_server_that_does_not_announce_the_length_is_refused(server, release, tmp_path, headers, received):
+    (tmp_path / "weights.pth.part").write_bytes(CONTENT[:received])
     server.headers = headers
     line = refusal(release, tmp_path)
-    assert line.startswith(f"{server.url}: cannot be fetched (the server does not say how long the file is); run the")
-    assert contents(tmp_path) == {"weights.pth.part": CONTENT[:have]}
+    assert line.startswith(
+        f"{server.url}: cannot be downloaded (the server does not announce the length of the file). "
+    )
+    assert contents(tmp_path) == {"weights.pth.part": CONTENT[:received]}
 
 
 @pytest.mark.parametrize("sent", ["bytes 0-307199/307200", "bytes 100000-307199/400000", None])
-def test_another_part_than_the_missing_one_is_never_appended(server, release, tmp_path, sent):
+def test_part_that_is_not_the_missing_one_is_never_appended(server, release, tmp_path, sent):
     (tmp_path / "weights.pth.part").write_bytes(CONTENT[:100_000])
     server.headers = {"Content-Range": sent}
-    assert "(the server sends another part of the file than the one that is missing)" in refusal(release, tmp_path)
+    assert "(the server sends a different part of the file than the missing one)" in refusal(release, tmp_path)
     assert contents(tmp_path) == {"weights.pth.part": CONTENT[:100_000]}
 
 
-def test_a_transfer_that_was_complete_is_only_checked(server, release, tmp_path):
+def test_complete_part_is_only_checked(server, release, tmp_path):
     (tmp_path / "weights.pth.part").write_bytes(CONTENT)
     assert download(release, tmp_path).read_bytes() == CONTENT
-    assert server.asked == [f"bytes={len(CONTENT)}-"]
+    assert server.requested_ranges == [f"bytes={len(CONTENT)}-"]
 
 
-@pytest.mark.parametrize("part", [b"", b"something else" * 1000], ids=["whole", "resumed"])
-def test_another_file_than_the_released_one_is_removed(server, release, tmp_path, part):
+@pytest.mark.parametrize("part", [b"", b"something else" * 1000], ids=["new", "resumed"])
+def test_downloaded_file_that_is_not_the_released_one_is_removed(server, release, tmp_path, part):
     if part:
         (tmp_path / "weights.pth.part").write_bytes(part)
     else:
         release = release._replace(sha256="0" * 64)
-    assert "what came is not the released file, whose sha256 begins with" in refusal(release, tmp_path)
+    assert "the server sent a file that is not the released one, whose sha256 begins with" in refusal(release, tmp_path)
     assert contents(tmp_path) == {}
 
 
-def test_another_file_that_lies_there_is_named_and_kept(server, release, tmp_path):
+def test_existing_file_that_is_not_the_released_one_is_kept(server, release, tmp_path):
     (tmp_path / "weights.pth").write_bytes(b"mine")
     line = refusal(release, tmp_path)
     assert line.startswith(f"{tmp_path / 'weights.pth'}: not the released file, whose sha256 begins with ")
     assert contents(tmp_path) == {"weights.pth": b"mine"}
-    assert server.asked == []
+    assert server.requested_ranges == []
 
 
 @pytest.mark.parametrize("name", ["weights.pth", "weights.pth.part", "weights.pth.lock"])
-def test_what_cannot_be_read_or_written_is_one_line(release, tmp_path, name):
+def test_path_that_cannot_be_read_or_written_is_one_line(release, tmp_path, name):
     (tmp_path / name).mkdir()
     line = refusal(release, tmp_path)
-    assert line.startswith(f"{release.url}: cannot be fetched ([Errno 21] Is a directory: '{tmp_path / name}'); run ")
+    assert line.startswith(
+        f"{release.url}: cannot be downloaded ([Errno 21] Is a directory: '{tmp_path / name}'). Run "
+    )
 
 
-def test_a_folder_that_is_a_file_is_one_line(release, tmp_path):
+def test_folder_that_is_a_file_is_one_line(release, tmp_path):
     (tmp_path / "downloads").touch()
     assert f"File exists: '{tmp_path / 'downloads'}'" in refusal(release, tmp_path / "downloads")
 
 
 @pytest.mark.parametrize(
-    ("breaks_after", "asked"), [(None, [None]), (100_000, [None, "bytes=100000-"])], ids=["whole", "broken off"]
+    ("breaks_after", "ranges"), [(None, [None]), (100_000, [None, "bytes=100000-"])], ids=["complete", "interrupted"]
 )
-def test_of_two_that_want_a_file_one_fetches_it(server, release, tmp_path, log, breaks_after, asked):
+def test_one_of_two_processes_downloads_and_the_other_waits(server, release, tmp_path, log, breaks_after, ranges):
     path = tmp_path / "weights.pth"
     server.breaks_after = breaks_after
-    server.goes_on.clear()
+    server.may_answer.clear()
     with ThreadPoolExecutor(2) as threads:
         first = threads.submit(download, release, tmp_path)
-        server.wait_until_asked()
+        server.wait_for_request()
         second = threads.submit(download, release, tmp_path)
-        wait_until(lambda: f"{path}: another process is fetching it; waiting for it" in log.messages)
-        server.goes_on.set()
+        wait_until(lambda: f"{path}: another process is downloading it; waiting for it" in log.messages)
+        server.may_answer.set()
     if breaks_after:
         assert "the connection broke off" in str(first.exception())
     else:
         assert first.result() == path
     assert second.result() == path
-    assert server.asked == asked
+    assert server.requested_ranges == ranges
     assert list(tmp_path.iterdir()) == [path]
     assert path.read_bytes() == CONTENT
 
 
 @pytest.mark.parametrize(("status", "reason"), [(404, "Not Found"), (503, "Service Unavailable")])
-def test_a_server_that_refuses_is_quoted(server, release, tmp_path, status, reason):
+def test_error_quotes_the_server(server, release, tmp_path, status, reason):
     server.status = status
     line = refusal(release, tmp_path)
     assert line == (
-        f"{server.url}: cannot be fetched ({reason}); run the command again to go on, or fetch the file elsewhere and "
-        f"put it at {tmp_path / 'weights.pth'} for the same command to find"
+        f"{server.url}: cannot be downloaded ({reason}). Run the command again to resume, or download the file "
+        f"elsewhere, put it at {tmp_path / 'weights.pth'}, and run the same command."
     )
     assert contents(tmp_path) == {}
 
 
-def test_https_is_never_left(server, secure_server, release, tmp_path):
+def test_redirect_from_https_to_http_is_refused(server, secure_server, release, tmp_path):
     release = release._replace(url=f"{secure_server.root}/weights.pth")
     secure_server.redirects["/weights.pth"] = f"{server.root}/w"
     line = refusal(release, tmp_path)
-    assert f"cannot be fetched (it redirects to {server.root}/w, which is not HTTPS)" in line
-    assert server.asked == []
+    assert f"cannot be downloaded (it redirects to {server.root}/w, which is not HTTPS)" in line
+    assert server.requested_ranges == []
     secure_server.redirects["/weights.pth"] = f"{secure_server.root}/w"
     assert download(release, tmp_path).read_bytes() == CONTENT
 
 
-def test_every_release_is_known_by_its_sha256():
+def test_every_release_has_a_sha256():
     for arch, (url, sha256) in RELEASES.items():
         name = Path(url).name
         assert url.startswith("https://")
@@ -286,59 +291,58 @@ def test_every_release_is_known_by_its_sha256():
 # --- through the command ---
 
 
-def release_of(server, arch, monkeypatch, cache):
-    """What the server has is the release of that architecture, and `cache` the cache folder."""
+def replace_release(server, arch, monkeypatch, cache):
+    """Make the server's content the release of `arch`, and `cache` the cache folder."""
     monkeypatch.setitem(RELEASES, arch, Release(server.url, hashlib.sha256(server.content).hexdigest()))
     monkeypatch.setenv("XDG_CACHE_HOME", str(cache))
 
 
-def test_a_download_is_converted_and_fetched_only_once(server, tmp_path, monkeypatch):
+def test_download_is_converted_and_not_repeated(server, tmp_path, monkeypatch):
     file = io.BytesIO()
     torch.save(empty_state("dinov2_vits14"), file)
     server.content = file.getvalue()
-    release_of(server, "dinov2_vits14", monkeypatch, tmp_path)
+    replace_release(server, "dinov2_vits14", monkeypatch, tmp_path)
     output = tmp_path / "jaxla" / "weights" / "dinov2_vits14.safetensors"
-    said = succeed("--arch=dinov2_vits14", "--download")
-    assert f"fetching {server.url} into {tmp_path / 'jaxla' / 'downloads'}\n" in said
-    assert (
-        f"{output}: dinov2_vits14 from {tmp_path / 'jaxla' / 'downloads' / 'weights.pth'}, sha256 of its data " in said
-    )
+    printed = succeed("--arch=dinov2_vits14", "--download")
+    assert f"downloading {server.url} into {tmp_path / 'jaxla' / 'downloads'}\n" in printed
+    source = tmp_path / "jaxla" / "downloads" / "weights.pth"
+    assert f"{output}: dinov2_vits14 from {source}, sha256 of its data " in printed
     assert read_weights(output)[1]["source_sha256"] == RELEASES["dinov2_vits14"].sha256
     assert contents(tmp_path / "jaxla" / "downloads") == {"weights.pth": server.content}
     assert list((tmp_path / "jaxla" / "in-use").iterdir()) == []
     again = succeed("--arch=dinov2_vits14", "--download", "--force")
-    assert f"{tmp_path / 'jaxla' / 'downloads' / 'weights.pth'}: is there already\n" in again
-    assert server.asked == [None]
+    assert f"{source}: already downloaded\n" in again
+    assert server.requested_ranges == [None]
 
 
-def test_what_is_being_fetched_is_not_cleared_from_the_cache(server, tmp_path, monkeypatch):
-    release_of(server, "dinov2_vits14", monkeypatch, tmp_path)
-    server.goes_on.clear()
+def test_cache_is_not_cleared_during_a_download(server, tmp_path, monkeypatch):
+    replace_release(server, "dinov2_vits14", monkeypatch, tmp_path)
+    server.may_answer.clear()
     server.status = 503
     with ThreadPoolExecutor(1) as thread:
         running = thread.submit(main, ["--arch=dinov2_vits14", "--download"])
-        server.wait_until_asked()
+        server.wait_for_request()
         with pytest.raises(InputError, match="uses it; clear it when that run has ended"):
             clear_cache(tmp_path / "jaxla", "downloads")
-        server.goes_on.set()
+        server.may_answer.set()
     assert "Service Unavailable" in str(running.exception())
     assert clear_cache(tmp_path / "jaxla", "downloads") == []
 
 
-def test_without_network_the_command_says_where_to_put_the_file(tmp_path, monkeypatch):
+def test_error_without_network_states_where_to_put_the_file(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setenv("https_proxy", "http://127.0.0.1:9")
     url = "https://dl.fbaipublicfiles.com/dinov2/dinov2_vits14/dinov2_vits14_reg4_pretrain.pth"
-    place = tmp_path / "jaxla" / "downloads" / "dinov2_vits14_reg4_pretrain.pth"
-    place.parent.mkdir(parents=True)
-    place.with_name(f"{place.name}.lock").touch()
+    path = tmp_path / "jaxla" / "downloads" / "dinov2_vits14_reg4_pretrain.pth"
+    path.parent.mkdir(parents=True)
+    path.with_name(f"{path.name}.lock").touch()
     (tmp_path / "jaxla" / "in-use").mkdir()
     assert refuse(tmp_path, "--arch=dinov2_vits14_reg", "--download") == (
-        f"{url}: cannot be fetched ([Errno 111] Connection refused); run the command again to go on, or fetch the file "
-        f"elsewhere and put it at {place} for the same command to find"
+        f"{url}: cannot be downloaded ([Errno 111] Connection refused). Run the command again to resume, or download "
+        f"the file elsewhere, put it at {path}, and run the same command."
     )
-    place.write_bytes(b"mine")
-    assert refuse(tmp_path, "--arch=dinov2_vits14_reg", "--download").startswith(f"{place}: not the released file")
+    path.write_bytes(b"mine")
+    assert refuse(tmp_path, "--arch=dinov2_vits14_reg", "--download").startswith(f"{path}: not the released file")
 
 
 @pytest.mark.parametrize("arch", ["dinov3_vits16", "dinov3_vith16plus", "dinov3_vit7b16"])
@@ -346,7 +350,7 @@ def test_dinov3_is_never_downloaded(tmp_path, monkeypatch, arch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     line = refuse(tmp_path, f"--arch={arch}", "--download")
     assert line == (
-        "--download: DINOv3 comes under Meta's own licence and is never downloaded from here: accept it at "
-        "https://ai.meta.com/dinov3/ or on the model's Hugging Face page, download the file there and pass it as "
-        "--source"
+        "--download: DINOv3 has to be downloaded by hand, because you must accept Meta's licence first. Accept it at "
+        "https://ai.meta.com/dinov3/ or on the model's Hugging Face page, download the file there, and give it as "
+        "--source."
     )

@@ -1,4 +1,4 @@
-"""Hugging Face's checkpoints, from models that `transformers` itself writes."""
+"""Checkpoints that `transformers` writes."""
 
 from dataclasses import replace
 
@@ -16,7 +16,7 @@ from transformers import (
 )
 
 from convert_weights.checkpoint import open_checkpoint
-from convert_weights.huggingface import as_authors, hub_name, hub_shapes
+from convert_weights.huggingface import hub_name, hub_shapes, to_authors
 from convert_weights.vision_transformer import dinov2_rows, dinov3_rows
 from jaxla import load_backbone
 from jaxla.models.backbones import VARIANTS
@@ -26,8 +26,8 @@ from tests.convert_weights.command import read_weights, refuse_source, succeed
 DINOV2 = {"hidden_size": 384, "num_attention_heads": 6, "image_size": 518, "patch_size": 14}
 
 
-def randomised(model):
-    """Every parameter drawn anew: fresh models have scales of 1 and biases of 0, which hide mistakes."""
+def randomise(model):
+    """Draw all parameters: new models have scales of 1 and biases of 0, which hide mistakes."""
     torch.manual_seed(0)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -37,17 +37,17 @@ def randomised(model):
 
 @pytest.fixture(scope="module")
 def dinov3(tmp_path_factory):
-    """-> a model, the folder where it was saved whole, the file it was converted to, and what the command printed."""
+    """Return a model, the folder where it is saved, the file that it was converted to, and what the command printed."""
     folder = tmp_path_factory.mktemp("dinov3")
     config = DINOv3ViTConfig(intermediate_size=1536, use_gated_mlp=True, hidden_act="silu", num_register_tokens=4)
-    model = randomised(DINOv3ViTModel(config))
+    model = randomise(DINOv3ViTModel(config))
     model.save_pretrained(folder / "saved")
     output = folder / "ours.safetensors"
     printed = succeed("--arch=dinov3_vits16plus", f"--source={folder / 'saved'}", f"--output={output}")
     return model, folder / "saved", output, printed
 
 
-def test_dinov3_gives_the_tokens_of_transformers(dinov3):
+def test_dinov3_tokens_equal_those_of_transformers(dinov3):
     model, _, output, _ = dinov3
     image = np.random.default_rng(0).standard_normal((1, 64, 96, 3), dtype=np.float32)
     with torch.inference_mode():
@@ -57,7 +57,7 @@ def test_dinov3_gives_the_tokens_of_transformers(dinov3):
     np.testing.assert_allclose(ours, theirs, rtol=0, atol=1e-5)  # measured: 3.6e-6
 
 
-def test_what_dinov3_lacks_there_is_computed(dinov3):
+def test_missing_constants_of_dinov3_are_computed(dinov3):
     _, _, output, printed = dinov3
     arrays, metadata = read_weights(output)
     np.testing.assert_array_equal(arrays["periods"], rotary_periods(64), strict=True)
@@ -65,12 +65,12 @@ def test_what_dinov3_lacks_there_is_computed(dinov3):
     assert not arrays["blocks.attention.qkv_bias"][:, 384:768].any()
     assert arrays["unused.mask_token"].shape == (1, 384)
     assert "saved/model.safetensors: dinov3_vits_plus16 in Hugging Face's layout, 0.11 GB" in printed
-    assert "holds no rotary periods; they are computed" in printed
+    assert "contains no rotary periods; they are computed" in printed
     assert "convert that file for the authors' own numbers" in printed
     assert metadata["source"] == "saved/model.safetensors"
 
 
-def test_names_in_memory_and_below_a_prefix_give_the_same_bytes(dinov3, tmp_path):
+def test_names_in_memory_and_with_a_prefix_give_the_same_bytes(dinov3, tmp_path):
     model, _, output, _ = dinov3
     state = {f"dinov3_vit.{name}": tensor for name, tensor in model.state_dict().items()}
     assert "dinov3_vit.model.layer.0.attention.q_proj.weight" in state
@@ -80,27 +80,28 @@ def test_names_in_memory_and_below_a_prefix_give_the_same_bytes(dinov3, tmp_path
     assert read_weights(made)[1]["data_sha256"] == read_weights(output)[1]["data_sha256"]
 
 
-def test_a_checkpoint_with_a_classifier_is_refused(dinov3, tmp_path):
+def test_checkpoint_with_a_classifier_is_refused(dinov3, tmp_path):
     state = {f"model.{name}": tensor for name, tensor in load_file(dinov3[1] / "model.safetensors").items()}
     save_file(state | {"classifier.weight": torch.zeros(7, 384)}, tmp_path / "source.safetensors")
     line = refuse_source(tmp_path / "source.safetensors", "dinov3_vits_plus16")
-    assert "not dinov3_vits_plus16: it has 1 too many (classifier.weight); download" in line
+    assert "not dinov3_vits_plus16: 1 unexpected (classifier.weight). Download" in line
 
 
-def test_the_other_family_is_named(dinov3, tmp_path):
+def test_error_names_an_architecture_of_the_other_family(dinov3, tmp_path):
     source = tmp_path / "model.safetensors"
     source.symlink_to(dinov3[1] / "model.safetensors")
     line = refuse_source(source, "dinov2_vits14")
     assert line == (
-        f"{source}: holds dinov3_vits_plus16 (Hugging Face's layout), not dinov2_vits14; pass --arch=dinov3_vits_plus16"
+        f"{source}: contains dinov3_vits_plus16 (Hugging Face's layout), not dinov2_vits14. "
+        "Use --arch=dinov3_vits_plus16."
     )
 
 
 # --- DINOv2 ---
 
 
-def test_dinov2_in_shards(tmp_path):
-    model = randomised(Dinov2Model(Dinov2Config(**DINOV2)))
+def test_dinov2_in_shards_is_converted_and_back(tmp_path):
+    model = randomise(Dinov2Model(Dinov2Config(**DINOV2)))
     model.save_pretrained(tmp_path / "saved", max_shard_size="30MB")
     assert len(list((tmp_path / "saved").glob("*.safetensors"))) > 2
     output, back = tmp_path / "o.safetensors", tmp_path / "back.pth"
@@ -120,33 +121,33 @@ def test_dinov2_in_shards(tmp_path):
     assert torch.equal(authors["blocks.11.ls2.gamma"], theirs["encoder.layer.11.layer_scale2.lambda1"])
 
 
-# --- small networks: every tensor that transformers writes is expected, and no other ---
+# --- small networks: exactly the tensors that transformers writes are expected ---
 
 SMALL = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "patch_size": 2}
 CUT = {"width": 16, "depth": 2, "heads": 2, "patch": 2}
 
 
-def rows_of_dinov2(arch, **changes):
+def small_dinov2_rows(arch, **changes):
     return dinov2_rows(replace(VARIANTS[arch], **CUT, grid=3, **changes))
 
 
-def rows_of_dinov3(arch, **changes):
+def small_dinov3_rows(arch, **changes):
     return dinov3_rows(arch, replace(VARIANTS[arch], **CUT, **changes))
 
 
 MODELS = {
-    "dinov2": (lambda: Dinov2Model(Dinov2Config(**SMALL, image_size=6)), rows_of_dinov2("dinov2_vits14", hidden=64)),
+    "dinov2": (lambda: Dinov2Model(Dinov2Config(**SMALL, image_size=6)), small_dinov2_rows("dinov2_vits14", hidden=64)),
     "dinov2 g": (
         lambda: Dinov2Model(Dinov2Config(**SMALL, image_size=6, use_swiglu_ffn=True)),
-        rows_of_dinov2("dinov2_vitg14", hidden=48),
+        small_dinov2_rows("dinov2_vitg14", hidden=48),
     ),
     "dinov2 g with registers": (
         lambda: Dinov2WithRegistersModel(Dinov2WithRegistersConfig(**SMALL, image_size=6, use_swiglu_ffn=True)),
-        rows_of_dinov2("dinov2_vitg14_reg", hidden=48),
+        small_dinov2_rows("dinov2_vitg14_reg", hidden=48),
     ),
     "dinov3": (
         lambda: DINOv3ViTModel(DINOv3ViTConfig(**SMALL, intermediate_size=64, num_register_tokens=4)),
-        rows_of_dinov3("dinov3_vits16", hidden=64),
+        small_dinov3_rows("dinov3_vits16", hidden=64),
     ),
     "dinov3 7B": (
         lambda: DINOv3ViTModel(
@@ -159,15 +160,15 @@ MODELS = {
                 value_bias=False,
             )
         ),
-        rows_of_dinov3("dinov3_vit7b16", hidden=64),
+        small_dinov3_rows("dinov3_vit7b16", hidden=64),
     ),
 }
 
 
 @pytest.mark.parametrize("kind", MODELS)
-def test_every_tensor_is_expected_under_both_names(kind, tmp_path):
+def test_tensors_are_expected_under_hub_and_memory_names(kind, tmp_path):
     make, rows = MODELS[kind]
-    model = randomised(make())
+    model = randomise(make())
     model.save_pretrained(tmp_path)
     on_hub = open_checkpoint(tmp_path).tensors
     save_file(model.state_dict(), tmp_path / "memory.safetensors")
@@ -176,7 +177,7 @@ def test_every_tensor_is_expected_under_both_names(kind, tmp_path):
     for tensors in (on_hub, in_memory):
         shapes = {name: shape for name, (shape, _) in hub_shapes(rows, tensors).items()}
         assert {name: tensor.shape for name, tensor in tensors.items()} == shapes
-    first, second = as_authors(rows, on_hub), as_authors(rows, in_memory)
+    first, second = to_authors(rows, on_hub), to_authors(rows, in_memory)
     assert list(first) == [name for name in dict.fromkeys(row.theirs for row in rows) if "local_cls" not in name]
     for name, tensor in first.items():
         assert tensor.read().shape == tensor.shape, name

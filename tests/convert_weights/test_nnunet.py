@@ -1,4 +1,4 @@
-"""What nnU-Net trained, converted and back; its checkpoints as it writes them, and what is refused."""
+"""Conversion of checkpoints in the format that nnU-Net writes."""
 
 import json
 from pathlib import Path
@@ -17,8 +17,8 @@ GOLDEN = Path(__file__).parents[1] / "golden"
 PLANS = GOLDEN / "nnunet_plans" / "Hippocampus.json"
 
 
-def state_of(name, copies=True):
-    """A state dict of nnU-Net's network: with the copies under other names that PyTorch saves, or without."""
+def nnunet_state(name, copies=True):
+    """Return a state dict of nnU-Net's network, with or without the copies that PyTorch saves under other names."""
     rows = nnunet_rows(read_plan(PLANS).configuration(name), 3)
     golden = json.loads((GOLDEN / f"nnunet_hippocampus_{name}.shapes.json").read_text())
     filled = fake_state_dict({key: tuple(shape) for key, shape in golden.items()})
@@ -26,8 +26,8 @@ def state_of(name, copies=True):
     return {row.theirs: torch.from_numpy(named[row.ours].copy()) for row in rows if copies or not row.optional}
 
 
-def checkpoint(path, state):
-    """As nnU-Net's trainer writes it: the state dict among what else it needs, NumPy's numbers too."""
+def write_checkpoint(path, state):
+    """Write a state dict with the other content that nnU-Net's trainer saves, including NumPy's numbers."""
     content = {
         "network_weights": state,
         "optimizer_state": {"state": {}, "param_groups": [{"lr": 0.01, "nesterov": True}]},
@@ -45,7 +45,7 @@ def checkpoint(path, state):
 
 def convert(folder, name, source, plans=PLANS):
     output = folder / f"{name}.safetensors"
-    said = succeed(
+    printed = succeed(
         "--arch=nnunet",
         f"--plans={plans}",
         f"--configuration={name}",
@@ -53,14 +53,14 @@ def convert(folder, name, source, plans=PLANS):
         f"--output={output}",
         "--verify",
     )
-    return output, said
+    return output, printed
 
 
 @pytest.mark.parametrize("name", ["2d", "3d_fullres"])
-def test_a_checkpoint_gives_nnunets_own_logits_and_comes_back_to_the_bit(tmp_path, name):
-    state = state_of(name)
-    output, said = convert(tmp_path, name, checkpoint(tmp_path / "checkpoint_final.pth", state))
-    assert "logits of one " in said
+def test_checkpoint_gives_nnunets_logits_and_converts_back_to_the_bit(tmp_path, name):
+    state = nnunet_state(name)
+    output, printed = convert(tmp_path, name, write_checkpoint(tmp_path / "checkpoint_final.pth", state))
+    assert "logits of one " in printed
     network = jaxla.load_network(output)
     golden = np.load(GOLDEN / f"nnunet_hippocampus_{name}.npz")
     logits = np.asarray(network(golden["image"][None, ..., None]))
@@ -73,36 +73,36 @@ def test_a_checkpoint_gives_nnunets_own_logits_and_comes_back_to_the_bit(tmp_pat
     assert all(torch.equal(found[key], state[key]) for key in state)
 
 
-def test_a_state_dict_alone_and_one_without_copies_are_read_too(tmp_path):
+def test_state_dict_alone_and_without_copies_is_converted(tmp_path):
     source = tmp_path / "state.pth"
-    torch.save(state_of("2d", copies=False), source)
+    torch.save(nnunet_state("2d", copies=False), source)
     output, _ = convert(tmp_path, "2d", source)
     succeed("--to-torch", f"--source={output}", f"--output={tmp_path / 'back.pth'}")
     found = torch.load(tmp_path / "back.pth", weights_only=True)
-    assert found.keys() == state_of("2d").keys()  # as PyTorch's module asks for them
+    assert found.keys() == nnunet_state("2d").keys()  # PyTorch's module requires the copies
     assert torch.equal(
         found["decoder.encoder.stages.0.0.convs.0.conv.bias"], found["encoder.stages.0.0.convs.0.conv.bias"]
     )
 
 
-def test_nnunets_own_plans_are_read(tmp_path):
+def test_plans_in_nnunets_own_format_are_read(tmp_path):
     own = json.loads(PLANS.read_text())
     for name, c in own["configurations"].items():
         arch = {"network_class_name": "x.PlainConvUNet", "arch_kwargs": dict(c), "_kw_requires_import": []}
         own["configurations"][name] = {**{k: c[k] for k in c if k not in ("strides", "n_stages")}, "architecture": arch}
     (tmp_path / "nnUNetPlans.json").write_text(json.dumps(own))
-    source = checkpoint(tmp_path / "c.pth", state_of("2d"))
+    source = write_checkpoint(tmp_path / "c.pth", nnunet_state("2d"))
     output, _ = convert(tmp_path, "2d", source, tmp_path / "nnUNetPlans.json")
     assert jaxla.load_network(output)(np.zeros((1, 56, 40, 1), np.float32)).shape == (1, 56, 40, 3)
 
 
-def options(folder, **changed):
-    source = checkpoint(folder / "c.pth", state_of("2d"))
+def command_options(folder, **changed):
+    source = write_checkpoint(folder / "c.pth", nnunet_state("2d"))
     given = {"plans": PLANS, "configuration": "2d", "source": source, "output": folder / "new.safetensors"} | changed
     return ["--arch=nnunet", *(f"--{name}={value}" for name, value in given.items() if value is not None)]
 
 
-def small_plan(folder):
+def write_small_plan(folder):
     plan = read_plan(PLANS)
     c = plan.configurations["2d"]
     (folder / "other.json").write_text(
@@ -112,62 +112,65 @@ def small_plan(folder):
 
 
 @pytest.mark.parametrize(
-    ("changed", "says"),
+    ("changed", "problem"),
     [
-        ({"plans": None}, "option --plans is required with --arch=nnunet"),
-        ({"configuration": None}, "option --configuration is required with --arch=nnunet"),
-        ({"output": None}, "option --output is required with --arch=nnunet"),
+        ({"plans": None}, "--plans: required with --arch=nnunet. Give --plans="),
+        ({"configuration": None}, "--configuration: required with --arch=nnunet"),
+        ({"output": None}, "--output: required with --arch=nnunet"),
         (
             {"configuration": "3d_lowres"},
             "configuration '3d_lowres': none that is built here; give one of 2d, 3d_fullres",
         ),
-        ({"configuration": "3d_fullres"}, "has 50 of another shape"),
+        ({"configuration": "3d_fullres"}, "50 with the wrong shape"),
         ({"plans": "nothing.json"}, "nothing.json: cannot be read"),
         ({"source": "nothing.pth"}, "--source=nothing.pth: no such file"),
     ],
 )
-def test_what_does_not_fit_is_refused_in_a_line(tmp_path, changed, says):
-    assert says in refuse(tmp_path, *options(tmp_path, **changed))
+def test_options_that_do_not_fit_are_refused(tmp_path, changed, problem):
+    assert problem in refuse(tmp_path, *command_options(tmp_path, **changed))
 
 
-def test_another_plan_a_lost_tensor_and_copies_that_differ_are_refused(tmp_path):
-    said = refuse(tmp_path, *options(tmp_path, plans=small_plan(tmp_path)))
-    assert "of another shape" in said
-    assert "give the plan and the configuration that it was trained with" in said
+def test_wrong_plan_missing_tensor_and_differing_copies_are_refused(tmp_path):
+    line = refuse(tmp_path, *command_options(tmp_path, plans=write_small_plan(tmp_path)))
+    assert "with the wrong shape" in line
+    assert "Give the plan and the configuration of the training run" in line
 
-    state = state_of("2d")
+    state = nnunet_state("2d")
     del state["decoder.transpconvs.1.weight"]
-    source = checkpoint(tmp_path / "lost.pth", state)
-    assert "lacks 1 of its" in refuse(tmp_path, *options(tmp_path, source=source))
+    source = write_checkpoint(tmp_path / "lost.pth", state)
+    assert "tensors missing (decoder.transpconvs.1.weight)" in refuse(
+        tmp_path, *command_options(tmp_path, source=source)
+    )
 
-    state = state_of("2d")
+    state = nnunet_state("2d")
     state["decoder.encoder.stages.0.0.convs.0.conv.weight"] += 1
-    source = checkpoint(tmp_path / "differ.pth", state)
-    assert "are one module's and differ" in refuse(tmp_path, *options(tmp_path, source=source))
+    source = write_checkpoint(tmp_path / "differ.pth", state)
+    assert "are copies of one tensor, but differ" in refuse(tmp_path, *command_options(tmp_path, source=source))
 
     torch.save({"network_weights": {"a": torch.zeros(2)}}, tmp_path / "other.pth")
-    assert "has no decoder.seg_layers.0.weight" in refuse(tmp_path, *options(tmp_path, source=tmp_path / "other.pth"))
+    assert "not a checkpoint of nnU-Net: decoder.seg_layers.0.weight is missing" in refuse(
+        tmp_path, *command_options(tmp_path, source=tmp_path / "other.pth")
+    )
 
 
-def test_a_pickle_with_code_is_never_run(tmp_path):
+def test_code_in_a_pickle_is_never_executed(tmp_path):
     class Bomb:
         def __reduce__(self):
             return (Path.touch, (tmp_path / "exploded",))
 
-    torch.save({"network_weights": state_of("2d"), "logging": Bomb()}, tmp_path / "bomb.pth")
-    said = refuse(tmp_path, *options(tmp_path, source=tmp_path / "bomb.pth"))
-    assert "nothing was run" in said
+    torch.save({"network_weights": nnunet_state("2d"), "logging": Bomb()}, tmp_path / "bomb.pth")
+    assert "nothing was run" in refuse(tmp_path, *command_options(tmp_path, source=tmp_path / "bomb.pth"))
     assert not (tmp_path / "exploded").exists()
 
 
-def test_backbones_and_networks_are_told_apart(tmp_path):
-    output, _ = convert(tmp_path, "2d", checkpoint(tmp_path / "c.pth", state_of("2d")))
-    with pytest.raises(jaxla.InputError, match="unknown here"):
+def test_backbones_and_networks_are_distinguished(tmp_path):
+    output, _ = convert(tmp_path, "2d", write_checkpoint(tmp_path / "c.pth", nnunet_state("2d")))
+    with pytest.raises(jaxla.InputError, match="contains 'nnunet', which is not a backbone"):
         jaxla.load_backbone(output)
-    said = refuse(
+    line = refuse(
         tmp_path, "--arch=dinov2_vits14", f"--source={tmp_path / 'c.pth'}", f"--output={tmp_path / 'b.safetensors'}"
     )
-    assert "not a plain file of weights" in said  # NumPy's numbers are read where nnU-Net is asked for
-    said = refuse(tmp_path, "--arch=dinov2_vits14", "--configuration=2d", f"--source={tmp_path / 'c.pth'}")
-    assert "options --plans and --configuration go with --arch=nnunet" in said
+    assert "loading it would run code" in line  # NumPy's numbers are read only with --arch=nnunet
+    line = refuse(tmp_path, "--arch=dinov2_vits14", "--configuration=2d", f"--source={tmp_path / 'c.pth'}")
+    assert "--configuration: applies only to --arch=nnunet" in line
     assert plan_from_json(json.loads(PLANS.read_text()), "it").fingerprint is not None

@@ -1,4 +1,4 @@
-"""There and back: the authors' state dict again, to the bit."""
+"""A conversion and its reverse give the authors' state dict, bit for bit."""
 
 from dataclasses import replace
 
@@ -19,30 +19,30 @@ from jaxla.models.weights import parameter_shapes
 from tests.convert_weights.command import assert_same_state, full_state, read_weights, refuse, succeed, write_ours
 
 
-def there_and_back(folder, state, arch):
-    """-> our arrays, our metadata, and the state dict that comes back."""
+def convert_and_back(folder, state, arch):
+    """Return our arrays, our metadata, and the state dict of the reverse conversion."""
     source, ours, back = folder / "source.pth", folder / "ours.safetensors", folder / "back.pth"
     torch.save(state, source)
     succeed(f"--arch={arch}", f"--source={source}", f"--output={ours}")
-    said = succeed("--to-torch", f"--source={ours}", f"--output={back}")
-    assert said.splitlines()[-1] == f"{back}: {arch} from {ours}, {len(state)} tensors as their authors' state dict"
+    printed = succeed("--to-torch", f"--source={ours}", f"--output={back}")
+    assert printed.splitlines()[-1] == f"{back}: {arch} from {ours}, {len(state)} tensors of the authors' state dict"
     return *read_weights(ours), torch.load(back, weights_only=True)
 
 
-def test_dinov2_with_registers(tmp_path):
+def test_dinov2_with_registers_comes_back_to_the_bit(tmp_path):
     state = full_state("dinov2_vits14_reg")
-    arrays, _, back = there_and_back(tmp_path, state, "dinov2_vits14_reg")
+    arrays, _, back = convert_and_back(tmp_path, state, "dinov2_vits14_reg")
     assert_same_state(back, state)
     np.testing.assert_array_equal(arrays["register_tokens"], state["register_tokens"][0])
 
 
-def test_dinov3_with_constants_in_bfloat16_and_a_mask_of_its_own(tmp_path):
+def test_dinov3_with_bfloat16_constants_and_an_unusual_mask_comes_back_to_the_bit(tmp_path):
     state = full_state("dinov3_vits16plus")
     state["rope_embed.periods"] = torch.tensor([1.3359375 ** (k / 2) for k in range(16)]).bfloat16()
     mask = "blocks.4.attn.qkv.bias_mask"
     state[mask] = torch.arange(3 * 384).remainder(2).bfloat16()
     del state["mask_token"]
-    arrays, metadata, back = there_and_back(tmp_path, state, "dinov3_vits_plus16")
+    arrays, metadata, back = convert_and_back(tmp_path, state, "dinov3_vits_plus16")
     assert_same_state(back, state)
     assert metadata["bfloat16"] == f"rope_embed.periods {mask}"
     np.testing.assert_array_equal(arrays["periods"], state["rope_embed.periods"].float())
@@ -53,13 +53,13 @@ def test_dinov3_with_constants_in_bfloat16_and_a_mask_of_its_own(tmp_path):
     np.testing.assert_array_equal(kernel[:, 1536:], state["blocks.5.mlp.w2.weight"].T)
 
 
-# --- every kind of layer, in networks of a few thousand numbers ---
+# --- every kind of layer, in networks with a few thousand parameters ---
 
 SMALL = {"width": 16, "depth": 3, "heads": 2, "hidden": 20, "patch": 2}
 
 
-def small(arch):
-    """-> the rows of an architecture cut down, and the shapes of its parameters."""
+def small_architecture(arch):
+    """Return the rows of a smaller variant, and the shapes of its parameters."""
     if arch.startswith("resnet"):
         variant = replace(resnet.VARIANTS[arch], blocks=(2, 3, 2, 2))
         return resnet_rows(variant), abstract_shapes(resnet.ResNet, variant)
@@ -84,14 +84,14 @@ ARCHITECTURES = (
 
 
 @pytest.mark.parametrize("arch", ARCHITECTURES)
-@pytest.mark.parametrize("whole", [True, False], ids=["with optional tensors", "without"])
-def test_every_kind_of_layer(arch, whole):
-    rows, shapes = small(arch)
+@pytest.mark.parametrize("with_optional", [True, False], ids=["with optional tensors", "without"])
+def test_every_kind_of_layer_comes_back_to_the_bit(arch, with_optional):
+    rows, shapes = small_architecture(arch)
     rng = np.random.default_rng(0)
     theirs = {
         row.theirs: rng.integers(9, size=row.shape) if row.dtypes == ("int64",) else rng.random(row.shape, np.float32)
         for row in rows
-        if whole or not row.optional
+        if with_optional or not row.optional
     }
     tensors = {name: Tensor(array.shape, "", lambda array=array: array) for name, array in theirs.items()}
     arrays = {}
@@ -102,7 +102,7 @@ def test_every_kind_of_layer(arch, whole):
             assert len(chunks) == SMALL["depth"]  # never all blocks in memory
     assert {name: array.shape for name, array in arrays.items() if not name.startswith("unused.")} == shapes
     assert {name for name in arrays if name.startswith("unused.")} == {
-        f"unused.{row.theirs}" for row in rows if row.optional and whole
+        f"unused.{row.theirs}" for row in rows if row.optional and with_optional
     }
 
     back = dict(to_theirs(rows, arrays, lambda name, block: arrays[name] if block is None else arrays[name][block]))
@@ -111,7 +111,7 @@ def test_every_kind_of_layer(arch, whole):
         np.testing.assert_array_equal(back[name], array, strict=True)
 
 
-# --- what is refused ---
+# --- refusals ---
 
 
 @pytest.fixture
@@ -119,19 +119,19 @@ def mini(tmp_path):
     return write_ours(tmp_path / "mini.safetensors")
 
 
-def test_an_architecture_without_an_authors_format_is_refused(mini):
+def test_architecture_without_an_authors_format_is_refused(mini):
     folder = mini.parent
     line = refuse(folder, "--to-torch", f"--source={mini}", f"--output={folder / 'back.pth'}")
-    assert line == f"{mini}: holds vit_mini8, of which no weights were released: its authors' format is unknown"
+    assert line == f"{mini}: contains vit_mini8, which was never released in a PyTorch format."
 
 
 @pytest.mark.parametrize("zipped", [True, False])
-def test_a_file_that_was_not_converted_is_refused(tmp_path, zipped):
+def test_file_that_was_not_converted_is_refused(tmp_path, zipped):
     source = tmp_path / "vits14.pth"
     torch.save({"norm.weight": torch.zeros(384)}, source, _use_new_zipfile_serialization=zipped)
     line = (
-        f"{source}: not written by convert_weights; if it is a released checkpoint, convert it: "
-        f"python -m convert_weights --arch=ARCH --source={source}"
+        f"{source}: not written by convert_weights. If it is a released checkpoint, convert it: "
+        f"`python -m convert_weights --arch=ARCH --source={source}`."
     )
     assert refuse(tmp_path, "--to-torch", f"--source={source}", f"--output={tmp_path / 'back.pth'}") == line
     assert refuse(tmp_path, "--verify", f"--output={source}") == line
@@ -141,35 +141,47 @@ def test_a_file_that_was_not_converted_is_refused(tmp_path, zipped):
 
 
 @pytest.mark.parametrize(
-    ("arguments", "words"),
+    ("arguments", "line"),
     [
-        (["--source={}"], ["--to-torch needs --source", "--output"]),
-        (["--source={}", "--output=back.npz"], ["--output=back.npz", "must end in .pth"]),
-        (["--source={}", "--output={}.pth", "--verify"], ["--to-torch", "--verify checks converted files"]),
-        (["--source={}", "--output={}.pth", "--arch=dinov2_vits14"], ["holds vit_mini8, not dinov2_vits14"]),
-        (["--output={}.pth"], ["--to-torch needs --source"]),
+        (["--source={}"], "--output: required with --to-torch. Give --source=FILE.safetensors and --output=FILE.pth."),
+        (
+            ["--output={}.pth"],
+            "--source: required with --to-torch. Give --source=FILE.safetensors and --output=FILE.pth.",
+        ),
+        (
+            ["--source={}", "--output=back.npz"],
+            "--output=back.npz: the file name does not end in .pth. Choose a name that ends in .pth.",
+        ),
+        (
+            ["--source={}", "--output={}.pth", "--verify"],
+            "--verify: cannot be combined with --to-torch. Remove the option.",
+        ),
+        (
+            ["--source={}", "--output={}.pth", "--arch=dinov2_vits14"],
+            "{}: contains vit_mini8, not dinov2_vits14. Remove --arch.",
+        ),
     ],
-    ids=["no output", "another ending", "verify", "another architecture", "no source"],
+    ids=["no output", "no source", "wrong suffix", "verify", "wrong architecture"],
 )
-def test_options_that_do_not_go_together_are_refused(mini, arguments, words):
-    line = refuse(mini.parent, "--to-torch", *(argument.format(mini) for argument in arguments))
-    assert not [word for word in words if word not in line], line
+def test_options_that_do_not_fit_are_refused(mini, arguments, line):
+    arguments = [argument.format(mini) for argument in arguments]
+    assert refuse(mini.parent, "--to-torch", *arguments) == line.format(mini)
 
 
-def test_an_output_that_exists_is_kept(mini):
+def test_existing_output_is_kept(mini):
     back = mini.with_name("back.pth")
     back.write_text("precious")
     line = refuse(mini.parent, "--to-torch", f"--source={mini}", f"--output={back}")
-    assert line == f"{back}: exists already; choose another --output, or replace it with --force"
+    assert line == f"--output={back}: already exists, and --force is not given. Choose another --output."
 
 
-def test_the_source_is_never_the_output(tmp_path):
+def test_source_is_never_overwritten(tmp_path):
     source = write_ours(tmp_path / "source.pth", "dinov2_vits14")
     line = refuse(tmp_path, "--to-torch", f"--source={source}", f"--output={source}", "--force")
-    assert line == f"--output={source}: is the source itself; choose another --output"
+    assert line == f"--output={source}: is the source itself. Choose another --output."
 
 
-def test_a_converted_file_that_was_damaged_is_not_converted_back(tmp_path):
+def test_damaged_file_is_not_converted_back(tmp_path):
     ours, back = write_ours(tmp_path / "ours.safetensors", "dinov2_vits14"), tmp_path / "back.pth"
     with ours.open("r+b") as file:
         file.seek(-1000, 2)

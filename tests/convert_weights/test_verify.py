@@ -1,4 +1,4 @@
-"""--verify: the file is read again, compared with its checksum, and run."""
+"""--verify compares a file with its checksum and runs its network."""
 
 import pytest
 import torch
@@ -13,27 +13,27 @@ def mini(tmp_path):
     return write_ours(tmp_path / "mini.safetensors")
 
 
-def test_a_file_that_exists_is_verified(mini):
+def test_existing_file_is_verified(mini):
     checksum = read_weights(mini)[1]["data_sha256"]
     features = 128 * (1 + 14 * 14)  # class token and patches of 8 pixels
     assert succeed("--verify", f"--output={mini}") == (
-        f"{mini}: verified: its data have the sha256 that was noted, {checksum}; "
+        f"{mini}: verified: the data match their sha256 {checksum}; "
         f"the {features} features of one 112×112 image are finite\n"
     )
 
 
-def test_a_new_file_is_verified(tmp_path, monkeypatch):
+def test_new_file_is_verified(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     torch.save(empty_state("dinov2_vits14"), tmp_path / "source.pth")
     printed = succeed("--arch=dinov2_vits14", f"--source={tmp_path / 'source.pth'}", "--verify")
     path = tmp_path / "jaxla" / "weights" / "dinov2_vits14.safetensors"
-    assert printed.splitlines()[-1].startswith(f"{path}: verified: its data have the sha256 that was noted, ")
+    assert printed.splitlines()[-1].startswith(f"{path}: verified: the data match their sha256 ")
 
 
-@pytest.mark.parametrize("place", [-1, -5000, 100_000], ids=["last byte", "near the end", "in the middle"])
-def test_one_flipped_bit_is_found(mini, place):
+@pytest.mark.parametrize("position", [-1, -5000, 100_000], ids=["last byte", "near the end", "in the middle"])
+def test_one_flipped_bit_is_found(mini, position):
     content = bytearray(mini.read_bytes())
-    content[place] ^= 1
+    content[position] ^= 1
     mini.write_bytes(content)
     assert refuse(mini.parent, "--verify", f"--output={mini}").startswith(
         f"{mini}: damaged: the sha256 of its data is "
@@ -42,39 +42,37 @@ def test_one_flipped_bit_is_found(mini, place):
 
 def test_weights_that_overflow_are_refused(tmp_path):
     path = write_ours(tmp_path / "mini.safetensors", scale=1e30)
-    assert "the features of an image are not finite" in refuse(tmp_path, "--verify", f"--output={path}")
+    assert "the features of a test image are not finite" in refuse(tmp_path, "--verify", f"--output={path}")
 
 
-def test_another_architecture_than_asked_for_is_refused(mini):
+def test_wrong_architecture_is_refused(mini):
     line = refuse(mini.parent, "--verify", f"--output={mini}", "--arch=dinov2_vits14")
-    assert line == f"{mini}: holds vit_mini8, not dinov2_vits14; leave --arch out"
-    assert "verified" in succeed("--verify", f"--output={mini}", "--arch=vit_mini8")  # though nobody released it
+    assert line == f"{mini}: contains vit_mini8, not dinov2_vits14. Remove --arch."
+    assert "verified" in succeed("--verify", f"--output={mini}", "--arch=vit_mini8")  # although nobody released it
 
 
-def test_a_file_without_a_checksum_is_refused(mini):
+def test_file_without_a_checksum_is_refused(mini):
     arrays, metadata = read_weights(mini)
     del metadata["data_sha256"]
     save_file(arrays, mini, metadata)
     line = refuse(mini.parent, "--verify", f"--output={mini}")
-    assert line == f"{mini}: holds no checksum of its data; convert it again"
+    assert line == f"{mini}: contains no checksum of its data. Convert the checkpoint again."
 
 
-def test_verifying_needs_a_file(tmp_path, monkeypatch):
+def test_verify_needs_a_file(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    assert "--verify needs --output" in refuse(tmp_path, "--verify")
+    assert "--verify: needs a converted file. Give --output=" in refuse(tmp_path, "--verify")
     missing = tmp_path / "jaxla" / "weights" / "resnet50.safetensors"
     assert refuse(tmp_path, "--verify", "--arch=resnet50") == (
-        f"{missing}: no such weights file; make it, where torch is installed, with: "
-        f"python -m convert_weights --arch=resnet50 --download "
-        f"--output={missing}"
+        f"{missing}: no such weights file. Where torch is installed, run "
+        f"`python -m convert_weights --arch=resnet50 --download --output={missing}`."
     )
 
 
-def test_an_architecture_in_place_of_a_file_names_the_command_that_makes_one():
+def test_architecture_in_place_of_a_file_names_the_command_that_creates_it():
     with pytest.raises(InputError) as error:
         load_backbone("dinov2_vits14_reg")
     assert str(error.value) == (
-        "dinov2_vits14_reg: no such weights file; make it, where torch is installed, with: "
-        "python -m convert_weights --arch=dinov2_vits14_reg "
-        "--download, and give the .safetensors file that it writes"
+        "dinov2_vits14_reg: no such weights file. Where torch is installed, run `python -m convert_weights "
+        "--arch=dinov2_vits14_reg --download`. Then give the .safetensors file that it writes."
     )

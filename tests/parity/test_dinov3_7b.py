@@ -5,7 +5,7 @@ from dataclasses import replace
 import numpy as np
 from flax import nnx
 
-from convert_weights.architectures import rows_of
+from convert_weights.architectures import architecture_rows
 from jaxla.models.backbones import VARIANTS, build_backbone
 from jaxla.models.weights import parameter_shapes
 from tests.golden.errors import beyond_bounds, live_errors
@@ -77,7 +77,7 @@ def test_every_parameter_of_the_authors_has_its_place():
 
 def test_conversion_expects_the_tensors_of_the_authors():
     unused = {"mask_token": (1, 4096), "local_cls_norm.weight": (4096,), "local_cls_norm.bias": (4096,)}
-    assert {row.theirs: row.shape for row in rows_of("dinov3_vit7b16")} == AUTHORS | unused
+    assert {row.theirs: row.shape for row in architecture_rows("dinov3_vit7b16")} == AUTHORS | unused
 
 
 def test_two_of_its_blocks_equal_live_pytorch():

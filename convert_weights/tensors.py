@@ -1,0 +1,36 @@
+"""A tensor of a checkpoint whose numbers are read on demand."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from jaxla.config import InputError
+
+
+class Tensor(NamedTuple):
+    """One tensor of a checkpoint; `read()` returns its values, bfloat16 as the equal float32."""
+
+    shape: tuple[int, ...]
+    dtype: str
+    read: Callable[[], np.ndarray]
+
+
+def require_finite(path: Path, name: str, array: np.ndarray) -> np.ndarray:
+    """Return `array`.
+
+    Raises:
+        InputError: it contains NaN or infinite values.
+    """
+    if not np.isfinite(array).all():
+        raise InputError(path, f"{name} contains NaN or infinite values", "Download the file again.")
+    return array
+
+
+def summarize(names: Iterable[str]) -> str:
+    """Return the first three of many names."""
+    names = list(names)
+    return ", ".join(names[:3]) + (", …" if len(names) > 3 else "")

@@ -1,0 +1,145 @@
+"""Read PyTorch's files: the archives that it writes and its older format. Code in a file is never executed."""
+
+from __future__ import annotations
+
+import codecs
+import pickle
+import re
+import warnings
+import zipfile
+from collections.abc import Mapping
+from functools import partial
+from pathlib import Path
+from types import ModuleType
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from convert_weights.tensors import Tensor, require_finite, summarize
+from jaxla.config import InputError
+
+if TYPE_CHECKING:
+    import torch
+
+# Checkpoints may hold NumPy numbers, such as losses, beside the weights. Only these names are allowed in such a file.
+_NUMPY_NUMBERS = [
+    (np._core.multiarray.scalar, "numpy.core.multiarray.scalar"),
+    (np._core.multiarray.scalar, "numpy._core.multiarray.scalar"),
+    np.dtype,
+    *(type(np.dtype(kind)) for kind in ("f8", "f4", "f2", "i8", "i4", "?")),
+    codecs.encode,
+]
+
+MIN_TORCH = (2, 10)  # in older versions a file can corrupt memory in spite of weights_only=True (CVE-2026-24747)
+INSTALL_TORCH = "Run `pip install 'torch>=2.10'`."
+USE_RELEASED_FILE = "Give the released file of weights."
+
+
+def require_torch(where: object) -> ModuleType:
+    """Return the module torch; nothing else in this package imports it.
+
+    Args:
+        where: the file or option that needs it.
+
+    Raises:
+        InputError: it is not installed, too old, or cannot be imported.
+    """
+    try:
+        import torch
+    except Exception as error:  # its shared libraries fail in many ways
+        if isinstance(error, ModuleNotFoundError) and error.name == "torch":
+            raise InputError(where, "needs torch, which is not installed", INSTALL_TORCH) from error
+        raise InputError(
+            where,
+            f"needs torch, which is installed but cannot be imported ({error})",
+            "Run `pip install 'torch>=2.10' --force-reinstall`.",
+        ) from error
+    version = torch.__version__  # such as 2.13.0+cpu
+    if tuple(int(part) for part in re.findall(r"\d+", version)[:2]) < MIN_TORCH:
+        raise InputError(where, f"needs torch, but {version} is too old to read files safely", INSTALL_TORCH)
+    return torch
+
+
+def open_torch_file(path: Path, is_archive: bool, state_dict_key: str) -> dict[str, Tensor]:
+    """Return the tensors of a state dict, by name.
+
+    Args:
+        is_archive: whether the file has PyTorch's zip format; then it is memory-mapped.
+        state_dict_key: key of the state dict in a file that holds more; a file with a state dict alone is read too.
+
+    Raises:
+        InputError: torch cannot be used, or the file is damaged, contains code, or is not a state dict.
+    """
+    torch = require_torch(path)
+    numpy_numbers = torch.serialization.safe_globals(_NUMPY_NUMBERS if state_dict_key else [])
+    try:
+        with warnings.catch_warnings(action="ignore"), numpy_numbers:  # torch warns of old pickles, then refuses them
+            state = torch.load(path, map_location="cpu", weights_only=True, mmap=is_archive)
+    except pickle.UnpicklingError as error:
+        raise InputError(
+            path,
+            "not a checkpoint, or loading it would run code from it; nothing was run",
+            "Download the released weights again. If the file is your own, save only its state dict: "
+            "`torch.save(model.state_dict(), 'new.pth')`.",
+        ) from error
+    except Exception as error:  # torch's unpickler raises many types for bytes that are not a checkpoint
+        raise InputError(
+            path,
+            f"cannot be loaded ({str(error) or type(error).__name__}); it may be truncated or damaged",
+            "Download the file again.",
+        ) from error
+    if state_dict_key and isinstance(state, Mapping) and isinstance(state.get(state_dict_key), Mapping):
+        state = state[state_dict_key]
+    _require_state_dict(path, state, torch.Tensor)
+    return {
+        name: Tensor(tuple(value.shape), _dtype_name(value), partial(_read, path, name, value))
+        for name, value in state.items()
+    }
+
+
+def _require_state_dict(path: Path, state: object, tensor_type: type) -> None:
+    if not isinstance(state, Mapping):
+        raise InputError(
+            path, f"not a state dict (names mapped to tensors) but a {type(state).__name__}", USE_RELEASED_FILE
+        )
+    unexpected = [key for key, value in state.items() if not (isinstance(key, str) and isinstance(value, tensor_type))]
+    for key in unexpected:
+        value = state[key]
+        if isinstance(value, Mapping) and any(isinstance(part, tensor_type) for part in value.values()):
+            raise InputError(
+                path,
+                f"not a state dict, but contains one under {key!r}",
+                f"Save it alone: `torch.save(torch.load({str(path)!r}, weights_only=True)[{key!r}], 'new.pth')`.",
+            )
+    if unexpected:
+        raise InputError(
+            path,
+            f"not a state dict (names mapped to tensors): contains {summarize(map(repr, unexpected))}",
+            USE_RELEASED_FILE,
+        )
+
+
+def _dtype_name(value: torch.Tensor) -> str:
+    is_dense = str(value.layout) == "torch.strided" and value.device.type == "cpu"
+    return str(value.dtype if is_dense else value.layout).removeprefix("torch.")
+
+
+def _read(path: Path, name: str, value: torch.Tensor) -> np.ndarray:
+    value = value.detach()
+    return require_finite(path, name, (value.float() if _dtype_name(value) == "bfloat16" else value).numpy())
+
+
+def require_archive_checksums(path: Path) -> None:
+    """Compare each part of a PyTorch archive with its checksum, which torch writes but does not check.
+
+    Raises:
+        InputError: a part differs, or the archive cannot be unpacked.
+    """
+    try:
+        with zipfile.ZipFile(path) as archive:
+            has_checksums = any(part.CRC for part in archive.infolist())
+            damaged = archive.testzip() if has_checksums else None
+    except Exception as error:  # zipfile and the decompressors that it calls raise many types
+        raise InputError(path, f"damaged ({error})", "Download the file again.") from error
+    if damaged:
+        raise InputError(path, f"damaged: {damaged} differs from its checksum", "Download the file again.")
