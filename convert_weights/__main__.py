@@ -124,14 +124,14 @@ def _convert_nnunet(options: Namespace) -> None:
 def _downloaded(arch: str) -> Path:
     from convert_weights.checkpoint import require_torch
     from convert_weights.download import DINOV3_GATE, RELEASES, download
-    from jaxla.data.cache import in_use
+    from jaxla.data.cache import mark_cache_in_use
     from jaxla.models.backbones import dinov3
 
     if arch in dinov3.VARIANTS:
         raise InputError(f"--download: {DINOV3_GATE}")
     require_torch("option --download")  # all of them are PyTorch files
     cache_dir = default_cache_dir()
-    with in_use(cache_dir):
+    with mark_cache_in_use(cache_dir):
         return download(RELEASES[arch], cache_dir / "downloads")
 
 

@@ -116,7 +116,7 @@ def say_if_cut(volume: Volume, canvas: Canvas) -> None:
 
     geometry = slice_geometry(volume.affine)
     shape, spacing = to_slices(volume.array, geometry).shape[1:], geometry.spacing[1:]
-    if canvas.frame(shape, spacing).cuts:
+    if canvas.frame(shape, spacing).is_cropped:
         height, width = (n * mm for n, mm in zip(shape, spacing, strict=True))
         log_progress(
             f"{volume.path}: slices of {height:.0f} × {width:.0f} mm are larger than the {canvas.extent:.0f} mm that "

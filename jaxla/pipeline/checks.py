@@ -7,7 +7,7 @@ from dataclasses import fields, replace
 from pathlib import Path
 
 from jaxla.config import PARTS, Augmentation, Experiment, InputError, Model, Preprocessing
-from jaxla.data.cases import HOW_TO_GET_DATA, RECOGNISED
+from jaxla.data.cases import RECOGNISED_LAYOUTS, how_to_get_data
 from jaxla.data.prepared import PreparedVolume
 from jaxla.distributed import device_count, process_count
 from jaxla.experiments import METHODS
@@ -33,7 +33,8 @@ def checked(experiment: Experiment) -> Experiment:
     """
     if not experiment.data.root:
         raise InputError(
-            f"option --data.root is required: a folder in one of these layouts: {RECOGNISED}. {HOW_TO_GET_DATA}"
+            f"option --data.root is required: a folder in one of these layouts: {RECOGNISED_LAYOUTS}. "
+            f"{how_to_get_data()}"
         )
     if experiment.data.other_labels == "background" and not experiment.data.labels:
         raise InputError(

@@ -116,7 +116,7 @@ def forecast(
     """
     plan, batch_size = plan_run(experiment, data), experiment.training.batch_size
     with catch_out_of_memory(batch_size or configuration_of(experiment.model, plan).batch_size):
-        return _forecast(experiment, data, plan, cache_dir, data.used if seen is None else seen)
+        return _forecast(experiment, data, plan, cache_dir, data.used_volumes if seen is None else seen)
 
 
 def _forecast(
@@ -125,7 +125,7 @@ def _forecast(
     began = time.perf_counter()
     recipe, model, canvas = experiment.training, experiment.model, data.canvas(experiment.preprocessing)
     size = canvas.size
-    parts = {name: data.of(getattr(data.split, name)) for name in ("train", "val", "test")}
+    parts = {name: data.volumes_of(getattr(data.split, name)) for name in ("train", "val", "test")}
     slices = {name: sum(v.shape[0] for v in volumes) for name, volumes in parts.items()}
 
     with on_host():
@@ -148,7 +148,9 @@ def _forecast(
             extract_seconds = of_batch / cache.batch
             features_seconds = of_batch * sum(-(-v.shape[0] // cache.batch) for v in local_items(missing))
             # what the values are does not change how long a step takes
-            stand_ins = {v.id: np.broadcast_to(np.zeros(1, cache.dtype), (v.shape[0], *cache.shape)) for v in data.used}
+            stand_ins = {
+                v.id: np.broadcast_to(np.zeros(1, cache.dtype), (v.shape[0], *cache.shape)) for v in data.used_volumes
+            }
             with_images, network = network.READS_IMAGES, network.on_features((size, size))
 
     split = split_network(network, train_backbone=model.backbone == "finetuned")
@@ -272,7 +274,7 @@ def _bytes(tree: Any) -> int:
 
 def _scoring_seconds(data: PreparedData) -> float:
     """To score one case as the test does, measured on a validation mask against itself, moved."""
-    volume, names = data.of(data.split.val)[0], data.dataset.labels.names
+    volume, names = data.volumes_of(data.split.val)[0], data.dataset.labels.names
     mask = np.asarray(volume.mask)
     moved = np.roll(mask, 5, axis=1)
     began = time.perf_counter()

@@ -38,7 +38,7 @@ def plan_run(experiment: Experiment, data: PreparedData) -> Plan | None:
     if not is_planned(model):
         return None
     warn_of_channel(data.dataset.root)
-    planned_from = data.of(sorted(data.split.train + data.split.val))
+    planned_from = data.volumes_of(sorted(data.split.train + data.split.val))
     if not model.plan:
         found = fingerprint(planned_from, lambda volumes: track(volumes, "planning"))
         plan = make_plan(found, 1 + len(data.dataset.labels.names), model.memory_gb)

@@ -11,7 +11,7 @@ from flax import nnx
 
 from jaxla.cli.terminal import track
 from jaxla.config import Augmentation, Experiment, InputError
-from jaxla.data.dataset import PreparedData, say_what_is_cut
+from jaxla.data.dataset import PreparedData, log_cropped_cases
 from jaxla.distributed import barrier, is_first, on_host, use_local_devices
 from jaxla.memory import catch_out_of_memory
 from jaxla.models.build import about_depth, build_network, configuration_of
@@ -37,8 +37,9 @@ def train_and_test(experiment: Experiment, data: PreparedData, run_dir: Path, ca
         configuration = configuration_of(experiment.model, data.plan, experiment.training.batch_size)
         log.info("%s: %s", experiment.model.arch, describe(configuration))
     else:
-        say_what_is_cut(data, data.canvas(experiment.preprocessing))
-        if of_depth := about_depth(experiment.model, [volume.shape[0] for volume in data.used]):
+        if is_first():
+            log_cropped_cases(data, data.canvas(experiment.preprocessing))
+        if of_depth := about_depth(experiment.model, [volume.shape[0] for volume in data.used_volumes]):
             log.info("%s: %s", experiment.method, of_depth)
     with on_host():
         network = build(experiment, data.dataset.labels.outputs, run_dir, data.plan)
@@ -97,10 +98,10 @@ def cached_features(
         return None, reason
     with use_local_devices():
         cache = FeatureCache(cache_dir, network, experiment.model.arch, data.canvas(experiment.preprocessing))
-        features = cache.features(data.used, track)
+        features = cache.features(data.used_volumes, track)
     if features is None:
         return None, "The frozen backbone ran in every epoch: its features did not fit on the disk of the cache folder."
-    by_id = {volume.id: of_volume for volume, of_volume in zip(data.used, features, strict=True)}
+    by_id = {volume.id: of_volume for volume, of_volume in zip(data.used_volumes, features, strict=True)}
     return by_id, f"{FEATURES_KEPT}, in {cache.dtype.name}, and cached."
 
 

@@ -19,9 +19,9 @@ from jaxla.cli.command_line import Options, require_writable
 from jaxla.cli.process import Stopped
 from jaxla.cli.terminal import plural
 from jaxla.config import Experiment, InputError
-from jaxla.data.cache import in_use
+from jaxla.data.cache import mark_cache_in_use
 from jaxla.data.dataset import PreparedData, prepare_data
-from jaxla.distributed import broadcast, if_others_end, is_first, require_same, use_devices
+from jaxla.distributed import broadcast, if_others_end, is_first, local_items, require_same, use_devices
 from jaxla.memory import StepTooLarge
 from jaxla.pipeline.checks import require_batch, require_fitting_scans, require_share, with_weights
 from jaxla.pipeline.forecast import describe, forecast
@@ -74,15 +74,15 @@ def run_session(options: Options, command: str, run: Run = train_and_test, go_on
     if not weights_sha256:
         log.info("%s: no pretrained weights are used", describe_backbone(experiment))
 
-    with in_use(cache_dir), use_devices(options.devices, options.shard_params), ExitStack() as held:
+    with mark_cache_in_use(cache_dir), use_devices(options.devices, options.shard_params), ExitStack() as held:
         require_share(experiment)
         require_batch(experiment)
         environment_here = environment()
         installed = {**environment_here["versions"], "device": environment_here["device"]}
         require_same(installed, "give all hosts the same packages and devices")
-        data = prepare_data(experiment, cache_dir)
-        require_fitting_scans(experiment, data.used)
-        contents = {f"case {name}": sha256 for name, sha256 in data.cases.items()}
+        data = prepare_data(experiment, cache_dir, local_items)
+        require_fitting_scans(experiment, data.used_volumes)
+        contents = {f"case {name}": sha256 for name, sha256 in data.content_keys.items()}
         contents |= {"option --data.split": data.split.sha256, "option --model.weights": weights_sha256 or "random"}
         require_same(contents, "give all processes the same scans, masks, split and weights")
         if options.dry_run:
@@ -105,7 +105,7 @@ def run_session(options: Options, command: str, run: Run = train_and_test, go_on
         go_on = go_on or resume_command(record.command, run_dir)
         if is_first():
             held.push(partial(remove_unbegun, run_dir))
-            held.enter_context(run_folder(run_dir, record, data.split, data.cases, options.resume))
+            held.enter_context(run_folder(run_dir, record, data.split, data.content_keys, options.resume))
             log_file = logging.FileHandler(run_dir / LOG)
             held.callback(log_file.close)
             early_lines.setTarget(log_file)

@@ -76,7 +76,7 @@ def slice_sources(
     canvas = data.canvas(experiment.preprocessing)
 
     def source(ids: Sequence[str]) -> SliceSource:
-        return SliceSource(data.of(ids), canvas, features and [features[name] for name in ids], with_images)
+        return SliceSource(data.volumes_of(ids), canvas, features and [features[name] for name in ids], with_images)
 
     return Sources(
         source(data.split.train),
@@ -96,10 +96,10 @@ def volume_sources(
         features: of their slices by case id, where the network reads these.
     """
     canvas, recipe = data.canvas(experiment.preprocessing), experiment.training
-    deepest = max(volume.shape[0] for volume in data.of(data.split.train + data.split.val))
+    deepest = max(volume.shape[0] for volume in data.volumes_of(data.split.train + data.split.val))
 
     def source(ids: Sequence[str]) -> VolumeSource:
-        return VolumeSource(data.of(ids), canvas, deepest, features and [features[name] for name in ids])
+        return VolumeSource(data.volumes_of(ids), canvas, deepest, features and [features[name] for name in ids])
 
     return Sources(
         source(data.split.train),
@@ -124,7 +124,7 @@ def patch_sources(experiment: Experiment, data: PreparedData, plan: Plan, cache_
     first = local_items(ids)  # while other processes begin with others
     ids = list(dict.fromkeys((*first, *ids)))
     volumes = prepare_planned(
-        data.of(ids), plan, configuration, cache_dir, lambda volumes: track(volumes, "resampling")
+        data.volumes_of(ids), plan, configuration, cache_dir, lambda volumes: track(volumes, "resampling")
     )
     by_id = {volume.id: volume for volume in volumes}
     patch, augmented = configuration.patch_size, experiment.augmentation.nnunet

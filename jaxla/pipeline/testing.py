@@ -104,8 +104,8 @@ def run_test(data: PreparedData, features: Features | None, run_dir: Path, step_
     write_cases(slice_rows, run_dir / TEST_SLICES)
     write_summary(summary, run_dir / SUMMARY)
 
-    deepest = max(volume.shape[0] for volume in data.of(split.train + split.val))
-    cost = measure_cost(trained, segment, data.of(split.test), step_bytes, deepest)
+    deepest = max(volume.shape[0] for volume in data.volumes_of(split.train + split.val))
+    cost = measure_cost(trained, segment, data.volumes_of(split.test), step_bytes, deepest)
     write_cost(cost, run_dir / COST)
 
     panels = panels_of(data, rows, run_dir / PREDICTIONS)
@@ -179,7 +179,7 @@ def atlas_of(data: PreparedData, classes: int) -> Atlas:
     """Built of the training masks; its threshold chosen on the validation masks."""
 
     def canonical_masks(ids: Iterable[str]) -> Iterable[np.ndarray]:
-        return (slices_to_canonical(v.mask, v.slice_axis) for v in data.of(ids))
+        return (slices_to_canonical(v.mask, v.slice_axis) for v in data.volumes_of(ids))
 
     return choose_threshold(build_atlas(canonical_masks(data.split.train), classes), canonical_masks(data.split.val))
 
