@@ -120,7 +120,7 @@ def _require_nnunet_options(options: Namespace) -> None:
 def _download(arch: str) -> Path:
     from convert_weights.download import RELEASES, download
     from convert_weights.torch_file import require_torch
-    from jaxla.data.cache import in_use
+    from jaxla.data.cache import mark_cache_in_use
     from jaxla.models.backbones import dinov3
 
     if arch in dinov3.VARIANTS:
@@ -132,7 +132,7 @@ def _download(arch: str) -> Path:
         )
     require_torch("--download")  # every released file is a PyTorch file
     cache_dir = default_cache_dir()
-    with in_use(cache_dir):
+    with mark_cache_in_use(cache_dir):
         return download(RELEASES[arch], cache_dir / "downloads")
 
 

@@ -1,4 +1,4 @@
-"""python -m jaxla.cache [--clear=<kind>|all]: what the cache folder holds, and clearing it."""
+"""python -m jaxla.cache [--clear=<kind>|all]: list or clear the cache folder."""
 
 from __future__ import annotations
 
@@ -9,39 +9,38 @@ from jaxla.cli.command_line import command_parser, parse_arguments
 from jaxla.cli.process import run_command
 from jaxla.cli.terminal import format_bytes
 from jaxla.config import default_cache_dir
+from jaxla.data.cache import CLEARABLE, KINDS, clear_cache, list_cache
 
 
 def main(arguments: list[str]) -> None:
     """List the cache folder, or clear a part of it.
 
     Raises:
-        InputError: a run uses what is to be cleared, or it cannot be removed.
+        InputError: a process uses the cache, or something cannot be removed.
     """
-    from jaxla.data.cache import CLEARED, KINDS, cache_entries, clear_cache
-
-    parser = command_parser("jaxla.cache", "List what the cache folder holds, or clear what is made or fetched again.")
+    parser = command_parser("jaxla.cache", "List the cache folder, or clear what can be computed or downloaded again.")
     parser.add_argument("--cache-dir", type=str, help="the folder (default: the user's cache folder)")
     parser.add_argument(
         "--clear",
         type=Literal["features", "volumes", "planned", "phantoms", "downloads", "all"] | None,
         default=None,
-        help="remove these; `all` is all five of them; converted weights always stay",
+        help="remove these entries; `all` is all five kinds; converted weights always stay",
     )
     options = parse_arguments(parser, arguments)
     cache_dir = Path(options.cache_dir) if options.cache_dir else default_cache_dir()
 
     if options.clear:
         removed = clear_cache(cache_dir, options.clear)
-        what = options.clear if options.clear != "all" else ", ".join(CLEARED)
-        print(f"{cache_dir}: {what} cleared, {format_bytes(sum(entry.size for entry in removed))} freed")
+        kinds = options.clear if options.clear != "all" else ", ".join(CLEARABLE)
+        print(f"{cache_dir}: {kinds} cleared, {format_bytes(sum(entry.size for entry in removed))} freed")
         return
-    entries = cache_entries(cache_dir)
-    for kind, meaning in KINDS.items():
+    entries = list_cache(cache_dir)
+    for kind, content in KINDS.items():
         of_kind = [entry for entry in entries if entry.kind == kind]
         if of_kind:
-            print(f"{format_bytes(sum(entry.size for entry in of_kind)):>8}  {kind}: {meaning}")
+            print(f"{format_bytes(sum(entry.size for entry in of_kind)):>8}  {kind}: {content}")
         for entry in of_kind:
-            print(f"{format_bytes(entry.size):>12}  {entry.says}")
+            print(f"{format_bytes(entry.size):>12}  {entry.description}")
     print(f"{format_bytes(sum(entry.size for entry in entries)):>8}  in all, in {cache_dir}")
 
 

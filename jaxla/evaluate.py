@@ -1,86 +1,237 @@
 """python -m jaxla.evaluate: score predicted masks against reference masks.
 
 Files are matched by name. `--output` gets cases.csv and summary.json, and with `--protocol=lascarqs2022` the table of
-that challenge; it appears when everything is computed, or not at all.
+that challenge. The folder appears once everything is computed.
 """
 
 from __future__ import annotations
 
 import logging
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NamedTuple
+
+import numpy as np
 
 from jaxla.cli.command_line import command_parser, parse_arguments
+from jaxla.cli.files import atomic_folder, report_os_errors
 from jaxla.cli.process import run_command
+from jaxla.cli.terminal import plural
 from jaxla.config import InputError
+from jaxla.data.cases import MASK_SUFFIXES, find_cases, find_masks, masks_by_image
+from jaxla.data.labels import Labels, parse_labels
+from jaxla.data.split import read_split
+from jaxla.data.volumes import read_mask, require_same_grid, slice_geometry, to_slices
+from jaxla.evaluation.summary import (
+    Row,
+    format_summary,
+    score_case,
+    summarise,
+    write_cases,
+    write_lascarqs2022,
+    write_summary,
+)
 
 log = logging.getLogger("jaxla.evaluate")
 
+MAX_CLASSES = 255  # class indices are uint8; a file with more values is an image
+
+
+class Pair(NamedTuple):
+    """The two masks of a case."""
+
+    case: str
+    prediction: Path
+    reference: Path
+
 
 def main(arguments: list[str]) -> None:
-    """Score every case, write the tables, print the summary.
+    """Score every case, write the tables, and print the summary.
 
     Raises:
-        InputError: a file without its partner, on another grid, unreadable or with a value that no class has; an output
-            that exists; options that contradict each other.
+        InputError: a file has no partner, a different grid, or a value that is not a class, or cannot be read; the
+            output exists; or options contradict each other.
     """
-    parser = command_parser("jaxla.evaluate", "Score predicted masks against references.")
+    parser = command_parser("jaxla.evaluate", "Score predicted masks against reference masks.")
     parser.add_argument("--predictions", type=str, required=True, help="folder of predicted masks, <case>.nii.gz")
     parser.add_argument(
         "--references",
         type=str,
         required=True,
-        help="folder of such masks, <case>_mask.nii.gz too, or a data set",
+        help="folder of masks, <case>.nii.gz or <case>_mask.nii.gz; or a data set",
     )
-    parser.add_argument("--output", type=str, required=True, help="folder to create for cases.csv and summary.json")
+    parser.add_argument("--output", type=str, required=True, help="new folder for cases.csv and summary.json")
     parser.add_argument(
-        "--unit",
-        type=Literal["volume", "slice"],
-        default="volume",
-        help="what one measurement is of; means are over these",
+        "--unit", type=Literal["volume", "slice"], default="volume", help="what is measured; means are over these units"
     )
     parser.add_argument(
-        "--protocol", type=Literal["lascarqs2022"] | None, default=None, help="also write this challenge's own table"
+        "--protocol", type=Literal["lascarqs2022"] | None, default=None, help="also write the table of this challenge"
     )
     parser.add_argument(
         "--empty",
         type=Literal["one", "zero", "skip"],
         default="one",
-        help="what nothing predicted counts where the reference is empty: perfect, worst, or left out",
+        help="a unit with nothing in prediction and reference is perfect, worst, or left out",
     )
     parser.add_argument("--cases", type=str, help="a run's split.json: score only its test cases")
     parser.add_argument(
-        "--data.labels", type=str, default="", help="which mask values are which class, such as LA:1; as in training"
+        "--data.labels", type=str, default="", help="mask values of each class as in training, such as LA:1"
     )
     options = parse_arguments(parser, arguments)
-
-    from jaxla.evaluation.summary import summarise, summary_table
-    from jaxla.pipeline.scoring import checked_labels, match_cases, score_files, write_tables
-
     output = Path(options.output)
     if output.exists() or output.is_symlink():
-        raise InputError(f"--output={output}: exists already; name a new folder")
-    if options.protocol and (options.unit, options.empty) not in (("volume", "one"), ("volume", "zero")):
-        raise InputError(f"--protocol={options.protocol} scores every volume; leave --unit=slice and --empty=skip out")
+        raise InputError(f"--output={output}", "exists already", "Name a new folder.")
+    if options.protocol and (options.unit == "slice" or options.empty == "skip"):
+        raise InputError(
+            f"--protocol={options.protocol}", "scores every volume", "Remove --unit=slice and --empty=skip."
+        )
 
     pairs, labels = match_cases(Path(options.predictions), Path(options.references), options.cases, options.data.labels)
-    labels = checked_labels(pairs, labels)
+    labels = check_masks(pairs, labels)
     if options.protocol and len(labels.names) > 1:
-        raise InputError(f"--protocol={options.protocol} has one class, the LA cavity; found {labels.describe()}")
+        raise InputError(
+            f"--protocol={options.protocol}",
+            f"has one class, the LA cavity, but the classes are {labels.describe()}",
+            "Set --data.labels to one class.",
+        )
 
     rows = []
-    for number, (case_id, prediction, reference) in enumerate(pairs, start=1):
-        rows += score_files(case_id, prediction, reference, labels, options.unit, options.empty)
-        log.info("%d/%d %s", number, len(pairs), case_id)
+    for number, pair in enumerate(pairs, start=1):
+        rows += score_pair(pair, labels, options.unit, options.empty)
+        log.info("%d/%d %s", number, len(pairs), pair.case)
     summary = summarise(rows, options.unit, options.empty, labels.names)
-    write_tables(output, rows, summary, options.protocol)
-    print(summary_table(summary))
+    with report_os_errors("written", f"--output={output}", "Use another folder."), atomic_folder(output) as temporary:
+        write_cases(rows, temporary / "cases.csv")
+        write_summary(summary, temporary / "summary.json")
+        if options.protocol == "lascarqs2022":
+            write_lascarqs2022(rows, temporary / "lascarqs2022.csv")
+    print(format_summary(summary))
     print(f"{len(pairs)} cases; {summary['averaging']}; {summary['empty_rule']}")
     if options.empty == "skip":
-        print(
-            f"left out: {summary['skipped']['units']} {options.unit}s, {summary['skipped']['rows']} rows of cases.csv"
-        )
+        skipped = summary["skipped"]
+        print(f"left out: {skipped['units']} {options.unit}s, {skipped['rows']} rows of cases.csv")
     print(f"written to {output}")
+
+
+def match_cases(
+    predictions: Path, references: Path, split: str | None, labels: str
+) -> tuple[list[Pair], Labels | None]:
+    """Return the masks of every case, and the classes if the user or the data set names them.
+
+    Args:
+        references: a data set, or a folder of masks with the names of the predictions or `_mask` or the like added.
+        split: a split file; only its test cases are returned.
+        labels: value of `--data.labels`; empty uses the classes of the data set.
+    """
+    predicted = find_masks(predictions, "predictions")
+    if not predicted:
+        raise InputError(
+            f"--predictions={predictions}", "no .nii or .nii.gz file in this folder", "Name another folder."
+        )
+    referenced, classes = find_masks(references, "references"), parse_labels(labels) if labels else None
+    has_images = any(name + suffix in referenced for name in referenced for suffix in MASK_SUFFIXES)
+    if has_images or not referenced:
+        dataset = find_cases(references, labels)
+        referenced, classes = {case.id: case.mask for case in dataset.cases}, dataset.labels
+    elif predicted.keys().isdisjoint(referenced):
+        referenced = masks_by_image(referenced) or referenced
+
+    if split:
+        test_cases = read_split(Path(split), "cases").test
+        if missing := [name for name in test_cases if name not in referenced]:
+            raise InputError(
+                f"--cases={split}",
+                f"its test case {missing[0]} has no reference in {references}",
+                "Name the split and the references of one data set.",
+            )
+        referenced = {name: referenced[name] for name in test_cases}
+        if ignored := predicted.keys() - referenced.keys():
+            log.info("--cases=%s: %s of other cases not scored", split, plural(len(ignored), "prediction"))
+            predicted = {name: path for name, path in predicted.items() if name in referenced}
+
+    for role, partner, files, partners in (
+        ("prediction", "reference", predicted, referenced),
+        ("reference", "prediction", referenced, predicted),
+    ):
+        if unmatched := [name for name in files if name not in partners]:
+            more = f" (and {len(unmatched) - 1} more)" if len(unmatched) > 1 else ""
+            raise InputError(
+                files[unmatched[0]],
+                f"this {role} has no {partner}{more}",
+                f"Files are matched by name: add {unmatched[0]}.nii.gz to the {partner}s.",
+            )
+    return [Pair(name, predicted[name], path) for name, path in referenced.items()], classes
+
+
+def check_masks(pairs: list[Pair], labels: Labels | None) -> Labels:
+    """Read every file once before scoring: each must be sound, on the grid of its partner, and hold only classes.
+
+    Returns:
+        `labels`; if None, one class if no file has more than one non-zero value, otherwise a class for each value in
+        the references.
+    """
+    log.info("checking %d cases", len(pairs))
+    values: dict[Path, set[int]] = {}
+    for _, prediction_path, reference_path in pairs:
+        prediction, reference = read_mask(prediction_path), read_mask(reference_path)
+        require_same_grid(prediction, reference)
+        for volume in (prediction, reference):
+            values[volume.path] = set(np.unique(volume.array[volume.array != 0]).tolist())
+            if (count := len(values[volume.path])) > MAX_CLASSES:
+                raise InputError(volume.path, f"holds {count} values, so it is an image", "Replace it by a mask.")
+    reference_values = set().union(*(values[pair.reference] for pair in pairs))
+
+    if labels is None and all(len(found) <= 1 for found in values.values()):
+        labels = Labels(("foreground",))
+        for pair in pairs:  # a prediction may hold 1 for the class, whatever its value in the references
+            if unknown := values[pair.prediction] - reference_values - {1}:
+                raise InputError(
+                    pair.prediction, f"holds the value {unknown.pop()}, which no reference has", "Set --data.labels."
+                )
+        log.info("one class: any value but 0 (found %s)", sorted(set().union(*values.values())))
+    elif labels is None:
+        if len(reference_values) > MAX_CLASSES:
+            raise InputError(
+                pairs[0].reference.parent,
+                f"the references hold {len(reference_values)} values together, too many classes",
+                "Set --data.labels.",
+            )
+        classes = sorted(reference_values)
+        labels = Labels(tuple(map(str, classes)), tuple((value,) for value in classes))
+        log.info("classes: %s", labels.describe())
+    elif labels.ignored is None:
+        log.info("classes: %s", labels.describe())
+
+    # "All other values are background" excuses the values of references, not those of predictions alone.
+    ignored = reference_values if labels.ignored is None else set(labels.ignored)
+    # "Any non-zero value" allows several values in references, as in training. The file with most values comes first:
+    # if only one file keeps the others from being one class, it is the file to name.
+    to_check = [pair.prediction for pair in pairs] if labels.values is None else values
+    for path in sorted(to_check, key=lambda path: -len(values[path])):
+        if labels.values is None:
+            unknown = values[path] if len(values[path]) > 1 else set()
+        else:
+            unknown = values[path] - ignored.union(*labels.values)
+        if unknown:
+            listed = ", ".join(map(str, sorted(unknown)[:5]))
+            classes = labels.describe() or "none: every reference is empty"
+            raise InputError(
+                path,
+                f"label values {listed} are not among the classes ({classes})",
+                "Correct the mask, or set --data.labels as in training.",
+            )
+    return labels
+
+
+def score_pair(pair: Pair, labels: Labels, unit: str, empty: str) -> list[Row]:
+    """Score a case on its own grid: one row per class, or with unit `slice` one per slice and class."""
+    reference = read_mask(pair.reference)
+    arrays = (read_mask(pair.prediction).array, pair.prediction), (reference.array, pair.reference)
+    masks = [labels.to_classes(array, path) for array, path in arrays]
+    spacing = reference.spacing
+    if unit == "slice":
+        geometry = slice_geometry(reference.affine)
+        masks, spacing = [to_slices(mask, geometry) for mask in masks], geometry.spacing
+    return score_case(pair.case, *masks, spacing, labels.names, unit=unit, empty=empty)
 
 
 if __name__ == "__main__":

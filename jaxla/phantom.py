@@ -1,27 +1,29 @@
-"""python -m jaxla.phantom --output=DIR [--cases=N] [--size=small|full] [--seed=S]: synthetic LGE-MRI."""
+"""python -m jaxla.phantom --output=DIR [--cases=N] [--size=small|full] [--seed=S]: make synthetic LGE-MRI."""
 
 from __future__ import annotations
 
+from pathlib import Path
+from typing import Literal
+
 from jaxla.cli.command_line import command_parser, parse_arguments
 from jaxla.cli.process import run_command
+from jaxla.data.phantoms import write_phantoms
 
 
 def main(arguments: list[str]) -> None:
-    """Parse the command line and write the phantoms. Raises InputError on bad usage or an output folder in use."""
-    from pathlib import Path
-    from typing import Literal
+    """Write the phantoms.
 
-    from jaxla.data.phantoms import write_phantoms
-
+    Raises:
+        InputError: wrong usage, or the output folder is not empty.
+    """
     parser = command_parser(
         "jaxla.phantom", "Write synthetic LGE-MRI with reference masks of the left atrium, laid out as LAScarQS 2022."
     )
     parser.add_argument("--output", type=str, required=True, help="a new or empty folder")
     parser.add_argument("--cases", type=int, default=20, help="number of synthetic patients")
-    parser.add_argument("--size", type=Literal["small", "full"], default="full", help="the heart, or the chest")
+    parser.add_argument("--size", type=Literal["small", "full"], default="full", help="the heart, or the whole chest")
     parser.add_argument("--seed", type=int, default=0, help="the same seed gives the same files")
     options = parse_arguments(parser, arguments)
-
     write_phantoms(Path(options.output), options.cases, options.size, options.seed)
     print(f"{options.cases} phantoms in {options.output}")
 

@@ -63,17 +63,17 @@ def main(arguments: list[str]) -> None:
 
 def _plan_scans(data: Data, cache_dir: str | None, memory_gb: float) -> Plan:
     from jaxla.cli.terminal import track
-    from jaxla.data.cache import in_use
+    from jaxla.data.cache import mark_cache_in_use
     from jaxla.data.cases import find_cases
-    from jaxla.data.dataset import data_folder
+    from jaxla.data.dataset import resolve_data_root
     from jaxla.data.prepared import prepare_cases
     from jaxla.nnunet.fingerprint import fingerprint
     from jaxla.pipeline.planning import warn_of_channel
 
     cache = Path(cache_dir) if cache_dir else default_cache_dir()
     require_writable("--cache-dir", cache)
-    with in_use(cache):
-        dataset = find_cases(data_folder(data, cache), data.labels)
+    with mark_cache_in_use(cache):
+        dataset = find_cases(resolve_data_root(data, cache), data.labels)
         warn_of_channel(dataset.root)
         volumes = prepare_cases(dataset, cache, lambda cases: track(cases, "reading"))
         found = fingerprint(volumes, lambda volumes: track(volumes, "planning"))

@@ -1,6 +1,6 @@
-"""python -m jaxla.verify --data.root=DIR [--data.labels=…] [--json]: what is in a folder of scans, before any training.
+"""python -m jaxla.verify --data.root=DIR [--data.labels=…] [--json]: check a folder of scans before training.
 
-Reads every case, writes nothing. Exits 0 if training could start, 2 if it could not.
+It reads every case and writes nothing. It exits with 0 if training could start, with 2 if not.
 """
 
 from __future__ import annotations
@@ -11,36 +11,37 @@ import sys
 
 from jaxla.cli.command_line import command_parser, parse_arguments
 from jaxla.cli.process import run_command
+from jaxla.cli.terminal import plural
 from jaxla.config import InputError
 
 
 def main(arguments: list[str]) -> None:
-    """Read the folder, print the report.
+    """Read the folder and print the report.
 
     Raises:
-        InputError: wrong usage, no cases, or findings that would keep training from starting (after the report).
+        InputError: wrong usage, no cases, or findings that keep training from starting (raised after the report).
     """
-    parser = command_parser("jaxla.verify", "Say what is in a folder of scans, before any training; writes nothing.")
+    parser = command_parser("jaxla.verify", "Check a folder of scans before training; writes nothing.")
     parser.add_argument("--data.root", type=str, required=True, help="folder of scans with masks")
     parser.add_argument(
-        "--data.labels", type=str, default="", help="which mask values are which class, such as LA:1; as in training"
+        "--data.labels", type=str, default="", help="mask values of each class as in training, such as LA:1"
     )
-    parser.add_argument(
-        "--json", action="store_true", help="print one JSON document, with every case and finding, instead of text"
-    )
+    parser.add_argument("--json", action="store_true", help="print all cases and findings as one JSON document")
     options = parse_arguments(parser, arguments)
     if options.data.root == "phantom":
         raise InputError(
-            "--data.root=phantom: names scans that training makes, no folder; make some with "
-            "`python -m jaxla.phantom --output=DIR` and give that folder"
+            "--data.root=phantom",
+            "not a folder, but scans that training makes",
+            "Make them with `python -m jaxla.phantom --output=DIR` and name that folder.",
         )
 
+    # Imported here, because SciPy takes a second to import and --help must not wait for it.
     from tqdm import tqdm
 
     from jaxla.data.inventory import take_inventory
     from jaxla.reporting.inventory_report import to_json, to_text
 
-    logging.getLogger("jaxla").setLevel(logging.WARNING)  # what the readers log on stdout is in the report
+    logging.getLogger("jaxla").setLevel(logging.WARNING)  # the report holds what the readers log
     inventory = take_inventory(
         options.data.root,
         options.data.labels,
@@ -48,12 +49,10 @@ def main(arguments: list[str]) -> None:
     )
     print(json.dumps(to_json(inventory), indent=1, ensure_ascii=False) if options.json else to_text(inventory))
     if errors := inventory.errors:
-        first = errors[0]
-        problems = "1 problem keeps" if len(errors) == 1 else f"{len(errors)} problems keep"
-        which = "" if len(errors) == 1 else "; the first"
         raise InputError(
-            f"--data.root={options.data.root}: {problems} training from starting{which}: "
-            f"{first.file}: {first.what}; {first.mend}"
+            f"--data.root={options.data.root}",
+            f"training cannot start: {plural(len(errors), 'error')}, first in {errors[0].file}: {errors[0].problem}",
+            errors[0].fix,
         )
 
 

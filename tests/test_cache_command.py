@@ -1,4 +1,4 @@
-"""python -m jaxla.cache: what it lists, what it clears, and when it refuses to."""
+"""python -m jaxla.cache: what it lists, what it clears, and when it refuses to clear."""
 
 import contextlib
 import os
@@ -9,33 +9,36 @@ import subprocess
 import sys
 
 import pytest
-from jaxla.models.build import build_network
-from tests.data.test_planned import plan_for
 
 from jaxla.config import Model
 from jaxla.data.cases import find_cases
 from jaxla.data.inputs import Canvas
-from jaxla.data.phantoms import cached_phantoms
+from jaxla.data.phantoms import ensure_phantoms
 from jaxla.data.prepared import prepare_cases
+from jaxla.models.build import build_network
 from jaxla.models.weights_format import save_weights
 from jaxla.nnunet.preprocessing import prepare_planned
 from jaxla.training.features import FeatureCache
 from tests.commands import in_this_process
 from tests.data.nifti import flat
+from tests.nnunet.test_preprocessing import plan_for
 
 UNITS = {"": 1, "k": 1e3, "M": 1e6, "G": 1e9}
-USES_THE_CACHE = "from pathlib import Path; from jaxla.data.cache import in_use; hold = in_use(Path(sys.argv[1]))"
+USES_THE_CACHE = (
+    "from pathlib import Path; from jaxla.data.cache import mark_cache_in_use;"
+    "hold = mark_cache_in_use(Path(sys.argv[1]))"
+)
 
 
-def bytes_of(shown):
-    """`1.05kB` -> 1050.0; three digits are shown, so this is within half a per cent of what was meant."""
+def parse_bytes(shown):
+    """Parse a size: `1.05kB` -> 1050.0, correct to half a percent because three digits are shown."""
     number, unit = re.fullmatch(r"([\d.]+)([kMG]?)B", shown).groups()
     return float(number) * UNITS[unit]
 
 
 @contextlib.contextmanager
 def held_by_another_process(statements, *arguments):
-    """While a Python process is within the context manager that `statements` call `hold`; yields that process."""
+    """Run a process that stays within the context manager `hold` of `statements`; yield the process."""
     code = f"import sys; {statements}\nwith hold:\n print(flush=True); sys.stdin.read()"
     with subprocess.Popen(
         [sys.executable, "-c", code, *map(str, arguments)], stdin=subprocess.PIPE, stdout=subprocess.PIPE
@@ -50,24 +53,24 @@ def size_of(folder):
 
 
 def contents(folder):
-    """Path below `folder` -> content, for every file but the marks of those that use it."""
+    """Return relative path -> content of every file except the marks of processes that use the cache."""
     paths = (path for path in folder.rglob("*") if path.is_file() and path.parent.name != "in-use")
     return {path.relative_to(folder): path.read_bytes() for path in paths}
 
 
 @pytest.fixture(scope="module")
 def made_cache(tmp_path_factory):
-    """A cache folder with something of every kind in it: two volumes, one of them with features."""
+    """A cache folder with entries of every kind: two volumes, one of them with features."""
     folder = tmp_path_factory.mktemp("cache_command")
     cache = folder / "cache"
     volumes = prepare_cases(find_cases(flat(folder / "data", 2), ""), cache)
     network = build_network(Model("vit_mini8", weights="random", decoder_widths=(8,)), 1, seed=0)
     FeatureCache(cache, network, "vit_mini8", Canvas(16)).features(volumes[:1])
     prepare_planned(volumes[:1], *plan_for((2.5, 0.75, 0.75)), cache)
-    cached_phantoms(cache, "small", 1)
+    ensure_phantoms(cache, "small", 1)
     save_weights(cache / "weights" / "mine.safetensors", {}, {"arch": "vit_mini8", "source": "", "licence": ""})
     (cache / "downloads").mkdir()
-    for name, size in {"a.pth": 3000, "b.pth.part": 2000, "b.pth.lock": 0}.items():  # `b` broke off
+    for name, size in {"a.pth": 3000, "b.pth.part": 2000, "b.pth.lock": 0}.items():  # `b` was interrupted
         (cache / "downloads" / name).write_bytes(bytes(size))
     return cache
 
@@ -78,14 +81,14 @@ def cache(made_cache, tmp_path):
 
 
 def run(cache, *options):
-    """The command's lines, after a run that must succeed."""
+    """Run the command successfully, and return its lines."""
     done = in_this_process(cache.parent, "jaxla.cache", f"--cache-dir={cache}", *options)
     assert (done.returncode, done.stderr) == (0, "")
     return done.stdout.splitlines()
 
 
 def refuse(cache, *options):
-    """The one line of error, after checking that nothing was removed."""
+    """Run the command, check that it fails without removing anything, and return its error."""
     before = contents(cache)
     done = in_this_process(cache.parent, "jaxla.cache", f"--cache-dir={cache}", *options)
     assert (done.returncode, done.stdout, len(done.stderr.splitlines())) == (2, "", 1)
@@ -99,7 +102,7 @@ def refuse(cache, *options):
 def test_every_kind_is_listed_with_its_size(cache):
     lines = [line.split(maxsplit=1) for line in run(cache)]
     (backbone,) = (cache / "features").iterdir()
-    listed = [  # what stands on each line, and the folder or file whose size it gives
+    listed = [  # text of each line, and the folder or file whose size it shows
         ("volumes: prepared volumes", cache / "volumes"),
         ("2 volumes", cache / "volumes"),
         ("planned: volumes resampled for nnU-Net", cache / "planned"),
@@ -110,14 +113,14 @@ def test_every_kind_is_listed_with_its_size(cache):
         ("small-1-v1", cache / "phantoms"),
         ("weights: converted weights", cache / "weights"),
         ("mine.safetensors", cache / "weights"),
-        ("downloads: released checkpoints as they were fetched", cache / "downloads"),
+        ("downloads: released checkpoints as downloaded", cache / "downloads"),
         ("a.pth", cache / "downloads" / "a.pth"),
-        ("b.pth, as far as it was fetched", cache / "downloads" / "b.pth.part"),
+        ("b.pth, partly downloaded", cache / "downloads" / "b.pth.part"),
     ]
     assert [text for _, text in lines[:-1]] == [text for text, _ in listed]
     for (shown, text), (_, folder) in zip(lines, listed, strict=False):
-        assert bytes_of(shown) == pytest.approx(size_of(folder), rel=0.005), text
-    assert bytes_of(lines[-1][0]) == pytest.approx(sum(map(len, contents(cache).values())), rel=0.005)
+        assert parse_bytes(shown) == pytest.approx(size_of(folder), rel=0.005), text
+    assert parse_bytes(lines[-1][0]) == pytest.approx(sum(map(len, contents(cache).values())), rel=0.005)
     assert lines[-1][1] == f"in all, in {cache}"
 
 
@@ -127,25 +130,25 @@ def test_listing_changes_nothing(cache):
     assert sorted(cache.rglob("*")) == before
 
 
-def test_what_a_killed_process_left_is_named_and_not_counted_as_a_volume(cache):
+def test_leftovers_of_a_killed_process_are_listed_and_not_counted_as_volumes(cache):
     (cache / "volumes" / f".{32 * 'a'}.volume").mkdir()
     (cache / "volumes" / f".{32 * 'a'}.volume" / "image.npy").write_bytes(bytes(5000))
     lines = [line.strip() for line in run(cache)]
-    assert "5.00kB  left half-written by a process that was killed" in lines
+    assert "5.00kB  incomplete, from a killed process" in lines
     assert any(line.endswith("B  2 volumes") for line in lines)
 
 
-@pytest.mark.parametrize("there", [True, False], ids=["empty", "missing"])
-def test_a_cache_without_anything_is_listed_and_cleared(tmp_path, there):
+@pytest.mark.parametrize("exists", [True, False], ids=["empty", "missing"])
+def test_an_empty_cache_is_listed_and_cleared(tmp_path, exists):
     cache = tmp_path / "cache"
-    if there:
+    if exists:
         cache.mkdir()
     (line,) = run(cache)
     assert line.split(maxsplit=1) == ["0.00B", f"in all, in {cache}"]
     assert run(cache, "--clear=all") == [
         f"{cache}: volumes, planned, features, phantoms, downloads cleared, 0.00B freed"
     ]
-    assert cache.exists() == there
+    assert cache.exists() == exists
 
 
 # --- clearing --------------------------------------------------------------------------------------------------------
@@ -162,16 +165,16 @@ def test_a_cache_without_anything_is_listed_and_cleared(tmp_path, there):
         ("all", {"features", "volumes", "planned", "phantoms", "downloads"}),
     ],
 )
-def test_only_what_is_named_is_cleared_and_weights_never(cache, option, cleared):
+def test_only_the_named_kind_is_cleared_and_never_weights(cache, option, cleared):
     before = contents(cache)
     (line,) = run(cache, f"--clear={option}")
     after = contents(cache)
     assert after == {path: content for path, content in before.items() if path.parts[0] not in cleared}
     assert after[next(path for path in before if path.name == "mine.safetensors")]
-    what, freed = re.fullmatch(rf"{cache}: (.*) cleared, (\S+) freed", line).groups()
-    assert set(what.split(", ")) == cleared
+    kinds, freed = re.fullmatch(rf"{cache}: (.*) cleared, (\S+) freed", line).groups()
+    assert set(kinds.split(", ")) == cleared
     freed_bytes = sum(map(len, before.values())) - sum(map(len, after.values()))
-    assert bytes_of(freed) == pytest.approx(freed_bytes, rel=0.005)
+    assert parse_bytes(freed) == pytest.approx(freed_bytes, rel=0.005)
     listed = {line.split()[1].rstrip(":") for line in run(cache)}
     assert not listed & cleared
 
@@ -189,16 +192,16 @@ def test_a_wrong_option_is_named_and_nothing_is_cleared(cache, option, message):
     assert re.search(f"^error: {message}", refuse(cache, option))
 
 
-def test_a_cache_that_a_run_uses_is_not_cleared_until_the_run_has_ended(cache):
+def test_a_cache_in_use_is_not_cleared_until_the_process_has_ended(cache):
     with held_by_another_process(USES_THE_CACHE, cache) as user:
         error = refuse(cache, "--clear=all")
         assert f"--cache-dir={cache}: process {os.uname().nodename}-{user.pid} uses it" in error
-        assert len(run(cache)) == 14  # listing does not disturb it
+        assert len(run(cache)) == 14  # it can still be listed
     run(cache, "--clear=all")
     assert not any((cache / "volumes").iterdir())
 
 
-def test_a_run_that_was_killed_does_not_keep_the_cache_from_being_cleared(cache):
+def test_a_killed_process_does_not_keep_the_cache_from_being_cleared(cache):
     with held_by_another_process(USES_THE_CACHE, cache) as user:
         user.send_signal(signal.SIGKILL)
         user.wait()
@@ -208,8 +211,11 @@ def test_a_run_that_was_killed_does_not_keep_the_cache_from_being_cleared(cache)
     assert not any((cache / "volumes").iterdir())
 
 
-def test_one_of_two_users_is_enough_to_keep_it(cache):
-    with held_by_another_process(USES_THE_CACHE, cache) as killed, held_by_another_process(USES_THE_CACHE, cache) as on:
+def test_one_remaining_process_keeps_the_cache_from_being_cleared(cache):
+    with (
+        held_by_another_process(USES_THE_CACHE, cache) as killed,
+        held_by_another_process(USES_THE_CACHE, cache) as alive,
+    ):
         killed.kill()
         killed.wait()
-        assert f"-{on.pid} uses it" in refuse(cache, "--clear=features")
+        assert f"-{alive.pid} uses it" in refuse(cache, "--clear=features")

@@ -1,4 +1,4 @@
-"""python -m jaxla.verify: its report, its JSON, its exit codes, and that it leaves everything as it was."""
+"""python -m jaxla.verify: its report, JSON and exit codes, and that it writes nothing."""
 
 import json
 import os
@@ -13,17 +13,17 @@ from tests.data.nifti import decathlon, flat, image_array, lascarqs, mask_array,
 
 
 def run(*options):
-    """-> exit code, stdout, stderr."""
+    """Return exit code, stdout and stderr."""
     done = in_this_process(Path.cwd(), "jaxla.verify", *options)
     return done.returncode, done.stdout, done.stderr
 
 
-def times(folder):
-    """Of folders too: in these a file that was made and removed would show."""
+def change_times(folder):
+    """Return file or folder -> time of its last change; a folder changes if a file in it is made and removed."""
     return {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
 
 
-def test_the_report_of_a_folder_that_training_takes(tmp_path):
+def test_the_report_of_a_folder_without_findings(tmp_path):
     flat(tmp_path, 5)
     code, stdout, stderr = run(f"--data.root={tmp_path}", "--data.labels=LA:1")
     assert (code, stderr) == (0, "")
@@ -45,7 +45,7 @@ def test_the_report_of_a_folder_that_training_takes(tmp_path):
     ]
 
 
-def test_what_mask_values_are_taken_for_and_how_often(tmp_path):
+def test_the_report_lists_mask_values_with_their_class_and_number_of_cases(tmp_path):
     root = decathlon(tmp_path, ["a", "b", "c"], {"background": 0, "LA": 1, "wall": 2}, values=(1, 2, 3))
     _, stdout, _ = run(f"--data.root={root}", "--data.labels=LA:1,7;background:3")
     assert (
@@ -53,7 +53,7 @@ def test_what_mask_values_are_taken_for_and_how_often(tmp_path):
     )
 
 
-def test_findings_are_named_from_the_root_on_and_counted_in_the_one_line_of_stderr(tmp_path):
+def test_findings_are_listed_with_relative_paths_and_counted_on_stderr(tmp_path):
     root = lascarqs(tmp_path / "set", 6).parent.parent
     cases = root / "task2" / "train_data"
     (cases / "train_2" / "atriumSegImgMO.nii.gz").unlink()
@@ -64,20 +64,20 @@ def test_findings_are_named_from_the_root_on_and_counted_in_the_one_line_of_stde
     errors, warnings, last = stdout.split("\n\n")[1:]
     assert errors.splitlines() == [
         "errors (2)",
-        "  task2/train_data/train_2/enhanced.nii.gz: no mask belongs to it; add the mask or take this file out",
+        "  task2/train_data/train_2/enhanced.nii.gz: has no mask. Add the mask, or move this file out of the folder.",
         errors.splitlines()[2],
     ]
     assert errors.splitlines()[2].startswith("  task2/train_data/train_4/enhanced.nii.gz: truncated or damaged (")
     assert warnings.splitlines()[0] == "warnings (1)"
-    assert warnings.splitlines()[1].startswith("  task2/train_data/train_5/atriumSegImgMO.nii.gz: the mask is empty; ")
+    assert warnings.splitlines()[1].startswith("  task2/train_data/train_5/atriumSegImgMO.nii.gz: the mask is empty. ")
     assert last == "Training cannot start: 2 errors, 1 warning.\n"
     assert stderr == (
-        f"error: --data.root={root}: 2 problems keep training from starting; the first: "
-        f"{cases}/train_2/enhanced.nii.gz: no mask belongs to it; add the mask or take this file out\n"
+        f"error: --data.root={root}: training cannot start: 2 errors, first in {cases}/train_2/enhanced.nii.gz: "
+        "has no mask. Add the mask, or move this file out of the folder.\n"
     )
 
 
-def test_a_hundred_findings_of_a_kind_stay_readable(tmp_path):
+def test_many_findings_of_one_kind_are_shortened(tmp_path):
     root = decathlon(tmp_path, [f"c{n:02}" for n in range(30)], {"background": 0, "LA": 1}, values=(1, 2))
     code, stdout, stderr = run(f"--data.root={root}")
     assert code == 2
@@ -87,24 +87,26 @@ def test_a_hundred_findings_of_a_kind_stay_readable(tmp_path):
     assert errors[4].startswith("  and 27 more like these (labels): c03, c04, ")
     assert errors[4].endswith("c12, … 17 more; --json lists them all")
     assert len(errors) == 5
-    assert "30 problems keep training from starting" in stderr
+    assert "training cannot start: 30 errors, first in " in stderr
 
 
-def test_a_relative_root_is_taken_as_in_training(tmp_path, monkeypatch):
+def test_a_relative_root_is_read_as_in_training(tmp_path, monkeypatch):
     flat(tmp_path / "data", 5)
     (tmp_path / "data" / "case_1_mask.nii.gz").unlink()
     monkeypatch.chdir(tmp_path)
     code, stdout, stderr = run("--data.root=data")
     assert code == 2
-    assert "\n  case_1.nii.gz: no mask belongs to it; " in stdout
-    assert stderr.startswith("error: --data.root=data: 1 problem keeps training from starting: data/case_1.nii.gz: no")
+    assert "\n  case_1.nii.gz: has no mask. " in stdout
+    assert stderr.startswith(
+        "error: --data.root=data: training cannot start: 1 error, first in data/case_1.nii.gz: has no mask"
+    )
 
 
 # --- JSON ------------------------------------------------------------------------------------------------------------
 
 
 def in_a_new_process(folder, *options):
-    code = (  # at its end, which of the slow imports happened
+    code = (  # at its end, it writes which slow imports happened
         "import atexit, sys; from jaxla import verify; from jaxla.cli.process import run_command;"
         "atexit.register(lambda: open('modules.txt', 'w').write(' '.join({'jax', 'torch'} & set(sys.modules))));"
         "run_command(verify.main)"
@@ -116,11 +118,11 @@ def in_a_new_process(folder, *options):
     )  # fmt: skip
 
 
-def test_json_is_all_of_stdout_where_training_would_log(tmp_path):
+def test_stdout_is_only_json_where_training_would_log(tmp_path):
     root = tmp_path / "set"
     lascarqs(root, 4)
     save(root / "task2" / "val_data" / "val_1" / "enhanced.nii.gz", image_array(9))  # training logs that it is not read
-    before = times(root)
+    before = change_times(root)
     done = in_a_new_process(tmp_path, f"--data.root={root}", "--json")
     assert (done.returncode, done.stderr) == (0, "")
     report = json.loads(done.stdout)
@@ -132,12 +134,12 @@ def test_json_is_all_of_stdout_where_training_would_log(tmp_path):
     assert report["cases"][0]["spacing"] == [0.75, 0.75, 2.5]
     assert [os.path.relpath(path, root) for path in report["unread"]] == ["task2/val_data/val_1/enhanced.nii.gz"]
     assert {len(report["default_split"][part]) for part in ("val", "test")} == {1}
-    assert times(root) == before
+    assert change_times(root) == before
     assert not (tmp_path / "cache").exists()
     assert (tmp_path / "modules.txt").read_text() == ""
 
 
-def test_json_holds_every_finding_and_stderr_still_says_why_training_cannot_start(tmp_path):
+def test_json_holds_every_finding_and_stderr_the_first(tmp_path):
     root = flat(tmp_path, 30)
     for n in range(25):
         (root / f"case_{n}_mask.nii.gz").unlink()
@@ -150,13 +152,13 @@ def test_json_holds_every_finding_and_stderr_still_says_why_training_cannot_star
     assert report["findings"][0] == {
         "kind": "no mask",
         "file": str(root / "case_0.nii.gz"),
-        "what": "no mask belongs to it",
-        "mend": "add the mask or take this file out",
+        "what": "has no mask",
+        "mend": "Add the mask, or move this file out of the folder.",
         "case": "case_0",
         "level": "error",
     }
     assert len(stderr.splitlines()) == 1
-    assert stderr.startswith(f"error: --data.root={root}: 25 problems keep training from starting; the first: ")
+    assert stderr.startswith(f"error: --data.root={root}: training cannot start: 25 errors, first in ")
 
 
 def test_a_case_that_cannot_be_read_is_null_in_json(tmp_path):
@@ -167,7 +169,7 @@ def test_a_case_that_cannot_be_read_is_null_in_json(tmp_path):
     assert report["cases"][2]["mask_values"] == [1]
 
 
-# --- no folder to look into ------------------------------------------------------------------------------------------
+# --- usage errors ----------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("json_too", [(), ("--json",)])
@@ -177,14 +179,14 @@ def test_a_case_that_cannot_be_read_is_null_in_json(tmp_path):
         ([], "required and not given: --data.root"),
         (["--data.root=phantom"], "--data.root=phantom: "),
         (["--data.root=nowhere"], "--data.root=nowhere: no such folder"),
-        (["--data.root=file.nii.gz"], "--data.root=file.nii.gz: is a file; give a folder"),
+        (["--data.root=file.nii.gz"], "--data.root=file.nii.gz: is a file, not a folder. "),
         (["--data.root=empty"], "empty: no case found; recognised layouts: LAScarQS"),
         (["--data.root=data", "--data.labels=LA"], "--data.labels='LA': expected name:value"),
         (["--data.root=data", "--data.label=LA:1"], "option --data.label is unknown; did you mean --data.labels?"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
-def test_without_a_folder_of_cases_there_is_one_line(tmp_path, monkeypatch, options, message, json_too):
+def test_bad_usage_is_one_line_on_stderr(tmp_path, monkeypatch, options, message, json_too):
     (tmp_path / "empty").mkdir()
     save(tmp_path / "file.nii.gz", image_array())
     flat(tmp_path / "data", 3)

@@ -1,4 +1,4 @@
-"""Prepared volumes -> batches of slices, patches, or all of them, by Grain, in threads: arrays are memory-mapped."""
+"""Prepared volumes -> batches of slices, volumes or patches, read by Grain in threads from memory-mapped arrays."""
 
 from __future__ import annotations
 
@@ -13,28 +13,28 @@ import numpy as np
 from jaxla.data.inputs import Canvas, mask_to_input
 from jaxla.data.prepared import PreparedVolume
 
-PASSES = 2**32  # over the data: as good as endless, and Grain can count the slices in them
-READ_AHEAD, READ_AHEAD_BYTES = 4, 2**30  # batches, but not more than so many bytes of them: features may be large
+MAX_PASSES = 2**32  # over the data: practically endless, while Grain can still count the rows
+MAX_BATCHES_AHEAD, MAX_BYTES_AHEAD = 4, 2**30  # features can be large
 
 
 class Batch(TypedDict):
-    """One batch; the arrays' first axis is B."""
+    """One batch; the first axis of every array is B. Volumes and 3D patches have an axis D after it."""
 
-    input: np.ndarray  # [B, H, W, 1] float32, grey values in 0..1; or features [B, …]; patches and volumes have D
-    image: NotRequired[np.ndarray]  # [B, H, W, 1], where the input is features and the network reads both
-    mask: np.ndarray  # [B, H, W] uint8, class indices, or with D; of patches int8, -1 where the scan is zero
-    volume: np.ndarray  # [B] int32, index of the volume the slice belongs to
-    weight: np.ndarray  # [B] float32, 0 for slices that only fill the batch; of volumes [B, D]
+    input: np.ndarray  # [B, H, W, 1] float32, grey values in 0..1; or features [B, …]
+    image: NotRequired[np.ndarray]  # [B, H, W, 1], if the input is features and the network reads images as well
+    mask: np.ndarray  # [B, H, W] uint8, class indices; for patches int8, -1 where the scan is zero
+    volume: np.ndarray  # [B] int32, index of the volume that the row belongs to
+    weight: np.ndarray  # [B] float32, 0 for padding; for volumes [B, D]
 
 
 class Source(Protocol):
-    """What batches are read from.
+    """Random access to the rows of batches.
 
     Attributes:
-        units: how many there are of what Dice is averaged over; each row of a batch says which it belongs to.
-        counted: that in words.
-        rows: what one is called, and several are.
-        slices: of a row, on average.
+        units: number of units over which Dice is averaged; `volume` of a row names its unit.
+        counted: how Dice is averaged, in words.
+        rows: the word for a row, singular and plural.
+        slices: mean number of slices in a row.
     """
 
     units: int
@@ -47,7 +47,7 @@ class Source(Protocol):
     def __getitem__(self, item: SupportsIndex) -> Batch: ...
 
     def order(self, seed: int) -> grain.MapDataset:
-        """The rows that training reads, as good as endless."""
+        """Return the practically endless order in which training reads the rows."""
         ...
 
 
@@ -77,12 +77,12 @@ class ArraySource:
 
 
 class SliceSource:
-    """Every slice of the volumes, as a Grain random-access source of one-slice batches without the axis B.
+    """All slices of the volumes; a row is one slice, without the axis B.
 
     Args:
-        canvas: the square that slices are laid on.
-        features: of each volume, indexed by slice, where the network reads these instead of images.
-        with_images: whether it reads the images beside the features.
+        canvas: the square to which slices are padded.
+        features: for each volume its features, indexed by slice, if the network reads these instead of images.
+        with_images: whether the network reads the images as well as the features.
     """
 
     counted, rows, slices = "per volume", ("slice", "slices"), 1.0
@@ -104,8 +104,8 @@ class SliceSource:
         return len(self.index)
 
     def order(self, seed: int) -> grain.MapDataset:
-        """Every slice, in an order drawn anew each pass."""
-        return grain.MapDataset.range(len(self)).seed(seed).shuffle().repeat(PASSES)
+        """Return all slices in random order, drawn anew for each pass."""
+        return _shuffled_passes(len(self), seed)
 
     def __getitem__(self, item: SupportsIndex) -> Batch:
         i, s = self.index[item]
@@ -121,12 +121,12 @@ class SliceSource:
 
 
 class VolumeSource:
-    """Whole volumes, as a Grain random-access source of one-volume batches without the axis B.
+    """All volumes; a row is one volume [D, …], without the axis B.
 
     Args:
-        canvas: the square that slices are laid on.
-        depth: D, up to which volumes are filled with empty slices, which come last and have weight 0.
-        features: as of `SliceSource`.
+        canvas: the square to which slices are padded.
+        depth: D, to which volumes are padded at the end with empty slices of weight 0.
+        features: see `SliceSource`.
     """
 
     counted, rows = "per volume", ("whole volume", "whole volumes")
@@ -138,77 +138,76 @@ class VolumeSource:
         depth: int,
         features: Sequence[Sequence[np.ndarray]] | None = None,
     ) -> None:
-        self.of_slices, self.depth = SliceSource(volumes, canvas, features), depth
+        self.slice_source, self.depth = SliceSource(volumes, canvas, features), depth
         self.units = len(volumes)
-        self.firsts = np.cumsum([0, *(volume.shape[0] for volume in volumes)])
-        self.slices = float(np.diff(self.firsts).mean())
+        self.starts = np.cumsum([0, *(volume.shape[0] for volume in volumes)])  # of each volume's slices
+        self.slices = float(np.diff(self.starts).mean())
 
     def __len__(self) -> int:
         return self.units
 
     def order(self, seed: int) -> grain.MapDataset:
-        """Every volume, in an order drawn anew each pass."""
-        return grain.MapDataset.range(len(self)).seed(seed).shuffle().repeat(PASSES)
+        """Return all volumes in random order, drawn anew for each pass."""
+        return _shuffled_passes(len(self), seed)
 
     def __getitem__(self, item: SupportsIndex) -> Batch:
         i = int(item)
-        own = range(self.firsts[i], self.firsts[i + 1])
-        volume = _read(self.of_slices, range(self.depth), np.arange(own.start, own.stop))
+        volume = _read_rows(self.slice_source, range(self.depth), np.arange(self.starts[i], self.starts[i + 1]))
         return Batch(**{**volume, "volume": np.int32(i)})
 
 
 def training_batches(source: Source, batch_size: int, seed: int, rows: range | None = None) -> grain.DatasetIterator:
-    """An endless iterator of full batches, of slices in an order drawn anew each pass over them.
+    """Return an endless iterator of full batches in the source's order.
 
-    Batches run on over the end of a pass, so no slice is dropped. The iterator's state can be saved and set; it is
-    the same whatever rows are read.
+    Batches continue across the end of a pass, so no row is dropped. The iterator's state can be saved and restored; it
+    does not depend on `rows`.
 
     Args:
-        rows: of each batch to read, where other processes read the others; those from `batch_size` on are fillers.
+        rows: the rows of each batch to read, if other processes read the rest; rows from `batch_size` on are padding.
     """
-    order = source.order(seed).batch(batch_size)
-    rows = rows or range(batch_size)
-    return iter(order.map(partial(_read, source, rows)).to_iter_dataset(_read_options(source, rows)))
-
-
-def steps_per_epoch(source: Source, batch_size: int, asked: int = 0) -> int:
-    """As many as are asked for; of 0, as many as take each row once."""
-    return asked or -(-len(source) // batch_size)
+    return iter(_read_batches(source, source.order(seed).batch(batch_size), rows or range(batch_size)))
 
 
 def evaluation_batches(source: Source, batch_size: int, rows: range | None = None) -> Generator[Batch]:
-    """Every slice once, in order; the last batch is filled up.
+    """Yield every row once, in order; the last batch is padded.
 
-    To be closed by whoever leaves it early: its threads read ahead.
+    Close the generator if you leave it early: its threads read ahead.
 
     Args:
-        rows: as for `training_batches`.
+        rows: see `training_batches`.
     """
     order = grain.MapDataset.range(len(source)).batch(batch_size, drop_remainder=False)
-    rows = rows or range(batch_size)
-    read = order.map(partial(_read, source, rows)).to_iter_dataset(_read_options(source, rows))
-    with closing(iter(read)) as batches:
+    with closing(iter(_read_batches(source, order, rows or range(batch_size)))) as batches:
         yield from batches
 
 
+def steps_per_epoch(source: Source, batch_size: int, requested: int = 0) -> int:
+    """Return the requested number of steps, or if it is 0 as many as read each row once."""
+    return requested or -(-len(source) // batch_size)
+
+
 def sample_batch(source: Source, rows: range) -> Batch:
-    """The first slice in every row, read-only: for what asks for shapes, before any batch is read."""
+    """Return a read-only batch with the first row everywhere, whose shapes are needed before any batch is read."""
     return Batch(**{name: np.broadcast_to(value, (len(rows), *np.shape(value))) for name, value in source[0].items()})
 
 
-def _read_options(source: Source, rows: range) -> grain.ReadOptions:
-    """As many threads as batches are read ahead; each holds one."""
-    of_batch = sum(array.nbytes for array in sample_batch(source, rows).values())
-    ahead = min(max(1, READ_AHEAD_BYTES // of_batch), READ_AHEAD)
-    return grain.ReadOptions(num_threads=ahead, prefetch_buffer_size=ahead)
+def _shuffled_passes(count: int, seed: int) -> grain.MapDataset:
+    return grain.MapDataset.range(count).seed(seed).shuffle().repeat(MAX_PASSES)
 
 
-def _read(source: Source, rows: range, chosen: np.ndarray) -> Batch:
-    """These rows of the batch of slices `chosen`; zeros, of weight 0, beyond its end."""
-    own = chosen[rows.start : rows.stop]
-    one = source[own[0] if len(own) else chosen[0]]
-    batch = {key: np.zeros((len(rows), *np.shape(array)), array.dtype) for key, array in one.items()}
-    for row, i in enumerate(own):  # one after the other: all slices beside their batch would be twice as much
-        for key, array in (source[i] if row else one).items():
-            batch[key][row] = array
+def _read_batches(source: Source, order: grain.MapDataset, rows: range) -> grain.IterDataset:
+    batch_bytes = sum(array.nbytes for array in sample_batch(source, rows).values())
+    ahead = min(max(1, MAX_BYTES_AHEAD // batch_bytes), MAX_BATCHES_AHEAD)
+    options = grain.ReadOptions(num_threads=ahead, prefetch_buffer_size=ahead)  # each thread holds one batch
+    return order.map(partial(_read_rows, source, rows)).to_iter_dataset(options)
+
+
+def _read_rows(source: Source, rows: range, indices: np.ndarray) -> Batch:
+    """Return the given rows of the batch with `indices` into the source; rows past its end are zero, with weight 0."""
+    local = indices[rows.start : rows.stop]
+    first = source[local[0] if len(local) else indices[0]]
+    batch = {name: np.zeros((len(rows), *np.shape(array)), array.dtype) for name, array in first.items()}
+    for row, i in enumerate(local):  # one at a time: stacking a list of rows would need twice the memory
+        for name, array in (source[i] if row else first).items():
+            batch[name][row] = array
     return Batch(**batch)

@@ -1,4 +1,4 @@
-"""The cache folder that all runs share: what lies in it, whether a run uses it, and how it is cleared."""
+"""The cache folder that all runs share: what it holds, whether a process uses it, and how to clear it."""
 
 from __future__ import annotations
 
@@ -15,73 +15,73 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 from jaxla.cli.files import report_os_errors
-from jaxla.config import InputError
+from jaxla.config import InputError, option
 
-KINDS = {  # folder -> what lies there
+KINDS = {  # folder -> its content
     "volumes": "prepared volumes",
     "planned": "volumes resampled for nnU-Net",
     "features": "features of frozen backbones",
     "phantoms": "synthetic scans",
     "weights": "converted weights",
-    "downloads": "released checkpoints as they were fetched",
+    "downloads": "released checkpoints as downloaded",
 }
-# what is made or fetched again; weights are the user's own
-CLEARED = ("volumes", "planned", "features", "phantoms", "downloads")
+# computed or downloaded again when needed; weights may be the user's own
+CLEARABLE = ("volumes", "planned", "features", "phantoms", "downloads")
 
 
 @dataclass(frozen=True)
-class Entry:
-    """One folder or file of the cache."""
+class CacheEntry:
+    """A file or folder of the cache, or the volumes of one kind together; `size` in bytes."""
 
     kind: str
     path: Path
     size: int
-    says: str
+    description: str
 
 
 @contextmanager
-def in_use(cache_dir: Path) -> Iterator[None]:
-    """Keep the cache from being cleared while this process reads it."""
-    users = cache_dir / "in-use"
-    mine = users / f"{uuid.uuid4().hex[:8]}.{platform.node()}-{os.getpid()}.lock"
-    lock = FileLock(mine)  # the operating system's: a killed process holds it no longer
-    with report_os_errors("written", users, "choose another by --cache-dir or XDG_CACHE_HOME"):
-        users.mkdir(parents=True, exist_ok=True)
+def mark_cache_in_use(cache_dir: Path) -> Iterator[None]:
+    """Keep the cache from being cleared while this process uses it."""
+    marks = cache_dir / "in-use"
+    mark = marks / f"{uuid.uuid4().hex[:8]}.{platform.node()}-{os.getpid()}.lock"
+    lock = FileLock(mark)  # the operating system releases it if the process is killed
+    with report_os_errors("written", marks, f"Set {option('cache-dir')} or XDG_CACHE_HOME to another folder."):
+        marks.mkdir(parents=True, exist_ok=True)
         lock.acquire()
     try:
         yield
     finally:
         lock.release()
-        mine.unlink(missing_ok=True)
+        mark.unlink(missing_ok=True)
 
 
-def cache_entries(cache_dir: Path) -> list[Entry]:
-    """Everything in the cache: features by backbone, volumes together, phantoms by set, the others by file.
+def list_cache(cache_dir: Path) -> list[CacheEntry]:
+    """Return what the cache holds: volumes together, features by backbone, phantoms by set, the rest by file.
 
     Raises:
-        InputError: it is no folder.
+        InputError: `cache_dir` is a file.
     """
     if cache_dir.exists() and not cache_dir.is_dir():
-        raise InputError(f"--cache-dir={cache_dir}: is a file; give a folder")
+        raise InputError(option("cache-dir", cache_dir), "is a file, not a folder", "Name a folder.")
     entries = []
     for kind in KINDS:
         folder = cache_dir / kind
         children = sorted(folder.iterdir()) if folder.is_dir() else []
-        children = [child for child in children if child.suffix != ".lock"]  # empty; a download's may stay
+        children = [child for child in children if child.suffix != ".lock"]  # empty; a download's lock may remain
         if kind in ("volumes", "planned"):
-            whole = [c for c in children if not c.name.startswith(".")]
-            if whole:
-                entries.append(Entry(kind, folder, sum(map(_size, whole)), f"{len(whole)} volumes"))
+            volumes = [c for c in children if not c.name.startswith(".")]
+            if volumes:
+                entries.append(CacheEntry(kind, folder, sum(map(_size, volumes)), f"{len(volumes)} volumes"))
             children = [c for c in children if c.name.startswith(".")]
-        entries += [Entry(kind, child, _size(child), _says(child)) for child in children]
+        entries += [CacheEntry(kind, child, _size(child), _describe(child)) for child in children]
     return entries
 
 
-def clear_cache(cache_dir: Path, kind: str) -> list[Entry]:
-    """Remove all entries of a kind (`all`: every kind in `CLEARED`); returns what was removed.
+def clear_cache(cache_dir: Path, kind: str) -> list[CacheEntry]:
+    """Remove all entries of a kind, or with `all` every kind in `CLEARABLE`, and return them.
 
     Raises:
-        InputError: a run uses the cache, or something cannot be removed.
+        InputError: a process uses the cache, or something cannot be removed.
     """
     for mark in (cache_dir / "in-use").glob("*.lock"):
         try:
@@ -91,30 +91,38 @@ def clear_cache(cache_dir: Path, kind: str) -> list[Entry]:
         except Timeout as error:
             process = mark.stem.split(".", 1)[-1]  # host and process id
             raise InputError(
-                f"--cache-dir={cache_dir}: process {process} uses it; clear it when that run has ended"
+                option("cache-dir", cache_dir), f"process {process} uses it", "Clear it when that process has finished."
             ) from error
         except OSError as error:
-            raise InputError(f"{mark}: cannot be opened ({error.strerror}); another user's run may use it") from error
-    kinds = CLEARED if kind == "all" else (kind,)
-    removed = [entry for entry in cache_entries(cache_dir) if entry.kind in kinds]
+            raise InputError(
+                mark,
+                f"cannot be opened ({error.strerror}); another user's process may use the cache",
+                "Clear the cache as that user.",
+            ) from error
+    kinds = CLEARABLE if kind == "all" else (kind,)
+    removed = [entry for entry in list_cache(cache_dir) if entry.kind in kinds]
     for child in [path for each in kinds if (cache_dir / each).is_dir() for path in (cache_dir / each).iterdir()]:
         try:
             shutil.rmtree(child) if child.is_dir() else child.unlink()
         except OSError as error:
-            raise InputError(f"{error.filename or child}: cannot be removed ({error.strerror or error})") from error
+            raise InputError(
+                error.filename or child,
+                f"cannot be removed ({error.strerror or error})",
+                "Clear the cache as the owner of its files.",
+            ) from error
     return removed
 
 
-def _says(path: Path) -> str:
+def _describe(path: Path) -> str:
     if path.name.startswith("."):
-        return "left half-written by a process that was killed"
+        return "incomplete, from a killed process"
     if path.suffix == ".part":
-        return f"{path.stem}, as far as it was fetched"
+        return f"{path.stem}, partly downloaded"
     try:
-        of = json.loads((path / "backbone.json").read_text())
-        volumes = len(list(path.glob("*.npy")))
-        return f"{of['arch']}, {of['image_size']} px, {of['dtype']}, {volumes} volumes: {of['features']}"
-    except (OSError, ValueError, KeyError, TypeError):  # not features, or damaged ones: it can be cleared all the same
+        backbone = json.loads((path / "backbone.json").read_text())
+        network = f"{backbone['arch']}, {backbone['image_size']} px, {backbone['dtype']}"
+        return f"{network}, {len(list(path.glob('*.npy')))} volumes: {backbone['features']}"
+    except (OSError, ValueError, KeyError, TypeError):  # not features, or damaged: it can be cleared all the same
         return path.name
 
 

@@ -1,4 +1,4 @@
-"""A folder of scans -> its cases. The layouts at the end of this file are recognised by themselves."""
+"""Folders of scans -> cases. `LAYOUTS`, at the end of this file, lists the layouts that are recognised."""
 
 from __future__ import annotations
 
@@ -10,23 +10,20 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, NamedTuple
 
-from jaxla.config import InputError
-from jaxla.data.labels import Labels, labels_of, parse_labels
+from jaxla.config import InputError, option
+from jaxla.data.labels import Labels, make_labels, parse_labels
 
 log = logging.getLogger(__name__)
 
-HOW_TO_GET_DATA = (
-    "LAScarQS 2022 comes by registration at zmiclab.github.io/projects/lascarqs22; "
-    "--data.root=phantom makes synthetic scans instead"
-)
 MASK_SUFFIXES = ("_mask", "_seg", "_label", "_labels", "_gt")
 IMAGE_FOLDERS = ("images", "imagesTr", "image")
 MASK_FOLDERS = ("labels", "labelsTr", "masks", "label", "mask")
+LASCARQS_IMAGE, LASCARQS_MASK = "enhanced.nii.gz", "atriumSegImgMO.nii.gz"
 
 
 @dataclass(frozen=True)
 class Case:
-    """One patient scan."""
+    """One patient scan and its mask."""
 
     id: str
     image: Path
@@ -45,33 +42,52 @@ class Dataset:
 
 @dataclass(frozen=True)
 class Finding:
-    """Something about a folder of scans that a person should know.
+    """Something unusual or wrong in a folder of scans.
 
     Attributes:
-        kind: what was looked at, one word or two.
-        file: which file, or folder where it concerns several.
-        what: is wrong, or unusual.
-        mend: how to mend it.
-        case: id of the case it concerns, if any.
-        level: training refuses an `error`; it accepts a `warning`, which a person should look at.
+        kind: what was checked, in one or two words.
+        file: the file at fault, or the folder if several are.
+        problem: what is wrong or unusual.
+        fix: what to do about it, as whole sentences.
+        case: id of the case, if there is one.
+        level: an `error` keeps training from starting; a `warning` does not, but a person should check it.
     """
 
     kind: str
     file: Path
-    what: str
-    mend: str
+    problem: str
+    fix: str
     case: str = ""
     level: Literal["error", "warning"] = "error"
 
 
-@dataclass(frozen=True)
-class Survey:
-    """What lies in a folder, whole or not.
+class Layout(NamedTuple):
+    """One way to lay out a data set in a folder.
 
     Attributes:
-        layout: one of `LAYOUTS`, the first that finds something.
-        cases: those with an image and a mask.
-        findings: errors, on files that make no case.
+        name: in short.
+        description: which files it consists of, for messages.
+        find_cases: returns the images with a mask, and adds files without a partner to the findings. It returns and
+            adds nothing if the folder has another layout.
+        find_images: returns case id -> scan, for prediction, and adds ambiguous files to the findings.
+        labels: returns the mask values of each class, for users who do not name them.
+    """
+
+    name: str
+    description: str
+    find_cases: Callable[[Path, list[Finding]], list[Case]]
+    find_images: Callable[[Path, list[Finding]], dict[str, Path]]
+    labels: Callable[[Path], Labels]
+
+
+@dataclass(frozen=True)
+class Survey:
+    """The contents of a folder, including faulty ones.
+
+    Attributes:
+        layout: the first of `LAYOUTS` that finds something.
+        cases: the images with a mask.
+        findings: errors on files that belong to no case.
     """
 
     root: Path
@@ -80,33 +96,14 @@ class Survey:
     findings: tuple[Finding, ...]
 
 
-class Layout(NamedTuple):
-    """One way in which a data set lies in a folder, and its masks hold classes.
-
-    Attributes:
-        name: in short.
-        description: for messages: which files.
-        cases: those with an image and a mask; what makes none is added to the findings. None of either where the folder
-            is not of this layout.
-        images: case id -> scan, labelled or not, for prediction; what is ambiguous is added to the findings.
-        labels: which mask values are which class, where the user does not say.
-    """
-
-    name: str
-    description: str
-    cases: Callable[[Path, list[Finding]], list[Case]]
-    images: Callable[[Path, list[Finding]], dict[str, Path]]
-    labels: Callable[[Path], Labels]
-
-
 def find_cases(root: str | Path, labels: str = "") -> Dataset:
     """Find the labelled cases of a folder in any layout.
 
     Args:
-        labels: which mask values are which class, as in `config.Data.labels`; empty takes them from the data set.
+        labels: mask values of each class, as in `config.Data.labels`; empty takes them from the data set.
 
     Raises:
-        InputError: no folder, no case, an image without mask or a mask without image.
+        InputError: there is no folder or no case, or an image or mask has no partner.
     """
     survey = survey_cases(root)
     _raise_first(survey.findings)
@@ -116,74 +113,84 @@ def find_cases(root: str | Path, labels: str = "") -> Dataset:
 
 
 def survey_cases(root: str | Path) -> Survey:
-    """The cases of a folder in any layout, and all files that stand alone or stand for a case twice.
+    """Find the cases of a folder in any layout, and all files without a partner or with a rival.
 
     Raises:
-        InputError: no folder, nothing of any layout in it, or nothing that could be told apart into cases.
+        InputError: there is no folder, or nothing of any layout in it, or its cases cannot be told apart.
     """
     root = Path(root)
     if not root.is_dir():
-        what = "is a file; give a folder" if root.exists() else "no such folder"
-        raise InputError(f"--data.root={root}: {what}. {HOW_TO_GET_DATA}")
+        problem = "is a file, not a folder" if root.exists() else "no such folder"
+        raise InputError(option("data.root", root), problem, how_to_get_data())
     for layout in LAYOUTS:
         findings: list[Finding] = []
-        cases = layout.cases(root, findings)
+        cases = layout.find_cases(root, findings)
         if cases or findings:
             return Survey(root, layout, tuple(cases), tuple(findings))
-    raise InputError(f"{root}: no case found; recognised layouts: {RECOGNISED}. {HOW_TO_GET_DATA}")
+    raise InputError(root, f"no case found; recognised layouts: {RECOGNISED_LAYOUTS}", how_to_get_data())
+
+
+def how_to_get_data() -> str:
+    """Return a sentence for errors about missing data."""
+    phantoms = option("data.root", "phantom")
+    return f"Get LAScarQS 2022 by registration at zmiclab.github.io/projects/lascarqs22, or use {phantoms}."
 
 
 def find_labels(survey: Survey, labels: str = "") -> Labels:
-    """Which mask values are which class: as `config.Data.labels` says it, or where that is empty as the data set does.
+    """Return the mask values of each class: `labels`, as in `config.Data.labels`, or if empty those of the data set.
 
     Raises:
-        InputError: `labels` is not of its form, or `dataset.json` says nothing usable.
+        InputError: `labels` cannot be parsed, or `dataset.json` has no usable labels.
     """
     return parse_labels(labels) if labels else survey.layout.labels(survey.root)
 
 
 def find_images(root: str | Path) -> dict[str, Path]:
-    """The images to predict: one file, the NIfTI files of a folder, or the images of a data set; case id -> path.
+    """Return case id -> image to predict: one file, the NIfTI files of a folder, or the images of a data set.
 
     Raises:
-        InputError: nothing there.
+        InputError: there is none.
     """
     root = Path(root)
+    where, fix = option("input", root), "Name a NIfTI file, or a folder with NIfTI files."
     if root.is_file():
-        return _by_id([root], [])
+        return _by_name([root], [], CHANNEL)
     if not root.is_dir():
-        raise InputError(f"--input={root}: no such file or folder")
+        raise InputError(where, "no such file or folder", fix)
     for layout in LAYOUTS:
         findings: list[Finding] = []
-        images = layout.images(root, findings)
+        images = layout.find_images(root, findings)
         _raise_first(findings)
         if images:
             return images
-    raise InputError(f"--input={root}: no .nii or .nii.gz file in this folder")
+    raise InputError(where, "no .nii or .nii.gz file in this folder", fix)
 
 
-def find_masks(folder: Path, option: str) -> dict[str, Path]:
-    """The NIfTI files of a folder of masks, by name without ending.
+def find_masks(folder: Path, option_name: str) -> dict[str, Path]:
+    """Return the NIfTI files of a folder of masks, by name without ending.
+
+    Args:
+        option_name: the option that names the folder, for errors.
 
     Raises:
-        InputError: no such folder, or two files of one name.
+        InputError: there is no such folder, or two files have one name.
     """
     if not folder.is_dir():
-        raise InputError(f"{option}={folder}: no such folder")
+        raise InputError(option(option_name, folder), "no such folder", "Name a folder of masks.")
     findings: list[Finding] = []
-    masks = _by_stem(_nifti_files(folder), findings)
+    masks = _by_name(_nifti_files(folder), findings)
     _raise_first(findings)
     return masks
 
 
 def masks_by_image(masks: dict[str, Path]) -> dict[str, Path]:
-    """Masks by the name of their image, where the names of all end in one of `MASK_SUFFIXES`; else none.
+    """Return masks by the name of their image if all names end in one of `MASK_SUFFIXES`, otherwise nothing.
 
     Raises:
-        InputError: two are of one image.
+        InputError: two masks belong to one image.
     """
     findings: list[Finding] = []
-    images, by_image = _by_suffix(masks.values(), findings)
+    images, by_image = _images_and_masks(masks.values(), findings)
     _raise_first(findings)
     return {} if images else by_image
 
@@ -194,28 +201,28 @@ def masks_by_image(masks: dict[str, Path]) -> dict[str, Path]:
 def _lascarqs_cases(root: Path, findings: list[Finding]) -> list[Case]:
     folders = _lascarqs_folders(root)
     labelled = [f for f in folders if f.name.startswith("train_")]
-    if labelled and (others := [f for f in folders if f not in labelled]):
-        log.info("%s: %d folders not named train_<n> are not read (%s, …)", root, len(others), others[0])
-    cases = [Case(f.name, f / "enhanced.nii.gz", f / "atriumSegImgMO.nii.gz") for f in labelled or folders]
-    images = {c.id: c.image for c in cases if c.image.exists()}
-    paired = {c.id: c for c in _pair(images, {c.id: c.mask for c in cases if c.mask.exists()}, findings)}
-    return [case for case in cases if case.id in paired]
+    if labelled and (skipped := [f for f in folders if f not in labelled]):
+        log.info("%s: %d folders not named train_<n> are not read (%s, …)", root, len(skipped), skipped[0])
+    folders = labelled or folders
+    images, masks = ({f.name: f / n for f in folders if (f / n).exists()} for n in (LASCARQS_IMAGE, LASCARQS_MASK))
+    paired = {case.id: case for case in _pair(images, masks, findings)}
+    return [paired[f.name] for f in folders if f.name in paired]
 
 
 def _lascarqs_images(root: Path, _: list[Finding]) -> dict[str, Path]:
-    return {f.name: f / "enhanced.nii.gz" for f in _lascarqs_folders(root) if (f / "enhanced.nii.gz").exists()}
+    return {f.name: f / LASCARQS_IMAGE for f in _lascarqs_folders(root) if (f / LASCARQS_IMAGE).exists()}
 
 
 def _lascarqs_folders(root: Path) -> list[Path]:
-    """The case folders, whatever level of the tree was given, in numeric order."""
-    root = root.resolve()  # a case folder given as "." has a name too
-    names = ("enhanced.nii.gz", "atriumSegImgMO.nii.gz")
+    """Return the case folders in numeric order; `root` may be any level of the tree."""
+    root = root.resolve()  # so that a case folder given as "." has a name
+    names = (LASCARQS_IMAGE, LASCARQS_MASK)
     folders = {path.parent for depth in range(5) for name in names for path in root.glob("*/" * depth + name)}
-    if any("task2" in f.parts for f in folders) and (others := [f for f in folders if "task2" not in f.parts]):
-        log.info("%s: %d case folders outside task2 are not read (%s, …)", root, len(others), sorted(others)[0])
-        folders -= set(others)
+    if any("task2" in f.parts for f in folders) and (skipped := [f for f in folders if "task2" not in f.parts]):
+        log.info("%s: %d case folders outside task2 are not read (%s, …)", root, len(skipped), sorted(skipped)[0])
+        folders -= set(skipped)
     if len({f.name for f in folders}) < len(folders):
-        raise InputError(f"{root}: two case folders have one name; give the folder of one data set")
+        raise InputError(root, "two case folders have one name", "Name the folder of one data set.")
     return sorted(folders, key=lambda f: ([int(n) for n in re.findall(r"\d+", f.name)], f.name))
 
 
@@ -223,18 +230,23 @@ def _lascarqs_folders(root: Path) -> list[Path]:
 
 
 def _decathlon_cases(root: Path, findings: list[Finding]) -> list[Case]:
-    if not (root / "dataset.json").is_file():
+    where = root / "dataset.json"
+    if not where.is_file():
         return []
-    files = _nifti_files(root / "imagesTr")
-    _require_one_channel(files)
+    images = _decathlon_images(root, findings)
     if len(names := _channel_names(root)) > 1:
         raise InputError(
-            f"{root / 'dataset.json'}: names {len(names)} image channels ({', '.join(names)}); this package reads "
-            "scans of one channel: name that one alone, if it is the one that the files hold"
+            where,
+            f"names {len(names)} image channels ({', '.join(names)}), but only scans with one channel are supported",
+            "List a single channel if the files hold only that one.",
         )
-    images, masks = _by_id(files, findings), _by_stem(_nifti_files(root / "labelsTr"), findings)
+    masks = _by_name(_nifti_files(root / "labelsTr"), findings)
     if not images and not masks:
-        raise InputError(f"{root}: has a dataset.json but no image in imagesTr and no mask in labelsTr")
+        raise InputError(
+            root,
+            "has a dataset.json but no image in imagesTr and no mask in labelsTr",
+            "Complete the data set, or name another folder.",
+        )
     return _pair(images, masks, findings)
 
 
@@ -242,36 +254,36 @@ def _decathlon_images(root: Path, findings: list[Finding]) -> dict[str, Path]:
     if not (root / "dataset.json").is_file():
         return {}
     files = _nifti_files(root / "imagesTr")
-    _require_one_channel(files)
-    return _by_id(files, findings)
-
-
-def _require_one_channel(files: Iterable[Path]) -> None:
-    """Raise an InputError if there is a further channel, as nnU-Net names its files."""
-    if further := [path for path in files if re.search(r"_000[1-9]$", _stem(path))]:
-        raise InputError(f"{further[0]}: a second image channel; this package reads scans of one channel")
+    if extra := [path for path in files if re.search(r"_000[1-9]$", _stem(path))]:  # nnU-Net's names of channels
+        raise InputError(
+            extra[0],
+            "a second image channel, but only scans with one channel are supported",
+            "Move the other channels out of imagesTr.",
+        )
+    return _by_name(files, findings, CHANNEL)
 
 
 def _decathlon_labels(root: Path) -> Labels:
     where = root / "dataset.json"
+    fix = f"Correct the file, or set {option('data.labels')}."
     try:
         labels = json.loads(where.read_text())["labels"]
         # Decathlon writes {"1": "LA"}, nnU-Net {"LA": 1}
         pairs = [(value, key) if isinstance(value, str) else (key, value) for key, value in labels.items()]
         if any(isinstance(number, list) for _, number in pairs) or any(name == "ignore" for name, _ in pairs):
-            raise InputError(f"{where}: overlapping and ignored labels are not read; choose classes with --data.labels")
+            raise InputError(where, "overlapping and ignored labels are not supported", f"Set {option('data.labels')}.")
         named = [("background" if int(number) == 0 else name, (int(number),)) for name, number in pairs]
     except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
         if isinstance(error, InputError):
             raise
-        raise InputError(f"{where}: not readable as a data set description ({error!r})") from error
+        raise InputError(where, f"not readable as a data set description ({error!r})", fix) from error
     if len(dict(named)) < len(named):
-        raise InputError(f"{where}: a label stands twice; mend it, or choose classes with --data.labels")
-    return labels_of(dict(named), str(where))
+        raise InputError(where, "a label occurs twice", fix)
+    return make_labels(dict(named), str(where), fix)
 
 
 def channel_name(root: Path) -> str:
-    """What a `dataset.json` calls the scans' one channel; empty where it does not say."""
+    """Return the name of the scans' one channel in `dataset.json`; empty if it has none."""
     return next(iter(_channel_names(root)), "")
 
 
@@ -287,75 +299,71 @@ def _channel_names(root: Path) -> list[str]:
 
 
 def _flat_cases(root: Path, findings: list[Finding]) -> list[Case]:
-    images, masks = _by_suffix(_nifti_files(root), findings)
+    images, masks = _images_and_masks(_nifti_files(root), findings)
     if not images and not masks:
-        images = _by_id((path for name in IMAGE_FOLDERS for path in _nifti_files(root / name)), findings)
-        plain, suffixed = _by_suffix((path for name in MASK_FOLDERS for path in _nifti_files(root / name)), findings)
+        images = _by_name(_nifti_files(root, IMAGE_FOLDERS), findings, CHANNEL)
+        plain, suffixed = _images_and_masks(_nifti_files(root, MASK_FOLDERS), findings)
         masks = plain | suffixed
         for name in sorted(set(plain) & set(suffixed)):
-            findings.append(Finding("two files", root, f"two masks belong to one case ({name})", "keep one", name))
+            findings.append(Finding("two files", root, f"has two masks for case {name}", KEEP_ONE, name))
     return _pair(images, masks, findings)
 
 
 def _flat_images(root: Path, findings: list[Finding]) -> dict[str, Path]:
-    images, masks = _by_suffix(_nifti_files(root), findings)
+    images, masks = _images_and_masks(_nifti_files(root), findings)
     for path in masks.values():
-        log.info("%s: not predicted, its name is that of a mask", path)
-    return images or _by_id((path for name in IMAGE_FOLDERS for path in _nifti_files(root / name)), findings)
+        log.info("%s: skipped, its name is the name of a mask", path)
+    return images or _by_name(_nifti_files(root, IMAGE_FOLDERS), findings, CHANNEL)
 
 
 # --- shared ----------------------------------------------------------------------------------------------------------
 
+KEEP_ONE = "Move one of the two out of the folder."
+CHANNEL = "_0000"  # how nnU-Net marks the first channel
+
 
 def _pair(images: dict[str, Path], masks: dict[str, Path], findings: list[Finding]) -> list[Case]:
-    """The cases, in order of their ids; what stands alone is added to `findings`."""
-    for kind, has, lacks in (("mask", images, masks), ("image", masks, images)):
-        for name in sorted(set(has) - set(lacks)):
-            what, mend = f"no {kind} belongs to it", f"add the {kind} or take this file out"
-            findings.append(Finding(f"no {kind}", has[name], what, mend, name))
+    """Return the cases in order of their ids; add files without a partner to `findings`."""
+    for partner, files, partners in (("mask", images, masks), ("image", masks, images)):
+        for name in sorted(set(files) - set(partners)):
+            fix = f"Add the {partner}, or move this file out of the folder."
+            findings.append(Finding(f"no {partner}", files[name], f"has no {partner}", fix, name))
     return [Case(name, images[name], masks[name]) for name in sorted(set(images) & set(masks))]
 
 
 def _raise_first(findings: Sequence[Finding]) -> None:
-    """Raise the first finding, if any, as an InputError; of files that stand alone it says how many there are."""
+    """Raise the first finding, if any, as an InputError that counts further files without a partner."""
     if not findings:
         return
     first = findings[0]
     more = sum(f.kind == first.kind for f in findings[1:]) if first.kind in ("no mask", "no image") else 0
-    raise InputError(f"{first.file}: {first.what}{f' (and {more} more)' if more else ''}; {first.mend}")
+    raise InputError(first.file, f"{first.problem}{f' (and {more} more)' if more else ''}", first.fix)
 
 
-def _nifti_files(folder: Path) -> list[Path]:
-    if not folder.is_dir():
-        return []
-    files = [p for p in folder.iterdir() if p.name.endswith((".nii", ".nii.gz")) and not p.name.startswith(".")]
-    return sorted(files)
+def _nifti_files(root: Path, folders: Sequence[str] = (".",)) -> list[Path]:
+    files = []
+    for folder in (root / name for name in folders):
+        inside = folder.iterdir() if folder.is_dir() else ()
+        files += sorted(p for p in inside if p.name.endswith((".nii", ".nii.gz")) and not p.name.startswith("."))
+    return files
 
 
-def _by_suffix(paths: Iterable[Path], findings: list[Finding]) -> tuple[dict[str, Path], dict[str, Path]]:
-    """Images, and masks by the name of their image: whose names end in one of `MASK_SUFFIXES`."""
+def _images_and_masks(paths: Iterable[Path], findings: list[Finding]) -> tuple[dict[str, Path], dict[str, Path]]:
+    """Return the images by name, and the masks, whose names end in one of `MASK_SUFFIXES`, by name of their image."""
     paths = list(paths)
     masks = [path for path in paths if _stem(path).endswith(MASK_SUFFIXES)]
-    suffix = re.compile("|".join(f"{s}$" for s in MASK_SUFFIXES))
-    images = _by_id((p for p in paths if p not in masks), findings)
-    return images, _unambiguous(((suffix.sub("", _stem(p)), p) for p in masks), findings)
+    images = _by_name((path for path in paths if path not in masks), findings, CHANNEL)
+    return images, _by_name(masks, findings, *MASK_SUFFIXES)
 
 
-def _by_id(paths: Iterable[Path], findings: list[Finding]) -> dict[str, Path]:
-    return _unambiguous(((_stem(path).removesuffix("_0000"), path) for path in paths), findings)
-
-
-def _by_stem(paths: Iterable[Path], findings: list[Finding]) -> dict[str, Path]:
-    return _unambiguous(((_stem(path), path) for path in paths), findings)
-
-
-def _unambiguous(named: Iterable[tuple[str, Path]], findings: list[Finding]) -> dict[str, Path]:
-    """The files by name; a second one of a name is added to `findings`."""
+def _by_name(paths: Iterable[Path], findings: list[Finding], *suffixes: str) -> dict[str, Path]:
+    """Return the files by name without ending and suffix; add a second file of one name to `findings`."""
     files: dict[str, Path] = {}
-    for name, path in named:
+    for path in paths:
+        name = re.sub(f"({'|'.join(suffixes)})$", "", _stem(path))
         if name in files:
-            what = f"stands for the same case as {files[name].name}"
-            findings.append(Finding("two files", path, what, "keep one of them", name))
+            problem = f"belongs to the same case as {files[name].name}"
+            findings.append(Finding("two files", path, problem, KEEP_ONE, name))
         else:
             files[name] = path
     return files
@@ -370,7 +378,7 @@ def _stem(path: Path) -> str:
 LAYOUTS = (
     Layout(
         "LAScarQS",
-        "LAScarQS 2022 (task2/train_data/train_<n>/enhanced.nii.gz + atriumSegImgMO.nii.gz)",
+        f"LAScarQS 2022 (task2/train_data/train_<n>/{LASCARQS_IMAGE} + {LASCARQS_MASK})",
         _lascarqs_cases,
         _lascarqs_images,
         lambda root: Labels(("LA",)),
@@ -390,4 +398,4 @@ LAYOUTS = (
         lambda root: Labels(("foreground",), one_value=True),
     ),
 )
-RECOGNISED = "; ".join(layout.description for layout in LAYOUTS)
+RECOGNISED_LAYOUTS = "; ".join(layout.description for layout in LAYOUTS)

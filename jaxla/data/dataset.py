@@ -1,141 +1,163 @@
-"""The data of a run: scans found, checked and prepared, and their patients divided."""
+"""The data of an experiment: cases found, checked and prepared, and their patients split."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 import logging
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from jaxla.cli.terminal import plural, track
-from jaxla.config import Data, Experiment, InputError, Preprocessing
-from jaxla.data.cases import Dataset, find_cases
+from jaxla.config import Data, Experiment, InputError, Preprocessing, option
+from jaxla.data.cases import Case, Dataset, find_cases
 from jaxla.data.inputs import Canvas, smallest_extent
-from jaxla.data.phantoms import cached_phantoms
+from jaxla.data.phantoms import ensure_phantoms
 from jaxla.data.prepared import PreparedVolume, prepare_cases
 from jaxla.data.split import ALL_FOLDS, FOLDS, Split, make_split
-from jaxla.distributed import is_first, local_items
 
 log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class PreparedData:
-    """A data set ready to train on."""
+    """A data set ready for training.
+
+    Attributes:
+        volumes: by case id.
+        plan: nnU-Net's, for a network that is planned from the data.
+        fold: of cross-validation.
+    """
 
     dataset: Dataset
-    volumes: Mapping[str, PreparedVolume]  # by case id
+    volumes: Mapping[str, PreparedVolume]
     split: Split
-    fold: str = ""  # of cross-validation
+    plan: Any = None
+    fold: str = ""
 
     def for_fold(self, fold: str, protocol: Data) -> PreparedData:
         """Return the same data, split for one fold of cross-validation."""
         return replace(self, split=make_split([case.id for case in self.dataset.cases], protocol, fold), fold=fold)
 
-    def of(self, ids: Iterable[str]) -> list[PreparedVolume]:
-        return [self.volumes[name] for name in ids]
+    def volumes_of(self, ids: Iterable[str]) -> list[PreparedVolume]:
+        """Return the volumes of these cases, in their order."""
+        return [self.volumes[case_id] for case_id in ids]
 
     @property
-    def used(self) -> list[PreparedVolume]:
-        """The volumes of the split's three parts."""
-        return self.of(self.split.train + self.split.val + self.split.test)
+    def used_volumes(self) -> list[PreparedVolume]:
+        """The training, validation and test volumes."""
+        return self.volumes_of(self.split.train + self.split.val + self.split.test)
 
     def canvas(self, preprocessing: Preprocessing) -> Canvas:
-        """The square that slices are laid on before it is resized to the network's input."""
+        """Return the square to which slices are padded."""
         if preprocessing.pad_to == "square":
             return Canvas(preprocessing.image_size)
-        # of folds, whose networks are tested together, all must have one square
+        # the networks of all folds are tested together, so they share one square
         ids = self.split.train + self.split.val if self.fold else self.split.train
-        largest = smallest_extent((v.shape[1:], v.spacing[1:]) for v in self.of(ids))
+        largest = smallest_extent((v.shape[1:], v.spacing[1:]) for v in self.volumes_of(ids))
         return Canvas(preprocessing.image_size, largest)
 
     @property
-    def cases(self) -> dict[str, str]:
-        """Case id -> a hash of its scan, its mask and the classes."""
-        return {name: volume.content_key for name, volume in self.volumes.items()}
+    def content_keys(self) -> dict[str, str]:
+        """Case id -> hash of its scan, its mask and the labels."""
+        return {case_id: volume.content_key for case_id, volume in self.volumes.items()}
 
     @property
     def sha256(self) -> str:
-        return hashlib.sha256(json.dumps(self.cases).encode()).hexdigest()
+        """Hash of all cases and their content."""
+        return hashlib.sha256(json.dumps(self.content_keys).encode()).hexdigest()
 
 
-def prepare_data(experiment: Experiment, cache_dir: Path) -> PreparedData:
-    """Find, check and prepare the cases, and split their patients.
+def prepare_data(
+    experiment: Experiment,
+    cache_dir: Path,
+    select_local: Callable[[Sequence[Case]], Sequence[Case]] = lambda cases: cases,
+) -> PreparedData:
+    """Find, check and prepare the cases of an experiment, and split their patients.
+
+    Args:
+        select_local: selects the cases that this process prepares first, while other processes prepare others.
 
     Raises:
-        InputError: no data, unusable data, too few patients, or a class that no training mask has.
+        InputError: there are no data, unusable data or too few patients, or no training mask has some class.
     """
-    protocol = experiment.data
-    if protocol.root == "phantom":
-        # too few? before making them
-        make_split([f"train_{n + 1}" for n in range(protocol.phantom_cases)], protocol, experiment.fold)
-    root = data_folder(protocol, cache_dir)
-    dataset = find_cases(root, protocol.all_labels)
-    split = make_split([case.id for case in dataset.cases], protocol, experiment.fold)
-    prepared = prepare_cases(dataset, cache_dir, lambda cases: track(cases, "reading"), local_items(dataset.cases))
-    data = PreparedData(dataset, {volume.id: volume for volume in prepared}, split, fold=experiment.fold)
-    if experiment.fold == ALL_FOLDS:
-        for k in range(FOLDS):
-            of_fold = make_split([case.id for case in dataset.cases], protocol, str(k))
-            require_classes(replace(data, split=of_fold, fold=str(k)), protocol)
-    else:
-        require_classes(data, protocol)
-    training = data.of(split.train)
-    if split.unused:
-        log.info(
-            "%d of %d training patients are left out by this protocol",
-            len(split.unused),
-            len(split.train + split.unused),
+    protocol, fold = experiment.data, experiment.fold
+    if protocol.root == "phantom":  # check the split before making phantoms
+        make_split([f"train_{n + 1}" for n in range(protocol.phantom_cases)], protocol, fold)
+    dataset = find_cases(resolve_data_root(protocol, cache_dir), protocol.all_labels)
+    ids = [case.id for case in dataset.cases]
+    split = make_split(ids, protocol, fold)
+    prepared = prepare_cases(dataset, cache_dir, lambda cases: track(cases, "reading"), select_local(dataset.cases))
+    data = PreparedData(dataset, {volume.id: volume for volume in prepared}, split, fold=fold)
+    for k in map(str, range(FOLDS)) if fold == ALL_FOLDS else [fold]:
+        require_classes(replace(data, split=make_split(ids, protocol, k), fold=k), protocol)
+    _log_summary(data)
+    return data
+
+
+def resolve_data_root(protocol: Data, cache_dir: Path, moved_to: str = "") -> Path:
+    """Return the folder of a protocol's scans, or `moved_to` if it is given; make phantoms if it names them."""
+    root = moved_to or protocol.root
+    if root == "phantom":
+        return ensure_phantoms(cache_dir, protocol.phantom_size, protocol.phantom_cases)
+    return Path(root)
+
+
+def require_classes(data: PreparedData, protocol: Data) -> None:
+    """Raise an InputError unless each class occurs in a training mask."""
+    split = data.split
+    for index, name in enumerate(data.dataset.labels.names, start=1):
+        has_class = {
+            part: any(volume.class_voxels[index] for volume in data.volumes_of(ids))
+            for part, ids in asdict(split).items()
+        }
+        if has_class["train"]:
+            continue
+        problem = f"no training case contains {name}"
+        if data.fold and has_class["val"]:
+            rest = "validation or test set" if has_class["test"] else "validation set"
+            raise InputError(
+                f"fold {data.fold}",
+                f"{problem}; every case with {name} is in the {rest}",
+                f"Use another {option('fold')}.",
+            )
+        if has_class["unused"]:
+            raise InputError(
+                option("data.subset_seed", protocol.subset_seed),
+                f"{problem} among the {len(split.train)} that this protocol uses ({', '.join(split.train)})",
+                "Use another seed, or more training patients.",
+            )
+        raise InputError(
+            data.dataset.root,
+            f"none of the {len(split.train)} training cases contains {name}",
+            f"Check the masks, or name their values with {option('data.labels')}.",
         )
-    if outside := len(prepared) - sum(map(len, (split.train, split.val, split.test, split.unused))):
-        log.info("%d cases are in no part of this split and are not used", outside)
-    if empty := [v.id for v in prepared if not any(v.class_voxels[1:])]:
+
+
+def log_cropped_cases(data: PreparedData, canvas: Canvas) -> None:
+    """Log a warning that names the cases whose slices are larger than the canvas."""
+    cropped = [v.id for v in data.used_volumes if canvas.frame(v.shape[1:], v.spacing[1:]).is_cropped]
+    if cropped:
+        log.warning(
+            "%s with slices larger than the largest training slice (%.0f mm): the network sees only their centre, the "
+            "rest becomes background: %s",
+            plural(len(cropped), "validation or test case"), canvas.extent, ", ".join(cropped),
+        )  # fmt: skip
+
+
+def _log_summary(data: PreparedData) -> None:
+    split, volumes = data.split, data.volumes.values()
+    if split.unused:
+        patients = len(split.train + split.unused)
+        log.info("%d of %d training patients are left out by this protocol", len(split.unused), patients)
+    if unlisted := len(volumes) - len(split.train + split.val + split.test + split.unused):
+        log.info("%d cases are in no part of this split and are not used", unlisted)
+    if empty := [v.id for v in volumes if not any(v.class_voxels[1:])]:
         log.info("%d cases have an empty mask and are kept: %s", len(empty), ", ".join(empty))
     log.info(
         "patients: %d training, %d validation, %d test; slices along the %s axis, %d for training",
         len(split.train), len(split.val), len(split.test),
-        "/".join(sorted({v.slice_axis for v in prepared})), sum(v.shape[0] for v in training),
+        "/".join(sorted({v.slice_axis for v in volumes})), sum(v.shape[0] for v in data.volumes_of(split.train)),
     )  # fmt: skip
-    return data
-
-
-def data_folder(protocol: Data, cache_dir: Path, elsewhere: str = "") -> Path:
-    """Where the scans of a protocol lie, phantoms made where there are none; `elsewhere` if they were moved there."""
-    root = elsewhere or protocol.root
-    return (
-        cached_phantoms(cache_dir, protocol.phantom_size, protocol.phantom_cases) if root == "phantom" else Path(root)
-    )
-
-
-def require_classes(data: PreparedData, protocol: Data) -> None:
-    """Raise an InputError unless each class is in some training mask."""
-    training = data.of(data.split.train)
-    for index, name in enumerate(data.dataset.labels.names, start=1):
-        if any(v.class_voxels[index] for v in training):
-            continue
-        if data.fold and any(v.class_voxels[index] for v in data.of(data.split.val)):
-            raise InputError(
-                f"option --fold: in fold {data.fold} the masks of all {len(training)} training patients hold no "
-                f"{name}, for those that do validate; add cases with {name}, or leave --fold out"
-            )
-        if any(v.class_voxels[index] for v in data.of(data.split.unused)):
-            raise InputError(
-                f"{data.dataset.root}: the masks of the training patients that this protocol takes "
-                f"({', '.join(data.split.train)}) hold no {name}; take others with another --data.subset_seed (now "
-                f"{protocol.subset_seed}; of a study --seeds), or more of them"
-            )
-        raise InputError(
-            f"{data.dataset.root}: the masks of all {len(training)} training patients hold no {name}; check the masks, "
-            "or name their values with --data.labels"
-        )
-
-
-def say_what_is_cut(data: PreparedData, canvas: Canvas) -> None:
-    cut = [v.id for v in data.used if canvas.frame(v.shape[1:], v.spacing[1:]).cuts]
-    if cut and is_first():
-        log.warning(
-            "%s with slices larger than the largest training slice (%.0f mm): the network sees their centre, the rest "
-            "is background: %s", plural(len(cut), "validation or test case"), canvas.extent, ", ".join(cut),
-        )  # fmt: skip

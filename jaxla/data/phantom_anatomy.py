@@ -1,7 +1,8 @@
-"""The chest of the synthetic LGE-MRI: a table of structures, how patients differ, and distances to the surfaces.
+"""Anatomy of the synthetic LGE-MRI: a table of structures, their variation, and distances to their surfaces.
 
-Each structure is an implicit function: its value at a point is the distance in mm to its surface, negative inside.
-Frame: mm, x to the patient's right, y to the front, z to the head (NIfTI's RAS+); the left atrium lies at the origin.
+Each structure is an implicit function: its value at a point is the signed distance in mm to its surface, negative
+inside. Coordinates are in mm: x to the patient's right, y to the front, z to the head (RAS+). The left atrium is at the
+origin.
 """
 
 from __future__ import annotations
@@ -16,11 +17,11 @@ from numpy.typing import NDArray
 Array = NDArray[np.float32]
 Grid = tuple[Array, Array, Array]  # voxel centres along x, y and z, in mm
 Box = tuple[slice, slice, slice]
-Points = Callable[[Box], Sequence[Array]]  # the coordinates x, y and z of a box's voxels, which broadcast to its shape
+Points = Callable[[Box], Sequence[Array]]  # x, y and z of a box's voxels, which broadcast to its shape
 EVERYWHERE: Box = (slice(None),) * 3
-MARGIN = 8.0  # mm by which a box exceeds its structure: room for soft edges and for the heart's bending
+MARGIN = 8.0  # mm around a structure within its box, for soft edges and for the bending of the heart
 
-# Signal before coil, noise and scanner scale.
+# Signal before coil sensitivity, noise and scanner scale.
 TISSUES = {
     "air": 0.02, "lung": 0.13, "fat": 0.50, "muscle": 0.36, "wall": 0.30, "myocardium": 0.33, "blood": 0.80,
     "bone": 0.42, "cortex": 0.18, "cord": 0.55, "liver": 0.46, "spleen": 0.52,
@@ -40,13 +41,13 @@ class Tube(NamedTuple):
 
 class Structure(NamedTuple):
     tissue: str
-    shell: float  # mm of wall outside the surface
+    shell: float  # thickness in mm of the wall outside the surface
     shell_tissue: str
     parts: tuple[Ellipsoid | Tube, ...]
 
 
-# Nominal adult anatomy, painted in this order: what comes later lies on top.
-CAVITY = (  # kept within the chest wall
+# Nominal adult anatomy, painted in this order: later structures cover earlier ones.
+CAVITY = (  # clipped to the inside of the chest wall
     Structure("lung", 0, "", (Ellipsoid((84, -8, 20), (62, 84, 125)),)),
     Structure("lung", 0, "", (Ellipsoid((-92, -12, 20), (58, 82, 125)),)),
     Structure("liver", 1.5, "muscle", (Ellipsoid((70, 10, -112), (85, 85, 62)),)),
@@ -86,7 +87,7 @@ ATRIUM = Structure("blood", 2.2, "wall", (  # left atrium and its appendage
     Ellipsoid((0, 0, 0), (24, 17, 20)),
     Tube(((-15, 8, 6, 9), (-29, 20, 13, 8), (-37, 31, 9, 6))),
 ))  # fmt: skip
-VEINS = tuple(  # pulmonary; up to the second point they belong to the atrium, as in the reference masks
+VEINS = tuple(  # pulmonary; as in reference masks, the part up to the second point belongs to the atrium
     Structure("blood", 1.2, "wall", (Tube(points),))
     for points in (
         ((14, -3, 9, 7), (34, -8, 17, 5.2), (58, -14, 27, 4), (84, -16, 46, 2)),
@@ -97,28 +98,28 @@ VEINS = tuple(  # pulmonary; up to the second point they belong to the atrium, a
 )
 
 
-def vary(rng: np.random.Generator, structure: Structure, turn: NDArray, loose: float = 1.0) -> Structure:
-    """One patient's version of a nominal structure: moved, resized and turned with the heart."""
-    shift = rng.normal(0, 1.5 * loose, 3)
+def vary(rng: np.random.Generator, structure: Structure, rotation: NDArray, variation: float = 1.0) -> Structure:
+    """Return one patient's version of a nominal structure: moved, resized and rotated with the heart."""
+    shift = rng.normal(0, 1.5 * variation, 3)
 
-    def place(point: Sequence[float]) -> NDArray:
+    def move(point: Sequence[float]) -> NDArray:
         point = np.add(point, shift)
-        free = np.clip((point[1] + 36) / 26, 0, 1)  # what lies on the spine stays there when the heart turns
-        return point + free * (turn @ point - point)
+        mobility = np.clip((point[1] + 36) / 26, 0, 1)  # structures at the spine do not rotate with the heart
+        return point + mobility * (rotation @ point - point)
 
     parts = []
     for part in structure.parts:
         if isinstance(part, Ellipsoid):
-            parts.append(Ellipsoid(tuple(place(part.centre)), tuple(part.radii * np.exp(rng.normal(0, 0.09, 3)))))
+            parts.append(Ellipsoid(tuple(move(part.centre)), tuple(part.radii * np.exp(rng.normal(0, 0.09, 3)))))
         else:
-            size = np.exp(rng.normal(0, 0.08))
-            own = {point: tuple(place(point[:3]) + rng.normal(0, 0.5 * loose, 3)) for point in part.points}
-            parts.append(Tube(tuple((*own[point], point[3] * size) for point in part.points)))
+            scale = np.exp(rng.normal(0, 0.08))
+            moved = {point: tuple(move(point[:3]) + rng.normal(0, 0.5 * variation, 3)) for point in part.points}
+            parts.append(Tube(tuple((*moved[point], point[3] * scale) for point in part.points)))
     return structure._replace(parts=tuple(parts))
 
 
 def lung_vessels(rng: np.random.Generator) -> list[Structure]:
-    """Thin branches that fan out from each lung's root."""
+    """Return thin branches that fan out from the root of each lung."""
     branches = []
     for side in (-1, 1):
         for _ in range(7):
@@ -129,27 +130,27 @@ def lung_vessels(rng: np.random.Generator) -> list[Structure]:
 
 
 def box_between(grid: Grid, low: Sequence[float], high: Sequence[float]) -> Box:
-    """The voxels between two corners, so that a structure is evaluated only where it can be."""
+    """Return the voxels between two corners."""
     return tuple(slice(*np.searchsorted(axis, (a, b))) for axis, a, b in zip(grid, low, high, strict=True))
 
 
-def straight(grid: Grid, box: Box) -> Sequence[Array]:
-    """The coordinates of a box's voxels, as broadcastable axes."""
+def box_coordinates(grid: Grid, box: Box) -> Sequence[Array]:
+    """Return the coordinates of a box's voxels, as broadcastable axes."""
     return np.ix_(*(axis[part] for axis, part in zip(grid, box, strict=True)))
 
 
-def ellipsoid_distance(points: Sequence[Array], solid: Ellipsoid, turn: NDArray | None = None) -> Array:
-    """Distance to the surface, to first order."""
-    along = [p - np.float32(c) for p, c in zip(points, solid.centre, strict=True)]
-    if turn is not None:
-        along = [sum(a * np.float32(t) for a, t in zip(along, column, strict=True)) for column in turn.T]
-    near = np.sqrt(sum((a / np.float32(r)) ** 2 for a, r in zip(along, solid.radii, strict=True)))
-    slope = np.sqrt(sum((a / np.float32(r**2)) ** 2 for a, r in zip(along, solid.radii, strict=True)))
-    return near * (near - 1) / (slope + np.float32(1e-6))
+def ellipsoid_distance(points: Sequence[Array], ellipsoid: Ellipsoid, rotation: NDArray | None = None) -> Array:
+    """Return the distance to the surface, to first order."""
+    along = [p - np.float32(c) for p, c in zip(points, ellipsoid.centre, strict=True)]
+    if rotation is not None:
+        along = [sum(a * np.float32(t) for a, t in zip(along, column, strict=True)) for column in rotation.T]
+    level = np.sqrt(sum((a / np.float32(r)) ** 2 for a, r in zip(along, ellipsoid.radii, strict=True)))
+    slope = np.sqrt(sum((a / np.float32(r**2)) ** 2 for a, r in zip(along, ellipsoid.radii, strict=True)))
+    return level * (level - 1) / (slope + np.float32(1e-6))
 
 
-def _capsule_distance(points: Sequence[Array], solid: Tube) -> Array:
-    start, end = np.array(solid.points, np.float32)
+def _capsule_distance(points: Sequence[Array], capsule: Tube) -> Array:
+    start, end = np.array(capsule.points, np.float32)
     axis = end[:3] - start[:3]
     shifted = [p - c for p, c in zip(points, start[:3], strict=True)]
     dot = sum(s * a for s, a in zip(shifted, axis, strict=True))
@@ -159,35 +160,38 @@ def _capsule_distance(points: Sequence[Array], solid: Tube) -> Array:
 
 
 def distance_to(
-    grid: Grid, points: Points, structure: Structure, turn: NDArray | None = None, blend: float = 1.0
+    grid: Grid, points: Points, structure: Structure, rotation: NDArray | None = None, blend: float = 1.0
 ) -> tuple[Box, Array]:
-    """A box around a structure, and the distance to the union of its parts there.
+    """Return a box around a structure, and there the distance to the union of its parts.
 
-    `points` gives the coordinates of a box's voxels, `turn` [3, 3] the axes of the ellipsoids; `blend` mm rounds off
-    the creases between the parts. Distances beyond MARGIN are only bounds.
+    Distances beyond MARGIN are only bounds.
+
+    Args:
+        points: returns the coordinates of a box's voxels.
+        rotation: [3, 3], axes of the ellipsoids.
+        blend: mm over which creases between the parts are rounded.
     """
-    solids, balls = [], []
+    solids, ends = [], []  # ends: the spheres (x, y, z, radius) whose hull contains each solid
     for part in structure.parts:
         if isinstance(part, Ellipsoid):
             solids.append(part)
-            balls.append([(*part.centre, max(part.radii))])
+            ends.append([(*part.centre, max(part.radii))])
         else:
-            solids += [Tube(ends) for ends in itertools.pairwise(part.points)]
-            balls += itertools.pairwise(part.points)
+            solids += [Tube(pair) for pair in itertools.pairwise(part.points)]
+            ends += itertools.pairwise(part.points)
     reach = structure.shell + blend + MARGIN
-    spheres = [np.array(ball) for ball in balls]
+    spheres = [np.array(pair) for pair in ends]
     lows = [(s[:, :3] - s[:, 3:]).min(0) - reach for s in spheres]
     highs = [(s[:, :3] + s[:, 3:]).max(0) + reach for s in spheres]
     box = box_between(grid, np.min(lows, 0), np.max(highs, 0))
-    union = np.full([part.stop - part.start for part in box], 99, np.float32)
+    union = np.full([side.stop - side.start for side in box], 99, np.float32)
     for solid, low, high in zip(solids, lows, highs, strict=True):
-        own = box_between(grid, low, high)
-        near = points(own)
-        distance = (
-            ellipsoid_distance(near, solid, turn) if isinstance(solid, Ellipsoid) else _capsule_distance(near, solid)
-        )
-        within = union[tuple(slice(o.start - b.start, o.stop - b.start) for o, b in zip(own, box, strict=True))]
-        crease = np.maximum(np.float32(blend) - np.abs(within - distance), 0) ** 2 * np.float32(0.25 / blend)
-        np.minimum(within, distance, out=within)
-        within -= crease
+        solid_box = box_between(grid, low, high)
+        near = points(solid_box)
+        is_ellipsoid = isinstance(solid, Ellipsoid)
+        distance = ellipsoid_distance(near, solid, rotation) if is_ellipsoid else _capsule_distance(near, solid)
+        view = union[tuple(slice(s.start - b.start, s.stop - b.start) for s, b in zip(solid_box, box, strict=True))]
+        crease = np.maximum(np.float32(blend) - np.abs(view - distance), 0) ** 2 * np.float32(0.25 / blend)
+        np.minimum(view, distance, out=view)
+        view -= crease
     return box, union

@@ -1,8 +1,8 @@
 """Synthetic LGE-MRI of the chest with a known left atrium, in the file layout of LAScarQS 2022.
 
-A phantom is a list of tissues painted one over the other on the voxel grid, with soft edges for the partial volume
-effect, and then scanned. Blood is about equally bright in every chamber, and the window lies a little differently in
-every case: neither a threshold nor the usual place finds the atrium.
+Tissues are painted over one another on the voxel grid, with soft edges for the partial volume effect, and then
+"scanned". Blood is about equally bright in all chambers, and the field of view differs between cases, so neither a
+threshold nor the usual position finds the atrium.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from scipy.spatial.transform import Rotation
 
 from jaxla.cli.files import report_os_errors
 from jaxla.cli.terminal import track
-from jaxla.config import InputError
+from jaxla.config import InputError, option
 from jaxla.data.phantom_anatomy import (
     ATRIUM,
     CAVITY,
@@ -35,25 +35,31 @@ from jaxla.data.phantom_anatomy import (
     Grid,
     Tube,
     box_between,
+    box_coordinates,
     distance_to,
     ellipsoid_distance,
     lung_vessels,
-    straight,
     vary,
 )
 
 log = logging.getLogger(__name__)
 
-VERSION = 1  # of what a seed stands for; another number makes other cached folders
+VERSION = 1  # of the phantoms of a seed; a new number makes new cached folders
 SIZES = ("small", "full")
 SPACING = (0.625, 0.625, 2.5)  # mm, as in LAScarQS
-ORIENTATIONS = ("LPS", "RAS", "LAS", "RPS")  # how the array's axes may run; slices always lie along the third
-EDGE = 1.2  # mm over which one tissue passes into the next
-MAX_BEND = 6.0  # mm, bound on the smooth displacement that varies the shape of the heart
+ORIENTATIONS = ("LPS", "RAS", "LAS", "RPS")  # of the array's axes; slices always lie along the third
+EDGE_MM = 1.2  # over which one tissue changes into the next
+MAX_BEND_MM = 6.0  # of the smooth displacement that varies the shape of the heart
 
 
 class Phantom(NamedTuple):
-    """One synthetic case: `image` int16 and `mask` uint8 (0 or 255), both [X, Y, Z]; `affine` 4 × 4, voxel to mm."""
+    """One synthetic case.
+
+    Attributes:
+        image: [X, Y, Z].
+        mask: [X, Y, Z], 0 or 255.
+        affine: [4, 4], voxel indices to mm.
+    """
 
     image: NDArray[np.int16]
     mask: NDArray[np.uint8]
@@ -61,63 +67,65 @@ class Phantom(NamedTuple):
 
 
 def make_phantom(size: str, seed: int, index: int) -> Phantom:
-    """Make case number `index` of the set `seed`; it does not depend on how many other cases are made.
+    """Make case `index` of the set `seed`, which does not depend on the number of cases.
 
-    `size` is "full" (the whole chest: 576, 608 or 640 pixels square, 44 or 88 slices) or "small" (a window on the
-    heart: 160, 176 or 192 pixels square, 20 to 24 slices), both at 0.625 × 0.625 × 2.5 mm.
+    Args:
+        size: `full`, the whole chest (576, 608 or 640 pixels square, 44 or 88 slices), or `small`, the region around
+            the heart (160, 176 or 192 pixels square, 20 to 24 slices); both at 0.625 × 0.625 × 2.5 mm.
     """
     rng = np.random.default_rng([SIZES.index(size), seed, index])
-    signal, mask = _paint_patient(rng, _grid(rng, size))
-    return _store(rng, _scan(rng, signal), mask, ORIENTATIONS[(seed + index) % len(ORIENTATIONS)])
+    signal, mask = _paint_patient(rng, _draw_grid(rng, size))
+    return _orient(rng, _scan(rng, signal), mask, ORIENTATIONS[(seed + index) % len(ORIENTATIONS)])
 
 
 def write_phantoms(folder: Path, cases: int, size: str, seed: int) -> None:
     """Write `cases` phantoms as `<folder>/task2/train_data/train_<n>/{enhanced,atriumSegImgMO}.nii.gz`, n from 1.
 
-    The files are written beside `folder` and appear in it together.
+    They appear in `folder` together, once all are written.
 
     Raises:
-        InputError: an argument is out of bounds, or `folder` is not empty or cannot be written.
+        InputError: an argument is out of range, or `folder` is not empty or cannot be written.
     """
     if size not in SIZES:
-        raise InputError(f"--size={size}: unknown size; choose one of {', '.join(SIZES)}")
+        raise InputError(option("size", size), "unknown size", f"Use {' or '.join(SIZES)}.")
     if cases < 1:
-        raise InputError(f"--cases={cases}: must be at least 1")
+        raise InputError(option("cases", cases), "must be at least 1", "Use a whole number from 1.")
     if seed < 0:
-        raise InputError(f"--seed={seed}: must be 0 or more")
+        raise InputError(option("seed", seed), "must not be negative", "Use a whole number from 0.")
     folder = Path(folder)
-    with report_os_errors("written", f"--output={folder}", "name another folder"):
+    where, fix = option("output", folder), "Name a new or empty folder."
+    with report_os_errors("written", where, fix):
         if folder.exists() and not folder.is_dir():
-            raise InputError(f"--output={folder}: is a file; name a folder")
+            raise InputError(where, "is a file, not a folder", fix)
         if folder.is_dir() and any(folder.iterdir()):
-            raise InputError(f"--output={folder}: the folder is not empty; name a new one or empty it first")
+            raise InputError(where, "the folder is not empty", fix)
         _write(folder, cases, size, seed)
 
 
-def cached_phantoms(cache_dir: Path, size: str, cases: int) -> Path:
-    """The folder of phantoms that `--data.root=phantom` stands for, made on first use."""
+def ensure_phantoms(cache_dir: Path, size: str, cases: int) -> Path:
+    """Return the cached folder of phantoms for `data.root=phantom`, and make it if it is missing."""
     folder = cache_dir / "phantoms" / f"{size}-{cases}-v{VERSION}"
     if not folder.is_dir():
         log.info("making %d %s phantoms in %s", cases, size, folder)
-        with report_os_errors("written", f"--cache-dir={cache_dir}"):
+        with report_os_errors("written", option("cache-dir", cache_dir), "Use another folder."):
             try:
                 _write(folder, cases, size, seed=0)
             except OSError:
-                if not folder.is_dir():  # unless another process was faster, with the same content
+                if not folder.is_dir():  # otherwise another process has made the same phantoms
                     raise
     return folder
 
 
 def _write(folder: Path, cases: int, size: str, seed: int) -> None:
-    # an empty folder may be a mount point, which cannot be replaced: then the files wait inside it
-    beside = folder if folder.is_dir() else folder.parent
-    beside.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=".phantoms-", dir=beside) as name:
+    # an empty folder may be a mount point, which cannot be replaced: then write inside it first
+    parent = folder if folder.is_dir() else folder.parent
+    parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=".phantoms-", dir=parent) as name:
         tree = Path(name, "tree")
-        for number in track(range(1, cases + 1), "phantoms"):
-            case = tree / "task2" / "train_data" / f"train_{number}"
+        for index in track(range(1, cases + 1), "phantoms"):
+            case = tree / "task2" / "train_data" / f"train_{index}"
             case.mkdir(parents=True)
-            image, mask, affine = make_phantom(size, seed, number)
+            image, mask, affine = make_phantom(size, seed, index)
             _save(case / "enhanced.nii.gz", image, affine)
             _save(case / "atriumSegImgMO.nii.gz", mask, affine)
         if folder.is_dir():
@@ -134,8 +142,8 @@ def _save(path: Path, array: NDArray, affine: NDArray[np.float64]) -> None:
     nib.save(image, path)
 
 
-def _grid(rng: np.random.Generator, size: str) -> Grid:
-    """The scanner's window, somewhere around the atrium."""
+def _draw_grid(rng: np.random.Generator, size: str) -> Grid:
+    """Draw a field of view around the atrium."""
     if size == "full":
         plane, slices = int(rng.choice([576, 608, 640])), int(rng.choice([44, 88]))
         centre, jitter = (0, 5, -4), (16, 14, 12 if slices == 44 else 30)
@@ -151,54 +159,56 @@ def _grid(rng: np.random.Generator, size: str) -> Grid:
 
 
 def _paint(image: Array, box: Box, distance: Array, value: float | Array) -> None:
-    inside = np.clip(np.float32(0.5) - distance * np.float32(1 / EDGE), 0, 1)
+    inside = np.clip(np.float32(0.5) - distance * np.float32(1 / EDGE_MM), 0, 1)
     image[box] += inside * (value - image[box])
 
 
 def _paint_patient(rng: np.random.Generator, grid: Grid) -> tuple[Array, NDArray[np.bool_]]:
-    """Signal and atrium [X, Y, Z] of one patient, before the scanner."""
+    """Return signal and atrium mask [X, Y, Z] of one patient."""
     tissues = {tissue: np.float32(value * np.exp(rng.normal(0, 0.06))) for tissue, value in TISSUES.items()}
     image, pleura = _paint_chest_wall(rng, grid, tissues)
     for structure in (*CAVITY, *MIDLINE):
-        box, distance = distance_to(grid, lambda box: straight(grid, box), vary(rng, structure, np.eye(3), loose=1.5))
+        box, distance = distance_to(
+            grid, lambda box: box_coordinates(grid, box), vary(rng, structure, np.eye(3), variation=1.5)
+        )
         if structure in CAVITY:
             distance = np.maximum(distance, pleura[box[:2]])
         if structure.shell:
             _paint(image, box, distance - np.float32(structure.shell), tissues[structure.shell_tissue])
         _paint(image, box, distance, tissues[structure.tissue])
 
-    turn = Rotation.from_euler("zyx", rng.uniform(-1, 1, 3) * (20, 12, 12), degrees=True).as_matrix()
+    rotation = Rotation.from_euler("zyx", rng.uniform(-1, 1, 3) * (20, 12, 12), degrees=True).as_matrix()
     region = box_between(grid, (-110, -75, -np.inf), (110, 95, np.inf))
     mask = np.zeros(image.shape, bool)
     inner = tuple(axis[part] for axis, part in zip(grid, region, strict=True))
-    _paint_heart(rng, inner, image[region], mask[region], tissues, turn)
+    _paint_heart(rng, inner, image[region], mask[region], tissues, rotation)
     return image, mask
 
 
 def _paint_heart(
-    rng: np.random.Generator, grid: Grid, image: Array, mask: NDArray[np.bool_], tissues: dict, turn: NDArray
+    rng: np.random.Generator, grid: Grid, image: Array, mask: NDArray[np.bool_], tissues: dict, rotation: NDArray
 ) -> None:
-    """Paint chambers and great vessels into `image`, and the left atrium's cavity into `mask`."""
+    """Paint chambers and great vessels into `image`, and the cavity of the left atrium into `mask`."""
     bent = [
-        axis + np.clip(np.float32(2.2) * _smooth_field(rng, grid, EVERYWHERE, 60), -MAX_BEND, MAX_BEND)
-        for axis in straight(grid, EVERYWHERE)
+        axis + np.clip(np.float32(2.2) * _smooth_field(rng, grid, EVERYWHERE, 60), -MAX_BEND_MM, MAX_BEND_MM)
+        for axis in box_coordinates(grid, EVERYWHERE)
     ]
 
     def points(box: Box) -> Sequence[Array]:
         return [coordinate[box] for coordinate in bent]
 
     def blood() -> np.float32:
-        return tissues["blood"] * np.float32(np.exp(rng.normal(0, 0.07)))  # in no chamber quite as in the next
+        return tissues["blood"] * np.float32(np.exp(rng.normal(0, 0.07)))  # a little different in each chamber
 
-    veins = [vary(rng, vein, turn, loose=1.2) for vein in VEINS]
-    for structure in (*lung_vessels(rng), *(vary(rng, structure, turn) for structure in HEART), *veins):
-        box, distance = distance_to(grid, points, structure, turn)
+    veins = [vary(rng, vein, rotation, variation=1.2) for vein in VEINS]
+    for structure in (*lung_vessels(rng), *(vary(rng, structure, rotation) for structure in HEART), *veins):
+        box, distance = distance_to(grid, points, structure, rotation)
         _paint(image, box, distance - np.float32(structure.shell), tissues[structure.shell_tissue])
         _paint(image, box, distance, blood())
 
-    atrium = vary(rng, ATRIUM, turn)
+    atrium = vary(rng, ATRIUM, rotation)
     stumps = tuple(Tube(vein.parts[0].points[:2]) for vein in veins)
-    box, distance = distance_to(grid, points, atrium._replace(parts=atrium.parts + stumps), turn, blend=6.0)
+    box, distance = distance_to(grid, points, atrium._replace(parts=atrium.parts + stumps), rotation, blend=6.0)
     scarred = np.clip((_smooth_field(rng, grid, box, 16) - np.float32(rng.uniform(0.3, 1.6))) * 5, 0, 1)
     scar = tissues["blood"] * np.float32(rng.uniform(1.2, 1.6))
     wall = tissues["wall"] + scarred * (scar - tissues["wall"])
@@ -208,8 +218,8 @@ def _paint_heart(
 
 
 def _paint_chest_wall(rng: np.random.Generator, grid: Grid, tissues: dict) -> tuple[Array, Array]:
-    """A cylinder of fat, muscle and sloping ribs, filled with soft tissue; and the distance to its inner side."""
-    x, y, z = straight(grid, EVERYWHERE)
+    """Return a cylinder of fat, muscle and sloping ribs filled with soft tissue, and the distance to its inner side."""
+    x, y, z = box_coordinates(grid, EVERYWHERE)
     radii = np.array([162, 106]) * rng.uniform(0.95, 1.06, 2)
     fat, muscle = np.float32(rng.uniform(7, 18)), np.float32(rng.uniform(14, 19))
     skin = ellipsoid_distance((x, y, np.zeros_like(z[..., :1])), Ellipsoid((0, -8, 0), (*radii, np.inf)))
@@ -226,7 +236,7 @@ def _paint_chest_wall(rng: np.random.Generator, grid: Grid, tissues: dict) -> tu
 
 
 def _smooth_field(rng: np.random.Generator, grid: Grid, box: Box, period: float) -> Array:
-    """A random field [X, Y, Z] of about unit deviation that varies over `period` mm: a few cosines per axis."""
+    """Return a random field [X, Y, Z] of about unit deviation that varies over `period` mm: a few cosines per axis."""
     bases = []
     for axis in (a[part] for a, part in zip(grid, box, strict=True)):
         length = np.ptp(axis) + 1.0
@@ -235,7 +245,7 @@ def _smooth_field(rng: np.random.Generator, grid: Grid, box: Box, period: float)
         bases.append(np.cos(phase[:, None] * np.arange(terms) + rng.uniform(0, 2 * np.pi, terms)).astype(np.float32))
     field = rng.standard_normal([basis.shape[1] for basis in bases]).astype(np.float32)
     field *= np.float32(np.sqrt(8 / field.size))
-    for basis in bases:  # each turn contracts the first axis and puts its voxels last
+    for basis in bases:  # each step contracts the first axis and appends its voxels as the last
         field = np.tensordot(field, basis, axes=(0, 1))
     return field
 
@@ -244,14 +254,14 @@ def _smooth_field(rng: np.random.Generator, grid: Grid, box: Box, period: float)
 
 
 def _scan(rng: np.random.Generator, signal: Array) -> NDArray[np.int16]:
-    """What a scanner makes of the signal: thick slices, uneven coils, Rician noise, its own scale."""
+    """Apply a scanner to the signal: thick slices, uneven coils, Rician noise and a scale of its own."""
     grid = tuple((np.arange(n) * step).astype(np.float32) for n, step in zip(signal.shape, SPACING, strict=True))
     gain = np.float32(0.12) * _smooth_field(rng, grid, EVERYWHERE, 250)
     gain += np.float32(0.03) * _smooth_field(rng, grid, EVERYWHERE, 14)
     np.exp(gain, out=gain)
     scale, sigma = np.float32(rng.uniform(200, 900)), np.float32(rng.uniform(0.045, 0.075))
     scanned = np.empty(signal.shape, np.int16)
-    for start in range(0, signal.shape[0], 32):  # in slabs, to hold few copies of a large volume
+    for start in range(0, signal.shape[0], 32):  # in slabs, to keep memory small
         slab = signal[start : start + 32]
         thick = np.float32(0.7) * slab
         thick[..., 1:] += np.float32(0.15) * slab[..., :-1]
@@ -265,9 +275,9 @@ def _scan(rng: np.random.Generator, signal: Array) -> NDArray[np.int16]:
 
 
 def _coarse_noise(rng: np.random.Generator, shape: tuple[int, int, int]) -> Array:
-    """Unit noise [X, Y, Z] for even X and Y, interpolated in plane from half as many samples, as stored images are."""
+    """Return unit noise [X, Y, Z], X and Y even, interpolated in plane from half as many samples as scanners do."""
     noise = rng.standard_normal((shape[0] // 2 + 2, shape[1] // 2 + 2, shape[2]), dtype=np.float32)
-    noise *= np.float32(1.6)  # what two means of weights ¾ and ¼ take from the deviation
+    noise *= np.float32(1.6)  # two means with weights ¾ and ¼ reduce the deviation by this factor
     for axis in (0, 1):
         noise = np.moveaxis(noise, axis, 0)
         fine = np.empty((2 * len(noise) - 4, *noise.shape[1:]), np.float32)
@@ -278,8 +288,8 @@ def _coarse_noise(rng: np.random.Generator, shape: tuple[int, int, int]) -> Arra
     return noise
 
 
-def _store(rng: np.random.Generator, image: NDArray, mask: NDArray, codes: str) -> Phantom:
-    """Let the array's axes run as `codes` says, and place it in the scanner's room."""
+def _orient(rng: np.random.Generator, image: NDArray, mask: NDArray, codes: str) -> Phantom:
+    """Orient the array's axes along `codes`, and draw the position of the scan."""
     signs = np.array([1 if code in "RAS" else -1 for code in codes])
     flips = tuple(slice(None, None, sign) for sign in signs)
     affine = np.diag([*(signs * SPACING), 1.0])

@@ -1,4 +1,4 @@
-"""The patient-level split: 70 % training, 10 % validation, 20 % test; saved as `split.json` and accepted back."""
+"""The patient-level split: 70 % training, 10 % validation, 20 % test; written to and read from `split.json`."""
 
 from __future__ import annotations
 
@@ -12,17 +12,19 @@ from pathlib import Path
 import numpy as np
 
 from jaxla.cli.files import report_os_errors, write_atomically
-from jaxla.config import Data, InputError
+from jaxla.config import Data, InputError, option
 
 FOLDS, FOLD_SEED = 5, 12345
-ALL_FOLDS = "all"  # what --fold is where a run trains them all
+ALL_FOLDS = "all"  # value of the option `fold` for a run that trains every fold
 
 
 @dataclass(frozen=True)
 class Split:
-    """Case ids of each part; the training ids stand in the order in which smaller protocols take them.
+    """Case ids of each part.
 
-    `unused` are the training patients that a smaller protocol leaves out: kept, so that the same split serves all.
+    Attributes:
+        train: in the order in which smaller protocols take them.
+        unused: training patients that a smaller protocol leaves out; kept so that one file serves all protocols.
     """
 
     train: tuple[str, ...]
@@ -32,61 +34,105 @@ class Split:
 
     @property
     def parts(self) -> dict[str, tuple[str, ...]]:
-        """The lists train, val and test, and unused where a smaller protocol leaves patients out."""
+        """The parts that are not empty, by name."""
         return {part: ids for part, ids in asdict(self).items() if ids}
 
     @property
     def sha256(self) -> str:
+        """Hash of the case ids and their order."""
         return hashlib.sha256(json.dumps(asdict(self)).encode()).hexdigest()
 
 
 def make_split(ids: Sequence[str], protocol: Data, fold: str = "") -> Split:
-    """A protocol's split: drawn from its seed or read from its file, with as many training patients as it asks for.
+    """Draw a protocol's split from its seed, or read it from its file, and take a subset of the training patients.
 
-    The smaller protocols of one `subset_seed` are nested in the larger ones; validation and test patients are the same
-    in all of them, whatever that seed. The test patients are the same in every fold too.
+    The subsets of one `subset_seed` are nested. Validation and test patients do not depend on the subset, and test
+    patients do not depend on the fold.
 
     Args:
-        fold: number of the fold that validates, of five of the training and validation patients; else these stay.
+        ids: all cases of the data set.
+        fold: number of the fold that validates; empty or `ALL_FOLDS` keeps the split as it is.
 
     Raises:
-        InputError: fewer patients than the protocol needs, or a split file that does not fit the cases.
+        InputError: there are fewer patients than the protocol needs, or the split file does not fit the cases.
     """
-    split = _read_split(Path(protocol.split), ids) if protocol.split else _draw_split(ids, protocol.split_seed)
-    wanted, percent, seed = protocol.train_patients, protocol.train_percent, protocol.subset_seed
-    if wanted < 0:
-        raise InputError(f"--data.train_patients={wanted}: must be 0 (all) or more")
-    if not 0 < percent <= 100:
-        raise InputError(f"--data.train_percent={percent:g}: must be above 0 and at most 100")
-    if wanted and percent < 100:
-        raise InputError(f"--data.train_patients={wanted} and --data.train_percent={percent:g}: give one of the two")
-    if seed < 0:
-        raise InputError(f"--data.subset_seed={seed}: must be 0 or more")
-    if wanted > len(split.train):
-        raise InputError(
-            f"--data.train_patients={wanted}: there are {len(split.train)} training patients "
-            f"(of {len(ids)} cases, {len(split.val)} validate and {len(split.test)} test); add cases or ask for fewer"
-        )
-    if fold and (wanted or percent < 100):
-        raise InputError(
-            "option --fold: folds take turns in training and validation, so it needs all training patients; leave out "
-            "--data.train_patients and --data.train_percent, or take an experiment of all of them"
-        )
+    for name in ("split_seed", "subset_seed", "train_patients"):
+        if (value := getattr(protocol, name)) < 0:
+            raise InputError(option(f"data.{name}", value), "must not be negative", "Use a whole number from 0.")
+    split = _read_fitting_split(Path(protocol.split), ids) if protocol.split else _draw_split(ids, protocol.split_seed)
+    _require_possible_subset(split, protocol, len(ids))
+    count, percent, seed = protocol.train_patients, protocol.train_percent, protocol.subset_seed
+    if fold and (count or percent < 100):
+        subset = option("data.train_patients", count) if count else option("data.train_percent", f"{percent:g}")
+        raise InputError(option("fold", fold), "folds need all training patients", f"Remove {subset}.")
     if fold and len(pool := split.train + split.val) < FOLDS:
         raise InputError(
-            f"option --fold: {FOLDS} folds need as many patients that do not test, and there are {len(pool)}; add cases"
+            option("fold", fold),
+            f"{FOLDS} folds need at least {FOLDS} training and validation patients, but there are {len(pool)}",
+            "Add cases.",
         )
     if fold.isdecimal():
-        return _of_fold(split, int(fold))
+        return _make_fold(split, int(fold))
     train = split.train
     if seed:
         train = tuple(train[i] for i in np.random.default_rng(seed).permutation(len(train)))
-    wanted = wanted or max(1, math.floor(percent / 100 * len(train) + 0.5))
-    return Split(train[:wanted], split.val, split.test, unused=train[wanted:])
+    count = count or max(1, math.floor(percent / 100 * len(train) + 0.5))
+    return Split(train[:count], split.val, split.test, unused=train[count:])
 
 
-def _of_fold(split: Split, fold: int) -> Split:
-    """Five folds of the training and validation patients, drawn as nnU-Net draws its own (scikit-learn's `KFold`)."""
+def write_split(split: Split, path: Path) -> None:
+    """Write `split.json`."""
+    write_atomically(path, json.dumps(split.parts, indent=1) + "\n")
+
+
+def read_split(path: Path, option_name: str) -> Split:
+    """Read a split file, with its unused training patients among the training patients.
+
+    Args:
+        option_name: the option that names the file, for errors.
+
+    Raises:
+        InputError: the file cannot be read, or is not a split file.
+    """
+    where = option(option_name, path)
+    with report_os_errors("read", where, "Name a split.json."):
+        text = path.read_bytes()
+    try:
+        content = json.loads(text)
+        train, val, test = (tuple(map(str, content[part])) for part in ("train", "val", "test"))
+        return Split(train + tuple(map(str, content.get("unused", ()))), val, test)
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise InputError(
+            where, "not a split file", "Name a JSON file with the lists train, val and test of case ids."
+        ) from error
+
+
+def _require_possible_subset(split: Split, protocol: Data, cases: int) -> None:
+    count, percent = protocol.train_patients, protocol.train_percent
+    if not 0 < percent <= 100:
+        raise InputError(
+            option("data.train_percent", f"{percent:g}"), "must be above 0 and at most 100", "Use 100 for all patients."
+        )
+    if count and percent < 100:
+        raise InputError(
+            option("data.train_patients", count),
+            f"cannot be combined with {option('data.train_percent', f'{percent:g}')}",
+            "Remove one of the two options.",
+        )
+    if count > len(split.train):
+        raise InputError(
+            option("data.train_patients", count),
+            f"there are only {len(split.train)} training patients (of {cases} cases, {len(split.val)} for validation "
+            f"and {len(split.test)} for testing)",
+            "Add cases, or use fewer training patients.",
+        )
+
+
+def _make_fold(split: Split, fold: int) -> Split:
+    """Return one of five folds of the training and validation patients.
+
+    Source: nnU-Net, which draws them with scikit-learn's `KFold(5, shuffle=True, random_state=12345)`.
+    """
     pool = sorted(split.train + split.val)
     order = np.arange(len(pool))
     np.random.RandomState(FOLD_SEED).shuffle(order)
@@ -98,21 +144,13 @@ def _of_fold(split: Split, fold: int) -> Split:
     )
 
 
-def write_split(split: Split, path: Path) -> None:
-    """Write `split.json`."""
-    write_atomically(path, json.dumps(split.parts, indent=1) + "\n")
-
-
-def read_test_cases(path: Path) -> tuple[str, ...]:
-    """The test cases of a split file."""
-    return _read(path, "--cases").test
-
-
 def _draw_split(ids: Sequence[str], seed: int) -> Split:
-    if seed < 0:
-        raise InputError(f"--data.split_seed={seed}: must be 0 or more")
     if len(ids) < 3:
-        raise InputError(f"--data.root holds {len(ids)} patients; training, validation and test need at least 3")
+        raise InputError(
+            option("data.root"),
+            f"holds {len(ids)} patients, but training, validation and test need at least 3",
+            "Add cases.",
+        )
     shuffled = [sorted(ids)[i] for i in np.random.default_rng(seed).permutation(len(ids))]
     test = max(1, round(0.2 * len(ids)))
     val = max(1, round(0.1 * len(ids)))
@@ -123,26 +161,19 @@ def _draw_split(ids: Sequence[str], seed: int) -> Split:
     )
 
 
-def _read_split(path: Path, ids: Sequence[str]) -> Split:
-    split = _read(path, "--data.split")
+def _read_fitting_split(path: Path, ids: Sequence[str]) -> Split:
+    where = option("data.split", path)
+    split = read_split(path, "data.split")
     named = [*split.train, *split.val, *split.test]
     if twice := sorted({name for name in named if named.count(name) > 1}):
-        raise InputError(f"--data.split={path}: case {twice[0]} stands in it twice; a patient must not cross splits")
+        raise InputError(where, f"names case {twice[0]} twice", "Name each case once.")
     if unknown := sorted(set(named) - set(ids)):
-        raise InputError(f"--data.split={path}: case {unknown[0]} is not in the data ({len(unknown)} such cases)")
+        raise InputError(
+            where,
+            f"case {unknown[0]} is not in the data ({len(unknown)} of its cases are not)",
+            "Use the split of this data set, or remove these cases from it.",
+        )
     for part in ("train", "val", "test"):
         if not getattr(split, part):
-            raise InputError(f"--data.split={path}: its list {part} is empty")
+            raise InputError(where, f"its list {part} is empty", "Name at least one case in each list.")
     return split
-
-
-def _read(path: Path, option: str) -> Split:
-    """A split file, its unused training patients back among the training ones."""
-    with report_os_errors("read", f"{option}={path}"):
-        written = path.read_bytes()
-    try:
-        content = json.loads(written)
-        train, val, test = (tuple(map(str, content[part])) for part in ("train", "val", "test"))
-        return Split(train + tuple(map(str, content.get("unused", ()))), val, test)
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise InputError(f"{option}={path}: not a split file: expected lists train, val, test of case ids") from error

@@ -1,8 +1,8 @@
-"""One NIfTI file -> a checked volume; a volume <-> its stack of slices.
+"""NIfTI files <-> checked volumes, and volumes <-> stacks of slices.
 
-Slices follow one convention whatever the file's orientation: the canonical axes run right-to-left,
-anterior-to-posterior and superior-to-inferior, the slice axis comes first, and of the other two the later one gives
-the rows. An axial slice is then seen as radiologists see it, patient's right on the left and anterior on top.
+Slices follow one convention whatever the file's orientation. The canonical axes run right to left, anterior to
+posterior and superior to inferior. The slice axis comes first; of the other two, the later one gives the rows. An
+axial slice is thus shown in the radiological convention: the patient's right on the left, anterior on top.
 """
 
 from __future__ import annotations
@@ -27,19 +27,19 @@ from jaxla.config import InputError
 
 AXES = ("left-right", "anterior-posterior", "head-foot")  # canonical
 HEAD_FOOT = 2
-MOST_LABEL = 65535
-MOST_SKEW = 0.01  # cosine between two axes; rounding in a header makes far less
+MAX_LABEL = 65535
+MAX_SKEW = 0.01  # cosine of the angle between two axes; rounding in a header causes far less
 
-# nibabel logs what it repairs in a header; read_header looks at the header as stored and says it itself
+# nibabel logs what it repairs in a header; _check_header reads the stored header and raises an error instead
 logging.getLogger("nibabel.global").setLevel(logging.CRITICAL)
 
 
 @dataclass(frozen=True)
 class Volume:
-    """A 3D array as stored on file, with its place in the world.
+    """A 3D array as stored in a file, with its affine.
 
     Attributes:
-        path: the file it came from.
+        path: the file it was read from.
         array: [X, Y, Z] in the file's own axes; float32 or an integer type.
         affine: [4, 4], voxel indices to mm (RAS+).
         header: the file's NIfTI header.
@@ -77,32 +77,38 @@ def read_grid(path: str | Path) -> Grid:
 
 
 def read_image(path: str | Path) -> Volume:
-    """Read an image and check it: 3D, finite, not constant, with a usable grid.
+    """Read an image and check that it is 3D, finite and not constant, and has a usable grid.
 
     Raises:
-        InputError: the file is missing, truncated, not a NIfTI, or fails a check.
+        InputError: the file is missing, truncated, not a NIfTI file, or fails a check.
     """
     volume = _read(Path(path))
     if volume.array.min() == volume.array.max():
-        raise InputError(f"{path}: every voxel is {volume.array.flat[0]}; export the scan again or leave this case out")
+        raise InputError(
+            path, f"every voxel is {volume.array.flat[0]}", "Export the scan again, or leave this case out."
+        )
     return volume
 
 
 def read_mask(path: str | Path) -> Volume:
-    """Read a mask and check it: 3D, whole-numbered, with a usable grid; the array comes as int32.
+    """Read a mask, as int32, and check that it is 3D, holds label values and has a usable grid.
 
     Raises:
-        InputError: the file is missing, truncated, not a NIfTI, or fails a check.
+        InputError: the file is missing, truncated, not a NIfTI file, or fails a check.
     """
     volume = _read(Path(path))
     values = volume.array
-    if values.min() < 0 or values.max() > MOST_LABEL or (values.dtype.kind == "f" and (values % 1).any()):
-        raise InputError(f"{path}: has values that are no labels; a mask holds whole numbers from 0 to {MOST_LABEL}")
+    if values.min() < 0 or values.max() > MAX_LABEL or (values.dtype.kind == "f" and (values % 1).any()):
+        raise InputError(
+            path,
+            "holds values that are not labels",
+            f"Export the mask with whole numbers from 0 to {MAX_LABEL}.",
+        )
     return Volume(volume.path, values.astype(np.int32), volume.affine, volume.header)
 
 
 def same_grid(a: Volume, b: Volume) -> bool:
-    """Whether two volumes have one shape and put every corner within a tenth of a voxel of each other."""
+    """Return whether two volumes have the same shape and all corners within a tenth of a voxel of each other."""
     if a.array.shape != b.array.shape:
         return False
     corners = np.array(np.meshgrid(*[(0, n - 1) for n in a.array.shape], indexing="ij")).reshape(3, -1)
@@ -114,12 +120,16 @@ def require_same_grid(mask: Volume, image: Volume) -> None:
     """Raise an InputError unless `mask` lies on the grid of `image`."""
     if same_grid(mask, image):
         return
-    what = (
-        f"shape {mask.array.shape} against {image.array.shape}"
+    difference = (
+        f"shape {mask.array.shape} instead of {image.array.shape}"
         if mask.array.shape != image.array.shape
-        else "same shape, but another affine"
+        else "same shape, different affine"
     )
-    raise InputError(f"{mask.path}: not on the grid of {image.path} ({what}); resample the mask onto the image's grid")
+    raise InputError(
+        mask.path,
+        f"not on the grid of {image.path} ({difference})",
+        "Resample the mask onto the grid of the image.",
+    )
 
 
 @dataclass(frozen=True)
@@ -127,8 +137,8 @@ class SliceGeometry:
     """How a stored array [X, Y, Z] becomes slices [S, H, W], and back.
 
     Attributes:
-        order: the stored axis that becomes the slice, row and column axis.
-        flip: which of the three new axes run against the stored one.
+        order: the stored axes that become the slice, row and column axes.
+        flip: the new axes that run against their stored axis.
         spacing: mm along slices, rows and columns.
         axis: anatomical name of the slice axis.
     """
@@ -140,17 +150,17 @@ class SliceGeometry:
 
 
 def slice_geometry(affine: np.ndarray) -> SliceGeometry:
-    """The slices of a grid: along its coarsest spacing; ties go to the head-foot axis.
+    """Return the slices of a grid along its coarsest spacing; ties go to the head-foot axis.
 
     Args:
         affine: [4, 4] of the stored array.
     """
     orientation = nib.orientations.io_orientation(affine)
-    stored_axis = np.argsort(orientation[:, 0])  # of each canonical axis
+    stored_axis = np.argsort(orientation[:, 0])  # by canonical axis
     spacing = nib.affines.voxel_sizes(affine)[stored_axis]
     coarsest = np.flatnonzero(spacing >= spacing.max() * (1 - 1e-3))
     slice_axis = int(coarsest[0]) if len(coarsest) == 1 else HEAD_FOOT
-    canonical = axes_of_slices(slice_axis)
+    canonical = slice_row_column_axes(slice_axis)
     order = tuple(int(stored_axis[axis]) for axis in canonical)
     return SliceGeometry(
         order=order,
@@ -161,34 +171,34 @@ def slice_geometry(affine: np.ndarray) -> SliceGeometry:
 
 
 def to_slices(array: np.ndarray, geometry: SliceGeometry) -> np.ndarray:
-    """[X, Y, Z] as stored -> [S, H, W] (a view)."""
+    """Return a stored array [X, Y, Z] as slices [S, H, W], a view."""
     return np.flip(array.transpose(geometry.order), geometry.flip)
 
 
 def from_slices(slices: np.ndarray, geometry: SliceGeometry) -> np.ndarray:
-    """[S, H, W] -> [X, Y, Z] as stored (a view); further axes stay behind."""
-    further = tuple(range(3, slices.ndim))
-    return np.flip(slices, geometry.flip).transpose(*np.argsort(geometry.order), *further)
+    """Return slices [S, H, W, …] as a stored array [X, Y, Z, …], a view."""
+    trailing = tuple(range(3, slices.ndim))
+    return np.flip(slices, geometry.flip).transpose(*np.argsort(geometry.order), *trailing)
 
 
 def slices_to_canonical(slices: np.ndarray, slice_axis: str) -> np.ndarray:
-    """[S, H, W] -> left-right, anterior-posterior, head-foot axes, whichever of them the slices were cut along."""
-    return slices.transpose(np.argsort(axes_of_slices(AXES.index(slice_axis))))
+    """Return slices [S, H, W], cut along `slice_axis`, with left-right, anterior-posterior and head-foot axes."""
+    return slices.transpose(np.argsort(slice_row_column_axes(AXES.index(slice_axis))))
 
 
 def canonical_to_slices(array: np.ndarray, slice_axis: str) -> np.ndarray:
-    """The inverse of `slices_to_canonical`."""
-    return array.transpose(axes_of_slices(AXES.index(slice_axis)))
+    """Invert `slices_to_canonical`."""
+    return array.transpose(slice_row_column_axes(AXES.index(slice_axis)))
 
 
-def axes_of_slices(slice_axis: int) -> tuple[int, int, int]:
-    """The canonical axes of slices, rows and columns."""
+def slice_row_column_axes(slice_axis: int) -> tuple[int, int, int]:
+    """Return the canonical axes of slices, rows and columns."""
     columns, rows = (axis for axis in range(3) if axis != slice_axis)
     return slice_axis, rows, columns
 
 
 def write_volume(path: Path, array: np.ndarray, like: Volume | Grid) -> None:
-    """Write `array` [X, Y, Z] (or [X, Y, Z, K]) on the grid of `like`, read it back, and only then give it its name.
+    """Write `array` [X, Y, Z] or [X, Y, Z, K] on the grid of `like`, read it back, and only then give it its name.
 
     Raises:
         InputError: the folder cannot be written.
@@ -197,54 +207,65 @@ def write_volume(path: Path, array: np.ndarray, like: Volume | Grid) -> None:
     header.set_data_dtype(array.dtype)
     header["cal_min"] = header["cal_max"] = 0
     image_class = nib.Nifti2Image if isinstance(header, nib.Nifti2Header) else nib.Nifti1Image
-    with report_os_errors("written", path, "choose another output folder"):
+    with report_os_errors("written", path, "Use another output folder."):
         path.parent.mkdir(parents=True, exist_ok=True)
-        with atomic_file(path) as beside:
-            nib.save(image_class(array, like.affine, header), beside)
-            written = nib.load(beside)
-            same = np.array_equal(written.affine, like.affine) and all(
+        with atomic_file(path) as temporary:
+            nib.save(image_class(array, like.affine, header), temporary)
+            written = nib.load(temporary)
+            same_geometry = np.array_equal(written.affine, like.affine) and all(
                 np.array_equal(written.header[key], like.header[key])
                 for key in ("qform_code", "sform_code", "xyzt_units", "srow_x", "srow_y", "srow_z")
             )
-            if not (same and np.array_equal(np.asarray(written.dataobj), array)):
-                raise AssertionError(f"{path}: what was read back differs from what was written")
+            if not (same_geometry and np.array_equal(np.asarray(written.dataobj), array)):
+                raise AssertionError(f"{path}: the file differs from the array that was written to it")
+
+
+def hash_voxels(array: np.ndarray) -> str:
+    """Return the sha256 of a scan's shape and voxels, which two files of the same scan have in common."""
+    digest = hashlib.sha256(str(array.shape).encode())
+    digest.update(np.ascontiguousarray(array))
+    return digest.hexdigest()
 
 
 def _read(path: Path) -> Volume:
     if not path.is_file():
-        raise InputError(f"{path}: no such file")
+        raise InputError(path, "no such file", "Name an existing NIfTI file.")
     try:
         _check_compression(path)
         image = nib.load(path)
-        if not isinstance(image, nib.Nifti1Image):  # Nifti2Image is one too
-            raise InputError(f"{path}: not a NIfTI file (it reads as {type(image).__name__}); convert it to .nii.gz")
+        if not isinstance(image, nib.Nifti1Image):  # includes Nifti2Image, a subclass
+            raise InputError(path, f"not a NIfTI file, but {type(image).__name__}", "Convert it to .nii.gz.")
         _check_header(path, image)
         array = np.asarray(image.dataobj)
     except ImageFileError as error:
-        raise InputError(f"{path}: not a NIfTI file; convert it to .nii.gz first") from error
+        raise InputError(path, "not a NIfTI file", "Convert it to .nii.gz.") from error
     except (EOFError, OSError, zlib.error, ValueError, HeaderDataError) as error:
         if isinstance(error, InputError):
             raise
         reason = " ".join(str(error).split())
-        raise InputError(f"{path}: truncated or damaged ({reason}); copy or export the file again") from error
+        raise InputError(path, f"truncated or damaged ({reason})", "Copy or export the file again.") from error
     if array.dtype.kind == "f":
-        with np.errstate(over="ignore"):  # what float32 cannot hold becomes infinite, and is refused below
+        with np.errstate(over="ignore"):  # values beyond float32 become infinite and are refused below
             array = array.astype(np.float32, copy=False)
         if bad := int(array.size - np.isfinite(array).sum()):
-            raise InputError(f"{path}: {bad} of {array.size} voxels are NaN or infinite; mend the file or leave it out")
+            raise InputError(
+                path, f"{bad} of {array.size} voxels are NaN or infinite", "Export the file again, or leave it out."
+            )
     elif array.dtype.kind not in "iu":
-        raise InputError(f"{path}: voxels of type {array.dtype} are not grey values; export a scalar image")
+        raise InputError(path, f"voxels of type {array.dtype} are not grey values", "Export a scalar image.")
     return Volume(path, array, image.affine, image.header)
 
 
 def _check_compression(path: Path) -> None:
-    """Read a compressed file to its end, where its checksum is: nibabel stops before, and a flipped bit goes unseen."""
+    """Read a compressed file to its checksum: nibabel stops before it and would miss a flipped bit."""
     if path.stat().st_size == 0:
-        raise InputError(f"{path}: is empty; copy or export the file again")
+        raise InputError(path, "the file is empty", "Copy or export the file again.")
     if path.suffix == ".gz":
         with path.open("rb") as file:
             if file.read(2) != b"\x1f\x8b":
-                raise InputError(f"{path}: not a NIfTI file (its name ends in .gz, but it is not compressed)")
+                raise InputError(
+                    path, "not a NIfTI file: its name ends in .gz, but it is not compressed", "Convert it to .nii.gz."
+                )
         with gzip.open(path) as file:
             while file.read(1 << 22):
                 pass
@@ -252,28 +273,25 @@ def _check_compression(path: Path) -> None:
 
 def _check_header(path: Path, image: nib.Nifti1Image) -> None:
     if len(image.shape) != 3:
-        raise InputError(f"{path}: is {len(image.shape)}D with shape {image.shape}; expected one 3D volume per file")
+        raise InputError(path, f"is {len(image.shape)}D with shape {image.shape}", "Export one 3D volume per file.")
     if 0 in image.shape:
-        raise InputError(f"{path}: has no voxels (shape {image.shape})")
-    with ImageOpener(path) as file:  # the header as stored: nibabel.load sets a zero spacing to 1
+        raise InputError(path, f"has no voxels (shape {image.shape})", "Export the file again.")
+    with ImageOpener(path) as file:  # the stored header: nibabel.load replaces a spacing of zero by 1
         stored = type(image.header).from_fileobj(io.BytesIO(file.read(image.header.sizeof_hdr)), check=False)
     spacing = stored["pixdim"][1:4]
     if not (np.isfinite(spacing).all() and (spacing != 0).all()):
-        raise InputError(f"{path}: voxel spacing {spacing.tolist()} in the header; set the true spacing in mm")
+        raise InputError(
+            path, f"voxel spacing {spacing.tolist()} in the header", "Set the true spacing in mm in the header."
+        )
     affine = image.affine
     sizes = nib.affines.voxel_sizes(affine)
     if not np.isfinite(affine).all() or abs(np.linalg.det(affine[:3, :3])) < 1e-3 * max(np.prod(sizes), 1e-9):
-        raise InputError(f"{path}: the affine is singular, so voxels have no place; mend its sform or qform")
+        raise InputError(path, "the affine is singular", "Correct its sform or qform.")
     axes = affine[:3, :3] / sizes
-    if (skew := np.abs(axes.T @ axes - np.eye(3)).max()) > MOST_SKEW:
+    if (skew := np.abs(axes.T @ axes - np.eye(3)).max()) > MAX_SKEW:
         raise InputError(
-            f"{path}: the affine is sheared: two of its axes are {np.degrees(np.arcsin(skew)):.1f}° off a right angle, "
-            "and distances along them would be wrong; resample the scan onto a grid of right angles"
+            path,
+            f"the affine is sheared: two axes are {np.degrees(np.arcsin(skew)):.1f}° off a right angle, so distances "
+            "along them would be wrong",
+            "Resample the scan onto a rectangular grid.",
         )
-
-
-def voxels_sha256(array: np.ndarray) -> str:
-    """Of the shape and voxels of a scan: what two files of the same scan have in common."""
-    digest = hashlib.sha256(str(array.shape).encode())
-    digest.update(np.ascontiguousarray(array))
-    return digest.hexdigest()

@@ -1,7 +1,7 @@
-"""Is one method better than another, or was it luck: paired tests, intervals and effect sizes over test cases.
+"""Comparison of methods over test cases: paired tests, confidence intervals and effect sizes.
 
-A value is that of one method on one test case, averaged over seeds before, so that a case counts once however many
-seeds were run. All methods are compared on the same cases.
+A value belongs to one method and one test case. Average it over seeds first, so that each case counts once. All methods
+must be tested on the same cases.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ Values = Mapping[str, float]  # by case id
 RESAMPLES = 10_000
 CONFIDENCE = 0.95
 DEFINITIONS = {
-    "p": "two-sided Wilcoxon signed-rank test of the paired differences of cases; cases without one are left out; "
-    "exact for up to 50 cases; where some differences are alike or nothing, by permutations for up to 13 cases and by "
-    "the normal approximation for more (SciPy's choice)",
+    "p": "two-sided Wilcoxon signed-rank test of the paired differences of cases, without the differences of 0; exact "
+    "for up to 50 cases; with ties or differences of 0, by permutations for up to 13 cases and by the normal "
+    "approximation for more (SciPy's choice)",
     "p (Holm)": "p after Holm's correction for all pairs of methods of one protocol, metric and class (or their mean)",
     "interval": f"95 % bootstrap interval of the mean over cases ({RESAMPLES} resamples, percentiles)",
     "effect": "matched-pairs rank-biserial correlation, from −1 (the first is always lower) to 1 (always higher)",
@@ -31,16 +31,16 @@ DEFINITIONS = {
 
 @dataclass(frozen=True)
 class Comparison:
-    """Of two methods on the same cases.
+    """Comparison of two methods on the same cases.
 
     Attributes:
         first, second: the methods.
         n: number of cases.
         difference: mean over cases of first − second.
-        interval: of that mean; None for a single case.
-        p: of the signed-rank test; 1 where the methods never differ.
-        p_holm: the same, corrected for all comparisons made with it.
-        least_p: that so few cases could give at best: where it exceeds 0.05, no difference could show.
+        interval: confidence interval of the difference; None for a single case.
+        p: of the signed-rank test; 1 if the methods never differ.
+        p_holm: p, corrected for all comparisons made together.
+        least_p: the smallest p possible with n cases; above 0.05, no difference can be significant.
         effect: rank-biserial correlation.
     """
 
@@ -56,34 +56,35 @@ class Comparison:
 
 
 def compare(methods: Mapping[str, Values]) -> list[Comparison]:
-    """Every pair of methods, p corrected for their number.
+    """Compare every pair of methods, and correct p for the number of pairs.
 
     Args:
-        methods: for each the value of every test case.
+        methods: for each method, the value of every test case.
 
     Raises:
         InputError: the methods were not tested on the same cases.
     """
     require_same_cases(methods)
-    found = [_compare(first, second, methods) for first, second in combinations(methods, 2)]
-    corrected = holm([comparison.p for comparison in found])
-    return [replace(comparison, p_holm=p) for comparison, p in zip(found, corrected, strict=True)]
+    pairs = [_compare(first, second, methods) for first, second in combinations(methods, 2)]
+    corrected = correct_holm([pair.p for pair in pairs])
+    return [replace(pair, p_holm=p) for pair, p in zip(pairs, corrected, strict=True)]
 
 
 def require_same_cases(methods: Mapping[str, Values]) -> None:
-    """Raise an InputError, which names a case, unless all methods have values of the same cases."""
-    (first, values), *others = methods.items()
-    for name, of_other in others:
-        if lone := sorted(set(values) ^ set(of_other)):
-            having, lacking = (first, name) if lone[0] in values else (name, first)
+    """Raise an InputError unless all methods have values for the same cases."""
+    (first, first_values), *others = methods.items()
+    for name, values in others:
+        if unmatched := sorted(set(first_values) ^ set(values)):
+            tested, untested = (first, name) if unmatched[0] in first_values else (name, first)
             raise InputError(
-                f"{first} and {name} were not tested on the same cases ({having} has {lone[0]}, {lacking} has not); "
-                "compare runs of one data set and one split"
+                f"{first} and {name}",
+                f"not tested on the same cases ({unmatched[0]} is a test case of {tested}, but not of {untested})",
+                "Compare runs on one data set with one split.",
             )
 
 
-def holm(p: Sequence[float]) -> list[float]:
-    """Holm's step-down correction (1979): each p times the number of hypotheses not yet rejected, never decreasing."""
+def correct_holm(p: Sequence[float]) -> list[float]:
+    """Apply Holm's step-down correction (1979): each p times the number of hypotheses left, never decreasing."""
     order = np.argsort(p, kind="stable")
     scaled = np.asarray(p, float)[order] * np.arange(len(p), 0, -1)
     corrected = np.empty(len(p))
@@ -92,18 +93,18 @@ def holm(p: Sequence[float]) -> list[float]:
 
 
 def mean_interval(values: Sequence[float]) -> tuple[float, float] | None:
-    """Bootstrap interval of the mean; the same values give the same interval. None for a single one."""
+    """Return the bootstrap interval of the mean, always the same for the same values; None for a single value."""
     if len(values) < 2:
         return None
-    found = stats.bootstrap(
+    result = stats.bootstrap(
         (np.asarray(values, float),), np.mean, n_resamples=RESAMPLES, confidence_level=CONFIDENCE,
         method="percentile", rng=np.random.default_rng(0), batch=1000,
     )  # fmt: skip
-    return float(found.confidence_interval.low), float(found.confidence_interval.high)
+    return float(result.confidence_interval.low), float(result.confidence_interval.high)
 
 
 def rank_biserial(differences: np.ndarray) -> float:
-    """(W₊ − W₋) / (W₊ + W₋) over the ranks of the differences that are not zero (Kerby 2014); 0 where all are."""
+    """Return (W₊ − W₋) / (W₊ + W₋) over the ranks of the non-zero differences (Kerby 2014); 0 if there are none."""
     differences = differences[differences != 0]
     if not len(differences):
         return 0.0
@@ -112,13 +113,13 @@ def rank_biserial(differences: np.ndarray) -> float:
 
 
 def least_p(cases: int) -> float:
-    """The smallest p that the signed-rank test of so many cases can give."""
+    """Return the smallest p possible in a signed-rank test of that many cases."""
     return min(1.0, 2.0 ** (1 - cases))
 
 
 def _compare(first: str, second: str, methods: Mapping[str, Values]) -> Comparison:
     cases = sorted(methods[first])
-    # rounded, so that equal differences get equal ranks whatever the last bit says
+    # rounded, so that differences that vary only in the last bit get equal ranks
     differences = np.round([methods[first][case] - methods[second][case] for case in cases], 12)
     p = stats.wilcoxon(differences).pvalue if differences.any() else 1.0
     return Comparison(

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from jaxla.data.volumes import AXES, axes_of_slices
+from jaxla.data.volumes import AXES, slice_row_column_axes
 
 ANATOMICAL = (2, 1, 0)  # of the canonical axes
 
@@ -21,7 +21,7 @@ def planned_order(slice_axis: str, transpose_forward: Sequence[int] = (0, 1, 2))
     Args:
         slice_axis: anatomical name of S.
     """
-    of_slices = axes_of_slices(AXES.index(slice_axis))
+    of_slices = slice_row_column_axes(AXES.index(slice_axis))
     return tuple(of_slices.index(ANATOMICAL[axis]) for axis in transpose_forward)
 
 

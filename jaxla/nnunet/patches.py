@@ -11,7 +11,7 @@ from typing import SupportsIndex
 import grain.python as grain
 import numpy as np
 
-from jaxla.data.batches import PASSES, Batch
+from jaxla.data.batches import MAX_PASSES, Batch
 from jaxla.nnunet.preprocessing import OUTSIDE, PlannedVolume
 
 SHARE_OF_STRUCTURES = 0.33  # of a batch's rows, the last ones, which lie around a voxel of some class
@@ -59,7 +59,7 @@ class PatchSource:
 
     def order(self, seed: int) -> grain.MapDataset:
         """One patch after the other; none comes twice."""
-        return grain.MapDataset.range(PASSES)
+        return grain.MapDataset.range(MAX_PASSES)
 
     def __getitem__(self, item: SupportsIndex) -> Batch:
         number = int(item)

@@ -13,18 +13,22 @@ import numpy as np
 
 from jaxla.cli.terminal import plural
 from jaxla.data.cases import Finding
-from jaxla.data.inventory import OUTLIER_RULE, Inventory, times
+from jaxla.data.inventory import OUTLIER_RULE, Inventory, format_sides
 
 MOST_OF_A_KIND = 10  # findings in the text; --json has them all
 MOST_ALIKE = 3  # of these, with the same words
 MOST_DISTINCT = 4  # shapes, spacings
+JSON_KEYS = {"problem": "what", "fix": "mend"}  # programs read the document by these names
 
 
 def to_json(inventory: Inventory) -> dict[str, Any]:
     """The document that `--json` prints: every case and every finding."""
 
     def plain(record: object) -> dict[str, Any]:
-        return {key: str(value) if isinstance(value, Path) else value for key, value in asdict(record).items()}
+        return {
+            JSON_KEYS.get(key, key): str(value) if isinstance(value, Path) else value
+            for key, value in asdict(record).items()
+        }
 
     return {
         "root": str(inventory.root),
@@ -89,13 +93,13 @@ def _summary(inventory: Inventory) -> Iterable[tuple[str, str]]:
 
     read = [case for case in inventory.cases if case.shape]
     if read:
-        shapes = [times(case.shape) for case in read]
+        shapes = [format_sides(case.shape) for case in read]
         extent = ""
         if len(set(shapes)) > 1:
             least, most = (choose(read, key=lambda case: np.prod(case.shape)) for choose in (min, max))
-            extent = f"; from {times(least.shape)} ({least.id}) to {times(most.shape)} ({most.id})"
+            extent = f"; from {format_sides(least.shape)} ({least.id}) to {format_sides(most.shape)} ({most.id})"
         yield "shapes", _distinct(shapes) + extent
-        yield "spacings mm", _distinct(times(case.spacing) for case in read)
+        yield "spacings mm", _distinct(format_sides(case.spacing) for case in read)
         orientations = Counter(case.orientation for case in read).most_common()
         yield "orientations", ", ".join(f"{orientation} ({count})" for orientation, count in orientations)
         slices = [case.slices for case in read]
@@ -129,9 +133,9 @@ def _lines(findings: Iterable[Finding]) -> Iterable[str]:
         said: Counter[tuple[str, str]] = Counter()
         left = []
         for finding in group:
-            text = (finding.what, finding.mend)
+            text = (finding.problem, finding.fix)
             if said[text] < MOST_ALIKE and said.total() < MOST_OF_A_KIND:
-                yield f"  {finding.file}: {finding.what}; {finding.mend}"
+                yield f"  {finding.file}: {finding.problem}. {finding.fix}"
                 said[text] += 1
             else:
                 left.append(finding.case)

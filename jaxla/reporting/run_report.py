@@ -11,7 +11,7 @@ import numpy as np
 from jaxla.cli.command_line import strip_run_options
 from jaxla.cli.files import write_atomically
 from jaxla.evaluation.metrics import COLUMNS
-from jaxla.evaluation.summary import rows_by_unit
+from jaxla.evaluation.summary import group_rows
 from jaxla.reporting.agreement import FEWEST_FOR_LIMITS, draw_volumes, volume_agreement
 from jaxla.reporting.block_weights import draw_block_weights
 from jaxla.reporting.curves import draw_losses, draw_validation
@@ -168,7 +168,7 @@ def _row_pairs(rows: Sequence[Mapping[str, Any]]) -> list[Pair]:
 
 def _cases(rows: Sequence[Mapping[str, Any]]) -> list[list[Mapping[str, Any]]]:
     """The rows of each case, the case of the lowest mean Dice first: what went wrong is read before what went well."""
-    return sorted(rows_by_unit(rows).values(), key=lambda case: _mean(case, "dice"))
+    return sorted(group_rows(rows).values(), key=lambda case: _mean(case, "dice"))
 
 
 def _mean(rows: Sequence[Mapping[str, Any]], metric: str) -> float:

@@ -17,7 +17,7 @@ from jaxla.cli.files import free_bytes
 from jaxla.cli.process import log_to_terminal
 from jaxla.cli.terminal import format_bytes, format_duration, plural
 from jaxla.config import Experiment, InputError
-from jaxla.data.cache import in_use
+from jaxla.data.cache import mark_cache_in_use
 from jaxla.data.dataset import PreparedData, prepare_data, require_classes
 from jaxla.data.split import make_split
 from jaxla.distributed import use_devices
@@ -75,7 +75,7 @@ def forecast_runs(experiments: Sequence[Experiment], complete: Sequence[bool], c
         if not complete[n]:
             require_classes(data[n], experiment.data)
             try:
-                require_fitting_scans(experiment, data[n].used)
+                require_fitting_scans(experiment, data[n].used_volumes)
             except InputError as error:
                 raise of_method(error, experiment.method) from error
             left.setdefault(experiment.method, []).append(n)
@@ -84,7 +84,7 @@ def forecast_runs(experiments: Sequence[Experiment], complete: Sequence[bool], c
     for method, of_these in left.items():
         log.info("measuring a few steps of %s", method)
         largest = max(of_these, key=steps.get)
-        seen = {volume.id: volume for n in of_these for volume in data[n].used}
+        seen = {volume.id: volume for n in of_these for volume in data[n].used_volumes}
         try:
             found = forecast(experiments[largest], data[largest], cache_dir, list(seen.values()))
         except InputError as error:
@@ -110,7 +110,7 @@ def forecast_runs(experiments: Sequence[Experiment], complete: Sequence[bool], c
 
 def _steps(experiment: Experiment, data: PreparedData) -> int:
     """Of an epoch."""
-    volumes, recipe = data.of(data.split.train), experiment.training
+    volumes, recipe = data.volumes_of(data.split.train), experiment.training
     rows = len(volumes) if reads_volumes(experiment.model) else sum(v.shape[0] for v in volumes)
     return recipe.steps or -(-rows // recipe.batch_size)
 
@@ -148,7 +148,7 @@ def _measure(answer: Connection, runs: Sequence[PlannedRun], states: Sequence[St
     log_to_terminal()
     experiments, complete = [run.experiment for run in runs], [state == "complete" for state in states]
     try:
-        with in_use(cache_dir), use_devices(runs[0].devices, runs[0].shard_params):
+        with mark_cache_in_use(cache_dir), use_devices(runs[0].devices, runs[0].shard_params):
             for run in runs:
                 try:
                     require_share(run.experiment)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from jaxla.config import Experiment, InputError, lookup, with_method
 from jaxla.data.cases import Case, find_cases
-from jaxla.data.dataset import data_folder
+from jaxla.data.dataset import resolve_data_root
 from jaxla.data.labels import Labels
 from jaxla.data.prepared import content_key
 from jaxla.data.volumes import read_image, read_mask, slice_geometry, to_slices
@@ -34,7 +34,7 @@ def report_study(folder: Path, cache_dir: Path, data_root: str = "", cases: Sequ
     largest = largest_protocol(results)
     runs = [results.of(largest, method)[0] for method in results.methods]
     record = runs[0].record
-    root = data_folder(record.experiment.data, cache_dir, data_root)
+    root = resolve_data_root(record.experiment.data, cache_dir, data_root)
     by_id = {case.id: case for case in find_cases(root, record.experiment.data.all_labels).cases}
     panels = {}
     for name, case_id in choose_cases(results, cases).items():

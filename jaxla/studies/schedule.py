@@ -14,7 +14,7 @@ from jaxla.cli.command_line import parse_experiment
 from jaxla.cli.files import report_os_errors, write_atomically
 from jaxla.config import Data, Experiment, InputError, Study
 from jaxla.data.cases import find_cases
-from jaxla.data.dataset import data_folder
+from jaxla.data.dataset import resolve_data_root
 from jaxla.data.prepared import content_key
 from jaxla.data.split import make_split
 from jaxla.experiments import EXPERIMENTS, METHODS
@@ -177,7 +177,7 @@ def require_same_data(runs: Sequence[PlannedRun], states: Sequence[State], cache
     if not complete:
         return
     protocol = runs[0].experiment.data
-    dataset = find_cases(data_folder(protocol, cache_dir), protocol.all_labels)
+    dataset = find_cases(resolve_data_root(protocol, cache_dir), protocol.all_labels)
     cases = {case.id: content_key(case, dataset.labels) for case in dataset.cases}
     for run in complete:
         try:

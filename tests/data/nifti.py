@@ -10,26 +10,26 @@ AFFINE = np.array([[-0.75, 0, 0, 6], [0, -0.75, 0, 5], [0, 0, 2.5, -4], [0, 0, 0
 
 
 def image_array(seed=0, shape=SHAPE, dtype=np.int16):
-    """Grey values 0..999, another scan for every seed."""
+    """Return grey values 0..999, a different scan for every seed."""
     return np.random.default_rng(seed).integers(0, 1000, shape).astype(dtype)
 
 
 def mask_array(shape=SHAPE, value=1):
-    """A box of `value` in a background of 0."""
+    """Return a box of `value` on a background of 0."""
     mask = np.zeros(shape, np.int16 if value > 255 else np.uint8)
     mask[tuple(slice(n // 4, n // 2 + 1) for n in shape)] = value
     return mask
 
 
 def broken_voxel(value):
-    """Grey values, and one that is none."""
+    """Return grey values with one voxel replaced by `value`."""
     array = image_array().astype(np.float32)
     array[1, 2, 3] = value
     return array
 
 
 def save(path, array, affine=AFFINE, image_class=nib.Nifti1Image):
-    """Write an array as NIfTI, in the array's own type and byte order; -> path."""
+    """Write an array as NIfTI, in the array's own type and byte order; return the path."""
     path.parent.mkdir(parents=True, exist_ok=True)
     endianness = "<" if array.dtype.newbyteorder("<") == array.dtype else ">"
     header = image_class.header_class(endianness=endianness)
@@ -39,14 +39,14 @@ def save(path, array, affine=AFFINE, image_class=nib.Nifti1Image):
 
 
 def save_as(path, image):
-    """Write a nibabel image; -> path."""
+    """Write a nibabel image; return the path."""
     path.parent.mkdir(parents=True, exist_ok=True)
     nib.save(image, path)
     return path
 
 
 def save_raw_spacing(path, spacing):
-    """An uncompressed .nii whose header says `spacing`, whatever nibabel thinks of it; -> path."""
+    """Write an uncompressed .nii with `spacing` in its header, which nibabel might refuse; return the path."""
     save(path, image_array())
     content = bytearray(path.read_bytes())
     content[80:92] = np.array(spacing, "<f4").tobytes()  # pixdim[1:4] of a NIfTI-1 header
@@ -55,7 +55,7 @@ def save_raw_spacing(path, spacing):
 
 
 def save_singular(path):
-    """A file whose sform sends two axes to one direction; -> path."""
+    """Write a file whose sform maps two axes to one direction; return the path."""
     affine = AFFINE.copy()
     affine[:, 1] = affine[:, 0]
     image = nib.Nifti1Image(image_array(), None)
@@ -66,21 +66,21 @@ def save_singular(path):
 
 
 def save_sheared(path):
-    """A file whose second axis leans over its first, by nearly three degrees; -> path."""
+    """Write a file whose second axis is three degrees off a right angle to its first; return the path."""
     affine = AFFINE.copy()
     affine[0, 1] = 0.05 * affine[1, 1]
     return save(path, image_array(), affine)
 
 
-def truncate(path, share=0.5):
-    """Keep the first part of a file; -> path."""
+def truncate(path, fraction=0.5):
+    """Keep the first part of a file; return the path."""
     content = path.read_bytes()
-    path.write_bytes(content[: int(len(content) * share)])
+    path.write_bytes(content[: int(len(content) * fraction)])
     return path
 
 
 def lascarqs(root, count=6, value=255, first=1):
-    """A LAScarQS tree of `count` cases; -> the folder that holds train_1, train_2, …"""
+    """Write a LAScarQS tree of `count` cases; return the folder with train_1, train_2, …"""
     folder = root / "task2" / "train_data"
     for n in range(first, first + count):
         save(folder / f"train_{n}" / "enhanced.nii.gz", image_array(n))
@@ -89,7 +89,7 @@ def lascarqs(root, count=6, value=255, first=1):
 
 
 def decathlon(root, names, labels, suffix="", values=(1,)):
-    """A data set with a dataset.json; every mask holds a box of each of `values`."""
+    """Write a data set with a dataset.json; every mask holds each of `values`. Return its folder."""
     for seed, name in enumerate(names):
         mask = mask_array(value=values[0])
         for i, value in enumerate(values[1:]):
@@ -101,7 +101,7 @@ def decathlon(root, names, labels, suffix="", values=(1,)):
 
 
 def flat(root, count=5, value=1):
-    """`count` flat pairs case_0.nii.gz + case_0_mask.nii.gz, …"""
+    """Write `count` flat pairs case_0.nii.gz + case_0_mask.nii.gz, …; return the folder."""
     for n in range(count):
         save(root / f"case_{n}.nii.gz", image_array(n))
         save(root / f"case_{n}_mask.nii.gz", mask_array(value=value))

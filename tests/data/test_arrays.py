@@ -1,4 +1,4 @@
-"""Arrays of the cache, opened as NumPy would, by many threads at once."""
+"""Arrays of the cache: opened with the same result as with NumPy, by many threads at once."""
 
 from concurrent.futures import ThreadPoolExecutor
 
@@ -10,28 +10,27 @@ from jaxla.data.arrays import open_array
 
 @pytest.mark.parametrize("dtype", ["u1", "i1", "<i2", ">i2", "<f4", "<f8", "<u2", "<i8"])
 @pytest.mark.parametrize("shape", [(5,), (2, 3), (2, 3, 4, 5)])
-def test_an_array_is_what_was_saved(tmp_path, dtype, shape):
+def test_an_opened_array_equals_the_saved_array(tmp_path, dtype, shape):
     array = np.random.default_rng(0).integers(0, 100, shape).astype(dtype)
     np.save(tmp_path / "a.npy", array)
-    found = open_array(tmp_path / "a.npy")
-    assert (found.dtype, found.shape) == (array.dtype, array.shape)
-    np.testing.assert_array_equal(found, array)
+    opened = open_array(tmp_path / "a.npy")
+    assert (opened.dtype, opened.shape) == (array.dtype, array.shape)
+    np.testing.assert_array_equal(opened, array)
     with pytest.raises(ValueError, match="read-only"):
-        found[0] = 1
+        opened[0] = 1
 
 
-def test_what_is_no_array_is_refused(tmp_path):
+def test_a_file_that_is_not_a_c_ordered_array_is_refused(tmp_path):
     np.save(tmp_path / "columns.npy", np.asfortranarray(np.ones((2, 3))))
-    (tmp_path / "text.npy").write_text("no array")
+    (tmp_path / "text.npy").write_text("not an array")
     for name in ("columns.npy", "text.npy"):
-        with pytest.raises(ValueError, match="not an array as it was written here"):
+        with pytest.raises(ValueError, match="not a C-ordered array"):
             open_array(tmp_path / name)
 
 
 def test_many_threads_open_arrays_at_once(tmp_path):
-    """As readers of batches do."""
     for n in range(4):
         np.save(tmp_path / f"{n}.npy", np.full((3, 4), n, np.int16))
     with ThreadPoolExecutor(16) as pool:
-        found = pool.map(lambda n: int(open_array(tmp_path / f"{n % 4}.npy")[2, 3]), range(20_000))
-    assert list(found) == [n % 4 for n in range(20_000)]
+        values = pool.map(lambda n: int(open_array(tmp_path / f"{n % 4}.npy")[2, 3]), range(20_000))
+    assert list(values) == [n % 4 for n in range(20_000)]

@@ -1,4 +1,4 @@
-"""Cases: which files of a folder belong together, in which order, and what their mask values mean."""
+"""Cases: which files of a folder belong together, their order, and the meaning of their mask values."""
 
 import json
 import logging
@@ -15,7 +15,7 @@ from tests.data.nifti import decathlon, flat, image_array, lascarqs, mask_array,
 ONE_CLASS = {"background": 0, "LA": 1}
 
 
-def names_of(dataset):
+def case_ids(dataset):
     return [case.id for case in dataset.cases]
 
 
@@ -26,7 +26,7 @@ def names_of(dataset):
 def test_lascarqs_is_found_at_every_level_in_numeric_order(tmp_path, level):
     folder = lascarqs(tmp_path / "LAScarQS2022", count=11)
     dataset = find_cases(tmp_path / "LAScarQS2022" / level)
-    assert names_of(dataset) == [f"train_{n}" for n in range(1, 12)]
+    assert case_ids(dataset) == [f"train_{n}" for n in range(1, 12)]
     assert dataset.layout == "LAScarQS"
     assert dataset.labels == Labels(("LA",))
     for case in dataset.cases:
@@ -34,30 +34,30 @@ def test_lascarqs_is_found_at_every_level_in_numeric_order(tmp_path, level):
         assert case.mask.samefile(folder / case.id / "atriumSegImgMO.nii.gz")
 
 
-def test_a_single_lascarqs_case_folder_is_a_data_set_of_one(tmp_path):
+def test_a_single_lascarqs_case_folder_is_a_data_set_with_one_case(tmp_path):
     dataset = find_cases(lascarqs(tmp_path) / "train_3")
-    assert names_of(dataset) == ["train_3"]
+    assert case_ids(dataset) == ["train_3"]
 
 
-def test_a_relative_root_names_the_cases_alike(tmp_path, monkeypatch):
+def test_a_relative_root_gives_the_same_case_ids(tmp_path, monkeypatch):
     folder = lascarqs(tmp_path)
     monkeypatch.chdir(folder)
-    assert names_of(find_cases(".")) == [f"train_{n}" for n in range(1, 7)]
+    assert case_ids(find_cases(".")) == [f"train_{n}" for n in range(1, 7)]
     monkeypatch.chdir(folder / "train_3")
     assert list(find_images(".")) == ["train_3"]
 
 
-def test_task_1_is_left_out_beside_task_2_and_read_alone(tmp_path, caplog):
+def test_task_1_is_read_only_if_there_is_no_task_2(tmp_path, caplog):
     lascarqs(tmp_path, count=3)
     shutil.move(lascarqs(tmp_path / "other", count=2), tmp_path / "task1" / "train_data")
     shutil.rmtree(tmp_path / "other")
     with caplog.at_level(logging.INFO, "jaxla"):
-        assert names_of(find_cases(tmp_path)) == ["train_1", "train_2", "train_3"]
+        assert case_ids(find_cases(tmp_path)) == ["train_1", "train_2", "train_3"]
     assert "2 case folders outside task2 are not read" in caplog.text
-    assert names_of(find_cases(tmp_path / "task1")) == ["train_1", "train_2"]
+    assert case_ids(find_cases(tmp_path / "task1")) == ["train_1", "train_2"]
 
 
-def test_two_case_folders_of_one_name_are_refused(tmp_path):
+def test_two_case_folders_with_one_name_are_refused(tmp_path):
     shutil.copytree(lascarqs(tmp_path / "a", count=1), tmp_path / "b")
     shutil.copytree(tmp_path / "b", tmp_path / "c")
     shutil.rmtree(tmp_path / "a")
@@ -84,7 +84,7 @@ def test_any_non_zero_value_of_a_lascarqs_mask_is_the_atrium_and_the_log_says_so
 def test_nnunet_version_2(tmp_path):
     root = decathlon(tmp_path, ["LA_010", "LA_002"], {"background": 0, "LA": 1, "wall": 3}, "_0000", (1, 3))
     dataset = find_cases(root)
-    assert names_of(dataset) == ["LA_002", "LA_010"]
+    assert case_ids(dataset) == ["LA_002", "LA_010"]
     assert dataset.cases[0].image == root / "imagesTr" / "LA_002_0000.nii.gz"
     assert dataset.cases[0].mask == root / "labelsTr" / "LA_002.nii.gz"
     assert dataset.layout == "dataset.json"
@@ -95,22 +95,22 @@ def test_nnunet_version_2(tmp_path):
 def test_decathlon(tmp_path):
     labels = {"0": "background", "1": "Anterior", "2": "Posterior"}
     dataset = find_cases(decathlon(tmp_path, ["hippocampus_001", "hippocampus_003"], labels, values=(1, 2)))
-    assert names_of(dataset) == ["hippocampus_001", "hippocampus_003"]
+    assert case_ids(dataset) == ["hippocampus_001", "hippocampus_003"]
     assert dataset.labels == Labels(("Anterior", "Posterior"), ((1,), (2,)))
 
 
-def test_hidden_files_that_some_systems_leave_are_no_scans(tmp_path):
+def test_hidden_files_are_not_scans(tmp_path):
     root = decathlon(tmp_path, ["a", "b"], ONE_CLASS)
     for folder in ("imagesTr", "labelsTr"):
         (root / folder / "._a.nii.gz").write_bytes(b"resource fork")
     (root / "._atlas.nii.gz").write_bytes(b"resource fork")
-    assert names_of(find_cases(root)) == ["a", "b"]
+    assert case_ids(find_cases(root)) == ["a", "b"]
 
 
-def test_a_stray_volume_beside_dataset_json_does_no_harm(tmp_path):
+def test_a_stray_volume_beside_dataset_json_is_ignored(tmp_path):
     root = decathlon(tmp_path, ["a", "b"], ONE_CLASS)
     save(root / "atlas.nii.gz", image_array())
-    assert names_of(find_cases(root)) == ["a", "b"]
+    assert case_ids(find_cases(root)) == ["a", "b"]
 
 
 @pytest.mark.parametrize("zero", ["background", "Background", "nothing"])
@@ -119,14 +119,14 @@ def test_the_value_0_is_the_background_whatever_its_name(tmp_path, zero):
     assert dataset.labels == Labels(("LA",), ((1,),))
 
 
-def test_labels_of_the_command_line_come_before_those_of_the_data_set(tmp_path):
+def test_given_labels_replace_the_labels_of_the_data_set(tmp_path):
     root = decathlon(tmp_path, ["a"], {"0": "background", "1": "Anterior", "2": "Posterior"}, values=(1, 2))
     assert find_cases(root, "hippocampus:1,2").labels == Labels(("hippocampus",), ((1, 2),))
 
 
-def test_labels_of_the_command_line_serve_where_those_of_the_data_set_overlap(tmp_path):
+def test_given_labels_replace_overlapping_labels_of_the_data_set(tmp_path):
     root = decathlon(tmp_path, ["a"], {"background": 0, "whole": [1, 2], "core": [2]}, values=(1, 2))
-    with pytest.raises(InputError, match=r"dataset.json: overlapping .* choose classes with --data.labels"):
+    with pytest.raises(InputError, match=r"dataset.json: overlapping .*\. Set data.labels\."):
         find_cases(root)
     assert find_cases(root, "whole:1,2").labels == Labels(("whole",), ((1, 2),))
 
@@ -140,12 +140,12 @@ def test_labels_of_the_command_line_serve_where_those_of_the_data_set_overlap(tm
         ('{"labels": ["LA"]}', "not readable"),
         ('{"labels": {"LA": null}}', "not readable"),
         ('{"labels": {"LA": "one"}}', "not readable"),
-        ('{"labels": {"1": "LA", "2": "LA"}}', "a label stands twice"),
-        ('{"labels": {"background": 0}}', "names no class but the background"),
+        ('{"labels": {"1": "LA", "2": "LA"}}', "a label occurs twice"),
+        ('{"labels": {"background": 0}}', "names no class except the background"),
         ('{"labels": {}}', "names no class"),
     ],
 )
-def test_a_dataset_json_that_says_nothing_usable_is_named(tmp_path, text, message):
+def test_a_dataset_json_without_usable_labels_is_named(tmp_path, text, message):
     root = decathlon(tmp_path, ["a"], ONE_CLASS)
     (root / "dataset.json").write_text(text)
     with pytest.raises(InputError, match=f"^{root / 'dataset.json'}: .*{message}"):
@@ -155,12 +155,12 @@ def test_a_dataset_json_that_says_nothing_usable_is_named(tmp_path, text, messag
 def test_a_second_channel_is_refused(tmp_path):
     root = decathlon(tmp_path, ["a"], ONE_CLASS, "_0000")
     second = save(root / "imagesTr" / "a_0001.nii.gz", image_array(9))
-    for find in (find_cases, find_images):  # to train, and to segment
+    for find in (find_cases, find_images):  # for training, and for prediction
         with pytest.raises(InputError, match=f"^{second}: a second image channel"):
             find(root)
 
 
-def test_several_channels_that_are_named_are_refused(tmp_path):
+def test_a_dataset_json_with_several_channels_is_refused(tmp_path):
     root = decathlon(tmp_path, ["a"], ONE_CLASS, "_0000")
     content = json.loads((root / "dataset.json").read_text())
     for key in ("channel_names", "modality"):
@@ -205,7 +205,7 @@ def test_pairs_in_two_folders(tmp_path, images, masks, suffix):
     ]
 
 
-def test_a_case_with_two_masks_is_refused_rather_than_guessed(tmp_path):
+def test_a_case_with_two_masks_is_refused(tmp_path):
     flat(tmp_path, 2)
     save(tmp_path / "case_1_seg.nii.gz", mask_array(value=2))
     with pytest.raises(InputError, match="case_1"):
@@ -213,18 +213,18 @@ def test_a_case_with_two_masks_is_refused_rather_than_guessed(tmp_path):
 
 
 @pytest.mark.parametrize("folder", ["imagesTr", "labelsTr"])
-def test_a_case_that_lies_there_twice_is_refused_rather_than_guessed(tmp_path, folder):
+def test_a_case_with_two_images_or_two_masks_of_one_name_is_refused(tmp_path, folder):
     root = decathlon(tmp_path, ["a", "b"], ONE_CLASS)
     save(root / folder / "a.nii", mask_array(value=2))
     with pytest.raises(InputError, match=f"{folder}/a.nii"):
         find_cases(root)
 
 
-# --- what does not fit -----------------------------------------------------------------------------------------------
+# --- incomplete and missing cases ------------------------------------------------------------------------------------
 
 
 def layouts(tmp_path):
-    """(root, an image, its mask) in each layout, all of two cases or more."""
+    """Make a data set of at least two cases in each layout; return layout -> (image, mask) of its last case."""
     lascarqs(tmp_path / "lascarqs", 2)
     decathlon(tmp_path / "decathlon", ["a", "b"], ONE_CLASS)
     flat(tmp_path / "flat", 2)
@@ -243,21 +243,21 @@ def layouts(tmp_path):
 @pytest.mark.parametrize("layout", ["lascarqs", "decathlon", "flat", "folders"])
 def test_an_image_without_mask_and_a_mask_without_image_are_named(tmp_path, layout):
     image, mask = layouts(tmp_path)[layout]
-    aside = tmp_path / "aside"
-    mask.rename(aside)
-    with pytest.raises(InputError, match=f"^{image}: no mask belongs to it; "):
+    backup = tmp_path / "backup"
+    mask.rename(backup)
+    with pytest.raises(InputError, match=f"^{image}: has no mask\\. Add the mask"):
         find_cases(tmp_path / layout)
-    aside.rename(mask)
+    backup.rename(mask)
     image.unlink()
-    with pytest.raises(InputError, match=f"^{mask}: no image belongs to it; "):
+    with pytest.raises(InputError, match=f"^{mask}: has no image\\. Add the image"):
         find_cases(tmp_path / layout)
 
 
-def test_how_many_more_lack_their_mask_is_said(tmp_path):
+def test_further_images_without_mask_are_counted(tmp_path):
     flat(tmp_path, 4)
     for n in (0, 2, 3):
         (tmp_path / f"case_{n}_mask.nii.gz").unlink()
-    with pytest.raises(InputError, match=r"case_0.nii.gz: no mask belongs to it \(and 2 more\)"):
+    with pytest.raises(InputError, match=r"case_0.nii.gz: has no mask \(and 2 more\)"):
         find_cases(tmp_path)
 
 
@@ -265,9 +265,9 @@ def test_a_folder_without_cases_names_the_layouts_and_where_data_comes_from(tmp_
     (tmp_path / "notes.txt").write_text("no scans")
     with pytest.raises(InputError, match=f"^{tmp_path}: no case found") as raised:
         find_cases(tmp_path)
-    for layout in (*(layout.description for layout in LAYOUTS), "registration", "--data.root=phantom"):
+    for layout in (*(layout.description for layout in LAYOUTS), "registration", "data.root=phantom"):
         assert layout in str(raised.value)
-    with pytest.raises(InputError, match=r"^--data.root=.*/nowhere: no such folder"):
+    with pytest.raises(InputError, match=r"^data.root=.*/nowhere: no such folder"):
         find_cases(tmp_path / "nowhere")
 
 
@@ -296,8 +296,8 @@ def test_labels_are_read_from_text(text, labels):
         "LA:1;LA:2", "LA:1;wall:1", "LA:1,1", "LA:0", "background:1",
     ],
 )  # fmt: skip
-def test_text_that_names_no_labels_is_an_error_that_shows_the_form(text):
-    with pytest.raises(InputError, match=f"^--data.labels='{text}': expected name:value.*such as LA:1"):
+def test_labels_that_cannot_be_parsed_are_an_error_with_an_example(text):
+    with pytest.raises(InputError, match=f"^data.labels='{text}': .*for example LA:1"):
         parse_labels(text)
 
 
@@ -307,13 +307,13 @@ def test_classes_and_values_of_several_structures():
     classes = labels.to_classes(mask, "m")
     assert classes.tolist() == [0, 1, 1, 2, 0]
     assert classes.dtype == np.uint8
-    assert labels.to_values(classes).tolist() == [0, 5, 5, 2, 0]  # the first value of a class stands for it
+    assert labels.to_values(classes).tolist() == [0, 5, 5, 2, 0]  # the first value of each class
     assert labels.outputs == 3
     assert labels.describe() == "front: 5/6, back: 2"
 
 
 def test_all_other_values_can_be_background():
-    """As of brains with many labels, of which one is the structure."""
+    """For example in brain masks with many labels, one of which is the structure."""
     labels = parse_labels("hippocampus:1,2;background:rest")
     assert labels.to_classes(np.array([0, 1, 2, 3, 50]), "m").tolist() == [0, 1, 1, 0, 0]
     assert labels.describe() == "hippocampus: 1/2; all other values are background"
@@ -321,25 +321,25 @@ def test_all_other_values_can_be_background():
     assert Data(labels="hippocampus:1,2").all_labels == "hippocampus:1,2"
     assert parse_labels("LA:1 ; background: rest").ignored is None
     for text in ("background:rest", "background:rest;LA:1", "LA:1;background:rest;background:rest"):
-        with pytest.raises(InputError, match=r"background:rest at the end sets all other values aside|names no class"):
+        with pytest.raises(InputError, match=r"expected name:value|names no class"):
             parse_labels(text)
 
 
 @pytest.mark.parametrize(("value", "dtype"), [(1, "u1"), (255, "u1"), (256, "i2"), (32767, "i2")])
-def test_values_are_written_in_the_smallest_usual_type(value, dtype):
+def test_mask_values_have_the_smallest_usual_type(value, dtype):
     values = parse_labels(f"LA:{value}").to_values(np.array([0, 1], np.uint8))
     assert values.tolist() == [0, value]
     assert values.dtype == np.dtype(dtype)
 
 
 @pytest.mark.parametrize("value", [32768, 70000])
-def test_large_label_values_can_be_written_too(value):
+def test_large_mask_values_are_kept(value):
     assert parse_labels(f"LA:{value}").to_values(np.array([0, 1], np.uint8)).tolist() == [0, value]
 
 
-def test_a_value_beyond_the_classes_is_named_with_its_file():
+def test_values_without_a_class_are_named_with_their_file():
     mask = np.array([0, 1, 2, 7, 7])
-    with pytest.raises(InputError, match=r"^m.nii.gz: holds the label values \[2, 7\] beyond the classes LA: 1; "):
+    with pytest.raises(InputError, match=r"^m.nii.gz: label values 2, 7 are not among the classes \(LA: 1\)\. "):
         parse_labels("LA:1").to_classes(mask, "m.nii.gz")
     assert parse_labels("LA:1;background:2,7").to_classes(mask, "m").tolist() == [0, 1, 0, 0, 0]
 
@@ -347,7 +347,7 @@ def test_a_value_beyond_the_classes_is_named_with_its_file():
 # --- images to predict -----------------------------------------------------------------------------------------------
 
 
-def test_one_file_is_the_image(tmp_path):
+def test_a_single_file_is_the_image_to_predict(tmp_path):
     path = save(tmp_path / "scan.nii.gz", image_array())
     assert find_images(path) == {"scan": path}
 
@@ -356,7 +356,7 @@ def test_the_images_of_a_folder_are_found_without_its_masks(tmp_path, caplog):
     flat(tmp_path, 2)
     with caplog.at_level(logging.INFO, "jaxla"):
         assert find_images(tmp_path) == {f"case_{n}": tmp_path / f"case_{n}.nii.gz" for n in range(2)}
-    assert "case_0_mask.nii.gz: not predicted" in caplog.text
+    assert "case_0_mask.nii.gz: skipped" in caplog.text
 
 
 @pytest.mark.parametrize(
@@ -382,28 +382,28 @@ def test_lascarqs_images_need_no_masks_to_be_predicted(tmp_path):
     assert find_images(tmp_path) == {name: folder / name / "enhanced.nii.gz" for name in ("train_1", "train_2")}
 
 
-def test_channel_suffixes_do_not_get_into_the_names(tmp_path):
+def test_channel_suffixes_are_not_part_of_the_case_id(tmp_path):
     path = save(tmp_path / "a_0000.nii.gz", image_array())
     assert find_images(tmp_path) == {"a": path}
 
 
-def test_nothing_to_predict_is_named(tmp_path):
-    with pytest.raises(InputError, match=f"^--input={tmp_path}: no .nii or .nii.gz file"):
+def test_a_folder_without_images_to_predict_is_named(tmp_path):
+    with pytest.raises(InputError, match=f"^input={tmp_path}: no .nii or .nii.gz file"):
         find_images(tmp_path)
-    with pytest.raises(InputError, match=r"^--input=.*/nowhere: no such file or folder"):
+    with pytest.raises(InputError, match=r"^input=.*/nowhere: no such file or folder"):
         find_images(tmp_path / "nowhere")
 
 
-def test_several_values_in_a_flat_mask_are_not_merged_silently(tmp_path):
+def test_several_values_in_a_mask_of_flat_pairs_are_refused(tmp_path):
     labels = Labels(("foreground",), one_value=True)
     assert labels.to_classes(np.array([0, 7, 7]), tmp_path / "m.nii.gz").tolist() == [0, 1, 1]
     with pytest.raises(
-        InputError, match=r"m\.nii\.gz: holds the label values \[1, 2\]; say which .*--data\.labels='a:1;b:2'"
+        InputError, match=r"m\.nii\.gz: holds the label values 1, 2, .* for example data\.labels='a:1;b:2'"
     ):
         labels.to_classes(np.array([0, 1, 2]), tmp_path / "m.nii.gz")
 
 
-def test_unlabelled_validation_scans_beside_the_training_ones_are_left_out(tmp_path, caplog):
+def test_unlabelled_validation_scans_of_lascarqs_are_not_cases(tmp_path, caplog):
     for folder, names in {
         "train_data/train_1": ("enhanced", "atriumSegImgMO"),
         "val_data/val_1": ("enhanced",),

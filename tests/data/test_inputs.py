@@ -1,4 +1,4 @@
-"""Slices and the network's square input: where a slice lies in it, what its pixels become, and the way back."""
+"""Slices and the network's square input: position and values of a slice in it, and the way back."""
 
 import numpy as np
 import pytest
@@ -27,13 +27,13 @@ def test_a_square_slice_fills_the_input(pixels):
 @pytest.mark.parametrize(
     ("shape", "spacing", "expected"),
     [
-        ((50, 100), (1, 1), Frame(96, 24, 0, 48, 96)),  # wide: bands above and below
-        ((100, 50), (1, 1), Frame(96, 0, 24, 96, 48)),  # high: bands on both sides
-        ((100, 100), (0.5, 1), Frame(96, 24, 0, 48, 96)),  # the aspect is that in mm
+        ((50, 100), (1, 1), Frame(96, 24, 0, 48, 96)),  # wide: padding above and below
+        ((100, 50), (1, 1), Frame(96, 0, 24, 96, 48)),  # high: padding on both sides
+        ((100, 100), (0.5, 1), Frame(96, 24, 0, 48, 96)),  # the aspect in mm counts
         ((50, 100), (2, 1), Frame(96, 0, 0, 96, 96)),
         ((10, 96), (1, 1), Frame(96, 43, 0, 10, 96)),
-        ((11, 96), (1, 1), Frame(96, 42, 0, 11, 96)),  # an odd band: one row more below
-        ((1, 1000), (1, 1), Frame(96, 47, 0, 1, 96)),  # never nothing
+        ((11, 96), (1, 1), Frame(96, 42, 0, 11, 96)),  # odd padding: one row more below
+        ((1, 1000), (1, 1), Frame(96, 47, 0, 1, 96)),  # at least one row
     ],
 )
 def test_a_slice_keeps_its_aspect_in_mm_and_is_centred(shape, spacing, expected):
@@ -41,7 +41,7 @@ def test_a_slice_keeps_its_aspect_in_mm_and_is_centred(shape, spacing, expected)
 
 
 @pytest.mark.parametrize("size", [96, 448])
-def test_frames_of_any_shape_lie_inside_touch_both_sides_and_are_centred(size):
+def test_frames_of_any_shape_fill_the_longer_side_and_are_centred(size):
     draw = np.random.default_rng(0)
     for _ in range(300):
         shape, spacing = tuple(draw.integers(20, 700, 2)), tuple(draw.uniform(0.3, 3, 2))
@@ -50,38 +50,38 @@ def test_frames_of_any_shape_lie_inside_touch_both_sides_and_are_centred(size):
         assert 0 <= frame.size - frame.height - 2 * frame.top <= 1
         assert 0 <= frame.size - frame.width - 2 * frame.left <= 1
         mm_per_pixel = [n * mm / side for n, mm, side in zip(shape, spacing, (frame.height, frame.width), strict=True)]
-        # the shorter side is rounded to whole pixels, so it is off by half a pixel at most
+        # the shorter side is rounded to whole pixels, so it is off by at most half a pixel
         assert abs(mm_per_pixel[0] / mm_per_pixel[1] - 1) <= 0.5 / (min(frame.height, frame.width) - 0.5)
 
 
 # --- slice to input --------------------------------------------------------------------------------------------------
 
 
-def test_the_intensity_range_is_that_of_the_percentiles_or_else_of_the_extremes():
+def test_the_intensity_range_is_given_by_percentiles_or_if_equal_by_extremes():
     assert intensity_range(np.arange(1001)) == (5, 995)
-    lone = np.zeros(1001)
-    lone[3] = 8
-    assert intensity_range(lone) == (0, 8)
+    outlier = np.zeros(1001)
+    outlier[3] = 8
+    assert intensity_range(outlier) == (0, 8)
 
 
-def test_where_nothing_is_resized_only_the_grey_values_change():
+def test_without_resizing_only_the_grey_values_change():
     pixels = np.array([[0, 10], [20, 40]], np.int16)
     grey = image_to_input(pixels, (10, 30), Frame(2, 0, 0, 2, 2))
     assert grey.shape == (2, 2, 1)
     assert grey.dtype == np.float32
-    assert grey[..., 0].tolist() == [[0, 0], [0.5, 1]]  # beyond the range: 0 and 1
+    assert grey[..., 0].tolist() == [[0, 0], [0.5, 1]]  # clipped to 0 and 1
     assert mask_to_input(pixels.astype(np.uint8), Frame(2, 0, 0, 2, 2)).tolist() == [[0, 10], [20, 40]]
 
 
 @pytest.mark.parametrize("dtype", ["u1", "i2", ">i2", "i4", "f4"])
-def test_every_type_of_scan_gives_the_same_input(dtype):
+def test_scans_of_every_type_give_the_same_input(dtype):
     pixels = np.random.default_rng(0).integers(0, 250, (30, 40))
     frame = Canvas(96).frame((30, 40), (1, 1))
     expected = image_to_input(pixels.astype(np.float32), (5, 200), frame)
     np.testing.assert_array_equal(image_to_input(pixels.astype(dtype), (5, 200), frame), expected)
 
 
-def test_values_stay_within_0_and_1_and_what_surrounds_the_slice_is_0():
+def test_values_lie_in_0_to_1_and_padding_is_0():
     draw = np.random.default_rng(0)
     for shape in ((20, 33), (200, 130), (96, 50)):
         frame = Canvas(96).frame(shape, (1, 1))
@@ -90,14 +90,14 @@ def test_values_stay_within_0_and_1_and_what_surrounds_the_slice_is_0():
         inside[frame.top : frame.top + frame.height, frame.left : frame.left + frame.width] = True
         grey = image_to_input(pixels, (100, 900), frame)[..., 0]
         assert grey.min() == 0
-        assert 0.8 < grey.max() <= 1  # below 1 where it shrinks and pixels average
+        assert 0.8 < grey.max() <= 1  # below 1 where shrinking averages pixels
         assert not grey[~inside].any()
         mask = mask_to_input(np.ones(shape, np.uint8), frame)
         np.testing.assert_array_equal(mask, inside)
 
 
 @pytest.mark.parametrize("shape", [(20, 20), (20, 30), (47, 33), (200, 200), (130, 200), (576, 640)])
-def test_grey_values_are_resized_as_pytorch_does_with_antialiasing(shape):
+def test_grey_values_are_resized_like_pytorch_with_antialiasing(shape):
     pixels = np.random.default_rng(0).random(shape, np.float32)
     frame = Canvas(96).frame(shape, (1, 1))
     ours = image_to_input(pixels, (0, 1), frame)[frame.top :, frame.left :][: frame.height, : frame.width, 0]
@@ -107,13 +107,13 @@ def test_grey_values_are_resized_as_pytorch_does_with_antialiasing(shape):
     np.testing.assert_allclose(ours, theirs, rtol=0, atol=5e-6)  # measured: 3.3e-6
 
 
-def test_bilinear_by_hand():
-    """One row of 0, 1 doubled: centres at -1/4, 1/4, 3/4, 5/4 of the way from the first pixel to the second."""
+def test_bilinear_resizing_by_hand():
+    """A row 0, 1 is doubled: the new centres lie at -1/4, 1/4, 3/4, 5/4 between the two pixels."""
     row = image_to_input(np.array([[0, 1], [0, 1]], np.float32), (0, 1), Frame(4, 0, 0, 4, 4))[1, :, 0]
     assert row.tolist() == [0, 0.25, 0.75, 1]
 
 
-def test_mask_pixels_take_the_class_they_lie_in():
+def test_mask_pixels_get_the_class_that_covers_them():
     row = np.array([[1, 2, 3]], np.uint8)
     assert mask_to_input(row, Frame(6, 0, 0, 1, 6))[0].tolist() == [1, 1, 2, 2, 3, 3]
     # centres of five pixels lie 0.3, 0.9, 1.5, 2.1, 2.7 pixels along three
@@ -125,8 +125,8 @@ def test_mask_pixels_take_the_class_they_lie_in():
 
 @pytest.mark.parametrize(("pixels", "size"), [(192, 96), (576, 320), (100, 180)])
 @pytest.mark.parametrize(("smallest", "largest"), [(2, 6), (15, 40)])
-def test_structures_stay_where_they_are_and_keep_their_area(pixels, size, smallest, largest):
-    """The nearest pixel, where two become one, is always the second: it moves all by a quarter of an input pixel."""
+def test_structures_keep_their_position_and_area(pixels, size, smallest, largest):
+    """Nearest-neighbour resizing would move all by a quarter of an input pixel where two pixels become one."""
     draw, frame = np.random.default_rng(0), Canvas(size).frame((pixels, pixels), (1, 1))
     scale = pixels / size
     rows, columns = np.indices((pixels, pixels))
@@ -141,28 +141,28 @@ def test_structures_stay_where_they_are_and_keep_their_area(pixels, size, smalle
     assert abs(np.divide(*np.sum(areas, axis=0)) - 1) < 0.03  # measured: 0.023, for the small ones
 
 
-def test_one_pixel_enlarged_stays_whole():
+def test_one_enlarged_pixel_stays_a_square():
     one = np.zeros((5, 5), np.uint8)
     one[1, 3] = 7
     np.testing.assert_array_equal(mask_to_input(one, Frame(20, 0, 0, 20, 20)), np.kron(one, np.ones((4, 4), np.uint8)))
 
 
-def test_where_classes_are_even_pixels_take_them_in_turn():
+def test_pixels_that_two_classes_share_equally_alternate():
     half = np.repeat(np.array([[0, 0, 0, 5, 5, 5]], np.uint8), 6, axis=0)
     assert mask_to_input(half, Frame(3, 0, 0, 3, 3)).tolist() == [[0, 0, 5], [0, 5, 5], [0, 0, 5]]
 
 
-def test_no_class_appears_that_a_mask_does_not_hold():
+def test_resizing_a_mask_adds_no_class():
     mask = np.random.default_rng(0).choice([0, 3, 7], (200, 133)).astype(np.uint8)
     for size in (96, 448):
         assert set(np.unique(mask_to_input(mask, Canvas(size).frame(mask.shape, (1, 1))))) == {0, 3, 7}
 
 
-# --- and back --------------------------------------------------------------------------------------------------------
+# --- input to slice --------------------------------------------------------------------------------------------------
 
 
 def blob(shape, spacing, centre_mm, radius_mm):
-    """A smooth bump of height 1, [H, W] float32."""
+    """Return a smooth bump of height 1, [H, W] float32."""
     rows, columns = ((np.arange(n) + 0.5) * mm for n, mm in zip(shape, spacing, strict=True))
     squared = (rows[:, None] - centre_mm[0]) ** 2 + (columns - centre_mm[1]) ** 2
     return np.exp(-squared / radius_mm**2 * 2).astype(np.float32)
@@ -183,29 +183,29 @@ SLICES = [
 
 @pytest.mark.parametrize(("shape", "spacing"), SLICES, ids=str)
 @pytest.mark.parametrize("size", [96, 448])
-def test_a_blob_stays_where_it_is_through_the_input_and_back(shape, spacing, size):
+def test_a_blob_keeps_its_position_through_input_and_back(shape, spacing, size):
     extent = np.multiply(shape, spacing)
-    for place_in_slice in ((0.3, 0.35), (0.5, 0.5), (0.65, 0.7)):
-        image = blob(shape, spacing, extent * place_in_slice, 0.12 * min(extent))
+    for position in ((0.3, 0.35), (0.5, 0.5), (0.65, 0.7)):
+        image = blob(shape, spacing, extent * position, 0.12 * min(extent))
         frame = Canvas(size).frame(shape, spacing)
         grey = image_to_input(image, (0, 1), frame)
         back = input_to_slice(grey, frame, shape)
         assert back.shape == (*shape, 1)
         assert back.dtype == np.float32
         moved = centre_mm(back[..., 0], spacing) - centre_mm(image, spacing)
-        # mm; measured: 0.0059 for the slice of 35 × 51 pixels, whose bump is cut off soonest, 0.0009 for the others
+        # mm; measured: 0.0059 for the slice with 35 × 51 pixels, whose bump is cut off most, 0.0009 for the rest
         assert np.abs(moved).max() < (0.008 if shape == (35, 51) else 0.0015)
 
 
 @pytest.mark.parametrize(("shape", "spacing"), SLICES, ids=str)
 @pytest.mark.parametrize("size", [96, 448])
-def test_image_and_mask_of_one_thing_lie_on_one_place_of_the_input(shape, spacing, size):
+def test_image_and_mask_of_one_structure_coincide_in_the_input(shape, spacing, size):
     extent = np.multiply(shape, spacing)
     frame = Canvas(size).frame(shape, spacing)
     bump = blob(shape, spacing, extent * (0.4, 0.55), 0.12 * min(extent))
     disc = (bump > 0.2).astype(np.uint8)
 
-    def expected(pixels):  # where the frame says that a centre in mm lies
+    def expected(pixels):  # position of a centre in mm according to the frame
         return centre_mm(pixels, spacing) / extent * (frame.height, frame.width) + (frame.top, frame.left) - 0.5
 
     grey = image_to_input(bump, (0, 1), frame)[..., 0]
@@ -215,17 +215,17 @@ def test_image_and_mask_of_one_thing_lie_on_one_place_of_the_input(shape, spacin
 
 
 @pytest.mark.parametrize(("shape", "spacing"), SLICES, ids=str)
-def test_a_mask_comes_back_almost_as_it_was(shape, spacing):
+def test_a_mask_is_almost_unchanged_through_input_and_back(shape, spacing):
     extent = np.multiply(shape, spacing)
     disc = blob(shape, spacing, extent * (0.45, 0.5), 0.4 * min(extent)) > 0.5
     frame = Canvas(448).frame(shape, spacing)
     back = input_to_slice(mask_to_input(disc.astype(np.uint8), frame)[..., None].astype(np.float32), frame, shape)
     back = back[..., 0] > 0.5
     dice = 2 * np.count_nonzero(back & disc) / (np.count_nonzero(back) + np.count_nonzero(disc))
-    assert dice >= 0.998  # measured: 0.99838 where slices of more than 448 pixels shrink, 1 for the others
+    assert dice >= 0.998  # measured: 0.99838 where slices of more than 448 pixels shrink, otherwise 1
 
 
-def test_every_channel_comes_back_by_itself():
+def test_channels_are_resized_independently():
     draw = np.random.default_rng(0)
     frame = Canvas(96).frame((60, 100), (1, 1))
     channels = draw.random((96, 96, 3), np.float32)
@@ -236,7 +236,7 @@ def test_every_channel_comes_back_by_itself():
         np.testing.assert_array_equal(together[..., k], alone[..., 0])
 
 
-def test_probabilities_that_sum_to_1_still_do_so_on_the_slice():
+def test_probabilities_still_sum_to_1_on_the_slice():
     values = np.random.default_rng(0).random((96, 96, 4), np.float32)
     values /= values.sum(-1, keepdims=True)
     for shape in ((40, 60), (200, 300)):
@@ -245,28 +245,28 @@ def test_probabilities_that_sum_to_1_still_do_so_on_the_slice():
         assert back.min() >= 0
 
 
-def test_what_surrounds_the_slice_never_reaches_it():
+def test_padding_never_reaches_the_slice():
     frame = Canvas(96).frame((30, 60), (1, 1))
     probabilities = np.ones((96, 96, 1), np.float32)
     probabilities[frame.top : frame.top + frame.height, frame.left : frame.left + frame.width] = 0
     assert not input_to_slice(probabilities, frame, (30, 60)).any()
 
 
-# --- slices on the square of the largest training slice ---
+# --- one square for all slices ---------------------------------------------------------------------------------------
 
 
-def test_the_largest_slice_fills_the_input_and_smaller_ones_lie_in_its_middle():
+def test_the_largest_slice_fills_the_input_and_smaller_slices_are_centred():
     slices = [((576, 576), (0.625, 0.625)), ((640, 640), (0.625, 0.625)), ((400, 500), (0.625, 0.625))]
     canvas = Canvas(320, smallest_extent(slices))
     assert canvas.extent == 400.0
-    assert [canvas.frame(*of) for of in slices] == [
+    assert [canvas.frame(*each) for each in slices] == [
         Frame(320, 16, 16, 288, 288), Frame(320, 0, 0, 320, 320), Frame(320, 60, 35, 200, 250),
     ]  # fmt: skip
-    assert not any(canvas.frame(*of).cuts for of in slices)
+    assert not any(canvas.frame(*each).is_cropped for each in slices)
 
 
-def test_padding_then_resizing_is_what_the_paper_did():
-    """A slice padded to the largest size, then halved, both by hand; inside the slice the same numbers."""
+def test_the_result_equals_padding_followed_by_resizing():
+    """A slice is padded to the largest size and then halved by hand; the numbers inside the slice are the same."""
     pixels = np.random.default_rng(0).random((24, 28), dtype=np.float32)
     padded = np.pad(pixels, ((8, 8), (6, 6)))
     by_hand = np.asarray(Image.fromarray(padded).resize((20, 20), Image.Resampling.BILINEAR))
@@ -276,22 +276,22 @@ def test_padding_then_resizing_is_what_the_paper_did():
     assert not ours[:, :3].any()
 
 
-def test_of_a_larger_slice_the_centre_is_cut_out_and_the_rest_is_background():
+def test_a_larger_slice_is_cropped_to_its_centre_and_the_rest_becomes_background():
     shape, canvas = (60, 100), Canvas(32, 40.0)
     frame = canvas.frame(shape, (1, 1))
     assert (frame.height, frame.width, frame.top, frame.left) == (48, 80, -8, -24)
-    assert frame.cuts
+    assert frame.is_cropped
     mask = np.zeros(shape, np.uint8)
-    mask[10:50, 30:70] = 1  # what the canvas holds
+    mask[10:50, 30:70] = 1  # the part within the canvas
     np.testing.assert_array_equal(mask_to_input(mask, frame), np.ones((32, 32)))
     grey = np.tile(np.linspace(0, 1, 100, dtype=np.float32), (60, 1))
     expected = np.interp(np.arange(32) * 1.25 + 30.125, np.arange(100), grey[0])
     np.testing.assert_allclose(image_to_input(grey, (0, 1), frame)[16, :, 0], expected, atol=1e-3)
-    one = input_to_slice(np.ones((32, 32, 1), np.float32), frame, shape)
-    assert (one.shape, one.dtype) == ((60, 100, 1), np.float32)
-    np.testing.assert_array_equal(one[12:48, 32:68, 0], 1)
-    assert not one[:8].any()
-    assert not one[:, :28].any()
+    single = input_to_slice(np.ones((32, 32, 1), np.float32), frame, shape)
+    assert (single.shape, single.dtype) == ((60, 100, 1), np.float32)
+    np.testing.assert_array_equal(single[12:48, 32:68, 0], 1)
+    assert not single[:8].any()
+    assert not single[:, :28].any()
     several = input_to_slice(np.full((32, 32, 3), 1 / 3, np.float32), frame, shape)
     np.testing.assert_allclose(several.sum(-1), 1, atol=1e-6)
     np.testing.assert_array_equal(several[0, 0], [1, 0, 0])

@@ -1,5 +1,6 @@
-"""The inventory of a folder: exact facts of its cases, every finding with its file, and agreement with training."""
+"""The inventory of a folder: facts of its cases, findings with their files, and agreement with training."""
 
+import contextlib
 import json
 import math
 import re
@@ -11,7 +12,7 @@ import pytest
 
 from jaxla.config import Data, InputError
 from jaxla.data.cases import find_cases
-from jaxla.data.inventory import outlying_volumes, take_inventory
+from jaxla.data.inventory import find_volume_outliers, take_inventory
 from jaxla.data.prepared import prepare_cases
 from jaxla.data.split import make_split
 from tests.data.nifti import AFFINE, decathlon, flat, image_array, lascarqs, mask_array, save, truncate
@@ -21,15 +22,15 @@ ONE_CLASS = {"background": 0, "LA": 1}
 TWO_CLASSES = {"background": 0, "LA": 1, "wall": 2}
 
 
-def found(inventory, level=None):
-    """(kind, file or folder name, case) of every finding."""
+def summarise(inventory, level=None):
+    """Return (kind, file or folder name, case) of every finding."""
     return [(f.kind, f.file.name, f.case) for f in inventory.findings if level in (None, f.level)]
 
 
 # --- facts -----------------------------------------------------------------------------------------------------------
 
 
-def test_the_facts_of_a_case(tmp_path):
+def test_the_facts_of_a_case_are_exact(tmp_path):
     flat(tmp_path, 3)
     inventory = take_inventory(tmp_path)
     assert inventory.layout == "flat pairs"
@@ -47,7 +48,7 @@ def test_the_facts_of_a_case(tmp_path):
     assert inventory.unread == ()
 
 
-def test_slices_and_their_spacing_are_those_of_training_whatever_the_orientation(tmp_path):
+def test_slices_and_spacing_equal_those_of_training_in_every_orientation(tmp_path):
     for n, order in enumerate([(0, 1, 2), (2, 0, 1), (1, 2, 0)]):
         affine = AFFINE[:, [*order, 3]]
         save(tmp_path / f"{n}.nii.gz", image_array(n).transpose(order), affine)
@@ -66,7 +67,7 @@ def test_slices_and_their_spacing_are_those_of_training_whatever_the_orientation
     assert inventory.findings == ()
 
 
-def test_the_volumes_of_several_classes(tmp_path):
+def test_the_volumes_of_several_classes_are_exact(tmp_path):
     decathlon(tmp_path, ["a", "b", "c"], TWO_CLASSES, values=(1, 2))
     case = take_inventory(tmp_path).cases[0]
     voxel_ml = 0.75 * 0.75 * 2.5 / 1000
@@ -75,12 +76,12 @@ def test_the_volumes_of_several_classes(tmp_path):
     assert merged.volumes == {"all": pytest.approx(51 * voxel_ml)}
 
 
-def test_the_default_split_is_that_of_training(tmp_path):
+def test_the_default_split_equals_that_of_training(tmp_path):
     flat(tmp_path, 10)
     assert take_inventory(tmp_path).split == make_split([f"case_{n}" for n in range(10)], Data())
 
 
-def test_scans_that_belong_to_no_case_are_listed(tmp_path):
+def test_scans_without_a_case_are_listed(tmp_path):
     root = decathlon(tmp_path, ["a", "b", "c"], ONE_CLASS)
     unlabelled = save(root / "imagesTs" / "d.nii.gz", image_array(8))
     stray = save(root / "atlas.nii.gz", image_array(9))
@@ -90,14 +91,14 @@ def test_scans_that_belong_to_no_case_are_listed(tmp_path):
     assert inventory.findings == ()
 
 
-def test_a_misspelt_lascarqs_file_is_seen(tmp_path):
+def test_a_misspelt_lascarqs_file_is_listed(tmp_path):
     folder = lascarqs(tmp_path, 4)
     for n in (2, 4):
         (folder / f"train_{n}" / "atriumSegImgMO.nii.gz").rename(folder / f"train_{n}" / "mask.nii.gz")
     (folder / "train_4" / "enhanced.nii.gz").rename(folder / "train_4" / "Enhanced.nii.gz")
     inventory = take_inventory(tmp_path)
     assert [case.id for case in inventory.cases] == ["train_1", "train_3"]
-    assert ("no mask", "enhanced.nii.gz", "train_2") in found(inventory, "error")
+    assert ("no mask", "enhanced.nii.gz", "train_2") in summarise(inventory, "error")
     assert [f"{path.parent.name}/{path.name}" for path in inventory.unread] == [
         "train_2/mask.nii.gz", "train_4/Enhanced.nii.gz", "train_4/mask.nii.gz",
     ]  # fmt: skip
@@ -163,10 +164,10 @@ def mask_twice(root):
 
 def two_cases_only(root):
     for n in (2, 3, 4):
-        no_case(root, n)
+        remove_case(root, n)
 
 
-def no_case(root, n):
+def remove_case(root, n):
     (root / f"case_{n}.nii.gz").unlink()
     (root / f"case_{n}_mask.nii.gz").unlink()
 
@@ -193,16 +194,16 @@ def wider_rows(root):
 
 def oblique(root):
     cos, sin = math.cos(math.radians(30)), math.sin(math.radians(30))
-    turn = np.array([[cos, -sin, 0, 0], [sin, cos, 0, 0], [0, 0, 1, 0], [0, 0, 0, 1]])
+    rotation = np.array([[cos, -sin, 0, 0], [sin, cos, 0, 0], [0, 0, 1, 0], [0, 0, 0, 1]])
     for name, array in (("case_1", image_array(1)), ("case_1_mask", mask_array())):
-        save(root / f"{name}.nii.gz", array, turn @ AFFINE)
+        save(root / f"{name}.nii.gz", array, rotation @ AFFINE)
 
 
-def nothing(root):
+def unchanged(root):
     pass
 
 
-REFUSED = {  # what training refuses -> kind and file of the finding
+REFUSED = {  # fault that training refuses -> kind and file of the finding
     nan_image: ("image", "case_1.nii.gz"),
     constant_image: ("image", "case_1.nii.gz"),
     truncated_mask: ("mask", "case_1_mask.nii.gz"),
@@ -218,8 +219,8 @@ REFUSED = {  # what training refuses -> kind and file of the finding
     mask_twice: ("two files", "case_1_seg.nii.gz"),
     two_cases_only: ("too few cases", "data"),
 }
-ACCEPTED = {  # what training accepts -> the warnings
-    nothing: [],
+ACCEPTED = {  # peculiarity that training accepts -> kind and file of each warning
+    unchanged: [],
     empty_mask: [("empty mask", "case_1_mask.nii.gz")],
     tiny_mask: [("volume", "case_1_mask.nii.gz")],
     other_slice_axis: [("slice axis", "case_1.nii.gz")],
@@ -228,68 +229,64 @@ ACCEPTED = {  # what training accepts -> the warnings
 }
 
 
-def prepare_as_training_does(root, cache, labels=""):
+def prepare_like_training(root, cache, labels=""):
     dataset = find_cases(root, labels)
     make_split([case.id for case in dataset.cases], Data())
     prepare_cases(dataset, cache)
 
 
-@pytest.mark.parametrize("spoil", REFUSED, ids=lambda f: f.__name__)
-def test_what_training_refuses_is_an_error_on_the_same_file(tmp_path, spoil):
+@pytest.mark.parametrize("change", REFUSED, ids=lambda f: f.__name__)
+def test_a_fault_that_training_refuses_is_an_error_on_the_same_file(tmp_path, change):
     root = flat(tmp_path / "data", 5)
-    spoil(root)
+    change(root)
     with pytest.raises(InputError) as refused:
-        prepare_as_training_does(root, tmp_path / "cache")
+        prepare_like_training(root, tmp_path / "cache")
     errors = take_inventory(root).errors
-    assert [(f.kind, f.file.name) for f in errors] == [REFUSED[spoil]]
-    assert errors[0].what in str(refused.value)
-    assert errors[0].mend in str(refused.value)
+    assert [(f.kind, f.file.name) for f in errors] == [REFUSED[change]]
+    assert (errors[0].problem, errors[0].fix) == (refused.value.problem, refused.value.fix)
 
 
-@pytest.mark.parametrize("spoil", ACCEPTED, ids=lambda f: f.__name__)
-def test_what_training_accepts_is_no_error_but_a_warning(tmp_path, spoil):
+@pytest.mark.parametrize("change", ACCEPTED, ids=lambda f: f.__name__)
+def test_a_peculiarity_that_training_accepts_is_a_warning(tmp_path, change):
     root = flat(tmp_path / "data", 5)
-    spoil(root)
-    prepare_as_training_does(root, tmp_path / "cache")
+    change(root)
+    prepare_like_training(root, tmp_path / "cache")
     findings = take_inventory(root).findings
-    assert [(f.kind, f.file.name) for f in findings] == ACCEPTED[spoil]
+    assert [(f.kind, f.file.name) for f in findings] == ACCEPTED[change]
     assert {f.level for f in findings} <= {"warning"}
 
 
 @pytest.mark.parametrize("labels", ["", "a:1,2", "a:1;b:2", "a:1", "a:1;background:2", "a:2;background:1"])
-def test_labels_are_judged_as_in_training(tmp_path, labels):
+def test_labels_are_checked_as_in_training(tmp_path, labels):
     root = flat(tmp_path / "data", 5)
     for n in range(5):
         mask = mask_array()
         mask[0, 0, 0] = 2
         save(root / f"case_{n}_mask.nii.gz", mask)
-    try:
-        prepare_as_training_does(root, tmp_path / "cache", labels)
-        refused = False
-    except InputError:
-        refused = True
-    assert refused == (labels in ("", "a:1"))
-    assert bool(take_inventory(root, labels).errors) == refused
+    is_refused = labels in ("", "a:1")
+    with pytest.raises(InputError) if is_refused else contextlib.nullcontext():
+        prepare_like_training(root, tmp_path / "cache", labels)
+    assert bool(take_inventory(root, labels).errors) == is_refused
 
 
-def test_one_value_per_case_but_not_one_for_all_names_both_cases_and_both_ways_out(tmp_path):
+def test_different_values_in_two_masks_are_named_with_both_possible_labels(tmp_path):
     root = flat(tmp_path / "data", 5)
     another_value_than_the_others(root)
     (error,) = take_inventory(root).errors
-    assert error.what == "the mask of case case_4 holds the value 1, that of case_1 the value 2"
-    assert "--data.labels='a:1,2'" in error.mend
-    assert "--data.labels='a:1;b:2'" in error.mend
+    assert error.problem == "the mask of case case_4 holds the value 1, the mask of case case_1 the value 2"
+    assert "data.labels='a:1,2'" in error.fix
+    assert "data.labels='a:1;b:2'" in error.fix
     assert take_inventory(root, "a:1,2").errors == []
 
 
-def test_a_class_that_no_mask_holds_is_an_error(tmp_path):
+def test_a_class_that_no_mask_contains_is_an_error(tmp_path):
     flat(tmp_path, 5)
     inventory = take_inventory(tmp_path, "LA:1;wall:2")
-    assert [(f.level, f.kind, f.what) for f in inventory.findings] == [("error", "class", "no mask holds any wall")]
-    assert take_inventory(lascarqs(tmp_path / "empty", 4, value=0)).errors[0].what == "no mask holds any LA"
+    assert [(f.level, f.kind, f.problem) for f in inventory.findings] == [("error", "class", "no mask contains wall")]
+    assert take_inventory(lascarqs(tmp_path / "empty", 4, value=0)).errors[0].problem == "no mask contains LA"
 
 
-def test_a_class_that_only_cases_outside_the_default_training_set_have_is_a_warning(tmp_path):
+def test_a_class_missing_from_the_default_training_set_is_a_warning(tmp_path):
     root = decathlon(tmp_path, [f"c{n}" for n in range(6)], TWO_CLASSES)
     split = take_inventory(root).split
     mask = mask_array()
@@ -298,15 +295,15 @@ def test_a_class_that_only_cases_outside_the_default_training_set_have_is_a_warn
     inventory = take_inventory(root)
     assert inventory.errors == []
     (warning,) = (f for f in inventory.findings if f.kind == "class")
-    assert warning.what == f"no training patient of the default split has any wall, only {split.test[0]}"
+    assert warning.problem == f"no training case of the default split contains wall, only {split.test[0]}"
     save(root / "labelsTr" / f"{split.train[0]}.nii.gz", mask)
     assert not [f for f in take_inventory(root).findings if f.kind == "class"]
 
 
-# --- all of them -----------------------------------------------------------------------------------------------------
+# --- several findings ------------------------------------------------------------------------------------------------
 
 
-def test_every_fault_is_reported_not_only_the_first(tmp_path):
+def test_all_faults_are_reported(tmp_path):
     root = flat(tmp_path, 12)
     for n in (0, 3, 5):
         (root / f"case_{n}_mask.nii.gz").unlink()
@@ -318,7 +315,7 @@ def test_every_fault_is_reported_not_only_the_first(tmp_path):
     shutil.copy(root / "case_7.nii.gz", root / "case_8.nii.gz")
     shutil.copy(root / "case_7.nii.gz", root / "case_9.nii.gz")
     inventory = take_inventory(root)
-    assert found(inventory, "error") == [
+    assert summarise(inventory, "error") == [
         ("no mask", "case_0.nii.gz", "case_0"),
         ("no mask", "case_3.nii.gz", "case_3"),
         ("no mask", "case_5.nii.gz", "case_5"),
@@ -330,14 +327,14 @@ def test_every_fault_is_reported_not_only_the_first(tmp_path):
         ("same image", "case_8.nii.gz", "case_8"),
         ("same image", "case_9.nii.gz", "case_9"),
     ]
-    assert found(inventory, "warning") == [("empty mask", "case_6_mask.nii.gz", "case_6")]
+    assert summarise(inventory, "warning") == [("empty mask", "case_6_mask.nii.gz", "case_6")]
     assert [case.id for case in inventory.cases] == [f"case_{n}" for n in (10, 11, 4, 6, 7, 8, 9)]
-    assert all(f.what and f.mend and f.file.is_absolute() for f in inventory.findings)
+    assert all(f.problem and f.fix and f.file.is_absolute() for f in inventory.findings)
     broken = inventory.cases[2]
     assert (broken.shape, broken.mask_values, broken.volumes) == (None, None, None)
 
 
-def test_all_files_that_stand_for_one_case_are_named(tmp_path):
+def test_all_second_files_of_a_case_are_named(tmp_path):
     root = decathlon(tmp_path, ["a", "b", "c"], ONE_CLASS)
     for seed, name in enumerate(("a", "c"), start=7):
         save(root / "imagesTr" / f"{name}.nii", image_array(seed))
@@ -345,101 +342,101 @@ def test_all_files_that_stand_for_one_case_are_named(tmp_path):
     assert [(f.kind, f.case) for f in inventory.errors] == [("two files", "a"), ("two files", "c")]
 
 
-def test_labels_that_cannot_be_read_leave_the_cases_to_be_seen(tmp_path):
+def test_cases_are_reported_even_without_readable_labels(tmp_path):
     root = decathlon(tmp_path, ["a", "b", "c"], ONE_CLASS, values=(1, 4))
     (root / "dataset.json").write_text("{}")
     inventory = take_inventory(root)
     (error,) = inventory.errors
-    assert (error.file, error.mend) == (root / "dataset.json", "mend it, or choose classes with --data.labels")
-    assert re.match("not readable as a data set description", error.what)
+    assert (error.file, error.fix) == (root / "dataset.json", "Correct the file, or set data.labels.")
+    assert re.match("not readable as a data set description", error.problem)
     assert inventory.labels is None
     assert [case.mask_values for case in inventory.cases] == [(1, 4)] * 3
     assert inventory.cases[0].shape == (16, 14, 4)
     assert take_inventory(root, "a:1,4").errors == []
 
 
-def test_a_mask_that_lacks_one_of_several_classes(tmp_path):
+def test_a_mask_that_lacks_one_of_several_classes_is_a_warning(tmp_path):
     root = decathlon(tmp_path, [f"c{n}" for n in range(6)], TWO_CLASSES, values=(1, 2))
     save(root / "labelsTr" / "c1.nii.gz", mask_array())
     save(root / "labelsTr" / "c4.nii.gz", mask_array(value=0))
     inventory = take_inventory(root)
-    assert found(inventory) == [("lacks a class", "c1.nii.gz", "c1"), ("empty mask", "c4.nii.gz", "c4")]
-    assert inventory.findings[0].what == "the mask holds no wall"
+    assert summarise(inventory) == [("lacks a class", "c1.nii.gz", "c1"), ("empty mask", "c4.nii.gz", "c4")]
+    assert inventory.findings[0].problem == "the mask contains no wall"
 
 
-def test_a_half_downloaded_decathlon_task_is_noticed(tmp_path):
+def test_an_incomplete_download_of_a_decathlon_task_is_a_warning(tmp_path):
     root = decathlon(tmp_path, ["a", "b", "c"], ONE_CLASS)
     names = ("a", "b", "c", "d", "e")
     training = [{"image": f"./imagesTr/{n}.nii.gz", "label": f"./labelsTr/{n}.nii.gz"} for n in names]
     (root / "dataset.json").write_text(json.dumps({"labels": ONE_CLASS, "numTraining": 5, "training": training}))
     (warning,) = take_inventory(root).findings
     assert (warning.level, warning.file) == ("warning", root / "dataset.json")
-    assert warning.what == "tells of 5 training cases; d is not here (and 1 more)"
+    assert warning.problem == "lists 5 training cases, but d is missing (and 1 more)"
 
 
-@pytest.mark.parametrize(("said", "warns"), [(3, False), (5, True), (None, False), ("many", False)])
-def test_the_count_of_an_nnunet_data_set_is_compared(tmp_path, said, warns):
+@pytest.mark.parametrize(("count", "warns"), [(3, False), (5, True), (None, False), ("many", False)])
+def test_the_number_of_cases_in_an_nnunet_dataset_json_is_checked(tmp_path, count, warns):
     root = decathlon(tmp_path, ["a", "b", "c"], ONE_CLASS, "_0000")
-    (root / "dataset.json").write_text(json.dumps({"labels": ONE_CLASS, "numTraining": said}))
-    whats = [finding.what for finding in take_inventory(root).findings]
-    assert whats == (["tells of 5 training cases; 3 are here"] if warns else [])
+    (root / "dataset.json").write_text(json.dumps({"labels": ONE_CLASS, "numTraining": count}))
+    problems = [finding.problem for finding in take_inventory(root).findings]
+    assert problems == (["lists 5 training cases, but the folder holds 3"] if warns else [])
 
 
 # --- outliers --------------------------------------------------------------------------------------------------------
 
 
-def cases_of(volumes):
+def by_case(volumes):
     return {str(n): volume for n, volume in enumerate(volumes)}
 
 
 def test_outliers_by_hand():
     # Logarithms -4, -0.6, -0.3, 0, 0.3, 0.6, 4: median 0, median absolute deviation 0.6
-    scores = outlying_volumes(cases_of(np.exp([-4, -0.6, -0.3, 0, 0.3, 0.6, 4])))
-    z = 4 * 0.6744897501960817 / 0.6  # the factor makes it a standard deviation where volumes are log-normal
+    scores = find_volume_outliers(by_case(np.exp([-4, -0.6, -0.3, 0, 0.3, 0.6, 4])))
+    z = 4 * 0.6744897501960817 / 0.6  # the factor turns it into the standard deviation of log-normal volumes
     assert scores == {"0": pytest.approx(-z), "6": pytest.approx(z)}
-    assert outlying_volumes(cases_of(np.exp([-3, -0.6, -0.3, 0, 0.3, 0.6, 3]))) == {}  # z = 3.37
+    assert find_volume_outliers(by_case(np.exp([-3, -0.6, -0.3, 0, 0.3, 0.6, 3]))) == {}  # z = 3.37
 
 
-def test_volumes_that_are_almost_alike_make_no_outlier_of_an_ordinary_one():
+def test_nearly_equal_volumes_do_not_make_an_ordinary_volume_an_outlier():
     alike = [100.0, 100.0, 100.0, 100.0]
-    assert outlying_volumes(cases_of([*alike, 140])) == {}
-    assert outlying_volumes(cases_of([*alike, 150])) == {"4": pytest.approx(math.log(1.5) / 0.1)}
-    assert outlying_volumes(cases_of([*alike, 100 / 1.5])) == {"4": pytest.approx(-math.log(1.5) / 0.1)}
+    assert find_volume_outliers(by_case([*alike, 140])) == {}
+    assert find_volume_outliers(by_case([*alike, 150])) == {"4": pytest.approx(math.log(1.5) / 0.1)}
+    assert find_volume_outliers(by_case([*alike, 100 / 1.5])) == {"4": pytest.approx(-math.log(1.5) / 0.1)}
 
 
-def test_few_cases_are_not_judged():
-    assert outlying_volumes(cases_of([100, 100, 100, 1])) == {}
-    assert outlying_volumes({}) == {}
+def test_fewer_than_five_cases_have_no_outliers():
+    assert find_volume_outliers(by_case([100, 100, 100, 1])) == {}
+    assert find_volume_outliers({}) == {}
 
 
 def test_outliers_do_not_depend_on_the_unit():
     volumes = np.random.default_rng(3).lognormal(4, 0.3, 130)
     volumes[[7, 99]] = 2, 2000
-    scores = outlying_volumes(cases_of(volumes))
+    scores = find_volume_outliers(by_case(volumes))
     assert scores.keys() >= {"7", "99"}
     assert len(scores) < 5
-    in_litres = outlying_volumes(cases_of(volumes / 1000))
+    in_litres = find_volume_outliers(by_case(volumes / 1000))
     assert in_litres == {name: pytest.approx(z) for name, z in scores.items()}
 
 
-def test_an_outlier_in_one_of_two_classes_is_named_with_its_class(tmp_path):
+def test_an_outlier_is_named_with_its_class(tmp_path):
     root = decathlon(tmp_path, [f"c{n}" for n in range(6)], TWO_CLASSES, values=(1, 2))
     mask = mask_array()
     mask[0] = 2
     save(root / "labelsTr" / "c3.nii.gz", mask)
     (warning,) = take_inventory(root).findings
     assert (warning.kind, warning.case, warning.file) == ("volume", "c3", root / "labelsTr" / "c3.nii.gz")
-    assert warning.what.startswith("wall of 0.0788 ml, where the median is 0.00141 ml")
+    assert warning.problem.startswith("wall has 0.0788 ml, the median is 0.00141 ml")
 
 
-# --- what it leaves and holds ----------------------------------------------------------------------------------------
+# --- memory and real scans -------------------------------------------------------------------------------------------
 
 
 def test_memory_does_not_grow_with_the_number_of_cases(tmp_path):
     shape = (64, 64, 40)
     for n in range(12):
         for root in (tmp_path / "few", tmp_path / "many")[n >= 3 :]:
-            save(root / f"{n}.nii.gz", image_array(n, shape))  # an uncompressed file would be mapped, not read
+            save(root / f"{n}.nii.gz", image_array(n, shape))  # compressed: an uncompressed file would be memory-mapped
             save(root / f"{n}_mask.nii.gz", mask_array(shape))
     peaks = []
     for folder in ("few", "few", "many"):  # the first warms up
@@ -447,11 +444,11 @@ def test_memory_does_not_grow_with_the_number_of_cases(tmp_path):
         assert take_inventory(tmp_path / folder).errors == []
         peaks.append(tracemalloc.get_traced_memory()[1])
         tracemalloc.stop()
-    assert peaks[1] > 2 * np.prod(shape)  # it did see the arrays
+    assert peaks[1] > 2 * np.prod(shape)  # the arrays were measured
     assert peaks[2] < peaks[1] + np.prod(shape)  # half of one image
 
 
-def test_real_scans(hippocampus):
+def test_real_scans_have_no_errors(hippocampus):
     inventory = take_inventory(hippocampus)
     assert len(inventory.cases) == 60
     assert inventory.errors == []

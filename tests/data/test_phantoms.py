@@ -1,4 +1,4 @@
-"""Phantoms: the files a user gets, that they repeat, and that neither brightness nor place gives the atrium away."""
+"""Phantoms: their files, reproducibility, and that neither brightness nor position identifies the atrium."""
 
 import re
 
@@ -8,7 +8,7 @@ import pytest
 from scipy.ndimage import zoom
 
 from jaxla.config import InputError
-from jaxla.data.phantoms import SIZES, _grid, make_phantom, write_phantoms
+from jaxla.data.phantoms import SIZES, _draw_grid, make_phantom, write_phantoms
 from tests.commands import in_a_new_process, refuse, run_module
 from tests.training.faults import files_at_most
 
@@ -16,7 +16,7 @@ CASES = 20
 
 
 def canonical(phantom):
-    """Image and mask [X, Y, Z] in RAS+ order."""
+    """Return image and mask [X, Y, Z] in RAS+ order."""
     arrays = (phantom.image, phantom.mask)
     return [np.asarray(nib.as_closest_canonical(nib.Nifti1Image(a, phantom.affine)).dataobj) for a in arrays]
 
@@ -67,9 +67,10 @@ def test_small_geometry_and_mask_values(small):
 
 
 def test_full_geometry():
-    # One of the smaller full volumes; the shapes of the others need no painting.
+    # Only one of the smaller volumes is painted: shapes are known without painting.
     shapes = {
-        tuple(map(len, _grid(np.random.default_rng([SIZES.index("full"), 0, n]), "full"))): n for n in range(40, 0, -1)
+        tuple(map(len, _draw_grid(np.random.default_rng([SIZES.index("full"), 0, n]), "full"))): n
+        for n in range(40, 0, -1)
     }
     assert {s[:2] for s in shapes} == {(n, n) for n in (576, 608, 640)}
     assert {s[2] for s in shapes} == {44, 88}
@@ -82,13 +83,12 @@ def test_full_geometry():
     assert 0.001 < (mask > 0).mean() < 0.02
 
 
-def test_same_seed_same_bits(small):
-    again = make_phantom("small", 0, 3)
-    for first, second in zip(small[2], again, strict=True):
+def test_the_same_seed_gives_identical_phantoms(small):
+    for first, second in zip(small[2], make_phantom("small", 0, 3), strict=True):
         np.testing.assert_array_equal(first, second)
 
 
-def test_cases_and_seeds_differ(small):
+def test_different_cases_and_seeds_give_different_phantoms(small):
     masks = [small[0].mask, small[4].mask, make_phantom("small", 1, 1).mask, make_phantom("small", 4, 1).mask]
     assert len({mask.tobytes() for mask in masks}) == len(masks)
 
@@ -137,8 +137,8 @@ def test_descending_aorta_is_behind_and_left(small):
     assert np.mean(counts[-1]) > 2 * np.mean(counts[1])
 
 
-def test_no_threshold_and_no_band_finds_the_atrium(small):
-    over, band = [], []
+def test_no_intensity_range_finds_the_atrium(small):
+    above, within = [], []
     for phantom in small:
         inside = phantom.mask > 0
         top = np.percentile(phantom.image, 99.95)
@@ -146,13 +146,13 @@ def test_no_threshold_and_no_band_finds_the_atrium(small):
         every = np.append(0, np.histogram(np.minimum(phantom.image, top), edges)[0].cumsum())
         hits = np.append(0, np.histogram(np.minimum(phantom.image[inside], top), edges)[0].cumsum())
         scores = 2 * (hits - hits[:, None]) / np.maximum(every - every[:, None] + inside.sum(), 1)  # [from, to]
-        over.append(scores[:, -1].max())
-        band.append(scores.max())
-    assert np.mean(over) < 0.6
-    assert np.mean(band) < 0.6
+        above.append(scores[:, -1].max())
+        within.append(scores.max())
+    assert np.mean(above) < 0.6
+    assert np.mean(within) < 0.6
 
 
-def test_usual_position_does_not_find_the_atrium(small):
+def test_the_mean_position_does_not_find_the_atrium(small):
     grid = (48, 48, 24)
     masks = [canonical(phantom)[1] > 0 for phantom in small]
     shaped = [
@@ -164,38 +164,41 @@ def test_usual_position_does_not_find_the_atrium(small):
     assert best < 0.6
 
 
-def test_bad_arguments_are_refused_before_any_file_is_made(tmp_path):
-    for cases, size, seed, said in ((0, "small", 0, "--cases"), (1, "tiny", 0, "--size"), (1, "small", -1, "--seed")):
-        with pytest.raises(InputError, match=said):
+def test_bad_arguments_are_refused_before_anything_is_written(tmp_path):
+    for cases, size, seed, where in (
+        (0, "small", 0, "cases=0"),
+        (1, "tiny", 0, "size=tiny"),
+        (1, "small", -1, "seed=-1"),
+    ):
+        with pytest.raises(InputError, match=f"^{where}: "):
             write_phantoms(tmp_path / "x", cases, size, seed)
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_failed_write_says_why_and_leaves_nothing(tmp_path):
+def test_a_failed_write_names_the_reason_and_leaves_nothing(tmp_path):
     (tmp_path / "empty").mkdir()
     for name in ("new", "empty"):
-        line = re.escape(f"--output={tmp_path / name}: cannot be written (File too large); name another folder")
-        with files_at_most(50_000), pytest.raises(InputError, match=f"^{line}$"):
+        line = re.escape(f"output={tmp_path / name}: cannot be written (File too large)")
+        with files_at_most(50_000), pytest.raises(InputError, match=f"^{line}.* Name a new or empty folder.$"):
             write_phantoms(tmp_path / name, 2, "small", 0)
     assert [str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*")] == ["empty"]
 
 
-def test_an_empty_folder_is_used(tmp_path):
+def test_phantoms_are_written_into_an_empty_folder(tmp_path):
     write_phantoms(tmp_path, 1, "small", 0)
     assert [path.name for path in tmp_path.iterdir()] == ["task2"]
 
 
-def test_a_place_that_cannot_hold_a_folder_is_refused(tmp_path):
-    (tmp_path / "file").write_text("mine")
+def test_an_output_below_a_file_is_refused(tmp_path):
+    (tmp_path / "file").write_text("a file")
     for folder in (tmp_path / "file", tmp_path / "file" / "below"):
-        with pytest.raises(InputError, match="--output="):
+        with pytest.raises(InputError, match=r"^output="):
             write_phantoms(folder, 1, "small", 0)
-    assert (tmp_path / "file").read_text() == "mine"
+    assert (tmp_path / "file").read_text() == "a file"
 
 
-def test_command_refuses_a_folder_in_use_with_one_line(tmp_path):
+def test_the_command_refuses_a_folder_that_is_not_empty(tmp_path):
     options = ("jaxla.phantom", f"--output={tmp_path / 'made'}", "--cases=1", "--size=small")
     assert "phantoms: 1 of 1 cases" in run_module(*options).stdout
     line = refuse(tmp_path, *options, run=in_a_new_process)
-    assert str(tmp_path / "made") in line
-    assert "not empty" in line
+    assert line.startswith(f"error: --output={tmp_path / 'made'}: the folder is not empty")

@@ -1,4 +1,4 @@
-"""Prepared volumes: what they hold, when they are made anew, and that several runs may make them at once."""
+"""Prepared volumes: their content, when they are made again, and concurrent preparation."""
 
 import gzip
 import json
@@ -19,12 +19,12 @@ from tests.data.nifti import AFFINE, SHAPE, flat, image_array, lascarqs, mask_ar
 
 
 def stamps(cache):
-    """File -> when it was last written."""
+    """Return file -> time of its last change."""
     return {path: path.stat().st_mtime_ns for path in cache.rglob("*") if path.is_file()}
 
 
 def assert_holds(volume, image, mask):
-    """Slices of AFFINE's grid: x runs to the left (columns as stored), y to posterior (rows as stored), z upwards."""
+    """On the grid of AFFINE, x runs to the left (stored columns), y to posterior (stored rows), z to superior."""
     np.testing.assert_array_equal(volume.image, image.transpose(2, 1, 0)[::-1])
     np.testing.assert_array_equal(volume.mask, mask.transpose(2, 1, 0)[::-1])
 
@@ -46,7 +46,7 @@ def test_a_prepared_volume_holds_its_source_slice_by_slice(tmp_path):
     assert first.class_voxels == (mask_array().size - foreground, foreground)
 
 
-def test_classes_are_counted_even_where_a_mask_lacks_them(tmp_path):
+def test_classes_that_a_mask_lacks_are_counted_as_0(tmp_path):
     dataset = replace(
         find_cases(flat(tmp_path / "data", 1, value=7)), labels=Labels(("a", "b", "c"), ((1,), (7,), (9,)))
     )
@@ -58,8 +58,8 @@ def test_classes_are_counted_even_where_a_mask_lacks_them(tmp_path):
 
 def test_any_orientation_on_file_gives_the_same_slices(tmp_path):
     image, mask = nib.Nifti1Image(image_array(), AFFINE), nib.Nifti1Image(mask_array(), AFFINE)
-    turned = np.array([[2, 1], [0, -1], [1, -1]])
-    for name, orient in (("a", lambda x: x), ("b", lambda x: x.as_reoriented(turned))):
+    orientation = np.array([[2, 1], [0, -1], [1, -1]])
+    for name, orient in (("a", lambda x: x), ("b", lambda x: x.as_reoriented(orientation))):
         nib.save(orient(image), save(tmp_path / "data" / f"{name}.nii.gz", image_array()))
         nib.save(orient(mask), save(tmp_path / "data" / f"{name}_mask.nii.gz", mask_array()))
     volumes = prepare_cases(find_cases(tmp_path / "data"), tmp_path / "cache")
@@ -68,7 +68,7 @@ def test_any_orientation_on_file_gives_the_same_slices(tmp_path):
     assert nib.load(tmp_path / "data" / "b.nii.gz").shape == (14, 4, 16)
 
 
-def test_arrays_are_mapped_from_disk_and_read_only(tmp_path):
+def test_arrays_are_memory_mapped_and_read_only(tmp_path):
     (volume,) = prepare_cases(find_cases(flat(tmp_path / "data", 1)), tmp_path / "cache")
     for array in (volume.image, volume.mask):
         assert isinstance(array, np.memmap)
@@ -80,7 +80,7 @@ def test_arrays_are_mapped_from_disk_and_read_only(tmp_path):
 # --- the cache -------------------------------------------------------------------------------------------------------
 
 
-def test_a_second_run_uses_what_the_first_prepared(tmp_path):
+def test_a_second_run_uses_the_volumes_of_the_first(tmp_path):
     dataset = find_cases(flat(tmp_path / "data", 3))
     first = prepare_cases(dataset, tmp_path / "cache")
     written = stamps(tmp_path / "cache")
@@ -89,7 +89,7 @@ def test_a_second_run_uses_what_the_first_prepared(tmp_path):
     assert stamps(tmp_path / "cache") == written
 
 
-def test_what_is_prepared_follows_the_content_and_not_the_name(tmp_path):
+def test_prepared_folders_depend_on_content_and_not_on_names(tmp_path):
     shutil.move(flat(tmp_path / "data", 2), tmp_path / "moved")
     first = prepare_cases(find_cases(tmp_path / "moved"), tmp_path / "cache")
     written = stamps(tmp_path / "cache")
@@ -102,7 +102,7 @@ def test_what_is_prepared_follows_the_content_and_not_the_name(tmp_path):
     assert stamps(tmp_path / "cache") == written
 
 
-def test_a_changed_image_or_mask_is_prepared_anew(tmp_path):
+def test_a_changed_image_or_mask_is_prepared_again(tmp_path):
     root = flat(tmp_path / "data", 1)
     (first,) = prepare_cases(find_cases(root), tmp_path / "cache")
     save(root / "case_0.nii.gz", image_array(50))
@@ -112,10 +112,10 @@ def test_a_changed_image_or_mask_is_prepared_anew(tmp_path):
     (third,) = prepare_cases(find_cases(root), tmp_path / "cache")
     assert_holds(third, image_array(50), np.flip(mask_array(), 0))
     assert len({first.folder, second.folder, third.folder}) == 3
-    assert_holds(first, image_array(0), mask_array())  # a run that still reads the older one is not disturbed
+    assert_holds(first, image_array(0), mask_array())  # still there for a run that reads it
 
 
-def test_other_labels_are_prepared_anew(tmp_path):
+def test_different_labels_are_prepared_separately(tmp_path):
     root = flat(tmp_path / "data", 1, value=2)
     (any_value,) = prepare_cases(find_cases(root), tmp_path / "cache")
     (background,) = prepare_cases(find_cases(root, "LA:1;background:2"), tmp_path / "cache")
@@ -125,17 +125,17 @@ def test_other_labels_are_prepared_anew(tmp_path):
     assert_holds(second_class, image_array(0), 2 * mask_array())
 
 
-def test_what_an_interrupted_run_left_does_no_harm(tmp_path):
+def test_incomplete_folders_of_an_interrupted_run_are_ignored(tmp_path):
     leftover = tmp_path / "cache" / "volumes" / f".{32 * 'a'}.volume"
     leftover.mkdir(parents=True)
-    (leftover / "image.npy").write_bytes(b"half of it")
+    (leftover / "image.npy").write_bytes(b"incomplete")
     (volume,) = prepare_cases(find_cases(flat(tmp_path / "data", 1)), tmp_path / "cache")
     assert_holds(volume, image_array(0), mask_array())
     assert sorted(path.name for path in volume.folder.parent.iterdir()) == [f".{32 * 'a'}.volume", volume.folder.name]
 
 
 @pytest.mark.parametrize("lost", ["volume.json", "image.npy", "mask.npy"])
-def test_a_prepared_folder_that_lost_a_file_is_made_again(tmp_path, lost):
+def test_a_prepared_folder_without_all_its_files_is_made_again(tmp_path, lost):
     dataset = find_cases(flat(tmp_path / "data", 1))
     (volume,) = prepare_cases(dataset, tmp_path / "cache")
     (volume.folder / lost).unlink()
@@ -143,32 +143,32 @@ def test_a_prepared_folder_that_lost_a_file_is_made_again(tmp_path, lost):
     assert_holds(again, image_array(0), mask_array())
 
 
-# --- several at once -------------------------------------------------------------------------------------------------
+# --- concurrent preparation ------------------------------------------------------------------------------------------
 
 
-def prepare_after(barrier, root, cache):
+def wait_and_prepare(barrier, root, cache):
     barrier.wait(timeout=30)
     prepare_cases(find_cases(root), cache)
 
 
-def test_two_processes_that_prepare_at_once_leave_intact_volumes(tmp_path):
+def test_two_processes_can_prepare_the_same_volumes(tmp_path):
     root, cache = flat(tmp_path / "data", 6), tmp_path / "cache"
     context = multiprocessing.get_context("spawn")
     barrier = context.Barrier(2)
-    workers = [context.Process(target=prepare_after, args=(barrier, root, cache)) for _ in range(2)]
+    workers = [context.Process(target=wait_and_prepare, args=(barrier, root, cache)) for _ in range(2)]
     for worker in workers:
         worker.start()
     for worker in workers:
         worker.join(timeout=60)
     assert [worker.exitcode for worker in workers] == [0, 0]
-    assert len(list((cache / "volumes").iterdir())) == 6  # nothing half-written beside them
+    assert len(list((cache / "volumes").iterdir())) == 6  # and no incomplete folders
     written = stamps(cache)
     for n, volume in enumerate(prepare_cases(find_cases(root), cache)):
         assert_holds(volume, image_array(n), mask_array())
     assert stamps(cache) == written
 
 
-def test_eight_threads_that_prepare_at_once_leave_intact_volumes(tmp_path):
+def test_eight_threads_can_prepare_the_same_volumes(tmp_path):
     dataset, cache = find_cases(flat(tmp_path / "data", 4)), tmp_path / "cache"
     with ThreadPoolExecutor(8) as pool:
         prepared = list(pool.map(lambda _: prepare_cases(dataset, cache), range(8)))
@@ -178,17 +178,17 @@ def test_eight_threads_that_prepare_at_once_leave_intact_volumes(tmp_path):
     assert len(list((cache / "volumes").iterdir())) == 4
 
 
-# --- what is refused -------------------------------------------------------------------------------------------------
+# --- errors ----------------------------------------------------------------------------------------------------------
 
 
-def test_one_image_under_two_names_is_refused(tmp_path):
+def test_the_same_image_in_two_cases_is_refused(tmp_path):
     root = flat(tmp_path / "data", 3)
     shutil.copy(root / "case_0.nii.gz", root / "case_2.nii.gz")
-    with pytest.raises(InputError, match=f"^{root / 'case_2.nii.gz'}: the same image as case case_0; "):
+    with pytest.raises(InputError, match=f"^{root / 'case_2.nii.gz'}: the same image as case case_0\\. "):
         prepare_cases(find_cases(root), tmp_path / "cache")
 
 
-def test_a_mask_on_another_grid_is_refused_and_leaves_nothing(tmp_path):
+def test_a_mask_on_another_grid_is_refused_and_nothing_is_written(tmp_path):
     root = flat(tmp_path / "data", 1)
     save(root / "case_0_mask.nii.gz", mask_array(shape=(16, 14, 5)))
     with pytest.raises(InputError, match=f"^{root / 'case_0_mask.nii.gz'}: not on the grid of .*case_0.nii.gz"):
@@ -196,21 +196,21 @@ def test_a_mask_on_another_grid_is_refused_and_leaves_nothing(tmp_path):
     assert not (tmp_path / "cache").exists()
 
 
-def test_a_value_beyond_the_classes_is_refused_and_leaves_nothing(tmp_path):
+def test_a_value_without_a_class_is_refused_and_nothing_is_written(tmp_path):
     root = flat(tmp_path / "data", 1, value=3)
-    with pytest.raises(InputError, match=rf"^{root / 'case_0_mask.nii.gz'}: holds the label values \[3\]"):
+    with pytest.raises(InputError, match=f"^{root / 'case_0_mask.nii.gz'}: label values 3 are not"):
         prepare_cases(find_cases(root, "LA:1"), tmp_path / "cache")
     assert not (tmp_path / "cache").exists()
 
 
 def test_a_cache_folder_that_cannot_be_written_is_named(tmp_path):
-    (tmp_path / "file").write_text("in the way")
+    (tmp_path / "file").write_text("a file")
     cache = tmp_path / "file" / "cache"
-    with pytest.raises(InputError, match=f"^--cache-dir={cache}: cannot be written"):
+    with pytest.raises(InputError, match=f"^cache-dir={cache}: cannot be written"):
         prepare_cases(find_cases(flat(tmp_path / "data", 1)), cache)
 
 
-def test_the_description_says_what_a_reader_needs(tmp_path):
+def test_volume_json_describes_the_slices(tmp_path):
     (volume,) = prepare_cases(find_cases(flat(tmp_path / "data", 1)), tmp_path / "cache")
     described = json.loads((volume.folder / "volume.json").read_text())
     assert described["shape"] == [SHAPE[2], SHAPE[1], SHAPE[0]]
@@ -218,7 +218,7 @@ def test_the_description_says_what_a_reader_needs(tmp_path):
     assert described["slice_axis"] == "head-foot"
 
 
-def test_a_scan_compressed_anew_is_still_the_same_image(tmp_path):
+def test_a_recompressed_scan_is_recognised_as_the_same_image(tmp_path):
     root = flat(tmp_path / "data", 2)
     scan = nib.load(root / "case_0.nii.gz")
     (root / "case_1.nii.gz").write_bytes(gzip.compress(scan.to_bytes(), compresslevel=9))
@@ -227,12 +227,12 @@ def test_a_scan_compressed_anew_is_still_the_same_image(tmp_path):
         prepare_cases(find_cases(root), tmp_path / "cache")
 
 
-def test_masks_of_different_values_are_one_class_only_if_the_user_says_so(tmp_path):
+def test_masks_with_different_values_need_labels(tmp_path):
     root = flat(tmp_path / "data", 2)
     path = root / "case_1_mask.nii.gz"
     mask = nib.load(path)
     nib.save(nib.Nifti1Image(np.uint8(mask.get_fdata() > 0) * 2, mask.affine), path)
-    with pytest.raises(InputError, match=r"say whether they are one class, --data\.labels='a:1,2', or two"):
+    with pytest.raises(InputError, match=r"Set data\.labels='a:1,2' if both are one class, or"):
         prepare_cases(find_cases(root), tmp_path / "cache")
     volumes = prepare_cases(find_cases(root, "a:1,2"), tmp_path / "cache")
     assert set(np.unique(volumes[1].mask)) == {0, 1}

@@ -1,4 +1,4 @@
-"""Volumes: what is read and refused, which way slices lie, and that a written file keeps its scan's geometry."""
+"""Volumes: what is read and refused, the orientation of slices, and the geometry of written files."""
 
 import hashlib
 import itertools
@@ -12,6 +12,7 @@ from jaxla.data.volumes import (
     Volume,
     canonical_to_slices,
     from_slices,
+    hash_voxels,
     read_image,
     read_mask,
     require_same_grid,
@@ -19,7 +20,6 @@ from jaxla.data.volumes import (
     slice_geometry,
     slices_to_canonical,
     to_slices,
-    voxels_sha256,
     write_volume,
 )
 from tests.data.nifti import (
@@ -41,7 +41,7 @@ from tests.data.nifti import (
 
 @pytest.mark.parametrize("name", ["scan.nii", "scan.nii.gz"])
 @pytest.mark.parametrize("dtype", ["uint8", "int16", ">i2", "uint16", "int32", "float32", ">f4", "float64"])
-def test_every_usual_type_reads_as_its_own_values(tmp_path, name, dtype):
+def test_the_values_of_every_usual_type_are_read_unchanged(tmp_path, name, dtype):
     values = (image_array() % 250).astype(dtype)
     volume = read_image(save(tmp_path / name, values))
     np.testing.assert_array_equal(volume.array, values)
@@ -54,12 +54,12 @@ def test_every_usual_type_reads_as_its_own_values(tmp_path, name, dtype):
 
 @pytest.mark.parametrize("side", [1e-3, 0.02, 50])
 def test_voxels_of_any_size_are_read(tmp_path, side):
-    """Also those of a file that counts in metres, and of a microscope."""
+    """For example from a microscope, or from a file with spacings in metres."""
     path = save(tmp_path / "a.nii", image_array(), np.diag([side, side, 2 * side, 1]))
     assert read_image(path).spacing == pytest.approx((side, side, 2 * side), rel=1e-6)
 
 
-def test_the_axes_stay_those_of_the_file(tmp_path):
+def test_the_axes_of_the_file_are_kept(tmp_path):
     values = np.zeros(SHAPE, np.int16)
     values[1, 2, 3] = 7
     assert np.argwhere(read_image(save(tmp_path / "a.nii", values)).array).tolist() == [[1, 2, 3]]
@@ -82,7 +82,7 @@ def test_nifti_2_is_read(tmp_path):
 
 
 @pytest.mark.parametrize("dtype", ["uint8", "int16", "float32", "float64", ">i2"])
-def test_masks_come_as_int32_whatever_their_type(tmp_path, dtype):
+def test_masks_are_read_as_int32_whatever_their_type(tmp_path, dtype):
     path = save(tmp_path / "m.nii.gz", mask_array(value=3).astype(dtype))
     mask = read_mask(path)
     assert mask.array.dtype == np.int32
@@ -91,7 +91,7 @@ def test_masks_come_as_int32_whatever_their_type(tmp_path, dtype):
     assert mask.header.get_data_dtype() == dtype
 
 
-def test_labels_go_up_to_the_largest_of_16_bits(tmp_path):
+def test_label_values_up_to_65535_are_read(tmp_path):
     assert read_mask(save(tmp_path / "m.nii", mask_array().astype(np.int32) * 65535)).array.max() == 65535
     with pytest.raises(InputError, match="whole numbers from 0 to 65535"):
         read_mask(save(tmp_path / "m.nii", mask_array().astype(np.int32) * 65536))
@@ -102,7 +102,7 @@ def test_an_empty_mask_is_a_mask(tmp_path):
 
 
 def not_gzip(path):
-    path.write_bytes(b"this is no scan " * 40)
+    path.write_bytes(b"not a scan at all" * 40)
     return path
 
 
@@ -126,7 +126,7 @@ BAD_FILES = {
         r"truncated or damaged \(Expected 1792 bytes",
     ),
     "cut_in_header.nii": (lambda p: truncate(save(p, image_array()), 0.1), "truncated or damaged|not a NIfTI"),
-    "empty.nii": (lambda p: p.write_bytes(b""), "is empty"),
+    "empty.nii": (lambda p: p.write_bytes(b""), "the file is empty"),
     "text.nii": (not_gzip, "not a NIfTI"),
     "text.nii.gz": (not_gzip, "not a NIfTI"),
     "other_format.mgz": (lambda p: save_as(p, nib.MGHImage(image_array(), AFFINE)), "not a NIfTI.*MGHImage"),
@@ -137,7 +137,7 @@ BAD_FILES = {
     "zero_spacing.nii": (lambda p: save_raw_spacing(p, (0.75, 0, 2.5)), r"voxel spacing \[0.75, 0.0, 2.5\]"),
     "nan_spacing.nii": (lambda p: save_raw_spacing(p, (0.75, np.nan, 2.5)), "voxel spacing"),
     "singular.nii.gz": (save_singular, "affine is singular"),
-    "sheared.nii.gz": (save_sheared, r"affine is sheared: two of its axes are 2\.9° off a right angle"),
+    "sheared.nii.gz": (save_sheared, r"affine is sheared: two axes are 2\.9° off a right angle"),
     "complex.nii": (lambda p: save(p, image_array().astype(np.complex64)), "complex64 are not grey values"),
     "colours.nii": (rgb, "not grey values"),
     "missing.nii.gz": (lambda p: None, "no such file"),
@@ -157,11 +157,11 @@ def test_a_file_that_cannot_be_used_is_refused_by_name(tmp_path, name, read):
 
 
 def test_damaged_compressed_data_is_refused(tmp_path):
-    """A flipped byte that still decompresses shows only in gzip's checksum."""
+    """If the data still decompress, only the checksum of gzip reveals a flipped byte."""
     path = save(tmp_path / "a.nii.gz", image_array(shape=(24, 24, 8)))
     intact = path.read_bytes()
-    for place in range(800, len(intact) - 100, 97):
-        path.write_bytes(intact[:place] + bytes([intact[place] ^ 1]) + intact[place + 1 :])
+    for i in range(800, len(intact) - 100, 97):
+        path.write_bytes(intact[:i] + bytes([intact[i] ^ 1]) + intact[i + 1 :])
         with pytest.raises(InputError, match="truncated or damaged"):
             read_image(path)
 
@@ -169,26 +169,26 @@ def test_damaged_compressed_data_is_refused(tmp_path):
 @pytest.mark.parametrize("value", [0, 7])
 def test_a_constant_image_is_refused_and_a_constant_mask_is_not(tmp_path, value):
     path = save(tmp_path / "a.nii.gz", np.full(SHAPE, value, np.int16))
-    with pytest.raises(InputError, match=f"^{path}: every voxel is {value};"):
+    with pytest.raises(InputError, match=f"^{path}: every voxel is {value}\\."):
         read_image(path)
     assert (read_mask(path).array == value).all()
 
 
-def test_a_mask_holds_whole_numbers(tmp_path):
+def test_a_mask_with_fractional_values_is_refused(tmp_path):
     path = save(tmp_path / "m.nii.gz", mask_array().astype(np.float32) / 2)
-    with pytest.raises(InputError, match=rf"^{path}: has values that are no labels"):
+    with pytest.raises(InputError, match=f"^{path}: holds values that are not labels"):
         read_mask(path)
 
 
 @pytest.mark.parametrize(("value", "dtype"), [(1e12, "f4"), (-1e12, "f4"), (4e9, "u4"), (2**40, "i8")])
 @pytest.mark.filterwarnings("error")
-def test_a_mask_value_beyond_32_bits_is_refused_not_wrapped(tmp_path, value, dtype):
+def test_a_mask_value_that_overflows_is_refused(tmp_path, value, dtype):
     path = save(tmp_path / "m.nii", mask_array().astype(dtype) * np.dtype(dtype).type(value))
-    with pytest.raises(InputError, match=f"^{path}: has values"):
+    with pytest.raises(InputError, match=f"^{path}: holds values that are not labels"):
         read_mask(path)
 
 
-# --- one grid or two -------------------------------------------------------------------------------------------------
+# --- grids -----------------------------------------------------------------------------------------------------------
 
 
 def volume(affine, shape=(3, 5, 7), name="a.nii"):
@@ -205,7 +205,7 @@ def test_grids_may_differ_by_a_tenth_of_the_smallest_voxel_side(shift, same, axi
     assert same_grid(volume(moved), volume(affine)) is same
 
 
-def test_the_far_corner_counts_too():
+def test_grids_that_differ_only_in_the_last_corner_are_different():
     affine = np.diag([1.0, 1.0, 1.0, 1.0])
     stretched = np.diag([1.0, 1.0, 1.016, 1.0])  # the last of 7 voxels lies 0.096 off
     further = np.diag([1.0, 1.0, 1.017, 1.0])  # 0.102
@@ -213,8 +213,8 @@ def test_the_far_corner_counts_too():
     assert not same_grid(volume(affine), volume(further))
 
 
-def test_the_first_corner_counts_too():
-    """Two grids that meet in the last voxel of every axis, and lie 0.12 apart in the first."""
+def test_grids_that_differ_only_in_the_first_corner_are_different():
+    """They coincide in the last voxel of every axis, and are 0.12 voxels apart in the first."""
     affine, shape = np.diag([1.0, 1.0, 1.0, 1.0]), (3, 5, 7)
     stretched = np.diag([1.0, 1.0, 1.02, 1.0])
     stretched[2, 3] = -0.02 * 6
@@ -222,7 +222,7 @@ def test_the_first_corner_counts_too():
 
 
 @pytest.mark.parametrize(("side", "same"), [(0.5, False), (2.0, True)])
-def test_a_tenth_of_a_voxel_is_less_where_voxels_are_small(side, same):
+def test_the_tolerance_is_relative_to_the_voxel_size(side, same):
     affine = np.diag([side, side, side, 1.0])
     moved = affine.copy()
     moved[0, 3] = 0.08
@@ -230,19 +230,19 @@ def test_a_tenth_of_a_voxel_is_less_where_voxels_are_small(side, same):
 
 
 def test_a_mask_on_another_grid_is_refused_with_the_difference():
-    with pytest.raises(InputError, match=r"^m: not on the grid of i \(shape \(3, 5, 7\) against \(3, 5, 6\)\)"):
+    with pytest.raises(InputError, match=r"^m: not on the grid of i \(shape \(3, 5, 7\) instead of \(3, 5, 6\)\)"):
         require_same_grid(volume(AFFINE, name="m"), volume(AFFINE, (3, 5, 6), "i"))
-    with pytest.raises(InputError, match=r"^m: not on the grid of i \(same shape, but another affine\)"):
+    with pytest.raises(InputError, match=r"^m: not on the grid of i \(same shape, different affine\)"):
         require_same_grid(volume(AFFINE, name="m"), volume(np.eye(4), name="i"))
     require_same_grid(volume(AFFINE), volume(AFFINE))
 
 
-def test_the_hash_of_a_scan_is_of_its_voxels_and_shape_wherever_they_lie():
+def test_the_hash_of_a_scan_depends_on_voxels_and_shape_but_not_on_memory_order():
     array = image_array()
-    by_hash = hashlib.sha256(b"(16, 14, 4)" + array.tobytes()).hexdigest()
-    assert voxels_sha256(array) == voxels_sha256(np.asfortranarray(array)) == by_hash
-    assert voxels_sha256(array.reshape(14, 16, 4)) != by_hash
-    assert voxels_sha256(array + 1) != by_hash
+    expected = hashlib.sha256(b"(16, 14, 4)" + array.tobytes()).hexdigest()
+    assert hash_voxels(array) == hash_voxels(np.asfortranarray(array)) == expected
+    assert hash_voxels(array.reshape(14, 16, 4)) != expected
+    assert hash_voxels(array + 1) != expected
 
 
 # --- slices ----------------------------------------------------------------------------------------------------------
@@ -255,7 +255,7 @@ ORIENTATIONS = [
 
 
 def oblique(spacing=(0.7, 0.8, 2.5)):
-    """Axes turned by about 20 degrees about each direction in turn, so that none lies along a world axis."""
+    """Axes rotated by about 20 degrees around each direction, so that none lies along a world axis."""
     turn = np.eye(3)
     for i, j in ((0, 1), (1, 2), (2, 0)):
         single = np.eye(3)
@@ -285,7 +285,7 @@ def test_slices_do_not_depend_on_the_stored_orientation(orientation, affine):
     np.testing.assert_array_equal(from_slices(with_classes, geometry), np.stack([array, array + 100], axis=-1))
 
 
-def test_all_orientations_are_tried():
+def test_all_48_orientations_are_tested():
     assert len({str(orientation) for orientation in ORIENTATIONS}) == 48
 
 
@@ -298,7 +298,7 @@ def test_all_orientations_are_tried():
         ((1, 1, 1), "head-foot"),
         ((1, 2.5, 2.5), "head-foot"),
         ((2.5, 1, 2.5), "head-foot"),
-        ((1.0005, 1, 1), "head-foot"),  # the rounding of a header, no coarser
+        ((1.0005, 1, 1), "head-foot"),  # differs only by rounding in the header
         ((1.002, 1, 1), "left-right"),
     ],
 )
@@ -321,13 +321,13 @@ def test_an_oblique_axis_is_named_by_the_direction_it_comes_closest_to():
 
 @pytest.mark.parametrize(
     ("spacing", "shape", "first", "last"),
-    [  # slice, row, column of the corner that lies right, anterior, superior; and of left, posterior, inferior
+    [  # slice, row, column of the right anterior superior corner, and of the left posterior inferior corner
         ((1, 1, 2), (3, 4, 5), (0, 0, 0), (4, 3, 2)),  # axial: rows to posterior, columns to the patient's left
         ((1, 2, 1), (3, 4, 5), (0, 0, 0), (3, 4, 2)),  # coronal: rows to the feet, columns to the patient's left
         ((2, 1, 1), (3, 4, 5), (0, 0, 0), (2, 4, 3)),  # sagittal: rows to the feet, columns to posterior
     ],
 )
-def test_slices_are_seen_as_radiologists_see_them(spacing, shape, first, last):
+def test_slices_follow_the_radiological_convention(spacing, shape, first, last):
     affine = np.diag([*spacing, 1.0])  # RAS+: the last voxel of each axis lies right, anterior, superior
     scan = np.zeros(shape, int)
     scan[-1, -1, -1] = 1
@@ -346,7 +346,7 @@ GEOMETRY = (
 
 
 def scan_with_codes(path, qform_code, sform_code, image_class=nib.Nifti1Image, endianness="<"):
-    """An oblique scan with its own codes, units and description, and qform and sform a little apart."""
+    """Write an oblique scan with codes and units, whose qform and sform differ slightly; return the path."""
     header = image_class.header_class(endianness=endianness)
     header.set_data_dtype(np.dtype(np.int16).newbyteorder(endianness))
     image = image_class(image_array(), None, header)
@@ -363,7 +363,7 @@ def scan_with_codes(path, qform_code, sform_code, image_class=nib.Nifti1Image, e
 @pytest.mark.parametrize("image_class", [nib.Nifti1Image, nib.Nifti2Image])
 @pytest.mark.parametrize("endianness", "<>")
 @pytest.mark.parametrize("name", ["m.nii", "m.nii.gz"])
-def test_a_written_mask_keeps_the_geometry_of_its_scan_exactly(tmp_path, codes, image_class, endianness, name):
+def test_a_written_mask_has_exactly_the_geometry_of_its_scan(tmp_path, codes, image_class, endianness, name):
     scan = read_image(scan_with_codes(tmp_path / "scan.nii.gz", *codes, image_class, endianness))
     folder = tmp_path / "new" / "folder"
     write_volume(folder / name, mask_array(), scan)
@@ -377,12 +377,12 @@ def test_a_written_mask_keeps_the_geometry_of_its_scan_exactly(tmp_path, codes, 
     np.testing.assert_array_equal(written.header["pixdim"][:4], source.header["pixdim"][:4])
     assert written.header.get_zooms() == source.header.get_zooms()
     assert bytes(written.header["descrip"]) == bytes(source.header["descrip"])
-    assert written.header["cal_max"] == 0  # a viewer's window for grey values would hide a mask
+    assert written.header["cal_max"] == 0  # the grey value range of a scan would hide the mask in a viewer
     assert [path.name for path in folder.iterdir()] == [name]
 
 
 @pytest.mark.parametrize("classes", [(), (3,)], ids=["3D", "4D"])
-def test_probabilities_are_written_as_they_are(tmp_path, classes):
+def test_probabilities_are_written_unchanged(tmp_path, classes):
     scan = read_image(scan_with_codes(tmp_path / "scan.nii.gz", 1, 1))
     values = np.random.default_rng(0).random((*SHAPE, *classes), np.float32)
     write_volume(tmp_path / "p.nii.gz", values, scan)
@@ -409,7 +409,7 @@ def test_a_written_mask_replaces_an_older_one(tmp_path):
     assert read_mask(tmp_path / "m.nii.gz").array.max() == 3
 
 
-def test_a_folder_that_cannot_be_written_is_named_and_left_as_it_was(tmp_path):
+def test_a_folder_that_cannot_be_written_is_named_and_unchanged(tmp_path):
     scan = read_image(save(tmp_path / "scan.nii", image_array()))
     (tmp_path / "file").write_text("in the way")
     (tmp_path / "m.nii.gz").mkdir()

@@ -1,4 +1,4 @@
-"""python -m jaxla.evaluate from files to files, and its answers to mistakes."""
+"""python -m jaxla.evaluate: its output files, and its errors."""
 
 import csv
 import json
@@ -16,7 +16,7 @@ SHAPE = (16, 14, 8)
 
 
 def save(path, *boxes, values=(1, 2), affine=AFFINE, shape=SHAPE):
-    """A mask with boxes of (start, stop) along each axis."""
+    """Write a mask with boxes of (start, stop) along each axis."""
     array = np.zeros(shape, np.int16)
     for value, box in zip(values, boxes, strict=False):
         array[tuple(slice(*r) for r in box)] = value
@@ -29,7 +29,7 @@ BOX, HALF, OTHER = ((2, 6), (2, 6), (2, 6)), ((2, 6), (2, 6), (2, 4)), ((8, 12),
 
 @pytest.fixture
 def folders(tmp_path):
-    """Two cases of one class, one found by half and one missed; values as LAScarQS stores them."""
+    """Write two cases with one class and the mask values of LAScarQS; half of one is found, the other is missed."""
     for case, value in (("train_1", 255), ("train_2", 420)):
         save(tmp_path / "references" / f"{case}.nii.gz", BOX, values=[value])
     save(tmp_path / "predictions" / "train_1.nii.gz", HALF)
@@ -51,7 +51,7 @@ def read_csv(path):
         return list(csv.DictReader(file))
 
 
-def test_end_to_end(folders):
+def test_evaluation_writes_all_tables(folders):
     done = run(*options(folders, "--protocol=lascarqs2022"))
     assert (done.returncode, done.stderr) == (0, "")
     assert "one class: any value but 0 (found [1, 255, 420])" in done.stdout
@@ -75,7 +75,7 @@ def test_end_to_end(folders):
     assert [row["Casename"] for row in challenge] == ["train_1", "train_2"]
 
 
-def test_slices_lie_across_the_coarsest_axis(folders):
+def test_slices_lie_along_the_coarsest_axis(folders):
     main(options(folders, "--unit=slice", "--empty=skip"))
     summary = json.loads((folders / "out" / "summary.json").read_text())
     assert summary["dice"] == pytest.approx({"mean": 0.25, "sd": 0.46291, "n": 8, "unit": "slice"}, abs=1e-5)
@@ -83,7 +83,7 @@ def test_slices_lie_across_the_coarsest_axis(folders):
     assert len(read_csv(folders / "out" / "cases.csv")) == 16
 
 
-def test_several_classes_are_those_of_the_references(tmp_path, capsys):
+def test_several_classes_are_taken_from_the_references(tmp_path, capsys):
     save(tmp_path / "references" / "a.nii.gz", BOX, OTHER, values=(2, 5))
     save(tmp_path / "predictions" / "a.nii.gz", BOX, values=[2])
     main(options(tmp_path))
@@ -111,8 +111,8 @@ def test_references_may_be_a_data_set(tmp_path):
     ("labels", "classes"), [("a:2;background:5", {"a": 1}), ("a:2,5", {"a": 2 / 3}), ("a:5;b:2", {"a": 0, "b": 1})]
 )
 @pytest.mark.parametrize("images", [True, False], ids=["a data set", "masks alone"])
-def test_classes_are_those_that_training_was_told(tmp_path, labels, classes, images):
-    """References hold 2 and 5 in boxes of one size; the prediction, 2 where the 2 is."""
+def test_labels_are_understood_as_in_training(tmp_path, labels, classes, images):
+    """The reference holds 2 and 5 in boxes of the same size; the prediction holds the box of 2."""
     save(tmp_path / "references" / "a_mask.nii.gz", BOX, OTHER, values=(2, 5))
     if images:
         save(tmp_path / "references" / "a.nii.gz", BOX)
@@ -122,20 +122,20 @@ def test_classes_are_those_that_training_was_told(tmp_path, labels, classes, ima
     assert {name: values["dice"]["mean"] for name, values in summary["classes"].items()} == pytest.approx(classes)
 
 
-def test_values_that_references_hold_may_be_set_aside_but_not_what_a_prediction_alone_holds(tmp_path, caplog):
+def test_background_rest_ignores_values_of_references_but_not_of_predictions_alone(tmp_path, caplog):
     save(tmp_path / "references" / "a.nii.gz", BOX, OTHER, values=(1, 7))
     save(tmp_path / "predictions" / "a.nii.gz", BOX, OTHER, values=(1, 7))
-    told = "--data.labels=hippocampus:1;background:rest"
+    labels = "--data.labels=hippocampus:1;background:rest"
     with caplog.at_level("INFO", "jaxla"):
-        main(options(tmp_path, told))
+        main(options(tmp_path, labels))
     assert "classes: hippocampus: 1; all other values are background" in caplog.text
     assert json.loads((tmp_path / "out" / "summary.json").read_text())["dice"]["mean"] == 1
     save(tmp_path / "predictions" / "a.nii.gz", BOX, values=[255])
-    with pytest.raises(InputError, match=r"predictions/a.nii.gz: has the values \[255\], but the classes are hippoc"):
-        main([*options(tmp_path, told), f"--output={tmp_path / 'again'}"])
+    with pytest.raises(InputError, match=r"predictions/a.nii.gz: label values 255 are not among the classes \(hippoc"):
+        main([*options(tmp_path, labels), f"--output={tmp_path / 'again'}"])
 
 
-def test_predictions_of_other_cases_than_those_asked_for_are_left_out_and_counted(folders, caplog):
+def test_predictions_of_cases_outside_the_split_are_ignored_and_counted(folders, caplog):
     (folders / "split.json").write_text('{"train": ["train_2"], "val": ["x"], "test": ["train_1"]}')
     with caplog.at_level("INFO", "jaxla"):
         main(options(folders, f"--cases={folders / 'split.json'}"))
@@ -143,7 +143,7 @@ def test_predictions_of_other_cases_than_those_asked_for_are_left_out_and_counte
     assert "split.json: 1 prediction of other cases not scored" in caplog.text
 
 
-def test_a_mistake_is_one_line_and_leaves_nothing(folders):
+def test_an_error_is_one_line_and_leaves_nothing(folders):
     save(folders / "predictions" / "stray.nii.gz")
     done = run(*options(folders))
     assert done.returncode == 2
@@ -160,7 +160,7 @@ def two_masks_of_one_case(folder):
 
 
 @pytest.mark.parametrize(
-    ("break_it", "more", "message"),
+    ("change", "more", "message"),
     [
         (
             lambda f: (f / "predictions" / "train_2.nii").unlink(),
@@ -170,40 +170,44 @@ def two_masks_of_one_case(folder):
         (
             lambda f: save(f / "predictions" / "train_2.nii.gz"),
             (),
-            "train_2.nii.gz: stands for the same case as train_2.nii; keep one of them",
+            "train_2.nii.gz: belongs to the same case as train_2.nii",
         ),
         (lambda f: save(f / "predictions" / "train_2.nii", shape=(4, 4, 4)), (), "train_2.nii: .*shape .*4, 4, 4"),
-        (lambda f: save(f / "predictions" / "train_2.nii", affine=np.eye(4)), (), "train_2.nii: .*another affine"),
-        (lambda f: save(f / "predictions" / "train_2.nii", BOX, OTHER), (), r"train_2.nii: has the values \[1, 2\]"),
+        (lambda f: save(f / "predictions" / "train_2.nii", affine=np.eye(4)), (), "train_2.nii: .*different affine"),
+        (
+            lambda f: save(f / "predictions" / "train_2.nii", BOX, OTHER),
+            (),
+            "train_2.nii: label values 1, 2 are not",
+        ),
         (lambda f: (f / "predictions" / "train_2.nii").write_bytes(b"text"), (), "train_2.nii: not a NIfTI"),
         (lambda f: (f / "out").mkdir(), (), "--output=.*exists"),
         (
             two_masks_of_one_case,
             (),
-            "train_1_seg.nii.gz: stands for the same case as train_1_mask.nii.gz; keep one of them",
+            "train_1_seg.nii.gz: belongs to the same case as train_1_mask.nii.gz",
         ),
         (lambda f: None, ("--unit=slice", "--protocol=lascarqs2022"), "--protocol=lascarqs2022"),
         (lambda f: None, ("--empty=skip", "--protocol=lascarqs2022"), "--protocol=lascarqs2022"),
         (lambda f: None, ("--unit=patient",), "--unit"),
-        (lambda f: None, ("--predictions=nowhere",), "--predictions=nowhere: no such folder"),
+        (lambda f: None, ("--predictions=nowhere",), "^predictions=nowhere: no such folder"),
     ],
 )
-def test_what_is_wrong_is_named(folders, break_it, more, message):
-    break_it(folders)
+def test_bad_input_is_named(folders, change, more, message):
+    change(folders)
     before = sorted(folders.rglob("*"))
     with pytest.raises(InputError, match=message):
         main(options(folders, *more))
     assert sorted(folders.rglob("*")) == before
 
 
-def test_an_image_is_not_taken_for_a_mask(folders):
+def test_an_image_instead_of_a_mask_is_refused(folders):
     noise = np.arange(np.prod(SHAPE), dtype=np.int16).reshape(SHAPE)
     nib.save(nib.Nifti1Image(noise, AFFINE), folders / "predictions" / "train_2.nii")
-    with pytest.raises(InputError, match="an image"):
+    with pytest.raises(InputError, match="so it is an image"):
         main(options(folders))
 
 
-def test_a_data_set_names_its_classes_and_its_masks_must_keep_to_them(tmp_path):
+def test_masks_of_a_data_set_may_hold_only_its_classes(tmp_path):
     root = tmp_path / "references"
     for folder in ("imagesTr", "labelsTr"):
         save(root / folder / "a.nii.gz", BOX, OTHER)
@@ -213,17 +217,17 @@ def test_a_data_set_names_its_classes_and_its_masks_must_keep_to_them(tmp_path):
     summary = json.loads((tmp_path / "out" / "summary.json").read_text())
     assert {name: values["dice"]["mean"] for name, values in summary["classes"].items()} == {"front": 1, "back": 0}
     save(root / "labelsTr" / "a.nii.gz", BOX, OTHER, values=(1, 7))
-    with pytest.raises(InputError, match=r"labelsTr/a.nii.gz: has the values \[7\]"):
+    with pytest.raises(InputError, match=r"labelsTr/a.nii.gz: label values 7 are not"):
         main([*options(tmp_path), f"--output={tmp_path / 'again'}"])
 
 
-def test_the_challenge_knows_one_class(tmp_path):
+def test_the_challenge_table_needs_one_class(tmp_path):
     save(tmp_path / "references" / "a.nii.gz", BOX, OTHER)
     save(tmp_path / "predictions" / "a.nii.gz", BOX, OTHER)
     with pytest.raises(InputError, match="one class"):
         main(options(tmp_path, "--protocol=lascarqs2022"))
 
 
-def test_an_option_that_is_missing_is_named():
+def test_a_missing_option_is_named():
     with pytest.raises(InputError, match="predictions"):
         main([])

@@ -1,4 +1,4 @@
-"""Metrics of one unit: against hand-computed numbers, against MONAI and SimpleITK, and by what they must fulfil."""
+"""Metrics of one unit, compared with hand-computed numbers, MONAI and SimpleITK, and checked for their properties."""
 
 import warnings
 
@@ -14,7 +14,7 @@ from jaxla.evaluation.metrics import COLUMNS, METRICS, score
 
 OVERLAPS = ("dice", "iou", "precision", "recall", "nsd_1mm", "nsd_2mm")
 DISTANCES = ("hd_mm", "hd95_mm", "assd_mm")
-ALL = (*OVERLAPS, *DISTANCES)
+ALL_METRICS = (*OVERLAPS, *DISTANCES)
 
 
 def block(shape, *ranges):
@@ -23,9 +23,9 @@ def block(shape, *ranges):
     return mask
 
 
-def blob(rng, shape, share=0.15):
+def blob(rng, shape, fraction=0.15):
     field = gaussian_filter(rng.standard_normal(shape), 2.0)
-    return field > np.quantile(field, 1 - share)
+    return field > np.quantile(field, 1 - fraction)
 
 
 FULL, NONE = np.ones((3, 4), bool), np.zeros((3, 4), bool)
@@ -34,12 +34,12 @@ FULL, NONE = np.ones((3, 4), bool), np.zeros((3, 4), bool)
 @pytest.mark.parametrize(
     ("prediction", "reference", "spacing", "dice", "iou", "hd", "hd95", "assd"),
     [
-        # the same; nothing in both; nothing in one of them: the diagonal of 3 × 1 and 4 × 1 mm
+        # equal masks; two empty masks; one empty mask: the diagonal of 3 mm and 4 mm
         (FULL, FULL, (1, 1), 1, 1, 0, 0, 0),
         (NONE, NONE, (1, 1), 1, 1, 0, 0, 0),
         (NONE, FULL, (1, 1), 0, 0, 5, 5, 5),
         (FULL, NONE, (1, 1), 0, 0, 5, 5, 5),
-        # a voxel and another, two slices of 2.5 mm above it
+        # two voxels, two slices of 2.5 mm apart
         (
             block((5, 3, 3), (1, 2), (1, 2), (1, 2)),
             block((5, 3, 3), (3, 4), (1, 2), (1, 2)),
@@ -50,19 +50,19 @@ FULL, NONE = np.ones((3, 4), bool), np.zeros((3, 4), bool)
             5,
             5,
         ),
-        # a pixel, and it with both neighbours, 2 mm away: 0 one way; 2, 0, 2 the other
+        # a pixel, and the same pixel with two neighbours at 2 mm: distances 0; and 2, 0, 2
         (block((3, 5), (1, 2), (2, 3)), block((3, 5), (1, 2), (1, 4)), (1, 2), 1 / 2, 1 / 3, 2, 2, 1),
-        # all of the array, and all but its last column: 7 border pixels at 0 and 3 at 0.5 mm; 7 at 0 and 1 at 0.5 mm
+        # the full array, and without its last column: distances 7 × 0 and 3 × 0.5 mm; and 7 × 0 and 1 × 0.5 mm
         (FULL, block((3, 4), (0, 3), (0, 3)), (1, 0.5), 18 / 21, 9 / 12, 0.5, 0.5, 2 / 18),
     ],
 )
-def test_cases_by_hand(prediction, reference, spacing, dice, iou, hd, hd95, assd):
+def test_small_masks_by_hand(prediction, reference, spacing, dice, iou, hd, hd95, assd):
     values = score(prediction, reference, spacing)
     named = {"dice": dice, "iou": iou, "hd_mm": hd, "hd95_mm": hd95, "assd_mm": assd}
     assert {metric: values[metric] for metric in named} == pytest.approx(named, rel=1e-12)
 
 
-def test_single_voxels_apart_by_hand():
+def test_two_single_voxels_by_hand():
     a, b = block((8, 9, 10), (1, 2), (1, 2), (1, 2)), block((8, 9, 10), (4, 5), (1, 2), (3, 4))
     values = score(a, b, (1.0, 0.5, 2.0))
     # 3 voxels of 1 mm and 2 voxels of 2 mm apart: 5 mm
@@ -73,7 +73,7 @@ def test_single_voxels_apart_by_hand():
 
 
 def test_shifted_cubes_by_hand():
-    # two cubes of 4³ voxels, the prediction one voxel further along the axis of 1.5 mm
+    # two cubes of 4³ voxels, the prediction shifted by one voxel along the axis with 1.5 mm
     reference = block((12, 12, 12), (3, 7), (3, 7), (3, 7))
     prediction = block((12, 12, 12), (4, 8), (3, 7), (3, 7))
     values = score(prediction, reference, (1.5, 1.0, 1.0))
@@ -81,8 +81,8 @@ def test_shifted_cubes_by_hand():
     assert values["iou"] == pytest.approx(48 / 80)
     assert values["precision"] == values["recall"] == pytest.approx(48 / 64)
     assert values["volume_ml"] == pytest.approx(64 * 1.5 / 1000)
-    # The border of a 4³ cube has 64 - 8 voxels. The prediction's: 12 rim voxels in each of the planes x = 4, 5, 6, all
-    # on the reference's border; the inner 4 of x = 4, 1 mm from that rim; and the 16 of x = 7, 1.5 mm from x = 6.
+    # The border of a 4³ cube has 64 - 8 voxels. In the prediction, 12 rim voxels in each of the planes x = 4, 5, 6 lie
+    # on the border of the reference, the inner 4 of x = 4 are 1 mm from it, and the 16 of x = 7 are 1.5 mm from x = 6.
     directed = np.array([0.0] * 36 + [1.0] * 4 + [1.5] * 16)
     assert values["hd_mm"] == pytest.approx(1.5)
     assert values["hd95_mm"] == pytest.approx(1.5)
@@ -91,8 +91,8 @@ def test_shifted_cubes_by_hand():
     assert values["nsd_2mm"] == 1
 
 
-def test_hd95_is_the_larger_directed_percentile_not_the_pooled_one():
-    # reference: a line of 20; prediction: the same line and one stray pixel. Only the way from the prediction sees it.
+def test_hd95_is_the_larger_directed_percentile_not_the_pooled_percentile():
+    # The prediction has a stray pixel besides the line of the reference; only distances from the prediction include it.
     reference = block((4, 60), (1, 2), (0, 19))
     prediction = reference | block((4, 60), (1, 2), (58, 59))
     values = score(prediction, reference, (1.0, 1.0))
@@ -103,8 +103,8 @@ def test_hd95_is_the_larger_directed_percentile_not_the_pooled_one():
 
 
 @pytest.mark.parametrize("dtype", [np.uint8, np.int32, np.float32])
-def test_whatever_is_not_zero_is_the_structure(dtype):
-    """4 and 3 have no bit in common, and yet both are not zero."""
+def test_any_non_zero_value_is_foreground(dtype):
+    """4 and 3 have no bit in common."""
     prediction, reference = blob(np.random.default_rng(0), (9, 12, 11)), blob(np.random.default_rng(1), (9, 12, 11))
     expected = score(prediction, reference, (2, 1, 1))
     assert score(prediction.astype(dtype) * 4, reference.astype(dtype) * 3, (2, 1, 1)) == expected
@@ -117,14 +117,14 @@ def test_slices_are_measured_in_square_millimetres():
     assert set(values) <= set(COLUMNS)
 
 
-def test_a_mask_that_touches_the_array_border_has_its_surface_there():
+def test_a_mask_has_a_border_where_it_touches_the_end_of_the_array():
     full = np.ones((5, 5, 5), bool)
     values = score(full, block((5, 5, 5), (0, 5), (0, 5), (0, 4)), (1, 1, 1))
-    assert values["hd_mm"] == 1  # the last plane against the plane before it
+    assert values["hd_mm"] == 1  # from the last plane to the plane before it
 
 
-def several(rng, shape):
-    """Pairs of masks: random, one within the other, one voxel, two at opposite corners, touching the array's border."""
+def mask_pairs(rng, shape):
+    """Yield pairs of masks: random, one inside the other, single voxels, opposite corners, the full array."""
     for _ in range(10):
         prediction, reference = blob(rng, shape), blob(rng, shape)
         within = prediction & reference
@@ -155,7 +155,9 @@ def with_monai(prediction, reference, spacing):
 def with_simpleitk(prediction, reference, spacing):
     images = []
     for mask in (prediction, reference):
-        image = sitk.GetImageFromArray(np.pad(mask, 1).astype(np.uint8))  # its contours end at the array's border
+        image = sitk.GetImageFromArray(
+            np.pad(mask, 1).astype(np.uint8)
+        )  # SimpleITK has no contour at the end of the array
         image.SetSpacing([float(mm) for mm in spacing[::-1]])
         images.append(image)
     overlap = sitk.LabelOverlapMeasuresImageFilter()
@@ -179,25 +181,25 @@ def with_simpleitk(prediction, reference, spacing):
     }
 
 
-# What is left is float32, theirs: measured against MONAI 7e-7 for HD95, whose percentile it interpolates, and 2e-7 for
-# the rest.
+# The differences come from float32 in the other packages: measured with MONAI 7e-7 for HD95, whose percentile it
+# interpolates, and 2e-7 for the other metrics.
 @pytest.mark.parametrize(
     ("shape", "spacing"),
     [((24, 20, 16), (1, 1, 1)), ((24, 20, 16), (0.625, 0.7, 2.5)), ((32, 28), (0.8, 1.3)), ((20, 31), (0.625, 0.625))],
 )
-@pytest.mark.parametrize("other", [with_monai, with_simpleitk])
-def test_agrees_with_other_packages(other, shape, spacing):
+@pytest.mark.parametrize("compute", [with_monai, with_simpleitk])
+def test_metrics_agree_with_other_packages(compute, shape, spacing):
     worst = {}
-    for prediction, reference in several(np.random.default_rng(0), shape):
+    for prediction, reference in mask_pairs(np.random.default_rng(0), shape):
         ours = score(prediction, reference, spacing)
-        for metric, value in other(prediction, reference, spacing).items():
+        for metric, value in compute(prediction, reference, spacing).items():
             worst[metric] = max(worst.get(metric, 0.0), abs(ours[metric] - value) / max(1.0, value))
     assert len(worst) == 7
     assert worst.pop("hd95_mm") < 2e-6, worst
     assert max(worst.values()) < 4e-7, worst
 
 
-def test_identity_and_symmetry():
+def test_equal_masks_are_perfect_and_metrics_are_symmetric():
     rng = np.random.default_rng(1)
     a, b = blob(rng, (20, 18, 12)), blob(rng, (20, 18, 12))
     spacing = (0.6, 0.9, 2.0)
@@ -211,7 +213,7 @@ def test_identity_and_symmetry():
     assert forth["volume_ml"] == back["reference_volume_ml"]
 
 
-def test_nothing_changes_when_both_masks_move():
+def test_metrics_do_not_change_when_both_masks_move():
     rng = np.random.default_rng(2)
     a, b = (np.pad(blob(rng, (12, 12, 12)), 6) for _ in range(2))
     moved = score(np.roll(a, (3, -4, 5), (0, 1, 2)), np.roll(b, (3, -4, 5), (0, 1, 2)), (0.6, 0.9, 2.0))
@@ -244,8 +246,8 @@ def test_a_distance_equal_to_the_tolerance_is_within_it():
 @pytest.mark.parametrize("empty", ["one", "zero", "skip"])
 def test_a_missed_structure_is_the_worst_under_every_policy(empty):
     shape, spacing = (10, 20, 30), (1.0, 0.5, 0.2)
-    there, nothing = block(shape, (4, 6), (4, 6), (4, 6)), np.zeros(shape, bool)
-    missed = score(nothing, there, spacing, empty)
+    box, nothing = block(shape, (4, 6), (4, 6), (4, 6)), np.zeros(shape, bool)
+    missed = score(nothing, box, spacing, empty)
     diagonal = (10**2 + 10**2 + 6**2) ** 0.5  # of the array, not of the box around the mask
     assert [missed[metric] for metric in OVERLAPS] == [0] * len(OVERLAPS)
     assert [missed[metric] for metric in DISTANCES] == pytest.approx([diagonal] * 3)
@@ -253,21 +255,21 @@ def test_a_missed_structure_is_the_worst_under_every_policy(empty):
     assert missed["reference_volume_ml"] > 0
 
 
-def test_every_metric_is_tried_here():
-    assert tuple(METRICS) == ALL
+def test_all_metrics_are_tested_here():
+    assert tuple(METRICS) == ALL_METRICS
 
 
-def test_policies_for_an_empty_reference():
+def test_each_policy_for_an_empty_reference():
     shape, spacing = (3, 4), (1.0, 1.0)
-    something, nothing = block(shape, (1, 2), (1, 2)), np.zeros(shape, bool)
+    pixel, nothing = block(shape, (1, 2), (1, 2)), np.zeros(shape, bool)
     perfect, worst = [1] * len(OVERLAPS) + [0] * 3, [0] * len(OVERLAPS) + [5] * 3
-    expected = {"one": (perfect, worst), "zero": (worst, worst), "skip": ([None] * len(ALL),) * 2}
-    for empty, (both_empty, invented) in expected.items():
-        assert [score(nothing, nothing, spacing, empty)[m] for m in ALL] == both_empty
-        assert [score(something, nothing, spacing, empty)[m] for m in ALL] == invented
+    expected = {"one": (perfect, worst), "zero": (worst, worst), "skip": ([None] * len(ALL_METRICS),) * 2}
+    for empty, (both_empty, false_positive) in expected.items():
+        assert [score(nothing, nothing, spacing, empty)[m] for m in ALL_METRICS] == both_empty
+        assert [score(pixel, nothing, spacing, empty)[m] for m in ALL_METRICS] == false_positive
 
 
-def test_no_value_is_ever_nan_and_no_distance_exceeds_that_of_a_miss():
+def test_all_values_are_finite_and_no_distance_exceeds_the_diagonal():
     rng = np.random.default_rng(5)
     for _ in range(100):
         shape = tuple(rng.integers(1, 6, size=3))
@@ -277,11 +279,11 @@ def test_no_value_is_ever_nan_and_no_distance_exceeds_that_of_a_miss():
         assert all(values[metric] <= np.linalg.norm(np.multiply(shape, (0.5, 1.0, 2.0))) for metric in DISTANCES)
 
 
-def test_what_cannot_be_scored_is_refused():
+def test_masks_that_cannot_be_scored_are_refused():
     mask = np.zeros((3, 3, 3), bool)
     with pytest.raises(InputError, match="shape"):
         score(mask, mask[:2], (1, 1, 1))
     with pytest.raises(InputError, match="axes"):
         score(mask, mask, (1, 1))
-    with pytest.raises(InputError, match=r"'none'; choose one of one, zero, skip$"):
+    with pytest.raises(InputError, match=r"^empty='none': unknown policy\. Use one of one, zero, skip\.$"):
         score(mask, mask, (1, 1, 1), empty="none")

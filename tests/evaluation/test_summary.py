@@ -1,4 +1,4 @@
-"""Rows of cases and their means: what a number is the mean of, and that a miss always counts."""
+"""Rows of cases and their means: over which units, and that a missed structure always counts."""
 
 import csv
 import json
@@ -9,9 +9,9 @@ import pytest
 
 from jaxla.config import InputError
 from jaxla.evaluation.summary import (
+    format_summary,
     score_case,
     summarise,
-    summary_table,
     write_cases,
     write_lascarqs2022,
     write_summary,
@@ -21,7 +21,7 @@ SPACING = (1.0, 1.0, 2.0)
 
 
 def labels(**boxes):
-    """A volume [8, 8, 6] with box `a` as class 1 and box `b` as class 2: (start, stop) along each axis."""
+    """Return a volume [8, 8, 6] with box `a` as class 1 and box `b` as class 2: (start, stop) along each axis."""
     volume = np.zeros((8, 8, 6), np.uint8)
     for value, name in enumerate("ab", start=1):
         if name in boxes:
@@ -39,7 +39,7 @@ def test_classes_are_averaged_within_a_case_before_cases():
     rows += score_case("two", labels(a=A_HALF), reference, SPACING, ["a", "b"])
     assert [(row["case"], row["class"]) for row in rows] == [("one", "a"), ("one", "b"), ("two", "a"), ("two", "b")]
     summary = summarise(rows, "volume", "one", ["a", "b"])
-    second = (2 / 3 + 0) / 2  # half of a found; b missed
+    second = (2 / 3 + 0) / 2  # half of a is found, b is missed
     assert summary["dice"] == pytest.approx(
         {"mean": (1 + second) / 2, "sd": stdev([1, second]), "n": 2, "unit": "volume"}
     )
@@ -49,7 +49,7 @@ def test_classes_are_averaged_within_a_case_before_cases():
 
 
 @pytest.mark.parametrize("empty", ["one", "zero", "skip"])
-def test_a_miss_lowers_the_mean_under_every_policy(empty):
+def test_a_missed_structure_lowers_the_mean_under_every_policy(empty):
     found = score_case("found", labels(a=A_HALF), labels(a=A), SPACING, ["a"], empty=empty)
     missed = score_case("missed", labels(), labels(a=A), SPACING, ["a"], empty=empty)
     without, with_miss = (summarise(rows, "volume", empty, ["a"]) for rows in (found, found + missed))
@@ -61,8 +61,8 @@ def test_a_miss_lowers_the_mean_under_every_policy(empty):
     assert with_miss["skipped"] == {"units": 0, "rows": 0}
 
 
-def test_the_same_masks_have_one_dice_per_unit_and_policy():
-    """Ten slices: LA in five of them, four found whole and the fifth missed; nothing invented elsewhere."""
+def test_dice_of_the_same_masks_depends_on_unit_and_policy():
+    """Ten slices, five with LA: four are segmented perfectly, one is missed; there are no false positives."""
     reference = np.zeros((10, 6, 6), np.uint8)
     reference[:5, 1:5, 1:5] = 1
     prediction = reference.copy()
@@ -79,14 +79,14 @@ def test_the_same_masks_have_one_dice_per_unit_and_policy():
     assert dice("slice", "skip") == pytest.approx((4 / 5, 5, 5))
 
 
-def test_slices_lie_along_the_first_axis_and_are_measured_by_the_spacing_of_the_other_two():
+def test_slices_lie_along_the_first_axis_and_use_the_spacing_of_the_last_two():
     reference = labels(a=A)
     rows = score_case("case", reference, reference, (5.0, 1.0, 2.0), ["a", "b"], unit="slice")
     assert [(row["slice"], row["class"]) for row in rows] == [(i, c) for i in range(8) for c in "ab"]
     assert [row["reference_area_mm2"] for row in rows if row["class"] == "a"] == 4 * [4 * 4 * 2] + 4 * [0]
 
 
-def test_skip_leaves_out_classes_and_units_and_says_so():
+def test_skip_leaves_out_classes_and_units_and_counts_them():
     rows = score_case("both", labels(a=A), labels(a=A), SPACING, ["a", "b"], empty="skip")  # has no b
     rows += score_case("none", labels(a=A), labels(), SPACING, ["a", "b"], empty="skip")
     summary = summarise(rows, "volume", "skip", ["a", "b"])
@@ -95,7 +95,7 @@ def test_skip_leaves_out_classes_and_units_and_says_so():
     assert summary["skipped"] == {"units": 1, "rows": 3}
 
 
-def test_a_summary_is_json_and_says_what_its_numbers_mean(tmp_path):
+def test_a_summary_is_json_with_definitions_of_its_metrics(tmp_path):
     rows = score_case("case", labels(a=A_HALF), labels(a=A), SPACING, ["a"])
     summary = summarise(rows, "volume", "one", ["a"])
     write_summary(summary, tmp_path / "summary.json")
@@ -109,7 +109,7 @@ def test_a_summary_is_json_and_says_what_its_numbers_mean(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["summary.json"]
 
 
-def test_a_table_that_cannot_be_written_leaves_the_old_one(tmp_path):
+def test_a_failed_write_keeps_the_old_file(tmp_path):
     path = tmp_path / "summary.json"
     path.write_text("old")
     with pytest.raises(ValueError, match="JSON"):
@@ -118,7 +118,7 @@ def test_a_table_that_cannot_be_written_leaves_the_old_one(tmp_path):
     assert list(tmp_path.iterdir()) == [path]
 
 
-def test_cases_csv_keeps_further_columns_and_leaves_skipped_cells_empty(tmp_path):
+def test_cases_csv_has_further_columns_and_empty_cells_for_skipped_rows(tmp_path):
     rows = score_case("x", labels(a=A), labels(a=A), SPACING, ["a", "b"], empty="skip")
     rows = [{**row, "atlas_dice": 0.5} for row in rows]
     write_cases(rows, tmp_path / "cases.csv")
@@ -137,7 +137,7 @@ def test_cases_csv_has_a_slice_column_for_slices_only(tmp_path):
     assert header.endswith(",area_mm2,reference_area_mm2")
 
 
-def test_the_challenge_table(tmp_path):
+def test_the_challenge_table_has_the_columns_of_lascarqs2022(tmp_path):
     rows = score_case("train_1", labels(a=A_HALF), labels(a=A), SPACING, ["LA"])
     write_lascarqs2022(rows, tmp_path / "table.csv")
     header, line = (tmp_path / "table.csv").read_text().splitlines()
@@ -149,24 +149,24 @@ def test_the_challenge_table(tmp_path):
 
     several = score_case("x", labels(a=A), labels(a=A), SPACING, ["a", "b"])
     slices = score_case("x", labels(a=A), labels(a=A), SPACING, ["a"], unit="slice")
-    for unsuited in (several, slices):
-        with pytest.raises(InputError, match="lascarqs2022"):
-            write_lascarqs2022(unsuited, tmp_path / "never.csv")
+    for rows in (several, slices):
+        with pytest.raises(InputError, match="protocol=lascarqs2022"):
+            write_lascarqs2022(rows, tmp_path / "never.csv")
 
 
-def test_the_printed_table_names_unit_and_n():
+def test_the_printed_summary_names_unit_and_n():
     rows = score_case("x", labels(a=A), labels(a=A), SPACING, ["a", "b"])
-    lines = summary_table(summarise(rows, "volume", "one", ["a", "b"])).splitlines()
+    lines = format_summary(summarise(rows, "volume", "one", ["a", "b"])).splitlines()
     assert lines[0].split() == ["metric", "mean", "sd", "n", "unit"]
     assert lines[1].split() == ["dice", "1.0000", "-", "1", "volume"]
     assert lines[-1].split() == ["dice", "of", "b", "1.0000", "-", "1", "volume"]
 
 
-def test_unknown_classes_shapes_and_nothing_at_all_are_refused():
+def test_unknown_classes_different_shapes_and_empty_summaries_are_refused():
     volume = labels(a=A, b=B)
-    with pytest.raises(InputError, match="case x: the prediction has values"):
+    with pytest.raises(InputError, match="case x: the prediction holds values"):
         score_case("x", volume, labels(), SPACING, ["a"])
-    with pytest.raises(InputError, match="case x: shapes"):
+    with pytest.raises(InputError, match="case x: the prediction has shape"):
         score_case("x", volume[:4], volume, SPACING, ["a", "b"])
-    with pytest.raises(InputError, match="nothing to summarise"):
+    with pytest.raises(InputError, match="no case was scored"):
         summarise([], "volume", "one", ["a"])
