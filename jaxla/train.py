@@ -25,7 +25,7 @@ from jaxla.cli.command_line import Options, parse_experiment, parse_names, requi
 from jaxla.cli.process import Stopped, run_command
 from jaxla.cli.terminal import plural, track
 from jaxla.config import Experiment, InputError, Method, unread_options
-from jaxla.data.cache import in_use
+from jaxla.data.cache import mark_cache_in_use
 from jaxla.data.dataset import PreparedData, prepare_data
 from jaxla.data.split import ALL_FOLDS, FOLDS
 from jaxla.distributed import (
@@ -139,7 +139,7 @@ def run(options: Options, command: str) -> None:
         if not weights_sha256:
             log.info("%s: no pretrained weights are used", network_words)
 
-        with in_use(options.cache_dir), use_devices(options.devices, options.shard_params):
+        with mark_cache_in_use(options.cache_dir), use_devices(options.devices, options.shard_params):
             environment_here = environment()
             installed = {**environment_here["versions"], "device": environment_here["device"]}
             require_same(installed, "Install the same packages on all hosts, with the same devices.")
@@ -147,7 +147,7 @@ def run(options: Options, command: str) -> None:
             require_same_content(data, weights_sha256)
             task = make_task(experiment, data)
             task.check_batch_size()
-            for volume in data.used:
+            for volume in data.used_volumes:
                 task.check_scan(volume.case.image, volume.shape[0])
             if options.dry_run:
                 print_forecast(experiment, network_words, data, task, options.cache_dir)
@@ -196,7 +196,7 @@ def check_session(options: Options, experiment: Experiment, folder: Path) -> Non
 
 def require_same_content(data: PreparedData, weights_sha256: str) -> None:
     """Raise an InputError unless all processes have the same scans, masks, split and weights."""
-    contents = {f"case {name}": sha256 for name, sha256 in data.cases.items()}
+    contents = {f"case {name}": sha256 for name, sha256 in data.content_keys.items()}
     contents |= {"--data.split": data.split.sha256, "--model.weights": weights_sha256 or "random"}
     require_same(contents, "Give all processes the same scans, masks, split and weights.")
 
@@ -269,13 +269,13 @@ def name_fold(fold: int) -> Iterator[None]:
 
 def log_what_is_seen(run: Run) -> None:
     """Log what the network sees of the scans."""
-    cut = [volume.id for volume in run.data.used if run.task.is_cut(volume.shape, volume.spacing)]
+    cut = [volume.id for volume in run.data.used_volumes if run.task.is_cut(volume.shape, volume.spacing)]
     if cut and is_first():
         log.warning(
             "%s with slices larger than the largest training slice (%.0f mm): the network sees their centre, and the "
             "rest becomes background: %s", plural(len(cut), "validation or test case"), run.task.extent, ", ".join(cut),
         )  # fmt: skip
-    if description := run.task.describe([volume.shape[0] for volume in run.data.used]):
+    if description := run.task.describe([volume.shape[0] for volume in run.data.used_volumes]):
         log.info("%s: %s", run.experiment.method.name, description)
 
 
@@ -321,11 +321,11 @@ def compute_features(run: Run, network: nnx.Module) -> Features | None:
     if not reason:
         with use_local_devices():
             cache = run.task.make_feature_cache(network, run.cache_dir)
-            arrays = cache.features(run.data.used, track)
+            arrays = cache.features(run.data.used_volumes, track)
         if arrays is None:
             reason = "The frozen backbone ran at every step: its features did not fit on the disk of the cache folder."
         else:
-            by_case = {volume.id: array for volume, array in zip(run.data.used, arrays, strict=True)}
+            by_case = {volume.id: array for volume, array in zip(run.data.used_volumes, arrays, strict=True)}
             features = Features(by_case, network.READS_IMAGES)
             reason = f"The frozen backbone's features were computed once per slice, in {cache.dtype.name}, and cached."
     if is_first():
@@ -390,8 +390,8 @@ def test_network(run: Run, features: Features | None, step_bytes: int) -> dict[s
     scores = score_test_cases(trained, run.data, segment_case, run.folder, **about)
     if scores is None:
         return None
-    deepest = max(volume.shape[0] for volume in run.data.of(run.data.split.train + run.data.split.val))
-    cost = measure_cost(trained, segment, run.data.of(run.data.split.test), step_bytes, deepest)
+    deepest = max(volume.shape[0] for volume in run.data.volumes_of(run.data.split.train + run.data.split.val))
+    cost = measure_cost(trained, segment, run.data.volumes_of(run.data.split.test), step_bytes, deepest)
     write_cost(cost, run.folder / COST)
     write_reports(run, trained, scores, asdict(cost))
     return scores.summary

@@ -69,7 +69,7 @@ class ArraySource:
 
     def order(self, seed: int) -> grain.MapDataset:
         """Return every image, in an order drawn anew in each pass."""
-        return grain.MapDataset.range(len(self)).seed(seed).shuffle().repeat(PASSES)
+        return grain.MapDataset.range(len(self)).seed(seed).shuffle().repeat(MAX_PASSES)
 
     def __getitem__(self, item: SupportsIndex) -> Batch:
         i = int(item)

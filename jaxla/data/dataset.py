@@ -8,7 +8,6 @@ import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
 
 from jaxla.cli.terminal import plural, track
 from jaxla.config import Data, Experiment, InputError, Preprocessing, option
@@ -27,14 +26,12 @@ class PreparedData:
 
     Attributes:
         volumes: by case id.
-        plan: nnU-Net's, for a network that is planned from the data.
         fold: of cross-validation.
     """
 
     dataset: Dataset
     volumes: Mapping[str, PreparedVolume]
     split: Split
-    plan: Any = None
     fold: str = ""
 
     def for_fold(self, fold: str, protocol: Data) -> PreparedData:

@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from jaxla.config import BackboneTraining, Experiment, InputError
-from jaxla.data.cases import HOW_TO_GET_DATA, RECOGNISED
+from jaxla.data.cases import RECOGNISED_LAYOUTS
 from jaxla.experiments import METHODS
 from jaxla.models.weights import weights_file
 from jaxla.models.weights_format import require_undamaged
@@ -23,7 +23,9 @@ def check_experiment(experiment: Experiment) -> Experiment:
     data, method = experiment.data, experiment.method
     if not data.root:
         raise InputError(
-            "--data.root", "missing", f"Give a folder in one of these layouts: {RECOGNISED}. {HOW_TO_GET_DATA}"
+            "--data.root",
+            "missing",
+            f"Give a folder in one of these layouts: {RECOGNISED_LAYOUTS}. {data_advice()}",
         )
     if data.other_labels == "background" and not data.labels:
         raise InputError(

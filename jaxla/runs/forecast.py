@@ -129,7 +129,7 @@ def forecast_run(
             network = task.build_network()
         parameters = count_parameters(nnx.state(network, nnx.Param))
         build_seconds = time.perf_counter() - began
-        volumes = data.used if needing_features is None else needing_features
+        volumes = data.used_volumes if needing_features is None else needing_features
         found, features = forecast_features(network, data, task, cache_dir, volumes)
         sources = task.make_sources(data, cache_dir, features)  # the run finds patches resampled: not its start
 
@@ -147,7 +147,7 @@ def forecast_run(
             batch = next(batches)
         batch_seconds = mean_seconds(lambda: trainer.evaluate(batch), 2)
 
-    parts = {name: data.of(getattr(data.split, name)) for name in ("train", "val", "test")}
+    parts = {name: data.volumes_of(getattr(data.split, name)) for name in ("train", "val", "test")}
     return Forecast(
         network=network_words,
         sample=task.sample,
@@ -192,7 +192,7 @@ def forecast_features(
     batch_seconds = _time_backbone(cache, task)
     batches = sum(-(-volume.shape[0] // cache.batch) for volume in local_items(missing))
     stand_ins = {
-        volume.id: np.broadcast_to(np.zeros(1, cache.dtype), (volume.shape[0], *cache.shape)) for volume in data.used
+        volume.id: np.broadcast_to(np.zeros(1, cache.dtype), (volume.shape[0], *cache.shape)) for volume in data.used_volumes
     }
     timed = FeaturesForecast(
         found.size, found.fit, found.how_to_fit, found.folder, batch_seconds * batches, batch_seconds / cache.batch
@@ -211,7 +211,7 @@ def forecast_test(
     experiment: Experiment, data: PreparedData, task: Task, batch_seconds: float, backbone_seconds_per_slice: float
 ) -> float:
     """Return the seconds to segment and score the test cases, to time some, and to choose the postprocessing."""
-    test, val = data.of(data.split.test), data.of(data.split.val)
+    test, val = data.volumes_of(data.split.test), data.volumes_of(data.split.val)
     slices = sum(volume.shape[0] for volume in test)
     segmenting = task.batches_to_segment(test) * batch_seconds
     per_volume = (segmenting + slices * backbone_seconds_per_slice) / len(test)
@@ -274,7 +274,7 @@ def _tree_bytes(tree: Any) -> int:
 
 def _time_scoring(data: PreparedData) -> float:
     """Return the seconds to score one case as the test does, measured on a shifted validation mask."""
-    volume, names = data.of(data.split.val)[0], data.dataset.labels.names
+    volume, names = data.volumes_of(data.split.val)[0], data.dataset.labels.names
     mask = np.asarray(volume.mask)
     shifted = np.roll(mask, 5, axis=1)
     began = time.perf_counter()

@@ -66,7 +66,7 @@ def open_run(
         return
     with (
         remove_if_too_large(run_dir),
-        run_folder(run_dir, record, data.split, data.cases, resume),
+        run_folder(run_dir, record, data.split, data.content_keys, resume),
         log_file(run_dir / LOG, early_log) as handler,
     ):
         _require_shared_folder(run_dir)

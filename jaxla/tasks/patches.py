@@ -67,7 +67,7 @@ class PatchTask(Task):
 
         Test cases are not used, so the plan differs from that of the whole folder.
         """
-        model, volumes = experiment.method.model, data.of(sorted(data.split.train + data.split.val))
+        model, volumes = experiment.method.model, data.volumes_of(sorted(data.split.train + data.split.val))
         log_other_channel(data.dataset.root)
         if not model.plan:
             found = fingerprint(volumes, lambda volumes: track(volumes, "planning"))
@@ -121,7 +121,7 @@ class PatchTask(Task):
         ids = data.split.train + data.split.val
         ids = list(dict.fromkeys((*local_items(ids), *ids)))  # each process begins with others
         planned = prepare_planned(
-            data.of(ids), self.plan, self.configuration, cache_dir, lambda volumes: track(volumes, "resampling")
+            data.volumes_of(ids), self.plan, self.configuration, cache_dir, lambda volumes: track(volumes, "resampling")
         )
         by_id = {volume.id: volume for volume in planned}
         patch, steps = self.configuration.patch_size, self.recipe.steps
