@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -16,7 +15,6 @@ from jaxla.cli.command_line import (
 )
 from jaxla.cli.process import run_command
 from jaxla.config import InputError
-from jaxla.devices.launch import find_launch
 from jaxla.distributed import join_processes, local_items, log_progress, require_same
 
 if TYPE_CHECKING:
@@ -47,14 +45,14 @@ def main(arguments: list[str]) -> None:
     add_devices_option(parser)
     add_processes_options(parser)
     options = parse_arguments(parser, arguments)
-    with join_processes(find_launch(options.coordinator, options.processes, options.process, os.environ), options.wait):
+    with join_processes(options.coordinator, options.processes, options.process, options.wait):
         predict(options)
 
 
 def predict(options: Namespace) -> None:
     """Segment the scans that the options name; of several processes each its share of them."""
     given = {name: str(options[name]) for name in ("run", "input", "output", "probabilities", "devices")}
-    require_same({f"option --{name}": value for name, value in given.items()}, "give all processes the same")
+    require_same({f"--{name}": value for name, value in given.items()}, "Give all processes the same options.")
 
     from jaxla.data.cases import find_images
 
@@ -81,8 +79,8 @@ def predict(options: Namespace) -> None:
         require_slices(model, scan, counts[-1])
     if counts and (of_depth := about_depth(model, counts)):
         log_progress(f"{options.run}: {of_depth}")
-    sizes = {str(path): f"of {path.stat().st_size} bytes" for path in outputs}
-    require_same(sizes, "give all processes the same scans")  # and wait: none writes while another still looks
+    sizes = {str(path): f"{path.stat().st_size} bytes" for path in outputs}
+    require_same(sizes, "Give all processes the same scans.")  # and wait: none writes while another still looks
     with use_devices(options.devices), use_local_devices():
         trained = load_run(options.run)
         if not is_finished(Path(options.run)):

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import os
 import shlex
 
 from jaxla.cli.command_line import named_experiment, parse_experiment
 from jaxla.cli.process import run_command
-from jaxla.devices.launch import find_launch
 from jaxla.distributed import join_processes
 from jaxla.experiments import EXPERIMENTS, METHODS
 
@@ -31,7 +29,7 @@ def main(arguments: list[str]) -> None:
     options = options._replace(experiment=checked(options.experiment))
     from jaxla.pipeline.cross_validation import run_experiment  # brings all that a run needs
 
-    with join_processes(find_launch(options.coordinator, options.processes, options.process, os.environ), options.wait):
+    with join_processes(options.coordinator, options.processes, options.process, options.wait):
         run_experiment(options, shlex.join(["python", "-m", "jaxla.train", *arguments]))
 
 

@@ -21,7 +21,7 @@ from jaxla.cli.terminal import plural
 from jaxla.config import Experiment, InputError
 from jaxla.data.cache import in_use
 from jaxla.data.dataset import PreparedData, prepare_data
-from jaxla.distributed import broadcast, if_others_end, is_first, require_same, use_devices
+from jaxla.distributed import broadcast, is_first, name_resume_command, require_same, use_devices
 from jaxla.memory import StepTooLarge
 from jaxla.pipeline.checks import require_batch, require_fitting_scans, require_share, with_weights
 from jaxla.pipeline.forecast import describe, forecast
@@ -63,7 +63,7 @@ def run_session(options: Options, command: str, run: Run = train_and_test, go_on
     given = {name: getattr(options, name) for name in ("run_dir", "resume", "dry_run", "devices", "shard_params")}
     given = {name.replace("_", "-"): "" if value is None else str(value) for name, value in given.items()}
     given |= options_of(experiment)
-    require_same({f"option --{name}": value for name, value in given.items()}, "give all processes the same")
+    require_same({f"--{name}": value for name, value in given.items()}, "Give all processes the same options.")
     if options.resume and is_first():
         require_resumable(options.run_dir, experiment)
     elif not options.dry_run and is_first():
@@ -79,12 +79,12 @@ def run_session(options: Options, command: str, run: Run = train_and_test, go_on
         require_batch(experiment)
         environment_here = environment()
         installed = {**environment_here["versions"], "device": environment_here["device"]}
-        require_same(installed, "give all hosts the same packages and devices")
+        require_same(installed, "Install the same packages on all hosts, which need the same devices.")
         data = prepare_data(experiment, cache_dir)
         require_fitting_scans(experiment, data.used)
         contents = {f"case {name}": sha256 for name, sha256 in data.cases.items()}
-        contents |= {"option --data.split": data.split.sha256, "option --model.weights": weights_sha256 or "random"}
-        require_same(contents, "give all processes the same scans, masks, split and weights")
+        contents |= {"--data.split": data.split.sha256, "--model.weights": weights_sha256 or "random"}
+        require_same(contents, "Give all processes the same scans, masks, split and weights.")
         if options.dry_run:
             print(describe(forecast(experiment, data, cache_dir)))
             return
@@ -113,7 +113,7 @@ def run_session(options: Options, command: str, run: Run = train_and_test, go_on
         if not (run_dir / RECORD).exists() or (run_dir / RECORD).read_text() != begun:
             raise InputError(f"--run-dir={run_dir}: is not seen here; it must lie on a disk that all processes share")
         try:
-            with if_others_end(go_on, partial(note, log_file)):
+            with name_resume_command(go_on, partial(note, log_file)):
                 summary = run(experiment, data, run_dir, cache_dir)
         except (Stopped, KeyboardInterrupt) as stop:
             where = str(stop) or "before the end"
