@@ -1,46 +1,54 @@
-"""The devices as one mesh, and what is divided over it.
+"""The device mesh, the sharding of arrays over it, and several processes by `jax.distributed`.
 
-Within `use_devices` a batch is divided over all devices of the mesh, whatever its axes. Parameters are whole on every
-device; or the large ones, and what the optimiser keeps of them, are divided over the axis `model` (SHARDED), and those
-of one block at a time are put together while it runs. Outside of it everything is on one device.
+Within `use_devices` all devices of the mesh share each batch. Every device holds all parameters, or with
+`shard_params` a part of the large ones (see SHARDED). Outside `use_devices` everything runs on one device.
 
-Of several processes each one holds the rows of a batch that its own devices take.
+Each of several processes holds the rows of a batch that its own devices compute. Processes exchange small values
+through the key-value store of JAX's coordination service, which process 0 hosts.
 """
 
 from __future__ import annotations
 
+import ctypes
+import itertools
+import json
 import logging
+import os
+import platform
+import re
+import signal
+import socket
+import sys
+import threading
+import time
+import traceback
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from typing import Any, TypeVar
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
+from functools import partial
+from types import SimpleNamespace
+from typing import Any, NoReturn, TypeVar
 
 import jax
 import numpy as np
+from jax._src.clusters import OmpiCluster, SlurmCluster
+from jax._src.distributed import global_state
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
+from jaxla.cli.process import Stopped, exit_status
 from jaxla.config import InputError
-from jaxla.devices.processes import (  # noqa: F401
-    barrier,
-    broadcast,
-    gather,
-    if_others_end,
-    is_first,
-    local_items,
-    log_progress,
-    process_count,
-    require_same,
-)
 
 T = TypeVar("T")
 
-log = logging.getLogger(__name__)
+log = logging.getLogger("jaxla")
+progress_log = logging.getLogger("jaxla.progress")
 
 DATA, MODEL = "data", "model"
 BATCH = PartitionSpec((DATA, MODEL))
 REPLICATED = PartitionSpec()
 
-# Parameter of a vision transformer's stacked blocks -> how it is divided; axis 0 is the block. Nearly all of a
-# backbone's numbers are here; what is not in the table is whole on every device.
+# Name suffix of a parameter -> how it is sharded; axis 0 counts a vision transformer's stacked blocks. These kernels
+# are nearly all of a backbone's parameters. Every parameter that is not listed is replicated.
 SHARDED = {
     "blocks.attention.qkv.kernel": PartitionSpec(None, MODEL, None),
     "blocks.attention.projection.kernel": PartitionSpec(None, MODEL, None),
@@ -48,53 +56,66 @@ SHARDED = {
     "blocks.mlp.contract.kernel": PartitionSpec(None, MODEL, None),
 }
 
+HEARTBEAT_SECONDS = 30  # JAX aborts a process this long after it lost contact with another one
+GRACE_SECONDS = 5  # for a process to exit by itself: often all processes meet the same error
+MAX_WAIT_MS = 30 * 24 * 3600 * 1000
+# Number of processes and index of this one, as launchers that JAX does not detect name them (Open MPI 5, MPICH).
+LAUNCHER_VARIABLES = ("OMPI_COMM_WORLD_SIZE OMPI_COMM_WORLD_RANK", "PMI_SIZE PMI_RANK", "WORLD_SIZE RANK")
+
+
+# --- the mesh ---
+
 
 @contextmanager
 def use_devices(count: int = 0, shard_params: bool = False) -> Iterator[Mesh]:
-    """Run what stands within it on `count` devices (0: all); the same number of each process.
+    """Run the code within it on a mesh of `count` devices (0: all), the same number from each process.
 
     Args:
-        shard_params: divide the parameters in SHARDED over the devices.
+        shard_params: shard the parameters in SHARDED over all devices.
 
     Raises:
-        InputError: there are not so many, or the processes cannot have the same number of them.
+        InputError: there are fewer devices, or the processes cannot provide the same number.
     """
     devices, processes = jax.devices(), jax.process_count()
-    if not 0 <= count <= len(devices):
-        raise InputError(
-            f"option --devices={count}: JAX sees {len(devices)} ({devices[0].device_kind}); give a number from 0 (all) "
-            f"to {len(devices)}"
-        )
-    of_process = [[device for device in devices if device.process_index == k] for k in range(processes)]
-    fewest, most = (reach(map(len, of_process)) for reach in (min, max))
-    if fewest < most:
-        seen = ", ".join(str(len(its)) for its in of_process)
-        raise InputError(
-            f"the {processes} processes see {seen} devices, and must see the same number; make the others invisible "
-            f"(CUDA_VISIBLE_DEVICES), or choose other hosts"
-        )
+    total, kind = len(devices), devices[0].device_kind
+    by_process = [[device for device in devices if device.process_index == k] for k in range(processes)]
+    visible = [len(local) for local in by_process]
+    if not 0 <= count <= total:
+        raise InputError(f"--devices={count}", f"JAX sees {total} ({kind})", f"Use a number from 0 (all) to {total}.")
+    if len(set(visible)) > 1:
+        problem = f"the processes see {', '.join(map(str, visible))} devices, but need the same number"
+        raise InputError("CUDA_VISIBLE_DEVICES", problem, "Hide the extra devices, or use other hosts.")
     if count % processes:
-        raise InputError(
-            f"option --devices={count}: {processes} processes use the same number of devices each; give a multiple of "
-            f"{processes}"
-        )
-    each = count // processes or fewest
-    if each * processes > 1:
-        log.info("%d devices share each batch (%s)", each * processes, devices[0].device_kind)
-    with _mesh([device for its in of_process for device in its[:each]], shard_params) as mesh:
+        problem = f"{processes} processes need the same number of devices each"
+        raise InputError(f"--devices={count}", problem, f"Use a multiple of {processes}.")
+    per_process = count // processes or visible[0]
+    if per_process * processes > 1:
+        log.info("%d devices share each batch (%s)", per_process * processes, kind)
+    with _use_mesh([device for local in by_process for device in local[:per_process]], shard_params) as mesh:
         yield mesh
 
 
 @contextmanager
 def use_local_devices() -> Iterator[None]:
-    """Within `use_devices`: only the devices of this process, for work that each process does on its own."""
-    mine = [device for device in jax.sharding.get_mesh().devices.flat if device.process_index == jax.process_index()]
-    with _mesh(mine, shard_params=False):
+    """Within `use_devices`: use only the devices of this process, for work that each process does separately."""
+    devices = jax.sharding.get_mesh().devices.flat
+    with _use_mesh([device for device in devices if device.process_index == jax.process_index()], shard_params=False):
         yield
 
 
 @contextmanager
-def _mesh(devices: Sequence[jax.Device], shard_params: bool) -> Iterator[Mesh]:
+def on_host() -> Iterator[None]:
+    """Create arrays in host memory, because they may not fit on one device."""
+    try:
+        host = jax.local_devices(backend="cpu")[0]
+    except RuntimeError:  # JAX_PLATFORMS excludes the CPU
+        host = jax.local_devices()[0]
+    with jax.default_device(host), _use_mesh([host], shard_params=False):
+        yield
+
+
+@contextmanager
+def _use_mesh(devices: Sequence[jax.Device], shard_params: bool) -> Iterator[Mesh]:
     shape = (1, len(devices)) if shard_params else (len(devices), 1)
     mesh = Mesh(np.array(devices).reshape(shape), (DATA, MODEL), axis_types=(AxisType.Auto, AxisType.Auto))
     with jax.set_mesh(mesh):
@@ -102,119 +123,337 @@ def _mesh(devices: Sequence[jax.Device], shard_params: bool) -> Iterator[Mesh]:
 
 
 def device_count() -> int:
-    """How many devices a batch is divided over."""
+    """Return how many devices share a batch."""
     return jax.sharding.get_abstract_mesh().size or 1
 
 
-def place_on_devices(tree: T) -> T:
-    """Parameters, statistics or an optimiser's state on the devices of the mesh, divided as the table says.
+# --- sharding ---
+
+
+def shardings(tree: T) -> T:
+    """Return the sharding of each array (or shape) of a pytree, from the table SHARDED.
 
     Raises:
-        InputError: the devices do not divide a parameter.
+        InputError: the number of devices does not divide a parameter.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+
+    def sharding(path: tuple, leaf: Any) -> NamedSharding:
+        name = jax.tree_util.keystr(path, simple=True, separator=".").removesuffix(".value")
+        spec = next((spec for suffix, spec in SHARDED.items() if f".{name}".endswith(f".{suffix}")), REPLICATED)
+        for size, axis in zip(leaf.shape, spec, strict=False):
+            if axis and size % mesh.shape[axis]:
+                problem = f"{mesh.shape[axis]} devices do not divide {name} of shape {tuple(leaf.shape)}"
+                raise InputError("--shard-params", problem, f"Set --devices to a divisor of {size}.")
+        return NamedSharding(mesh, spec)
+
+    return jax.tree_util.tree_map_with_path(sharding, tree)
+
+
+def place_on_devices(tree: T) -> T:
+    """Place parameters, statistics or optimiser state on the devices of the mesh, sharded as `shardings` says.
+
+    Raises:
+        InputError: the number of devices does not divide a parameter.
     """
     if jax.sharding.get_abstract_mesh().empty:
         return tree
     mesh = jax.sharding.get_mesh()
 
-    def place(leaf: Any, divided: NamedSharding) -> jax.Array:
-        sharding = NamedSharding(mesh, divided.spec)
+    def place(leaf: Any, sharding: NamedSharding) -> jax.Array:
+        sharding = NamedSharding(mesh, sharding.spec)
         if sharding.is_fully_addressable:
             return jax.device_put(leaf, sharding)
-        array = np.asarray(leaf)  # each process gives its devices their part of what all of them have
+        array = np.asarray(leaf)  # every process has all of it and takes the part of its own devices
         return jax.make_array_from_callback(array.shape, sharding, array.__getitem__)
 
     return jax.tree.map(place, tree, shardings(tree))
 
 
-def shardings(tree: T) -> T:
-    """For each array (or its shape) how it is divided."""
-    mesh = jax.sharding.get_abstract_mesh()
-
-    def of_leaf(path: tuple, leaf: Any) -> NamedSharding:
-        name = jax.tree_util.keystr(path, simple=True, separator=".").removesuffix(".value")
-        spec = next((spec for suffix, spec in SHARDED.items() if f".{suffix}" in f".{name}"), REPLICATED)
-        for size, axis in zip(leaf.shape, spec, strict=False):
-            if axis and size % mesh.shape[axis]:
-                raise InputError(
-                    f"option --shard-params: {mesh.shape[axis]} devices do not divide {name} of shape "
-                    f"{tuple(leaf.shape)}; give --devices a number that divides {size}"
-                )
-        return NamedSharding(mesh, spec)
-
-    return jax.tree_util.tree_map_with_path(of_leaf, tree)
-
-
 def constrain_sharding(tree: T) -> T:
-    """`to_devices` within a compiled function."""
+    """Do what `place_on_devices` does, within a compiled function."""
     if jax.sharding.get_abstract_mesh().empty:
         return tree
     return jax.lax.with_sharding_constraint(tree, shardings(tree))
 
 
-@contextmanager
-def on_host() -> Iterator[None]:
-    """Keep what is made within it in the host's memory, for the devices may not hold it whole."""
-    try:
-        host = jax.local_devices(backend="cpu")[0]
-    except RuntimeError:  # JAX_PLATFORMS leaves the CPU out
-        host = jax.local_devices()[0]
-    with jax.default_device(host), _mesh([host], shard_params=False):
-        yield
-
-
-def local_rows(batch_size: int) -> range:
-    """The rows of a batch that the devices of this process take; those from `batch_size` on only fill it up."""
-    mesh = jax.sharding.get_mesh()
-    if mesh.empty:
-        return range(batch_size)
-    each = -(-batch_size // mesh.size)
-    mine = [i for i, device in enumerate(mesh.devices.flat) if device.process_index == jax.process_index()]
-    return range(mine[0] * each, (mine[-1] + 1) * each)
-
-
-def shard_batch(rows: T) -> T:
-    """A batch, or one array of it, divided over the devices; of several processes each one gives its own rows."""
-    if jax.sharding.get_abstract_mesh().empty:
-        return rows
-    devices = NamedSharding(jax.sharding.get_mesh(), BATCH)
-    return jax.tree.map(lambda array: jax.make_array_from_process_local_data(devices, array), rows)
-
-
 def replicate(tree: T) -> T:
-    """Within a compiled function: arrays put together, so that every device and every process has all of them."""
+    """Within a compiled function: gather sharded arrays, so that every device holds all of them."""
     if jax.sharding.get_abstract_mesh().empty:
         return tree
     return jax.lax.with_sharding_constraint(tree, REPLICATED)
 
 
-def global_max(number: int) -> int | jax.Array:
-    """The highest of the processes' numbers; each must call it. Waited for only once it is read."""
-    if jax.process_count() == 1:
-        return number
+def local_rows(batch_size: int) -> range:
+    """Return which rows of a batch the devices of this process compute; rows from `batch_size` on are padding."""
     mesh = jax.sharding.get_mesh()
-    mine = np.full(len(mesh.local_devices), number)
-    return _highest(jax.make_array_from_process_local_data(NamedSharding(mesh, BATCH), mine))
+    if mesh.empty:
+        return range(batch_size)
+    rows_per_device = -(-batch_size // mesh.size)
+    local = [i for i, device in enumerate(mesh.devices.flat) if device.process_index == jax.process_index()]
+    return range(local[0] * rows_per_device, (local[-1] + 1) * rows_per_device)
 
 
-@jax.jit
-def _highest(numbers: jax.Array) -> jax.Array:
-    return replicate(numbers.max())
+def shard_batch(rows: T) -> T:
+    """Shard a batch, or one array of it, over the devices; each process passes its own rows (see `local_rows`)."""
+    if jax.sharding.get_abstract_mesh().empty:
+        return rows
+    sharding = NamedSharding(jax.sharding.get_mesh(), BATCH)
+    return jax.tree.map(lambda array: jax.make_array_from_process_local_data(sharding, array), rows)
 
 
 def map_over_devices(function: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
-    """`function` of batches, run by each device on its own share of them.
+    """Return `function` of batches as a function that each device runs on its own rows.
 
-    For what the compiler cannot divide by itself, such as a loop over images: every device would take all of them.
+    For code that the compiler cannot shard, such as a loop over images: without this, every device would run it on
+    all rows.
     """
     if jax.sharding.get_abstract_mesh().empty:
         return function
     return jax.shard_map(function, in_specs=BATCH, out_specs=BATCH, check_vma=False)
 
 
-def join_processes(coordinator: str, processes: int | None, process: int | None, timeout: float):  # noqa: ANN201
-    import os
+def global_max(value: int) -> int | jax.Array:
+    """Return the maximum of a value over all processes, which must all call it; does not wait for the result."""
+    if jax.process_count() == 1:
+        return value
+    mesh = jax.sharding.get_mesh()
+    local = np.full(len(mesh.local_devices), value)
+    return _max(jax.make_array_from_process_local_data(NamedSharding(mesh, BATCH), local))
 
-    from jaxla.devices.launch import find_launch
-    from jaxla.devices.processes import join_processes as join
 
-    return join(find_launch(coordinator, processes, process, os.environ), timeout)
+@jax.jit
+def _max(values: jax.Array) -> jax.Array:
+    return replicate(values.max())
+
+
+# --- several processes ---
+
+
+def is_first() -> bool:
+    """Return whether this is process 0, the one that prints and writes."""
+    return global_state.process_id == 0
+
+
+def process_count() -> int:
+    """Return the number of processes."""
+    return global_state.num_processes
+
+
+def gather(value: Any) -> list[Any]:
+    """Return the JSON-like values of all processes in order; every process must call it, and waits for the others."""
+    store = global_state.client
+    if store is None:
+        return [value]
+    number = next(_gathers)
+    keys = [f"jaxla/gather/{number}/{k}" for k in range(process_count())]
+    store.key_value_set(keys[global_state.process_id], json.dumps(value))
+    values = _executor.submit(lambda: [store.blocking_key_value_get(key, MAX_WAIT_MS) for key in keys]).result()
+    store.key_value_delete(f"jaxla/gather/{number - 1}/{global_state.process_id}")  # all have finished that one
+    return [json.loads(text) for text in values]
+
+
+def broadcast(value: T) -> T:
+    """Return process 0's JSON-like value; every process must call it."""
+    return gather(value if is_first() else None)[0]
+
+
+def barrier() -> None:
+    """Wait until every process has called it."""
+    gather(None)
+
+
+def local_items(items: Sequence[T]) -> Sequence[T]:
+    """Return this process's part of a work list: each item belongs to one process."""
+    return items[global_state.process_id :: process_count()]
+
+
+def require_same(entries: dict[str, str], fix: str) -> None:
+    """Raise an InputError in every process unless all have the same entries: name -> value."""
+    (first_host, first), *others = gather([platform.node(), entries])
+    for k, (host, given) in enumerate(others, start=1):
+        for name in sorted(first.keys() | given.keys()):
+            expected, value = (values.get(name, "missing") or "not given" for values in (first, given))
+            if value != expected:
+                problem = f"{value} on process {k} ({host}), but {expected} on process 0 ({first_host})"
+                raise InputError(name, problem, fix)
+
+
+def log_progress(line: str) -> None:
+    """Log a line of progress; every process prints its own lines."""
+    progress_log.info("%s", line)
+
+
+@contextmanager
+def name_resume_command(command: str, note: Callable[[str], None]) -> Iterator[None]:
+    """Within it, the line that says why another process stopped this one names `command`; `note` receives the line."""
+    before = _exit.resume, _exit.note
+    _exit.resume, _exit.note = f" Resume with: {command}", note
+    yield
+    _exit.resume, _exit.note = before  # not after an error, whose line still needs them
+
+
+@contextmanager
+def join_processes(coordinator: str, processes: int | None, process: int | None, timeout: float) -> Iterator[None]:
+    """Run the code within it together with the other processes; an error in one ends all. No effect on a single one.
+
+    Args:
+        coordinator: HOST:PORT, a free port on the host of process 0; empty: as `srun` or `mpirun` says.
+        processes: how many processes run the command; None: as the launcher says.
+        process: the index of this process; None: as the launcher says.
+        timeout: seconds to wait for the other processes.
+
+    Raises:
+        InputError: the options do not fit together.
+    """
+    launch = find_launch(coordinator, processes, process)
+    if launch is None:
+        yield
+        return
+    watcher = threading.Thread(target=_await_failure, daemon=True)
+    try:
+        _connect(*launch, timeout)
+        watcher.start()
+        log.info("%d processes, on %s", process_count(), ", ".join(dict.fromkeys(gather(platform.node()))))
+        yield
+        barrier()
+    except InputError as error:
+        _end_all(2, f"error: {'' if is_first() else f'process {global_state.process_id}: '}{error}")
+    except (Stopped, KeyboardInterrupt) as error:
+        _end_all(*exit_status(error))
+    except Exception:
+        traceback.print_exc()
+        line = (
+            f"stopped: process {global_state.process_id} failed or lost another one, see its traceback.{_exit.resume}"
+        )
+        _exit.note(line)
+        _end_all(1, line)
+    jax.distributed.shutdown()  # also ends the watcher's wait, which must not last until Python exits
+    watcher.join()
+
+
+def find_launch(coordinator: str, processes: int | None, process: int | None) -> tuple[str, int, int] | None:
+    """Return the coordinator, the number of processes and the index of this one; None for a single process.
+
+    Raises:
+        InputError: a value is missing or wrong.
+    """
+    variables = [[os.environ.get(name, "") for name in names.split()] for names in LAUNCHER_VARIABLES]
+    detected = next((tuple(map(int, pair)) for pair in variables if all(map(str.isdigit, pair))), (None, None))
+    cluster = next((cluster for cluster in (SlurmCluster, OmpiCluster) if cluster.is_env_present()), None)
+    if cluster is SlurmCluster and os.environ.get("SLURM_STEP_NUM_TASKS") == "1":
+        cluster = None  # in an interactive shell SLURM_NTASKS counts the tasks of the whole job
+    if cluster:
+        detected = cluster.get_process_count(), cluster.get_process_id()
+    count = detected[0] if processes is None else processes
+    index = detected[1] if process is None else process
+    if count == 1 or (count is None and process is None and not coordinator):
+        return None
+    if cluster and not coordinator:
+        coordinator = cluster.get_coordinator_address(None, os.environ.get("JAX_COORDINATOR_PORT"))
+    for option, value in (("--coordinator", coordinator), ("--processes", count), ("--process", index)):
+        if value in ("", None):
+            fix = "Give --coordinator=HOST:PORT, --processes=N and --process=0 to N-1, or --processes=1 to run alone."
+            raise InputError(option, "missing, but several processes need it", fix)
+    if not re.fullmatch(r".+:\d{1,5}", coordinator) or not 0 < int(coordinator.rsplit(":", 1)[1]) < 65536:
+        raise InputError(f"--coordinator={coordinator}", "not HOST:PORT", "Give a value such as node1:62000.")
+    if not 0 <= index < count:
+        problem = f"not from 0 to N-1, where N is --processes={count}"
+        raise InputError(f"--process={index}", problem, "Number the processes from 0.")
+    return coordinator, count, index
+
+
+def _connect(address: str, count: int, index: int, timeout: float) -> None:
+    """Join the other processes, and silence this one unless it is the first."""
+    host, port = address.rsplit(":", 1)
+    loopback = host if host in ("127.0.0.1", "localhost") else ""  # empty: all addresses of this host
+    if index == 0:
+        try:
+            socket.create_server((loopback, int(port))).close()  # JAX may crash if the port is in use
+        except OSError as error:
+            problem = f"process 0 cannot use port {port} ({os.strerror(error.errno)})"
+            raise InputError(f"--coordinator={address}", problem, "Use another port, and --process=0 once.") from error
+        log.info("waiting at %s for the other processes, up to %g s", address, timeout)
+    _exit.code, _exit.line = (
+        2,
+        (
+            f"error: --coordinator={address}: the {count} processes could not connect. Start each one, with its own "
+            "--process and the same --processes. Raise --wait if they start late."
+        ),
+    )
+    ctypes.CDLL(None).signal(signal.SIGABRT, _abort_handler)
+    os.environ["no_grpc_proxy"] = host.strip("[]")  # noqa: SIM112  (gRPC would use a web proxy)
+    jax.config.update("jax_check_proxy_envs", False)
+    jax.config.update("jax_enable_preemption_service", False)  # it would take SIGTERM for itself
+    initialise = partial(
+        jax.distributed.initialize,
+        local_device_ids=[],  # all that this process sees
+        initialization_timeout=max(1, round(timeout)),
+        heartbeat_timeout_seconds=HEARTBEAT_SECONDS,
+        coordinator_bind_address=address if loopback else None,
+    )
+    _executor.submit(initialise, address, count, index).result()
+    _exit.code, _exit.line = 1, None
+    store = global_state.client
+    if index == 0:
+        store.key_value_set("jaxla/processes", str(count))
+    elif (expected := int(store.blocking_key_value_get("jaxla/processes", MAX_WAIT_MS))) != count:
+        raise InputError(f"--processes={count}", f"process 0 has --processes={expected}", "Give all the same number.")
+    else:
+        logging.basicConfig(force=True, format=f"process {index}: %(message)s", stream=sys.stdout)
+        log.setLevel(logging.WARNING)
+        progress_log.setLevel(logging.INFO)
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115  (as long as the process lives)
+
+
+def _await_failure() -> None:
+    """End this process when another one has failed, unless it exits by itself."""
+    with suppress(jax.errors.JaxRuntimeError):  # the command is finished, or JAX aborts this process
+        code, line = json.loads(global_state.client.blocking_key_value_get("jaxla/failure", MAX_WAIT_MS))
+        time.sleep(GRACE_SECONDS)
+        if not _failing.locked():
+            _exit.note(line)
+        _end_all(code, line)
+
+
+def _end_all(code: int, line: str) -> NoReturn:
+    """Exit with this code and have the other processes do the same; the first process that fails prints its line."""
+    if not _failing.acquire(blocking=False):
+        threading.Event().wait()  # another thread ends this process
+    _exit.code, _exit.line = code, line
+    with suppress(Exception):  # process 0 is dead or was never reached, or another process does not react
+        if global_state.client.key_value_increment("jaxla/failures", 1) > 1:
+            _exit.line = ""
+        else:
+            global_state.client.key_value_set("jaxla/failure", json.dumps([code, line]))
+        global_state.client.wait_at_barrier("jaxla/exit", 2000 * GRACE_SECONDS)
+        if is_first():
+            time.sleep(1)  # JAX aborts a process that loses process 0
+    _leave()
+
+
+def _leave(signal_number: int = 0) -> NoReturn:
+    """Print the last line and leave at once; `sys.exit` would wait for the other processes.
+
+    Also handles SIGABRT: when a process dies, JAX aborts the others without calling Python. A handler that Python's
+    `signal` installs would never run.
+    """
+    if not _leaving.acquire(blocking=False):
+        threading.Event().wait()
+    try:
+        if _exit.line is None:
+            _exit.line = f"stopped: another process exited unexpectedly, or JAX failed (see above).{_exit.resume}"
+            _exit.note(_exit.line)
+        if _exit.line:
+            print(_exit.line, file=sys.stderr, flush=True)
+        sys.stdout.flush()
+    finally:
+        os._exit(_exit.code)
+
+
+# Exit code and last line after a failure (None: JAX aborts); the resume command and the log that belong to it.
+_exit = SimpleNamespace(code=1, line=None, resume="", note=lambda line: None)
+_failing, _leaving = threading.Lock(), threading.Lock()
+_abort_handler = ctypes.CFUNCTYPE(None, ctypes.c_int)(_leave)
+_gathers = itertools.count(1)
+_executor = ThreadPoolExecutor(1)  # a signal interrupts the main thread while it waits for this one

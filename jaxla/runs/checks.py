@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from jaxla.config import BackboneTraining, Experiment, InputError
-from jaxla.data.cases import RECOGNISED_LAYOUTS
+from jaxla.data.cases import RECOGNISED_LAYOUTS, how_to_get_data
 from jaxla.experiments import METHODS
 from jaxla.models.weights import weights_file
 from jaxla.models.weights_format import require_undamaged
@@ -25,7 +25,7 @@ def check_experiment(experiment: Experiment) -> Experiment:
         raise InputError(
             "--data.root",
             "missing",
-            f"Give a folder in one of these layouts: {RECOGNISED_LAYOUTS}. {data_advice()}",
+            f"Give a folder in one of these layouts: {RECOGNISED_LAYOUTS}. {how_to_get_data()}",
         )
     if data.other_labels == "background" and not data.labels:
         raise InputError(

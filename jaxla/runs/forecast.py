@@ -192,7 +192,8 @@ def forecast_features(
     batch_seconds = _time_backbone(cache, task)
     batches = sum(-(-volume.shape[0] // cache.batch) for volume in local_items(missing))
     stand_ins = {
-        volume.id: np.broadcast_to(np.zeros(1, cache.dtype), (volume.shape[0], *cache.shape)) for volume in data.used_volumes
+        volume.id: np.broadcast_to(np.zeros(1, cache.dtype), (volume.shape[0], *cache.shape))
+        for volume in data.used_volumes
     }
     timed = FeaturesForecast(
         found.size, found.fit, found.how_to_fit, found.folder, batch_seconds * batches, batch_seconds / cache.batch

@@ -13,7 +13,7 @@ from pathlib import Path
 from jaxla.cli.process import Stopped
 from jaxla.config import InputError
 from jaxla.data.dataset import PreparedData
-from jaxla.distributed import broadcast, if_others_end, is_first
+from jaxla.distributed import broadcast, is_first, name_resume_command
 from jaxla.memory import StepTooLarge
 from jaxla.runs.folder import CHECKPOINTS, LOG, fold_folders, resume_command, run_folder
 from jaxla.runs.record import RECORD, Record
@@ -103,7 +103,7 @@ def explain_end(command: str, run_dir: Path, handler: logging.Handler) -> Iterat
         handler.handle(logging.LogRecord("jaxla.train", logging.ERROR, "", 0, message, None, None))
 
     try:
-        with if_others_end(command, note):
+        with name_resume_command(command, note):
             yield
     except Stopped as stop:
         if not stop.resume_command:

@@ -1,4 +1,4 @@
-"""Real processes that run together on this machine."""
+"""Start several processes of one command on this machine."""
 
 import os
 import socket
@@ -17,7 +17,7 @@ def free_port():
 
 
 def start(commands, folder, **environ):
-    """Start `python -m` these; each one's output goes to `<its index>.out` and `.err` in the folder."""
+    """Start `python -m COMMAND` for each command; output goes to `<index>.out` and `<index>.err` in the folder."""
     processes = []
     for index, command in enumerate(commands):
         with (folder / f"{index}.out").open("w") as out, (folder / f"{index}.err").open("w") as err:
@@ -33,7 +33,7 @@ def start(commands, folder, **environ):
 
 
 def together(command, port, count=2):
-    """The command line of each of `count` processes."""
+    """Return the command of each of `count` processes that join."""
     return [
         [*command, f"--coordinator=127.0.0.1:{port}", f"--processes={count}", f"--process={index}"]
         for index in range(count)
@@ -41,7 +41,7 @@ def together(command, port, count=2):
 
 
 def finish(processes, folder, seconds):
-    """Wait for all -> exit codes, and what each printed and said on stderr."""
+    """Wait for all processes; return their exit codes and the texts of stdout and stderr of each."""
     end = time.monotonic() + seconds
     try:
         codes = [process.wait(max(0.1, end - time.monotonic())) for process in processes]
@@ -53,9 +53,9 @@ def finish(processes, folder, seconds):
 
 
 def wait_for(condition, seconds=60, running=()):
-    """Until the condition holds, while these processes run."""
+    """Wait until the condition holds; fails if one of the `running` processes exits before."""
     end = time.monotonic() + seconds
     while not condition():
-        assert time.monotonic() < end, "waited in vain"
-        assert all(process.poll() is None for process in running), "ended too early"
+        assert time.monotonic() < end, "the condition never held"
+        assert all(process.poll() is None for process in running), "a process exited too early"
         time.sleep(0.05)

@@ -1,7 +1,7 @@
-"""Training on one device and on several; what came of it into an .npz file.
+"""Train on one device and on several, and save the results as an .npz file.
 
-In one process that sees eight devices, or in one of two that see two each: python -m tests.distributed.mesh_driver
-FOLDER [COORDINATOR INDEX].
+python -m tests.distributed.mesh_driver FOLDER: one process with eight devices.
+python -m tests.distributed.mesh_driver FOLDER COORDINATOR INDEX: one of two processes with two devices each.
 """
 
 import os
@@ -19,7 +19,6 @@ from flax import nnx
 from jaxla.config import BackboneTraining
 from jaxla.data.batches import SliceSource, steps_per_epoch
 from jaxla.data.inputs import Canvas
-from jaxla.devices.launch import Launch
 from jaxla.distributed import is_first, join_processes, local_rows, replicate, use_devices
 from jaxla.models.networks.fusion import FusionDecoder, FusionSegmenter
 from jaxla.models.networks.transformer_segmenter import ConvolutionalDecoder, TransformerSegmenter
@@ -30,7 +29,7 @@ from jaxla.training.losses import cross_entropy, dice_cross_entropy, per_volume
 from jaxla.training.step import make_gradient
 from jaxla.training.trainer import Trainer
 from jaxla.training.two_pass import make_two_pass_gradient
-from tests.distributed.mesh_cases import BATCH, CASES, OF_TWO_PROCESSES, RESUMED_ON, STEPS
+from tests.distributed.mesh_cases import BATCH, CASES, RESUMED_ON, STEPS, TWO_PROCESS_CASES
 from tests.tiny import ROTARY, randomise, tiny_backbone
 from tests.training.scans import disc_scans
 
@@ -52,10 +51,10 @@ def network(name):
 
 
 def batches(slices=None):
-    """The rows of each batch that the devices of this process take.
+    """Yield the rows of each batch that the devices of this process compute.
 
     Args:
-        slices: of every volume, where rows are volumes; every other one lacks the last of them.
+        slices: slices per volume if rows are volumes; every other volume has one slice less.
     """
     rng, rows = np.random.default_rng(0), local_rows(BATCH)
     for _ in range(STEPS):
@@ -70,8 +69,8 @@ def batches(slices=None):
         }
 
 
-def trained(name):
-    """-> name of array -> array: the losses, the first gradients, and all parameters and statistics at the end."""
+def train(name):
+    """Return losses, first gradients, and final parameters and statistics: name -> array."""
     is_windows = name == "windows"
     trainer = Trainer(
         network(name),
@@ -83,11 +82,11 @@ def trained(name):
         has_pretrained_backbone=True,
     )
     arrays, losses = {}, []
-    for number, batch in enumerate(batches(3 if is_windows else None)):
-        losses.append(trainer.step(batch, number))
-        if not number:  # Adam's first moment is a tenth of the first gradient
+    for i, batch in enumerate(batches(3 if is_windows else None)):
+        losses.append(trainer.step(batch, i))
+        if i == 0:  # Adam's first moment is a tenth of the first gradient
             moments = named("gradients", trainer.optimiser_state)
-            arrays |= {name: array for name, array in moments.items() if ".mu." in name}
+            arrays |= {key: array for key, array in moments.items() if ".mu." in key}
     leaves = jax.tree.leaves((trainer.trainable, trainer.optimiser_state))
     held = sum(leaf.addressable_shards[0].data.nbytes for leaf in leaves)
     return (
@@ -107,50 +106,49 @@ def named(kind, tree):
     return {f"{kind}/{name(path)}": np.asarray(leaf) for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]}
 
 
-def resumed(folder, sessions):
-    """-> the metrics of some epochs, trained in sessions: up to which epoch, on how many devices."""
+def train_in_parts(folder, devices_by_epoch):
+    """Return the metrics of each epoch, trained up to each of some epochs on a number of devices, and resumed."""
     volumes = disc_scans(folder / "scans")
-    for epoch, count in sessions.items():
+    for epoch, count in devices_by_epoch.items():
         with use_devices(count, shard_params=count == 4):
             train, val = SliceSource(volumes[:2], Canvas(32)), SliceSource(volumes[1:], Canvas(32))
             recipe = replace(RECIPE, epochs=epoch, batch_size=BATCH, patience=9)
-            steps = steps_per_epoch(train, BATCH)
-            trainer = Trainer(network("finetuned"), recipe, steps, has_pretrained_backbone=True)
+            trainer = Trainer(network("finetuned"), recipe, steps_per_epoch(train, BATCH), has_pretrained_backbone=True)
             progress = fit(trainer, train, val, folder / "checkpoints")
     kinds = ("train_loss", "val_loss", "val_dice", "val_iou")
     return np.array([[metrics[kind] for kind in kinds] for metrics in progress.history])
 
 
 def block_weights():
-    """Of a network that lies on one device, as a trained one does, asked for while eight share the work."""
-    network_of_one = jax.device_put(nnx.state(network("fusion")), jax.devices()[0])
+    """Return the block weights of a network on one device, as a loaded one is, read within a mesh of eight devices."""
+    state = jax.device_put(nnx.state(network("fusion")), jax.devices()[0])
     with use_devices(8):
-        return np.array(nnx.merge(nnx.graphdef(network("fusion")), network_of_one).block_weights()["levels"])
+        return np.array(nnx.merge(nnx.graphdef(network("fusion")), state).block_weights()["levels"])
 
 
-def all_trained(cases):
+def train_cases(cases):
     arrays = {}
     for case, (devices, shard_params, networks) in cases.items():
         for name in networks:
             with use_devices(devices, shard_params):
-                arrays |= {f"{case}/{name}/{key}": array for key, array in trained(name).items()}
+                arrays |= {f"{case}/{name}/{key}": array for key, array in train(name).items()}
     return arrays
 
 
 def main(folder):
-    arrays = all_trained(CASES)
+    arrays = train_cases(CASES)
     arrays["block weights"] = block_weights()
-    arrays["resumed"] = resumed(folder / "resumed", RESUMED_ON)
-    arrays["on one"] = resumed(folder / "on one", {max(RESUMED_ON): 1})
-    np.savez(folder / "arrays.npz", **arrays)
+    arrays["resumed"] = train_in_parts(folder / "resumed", RESUMED_ON)
+    arrays["uninterrupted"] = train_in_parts(folder / "uninterrupted", {max(RESUMED_ON): 1})
+    np.savez(folder / "one_process.npz", **arrays)
 
 
-def of_two(folder, coordinator, index):
-    with join_processes(Launch(coordinator, 2, int(index)), 60):
-        arrays = all_trained(OF_TWO_PROCESSES)
+def run_in_two_processes(folder, coordinator, index):
+    with join_processes(coordinator, 2, int(index), timeout=60):
+        arrays = train_cases(TWO_PROCESS_CASES)
         if is_first():
-            np.savez(folder / "of two.npz", **arrays)
+            np.savez(folder / "two_processes.npz", **arrays)
 
 
 if __name__ == "__main__":
-    (of_two if len(sys.argv) > 2 else main)(Path(sys.argv[1]), *sys.argv[2:])
+    (run_in_two_processes if len(sys.argv) > 2 else main)(Path(sys.argv[1]), *sys.argv[2:])

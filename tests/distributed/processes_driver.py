@@ -1,69 +1,90 @@
-"""One of several processes: python -m tests.distributed.processes_driver KIND FOLDER COORDINATOR COUNT INDEX WAIT."""
+"""One of several processes: python -m tests.distributed.processes_driver KIND FOLDER --coordinator=HOST:PORT …"""
 
+import argparse
 import json
 import logging
 import time
 from pathlib import Path
 
-from jaxla.cli.process import Stopped, run_command
+import numpy as np
+from jax.experimental import multihost_utils
+
+from jaxla.cli.process import run_command
 from jaxla.config import InputError
-from jaxla.devices.launch import Launch
-from jaxla.distributed import broadcast, gather, if_others_end, is_first, join_processes, local_items, log_progress
+from jaxla.distributed import (
+    broadcast,
+    gather,
+    is_first,
+    join_processes,
+    local_items,
+    log_progress,
+    name_resume_command,
+)
 
 log = logging.getLogger("jaxla.tests")
 
 
-def talk(folder, index):
-    heard = {
-        "gathered": gather({"of": index, "list": [1.5, None, "é"]}),
-        "agreed": broadcast(f"said by {index}"),
-        "share": local_items(["a", "b", "c", "d", "e"]),
+def exchange(folder, index):
+    """Exchange values, and print and log lines."""
+    values = {
+        "gathered": gather({"index": index, "list": [1.5, None, "é"]}),
+        "broadcast": broadcast(f"from {index}"),
+        "items": local_items(["a", "b", "c", "d", "e"]),
         "first": is_first(),
     }
-    gather("x" * 5_000_000)  # more than a socket's buffer
-    (folder / f"{index}.json").write_text(json.dumps(heard))
+    gather("x" * 5_000_000)
+    (folder / f"{index}.json").write_text(json.dumps(values))
     print(f"printed by {index}")
     log.info("info of %d", index)
     log.warning("warning of %d", index)
-    log_progress(f"told by {index}")
+    log_progress(f"progress of {index}")
 
 
-def sleep(folder, index):
-    with if_others_end("that command", (folder / f"{index}.note").write_text):
+def wait(folder, index):
+    """Wait in Python code (process 0) or for a value that never comes (process 1)."""
+    with name_resume_command("that command", (folder / f"{index}.note").write_text):
         (folder / f"{index}.ready").touch()
-        time.sleep(100)
+        if index == 0:
+            time.sleep(100)
+        gather(None)
 
 
-def busy(folder, index):
-    (folder / f"{index}.ready").touch()
-    while True:
-        sum(range(1000))
+def compute(folder, index):
+    """Run collectives for ever."""
+    with name_resume_command("that command", (folder / f"{index}.note").write_text):
+        (folder / f"{index}.ready").touch()
+        while True:
+            multihost_utils.process_allgather(np.ones(3))
 
 
-def mistake(folder, index):
+def wrong_input_in_one(folder, index):
     if index == 1:
-        raise InputError("option --x is wrong")
-    gather("never comes")
+        raise InputError("--x", "wrong", "Remove the option.")
+    gather("never answered")
 
 
-def alike(folder, index):
-    raise InputError("option --x is wrong")
+def wrong_input_in_all(folder, index):
+    raise InputError("--x", "wrong", "Remove the option.")
 
 
-def stopped(folder, index):
-    raise Stopped("in epoch 3")
-
-
-def crash(folder, index):
+def bug(folder, index):
     if index == 1:
         raise RuntimeError("a bug")
-    gather("never comes")
+    with name_resume_command("that command", (folder / f"{index}.note").write_text):
+        gather("never answered")
 
 
 def main(arguments):
-    kind, folder, coordinator, count, index, wait = arguments
-    with join_processes(Launch(coordinator, int(count), int(index)), float(wait)):
-        globals()[kind](Path(folder), int(index))
+    parser = argparse.ArgumentParser()
+    parser.add_argument("kind")
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--coordinator", default="")
+    parser.add_argument("--processes", type=int)
+    parser.add_argument("--process", type=int)
+    parser.add_argument("--wait", type=float, default=60)
+    options = parser.parse_args(arguments)
+    with join_processes(options.coordinator, options.processes, options.process, options.wait):
+        globals()[options.kind](options.folder, options.process)
 
 
 if __name__ == "__main__":

@@ -22,18 +22,18 @@ def train(run, phantoms, *options, check=True):
     )  # fmt: skip
 
 
-def test_a_run_on_four_devices_gives_the_run_on_one(four_devices, small_run, phantoms, tmp_path):
-    """`small_run` saw one device; here parameters are divided over four. Then masks of one and of three."""
+def test_four_devices_give_the_numbers_of_one(four_devices, small_run, phantoms, tmp_path):
+    """`small_run` had one device; here four devices share the parameters. Then one and three devices predict."""
     run = tmp_path / "run"
     train(run, phantoms, "--shard-params")
-    ours, theirs = (
+    actual, expected = (
         [json.loads(line) for line in (f / "metrics.jsonl").read_text().splitlines()] for f in (run, small_run)
     )
     for kind in ("train_loss", "val_loss", "val_dice"):
-        # Rounding moves an activation over a ReLU's zero, and training makes more of it: one device whose parameters
-        # begin with another last digit is as far away. tests/devices/test_mesh.py has the exact comparison.
+        # Rounding moves some activations across a ReLU's zero, and training amplifies that: one device with initial
+        # parameters that differ in the last digit is as far away. test_mesh.py has the exact comparison.
         # measured: 1e-2
-        np.testing.assert_allclose([m[kind] for m in ours], [m[kind] for m in theirs], rtol=3e-2)
+        np.testing.assert_allclose([m[kind] for m in actual], [m[kind] for m in expected], rtol=3e-2)
     assert json.loads((run / "experiment.json").read_text())["environment"]["devices"] == 4
 
     scan = next(phantoms.rglob("enhanced.nii.gz"))
@@ -48,7 +48,7 @@ def test_a_run_on_four_devices_gives_the_run_on_one(four_devices, small_run, pha
 @pytest.mark.parametrize(
     ("options", "line"),
     [
-        (["--devices=5"], "option --devices=5: JAX sees 4 (cpu); give a number from 0 (all) to 4"),
+        (["--devices=5"], "--devices=5: JAX sees 4 (cpu). Use a number from 0 (all) to 4."),
         (
             ["--training.batch_size=2"],
             "option --training.batch_size=2: smaller than the number of devices, 4, that share a batch; raise it, or "
@@ -56,11 +56,11 @@ def test_a_run_on_four_devices_gives_the_run_on_one(four_devices, small_run, pha
         ),
         (
             ["--devices=3", "--shard-params"],
-            "option --shard-params: 3 devices do not divide backbone.blocks.attention.projection.kernel",
+            "--shard-params: 3 devices do not divide backbone.blocks.attention.projection.kernel",
         ),
     ],
 )
-def test_devices_that_do_not_fit_are_named(four_devices, phantoms, tmp_path, options, line):
+def test_device_options_that_cannot_work_are_refused(four_devices, phantoms, tmp_path, options, line):
     refused = train(tmp_path / "run", phantoms, *options, check=False)
     assert refused.returncode == 2
     assert refused.stderr.startswith(f"error: {line}")
