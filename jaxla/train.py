@@ -33,6 +33,7 @@ from jaxla.distributed import (
     broadcast,
     is_first,
     join_processes,
+    local_items,
     on_host,
     require_same,
     use_devices,
@@ -143,7 +144,7 @@ def run(options: Options, command: str) -> None:
             environment_here = environment()
             installed = {**environment_here["versions"], "device": environment_here["device"]}
             require_same(installed, "Install the same packages on all hosts, with the same devices.")
-            data = prepare_data(experiment, options.cache_dir)
+            data = prepare_data(experiment, options.cache_dir, local_items)
             require_same_content(data, weights_sha256)
             task = make_task(experiment, data)
             task.check_batch_size()

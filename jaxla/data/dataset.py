@@ -133,17 +133,6 @@ def require_classes(data: PreparedData, protocol: Data) -> None:
         )
 
 
-def log_cropped_cases(data: PreparedData, canvas: Canvas) -> None:
-    """Log a warning that names the cases whose slices are larger than the canvas."""
-    cropped = [v.id for v in data.used_volumes if canvas.frame(v.shape[1:], v.spacing[1:]).is_cropped]
-    if cropped:
-        log.warning(
-            "%s with slices larger than the largest training slice (%.0f mm): the network sees only their centre, the "
-            "rest becomes background: %s",
-            plural(len(cropped), "validation or test case"), canvas.extent, ", ".join(cropped),
-        )  # fmt: skip
-
-
 def _log_summary(data: PreparedData) -> None:
     split, volumes = data.split, data.volumes.values()
     if split.unused:

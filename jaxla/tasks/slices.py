@@ -54,7 +54,7 @@ class SliceTask(Task):
         return self.canvas.extent
 
     def is_cut(self, shape: Sequence[int], spacing: Sequence[float]) -> bool:
-        return self.canvas.frame(tuple(shape[1:]), tuple(spacing[1:])).cuts
+        return self.canvas.frame(tuple(shape[1:]), tuple(spacing[1:])).is_cropped
 
     def check_batch_size(self) -> None:
         super().check_batch_size()
