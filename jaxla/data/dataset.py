@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-from jaxla.cli.terminal import plural, track
+from jaxla.cli.terminal import track
 from jaxla.config import Data, Experiment, InputError, Preprocessing, option
 from jaxla.data.cases import Case, Dataset, find_cases
 from jaxla.data.inputs import Canvas, smallest_extent
