@@ -11,6 +11,7 @@ from flax import nnx
 from jaxla.config import InputError, default_cache_dir
 from jaxla.data.split import ALL_FOLDS, FOLDS
 from jaxla.distributed import broadcast
+from jaxla.hardware import first_local_device
 from jaxla.models.build import build_network, is_planned
 from jaxla.models.weights import parameters_sha256
 from jaxla.models.weights_format import require_undamaged
@@ -73,7 +74,7 @@ def load_run(folder: str | Path) -> TrainedNetwork:
     parts = split_network(network, train_backbone=model.backbone == "finetuned")
 
     saved = checkpointed(parts.trainable, parts.frozen.statistics)
-    here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])  # whatever device the run was trained on
+    here = jax.sharding.SingleDeviceSharding(first_local_device())  # whatever device the run was trained on
     like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here), saved)
     checkpoints = Checkpoints(folder / BEST, read_only=True)
     restored, progress = checkpoints.restore(like, steps[0])

@@ -13,10 +13,11 @@ from flax import nnx
 
 from jaxla.cli.terminal import plural
 from jaxla.config import InputError, Model, lookup
+from jaxla.hardware import compute_dtype
 from jaxla.models import networks
 from jaxla.models.backbones import Backbone, build_backbone, dinov3
 from jaxla.models.family import Family
-from jaxla.models.weights import compute_dtype, load_into, weights_file
+from jaxla.models.weights import load_into, weights_file
 from jaxla.nnunet.plan import Configuration, Plan, read_plan
 
 

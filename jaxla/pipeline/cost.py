@@ -12,9 +12,9 @@ from flax import nnx
 from jaxla.data.prepared import PreparedVolume
 from jaxla.data.volumes import read_image
 from jaxla.distributed import on_host
+from jaxla.hardware import peak_device_bytes, peak_host_bytes
 from jaxla.inference.segment import Segment
 from jaxla.inference.trained import TrainedNetwork
-from jaxla.memory import peak_device_bytes, peak_host_bytes
 from jaxla.models.build import configuration_of, reads_volumes
 from jaxla.models.ops.multiply_adds import multiply_adds
 from jaxla.runs.cost import Cost

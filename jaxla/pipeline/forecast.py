@@ -22,7 +22,8 @@ from jaxla.data.dataset import PreparedData
 from jaxla.data.prepared import PreparedVolume
 from jaxla.distributed import gather, local_items, local_rows, on_host, process_count, shard_batch, use_local_devices
 from jaxla.evaluation.summary import score_case
-from jaxla.memory import catch_out_of_memory, device_bytes, program_bytes, require_memory
+from jaxla.hardware import device_bytes, device_name
+from jaxla.memory import catch_out_of_memory, program_bytes, require_memory
 from jaxla.models.build import build_network, configuration_of, reads_volumes
 from jaxla.nnunet.plan import Plan
 from jaxla.nnunet.tiles import count_tiles
@@ -248,7 +249,7 @@ def describe(f: Forecast) -> str:
             f"start and compilation {format_duration(f.start_seconds)}; "
             + (f"features {format_duration(f.features_seconds)}; " if f.features_seconds else "")
             + f"an epoch {format_duration(f.epoch_seconds)}, all {recipe.epochs} {format_duration(recipe.epochs * f.epoch_seconds)}; "
-            f"test {format_duration(f.test_seconds)}; together about {format_duration(f.seconds)}, on {jax.devices()[0].device_kind}, "
+            f"test {format_duration(f.test_seconds)}; together about {format_duration(f.seconds)}, on {device_name()}, "
             f"from {MEASURED_STEPS} measured steps"
             + (", without reading from disk" if f.features_folder and f.features_fit else "")
         ),

@@ -9,7 +9,7 @@ import pytest
 import torch
 from transformers import DINOv3ViTConfig, DINOv3ViTModel
 
-from jaxla.models.ops.positions import position_grid, rotary_periods
+from jaxla.models.ops.positions import resize_grid, rotary_periods
 from tests.golden.errors import beyond_bounds, live_errors
 from tests.golden.live import authors_resize, live_model, live_tokens
 from tests.tiny import REGISTERS, ROTARY, TINY, TINY_VARIANTS, tiny_backbone
@@ -84,7 +84,7 @@ def test_offset_and_antialiasing_both_change_the_grid(registers):
     """Whoever resizes one kind of model as the other is off by far more than rounding."""
     grid = torch.randn(1, 8, 37, 37, generator=torch.Generator().manual_seed(0))
     same, other = (authors_resize(grid, 32, 45, kind)[0].permute(1, 2, 0) for kind in (registers, not registers))
-    ours = position_grid(jnp.asarray(grid[0].permute(1, 2, 0)), 32, 45, antialias=registers)
+    ours = resize_grid(jnp.asarray(grid[0].permute(1, 2, 0)), 32, 45, antialias=registers)
     np.testing.assert_allclose(ours, same, atol=5e-6)  # measured: 3.4e-6, of values up to 4.3
     assert np.abs(ours - other.numpy()).max() > 0.1
 
