@@ -1,19 +1,20 @@
-"""python -m benchmarks.backbone [--arch=…] [--size=…] [--batch=…] [--output=FILE]: a forward pass beside PyTorch's.
+"""python -m benchmarks.backbone [--arch=…] [--size=…] [--batch=…] [--output=FILE]: a forward pass, and PyTorch's.
 
-Both run in this process, in turn, on the same device and the same synthetic weights: this package, and the model of
-`transformers` with scaled-dot-product attention. On CPU in float32 with all cores; on a GPU in bfloat16 (before
-NVIDIA's Ampere in float32), PyTorch also through `torch.compile`, and with the share of the measured peak of matrix
-multiplication that this package reaches. Before anything is timed the patch tokens of both are compared.
+Runs this package and the model of `transformers` with scaled-dot-product attention in turn, in this process, on the
+same device with the same synthetic weights: on CPU in float32 with all cores, on a GPU in bfloat16 (before NVIDIA's
+Ampere in float32) and PyTorch also through `torch.compile`. The patch tokens of both are compared first.
 
-Prints JSON: seconds of a call (median and fastest), images per second, PyTorch's median over this package's (above 1
-this package is the faster one), and the memory that its compiled program needs, parameters included. A pause before
-each call lets the threads of the other side fall asleep; without it they would take its cores.
+Prints JSON: seconds of a call (median and fastest), images per second, PyTorch's median divided by this package's
+(above 1 this package is faster), and the memory of this package's compiled program, parameters included; on a GPU also
+the fraction of the peak speed of matrix products that this package reaches. A pause before each call lets the other
+implementation's threads go idle.
 """
 
 import math
 import os
+import sys
 
-os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # on a GPU, so that PyTorch finds memory too
+os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # leaves GPU memory to PyTorch
 
 import jax
 import jax.numpy as jnp
@@ -21,41 +22,43 @@ import numpy as np
 import torch
 from flax import nnx
 
-from benchmarks.timing import about, compared, in_turn, print_result, timed
+from benchmarks.timing import compare, environment, print_result, time_in_turn, timed
 from jaxla.cli.command_line import command_parser, parse_arguments
 from jaxla.cli.process import run_command
 from jaxla.config import InputError
-from jaxla.memory import peak_device_bytes, program_bytes
-from jaxla.models.backbones import TRANSFORMERS, architecture, build_backbone
-from jaxla.models.weights import compute_dtype
+from jaxla.hardware import compute_dtype, on_gpu, peak_device_bytes
+from jaxla.memory import program_bytes
+from jaxla.models.backbones import TRANSFORMERS, build_backbone, transformer_name
 from tests.golden.errors import error
 from tests.golden.live import live_model
 from tests.tiny import randomise
 
 AGREEMENT = {"float32": 1e-5, "bfloat16": 5e-2}  # relative L2 of the patch tokens
-PEAK_SIDE = 8192  # of the square matrices whose product measures the peak
+PEAK_SIDE = 8192  # of the square matrices whose product measures the peak speed
 
 
 def main(arguments):
-    parser = command_parser("benchmarks.backbone", "A backbone's forward pass beside PyTorch's.")
-    parser.add_argument("--arch", type=str, default="dinov2_vitb14", help="of a vision transformer")
+    parser = command_parser("benchmarks.backbone", "Time a backbone's forward pass and PyTorch's.")
+    parser.add_argument("--arch", type=str, default="dinov2_vitb14", help="name of a vision transformer")
     parser.add_argument("--size", type=int, default=448, help="side of the square image in pixels")
     parser.add_argument("--batch", type=int, default=1, help="images in a call")
-    parser.add_argument("--repeats", type=int, default=9, help="calls of each, of which the median is taken")
-    parser.add_argument("--output", type=str, help="write the JSON there too")
+    parser.add_argument("--repeats", type=int, default=9, help="timed calls of each implementation")
+    parser.add_argument("--output", type=str, help="also write the JSON to this file")
     options = parse_arguments(parser, arguments)
-    arch = architecture("--arch", options.arch)
+    arch = transformer_name("--arch", options.arch)
     variant, size = TRANSFORMERS[arch], options.size
-    if size % variant.patch or min(size, options.batch, options.repeats) < 1:
-        raise InputError(f"--size={size} must be a multiple of {variant.patch}, --batch and --repeats at least 1")
-    on_gpu = jax.default_backend() == "gpu"
+    if size % variant.patch or size < 1:
+        raise InputError(f"--size={size}", f"not a multiple of the patch size {variant.patch}", "Choose another size.")
+    if min(options.batch, options.repeats) < 1:
+        raise InputError("--batch and --repeats", "must be at least 1", "Choose larger numbers.")
+    gpu = on_gpu()
 
     images = np.random.default_rng(0).standard_normal((options.batch, size, size, 3), np.float32)
     dtype = jnp.dtype(compute_dtype())
     ours = randomise(nnx.eval_shape(lambda: build_backbone(arch, dtype=dtype, rngs=nnx.Rngs(0))))
     theirs = live_model(ours)
     theirs.set_attn_implementation("sdpa")
-    if on_gpu:
+    if gpu:
         theirs = theirs.to("cuda", getattr(torch, dtype.name))
     channels_first = torch.from_numpy(images.transpose(0, 3, 1, 2).copy()).to(theirs.device, theirs.dtype)
     on_device = jnp.asarray(images)
@@ -67,25 +70,25 @@ def main(arguments):
         def run():
             with torch.inference_mode():
                 tokens = model(channels_first).last_hidden_state
-            if on_gpu:
+            if gpu:
                 torch.cuda.synchronize()
             return tokens
 
         return run
 
     runs = {"jaxla": run_ours, "torch": torch_run(theirs)}
-    if on_gpu:
+    if gpu:
         runs["torch.compile"] = torch_run(torch.compile(theirs))
     first_call = {name: timed(run) for name, run in runs.items()}
     patches = runs["torch"]()[:, 1 + variant.registers :].float().cpu().numpy()
     difference = error(run_ours().patches.reshape(patches.shape), patches).relative_l2
     if difference > AGREEMENT[dtype.name]:
-        raise InputError(f"{arch}: tokens differ from PyTorch's by {difference:.1e}; there is nothing to compare")
+        sys.exit(f"{arch}: patch tokens differ from PyTorch's by {difference:.1e}; nothing was timed")
 
-    found = compared(in_turn(runs, options.repeats))
-    medians = found["median_seconds"]
+    timing = compare(time_in_turn(runs, options.repeats))
+    medians = timing["median_seconds"]
     result = {
-        **about("jax", "flax", "torch", "transformers"),
+        **environment("jax", "flax", "torch", "transformers"),
         "arch": arch,
         "size": size,
         "batch": options.batch,
@@ -94,11 +97,11 @@ def main(arguments):
         "patch_tokens_relative_l2": difference,
         "repeats": options.repeats,
         "first_call_seconds": first_call,
-        **found,
+        **timing,
         "images_per_second": {name: options.batch / median for name, median in medians.items()},
         "jaxla_program_bytes": forward_bytes(ours, on_device),
     }
-    if on_gpu:
+    if gpu:
         peak = matmul_peak(dtype)
         result["torch_peak_bytes"] = torch.cuda.max_memory_allocated()
         result["jaxla_peak_bytes"] = peak_device_bytes()
@@ -108,21 +111,21 @@ def main(arguments):
 
 
 def forward_bytes(vit, images):
-    """What the compiled forward pass needs: parameters, images, results and everything between."""
+    """Return the memory of the compiled forward pass: parameters, images, results and temporaries."""
     graph, state = nnx.split(vit)
     forward = jax.jit(lambda state, images: nnx.merge(graph, state)(images))
     return program_bytes(forward.lower(state, images).compile())
 
 
 def flops(variant, size):
-    """Of one image: two for each multiplication with a parameter, and the attention's two products."""
+    """Return the floating-point operations of the linear layers and the attention for one image."""
     tokens = (size // variant.patch) ** 2 + 1 + variant.registers
-    of_block = 4 * variant.width**2 + (3 if variant.mlp == "swiglu" else 2) * variant.width * variant.hidden
-    return variant.depth * (2 * tokens * of_block + 4 * tokens**2 * variant.width)
+    parameters = 4 * variant.width**2 + (3 if variant.mlp == "swiglu" else 2) * variant.width * variant.hidden
+    return variant.depth * (2 * tokens * parameters + 4 * tokens**2 * variant.width)
 
 
 def matmul_peak(dtype):
-    """Floating-point operations per second of a large product, the best of several."""
+    """Return the floating-point operations per second of a large matrix product, the best of several."""
     a = jax.random.normal(jax.random.key(0), (PEAK_SIDE, PEAK_SIDE), dtype)
     product = jax.jit(lambda a: jax.lax.fori_loop(0, 10, lambda _, x: (x @ a) / math.sqrt(PEAK_SIDE), a))
     jax.block_until_ready(product(a))

@@ -1,18 +1,18 @@
-"""python -m benchmarks.compile_for_gpu [--method=…] [--output=FILE]: training steps as programs for an H200.
+"""python -m benchmarks.compile_for_gpu [--method=…] [--output=FILE]: compile training steps for an H200.
 
-The GPU need not be there, nor its driver, only JAX's part for CUDA (`pip install -e '.[test,cuda12]'`): XLA compiles
-for a device that it is told of. Nothing is run; and XLA cannot try kernels out, so that products of matrices are
-cuBLAS's, not Triton's. What is wrong with a program before it runs shows itself.
+Needs no GPU and no driver, only JAX's CUDA plugin (`pip install -e '.[test,cuda12]'`): XLA compiles for a described
+device, and nothing runs. XLA cannot try kernels, so matrix products are cuBLAS's, not Triton's. This finds the faults
+that a program has before it runs.
 
-Prints for each method, from random weights and with the recipe's batch: seconds to compile, the memory that the step's
-program needs (parameters, optimiser and batch included), and in how many places it calls cuDNN's attention.
+Prints for each method, with random weights and the recipe's batch size: seconds to compile, the memory of the step's
+program (parameters, optimiser state and batch included), and how many calls of cuDNN's attention it contains.
 """
 
 import os
 import time
 from pathlib import Path
 
-os.environ["JAX_SKIP_CUDA_CONSTRAINTS_CHECK"] = "1"  # which asks the driver
+os.environ["JAX_SKIP_CUDA_CONSTRAINTS_CHECK"] = "1"  # the check needs the driver
 os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_gpu_enable_triton_gemm=false"
 
 import jax
@@ -23,16 +23,17 @@ from jax.sharding import NamedSharding, PartitionSpec
 from jaxla.experiments import METHODS
 from jaxla.models.build import configuration_of, is_planned
 
-from benchmarks.timing import about, require_folder, write_result
+from benchmarks.timing import environment, require_folder, write_result
 from jaxla.cli.command_line import command_parser, parse_arguments
 from jaxla.cli.process import run_command
 from jaxla.config import InputError, lookup
+from jaxla.hardware import on_gpu
 from jaxla.memory import program_bytes
 from jaxla.nnunet.plan import read_plan
 from tests.gpu import lowered_step, pretend_gpu
 
 PLAN = Path(__file__).parents[1] / "tests" / "golden" / "nnunet_plans" / "Hippocampus.json"
-SLICES = 40  # of a volume
+SLICES = 40  # in a volume
 H200 = """
 gpu_device_info {
   threads_per_block_limit: 1024
@@ -62,52 +63,56 @@ device_description_str: "NVIDIA H200"
 
 
 def main(arguments):
-    parser = command_parser("benchmarks.compile_for_gpu", "Training steps compiled for an H200 that need not be there.")
-    parser.add_argument("--method", type=str, default="all", help="one of train's methods, or all")
-    parser.add_argument("--output", type=str, help="write the rows as JSON too")
+    parser = command_parser("benchmarks.compile_for_gpu", "Compile training steps for an H200, without one.")
+    parser.add_argument("--method", type=str, default="all", help="one of train's methods, or `all`")
+    parser.add_argument("--output", type=str, help="also write the rows to this file as JSON")
     options = parse_arguments(parser, arguments)
     require_folder(options.output)
-    # those that are cut short differ in their epochs alone
+    # a short method differs in its number of epochs only
     methods = {name: method for name, method in METHODS.items() if not name.endswith("_short")}
     if options.method != "all":
         methods = {options.method: lookup("--method", options.method, METHODS)}
     device = absent_device()
 
-    print("| method | batch | compiled in | memory of a step | calls of cuDNN's attention |\n|---|---|---|---|---|")
+    print("| method | batch size | compilation | memory of a step | cuDNN attention calls |\n|---|---|---|---|---|")
     rows = []
     for name, method in methods.items():
         row = {"method": name, **measure(method, device)}
         rows.append(row)
-        of_program = f"{row['seconds']:.1f} s | {row['bytes'] / 1e9:.2f} GB | {row['cudnn_attention_calls']}"
-        print(f"| `{name}` | {row['batch']} | {of_program} |", flush=True)
+        program = f"{row['seconds']:.1f} s | {row['bytes'] / 1e9:.2f} GB | {row['cudnn_attention_calls']}"
+        print(f"| `{name}` | {row['batch']} | {program} |", flush=True)
     if options.output:
-        result = {**about("jax", "flax"), "compiled_for": device.device_kind, "rows": rows}
+        result = {**environment("jax", "flax"), "compiled_for": device.device_kind, "rows": rows}
         write_result(result, options.output)
 
 
 def absent_device():
+    """Return the description of an H200, for which JAX can compile."""
     canonical = xla_bridge.canonicalize_platform
     try:
-        jax.devices()  # finds JAX's part for CUDA, if it is there, and no GPU
+        on_gpu()  # loads the CUDA plugin, if it is installed
         topology = topologies.get_topology_desc(platform="cuda", target_config=H200, topology="1x1x1")
     except NotImplementedError:
-        raise InputError("JAX's part for CUDA is not installed: pip install -e '.[test,cuda12]'") from None
-    # JAX looks "gpu" up among the devices that are there
+        fix = "Run `pip install -e '.[test,cuda12]'`."
+        raise InputError("JAX's CUDA plugin", "not installed", fix) from None
+    # JAX would look for "gpu" among the present devices
     xla_bridge.canonicalize_platform = lambda platform: "cuda" if platform == "gpu" else canonical(platform)
     return topology.devices[0]
 
 
 def measure(method, device):
-    whole = NamedSharding(jax.sharding.Mesh([device], "x"), PartitionSpec())
+    sharding = NamedSharding(jax.sharding.Mesh([device], "x"), PartitionSpec())
     plan = read_plan(PLAN)
     batch = configuration_of(method.model, plan).batch_size if is_planned(method.model) else method.training.batch_size
 
-    def place(shapes):
-        return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=whole), shapes)
+    def put_on_device(shapes):
+        return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), shapes)
 
     with pytest.MonkeyPatch.context() as patch:
         pretend_gpu(patch)
-        lowered = lowered_step(method, classes=1, plan=plan, batch_size=batch, slices=SLICES, place=place)
+        lowered = lowered_step(
+            method, classes=1, plan=plan, batch_size=batch, slices=SLICES, put_on_device=put_on_device
+        )
         began = time.perf_counter()
         program = lowered.compile()
     return {

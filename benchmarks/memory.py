@@ -1,4 +1,4 @@
-"""How far the process grows, by what Linux keeps of it."""
+"""Measure how much a process's memory grows, from what Linux records."""
 
 from pathlib import Path
 
@@ -6,7 +6,7 @@ MEMORY = Path("/proc/self")
 
 
 def reset_peak():
-    """Forget the process's largest size so far; -> its size now, in bytes. 0 where the system keeps none."""
+    """Reset the process's peak memory and return its size in bytes, or 0 if the system does not record it."""
     try:
         (MEMORY / "clear_refs").write_text("5")
     except OSError:
@@ -15,7 +15,7 @@ def reset_peak():
 
 
 def peak():
-    """The process's largest size since then, in bytes."""
+    """Return the process's peak memory in bytes since `reset_peak`, or 0 if the system does not record it."""
     try:
         lines = (MEMORY / "status").read_text().splitlines()
     except OSError:

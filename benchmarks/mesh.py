@@ -12,12 +12,13 @@ import jax
 import numpy as np
 from jaxla.models.build import build_network
 
-from benchmarks.timing import about, in_numbers, in_turn, print_result
+from benchmarks.timing import environment, median_and_fastest, print_result, time_in_turn
 from jaxla.cli.command_line import command_parser, parse_arguments
 from jaxla.cli.process import run_command
 from jaxla.config import InputError, Model, Training
 from jaxla.distributed import shard_batch, use_devices
-from jaxla.models.backbones import TRANSFORMERS, architecture
+from jaxla.models.backbones import TRANSFORMERS, transformer_name
+from jaxla.models.build import build_network
 from jaxla.training.step import initial_state, make_gradient, make_optimiser, make_step, split_network, take_step
 
 
@@ -29,7 +30,7 @@ def main(arguments):
     parser.add_argument("--batch", type=int, default=4)
     parser.add_argument("--repeats", type=int, default=31, help="steps of each, of which the median is taken")
     options = parse_arguments(parser, arguments)
-    arch = architecture("--arch", options.arch)
+    arch = transformer_name("--arch", options.arch)
     if options.size % TRANSFORMERS[arch].patch or min(options.size, options.batch, options.repeats) < 1:
         raise InputError(f"--size must be a multiple of {TRANSFORMERS[arch].patch}, --batch and --repeats at least 1")
     model = Model(arch=arch, weights="random", backbone=options.backbone)
@@ -41,10 +42,10 @@ def main(arguments):
     losses = {name: side() for name, side in sides.items()}
     if len(set(losses.values())) > 1:
         raise InputError(f"losses differ: {losses['mesh']} within a mesh, {losses['no mesh']} without")
-    found = in_numbers(in_turn(sides, options.repeats))
+    found = median_and_fastest(time_in_turn(sides, options.repeats))
     print_result(
         {
-            **about("jax", "flax"),
+            **environment("jax", "flax"),
             "arch": arch,
             "backbone": options.backbone,
             "size": options.size,

@@ -1,15 +1,15 @@
-"""python -m benchmarks.nnunet_training --exp=paper1 --method=nnunet_3d_short --data.root=DIR: all of it, in both.
+"""python -m benchmarks.nnunet_training --exp=paper1 --method=nnunet_3d_short --data.root=DIR: train in both packages.
 
-nnU-Net trained whole on a data set by this package and by the PyTorch module of the parity suite, from the same
-parameters on the same augmented patches, each with its own loss, gradients, SGD and poly decay. Takes the options of
-`jaxla.train`, of which the run's folder is not one. Both trained networks then segment the test cases with this
-package's inference (`tests/parity` holds the two networks' logits equal), and are scored per volume.
+Trains nnU-Net on a data set by this package and by the PyTorch module of the parity suite, from the same parameters on
+the same augmented patches, each with its own loss, gradients, SGD and poly decay. Takes the options of `jaxla.train`,
+except the run folder. Both trained networks then segment the test cases with this package's inference (`tests/parity`
+checks that their logits are equal), and are scored per volume.
 
-Rounding alone parts the two: gradients differ in their last digits, and training multiplies that, so that losses and
-Dice agree at first to the digit and in the end as two seeds' do, or better.
+The two differ by rounding only. Gradients differ in their last digits and training amplifies that, so losses are equal
+to the digit at first, and in the end losses and Dice differ as much as between two seeds, or less.
 
-Prints JSON: the mean foreground Dice of both per test volume and their difference, of both the loss of every epoch, how
-far the losses of single steps differ in the first epochs and at most, and seconds of a step.
+Prints JSON: the mean foreground Dice of both per test volume and the difference, the loss of both in each epoch, how
+much the losses of single steps differ in the first 50 steps and at most, and the seconds of a step.
 """
 
 import logging
@@ -28,7 +28,7 @@ from jaxla.pipeline.checks import checked
 from jaxla.pipeline.planning import plan_run
 from jaxla.pipeline.sources import patch_sources
 
-from benchmarks.timing import about, print_result
+from benchmarks.timing import environment, print_result
 from jaxla.cli.command_line import parse_experiment
 from jaxla.cli.process import run_command
 from jaxla.config import InputError
@@ -61,12 +61,13 @@ def main(arguments):
     options = parse_experiment(arguments, EXPERIMENTS, METHODS)
     experiment = checked(options.experiment)
     if not is_planned(experiment.model):
-        raise InputError(f"option --method={experiment.method}: is none of nnU-Net's; give nnunet_2d or nnunet_3d")
+        raise InputError(f"--method={experiment.method}", "not an nnU-Net", "Use --method=nnunet_2d or nnunet_3d.")
     data = prepare_data(experiment, options.cache_dir)
     data = replace(data, plan=plan_run(experiment, data))
     names = data.dataset.labels.names
     if len(names) < 2:
-        raise InputError(f"option --data.labels: {names[0]} alone, of which this package's network has one output")
+        problem = f"{names[0]} only, for which this package's network has one output and PyTorch's has two"
+        raise InputError("--data.labels", problem, "Use a data set with several structures.")
     configuration = configuration_of(experiment.model, data.plan)
     sources = patch_sources(experiment, data, data.plan, options.cache_dir)
 
@@ -82,38 +83,38 @@ def main(arguments):
         for epoch in range(sources.recipe.epochs):
             for i in range(sources.recipe.steps):
                 batch = next(batches)
-                of_step = jax.random.fold_in(key, epoch * sources.recipe.steps + i)
-                images, mask = (np.asarray(array) for array in augment(of_step, batch["input"], batch["mask"]))
+                step_key = jax.random.fold_in(key, epoch * sources.recipe.steps + i)
+                images, mask = (np.asarray(array) for array in augment(step_key, batch["input"], batch["mask"]))
                 for name, side in {"jaxla": ours, "torch": theirs}.items():
                     began = time.perf_counter()
                     losses[name].append(side.step(images, mask, epoch))
                     seconds[name].append(time.perf_counter() - began)
-            of_epoch = [f"{np.mean(values[-sources.recipe.steps :]):.4f} {name}" for name, values in losses.items()]
-            log.info("epoch %d/%d: loss %s", epoch + 1, sources.recipe.epochs, ", ".join(of_epoch))
+            epoch_losses = [f"{np.mean(values[-sources.recipe.steps :]):.4f} {name}" for name, values in losses.items()]
+            log.info("epoch %d/%d: loss %s", epoch + 1, sources.recipe.epochs, ", ".join(epoch_losses))
 
     record = Record(experiment, data.dataset.labels, "random", "", data.split.sha256, data.sha256, "", "", {})
     dice = {
-        name: dice_of(TrainedNetwork((side.network(),), record, sources.recipe.epochs, data.plan), data)
+        name: test_dice(TrainedNetwork((side.network(),), record, sources.recipe.epochs, data.plan), data)
         for name, side in {"jaxla": ours, "torch": theirs}.items()
     }
-    ours_of, theirs_of = (np.array(losses[name]) for name in ("jaxla", "torch"))
+    our_losses, their_losses = (np.array(losses[name]) for name in ("jaxla", "torch"))
     by_epoch = {name: np.reshape(values, (-1, sources.recipe.steps)).mean(1) for name, values in losses.items()}
-    apart = np.abs(ours_of - theirs_of)
-    mean = {name: float(np.mean(list(of_case.values()))) for name, of_case in dice.items()}
+    difference = np.abs(our_losses - their_losses)
+    mean = {name: float(np.mean(list(cases.values()))) for name, cases in dice.items()}
     result = {
-        **about("jax", "flax", "torch"),
+        **environment("jax", "flax", "torch"),
         "data": data.dataset.root.name,
         "method": experiment.method,
         "seed": experiment.seed,
-        "steps": len(ours_of),
+        "steps": len(our_losses),
         "n": len(data.split.test),
         "unit": "volume",
         "dice": mean,
         "dice_difference": mean["jaxla"] - mean["torch"],
         "dice_by_case": dice,
         "losses_apart": {
-            "most_in_the_first_50_steps": float(apart[:50].max()),
-            "most": float(apart.max()),
+            "most_in_the_first_50_steps": float(difference[:50].max()),
+            "most": float(difference.max()),
             "most_of_an_epoch's_mean": float(np.abs(by_epoch["jaxla"] - by_epoch["torch"]).max()),
         },
         "loss_by_epoch": {name: values.tolist() for name, values in by_epoch.items()},
@@ -123,7 +124,7 @@ def main(arguments):
 
 
 class Ours:
-    """This package's training; the patches come augmented."""
+    """This package's training on augmented patches."""
 
     def __init__(self, network, sources):
         recipe = sources.recipe
@@ -145,7 +146,7 @@ class Ours:
 
 
 class Theirs:
-    """PyTorch's, with nnU-Net's recipe."""
+    """PyTorch's training with nnU-Net's recipe."""
 
     def __init__(self, network, build, configuration, recipe):
         self.module = nnunet_reference_of(configuration, network).train()
@@ -166,15 +167,15 @@ class Theirs:
         return loss.item()
 
     def network(self):
-        """This package's network with PyTorch's parameters."""
+        """Return this package's network with PyTorch's parameters."""
         trained = nnx.eval_shape(self.build)
         fill(trained, self.configuration, {name: array.numpy() for name, array in self.module.state_dict().items()})
         trained.eval()
         return trained
 
 
-def dice_of(trained, data):
-    """Case -> mean Dice of its structures, of the test cases."""
+def test_dice(trained, data):
+    """Return test case -> mean Dice of its structures."""
     segment, names, rows = make_segment(trained), trained.record.labels.names, []
     for case in data.split.test:
         prepared = data.volumes[case]

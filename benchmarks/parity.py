@@ -1,21 +1,21 @@
-"""python -m benchmarks.parity [--arch=…] [--output=FILE.json]: how far the backbones are from their authors' code.
+"""python -m benchmarks.parity [--arch=…] [--output=FILE.json]: compare the backbones with their authors' code.
 
-One row for each golden file of tests/golden, whose arrays the authors' own code computed; and rows at 448 pixels and
-more, where PyTorch runs here: the model of `transformers` with the same parameters and the authors' position grid.
-Both sides in float32 (ours at `highest` matmul precision), on synthetic weights: drawn by a rule, written as the
-authors' checkpoint and converted by `python -m convert_weights`. The last column is the lowest cosine between one of
-our tokens in bfloat16, in which GPUs compute, and in float32.
+Prints one row for each golden file of tests/golden, which the authors' own code computed, and rows at 448 pixels and
+more, for which PyTorch runs here: the model of `transformers` with the same parameters and the authors' position grid.
+Both sides compute in float32 (ours at `highest` matmul precision) with synthetic weights, written as the authors'
+checkpoint and converted by `python -m convert_weights`. The last column is the lowest cosine between one of our tokens
+in bfloat16, which GPUs use, and in float32.
 
-An error is the worst over all arrays of a row: class token, registers and patches after the final norm, and the patch
-tokens after blocks before it. The floor beside it is PyTorch's own rounding: the same model of `transformers` in
-float32 against itself in float64, at that size.
+An error is the largest over all arrays of a row: class token, registers and patches after the final norm, and the patch
+tokens after earlier blocks. The columns beside it are PyTorch's own rounding: the model of `transformers` in float32
+against itself in float64, at the same size.
 """
 
 import sys
 
 import jax
 
-from benchmarks.timing import about, require_folder, write_result
+from benchmarks.timing import environment, require_folder, write_result
 from jaxla.cli.command_line import command_parser, parse_arguments
 from jaxla.cli.process import run_command
 from jaxla.config import lookup
@@ -34,7 +34,7 @@ from tests.golden.errors import (
 from tests.golden.fake_weights import fake_image
 from tests.golden.live import live_model, live_tokens
 
-SMALL = 768  # the widest of the architectures that run at full size within minutes on a CPU
+MAX_SMALL_WIDTH = 768  # of the architectures that a CPU runs at full size within minutes
 FLOOR = "PyTorch's own float32"
 COLUMNS = (
     "architecture", "image", "reference", "max abs", "relative L2", f"{FLOOR}: max abs", f"{FLOOR}: relative L2",
@@ -43,52 +43,52 @@ COLUMNS = (
 
 
 def main(arguments):
-    parser = command_parser("benchmarks.parity", "How far every backbone is from its authors' PyTorch code.")
+    parser = command_parser("benchmarks.parity", "Compare every backbone with its authors' PyTorch code.")
     parser.add_argument(
         "--arch",
         type=str,
         default="all-small",
-        help="one architecture, `all-small` or `all` (13 GB of memory, 9 GB of disk)",
+        help="an architecture, `all-small`, or `all` (13 GB of memory, 9 GB of disk)",
     )
-    parser.add_argument("--output", type=str, help="write the rows as JSON too")
+    parser.add_argument("--output", type=str, help="also write the rows to this file as JSON")
     options = parse_arguments(parser, arguments)
     require_folder(options.output)
-    architectures = chosen(options.arch)
+    architectures = select_architectures(options.arch)
 
     print(f"| {' | '.join(COLUMNS)} |\n|{'---|' * len(COLUMNS)}")
     rows = []
     for arch in architectures:
         for row in measure(arch):
             rows.append(row)
-            print(f"| {' | '.join(map(shown, row.values()))} |", flush=True)
+            print(f"| {' | '.join(map(format_value, row.values()))} |", flush=True)
 
     if options.output:
-        versions = about("jax", "flax", "torch", "transformers")
+        versions = environment("jax", "flax", "torch", "transformers")
         write_result({**versions, "weights": "synthetic", "rows": rows}, options.output)
-    wide = [row for row in rows if not within_bounds(row)]
+    failed = [row for row in rows if not is_within_bounds(row)]
     bounds = f"{BOUND[0]:g} and {BOUND[1]:g}, in bfloat16 {COSINE_BOUND:g}"
-    print(f"\nSynthetic weights; {len(rows) - len(wide)} of {len(rows)} rows within the bounds ({bounds}).")
-    if wide:
+    print(f"\nSynthetic weights; {len(rows) - len(failed)} of {len(rows)} rows within the bounds ({bounds}).")
+    if failed:
         sys.exit(1)
 
 
-def chosen(option):
-    # the 7B is 27 GB: tests/parity compares two of its blocks
-    measured = {name: row for name, row in TRANSFORMERS.items() if row.licence and name != "dinov3_vit7b16"}
+def select_architectures(option):
+    # the 7B is 27 GB; tests/parity compares two of its blocks
+    available = {name: row for name, row in TRANSFORMERS.items() if row.licence and name != "dinov3_vit7b16"}
     if option == "all":
-        return list(measured)
+        return list(available)
     if option == "all-small":
-        return [name for name, row in measured.items() if row.width <= SMALL]
+        return [name for name, row in available.items() if row.width <= MAX_SMALL_WIDTH]
     arch = dinov3.HUB_SPELLINGS.get(option, option)
-    lookup("--arch", arch, measured)
+    lookup("--arch", arch, available)
     return [arch]
 
 
 def measure(arch):
-    """-> rows of one architecture, each a dict whose keys are the columns."""
+    """Yield the rows of one architecture, each a dict with the columns as keys."""
     files = {image_of(file).shape[1:3]: file for file in files_of(arch)}
     sizes = dict.fromkeys(files or [(98, 98)])
-    if TRANSFORMERS[arch].width <= SMALL:
+    if TRANSFORMERS[arch].width <= MAX_SMALL_WIDTH:
         sizes |= dict.fromkeys([(448, 448), (518, 518)] if TRANSFORMERS[arch].grid else [(448, 448), (512, 512)])
 
     vit = golden_backbone(arch)
@@ -98,23 +98,23 @@ def measure(arch):
         for size in sizes:
             images = fake_image(*size).transpose(0, 2, 3, 1)
             in_float32[size] = live_tokens(model, images)
-            of_arrays = (
+            array_errors = (
                 golden_errors(vit, files[size]) if size in files else live_errors(vit, images, *in_float32[size])
             )
-            errors[size] = worst(of_arrays.values())
+            errors[size] = worst(array_errors.values())
             cosines[size] = lowest_bfloat16_cosine(vit, images)
 
-    del vit  # in float64 the model takes what memory there is
+    del vit  # the model in float64 needs the memory
     model = model.double()
     for size in sizes:
-        tokens, of_blocks = live_tokens(model, fake_image(*size).transpose(0, 2, 3, 1))
-        rounded, of_blocks_rounded = in_float32[size]
-        floor = worst([error(rounded, tokens), *map(error, of_blocks_rounded, of_blocks)])
-        place = (arch, f"{size[0]}×{size[1]}", "authors' code" if size in files else "`transformers`")
-        yield dict(zip(COLUMNS, (*place, *errors[size], *floor, cosines[size]), strict=True))
+        tokens, block_tokens = live_tokens(model, fake_image(*size).transpose(0, 2, 3, 1))
+        rounded, rounded_block_tokens = in_float32[size]
+        floor = worst([error(rounded, tokens), *map(error, rounded_block_tokens, block_tokens)])
+        source = (arch, f"{size[0]}×{size[1]}", "authors' code" if size in files else "`transformers`")
+        yield dict(zip(COLUMNS, (*source, *errors[size], *floor, cosines[size]), strict=True))
 
 
-def within_bounds(row):
+def is_within_bounds(row):
     errors = {"": Error(row["max abs"], row["relative L2"])}
     return not beyond_bounds(errors) and row[COLUMNS[-1]] >= COSINE_BOUND
 
@@ -123,7 +123,7 @@ def worst(errors):
     return Error(*map(max, zip(*errors, strict=True)))
 
 
-def shown(value):
+def format_value(value):
     if isinstance(value, str):
         return value
     return f"{value:.1e}" if value < 0.1 else f"{value:.5f}"

@@ -27,7 +27,8 @@ from jaxla.cli.command_line import command_parser, parse_arguments
 from jaxla.cli.process import run_command
 from jaxla.config import Model, Training
 from jaxla.distributed import BATCH, MODEL, shardings, use_devices
-from jaxla.models.backbones import architecture
+from jaxla.models.backbones import transformer_name
+from jaxla.models.build import build_network
 from jaxla.training.step import make_gradient, make_optimiser, make_step, split_network
 
 
@@ -37,7 +38,7 @@ def main(arguments):
     parser.add_argument("--size", type=int, default=448, help="side of the square image in pixels")
     parser.add_argument("--batch", type=int, default=32, help="slices in a step, over all devices")
     options = parse_arguments(parser, arguments)
-    model = Model(arch=architecture("--arch", options.arch), weights="random", backbone="finetuned")
+    model = Model(arch=transformer_name("--arch", options.arch), weights="random", backbone="finetuned")
     rows = [
         {"devices": devices, "shard_params": shard, **of_step(model, options, devices, shard)}
         for devices in (1, 2, 4, 8)

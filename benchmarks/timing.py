@@ -1,4 +1,4 @@
-"""The sides of a comparison timed in turn, on what they ran, and how that is printed."""
+"""Time several implementations in turn, and print the result with the device and the package versions."""
 
 import datetime
 import importlib.metadata
@@ -7,56 +7,57 @@ import statistics
 import time
 from pathlib import Path
 
-import jax
-
 from jaxla.config import InputError
+from jaxla.hardware import device_name, on_gpu
 from jaxla.runs.machine import processor
 
-PAUSE = 0.3  # seconds before each call: the threads of the other side fall asleep, else they would take its cores
+PAUSE = 0.3  # seconds before each call: until then the threads of the previous implementation keep their cores busy
 
 
 def timed(run):
+    """Return the seconds that `run()` takes."""
     began = time.perf_counter()
     run()
     return time.perf_counter() - began
 
 
-def in_turn(sides, repeats):
-    """Each side's run in turn, `repeats` times; -> name -> its seconds, in order."""
-    seconds = {name: [] for name in sides}
+def time_in_turn(runs, repeats):
+    """Run the functions in turn, `repeats` times; return name -> list of seconds."""
+    seconds = {name: [] for name in runs}
     for _ in range(repeats):
-        for name, run in sides.items():
+        for name, run in runs.items():
             time.sleep(PAUSE)
             seconds[name].append(timed(run))
     return seconds
 
 
-def in_numbers(seconds):
-    """Median and fastest of each side's seconds."""
+def median_and_fastest(seconds):
+    """Return the median and the lowest of each list of seconds."""
     return {
         "median_seconds": {name: statistics.median(times) for name, times in seconds.items()},
         "fastest_seconds": {name: min(times) for name, times in seconds.items()},
     }
 
 
-def compared(seconds):
-    """The same, and the median of each form of PyTorch over this package's: above 1 this package is the faster one."""
-    found = in_numbers(seconds)
-    ours, theirs = found["median_seconds"]["jaxla"], found["median_seconds"].items()
-    return {**found, "torch_over_jaxla": {name: median / ours for name, median in theirs if name.startswith("torch")}}
+def compare(seconds):
+    """Return `median_and_fastest`, and PyTorch's medians divided by this package's: above 1 this package is faster."""
+    numbers = median_and_fastest(seconds)
+    medians = numbers["median_seconds"]
+    ratios = {name: median / medians["jaxla"] for name, median in medians.items() if name.startswith("torch")}
+    return {**numbers, "torch_over_jaxla": ratios}
 
 
-def about(*packages):
-    """What belongs to every result: date, device and versions."""
+def environment(*packages):
+    """Return the date, the device and the versions of these packages."""
     return {
         "date": datetime.date.today().isoformat(),
-        "device": jax.devices()[0].device_kind if jax.default_backend() == "gpu" else processor(),
+        "device": device_name() if on_gpu() else processor(),
         "versions": {name: importlib.metadata.version(name) for name in packages},
     }
 
 
 def print_result(result, output=None):
-    """As JSON; into the file `output` too."""
+    """Print the result as JSON; write it to the file `output` too, if there is one."""
     print(json.dumps(result, indent=1, ensure_ascii=False))
     if output:
         write_result(result, output)
@@ -67,6 +68,6 @@ def write_result(result, output):
 
 
 def require_folder(output):
-    """Before minutes of work: the file of --output can be written."""
+    """Raise an InputError if the folder of the file `output` does not exist."""
     if output and not Path(output).parent.is_dir():
-        raise InputError(f"--output={output}: no such folder")
+        raise InputError(f"--output={output}", "the folder does not exist", "Create it, or choose another file.")

@@ -1,29 +1,30 @@
-"""python -m benchmarks.train_step [--method=…] [--size=…] [--batch=…] [--output=FILE]: a step beside PyTorch's.
+"""python -m benchmarks.train_step [--method=…] [--size=…] [--batch=…] [--output=FILE]: a training step, and PyTorch's.
 
-Forward pass, binary cross-entropy, backward pass and Adam, of a convolutional network and of the PyTorch module that
-the parity suite compares it with; of nnU-Net its own loss at all resolutions and SGD, on the patches of a plan, and
-this package's step once more with the augmentation. Both run in this process, in turn, from the same parameters on the
-same batch. On CPU in float32 with all cores, PyTorch with channels first and with channels last; on a GPU in bfloat16,
-PyTorch also through `torch.compile`. Before anything is timed the gradients of both are compared: they may differ by
-`AGREEMENT`, or by as much as PyTorch's own two layouts do from each other (rounding flips ReLUs and the places of
-maxima, and a deep network with random weights multiplies that), but never by more than `LIMIT`. `tests/parity` compares
-them in float64, where they agree to 1e-13.
+Times forward pass, binary cross-entropy, backward pass and Adam of a convolutional network, and of the PyTorch module
+that the parity suite compares it with; for nnU-Net, its loss at all resolutions and SGD on the patches of a plan, and
+this package's step with augmentation too. Both run in turn in this process, from the same parameters on the same batch:
+on CPU in float32 with all cores, PyTorch with channels first and with channels last; on a GPU in bfloat16, PyTorch also
+through `torch.compile`. The gradients of both are compared first: they may differ by `MAX_DIFFERENCE`, or by as much as
+PyTorch's own two layouts differ from each other (rounding flips ReLUs and the positions of maxima, and a deep network
+with random weights amplifies that), but never by more than `LIMIT`. `tests/parity` compares them in float64, where they
+agree to 1e-13.
 
-Prints JSON: seconds of a step (median and fastest), slices per second, PyTorch's median over this package's for each
-form of PyTorch (above 1 this package is the faster one) and for the fastest of them, how far the gradients differ, and
-on Linux by how much the process grew at most during a step. A pause before each step lets the threads of the other side
-fall asleep, and a step that is not timed follows it, as steps follow each other in training.
+Prints JSON: seconds of a step (median and fastest), slices per second, PyTorch's median divided by this package's for
+each form of PyTorch (above 1 this package is faster) and for the fastest of them, the difference between the gradients,
+and on Linux how much the process grew during a step. A pause before each step lets the other implementation's threads
+go idle, and a step that is not timed follows it, since in training one step follows another.
 """
 
 import copy
 import os
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
-os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # on a GPU, so that PyTorch finds memory too
+os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # leaves GPU memory to PyTorch
 
 import jax
 import jax.numpy as jnp
@@ -34,13 +35,13 @@ from jaxla.models.build import build_network, configuration_of, is_planned, requ
 from jaxla.pipeline.sources import loss_of
 
 from benchmarks.memory import peak, reset_peak
-from benchmarks.timing import PAUSE, about, compared, print_result, timed
+from benchmarks.timing import PAUSE, compare, environment, print_result, timed
 from jaxla.cli.command_line import command_parser, parse_arguments
 from jaxla.cli.process import run_command
 from jaxla.config import InputError, Training, lookup
+from jaxla.hardware import compute_dtype, on_gpu
 from jaxla.memory import program_bytes
 from jaxla.models.ops.images import IMAGENET_DEVIATION, IMAGENET_MEAN
-from jaxla.models.weights import compute_dtype
 from jaxla.nnunet.augmentation import make_augment, read_size
 from jaxla.nnunet.plan import read_plan
 from jaxla.training.losses import cross_entropy
@@ -64,27 +65,29 @@ RIVALS = {
     name: method for name, method in METHODS.items() if method.preprocessing.pad_to == "largest" or name in PLANNED
 }
 PLAN = Path(__file__).parents[1] / "tests" / "golden" / "nnunet_plans" / "Hippocampus.json"
-CLASSES = 3  # of nnU-Net: the hippocampus's two structures, and background
+CLASSES = 3  # for nnU-Net: background and the two structures of the hippocampus
 RATE = 1e-4
-AGREEMENT = {"float32": 2e-2, "bfloat16": 0.2}  # relative L2 of the gradients
-LIMIT = 0.3  # PyTorch's own two differ by 0.21 for ResNet-152, on CPU
+MAX_DIFFERENCE = {"float32": 2e-2, "bfloat16": 0.2}  # of the gradients, relative L2
+LIMIT = 0.3  # PyTorch's own two layouts differ by 0.21 for ResNet-152 on CPU
 
 
 def main(arguments):
-    parser = command_parser("benchmarks.train_step", "A convolutional network's training step beside PyTorch's.")
+    parser = command_parser("benchmarks.train_step", "Time a convolutional network's training step and PyTorch's.")
     parser.add_argument("--method", type=str, default="unet", help=f"one of {', '.join(RIVALS)}")
-    parser.add_argument("--size", type=int, default=320, help="side of the square image in pixels; not of nnU-Net")
-    parser.add_argument("--batch", type=int | None, default=None, help="slices in a step (default: 4, or the plan's)")
-    parser.add_argument("--plan", type=str, default=str(PLAN), help="of nnU-Net (default: the Decathlon hippocampus's)")
-    parser.add_argument("--repeats", type=int, default=5, help="steps of each, of which the median is taken")
-    parser.add_argument("--output", type=str, help="write the JSON there too")
+    parser.add_argument("--size", type=int, default=320, help="side of the square image in pixels; nnU-Net ignores it")
+    parser.add_argument("--batch", type=int | None, default=None, help="batch size (default: 4, or the plan's)")
+    parser.add_argument(
+        "--plan", type=str, default=str(PLAN), help="nnU-Net's plan (default: of the Decathlon's hippocampus)"
+    )
+    parser.add_argument("--repeats", type=int, default=5, help="timed steps of each implementation")
+    parser.add_argument("--output", type=str, help="also write the JSON to this file")
     options = parse_arguments(parser, arguments)
     model = lookup("method", options.method, RIVALS).model
     model = type(model)(**{**vars(model), "weights": "random"})
     if min(4 if options.batch is None else options.batch, options.repeats) < 1:
-        raise InputError("--batch and --repeats must be at least 1")
-    on_gpu, dtype = jax.default_backend() == "gpu", jnp.dtype(compute_dtype())
-    rng, further = np.random.default_rng(0), {}
+        raise InputError("--batch and --repeats", "must be at least 1", "Choose larger numbers.")
+    gpu, dtype = on_gpu(), jnp.dtype(compute_dtype())
+    rng, augmented_step = np.random.default_rng(0), {}
 
     if is_planned(model):
         plan = read_plan(Path(options.plan))
@@ -94,7 +97,7 @@ def main(arguments):
         images = rng.standard_normal((batch, *size, 1), np.float32)
         mask = rng.integers(0, CLASSES, images.shape[:-1]).astype(np.int8)
         loss = loss_of(METHODS[options.method].training, configuration.batch_dice)
-        taken = OfTheirs(
+        torch_parts = TorchParts(
             nnunet_reference_of(configuration, network),
             lambda logits, mask: their_loss([level.float() for level in logits], mask, configuration.batch_dice),
             lambda parameters: torch.optim.SGD(
@@ -104,67 +107,67 @@ def main(arguments):
         )
         recipe = replace(METHODS[options.method].training, learning_rate=RATE, schedule="constant")
 
-        def renamed(gradients):
+        def to_torch_names(gradients):
             return nnunet_as_theirs(configuration, gradients)
 
         large = rng.standard_normal((batch, *read_size(size), 1), np.float32)
         augmented = large, rng.integers(-1, CLASSES, large.shape[:-1]).astype(np.int8)
         augment = make_augment(size, CLASSES - 1, zeros_stay=False)
-        again = build_network(model, CLASSES, 0, plan=plan)
-        further = {"jaxla augmented": Ours(again, *augmented, recipe, loss, renamed, augment)}
+        second = build_network(model, CLASSES, 0, plan=plan)
+        augmented_step = {"jaxla augmented": Ours(second, *augmented, recipe, loss, to_torch_names, augment)}
     else:
         require_size(model, "--size", options.size)
         network, batch, size = build_network(model, 1, 0), options.batch or 4, (options.size,) * 2
         images = rng.random((batch, *size, 1), np.float32)
         mask = (images[..., 0] > 0.7).astype(np.uint8)
         loss, recipe = cross_entropy, Training(learning_rate=RATE)
-        taken = OfTheirs(
+        torch_parts = TorchParts(
             reference_of(network), binary_cross_entropy, lambda parameters: torch.optim.Adam(parameters, RATE)
         )
 
-        def renamed(gradients):
+        def to_torch_names(gradients):
             return as_theirs(network, gradients)
 
-    of_encoder = hasattr(network, "backbone")
+    has_encoder = hasattr(network, "backbone")
     sides = {}
-    for form in ("channels first", "channels last", *(["compiled"] if on_gpu else [])):
-        sides[f"torch {form}"] = Theirs(taken, of_encoder, images, mask, form, "cuda" if on_gpu else "cpu")
-    # it gives the network's arrays away
-    sides = {"jaxla": Ours(network, images, mask, recipe, loss, renamed)} | further | sides
+    for form in ("channels first", "channels last", *(["compiled"] if gpu else [])):
+        sides[f"torch {form}"] = Theirs(torch_parts, has_encoder, images, mask, form, "cuda" if gpu else "cpu")
+    # last, because its steps reuse the memory of the network's parameters
+    sides = {"jaxla": Ours(network, images, mask, recipe, loss, to_torch_names)} | augmented_step | sides
     reference = sides["torch channels first"].gradients()
-    difference, difference_of_torch = (
+    difference, torch_difference = (
         relative_l2(sides[name].gradients(), reference) for name in ("jaxla", "torch channels last")
     )
-    if not difference <= max(AGREEMENT[dtype.name], min(difference_of_torch, LIMIT)):
-        raise InputError(
-            f"gradients differ by {difference:.1e}, relative L2, PyTorch's own by {difference_of_torch:.1e}; "
-            "nothing is timed"
+    if not difference <= max(MAX_DIFFERENCE[dtype.name], min(torch_difference, LIMIT)):
+        sys.exit(
+            f"gradients differ by {difference:.1e}, relative L2, and PyTorch's own by {torch_difference:.1e}; "
+            "nothing was timed"
         )
     del reference
 
     seconds, grown = {name: [] for name in sides}, {name: [] for name in sides}
-    for _ in range(options.repeats + 1):  # the first of each warms up
+    for _ in range(options.repeats + 1):  # the first is not counted
         for name, side in sides.items():
             time.sleep(PAUSE)
-            side()  # not timed: the caches are the other side's, and so is memory that it has just given back
+            side()  # warms the caches and reclaims memory
             before = reset_peak()
             seconds[name].append(timed(side))
             grown[name].append(peak() - before if before else None)
-    found = compared({name: times[1:] for name, times in seconds.items()})
+    timing = compare({name: times[1:] for name, times in seconds.items()})
     result = {
-        **about("jax", "flax", "torch"),
+        **environment("jax", "flax", "torch"),
         "method": options.method,
         "size": size,
         "batch": batch,
         "dtype": dtype.name,
         "repeats": options.repeats,
         "gradient_relative_l2": difference,
-        "gradient_relative_l2_of_torch": difference_of_torch,
-        **found,
-        "fastest_torch_over_jaxla": min(found["torch_over_jaxla"].values()),
+        "gradient_relative_l2_of_torch": torch_difference,
+        **timing,
+        "fastest_torch_over_jaxla": min(timing["torch_over_jaxla"].values()),
         "slices_per_second": {
             name: batch * (size[0] if len(size) == 3 else 1) / median
-            for name, median in found["median_seconds"].items()
+            for name, median in timing["median_seconds"].items()
         },
         "grown_bytes": {name: max(values[1:]) if all(values[1:]) else None for name, values in grown.items()},
         "jaxla_program_bytes": sides["jaxla"].bytes,
@@ -173,16 +176,16 @@ def main(arguments):
 
 
 def relative_l2(gradients, reference):
-    """The difference between gradients by name, over all parameters as one, by the reference's length."""
+    """Return the relative L2 difference between gradients, name -> array, over all parameters together."""
     difference = sum(np.square(np.float64(gradients[name]) - reference[name]).sum() for name in reference)
     return float(np.sqrt(difference / sum(np.square(np.float64(array)).sum() for array in reference.values())))
 
 
 class Ours:
-    """A step that can be taken again and again; gives the loss."""
+    """This package's training step; a call takes one step and returns the loss."""
 
-    def __init__(self, network, images, mask, recipe, loss, renamed, augment=None):
-        self.renamed = renamed
+    def __init__(self, network, images, mask, recipe, loss, to_torch_names, augment=None):
+        self.to_torch_names = to_torch_names
         parts = split_network(network, train_backbone=True)
         optimiser = make_optimiser(recipe, 1000, pretrained_backbone=False)
         self.gradient = make_gradient(parts.training, augment, loss)
@@ -194,19 +197,19 @@ class Ours:
 
     def gradients(self):
         _, gradients, _ = jax.jit(self.gradient)(self.state.trainable, self.state.frozen, self.batch, self.key)
-        return self.renamed(gradients)
+        return self.to_torch_names(gradients)
 
     def __call__(self):
         return float(take_step(self.step, self.state, self.batch, self.key))
 
 
-class OfTheirs(NamedTuple):
-    """What PyTorch's side is made of."""
+class TorchParts(NamedTuple):
+    """What a training step in PyTorch consists of."""
 
     module: torch.nn.Module
     loss: Callable  # (logits, mask) -> value
-    optimiser: Callable  # of parameters
-    largest_norm: float | None = None  # to which gradients are cut
+    optimiser: Callable  # parameters -> optimiser
+    largest_norm: float | None = None  # to which gradients are clipped
 
 
 def binary_cross_entropy(logits, mask):
@@ -214,22 +217,22 @@ def binary_cross_entropy(logits, mask):
 
 
 class Theirs:
-    """The same of PyTorch's module."""
+    """PyTorch's training step; a call takes one step and returns the loss."""
 
-    def __init__(self, taken, of_encoder, images, mask, form, device):
+    def __init__(self, parts, has_encoder, images, mask, form, device):
         torch.set_num_threads(os.cpu_count())
         self.device = device
         last = torch.channels_last if images.ndim == 4 else torch.channels_last_3d
         layout = torch.contiguous_format if form == "channels first" else last
-        module = copy.deepcopy(taken.module).to(device, memory_format=layout).train()
-        if of_encoder:  # ImageNet's three channels
+        module = copy.deepcopy(parts.module).to(device, memory_format=layout).train()
+        if has_encoder:  # ImageNet's three channels
             images = (images - np.float32(IMAGENET_MEAN)) / np.float32(IMAGENET_DEVIATION)
         images = torch.from_numpy(np.moveaxis(images, -1, 1).copy())
         self.images = images.to(device).contiguous(memory_format=layout)
         self.mask = torch.from_numpy(mask).to(device)
-        self.module, self.loss_of, self.largest_norm = module, taken.loss, taken.largest_norm
+        self.module, self.loss_of, self.largest_norm = module, parts.loss, parts.largest_norm
         self.run = torch.compile(module) if form == "compiled" else module
-        self.optimiser = taken.optimiser(module.parameters())
+        self.optimiser = parts.optimiser(module.parameters())
 
     def loss(self):
         with torch.autocast(self.device, torch.bfloat16, enabled=compute_dtype() == jnp.bfloat16):
@@ -238,12 +241,12 @@ class Theirs:
 
     def gradients(self):
         self.loss().backward()
-        found = {  # the coarsest logits of nnU-Net do not count
+        gradients = {  # the loss does not include the coarsest logits of nnU-Net
             name: np.zeros(value.shape) if value.grad is None else value.grad.float().cpu().numpy()
             for name, value in self.module.named_parameters()
         }
         self.optimiser.zero_grad()
-        return found
+        return gradients
 
     def __call__(self):
         self.optimiser.zero_grad()

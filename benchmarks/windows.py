@@ -1,16 +1,17 @@
-"""python -m benchmarks.windows: memory and time of a training step on whole volumes, by the number of windows.
+"""python -m benchmarks.windows: memory and time of a training step on volumes, by the number of windows.
 
-Volumes grow with the number of windows, each of the same size, and the gradient of one loss on the whole volume (Dice
-and cross-entropy) is taken of the decoder on given features: by this package in two passes over the windows and of the
-whole at once ("one graph"), and by PyTorch in the same two ways, on the same parameters and features; on CPU or GPU,
-in float32; printed as JSON. Nothing is timed before all four agree.
+All windows have the same size, so volumes grow with their number. The gradient of one loss on the volume (Dice and
+cross-entropy) with respect to the decoder is computed from given features, in float32, on CPU or GPU: by this package
+in two passes over the windows and of all windows at once ("one graph"), and by PyTorch in the same two ways with the
+same parameters. The four gradients are compared first.
 
-Bytes are XLA's own account of what lies between a program's arguments (parameters, features, masks) and its results
-(gradients): what the decoder makes of all windows, the assembled logits, the loss and its derivative. Beside it stands
-how far the process itself grew during a step; PyTorch's growth is not told, for it keeps what it once had.
+Prints JSON. `bytes` are the temporaries of XLA's program, without arguments (parameters, features, masks) and results
+(gradients): the decoder's activations, the assembled logits, the loss and its derivative. `grown_bytes` is how much
+the process grew during a step; PyTorch's growth is left out, because PyTorch keeps memory that it once had.
 """
 
 import os
+import sys
 import time
 from dataclasses import replace
 from functools import partial
@@ -25,11 +26,12 @@ from jaxla.models.build import build_network, require_size
 from torch.nn import functional
 
 from benchmarks.memory import peak, reset_peak
-from benchmarks.timing import PAUSE, about, in_numbers, print_result, timed
+from benchmarks.timing import PAUSE, environment, median_and_fastest, print_result, timed
 from benchmarks.train_step import relative_l2
 from jaxla.cli.command_line import command_parser, parse_arguments
 from jaxla.cli.process import run_command
 from jaxla.config import InputError, lookup
+from jaxla.hardware import on_gpu
 from jaxla.models.backbones import TRANSFORMERS
 from jaxla.models.networks.windows import LEVELS, FeatureWindows
 from jaxla.training.losses import SMOOTH, dice_cross_entropy, per_volume
@@ -40,33 +42,38 @@ from tests.parity.references import as_theirs, reference_of
 WINDOWED = {name: method for name, method in METHODS.items() if method.model.network == "windows"}
 WAYS = {"two passes": make_two_pass_gradient, "one graph": make_gradient}
 LOSS = per_volume(partial(dice_cross_entropy, batch_dice=True))
-AGREEMENT = 1e-2  # relative L2 with PyTorch's, in float32: by rounding, activations cross a ReLU's zero
+MAX_DIFFERENCE = 1e-2  # from PyTorch, relative L2 in float32: rounding moves activations across a ReLU's zero
 KEY = jax.random.key(0)
 
 
 def main(arguments):
-    parser = command_parser("benchmarks.windows", "Memory and time of a step by the number of windows.")
+    parser = command_parser("benchmarks.windows", "Measure memory and time of a step by the number of windows.")
     parser.add_argument("--method", type=str, default="windows_dinov3_vits16", help=f"one of {', '.join(WINDOWED)}")
     parser.add_argument("--size", type=int, default=224, help="side of the square slices in pixels")
-    parser.add_argument("--slices", type=int, default=8, help="of a window")
-    parser.add_argument("--windows", type=tuple[int, ...], default=(1, 2, 4, 8), help="how many, along the slices")
+    parser.add_argument("--slices", type=int, default=8, help="slices of a window")
+    parser.add_argument(
+        "--windows", type=tuple[int, ...], default=(1, 2, 4, 8), help="numbers of windows along the slices"
+    )
     parser.add_argument("--batch", type=int, default=1, help="volumes in a step")
-    parser.add_argument("--repeats", type=int, default=3, help="steps of each, of which the median is taken")
-    parser.add_argument("--output", type=str, help="write the JSON there too")
+    parser.add_argument("--repeats", type=int, default=3, help="timed steps of each implementation")
+    parser.add_argument("--output", type=str, help="also write the JSON to this file")
     options = parse_arguments(parser, arguments)
     model = lookup("--method", options.method, WINDOWED).model
     if min(options.slices, options.repeats, options.size, options.batch, *options.windows) < 1:
-        raise InputError("--slices, --size, --windows, --batch and --repeats must be at least 1")
+        raise InputError(
+            "--slices, --size, --windows, --batch and --repeats", "must be at least 1", "Choose larger numbers."
+        )
     torch.set_num_threads(os.cpu_count())
     variant = TRANSFORMERS[model.arch]
     require_size(model, "--size", options.size)
     side = options.size // variant.patch
     decoder = build_network(replace(model, weights="random"), 1, 0).decoder
     rows = [
-        measured(decoder, shape_of(options, count, side, variant.width), count, options) for count in options.windows
+        measure(decoder, features_shape(options, count, side, variant.width), count, options)
+        for count in options.windows
     ]
     result = {
-        **about("jax", "flax", "torch"),
+        **environment("jax", "flax", "torch"),
         "method": options.method,
         "size": options.size,
         "slices_of_a_window": options.slices,
@@ -78,13 +85,13 @@ def main(arguments):
     print_result(result, options.output)
 
 
-def shape_of(options, count, side, width):
-    """Of the features of volumes of so many windows."""
+def features_shape(options, count, side, width):
+    """Return the shape of the features of volumes with that many windows."""
     return options.batch, count * options.slices, LEVELS, side, side, width
 
 
-def measured(decoder, shape, count, options):
-    """One row: volumes of so many windows."""
+def measure(decoder, shape, count, options):
+    """Return the result for volumes with that many windows."""
     draw, size, repeats = np.random.default_rng(0), options.size, options.repeats
     volumes, depth, *_ = shape
     features = draw.standard_normal(shape, np.float32)
@@ -97,57 +104,57 @@ def measured(decoder, shape, count, options):
         way: jax.jit(make(parts.training, None, LOSS)).lower(parts.trainable, parts.frozen, batch, KEY).compile()
         for way, make in WAYS.items()
     }
-    theirs = {f"torch {way}": OfTorch(decoder, features, mask, count, way) for way in WAYS}
-    sides = {way: partial(ours, program, parts, batch) for way, program in programs.items()} | theirs
+    theirs = {f"torch {way}": TorchGradient(decoder, features, mask, count, way) for way in WAYS}
+    sides = {way: partial(run_program, program, parts, batch) for way, program in programs.items()} | theirs
 
-    gradients = {way: as_theirs(decoder, part_of(side())) for way, side in sides.items() if way in WAYS}
+    gradients = {way: as_theirs(decoder, decoder_gradients(side())) for way, side in sides.items() if way in WAYS}
     gradients |= {way: side() for way, side in theirs.items()}
     reference = gradients["torch one graph"]
-    for way, of_way in gradients.items():
-        error = relative_l2(of_way, reference)
-        if not error <= AGREEMENT:
-            raise InputError(f"{count} windows: gradients of {way} differ by {error:.1e} from PyTorch's")
+    for way, gradient in gradients.items():
+        error = relative_l2(gradient, reference)
+        if not error <= MAX_DIFFERENCE:
+            sys.exit(f"{count} windows: gradients of {way} differ from PyTorch's by {error:.1e}; nothing was timed")
     difference = relative_l2(gradients["two passes"], gradients["one graph"])
 
     seconds, grown = {way: [] for way in sides}, {way: [] for way in sides}
     for _ in range(repeats):
         for way, side in sides.items():
             time.sleep(PAUSE)
-            side()  # not timed: the caches are the other side's, and so is memory that it has just given back
+            side()  # warms the caches and reclaims memory
             before = reset_peak()
             seconds[way].append(timed(side))
-            grown[way].append(peak() - before if before else 0)  # where the system does not say
-    found = in_numbers(seconds)
+            grown[way].append(peak() - before if before else 0)  # 0 if the system does not record it
+    timing = median_and_fastest(seconds)
     return {
         "windows": count,
         "slices": depth,
         "gradient_relative_l2_of_two_passes": difference,
         "bytes": {way: program.memory_analysis().temp_size_in_bytes for way, program in programs.items()},
         "grown_bytes": {way: max(grown[way]) for way in WAYS},
-        **found,
+        **timing,
         "torch_over_jaxla": {
-            way: found["median_seconds"][f"torch {way}"] / found["median_seconds"][way] for way in WAYS
+            way: timing["median_seconds"][f"torch {way}"] / timing["median_seconds"][way] for way in WAYS
         },
     }
 
 
-def ours(program, parts, batch):
+def run_program(program, parts, batch):
     return jax.block_until_ready(program(parts.trainable, parts.frozen, batch, KEY))
 
 
-def part_of(result):
-    """The decoder's gradients in what the seam gives."""
+def decoder_gradients(result):
+    """Return the decoder's gradients from the result of a gradient function."""
     return nnx.State(nnx.to_pure_dict(result[1])["decoder"])
 
 
-class OfTorch:
-    """The same gradient by PyTorch; gives it by name."""
+class TorchGradient:
+    """Compute the same gradient by PyTorch; a call returns name -> array."""
 
     def __init__(self, decoder, features, mask, count, way):
-        self.device = "cuda" if jax.default_backend() == "gpu" else "cpu"
+        self.device = "cuda" if on_gpu() else "cpu"
         self.decoder = reference_of(decoder).train().to(self.device)
-        of_windows = np.split(np.ascontiguousarray(features.transpose(0, 2, 5, 1, 3, 4)), count, axis=3)
-        self.features = [torch.from_numpy(part.copy()).to(self.device) for part in of_windows]
+        windows = np.split(np.ascontiguousarray(features.transpose(0, 2, 5, 1, 3, 4)), count, axis=3)
+        self.features = [torch.from_numpy(part.copy()).to(self.device) for part in windows]
         self.mask = torch.from_numpy(mask > 0).float().unsqueeze(1).to(self.device)
         depth = mask.shape[1] // count
         self.own = [range(i * depth, (i + 1) * depth) for i in range(count)]
@@ -177,8 +184,8 @@ class OfTorch:
     def loss(self, logits):
         logits = functional.interpolate(logits, size=self.mask.shape[2:], mode="trilinear")
         probability = logits.sigmoid()
-        both, of_all = (x.sum((1, 2, 3, 4)) for x in (probability * self.mask, probability + self.mask))
-        dice = (2 * both + SMOOTH) / (of_all + SMOOTH)
+        intersection, total = (x.sum((1, 2, 3, 4)) for x in (probability * self.mask, probability + self.mask))
+        dice = (2 * intersection + SMOOTH) / (total + SMOOTH)
         return functional.binary_cross_entropy_with_logits(logits, self.mask) - dice.mean()
 
 

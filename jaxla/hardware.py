@@ -1,37 +1,133 @@
-"""What a device computes with: bfloat16 or float32, cuDNN's attention or XLA's own."""
+"""What the devices can do, and which variant of an operation runs on them.
+
+Every question about the device is answered here; `jaxla.distributed` alone lists the devices too, to build its mesh.
+The variant is chosen when JAX traces a function.
+"""
 
 from __future__ import annotations
 
+import os
+import sys
+from collections.abc import Iterator
+from pathlib import Path, PurePosixPath
+from typing import Literal
+
 import jax
+import jax.numpy as jnp
 
-AMPERE = (8, 0)  # NVIDIA's first generation that multiplies bfloat16, and that cuDNN's attention runs on
+AMPERE = (8, 0)  # the first NVIDIA generation with bfloat16 products and cuDNN attention
 
-
-def prefers_bfloat16(device: jax.Device) -> bool:
-    """Whether products of bfloat16 are faster there than those of float32; of AMD's GPUs it is taken for granted."""
-    if device.platform == "cpu":
-        return False
-    return not _is_nvidia(device) or _generation(device) >= AMPERE
-
-
-def supports_cudnn_attention(device: jax.Device) -> bool:
-    """Whether `jax.nn.dot_product_attention(implementation="cudnn")` runs there; it needs bfloat16 or float16."""
-    return _is_nvidia(device) and _generation(device) >= AMPERE
+# A container or a scheduler limits a process's memory by control groups. Controllers (version 2 names none) -> where
+# their groups are mounted, and the file of a group that holds its limit.
+CONTROL_GROUPS = Path("/proc/self/cgroup")
+MEMORY_LIMITS = {"memory": ("/sys/fs/cgroup/memory", "memory.limit_in_bytes"), "": ("/sys/fs/cgroup", "memory.max")}
 
 
-def _is_nvidia(device: jax.Device) -> bool:
-    return device.platform == "gpu" and "cuda" in device.client.platform_version  # "rocm …" of AMD's
+# --- devices ---------------------------------------------------------------------------------------------------------
 
 
-def _generation(device: jax.Device) -> tuple[int, ...]:
-    return tuple(map(int, device.compute_capability.split(".")))
+def on_cpu() -> bool:
+    return jax.default_backend() == "cpu"
+
+
+def on_gpu() -> bool:
+    return jax.default_backend() == "gpu"
+
+
+def first_local_device() -> jax.Device:
+    """Return the first device of this process."""
+    return jax.local_devices()[0]
 
 
 def device_name() -> str:
-    """Return the kind of device that computes, such as `NVIDIA H200` or `cpu`."""
+    """Return JAX's name of the first device, such as `NVIDIA H200`; every processor is `cpu`."""
     return jax.devices()[0].device_kind
 
 
-def first_device() -> jax.Device:
-    """Return this process's first device."""
-    return jax.local_devices()[0]
+def prefers_bfloat16(device: jax.Device) -> bool:
+    """Return whether the device multiplies bfloat16 faster than float32; assumed of every AMD GPU and TPU."""
+    if device.platform == "cpu":
+        return False
+    return not _is_nvidia(device) or _compute_capability(device) >= AMPERE
+
+
+def supports_cudnn_attention(device: jax.Device) -> bool:
+    """Return whether the device runs `jax.nn.dot_product_attention(implementation="cudnn")`, in bfloat16 or float16."""
+    return _is_nvidia(device) and _compute_capability(device) >= AMPERE
+
+
+def _is_nvidia(device: jax.Device) -> bool:
+    return device.platform == "gpu" and "cuda" in device.client.platform_version  # AMD's is "rocm …"
+
+
+def _compute_capability(device: jax.Device) -> tuple[int, ...]:
+    return tuple(map(int, device.compute_capability.split(".")))
+
+
+# --- variants --------------------------------------------------------------------------------------------------------
+
+
+def compute_dtype() -> jnp.dtype:
+    """Return bfloat16 if all devices, those of other processes included, multiply it faster than float32."""
+    return jnp.bfloat16 if all(map(prefers_bfloat16, jax.devices())) else jnp.float32
+
+
+def attention_variant(dtype: jnp.dtype) -> Literal["per_head", "cudnn", "xla"]:
+    """Return how attention is computed: head by head (CPU), by cuDNN, or as XLA's batched products."""
+    if on_cpu():
+        return "per_head"
+    return "cudnn" if dtype == jnp.bfloat16 and all(map(supports_cudnn_attention, jax.devices())) else "xla"
+
+
+def convolution_variant() -> Literal["cpu", "xla"]:
+    """Return whether convolutions and their gradients are rewritten for XLA's CPU compiler, or left to XLA."""
+    return "cpu" if on_cpu() else "xla"
+
+
+def fusion_variant() -> Literal["sums", "product"]:
+    """Return how blocks' features are weighted: as sums, twice as fast on CPU, or as one matrix product.
+
+    XLA's GPU compiler needs a minute for the sums of 12 blocks, and much longer for 40.
+    """
+    return "sums" if on_cpu() else "product"
+
+
+# --- memory ----------------------------------------------------------------------------------------------------------
+
+
+def device_bytes() -> int:
+    """Return the memory of a device, 0 if unknown; on CPU, the memory that this process may use."""
+    if not on_cpu():
+        return (first_local_device().memory_stats() or {}).get("bytes_limit", 0)
+    return min([os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"), *_control_group_limits()])
+
+
+def peak_device_bytes() -> int | None:
+    """Return the largest memory use of the first device so far, None on CPU."""
+    return (first_local_device().memory_stats() or {}).get("peak_bytes_in_use")
+
+
+def peak_host_bytes() -> int | None:
+    """Return the largest memory use of this process so far, None if the system does not report it."""
+    try:
+        import resource
+    except ImportError:  # not Unix
+        return None
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else 1024 * peak
+
+
+def _control_group_limits() -> Iterator[int]:
+    """Yield the memory limits in bytes of this process's control groups and of their parents."""
+    try:
+        groups = [line.split(":", 2) for line in CONTROL_GROUPS.read_text().splitlines()]
+    except OSError:  # not Linux
+        return
+    for _, controllers, name in groups:
+        for controller in MEMORY_LIMITS.keys() & controllers.split(","):
+            mount, file = MEMORY_LIMITS[controller]
+            for group in (PurePosixPath(name), *PurePosixPath(name).parents):
+                try:
+                    yield int(Path(f"{mount}/{group}", file).read_text())
+                except (OSError, ValueError):  # no such file, or "max"
+                    continue

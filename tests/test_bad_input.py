@@ -239,11 +239,11 @@ def test_a_batch_that_the_memory_does_not_hold_names_the_option_and_leaves_no_ru
     flat(tmp_path / "data", 5)
     options = ("--model.widths=[8,8]", "--preprocessing.image_size=160", "--training.batch_size=9999")
     line = refuse_to_train(tmp_path, "--method=unet", *options)
-    said = r"^error: option --training.batch_size=9999: a training step takes \S+ and the device has \S+; in a new run"
-    assert re.search(said, line)
+    problem = r"^error: --training.batch_size=9999: a training step needs \S+, but the device has \S+\. Start a new"
+    assert re.search(problem, line)
     for beyond in ("--preprocessing.image_size=99999", "--training.batch_size=999999999"):  # not even the images fit
         line = refuse_to_train(tmp_path, "--method=unet", "--model.widths=[8,8]", beyond)
-        assert re.search(r"^error: option --training.batch_size=\d+: a training step takes \S+ and the device", line)
+        assert re.search(r"^error: --training.batch_size=\d+: a training step needs .*, but the device has", line)
 
 
 # --- options ---------------------------------------------------------------------------------------------------------

@@ -240,6 +240,6 @@ def test_patches_that_no_memory_holds_are_refused_before_any_is_made(phantoms, p
     done = in_this_process(tmp_path, "jaxla.train", *given)
     assert done.returncode == 2
     (line,) = done.stderr.splitlines()
-    assert line.startswith("error: option --training.batch_size=40000: a training step takes ")
-    assert line.endswith("nnU-Net's patches are smaller with --model.memory_gb, or a plan of less --memory-gb")
+    assert line.startswith("error: --training.batch_size=40000: a training step needs ")
+    assert line.endswith("nnU-Net with a lower --model.memory_gb or with a plan made for a lower --memory-gb.")
     assert not (tmp_path / "run").exists()

@@ -1,4 +1,4 @@
-"""Transformers and plans small enough to run in milliseconds, and parameters that hide nothing."""
+"""Transformers and plans that run in milliseconds, and random parameters."""
 
 from dataclasses import replace
 
@@ -33,7 +33,7 @@ def tiny_backbone(seed=0, variant=TINY, **options):
 
 
 def randomise(module, seed=0):
-    """Every parameter and statistic drawn anew: no scale is 1 and no bias 0, so that none can be left out unseen.
+    """Draw every parameter and statistic, so that no scale is 1 and no bias 0 and leaving one out changes the result.
 
     `module` may be abstract, from `nnx.eval_shape`.
     """
@@ -47,7 +47,7 @@ def randomise(module, seed=0):
                 draw = 1 + 0.2 * draw
             case "var":
                 draw = 0.5 + np.abs(draw)
-            case "periods":  # near the formula's, but others: what counts is what the weights say
+            case "periods":  # near the formula, but different: the network must use the values of the weights
                 draw = rotary_periods(4 * draw.size) * (1 + 0.1 * draw)
             case "qkv_bias_mask":
                 draw = np.broadcast_to(np.repeat([1.0, 0.0, 1.0], draw.shape[-1] // 3), draw.shape)
@@ -58,6 +58,6 @@ def randomise(module, seed=0):
 
 
 def flat_arrays(module, kind=nnx.Param):
-    """Name -> array of every variable of a kind."""
+    """Return name -> array of every variable of a kind."""
     state = nnx.to_flat_state(nnx.state(module, kind))
     return {".".join(map(str, path)): np.asarray(variable.get_value()) for path, variable in state}

@@ -8,7 +8,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TypeVar
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
@@ -16,7 +15,7 @@ from safetensors import safe_open
 
 from jaxla.cli.terminal import plural
 from jaxla.config import InputError, default_cache_dir, option
-from jaxla.hardware import prefers_bfloat16
+from jaxla.hardware import compute_dtype
 from jaxla.models.backbones import VARIANTS, Backbone, build_backbone
 from jaxla.models.weights_format import CONVERT_AGAIN, UNUSED_PREFIX, read_metadata, save_weights, suggest_conversion
 
@@ -131,11 +130,6 @@ def weights_file(arch: str, weights: str, cache_dir: Path | None = None) -> Path
         )
     require_parameters(path, arch, parameter_shapes(_abstract_backbone(arch)))
     return path
-
-
-def compute_dtype() -> jnp.dtype:
-    """Return bfloat16 if every device, of all processes, multiplies it faster than float32; else float32."""
-    return jnp.bfloat16 if all(map(prefers_bfloat16, jax.devices())) else jnp.float32
 
 
 def _abstract_backbone(arch: str, dtype: jnp.dtype = jnp.float32) -> Backbone:

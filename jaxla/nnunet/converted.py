@@ -10,7 +10,8 @@ import jax.numpy as jnp
 from flax import nnx
 
 from jaxla.config import InputError
-from jaxla.models.weights import compute_dtype, load_into
+from jaxla.hardware import compute_dtype
+from jaxla.models.weights import load_into
 from jaxla.models.weights_format import read_metadata
 from jaxla.nnunet.network import NNUNet
 from jaxla.nnunet.plan import Plan, plan_from_json

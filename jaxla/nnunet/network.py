@@ -18,7 +18,7 @@ from flax import nnx
 
 from jaxla.config import InputError, NetworkOptions, option
 from jaxla.models.ops.images import crop, pad_to_multiple, require_images
-from jaxla.models.ops.layers import Upconvolution, convolution_of_axes
+from jaxla.models.ops.layers import Upconvolution, convolution_nd
 from jaxla.models.ops.norms import InstanceNorm
 from jaxla.nnunet.plan import OF_ARCHITECTURE, Configuration, Plan, read_plan
 
@@ -126,7 +126,7 @@ class NNUNet(nnx.Module):
         """
         if self.supervised:
             return self.of_all_resolutions(images)
-        require_images(images, least=self.multiples, channels=(1,), axes=len(self.multiples))
+        require_images(images, min_size=self.multiples, channels=(1,), axes=len(self.multiples))
         *_, x = self._levels(pad_to_multiple(images, self.multiples))
         return crop(self._logits(-1, x), images.shape[1:-1], self.multiples)
 
@@ -202,6 +202,6 @@ def _stage(
 def _convolution(
     inputs: int, outputs: int, kernel: Sequence[int], strides: Sequence[int], dtype: jnp.dtype, rngs: nnx.Rngs
 ) -> nnx.Conv:
-    return convolution_of_axes(
+    return convolution_nd(
         inputs, outputs, kernel, strides, bias=True, kernel_init=HE_NORMAL, dtype=dtype, rngs=rngs
     )

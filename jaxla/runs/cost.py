@@ -17,8 +17,8 @@ from jaxla.cli.files import write_atomically
 from jaxla.data.prepared import PreparedVolume
 from jaxla.data.volumes import from_slices, read_grid, slice_geometry
 from jaxla.distributed import on_host
+from jaxla.hardware import peak_device_bytes, peak_host_bytes
 from jaxla.inference.segment import SegmentSlices
-from jaxla.memory import peak_device_bytes, peak_host_bytes
 from jaxla.models.ops.multiply_adds import multiply_adds
 from jaxla.runs.trained import TrainedRun
 from jaxla.training.step import count_parameters, split_network

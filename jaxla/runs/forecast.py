@@ -21,8 +21,8 @@ from jaxla.data.dataset import PreparedData
 from jaxla.data.prepared import PreparedVolume
 from jaxla.distributed import gather, local_items, local_rows, on_host, process_count, shard_batch, use_local_devices
 from jaxla.evaluation.summary import score_case
-from jaxla.hardware import device_name
-from jaxla.memory import catch_out_of_memory, device_bytes
+from jaxla.hardware import device_bytes, device_name
+from jaxla.memory import catch_out_of_memory
 from jaxla.runs.cost import MAX_TIMED_SECONDS, MAX_TIMED_VOLUMES
 from jaxla.tasks import Features, Task
 from jaxla.training.features import FeatureCache

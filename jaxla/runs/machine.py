@@ -27,11 +27,10 @@ PACKAGES = (
 
 
 def environment() -> dict[str, Any]:
-    import jax
-
     from jaxla.distributed import device_count, process_count
+    from jaxla.hardware import first_local_device
 
-    device = jax.local_devices()[0]
+    device = first_local_device()
     return {
         "versions": {name: importlib.metadata.version(name) for name in PACKAGES},
         "python": platform.python_version(),

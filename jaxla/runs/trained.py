@@ -13,7 +13,7 @@ from jaxla.config import InputError, default_cache_dir
 from jaxla.data.split import ALL_FOLDS, FOLDS
 from jaxla.data.volumes import SliceGeometry
 from jaxla.distributed import broadcast
-from jaxla.hardware import first_device
+from jaxla.hardware import first_local_device
 from jaxla.inference.postprocessing import keep_largest, postprocess
 from jaxla.inference.segment import Segmented, SegmentSlices
 from jaxla.models.weights import parameters_sha256
@@ -95,7 +95,7 @@ def load_run(folder: str | Path) -> TrainedRun:
     parts = split_network(network, train_backbone=not is_frozen)
 
     saved = network_state(parts.trainable, parts.frozen.statistics)
-    here = jax.sharding.SingleDeviceSharding(first_device())  # whatever device the run was trained on
+    here = jax.sharding.SingleDeviceSharding(first_local_device())  # whatever device the run was trained on
     like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here), saved)
     checkpoints = Checkpoints(folder / CHECKPOINTS / BEST, read_only=True)
     restored, progress = checkpoints.restore(like, steps[0])

@@ -10,7 +10,6 @@ from multiprocessing import get_context
 from multiprocessing.connection import Connection
 from pathlib import Path
 
-import jax
 from tabulate import tabulate
 
 from jaxla.cli.files import free_bytes
@@ -21,6 +20,7 @@ from jaxla.data.cache import mark_cache_in_use
 from jaxla.data.dataset import PreparedData, prepare_data, require_classes
 from jaxla.data.split import make_split
 from jaxla.distributed import use_devices
+from jaxla.hardware import device_name, on_cpu
 from jaxla.memory import HOW_TO_SAVE_MEMORY
 from jaxla.models.build import reads_volumes
 from jaxla.pipeline.checks import of_method, require_batch, require_fitting_scans, require_share
@@ -104,7 +104,7 @@ def forecast_runs(experiments: Sequence[Experiment], complete: Sequence[bool], c
         features_bytes=sum(found.features_bytes for found in kept),
         without_room={name: found.how_to_fit for name, found in measured.items() if not found.features_fit},
         disk_free=min(found.disk_free for found in measured.values()),
-        device=processor() if jax.default_backend() == "cpu" else jax.devices()[0].device_kind,
+        device=processor() if on_cpu() else device_name(),
     )
 
 

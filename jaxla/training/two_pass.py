@@ -63,7 +63,7 @@ def make_two_pass_gradient(graph: nnx.GraphDef, augment: Augment | None, loss_of
         windows = whole.divide(features, valid_rows(batch))
 
         # Pass 1: the logits of all windows, one after the other, and nothing else of them.
-        parts = jax.lax.map(lambda number: decode(number, of_decoder, features), windows.numbers)
+        parts = jax.lax.map(lambda number: decode(number, of_decoder, features), windows.indices)
 
         # The loss on the whole volume, and what it asks of every logit of every window.
         logits, apart = jax.vjp(windows.assemble, parts)
@@ -79,7 +79,7 @@ def make_two_pass_gradient(graph: nnx.GraphDef, augment: Augment | None, loss_of
             return jax.tree.map(jnp.add, total, back(of_part)), None
 
         zeros = jax.tree.map(jnp.zeros_like, wanted)
-        (gradients, *of_features), _ = jax.lax.scan(add_window, zeros, (windows.numbers, of_parts))
+        (gradients, *of_features), _ = jax.lax.scan(add_window, zeros, (windows.indices, of_parts))
 
         # A backbone that is trained: back through all slices, once, from what all windows ask of their features.
         if trains_backbone:

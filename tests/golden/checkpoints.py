@@ -20,36 +20,36 @@ _AUTHORS_SPELLING = {ours: authors for authors, ours in HUB_SPELLINGS.items()}
 
 
 def files_of(arch: str) -> list[str]:
-    """The golden files of an architecture, which is in this package's spelling."""
+    """Return the names of an architecture's golden files; `arch` has this package's spelling."""
     found = FOLDER.glob(f"{_AUTHORS_SPELLING.get(arch, arch)}_[0-9]*.npz")
     return sorted((path.stem for path in found), key=lambda file: image_of(file).size)
 
 
 def image_of(file: str) -> np.ndarray:
-    """The image [1, H, W, 3] of a golden file."""
+    """Return the image [1, H, W, 3] of a golden file."""
     height, width = map(int, file.rsplit("_", 1)[1].split("x"))
     return fake_image(height, width).transpose(0, 2, 3, 1)
 
 
 def reference_shapes(arch: str) -> dict[str, list[int]]:
-    """Name and shape of every parameter in the authors' checkpoint of an architecture."""
+    """Return name -> shape of every parameter in the authors' checkpoint of an architecture."""
     arch = _AUTHORS_SPELLING.get(arch, arch)
     registers = {}
-    if arch in ("dinov2_vitl14_reg", "dinov2_vitg14_reg"):  # no golden file, and one parameter more
+    if arch in ("dinov2_vitl14_reg", "dinov2_vitg14_reg"):  # without a golden file, and with one more parameter
         arch = arch.removesuffix("_reg")
         registers = {"register_tokens": [1, 4, 1024 if "vitl" in arch else 1536]}
     return json.loads((FOLDER / f"{arch}.shapes.json").read_text()) | registers
 
 
 def checkpoint_parameter(name: str, shape: list[int]) -> np.ndarray:
-    """One parameter of the fake checkpoint, as the golden files were computed with it."""
+    """Return one parameter of the fake checkpoint that the golden files were computed with."""
     if name == "rope_embed.periods":
         return (100.0 ** (np.arange(shape[0]) / shape[0])).astype(np.float32)
     return fake_parameter(name, tuple(shape))
 
 
 def write_checkpoint(path: Path, arch: str) -> None:
-    """The fake checkpoint as safetensors, one parameter after the other: that of ViT-g is 4.5 GB."""
+    """Write the fake checkpoint as safetensors, one parameter at a time, since that of ViT-g is 4.5 GB."""
     shapes = reference_shapes(arch)
     header, end = {}, 0
     for name, shape in shapes.items():
@@ -64,7 +64,7 @@ def write_checkpoint(path: Path, arch: str) -> None:
 
 
 def converted(arch: str, folder: Path) -> Path:
-    """The fake checkpoint through `python -m convert_weights`: the file that it wrote; its source is gone again."""
+    """Convert the fake checkpoint by `python -m convert_weights`, delete it, and return the converted file."""
     source, output = folder / f"{arch}_source.safetensors", folder / f"{arch}.safetensors"
     write_checkpoint(source, arch)
     convert(arch, source, output)
@@ -80,6 +80,6 @@ def convert(arch: str, source: Path, output: Path) -> None:
 
 
 def golden_backbone(arch: str) -> VisionTransformer:
-    """A backbone in float32 with the fake checkpoint's parameters; nothing stays on the disk."""
+    """Return a float32 backbone with the fake checkpoint's parameters; no file remains."""
     with tempfile.TemporaryDirectory(prefix="jaxla_") as folder:
         return load_backbone(converted(arch, Path(folder)), jnp.float32)

@@ -1,4 +1,4 @@
-"""How far a backbone's tokens are from the reference, and how far they may be."""
+"""Errors of a backbone's tokens against the reference, and their bounds."""
 
 from collections.abc import Mapping
 from typing import NamedTuple
@@ -13,14 +13,14 @@ from tests.golden.checkpoints import FOLDER, image_of
 
 
 class Error(NamedTuple):
-    """How far one array is from the reference's."""
+    """The error of one array against the reference's."""
 
     max_abs: float
     relative_l2: float
 
 
-# Of float32 tokens whose standard deviation is near 1; PyTorch's float32 differs from its own float64 by up to 4e-6 and
-# 6e-7 where the authors' files are compared, 5e-6 at 448 pixels.
+# For float32 tokens with a standard deviation near 1. PyTorch's float32 differs from its own float64 by up to 4e-6 and
+# 6e-7 at the sizes of the golden files, and by 5e-6 at 448 pixels.
 BOUND = Error(1e-5, 1.5e-6)
 COSINE_BOUND = 0.999  # between a token in bfloat16 and in float32
 
@@ -35,7 +35,7 @@ def beyond_bounds(errors: Mapping[str, Error]) -> dict[str, Error]:
 
 
 def golden_errors(vit: VisionTransformer, file: str) -> dict[str, Error]:
-    """By array of a golden file, how far the backbone's is from it."""
+    """Return the error of each array of a golden file."""
     golden, image = np.load(FOLDER / f"{file}.npz"), image_of(file)
     step, channels = int(golden["patch_step"]), vit.variant.width
 
@@ -56,25 +56,25 @@ def golden_errors(vit: VisionTransformer, file: str) -> dict[str, Error]:
 
 
 def live_errors(
-    vit: VisionTransformer, images: np.ndarray, tokens: np.ndarray, of_blocks: list[np.ndarray]
+    vit: VisionTransformer, images: np.ndarray, tokens: np.ndarray, block_tokens: list[np.ndarray]
 ) -> dict[str, Error]:
-    """By kind of token, and by block, how far a backbone's are from those of `live_tokens`."""
-    out, first = vit(images), 1 + vit.variant.registers
+    """Return the error of each kind of token, and of each block's tokens, against those of `live_tokens`."""
+    out, prefix = vit(images), 1 + vit.variant.registers
 
     def flat(patches: jax.Array) -> np.ndarray:
         return np.asarray(patches).reshape(len(images), -1, vit.variant.width)
 
-    errors = {"cls": error(out.cls, tokens[:, 0]), "patches": error(flat(out.patches), tokens[:, first:])}
+    errors = {"cls": error(out.cls, tokens[:, 0]), "patches": error(flat(out.patches), tokens[:, prefix:])}
     if vit.variant.registers:
-        errors["registers"] = error(out.registers, tokens[:, 1:first])
+        errors["registers"] = error(out.registers, tokens[:, 1:prefix])
     blocks = range(vit.variant.depth)
-    for block, ours, theirs in zip(blocks, vit.intermediate(images, blocks), of_blocks, strict=True):
-        errors[f"block {block}"] = error(flat(ours), theirs[:, first:])
+    for block, ours, theirs in zip(blocks, vit.intermediate(images, blocks), block_tokens, strict=True):
+        errors[f"block {block}"] = error(flat(ours), theirs[:, prefix:])
     return errors
 
 
 def lowest_bfloat16_cosine(vit: VisionTransformer, images: np.ndarray) -> float:
-    """Of the angles between each token in bfloat16 and in the backbone's own float32, after the final norm."""
+    """Return the lowest cosine between a token in bfloat16 and in the backbone's own float32, after the final norm."""
     abstract = nnx.eval_shape(lambda: VisionTransformer(vit.variant, dtype=jnp.bfloat16, rngs=nnx.Rngs(0)))
     half = nnx.merge(nnx.graphdef(abstract), nnx.state(vit))(images)
     assert half.cls.dtype == jnp.bfloat16

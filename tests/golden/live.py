@@ -1,4 +1,4 @@
-"""The live reference: the models of `transformers` with a backbone's own parameters and the authors' position grid."""
+"""The live reference: the models of `transformers` with a backbone's parameters and the authors' position grid."""
 
 from types import MethodType
 
@@ -19,20 +19,20 @@ from jaxla.models.backbones.vision_transformer import Variant, VisionTransformer
 
 
 def live_model(vit: VisionTransformer, authors_grid: bool = True) -> PreTrainedModel:
-    """The model of `transformers` of the same dimensions with the same parameters, in float32.
+    """Return the model of `transformers` with the same dimensions and parameters, in float32.
 
     Args:
-        authors_grid: resize DINOv2's learned positions as its authors do, whatever `transformers` does.
+        authors_grid: resize DINOv2's learned positions as its authors do, not as `transformers` does.
     """
     parameters = {
         ".".join(map(str, path)): np.asarray(variable.get_value())
         for path, variable in nnx.to_flat_state(nnx.state(vit))
     }
-    with torch.device("meta"):  # no random parameters that nobody needs
+    with torch.device("meta"):  # skips the random initialisation
         model = (_dinov2(vit.variant) if vit.variant.grid else _dinov3(vit.variant, parameters)).eval()
     model.load_state_dict(_state_dict(vit.variant, parameters, model), assign=True)
     if not vit.variant.grid:
-        # not their formula: the checkpoint's own periods, which may have been rounded
+        # the checkpoint's own periods, which may be rounded, not their formula
         model.rope_embeddings.inv_freq = 1 / torch.tensor(parameters["periods"])
     elif authors_grid:
         registers = vit.variant.antialias
@@ -41,7 +41,7 @@ def live_model(vit: VisionTransformer, authors_grid: bool = True) -> PreTrainedM
 
 
 def live_tokens(model: PreTrainedModel, images: np.ndarray) -> tuple[np.ndarray, list[np.ndarray]]:
-    """[B, H, W, 3] -> all tokens [B, 1 + R + h·w, C] after the final norm, and those after each block before it."""
+    """Return all tokens [B, 1 + R + h·w, C] after the final norm, and before it after each block, of [B, H, W, 3]."""
     channels_first = torch.tensor(images.transpose(0, 3, 1, 2), dtype=next(model.parameters()).dtype)
     with torch.inference_mode():
         out = model(channels_first, output_hidden_states=True)
@@ -49,7 +49,7 @@ def live_tokens(model: PreTrainedModel, images: np.ndarray) -> tuple[np.ndarray,
 
 
 def authors_resize(grid: torch.Tensor, h: int, w: int, registers: bool) -> torch.Tensor:
-    """DINOv2's position grid [1, C, G, G] at h × w patches, with the arguments of its authors' code."""
+    """Resize DINOv2's position grid [1, C, G, G] to h × w patches, with the arguments of its authors' code."""
     side = grid.shape[-1]
     scale = {"size": (h, w)} if registers else {"scale_factor": ((h + 0.1) / side, (w + 0.1) / side)}
     return torch.nn.functional.interpolate(grid, mode="bicubic", antialias=registers, **scale)
@@ -62,7 +62,7 @@ def _authors_positions(registers: bool):
         if (h, w) == (side, side):
             return learned
         grid = learned[:, 1:].unflatten(1, (side, side)).permute(0, 3, 1, 2)
-        resized = authors_resize(grid.float(), h, w, registers)  # in float32 whatever the model's precision, as theirs
+        resized = authors_resize(grid.float(), h, w, registers)  # the authors resize in float32 in any precision
         return torch.cat([learned[:, :1], resized.permute(0, 2, 3, 1).flatten(1, 2).to(learned.dtype)], dim=1)
 
     return interpolate_pos_encoding
@@ -106,20 +106,20 @@ def _qkv(joined: np.ndarray) -> list[np.ndarray]:
 
 
 def _qkv_bias(variant: Variant, parameters: dict[str, np.ndarray]) -> np.ndarray:
-    """[depth, 3 C] as it is added: zero where there is none, or where it is masked."""
+    """Return the bias [depth, 3 C] that is added: zero if there is none or where it is masked."""
     if variant.qkv_bias == "masked":
         return parameters["blocks.attention.qkv_bias"] * parameters["blocks.attention.qkv_bias_mask"]
     return parameters.get("blocks.attention.qkv.bias", np.zeros((variant.depth, 3 * variant.width), np.float32))
 
 
 def _state_dict(variant: Variant, ours: dict[str, np.ndarray], model: PreTrainedModel) -> dict[str, torch.Tensor]:
-    """Our parameters under the names, and in the layout, of `transformers`."""
+    """Return our parameters under the names and in the layout of `transformers`."""
     patch, width, family = variant.patch, variant.width, 2 if variant.grid else 3
     convolution = "embeddings.patch_embeddings" + (".projection" if family == 2 else "")
     norm = "layernorm" if family == 2 else "norm"
     theirs = {
         "embeddings.cls_token": ours["cls_token"][None, None],
-        "embeddings.mask_token": np.zeros(model.embeddings.mask_token.shape, np.float32),  # masks nothing here
+        "embeddings.mask_token": np.zeros(model.embeddings.mask_token.shape, np.float32),  # unused here
         f"{convolution}.weight": ours["patch_embed.kernel"].reshape(patch, patch, 3, width).transpose(3, 2, 0, 1),
         f"{convolution}.bias": ours["patch_embed.bias"],
         f"{norm}.weight": ours["norm.scale"],
@@ -147,16 +147,16 @@ def _state_dict(variant: Variant, ours: dict[str, np.ndarray], model: PreTrained
             layers |= {"mlp.fc1": expand, "mlp.fc2": contract}
         else:
             layers |= {"mlp.up_proj": expand, "mlp.down_proj": contract}
-        of_block = {}
+        block_state = {}
         for name, (kernel, bias) in layers.items():
-            of_block |= {f"{name}.weight": kernel.T, f"{name}.bias": bias}
+            block_state |= {f"{name}.weight": kernel.T, f"{name}.bias": bias}
         for n in (1, 2):
-            of_block |= {f"norm{n}.weight": block[f"norm{n}.scale"], f"norm{n}.bias": block[f"norm{n}.bias"]}
-            of_block[f"layer_scale{n}.lambda1"] = block[f"scale{n}.gamma"]
+            block_state |= {f"norm{n}.weight": block[f"norm{n}.scale"], f"norm{n}.bias": block[f"norm{n}.bias"]}
+            block_state[f"layer_scale{n}.lambda1"] = block[f"scale{n}.gamma"]
         prefix = f"encoder.layer.{i}" if family == 2 else f"model.layer.{i}"
-        theirs |= {f"{prefix}.{name}": value for name, value in of_block.items()}
+        theirs |= {f"{prefix}.{name}": value for name, value in block_state.items()}
 
-    wanted = model.state_dict()
-    # a bias that their configuration leaves out is zero here
-    assert not any(value.any() for name, value in theirs.items() if name not in wanted)
-    return {name: torch.tensor(np.ascontiguousarray(value)) for name, value in theirs.items() if name in wanted}
+    expected = model.state_dict()
+    # a bias that their configuration omits is zero here
+    assert not any(value.any() for name, value in theirs.items() if name not in expected)
+    return {name: torch.tensor(np.ascontiguousarray(value)) for name, value in theirs.items() if name in expected}

@@ -1,4 +1,4 @@
-"""The ResNet encoder beside a PyTorch module of it (parity/references.py): features, gradients, statistics."""
+"""The ResNet encoder beside its PyTorch reference (parity/references.py): features, gradients, statistics."""
 
 import jax
 import jax.numpy as jnp
@@ -8,7 +8,7 @@ import torch
 from flax import nnx
 
 from jaxla import InputError
-from jaxla.models.backbones import architecture, build_backbone
+from jaxla.models.backbones import build_backbone, transformer_name
 from jaxla.models.backbones.resnet import ResNet, Variant
 from tests.parity.references import as_theirs, reference_of
 from tests.tiny import flat_arrays, randomise
@@ -50,7 +50,7 @@ def test_features_equal_the_reference():
     assert [x.shape[-1] for x in features] == [64, 256, 512, 1024, 2048]
 
 
-def test_bfloat16_keeps_the_direction_of_every_pixels_features():
+def test_bfloat16_keeps_the_direction_of_all_features():
     images, full, half = random_images(2, 65, 97), small_resnet(), small_resnet(jnp.bfloat16)
     assert {str(x.dtype) for x in flat_arrays(half, nnx.Variable).values()} == {"float32"}
     for x, y in zip(full.intermediate(images), half.intermediate(images), strict=True):
@@ -60,11 +60,11 @@ def test_bfloat16_keeps_the_direction_of_every_pixels_features():
         assert cosine.min() >= 0.999  # measured: 0.99995
 
 
-def test_what_is_compiled_does_not_grow_with_the_depth():
+def test_program_does_not_grow_with_the_depth():
     def convolutions(arch):
         resnet = nnx.eval_shape(lambda: build_backbone(arch, rngs=nnx.Rngs(0)))
         program = str(jax.make_jaxpr(resnet.intermediate)(random_images(1, 64, 64)))
-        # those of one pixel are matrix products
+        # convolutions with one pixel are matrix products
         return program.count("conv_general_dilated[") + program.count("dot_general[")
 
     assert convolutions("resnet152") == convolutions("resnet50") == 1 + 4 * (4 + 3)
@@ -105,11 +105,11 @@ def test_training_equals_the_reference():
     )
     for state in (gradients, statistics):
         errors += [relative_l2(array, theirs[name].numpy()) for name, array in as_theirs(resnet, state).items()]
-    assert len(errors) == 5 + 5 * 32  # features; weight, scale, bias, mean and variance of each convolution's unit
+    assert len(errors) == 5 + 5 * 32  # features; weight, scale, bias, mean and variance of each convolution
     assert max(errors) <= 1e-12  # measured: 7.6e-14
 
 
-# --- what is refused ---
+# --- bad input ---
 
 
 @pytest.mark.parametrize(
@@ -122,7 +122,7 @@ def test_training_equals_the_reference():
         ((0, 32, 32, 3), ["(0, 32, 32, 3)", "no pixel"]),
     ],
 )
-def test_images_of_a_wrong_shape_are_refused(shape, words):
+def test_images_with_a_wrong_shape_are_refused(shape, words):
     resnet = nnx.eval_shape(lambda: ResNet(SMALL, rngs=nnx.Rngs(0)))
     for call in (resnet, resnet.intermediate):
         with pytest.raises(ValueError, match="images of") as error:
@@ -130,6 +130,7 @@ def test_images_of_a_wrong_shape_are_refused(shape, words):
         assert all(word in str(error.value) for word in words)
 
 
-def test_training_a_transformers_method_on_a_resnet_is_refused():
-    with pytest.raises(InputError, match=r"^--model.arch=resnet50 is no vision transformer. Known: dinov2_vits14, "):
-        architecture("--model.arch", "resnet50")
+def test_a_resnet_in_place_of_a_transformer_is_refused():
+    line = r"^--model.arch=resnet50: not a vision transformer\. Use one of dinov2_vits14, "
+    with pytest.raises(InputError, match=line):
+        transformer_name("--model.arch", "resnet50")

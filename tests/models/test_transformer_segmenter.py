@@ -1,4 +1,4 @@
-"""The decoders: PyTorch's numbers, and no token that comes out elsewhere in the image."""
+"""The decoders of paper 1's network: PyTorch's numbers, and tokens that stay in place."""
 
 import jax
 import jax.numpy as jnp
@@ -16,8 +16,8 @@ from tests.tiny import TINY, flat_arrays, randomise, tiny_backbone
 WIDTHS = (8, 6, 4)
 
 
-def decoder_of(kind, width=16, outputs=1, widths=WIDTHS, seed=0):
-    """A decoder in evaluation mode with random parameters."""
+def make_decoder(kind, width=16, outputs=1, widths=WIDTHS, seed=0):
+    """Return a decoder in evaluation mode with random parameters."""
     make = {
         "linear": lambda: LinearDecoder(width, outputs, rngs=nnx.Rngs(0)),
         "convolutional": lambda: ConvolutionalDecoder(width, widths, outputs, rngs=nnx.Rngs(0)),
@@ -54,14 +54,14 @@ def from_torch(tensor):
         ((512, 2), (448, 1)),
     ],
 )
-def test_resizing_is_pytorchs_bilinear(shape, size):
+def test_resizing_equals_pytorchs_bilinear(shape, size):
     x = np.random.default_rng(0).standard_normal((2, *shape, 3), dtype=np.float32)
     expected = torch.nn.functional.interpolate(to_torch(x), size=size, mode="bilinear", align_corners=False)
     np.testing.assert_allclose(resize(jnp.asarray(x), size), from_torch(expected), atol=3e-6)  # measured: 5e-7
 
 
 @pytest.mark.parametrize("shape", [(4, 6), (1, 1), (1, 5), (2, 2), (7, 3)])
-def test_doubling_is_pytorchs_bilinear_forward_and_backward(shape):
+def test_doubling_and_its_gradient_equal_pytorchs_bilinear(shape):
     rng = np.random.default_rng(0)
     x, weight = (rng.standard_normal((2, *s, 3), dtype=np.float32) for s in (shape, (2 * shape[0], 2 * shape[1])))
     theirs = to_torch(x).requires_grad_()
@@ -72,9 +72,9 @@ def test_doubling_is_pytorchs_bilinear_forward_and_backward(shape):
     np.testing.assert_allclose(gradient, from_torch(theirs.grad), atol=2e-6)  # measured: 4.8e-7
 
 
-# --- where a token comes out ---
+# --- positions ---
 
-# corner tokens of a map of 12 × 20, and the quarter of 96 × 160 pixels that each lies in
+# corner tokens of a map of 12 × 20, and the quarters of 96 × 160 pixels that contain them
 CORNERS = {
     (0, 0): np.s_[:48, :80],
     (0, 19): np.s_[:48, 80:],
@@ -85,8 +85,8 @@ CORNERS = {
 
 @pytest.mark.parametrize("kind", ["linear", "convolutional"])
 @pytest.mark.parametrize("corner", CORNERS)
-def test_a_blob_in_a_corner_comes_out_in_that_corner(kind, corner):
-    decoder = decoder_of(kind)
+def test_a_token_in_a_corner_changes_that_corner_only(kind, corner):
+    decoder = make_decoder(kind)
     decode = jax.jit(lambda tokens: decoder(tokens, (96, 160))[0, ..., 0])
     tokens = np.zeros((1, 12, 20, 16), np.float32)
     empty = np.asarray(decode(tokens))
@@ -101,9 +101,9 @@ def test_a_blob_in_a_corner_comes_out_in_that_corner(kind, corner):
 
 @pytest.mark.parametrize("kind", ["linear", "convolutional"])
 @pytest.mark.parametrize("token", [(5, 7), (6, 13)])
-def test_a_blob_comes_out_centred_on_its_token(kind, token):
-    """With symmetric kernels the blob stays symmetric, so its centre of mass is the middle of the token, to a pixel."""
-    decoder = decoder_of(kind)
+def test_the_response_to_a_token_is_centred_on_it(kind, token):
+    """With symmetric kernels the response is symmetric, so its centre of mass is the centre of the token."""
+    decoder = make_decoder(kind)
     for path, variable in nnx.to_flat_state(nnx.state(decoder, nnx.Param)):
         variable.set_value(jnp.full(variable.shape, 0.1 if path[-1] in ("kernel", "scale") else 0.0))
     for _, variable in nnx.to_flat_state(nnx.state(decoder, nnx.BatchStat)):
@@ -116,26 +116,31 @@ def test_a_blob_comes_out_centred_on_its_token(kind, token):
     np.testing.assert_allclose(centre, [8 * n + 3.5 for n in token], atol=1e-5)  # measured: 5e-7
 
 
-def test_whole_network_answers_where_the_image_differs():
-    """On average over random decoders, what a patch changes in the logits is centred on that patch."""
+def test_logits_change_where_the_image_changes():
+    """On average over random decoders, the change in the logits is centred on the changed patch."""
     backbone = tiny_backbone()
-    for scale in (backbone.blocks.scale1, backbone.blocks.scale2):  # blocks that add nothing: no token sees another
+    for scale in (
+        backbone.blocks.scale1,
+        backbone.blocks.scale2,
+    ):  # blocks that add nothing, so that tokens are independent
         scale.gamma.set_value(jnp.zeros_like(scale.gamma[...]))
     images = np.full((3, 96, 160, 1), 0.5, np.float32)
     patches = {1: (5, 13), 2: (6, 6)}
     for i, (row, column) in patches.items():
         images[i, 8 * row : 8 * row + 8, 8 * column : 8 * column + 8] = 1
-    answer = jax.jit(lambda graph, state: nnx.merge(graph, state)(images)[..., 0], static_argnums=0)
+    compute_logits = jax.jit(lambda graph, state: nnx.merge(graph, state)(images)[..., 0], static_argnums=0)
     changes = np.zeros((3, 96, 160))
     for seed in range(40):
-        decoder = decoder_of("convolutional", width=32, widths=(24, 16, 12), seed=seed)
+        decoder = make_decoder("convolutional", width=32, widths=(24, 16, 12), seed=seed)
         network = TransformerSegmenter(backbone, decoder)
-        logits = np.asarray(answer(*nnx.split(network)))
+        logits = np.asarray(compute_logits(*nnx.split(network)))
         changes += np.abs(logits - logits[0])
     changes /= np.maximum(changes.sum((1, 2), keepdims=True), 1e-9)
     for i, (row, column) in patches.items():
         centre = [changes[i].sum(1) @ np.arange(96), changes[i].sum(0) @ np.arange(160)]
-        np.testing.assert_allclose(centre, [8 * row + 3.5, 8 * column + 3.5], atol=1.0)  # measured: 0.75 of a token's 8
+        np.testing.assert_allclose(
+            centre, [8 * row + 3.5, 8 * column + 3.5], atol=1.0
+        )  # measured: 0.75 of the 8 pixels of a token
 
 
 # --- shapes ---
@@ -146,13 +151,13 @@ def test_whole_network_answers_where_the_image_differs():
     ("outputs", "shape", "size"), [(1, (3, 5), (24, 40)), (4, (2, 2), (28, 28)), (2, (7, 4), (14, 8))]
 )
 def test_logits_have_the_size_of_the_image(kind, outputs, shape, size):
-    decoder = decoder_of(kind, outputs=outputs)
+    decoder = make_decoder(kind, outputs=outputs)
     tokens = jnp.ones((2, *shape, 16), jnp.bfloat16)
     logits = jax.eval_shape(lambda: decoder(tokens, size))
     assert (logits.shape, logits.dtype) == ((2, *size, outputs), jnp.float32)
 
 
-def test_default_decoder_on_the_giant_backbone_has_15_million_parameters():
+def test_default_decoder_on_vit_g_has_15_million_parameters():
     widths = (512, 256, 128, 64, 32)
     decoder = nnx.eval_shape(lambda: ConvolutionalDecoder(1536, widths, 1, rngs=nnx.Rngs(0)))
     token_classifier = 1536 * 512 + 512
@@ -163,7 +168,7 @@ def test_default_decoder_on_the_giant_backbone_has_15_million_parameters():
     assert count == token_classifier + mix + stages + logits == 15_200_481
 
 
-# --- the same numbers as PyTorch ---
+# --- parity with PyTorch ---
 
 
 def random_tokens():
@@ -171,7 +176,7 @@ def random_tokens():
 
 
 def test_convolutional_decoder_equals_pytorch_in_evaluation():
-    decoder = decoder_of("convolutional", outputs=3)
+    decoder = make_decoder("convolutional", outputs=3)
     theirs = reference_of(decoder, (40, 56))
     before = flat_arrays(decoder, nnx.BatchStat)
     ours = jax.jit(lambda tokens: decoder(tokens, (40, 56)))(random_tokens())
@@ -183,7 +188,7 @@ def test_convolutional_decoder_equals_pytorch_in_evaluation():
 
 
 def test_convolutional_decoder_equals_pytorch_in_training():
-    decoder = decoder_of("convolutional", outputs=3)
+    decoder = make_decoder("convolutional", outputs=3)
     theirs = reference_of(decoder, (40, 56)).train()
     decoder.train()
     graph, parameters, rest = nnx.split(decoder, nnx.Param, ...)
@@ -213,7 +218,7 @@ def test_convolutional_decoder_equals_pytorch_in_training():
 
 
 def test_linear_decoder_equals_pytorch():
-    decoder = decoder_of("linear", outputs=3)
+    decoder = make_decoder("linear", outputs=3)
     arrays = flat_arrays(decoder)
     tokens = random_tokens()
     expected = torch.nn.functional.interpolate(
@@ -228,9 +233,9 @@ def test_linear_decoder_equals_pytorch():
     np.testing.assert_allclose(decoder(tokens, (40, 56)), from_torch(expected), atol=5e-6)  # measured: 5e-7
 
 
-def test_grey_images_are_normalised_as_imagenet_is():
+def test_grey_images_are_normalised_with_imagenets_statistics():
     network = TransformerSegmenter(
-        nnx.eval_shape(lambda: VisionTransformer(TINY, rngs=nnx.Rngs(0))), decoder_of("linear", width=32)
+        nnx.eval_shape(lambda: VisionTransformer(TINY, rngs=nnx.Rngs(0))), make_decoder("linear", width=32)
     )
     network = randomise(network, 5)
     grey = np.random.default_rng(0).random((2, 24, 40, 1), dtype=np.float32)

@@ -1,4 +1,4 @@
-"""The vision transformer of both families: where its tokens stand, what comes out, what it keeps, what it refuses."""
+"""The vision transformer of both families: positions of tokens, outputs, memory, bad input."""
 
 from dataclasses import replace
 
@@ -10,11 +10,11 @@ import torch
 from flax import nnx
 
 from jaxla.models.backbones.vision_transformer import VisionTransformer, _features, _intermediate
-from jaxla.models.ops.positions import rotation
+from jaxla.models.ops.positions import rotary_rotation
 from tests.tiny import REGISTERS, ROTARY, TINY, TINY_VARIANTS, flat_arrays, tiny_backbone
 
-# Tests that call one variant on images of the same shape share its compiled functions. The values of all variants are
-# compared in tests/parity/test_transformers.py.
+# Tests with the same variant and image shape share its compiled functions. The values of all variants are compared in
+# tests/parity/test_transformers.py.
 plain_and_rotary = pytest.mark.parametrize("variant", [TINY, ROTARY], ids=["plain", "rotary"])
 
 
@@ -23,17 +23,17 @@ def random_images(batch, height, width, seed=0):
 
 
 def image_with_one_patch(row, column, rows, columns):
-    """Random pixels in one patch, the same wherever it lies; zero elsewhere."""
+    """Return an image with the same random pixels in the given patch, and zeros elsewhere."""
     image = np.zeros((1, 8 * rows, 8 * columns, 3), np.float32)
     image[:, 8 * row : 8 * row + 8, 8 * column : 8 * column + 8] = random_images(1, 8, 8)
     return image
 
 
-# --- where tokens stand ---
+# --- positions of tokens ---
 
 
 @pytest.mark.parametrize("variant", [TINY, REGISTERS, ROTARY], ids=["plain", "registers", "rotary"])
-def test_embedding_puts_a_patch_into_its_own_token_and_no_other(variant):
+def test_embedding_changes_only_the_token_of_a_changed_patch(variant):
     vit, (rows, columns) = tiny_backbone(variant=variant), (3, 5)
     before = 1 + variant.registers
     embed = jax.jit(vit.embed)
@@ -51,20 +51,23 @@ def test_embedding_puts_a_patch_into_its_own_token_and_no_other(variant):
 
 
 @pytest.mark.parametrize("variant", [TINY, REGISTERS, ROTARY], ids=["plain", "registers", "rotary"])
-def test_tokens_stay_in_place_through_the_whole_network(variant):
+def test_tokens_keep_their_position_through_all_blocks(variant):
     vit = tiny_backbone(variant=variant)
-    for scale in (vit.blocks.scale1, vit.blocks.scale2):  # blocks that add nothing: a token sees its own patch only
+    for scale in (
+        vit.blocks.scale1,
+        vit.blocks.scale2,
+    ):  # blocks that add nothing, so that a token depends on its own patch only
         scale.gamma.set_value(jnp.zeros_like(scale.gamma[...]))
     empty = vit(np.zeros((2, 24, 40, 3), np.float32))
-    for places in (((0, 0), (0, 4)), ((1, 2), (2, 0)), ((2, 4), (1, 0))):
-        out = vit(np.concatenate([image_with_one_patch(row, column, 3, 5) for row, column in places]))
+    for positions in (((0, 0), (0, 4)), ((1, 2), (2, 0)), ((2, 4), (1, 0))):
+        out = vit(np.concatenate([image_with_one_patch(row, column, 3, 5) for row, column in positions]))
         changed = np.argwhere(np.abs(out.patches - empty.patches).max(-1) > 0)
-        assert changed.tolist() == [[image, row, column] for image, (row, column) in enumerate(places)]
+        assert changed.tolist() == [[image, row, column] for image, (row, column) in enumerate(positions)]
         np.testing.assert_array_equal(out.cls, empty.cls)
         np.testing.assert_array_equal(out.registers, empty.registers)
 
 
-def test_embedding_is_the_strided_convolution_of_the_reference():
+def test_embedding_equals_the_references_strided_convolution():
     vit, images = tiny_backbone(), random_images(2, 32, 32)
     kernel = np.asarray(vit.patch_embed.kernel).reshape(8, 8, 3, 32)  # rows, columns, channels in; out
     convolved = torch.nn.functional.conv2d(
@@ -88,21 +91,21 @@ def test_registers_follow_the_class_token_and_have_no_position(variant):
         np.testing.assert_array_equal(registers, vit.register_tokens[...])
 
 
-def test_positions_matter_where_they_are_rotary():
-    """Two patches that change places change their tokens by more than their order."""
+def test_rotary_positions_change_the_tokens():
+    """Swapping two patches changes their tokens, not only their order."""
     vit, image = tiny_backbone(variant=ROTARY), random_images(1, 8, 16)
     swapped = np.concatenate([image[:, :, 8:], image[:, :, :8]], axis=2)
-    patches, of_swapped = vit(image).patches[0, 0], vit(swapped).patches[0, 0]
+    patches, swapped_patches = vit(image).patches[0, 0], vit(swapped).patches[0, 0]
     embed = jax.jit(vit.embed)
     np.testing.assert_array_equal(*(embed(x)[0, 1 + ROTARY.registers :].sum(0) for x in (image, swapped)))
-    assert np.abs(patches - of_swapped[::-1]).max() > 0.01
+    assert np.abs(patches - swapped_patches[::-1]).max() > 0.01
 
 
-# --- what comes out ---
+# --- outputs ---
 
 
 @pytest.mark.parametrize("variant", TINY_VARIANTS.values(), ids=TINY_VARIANTS)
-def test_outputs_have_the_promised_shapes(variant):
+def test_outputs_have_the_documented_shapes(variant):
     out = tiny_backbone(variant=variant)(random_images(2, 24, 40))
     assert (out.cls.shape, out.patches.shape) == ((2, 32), (2, 3, 5, 32))
     assert out.registers.shape == (2, variant.registers, 32)
@@ -110,7 +113,7 @@ def test_outputs_have_the_promised_shapes(variant):
 
 
 @plain_and_rotary
-def test_images_of_a_batch_do_not_see_each_other(variant):
+def test_images_of_a_batch_are_independent(variant):
     vit, images = tiny_backbone(variant=variant), random_images(2, 24, 40)
     together, alone = vit(images), [vit(images[i : i + 1]) for i in range(2)]
     for i in range(2):
@@ -119,7 +122,7 @@ def test_images_of_a_batch_do_not_see_each_other(variant):
 
 
 @plain_and_rotary
-def test_intermediate_tokens_are_those_of_a_network_cut_off_there(variant):
+def test_intermediate_tokens_equal_those_of_a_shorter_network(variant):
     vit, images = tiny_backbone(variant=variant), random_images(2, 24, 40)
     kept = vit.intermediate(images, blocks=(2, 0, 1))
     for tokens, depth in zip(kept, (3, 1, 2), strict=True):
@@ -134,7 +137,7 @@ def test_intermediate_tokens_are_those_of_a_network_cut_off_there(variant):
         np.testing.assert_allclose(tokens, expected, atol=5e-6)  # measured: 0, of values up to 10
 
 
-def test_intermediate_tokens_come_in_the_order_asked_for_and_as_often():
+def test_intermediate_tokens_follow_the_order_of_blocks_with_repeats():
     vit, images = tiny_backbone(), random_images(2, 24, 40)
     first, last = vit.intermediate(images, blocks=(0, 2))
     assert np.abs(first - last).max() > 0.1
@@ -144,15 +147,15 @@ def test_intermediate_tokens_come_in_the_order_asked_for_and_as_often():
     assert vit.intermediate(images, blocks=()) == ()
 
 
-def test_memory_of_intermediate_tokens_grows_with_the_blocks_asked_for_and_not_with_the_depth():
+def test_memory_of_intermediate_tokens_grows_with_their_number_not_with_the_depth():
     images = jax.ShapeDtypeStruct((1, 256, 256, 3), jnp.float32)
-    of_one = (1 + 32 * 32) * 32 * 4  # bytes of all tokens of one image after one block
+    token_bytes = (1 + 32 * 32) * 32 * 4  # of one image after one block
 
     def temporary(depth, blocks):
-        """Buffers of the compiled call, in units of one block's tokens."""
+        """Return the temporary memory of the compiled call, in units of one block's tokens."""
         vit = nnx.eval_shape(lambda: VisionTransformer(replace(TINY, depth=depth), rngs=nnx.Rngs(0)))
         compiled = _intermediate.lower(*nnx.split(vit), images, blocks, False).compile()
-        return compiled.memory_analysis().temp_size_in_bytes / of_one
+        return compiled.memory_analysis().temp_size_in_bytes / token_bytes
 
     four = temporary(40, (9, 19, 29, 39))
     # measured: 0, 4.0 and 36.0 more
@@ -162,7 +165,7 @@ def test_memory_of_intermediate_tokens_grows_with_the_blocks_asked_for_and_not_w
 
 
 @plain_and_rotary
-def test_what_is_compiled_does_not_grow_with_the_depth(variant):
+def test_program_does_not_grow_with_the_depth(variant):
     def lines(depth):
         vit = nnx.eval_shape(lambda: VisionTransformer(replace(variant, depth=depth), rngs=nnx.Rngs(0)))
         program = _features.lower(*nnx.split(vit), jax.ShapeDtypeStruct((1, 64, 64, 3), jnp.float32))
@@ -172,7 +175,7 @@ def test_what_is_compiled_does_not_grow_with_the_depth(variant):
 
 
 @plain_and_rotary
-def test_last_intermediate_tokens_normed_are_the_patches(variant):
+def test_last_intermediate_tokens_after_the_norm_are_the_patches(variant):
     vit, images = tiny_backbone(variant=variant), random_images(2, 24, 40)
     (normed,) = vit.intermediate(images, blocks=[2], norm=True)
     np.testing.assert_allclose(normed, vit(images).patches, atol=5e-6)  # measured: 0
@@ -186,15 +189,15 @@ def test_scan_over_blocks_equals_a_loop(variant):
     tokens = jax.jit(vit.embed)(random_images(2, 24, 40))
     scanned, _ = jax.jit(lambda tokens: vit.run_blocks(tokens, (3, 5)))(tokens)
     graph, parameters = nnx.split(vit.blocks)
-    rotate = None if variant.grid else rotation(vit.periods[...], 3, 5, 1 + variant.registers)
-    block = jax.jit(lambda parameters, tokens: nnx.merge(graph, parameters)(tokens, rotate))
+    rotation = None if variant.grid else rotary_rotation(vit.periods[...], 3, 5, 1 + variant.registers)
+    block = jax.jit(lambda parameters, tokens: nnx.merge(graph, parameters)(tokens, rotation))
     for i in range(variant.depth):
         tokens = block(jax.tree.map(lambda x, i=i: x[i], parameters), tokens)
     np.testing.assert_allclose(scanned, tokens, atol=1e-5)  # measured: 1.7e-6, of values up to 10
 
 
 @pytest.mark.parametrize("name", ["dinov2", "dinov3 plus"])
-def test_rematerialised_blocks_have_the_same_gradient(name):
+def test_remat_gives_the_same_gradient(name):
     images = random_images(2, 24, 40)
     gradients = []
     for remat in (False, True):
@@ -204,10 +207,10 @@ def test_rematerialised_blocks_have_the_same_gradient(name):
             return jnp.mean(nnx.merge(graph, state, constants)(images).patches ** 3)
 
         gradients.append(jax.jit(jax.grad(mean))(state))
-    plain, remade = (jax.tree.leaves(g) for g in gradients)
+    plain, recomputed = (jax.tree.leaves(g) for g in gradients)
     assert max(np.abs(g).max() for g in plain) > 1e-3
-    for a, b in zip(plain, remade, strict=True):
-        np.testing.assert_allclose(a, b, atol=1e-6)  # measured: 6e-8
+    for gradient, again in zip(plain, recomputed, strict=True):
+        np.testing.assert_allclose(gradient, again, atol=1e-6)  # measured: 6e-8
 
 
 @pytest.mark.parametrize("name", ["dinov2", "dinov3 plus"])
@@ -223,7 +226,7 @@ def test_bfloat16_keeps_the_direction_of_every_token(name):
         assert cosine.min(initial=1) >= 0.999  # measured: 0.99996
 
 
-# --- what is refused ---
+# --- bad input ---
 
 
 @pytest.mark.parametrize(
@@ -239,7 +242,7 @@ def test_bfloat16_keeps_the_direction_of_every_token(name):
         ((0, 32, 32, 3), ["(0, 32, 32, 3)", "no pixel"]),
     ],
 )
-def test_images_of_a_wrong_shape_are_refused(shape, words):
+def test_images_with_a_wrong_shape_are_refused(shape, words):
     vit = tiny_backbone()
     for call in (vit, lambda images: vit.intermediate(images, blocks=(0,))):
         with pytest.raises(ValueError, match="images of") as error:
@@ -250,17 +253,17 @@ def test_images_of_a_wrong_shape_are_refused(shape, words):
 @pytest.mark.parametrize(
     ("images", "kind"), [(torch.zeros(1, 32, 32, 3), "Tensor"), ([[[[0.0] * 3]]], "list")], ids=["torch", "list"]
 )
-def test_what_is_no_array_is_refused(images, kind):
+def test_other_types_than_arrays_are_refused(images, kind):
     with pytest.raises(ValueError, match=rf"^images of type {kind}: expected a NumPy or JAX array \[B, H, W, 3\]$"):
         tiny_backbone()(images)
 
 
-def test_whole_numbers_are_refused_as_images():
+def test_integer_images_are_refused():
     with pytest.raises(ValueError, match="images of uint8: expected floating point, normalised"):
         tiny_backbone()(np.zeros((1, 32, 32, 3), np.uint8))
 
 
 @pytest.mark.parametrize("blocks", [(3,), (0, -1)])
-def test_blocks_that_do_not_exist_are_refused(blocks):
+def test_missing_blocks_are_refused(blocks):
     with pytest.raises(ValueError, match="has blocks 0 to 2"):
         tiny_backbone().intermediate(random_images(1, 32, 32), blocks)

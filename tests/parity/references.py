@@ -1,6 +1,6 @@
-"""PyTorch modules of the convolutional networks and decoders, written from their papers; and our parameters in them.
+"""PyTorch modules of the convolutional networks and decoders, written from their papers, filled with our parameters.
 
-Encoders have torchvision's names, so that the conversion tables fill them; all else has our names.
+Encoders have torchvision's names, so that the conversion tables fill them; everything else has our names.
 """
 
 from itertools import pairwise
@@ -114,7 +114,7 @@ class Bottleneck(nn.Module):
 
 
 class ReferenceResNet(nn.Module):
-    """Gives the features of the stem, those after its max-pool, and those of each stage."""
+    """Return the features of the stem, those after its max-pool, and those of each stage."""
 
     def __init__(self, blocks):
         super().__init__()
@@ -159,7 +159,7 @@ class ReferenceResNetUNet(nn.Module):
 
 
 class ReferenceVGG(nn.Module):
-    """Gives the features before the first and after each max-pool, and the places that these took them from."""
+    """Return the features after each max-pool, and the indices of the maxima."""
 
     def __init__(self, stages):
         super().__init__()
@@ -172,14 +172,14 @@ class ReferenceVGG(nn.Module):
         self.features = nn.Sequential(*layers)
 
     def forward(self, x):
-        pooled, places = [], []
+        pooled, indices = [], []
         for layer in self.features:
             x = layer(x)
             if isinstance(layer, nn.MaxPool2d):
-                x, where = x
+                x, index = x
                 pooled.append(x)
-                places.append(where)
-        return pooled, places
+                indices.append(index)
+        return pooled, indices
 
 
 class ReferenceSegNet(nn.Module):
@@ -194,10 +194,10 @@ class ReferenceSegNet(nn.Module):
         self.logits = nn.Conv2d(stages[0][0], outputs, 3, padding=1)
 
     def forward(self, x):
-        pooled, places = self.backbone(x)
+        pooled, indices = self.backbone(x)
         x = pooled[-1]
-        for stage, where in zip(reversed(self.up), reversed(places), strict=True):
-            x = functional.max_unpool2d(x, where, 2)
+        for stage, index in zip(reversed(self.up), reversed(indices), strict=True):
+            x = functional.max_unpool2d(x, index, 2)
             for unit in stage:
                 x = unit(x)
         return self.logits(x)
@@ -245,7 +245,7 @@ class ReferenceStage(nn.Module):
 
 
 class ReferenceFusion(nn.Module):
-    """Learns a row of scalars for each level, or one row for all; without any the weights are equal."""
+    """Learns one row of scalars for each level, or one row for all levels; without rows the weights are equal."""
 
     def __init__(self, levels, blocks, rows):
         super().__init__()
@@ -271,9 +271,9 @@ class ReferenceFusionDecoder(nn.Module):
         self.size = size
 
     def forward(self, features, images):
-        first, *others = self.fusion(features)
+        first, *rest = self.fusion(features)
         x = self.project(first)
-        for stage, fused in zip(self.stages, others, strict=True):
+        for stage, fused in zip(self.stages, rest, strict=True):
             x = stage(x, fused, images)
         return self.logits(functional.interpolate(x, size=self.size, mode="bilinear"))
 
@@ -288,11 +288,11 @@ class ReferenceLevel(nn.Module):
         self.depth = nn.Parameter(torch.zeros(places, outputs)) if places else None
 
     def forward(self, x, slices, own):
-        x = of_each_voxel(self.project, x)
+        x = convolve_voxels(self.project, x)
         if self.depth is None:
             return x
-        of_volume = functional.interpolate(self.depth.T[None], size=slices, mode="linear", align_corners=False)
-        return x + of_volume[:, :, own.start : own.stop, None, None]
+        depth = functional.interpolate(self.depth.T[None], size=slices, mode="linear", align_corners=False)
+        return x + depth[:, :, own.start : own.stop, None, None]
 
 
 class ReferenceWindowUnit(nn.Module):
@@ -306,7 +306,7 @@ class ReferenceWindowUnit(nn.Module):
 
 
 class ReferenceWindowDecoder(nn.Module):
-    """Features [B, 4, C, d, h, w] of the slices `own` of a volume that has so many `slices`."""
+    """Features [B, 4, C, d, h, w] of the slices `own` of a volume with that many `slices`."""
 
     def __init__(self, width, widths, outputs, places, depth):
         super().__init__()
@@ -325,19 +325,19 @@ class ReferenceWindowDecoder(nn.Module):
                 x = functional.interpolate(x, scale_factor=(1, 2, 2), mode="trilinear")
                 x = x + functional.interpolate(projected, size=x.shape[2:], mode="trilinear")
             x = unit(x)
-        return of_each_voxel(self.logits, x)
+        return convolve_voxels(self.logits, x)
 
 
-def of_each_voxel(convolution, x):
-    """A 1×1×1 convolution of [B, C, d, h, w]; as a matrix product, for PyTorch's own is slow on CPU."""
+def convolve_voxels(convolution, x):
+    """Apply a 1×1×1 convolution to [B, C, d, h, w] as a matrix product, since PyTorch's own is slow on CPU."""
     return torch.einsum("oc,bcdhw->bodhw", convolution.weight[:, :, 0, 0], x) + convolution.bias[:, None, None, None]
 
 
-# --- nnU-Net: Isensee, Jaeger et al. 2021, as its plan says; names are those of its own state dicts ---
+# --- nnU-Net: Isensee, Jaeger et al. 2021, as its plan says; names as in its own state dicts ---
 
 
 class ReferenceConvolutions(nn.Module):
-    """So many times a convolution, InstanceNorm, LeakyReLU; the first with a stride."""
+    """`count` times a convolution, InstanceNorm and LeakyReLU; the first convolution has a stride."""
 
     def __init__(self, axes, inputs, outputs, kernel, stride, count):
         super().__init__()
@@ -358,7 +358,7 @@ class ReferenceConvolutions(nn.Module):
 
 
 class ReferenceNNUNet(nn.Module):
-    """Gives the logits of every resolution, the finest first."""
+    """Return the logits of every resolution, the finest first."""
 
     def __init__(self, c, outputs):
         super().__init__()
@@ -367,7 +367,7 @@ class ReferenceNNUNet(nn.Module):
         widths = (1, *c.features_per_stage)
         stages = zip(pairwise(widths), c.kernel_sizes, c.strides, c.n_conv_per_stage, strict=True)
         self.encoder.stages = nn.Sequential(
-            *(nn.Sequential(ReferenceConvolutions(axes, i, o, *of_stage)) for (i, o), *of_stage in stages)
+            *(nn.Sequential(ReferenceConvolutions(axes, i, o, *options)) for (i, o), *options in stages)
         )
         self.decoder.stages, self.decoder.transpconvs, self.decoder.seg_layers = (nn.ModuleList() for _ in range(3))
         for level, count in zip(range(c.n_stages - 2, -1, -1), c.n_conv_per_stage_decoder, strict=True):
@@ -394,7 +394,7 @@ class ReferenceNNUNet(nn.Module):
 
 
 def nnunet_as_theirs(configuration, holder):
-    """Our parameters or gradients of nnU-Net under the names of its state dict."""
+    """Return our parameters or gradients of nnU-Net under the names of its state dict."""
     arrays = flat_arrays(holder, nnx.Variable) if isinstance(holder, nnx.Module) else flat_state(holder)
     rows = nnunet_rows(configuration, arrays["logits.0.bias"].shape[0])
     return {
@@ -405,21 +405,21 @@ def nnunet_as_theirs(configuration, holder):
 
 
 def nnunet_reference_of(configuration, network):
-    """PyTorch's module with our parameters."""
+    """Return PyTorch's nnU-Net with our parameters."""
     state = {name: torch.from_numpy(a.copy()) for name, a in nnunet_as_theirs(configuration, network).items()}
     reference = ReferenceNNUNet(configuration, state["decoder.seg_layers.0.bias"].shape[0])
     reference.to(next(iter(state.values())).dtype).load_state_dict(state)
     return reference
 
 
-# --- carrying over ---
+# --- parameters ---
 
 
 def reference_of(network, size=None):
-    """The reference of one of our networks, encoders or decoders, with its parameters and statistics, in evaluation.
+    """Return the reference of a network, encoder or decoder, with its parameters and statistics, in evaluation mode.
 
     Args:
-        size: H and W of the logits, which a decoder must be told.
+        size: H and W of a decoder's logits.
     """
     match network:
         case ConvolutionalDecoder():
@@ -465,21 +465,24 @@ def widths_of(unet):
 
 
 def as_theirs(network, holder):
-    """Our parameters, statistics or gradients as the reference's: name -> array.
+    """Return our parameters, statistics or gradients under the reference's names and in its layout: name -> array.
 
     Args:
-        holder: a module or state of our structure that holds them.
+        network: our network, encoder or decoder.
+        holder: a module or state with its structure that holds the arrays.
     """
     arrays = flat_arrays(holder, nnx.Variable) if isinstance(holder, nnx.Module) else flat_state(holder)
     if isinstance(network, ResNet | VGG):
-        return of_encoder(network, arrays)
+        return encoder_as_theirs(network, arrays)
     ours = {name: array for name, array in arrays.items() if not name.startswith("backbone.")}
     theirs = dict(rename(name, array) for name, array in ours.items())
     if hasattr(network, "backbone"):
-        of_backbone = {
+        backbone_arrays = {
             name.removeprefix("backbone."): array for name, array in arrays.items() if name.startswith("backbone.")
         }
-        theirs |= {f"backbone.{name}": array for name, array in of_encoder(network.backbone, of_backbone).items()}
+        theirs |= {
+            f"backbone.{name}": array for name, array in encoder_as_theirs(network.backbone, backbone_arrays).items()
+        }
     return theirs
 
 
@@ -487,9 +490,9 @@ def flat_state(state):
     return {".".join(map(str, path)): np.asarray(variable) for path, variable in nnx.to_flat_state(state)}
 
 
-def of_encoder(encoder, arrays):
+def encoder_as_theirs(encoder, arrays):
     rows = resnet_rows(encoder.variant) if isinstance(encoder, ResNet) else vgg_rows(encoder.variant)
-    # in the arrays' own precision, where `to_theirs` makes float32 of all
+    # keeps float64, which `to_theirs` would round to float32
     kind = next(iter(arrays.values())).dtype
 
     def read(name, block):
@@ -507,12 +510,12 @@ def of_encoder(encoder, arrays):
 
 def rename(name, array):
     module, _, leaf = name.rpartition(".")
-    if leaf == "kernel" and module.startswith("up.") and array.shape[1:3] == (2, 2):  # a transposed convolution
+    if leaf == "kernel" and module.startswith("up.") and array.shape[1:3] == (2, 2):  # of a transposed convolution
         return f"{module}.weight", array.transpose(0, 3, 1, 2)
-    if leaf == "kernel" and module.endswith(".of_skip"):  # one of 2×2 pixels, as a matrix
+    if leaf == "kernel" and module.endswith(".of_skip"):  # of a convolution over 2×2 pixels, as a matrix
         outputs = array.shape[-1]
         return f"{module}.weight", array.reshape(2, 2, -1, outputs).transpose(3, 2, 0, 1)
-    if leaf == "kernel" and array.ndim == 2:  # a 1×1 convolution, as a matrix
+    if leaf == "kernel" and array.ndim == 2:  # of a 1×1 convolution, as a matrix
         return f"{module}.weight", array.T[:, :, None, None]
     if leaf == "kernel":
         *sides, inputs, outputs = range(array.ndim)

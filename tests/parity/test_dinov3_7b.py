@@ -1,4 +1,4 @@
-"""DINOv3's 7B model, which no test can run whole: every shape against the authors' code, and a cut of two blocks."""
+"""DINOv3's 7B model, too large for a test: all shapes against the authors' code, and two of its blocks."""
 
 from dataclasses import replace
 
@@ -15,8 +15,8 @@ from tests.tiny import tiny_backbone
 
 SEVEN_BILLION = VARIANTS["dinov3_vit7b16"]
 
-# Read off the authors' code: embedding 4096, 32 heads, FFN ratio 3 with `swiglu64` (8192 = 4096 · 3 · 2/3, a multiple
-# of 64 already), no bias of queries, keys and values and so no mask of it, a second final norm for local crops.
+# From the authors' code: embedding 4096, 32 heads, FFN ratio 3 with `swiglu64` (8192 = 4096 · 3 · 2/3, a multiple
+# of 64 already), no bias of queries, keys and values and hence no mask, a second final norm for local crops.
 AUTHORS_BLOCK = {
     "norm1.weight": (4096,),
     "norm1.bias": (4096,),
@@ -68,21 +68,21 @@ OURS = {
 }
 
 
-def test_every_parameter_of_the_authors_has_its_place():
+def test_parameters_have_the_authors_number_and_shapes():
     abstract = nnx.eval_shape(lambda: build_backbone("dinov3_vit7b16", rngs=nnx.Rngs(0)))
     assert parameter_shapes(abstract) == OURS
     theirs, ours = (sum(int(np.prod(shape)) for shape in shapes.values()) for shapes in (AUTHORS, OURS))
     assert theirs == ours == 6_716_031_008
 
 
-def test_conversion_expects_the_tensors_of_the_authors():
+def test_conversion_expects_the_authors_tensors():
     unused = {"mask_token": (1, 4096), "local_cls_norm.weight": (4096,), "local_cls_norm.bias": (4096,)}
     assert {row.theirs: row.shape for row in architecture_rows("dinov3_vit7b16")} == AUTHORS | unused
 
 
-def test_two_of_its_blocks_equal_live_pytorch():
+def test_two_blocks_equal_live_pytorch():
     vit = tiny_backbone(variant=replace(SEVEN_BILLION, depth=2))  # 340 million parameters
-    for scale in (vit.blocks.scale1, vit.blocks.scale2):  # to tokens whose standard deviation stays near 1
+    for scale in (vit.blocks.scale1, vit.blocks.scale2):  # keeps the standard deviation of tokens near 1
         scale.gamma.set_value(0.3 * scale.gamma[...])
     images = fake_image(64, 96, batch=2).transpose(0, 2, 3, 1)
     # measured at most: 4.8e-6 and 6.7e-7

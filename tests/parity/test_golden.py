@@ -1,4 +1,4 @@
-"""Every released architecture against the outputs of its authors' PyTorch code, on all kinds of tokens.
+"""The tokens of every released architecture against those of its authors' PyTorch code.
 
 See tests/golden/README.md. The weights go through the conversion command; nothing here needs torch.
 """
@@ -15,7 +15,7 @@ from jaxla.models.backbones import TRANSFORMERS
 from tests.golden.checkpoints import converted, files_of, image_of
 from tests.golden.errors import beyond_bounds, golden_errors, lowest_bfloat16_cosine
 
-# All that were released but DINOv2's l and g with registers and DINOv3's 7B.
+# All released architectures except DINOv2's l and g with registers, and DINOv3's 7B.
 ARCHITECTURES = sorted(
     filter(files_of, TRANSFORMERS), key=lambda arch: TRANSFORMERS[arch].depth * TRANSFORMERS[arch].width ** 2
 )
@@ -23,15 +23,15 @@ ARCHITECTURES = sorted(
 
 @pytest.fixture(scope="module")
 def conversion(request):
-    """-> the converted file of an architecture; the next one's is made meanwhile, since either takes one core alone."""
+    """Return the converted file of an architecture; convert the next one meanwhile, since each takes one core only."""
     archs = [test.callspec.params["arch"] for test in request.session.items if test.path == request.path]
     files = {}
     with tempfile.TemporaryDirectory(prefix="jaxla_") as folder, ThreadPoolExecutor(2) as pool:
 
         def convert(arch):
-            for wanted in archs[archs.index(arch) :][:2]:
-                if wanted not in files:
-                    files[wanted] = pool.submit(converted, wanted, Path(folder))
+            for name in archs[archs.index(arch) :][:2]:
+                if name not in files:
+                    files[name] = pool.submit(converted, name, Path(folder))
             return files[arch].result()
 
         yield convert

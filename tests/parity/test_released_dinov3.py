@@ -1,6 +1,6 @@
-"""A checkpoint with what is peculiar to DINOv3's released files, through the conversion, against live PyTorch.
+"""A checkpoint with the peculiarities of DINOv3's released files, converted, against live PyTorch.
 
-They hold a bias of queries, keys and values and a mask that is zero throughout, and constants rounded to bfloat16.
+Those files contain a bias of queries, keys and values with a mask of zeros, and constants rounded to bfloat16.
 """
 
 import jax.numpy as jnp
@@ -15,7 +15,7 @@ from tests.golden.fake_weights import fake_image
 from tests.golden.live import live_model, live_tokens
 
 
-def test_tokens_of_a_checkpoint_like_the_released_equal_live_pytorch(tmp_path):
+def test_tokens_of_a_checkpoint_like_the_released_ones_equal_live_pytorch(tmp_path):
     source, output = tmp_path / "released.pth", tmp_path / "converted.safetensors"
     state = {
         name: torch.from_numpy(checkpoint_parameter(name, shape))
@@ -28,7 +28,7 @@ def test_tokens_of_a_checkpoint_like_the_released_equal_live_pytorch(tmp_path):
     torch.save(state, source)
     convert("dinov3_vits16", source, output)
     vit = load_backbone(output, jnp.float32)
-    for file in (source, output):  # pytest keeps the folders of three runs
+    for file in (source, output):  # pytest keeps the folders of its last three sessions
         file.unlink()
 
     assert np.asarray(vit.blocks.attention.qkv_bias[...]).any()

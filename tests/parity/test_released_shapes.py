@@ -1,5 +1,7 @@
-"""What the conversion takes for the authors' checkpoint of each architecture: names and shapes from their own code
-(of ViT-l and ViT-g with registers, for which there is no golden file: those without, and the registers)."""
+"""The names and shapes that the conversion expects of each checkpoint, against those of the authors' code.
+
+ViT-l and ViT-g with registers have no golden file: here their shapes are those of the models without, plus registers.
+"""
 
 import pytest
 
@@ -12,7 +14,7 @@ SEVEN_BILLION = "dinov3_vit7b16"  # see test_dinov3_7b.py
 
 
 @pytest.mark.parametrize("arch", [arch for arch in ARCHITECTURES if arch != SEVEN_BILLION])
-def test_conversion_expects_the_tensors_of_the_authors(arch):
-    # what pretraining alone uses, and only some checkpoints hold
+def test_conversion_expects_the_authors_tensors(arch):
+    # only pretraining uses it, and only some checkpoints contain it
     rows = {row.theirs: row.shape for row in architecture_rows(arch) if not row.theirs.startswith("local_cls_norm")}
     assert rows == {name: tuple(shape) for name, shape in reference_shapes(arch).items()}

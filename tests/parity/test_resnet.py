@@ -1,4 +1,4 @@
-"""Our ResNet encoders against torchvision's, on the features of the stem and of the four stages.
+"""The features of our ResNet encoders, from the stem and the four stages, against torchvision's.
 
 See tests/golden/README.md. The weights go through the conversion command.
 """

@@ -1,8 +1,7 @@
 """The convolutional networks beside PyTorch modules written from their papers: logits, gradients, BatchNorm.
 
-Our random parameters go through the conversion tables to PyTorch. Gradients and statistics are compared in float64:
-they prove that both compute the same function. In float32 rounding moves a few activations over a ReLU's zero, in
-PyTorch as here, so that no two implementations agree to more than that allows.
+Our random parameters go through the conversion tables to PyTorch. Gradients and statistics are compared in float64,
+because in float32 rounding moves a few activations across a ReLU's zero in either implementation.
 """
 
 from functools import partial
@@ -62,7 +61,7 @@ def batch(dtype=np.float32):
 
 
 def their_input(name, images):
-    """As the reference takes them: channels first, and for pretrained encoders three, ImageNet-normalised."""
+    """Return images with channels first; for pretrained encoders three channels, ImageNet-normalised."""
     if name in ("resnet_unet", "segnet"):
         images = (images - np.array([0.485, 0.456, 0.406])) / np.array([0.229, 0.224, 0.225])
     return torch.from_numpy(np.ascontiguousarray(images.transpose(0, 3, 1, 2)))
@@ -93,7 +92,7 @@ def test_training_equals_the_reference(name):
         @jax.jit
         def step(parameters, statistics, state):
             def loss(parameters):
-                network = nnx.merge(graph, parameters, statistics, copy=True)  # its statistics change
+                network = nnx.merge(graph, parameters, statistics, copy=True)  # because its statistics change
                 value = optax.sigmoid_binary_cross_entropy(network(images), mask).mean()
                 return value, nnx.state(network, nnx.BatchStat)
 
@@ -119,7 +118,7 @@ def test_training_equals_the_reference(name):
 
 
 def relative_l2(ours, theirs):
-    """Over all arrays as one: a bias before BatchNorm has no gradient but rounding."""
+    """Return the relative L2 difference over all arrays, since the gradient of a bias before BatchNorm is rounding."""
     theirs = {name: theirs[name].numpy() for name in ours}
     difference = sum(np.square(ours[name] - theirs[name]).sum() for name in ours)
     return np.sqrt(difference / sum(np.square(array).sum() for array in theirs.values()))

@@ -1,4 +1,4 @@
-"""448, 512 and 518 pixels, wide and tall images, several in a batch: the smallest architectures against live PyTorch.
+"""The smallest architectures against live PyTorch at 448, 512 and 518 pixels, on wide and tall images and on batches.
 
 The reference is `transformers` with the position grid resized as the authors' code does.
 """

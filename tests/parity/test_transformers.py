@@ -1,6 +1,6 @@
-"""Small random configurations of both families against the models of `transformers`, on all tokens and all blocks.
+"""All tokens and blocks of small random configurations of both families against the models of `transformers`.
 
-Where those differ from the authors' code, the authors' code wins: see the tests at the end.
+The tests at the end show where `transformers` differs from the authors' code, which this package follows.
 """
 
 import jax.numpy as jnp
@@ -9,7 +9,7 @@ import pytest
 import torch
 from transformers import DINOv3ViTConfig, DINOv3ViTModel
 
-from jaxla.models.ops.positions import position_grid, rotary_periods
+from jaxla.models.ops.positions import resize_grid, rotary_periods
 from tests.golden.errors import beyond_bounds, live_errors
 from tests.golden.live import authors_resize, live_model, live_tokens
 from tests.tiny import REGISTERS, ROTARY, TINY, TINY_VARIANTS, tiny_backbone
@@ -19,7 +19,7 @@ def random_images(batch, height, width):
     return np.random.default_rng(height).standard_normal((batch, height, width, 3), dtype=np.float32)
 
 
-IMAGES = random_images(3, 24, 40)  # of which every compiled function is made only once
+IMAGES = random_images(3, 24, 40)  # one shape, so that each function compiles once
 
 
 @pytest.mark.parametrize("variant", TINY_VARIANTS.values(), ids=TINY_VARIANTS)
@@ -38,7 +38,7 @@ def test_all_tokens_equal_at_the_size_of_the_learned_grid(variant):
 # --- DINOv3 as it was released ---
 
 
-def test_a_bias_that_the_checkpoint_masks_wholly_is_not_there():
+def test_a_bias_with_a_mask_of_zeros_has_no_effect():
     vit = tiny_backbone(variant=ROTARY)
     biased = vit(IMAGES)
     mask = vit.blocks.attention.qkv_bias_mask
@@ -49,8 +49,8 @@ def test_a_bias_that_the_checkpoint_masks_wholly_is_not_there():
     assert np.abs(biased.patches - vit(IMAGES).patches).max() > 0.1
 
 
-def test_periods_are_those_of_the_checkpoint():
-    """Released files hold periods rounded to bfloat16."""
+def test_periods_come_from_the_checkpoint():
+    """Released files contain periods rounded to bfloat16."""
     vit = tiny_backbone(variant=ROTARY)
     formula = rotary_periods(ROTARY.width // ROTARY.heads)
     vit.periods.set_value(formula)
@@ -66,7 +66,7 @@ def test_periods_are_those_of_the_checkpoint():
 
 
 def test_transformers_resizes_the_grid_without_the_authors_offset():
-    """Its DINOv2 scales by n / G where the authors' scales by (n + 0.1) / G, so its tokens are not theirs."""
+    """Its DINOv2 scales by n / G, the authors' by (n + 0.1) / G, so the tokens differ."""
     vit = tiny_backbone(variant=TINY)
     tokens, hidden = live_tokens(live_model(vit), IMAGES)
     other_tokens, _ = live_tokens(live_model(vit, authors_grid=False), IMAGES)
@@ -80,16 +80,18 @@ def test_transformers_resizes_the_grid_of_register_models_as_the_authors_do():
 
 
 @pytest.mark.parametrize("registers", [False, True])
-def test_offset_and_antialiasing_both_change_the_grid(registers):
-    """Whoever resizes one kind of model as the other is off by far more than rounding."""
+def test_offset_and_antialiasing_change_the_grid(registers):
+    """Resizing one kind of model like the other differs by far more than rounding."""
     grid = torch.randn(1, 8, 37, 37, generator=torch.Generator().manual_seed(0))
-    same, other = (authors_resize(grid, 32, 45, kind)[0].permute(1, 2, 0) for kind in (registers, not registers))
-    ours = position_grid(jnp.asarray(grid[0].permute(1, 2, 0)), 32, 45, antialias=registers)
-    np.testing.assert_allclose(ours, same, atol=5e-6)  # measured: 3.4e-6, of values up to 4.3
-    assert np.abs(ours - other.numpy()).max() > 0.1
+    expected, different = (
+        authors_resize(grid, 32, 45, kind)[0].permute(1, 2, 0) for kind in (registers, not registers)
+    )
+    ours = resize_grid(jnp.asarray(grid[0].permute(1, 2, 0)), 32, 45, antialias=registers)
+    np.testing.assert_allclose(ours, expected, atol=5e-6)  # measured: 3.4e-6, of values up to 4.3
+    assert np.abs(ours - different.numpy()).max() > 0.1
 
 
-def test_transformers_has_the_same_periods():
-    """It multiplies by their inverses where the authors divide: the two differ by rounding alone."""
+def test_periods_equal_those_of_transformers():
+    """It multiplies by the inverses, so the two differ by rounding."""
     model = DINOv3ViTModel(DINOv3ViTConfig(num_hidden_layers=1, hidden_size=128, num_attention_heads=2))
     np.testing.assert_allclose(1 / model.rope_embeddings.inv_freq, rotary_periods(64), rtol=1e-6)

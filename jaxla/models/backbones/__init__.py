@@ -1,4 +1,4 @@
-"""Every backbone by its name."""
+"""All backbones by name."""
 
 from __future__ import annotations
 
@@ -17,25 +17,29 @@ VARIANTS = TRANSFORMERS | resnet.VARIANTS | vgg.VARIANTS
 Backbone = VisionTransformer | ResNet | VGG
 
 
-def architecture(option: str, name: str) -> str:
-    """The vision transformer that an option's value names, in this package's spelling.
+def transformer_name(where: str, name: str) -> str:
+    """Return the name of a vision transformer in this package's spelling.
+
+    Args:
+        where: the option that holds the name, for the error.
+        name: may have DINOv3's hub spelling.
 
     Raises:
-        InputError: there is none of that name; the message names the nearest.
+        InputError: no vision transformer has this name.
     """
     name = dinov3.HUB_SPELLINGS.get(name, name)
     if name in VARIANTS and name not in TRANSFORMERS:
-        raise InputError(f"{option}={name} is no vision transformer. Known: {', '.join(TRANSFORMERS)}")
-    lookup(option, name, TRANSFORMERS)
+        raise InputError(f"{where}={name}", "not a vision transformer", f"Use one of {', '.join(TRANSFORMERS)}.")
+    lookup(where, name, TRANSFORMERS)
     return name
 
 
 def build_backbone(arch: str, *, dtype: jnp.dtype = jnp.float32, remat: bool = False, rngs: nnx.Rngs) -> Backbone:
-    """A backbone with random parameters.
+    """Return a backbone with random parameters.
 
     Args:
         dtype: of the computation.
-        remat: whether a transformer's gradient computes its blocks again instead of keeping what they made.
+        remat: recompute a transformer's blocks in the backward pass instead of storing their activations.
     """
     if arch in TRANSFORMERS:
         return VisionTransformer(TRANSFORMERS[arch], dtype=dtype, remat=remat, rngs=rngs)

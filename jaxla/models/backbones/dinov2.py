@@ -1,7 +1,7 @@
-"""DINOv2 (Oquab et al. 2023; registers: Darcet et al. 2023): its models as rows of a table.
+"""The models of DINOv2 (Oquab et al. 2023; registers: Darcet et al. 2023).
 
-Reference code: facebookresearch/dinov2, `hub/backbones.py`. ViT-g has a SwiGLU MLP; the models with registers resize
-their position grid otherwise than those without.
+Reference code: facebookresearch/dinov2, `hub/backbones.py`. ViT-g has a SwiGLU MLP. Models with registers antialias
+their position grid when they resize it, models without registers do not.
 """
 
 from __future__ import annotations

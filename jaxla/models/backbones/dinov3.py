@@ -1,9 +1,9 @@
-"""DINOv3 (Siméoni et al. 2025): its vision transformers as rows of a table.
+"""The vision transformers of DINOv3 (Siméoni et al. 2025).
 
-Reference code: facebookresearch/dinov3, `hub/backbones.py`. Positions are rotary and apply to patch tokens alone; four
-registers; the bias of queries, keys and values is multiplied by a mask that the checkpoint holds; SwiGLU in the plus
-models and the 7B. The second final norm that some checkpoints hold (`local_cls_norm`) is used in their pretraining
-alone.
+Reference code: facebookresearch/dinov3, `hub/backbones.py`. Positions are rotary and apply to patch tokens only. There
+are four registers. The bias of queries, keys and values is multiplied by a mask from the checkpoint. The plus models
+and the 7B have a SwiGLU MLP. Some checkpoints contain a second final norm (`local_cls_norm`), which only pretraining
+uses.
 """
 
 from __future__ import annotations

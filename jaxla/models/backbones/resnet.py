@@ -1,10 +1,10 @@
 """ResNet-50 and ResNet-152 (He et al. 2016) as encoders: the features of the stem and of the four stages.
 
 Reference code: torchvision 0.29, `models/resnet.py`. As there ("v1.5"), a stage's stride is that of its first 3×3
-convolution, not of the 1×1 before it as in the paper. The classifier is left out.
+convolution, not of the 1×1 before it as in the paper. There is no classifier.
 
-A stage's blocks after the first are alike: they are one stacked module run by `jax.lax.scan`, so that the 36 of
-ResNet-152 compile as fast as two.
+The blocks of a stage after its first are one stacked module run by `jax.lax.scan`, so that the 36 of ResNet-152
+compile as fast as two.
 """
 
 from __future__ import annotations
@@ -27,10 +27,10 @@ EXPANSION = 4  # how many times wider a block's output is than its 3×3 convolut
 
 @dataclass(frozen=True)
 class Variant:
-    """One row of the table of architectures.
+    """One architecture.
 
     Attributes:
-        blocks: how many each of the four stages has; at least two.
+        blocks: number of blocks of each of the four stages, at least two.
         licence: of the released weights.
     """
 
@@ -49,7 +49,7 @@ class Bottleneck(nnx.Module):
 
     Args:
         narrow: channels of the 3×3 convolution; the output has `EXPANSION` times as many.
-        first: whether it is its stage's first block, which changes the width of its input, and with a stride its size:
+        first: whether it is its stage's first block, which changes the number of channels and, with a stride, the size:
             the input is then added through a 1×1 convolution.
     """
 
@@ -57,12 +57,12 @@ class Bottleneck(nnx.Module):
         self, inputs: int, narrow: int, dtype: jnp.dtype, rngs: nnx.Rngs, *, stride: int = 1, first: bool = False
     ) -> None:
         outputs = EXPANSION * narrow
-        self.conv1, self.bn1 = _unit(inputs, narrow, 1, dtype, rngs)
-        self.conv2, self.bn2 = _unit(narrow, narrow, 3, dtype, rngs, stride)
-        self.conv3, self.bn3 = _unit(narrow, outputs, 1, dtype, rngs)
+        self.conv1, self.bn1 = _conv_norm(inputs, narrow, 1, dtype, rngs)
+        self.conv2, self.bn2 = _conv_norm(narrow, narrow, 3, dtype, rngs, stride)
+        self.conv3, self.bn3 = _conv_norm(narrow, outputs, 1, dtype, rngs)
         self.first = first
         if first:
-            self.downsample_conv, self.downsample_bn = _unit(inputs, outputs, 1, dtype, rngs, stride)
+            self.downsample_conv, self.downsample_bn = _conv_norm(inputs, outputs, 1, dtype, rngs, stride)
 
     def __call__(self, x: jax.Array, present: jax.Array | None) -> jax.Array:
         y = jax.nn.relu(self.bn1(self.conv1(x), present))
@@ -72,7 +72,7 @@ class Bottleneck(nnx.Module):
 
 
 class Stage(nnx.Module):
-    """A first block that changes width and size, and a stack of further ones."""
+    """A first block that changes channels and size, and a stack of further blocks."""
 
     def __init__(self, blocks: int, inputs: int, narrow: int, stride: int, dtype: jnp.dtype, rngs: nnx.Rngs) -> None:
         self.first = Bottleneck(inputs, narrow, dtype, rngs, stride=stride, first=True)
@@ -93,54 +93,54 @@ class Stage(nnx.Module):
 
 
 class ResNet(nnx.Module):
-    """Images [B, H, W, 3], ImageNet-normalised, to features; in evaluation mode until `train()`.
+    """ImageNet-normalised images [B, H, W, 3] -> features; in evaluation mode until `train()`.
 
     Args:
-        variant: row of `VARIANTS`.
+        variant: an entry of `VARIANTS`.
         dtype: of the computation; parameters and statistics stay float32.
     """
 
     def __init__(self, variant: Variant, *, dtype: jnp.dtype = jnp.float32, rngs: nnx.Rngs) -> None:
         self.variant = variant
-        self.conv1, self.bn1 = _unit(3, WIDTH, 7, dtype, rngs, stride=2)
+        self.conv1, self.bn1 = _conv_norm(3, WIDTH, 7, dtype, rngs, stride=2)
         one, two, three, four = variant.blocks
-        self.layer1 = Stage(one, WIDTH, WIDTH, 1, dtype, rngs)  # the max-pool before it has the stride
+        self.layer1 = Stage(one, WIDTH, WIDTH, 1, dtype, rngs)  # the max-pool before it has a stride
         self.layer2 = Stage(two, 4 * WIDTH, 2 * WIDTH, 2, dtype, rngs)
         self.layer3 = Stage(three, 8 * WIDTH, 4 * WIDTH, 2, dtype, rngs)
         self.layer4 = Stage(four, 16 * WIDTH, 8 * WIDTH, 2, dtype, rngs)
 
     def __call__(self, images: jax.Array) -> jax.Array:
-        """The last stage's features [B, H/32, W/32, 2048]; sides round up.
+        """Return the last stage's features [B, H/32, W/32, 2048], sides rounded up.
 
         Raises:
-            ValueError: `images` is not [B, H, W, 3] of floating point.
+            ValueError: `images` is not [B, H, W, 3] floating point.
         """
         return self.intermediate(images)[-1]
 
     def intermediate(self, images: jax.Array, present: jax.Array | None = None) -> tuple[jax.Array, ...]:
-        """The features of the stem after its max-pool and of the four stages, [B, h, w, C] each.
+        """Return the features [B, h, w, C] of the stem after its max-pool and of the four stages.
 
         Their sides are 1/4, 1/4, 1/8, 1/16 and 1/32 of the image's, rounded up; C is 64, 256, 512, 1024 and 2048.
 
-        In training mode BatchNorm's statistics change in place, so the caller jits.
+        In training mode BatchNorm's statistics change in place, so the caller has to jit.
 
         Args:
-            present: [B] bool, which images those statistics are of; by default all.
+            present: [B] bool, the images that those statistics include; default all.
 
         Raises:
-            ValueError: as for calling.
+            ValueError: `images` is invalid (see `__call__`).
         """
         return self.pyramid(images, present)[1:]
 
     def pyramid(self, images: jax.Array, present: jax.Array | None = None) -> tuple[jax.Array, ...]:
-        """What `intermediate` returns, and before it the stem's features before their max-pool, of half the sides."""
+        """Return the stem's features before their max-pool, at half the image's size, then those of `intermediate`."""
         require_images(images)
         if self.bn1.use_running_average:  # evaluation
             return _pyramid(*nnx.split(self), images)
         return self.run(images, present)
 
     def run(self, images: jax.Array, present: jax.Array | None = None) -> tuple[jax.Array, ...]:
-        """`pyramid`, for those who jit."""
+        """Compute `pyramid`; the caller has to jit."""
         stem = jax.nn.relu(self.bn1(self.conv1(images), present))
         features = [stem, max_pool_overlapping(stem)]
         for stage in (self.layer1, self.layer2, self.layer3, self.layer4):
@@ -148,12 +148,12 @@ class ResNet(nnx.Module):
         return tuple(features)
 
 
-# Jitted here rather than by the caller, so that plain calls do not compile the scans anew each time.
+# Jitted here, so that a call outside of jit does not compile the scans each time.
 @partial(jax.jit, static_argnums=0)
 def _pyramid(graph: nnx.GraphDef, state: nnx.State, images: jax.Array) -> tuple[jax.Array, ...]:
     return nnx.merge(graph, state).run(images)
 
 
-def _unit(inputs: int, outputs: int, side: int, dtype: jnp.dtype, rngs: nnx.Rngs, stride: int = 1) -> tuple:
-    """A convolution and its BatchNorm."""
+def _conv_norm(inputs: int, outputs: int, side: int, dtype: jnp.dtype, rngs: nnx.Rngs, stride: int = 1) -> tuple:
+    """Return a convolution and its BatchNorm."""
     return convolution(inputs, outputs, side, stride=stride, dtype=dtype, rngs=rngs), BatchNorm(outputs, dtype=dtype)

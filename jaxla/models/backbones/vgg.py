@@ -1,6 +1,6 @@
-"""VGG-16 with BatchNorm (Simonyan, Zisserman 2015) as an encoder: the features after each of its five max-pools.
+"""VGG-16 with BatchNorm (Simonyan and Zisserman 2015) as an encoder: the features after each of its five max-pools.
 
-Reference code: torchvision 0.29, `models/vgg.py`, `vgg16_bn`. The classifier is left out.
+Reference code: torchvision 0.29, `models/vgg.py`, `vgg16_bn`. There is no classifier.
 """
 
 from __future__ import annotations
@@ -13,16 +13,16 @@ import jax.numpy as jnp
 from flax import nnx
 
 from jaxla.models.ops.images import require_images
-from jaxla.models.ops.layers import units_in_turn
-from jaxla.models.ops.pooling import Pooled, max_pool_with_places
+from jaxla.models.ops.layers import convolution_units
+from jaxla.models.ops.pooling import Pooled, max_pool_with_indices
 
 
 @dataclass(frozen=True)
 class Variant:
-    """One row of the table of architectures.
+    """One architecture.
 
     Attributes:
-        stages: channels of each convolution of each of the five stages; a max-pool ends a stage.
+        stages: channels of each convolution of the five stages; each stage ends with a max-pool.
         licence: of the released weights.
     """
 
@@ -34,10 +34,10 @@ VARIANTS = {"vgg16_bn": Variant(stages=((64,) * 2, (128,) * 2, (256,) * 3, (512,
 
 
 class VGG(nnx.Module):
-    """Images [B, H, W, 3], ImageNet-normalised, to features; in evaluation mode until `train()`.
+    """ImageNet-normalised images [B, H, W, 3] -> features; in evaluation mode until `train()`.
 
     Args:
-        variant: row of `VARIANTS`.
+        variant: an entry of `VARIANTS`.
         dtype: of the computation; parameters and statistics stay float32.
     """
 
@@ -45,57 +45,57 @@ class VGG(nnx.Module):
         self.variant = variant
         stages, inputs = [], 3
         for widths in variant.stages:
-            stages.append(units_in_turn(inputs, widths, dtype=dtype, rngs=rngs))
+            stages.append(convolution_units(inputs, widths, dtype=dtype, rngs=rngs))
             inputs = widths[-1]
         self.stages = nnx.List(stages)
 
     def __call__(self, images: jax.Array) -> jax.Array:
-        """The last stage's features [B, H/32, W/32, 512]; sides round down.
+        """Return the last stage's features [B, H/32, W/32, 512], sides rounded down.
 
         Raises:
-            ValueError: `images` is not [B, H, W, 3] of floating point, or smaller than 32×32.
+            ValueError: `images` is not [B, H, W, 3] floating point, or smaller than 32×32.
         """
         return self.intermediate(images)[-1]
 
     def intermediate(self, images: jax.Array) -> tuple[jax.Array, ...]:
-        """The features after each stage's max-pool, [B, h, w, C] each.
+        """Return the features [B, h, w, C] after each stage's max-pool.
 
         Their sides are 1/2 to 1/32 of the image's, rounded down; C is 64, 128, 256, 512 and 512.
 
-        In training mode BatchNorm's statistics change in place, so the caller jits.
+        In training mode BatchNorm's statistics change in place, so the caller has to jit.
 
         Raises:
-            ValueError: as for calling.
+            ValueError: `images` is invalid (see `__call__`).
         """
         return tuple(pooled.values for pooled in self.pooled(images))
 
     def pooled(self, images: jax.Array, present: jax.Array | None = None) -> tuple[Pooled, ...]:
-        """The features after each stage's max-pool, and which of its pixels each maximum was.
+        """Return the features after each stage's max-pool, and which of its pixels each maximum was.
 
         Args:
-            present: [B] bool, which images BatchNorm's statistics are of while it trains; by default all.
+            present: [B] bool, the images that BatchNorm's statistics include in training; default all.
 
         Raises:
-            ValueError: as for calling.
+            ValueError: `images` is invalid (see `__call__`).
         """
-        require_images(images, least=2 ** len(self.stages))
+        require_images(images, min_size=2 ** len(self.stages))
         if self.stages[0][0].norm.use_running_average:  # evaluation
             return _pooled(*nnx.split(self), images)
         return self.run(images, present)
 
     def run(self, images: jax.Array, present: jax.Array | None = None) -> tuple[Pooled, ...]:
-        """`pooled`, for those who jit."""
+        """Compute `pooled`; the caller has to jit."""
         pools, x = [], images
         for units in self.stages:
             for unit in units:
                 x = unit(x, present)
             even = x[:, : x.shape[1] // 2 * 2, : x.shape[2] // 2 * 2]
-            pools.append(max_pool_with_places(even))
+            pools.append(max_pool_with_indices(even))
             x = pools[-1].values
         return tuple(pools)
 
 
-# Jitted here rather than by the caller, as every backbone.
+# Jitted here, as in the other backbones.
 @partial(jax.jit, static_argnums=0)
 def _pooled(graph: nnx.GraphDef, state: nnx.State, images: jax.Array) -> tuple[Pooled, ...]:
     return nnx.merge(graph, state).run(images)

@@ -12,9 +12,10 @@ import jax.numpy as jnp
 from flax import nnx
 
 from jaxla.config import InputError, NetworkOptions, lookup, option
+from jaxla.hardware import compute_dtype
 from jaxla.models.backbones import TRANSFORMERS, VARIANTS, Backbone, build_backbone
 from jaxla.models.backbones.dinov3 import HUB_SPELLINGS
-from jaxla.models.weights import compute_dtype, load_into, weights_file
+from jaxla.models.weights import load_into, weights_file
 
 
 @dataclass(frozen=True)

@@ -19,6 +19,7 @@ from flax import nnx
 from scipy.special import softmax
 
 from jaxla.config import InputError, option
+from jaxla.hardware import fusion_variant
 from jaxla.models.backbones import TRANSFORMERS
 from jaxla.models.backbones.vision_transformer import VisionTransformer
 from jaxla.models.networks.base import TransformerOptions, check_widths
@@ -224,14 +225,15 @@ class Fusion(nnx.Module):
 
     def __call__(self, features: jax.Array) -> list[jax.Array]:
         """[B, blocks, h, w, C] -> for each level [B, h, w, C] in the same dtype."""
-        return jax.lax.platform_dependent(self.weights(), features, cpu=weighted_sums, default=weighted_product)
+        weigh = weighted_sums if fusion_variant() == "sums" else weighted_product
+        return weigh(self.weights(), features)
 
 
+@jax.jit  # by whose name `multiply_adds` counts it
 def weighted_sums(weights: jax.Array, features: jax.Array) -> list[jax.Array]:
     """[levels, blocks] of [B, blocks, h, w, C] -> for each level [B, h, w, C], product by product.
 
-    XLA makes one pass of it, summed in float32: twice as fast on CPU as a product of matrices, forward and backward.
-    Its compiler for GPUs takes a minute for that pass over twelve blocks, and much more for forty.
+    XLA makes one pass of it, summed in float32.
     """
     # Split, whose gradient is one concatenation: that of a slice is as large as all blocks, for each block anew.
     blocks = [block.squeeze(1) for block in jnp.split(features, features.shape[1], axis=1)]

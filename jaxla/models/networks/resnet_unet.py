@@ -93,7 +93,7 @@ class ResNetUNet(nnx.Module):
         Raises:
             ValueError: `images` is of another shape, not of floating point, or too small.
         """
-        require_images(images, least=MULTIPLE, channels=(1, 3))
+        require_images(images, min_size=MULTIPLE, channels=(1, 3))
         features = self.backbone.pyramid(pad_to_multiple(three_channels(images), MULTIPLE), present)
         half, _, quarter, eighth, sixteenth, x = features
         for stage, skip in zip(self.up, (sixteenth, eighth, quarter, half, None), strict=True):

@@ -17,7 +17,7 @@ from flax import nnx
 from jaxla.models.backbones.vgg import VARIANTS, VGG
 from jaxla.models.networks.base import BackboneOptions, check_smallest_size
 from jaxla.models.ops.images import crop, pad_to_multiple, require_images, three_channels
-from jaxla.models.ops.layers import logits_layer, units_in_turn
+from jaxla.models.ops.layers import convolution_units, logits_layer
 from jaxla.models.ops.pooling import unpool
 
 MULTIPLE = 32  # of which the sides must be; other images are padded
@@ -61,7 +61,7 @@ class SegNet(nnx.Module):
         stages = [(*stage[1:], last) for last, stage in zip(above, encoder[1:], strict=True)]
         self.up = nnx.List(
             [
-                units_in_turn(stage[-1], widths, dtype=dtype, rngs=rngs)
+                convolution_units(stage[-1], widths, dtype=dtype, rngs=rngs)
                 for stage, widths in zip(encoder, [encoder[0][1:], *stages], strict=True)
             ]
         )
@@ -77,11 +77,11 @@ class SegNet(nnx.Module):
         Raises:
             ValueError: `images` is of another shape, not of floating point, or too small.
         """
-        require_images(images, least=MULTIPLE, channels=(1, 3))
+        require_images(images, min_size=MULTIPLE, channels=(1, 3))
         pools = self.backbone.pooled(pad_to_multiple(three_channels(images), MULTIPLE), present)
         x = pools[-1].values
         for stage, pooled in zip(reversed(self.up), reversed(pools), strict=True):
-            x = unpool(x, pooled.places)
+            x = unpool(x, pooled.indices)
             for unit in stage:
                 x = unit(x, present)
         return crop(self.logits(x), images.shape[1:3], MULTIPLE)

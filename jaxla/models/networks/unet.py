@@ -66,7 +66,7 @@ class UNet(nnx.Module):
         Raises:
             ValueError: `images` is not [B, H, W, 1] of floating point, or too small.
         """
-        require_images(images, least=self.multiple, channels=(1,))
+        require_images(images, min_size=self.multiple, channels=(1,))
         x = pad_to_multiple(images, self.multiple)
         levels = [self.down[0](x, present)]
         for convolutions in self.down[1:]:

@@ -28,10 +28,10 @@ from jaxla.models.backbones import TRANSFORMERS
 from jaxla.models.backbones.vision_transformer import VisionTransformer
 from jaxla.models.networks.base import TransformerOptions, check_widths
 from jaxla.models.ops.images import require_images, three_channels
-from jaxla.models.ops.layers import LECUN_NORMAL, convolution_of_axes
+from jaxla.models.ops.layers import LECUN_NORMAL, convolution_nd
 from jaxla.models.ops.norms import GroupNorm
 from jaxla.models.ops.resizing import double, resize
-from jaxla.models.ops.sub_cubes import Counts, SubCubes
+from jaxla.models.ops.window_grid import Counts, WindowGrid
 
 ENCODED_TOGETHER = 16  # slices of a volume, at most: what the backbone makes on the way is of these alone
 LEVELS = 4  # of features: a quarter, half, three quarters and all of the backbone's depth
@@ -142,7 +142,7 @@ class FeatureWindows(nnx.Module):
         """
         features = self.encode(inputs)
         cubes = self.divide(features, present)
-        parts = jax.lax.map(lambda number: self.decode(cubes.cut(features, number), cubes, number), cubes.numbers)
+        parts = jax.lax.map(lambda number: self.decode(cubes.cut(features, number), cubes, number), cubes.indices)
         return self.finish(cubes.assemble(parts), self.size_of(inputs))
 
     def encode(self, inputs: jax.Array) -> jax.Array:
@@ -153,7 +153,7 @@ class FeatureWindows(nnx.Module):
         """H, W of the slices."""
         return self.size
 
-    def divide(self, features: jax.Array, present: jax.Array | None = None) -> SubCubes:
+    def divide(self, features: jax.Array, present: jax.Array | None = None) -> WindowGrid:
         """How volumes are divided into windows.
 
         Raises:
@@ -167,11 +167,11 @@ class FeatureWindows(nnx.Module):
                 f"volumes of {found} slices, rows and columns of patches: fewer than the network's {asked} windows"
             )
         slices = jnp.full(batch, depth) if present is None else present.sum(1)
-        return SubCubes(self.counts, places, slices)
+        return WindowGrid(self.counts, places, slices)
 
-    def decode(self, part: jax.Array, cubes: SubCubes, number: int | jax.Array) -> jax.Array:
+    def decode(self, part: jax.Array, cubes: WindowGrid, number: int | jax.Array) -> jax.Array:
         """One window's features [B, d, 4, h', w', C] to its logits [B, d, 8h', 8w', K] float32."""
-        return self.decoder(part, *cubes.slices_of(number), cubes.slices, cubes.plane_of(number))
+        return self.decoder(part, *cubes.slice_numbers(number), cubes.slices, cubes.plane_size(number))
 
     def finish(self, logits: jax.Array, size: tuple[int, int]) -> jax.Array:
         """Assembled logits [B, D, 8h, 8w, K] to the size of the slices [B, D, H, W, K]."""
@@ -327,7 +327,7 @@ class Unit(nnx.Module):
     """A convolution of 3×3 pixels and `depth` slices, GroupNorm, ReLU."""
 
     def __init__(self, inputs: int, outputs: int, depth: int, *, dtype: jnp.dtype, rngs: nnx.Rngs) -> None:
-        self.convolution = convolution_of_axes(inputs, outputs, (depth, 3, 3), (1, 1, 1), dtype=dtype, rngs=rngs)
+        self.convolution = convolution_nd(inputs, outputs, (depth, 3, 3), (1, 1, 1), dtype=dtype, rngs=rngs)
         self.norm = GroupNorm(outputs, dtype=dtype)
 
     def __call__(

@@ -1,4 +1,4 @@
-"""Multi-head attention on GPU and TPU; `columns.attention` is the CPU's."""
+"""Multi-head attention in the variant that is fastest on the device (`jaxla.hardware.attention_variant`)."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ import jax
 import jax.numpy as jnp
 
 from jaxla.distributed import map_over_devices
-from jaxla.hardware import supports_cudnn_attention
+from jaxla.hardware import attention_variant
 
 
 def attention(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
-    """softmax(q kᵀ / √D) v for each head.
+    """Return softmax(q kᵀ / √D) v for each head.
 
     Args:
         q, k, v: [B, N, heads, D].
@@ -20,30 +20,47 @@ def attention(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
     Returns:
         [B, N, heads, D] in the dtype of `q`.
     """
-    if q.dtype == jnp.bfloat16 and all(map(supports_cudnn_attention, jax.devices())):
-        return map_over_devices(cudnn_attention)(q, k, v)
-    return jax.nn.dot_product_attention(q, k, v, implementation="xla")
+    match attention_variant(q.dtype):
+        case "per_head":
+            return map_over_devices(per_head_attention)(q, k, v)
+        case "cudnn":
+            return map_over_devices(cudnn_attention)(q, k, v)
+        case "xla":
+            return jax.nn.dot_product_attention(q, k, v, implementation="xla")
+
+
+def per_head_attention(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+    """Compute attention for one head of one image at a time, so that its scores stay in the processor's cache."""
+    batch, tokens, heads, width = q.shape
+
+    def attend(qkv: tuple[jax.Array, jax.Array, jax.Array]) -> jax.Array:
+        q, k, v = qkv  # [N, D]
+        scores = (q * width**-0.5) @ k.T
+        weights = jnp.exp(scores - jax.lax.stop_gradient(scores.max(-1, keepdims=True)))
+        return (weights @ v) / weights.sum(-1, keepdims=True)  # dividing last saves a pass over the weights
+
+    out = jax.lax.map(attend, tuple(x.swapaxes(1, 2).reshape(-1, tokens, width) for x in (q, k, v)))
+    return out.reshape(batch, heads, tokens, width).swapaxes(1, 2)
 
 
 @jax.custom_vjp
 def cudnn_attention(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
-    """The same by cuDNN.
+    """Compute attention by cuDNN, with a gradient for odd N too.
 
-    JAX 0.10 refuses its gradient where N is odd: cuDNN has none then if there is a bias, and JAX takes a missing bias
-    for one.
+    JAX 0.10 refuses that gradient: cuDNN lacks it for odd N with a bias, and JAX treats a missing bias as one.
     """
     return jax.nn.dot_product_attention(q, k, v, implementation="cudnn")
 
 
-def _with_gradient(q: jax.Array, k: jax.Array, v: jax.Array) -> tuple[jax.Array, jax.tree_util.Partial]:
+def _cudnn_forward(q: jax.Array, k: jax.Array, v: jax.Array) -> tuple[jax.Array, jax.tree_util.Partial]:
     return jax.vjp(partial(padded_attention, implementation="cudnn"), q, k, v)
 
 
-cudnn_attention.defvjp(_with_gradient, lambda pull, gradient: pull(gradient))
+cudnn_attention.defvjp(_cudnn_forward, lambda vjp, gradient: vjp(gradient))
 
 
 def padded_attention(q: jax.Array, k: jax.Array, v: jax.Array, implementation: str) -> jax.Array:
-    """The same; where N is odd, with one token more that no other sees."""
+    """Compute attention of an even number of tokens: if N is odd, with one masked token more."""
     batch, tokens = q.shape[:2]
     if tokens % 2 == 0:
         return jax.nn.dot_product_attention(q, k, v, implementation=implementation)

@@ -1,4 +1,4 @@
-"""What networks ask of their images, and how those come to have it."""
+"""Check, normalise, pad and crop the images of networks."""
 
 from __future__ import annotations
 
@@ -14,19 +14,19 @@ IMAGENET_DEVIATION = (0.229, 0.224, 0.225)
 
 def require_images(
     images: jax.Array,
-    patch: int | Sequence[int] = 1,
+    multiple: int | Sequence[int] = 1,
     *,
-    least: int | Sequence[int] = 1,
+    min_size: int | Sequence[int] = 1,
     channels: tuple[int, ...] = (3,),
     axes: int = 2,
 ) -> None:
-    """Raise a ValueError unless `images` is [B, H, W, C], of floating point, and of sides that a network takes.
+    """Raise a ValueError unless `images` is [B, H, W, C], floating point, and of a size that a network accepts.
 
     Args:
-        patch: of which the sides must be multiples, along each axis.
-        least: of the sides.
-        channels: which C it may have.
-        axes: 3 where it must be [B, D, H, W, C].
+        multiple: the sides must be multiples of it; one number, or one for each axis.
+        min_size: smallest sides; one number, or one for each axis.
+        channels: the accepted values of C.
+        axes: 3 for volumes [B, D, H, W, C].
     """
     sides = ", ".join("DHW"[3 - axes :])
     expected = " or ".join(f"[B, {sides}, {count}]" for count in channels)
@@ -37,51 +37,52 @@ def require_images(
         raise ValueError(f"images of shape {tuple(images.shape)}: expected {expected}{hint}")
     if not jnp.issubdtype(images.dtype, jnp.floating):
         grey = "grey values in 0..1" + " or " * (3 in channels)
-        normalised = "normalised as ImageNet's are" if 3 in channels else ""
+        normalised = "normalised with ImageNet's mean and deviation" if 3 in channels else ""
         raise ValueError(f"images of {images.dtype}: expected floating point, {grey * (1 in channels)}{normalised}")
     if 0 in images.shape:
-        raise ValueError(f"images of shape {tuple(images.shape)}: there is no pixel in them")
-    size, patches, fewest = images.shape[1:-1], _of_axes(patch, axes), _of_axes(least, axes)
-    if any(side % multiple for side, multiple in zip(size, patches, strict=True)):
-        fitting = [max(round(side / multiple), 1) * multiple for side, multiple in zip(size, patches, strict=True)]
-        multiples = patches[0] if len(set(patches)) == 1 else _by(patches)
+        raise ValueError(f"images of shape {tuple(images.shape)}: they contain no pixel")
+    size, multiples, min_sizes = images.shape[1:-1], _per_axis(multiple, axes), _per_axis(min_size, axes)
+    if any(side % m for side, m in zip(size, multiples, strict=True)):
+        nearest = [max(round(side / m), 1) * m for side, m in zip(size, multiples, strict=True)]
+        required = multiples[0] if len(set(multiples)) == 1 else _format_size(multiples)
         raise ValueError(
-            f"images of {_by(size)} pixels: sides must be multiples of {multiples}, such as {_by(fitting)}"
+            f"images of {_format_size(size)} pixels: sides must be multiples of {required}, such as "
+            f"{_format_size(nearest)}"
         )
-    if any(side < fewest_of_side for side, fewest_of_side in zip(size, fewest, strict=True)):
-        raise ValueError(f"images of {_by(size)} pixels: at least {_by(fewest)} are needed, one of the last map")
+    if any(side < smallest for side, smallest in zip(size, min_sizes, strict=True)):
+        raise ValueError(f"images of {_format_size(size)} pixels: at least {_format_size(min_sizes)} are needed")
 
 
 def three_channels(images: jax.Array) -> jax.Array:
-    """Grey values in 0..1 [B, H, W, 1] -> ImageNet-normalised [B, H, W, 3]; three channels are returned as given."""
+    """Turn grey values in 0..1 [B, H, W, 1] into ImageNet-normalised [B, H, W, 3]; return three channels unchanged."""
     if images.shape[-1] == 3:
         return images
     return (images - jnp.array(IMAGENET_MEAN)) / jnp.array(IMAGENET_DEVIATION)
 
 
 def pad_to_multiple(images: jax.Array, multiple: int | Sequence[int]) -> jax.Array:
-    """[B, H, W, C], or with D -> sides the next multiples, the image in the middle, its edge repeated around it."""
+    """Pad [B, H, W, C] or [B, D, H, W, C] on both sides to the next multiples by repeating the edge."""
     size = images.shape[1:-1]
-    margins = [_margins(side, of_side) for side, of_side in zip(size, _of_axes(multiple, len(size)), strict=True)]
+    margins = [_margins(side, m) for side, m in zip(size, _per_axis(multiple, len(size)), strict=True)]
     return jnp.pad(images, ((0, 0), *margins, (0, 0)), mode="edge")
 
 
 def crop(x: jax.Array, size: Sequence[int], multiple: int | Sequence[int]) -> jax.Array:
-    """What `pad_to_multiple` added to images of H, W = `size` taken away: [B, H', W', K] -> [B, H, W, K]."""
-    for axis, (side, of_side) in enumerate(zip(size, _of_axes(multiple, len(size)), strict=True), start=1):
-        first = _margins(side, of_side)[0]
-        x = jax.lax.slice_in_dim(x, first, first + side, axis=axis)
+    """Remove what `pad_to_multiple` added to images of H, W = `size`: [B, H', W', K] -> [B, H, W, K]."""
+    for axis, (side, m) in enumerate(zip(size, _per_axis(multiple, len(size)), strict=True), start=1):
+        start = _margins(side, m)[0]
+        x = jax.lax.slice_in_dim(x, start, start + side, axis=axis)
     return x
 
 
 def _margins(side: int, multiple: int) -> tuple[int, int]:
-    lacking = -side % multiple
-    return lacking // 2, lacking - lacking // 2
+    missing = -side % multiple
+    return missing // 2, missing - missing // 2
 
 
-def _of_axes(number: int | Sequence[int], axes: int) -> tuple[int, ...]:
-    return (number,) * axes if isinstance(number, int) else tuple(number)
+def _per_axis(value: int | Sequence[int], axes: int) -> tuple[int, ...]:
+    return (value,) * axes if isinstance(value, int) else tuple(value)
 
 
-def _by(sides: Sequence[int]) -> str:
+def _format_size(sides: Sequence[int]) -> str:
     return "×".join(map(str, sides))

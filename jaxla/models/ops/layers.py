@@ -1,4 +1,4 @@
-"""The layers that the convolutional networks and the decoders are made of."""
+"""Layers of the convolutional networks and of the decoders."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from flax import nnx
 from jaxla.models.ops.convolution import convolve, same_convolution
 from jaxla.models.ops.norms import BatchNorm
 
-HE_NORMAL = jax.nn.initializers.variance_scaling(2.0, "fan_out", "normal")  # He et al. 2015, for what a ReLU follows
-LECUN_NORMAL = jax.nn.initializers.lecun_normal()  # for what comes out as it is
+HE_NORMAL = jax.nn.initializers.variance_scaling(2.0, "fan_out", "normal")  # He et al. 2015, before a ReLU
+LECUN_NORMAL = jax.nn.initializers.lecun_normal()  # without an activation
 
 
 def convolution(
@@ -27,29 +27,29 @@ def convolution(
     dtype: jnp.dtype,
     rngs: nnx.Rngs,
 ) -> nnx.Conv:
-    """[B, H, W, C] -> [B, H/stride, W/stride, K], sides rounded up; `side` is odd."""
+    """Return a square convolution, [B, H, W, C] -> [B, H/stride, W/stride, K], sides rounded up; `side` is odd."""
     return nnx.Conv(
         inputs,
         outputs,
         (side, side),
         strides=stride,
-        padding=side // 2,  # on both sides: with a stride, "SAME" would shift the grid of even-sized images
+        padding=side // 2,  # with a stride, "SAME" would shift the grid of even-sized images
         use_bias=bias,
         dtype=dtype,
         kernel_init=kernel_init,
-        conv_general_dilated=_by_same_convolution if stride == 1 or side == 1 else jax.lax.conv_general_dilated,
+        conv_general_dilated=_strided_same_convolution if stride == 1 or side == 1 else jax.lax.conv_general_dilated,
         rngs=rngs,
     )
 
 
-def _by_same_convolution(
+def _strided_same_convolution(
     x: jax.Array, kernel: jax.Array, strides: Sequence[int], *_: object, **__: object
 ) -> jax.Array:
-    # with a stride, a kernel of one pixel never sees the others; nnx.Conv's further arguments say what is always so
+    # a stride occurs with kernels of one pixel only, which skip pixels; nnx.Conv's further arguments are constants here
     return same_convolution(x[:, :: strides[0], :: strides[1]], kernel)
 
 
-def convolution_of_axes(
+def convolution_nd(
     inputs: int,
     outputs: int,
     kernel: Sequence[int],
@@ -60,7 +60,12 @@ def convolution_of_axes(
     dtype: jnp.dtype,
     rngs: nnx.Rngs,
 ) -> nnx.Conv:
-    """[B, D, H, W, C] -> [B, D/stride, …, K] or without D, sides rounded up; the kernel's sides are odd."""
+    """Return a convolution, [B, D, H, W, C] -> [B, D/stride, …, K] or without D, sides rounded up.
+
+    Args:
+        kernel: odd sides, one for each axis.
+        strides: one for each axis.
+    """
     return nnx.Conv(
         inputs,
         outputs,
@@ -76,7 +81,7 @@ def convolution_of_axes(
 
 
 def logits_layer(inputs: int, outputs: int, side: int, dtype: jnp.dtype, rngs: nnx.Rngs) -> nnx.Conv:
-    """The last layer of a network: a convolution with bias, in float32 at least."""
+    """Return the last layer of a network: a convolution with bias, in float32 or float64."""
     dtype = jnp.promote_types(dtype, jnp.float32)
     return convolution(inputs, outputs, side, bias=True, kernel_init=LECUN_NORMAL, dtype=dtype, rngs=rngs)
 
@@ -98,17 +103,21 @@ class ConvolutionUnit(nnx.Module):
         self.norm = BatchNorm(outputs, dtype=dtype)
 
     def __call__(self, x: jax.Array, present: jax.Array | None = None) -> jax.Array:
-        """[B, H, W, C] -> [B, H, W, K]; BatchNorm's statistics are of those `present`, [B] bool."""
+        """[B, H, W, C] -> [B, H, W, K].
+
+        Args:
+            present: [B] bool, the images that BatchNorm's statistics include; default all.
+        """
         return jax.nn.relu(self.norm(self.convolution(x), present))
 
 
 class Upconvolution(nnx.Module):
-    """A transposed convolution whose kernel is as large as its stride: a pixel becomes 2×2 pixels of its own, or so.
+    """A transposed convolution whose kernel is as large as its stride, so that outputs do not overlap.
 
-    As one matrix product it is up to forty times as fast on CPU as `jax.lax.conv_transpose`, of the same numbers.
+    It is computed as one matrix product, up to 40 times as fast on CPU as `jax.lax.conv_transpose`.
 
     Args:
-        strides: along each axis.
+        strides: one for each axis.
     """
 
     def __init__(
@@ -122,25 +131,25 @@ class Upconvolution(nnx.Module):
         rngs: nnx.Rngs,
     ) -> None:
         axes = tuple(range(1, 1 + len(strides)))
-        initial = jax.nn.initializers.variance_scaling(1.0, "fan_in", "normal", in_axis=0, batch_axis=axes)
-        self.kernel = nnx.Param((kernel_init or initial)(rngs.params(), (inputs, *strides, outputs)))
+        default_init = jax.nn.initializers.variance_scaling(1.0, "fan_in", "normal", in_axis=0, batch_axis=axes)
+        self.kernel = nnx.Param((kernel_init or default_init)(rngs.params(), (inputs, *strides, outputs)))
         self.bias = nnx.Param(jnp.zeros(outputs))
         self.dtype = dtype
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        """[B, h, w, C] -> [B, 2h, 2w, K], or with depth."""
+        """[B, h, w, C] -> [B, stride·h, stride·w, K], or with depth."""
         batch, *sides, inputs = x.shape
         kernel = self.kernel[...].astype(self.dtype)
         strides = kernel.shape[1:-1]
         pixels = x.astype(self.dtype).reshape(-1, inputs) @ kernel.reshape(inputs, -1)
-        # [B, h, w, 2, 2, K]: beside each axis its stride
+        # [B, h, w, 2, 2, K] -> [B, h, 2, w, 2, K]
         axes = len(sides)
-        beside = [axis for i in range(1, axes + 1) for axis in (i, i + axes)]
-        pixels = pixels.reshape(batch, *sides, *strides, -1).transpose(0, *beside, 2 * axes + 1)
-        larger = [side * stride for side, stride in zip(sides, strides, strict=True)]
-        return pixels.reshape(batch, *larger, -1) + self.bias[...].astype(self.dtype)
+        interleaved = [axis for i in range(1, axes + 1) for axis in (i, i + axes)]
+        pixels = pixels.reshape(batch, *sides, *strides, -1).transpose(0, *interleaved, 2 * axes + 1)
+        size = [side * stride for side, stride in zip(sides, strides, strict=True)]
+        return pixels.reshape(batch, *size, -1) + self.bias[...].astype(self.dtype)
 
 
-def units_in_turn(inputs: int, widths: Sequence[int], *, dtype: jnp.dtype, rngs: nnx.Rngs) -> nnx.List:
-    """One stage of VGG or SegNet: a `ConvolutionUnit` with bias for each width."""
+def convolution_units(inputs: int, widths: Sequence[int], *, dtype: jnp.dtype, rngs: nnx.Rngs) -> nnx.List:
+    """Return one stage of VGG or SegNet: a `ConvolutionUnit` with bias for each width."""
     return nnx.List([ConvolutionUnit(i, o, bias=True, dtype=dtype, rngs=rngs) for i, o in pairwise((inputs, *widths))])

@@ -1,4 +1,4 @@
-"""How many multiplications, each with its addition, a network takes: what the literature calls MACs."""
+"""Count the multiply-adds (MACs in the literature) of a network."""
 
 from __future__ import annotations
 
@@ -11,18 +11,21 @@ from jax.extend.core import ClosedJaxpr, Jaxpr
 
 
 def multiply_adds(function: Callable[..., Any], *arguments: Any) -> int:
-    """Of the matrix products and convolutions of `function(*arguments)`; nothing is computed.
+    """Return how many multiply-adds the matrix products and convolutions of `function(*arguments)` take.
 
-    As usual, zeros around an image are counted as pixels, and what is done to single values (norms, activations,
-    resizing) is not counted. Half of what counters of floating-point operations print.
+    Nothing is computed. As usual, zeros around an image count as pixels, and operations on single values (norms,
+    activations, resizing) do not count. Counters of floating-point operations report twice this number.
 
     Args:
         arguments: arrays, or their shapes (`jax.ShapeDtypeStruct`).
+
+    Raises:
+        ValueError: the function contains a while loop, whose length is unknown.
     """
-    return _of(jax.make_jaxpr(function)(*arguments).jaxpr)
+    return _count(jax.make_jaxpr(function)(*arguments).jaxpr)
 
 
-def _of(jaxpr: Jaxpr) -> int:
+def _count(jaxpr: Jaxpr) -> int:
     total = 0
     for equation in jaxpr.eqns:
         outputs = math.prod(equation.outvars[0].aval.shape) if equation.outvars else 0
@@ -33,19 +36,22 @@ def _of(jaxpr: Jaxpr) -> int:
             case "conv_general_dilated":
                 kernel, layout = equation.invars[1].aval.shape, equation.params["dimension_numbers"].rhs_spec
                 total += outputs * math.prod(kernel) // kernel[layout[0]]
-            case "dot_product_attention_fwd_wrapper":  # cuDNN's, on a GPU: queries with keys, weights with values
+            case "dot_product_attention_fwd_wrapper":  # cuDNN's: queries with keys, weights with values
                 (batch, tokens, heads, width), (_, keys, *_) = (v.aval.shape for v in equation.invars[:2])
                 total += 2 * batch * heads * tokens * keys * width
-            case "cond":  # one of the branches is taken; those for several platforms count alike, or a sum as a product
-                total += max(map(_of, _inner(equation.params)))
+            case "jit" if equation.params["name"] == "weighted_sums":  # the CPU's form of a matrix product (fusion.py)
+                levels, blocks = equation.invars[0].aval.shape
+                total += levels * blocks * outputs
+            case "cond":
+                total += max(map(_count, _inner_jaxprs(equation.params)))
             case "while":
-                raise ValueError("how often a while loop runs is not known before it runs")
+                raise ValueError("multiply-adds of a while loop: its number of iterations is unknown")
             case _:
-                total += equation.params.get("length", 1) * sum(map(_of, _inner(equation.params)))
+                total += equation.params.get("length", 1) * sum(map(_count, _inner_jaxprs(equation.params)))
     return total
 
 
-def _inner(params: dict[str, Any]) -> Iterator[Jaxpr]:
+def _inner_jaxprs(params: dict[str, Any]) -> Iterator[Jaxpr]:
     for value in params.values():
         for item in value if isinstance(value, tuple | list) else [value]:
             if isinstance(item, ClosedJaxpr):

@@ -1,4 +1,4 @@
-"""BatchNorm that follows PyTorch's to the last statistic, InstanceNorm, and GroupNorm of volumes."""
+"""BatchNorm with PyTorch's running statistics, InstanceNorm, and GroupNorm of volumes."""
 
 from __future__ import annotations
 
@@ -14,10 +14,9 @@ GROUPS = 8  # of channels, in GroupNorm
 
 
 class BatchNorm(nnx.Module):
-    """Each channel to mean 0 and variance 1 over a batch, then scaled and shifted; in evaluation over all batches seen.
+    """Normalise each channel over a batch in training, by the running statistics in evaluation; then scale and shift.
 
-    `nnx.BatchNorm` keeps the biased running variance and computes it as the difference of two large numbers; this one
-    keeps the unbiased one, as PyTorch's does, and sums squares of differences.
+    Unlike `nnx.BatchNorm` it keeps the unbiased running variance, as PyTorch does.
 
     Args:
         width: C.
@@ -33,30 +32,33 @@ class BatchNorm(nnx.Module):
         self.use_running_average = True
 
     def __call__(self, x: jax.Array, present: jax.Array | None = None) -> jax.Array:
-        """[B, H, W, C] -> the same; while it trains its statistics change in place.
+        """Normalise [B, H, W, C]; in training, update the running statistics in place.
 
         Args:
-            present: [B] bool, which images the statistics are of; by default all.
+            present: [B] bool, the images that the statistics include; default all.
         """
         full = jnp.promote_types(x.dtype, jnp.float32)
         scale, bias = self.scale[...], self.bias[...]
         if self.use_running_average:
-            deviation = jax.lax.rsqrt(self.var[...] + EPSILON)
-            return ((x.astype(full) - self.mean[...]) * (scale * deviation) + bias).astype(self.dtype)
+            inverse_deviation = jax.lax.rsqrt(self.var[...] + EPSILON)
+            return ((x.astype(full) - self.mean[...]) * (scale * inverse_deviation) + bias).astype(self.dtype)
         images = jnp.ones(len(x), full) if present is None else present.astype(full)
         count = images.sum() * (x.shape[1] * x.shape[2])
         normalised, mean, var = _normalise(x, scale, bias, (images / count)[:, None, None, None], (0, 1, 2))
-        self._remember(*(jax.lax.stop_gradient(of_all.ravel()) for of_all in (mean, var)), count)
+        self._update_statistics(*(jax.lax.stop_gradient(statistic.ravel()) for statistic in (mean, var)), count)
         return normalised.astype(self.dtype)
 
-    def _remember(self, mean: jax.Array, var: jax.Array, count: jax.Array) -> None:
+    def _update_statistics(self, mean: jax.Array, var: jax.Array, count: jax.Array) -> None:
         unbiased = var * (count / jnp.maximum(count - 1, 1))
         self.mean[...] = (1 - MOMENTUM) * self.mean[...] + MOMENTUM * mean
         self.var[...] = (1 - MOMENTUM) * self.var[...] + MOMENTUM * unbiased
 
 
 class InstanceNorm(nnx.Module):
-    """Each channel of each image to mean 0 and variance 1, then scaled and shifted: no statistic is kept.
+    """Normalise each channel of each image, then scale and shift.
+
+    With `nnx.InstanceNorm`, a training step of nnU-Net takes 28 % more memory (two patches of 40×56×40: 1.32 GB in
+    place of 1.03 GB), because JAX's gradient keeps several arrays of the size of x where `_normalise` keeps x only.
 
     Args:
         width: C.
@@ -69,45 +71,40 @@ class InstanceNorm(nnx.Module):
         self.dtype = dtype
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        """[B, H, W, C] or [B, D, H, W, C] -> the same."""
-        pixels = tuple(range(1, x.ndim - 1))
+        """Normalise [B, H, W, C] or [B, D, H, W, C]."""
+        axes = tuple(range(1, x.ndim - 1))
         weight = jnp.full((1,) * x.ndim, 1 / math.prod(x.shape[1:-1]), jnp.promote_types(x.dtype, jnp.float32))
-        normalised, *_ = _normalise(x, self.scale[...], self.bias[...], weight, pixels)
+        normalised, *_ = _normalise(x, self.scale[...], self.bias[...], weight, axes)
         return normalised.astype(self.dtype)
 
 
-class GroupNorm(nnx.Module):
-    """Each group of channels of each volume to mean 0 and variance 1, then each channel scaled and shifted.
+class GroupNorm(nnx.GroupNorm):
+    """Normalise each group of channels of each volume, then scale and shift each channel.
 
     Args:
-        width: C; there are as many groups as its greatest common divisor with GROUPS.
+        width: C; the number of groups is its greatest common divisor with GROUPS.
         dtype: of the result; parameters are float32.
     """
 
     def __init__(self, width: int, *, dtype: jnp.dtype = jnp.float32) -> None:
-        self.scale = nnx.Param(jnp.ones(width))
-        self.bias = nnx.Param(jnp.zeros(width))
-        self.groups = math.gcd(width, GROUPS)
-        self.dtype = dtype
+        super().__init__(
+            width, math.gcd(width, GROUPS), epsilon=EPSILON, dtype=dtype, use_fast_variance=False,
+            rngs=nnx.Rngs(0),  # unused: scale and bias start as ones and zeros
+        )  # fmt: skip
 
     def __call__(self, x: jax.Array, present: jax.Array) -> jax.Array:
-        """[B, D, H, W, C] -> the same, by the statistics of the voxels `present`, bool [B, D, H, W] or [B, D, 1, 1]."""
-        grouped = x.reshape(*x.shape[:-1], self.groups, -1)
-        full = jnp.promote_types(x.dtype, jnp.float32)
-        of_each = math.prod(grouped.shape[1:4]) // math.prod(present.shape[1:]) * grouped.shape[-1]
-        count = jnp.maximum(present.sum((1, 2, 3), keepdims=True), 1) * of_each
-        weight = (present / count).astype(full)[..., None, None]
-        normalised, *_ = _normalise(grouped, jnp.ones(1, full), jnp.zeros(1, full), weight, (1, 2, 3, 5))
-        return (normalised.reshape(x.shape) * self.scale[...] + self.bias[...]).astype(self.dtype)
+        """Normalise [B, D, H, W, C] by the statistics of the voxels `present`, bool [B, D, H, W] or [B, D, 1, 1]."""
+        present = present | ~present.any((1, 2, 3), keepdims=True)  # a volume that only fills a batch: no mean of none
+        return super().__call__(x, mask=jnp.broadcast_to(present[..., None], x.shape))
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(4,))
 def _normalise(
     x: jax.Array, scale: jax.Array, bias: jax.Array, weight: jax.Array, axes: tuple[int, ...]
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """x by the statistics of x itself over `axes`, in which each value counts as `weight`; and those statistics.
+    """Normalise x over `axes`; also return the mean and the variance, in which each value has the given weight.
 
-    What JAX derives keeps several arrays as large as x for the gradient; this keeps x alone, as PyTorch does.
+    The gradient keeps x only, as PyTorch's does; JAX's own would keep several arrays as large as x.
     """
     return _forward(x, scale, bias, weight, axes)[0]
 
@@ -118,22 +115,22 @@ def _forward(
     full = x.astype(weight.dtype)
     mean = (full * weight).sum(axes, keepdims=True)
     var = (jnp.square(full - mean) * weight).sum(axes, keepdims=True)
-    deviation = jax.lax.rsqrt(var + EPSILON)
-    normalised = (full - mean) * (scale * deviation) + bias
-    return (normalised, mean, var), (x, scale, weight, mean, deviation)
+    inverse_deviation = jax.lax.rsqrt(var + EPSILON)
+    normalised = (full - mean) * (scale * inverse_deviation) + bias
+    return (normalised, mean, var), (x, scale, weight, mean, inverse_deviation)
 
 
 def _backward(
-    axes: tuple[int, ...], kept: tuple[jax.Array, ...], gradients: tuple[jax.Array, jax.Array, jax.Array]
+    axes: tuple[int, ...], residuals: tuple[jax.Array, ...], gradients: tuple[jax.Array, jax.Array, jax.Array]
 ) -> tuple[jax.Array, jax.Array, jax.Array, None]:
-    x, scale, weight, mean, deviation = kept
-    gradient = gradients[0]  # the statistics' own are zero: they are only remembered
-    centred = (x.astype(weight.dtype) - mean) * deviation
-    of_bias = gradient.sum(axes, keepdims=True)
-    of_scale = (gradient * centred).sum(axes, keepdims=True)
-    of_x = (gradient - weight * (of_bias + centred * of_scale)) * (scale * deviation)
-    of_scale, of_bias = (of_all.reshape(-1, len(scale)).sum(0).astype(scale.dtype) for of_all in (of_scale, of_bias))
-    return of_x.astype(x.dtype), of_scale, of_bias, None
+    x, scale, weight, mean, inverse_deviation = residuals
+    gradient = gradients[0]  # no loss depends on the returned statistics
+    centred = (x.astype(weight.dtype) - mean) * inverse_deviation
+    grad_bias = gradient.sum(axes, keepdims=True)
+    grad_scale = (gradient * centred).sum(axes, keepdims=True)
+    grad_x = (gradient - weight * (grad_bias + centred * grad_scale)) * (scale * inverse_deviation)
+    grad_scale, grad_bias = (g.reshape(-1, len(scale)).sum(0).astype(scale.dtype) for g in (grad_scale, grad_bias))
+    return grad_x.astype(x.dtype), grad_scale, grad_bias, None
 
 
 _normalise.defvjp(_forward, _backward)

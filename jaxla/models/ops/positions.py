@@ -1,4 +1,4 @@
-"""Where a patch lies: DINOv2's learned grid of positions, DINOv3's rotary embedding."""
+"""Positions of patches: DINOv2's learned grid and DINOv3's rotary embedding."""
 
 from __future__ import annotations
 
@@ -7,14 +7,15 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-DINOV2_OFFSET = 0.1  # DINOv2 resizes its grid by (n + 0.1) / G, and so must whoever uses its weights
+DINOV2_OFFSET = 0.1  # DINOv2 scales its grid by (n + 0.1) / G, and its weights need the same
 
 
-def position_grid(grid: jax.Array, h: int, w: int, *, antialias: bool = False) -> jax.Array:
-    """The learned position grid [G, G, C] at h × w patches, [h, w, C], as the reference code interpolates it.
+def resize_grid(grid: jax.Array, h: int, w: int, *, antialias: bool = False) -> jax.Array:
+    """Resize the learned position grid [G, G, C] to [h, w, C], bicubically, as the reference code does.
 
-    Bicubic. The models without registers: PyTorch's kernel, not antialiased, scaled by (n + 0.1) / G rather than n / G.
-    Those with registers: antialiased (whose kernel is another one in PyTorch), scaled by n / G.
+    Args:
+        antialias: False for models without registers: PyTorch's bicubic kernel, scaled by (n + 0.1) / G. True for
+            models with registers: PyTorch's antialiased kernel, which differs, scaled by n / G.
     """
     side = grid.shape[0]
     if (h, w) == (side, side):
@@ -28,39 +29,31 @@ def position_grid(grid: jax.Array, h: int, w: int, *, antialias: bool = False) -
 
 
 class Rotation(NamedTuple):
-    """By what angle each pair of a head's channels is turned at each token; class token and registers stay."""
+    """The angle by which each pair of a head's channels is rotated, per token; 0 for class token and registers."""
 
     sine: jax.Array  # [N, D]
     cosine: jax.Array  # [N, D]
 
-    def rows(self, x: jax.Array) -> jax.Array:
-        """Turn [B, N, heads, D]: channel i < D/2 pairs with i + D/2. In float32, back in the dtype of `x`."""
-        return _turn(x, self.sine[:, None], self.cosine[:, None], channels=-1)
-
-    def columns(self, x: jax.Array) -> jax.Array:
-        """The same of [B, heads, D, N]."""
-        return _turn(x, self.sine.T, self.cosine.T, channels=-2)
-
-
-def _turn(x: jax.Array, sine: jax.Array, cosine: jax.Array, channels: int) -> jax.Array:
-    first, second = jnp.split(x.astype(sine.dtype), 2, axis=channels)
-    turned = jnp.concatenate([-second, first], axis=channels)
-    return (x * cosine + turned * sine).astype(x.dtype)
+    def rotate(self, x: jax.Array) -> jax.Array:
+        """Rotate queries or keys [B, N, heads, D], in float32; channel i < D/2 is paired with i + D/2."""
+        first, second = jnp.split(x.astype(self.sine.dtype), 2, axis=-1)
+        orthogonal = jnp.concatenate([-second, first], axis=-1)
+        return (x * self.cosine[:, None] + orthogonal * self.sine[:, None]).astype(x.dtype)
 
 
 def rotary_periods(head_width: int, base: float = 100.0) -> jax.Array:
-    """Periods [D/4] of the rotary embedding in units of half the image: base^(2k / (D/2))."""
+    """Return the periods [D/4] of the rotary embedding, base^(2k / (D/2)), in units of half the image."""
     quarter = head_width // 4
     return base ** (2 * jnp.arange(quarter, dtype=jnp.float32) / (2 * quarter))
 
 
-def rotation(periods: jax.Array, h: int, w: int, prefix: int) -> Rotation:
-    """The rotation of h × w patches that follow `prefix` tokens without a place.
+def rotary_rotation(periods: jax.Array, h: int, w: int, prefix: int) -> Rotation:
+    """Return the rotation of h × w patches after `prefix` tokens without a position.
 
-    Rows and columns each run from -1 to 1 over the centres of the patches, whatever the image's aspect.
+    The centres of the patches have coordinates between -1 and 1 along rows and along columns, for any aspect ratio.
     """
     rows, columns = (2 * ((jnp.arange(n, dtype=jnp.float32) + 0.5) / n) - 1 for n in (h, w))
-    places = jnp.stack(jnp.meshgrid(rows, columns, indexing="ij"), axis=-1).reshape(h * w, 2, 1)
-    angles = jnp.tile((2 * jnp.pi * places / periods).reshape(h * w, -1), 2)
+    centres = jnp.stack(jnp.meshgrid(rows, columns, indexing="ij"), axis=-1).reshape(h * w, 2, 1)
+    angles = jnp.tile((2 * jnp.pi * centres / periods).reshape(h * w, -1), 2)
     angles = jnp.pad(angles, ((prefix, 0), (0, 0)))
     return Rotation(jnp.sin(angles), jnp.cos(angles))

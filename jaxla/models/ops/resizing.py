@@ -1,4 +1,4 @@
-"""Maps [B, h, w, C] brought to another size, as PyTorch does it, and faster on CPU than by matrix products."""
+"""Resize maps [B, h, w, C] with PyTorch's numbers, faster on CPU than by matrix products."""
 
 from __future__ import annotations
 
@@ -10,7 +10,10 @@ import numpy as np
 
 
 def resize(x: jax.Array, size: tuple[int, int]) -> jax.Array:
-    """Bilinear, half-pixel centres, not antialiased: PyTorch's `interpolate(align_corners=False)`. [B, h, w, C]."""
+    """Resize [B, h, w, C] bilinearly, with half-pixel centres and without antialiasing.
+
+    The same as PyTorch's `interpolate(mode="bilinear", align_corners=False)`.
+    """
     for axis, pixels in zip((1, 2), size, strict=True):
         groups = math.gcd(x.shape[axis], pixels)
         if x.shape[axis] // groups == pixels // groups + 1:
@@ -21,9 +24,9 @@ def resize(x: jax.Array, size: tuple[int, int]) -> jax.Array:
 
 
 def _shrink(x: jax.Array, axis: int, pixels: int, groups: int) -> jax.Array:
-    """Resize an axis by (q + 1) : q, such as 512 to 448: of each group of q + 1 pixels, neighbours make q new ones.
+    """Resize an axis by (q + 1) : q, such as 512 to 448: each group of q + 1 pixels becomes q means of neighbours.
 
-    So it takes no matrix product, which would be a fifth of a training step of paper 1's decoder on CPU.
+    A matrix product instead would take a fifth of a training step of paper 1's decoder on CPU.
     """
     before, after = x.shape[:axis], x.shape[axis + 1 :]
     position = (np.arange(pixels, dtype=np.float32) + 0.5) * np.float32(x.shape[axis] / pixels) - 0.5
@@ -36,10 +39,10 @@ def _shrink(x: jax.Array, axis: int, pixels: int, groups: int) -> jax.Array:
 
 @jax.custom_vjp
 def double(x: jax.Array) -> jax.Array:
-    """`resize` to twice the size, [B, h, w, C] -> [B, 2h, 2w, C].
+    """Resize [B, h, w, C] to [B, 2h, 2w, C], as `resize` does.
 
-    Each new pixel is ¾ of the pixel it lies in and ¼ of its neighbour. As shifted sums, forward and backward written
-    out, this is three to four times as fast on CPU as the matrix products of `jax.image.resize`.
+    Along each axis a new pixel is ¾ of the pixel that contains it and ¼ of the nearest neighbour. These sums, with
+    their gradient written out, are three to four times as fast on CPU as the matrix products of `jax.image.resize`.
     """
     return _double(_double(x, 1), 2)
 
@@ -54,14 +57,14 @@ def _double_transposed(gradient: jax.Array, axis: int) -> jax.Array:
     shape = gradient.shape
     pairs = gradient.reshape(*shape[:axis], shape[axis] // 2, 2, *shape[axis + 1 :])
     first, second = (jax.lax.index_in_dim(pairs, i, axis + 1, keepdims=False) for i in (0, 1))
-    # at the edges a pixel is its own neighbour, so what would leave the image comes back
+    # at the edges a pixel is its own neighbour
     from_before, _ = _neighbours(second, axis, edges=(first, first))
     _, from_after = _neighbours(first, axis, edges=(second, second))
     return 0.75 * (first + second) + 0.25 * (from_before + from_after)
 
 
 def _neighbours(x: jax.Array, axis: int, edges: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
-    """`x` moved by one pixel to either side; what enters is the first pixel of edges[0], and the last of edges[1]."""
+    """Return the neighbours before and after each pixel; beyond the image, the end pixels of `edges`."""
     n = x.shape[axis]
     first, last = jax.lax.slice_in_dim(edges[0], 0, 1, axis=axis), jax.lax.slice_in_dim(edges[1], n - 1, n, axis=axis)
     before = jnp.concatenate([first, jax.lax.slice_in_dim(x, 0, n - 1, axis=axis)], axis)
