@@ -14,14 +14,16 @@ from jaxla.cli.terminal import plural
 from jaxla.config import experiment_from_json
 from jaxla.evaluation.metrics import COLUMNS
 from jaxla.evaluation.summary import rows_by_unit
-from jaxla.reporting.agreement import MIN_CASES_FOR_LIMITS, agreement_by_class, draw_volumes
+from jaxla.reporting.agreement import MIN_CASES_FOR_LIMITS, Agreement, agreement_by_class, draw_volumes
 from jaxla.reporting.block_weights import draw_block_weights
 from jaxla.reporting.curves import draw_losses, draw_validation
 from jaxla.reporting.overlays import PREDICTION, REFERENCE, SLICES_PER_CASE, Panel, slice_figures
-from jaxla.reporting.page import Pair, chart, data_uri, templates
+from jaxla.reporting.page import Pair, chart, data_uri, number, templates
+from jaxla.runs.machine import describe_device
 from jaxla.runs.record import by_option, method_label, shown
 
 MEAN = "Mean over classes"
+PARTS = {"train": "Training", "val": "Validation", "test": "Test", "unused": "Unused"}  # of the split
 
 
 def write_report(
@@ -55,7 +57,7 @@ def write_report(
         largest: groups of structures that keep only their largest connected part; None if this was not tried.
 
     Raises:
-        KeyError, jinja2.UndefinedError: the report shows something that the arguments lack.
+        KeyError, jinja2.UndefinedError: the arguments lack something that the report shows.
     """
     experiment, cases = experiment_from_json(record["experiment"]), _rank_cases(rows)
     method, kept = method_label(experiment), experiment.training.checkpoint
@@ -73,34 +75,39 @@ def write_report(
             record=record,
             experiment=record["experiment"],
             method=method,
+            kept=kept,
+            counted=counted,
+            network_note=network_note,
             classes=list(summary["classes"]),
             split=split,
+            parts=[
+                (title, len(split[part]), ", ".join(split[part])) for part, title in PARTS.items() if split.get(part)
+            ],
             history=history,
             best=best,
             minutes=sum(line["seconds"] for line in history) / 60,
+            charts=charts,
             costs=_list_costs(cost, history),
             summary=summary,
             results=_result_blocks(summary),
+            metrics=list(summary["definitions"] | summary["slice"]["definitions"]),
+            titles={name: metric.title for name, metric in COLUMNS.items()},
+            definitions=_list_definitions(summary),
             pairs=_mean_pairs(summary, best, counted),
             case_pairs=_case_pairs(rows),
             cases=cases,
             above_atlas=sum(_mean(case, "dice") > _mean(case, "atlas_dice") for case in cases),
-            agreements=agreements,
+            agreements=[(a.name, a.n, number(a.bias, "volume_ml", sign=True), _format_limits(a)) for a in agreements],
             min_cases_for_limits=MIN_CASES_FOR_LIMITS,
-            kept=kept,
-            counted=counted,
-            network_note=network_note,
             folds=folds,
-            charts=charts,
             block_weights=_draw_block_weights(summary, options.get("model.block_weights")),
             panels=[(panel, [(i, data_uri(f)) for i, f in slice_figures(panel, SLICES_PER_CASE)]) for panel in panels],
             colours={"prediction": PREDICTION, "reference": REFERENCE},
             options=[(name, shown(v)) for name, v in options.items() if name not in {"name", "summary", *unread}],
+            facts=_list_facts(record),
             command=without_folder_and_process(record["command"]),
-            titles={name: metric.title for name, metric in COLUMNS.items()},
             unread=unread,
             largest=largest,
-            definitions=summary["definitions"] | summary["slice"]["definitions"],
         )
     )
     write_atomically(path, page)
@@ -158,6 +165,48 @@ def _list_costs(cost: Mapping[str, Any], history: Sequence[Mapping[str, float]])
         if cost[key] is not None:
             lines.append((f"Peak memory of {owner}", f"{cost[key] / 1e9:.2f} GB"))
     return lines
+
+
+def _list_facts(record: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """Return the origin of data, weights and numbers: names of facts, and their values in words."""
+    root, labels, environment = record["experiment"]["data"]["root"], record["labels"], record["environment"]
+    values = [", ".join(map(str, group)) for group in labels["values"] or [["any except 0"]]]
+    masks = [f"{name}: {value}" for name, value in zip(labels["names"], values, strict=True)]
+    if labels["ignored"] is None:
+        masks.append("all others: background")
+    elif labels["ignored"]:
+        masks.append(f"ignored: {', '.join(map(str, labels['ignored']))}")
+    versions = {"Python": environment["python"]} | environment["versions"]
+    return [
+        ("Data", "synthetic phantoms" if root == "phantom" else root),
+        ("Mask values", "; ".join(masks)),
+        ("Weights", record["weights"]),
+        ("Started", record["begun"]),
+        *(("Resumed", f"{s['begun']}, {describe_device(s['environment'])}") for s in record["resumed"]),
+        ("Device", describe_device(environment)),
+        ("Platform", environment["platform"]),
+        ("Versions", ", ".join(f"{name} {version}" for name, version in versions.items())),
+        ("Command", record["command"]),
+        ("SHA-256 of data", record["data_sha256"]),
+        ("SHA-256 of split", record["split_sha256"]),
+        ("SHA-256 of weights", record["weights_sha256"] or "none"),
+    ]
+
+
+def _list_definitions(summary: Mapping[str, Any]) -> dict[str, str]:
+    definitions = summary["definitions"] | summary["slice"]["definitions"]
+    return {COLUMNS[metric].title: text for metric, text in definitions.items()} | {
+        "Empty masks": summary["empty_rule"],
+        "Averaging": f"{summary['averaging']}. Per slice: {summary['slice']['averaging']}",
+        "Atlas baseline": f"mean training mask in normalised coordinates, with threshold "
+        f"{summary['atlas']['threshold']}, the best one on the validation cases",
+        "Grid": "validation Dice and IoU are computed in the network's input pixels, all other numbers on the scan's "
+        "own grid",
+    }
+
+
+def _format_limits(agreement: Agreement) -> str:
+    return " to ".join(number(limit, "volume_ml", sign=True) for limit in agreement.limits or ()) or "–"
 
 
 def _mean_pairs(summary: Mapping[str, Any], best: Mapping[str, float] | None, counted: str) -> list[Pair]:

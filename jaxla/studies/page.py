@@ -18,6 +18,7 @@ from jaxla.evaluation.summary import worst_median_best
 from jaxla.experiments import EXPERIMENTS, METHODS, PUBLISHED
 from jaxla.reporting.overlays import Panel
 from jaxla.reporting.page import data_uri, templates
+from jaxla.runs.folder import PREDICTIONS
 from jaxla.runs.record import differences, shown
 from jaxla.studies.figures import draw_figures
 from jaxla.studies.results import Results, StudyRun, read_study
@@ -90,6 +91,7 @@ def _write_report(
             result_tables=result_tables,
             comparisons=comparisons,
             costs=costs,
+            runs=[(r.folder.name, len(r.split["train"]), len(r.history), r.record.split_sha256) for r in results.runs],
             figures={name: {**one._asdict(), "uri": data_uri(one.figure)} for name, one in figures.items()},
             least_p=statistics.least_p(len(results.test_cases)),
             definitions=definitions | {"Empty masks": first.summary["empty_rule"]} | statistics.DEFINITIONS,
@@ -162,7 +164,7 @@ def read_panels(runs: Sequence[StudyRun], case: Case, labels: Labels) -> list[Pa
     slices, reference = (to_slices(a, geometry) for a in (image.array, labels.to_classes(mask.array, case.mask)))
     panels = []
     for run in runs:
-        path = run.prediction_folder / f"{case.id}.nii.gz"
+        path = run.folder / PREDICTIONS / f"{case.id}.nii.gz"
         prediction = to_slices(labels.to_classes(read_mask(path).array, path), geometry)
         if prediction.shape != reference.shape:
             problem = f"shape {prediction.shape} differs from the scan's {reference.shape}"

@@ -20,7 +20,6 @@ from jaxla.runs.folder import (
     CASES,
     COST,
     METRICS,
-    PREDICTIONS,
     RUNS,
     SPLIT,
     STUDY,
@@ -48,6 +47,8 @@ class StudyRun:
     """One complete run.
 
     Attributes:
+        protocol: name of the experiment whose protocol was run.
+        method: name of the method, with its architecture if that is not the method's own.
         record: what was run.
         split, summary: the content of these JSON files.
         case_hashes: case id -> hash of its scan and mask.
@@ -56,6 +57,10 @@ class StudyRun:
     """
 
     folder: Path
+    protocol: str
+    method: str
+    seed: int
+    classes: list[str]
     record: Record
     split: dict[str, list[str]]
     case_hashes: dict[str, str]
@@ -63,24 +68,6 @@ class StudyRun:
     cost: Cost
     history: list[dict[str, float]]
     values: Mapping[Unit, Mapping[str, np.ndarray]]
-
-    @property
-    def protocol(self) -> str:
-        """Name of the experiment whose protocol was run."""
-        return self.record.experiment.name
-
-    @property
-    def method(self) -> str:
-        """Name of the method, with its architecture if that is not the method's own."""
-        return method_label(self.record.experiment)
-
-    @property
-    def seed(self) -> int:
-        return self.record.experiment.seed
-
-    @property
-    def classes(self) -> list[str]:
-        return list(self.summary["classes"])
 
     def unit_values(self, metric: str, unit: Unit = "volume", class_name: str = "") -> np.ndarray:
         """Return the value of every unit [units], of one class or averaged over classes.
@@ -93,10 +80,6 @@ class StudyRun:
     def case_values(self, metric: str) -> dict[str, float]:
         """Return case id -> value of its volume, averaged over classes."""
         return dict(zip(sorted(self.split["test"]), self.unit_values(metric).tolist(), strict=True))
-
-    @property
-    def prediction_folder(self) -> Path:
-        return self.folder / PREDICTIONS
 
 
 class Mean(NamedTuple):
@@ -120,24 +103,15 @@ class Mean(NamedTuple):
 
 @dataclass(frozen=True)
 class Results:
-    """All runs of a study. They use the same scans and are tested on the same cases."""
+    """All runs of a study: one for each protocol, method and seed, on the same scans and the same test cases."""
 
     name: str
     summary: str
     command: str
-    runs: tuple[StudyRun, ...]
-
-    @property
-    def methods(self) -> list[str]:
-        return list(dict.fromkeys(run.method for run in self.runs))
-
-    @property
-    def protocols(self) -> list[str]:
-        return list(dict.fromkeys(run.protocol for run in self.runs))
-
-    @property
-    def seeds(self) -> list[int]:
-        return list(dict.fromkeys(run.seed for run in self.runs))
+    protocols: list[str]
+    methods: list[str]
+    seeds: list[int]
+    runs: list[StudyRun]
 
     @property
     def classes(self) -> list[str]:
@@ -232,7 +206,8 @@ def read_study(folder: Path) -> Results:
     _require_comparable(runs)
     if unscheduled := {path.name for path in (folder / RUNS).iterdir() if path.is_dir()} - {d.name for d in run_dirs}:
         log.warning("not in the report, because the schedule does not list them: %s", ", ".join(sorted(unscheduled)))
-    return Results(name, summary, command, tuple(runs))
+    axes = (list(dict.fromkeys(getattr(run, axis) for run in runs)) for axis in ("protocol", "method", "seed"))
+    return Results(name, summary, command, *axes, runs)
 
 
 def _read_run(folder: Path, record: Record) -> StudyRun:
@@ -251,6 +226,10 @@ def _read_run(folder: Path, record: Record) -> StudyRun:
             raise ValueError(f"{METRICS}: expected at least one epoch, and no negative time")
         return StudyRun(
             folder=folder,
+            protocol=record.experiment.name,
+            method=method_label(record.experiment),
+            seed=record.experiment.seed,
+            classes=classes,
             record=record,
             split=split,
             case_hashes=case_hashes,
@@ -285,7 +264,9 @@ def _read_values(
     found = {(r["case"], int(r.get("slice", 0)), r["class"]): [float(r[metric]) for metric in metrics] for r in rows}
     keys = sorted({(case, index) for case, index, _ in found})
     if not len(rows) == len(found) == units * len(classes) or len(keys) != units or {k[0] for k in keys} != set(cases):
-        raise ValueError(f"{path.name}: expected {units * len(classes)} rows, one per {unit} and class of the test cases")
+        raise ValueError(
+            f"{path.name}: expected {units * len(classes)} rows, one per {unit} and class of the test cases"
+        )
     array = np.array([[found[*key, name] for name in classes] for key in keys])
     if bad := np.argwhere(~np.isfinite(array)).tolist():
         index, _, metric = bad[0]

@@ -31,6 +31,8 @@ class ScheduledRun(NamedTuple):
     """One run of a study.
 
     Attributes:
+        protocol: name of the experiment whose protocol is run.
+        seed: of the run's random numbers, and of which training patients its protocol takes.
         experiment: with every option resolved.
         arguments: of `python -m jaxla.train`, without its folder.
         weights_sha256: of its backbone's weights; empty for random ones.
@@ -39,26 +41,15 @@ class ScheduledRun(NamedTuple):
         shard_params: whether its parameters are sharded over the devices.
     """
 
+    protocol: str
+    method: str
+    seed: int
     experiment: Experiment
     arguments: tuple[str, ...]
     weights_sha256: str
     folder: Path
     devices: int
     shard_params: bool
-
-    @property
-    def protocol(self) -> str:
-        """Name of the experiment whose protocol is run."""
-        return self.experiment.name
-
-    @property
-    def method(self) -> str:
-        return self.experiment.method
-
-    @property
-    def seed(self) -> int:
-        """Seed of the run's random numbers, and of which training patients its protocol takes."""
-        return self.experiment.seed
 
 
 def schedule_runs(
@@ -83,41 +74,36 @@ def schedule_runs(
                 if method not in weights:  # once per method, because it reads all of the file
                     weights[method] = with_weights(experiment, cache_dir)
             located, sha256 = weights[method]
-            runs.append((replace(experiment, model=located.model), arguments, sha256, parsed))
-    _require_comparable([experiment for experiment, *_ in runs])
-    return [
-        ScheduledRun(
-            experiment=replace(experiment, seed=seed, data=replace(experiment.data, subset_seed=seed)),
-            arguments=(*arguments, f"--seed={seed}", f"--data.subset_seed={seed}"),
-            weights_sha256=sha256,
-            folder=output / RUNS / f"{experiment.name}_{experiment.method}_seed{seed}",
-            devices=parsed.devices,
-            shard_params=parsed.shard_params,
-        )
-        for seed in seeds
-        for experiment, arguments, sha256, parsed in runs
-    ]
-
-
-def _require_comparable(experiments: Sequence[Experiment]) -> None:
-    """Raise an InputError unless experiments use the same scans, and differ in method or in training patients."""
-    first = experiments[0]
-    for experiment in experiments:
-        if _scan_options(experiment) != _scan_options(first):
-            raise InputError(
-                "--experiments",
-                f"{experiment.name} and {first.name} use different data ({experiment.data} and {first.data})",
-                "Choose experiments on the same scans.",
+            experiment = replace(experiment, model=located.model)
+            parallel = (parsed.devices, parsed.shard_params)
+            runs.append(
+                ScheduledRun(protocol, method, 0, experiment, tuple(arguments), sha256, output / RUNS, *parallel)
             )
-        preset, data = EXPERIMENTS[experiment.name].data, experiment.data
+    _require_comparable(runs)
+    return [_with_seed(run, seed) for seed in seeds for run in runs]
+
+
+def _with_seed(run: ScheduledRun, seed: int) -> ScheduledRun:
+    return run._replace(
+        seed=seed,
+        experiment=replace(run.experiment, seed=seed, data=replace(run.experiment.data, subset_seed=seed)),
+        arguments=(*run.arguments, f"--seed={seed}", f"--data.subset_seed={seed}"),
+        folder=run.folder / f"{run.protocol}_{run.method}_seed{seed}",
+    )
+
+
+def _require_comparable(runs: Sequence[ScheduledRun]) -> None:
+    """Raise an InputError unless runs use the same scans, and differ in method or in training patients."""
+    for run in runs:
+        preset, data, first = EXPERIMENTS[run.protocol].data, run.experiment.data, runs[0]
+        if _scan_options(data) != _scan_options(first.experiment.data):
+            problem = f"{run.protocol} and {first.protocol} use different data ({data} and {first.experiment.data})"
+            raise InputError("--experiments", problem, "Choose experiments on the same scans.")
         if (preset.train_patients, preset.train_percent) != (data.train_patients, data.train_percent):
-            raise InputError(
-                "--data",
-                f"the protocol {experiment.name} sets the number of training patients",
-                "Choose protocols with --experiments.",
-            )
-    for a, b in combinations(experiments, 2):
-        if a.method != b.method and replace(a, method=b.method) == b:
+            problem = f"the protocol {run.protocol} sets the number of training patients"
+            raise InputError("--data", problem, "Choose protocols with --experiments.")
+    for a, b in combinations(runs, 2):
+        if a.method != b.method and replace(a.experiment, method=b.experiment.method) == b.experiment:
             raise InputError(
                 "--methods",
                 f"{a.method} and {b.method} are equal with these options",
@@ -125,9 +111,9 @@ def _require_comparable(experiments: Sequence[Experiment]) -> None:
             )
 
 
-def _scan_options(experiment: Experiment) -> Data:
-    """Return an experiment's data options without those that choose its training patients."""
-    return replace(experiment.data, train_patients=0, train_percent=100.0, subset_seed=0)
+def _scan_options(data: Data) -> Data:
+    """Return data options without those that choose the training patients."""
+    return replace(data, train_patients=0, train_percent=100.0, subset_seed=0)
 
 
 @contextmanager

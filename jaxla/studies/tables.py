@@ -54,6 +54,10 @@ class Table(NamedTuple):
     rows: list[dict[str, str]]
     records: list[dict[str, Any]]
 
+    @property
+    def cells(self) -> list[list[str]]:
+        return [list(row.values()) for row in self.rows]
+
 
 def results_table(results: Results, protocol: str, published: PublishedRows) -> Table:
     """Make Table 1 of a protocol: Dice, IoU, HD95 and ASSD of every method, with the atlas baseline's Dice and IoU."""
