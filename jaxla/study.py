@@ -4,38 +4,79 @@ from __future__ import annotations
 
 import argparse
 import shlex
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from jaxla.cli.command_line import require_writable
-from jaxla.cli.process import Stopped, run_command
+from jaxla.cli.process import run_command
 from jaxla.config import InputError, Study, default_cache_dir, lookup
 from jaxla.experiments import EXPERIMENTS, METHODS, STUDIES
 
-# Options of a run that are not given to a study, and those that say it instead
-OWN = {
-    "exp": "--experiments", "method": "--methods", "seed": "--seeds", "data.subset_seed": "--seeds",
-    "data.train_patients": "--experiments", "data.train_percent": "--experiments", "run-dir": "", "resume": "",
-    "fold": "", "coordinator": "", "processes": "", "process": "", "wait": "",
-}  # fmt: skip
-PARTS_OF_A_METHOD = ("model", "preprocessing", "augmentation", "training", "postprocessing")
+# Options of a run that a study sets itself, and what to do instead
+SET_BY_STUDY = {
+    "exp": "Use --experiments.",
+    "data.train_patients": "Use --experiments.",
+    "data.train_percent": "Use --experiments.",
+    "method": "Use --methods.",
+    "seed": "Use --seeds.",
+    "data.subset_seed": "Use --seeds.",
+} | dict.fromkeys(("run-dir", "resume", "fold", "coordinator", "processes", "process", "wait"), "Remove the option.")
+METHOD_GROUPS = ("model", "preprocessing", "augmentation", "training", "postprocessing")
 DESCRIPTION = """
-A run for each method, protocol and seed, one after the other; then the report on all of them. Start the same command
-again to go on with a study that was ended: complete runs are kept.
+Run every method under every protocol with every seed, one after the other, and write the report. To resume a study that
+was stopped, run the same command again: complete runs are kept.
 
-Options of jaxla.train go to every run (--data.root=…, --training.epochs=…), those with a method's name before them to
-this method's runs alone (--unet.training.batch_size=8). The seed of a run also says which training patients its
-protocol takes.
+Options of jaxla.train apply to all runs (--data.root=…, --training.epochs=…). With a method's name in front, they apply
+to the runs of that method (--unet.training.batch_size=8). The seed of a run also chooses its training patients.
 """
 
 
 def main(arguments: list[str]) -> None:
-    """Plan, run, report.
+    """Schedule, forecast, run, report.
 
     Raises:
-        InputError: anything wrong with the options, the data or what the folder holds; all of it before the first run.
-        Stopped: the process was asked to end.
+        InputError: invalid options or data, or a folder that holds something else; all before the first run.
+        Stopped: a run failed, or the process was asked to stop.
     """
+    options, train_options = parse_options(arguments)
+    if options.name == "list":
+        print("\n".join(map(describe_study, STUDIES.values())))
+        return
+    for name in ("name", "output"):
+        if getattr(options, name) is None:
+            raise InputError(f"--{name}", "required", "See --help.")
+    study = lookup("--name", options.name, STUDIES)
+    methods = choose_names("--methods", options.methods, study.methods, METHODS)
+    protocols = choose_names("--experiments", options.experiments, study.experiments, EXPERIMENTS)
+    seeds = read_seeds(options.seeds)
+    method_options = divide_options(train_options, methods)
+    require_writable("--output", options.output)
+    require_writable("--cache-dir", options.cache_dir)
+
+    from jaxla.studies.execution import execute_runs, wait_for_running
+    from jaxla.studies.forecast import describe_schedule, forecast_study
+    from jaxla.studies.page import report_study
+    from jaxla.studies.schedule import hold_study_folder, read_state, require_same_data, schedule_runs
+
+    runs = schedule_runs(method_options, protocols, seeds, options.output, options.cache_dir)
+    if not options.dry_run:
+        wait_for_running(runs, options.output)
+    states = [read_state(run) for run in runs]
+    require_same_data(runs, states, options.cache_dir)
+    forecast = None if set(states) == {"complete"} else forecast_study(runs, states, options.cache_dir)
+    print(describe_schedule(runs, states, forecast), flush=True)
+    if options.dry_run:
+        return
+    command = shlex.join(["python", "-m", "jaxla.study", *arguments])
+    with hold_study_folder(options.output, study, runs, command):
+        if forecast:
+            execute_runs(runs, states, forecast.seconds, command)
+        page = report_study(options.output, options.cache_dir, runs[0].experiment.data.root)
+    print(f"{'1 run is' if len(runs) == 1 else f'{len(runs)} runs are'} complete: {page}")
+
+
+def parse_options(arguments: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
+    """Return the options of the study, and the remaining arguments, which are options of `jaxla.train`."""
     parser = argparse.ArgumentParser(
         prog="python -m jaxla.study",
         usage="python -m jaxla.study --name=NAME --output=DIR [--option=value ...]",
@@ -44,130 +85,81 @@ def main(arguments: list[str]) -> None:
         exit_on_error=False,
         allow_abbrev=False,
     )
-    parser.add_argument("--name", help=f"one of {', '.join(STUDIES)}; list describes them")
-    parser.add_argument("--output", type=Path, help="folder of the study: its runs, tables and figures")
+    parser.add_argument("--name", help=f"one of {', '.join(STUDIES)}; `list` describes them")
+    parser.add_argument("--output", type=Path, help="folder for runs, tables and figures")
     parser.add_argument("--methods", help="such as unet,dinov2_vitb14 (default: the study's own)")
-    parser.add_argument("--experiments", help="whose protocols to run (default: the study's own)")
+    parser.add_argument("--experiments", help="experiments whose protocols to run (default: the study's own)")
     parser.add_argument("--seeds", default="0,1,2", help="such as 0,1,2 (default)")
     parser.add_argument("--cache-dir", type=Path, default=default_cache_dir(), help="folder that runs share")
-    parser.add_argument("--dry-run", action="store_true", help="print the plan, and leave it at that")
+    parser.add_argument("--dry-run", action="store_true", help="print schedule and forecast without running")
     try:
-        options, for_runs = parser.parse_known_args(arguments)
+        return parser.parse_known_args(arguments)
     except argparse.ArgumentError as error:
-        raise InputError(" ".join(str(error).replace("argument ", "option ", 1).split())) from error
-    if options.name == "list":
-        print("\n".join(describe(study) for study in STUDIES.values()))
-        return
-    for name in ("name", "output"):
-        if getattr(options, name) is None:
-            known = f": {', '.join(STUDIES)}; list describes them" if name == "name" else ": the folder of the study"
-            raise InputError(f"option --{name} is required{known}")
-    study = lookup("study", options.name, STUDIES)
-    methods = chosen("methods", options.methods, study.methods, METHODS)
-    experiments = chosen("experiments", options.experiments, study.experiments, EXPERIMENTS)
-    seeds = read_seeds(options.seeds)
-    of_methods = divide_options(for_runs, methods)
-    require_writable("--output", options.output)
-    require_writable("--cache-dir", options.cache_dir)
-
-    from jaxla.studies.execution import run_all, wait_for_orphans
-    from jaxla.studies.forecast import describe_plan, measure
-    from jaxla.studies.report import report_study
-    from jaxla.studies.schedule import plan_runs, require_same_data, state_of, study_folder
-
-    runs = plan_runs(of_methods, experiments, seeds, options.output, options.cache_dir)
-    if not options.dry_run:
-        wait_for_orphans(runs, options.output)
-    states = [state_of(run) for run in runs]
-    require_same_data(runs, states, options.cache_dir)
-    forecast = None if set(states) == {"complete"} else measure(runs, states, options.cache_dir)
-    print(describe_plan(runs, states, forecast), flush=True)
-    if options.dry_run:
-        return
-    command = shlex.join(["python", "-m", "jaxla.study", *arguments])
-    with study_folder(options.output, study, runs, command):
-        try:
-            failures = run_all(runs, states, forecast) if forecast else []
-        except (Stopped, KeyboardInterrupt) as stop:
-            where = str(stop) or "between two runs"
-            raise Stopped(f"{where}; go on with: {command}") from stop
-        if failures:
-            reasons = "; ".join(f"{failure.run.folder} ({failure.reason})" for failure in failures)
-            raise Stopped(
-                f"with {len(failures)} of {len(runs)} runs failed: {reasons}; mend that; go on with: {command}"
-            )
-        page = report_study(options.output, options.cache_dir, runs[0].experiment.data.root)
-    print(f"{'1 run is' if len(runs) == 1 else f'{len(runs)} runs are'} complete: {page}")
+        raise InputError(error.argument_name, error.message, "See --help.") from error
 
 
-def describe(study: Study) -> str:
+def describe_study(study: Study) -> str:
     return (
         f"{study.name:<16} {study.summary}\n{'':<16} protocols of: {', '.join(study.experiments)}\n"
         f"{'':<16} methods: {', '.join(study.methods)}"
     )
 
 
-def chosen(option: str, given: str | None, default: Sequence[str], known: dict[str, object]) -> list[str]:
-    """The names that an option lists, or the study's own."""
-    if given is None:
-        return list(default)
-    names = [name.strip() for name in given.split(",")]
+def choose_names(option: str, value: str | None, default: Sequence[str], known: Mapping[str, object]) -> list[str]:
+    """Return the names in an option's value, or the study's own if the option is not given."""
+    names = list(default) if value is None else [name.strip() for name in value.split(",")]
     for name in names:
-        lookup(f"--{option}:", name, known)
-    require_once(option, names)
+        lookup(option, name, known)
+    require_unique(option, names)
     return names
 
 
-def read_seeds(given: str) -> list[int]:
+def read_seeds(value: str) -> list[int]:
     try:
-        seeds = [int(seed) for seed in given.strip("[]").split(",")]
+        seeds = [int(seed) for seed in value.strip("[]").split(",")]
     except ValueError as error:
-        raise InputError(f"option --seeds={given}: expected numbers, such as 0,1,2") from error
+        raise InputError(f"--seeds={value}", "expected integers", "Pass a list such as 0,1,2.") from error
     if min(seeds) < 0:
-        raise InputError(f"option --seeds={given}: seeds must be 0 or more")
-    require_once("seeds", seeds)
+        raise InputError(f"--seeds={value}", "seeds must be 0 or more", "Remove negative seeds.")
+    require_unique("--seeds", seeds)
     return seeds
 
 
-def require_once(option: str, items: Sequence[object]) -> None:
+def require_unique(option: str, items: Sequence[object]) -> None:
     for item in items:
         if items.count(item) > 1:
-            raise InputError(f"option --{option}: {item} is given twice; name each once")
+            raise InputError(option, f"{item} is repeated", "Remove the repetition.")
 
 
-def divide_options(given: Sequence[str], methods: Sequence[str]) -> dict[str, list[str]]:
-    """Each method's options of `jaxla.train`: those that all get, and then its own.
+def divide_options(train_options: Sequence[str], methods: Sequence[str]) -> dict[str, list[str]]:
+    """Return each method's options of `jaxla.train`: first those of all methods, then its own.
 
     Raises:
-        InputError: an option that the study gives itself, or one of a method that is not run.
+        InputError: an option that the study sets itself, or that belongs to no method of the study.
     """
-    of_methods: dict[str, list[str]] = {method: [] for method in methods}
+    shared: list[str] = []
     own: dict[str, list[str]] = {method: [] for method in methods}
-    words = of_methods.values()
-    for word in given:
+    target = shared
+    for word in train_options:
         if not word.startswith("--"):  # the value of the option before it
-            for line in words:
-                line.append(word)
+            target.append(word)
             continue
         name = word[2:].split("=")[0]
-        first, _, rest = name.partition(".")
-        if name in OWN:
-            instead = f"give {OWN[name]}" if OWN[name] else "leave it out"
-            raise InputError(f"option --{name} is not for a study, which says it to each run; {instead}")
-        if first in METHODS:
-            if first not in methods:
-                raise InputError(
-                    f"option --{name}: {first} is not among the methods of this study: {', '.join(methods)}"
-                )
-            if rest.split(".")[0] not in PARTS_OF_A_METHOD:
-                raise InputError(f"option --{name}: methods may differ in {', '.join(PARTS_OF_A_METHOD)}, not in this")
-            words = [own[first]]
-            words[0].append(f"--{word[2:].removeprefix(f'{first}.')}")
-        else:
-            words = of_methods.values()
-            for line in words:
-                line.append(word)
-    return {method: of_methods[method] + own[method] for method in methods}
+        if name in SET_BY_STUDY:
+            raise InputError(f"--{name}", "the study sets this option for each run", SET_BY_STUDY[name])
+        method, _, rest = name.partition(".")
+        if method not in METHODS:
+            target = shared
+            target.append(word)
+            continue
+        if method not in methods:
+            raise InputError(f"--{name}", f"method {method} is not in this study", f"Choose from {', '.join(methods)}.")
+        if rest.split(".")[0] not in METHOD_GROUPS:
+            groups = ", ".join(METHOD_GROUPS)
+            raise InputError(f"--{name}", "not an option of a method", f"Methods may differ in {groups} only.")
+        target = own[method]
+        target.append(f"--{word[2:].removeprefix(f'{method}.')}")
+    return {method: shared + own[method] for method in methods}
 
 
 if __name__ == "__main__":

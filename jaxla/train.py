@@ -417,7 +417,6 @@ def write_reports(run: Run, trained: TrainedRun, scores: Scores, cost: Mapping[s
         panels=panels,
         unread=unread_options(run.experiment),
         folds=() if is_single else [summarise_fold(folder) for folder in fold_folders(run.folder)],
-        counted=run.task.unit,
         largest=largest,
     )
 

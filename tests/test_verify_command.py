@@ -30,13 +30,13 @@ def test_the_report_of_a_folder_without_findings(tmp_path):
     assert stdout.splitlines() == [
         str(tmp_path),
         "  layout        flat pairs",
-        "  cases         5; by default 3 train, 1 validate, 1 test",
+        "  cases         5; default split: 3 training, 1 validation, 1 test",
         "  classes       LA: 1",
         "  label values  1 LA in 5 cases",
         "  shapes        16×14×4 (5)",
         "  spacings mm   0.75×0.75×2.5 (5)",
         "  orientations  LPS (5)",
-        "  slices along  head-foot (5); 4 a case, 20 in all",
+        "  slices along  head-foot (5); 4 per case, 20 in total",
         "  LA ml         median 0.0703, from 0.0703 (case_0) to 0.0703 (case_0)",
         "  outliers      modified z-score of log volume beyond ±3.5 (median, median absolute deviation of at least "
         "10 %), from 5 cases on",
@@ -84,8 +84,8 @@ def test_many_findings_of_one_kind_are_shortened(tmp_path):
     errors = stdout.split("\n\n")[1].splitlines()
     assert errors[0] == "errors (30)"
     assert [line.split(":")[0] for line in errors[1:4]] == [f"  labelsTr/c0{n}.nii.gz" for n in range(3)]
-    assert errors[4].startswith("  and 27 more like these (labels): c03, c04, ")
-    assert errors[4].endswith("c12, … 17 more; --json lists them all")
+    assert errors[4].startswith("  and 27 more of this kind (labels): c03, c04, ")
+    assert errors[4].endswith("c12, … 17 more; --json lists all")
     assert len(errors) == 5
     assert "training cannot start: 30 errors, first in " in stderr
 

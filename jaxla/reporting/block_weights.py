@@ -1,4 +1,4 @@
-"""What a fusion learned: the weight of each of the backbone's blocks at each level of the decoder."""
+"""The weights that a fusion network learned for each of the backbone's blocks at each level of the decoder."""
 
 from __future__ import annotations
 
@@ -8,24 +8,25 @@ from typing import Any
 import numpy as np
 from matplotlib.axes import Axes
 
-MOST_WRITTEN = 16  # blocks, beyond which there is no room for numbers
+MAX_BLOCKS_WITH_NUMBERS = 16
 
 
 def draw_block_weights(axes: Axes, weights: Mapping[str, Any]) -> None:
-    """Blocks from left to right, levels from the coarsest down, the darker the heavier.
+    """Draw weights as a heat map: blocks from left to right, decoder levels from the coarsest down.
 
     Args:
-        weights: `block_weights` of a run's summary: the numbers of the blocks, and their weights at each level.
+        weights: `block_weights` of a run's summary: numbers of the blocks, and their weights at each level.
     """
     blocks, levels = weights["blocks"], np.asarray(weights["levels"])
+    has_numbers = len(blocks) <= MAX_BLOCKS_WITH_NUMBERS
     drawn = axes.pcolormesh(levels, cmap="Blues", vmin=0, vmax=max(levels.max(), 2 / len(blocks)), edgecolors="w")
-    axes.set_xticks(np.arange(len(blocks)) + 0.5, blocks, fontsize="small" if len(blocks) <= MOST_WRITTEN else 6)
-    axes.set_yticks(np.arange(len(levels)) + 0.5, level_names(len(levels)))
+    axes.set_xticks(np.arange(len(blocks)) + 0.5, blocks, fontsize="small" if has_numbers else 6)
+    axes.set_yticks(np.arange(len(levels)) + 0.5, ["tokens", *(f"×{2**level}" for level in range(1, len(levels)))])
     axes.invert_yaxis()
-    axes.set(xlabel="block of the backbone, 0 the first", ylabel="map of the decoder")
+    axes.set(xlabel="block of the backbone (the first is 0)", ylabel="resolution of the decoder's map")
     bar = axes.figure.colorbar(drawn, ax=axes, label="weight")
-    bar.solids.set(rasterized=False, edgecolor="face")  # pages make pictures in a figure grey, as scans are
-    if len(blocks) <= MOST_WRITTEN:
+    bar.solids.set(rasterized=False, edgecolor="face")  # pages turn raster images grey, as if they were scans
+    if has_numbers:
         for level, block in np.ndindex(levels.shape):
             weight = levels[level, block]
             colour = "white" if weight > 0.6 * drawn.norm.vmax else "black"
@@ -33,8 +34,3 @@ def draw_block_weights(axes: Axes, weights: Mapping[str, Any]) -> None:
                 block + 0.5, level + 0.5, f"{weight:.3f}"[1 if weight < 1 else 0 :], color=colour, ha="center",
                 va="center", fontsize=7,
             )  # fmt: skip
-
-
-def level_names(count: int) -> list[str]:
-    """Of the decoder's maps by their size: that of the tokens, then twice as large each."""
-    return ["tokens", *(f"×{2**level}" for level in range(1, count))]

@@ -1,4 +1,4 @@
-"""A run's curves: loss, and validation Dice and IoU, over epochs."""
+"""A run's curves over epochs: loss, and validation Dice and IoU."""
 
 from __future__ import annotations
 
@@ -15,25 +15,25 @@ History = Sequence[Mapping[str, float]]  # the lines of metrics.jsonl
 
 
 def draw_curves(history: History, title: str, path: Path, counted: str = "per volume", kept: str = "best") -> None:
-    """Draw the epochs of `metrics.jsonl` so far; written beside, then renamed, for it is redrawn while people look.
+    """Draw all epochs so far. The file is replaced atomically, because it is redrawn while people view it.
 
     Args:
-        counted, kept: as for `draw_validation`.
+        counted, kept: see `draw_validation`.
     """
     figure = Figure(figsize=(9, 3.6), layout="constrained")
     losses, overlaps = figure.subplots(1, 2)
     draw_losses(losses, history)
     draw_validation(overlaps, history, counted=counted, kept=kept)
     figure.suptitle(title)
-    with atomic_file(path) as beside:
-        figure.savefig(beside, dpi=110)
+    with atomic_file(path) as temporary:
+        figure.savefig(temporary, dpi=110)
 
 
 def draw_losses(axes: Axes, history: History) -> None:
-    """Training and validation loss over epochs."""
+    """Draw training and validation loss over epochs."""
     _draw_lines(axes, history, {"train_loss": "training", "val_loss": "validation"})
-    positive = all(m[key] > 0 for m in history for key in ("train_loss", "val_loss"))
-    axes.set(ylabel="loss", yscale="log" if positive else "linear")  # with Dice in it a loss falls below zero
+    is_positive = all(line[key] > 0 for line in history for key in ("train_loss", "val_loss"))
+    axes.set(ylabel="loss", yscale="log" if is_positive else "linear")  # a loss with Dice in it may be negative
 
 
 def draw_validation(
@@ -43,14 +43,14 @@ def draw_validation(
     counted: str = "per volume",
     kept: str = "best",
 ) -> None:
-    """Validation Dice and IoU over epochs; the epoch that is kept is marked.
+    """Draw validation Dice and IoU over epochs, and mark the epoch that is kept.
 
     Args:
-        best: that epoch; by default that of the best Dice, or the last.
-        counted: what the means are of.
-        kept: `best` or `last`.
+        best: the line of the kept epoch; by default the highest Dice, or the last epoch.
+        counted: what Dice is averaged over, in words.
+        kept: which epoch is kept: `best` or `last`.
     """
-    best = best or (history[-1] if kept == "last" else max(history, key=lambda m: m["val_dice"]))
+    best = best or (history[-1] if kept == "last" else max(history, key=lambda line: line["val_dice"]))
     _draw_lines(axes, history, {"val_dice": "Dice", "val_iou": "IoU"})
     axes.axvline(best["epoch"], color="grey", lw=0.8, ls=":")
     axes.annotate(f"{kept} {best['val_dice']:.3f}", (best["epoch"], 0.02), fontsize="small", ha="right")
@@ -58,9 +58,9 @@ def draw_validation(
 
 
 def _draw_lines(axes: Axes, history: History, labels: Mapping[str, str]) -> None:
-    epochs = [m["epoch"] for m in history]
+    epochs = [line["epoch"] for line in history]
     for key, label in labels.items():
-        axes.plot(epochs, [m[key] for m in history], "o-", ms=3, label=label)
+        axes.plot(epochs, [line[key] for line in history], "o-", ms=3, label=label)
     axes.set_xlabel("epoch")
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.grid(alpha=0.3)

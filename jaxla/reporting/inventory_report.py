@@ -1,10 +1,10 @@
-"""What `jaxla.verify` says of a folder of scans: for a person as text, for a program as JSON."""
+"""The report of `jaxla.verify` on a folder of scans: text for a person, JSON for a program."""
 
 from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -13,16 +13,16 @@ import numpy as np
 
 from jaxla.cli.terminal import plural
 from jaxla.data.cases import Finding
-from jaxla.data.inventory import OUTLIER_RULE, Inventory, format_sides
+from jaxla.data.inventory import OUTLIER_RULE, CaseFacts, Inventory, format_sides
 
-MOST_OF_A_KIND = 10  # findings in the text; --json has them all
-MOST_ALIKE = 3  # of these, with the same words
-MOST_DISTINCT = 4  # shapes, spacings
+MAX_FINDINGS_PER_KIND = 10  # in the text; --json lists all
 JSON_KEYS = {"problem": "what", "fix": "mend"}  # programs read the document by these names
+MAX_EQUAL_FINDINGS = 3  # with the same problem and fix, in the text
+MAX_DISTINCT_VALUES = 4  # shapes, spacings
 
 
 def to_json(inventory: Inventory) -> dict[str, Any]:
-    """The document that `--json` prints: every case and every finding."""
+    """Return the document that `--json` prints, with every case and every finding."""
 
     def plain(record: object) -> dict[str, Any]:
         return {
@@ -45,7 +45,7 @@ def to_json(inventory: Inventory) -> dict[str, Any]:
 
 
 def label_values(inventory: Inventory) -> list[dict[str, Any]]:
-    """Every mask value that is found or named, what it is taken for, and in how many cases it is."""
+    """Return every mask value that is found or named, with its class and the number of cases that have it."""
     labels = inventory.labels
     counts = Counter(value for case in inventory.cases for value in case.mask_values or ())
     meanings: dict[int, str] = {}
@@ -56,7 +56,7 @@ def label_values(inventory: Inventory) -> list[dict[str, Any]]:
         meanings |= dict.fromkeys(ignored, "ignored (background)")
     elif labels:
         meanings = dict.fromkeys(counts, labels.names[0])
-    unnamed = "no class" if labels else "not known"
+    unnamed = "no class" if labels else "unknown"
     return [
         {"value": value, "taken_for": meanings.get(value, unnamed), "cases": counts[value]}
         for value in sorted(counts.keys() | meanings.keys())
@@ -64,7 +64,7 @@ def label_values(inventory: Inventory) -> list[dict[str, Any]]:
 
 
 def to_text(inventory: Inventory) -> str:
-    """The report for a person: a summary, then the findings by level; files are named from the root on."""
+    """Return the report for a person: a summary, then findings by level. Paths are relative to the root."""
     errors = inventory.errors
     warnings = inventory.findings[len(errors) :]
     summary = list(_summary(inventory))
@@ -72,84 +72,87 @@ def to_text(inventory: Inventory) -> str:
     lines = [f"  {name:{width}}{value}" for name, value in summary]
     for level, findings in (("errors", errors), ("warnings", warnings)):
         if findings:
-            lines += ["", f"{level} ({len(findings)})", *_lines(findings)]
-    counted = f"{plural(len(errors), 'error')}, {plural(len(warnings), 'warning')}"
-    lines += ["", f"Training {'cannot' if errors else 'can'} start: {counted}."]
+            lines += ["", f"{level} ({len(findings)})", *_finding_lines(findings)]
+    counts = f"{plural(len(errors), 'error')}, {plural(len(warnings), 'warning')}"
+    lines += ["", f"Training {'cannot' if errors else 'can'} start: {counts}."]
     text = "\n".join(lines)
     for folder in (inventory.root, inventory.root.resolve()):
         text = re.sub(rf"(?<!\S){re.escape(str(folder))}/", "", text)
     return f"{inventory.root}\n{text}"
 
 
-def _summary(inventory: Inventory) -> Iterable[tuple[str, str]]:
+def _summary(inventory: Inventory) -> Iterator[tuple[str, str]]:
     yield "layout", inventory.layout
     split = inventory.split
-    parts = f"; by default {len(split.train)} train, {len(split.val)} validate, {len(split.test)} test" if split else ""
-    yield "cases", f"{len(inventory.cases)}{parts}"
-    yield "classes", inventory.labels.describe() if inventory.labels else "not known"
+    sizes = f"{len(split.train)} training, {len(split.val)} validation, {len(split.test)} test" if split else ""
+    yield "cases", f"{len(inventory.cases)}{sizes and f'; default split: {sizes}'}"
+    yield "classes", inventory.labels.describe() if inventory.labels else "unknown"
     values = label_values(inventory)
-    shown = [f"{v['value']} {v['taken_for']} in {plural(v['cases'], 'case')}" for v in values[:MOST_OF_A_KIND]]
-    yield "label values", (", ".join(shown) or "none but 0") + _more(len(values) - MOST_OF_A_KIND)
+    shown = [f"{v['value']} {v['taken_for']} in {plural(v['cases'], 'case')}" for v in values[:MAX_FINDINGS_PER_KIND]]
+    yield "label values", (", ".join(shown) or "only 0") + _more(len(values) - MAX_FINDINGS_PER_KIND)
 
-    read = [case for case in inventory.cases if case.shape]
-    if read:
-        shapes = [format_sides(case.shape) for case in read]
-        extent = ""
-        if len(set(shapes)) > 1:
-            least, most = (choose(read, key=lambda case: np.prod(case.shape)) for choose in (min, max))
-            extent = f"; from {format_sides(least.shape)} ({least.id}) to {format_sides(most.shape)} ({most.id})"
-        yield "shapes", _distinct(shapes) + extent
-        yield "spacings mm", _distinct(format_sides(case.spacing) for case in read)
-        orientations = Counter(case.orientation for case in read).most_common()
-        yield "orientations", ", ".join(f"{orientation} ({count})" for orientation, count in orientations)
-        slices = [case.slices for case in read]
-        extent = f"{min(slices)} to {max(slices)} a case" if len(set(slices)) > 1 else f"{slices[0]} a case"
-        yield "slices along", f"{_distinct(case.slice_axis for case in read)}; {extent}, {sum(slices)} in all"
-
-    judged = False
+    if readable := [case for case in inventory.cases if case.shape]:
+        yield from _summarise_geometry(readable)
+    has_volumes = False
     for name in inventory.labels.names if inventory.labels else ():
         volumes = {c.id: c.volumes[name] for c in inventory.cases if c.volumes and c.volumes[name]}
         if volumes:
-            judged = True
-            least, most = min(volumes, key=volumes.get), max(volumes, key=volumes.get)
+            has_volumes = True
+            smallest, largest = min(volumes, key=volumes.get), max(volumes, key=volumes.get)
             yield (
                 f"{name} ml",
-                f"median {np.median(list(volumes.values())):.3g}, from {volumes[least]:.3g} ({least}) "
-                f"to {volumes[most]:.3g} ({most})",
+                f"median {np.median(list(volumes.values())):.3g}, from {volumes[smallest]:.3g} ({smallest}) "
+                f"to {volumes[largest]:.3g} ({largest})",
             )
-    if judged:
+    if has_volumes:
         yield "outliers", OUTLIER_RULE
     if unread := inventory.unread:
         shown = ", ".join(str(path) for path in unread[:3])
-        yield "not read", f"{plural(len(unread), 'NIfTI file')} of no case: {shown}{_more(len(unread) - 3)}"
+        yield "not read", f"{plural(len(unread), 'NIfTI file')} without a case: {shown}{_more(len(unread) - 3)}"
 
 
-def _lines(findings: Iterable[Finding]) -> Iterable[str]:
-    """One line each, by kind; of many that say the same the first few, then which cases the others are."""
+def _summarise_geometry(cases: Sequence[CaseFacts]) -> Iterator[tuple[str, str]]:
+    shapes = [format_sides(case.shape) for case in cases]
+    extent = ""
+    if len(set(shapes)) > 1:
+        smallest, largest = (choose(cases, key=lambda case: np.prod(case.shape)) for choose in (min, max))
+        extremes = (f"{format_sides(case.shape)} ({case.id})" for case in (smallest, largest))
+        extent = "; from " + " to ".join(extremes)
+    yield "shapes", _distinct(shapes) + extent
+    yield "spacings mm", _distinct(format_sides(case.spacing) for case in cases)
+    orientations = Counter(case.orientation for case in cases).most_common()
+    yield "orientations", ", ".join(f"{orientation} ({count})" for orientation, count in orientations)
+    slices = [case.slices for case in cases]
+    extent = f"{min(slices)} to {max(slices)}" if len(set(slices)) > 1 else f"{slices[0]}"
+    yield "slices along", f"{_distinct(case.slice_axis for case in cases)}; {extent} per case, {sum(slices)} in total"
+
+
+def _finding_lines(findings: Iterable[Finding]) -> Iterator[str]:
+    """Yield a line for each finding, by kind. Of many equal ones, list the first few and the cases of the rest."""
     kinds: dict[str, list[Finding]] = {}
     for finding in findings:
         kinds.setdefault(finding.kind, []).append(finding)
     for kind, group in kinds.items():
-        said: Counter[tuple[str, str]] = Counter()
-        left = []
+        printed: Counter[tuple[str, str]] = Counter()
+        unlisted = []
         for finding in group:
             text = (finding.problem, finding.fix)
-            if said[text] < MOST_ALIKE and said.total() < MOST_OF_A_KIND:
+            if printed[text] < MAX_EQUAL_FINDINGS and printed.total() < MAX_FINDINGS_PER_KIND:
                 yield f"  {finding.file}: {finding.problem}. {finding.fix}"
-                said[text] += 1
+                printed[text] += 1
             else:
-                left.append(finding.case)
-        if left:
-            cases = ", ".join(left[:MOST_OF_A_KIND]) + _more(len(left) - MOST_OF_A_KIND)
-            yield f"  and {len(left)} more like these ({kind}): {cases}; --json lists them all"
+                unlisted.append(finding.case)
+        if unlisted:
+            cases = ", ".join(unlisted[:MAX_FINDINGS_PER_KIND]) + _more(len(unlisted) - MAX_FINDINGS_PER_KIND)
+            yield f"  and {len(unlisted)} more of this kind ({kind}): {cases}; --json lists all"
 
 
 def _distinct(values: Iterable[str]) -> str:
-    """The values and how often they occur; where there are many, those that occur more than once."""
+    """Return the values with their counts; of many values, only those that occur more than once."""
     counts = Counter(values).most_common()
-    shown = counts if len(counts) <= MOST_DISTINCT else [(v, n) for v, n in counts[:MOST_DISTINCT] if n > 1]
+    shown = counts if len(counts) <= MAX_DISTINCT_VALUES else [(v, n) for v, n in counts[:MAX_DISTINCT_VALUES] if n > 1]
     text = ", ".join(f"{value} ({n})" for value, n in shown)
-    return text + _more(len(counts) - len(shown)) if shown else f"{len(counts)} different ones"
+    return text + _more(len(counts) - len(shown)) if shown else f"{len(counts)} different values"
 
 
 def _more(count: int) -> str:

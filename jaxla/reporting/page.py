@@ -1,4 +1,4 @@
-"""What the pages of runs and of studies share: numbers of metrics, figures as data, templates."""
+"""What the pages of runs and studies share: templates, number formats, figures as data URIs."""
 
 from __future__ import annotations
 
@@ -27,17 +27,20 @@ class Pair(NamedTuple):
     iou: float
 
     @property
-    def floor(self) -> float:
-        """The least mean IoU that such a mean Dice allows: IoU is D/(2 − D) of a mask, which is convex (Jensen)."""
+    def min_iou(self) -> float:
+        """The lowest mean IoU possible with this mean Dice.
+
+        The IoU of a mask is D/(2 − D), which is convex in D, so Jensen's inequality bounds the mean.
+        """
         return self.dice / (2 - self.dice)
 
     @property
     def passes(self) -> bool:
-        return self.iou >= self.floor - 1e-6  # counts may have been divided in single precision
+        return self.iou >= self.min_iou - 1e-6  # the means may have been computed in float32
 
 
 def templates() -> jinja2.Environment:
-    """The pages, and the filters that they print numbers with."""
+    """Return the pages' templates, with the filters that format numbers."""
     environment = jinja2.Environment(
         loader=jinja2.ChoiceLoader([jinja2.PackageLoader(f"jaxla.{name}", ".") for name in ("reporting", "studies")]),
         autoescape=True,
@@ -45,42 +48,43 @@ def templates() -> jinja2.Environment:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {"number": number, "mean_sd": mean_sd, "device": describe_device, "count_of": plural}
+    environment.filters |= {"number": number, "mean_sd": mean_sd, "device": describe_device, "plural": plural}
     return environment
 
 
 def number(value: float | None, metric: str, sign: bool = False) -> str:
-    """`0.855`, `4.89`, `−1.20`; a dash for None."""
+    """Format a metric's value: `0.855`, `4.89`, `−1.20`, or a dash for None."""
     if value is None:
         return "–"
     return format(value, f"{'+' if sign else ''}.{COLUMNS[metric].digits}f").replace("-", "−")
 
 
 def mean_sd(summary: Mapping[str, Any], metric: str) -> str:
-    """`0.855 ± 0.046`, of what `summary` says of a metric; a dash where it says nothing."""
+    """Format a metric of a summary as `0.855 ± 0.046`, or a dash if the summary does not have it."""
     if metric not in summary:
         return "–"
     return f"{number(summary[metric]['mean'], metric)} ± {number(summary[metric]['sd'], metric)}"
 
 
 def chart(draw: Callable[[Axes], None], inches: tuple[float, float] = (4.6, 3.5)) -> str:
+    """Return a figure with one set of axes as a data URI."""
     figure = Figure(figsize=inches, layout="constrained")
     draw(figure.add_subplot())
     return data_uri(figure)
 
 
 def data_uri(figure: Figure) -> str:
-    """A figure as SVG inside a data URI, for an <img>; the same figure gives the same text."""
+    """Return a figure as SVG in a data URI, for an <img>. The same figure gives the same text."""
     drawn = io.StringIO()
-    nothing = dict.fromkeys(("Creator", "Date", "Format", "Type"))
+    no_metadata = dict.fromkeys(("Creator", "Date", "Format", "Type"))
     with matplotlib.rc_context({"svg.hashsalt": "jaxla", "svg.fonttype": "path"}):
-        figure.savefig(drawn, format="svg", transparent=True, metadata=nothing)
-    svg = re.sub(r"(?<=data:image/png;base64,)\s*([^\"]+)", _grey_png, drawn.getvalue())
+        figure.savefig(drawn, format="svg", transparent=True, metadata=no_metadata)
+    svg = re.sub(r"(?<=data:image/png;base64,)\s*([^\"]+)", _to_grey_png, drawn.getvalue())
     return "data:image/svg+xml;base64," + base64.b64encode(svg.encode()).decode()
 
 
-def _grey_png(found: re.Match[str]) -> str:
-    """The PNG of a grey image with one channel in place of four: the same pixels in little more than half the bytes."""
-    image, smaller = Image.open(io.BytesIO(base64.b64decode(found[1]))), io.BytesIO()
-    image.getchannel("R").save(smaller, "PNG", optimize=True)
-    return base64.b64encode(smaller.getvalue()).decode()
+def _to_grey_png(match: re.Match[str]) -> str:
+    """Return a grey RGBA image's PNG with a single channel: the same pixels in little more than half the bytes."""
+    image, compressed = Image.open(io.BytesIO(base64.b64decode(match[1]))), io.BytesIO()
+    image.getchannel("R").save(compressed, "PNG", optimize=True)
+    return base64.b64encode(compressed.getvalue()).decode()

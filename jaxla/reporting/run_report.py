@@ -1,4 +1,4 @@
-"""A run's report: one HTML file that shows what was done and how good it is, and needs nothing but itself."""
+"""A run's report: one self-contained HTML file with what was run and the results."""
 
 from __future__ import annotations
 
@@ -10,14 +10,19 @@ import numpy as np
 
 from jaxla.cli.command_line import strip_run_options
 from jaxla.cli.files import write_atomically
+from jaxla.cli.terminal import plural
 from jaxla.evaluation.metrics import COLUMNS
 from jaxla.evaluation.summary import group_rows
-from jaxla.reporting.agreement import FEWEST_FOR_LIMITS, draw_volumes, volume_agreement
+from jaxla.reporting.agreement import MIN_CASES_FOR_LIMITS, Agreement, agreement_by_class, draw_volumes
 from jaxla.reporting.block_weights import draw_block_weights
 from jaxla.reporting.curves import draw_losses, draw_validation
 from jaxla.reporting.overlays import PREDICTION, REFERENCE, SLICES_PER_CASE, Panel, slice_figures
-from jaxla.reporting.page import Pair, chart, data_uri, templates
+from jaxla.reporting.page import Pair, chart, data_uri, number, templates
+from jaxla.runs.machine import describe_device
 from jaxla.runs.record import format_value
+
+MEAN = "Mean over classes"
+PARTS = {"train": "Training", "val": "Validation", "test": "Test", "unused": "Unused"}  # of the split
 
 
 def write_report(
@@ -31,86 +36,106 @@ def write_report(
     cost: Mapping[str, Any],
     panels: Sequence[Panel],
     unread: Collection[str] = (),
-    counted: str = "per volume",
     folds: Sequence[Mapping[str, Any]] = (),
     largest: Sequence[Sequence[str]] | None = None,
 ) -> None:
-    """Write a run's report; it takes its name only when it is whole.
+    """Write a run's report atomically.
 
     Args:
         path: of the HTML file.
-        record: the content of `experiment.json`.
-        split: the content of `split.json`: case ids of train, val, test, and unused where there are any.
-        history: the lines of `metrics.jsonl`.
-        rows: the rows of `test/cases.csv`: one per test case and class, numbers as numbers.
-        summary: the content of `test/summary.json`.
-        cost: the content of `cost.json`.
-        panels: the cases to show, arrays [S, H, W], spacing in mm.
-        unread: options that the run did not read, and that are not listed.
-        counted: what the Dice of an epoch is of.
-        folds: of cross-validation, of each fold its folder's name and what is known of the epoch that was kept.
-        largest: names of the structures of which the largest connected part alone was kept, in groups; None where that
-            was not tried.
+        record, split, summary, cost: the content of `experiment.json`, `split.json`, `test/summary.json`, `cost.json`.
+        history: the lines of `metrics.jsonl`; empty for all folds together.
+        rows: the rows of `test/cases.csv`, one per test case and class, with numbers as numbers.
+        panels: cases to show.
+        unread: options that had no effect on the run and are not listed.
+        folds: for cross-validation: folder name, kept epoch and results of each fold.
+        largest: groups of structures that keep only their largest connected part; None if this was not tried.
 
     Raises:
-        KeyError, jinja2.UndefinedError: something that the report shows is missing from what it was given.
+        KeyError, jinja2.UndefinedError: the arguments lack something that the report shows.
     """
-    template = templates().get_template("run_report.html.jinja")
-    cases, left_out = _cases(rows), {"name", "summary", *unread}
+    cases, kept = _rank_cases(rows), record["experiment"]["training"]["checkpoint"]
     best = next((line for line in history if line["epoch"] == summary.get("best_epoch")), None)
-    experiment, kept = record["experiment"], record["experiment"]["training"]["checkpoint"]
-    page = template.render(
-        record=record,
-        experiment=record["experiment"],
-        method=record["label"],
-        classes=list(summary["classes"]),
-        split=split,
-        history=history,
-        best=best,
-        minutes=sum(line["seconds"] for line in history) / 60,
-        costs=_costs(cost, history),
-        summary=summary,
-        results=_results(summary),
-        pairs=_pairs(summary, best, counted),
-        row_pairs=_row_pairs(rows),
-        cases=cases,
-        above_atlas=sum(_mean(case, "dice") > _mean(case, "atlas_dice") for case in cases),
-        agreement=volume_agreement(rows),
-        fewest_for_limits=FEWEST_FOR_LIMITS,
-        kept=kept,
-        counted=counted,
-        folds=folds,
-        losses=chart(lambda axes: draw_losses(axes, history)) if history else "",
-        validation=chart(lambda axes: draw_validation(axes, history, best, counted, kept)) if history else "",
-        block_weights=_block_weights(summary),
-        volumes=chart(lambda axes: draw_volumes(axes, rows), (4.2, 4)),
-        panels=[(panel, [(i, data_uri(f)) for i, f in slice_figures(panel, SLICES_PER_CASE)]) for panel in panels],
-        colours={"prediction": PREDICTION, "reference": REFERENCE},
-        options=[(name, format_value(v)) for name, v in flatten(experiment).items() if name not in left_out],
-        repeat=strip_run_options(record["command"]),
-        titles={name: metric.title for name, metric in COLUMNS.items()},
-        unread=unread,
-        largest=largest,
-        definitions=summary["definitions"] | summary["slice"]["definitions"],
+    agreements, counted = agreement_by_class(rows), record["unit"]
+    charts = {"volumes": chart(lambda axes: draw_volumes(axes, agreements), (4.2, 4))}
+    if history:
+        charts["losses"] = chart(lambda axes: draw_losses(axes, history))
+        charts["validation"] = chart(lambda axes: draw_validation(axes, history, best, counted, kept))
+    options, hidden = _flatten(record["experiment"]), {"name", "summary", *unread}
+    page = (
+        templates()
+        .get_template("run_report.html.jinja")
+        .render(
+            record=record,
+            experiment=record["experiment"],
+            method=record["label"],
+            kept=kept,
+            counted=counted,
+            classes=list(summary["classes"]),
+            split=split,
+            parts=[
+                (title, len(split[part]), ", ".join(split[part])) for part, title in PARTS.items() if split.get(part)
+            ],
+            history=history,
+            best=best,
+            minutes=sum(line["seconds"] for line in history) / 60,
+            charts=charts,
+            costs=_list_costs(cost, history),
+            summary=summary,
+            results=_result_blocks(summary),
+            metrics=list(summary["definitions"] | summary["slice"]["definitions"]),
+            titles={name: metric.title for name, metric in COLUMNS.items()},
+            definitions=_list_definitions(summary),
+            pairs=_mean_pairs(summary, best, counted),
+            case_pairs=_case_pairs(rows),
+            cases=cases,
+            above_atlas=sum(_mean(case, "dice") > _mean(case, "atlas_dice") for case in cases),
+            agreements=[(a.name, a.n, number(a.bias, "volume_ml", sign=True), _format_limits(a)) for a in agreements],
+            min_cases_for_limits=MIN_CASES_FOR_LIMITS,
+            folds=folds,
+            block_weights=_draw_block_weights(summary, options.get("model.block_weights")),
+            panels=[(panel, [(i, data_uri(f)) for i, f in slice_figures(panel, SLICES_PER_CASE)]) for panel in panels],
+            colours={"prediction": PREDICTION, "reference": REFERENCE},
+            options=[(name, format_value(v)) for name, v in options.items() if name not in hidden],
+            facts=_list_facts(record),
+            command=strip_run_options(record["command"]),
+            unread=unread,
+            largest=largest,
+        )
     )
     write_atomically(path, page)
 
 
-def _block_weights(summary: Mapping[str, Any]) -> str:
-    """The figure of what a fusion's blocks weigh; empty for other networks."""
+def _flatten(experiment: Mapping[str, Any]) -> dict[str, Any]:
+    """Return an experiment's options, from its JSON, by their dotted names."""
+    options: dict[str, Any] = {}
+    for name, value in experiment.items():
+        is_group = isinstance(value, Mapping)
+        options |= {f"{name}.{field}": v for field, v in value.items()} if is_group else {name: value}
+    return options
+
+
+def _draw_block_weights(summary: Mapping[str, Any], how: str | None) -> dict[str, str] | None:
+    """Draw the block weights of a fusion network; return None for other networks."""
     if "block_weights" not in summary:
-        return ""
-    inches = (max(4.6, 1.6 + 0.42 * min(len(summary["block_weights"]["blocks"]), 20)), 3.2)
-    return chart(lambda axes: draw_block_weights(axes, summary["block_weights"]), inches)
+        return None
+    blocks, levels = (len(summary["block_weights"][name]) for name in ("blocks", "levels"))
+    inches = (max(4.6, 1.6 + 0.42 * min(blocks, 20)), 3.2)
+    origin = "The weights are equal and were not learned" if how == "uniform" else "Learned weights in the best epoch"
+    return {
+        "uri": chart(lambda axes: draw_block_weights(axes, summary["block_weights"]), inches),
+        "alt": f"Weight of each of {plural(blocks, 'block')} at each of {plural(levels, 'level')} of the decoder",
+        "caption": f"{origin}; each row sums to 1",
+    }
 
 
-def _results(summary: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """What the table of results holds: over all classes, and of each class where there are several.
+def _result_blocks(summary: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Return the blocks of the table of results: over all classes, then for each class if there are several.
 
-    A block is a title and, in the order of the table's columns, summaries {metric: mean, sd, n, unit}.
+    A block has a title and, in the order of the table's columns, summaries {metric: mean, sd, n, unit}.
     """
     columns = {"volume": summary, "atlas": summary["atlas"], "slice": summary["slice"]}
-    blocks = [{"title": "Mean over classes", **columns}]
+    blocks = [{"title": MEAN, **columns}]
     if len(summary["classes"]) > 1:
         blocks += [
             {"title": name, **{column: content["classes"][name] for column, content in columns.items()}}
@@ -119,65 +144,100 @@ def _results(summary: Mapping[str, Any]) -> list[dict[str, Any]]:
     return blocks
 
 
-def _costs(cost: Mapping[str, Any], history: Sequence[Mapping[str, float]]) -> list[tuple[str, str]]:
-    """What the run cost, in words."""
+def _list_costs(cost: Mapping[str, Any], history: Sequence[Mapping[str, float]]) -> list[tuple[str, str]]:
+    """Return what the run cost: names of quantities, and their values in words."""
     volumes, slices = len(cost["inference_seconds"]), sum(cost["inference_slices"])
     parameters, trained = cost["parameters"] / 1e6, cost["trained_parameters"] / 1e6
     lines = [
-        ("Parameters", f"{parameters:.1f} M, of which {trained:.1f} M are trained"),
-        ("Multiply-adds", f"{cost['multiply_adds'] / 1e9:.2f} G for one slice"),
+        ("Parameters", f"{parameters:.1f} M, {trained:.1f} M of them trained"),
+        ("Multiply-adds", f"{cost['multiply_adds'] / 1e9:.2f} G per slice"),
         (
             "Inference",
-            f"{np.mean(cost['inference_seconds']):.2f} s a volume of {slices / volumes:.0f} slices, from the scan in "
-            f"memory to its mask (mean, n = {volumes} {'volume' if volumes == 1 else 'volumes'})",
+            f"{np.mean(cost['inference_seconds']):.2f} s per volume of {slices / volumes:.0f} slices, from the scan in "
+            f"memory to its mask (mean, n = {plural(volumes, 'volume')})",
         ),
     ]
     if history:
         seconds, memory = np.mean([line["seconds"] for line in history]), cost["step_bytes"] / 1e9
-        lines.insert(2, ("Training", f"{seconds:.1f} s an epoch, validation included"))
-        taken = f"{memory:.2f} GB, {cost['step_slices']} slices, by XLA's account"
-        lines.append(("Memory of a training step", taken))
-    for name, place in (("peak_host_bytes", "the process on the host"), ("peak_device_bytes", "the device")):
-        if cost[name] is not None:
-            lines.append((f"Peak memory of {place}", f"{cost[name] / 1e9:.2f} GB"))
+        lines.insert(2, ("Training", f"{seconds:.1f} s per epoch, including validation"))
+        lines.append(
+            ("Memory of a training step", f"{memory:.2f} GB for {cost['step_slices']} slices, as reported by XLA")
+        )
+    for key, owner in (("peak_host_bytes", "the process on the host"), ("peak_device_bytes", "the device")):
+        if cost[key] is not None:
+            lines.append((f"Peak memory of {owner}", f"{cost[key] / 1e9:.2f} GB"))
     return lines
 
 
-def _pairs(summary: Mapping[str, Any], best: Mapping[str, float] | None, counted: str) -> list[Pair]:
-    """Every pair of mean Dice and mean IoU that the report prints."""
-    names = {"volume": "Test, per volume", "atlas": "Atlas, per volume", "slice": "Test, per slice"}
+def _list_facts(record: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """Return the origin of data, weights and numbers: names of facts, and their values in words."""
+    root, labels, environment = record["experiment"]["data"]["root"], record["labels"], record["environment"]
+    values = [", ".join(map(str, group)) for group in labels["values"] or [["any except 0"]]]
+    masks = [f"{name}: {value}" for name, value in zip(labels["names"], values, strict=True)]
+    if labels["ignored"] is None:
+        masks.append("all others: background")
+    elif labels["ignored"]:
+        masks.append(f"ignored: {', '.join(map(str, labels['ignored']))}")
+    versions = {"Python": environment["python"]} | environment["versions"]
+    return [
+        ("Data", "synthetic phantoms" if root == "phantom" else root),
+        ("Mask values", "; ".join(masks)),
+        ("Weights", record["weights"]),
+        ("Started", record["begun"]),
+        *(("Resumed", f"{s['begun']}, {describe_device(s['environment'])}") for s in record["resumed"]),
+        ("Device", describe_device(environment)),
+        ("Platform", environment["platform"]),
+        ("Versions", ", ".join(f"{name} {version}" for name, version in versions.items())),
+        ("Command", record["command"]),
+        ("SHA-256 of data", record["data_sha256"]),
+        ("SHA-256 of split", record["split_sha256"]),
+        ("SHA-256 of weights", record["weights_sha256"] or "none"),
+    ]
+
+
+def _list_definitions(summary: Mapping[str, Any]) -> dict[str, str]:
+    definitions = summary["definitions"] | summary["slice"]["definitions"]
+    return {COLUMNS[metric].title: text for metric, text in definitions.items()} | {
+        "Empty masks": summary["empty_rule"],
+        "Averaging": f"{summary['averaging']}. Per slice: {summary['slice']['averaging']}",
+        "Atlas baseline": f"mean training mask in normalised coordinates, with threshold "
+        f"{summary['atlas']['threshold']}, the best one on the validation cases",
+        "Grid": "validation Dice and IoU are computed in the network's input pixels, all other numbers on the scan's "
+        "own grid",
+    }
+
+
+def _format_limits(agreement: Agreement) -> str:
+    return " to ".join(number(limit, "volume_ml", sign=True) for limit in agreement.limits or ()) or "–"
+
+
+def _mean_pairs(summary: Mapping[str, Any], best: Mapping[str, float] | None, counted: str) -> list[Pair]:
+    """Return every pair of mean Dice and mean IoU in the report."""
+    names = {"volume": "Test, per volume", "atlas": "Atlas baseline, per volume", "slice": "Test, per slice"}
     pairs = []
-    for block in _results(summary):
+    for block in _result_blocks(summary):
         for column, name in names.items():
-            title = name if block["title"] == "Mean over classes" else f"{name}, {block['title']}"
+            title = name if block["title"] == MEAN else f"{name}, {block['title']}"
             pairs.append(Pair(title, block[column]["dice"]["mean"], block[column]["iou"]["mean"]))
     if best is None:
         return pairs
     return [*pairs, Pair(f"Validation, {counted}", best["val_dice"], best["val_iou"])]
 
 
-def _row_pairs(rows: Sequence[Mapping[str, Any]]) -> list[Pair]:
-    """Dice and IoU of each case and class, the network's and the atlas's."""
+def _case_pairs(rows: Sequence[Mapping[str, Any]]) -> list[Pair]:
+    """Return Dice and IoU of each case and class, of the network and of the atlas baseline."""
     pairs = []
     for row in rows:
         name = f"{row['case']}, {row['class']}"
         pairs.append(Pair(name, row["dice"], row["iou"]))
-        pairs.append(Pair(f"{name}, atlas", row["atlas_dice"], row["atlas_iou"]))
+        pairs.append(Pair(f"{name}, atlas baseline", row["atlas_dice"], row["atlas_iou"]))
     return pairs
 
 
-def _cases(rows: Sequence[Mapping[str, Any]]) -> list[list[Mapping[str, Any]]]:
-    """The rows of each case, the case of the lowest mean Dice first: what went wrong is read before what went well."""
+def _rank_cases(rows: Sequence[Mapping[str, Any]]) -> list[list[Mapping[str, Any]]]:
+    """Return the rows of each case, lowest mean Dice first, so that failures are read first."""
     return sorted(group_rows(rows).values(), key=lambda case: _mean(case, "dice"))
 
 
 def _mean(rows: Sequence[Mapping[str, Any]], metric: str) -> float:
     return float(np.mean([row[metric] for row in rows]))
-
-
-def flatten(options: Mapping[str, Any]) -> dict[str, Any]:
-    """Return an experiment's options, from its JSON, by their dotted names."""
-    flat: dict[str, Any] = {}
-    for name, value in options.items():
-        flat |= {f"{name}.{key}": v for key, v in value.items()} if isinstance(value, Mapping) else {name: value}
-    return flat

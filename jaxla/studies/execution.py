@@ -1,7 +1,7 @@
-"""The runs of a study, one after the other, each in a process of its own.
+"""The execution of a study: its runs, one after the other, each in a process of its own.
 
-A run that fails, or takes all memory, so ends alone; and what stands in a run's folder is what `python -m jaxla.train`
-with the same options would have left there.
+A run that fails or runs out of memory ends alone. Its folder is the same as after `python -m jaxla.train` with the same
+options.
 """
 
 from __future__ import annotations
@@ -13,85 +13,91 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
 from pathlib import Path
 
 from jaxla.cli.process import Stopped
 from jaxla.cli.terminal import format_duration
 from jaxla.config import InputError
 from jaxla.runs.folder import is_finished, is_running
-from jaxla.studies.forecast import RunsForecast, how_it_ended
-from jaxla.studies.schedule import PlannedRun, State, state_of
+from jaxla.studies.forecast import describe_exit
+from jaxla.studies.schedule import ScheduledRun, State, read_state
 
 log = logging.getLogger(__name__)
 
-POLL = 2.0  # seconds between two looks at a run that another process trains
+POLL_SECONDS = 2.0  # between two checks of a run that another process trains
 
 
-@dataclass(frozen=True)
-class Failure:
-    """A run that did not come to its end, and the last that it said."""
-
-    run: PlannedRun
-    reason: str
-
-
-def wait_for_orphans(runs: Sequence[PlannedRun], output: Path) -> None:
-    """Wait for runs that a killed study has left behind, or that were started by hand.
+def wait_for_running(runs: Sequence[ScheduledRun], output: Path) -> None:
+    """Wait for runs that another process trains, such as those that a killed study left.
 
     Raises:
         InputError: another process runs a study in this folder.
     """
     if is_running(output):
-        raise InputError(f"--output={output}: another process runs a study there; wait for it or end it")
+        raise InputError(
+            f"--output={output}", "another process runs a study in this folder", "Wait for it, or stop it."
+        )
     for run in runs:
         _wait_for(run.folder)
 
 
 def _wait_for(folder: Path) -> None:
     if is_running(folder):
-        log.info("another process trains in %s; waiting for it", folder)
+        log.info("waiting for another process that trains in %s", folder)
         while is_running(folder):
-            time.sleep(POLL)
+            time.sleep(POLL_SECONDS)
 
 
-def run_all(runs: Sequence[PlannedRun], states: Sequence[State], forecast: RunsForecast) -> list[Failure]:
-    """Run what is not complete, in order; -> those that failed.
+def execute_runs(runs: Sequence[ScheduledRun], states: Sequence[State], seconds: Sequence[float], command: str) -> None:
+    """Train and test, in order, all runs that are not complete. After a run fails, the others are still run.
+
+    Args:
+        seconds: forecast for each run.
+        command: that resumes the study, for messages.
 
     Raises:
-        Stopped: asked to end; the run in progress has saved where it stands.
+        Stopped: a run failed, or the process was asked to stop; the current run has saved its state.
     """
-    failures, expected, taken = [], 0.0, 0.0
-    left = [n for n, state in enumerate(states) if state != "complete"]
-    for done, n in enumerate(left):
+    failures, expected, elapsed = [], 0.0, 0.0
+    remaining = [n for n, state in enumerate(states) if state != "complete"]
+    for position, n in enumerate(remaining, start=1):
         run = runs[n]
-        log.info("run %d of %d: %s, %s, seed %d", done + 1, len(left), run.protocol, run.method, run.seed)
-        began = time.perf_counter()
-        failure = _run(run)
-        expected, taken = expected + forecast.seconds[n], taken + time.perf_counter() - began
-        outlook = sum(forecast.seconds[m] for m in left[done + 1 :]) * taken / max(expected, 1e-9)
+        log.info("run %d of %d: %s, %s, seed %d", position, len(remaining), run.protocol, run.method, run.seed)
+        start = time.perf_counter()
+        try:
+            failure = _execute(run)
+        except KeyboardInterrupt as interrupt:
+            raise Stopped(f"in run {run.folder.name}. To resume: {command}") from interrupt
         if failure:
-            failures.append(Failure(run, failure))
+            failures.append(f"{run.folder} ({failure})")
             log.warning("failed: %s", failure)
-        log.info("%d of %d done; about %s left", done + 1, len(left), format_duration(outlook))
-    return failures
+        elapsed, expected = elapsed + time.perf_counter() - start, expected + seconds[n]
+        left = sum(seconds[m] for m in remaining[position:]) * elapsed / max(expected, 1e-9)
+        log.info("%d of %d done; about %s left", position, len(remaining), format_duration(left))
+    if failures:
+        reasons = "; ".join(failures)
+        raise Stopped(f"with {len(failures)} of {len(runs)} runs failed: {reasons}. Fix this; to resume: {command}")
 
 
-def _run(run: PlannedRun) -> str:
-    """Train and test in a process of its own, whose lines are printed indented; -> why it failed, or nothing."""
+def _execute(run: ScheduledRun) -> str:
+    """Run `jaxla.train` in a process of its own and print its output indented; return why it failed, or "".
+
+    Raises:
+        KeyboardInterrupt: the run was asked to stop, and has stopped.
+    """
     _wait_for(run.folder)
     try:
-        state = state_of(run)
+        state = read_state(run)
     except InputError as error:
         return str(error)
     if state == "complete":
         return ""
     command = [sys.executable, "-m", "jaxla.train", *run.arguments, f"--run-dir={run.folder}", "--processes=1"]
-    command += ["--resume"] * (state == "begun")
-    said, stopped = "", None
+    command += ["--resume"] * (state == "started")
+    last_line, stopped = "", None
     with (
-        interruptible(),
-        # a process group of its own: Ctrl-C on a terminal would reach it too, and the same signal twice ends it at once
+        _signals_interrupt(),
+        # In its own process group, because Ctrl-C would reach it as well, and a second signal ends it at once.
         subprocess.Popen(
             command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace", process_group=0
         ) as process,
@@ -99,33 +105,30 @@ def _run(run: PlannedRun) -> str:
         while True:
             try:
                 for line in process.stdout:
-                    if stopped:  # how to go on with the study is said at its end
-                        line = line.partition("; go on with:")[0]
-                    with suppress(OSError):  # nobody reads any more, as after Ctrl-C of `… | tee`
+                    with suppress(OSError):  # the terminal may be gone, as after Ctrl-C of `… | tee`
                         print(f"    {line.rstrip()}", flush=True)
-                    said = line.strip() or said
+                    last_line = line.strip() or last_line
                 break
             except KeyboardInterrupt as interrupt:
                 stopped = interrupt
                 process.send_signal(signal.SIGINT)
     if stopped:
-        raise Stopped(f"in {run.folder.name}") from stopped
+        raise stopped
     if process.returncode == 0 and is_finished(run.folder):
         return ""
-    if process.returncode < 0:
-        return f"ended with {how_it_ended(process.returncode)}"
-    return said.removeprefix("error: ") or how_it_ended(process.returncode)
+    ending = f"ended with {describe_exit(process.returncode)}"
+    return f"{ending}: {last_line}" if process.returncode > 0 and last_line else ending
 
 
 @contextmanager
-def interruptible() -> Iterator[None]:
-    """Within it SIGINT, SIGTERM and a closed terminal, unless it is ignored as under nohup, are a KeyboardInterrupt."""
+def _signals_interrupt() -> Iterator[None]:
+    """Within it, SIGINT, SIGTERM and a closed terminal (unless ignored, as under nohup) raise KeyboardInterrupt."""
     numbers = [signal.SIGINT, signal.SIGTERM]
-    if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # Windows has none
+    if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # Windows has no SIGHUP
         numbers.append(signal.SIGHUP)
-    before = {number: signal.signal(number, signal.default_int_handler) for number in numbers}
+    handlers = {number: signal.signal(number, signal.default_int_handler) for number in numbers}
     try:
         yield
     finally:
-        for number, handler in before.items():
+        for number, handler in handlers.items():
             signal.signal(number, handler)

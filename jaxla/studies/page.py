@@ -1,84 +1,82 @@
-"""The report on a study: tables and figures as files of their own, and all of them on one page."""
+"""The report of a study: tables and figures as files, and all of them on one HTML page."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import NamedTuple
-
-from matplotlib.figure import Figure
 
 from jaxla.cli.files import write_atomically
-from jaxla.config import Published
+from jaxla.config import Experiment, InputError, lookup
+from jaxla.data.cases import Case, find_cases
+from jaxla.data.dataset import resolve_data_root
+from jaxla.data.labels import Labels
+from jaxla.data.prepared import content_key
+from jaxla.data.volumes import read_image, read_mask, slice_geometry, to_slices
 from jaxla.evaluation import statistics
 from jaxla.evaluation.metrics import COLUMNS
+from jaxla.evaluation.summary import worst_median_best
+from jaxla.experiments import EXPERIMENTS, METHODS, PUBLISHED
 from jaxla.reporting.overlays import Panel
 from jaxla.reporting.page import data_uri, templates
-from jaxla.studies.figures import (
-    Styles,
-    describe_agreement,
-    draw_agreement,
-    draw_cost,
-    draw_figure2,
-    draw_figure3,
-    series_of,
-    styles_of,
-)
-from jaxla.studies.results import Results
-from jaxla.studies.tables import all_tables, devices_of, dice_iou_pairs, largest_protocol, write_tables
+from jaxla.runs.folder import PREDICTIONS
+from jaxla.runs.record import differences, format_value
+from jaxla.studies.figures import draw_figures
+from jaxla.studies.results import Results, StudyRun, read_study
+from jaxla.studies.tables import comparison_table, cost_table, dice_iou_pairs, results_table, write_tables
 
 PAGE = "report.html"
-OTHERS = {"comparisons", "cost", "figure2", "figure3", "agreement"}  # names of a report's files, but for Table 1
-ENDINGS = (".csv", ".md", ".tex", ".pdf", ".png")
+# Names and suffixes of the files that a report may write
+FILE_NAMES = {"comparisons", "cost", "figure2", "figure3", "agreement"} | {f"table1_{name}" for name in EXPERIMENTS}
+SUFFIXES = {".csv", ".md", ".tex", ".pdf", ".png"}
 
 
-class Drawn(NamedTuple):
-    """A figure, and what is to be said of it."""
+def report_study(folder: Path, cache_dir: Path, data_root: str = "", case_ids: Sequence[str] = ()) -> Path:
+    """Write the report of a study whose runs are complete, and return the path of its page.
 
-    name: str
-    figure: Figure
-    caption: str
-    alt: str
-
-
-def write_study_report(
-    folder: Path,
-    results: Results,
-    published: Mapping[tuple[str, str], Published],
-    cases: Mapping[str, Sequence[Panel]],
-    known_methods: Sequence[str],
-    known_protocols: Sequence[str],
-    changed: Mapping[str, str],
-) -> Path:
-    """Write `tables/`, `figures/` and the page, which takes its name only when it is whole; -> its path.
-
-    Tables and figures of an earlier report that this one does not have are removed.
+    Removes tables and figures of an earlier report that this one does not have.
 
     Args:
-        published: by method and protocol.
-        cases: for Figure 3: for each case a panel of each method, under the protocol of most training patients.
-        known_methods: all there are, by which those of the study are given their colours.
-        known_protocols: all of which there may be a table.
-        changed: by method, which options are not its own; only of those that have some.
+        data_root: folder of the scans, if they have moved.
+        case_ids: cases to show in Figure 3; by default the worst, the median and the best.
 
     Raises:
-        OSError: a file cannot be written.
+        InputError: the study is incomplete, its scans are missing, or the report cannot be written.
     """
-    tables = all_tables(results, published)
-    drawn = _draw(
-        results, cases, styles_of({run.method: run.record.experiment.method for run in results.runs}, known_methods)
-    )
-    of_a_report = OTHERS | {f"table1_{protocol}" for protocol in known_protocols}
-    for name, written in (("tables", {table.name for table in tables}), ("figures", {one.name for one in drawn})):
-        (folder / name).mkdir(exist_ok=True)
-        for path in (folder / name).iterdir():
-            if path.stem in of_a_report - written and path.suffix in ENDINGS:
-                path.unlink()
+    results = read_study(folder)
+    runs = [results.select(results.largest_protocol, method)[0] for method in results.methods]
+    changed = {run.method: options for run in runs if (options := changed_options(run.record.experiment))}
+    case_note = "" if case_ids else "Worst, median and best: by Dice averaged over methods and seeds."
+    titles = {case_id: case_id for case_id in case_ids} or rank_cases(results)
+    cases = read_cases(titles, runs, results.test_cases, cache_dir, data_root)
+    try:
+        return _write_report(folder, results, cases, case_note, changed)
+    except OSError as error:
+        path = error.filename or folder
+        raise InputError(
+            path, f"cannot be written ({error.strerror})", "Fix this and write the report again."
+        ) from error
+
+
+def _write_report(
+    folder: Path,
+    results: Results,
+    cases: Mapping[str, Sequence[Panel]],
+    case_note: str,
+    changed: Mapping[str, str],
+) -> Path:
+    result_tables = [results_table(results, protocol, PUBLISHED) for protocol in results.protocols]
+    comparisons = [comparison_table(results)] if len(results.methods) > 1 else []
+    costs = cost_table(results)
+    tables = [*result_tables, *comparisons, costs]
+    _prepare_folder(folder / "tables", {table.name for table in tables})
     write_tables(tables, folder / "tables")
-    for figure in drawn:
-        for ending in ("pdf", "png"):
-            metadata = {"CreationDate": None} if ending == "pdf" else {}  # the same study, the same bytes
-            figure.figure.savefig(folder / "figures" / f"{figure.name}.{ending}", dpi=200, metadata=metadata)
+
+    figures = {figure.name: figure for figure in draw_figures(results, cases, case_note, list(METHODS))}
+    _prepare_folder(folder / "figures", figures)
+    for name, (_, figure, *_) in figures.items():
+        figure.savefig(folder / "figures" / f"{name}.png", dpi=200)
+        figure.savefig(folder / "figures" / f"{name}.pdf", metadata={"CreationDate": None})  # same study, same bytes
 
     first = results.runs[0]
     definitions = {COLUMNS[name].title: text for name, text in first.summary["definitions"].items()}
@@ -87,15 +85,16 @@ def write_study_report(
         .get_template("study_page.html.jinja")
         .render(
             results=results,
-            changed=changed,
             first=first,
-            weights={m: results.of(results.protocols[0], m)[0].record.weights for m in results.methods},
-            pairs=dice_iou_pairs(results, published),
-            tables=tables,
-            figures=[
-                {**one._asdict(), "uri": data_uri(one.figure), "inches": one.figure.get_figwidth()} for one in drawn
-            ],
-            least_p=statistics.least_p(len(first.split["test"])),
+            changed_options=changed,
+            weights={m: results.select(results.protocols[0], m)[0].record.weights for m in results.methods},
+            pairs=dice_iou_pairs(result_tables),
+            result_tables=result_tables,
+            comparisons=comparisons,
+            costs=costs,
+            runs=[(r.folder.name, len(r.split["train"]), len(r.history), r.record.split_sha256) for r in results.runs],
+            figures={name: {**one._asdict(), "uri": data_uri(one.figure)} for name, one in figures.items()},
+            least_p=statistics.least_p(len(results.test_cases)),
             definitions=definitions | {"Empty masks": first.summary["empty_rule"]} | statistics.DEFINITIONS,
         )
     )
@@ -103,36 +102,74 @@ def write_study_report(
     return folder / PAGE
 
 
-def _draw(results: Results, cases: Mapping[str, Sequence[Panel]], styles: Styles) -> list[Drawn]:
-    largest = largest_protocol(results)
-    n = results.mean(largest, results.methods[0], "dice").n
-    several = len(results.seeds) > 1
-    of_classes = " and classes" if len(results.classes) > 1 else ""
-    drawn = []
-    if panels := series_of(results):
-        caption = (
-            f"Test Dice, mean over {n} volumes{of_classes}, over the training patients"
-            + (f"; bars: sd of the mean over {len(results.seeds)} seeds" if several else "; one seed")
-            + ". The atlas, the mean training mask, never looks at the image."
-        )
-        drawn.append(
-            Drawn("figure2", draw_figure2(results, styles, panels), caption, "Dice over training patients by method")
-        )
-    ranked = any(": " in name for name in cases)
-    caption = (
-        f"Protocol {largest}, seed {results.seeds[0]}: the slice (counted from 1) with the largest reference, at the "
-        "scan's own resolution, cut to the structure's surroundings; prediction green, reference red. Dice is that of "
-        f"the volume{', mean over classes' if of_classes else ''}."
-        f"{' Worst, median and best by the mean over methods and seeds.' if ranked else ''}"
-    )
-    drawn.append(Drawn("figure3", draw_figure3(cases, results.methods), caption, "Outlines over the scan by method"))
-    caption = (
-        f"Protocol {largest}: test Dice, mean over {n} volumes{of_classes}"
-        f"{' with its 95 % bootstrap interval' if n > 1 else ''}, over what it costs; "
-        f"on {devices_of(results, largest)}."
-    )
-    drawn.append(Drawn("cost", draw_cost(results, styles), caption, "Dice over cost by method"))
-    drawn.append(
-        Drawn("agreement", draw_agreement(results, styles), describe_agreement(results), "Bland-Altman plots by method")
-    )
-    return drawn
+def _prepare_folder(folder: Path, names: Collection[str]) -> None:
+    """Create a folder, or remove a report's files from it that do not have one of these names."""
+    folder.mkdir(exist_ok=True)
+    for path in folder.iterdir():
+        if path.stem in FILE_NAMES.difference(names) and path.suffix in SUFFIXES:
+            path.unlink()
+
+
+def changed_options(experiment: Experiment) -> str:
+    """Return the options in which a run's method differs from the table of methods, as on a command line.
+
+    Raises:
+        InputError: the method does not exist, as in a study by another version.
+    """
+    own = replace(experiment, method=lookup("--method", experiment.method.name, METHODS))
+    return " ".join(f"--{option}={format_value(value)}" for option, value, _ in differences(experiment, own))
+
+
+def rank_cases(results: Results) -> dict[str, str]:
+    """Return case id -> title for the worst, median and best case by Dice summed over methods."""
+    by_method = [results.case_means(results.largest_protocol, method, "dice") for method in results.methods]
+    ranks = worst_median_best({case: sum(dice[case] for dice in by_method) for case in results.test_cases})
+    return {case: f"{rank}\n{case}" for case, rank in ranks.items()}
+
+
+def read_cases(
+    titles: Mapping[str, str], runs: Sequence[StudyRun], test_cases: Sequence[str], cache_dir: Path, data_root: str
+) -> dict[str, list[Panel]]:
+    """Return title -> a panel for each run, for test cases whose scans and masks are those of the study.
+
+    Args:
+        titles: case id -> title.
+
+    Raises:
+        InputError: a case is not a test case, or is missing or changed.
+    """
+    for case_id in titles:
+        if case_id not in test_cases:
+            raise InputError(
+                f"--cases={case_id}", "not a test case of this study", f"Choose from {', '.join(test_cases)}."
+            )
+    record = runs[0].record
+    root = resolve_data_root(record.experiment.data, cache_dir, data_root)
+    cases = {case.id: case for case in find_cases(root, record.experiment.data.all_labels).cases}
+    for case_id in titles:
+        if case_id not in cases:
+            raise InputError(root, f"case {case_id} of the study is missing", "Pass its folder as --data.root.")
+        if content_key(cases[case_id], record.labels) != runs[0].case_hashes[case_id]:
+            raise InputError(
+                root,
+                f"the scan or mask of case {case_id} has changed since the study was run",
+                "Pass the folder of the original files as --data.root.",
+            )
+    return {title: read_panels(runs, cases[case_id], record.labels) for case_id, title in titles.items()}
+
+
+def read_panels(runs: Sequence[StudyRun], case: Case, labels: Labels) -> list[Panel]:
+    """Return a panel with each run's segmentation of a case. All panels share the same image and reference."""
+    image, mask = read_image(case.image), read_mask(case.mask)
+    geometry = slice_geometry(image.affine)
+    slices, reference = (to_slices(a, geometry) for a in (image.array, labels.to_classes(mask.array, case.mask)))
+    panels = []
+    for run in runs:
+        path = run.folder / PREDICTIONS / f"{case.id}.nii.gz"
+        prediction = to_slices(labels.to_classes(read_mask(path).array, path), geometry)
+        if prediction.shape != reference.shape:
+            problem = f"shape {prediction.shape} differs from the scan's {reference.shape}"
+            raise InputError(path, problem, f"Move the folder {run.folder} away and rerun the study.")
+        title = f"Dice {run.case_values('dice')[case.id]:.3f}"
+        panels.append(Panel(title, slices, prediction, reference, geometry.spacing))
+    return panels

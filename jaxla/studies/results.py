@@ -1,27 +1,25 @@
-"""The results of a study, read from its runs' folders: values of every unit, averaged over seeds."""
+"""The results of a study, read from the folders of its runs: the values of every test volume and slice."""
 
 from __future__ import annotations
 
 import csv
 import json
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
 from jaxla.config import InputError
 from jaxla.evaluation.statistics import mean_interval, require_same_cases
-from jaxla.evaluation.summary import case_means
 from jaxla.runs.cost import Cost
 from jaxla.runs.folder import (
     CASES,
     COST,
     METRICS,
-    PREDICTIONS,
     RUNS,
     SPLIT,
     STUDY,
@@ -31,20 +29,17 @@ from jaxla.runs.folder import (
     is_finished,
     read_metrics,
 )
-from jaxla.runs.record import Record, differences, method_label, read_record, shown
+from jaxla.runs.record import Record, comparable_options, read_record
 
 log = logging.getLogger(__name__)
 
-METRICS_SHOWN = ("dice", "iou", "hd95_mm", "assd_mm")
-WORDS = ("case", "slice", "class")  # columns of a run's tables that are no numbers
-OF_VOLUMES = ("case", "class", *METRICS_SHOWN, "atlas_dice", "atlas_iou", "volume_ml", "reference_volume_ml")
-OF_SLICES = (*WORDS, *METRICS_SHOWN)
-# in what runs of one method may differ: the protocol, and what a seed decides
-OF_PROTOCOL = {"exp", "data.train_patients", "data.train_percent"}
-OF_SEED = {"seed", "data.subset_seed"}
+REPORTED_METRICS = ("dice", "iou", "hd95_mm", "assd_mm")
+VOLUME_METRICS = (*REPORTED_METRICS, "atlas_dice", "atlas_iou", "volume_ml", "reference_volume_ml")
+# Runs of one method may differ in the options of the protocol, and in those that a seed sets.
+PROTOCOL_OPTIONS = {"--exp", "--data.train_patients", "--data.train_percent"}
+SEED_OPTIONS = {"--seed", "--data.subset_seed"}
 
 Unit = Literal["volume", "slice"]
-Row = Mapping[str, Any]
 
 
 @dataclass(frozen=True)
@@ -52,276 +47,279 @@ class StudyRun:
     """One complete run.
 
     Attributes:
+        protocol: name of the experiment whose protocol was run.
+        method: name of the method, with its architecture if that is not the method's own.
         record: what was run.
         split, summary: the content of these JSON files.
-        cases: id of each case, and a hash of its scan and mask.
+        case_hashes: case id -> hash of its scan and mask.
         history: the lines of `metrics.jsonl`.
-        rows: of `test/cases.csv`: one for each test case and class, in order of their ids.
-        slices: metric -> its value in every slice of every test case, [slices, classes], in order of the cases' ids.
+        values: unit -> metric -> [units, classes]. Units are sorted by case id, then by slice.
     """
 
     folder: Path
+    protocol: str
+    method: str
+    seed: int
+    classes: list[str]
     record: Record
     split: dict[str, list[str]]
-    cases: dict[str, str]
+    case_hashes: dict[str, str]
     summary: dict[str, Any]
     cost: Cost
     history: list[dict[str, float]]
-    rows: list[Row]
-    slices: dict[str, np.ndarray]
+    values: Mapping[Unit, Mapping[str, np.ndarray]]
 
-    @property
-    def protocol(self) -> str:
-        """Name of the experiment whose protocol it ran."""
-        return self.record.experiment.name
+    def unit_values(self, metric: str, unit: Unit = "volume", class_name: str = "") -> np.ndarray:
+        """Return the value of every unit [units], of one class or averaged over classes.
 
-    @property
-    def method(self) -> str:
-        """Its name, and beside it an architecture that is not its own."""
-        return method_label(self.record.experiment)
+        Metrics named `atlas_…` are those of the atlas baseline.
+        """
+        values = self.values[unit][metric]
+        return values[:, self.classes.index(class_name)] if class_name else values.mean(axis=1)
 
-    @property
-    def seed(self) -> int:
-        return self.record.experiment.seed
-
-    def volumes(self, metric: str, of_class: str = "") -> dict[str, float]:
-        """Case -> its value, of one class or averaged over all; with a metric `atlas_…` that of the atlas."""
-        return case_means((row for row in self.rows if of_class in ("", row["class"])), metric)
-
-    def values(self, metric: str, unit: Unit, of_class: str = "") -> np.ndarray:
-        """The values of all units, in the same order in all runs."""
-        if unit == "volume":
-            return np.array(list(self.volumes(metric, of_class).values()))
-        classes = list(self.summary["classes"])
-        of_classes = self.slices[metric]
-        return of_classes[:, classes.index(of_class)] if of_class else of_classes.mean(axis=1)
-
-    @property
-    def prediction_folder(self) -> Path:
-        return self.folder / PREDICTIONS
+    def case_values(self, metric: str) -> dict[str, float]:
+        """Return case id -> value of its volume, averaged over classes."""
+        return dict(zip(sorted(self.split["test"]), self.unit_values(metric).tolist(), strict=True))
 
 
-@dataclass(frozen=True)
-class Mean:
-    """Over units, each averaged over seeds before.
+class Mean(NamedTuple):
+    """A mean over units; the value of a unit is its average over seeds.
 
     Attributes:
-        sd: sample standard deviation over units; None for a single one.
-        interval: 95 % bootstrap interval of the mean over cases; None for a single one, and for slices, which are not
-            independent of each other.
-        sd_over_seeds: of the means of each seed; None for a single seed.
+        sd: sample standard deviation over units; None for a single unit.
+        ci95_low, ci95_high: bootstrap interval of the mean over cases. None for a single case, and for slices, because
+            the slices of one case depend on each other.
+        sd_over_seeds: sample standard deviation of the seeds' means; None for a single seed.
     """
 
+    unit: Unit
     mean: float
     sd: float | None
     n: int
-    unit: Unit
-    interval: tuple[float, float] | None
+    ci95_low: float | None
+    ci95_high: float | None
     sd_over_seeds: float | None
 
 
 @dataclass(frozen=True)
 class Results:
-    """All runs of a study, complete and comparable: of the same scans, tested on the same cases."""
+    """All runs of a study: one for each protocol, method and seed, on the same scans and the same test cases."""
 
     name: str
     summary: str
     command: str
-    runs: tuple[StudyRun, ...]
-
-    @property
-    def methods(self) -> list[str]:
-        return list(dict.fromkeys(run.method for run in self.runs))
-
-    @property
-    def protocols(self) -> list[str]:
-        return list(dict.fromkeys(run.protocol for run in self.runs))
-
-    @property
-    def seeds(self) -> list[int]:
-        return list(dict.fromkeys(run.seed for run in self.runs))
+    protocols: list[str]
+    methods: list[str]
+    seeds: list[int]
+    runs: list[StudyRun]
 
     @property
     def classes(self) -> list[str]:
-        return list(self.runs[0].summary["classes"])
+        return self.runs[0].classes
 
-    def of(self, protocol: str, method: str) -> list[StudyRun]:
-        """A run for each seed."""
-        return [run for run in self.runs if (run.protocol, run.method) == (protocol, method)]
+    @property
+    def test_cases(self) -> list[str]:
+        return sorted(self.runs[0].split["test"])
 
-    def volumes(self, protocol: str, method: str, metric: str, of_class: str = "") -> dict[str, float]:
-        """Case -> its value, averaged over seeds; of one class or averaged over all."""
-        of_seeds = [run.volumes(metric, of_class) for run in self.of(protocol, method)]
-        return {case: float(np.mean([values[case] for values in of_seeds])) for case in of_seeds[0]}
+    @property
+    def largest_protocol(self) -> str:
+        """The protocol with most training patients; among equals, one that takes all of them."""
 
-    def mean(self, protocol: str, method: str, metric: str, unit: Unit = "volume", of_class: str = "") -> Mean:
-        """Of one class, or of the mean over classes within each unit."""
-        of_seeds = np.array([run.values(metric, unit, of_class) for run in self.of(protocol, method)])
-        values, seeds = of_seeds.mean(axis=0), of_seeds.mean(axis=1)
-        return Mean(
-            mean=float(values.mean()),
-            sd=float(values.std(ddof=1)) if len(values) > 1 else None,
-            n=len(values),
-            unit=unit,
-            interval=mean_interval(values) if unit == "volume" else None,
-            sd_over_seeds=float(seeds.std(ddof=1)) if len(seeds) > 1 else None,
-        )
+        def size(protocol: str) -> tuple[int, bool]:
+            data = self.select(protocol)[0].record.experiment.data
+            return self.count_training_patients(protocol), not data.train_patients and data.train_percent == 100
+
+        return max(self.protocols, key=size)
+
+    def select(self, protocol: str, method: str = "") -> list[StudyRun]:
+        """Return the runs under a protocol: of one method, one for each seed, or of all methods."""
+        return [run for run in self.runs if run.protocol == protocol and method in ("", run.method)]
+
+    def count_training_patients(self, protocol: str) -> int:
+        return len(self.select(protocol)[0].split["train"])
+
+    def seed_values(
+        self, protocol: str, method: str, metric: str, unit: Unit = "volume", class_name: str = ""
+    ) -> np.ndarray:
+        """Return the value of every unit for every seed [seeds, units], of one class or averaged over classes."""
+        return np.array([run.unit_values(metric, unit, class_name) for run in self.select(protocol, method)])
+
+    def case_means(self, protocol: str, method: str, metric: str, class_name: str = "") -> dict[str, float]:
+        """Return case id -> value of its volume averaged over seeds, of one class or averaged over classes."""
+        values = self.seed_values(protocol, method, metric, class_name=class_name).mean(axis=0)
+        return dict(zip(self.test_cases, values.tolist(), strict=True))
+
+    def mean(self, protocol: str, method: str, metric: str, unit: Unit = "volume", class_name: str = "") -> Mean:
+        """Return the mean over units, of one class or averaged over classes."""
+        by_seed = self.seed_values(protocol, method, metric, unit, class_name)
+        values, seed_means = by_seed.mean(axis=0), by_seed.mean(axis=1)
+        low, high = (mean_interval(values) if unit == "volume" else None) or (None, None)
+        sd, sd_over_seeds = (float(v.std(ddof=1)) if len(v) > 1 else None for v in (values, seed_means))
+        return Mean(unit, float(values.mean()), sd, len(values), low, high, sd_over_seeds)
+
+    def cost(self, protocol: str, method: str) -> dict[str, Any]:
+        """Return what a method costs: times are means over runs, the peak memory is the highest of any run."""
+        runs = self.select(protocol, method)
+        first, peaks = runs[0].cost, [run.cost.peak_device_bytes or run.cost.peak_host_bytes for run in runs]
+        return {
+            "parameters": first.parameters,
+            "trained_parameters": first.trained_parameters,
+            "multiply_adds": first.multiply_adds,
+            "step_bytes": first.step_bytes,
+            "epoch_seconds": float(np.mean([line["seconds"] for run in runs for line in run.history])),
+            "epochs": float(np.mean([len(run.history) for run in runs])),
+            "inference_seconds": float(np.mean([seconds for run in runs for seconds in run.cost.inference_seconds])),
+            "peak_bytes": None if None in peaks else max(peaks),
+        }
 
 
 def read_study(folder: Path) -> Results:
-    """The results of a study whose runs are all complete.
+    """Read the results of a study. All its runs must be complete.
 
     Raises:
-        InputError: not a study's folder; a run is missing, incomplete, damaged, not the one that was planned or made by
-            another version of this package; or the runs cannot be compared.
+        InputError: the folder is not a study's; a run is missing, incomplete, damaged, not the scheduled one or made
+            by another version of this package; or the runs cannot be compared.
     """
     try:
         content = json.loads((folder / STUDY).read_text())
-        planned = [
-            (folder / RUNS / run["folder"], run["protocol"], run["method"], int(run["seed"])) for run in content["runs"]
-        ]
         name, summary, command = (content[key] for key in ("name", "summary", "command"))
-        protocols, methods, seeds = (set(of) for of in list(zip(*planned, strict=True))[1:])
-        if sorted(run[1:] for run in planned) != sorted(product(protocols, methods, seeds)):
+        schedule = [(run["protocol"], run["method"], int(run["seed"])) for run in content["runs"]]
+        run_dirs = [folder / RUNS / run["folder"] for run in content["runs"]]
+        if not schedule or sorted(schedule) != sorted(product(*map(set, zip(*schedule, strict=True)))):
             raise ValueError("expected a run for each protocol, method and seed")
     except OSError as error:
         raise InputError(
-            f"--study={folder}: not a study's folder (no {STUDY}); give the --output of python -m jaxla.study"
+            f"--study={folder}", f"not a study's folder (no {STUDY})", "Pass the --output of `python -m jaxla.study`."
         ) from error
     except (ValueError, KeyError, TypeError) as error:
-        raise InputError(f"{folder / STUDY}: damaged ({error!r}); start the study again, complete runs stay") from error
+        fix = "Rerun the study with the same command; complete runs are kept."
+        raise InputError(folder / STUDY, f"damaged ({error!r})", fix) from error
     runs = []
-    for run_dir, protocol, method, seed in planned:
+    for run_dir, (protocol, method, seed) in zip(run_dirs, schedule, strict=True):
         if not run_dir.exists():
-            raise InputError(f"{run_dir}: this run of the study has not begun; go on with: {command}")
+            raise InputError(run_dir, "this run of the study has not started", f"Resume the study with `{command}`.")
         record = read_record(run_dir)
         if not is_finished(run_dir):
-            raise InputError(f"{run_dir}: this run of the study is incomplete; go on with: {command}")
-        _require_planned(run_dir, record, protocol, method, seed)
+            raise InputError(run_dir, "this run of the study is incomplete", f"Resume the study with `{command}`.")
+        _require_scheduled(run_dir, record, protocol, method, seed)
         runs.append(_read_run(run_dir, record))
     _require_comparable(runs)
-    others = {path.name for path in (folder / RUNS).iterdir() if path.is_dir()} - {run[0].name for run in planned}
-    if others:
-        log.warning("not in the report, for the plan does not name them: %s", ", ".join(sorted(others)))
-    return Results(name, summary, command, tuple(runs))
+    if unscheduled := {path.name for path in (folder / RUNS).iterdir() if path.is_dir()} - {d.name for d in run_dirs}:
+        log.warning("not in the report, because the schedule does not list them: %s", ", ".join(sorted(unscheduled)))
+    axes = (list(dict.fromkeys(getattr(run, axis) for run in runs)) for axis in ("protocol", "method", "seed"))
+    return Results(name, summary, command, *axes, runs)
 
 
 def _read_run(folder: Path, record: Record) -> StudyRun:
     try:
         summary = json.loads((folder / SUMMARY).read_text())
-        classes, of_slices = list(summary["classes"]), summary["slice"]["dice"]["n"]
+        classes, slices = list(summary["classes"]), summary["slice"]["dice"]["n"]
         for key in ("definitions", "empty_rule"):
             summary[key]
         split = json.loads((folder / SPLIT).read_text())
         split = {part: list(map(str, split[part])) for part in ("train", "val", "test")}
-        cases = dict(json.loads((folder / CASES).read_text()))
-        if missing := set(split["test"]) - set(cases):
+        cases, case_hashes = split["test"], dict(json.loads((folder / CASES).read_text()))
+        if missing := set(cases) - set(case_hashes):
             raise KeyError(f"{CASES}: {min(missing)}")
         history = read_metrics(folder)
         if not history or any(float(line["seconds"]) < 0 for line in history):
-            raise ValueError(f"{METRICS}: no epoch, or one of less than no time")
+            raise ValueError(f"{METRICS}: expected at least one epoch, and no negative time")
         return StudyRun(
             folder=folder,
+            protocol=record.experiment.name,
+            method=record.label,
+            seed=record.experiment.seed,
+            classes=classes,
             record=record,
             split=split,
-            cases=cases,
+            case_hashes=case_hashes,
             summary=summary,
             cost=Cost(**json.loads((folder / COST).read_text())),
             history=history,
-            rows=_volumes(folder / TEST_CASES, split["test"], classes),
-            slices=_slices(folder / TEST_SLICES, split["test"], classes, of_slices),
+            values={
+                "volume": _read_values(folder / TEST_CASES, "volume", VOLUME_METRICS, cases, classes, len(cases)),
+                "slice": _read_values(folder / TEST_SLICES, "slice", REPORTED_METRICS, cases, classes, slices),
+            },
         )
     except OSError as error:
         raise InputError(
-            f"{error.filename}: missing or unreadable ({error.strerror}), and the report needs it; move {folder} away "
-            "and run the study again"
+            error.filename,
+            f"cannot be read ({error.strerror}), and the report needs it",
+            f"Move the folder {folder} away and rerun the study.",
         ) from error
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise InputError(f"{folder}: damaged ({error!r}); move it away and run the study again") from error
+        raise InputError(folder, f"damaged ({error!r})", "Move the folder away and rerun the study.") from error
 
 
-def _require_planned(folder: Path, record: Record, protocol: str, method: str, seed: int) -> None:
-    """Raise an InputError where another run lies in the folder of a planned one."""
-    found = record.experiment
-    for option, planned, of_run in (
-        ("exp", protocol, found.name),
-        ("method", method, found.method),
-        ("seed", seed, found.seed),
-        ("data.subset_seed", seed, found.data.subset_seed),
+def _read_values(
+    path: Path, unit: Unit, metrics: Sequence[str], cases: Sequence[str], classes: Sequence[str], units: int
+) -> dict[str, np.ndarray]:
+    """Read metric -> [units, classes] from a table of volumes or slices with a row for each unit and class.
+
+    Raises:
+        OSError, ValueError, KeyError: the table cannot be read, is incomplete, or holds a value that is not finite.
+    """
+    with path.open(newline="", encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    found = {(r["case"], int(r.get("slice", 0)), r["class"]): [float(r[metric]) for metric in metrics] for r in rows}
+    keys = sorted({(case, index) for case, index, _ in found})
+    if not len(rows) == len(found) == units * len(classes) or len(keys) != units or {k[0] for k in keys} != set(cases):
+        raise ValueError(
+            f"{path.name}: expected {units * len(classes)} rows, one per {unit} and class of the test cases"
+        )
+    array = np.array([[found[*key, name] for name in classes] for key in keys])
+    if bad := np.argwhere(~np.isfinite(array)).tolist():
+        index, _, metric = bad[0]
+        raise ValueError(f"{path.name}: {metrics[metric]} of {keys[index][0]} is not finite")
+    return dict(zip(metrics, np.moveaxis(array, 2, 0), strict=True))
+
+
+def _require_scheduled(folder: Path, record: Record, protocol: str, method: str, seed: int) -> None:
+    """Raise an InputError if the folder of a scheduled run holds a different run."""
+    experiment = record.experiment
+    for option, expected, found in (
+        ("exp", protocol, experiment.name),
+        ("method", method, experiment.method.name),
+        ("seed", seed, experiment.seed),
+        ("data.subset_seed", seed, experiment.data.subset_seed),
     ):
-        if of_run != planned:
+        if found != expected:
             raise InputError(
-                f"{folder}: holds another run than planned, with --{option}={of_run} and not {planned}; move it away "
-                "and run the study again"
+                folder,
+                f"holds a run with --{option}={found}, but the study schedules {expected} here",
+                "Move the folder away and rerun the study.",
             )
 
 
 def _require_comparable(runs: Sequence[StudyRun]) -> None:
-    """Raise an InputError, which names two runs, unless they differ in method, protocol and seed alone."""
-    require_same_cases({str(run.folder): run.volumes("dice") for run in runs})
-    for run in runs[1:]:
-        for what, of_run, of_first in (
-            ("versions of jaxla", *(r.record.environment["versions"]["jaxla"] for r in (run, runs[0]))),
-            ("scans and masks", *(r.cases for r in (run, runs[0]))),
-            ("classes", *(list(r.summary["classes"]) for r in (run, runs[0]))),
-            ("validation patients", *(r.split["val"] for r in (run, runs[0]))),
-            ("numbers of slices", *(len(r.slices["dice"]) for r in (run, runs[0]))),
-        ):
-            if of_run != of_first:
-                raise _incomparable(run, runs[0], what)
-    of_methods, of_protocols, of_subsets = {}, {}, {}
+    """Raise an InputError that names two runs unless all runs differ in method, protocol and seed only."""
+    require_same_cases({str(run.folder): run.case_values("dice") for run in runs})
+    first: dict[object, tuple[StudyRun, dict[str, object]]] = {}
     for run in runs:
-        first = of_methods.setdefault(run.method, run)
-        for option, here, there in differences(run.record.experiment, first.record.experiment):
-            if option not in OF_PROTOCOL | OF_SEED:
-                raise _incomparable(run, first, f"--{option} ({shown(here)} and {shown(there)})")
-        # random ones follow the seed
-        weights = {"random" if r.record.weights == "random" else r.record.weights_sha256 for r in (run, first)}
-        if len(weights) > 1:
-            raise _incomparable(run, first, "weights")
-        first = of_protocols.setdefault(run.protocol, run)
-        for option, here, there in differences(run.record.experiment.data, first.record.experiment.data, "data."):
-            if option not in OF_SEED:
-                raise _incomparable(run, first, f"--{option} ({shown(here)} and {shown(there)})")
-        first = of_subsets.setdefault((run.protocol, run.seed), run)
-        if run.split["train"] != first.split["train"]:
-            raise _incomparable(run, first, "training patients")
-
-
-def _incomparable(run: StudyRun, other: StudyRun, what: str) -> InputError:
-    return InputError(
-        f"{run.folder} and {other.folder} cannot be compared, for their {what} differ; move one of them away and run "
-        "the study again"
-    )
-
-
-def _rows(path: Path, columns: Sequence[str]) -> Iterator[Row]:
-    with path.open(newline="", encoding="utf-8") as file:
-        for row in csv.DictReader(file):
-            values = {key: row[key] if key in WORDS else float(row[key]) for key in columns}
-            if bad := [key for key, value in values.items() if key not in WORDS and not np.isfinite(value)]:
-                raise ValueError(f"{path.name}: {bad[0]} of {row['case']} is {row[bad[0]]}")
-            yield values
-
-
-def _volumes(path: Path, cases: Sequence[str], classes: Sequence[str]) -> list[Row]:
-    """A row for each case and class, in order of the cases' ids and of the classes."""
-    rows = list(_rows(path, OF_VOLUMES))
-    found = {(row["case"], row["class"]): row for row in rows}
-    expected = list(product(sorted(cases), classes))
-    if len(found) != len(rows) or set(found) != set(expected):
-        raise ValueError(f"{path.name}: expected a row for each of {len(cases)} test cases and {len(classes)} classes")
-    return [found[key] for key in expected]
-
-
-def _slices(path: Path, cases: Sequence[str], classes: Sequence[str], count: int) -> dict[str, np.ndarray]:
-    """Only what is shown of every slice, for a study has many."""
-    found: dict[tuple[str, int], dict[str, list[float]]] = {}
-    for row in _rows(path, OF_SLICES):
-        place = row["case"], int(row["slice"])
-        found.setdefault(place, {})[row["class"]] = [row[metric] for metric in METRICS_SHOWN]
-    whole = all(set(of_slice) == set(classes) for of_slice in found.values())
-    if len(found) != count or not whole or {case for case, _ in found} != set(cases):
-        raise ValueError(f"{path.name}: expected a row for each of {count} slices and {len(classes)} classes")
-    of_slices = np.array([[found[place][name] for name in classes] for place in sorted(found)])
-    return dict(zip(METRICS_SHOWN, np.moveaxis(of_slices, 2, 0), strict=True))
+        options = {f"--{name}": value for name, value in comparable_options(run.record.experiment).items()}
+        groups = {
+            "study": {
+                "versions of jaxla": run.record.environment["versions"]["jaxla"],
+                "scans or masks": run.case_hashes,
+                "classes": run.classes,
+                "validation patients": run.split["val"],
+                "numbers of slices": len(run.values["slice"]["dice"]),
+            },
+            ("method", run.method): {name: options[name] for name in options.keys() - PROTOCOL_OPTIONS - SEED_OPTIONS}
+            # Random weights follow the seed, so their hash is not compared.
+            | {"weights": "random" if run.record.weights == "random" else run.record.weights_sha256[:12]},
+            ("protocol", run.protocol): {
+                name: options[name] for name in options.keys() - SEED_OPTIONS if name.startswith("--data.")
+            },
+            ("subset", run.protocol, run.seed): {"training patients": run.split["train"]},
+        }
+        for group, facts in groups.items():
+            reference, expected = first.setdefault(group, (run, facts))
+            for name in sorted(facts):
+                if facts[name] != expected[name]:
+                    values = f" ({facts[name]} and {expected[name]})" if isinstance(facts[name], str) else ""
+                    raise InputError(
+                        run.folder,
+                        f"cannot be compared with {reference.folder}: different {name}{values}",
+                        "Move one of the two folders away and rerun the study.",
+                    )

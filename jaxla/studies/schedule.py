@@ -1,4 +1,4 @@
-"""The plan of a study: a run for each method, protocol and seed, and how far each of them is."""
+"""The schedule of a study: a run for each method, protocol and seed, and the progress of each."""
 
 from __future__ import annotations
 
@@ -7,37 +7,43 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from itertools import combinations
 from pathlib import Path
 from typing import Literal, NamedTuple
 
 from jaxla.cli.command_line import parse_experiment
 from jaxla.cli.files import report_os_errors, write_atomically
-from jaxla.config import Data, Experiment, InputError, Study
+from jaxla.config import METHOD_GROUPS, Data, Experiment, InputError, Study
 from jaxla.data.cases import find_cases
 from jaxla.data.dataset import resolve_data_root
 from jaxla.data.prepared import content_key
 from jaxla.data.split import make_split
 from jaxla.experiments import EXPERIMENTS, METHODS
-from jaxla.nnunet.plan import read_plan
-from jaxla.pipeline.checks import checked, of_method, with_weights
-from jaxla.runs.folder import CASES, PLAN, RUNS, STUDY, folder_held, has_not_begun, is_finished
-from jaxla.runs.record import changed_case, differences, read_record, shown
+from jaxla.runs.checks import check_experiment, find_weights
+from jaxla.runs.folder import CASES, RUNS, STUDY, has_not_begun, is_finished, lock_folder
+from jaxla.runs.record import Record, changed_case, differences, format_value, read_record
+from jaxla.tasks import is_same_plan
 
-State = Literal["complete", "begun", "new"]
+State = Literal["complete", "started", "new"]
 
 
-class PlannedRun(NamedTuple):
+class ScheduledRun(NamedTuple):
     """One run of a study.
 
     Attributes:
+        protocol: name of the experiment whose protocol is run.
+        seed: of the run's random numbers, and of which training patients its protocol takes.
         experiment: with every option resolved.
-        arguments: of `python -m jaxla.train`, but for its folder.
+        arguments: of `python -m jaxla.train`, without its folder.
         weights_sha256: of its backbone's weights; empty for random ones.
-        folder: where it lies, or will lie.
+        folder: where it is, or will be.
         devices: how many it uses, 0 for all; the same for all runs.
-        shard_params: whether its parameters are divided over them.
+        shard_params: whether its parameters are sharded over the devices.
     """
 
+    protocol: str
+    method: str
+    seed: int
     experiment: Experiment
     arguments: tuple[str, ...]
     weights_sha256: str
@@ -45,91 +51,91 @@ class PlannedRun(NamedTuple):
     devices: int
     shard_params: bool
 
-    @property
-    def protocol(self) -> str:
-        """Name of the experiment whose protocol it runs."""
-        return self.experiment.name
 
-    @property
-    def method(self) -> str:
-        return self.experiment.method
-
-    @property
-    def seed(self) -> int:
-        """Of its random numbers, and of which training patients the protocol takes."""
-        return self.experiment.seed
-
-
-def plan_runs(
+def schedule_runs(
     options: Mapping[str, Sequence[str]], protocols: Sequence[str], seeds: Sequence[int], output: Path, cache_dir: Path
-) -> list[PlannedRun]:
-    """Every method under every protocol with every seed; all of a seed come before the next one.
+) -> list[ScheduledRun]:
+    """Schedule every method under every protocol with every seed, seed by seed.
 
     Args:
-        options: for each method, those of `python -m jaxla.train`.
+        options: method -> its options of `python -m jaxla.train`.
         protocols: names of the experiments whose protocols are run.
 
     Raises:
-        InputError: options that no run could begin with, or missing weights.
+        InputError: invalid options, or missing weights.
     """
-    planned, weights = [], {}
+    runs = []
     for protocol in protocols:
-        for method, of_options in options.items():
-            arguments = [f"--exp={protocol}", f"--method={method}", *of_options, f"--cache-dir={cache_dir}"]
+        for method, method_options in options.items():
+            arguments = [f"--exp={protocol}", f"--method={method}", *method_options, f"--cache-dir={cache_dir}"]
             parsed = parse_experiment(arguments, EXPERIMENTS, METHODS)
-            try:
-                experiment = checked(parsed.experiment)
-                if method not in weights:  # reads all of the file
-                    weights[method] = with_weights(experiment, cache_dir)
-            except InputError as error:
-                raise of_method(error, method) from error
-            located, sha256 = weights[method]
-            experiment = replace(experiment, model=located.model)
-            planned.append((experiment, arguments, sha256, parsed))
-    first = planned[0][0]
-    for n, (experiment, *_) in enumerate(planned):
-        if _scans(experiment) != _scans(first):
-            raise InputError(
-                f"--experiments: {experiment.name} has other data than {first.name} ({experiment.data} and "
-                f"{first.data}); a study compares runs on the same scans"
+            with method_named(method):
+                experiment, sha256 = find_weights(check_experiment(parsed.experiment), cache_dir)
+            parallel = (parsed.devices, parsed.shard_params)
+            runs.append(
+                ScheduledRun(protocol, method, 0, experiment, tuple(arguments), sha256, output / RUNS, *parallel)
             )
-        for other, *_ in planned[:n]:
-            if other.method != experiment.method and replace(other, method=experiment.method) == experiment:
-                raise InputError(
-                    f"--methods: {other.method} and {experiment.method} are the same with these options; leave one "
-                    f"out, or give an option to one alone, as --{other.method}.<option>"
-                )
-        own, taken = EXPERIMENTS[experiment.name].data, experiment.data
-        if (own.train_patients, own.train_percent) != (taken.train_patients, taken.train_percent):
-            raise InputError(
-                f"option --data: {experiment.name} says by itself how many patients train; choose protocols by "
-                "--experiments"
-            )
-    return [
-        PlannedRun(
-            replace(experiment, seed=seed, data=replace(experiment.data, subset_seed=seed)),
-            (*arguments, f"--seed={seed}", f"--data.subset_seed={seed}"),
-            sha256,
-            output / RUNS / f"{experiment.name}_{experiment.method}_seed{seed}",
-            parsed.devices,
-            parsed.shard_params,
-        )
-        for seed in seeds
-        for experiment, arguments, sha256, parsed in planned
-    ]
+    _require_comparable(runs)
+    return [_with_seed(run, seed) for seed in seeds for run in runs]
 
 
-def _scans(experiment: Experiment) -> Data:
-    """The data of an experiment without the part of the training patients that its protocol takes."""
-    return replace(experiment.data, train_patients=0, train_percent=100.0, subset_seed=0)
+def _with_seed(run: ScheduledRun, seed: int) -> ScheduledRun:
+    return run._replace(
+        seed=seed,
+        experiment=replace(run.experiment, seed=seed, data=replace(run.experiment.data, subset_seed=seed)),
+        arguments=(*run.arguments, f"--seed={seed}", f"--data.subset_seed={seed}"),
+        folder=run.folder / f"{run.protocol}_{run.method}_seed{seed}",
+    )
+
+
+def _require_comparable(runs: Sequence[ScheduledRun]) -> None:
+    """Raise an InputError unless runs use the same scans, and differ in method or in training patients."""
+    for run in runs:
+        preset, data, first = EXPERIMENTS[run.protocol].data, run.experiment.data, runs[0]
+        if _scan_options(data) != _scan_options(first.experiment.data):
+            problem = f"{run.protocol} and {first.protocol} use different data ({data} and {first.experiment.data})"
+            raise InputError("--experiments", problem, "Choose experiments on the same scans.")
+        if (preset.train_patients, preset.train_percent) != (data.train_patients, data.train_percent):
+            problem = f"the protocol {run.protocol} sets the number of training patients"
+            raise InputError("--data", problem, "Choose protocols with --experiments.")
+    for a, b in combinations(runs, 2):
+        if a.method != b.method and _differ_in_name_only(a.experiment, b.experiment):
+            raise InputError(
+                "--methods",
+                f"{a.method} and {b.method} are equal with these options",
+                f"Remove one of them, or set an option for one method only: --{a.method}.<option>.",
+            )
+
+
+def _differ_in_name_only(a: Experiment, b: Experiment) -> bool:
+    renamed = replace(a.method, name=b.method.name, summary=b.method.summary)
+    return replace(a, method=renamed) == b
+
+
+def _scan_options(data: Data) -> Data:
+    """Return data options without those that choose the training patients."""
+    return replace(data, train_patients=0, train_percent=100.0, subset_seed=0)
 
 
 @contextmanager
-def study_folder(output: Path, study: Study, runs: Sequence[PlannedRun], command: str) -> Iterator[None]:
-    """The folder of a study, held by this process alone; `study.json` names its runs.
+def method_named(method: str) -> Iterator[None]:
+    """Within it, an InputError about an option that methods may set differently says which method it concerns."""
+    try:
+        yield
+    except InputError as error:
+        name = error.where.lstrip("-").partition("=")[0]
+        if name.partition(".")[0] not in METHOD_GROUPS:
+            raise
+        fix = f"{error.fix} To set it for this method only, use --{method}.{name}."
+        raise InputError(error.where, f"{error.problem} (method {method})", fix) from error
+
+
+@contextmanager
+def hold_study_folder(output: Path, study: Study, runs: Sequence[ScheduledRun], command: str) -> Iterator[None]:
+    """Lock a study's folder for this process, and write the schedule into it.
 
     Raises:
-        InputError: another process holds it.
+        InputError: another process holds the folder.
     """
     content = {
         "name": study.name,
@@ -140,59 +146,64 @@ def study_folder(output: Path, study: Study, runs: Sequence[PlannedRun], command
             for run in runs
         ],
     }
-    with folder_held(output, "--output", "runs a study"):
-        with report_os_errors("written", f"--output={output}", "choose another folder"):
+    with lock_folder(output, "--output", "runs a study"):
+        with report_os_errors("written", f"--output={output}", "Choose another folder."):
             write_atomically(output / STUDY, json.dumps(content, indent=1) + "\n")
         yield
 
 
-def state_of(run: PlannedRun) -> State:
-    """How far a run is.
+def read_state(run: ScheduledRun) -> State:
+    """Return whether a run is complete, started or new.
 
     Raises:
-        InputError: its folder holds something else, or a run of other options or by another version of this package.
+        InputError: its folder holds something else, or a run with different options, weights or package version.
     """
     folder = run.folder
     if not folder.exists() or (folder.is_dir() and has_not_begun(folder)):
         return "new"
     record = read_record(folder)
-    move = "move that folder away to run it again, or choose another --output"
-    for option, now, then in differences(run.experiment, record.experiment):
+    for problem in _find_mismatches(run, record):
+        raise InputError(folder, problem, "Move this folder away to rerun it, or choose another --output.")
+    return "complete" if is_finished(folder) else "started"
+
+
+def _find_mismatches(run: ScheduledRun, record: Record) -> Iterator[str]:
+    model = run.experiment.method.model
+    for option, scheduled, found in differences(run.experiment, record.experiment):
         if option != "exp":
-            raise InputError(f"{folder}: was run with --{option}={shown(then)}, not {shown(now)}; {move}")
+            yield f"was run with --{option}={format_value(found)}, but the study schedules {format_value(scheduled)}"
     if run.weights_sha256 and run.weights_sha256 != record.weights_sha256:
-        raise InputError(f"{folder}: was run with other weights than {run.experiment.model.weights}; {move}")
-    plan = run.experiment.model.plan
-    if plan and (folder / PLAN).exists() and read_plan(folder / PLAN) != read_plan(Path(plan)):
-        raise InputError(f"{folder}: was run with another plan than {plan}; {move}")
-    made_by, here = record.environment["versions"].get("jaxla"), importlib.metadata.version("jaxla")
-    if made_by != here:
-        raise InputError(f"{folder}: was made by jaxla {made_by}, and this is {here}; {move}")
-    return "complete" if is_finished(folder) else "begun"
+        yield f"was run with different weights than {model.weights}"
+    if not is_same_plan(model, run.folder):
+        yield f"was run with a different plan than {model.plan}"
+    installed, found = importlib.metadata.version("jaxla"), record.environment["versions"].get("jaxla")
+    if found != installed:
+        yield f"was run with jaxla {found}, but {installed} is installed"
 
 
-def require_same_data(runs: Sequence[PlannedRun], states: Sequence[State], cache_dir: Path) -> None:
-    """Raise an InputError unless complete runs saw the scans, masks and split that there are now."""
+def require_same_data(runs: Sequence[ScheduledRun], states: Sequence[State], cache_dir: Path) -> None:
+    """Raise an InputError unless complete runs used the current scans, masks and split."""
     complete = [run for run, state in zip(runs, states, strict=True) if state == "complete"]
     if not complete:
         return
     protocol = runs[0].experiment.data
     dataset = find_cases(resolve_data_root(protocol, cache_dir), protocol.all_labels)
-    cases = {case.id: content_key(case, dataset.labels) for case in dataset.cases}
+    hashes = {case.id: content_key(case, dataset.labels) for case in dataset.cases}
     for run in complete:
         try:
-            then = dict(json.loads((run.folder / CASES).read_text()))
+            recorded = dict(json.loads((run.folder / CASES).read_text()))
         except (OSError, ValueError, TypeError) as error:
+            fix = f"Move the folder {run.folder} away to rerun it."
+            raise InputError(run.folder / CASES, f"missing or damaged ({error!r})", fix) from error
+        if change := changed_case(recorded, hashes):
             raise InputError(
-                f"{run.folder / CASES}: missing or damaged ({error!r}); move {run.folder} away to run it again"
-            ) from error
-        if case := changed_case(then, cases):
-            raise InputError(
-                f"{run.folder}: was run on other data than those in {run.experiment.data.root}: {case}; put the data "
-                "back, or choose another --output"
+                run.folder,
+                f"was run on different data than {run.experiment.data.root} has now ({change})",
+                "Restore the data, or choose another --output.",
             )
-        if read_record(run.folder).split_sha256 != make_split(list(cases), run.experiment.data).sha256:
+        if read_record(run.folder).split_sha256 != make_split(list(hashes), run.experiment.data).sha256:
             raise InputError(
-                f"{run.folder}: was run on another split than the present one; put --data.split back, or choose "
-                "another --output"
+                run.folder,
+                "was run on a different split than the current one",
+                "Restore the file of --data.split, or choose another --output.",
             )

@@ -11,11 +11,11 @@ from pathlib import Path
 from jaxla.config import Experiment
 from jaxla.data.dataset import PreparedData
 from jaxla.tasks.base import Features, Task
-from jaxla.tasks.patches import PatchTask
+from jaxla.tasks.patches import PatchTask, is_same_plan
 from jaxla.tasks.slices import SliceTask
 from jaxla.tasks.volumes import VolumeTask
 
-__all__ = ["TASKS", "Features", "Task", "make_task", "restore_task"]
+__all__ = ["TASKS", "Features", "Task", "is_same_plan", "make_task", "restore_task"]
 
 TASKS: dict[str, type[Task]] = {"slices": SliceTask, "volumes": VolumeTask, "patches": PatchTask}
 

@@ -15,7 +15,7 @@ from scipy import special
 
 from jaxla.cli.files import report_os_errors
 from jaxla.cli.terminal import track
-from jaxla.config import Experiment, InputError, option
+from jaxla.config import Experiment, InputError, NetworkOptions, option
 from jaxla.data.cases import channel_name
 from jaxla.data.dataset import PreparedData
 from jaxla.data.prepared import PreparedVolume
@@ -180,6 +180,12 @@ class PatchTask(Task):
             return classes, probabilities if probabilities is None else from_plan_axes(probabilities, planned.order)
 
         return segment
+
+
+def is_same_plan(model: NetworkOptions, folder: Path) -> bool:
+    """Whether a run in `folder` used the plan file that a network's options name; true if they name none."""
+    given, kept = getattr(model, "plan", ""), folder / PLAN
+    return not given or not kept.exists() or read_plan(kept) == read_plan(Path(given))
 
 
 def background_outside(key: jax.Array, images: jax.Array, masks: jax.Array) -> tuple[jax.Array, jax.Array]:

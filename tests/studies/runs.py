@@ -1,4 +1,4 @@
-"""A study's folder made from boxes by the package's own metrics, without any training."""
+"""Write a study's folder from boxes with the package's own metrics, without training."""
 
 import json
 from dataclasses import replace
@@ -23,17 +23,17 @@ ONE_CLASS = Labels(("LA",))
 TWO_CLASSES = Labels(("LA", "appendage"), ((1,), (2,)))
 
 
-class Planned(NamedTuple):
-    """A run: rows that its masks' boxes cover, by test case."""
+class BoxRun(NamedTuple):
+    """A run: test case -> rows of the box that it predicts."""
 
     protocol: str
     method: str
     seed: int
-    found: dict
+    predicted: dict
 
 
 def box(rows, labels=ONE_CLASS):
-    """A box of the first class; a second class is always found where it is."""
+    """Return a mask with a box of the first class; a second class is the same in all masks."""
     mask = np.zeros(SHAPE, np.uint8)
     mask[rows[0] : rows[1], 5:15, 1:5] = 1
     if len(labels.names) > 1:
@@ -46,8 +46,12 @@ def save(array, path):
     nib.save(nib.Nifti1Image(array, AFFINE), path)
 
 
-def write_study(folder, planned, references, root, labels=ONE_CLASS):
-    """A study of one run for each of `planned`, whose scans, with boxes of rows `references`, lie in `root`."""
+def write_study(folder, scheduled, references, root, labels=ONE_CLASS):
+    """Write a study with these runs, and its scans into `root`.
+
+    Args:
+        references: test case -> rows of the box in its reference mask.
+    """
     rng = np.random.default_rng(0)
     for case, rows in references.items():
         save(rng.integers(0, 500, SHAPE).astype(np.int16), root / f"{case}.nii.gz")
@@ -55,7 +59,7 @@ def write_study(folder, planned, references, root, labels=ONE_CLASS):
     option = labels.describe().replace(", ", ";").replace(": ", ":") if labels.values else ""
     hashes = {case.id: content_key(case, labels) for case in find_cases(root, option).cases}
     runs = []
-    for run in planned:
+    for run in scheduled:
         name = f"{run.protocol}_{run.method}_seed{run.seed}"
         runs.append({"folder": name, "protocol": run.protocol, "method": run.method, "seed": run.seed})
         write_run(folder / "runs" / name, run, references, root, labels, option)
@@ -72,9 +76,9 @@ def write_run(folder, run, references, root, labels, option):
     patients = experiment.data.train_patients or round(experiment.data.train_percent / 100 * len(TRAIN))
     (folder / "test").mkdir(parents=True)
     hashes = dict.fromkeys(("weights_sha256", "split_sha256", "data_sha256"), "0" * 64)
-    begun = {"command": "python -m jaxla.train", "begun": "2026-01-02T03:04:05", "environment": environment()}
-    write_record(folder, Record(experiment, labels, "random", **hashes, **begun))
-    split = {"train": TRAIN[:patients], "val": ["v"], "test": list(run.found)}
+    start = {"command": "python -m jaxla.train", "begun": "2026-01-02T03:04:05", "environment": environment()}
+    write_record(folder, Record(experiment, labels, "random", **hashes, **start))
+    split = {"train": TRAIN[:patients], "val": ["v"], "test": list(run.predicted)}
     (folder / "split.json").write_text(json.dumps(split))
     cost = {
         "parameters": 31_000_000, "trained_parameters": 31_000_000, "multiply_adds": 75_000_000_000,
@@ -87,9 +91,9 @@ def write_run(folder, run, references, root, labels, option):
     (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
 
     rows, slice_rows = [], []
-    for case, found in run.found.items():
-        save(box(found, labels), folder / "test" / "predictions" / f"{case}.nii.gz")
-        predicted, reference = (np.moveaxis(box(b, labels), 2, 0) for b in (found, references[case]))
+    for case, rows_of_box in run.predicted.items():
+        save(box(rows_of_box, labels), folder / "test" / "predictions" / f"{case}.nii.gz")
+        predicted, reference = (np.moveaxis(box(b, labels), 2, 0) for b in (rows_of_box, references[case]))
         spacing = (SPACING[2], *SPACING[:2])
         rows += score_case(case, predicted, reference, spacing, labels.names)
         slice_rows += score_case(case, predicted, reference, spacing, labels.names, "slice")
@@ -100,4 +104,4 @@ def write_run(folder, run, references, root, labels, option):
     write_cases(rows, folder / "test" / "cases.csv")
     write_cases(slice_rows, folder / "test" / "slices.csv")
     write_summary(summary, folder / "test" / "summary.json")
-    (folder / "report.html").write_text("a finished run has one")
+    (folder / "report.html").write_text("the run is complete")

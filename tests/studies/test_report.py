@@ -1,4 +1,4 @@
-"""The report on a study: its numbers by hand, its files, and the folders that it refuses."""
+"""The report of a study: numbers computed by hand, its files, and the folders that it refuses."""
 
 import csv
 import json
@@ -16,22 +16,22 @@ from scipy import stats
 
 from jaxla.config import InputError
 from jaxla.report import main
-from jaxla.studies.figures import draw_series, series_of, styles_of
-from jaxla.studies.report import report_study
+from jaxla.studies.figures import choose_styles, draw_series, list_series
+from jaxla.studies.page import report_study
 from jaxla.studies.results import read_study
-from jaxla.studies.tables import devices_of, largest_protocol
+from jaxla.studies.tables import describe_devices
 from tests.reporting.pages import Page
-from tests.studies.runs import TWO_CLASSES, Planned, write_study
+from tests.studies.runs import TWO_CLASSES, BoxRun, write_study
 
 REFERENCES = {f"c{n}": (4, 14) for n in range(4)}
-# rows found in cases c0 to c3, by method and seed; a box of 10 rows moved by m has Dice 1 − m / 10
-FOUND = {
+# Rows predicted in cases c0 to c3, by method and seed. A box of 10 rows that is moved by m rows has Dice 1 − m / 10.
+PREDICTED = {
     ("unet", 0): [(4, 14), (5, 15), (6, 16), (7, 17)],
     ("unet", 1): [(4, 14), (5, 15), (6, 16), (9, 19)],
     ("segnet", 0): [(5, 15), (6, 16), (8, 18), (10, 20)],
     ("segnet", 1): [(6, 16), (6, 16), (8, 18), (12, 22)],
 }
-DICE = {"unet": [1.0, 0.9, 0.8, 0.6], "segnet": [0.85, 0.8, 0.6, 0.3]}  # of each case, averaged over the seeds
+DICE = {"unet": [1.0, 0.9, 0.8, 0.6], "segnet": [0.85, 0.8, 0.6, 0.3]}  # of each case, averaged over seeds
 PROTOCOLS = ("fewshot_1patient", "data_50percent", "paper1")
 
 
@@ -39,12 +39,12 @@ PROTOCOLS = ("fewshot_1patient", "data_50percent", "paper1")
 def reported(tmp_path_factory):
     """A study with its report."""
     folder = tmp_path_factory.mktemp("reported")
-    planned = [
-        Planned(protocol, method, seed, dict(zip(REFERENCES, found, strict=True)))
+    scheduled = [
+        BoxRun(protocol, method, seed, dict(zip(REFERENCES, rows, strict=True)))
         for protocol in PROTOCOLS
-        for (method, seed), found in FOUND.items()
+        for (method, seed), rows in PREDICTED.items()
     ]
-    write_study(folder / "study", planned, REFERENCES, folder / "scans")
+    write_study(folder / "study", scheduled, REFERENCES, folder / "scans")
     report_study(folder / "study", folder / "cache")
     return folder / "study"
 
@@ -60,29 +60,29 @@ def read_csv(path):
         return list(csv.DictReader(file))
 
 
-def run_of(study, protocol="paper1", method="unet", seed=0):
+def run_dir(study, protocol="paper1", method="unet", seed=0):
     return study / "runs" / f"{protocol}_{method}_seed{seed}"
 
 
-def test_a_case_counts_once_averaged_over_seeds(reported):
+def test_each_case_counts_once_averaged_over_seeds(reported):
     rows = {(r["method"], r["metric"], r["unit"]): r for r in read_csv(reported / "tables" / "table1_paper1.csv")}
     for method, dice in DICE.items():
         row = rows[method, "dice", "volume"]
         assert float(row["mean"]) == pytest.approx(np.mean(dice))
         assert float(row["sd"]) == pytest.approx(np.std(dice, ddof=1))
         assert row["n"] == "4"
-        of_seeds = [np.mean([1 - (start - 4) / 10 for start, _ in FOUND[method, seed]]) for seed in (0, 1)]
-        assert float(row["sd_over_seeds"]) == pytest.approx(np.std(of_seeds, ddof=1))
+        seed_means = [np.mean([1 - (start - 4) / 10 for start, _ in PREDICTED[method, seed]]) for seed in (0, 1)]
+        assert float(row["sd_over_seeds"]) == pytest.approx(np.std(seed_means, ddof=1))
         assert float(row["ci95_low"]) < np.mean(dice) < float(row["ci95_high"])
-    # 4 of the 6 slices of a case hold the structure; the others are empty in both masks, which counts as 1
-    of_slices = rows["unet", "dice", "slice"]
-    assert float(of_slices["mean"]) == pytest.approx((4 * np.mean(DICE["unet"]) + 2) / 6)
-    assert of_slices["n"] == "24"
-    assert of_slices["ci95_low"] == ""
-    assert float(rows["atlas", "dice", "volume"]["mean"]) == pytest.approx(0.4)
+    # 4 of the 6 slices of a case have the structure; in the other 2 both masks are empty, and Dice is 1.
+    per_slice = rows["unet", "dice", "slice"]
+    assert float(per_slice["mean"]) == pytest.approx((4 * np.mean(DICE["unet"]) + 2) / 6)
+    assert per_slice["n"] == "24"
+    assert per_slice["ci95_low"] == ""
+    assert float(rows["atlas baseline", "dice", "volume"]["mean"]) == pytest.approx(0.4)
 
 
-def test_published_numbers_stand_beside_ours_and_are_marked(reported):
+def test_published_numbers_have_their_own_columns(reported):
     rows = {(r["method"], r["metric"], r["unit"]): r for r in read_csv(reported / "tables" / "table1_paper1.csv")}
     assert [float(rows["unet", m, "volume"]["published_mean"]) for m in ("dice", "iou")] == [0.841, 0.764]
     assert [float(rows["unet", m, "volume"]["published_sd"]) for m in ("dice", "iou")] == [0.083, 0.128]
@@ -95,35 +95,35 @@ def test_published_numbers_stand_beside_ours_and_are_marked(reported):
         "| published IoU |"
     )
     assert re.sub(r"\s+", " ", first).startswith("| unet | volume | 0.825 ± 0.171 | ")
-    # seeds' means 0.85 and 0.8; all four cases lie above the atlas's 0.4
+    # the seeds' means are 0.85 and 0.8; all four cases are above the atlas baseline's 0.4
     assert re.sub(r"\s+", " ", first).endswith("| 0.035 | 4 of 4 | 0.841 ± 0.083 | 0.764 ± 0.128 |")
-    (of_atlas,) = (re.sub(r"\s+", " ", line) for line in printed.splitlines() if line.startswith("| atlas"))
-    assert " | 0.000 | – | – | – |" in of_atlas  # the same for both seeds; no other atlas to lie above
+    (atlas,) = (re.sub(r"\s+", " ", line) for line in printed.splitlines() if line.startswith("| atlas"))
+    assert " | 0.000 | – | – | – |" in atlas  # equal for both seeds, and not compared with itself
     assert "Published: by paper 1, on LAScarQS 2022, with its own recipe, whatever data and options" in printed
     few = (reported / "tables" / "table1_fewshot_1patient.md").read_text()
     assert "Published: by paper 1, on LAScarQS 2022, read off its Figure 2, with its own recipe" in few
-    assert "(8 training patients): mean ± sd over 4 test volumes and over their 24 slices" in printed
+    assert "(8 training patients): mean ± sd over 4 test volumes and over their 24 slices; the value" in printed
 
 
 def test_each_published_number_names_its_own_paper(tmp_path):
-    planned = [
-        Planned("paper2", method, 0, dict(zip(REFERENCES, FOUND["unet", 0], strict=True)))
+    scheduled = [
+        BoxRun("paper2", method, 0, dict(zip(REFERENCES, PREDICTED["unet", 0], strict=True)))
         for method in ("unet", "fusion_vitg14")
     ]
-    write_study(tmp_path / "study", planned, REFERENCES, tmp_path / "scans")
+    write_study(tmp_path / "study", scheduled, REFERENCES, tmp_path / "scans")
     page = Page(report_study(tmp_path / "study", tmp_path / "cache").read_text("utf-8"))
     printed = (tmp_path / "study" / "tables" / "table1_paper2.md").read_text()
     assert printed.rstrip().endswith(
-        "Published: by paper 2, on LAScarQS 2022, with its own recipe, whatever data and options were taken here; it "
+        "Published: by paper 2, on LAScarQS 2022, with its own recipe, whatever data and options this study uses; it "
         "states no unit of its means."
     )
-    # lower than the least that such a mean Dice allows
-    assert "these fail: paper2, fusion_vitg14, published." in page.text
+    # lower than is possible with such a mean Dice
+    assert "These pairs fail: paper2, fusion_vitg14, published." in page.text
 
 
 def test_methods_are_compared_case_by_case(reported):
     rows = read_csv(reported / "tables" / "comparisons.csv")
-    assert len(rows) == len(PROTOCOLS) * 4  # one pair of methods, four metrics
+    assert len(rows) == len(PROTOCOLS) * 4  # one pair of methods by four metrics
     (row,) = (r for r in rows if (r["protocol"], r["metric"]) == ("paper1", "dice"))
     differences = np.round(np.subtract(DICE["unet"], DICE["segnet"]), 12)
     assert (row["first"], row["second"], row["n"]) == ("unet", "segnet", "4")
@@ -132,17 +132,17 @@ def test_methods_are_compared_case_by_case(reported):
     assert float(row["effect"]) == 1
 
 
-def test_cost_stands_beside_accuracy(reported):
+def test_cost_table_averages_times_and_takes_the_highest_peak(reported):
     unet, segnet = read_csv(reported / "tables" / "cost.csv")
     assert (unet["method"], segnet["method"]) == ("unet", "segnet")
-    assert unet["protocol"] == "paper1"  # of the three that of most training patients
-    assert float(unet["epoch_seconds"]) == 15  # epochs of 10 and 20 s
-    assert float(unet["inference_seconds"]) == 2  # 1, 2 and 2, 3 s
+    assert unet["protocol"] == "paper1"  # the one with most training patients
+    assert float(unet["epoch_seconds"]) == 15  # mean of 10 and 20 s
+    assert float(unet["inference_seconds"]) == 2  # mean of 1, 2, 2 and 3 s
     assert float(unet["peak_bytes"]) == 4_000_000_001
     assert float(unet["dice"]) == pytest.approx(np.mean(DICE["unet"]))
 
 
-def test_every_table_and_figure_is_there_in_every_format_and_the_same_again(study, tmp_path):
+def test_report_writes_all_tables_and_figures_reproducibly(study, tmp_path):
     names = {"comparisons", "cost", *(f"table1_{protocol}" for protocol in PROTOCOLS)}
     tables, figures = study / "tables", study / "figures"
     assert {path.name for path in tables.iterdir()} == {f"{n}.{e}" for n in names for e in ("csv", "md", "tex")}
@@ -161,7 +161,7 @@ def test_every_table_and_figure_is_there_in_every_format_and_the_same_again(stud
     assert all(path.read_bytes() == content for path, content in before.items())
 
 
-def test_latex_has_no_sign_that_latex_does_not_take(reported):
+def test_latex_is_ascii_with_special_characters_escaped(reported):
     for path in (reported / "tables").glob("*.tex"):
         text = path.read_text()
         assert text.isascii(), path
@@ -169,7 +169,7 @@ def test_latex_has_no_sign_that_latex_does_not_take(reported):
         assert text.count("{tabular}") == text.count("\\toprule") * 2 == 2
 
 
-def test_the_page_shows_all_of_it_and_needs_no_other_file(reported):
+def test_page_is_complete_and_needs_no_other_file(reported):
     page = Page((reported / "report.html").read_text("utf-8"))
     assert not {tag for tag, _ in page.tags} & {"script", "link", "iframe", "object", "embed", "base", "form"}
     references = [a[key] for _, a in page.tags for key in ("src", "href", "srcset", "data") if key in a]
@@ -179,17 +179,17 @@ def test_the_page_shows_all_of_it_and_needs_no_other_file(reported):
     assert "Consistency of Dice and IoU: passes." in page.text
     assert "All 16 pairs of means" in page.text  # 3 protocols of 2 methods by 2 units, 3 atlases, 1 published with IoU
     assert "random, not pretrained" in page.text
-    assert "With 4 test cases, p cannot fall below 0.12" in page.text
+    assert "With 4 test cases, p before correction is at least 0.12." in page.text
     assert "Changed options" not in page.text
     for text in ("larger of the two directed 95th percentiles", "both masks empty counts as perfect", "Wilcoxon"):
         assert text in page.text
     runs, _ = page.table("Run")
-    assert [row[0] for row in runs] == [f"{p}_{m}_seed{s}" for p in PROTOCOLS for m, s in FOUND]
+    assert [row[0] for row in runs] == [f"{p}_{m}_seed{s}" for p in PROTOCOLS for m, s in PREDICTED]
 
 
-def test_pairs_that_cannot_be_are_named(study, tmp_path):
+def test_impossible_pairs_of_dice_and_iou_are_named(study, tmp_path):
     for seed in (0, 1):
-        path = run_of(study, seed=seed) / "test" / "cases.csv"
+        path = run_dir(study, seed=seed) / "test" / "cases.csv"
         rows = read_csv(path)
         with path.open("w", newline="") as file:
             writer = csv.DictWriter(file, rows[0])
@@ -197,74 +197,74 @@ def test_pairs_that_cannot_be_are_named(study, tmp_path):
             writer.writerows({**row, "iou": 0.3} for row in rows)
     page = Page(report_study(study, tmp_path / "cache").read_text("utf-8"))
     assert "Consistency of Dice and IoU: FAILS." in page.text
-    assert "these fail: paper1, unet, per volume." in page.text
+    assert "These pairs fail: paper1, unet, per volume." in page.text
 
 
-def test_figure_2_has_a_panel_by_share_and_one_by_number(reported):
+def test_figure_2_has_a_panel_by_percentage_and_one_by_number(reported):
     results = read_study(reported)
-    by_share, by_number = series_of(results)
-    assert (by_share.ticks, by_share.protocols) == (["50 %", "100 %"], ["data_50percent", "paper1"])
+    by_percentage, by_number = list_series(results)
+    assert (by_percentage.ticks, by_percentage.protocols) == (["50 %", "100 %"], ["data_50percent", "paper1"])
     assert (by_number.ticks, by_number.protocols) == (["1", "all (8)"], ["fewshot_1patient", "paper1"])
     axes = Figure().add_subplot()
-    draw_series(axes, results, styles_of({m: m for m in results.methods}, list(METHODS)), by_number)
+    draw_series(axes, results, choose_styles({m: m for m in results.methods}, list(METHODS)), by_number)
     lines = {container.get_label(): container.lines[0].get_ydata() for container in axes.containers}
     assert lines == {m: pytest.approx([np.mean(dice)] * 2) for m, dice in DICE.items()}
     assert axes.get_xlabel() == "training patients"
 
 
-def test_methods_are_told_apart_in_colour_and_in_grey():
+def test_styles_of_methods_differ_in_colour_and_in_grey():
     known = list(METHODS)
     for study in STUDIES.values():
-        styles = styles_of({m: m for m in study.methods}, known)
-        assert styles == styles_of({m: m for m in study.methods[::-1]}, known)  # the same in every study
+        styles = choose_styles({m: m for m in study.methods}, known)
+        assert styles == choose_styles({m: m for m in study.methods[::-1]}, known)  # independent of the order
         for a, b in combinations(styles.values(), 2):
             assert a.colour != b.colour
             assert (a.marker, a.dashes) != (b.marker, b.dashes)
         greys = sorted(np.dot(colors.to_rgb(style.colour), (0.299, 0.587, 0.114)) for style in styles.values())
         assert len(greys) == len(study.methods)
         assert greys[-1] - greys[0] > 0.5
-    exchanged = styles_of({"unet": "unet", "exchanged": "dinov2_vitb14"}, known)
-    assert exchanged["exchanged"] == styles_of({"dinov2_vitb14": "dinov2_vitb14"}, known)["dinov2_vitb14"]
-    # the method after the ten that colours suffice for takes the next free one
+    renamed = choose_styles({"unet": "unet", "renamed": "dinov2_vitb14"}, known)
+    assert renamed["renamed"] == choose_styles({"dinov2_vitb14": "dinov2_vitb14"}, known)["dinov2_vitb14"]
+    # there are ten colours: the eleventh method takes the next free one
     many = [f"method {n}" for n in range(12)]
-    assert len({style.colour for style in styles_of({m: m for m in (many[0], many[10])}, many).values()}) == 2
-    assert len(set(styles_of({m: m for m in many}, many).values())) == 12
+    assert len({style.colour for style in choose_styles({m: m for m in (many[0], many[10])}, many).values()}) == 2
+    assert len(set(choose_styles({m: m for m in many}, many).values())) == 12
 
 
-def test_of_several_classes_each_has_its_numbers(tmp_path):
-    planned = [
-        Planned("paper1", method, 0, dict(zip(REFERENCES, FOUND[method, 0], strict=True)))
+def test_each_of_several_classes_has_its_numbers(tmp_path):
+    scheduled = [
+        BoxRun("paper1", method, 0, dict(zip(REFERENCES, PREDICTED[method, 0], strict=True)))
         for method in ("unet", "segnet")
     ]
-    write_study(tmp_path / "study", planned, REFERENCES, tmp_path / "scans", TWO_CLASSES)
+    write_study(tmp_path / "study", scheduled, REFERENCES, tmp_path / "scans", TWO_CLASSES)
     page = Page(report_study(tmp_path / "study", tmp_path / "cache").read_text("utf-8"))
-    dice = [1.0, 0.9, 0.8, 0.7]  # of the first class; the second is always right
-    for unit, head in (("volume", 0), ("slice", 2 / 6)):  # two slices of six are empty in both masks
+    dice = [1.0, 0.9, 0.8, 0.7]  # of the first class; the second is always perfect
+    for unit, empty in (("volume", 0), ("slice", 2 / 6)):  # in two of six slices both masks are empty
         rows = {
             r["class"]: r
             for r in read_csv(tmp_path / "study" / "tables" / "table1_paper1.csv")
             if (r["method"], r["metric"], r["unit"]) == ("unet", "dice", unit)
         }
-        of_box = np.mean(dice) if not head else head + (1 - head) * np.mean(dice)
+        mean = empty + (1 - empty) * np.mean(dice)
         assert {name: float(row["mean"]) for name, row in rows.items()} == pytest.approx(
-            {"mean": (of_box + 1) / 2, "LA": of_box, "appendage": 1}
+            {"mean": (mean + 1) / 2, "LA": mean, "appendage": 1}
         )
     rows, _ = page.table("method")
     assert [row[:3] for row in rows] == [
         [method, name, unit]
-        for unit, methods in (("volume", ["unet", "segnet", "atlas"]), ("slice", ["unet", "segnet"]))
+        for unit, methods in (("volume", ["unet", "segnet", "atlas baseline"]), ("slice", ["unet", "segnet"]))
         for name in ("mean", "LA", "appendage")
         for method in methods
     ]
-    assert "; mean: of the classes of a unit" in page.text
+    assert "(mean: also over classes)" in page.text
     compared = read_csv(tmp_path / "study" / "tables" / "comparisons.csv")
-    assert "published" not in page.text  # what paper 1 published is of the LA alone
+    assert "published" not in page.text  # paper 1 published numbers of the LA only
     assert [r["class"] for r in compared if r["metric"] == "dice"] == ["mean", "LA", "appendage"]
     assert [float(r["difference"]) for r in compared if r["metric"] == "dice"] == pytest.approx([0.0875, 0.175, 0])
-    assert "All 15 pairs of means" in page.text  # 3 of 2 methods by 2 units, 3 of the atlas
+    assert "All 15 pairs of means" in page.text  # mean and 2 classes, of 2 methods by 2 units and of the atlas baseline
 
 
-def test_a_smaller_plan_leaves_no_table_of_a_larger_one(study, tmp_path, caplog):
+def test_report_of_a_smaller_study_removes_tables_of_a_larger_one(study, tmp_path, caplog):
     for name in ("notes.md", "table1_paper1_edited.tex"):
         (study / "tables" / name).write_text("mine")
     edit(study / "study.json", lambda content: content.update(runs=content["runs"][-2:-1]))
@@ -273,36 +273,36 @@ def test_a_smaller_plan_leaves_no_table_of_a_larger_one(study, tmp_path, caplog)
     kept = {"notes.md", "table1_paper1_edited.tex"}
     assert {path.name for path in (study / "tables").iterdir()} == tables | kept
     assert {path.stem for path in (study / "figures").iterdir()} == {"figure3", "cost", "agreement"}
-    assert "not in the report, for the plan does not name them: data_50percent_segnet_seed0, " in caplog.text
+    assert "not in the report, because the schedule does not list them: data_50percent_segnet_seed0, " in caplog.text
 
 
-def test_times_of_different_devices_are_said_not_to_compare(study):
-    (unet, segnet), device = (run_of(study, method=m) / "experiment.json" for m in ("unet", "segnet")), "gpu: Fast"
-    others = {"device": device, "devices": 4, "processes": 2}
+def test_report_warns_that_times_of_different_devices_cannot_be_compared(study):
+    unet, segnet = (run_dir(study, method=m) / "experiment.json" for m in ("unet", "segnet"))
+    gpus = {"device": "gpu: Fast", "devices": 4, "processes": 2}
     for path in (study / "runs").glob("*/experiment.json"):
         edit(path, lambda content: content["environment"].update(processor="Z80"))
-    assert devices_of(read_study(study), "paper1") == "cpu: Z80"
-    edit(segnet, lambda content: content["environment"].update(others))
+    assert describe_devices(read_study(study), "paper1") == "cpu: Z80"
+    edit(segnet, lambda content: content["environment"].update(gpus))
     edit(
         unet, lambda content: content.update(resumed=[{"environment": {**content["environment"], "processor": "6502"}}])
     )
-    assert devices_of(read_study(study), "paper1") == (
-        "different devices, so that times and memory cannot be compared (unet, segnet: cpu: Z80; unet: cpu: 6502; "
+    assert describe_devices(read_study(study), "paper1") == (
+        "different devices, so times and memory cannot be compared (unet, segnet: cpu: Z80; unet: cpu: 6502; "
         "segnet: gpu: Fast, 4 of them, in 2 processes)"
     )
 
 
-def test_options_that_are_not_a_methods_own_are_named(study, tmp_path):
+def test_changed_options_are_named(study, tmp_path):
     for path in (study / "runs").glob("*_unet_*/experiment.json"):
         edit(path, lambda content: content["experiment"]["model"].update(widths=[8, 16]))
     page = Page(report_study(study, tmp_path / "cache").read_text("utf-8"))
-    assert "Changed options. unet: --model.widths=[8,16]. The other options are the methods' own." in page.text
+    assert "Changed options. unet: --model.widths=[8,16]. All other options have the method's own values." in page.text
 
 
-def test_large_numbers_of_cost_are_printed_whole(study, tmp_path):
-    edit(run_of(study) / "cost.json", lambda content: content.update(parameters=1_136_480_768))
+def test_large_costs_are_printed_without_an_exponent(study, tmp_path):
+    edit(run_dir(study) / "cost.json", lambda content: content.update(parameters=1_136_480_768))
     edit(
-        run_of(study, seed=1) / "cost.json",
+        run_dir(study, seed=1) / "cost.json",
         lambda content: content.update(inference_seconds=[3.0], inference_slices=[6]),
     )
     report_study(study, tmp_path / "cache")
@@ -311,32 +311,33 @@ def test_large_numbers_of_cost_are_printed_whole(study, tmp_path):
     assert "mean over 1 to 2 test volumes of 6 slices in each run" in printed
 
 
-def test_of_equal_protocols_the_one_of_all_patients_is_shown(study):
-    for method, seed in FOUND:
-        run = run_of(study, "data_50percent", method, seed)
+def test_largest_protocol_takes_all_patients_rather_than_as_many(study):
+    for method, seed in PREDICTED:
+        run = run_dir(study, "data_50percent", method, seed)
         edit(run / "split.json", lambda content: content.update(train=[f"t{n}" for n in range(8)]))
-    assert largest_protocol(read_study(study)) == "paper1"
+    assert read_study(study).largest_protocol == "paper1"
 
 
-def test_a_study_of_one_method_compares_nothing(tmp_path):
-    found = dict(zip(REFERENCES, FOUND["unet", 0], strict=True))
-    write_study(tmp_path / "study", [Planned("paper1", "unet", 0, found)], REFERENCES, tmp_path / "scans")
+def test_study_of_one_method_has_no_comparisons(tmp_path):
+    predicted = dict(zip(REFERENCES, PREDICTED["unet", 0], strict=True))
+    write_study(tmp_path / "study", [BoxRun("paper1", "unet", 0, predicted)], REFERENCES, tmp_path / "scans")
     page = Page(report_study(tmp_path / "study", tmp_path / "cache").read_text("utf-8"))
     assert {path.stem for path in (tmp_path / "study" / "tables").iterdir()} == {"table1_paper1", "cost"}
-    assert "Are the differences real?" not in page.text
+    assert "Are the differences significant?" not in page.text
     assert page.table("method")[0][0][:3] == ["unet", "volume", "0.850 ± 0.129"]
 
 
-def test_cases_for_figure_3_may_be_chosen(study, tmp_path, capsys):
+def test_cases_in_figure_3_can_be_chosen(study, tmp_path, capsys):
     before = (study / "figures" / "figure3.png").read_bytes()
     main([f"--study={study}", f"--cache-dir={tmp_path / 'cache'}", "--cases=c2,c0"])
-    assert capsys.readouterr().out.splitlines()[-1] == f"written: {study / 'report.html'}"
+    assert capsys.readouterr().out.splitlines()[-1] == f"wrote {study / 'report.html'}"
     assert (study / "figures" / "figure3.png").read_bytes() != before
-    with pytest.raises(InputError, match=r"--cases: c9 is no test case of this study; these are: c0, c1, c2, c3"):
+    assert "Worst, median and best" not in (study / "report.html").read_text("utf-8")
+    with pytest.raises(InputError, match=r"^--cases=c9: not a test case of this study. Choose from c0, c1, c2, c3.$"):
         main([f"--study={study}", "--cases=c9"])
 
 
-def test_scans_that_have_moved_are_asked_for(study, reported, tmp_path):
+def test_missing_or_changed_scans_are_refused(study, reported, tmp_path):
     elsewhere = shutil.copytree(reported.parent / "scans", tmp_path / "elsewhere")
     for run in (study / "runs").iterdir():
         edit(run / "experiment.json", lambda content: content["experiment"]["data"].update(root="/gone"))
@@ -344,26 +345,25 @@ def test_scans_that_have_moved_are_asked_for(study, reported, tmp_path):
         report_study(study, tmp_path / "cache")
     (study / "report.html").unlink()
     assert report_study(study, tmp_path / "cache", str(elsewhere)).exists()
-    other = elsewhere / "c0.nii.gz"
-    other.write_bytes((elsewhere / "c1.nii.gz").read_bytes())
-    with pytest.raises(InputError, match=r"case c0 is another scan or mask than the one that the study was run on"):
+    (elsewhere / "c0.nii.gz").write_bytes((elsewhere / "c1.nii.gz").read_bytes())
+    with pytest.raises(InputError, match=r"elsewhere: the scan or mask of case c0 has changed since the study was run"):
         report_study(study, tmp_path / "cache", str(elsewhere))
     for path in elsewhere.glob("c0*"):
         path.unlink()
-    with pytest.raises(InputError, match=r"case c0 of the study is not there; give its folder as --data.root"):
+    with pytest.raises(InputError, match=r"case c0 of the study is missing. Pass its folder as --data.root.$"):
         report_study(study, tmp_path / "cache", str(elsewhere))
 
 
-# --- refused ---------------------------------------------------------------------------------------------------------
+# --- folders that are refused -------------------------------------------------------------------------------------
 
 
-def test_a_study_lists_a_run_of_each_protocol_method_and_seed(study):
+def test_schedule_without_a_run_for_each_protocol_method_and_seed_is_refused(study):
     edit(study / "study.json", lambda content: content["runs"].pop())
     with pytest.raises(InputError, match=r"study.json: damaged .*expected a run for each protocol, method and seed"):
         read_study(study)
 
 
-def test_a_report_that_cannot_be_written_is_one_line(study, tmp_path):
+def test_unwritable_report_is_an_input_error(study, tmp_path):
     shutil.rmtree(study / "figures")
     (study / "figures").write_text("a file")
     with pytest.raises(InputError, match=rf"^{re.escape(str(study / 'figures'))}: cannot be written"):
@@ -385,12 +385,15 @@ def remove_case(run):
 
 
 FAULTS = {
-    "missing": (shutil.rmtree, "{run}: this run of the study has not begun; go on with: python -m jaxla.study"),
+    "missing": (
+        shutil.rmtree,
+        "{run}: this run of the study has not started. Resume the study with `python -m jaxla.study --name=tiny`.",
+    ),
     "incomplete": (
         lambda run: (run / "report.html").unlink(),
-        "{run}: this run of the study is incomplete; go on with:",
+        "{run}: this run of the study is incomplete. Resume the study with `python -m jaxla.study --name=tiny`.",
     ),
-    "no run": (lambda run: (run / "experiment.json").unlink(), "{run}: not a run folder (no experiment.json)"),
+    "not a run": (lambda run: (run / "experiment.json").unlink(), "{run}: not a run folder (no experiment.json)"),
     "damaged": (lambda run: (run / "experiment.json").write_text("{"), "experiment.json: damaged"),
     "another format": (
         lambda run: edit(run / "experiment.json", lambda c: c.update(version=99)),
@@ -398,56 +401,59 @@ FAULTS = {
     ),
     "another version": (
         lambda run: edit(run / "experiment.json", lambda c: c["environment"]["versions"].update(jaxla="0.0.1")),
-        "{run} and {any} cannot be compared, for their versions of jaxla differ",
+        "{run}: cannot be compared with {any}: different versions of jaxla (0.0.1 and ",
     ),
-    "other scans": (
+    "different scans": (
         lambda run: edit(run / "cases.json", lambda c: c.update(c0="another")),
-        "{run} and {any} cannot be compared, for their scans and masks differ",
+        "{run}: cannot be compared with {any}: different scans or masks. Move one of the two folders",
     ),
-    "other validation": (
+    "different validation patients": (
         lambda run: edit(run / "split.json", lambda c: c.update(val=["t0"])),
-        "{run} and {any} cannot be compared, for their validation patients differ",
+        "{run}: cannot be compared with {any}: different validation patients. Move one of the two folders",
     ),
-    "other cases": (remove_case, "{any} and {run} were not tested on the same cases ({any} has c3, {run} has not)"),
+    "different test cases": (
+        remove_case,
+        "{any} and {run} were not tested on the same cases ({any} has c3, {run} has not)",
+    ),
     "another seed": (
         lambda run: edit(run / "experiment.json", lambda c: c["experiment"].update(seed=7)),
-        "{run}: holds another run than planned, with --seed=7 and not 1; move it away",
+        "{run}: holds a run with --seed=7, but the study schedules 1 here. Move the folder away",
     ),
     "another protocol": (
         lambda run: edit(run / "experiment.json", lambda c: c["experiment"].update(name="data_25percent")),
-        "{run}: holds another run than planned, with --exp=data_25percent and not paper1",
+        "{run}: holds a run with --exp=data_25percent, but the study schedules paper1 here",
     ),
     "another method": (
         lambda run: edit(run / "experiment.json", lambda c: c["experiment"].update(method="unet")),
-        "{run}: holds another run than planned, with --method=unet and not segnet",
+        "{run}: holds a run with --method=unet, but the study schedules segnet here",
     ),
-    "other options": (
+    "different options": (
         lambda run: edit(run / "experiment.json", lambda c: c["experiment"]["training"].update(epochs=3)),
-        "{run} and {first} cannot be compared, for their --training.epochs (3 and 75) differ",
+        "{run}: cannot be compared with {first}: different --training.epochs (3 and 75). Move",
     ),
     "more patients than its protocol": (
         lambda run: edit(run / "experiment.json", lambda c: c["experiment"]["data"].update(train_patients=3)),
-        "{run} and {same} cannot be compared, for their --data.train_patients (3 and 0) differ",
+        "{run}: cannot be compared with {same}: different --data.train_patients (3 and 0). Move",
     ),
-    "other patients": (
+    "different training patients": (
         lambda run: edit(run / "split.json", lambda c: c.update(train=c["train"][::-1])),
-        "{run} and {same} cannot be compared, for their training patients differ",
+        "{run}: cannot be compared with {same}: different training patients. Move",
     ),
-    "other weights": (
+    "different weights": (
         lambda run: edit(run / "experiment.json", lambda c: c.update(weights="vgg.safetensors")),
-        "{run} and {first} cannot be compared, for their weights differ",
+        "{run}: cannot be compared with {first}: different weights (000",
     ),
     "a case twice": (
         lambda run: (run / "test" / "cases.csv").write_text(
             re.sub(r"\nc3,", "\nc2,", (run / "test" / "cases.csv").read_text())
         ),
-        "{run}: damaged (ValueError('cases.csv: expected a row for each of 4 test cases and 1 classes'))",
+        "{run}: damaged (ValueError('cases.csv: expected 4 rows, one per volume and class of the test cases'))",
     ),
     "fewer slices": (
         lambda run: (run / "test" / "slices.csv").write_text(
             re.sub(r"\nc3,5,.*", "", (run / "test" / "slices.csv").read_text())
         ),
-        "{run}: damaged (ValueError('slices.csv: expected a row for each of 24 slices and 1 classes'))",
+        "{run}: damaged (ValueError('slices.csv: expected 24 rows, one per slice and class of the test cases'))",
     ),
     "no hash": (
         lambda run: edit(run / "cases.json", lambda c: c.pop("c2")),
@@ -455,7 +461,7 @@ FAULTS = {
     ),
     "no epoch": (
         lambda run: (run / "metrics.jsonl").write_text(""),
-        "{run}: damaged (ValueError('metrics.jsonl: no ep",
+        "{run}: damaged (ValueError('metrics.jsonl: expected at least one epoch",
     ),
     "no versions": (
         lambda run: edit(run / "experiment.json", lambda c: c["environment"].pop("versions")),
@@ -467,14 +473,20 @@ FAULTS = {
         "{run}: damaged (KeyError('seconds'))",
     ),
     "half a cost": (lambda run: edit(run / "cost.json", lambda c: c.pop("step_bytes")), "{run}: damaged"),
-    "no number": (
+    "not finite": (
         lambda run: (run / "test" / "slices.csv").write_text(
             re.sub(r"(c0,0,LA,)[^,]*", r"\1nan", (run / "test" / "slices.csv").read_text())
         ),
-        "{run}: damaged (ValueError('slices.csv: dice of c0 is nan'))",
+        "{run}: damaged (ValueError('slices.csv: dice of c0 is not finite'))",
     ),
-    "no cost": (lambda run: (run / "cost.json").unlink(), "cost.json: missing or unreadable"),
-    "no table": (lambda run: (run / "test" / "cases.csv").unlink(), "cases.csv: missing or unreadable"),
+    "no cost": (
+        lambda run: (run / "cost.json").unlink(),
+        "cost.json: cannot be read (No such file or directory), and the report needs it. Move",
+    ),
+    "no table": (
+        lambda run: (run / "test" / "cases.csv").unlink(),
+        "cases.csv: cannot be read (No such file or directory), and the report needs it. Move",
+    ),
     "half a table": (
         lambda run: (run / "test" / "cases.csv").write_text("case,class,dice\nc0,LA,x\n"),
         "{run}: damaged",
@@ -483,14 +495,14 @@ FAULTS = {
 
 
 @pytest.mark.parametrize("fault", FAULTS)
-def test_runs_that_cannot_be_compared_are_refused_and_what_there_is_stays(fault, study, tmp_path):
+def test_faulty_runs_are_refused_and_the_old_report_is_kept(fault, study, tmp_path):
     before = {path: path.read_bytes() for path in (study / "report.html", *(study / "tables").iterdir())}
-    run, method = run_of(study, method="segnet", seed=1), "segnet"
-    others = {"any": run_of(study, "fewshot_1patient"), "first": run_of(study, "fewshot_1patient", method)}
-    same = run_of(study) if "patients than" in fault else run_of(study, seed=1)
+    run, method = run_dir(study, method="segnet", seed=1), "segnet"
+    runs = {"any": run_dir(study, "fewshot_1patient"), "first": run_dir(study, "fewshot_1patient", method)}
+    same = run_dir(study) if "patients than" in fault else run_dir(study, seed=1)
     damage, message = FAULTS[fault]
     damage(run)
-    with pytest.raises(InputError, match=re.escape(message.format(run=run, same=same, **others))):
+    with pytest.raises(InputError, match=re.escape(message.format(run=run, same=same, **runs))):
         report_study(study, tmp_path / "cache")
     assert all(path.read_bytes() == content for path, content in before.items())
 
@@ -504,7 +516,7 @@ def test_runs_that_cannot_be_compared_are_refused_and_what_there_is_stays(fault,
         ('{"name": "a", "summary": "", "command": "", "runs": []}', "study.json: damaged"),
     ],
 )
-def test_a_folder_that_is_no_study_is_named(tmp_path, content, message):
+def test_folder_that_is_not_a_study_is_refused(tmp_path, content, message):
     if content is not None:
         (tmp_path / "study.json").write_text(content)
     with pytest.raises(InputError, match=re.escape(message)):

@@ -1,4 +1,4 @@
-"""python -m jaxla.study as a user runs it: a run that fails, one that is stopped, and what is complete stays."""
+"""python -m jaxla.study as a user runs it: runs that fail, are stopped, resume, or are already complete."""
 
 import json
 import re
@@ -18,13 +18,13 @@ from jaxla.nnunet.plan import write_plan
 from jaxla.runs.folder import run_folder
 from jaxla.runs.machine import environment
 from jaxla.runs.record import Record
-from jaxla.studies.schedule import plan_runs, require_same_data, state_of
+from jaxla.studies.schedule import method_named, read_state, require_same_data, schedule_runs
 from jaxla.study import main
 from tests.commands import run_module
 from tests.tiny import TINY_PLAN
 
 
-def options_of(phantoms, folder, *more):
+def study_options(phantoms, folder, *more):
     return [
         "--name=fewshot_patients", "--methods=unet,attention_unet", "--experiments=fewshot_1patient", "--seeds=3",
         f"--output={folder / 'study'}", f"--cache-dir={folder / 'cache'}", f"--data.root={phantoms}",
@@ -33,33 +33,37 @@ def options_of(phantoms, folder, *more):
     ]  # fmt: skip
 
 
-def test_a_study_goes_on_after_a_failure_and_after_a_stop(phantoms, tmp_path, capsys):
+def test_study_resumes_after_a_failure_and_after_a_stop(phantoms, tmp_path, capsys):
     runs = tmp_path / "study" / "runs"
     unet, gated = (runs / f"fewshot_1patient_{method}_seed3" for method in ("unet", "attention_unet"))
 
-    # a rate at which the first epoch ends in NaN
+    # with this learning rate, the loss of the first epoch is NaN
     failed = run_module(
-        "jaxla.study", *options_of(phantoms, tmp_path, "--unet.training.learning_rate=1e30"), check=False
+        "jaxla.study", *study_options(phantoms, tmp_path, "--unet.training.learning_rate=1e30"), check=False
     )
     assert failed.returncode == 1
-    assert "2 runs: 2 methods, 1 protocol, 1 seed (3); 0 complete, 0 to go on with, 2 new" in failed.stdout
+    assert "2 runs: 2 methods, 1 protocol, 1 seed (3); 0 complete, 0 started, 2 new" in failed.stdout
     assert re.search(r"^time  at most about .* from 3 measured steps of each method", failed.stdout, re.MULTILINE)
-    assert re.search(r"^disk  run folders \S+ at most \(\S+ free\)$", failed.stdout, re.MULTILINE)
-    assert failed.stderr.startswith(f"stopped with 1 of 2 runs failed: {unet} (training loss nan")
-    assert "lower --training.learning_rate" in failed.stderr
+    assert re.search(r"^disk  run folders at most \S+ \(\S+ free\)$", failed.stdout, re.MULTILINE)
+    assert failed.stderr.startswith(f"stopped with 1 of 2 runs failed: {unet} (ended with exit code 2: error: ")
+    assert "training.learning_rate" in failed.stderr
+    assert "Fix this; to resume: python -m jaxla.study --name=fewshot_patients" in failed.stderr
+    assert failed.stderr.count("\n") == 1
     assert (gated / "report.html").exists()
     assert not (tmp_path / "study" / "report.html").exists()
     split = json.loads((gated / "split.json").read_text())
     assert len(split["train"]) == 1
     assert json.loads((gated / "experiment.json").read_text())["experiment"]["data"]["subset_seed"] == 3
 
-    other = re.escape(f"{unet}: was run with --training.learning_rate=1e+30, not 0.0001; move that folder away")
-    with pytest.raises(InputError, match=other):
-        main(options_of(phantoms, tmp_path))
+    problem = (
+        f"{unet}: was run with --training.learning_rate=1e+30, but the study schedules 0.0001. Move this folder away"
+    )
+    with pytest.raises(InputError, match=re.escape(problem)):
+        main(study_options(phantoms, tmp_path))
 
     shutil.rmtree(unet)
     complete = {path: path.stat().st_mtime_ns for path in gated.rglob("*")}
-    command = [sys.executable, "-m", "jaxla.study", *options_of(phantoms, tmp_path)]
+    command = [sys.executable, "-m", "jaxla.study", *study_options(phantoms, tmp_path)]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     for line in process.stdout:
         if "epoch 1/2" in line:
@@ -67,11 +71,11 @@ def test_a_study_goes_on_after_a_failure_and_after_a_stop(phantoms, tmp_path, ca
             break
     _, stderr = process.communicate(timeout=100)
     assert process.returncode == 1
-    assert re.match(rf"stopped in {unet.name}; go on with: python -m jaxla.study --name=fewshot_patients", stderr)
+    assert stderr.startswith(f"stopped in run {unet.name}. To resume: python -m jaxla.study --name=fewshot_patients")
     assert (unet / "experiment.json").exists()
 
-    done = run_module("jaxla.study", *options_of(phantoms, tmp_path))
-    assert re.search(r"; 1 complete, 1 to go on with, 0 new|; 2 complete", done.stdout)
+    done = run_module("jaxla.study", *study_options(phantoms, tmp_path))
+    assert re.search(r"; 1 complete, 1 started, 0 new|; 2 complete", done.stdout)
     assert done.stdout.splitlines()[-1] == f"2 runs are complete: {tmp_path / 'study' / 'report.html'}"
     assert json.loads((unet / "experiment.json").read_text())["resumed"]
     assert {path: path.stat().st_mtime_ns for path in gated.rglob("*")} == complete
@@ -79,12 +83,12 @@ def test_a_study_goes_on_after_a_failure_and_after_a_stop(phantoms, tmp_path, ca
     assert "fewshot_1patient_unet_seed3" in (tmp_path / "study" / "report.html").read_text()
 
     (tmp_path / "study" / "report.html").unlink()
-    main(options_of(phantoms, tmp_path, "--dry-run"))
+    main(study_options(phantoms, tmp_path, "--dry-run"))
     assert capsys.readouterr().out.splitlines()[-1] == (
-        "2 runs: 2 methods, 1 protocol, 1 seed (3); 2 complete, 0 to go on with, 0 new"
+        "2 runs: 2 methods, 1 protocol, 1 seed (3); 2 complete, 0 started, 0 new"
     )
     assert not (tmp_path / "study" / "report.html").exists()
-    main(options_of(phantoms, tmp_path))
+    main(study_options(phantoms, tmp_path))
     assert capsys.readouterr().out.splitlines()[-1] == done.stdout.splitlines()[-1]
     assert (tmp_path / "study" / "report.html").exists()
     assert {path: path.stat().st_mtime_ns for path in gated.rglob("*")} == complete
@@ -93,116 +97,130 @@ def test_a_study_goes_on_after_a_failure_and_after_a_stop(phantoms, tmp_path, ca
 @pytest.mark.parametrize(
     ("option", "message"),
     [
-        ("--seeds=1,2,1", "option --seeds: 1 is given twice"),
-        ("--seeds=one", "option --seeds=one: expected numbers, such as 0,1,2"),
-        ("--seeds=-1", "option --seeds=-1: seeds must be 0 or more"),
-        ("--methods=unet,unet", "option --methods: unet is given twice"),
-        ("--methods=unet,segmet", "--methods: 'segmet' is unknown; did you mean segnet?"),
-        ("--experiments=fewshot_3patients", "--experiments: 'fewshot_3patients' is unknown; did you mean fewshot_"),
-        ("--name=papers1", "study 'papers1' is unknown; did you mean paper1?"),
-        ("--seed=3", "option --seed is not for a study, which says it to each run; give --seeds"),
-        ("--run-dir=x", "option --run-dir is not for a study, which says it to each run; leave it out"),
-        ("--fold=0", "option --fold is not for a study, which says it to each run; leave it out"),
-        ("--data.train_patients=5", "option --data.train_patients is not for a study, which says it to each run; give"),
-        ("--experiments=quickstart,paper1", "--experiments: paper1 has other data than quickstart"),
-        ("--data.subset_seed=3", "option --data.subset_seed is not for a study, which says it to each run"),
+        ("--seeds=1,2,1", "--seeds: 1 is repeated. Remove the repetition."),
+        ("--seeds=one", "--seeds=one: expected integers. Pass a list such as 0,1,2."),
+        ("--seeds=-1", "--seeds=-1: seeds must be 0 or more. "),
+        ("--methods=unet,unet", "--methods: unet is repeated. "),
+        ("--methods=unet,segmet", "--methods … segmet … did you mean segnet"),
+        ("--experiments=fewshot_3patients", "--experiments … fewshot_3patients … did you mean fewshot_"),
+        ("--name=papers1", "--name … papers1 … did you mean paper1"),
+        ("--seed=3", "--seed: the study sets this option for each run. Use --seeds."),
+        ("--run-dir=x", "--run-dir: the study sets this option for each run. Remove the option."),
+        ("--fold=0", "--fold: the study sets this option for each run. Remove the option."),
+        (
+            "--data.train_patients=5",
+            "--data.train_patients: the study sets this option for each run. Use --experiments.",
+        ),
+        ("--data.subset_seed=3", "--data.subset_seed: the study sets this option for each run. Use --seeds."),
+        ("--dry-run=3", "--dry-run: ignored explicit argument '3'. See --help."),
+        ("--experiments=quickstart,paper1", "--experiments: paper1 and quickstart use different data "),
         (
             "--segnet.training.epochs=3",
-            "option --segnet.training.epochs: segnet is not among the methods of this study",
+            "--segnet.training.epochs: method segnet is not in this study. Choose from unet, ",
         ),
-        ("--unet.data.labels=LA:1", "option --unet.data.labels: methods may differ in model, preprocessing"),
+        ("--unet.data.labels=LA:1", "--unet.data.labels: not an option of a method. Methods may differ in model, "),
         (
             '--data={"train_patients":5}',
-            "option --data: fewshot_1patient says by itself how many patients train; choose protocols by --experiments",
+            "--data: the protocol fewshot_1patient sets the number of training patients. Choose protocols with --exp",
         ),
-        (
-            "--unet.preprocessing.image_size=0",
-            "option --preprocessing.image_size must be at least 1, got 0 (method unet; --unet.<option> gives an option",
-        ),
-        ("--unet.training.epoch=3", "option --training.epoch is unknown; did you mean --training.epochs?"),
-        ("--training.epochs=0", "option --training.epochs must be at least 1"),
-        ("--data.rot=x", "option --data.rot is unknown; did you mean --data.root?"),
-        ("stray", "'stray' is no option"),
+        ("--unet.preprocessing.image_size=0", "--preprocessing.image_size … at least 1, got 0"),
+        ("--unet.training.epoch=3", "--training.epoch … did you mean --training.epochs?"),
+        ("--training.epochs=0", "--training.epochs … at least 1"),
+        ("--data.rot=x", "--data.rot … did you mean --data.root?"),
+        ("stray", "stray"),
     ],
 )
-def test_mistakes_in_options_are_found_before_anything_is_run(phantoms, tmp_path, option, message):
-    with pytest.raises(InputError, match=re.escape(message)):
-        main(options_of(phantoms, tmp_path, option))
+def test_invalid_options_are_refused_before_anything_is_run(phantoms, tmp_path, option, message):
+    with pytest.raises(InputError, match=".*".join(map(re.escape, message.split(" … ")))):
+        main(study_options(phantoms, tmp_path, option))
     assert list(tmp_path.iterdir()) == []
 
 
-def test_methods_that_options_make_the_same_are_refused(phantoms, tmp_path):
-    options = [option for option in options_of(phantoms, tmp_path) if "widths" not in option]
+def test_only_errors_about_options_of_a_method_name_the_method():
+    error = InputError("--training.epochs=0", "must be at least 1", "Use a larger number.")
+    with pytest.raises(InputError) as raised, method_named("unet"):
+        raise error
+    assert str(raised.value) == (
+        "--training.epochs=0: must be at least 1 (method unet). Use a larger number. To set it for this method only, "
+        "use --unet.training.epochs."
+    )
+    error = InputError("--data.root=/gone", "no such folder", "Check --training.epochs.")
+    with pytest.raises(InputError) as raised, method_named("unet"):
+        raise error
+    assert raised.value is error
+
+
+def test_methods_that_are_equal_with_the_options_are_refused(phantoms, tmp_path):
+    options = [option for option in study_options(phantoms, tmp_path) if "widths" not in option]
     options += ["--methods=fusion_vitb14_last4,fusion_vitb14_no_image,fusion_vitb14", "--model.arch=vit_mini8"]
     line = re.escape(
-        "--methods: fusion_vitb14_no_image and fusion_vitb14 are the same with these options; leave one out, or give "
-        "an option to one alone, as --fusion_vitb14_no_image.<option>"
+        "--methods: fusion_vitb14_no_image and fusion_vitb14 are equal with these options. Remove one of them, or set "
+        "an option for one method only: --fusion_vitb14_no_image.<option>."
     )
     with pytest.raises(InputError, match=f"^{line}$"):
         main([*options, "--model.weights=random", "--model.image_stages=all"])
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("lacking", ["--name", "--output"])
-def test_a_required_option_is_named(lacking):
-    given = [option for option in ("--name=paper1", "--output=study") if not option.startswith(lacking)]
-    with pytest.raises(InputError, match=f"option {lacking} is required"):
-        main(given)
+@pytest.mark.parametrize("missing", ["--name", "--output"])
+def test_missing_required_option_is_named(missing):
+    options = [option for option in ("--name=paper1", "--output=study") if not option.startswith(missing)]
+    with pytest.raises(InputError, match=f"^{missing}: required. See --help.$"):
+        main(options)
 
 
-def test_fewer_patients_than_a_protocol_needs(phantoms, tmp_path):
+def test_protocol_that_needs_more_patients_than_there_are_is_refused(phantoms, tmp_path):
     with pytest.raises(InputError, match=r"--data.train_patients=5: there are 4 training patients"):
-        main(options_of(phantoms, tmp_path, "--experiments=fewshot_1patient,fewshot_5patients"))
+        main(study_options(phantoms, tmp_path, "--experiments=fewshot_1patient,fewshot_5patients"))
     assert not (tmp_path / "study").exists()
 
 
-def test_what_lies_where_a_run_should_is_named_and_kept(phantoms, tmp_path):
+def test_files_in_place_of_a_run_are_refused_and_kept(phantoms, tmp_path):
     folder = tmp_path / "study" / "runs" / "fewshot_1patient_unet_seed3"
     folder.mkdir(parents=True)
     (folder / "notes.txt").write_text("mine")
     with pytest.raises(InputError, match=re.escape(f"{folder}: not a run folder")):
-        main(options_of(phantoms, tmp_path))
+        main(study_options(phantoms, tmp_path))
     assert (folder / "notes.txt").read_text() == "mine"
 
 
-def test_complete_runs_of_another_split_or_of_other_data_are_not_reported(phantoms, tmp_path):
-    """No run is made: a planned one is complete as soon as its folder says so."""
+def test_complete_runs_on_a_different_split_or_different_data_are_refused(phantoms, tmp_path):
+    """Writes the folder of a complete run without training."""
     data, study = shutil.copytree(phantoms, tmp_path / "data"), tmp_path / "study"
     folder = study / "runs" / "fewshot_1patient_unet_seed3"
-    (run,) = plan_runs({"unet": [f"--data.root={data}"]}, ["fewshot_1patient"], [3], study, tmp_path)
+    (run,) = schedule_runs({"unet": [f"--data.root={data}"]}, ["fewshot_1patient"], [3], study, tmp_path)
     dataset = find_cases(data)
     cases = {case.id: content_key(case, dataset.labels) for case in dataset.cases}
     split = make_split(list(cases), run.experiment.data)
     hashes = {"weights_sha256": "", "split_sha256": split.sha256, "data_sha256": ""}
     record = Record(run.experiment, dataset.labels, "random", **hashes, command="", begun="", environment=environment())
     with run_folder(folder, record, split, cases, resume=False):
-        (folder / "report.html").write_text("a finished run has one")
+        (folder / "report.html").write_text("the run is complete")
 
     require_same_data([run], ["complete"], tmp_path)
-    assert state_of(run) == "complete"
-    planned = replace(run.experiment, model=replace(run.experiment.model, plan=str(tmp_path / "plan.json")))
-    with pytest.raises(InputError, match=r"was run with --model.plan=not given, not "):
-        state_of(run._replace(experiment=planned))
-    other = tmp_path / "split.json"
-    write_split(replace(split, val=split.test, test=split.val), other)
-    moved = run._replace(experiment=replace(run.experiment, data=replace(run.experiment.data, split=str(other))))
-    with pytest.raises(InputError, match=re.escape(f"{folder}: was run on another split than the present one")):
+    assert read_state(run) == "complete"
+    with_plan = replace(run.experiment, model=replace(run.experiment.model, plan=str(tmp_path / "plan.json")))
+    with pytest.raises(InputError, match=r"was run with --model.plan=not given, but the study schedules "):
+        read_state(run._replace(experiment=with_plan))
+    swapped = tmp_path / "split.json"
+    write_split(replace(split, val=split.test, test=split.val), swapped)
+    moved = run._replace(experiment=replace(run.experiment, data=replace(run.experiment.data, split=str(swapped))))
+    with pytest.raises(InputError, match=re.escape(f"{folder}: was run on a different split than the current one")):
         require_same_data([moved], ["complete"], tmp_path)
     shutil.rmtree(next(data.rglob("train_2")))
-    with pytest.raises(
-        InputError, match=re.escape(f"{folder}: was run on other data than those in {data}: case train_2")
-    ):
+    problem = f"{folder}: was run on different data than {data} has now (case train_2"
+    with pytest.raises(InputError, match=re.escape(problem)):
         require_same_data([run], ["complete"], tmp_path)
     (folder / "cases.json").write_text("{")
     with pytest.raises(InputError, match=r"cases.json: missing or damaged"):
         require_same_data([run], ["complete"], tmp_path)
 
 
-def test_a_run_of_another_plan_is_not_taken_for_complete(phantoms, tmp_path):
-    """A plan is known by its contents: the file may lie elsewhere, but not say something else."""
+def test_run_with_a_different_plan_is_refused(phantoms, tmp_path):
+    """Plans are compared by content: the file may have moved, but not changed."""
     plan, study = tmp_path / "plan.json", tmp_path / "study"
     write_plan(plan, TINY_PLAN)
-    (run,) = plan_runs(
+    (run,) = schedule_runs(
         {"nnunet_2d": [f"--data.root={phantoms}", f"--model.plan={plan}"]}, ["paper1"], [0], study, tmp_path
     )
     dataset = find_cases(phantoms)
@@ -215,13 +233,13 @@ def test_a_run_of_another_plan_is_not_taken_for_complete(phantoms, tmp_path):
     moved = shutil.copy(plan, tmp_path / "moved.json")
     model = replace(run.experiment.model, plan=str(moved))
     run = run._replace(experiment=replace(run.experiment, model=model))
-    assert state_of(run) == "begun"
+    assert read_state(run) == "started"
     write_plan(moved, TINY_PLAN._replace(median_spacing=(3.0, 1.0, 1.0)))
-    with pytest.raises(InputError, match=r"was run with another plan than .*moved.json; move that folder away"):
-        state_of(run)
+    with pytest.raises(InputError, match=r"was run with a different plan than .*moved.json. Move this folder away"):
+        read_state(run)
 
 
-def test_the_studies_are_listed(capsys):
+def test_name_list_describes_all_studies(capsys):
     main(["--name=list"])
     listed = capsys.readouterr().out
     for text in ("paper1", "fewshot_patients", "fewshot_data", "fewshot_20patients", "data_25percent", "dinov2_vitg14"):
