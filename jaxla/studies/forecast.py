@@ -27,7 +27,7 @@ from jaxla.pipeline.checks import of_method, require_batch, require_fitting_scan
 from jaxla.pipeline.forecast import MEASURED_STEPS, forecast
 from jaxla.runs.machine import processor
 from jaxla.studies.schedule import PlannedRun, State
-from jaxla.training.features import SHARE_OF_FREE_DISK
+from jaxla.training.features import MAX_DISK_FRACTION
 
 log = logging.getLogger(__name__)
 
@@ -189,7 +189,7 @@ def describe_plan(runs: Sequence[PlannedRun], states: Sequence[State], forecast:
     disk = f"run folders {format_bytes(sum(forecast.run_bytes[n] for n in left))} at most ({format_bytes(free)} free)"
     if forecast.features_bytes:
         disk += f"; features {format_bytes(forecast.features_bytes)}, once ({format_bytes(forecast.disk_free)} free)"
-    if forecast.features_bytes > SHARE_OF_FREE_DISK * forecast.disk_free:
+    if forecast.features_bytes > MAX_DISK_FRACTION * forecast.disk_free:
         disk += ", more than fit: backbones that come last run in every epoch instead, which takes longer"
     for method, how_to_fit in forecast.without_room.items():
         disk += (
