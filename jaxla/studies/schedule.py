@@ -141,7 +141,7 @@ def study_folder(output: Path, study: Study, runs: Sequence[PlannedRun], command
         ],
     }
     with folder_held(output, "--output", "runs a study"):
-        with report_os_errors("written", f"--output={output}", "choose another folder"):
+        with report_os_errors("written", f"--output={output}", "Choose another folder."):
             write_atomically(output / STUDY, json.dumps(content, indent=1) + "\n")
         yield
 
