@@ -18,30 +18,30 @@ if TYPE_CHECKING:
 
     from jaxla.models.backbones import Backbone
 
-# In a checkout the folder of experiments stands beside the package, in an installation within it.
+# `experiments` is a folder beside the package in a checkout, and within the package in an installation.
 if not (Path(__file__).parent / "experiments").is_dir():
     __path__.append(str(Path(__file__).parents[1]))
 
 __all__ = ["InputError", "build_network", "load_backbone", "load_network"]
 
-# JAX takes seconds to import, and a command that shows its help must not wait for it: hence the imports within.
+# Imports are within functions, because JAX takes seconds to import and a command's --help must not wait for it.
 
 
 def load_backbone(path: str | Path, dtype: jnp.dtype | None = None) -> Backbone:
-    """A backbone with the weights of a file that `convert_weights` wrote; the file names its architecture.
+    """Return the backbone in a file that `convert_weights` wrote; the file names its architecture.
 
-    It takes images [B, H, W, 3] float32, ImageNet-normalised. A vision transformer (H and W multiples of the patch
-    size) gives `cls` [B, C], `registers` [B, R, C] and `patches` [B, h, w, C] after the final norm;
-    `intermediate(images, blocks)` gives the patch tokens after single blocks. A ResNet and a VGG give the last stage's
-    features [B, h, w, C]; `intermediate(images)` gives those of all stages (of a ResNet, of its stem too).
+    The backbone takes images [B, H, W, 3] float32, ImageNet-normalised. A vision transformer, for which H and W are
+    multiples of the patch size, returns `cls` [B, C], `registers` [B, R, C] and `patches` [B, h, w, C] after the final
+    norm; `intermediate(images, blocks)` returns the patch tokens after each of these blocks. A ResNet or VGG returns
+    the last stage's features [B, h, w, C]; `intermediate(images)` returns those of all stages, and of a ResNet's stem.
 
     Args:
-        dtype: of the computation; by default float32 on CPU and on NVIDIA's GPUs before Ampere, bfloat16 elsewhere.
+        dtype: dtype of the computation. Default: float32 on CPU and on NVIDIA GPUs before Ampere, bfloat16 elsewhere.
             Parameters stay float32.
 
     Raises:
-        InputError: the file is missing, truncated, or does not hold the parameters of its architecture. Whether their
-            values are those that were written, tells `convert_weights --verify` alone.
+        InputError: the file is missing, truncated, or does not hold the parameters of its architecture. A file whose
+            values have changed is found only by `convert_weights --verify`.
     """
     from jaxla.models import weights
 
@@ -55,24 +55,22 @@ def build_network(
     weights: str | Path | None = None,
     plan: Mapping[str, Any] | str | Path | None = None,
 ) -> nnx.Module:
-    """The untrained network of a method, in evaluation mode: images [B, H, W, C] -> logits [B, H, W, K].
+    """Return the untrained network of a method, in evaluation mode: images [B, H, W, C] -> logits [B, H, W, K].
 
-    All take C = 1 (grey values in 0..1); those on a pretrained backbone or encoder C = 3 (ImageNet-normalised) too.
-    Those in windows take whole volumes [B, D, H, W, C], slices from head to foot, right to left or front to back.
-    nnU-Net in three dimensions takes [B, D, H, W, 1] -> [B, D, H, W, K]; its grey values, as those of nnU-Net in two
-    dimensions, have mean 0 and standard deviation 1.
+    All networks take C = 1, grey values in 0..1. Those with a pretrained backbone also take C = 3, ImageNet-normalised.
+    The `windows_` methods take whole volumes [B, D, H, W, C], with slices from head to foot, right to left or front to
+    back. `nnunet_3d` takes [B, D, H, W, 1]. nnU-Net's grey values have mean 0 and standard deviation 1.
 
     Args:
-        name: a method, as `python -m jaxla.train --exp=list` lists them.
-        classes: K; 1 for one structure (sigmoid), else background and structures (softmax).
-        seed: of the parameters that start from random values.
-        weights: of the backbone: a converted file, "random", or None for what the method says (for released backbones
-            the file in the cache folder).
-        plan: for nnU-Net, which plans its network from the data: the file that `python -m jaxla.plan` writes, nnU-Net's
-            own, or what stands in it.
+        name: a method; `python -m jaxla.train --exp=list` lists them.
+        classes: K: 1 for one structure (sigmoid), else background and structures (softmax).
+        seed: seed of the parameters that start from random values.
+        weights: the backbone's weights: a converted file, or "random". Default: what the method says, which for
+            released backbones is the file in the cache folder.
+        plan: nnU-Net's plan: a file that `python -m jaxla.plan` or nnU-Net wrote, or its content.
 
     Raises:
-        InputError: an unknown method, weights that are missing or do not fit, or no plan where one is needed.
+        InputError: the method is unknown, weights are missing or do not fit, or a plan is missing or not needed.
     """
     from jaxla.config import lookup
     from jaxla.experiments import METHODS
@@ -84,11 +82,11 @@ def build_network(
     if weights is not None:
         model = model.with_weights(str(weights))
         if model.weights != str(weights):
-            raise InputError(f"weights={weights}", f"{name} has no pretrained part", "Leave it out.")
+            raise InputError(f"weights={weights}", f"{name} has no pretrained part", "Remove the argument.")
     if not needs_plan and plan is not None:
-        raise InputError("plan", f"{name} takes none, because its network is the same for all data", "Leave it out.")
+        raise InputError("plan", f"{name} needs no plan", "Remove the argument.")
     if needs_plan and plan is None:
-        raise InputError("plan", f"{name} is planned from the data", "Give the file that python -m jaxla.plan writes.")
+        raise InputError("plan", f"{name} needs a plan", "Pass the file that python -m jaxla.plan writes.")
     if isinstance(plan, Mapping):
         plan = plan_from_json(plan, "plan")
     elif plan is not None:
@@ -97,15 +95,15 @@ def build_network(
 
 
 def load_network(path: str | Path) -> nnx.Module:
-    """A trained network, in evaluation mode: images [B, H, W, C] -> logits [B, H, W, K]; see `build_network`.
+    """Return a trained network, in evaluation mode: images [B, H, W, C] -> logits [B, H, W, K]; see `build_network`.
 
     Args:
-        path: a finished run's folder, or a file that `convert_weights --arch=nnunet` wrote: it gives nnU-Net's own
-            logits, K = 2 for one structure, background first.
+        path: the folder of a finished run, or a file that `convert_weights --arch=nnunet` wrote. The network in such a
+            file returns nnU-Net's own logits: K = 2 for one structure, background first.
 
     Raises:
-        InputError: not a run folder, no checkpoint in it, or its frozen backbone's file is gone or has changed; or a
-            file that is damaged or holds no network.
+        InputError: the folder is not a run or has no checkpoint, the file of its frozen backbone is missing or has
+            changed, or the file is damaged or holds no network.
     """
     from jaxla.nnunet.converted import load_converted
     from jaxla.runs.trained import load_run

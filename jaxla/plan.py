@@ -55,7 +55,7 @@ def main(arguments: list[str]) -> None:
         if options.classes is not None:
             raise InputError("option --classes goes with --fingerprint; the data say which classes there are")
         plan = _plan_scans(Data(root=root, labels=options["data.labels"]), options.cache_dir, options.memory_gb)
-    with report_os_errors("written", f"--output={output}", "choose another"):
+    with report_os_errors("written", f"--output={output}", "Choose another file."):
         output.parent.mkdir(parents=True, exist_ok=True)
         write_plan(output, plan)
     print(describe(plan))

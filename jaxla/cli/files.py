@@ -1,4 +1,4 @@
-"""Files on disk: written whole or not at all, locked against other processes, hashed; and the room for them."""
+"""Files on disk: atomic writes, locks between processes, hashes and free space."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import shutil
 import uuid
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Literal
 
 from filelock import FileLock, Timeout
 
@@ -20,87 +21,87 @@ log = logging.getLogger(__name__)
 
 
 @contextlib.contextmanager
-def report_os_errors(done: str, what: object, mend: str = "") -> Iterator[None]:
-    """Within it what the system does not allow is an InputError: `what` cannot be `done` (written, read), and why."""
+def report_os_errors(action: Literal["read", "written"], where: object, fix: str = "") -> Iterator[None]:
+    """Within it, an OSError becomes an InputError: `where` cannot be `action`, for the system's reason."""
     try:
         yield
     except OSError as error:
-        # NumPy's errors of a full disk tell no reason
-        reason = error.strerror or ("the disk is full" if done == "written" else error)
-        raise InputError(f"{what}: cannot be {done} ({reason}){mend and f'; {mend}'}") from error
+        # NumPy raises an OSError without a reason if the disk is full.
+        reason = error.strerror or ("the disk is full" if action == "written" else error)
+        raise InputError(where, f"cannot be {action} ({reason})", fix) from error
 
 
 @contextlib.contextmanager
 def atomic_file(path: Path) -> Iterator[Path]:
-    """A path beside `path` to write a file to, which takes its name once it is whole; of a failed one nothing remains.
+    """Yield a temporary path to write to. It replaces `path` once it is complete; after an error nothing is left.
 
     Raises:
-        OSError: it cannot be written.
+        OSError: the file cannot be written.
     """
-    beside = path.with_name(f".{uuid.uuid4().hex}.{path.name}")  # another's, on any host, has another name
+    temporary = path.with_name(f".{uuid.uuid4().hex}.{path.name}")  # unique among processes and hosts
     try:
-        yield beside
-        with beside.open("rb") as file:
-            os.fsync(file.fileno())  # some file systems say only now that they are full
-        beside.replace(path)
+        yield temporary
+        with temporary.open("rb") as file:
+            os.fsync(file.fileno())  # some file systems report only here that they are full
+        temporary.replace(path)
     finally:
         with contextlib.suppress(OSError):
-            beside.unlink()
+            temporary.unlink()
 
 
 def is_leftover(path: Path) -> bool:
-    """Whether it is what a process that was killed while it wrote by `replacing` or `replacing_folder` has left."""
+    """Return whether a process left the path when it was killed within `atomic_file` or `atomic_folder`."""
     return re.fullmatch(r"\.[0-9a-f]{32}\..+", path.name) is not None
 
 
 def remove_leftovers(folder: Path) -> None:
-    """Remove what is left over there, at any depth."""
-    for place, folders, files in os.walk(folder):
-        for path in filter(is_leftover, (Path(place, name) for name in (*folders, *files))):
+    """Remove all leftovers in a folder, at any depth."""
+    for parent, folders, files in os.walk(folder):
+        for path in filter(is_leftover, (Path(parent, name) for name in (*folders, *files))):
             with contextlib.suppress(OSError):
                 shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
 def write_atomically(path: Path, text: str) -> None:
-    """Write a text file, as `replacing` does."""
-    with atomic_file(path) as beside:
-        beside.write_text(text, encoding="utf-8")
+    """Write a text file by `atomic_file`."""
+    with atomic_file(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
 
 
 @contextlib.contextmanager
 def atomic_folder(folder: Path) -> Iterator[Path]:
-    """A folder beside `folder`, which is new, to write files in; it takes its name once all are there, or is removed.
+    """Yield a temporary folder to write files in. It becomes `folder`, which must not exist, or is removed on an error.
 
     Raises:
-        OSError: it cannot be written.
+        OSError: the folder cannot be written.
     """
-    beside = folder.with_name(f".{uuid.uuid4().hex}.{folder.name}")
+    temporary = folder.with_name(f".{uuid.uuid4().hex}.{folder.name}")
     try:
-        beside.mkdir(parents=True)
-        yield beside
-        beside.rename(folder)
+        temporary.mkdir(parents=True)
+        yield temporary
+        temporary.rename(folder)
     finally:
-        shutil.rmtree(beside, ignore_errors=True)
+        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def has_files(folder: Path, names: Sequence[str]) -> bool:
-    """Whether every file of these names lies in a folder."""
+    """Return whether a folder has all files of these names."""
     return all((folder / name).exists() for name in names)
 
 
 @contextlib.contextmanager
 def create_folder_once(folder: Path, names: Sequence[str]) -> Iterator[Path]:
-    """As `replacing_folder`, for one whose content follows from its path: where another process was faster, that stays.
+    """Do what `atomic_folder` does, for a folder whose path determines its content: the first process to write it wins.
 
     Args:
-        names: of the files that make it whole; one that lacks some is replaced.
+        names: the files of a complete folder; an incomplete one is replaced.
 
     Raises:
-        OSError: it cannot be written.
+        OSError: the folder cannot be written.
     """
     try:
-        with atomic_folder(folder) as beside:
-            yield beside
+        with atomic_folder(folder) as temporary:
+            yield temporary
             if folder.exists() and not has_files(folder, names):  # somebody removed files from it
                 shutil.rmtree(folder)
     except OSError:
@@ -109,13 +110,13 @@ def create_folder_once(folder: Path, names: Sequence[str]) -> Iterator[Path]:
 
 
 @contextlib.contextmanager
-def file_lock(path: Path, held: str) -> Iterator[None]:
-    """Hold the lock that is the file `path`; waits while another process does, and says so: `held` is what to say."""
-    lock = FileLock(path)  # the operating system's: a killed process holds it no longer
+def file_lock(path: Path, message: str) -> Iterator[None]:
+    """Hold the lock file `path`. If another process holds it, log the message and wait."""
+    lock = FileLock(path)  # a lock of the operating system, which releases it when the process is killed
     try:
         lock.acquire(timeout=0)
     except Timeout:
-        log.info("%s; waiting for it", held)
+        log.info("%s; waiting for it", message)
         lock.acquire()
     try:
         yield
@@ -124,12 +125,12 @@ def file_lock(path: Path, held: str) -> Iterator[None]:
 
 
 def file_sha256(path: Path) -> str:
-    """Of a file's content."""
+    """Return the sha256 of a file's content."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def free_bytes(path: Path) -> int:
-    """What is free on the disk where `path`, a file or folder that need not be there yet, lies."""
+    """Return the free bytes on the disk of a file or folder, which need not exist yet."""
     path = path.absolute()
-    return shutil.disk_usage(next(place for place in (path, *path.parents) if os.path.exists(place))).free
+    return shutil.disk_usage(next(parent for parent in (path, *path.parents) if os.path.exists(parent))).free

@@ -1,4 +1,4 @@
-"""What is said on the terminal: how far the work has come, and counts, sizes and times in words."""
+"""Text for the terminal: progress, and counts, sizes and times in words."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ log = logging.getLogger(__name__)
 
 
 def track(items: Iterable, label: str) -> Iterable:
-    """The items, one for each case: with a progress bar on a terminal, elsewhere a line at each quarter."""
+    """Yield the items, one per case, with a progress bar on a terminal, or a log line at each quarter elsewhere."""
     items = list(items)
     if sys.stdout.isatty():
         yield from tqdm(items, label, leave=False, file=sys.stdout, unit="case")
@@ -23,18 +23,18 @@ def track(items: Iterable, label: str) -> Iterable:
             log.info("%s: %d of %d cases", label, number, len(items))
 
 
-def plural(count: int, what: str) -> str:
-    """`1 seed`, `2 seeds`."""
-    return f"{count} {what}{'' if count == 1 else 's'}"
+def plural(count: int, noun: str) -> str:
+    """Return `1 seed`, `2 seeds`."""
+    return f"{count} {noun}{'' if count == 1 else 's'}"
 
 
 def format_bytes(count: int) -> str:
-    """`1.05kB`: three digits."""
+    """Return three digits and a unit, such as `1.05kB`."""
     return tqdm.format_sizeof(count, "B")
 
 
 def format_duration(seconds: float) -> str:
-    """`1 h 05 min`, `3 min 20 s`, `20 s`."""
+    """Return a duration in words, such as `1 h 05 min`, `3 min 20 s` or `20 s`."""
     minutes, seconds = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     if hours:

@@ -1,4 +1,4 @@
-"""From predicted classes to a mask: binary opening and closing of slices, and parts that do not hang together."""
+"""Postprocessing of predicted classes: binary opening and closing of slices, and removal of unconnected parts."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from jaxla.config import Postprocessing
 
 
 def postprocess(classes: np.ndarray, postprocessing: Postprocessing) -> np.ndarray:
-    """Classes [S, H, W] uint8 -> the same, each class opened and closed in every slice.
+    """Return classes [S, H, W] uint8 after binary opening, then closing, of each class in each slice.
 
-    What opening takes from a class becomes background; closing fills background alone, of several classes the first
-    that claims a pixel. Neither takes away from a structure because the slice's border cuts it.
+    Pixels that opening removes become background. Closing fills only background; the lower class wins a pixel that
+    several classes fill. The border of a slice does not erode a structure that it cuts.
     """
     if not postprocessing.opening and not postprocessing.closing:
         return classes
@@ -29,9 +29,9 @@ def postprocess(classes: np.ndarray, postprocessing: Postprocessing) -> np.ndarr
 
 
 def keep_largest(classes: np.ndarray, groups: Iterable[Sequence[int]]) -> np.ndarray:
-    """Classes [S, H, W] uint8 -> the same, of each group of classes the largest connected part alone; equal ones all.
+    """Return classes [S, H, W] uint8 with only the largest connected part of each group of classes, or all if equal.
 
-    Voxels hang together by faces, edges and corners. Reference code: nnunetv2 2.8.1, `remove_connected_components`.
+    Voxels are connected by faces, edges and corners. Reference code: nnunetv2 2.8.1, `remove_connected_components`.
     """
     kept = classes.copy()
     for group in groups:
@@ -47,15 +47,15 @@ def keep_largest(classes: np.ndarray, groups: Iterable[Sequence[int]]) -> np.nda
 def _open(mask: np.ndarray, side: int) -> np.ndarray:
     if not side:
         return mask
-    eroded = ndimage.binary_erosion(mask, _square(side), border_value=1)  # it may go on outside the slice
+    eroded = ndimage.binary_erosion(mask, _square(side), border_value=1)  # it may continue outside the slice
     return ndimage.binary_dilation(eroded, _square(side))
 
 
 def _close(mask: np.ndarray, side: int) -> np.ndarray:
     if not side:
         return mask
-    room = np.pad(mask, ((0, 0), (side, side), (side, side)))  # for what the dilation puts outside the slice
-    return ndimage.binary_closing(room, _square(side))[:, side:-side, side:-side]
+    padded = np.pad(mask, ((0, 0), (side, side), (side, side)))  # room for the dilation beyond the slice
+    return ndimage.binary_closing(padded, _square(side))[:, side:-side, side:-side]
 
 
 def _square(side: int) -> np.ndarray:

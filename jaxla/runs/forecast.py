@@ -184,9 +184,9 @@ def forecast_features(
         return FeaturesForecast(), None
     with use_local_devices():
         cache = task.make_feature_cache(network, cache_dir)
-    missing = cache.missing(volumes)
-    size = cache.bytes_of(missing)
-    found = FeaturesForecast(size, all(gather(cache.fits(size))), cache.how_to_fit, cache.folder)
+    missing = cache.find_missing(volumes)
+    size = cache.count_bytes(missing)
+    found = FeaturesForecast(size, all(gather(cache.has_room_for(size))), cache.how_to_fit, cache.folder)
     if not found.fit:
         return found, None
     batch_seconds = _time_backbone(cache, task)

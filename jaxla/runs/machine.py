@@ -1,4 +1,4 @@
-"""What a run ran on: packages, device, processor."""
+"""What a run was executed on: packages, device, processor."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-# No JAX here: `python -m jaxla.info` reads a record in less time than JAX takes to import.
+# JAX is imported within functions: `python -m jaxla.info` reads a record faster than JAX can be imported.
 
 PACKAGES = (
     "jaxla",
@@ -27,6 +27,7 @@ PACKAGES = (
 
 
 def environment() -> dict[str, Any]:
+    """Return the packages, devices and processor of this process, ready for JSON."""
     from jaxla.distributed import device_count, process_count
     from jaxla.hardware import first_local_device
 
@@ -43,15 +44,20 @@ def environment() -> dict[str, Any]:
 
 
 def processor() -> str:
-    """Name and number of cores of this machine's processor; JAX calls every one of them `cpu`."""
+    """Return this machine's processor and its number of cores; JAX's name of every processor is `cpu`."""
     cpuinfo = Path("/proc/cpuinfo")
     lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
     name = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.machine())
     return f"{name}, {os.cpu_count()} cores"
 
 
-def describe_device(of: Mapping[str, Any]) -> str:
-    """What an `environment` ran on: `cpu: AMD EPYC 7B13, 8 cores`, or `gpu: NVIDIA H100, 4 of them, in 2 processes`."""
-    count, processes = of.get("devices", 1), of.get("processes", 1)  # older records do not say
-    name = f"cpu: {of['processor']}" if of["device"].startswith("cpu") and "processor" in of else of["device"]
+def describe_device(environment: Mapping[str, Any]) -> str:
+    """Return the devices of an environment in words.
+
+    Examples: `cpu: AMD EPYC 7B13, 8 cores`; `gpu: NVIDIA H100, 4 of them, in 2 processes`.
+    """
+    name = environment["device"]
+    if name.startswith("cpu") and "processor" in environment:
+        name = f"cpu: {environment['processor']}"
+    count, processes = environment.get("devices", 1), environment.get("processes", 1)  # older records lack them
     return name + (f", {count} of them" if count > 1 else "") + (f", in {processes} processes" if processes > 1 else "")

@@ -25,7 +25,7 @@ from jaxla.runs.forecast import MEASURED_STEPS, Forecast, forecast_run
 from jaxla.runs.machine import processor
 from jaxla.studies.schedule import ScheduledRun, State, method_named
 from jaxla.tasks import Task, make_task
-from jaxla.training.features import SHARE_OF_FREE_DISK
+from jaxla.training.features import MAX_DISK_FRACTION
 
 log = logging.getLogger(__name__)
 
@@ -198,7 +198,7 @@ def _describe_disk(forecast: StudyForecast, free: int) -> str:
     parts = [f"run folders at most {format_bytes(sum(forecast.run_bytes))} ({format_bytes(free)} free)"]
     if size := forecast.features_bytes:
         parts.append(f"features {format_bytes(size)} for all runs ({format_bytes(forecast.disk_free)} free)")
-        if size > SHARE_OF_FREE_DISK * forecast.disk_free:
+        if size > MAX_DISK_FRACTION * forecast.disk_free:
             parts.append("this is too much: the backbones of the last methods run in every epoch, which takes longer")
     for method, advice in forecast.uncached.items():
         problem = f"the features of {method} do not fit in the cache folder: its backbone runs at every step"

@@ -1,4 +1,4 @@
-"""Random changes of training slices, on the device and within the compiled step, so that no reader waits for them."""
+"""Random augmentation of training slices and volumes, run on the device as part of the compiled step."""
 
 from __future__ import annotations
 
@@ -10,18 +10,18 @@ from jax.scipy.ndimage import map_coordinates
 
 from jaxla.config import Augmentation
 
-POINTS = 6  # a side, at which displacements are drawn; between them they are interpolated
+ELASTIC_POINTS = 6  # per side; displacements are drawn there and interpolated between
 
 
 def augment(
     augmentation: Augmentation, key: jax.Array, images: jax.Array, masks: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
-    """Each slice changed in its own way: images [B, H, W, 1] in 0..1 and masks [B, H, W] -> the same.
+    """Augment each row of images [B, H, W, 1] in 0..1 and masks [B, H, W] at random; return both.
 
-    Of volumes, [B, D, H, W, 1] and [B, D, H, W], each one is, all of its slices alike.
+    Rows may be volumes, [B, D, H, W, 1] and [B, D, H, W]; all slices of a volume change alike.
 
-    An image and its mask are moved together, the image bilinearly and each pixel of the mask from its nearest; what
-    comes in from outside is 0 in both.
+    An image and its mask move together. Images are interpolated bilinearly, masks by the nearest neighbour, and pixels
+    from outside are 0 in both.
     """
     keys = jax.random.split(key, images.shape[0])
     return jax.vmap(partial(_augment_row, augmentation))(keys, images, masks)
@@ -30,49 +30,51 @@ def augment(
 def _augment_row(
     augmentation: Augmentation, key: jax.Array, image: jax.Array, mask: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
-    """A slice, or all of a volume."""
-    moving, flipping, shading = jax.random.split(key, 3)
-    move = partial(_move, augmentation, moving, flipping)
+    """Augment one slice or volume."""
+    move_key, flip_key, intensity_key = jax.random.split(key, 3)
+    move = partial(_move_slice, augmentation, move_key, flip_key)
     image, mask = (jax.vmap(move) if mask.ndim > 2 else move)(image, mask)
     if augmentation.intensity:
-        image = _shade(augmentation.intensity, shading, image)
+        image = _change_intensity(augmentation.intensity, intensity_key, image)
     return image, mask
 
 
-def _move(
-    augmentation: Augmentation, moving: jax.Array, flipping: jax.Array, image: jax.Array, mask: jax.Array
+def _move_slice(
+    augmentation: Augmentation, move_key: jax.Array, flip_key: jax.Array, image: jax.Array, mask: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
+    """Rotate, scale, deform and flip a slice and its mask."""
     if augmentation.rotation or augmentation.scale or augmentation.elastic:
-        places = _sources(augmentation, moving, mask.shape)
-        image = map_coordinates(image[..., 0], places, order=1, mode="constant")[..., None]
-        mask = map_coordinates(mask, places, order=0, mode="constant")
+        sources = _draw_sources(augmentation, move_key, mask.shape)
+        image = map_coordinates(image[..., 0], sources, order=1, mode="constant")[..., None]
+        mask = map_coordinates(mask, sources, order=0, mode="constant")
     if augmentation.flips:
-        for axis, flip in enumerate(jax.random.bernoulli(flipping, shape=(2,))):
+        for axis, flip in enumerate(jax.random.bernoulli(flip_key, shape=(2,))):
             image, mask = (jnp.where(flip, jnp.flip(x, axis), x) for x in (image, mask))
     return image, mask
 
 
-def _sources(augmentation: Augmentation, key: jax.Array, shape: tuple[int, int]) -> jax.Array:
-    """Where each pixel comes from: rows and columns [2, H, W]."""
-    turning, scaling, bending = jax.random.split(key, 3)
+def _draw_sources(augmentation: Augmentation, key: jax.Array, shape: tuple[int, int]) -> jax.Array:
+    """Draw the row and column that each pixel is taken from, [2, H, W]."""
+    rotation_key, scale_key, elastic_key = jax.random.split(key, 3)
     centre = (jnp.array(shape, jnp.float32) - 1) / 2
     from_centre = jnp.moveaxis(jnp.indices(shape).astype(jnp.float32), 0, -1) - centre  # [H, W, 2]
-    angle = jnp.deg2rad(augmentation.rotation) * jax.random.uniform(turning, minval=-1.0)
+    angle = jnp.deg2rad(augmentation.rotation) * jax.random.uniform(rotation_key, minval=-1.0)
     rotation = jnp.array([[jnp.cos(angle), -jnp.sin(angle)], [jnp.sin(angle), jnp.cos(angle)]])
-    places = from_centre @ rotation / _factor(augmentation.scale, scaling) + centre
+    sources = from_centre @ rotation / _draw_factor(augmentation.scale, scale_key) + centre
     if augmentation.elastic:
-        drawn = jax.random.normal(bending, (POINTS, POINTS, 2)) * (augmentation.elastic / 100)
-        places += jax.image.resize(drawn, (*shape, 2), "cubic") * jnp.array(shape, jnp.float32)
-    return jnp.moveaxis(places, -1, 0)
+        shifts = jax.random.normal(elastic_key, (ELASTIC_POINTS, ELASTIC_POINTS, 2)) * (augmentation.elastic / 100)
+        sources += jax.image.resize(shifts, (*shape, 2), "cubic") * jnp.array(shape, jnp.float32)
+    return jnp.moveaxis(sources, -1, 0)
 
 
-def _shade(most: float, key: jax.Array, image: jax.Array) -> jax.Array:
-    brightness, contrast, gamma = jax.random.split(key, 3)
-    mean = image.mean()
-    image = (image - mean) * _factor(most, contrast) + mean + most * jax.random.uniform(brightness, minval=-1.0)
-    return jnp.clip(image, 0, 1) ** _factor(most, gamma)
+def _change_intensity(max_change: float, key: jax.Array, image: jax.Array) -> jax.Array:
+    """Change brightness, contrast and gamma."""
+    brightness_key, contrast_key, gamma_key = jax.random.split(key, 3)
+    mean, brightness = image.mean(), max_change * jax.random.uniform(brightness_key, minval=-1.0)
+    image = (image - mean) * _draw_factor(max_change, contrast_key) + mean + brightness
+    return jnp.clip(image, 0, 1) ** _draw_factor(max_change, gamma_key)
 
 
-def _factor(most: float, key: jax.Array) -> jax.Array:
-    """From 1 / (1 + most) to 1 + most, as often above 1 as below."""
-    return (1 + most) ** jax.random.uniform(key, minval=-1.0)
+def _draw_factor(max_change: float, key: jax.Array) -> jax.Array:
+    """Draw a factor from 1 / (1 + max_change) to 1 + max_change, above and below 1 with equal probability."""
+    return (1 + max_change) ** jax.random.uniform(key, minval=-1.0)

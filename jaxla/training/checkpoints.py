@@ -1,7 +1,7 @@
-"""Checkpoints of a run, by Orbax: `checkpoints/latest` (everything training goes on from) and `checkpoints/best`.
+"""Checkpoints in Orbax's format, each with a file of hashes that shows that it is complete and undamaged.
 
-A checkpoint counts once `<step>.sha256` stands beside it, the sums of its files, by which one that was damaged later is
-known too. Two of each kind are kept: should the newer one be damaged, there is the one before it.
+`<step>.sha256` beside a checkpoint's folder holds the hashes of its files. It is written last: a checkpoint without it
+is half-written. The newest two checkpoints are kept, so that the older one can replace a damaged one.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import errno
 import json
 import logging
 import os
+import re
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -19,7 +20,7 @@ import jax
 import orbax.checkpoint as ocp
 
 from jaxla.cli.files import file_sha256, free_bytes, write_atomically
-from jaxla.config import InputError
+from jaxla.config import InputError, option
 from jaxla.distributed import barrier, broadcast, is_first
 
 T = TypeVar("T")
@@ -28,10 +29,10 @@ log = logging.getLogger(__name__)
 
 
 class Checkpoints:
-    """The newest two checkpoints of one kind, by their step; an older one goes only once a newer one is complete.
+    """The newest two checkpoints in a folder, by step. An older one is removed only once a newer one is complete.
 
-    Of several processes each must call what the others call: all of them write and read a checkpoint's arrays, the
-    first alone its sums, and what there is is what the first one sees.
+    Every process must call the same methods: all of them write and read a checkpoint's arrays, but only the first
+    writes hashes and lists the folder.
     """
 
     def __init__(self, folder: Path, read_only: bool = False) -> None:
@@ -45,115 +46,129 @@ class Checkpoints:
         self._manager = ocp.CheckpointManager(self._folder, options=options)
 
     def save(self, step: int, trees: Mapping[str, Any], progress: Mapping[str, Any]) -> None:
-        """Save named pytrees of arrays, and a JSON-like record, unless this step was saved before.
+        """Save named pytrees of arrays and a JSON-like record, unless this step was saved before.
 
         Raises:
-            InputError: the disk is full or refuses; what was saved before is kept.
+            InputError: the disk is full or refuses to write; earlier checkpoints are kept.
         """
         if step in self.steps():
             return
-        arrays = {name: ocp.args.StandardSave(_by_name(tree)) for name, tree in trees.items()}
+        arrays = {name: ocp.args.StandardSave(_flatten(tree)) for name, tree in trees.items()}
         size = sum(leaf.nbytes for leaf in jax.tree.leaves(dict(trees)))
         try:
-            if is_first() and free_bytes(self._folder) < size:  # Orbax's own report of a full disk fills the screen
+            if is_first() and free_bytes(self._folder) < size:  # Orbax's own error about a full disk fills the screen
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
             saved = self._manager.save(
                 step, args=ocp.args.Composite(**arrays, progress=ocp.args.JsonSave(dict(progress)))
             )
-            assert saved, f"{self._folder}: step {step} is not beyond {self.steps()}"
+            assert saved, f"{self._folder}: step {step} does not follow {self.steps()}"
             if is_first():
-                write_atomically(self._sums_file(step), json.dumps(_sums(self._folder / str(step))))
-                self._forget_sums()
+                write_atomically(self._hash_file(step), json.dumps(_hash_files(self._folder / str(step))))
+                self._remove_old_hashes()
         except (OSError, ValueError) as error:
-            if isinstance(error, ValueError) and "os_error_code" not in str(error):  # TensorStore's word for an OSError
+            os_error = error if isinstance(error, OSError) else _find_os_error(error)
+            if os_error is None:
                 raise
             if is_first():
                 self._remove_half_written()
-            reason = getattr(error, "strerror", None) or str(error).split(": ")[-1]
             raise InputError(
-                f"{self._folder / str(step)}: cannot be written ({reason}); the checkpoints before it are kept: "
-                "mend that and go on with --resume"
+                self._folder / str(step),
+                f"cannot be written ({os_error.strerror or os_error}); earlier checkpoints are kept",
+                f"Fix this and rerun with {option('resume')}.",
             ) from error
-        barrier()  # none leaves before the checkpoint counts
+        barrier()  # no process continues before the checkpoint is complete
 
     def steps(self) -> list[int]:
+        """Return the steps of the complete checkpoints, newest first."""
         return broadcast(checkpoint_steps(self._folder))
 
-    def damage(self, step: int) -> str:
-        """The first thing wrong with a checkpoint's files; empty if it is whole."""
-        return broadcast(self._damage(step) if is_first() else "")
+    def find_damage(self, step: int) -> str:
+        """Return what is wrong with a checkpoint's files; empty if it is intact."""
+        return broadcast(self._find_damage(step) if is_first() else "")
 
-    def _damage(self, step: int) -> str:
+    def _find_damage(self, step: int) -> str:
+        hash_file = self._hash_file(step)
         try:
-            expected = json.loads(self._sums_file(step).read_text())
-            found = _sums(self._folder / str(step))
-        except OSError as error:  # not damage: it may be readable tomorrow
-            raise InputError(f"{error.filename}: cannot be read ({error.strerror})") from error
+            expected = json.loads(hash_file.read_text())
+            found = _hash_files(self._folder / str(step))
+        except OSError as error:  # not damage: the disk may work again later
+            problem = f"cannot be read ({error.strerror})"
+            raise InputError(error.filename, problem, "Make the file readable, and try again.") from error
         except ValueError:
-            return f"{self._sums_file(step).name} is unreadable"
+            expected = None
         if not isinstance(expected, dict):
-            return f"{self._sums_file(step).name} is unreadable"
+            return f"{hash_file.name} is unreadable"
         wrong = [name for name in sorted(expected | found) if expected.get(name) != found.get(name)]
         return f"{wrong[0]} is missing or has changed" if wrong else ""
 
     def restore(self, like: Mapping[str, T], step: int) -> tuple[dict[str, T], dict[str, Any]]:
-        """The trees of `like`, which gives their structure, shapes and dtypes, and the record.
+        """Return a checkpoint's trees and its record.
+
+        Args:
+            like: the trees' structure, shapes and dtypes.
 
         Raises:
             InputError: the checkpoint is damaged.
         """
-        if damage := self.damage(step):
-            raise InputError(f"{self._folder / str(step)}: damaged checkpoint, {damage}; restore it from a copy")
-        arrays = {name: ocp.args.StandardRestore(_by_name(tree)) for name, tree in like.items()}
+        if damage := self.find_damage(step):
+            raise InputError(self._folder / str(step), f"damaged checkpoint: {damage}", "Restore it from a copy.")
+        arrays = {name: ocp.args.StandardRestore(_flatten(tree)) for name, tree in like.items()}
         restored = self._manager.restore(step, args=ocp.args.Composite(**arrays, progress=ocp.args.JsonRestore()))
-        trees = {name: _from_names(tree, restored[name]) for name, tree in like.items()}
+        trees = {name: _unflatten(tree, restored[name]) for name, tree in like.items()}
         return trees, restored["progress"]
 
-    def newest_whole(self) -> int | None:
-        """The step of the newest checkpoint that is whole; damaged ones after it are named in the log and removed."""
+    def find_newest_intact(self) -> int | None:
+        """Return the step of the newest intact checkpoint, or None; newer, damaged ones are removed with a warning."""
         for step in self.steps():
-            if not (damage := self.damage(step)):
+            if not (damage := self.find_damage(step)):
                 return step
             self.remove(step)
-            instead = "the one before it is used" if self.steps() else "there is none before it"
+            replacement = "the one before it is used" if self.steps() else "there is none before it"
             if is_first():
-                log.warning("%s: damaged checkpoint, %s; %s", self._folder / str(step), damage, instead)
+                log.warning("%s: damaged checkpoint: %s; %s", self._folder / str(step), damage, replacement)
         return None
 
     def remove(self, step: int) -> None:
+        """Remove a checkpoint."""
         if is_first():
-            self._sums_file(step).unlink()  # first, for without it the rest counts as half-written
+            self._hash_file(step).unlink()  # first, because without it the rest is known to be incomplete
         if broadcast(step in self._manager.all_steps()):
             self._manager.delete(step)
 
     def close(self) -> None:
         self._manager.close()
 
-    def _sums_file(self, step: int | str) -> Path:
+    def _hash_file(self, step: int | str) -> Path:
         return self._folder / f"{step}.sha256"
 
-    def _forget_sums(self) -> None:
+    def _remove_old_hashes(self) -> None:
+        """Remove the hashes of checkpoints that Orbax has removed."""
         for step in set(checkpoint_steps(self._folder)) - set(self._manager.all_steps()):
-            self._sums_file(step).unlink()
+            self._hash_file(step).unlink()
 
     def _remove_half_written(self) -> None:
-        unsummed = [
-            path for path in self._folder.glob("[0-9]*") if path.is_dir() and not self._sums_file(path.name).exists()
+        """Remove what a process left that was killed while it wrote or removed a checkpoint.
+
+        Raises:
+            InputError: several checkpoints lack their hashes, so somebody has removed the files of hashes.
+        """
+        half_written = [
+            path for path in self._folder.glob("[0-9]*") if path.is_dir() and not self._hash_file(path.name).exists()
         ]
-        if len([path for path in unsummed if path.name.isdecimal()]) > 1:  # one at most is being written
-            raise InputError(f"{self._folder}: the .sha256 files of its checkpoints are missing; put them back")
-        for path in unsummed:
+        if len([path for path in half_written if path.name.isdecimal()]) > 1:  # a process writes one at a time
+            raise InputError(self._folder, "the checkpoints' .sha256 files are missing", "Restore them from a copy.")
+        for path in half_written:
             log.warning("%s: half-written checkpoint, removed", path)
             shutil.rmtree(path)
-        for unfinished in self._folder.glob(".*.sha256"):
-            unfinished.unlink()
-        for sums in self._folder.glob("[0-9]*.sha256"):
-            if not sums.with_suffix("").is_dir():  # it was being removed
-                sums.unlink()
+        for temporary in self._folder.glob(".*.sha256"):
+            temporary.unlink()
+        for hashes in self._folder.glob("[0-9]*.sha256"):
+            if not hashes.with_suffix("").is_dir():  # the checkpoint was being removed
+                hashes.unlink()
 
 
 def checkpoint_steps(folder: Path) -> list[int]:
-    """The steps of the checkpoints in a folder that were written to the end, the newest first."""
+    """Return the steps of the complete checkpoints in a folder, newest first."""
     return sorted((int(path.stem) for path in folder.glob("[0-9]*.sha256")), reverse=True)
 
 
@@ -162,20 +177,29 @@ def network_state(trainable: Any, statistics: Any) -> dict[str, Any]:
     return {"trainable": trainable, "statistics": statistics}
 
 
-def _sums(folder: Path) -> dict[str, str]:
-    """The sha256 of every file under a folder."""
+def _find_os_error(error: ValueError) -> OSError | None:
+    """Return the OSError behind an error of TensorStore, if there is one.
+
+    TensorStore raises every error as a ValueError without attributes: the system's error number is in its text only.
+    """
+    match = re.search(r"os_error_code='(\d+)'", str(error))
+    return OSError(int(match[1]), os.strerror(int(match[1]))) if match else None
+
+
+def _hash_files(folder: Path) -> dict[str, str]:
+    """Return the sha256 of every file in a folder, at any depth."""
     return {path.relative_to(folder).as_posix(): file_sha256(path) for path in folder.rglob("*") if path.is_file()}
 
 
-def _by_name(tree: Any) -> dict[str, jax.Array]:
-    # flat, because Orbax gives integer keys back as strings
-    return {jax.tree_util.keystr(path, simple=True, separator="."): leaf for path, leaf in _leaves(tree)} or {"": 0}
+def _flatten(tree: Any) -> dict[str, Any]:
+    return dict(zip(_leaf_names(tree), jax.tree.leaves(tree), strict=True)) or {"": 0}  # Orbax refuses empty trees
 
 
-def _from_names(like: T, named: Mapping[str, jax.Array]) -> T:
-    names = [jax.tree_util.keystr(path, simple=True, separator=".") for path, _ in _leaves(like)]
-    return jax.tree.unflatten(jax.tree.structure(like), [named[name] for name in names])
+def _unflatten(like: T, leaves: Mapping[str, jax.Array]) -> T:
+    return jax.tree.unflatten(jax.tree.structure(like), [leaves[name] for name in _leaf_names(like)])
 
 
-def _leaves(tree: Any) -> list:
-    return jax.tree_util.tree_flatten_with_path(tree)[0]
+def _leaf_names(tree: Any) -> list[str]:
+    """Return dotted names of a tree's leaves. They are the keys of a flat dict, as Orbax makes integer keys strings."""
+    paths = jax.tree_util.tree_flatten_with_path(tree)[0]
+    return [jax.tree_util.keystr(path, simple=True, separator=".") for path, _ in paths]

@@ -1,12 +1,12 @@
-"""The frozen-feature cache: what a frozen backbone makes of a slice is computed once, for all epochs and all runs.
+"""The cache of a frozen backbone's features: each slice is encoded once, for all epochs and all runs.
 
-Under `<cache>/features/` stands a folder for each backbone, input size and precision, and in it a file for each
-volume, named by the content of its slices: `<name>.npy` [S, h, w, C], or [S, blocks, h, w, C] where a network reads
-several blocks, and `<name>.json`, which is written last and holds the file's sha256. Features are stored in the
-precision in which they are computed (float32 on CPU, bfloat16 on most GPUs), so nothing is lost by storing them.
+`<cache>/features/` has a folder for each backbone, input size and precision. It holds two files per volume, named by a
+hash of its slices: `<name>.npy` [S, h, w, C], or [S, blocks, h, w, C] for a network that reads several blocks, and
+`<name>.json`, which is written last and holds the sha256 of the first. Features are stored in the precision in which
+they are computed (float32 on CPU, bfloat16 on most GPUs), so storing them loses nothing.
 
-Of a backbone's blocks just those are kept that the network reads. A slice is read when its batch is due: memory holds a
-few batches, however many slices there are.
+Only the blocks that the network reads are kept. A slice is read from disk when its batch is due, so memory holds a few
+batches, however many slices there are.
 """
 
 from __future__ import annotations
@@ -39,14 +39,14 @@ from jaxla.models.weights import parameters_sha256
 
 log = logging.getLogger(__name__)
 
-VERSION = 1  # of how features are computed and stored; another number makes another folder
-BATCH = 8  # slices the backbone takes at once on a device
-SHARE_OF_FREE_DISK = 0.9
+VERSION = 1  # changes when features are computed or stored differently, and names another folder then
+BATCH = 8  # slices that the backbone encodes at once, per device
+MAX_DISK_FRACTION = 0.9  # of the free disk space
 
 
 @dataclass(frozen=True)
 class CachedFeatures:
-    """The features of a volume's slices, [S, …], read from disk one slice at a time."""
+    """The features [S, …] of a volume's slices, read from disk one slice at a time."""
 
     path: Path
     shape: tuple[int, ...]
@@ -56,29 +56,35 @@ class CachedFeatures:
         return self.shape[0]
 
     def __getitem__(self, index: int) -> np.ndarray:
-        stored = open_array(self.path)
-        return np.array(stored[index]).view(self.dtype)  # NumPy's files know no bfloat16: its bits are stored
+        bits = open_array(self.path)[index]  # stored as integers, because NumPy's format has no bfloat16
+        return np.array(bits).view(self.dtype)
 
 
 class FeatureCache:
     """The features of one frozen backbone at one input size.
 
     Args:
-        network: one with `features` and what goes with it (`jaxla/models/networks`).
-        arch: of the backbone.
+        network: has `features` and the attributes that go with it (see `jaxla.models.networks`).
+        arch: name of the backbone's architecture.
         canvas: the square that slices are laid on.
+
+    Attributes:
+        extract: images [batch, size, size, 1] -> features [batch, …].
+        batch: number of images that `extract` takes, all devices together.
+        how_to_fit: advice on making features fit on the disk, to follow "use".
+        folder: where the features are kept.
     """
 
     def __init__(self, cache_dir: Path, network: nnx.Module, arch: str, canvas: Canvas) -> None:
         graph, state = nnx.split(network)
         extract = jax.jit(lambda state, images: nnx.merge(graph, state).features(images))
-        self.extract = partial(extract, place_on_devices(state))  # [batch, size, size, 1] -> [batch, …]
+        self.extract = partial(extract, place_on_devices(state))
         self.batch = BATCH * device_count()
         self.how_to_fit = " or ".join([f"another {option('cache-dir')}", *network.SMALLER_FEATURES])
         self._canvas, size = canvas, canvas.size
         one_batch = jax.eval_shape(self.extract, jax.ShapeDtypeStruct((self.batch, size, size, 1), np.float32))
         self.shape, self.dtype = one_batch.shape[1:], np.dtype(one_batch.dtype)
-        self.describes = {
+        self._description = {
             "version": [VERSION, PREPARED_VERSION],
             "jaxla": importlib.metadata.version("jaxla"),
             "arch": arch,
@@ -88,85 +94,81 @@ class FeatureCache:
             "dtype": self.dtype.name,
         }
         if canvas.extent:
-            self.describes["extent_mm"] = canvas.extent
-        key = hashlib.sha256(json.dumps(self.describes).encode()).hexdigest()[:16]
+            self._description["extent_mm"] = canvas.extent
+        key = hashlib.sha256(json.dumps(self._description).encode()).hexdigest()[:16]
         self.folder = cache_dir / "features" / f"{arch}_{size}px_{self.dtype.name}_{key}"
 
-    def missing(self, volumes: Iterable[PreparedVolume]) -> list[PreparedVolume]:
-        """The volumes whose features are not there yet."""
-        return [v for v in volumes if not (self.folder / f"{_name(v)}.json").exists()]
+    def find_missing(self, volumes: Iterable[PreparedVolume]) -> list[PreparedVolume]:
+        """Return the volumes whose features are not in the cache yet."""
+        return [v for v in volumes if not self._path(v, ".json").exists()]
 
-    def bytes_of(self, volumes: Iterable[PreparedVolume]) -> int:
-        """The disk space that the features of these volumes take."""
+    def count_bytes(self, volumes: Iterable[PreparedVolume]) -> int:
+        """Return the disk space that the features of volumes take."""
         return sum(v.shape[0] for v in volumes) * int(np.prod(self.shape)) * self.dtype.itemsize
 
-    def free_bytes(self) -> int:
-        """What is free on the disk of the cache folder."""
-        return free_bytes(self.folder)
-
-    def fits(self, size: int) -> bool:
-        """Whether the disk has room for that many bytes more, and some to spare."""
-        return size <= SHARE_OF_FREE_DISK * self.free_bytes()
+    def has_room_for(self, size: int) -> bool:
+        """Return whether the disk has room for that many bytes more, and some to spare."""
+        return size <= MAX_DISK_FRACTION * free_bytes(self.folder)
 
     def features(
         self, volumes: Sequence[PreparedVolume], track: Callable[[Iterable, str], Iterable] = lambda items, label: items
     ) -> list[CachedFeatures] | None:
-        """The features of each volume; those not there yet are computed and kept.
+        """Return the features of each volume, after computing those that are missing.
 
-        Several processes may do so at once: each volume is computed by one of them.
+        Several processes may call it at once: each volume is computed by one of them.
 
         Args:
             track: wraps iterations over volumes, for a progress bar; takes a label.
 
         Returns:
-            None where they do not fit on the disk, which the log says.
+            None if the features do not fit on the disk; the log says so.
         """
-        absent = self.missing(volumes)
-        needed = self.bytes_of(absent)
-        fit = not absent or self.fits(needed)
+        missing = self.find_missing(volumes)
+        needed = self.count_bytes(missing)
+        fit = not missing or self.has_room_for(needed)
         if not fit:
             log.warning(
                 "features of %d volumes would take %s in %s, where %s are free: the backbone runs in every epoch "
-                "instead; to keep them, use %s",
-                len(absent), format_bytes(needed), self.folder, format_bytes(self.free_bytes()), self.how_to_fit,
+                "instead. To keep them, use %s",
+                len(missing), format_bytes(needed), self.folder, format_bytes(free_bytes(self.folder)), self.how_to_fit,
             )  # fmt: skip
-        elif absent:
+        elif missing:
             log.info(
                 "features of %d volumes are computed once and kept: %s in %s",
-                len(absent), format_bytes(needed), self.folder,
+                len(missing), format_bytes(needed), self.folder,
             )  # fmt: skip
         if not all(gather(fit)):
             return None
         written: list[PreparedVolume] = []
-        # their own shares, then what of the others' does not lie in the same folder
+        # Each process computes its own part, then what the others computed if their cache is another folder.
         for part in (local_items(volumes), volumes):
-            if not all(gather(self._keep(self.missing(part), track, written))):
-                return self._give_back(written)
-        log.info("checking the features of %d volumes (%s)", len(volumes), format_bytes(self.bytes_of(volumes)))
-        with ThreadPoolExecutor() as pool:  # hashing lets other threads run
-            sound = list(pool.map(self._is_sound, volumes))
-        damaged = [v for v, is_sound in zip(volumes, sound, strict=True) if not is_sound]
+            if not all(gather(self._compute(self.find_missing(part), track, written))):
+                return self._remove(written)
+        log.info("checking the features of %d volumes (%s)", len(volumes), format_bytes(self.count_bytes(volumes)))
+        with ThreadPoolExecutor() as pool:  # hashing releases the GIL
+            intact = list(pool.map(self._is_intact, volumes))
+        damaged = [v for v, is_intact in zip(volumes, intact, strict=True) if not is_intact]
         for volume in damaged:
-            log.warning("features of %s were damaged (%s): computed again", volume.id, self.folder / _name(volume))
-        if not all(gather(self._keep(damaged, track, written))):
-            return self._give_back(written)
-        return [CachedFeatures(self.folder / f"{_name(v)}.npy", (v.shape[0], *self.shape), self.dtype) for v in volumes]
+            log.warning("features of %s were damaged (%s): computed again", volume.id, self._path(volume, ""))
+        if not all(gather(self._compute(damaged, track, written))):
+            return self._remove(written)
+        return [CachedFeatures(self._path(v, ".npy"), (v.shape[0], *self.shape), self.dtype) for v in volumes]
 
-    def _keep(
+    def _compute(
         self,
         volumes: Sequence[PreparedVolume],
         track: Callable[[Iterable, str], Iterable],
         written: list[PreparedVolume],
     ) -> bool:
-        """Compute and write what these lack, and add them to `written`; False where the disk refuses."""
+        """Compute and write features, and add the volumes to `written`; return False if the disk refuses."""
         if not volumes:
             return True
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             with file_lock(self.folder / "lock", f"{self.folder}: another process computes features"):
-                write_atomically(self.folder / "backbone.json", json.dumps(self.describes))
+                write_atomically(self.folder / "backbone.json", json.dumps(self._description))
             for volume in track(volumes, "features"):
-                if self._require(volume):
+                if self._compute_once(volume):
                     written.append(volume)
         except OSError as error:
             if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES):
@@ -178,53 +180,52 @@ class FeatureCache:
             return False
         return True
 
-    def _give_back(self, written: Iterable[PreparedVolume]) -> None:
-        """Remove features that are of no use without the others: the run needs the room."""
+    def _remove(self, written: Iterable[PreparedVolume]) -> None:
+        """Remove features that are useless without the others, because the run needs the disk space."""
         for volume in written:
             for suffix in (".json", ".npy"):
-                (self.folder / f"{_name(volume)}{suffix}").unlink(missing_ok=True)
+                self._path(volume, suffix).unlink(missing_ok=True)
 
-    def _require(self, volume: PreparedVolume) -> bool:
-        """Compute and write a volume's features, unless another process has done so by now; whether it was done."""
-        lock = self.folder / f"{_name(volume)}.lock"
+    def _compute_once(self, volume: PreparedVolume) -> bool:
+        """Compute and write a volume's features unless another process has done so; return whether it was needed."""
+        lock = self._path(volume, ".lock")
         with file_lock(lock, f"{self.folder}: another process computes features"):
-            if lacks := not self._is_sound(volume):
-                (self.folder / f"{_name(volume)}.json").unlink(missing_ok=True)
+            if is_needed := not self._is_intact(volume):
+                self._path(volume, ".json").unlink(missing_ok=True)
                 self._write(volume)
-            lock.unlink(missing_ok=True)  # whoever waits for it finds the features there
-        return lacks
+            lock.unlink(missing_ok=True)  # a process that waits for the lock finds the features
+        return is_needed
 
     def _write(self, volume: PreparedVolume) -> None:
-        path = self.folder / f"{_name(volume)}.npy"
-        beside = path.with_suffix(".part")  # the lock is held: no other process writes it
+        path = self._path(volume, ".npy")
+        temporary = path.with_suffix(".part")  # the lock is held: no other process writes it
         shape = (volume.shape[0], *self.shape)
         bits = np.dtype(f"u{self.dtype.itemsize}")
         frame, size = self._canvas.frame(volume.shape[1:], volume.spacing[1:]), self._canvas.size
         try:
-            with beside.open("wb") as file:
+            with temporary.open("wb") as file:
                 header = {"descr": bits.str, "fortran_order": False, "shape": shape}
                 np.lib.format.write_array_header_1_0(file, header)
                 for start in range(0, shape[0], self.batch):
-                    chosen = range(start, min(start + self.batch, shape[0]))
+                    indices = range(start, min(start + self.batch, shape[0]))
                     images = np.zeros((self.batch, size, size, 1), np.float32)
-                    for i, index in enumerate(chosen):
+                    for i, index in enumerate(indices):
                         images[i] = volume.input(index, frame)
-                    computed = np.asarray(self.extract(shard_batch(images)))[: len(chosen)]
+                    computed = np.asarray(self.extract(shard_batch(images)))[: len(indices)]
                     file.write(computed.view(bits).tobytes())
-            beside.replace(path)
+            temporary.replace(path)
         finally:
-            beside.unlink(missing_ok=True)
-        said = {"case": volume.id, "shape": shape, "sha256": file_sha256(path)}
-        write_atomically(path.with_suffix(".json"), json.dumps(said))
+            temporary.unlink(missing_ok=True)
+        record = {"case": volume.id, "shape": shape, "sha256": file_sha256(path)}
+        write_atomically(path.with_suffix(".json"), json.dumps(record))
 
-    def _is_sound(self, volume: PreparedVolume) -> bool:
-        path = self.folder / f"{_name(volume)}.npy"
+    def _is_intact(self, volume: PreparedVolume) -> bool:
+        path = self._path(volume, ".npy")
         try:
-            said: dict[str, Any] = json.loads(path.with_suffix(".json").read_text())
-            return said["shape"] == [volume.shape[0], *self.shape] and said["sha256"] == file_sha256(path)
+            record: dict[str, Any] = json.loads(path.with_suffix(".json").read_text())
+            return record["shape"] == [volume.shape[0], *self.shape] and record["sha256"] == file_sha256(path)
         except (OSError, ValueError, KeyError, TypeError):
             return False
 
-
-def _name(volume: PreparedVolume) -> str:
-    return volume.slices_sha256[:32]
+    def _path(self, volume: PreparedVolume, suffix: str) -> Path:
+        return self.folder / f"{volume.slices_sha256[:32]}{suffix}"

@@ -81,7 +81,7 @@ class TrainingCheckpoints:
         Raises:
             InputError: epochs were trained, but no intact checkpoint is left.
         """
-        newest = self.latest.newest_whole()
+        newest = self.latest.find_newest_intact()
         if newest is None:
             if epochs_done:
                 raise InputError(
@@ -104,7 +104,7 @@ class TrainingCheckpoints:
         for epoch in self.best.steps():
             if epoch > progress.best_epoch:
                 self.best.remove(epoch)
-        intact = self.best.newest_whole() or 0
+        intact = self.best.find_newest_intact() or 0
         is_at_epoch_end = not progress.losses
         if intact == progress.best_epoch:
             return

@@ -14,7 +14,7 @@ import optax
 from flax import nnx
 
 from jaxla.distributed import constrain_sharding, device_count, replicate
-from jaxla.training.losses import Loss, cross_entropy, deep_supervision, overlap_counts, row_weights
+from jaxla.training.losses import Loss, count_overlap, cross_entropy, deep_supervision, row_weights
 
 Augment = Callable[
     [jax.Array, jax.Array, jax.Array], tuple[jax.Array, jax.Array]
@@ -145,6 +145,6 @@ def make_evaluation(graph: nnx.GraphDef, loss: Loss = cross_entropy) -> Callable
         logits = apply_network(nnx.merge(graph, trainable, *frozen), batch)
         mask = jnp.maximum(batch["mask"], 0)  # voxels outside the scan count as background
         value, rows = loss(logits, mask, batch["weight"]), row_weights(batch["weight"])
-        return replicate(Evaluated(value, overlap_counts(logits, mask, rows), batch["volume"], rows))
+        return replicate(Evaluated(value, count_overlap(logits, mask, rows), batch["volume"], rows))
 
     return jax.jit(evaluate)

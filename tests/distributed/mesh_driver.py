@@ -43,7 +43,7 @@ def network(name):
         decoder = nnx.eval_shape(lambda: FusionDecoder(32, 3, (8, 8, 4), 1, rngs=nnx.Rngs(0)))
         return FusionSegmenter(tiny_backbone(), (0, 1, 2), randomise(decoder, 1))
     if name == "windows":
-        decoder = nnx.eval_shape(lambda: WindowDecoder(32, (8, 8, 4, 4), 1, places=4, rngs=nnx.Rngs(0)))
+        decoder = nnx.eval_shape(lambda: WindowDecoder(32, (8, 8, 4, 4), 1, depth_places=4, rngs=nnx.Rngs(0)))
         return WindowSegmenter(tiny_backbone(), randomise(decoder, 1), (2, 1, 2))
     decoder = nnx.eval_shape(lambda: ConvolutionalDecoder(32, (8, 8, 4), 1, rngs=nnx.Rngs(0)))
     backbone = tiny_backbone() if name == "frozen" else tiny_backbone(variant=ROTARY, remat=True)

@@ -11,7 +11,6 @@ from jaxla.experiments import METHODS
 from jaxla.models.build import build_network
 from torch.utils.flop_counter import FlopCounterMode
 
-from jaxla.models.build import build_network
 from jaxla.models.networks.fusion import weighted_product, weighted_sums
 from jaxla.models.ops.attention import cudnn_attention
 from jaxla.models.ops.multiply_adds import multiply_adds

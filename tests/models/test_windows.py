@@ -22,14 +22,20 @@ from tests.tiny import ROTARY, TINY, randomise, tiny_backbone
 WIDTHS = (16, 12, 8, 8)
 SIZE = (32, 64)  # of the slices; h, w are 4, 8
 SLICES = 6
-KINDS = {"3D": {"places": 5}, "without depth embedding": {"places": 0}, "2D": {"places": 5, "slicewise": True}}
+KINDS = {
+    "3D": {"depth_places": 5},
+    "without depth embedding": {"depth_places": 0},
+    "2D": {"depth_places": 5, "slicewise": True},
+}
 
 
-def make_decoder(outputs=1, seed=0, dtype=jnp.float32, places=5, **options):
+def make_decoder(outputs=1, seed=0, dtype=jnp.float32, depth_places=5, **options):
     """Return a decoder with random parameters."""
     decoder = randomise(
         nnx.eval_shape(
-            lambda: WindowDecoder(32, WIDTHS, outputs, places=places, dtype=dtype, rngs=nnx.Rngs(0), **options)
+            lambda: WindowDecoder(
+                32, WIDTHS, outputs, depth_places=depth_places, dtype=dtype, rngs=nnx.Rngs(0), **options
+            )
         ),
         seed,
     )
@@ -142,7 +148,7 @@ def test_equal_slices_differ_by_the_depth_embedding_only(kind):
     equal = np.repeat(random_features(1, slices=1), SLICES, axis=1)
     logits = run(FeatureWindows(decoder, SIZE, (2, 1, 1)), equal)
     change = np.abs(logits - logits[:, :1]).max(axis=(0, 2, 3, 4))
-    assert (change[1:] > 1e-2).all() if KINDS[kind]["places"] else (change == 0).all()
+    assert (change[1:] > 1e-2).all() if KINDS[kind]["depth_places"] else (change == 0).all()
 
 
 @pytest.mark.parametrize(("kind", "counts"), [*((kind, (3, 1, 2)) for kind in KINDS), ("3D", (1, 1, 1))])

@@ -179,7 +179,7 @@ def test_initial_parameters_follow_nnunets_distribution():
 
 
 def test_a_plan_is_required_by_nnunet_and_refused_by_others():
-    with pytest.raises(jaxla.InputError, match="plan: nnunet_2d is planned from the data; give the file"):
+    with pytest.raises(jaxla.InputError, match="plan: nnunet_2d needs a plan. Pass the file"):
         jaxla.build_network("nnunet_2d")
     with pytest.raises(jaxla.InputError, match="plan: unet takes none"):
         jaxla.build_network("unet", plan=PLAN)

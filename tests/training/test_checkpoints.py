@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from jaxla.config import InputError, Training
+from jaxla.config import InputError, Training, command_line_wording
 from jaxla.models.networks.transformer_segmenter import LinearDecoder, TransformerSegmenter
 from jaxla.training.checkpoints import Checkpoints, checkpoint_steps
 from jaxla.training.step import make_gradient, make_optimiser, make_step, split_network
@@ -93,7 +93,7 @@ def test_trees_with_numbered_parts_come_back(tmp_path):
 
 def test_a_folder_without_a_checkpoint_has_no_newest_one(tmp_path):
     checkpoints = Checkpoints(tmp_path / "best")
-    assert checkpoints.newest_whole() is None
+    assert checkpoints.find_newest_intact() is None
     checkpoints.close()
     assert checkpoint_steps(tmp_path / "best") == checkpoint_steps(tmp_path / "nowhere") == []
 
@@ -167,7 +167,7 @@ def test_every_damage_is_named_and_the_one_before_is_used(tmp_path, caplog, kind
     (DAMAGED | UNFINISHED)[kind](folder / "2")
     caplog.set_level(logging.WARNING, "jaxla")
     checkpoints = Checkpoints(folder)
-    assert checkpoints.newest_whole() == 1
+    assert checkpoints.find_newest_intact() == 1
     word = "damaged checkpoint" if kind in DAMAGED else "half-written checkpoint, removed"
     (said,) = said_by_us(caplog)
     assert said.startswith(f"{folder / '2'}")
@@ -180,7 +180,7 @@ def test_every_damage_is_named_and_the_one_before_is_used(tmp_path, caplog, kind
     checkpoints.close()
     caplog.clear()
     reopened = Checkpoints(folder)
-    assert reopened.newest_whole() == 3
+    assert reopened.find_newest_intact() == 3
     assert reopened.steps() == [3, 2]
     assert restored_is(reopened, 3)
     assert restored_is(reopened, 2)
@@ -194,9 +194,9 @@ def test_a_bit_flipped_in_any_file_is_noticed(tmp_path):
     assert len(files(folder / "1")) > 5
     for path in files(folder / "1"):
         flip_a_bit(path, 0.9)
-        assert checkpoints.damage(1) == f"{path.relative_to(folder / '1')} is missing or has changed"
+        assert checkpoints.find_damage(1) == f"{path.relative_to(folder / '1')} is missing or has changed"
         flip_a_bit(path, 0.9)
-        assert checkpoints.damage(1) == ""
+        assert checkpoints.find_damage(1) == ""
     checkpoints.close()
 
 
@@ -207,7 +207,7 @@ def test_a_damaged_checkpoint_is_not_restored(tmp_path):
     with pytest.raises(InputError) as error:
         checkpoints.restore(shapes_of(tree_of(1)), 1)
     checkpoints.close()
-    assert str(error.value).startswith(f"{folder / '1'}: damaged checkpoint, ")
+    assert str(error.value).startswith(f"{folder / '1'}: damaged checkpoint: ")
     assert "\n" not in str(error.value)
 
 
@@ -216,7 +216,7 @@ def test_with_all_damaged_there_is_none(tmp_path, caplog):
     for step in (1, 2):
         truncate(files(folder / str(step))[0])
     checkpoints = Checkpoints(folder)
-    assert checkpoints.newest_whole() is None
+    assert checkpoints.find_newest_intact() is None
     assert [message.split(":")[0] for message in said_by_us(caplog)] == [str(folder / "2"), str(folder / "1")]
     checkpoints.save(1, tree_of(1), {"epoch": 1})
     assert restored_is(checkpoints, 1)
@@ -227,7 +227,7 @@ def test_a_checkpoint_whose_folder_is_gone_is_forgotten(tmp_path):
     folder = save(tmp_path / "latest", 1, 2)
     shutil.rmtree(folder / "2")
     checkpoints = Checkpoints(folder)
-    assert checkpoints.newest_whole() == 1
+    assert checkpoints.find_newest_intact() == 1
     checkpoints.close()
     assert names(folder) == {"1", "1.sha256"}
 
@@ -251,7 +251,7 @@ def test_a_disk_that_refuses_is_named_and_what_was_saved_is_kept(tmp_path, caplo
     folder = save(tmp_path / "latest", 1, 2)
     noise = {"trainable": {"x": jax.random.normal(jax.random.key(0), (floats,))}}
     checkpoints = Checkpoints(folder)
-    with files_at_most(size), pytest.raises(InputError) as error:
+    with files_at_most(size), command_line_wording(), pytest.raises(InputError) as error:
         checkpoints.save(3, noise, {"epoch": 3})
     message = str(error.value)
     assert message.startswith(f"{folder / '3'}: cannot be written ({os.strerror(errno.EFBIG)}")
@@ -259,7 +259,7 @@ def test_a_disk_that_refuses_is_named_and_what_was_saved_is_kept(tmp_path, caplo
     assert "\n" not in message
 
     reopened = Checkpoints(folder)
-    assert reopened.newest_whole() == 2
+    assert reopened.find_newest_intact() == 2
     assert restored_is(reopened, 2)
     assert not [message for message in said_by_us(caplog) if message.startswith(f"{folder / '2'}")]
     reopened.save(3, tree_of(3), {"epoch": 3})

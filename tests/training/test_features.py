@@ -14,7 +14,7 @@ import pytest
 from jaxla.config import Training
 from jaxla.data.batches import SliceSource
 from jaxla.data.inputs import Canvas
-from jaxla.training.features import BATCH, SHARE_OF_FREE_DISK, FeatureCache
+from jaxla.training.features import BATCH, MAX_DISK_FRACTION, FeatureCache
 from jaxla.training.loop import fit
 from jaxla.training.step import split_network
 from tests.training.faults import files_at_most, flip_a_bit, leave_free, said_by_us, start_process, truncate
@@ -115,7 +115,7 @@ def test_a_volume_of_more_slices_than_the_backbone_takes_at_once(copy, tmp_path)
 @pytest.mark.parametrize(("dtype", "itemsize"), [(jnp.float32, 4), (jnp.bfloat16, 2)])
 def test_the_space_they_take_is_known_before(volumes, tmp_path, dtype, itemsize):
     cache = cache_in(tmp_path, dtype=dtype)
-    said = cache.bytes_of(volumes)
+    said = cache.count_bytes(volumes)
     assert said == (5 + 6 + 7) * 4 * 4 * 32 * itemsize
     cache.features(volumes)
     files = list((tmp_path / "features").rglob("*.npy"))
@@ -125,7 +125,7 @@ def test_the_space_they_take_is_known_before(volumes, tmp_path, dtype, itemsize)
 
 def test_a_fusions_features_are_those_of_its_blocks_to_the_bit(volumes, tmp_path):
     cache = FeatureCache(tmp_path, fusion(), "tiny", Canvas(SIZE))
-    assert cache.bytes_of(volumes) == (5 + 6 + 7) * 2 * 4 * 4 * 32 * 4
+    assert cache.count_bytes(volumes) == (5 + 6 + 7) * 2 * 4 * 4 * 32 * 4
     images = np.zeros((BATCH, SIZE, SIZE, 1), np.float32)
     images[: volumes[0].shape[0]] = inputs(volumes[0])
     live = jax.jit(fusion().features)(images)
@@ -166,9 +166,9 @@ def test_training_on_features_is_training_on_images(volumes, tmp_path, make):
 def test_they_are_computed_once_and_then_read(volumes, tmp_path, caplog):
     caplog.set_level(logging.INFO, "jaxla")
     cache = cache_in(tmp_path)
-    assert cache.missing(volumes) == volumes
+    assert cache.find_missing(volumes) == volumes
     cache.features(volumes[:2])
-    assert cache.missing(volumes) == volumes[2:]
+    assert cache.find_missing(volumes) == volumes[2:]
     assert "features of 2 volumes are computed once and kept: 22.5kB" in said_by_us(caplog, logging.INFO)[0]
     first = times(tmp_path)
     assert len(first) == 2
@@ -188,10 +188,10 @@ def test_they_are_computed_once_and_then_read(volumes, tmp_path, caplog):
 def test_another_backbone_size_or_precision_has_features_of_its_own(volumes, kept, tmp_path, other):
     folder = shutil.copytree(kept, tmp_path / "kept")
     cache = cache_in(folder, **other)
-    assert cache.missing(volumes) == volumes
+    assert cache.find_missing(volumes) == volumes
     features = cache.features(volumes[:1])
     np.testing.assert_array_equal(bits(features[0][2]), bits(computed_live(volumes[0], **other)[2]))
-    assert cache_in(folder).missing(volumes) == []
+    assert cache_in(folder).find_missing(volumes) == []
     assert len(times(folder)) == 4
 
 
@@ -225,9 +225,9 @@ def rename(scans):
     [(change_a_voxel, ["case1"]), (change_the_spacing, ["case1"]), (change_the_mask, []), (rename, [])],
 )
 def test_other_slices_have_features_of_their_own(copy, kept, change, missing):
-    assert cache_in(kept).missing(prepared(copy)) == []
+    assert cache_in(kept).find_missing(prepared(copy)) == []
     change(copy)
-    assert [volume.id for volume in cache_in(kept).missing(prepared(copy))] == missing
+    assert [volume.id for volume in cache_in(kept).find_missing(prepared(copy))] == missing
 
 
 # --- damaged ---
@@ -333,8 +333,8 @@ def test_a_process_goes_on_where_a_killed_one_left(scans, volumes, kept, tmp_pat
 
 def test_where_they_do_not_fit_the_log_says_so_and_there_are_none(volumes, tmp_path, monkeypatch, caplog):
     cache = cache_in(tmp_path)
-    needed = cache.bytes_of(volumes)
-    fits = -int(-needed // SHARE_OF_FREE_DISK)
+    needed = cache.count_bytes(volumes)
+    fits = -int(-needed // MAX_DISK_FRACTION)
     leave_free(monkeypatch, fits - 1)
     assert cache.features(volumes) is None
     assert list(tmp_path.iterdir()) == []

@@ -8,12 +8,12 @@ import pytest
 import torch
 
 from jaxla.training.losses import (
+    count_overlap,
     cross_entropy,
     deep_supervision,
     dice_cross_entropy,
-    overlap_counts,
     per_volume,
-    predicted_classes,
+    predict_classes,
 )
 
 RNG = np.random.default_rng(0)
@@ -57,7 +57,7 @@ def test_no_slice_that_counts_is_no_loss():
 def test_overlap_of_one_class_is_counted_slice_by_slice():
     logits = np.array([[[1, 2, -1], [-1, 3, -2]], [[-1, -1, -1], [-1, -1, -1]], [[1, 1, 1], [1, 1, 1]]], np.float32)
     mask = np.array([[[1, 0, 1], [0, 1, 0]], [[0, 0, 0], [0, 1, 0]], [[1, 1, 1], [1, 1, 1]]])
-    counts = overlap_counts(logits[..., None], mask, np.array([1, 1, 0]))  # the last slice only fills the batch
+    counts = count_overlap(logits[..., None], mask, np.array([1, 1, 0]))  # the last slice only fills the batch
     # pixels of the prediction, of the mask, of both
     np.testing.assert_array_equal(counts, [[[3, 3, 2]], [[0, 1, 0]], [[0, 0, 0]]])
 
@@ -65,13 +65,13 @@ def test_overlap_of_one_class_is_counted_slice_by_slice():
 def test_overlap_of_several_classes_leaves_the_background_out():
     classes = np.array([[[0, 1, 1, 2], [2, 2, 0, 0]]])
     mask = np.array([[[0, 1, 2, 2], [2, 1, 1, 0]]])
-    counts = overlap_counts(np.eye(3, dtype=np.float32)[classes], mask, np.ones(1))
+    counts = count_overlap(np.eye(3, dtype=np.float32)[classes], mask, np.ones(1))
     np.testing.assert_array_equal(counts, [[[2, 3, 1], [3, 3, 2]]])
 
 
 def test_a_pixel_is_foreground_above_one_half_or_takes_its_largest_logit():
-    np.testing.assert_array_equal(predicted_classes(jnp.array([-1e-6, 0.0, 1e-6])[..., None]), [0, 0, 1])
-    np.testing.assert_array_equal(predicted_classes(jnp.array([[0.1, 0.3, 0.2], [-1, -3, -2]])), [1, 0])
+    np.testing.assert_array_equal(predict_classes(jnp.array([-1e-6, 0.0, 1e-6])[..., None]), [0, 0, 1])
+    np.testing.assert_array_equal(predict_classes(jnp.array([[0.1, 0.3, 0.2], [-1, -3, -2]])), [1, 0])
 
 
 # --- nnU-Net's ---
@@ -123,7 +123,7 @@ def test_resolutions_count_half_of_the_one_before_and_the_coarsest_nothing():
 def test_overlap_in_volumes_is_counted_over_all_of_their_axes():
     classes = RNG.integers(0, 3, (2, 3, 4, 5))
     mask = RNG.integers(0, 3, (2, 3, 4, 5))
-    counts = overlap_counts(np.eye(3, dtype=np.float32)[classes], mask, np.ones(2))
+    counts = count_overlap(np.eye(3, dtype=np.float32)[classes], mask, np.ones(2))
     for k in (1, 2):
         expected = [
             [(classes[b] == k).sum(), (mask[b] == k).sum(), ((classes[b] == k) & (mask[b] == k)).sum()] for b in (0, 1)

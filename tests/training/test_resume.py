@@ -204,7 +204,7 @@ def test_from_a_damaged_latest_checkpoint_training_falls_back_and_ends_the_same(
     damage(latest / str(newest))
     code, said = run(copy)
     assert code == 0, said
-    assert f"{latest / str(newest)}: damaged checkpoint, " in said
+    assert f"{latest / str(newest)}: damaged checkpoint: " in said
     assert "the one before it is used" in said
     assert "resuming after 5 epochs and 0 steps" in said
     assert_same(copy, like, uninterrupted)
@@ -233,7 +233,7 @@ def test_a_damaged_best_checkpoint_gives_way_to_the_next_best(run, like, uninter
     assert record == {"epoch": 4, "dice": lines[3]["val_dice"]}
     code, said = run(copy)
     assert code == 0, said
-    assert f"{best / '5'}: damaged checkpoint, " in said
+    assert f"{best / '5'}: damaged checkpoint: " in said
     assert "the checkpoint of the best epoch, 5, was lost; epoch 4 replaces it" in said
 
     assert checkpoint_steps(best) == [4]

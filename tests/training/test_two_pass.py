@@ -26,7 +26,7 @@ FAST = {"xla_backend_optimization_level": 0}  # to compile, which is most of wha
 
 def network_of(counts, outputs=1, slicewise=False):
     decoder = nnx.eval_shape(
-        lambda: WindowDecoder(32, (16, 16, 8, 8), outputs, places=4, slicewise=slicewise, rngs=nnx.Rngs(0))
+        lambda: WindowDecoder(32, (16, 16, 8, 8), outputs, depth_places=4, slicewise=slicewise, rngs=nnx.Rngs(0))
     )
     return WindowSegmenter(tiny_backbone(), randomise(decoder, 1), counts)
 

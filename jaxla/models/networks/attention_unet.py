@@ -1,12 +1,12 @@
 """Attention U-Net (Oktay et al. 2018): a U-Net whose skip connections pass additive attention gates.
 
-A gate weighs each pixel of a skip by what the next coarser level of the decoder has found there: with x the skip and g
-that level's features, at half the skip's size,
+A gate multiplies each pixel of a skip x by a weight. It computes the weights from x and from g, the decoder's features
+at the next coarser level, which have half the size of x:
 
     weight = sigmoid(ψ relu(W_x x + W_g g + b_g) + b_ψ)        (equation 1 of the paper)
 
-where W_x is a 2×2 convolution with stride 2, which brings x to the grid of g, W_g and ψ are 1×1 convolutions, and the
-weights come back to the grid of x bilinearly (figure 2).
+W_x is a 2×2 convolution with stride 2, which brings x to the grid of g. W_g and ψ are 1×1 convolutions. The weights are
+resized bilinearly to the grid of x (figure 2).
 """
 
 from __future__ import annotations
@@ -41,32 +41,32 @@ class AttentionUNetOptions(UNetOptions):
 
 
 class AttentionUNet(UNet):
-    """A `UNet`, each skip of which is weighed by a gate; takes and gives the same."""
+    """A `UNet` with an attention gate on every skip connection; the same inputs and outputs."""
 
     def __init__(self, widths: Sequence[int], outputs: int, *, dtype: jnp.dtype = jnp.float32, rngs: nnx.Rngs) -> None:
         super().__init__(widths, outputs, dtype=dtype, rngs=rngs)
         self.gates = nnx.List([Gate(i, o, dtype, rngs) for i, o in pairwise(widths)])
 
-    def skip(self, level: int, x: jax.Array, below: jax.Array) -> jax.Array:
-        return self.gates[level](x, below)
+    def transform_skip(self, level: int, x: jax.Array, coarser: jax.Array) -> jax.Array:
+        return self.gates[level](x, coarser)
 
 
 class Gate(nnx.Module):
-    """An additive attention gate; the features that it adds are as wide as the skip.
+    """An additive attention gate. Its intermediate features have as many channels as the skip.
 
     Args:
-        skip: channels of x.
-        gating: channels of g.
+        skip_width: channels of x.
+        gating_width: channels of g.
     """
 
-    def __init__(self, skip: int, gating: int, dtype: jnp.dtype, rngs: nnx.Rngs) -> None:
+    def __init__(self, skip_width: int, gating_width: int, dtype: jnp.dtype, rngs: nnx.Rngs) -> None:
         linear = partial(convolution, side=1, kernel_init=LECUN_NORMAL, dtype=dtype, rngs=rngs)
-        self.of_skip = linear(4 * skip, skip)  # of each 2×2 pixels, row by row
-        self.of_gating = linear(gating, skip, bias=True)
-        self.psi = linear(skip, 1, bias=True)
+        self.of_skip = linear(4 * skip_width, skip_width)  # the 2×2 convolution as a product with 4 stacked pixels
+        self.of_gating = linear(gating_width, skip_width, bias=True)
+        self.psi = linear(skip_width, 1, bias=True)
 
     def __call__(self, x: jax.Array, g: jax.Array) -> jax.Array:
-        """x [B, 2h, 2w, C] and g [B, h, w, G] -> x, each pixel times a weight between 0 and 1."""
-        four = jnp.concatenate([x[:, i::2, j::2] for i in (0, 1) for j in (0, 1)], axis=-1)
-        weight = jax.nn.sigmoid(self.psi(jax.nn.relu(self.of_skip(four) + self.of_gating(g))))
+        """Return x [B, 2h, 2w, C] with each pixel multiplied by its weight in 0..1; g is [B, h, w, G]."""
+        stacked = jnp.concatenate([x[:, i::2, j::2] for i in (0, 1) for j in (0, 1)], axis=-1)
+        weight = jax.nn.sigmoid(self.psi(jax.nn.relu(self.of_skip(stacked) + self.of_gating(g))))
         return x * double(weight)

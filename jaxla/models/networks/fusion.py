@@ -1,8 +1,8 @@
-"""Paper 2's network: features of several blocks fused by learned weights, decoded with the image brought back in.
+"""Paper 2's network: features of several blocks, fused with learned weights; the decoder reads the image again.
 
-*Multi-scale feature fusion with image-driven spatial integration* (arXiv 2502.06615). Stated are the frozen backbone,
-one learnable scalar a block, softmax-normalised, a decoder like a U-Net's, and that the image is brought back in while
-decoding; what else stands here is this package's choice (docs/paper2.md).
+*Multi-scale feature fusion with image-driven spatial integration* (arXiv 2502.06615). The paper states the frozen
+backbone, one learnable scalar per block, normalised by a softmax, a decoder like a U-Net's, and that the decoder reads
+the image. All else is this package's choice (docs/paper2.md).
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from jaxla.models.ops.images import three_channels
 from jaxla.models.ops.layers import ConvolutionUnit, logits_layer
 from jaxla.models.ops.resizing import double, resize
 
-STEM = 16  # channels that a stage sees of the image
+STEM_WIDTH = 16  # channels that a stage computes from the image
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,7 @@ class FusionOptions(TransformerOptions):
         """Return `blocks` counted from 0, in ascending order.
 
         Raises:
-            InputError: a block that the backbone does not have, or that is named twice.
+            InputError: the backbone has no such block, or a block is named twice.
         """
         depth = TRANSFORMERS[self.arch].depth
         numbers = tuple(block + depth if block < 0 else block for block in self.blocks) or tuple(range(depth))
@@ -92,7 +92,7 @@ class FusionOptions(TransformerOptions):
 
 
 class FusionSegmenter(nnx.Module):
-    """Patch tokens of some of the backbone's blocks as maps, and the image, decoded to logits."""
+    """A vision transformer and a decoder of the image and of the patch tokens of several blocks, arranged as maps."""
 
     def __init__(self, backbone: VisionTransformer, blocks: Sequence[int], decoder: FusionDecoder) -> None:
         self.backbone = backbone
@@ -103,30 +103,30 @@ class FusionSegmenter(nnx.Module):
         self.SMALLER_FEATURES = (f"fewer {option('model.blocks')}",) if len(self.blocks) > 1 else ()
 
     def __call__(self, images: jax.Array, present: jax.Array | None = None) -> jax.Array:
-        """Logits [B, H, W, K] float32.
+        """Return logits [B, H, W, K] float32.
 
         Args:
             images: [B, H, W, 1] grey values in 0..1, or [B, H, W, 3] already ImageNet-normalised; H, W multiples of
                 the patch size.
-            present: [B] bool, which of them BatchNorm's statistics are of while it trains; by default all.
+            present: [B] bool, the images that BatchNorm's training statistics are computed from. Default: all.
         """
         return self.decoder(self.features(images), images, images.shape[1:3], present)
 
     def features(self, images: jax.Array) -> jax.Array:
-        """What the decoder reads of the backbone: [B, blocks, h, w, C] in the computation's dtype.
+        """Return the chosen blocks' patch tokens [B, blocks, h, w, C] of images, in the dtype of the computation.
 
-        Each block's tokens pass the final norm, for their scales differ from block to block.
+        The final norm is applied to each block's tokens, because their scales differ between blocks.
         """
         return jnp.stack(self.backbone.intermediate(three_channels(images), self.blocks, norm=True), axis=1)
 
     def on_features(self, size: tuple[int, int]) -> FeatureFusionSegmenter:
-        """The rest of this network, for features of images of H, W = `size` that were computed before."""
+        """Return the network without its backbone, for precomputed features of images with H, W = `size`."""
         return FeatureFusionSegmenter(self.decoder, size)
 
     def block_weights(self) -> dict[str, Any]:
-        """The share of each block in the features of each level of the decoder, coarsest first; ready for JSON."""
+        """Return the weight of each block at each level of the decoder, coarsest first, in a form that JSON takes."""
         fusion = self.decoder.fusion
-        # not by JAX: the network may lie on another device than those of the mesh
+        # NumPy, because the network's device may lie outside the mesh that JAX computes on
         scalars = np.asarray(fusion.scalars.get_value()) if hasattr(fusion, "scalars") else np.zeros(fusion.shape)
         levels = np.broadcast_to(softmax(scalars, axis=1), fusion.shape)
         return {"blocks": list(self.blocks), "levels": levels.tolist()}
@@ -140,10 +140,14 @@ class FeatureFusionSegmenter(nnx.Module):
         self.size = size
 
     def __call__(self, inputs: jax.Array | tuple[jax.Array, jax.Array], present: jax.Array | None = None) -> jax.Array:
-        """Features [B, blocks, h, w, C], with their images [B, H, W, 1 or 3] where it reads these, to logits.
+        """Return logits [B, H, W, K] float32.
+
+        Args:
+            inputs: features [B, blocks, h, w, C]; if the decoder reads images, (features, images [B, H, W, 1 or 3]).
+            present: [B] bool, the images that BatchNorm's training statistics are computed from. Default: all.
 
         Raises:
-            ValueError: it reads images, and is given features alone.
+            ValueError: the decoder reads images, but got features only.
         """
         if self.decoder.reads_images and not isinstance(inputs, tuple):
             raise ValueError("the decoder reads the images too: call it with (features, images)")
@@ -152,15 +156,15 @@ class FeatureFusionSegmenter(nnx.Module):
 
 
 class FusionDecoder(nnx.Module):
-    """The first level's features, then ×2 stages up to about the image's size.
+    """Fused features of the coarsest level, then ×2 stages up to about the image's size.
 
     Args:
         width: C, channels of the features.
-        blocks: how many blocks' features come in.
-        widths: channels of the first level, then after each stage.
+        blocks: number of blocks whose features are fused.
+        widths: channels of the coarsest level, then after each stage.
         outputs: K, channels of the logits.
-        weights: as `FusionOptions.block_weights`.
-        image: which stages see the image, as `FusionOptions.image_stages`.
+        weights: see `FusionOptions.block_weights`.
+        image: the stages that read the image, see `FusionOptions.image_stages`.
     """
 
     def __init__(
@@ -176,12 +180,15 @@ class FusionDecoder(nnx.Module):
         rngs: nnx.Rngs,
     ) -> None:
         last = len(widths) - 2
-        seen = {"all": range(last + 1), "last": [last], "none": []}[image]
-        self.reads_images = bool(seen)
+        image_stages = {"all": range(last + 1), "last": [last], "none": []}[image]
+        self.reads_images = bool(image_stages)
         self.fusion = Fusion(len(widths), blocks, weights)
         self.project = nnx.Linear(width, widths[0], dtype=dtype, rngs=rngs)
         self.stages = nnx.List(
-            [Stage(width, i, o, place in seen, dtype=dtype, rngs=rngs) for place, (i, o) in enumerate(pairwise(widths))]
+            [
+                Stage(width, i, o, index in image_stages, dtype=dtype, rngs=rngs)
+                for index, (i, o) in enumerate(pairwise(widths))
+            ]
         )
         self.logits = logits_layer(widths[-1], outputs, 3, dtype, rngs)
 
@@ -192,16 +199,16 @@ class FusionDecoder(nnx.Module):
         size: tuple[int, int],
         present: jax.Array | None = None,
     ) -> jax.Array:
-        """[B, blocks, h, w, C] -> logits [B, H, W, K] float32, H, W = `size`.
+        """Return logits [B, H, W, K] float32, with H, W = `size`, of features [B, blocks, h, w, C].
 
         Args:
-            images: [B, H, W, 1 or 3]; None where no stage sees them.
-            present: [B] bool, which of them BatchNorm's statistics are of while it trains.
+            images: [B, H, W, 1 or 3]; None if no stage reads them.
+            present: [B] bool, the images that BatchNorm's training statistics are computed from. Default: all.
         """
         images = three_channels(images) if self.reads_images else None
-        first, *others = self.fusion(features)
-        x = self.project(first)
-        for stage, fused in zip(self.stages, others, strict=True):
+        coarsest, *finer = self.fusion(features)
+        x = self.project(coarsest)
+        for stage, fused in zip(self.stages, finer, strict=True):
             x = stage(x, fused, images, present)
         return self.logits(resize(x, size))
 
@@ -209,8 +216,8 @@ class FusionDecoder(nnx.Module):
 class Fusion(nnx.Module):
     """Weighted sums of the blocks' features, one for each level of the decoder; the weights of a level sum to 1.
 
-    The weights are the softmax of what is learned: a scalar for each block and level, or for each block alone
-    (`shared`), all equal at first; `uniform` ones stay so.
+    The weights are the softmax of learned scalars, which are equal at first: one per block and level, or one per block
+    for all levels (`shared`). `uniform` weights are equal and not learned.
     """
 
     def __init__(self, levels: int, blocks: int, weights: str) -> None:
@@ -219,7 +226,7 @@ class Fusion(nnx.Module):
             self.scalars = nnx.Param(jnp.zeros((1 if weights == "shared" else levels, blocks)))
 
     def weights(self) -> jax.Array:
-        """[levels, blocks] float32."""
+        """Return the weights [levels, blocks] float32."""
         scalars = self.scalars[...] if hasattr(self, "scalars") else jnp.zeros(self.shape)
         return jnp.broadcast_to(jax.nn.softmax(scalars, axis=1), self.shape)
 
@@ -231,44 +238,44 @@ class Fusion(nnx.Module):
 
 @jax.jit  # by whose name `multiply_adds` counts it
 def weighted_sums(weights: jax.Array, features: jax.Array) -> list[jax.Array]:
-    """[levels, blocks] of [B, blocks, h, w, C] -> for each level [B, h, w, C], product by product.
+    """Return [B, h, w, C] for each level, as sums over weights [levels, blocks] times features [B, blocks, h, w, C].
 
     XLA makes one pass of it, summed in float32.
     """
-    # Split, whose gradient is one concatenation: that of a slice is as large as all blocks, for each block anew.
+    # `split`, because its gradient is one concatenation; the gradient of indexing is as large as all blocks, per block.
     blocks = [block.squeeze(1) for block in jnp.split(features, features.shape[1], axis=1)]
     return [
-        sum(weight * block for weight, block in zip(of_level, blocks, strict=True)).astype(features.dtype)
-        for of_level in weights
+        sum(weight * block for weight, block in zip(level_weights, blocks, strict=True)).astype(features.dtype)
+        for level_weights in weights
     ]
 
 
 def weighted_product(weights: jax.Array, features: jax.Array) -> list[jax.Array]:
-    """The same but for rounding, the weights' too: a product of matrices for each image."""
+    """Return `weighted_sums` as one matrix product per image. It rounds differently, also the weights."""
     batch, blocks, *rest = features.shape
-    of_each = jnp.broadcast_to(weights.astype(features.dtype), (batch, *weights.shape))
-    sums = jnp.einsum("bln,bnx->blx", of_each, features.reshape(batch, blocks, -1))
+    batch_weights = jnp.broadcast_to(weights.astype(features.dtype), (batch, *weights.shape))
+    sums = jnp.einsum("bln,bnx->blx", batch_weights, features.reshape(batch, blocks, -1))
     return [sums[:, level].reshape(batch, *rest) for level in range(len(weights))]
 
 
 class Stage(nnx.Module):
-    """Twice the size; its own weighted sum added; what a small stem makes of the image beside it; two convolutions."""
+    """One ×2 stage: upsample, add the level's fused features, concatenate features of the image, convolve twice."""
 
     def __init__(
-        self, width: int, inputs: int, outputs: int, sees_image: bool, *, dtype: jnp.dtype, rngs: nnx.Rngs
+        self, width: int, inputs: int, outputs: int, reads_image: bool, *, dtype: jnp.dtype, rngs: nnx.Rngs
     ) -> None:
         self.project = nnx.Linear(width, inputs, dtype=dtype, rngs=rngs)
-        self.stem = ConvolutionUnit(3, STEM, dtype=dtype, rngs=rngs) if sees_image else None
-        self.convolutions = DoubleConvolution(inputs + (STEM if sees_image else 0), outputs, dtype, rngs)
+        self.stem = ConvolutionUnit(3, STEM_WIDTH, dtype=dtype, rngs=rngs) if reads_image else None
+        self.convolutions = DoubleConvolution(inputs + (STEM_WIDTH if reads_image else 0), outputs, dtype, rngs)
 
     def __call__(
         self, x: jax.Array, fused: jax.Array, images: jax.Array | None, present: jax.Array | None
     ) -> jax.Array:
-        """x [B, H, W, inputs], fused [B, h, w, C], images [B, …, …, 3] -> [B, 2H, 2W, outputs]."""
+        """Return [B, 2H, 2W, outputs] of x [B, H, W, inputs], fused features [B, h, w, C] and images [B, …, …, 3]."""
         x = double(x)
         size = x.shape[1:3]
         x = x + resize(self.project(fused), size)
         if self.stem is not None:
-            of_this_size = jax.image.resize(images, (len(images), *size, 3), "linear")  # antialiased where it shrinks
-            x = jnp.concatenate([x, self.stem(of_this_size, present)], axis=-1)
+            resized = jax.image.resize(images, (len(images), *size, 3), "linear")  # antialiased if it shrinks
+            x = jnp.concatenate([x, self.stem(resized, present)], axis=-1)
         return self.convolutions(x, present)

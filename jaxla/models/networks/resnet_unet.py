@@ -1,7 +1,7 @@
-"""A U-Net whose way down is a ResNet (He et al. 2016), pretrained or not.
+"""A U-Net with a ResNet encoder (He et al. 2016), pretrained or not.
 
-The way up is that of `segmentation_models_pytorch`, which most of the field means by the name: each stage doubles the
-map (nearest neighbour), joins the encoder's features of that size, and has two 3×3 convolutions, BatchNorm and ReLU.
+The decoder is that of `segmentation_models_pytorch`, the common implementation: each stage doubles the map (nearest
+neighbour), concatenates the encoder's features of that size, and applies two 3×3 convolutions with BatchNorm and ReLU.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ from jaxla.models.networks.unet import DoubleConvolution
 from jaxla.models.ops.images import crop, pad_to_multiple, require_images, three_channels
 from jaxla.models.ops.layers import logits_layer
 
-# Channels of the encoder's features that the stages join, at 1/16, 1/8, 1/4 and 1/2 of the image; the last joins none.
-SKIPS = (4 * EXPANSION * WIDTH, 2 * EXPANSION * WIDTH, EXPANSION * WIDTH, WIDTH, 0)
-MULTIPLE = 32  # of which the sides must be; other images are padded
+# Channels that each decoder stage takes from the encoder, at 1/16, 1/8, 1/4 and 1/2 of the image; the last takes none.
+SKIP_WIDTHS = (4 * EXPANSION * WIDTH, 2 * EXPANSION * WIDTH, EXPANSION * WIDTH, WIDTH, 0)
+MULTIPLE = 32  # images are padded to multiples of this side
 
 
 @dataclass(frozen=True)
 class ResNetUNetOptions(BackboneOptions):
-    """Options of a U-Net on a ResNet.
+    """Options of a U-Net with a ResNet encoder.
 
     Args:
         arch: Architecture of the encoder.
@@ -45,7 +45,9 @@ class ResNetUNetOptions(BackboneOptions):
     decoder_widths: tuple[int, ...] = (256, 128, 64, 32, 16)
 
     def resolve(self) -> Self:
-        check_widths(option("model.decoder_widths"), self.decoder_widths, len(SKIPS), ", one for each decoder stage")
+        check_widths(
+            option("model.decoder_widths"), self.decoder_widths, len(SKIP_WIDTHS), ", one for each decoder stage"
+        )
         return super().resolve()
 
     def check_size(self, option_name: str, size: int) -> None:
@@ -56,12 +58,12 @@ class ResNetUNetOptions(BackboneOptions):
 
 
 class ResNetUNet(nnx.Module):
-    """Images to logits.
+    """A ResNet encoder and a U-Net decoder of five ×2 stages.
 
     Args:
-        widths: channels of each of the five stages of the way up, coarsest first.
+        widths: channels of each decoder stage, coarsest first.
         outputs: K, channels of the logits.
-        dtype: of the computation; parameters, statistics and logits are float32.
+        dtype: dtype of the computation; parameters, statistics and logits are float32.
     """
 
     def __init__(
@@ -77,21 +79,21 @@ class ResNetUNet(nnx.Module):
         inputs = (8 * EXPANSION * WIDTH, *widths)
         self.up = nnx.List(
             [
-                DoubleConvolution(below + skip, width, dtype, rngs)
-                for (below, width), skip in zip(pairwise(inputs), SKIPS, strict=True)
+                DoubleConvolution(coarser + skip, width, dtype, rngs)
+                for (coarser, width), skip in zip(pairwise(inputs), SKIP_WIDTHS, strict=True)
             ]
         )
         self.logits = logits_layer(widths[-1], outputs, 3, dtype, rngs)
 
     def __call__(self, images: jax.Array, present: jax.Array | None = None) -> jax.Array:
-        """Logits [B, H, W, K] float32, for any H and W of at least 32.
+        """Return logits [B, H, W, K] float32; H and W are at least 32.
 
         Args:
             images: [B, H, W, 1] grey values in 0..1, or [B, H, W, 3] already ImageNet-normalised.
-            present: [B] bool, which of them BatchNorm's statistics are of while it trains; by default all.
+            present: [B] bool, the images that BatchNorm's training statistics are computed from. Default: all.
 
         Raises:
-            ValueError: `images` is of another shape, not of floating point, or too small.
+            ValueError: `images` has another shape, is not floating point, or is too small.
         """
         require_images(images, min_size=MULTIPLE, channels=(1, 3))
         features = self.backbone.pyramid(pad_to_multiple(three_channels(images), MULTIPLE), present)

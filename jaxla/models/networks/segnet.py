@@ -1,7 +1,7 @@
-"""SegNet (Badrinarayanan, Kendall, Cipolla 2017): VGG-16's convolutions and their mirror image.
+"""SegNet (Badrinarayanan, Kendall, Cipolla 2017): a VGG-16 encoder and a decoder that mirrors it.
 
-On the way up each map is unpooled: a value goes where the maximum was on the way down, zeros around it. No other
-feature passes from the encoder to the decoder.
+The decoder unpools each map: a value goes to the pixel where the encoder's pooling found its maximum, with zeros around
+it. The encoder passes only these indices to the decoder, no features.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from jaxla.models.ops.images import crop, pad_to_multiple, require_images, three
 from jaxla.models.ops.layers import convolution_units, logits_layer
 from jaxla.models.ops.pooling import unpool
 
-MULTIPLE = 32  # of which the sides must be; other images are padded
+MULTIPLE = 32  # images are padded to multiples of this side
 
 
 @dataclass(frozen=True)
@@ -46,19 +46,19 @@ class SegNetOptions(BackboneOptions):
 
 
 class SegNet(nnx.Module):
-    """Images to logits.
+    """A VGG encoder and a decoder that mirrors it.
 
     Args:
         outputs: K, channels of the logits.
-        dtype: of the computation; parameters, statistics and logits are float32.
+        dtype: dtype of the computation; parameters, statistics and logits are float32.
     """
 
     def __init__(self, backbone: VGG, outputs: int, *, dtype: jnp.dtype = jnp.float32, rngs: nnx.Rngs) -> None:
         self.backbone = backbone
         encoder = backbone.variant.stages
-        # a stage ends in the width of the stage above it; the first, in the logits
-        above = [stage[-1] for stage in encoder[:-1]]
-        stages = [(*stage[1:], last) for last, stage in zip(above, encoder[1:], strict=True)]
+        # A decoder stage ends with the width of the next finer encoder stage; the finest is followed by the logits.
+        finer = [stage[-1] for stage in encoder[:-1]]
+        stages = [(*stage[1:], last) for last, stage in zip(finer, encoder[1:], strict=True)]
         self.up = nnx.List(
             [
                 convolution_units(stage[-1], widths, dtype=dtype, rngs=rngs)
@@ -68,14 +68,14 @@ class SegNet(nnx.Module):
         self.logits = logits_layer(encoder[0][0], outputs, 3, dtype, rngs)
 
     def __call__(self, images: jax.Array, present: jax.Array | None = None) -> jax.Array:
-        """Logits [B, H, W, K] float32, for any H and W of at least 32.
+        """Return logits [B, H, W, K] float32; H and W are at least 32.
 
         Args:
             images: [B, H, W, 1] grey values in 0..1, or [B, H, W, 3] already ImageNet-normalised.
-            present: [B] bool, which of them BatchNorm's statistics are of while it trains; by default all.
+            present: [B] bool, the images that BatchNorm's training statistics are computed from. Default: all.
 
         Raises:
-            ValueError: `images` is of another shape, not of floating point, or too small.
+            ValueError: `images` has another shape, is not floating point, or is too small.
         """
         require_images(images, min_size=MULTIPLE, channels=(1, 3))
         pools = self.backbone.pooled(pad_to_multiple(three_channels(images), MULTIPLE), present)

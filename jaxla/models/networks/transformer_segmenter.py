@@ -1,4 +1,4 @@
-"""Paper 1's network: a vision transformer's patch tokens as a map, decoded to logits at the size of the image."""
+"""Paper 1's network: a vision transformer whose patch tokens form a map that is decoded to logits."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ class TransformerSegmenterOptions(TransformerOptions):
 
 
 class TransformerSegmenter(nnx.Module):
-    """The backbone's patch tokens as a map, decoded to logits; the class token is dropped."""
+    """A vision transformer and a decoder of its patch tokens, arranged as a map; the class token is dropped."""
 
     FEATURES = "patch tokens after the final norm"
     READS_IMAGES = False
@@ -64,26 +64,26 @@ class TransformerSegmenter(nnx.Module):
         self.decoder = decoder
 
     def __call__(self, images: jax.Array, present: jax.Array | None = None) -> jax.Array:
-        """Logits [B, H, W, K] float32.
+        """Return logits [B, H, W, K] float32.
 
         Args:
             images: [B, H, W, 1] grey values in 0..1, or [B, H, W, 3] already ImageNet-normalised; H, W multiples of
                 the patch size.
-            present: [B] bool, which of them BatchNorm's statistics are of while it trains; by default all.
+            present: [B] bool, the images that BatchNorm's training statistics are computed from. Default: all.
         """
         return self.decoder(self.features(images), images.shape[1:3], present)
 
     def features(self, images: jax.Array) -> jax.Array:
-        """What the decoder reads of images [B, H, W, 1 or 3]: patch tokens [B, h, w, C] in the computation's dtype."""
+        """Return the patch tokens [B, h, w, C] of images [B, H, W, 1 or 3], in the dtype of the computation."""
         return self.backbone(three_channels(images)).patches
 
     def on_features(self, size: tuple[int, int]) -> FeatureSegmenter:
-        """The rest of this network, for features of images of H, W = `size` that were computed before."""
+        """Return the network without its backbone, for precomputed features of images with H, W = `size`."""
         return FeatureSegmenter(self.decoder, size)
 
 
 class FeatureSegmenter(nnx.Module):
-    """Features [B, h, w, C] to logits [B, H, W, K] float32: a `TransformerSegmenter` without its backbone."""
+    """A `TransformerSegmenter` without its backbone: features [B, h, w, C] -> logits [B, H, W, K] float32."""
 
     def __init__(self, decoder: LinearDecoder | ConvolutionalDecoder, size: tuple[int, int]) -> None:
         self.decoder = decoder
@@ -94,7 +94,7 @@ class FeatureSegmenter(nnx.Module):
 
 
 class LinearDecoder(nnx.Module):
-    """A 1×1 convolution and bilinear upsampling: DINOv2's own linear segmentation head."""
+    """A 1×1 convolution and bilinear upsampling: DINOv2's linear segmentation head."""
 
     def __init__(self, width: int, outputs: int, *, dtype: jnp.dtype = jnp.float32, rngs: nnx.Rngs) -> None:
         self.classifier = nnx.Linear(width, outputs, dtype=dtype, rngs=rngs)
@@ -105,12 +105,13 @@ class LinearDecoder(nnx.Module):
 
 
 class ConvolutionalDecoder(nnx.Module):
-    """Paper 1's decoder: LinearClassifierToken, a 7×7 convolution, then ×2 stages up to about the image's size.
+    """Paper 1's decoder: a token classifier, a 7×7 convolution, then ×2 stages up to about the image's size.
 
-    The paper names the token classifier (a 1×1 convolution that sets the channel count) and several convolution and
-    upsampling stages; widths, kernels and the last resizing are this package's choice (docs/paper1.md).
+    The paper states the token classifier (a 1×1 convolution that sets the number of channels) and several stages of
+    convolution and upsampling. Widths, kernels and the final resizing are this package's choice (docs/paper1.md).
 
     Args:
+        width: C, channels of the tokens.
         widths: channels after the token classifier, then after each ×2 stage.
         outputs: K, channels of the logits.
     """
@@ -125,7 +126,7 @@ class ConvolutionalDecoder(nnx.Module):
         self.logits = logits_layer(widths[-1], outputs, 3, dtype, rngs)
 
     def __call__(self, tokens: jax.Array, size: tuple[int, int], present: jax.Array | None = None) -> jax.Array:
-        """[B, h, w, C] -> logits [B, H, W, K] float32; BatchNorm's statistics are of those `present`, [B] bool."""
+        """[B, h, w, C] -> logits [B, H, W, K] float32; BatchNorm's training statistics are those of `present` rows."""
         x = self.mix(jax.nn.selu(self.token_classifier(tokens)))
         for stage in self.stages:
             x = stage(double(x), present)

@@ -1,4 +1,4 @@
-"""U-Net (Ronneberger, Fischer, Brox 2015), its convolutions padded and each followed by BatchNorm."""
+"""U-Net (Ronneberger, Fischer, Brox 2015) with padded convolutions, each followed by BatchNorm."""
 
 from __future__ import annotations
 
@@ -42,12 +42,12 @@ class UNetOptions(NetworkOptions):
 
 
 class UNet(nnx.Module):
-    """Grey images to logits: down by max-pooling, up by transposed convolutions, each level joined to its like.
+    """Max-pooling halves the image at each level, transposed convolutions double it again, and skips join the levels.
 
     Args:
-        widths: channels of each level, finest first; between two levels the image is halved.
+        widths: channels of each level, finest first.
         outputs: K, channels of the logits.
-        dtype: of the computation; parameters, statistics and logits are float32.
+        dtype: dtype of the computation; parameters, statistics and logits are float32.
     """
 
     def __init__(self, widths: Sequence[int], outputs: int, *, dtype: jnp.dtype = jnp.float32, rngs: nnx.Rngs) -> None:
@@ -55,16 +55,16 @@ class UNet(nnx.Module):
         self.up = nnx.List([Upconvolution(o, i, dtype=dtype, rngs=rngs) for i, o in pairwise(widths)])
         self.join = nnx.List([DoubleConvolution(2 * width, width, dtype, rngs) for width in widths[:-1]])
         self.logits = logits_layer(widths[0], outputs, 1, dtype, rngs)
-        self.multiple = 2 ** (len(widths) - 1)  # of which the sides must be; other images are padded
+        self.multiple = 2 ** (len(widths) - 1)  # images are padded to multiples of this side
 
     def __call__(self, images: jax.Array, present: jax.Array | None = None) -> jax.Array:
-        """[B, H, W, 1] grey values in 0..1 -> logits [B, H, W, K] float32, for any H and W of at least `multiple`.
+        """Return logits [B, H, W, K] float32 for grey values in 0..1 [B, H, W, 1]; H and W are at least `multiple`.
 
         Args:
-            present: [B] bool, which of them BatchNorm's statistics are of while it trains; by default all.
+            present: [B] bool, the images that BatchNorm's training statistics are computed from. Default: all.
 
         Raises:
-            ValueError: `images` is not [B, H, W, 1] of floating point, or too small.
+            ValueError: `images` has another shape, is not floating point, or is too small.
         """
         require_images(images, min_size=self.multiple, channels=(1,))
         x = pad_to_multiple(images, self.multiple)
@@ -73,17 +73,21 @@ class UNet(nnx.Module):
             levels.append(convolutions(max_pool(levels[-1]), present))
         x = levels.pop()
         for level in reversed(range(len(levels))):
-            skip = self.skip(level, levels[level], x)
+            skip = self.transform_skip(level, levels[level], x)
             x = self.join[level](jnp.concatenate([skip, self.up[level](x)], axis=-1), present)
         return crop(self.logits(x), images.shape[1:3], self.multiple)
 
-    def skip(self, level: int, x: jax.Array, below: jax.Array) -> jax.Array:
-        """What the way up joins of a level's features x [B, H, W, C]; `below` [B, H/2, W/2, 2C] is where it stands."""
+    def transform_skip(self, level: int, x: jax.Array, coarser: jax.Array) -> jax.Array:
+        """Return what the decoder receives of a level's features x [B, H, W, C]: here x itself.
+
+        Args:
+            coarser: [B, H/2, W/2, 2C], the decoder's features at the next coarser level.
+        """
         return x
 
 
 class DoubleConvolution(nnx.Module):
-    """Twice a 3×3 convolution, BatchNorm, ReLU."""
+    """Two 3×3 convolutions, each followed by BatchNorm and ReLU."""
 
     def __init__(self, inputs: int, outputs: int, dtype: jnp.dtype, rngs: nnx.Rngs) -> None:
         self.first = ConvolutionUnit(inputs, outputs, dtype=dtype, rngs=rngs)
