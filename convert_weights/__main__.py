@@ -85,7 +85,8 @@ def _convert(options: Namespace) -> None:
         from convert_weights.nnunet import STATE_DICT_KEY
         from jaxla.nnunet.plan import read_plan
 
-        _require_nnunet_options(options)
+        example = "--plans=nnUNetPlans.json --configuration=2d --source=checkpoint_final.pth --output=FILE.safetensors"
+        _require_options(options, ("plans", "configuration", "source", "output"), "--arch=nnunet", example)
         plan = read_plan(Path(options.plans))
         source, output = find_checkpoint(options.source), Path(options.output)
         plan.configuration(options.configuration, options.plans)
@@ -106,15 +107,10 @@ def _convert(options: Namespace) -> None:
         _print_verified(output)
 
 
-def _require_nnunet_options(options: Namespace) -> None:
-    for name in ("plans", "configuration", "source", "output"):
+def _require_options(options: Namespace, names: tuple[str, ...], use: str, example: str) -> None:
+    for name in names:
         if not options[name]:
-            raise InputError(
-                f"--{name}",
-                "required with --arch=nnunet",
-                "Give --plans=nnUNetPlans.json --configuration=2d --source=checkpoint_final.pth "
-                "--output=FILE.safetensors.",
-            )
+            raise InputError(f"--{name}", f"required with {use}", f"Give {example}.")
 
 
 def _download(arch: str) -> Path:
@@ -140,11 +136,8 @@ def _convert_back(options: Namespace) -> None:
     for name in ("download", "verify"):
         if options[name]:
             raise InputError(f"--{name}", "cannot be combined with --to-torch", "Remove the option.")
-    for name in ("source", "output"):
-        if not options[name]:
-            raise InputError(
-                f"--{name}", "required with --to-torch", "Give --source=FILE.safetensors and --output=FILE.pth."
-            )
+    example = "--source=FILE.safetensors and --output=FILE.pth"
+    _require_options(options, ("source", "output"), "--to-torch", example)
     source, output = Path(options.source), Path(options.output)
     arch = _read_arch(source, options.arch)
     _require_free(output, ".pth", options.force)

@@ -299,11 +299,11 @@ def test_a_batch_that_the_memory_does_not_hold_names_the_option_and_leaves_no_ru
         (["--augmentation.scale=nan"], "option --augmentation.scale expects float, got 'nan'"),
         (
             ["--method=resnet50_unet"],
-            "weights of resnet50 are missing: .* --arch=resnet50 --download",
+            "weights of resnet50 not found.* --arch=resnet50 --download",
         ),
         (
             ["--method=segnet"],
-            "weights of vgg16_bn are missing: .* --arch=vgg16_bn --download",
+            "weights of vgg16_bn not found.* --arch=vgg16_bn --download",
         ),
     ],
     ids=lambda value: value[0] if isinstance(value, list) else None,
@@ -363,7 +363,10 @@ class MakesAFile:
 
 
 BAD_WEIGHTS = {  # of those in tests/models/test_weights.py a few, as the command says them
-    "another architecture": (lambda p, w: write_weights(p, w, "dinov2_vits14"), "holds dinov2_vits14, not vit_mini8"),
+    "another architecture": (
+        lambda p, w: write_weights(p, w, "dinov2_vits14"),
+        "contains dinov2_vits14, not vit_mini8",
+    ),
     "truncated": (lambda p, w: truncate(write_weights(p, w)), "truncated"),
     "a pickle": (lambda p, w: p.write_bytes(pickle.dumps(MakesAFile())), "not written by convert_weights"),
     "a parameter too few": (lambda p, w: write_weights(p, without(w, "cls_token")), "lacks 1 parameter .*cls_token"),
@@ -384,7 +387,7 @@ def test_missing_weights_name_where_they_were_looked_for_and_how_to_make_them(tm
     flat(tmp_path / "data", 5)
     path = tmp_path / ("mine.safetensors" if given else "cache/weights/dinov2_vitb14.safetensors")
     line = refuse_to_train(tmp_path, "--exp=paper1", *([f"--model.weights={path}"] if given else []))
-    assert f"weights of dinov2_vitb14 are missing: looked for {path}" in line
+    assert f"{path}: weights of dinov2_vitb14 not found. " in line
     assert "python -m convert_weights --arch=dinov2_vitb14 --download --output=" in line
     assert "--model.weights=random" in line
 

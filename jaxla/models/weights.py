@@ -123,8 +123,8 @@ def weights_file(arch: str, weights: str, cache_dir: Path | None = None) -> Path
     if not os.path.isfile(path):  # Path.is_file raises if a name is too long or a folder may not be read
         released = suggest_conversion(arch, path) if VARIANTS[arch].licence else "None were released."
         raise InputError(
-            f"weights of {arch}",
-            f"not found at {path}",
+            path,
+            f"weights of {arch} not found",
             f"{released} Or use {option('model.weights', 'FILE')}, or {option('model.weights', 'random')} for an "
             "untrained backbone.",
         )

@@ -458,7 +458,8 @@ def test_missing_and_incompatible_options_are_named(tmp_path, arguments, line):
 )
 def test_error_for_an_unknown_architecture_names_the_nearest(tmp_path, given, nearest):
     line = refuse_source(save(tmp_path, empty_state()), given)
-    assert line.startswith(f"--arch {given!r} is unknown; did you mean {nearest}?")
+    assert line.startswith("--arch")
+    assert f"; did you mean {nearest}?" in line
 
 
 def test_existing_output_is_kept(tmp_path):
@@ -498,7 +499,7 @@ def test_output_that_cannot_be_written_is_refused(tmp_path):
     (tmp_path / "file").write_text("")
     (tmp_path / "folder.safetensors").mkdir()
     for output, problem in {
-        "file/out.safetensors": "cannot be written",
+        "file/out.safetensors": "writable folder",
         "folder.safetensors": "is a folder",
         "out.npz": "does not end in .safetensors",
     }.items():

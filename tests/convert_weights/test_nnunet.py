@@ -3,9 +3,11 @@
 import json
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 import torch
+from flax import nnx
 
 import jaxla
 from convert_weights.nnunet import nnunet_rows
@@ -45,25 +47,20 @@ def write_checkpoint(path, state):
 
 def convert(folder, name, source, plans=PLANS):
     output = folder / f"{name}.safetensors"
-    printed = succeed(
-        "--arch=nnunet",
-        f"--plans={plans}",
-        f"--configuration={name}",
-        f"--source={source}",
-        f"--output={output}",
-        "--verify",
-    )
-    return output, printed
+    options = [f"--plans={plans}", f"--configuration={name}", f"--source={source}", f"--output={output}"]
+    succeed("--arch=nnunet", *options)
+    return output
 
 
 @pytest.mark.parametrize("name", ["2d", "3d_fullres"])
 def test_checkpoint_gives_nnunets_logits_and_converts_back_to_the_bit(tmp_path, name):
     state = nnunet_state(name)
-    output, printed = convert(tmp_path, name, write_checkpoint(tmp_path / "checkpoint_final.pth", state))
-    assert "logits of one " in printed
-    network = jaxla.load_network(output)
+    output = convert(tmp_path, name, write_checkpoint(tmp_path / "checkpoint_final.pth", state))
+    assert " logits of one " in succeed("--verify", f"--output={output}")
+    graph, parameters = nnx.split(jaxla.load_network(output))
     golden = np.load(GOLDEN / f"nnunet_hippocampus_{name}.npz")
-    logits = np.asarray(network(golden["image"][None, ..., None]))
+    run = jax.jit(lambda parameters, image: nnx.merge(graph, parameters)(image))
+    logits = np.asarray(run(parameters, golden["image"][None, ..., None]))
     assert np.abs(logits[0] - np.moveaxis(golden["logits0"], 0, -1)).max() <= 1e-5  # measured: 4.9e-6
 
     back = tmp_path / "back.pth"
@@ -76,7 +73,7 @@ def test_checkpoint_gives_nnunets_logits_and_converts_back_to_the_bit(tmp_path, 
 def test_state_dict_alone_and_without_copies_is_converted(tmp_path):
     source = tmp_path / "state.pth"
     torch.save(nnunet_state("2d", copies=False), source)
-    output, _ = convert(tmp_path, "2d", source)
+    output = convert(tmp_path, "2d", source)
     succeed("--to-torch", f"--source={output}", f"--output={tmp_path / 'back.pth'}")
     found = torch.load(tmp_path / "back.pth", weights_only=True)
     assert found.keys() == nnunet_state("2d").keys()  # PyTorch's module requires the copies
@@ -92,8 +89,9 @@ def test_plans_in_nnunets_own_format_are_read(tmp_path):
         own["configurations"][name] = {**{k: c[k] for k in c if k not in ("strides", "n_stages")}, "architecture": arch}
     (tmp_path / "nnUNetPlans.json").write_text(json.dumps(own))
     source = write_checkpoint(tmp_path / "c.pth", nnunet_state("2d"))
-    output, _ = convert(tmp_path, "2d", source, tmp_path / "nnUNetPlans.json")
-    assert jaxla.load_network(output)(np.zeros((1, 56, 40, 1), np.float32)).shape == (1, 56, 40, 3)
+    output = convert(tmp_path, "2d", source, tmp_path / "nnUNetPlans.json")
+    image = jax.ShapeDtypeStruct((1, 56, 40, 1), np.float32)
+    assert jax.eval_shape(jaxla.load_network(output), image).shape == (1, 56, 40, 3)
 
 
 def command_options(folder, **changed):
@@ -164,7 +162,7 @@ def test_code_in_a_pickle_is_never_executed(tmp_path):
 
 
 def test_backbones_and_networks_are_distinguished(tmp_path):
-    output, _ = convert(tmp_path, "2d", write_checkpoint(tmp_path / "c.pth", nnunet_state("2d")))
+    output = convert(tmp_path, "2d", write_checkpoint(tmp_path / "c.pth", nnunet_state("2d")))
     with pytest.raises(jaxla.InputError, match="contains 'nnunet', which is not a backbone"):
         jaxla.load_backbone(output)
     line = refuse(
