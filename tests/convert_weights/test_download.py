@@ -318,7 +318,7 @@ def test_what_is_being_fetched_is_not_cleared_from_the_cache(server, tmp_path, m
     with ThreadPoolExecutor(1) as thread:
         running = thread.submit(main, ["--arch=dinov2_vits14", "--download"])
         server.wait_until_asked()
-        with pytest.raises(InputError, match="uses it; clear it when that run has ended"):
+        with pytest.raises(InputError, match=r"uses it\. Clear it when that process has finished"):
             clear_cache(tmp_path / "jaxla", "downloads")
         server.goes_on.set()
     assert "Service Unavailable" in str(running.exception())

@@ -181,7 +181,7 @@ def test_the_page_shows_all_of_it_and_needs_no_other_file(reported):
     assert "random, not pretrained" in page.text
     assert "With 4 test cases, p cannot fall below 0.12" in page.text
     assert "Changed options" not in page.text
-    for text in ("larger of the two directed 95th percentiles", "both masks empty counts as perfect", "Wilcoxon"):
+    for text in ("larger of the two directed 95th percentiles", "two empty masks count as perfect", "Wilcoxon"):
         assert text in page.text
     runs, _ = page.table("Run")
     assert [row[0] for row in runs] == [f"{p}_{m}_seed{s}" for p in PROTOCOLS for m, s in FOUND]
@@ -340,7 +340,7 @@ def test_scans_that_have_moved_are_asked_for(study, reported, tmp_path):
     elsewhere = shutil.copytree(reported.parent / "scans", tmp_path / "elsewhere")
     for run in (study / "runs").iterdir():
         edit(run / "experiment.json", lambda content: content["experiment"]["data"].update(root="/gone"))
-    with pytest.raises(InputError, match=r"^--data.root=/gone: no such folder"):
+    with pytest.raises(InputError, match=r"^data.root=/gone: no such folder"):
         report_study(study, tmp_path / "cache")
     (study / "report.html").unlink()
     assert report_study(study, tmp_path / "cache", str(elsewhere)).exists()
@@ -408,7 +408,7 @@ FAULTS = {
         lambda run: edit(run / "split.json", lambda c: c.update(val=["t0"])),
         "{run} and {any} cannot be compared, for their validation patients differ",
     ),
-    "other cases": (remove_case, "{any} and {run} were not tested on the same cases ({any} has c3, {run} has not)"),
+    "other cases": (remove_case, "{any} and {run}: not tested on the same cases (c3 is a test case of {any}, but not of {run})"),
     "another seed": (
         lambda run: edit(run / "experiment.json", lambda c: c["experiment"].update(seed=7)),
         "{run}: holds another run than planned, with --seed=7 and not 1; move it away",
