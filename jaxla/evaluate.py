@@ -88,11 +88,8 @@ def main(arguments: list[str]) -> None:
     pairs, labels = match_cases(Path(options.predictions), Path(options.references), options.cases, options.data.labels)
     labels = check_masks(pairs, labels)
     if options.protocol and len(labels.names) > 1:
-        raise InputError(
-            f"--protocol={options.protocol}",
-            f"has one class, the LA cavity, but the classes are {labels.describe()}",
-            "Set --data.labels to one class.",
-        )
+        problem = f"needs one class, the LA cavity, but the classes are {labels.describe()}"
+        raise InputError(f"--protocol={options.protocol}", problem, "Set --data.labels to one class.")
 
     rows = []
     for number, pair in enumerate(pairs, start=1):
@@ -138,11 +135,8 @@ def match_cases(
     if split:
         test_cases = read_split(Path(split), "cases").test
         if missing := [name for name in test_cases if name not in referenced]:
-            raise InputError(
-                f"--cases={split}",
-                f"its test case {missing[0]} has no reference in {references}",
-                "Name the split and the references of one data set.",
-            )
+            problem = f"its test case {missing[0]} has no reference in {references}"
+            raise InputError(f"--cases={split}", problem, "Name the split and the references of one data set.")
         referenced = {name: referenced[name] for name in test_cases}
         if ignored := predicted.keys() - referenced.keys():
             log.info("--cases=%s: %s of other cases not scored", split, plural(len(ignored), "prediction"))
@@ -184,17 +178,13 @@ def check_masks(pairs: list[Pair], labels: Labels | None) -> Labels:
         labels = Labels(("foreground",))
         for pair in pairs:  # a prediction may hold 1 for the class, whatever its value in the references
             if unknown := values[pair.prediction] - reference_values - {1}:
-                raise InputError(
-                    pair.prediction, f"holds the value {unknown.pop()}, which no reference has", "Set --data.labels."
-                )
+                problem = f"holds the value {unknown.pop()}, which no reference has"
+                raise InputError(pair.prediction, problem, "Set --data.labels.")
         log.info("one class: any value but 0 (found %s)", sorted(set().union(*values.values())))
     elif labels is None:
         if len(reference_values) > MAX_CLASSES:
-            raise InputError(
-                pairs[0].reference.parent,
-                f"the references hold {len(reference_values)} values together, too many classes",
-                "Set --data.labels.",
-            )
+            problem = f"the references hold {len(reference_values)} values together, too many classes"
+            raise InputError(pairs[0].reference.parent, problem, "Set --data.labels.")
         classes = sorted(reference_values)
         labels = Labels(tuple(map(str, classes)), tuple((value,) for value in classes))
         log.info("classes: %s", labels.describe())

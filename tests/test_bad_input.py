@@ -99,7 +99,7 @@ def test_labels_that_are_no_class_are_refused_unless_the_experiment_says_that_th
     many[-1, -1, -1] = 7
     save(root / "case_1_mask.nii.gz", many)
     named = ("--method=windows_vit_mini8", "--data.labels=hippocampus:1")
-    assert re.search(r"label values \[7\] beyond the classes hippocampus: 1", refuse_to_train(tmp_path, *named))
+    assert re.search(r"label values 7 are not among the classes \(hippocampus: 1\)", refuse_to_train(tmp_path, *named))
     protocol = replace(EXPERIMENTS["paper3_albert"].data, labels="hippocampus:1")
     volumes = prepare_cases(find_cases(root, protocol.all_labels), tmp_path / "of albert")
     assert {v.class_voxels[1] for v in volumes} == {int((mask_array() == 1).sum())}
@@ -153,13 +153,13 @@ def beyond(root):
 @pytest.mark.parametrize(
     ("spoil", "message"),
     [
-        (no_mask, "no mask belongs to it"),
-        (no_image, "no image belongs to it"),
-        (another_shape, r"not on the grid of .*case_2.nii.gz \(shape \(16, 14, 5\) against \(16, 14, 4\)\)"),
-        (another_affine, r"not on the grid of .*case_2.nii.gz \(same shape, but another affine\)"),
-        (halves, "values that are no labels"),
+        (no_mask, "has no mask"),
+        (no_image, "has no image"),
+        (another_shape, r"not on the grid of .*case_2.nii.gz \(shape \(16, 14, 5\) instead of \(16, 14, 4\)\)"),
+        (another_affine, r"not on the grid of .*case_2.nii.gz \(same shape, different affine\)"),
+        (halves, "values that are not labels"),
         (cut_mask, "truncated"),
-        (beyond, r"label values \[3\] beyond the classes LA: 1"),
+        (beyond, r"label values 3 are not among the classes \(LA: 1\)"),
         (twin, "the same image as case case_0"),
     ],
 )
@@ -173,13 +173,13 @@ def test_training_refuses_a_value_beyond_the_classes_of_dataset_json(tmp_path):
     names = [f"a_{n}" for n in range(5)]
     decathlon(tmp_path / "data", names, {"background": 0, "LA": 1}, "_0000", values=(1, 2))
     line = refuse_to_train(tmp_path)
-    assert re.search(rf"^error: {tmp_path}/data/labelsTr/a_0.nii.gz: .*\[2\] beyond the classes LA: 1", line)
+    assert re.search(rf"^error: {tmp_path}/data/labelsTr/a_0.nii.gz: label values 2 are not .* \(LA: 1\)", line)
 
 
 def test_training_refuses_masks_that_are_all_empty(tmp_path):
     lascarqs(tmp_path / "data", 5, value=0)
     line = refuse_to_train(tmp_path)
-    assert re.search(f"^error: {tmp_path}/data: the masks of all 3 training patients hold no LA", line)
+    assert re.search(f"^error: {tmp_path}/data: none of the 3 training cases contains LA", line)
 
 
 def test_training_refuses_few_patients_without_a_class_that_others_have(tmp_path):
@@ -188,9 +188,8 @@ def test_training_refuses_few_patients_without_a_class_that_others_have(tmp_path
     save(folder / first / "atriumSegImgMO.nii.gz", mask_array(value=0))
     line = refuse_to_train(tmp_path, "--data.train_patients=1")
     assert re.search(
-        rf"^error: {tmp_path}/data: the masks of the training patients that this protocol takes \({first}\) hold no "
-        "LA; "
-        r"take others with another --data.subset_seed \(now 0; of a study --seeds\), or more of them",
+        rf"^error: --data.subset_seed=0: no training case contains LA among the 1 that this protocol uses \({first}\)\."
+        " Use another seed, or more training patients",
         line,
     )
 
@@ -206,8 +205,8 @@ def test_training_refuses_folds_of_which_one_trains_without_a_class(tmp_path, fo
         save(folder / f"{name}_mask.nii.gz", mask)
     line = refuse_to_train(tmp_path, "--data.labels=LA:1;scar:2", f"--fold={fold}")
     assert re.search(
-        r"^error: option --fold: in fold 2 the masks of all \d training patients hold no scar, for those that do "
-        "validate; add cases with scar, or leave --fold out",
+        "^error: fold 2: no training case contains scar; every case with scar is in the validation set. "
+        "Use another --fold.$",
         line,
     )
 
@@ -228,11 +227,11 @@ def test_a_folder_without_any_case_is_named(tmp_path, module):
 def test_fewer_patients_than_the_protocol_needs_are_counted(tmp_path):
     flat(tmp_path / "data", 5)
     line = refuse_to_train(tmp_path, "--exp=fewshot_10patients", "--method=vit_mini8")
-    assert "--data.train_patients=10: there are 3 training patients (of 5 cases" in line
+    assert "--data.train_patients=10: there are only 3 training patients (of 5 cases" in line
     for n in (2, 3, 4):
         for path in (tmp_path / "data").glob(f"case_{n}*"):
             path.unlink()
-    assert "2 patients; training, validation and test need at least 3" in refuse_to_train(tmp_path)
+    assert "2 patients, but training, validation and test need at least 3" in refuse_to_train(tmp_path)
 
 
 def test_a_batch_that_the_memory_does_not_hold_names_the_option_and_leaves_no_run(tmp_path):

@@ -235,18 +235,12 @@ def _decathlon_cases(root: Path, findings: list[Finding]) -> list[Case]:
         return []
     images = _decathlon_images(root, findings)
     if len(names := _channel_names(root)) > 1:
-        raise InputError(
-            where,
-            f"names {len(names)} image channels ({', '.join(names)}), but only scans with one channel are supported",
-            "List a single channel if the files hold only that one.",
-        )
+        problem = f"names {len(names)} image channels ({', '.join(names)}), but only one is supported"
+        raise InputError(where, problem, "List one channel if the files hold only that one.")
     masks = _by_name(_nifti_files(root / "labelsTr"), findings)
     if not images and not masks:
-        raise InputError(
-            root,
-            "has a dataset.json but no image in imagesTr and no mask in labelsTr",
-            "Complete the data set, or name another folder.",
-        )
+        problem = "has a dataset.json but no image in imagesTr and no mask in labelsTr"
+        raise InputError(root, problem, "Complete the data set, or name another folder.")
     return _pair(images, masks, findings)
 
 
@@ -255,11 +249,8 @@ def _decathlon_images(root: Path, findings: list[Finding]) -> dict[str, Path]:
         return {}
     files = _nifti_files(root / "imagesTr")
     if extra := [path for path in files if re.search(r"_000[1-9]$", _stem(path))]:  # nnU-Net's names of channels
-        raise InputError(
-            extra[0],
-            "a second image channel, but only scans with one channel are supported",
-            "Move the other channels out of imagesTr.",
-        )
+        problem = "a second image channel, but only one is supported"
+        raise InputError(extra[0], problem, "Move the other channels out of imagesTr.")
     return _by_name(files, findings, CHANNEL)
 
 

@@ -20,15 +20,7 @@ from jaxla.data.arrays import open_array
 from jaxla.data.cases import Case, Dataset
 from jaxla.data.inputs import Frame, image_to_input, intensity_range
 from jaxla.data.labels import Labels, require_one_value
-from jaxla.data.volumes import (
-    Volume,
-    hash_voxels,
-    read_image,
-    read_mask,
-    require_same_grid,
-    slice_geometry,
-    to_slices,
-)
+from jaxla.data.volumes import Volume, hash_voxels, read_image, read_mask, require_same_grid, slice_geometry, to_slices
 
 VERSION = 4  # of the content of a prepared folder; a new number makes new folders
 FILES = ("image.npy", "mask.npy", "volume.json")

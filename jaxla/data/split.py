@@ -60,23 +60,13 @@ def make_split(ids: Sequence[str], protocol: Data, fold: str = "") -> Split:
         if (value := getattr(protocol, name)) < 0:
             raise InputError(option(f"data.{name}", value), "must not be negative", "Use a whole number from 0.")
     split = _read_fitting_split(Path(protocol.split), ids) if protocol.split else _draw_split(ids, protocol.split_seed)
-    _require_possible_subset(split, protocol, len(ids))
-    count, percent, seed = protocol.train_patients, protocol.train_percent, protocol.subset_seed
-    if fold and (count or percent < 100):
-        subset = option("data.train_patients", count) if count else option("data.train_percent", f"{percent:g}")
-        raise InputError(option("fold", fold), "folds need all training patients", f"Remove {subset}.")
-    if fold and len(pool := split.train + split.val) < FOLDS:
-        raise InputError(
-            option("fold", fold),
-            f"{FOLDS} folds need at least {FOLDS} training and validation patients, but there are {len(pool)}",
-            "Add cases.",
-        )
+    _require_possible_subset(split, protocol, fold)
     if fold.isdecimal():
         return _make_fold(split, int(fold))
-    train = split.train
-    if seed:
-        train = tuple(train[i] for i in np.random.default_rng(seed).permutation(len(train)))
-    count = count or max(1, math.floor(percent / 100 * len(train) + 0.5))
+    train, count = split.train, protocol.train_patients
+    if protocol.subset_seed:
+        train = tuple(train[i] for i in np.random.default_rng(protocol.subset_seed).permutation(len(train)))
+    count = count or max(1, math.floor(protocol.train_percent / 100 * len(train) + 0.5))
     return Split(train[:count], split.val, split.test, unused=train[count:])
 
 
@@ -107,25 +97,22 @@ def read_split(path: Path, option_name: str) -> Split:
         ) from error
 
 
-def _require_possible_subset(split: Split, protocol: Data, cases: int) -> None:
+def _require_possible_subset(split: Split, protocol: Data, fold: str) -> None:
     count, percent = protocol.train_patients, protocol.train_percent
-    if not 0 < percent <= 100:
-        raise InputError(
-            option("data.train_percent", f"{percent:g}"), "must be above 0 and at most 100", "Use 100 for all patients."
-        )
-    if count and percent < 100:
-        raise InputError(
-            option("data.train_patients", count),
-            f"cannot be combined with {option('data.train_percent', f'{percent:g}')}",
-            "Remove one of the two options.",
-        )
-    if count > len(split.train):
-        raise InputError(
-            option("data.train_patients", count),
-            f"there are only {len(split.train)} training patients (of {cases} cases, {len(split.val)} for validation "
-            f"and {len(split.test)} for testing)",
-            "Add cases, or use fewer training patients.",
-        )
+    train, val, test = (len(part) for part in (split.train, split.val, split.test))
+    count_option, percent_option = option("data.train_patients", count), option("data.train_percent", f"{percent:g}")
+    available = f"{train} training patients (of {train + val + test} cases, {val} for validation, {test} for testing)"
+    for is_wrong, *error in (
+        (not 0 < percent <= 100, percent_option, "must be above 0 and at most 100", "Use 100 for all patients."),
+        (count and percent < 100, count_option, f"cannot be combined with {percent_option}", "Remove one of the two."),
+        (count > train, count_option, f"there are only {available}", "Add cases, or use fewer training patients."),
+        (fold and count, option("fold", fold), "needs all training patients", f"Remove {count_option}."),
+        (fold and percent < 100, option("fold", fold), "needs all training patients", f"Remove {percent_option}."),
+        (fold and train + val < FOLDS, option("fold", fold),
+            f"needs at least {FOLDS} training and validation patients, but there are {train + val}", "Add cases."),
+    ):  # fmt: skip
+        if is_wrong:
+            raise InputError(*error)
 
 
 def _make_fold(split: Split, fold: int) -> Split:
@@ -146,11 +133,8 @@ def _make_fold(split: Split, fold: int) -> Split:
 
 def _draw_split(ids: Sequence[str], seed: int) -> Split:
     if len(ids) < 3:
-        raise InputError(
-            option("data.root"),
-            f"holds {len(ids)} patients, but training, validation and test need at least 3",
-            "Add cases.",
-        )
+        problem = f"holds {len(ids)} patients, but training, validation and test need at least 3"
+        raise InputError(option("data.root"), problem, "Add cases.")
     shuffled = [sorted(ids)[i] for i in np.random.default_rng(seed).permutation(len(ids))]
     test = max(1, round(0.2 * len(ids)))
     val = max(1, round(0.1 * len(ids)))
@@ -168,11 +152,8 @@ def _read_fitting_split(path: Path, ids: Sequence[str]) -> Split:
     if twice := sorted({name for name in named if named.count(name) > 1}):
         raise InputError(where, f"names case {twice[0]} twice", "Name each case once.")
     if unknown := sorted(set(named) - set(ids)):
-        raise InputError(
-            where,
-            f"case {unknown[0]} is not in the data ({len(unknown)} of its cases are not)",
-            "Use the split of this data set, or remove these cases from it.",
-        )
+        problem = f"case {unknown[0]} is not in the data ({len(unknown)} of its cases are not)"
+        raise InputError(where, problem, "Use the split of this data set.")
     for part in ("train", "val", "test"):
         if not getattr(split, part):
             raise InputError(where, f"its list {part} is empty", "Name at least one case in each list.")

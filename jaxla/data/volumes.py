@@ -84,9 +84,7 @@ def read_image(path: str | Path) -> Volume:
     """
     volume = _read(Path(path))
     if volume.array.min() == volume.array.max():
-        raise InputError(
-            path, f"every voxel is {volume.array.flat[0]}", "Export the scan again, or leave this case out."
-        )
+        raise InputError(path, f"every voxel is {volume.array.flat[0]}", "Export it again, or leave the case out.")
     return volume
 
 
@@ -99,11 +97,7 @@ def read_mask(path: str | Path) -> Volume:
     volume = _read(Path(path))
     values = volume.array
     if values.min() < 0 or values.max() > MAX_LABEL or (values.dtype.kind == "f" and (values % 1).any()):
-        raise InputError(
-            path,
-            "holds values that are not labels",
-            f"Export the mask with whole numbers from 0 to {MAX_LABEL}.",
-        )
+        raise InputError(path, "holds values that are not labels", f"Use whole numbers from 0 to {MAX_LABEL}.")
     return Volume(volume.path, values.astype(np.int32), volume.affine, volume.header)
 
 
@@ -126,9 +120,7 @@ def require_same_grid(mask: Volume, image: Volume) -> None:
         else "same shape, different affine"
     )
     raise InputError(
-        mask.path,
-        f"not on the grid of {image.path} ({difference})",
-        "Resample the mask onto the grid of the image.",
+        mask.path, f"not on the grid of {image.path} ({difference})", "Resample the mask onto the grid of the image."
     )
 
 
@@ -248,9 +240,7 @@ def _read(path: Path) -> Volume:
         with np.errstate(over="ignore"):  # values beyond float32 become infinite and are refused below
             array = array.astype(np.float32, copy=False)
         if bad := int(array.size - np.isfinite(array).sum()):
-            raise InputError(
-                path, f"{bad} of {array.size} voxels are NaN or infinite", "Export the file again, or leave it out."
-            )
+            raise InputError(path, f"{bad} of {array.size} voxels are NaN or infinite", "Export the file again.")
     elif array.dtype.kind not in "iu":
         raise InputError(path, f"voxels of type {array.dtype} are not grey values", "Export a scalar image.")
     return Volume(path, array, image.affine, image.header)
@@ -263,9 +253,7 @@ def _check_compression(path: Path) -> None:
     if path.suffix == ".gz":
         with path.open("rb") as file:
             if file.read(2) != b"\x1f\x8b":
-                raise InputError(
-                    path, "not a NIfTI file: its name ends in .gz, but it is not compressed", "Convert it to .nii.gz."
-                )
+                raise InputError(path, "not a NIfTI file: .gz, but not compressed", "Convert it to .nii.gz.")
         with gzip.open(path) as file:
             while file.read(1 << 22):
                 pass
@@ -280,18 +268,12 @@ def _check_header(path: Path, image: nib.Nifti1Image) -> None:
         stored = type(image.header).from_fileobj(io.BytesIO(file.read(image.header.sizeof_hdr)), check=False)
     spacing = stored["pixdim"][1:4]
     if not (np.isfinite(spacing).all() and (spacing != 0).all()):
-        raise InputError(
-            path, f"voxel spacing {spacing.tolist()} in the header", "Set the true spacing in mm in the header."
-        )
+        raise InputError(path, f"voxel spacing {spacing.tolist()} in the header", "Set the true spacing in mm.")
     affine = image.affine
     sizes = nib.affines.voxel_sizes(affine)
     if not np.isfinite(affine).all() or abs(np.linalg.det(affine[:3, :3])) < 1e-3 * max(np.prod(sizes), 1e-9):
         raise InputError(path, "the affine is singular", "Correct its sform or qform.")
     axes = affine[:3, :3] / sizes
     if (skew := np.abs(axes.T @ axes - np.eye(3)).max()) > MAX_SKEW:
-        raise InputError(
-            path,
-            f"the affine is sheared: two axes are {np.degrees(np.arcsin(skew)):.1f}° off a right angle, so distances "
-            "along them would be wrong",
-            "Resample the scan onto a rectangular grid.",
-        )
+        problem = f"the affine is sheared: two axes are {np.degrees(np.arcsin(skew)):.1f}° off a right angle"
+        raise InputError(path, problem, "Resample the scan onto a rectangular grid.")

@@ -61,8 +61,7 @@ METRICS = {  # in column order
         "larger of the two directed 95th percentiles of border distances, in mm (not the percentile of all distances)",
     ),
     "assd_mm": _distance(
-        "ASSD, mm",
-        "average symmetric surface distance: mean of the border distances of both directions pooled, in mm",
+        "ASSD, mm", "average symmetric surface distance: mean of the border distances of both directions pooled, in mm"
     ),
 }
 SIZES = {  # by number of dimensions: prediction, reference

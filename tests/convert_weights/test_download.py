@@ -322,7 +322,7 @@ def test_cache_is_not_cleared_during_a_download(server, tmp_path, monkeypatch):
     with ThreadPoolExecutor(1) as thread:
         running = thread.submit(main, ["--arch=dinov2_vits14", "--download"])
         server.wait_for_request()
-        with pytest.raises(InputError, match="uses it; clear it when that run has ended"):
+        with pytest.raises(InputError, match=r"uses it\. Clear it when that process has finished"):
             clear_cache(tmp_path / "jaxla", "downloads")
         server.may_answer.set()
     assert "Service Unavailable" in str(running.exception())

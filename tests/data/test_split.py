@@ -170,7 +170,7 @@ def test_fewer_than_three_patients_are_refused(count):
 
 @pytest.mark.parametrize("count", [4, 10])
 def test_the_error_for_too_many_training_patients_counts_those_available(count):
-    message = rf"^data.train_patients={count}: there are only 3 training patients \(of 5 cases, 1 for validation and 1 "
+    message = rf"^data.train_patients={count}: there are only 3 training patients \(of 5 cases, 1 for validation, 1 "
     with pytest.raises(InputError, match=message):
         make_split(ids(5), Data(train_patients=count))
     assert sizes(make_split(ids(5), Data(train_patients=3))) == (3, 1, 1)
@@ -183,10 +183,7 @@ def test_the_error_for_too_many_training_patients_counts_those_available(count):
         ({"train_percent": 0}, "^data.train_percent=0: must be above 0"),
         ({"train_percent": 101}, "^data.train_percent=101: must be .* at most 100"),
         ({"train_percent": float("nan")}, "^data.train_percent=nan: must be"),
-        (
-            {"train_percent": 50, "train_patients": 2},
-            "^data.train_patients=2: cannot be combined with data.train_perc",
-        ),
+        ({"train_percent": 50, "train_patients": 2}, "^data.train_patients=2: cannot be combined with data.train_perc"),
         ({"subset_seed": -1}, "^data.subset_seed=-1: must not be negative"),
     ],
 )
@@ -222,22 +219,16 @@ def test_folds_equal_those_of_nnunet(tmp_path):
     names = [f"c{n:02}" for n in range(12)]
     write_split(Split(tuple(names[:10]), tuple(names[10:]), ("t",)), tmp_path / "split.json")
     folds = [make_split([*names, "t"], Data(split=str(tmp_path / "split.json")), str(k)).val for k in range(5)]
-    assert [[int(name[1:]) for name in val] for val in folds] == [
-        [0, 3, 8],
-        [7, 10, 11],
-        [6, 9],
-        [1, 4],
-        [2, 5],
-    ]
+    assert [[int(name[1:]) for name in val] for val in folds] == [[0, 3, 8], [7, 10, 11], [6, 9], [1, 4], [2, 5]]
 
 
 def test_folds_need_all_training_patients_and_at_least_five():
     for protocol in (Data(train_patients=1), Data(train_percent=50)):
-        with pytest.raises(InputError, match=r"^fold=0: folds need all training patients\. Remove data\.train_p"):
+        with pytest.raises(InputError, match=r"^fold=0: needs all training patients\. Remove data\.train_p"):
             make_split(ids(20), protocol, "0")
     with pytest.raises(
-        InputError, match=r"^fold=0: 5 folds need at least 5 training and validation patients, but there are 4"
+        InputError, match=r"^fold=0: needs at least 5 training and validation patients, but there are 4"
     ):
         make_split(ids(5), Data(), "0")
-    with pytest.raises(InputError, match=r"^fold=all: 5 folds need at least 5 training"):
+    with pytest.raises(InputError, match=r"^fold=all: needs at least 5 training"):
         make_split(ids(5), Data(), "all")

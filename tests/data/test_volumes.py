@@ -121,10 +121,7 @@ BAD_FILES = {
     "too_large_for_float32.nii": (lambda p: save(p, broken_voxel(1).astype("f8") * 1e300), "NaN or infinite"),
     "cut.nii.gz": (lambda p: truncate(save(p, image_array())), "truncated or damaged"),
     "cut_in_header.nii.gz": (lambda p: truncate(save(p, image_array()), 0.02), "truncated or damaged|not a NIfTI"),
-    "cut.nii": (
-        lambda p: truncate(save(p, image_array())),
-        r"truncated or damaged \(Expected 1792 bytes",
-    ),
+    "cut.nii": (lambda p: truncate(save(p, image_array())), r"truncated or damaged \(Expected 1792 bytes"),
     "cut_in_header.nii": (lambda p: truncate(save(p, image_array()), 0.1), "truncated or damaged|not a NIfTI"),
     "empty.nii": (lambda p: p.write_bytes(b""), "the file is empty"),
     "text.nii": (not_gzip, "not a NIfTI"),

@@ -69,5 +69,5 @@ def test_a_run_that_was_ended_in_a_fold_goes_on_to_the_same_result(run, phantoms
 def test_too_few_patients_for_folds_leave_nothing(tmp_path):
     more = ("--data.root=phantom", "--data.phantom_cases=5", f"--run-dir={tmp_path / 'run'}")
     said = refuse(tmp_path, "jaxla.train", *OPTIONS, *more, f"--cache-dir={tmp_path / 'cache'}")
-    assert "option --fold: 5 folds need as many patients that do not test, and there are 4" in said
+    assert "--fold=all: needs at least 5 training and validation patients, but there are 4" in said
     assert not (tmp_path / "run").exists()

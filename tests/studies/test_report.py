@@ -181,7 +181,7 @@ def test_page_is_complete_and_needs_no_other_file(reported):
     assert "random, not pretrained" in page.text
     assert "With 4 test cases, p before correction is at least 0.12." in page.text
     assert "Changed options" not in page.text
-    for text in ("larger of the two directed 95th percentiles", "both masks empty counts as perfect", "Wilcoxon"):
+    for text in ("larger of the two directed 95th percentiles", "two empty masks count as perfect", "Wilcoxon"):
         assert text in page.text
     runs, _ = page.table("Run")
     assert [row[0] for row in runs] == [f"{p}_{m}_seed{s}" for p in PROTOCOLS for m, s in PREDICTED]
@@ -341,7 +341,7 @@ def test_missing_or_changed_scans_are_refused(study, reported, tmp_path):
     elsewhere = shutil.copytree(reported.parent / "scans", tmp_path / "elsewhere")
     for run in (study / "runs").iterdir():
         edit(run / "experiment.json", lambda content: content["experiment"]["data"].update(root="/gone"))
-    with pytest.raises(InputError, match=r"^--data.root=/gone: no such folder"):
+    with pytest.raises(InputError, match=r"^data.root=/gone: no such folder"):
         report_study(study, tmp_path / "cache")
     (study / "report.html").unlink()
     assert report_study(study, tmp_path / "cache", str(elsewhere)).exists()
