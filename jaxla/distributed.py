@@ -295,7 +295,9 @@ def name_resume_command(command: str, note: Callable[[str], None]) -> Iterator[N
 
 @contextmanager
 def join_processes(coordinator: str, processes: int | None, process: int | None, timeout: float) -> Iterator[None]:
-    """Run the code within it together with the other processes; an error in one ends all. No effect on a single one.
+    """Run the code within it together with the other processes; an error in one ends all.
+
+    Does nothing for a single process, or with `processes=1`.
 
     Args:
         coordinator: HOST:PORT, a free port on the host of process 0; empty: as `srun` or `mpirun` says.
@@ -310,22 +312,22 @@ def join_processes(coordinator: str, processes: int | None, process: int | None,
     if launch is None:
         yield
         return
+    _connect(*launch, timeout)
     watcher = threading.Thread(target=_await_failure, daemon=True)
+    watcher.start()
+    name = f"process {global_state.process_id}"
     try:
-        _connect(*launch, timeout)
-        watcher.start()
+        _require_same_count()
         log.info("%d processes, on %s", process_count(), ", ".join(dict.fromkeys(gather(platform.node()))))
         yield
         barrier()
     except InputError as error:
-        _end_all(2, f"error: {'' if is_first() else f'process {global_state.process_id}: '}{error}")
+        _end_all(2, f"error: {'' if is_first() else f'{name}: '}{error}")
     except (Stopped, KeyboardInterrupt) as error:
         _end_all(*exit_status(error))
     except Exception:
         traceback.print_exc()
-        line = (
-            f"stopped: process {global_state.process_id} failed or lost another one, see its traceback.{_exit.resume}"
-        )
+        line = f"stopped: {name} failed or lost another process, see its traceback.{_exit.resume}"
         _exit.note(line)
         _end_all(1, line)
     jax.distributed.shutdown()  # also ends the watcher's wait, which must not last until Python exits
@@ -394,16 +396,21 @@ def _connect(address: str, count: int, index: int, timeout: float) -> None:
     )
     _executor.submit(initialise, address, count, index).result()
     _exit.code, _exit.line = 1, None
-    store = global_state.client
-    if index == 0:
-        store.key_value_set("jaxla/processes", str(count))
-    elif (expected := int(store.blocking_key_value_get("jaxla/processes", MAX_WAIT_MS))) != count:
-        raise InputError(f"--processes={count}", f"process 0 has --processes={expected}", "Give all the same number.")
-    else:
+    if index > 0:
         logging.basicConfig(force=True, format=f"process {index}: %(message)s", stream=sys.stdout)
         log.setLevel(logging.WARNING)
         progress_log.setLevel(logging.INFO)
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115  (as long as the process lives)
+
+
+def _require_same_count() -> None:
+    """Raise an InputError if process 0 was started with another number of processes; `gather` would wait forever."""
+    if is_first():
+        global_state.client.key_value_set("jaxla/processes", str(process_count()))
+    expected = int(global_state.client.blocking_key_value_get("jaxla/processes", MAX_WAIT_MS))
+    if expected != process_count():
+        problem = f"process 0 has --processes={expected}"
+        raise InputError(f"--processes={process_count()}", problem, "Give all processes the same number.")
 
 
 def _await_failure() -> None:
@@ -417,18 +424,18 @@ def _await_failure() -> None:
 
 
 def _end_all(code: int, line: str) -> NoReturn:
-    """Exit with this code and have the other processes do the same; the first process that fails prints its line."""
+    """Exit with this code and have the other processes do the same; process 0 prints its line for all."""
     if not _failing.acquire(blocking=False):
         threading.Event().wait()  # another thread ends this process
     _exit.code, _exit.line = code, line
-    with suppress(Exception):  # process 0 is dead or was never reached, or another process does not react
-        if global_state.client.key_value_increment("jaxla/failures", 1) > 1:
-            _exit.line = ""
-        else:
-            global_state.client.key_value_set("jaxla/failure", json.dumps([code, line]))
+    with suppress(jax.errors.JaxRuntimeError):  # another process failed before, or process 0 is dead
+        global_state.client.key_value_set("jaxla/failure", json.dumps([code, line]))
+    with suppress(jax.errors.JaxRuntimeError):  # a process is dead or does not react: this one prints its own line
         global_state.client.wait_at_barrier("jaxla/exit", 2000 * GRACE_SECONDS)
         if is_first():
             time.sleep(1)  # JAX aborts a process that loses process 0
+        else:
+            _exit.line = ""
     _leave()
 
 
