@@ -47,7 +47,7 @@ DATA, MODEL = "data", "model"
 BATCH = PartitionSpec((DATA, MODEL))
 REPLICATED = PartitionSpec()
 
-# Name suffix of a parameter -> how it is sharded; axis 0 counts a vision transformer's stacked blocks. These kernels
+# Part of a parameter's name -> how it is sharded; axis 0 counts a vision transformer's stacked blocks. These kernels
 # are nearly all of a backbone's parameters. Every parameter that is not listed is replicated.
 SHARDED = {
     "blocks.attention.qkv.kernel": PartitionSpec(None, MODEL, None),
@@ -140,7 +140,7 @@ def shardings(tree: T) -> T:
 
     def sharding(path: tuple, leaf: Any) -> NamedSharding:
         name = jax.tree_util.keystr(path, simple=True, separator=".").removesuffix(".value")
-        spec = next((spec for suffix, spec in SHARDED.items() if f".{name}".endswith(f".{suffix}")), REPLICATED)
+        spec = next((spec for part, spec in SHARDED.items() if f".{part}" in f".{name}"), REPLICATED)
         for size, axis in zip(leaf.shape, spec, strict=False):
             if axis and size % mesh.shape[axis]:
                 problem = f"{mesh.shape[axis]} devices do not divide {name} of shape {tuple(leaf.shape)}"
@@ -366,7 +366,11 @@ def find_launch(coordinator: str, processes: int | None, process: int | None) ->
 
 
 def _connect(address: str, count: int, index: int, timeout: float) -> None:
-    """Join the other processes, and silence this one unless it is the first."""
+    """Connect to the other processes, and silence this one unless it is the first.
+
+    Raises:
+        InputError: process 0 cannot use the port. If the others do not come, JAX aborts (see `_leave`).
+    """
     host, port = address.rsplit(":", 1)
     loopback = host if host in ("127.0.0.1", "localhost") else ""  # empty: all addresses of this host
     if index == 0:
@@ -376,13 +380,8 @@ def _connect(address: str, count: int, index: int, timeout: float) -> None:
             problem = f"process 0 cannot use port {port} ({os.strerror(error.errno)})"
             raise InputError(f"--coordinator={address}", problem, "Use another port, and --process=0 once.") from error
         log.info("waiting at %s for the other processes, up to %g s", address, timeout)
-    _exit.code, _exit.line = (
-        2,
-        (
-            f"error: --coordinator={address}: the {count} processes could not connect. Start each one, with its own "
-            "--process and the same --processes. Raise --wait if they start late."
-        ),
-    )
+    fix = "Start each one, with its own --process and the same --processes. Raise --wait if they start late."
+    _exit.code, _exit.line = 2, f"error: --coordinator={address}: the {count} processes could not connect. {fix}"
     ctypes.CDLL(None).signal(signal.SIGABRT, _abort_handler)
     os.environ["no_grpc_proxy"] = host.strip("[]")  # noqa: SIM112  (gRPC would use a web proxy)
     jax.config.update("jax_check_proxy_envs", False)
@@ -458,7 +457,7 @@ def _leave(signal_number: int = 0) -> NoReturn:
         os._exit(_exit.code)
 
 
-# Exit code and last line after a failure (None: JAX aborts); the resume command and the log that belong to it.
+# The exit code and last line of a failing process (line is None: JAX aborts it), and what `name_resume_command` set.
 _exit = SimpleNamespace(code=1, line=None, resume="", note=lambda line: None)
 _failing, _leaving = threading.Lock(), threading.Lock()
 _abort_handler = ctypes.CFUNCTYPE(None, ctypes.c_int)(_leave)
