@@ -1,9 +1,8 @@
-"""python -m benchmarks.mesh [--arch=…] [--backbone=…] [--size=…] [--batch=…]: what the mesh costs, on one device.
+"""python -m benchmarks.mesh [--arch=…] [--backbone=…] [--size=…] [--batch=…]: cost of a mesh of one device.
 
-One step of training — loss, gradients, Adam — compiled within a mesh of one device, as every run is, and outside of
-any. Both run in this process, in turn, from the same parameters on the same batch. Prints JSON: seconds of a step
-(median and fastest), and the median with the mesh over the median without. Before anything is timed the losses of both
-are compared: they must be the same bits.
+Times one training step (loss, gradients, Adam) within a mesh of one device, as in every run, and without a mesh, in
+turn, from the same parameters on the same batch. Prints JSON: seconds of a step (median and fastest) and the ratio of
+the medians. Checks first that both give the same loss, bit for bit.
 """
 
 from contextlib import nullcontext
@@ -23,26 +22,27 @@ from jaxla.training.step import initial_state, make_gradient, make_optimiser, ma
 
 
 def main(arguments):
-    parser = command_parser("benchmarks.mesh", "A training step with a mesh of one device and without.")
-    parser.add_argument("--arch", type=str, default="vit_mini8", help="of a vision transformer")
+    parser = command_parser("benchmarks.mesh", "Time a training step with a mesh of one device and without a mesh.")
+    parser.add_argument("--arch", type=str, default="vit_mini8", help="a vision transformer")
     parser.add_argument("--backbone", type=str, default="finetuned", help="frozen or finetuned")
     parser.add_argument("--size", type=int, default=96, help="side of the square image in pixels")
     parser.add_argument("--batch", type=int, default=4)
-    parser.add_argument("--repeats", type=int, default=31, help="steps of each, of which the median is taken")
+    parser.add_argument("--repeats", type=int, default=31, help="timed steps of each")
     options = parse_arguments(parser, arguments)
     arch = transformer_name("--arch", options.arch)
     if options.size % TRANSFORMERS[arch].patch or min(options.size, options.batch, options.repeats) < 1:
-        raise InputError(f"--size must be a multiple of {TRANSFORMERS[arch].patch}, --batch and --repeats at least 1")
+        fix = f"Use a multiple of {TRANSFORMERS[arch].patch} for --size, and at least 1 for --batch and --repeats."
+        raise InputError(f"--size={options.size}", f"{arch} cannot run this benchmark", fix)
     model = Model(arch=arch, weights="random", backbone=options.backbone)
 
     sides = {
-        "no mesh": a_step(model, options, nullcontext),
-        "mesh": a_step(model, options, lambda: use_devices(1)),
+        "no mesh": make_side(model, options, nullcontext),
+        "mesh": make_side(model, options, lambda: use_devices(1)),
     }
     losses = {name: side() for name, side in sides.items()}
     if len(set(losses.values())) > 1:
-        raise InputError(f"losses differ: {losses['mesh']} within a mesh, {losses['no mesh']} without")
-    found = median_and_fastest(time_in_turn(sides, options.repeats))
+        raise RuntimeError(f"losses differ: {losses['mesh']} within a mesh, {losses['no mesh']} without")
+    seconds = in_numbers(in_turn(sides, options.repeats))
     print_result(
         {
             **environment("jax", "flax"),
@@ -51,14 +51,14 @@ def main(arguments):
             "size": options.size,
             "batch": options.batch,
             "repeats": options.repeats,
-            **found,
-            "mesh_over_no_mesh": found["median_seconds"]["mesh"] / found["median_seconds"]["no mesh"],
+            **seconds,
+            "mesh_over_no_mesh": seconds["median_seconds"]["mesh"] / seconds["median_seconds"]["no mesh"],
         }
     )
 
 
-def a_step(model, options, devices):
-    """A step that can be taken again and again, within `devices()`; gives the loss."""
+def make_side(model, options, use_mesh):
+    """Return a function that takes one training step within `use_mesh()` and returns the loss."""
     rng = np.random.default_rng(0)
     images = rng.random((options.batch, options.size, options.size, 1), np.float32)
     batch = {
@@ -69,11 +69,11 @@ def a_step(model, options, devices):
     parts = split_network(build_network(model, 1, 0), train_backbone=model.backbone == "finetuned")
     optimiser = make_optimiser(Training(), options.repeats, pretrained_backbone=False)
     step = make_step(make_gradient(parts.training), optimiser)
-    with devices():
+    with use_mesh():
         state = initial_state(parts, optimiser)
 
     def run():
-        with devices():
+        with use_mesh():
             return float(take_step(step, state, shard_batch(batch), jax.random.key(0)))
 
     return run

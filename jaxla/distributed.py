@@ -47,7 +47,7 @@ DATA, MODEL = "data", "model"
 BATCH = PartitionSpec((DATA, MODEL))
 REPLICATED = PartitionSpec()
 
-# Name suffix of a parameter -> how it is sharded; axis 0 counts a vision transformer's stacked blocks. These kernels
+# Part of a parameter's name -> how it is sharded; axis 0 counts a vision transformer's stacked blocks. These kernels
 # are nearly all of a backbone's parameters. Every parameter that is not listed is replicated.
 SHARDED = {
     "blocks.attention.qkv.kernel": PartitionSpec(None, MODEL, None),
@@ -140,7 +140,7 @@ def shardings(tree: T) -> T:
 
     def sharding(path: tuple, leaf: Any) -> NamedSharding:
         name = jax.tree_util.keystr(path, simple=True, separator=".").removesuffix(".value")
-        spec = next((spec for suffix, spec in SHARDED.items() if f".{name}".endswith(f".{suffix}")), REPLICATED)
+        spec = next((spec for part, spec in SHARDED.items() if f".{part}" in f".{name}"), REPLICATED)
         for size, axis in zip(leaf.shape, spec, strict=False):
             if axis and size % mesh.shape[axis]:
                 problem = f"{mesh.shape[axis]} devices do not divide {name} of shape {tuple(leaf.shape)}"
@@ -295,7 +295,9 @@ def name_resume_command(command: str, note: Callable[[str], None]) -> Iterator[N
 
 @contextmanager
 def join_processes(coordinator: str, processes: int | None, process: int | None, timeout: float) -> Iterator[None]:
-    """Run the code within it together with the other processes; an error in one ends all. No effect on a single one.
+    """Run the code within it together with the other processes; an error in one ends all.
+
+    Does nothing for a single process, or with `processes=1`.
 
     Args:
         coordinator: HOST:PORT, a free port on the host of process 0; empty: as `srun` or `mpirun` says.
@@ -310,22 +312,22 @@ def join_processes(coordinator: str, processes: int | None, process: int | None,
     if launch is None:
         yield
         return
+    _connect(*launch, timeout)
     watcher = threading.Thread(target=_await_failure, daemon=True)
+    watcher.start()
+    name = f"process {global_state.process_id}"
     try:
-        _connect(*launch, timeout)
-        watcher.start()
+        _require_same_count()
         log.info("%d processes, on %s", process_count(), ", ".join(dict.fromkeys(gather(platform.node()))))
         yield
         barrier()
     except InputError as error:
-        _end_all(2, f"error: {'' if is_first() else f'process {global_state.process_id}: '}{error}")
+        _end_all(2, f"error: {'' if is_first() else f'{name}: '}{error}")
     except (Stopped, KeyboardInterrupt) as error:
         _end_all(*exit_status(error))
     except Exception:
         traceback.print_exc()
-        line = (
-            f"stopped: process {global_state.process_id} failed or lost another one, see its traceback.{_exit.resume}"
-        )
+        line = f"stopped: {name} failed or lost another process, see its traceback.{_exit.resume}"
         _exit.note(line)
         _end_all(1, line)
     jax.distributed.shutdown()  # also ends the watcher's wait, which must not last until Python exits
@@ -364,7 +366,11 @@ def find_launch(coordinator: str, processes: int | None, process: int | None) ->
 
 
 def _connect(address: str, count: int, index: int, timeout: float) -> None:
-    """Join the other processes, and silence this one unless it is the first."""
+    """Connect to the other processes, and silence this one unless it is the first.
+
+    Raises:
+        InputError: process 0 cannot use the port. If the others do not come, JAX aborts (see `_leave`).
+    """
     host, port = address.rsplit(":", 1)
     loopback = host if host in ("127.0.0.1", "localhost") else ""  # empty: all addresses of this host
     if index == 0:
@@ -374,13 +380,8 @@ def _connect(address: str, count: int, index: int, timeout: float) -> None:
             problem = f"process 0 cannot use port {port} ({os.strerror(error.errno)})"
             raise InputError(f"--coordinator={address}", problem, "Use another port, and --process=0 once.") from error
         log.info("waiting at %s for the other processes, up to %g s", address, timeout)
-    _exit.code, _exit.line = (
-        2,
-        (
-            f"error: --coordinator={address}: the {count} processes could not connect. Start each one, with its own "
-            "--process and the same --processes. Raise --wait if they start late."
-        ),
-    )
+    fix = "Start each one, with its own --process and the same --processes. Raise --wait if they start late."
+    _exit.code, _exit.line = 2, f"error: --coordinator={address}: the {count} processes could not connect. {fix}"
     ctypes.CDLL(None).signal(signal.SIGABRT, _abort_handler)
     os.environ["no_grpc_proxy"] = host.strip("[]")  # noqa: SIM112  (gRPC would use a web proxy)
     jax.config.update("jax_check_proxy_envs", False)
@@ -394,16 +395,21 @@ def _connect(address: str, count: int, index: int, timeout: float) -> None:
     )
     _executor.submit(initialise, address, count, index).result()
     _exit.code, _exit.line = 1, None
-    store = global_state.client
-    if index == 0:
-        store.key_value_set("jaxla/processes", str(count))
-    elif (expected := int(store.blocking_key_value_get("jaxla/processes", MAX_WAIT_MS))) != count:
-        raise InputError(f"--processes={count}", f"process 0 has --processes={expected}", "Give all the same number.")
-    else:
+    if index > 0:
         logging.basicConfig(force=True, format=f"process {index}: %(message)s", stream=sys.stdout)
         log.setLevel(logging.WARNING)
         progress_log.setLevel(logging.INFO)
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115  (as long as the process lives)
+
+
+def _require_same_count() -> None:
+    """Raise an InputError if process 0 was started with another number of processes; `gather` would wait forever."""
+    if is_first():
+        global_state.client.key_value_set("jaxla/processes", str(process_count()))
+    expected = int(global_state.client.blocking_key_value_get("jaxla/processes", MAX_WAIT_MS))
+    if expected != process_count():
+        problem = f"process 0 has --processes={expected}"
+        raise InputError(f"--processes={process_count()}", problem, "Give all processes the same number.")
 
 
 def _await_failure() -> None:
@@ -417,18 +423,18 @@ def _await_failure() -> None:
 
 
 def _end_all(code: int, line: str) -> NoReturn:
-    """Exit with this code and have the other processes do the same; the first process that fails prints its line."""
+    """Exit with this code and have the other processes do the same; process 0 prints its line for all."""
     if not _failing.acquire(blocking=False):
         threading.Event().wait()  # another thread ends this process
     _exit.code, _exit.line = code, line
-    with suppress(Exception):  # process 0 is dead or was never reached, or another process does not react
-        if global_state.client.key_value_increment("jaxla/failures", 1) > 1:
-            _exit.line = ""
-        else:
-            global_state.client.key_value_set("jaxla/failure", json.dumps([code, line]))
+    with suppress(jax.errors.JaxRuntimeError):  # another process failed before, or process 0 is dead
+        global_state.client.key_value_set("jaxla/failure", json.dumps([code, line]))
+    with suppress(jax.errors.JaxRuntimeError):  # a process is dead or does not react: this one prints its own line
         global_state.client.wait_at_barrier("jaxla/exit", 2000 * GRACE_SECONDS)
         if is_first():
             time.sleep(1)  # JAX aborts a process that loses process 0
+        else:
+            _exit.line = ""
     _leave()
 
 
@@ -451,7 +457,7 @@ def _leave(signal_number: int = 0) -> NoReturn:
         os._exit(_exit.code)
 
 
-# Exit code and last line after a failure (None: JAX aborts); the resume command and the log that belong to it.
+# The exit code and last line of a failing process (line is None: JAX aborts it), and what `name_resume_command` set.
 _exit = SimpleNamespace(code=1, line=None, resume="", note=lambda line: None)
 _failing, _leaving = threading.Lock(), threading.Lock()
 _abort_handler = ctypes.CFUNCTYPE(None, ctypes.c_int)(_leave)
