@@ -1,7 +1,7 @@
 """What the devices can do, and which variant of an operation runs on them.
 
-Every question about the device is answered here; `jaxla.distributed` alone lists the devices too, to build its mesh.
-The variant is chosen when JAX traces a function.
+All questions about the device are answered here; only `jaxla.distributed` also lists the devices, to build its mesh.
+Variants are chosen when JAX traces a function.
 """
 
 from __future__ import annotations

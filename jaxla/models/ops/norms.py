@@ -57,8 +57,8 @@ class BatchNorm(nnx.Module):
 class InstanceNorm(nnx.Module):
     """Normalise each channel of each image, then scale and shift.
 
-    With `nnx.InstanceNorm`, a training step of nnU-Net takes 28 % more memory (two patches of 40×56×40: 1.32 GB in
-    place of 1.03 GB), because JAX's gradient keeps several arrays of the size of x where `_normalise` keeps x only.
+    With `nnx.InstanceNorm` the gradient of nnU-Net takes 28 % more memory (1.32 GB, not 1.03 GB, for two patches of
+    40×56×40) and 6 % more time on CPU, because JAX stores several arrays as large as x and `_normalise` stores x only.
 
     Args:
         width: C.
@@ -104,7 +104,7 @@ def _normalise(
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Normalise x over `axes`; also return the mean and the variance, in which each value has the given weight.
 
-    The gradient keeps x only, as PyTorch's does; JAX's own would keep several arrays as large as x.
+    For the gradient only x is stored, as in PyTorch; JAX's own gradient would store several arrays as large as x.
     """
     return _forward(x, scale, bias, weight, axes)[0]
 
