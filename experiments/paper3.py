@@ -7,7 +7,8 @@ open, such as the recipe and the decoder, is this package's choice (docs/paper3.
 Command:   python -m jaxla.train --exp=paper3_hippocampus --method=windows_vit_mini8 --data.root=Task04_Hippocampus
 Time:      13 minutes on two busy CPU cores. Methods on a frozen DINOv3 or DINOv2: not measured.
 Expected:  test Dice 0.864 ± 0.027 (both parts together; mean per volume, n = 12; the atlas baseline: 0.737; 60 cases,
-           42 train, one seed). Methods on a frozen DINOv3 or DINOv2: not measured; the paper's own number is in PUBLISHED.
+           42 train, one seed). Methods on a frozen DINOv3 or DINOv2: not measured; the paper's own number is in
+           PUBLISHED below.
 """
 
 from dataclasses import replace

@@ -177,7 +177,7 @@ def test_initial_parameters_are_nnunets():
 
 
 def test_a_plan_is_asked_for_and_refused_where_there_is_none():
-    with pytest.raises(jaxla.InputError, match="plan: nnunet_2d needs a plan. Pass the file"):
+    with pytest.raises(jaxla.InputError, match=r"plan: nnunet_2d needs a plan\. Pass the file"):
         jaxla.build_network("nnunet_2d")
     with pytest.raises(jaxla.InputError, match="plan: unet needs no plan"):
         jaxla.build_network("unet", plan=PLAN)
