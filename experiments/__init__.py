@@ -1,13 +1,13 @@
 """The experiments, methods and studies, by name.
 
-The files of this folder are data, without logic; each is read here for what it has of EXPERIMENTS, METHODS and STUDIES,
-lists, and PUBLISHED, numbers of a paper by method and experiment.
+Each file of this folder holds data only: lists named EXPERIMENTS, METHODS or STUDIES, and a dict PUBLISHED with a
+paper's numbers by method and experiment. Its docstring gives the command, the time it takes and the expected result.
 """
 
 import pkgutil
 from importlib import import_module
 
-# the quickstart first, then the papers: --exp=list shows them in this order, and figures' colours follow it
+# The quickstart comes first, then the papers: --exp=list and the colours of figures follow this order.
 _NAMES = sorted(
     (file.name for file in pkgutil.iter_modules(__path__)),
     key=lambda name: (name != "quickstart", not name.startswith("paper"), name),
@@ -15,18 +15,19 @@ _NAMES = sorted(
 _FILES = [import_module(f"{__name__}.{name}") for name in _NAMES]
 
 
-def _together(kind: str) -> dict:
-    found = {}
+def _collect(kind: str) -> dict:
+    """Return the entries of one kind of all files, by name."""
+    collected = {}
     for file in _FILES:
-        part = getattr(file, kind, ())
-        for name, item in part.items() if isinstance(part, dict) else [(item.name, item) for item in part]:
-            if name in found:
-                raise ValueError(f"{name} stands twice among the {kind} of {__name__}; give one another name")
-            found[name] = item
-    return found
+        entries = getattr(file, kind, ())
+        for name, entry in entries.items() if isinstance(entries, dict) else [(e.name, e) for e in entries]:
+            if name in collected:
+                raise ValueError(f"{__name__}: two {kind} are named {name}. Rename one.")
+            collected[name] = entry
+    return collected
 
 
-EXPERIMENTS = _together("EXPERIMENTS")
-METHODS = _together("METHODS")
-STUDIES = _together("STUDIES")
-PUBLISHED = _together("PUBLISHED")
+EXPERIMENTS = _collect("EXPERIMENTS")
+METHODS = _collect("METHODS")
+STUDIES = _collect("STUDIES")
+PUBLISHED = _collect("PUBLISHED")

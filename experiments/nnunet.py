@@ -1,7 +1,14 @@
 """nnU-Net (Isensee, Jaeger, Kohl, Petersen, Maier-Hein, Nature Methods 2021), in two and three dimensions.
 
-It plans itself from the data and has one recipe for all: 1000 epochs of 250 steps. The short methods cut that, and are
-not nnU-Net's result: they are for a first look, and for machines without a GPU.
+It plans its network from the data and has one recipe for all data: 1000 epochs of 250 steps. The `_short` methods train
+for fewer steps, for a first look and for machines without a GPU. Their results are not nnU-Net's.
+
+Command:   python -m jaxla.train --exp=paper1 --method=nnunet_2d_short --data.root=Task04_Hippocampus
+Time:      18 minutes on two CPU cores. `nnunet_3d_short`: not timed as a whole, 500 steps of 1.3 s each.
+           `nnunet_2d` and `nnunet_3d`: not measured.
+Expected:  `nnunet_2d_short` test Dice 0.851, `nnunet_3d_short` 0.823 (mean per volume, n = 12; the atlas baseline:
+           0.716; 60 cases of the Decathlon's hippocampus, 42 train, one seed).
+           `nnunet_2d` and `nnunet_3d`: not measured.
 """
 
 from dataclasses import replace
@@ -23,9 +30,9 @@ RECIPE = Training(
 )
 
 _CONFIGURATIONS = {"nnunet_2d": ("2D", "nnunet_2d"), "nnunet_3d": ("3D, full resolution", "nnunet_3d_fullres")}
-_SHORT = {"nnunet_2d": (50, 25), "nnunet_3d": (25, 20)}  # epochs, and steps of each: 25 minutes of two CPU cores
+_SHORT_RECIPES = {"nnunet_2d": (50, 25), "nnunet_3d": (25, 20)}  # epochs and steps per epoch, for two CPU cores
 
-_WHOLE = [
+_FULL_LENGTH = [
     Method(
         name,
         f"nnU-Net {dimensions}: plans itself from the data",
@@ -39,7 +46,7 @@ _WHOLE = [
 ]
 
 METHODS = [
-    *_WHOLE,
+    *_FULL_LENGTH,
     *(
         replace(
             method,
@@ -47,7 +54,7 @@ METHODS = [
             summary=f"{method.summary}; short, {epochs * steps} of 250000 steps: not nnU-Net's own result",
             training=replace(method.training, epochs=epochs, steps=steps),
         )
-        for method in _WHOLE
-        for epochs, steps in [_SHORT[method.name]]
+        for method in _FULL_LENGTH
+        for epochs, steps in [_SHORT_RECIPES[method.name]]
     ),
 ]

@@ -1,7 +1,15 @@
 """Paper 2: multi-scale feature fusion with image-driven spatial integration (arXiv 2502.06615), and its ablations.
 
-Features of a frozen DINOv2's blocks, fused by learned weights, and a U-Net-like decoder that sees the image again. The
-recipe is paper 1's, with the 50 epochs that a sibling abstract of the group states.
+Learned weights fuse the features of a frozen DINOv2's blocks, and a U-Net-like decoder reads the image again. The
+recipe is paper 1's, with the 50 epochs that another abstract of the group states.
+
+Command:   python -m jaxla.train --exp=paper2 --data.root=/path/to/LAScarQS2022
+           python -m jaxla.study --name=paper2_ablation --output=studies/ablation --data.root=/path/to/LAScarQS2022
+Time:      not measured.
+Expected:  not measured on LAScarQS 2022; the paper's own numbers are in PUBLISHED below. On 60 brain MR scans
+           (Decathlon hippocampus, 42 train), with a small transformer trained from random weights at 64 pixels, the
+           fusion reaches a test Dice of 0.810 and paper 1's network 0.793 (mean over 12 volumes, each averaged over 2
+           seeds; the atlas baseline: 0.716; docs/paper2.md has the command).
 """
 
 from dataclasses import replace
@@ -14,12 +22,12 @@ RECIPE = BackboneTraining(epochs=50, batch_size=32, learning_rate=1e-3, backbone
 _FUSION = {
     name: Method(
         f"fusion_{name}",
-        f"frozen {family} {called}, all blocks fused, the image brought back",
+        f"frozen {family} {size}, all blocks fused, the decoder reads the image",
         FusionOptions(arch),
         Preprocessing(448),
         RECIPE,
     )
-    for name, arch, family, called in (
+    for name, arch, family, size in (
         ("vitb14", "dinov2_vitb14", "DINOv2", "ViT-b/14"),
         ("vitl14", "dinov2_vitl14", "DINOv2", "ViT-l/14"),
         ("vitg14", "dinov2_vitg14", "DINOv2", "ViT-g/14"),
@@ -37,13 +45,13 @@ _ABLATIONS = {
 }
 _FULL = _FUSION["vitb14"]
 
-_LEFT_OUT = [
+_ABLATED = [
     replace(
         _FULL, name=f"{_FULL.name}_{name}", summary=f"{_FULL.name}, {summary}", model=replace(_FULL.model, **options)
     )
     for name, (summary, options) in _ABLATIONS.items()
 ]
-METHODS = [_FULL, *_LEFT_OUT, *(method for method in _FUSION.values() if method is not _FULL)]
+METHODS = [_FULL, *_ABLATED, *(method for method in _FUSION.values() if method is not _FULL)]
 
 EXPERIMENTS = [Experiment("paper2", "all training patients", Data(), _FULL)]
 
@@ -67,13 +75,13 @@ STUDIES = [
     ),
     Study(
         "paper2_ablation",
-        "paper 2's parts left out one at a time: blocks, their weights, the image",
+        "paper 2's network with one part left out at a time: blocks, their weights, the image",
         ("paper2",),
-        (*(method.name for method in _LEFT_OUT), _FULL.name),
+        (*(method.name for method in _ABLATED), _FULL.name),
     ),
 ]
 
-# The abstract's numbers. Their pair cannot be of the same units: a mean Dice of 92.3 % allows no mean IoU below 85.7 %.
+# The abstract's numbers. They are not means over the same units: a mean Dice of 92.3 % implies a mean IoU >= 85.7 %.
 PUBLISHED = {
     ("fusion_vitg14", "paper2"): Published(
         "by paper 2, on LAScarQS 2022", "it states no unit of its means", 92.3, iou=84.1

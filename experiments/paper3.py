@@ -1,8 +1,14 @@
 """Paper 3: from 2D DINOv3 features to 3D segmentation (Usman, Khan, Qasim Syed; arXiv 2602.23962), and its ablations.
 
-A frozen DINOv3, a depth embedding, a light 3D decoder window by window, one loss on the whole volume, whose gradient is
-taken in two passes. The paper's data are neonatal brains (ALBERT), its structure the hippocampus. What it leaves open,
-the recipe and the decoder among it, is this package's choice (docs/paper3.md).
+A frozen DINOv3, a depth embedding, a light 3D decoder that runs window by window, and one loss on the whole volume,
+whose gradient is taken in two passes. The paper segments the hippocampus of neonatal brains (ALBERT). What it leaves
+open, such as the recipe and the decoder, is this package's choice (docs/paper3.md).
+
+Command:   python -m jaxla.train --exp=paper3_hippocampus --method=windows_vit_mini8 --data.root=Task04_Hippocampus
+Time:      13 minutes on two busy CPU cores. Methods on a frozen DINOv3 or DINOv2: not measured.
+Expected:  test Dice 0.864 ± 0.027 (both parts together; mean per volume, n = 12; the atlas baseline: 0.737; 60 cases,
+           42 train, one seed). Methods on a frozen DINOv3 or DINOv2: not measured; the paper's own number is in
+           PUBLISHED below.
 """
 
 from dataclasses import replace
@@ -25,12 +31,12 @@ WIDTHS = (128, 64, 32, 16)
 _WINDOWS = {
     name: Method(
         f"windows_{name}",
-        f"frozen {family} {called}, a 3D decoder on whole volumes, two-pass training",
+        f"frozen {family} {size}, a 3D decoder on whole volumes, two-pass training",
         WindowOptions(name, decoder_widths=WIDTHS),
         Preprocessing(224),
         RECIPE,
     )
-    for name, family, called in (
+    for name, family, size in (
         ("dinov3_vits16", "DINOv3", "ViT-s/16"),
         ("dinov3_vitb16", "DINOv3", "ViT-b/16"),
         ("dinov3_vitl16", "DINOv3", "ViT-l/16"),
@@ -52,19 +58,19 @@ _ABLATIONS = {
     "no_depth": ("without depth embedding", {"depth_places": 0}),
     "2d": ("slice by slice, without depth embedding", {"convolutions": "2d", "depth_places": 0}),
 }
-_VARIED = [
+_ABLATED = [
     replace(
         _FULL, name=f"{_FULL.name}_{name}", summary=f"{_FULL.name}, {summary}", model=replace(_FULL.model, **options)
     )
     for name, (summary, options) in _ABLATIONS.items()
 ]
-_WHOLE = replace(
+_ONE_GRAPH = replace(
     _FULL,
     name=f"{_FULL.name}_one_graph",
     summary=f"{_FULL.name}, its gradient in one pass, which takes the memory of all windows",
     training=replace(RECIPE, gradient="whole"),
 )
-METHODS = [_FULL, *_VARIED, _WHOLE, *(method for method in _WINDOWS.values() if method is not _FULL), _SMALL]
+METHODS = [_FULL, *_ABLATED, _ONE_GRAPH, *(method for method in _WINDOWS.values() if method is not _FULL), _SMALL]
 
 _HIPPOCAMPUS = Data(labels="hippocampus:1,2")
 EXPERIMENTS = [
@@ -73,7 +79,7 @@ EXPERIMENTS = [
     ),
     Experiment(
         "paper3_albert",
-        "neonatal brains (ALBERT), the hippocampus of many labels",
+        "neonatal brains (ALBERT): the hippocampus, all other labels are background",
         replace(_HIPPOCAMPUS, other_labels="background"),
         _WINDOWS["dinov3_vitb16"],
     ),
@@ -83,16 +89,16 @@ EXPERIMENTS = [
 STUDIES = [
     Study(
         "paper3_ablation",
-        "paper 3's parts varied one at a time: windows, depth embedding, three dimensions",
+        "paper 3's network with one part varied at a time: windows, depth embedding, three dimensions",
         ("paper3_hippocampus",),
-        (*(method.name for method in _VARIED), _FULL.name),
+        (*(method.name for method in _ABLATED), _FULL.name),
     ),
 ]
 
 PUBLISHED = {
     ("windows_dinov3_vitb16", "paper3_albert"): Published(
         "by paper 3, on ALBERT, of the hippocampus with a single window",
-        "it may be of another size of transformer, and its unit is not known here",
+        "the size of its transformer and the unit of its mean are not known here",
         65.0,
     ),
 }

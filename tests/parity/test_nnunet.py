@@ -178,10 +178,10 @@ def test_initial_parameters_follow_nnunets_distribution():
     np.testing.assert_array_equal(again.down[2][1].convolution.kernel[...], kernel)
 
 
-def test_a_plan_is_required_by_nnunet_and_refused_by_others():
-    with pytest.raises(jaxla.InputError, match="plan: nnunet_2d needs a plan. Pass the file"):
+def test_a_plan_is_asked_for_and_refused_where_there_is_none():
+    with pytest.raises(jaxla.InputError, match=r"plan: nnunet_2d needs a plan\. Pass the file"):
         jaxla.build_network("nnunet_2d")
-    with pytest.raises(jaxla.InputError, match="plan: unet takes none"):
+    with pytest.raises(jaxla.InputError, match="plan: unet needs no plan"):
         jaxla.build_network("unet", plan=PLAN)
     with pytest.raises(jaxla.InputError, match="plan: not a plan"):
         jaxla.build_network("nnunet_2d", plan={"configurations": []})
