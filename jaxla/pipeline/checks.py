@@ -157,13 +157,6 @@ def with_weights(experiment: Experiment, cache_dir: Path) -> tuple[Experiment, s
     return replace(experiment, model=replace(model, weights=str(path))), sha256
 
 
-def of_method(error: InputError, method: str) -> InputError:
-    """The error, and whose it is among several methods, where an option that each may have of its own is at fault."""
-    if not any(f"--{part}." in str(error) for part in set(PARTS) - {"data"}):
-        return error
-    return InputError(f"{error} (method {method}; --{method}.<option> gives an option to it alone)")
-
-
 def require_fitting_scans(experiment: Experiment, volumes: Iterable[PreparedVolume]) -> None:
     """Raise an InputError if a scan has too few slices for the network."""
     for volume in volumes:
