@@ -75,7 +75,7 @@ def test_a_run_leaves_what_every_run_leaves_and_its_plan(run, plan):
     assert largest["n"] == 1
     assert len(next(iter(largest["dice"].values()))["none"]) == 1
     page = (run / "report.html").read_text()
-    assert "The last, epoch 3, was tested" in page
+    assert "The last epoch, 3, was tested" in page
     assert "over all patches together" in page
     assert "largest connected part" in page
     assert "pad_to" not in page  # what is not read is not listed
@@ -173,8 +173,8 @@ def test_five_folds_are_trained_and_tested_together(phantoms, plan, tmp_path):
     summary = json.loads((folder / "test" / "summary.json").read_text())
     assert summary["dice"]["n"] == len(whole["test"])
     page = (folder / "report.html").read_text()
-    assert "5 folds of the 5 patients that do not test" in page
-    assert "5 patients train and validate in turn, 1 test" in page
+    assert "5 folds of 5 patients" in page
+    assert "5 patients for training and validation in turn, 1 for testing" in page
     assert 'href="fold_4/report.html"' in page
     assert "fold 2 of 5" not in (folder / "fold_0" / "train.log").read_text()  # each fold's log is its own
     assert "fold 2 of 5" in (folder / "train.log").read_text()

@@ -278,7 +278,7 @@ def test_a_fusion_is_trained_on_kept_features_and_images_and_predicts_the_same_m
     assert np.ptp(weights["levels"]) > 1e-3  # they began equal
     report = (run / "report.html").read_text()
     assert "Weights of the backbone's blocks" in report
-    assert "In the best epoch; those of a level, a row, sum to 1</figcaption>" in report
+    assert "Learned weights in the best epoch; each row sums to 1</figcaption>" in report
 
     case = read_json(run / "split.json")["test"][0]
     scan = phantoms / "task2" / "train_data" / case / "enhanced.nii.gz"

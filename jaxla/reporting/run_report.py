@@ -54,56 +54,71 @@ def write_report(
     Raises:
         KeyError, jinja2.UndefinedError: the arguments lack something that the report shows.
     """
-    cases, kept = _rank_cases(rows), record["experiment"]["training"]["checkpoint"]
+    counted, kept = record["unit"], record["experiment"]["training"]["checkpoint"]
     best = next((line for line in history if line["epoch"] == summary.get("best_epoch")), None)
-    agreements, counted = agreement_by_class(rows), record["unit"]
-    charts = {"volumes": chart(lambda axes: draw_volumes(axes, agreements), (4.2, 4))}
-    if history:
-        charts["losses"] = chart(lambda axes: draw_losses(axes, history))
-        charts["validation"] = chart(lambda axes: draw_validation(axes, history, best, counted, kept))
-    options, hidden = _flatten(record["experiment"]), {"name", "summary", *unread}
     page = (
         templates()
         .get_template("run_report.html.jinja")
         .render(
             record=record,
             experiment=record["experiment"],
+            summary=summary,
+            split=split,
+            history=history,
             method=record["label"],
             kept=kept,
-            counted=counted,
-            classes=list(summary["classes"]),
-            split=split,
-            parts=[
-                (title, len(split[part]), ", ".join(split[part])) for part, title in PARTS.items() if split.get(part)
-            ],
-            history=history,
             best=best,
-            minutes=sum(line["seconds"] for line in history) / 60,
-            charts=charts,
-            costs=_list_costs(cost, history),
-            summary=summary,
-            results=_result_blocks(summary),
-            metrics=list(summary["definitions"] | summary["slice"]["definitions"]),
-            titles={name: metric.title for name, metric in COLUMNS.items()},
-            definitions=_list_definitions(summary),
-            pairs=_mean_pairs(summary, best, counted),
-            case_pairs=_case_pairs(rows),
-            cases=cases,
-            above_atlas=sum(_mean(case, "dice") > _mean(case, "atlas_dice") for case in cases),
-            agreements=[(a.name, a.n, number(a.bias, "volume_ml", sign=True), _format_limits(a)) for a in agreements],
-            min_cases_for_limits=MIN_CASES_FOR_LIMITS,
+            counted=counted,
             folds=folds,
-            block_weights=_draw_block_weights(summary, options.get("model.block_weights")),
+            largest=largest,
+            unread=unread,
+            costs=_list_costs(cost, history),
             panels=[(panel, [(i, data_uri(f)) for i, f in slice_figures(panel, SLICES_PER_CASE)]) for panel in panels],
             colours={"prediction": PREDICTION, "reference": REFERENCE},
-            options=[(name, format_value(v)) for name, v in options.items() if name not in hidden],
-            facts=_list_facts(record),
-            command=strip_run_options(record["command"]),
-            unread=unread,
-            largest=largest,
+            block_weights=_draw_block_weights(summary, record["experiment"]["model"].get("block_weights")),
+            losses=chart(lambda axes: draw_losses(axes, history)) if history else "",
+            validation=chart(lambda axes: draw_validation(axes, history, best, counted, kept)) if history else "",
+            **_result_values(rows, summary, best, counted),
+            **_provenance_values(record, split, unread),
         )
     )
     write_atomically(path, page)
+
+
+def _result_values(
+    rows: Sequence[Mapping[str, Any]], summary: Mapping[str, Any], best: Mapping[str, float] | None, counted: str
+) -> dict[str, Any]:
+    """Return what the page shows of the test."""
+    cases, agreements = _rank_cases(rows), agreement_by_class(rows)
+    return {
+        "classes": list(summary["classes"]),
+        "results": _result_blocks(summary),
+        "metrics": list(summary["definitions"] | summary["slice"]["definitions"]),
+        "titles": {name: metric.title for name, metric in COLUMNS.items()},
+        "definitions": _list_definitions(summary),
+        "pairs": _mean_pairs(summary, best, counted),
+        "case_pairs": _case_pairs(rows),
+        "cases": cases,
+        "above_atlas": sum(_mean(case, "dice") > _mean(case, "atlas_dice") for case in cases),
+        "volumes": chart(lambda axes: draw_volumes(axes, agreements), (4.2, 4)),
+        "agreements": [(a.name, a.n, number(a.bias, "volume_ml", sign=True), _format_limits(a)) for a in agreements],
+        "min_cases_for_limits": MIN_CASES_FOR_LIMITS,
+    }
+
+
+def _provenance_values(
+    record: Mapping[str, Any], split: Mapping[str, Sequence[str]], unread: Collection[str]
+) -> dict[str, Any]:
+    """Return what the page shows of options, data and environment."""
+    options, hidden = _flatten(record["experiment"]), {"name", "summary", *unread}
+    return {
+        "command": strip_run_options(record["command"]),
+        "options": [(name, format_value(v)) for name, v in options.items() if name not in hidden],
+        "facts": _list_facts(record),
+        "parts": [
+            (title, len(split[part]), ", ".join(split[part])) for part, title in PARTS.items() if split.get(part)
+        ],
+    }
 
 
 def _flatten(experiment: Mapping[str, Any]) -> dict[str, Any]:

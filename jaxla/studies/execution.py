@@ -66,14 +66,14 @@ def execute_runs(runs: Sequence[ScheduledRun], states: Sequence[State], seconds:
         start = time.perf_counter()
         try:
             failure = _execute(run)
+            if failure:
+                failures.append(f"{run.folder} ({failure})")
+                log.warning("failed: %s", failure)
+            elapsed, expected = elapsed + time.perf_counter() - start, expected + seconds[n]
+            left = sum(seconds[m] for m in remaining[position:]) * elapsed / max(expected, 1e-9)
+            log.info("%d of %d done; about %s left", position, len(remaining), format_duration(left))
         except KeyboardInterrupt as interrupt:
             raise Stopped(f"in run {run.folder.name}. To resume: {command}") from interrupt
-        if failure:
-            failures.append(f"{run.folder} ({failure})")
-            log.warning("failed: %s", failure)
-        elapsed, expected = elapsed + time.perf_counter() - start, expected + seconds[n]
-        left = sum(seconds[m] for m in remaining[position:]) * elapsed / max(expected, 1e-9)
-        log.info("%d of %d done; about %s left", position, len(remaining), format_duration(left))
     if failures:
         reasons = "; ".join(failures)
         raise Stopped(f"with {len(failures)} of {len(runs)} runs failed: {reasons}. Fix this; to resume: {command}")

@@ -88,8 +88,8 @@ def _results_caption(results: Results, protocol: str, printed: Sequence[Publishe
     seeds = len(results.seeds)
     caption = (
         f"Protocol {protocol} ({plural(results.count_training_patients(protocol), 'training patient')}): mean ± sd "
-        f"over {plural(volumes, 'test volume')} and over their {slices} slices; the value of each is its average over "
-        f"{plural(seeds, 'seed')}{f' ({MEAN}: also over classes)' if len(results.classes) > 1 else ''}. "
+        f"over {plural(volumes, 'test volume')} and over their {slices} slices; {_seed_note(results)}"
+        f"{f' ({MEAN}: also over classes)' if len(results.classes) > 1 else ''}. "
         "HD95 is the larger of the two directed 95th percentiles, not the percentile of the pooled distances. If both "
         "masks of a unit are empty, its metrics are perfect; if only one is, they are the worst possible. "
     )
@@ -122,9 +122,9 @@ def comparison_table(results: Results) -> Table:
                 rows.append({"protocol": protocol} | _comparison_cells(pair))
     cases = len(results.test_cases)
     caption = (
-        f"Difference in Dice per volume{_averaging_note(results)}, first − second: mean over {cases} test volumes; the "
-        f"value of each is its average over {plural(len(results.seeds), 'seed')}. 95 % bootstrap interval; Wilcoxon "
-        "signed-rank test, with Holm's correction within a protocol; rank-biserial effect size."
+        f"Difference in Dice per volume{_averaging_note(results)}, first − second: mean over {cases} test volumes; "
+        f"{_seed_note(results)}. 95 % bootstrap interval; Wilcoxon signed-rank test, with Holm's correction within a "
+        "protocol; rank-biserial effect size."
     )
     if cases < MIN_CASES_FOR_INTERVALS:
         caption += f" With fewer than {MIN_CASES_FOR_INTERVALS} cases, the interval is little more than their range."
@@ -212,6 +212,10 @@ def _averaged_classes(results: Results) -> dict[str, str]:
     """Return title -> class name for everything that is averaged; the name is empty for the mean over classes."""
     classes = {name: name for name in results.classes}
     return classes if len(classes) == 1 else {MEAN: ""} | classes
+
+
+def _seed_note(results: Results) -> str:
+    return f"values are averaged over {len(results.seeds)} seeds first" if len(results.seeds) > 1 else "one seed"
 
 
 def _averaging_note(results: Results) -> str:

@@ -1,4 +1,4 @@
-"""A run's outcome made from masks by the package's own metrics, and a page taken apart by the standard library."""
+"""Results of a run, computed from box masks with the package's own metrics; and a parser of HTML pages."""
 
 import base64
 import io
@@ -16,7 +16,7 @@ SHAPE = (10, 20, 30)
 
 
 def mask(rows, classes=1, columns=(5, 20)):
-    """[S, H, W] with boxes in slices 1 to 8: class k lies `4 k` columns to the right; `rows` (0, 0) is empty."""
+    """Return a mask [S, H, W] with a box of each class in slices 1 to 8, side by side; `rows` (0, 0) gives no box."""
     array = np.zeros(SHAPE, np.uint8)
     for value in range(1, classes + 1):
         start = columns[0] + 4 * (value - 1)
@@ -28,13 +28,18 @@ REFERENCE, ATLAS = (4, 14), (8, 18)
 
 
 def outcome(predictions, names=("LA",), references=None):
-    """The arguments of `write_report` for a run whose test cases are `predictions`: case id -> rows of its mask."""
+    """Return the arguments of `write_report` for a run.
+
+    Args:
+        predictions: test case -> rows of its predicted box.
+        references: rows of reference boxes, where they are not `REFERENCE`.
+    """
     k = len(names)
     references = {name: REFERENCE for name in predictions} | (references or {})
     rows, slice_rows, atlas_rows, panels = [], [], [], []
     rng = np.random.default_rng(0)
-    for name, found in predictions.items():
-        predicted, reference = mask(found, k), mask(references[name], k)
+    for name, rows_of_box in predictions.items():
+        predicted, reference = mask(rows_of_box, k), mask(references[name], k)
         rows += score_case(name, predicted, reference, SPACING, names)
         slice_rows += score_case(name, predicted, reference, SPACING, names, "slice")
         atlas_rows += score_case(name, mask(ATLAS, k), reference, SPACING, names)
@@ -81,7 +86,7 @@ def outcome(predictions, names=("LA",), references=None):
 
 
 class Page(HTMLParser):
-    """Tags with their attributes, the text, and tables as lists of rows of cell texts."""
+    """A page: its tags with attributes, its text, and its tables as lists of rows of cell texts."""
 
     def __init__(self, html):
         super().__init__()
@@ -120,17 +125,17 @@ class Page(HTMLParser):
             self.tables[-1][-1][-1] += data
 
     def table(self, first_heading):
-        """The rows of the table whose first column is headed so, without the headings, and the headings."""
-        found = next(table for table in self.tables if table[0][0] == first_heading)
-        return found[1:], found[0]
+        """Return the rows and the headings of the table whose first column has this heading."""
+        headings, *rows = next(table for table in self.tables if table[0][0] == first_heading)
+        return rows, headings
 
     def svgs(self):
-        """Every image of the page, decoded."""
+        """Return the SVG text of every image."""
         sources = [attributes["src"] for tag, attributes in self.tags if tag == "img"]
         return [base64.b64decode(source.removeprefix("data:image/svg+xml;base64,")).decode() for source in sources]
 
 
 def embedded_images(svg):
-    """The raster images inside an SVG."""
+    """Return the raster images inside an SVG as arrays."""
     found = re.findall(r"data:image/png;base64,([^\"]+)", svg)
     return [np.array(Image.open(io.BytesIO(base64.b64decode(data)))) for data in found]

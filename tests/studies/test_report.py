@@ -102,7 +102,7 @@ def test_published_numbers_have_their_own_columns(reported):
     assert "Published: by paper 1, on LAScarQS 2022, with its own recipe, whatever data and options" in printed
     few = (reported / "tables" / "table1_fewshot_1patient.md").read_text()
     assert "Published: by paper 1, on LAScarQS 2022, read off its Figure 2, with its own recipe" in few
-    assert "(8 training patients): mean ± sd over 4 test volumes and over their 24 slices; the value" in printed
+    assert "(8 training patients): mean ± sd over 4 test volumes and over their 24 slices; values are aver" in printed
 
 
 def test_each_published_number_names_its_own_paper(tmp_path):
