@@ -40,7 +40,7 @@ from jaxla.memory import program_bytes
 from jaxla.models.build import build_network, configuration_of, is_planned, require_size
 from jaxla.models.ops.images import IMAGENET_DEVIATION, IMAGENET_MEAN
 from jaxla.models.weights import compute_dtype
-from jaxla.nnunet.augmentation import make_augment, read_size
+from jaxla.nnunet.augmentation import initial_patch_size, make_augment
 from jaxla.nnunet.plan import read_plan
 from jaxla.pipeline.sources import loss_of
 from jaxla.training.losses import cross_entropy
@@ -107,7 +107,7 @@ def main(arguments):
         def renamed(gradients):
             return nnunet_as_theirs(configuration, gradients)
 
-        large = rng.standard_normal((batch, *read_size(size), 1), np.float32)
+        large = rng.standard_normal((batch, *initial_patch_size(size), 1), np.float32)
         augmented = large, rng.integers(-1, CLASSES, large.shape[:-1]).astype(np.int8)
         augment = make_augment(size, CLASSES - 1, zeros_stay=False)
         again = build_network(model, CLASSES, 0, plan=plan)

@@ -10,7 +10,7 @@ import numpy as np
 from jaxla.config import InputError
 from jaxla.models.weights import load_backbone
 from jaxla.models.weights_format import read_metadata, require_undamaged
-from jaxla.nnunet.converted import NNUNET, load_converted, planned_of
+from jaxla.nnunet.converted import NNUNET, load_converted, parse_metadata
 
 SIDE = 112  # pixels; a multiple of every architecture's patch
 
@@ -24,7 +24,7 @@ def verify(path: Path) -> str:
     checksum = require_undamaged(path)
     metadata, size, channels = read_metadata(path), (SIDE, SIDE), 3
     if metadata["arch"] == NNUNET:
-        plan, configuration, _ = planned_of(metadata, path)
+        plan, configuration, _ = parse_metadata(metadata, path)
         network, size, channels = load_converted(path), plan.configuration(configuration).patch_size, 1
     else:
         network = load_backbone(path)

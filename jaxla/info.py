@@ -110,11 +110,11 @@ def _describe_run(folder: Path) -> dict[str, str]:
 
 def _input(folder: Path, record: Record) -> str:
     """What the network sees at once."""
-    from jaxla.nnunet.plan import OF_ARCHITECTURE, read_plan
+    from jaxla.nnunet.plan import ARCH_CONFIGURATIONS, read_plan
     from jaxla.runs.folder import PLAN
 
     if (folder / PLAN).exists():
-        planned = read_plan(folder / PLAN).configuration(OF_ARCHITECTURE[record.experiment.model.arch])
+        planned = read_plan(folder / PLAN).configuration(ARCH_CONFIGURATIONS[record.experiment.model.arch])
         patch, spacing = (" × ".join(f"{n:g}" for n in numbers) for numbers in (planned.patch_size, planned.spacing))
         return f"patches of {patch} voxels of {spacing} mm"
     extent = f", of {record.extent:.0f} × {record.extent:.0f} mm" if record.extent else ""

@@ -1,8 +1,6 @@
-"""From predicted classes to a mask: binary opening and closing of slices, and parts that do not hang together."""
+"""From predicted classes to a mask: binary opening and closing of slices."""
 
 from __future__ import annotations
-
-from collections.abc import Iterable, Sequence
 
 import numpy as np
 from scipy import ndimage
@@ -26,22 +24,6 @@ def postprocess(classes: np.ndarray, postprocessing: Postprocessing) -> np.ndarr
     for k in present:
         closed[_close(opened == k, postprocessing.closing) & (closed == 0)] = k
     return closed
-
-
-def keep_largest(classes: np.ndarray, groups: Iterable[Sequence[int]]) -> np.ndarray:
-    """Classes [S, H, W] uint8 -> the same, of each group of classes the largest connected part alone; equal ones all.
-
-    Voxels hang together by faces, edges and corners. Reference code: nnunetv2 2.8.1, `remove_connected_components`.
-    """
-    kept = classes.copy()
-    for group in groups:
-        mask = np.isin(kept, list(group))
-        parts, count = ndimage.label(mask, np.ones((3, 3, 3), bool))
-        if count > 1:
-            sizes = np.bincount(parts.ravel())
-            sizes[0] = 0  # background
-            kept[mask & (sizes < sizes.max())[parts]] = 0
-    return kept
 
 
 def _open(mask: np.ndarray, side: int) -> np.ndarray:

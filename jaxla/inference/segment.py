@@ -15,11 +15,11 @@ from scipy import special
 from jaxla.data.inputs import Frame, image_to_input, input_to_slice, intensity_range
 from jaxla.data.volumes import SliceGeometry, Volume, from_slices, slice_geometry, to_slices, write_volume
 from jaxla.distributed import local_rows, place_on_devices, shard_batch
-from jaxla.inference.postprocessing import keep_largest, postprocess
+from jaxla.inference.postprocessing import postprocess
 from jaxla.inference.trained import TrainedNetwork
 from jaxla.models.build import configuration_of, reads_volumes
-from jaxla.nnunet.axes import from_plan_axes
-from jaxla.nnunet.preprocessing import plan_image
+from jaxla.nnunet.postprocessing import keep_largest
+from jaxla.nnunet.preprocessing import from_plan_axes, preprocess_image
 from jaxla.nnunet.tiles import make_tile_logits, resample_to_scan
 
 DEPTH_STEP = 16  # slices of a volume are filled up to a multiple of it
@@ -74,7 +74,7 @@ def _planned_slices(trained: TrainedNetwork) -> Callable[..., Segmented]:
     window_logits = make_tile_logits(trained.networks, configuration)
 
     def segment(slices: np.ndarray, geometry: SliceGeometry, probabilities: bool) -> Segmented:
-        planned = plan_image(slices, geometry.axis, geometry.spacing, trained.plan, configuration)
+        planned = preprocess_image(slices, geometry.axis, geometry.spacing, trained.plan, configuration)
         classes = np.zeros(planned.shape, np.uint8)
         kept = None
         if probabilities:

@@ -9,7 +9,7 @@ import shlex
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
-from itertools import pairwise
+from itertools import chain, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +19,11 @@ from jaxla.config import Experiment
 from jaxla.data.dataset import PreparedData
 from jaxla.data.split import ALL_FOLDS, FOLDS
 from jaxla.distributed import barrier, broadcast, is_first, use_local_devices
-from jaxla.nnunet.postprocessing import keep_choice, read_tries
+from jaxla.nnunet.postprocessing import read_trials, write_choice
 from jaxla.pipeline.planning import keep_plan
 from jaxla.pipeline.session import run_session
 from jaxla.pipeline.testing import run_test
-from jaxla.runs.folder import COST, fold_folders, is_finished, require_resumable, resume_command
+from jaxla.runs.folder import COST, LARGEST, fold_folders, is_finished, require_resumable, resume_command
 from jaxla.runs.record import RECORD
 
 log = logging.getLogger("jaxla.train")
@@ -70,8 +70,8 @@ def train_folds(
         words = [*_without_fold(of_all), f"--fold={fold}", f"--run-dir={folder}"]
         _in_fold(fold, partial(run_session, of_fold, shlex.join(words), go_on=resume_command(command, run_dir)))
     if experiment.postprocessing.largest == "if_better" and is_first():
-        tries = {name: of_case for folder in fold_folders(run_dir) for name, of_case in read_tries(folder).items()}
-        keep_choice(tries, data.dataset.labels.names, run_dir)
+        trials = [read_trials(folder / LARGEST).items() for folder in fold_folders(run_dir)]
+        write_choice(dict(chain.from_iterable(trials)), data.dataset.labels.names, run_dir / LARGEST)
     barrier()
     with use_local_devices():
         largest = max(json.loads((folder / COST).read_text())["step_bytes"] for folder in fold_folders(run_dir))

@@ -16,7 +16,7 @@ from jaxla.distributed import barrier, is_first, on_host, use_local_devices
 from jaxla.memory import catch_out_of_memory
 from jaxla.models.build import about_depth, build_network, configuration_of
 from jaxla.models.weights import parameters_sha256, save_random
-from jaxla.nnunet.plan import Plan, describe
+from jaxla.nnunet.plan import Plan, describe_configuration
 from jaxla.pipeline.planning import keep_plan
 from jaxla.pipeline.sources import image_sources, patch_sources
 from jaxla.pipeline.testing import Features, run_test
@@ -35,7 +35,7 @@ def train_and_test(experiment: Experiment, data: PreparedData, run_dir: Path, ca
     if data.plan:
         keep_plan(run_dir, data.plan)
         configuration = configuration_of(experiment.model, data.plan, experiment.training.batch_size)
-        log.info("%s: %s", experiment.model.arch, describe(configuration))
+        log.info("%s: %s", experiment.model.arch, describe_configuration(configuration))
     else:
         say_what_is_cut(data, data.canvas(experiment.preprocessing))
         if of_depth := about_depth(experiment.model, [volume.shape[0] for volume in data.used]):

@@ -18,10 +18,10 @@ from jaxla.data.batches import SliceSource, Source, VolumeSource
 from jaxla.data.dataset import PreparedData
 from jaxla.distributed import local_items
 from jaxla.models.build import configuration_of, reads_volumes
-from jaxla.nnunet.augmentation import make_augment, read_size
+from jaxla.nnunet.augmentation import initial_patch_size, make_augment
 from jaxla.nnunet.patches import PatchSource
 from jaxla.nnunet.plan import Plan
-from jaxla.nnunet.preprocessing import prepare_planned
+from jaxla.nnunet.preprocessing import preprocess_volumes
 from jaxla.training.augmentation import augment
 from jaxla.training.losses import Loss, cross_entropy, dice_cross_entropy, per_volume
 from jaxla.training.step import Augment, Gradient, make_gradient
@@ -123,9 +123,7 @@ def patch_sources(experiment: Experiment, data: PreparedData, plan: Plan, cache_
     ids = data.split.train + data.split.val
     first = local_items(ids)  # while other processes begin with others
     ids = list(dict.fromkeys((*first, *ids)))
-    volumes = prepare_planned(
-        data.of(ids), plan, configuration, cache_dir, lambda volumes: track(volumes, "resampling")
-    )
+    volumes = preprocess_volumes(track(data.of(ids), "resampling"), plan, configuration, cache_dir)
     by_id = {volume.id: volume for volume in volumes}
     patch, augmented = configuration.patch_size, experiment.augmentation.nnunet
 
@@ -135,7 +133,7 @@ def patch_sources(experiment: Experiment, data: PreparedData, plan: Plan, cache_
             [by_id[name] for name in part], size, patch, recipe.batch_size, (experiment.seed, stream), length
         )
 
-    size = read_size(patch) if augmented else patch
+    size = initial_patch_size(patch) if augmented else patch
     names = data.dataset.labels.names
     return Sources(
         source(data.split.train, TRAIN, size, recipe.steps),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -35,11 +35,11 @@ from jaxla.evaluation.summary import (
     write_cases,
     write_summary,
 )
-from jaxla.inference.postprocessing import keep_largest, postprocess
+from jaxla.inference.postprocessing import postprocess
 from jaxla.inference.segment import Segment, make_segment, make_segment_inputs, write_segmentation
 from jaxla.inference.trained import TrainedNetwork, load_run
 from jaxla.nnunet.patches import PatchSource
-from jaxla.nnunet.postprocessing import choose_largest
+from jaxla.nnunet.postprocessing import choose_largest, keep_largest
 from jaxla.pipeline.checks import unread_options
 from jaxla.pipeline.cost import measure_cost
 from jaxla.reporting.overlays import Panel, draw_overlays
@@ -47,6 +47,7 @@ from jaxla.reporting.run_report import write_report
 from jaxla.runs.cost import write_cost
 from jaxla.runs.folder import (
     COST,
+    LARGEST,
     OVERLAYS,
     PREDICTIONS,
     REPORT,
@@ -75,7 +76,8 @@ def run_test(data: PreparedData, features: Features | None, run_dir: Path, step_
     experiment = trained.record.experiment
     of_folds = experiment.fold == ALL_FOLDS
     if experiment.postprocessing.largest == "if_better" and not of_folds:
-        trained = choose_largest(trained, data, run_dir)
+        names, cases = trained.record.labels.names, _validation_cases(replace(trained, largest=()), data)
+        trained = replace(trained, largest=choose_largest(cases, names, run_dir / LARGEST))
     segment = make_segment(trained)
     segment_case = segment_of_case(trained, segment, features)
     names = trained.record.labels.names
@@ -127,6 +129,15 @@ def run_test(data: PreparedData, features: Features | None, run_dir: Path, step_
         else None,
     )
     return summary
+
+
+def _validation_cases(trained: TrainedNetwork, data: PreparedData) -> Iterable[tuple[str, np.ndarray, np.ndarray]]:
+    """Yield (case id, predicted, reference) of this process's validation cases."""
+    segment = make_segment(trained)
+    for name in track(local_items(data.split.val), "validating"):
+        prepared = data.volumes[name]
+        volume = read_image(prepared.case.image)
+        yield name, to_slices(segment(volume)[0], slice_geometry(volume.affine)), prepared.mask
 
 
 def _of_fold(folder: Path) -> dict[str, Any]:
