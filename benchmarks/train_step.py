@@ -109,7 +109,7 @@ def main(arguments):
 
         large = rng.standard_normal((batch, *initial_patch_size(size), 1), np.float32)
         augmented = large, rng.integers(-1, CLASSES, large.shape[:-1]).astype(np.int8)
-        augment = make_augment(size, CLASSES - 1, zeros_stay=False)
+        augment = make_augment(size, CLASSES - 1, keep_zeros=False)
         again = build_network(model, CLASSES, 0, plan=plan)
         further = {"jaxla augmented": Ours(again, *augmented, recipe, loss, renamed, augment)}
     else:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import jax
@@ -24,6 +25,8 @@ from jaxla.nnunet.plan import ARCH_CONFIGURATIONS, Configuration
 SLOPE = 0.01  # of LeakyReLU for negative values
 HE_NORMAL = jax.nn.initializers.variance_scaling(2 / (1 + SLOPE**2), "fan_in", "normal")  # He et al. 2015
 HE_NORMAL_UP = jax.nn.initializers.variance_scaling(2 / (1 + SLOPE**2), "fan_in", "normal", in_axis=-1, out_axis=0)
+
+_make_convolution = partial(convolution_of_axes, bias=True, kernel_init=HE_NORMAL)
 
 
 class NNUNet(nnx.Module):
@@ -46,7 +49,7 @@ class NNUNet(nnx.Module):
         for features, kernel, strides, count in zip(
             c.features_per_stage, c.kernel_sizes, c.strides, c.n_conv_per_stage, strict=True
         ):
-            self.down.append(_make_stage(inputs, features, kernel, strides, count, dtype, rngs))
+            self.down.append(_make_stage(inputs, features, kernel, strides, count, dtype=dtype, rngs=rngs))
             inputs = features
         self.up, self.join, self.logits = nnx.List(), nnx.List(), nnx.List()  # coarsest first
         for level, count in zip(reversed(range(c.n_stages - 1)), c.n_conv_per_stage_decoder, strict=True):
@@ -55,10 +58,10 @@ class NNUNet(nnx.Module):
             self.up.append(
                 Upconvolution(coarser, features, strides=strides, kernel_init=HE_NORMAL_UP, dtype=dtype, rngs=rngs)
             )
-            self.join.append(_make_stage(2 * features, features, kernel, ones, count, dtype, rngs))
-            self.logits.append(_make_convolution(features, max(2, outputs), ones, ones, logits_dtype, rngs))
+            self.join.append(_make_stage(2 * features, features, kernel, ones, count, dtype=dtype, rngs=rngs))
+            self.logits.append(_make_convolution(features, max(2, outputs), ones, ones, dtype=logits_dtype, rngs=rngs))
         self.outputs = outputs
-        self.is_training = False
+        self.deterministic = True  # flax's `train` sets it to False, `eval` to True
         self.multiples = tuple(map(math.prod, zip(*c.strides, strict=True)))  # that the network needs sides to be
 
     def __call__(self, images: jax.Array, present: jax.Array | None = None) -> jax.Array | list[jax.Array]:
@@ -73,19 +76,11 @@ class NNUNet(nnx.Module):
         Raises:
             ValueError: `images` has another shape, is not floating point, or is too small.
         """
-        if self.is_training:
+        if not self.deterministic:
             return self.multiscale_logits(images)
         require_images(images, least=self.multiples, channels=(1,), axes=len(self.multiples))
         *_, x = self._decode(pad_to_multiple(images, self.multiples))
         return crop(self._logits(-1, x), images.shape[1:-1], self.multiples)
-
-    def train(self, **attributes: Any) -> None:
-        super().train(**attributes)
-        self.is_training = True
-
-    def eval(self, **attributes: Any) -> None:
-        super().eval(**attributes)
-        self.is_training = False
 
     def multiscale_logits(self, images: jax.Array) -> list[jax.Array]:
         """Return the logits of every resolution, finest first.
@@ -124,7 +119,7 @@ class Unit(nnx.Module):
     def __init__(
         self, inputs: int, outputs: int, kernel: Sequence[int], strides: Sequence[int], dtype: jnp.dtype, rngs: nnx.Rngs
     ) -> None:
-        self.convolution = _make_convolution(inputs, outputs, kernel, strides, dtype, rngs)
+        self.convolution = _make_convolution(inputs, outputs, kernel, strides, dtype=dtype, rngs=rngs)
         self.norm = InstanceNorm(outputs, dtype=dtype)
 
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -132,25 +127,11 @@ class Unit(nnx.Module):
 
 
 def _make_stage(
-    inputs: int,
-    features: int,
-    kernel: Sequence[int],
-    strides: Sequence[int],
-    count: int,
-    dtype: jnp.dtype,
-    rngs: nnx.Rngs,
+    inputs: int, features: int, kernel: Sequence[int], strides: Sequence[int], count: int, **options: Any
 ) -> nnx.List:
-    first = Unit(inputs, features, kernel, strides, dtype, rngs)
-    ones = (1,) * len(strides)
-    return nnx.List([first, *(Unit(features, features, kernel, ones, dtype, rngs) for _ in range(count - 1))])
-
-
-def _make_convolution(
-    inputs: int, outputs: int, kernel: Sequence[int], strides: Sequence[int], dtype: jnp.dtype, rngs: nnx.Rngs
-) -> nnx.Conv:
-    return convolution_of_axes(
-        inputs, outputs, kernel, strides, bias=True, kernel_init=HE_NORMAL, dtype=dtype, rngs=rngs
-    )
+    """Make `count` units; the first has the strides. `options` are dtype and rngs."""
+    rest = [(features, (1,) * len(strides))] * (count - 1)
+    return nnx.List([Unit(c, features, kernel, s, **options) for c, s in [(inputs, strides), *rest]])
 
 
 def _build(configuration: Configuration, model: Model, classes: int, dtype: jnp.dtype, rngs: nnx.Rngs) -> NNUNet:
