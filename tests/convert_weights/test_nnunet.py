@@ -119,7 +119,7 @@ def small_plan(folder):
         ({"output": None}, "option --output is required with --arch=nnunet"),
         (
             {"configuration": "3d_lowres"},
-            "configuration '3d_lowres': none that is built here; give one of 2d, 3d_fullres",
+            "configuration '3d_lowres' is not supported. Use 2d or 3d_fullres.",
         ),
         ({"configuration": "3d_fullres"}, "has 50 of another shape"),
         ({"plans": "nothing.json"}, "nothing.json: cannot be read"),
