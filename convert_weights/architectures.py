@@ -16,7 +16,7 @@ from convert_weights.vgg import vgg_rows
 from convert_weights.vision_transformer import dinov2_rows, dinov3_rows
 from jaxla.models.backbones import VARIANTS, build_backbone, resnet, vgg
 from jaxla.models.weights import parameter_shapes
-from jaxla.nnunet.converted import NNUNET, planned_network, planned_of
+from jaxla.nnunet.converted import NNUNET, build_from_plan, parse_metadata
 from jaxla.nnunet.plan import Plan, plan_to_json
 
 RELEASED = {arch: variant for arch, variant in VARIANTS.items() if variant.licence}
@@ -73,10 +73,10 @@ def nnunet_architecture(plan: Plan, configuration: str, checkpoint: Checkpoint) 
 def converted_architecture(path: Path, metadata: dict[str, str]) -> Architecture | None:
     """Return the architecture of a converted file; None if its authors' format is unknown."""
     if metadata["arch"] == NNUNET:
-        return _nnunet_architecture(*planned_of(metadata, path), metadata)
+        return _nnunet_architecture(*parse_metadata(metadata, path), metadata)
     return released_architecture(metadata["arch"]) if metadata["arch"] in RELEASED else None
 
 
 def _nnunet_architecture(plan: Plan, configuration: str, outputs: int, metadata: dict[str, str]) -> Architecture:
-    shapes = parameter_shapes(nnx.eval_shape(lambda: planned_network(plan, configuration, outputs)))
+    shapes = parameter_shapes(nnx.eval_shape(lambda: build_from_plan(plan, configuration, outputs)))
     return Architecture(NNUNET, nnunet_rows(plan.configuration(configuration), outputs), shapes, metadata)

@@ -11,7 +11,7 @@ from flax import nnx
 from jaxla.config import InputError
 from jaxla.models.weights import load_backbone
 from jaxla.models.weights_format import read_metadata, require_undamaged
-from jaxla.nnunet.converted import NNUNET, load_converted, planned_of
+from jaxla.nnunet.converted import NNUNET, load_converted, parse_metadata
 
 IMAGE_SIDE = 112  # pixels; a multiple of every backbone's patch size
 
@@ -25,7 +25,7 @@ def verify(path: Path) -> str:
     checksum = require_undamaged(path)
     metadata = read_metadata(path)
     if metadata["arch"] == NNUNET:
-        plan, configuration, _ = planned_of(metadata, path)
+        plan, configuration, _ = parse_metadata(metadata, path)
         network, size, channels = load_converted(path), plan.configuration(configuration).patch_size, 1
         kind = "logits"
     else:

@@ -43,7 +43,7 @@ from jaxla.experiments import EXPERIMENTS, METHODS
 from jaxla.memory import catch_out_of_memory
 from jaxla.models.networks.base import parameter_count
 from jaxla.models.weights import parameters_sha256, save_random
-from jaxla.nnunet.postprocessing import join_folds
+from jaxla.nnunet.postprocessing import read_trials, write_choice
 from jaxla.reporting.curves import draw_curves
 from jaxla.reporting.overlays import draw_overlays
 from jaxla.reporting.panels import select_panels
@@ -251,8 +251,8 @@ def train_folds(run: Run, record: Record) -> dict[str, Any] | None:
             train_and_test(replace(run, experiment=experiment, data=data, folder=folder))
         gc.collect()  # arrays that only cycles hold would take the next fold's memory
     if run.experiment.method.postprocessing.largest == "if_better" and is_first():
-        paths = [folder / LARGEST for folder in fold_folders(run.folder)]
-        join_folds(paths, run.data.dataset.labels.names, run.folder / LARGEST)
+        trials = {case: t for folder in fold_folders(run.folder) for case, t in read_trials(folder / LARGEST).items()}
+        write_choice(trials, run.data.dataset.labels.names, run.folder / LARGEST)
     barrier()
     with use_local_devices():
         step_bytes = max(json.loads((folder / COST).read_text())["step_bytes"] for folder in fold_folders(run.folder))

@@ -17,11 +17,11 @@ from jaxla.data.phantoms import ensure_phantoms
 from jaxla.data.prepared import prepare_cases
 from jaxla.models.build import build_network
 from jaxla.models.weights_format import save_weights
-from jaxla.nnunet.preprocessing import prepare_planned
+from jaxla.nnunet.preprocessing import preprocess_volumes
 from jaxla.training.features import FeatureCache
 from tests.commands import in_this_process
 from tests.data.nifti import flat
-from tests.nnunet.test_preprocessing import plan_for
+from tests.nnunet.test_preprocessing import make_tiny_plan
 
 UNITS = {"": 1, "k": 1e3, "M": 1e6, "G": 1e9}
 USES_THE_CACHE = (
@@ -66,8 +66,8 @@ def made_cache(tmp_path_factory):
     volumes = prepare_cases(find_cases(flat(folder / "data", 2), ""), cache)
     network = build_network(Model("vit_mini8", weights="random", decoder_widths=(8,)), 1, seed=0)
     FeatureCache(cache, network, "vit_mini8", Canvas(16)).features(volumes[:1])
-    prepare_planned(volumes[:1], *plan_for((2.5, 0.75, 0.75)), cache)
-    ensure_phantoms(cache, "small", 1)
+    preprocess_volumes(volumes[:1], *make_tiny_plan((2.5, 0.75, 0.75)), cache)
+    cached_phantoms(cache, "small", 1)
     save_weights(cache / "weights" / "mine.safetensors", {}, {"arch": "vit_mini8", "source": "", "licence": ""})
     (cache / "downloads").mkdir()
     for name, size in {"a.pth": 3000, "b.pth.part": 2000, "b.pth.lock": 0}.items():  # `b` was interrupted

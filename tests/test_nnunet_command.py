@@ -1,4 +1,4 @@
-"""nnU-Net as a user runs it: planned, trained, gone on with, tested, applied; in both dimensions, on phantoms."""
+"""nnU-Net's commands on phantoms, in 2D and 3D: plan, train, resume, test, predict."""
 
 import csv
 import json
@@ -14,7 +14,7 @@ from tests.commands import in_this_process, refuse
 
 
 def succeed(folder, module, *options):
-    """What a command prints that must succeed."""
+    """Run a command that must succeed; return its output."""
     done = in_this_process(folder, module, *options)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
@@ -22,7 +22,7 @@ def succeed(folder, module, *options):
 
 @pytest.fixture(scope="module")
 def plan(phantoms, tmp_path_factory):
-    """What is planned for the phantoms, at a quarter of their resolution and with few features: steps take no time."""
+    """The plan for the phantoms, changed to a quarter of their resolution and few features, so that steps are fast."""
     folder = tmp_path_factory.mktemp("plan")
     succeed(
         folder, "jaxla.plan", f"--data.root={phantoms}", f"--output={folder / 'full.json'}", f"--cache-dir={folder}"
@@ -36,7 +36,7 @@ def plan(phantoms, tmp_path_factory):
         c["median_image_size_in_voxels"][-2:] = [n / 4 for n in c["median_image_size_in_voxels"][-2:]]
         c |= {"batch_size": 3, "patch_size": [8, 32, 32][3 - axes :], "n_stages": 3, "features_per_stage": [4, 8, 8]}
         c |= {"strides": [[1, 1, 1], [1, 2, 2], [2, 2, 2]], "kernel_sizes": [[1, 3, 3], [3, 3, 3], [3, 3, 3]]}
-        c |= {name: [of_stage[3 - axes :] for of_stage in c[name]] for name in ("strides", "kernel_sizes")}
+        c |= {name: [sides[3 - axes :] for sides in c[name]] for name in ("strides", "kernel_sizes")}
         c |= {"n_conv_per_stage": [2, 2, 2], "n_conv_per_stage_decoder": [2, 2]}
     (folder / "small.json").write_text(json.dumps(content))
     return folder / "small.json"
@@ -53,21 +53,21 @@ def options(phantoms, plan, folder, *more, method="nnunet_3d_short"):
 @pytest.fixture(scope="module", params=["nnunet_2d_short", "nnunet_3d_short"])
 def run(request, phantoms, plan, tmp_path_factory):
     folder = tmp_path_factory.mktemp(request.param) / "run"
-    said = succeed(folder.parent, "jaxla.train", *options(phantoms, plan, folder, method=request.param))
-    (folder.parent / "said").write_text(said)
+    output = succeed(folder.parent, "jaxla.train", *options(phantoms, plan, folder, method=request.param))
+    (folder.parent / "output").write_text(output)
     return folder
 
 
-def test_a_run_leaves_what_every_run_leaves_and_its_plan(run, plan):
+def test_run_folder_contains_the_usual_files_and_the_plan(run, plan):
     record = json.loads((run / "experiment.json").read_text())
     assert json.loads((run / "plan.json").read_text()) == json.loads(plan.read_text())
     summary = json.loads((run / "test" / "summary.json").read_text())
     assert summary["dice"]["unit"] == "volume"
-    assert summary["best_epoch"] == 3  # the last one is kept
+    assert summary["best_epoch"] == 3  # the last epoch is kept
     with (run / "test" / "cases.csv").open() as file:
         assert len(list(csv.DictReader(file))) == summary["dice"]["n"] == 1
     metrics = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    assert [of["epoch"] for of in metrics] == [1, 2, 3]
+    assert [line["epoch"] for line in metrics] == [1, 2, 3]
     assert set(metrics[0]) == {
         "epoch", "train_loss", "val_loss", "val_dice", "val_iou", "seconds", "slices_per_second",
     }  # fmt: skip
@@ -78,18 +78,18 @@ def test_a_run_leaves_what_every_run_leaves_and_its_plan(run, plan):
     assert "The last epoch, 3, was tested" in page
     assert "over all patches together" in page
     assert "largest connected part" in page
-    assert "pad_to" not in page  # what is not read is not listed
+    assert "pad_to" not in page  # options that do not apply are not listed
     assert record["experiment"]["training"]["optimiser"] == "sgd"
-    said = (run.parent / "said").read_text()
-    assert "3 in a batch; 3 stages, 4 to 8 features" in said
-    assert "val Dice" in said
+    output = (run.parent / "output").read_text()
+    assert "3 per batch; 3 stages, 4 to 8 features" in output
+    assert "val Dice" in output
 
 
-def test_it_segments_scans_on_their_own_grid(run, phantoms, tmp_path):
+def test_predict_segments_scans_on_their_own_grid(run, phantoms, tmp_path):
     scan = next(phantoms.rglob("train_2/enhanced.nii.gz"))
     mask = tmp_path / "mask.nii.gz"
-    said = succeed(tmp_path, "jaxla.predict", f"--run={run}", f"--input={scan}", f"--output={mask}", "--probabilities")
-    assert "LA " in said
+    given = (f"--run={run}", f"--input={scan}", f"--output={mask}", "--probabilities")
+    assert "LA " in succeed(tmp_path, "jaxla.predict", *given)
     image, mask = nib.load(scan), nib.load(tmp_path / "mask.nii.gz")
     assert mask.shape == image.shape
     np.testing.assert_array_equal(mask.affine, image.affine)
@@ -100,13 +100,13 @@ def test_it_segments_scans_on_their_own_grid(run, phantoms, tmp_path):
         np.testing.assert_array_equal(np.asarray(mask.dataobj) > 0, probabilities > 0.5)
 
 
-def test_its_network_is_loaded_by_its_folder(run):
+def test_load_network_reads_the_run_folder(run):
     network = jaxla.load_network(run)
     shape = (1, *((8, 32, 32) if "3d" in str(run) else (32, 32)), 1)
     assert network(np.zeros(shape, np.float32)).shape == shape
 
 
-def test_a_run_that_was_ended_before_its_test_goes_on_to_the_same_result(run, phantoms, plan, tmp_path):
+def test_resume_before_the_test_gives_identical_results(run, phantoms, plan, tmp_path):
     folder = tmp_path / "run"
     shutil.copytree(run.parent / "cache", tmp_path / "cache")
     shutil.copytree(run, folder)
@@ -121,7 +121,7 @@ def test_a_run_that_was_ended_before_its_test_goes_on_to_the_same_result(run, ph
         assert (folder / name).read_text() == (run / name).read_text()
 
 
-def test_a_run_goes_on_with_its_own_plan_alone(run, phantoms, plan, tmp_path):
+def test_resume_with_another_plan_is_refused(run, phantoms, plan, tmp_path):
     folder = tmp_path / "run"
     shutil.copytree(run.parent / "cache", tmp_path / "cache")
     shutil.copytree(run, folder)
@@ -134,24 +134,24 @@ def test_a_run_goes_on_with_its_own_plan_alone(run, phantoms, plan, tmp_path):
     method = "nnunet_3d_short" if "3d" in str(run) else "nnunet_2d_short"
     done = in_this_process(tmp_path, "jaxla.train", *options(phantoms, plan, folder, "--resume", method=method))
     assert done.returncode == 2
-    assert "plan.json is not the plan that is asked for now" in done.stderr
+    assert "plan.json: differs from the plan of this command" in done.stderr
 
 
-def test_the_same_seed_gives_the_same_run(run, phantoms, plan, tmp_path):
+def test_same_seed_gives_identical_results(run, phantoms, plan, tmp_path):
     if "3d" in str(run):
         pytest.skip("one of the two dimensions is enough")
     shutil.copytree(run.parent / "cache", tmp_path / "cache")
     more = options(phantoms, plan, tmp_path / "run", method="nnunet_2d_short")
     assert in_this_process(tmp_path, "jaxla.train", *more).returncode == 0
     assert (tmp_path / "run" / "test" / "cases.csv").read_bytes() == (run / "test" / "cases.csv").read_bytes()
-    ours, theirs = (
+    again, first = (
         [{k: v for k, v in json.loads(line).items() if "second" not in k} for line in lines]
         for lines in ((folder / "metrics.jsonl").read_text().splitlines() for folder in (tmp_path / "run", run))
     )
-    assert ours == theirs
+    assert again == first
 
 
-def test_what_a_run_takes_is_said_before_it_starts(phantoms, plan, tmp_path):
+def test_dry_run_describes_the_run_and_writes_nothing(phantoms, plan, tmp_path):
     done = in_this_process(tmp_path, "jaxla.train", *options(phantoms, plan, tmp_path / "run", "--dry-run"))
     assert done.returncode == 0, done.stderr
     assert "5 an epoch of 3 patches of 8 slices each, 3 epochs at most" in done.stdout
@@ -163,20 +163,20 @@ def test_five_folds_are_trained_and_tested_together(phantoms, plan, tmp_path):
     few = ("--training.epochs=1", "--training.steps=2", "--fold=all")
     done = in_this_process(tmp_path, "jaxla.train", *options(phantoms, plan, folder, *few, method="nnunet_2d_short"))
     assert done.returncode == 0, done.stdout + done.stderr
-    whole = json.loads((folder / "split.json").read_text())
-    pool = sorted(whole["train"] + whole["val"])
+    split = json.loads((folder / "split.json").read_text())
+    pool = sorted(split["train"] + split["val"])
     folds = [json.loads((folder / f"fold_{k}" / "split.json").read_text()) for k in range(5)]
     assert sorted(name for fold in folds for name in fold["val"]) == pool
-    assert all(fold["test"] == whole["test"] for fold in folds)
+    assert all(fold["test"] == split["test"] for fold in folds)
     largest = json.loads((folder / "validation" / "largest.json").read_text())
     assert sorted(largest["dice"]) == pool
     summary = json.loads((folder / "test" / "summary.json").read_text())
-    assert summary["dice"]["n"] == len(whole["test"])
+    assert summary["dice"]["n"] == len(split["test"])
     page = (folder / "report.html").read_text()
     assert "5 folds of 5 patients" in page
     assert "5 patients for training and validation in turn, 1 for testing" in page
     assert 'href="fold_4/report.html"' in page
-    assert "fold 2 of 5" not in (folder / "fold_0" / "train.log").read_text()  # each fold's log is its own
+    assert "fold 2 of 5" not in (folder / "fold_0" / "train.log").read_text()  # each fold has its own log
     assert "fold 2 of 5" in (folder / "train.log").read_text()
 
     trained = load_run(folder)
@@ -186,14 +186,11 @@ def test_five_folds_are_trained_and_tested_together(phantoms, plan, tmp_path):
     with pytest.raises(jaxla.InputError, match="give the folder of one, as fold_0"):
         jaxla.load_network(folder)
     scan = next(phantoms.rglob("train_2/enhanced.nii.gz"))
-    said = in_this_process(
-        tmp_path, "jaxla.predict", f"--run={folder}", f"--input={scan}", f"--output={tmp_path / 'mask.nii.gz'}"
-    )
-    assert said.returncode == 0, said.stderr
+    succeed(tmp_path, "jaxla.predict", f"--run={folder}", f"--input={scan}", f"--output={tmp_path / 'mask.nii.gz'}")
 
 
 @pytest.mark.parametrize(
-    ("more", "says"),
+    ("more", "message"),
     [
         (
             "--preprocessing.image_size=64",
@@ -209,12 +206,12 @@ def test_five_folds_are_trained_and_tested_together(phantoms, plan, tmp_path):
         ("--devices=0 --training.batch_size=-1", "option --training.batch_size must be at least 0, got -1"),
     ],
 )
-def test_what_cannot_be_is_refused_before_anything_is_done(phantoms, plan, tmp_path, more, says):
+def test_bad_options_are_refused_before_anything_is_written(phantoms, plan, tmp_path, more, message):
     given = options(phantoms, plan, tmp_path / "run", *more.split())
-    assert says in refuse(tmp_path, "jaxla.train", *given)
+    assert message in refuse(tmp_path, "jaxla.train", *given)
 
 
-def test_plans_that_do_not_fit_are_refused(phantoms, plan, tmp_path):
+def test_plans_that_do_not_fit_the_scans_or_the_method_are_refused(phantoms, plan, tmp_path):
     content = json.loads(plan.read_text())
     for c in content["configurations"].values():
         if "spacing" in c:
@@ -223,7 +220,7 @@ def test_plans_that_do_not_fit_are_refused(phantoms, plan, tmp_path):
     given = options(phantoms, tmp_path / "other.json", tmp_path / "run")
     done = in_this_process(tmp_path, "jaxla.train", *given)
     assert done.returncode == 2
-    assert "does not fit the data" in done.stderr
+    assert "but the plan was made for" in done.stderr
     for method in ("unet", "vit_mini8"):
         said = refuse(
             tmp_path, "jaxla.train", "--exp=quickstart", f"--method={method}", f"--data.root={phantoms}",
@@ -235,7 +232,7 @@ def test_plans_that_do_not_fit_are_refused(phantoms, plan, tmp_path):
 
 
 @pytest.mark.parametrize("more", [(), ("--dry-run",)])
-def test_patches_that_no_memory_holds_are_refused_before_any_is_made(phantoms, plan, tmp_path, more):
+def test_patches_too_large_for_memory_are_refused_before_any_is_made(phantoms, plan, tmp_path, more):
     given = options(phantoms, plan, tmp_path / "run", "--training.batch_size=40000", *more)
     done = in_this_process(tmp_path, "jaxla.train", *given)
     assert done.returncode == 2

@@ -1,4 +1,4 @@
-"""`python -m jaxla.plan`: from scans and from their shapes alone, and what is refused."""
+"""`python -m jaxla.plan`: plans from scans or from their shapes and spacings, and refuses bad options."""
 
 import json
 from pathlib import Path
@@ -18,28 +18,28 @@ def plan(folder, *options):
 
 
 @pytest.mark.parametrize("name", ["Hippocampus", "LAlike", "LAmixed", "Small"])
-def test_a_fingerprint_gives_nnunets_plan(tmp_path, name):
-    content, said = plan(tmp_path, f"--fingerprint={GOLDEN / f'{name}.json'}")
+def test_fingerprint_gives_nnunets_plan(tmp_path, name):
+    content, output = plan(tmp_path, f"--fingerprint={GOLDEN / f'{name}.json'}")
     assert content == json.loads((GOLDEN / f"{name}.json").read_text())
-    assert said.splitlines()[0].startswith(f"{len(content['fingerprint']['spacings'])} cases, median ")
+    assert output.splitlines()[0].startswith(f"{len(content['fingerprint']['spacings'])} cases, median ")
     for configuration in content["configurations"]:
-        assert configuration == "3d_cascade_fullres" or f"\n{configuration} " in said
+        assert configuration == "3d_cascade_fullres" or f"\n{configuration} " in output
 
 
 def test_real_scans_give_nnunets_plan(tmp_path, hippocampus):
-    """Of all sixty, down to the shapes and spacings that were found."""
+    """Including the shapes and spacings of all 60."""
     content, _ = plan(tmp_path, f"--data.root={hippocampus}")
     assert content == json.loads((GOLDEN / "Hippocampus.json").read_text())
 
 
-def test_scans_are_planned_with_their_classes_and_what_a_gpu_holds(tmp_path):
+def test_plan_contains_shapes_and_spacings_of_the_scans(tmp_path):
     flat(tmp_path / "data", 4)
-    content, said = plan(tmp_path, f"--data.root={tmp_path / 'data'}")
+    content, output = plan(tmp_path, f"--data.root={tmp_path / 'data'}")
     assert content["fingerprint"] == {"spacings": [[2.5, 0.75, 0.75]] * 4, "shapes_after_crop": [[4, 14, 16]] * 4}
-    assert "4 cases, median 4×14×16 voxels of 2.5×0.75×0.75 mm" in said
+    assert "4 cases, median 4×14×16 voxels of 2.5×0.75×0.75 mm" in output
 
 
-def test_less_memory_makes_smaller_patches(tmp_path):
+def test_less_memory_gives_smaller_patches(tmp_path):
     large, _ = plan(tmp_path, f"--fingerprint={GOLDEN / 'LAlike.json'}")
     (tmp_path / "plan.json").unlink()
     small, _ = plan(tmp_path, f"--fingerprint={GOLDEN / 'LAlike.json'}", "--memory-gb=2", "--classes=3")
@@ -47,40 +47,34 @@ def test_less_memory_makes_smaller_patches(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("options", "says"),
+    ("options", "message"),
     [
-        ((), "give one of the options --data.root, a folder of scans, and --fingerprint, a file"),
-        (("--data.root=data", "--fingerprint=f.json"), "give one of the options"),
+        ((), "--data.root and --fingerprint: neither was given. Give one of them."),
+        (("--data.root=data", "--fingerprint=f.json"), "--data.root and --fingerprint: both were given"),
         (("--fingerprint=nothing.json",), "nothing.json: cannot be read"),
-        (("--fingerprint=f.json", "--output=plan.txt"), "the file's name must end in .json"),
-        (("--fingerprint=f.json", "--output=f.json"), "f.json: exists already"),
-        (("--fingerprint=f.json", "--memory-gb=-1"), "option --memory-gb must be a positive number"),
-        (("--fingerprint=f.json", "--classes=0"), "option --classes must be at least 1"),
-        (("--fingerprint=f.json", "--data.labels=a:1"), "option --data.labels goes with --data.root"),
-        (("--data.root=data", "--classes=2"), "option --classes goes with --fingerprint"),
+        (("--fingerprint=f.json", "--output=plan.txt"), "--output=plan.txt: the name does not end in .json"),
+        (("--fingerprint=f.json", "--output=f.json"), "--output=f.json: the file exists"),
+        (("--fingerprint=f.json", "--memory-gb=-1"), "--memory-gb=-1.0: not a positive number"),
+        (("--fingerprint=f.json", "--classes=0"), "--classes=0: less than 1"),
+        (("--fingerprint=f.json", "--data.labels=a:1"), "--data.labels: only goes with --data.root"),
+        (("--data.root=data", "--classes=2"), "--classes: only goes with --fingerprint"),
         (("--data.root=nothing",), "no such folder"),
         (("--fingerprint=bad.json",), "case 1 has the spacing [0.0, 1.0, 1.0]"),
     ],
 )
-def test_what_cannot_be_planned_is_refused_in_a_line(tmp_path, options, says):
+def test_bad_options_are_refused_in_one_line(tmp_path, options, message):
     (tmp_path / "f.json").write_text((GOLDEN / "Small.json").read_text())
     bad = {"spacings": [[1, 1, 1], [0, 1, 1]], "shapes_after_crop": [[8, 8, 8]] * 2}
     (tmp_path / "bad.json").write_text(json.dumps(bad))
     given = ("--output=plan.json", f"--cache-dir={tmp_path / 'cache'}", *options)
-    assert says in refuse(tmp_path, "jaxla.plan", *given)
+    assert message in refuse(tmp_path, "jaxla.plan", *given)
 
 
 @pytest.mark.parametrize("make", [save_sheared, lambda path: save_raw_spacing(path, (0.75, 0, 2.5))])
-def test_scans_of_no_usable_spacing_are_refused(tmp_path, make):
+def test_scans_without_usable_spacing_are_refused(tmp_path, make):
     first = sorted(path for path in flat(tmp_path / "data", 2).iterdir() if "mask" not in path.name)[0]
     first.unlink()
-    scan = first.with_suffix("")  # not compressed
+    scan = first.with_suffix("")  # uncompressed
     make(scan)
-    said = refuse(
-        tmp_path,
-        "jaxla.plan",
-        f"--data.root={tmp_path / 'data'}",
-        "--output=p.json",
-        f"--cache-dir={tmp_path / 'cache'}",
-    )
-    assert str(scan) in said
+    given = (f"--data.root={tmp_path / 'data'}", "--output=p.json", f"--cache-dir={tmp_path / 'cache'}")
+    assert str(scan) in refuse(tmp_path, "jaxla.plan", *given)

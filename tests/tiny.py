@@ -25,7 +25,7 @@ TINY_VARIANTS = {
 }
 
 
-TINY_PLAN = make_plan(Fingerprint(((2.0, 1.0, 1.0),) * 4, ((10, 20, 18),) * 4), classes=3)
+TINY_PLAN = make_plan(Fingerprint(((2.0, 1.0, 1.0),) * 4, ((10, 20, 18),) * 4), class_count=3)
 
 
 def tiny_backbone(seed=0, variant=TINY, **options):

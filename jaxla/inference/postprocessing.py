@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-
 import numpy as np
 from scipy import ndimage
 
@@ -26,22 +24,6 @@ def postprocess(classes: np.ndarray, postprocessing: Postprocessing) -> np.ndarr
     for k in present:
         closed[_close(opened == k, postprocessing.closing) & (closed == 0)] = k
     return closed
-
-
-def keep_largest(classes: np.ndarray, groups: Iterable[Sequence[int]]) -> np.ndarray:
-    """Return classes [S, H, W] uint8 with only the largest connected part of each group of classes, or all if equal.
-
-    Voxels are connected by faces, edges and corners. Reference code: nnunetv2 2.8.1, `remove_connected_components`.
-    """
-    kept = classes.copy()
-    for group in groups:
-        mask = np.isin(kept, list(group))
-        parts, count = ndimage.label(mask, np.ones((3, 3, 3), bool))
-        if count > 1:
-            sizes = np.bincount(parts.ravel())
-            sizes[0] = 0  # background
-            kept[mask & (sizes < sizes.max())[parts]] = 0
-    return kept
 
 
 def _open(mask: np.ndarray, side: int) -> np.ndarray:

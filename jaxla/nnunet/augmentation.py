@@ -1,6 +1,6 @@
-"""nnU-Net's augmentation, on the device and within the compiled step: patches are read larger than they are seen.
+"""nnU-Net's augmentation, within the compiled training step: patches are read larger than the network sees them.
 
-Each change is drawn for each patch of its own, with nnU-Net's probabilities and ranges. Reference code: nnunetv2 2.8.1,
+Each change is drawn for each patch separately, with nnU-Net's probabilities and ranges. Reference code: nnunetv2 2.8.1,
 `nnUNetTrainer.get_training_transforms`, and batchgeneratorsv2 0.3.6.
 """
 
@@ -17,16 +17,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxla.nnunet.planner import ANISOTROPIC
 from jaxla.nnunet.preprocessing import OUTSIDE
+from jaxla.nnunet.resampling import ANISOTROPY_THRESHOLD
 
-# from where to where each change goes
-SCALE, NOISE_DEVIATION, BLUR_VOXELS, FACTOR, RESOLUTION, EXPONENT = (
-    (0.7, 1.4), (0.0, 0.1), (0.5, 1.0), (0.75, 1.25), (0.5, 1.0), (0.7, 1.5),
-)  # fmt: skip
-READ_SCALE = 0.85  # what is read is larger by that: less than the largest scale needs, as nnU-Net has it
-WIDEST_KERNEL = 7
-SMALL = 1e-7
+SCALE_RANGE, NOISE_RANGE, BLUR_RANGE = (0.7, 1.4), (0.0, 0.1), (0.5, 1.0)  # noise and blur: standard deviations
+FACTOR_RANGE, RESOLUTION_RANGE, EXPONENT_RANGE = (0.75, 1.25), (0.5, 1.0), (0.7, 1.5)
+INITIAL_SCALE = 0.85  # as in nnU-Net: patches are read 1 / 0.85 times larger, less than the largest scale needs
+KERNEL_WIDTH = 7  # of the widest blur
+EPSILON = 1e-7
 
 Arrays = tuple[jax.Array, jax.Array]
 
@@ -42,10 +40,10 @@ class PatchAugmentation:
     nnunet: bool = True
 
 
-class Chances(NamedTuple):
-    """How likely each change is; of turning and scaling each by itself, of mirroring along each axis."""
+class Probabilities(NamedTuple):
+    """How likely each change is: rotating and scaling one by one, mirroring along each axis."""
 
-    moved: float = 0.2
+    spatial: float = 0.2
     noise: float = 0.1
     blur: float = 0.2 * 0.5
     brightness: float = 0.15
@@ -53,66 +51,69 @@ class Chances(NamedTuple):
     low_resolution: float = 0.25 * 0.5
     inverted_gamma: float = 0.1
     gamma: float = 0.3
-    mirrored: float = 0.5
+    mirror: float = 0.5
 
 
-NNUNET = Chances()
+NNUNET_PROBABILITIES = Probabilities()
 
 
-class Turning(NamedTuple):
-    """How patches are turned.
+class RotationRange(NamedTuple):
+    """How far patches are rotated.
 
     Attributes:
-        degrees: at most, either way, about each axis.
-        in_plane: of patches with depth that are much longer than deep: each slice is turned alike, and by itself.
+        degrees: largest angle about each axis, in either direction.
+        in_plane: rotate all slices of a 3D patch alike, within their planes.
     """
 
     degrees: float
     in_plane: bool
 
 
-def turning(patch_size: Sequence[int]) -> Turning:
-    """Of patches [D, H, W] or [H, W]."""
+def rotation_range(patch_size: Sequence[int]) -> RotationRange:
+    """Return the rotation of patches [D, H, W] or [H, W]; patches with few slices are rotated in plane."""
     if len(patch_size) == 2:
-        return Turning(15.0 if max(patch_size) / min(patch_size) > 1.5 else 180.0, in_plane=False)
-    if max(patch_size) / patch_size[0] > ANISOTROPIC:
-        return Turning(180.0, in_plane=True)
-    return Turning(30.0, in_plane=False)
+        return RotationRange(15.0 if max(patch_size) / min(patch_size) > 1.5 else 180.0, in_plane=False)
+    if max(patch_size) / patch_size[0] > ANISOTROPY_THRESHOLD:
+        return RotationRange(180.0, in_plane=True)
+    return RotationRange(30.0, in_plane=False)
 
 
-def read_size(patch_size: Sequence[int]) -> tuple[int, ...]:
-    """What is read, so that a patch that is turned is still full, in voxels along each axis."""
-    degrees, in_plane = turning(patch_size)
+def initial_patch_size(patch_size: Sequence[int]) -> tuple[int, ...]:
+    """Return how many voxels to read along each axis, so that a rotated patch is still filled."""
+    degrees, in_plane = rotation_range(patch_size)
     angle = math.radians(min(90.0, degrees))
     size = np.array(patch_size, float)
     planes = [(0, 1)] if len(size) == 2 else [(1, 2), (0, 2), (0, 1)]
-    turned = [size]
+    rotated = [size]
     for a, b in planes:
         corner = size.copy()
-        sign = -1 if (a, b) == (0, 2) else 1  # of the sense in which nnU-Net turns its one corner
+        sign = -1 if (a, b) == (0, 2) else 1  # the direction in which nnU-Net rotates its single corner
         corner[a] = size[a] * math.cos(angle) + sign * size[b] * math.sin(angle)
         corner[b] = size[b] * math.cos(angle) - sign * size[a] * math.sin(angle)
-        turned.append(np.abs(corner))
-    largest = (np.max(turned, 0) / READ_SCALE).astype(int)
+        rotated.append(np.abs(corner))
+    largest = (np.max(rotated, 0) / INITIAL_SCALE).astype(int)
     if in_plane:
         largest[0] = patch_size[0]
     return tuple(largest.tolist())
 
 
 def make_augment(
-    patch_size: Sequence[int], classes: int, zeros_stay: bool, chances: Chances = NNUNET
+    patch_size: Sequence[int],
+    max_class: int,
+    keep_zeros: bool,
+    probabilities: Probabilities = NNUNET_PROBABILITIES,
 ) -> Callable[[jax.Array, jax.Array, jax.Array], Arrays]:
-    """`(key, images, masks) -> images, masks`: [B, …, 1] and [B, …] as they are read -> as they are seen.
+    """Return `(key, images, masks) -> images, masks`: [B, …, 1] and [B, …], from the initial size to `patch_size`.
 
     Args:
-        patch_size: that is seen, [D, H, W] or [H, W].
-        classes: highest class index of a mask.
-        zeros_stay: whether what is zero in the scan is zero in the end.
+        patch_size: [D, H, W] or [H, W].
+        max_class: highest class index in a mask.
+        keep_zeros: set voxels that are zero in the scan to zero in the end.
     """
-    change = partial(_augment_patch, tuple(patch_size), classes, zeros_stay, chances)
+    augment_patch = partial(_augment_patch, tuple(patch_size), max_class, keep_zeros, probabilities)
 
     def augment(key: jax.Array, images: jax.Array, masks: jax.Array) -> Arrays:
-        images, masks = jax.vmap(change)(jax.random.split(key, len(images)), images[..., 0], masks)
+        images, masks = jax.vmap(augment_patch)(jax.random.split(key, len(images)), images[..., 0], masks)
         return images[..., None], masks
 
     return augment
@@ -120,155 +121,159 @@ def make_augment(
 
 def _augment_patch(
     patch_size: tuple[int, ...],
-    classes: int,
-    zeros_stay: bool,
-    chances: Chances,
+    max_class: int,
+    keep_zeros: bool,
+    probabilities: Probabilities,
     key: jax.Array,
     image: jax.Array,
     mask: jax.Array,
 ) -> Arrays:
     keys = iter(jax.random.split(key, 32))
-    degrees, in_plane = turning(patch_size)
-    axes = len(patch_size) - in_plane
 
-    def happens(probability: float) -> jax.Array:
+    def draw_event(probability: float) -> jax.Array:
         return jax.random.bernoulli(next(keys), probability)
 
-    def between(low: float, high: float, shape: tuple[int, ...] = ()) -> jax.Array:
+    def draw(low: float, high: float, shape: tuple[int, ...] = ()) -> jax.Array:
         return jax.random.uniform(next(keys), shape, minval=low, maxval=high)
 
-    def factor(low: float, high: float) -> jax.Array:  # as often below 1 as above
-        return jnp.where(happens(0.5), between(low, 1.0), between(1.0, high))
+    def draw_factor(low: float, high: float) -> jax.Array:  # as often below 1 as above
+        return jnp.where(draw_event(0.5), draw(low, 1.0), draw(1.0, high))
 
-    turned, scaled = happens(chances.moved), happens(chances.moved)
-    angles = jnp.where(turned, jnp.deg2rad(between(-degrees, degrees, (axes,))), 0.0)
-    scale = jnp.where(scaled, between(*SCALE), 1.0)
-    move = partial(moved, size=patch_size[in_plane:], classes=classes, happens=turned | scaled)
+    degrees, in_plane = rotation_range(patch_size)
+    is_rotated, is_scaled = draw_event(probabilities.spatial), draw_event(probabilities.spatial)
+    angles = jnp.where(is_rotated, jnp.deg2rad(draw(-degrees, degrees, (len(patch_size) - in_plane,))), 0.0)
+    scale = jnp.where(is_scaled, draw(*SCALE_RANGE), 1.0)
+    transform = partial(
+        rotate_and_scale, size=patch_size[in_plane:], max_class=max_class, is_applied=is_rotated | is_scaled
+    )
     if in_plane:
-        image, mask = jax.vmap(lambda image, mask: move(image, mask, angles, scale))(image, mask)
+        image, mask = jax.vmap(lambda image, mask: transform(image, mask, angles, scale))(image, mask)
     else:
-        image, mask = move(image, mask, angles, scale)
+        image, mask = transform(image, mask, angles, scale)
 
-    def perhaps(probability: float, changed: jax.Array) -> jax.Array:
-        return jnp.where(happens(probability), changed, image)
+    def choose(probability: float, changed: jax.Array) -> jax.Array:
+        return jnp.where(draw_event(probability), changed, image)
 
-    image = perhaps(chances.noise, image + between(*NOISE_DEVIATION) * jax.random.normal(next(keys), image.shape))
-    image = perhaps(chances.blur, blurred(image, between(*BLUR_VOXELS, (image.ndim,))))
-    image = perhaps(chances.brightness, image * factor(*FACTOR))
-    image = perhaps(chances.contrast, contrasted(image, factor(*FACTOR)))
-    resolution = jnp.full(image.ndim, between(*RESOLUTION))
+    p = probabilities
+    image = choose(p.noise, image + draw(*NOISE_RANGE) * jax.random.normal(next(keys), image.shape))
+    image = choose(p.blur, blur(image, draw(*BLUR_RANGE, (image.ndim,))))
+    image = choose(p.brightness, image * draw_factor(*FACTOR_RANGE))
+    image = choose(p.contrast, change_contrast(image, draw_factor(*FACTOR_RANGE)))
+    resolution = jnp.full(image.ndim, draw(*RESOLUTION_RANGE))
     resolution = resolution.at[0].set(1.0) if in_plane else resolution
-    image = perhaps(chances.low_resolution, at_low_resolution(image, resolution))
-    image = perhaps(chances.inverted_gamma, -gamma_changed(-image, factor(*EXPONENT)))
-    image = perhaps(chances.gamma, gamma_changed(image, factor(*EXPONENT)))
+    image = choose(p.low_resolution, lower_resolution(image, resolution))
+    image = choose(p.inverted_gamma, -change_gamma(-image, draw_factor(*EXPONENT_RANGE)))
+    image = choose(p.gamma, change_gamma(image, draw_factor(*EXPONENT_RANGE)))
     for axis in range(image.ndim):
-        mirrored = happens(chances.mirrored)
-        image, mask = (jnp.where(mirrored, jnp.flip(x, axis), x) for x in (image, mask))
-    if zeros_stay:
+        is_mirrored = draw_event(p.mirror)
+        image, mask = (jnp.where(is_mirrored, jnp.flip(x, axis), x) for x in (image, mask))
+    if keep_zeros:
         image = jnp.where(mask == OUTSIDE, 0, image)
     return image, jnp.maximum(mask, 0)
 
 
-def moved(
+def rotate_and_scale(
     image: jax.Array,
     mask: jax.Array,
     angles: jax.Array,
     scale: jax.Array,
     *,
     size: Sequence[int],
-    classes: int,
-    happens: jax.Array,
+    max_class: int,
+    is_applied: jax.Array,
 ) -> Arrays:
-    """The middle of a patch, turned and scaled: the image linearly, of the mask the class of the largest share.
+    """Rotate and scale a patch and return its centre: the image linearly, in the mask the class of the largest weight.
 
     Args:
-        angles: radians about each axis; in a plane the last one.
-        scale: above 1 what is seen is more, and smaller.
-        size: of what is seen.
-        happens: whether it is; else the middle is cut out as it is.
+        angles: radians about each axis; in 2D the last one counts.
+        scale: above 1 the centre shows more of the patch, smaller.
+        size: of the centre.
+        is_applied: return the centre unchanged if False.
     """
-    places = jnp.moveaxis(jnp.indices(size, dtype=jnp.float32), 0, -1) - (jnp.array(size) - 1) / 2  # from the middle
-    places = jnp.matmul(places, (_rotation(angles) * scale).T, precision="highest")  # GPUs round to TF32 else
-    whole = jnp.array(image.shape)
-    still = whole // 2 - jnp.array(size) // 2 + (jnp.array(size) - 1) / 2
-    places += jnp.where(happens, (whole - 1) / 2, still)
+    positions = jnp.moveaxis(jnp.indices(size, dtype=jnp.float32), 0, -1) - (jnp.array(size) - 1) / 2  # from the centre
+    positions = jnp.matmul(positions, (_rotation(angles) * scale).T, precision="highest")  # GPUs default to TF32
+    shape = jnp.array(image.shape)
+    unchanged_centre = shape // 2 - jnp.array(size) // 2 + (jnp.array(size) - 1) / 2
+    positions += jnp.where(is_applied, (shape - 1) / 2, unchanged_centre)
 
-    def at(voxel: jax.Array) -> Arrays:
-        """What is there; beyond the patch 0, and OUTSIDE."""
-        there = ((voxel >= 0) & (voxel < whole)).all(-1)
-        index = tuple(jnp.moveaxis(jnp.clip(voxel, 0, whole - 1), -1, 0))
-        return jnp.where(there, image[index], 0), jnp.where(there, mask[index], OUTSIDE)
+    def read_voxels(index: jax.Array) -> Arrays:
+        """Return image and mask there; beyond the patch 0 and OUTSIDE."""
+        is_inside = ((index >= 0) & (index < shape)).all(-1)
+        clipped = tuple(jnp.moveaxis(jnp.clip(index, 0, shape - 1), -1, 0))
+        return jnp.where(is_inside, image[clipped], 0), jnp.where(is_inside, mask[clipped], OUTSIDE)
 
-    first = jnp.floor(places)
-    beyond = places - first  # the share of the next voxel
+    lower = jnp.floor(positions)
+    upper_weight = positions - lower
     values = jnp.zeros(size, image.dtype)
-    labels = jnp.arange(OUTSIDE, classes + 1).reshape(-1, *(1 for _ in size))
-    shares = jnp.zeros((len(labels), *size), jnp.float32)
+    classes = jnp.arange(OUTSIDE, max_class + 1).reshape(-1, *(1 for _ in size))
+    class_weights = jnp.zeros((len(classes), *size), jnp.float32)
     for corner in product((0, 1), repeat=len(size)):
-        share = jnp.where(jnp.array(corner) == 1, beyond, 1 - beyond).prod(-1)
-        value, label = at(first.astype(jnp.int32) + jnp.array(corner))
-        values += share * value
-        shares += share * (label == labels)
-    # compared in float16, as nnU-Net does: classes whose shares differ by less are even, and the nearest has the voxel
-    shares = (1000 * shares).astype(jnp.float16)
-    _, nearest = at(jnp.round(places).astype(jnp.int32))
-    of_nearest = jnp.where(nearest == labels, shares, 0).max(0)
-    winner = jnp.where(of_nearest == shares.max(0), nearest, jnp.argmax(shares, axis=0) + OUTSIDE)
+        weight = jnp.where(jnp.array(corner) == 1, upper_weight, 1 - upper_weight).prod(-1)
+        value, label = read_voxels(lower.astype(jnp.int32) + jnp.array(corner))
+        values += weight * value
+        class_weights += weight * (label == classes)
+    # compared in float16, as in nnU-Net: smaller differences are ties, and a tie goes to the nearest voxel's class
+    class_weights = (1000 * class_weights).astype(jnp.float16)
+    _, nearest = read_voxels(jnp.round(positions).astype(jnp.int32))
+    nearest_weight = jnp.where(nearest == classes, class_weights, 0).max(0)
+    is_tied = nearest_weight == class_weights.max(0)
+    winner = jnp.where(is_tied, nearest, jnp.argmax(class_weights, axis=0) + OUTSIDE)
     return values, winner.astype(mask.dtype)
 
 
 def _rotation(angles: jax.Array) -> jax.Array:
-    """About the first axis, then the second, then the third; in a plane by the last angle."""
+    """Return the matrix that rotates about the first axis, then the second, then the third; in 2D by the last angle."""
     cos, sin = jnp.cos(angles), jnp.sin(angles)
     if len(angles) == 2:
         return jnp.array([[cos[1], -sin[1]], [sin[1], cos[1]]])
-    about = [
-        jnp.array([[1, 0, 0], [0, cos[0], -sin[0]], [0, sin[0], cos[0]]]),
-        jnp.array([[cos[1], 0, sin[1]], [0, 1, 0], [-sin[1], 0, cos[1]]]),
-        jnp.array([[cos[2], -sin[2], 0], [sin[2], cos[2], 0], [0, 0, 1]]),
-    ]
-    return about[2] @ about[1] @ about[0]
+    first = jnp.array([[1, 0, 0], [0, cos[0], -sin[0]], [0, sin[0], cos[0]]])
+    second = jnp.array([[cos[1], 0, sin[1]], [0, 1, 0], [-sin[1], 0, cos[1]]])
+    third = jnp.array([[cos[2], -sin[2], 0], [sin[2], cos[2], 0], [0, 0, 1]])
+    return third @ second @ first
 
 
-def blurred(image: jax.Array, sigmas: jax.Array) -> jax.Array:
-    """By a Gaussian along each axis, whose kernel has the odd width nearest to six deviations and a half."""
-    reach = WIDEST_KERNEL // 2
+def blur(image: jax.Array, sigmas: jax.Array) -> jax.Array:
+    """Blur by a Gaussian along each axis; its kernel has the odd width nearest to 6 standard deviations plus 0.5."""
+    reach = KERNEL_WIDTH // 2
     for axis in range(image.ndim):
-        asked = 6 * sigmas[axis] + 0.5
-        even = jnp.round(asked)
-        width = jnp.where(even % 2 == 1, even, jnp.where(asked >= even, even + 1, even - 1))
+        exact = 6 * sigmas[axis] + 0.5
+        rounded = jnp.round(exact)
+        width = jnp.where(rounded % 2 == 1, rounded, jnp.where(exact >= rounded, rounded + 1, rounded - 1))
         steps = jnp.arange(-reach, reach + 1)
         kernel = jnp.where(jnp.abs(steps) <= width // 2, jnp.exp(-0.5 * jnp.square(steps / sigmas[axis])), 0)
         kernel /= kernel.sum()
-        margins = [(reach, reach) if other == axis else (0, 0) for other in range(image.ndim)]
-        padded = jnp.pad(image, margins, mode="reflect")
-        parts = (jax.lax.slice_in_dim(padded, i, i + image.shape[axis], axis=axis) for i in range(WIDEST_KERNEL))
+        padded = jnp.pad(image, [(reach, reach) if i == axis else (0, 0) for i in range(image.ndim)], mode="reflect")
+        parts = (jax.lax.slice_in_dim(padded, i, i + image.shape[axis], axis=axis) for i in range(KERNEL_WIDTH))
         image = sum(weight * part for weight, part in zip(kernel, parts, strict=True))
     return image
 
 
-def contrasted(image: jax.Array, factor: jax.Array) -> jax.Array:
-    """Spread around its mean, and kept within its range."""
+def change_contrast(image: jax.Array, factor: jax.Array) -> jax.Array:
+    """Scale grey values around their mean, clipped to their original range."""
     mean = image.mean()
     return jnp.clip((image - mean) * factor + mean, image.min(), image.max())
 
 
-def at_low_resolution(image: jax.Array, resolution: jax.Array) -> jax.Array:
-    """As it would look had it been taken with so many times the voxels along each axis, at most 1."""
+def lower_resolution(image: jax.Array, resolution: jax.Array) -> jax.Array:
+    """Sample the nearest of `resolution` times as many voxels along each axis, then interpolate linearly.
+
+    Args:
+        resolution: of each axis, at most 1.
+    """
     for axis, side in enumerate(image.shape):
-        fewer = jnp.round(side * resolution[axis])
-        places = jnp.clip((jnp.arange(side) + 0.5) * fewer / side - 0.5, 0, fewer - 1)
-        first = jnp.floor(places)
-        taken = [jnp.floor((jnp.minimum(first + next_one, fewer - 1) + 0.5) * side / fewer) for next_one in (0, 1)]
-        before, after = (jnp.take(image, jnp.clip(i, 0, side - 1).astype(jnp.int32), axis=axis) for i in taken)
-        weight = (places - first).reshape([-1 if other == axis else 1 for other in range(image.ndim)])
+        count = jnp.round(side * resolution[axis])
+        positions = jnp.clip((jnp.arange(side) + 0.5) * count / side - 0.5, 0, count - 1)
+        lower = jnp.floor(positions)
+        sampled = [jnp.floor((jnp.minimum(lower + step, count - 1) + 0.5) * side / count) for step in (0, 1)]
+        before, after = (jnp.take(image, jnp.clip(i, 0, side - 1).astype(jnp.int32), axis=axis) for i in sampled)
+        weight = (positions - lower).reshape([-1 if i == axis else 1 for i in range(image.ndim)])
         image = (1 - weight) * before + weight * after
     return image
 
 
-def gamma_changed(image: jax.Array, exponent: jax.Array) -> jax.Array:
-    """Its grey values, from their least to their greatest, to a power; mean and deviation stay."""
-    mean, deviation, least = image.mean(), image.std(ddof=1), image.min()
-    span = image.max() - least
-    changed = ((image - least) / jnp.maximum(span, SMALL)) ** exponent * span + least
-    return (changed - changed.mean()) * (deviation / jnp.maximum(changed.std(ddof=1), SMALL)) + mean
+def change_gamma(image: jax.Array, exponent: jax.Array) -> jax.Array:
+    """Raise grey values, scaled to 0..1, to a power; keep their mean and standard deviation."""
+    mean, deviation, lowest = image.mean(), image.std(ddof=1), image.min()
+    span = image.max() - lowest
+    changed = ((image - lowest) / jnp.maximum(span, EPSILON)) ** exponent * span + lowest
+    return (changed - changed.mean()) * (deviation / jnp.maximum(changed.std(ddof=1), EPSILON)) + mean

@@ -1,7 +1,7 @@
-"""nnU-Net's plain convolutional U-Net, of two or three axes, as a plan says (Isensee, Jaeger et al. 2021).
+"""nnU-Net's plain convolutional U-Net in 2D or 3D, built from a plan (Isensee, Jaeger et al. 2021).
 
-On the way down each stage begins with a convolution of the stage's stride; convolutions are followed by InstanceNorm
-and LeakyReLU. Reference code: dynamic_network_architectures 0.4.4, `PlainConvUNet`.
+Each encoder stage begins with a convolution of the stage's stride; InstanceNorm and LeakyReLU follow every convolution.
+Reference code: dynamic_network_architectures 0.4.4, `PlainConvUNet`.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar, Literal, Self
 
@@ -20,11 +21,13 @@ from jaxla.config import InputError, NetworkOptions, option
 from jaxla.models.ops.images import crop, pad_to_multiple, require_images
 from jaxla.models.ops.layers import Upconvolution, convolution_nd
 from jaxla.models.ops.norms import InstanceNorm
-from jaxla.nnunet.plan import OF_ARCHITECTURE, Configuration, Plan, read_plan
+from jaxla.nnunet.plan import ARCH_CONFIGURATIONS, Configuration, Plan, read_plan
 
-SLOPE = 0.01  # of LeakyReLU below zero
+SLOPE = 0.01  # of LeakyReLU for negative values
 HE_NORMAL = jax.nn.initializers.variance_scaling(2 / (1 + SLOPE**2), "fan_in", "normal")  # He et al. 2015
 HE_NORMAL_UP = jax.nn.initializers.variance_scaling(2 / (1 + SLOPE**2), "fan_in", "normal", in_axis=-1, out_axis=0)
+
+_make_convolution = partial(convolution_nd, bias=True, kernel_init=HE_NORMAL)
 
 
 @dataclass(frozen=True)
@@ -68,7 +71,7 @@ class NNUNetOptions(NetworkOptions):
                 option("model.plan"), f"{self.arch} needs a plan", "Give the file that python -m jaxla.plan writes."
             )
         where = option("model.plan", self.plan) if self.plan else "the plan of these scans"
-        planned = (plan or read_plan(Path(self.plan))).configuration(OF_ARCHITECTURE[self.arch], where)
+        planned = (plan or read_plan(Path(self.plan))).configuration(ARCH_CONFIGURATIONS[self.arch], where)
         return planned._replace(batch_size=batch_size or planned.batch_size)
 
     def prerequisites(self, key: jax.Array, dtype: jnp.dtype, cache_dir: Path | None, plan: Plan | None) -> dict:
@@ -79,79 +82,70 @@ class NNUNetOptions(NetworkOptions):
 
 
 class NNUNet(nnx.Module):
-    """Normalised images to logits, and to logits of every coarser resolution for deep supervision.
+    """U-Net that maps normalised images to logits, in training at every resolution for deep supervision.
 
     Args:
         configuration: of a plan.
-        outputs: K, channels of the logits. Where it is 1 the network has two, background and structure, as nnU-Net has;
-            the one logit is the difference between them, whose sigmoid is the structure's softmax.
+        outputs: K, channels of the logits. With K = 1 the network has two channels inside, background and structure, as
+            nnU-Net has. It returns their difference, whose sigmoid is the structure's softmax.
         dtype: of the computation; parameters, statistics and logits are float32.
     """
 
     def __init__(
         self, configuration: Configuration, outputs: int, *, dtype: jnp.dtype = jnp.float32, rngs: nnx.Rngs
     ) -> None:
-        c, axes = configuration, len(configuration.patch_size)
+        c, ones = configuration, (1,) * len(configuration.patch_size)
+        logits_dtype = jnp.promote_types(dtype, jnp.float32)
         self.down = nnx.List()
         inputs = 1
         for features, kernel, strides, count in zip(
             c.features_per_stage, c.kernel_sizes, c.strides, c.n_conv_per_stage, strict=True
         ):
-            self.down.append(_stage(inputs, features, kernel, strides, count, dtype, rngs))
+            self.down.append(_make_stage(inputs, features, kernel, strides, count, dtype=dtype, rngs=rngs))
             inputs = features
         self.up, self.join, self.logits = nnx.List(), nnx.List(), nnx.List()  # coarsest first
         for level, count in zip(reversed(range(c.n_stages - 1)), c.n_conv_per_stage_decoder, strict=True):
-            below, features = c.features_per_stage[level + 1], c.features_per_stage[level]
-            up = {"strides": c.strides[level + 1], "kernel_init": HE_NORMAL_UP}
-            self.up.append(Upconvolution(below, features, **up, dtype=dtype, rngs=rngs))
-            ones = (1,) * axes
-            self.join.append(_stage(2 * features, features, c.kernel_sizes[level], ones, count, dtype, rngs))
-            full = jnp.promote_types(dtype, jnp.float32)
-            self.logits.append(_convolution(features, max(2, outputs), ones, ones, full, rngs))
+            coarser, features = c.features_per_stage[level + 1], c.features_per_stage[level]
+            strides, kernel = c.strides[level + 1], c.kernel_sizes[level]
+            self.up.append(
+                Upconvolution(coarser, features, strides=strides, kernel_init=HE_NORMAL_UP, dtype=dtype, rngs=rngs)
+            )
+            self.join.append(_make_stage(2 * features, features, kernel, ones, count, dtype=dtype, rngs=rngs))
+            self.logits.append(_make_convolution(features, max(2, outputs), ones, ones, dtype=logits_dtype, rngs=rngs))
         self.outputs = outputs
-        self.supervised = False  # at every resolution, while it trains
-        self.multiples = tuple(map(math.prod, zip(*c.strides, strict=True)))  # of which the sides must be
+        self.deterministic = True  # flax's `train` sets it to False, `eval` to True
+        self.multiples = tuple(map(math.prod, zip(*c.strides, strict=True)))  # that the network needs sides to be
 
     def __call__(self, images: jax.Array, present: jax.Array | None = None) -> jax.Array | list[jax.Array]:
-        """Logits [B, H, W, K] or [B, D, H, W, K] float32; in training a list, of every resolution, the finest first.
+        """Return logits [B, H, W, K] or [B, D, H, W, K] float32; in training a list, as `multiscale_logits` does.
 
-        Images whose sides the strides do not divide are padded to the next multiples; in training they are refused.
+        Images of other sides than `multiples` are padded, except in training.
 
         Args:
-            images: [B, H, W, 1] or [B, D, H, W, 1], as the plan has axes; mean 0, standard deviation 1.
-            present: which images statistics are of; there are none here.
+            images: [B, H, W, 1] or [B, D, H, W, 1], with the plan's axes; mean 0, standard deviation 1.
+            present: ignored, since the network has no batch statistics.
 
         Raises:
-            ValueError: `images` is of another shape, not of floating point, or too small.
+            ValueError: `images` has another shape, is not floating point, or is too small.
         """
-        if self.supervised:
-            return self.of_all_resolutions(images)
+        if not self.deterministic:
+            return self.multiscale_logits(images)
         require_images(images, min_size=self.multiples, channels=(1,), axes=len(self.multiples))
-        *_, x = self._levels(pad_to_multiple(images, self.multiples))
+        *_, x = self._decode(pad_to_multiple(images, self.multiples))
         return crop(self._logits(-1, x), images.shape[1:-1], self.multiples)
 
-    def train(self, **attributes: Any) -> None:
-        """As of every module; every resolution gives logits."""
-        super().train(**attributes)
-        self.supervised = True
-
-    def eval(self, **attributes: Any) -> None:
-        """As of every module; the finest resolution alone gives logits."""
-        super().eval(**attributes)
-        self.supervised = False
-
-    def of_all_resolutions(self, images: jax.Array) -> list[jax.Array]:
-        """The logits of every resolution, the finest first; the sides of `images` are multiples.
+    def multiscale_logits(self, images: jax.Array) -> list[jax.Array]:
+        """Return the logits of every resolution, finest first.
 
         Raises:
-            ValueError: as for calling, or the sides are no multiples.
+            ValueError: as calling the network, or if the sides of `images` are not `multiples`.
         """
         require_images(images, self.multiples, channels=(1,), axes=len(self.multiples))
-        levels = self._levels(images)
+        levels = self._decode(images)
         return [self._logits(i, levels[i]) for i in reversed(range(len(levels)))]
 
-    def _levels(self, images: jax.Array) -> list[jax.Array]:
-        """The features on the way up, the coarsest first."""
+    def _decode(self, images: jax.Array) -> list[jax.Array]:
+        """Return the decoder's features, coarsest first."""
         skips, x = [], images
         for units in self.down:
             for unit in units:
@@ -172,36 +166,21 @@ class NNUNet(nnx.Module):
 
 
 class Unit(nnx.Module):
-    """A convolution, InstanceNorm, LeakyReLU."""
+    """Convolution, InstanceNorm and LeakyReLU: [B, …, C] -> [B, …/stride, K]."""
 
     def __init__(
         self, inputs: int, outputs: int, kernel: Sequence[int], strides: Sequence[int], dtype: jnp.dtype, rngs: nnx.Rngs
     ) -> None:
-        self.convolution = _convolution(inputs, outputs, kernel, strides, dtype, rngs)
+        self.convolution = _make_convolution(inputs, outputs, kernel, strides, dtype=dtype, rngs=rngs)
         self.norm = InstanceNorm(outputs, dtype=dtype)
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        """[B, …, C] -> [B, …/stride, K]."""
         return jax.nn.leaky_relu(self.norm(self.convolution(x)), SLOPE)
 
 
-def _stage(
-    inputs: int,
-    features: int,
-    kernel: Sequence[int],
-    strides: Sequence[int],
-    count: int,
-    dtype: jnp.dtype,
-    rngs: nnx.Rngs,
+def _make_stage(
+    inputs: int, features: int, kernel: Sequence[int], strides: Sequence[int], count: int, **options: Any
 ) -> nnx.List:
-    first = Unit(inputs, features, kernel, strides, dtype, rngs)
-    ones = (1,) * len(strides)
-    return nnx.List([first, *(Unit(features, features, kernel, ones, dtype, rngs) for _ in range(count - 1))])
-
-
-def _convolution(
-    inputs: int, outputs: int, kernel: Sequence[int], strides: Sequence[int], dtype: jnp.dtype, rngs: nnx.Rngs
-) -> nnx.Conv:
-    return convolution_nd(
-        inputs, outputs, kernel, strides, bias=True, kernel_init=HE_NORMAL, dtype=dtype, rngs=rngs
-    )
+    """Make `count` units; the first has the strides. `options` are dtype and rngs."""
+    rest = [(features, (1,) * len(strides))] * (count - 1)
+    return nnx.List([Unit(c, features, kernel, s, **options) for c, s in [(inputs, strides), *rest]])

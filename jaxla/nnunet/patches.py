@@ -1,4 +1,4 @@
-"""Random patches of planned volumes, as nnU-Net draws them: a third of a batch is sure to hold a structure.
+"""Random patches of preprocessed volumes, as nnU-Net draws them: a third of a batch is sure to contain a structure.
 
 Reference code: nnunetv2 2.8.1, `nnUNetDataLoader`.
 """
@@ -12,83 +12,80 @@ import grain.python as grain
 import numpy as np
 
 from jaxla.data.batches import MAX_PASSES, Batch
-from jaxla.nnunet.preprocessing import OUTSIDE, PlannedVolume
+from jaxla.nnunet.preprocessing import OUTSIDE, PreprocessedVolume
 
-SHARE_OF_STRUCTURES = 0.33  # of a batch's rows, the last ones, which lie around a voxel of some class
+FOREGROUND_FRACTION = 0.33  # of a batch: its last rows, which are centred on a voxel of some class
 
 
 class PatchSource:
-    """Patches by number, each drawn from the seed and its number alone, as one-row batches without the axis B.
+    """Patches by number, as one-row batches without the axis B; each follows from the seed and its number alone.
 
-    A patch lies in a volume drawn anew, anywhere in it, or around a voxel of one of its classes, each as likely. What
-    of it lies beyond the volume is 0, in the mask -1.
+    A patch is drawn from a random volume: anywhere in it, or around a voxel of a random class. Beyond the volume the
+    image is 0 and the mask -1.
 
     Args:
         volumes: to draw from.
-        size: of what is read, [D, H, W] or [H, W] of slices.
-        inner: of the part that is seen in the end, when the patch has been turned and scaled: a patch may reach so far
-            beyond a volume that this part lies at its border.
+        initial_size: voxels to read, [D, H, W], or [H, W] for slices; see `augmentation.initial_patch_size`.
+        patch_size: voxels that remain in the centre after augmentation. Patches reach beyond the volume only so far that
+            this centre can touch its border.
         batch_size: rows of a batch.
-        seed: numbers, of all patches.
-        length: how many of them are read to judge an epoch.
+        seed: numbers that all patches depend on.
+        length: number of patches that validation reads.
     """
 
     units, counted = 1, "over all patches together"
 
     def __init__(
         self,
-        volumes: Sequence[PlannedVolume],
-        size: Sequence[int],
-        inner: Sequence[int],
+        volumes: Sequence[PreprocessedVolume],
+        initial_size: Sequence[int],
+        patch_size: Sequence[int],
         batch_size: int,
         seed: Sequence[int],
         length: int,
     ) -> None:
         self.volumes, self.batch_size, self.seed, self.length = volumes, batch_size, seed, length
-        self.of_slices = len(size) == 2
-        self.size = np.array((1, *size) if self.of_slices else size)
-        self.slices = 1.0 if self.of_slices else float(inner[0])
+        self.is_2d = len(patch_size) == 2
+        self.size = np.array((1, *initial_size) if self.is_2d else initial_size)
+        self.margin = self.size - np.array((1, *patch_size) if self.is_2d else patch_size)
+        self.slices = 1.0 if self.is_2d else float(patch_size[0])
         self.rows = ("slice", "slices")
-        if not self.of_slices:
-            self.rows = tuple(f"{word} of {inner[0]} slices" for word in ("patch", "patches"))
-        self.margin = self.size - np.array((1, *inner) if self.of_slices else inner)
-        self.drawn_anywhere = round(batch_size * (1 - SHARE_OF_STRUCTURES))  # the first rows of a batch
+        if not self.is_2d:
+            self.rows = tuple(f"{word} of {patch_size[0]} slices" for word in ("patch", "patches"))
+        self.random_rows = round(batch_size * (1 - FOREGROUND_FRACTION))  # the first rows, drawn from anywhere
 
     def __len__(self) -> int:
         return self.length
 
     def order(self, seed: int) -> grain.MapDataset:
-        """One patch after the other; none comes twice."""
+        """Return the patches by number; none repeats."""
         return grain.MapDataset.range(MAX_PASSES)
 
     def __getitem__(self, item: SupportsIndex) -> Batch:
         number = int(item)
-        draw = np.random.default_rng([*self.seed, number])
-        volume = self.volumes[draw.integers(len(self.volumes))]
-        around_structure = number % self.batch_size >= self.drawn_anywhere
-        start = self._start(volume, draw, around_structure)
-        image, mask = (
-            _cut(array, start, self.size, fill) for array, fill in ((volume.image, 0), (volume.mask, OUTSIDE))
-        )
-        if self.of_slices:
+        rng = np.random.default_rng([*self.seed, number])
+        volume = self.volumes[rng.integers(len(self.volumes))]
+        start = self._draw_start(volume, rng, needs_foreground=number % self.batch_size >= self.random_rows)
+        image, mask = _cut(volume.image, start, self.size, 0), _cut(volume.mask, start, self.size, OUTSIDE)
+        if self.is_2d:
             image, mask = image[0], mask[0]
         return Batch(input=image[..., None], mask=mask, volume=np.int32(0), weight=np.float32(1))
 
-    def _start(self, volume: PlannedVolume, draw: np.random.Generator, around_structure: bool) -> np.ndarray:
-        """The first voxel of a patch along each axis; it may lie before the volume's."""
+    def _draw_start(self, volume: PreprocessedVolume, rng: np.random.Generator, needs_foreground: bool) -> np.ndarray:
+        """Return a patch's first voxel along each axis, which may lie before the volume's."""
         shape = np.array(volume.shape)
-        beyond = np.maximum(self.margin, self.size - shape)
-        first, last = -((beyond + 1) // 2), shape + (beyond + 1) // 2 - self.size
-        present = [k for k, count in enumerate(volume.class_places, start=1) if count]
-        if not around_structure or not present:
-            return draw.integers(first, last + 1)
-        chosen = present[draw.integers(len(present))]
-        place = volume.place(chosen, int(draw.integers(volume.class_places[chosen - 1])))
-        return np.maximum(first, np.array(place) - self.size // 2)
+        overhang = (np.maximum(self.margin, self.size - shape) + 1) // 2
+        first, last = -overhang, shape + overhang - self.size
+        classes = [k for k, count in enumerate(volume.location_counts, start=1) if count]
+        if not needs_foreground or not classes:
+            return rng.integers(first, last + 1)
+        chosen = classes[rng.integers(len(classes))]
+        location = volume.location(chosen, int(rng.integers(volume.location_counts[chosen - 1])))
+        return np.maximum(first, np.array(location) - self.size // 2)
 
 
 def _cut(array: np.ndarray, start: np.ndarray, size: np.ndarray, fill: int) -> np.ndarray:
-    """The part of an array from `start`, which may lie beyond it."""
+    """Return the part of an array from `start` on, which may reach beyond it."""
     part = np.full(size, fill, array.dtype)
     first, last = np.maximum(start, 0), np.minimum(start + size, array.shape)
     if (first < last).all():

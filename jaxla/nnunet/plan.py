@@ -1,4 +1,4 @@
-"""A plan: what nnU-Net decides from the data, as a file."""
+"""The plan file: what nnU-Net decides from the data, that is spacing, patches, network and batch size."""
 
 from __future__ import annotations
 
@@ -11,14 +11,15 @@ from typing import Any, NamedTuple
 from jaxla.cli.files import report_os_errors, write_atomically
 from jaxla.config import InputError
 
-TRAINED = ("2d", "3d_fullres")  # the configurations that this package trains
-OF_ARCHITECTURE = {"nnunet_2d": "2d", "nnunet_3d_fullres": "3d_fullres"}  # as an experiment names them
+TRAINABLE = ("2d", "3d_fullres")  # configurations that this package trains
+ARCH_CONFIGURATIONS = {"nnunet_2d": "2d", "nnunet_3d_fullres": "3d_fullres"}  # --model.arch -> configuration
+DEFAULT_MEMORY_GB = 8.0
 Z_SCORE = "ZScoreNormalization"
 CASCADE = {"3d_cascade_fullres": {"inherits_from": "3d_fullres", "previous_stage": "3d_lowres"}}
 
-
-# What a plan of nnU-Net's may say of its network and resampling beside its shapes, as the default planner has it
-OF_PLAIN: dict[str, tuple[Any, ...]] = {
+# Settings in nnU-Net's own plan files for which our network and resampling have only these values; the first is the
+# default.
+SUPPORTED_SETTINGS: dict[str, tuple[Any, ...]] = {
     "conv_bias": (True,),
     "norm_op": tuple(f"torch.nn.modules.instancenorm.InstanceNorm{axes}d" for axes in (2, 3)),
     "norm_op_kwargs": ({"eps": 1e-5, "affine": True},),
@@ -32,10 +33,11 @@ OF_PLAIN: dict[str, tuple[Any, ...]] = {
 
 
 class Fingerprint(NamedTuple):
-    """What is planned from: of each case its spacing in mm, and its shape once the zeros around it are cut away.
+    """Spacing in mm and cropped shape of every case, from which nnU-Net plans.
 
     Attributes:
-        median_relative_size_after_cropping: the share of a scan's voxels that this leaves.
+        shapes_after_crop: shapes after zeros around the scan are cropped.
+        median_relative_size_after_cropping: fraction of a scan's voxels that remains.
     """
 
     spacings: tuple[tuple[float, ...], ...]
@@ -44,10 +46,11 @@ class Fingerprint(NamedTuple):
 
 
 class Configuration(NamedTuple):
-    """A network, its patches and its batches; what a file of nnU-Net's calls them. Stages are finest first.
+    """Patches, batch size and network of one configuration, under nnU-Net's names. Stages run from fine to coarse.
 
     Attributes:
-        batch_dice: whether Dice is of a batch as a whole, not the mean of its patches'.
+        spacing: mm, along the axes of a patch.
+        batch_dice: compute Dice over the whole batch, instead of averaging it over patches.
         strides: of each stage's first convolution, along each axis.
     """
 
@@ -68,10 +71,10 @@ class Plan(NamedTuple):
     """All configurations for a data set, by name.
 
     Attributes:
-        fingerprint: what it was planned from; None where the file does not say.
-        transpose_forward: which axis of a scan comes first, second, third: the coarsest is the first.
-        use_mask_for_norm: whether grey values are normalised within what is not zero, and zeros stay zero.
-        normalisation: as nnU-Net calls it.
+        fingerprint: None if the file does not contain it.
+        transpose_forward: the scan's axes in the order of the plan, coarsest first.
+        use_mask_for_norm: normalise grey values within the nonzero region only, and keep zeros.
+        normalisation: nnU-Net's name for it.
     """
 
     fingerprint: Fingerprint | None
@@ -83,215 +86,214 @@ class Plan(NamedTuple):
     normalisation: str = Z_SCORE
 
     def configuration(self, name: str, where: str = "the plan") -> Configuration:
-        """One of TRAINED.
+        """Return one of the trainable configurations.
 
         Args:
-            where: what to call the plan in a message.
+            where: what error messages call the plan.
 
         Raises:
-            InputError: it was not planned, or no network can be built by it.
+            InputError: the plan lacks the configuration, or no network can be built from it.
         """
-        if name not in TRAINED:
-            raise InputError(f"configuration {name!r}: none that is built here; give one of {', '.join(TRAINED)}")
+        if name not in TRAINABLE:
+            raise InputError(where, f"configuration {name!r} is not supported", f"Use {' or '.join(TRAINABLE)}.")
         if name not in self.configurations:
-            has = ", ".join(self.configurations)
-            raise InputError(f"{where}: has no configuration {name}; take {has}, which it has, or another plan")
-        if fault := _fault(self.configurations[name]):
+            known = ", ".join(self.configurations)
+            raise InputError(where, f"no configuration {name}, only {known}", "Use one of these, or another plan.")
+        if fault := _find_fault(self.configurations[name]):
             raise InputError(
-                f"{where}: its configuration {name} cannot be built: {fault}; take another configuration or plan"
+                where, f"configuration {name} cannot be built: {fault}", "Use another configuration or plan."
             )
         return self.configurations[name]
 
 
-def describe(c: Configuration) -> str:
-    """A configuration in a line."""
+def describe_configuration(configuration: Configuration) -> str:
+    """Return a one-line description."""
+    c = configuration
     patch, spacing = ("×".join(f"{n:g}" for n in numbers) for numbers in (c.patch_size, c.spacing))
     return (
-        f"patches of {patch} at {spacing} mm, {c.batch_size} in a batch; {c.n_stages} stages, "
+        f"patches of {patch} at {spacing} mm, {c.batch_size} per batch; {c.n_stages} stages, "
         f"{c.features_per_stage[0]} to {c.features_per_stage[-1]} features"
     )
 
 
 def read_plan(path: Path) -> Plan:
-    """A plan that this package wrote, or nnU-Net's own `nnUNetPlans.json`.
+    """Read a plan that this package wrote, or nnU-Net's own `nnUNetPlans.json`.
 
     Raises:
-        InputError: no such file, no plan, or one of a network that this package does not have.
+        InputError: the file is missing, is not a plan, or plans a network that this package does not have.
     """
     return plan_from_json(_read_json(path), str(path))
 
 
 def write_plan(path: Path, plan: Plan) -> None:
-    """Write it whole. Raises OSError where that is not possible."""
+    """Write a plan atomically. Raises OSError if that fails."""
     write_atomically(path, json.dumps(plan_to_json(plan), indent=1) + "\n")
 
 
 def plan_to_json(plan: Plan) -> dict[str, Any]:
-    """A plan as it stands in a file."""
+    """Return the content of a plan file."""
     content: dict[str, Any] = {}
     if plan.fingerprint:
         content["fingerprint"] = plan.fingerprint._asdict()
         if plan.fingerprint.median_relative_size_after_cropping == 1:
             del content["fingerprint"]["median_relative_size_after_cropping"]
     content |= {name: getattr(plan, name) for name in ("median_spacing", "median_shape", "transpose_forward")}
-    content["configurations"] = {name: of_name._asdict() for name, of_name in plan.configurations.items()}
+    content["configurations"] = {name: c._asdict() for name, c in plan.configurations.items()}
     if "3d_lowres" in plan.configurations:
         content["configurations"] |= CASCADE
     return content | ({"use_mask_for_norm": True} if plan.use_mask_for_norm else {})
 
 
 def plan_from_json(content: Any, where: str) -> Plan:
-    """A plan from what stands in a file.
+    """Return the plan that a file contains.
 
     Args:
-        where: what to call it in messages.
+        where: what error messages call the file.
 
     Raises:
-        InputError: it is no plan, or one of a network that this package does not have.
+        InputError: the content is not a plan, or plans a network that this package does not have.
     """
     try:
-        found = content["configurations"]
-        whole = {name: _inherited(found, name) for name, of_name in found.items()}
-        mine = {name: of_name for name, of_name in whole.items() if "previous_stage" not in of_name}
-        configurations = {name: _configuration_of(of_name) for name, of_name in mine.items()}
+        inherited = {name: _inherit(content["configurations"], name) for name in content["configurations"]}
+        stages = {name: c for name, c in inherited.items() if "previous_stage" not in c}  # without the cascade
+        configurations = {name: _parse_configuration(c, where) for name, c in stages.items()}
         spacing = content.get("median_spacing", content.get("original_median_spacing_after_transp"))
         shape = content.get("median_shape", content.get("original_median_shape_after_transp"))
-        masked = [
-            content.get("use_mask_for_norm", False),
-            *(bool(c.get("use_mask_for_norm", [0])[0]) for c in mine.values()),
-        ]
-        schemes = [c.get("normalization_schemes", [Z_SCORE])[0] for c in mine.values()]
+        schemes = [c.get("normalization_schemes", [Z_SCORE])[0] for c in stages.values()]
         plan = Plan(
             fingerprint=fingerprint_from_json(content["fingerprint"]) if "fingerprint" in content else None,
             median_spacing=tuple(map(float, spacing)),
             median_shape=tuple(map(int, shape)),
             transpose_forward=tuple(map(int, content["transpose_forward"])),
             configurations=configurations,
-            use_mask_for_norm=any(masked),
+            use_mask_for_norm=bool(content.get("use_mask_for_norm", False))
+            or any(bool(c.get("use_mask_for_norm", [0])[0]) for c in stages.values()),
             normalisation=next((scheme for scheme in schemes if scheme != Z_SCORE), Z_SCORE),
         )
         if sorted(plan.transpose_forward) != [0, 1, 2] or len(plan.median_spacing) != 3 or not configurations:
-            raise ValueError("it is not of three axes, or plans nothing")
-        for of_name in configurations.values():
-            _fault(of_name)  # raises where values are of another kind; what it says matters only of what is built
-    except InputError as error:
-        raise InputError(f"{where}: {error}") from error
+            raise ValueError("it needs three axes and at least one configuration")
+        for configuration in configurations.values():
+            _find_fault(configuration)  # raises for wrong types; the fault itself matters only if the network is built
+    except InputError:
+        raise
     except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
         raise InputError(
-            f"{where}: not a plan ({error!r}); give a file that python -m jaxla.plan wrote, or nnUNetPlans.json"
+            where, f"not a plan ({error!r})", "Give a file that python -m jaxla.plan wrote, or nnUNetPlans.json."
         ) from error
     return plan
 
 
 def read_fingerprint(path: Path) -> Fingerprint:
-    """A fingerprint: the file of that name of nnU-Net, or a plan that holds one.
+    """Read nnU-Net's `dataset_fingerprint.json`, or the fingerprint within a plan.
 
     Raises:
-        InputError: no such file, no fingerprint, or a spacing or shape that is not above zero.
+        InputError: the file is missing, is not a fingerprint, or has a spacing or shape that is not positive.
     """
     content = _read_json(path)
     try:
-        found = fingerprint_from_json(content.get("fingerprint", content))
+        fingerprint = fingerprint_from_json(content.get("fingerprint", content))
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise InputError(
-            f"{path}: not a fingerprint ({error!r}); it needs lists spacings and shapes_after_crop"
+            path, f"not a fingerprint ({error!r})", "Give a file with lists spacings and shapes_after_crop."
         ) from error
-    for case, (spacing, shape) in enumerate(zip(found.spacings, found.shapes_after_crop, strict=True)):
-        for name, values in (("spacing", spacing), ("shape", shape)):
+    for name, cases in (("spacing", fingerprint.spacings), ("shape", fingerprint.shapes_after_crop)):
+        for case, values in enumerate(cases):
             if not all(0 < value < math.inf for value in values):
-                raise InputError(f"{path}: case {case} has the {name} {list(values)}; all must be above zero, mend it")
-    return found
+                raise InputError(path, f"case {case} has the {name} {list(values)}", "Give positive numbers.")
+    return fingerprint
 
 
 def fingerprint_from_json(content: Mapping[str, Any]) -> Fingerprint:
-    """A fingerprint from what stands in a file.
+    """Return the fingerprint that a file contains.
 
     Raises:
-        ValueError, KeyError, TypeError, AttributeError: it is none.
+        ValueError, KeyError, TypeError, AttributeError: the content is not a fingerprint.
     """
     spacings = tuple(tuple(map(float, spacing)) for spacing in content["spacings"])
     shapes = tuple(tuple(map(int, shape)) for shape in content["shapes_after_crop"])
-    if not spacings or len(spacings) != len(shapes) or {len(of_case) for of_case in (*spacings, *shapes)} != {3}:
+    if not spacings or len(spacings) != len(shapes) or {len(case) for case in (*spacings, *shapes)} != {3}:
         raise ValueError("spacings and shapes_after_crop must have three numbers for each of the same cases")
     return Fingerprint(spacings, shapes, float(content.get("median_relative_size_after_cropping", 1)))
 
 
 def _read_json(path: Path) -> Any:
     with report_os_errors("read", path):
-        written = path.read_bytes()
+        text = path.read_bytes()
     try:
-        return json.loads(written)
+        return json.loads(text)
     except ValueError as error:
-        raise InputError(f"{path}: not JSON ({error}); give a plan or a fingerprint") from error
+        raise InputError(path, f"not JSON ({error})", "Give a plan or a fingerprint.") from error
 
 
-def _inherited(configurations: Mapping[str, Any], name: str, seen: tuple[str, ...] = ()) -> dict[str, Any]:
+def _inherit(configurations: Mapping[str, Any], name: str, heirs: tuple[str, ...] = ()) -> dict[str, Any]:
+    """Return a configuration with the values that it inherits from others."""
     content = configurations[name]
     if "inherits_from" not in content:
         return content
-    if name in seen:
+    if name in heirs:
         raise ValueError(f"{name} inherits from itself")
-    return _inherited(configurations, content["inherits_from"], (*seen, name)) | content
+    return _inherit(configurations, content["inherits_from"], (*heirs, name)) | content
 
 
-def _configuration_of(content: Mapping[str, Any]) -> Configuration:
-    """From this package's file, or from nnU-Net's, in which the network stands apart."""
+def _parse_configuration(content: Mapping[str, Any], where: str) -> Configuration:
+    """Read this package's layout, or either of nnU-Net's, which describe the network separately."""
     content = dict(content)
     if "architecture" in content:
-        network = content["architecture"]["network_class_name"]
-        if not network.endswith(".PlainConvUNet"):
-            raise InputError(
-                f"plans the network {network}; this package has PlainConvUNet, of nnU-Net's default planner"
-            )
+        _require_plain_network(content["architecture"]["network_class_name"].rpartition(".")[2], where)
         content |= content["architecture"]["arch_kwargs"]
-        for name, expected in OF_PLAIN.items():
-            if (found := content.get(name, expected[0])) not in expected:
-                raise InputError(f"plans {name} {found}; this package has the default planner's, {expected[0]}")
+        for name, supported in SUPPORTED_SETTINGS.items():
+            if (value := content.get(name, supported[0])) not in supported:
+                raise InputError(
+                    where, f"{name} {value} is not supported, only {supported[0]}", "Use a plan of the default planner."
+                )
     elif "UNet_class_name" in content:  # nnU-Net 2.0 to 2.3
-        if content["UNet_class_name"] != "PlainConvUNet":
-            raise InputError(f"plans the network {content['UNet_class_name']}; this package has PlainConvUNet")
-        stages, first, most = (
-            content[k] for k in ("pool_op_kernel_sizes", "UNet_base_num_features", "unet_max_num_features")
-        )
+        _require_plain_network(content["UNet_class_name"], where)
+        strides = content["pool_op_kernel_sizes"]
+        base, maximum = content["UNet_base_num_features"], content["unet_max_num_features"]
         content |= {
-            "n_stages": len(stages),
-            "features_per_stage": [min(most, first * 2**stage) for stage in range(len(stages))],
+            "n_stages": len(strides),
+            "features_per_stage": [min(maximum, base * 2**stage) for stage in range(len(strides))],
             "kernel_sizes": content["conv_kernel_sizes"],
-            "strides": stages,
+            "strides": strides,
             "n_conv_per_stage": content["n_conv_per_stage_encoder"],
         }
-    return Configuration(**{name: _tuples(content[name]) for name in Configuration._fields})
+    return Configuration(**{name: _to_tuples(content[name]) for name in Configuration._fields})
 
 
-def _tuples(value: Any) -> Any:
-    return tuple(map(_tuples, value)) if isinstance(value, list) else value
+def _require_plain_network(network: str, where: str) -> None:
+    if network != "PlainConvUNet":
+        raise InputError(
+            where, f"network {network} is not supported, only PlainConvUNet", "Use a plan of the default planner."
+        )
 
 
-def _fault(c: Configuration) -> str:
-    """What keeps a configuration from being built, in words; empty where nothing does."""
+def _to_tuples(value: Any) -> Any:
+    return tuple(map(_to_tuples, value)) if isinstance(value, list) else value
+
+
+def _find_fault(c: Configuration) -> str:
+    """Return why no network can be built from a configuration; empty if one can."""
     axes, stages = len(c.patch_size), c.n_stages
     if len(c.median_image_size_in_voxels) != axes or not all(n > 0 for n in c.median_image_size_in_voxels):
-        return f"the median size of an image is {list(c.median_image_size_in_voxels)}"
-    by_stage = {"strides": stages, "kernel_sizes": stages, "features_per_stage": stages, "n_conv_per_stage": stages}
-    for name, length in (by_stage | {"n_conv_per_stage_decoder": stages - 1}).items():
+        return f"the median image size is {list(c.median_image_size_in_voxels)}"
+    per_stage = ("strides", "kernel_sizes", "features_per_stage", "n_conv_per_stage")
+    for name, length in (*((name, stages) for name in per_stage), ("n_conv_per_stage_decoder", stages - 1)):
         if len(getattr(c, name)) != length:
             return f"{name} has {len(getattr(c, name))} entries, not {length}"
     if axes not in (2, 3) or stages < 2:
-        return f"a patch of {axes} axes and {stages} stages"
+        return f"the patch has {axes} axes and the network {stages} stages"
     for name in ("strides", "kernel_sizes"):
-        if any(len(of_stage) != axes for of_stage in getattr(c, name)):
-            return f"{name} are not of the patch's {axes} axes"
-    if len(c.spacing) != axes or not all(0 < mm < math.inf for mm in c.spacing):
+        if any(len(sides) != axes for sides in getattr(c, name)):
+            return f"{name} do not have the patch's {axes} axes"
+    if len(c.spacing) != axes or not all(0 < side < math.inf for side in c.spacing):
         return f"the spacing is {list(c.spacing)}"
     counts = [c.batch_size, *c.patch_size, *c.features_per_stage, *c.n_conv_per_stage, *c.n_conv_per_stage_decoder]
-    counts += [n for of_stage in (*c.strides, *c.kernel_sizes) for n in of_stage]
+    counts += [side for sides in (*c.strides, *c.kernel_sizes) for side in sides]
     if not all(isinstance(n, int) and n > 0 for n in counts):
-        return "batch, patch, features, convolutions, strides and kernels must be whole numbers above 0"
-    if any(n % 2 == 0 for of_stage in c.kernel_sizes for n in of_stage):
+        return "batch, patch, features, convolutions, strides and kernels must be positive integers"
+    if any(side % 2 == 0 for sides in c.kernel_sizes for side in sides):
         return "a kernel has an even side"
-    multiple = [math.prod(strides) for strides in zip(*c.strides, strict=True)]
-    if any(side % of_side for side, of_side in zip(c.patch_size, multiple, strict=True)):
+    multiples = [math.prod(strides) for strides in zip(*c.strides, strict=True)]
+    if any(side % multiple for side, multiple in zip(c.patch_size, multiples, strict=True)):
         return f"the strides do not divide the patch {list(c.patch_size)}"
-    if any(n != 1 for n in c.strides[0]):
-        return "the first stage has a stride"
-    return ""
+    return "the first stage has a stride" if any(n != 1 for n in c.strides[0]) else ""

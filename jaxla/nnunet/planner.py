@@ -1,58 +1,131 @@
-"""nnU-Net's planner: from the shapes and spacings of the scans to patches, networks and batches.
+"""nnU-Net's planner: from the shapes and spacings of the scans to patches, networks and batch sizes.
 
-Reference: Isensee, Jaeger et al., Nature Methods 18 (2021); code nnunetv2 2.8.1, `default_experiment_planner`. What a
-configuration takes of a GPU's memory is the method's own estimate, from which its patches follow: no measurement.
+Reference: Isensee, Jaeger et al., Nature Methods 18 (2021); code nnunetv2 2.8.1, `default_experiment_planner` and
+`network_topology`. The memory of a configuration, which limits its patches, is nnU-Net's estimate, not a measurement.
 """
 
 from __future__ import annotations
 
+import logging
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
-from jaxla.nnunet.plan import Configuration, Fingerprint, Plan
-from jaxla.nnunet.topology import Topology, topology
+from jaxla.cli.terminal import track
+from jaxla.config import InputError
+from jaxla.data.cases import channel_name
+from jaxla.data.prepared import PreparedVolume
+from jaxla.nnunet.plan import DEFAULT_MEMORY_GB, Z_SCORE, Configuration, Fingerprint, Plan
+from jaxla.nnunet.preprocessing import axis_order, nonzero_box, resampled_spacing, to_plan_axes
+from jaxla.nnunet.resampling import ANISOTROPY_THRESHOLD, resampled_shape
 
-ANISOTROPIC = 3  # a scan is, where its coarsest spacing is more than so many times another
-MEMORY_GB = 8.0  # of the GPU that the reference values below are for
+log = logging.getLogger(__name__)
 
-FIRST_FEATURES, MOST_FEATURES = 32, {2: 512, 3: 320}
-CONVOLUTIONS = 2  # of a stage, on the way down and on the way up
-# features that a network of so many axes may hold for a batch, voxels of its largest patch, and that batch
-MOST_HELD, LARGEST_PATCH, BATCH = {2: 85_000_000, 3: 560_000_000}, {2: 2048**2, 3: 256**3}, {2: 12, 3: 2}
-SMALLEST_BATCH = 2
-SHARE_OF_DATA = 0.05  # of all voxels, which a batch may hold at most
+NON_MRI_CHANNELS = ("ct", "nonorm", "rescale_0_1", "rescale_to_0_1", "rgb_to_0_1")  # nnU-Net has no z-score for these
 
-COARSER, COARSE_ENOUGH, WORTHWHILE = 1.03, 0.25, 2  # of the low resolution: steps of spacing; when it ends; is it kept
+# The limits below hold for a GPU of DEFAULT_MEMORY_GB, by the number of axes.
+MAX_ACTIVATIONS = {2: 85_000_000, 3: 560_000_000}  # for a batch of REFERENCE_BATCH_SIZE
+INITIAL_PATCH_VOXELS, REFERENCE_BATCH_SIZE = {2: 2048**2, 3: 256**3}, {2: 12, 3: 2}
+MIN_BATCH_SIZE = 2
+MAX_BATCH_FRACTION = 0.05  # of the data set's voxels
+
+BASE_FEATURES, MAX_FEATURES = 32, {2: 512, 3: 320}
+CONVOLUTIONS_PER_STAGE = 2  # in the encoder, and in the decoder
+MIN_MAP_SIDE = 4  # voxels on each side of the coarsest feature map
+SIMILAR_SPACING_RATIO = 2  # axes whose spacings differ by less are halved, and convolved, together
+
+SPACING_STEP = 1.03  # by which the low resolution is made coarser
+MIN_PATCH_FRACTION = 0.25  # of a scan: the low resolution's patches reach it
+MIN_REDUCTION = 2  # of the scan's voxels, for a low resolution to be planned
 
 
-def make_plan(fingerprint: Fingerprint, classes: int, memory_gb: float = MEMORY_GB) -> Plan:
-    """The configurations that nnU-Net plans for such scans, `2d` always, those of three dimensions where scans have.
+def plan_from_data(volumes: Iterable[PreparedVolume], class_count: int, memory_gb: float = DEFAULT_MEMORY_GB) -> Plan:
+    """Plan for the given scans.
 
     Args:
-        classes: with the background.
-        memory_gb: of the GPU that is planned for; less makes the patches smaller.
+        class_count: including the background.
+        memory_gb: memory of the GPU to plan for.
+    """
+    return make_plan(collect_fingerprint(track(volumes, "planning")), class_count, memory_gb)
+
+
+def check_plan(plan: Plan, name: str, volumes: Iterable[PreparedVolume], where: str) -> None:
+    """Raise an InputError unless one of the plan's configurations can be trained on the scans.
+
+    The median shape of the scans must not differ from the plan's by more than a factor of 2 along any axis.
+
+    Args:
+        name: of the configuration.
+        where: what error messages call the plan.
+    """
+    if plan.normalisation != Z_SCORE:
+        raise InputError(
+            where, f"normalises by {plan.normalisation}, but jaxla has {Z_SCORE} only", "Use a plan for MRI."
+        )
+    configuration, shapes = plan.configuration(name, where), []
+    fingerprint = collect_fingerprint(volumes)
+    for case in zip(fingerprint.spacings, fingerprint.shapes_after_crop, strict=True):
+        spacing, shape = ([values[axis] for axis in plan.transpose_forward] for values in case)
+        shapes.append(resampled_shape(shape, spacing, resampled_spacing(spacing, configuration)))
+    expected = np.array(configuration.median_image_size_in_voxels)
+    found = np.median(shapes, 0)[-len(expected) :]
+    if (np.maximum(found / expected, expected / found) > 2).any():
+        found, expected = ("×".join(f"{side:g}" for side in sides) for sides in (found, expected))
+        raise InputError(
+            where,
+            f"the scans have {found} voxels (median) at the plan's spacing, but the plan was made for {expected}",
+            "Use a plan of these data, or remove the option to make a new one.",
+        )
+
+
+def warn_unless_mri(root: Path) -> None:
+    """Log a warning if `dataset.json` names a channel that nnU-Net would not normalise as MRI."""
+    if (name := channel_name(root)).casefold() in NON_MRI_CHANNELS:
+        path = root / "dataset.json"
+        log.warning("%s: nnU-Net does not normalise channel %s by mean and standard deviation; jaxla does", path, name)
+
+
+def collect_fingerprint(volumes: Iterable[PreparedVolume]) -> Fingerprint:
+    """Return what nnU-Net plans from; reads one scan at a time."""
+    spacings, shapes, fractions = [], [], []
+    for volume in volumes:
+        order = axis_order(volume.slice_axis)
+        box = nonzero_box(to_plan_axes(volume.image, order))
+        shapes.append(tuple(side.stop - side.start for side in box))
+        spacings.append(tuple(volume.spacing[axis] for axis in order))
+        fractions.append(math.prod(shapes[-1]) / math.prod(volume.shape))
+    return Fingerprint(tuple(spacings), tuple(shapes), float(np.median(fractions)))
+
+
+def make_plan(fingerprint: Fingerprint, class_count: int, memory_gb: float = DEFAULT_MEMORY_GB) -> Plan:
+    """Plan all configurations: `2d` always, 3D ones unless the scans are single slices.
+
+    Args:
+        class_count: including the background.
+        memory_gb: memory of the GPU to plan for; less memory gives smaller patches.
     """
     spacings, shapes = np.array(fingerprint.spacings), np.array(fingerprint.shapes_after_crop)
-    spacing = target_spacing(spacings, shapes)
+    spacing = choose_spacing(spacings, shapes)
     coarsest = int(np.argmax(spacing))
     axes = [coarsest, *(axis for axis in range(3) if axis != coarsest)]
-    resampled = [resampled_shape(shape, mm, spacing) for shape, mm in zip(shapes, spacings, strict=True)]
+    resampled = [resampled_shape(shape, old, spacing) for shape, old in zip(shapes, spacings, strict=True)]
     size = np.median(resampled, 0)[axes]
     spacing = spacing[axes]
 
     def configure(spacing: np.ndarray, size: Sequence[float], batch_dice: bool, voxels: float) -> Configuration:
-        return _configuration(spacing, size, batch_dice, voxels * len(shapes), classes, memory_gb)
+        return _configure(spacing, size, batch_dice, voxels * len(shapes), class_count, memory_gb)
 
     voxels = float(np.prod(size))
     configurations = {"2d": configure(spacing[1:], size[1:].tolist(), True, voxels)}
     if size[0] != 1:
-        whole = configure(spacing, size.tolist(), False, voxels)
-        low = _low_resolution(whole, spacing, size, configure)
+        full = configure(spacing, size.tolist(), False, voxels)
+        low = _plan_low_resolution(full, spacing, size, configure)
         if low:
             configurations["3d_lowres"] = low
-        configurations["3d_fullres"] = whole._replace(batch_dice=low is not None)
+        configurations["3d_fullres"] = full._replace(batch_dice=low is not None)
     return Plan(
         fingerprint=fingerprint,
         median_spacing=tuple(np.median(spacings, 0)[axes].tolist()),
@@ -63,94 +136,132 @@ def make_plan(fingerprint: Fingerprint, classes: int, memory_gb: float = MEMORY_
     )
 
 
-def target_spacing(spacings: np.ndarray, shapes: np.ndarray) -> np.ndarray:
-    """The spacing that scans are brought to, mm: the median; of a coarse axis with few slices the finest tenth's.
+def choose_spacing(spacings: np.ndarray, shapes: np.ndarray) -> np.ndarray:
+    """Return the spacing in mm to resample to: the median, but finer along a coarse axis with few slices.
+
+    Along such an axis it is the 10th percentile, or just above the other axes' spacing if that is larger.
 
     Args:
         spacings, shapes: [cases, 3] each.
     """
-    target, size = np.percentile(spacings, 50, 0), np.percentile(shapes, 50, 0)
-    coarsest = int(np.argmax(target))
-    others = np.arange(3) != coarsest
-    coarse = target[coarsest] > ANISOTROPIC * target[others].max()
-    few = size[coarsest] * ANISOTROPIC < size[others].min()
-    if coarse and few:
-        finest = np.percentile(spacings[:, coarsest], 10)
-        longest = target[others].max()
-        target[coarsest] = finest if finest >= longest else longest + 1e-5
-    return target
+    spacing, size = np.percentile(spacings, 50, 0), np.percentile(shapes, 50, 0)
+    coarsest = int(np.argmax(spacing))
+    in_plane = np.arange(3) != coarsest
+    is_coarse = spacing[coarsest] > ANISOTROPY_THRESHOLD * spacing[in_plane].max()
+    has_few_slices = size[coarsest] * ANISOTROPY_THRESHOLD < size[in_plane].min()
+    if is_coarse and has_few_slices:
+        fine, longest = np.percentile(spacings[:, coarsest], 10), spacing[in_plane].max()
+        spacing[coarsest] = fine if fine >= longest else longest + 1e-5
+    return spacing
 
 
-def resampled_shape(shape: Sequence[int], spacing: Sequence[float], target: Sequence[float]) -> tuple[int, ...]:
-    """The shape of a scan once its spacing is `target`."""
-    return tuple(round(float(mm / to * n)) for n, mm, to in zip(shape, spacing, target, strict=True))
-
-
-def _configuration(
-    spacing: np.ndarray, size: Sequence[float], batch_dice: bool, voxels: float, classes: int, memory_gb: float
+def _configure(
+    spacing: np.ndarray, size: Sequence[float], batch_dice: bool, voxels: float, class_count: int, memory_gb: float
 ) -> Configuration:
-    """A network and its patches for images of a spacing and a median size.
+    """Plan patches and network for images of a spacing and a median size.
 
     Args:
-        voxels: of all images.
+        voxels: of all images together.
     """
-    dimensions = len(spacing)
-    most, batch = MOST_HELD[dimensions] * (memory_gb / MEMORY_GB), BATCH[dimensions]
+    axes = len(spacing)
+    budget, batch_size = MAX_ACTIVATIONS[axes] * (memory_gb / DEFAULT_MEMORY_GB), REFERENCE_BATCH_SIZE[axes]
     per_mm = 1 / np.array(spacing)
-    side = (LARGEST_PATCH[dimensions] / np.prod(per_mm)) ** (1 / dimensions)
+    side = (INITIAL_PATCH_VOXELS[axes] / np.prod(per_mm)) ** (1 / axes)
     patch = [min(round(n * side), limit) for n, limit in zip(per_mm.tolist(), size, strict=True)]
-    stages = topology(spacing, patch)
-    while (held := features_held(stages, classes)) / batch * SMALLEST_BATCH > most:
-        stages = _smaller(stages, spacing, size)
-    of_data = round(voxels * SHARE_OF_DATA / math.prod(stages.patch_size))
+    topology = plan_topology(spacing, patch)
+    while (activations := count_activations(topology, class_count)) / batch_size * MIN_BATCH_SIZE > budget:
+        topology = _shrink_patch(topology, spacing, size)
+    max_batch_size = round(voxels * MAX_BATCH_FRACTION / math.prod(topology.patch_size))
+    stages = len(topology.strides)
     return Configuration(
-        batch_size=max(min(round(most / held * batch), of_data), SMALLEST_BATCH),
-        patch_size=stages.patch_size,
+        batch_size=max(min(round(budget / activations * batch_size), max_batch_size), MIN_BATCH_SIZE),
+        patch_size=topology.patch_size,
         median_image_size_in_voxels=tuple(size),
         spacing=tuple(np.array(spacing).tolist()),
         batch_dice=batch_dice,
-        n_stages=len(stages.strides),
-        features_per_stage=_features(stages),
-        kernel_sizes=stages.kernel_sizes,
-        strides=stages.strides,
-        n_conv_per_stage=(CONVOLUTIONS,) * len(stages.strides),
-        n_conv_per_stage_decoder=(CONVOLUTIONS,) * (len(stages.strides) - 1),
+        n_stages=stages,
+        features_per_stage=topology.features,
+        kernel_sizes=topology.kernel_sizes,
+        strides=topology.strides,
+        n_conv_per_stage=(CONVOLUTIONS_PER_STAGE,) * stages,
+        n_conv_per_stage_decoder=(CONVOLUTIONS_PER_STAGE,) * (stages - 1),
     )
 
 
-def _smaller(stages: Topology, spacing: np.ndarray, size: Sequence[float]) -> Topology:
-    """The next smaller patch: that side is cut which is the longest of its image."""
-    patch = list(stages.patch_size)
-    axis = int(np.argsort([n / of_image for n, of_image in zip(patch, size, strict=True)])[-1])
-    without = list(patch)
-    without[axis] -= stages.multiple[axis]
-    patch[axis] -= topology(spacing, without).multiple[axis]  # a patch that is smaller by less may do with fewer stages
-    return topology(spacing, patch)
+def _shrink_patch(topology: Topology, spacing: np.ndarray, size: Sequence[float]) -> Topology:
+    """Return the next smaller patch: the side that is longest relative to the image is cut."""
+    patch = list(topology.patch_size)
+    axis = int(np.argsort([n / limit for n, limit in zip(patch, size, strict=True)])[-1])
+    smaller = list(patch)
+    smaller[axis] -= topology.multiples[axis]
+    patch[axis] -= plan_topology(spacing, smaller).multiples[axis]  # a smaller patch may have fewer stages
+    return plan_topology(spacing, patch)
 
 
-def _features(stages: Topology) -> tuple[int, ...]:
-    most = MOST_FEATURES[len(stages.patch_size)]
-    return tuple(min(most, FIRST_FEATURES * 2**stage) for stage in range(len(stages.strides)))
-
-
-def features_held(stages: Topology, classes: int) -> int:
-    """What all convolutions of the network make of one patch, in numbers: nnU-Net's measure of its memory."""
-    size, total = np.array(stages.patch_size), 0
-    for stage, (features, stride) in enumerate(zip(_features(stages), stages.strides, strict=True)):
-        size = size // np.array(stride)
-        # down; and from every stage but the deepest up again, by a transposed convolution
-        convolutions = 2 * CONVOLUTIONS + 1 if stage < len(stages.strides) - 1 else CONVOLUTIONS
-        total += convolutions * features * math.prod(size.tolist())
-    return total + classes * math.prod(stages.patch_size)
-
-
-def _low_resolution(whole: Configuration, spacing: np.ndarray, size: np.ndarray, configure) -> Configuration | None:  # noqa: ANN001
-    """A coarser configuration whose patch is a quarter of a scan, where that of full resolution is less of it."""
-    coarse, low, patch, voxels = spacing.copy(), None, math.prod(whole.patch_size), float(np.prod(size))
-    while patch / voxels < COARSE_ENOUGH:
-        fine = coarse.max() / coarse > 2  # these first, until all axes are alike
-        coarse = np.where(fine, coarse * COARSER, coarse) if fine.any() else coarse * COARSER
+def _plan_low_resolution(
+    full: Configuration, spacing: np.ndarray, size: np.ndarray, configure: Callable[..., Configuration]
+) -> Configuration | None:
+    """Plan a coarser configuration whose patch is a quarter of a scan, if the patch at full resolution is smaller."""
+    coarse, low, patch, voxels = spacing.copy(), None, math.prod(full.patch_size), float(np.prod(size))
+    while patch / voxels < MIN_PATCH_FRACTION:
+        is_fine = coarse.max() / coarse > 2  # these axes first, until all are alike
+        coarse = np.where(is_fine, coarse * SPACING_STEP, coarse) if is_fine.any() else coarse * SPACING_STEP
         voxels = float(np.prod(spacing / coarse * size))
         low = configure(coarse, [round(n) for n in (spacing / coarse * size).tolist()], False, voxels)
         patch = math.prod(low.patch_size)
-    return low if low and float(np.prod(size)) / voxels >= WORTHWHILE else None
+    return low if low and float(np.prod(size)) / voxels >= MIN_REDUCTION else None
+
+
+class Topology(NamedTuple):
+    """Stages of a U-Net, from fine to coarse.
+
+    Attributes:
+        strides: of each stage along each axis; 1 in the first stage.
+        kernel_sizes: of each stage; 1 along an axis whose spacing is still much coarser than the others'.
+        patch_size: the requested size, each side rounded up to one of `multiples`.
+        multiples: that the strides need the sides to be.
+    """
+
+    strides: tuple[tuple[int, ...], ...]
+    kernel_sizes: tuple[tuple[int, ...], ...]
+    patch_size: tuple[int, ...]
+    multiples: tuple[int, ...]
+
+    @property
+    def features(self) -> tuple[int, ...]:
+        limit = MAX_FEATURES[len(self.patch_size)]
+        return tuple(min(limit, BASE_FEATURES * 2**stage) for stage in range(len(self.strides)))
+
+
+def plan_topology(spacing: Sequence[float], size: Sequence[float]) -> Topology:
+    """Plan the stages for patches of `size` voxels at `spacing` mm, along two or three axes.
+
+    Each stage halves the axes of finest spacing, until no axis has twice MIN_MAP_SIDE left.
+    """
+    spacing, side = np.array(spacing, float), np.array(size, float)
+    kernel, multiples = np.ones(len(spacing), int), np.ones(len(spacing), int)
+    strides, kernels = [tuple(multiples.tolist())], []
+    while (is_long := side >= 2 * MIN_MAP_SIDE).any():
+        is_halved = is_long & (spacing / spacing[is_long].min() < SIMILAR_SPACING_RATIO)
+        if is_halved.sum() == 1 and side[is_halved][0] < 3 * MIN_MAP_SIDE:  # a single axis must be longer
+            break
+        kernel[spacing / spacing.min() < SIMILAR_SPACING_RATIO] = 3
+        stride = np.where(is_halved, 2, 1)
+        spacing, side, multiples = spacing * stride, np.ceil(side / stride), multiples * stride
+        strides.append(tuple(stride.tolist()))
+        kernels.append(tuple(kernel.tolist()))
+    kernels.append((3,) * len(spacing))
+    patch_size = np.ceil(np.array(size) / multiples).astype(int) * multiples
+    return Topology(tuple(strides), tuple(kernels), tuple(patch_size.tolist()), tuple(multiples.tolist()))
+
+
+def count_activations(topology: Topology, class_count: int) -> int:
+    """Return how many values all convolutions output for one patch: nnU-Net's estimate of memory."""
+    size, total = np.array(topology.patch_size), 0
+    for stage, (features, stride) in enumerate(zip(topology.features, topology.strides, strict=True)):
+        size = size // np.array(stride)
+        is_deepest = stage == len(topology.strides) - 1
+        # encoder; in all other stages also the decoder and a transposed convolution
+        convolutions = CONVOLUTIONS_PER_STAGE if is_deepest else 2 * CONVOLUTIONS_PER_STAGE + 1
+        total += convolutions * features * math.prod(size.tolist())
+    return total + class_count * math.prod(topology.patch_size)

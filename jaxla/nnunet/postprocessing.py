@@ -1,8 +1,8 @@
-"""Whether a run keeps of its structures the largest connected part alone: what its validation cases say.
+"""nnU-Net's postprocessing: keep only the largest connected part of structures if that helps the validation cases.
 
-All structures together are tried first, then, where there are several, each by itself. A try is kept if the mean Dice
-of the structures that it may change rises, and none's falls. Reference code: nnunetv2 2.8.1,
-`determine_postprocessing`.
+The rule for all structures together is tried first. If there are several structures, the rule for each is tried next. A
+rule is adopted if it raises the mean Dice of the structures that it may change, and lowers none. Reference code:
+nnunetv2 2.8.1, `determine_postprocessing` and `remove_connected_components`.
 """
 
 from __future__ import annotations
@@ -13,41 +13,102 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
+from scipy import ndimage
 
 from jaxla.cli.files import report_os_errors, write_atomically
 from jaxla.cli.terminal import plural
 from jaxla.config import InputError
-from jaxla.distributed import barrier, gather, is_first
-from jaxla.inference.postprocessing import keep_largest
+from jaxla.distributed import barrier, broadcast, gather, is_first
 
 log = logging.getLogger(__name__)
 
-Tries = dict[str, list[float | None]]  # of a case: the Dice of every structure, for each way of keeping parts
+Groups = tuple[tuple[int, ...], ...]  # of class indices, whose largest connected part is kept
+Trials = dict[str, list[float | None]]  # Dice of each structure of one case, by rule
 
 
-def choose_largest(cases: Iterable[tuple[str, np.ndarray, np.ndarray]], names: Sequence[str], path: Path) -> None:
-    """Decide on validation cases which classes keep only their largest part, and write that to a file.
+def keep_largest(classes: np.ndarray, groups: Iterable[Sequence[int]]) -> np.ndarray:
+    """Return classes [S, H, W] with only the largest connected part of each group; equally large parts are all kept.
+
+    Voxels are connected by faces, edges and corners.
+    """
+    kept = classes.copy()
+    for group in groups:
+        mask = np.isin(kept, list(group))
+        parts, count = ndimage.label(mask, np.ones((3, 3, 3), bool))
+        if count > 1:
+            sizes = np.bincount(parts.ravel())
+            sizes[0] = 0  # background
+            kept[mask & (sizes < sizes.max())[parts]] = 0
+    return kept
+
+
+def choose_largest(cases: Iterable[tuple[str, np.ndarray, np.ndarray]], names: Sequence[str], path: Path) -> Groups:
+    """Return the groups to keep the largest part of, as the validation cases say; written to a file for later calls.
+
+    Every process must call it. If the file exists, `cases` is not read.
 
     Args:
-        cases: id, predicted and reference classes [S, H, W] of this process's share of the cases.
-        names: of the classes.
-        path: of the file.
+        cases: (case id, predicted classes, reference classes) of the cases of this process.
+        names: of the structures.
+        path: `validation/largest.json` in the run's folder.
     """
-    tries = {case_id: tries_of(predicted, reference, len(names)) for case_id, predicted, reference in cases}
-    all_tries = {case_id: each for of_process in gather(tries) for case_id, each in of_process.items()}
-    if is_first():
-        write_choice(all_tries, names, path)
-    barrier()
+    if not broadcast(path.exists()):
+        trials = {case: try_rules(predicted, reference, len(names)) for case, predicted, reference in cases}
+        merged = {case: trial for process in gather(trials) for case, trial in process.items()}
+        if is_first():
+            write_choice(merged, names, path)
+        barrier()
+    return tuple(map(tuple, broadcast(read_groups(path) if is_first() else None)))
 
 
-def join_folds(paths: Iterable[Path], names: Sequence[str], path: Path) -> None:
-    """Decide on the validation cases of all folds together, from the files that `choose_largest` wrote for each."""
-    tries = {case_id: each for fold in paths for case_id, each in json.loads(fold.read_text())["dice"].items()}
-    write_choice(tries, names, path)
+def try_rules(predicted: np.ndarray, reference: np.ndarray, count: int) -> Trials:
+    """Return the Dice of each of `count` structures of a case under each rule."""
+    each = [[k] for k in range(1, count + 1)]
+    joint = keep_largest(predicted, [range(1, count + 1)])
+    variants = {
+        "none": predicted,
+        "all": joint,
+        "each": keep_largest(predicted, each),
+        "all, each": keep_largest(joint, each),
+    }
+    return {rule: _dice(variant, reference, count) for rule, variant in variants.items()}
 
 
-def read_largest(path: Path) -> tuple[tuple[int, ...], ...]:
-    """Return the groups of classes whose largest connected part alone is kept; none if there is no such file.
+def choose_groups(trials: Mapping[str, Trials], count: int) -> list[list[int]]:
+    """Return the groups of classes of which only the largest part is kept.
+
+    Args:
+        trials: by case id.
+    """
+    mean = {rule: _mean([trial[rule] for trial in trials.values()]) for rule in next(iter(trials.values()))}
+    groups, base = [], "none"
+    if mean["all"].mean() > mean["none"].mean() and (mean["all"] >= mean["none"]).all():
+        groups, base = [list(range(1, count + 1))], "all"
+    each = "each" if base == "none" else "all, each"
+    if count > 1:  # the rule for one structure leaves the Dice of the others as it is
+        groups += [[k] for k in range(1, count + 1) if mean[each][k - 1] > mean[base][k - 1]]
+    return groups
+
+
+def write_choice(trials: Mapping[str, Trials], names: Sequence[str], path: Path) -> None:
+    """Write the chosen groups and the Dice behind them, and log the choice."""
+    groups = choose_groups(trials, len(names))
+    content = {"groups": groups, "unit": "volume", "n": len(trials), "dice": trials}
+    with report_os_errors("written", path, "Fix this and rerun with --resume."):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(path, json.dumps(content, indent=1) + "\n")
+    kept = ", then ".join(" and ".join(names[k - 1] for k in group) for group in groups)
+    rule = f"keep only the largest connected part of {kept}" if groups else "keep all parts"
+    log.info("postprocessing: %s, by the mean Dice of %s", rule, plural(len(trials), "validation case"))
+
+
+def read_trials(path: Path) -> dict[str, Trials]:
+    """Return the Dice that was written for each case."""
+    return json.loads(path.read_text())["dice"]
+
+
+def read_groups(path: Path) -> Groups:
+    """Return the groups that were written; none if there is no file.
 
     Raises:
         InputError: the file is damaged.
@@ -55,60 +116,24 @@ def read_largest(path: Path) -> tuple[tuple[int, ...], ...]:
     if not path.exists():
         return ()
     try:
-        groups = json.loads(path.read_text())["groups"]
-        return tuple(tuple(int(k) for k in group) for group in groups)
+        return tuple(tuple(int(k) for k in group) for group in json.loads(path.read_text())["groups"])
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise InputError(path, f"damaged ({error!r})", "Restore it from a copy.") from error
 
 
-def write_choice(tries: Mapping[str, Tries], names: Sequence[str], path: Path) -> None:
-    """Write the chosen groups of classes, and the Dice scores that decided it."""
-    groups = choose_groups(tries, len(names))
-    content = {"groups": groups, "unit": "volume", "n": len(tries), "dice": tries}
-    with report_os_errors("written", path, "Fix this and rerun with --resume."):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(path, json.dumps(content, indent=1) + "\n")
-    kept = ", then ".join(" and ".join(names[k - 1] for k in group) for group in groups)
-    choice = f"only the largest connected part of {kept} is kept" if groups else "all connected parts are kept"
-    log.info("postprocessing: %s (by the mean Dice of %s)", choice, plural(len(tries), "validation case"))
-
-
-def tries_of(predicted: np.ndarray, reference: np.ndarray, count: int) -> Tries:
-    """The Dice of each of `count` structures of a case, for each way of keeping parts."""
-    together = [range(1, count + 1)]
-    found = {"none": _dice(predicted, reference, count)}
-    found["all"] = _dice(kept := keep_largest(predicted, together), reference, count)
-    each = [[k] for k in range(1, count + 1)]
-    found["each"] = _dice(keep_largest(predicted, each), reference, count)
-    found["all, each"] = _dice(keep_largest(kept, each), reference, count)
-    return found
-
-
-def choose_groups(tries: Mapping[str, Tries], count: int) -> list[list[int]]:
-    """The groups of classes of which the largest part alone is kept."""
-    mean = {way: _mean([of_case[way] for of_case in tries.values()]) for way in next(iter(tries.values()))}
-    groups, base = [], "none"
-    if mean["all"].mean() > mean["none"].mean() and (mean["all"] >= mean["none"]).all():
-        groups, base = [list(range(1, count + 1))], "all"
-    each = "each" if base == "none" else "all, each"
-    if count > 1:  # what is taken from one structure changes no other's Dice
-        groups += [[k] for k in range(1, count + 1) if mean[each][k - 1] > mean[base][k - 1]]
-    return groups
-
-
 def _mean(dice: Sequence[Sequence[float | None]]) -> np.ndarray:
-    """Of each structure, over the cases that have one; NaN, which is neither more nor less, where none has."""
+    """Return the mean Dice of each structure over the cases that have it; NaN, which is never greater, if none does."""
     values = np.array(dice, float)
-    there = ~np.isnan(values)
+    is_defined = ~np.isnan(values)
     with np.errstate(invalid="ignore"):
-        return np.where(there, values, 0).sum(0) / there.sum(0)
+        return np.where(is_defined, values, 0).sum(0) / is_defined.sum(0)
 
 
 def _dice(predicted: np.ndarray, reference: np.ndarray, count: int) -> list[float | None]:
-    """Of each structure; None where neither has it, which nnU-Net leaves out of its means."""
+    """Return the Dice of each structure; None if neither mask has it, which nnU-Net excludes from its means."""
     values = []
     for k in range(1, count + 1):
-        ours, theirs = predicted == k, reference == k
-        voxels = int(ours.sum()) + int(theirs.sum())
-        values.append(2 * int((ours & theirs).sum()) / voxels if voxels else None)
+        a, b = predicted == k, reference == k
+        voxels = int(a.sum()) + int(b.sum())
+        values.append(2 * int((a & b).sum()) / voxels if voxels else None)
     return values

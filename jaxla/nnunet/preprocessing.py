@@ -1,141 +1,179 @@
-"""A scan as a plan wants it: zeros around it cut away, grey values normalised, resampled; kept in the cache folder.
+"""Scans -> volumes as the plan wants them: axes ordered, zeros cropped, normalised, resampled and kept in the cache.
 
-A planned volume is a folder named by what it was made from, holding `image.npy` [D, H, W] float32, `mask.npy` [D, H, W]
-int8 (of more than 127 classes int16) of class indices, -1 where the scan is zero, `places.npy`, where each class is,
-and `volume.json`.
-Reference code: nnunetv2 2.8.1, `DefaultPreprocessor`.
+Axes are anatomical here: head to foot, anterior to posterior and left to right, whatever a file's orientation is, then
+in the plan's order. nnU-Net uses a file's own axes; for files stored as most scanners do, the two are the same.
+
+A preprocessed volume is a folder named by what it was made from. It holds `image.npy` [D, H, W] float32, `mask.npy`
+[D, H, W] int8 (int16 for more than 127 classes) of class indices, -1 where the scan is zero, `locations.npy` of voxels
+of each class, and `volume.json`. Reference code: nnunetv2 2.8.1, `DefaultPreprocessor`.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import EllipsisType
 from typing import NamedTuple
 
 import numpy as np
+from scipy import ndimage
 
 from jaxla.cli.files import create_folder_once, has_files, report_os_errors
-from jaxla.config import InputError
+from jaxla.config import option
 from jaxla.data.arrays import open_array
 from jaxla.data.prepared import PreparedVolume
-from jaxla.nnunet.axes import planned_order, to_plan_axes
-from jaxla.nnunet.fingerprint import Box, fingerprint, nonzero_box, nonzero_mask
+from jaxla.data.volumes import AXES, axes_of_slices
 from jaxla.nnunet.plan import Configuration, Plan
-from jaxla.nnunet.planner import resampled_shape
-from jaxla.nnunet.resampling import resample_image, resample_mask, separate_axis
+from jaxla.nnunet.resampling import find_coarse_axis, resample_image, resample_mask, resampled_shape
 
-VERSION = 1  # of what stands in a planned folder; another number makes other folders
-FILES = ("image.npy", "mask.npy", "places.npy", "volume.json")
-OUTSIDE = -1  # in a mask: where the scan is zero
-LEAST_DEVIATION = 1e-8
-PLACES, SHARE_OF_PLACES = 10_000, 0.01  # of a class that are kept: so many, or that share of them if it is more
+VERSION = 1  # of the cached folders' content; another version gives other folders
+FILES = ("image.npy", "mask.npy", "locations.npy", "volume.json")
+OUTSIDE = -1  # class index in a mask where the scan is zero
+MIN_DEVIATION = 1e-8
+MIN_LOCATIONS, LOCATIONS_FRACTION = 10_000, 0.01  # voxels of a class to keep: the larger of these two numbers
+ANATOMICAL = (2, 1, 0)  # canonical axes, head-foot first
+
+Box = tuple[slice, ...]
 
 
-class PlannedImage(NamedTuple):
-    """A scan's image as a plan wants it, and the way back.
+def axis_order(slice_axis: str, transpose_forward: Sequence[int] = (0, 1, 2)) -> tuple[int, int, int]:
+    """Return which axes of slices [S, H, W] are the plan's first, second and third.
+
+    Args:
+        slice_axis: anatomical name of S.
+    """
+    canonical = axes_of_slices(AXES.index(slice_axis))
+    return tuple(canonical.index(ANATOMICAL[axis]) for axis in transpose_forward)
+
+
+def to_plan_axes(slices: np.ndarray, order: Sequence[int]) -> np.ndarray:
+    """Return slices [S, H, W] in the plan's axes (a view)."""
+    return slices.transpose(order)
+
+
+def from_plan_axes(array: np.ndarray, order: Sequence[int]) -> np.ndarray:
+    """Undo `to_plan_axes` (a view); further axes stay last."""
+    return array.transpose(*np.argsort(order), *range(3, array.ndim))
+
+
+def nonzero_box(image: np.ndarray) -> Box:
+    """Return the smallest box that contains all nonzero voxels."""
+    nonzero, sides = image != 0, []
+    for axis in range(image.ndim):
+        occupied = np.flatnonzero(nonzero.any(axis=tuple(i for i in range(image.ndim) if i != axis)))
+        sides.append(slice(int(occupied[0]), int(occupied[-1]) + 1))
+    return tuple(sides)
+
+
+def nonzero_mask(image: np.ndarray) -> np.ndarray:
+    """Return which voxels are nonzero or enclosed by nonzero ones."""
+    return ndimage.binary_fill_holes(image != 0)
+
+
+class PreprocessedImage(NamedTuple):
+    """An image as the plan wants it, and what it takes to map a segmentation back onto the scan.
 
     Attributes:
         image: [D, H, W] float32.
-        box: what was cut out of the scan, in the plan's axes.
-        shape: of the scan in the plan's axes, before that.
-        spacing: of the scan in the plan's axes, mm.
-        target: its spacing now.
-        order: which axis of its slices comes first, second, third.
+        box: the part of the scan that was kept, in the plan's axes.
+        shape: of the scan before cropping, in the plan's axes.
+        spacing: of the scan in mm, in the plan's axes.
+        new_spacing: of `image` in mm.
+        order: see `axis_order`.
     """
 
     image: np.ndarray
     box: Box
     shape: tuple[int, ...]
     spacing: tuple[float, ...]
-    target: tuple[float, ...]
+    new_spacing: tuple[float, ...]
     order: tuple[int, int, int]
 
     @property
-    def cropped(self) -> tuple[int, ...]:
-        """The shape of the box."""
+    def cropped_shape(self) -> tuple[int, ...]:
+        """The shape of `box`."""
         return tuple(side.stop - side.start for side in self.box)
 
     @property
-    def separate(self) -> int | None:
-        """The axis along which it was resampled by itself."""
-        return separate_axis(self.spacing, self.target)
+    def coarse_axis(self) -> int | None:
+        """The axis that was resampled by itself."""
+        return find_coarse_axis(self.spacing, self.new_spacing)
 
     @property
-    def separate_back(self) -> int | None:
-        """The axis along which it goes back onto the scan by itself; another one where both have a coarse axis."""
-        return separate_axis(self.target, self.spacing)
+    def coarse_axis_back(self) -> int | None:
+        """The axis to resample by itself on the way back; it differs if scan and plan have different coarse axes."""
+        return find_coarse_axis(self.new_spacing, self.spacing)
 
 
-def plan_image(
+def preprocess_image(
     slices: np.ndarray,
     slice_axis: str,
     spacing: Sequence[float],
     plan: Plan,
     configuration: Configuration,
     mask: np.ndarray | None = None,
-) -> PlannedImage:
-    """A scan's slices [S, H, W] in its own grey values, as the plan wants them.
+) -> PreprocessedImage:
+    """Crop, normalise and resample a scan.
 
     Args:
+        slices: [S, H, W] in the scan's own grey values.
         slice_axis: anatomical name of S.
         spacing: mm along slices, rows and columns.
-        mask: class indices [S, H, W], where there are any: what has a class counts as not zero.
+        mask: class indices [S, H, W], if known: voxels of a class count as nonzero.
     """
-    order = planned_order(slice_axis, plan.transpose_forward)
-    whole = to_plan_axes(slices, order)
-    mm = tuple(spacing[axis] for axis in order)
-    target = target_spacing(mm, configuration)
-    box = nonzero_box(whole)
+    order = axis_order(slice_axis, plan.transpose_forward)
+    scan = to_plan_axes(slices, order)
+    old_spacing = tuple(spacing[axis] for axis in order)
+    new_spacing = resampled_spacing(old_spacing, configuration)
+    box = nonzero_box(scan)
     inside = ...
     if plan.use_mask_for_norm:
-        inside = nonzero_mask(whole[box])
+        inside = nonzero_mask(scan[box])
         if mask is not None:
             inside |= to_plan_axes(mask, order)[box] > 0
-    image = _normalised(whole[box].astype(np.float32), inside)
-    shape = resampled_shape(image.shape, mm, target)
-    image = resample_image(image, shape, separate_axis(mm, target))
-    return PlannedImage(np.ascontiguousarray(image), box, whole.shape, mm, target, order)
+    image = _normalise(scan[box].astype(np.float32), inside)
+    shape = resampled_shape(image.shape, old_spacing, new_spacing)
+    image = resample_image(image, shape, find_coarse_axis(old_spacing, new_spacing))
+    return PreprocessedImage(np.ascontiguousarray(image), box, scan.shape, old_spacing, new_spacing, order)
 
 
-def planned_shape(volume: PreparedVolume, plan: Plan, configuration: Configuration) -> tuple[int, ...]:
-    """The shape of a scan at the plan's spacing, in its axes, with the zeros around it."""
-    order = planned_order(volume.slice_axis, plan.transpose_forward)
-    mm = [volume.spacing[axis] for axis in order]
-    return resampled_shape([volume.shape[axis] for axis in order], mm, target_spacing(mm, configuration))
+def preprocessed_shape(volume: PreparedVolume, plan: Plan, configuration: Configuration) -> tuple[int, ...]:
+    """Return the shape of a scan in the plan's axes and spacing, without cropping."""
+    order = axis_order(volume.slice_axis, plan.transpose_forward)
+    spacing = [volume.spacing[axis] for axis in order]
+    return resampled_shape([volume.shape[axis] for axis in order], spacing, resampled_spacing(spacing, configuration))
 
 
-def target_spacing(spacing: Sequence[float], configuration: Configuration) -> tuple[float, ...]:
-    """The spacing that a scan is brought to; in two dimensions its slices stay apart as they are."""
-    along_slices = spacing[: 3 - len(configuration.spacing)]
-    return (*along_slices, *configuration.spacing)
+def resampled_spacing(spacing: Sequence[float], configuration: Configuration) -> tuple[float, ...]:
+    """Return the spacing after resampling; a 2D configuration keeps the distance of the slices."""
+    return (*spacing[: 3 - len(configuration.spacing)], *configuration.spacing)
 
 
-def _normalised(image: np.ndarray, inside: np.ndarray | EllipsisType) -> np.ndarray:
-    """Mean 0 and standard deviation 1 of what is inside, changed in place."""
+def _normalise(image: np.ndarray, inside: np.ndarray | EllipsisType) -> np.ndarray:
+    """Change the voxels inside to mean 0 and standard deviation 1, in place."""
     part = image[inside]
-    image[inside] = (part - part.mean()) / max(part.std(), LEAST_DEVIATION)
+    image[inside] = (part - part.mean()) / max(part.std(), MIN_DEVIATION)
     return image
 
 
 @dataclass(frozen=True)
-class PlannedVolume:
-    """A case as a plan wants it, opened from disk only when indexed.
+class PreprocessedVolume:
+    """A case as the plan wants it; its arrays are opened from disk only while they are used.
 
     Attributes:
-        id: of the case.
-        folder: where its arrays lie.
+        id: case id.
+        folder: where its arrays are.
         shape: D, H, W.
-        class_places: how many places of each class are kept, background left out.
+        location_counts: number of voxels kept in `locations.npy` for each class, without background.
     """
 
     id: str
     folder: Path
     shape: tuple[int, int, int]
-    class_places: tuple[int, ...]
+    location_counts: tuple[int, ...]
 
     @property
     def image(self) -> np.ndarray:
@@ -145,80 +183,55 @@ class PlannedVolume:
     def mask(self) -> np.ndarray:
         return open_array(self.folder / "mask.npy")
 
-    def place(self, of_class: int, number: int) -> tuple[int, ...]:
-        """One of the places of a class, 1 the first."""
-        places = open_array(self.folder / "places.npy")
-        place = places[sum(self.class_places[: of_class - 1]) + number]
-        return tuple(int(i) for i in np.unravel_index(place, self.shape))
+    def location(self, class_index: int, i: int) -> tuple[int, ...]:
+        """Return the i-th kept voxel of a class; the first class is 1."""
+        locations = open_array(self.folder / "locations.npy")
+        flat_index = locations[sum(self.location_counts[: class_index - 1]) + i]
+        return tuple(int(i) for i in np.unravel_index(flat_index, self.shape))
 
 
-def prepare_planned(
-    volumes: Sequence[PreparedVolume],
-    plan: Plan,
-    configuration: Configuration,
-    cache_dir: Path,
-    track: Callable[[Iterable[PreparedVolume]], Iterable[PreparedVolume]] = iter,
-) -> list[PlannedVolume]:
-    """Every case as the plan wants it; those that are not in the cache yet are made.
-
-    Args:
-        track: wraps the iteration over volumes, for a progress bar.
+def preprocess_volumes(
+    volumes: Iterable[PreparedVolume], plan: Plan, configuration: Configuration, cache_dir: Path
+) -> list[PreprocessedVolume]:
+    """Preprocess every case that is not in the cache yet.
 
     Raises:
         InputError: the cache folder cannot be written.
     """
-    return [_prepare(volume, plan, configuration, cache_dir / "planned") for volume in track(volumes)]
+    return [_preprocess(volume, plan, configuration, cache_dir) for volume in volumes]
 
 
-def _prepare(volume: PreparedVolume, plan: Plan, configuration: Configuration, store: Path) -> PlannedVolume:
-    order = planned_order(volume.slice_axis, plan.transpose_forward)
-    target = target_spacing([volume.spacing[axis] for axis in order], configuration)
-    made_from = [VERSION, volume.slices_sha256, volume.content_key, order, target, plan.use_mask_for_norm]
-    folder = store / hashlib.sha256(json.dumps(made_from).encode()).hexdigest()[:32]
+def _preprocess(
+    volume: PreparedVolume, plan: Plan, configuration: Configuration, cache_dir: Path
+) -> PreprocessedVolume:
+    order = axis_order(volume.slice_axis, plan.transpose_forward)
+    new_spacing = resampled_spacing([volume.spacing[axis] for axis in order], configuration)
+    sources = [VERSION, volume.slices_sha256, volume.content_key, order, new_spacing, plan.use_mask_for_norm]
+    folder = cache_dir / "planned" / hashlib.sha256(json.dumps(sources).encode()).hexdigest()[:32]
     if not has_files(folder, FILES):
-        with report_os_errors("written", f"--cache-dir={store.parent}"):
-            _write(folder, volume, plan, configuration)
-    described = json.loads((folder / "volume.json").read_text())
-    return PlannedVolume(volume.id, folder, tuple(described["shape"]), tuple(described["class_places"]))
+        with report_os_errors("written", option("cache-dir", cache_dir)):
+            _write_folder(folder, volume, plan, configuration)
+    content = json.loads((folder / "volume.json").read_text())
+    return PreprocessedVolume(volume.id, folder, tuple(content["shape"]), tuple(content["location_counts"]))
 
 
-def _write(folder: Path, volume: PreparedVolume, plan: Plan, configuration: Configuration) -> None:
-    planned = plan_image(volume.image, volume.slice_axis, volume.spacing, plan, configuration, volume.mask)
-    classes = len(volume.class_voxels) - 1
-    kind = np.int8 if classes <= np.iinfo(np.int8).max else np.int16
-    mask = to_plan_axes(volume.mask, planned.order)[planned.box].astype(kind)
-    nonzero = nonzero_mask(to_plan_axes(volume.image, planned.order)[planned.box])
-    mask[(mask == 0) & ~nonzero] = OUTSIDE
-    mask = np.ascontiguousarray(resample_mask(mask, planned.image.shape, planned.separate))
-    draw = np.random.default_rng(0)
-    places = [_some(np.flatnonzero(mask == k), draw) for k in range(1, len(volume.class_voxels))]
-    described = {"shape": mask.shape, "class_places": [len(of_class) for of_class in places]}
-    with create_folder_once(folder, FILES) as beside:
-        np.save(beside / "image.npy", planned.image)
-        np.save(beside / "mask.npy", mask)
-        np.save(beside / "places.npy", np.concatenate(places))
-        (beside / "volume.json").write_text(json.dumps(described))
+def _write_folder(folder: Path, volume: PreparedVolume, plan: Plan, configuration: Configuration) -> None:
+    result = preprocess_image(volume.image, volume.slice_axis, volume.spacing, plan, configuration, volume.mask)
+    classes = range(1, len(volume.class_voxels))
+    dtype = np.int8 if len(classes) <= np.iinfo(np.int8).max else np.int16
+    mask = to_plan_axes(volume.mask, result.order)[result.box].astype(dtype)
+    mask[(mask == 0) & ~nonzero_mask(to_plan_axes(volume.image, result.order)[result.box])] = OUTSIDE
+    mask = np.ascontiguousarray(resample_mask(mask, result.image.shape, result.coarse_axis))
+    rng = np.random.default_rng(0)
+    locations = [_sample_locations(np.flatnonzero(mask == k), rng) for k in classes]
+    content = {"shape": mask.shape, "location_counts": [len(kept) for kept in locations]}
+    with create_folder_once(folder, FILES) as temporary:
+        np.save(temporary / "image.npy", result.image)
+        np.save(temporary / "mask.npy", mask)
+        np.save(temporary / "locations.npy", np.concatenate(locations))
+        (temporary / "volume.json").write_text(json.dumps(content))
 
 
-def _some(places: np.ndarray, draw: np.random.Generator) -> np.ndarray:
-    kept = min(len(places), max(PLACES, int(np.ceil(len(places) * SHARE_OF_PLACES))))
-    return draw.choice(places, kept, replace=False)
-
-
-def require_fitting(plan: Plan, configuration: Configuration, volumes: Sequence[PreparedVolume], where: str) -> None:
-    """Raise an InputError if a plan is of another kind of scans: of sides that differ by more than twice.
-
-    Args:
-        where: what to call the plan in the message.
-    """
-    data, axes, shapes = fingerprint(volumes), len(configuration.spacing), []
-    for spacing, shape in zip(data.spacings, data.shapes_after_crop, strict=True):
-        mm, size = ([of_axis[axis] for axis in plan.transpose_forward] for of_axis in (spacing, shape))
-        shapes.append(resampled_shape(size, mm, target_spacing(mm, configuration)))
-    found, planned = np.median(shapes, 0)[-axes:], np.array(configuration.median_image_size_in_voxels)
-    if (np.maximum(found / planned, planned / found) > 2).any():
-        here, there = ("×".join(f"{side:g}" for side in sides) for sides in (found, planned))
-        raise InputError(
-            f"{where}: does not fit the data: at its spacing the scans have {here} voxels (median), and it was made "
-            f"for {there}; leave --model.plan out to plan anew, or give the plan of these data"
-        )
+def _sample_locations(indices: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    count = min(len(indices), max(MIN_LOCATIONS, int(np.ceil(len(indices) * LOCATIONS_FRACTION))))
+    return rng.choice(indices, count, replace=False)

@@ -1,8 +1,7 @@
-"""nnU-Net's inference: a window that slides over a scan by half of itself, each window seen mirrored too.
+"""nnU-Net's inference in overlapping tiles: each is half a tile from the next, and is seen in all mirrored versions.
 
-What grows with the scan is the scan and its mask; of the logits only those slices are held at a time that a window may
-still reach, and each is brought back onto the scan's own grid as soon as none does. Reference code: nnunetv2 2.8.1,
-`nnUNetPredictor` and `export_prediction`.
+Memory grows with the scan and its mask only: a slice of logits is resampled onto the scan's grid, and freed, as soon as
+no tile reaches it any more. Reference code: nnunetv2 2.8.1, `nnUNetPredictor` and `export_prediction`.
 """
 
 from __future__ import annotations
@@ -20,155 +19,142 @@ from scipy import ndimage
 from jaxla.data.prepared import PreparedVolume
 from jaxla.distributed import device_count, place_on_devices, shard_batch
 from jaxla.nnunet.plan import Configuration, Plan
-from jaxla.nnunet.preprocessing import PlannedImage, planned_shape
-from jaxla.nnunet.resampling import linear_places, nearest_places
+from jaxla.nnunet.preprocessing import PreprocessedImage, preprocessed_shape
+from jaxla.nnunet.resampling import linear_indices, nearest_indices
 
-STEP = 0.5  # of a window, by which the next one is moved at most
-SIGMA = 1 / 8  # of a window's side: how its weight falls from the middle to the border
-TOGETHER = 8  # windows that a device sees at most at once
+STEP_FRACTION = 0.5  # of a tile's side: the largest distance between two tiles
+SIGMA_FRACTION = 1 / 8  # of a tile's side: how its weight falls from the centre to the border
+MAX_TILES_PER_DEVICE = 8
 
-Rows = Iterator[np.ndarray]  # slices along the first axis, one after the other
+Rows = Iterator[np.ndarray]  # slices along the first axis, in order
 
 
 def make_tile_logits(networks: Sequence[nnx.Module], configuration: Configuration) -> Callable[[np.ndarray], Rows]:
-    """`image -> logits`, compiled once: [D, H, W] as the plan wants it -> D slices [H, W, K] float32, in turn.
+    """Return `image -> logits`, compiled once: [D, H, W] as preprocessed -> D slices [H, W, K] float32, in order.
 
     Args:
-        networks: of one configuration; their logits are averaged.
+        networks: of the same configuration; their logits are averaged.
     """
     graph, _ = nnx.split(networks[0])
     states = [place_on_devices(nnx.split(network)[1]) for network in networks]
     size = configuration.patch_size
-    mirrored = jnp.array(list(product((False, True), repeat=len(size))))
-    together = min(TOGETHER, configuration.batch_size) * device_count()
+    all_flips = jnp.array(list(product((False, True), repeat=len(size))))
+    batch_size = min(MAX_TILES_PER_DEVICE, configuration.batch_size) * device_count()
 
     @jax.jit
-    def seen(state: nnx.State, windows: jax.Array) -> jax.Array:
+    def mean_over_flips(state: nnx.State, tiles: jax.Array) -> jax.Array:
         def add(total: jax.Array, flips: jax.Array) -> tuple[jax.Array, None]:
-            return total + _flipped(nnx.merge(graph, state)(_flipped(windows, flips)), flips), None
+            return total + _flip(nnx.merge(graph, state)(_flip(tiles, flips)), flips), None
 
-        shape = jax.eval_shape(lambda: nnx.merge(graph, state)(windows))
-        return jax.lax.scan(add, jnp.zeros(shape.shape, shape.dtype), mirrored)[0] / len(mirrored)
+        logits = jax.eval_shape(lambda: nnx.merge(graph, state)(tiles))
+        return jax.lax.scan(add, jnp.zeros(logits.shape, logits.dtype), all_flips)[0] / len(all_flips)
 
-    def logits_of(windows: np.ndarray) -> np.ndarray:
-        filled = np.zeros((together, *windows.shape[1:]), np.float32)
-        filled[: len(windows)] = windows
-        total = sum(np.asarray(seen(state, shard_batch(filled[..., None]))) for state in states)
-        return total[: len(windows)] / len(states)
+    def predict(tiles: np.ndarray) -> np.ndarray:
+        batch = np.zeros((batch_size, *tiles.shape[1:]), np.float32)
+        batch[: len(tiles)] = tiles
+        total = sum(np.asarray(mean_over_flips(state, shard_batch(batch[..., None]))) for state in states)
+        return total[: len(tiles)] / len(states)
 
-    def window_logits(image: np.ndarray) -> Rows:
-        return _merged(image, size, logits_of, together)
-
-    return window_logits
+    return lambda image: _merge_tiles(image, size, predict, batch_size)
 
 
-def _flipped(x: jax.Array, flips: jax.Array) -> jax.Array:
+def _flip(x: jax.Array, flips: jax.Array) -> jax.Array:
     for axis in range(len(flips)):
         x = jnp.where(flips[axis], jnp.flip(x, axis + 1), x)
     return x
 
 
-def _merged(
-    image: np.ndarray, size: Sequence[int], logits_of: Callable[[np.ndarray], np.ndarray], together: int
+def _merge_tiles(
+    image: np.ndarray, size: Sequence[int], predict: Callable[[np.ndarray], np.ndarray], batch_size: int
 ) -> Rows:
-    """The mean of what all windows say, weighted towards the middle of each: slices [H, W, K]."""
-    of_slices = len(size) == 2
-    size = (1, *size) if of_slices else tuple(size)
-    lacking = [max(0, side - n) for side, n in zip(size, image.shape, strict=True)]
-    padded = np.pad(image, [(n // 2, n - n // 2) for n in lacking])
+    """Yield slices [H, W, K]: the mean of all tiles' logits, weighted towards the centre of each tile."""
+    is_2d = len(size) == 2
+    size = (1, *size) if is_2d else tuple(size)
+    missing = [max(0, side - n) for side, n in zip(size, image.shape, strict=True)]
+    padded = np.pad(image, [(n // 2, n - n // 2) for n in missing])
+    depth, *plane = (slice(n // 2, n // 2 + side) for n, side in zip(missing, image.shape, strict=True))
     weight = gaussian_weights(size)
-    wanted = [slice(n // 2, n // 2 + side) for n, side in zip(lacking, image.shape, strict=True)]
-    rows: dict[int, tuple[np.ndarray, np.ndarray]] = {}  # logits and weights, so far
-    done = 0
+    sums: dict[int, tuple[np.ndarray, np.ndarray]] = {}  # by row: weighted logits, and weights
 
-    def finished(before: int) -> Rows:
-        nonlocal done
-        for z in range(done, before):
-            logits, weights = rows.pop(z)
-            if wanted[0].start <= z < wanted[0].stop:
-                yield logits[wanted[1], wanted[2]] / weights[wanted[1], wanted[2], None]
-        done = before
+    def pop_finished(end: int) -> Rows:
+        for z in sorted(z for z in sums if z < end):
+            logits, weights = sums.pop(z)
+            if depth.start <= z < depth.stop:
+                yield logits[*plane] / weights[*plane][..., None]
 
-    along = [tile_starts(n, side) for n, side in zip(padded.shape, size, strict=True)]
-    starts = product(range(len(padded)), *along[1:]) if of_slices else product(*along)
-    while places := list(islice(starts, together)):
-        yield from finished(places[0][0])
-        parts = [tuple(slice(s, s + side) for s, side in zip(start, size, strict=True)) for start in places]
-        windows = np.stack([padded[part] for part in parts])
-        logits = logits_of(windows[:, 0] if of_slices else windows)
-        logits = logits[:, None] if of_slices else logits
-        for (z, *_), (_, *plane), of_window in zip(places, parts, logits, strict=True):
-            for depth in range(size[0]):
-                if z + depth not in rows:
+    starts_by_axis = [tile_starts(n, side) for n, side in zip(padded.shape, size, strict=True)]
+    starts = product(range(len(padded)) if is_2d else starts_by_axis[0], *starts_by_axis[1:])
+    while batch := list(islice(starts, batch_size)):
+        yield from pop_finished(batch[0][0])
+        boxes = [tuple(slice(s, s + side) for s, side in zip(start, size, strict=True)) for start in batch]
+        tiles = np.stack([padded[box] for box in boxes])
+        logits = predict(tiles[:, 0])[:, None] if is_2d else predict(tiles)
+        for (rows, *tile_plane), tile in zip(boxes, logits, strict=True):
+            for z, tile_row, weight_row in zip(range(rows.start, rows.stop), tile, weight, strict=True):
+                if z not in sums:
                     blank = np.zeros(padded.shape[1:], np.float32)
-                    rows[z + depth] = np.zeros((*blank.shape, logits.shape[-1]), np.float32), blank
-                total, weights = rows[z + depth]
-                total[*plane] += of_window[depth] * weight[depth, ..., None]
-                weights[*plane] += weight[depth]
-    yield from finished(padded.shape[0])
+                    sums[z] = np.zeros((*blank.shape, logits.shape[-1]), np.float32), blank
+                logit_sum, weight_sum = sums[z]
+                logit_sum[*tile_plane] += tile_row * weight_row[..., None]
+                weight_sum[*tile_plane] += weight_row
+    yield from pop_finished(len(padded))
 
 
 def tile_starts(n: int, side: int) -> list[int]:
-    """Where windows of a side begin along n voxels: evenly apart, by half a window at most."""
-    count = int(np.ceil((n - side) / (side * STEP))) + 1
+    """Return where tiles begin along n voxels: evenly spaced, at most half a tile apart."""
+    count = int(np.ceil((n - side) / (side * STEP_FRACTION))) + 1
     return [round((n - side) / max(count - 1, 1) * i) for i in range(count)]
 
 
 def count_tiles(volumes: Iterable[PreparedVolume], plan: Plan, configuration: Configuration) -> int:
-    """How many windows, each way of mirroring counted, it takes to segment these scans."""
+    """Return how many tiles it takes to segment the scans, including mirrored ones."""
     total, size = 0, configuration.patch_size
     for volume in volumes:
-        shape = planned_shape(volume, plan, configuration)
+        shape = preprocessed_shape(volume, plan, configuration)
         sides = zip(shape[-len(size) :], size, strict=True)
-        windows = math.prod(len(tile_starts(max(n, side), side)) for n, side in sides)
-        total += windows * (shape[0] if len(size) == 2 else 1)
+        tiles = math.prod(len(tile_starts(max(n, side), side)) for n, side in sides)
+        total += tiles * (shape[0] if len(size) == 2 else 1)
     return total * 2 ** len(size)
 
 
 def gaussian_weights(size: Sequence[int]) -> np.ndarray:
-    """How much each voxel of a window counts, float32: a Gaussian around its middle."""
-    middle = np.zeros(size)
-    middle[tuple(side // 2 for side in size)] = 1
-    weight = ndimage.gaussian_filter(middle, [side * SIGMA for side in size], mode="constant")
+    """Return the weight of each voxel of a tile, float32 and positive: a Gaussian around the centre."""
+    centre = np.zeros(size)
+    centre[tuple(side // 2 for side in size)] = 1
+    weight = ndimage.gaussian_filter(centre, [side * SIGMA_FRACTION for side in size], mode="constant")
     weight = np.float32(weight / weight.max())
-    return np.maximum(weight, weight[weight > 0].min())  # no voxel counts nothing
+    return np.maximum(weight, weight[weight > 0].min())
 
 
-def resample_to_scan(logits: Iterable[np.ndarray], planned: PlannedImage) -> Rows:
-    """Slices of logits [H, W, K] of an image -> those of the part of the scan that it was made from, in its voxels.
+def resample_to_scan(logits: Iterable[np.ndarray], image: PreprocessedImage) -> Rows:
+    """Yield slices of logits [H, W, K] on the grid of the scan's cropped box, from those of the preprocessed image.
 
-    Linear between voxels; the nearest slice along an axis of much longer voxels.
+    Linear; nearest along an axis of much coarser spacing.
     """
-    before, after = planned.image.shape, planned.cropped
-    separate = planned.separate_back
+    shape, new_shape, coarse_axis = image.image.shape, image.cropped_shape, image.coarse_axis_back
 
-    def in_plane(row: np.ndarray) -> np.ndarray:
+    def resample_plane(row: np.ndarray) -> np.ndarray:
         for axis in (1, 2):
-            if before[axis] == after[axis]:
+            if shape[axis] == new_shape[axis]:
                 continue
-            if axis == separate:
-                row = row.take(nearest_places(before[axis], after[axis]), axis - 1)
+            if axis == coarse_axis:
+                row = row.take(nearest_indices(shape[axis], new_shape[axis]), axis - 1)
                 continue
-            first, second, share = linear_places(before[axis], after[axis])
-            share = share[:, None, None] if axis == 1 else share[:, None]
-            row = row.take(first, axis - 1) * (1 - share) + row.take(second, axis - 1) * share
+            first, second, weight = linear_indices(shape[axis], new_shape[axis])
+            weight = weight[:, None, None] if axis == 1 else weight[:, None]
+            row = row.take(first, axis - 1) * (1 - weight) + row.take(second, axis - 1) * weight
         return row
 
-    if before[0] == after[0]:
-        first = second = np.arange(before[0])
-        shares = np.zeros(before[0], np.float32)
-    elif separate == 0:
-        first = second = nearest_places(before[0], after[0])
-        shares = np.zeros(after[0], np.float32)
+    if shape[0] == new_shape[0] or coarse_axis == 0:
+        first = second = nearest_indices(shape[0], new_shape[0])
+        weights = np.zeros(new_shape[0], np.float32)
     else:
-        first, second, shares = linear_places(before[0], after[0])
-    rows, held, last = iter(logits), {}, -1
-    for a, b, share in zip(first, second, shares, strict=True):
+        first, second, weights = linear_indices(shape[0], new_shape[0])
+    rows, kept, last = iter(logits), {}, -1
+    for a, b, weight in zip(first, second, weights, strict=True):
         while last < b:
             last += 1
-            row = next(rows)
-            held = {last - 1: held[last - 1]} if last - 1 in held else {}
-            held[last] = in_plane(row)
-        yield held[a] if share == 0 else held[a] * (1 - share) + held[b] * share
+            kept = {z: row for z, row in kept.items() if z == last - 1} | {last: resample_plane(next(rows))}
+        yield kept[a] if weight == 0 else kept[a] * (1 - weight) + kept[b] * weight
     for _ in rows:  # slices that are nearest to none
         pass

@@ -20,11 +20,11 @@ from jaxla.data.volumes import (
     slices_to_canonical,
     write_volume,
 )
-from jaxla.distributed import broadcast, gather, is_first, local_items
+from jaxla.distributed import gather, is_first, local_items
 from jaxla.evaluation.atlas import Atlas, apply_atlas, build_atlas, choose_threshold
 from jaxla.evaluation.summary import Row, score_case, summarise_test, write_cases, write_summary
 from jaxla.inference.segment import SegmentSlices
-from jaxla.nnunet.postprocessing import choose_largest, read_largest
+from jaxla.nnunet.postprocessing import choose_largest
 from jaxla.runs.folder import LARGEST, PREDICTIONS, SUMMARY, TEST_CASES, TEST_SLICES
 from jaxla.runs.trained import TrainedRun
 from jaxla.tasks import Features
@@ -47,8 +47,6 @@ def choose_postprocessing(run: TrainedRun, data: PreparedData, run_dir: Path) ->
 
     Each process segments its share of the cases.
     """
-    if broadcast((run_dir / LARGEST).exists()):
-        return run
     segment_case = make_segment_case(run, replace(run, largest=()).make_segment(), None)
 
     def predictions() -> Iterator[tuple[str, np.ndarray, np.ndarray]]:
@@ -56,8 +54,7 @@ def choose_postprocessing(run: TrainedRun, data: PreparedData, run_dir: Path) ->
             volume = data.volumes[name]
             yield name, segment_case(volume), volume.mask
 
-    choose_largest(predictions(), run.record.labels.names, run_dir / LARGEST)
-    return replace(run, largest=read_largest(run_dir / LARGEST))
+    return replace(run, largest=choose_largest(predictions(), run.record.labels.names, run_dir / LARGEST))
 
 
 def make_segment_case(run: TrainedRun, segment: SegmentSlices, features: Features | None) -> SegmentCase:

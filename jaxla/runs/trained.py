@@ -14,11 +14,11 @@ from jaxla.data.split import ALL_FOLDS, FOLDS
 from jaxla.data.volumes import SliceGeometry
 from jaxla.distributed import broadcast
 from jaxla.hardware import first_local_device
-from jaxla.inference.postprocessing import keep_largest, postprocess
+from jaxla.inference.postprocessing import postprocess
 from jaxla.inference.segment import Segmented, SegmentSlices
 from jaxla.models.weights import parameters_sha256
 from jaxla.models.weights_format import require_undamaged
-from jaxla.nnunet.postprocessing import read_largest
+from jaxla.nnunet.postprocessing import keep_largest, read_groups
 from jaxla.runs.folder import BACKBONE, CHECKPOINTS, LARGEST, fold_folders
 from jaxla.runs.record import Record, read_record
 from jaxla.tasks import Task, restore_task
@@ -102,7 +102,7 @@ def load_run(folder: str | Path) -> TrainedRun:
     checkpoints.close()
     network = nnx.merge(parts.evaluation, restored["trainable"], parts.frozen.parameters, restored["statistics"])
     network.eval()
-    return TrainedRun(record, task, (network,), progress["epoch"], read_largest(folder / LARGEST))
+    return TrainedRun(record, task, (network,), progress["epoch"], read_groups(folder / LARGEST))
 
 
 def _load_folds(folder: Path, record: Record) -> TrainedRun:
@@ -116,7 +116,7 @@ def _load_folds(folder: Path, record: Record) -> TrainedRun:
             run.network.backbone = networks[0].backbone
         networks.append(run.network)
     task = restore_task(record.experiment, record.labels.outputs, record.extent, folder)
-    return TrainedRun(record, task, tuple(networks), first.epoch, read_largest(folder / LARGEST))
+    return TrainedRun(record, task, tuple(networks), first.epoch, read_groups(folder / LARGEST))
 
 
 def _frozen_weights(folder: Path, record: Record) -> Path:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Self
@@ -16,26 +15,21 @@ from scipy import special
 from jaxla.cli.files import report_os_errors
 from jaxla.cli.terminal import track
 from jaxla.config import Experiment, InputError, NetworkOptions, option
-from jaxla.data.cases import channel_name
 from jaxla.data.dataset import PreparedData
 from jaxla.data.prepared import PreparedVolume
 from jaxla.data.volumes import SliceGeometry
 from jaxla.distributed import barrier, is_first, local_items
 from jaxla.inference.segment import Segmented, SegmentSlices
 from jaxla.models.networks.base import build_network
-from jaxla.nnunet.augmentation import make_augment, read_size
-from jaxla.nnunet.axes import from_plan_axes
-from jaxla.nnunet.fingerprint import fingerprint
+from jaxla.nnunet.augmentation import initial_patch_size, make_augment
 from jaxla.nnunet.patches import PatchSource
-from jaxla.nnunet.plan import Z_SCORE, Plan, describe, read_plan, write_plan
-from jaxla.nnunet.planner import make_plan
-from jaxla.nnunet.preprocessing import plan_image, prepare_planned, require_fitting
+from jaxla.nnunet.plan import ARCH_CONFIGURATIONS, Plan, describe_configuration, read_plan, write_plan
+from jaxla.nnunet.planner import check_plan, plan_from_data, warn_unless_mri
+from jaxla.nnunet.preprocessing import from_plan_axes, preprocess_image, preprocess_volumes
 from jaxla.nnunet.tiles import count_tiles, make_tile_logits, resample_to_scan
 from jaxla.tasks.base import Features, Sources, Task, make_loss
 from jaxla.training.losses import Loss
 from jaxla.training.step import Augment
-
-log = logging.getLogger(__name__)
 
 PLAN = "plan.json"  # in the run's folder
 VALIDATION_FRACTION = 5  # training steps per validation step, as in nnU-Net
@@ -68,15 +62,12 @@ class PatchTask(Task):
         Test cases are not used, so the plan differs from that of the whole folder.
         """
         model, volumes = experiment.method.model, data.volumes_of(sorted(data.split.train + data.split.val))
-        log_other_channel(data.dataset.root)
-        if not model.plan:
-            found = fingerprint(volumes, lambda volumes: track(volumes, "planning"))
-            plan = make_plan(found, 1 + len(data.dataset.labels.names), model.memory_gb)
-            return cls(experiment, data.dataset.labels.outputs, plan)
-        where, plan = option("model.plan", model.plan), read_plan(Path(model.plan))
-        if plan.normalisation != Z_SCORE:
-            raise InputError(where, f"normalises by {plan.normalisation}, not by {Z_SCORE}", "Use a plan for MRI.")
-        require_fitting(plan, model.configuration(plan), volumes, where)
+        warn_unless_mri(data.dataset.root)
+        if model.plan:
+            plan = read_plan(Path(model.plan))
+            check_plan(plan, ARCH_CONFIGURATIONS[model.arch], volumes, option("model.plan", model.plan))
+        else:
+            plan = plan_from_data(volumes, 1 + len(data.dataset.labels.names), model.memory_gb)
         return cls(experiment, data.dataset.labels.outputs, plan)
 
     @classmethod
@@ -106,7 +97,7 @@ class PatchTask(Task):
             raise InputError(path, "differs from the plan of this command", "Restore it, or start a new run.")
 
     def describe(self, slice_counts: Collection[int]) -> str:
-        return f"{self.model.arch}: {describe(self.configuration)}"
+        return f"{self.model.arch}: {describe_configuration(self.configuration)}"
 
     def describe_input(self) -> str:
         sizes = (self.configuration.patch_size, self.configuration.spacing)
@@ -120,9 +111,8 @@ class PatchTask(Task):
         """Return random patches of the scans; scans that are not in the cache are resampled first."""
         ids = data.split.train + data.split.val
         ids = list(dict.fromkeys((*local_items(ids), *ids)))  # each process begins with others
-        planned = prepare_planned(
-            data.volumes_of(ids), self.plan, self.configuration, cache_dir, lambda volumes: track(volumes, "resampling")
-        )
+        scans = track(data.volumes_of(ids), "resampling")
+        planned = preprocess_volumes(scans, self.plan, self.configuration, cache_dir)
         by_id = {volume.id: volume for volume in planned}
         patch, steps = self.configuration.patch_size, self.recipe.steps
 
@@ -130,7 +120,7 @@ class PatchTask(Task):
             volumes, seed = [by_id[name] for name in ids], (self.experiment.seed, stream)
             return PatchSource(volumes, size, patch, self.batch_size, seed, steps * self.batch_size)
 
-        read = read_size(patch) if self.experiment.method.augmentation.nnunet else patch
+        read = initial_patch_size(patch) if self.experiment.method.augmentation.nnunet else patch
         return Sources(
             make_source(data.split.train, TRAIN_STREAM, read, steps),
             make_source(data.split.val, VAL_STREAM, patch, max(1, steps // VALIDATION_FRACTION)),
@@ -161,7 +151,7 @@ class PatchTask(Task):
         tile_logits = make_tile_logits(networks, configuration)
 
         def segment(slices: np.ndarray, geometry: SliceGeometry, with_probabilities: bool = False) -> Segmented:
-            planned = plan_image(slices, geometry.axis, geometry.spacing, self.plan, configuration)
+            planned = preprocess_image(slices, geometry.axis, geometry.spacing, self.plan, configuration)
             classes = np.zeros(planned.shape, np.uint8)
             probabilities = None
             if with_probabilities:
@@ -191,16 +181,3 @@ def is_same_plan(model: NetworkOptions, folder: Path) -> bool:
 def background_outside(key: jax.Array, images: jax.Array, masks: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Return patches unchanged, except that voxels outside the scan are background in the mask."""
     return images, jnp.maximum(masks, 0)
-
-
-OTHER_CHANNELS = ("ct", "nonorm", "rescale_0_1", "rescale_to_0_1", "rgb_to_0_1")  # nnU-Net normalises these otherwise
-
-
-def log_other_channel(root: Path) -> None:
-    """Warn if `dataset.json` names a channel that nnU-Net would not normalise like MRI."""
-    name = channel_name(root)
-    if name.casefold() in OTHER_CHANNELS:
-        log.warning(
-            "%s: the channel is %s, which nnU-Net does not normalise by mean and standard deviation; jaxla does",
-            root / "dataset.json", name,
-        )  # fmt: skip

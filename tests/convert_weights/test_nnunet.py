@@ -117,7 +117,7 @@ def write_small_plan(folder):
         ({"output": None}, "--output: required with --arch=nnunet"),
         (
             {"configuration": "3d_lowres"},
-            "configuration '3d_lowres': none that is built here; give one of 2d, 3d_fullres",
+            "configuration '3d_lowres' is not supported. Use 2d or 3d_fullres.",
         ),
         ({"configuration": "3d_fullres"}, "50 with the wrong shape"),
         ({"plans": "nothing.json"}, "nothing.json: cannot be read"),

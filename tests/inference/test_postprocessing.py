@@ -5,7 +5,8 @@ import pytest
 from scipy import ndimage
 
 from jaxla.config import Postprocessing
-from jaxla.inference.postprocessing import keep_largest, postprocess
+from jaxla.inference.postprocessing import postprocess
+from jaxla.nnunet.postprocessing import keep_largest
 
 BOTH = Postprocessing(opening=3, closing=3)
 

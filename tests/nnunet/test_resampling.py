@@ -1,51 +1,50 @@
-"""Resampling against nnU-Net's own, to the bit; and the places between samples by hand."""
+"""Resampling equals nnU-Net's own bit for bit; sample positions by hand."""
 
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from jaxla.nnunet.resampling import linear_places, nearest_places, resample_image, resample_mask, separate_axis
+from jaxla.nnunet.resampling import find_coarse_axis, linear_indices, nearest_indices, resample_image, resample_mask
 
 GOLDEN = np.load(Path(__file__).parents[1] / "golden" / "nnunet_resampling.npz")
 
 
 @pytest.mark.parametrize("number", range(6))
-def test_images_and_masks_are_nnunets_to_the_bit(number):
-    """Isotropic scans, and some that are coarse along one axis, before or after or both."""
+def test_images_and_masks_equal_nnunets_bit_for_bit(number):
+    """Isotropic scans, and scans with a coarse axis before resampling, after it, or both."""
     image, mask, before, after, expected, expected_mask = (
         GOLDEN[f"{name}{number}"] for name in ("image", "mask", "from", "to", "out_image", "out_mask")
     )
-    separate = separate_axis(before, after)
-    resampled = resample_image(image, expected.shape, separate)
+    coarse_axis = find_coarse_axis(before, after)
+    resampled = resample_image(image, expected.shape, coarse_axis)
     assert resampled.dtype == np.float32
     np.testing.assert_array_equal(resampled, expected)
-    np.testing.assert_array_equal(resample_mask(mask, expected.shape, separate), expected_mask)
+    np.testing.assert_array_equal(resample_mask(mask, expected.shape, coarse_axis), expected_mask)
 
 
-def test_the_cases_have_an_axis_of_its_own_or_none():
-    """So that the test above sees both ways."""
-    assert [separate_axis(GOLDEN[f"from{n}"], GOLDEN[f"to{n}"]) for n in range(6)] == [None, 0, 1, 0, 0, 0]
+def test_golden_cases_cover_scans_with_and_without_a_coarse_axis():
+    assert [find_coarse_axis(GOLDEN[f"from{n}"], GOLDEN[f"to{n}"]) for n in range(6)] == [None, 0, 1, 0, 0, 0]
 
 
 @pytest.mark.parametrize(
-    ("spacing", "other", "axis"),
+    ("spacing", "new_spacing", "axis"),
     [
-        ((3, 1, 1), (1, 1, 1), None),  # three times is not more than three times
+        ((3, 1, 1), (1, 1, 1), None),  # exactly the threshold
         ((3.1, 1, 1), (1, 1, 1), 0),
         ((1, 1, 1), (1, 1, 4), 2),
-        ((4, 4, 1), (1, 1, 1), None),  # two long axes: neither by itself
-        ((4, 1, 1), (1, 1, 5), 0),  # the scan's own comes first
+        ((4, 4, 1), (1, 1, 1), None),  # two coarse axes count as none
+        ((4, 1, 1), (1, 1, 5), 0),  # the axis before resampling comes first
     ],
 )
-def test_one_axis_alone_is_resampled_by_itself(spacing, other, axis):
-    assert separate_axis(spacing, other) == axis
+def test_coarse_axis(spacing, new_spacing, axis):
+    assert find_coarse_axis(spacing, new_spacing) == axis
 
 
-def test_places_between_samples():
-    np.testing.assert_array_equal(nearest_places(4, 2), [1, 3])  # 0.5 and 2.5 lie between two: the later one
-    np.testing.assert_array_equal(nearest_places(2, 5), [0, 0, 1, 1, 1])
-    first, second, share = linear_places(2, 4)
+def test_nearest_and_linear_indices():
+    np.testing.assert_array_equal(nearest_indices(4, 2), [1, 3])  # 0.5 and 2.5 are rounded up
+    np.testing.assert_array_equal(nearest_indices(2, 5), [0, 0, 1, 1, 1])
+    first, second, weight = linear_indices(2, 4)
     np.testing.assert_array_equal([first, second], [[0, 0, 0, 0], [1, 1, 1, 1]])
-    np.testing.assert_array_equal(share, [0, 0.25, 0.75, 1])
-    assert [x.tolist() for x in linear_places(1, 2)] == [[0, 0], [0, 0], [0, 0]]
+    np.testing.assert_array_equal(weight, [0, 0.25, 0.75, 1])
+    assert [x.tolist() for x in linear_indices(1, 2)] == [[0, 0], [0, 0], [0, 0]]

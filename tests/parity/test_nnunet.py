@@ -1,6 +1,7 @@
-"""nnU-Net's network: the golden logits of its own code, and a PyTorch module in float64 for gradients."""
+"""nnU-Net's network against golden logits of its own code, and gradients of a PyTorch module in float64."""
 
 import json
+from functools import partial
 from pathlib import Path
 
 import jax
@@ -22,7 +23,7 @@ from tests.tiny import randomise
 GOLDEN = Path(__file__).parents[1] / "golden"
 PLAN = GOLDEN / "nnunet_plans" / "Hippocampus.json"
 
-# 3×3 kernels in 2D; in 3D the first axis is neither convolved nor halved at first; all kinds of strides
+# 2D: 3×3 kernels; 3D: a coarse axis that the first stages neither convolve nor halve
 TINY = {
     "2d": Configuration(
         2, (16, 24), (16, 24), (1, 1), True, 3, (4, 6, 8), ((3, 3),) * 3, ((1, 1), (2, 2), (1, 2)), (2, 1, 2), (2, 1)
@@ -35,7 +36,7 @@ TINY = {
 
 
 def fill(network, configuration, state):
-    """Fill our network with the state dict of PyTorch's."""
+    """Load an nnU-Net state dict into our network."""
     variables = {".".join(map(str, path)): variable for path, variable in nnx.to_flat_state(nnx.state(network))}
     for row in nnunet_rows(configuration, state["decoder.seg_layers.0.bias"].shape[0]):
         if not row.optional:
@@ -53,25 +54,25 @@ def test_logits_of_every_resolution_equal_nnunets(name):
     network = jaxla.build_network(method, classes=3, plan=PLAN)
     fill(network, configuration, fake_state_dict({key: tuple(shape) for key, shape in shapes.items()}))
     image = golden["image"][None, ..., None]
-    found = network.of_all_resolutions(image)
+    found = network.multiscale_logits(image)
     assert len(found) == configuration.n_stages - 1
     for level, logits in enumerate(found):
         expected = np.moveaxis(golden[f"logits{level}"], 0, -1)
-        assert np.abs(np.asarray(logits[0]) - expected).max() <= 1e-5  # measured: 5.1e-6, of values up to 2.6
+        assert np.abs(np.asarray(logits[0]) - expected).max() <= 1e-5  # measured: 5.1e-6, values up to 2.6
     np.testing.assert_array_equal(network(image), found[0])
 
 
 @pytest.mark.parametrize("name", TINY)
 @pytest.mark.parametrize("outputs", [1, 3])
 def test_gradients_of_the_loss_equal_the_reference(name, outputs):
-    """Dice and cross-entropy over the resolutions. With one output the reference has two, as nnU-Net has."""
+    """Deep supervision of Dice and cross-entropy; for one output the reference has two, as nnU-Net has."""
     with jax.enable_x64():
-        configuration, draw = TINY[name], np.random.default_rng(0)
+        configuration, rng = TINY[name], np.random.default_rng(0)
         network = randomise(nnx.eval_shape(lambda: NNUNet(configuration, outputs, dtype=jnp.float64, rngs=nnx.Rngs(0))))
         for _, variable in nnx.to_flat_state(nnx.state(network)):
             variable.set_value(jnp.asarray(np.asarray(variable), jnp.float64))
-        images = draw.standard_normal((2, *configuration.patch_size, 1))
-        mask = draw.integers(0, max(2, outputs), images.shape[:-1])
+        images = rng.standard_normal((2, *configuration.patch_size, 1))
+        mask = rng.integers(0, max(2, outputs), images.shape[:-1])
         reference = nnunet_reference_of(configuration, network)
         network.train()
         graph, parameters = nnx.split(network)
@@ -80,7 +81,7 @@ def test_gradients_of_the_loss_equal_the_reference(name, outputs):
         def loss(parameters):
             logits = nnx.merge(graph, parameters)(images)
             return deep_supervision(
-                lambda *level: dice_cross_entropy(*level, batch_dice=configuration.batch_dice),
+                partial(dice_cross_entropy, batch_dice=configuration.batch_dice),
                 logits,
                 mask,
                 weight,
@@ -95,7 +96,7 @@ def test_gradients_of_the_loss_equal_the_reference(name, outputs):
         theirs.backward()
         assert abs(float(value) - theirs.item()) <= 1e-12  # measured: 5.6e-16
         ours = nnunet_as_theirs(configuration, gradients)
-        # the coarsest logits have no weight and hence no gradient
+        # the coarsest logits do not contribute to the loss
         expected = {
             key: np.zeros(p.shape) if p.grad is None else p.grad.numpy() for key, p in reference.named_parameters()
         }
@@ -108,7 +109,7 @@ def test_gradients_of_the_loss_equal_the_reference(name, outputs):
 
 
 def their_loss(logits, mask, batch_dice):
-    """Return nnU-Net's loss, written from its paper and code: softmax, soft Dice, targets of the nearest voxels."""
+    """Return nnU-Net's loss: cross-entropy minus soft Dice of the structures, with nearest-neighbour targets."""
     total, weights = 0.0, [0.5**level for level in range(len(logits) - 1)]
     for level_logits, weight in zip(logits, weights, strict=False):
         target = mask[:, None].to(level_logits.dtype)
@@ -118,16 +119,15 @@ def their_loss(logits, mask, batch_dice):
             torch.nn.functional.one_hot(target, level_logits.shape[1]).movedim(-1, 1)[:, 1:].to(level_logits.dtype)
         )
         axes = tuple(range(2, level_logits.ndim))
-        intersection, predicted, reference = (x.sum(axes) for x in (probabilities * one_hot, probabilities, one_hot))
+        both, predicted, referenced = (x.sum(axes) for x in (probabilities * one_hot, probabilities, one_hot))
         if batch_dice:
-            intersection, predicted, reference = (x.sum(0) for x in (intersection, predicted, reference))
-        dice = ((2 * intersection + 1e-5) / (predicted + reference + 1e-5)).mean()
+            both, predicted, referenced = (x.sum(0) for x in (both, predicted, referenced))
+        dice = ((2 * both + 1e-5) / (predicted + referenced + 1e-5)).mean()
         total = total + weight * (torch.nn.functional.cross_entropy(level_logits, target) - dice)
     return total / sum(weights)
 
 
-def test_one_output_is_the_difference_between_nnunets_two():
-    """Its sigmoid is the softmax probability of the structure."""
+def test_sigmoid_of_one_output_equals_softmax_of_nnunets_two():
     configuration = TINY["3d"]
     two = randomise(nnx.eval_shape(lambda: NNUNet(configuration, 2, rngs=nnx.Rngs(0))))
     graph = nnx.split(nnx.eval_shape(lambda: NNUNet(configuration, 1, rngs=nnx.Rngs(0))))[0]
@@ -137,7 +137,7 @@ def test_one_output_is_the_difference_between_nnunets_two():
     np.testing.assert_allclose(jax.nn.sigmoid(one(images)), structure, atol=1e-6)  # measured: 6e-8
 
 
-def test_evaluation_pads_images_and_training_refuses_other_sizes():
+def test_training_refuses_sides_that_evaluation_pads():
     network = randomise(nnx.eval_shape(lambda: NNUNet(TINY["3d"], 3, rngs=nnx.Rngs(0))))
     images = np.random.default_rng(1).standard_normal((1, 9, 17, 13, 1), np.float32)
     assert network(images).shape == (1, 9, 17, 13, 3)
@@ -157,7 +157,7 @@ def test_evaluation_pads_images_and_training_refuses_other_sizes():
             network(wrong)
 
 
-def test_number_of_parameters_equals_nnunets():
+def test_parameter_count_equals_nnunets():
     for name, method in (("2d", "nnunet_2d"), ("3d_fullres", "nnunet_3d")):
         shapes = json.loads((GOLDEN / f"nnunet_hippocampus_{name}.shapes.json").read_text())
         network = nnx.eval_shape(lambda method=method: jaxla.build_network(method, classes=3, plan=PLAN))
@@ -165,23 +165,23 @@ def test_number_of_parameters_equals_nnunets():
         assert ours == sum(int(np.prod(shape)) for shape in shapes.values())
 
 
-def test_initial_parameters_follow_nnunets_distribution():
-    """He's normal distribution by fan-in for LeakyReLU with slope 0.01; biases are zero."""
+def test_initial_parameters_are_distributed_as_nnunets():
+    """He's normal distribution for LeakyReLU of slope 0.01 by fan-in; biases are zero."""
     network = jaxla.build_network("nnunet_3d", classes=1, seed=1, plan=json.loads(PLAN.read_text()))
     gain = 2 / (1 + 0.01**2)
     kernel = np.asarray(network.down[2][1].convolution.kernel[...])
     np.testing.assert_allclose(kernel.std(), np.sqrt(gain / (27 * 128)), rtol=0.01)
-    up = np.asarray(network.up[0].kernel[...])  # for transposed convolutions PyTorch counts the outputs
+    up = np.asarray(network.up[0].kernel[...])  # for a transposed convolution PyTorch counts outputs
     np.testing.assert_allclose(up.std(), np.sqrt(gain / (8 * 128)), rtol=0.01)
     assert not np.asarray(network.down[2][1].convolution.bias[...]).any()
     again = jaxla.build_network("nnunet_3d", classes=1, seed=1, plan=PLAN)
     np.testing.assert_array_equal(again.down[2][1].convolution.kernel[...], kernel)
 
 
-def test_a_plan_is_asked_for_and_refused_where_there_is_none():
-    with pytest.raises(jaxla.InputError, match=r"plan: nnunet_2d needs a plan\. Pass the file"):
+def test_plan_is_required_by_nnunet_and_refused_by_other_methods():
+    with pytest.raises(jaxla.InputError, match="plan: nnunet_2d is planned from the data; give the file"):
         jaxla.build_network("nnunet_2d")
-    with pytest.raises(jaxla.InputError, match="plan: unet needs no plan"):
+    with pytest.raises(jaxla.InputError, match="plan: unet takes none"):
         jaxla.build_network("unet", plan=PLAN)
     with pytest.raises(jaxla.InputError, match="plan: not a plan"):
         jaxla.build_network("nnunet_2d", plan={"configurations": []})
