@@ -26,8 +26,8 @@ class PatchSource:
     Args:
         volumes: to draw from.
         initial_size: voxels to read, [D, H, W], or [H, W] for slices; see `augmentation.initial_patch_size`.
-        patch_size: voxels that remain in the centre after augmentation. Patches reach beyond the volume only so far that
-            this centre can touch its border.
+        patch_size: voxels that remain in the centre after augmentation. Patches reach beyond the volume only so far
+            that this centre can touch its border.
         batch_size: rows of a batch.
         seed: numbers that all patches depend on.
         length: number of patches that validation reads.

@@ -25,7 +25,7 @@ from jaxla.cli.files import create_folder_once, has_files, report_os_errors
 from jaxla.config import option
 from jaxla.data.arrays import open_array
 from jaxla.data.prepared import PreparedVolume
-from jaxla.data.volumes import AXES, axes_of_slices
+from jaxla.data.volumes import AXES, slice_row_column_axes
 from jaxla.nnunet.plan import Configuration, Plan
 from jaxla.nnunet.resampling import find_coarse_axis, resample_image, resample_mask, resampled_shape
 
@@ -45,7 +45,7 @@ def axis_order(slice_axis: str, transpose_forward: Sequence[int] = (0, 1, 2)) ->
     Args:
         slice_axis: anatomical name of S.
     """
-    canonical = axes_of_slices(AXES.index(slice_axis))
+    canonical = slice_row_column_axes(AXES.index(slice_axis))
     return tuple(canonical.index(ANATOMICAL[axis]) for axis in transpose_forward)
 
 
