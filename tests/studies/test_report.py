@@ -408,7 +408,10 @@ FAULTS = {
         lambda run: edit(run / "split.json", lambda c: c.update(val=["t0"])),
         "{run} and {any} cannot be compared, for their validation patients differ",
     ),
-    "other cases": (remove_case, "{any} and {run}: not tested on the same cases (c3 is a test case of {any}, but not of {run})"),
+    "other cases": (
+        remove_case,
+        "{any} and {run}: not tested on the same cases (c3 is a test case of {any}, but not of {run})",
+    ),
     "another seed": (
         lambda run: edit(run / "experiment.json", lambda c: c["experiment"].update(seed=7)),
         "{run}: holds another run than planned, with --seed=7 and not 1; move it away",
