@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import numpy as np
 
@@ -31,6 +31,9 @@ from jaxla.evaluation.summary import (
     write_summary,
 )
 
+if TYPE_CHECKING:
+    from jsonargparse import ArgumentParser
+
 log = logging.getLogger("jaxla.evaluate")
 
 MAX_CLASSES = 255  # class indices are uint8; a file with more values is an image
@@ -51,32 +54,7 @@ def main(arguments: list[str]) -> None:
         InputError: a file has no partner, a different grid, or a value that is not a class, or cannot be read; the
             output exists; or options contradict each other.
     """
-    parser = command_parser("jaxla.evaluate", "Score predicted masks against reference masks.")
-    parser.add_argument("--predictions", type=str, required=True, help="folder of predicted masks, <case>.nii.gz")
-    parser.add_argument(
-        "--references",
-        type=str,
-        required=True,
-        help="folder of masks, <case>.nii.gz or <case>_mask.nii.gz; or a data set",
-    )
-    parser.add_argument("--output", type=str, required=True, help="new folder for cases.csv and summary.json")
-    parser.add_argument(
-        "--unit", type=Literal["volume", "slice"], default="volume", help="what is measured; means are over these units"
-    )
-    parser.add_argument(
-        "--protocol", type=Literal["lascarqs2022"] | None, default=None, help="also write the table of this challenge"
-    )
-    parser.add_argument(
-        "--empty",
-        type=Literal["one", "zero", "skip"],
-        default="one",
-        help="a unit with nothing in prediction and reference is perfect, worst, or left out",
-    )
-    parser.add_argument("--cases", type=str, help="a run's split.json: score only its test cases")
-    parser.add_argument(
-        "--data.labels", type=str, default="", help="mask values of each class as in training, such as LA:1"
-    )
-    options = parse_arguments(parser, arguments)
+    options = parse_arguments(make_parser(), arguments)
     output = Path(options.output)
     if output.exists() or output.is_symlink():
         raise InputError(f"--output={output}", "exists already", "Name a new folder.")
@@ -107,6 +85,36 @@ def main(arguments: list[str]) -> None:
         skipped = summary["skipped"]
         print(f"left out: {skipped['units']} {options.unit}s, {skipped['rows']} rows of cases.csv")
     print(f"written to {output}")
+
+
+def make_parser() -> ArgumentParser:
+    """Return the parser of the command line."""
+    parser = command_parser("jaxla.evaluate", "Score predicted masks against reference masks.")
+    parser.add_argument("--predictions", type=str, required=True, help="folder of predicted masks, <case>.nii.gz")
+    parser.add_argument(
+        "--references",
+        type=str,
+        required=True,
+        help="folder of masks, <case>.nii.gz or <case>_mask.nii.gz; or a data set",
+    )
+    parser.add_argument("--output", type=str, required=True, help="new folder for cases.csv and summary.json")
+    parser.add_argument(
+        "--unit", type=Literal["volume", "slice"], default="volume", help="what is measured; means are over these units"
+    )
+    parser.add_argument(
+        "--protocol", type=Literal["lascarqs2022"] | None, default=None, help="also write the table of this challenge"
+    )
+    parser.add_argument(
+        "--empty",
+        type=Literal["one", "zero", "skip"],
+        default="one",
+        help="a unit with nothing in prediction and reference is perfect, worst, or left out",
+    )
+    parser.add_argument("--cases", type=str, help="a run's split.json: score only its test cases")
+    parser.add_argument(
+        "--data.labels", type=str, default="", help="mask values of each class as in training, such as LA:1"
+    )
+    return parser
 
 
 def match_cases(
