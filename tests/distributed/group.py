@@ -52,10 +52,12 @@ def finish(processes, folder, seconds):
     return codes, *read
 
 
-def wait_for(condition, seconds=60, running=()):
-    """Wait until the condition holds; fails if one of the `running` processes exits before."""
+def wait_for(condition, processes, seconds=300):
+    """Wait until the condition holds; kill the processes if one exits before or the time is over."""
     end = time.monotonic() + seconds
     while not condition():
-        assert time.monotonic() < end, "the condition never held"
-        assert all(process.poll() is None for process in running), "a process exited too early"
+        if time.monotonic() > end or any(process.poll() is not None for process in processes):
+            for process in processes:
+                process.kill()
+            raise AssertionError("a process exited too early, or the condition did not hold in time")
         time.sleep(0.05)

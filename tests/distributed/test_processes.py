@@ -50,7 +50,7 @@ def test_processes_exchange_values_and_the_first_prints(tmp_path):
 def test_a_killed_process_ends_the_other_which_names_the_resume_command(tmp_path, kind, victim):
     """The survivor waits in `gather`, in Python code, or in a collective of XLA."""
     processes = drive(tmp_path, kind)
-    wait_for(lambda: all((tmp_path / f"{k}.ready").exists() for k in (0, 1)), running=processes)
+    wait_for(lambda: all((tmp_path / f"{k}.ready").exists() for k in (0, 1)), processes)
     os.kill(processes[victim].pid, signal.SIGKILL)
     codes, _, err = finish(processes, tmp_path, A_MINUTE)
     assert codes[victim] == -signal.SIGKILL
@@ -64,7 +64,7 @@ def test_a_killed_process_ends_the_other_which_names_the_resume_command(tmp_path
 def test_sigterm_to_one_ends_both(tmp_path):
     """It also interrupts `gather`, in which process 1 waits."""
     processes = drive(tmp_path, "wait")
-    wait_for(lambda: all((tmp_path / f"{k}.ready").exists() for k in (0, 1)), running=processes)
+    wait_for(lambda: all((tmp_path / f"{k}.ready").exists() for k in (0, 1)), processes)
     processes[1].terminate()
     codes, _, err = finish(processes, tmp_path, A_MINUTE)
     assert codes == [1, 1]
