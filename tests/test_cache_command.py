@@ -10,12 +10,12 @@ import sys
 
 import pytest
 
-from jaxla.config import Model
 from jaxla.data.cases import find_cases
 from jaxla.data.inputs import Canvas
 from jaxla.data.phantoms import ensure_phantoms
 from jaxla.data.prepared import prepare_cases
-from jaxla.models.build import build_network
+from jaxla.models.networks.base import build_network
+from jaxla.models.networks.transformer_segmenter import TransformerSegmenterOptions
 from jaxla.models.weights_format import save_weights
 from jaxla.nnunet.preprocessing import preprocess_volumes
 from jaxla.training.features import FeatureCache
@@ -64,10 +64,10 @@ def made_cache(tmp_path_factory):
     folder = tmp_path_factory.mktemp("cache_command")
     cache = folder / "cache"
     volumes = prepare_cases(find_cases(flat(folder / "data", 2), ""), cache)
-    network = build_network(Model("vit_mini8", weights="random", decoder_widths=(8,)), 1, seed=0)
+    network = build_network(TransformerSegmenterOptions("vit_mini8", "random", decoder_widths=(8,)), 1, seed=0)
     FeatureCache(cache, network, "vit_mini8", Canvas(16)).features(volumes[:1])
     preprocess_volumes(volumes[:1], *make_tiny_plan((2.5, 0.75, 0.75)), cache)
-    cached_phantoms(cache, "small", 1)
+    ensure_phantoms(cache, "small", 1)
     save_weights(cache / "weights" / "mine.safetensors", {}, {"arch": "vit_mini8", "source": "", "licence": ""})
     (cache / "downloads").mkdir()
     for name, size in {"a.pth": 3000, "b.pth.part": 2000, "b.pth.lock": 0}.items():  # `b` was interrupted

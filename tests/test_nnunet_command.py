@@ -7,9 +7,9 @@ import shutil
 import nibabel as nib
 import numpy as np
 import pytest
-from jaxla.inference.trained import load_run
 
 import jaxla
+from jaxla.runs.trained import load_run
 from tests.commands import in_this_process, refuse
 
 

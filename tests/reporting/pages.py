@@ -52,8 +52,12 @@ def outcome(predictions, names=("LA",), references=None):
         "experiment": {
             "name": "tiny", "summary": "boxes", "method": "vit_mini8", "seed": 7,
             "data": {"root": "/scans", "labels": ""}, "model": {"decoder_widths": [64, 32]},
-            "training": {"batch_size": 8},
+            "training": {"batch_size": 8, "checkpoint": "best"},
         },
+        "label": "vit_mini8",
+        "network": "vit_mini8 (random weights, trained)",
+        "input": "96 × 96 pixels",
+        "unit": "per volume",
         "labels": {"names": list(names), "values": [[i + 1] for i in range(k)], "ignored": [9], "one_value": False},
         "weights": "random",
         "weights_sha256": "",

@@ -7,7 +7,7 @@ import shlex
 import numpy as np
 import pytest
 
-from jaxla.cli.command_line import without_folder_and_process
+from jaxla.cli.command_line import strip_run_options
 from jaxla.reporting.page import Pair
 from jaxla.reporting.run_report import write_report
 from tests.reporting.pages import SHAPE, SPACING, Page, embedded_images, outcome
@@ -292,7 +292,7 @@ def test_agreement_of_volumes_has_n_and_limits_from_ten_cases(page_of):
     ],
 )
 def test_command_to_reproduce_a_run_has_no_folder(given, repeated):
-    assert shlex.split(without_folder_and_process(given)) == shlex.split(repeated)
+    assert shlex.split(strip_run_options(given)) == shlex.split(repeated)
 
 
 def test_report_is_reproducible_and_leaves_no_other_file(one_class, tmp_path):
@@ -331,7 +331,8 @@ def test_block_weights_of_a_fusion_are_shown(one_class, page_of, how, caption):
 
 
 def test_words_of_the_caller_describe_network_and_validation(one_class, page_of):
-    text = page_of(one_class | {"counted": "over all patches together", "network_note": "It reads patches."}).text
-    assert "It reads patches. Data." in text
+    one_class["record"] |= {"unit": "over all patches together", "input": "patches of 8 × 32 × 32 voxels"}
+    text = page_of(one_class).text
+    assert "One input of the network: patches of 8 × 32 × 32 voxels. Data." in text
     assert "IoU 0.560 (over all patches together, n = 1 patient, in the network's input pixels)" in text
     assert "Validation, over all patches together" in text

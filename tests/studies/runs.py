@@ -8,7 +8,6 @@ import nibabel as nib
 import numpy as np
 from jaxla.experiments import EXPERIMENTS, METHODS
 
-from jaxla.config import with_method
 from jaxla.data.cases import find_cases
 from jaxla.data.labels import Labels
 from jaxla.data.prepared import content_key
@@ -69,7 +68,7 @@ def write_study(folder, scheduled, references, root, labels=ONE_CLASS):
 
 
 def write_run(folder, run, references, root, labels, option):
-    experiment = with_method(EXPERIMENTS[run.protocol], METHODS[run.method])
+    experiment = replace(EXPERIMENTS[run.protocol], method=METHODS[run.method])
     experiment = replace(
         experiment, seed=run.seed, data=replace(experiment.data, root=str(root), labels=option, subset_seed=run.seed)
     )
@@ -77,7 +76,8 @@ def write_run(folder, run, references, root, labels, option):
     (folder / "test").mkdir(parents=True)
     hashes = dict.fromkeys(("weights_sha256", "split_sha256", "data_sha256"), "0" * 64)
     start = {"command": "python -m jaxla.train", "begun": "2026-01-02T03:04:05", "environment": environment()}
-    write_record(folder, Record(experiment, labels, "random", **hashes, **start))
+    words = {"label": run.method, "network": run.method, "input": "96 × 96 pixels", "unit": "per volume"}
+    write_record(folder, Record(experiment, labels=labels, weights="random", **words, **hashes, **start))
     split = {"train": TRAIN[:patients], "val": ["v"], "test": list(run.predicted)}
     (folder / "split.json").write_text(json.dumps(split))
     cost = {
