@@ -70,8 +70,9 @@ def _draw_sources(augmentation: Augmentation, key: jax.Array, shape: tuple[int, 
 def _change_intensity(max_change: float, key: jax.Array, image: jax.Array) -> jax.Array:
     """Change brightness, contrast and gamma."""
     brightness_key, contrast_key, gamma_key = jax.random.split(key, 3)
-    mean, brightness = image.mean(), max_change * jax.random.uniform(brightness_key, minval=-1.0)
-    image = (image - mean) * _draw_factor(max_change, contrast_key) + mean + brightness
+    mean = image.mean()
+    image = (image - mean) * _draw_factor(max_change, contrast_key) + mean
+    image += max_change * jax.random.uniform(brightness_key, minval=-1.0)
     return jnp.clip(image, 0, 1) ** _draw_factor(max_change, gamma_key)
 
 

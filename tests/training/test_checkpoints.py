@@ -14,7 +14,8 @@ from flax import nnx
 from jaxla.config import InputError, Training, command_line_wording
 from jaxla.models.networks.transformer_segmenter import LinearDecoder, TransformerSegmenter
 from jaxla.training.checkpoints import Checkpoints, checkpoint_steps
-from jaxla.training.step import make_gradient, make_optimiser, make_step, split_network
+from jaxla.training.optimisers import make_optimiser
+from jaxla.training.step import make_gradient, make_step, split_network
 from tests.tiny import randomise, tiny_backbone
 from tests.training.faults import files_at_most, flip_a_bit, said_by_us, truncate
 
@@ -26,7 +27,7 @@ def training():
     """-> a step, and the trees of a network without BatchNorm after two of its steps."""
     decoder = nnx.eval_shape(lambda: LinearDecoder(32, 1, rngs=nnx.Rngs(0)))
     parts = split_network(TransformerSegmenter(tiny_backbone(), randomise(decoder, 1)), train_backbone=True)
-    optimiser = make_optimiser(Training(learning_rate=1e-2, schedule="cosine"), 10, pretrained_backbone=True)
+    optimiser = make_optimiser(Training(learning_rate=1e-2, schedule="cosine"), 10, has_pretrained_backbone=True)
     jitted = make_step(make_gradient(parts.training), optimiser)
     rng = np.random.default_rng(0)
     batch = {
