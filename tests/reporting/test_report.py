@@ -125,6 +125,7 @@ def test_page_names_every_patient_option_hash_and_version(one_class, page_of):
     assert options == [
         ["method", "vit_mini8"], ["seed", "7"], ["data.root", "/scans"], ["data.labels", "not given"],
         ["model.decoder_widths", "[64,32]"], ["training.batch_size", "8"],
+        ["training.checkpoint", "best"],
     ]  # fmt: skip
     facts = dict(page.table("Item")[0])
     assert facts["SHA-256 of data"] == "d" * 64
