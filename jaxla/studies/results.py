@@ -309,7 +309,7 @@ def _require_comparable(runs: Sequence[StudyRun]) -> None:
                 **{name: options[name] for name in options.keys() - PROTOCOL_OPTIONS - SEED_OPTIONS},
                 # Random weights follow the seed, so their hash is not compared.
                 "weights": "random" if run.record.weights == "random" else run.record.weights_sha256[:12],
-                "--model.plan": "given" if getattr(run.record.experiment.model, "plan", "") else "not given",
+                "--model.plan": "given" if getattr(run.record.experiment.method.model, "plan", "") else "not given",
             },
             ("protocol", run.protocol): {
                 name: options[name] for name in options.keys() - SEED_OPTIONS if name.startswith("--data.")
