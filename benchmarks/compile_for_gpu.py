@@ -21,7 +21,6 @@ from jax._src import xla_bridge
 from jax.experimental import topologies
 from jax.sharding import NamedSharding, PartitionSpec
 from jaxla.experiments import METHODS
-from jaxla.models.build import configuration_of, is_planned
 
 from benchmarks.timing import environment, require_folder, write_result
 from jaxla.cli.command_line import command_parser, parse_arguments
@@ -30,7 +29,7 @@ from jaxla.config import InputError, lookup
 from jaxla.hardware import on_gpu
 from jaxla.memory import program_bytes
 from jaxla.nnunet.plan import read_plan
-from tests.gpu import lowered_step, pretend_gpu
+from tests.gpu import lowered_step, pretend_gpu, task_without_data
 
 PLAN = Path(__file__).parents[1] / "tests" / "golden" / "nnunet_plans" / "Hippocampus.json"
 SLICES = 40  # in a volume
@@ -101,22 +100,20 @@ def absent_device():
 
 
 def measure(method, device):
+    """Return a method's batch size, the seconds to compile its step for the device, and what the program contains."""
     sharding = NamedSharding(jax.sharding.Mesh([device], "x"), PartitionSpec())
-    plan = read_plan(PLAN)
-    batch = configuration_of(method.model, plan).batch_size if is_planned(method.model) else method.training.batch_size
+    task = task_without_data(method, outputs=1, plan=read_plan(PLAN))
 
     def put_on_device(shapes):
         return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), shapes)
 
     with pytest.MonkeyPatch.context() as patch:
         pretend_gpu(patch)
-        lowered = lowered_step(
-            method, classes=1, plan=plan, batch_size=batch, slices=SLICES, put_on_device=put_on_device
-        )
+        lowered = lowered_step(task, slices=SLICES, put_on_device=put_on_device)
         began = time.perf_counter()
         program = lowered.compile()
     return {
-        "batch": batch,
+        "batch": task.batch_size,
         "seconds": time.perf_counter() - began,
         "bytes": program_bytes(program),
         "cudnn_attention_calls": program.as_text().count('custom_call_target="__cudnn$fmha'),

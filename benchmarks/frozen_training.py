@@ -23,26 +23,27 @@ from typing import Literal
 import jax
 import numpy as np
 import torch
-from jaxla.models.build import build_network
 from torch.nn import functional
 
 from benchmarks.timing import compare, environment, print_result, time_in_turn, timed
 from jaxla.cli.command_line import command_parser, parse_arguments
 from jaxla.cli.process import run_command
-from jaxla.config import InputError, Model, Training
+from jaxla.config import BackboneTraining, Data, Experiment, InputError, Method, Preprocessing
 from jaxla.data.batches import SliceSource, training_batches
 from jaxla.data.cases import find_cases
-from jaxla.data.inputs import Canvas
 from jaxla.data.phantoms import write_phantoms
 from jaxla.data.prepared import prepare_cases
-from jaxla.models.backbones import TRANSFORMERS, transformer_name
-from jaxla.models.build import build_network
+from jaxla.models.backbones import transformer_name
+from jaxla.models.networks.fusion import FusionOptions
+from jaxla.models.networks.transformer_segmenter import TransformerSegmenterOptions
 from jaxla.models.ops.images import IMAGENET_DEVIATION, IMAGENET_MEAN
-from jaxla.training.features import BATCH, FeatureCache
-from jaxla.training.step import initial_state, make_gradient, make_optimiser, make_step, split_network, take_step
+from jaxla.tasks import Features
+from jaxla.tasks.slices import SliceTask
+from jaxla.training.features import BATCH
 from tests.golden.live import live_model
 from tests.parity.references import ReferenceFusionDecoder, reference_of
 
+NETWORKS = {"transformer_segmenter": TransformerSegmenterOptions, "fusion": FusionOptions}
 MAX_LOSS_DIFFERENCE = 1e-4  # relative
 MIN_SLICES = 20  # of a small phantom
 FORMATS = {"channels last": torch.channels_last, "channels first": torch.contiguous_format}
@@ -59,70 +60,17 @@ def main(arguments):
     parser.add_argument("--epochs", type=int, default=3, help="timed epochs of each kind, after one that is not timed")
     options = parse_arguments(parser, arguments)
     arch = transformer_name("--arch", options.arch)
-    variant = TRANSFORMERS[arch]
+    model = NETWORKS[options.network](arch, weights="random", backbone="frozen")
+    model.check_size("--size", options.size)
     if min(options.slices, options.batch, options.epochs) < 1 or options.slices % options.batch:
         raise InputError(
             f"--slices={options.slices}", f"not a multiple of --batch={options.batch} above 0", "Choose another number."
         )
-    if options.size % variant.patch:
-        problem = f"not a multiple of the patch size {variant.patch}"
-        raise InputError(f"--size={options.size}", problem, "Choose another size.")
-
+    recipe = BackboneTraining(batch_size=options.batch)
+    method = Method("frozen_training", "", model, Preprocessing(options.size), recipe)
+    task = SliceTask(Experiment(method.name, "", Data(), method), outputs=1)
     with tempfile.TemporaryDirectory() as folder:
-        volumes = small_phantoms(Path(folder), options.slices)
-        network = build_network(Model(arch, weights="random", backbone="frozen", network=options.network), 1, seed=0)
-        cache = FeatureCache(Path(folder, "cache"), network, arch, Canvas(options.size))
-        backbone = TorchBackbone(network.backbone, getattr(network, "blocks", None))
-        decoder = reference_of(network.decoder, (options.size, options.size))
-        images, masks = load_arrays(SliceSource(volumes, Canvas(options.size)))
-        images = torch.from_numpy(images)
-
-        def our_features():
-            shutil.rmtree(cache.folder, ignore_errors=True)
-            return cache.features(volumes)
-
-        def their_features():
-            return torch.cat([backbone(part) for part in images.split(BATCH)])
-
-        blank = np.zeros((BATCH, options.size, options.size, 1), np.float32)
-        first_call = {
-            "jaxla": {"features": timed(lambda: jax.block_until_ready(cache.extract(blank)))},
-            "torch": {"features": timed(lambda: backbone(images[:BATCH]))},
-        }
-        once = compare(time_in_turn({"jaxla": our_features, "torch": their_features}, options.epochs))
-        cached = SliceSource(volumes, Canvas(options.size), cache.features(volumes), network.READS_IMAGES)
-        features, _ = load_arrays(cached)
-
-        decoder_network = network.on_features((options.size, options.size))
-        batch = slice(options.batch)
-        difference = loss_difference(decoder_network, decoder, features[batch], images[batch], masks[batch])
-        if not difference <= MAX_LOSS_DIFFERENCE:
-            sys.exit(f"the losses of the two decoders differ by {difference:.1e}, relative; nothing was timed")
-
-        features = torch.from_numpy(features)
-        masks = torch.from_numpy(masks > 0).float().unsqueeze(1)
-        format_seconds = {}
-        for name, memory_format in FORMATS.items():
-            trial = TorchTraining(None, decoder, features, images, masks, options.batch, memory_format)
-            trial.steps(1)
-            format_seconds[name] = timed(partial(trial.steps, 2)) / 2
-        memory_format = min(format_seconds, key=format_seconds.get)
-
-        epochs = {}
-        for way, ours, source, first in (
-            ("cached", decoder_network, cached, None),
-            ("uncached", network, SliceSource(volumes, Canvas(options.size)), backbone),
-        ):
-            our_training = OurTraining(ours, source, options.batch)
-            torch_format = FORMATS[memory_format]
-            their_training = TorchTraining(first, decoder, features, images, masks, options.batch, torch_format)
-            first_call["jaxla"][way] = timed(partial(our_training.steps, 1))
-            first_call["torch"][way] = timed(partial(their_training.steps, 1))
-            sides = {"jaxla": our_training, "torch": their_training}
-            runs = {side: partial(training.steps, options.slices // options.batch) for side, training in sides.items()}
-            epochs[way] = compare(time_in_turn(runs, options.epochs))
-            our_training.close()
-
+        measured = measure(task, Path(folder), options)
     result = {
         **environment("jax", "torch", "transformers"),
         "network": options.network,
@@ -130,8 +78,63 @@ def main(arguments):
         "size": options.size,
         "slices": options.slices,
         "batch": options.batch,
-        "decoder_widths": Model().decoder_widths,
+        "decoder_widths": model.decoder_widths,
         "torch_threads": torch.get_num_threads(),
+        **measured,
+    }
+    print_result(result)
+
+
+def measure(task, folder, options):
+    """Return the measured part of the result."""
+    volumes, network = small_phantoms(folder, options.slices), task.build_network()
+    cache = task.make_feature_cache(network, folder / "cache")
+    backbone = TorchBackbone(network.backbone, getattr(network, "blocks", None))
+    decoder = reference_of(network.decoder, (options.size, options.size))
+    uncached = SliceSource(volumes, task.canvas)
+    images, masks = load_arrays(uncached)
+    images = torch.from_numpy(images)
+
+    def our_features():
+        shutil.rmtree(cache.folder, ignore_errors=True)
+        return cache.features(volumes)
+
+    def torch_features():
+        return torch.cat([backbone(part) for part in images.split(BATCH)])
+
+    blank = np.zeros((BATCH, options.size, options.size, 1), np.float32)
+    first_call = {
+        "jaxla": {"features": timed(lambda: jax.block_until_ready(cache.extract(blank)))},
+        "torch": {"features": timed(lambda: backbone(images[:BATCH]))},
+    }
+    once = compare(time_in_turn({"jaxla": our_features, "torch": torch_features}, options.epochs))
+    arrays = cache.features(volumes)
+    features = Features({volume.id: array for volume, array in zip(volumes, arrays, strict=True)}, network.READS_IMAGES)
+    cached = SliceSource(volumes, task.canvas, arrays, features.with_images)
+    decoder_inputs, _ = load_arrays(cached)
+
+    our_cached = OurTraining(task, network, cached, features)
+    rows = slice(options.batch)
+    difference = loss_difference(our_cached.trainer, decoder, decoder_inputs[rows], images[rows], masks[rows])
+    if not difference <= MAX_LOSS_DIFFERENCE:
+        sys.exit(f"the losses of the two decoders differ by {difference:.1e}, relative; nothing was timed")
+
+    torch_arrays = torch.from_numpy(decoder_inputs), images, torch.from_numpy(masks > 0).float().unsqueeze(1)
+    format_seconds = time_formats(decoder, torch_arrays, options.batch)
+    memory_format = min(format_seconds, key=format_seconds.get)
+    epochs = {}
+    for way, our_training, torch_backbone in (
+        ("cached", our_cached, None),
+        ("uncached", OurTraining(task, network, uncached), backbone),
+    ):
+        torch_training = TorchTraining(torch_backbone, decoder, *torch_arrays, options.batch, FORMATS[memory_format])
+        sides = {"jaxla": our_training, "torch": torch_training}
+        for name, training in sides.items():
+            first_call[name][way] = timed(partial(training.steps, 1))
+        runs = {name: partial(training.steps, options.slices // options.batch) for name, training in sides.items()}
+        epochs[way] = compare(time_in_turn(runs, options.epochs))
+        our_training.close()
+    return {
         "torch_memory_format": memory_format,
         "torch_step_seconds_by_format": format_seconds,
         "relative_loss_difference": difference,
@@ -139,7 +142,16 @@ def main(arguments):
         "features_once": once,
         "epoch": epochs,
     }
-    print_result(result)
+
+
+def time_formats(decoder, arrays, batch):
+    """Return the seconds of PyTorch's step on cached features in each memory format."""
+    format_seconds = {}
+    for name, memory_format in FORMATS.items():
+        trial = TorchTraining(None, decoder, *arrays, batch, memory_format)
+        trial.steps(1)
+        format_seconds[name] = timed(partial(trial.steps, 2)) / 2
+    return format_seconds
 
 
 def small_phantoms(folder, count):
@@ -159,21 +171,16 @@ def load_arrays(source):
 
 
 class OurTraining:
-    """Training steps of this package on a source of slices."""
+    """Training steps of this package on a source of slices, or of their features."""
 
-    def __init__(self, network, source, batch):
-        parts = split_network(network, train_backbone=False)
-        # a step reuses the memory of its arguments, but the next training starts from the same parameters
-        parts = parts._replace(trainable=jax.tree.map(jax.numpy.copy, parts.trainable))
-        optimiser = make_optimiser(Training(), 1, pretrained_backbone=False)
-        self.step = make_step(make_gradient(parts.training), optimiser)
-        self.state = initial_state(parts, optimiser)
-        self.batches = training_batches(source, batch, seed=0)
+    def __init__(self, task, network, source, features=None):
+        self.trainer = task.make_trainer(network, source, features)
+        # A step reuses the memory of the parameters, but the next training starts from the same ones.
+        self.trainer.trainable = jax.tree.map(jax.numpy.copy, self.trainer.trainable)
+        self.batches = training_batches(source, task.batch_size, seed=0)
 
     def steps(self, count):
-        jax.block_until_ready(
-            [take_step(self.step, self.state, next(self.batches), jax.random.key(0)) for _ in range(count)]
-        )
+        jax.block_until_ready([self.trainer.step(next(self.batches), 0) for _ in range(count)])
 
     def close(self):
         self.batches.close()
@@ -186,7 +193,7 @@ class TorchTraining:
         self.backbone, self.features, self.images, self.masks, self.batch = backbone, features, images, masks, batch
         self.memory_format = memory_format
         self.decoder = decoder.to(memory_format=memory_format).train()
-        self.optimiser = torch.optim.Adam(decoder.parameters(), lr=Training().learning_rate)
+        self.optimiser = torch.optim.Adam(decoder.parameters(), lr=BackboneTraining().learning_rate)
         self.loss = torch.nn.BCEWithLogitsLoss()
         self.order = []
 
@@ -197,7 +204,7 @@ class TorchTraining:
             images = self.images[indices]
             features = self.backbone(images) if self.backbone else self.features[indices]
             self.optimiser.zero_grad()
-            logits = their_logits(self.decoder, features, images, self.memory_format)
+            logits = torch_logits(self.decoder, features, images, self.memory_format)
             self.loss(logits, self.masks[indices]).backward()
             self.optimiser.step()
 
@@ -227,25 +234,23 @@ def to_colour(images):
     return ((images - torch.tensor(IMAGENET_MEAN)) / torch.tensor(IMAGENET_DEVIATION)).permute(0, 3, 1, 2)
 
 
-def their_logits(decoder, features, images, memory_format):
+def torch_logits(decoder, features, images, memory_format):
     if isinstance(decoder, ReferenceFusionDecoder):
         return decoder(features.movedim(-1, -3), to_colour(images).contiguous(memory_format=memory_format))
     return decoder(features.movedim(-1, -3).contiguous(memory_format=memory_format))
 
 
-def loss_difference(ours, theirs, features, images, masks):
+def loss_difference(trainer, decoder, features, images, masks):
     """Return the relative difference between the training losses of the two decoders on one batch."""
-    split = split_network(ours, train_backbone=False)
     batch = {"input": features, "mask": masks, "weight": np.ones(len(masks), np.float32)}
-    if isinstance(theirs, ReferenceFusionDecoder):
+    if isinstance(decoder, ReferenceFusionDecoder):
         batch["image"] = images.numpy()
-    gradient = jax.jit(make_gradient(split.training))
-    our_loss = float(gradient(split.trainable, split.frozen, batch, jax.random.key(0))[0])
+    our_loss = float(trainer.gradients(batch)[0])
     with torch.no_grad():
-        logits = their_logits(theirs.train(), torch.from_numpy(features), images, torch.contiguous_format)
+        logits = torch_logits(decoder.train(), torch.from_numpy(features), images, torch.contiguous_format)
         targets = torch.from_numpy(masks > 0).float().unsqueeze(1)
-        their_loss = float(functional.binary_cross_entropy_with_logits(logits, targets))
-    return abs(our_loss - their_loss) / abs(their_loss)
+        torch_loss = float(functional.binary_cross_entropy_with_logits(logits, targets))
+    return abs(our_loss - torch_loss) / abs(torch_loss)
 
 
 if __name__ == "__main__":

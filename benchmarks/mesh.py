@@ -6,25 +6,25 @@ the medians. Checks first that both give the same loss, bit for bit.
 """
 
 from contextlib import nullcontext
+from typing import Literal
 
-import jax
 import numpy as np
-from jaxla.models.build import build_network
 
 from benchmarks.timing import environment, median_and_fastest, print_result, time_in_turn
 from jaxla.cli.command_line import command_parser, parse_arguments
 from jaxla.cli.process import run_command
-from jaxla.config import InputError, Model, Training
-from jaxla.distributed import shard_batch, use_devices
+from jaxla.config import InputError, Training
+from jaxla.distributed import use_devices
 from jaxla.models.backbones import TRANSFORMERS, transformer_name
-from jaxla.models.build import build_network
-from jaxla.training.step import initial_state, make_gradient, make_optimiser, make_step, split_network, take_step
+from jaxla.models.networks.base import build_network
+from jaxla.models.networks.transformer_segmenter import TransformerSegmenterOptions
+from jaxla.training.trainer import Trainer
 
 
 def main(arguments):
     parser = command_parser("benchmarks.mesh", "Time a training step with a mesh of one device and without a mesh.")
     parser.add_argument("--arch", type=str, default="vit_mini8", help="a vision transformer")
-    parser.add_argument("--backbone", type=str, default="finetuned", help="frozen or finetuned")
+    parser.add_argument("--backbone", type=Literal["frozen", "finetuned"], default="finetuned")
     parser.add_argument("--size", type=int, default=96, help="side of the square image in pixels")
     parser.add_argument("--batch", type=int, default=4)
     parser.add_argument("--repeats", type=int, default=31, help="timed steps of each")
@@ -33,7 +33,7 @@ def main(arguments):
     if options.size % TRANSFORMERS[arch].patch or min(options.size, options.batch, options.repeats) < 1:
         fix = f"Use a multiple of {TRANSFORMERS[arch].patch} for --size, and at least 1 for --batch and --repeats."
         raise InputError(f"--size={options.size}", f"{arch} cannot run this benchmark", fix)
-    model = Model(arch=arch, weights="random", backbone=options.backbone)
+    model = TransformerSegmenterOptions(arch, weights="random", backbone=options.backbone)
 
     sides = {
         "no mesh": make_side(model, options, nullcontext),
@@ -42,7 +42,7 @@ def main(arguments):
     losses = {name: side() for name, side in sides.items()}
     if len(set(losses.values())) > 1:
         raise RuntimeError(f"losses differ: {losses['mesh']} within a mesh, {losses['no mesh']} without")
-    seconds = in_numbers(in_turn(sides, options.repeats))
+    seconds = median_and_fastest(time_in_turn(sides, options.repeats))
     print_result(
         {
             **environment("jax", "flax"),
@@ -66,15 +66,13 @@ def make_side(model, options, use_mesh):
         "mask": (images[..., 0] > 0.7).astype(np.uint8),
         "weight": np.ones(options.batch, np.float32),
     }
-    parts = split_network(build_network(model, 1, 0), train_backbone=model.backbone == "finetuned")
-    optimiser = make_optimiser(Training(), options.repeats, pretrained_backbone=False)
-    step = make_step(make_gradient(parts.training), optimiser)
+    network, recipe = build_network(model, 1, 0), Training(batch_size=options.batch)
     with use_mesh():
-        state = initial_state(parts, optimiser)
+        trainer = Trainer(network, recipe, options.repeats, train_backbone=model.backbone == "finetuned")
 
     def run():
         with use_mesh():
-            return float(take_step(step, state, shard_batch(batch), jax.random.key(0)))
+            return float(trainer.step(batch, 0))
 
     return run
 

@@ -19,16 +19,17 @@ import jax
 import numpy as np
 from flax import nnx
 from jax.sharding import NamedSharding
-from jaxla.models.build import build_network
 
 from benchmarks.timing import print_result
 from jaxla.cli.command_line import command_parser, parse_arguments
 from jaxla.cli.process import run_command
-from jaxla.config import Model, Training
+from jaxla.config import Training
 from jaxla.distributed import BATCH, MODEL, shardings, use_devices
 from jaxla.models.backbones import transformer_name
-from jaxla.models.build import build_network
-from jaxla.training.step import make_gradient, make_optimiser, make_step, split_network
+from jaxla.models.networks.base import build_network
+from jaxla.models.networks.transformer_segmenter import TransformerSegmenterOptions
+from jaxla.training.optimisers import make_optimiser
+from jaxla.training.step import make_gradient, make_step, split_network
 
 
 def main(arguments):
@@ -37,29 +38,30 @@ def main(arguments):
     parser.add_argument("--size", type=int, default=448, help="side of the square image in pixels")
     parser.add_argument("--batch", type=int, default=32, help="slices in a step, over all devices")
     options = parse_arguments(parser, arguments)
-    model = Model(arch=transformer_name("--arch", options.arch), weights="random", backbone="finetuned")
+    arch = transformer_name("--arch", options.arch)
+    model = TransformerSegmenterOptions(arch, weights="random", backbone="finetuned")
     rows = [
         {"devices": devices, "shard_params": shard, **measure_step(model, options, devices, shard)}
         for devices in (1, 2, 4, 8)
         for shard in ((False, True) if devices > 1 else (False,))
     ]
-    print_result({"arch": model.arch, "size": options.size, "batch": options.batch, "steps": rows})
+    print_result({"arch": arch, "size": options.size, "batch": options.batch, "steps": rows})
 
 
 def measure_step(model, options, devices, shard_params):
     """Return the bytes of one compiled training step per device."""
     with use_devices(devices, shard_params) as mesh:
         parts = split_network(nnx.eval_shape(lambda: build_network(model, 1, 0)), train_backbone=True)
-        optimiser = make_optimiser(Training(), 1, pretrained_backbone=False)
+        optimiser = make_optimiser(Training(), 1, has_pretrained_backbone=False)
         moments = jax.eval_shape(optimiser.init, parts.trainable)
 
-        def place(leaf, sharding):
+        def add_sharding(leaf, sharding):
             return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=NamedSharding(mesh, sharding.spec))
 
-        def place_tree(tree):
-            return jax.tree.map(place, tree, shardings(tree))
+        def shard(tree):
+            return jax.tree.map(add_sharding, tree, shardings(tree))
 
-        trainable, frozen, state = map(place_tree, (parts.trainable, parts.frozen, moments))
+        trainable, frozen, state = map(shard, (parts.trainable, parts.frozen, moments))
         batch, side = options.batch, options.size
         arrays = {
             "input": ((batch, side, side, 1), np.float32),

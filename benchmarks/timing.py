@@ -7,6 +7,7 @@ import statistics
 import time
 from pathlib import Path
 
+from benchmarks.memory import peak, reset_peak
 from jaxla.config import InputError
 from jaxla.hardware import device_name, on_gpu
 from jaxla.runs.machine import processor
@@ -29,6 +30,23 @@ def time_in_turn(runs, repeats):
             time.sleep(PAUSE)
             seconds[name].append(timed(run))
     return seconds
+
+
+def time_steps(steps, repeats):
+    """Take training steps in turn, as `time_in_turn` does, each after one that is not timed.
+
+    Returns:
+        Name -> list of seconds, and name -> list of bytes by which the process grew; 0 if the system does not tell.
+    """
+    seconds, grown = {name: [] for name in steps}, {name: [] for name in steps}
+    for _ in range(repeats):
+        for name, step in steps.items():
+            time.sleep(PAUSE)
+            step()  # warms the caches and reclaims memory
+            before = reset_peak()
+            seconds[name].append(timed(step))
+            grown[name].append(peak() - before if before else 0)
+    return seconds, grown
 
 
 def median_and_fastest(seconds):

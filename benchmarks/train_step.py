@@ -18,62 +18,45 @@ go idle, and a step that is not timed follows it, since in training one step fol
 import copy
 import os
 import sys
-import time
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # leaves GPU memory to PyTorch
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import torch
 from jaxla.experiments import METHODS
-from jaxla.models.build import build_network, configuration_of, is_planned, require_size
-from jaxla.pipeline.sources import loss_of
 
-from benchmarks.memory import peak, reset_peak
-from benchmarks.timing import PAUSE, compare, environment, print_result, timed
+from benchmarks.timing import compare, environment, print_result, time_steps
 from jaxla.cli.command_line import command_parser, parse_arguments
 from jaxla.cli.process import run_command
-from jaxla.config import InputError, Training, lookup
+from jaxla.config import Data, Experiment, InputError, Preprocessing, lookup
+from jaxla.data.batches import ArraySource
 from jaxla.hardware import compute_dtype, on_gpu
-from jaxla.memory import program_bytes
 from jaxla.models.ops.images import IMAGENET_DEVIATION, IMAGENET_MEAN
-from jaxla.nnunet.augmentation import make_augment, read_size
+from jaxla.nnunet.augmentation import PatchAugmentation, initial_patch_size
 from jaxla.nnunet.plan import read_plan
-from jaxla.training.losses import cross_entropy
-from jaxla.training.step import (
-    LARGEST_NORM,
-    MOMENTUM,
-    WEIGHT_DECAY,
-    compile_step,
-    initial_state,
-    make_gradient,
-    make_optimiser,
-    make_step,
-    split_network,
-    take_step,
-)
+from jaxla.tasks.patches import PatchTask
+from jaxla.tasks.slices import SliceTask
+from jaxla.training.optimisers import MAX_GRADIENT_NORM, MOMENTUM, WEIGHT_DECAY
 from tests.parity.references import as_theirs, nnunet_as_theirs, nnunet_reference_of, reference_of
 from tests.parity.test_nnunet import their_loss
 
-PLANNED = ("nnunet_2d", "nnunet_3d")
-RIVALS = {
-    name: method for name, method in METHODS.items() if method.preprocessing.pad_to == "largest" or name in PLANNED
-}
+CONVOLUTIONAL = ("unet", "attention_unet", "resnet50_unet", "resnet152_unet", "segnet", "nnunet_2d", "nnunet_3d")
 PLAN = Path(__file__).parents[1] / "tests" / "golden" / "nnunet_plans" / "Hippocampus.json"
 CLASSES = 3  # for nnU-Net: background and the two structures of the hippocampus
-RATE = 1e-4
+LEARNING_RATE = 1e-4
 MAX_DIFFERENCE = {"float32": 2e-2, "bfloat16": 0.2}  # of the gradients, relative L2
 LIMIT = 0.3  # PyTorch's own two layouts differ by 0.21 for ResNet-152 on CPU
 
 
 def main(arguments):
     parser = command_parser("benchmarks.train_step", "Time a convolutional network's training step and PyTorch's.")
-    parser.add_argument("--method", type=str, default="unet", help=f"one of {', '.join(RIVALS)}")
+    parser.add_argument("--method", type=str, default="unet", help=f"one of {', '.join(CONVOLUTIONAL)}")
     parser.add_argument("--size", type=int, default=320, help="side of the square image in pixels; nnU-Net ignores it")
     parser.add_argument("--batch", type=int | None, default=None, help="batch size (default: 4, or the plan's)")
     parser.add_argument(
@@ -82,78 +65,17 @@ def main(arguments):
     parser.add_argument("--repeats", type=int, default=5, help="timed steps of each implementation")
     parser.add_argument("--output", type=str, help="also write the JSON to this file")
     options = parse_arguments(parser, arguments)
-    model = lookup("method", options.method, RIVALS).model
-    model = type(model)(**{**vars(model), "weights": "random"})
+    method = lookup("--method", options.method, {name: METHODS[name] for name in CONVOLUTIONAL})
     if min(4 if options.batch is None else options.batch, options.repeats) < 1:
         raise InputError("--batch and --repeats", "must be at least 1", "Choose larger numbers.")
-    gpu, dtype = on_gpu(), jnp.dtype(compute_dtype())
-    rng, augmented_step = np.random.default_rng(0), {}
 
-    if is_planned(model):
-        plan = read_plan(Path(options.plan))
-        configuration = configuration_of(model, plan)
-        network = build_network(model, CLASSES, 0, plan=plan)
-        batch, size = options.batch or configuration.batch_size, configuration.patch_size
-        images = rng.standard_normal((batch, *size, 1), np.float32)
-        mask = rng.integers(0, CLASSES, images.shape[:-1]).astype(np.int8)
-        loss = loss_of(METHODS[options.method].training, configuration.batch_dice)
-        torch_parts = TorchParts(
-            nnunet_reference_of(configuration, network),
-            lambda logits, mask: their_loss([level.float() for level in logits], mask, configuration.batch_dice),
-            lambda parameters: torch.optim.SGD(
-                parameters, RATE, momentum=MOMENTUM, weight_decay=WEIGHT_DECAY, nesterov=True
-            ),
-            LARGEST_NORM,
-        )
-        recipe = replace(METHODS[options.method].training, learning_rate=RATE, schedule="constant")
-
-        def to_torch_names(gradients):
-            return nnunet_as_theirs(configuration, gradients)
-
-        large = rng.standard_normal((batch, *read_size(size), 1), np.float32)
-        augmented = large, rng.integers(-1, CLASSES, large.shape[:-1]).astype(np.int8)
-        augment = make_augment(size, CLASSES - 1, zeros_stay=False)
-        second = build_network(model, CLASSES, 0, plan=plan)
-        augmented_step = {"jaxla augmented": Ours(second, *augmented, recipe, loss, to_torch_names, augment)}
-    else:
-        require_size(model, "--size", options.size)
-        network, batch, size = build_network(model, 1, 0), options.batch or 4, (options.size,) * 2
-        images = rng.random((batch, *size, 1), np.float32)
-        mask = (images[..., 0] > 0.7).astype(np.uint8)
-        loss, recipe = cross_entropy, Training(learning_rate=RATE)
-        torch_parts = TorchParts(
-            reference_of(network), binary_cross_entropy, lambda parameters: torch.optim.Adam(parameters, RATE)
-        )
-
-        def to_torch_names(gradients):
-            return as_theirs(network, gradients)
-
-    has_encoder = hasattr(network, "backbone")
-    sides = {}
-    for form in ("channels first", "channels last", *(["compiled"] if gpu else [])):
-        sides[f"torch {form}"] = Theirs(torch_parts, has_encoder, images, mask, form, "cuda" if gpu else "cpu")
-    # last, because its steps reuse the memory of the network's parameters
-    sides = {"jaxla": Ours(network, images, mask, recipe, loss, to_torch_names)} | augmented_step | sides
-    reference = sides["torch channels first"].gradients()
-    difference, torch_difference = (
-        relative_l2(sides[name].gradients(), reference) for name in ("jaxla", "torch channels last")
-    )
-    if not difference <= max(MAX_DIFFERENCE[dtype.name], min(torch_difference, LIMIT)):
-        sys.exit(
-            f"gradients differ by {difference:.1e}, relative L2, and PyTorch's own by {torch_difference:.1e}; "
-            "nothing was timed"
-        )
-    del reference
-
-    seconds, grown = {name: [] for name in sides}, {name: [] for name in sides}
-    for _ in range(options.repeats + 1):  # the first is not counted
-        for name, side in sides.items():
-            time.sleep(PAUSE)
-            side()  # warms the caches and reclaims memory
-            before = reset_peak()
-            seconds[name].append(timed(side))
-            grown[name].append(peak() - before if before else None)
+    make_steps = make_slice_steps if method.preprocessing else make_patch_steps
+    task, steps = make_steps(method, options)
+    dtype = jnp.dtype(compute_dtype())
+    difference, torch_difference = compare_gradients(steps, MAX_DIFFERENCE[dtype.name])
+    seconds, grown = time_steps(steps, options.repeats + 1)  # the first is not counted
     timing = compare({name: times[1:] for name, times in seconds.items()})
+    size, batch = task.input_shape(1), task.batch_size
     result = {
         **environment("jax", "flax", "torch"),
         "method": options.method,
@@ -170,9 +92,85 @@ def main(arguments):
             for name, median in timing["median_seconds"].items()
         },
         "grown_bytes": {name: max(values[1:]) if all(values[1:]) else None for name, values in grown.items()},
-        "jaxla_program_bytes": sides["jaxla"].bytes,
+        "jaxla_program_bytes": steps["jaxla"].bytes,
     }
     print_result(result, options.output)
+
+
+def make_slice_steps(method, options):
+    """Return the task of a network that reads slices, and the steps of both implementations by name."""
+    method.model.check_size("--size", options.size)
+    method = replace(
+        method,
+        model=method.model.with_weights("random"),
+        preprocessing=Preprocessing(options.size),
+        training=replace(method.training, batch_size=options.batch or 4, learning_rate=LEARNING_RATE),
+    )
+    task = SliceTask(Experiment(method.name, method.summary, Data(), method), outputs=1)
+    network = task.build_network()
+    images = np.random.default_rng(0).random((task.batch_size, *task.input_shape(1), 1), np.float32)
+    mask = (images[..., 0] > 0.7).astype(np.uint8)
+    torch_images = images
+    if hasattr(network, "backbone"):  # PyTorch's encoder takes ImageNet's three channels
+        torch_images = (images - np.float32(IMAGENET_MEAN)) / np.float32(IMAGENET_DEVIATION)
+    parts = TorchParts(
+        reference_of(network), binary_cross_entropy, lambda parameters: torch.optim.Adam(parameters, LEARNING_RATE)
+    )
+    # PyTorch's first, because a step of ours reuses the memory of the network's parameters
+    torch_steps = make_torch_steps(parts, torch_images, mask)
+    return task, {"jaxla": Step(task, network, images, mask, partial(as_theirs, network)), **torch_steps}
+
+
+def make_patch_steps(method, options):
+    """Return nnU-Net's task without augmentation, and the steps of both implementations by name."""
+    recipe = replace(method.training, batch_size=options.batch or 0, learning_rate=LEARNING_RATE, schedule="constant")
+    plan = read_plan(Path(options.plan))
+
+    def make_task(is_augmented):
+        changed = replace(method, training=recipe, augmentation=PatchAugmentation(is_augmented))
+        return PatchTask(Experiment(method.name, method.summary, Data(), changed), CLASSES, plan)
+
+    task, augmented = make_task(False), make_task(True)
+    network, configuration, size = task.build_network(), task.configuration, task.input_shape(1)
+    rng = np.random.default_rng(0)
+    images = rng.standard_normal((task.batch_size, *size, 1), np.float32)
+    mask = rng.integers(0, CLASSES, images.shape[:-1]).astype(np.int8)
+    large = rng.standard_normal((task.batch_size, *initial_patch_size(size), 1), np.float32)
+    large_mask = rng.integers(-1, CLASSES, large.shape[:-1]).astype(np.int8)
+    parts = TorchParts(
+        nnunet_reference_of(configuration, network),
+        lambda logits, mask: their_loss([level.float() for level in logits], mask, configuration.batch_dice),
+        lambda parameters: torch.optim.SGD(
+            parameters, LEARNING_RATE, momentum=MOMENTUM, weight_decay=WEIGHT_DECAY, nesterov=True
+        ),
+        MAX_GRADIENT_NORM,
+    )
+    torch_steps = make_torch_steps(parts, images, mask)
+    to_torch_names = partial(nnunet_as_theirs, configuration)
+    return task, {
+        "jaxla": Step(task, network, images, mask, to_torch_names),
+        "jaxla augmented": Step(augmented, augmented.build_network(), large, large_mask, to_torch_names),
+        **torch_steps,
+    }
+
+
+def make_torch_steps(parts, images, mask):
+    forms = ("channels first", "channels last", *(["compiled"] if on_gpu() else []))
+    return {f"torch {form}": TorchStep(parts, images, mask, form) for form in forms}
+
+
+def compare_gradients(steps, max_difference):
+    """Return how much the gradients differ from PyTorch's, and PyTorch's own two layouts; exit if they differ more."""
+    reference = steps["torch channels first"].gradients()
+    difference, torch_difference = (
+        relative_l2(steps[name].gradients(), reference) for name in ("jaxla", "torch channels last")
+    )
+    if not difference <= max(max_difference, min(torch_difference, LIMIT)):
+        sys.exit(
+            f"gradients differ by {difference:.1e}, relative L2, and PyTorch's own by {torch_difference:.1e}; "
+            "nothing was timed"
+        )
+    return difference, torch_difference
 
 
 def relative_l2(gradients, reference):
@@ -181,26 +179,19 @@ def relative_l2(gradients, reference):
     return float(np.sqrt(difference / sum(np.square(np.float64(array)).sum() for array in reference.values())))
 
 
-class Ours:
+class Step:
     """This package's training step; a call takes one step and returns the loss."""
 
-    def __init__(self, network, images, mask, recipe, loss, to_torch_names, augment=None):
-        self.to_torch_names = to_torch_names
-        parts = split_network(network, train_backbone=True)
-        optimiser = make_optimiser(recipe, 1000, pretrained_backbone=False)
-        self.gradient = make_gradient(parts.training, augment, loss)
-        self.state = initial_state(parts, optimiser)
+    def __init__(self, task, network, images, mask, to_torch_names):
+        self.trainer, self.to_torch_names = task.make_trainer(network, ArraySource(images, mask)), to_torch_names
         self.batch = {"input": images, "mask": mask, "weight": np.ones(len(images), np.float32)}
-        self.key = jax.random.key(0)
-        self.step = compile_step(make_step(self.gradient, optimiser), self.state, self.batch, self.key)
-        self.bytes = program_bytes(self.step)
+        self.bytes = self.trainer.compile(self.batch)
 
     def gradients(self):
-        _, gradients, _ = jax.jit(self.gradient)(self.state.trainable, self.state.frozen, self.batch, self.key)
-        return self.to_torch_names(gradients)
+        return self.to_torch_names(self.trainer.gradients(self.batch)[1])
 
     def __call__(self):
-        return float(take_step(self.step, self.state, self.batch, self.key))
+        return float(self.trainer.step(self.batch, 0))
 
 
 class TorchParts(NamedTuple):
@@ -209,35 +200,33 @@ class TorchParts(NamedTuple):
     module: torch.nn.Module
     loss: Callable  # (logits, mask) -> value
     optimiser: Callable  # parameters -> optimiser
-    largest_norm: float | None = None  # to which gradients are clipped
+    max_gradient_norm: float | None = None  # gradients are clipped to it
 
 
 def binary_cross_entropy(logits, mask):
     return torch.nn.functional.binary_cross_entropy_with_logits(logits[:, 0].float(), mask.float())
 
 
-class Theirs:
+class TorchStep:
     """PyTorch's training step; a call takes one step and returns the loss."""
 
-    def __init__(self, parts, has_encoder, images, mask, form, device):
+    def __init__(self, parts, images, mask, form):
         torch.set_num_threads(os.cpu_count())
-        self.device = device
+        self.device = device = "cuda" if on_gpu() else "cpu"
         last = torch.channels_last if images.ndim == 4 else torch.channels_last_3d
         layout = torch.contiguous_format if form == "channels first" else last
         module = copy.deepcopy(parts.module).to(device, memory_format=layout).train()
-        if has_encoder:  # ImageNet's three channels
-            images = (images - np.float32(IMAGENET_MEAN)) / np.float32(IMAGENET_DEVIATION)
         images = torch.from_numpy(np.moveaxis(images, -1, 1).copy())
         self.images = images.to(device).contiguous(memory_format=layout)
         self.mask = torch.from_numpy(mask).to(device)
-        self.module, self.loss_of, self.largest_norm = module, parts.loss, parts.largest_norm
+        self.module, self.parts = module, parts
         self.run = torch.compile(module) if form == "compiled" else module
         self.optimiser = parts.optimiser(module.parameters())
 
     def loss(self):
         with torch.autocast(self.device, torch.bfloat16, enabled=compute_dtype() == jnp.bfloat16):
             logits = self.run(self.images)
-        return self.loss_of(logits, self.mask)
+        return self.parts.loss(logits, self.mask)
 
     def gradients(self):
         self.loss().backward()
@@ -252,8 +241,8 @@ class Theirs:
         self.optimiser.zero_grad()
         loss = self.loss()
         loss.backward()
-        if self.largest_norm:
-            torch.nn.utils.clip_grad_norm_(self.module.parameters(), self.largest_norm)
+        if self.parts.max_gradient_norm:
+            torch.nn.utils.clip_grad_norm_(self.module.parameters(), self.parts.max_gradient_norm)
         self.optimiser.step()
         return loss.item()
 

@@ -12,8 +12,6 @@ the process grew during a step; PyTorch's growth is left out, because PyTorch ke
 
 import os
 import sys
-import time
-from dataclasses import replace
 from functools import partial
 
 import jax
@@ -22,24 +20,23 @@ import numpy as np
 import torch
 from flax import nnx
 from jaxla.experiments import METHODS
-from jaxla.models.build import build_network, require_size
 from torch.nn import functional
 
-from benchmarks.memory import peak, reset_peak
-from benchmarks.timing import PAUSE, environment, median_and_fastest, print_result, timed
+from benchmarks.timing import environment, median_and_fastest, print_result, time_steps
 from benchmarks.train_step import relative_l2
 from jaxla.cli.command_line import command_parser, parse_arguments
 from jaxla.cli.process import run_command
 from jaxla.config import InputError, lookup
 from jaxla.hardware import on_gpu
 from jaxla.models.backbones import TRANSFORMERS
-from jaxla.models.networks.windows import LEVELS, FeatureWindows
+from jaxla.models.networks.base import build_network
+from jaxla.models.networks.windows import LEVELS, FeatureWindows, WindowOptions
 from jaxla.training.losses import SMOOTH, dice_cross_entropy, per_volume
 from jaxla.training.step import make_gradient, split_network
 from jaxla.training.two_pass import make_two_pass_gradient
 from tests.parity.references import as_theirs, reference_of
 
-WINDOWED = {name: method for name, method in METHODS.items() if method.model.network == "windows"}
+WINDOWED = {name: method for name, method in METHODS.items() if isinstance(method.model, WindowOptions)}
 WAYS = {"two passes": make_two_pass_gradient, "one graph": make_gradient}
 LOSS = per_volume(partial(dice_cross_entropy, batch_dice=True))
 MAX_DIFFERENCE = 1e-2  # from PyTorch, relative L2 in float32: rounding moves activations across a ReLU's zero
@@ -65,9 +62,9 @@ def main(arguments):
         )
     torch.set_num_threads(os.cpu_count())
     variant = TRANSFORMERS[model.arch]
-    require_size(model, "--size", options.size)
+    model.check_size("--size", options.size)
     side = options.size // variant.patch
-    decoder = build_network(replace(model, weights="random"), 1, 0).decoder
+    decoder = build_network(model.with_weights("random"), 1, 0).decoder
     rows = [
         measure(decoder, features_shape(options, count, side, variant.width), count, options)
         for count in options.windows
@@ -92,7 +89,7 @@ def features_shape(options, count, side, width):
 
 def measure(decoder, shape, count, options):
     """Return the result for volumes with that many windows."""
-    draw, size, repeats = np.random.default_rng(0), options.size, options.repeats
+    draw, size = np.random.default_rng(0), options.size
     volumes, depth, *_ = shape
     features = draw.standard_normal(shape, np.float32)
     mask = (draw.random((volumes, depth, size, size)) > 0.7).astype(np.uint8)
@@ -116,14 +113,7 @@ def measure(decoder, shape, count, options):
             sys.exit(f"{count} windows: gradients of {way} differ from PyTorch's by {error:.1e}; nothing was timed")
     difference = relative_l2(gradients["two passes"], gradients["one graph"])
 
-    seconds, grown = {way: [] for way in sides}, {way: [] for way in sides}
-    for _ in range(repeats):
-        for way, side in sides.items():
-            time.sleep(PAUSE)
-            side()  # warms the caches and reclaims memory
-            before = reset_peak()
-            seconds[way].append(timed(side))
-            grown[way].append(peak() - before if before else 0)  # 0 if the system does not record it
+    seconds, grown = time_steps(sides, options.repeats)
     timing = median_and_fastest(seconds)
     return {
         "windows": count,

@@ -219,6 +219,14 @@ class Task(ABC):
             slices: of the deepest volume in training and validation.
         """
 
+    def weight_shape(self, slices: int) -> tuple[int, ...]:
+        """Return the shape of the weight of one sample: [], or [D] if each slice of a sample has its own.
+
+        Args:
+            slices: as for `input_shape`.
+        """
+        return ()
+
     @abstractmethod
     def make_segment(self, networks: Sequence[nnx.Module]) -> SegmentSlices:
         """Return a function that segments a scan's slices; the logits of several networks are averaged."""

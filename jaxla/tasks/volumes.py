@@ -63,6 +63,9 @@ class VolumeTask(SliceTask):
     def input_shape(self, slices: int) -> tuple[int, ...]:
         return (slices, *super().input_shape(slices))
 
+    def weight_shape(self, slices: int) -> tuple[int, ...]:
+        return (slices,)
+
     def make_segment_inputs(self, networks: Sequence[nnx.Module]) -> SegmentInputs:
         probabilities_of_batch = mean_probabilities(networks)
 

@@ -74,7 +74,9 @@ class Trainer:
         self.recipe, self.steps_per_epoch, self.seed = recipe, steps_per_epoch, seed
         parts = split_network(network, train_backbone)
         optimiser = make_optimiser(recipe, steps_per_epoch * recipe.epochs, has_pretrained_backbone)
-        self._step: Callable = make_step(make_gradient(parts.training, augment, loss), optimiser)
+        gradient = make_gradient(parts.training, augment, loss)
+        self._gradient = jax.jit(gradient)
+        self._step: Callable = make_step(gradient, optimiser)
         self._evaluate = make_evaluation(parts.evaluation, loss)
         self._graph, self._key = parts.evaluation, jax.random.key(seed)
         # The optimiser's state is sharded like the parameters. A step donates the memory of what it trains: without a
@@ -107,6 +109,11 @@ class Trainer:
         )
         self.frozen = self.frozen._replace(statistics=statistics)
         return loss
+
+    def gradients(self, batch: Any) -> tuple[jax.Array, Any]:
+        """Return the loss of a batch and its gradients with respect to `trainable`, without taking a step."""
+        loss, gradients, _ = self._gradient(self.trainable, self.frozen, shard_batch(batch), self._key)
+        return loss, gradients
 
     def evaluate(self, batch: Any) -> Any:
         """Return the loss and overlap counts of a batch (see `Evaluated`)."""
