@@ -23,11 +23,12 @@ SET_BY_STUDY = {
 } | dict.fromkeys(("run-dir", "resume", "fold", "coordinator", "processes", "process", "wait"), "Remove the option.")
 METHOD_GROUPS = ("model", "preprocessing", "augmentation", "training", "postprocessing")
 DESCRIPTION = """
-Run every method under every protocol with every seed, one after the other, and write the report. To resume a study that
-was stopped, run the same command again: complete runs are kept.
+Run every method under every protocol with every seed, one after the other, and write the report.
+To resume a study that was stopped, run the same command again: complete runs are kept.
 
-Options of jaxla.train apply to all runs (--data.root=…, --training.epochs=…). With a method's name in front, they apply
-to the runs of that method (--unet.training.batch_size=8). The seed of a run also chooses its training patients.
+Options of jaxla.train apply to all runs (--data.root=…, --training.epochs=…). With a method's name
+in front, they apply to the runs of that method (--unet.training.batch_size=8). The seed of a run
+also chooses its training patients.
 """
 
 
@@ -42,9 +43,10 @@ def main(arguments: list[str]) -> None:
     if options.name == "list":
         print("\n".join(map(describe_study, STUDIES.values())))
         return
-    for name in ("name", "output"):
-        if getattr(options, name) is None:
-            raise InputError(f"--{name}", "required", "See --help.")
+    if options.name is None:
+        raise InputError("--name", "required", f"Choose from {', '.join(STUDIES)}; --name=list describes them.")
+    if options.output is None:
+        raise InputError("--output", "required", "Pass the folder of the study.")
     study = lookup("--name", options.name, STUDIES)
     methods = choose_names("--methods", options.methods, study.methods, METHODS)
     protocols = choose_names("--experiments", options.experiments, study.experiments, EXPERIMENTS)

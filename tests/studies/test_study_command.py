@@ -165,7 +165,7 @@ def test_methods_that_are_equal_with_the_options_are_refused(phantoms, tmp_path)
 @pytest.mark.parametrize("missing", ["--name", "--output"])
 def test_missing_required_option_is_named(missing):
     options = [option for option in ("--name=paper1", "--output=study") if not option.startswith(missing)]
-    with pytest.raises(InputError, match=f"^{missing}: required. See --help.$"):
+    with pytest.raises(InputError, match=f"^{missing}: required. (Choose from paper1, |Pass the folder)"):
         main(options)
 
 
