@@ -9,7 +9,7 @@ from pathlib import Path
 
 from jaxla.cli.command_line import require_writable
 from jaxla.cli.process import run_command
-from jaxla.config import InputError, Study, default_cache_dir, lookup
+from jaxla.config import METHOD_GROUPS, InputError, Study, default_cache_dir, lookup
 from jaxla.experiments import EXPERIMENTS, METHODS, STUDIES
 
 # Options of a run that a study sets itself, and what to do instead
@@ -21,7 +21,6 @@ SET_BY_STUDY = {
     "seed": "Use --seeds.",
     "data.subset_seed": "Use --seeds.",
 } | dict.fromkeys(("run-dir", "resume", "fold", "coordinator", "processes", "process", "wait"), "Remove the option.")
-METHOD_GROUPS = ("model", "preprocessing", "augmentation", "training", "postprocessing")
 DESCRIPTION = """
 Run every method under every protocol with every seed, one after the other, and write the report.
 To resume a study that was stopped, run the same command again: complete runs are kept.

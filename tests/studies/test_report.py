@@ -397,7 +397,7 @@ FAULTS = {
     "damaged": (lambda run: (run / "experiment.json").write_text("{"), "experiment.json: damaged"),
     "another format": (
         lambda run: edit(run / "experiment.json", lambda c: c.update(version=99)),
-        "{run}: written by a newer version of this package",
+        "{run}: written by a newer version of jaxla",
     ),
     "another version": (
         lambda run: edit(run / "experiment.json", lambda c: c["environment"]["versions"].update(jaxla="0.0.1")),
@@ -413,7 +413,7 @@ FAULTS = {
     ),
     "different test cases": (
         remove_case,
-        "{any} and {run} were not tested on the same cases ({any} has c3, {run} has not)",
+        "{any} and {run}: not tested on the same cases (c3 is a test case of {any}, but not of {run})",
     ),
     "another seed": (
         lambda run: edit(run / "experiment.json", lambda c: c["experiment"].update(seed=7)),
@@ -424,7 +424,7 @@ FAULTS = {
         "{run}: holds a run with --exp=data_25percent, but the study schedules paper1 here",
     ),
     "another method": (
-        lambda run: edit(run / "experiment.json", lambda c: c["experiment"].update(method="unet")),
+        lambda run: shutil.copy(run_dir(run.parents[1], seed=1) / "experiment.json", run / "experiment.json"),
         "{run}: holds a run with --method=unet, but the study schedules segnet here",
     ),
     "different options": (
