@@ -11,8 +11,8 @@ agree to 1e-13.
 
 Prints JSON: seconds of a step (median and fastest), slices per second, PyTorch's median divided by this package's for
 each form of PyTorch (above 1 this package is faster) and for the fastest of them, the difference between the gradients,
-and on Linux how much the process grew during a step. A pause before each step lets the other implementation's threads
-go idle, and a step that is not timed follows it, since in training one step follows another.
+and on Linux how much the process grew during a step. Before each timed step, a pause lets the other implementation's
+threads go idle, and a step that is not timed warms the caches, since in training one step follows another.
 """
 
 import copy
