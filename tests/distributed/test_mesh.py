@@ -24,7 +24,7 @@ def arrays(tmp_path_factory):
     assert done.returncode == 0, done.stderr
     coordinator = f"127.0.0.1:{free_port()}"
     commands = [["tests.distributed.mesh_driver", folder, coordinator, index] for index in (0, 1)]
-    codes, _, err = finish(start(commands, folder), folder, seconds=300)
+    codes, _, err = finish(start(commands, folder), folder, seconds=900)
     assert codes == [0, 0], err
     return {**np.load(folder / "one_process.npz"), **np.load(folder / "two_processes.npz")}
 

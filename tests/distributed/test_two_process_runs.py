@@ -62,7 +62,7 @@ def double_run(phantoms, split_file, tmp_path_factory):
         wait_for(lambda: metrics.exists() and len(history(folder / "run")) >= epochs, processes)  # noqa: B023
         processes[1].send_signal(signal_number)
         launches.append(finish(processes, folder, seconds=60))
-    launches.append(finish(start(together([*train, "--resume"], free_port()), folder), folder, seconds=300))
+    launches.append(finish(start(together([*train, "--resume"], free_port()), folder), folder, seconds=900))
     assert launches[-1][0] == [0, 0], launches[-1]
     return folder, *launches
 
@@ -122,7 +122,7 @@ def test_each_scan_is_predicted_by_one_process(double_run, phantoms, tmp_path):
     predict = ["jaxla.predict", f"--run={folder / 'run'}", f"--input={scans}"]
     run_module(*predict, f"--output={tmp_path / 'one'}")
     codes, out, err = finish(
-        start(together([*predict, f"--output={tmp_path / 'two'}"], free_port()), tmp_path), tmp_path, 300
+        start(together([*predict, f"--output={tmp_path / 'two'}"], free_port()), tmp_path), tmp_path, 900
     )
     assert codes == [0, 0], err
     masks = sorted(path.name for path in scans.iterdir())
@@ -136,7 +136,7 @@ def test_each_scan_is_predicted_by_one_process(double_run, phantoms, tmp_path):
 
 def test_a_forecast_is_made_together(phantoms, split_file, tmp_path):
     dry = command(tmp_path, phantoms, f"--data.split={split_file}", "--dry-run")
-    codes, out, err = finish(start(together(dry, free_port()), tmp_path), tmp_path, 300)
+    codes, out, err = finish(start(together(dry, free_port()), tmp_path), tmp_path, 900)
     assert codes == [0, 0], err
     assert re.search(r"^patients +2 train, 1 val, 3 test$", out[0], re.MULTILINE)
     assert "patients" not in out[1]
@@ -155,7 +155,7 @@ def test_differences_between_processes_are_refused(phantoms, split_file, tmp_pat
     nib.save(nib.Nifti1Image(np.asarray(image.dataobj) + 1, image.affine, image.header), scan)
     commands = together(command(tmp_path, phantoms, f"--data.split={split_file}"), free_port())
     commands[1].append(option.replace("CHANGED", str(changed)))
-    codes, _, err = finish(start(commands, tmp_path), tmp_path, 300)
+    codes, _, err = finish(start(commands, tmp_path), tmp_path, 900)
     assert codes == [2, 2]
     (line,) = [line for line in (err[0] + err[1]).splitlines() if line.startswith("error")]
     assert re.match(rf"error: (process 1: )?{message}", line)
