@@ -81,7 +81,7 @@ def test_sigterm_to_one_process_has_all_finish_the_step_and_save(double_run):
     (line,) = [line for line in (err[0] + err[1]).splitlines() if line.startswith("stopped")]
     where = re.match(r"stopped in epoch (\d+), after (\d+) of \d+ steps", line)
     assert line.endswith(" --resume")
-    assert f"goes on after {int(where[1]) - 1} epochs and {where[2]} steps" in out[0]
+    assert f"resuming after {int(where[1]) - 1} epochs and {where[2]} steps" in out[0]
 
 
 def test_two_processes_give_the_numbers_of_one(single_run, double_run):
