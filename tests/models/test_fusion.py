@@ -1,7 +1,6 @@
-"""Paper 2's network: PyTorch's numbers, weights that sum to 1 and are learned, what it reads of blocks and image."""
+"""Paper 2's network: PyTorch's numbers, the blocks' weights, and what it reads of blocks and image."""
 
 import time
-from dataclasses import replace
 from itertools import pairwise
 
 import jax
@@ -10,17 +9,17 @@ import numpy as np
 import pytest
 import torch
 from flax import nnx
-from jaxla.models.build import build_network, checked_model
 
-from jaxla.config import InputError, Model
+from jaxla.config import InputError
 from jaxla.data.batches import SliceSource, training_batches
 from jaxla.data.inputs import Canvas
 from jaxla.models.backbones import TRANSFORMERS
+from jaxla.models.networks.base import build_network
 from jaxla.models.networks.fusion import (
     Fusion,
     FusionDecoder,
+    FusionOptions,
     FusionSegmenter,
-    chosen_blocks,
     weighted_product,
     weighted_sums,
 )
@@ -33,12 +32,12 @@ from tests.training.scans import disc_scans
 
 SIZE = (24, 40)  # of the images; h, w are 3, 5
 WIDTHS = (12, 8, 6, 4)
-WAYS = ("all", "last", "none")
-FORMS = (weighted_sums, weighted_product)
+IMAGE_STAGES = ("all", "last", "none")
+VARIANTS = (weighted_sums, weighted_product)
 
 
-def decoder_of(blocks=3, outputs=1, seed=0, dtype=jnp.float32, **options):
-    """In evaluation mode with random parameters."""
+def make_decoder(blocks=3, outputs=1, seed=0, dtype=jnp.float32, **options):
+    """Return a decoder in evaluation mode with random parameters."""
     decoder = randomise(
         nnx.eval_shape(lambda: FusionDecoder(32, blocks, WIDTHS, outputs, dtype=dtype, rngs=nnx.Rngs(0), **options)),
         seed,
@@ -49,12 +48,12 @@ def decoder_of(blocks=3, outputs=1, seed=0, dtype=jnp.float32, **options):
     return decoder
 
 
-def network_of(blocks=(0, 1, 2), variant=TINY, **options):
-    return FusionSegmenter(tiny_backbone(variant=variant), blocks, decoder_of(len(blocks), **options))
+def make_network(blocks=(0, 1, 2), variant=TINY, **options):
+    return FusionSegmenter(tiny_backbone(variant=variant), blocks, make_decoder(len(blocks), **options))
 
 
 def random_inputs(batch=2, blocks=3, dtype=np.float32):
-    """Features [B, blocks, h, w, C] and images [B, H, W, 1]."""
+    """Return features [B, blocks, h, w, C] and images [B, H, W, 1]."""
     draw = np.random.default_rng(1)
     return draw.standard_normal((batch, blocks, 3, 5, 32)).astype(dtype), draw.random((batch, *SIZE, 1)).astype(dtype)
 
@@ -72,14 +71,14 @@ def jitted(network):
     return lambda *arguments: jax.jit(lambda state, *a: nnx.merge(graph, state)(*a))(state, *arguments)
 
 
-# --- the same numbers as PyTorch ---
+# --- parity with PyTorch ---
 
 
 @pytest.mark.parametrize(
-    ("image", "weights"), [*((image, "per_level") for image in WAYS), ("all", "shared"), ("all", "uniform")]
+    ("image", "weights"), [*((image, "per_level") for image in IMAGE_STAGES), ("all", "shared"), ("all", "uniform")]
 )
 def test_logits_equal_pytorch(image, weights):
-    decoder, (features, images) = decoder_of(outputs=3, image=image, weights=weights), random_inputs()
+    decoder, (features, images) = make_decoder(outputs=3, image=image, weights=weights), random_inputs()
     ours = jax.jit(lambda *inputs: decoder(*inputs, SIZE))(features, images)
     with torch.no_grad():
         theirs = reference_of(decoder, SIZE)(*to_torch(features, images)).numpy().transpose(0, 2, 3, 1)
@@ -89,9 +88,9 @@ def test_logits_equal_pytorch(image, weights):
 
 
 def test_gradients_and_statistics_equal_pytorch():
-    """In float64: in float32 rounding moves activations over a ReLU's zero, in PyTorch as here."""
+    """In float64, because in float32 rounding moves activations across a ReLU's zero."""
     with jax.enable_x64():
-        decoder, (features, images) = decoder_of(dtype=jnp.float64), random_inputs(dtype=np.float64)
+        decoder, (features, images) = make_decoder(dtype=jnp.float64), random_inputs(dtype=np.float64)
         weight = np.random.default_rng(2).standard_normal((2, *SIZE, 1))
         theirs = reference_of(decoder, SIZE).train()
         decoder.train()
@@ -103,15 +102,15 @@ def test_gradients_and_statistics_equal_pytorch():
 
         gradients, statistics = jax.jit(jax.grad(loss, has_aux=True))(parameters)
         (theirs(*to_torch(features, images)) * torch.from_numpy(weight.transpose(0, 3, 1, 2).copy())).mean().backward()
-        found, expected = as_theirs(decoder, gradients), dict(theirs.named_parameters())
-        assert found.keys() == expected.keys()
+        ours, expected = as_theirs(decoder, gradients), dict(theirs.named_parameters())
+        assert ours.keys() == expected.keys()
         for name, parameter in expected.items():
-            error = np.linalg.norm(found[name] - parameter.grad.numpy()) / np.linalg.norm(parameter.grad.numpy())
+            error = np.linalg.norm(ours[name] - parameter.grad.numpy()) / np.linalg.norm(parameter.grad.numpy())
             assert error <= 1e-13, name  # measured: 4.6e-15
         buffers = dict(theirs.named_buffers())
-        found = as_theirs(decoder, statistics)
-        assert len(found) == 2 * 3 * 3  # of the stem and two convolutions of three stages
-        for name, value in found.items():
+        ours = as_theirs(decoder, statistics)
+        assert len(ours) == 2 * 3 * 3  # mean and variance of the stem and two convolutions in three stages
+        for name, value in ours.items():
             np.testing.assert_allclose(value, buffers[name], rtol=1e-13, err_msg=name)  # measured: 3.3e-15
 
 
@@ -123,26 +122,26 @@ def test_weights_start_equal_and_sum_to_1(weights, count):
     decoder = FusionDecoder(32, 3, WIDTHS, 1, weights=weights, rngs=nnx.Rngs(0))
     np.testing.assert_allclose(decoder.fusion.weights(), np.full((4, 3), 1 / 3), rtol=1e-6)
     assert sum(leaf.size for leaf in jax.tree.leaves(nnx.state(decoder.fusion, nnx.Param))) == count
-    network = network_of(weights=weights)  # random scalars
-    of_levels = np.array(network.block_weights()["levels"])
-    np.testing.assert_allclose(of_levels, network.decoder.fusion.weights(), rtol=1e-6)
-    np.testing.assert_allclose(of_levels.sum(1), np.ones(4), rtol=1e-6)
-    assert (np.ptp(of_levels) > 0.01) == (weights != "uniform")
-    assert (np.ptp(of_levels, axis=0).max() > 0.01) == (weights == "per_level")
+    network = make_network(weights=weights)  # random scalars
+    levels = np.array(network.block_weights()["levels"])
+    np.testing.assert_allclose(levels, network.decoder.fusion.weights(), rtol=1e-6)
+    np.testing.assert_allclose(levels.sum(1), np.ones(4), rtol=1e-6)
+    assert (np.ptp(levels) > 0.01) == (weights != "uniform")
+    assert (np.ptp(levels, axis=0).max() > 0.01) == (weights == "per_level")
     assert network.block_weights()["blocks"] == [0, 1, 2]
 
 
 @pytest.mark.parametrize("weights", ["per_level", "shared"])
 @pytest.mark.parametrize("backbone", ["frozen", "finetuned"])
 def test_the_gradient_reaches_every_weight(weights, backbone):
-    parts = split_network(network_of(weights=weights), train_backbone=backbone == "finetuned")
+    parts = split_network(make_network(weights=weights), train_backbone=backbone == "finetuned")
     mask = (np.random.default_rng(3).random((2, *SIZE)) > 0.6).astype(np.uint8)
     batch = {"input": random_inputs()[1], "mask": mask, "weight": np.ones(2, np.float32)}
     _, gradients, _ = jax.jit(make_gradient(parts.training))(parts.trainable, parts.frozen, batch, jax.random.key(0))
-    of_scalars = np.asarray(gradients["decoder"]["fusion"]["scalars"][...])
-    assert of_scalars.shape == ((4, 3) if weights == "per_level" else (1, 3))
-    assert np.abs(of_scalars).min() > 1e-7
-    np.testing.assert_allclose(of_scalars.sum(1), 0, atol=1e-6)  # the weights sum to 1 whatever the scalars are
+    grad_scalars = np.asarray(gradients["decoder"]["fusion"]["scalars"][...])
+    assert grad_scalars.shape == ((4, 3) if weights == "per_level" else (1, 3))
+    assert np.abs(grad_scalars).min() > 1e-7
+    np.testing.assert_allclose(grad_scalars.sum(1), 0, atol=1e-6)  # the weights sum to 1 for any scalars
     assert ("backbone" in gradients) == (backbone == "finetuned")
 
 
@@ -151,78 +150,78 @@ def test_a_block_counts_in_proportion_to_its_weight():
     fusion.scalars.set_value(jnp.array([[0.5, -1.0, 2.0], [0.0, 0.3, -0.2]]))
     moved = features.copy()
     moved[:, 1] += 1
-    for before, after, of_level in zip(fusion(features), fusion(moved), fusion.weights(), strict=True):
-        np.testing.assert_allclose(after - before, np.full(before.shape, of_level[1]), atol=1e-6)  # measured: 1.8e-7
+    for before, after, weights in zip(fusion(features), fusion(moved), fusion.weights(), strict=True):
+        np.testing.assert_allclose(after - before, np.full(before.shape, weights[1]), atol=1e-6)  # measured: 1.8e-7
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(np.float64, 4e-15), (jnp.bfloat16, 5e-3)])
-def test_a_gpus_form_of_the_sums_has_the_cpus_values_and_gradients(dtype, tolerance):
+def test_both_variants_have_the_same_values_and_gradients(dtype, tolerance):
     weights = np.random.default_rng(0).random((4, 3)).astype(np.promote_types(dtype, np.float32))
     features = random_inputs()[0].astype(dtype)
 
-    def loss(form, weights, features):
-        return sum((level**2).sum() for level in form(weights, features)).astype(np.float32)
+    def loss(variant, weights, features):
+        return sum((level**2).sum() for level in variant(weights, features)).astype(np.float32)
 
     with jax.enable_x64(dtype is np.float64):
         gradients = jax.grad(loss, argnums=(1, 2))
-        forms = [(form(weights, features), *gradients(form, weights, features)) for form in FORMS]
-    for cpu, gpu in zip(*map(jax.tree.leaves, forms), strict=True):
-        assert cpu.dtype == gpu.dtype
-        difference = np.asarray(cpu, np.float64) - np.asarray(gpu, np.float64)
+        results = [(variant(weights, features), *gradients(variant, weights, features)) for variant in VARIANTS]
+    for sums, product in zip(*map(jax.tree.leaves, results), strict=True):
+        assert sums.dtype == product.dtype
+        difference = np.asarray(sums, np.float64) - np.asarray(product, np.float64)
         # measured: 1.2e-15 and 3.7e-3
-        assert np.linalg.norm(difference) <= tolerance * np.linalg.norm(np.asarray(cpu, np.float64))
+        assert np.linalg.norm(difference) <= tolerance * np.linalg.norm(np.asarray(sums, np.float64))
 
 
-def test_all_weight_on_the_last_block_is_the_network_without_fusion_to_the_bit():
-    fused, last = network_of(image="none"), network_of(blocks=(2,), image="none")
+def test_all_weight_on_the_last_block_equals_the_network_without_fusion():
+    fused, last = make_network(image="none"), make_network(blocks=(2,), image="none")
     for path, variable in nnx.to_flat_state(nnx.state(fused.decoder)):
         if path[0] != "fusion":
-            same = dict(nnx.to_flat_state(nnx.state(last.decoder)))[path]
-            same.set_value(variable.get_value())
+            variable_of_last = dict(nnx.to_flat_state(nnx.state(last.decoder)))[path]
+            variable_of_last.set_value(variable.get_value())
     fused.decoder.fusion.scalars.set_value(jnp.full((4, 3), -jnp.inf).at[:, 2].set(0))
     images = random_inputs()[1]
     np.testing.assert_array_equal(jitted(fused)(images), jitted(last)(images))
 
 
-def test_memory_of_fine_tuning_grows_with_the_blocks_and_not_with_their_square():
-    """Of a gradient by the features of 4 and of 32 blocks: 1 MB each."""
+def test_memory_of_fine_tuning_is_linear_in_the_number_of_blocks():
+    """The gradient of the features, with 4 and 32 blocks of 1 MB each."""
 
-    def bytes_of(blocks):
+    def temporary_bytes(blocks):
         fusion = Fusion(4, blocks, "per_level")
         features = jax.ShapeDtypeStruct((1, blocks, 64, 64, 64), jnp.float32)
-        slope = jax.grad(lambda features: sum(jnp.sum(level**2) for level in fusion(features)))
-        return jax.jit(slope).lower(features).compile().memory_analysis().temp_size_in_bytes
+        gradient = jax.grad(lambda features: sum(jnp.sum(level**2) for level in fusion(features)))
+        return jax.jit(gradient).lower(features).compile().memory_analysis().temp_size_in_bytes
 
-    few, many = bytes_of(4), bytes_of(32)
+    few, many = temporary_bytes(4), temporary_bytes(32)
     assert many - few <= 28 * 2**20  # measured: 1 MB
 
 
-# --- what it reads ---
+# --- inputs ---
 
 
 @pytest.mark.parametrize("variant", [TINY, ROTARY], ids=["dinov2", "dinov3"])
-def test_it_reads_each_blocks_tokens_after_the_final_norm(variant):
-    network = network_of(blocks=(2, 0), variant=variant)
+def test_features_are_the_blocks_tokens_after_the_final_norm(variant):
+    network = make_network(blocks=(2, 0), variant=variant)
     images = random_inputs()[1]
-    found = network.features(jnp.asarray(images))
-    assert found.shape == (2, 2, 3, 5, 32)
+    features = network.features(jnp.asarray(images))
+    assert features.shape == (2, 2, 3, 5, 32)
     colour = three_channels(jnp.asarray(images))
-    np.testing.assert_array_equal(found[:, 0], network.backbone(colour).patches)  # of the last block
+    np.testing.assert_array_equal(features[:, 0], network.backbone(colour).patches)  # the last block
     expected = network.backbone.norm(network.backbone.intermediate(colour, (0,))[0])
-    np.testing.assert_allclose(found[:, 1], expected, atol=2e-6)  # measured: 4.8e-7
+    np.testing.assert_allclose(features[:, 1], expected, atol=2e-6)  # measured: 4.8e-7
 
 
-def test_networks_share_features_in_the_cache_only_where_they_read_the_same_blocks(tmp_path):
+def test_networks_share_cached_features_if_they_read_the_same_blocks(tmp_path):
     def folder(blocks, **options):
-        return FeatureCache(tmp_path, network_of(blocks, **options), "tiny", Canvas(24)).folder
+        return FeatureCache(tmp_path, make_network(blocks, **options), "tiny", Canvas(24)).folder
 
     assert folder((1, 2)) == folder((1, 2), image="none") == folder((1, 2), weights="uniform", seed=5)
     assert len({folder((0, 1, 2)), folder((1, 2)), folder((2,))}) == 3
 
 
-@pytest.mark.parametrize("image", WAYS)
-def test_features_and_the_rest_are_the_network(image):
-    network, images = network_of(image=image), random_inputs()[1]
+@pytest.mark.parametrize("image", IMAGE_STAGES)
+def test_network_on_features_equals_the_network(image):
+    network, images = make_network(image=image), random_inputs()[1]
     features = jax.jit(lambda images: network.features(images))(images)
     rest = network.on_features(SIZE)
     if image == "none":
@@ -235,25 +234,25 @@ def test_features_and_the_rest_are_the_network(image):
     np.testing.assert_allclose(jitted(rest)(given), jitted(network)(images), atol=1e-6)  # measured: equal
 
 
-@pytest.mark.parametrize("image", WAYS)
-def test_the_image_reaches_the_logits_by_the_stems_alone_where_features_stay(image):
-    rest, (features, images) = network_of(image=image).on_features(SIZE), random_inputs()
+@pytest.mark.parametrize("image", IMAGE_STAGES)
+def test_with_fixed_features_the_image_reaches_the_logits_through_the_stems_only(image):
+    rest, (features, images) = make_network(image=image).on_features(SIZE), random_inputs()
     if image == "none":
         assert all(stage.stem is None for stage in rest.decoder.stages)
         return
     assert [stage.stem is not None for stage in rest.decoder.stages] == [image == "all", image == "all", True]
-    other = images.copy()
-    other[:, :8, :8] = 1 - other[:, :8, :8]
-    change = np.abs(jitted(rest)((features, images)) - jitted(rest)((features, other)))[..., 0]
+    changed = images.copy()
+    changed[:, :8, :8] = 1 - changed[:, :8, :8]
+    change = np.abs(jitted(rest)((features, images)) - jitted(rest)((features, changed)))[..., 0]
     assert change[:, :8, :8].max() > 1e-3
-    if image == "last":  # three convolutions and a resizing reach no further
+    if image == "last":  # the reach of three convolutions and a resizing
         assert change[:, 16:].max() == 0
         assert change[:, :, 16:].max() == 0
 
 
 @pytest.mark.parametrize("arch", ["dinov2_vits14", "dinov2_vits14_reg", "dinov2_vitg14", "dinov3_vits16"])
-def test_it_takes_every_backbone_and_sides_that_differ(arch):
-    model = Model(arch, weights="random", network="fusion", backbone="frozen", decoder_widths=WIDTHS, blocks=(0, -1))
+def test_it_works_with_every_backbone_and_on_images_that_are_not_square(arch):
+    model = FusionOptions(arch, weights="random", decoder_widths=WIDTHS, blocks=(0, -1))
     network = nnx.eval_shape(lambda: build_network(model, 3, 0))
     patch = TRANSFORMERS[arch].patch
     graph, state = nnx.split(network)
@@ -263,7 +262,7 @@ def test_it_takes_every_backbone_and_sides_that_differ(arch):
     assert network.blocks == (0, TRANSFORMERS[arch].depth - 1)
 
 
-def test_the_default_decoder_on_vit_b_has_as_many_parameters_as_its_layers_say():
+def test_default_decoder_on_vit_b_has_the_parameters_of_its_layers():
     widths = (512, 256, 128, 64, 32)
     decoder = nnx.eval_shape(lambda: FusionDecoder(768, 12, widths, 1, rngs=nnx.Rngs(0)))
     expected = 768 * 512 + 512 + 5 * 12 + 9 * 32 + 1  # first level, weights of the blocks, logits
@@ -282,39 +281,28 @@ def test_the_default_decoder_on_vit_b_has_as_many_parameters_as_its_layers_say()
     [((), tuple(range(12))), ((-1,), (11,)), ((-4, -3, -2, -1), (8, 9, 10, 11)), ((11, 0, -2), (0, 10, 11))],
 )
 def test_blocks_are_counted_from_either_end(blocks, chosen):
-    assert chosen_blocks(Model("dinov2_vits14", network="fusion", blocks=blocks)) == chosen
+    assert FusionOptions("dinov2_vits14", blocks=blocks).block_numbers() == chosen
 
 
 @pytest.mark.parametrize(
     ("changed", "line"),
     [
-        (
-            {"blocks": (3, 12)},
-            r"option --model.blocks=\[3, 12\]: dinov2_vits14 has no block 12; name some of 0 to 11, or of -1, its last",
-        ),
-        ({"blocks": (-13,)}, r"option --model.blocks=\[-13\]: dinov2_vits14 has no block -13"),
-        ({"blocks": (11, 3, -1)}, r"option --model.blocks=\[11, 3, -1\]: block 11 of dinov2_vits14 stands twice"),
-        ({"decoder_widths": (8,)}, r"option --model.decoder_widths=\[8\]: give the width of the first level and those"),
-        ({"decoder": "linear"}, "option --model.decoder is not one of method fusion_vitb14; leave it out"),
+        ({"blocks": (3, 12)}, r"model.blocks=\[3, 12\]: dinov2_vits14 has no block 12. Use 0 to 11, or -1 .* to -12\."),
+        ({"blocks": (-13,)}, r"model.blocks=\[-13\]: dinov2_vits14 has no block -13\. "),
+        ({"blocks": (11, 3, -1)}, r"model.blocks=\[11, 3, -1\]: block 11 of dinov2_vits14 is named twice\. "),
+        ({"decoder_widths": (8,)}, r"model.decoder_widths=\[8\]: needs the width of the first level and of at least"),
     ],
 )
-def test_options_that_do_not_fit_are_named(changed, line):
-    own = Model("dinov2_vits14", network="fusion")
-    with pytest.raises(InputError, match=line):
-        checked_model(replace(own, **changed), own, "fusion_vitb14")
-
-
-def test_other_networks_refuse_its_options():
-    own = Model("dinov2_vits14")
-    with pytest.raises(InputError, match=r"option --model.blocks is not one of method dinov2_vits14; leave it out"):
-        checked_model(replace(own, blocks=(-1,)), own, "dinov2_vits14")
+def test_impossible_options_are_refused(changed, line):
+    with pytest.raises(InputError, match=f"^{line}"):
+        FusionOptions("dinov2_vits14", **changed).resolve()
 
 
 # --- batches ---
 
 
-def test_batches_have_the_images_of_their_features_and_large_ones_are_read_when_they_are_due(tmp_path):
-    """A batch here takes 520 MB, of which no four may wait."""
+def test_batches_contain_the_images_of_their_features_and_large_ones_are_read_late(tmp_path):
+    """A batch takes 520 MB here, so that at most two may wait."""
 
     class Features:
         read = 0
@@ -333,7 +321,7 @@ def test_batches_have_the_images_of_their_features_and_large_ones_are_read_when_
     try:
         batch = next(batches)
         time.sleep(1)
-        assert Features.read <= 1 + 2 * 3  # for the shapes; the batch itself, one that waits and one that is being read
+        assert Features.read <= 1 + 2 * 3  # one slice for the shapes; the batch, one that waits, one that is being read
     finally:
         batches.close()
     for features, image, volume in zip(batch["input"], batch["image"], batch["volume"], strict=True):

@@ -1,4 +1,4 @@
-"""Multiply-adds by hand, and of whole networks beside PyTorch's counter of floating-point operations."""
+"""Multiply-adds by hand, and of networks beside PyTorch's counter of floating-point operations."""
 
 from functools import partial
 
@@ -8,9 +8,10 @@ import pytest
 import torch
 from flax import nnx
 from jaxla.experiments import METHODS
-from jaxla.models.build import build_network
 from torch.utils.flop_counter import FlopCounterMode
 
+from jaxla.models.networks.base import build_network
+from jaxla.models.networks.fusion import weighted_product, weighted_sums
 from jaxla.models.ops.attention import cudnn_attention
 from jaxla.models.ops.multiply_adds import multiply_adds
 from tests.gpu import pretend_gpu
@@ -28,8 +29,8 @@ def convolve(x, kernel, stride=1, groups=1):
     )
 
 
-def test_attention_counts_the_same_by_cudnn(monkeypatch):
-    """Traced as on a GPU that has cuDNN; nothing is run."""
+def test_cudnn_attention_counts_the_same(monkeypatch):
+    """Traced as on a GPU with cuDNN; nothing runs."""
     pretend_gpu(monkeypatch)
     q, k = (jax.ShapeDtypeStruct((2, tokens, 4, 64), jnp.bfloat16) for tokens in (65, 33))
     by_hand = 2 * (2 * 4 * 65 * 33 * 64)
@@ -53,32 +54,38 @@ def test_attention_counts_the_same_by_cudnn(monkeypatch):
         (lambda a: jnp.tanh(a) * 2 + a.sum(), [shape(9, 9)], 0),
     ],
 )
-def test_by_hand(function, arguments, expected):
+def test_count_equals_the_count_by_hand(function, arguments, expected):
     assert multiply_adds(function, *arguments) == expected
 
 
-def test_a_loop_of_unknown_length_is_refused():
+def test_a_while_loop_is_refused():
     with pytest.raises(ValueError, match="while"):
         multiply_adds(lambda x: jax.lax.while_loop(lambda x: x[0, 0] < 9, lambda x: x @ x, x), shape(2, 2))
 
 
-def of_network(network, size):
+def test_fusion_counts_the_same_in_both_variants():
+    weights, features = shape(4, 3), shape(2, 3, 5, 7, 32)
+    expected = 4 * 3 * (2 * 5 * 7 * 32)
+    assert multiply_adds(weighted_sums, weights, features) == expected
+    assert multiply_adds(weighted_product, weights, features) == expected
+
+
+def count_network(network, size):
     graph, state = nnx.split(network)
     return multiply_adds(lambda state, images: nnx.merge(graph, state)(images), state, shape(1, size, size, 1))
 
 
 @pytest.mark.parametrize("method", ["unet", "attention_unet", "resnet50_unet", "segnet"])
-def test_convolutional_networks_beside_pytorchs_counter(method):
-    model = METHODS[method].model
-    model = type(model)(**{**vars(model), "weights": "random"})
+def test_convolutional_networks_equal_pytorchs_counter(method):
+    model = METHODS[method].model.with_weights("random")
     network = randomise(nnx.eval_shape(lambda: build_network(model, 1, 0)))
     channels = 3 if hasattr(network, "backbone") else 1
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         reference_of(network).eval()(torch.zeros(1, channels, 64, 64))
-    assert of_network(network, 64) == counter.get_total_flops() // 2
+    assert count_network(network, 64) == counter.get_total_flops() // 2
 
 
-def test_a_transformer_by_its_formula():
+def test_a_transformer_equals_its_formula():
     backbone = tiny_backbone()
     variant, tokens = backbone.variant, (32 // backbone.variant.patch) ** 2 + 1
     images = shape(1, 32, 32, 3)

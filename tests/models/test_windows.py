@@ -1,4 +1,4 @@
-"""Paper 3's network: PyTorch's numbers, what a window knows of the others, and what fills a volume up."""
+"""Paper 3's network: PyTorch's numbers, independence of windows, and padding of volumes."""
 
 from dataclasses import replace
 from itertools import product
@@ -9,27 +9,33 @@ import numpy as np
 import pytest
 import torch
 from flax import nnx
-from jaxla.experiments import EXPERIMENTS, METHODS
-from jaxla.models.build import build_network, parameter_count, require_slices
-from jaxla.pipeline.checks import checked
+from jaxla.experiments import METHODS
 from torch.nn import functional
 
-from jaxla.config import InputError, Model, with_method
-from jaxla.models.networks.windows import FeatureWindows, WindowDecoder, WindowSegmenter, window_counts
+from jaxla.config import InputError
+from jaxla.models.networks.base import build_network, parameter_count
+from jaxla.models.networks.transformer_segmenter import TransformerSegmenterOptions
+from jaxla.models.networks.windows import FeatureWindows, WindowDecoder, WindowOptions, WindowSegmenter
 from tests.parity.references import as_theirs, reference_of
 from tests.tiny import ROTARY, TINY, randomise, tiny_backbone
 
 WIDTHS = (16, 12, 8, 8)
 SIZE = (32, 64)  # of the slices; h, w are 4, 8
 SLICES = 6
-KINDS = {"3D": {"places": 5}, "without depth embedding": {"places": 0}, "2D": {"places": 5, "slicewise": True}}
+KINDS = {
+    "3D": {"depth_places": 5},
+    "without depth embedding": {"depth_places": 0},
+    "2D": {"depth_places": 5, "slicewise": True},
+}
 
 
-def decoder_of(outputs=1, seed=0, dtype=jnp.float32, places=5, **options):
-    """With random parameters."""
+def make_decoder(outputs=1, seed=0, dtype=jnp.float32, depth_places=5, **options):
+    """Return a decoder with random parameters."""
     decoder = randomise(
         nnx.eval_shape(
-            lambda: WindowDecoder(32, WIDTHS, outputs, places=places, dtype=dtype, rngs=nnx.Rngs(0), **options)
+            lambda: WindowDecoder(
+                32, WIDTHS, outputs, depth_places=depth_places, dtype=dtype, rngs=nnx.Rngs(0), **options
+            )
         ),
         seed,
     )
@@ -47,8 +53,8 @@ def to_torch(features):
     return torch.from_numpy(np.ascontiguousarray(features.transpose(0, 2, 5, 1, 3, 4)))
 
 
-def of_slices(own, slices=SLICES, batch=2):
-    """What the decoder is told of the slices `own` of volumes."""
+def slice_arguments(own, slices=SLICES, batch=2):
+    """Return the decoder's arguments for the slices `own` of volumes: numbers, presence, slices of the volume."""
     numbers = np.broadcast_to(np.arange(own.start, own.stop), (batch, len(own)))
     return numbers, np.ones(numbers.shape, bool), np.full(batch, slices)
 
@@ -58,96 +64,96 @@ def run(network, *arguments):
     return np.asarray(jax.jit(lambda state, *a: nnx.merge(graph, state)(*a))(state, *arguments))
 
 
-# --- the same numbers as PyTorch ---
+# --- parity with PyTorch ---
 
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("own", [range(SLICES), range(2, 5)], ids=["all slices", "three"])
 def test_a_windows_logits_equal_pytorch(kind, own):
-    decoder = decoder_of(outputs=3, **KINDS[kind])
+    decoder = make_decoder(outputs=3, **KINDS[kind])
     features = random_features(slices=len(own))
     reference = reference_of(decoder)
     with torch.no_grad():
         theirs = reference(to_torch(features), SLICES, own)
-        if kind == "2D":  # GroupNorm's statistics are of a slice then
-            of_each = [reference(to_torch(features[:, i : i + 1]), SLICES, own[i : i + 1]) for i in range(len(own))]
-            theirs = torch.cat(of_each, dim=2)
-    ours = run(decoder, features, *of_slices(own))
+        if kind == "2D":  # GroupNorm normalises each slice by itself
+            each_slice = [reference(to_torch(features[:, i : i + 1]), SLICES, own[i : i + 1]) for i in range(len(own))]
+            theirs = torch.cat(each_slice, dim=2)
+    ours = run(decoder, features, *slice_arguments(own))
     assert (ours.shape, ours.dtype) == ((2, len(own), 32, 64, 3), np.float32)
     assert theirs.std() > 0.2
     np.testing.assert_allclose(ours, theirs.numpy().transpose(0, 2, 3, 4, 1), atol=1e-5)  # measured: 4.6e-6
 
 
 def test_gradients_equal_pytorch():
-    """In float64: in float32 rounding moves activations over a ReLU's zero, in PyTorch as here."""
+    """In float64, because in float32 rounding moves activations across a ReLU's zero."""
     with jax.enable_x64():
-        decoder, features = decoder_of(dtype=jnp.float64), random_features(dtype=np.float64)
+        decoder, features = make_decoder(dtype=jnp.float64), random_features(dtype=np.float64)
         weight = np.random.default_rng(2).standard_normal((2, SLICES, 32, 64, 1))
         theirs = reference_of(decoder)
         graph, parameters = nnx.split(decoder)
 
         def loss(parameters):
-            return (nnx.merge(graph, parameters)(features, *of_slices(range(SLICES))) * weight).mean()
+            return (nnx.merge(graph, parameters)(features, *slice_arguments(range(SLICES))) * weight).mean()
 
         gradients = jax.jit(jax.grad(loss))(parameters)
         logits = theirs(to_torch(features), SLICES, range(SLICES))
         (logits * torch.from_numpy(weight.transpose(0, 4, 1, 2, 3).copy())).mean().backward()
-        found, expected = as_theirs(decoder, gradients), dict(theirs.named_parameters())
-        assert found.keys() == expected.keys()
+        ours, expected = as_theirs(decoder, gradients), dict(theirs.named_parameters())
+        assert ours.keys() == expected.keys()
         for name, parameter in expected.items():
-            error = np.linalg.norm(found[name] - parameter.grad.numpy()) / np.linalg.norm(parameter.grad.numpy())
+            error = np.linalg.norm(ours[name] - parameter.grad.numpy()) / np.linalg.norm(parameter.grad.numpy())
             assert error <= 1e-13, name  # measured: 8.3e-15
 
 
 @pytest.mark.parametrize("counts", [(1, 1, 1), (2, 2, 2), (4, 3, 5)])
-def test_the_whole_is_its_windows_decoded_by_pytorch_in_their_places(counts):
-    decoder, features = decoder_of(), random_features()
+def test_logits_of_a_volume_are_pytorchs_of_its_windows(counts):
+    decoder, features = make_decoder(), random_features()
     reference = reference_of(decoder)
-    whole = torch.zeros(2, 1, SLICES, 32, 64)
-    for place in product(*map(range, counts)):
+    assembled = torch.zeros(2, 1, SLICES, 32, 64)
+    for index in product(*map(range, counts)):
         own, rows, columns = (
-            range(i * n // k, (i + 1) * n // k) for i, n, k in zip(place, (SLICES, 4, 8), counts, strict=True)
+            range(i * n // k, (i + 1) * n // k) for i, n, k in zip(index, (SLICES, 4, 8), counts, strict=True)
         )
         part = features[:, own.start : own.stop, :, rows.start : rows.stop, columns.start : columns.stop]
         with torch.no_grad():
             logits = reference(to_torch(part), SLICES, own)
-        fine = (slice(8 * of.start, 8 * of.stop) for of in (rows, columns))
-        whole[:, :, own.start : own.stop, *fine] = logits
+        fine = (slice(8 * axis.start, 8 * axis.stop) for axis in (rows, columns))
+        assembled[:, :, own.start : own.stop, *fine] = logits
     size = (24, 40)
-    theirs = functional.interpolate(whole, size=(SLICES, *size), mode="trilinear").numpy().transpose(0, 2, 3, 4, 1)
+    theirs = functional.interpolate(assembled, size=(SLICES, *size), mode="trilinear").numpy().transpose(0, 2, 3, 4, 1)
     ours = run(FeatureWindows(decoder, size, counts), features)
     np.testing.assert_allclose(ours, theirs, atol=1e-5)  # measured: 1.6e-6
 
 
-# --- what a window and a slice know of others ---
+# --- independence ---
 
 
 @pytest.mark.parametrize(("kind", "reached"), [("3D", {3, 4, 5}), ("2D", {3})])
-def test_what_changes_a_slice_reaches_its_own_window_alone_and_in_2d_itself_alone(kind, reached):
-    network = FeatureWindows(decoder_of(**KINDS[kind]), SIZE, (2, 1, 2))
+def test_a_slice_changes_its_own_window_only_and_in_2d_itself_only(kind, reached):
+    network = FeatureWindows(make_decoder(**KINDS[kind]), SIZE, (2, 1, 2))
     features = random_features(1)
     changed = features.copy()
     changed[:, 3, ..., :4, :] += 1  # in the window of slices 3 to 5 and columns 0 to 3
     before, after = run(network, features), run(network, changed)
-    moved = (before != after).any(axis=(0, 2, 4))  # [D, W]
-    assert moved[3, :32].any()
-    assert not moved[:, 32:].any()
-    assert not moved[:3].any()
-    assert {int(i) for i in np.flatnonzero(moved.any(1))} == reached
+    differs = (before != after).any(axis=(0, 2, 4))  # [D, W]
+    assert differs[3, :32].any()
+    assert not differs[:, 32:].any()
+    assert not differs[:3].any()
+    assert {int(i) for i in np.flatnonzero(differs.any(1))} == reached
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_equal_slices_are_told_apart_by_the_depth_embedding_alone(kind):
-    decoder = decoder_of(**{**KINDS[kind], "slicewise": True})  # else the border of the volume tells them apart too
+def test_equal_slices_differ_by_the_depth_embedding_only(kind):
+    decoder = make_decoder(**{**KINDS[kind], "slicewise": True})  # in 3D the volume's border would distinguish them too
     equal = np.repeat(random_features(1, slices=1), SLICES, axis=1)
     logits = run(FeatureWindows(decoder, SIZE, (2, 1, 1)), equal)
-    spread = np.abs(logits - logits[:, :1]).max(axis=(0, 2, 3, 4))
-    assert (spread[1:] > 1e-2).all() if KINDS[kind]["places"] else (spread == 0).all()
+    change = np.abs(logits - logits[:, :1]).max(axis=(0, 2, 3, 4))
+    assert (change[1:] > 1e-2).all() if KINDS[kind]["depth_places"] else (change == 0).all()
 
 
 @pytest.mark.parametrize(("kind", "counts"), [*((kind, (3, 1, 2)) for kind in KINDS), ("3D", (1, 1, 1))])
-def test_what_fills_a_volume_up_changes_nothing_of_it(kind, counts):
-    network = FeatureWindows(decoder_of(outputs=2, **KINDS[kind]), SIZE, counts)
+def test_padding_slices_do_not_change_a_volume(kind, counts):
+    network = FeatureWindows(make_decoder(outputs=2, **KINDS[kind]), SIZE, counts)
     features = random_features(slices=9)
     own = (9, 5)
     present = np.arange(9) < np.array(own)[:, None]
@@ -158,13 +164,13 @@ def test_what_fills_a_volume_up_changes_nothing_of_it(kind, counts):
         assert not together[volume, slices:].any()
 
 
-# --- with its backbone ---
+# --- with a backbone ---
 
 
 @pytest.mark.parametrize("variant", [TINY, ROTARY], ids=["dinov2", "dinov3"])
-def test_features_computed_before_give_the_networks_logits(variant):
+def test_network_on_features_equals_the_network(variant):
     backbone = tiny_backbone(variant=replace(variant, depth=8))
-    network = WindowSegmenter(backbone, decoder_of(), (2, 1, 1))
+    network = WindowSegmenter(backbone, make_decoder(), (2, 1, 1))
     images = np.random.default_rng(0).random((2, 3, *SIZE, 1), dtype=np.float32)
     features = jnp.stack([network.features(jnp.asarray(volume)) for volume in images])
     assert features.shape == (2, 3, 4, 4, 8, 32)
@@ -173,22 +179,19 @@ def test_features_computed_before_give_the_networks_logits(variant):
     )  # measured: 2.8e-6
 
 
-def test_its_levels_are_the_quarters_of_the_backbones_depth():
+def test_levels_are_the_quarters_of_the_backbones_depth():
     for depth, blocks in ((12, (2, 5, 8, 11)), (24, (5, 11, 17, 23)), (4, (0, 1, 2, 3)), (3, (0, 1, 2, 2))):
-        network = WindowSegmenter(tiny_backbone(variant=replace(TINY, depth=depth)), decoder_of(), (1, 1, 1))
+        network = WindowSegmenter(tiny_backbone(variant=replace(TINY, depth=depth)), make_decoder(), (1, 1, 1))
         assert network.blocks == blocks
-    assert METHODS["windows_dinov3_vits16"].model.arch == "dinov3_vits16"
-    network = nnx.eval_shape(
-        lambda: build_network(replace(METHODS["windows_dinov3_vits16"].model, weights="random"), 1, 0)
-    )
+    network = nnx.eval_shape(lambda: build_network(WindowOptions("dinov3_vits16", weights="random"), 1, 0))
     assert network.FEATURES == "patch tokens of blocks 2, 5, 8, 11 after the final norm"
 
 
-def test_the_decoder_is_light():
+def test_the_decoder_has_few_parameters():
     model = METHODS["windows_dinov3_vitb16"].model
-    of_all = parameter_count(model)
-    of_backbone = parameter_count(replace(model, network="transformer_segmenter", decoder="linear")) - 769
-    assert of_all - of_backbone < 0.02 * of_backbone  # 1.0 M to 85.7 M
+    total = parameter_count(model)
+    backbone = parameter_count(TransformerSegmenterOptions(model.arch, decoder="linear")) - 769
+    assert total - backbone < 0.02 * backbone  # 1.0 M to 85.7 M
 
 
 # --- bad input ---
@@ -197,45 +200,46 @@ def test_the_decoder_is_light():
 @pytest.mark.parametrize(
     ("windows", "counts"), [("1", (1, 1, 1)), ("3", (3, 1, 1)), ("2x2x2", (2, 2, 2)), ("4x1x12", (4, 1, 12))]
 )
-def test_windows_are_counted_along_slices_rows_and_columns(windows, counts):
-    assert window_counts(windows) == counts
+def test_window_counts_are_those_along_slices_rows_and_columns(windows, counts):
+    assert WindowOptions(windows=windows).window_counts() == counts
 
 
 @pytest.mark.parametrize("windows", ["", "0", "2x2", "2x0x1", "-1", "2x2x2x2", "two", "1.5"])
-def test_windows_of_another_form_are_refused(windows):
-    with pytest.raises(InputError, match=rf"^option --model\.windows={windows}: give how many .*such as 2x2x2$"):
-        window_counts(windows)
-
-
-def experiment(**options):
-    method = METHODS["windows_vit_mini8"]
-    return with_method(EXPERIMENTS["quickstart"], replace(method, model=replace(method.model, **options)))
+def test_other_formats_of_windows_are_refused(windows):
+    with pytest.raises(InputError, match=rf"^model\.windows={windows}: not a number of windows\. Use 2 for .* 2x2x2 "):
+        WindowOptions(windows=windows).resolve()
 
 
 @pytest.mark.parametrize(
     ("options", "line"),
     [
         (
-            {"windows": "1x9x1"},
-            r"image_size=64: has 8 × 8 patches, fewer than the 9 × 1 windows of --model.windows=1x9x1",
+            {"decoder_widths": (8, 8)},
+            r"model.decoder_widths=\[8, 8\]: 2 widths, but the network needs 4. Give 4 widths,",
         ),
-        ({"decoder_widths": (8, 8)}, r"--model.decoder_widths=\[8, 8\]: give 4 widths"),
-        ({"depth_places": -1}, r"--model.depth_places must be at least 0, got -1"),
-        ({"decoder": "linear"}, r"--model.decoder is not one of method windows_vit_mini8"),
+        ({"depth_places": -1}, r"model.depth_places=-1: negative\. Use 0 or more\."),
     ],
 )
-def test_options_that_do_not_fit_are_refused(options, line):
+def test_impossible_options_are_refused(options, line):
+    with pytest.raises(InputError, match=f"^{line}"):
+        WindowOptions("vit_mini8", **options).resolve()
+
+
+def test_images_with_fewer_patches_than_windows_are_refused():
+    model = WindowOptions("vit_mini8", windows="1x9x1")
+    model.check_size("preprocessing.image_size", 72)
+    line = "^preprocessing.image_size=64: 8 x 8 patches are fewer than 9 x 1 windows. Use fewer model.windows."
     with pytest.raises(InputError, match=line):
-        checked(experiment(**options))
+        model.check_size("preprocessing.image_size", 64)
 
 
-def test_a_scan_of_fewer_slices_than_windows_is_refused():
-    model = Model("vit_mini8", network="windows", windows="5")
-    require_slices(model, "scan.nii.gz", 5)
-    with pytest.raises(InputError, match=r"^scan.nii.gz: has 4 slices, fewer than the 5 windows along them that --mod"):
-        require_slices(model, "scan.nii.gz", 4)
+def test_scans_with_fewer_slices_than_windows_are_refused():
+    model = WindowOptions("vit_mini8", windows="5")
+    model.check_depth("scan.nii.gz", 5)
+    with pytest.raises(InputError, match=r"^scan.nii.gz: has 4 slices, fewer than the 5 windows along the slices\. "):
+        model.check_depth("scan.nii.gz", 4)
     with pytest.raises(ValueError, match=r"^volumes of 4×4×8 slices, .*: fewer than the network's 5×1×1 w"):
-        FeatureWindows(decoder_of(), SIZE, (5, 1, 1))(random_features(slices=4))
+        FeatureWindows(make_decoder(), SIZE, (5, 1, 1))(random_features(slices=4))
 
 
 @pytest.mark.parametrize(
@@ -245,7 +249,7 @@ def test_a_scan_of_fewer_slices_than_windows_is_refused():
         ((1, 3, 4, 32, 1), r"4×32 pixels|3×4×32 pixels"),
     ],
 )
-def test_volumes_of_another_shape_are_refused(shape, line):
-    network = WindowSegmenter(tiny_backbone(), decoder_of(), (1, 1, 1))
+def test_volumes_with_a_wrong_shape_are_refused(shape, line):
+    network = WindowSegmenter(tiny_backbone(), make_decoder(), (1, 1, 1))
     with pytest.raises(ValueError, match=line):
         network(np.zeros(shape, np.float32))
