@@ -1,10 +1,11 @@
-"""The commands as a user runs them, and what every refusal must be."""
+"""Run the commands as a user does, in this process or in a new one, and check how they refuse bad input."""
 
 import contextlib
 import importlib
 import io
 import logging
 import os
+import re
 import subprocess
 import sys
 import warnings
@@ -16,9 +17,12 @@ from jaxla.cli.process import run_command
 
 ROOT = Path(__file__).parents[1]
 
+# The options of the fixture `small_run`. Runs with the same options share its compiled programs.
+SMALL_RUN = ("--preprocessing.image_size=48", "--training.epochs=3", "--seed=1")
+
 
 def in_a_new_process(folder, module, *options, **environment):
-    """`python -m <module> <options>`, in `folder`; -> the process that ended, its output as text."""
+    """Run `python -m <module> <options>` in `folder`, and return the finished process with its output as text."""
     command = [sys.executable, "-m", module, *map(str, options)]
     return subprocess.run(
         command, capture_output=True, text=True, cwd=folder, env=os.environ | environment, timeout=900
@@ -26,7 +30,7 @@ def in_a_new_process(folder, module, *options, **environment):
 
 
 def run_module(module, *options, check=True):
-    """The same in the folder of the tests; unless it need not, it must succeed."""
+    """Run a command in a new process, in the current folder; it must succeed unless `check` is false."""
     done = in_a_new_process(None, module, *options)
     if check:
         assert done.returncode == 0, done.stdout + done.stderr
@@ -34,36 +38,52 @@ def run_module(module, *options, check=True):
 
 
 def in_this_process(folder, module, *options):
-    """The same without the seconds of starting Python and JAX; NumPy's warnings, a second line, are raised."""
+    """Run a command as `in_a_new_process` does, without the seconds that Python and JAX take to start.
+
+    NumPy's warnings, which would be a second line, are raised. The command must remove the handlers that it adds to the
+    package's logger.
+    """
     main = importlib.import_module(module).main
-    log = logging.getLogger("jaxla")
-    arguments, handlers, level = sys.argv, log.handlers[:], log.level
+    package = logging.getLogger("jaxla")
+    arguments, handlers, level = sys.argv, package.handlers[:], package.level
     sys.argv = [module, *map(str, options)]
     stdout = io.StringIO()
-    log.addHandler(logging.StreamHandler(stdout))  # pytest's own keep the command's from being set up
+    terminal = logging.StreamHandler(stdout)  # pytest's handlers keep the command from adding its own
+    package.addHandler(terminal)
     try:
         with (
             contextlib.chdir(folder),
             contextlib.redirect_stdout(stdout),
             contextlib.redirect_stderr(io.StringIO()) as stderr,
             warnings.catch_warnings(action="error", category=RuntimeWarning),
-            pytest.raises(SystemExit) as left,
+            pytest.raises(SystemExit) as ended,
         ):
             run_command(main)
+        assert package.handlers == [*handlers, terminal]
     finally:
-        sys.argv, log.handlers[:] = arguments, handlers
-        log.setLevel(level)
-    return subprocess.CompletedProcess(sys.argv, left.value.code, stdout.getvalue(), stderr.getvalue())
+        sys.argv, package.handlers[:] = arguments, handlers
+        package.setLevel(level)
+    return subprocess.CompletedProcess(sys.argv, ended.value.code, stdout.getvalue(), stderr.getvalue())
+
+
+def succeed(folder, module, *options):
+    """Run a command in this process and return what it printed and logged; it must succeed."""
+    done = in_this_process(folder, module, *options)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
 
 
 def tree(folder, but="cache"):
-    """Everything in a folder but what is named so at its top, with contents and times of files."""
+    """Return all paths in a folder with the contents and times of files; the entry `but` at its top is left out."""
     paths = (path for path in folder.rglob("*") if path.relative_to(folder).parts[0] != but)
     return {path: (path.read_bytes(), path.stat().st_mtime_ns) if path.is_file() else None for path in paths}
 
 
 def refuse(folder, module, *options, run=in_this_process, but="cache"):
-    """Run a command in `folder`; -> its one line of error, after checking that it left all but `but` as it was."""
+    """Run a command that must refuse its input, and return the one line that it prints.
+
+    It must exit with 2, without a traceback, and leave everything in `folder` except the entry `but` as it was.
+    """
     before = tree(folder, but)
     done = run(folder, module, *options)
     assert done.returncode == 2, done.stdout + done.stderr
@@ -75,6 +95,24 @@ def refuse(folder, module, *options, run=in_this_process, but="cache"):
 
 
 def refuse_to_train(folder, *options, run=in_this_process):
-    """`refuse` for quickstart on the folder `data`; a later option of the same name wins."""
-    places = [f"--data.root={folder / 'data'}", f"--cache-dir={folder / 'cache'}", f"--run-dir={folder / 'run'}"]
-    return refuse(folder, "jaxla.train", "--exp=quickstart", *places, *options, run=run)
+    """Run `refuse` for the quickstart on the folder `data`; a later option of the same name wins."""
+    folders = [f"--data.root={folder / 'data'}", f"--cache-dir={folder / 'cache'}", f"--run-dir={folder / 'run'}"]
+    return refuse(folder, "jaxla.train", "--exp=quickstart", *folders, *options, run=run)
+
+
+@contextlib.contextmanager
+def held_by_another_process(statements, *arguments):
+    """Yield another Python process, which meanwhile holds the context manager that `statements` assign to `hold`."""
+    code = f"import sys; {statements}\nwith hold:\n print(flush=True); sys.stdin.read()"
+    with subprocess.Popen(
+        [sys.executable, "-c", code, *map(str, arguments)], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    ) as process:
+        assert process.stdout.readline() == b"\n"
+        yield process
+        process.stdin.close()
+
+
+def parse_bytes(text):
+    """Return the bytes of a text such as `1.05kB`; its three digits make it exact to half a percent."""
+    number, unit = re.fullmatch(r"([\d.]+)([kMG]?)B", text).groups()
+    return float(number) * {"": 1, "k": 1e3, "M": 1e6, "G": 1e9}[unit]

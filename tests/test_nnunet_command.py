@@ -199,7 +199,7 @@ def test_five_folds_are_trained_and_tested_together(phantoms, plan, tmp_path):
         ("--model.memory_gb=4", "--model.memory_gb: has no effect, because --model.plan is given"),
         ("--model.widths=[8,16]", "--model.widths: method nnunet_3d_short has no such option"),
         ("--model.plan=nothing.json", "nothing.json: cannot be read"),
-        ("--fold=5", "\"fold\": Expected a typing.Literal"),
+        ("--fold=5", '"fold": Expected a typing.Literal'),
         ("--devices=0 --training.batch_size=-1", "--training.batch_size=-1: less than 0"),
     ],
 )

@@ -1,4 +1,4 @@
-"""--resume as a user runs it: a training that was killed and stopped ends as one that was not; and what is refused."""
+"""--resume as a user runs it: an interrupted run gives the result of an uninterrupted one; refused attempts."""
 
 import json
 import re
@@ -17,15 +17,12 @@ from filelock import FileLock
 from flax import nnx
 
 import jaxla
-from tests.commands import refuse
+from tests.commands import SMALL_RUN, in_a_new_process, refuse
 
 
-def options_of(data, run, cache):
-    """Those of `small_run`."""
-    return [
-        "--exp=quickstart", f"--data.root={data}", f"--run-dir={run}", f"--cache-dir={cache}",
-        "--preprocessing.image_size=48", "--training.epochs=3", "--seed=1",
-    ]  # fmt: skip
+def small_run_options(data, run, cache):
+    """Return the options of `small_run` with other folders."""
+    return ["--exp=quickstart", f"--data.root={data}", f"--run-dir={run}", f"--cache-dir={cache}", *SMALL_RUN]
 
 
 def start(*options):
@@ -37,18 +34,18 @@ def wait_for_line(process, text):
     for line in process.stdout:
         if text in line:
             return
-    pytest.fail(f"it ended without {text!r}: {process.stderr.read()}")
+    pytest.fail(f"the process ended without {text!r}: {process.stderr.read()}")
 
 
-def timeless(path):
+def metrics_without_times(path):
     lines = [json.loads(line) for line in path.read_text().splitlines()]
     return [{k: v for k, v in line.items() if k not in ("seconds", "slices_per_second")} for line in lines]
 
 
-def test_killed_then_stopped_then_resumed_it_ends_as_if_nothing_had_happened(small_run, phantoms, tmp_path):
-    """Killed after its first epoch, the data moved to another folder, stopped in the second, then left alone."""
+def test_killed_and_stopped_run_gives_identical_results_when_resumed(small_run, phantoms, tmp_path):
+    """The run is killed after its first epoch, its data are moved, and it is stopped by SIGTERM in a later epoch."""
     run, cache = tmp_path / "run", tmp_path / "cache"
-    killed = start(*options_of(phantoms, run, cache))
+    killed = start(*small_run_options(phantoms, run, cache))
     wait_for_line(killed, "epoch 1/3")
     killed.kill()
     killed.communicate()
@@ -56,30 +53,30 @@ def test_killed_then_stopped_then_resumed_it_ends_as_if_nothing_had_happened(sma
 
     moved = shutil.copytree(phantoms, tmp_path / "moved")
     drawn = (run / "progress.png").stat().st_mtime_ns if (run / "progress.png").exists() else 0
-    stopped = start(*options_of(moved, run, cache), "--resume")
-    wait_for_line(stopped, "goes on after 1 epochs and 0 steps")
+    stopped = start(*small_run_options(moved, run, cache), "--resume")
+    wait_for_line(stopped, "resuming after 1 epochs and 0 steps")
     while not ((run / "progress.png").exists() and (run / "progress.png").stat().st_mtime_ns > drawn):
         assert stopped.poll() is None
         time.sleep(0.01)
-    time.sleep(0.05)  # the epoch that it now begins takes ten times as long
+    time.sleep(0.05)  # an epoch takes about ten times as long
     stopped.send_signal(signal.SIGTERM)
     _, stderr = stopped.communicate(timeout=100)
     assert stopped.returncode == 1
     (line,) = stderr.splitlines()
-    assert re.match(r"stopped in epoch 2, after \d+ of \d+ steps; go on with: ", line)
-    python, *command = shlex.split(line.split("go on with: ")[1])
+    assert re.match(r"stopped (in epoch [23], after \d+ of \d+ steps|during validation); resume with: ", line)
+    python, *command = shlex.split(line.split("resume with: ")[1])
     assert python == "python"
     assert command[-2:] == [f"--run-dir={run}", "--resume"]
 
     done = subprocess.run([sys.executable, *command], capture_output=True, text=True, check=False, timeout=200)
     assert done.returncode == 0, done.stderr
-    assert re.search(r"goes on after 1 epochs and [1-9]\d* steps", done.stdout)
+    assert re.search(r"resuming after [12] epochs and [1-9]\d* steps", done.stdout)
     assert (run / "report.html").exists()
     for ours, theirs in zip(
         *(jax.tree.leaves(nnx.state(jaxla.load_network(r))) for r in (run, small_run)), strict=True
     ):
         np.testing.assert_array_equal(ours, theirs)
-    assert timeless(run / "metrics.jsonl") == timeless(small_run / "metrics.jsonl")
+    assert metrics_without_times(run / "metrics.jsonl") == metrics_without_times(small_run / "metrics.jsonl")
     for name in ("split.json", "test/cases.csv", "test/slices.csv", "test/summary.json"):
         assert (run / name).read_bytes() == (small_run / name).read_bytes(), name
     for path in (small_run / "test" / "predictions").iterdir():
@@ -90,52 +87,52 @@ def test_killed_then_stopped_then_resumed_it_ends_as_if_nothing_had_happened(sma
     assert [int(n) for n in re.findall(r"epoch (\d)/3: train loss", log)] == [1, 2, 3]
 
 
-# --- what is refused: exit code 2, one line, and the run folder as it was ---
+# --- refused attempts leave the run folder as it was ---
 
 
 @pytest.fixture
 def folder(small_run, phantoms, tmp_path):
-    """Holds `run`, which is not finished, its `data` and `cache`."""
+    """A folder with the unfinished `run`, its `data` and its `cache`."""
     shutil.copytree(small_run, tmp_path / "run", ignore=shutil.ignore_patterns("report.html", "test", "stdout.txt"))
     shutil.copytree(phantoms, tmp_path / "data")
     shutil.copytree(small_run.parent / "cache", tmp_path / "cache")
     return tmp_path
 
 
-def refused(folder, *options, resume=True):
-    """-> the line; a later option of the same name wins."""
-    given = options_of(folder / "data", folder / "run", folder / "cache")
-    return refuse(folder, "jaxla.train", *given, *(["--resume"] if resume else []), *options)
+def refuse_to_resume(folder, *options):
+    """Return the line that refuses to resume; a later option of the same name wins."""
+    own = small_run_options(folder / "data", folder / "run", folder / "cache")
+    return refuse(folder, "jaxla.train", *own, "--resume", *options)
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--training.epochs=5"], "--training.epochs is 5, but the run in {run} was begun with 3"),
+        (["--training.epochs=5"], "--training.epochs is 5, but the run in {run} began with 3"),
         (["--training.batch_size=4", "--training.epochs=5"], "--training.epochs is 5, but"),  # the first of two
-        (["--seed=2"], "--seed is 2, but the run in {run} was begun with 1"),
+        (["--seed=2"], "--seed is 2, but the run in {run} began with 1"),
         (
             ["--method=dinov2_vits14", "--preprocessing.image_size=56"],
-            "--method is dinov2_vits14, but the run in {run} was begun with vit_mini8",
+            "--method is dinov2_vits14, but the run in {run} began with vit_mini8",
         ),
-        (["--exp=paper1", "--method=vit_mini8"], "--exp is paper1, but the run in {run} was begun with quickstart"),
-        (["--data.labels=LA:255"], "--data.labels is LA:255, but the run in {run} was begun with not given"),
-        (["--data.train_patients=2"], "--data.train_patients is 2, but the run in {run} was begun with 0"),
+        (["--exp=paper1", "--method=vit_mini8"], "--exp is paper1, but the run in {run} began with quickstart"),
+        (["--data.labels=LA:255"], "--data.labels is LA:255, but the run in {run} began with not given"),
+        (["--data.train_patients=2"], "--data.train_patients is 2, but the run in {run} began with 0"),
         (
             ["--model.decoder_widths=[64,32]"],
-            "--model.decoder_widths is [64,32], but the run in {run} was begun with [64,32,16]",
+            "--model.decoder_widths is [64,32], but the run in {run} began with [64,3",
         ),
         (
             ["--model.weights=elsewhere.safetensors"],
-            "--model.weights is elsewhere.safetensors, but the run in {run} was",
+            "--model.weights is elsewhere.safetensors, but the run in {run} beg",
         ),
     ],
     ids=lambda value: value[0] if isinstance(value, list) else "",
 )
-def test_another_option_is_named_with_both_values(folder, options, message):
-    line = refused(folder, *options)
-    assert f"error: --resume: option {message.format(run=folder / 'run')}" in line
-    assert "it was begun by: python -m jaxla.train --exp=quickstart" in line
+def test_a_changed_option_is_named_with_both_values(folder, options, message):
+    line = refuse_to_resume(folder, *options)
+    assert f"error: --resume: {message.format(run=folder / 'run')}" in line
+    assert "It began with: python -m jaxla.train --exp=quickstart" in line
 
 
 def change_a_voxel(cases):
@@ -166,47 +163,50 @@ def add_a_case(cases):
 
 
 @pytest.mark.parametrize(
-    ("change", "what"),
+    ("change", "difference"),
     [
-        (change_a_voxel, "case train_2 is another scan or mask"),
-        (change_a_mask, "case train_2 is another scan or mask"),
-        (remove_a_case, "case train_3 is gone"),
+        (change_a_voxel, "case train_2 is a different scan or mask"),
+        (change_a_mask, "case train_2 is a different scan or mask"),
+        (remove_a_case, "case train_3 is missing"),
         (add_a_case, "case train_7 is new"),
     ],
 )
-def test_other_data_are_named(folder, change, what):
+def test_changed_data_are_named(folder, change, difference):
     change(folder / "data" / "task2" / "train_data")
-    line = refused(folder)
-    assert f"--resume: the data in {folder / 'data'} are not those that the run in {folder / 'run'} was begun" in line
-    assert what in line
+    line = refuse_to_resume(folder)
+    assert line.startswith(
+        f"error: --resume: the data in {folder / 'data'} differ from those that the run in {folder / 'run'} began with"
+        f": {difference}"
+    )
 
 
-def test_another_split_is_named(folder):
+def test_a_changed_split_is_named(folder):
     split = json.loads((folder / "run" / "split.json").read_text())
     split["val"], split["test"] = split["test"], split["val"]
     (folder / "split.json").write_text(json.dumps(split))
-    line = refused(folder, f"--data.split={folder / 'split.json'}")
-    assert (
-        f"--data.split={folder / 'split.json'} is not the split that the run in {folder / 'run'} was begun with" in line
+    assert refuse_to_resume(folder, f"--data.split={folder / 'split.json'}") == (
+        f"error: --resume: --data.split={folder / 'split.json'} differs from the split that the run began with. "
+        f"Use --data.split={folder / 'run' / 'split.json'}."
     )
-    assert f"give {folder / 'run' / 'split.json'}" in line
 
 
 def test_a_finished_run_is_not_resumed(folder):
     (folder / "run" / "report.html").touch()
-    assert f"--resume: the run in {folder / 'run'} is finished" in refused(folder)
+    assert f"error: --resume: the run in {folder / 'run'} is finished. " in refuse_to_resume(folder)
 
 
 def test_resume_needs_the_folder(folder):
-    given = options_of(folder / "data", folder / "run", folder / "cache")
-    line = refuse(folder, "jaxla.train", *[o for o in given if not o.startswith("--run-dir")], "--resume")
-    assert line == "error: option --resume needs --run-dir: the folder of the run to go on with"
+    options = small_run_options(folder / "data", folder / "run", folder / "cache")
+    options = [option for option in options if not option.startswith("--run-dir")]
+    assert refuse(folder, "jaxla.train", *options, "--resume") == (
+        "error: --resume: --run-dir is missing. Give the folder of the run to resume."
+    )
 
 
 @pytest.mark.parametrize("name", ["nowhere", "data"])
-def test_a_folder_that_is_no_run_is_named(folder, name):
-    line = refused(folder, f"--run-dir={folder / name}")
-    assert f"error: {folder / name}: not a run folder (no experiment.json)" in line
+def test_a_folder_without_a_run_is_named(folder, name):
+    line = refuse_to_resume(folder, f"--run-dir={folder / name}")
+    assert f"error: {folder / name}: not a run folder (no experiment.json). " in line
 
 
 @pytest.mark.parametrize(("change", "message"), [(1, "by a newer version"), (-1, "by an earlier version")])
@@ -214,29 +214,29 @@ def test_a_run_of_another_version_is_refused(folder, change, message):
     path = folder / "run" / "experiment.json"
     record = json.loads(path.read_text())
     path.write_text(json.dumps(record | {"version": record["version"] + change}))
-    assert f"error: {folder / 'run'}: written {message} of this package" in refused(folder)
+    assert f"error: {folder / 'run'}: written {message} of jaxla. " in refuse_to_resume(folder)
 
 
-@pytest.mark.parametrize("content", ["", "{", "[]", '{"version": 4}'])
+@pytest.mark.parametrize("content", ["", "{", "[]", '{"version": 5}'])
 def test_a_damaged_record_is_named(folder, content):
     (folder / "run" / "experiment.json").write_text(content)
-    assert f"error: {folder / 'run' / 'experiment.json'}: damaged" in refused(folder)
+    assert f"error: {folder / 'run' / 'experiment.json'}: damaged" in refuse_to_resume(folder)
 
 
 def test_two_processes_never_train_in_one_folder(folder):
     with FileLock(folder / "run" / ".lock"):
-        assert f"--run-dir={folder / 'run'}: another process is training there" in refused(folder)
-
-
-def test_a_new_training_never_begins_in_the_folder_of_an_unfinished_one(folder):
-    line = refused(folder, resume=False)
-    assert f"--run-dir={folder / 'run'}: already holds a run; go on with it by --resume" in line
+        line = refuse_to_resume(folder)
+    assert f"error: --run-dir={folder / 'run'}: another process is training there. " in line
 
 
 def test_a_user_sees_one_line(folder):
-    """The same in a process of its own."""
-    done = start(*options_of(folder / "data", folder / "run", folder / "cache"), "--resume", "--seed=2")
-    stdout, stderr = done.communicate(timeout=100)
-    assert (done.returncode, stdout) == (2, "")
-    assert len(stderr.splitlines()) == 1
-    assert "option --seed is 2" in stderr
+    """In a new process."""
+    line = refuse(
+        folder,
+        "jaxla.train",
+        *small_run_options(folder / "data", folder / "run", folder / "cache"),
+        "--resume",
+        "--seed=2",
+        run=in_a_new_process,
+    )
+    assert line.startswith("error: --resume: --seed is 2, but ")

@@ -1,4 +1,4 @@
-"""Opening and closing: hand-drawn slices, and SciPy's own definitions away from the border; the largest part."""
+"""Opening and closing on slices drawn by hand and against SciPy; the largest connected part."""
 
 import numpy as np
 import pytest
@@ -8,14 +8,16 @@ from jaxla.config import Postprocessing
 from jaxla.inference.postprocessing import postprocess
 from jaxla.nnunet.postprocessing import keep_largest
 
+pytestmark = pytest.mark.quick
+
 BOTH = Postprocessing(opening=3, closing=3)
 
 
-def drawn(*rows):
+def draw(*rows):
     return np.array([[int(letter) for letter in row.replace(".", "0")] for row in rows], np.uint8)[None]
 
 
-BLOCK = drawn(
+BLOCK = draw(
     "..........",
     ".11111...1",
     ".11111....",
@@ -26,7 +28,7 @@ BLOCK = drawn(
 )
 
 
-def test_opening_takes_specks_away():
+def test_opening_removes_specks():
     expected = BLOCK.copy()
     expected[0, 1, 9] = expected[0, 4, 7] = 0
     np.testing.assert_array_equal(postprocess(BLOCK, Postprocessing(opening=3)), expected)
@@ -42,18 +44,18 @@ def test_closing_fills_holes_and_gaps():
 
 def test_opening_comes_first():
     hollow = BLOCK.copy()
-    hollow[0, 3, 3] = 0  # no square of 3×3 fits beside the hole
+    hollow[0, 3, 3] = 0  # no 3 × 3 square fits beside the hole
     assert not postprocess(hollow, BOTH).any()
 
 
-def test_a_structure_at_the_border_stays():
-    before = drawn("111...", "111...", "111...", "......")
+def test_a_structure_at_the_border_is_kept():
+    before = draw("111...", "111...", "111...", "......")
     np.testing.assert_array_equal(postprocess(before, BOTH), before)
-    thin = drawn("11....", "11....", "11....", "11....")  # it may go on outside
+    thin = draw("11....", "11....", "11....", "11....")  # it may continue outside the slice
     np.testing.assert_array_equal(postprocess(thin, BOTH), thin)
 
 
-def test_classes_never_take_from_each_other():
+def test_classes_do_not_grow_into_each_other():
     rng = np.random.default_rng(0)
     noise = np.stack([ndimage.gaussian_filter(rng.standard_normal((40, 50)), 2) for _ in range(3)])
     before = noise.argmax(0).astype(np.uint8)[None]
@@ -66,7 +68,7 @@ def test_classes_never_take_from_each_other():
 
 
 @pytest.mark.parametrize(("opening", "closing"), [(3, 0), (0, 3), (3, 3), (5, 3)])
-def test_away_from_the_border_it_is_scipys(opening, closing):
+def test_away_from_the_border_it_equals_scipy(opening, closing):
     rng = np.random.default_rng(1)
     mask = np.zeros((2, 60, 60), bool)
     mask[:, 10:50, 10:50] = ndimage.gaussian_filter(rng.standard_normal((2, 40, 40)), (0, 1.2, 1.2)) > -0.1
@@ -81,7 +83,7 @@ def test_away_from_the_border_it_is_scipys(opening, closing):
     assert (expected != mask).any()
 
 
-def test_slices_do_not_see_each_other_and_none_leaves_all_as_it_is():
+def test_slices_are_independent_and_zero_changes_nothing():
     mask = np.zeros((3, 8, 8), np.uint8)
     mask[1, 2:6, 2:6] = 2
     np.testing.assert_array_equal(postprocess(mask, BOTH), mask)
@@ -91,12 +93,12 @@ def test_slices_do_not_see_each_other_and_none_leaves_all_as_it_is():
     np.testing.assert_array_equal(postprocess(speck, BOTH), mask)
 
 
-def test_the_largest_part_of_a_group_alone_is_kept():
-    """Voxels hang together by their corners; classes of a group are one structure, and each keeps its own class."""
+def test_only_the_largest_part_of_a_group_is_kept():
+    """Voxels are connected by their corners. The classes of a group count as one structure and keep their values."""
     classes = np.zeros((4, 8, 8), np.uint8)
-    classes[0, :2, :2] = 1  # four voxels, and by a corner
-    classes[1, 2, 2] = 2  # one of the other class
-    classes[3, 6, 6], classes[3, 6, 7] = 2, 1  # apart from these
+    classes[0, :2, :2] = 1  # four voxels, connected by a corner
+    classes[1, 2, 2] = 2  # to one of the other class
+    classes[3, 6, 6], classes[3, 6, 7] = 2, 1  # a separate part
     together = keep_largest(classes, [(1, 2)])
     expected = classes.copy()
     expected[3] = 0
@@ -104,7 +106,7 @@ def test_the_largest_part_of_a_group_alone_is_kept():
     each = keep_largest(classes, [(1,), (2,)])
     assert each[3, 6, 7] == 0
     assert np.count_nonzero(each == 1) == 4
-    assert np.count_nonzero(each == 2) == 2  # equal ones both
+    assert np.count_nonzero(each == 2) == 2  # two equal parts
     np.testing.assert_array_equal(keep_largest(classes, []), classes)
     np.testing.assert_array_equal(keep_largest(np.zeros_like(classes), [(1, 2)]), 0)
-    assert classes[3, 6, 6] == 2  # what was given stays
+    assert classes[3, 6, 6] == 2  # the argument is not changed

@@ -1,4 +1,4 @@
-"""A finished run applied to scans of any size and orientation."""
+"""python -m jaxla.predict, and a finished run on scans of any size and orientation."""
 
 import hashlib
 import json
@@ -9,11 +9,11 @@ import nibabel as nib
 import numpy as np
 import pytest
 from flax import nnx
-from jaxla.inference.trained import load_run
 
 from jaxla.data.volumes import Volume, read_image
-from jaxla.inference.segment import make_segment
-from tests.commands import run_module
+from jaxla.inference.segment import segment_volume
+from jaxla.runs.trained import load_run
+from tests.commands import refuse, run_module, succeed
 
 
 @pytest.fixture(scope="module")
@@ -21,119 +21,103 @@ def scan(phantoms):
     return phantoms / "task2" / "train_data" / "train_2" / "enhanced.nii.gz"
 
 
-def reoriented(path, transform, output):
-    nib.save(nib.load(path).as_reoriented(np.array(transform)), output)
-    return output
+@pytest.fixture(scope="module")
+def segment(small_run):
+    """Segment a volume with the small run and return its mask."""
+    segment_slices = load_run(small_run).make_segment()
+    return lambda volume: segment_volume(segment_slices, volume)[0]
 
 
-def in_world(path):
-    """A mask in canonical orientation, where voxels of reoriented copies coincide."""
+def canonical_mask(path):
+    """Return a mask in canonical orientation, in which the voxels of reoriented copies coincide."""
     return np.asarray(nib.as_closest_canonical(nib.load(path)).dataobj)
 
 
-def test_reoriented_copies_get_the_same_mask_in_the_world(small_run, scan, tmp_path):
-    (tmp_path / "scans").mkdir()
-    shutil.copy(scan, tmp_path / "scans" / "scan.nii.gz")
+def test_a_folder_of_reoriented_copies_gets_the_same_masks_and_probabilities(small_run, scan, tmp_path):
+    """The whole command, in a new process."""
+    scans, masks = tmp_path / "scans", tmp_path / "masks"
+    scans.mkdir()
+    shutil.copy(scan, scans / "scan_0000.nii.gz")
     turns = ([[0, -1], [1, -1], [2, 1]], [[1, 1], [0, 1], [2, -1]], [[2, 1], [0, -1], [1, 1]])
     for n, transform in enumerate(turns):
-        reoriented(scan, transform, tmp_path / "scans" / f"turned_{n}.nii.gz")
-    run_module("jaxla.predict", f"--run={small_run}", f"--input={tmp_path / 'scans'}", f"--output={tmp_path / 'masks'}")
-    mask = in_world(tmp_path / "masks" / "scan.nii.gz")
-    assert mask.any()
-    for n in range(len(turns)):
-        assert np.array_equal(in_world(tmp_path / "masks" / f"turned_{n}.nii.gz"), mask)
+        nib.save(nib.load(scan).as_reoriented(np.array(transform)), scans / f"turned_{n}.nii.gz")
+    done = run_module("jaxla.predict", f"--run={small_run}", f"--input={scans}", f"--output={masks}", "--probabilities")
+    names = ("scan", *(f"turned_{n}" for n in range(len(turns))))
+    expected = [f"{name}{suffix}.nii.gz" for name in names for suffix in ("", "_probabilities")]
+    assert sorted(path.name for path in masks.iterdir()) == expected
+
+    canonical = canonical_mask(masks / "scan.nii.gz")
+    assert canonical.any()
+    for name in names:
+        assert np.array_equal(canonical_mask(masks / f"{name}.nii.gz"), canonical)
+        mask, probabilities = nib.load(masks / f"{name}.nii.gz"), nib.load(masks / f"{name}_probabilities.nii.gz")
+        assert probabilities.shape == mask.shape
+        assert probabilities.get_data_dtype() == np.float32
+        assert np.array_equal(np.asarray(probabilities.dataobj) > 0.5, np.asarray(mask.dataobj) == 1)
+        millilitres = np.count_nonzero(mask.dataobj) * np.prod(mask.header.get_zooms()) / 1000
+        assert f"{masks / name}.nii.gz: LA {millilitres:.1f} ml" in done.stdout
 
 
-def test_probabilities_are_written_beside_and_agree_with_the_mask(small_run, scan, tmp_path):
-    output = tmp_path / "mask.nii.gz"
-    done = run_module("jaxla.predict", f"--run={small_run}", f"--input={scan}", f"--output={output}", "--probabilities")
-    probabilities = nib.load(tmp_path / "mask_probabilities.nii.gz")
-    mask = nib.load(output)
-    assert probabilities.shape == mask.shape == nib.load(scan).shape
-    millilitres = np.count_nonzero(mask.dataobj) * np.prod(mask.header.get_zooms()) / 1000
-    assert f"{output}: LA {millilitres:.1f} ml" in done.stdout
-    assert probabilities.get_data_dtype() == np.float32
-    assert np.array_equal(np.asarray(probabilities.dataobj) > 0.5, np.asarray(mask.dataobj) == 1)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["mask.nii.gz", "mask_probabilities.nii.gz"]
-
-
-def test_a_run_that_is_not_finished_says_so(small_run, scan, tmp_path):
+def test_an_unfinished_run_is_used_with_a_note(small_run, scan, tmp_path):
     run = shutil.copytree(small_run, tmp_path / "run")
     (run / "report.html").unlink()
-    output = tmp_path / "mask.nii.gz"
-    done = run_module("jaxla.predict", f"--run={run}", f"--input={scan}", f"--output={output}")
+    printed = succeed(tmp_path, "jaxla.predict", f"--run={run}", f"--input={scan}", "--output=mask.nii.gz")
     epoch = json.loads((small_run / "test" / "summary.json").read_text())["best_epoch"]
-    said = f"{run}: this run of at most 3 epochs is not finished; its best epoch so far, {epoch}, segments"
-    assert said in done.stdout.splitlines()
-    assert output.exists()
+    note = f"{run}: this run of at most 3 epochs is not finished; using its best epoch so far, {epoch}"
+    assert note in printed.splitlines()
+    assert (tmp_path / "mask.nii.gz").exists()
 
 
-def test_a_folder_gives_a_folder_and_an_existing_mask_is_kept(small_run, scan, tmp_path):
+@pytest.mark.parametrize("existing", ["masks/two.nii.gz", "masks/one_probabilities.nii.gz"])
+def test_existing_masks_are_kept(small_run, scan, tmp_path, existing):
     (tmp_path / "scans").mkdir()
+    (tmp_path / "masks").mkdir()
     for name in ("one.nii.gz", "two_0000.nii.gz"):
-        (tmp_path / "scans" / name).write_bytes(scan.read_bytes())
-    options = (f"--run={small_run}", f"--input={tmp_path / 'scans'}", f"--output={tmp_path / 'masks'}")
-    run_module("jaxla.predict", *options)
-    assert sorted(path.name for path in (tmp_path / "masks").iterdir()) == ["one.nii.gz", "two.nii.gz"]
-
-    before = (tmp_path / "masks" / "one.nii.gz").read_bytes()
-    done = run_module("jaxla.predict", *options, check=False)
-    assert (done.returncode, done.stderr.count("\n")) == (2, 1)
-    assert "one.nii.gz: exists already" in done.stderr
-    assert (tmp_path / "masks" / "one.nii.gz").read_bytes() == before
+        shutil.copy(scan, tmp_path / "scans" / name)
+    (tmp_path / existing).write_text("a mask")
+    options = (f"--run={small_run}", "--input=scans", "--output=masks", "--probabilities")
+    assert refuse(tmp_path, "jaxla.predict", *options) == f"error: {existing}: exists already. Use another --output."
 
 
-def test_one_bad_scan_stops_all_before_anything_is_written(small_run, scan, tmp_path):
+def test_one_bad_scan_is_refused_before_anything_is_written(small_run, scan, tmp_path):
     (tmp_path / "scans").mkdir()
-    (tmp_path / "scans" / "a.nii.gz").write_bytes(scan.read_bytes())
+    shutil.copy(scan, tmp_path / "scans" / "a.nii.gz")
     (tmp_path / "scans" / "b.nii.gz").write_bytes(scan.read_bytes()[:5000])
-    done = run_module(
-        "jaxla.predict",
-        f"--run={small_run}",
-        f"--input={tmp_path / 'scans'}",
-        f"--output={tmp_path / 'm'}",
-        check=False,
-    )
-    assert (done.returncode, done.stderr.count("\n")) == (2, 1)
-    assert "b.nii.gz: truncated or damaged" in done.stderr
-    assert not (tmp_path / "m").exists()
+    line = refuse(tmp_path, "jaxla.predict", f"--run={small_run}", "--input=scans", "--output=masks")
+    assert line.startswith("error: scans/b.nii.gz: truncated or damaged")
 
 
-def test_volumes_of_any_size_share_one_compilation(small_run, scan, caplog):
-    """Also: what a slice is given does not depend on its neighbours in the batch."""
-    segment = make_segment(load_run(small_run))
+def test_volumes_of_any_size_share_one_compiled_program(segment, scan, caplog):
     volume = read_image(scan)
-    whole, _ = segment(volume)
+    mask = segment(volume)
     with jax.log_compiles(), caplog.at_level("WARNING"):
         cropped = volume.array[:, :, 3:10]
-        part, _ = segment(Volume(volume.path, cropped, volume.affine, volume.header))
+        part = segment(Volume(volume.path, cropped, volume.affine, volume.header))
         segment(Volume(volume.path, volume.array[:100, :90], volume.affine, volume.header))
     assert not [record for record in caplog.records if "compil" in record.message.lower()]
     assert part.shape == cropped.shape
-    assert whole.shape == volume.array.shape
+    assert mask.shape == volume.array.shape
 
 
-def test_non_square_anisotropic_pixels_keep_their_place(small_run, scan):
-    """Doubling one in-plane spacing by dropping every other column leaves the mask where it was in the world."""
+def test_anisotropic_pixels_keep_their_position(segment, scan):
+    """Dropping every other column, which doubles one spacing, leaves the mask at its position in the world."""
     volume = read_image(scan)
-    segment = make_segment(load_run(small_run))
-    whole, _ = segment(volume)
     affine = volume.affine @ np.diag([2.0, 1, 1, 1])
-    thinned, _ = segment(Volume(volume.path, volume.array[::2], affine, volume.header))
-    a, b = whole[::2] > 0, thinned > 0
+    thinned = segment(Volume(volume.path, volume.array[::2], affine, volume.header))
+    a, b = segment(volume)[::2] > 0, thinned > 0
     dice = 2 * (a & b).sum() / (a.sum() + b.sum())
     assert dice > 0.99  # measured 0.995: half of the columns are interpolated from the others
 
 
-def test_a_run_trained_on_another_device_loads_here(small_run, tmp_path):
-    """A checkpoint names the device it was saved from; a laptop must read what a GPU wrote."""
+def test_a_run_from_another_device_can_be_loaded(small_run, tmp_path):
+    """A checkpoint names the device that wrote it; a laptop must read the checkpoint of a GPU."""
     moved = tmp_path / "run"
     shutil.copytree(small_run, moved)
     notes = list(moved.rglob("_sharding"))
     assert notes
     for note in notes:
         note.write_text(note.read_text().replace("cpu:0", "cuda:0"))
-    for sums in moved.rglob("*.sha256"):  # as if it had been written so
+    for sums in moved.rglob("*.sha256"):  # of the changed files
         checkpoint = sums.with_suffix("")
         names = json.loads(sums.read_text())
         sums.write_text(json.dumps({n: hashlib.sha256((checkpoint / n).read_bytes()).hexdigest() for n in names}))
@@ -141,9 +125,9 @@ def test_a_run_trained_on_another_device_loads_here(small_run, tmp_path):
     assert all(np.array_equal(a, b) for a, b in zip(jax.tree.leaves(here), jax.tree.leaves(there), strict=True))
 
 
-def test_a_runs_own_predictions_can_be_scored_against_the_data_set(small_run, phantoms, tmp_path):
-    run_module(
-        "jaxla.evaluate", f"--predictions={small_run / 'test' / 'predictions'}", f"--references={phantoms}",
+def test_evaluate_gives_the_scores_that_the_run_reported(small_run, phantoms, tmp_path):
+    succeed(
+        tmp_path, "jaxla.evaluate", f"--predictions={small_run / 'test' / 'predictions'}", f"--references={phantoms}",
         f"--cases={small_run / 'split.json'}", f"--output={tmp_path / 'scores'}",
     )  # fmt: skip
     again, reported = (

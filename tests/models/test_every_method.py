@@ -1,5 +1,6 @@
-"""What the package asks of every method, its row and its network alike; nothing is computed."""
+"""The contract that every method keeps: its network's shapes, its features, its options. Nothing is computed."""
 
+import json
 import math
 from dataclasses import replace
 from itertools import pairwise
@@ -9,24 +10,30 @@ import jax.numpy as jnp
 import pytest
 from flax import nnx
 from jaxla.experiments import EXPERIMENTS, METHODS, PUBLISHED, STUDIES
-from jaxla.models.build import NETWORKS, build_network, configuration_of, is_planned, reads_volumes
-from jaxla.pipeline.checks import checked, unread_options
 
-from jaxla.config import with_method
+from jaxla.config import Data, Experiment, experiment_from_json, experiment_to_json, unread_options
+from jaxla.models.networks.base import TransformerOptions, build_network
+from jaxla.runs.checks import check_experiment
+from jaxla.tasks import TASKS
 from jaxla.training.step import split_network
 from tests.tiny import TINY_PLAN
 
 CLASSES = 3
 
 
-@pytest.fixture(params=METHODS)
+@pytest.fixture(params=METHODS, scope="module")
 def method(request):
     return METHODS[request.param]
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def network(method):
-    return nnx.eval_shape(lambda: build_network(replace(method.model, weights="random"), CLASSES, 0, plan=TINY_PLAN))
+    """The method's network with abstract parameters, in evaluation mode."""
+    return nnx.eval_shape(lambda: build_network(method.model.with_weights("random"), CLASSES, 0, plan=TINY_PLAN))
+
+
+def under_quickstart(method):
+    return replace(EXPERIMENTS["quickstart"], method=method)
 
 
 def run(network, *arguments):
@@ -34,42 +41,44 @@ def run(network, *arguments):
     return jax.eval_shape(lambda state, *arguments: nnx.merge(graph, state)(*arguments), state, *arguments)
 
 
-def images_of(method):
-    size = (method.preprocessing.image_size,) * 2
-    if is_planned(method.model):
-        size = configuration_of(method.model, TINY_PLAN).patch_size
-    if reads_volumes(method.model):
-        size = (3, *size)
-    return jax.ShapeDtypeStruct((2, *size, 1), jnp.float32)
+def abstract_images(method, slices=3):
+    plan = [TINY_PLAN] if method.preprocessing is None else []
+    task = TASKS[method.model.sample](under_quickstart(method), CLASSES, *plan)
+    return jax.ShapeDtypeStruct((2, *task.input_shape(slices), 1), jnp.float32)
 
 
-def test_its_network_gives_logits_of_the_images_size(method, network):
-    images = images_of(method)
-    rows = images.shape[:2] if reads_volumes(method.model) else images.shape[:1]
+def test_logits_have_the_size_of_the_images(method, network):
+    images = abstract_images(method)
+    rows = images.shape[:2] if method.model.sample == "volumes" else images.shape[:1]
     present = jax.ShapeDtypeStruct(rows, jnp.bool)
-    network.train()  # with batches that are filled up
-    for logits in (run(network, images), run(network, images, present)):
-        if isinstance(logits, list):  # of several resolutions, the finest first
-            assert all(
-                coarse.shape[1] < fine.shape[1] or coarse.shape[2] < fine.shape[2] for fine, coarse in pairwise(logits)
-            )
-            logits = logits[0]
+    inference_logits = run(network, images)
+    network.train()
+    training_logits = run(network, images, present)  # training batches may contain padding
+    network.eval()
+    if isinstance(training_logits, list):  # at several resolutions, finest first
+        assert all(
+            coarse.shape[1] < fine.shape[1] or coarse.shape[2] < fine.shape[2]
+            for fine, coarse in pairwise(training_logits)
+        )
+        training_logits = training_logits[0]
+    for logits in (inference_logits, training_logits):
         assert (logits.shape, logits.dtype) == ((*images.shape[:-1], CLASSES), jnp.float32)
 
 
-def test_its_network_has_something_to_train_and_a_backbone_where_one_is_frozen(method, network):
-    frozen = method.model.backbone == "frozen"
-    assert not frozen or hasattr(network, "backbone")
-    parts = split_network(network, train_backbone=not frozen)
+def test_something_is_trained_and_a_frozen_network_has_a_backbone(method, network):
+    is_frozen = method.model.backbone == "frozen"
+    assert not is_frozen or hasattr(network, "backbone")
+    parts = split_network(network, train_backbone=not is_frozen)
     assert jax.tree.leaves(parts.trainable)
-    assert bool(jax.tree.leaves(nnx.filter_state(parts.frozen.parameters, nnx.Param))) == frozen
+    assert bool(jax.tree.leaves(nnx.filter_state(parts.frozen.parameters, nnx.Param))) == is_frozen
 
 
-def test_features_and_the_rest_make_the_network(method, network):
+def test_network_on_features_completes_the_network(method, network):
+    assert hasattr(network, "on_features") == isinstance(method.model, TransformerOptions)
     if not hasattr(network, "on_features"):
-        pytest.skip("runs as a whole")
+        return
     assert network.FEATURES
-    images = images_of(method)
+    images = abstract_images(method)
     graph, state = nnx.split(network)
     *rows, height, width, _ = images.shape
     slices = jax.ShapeDtypeStruct((math.prod(rows), height, width, 1), jnp.float32)
@@ -77,26 +86,52 @@ def test_features_and_the_rest_make_the_network(method, network):
     features = jax.ShapeDtypeStruct((*rows, *features.shape[1:]), features.dtype)
     rest = network.on_features((height, width))
     inputs = (features, images) if network.READS_IMAGES else features
-    assert run(rest, inputs).shape == run(network, images).shape
+    assert run(rest, inputs).shape == (*images.shape[:-1], CLASSES)
     names = [{path for path, _ in nnx.to_flat_state(nnx.state(part, nnx.Param))} for part in (rest, network)]
     assert names[0] == {path for path in names[1] if path[0] != "backbone"}
 
 
-def test_its_row_holds_what_a_run_accepts(method):
-    """What a network does not read of a row has the value that a run takes it for."""
-    assert checked(with_method(EXPERIMENTS["quickstart"], method)).model == method.model
-    unread = unread_options(with_method(EXPERIMENTS["paper1"], method))
-    if "model.weights" in unread:
-        assert method.model.weights == "random"
-    if "model.backbone" in unread:
-        assert method.model.backbone == "finetuned"
+@pytest.mark.quick
+def test_options_are_accepted_and_resolved(method):
+    assert check_experiment(under_quickstart(method)).method == method
 
 
-def test_every_network_is_a_methods_and_every_study_names_what_there_is():
-    assert {method.model.network for method in METHODS.values()} == set(NETWORKS)
+@pytest.mark.quick
+def test_options_survive_the_record_of_a_run(method):
+    experiment = replace(under_quickstart(method), data=Data("scans", labels="LA:1", train_percent=12.5), fold="3")
+    content = json.loads(json.dumps(experiment_to_json(experiment)))
+    assert experiment_from_json(content, METHODS) == experiment
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize(
+    ("name", "unread"),
+    [
+        ("vit_mini8", {"training.backbone_learning_rate", "training.cache_features"}),
+        ("dinov2_vitb14", {"training.backbone_learning_rate"}),
+        ("dinov2_vitb14_linear", {"training.backbone_learning_rate", "model.decoder_widths"}),
+        ("fusion_vitb14", {"training.backbone_learning_rate"}),
+        ("windows_dinov3_vits16", {"training.backbone_learning_rate"}),
+        ("resnet50_unet", {"training.cache_features"}),
+        ("unet", set()),
+        ("nnunet_3d", set()),
+    ],
+)
+def test_options_without_effect_are_known(name, unread):
+    """Options that have no effect because of the values of others."""
+    method = METHODS[name.removesuffix("_linear")]
+    if name.endswith("_linear"):
+        method = replace(method, model=replace(method.model, decoder="linear"))
+    assert unread_options(under_quickstart(method)) == unread
+    on_scans = Experiment("", "", Data("scans", split="split.json"), method)
+    assert unread_options(on_scans) == unread | {"data.phantom_size", "data.phantom_cases", "data.split_seed"}
+
+
+@pytest.mark.quick
+def test_studies_and_published_rows_name_existing_methods_and_experiments():
     for study in STUDIES.values():
         assert set(study.methods) <= set(METHODS)
         assert set(study.experiments) <= set(EXPERIMENTS)
     assert {method for method, _ in PUBLISHED} <= set(METHODS)
     assert {experiment for _, experiment in PUBLISHED} <= set(EXPERIMENTS)
-    assert {experiment.method for experiment in EXPERIMENTS.values()} <= set(METHODS)
+    assert all(METHODS[experiment.method.name] == experiment.method for experiment in EXPERIMENTS.values())

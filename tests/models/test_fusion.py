@@ -1,7 +1,6 @@
 """Paper 2's network: PyTorch's numbers, the blocks' weights, and what it reads of blocks and image."""
 
 import time
-from dataclasses import replace
 from itertools import pairwise
 
 import jax
@@ -10,17 +9,17 @@ import numpy as np
 import pytest
 import torch
 from flax import nnx
-from jaxla.models.build import build_network, checked_model
 
-from jaxla.config import InputError, Model
+from jaxla.config import InputError
 from jaxla.data.batches import SliceSource, training_batches
 from jaxla.data.inputs import Canvas
 from jaxla.models.backbones import TRANSFORMERS
+from jaxla.models.networks.base import build_network
 from jaxla.models.networks.fusion import (
     Fusion,
     FusionDecoder,
+    FusionOptions,
     FusionSegmenter,
-    chosen_blocks,
     weighted_product,
     weighted_sums,
 )
@@ -253,7 +252,7 @@ def test_with_fixed_features_the_image_reaches_the_logits_through_the_stems_only
 
 @pytest.mark.parametrize("arch", ["dinov2_vits14", "dinov2_vits14_reg", "dinov2_vitg14", "dinov3_vits16"])
 def test_it_works_with_every_backbone_and_on_images_that_are_not_square(arch):
-    model = Model(arch, weights="random", network="fusion", backbone="frozen", decoder_widths=WIDTHS, blocks=(0, -1))
+    model = FusionOptions(arch, weights="random", decoder_widths=WIDTHS, blocks=(0, -1))
     network = nnx.eval_shape(lambda: build_network(model, 3, 0))
     patch = TRANSFORMERS[arch].patch
     graph, state = nnx.split(network)
@@ -282,32 +281,21 @@ def test_default_decoder_on_vit_b_has_the_parameters_of_its_layers():
     [((), tuple(range(12))), ((-1,), (11,)), ((-4, -3, -2, -1), (8, 9, 10, 11)), ((11, 0, -2), (0, 10, 11))],
 )
 def test_blocks_are_counted_from_either_end(blocks, chosen):
-    assert chosen_blocks(Model("dinov2_vits14", network="fusion", blocks=blocks)) == chosen
+    assert FusionOptions("dinov2_vits14", blocks=blocks).block_numbers() == chosen
 
 
 @pytest.mark.parametrize(
     ("changed", "line"),
     [
-        (
-            {"blocks": (3, 12)},
-            r"option --model.blocks=\[3, 12\]: dinov2_vits14 has no block 12; name some of 0 to 11, or of -1, its last",
-        ),
-        ({"blocks": (-13,)}, r"option --model.blocks=\[-13\]: dinov2_vits14 has no block -13"),
-        ({"blocks": (11, 3, -1)}, r"option --model.blocks=\[11, 3, -1\]: block 11 of dinov2_vits14 stands twice"),
-        ({"decoder_widths": (8,)}, r"option --model.decoder_widths=\[8\]: give the width of the first level and those"),
-        ({"decoder": "linear"}, "option --model.decoder is not one of method fusion_vitb14; leave it out"),
+        ({"blocks": (3, 12)}, r"model.blocks=\[3, 12\]: dinov2_vits14 has no block 12. Use 0 to 11, or -1 .* to -12\."),
+        ({"blocks": (-13,)}, r"model.blocks=\[-13\]: dinov2_vits14 has no block -13\. "),
+        ({"blocks": (11, 3, -1)}, r"model.blocks=\[11, 3, -1\]: block 11 of dinov2_vits14 is named twice\. "),
+        ({"decoder_widths": (8,)}, r"model.decoder_widths=\[8\]: needs the width of the first level and of at least"),
     ],
 )
-def test_options_that_do_not_fit_are_named(changed, line):
-    own = Model("dinov2_vits14", network="fusion")
-    with pytest.raises(InputError, match=line):
-        checked_model(replace(own, **changed), own, "fusion_vitb14")
-
-
-def test_other_networks_refuse_its_options():
-    own = Model("dinov2_vits14")
-    with pytest.raises(InputError, match=r"option --model.blocks is not one of method dinov2_vits14; leave it out"):
-        checked_model(replace(own, blocks=(-1,)), own, "dinov2_vits14")
+def test_impossible_options_are_refused(changed, line):
+    with pytest.raises(InputError, match=f"^{line}"):
+        FusionOptions("dinov2_vits14", **changed).resolve()
 
 
 # --- batches ---
@@ -333,9 +321,7 @@ def test_batches_contain_the_images_of_their_features_and_large_ones_are_read_la
     try:
         batch = next(batches)
         time.sleep(1)
-        assert (
-            Features.read <= 1 + 2 * 3
-        )  # one slice for the shapes; the batch, one that waits and one that is being read
+        assert Features.read <= 1 + 2 * 3  # one slice for the shapes; the batch, one that waits, one that is being read
     finally:
         batches.close()
     for features, image, volume in zip(batch["input"], batch["image"], batch["volume"], strict=True):

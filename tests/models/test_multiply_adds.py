@@ -8,9 +8,9 @@ import pytest
 import torch
 from flax import nnx
 from jaxla.experiments import METHODS
-from jaxla.models.build import build_network
 from torch.utils.flop_counter import FlopCounterMode
 
+from jaxla.models.networks.base import build_network
 from jaxla.models.networks.fusion import weighted_product, weighted_sums
 from jaxla.models.ops.attention import cudnn_attention
 from jaxla.models.ops.multiply_adds import multiply_adds
@@ -77,8 +77,7 @@ def count_network(network, size):
 
 @pytest.mark.parametrize("method", ["unet", "attention_unet", "resnet50_unet", "segnet"])
 def test_convolutional_networks_equal_pytorchs_counter(method):
-    model = METHODS[method].model
-    model = type(model)(**{**vars(model), "weights": "random"})
+    model = METHODS[method].model.with_weights("random")
     network = randomise(nnx.eval_shape(lambda: build_network(model, 1, 0)))
     channels = 3 if hasattr(network, "backbone") else 1
     with FlopCounterMode(display=False) as counter, torch.no_grad():

@@ -9,13 +9,13 @@ import numpy as np
 import pytest
 import torch
 from flax import nnx
-from jaxla.experiments import EXPERIMENTS, METHODS
-from jaxla.models.build import build_network, parameter_count, require_slices
-from jaxla.pipeline.checks import checked
+from jaxla.experiments import METHODS
 from torch.nn import functional
 
-from jaxla.config import InputError, Model, with_method
-from jaxla.models.networks.windows import FeatureWindows, WindowDecoder, WindowSegmenter, window_counts
+from jaxla.config import InputError
+from jaxla.models.networks.base import build_network, parameter_count
+from jaxla.models.networks.transformer_segmenter import TransformerSegmenterOptions
+from jaxla.models.networks.windows import FeatureWindows, WindowDecoder, WindowOptions, WindowSegmenter
 from tests.parity.references import as_theirs, reference_of
 from tests.tiny import ROTARY, TINY, randomise, tiny_backbone
 
@@ -183,17 +183,14 @@ def test_levels_are_the_quarters_of_the_backbones_depth():
     for depth, blocks in ((12, (2, 5, 8, 11)), (24, (5, 11, 17, 23)), (4, (0, 1, 2, 3)), (3, (0, 1, 2, 2))):
         network = WindowSegmenter(tiny_backbone(variant=replace(TINY, depth=depth)), make_decoder(), (1, 1, 1))
         assert network.blocks == blocks
-    assert METHODS["windows_dinov3_vits16"].model.arch == "dinov3_vits16"
-    network = nnx.eval_shape(
-        lambda: build_network(replace(METHODS["windows_dinov3_vits16"].model, weights="random"), 1, 0)
-    )
+    network = nnx.eval_shape(lambda: build_network(WindowOptions("dinov3_vits16", weights="random"), 1, 0))
     assert network.FEATURES == "patch tokens of blocks 2, 5, 8, 11 after the final norm"
 
 
 def test_the_decoder_has_few_parameters():
     model = METHODS["windows_dinov3_vitb16"].model
     total = parameter_count(model)
-    backbone = parameter_count(replace(model, network="transformer_segmenter", decoder="linear")) - 769
+    backbone = parameter_count(TransformerSegmenterOptions(model.arch, decoder="linear")) - 769
     assert total - backbone < 0.02 * backbone  # 1.0 M to 85.7 M
 
 
@@ -204,42 +201,43 @@ def test_the_decoder_has_few_parameters():
     ("windows", "counts"), [("1", (1, 1, 1)), ("3", (3, 1, 1)), ("2x2x2", (2, 2, 2)), ("4x1x12", (4, 1, 12))]
 )
 def test_window_counts_are_those_along_slices_rows_and_columns(windows, counts):
-    assert window_counts(windows) == counts
+    assert WindowOptions(windows=windows).window_counts() == counts
 
 
 @pytest.mark.parametrize("windows", ["", "0", "2x2", "2x0x1", "-1", "2x2x2x2", "two", "1.5"])
 def test_other_formats_of_windows_are_refused(windows):
-    with pytest.raises(InputError, match=rf"^option --model\.windows={windows}: give how many .*such as 2x2x2$"):
-        window_counts(windows)
-
-
-def experiment(**options):
-    method = METHODS["windows_vit_mini8"]
-    return with_method(EXPERIMENTS["quickstart"], replace(method, model=replace(method.model, **options)))
+    with pytest.raises(InputError, match=rf"^model\.windows={windows}: not a number of windows\. Use 2 for .* 2x2x2 "):
+        WindowOptions(windows=windows).resolve()
 
 
 @pytest.mark.parametrize(
     ("options", "line"),
     [
         (
-            {"windows": "1x9x1"},
-            r"image_size=64: has 8 × 8 patches, fewer than the 9 × 1 windows of --model.windows=1x9x1",
+            {"decoder_widths": (8, 8)},
+            r"model.decoder_widths=\[8, 8\]: 2 widths, but the network needs 4. Give 4 widths,",
         ),
-        ({"decoder_widths": (8, 8)}, r"--model.decoder_widths=\[8, 8\]: give 4 widths"),
-        ({"depth_places": -1}, r"--model.depth_places must be at least 0, got -1"),
-        ({"decoder": "linear"}, r"--model.decoder is not one of method windows_vit_mini8"),
+        ({"depth_places": -1}, r"model.depth_places=-1: negative\. Use 0 or more\."),
     ],
 )
-def test_options_that_do_not_fit_are_refused(options, line):
+def test_impossible_options_are_refused(options, line):
+    with pytest.raises(InputError, match=f"^{line}"):
+        WindowOptions("vit_mini8", **options).resolve()
+
+
+def test_images_with_fewer_patches_than_windows_are_refused():
+    model = WindowOptions("vit_mini8", windows="1x9x1")
+    model.check_size("preprocessing.image_size", 72)
+    line = "^preprocessing.image_size=64: 8 x 8 patches are fewer than 9 x 1 windows. Use fewer model.windows."
     with pytest.raises(InputError, match=line):
-        checked(experiment(**options))
+        model.check_size("preprocessing.image_size", 64)
 
 
-def test_a_scan_of_fewer_slices_than_windows_is_refused():
-    model = Model("vit_mini8", network="windows", windows="5")
-    require_slices(model, "scan.nii.gz", 5)
-    with pytest.raises(InputError, match=r"^scan.nii.gz: has 4 slices, fewer than the 5 windows along them that --mod"):
-        require_slices(model, "scan.nii.gz", 4)
+def test_scans_with_fewer_slices_than_windows_are_refused():
+    model = WindowOptions("vit_mini8", windows="5")
+    model.check_depth("scan.nii.gz", 5)
+    with pytest.raises(InputError, match=r"^scan.nii.gz: has 4 slices, fewer than the 5 windows along the slices\. "):
+        model.check_depth("scan.nii.gz", 4)
     with pytest.raises(ValueError, match=r"^volumes of 4×4×8 slices, .*: fewer than the network's 5×1×1 w"):
         FeatureWindows(make_decoder(), SIZE, (5, 1, 1))(random_features(slices=4))
 

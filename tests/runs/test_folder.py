@@ -1,4 +1,4 @@
-"""A run's folder: a run as a whole or none at all, and one process's at a time."""
+"""A run's folder appears with all its files or not at all, and belongs to one process at a time."""
 
 import json
 import os
@@ -20,13 +20,14 @@ EXPERIMENT = EXPERIMENTS["quickstart"]
 SPLIT = Split(("a", "b"), ("c",), ("d",))
 CASES = {"a": "1", "b": "2", "c": "3", "d": "4"}
 RECORD = Record(
-    EXPERIMENT, Labels(("LA",)), "random", "", SPLIT.sha256, "", "python -m jaxla.train", "2026-01-01T00:00:00+00:00",
+    EXPERIMENT, "vit_mini8", "vit_mini8 (random weights, trained)", "96 × 96 pixels", "per volume", Labels(("LA",)),
+    "random", "", SPLIT.sha256, "", "python -m jaxla.train", "2026-01-01T00:00:00+00:00",
     {"versions": {"jax": "0.10.0"}, "device": "cpu: cpu"},
 )  # fmt: skip
-WHOLE = {"experiment.json", "split.json", "cases.json", ".lock"}
+FILES = {"experiment.json", "split.json", "cases.json", ".lock"}
 
 
-def opened(folder: Path, resume: bool = False):
+def open_folder(folder: Path, resume: bool = False):
     return run_folder(folder, RECORD, SPLIT, CASES, resume)
 
 
@@ -35,17 +36,17 @@ def names(folder):
 
 
 def hold(folder: Path, resume: bool = False) -> None:
-    """In another process: stay in the folder."""
+    """Stay in the folder; runs in another process."""
     try:
-        with opened(folder, resume):
+        with open_folder(folder, resume):
             print("inside", flush=True)
             time.sleep(600)
     except InputError as error:
         print(f"refused: {error}", flush=True)
 
 
-def answers(*logs):
-    """Wait until every process has said whether it is inside."""
+def wait_for_answers(*logs):
+    """Wait until every process has logged whether it is inside, and return the logs."""
     end = time.monotonic() + 60
     while not all(log.exists() and log.read_text().endswith("\n") for log in logs):
         assert time.monotonic() < end
@@ -55,19 +56,19 @@ def answers(*logs):
 
 @pytest.fixture
 def held(tmp_path):
-    """-> a run's folder, and the process that is in it."""
+    """A run's folder, and the process that holds it."""
     folder = tmp_path / "runs" / "run"
     process = start_process(tmp_path / "holder.log", hold, folder)
-    assert answers(tmp_path / "holder.log") == ["inside\n"]
+    assert wait_for_answers(tmp_path / "holder.log") == ["inside\n"]
     yield folder, process
     process.kill()
     process.join()
 
 
-def test_it_appears_with_all_that_belongs_to_it(tmp_path):
+def test_a_run_appears_with_all_its_files(tmp_path):
     folder = tmp_path / "runs" / "run"
-    with opened(folder):
-        assert names(folder) == WHOLE
+    with open_folder(folder):
+        assert names(folder) == FILES
         assert names(tmp_path / "runs") == {"run"}
         assert read_record(folder) == RECORD
         assert json.loads((folder / "split.json").read_text()) == {"train": ["a", "b"], "val": ["c"], "test": ["d"]}
@@ -76,31 +77,31 @@ def test_it_appears_with_all_that_belongs_to_it(tmp_path):
     assert not is_running(folder)
 
 
-def test_an_empty_folder_may_be_given(tmp_path):
+def test_an_empty_folder_can_be_used(tmp_path):
     (tmp_path / "run").mkdir()
     require_free(tmp_path / "run")
-    with opened(tmp_path / "run"):
-        assert names(tmp_path / "run") == WHOLE
+    with open_folder(tmp_path / "run"):
+        assert names(tmp_path / "run") == FILES
 
 
-def test_what_a_start_that_was_killed_left_is_no_hindrance(tmp_path):
+def test_files_of_a_killed_start_are_replaced(tmp_path):
     for name in (".lock", "split.json", f".{32 * 'a'}.experiment.json"):
         (tmp_path / name).write_text("half")
     require_free(tmp_path)
-    with opened(tmp_path):
-        assert names(tmp_path) == WHOLE
+    with open_folder(tmp_path):
+        assert names(tmp_path) == FILES
         assert json.loads((tmp_path / "split.json").read_text())["val"] == ["c"]
 
 
-def test_on_a_disk_that_refuses_there_is_none(tmp_path):
-    """The record, the last to be written, is larger than the files before it."""
-    with files_at_most(1000), pytest.raises(InputError) as error, opened(tmp_path / "run"):
+def test_a_full_disk_leaves_no_folder(tmp_path):
+    """The record, which is written last, is larger than the other files."""
+    with files_at_most(1000), pytest.raises(InputError) as error, open_folder(tmp_path / "run"):
         pass
     assert str(error.value).startswith(f"--run-dir={tmp_path / 'run'}: cannot be written (File too large)")
     assert list(tmp_path.iterdir()) == []
 
 
-def test_another_process_is_refused_while_one_is_in_it(held):
+def test_a_second_process_is_refused(held):
     folder, _ = held
     before = {path: path.stat().st_mtime_ns for path in folder.iterdir()}
     assert is_running(folder)
@@ -108,47 +109,47 @@ def test_another_process_is_refused_while_one_is_in_it(held):
         require_resumable(folder, EXPERIMENT)
     with (
         pytest.raises(InputError, match=f"^--run-dir={folder}: another process is training there"),
-        opened(folder, True),
+        open_folder(folder, True),
     ):
         pass
     with (
         pytest.raises(InputError, match=f"^--run-dir={folder}: another process is training there"),
-        opened(folder),
+        open_folder(folder),
     ):
         pass
     assert {path: path.stat().st_mtime_ns for path in folder.iterdir()} == before
     assert names(folder.parent) == {"run"}
 
 
-def test_a_killed_process_is_in_it_no_longer(held):
+def test_a_killed_process_releases_the_folder(held):
     folder, process = held
     os.kill(process.pid, 9)
     process.join()
     assert not is_running(folder)
     require_resumable(folder, EXPERIMENT)
-    with opened(folder, True):
+    with open_folder(folder, True):
         assert is_running(folder)
 
 
 @pytest.mark.parametrize("content", [None, "", "{", "[1]"])
-def test_lists_that_were_lost_are_written_again(tmp_path, content):
-    with opened(tmp_path / "run"):
+def test_lost_lists_are_written_again(tmp_path, content):
+    with open_folder(tmp_path / "run"):
         pass
     before = {path: path.read_text() for path in (tmp_path / "run" / "cases.json", tmp_path / "run" / "split.json")}
     for path in before:
         path.unlink() if content is None else path.write_text(content)
-    other = replace(RECORD, data_sha256="other")
+    changed = replace(RECORD, data_sha256="changed")
     with (
-        pytest.raises(InputError, match=r"^--resume: the data in .* are not those that the run in"),
-        run_folder(tmp_path / "run", other, SPLIT, CASES, resume=True),
+        pytest.raises(InputError, match=r"^--resume: the data in .* differ from those that the run in"),
+        run_folder(tmp_path / "run", changed, SPLIT, CASES, resume=True),
     ):
         pass
-    with opened(tmp_path / "run", resume=True):
+    with open_folder(tmp_path / "run", resume=True):
         assert {path: path.read_text() for path in before} == before
 
 
-def test_each_resumption_is_recorded_and_where_files_lie_now(tmp_path):
-    with opened(tmp_path / "run"):
+def test_resuming_records_each_session_and_moved_files(tmp_path):
+    with open_folder(tmp_path / "run"):
         pass
     moved = replace(EXPERIMENT, data=replace(EXPERIMENT.data, root="/elsewhere"))
     now = replace(RECORD, experiment=moved, begun="2026-02-02T00:00:00+00:00", command="python -m jaxla.train --resume")
@@ -161,8 +162,8 @@ def test_each_resumption_is_recorded_and_where_files_lie_now(tmp_path):
         assert [session["begun"] for session in record.resumed] == [now.begun] * times
 
 
-def test_half_written_files_of_a_killed_process_go_when_the_run_goes_on(tmp_path):
-    with opened(tmp_path):
+def test_resuming_removes_half_written_files(tmp_path):
+    with open_folder(tmp_path):
         pass
     half = tmp_path / "test" / "predictions" / f".{32 * 'a'}.train_1.nii.gz"
     half.parent.mkdir(parents=True)
@@ -172,16 +173,16 @@ def test_half_written_files_of_a_killed_process_go_when_the_run_goes_on(tmp_path
 
 
 @pytest.mark.parametrize("resume", [False, True])
-def test_of_two_that_start_at_once_one_gets_it(tmp_path, resume):
+def test_one_of_two_processes_that_start_together_gets_the_folder(tmp_path, resume):
     if resume:
-        with opened(tmp_path / "run"):
+        with open_folder(tmp_path / "run"):
             pass
     logs = [tmp_path / "1.log", tmp_path / "2.log"]
     processes = [start_process(log, hold, tmp_path / "run", resume) for log in logs]
-    said = sorted(answers(*logs))
-    assert said[0] == "inside\n"
-    assert said[1].startswith(f"refused: --run-dir={tmp_path / 'run'}: another process is training there")
+    answers = sorted(wait_for_answers(*logs))
+    assert answers[0] == "inside\n"
+    assert answers[1].startswith(f"refused: --run-dir={tmp_path / 'run'}: another process is training there")
     for process in processes:
         process.kill()
         process.join()
-    assert names(tmp_path / "run") == WHOLE
+    assert names(tmp_path / "run") == FILES

@@ -1,32 +1,85 @@
-"""What a record says of its run."""
+"""The record of a run, and how it names methods and devices."""
 
 from dataclasses import replace
 
 import pytest
 from jaxla.experiments import EXPERIMENTS, METHODS
 
-from jaxla.config import with_method
+from jaxla.config import InputError
+from jaxla.data.labels import Labels
 from jaxla.runs.machine import describe_device
-from jaxla.runs.record import method_label
+from jaxla.runs.record import Record, describe_network, differences, method_label, read_record, write_record
+
+pytestmark = pytest.mark.quick
+
+PAPER1 = EXPERIMENTS["paper1"]
 
 
-def test_an_architecture_that_is_not_the_methods_own_stands_beside_its_name():
+def with_model(experiment, **options):
+    return replace(experiment, method=replace(experiment.method, model=replace(experiment.method.model, **options)))
+
+
+def test_a_record_is_read_as_it_was_written(tmp_path):
+    environment = {"device": "cpu: cpu", "versions": {"jax": "0.10.0"}}
+    record = Record(
+        PAPER1, "dinov2_vitb14", "dinov2_vitb14 (random weights, frozen)", "448 × 448 pixels", "per volume",
+        Labels(("LA", "wall"), ((1,), (2, 3))), "random", "", "split", "data", "python -m jaxla.train",
+        "2026-01-01T00:00:00+00:00", environment, backbone_sha256="hash", resumed=({"begun": "later"},), extent=1.5,
+    )  # fmt: skip
+    write_record(tmp_path, record)
+    assert read_record(tmp_path) == record
+
+
+def test_a_record_of_an_unknown_method_is_refused(tmp_path):
+    record = Record(
+        PAPER1, "", "", "", "", Labels(("LA",)), "random", "", "", "", "", "", {"device": "cpu: cpu", "versions": {}}
+    )
+    write_record(tmp_path, record)
+    path = tmp_path / "experiment.json"
+    path.write_text(path.read_text().replace('"method": "', '"method": "unknown_'))
+    with pytest.raises(InputError, match=r"experiment.json: damaged \(KeyError\('unknown_"):
+        read_record(tmp_path)
+
+
+def test_another_architecture_is_part_of_the_label():
     for name, method in METHODS.items():
-        experiment = with_method(EXPERIMENTS["paper1"], method)
-        assert method_label(experiment) == name
-    exchanged = replace(experiment, method="dinov2_vitb14", model=replace(experiment.model, arch="dinov3_vitb16"))
-    assert method_label(exchanged) == "dinov2_vitb14 with dinov3_vitb16"
-    assert method_label(replace(experiment, method="of another version")) == "of another version"
+        assert method_label(replace(PAPER1, method=method), METHODS) == name
+    exchanged = with_model(replace(PAPER1, method=METHODS["dinov2_vitb14"]), arch="dinov3_vitb16")
+    assert method_label(exchanged, METHODS) == "dinov2_vitb14 with dinov3_vitb16"
 
 
 @pytest.mark.parametrize(
-    ("environment", "said"),
+    ("name", "options", "words"),
+    [
+        ("dinov2_vitb14", {"weights": "/cache/dinov2_vitb14.safetensors"}, "(dinov2_vitb14.safetensors, frozen)"),
+        ("dinov2_vitb14", {"weights": "random", "backbone": "finetuned"}, "(random weights, trained)"),
+        ("fusion_vitb14", {"weights": "random"}, "on dinov2_vitb14 (random weights, frozen)"),
+        ("unet", {}, "(random weights, trained)"),
+    ],
+)
+def test_a_network_is_described_by_its_label_and_weights(name, options, words):
+    experiment = with_model(replace(PAPER1, method=METHODS[name]), **options)
+    assert describe_network(experiment, METHODS) == f"{name} {words}"
+
+
+def test_differences_are_those_that_resuming_must_refuse():
+    moved = replace(PAPER1, data=replace(PAPER1.data, root="/elsewhere", split="other.json"))
+    assert list(differences(moved, PAPER1)) == []  # the content of files is compared instead
+    assert list(differences(with_model(PAPER1, weights="a.safetensors"), with_model(PAPER1, weights="b"))) == []
+    random = with_model(PAPER1, weights="random")
+    assert list(differences(random, PAPER1)) == [("model.weights", "random", "")]
+    changed = replace(PAPER1, seed=3, data=replace(PAPER1.data, train_patients=4))
+    assert list(differences(changed, PAPER1)) == [("seed", 3, 0), ("data.train_patients", 4, 0)]
+
+
+@pytest.mark.parametrize(
+    ("environment", "description"),
     [
         ({"device": "cpu: cpu", "processor": "Z80, 2 cores", "devices": 1, "processes": 1}, "cpu: Z80, 2 cores"),
-        ({"device": "cpu: cpu"}, "cpu: cpu"),  # an older record
+        ({"device": "cpu: cpu"}, "cpu: cpu"),
         ({"device": "gpu: Fast", "processor": "Z80, 2 cores", "devices": 4}, "gpu: Fast, 4 of them"),
         ({"device": "gpu: Fast", "devices": 4, "processes": 2}, "gpu: Fast, 4 of them, in 2 processes"),
     ],
 )
-def test_a_device_is_named_by_what_it_is(environment, said):
-    assert describe_device(environment) == said
+def test_a_device_is_described_by_what_it_is(environment, description):
+    assert describe_device(environment) == description

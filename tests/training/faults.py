@@ -1,4 +1,4 @@
-"""What goes wrong outside a program: damaged files, a disk that refuses, processes that end at any moment."""
+"""Faults outside the program: damaged files, a disk that refuses to write, processes that end at any moment."""
 
 import logging
 import multiprocessing
@@ -24,7 +24,7 @@ def truncate(path):
 
 @contextmanager
 def files_at_most(size):
-    """Within it the system refuses to write more than `size` bytes into any file."""
+    """Make the system refuse to write more than `size` bytes into any file."""
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
     try:
@@ -34,15 +34,15 @@ def files_at_most(size):
 
 
 def leave_free(monkeypatch, count):
-    """From now on the operating system says that so many bytes are free on every disk; none of ours is replaced."""
+    """Make the operating system report `count` free bytes on every disk."""
     usage = shutil.disk_usage(".")
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=count))
 
 
 def start_process(log, target, *arguments):
-    """A process that runs `target(*arguments)`; all that it says goes to the file `log`.
+    """Start a process that runs `target(*arguments)` and writes its output to the file `log`.
 
-    It is forked from one that has imported JAX but never run it, which saves seconds for each.
+    It is forked from a process that has imported JAX but not run it, which saves seconds each time.
     """
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["tests.training.resume_driver", "jaxla.training.features"])
@@ -55,11 +55,11 @@ def _run(log, target, arguments):
     with open(log, "ab", buffering=0) as file:
         os.dup2(file.fileno(), sys.__stdout__.fileno())
         os.dup2(file.fileno(), sys.__stderr__.fileno())
-    tqdm.set_lock(threading.RLock())  # its own is a semaphore between processes, which a killed one leaves behind
+    tqdm.set_lock(threading.RLock())  # tqdm's own is a semaphore between processes, which a killed process leaks
     target(*arguments)
 
 
-def said_by_us(caplog, least=logging.WARNING):
-    """What this package has logged from that level on, without other libraries' lines."""
-    records = [record for record in caplog.records if record.name.startswith("jaxla") and record.levelno >= least]
+def package_messages(caplog, level=logging.WARNING):
+    """Return this package's log messages of at least a level, without those of other libraries."""
+    records = [record for record in caplog.records if record.name.startswith("jaxla") and record.levelno >= level]
     return [record.getMessage() for record in records]

@@ -1,4 +1,4 @@
-"""Features of tiny scans, computed in a process of its own that tests end or let wait."""
+"""Compute features of tiny scans in a process that tests kill or hold."""
 
 import logging
 import time
@@ -16,25 +16,25 @@ from tests.training.scans import prepared
 
 def network(seed=0, **options):
     decoder = nnx.eval_shape(lambda: LinearDecoder(32, 1, rngs=nnx.Rngs(0)))
-    whole = TransformerSegmenter(tiny_backbone(seed, **options), randomise(decoder, 1))
-    whole.eval()
-    return whole
+    network = TransformerSegmenter(tiny_backbone(seed, **options), randomise(decoder, 1))
+    network.eval()
+    return network
 
 
 def fusion():
-    """Of two blocks, with the image."""
+    """Return a fusion of two blocks that reads the image, too."""
     decoder = nnx.eval_shape(lambda: FusionDecoder(32, 2, (8, 8, 4), 1, rngs=nnx.Rngs(0)))
-    whole = FusionSegmenter(tiny_backbone(), (0, 2), randomise(decoder, 1))
-    whole.eval()
-    return whole
+    network = FusionSegmenter(tiny_backbone(), (0, 2), randomise(decoder, 1))
+    network.eval()
+    return network
 
 
 def compute(scans: Path, folder: Path, held_at: int = 0) -> None:
     """Compute the features of all scans in `folder`.
 
     Args:
-        held_at: the call of the backbone, counted from 1, at which this process stays; `<folder>/held` says that it is
-            there. Each call leaves a line in `<folder>/calls`.
+        held_at: the call of the backbone, counted from 1, at which this process creates `<folder>/held` and waits
+            forever. Each call adds a line to `<folder>/calls`.
     """
     logging.basicConfig()
     logging.getLogger("jaxla").setLevel(logging.INFO)

@@ -1,4 +1,4 @@
-"""A training of seconds, in a process of its own that tests end in every way."""
+"""Train for a few seconds, in a process that tests kill and stop."""
 
 import argparse
 import os
@@ -21,11 +21,11 @@ from tests.tiny import randomise, tiny_backbone
 from tests.training.scans import prepared
 
 RECIPE = BackboneTraining(epochs=9, batch_size=4, learning_rate=8e-3, backbone_learning_rate=1e-3, patience=1)
-STEPS = 4  # an epoch: 13 slices
+STEPS = 4  # per epoch of 13 slices
 
 
 def make_trainer():
-    """A fine-tuned transformer, and a decoder whose BatchNorm keeps statistics."""
+    """Return the trainer of a fine-tuned transformer and a decoder whose BatchNorm keeps statistics."""
     decoder = nnx.eval_shape(lambda: ConvolutionalDecoder(32, (8, 8, 4), 1, rngs=nnx.Rngs(0)))
     network = TransformerSegmenter(tiny_backbone(), randomise(decoder, 1))
     return trainer.Trainer(network, RECIPE, STEPS, has_pretrained_backbone=True, seed=3)
@@ -37,8 +37,10 @@ def main(arguments):
     parser.add_argument("scans", type=Path)
     parser.add_argument("--compiled", help="JAX's cache of compiled functions")
     parser.add_argument("--save-every", type=float, default=loop.SAVE_SECONDS, help="seconds")
-    parser.add_argument("--dies-before-best", type=int, help="epoch after whose `latest` checkpoint the process ends")
-    parser.add_argument("--stopped-in-validation", type=int, help="epoch in whose validation SIGTERM comes")
+    parser.add_argument(
+        "--dies-before-best", type=int, help="epoch whose `latest` checkpoint is the last thing the process writes"
+    )
+    parser.add_argument("--stopped-in-validation", type=int, help="epoch in whose validation SIGTERM arrives")
     options = parser.parse_args(arguments)
     if options.compiled:
         jax.config.update("jax_compilation_cache_dir", options.compiled)
@@ -76,6 +78,6 @@ def main(arguments):
 
 
 def as_command(arguments):
-    """As the training command does it: its exit codes, and SIGTERM."""
+    """Run as a command, with its exit codes and its handling of SIGTERM."""
     sys.argv = ["driver", *map(str, arguments)]
     run_command(main)

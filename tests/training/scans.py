@@ -1,4 +1,4 @@
-"""A few scans small enough to train on in milliseconds."""
+"""A few tiny scans to train on in milliseconds."""
 
 import nibabel as nib
 import numpy as np
@@ -8,7 +8,7 @@ from jaxla.data.prepared import prepare_cases
 
 
 def disc_scans(folder):
-    """Prepared scans of 5, 6 and 7 slices of 32 × 32, a bright disc each on noise; the last one's mask is empty."""
+    """Write and prepare scans of 5, 6 and 7 slices of 32 × 32 with a bright disc on noise; the last mask is empty."""
     folder.mkdir(parents=True, exist_ok=True)
     rng = np.random.default_rng(0)
     row, column = np.mgrid[:32, :32]
@@ -22,5 +22,5 @@ def disc_scans(folder):
 
 
 def prepared(folder):
-    """The scans of a folder, prepared in it."""
+    """Prepare the scans of a folder, with the cache inside it."""
     return prepare_cases(find_cases(folder), folder / "cache")

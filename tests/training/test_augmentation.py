@@ -1,4 +1,4 @@
-"""Augmentation: image and mask move together, as far as was said and no farther, and alike for the same key."""
+"""Augmentation changes image and mask together, within its limits, and identically for the same key."""
 
 import jax
 import numpy as np
@@ -19,7 +19,7 @@ EACH = {
 
 
 def slices(count=64):
-    """A bright ellipse off the centre, and its mask; in class 2 a smaller one."""
+    """Return images of a bright ellipse off the centre and their masks; class 2 is a smaller disc in it."""
     rows, columns = np.indices((SIDE, SIDE))
     mask = (((rows - 20) / 10) ** 2 + ((columns - 27) / 6) ** 2 < 1).astype(np.uint8)
     mask[(rows - 20) ** 2 + (columns - 27) ** 2 < 9] = 2
@@ -33,40 +33,40 @@ def augmented(augmentation, seed=0):
 
 
 def moments(mask):
-    """Area, centre and angle of the long axis in degrees."""
-    where = np.argwhere(mask > 0)
-    values, vectors = np.linalg.eigh(np.cov(where.T))
+    """Return area, centre, and angle of the long axis in degrees."""
+    pixels = np.argwhere(mask > 0)
+    values, vectors = np.linalg.eigh(np.cov(pixels.T))
     long = vectors[:, values.argmax()]
-    return len(where), where.mean(0), np.degrees(np.arctan2(long[1], long[0]))
+    return len(pixels), pixels.mean(0), np.degrees(np.arctan2(long[1], long[0]))
 
 
 @pytest.mark.parametrize("name", EACH)
-def test_every_slice_changes_in_its_own_way_and_alike_for_the_same_key(name):
+def test_every_slice_changes_differently_and_identically_for_the_same_key(name):
     images, masks = augmented(EACH[name])
     assert images.shape == (64, SIDE, SIDE, 1)
     assert (images.dtype, masks.dtype) == (np.float32, np.uint8)
     different = 4 if name == "flips" else 64
     assert len({image.tobytes() for image in images}) == different
-    again = augmented(EACH[name])
-    np.testing.assert_array_equal(images, again[0])
-    np.testing.assert_array_equal(masks, again[1])
+    repeated = augmented(EACH[name])
+    np.testing.assert_array_equal(images, repeated[0])
+    np.testing.assert_array_equal(masks, repeated[1])
     assert (augmented(EACH[name], seed=1)[0] != images).any()
 
 
 @pytest.mark.parametrize("name", ["rotation", "scale", "flips", "elastic"])
-def test_the_mask_stays_on_its_structure(name):
+def test_the_mask_moves_with_its_structure(name):
     images, masks = augmented(EACH[name])
     assert set(np.unique(masks)) == {0, 1, 2}
     for image, mask in zip(images[..., 0], masks, strict=True):
         inner = [ndimage.binary_erosion(mask == k, iterations=2, border_value=1) for k in (0, 2)]
         if inner[1].any():
             np.testing.assert_allclose(image[inner[1]], 0.9, atol=0.01)
-        shown = inner[0] & ndimage.binary_erosion(image > 0.1, iterations=2)  # zeros come in from outside
-        assert shown.sum() > 500
-        np.testing.assert_allclose(image[shown], 0.2, atol=0.01)
+        visible = inner[0] & ndimage.binary_erosion(image > 0.1, iterations=2)  # outside the image are zeros
+        assert visible.sum() > 500
+        np.testing.assert_allclose(image[visible], 0.2, atol=0.01)
 
 
-def test_angles_and_sizes_reach_what_was_said_and_no_farther():
+def test_angles_and_sizes_stay_within_their_limits():
     before = moments(slices(1)[1][0])
     angles = [moments(mask)[2] - before[2] for mask in augmented(EACH["rotation"])[1]]
     angles = (np.array(angles) + 90) % 180 - 90
@@ -77,7 +77,7 @@ def test_angles_and_sizes_reach_what_was_said_and_no_farther():
     assert 1.2 < ratio.max() < 1.34
 
 
-def test_intensity_changes_the_image_alone_and_keeps_its_range():
+def test_intensity_changes_only_the_image_and_keeps_its_range():
     images, masks = augmented(EACH["intensity"])
     np.testing.assert_array_equal(masks, slices()[1])
     assert images.min() >= 0
@@ -86,15 +86,15 @@ def test_intensity_changes_the_image_alone_and_keeps_its_range():
     assert background.std() > 0.05
 
 
-def test_elastic_displacements_are_as_large_as_was_said():
+def test_elastic_displacements_have_the_given_size():
     shifts = [np.abs(moments(mask)[1] - moments(slices(1)[1][0])[1]).mean() for mask in augmented(EACH["elastic"])[1]]
     assert 0.3 < np.mean(shifts) < 0.03 * SIDE * 1.5
 
 
 @pytest.mark.parametrize("name", EACH)
-def test_all_slices_of_a_volume_change_alike(name):
-    """Also where they differ: what is grey in one becomes the same grey as in another."""
-    image, mask = (of_all[0] for of_all in slices(1))
+def test_all_slices_of_a_volume_change_identically(name):
+    """Also slices that differ: the same grey value in two slices becomes the same grey value."""
+    image, mask = (batch[0] for batch in slices(1))
     bright = np.where(mask[..., None] > 0, image, 1.0).astype(np.float32)  # another mean
     volumes = np.stack([np.stack([image, bright, image])] * 8), np.stack([np.stack([mask] * 3)] * 8)
     images, masks = jax.jit(lambda key: augment(EACH[name], key, *volumes))(jax.random.key(3))

@@ -1,6 +1,5 @@
-"""Features of a frozen backbone: what the network computes, computed once, and never damaged ones."""
+"""Cached features of a frozen backbone equal those of the network, are computed once, and are never damaged."""
 
-import json
 import logging
 import shutil
 import time
@@ -16,8 +15,8 @@ from jaxla.data.batches import SliceSource
 from jaxla.data.inputs import Canvas
 from jaxla.training.features import BATCH, MAX_DISK_FRACTION, FeatureCache
 from jaxla.training.loop import fit
-from jaxla.training.step import split_network
-from tests.training.faults import files_at_most, flip_a_bit, leave_free, said_by_us, start_process, truncate
+from jaxla.training.trainer import Trainer
+from tests.training.faults import files_at_most, flip_a_bit, leave_free, package_messages, start_process, truncate
 from tests.training.feature_driver import compute, fusion, network
 from tests.training.scans import disc_scans, prepared
 
@@ -39,14 +38,14 @@ def volumes(scans):
 
 @pytest.fixture
 def copy(scans, tmp_path):
-    """The scans, to be changed."""
+    """A copy of the scans that a test may change."""
     return shutil.copytree(scans, tmp_path / "scans", ignore=shutil.ignore_patterns("cache"))
 
 
 @pytest.fixture(scope="module")
-def kept(volumes, tmp_path_factory):
+def cached(volumes, tmp_path_factory):
     """A cache folder with the features of the scans."""
-    folder = tmp_path_factory.mktemp("kept")
+    folder = tmp_path_factory.mktemp("cached")
     cache_in(folder).features(volumes)
     return folder
 
@@ -68,28 +67,28 @@ def bits(array):
     return np.asarray(array).view(f"u{array.dtype.itemsize}")
 
 
-def computed_live(volume, size=SIZE, **options):
-    """Features of a volume's slices in one batch as large as the cache's, the rest of it zeros."""
+def compute_live(volume, size=SIZE, **options):
+    """Compute the features of a volume's slices in one batch of the cache's size, padded with zeros."""
     images = np.zeros((BATCH, size, size, 1), np.float32)
     images[: volume.shape[0]] = inputs(volume, size)
     return np.asarray(jax.jit(network(**options).features)(images))[: volume.shape[0]]
 
 
-# --- what they are ---
+# --- values ---
 
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
-def test_features_are_what_the_backbone_computes_to_the_bit(volumes, tmp_path, dtype):
+def test_features_equal_the_backbones_bit_for_bit(volumes, tmp_path, dtype):
     features = cache_in(tmp_path, dtype=dtype).features(volumes)
     for volume, of_volume in zip(volumes, features, strict=True):
         assert len(of_volume) == volume.shape[0]
         assert of_volume.shape == (volume.shape[0], 4, 4, 32)
         found = np.stack([of_volume[index] for index in range(len(of_volume))])
         assert found.dtype == dtype
-        np.testing.assert_array_equal(bits(found), bits(computed_live(volume, dtype=dtype)))
+        np.testing.assert_array_equal(bits(found), bits(compute_live(volume, dtype=dtype)))
 
 
-def test_features_hardly_depend_on_the_batch_they_were_computed_in(volumes, tmp_path):
+def test_features_depend_on_the_batch_by_rounding_only(volumes, tmp_path):
     live = jax.jit(network().features)
     for volume, of_volume in zip(volumes, cache_in(tmp_path).features(volumes), strict=True):
         for index, image in enumerate(inputs(volume)):
@@ -97,7 +96,7 @@ def test_features_hardly_depend_on_the_batch_they_were_computed_in(volumes, tmp_
             np.testing.assert_allclose(of_volume[index], expected, atol=3e-6)  # measured: 1.3e-6 of up to 3.7
 
 
-def test_a_volume_of_more_slices_than_the_backbone_takes_at_once(copy, tmp_path):
+def test_a_volume_with_more_slices_than_a_batch(copy, tmp_path):
     image = np.random.default_rng(0).random((32, 32, BATCH + 3), np.float32)
     affine = np.diag([1.0, 1.0, 3.0, 1.0])
     nib.save(nib.Nifti1Image(image, affine), copy / "case0.nii.gz")
@@ -113,17 +112,17 @@ def test_a_volume_of_more_slices_than_the_backbone_takes_at_once(copy, tmp_path)
 
 
 @pytest.mark.parametrize(("dtype", "itemsize"), [(jnp.float32, 4), (jnp.bfloat16, 2)])
-def test_the_space_they_take_is_known_before(volumes, tmp_path, dtype, itemsize):
+def test_disk_space_is_known_in_advance(volumes, tmp_path, dtype, itemsize):
     cache = cache_in(tmp_path, dtype=dtype)
-    said = cache.count_bytes(volumes)
-    assert said == (5 + 6 + 7) * 4 * 4 * 32 * itemsize
+    size = cache.count_bytes(volumes)
+    assert size == (5 + 6 + 7) * 4 * 4 * 32 * itemsize
     cache.features(volumes)
     files = list((tmp_path / "features").rglob("*.npy"))
     assert len(files) == 3
-    assert sum(path.stat().st_size for path in files) == said + 3 * 128  # NumPy's headers
+    assert sum(path.stat().st_size for path in files) == size + 3 * 128  # NumPy's headers
 
 
-def test_a_fusions_features_are_those_of_its_blocks_to_the_bit(volumes, tmp_path):
+def test_features_of_a_fusion_equal_those_of_its_blocks_bit_for_bit(volumes, tmp_path):
     cache = FeatureCache(tmp_path, fusion(), "tiny", Canvas(SIZE))
     assert cache.count_bytes(volumes) == (5 + 6 + 7) * 2 * 4 * 4 * 32 * 4
     images = np.zeros((BATCH, SIZE, SIZE, 1), np.float32)
@@ -136,40 +135,35 @@ def test_a_fusions_features_are_those_of_its_blocks_to_the_bit(volumes, tmp_path
 
 
 @pytest.mark.parametrize("make", [network, fusion])
-def test_training_on_features_is_training_on_images(volumes, tmp_path, make):
-    """The frozen network, once whole and once without its backbone: the same metrics, up to rounding."""
+def test_training_on_features_equals_training_on_images(volumes, tmp_path, make):
+    """The same metrics up to rounding, with the frozen backbone in the network and without it."""
     recipe = Training(epochs=3, batch_size=4, learning_rate=1e-2, patience=3)
     features = FeatureCache(tmp_path / "cache", make(), "tiny", Canvas(SIZE)).features(volumes)
-    lines = {}
+    histories = {}
     for name in ("images", "features"):
-        whole = make()
-        trained = whole if name == "images" else whole.on_features((SIZE, SIZE))
+        trained = make() if name == "images" else make().on_features((SIZE, SIZE))
         train, val = (
             SliceSource(volumes[part], Canvas(SIZE), features[part] if name == "features" else None, make is fusion)
             for part in (slice(1, None), slice(0, 1))
         )
-        (tmp_path / name).mkdir()
-        fit(
-            split_network(trained, train_backbone=False), train, val, recipe, seed=0, pretrained_backbone=True,
-            folder=tmp_path / name,
-        )  # fmt: skip
-        lines[name] = [json.loads(line) for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
-    for on_images, on_features in zip(lines["images"], lines["features"], strict=True):
+        trainer = Trainer(trained, recipe, steps_per_epoch=4, train_backbone=False)
+        histories[name] = fit(trainer, train, val, tmp_path / name).history
+    for on_images, on_features in zip(histories["images"], histories["features"], strict=True):
         for key in ("train_loss", "val_loss", "val_dice", "val_iou"):
             assert on_features[key] == pytest.approx(on_images[key], rel=3e-7), key  # measured: 1.1e-7
-    assert lines["features"][-1]["train_loss"] < 0.9 * lines["features"][0]["train_loss"]
+    assert histories["features"][-1]["train_loss"] < 0.9 * histories["features"][0]["train_loss"]
 
 
 # --- computed once ---
 
 
-def test_they_are_computed_once_and_then_read(volumes, tmp_path, caplog):
+def test_features_are_computed_once_and_then_read(volumes, tmp_path, caplog):
     caplog.set_level(logging.INFO, "jaxla")
     cache = cache_in(tmp_path)
     assert cache.find_missing(volumes) == volumes
     cache.features(volumes[:2])
     assert cache.find_missing(volumes) == volumes[2:]
-    assert "features of 2 volumes are computed once and kept: 22.5kB" in said_by_us(caplog, logging.INFO)[0]
+    assert "features of 2 volumes are computed once and cached: 22.5kB" in package_messages(caplog, logging.INFO)[0]
     first = times(tmp_path)
     assert len(first) == 2
     cache_in(tmp_path).features(volumes)
@@ -179,18 +173,18 @@ def test_they_are_computed_once_and_then_read(volumes, tmp_path, caplog):
     caplog.clear()
     cache_in(tmp_path).features(volumes)
     assert times(tmp_path) == again
-    assert not [line for line in said_by_us(caplog, logging.INFO) if "computed" in line]
+    assert not [line for line in package_messages(caplog, logging.INFO) if "computed" in line]
 
 
 @pytest.mark.parametrize(
-    "other", [{"seed": 1}, {"size": 40}, {"dtype": jnp.bfloat16}], ids=["weights", "size", "precision"]
+    "changed", [{"seed": 1}, {"size": 40}, {"dtype": jnp.bfloat16}], ids=["weights", "size", "precision"]
 )
-def test_another_backbone_size_or_precision_has_features_of_its_own(volumes, kept, tmp_path, other):
-    folder = shutil.copytree(kept, tmp_path / "kept")
-    cache = cache_in(folder, **other)
+def test_another_backbone_size_or_precision_has_separate_features(volumes, cached, tmp_path, changed):
+    folder = shutil.copytree(cached, tmp_path / "kept")
+    cache = cache_in(folder, **changed)
     assert cache.find_missing(volumes) == volumes
     features = cache.features(volumes[:1])
-    np.testing.assert_array_equal(bits(features[0][2]), bits(computed_live(volumes[0], **other)[2]))
+    np.testing.assert_array_equal(bits(features[0][2]), bits(compute_live(volumes[0], **changed)[2]))
     assert cache_in(folder).find_missing(volumes) == []
     assert len(times(folder)) == 4
 
@@ -224,20 +218,20 @@ def rename(scans):
     ("change", "missing"),
     [(change_a_voxel, ["case1"]), (change_the_spacing, ["case1"]), (change_the_mask, []), (rename, [])],
 )
-def test_other_slices_have_features_of_their_own(copy, kept, change, missing):
-    assert cache_in(kept).find_missing(prepared(copy)) == []
+def test_changed_slices_have_separate_features(copy, cached, change, missing):
+    assert cache_in(cached).find_missing(prepared(copy)) == []
     change(copy)
-    assert [volume.id for volume in cache_in(kept).find_missing(prepared(copy))] == missing
+    assert [volume.id for volume in cache_in(cached).find_missing(prepared(copy))] == missing
 
 
 # --- damaged ---
 
 
 def swap(path):
-    """The features of another volume, and what is said of them."""
-    other = next(p for p in sorted(path.parent.glob("*.npy")) if p != path)
-    shutil.copy(other, path)
-    shutil.copy(other.with_suffix(".json"), path.with_suffix(".json"))
+    """Replace features and their hash by those of another volume."""
+    source = next(p for p in sorted(path.parent.glob("*.npy")) if p != path)
+    shutil.copy(source, path)
+    shutil.copy(source.with_suffix(".json"), path.with_suffix(".json"))
 
 
 DAMAGED = {
@@ -247,29 +241,29 @@ DAMAGED = {
     "removed": lambda path: path.unlink(),
     "emptied": lambda path: path.write_bytes(b""),
     "another volume's": swap,
-    "its sum truncated": lambda path: truncate(path.with_suffix(".json")),
-    "its sum emptied": lambda path: path.with_suffix(".json").write_bytes(b""),
-    "its sum of another kind": lambda path: path.with_suffix(".json").write_text("{}"),
+    "its hash truncated": lambda path: truncate(path.with_suffix(".json")),
+    "its hash emptied": lambda path: path.with_suffix(".json").write_bytes(b""),
+    "its hash in another format": lambda path: path.with_suffix(".json").write_text("{}"),
 }
 
 
 @pytest.mark.parametrize("kind", DAMAGED)
-def test_damaged_features_are_noticed_and_computed_again(volumes, kept, tmp_path, caplog, kind):
-    folder = shutil.copytree(kept, tmp_path / "kept")
+def test_damaged_features_are_reported_and_computed_again(volumes, cached, tmp_path, caplog, kind):
+    folder = shutil.copytree(cached, tmp_path / "kept")
     cache = cache_in(folder)
     path = cache.folder / f"{volumes[1].slices_sha256[:32]}.npy"
     before, content = times(folder), path.read_bytes()
     DAMAGED[kind](path)
     caplog.set_level(logging.WARNING, "jaxla")
     features = cache.features(volumes)
-    assert said_by_us(caplog) == [f"features of case1 were damaged ({path.with_suffix('')}): computed again"]
-    np.testing.assert_array_equal(features[1][5], computed_live(volumes[1])[5])
+    assert package_messages(caplog) == [f"features of case1 were damaged ({path.with_suffix('')}): computed again"]
+    np.testing.assert_array_equal(features[1][5], compute_live(volumes[1])[5])
     assert path.read_bytes() == content
     after = times(folder)
     assert {name for name in after if after[name] != before[name]} == {path}
     caplog.clear()
     cache_in(folder).features(volumes)
-    assert said_by_us(caplog) == []
+    assert package_messages(caplog) == []
 
 
 # --- several processes ---
@@ -279,24 +273,24 @@ def calls(folder):
     return len((folder / "calls").read_text().splitlines())
 
 
-def assert_sound(folder, volumes, kept):
+def assert_intact(folder, volumes, cached):
     assert times(folder, "*.part") == {}
-    cache, expected = cache_in(folder), cache_in(kept).folder
+    cache, expected = cache_in(folder), cache_in(cached).folder
     for volume in volumes:
         name = f"{volume.slices_sha256[:32]}.npy"
         assert (cache.folder / name).read_bytes() == (expected / name).read_bytes()
         assert (cache.folder / name).with_suffix(".json").exists()
 
 
-def test_two_processes_at_once_compute_each_volume_once(scans, volumes, kept, tmp_path):
+def test_two_processes_together_compute_each_volume_once(scans, volumes, cached, tmp_path):
     processes = [start_process(tmp_path / f"{n}.log", compute, scans, tmp_path) for n in (1, 2)]
     for process in processes:
         process.join(100)
-    said = "".join((tmp_path / f"{n}.log").read_text() for n in (1, 2))
-    assert [process.exitcode for process in processes] == [0, 0], said
-    assert "damaged" not in said
+    output = "".join((tmp_path / f"{n}.log").read_text() for n in (1, 2))
+    assert [process.exitcode for process in processes] == [0, 0], output
+    assert "damaged" not in output
     assert calls(tmp_path) == 3
-    assert_sound(tmp_path, volumes, kept)
+    assert_intact(tmp_path, volumes, cached)
 
 
 def wait_for(condition):
@@ -306,8 +300,8 @@ def wait_for(condition):
         time.sleep(0.01)
 
 
-def test_a_process_goes_on_where_a_killed_one_left(scans, volumes, kept, tmp_path):
-    """The first is killed with the second volume's file half-written, while another process waits for it."""
+def test_a_process_continues_after_a_killed_one(scans, volumes, cached, tmp_path):
+    """The first is killed while the second volume's file is half-written and another process waits for it."""
     killed = start_process(tmp_path / "killed.log", compute, scans, tmp_path, 2)
     wait_for((tmp_path / "held").exists)
     assert len(times(tmp_path)) == 1
@@ -319,48 +313,48 @@ def test_a_process_goes_on_where_a_killed_one_left(scans, volumes, kept, tmp_pat
     assert calls(tmp_path) == 2
     killed.kill()
     waiting.join(100)
-    said = log.read_text()
-    assert waiting.exitcode == 0, said
-    assert "features of 2 volumes are computed" in said
-    assert "damaged" not in said
+    output = log.read_text()
+    assert waiting.exitcode == 0, output
+    assert "features of 2 volumes are computed" in output
+    assert "damaged" not in output
     assert calls(tmp_path) == 2 + 2
-    assert before.items() < times(tmp_path).items()  # the one that was whole is not computed again
-    assert_sound(tmp_path, volumes, kept)
+    assert before.items() < times(tmp_path).items()  # the complete one is not computed again
+    assert_intact(tmp_path, volumes, cached)
 
 
-# --- no room ---
+# --- full disk ---
 
 
-def test_where_they_do_not_fit_the_log_says_so_and_there_are_none(volumes, tmp_path, monkeypatch, caplog):
+def test_features_that_do_not_fit_on_the_disk_are_not_computed(volumes, tmp_path, monkeypatch, caplog):
     cache = cache_in(tmp_path)
     needed = cache.count_bytes(volumes)
     fits = -int(-needed // MAX_DISK_FRACTION)
     leave_free(monkeypatch, fits - 1)
     assert cache.features(volumes) is None
     assert list(tmp_path.iterdir()) == []
-    (said,) = said_by_us(caplog)
-    assert said.startswith(f"features of 3 volumes would take 36.9kB in {cache.folder}, where ")
-    assert "the backbone runs in every epoch" in said
+    (message,) = package_messages(caplog)
+    assert message.startswith(f"features of 3 volumes would take 36.9kB in {cache.folder}, where ")
+    assert "the backbone runs in every epoch" in message
 
     caplog.clear()
     leave_free(monkeypatch, fits)
     assert len(cache.features(volumes)) == 3
     leave_free(monkeypatch, 0)
-    assert len(cache.features(volumes)) == 3  # those that are there need no room
-    assert said_by_us(caplog) == []
+    assert len(cache.features(volumes)) == 3  # cached features need no space
+    assert package_messages(caplog) == []
 
 
-def test_a_disk_that_refuses_in_the_middle_gets_back_what_was_written(volumes, kept, tmp_path, caplog):
+def test_if_the_disk_becomes_full_written_features_are_removed(volumes, cached, tmp_path, caplog):
     """The first volume's features take 10240 bytes, the second's 12288."""
     cache = cache_in(tmp_path)
     with files_at_most(12000):
         assert cache.features(volumes) is None
-    (said,) = said_by_us(caplog)
-    assert said.startswith(f"features cannot be kept in {cache.folder} (File too large): ")
-    assert "the backbone runs in every epoch" in said
+    (message,) = package_messages(caplog)
+    assert message.startswith(f"features cannot be kept in {cache.folder} (File too large): ")
+    assert "the backbone runs in every epoch" in message
     assert [path.name for path in cache.folder.iterdir() if "lock" not in path.name] == ["backbone.json"]
 
     caplog.clear()
     assert len(cache.features(volumes)) == 3
-    assert said_by_us(caplog) == []
-    assert_sound(tmp_path, volumes, kept)
+    assert package_messages(caplog) == []
+    assert_intact(tmp_path, volumes, cached)

@@ -1,4 +1,4 @@
-"""The loss against PyTorch's, and overlaps counted by hand."""
+"""Losses equal PyTorch's, and overlaps equal counts by hand."""
 
 from functools import partial
 
@@ -16,12 +16,14 @@ from jaxla.training.losses import (
     predict_classes,
 )
 
+pytestmark = pytest.mark.quick
+
 RNG = np.random.default_rng(0)
 WEIGHTS = ([1, 1, 1, 1], [1, 1, 1, 0], [0, 1, 0, 0])
 
 
 @pytest.mark.parametrize("weight", WEIGHTS)
-def test_one_class_is_binary_cross_entropy_over_the_slices_that_count(weight):
+def test_one_class_is_binary_cross_entropy_over_weighted_slices(weight):
     logits = 4 * RNG.standard_normal((4, 6, 9, 1), dtype=np.float32)
     mask = RNG.integers(0, 2, (4, 6, 9), np.uint8)
     counted = np.flatnonzero(weight)
@@ -33,7 +35,7 @@ def test_one_class_is_binary_cross_entropy_over_the_slices_that_count(weight):
 
 
 @pytest.mark.parametrize("weight", WEIGHTS)
-def test_several_classes_are_softmax_cross_entropy_over_the_slices_that_count(weight):
+def test_several_classes_are_softmax_cross_entropy_over_weighted_slices(weight):
     logits = 4 * RNG.standard_normal((4, 6, 9, 3), dtype=np.float32)
     mask = RNG.integers(0, 3, (4, 6, 9), np.uint8)
     counted = np.flatnonzero(weight)
@@ -44,37 +46,37 @@ def test_several_classes_are_softmax_cross_entropy_over_the_slices_that_count(we
     np.testing.assert_allclose(loss, expected, rtol=5e-7)  # measured: 2e-7
 
 
-def test_confident_logits_stay_finite():
+def test_large_logits_give_finite_losses():
     logits = jnp.array([1e4, -1e4]).reshape(1, 1, 2, 1)
     assert cross_entropy(logits, np.array([[[1, 0]]]), np.ones(1)) == 0
     assert cross_entropy(logits, np.array([[[0, 1]]]), np.ones(1)) == 1e4
 
 
-def test_no_slice_that_counts_is_no_loss():
+def test_without_weighted_slices_the_loss_is_zero():
     assert cross_entropy(jnp.ones((2, 3, 3, 1)), np.ones((2, 3, 3)), np.zeros(2)) == 0
 
 
-def test_overlap_of_one_class_is_counted_slice_by_slice():
+def test_overlap_of_one_class_is_counted_per_slice():
     logits = np.array([[[1, 2, -1], [-1, 3, -2]], [[-1, -1, -1], [-1, -1, -1]], [[1, 1, 1], [1, 1, 1]]], np.float32)
     mask = np.array([[[1, 0, 1], [0, 1, 0]], [[0, 0, 0], [0, 1, 0]], [[1, 1, 1], [1, 1, 1]]])
-    counts = count_overlap(logits[..., None], mask, np.array([1, 1, 0]))  # the last slice only fills the batch
-    # pixels of the prediction, of the mask, of both
+    counts = count_overlap(logits[..., None], mask, np.array([1, 1, 0]))  # the last slice is padding
+    # pixels in the prediction, in the mask, in both
     np.testing.assert_array_equal(counts, [[[3, 3, 2]], [[0, 1, 0]], [[0, 0, 0]]])
 
 
-def test_overlap_of_several_classes_leaves_the_background_out():
+def test_overlap_of_several_classes_excludes_the_background():
     classes = np.array([[[0, 1, 1, 2], [2, 2, 0, 0]]])
     mask = np.array([[[0, 1, 2, 2], [2, 1, 1, 0]]])
     counts = count_overlap(np.eye(3, dtype=np.float32)[classes], mask, np.ones(1))
     np.testing.assert_array_equal(counts, [[[2, 3, 1], [3, 3, 2]]])
 
 
-def test_a_pixel_is_foreground_above_one_half_or_takes_its_largest_logit():
+def test_classes_follow_from_a_positive_logit_or_the_largest_one():
     np.testing.assert_array_equal(predict_classes(jnp.array([-1e-6, 0.0, 1e-6])[..., None]), [0, 0, 1])
     np.testing.assert_array_equal(predict_classes(jnp.array([[0.1, 0.3, 0.2], [-1, -3, -2]])), [1, 0])
 
 
-# --- nnU-Net's ---
+# --- nnU-Net ---
 
 
 def soft_dice(probabilities, reference):
@@ -85,13 +87,13 @@ def soft_dice(probabilities, reference):
 @pytest.mark.parametrize("batch_dice", [True, False])
 @pytest.mark.parametrize("shape", [(4, 6, 9), (4, 3, 6, 5)])
 @pytest.mark.parametrize("outputs", [1, 3])
-def test_dice_and_cross_entropy(weight, batch_dice, shape, outputs):
-    """Cross-entropy less soft Dice: written out for each patch and structure that counts."""
+def test_dice_cross_entropy_equals_its_formula(weight, batch_dice, shape, outputs):
+    """Cross-entropy minus soft Dice, written out for each weighted patch and structure."""
     logits = 2 * RNG.standard_normal((*shape, outputs), dtype=np.float32)
     mask = RNG.integers(0, max(2, outputs), shape, np.uint8)
     counted = np.flatnonzero(weight)
-    whole = np.float64(logits[counted])
-    probabilities = 1 / (1 + np.exp(-whole)) if outputs == 1 else np.exp(whole) / np.exp(whole).sum(-1, keepdims=True)
+    z = np.float64(logits[counted])
+    probabilities = 1 / (1 + np.exp(-z)) if outputs == 1 else np.exp(z) / np.exp(z).sum(-1, keepdims=True)
     structures = [(probabilities[..., 0 if outputs == 1 else k], mask[counted] == k) for k in range(1, max(2, outputs))]
     if batch_dice:
         dice = np.mean([soft_dice(p, r) for p, r in structures])
@@ -102,7 +104,7 @@ def test_dice_and_cross_entropy(weight, batch_dice, shape, outputs):
     np.testing.assert_allclose(loss, expected, atol=1e-6)  # measured: 2.4e-7
 
 
-def test_resolutions_count_half_of_the_one_before_and_the_coarsest_nothing():
+def test_each_coarser_resolution_has_half_the_weight_and_the_coarsest_none():
     mask = np.arange(2 * 8 * 12).reshape(2, 8, 12)
     seen = []
 
@@ -112,15 +114,15 @@ def test_resolutions_count_half_of_the_one_before_and_the_coarsest_nothing():
 
     logits = [jnp.full((2, 8, 12, 1), 1.0), jnp.full((2, 4, 6, 1), 10.0), jnp.full((2, 2, 6, 1), 100.0)]
     np.testing.assert_allclose(deep_supervision(loss, logits, mask, jnp.ones(2)), (1 + 0.5 * 10) / 1.5, rtol=1e-6)
-    np.testing.assert_array_equal(seen[1], mask[:, 1::2, 1::2])  # of two voxels the later one, as nearest-exact has it
+    np.testing.assert_array_equal(seen[1], mask[:, 1::2, 1::2])  # the second of two voxels, like nearest-exact
     assert len(seen) == 2
-    assert deep_supervision(loss, logits[:1], mask, jnp.ones(2)) == 1  # of one alone that one counts
-    of_four = torch.nn.functional.interpolate(torch.from_numpy(mask[:, None]).float(), (2, 12), mode="nearest-exact")
+    assert deep_supervision(loss, logits[:1], mask, jnp.ones(2)) == 1  # a single resolution has all the weight
+    expected = torch.nn.functional.interpolate(torch.from_numpy(mask[:, None]).float(), (2, 12), mode="nearest-exact")
     deep_supervision(loss, [logits[0], jnp.ones((2, 2, 12, 1)), logits[2]], mask, jnp.ones(2))
-    np.testing.assert_array_equal(seen[-1], of_four[:, 0].numpy())
+    np.testing.assert_array_equal(seen[-1], expected[:, 0].numpy())
 
 
-def test_overlap_in_volumes_is_counted_over_all_of_their_axes():
+def test_overlap_of_volumes_is_counted_over_all_axes():
     classes = RNG.integers(0, 3, (2, 3, 4, 5))
     mask = RNG.integers(0, 3, (2, 3, 4, 5))
     counts = count_overlap(np.eye(3, dtype=np.float32)[classes], mask, np.ones(2))
@@ -131,7 +133,7 @@ def test_overlap_in_volumes_is_counted_over_all_of_their_axes():
         np.testing.assert_array_equal(counts[:, k - 1], expected)
 
 
-def test_a_loss_of_volumes_takes_each_together_and_leaves_what_fills_up_out():
+def test_a_loss_per_volume_excludes_padding():
     logits, mask = RNG.standard_normal((3, 5, 4, 6, 1), dtype=np.float32), RNG.integers(0, 2, (3, 5, 4, 6), np.uint8)
     weight = np.float32([[1, 1, 1, 1, 1], [1, 1, 1, 0, 0], [0, 0, 0, 0, 0]])  # five slices, three, and no volume
     expected = []

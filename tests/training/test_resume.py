@@ -1,4 +1,4 @@
-"""Training that was ended at any moment goes on as if it had not been: to the bit, on CPU."""
+"""Training that was interrupted at any moment gives, on CPU, bit for bit the result of an uninterrupted one."""
 
 import json
 import os
@@ -19,7 +19,7 @@ from tests.training.scans import disc_scans
 
 @pytest.fixture(scope="module")
 def start(tmp_path_factory):
-    """-> a function that starts a training in a folder, with options of the driver; its output is in `<folder>.log`."""
+    """A function that starts training in a folder with options of the driver; its output goes to `<folder>.log`."""
     shared = tmp_path_factory.mktemp("shared")
     disc_scans(shared / "scans")
 
@@ -32,22 +32,22 @@ def start(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def run(start):
-    """`start`, and wait for the end; -> the exit code, and what this process said."""
+    """A function that starts training and waits for its end; it returns the exit code and the output."""
 
     def run(folder, *options):
         log = folder.with_name(f"{folder.name}.log")
-        said = log.stat().st_size if log.exists() else 0
+        before = log.stat().st_size if log.exists() else 0
         process = start(folder, *options)
         process.join(100)
         assert process.exitcode is not None
-        return process.exitcode, log.read_text()[said:]
+        return process.exitcode, log.read_text()[before:]
 
     return run
 
 
 @pytest.fixture(scope="module")
 def like():
-    """The shapes of what checkpoints hold."""
+    """The structure of both kinds of checkpoints."""
     trainer = make_trainer()
     best = network_state(trainer.trainable, trainer.frozen.statistics)
     assert len(jax.tree.leaves(best["statistics"])) == 4  # mean and variance of two BatchNorms
@@ -61,30 +61,30 @@ def restore(folder, kind, like, step):
     return [np.asarray(leaf) for leaf in jax.tree.leaves(trees)], record
 
 
-def timeless(metrics):
+def without_times(metrics):
     return {key: value for key, value in metrics.items() if key not in ("seconds", "slices_per_second")}
 
 
 def outcome(folder, like):
-    """All that a training leaves, but for times: arrays by checkpoint, records, metrics."""
+    """Return everything that training leaves, except times: arrays and records by kind of checkpoint, metrics."""
     arrays, records = {}, {}
     for kind in ("best", "latest"):
-        (step,) = checkpoint_steps(folder / "checkpoints" / kind)  # after the end one of each kind is left
+        (step,) = checkpoint_steps(folder / "checkpoints" / kind)  # one of each kind is left at the end
         arrays[kind], records[kind] = restore(folder, kind, like, step)
         records[kind]["step"] = step
-    records["latest"]["history"] = [timeless(metrics) for metrics in records["latest"]["history"]]
+    records["latest"]["history"] = [without_times(metrics) for metrics in records["latest"]["history"]]
     lines = (folder / "metrics.jsonl").read_text().splitlines()
-    return arrays, records, [timeless(json.loads(line)) for line in lines]
+    return arrays, records, [without_times(json.loads(line)) for line in lines]
 
 
 @pytest.fixture(scope="module")
 def uninterrupted(run, like, tmp_path_factory):
-    """What a training that nothing interrupts leaves."""
+    """The outcome of uninterrupted training."""
     folder = tmp_path_factory.mktemp("uninterrupted") / "run"
-    code, said = run(folder)
-    assert code == 0, said
+    code, output = run(folder)
+    assert code == 0, output
     arrays, records, lines = outcome(folder, like)
-    assert "stopped early" in said
+    assert "stopped early" in output
     assert 1 < records["best"]["epoch"] < len(lines) < RECIPE.epochs
     return arrays, records, lines
 
@@ -99,7 +99,7 @@ def assert_same(folder, like, uninterrupted):
             np.testing.assert_array_equal(found, expected, strict=True)
 
 
-# --- ended at random moments ---
+# --- interrupted at random moments ---
 
 
 @pytest.mark.parametrize(
@@ -107,10 +107,10 @@ def assert_same(folder, like, uninterrupted):
     [([signal.SIGKILL], 0, 5, 1), ([signal.SIGKILL, signal.SIGTERM], 0.2, 2, 2)],
     ids=["SIGKILL", "SIGKILL or SIGTERM"],
 )
-def test_ended_at_random_moments_it_leaves_what_it_would_have_left(
+def test_interrupted_at_random_moments_training_leaves_identical_results(
     start, like, uninterrupted, tmp_path, signals, save_every, most_saves, seed
 ):
-    """Each life ends a random while after a random number of saves, often while a checkpoint is written or removed."""
+    """Each process ends a random time after a random number of saves, often while it writes or removes a checkpoint."""
     rng = random.Random(seed)
     log, latest = tmp_path / "run.log", tmp_path / "run" / "checkpoints" / "latest"
     ended = []
@@ -130,33 +130,33 @@ def test_ended_at_random_moments_it_leaves_what_it_would_have_left(
         assert process.exitcode in (0, -number if number == signal.SIGKILL else 1), log.read_text()
         assert len(ended) < 40
     assert len(ended) > 3
-    assert log.read_text().count("resuming after") >= len(ended) - 2  # the first began, the second may have begun anew
+    assert log.read_text().count("resuming after") >= len(ended) - 2  # the second process may start anew, too
     assert_same(tmp_path / "run", like, uninterrupted)
 
 
-# --- ended at chosen moments ---
+# --- interrupted at chosen moments ---
 
 
-def test_ended_between_the_latest_and_the_best_checkpoint_the_best_is_made_up_for(run, like, uninterrupted, tmp_path):
-    """In the fifth epoch, the best of all."""
+def test_killed_between_saving_latest_and_best_the_best_checkpoint_is_made_up_for(run, like, uninterrupted, tmp_path):
+    """In the fifth epoch, which is the best."""
     assert uninterrupted[1]["best"]["epoch"] == 5
     folder = tmp_path / "run"
     assert run(folder, "--dies-before-best=5")[0] == 9
     assert checkpoint_steps(folder / "checkpoints" / "latest")[0] == 5 * (STEPS + 1)
     assert checkpoint_steps(folder / "checkpoints" / "best") == [4, 3]
-    code, said = run(folder)
-    assert code == 0, said
-    assert "resuming after 5 epochs and 0 steps" in said
-    assert "was lost" not in said
+    code, output = run(folder)
+    assert code == 0, output
+    assert "resuming after 5 epochs and 0 steps" in output
+    assert "was lost" not in output
     assert_same(folder, like, uninterrupted)
 
 
 @pytest.fixture(scope="module")
 def stopped(run, tmp_path_factory):
-    """A training that SIGTERM ended in the validation of its sixth epoch, the one after the best."""
+    """Training that SIGTERM stopped in the validation of its sixth epoch, the one after the best."""
     folder = tmp_path_factory.mktemp("stopped") / "run"
-    code, said = run(folder, "--stopped-in-validation=6")
-    assert (code, said.splitlines()[-1]) == (1, "stopped during validation")
+    code, output = run(folder, "--stopped-in-validation=6")
+    assert (code, output.splitlines()[-1]) == (1, "stopped during validation")
     assert checkpoint_steps(folder / "checkpoints" / "latest") == [5 * (STEPS + 1) + STEPS, 5 * (STEPS + 1)]
     assert checkpoint_steps(folder / "checkpoints" / "best") == [5, 4]
     return folder
@@ -167,25 +167,25 @@ def copy(stopped, tmp_path):
     return shutil.copytree(stopped, tmp_path / "run")
 
 
-def test_stopped_in_validation_it_goes_on_with_validation(run, like, uninterrupted, copy):
-    code, said = run(copy)
-    assert code == 0, said
-    assert f"resuming after 5 epochs and {STEPS} steps" in said
-    assert "half-written" not in said
-    assert "damaged" not in said
+def test_stopped_in_validation_training_resumes_with_validation(run, like, uninterrupted, copy):
+    code, output = run(copy)
+    assert code == 0, output
+    assert f"resuming after 5 epochs and {STEPS} steps" in output
+    assert "half-written" not in output
+    assert "damaged" not in output
     assert_same(copy, like, uninterrupted)
 
 
-def test_stopped_twice_in_one_validation_it_still_goes_on(run, like, uninterrupted, copy):
-    code, said = run(copy, "--stopped-in-validation=6")
-    assert (code, said.splitlines()[-1]) == (1, "stopped during validation")
+def test_stopped_twice_in_one_validation_training_still_resumes(run, like, uninterrupted, copy):
+    code, output = run(copy, "--stopped-in-validation=6")
+    assert (code, output.splitlines()[-1]) == (1, "stopped during validation")
     assert run(copy)[0] == 0
     assert_same(copy, like, uninterrupted)
 
 
-def test_stopped_in_validation_just_after_it_was_saved(run, like, uninterrupted, tmp_path):
-    code, said = run(tmp_path / "run", "--save-every=0", "--stopped-in-validation=1")
-    assert (code, said.splitlines()[-1]) == (1, "stopped during validation")
+def test_stopped_in_validation_just_after_a_save(run, like, uninterrupted, tmp_path):
+    code, output = run(tmp_path / "run", "--save-every=0", "--stopped-in-validation=1")
+    assert (code, output.splitlines()[-1]) == (1, "stopped during validation")
     assert run(tmp_path / "run")[0] == 0
     assert_same(tmp_path / "run", like, uninterrupted)
 
@@ -194,47 +194,46 @@ def test_stopped_in_validation_just_after_it_was_saved(run, like, uninterrupted,
 
 
 def damage(checkpoint):
-    """In the middle of its largest file."""
+    """Flip a bit in the middle of a checkpoint's largest file."""
     flip_a_bit(max((path for path in checkpoint.rglob("*") if path.is_file()), key=lambda path: path.stat().st_size))
 
 
-def test_from_a_damaged_latest_checkpoint_training_falls_back_and_ends_the_same(run, like, uninterrupted, copy):
+def test_damaged_latest_checkpoint_is_replaced_by_the_one_before(run, like, uninterrupted, copy):
     latest = copy / "checkpoints" / "latest"
     newest, _ = checkpoint_steps(latest)
     damage(latest / str(newest))
-    code, said = run(copy)
-    assert code == 0, said
-    assert f"{latest / str(newest)}: damaged checkpoint: " in said
-    assert "the one before it is used" in said
-    assert "resuming after 5 epochs and 0 steps" in said
+    code, output = run(copy)
+    assert code == 0, output
+    assert f"{latest / str(newest)}: damaged checkpoint: " in output
+    assert "the one before it is used" in output
+    assert "resuming after 5 epochs and 0 steps" in output
     assert_same(copy, like, uninterrupted)
 
 
-def test_without_a_whole_latest_checkpoint_nothing_is_trained_or_lost(run, copy):
-    """Rather than to begin anew without a word."""
+def test_without_an_intact_latest_checkpoint_training_does_not_start_anew(run, copy):
     latest, best = (copy / "checkpoints" / name for name in ("latest", "best"))
     for step in checkpoint_steps(latest):
         damage(latest / str(step))
     kept = (checkpoint_steps(best), (copy / "metrics.jsonl").read_text())
     for _ in range(2):
-        code, said = run(copy)
-        assert code == 2, said
-        assert f"error: {latest}: no intact checkpoint is left of the 5 trained epochs" in said
+        code, output = run(copy)
+        assert code == 2, output
+        assert f"error: {latest}: no intact checkpoint is left of the 5 trained epochs" in output
         assert (checkpoint_steps(best), (copy / "metrics.jsonl").read_text()) == kept
 
 
-def test_a_damaged_best_checkpoint_gives_way_to_the_next_best(run, like, uninterrupted, copy):
-    """With the fifth epoch's gone, the fourth's is the best: the sixth is worse."""
+def test_a_damaged_best_checkpoint_is_replaced_by_the_next_best(run, like, uninterrupted, copy):
+    """Without the fifth epoch the fourth is the best; the sixth is worse."""
     _, _, lines = uninterrupted
     assert lines[4]["val_dice"] > lines[3]["val_dice"] > lines[5]["val_dice"]
     best = copy / "checkpoints" / "best"
     damage(best / "5")
     fourth, record = restore(copy, "best", like, 4)
     assert record == {"epoch": 4, "dice": lines[3]["val_dice"]}
-    code, said = run(copy)
-    assert code == 0, said
-    assert f"{best / '5'}: damaged checkpoint: " in said
-    assert "the checkpoint of the best epoch, 5, was lost; epoch 4 replaces it" in said
+    code, output = run(copy)
+    assert code == 0, output
+    assert f"{best / '5'}: damaged checkpoint: " in output
+    assert "the checkpoint of the best epoch, 5, was lost; epoch 4 replaces it" in output
 
     assert checkpoint_steps(best) == [4]
     again, record_again = restore(copy, "best", like, 4)

@@ -1,4 +1,4 @@
-"""One step: what moves, how far, and that it moves as PyTorch's would."""
+"""One training step: which parameters it changes, by how much, and that PyTorch gives the same numbers."""
 
 from functools import partial
 
@@ -29,7 +29,7 @@ def tiny_network():
     return TransformerSegmenter(tiny_backbone(), randomise(decoder, 1))
 
 
-def batch_of(size=4, seed=0):
+def make_batch(size=4, seed=0):
     rng = np.random.default_rng(seed)
     return {
         "input": rng.random((size, 24, 40, 1), dtype=np.float32),
@@ -39,93 +39,93 @@ def batch_of(size=4, seed=0):
     }
 
 
-def named(state):
-    """Name -> array of a state, copied, for a step gives its arguments' memory away."""
+def by_name(state):
+    """Return copies of a state's arrays by name; a step donates the memory of its arguments."""
     return {".".join(map(str, path)): np.array(variable.get_value()) for path, variable in nnx.to_flat_state(state)}
 
 
-def after_steps(train_backbone, recipe=CONSTANT, pretrained=True, steps=1):
-    """-> parameters and statistics before, and after some steps."""
+def states_around_steps(train_backbone, recipe=CONSTANT, pretrained=True, steps=1):
+    """Return trainable parameters, frozen parameters and statistics, before and after some steps."""
     options = {"train_backbone": train_backbone, "has_pretrained_backbone": pretrained}
     trainer = Trainer(tiny_network(), recipe, 10, **options)
-    before = named(trainer.trainable), named(trainer.frozen.parameters), named(trainer.frozen.statistics)
+    before = by_name(trainer.trainable), by_name(trainer.frozen.parameters), by_name(trainer.frozen.statistics)
     for i in range(steps):
-        assert np.isfinite(trainer.step(batch_of(seed=i), i))
-    return before, (named(trainer.trainable), named(trainer.frozen.parameters), named(trainer.frozen.statistics))
+        assert np.isfinite(trainer.step(make_batch(seed=i), i))
+    return before, (by_name(trainer.trainable), by_name(trainer.frozen.parameters), by_name(trainer.frozen.statistics))
 
 
-def named_split(train_backbone):
+def split_names(train_backbone):
     parts = split_network(tiny_network(), train_backbone)
-    return set(named(parts.trainable)), set(named(parts.frozen.parameters)), set(named(parts.frozen.statistics))
+    return set(by_name(parts.trainable)), set(by_name(parts.frozen.parameters)), set(by_name(parts.frozen.statistics))
 
 
-# --- what moves ---
+# --- which parameters change ---
 
 
-def test_a_frozen_backbone_is_no_part_of_what_is_differentiated():
+def test_a_frozen_backbone_is_not_differentiated():
     network = tiny_network()
-    of_backbone = {f"backbone.{name}" for name in flat_arrays(network.backbone)}
-    of_decoder = {f"decoder.{name}" for name in flat_arrays(network.decoder)}
-    trainable, parameters, statistics = named_split(train_backbone=False)
-    assert (trainable, parameters) == (of_decoder, of_backbone)
+    backbone_names = {f"backbone.{name}" for name in flat_arrays(network.backbone)}
+    decoder_names = {f"decoder.{name}" for name in flat_arrays(network.decoder)}
+    trainable, parameters, statistics = split_names(train_backbone=False)
+    assert (trainable, parameters) == (decoder_names, backbone_names)
     assert statistics == {"decoder.stages.0.norm.mean", "decoder.stages.0.norm.var"}
 
     parts = split_network(tiny_network(), train_backbone=False)
-    _, gradients, _ = jax.jit(make_gradient(parts.training))(parts.trainable, parts.frozen, batch_of(), KEY)
-    assert set(named(gradients)) == of_decoder
+    _, gradients, _ = jax.jit(make_gradient(parts.training))(parts.trainable, parts.frozen, make_batch(), KEY)
+    assert set(by_name(gradients)) == decoder_names
     assert count_parameters(parts.trainable) == sum(a.size for a in flat_arrays(network.decoder).values())
 
 
-def test_a_frozen_backbone_stays_to_the_bit_while_every_part_of_the_decoder_moves():
-    (trainable, parameters, _), (moved, kept, _) = after_steps(train_backbone=False, steps=3)
+def test_a_frozen_backbone_keeps_every_bit_while_all_of_the_decoder_changes():
+    (trainable, parameters, _), (new_trainable, new_parameters, _) = states_around_steps(train_backbone=False, steps=3)
     for name, value in parameters.items():
-        np.testing.assert_array_equal(kept[name], value)
-    assert not [name for name, value in trainable.items() if np.array_equal(moved[name], value)]
+        np.testing.assert_array_equal(new_parameters[name], value)
+    assert not [name for name, value in trainable.items() if np.array_equal(new_trainable[name], value)]
 
 
-def test_a_finetuned_backbone_moves_in_every_part():
-    (trainable, parameters, _), (moved, _, _) = after_steps(train_backbone=True, steps=2)
+def test_all_of_a_finetuned_backbone_changes():
+    (trainable, parameters, _), (new_trainable, _, _) = states_around_steps(train_backbone=True, steps=2)
     assert parameters == {}
     assert any(name.startswith("backbone.blocks") for name in trainable)
-    assert not [name for name, value in trainable.items() if np.array_equal(moved[name], value)]
+    assert not [name for name, value in trainable.items() if np.array_equal(new_trainable[name], value)]
 
 
-def test_statistics_follow_the_batch_and_are_used_in_evaluation():
-    (_, _, before), (_, _, after) = after_steps(train_backbone=False)
+def test_statistics_follow_the_batch_and_evaluation_uses_them():
+    (_, _, before), (_, _, after) = states_around_steps(train_backbone=False)
     network = tiny_network()
-    tokens = network.backbone((batch_of()["input"] - [0.485, 0.456, 0.406]) / [0.229, 0.224, 0.225]).patches
+    tokens = network.backbone((make_batch()["input"] - [0.485, 0.456, 0.406]) / [0.229, 0.224, 0.225]).patches
     decoder = network.decoder
     x = decoder.mix(jax.nn.selu(decoder.token_classifier(tokens)))
     stage = decoder.stages[0]
     x = np.asarray(stage.convolution(jax.image.resize(x, (4, 6, 10, 8), "linear", antialias=False)))
-    for name, of_batch in (("mean", x.mean((0, 1, 2))), ("var", x.var((0, 1, 2), ddof=1))):
+    for name, batch_value in (("mean", x.mean((0, 1, 2))), ("var", x.var((0, 1, 2), ddof=1))):
         name = f"decoder.stages.0.norm.{name}"
         assert not np.array_equal(after[name], before[name])
-        np.testing.assert_allclose(after[name], 0.9 * before[name] + 0.1 * of_batch, atol=1e-7)  # measured: 1e-9
+        np.testing.assert_allclose(after[name], 0.9 * before[name] + 0.1 * batch_value, atol=1e-7)  # measured: 1e-9
 
     parts = split_network(tiny_network(), train_backbone=False)
     evaluate = make_evaluation(parts.evaluation)
-    old = evaluate(parts.trainable, parts.frozen, batch_of()).loss
+    old = evaluate(parts.trainable, parts.frozen, make_batch()).loss
     changed = jax.tree.map(lambda x: x + 1, parts.frozen.statistics)
-    new = evaluate(parts.trainable, parts.frozen._replace(statistics=changed), batch_of()).loss
+    new = evaluate(parts.trainable, parts.frozen._replace(statistics=changed), make_batch()).loss
     assert abs(float(new - old)) > 1e-3
 
 
-# --- how far ---
+# --- learning rates ---
 
 
 @pytest.mark.parametrize(("pretrained", "backbone_rate"), [(True, 1e-4), (False, 1e-2)])
-def test_first_step_of_adam_has_the_size_of_each_learning_rate(pretrained, backbone_rate):
-    (before, _, _), (after, _, _) = after_steps(train_backbone=True, pretrained=pretrained)
+def test_first_step_of_adam_has_the_size_of_the_learning_rate(pretrained, backbone_rate):
+    (before, _, _), (after, _, _) = states_around_steps(train_backbone=True, pretrained=pretrained)
     for part, rate in (("backbone", backbone_rate), ("decoder", 1e-2)):
         sizes = np.concatenate([np.abs(after[n] - before[n]).ravel() for n in before if n.startswith(part)])
-        # float32 parameters of up to 3 resolve a step to 2e-7; gradients near Adam's epsilon of 1e-8 make it shorter
+        # Float32 parameters up to 3 resolve a step to 2e-7. Gradients near Adam's epsilon of 1e-8 make it shorter.
         assert sizes.max() <= rate + 3e-7
         assert abs(np.median(sizes) - rate) < 0.01 * rate
 
 
-def rates(recipe, steps):
-    """The sizes of all of Adam's steps when the gradient is always 1: its learning rates."""
+def learning_rates(recipe, steps):
+    """Return Adam's learning rates: the sizes of its steps when the gradient is always 1."""
     optimiser = make_optimiser(recipe, steps, has_pretrained_backbone=False)
     parameters = nnx.State({"decoder": {"x": nnx.Param(jnp.zeros(1))}})
 
@@ -137,22 +137,22 @@ def rates(recipe, steps):
 
 
 def test_constant_schedule_is_constant():
-    np.testing.assert_allclose(rates(CONSTANT, 20), 1e-2, rtol=1e-4)
+    np.testing.assert_allclose(learning_rates(CONSTANT, 20), 1e-2, rtol=1e-4)
 
 
 def test_cosine_schedule_warms_up_and_ends_near_zero():
-    of_step = rates(Training(learning_rate=1e-2, schedule="cosine"), 200)
-    np.testing.assert_allclose(of_step[:4], 1e-2 * np.array([0.25, 0.5, 0.75, 1]), rtol=1e-4, atol=1e-9)
-    falling = 1e-2 * (1 + np.cos(np.pi * np.arange(197) / 197)) / 2  # the rate 0 would come one step later
-    np.testing.assert_allclose(of_step[3:], falling, rtol=1e-3, atol=1e-8)
-    assert 0 < of_step[-1] < 1e-5
+    rates = learning_rates(Training(learning_rate=1e-2, schedule="cosine"), 200)
+    np.testing.assert_allclose(rates[:4], 1e-2 * np.array([0.25, 0.5, 0.75, 1]), rtol=1e-4, atol=1e-9)
+    falling = 1e-2 * (1 + np.cos(np.pi * np.arange(197) / 197)) / 2  # the rate reaches 0 one step later
+    np.testing.assert_allclose(rates[3:], falling, rtol=1e-3, atol=1e-8)
+    assert 0 < rates[-1] < 1e-5
 
 
-def test_cosine_schedule_trains_even_in_a_single_step():
-    assert rates(Training(learning_rate=1e-2, schedule="cosine"), 1).sum() > 0
+def test_cosine_schedule_trains_in_a_single_step():
+    assert learning_rates(Training(learning_rate=1e-2, schedule="cosine"), 1).sum() > 0
 
 
-# --- as PyTorch does ---
+# --- parity with PyTorch ---
 
 
 class TwoConvolutions(nnx.Module):
@@ -164,11 +164,11 @@ class TwoConvolutions(nnx.Module):
         return self.second(jax.nn.silu(self.first(x)))
 
 
-def test_twenty_steps_of_adam_equal_pytorchs():
+def test_twenty_steps_of_adam_equal_pytorch():
     network = randomise(TwoConvolutions(nnx.Rngs(0)))
     start = flat_arrays(network)
     trainer = Trainer(network, CONSTANT, 20)
-    losses = [float(trainer.step(batch_of(seed=i), i)) for i in range(20)]
+    losses = [float(trainer.step(make_batch(seed=i), i)) for i in range(20)]
 
     first, second = torch.nn.Conv2d(1, 4, 3, padding=1), torch.nn.Conv2d(4, 1, 3, padding=1)
     for name, layer in (("first", first), ("second", second)):
@@ -177,7 +177,7 @@ def test_twenty_steps_of_adam_equal_pytorchs():
     theirs = torch.nn.Sequential(first, torch.nn.SiLU(), second)
     adam, their_losses = torch.optim.Adam(theirs.parameters(), lr=1e-2), []
     for i in range(20):
-        batch = batch_of(seed=i)
+        batch = make_batch(seed=i)
         logits = theirs(torch.from_numpy(batch["input"].transpose(0, 3, 1, 2).copy()))
         loss = torch.nn.functional.binary_cross_entropy_with_logits(
             logits[:, 0], torch.from_numpy(batch["mask"]).float()
@@ -189,7 +189,7 @@ def test_twenty_steps_of_adam_equal_pytorchs():
 
     assert losses[-1] < losses[0]
     np.testing.assert_allclose(losses, their_losses, atol=1e-6)  # measured: 4e-7
-    ours = named(trainer.trainable)
+    ours = by_name(trainer.trainable)
     for name, layer in (("first", first), ("second", second)):
         kernel = layer.weight.detach().permute(2, 3, 1, 0)
         assert np.abs(ours[f"{name}.kernel"] - start[f"{name}.kernel"]).max() > 0.05
@@ -200,44 +200,44 @@ def test_twenty_steps_of_adam_equal_pytorchs():
 @pytest.mark.parametrize("name", ["backbone.blocks.mlp.expand.kernel", "backbone.pos_grid", "decoder.mix.kernel"])
 def test_gradient_is_the_slope_of_the_loss(name):
     parts = split_network(tiny_network(), train_backbone=True)
-    _, gradients, _ = jax.jit(make_gradient(parts.training))(parts.trainable, parts.frozen, batch_of(), KEY)
-    gradient = named(gradients)[name]
-    place = np.unravel_index(np.abs(gradient).argmax(), gradient.shape)
+    _, gradients, _ = jax.jit(make_gradient(parts.training))(parts.trainable, parts.frozen, make_batch(), KEY)
+    gradient = by_name(gradients)[name]
+    index = np.unravel_index(np.abs(gradient).argmax(), gradient.shape)
 
     @jax.jit
     def loss(shift):
         def move(path, x):
-            moved = jax.tree_util.keystr(path, simple=True, separator=".").startswith(name)
-            return x.at[place].add(shift) if moved else x
+            is_named = jax.tree_util.keystr(path, simple=True, separator=".").startswith(name)
+            return x.at[index].add(shift) if is_named else x
 
         trainable = jax.tree_util.tree_map_with_path(move, parts.trainable)
         network = nnx.merge(parts.training, trainable, *parts.frozen, copy=True)
-        batch = batch_of()
+        batch = make_batch()
         return cross_entropy(network(batch["input"]), batch["mask"], batch["weight"])
 
     slope = (loss(0.01) - loss(-0.01)) / 0.02
-    assert abs(gradient[place]) > 5e-4
-    np.testing.assert_allclose(gradient[place], slope, rtol=0.01)  # measured: 3e-3
+    assert abs(gradient[index]) > 5e-4
+    np.testing.assert_allclose(gradient[index], slope, rtol=0.01)  # measured: 3e-3
 
 
 # --- a frozen encoder with BatchNorm ---
 
 
-def test_a_frozen_encoder_is_in_evaluation_and_none_of_it_moves():
+def test_a_frozen_encoder_runs_in_evaluation_mode_and_keeps_its_statistics():
     def segnet():
         variant, rngs = Variant(stages=((4, 4), (6,), (8,), (8,), (8,))), nnx.Rngs(0)
         return SegNet(VGG(variant, rngs=rngs), 1, rngs=rngs)
 
     parts = split_network(randomise(nnx.eval_shape(segnet)), train_backbone=False)
-    statistics_before = named(parts.frozen.statistics)
+    statistics_before = by_name(parts.frozen.statistics)
     assert statistics_before
-    for state in (statistics_before, named(parts.trainable)):
+    for state in (statistics_before, by_name(parts.trainable)):
         assert not [name for name in state if name.startswith("backbone")]
     images = np.random.default_rng(0).random((4, 32, 40, 1), dtype=np.float32)
     batch = {"input": images, "mask": (images[..., 0] > 0.5).astype(np.uint8), "weight": np.ones(4, np.float32)}
     loss, _, auxiliary = jax.jit(make_gradient(parts.training))(parts.trainable, parts.frozen, batch, KEY)
     assert np.isfinite(loss)
-    after = named(auxiliary["statistics"])
+    after = by_name(auxiliary["statistics"])
     assert after.keys() == statistics_before.keys()
     assert all((after[name] != before).any() for name, before in statistics_before.items())
 
@@ -248,14 +248,14 @@ def test_a_frozen_encoder_is_in_evaluation_and_none_of_it_moves():
     np.testing.assert_array_equal(features(parts.training), features(parts.evaluation))
 
 
-def test_poly_schedule_falls_from_epoch_to_epoch():
+def test_poly_schedule_falls_after_each_epoch():
     recipe = Training(epochs=4, optimiser="adam", learning_rate=1e-2, schedule="poly")
     expected = np.repeat(1e-2 * (1 - np.arange(4) / 4) ** 0.9, 5)
-    np.testing.assert_allclose(rates(recipe, 20), expected, rtol=1e-4)
+    np.testing.assert_allclose(learning_rates(recipe, 20), expected, rtol=1e-4)
 
 
-def test_sgd_equals_pytorchs_with_its_decay_clipping_and_rates():
-    """nnU-Net's recipe: two epochs of five steps, some gradients of them longer than allowed."""
+def test_sgd_with_decay_clipping_and_schedule_equals_pytorch():
+    """nnU-Net's recipe: two epochs of five steps; some gradients are clipped."""
     recipe = Training(epochs=2, optimiser="sgd", learning_rate=1e-2, schedule="poly")
     optimiser = make_optimiser(recipe, 10, has_pretrained_backbone=False)
     draw = np.random.default_rng(0)
@@ -266,8 +266,8 @@ def test_sgd_equals_pytorchs_with_its_decay_clipping_and_rates():
     theirs = torch.nn.Parameter(torch.from_numpy(start.copy()))
     sgd = torch.optim.SGD([theirs], 1e-2, momentum=0.99, weight_decay=3e-5, nesterov=True)
     for i, gradient in enumerate(gradients):
-        given = nnx.State({"decoder": {"x": nnx.Param(jnp.asarray(gradient))}})
-        updates, state = optimiser.update(given, state, ours)
+        wrapped = nnx.State({"decoder": {"x": nnx.Param(jnp.asarray(gradient))}})
+        updates, state = optimiser.update(wrapped, state, ours)
         ours = optax.apply_updates(ours, updates)
         for group in sgd.param_groups:
             group["lr"] = 1e-2 * (1 - (i // 5) / 2) ** 0.9

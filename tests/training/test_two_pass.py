@@ -1,4 +1,4 @@
-"""Two passes over windows give the gradient of the whole volume, and hold the memory of one window."""
+"""Two passes over windows give the gradient of the volume in the memory of one window."""
 
 from functools import partial
 
@@ -17,21 +17,21 @@ from jaxla.training.two_pass import make_two_pass_gradient
 from tests.tiny import randomise, tiny_backbone
 
 KEY = jax.random.key(3)
-SIZE, SLICES = (40, 56), (7, 5)  # of slices, and of two volumes in one batch; 5 × 7 patches, which 2 do not divide
+SIZE, SLICES = (40, 56), (7, 5)  # pixels; slices of the two volumes in a batch. 2 does not divide the 5 × 7 patches.
 LAYOUTS = [(1, 1, 1), (3, 1, 1), (2, 2, 2), (5, 2, 3)]
 DICE = per_volume(partial(dice_cross_entropy, batch_dice=True))
-LOSSES = [per_volume(cross_entropy), DICE, lambda *of_volume: (DICE(*of_volume) + 2) ** 3]
-FAST = {"xla_backend_optimization_level": 0}  # to compile, which is most of what these tests do
+LOSSES = [per_volume(cross_entropy), DICE, lambda *arguments: (DICE(*arguments) + 2) ** 3]
+FAST = {"xla_backend_optimization_level": 0}  # most of the time is compilation
 
 
-def network_of(counts, outputs=1, slicewise=False):
+def make_network(counts, outputs=1, slicewise=False):
     decoder = nnx.eval_shape(
         lambda: WindowDecoder(32, (16, 16, 8, 8), outputs, depth_places=4, slicewise=slicewise, rngs=nnx.Rngs(0))
     )
     return WindowSegmenter(tiny_backbone(), randomise(decoder, 1), counts)
 
 
-def batch_of(outputs=1):
+def make_batch(outputs=1):
     draw = np.random.default_rng(0)
     shape = (len(SLICES), max(SLICES), *SIZE)
     return {
@@ -42,18 +42,18 @@ def batch_of(outputs=1):
     }
 
 
-def gradient_of(make, network, batch, loss=DICE, train_backbone=False, changes=None):
-    """-> the loss's value, and the gradient of every parameter that is trained."""
-    return next(gradients_of(make, network, batch, [loss], train_backbone, changes))
+def compute_gradient(make, network, batch, loss=DICE, train_backbone=False, changes=None):
+    """Return the loss and the gradient of every trained parameter."""
+    return next(compute_gradients(make, network, batch, [loss], train_backbone, changes))
 
 
-def gradients_of(make, network, batch, losses, train_backbone=False, changes=None):
-    """The same for several losses, compiled once."""
+def compute_gradients(make, network, batch, losses, train_backbone=False, changes=None):
+    """Yield loss and gradient for several losses, compiled once."""
     parts = split_network(network, train_backbone)
 
     @partial(jax.jit, compiler_options=FAST)
     def gradient(chosen, *arguments):
-        return make(parts.training, changes, lambda *of_volume: jax.lax.switch(chosen, losses, *of_volume))(*arguments)
+        return make(parts.training, changes, lambda *inputs: jax.lax.switch(chosen, losses, *inputs))(*arguments)
 
     for chosen in range(len(losses)):
         value, gradients, _ = gradient(chosen, parts.trainable, parts.frozen, batch, KEY)
@@ -62,8 +62,8 @@ def gradients_of(make, network, batch, losses, train_backbone=False, changes=Non
         yield float(value), {path: np.asarray(leaf.get_value(), np.float64) for path, leaf in flat.items()}
 
 
-def relative_l2(ours, theirs, of="") -> float:
-    names = [path for path in theirs if of in map(str, path) or not of]
+def relative_l2(ours, theirs, part="") -> float:
+    names = [path for path in theirs if part in map(str, path) or not part]
     assert names
     difference = sum(np.square(ours[path] - theirs[path]).sum() for path in names)
     return np.sqrt(difference / sum(np.square(theirs[path]).sum() for path in names))
@@ -73,69 +73,71 @@ def relative_l2(ours, theirs, of="") -> float:
 
 
 @pytest.mark.parametrize("counts", LAYOUTS)
-def test_it_is_that_of_the_whole_for_any_loss(counts):
-    """Two volumes of 7 and 5 slices of 5 × 7 patches, filled up to one shape, on a frozen backbone."""
-    batch, network = batch_of(), network_of(counts)
-    both = (gradients_of(make, network, batch, LOSSES) for make in (make_two_pass_gradient, make_gradient))
+def test_gradient_equals_that_in_one_pass_for_any_loss(counts):
+    """Two volumes of 7 and 5 slices of 5 × 7 patches, padded to one shape, on a frozen backbone."""
+    batch, network = make_batch(), make_network(counts)
+    both = (compute_gradients(make, network, batch, LOSSES) for make in (make_two_pass_gradient, make_gradient))
     values = []
-    for (a, ours), (b, whole) in zip(*both, strict=True):
+    for (a, ours), (b, one_pass) in zip(*both, strict=True):
         assert a == pytest.approx(b, rel=1e-6)
-        assert relative_l2(ours, whole) <= 1e-5  # measured: at most 1.1e-7
+        assert relative_l2(ours, one_pass) <= 1e-5  # measured: at most 1.1e-7
         values.append(a)
     assert len(set(values)) == len(LOSSES)
 
 
 @pytest.mark.parametrize(("counts", "outputs", "slicewise"), [((2, 2, 2), 3, False), ((3, 1, 1), 1, True)])
-def test_so_it_is_where_the_backbone_is_trained_too(counts, outputs, slicewise):
-    batch, network = batch_of(outputs), network_of(counts, outputs, slicewise)
-    (_, ours), (_, whole) = (
-        gradient_of(make, network, batch, train_backbone=True) for make in (make_two_pass_gradient, make_gradient)
+def test_gradient_of_a_finetuned_backbone_equals_that_in_one_pass(counts, outputs, slicewise):
+    batch, network = make_batch(outputs), make_network(counts, outputs, slicewise)
+    (_, ours), (_, one_pass) = (
+        compute_gradient(make, network, batch, train_backbone=True) for make in (make_two_pass_gradient, make_gradient)
     )
     for part in ("backbone", "decoder"):
-        assert relative_l2(ours, whole, part) <= 1e-5  # measured: at most 6.7e-8
+        assert relative_l2(ours, one_pass, part) <= 1e-5  # measured: at most 6.7e-8
 
 
-def test_so_it_is_of_features_that_were_computed_before():
-    network, batch = network_of((2, 2, 1)), batch_of()
+def test_gradient_on_cached_features_equals_that_on_images():
+    network, batch = make_network((2, 2, 1)), make_batch()
     features = np.stack([jax.jit(network.features)(jnp.asarray(volume)) for volume in batch["input"]])
-    of_features = gradient_of(make_two_pass_gradient, network.on_features(SIZE), batch | {"input": features})
-    of_images = gradient_of(make_gradient, network, batch)
-    assert relative_l2(of_features[1], of_images[1]) <= 1e-5  # measured: 1.9e-7
+    on_features = compute_gradient(make_two_pass_gradient, network.on_features(SIZE), batch | {"input": features})
+    on_images = compute_gradient(make_gradient, network, batch)
+    assert relative_l2(on_features[1], on_images[1]) <= 1e-5  # measured: 1.9e-7
 
 
-def test_so_it_is_of_augmented_volumes():
+def test_gradient_of_augmented_volumes_equals_that_in_one_pass():
     changes = partial(augment, Augmentation(rotation=20, flips=True, intensity=0.2))
-    network, batch = network_of((2, 1, 1)), batch_of()
-    (a, ours), (_, whole) = (
-        gradient_of(make, network, batch, changes=changes) for make in (make_two_pass_gradient, make_gradient)
+    network, batch = make_network((2, 1, 1)), make_batch()
+    (a, ours), (_, one_pass) = (
+        compute_gradient(make, network, batch, changes=changes) for make in (make_two_pass_gradient, make_gradient)
     )
-    assert relative_l2(ours, whole) <= 1e-5  # measured: 4.8e-10
+    assert relative_l2(ours, one_pass) <= 1e-5  # measured: 4.8e-10
     images, masks = changes(KEY, batch["input"], batch["mask"])
     assert a == pytest.approx(
-        gradient_of(make_two_pass_gradient, network, batch | {"input": images, "mask": masks})[0], rel=1e-5
+        compute_gradient(make_two_pass_gradient, network, batch | {"input": images, "mask": masks})[0], rel=1e-5
     )
     assert np.abs(images - batch["input"]).max() > 0.5
 
 
-def test_a_loss_of_each_window_by_itself_has_another_gradient():
-    """So equality is no matter of course: Dice is no sum over windows."""
-    network = network_of((3, 1, 1))
-    batch = {name: of_all[:1] for name, of_all in batch_of().items()}  # the volume of seven slices
+def test_a_loss_per_window_has_a_different_gradient():
+    """Dice is not a sum over windows, so the equalities above are not trivial."""
+    network = make_network((3, 1, 1))
+    batch = {name: array[:1] for name, array in make_batch().items()}  # the volume with seven slices
 
-    def of_windows(logits, mask, weight):
+    def mean_over_windows(logits, mask, weight):
         windows = ((0, 2), (2, 4), (4, 7))
         return sum(DICE(logits[:, a:b], mask[:, a:b], weight[:, a:b]) for a, b in windows) / len(windows)
 
-    (_, whole), (_, apart) = gradients_of(make_gradient, network, batch, [DICE, of_windows])
-    assert relative_l2(apart, whole) > 1e-2
+    (_, per_volume_gradient), (_, per_window_gradient) = compute_gradients(
+        make_gradient, network, batch, [DICE, mean_over_windows]
+    )
+    assert relative_l2(per_window_gradient, per_volume_gradient) > 1e-2
 
 
 # --- the memory ---
 
 
 def decoder_bytes(make, count):
-    """Of a gradient's program, what lies between its arguments and results, for so many windows of four slices."""
-    network = network_of((count, 1, 1))
+    """Return the temporary memory of a gradient's program for `count` windows of four slices."""
+    network = make_network((count, 1, 1))
     parts = split_network(network.on_features(SIZE), train_backbone=False)
     shape = (1, 4 * count)
     batch = {
@@ -147,10 +149,10 @@ def decoder_bytes(make, count):
     return gradient.lower(parts.trainable, parts.frozen, batch, KEY).compile().memory_analysis().temp_size_in_bytes
 
 
-def test_memory_of_going_back_is_that_of_one_window():
-    two_pass, whole = (
+def test_memory_of_the_backward_pass_is_that_of_one_window():
+    two_pass, one_pass = (
         {count: decoder_bytes(make, count) for count in (2, 8)} for make in (make_two_pass_gradient, make_gradient)
     )
-    of_logits = 4 * 4 * SIZE[0] * SIZE[1]  # of a window's slices, which the loss holds some times over
-    assert two_pass[8] - two_pass[2] <= 6 * 8 * of_logits, two_pass
-    assert whole[8] - whole[2] >= 5 * (two_pass[8] - two_pass[2]), (two_pass, whole)
+    logits_bytes = 4 * 4 * SIZE[0] * SIZE[1]  # of one window; the loss holds several copies
+    assert two_pass[8] - two_pass[2] <= 6 * 8 * logits_bytes, two_pass
+    assert one_pass[8] - one_pass[2] >= 5 * (two_pass[8] - two_pass[2]), (two_pass, one_pass)

@@ -21,6 +21,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from jaxla.cli.terminal import plural
 from jaxla.config import InputError, option
 from jaxla.models.backbones import TRANSFORMERS
 from jaxla.models.backbones.vision_transformer import VisionTransformer
@@ -93,7 +94,7 @@ class WindowOptions(TransformerOptions):
         if slices < (depth := self.window_counts()[0]):
             raise InputError(
                 scan,
-                f"{slices} slices are fewer than the {depth} windows along the slices",
+                f"has {plural(slices, 'slice')}, fewer than the {depth} windows along the slices",
                 f"Use fewer {option('model.windows')}, or leave the scan out.",
             )
 

@@ -1,0 +1,96 @@
+"""--fold=all with a frozen backbone: five runs on one preparation of the data, tested together, and resumed."""
+
+import json
+import re
+import shutil
+
+import numpy as np
+import pytest
+
+import jaxla
+from jaxla.runs.trained import load_run
+from tests.commands import refuse, succeed
+
+# With a fixed number of steps and a constant rate, all folds share one compiled program.
+OPTIONS = (
+    "--exp=quickstart", "--model.backbone=frozen", "--model.decoder=linear", "--preprocessing.image_size=48",
+    "--training.epochs=1", "--training.steps=3", "--training.schedule=constant", "--seed=1", "--fold", "all",
+)  # fmt: skip
+
+
+def options(phantoms, folder, *more):
+    return (*OPTIONS, f"--data.root={phantoms}", f"--run-dir={folder}", f"--cache-dir={folder.parent / 'cache'}", *more)
+
+
+@pytest.fixture(scope="module")
+def run(phantoms, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("folds") / "run"
+    printed = succeed(folder.parent, "jaxla.train", *options(phantoms, folder))
+    (folder / "stdout.txt").write_text(printed)
+    return folder
+
+
+def test_data_are_prepared_once_for_all_folds(run):
+    assert (run / "stdout.txt").read_text().count("reading: 6 of 6 cases") == 1
+
+
+def test_each_fold_logs_its_own_lines_and_the_run_logs_all(run):
+    for k in range(5):
+        log = (run / f"fold_{k}" / "train.log").read_text()
+        assert len(re.findall("epoch 1/1: train loss", log)) == len(re.findall("parameters are trained", log)) == 1
+        assert "testing: " in log
+    log = (run / "train.log").read_text()
+    assert re.findall(r"fold (\d) of 5", log) == list("12345")
+    assert len(re.findall("epoch 1/1: train loss", log)) == 5
+    assert log.count("reading: 6 of 6 cases") == 1
+
+
+def test_folds_share_everything_but_their_trained_parameters(run):
+    trained = load_run(run)
+    assert len(trained.networks) == 5
+    assert len({id(network.backbone) for network in trained.networks}) == 1
+    kernels = {np.asarray(network.decoder.classifier.kernel[...]).tobytes() for network in trained.networks}
+    assert len(kernels) == 5
+    records = [json.loads((run / f"fold_{k}" / "experiment.json").read_text()) for k in range(5)]
+    assert len({record["extent"] for record in records}) == 1
+    assert len({record["backbone_sha256"] for record in records}) == 1
+    for k, record in enumerate(records):  # a user can run the command of a fold
+        words = record["command"].split()
+        assert words.count(f"--fold={k}") == 1
+        assert not {"--fold", "all"} & set(words)
+
+
+def test_a_frozen_random_backbone_follows_from_the_seed(run):
+    assert json.loads((run / "test" / "summary.json").read_text())["backbone"] == "vit_mini8 (random weights, frozen)"
+    drawn = jaxla.build_network("vit_mini8", seed=1, weights="random").backbone
+    loaded = jaxla.load_network(run / "fold_2").backbone
+    assert np.array_equal(drawn.blocks.mlp.expand.kernel[...], loaded.blocks.mlp.expand.kernel[...])
+
+
+def test_step_memory_is_the_maximum_over_folds(run):
+    steps = [json.loads((run / f"fold_{k}" / "cost.json").read_text())["step_bytes"] for k in range(5)]
+    assert json.loads((run / "cost.json").read_text())["step_bytes"] == max(steps) > 0
+
+
+def test_a_run_that_stopped_in_a_fold_resumes_to_identical_results(run, phantoms, tmp_path):
+    shutil.copytree(run.parent / "cache", tmp_path / "cache")
+    folder = shutil.copytree(run, tmp_path / "run")
+    shutil.rmtree(folder / "fold_4")  # as if the run had stopped after training the fourth fold, before its test
+    for unfinished in (folder, folder / "fold_3"):
+        shutil.rmtree(unfinished / "test")
+        (unfinished / "report.html").unlink()
+    resume = options(phantoms, folder, "--resume")
+    assert "forecast of the first of 5 folds" in succeed(tmp_path, "jaxla.train", *resume, "--dry-run")
+    finished = (folder / "fold_0" / "report.html").stat().st_mtime_ns
+    succeed(tmp_path, "jaxla.train", *resume)
+    assert (folder / "fold_0" / "report.html").stat().st_mtime_ns == finished
+    for name in ("test/cases.csv", "fold_3/test/cases.csv", "fold_4/test/cases.csv"):
+        assert (folder / name).read_bytes() == (run / name).read_bytes()
+
+
+def test_too_few_patients_for_folds_are_refused(tmp_path):
+    phantoms = ("--data.root=phantom", "--data.phantom_cases=5", f"--run-dir={tmp_path / 'run'}")
+    line = refuse(tmp_path, "jaxla.train", *OPTIONS, *phantoms, f"--cache-dir={tmp_path / 'cache'}")
+    assert line.startswith("error: --fold=all: ")
+    assert "5 training and validation patients" in line
+    assert not (tmp_path / "run").exists()

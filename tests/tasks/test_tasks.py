@@ -1,0 +1,72 @@
+"""Tasks: what depends on the kind of training sample."""
+
+from dataclasses import replace
+
+import pytest
+from jaxla.experiments import EXPERIMENTS, METHODS
+
+from jaxla.data.cases import find_cases
+from jaxla.data.dataset import PreparedData
+from jaxla.data.split import Split
+from jaxla.tasks import make_task, restore_task
+from jaxla.tasks.patches import PatchTask
+from jaxla.tasks.slices import SliceTask
+from jaxla.tasks.volumes import VolumeTask
+from jaxla.training.step import make_gradient
+from jaxla.training.two_pass import make_two_pass_gradient
+from tests.tiny import TINY_PLAN
+from tests.training.scans import disc_scans
+
+pytestmark = pytest.mark.quick
+
+
+def experiment(name, **training):
+    method = METHODS[name]
+    method = replace(method, training=replace(method.training, **training))
+    return replace(EXPERIMENTS["quickstart"], method=method)
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    """Scans of 5, 6 and 7 slices; the first two for training, the last for validation."""
+    folder = tmp_path_factory.mktemp("scans")
+    volumes = {volume.id: volume for volume in disc_scans(folder)}
+    first, second, third = volumes
+    return PreparedData(find_cases(folder), volumes, Split(train=(first, second), val=(third,), test=(), unused=()))
+
+
+def train_volumes(data):
+    return [data.volumes[name] for name in data.split.train]
+
+
+def test_slices_are_samples_of_most_methods(data, tmp_path):
+    task = make_task(experiment("unet", batch_size=4), data)
+    assert type(task) is SliceTask
+    assert (task.sample, task.unit) == (("slice", "slices"), "per volume")
+    sources = task.make_sources(data, tmp_path)
+    assert [len(source) for source in sources] == [11, 7]
+    assert sources.train[0]["mask"].shape == task.input_shape(7) == (320, 320)
+    assert (task.samples_per_pass(train_volumes(data)), task.steps_per_epoch(train_volumes(data))) == (11, 3)
+    restored = restore_task(task.experiment, 1, task.extent, tmp_path)
+    assert (type(restored), restored.canvas) == (SliceTask, task.canvas)
+
+
+@pytest.mark.parametrize(("gradient", "make"), [("two_pass", make_two_pass_gradient), ("whole", make_gradient)])
+def test_volumes_are_samples_of_windows_and_the_recipe_chooses_the_gradient(data, tmp_path, gradient, make):
+    task = make_task(experiment("windows_vit_mini8", gradient=gradient), data)
+    assert type(task) is VolumeTask
+    assert task.make_gradient is make
+    sources = task.make_sources(data, tmp_path)
+    assert [len(source) for source in sources] == [2, 1]
+    assert {source[0]["mask"].shape for source in sources} == {(7, 64, 64)}  # all have the depth of the deepest
+    assert task.samples_per_pass(train_volumes(data)) == 2
+
+
+def test_patches_are_samples_of_nnunet():
+    task = PatchTask(experiment("nnunet_3d"), 1, TINY_PLAN)
+    depth = task.configuration.patch_size[0]
+    assert task.sample == (f"patch of {depth} slices", f"patches of {depth} slices")
+    assert task.input_shape(99) == task.configuration.patch_size
+    assert task.batch_size == task.configuration.batch_size
+    assert PatchTask(experiment("nnunet_3d", batch_size=7), 1, TINY_PLAN).resolved_recipe.batch_size == 7
+    assert task.steps_per_epoch([]) == task.recipe.steps
