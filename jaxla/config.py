@@ -23,10 +23,9 @@ class InputError(ValueError):
         fix: what to do about it, as whole sentences; empty if there is nothing to advise.
     """
 
-    def __init__(self, where: object, problem: str = "", fix: str = "") -> None:
+    def __init__(self, where: object, problem: str, fix: str = "") -> None:
         self.where, self.problem, self.fix = str(where), problem, fix
-        text = f"{self.where}: {problem}. {fix}".rstrip() if problem else self.where
-        super().__init__(" ".join(text.split()))
+        super().__init__(" ".join(f"{where}: {problem}. {fix}".split()))
 
 
 _speaks_command_line = False
@@ -378,7 +377,3 @@ def default_cache_dir() -> Path:
     import platformdirs
 
     return Path(platformdirs.user_cache_dir("jaxla"))
-
-
-def nearest(name: str, known: Iterable[str]) -> str:
-    return suggestion(name, known) or "."
