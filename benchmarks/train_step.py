@@ -75,7 +75,7 @@ def main(arguments):
     difference, torch_difference = compare_gradients(steps, MAX_DIFFERENCE[dtype.name])
     seconds, grown = time_steps(steps, options.repeats + 1)  # the first is not counted
     timing = compare({name: times[1:] for name, times in seconds.items()})
-    size, batch = task.input_shape(1), task.batch_size
+    size, batch = task.input_shape(1)[:-1], task.batch_size
     result = {
         **environment("jax", "flax", "torch"),
         "method": options.method,
@@ -108,7 +108,7 @@ def make_slice_steps(method, options):
     )
     task = SliceTask(Experiment(method.name, method.summary, Data(), method), outputs=1)
     network = task.build_network()
-    images = np.random.default_rng(0).random((task.batch_size, *task.input_shape(1), 1), np.float32)
+    images = np.random.default_rng(0).random((task.batch_size, *task.input_shape(1)), np.float32)
     mask = (images[..., 0] > 0.7).astype(np.uint8)
     torch_images = images
     if hasattr(network, "backbone"):  # PyTorch's encoder takes ImageNet's three channels
@@ -131,7 +131,7 @@ def make_patch_steps(method, options):
         return PatchTask(Experiment(method.name, method.summary, Data(), changed), CLASSES, plan)
 
     task, augmented = make_task(False), make_task(True)
-    network, configuration, size = task.build_network(), task.configuration, task.input_shape(1)
+    network, configuration, size = task.build_network(), task.configuration, task.configuration.patch_size
     rng = np.random.default_rng(0)
     images = rng.standard_normal((task.batch_size, *size, 1), np.float32)
     mask = rng.integers(0, CLASSES, images.shape[:-1]).astype(np.int8)

@@ -58,10 +58,10 @@ def lowered_step(
     """
     parts = split_network(nnx.eval_shape(task.build_network), train_backbone=task.model.backbone == "finetuned")
     optimiser = make_optimiser(task.recipe, task.recipe.epochs, has_pretrained_backbone=False)
-    rows, size = task.batch_size, task.input_shape(slices)
+    rows, shape = task.batch_size, task.input_shape(slices)
     batch = {
-        "input": jax.ShapeDtypeStruct((rows, *size, 1), jnp.float32),
-        "mask": jax.ShapeDtypeStruct((rows, *size), jnp.uint8),
+        "input": jax.ShapeDtypeStruct((rows, *shape), jnp.float32),
+        "mask": jax.ShapeDtypeStruct((rows, *shape[:-1]), jnp.uint8),
         "weight": jax.ShapeDtypeStruct((rows, *task.weight_shape(slices)), jnp.float32),
     }
     step = make_step(task.make_gradient(parts.training, None, task.loss), optimiser)

@@ -70,12 +70,12 @@ def measure_cost(
     """
     seconds = time_inference(segment, test)
     task, network, count = run.task, run.networks[0], len(run.networks)
-    size = task.input_shape(deepest)
-    depth = size[0] if len(size) == 3 else 1
+    shape = task.input_shape(deepest)
+    depth = shape[0] if len(shape) == 4 else 1
     is_finetuned = task.model.backbone == "finetuned"
     graph, state = nnx.split(network)
     shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), state)
-    image = jax.ShapeDtypeStruct((1, *size, 1), jnp.float32)
+    image = jax.ShapeDtypeStruct((1, *shape), jnp.float32)
     with on_host():  # a single image, which several devices could not share
         operations = multiply_adds(lambda state, images: nnx.merge(graph, state)(images), shapes, image)
     return Cost(

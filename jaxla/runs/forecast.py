@@ -204,7 +204,7 @@ def forecast_features(
 def _time_backbone(cache: FeatureCache, task: Task) -> float:
     """Return the seconds of a batch through the frozen backbone."""
     with use_local_devices():
-        images = shard_batch(np.zeros((cache.batch, *task.input_shape(1)[-2:], 1), np.float32))
+        images = shard_batch(np.zeros((cache.batch, *task.input_shape(1)[-3:]), np.float32))
         return mean_seconds(lambda: cache.extract(images), 1)
 
 

@@ -213,7 +213,7 @@ class Task(ABC):
 
     @abstractmethod
     def input_shape(self, slices: int) -> tuple[int, ...]:
-        """Return the shape of one network input without channels: [H, W] or [D, H, W].
+        """Return the shape of one network input: [H, W, C] or [D, H, W, C].
 
         Args:
             slices: of the deepest volume in training and validation.

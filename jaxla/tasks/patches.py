@@ -141,7 +141,7 @@ class PatchTask(Task):
         return make_augment(self.configuration.patch_size, classes, self.plan.use_mask_for_norm)
 
     def input_shape(self, slices: int) -> tuple[int, ...]:
-        return self.configuration.patch_size
+        return (*self.configuration.patch_size, 1)
 
     def batches_to_segment(self, volumes: Sequence[PreparedVolume]) -> float:
         return count_tiles(volumes, self.plan, self.configuration) / self.batch_size

@@ -86,7 +86,7 @@ class SliceTask(Task):
         return network.on_features((self.canvas.size, self.canvas.size))
 
     def input_shape(self, slices: int) -> tuple[int, ...]:
-        return (self.canvas.size, self.canvas.size)
+        return (self.canvas.size, self.canvas.size, 1)
 
     def batches_to_segment(self, volumes: Sequence[PreparedVolume]) -> float:
         return self.samples_per_pass(volumes) / self.batch_size

@@ -44,7 +44,7 @@ def run(network, *arguments):
 def abstract_images(method, slices=3):
     plan = [TINY_PLAN] if method.preprocessing is None else []
     task = TASKS[method.model.sample](under_quickstart(method), CLASSES, *plan)
-    return jax.ShapeDtypeStruct((2, *task.input_shape(slices), 1), jnp.float32)
+    return jax.ShapeDtypeStruct((2, *task.input_shape(slices)), jnp.float32)
 
 
 def test_logits_have_the_size_of_the_images(method, network):

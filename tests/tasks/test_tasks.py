@@ -45,7 +45,7 @@ def test_slices_are_samples_of_most_methods(data, tmp_path):
     assert (task.sample, task.unit) == (("slice", "slices"), "per volume")
     sources = task.make_sources(data, tmp_path)
     assert [len(source) for source in sources] == [11, 7]
-    assert sources.train[0]["mask"].shape == task.input_shape(7) == (320, 320)
+    assert sources.train[0]["input"].shape == task.input_shape(7) == (320, 320, 1)
     assert (task.samples_per_pass(train_volumes(data)), task.steps_per_epoch(train_volumes(data))) == (11, 3)
     restored = restore_task(task.experiment, 1, task.extent, tmp_path)
     assert (type(restored), restored.canvas) == (SliceTask, task.canvas)
@@ -66,7 +66,7 @@ def test_patches_are_samples_of_nnunet():
     task = PatchTask(experiment("nnunet_3d"), 1, TINY_PLAN)
     depth = task.configuration.patch_size[0]
     assert task.sample == (f"patch of {depth} slices", f"patches of {depth} slices")
-    assert task.input_shape(99) == task.configuration.patch_size
+    assert task.input_shape(99) == (*task.configuration.patch_size, 1)
     assert task.batch_size == task.configuration.batch_size
     assert PatchTask(experiment("nnunet_3d", batch_size=7), 1, TINY_PLAN).resolved_recipe.batch_size == 7
     assert task.steps_per_epoch([]) == task.recipe.steps
