@@ -36,12 +36,12 @@ def main(arguments: list[str]) -> None:
         return
     entries = list_cache(cache_dir)
     for kind, content in KINDS.items():
-        of_kind = [entry for entry in entries if entry.kind == kind]
-        if of_kind:
-            print(f"{format_bytes(sum(entry.size for entry in of_kind)):>8}  {kind}: {content}")
-        for entry in of_kind:
+        kind_entries = [entry for entry in entries if entry.kind == kind]
+        if kind_entries:
+            print(f"{format_bytes(sum(entry.size for entry in kind_entries)):>8}  {kind}: {content}")
+        for entry in kind_entries:
             print(f"{format_bytes(entry.size):>12}  {entry.description}")
-    print(f"{format_bytes(sum(entry.size for entry in entries)):>8}  in all, in {cache_dir}")
+    print(f"{format_bytes(sum(entry.size for entry in entries)):>8}  in total, in {cache_dir}")
 
 
 if __name__ == "__main__":

@@ -33,7 +33,7 @@ _speaks_command_line = False
 
 @contextmanager
 def command_line_wording() -> Iterator[None]:
-    """Within it, messages name options as a command takes them (see `option`)."""
+    """Name options in messages as a command takes them (see `option`), within the context."""
     global _speaks_command_line
     before, _speaks_command_line = _speaks_command_line, True
     try:
@@ -300,7 +300,6 @@ class Published(NamedTuple):
 
 
 METHOD_GROUPS = ("model", "preprocessing", "augmentation", "training", "postprocessing")
-OPTION_GROUPS = ("data", *METHOD_GROUPS)
 
 
 def option_groups(experiment: Experiment) -> dict[str, Any]:
@@ -367,9 +366,9 @@ def lookup(where: str, name: str, table: Mapping[str, T]) -> T:
 
 
 def suggestion(name: str, known: Iterable[str]) -> str:
-    """Return `; did you mean X?` if a known name is near, else nothing."""
+    """Return ` (did you mean X?)` if a known name is near, else nothing."""
     close = difflib.get_close_matches(name, list(known), n=1, cutoff=0.6)
-    return f"; did you mean {close[0]}?" if close else ""
+    return f" (did you mean {close[0]}?)" if close else ""
 
 
 def default_cache_dir() -> Path:

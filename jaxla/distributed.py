@@ -36,7 +36,7 @@ from jax._src.distributed import global_state
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from jaxla.cli.process import Stopped, exit_status
-from jaxla.config import InputError
+from jaxla.config import InputError, option
 
 T = TypeVar("T")
 
@@ -144,7 +144,7 @@ def shardings(tree: T) -> T:
         for size, axis in zip(leaf.shape, spec, strict=False):
             if axis and size % mesh.shape[axis]:
                 problem = f"{mesh.shape[axis]} devices do not divide {name} of shape {tuple(leaf.shape)}"
-                raise InputError("--shard-params", problem, f"Set --devices to a divisor of {size}.")
+                raise InputError(option("shard-params"), problem, f"Set {option('devices')} to a divisor of {size}.")
         return NamedSharding(mesh, spec)
 
     return jax.tree_util.tree_map_with_path(sharding, tree)
@@ -286,7 +286,7 @@ def log_progress(line: str) -> None:
 
 @contextmanager
 def name_resume_command(command: str, note: Callable[[str], None]) -> Iterator[None]:
-    """Within it, the line that says why another process stopped this one names `command`; `note` receives the line."""
+    """Add `command` to the line that says why another process stopped this one; `note` receives the line."""
     before = _exit.resume, _exit.note
     _exit.resume, _exit.note = f" Resume with: {command}", note
     yield
@@ -353,10 +353,10 @@ def find_launch(coordinator: str, processes: int | None, process: int | None) ->
         return None
     if cluster and not coordinator:
         coordinator = cluster.get_coordinator_address(None, os.environ.get("JAX_COORDINATOR_PORT"))
-    for option, value in (("--coordinator", coordinator), ("--processes", count), ("--process", index)):
+    for name, value in (("--coordinator", coordinator), ("--processes", count), ("--process", index)):
         if value in ("", None):
             fix = "Give --coordinator=HOST:PORT, --processes=N and --process=0 to N-1, or --processes=1 to run alone."
-            raise InputError(option, "missing, but several processes need it", fix)
+            raise InputError(name, "missing, but several processes need it", fix)
     if not re.fullmatch(r".+:\d{1,5}", coordinator) or not 0 < int(coordinator.rsplit(":", 1)[1]) < 65536:
         raise InputError(f"--coordinator={coordinator}", "not HOST:PORT", "Give a value such as node1:62000.")
     if not 0 <= index < count:

@@ -179,7 +179,7 @@ def check_masks(pairs: list[Pair], labels: Labels | None) -> Labels:
         for volume in (prediction, reference):
             values[volume.path] = set(np.unique(volume.array[volume.array != 0]).tolist())
             if (count := len(values[volume.path])) > MAX_CLASSES:
-                raise InputError(volume.path, f"holds {count} values, so it is an image", "Replace it by a mask.")
+                raise InputError(volume.path, f"holds {count} values, so it is an image", "Replace it with a mask.")
     reference_values = set().union(*(values[pair.reference] for pair in pairs))
 
     if labels is None and all(len(found) <= 1 for found in values.values()):

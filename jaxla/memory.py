@@ -11,18 +11,22 @@ from jaxla.cli.terminal import format_bytes
 from jaxla.config import InputError, option
 from jaxla.hardware import device_bytes
 
-HOW_TO_SAVE_MEMORY = (
-    "Lower --preprocessing.image_size. A windows_* method needs less memory with --training.gradient=two_pass and with "
-    "more --model.windows, nnU-Net with a lower --model.memory_gb or with a plan made for a lower --memory-gb."
-)
-
 
 class StepTooLarge(InputError):
     """A training step needs more memory than the device has."""
 
     def __init__(self, batch_size: int, problem: str) -> None:
         lower_batch = "Start a new run with a smaller batch. " if batch_size > 1 else ""
-        super().__init__(option("training.batch_size", batch_size), problem, lower_batch + HOW_TO_SAVE_MEMORY)
+        super().__init__(option("training.batch_size", batch_size), problem, lower_batch + how_to_save_memory())
+
+
+def how_to_save_memory() -> str:
+    """Return advice on the options that lower the memory of a training step."""
+    return (
+        f"Lower {option('preprocessing.image_size')}. A windows_* method needs less memory with "
+        f"{option('training.gradient', 'two_pass')} and with more {option('model.windows')}, nnU-Net with a lower "
+        f"{option('model.memory_gb')} or with a plan made for less memory."
+    )
 
 
 def program_bytes(compiled: jax.stages.Compiled) -> int:

@@ -1,8 +1,8 @@
 """python -m jaxla.train --exp=NAME: train a method under a protocol, test it, and write the run's folder.
 
 This file is one run from top to bottom: `main` parses the command, `run` opens the run and prepares its data,
-`train_and_test` builds, trains and tests the network, and `write_reports` reports. Every step is one call, in the order
-in which it happens. With --fold=all, `train_folds` calls `train_and_test` once for each fold.
+`train_and_test` builds, trains and tests the network, and `test_network` ends with `write_reports`. Every step is one
+call, in the order in which it happens. With --fold=all, `train_folds` calls `train_and_test` once for each fold.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from flax import nnx
 from jaxla.cli.command_line import Options, parse_experiment, parse_names, require_writable, set_option
 from jaxla.cli.process import Stopped, run_command
 from jaxla.cli.terminal import plural, track
-from jaxla.config import Experiment, InputError, Method, unread_options
+from jaxla.config import Experiment, InputError, unread_options
 from jaxla.data.cache import mark_cache_in_use
 from jaxla.data.dataset import PreparedData, prepare_data
 from jaxla.data.split import ALL_FOLDS, FOLDS
@@ -41,7 +41,6 @@ from jaxla.distributed import (
 )
 from jaxla.experiments import EXPERIMENTS, METHODS
 from jaxla.memory import catch_out_of_memory
-from jaxla.models.networks.base import parameter_count
 from jaxla.models.weights import parameters_sha256, save_random
 from jaxla.nnunet.postprocessing import read_trials, write_choice
 from jaxla.reporting.curves import draw_curves
@@ -70,6 +69,7 @@ from jaxla.runs.folder import (
     write_metrics,
 )
 from jaxla.runs.forecast import describe_forecast, forecast_run
+from jaxla.runs.listing import list_experiments
 from jaxla.runs.machine import environment
 from jaxla.runs.record import (
     RECORD,
@@ -83,7 +83,7 @@ from jaxla.runs.record import (
 from jaxla.runs.session import buffered_log, open_run
 from jaxla.runs.testing import Scores, choose_postprocessing, make_segment_case, score_test_cases
 from jaxla.runs.trained import TrainedRun, load_run
-from jaxla.tasks import Features, Task, make_task
+from jaxla.tasks import Features, Task, make_checked_task
 from jaxla.training.loop import fit
 from jaxla.training.progress import Progress
 from jaxla.training.step import count_parameters
@@ -146,10 +146,7 @@ def run(options: Options, command: str) -> None:
             require_same(installed, "Install the same packages on all hosts, with the same devices.")
             data = prepare_data(experiment, options.cache_dir, local_items)
             require_same_content(data, weights_sha256)
-            task = make_task(experiment, data)
-            task.check_batch_size()
-            for volume in data.used_volumes:
-                task.check_scan(volume.case.image, volume.shape[0])
+            task = make_checked_task(experiment, data)
             if options.dry_run:
                 print_forecast(experiment, network_words, data, task, options.cache_dir)
                 return
@@ -170,9 +167,9 @@ def run(options: Options, command: str) -> None:
                 begun=datetime.now().astimezone().isoformat(timespec="seconds"),
                 environment=environment_here,
             )
-            this = Run(experiment, data, task, folder, options.cache_dir)
+            opened = Run(experiment, data, task, folder, options.cache_dir)
             with open_run(folder, record, data, early_log.buffer, resume=options.resume):
-                summary = train_folds(this, record) if experiment.fold == ALL_FOLDS else train_and_test(this)
+                summary = train_folds(opened, record) if experiment.fold == ALL_FOLDS else train_and_test(opened)
     if summary:
         log.info("finished in %.0f s", time.perf_counter() - began)
         print_result(summary, folder)
@@ -217,7 +214,7 @@ def train_and_test(run: Run) -> dict[str, Any] | None:
         The summary of the test, in the first of several processes.
     """
     run.task.save(run.folder)
-    log_what_is_seen(run)
+    log_network_input(run)
     with on_host():
         network = build_network(run)
     features = compute_features(run, network)
@@ -261,14 +258,14 @@ def train_folds(run: Run, record: Record) -> dict[str, Any] | None:
 
 @contextmanager
 def name_fold(fold: int) -> Iterator[None]:
-    """Within it, a stop names the fold."""
+    """Add the fold to the reason of a stop within the context."""
     try:
         yield
     except Stopped as stop:
         raise Stopped(f"in fold {fold + 1} of {FOLDS}, {stop.reason}") from stop
 
 
-def log_what_is_seen(run: Run) -> None:
+def log_network_input(run: Run) -> None:
     """Log what the network sees of the scans."""
     cut = [volume.id for volume in run.data.used_volumes if run.task.is_cut(volume.shape, volume.spacing)]
     if cut and is_first():
@@ -281,33 +278,33 @@ def log_what_is_seen(run: Run) -> None:
 
 
 def build_network(run: Run) -> nnx.Module:
-    """Build the untrained network. A random backbone that stays frozen is kept in the run's folder.
+    """Build the untrained network. Save a random backbone that stays frozen in the run's folder.
 
     Raises:
-        InputError: the backbone that was kept is damaged, and its seed gives another one now.
+        InputError: the saved backbone is damaged, and its seed gives a different one with these versions.
     """
-    model, kept, seed = run.experiment.method.model, run.folder / BACKBONE, run.experiment.seed
+    model, saved, seed = run.experiment.method.model, run.folder / BACKBONE, run.experiment.seed
     if model.backbone == "finetuned" or model.weights != "random":
         return run.task.build_network()
     record = read_record(run.folder)
     barrier()  # before the first process writes the record anew
     if record.backbone_sha256:  # a resumed run
         try:
-            network = run.task.build_network(weights=str(kept))
+            network = run.task.build_network(weights=str(saved))
             if parameters_sha256(network.backbone) == record.backbone_sha256:
                 return network
         except InputError:  # missing or truncated
             pass
         if is_first():
-            log.warning("%s: missing or damaged; drawn again from seed %d", kept, seed)
+            log.warning("%s: missing or damaged; drawn again from seed %d", saved, seed)
     network = run.task.build_network()
     sha256 = parameters_sha256(network.backbone)
     if record.backbone_sha256 not in ("", sha256):
         raise InputError(
-            kept, f"missing or damaged, and seed {seed} gives another backbone with these versions", "Restore it."
+            saved, f"missing or damaged, and seed {seed} gives a different backbone with these versions", "Restore it."
         )
     if is_first():
-        save_random(kept, network.backbone, model.arch, seed)
+        save_random(saved, network.backbone, model.arch, seed)
         write_record(run.folder, replace(record, backbone_sha256=sha256))
     return network
 
@@ -340,7 +337,7 @@ def train_network(run: Run, network: nnx.Module, features: Features | None) -> P
     sources = run.task.make_sources(run.data, run.cache_dir, features)
     if (batch_size := run.task.batch_size) > (count := len(sources.train)):
         log.warning(
-            "--training.batch_size=%d: larger than the training set of %d %s, so each comes several times in one step",
+            "--training.batch_size=%d: larger than the training set of %d %s, so each is repeated within a step",
             batch_size, count, run.task.sample[count > 1],
         )  # fmt: skip
     parameters = count_parameters(nnx.state(network, nnx.Param))
@@ -428,32 +425,6 @@ def print_result(summary: Mapping[str, Any], folder: Path) -> None:
         f"{summary['backbone']}: test Dice {dice['mean']:.3f}, IoU {iou['mean']:.3f} "
         f"(mean per volume over {plural(dice['n'], 'patient')}; the atlas baseline, which does not use the image: "
         f"Dice {atlas['mean']:.3f}). Run folder: {folder}"
-    )
-
-
-def list_experiments(with_details: bool) -> str:
-    """Return the experiments and methods as lines; with each method's parameters, input and recipe on request."""
-    width = max(map(len, [*EXPERIMENTS, *METHODS]))
-    lines = ["Experiments (--exp=NAME):"]
-    lines += [f"  {e.name:{width}} {e.summary}; method {e.method.name}" for e in EXPERIMENTS.values()]
-    lines += ["Methods (--method=NAME):"]
-    for method in METHODS.values():
-        lines.append(f"  {method.name:{width}} {method.summary}")
-        if with_details:
-            lines.append(f"  {'':{width}} {describe_method(method)}")
-    return "\n".join(lines)
-
-
-def describe_method(method: Method) -> str:
-    """Return a method's parameters, input and recipe in one line."""
-    recipe = method.training
-    rate = f"{'Adam' if recipe.optimiser == 'adam' else 'SGD'} {recipe.learning_rate:g}"
-    if method.preprocessing is None:
-        return f"planned from the data; {rate}, {recipe.epochs} epochs of {recipe.steps} steps"
-    size = method.preprocessing.image_size
-    return (
-        f"{parameter_count(method.model) / 1e6:.1f} M parameters; {size}×{size} pixels; {rate}, at most "
-        f"{recipe.epochs} epochs, batches of {recipe.batch_size}"
     )
 
 

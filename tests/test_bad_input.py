@@ -246,12 +246,12 @@ def test_training_refuses_a_batch_that_does_not_fit_into_memory(tmp_path):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--exp=quickstrat"], "--exp=quickstrat: unknown name; did you mean quickstart?. Known: quickstart, "),
+        (["--exp=quickstrat"], "--exp=quickstrat: unknown name (did you mean quickstart?). Known: quickstart, "),
         (["--exp=nothing_like_it"], "--exp=nothing_like_it: unknown name. Known: quickstart, "),
-        (["--method=dinov2_vitb"], "--method=dinov2_vitb: unknown name; did you mean dinov2_vitb14?"),
+        (["--method=dinov2_vitb"], "--method=dinov2_vitb: unknown name (did you mean dinov2_vitb14?)"),
         (["--method=dinov3_vitb16"], "--method=dinov3_vitb16: names a backbone, not a method. Use --model.arch="),
-        (["--training.epoch=3"], "--training.epoch: unknown option; did you mean --training.epochs?"),
-        (["--data.rot=x"], "--data.rot: unknown option; did you mean --data.root?"),
+        (["--training.epoch=3"], "--training.epoch: unknown option (did you mean --training.epochs?)"),
+        (["--data.rot=x"], "--data.rot: unknown option (did you mean --data.root?)"),
         (["--no-such-thing"], "--no-such-thing: unknown option. See --help"),
         (["stray"], "command line: unexpected argument 'stray'. Write options as --name=value."),
         (["data.root=scans"], "command line: unexpected argument 'data.root=scans'. Did you mean --data.root=scans?"),
@@ -262,7 +262,7 @@ def test_training_refuses_a_batch_that_does_not_fit_into_memory(tmp_path):
         (["--training.learning_rate=nan"], ".*training.learning_rate"),
         (["--model.decoder=lineal"], "command line: .*model.decoder"),
         (["--model.decoder_widths=[]"], "--model.decoder_widths=[]: needs positive widths"),
-        (["--model.arch=vit_mini9"], "--model.arch=vit_mini9: unknown name; did you mean vit_mini8?"),
+        (["--model.arch=vit_mini9"], "--model.arch=vit_mini9: unknown name (did you mean vit_mini8?)"),
         (
             ["--preprocessing.image_size=97"],
             "--preprocessing.image_size=97: not a multiple of the patch size 8. Use 96",
@@ -440,7 +440,7 @@ def scan_and_run(tmp_path, run_folder):
         (["--output=scan.nii.gz"], "scan.nii.gz: exists already. Use another --output."),
         (["--output=scan.nii.gz/below"], "--output=scan.nii.gz/below: .*/scan.nii.gz is not a writable folder"),
         (["--input=.", "--output=mask.nii.gz"], "--output=mask.nii.gz: a file, but --input=. is a folder"),
-        (["--probability"], "--probability: unknown option; did you mean --probabilities"),
+        (["--probability"], "--probability: unknown option (did you mean --probabilities?)"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else None,
 )

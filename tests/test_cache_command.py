@@ -121,7 +121,7 @@ def test_every_kind_is_listed_with_its_size(cache):
     for (shown, text), (_, folder) in zip(lines, listed, strict=False):
         assert parse_bytes(shown) == pytest.approx(size_of(folder), rel=0.005), text
     assert parse_bytes(lines[-1][0]) == pytest.approx(sum(map(len, contents(cache).values())), rel=0.005)
-    assert lines[-1][1] == f"in all, in {cache}"
+    assert lines[-1][1] == f"in total, in {cache}"
 
 
 def test_listing_changes_nothing(cache):
@@ -144,7 +144,7 @@ def test_an_empty_cache_is_listed_and_cleared(tmp_path, exists):
     if exists:
         cache.mkdir()
     (line,) = run(cache)
-    assert line.split(maxsplit=1) == ["0.00B", f"in all, in {cache}"]
+    assert line.split(maxsplit=1) == ["0.00B", f"in total, in {cache}"]
     assert run(cache, "--clear=all") == [
         f"{cache}: volumes, planned, features, phantoms, downloads cleared, 0.00B freed"
     ]

@@ -22,7 +22,7 @@ log = logging.getLogger(__name__)
 
 @contextlib.contextmanager
 def report_os_errors(action: Literal["read", "written"], where: object, fix: str = "") -> Iterator[None]:
-    """Within it, an OSError becomes an InputError: `where` cannot be `action`, for the system's reason."""
+    """Turn an OSError within the context into an InputError: `where` cannot be `action`, for the system's reason."""
     try:
         yield
     except OSError as error:

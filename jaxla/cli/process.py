@@ -81,7 +81,7 @@ def _report_unraisable(report: sys.UnraisableHookArgs) -> None:
 
 @contextmanager
 def stop_requests() -> Iterator[Callable[[], bool]]:
-    """Within it, SIGTERM and the first Ctrl-C set a flag, which the yielded function returns; a second one ends."""
+    """Make SIGTERM and the first Ctrl-C set a flag, which the yielded function returns; a second one interrupts."""
     if threading.current_thread() is not threading.main_thread():  # Python takes signals only there
         yield lambda: False
         return

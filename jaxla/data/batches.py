@@ -33,13 +33,11 @@ class Source(Protocol):
     Attributes:
         units: number of units over which Dice is averaged; `volume` of a row names its unit.
         counted: how Dice is averaged, in words.
-        rows: the word for a row, singular and plural.
         slices: mean number of slices in a row.
     """
 
     units: int
     counted: str
-    rows: tuple[str, str]
     slices: float
 
     def __len__(self) -> int: ...
@@ -59,7 +57,7 @@ class ArraySource:
         masks: [N, H, W] class indices.
     """
 
-    counted, rows, slices = "per image", ("image", "images"), 1.0
+    counted, slices = "per image", 1.0
 
     def __init__(self, images: np.ndarray, masks: np.ndarray) -> None:
         self.images, self.masks, self.units = images, masks, len(images)
@@ -85,7 +83,7 @@ class SliceSource:
         with_images: whether the network reads the images as well as the features.
     """
 
-    counted, rows, slices = "per volume", ("slice", "slices"), 1.0
+    counted, slices = "per volume", 1.0
 
     def __init__(
         self,
@@ -129,7 +127,7 @@ class VolumeSource:
         features: see `SliceSource`.
     """
 
-    counted, rows = "per volume", ("whole volume", "whole volumes")
+    counted = "per volume"
 
     def __init__(
         self,

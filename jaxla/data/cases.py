@@ -113,7 +113,7 @@ def find_cases(root: str | Path, labels: str = "") -> Dataset:
 
 
 def survey_cases(root: str | Path) -> Survey:
-    """Find the cases of a folder in any layout, and all files without a partner or with a rival.
+    """Find the cases of a folder in any layout, and all files without a partner, and every second file of one case.
 
     Raises:
         InputError: there is no folder, or nothing of any layout in it, or its cases cannot be told apart.
@@ -222,7 +222,7 @@ def _lascarqs_folders(root: Path) -> list[Path]:
         log.info("%s: %d case folders outside task2 are not read (%s, …)", root, len(skipped), sorted(skipped)[0])
         folders -= set(skipped)
     if len({f.name for f in folders}) < len(folders):
-        raise InputError(root, "two case folders have one name", "Name the folder of one data set.")
+        raise InputError(root, "two case folders have the same name", "Name the folder of one data set.")
     return sorted(folders, key=lambda f: ([int(n) for n in re.findall(r"\d+", f.name)], f.name))
 
 

@@ -141,7 +141,7 @@ def _log_summary(data: PreparedData) -> None:
     if unlisted := len(volumes) - len(split.train + split.val + split.test + split.unused):
         log.info("%d cases are in no part of this split and are not used", unlisted)
     if empty := [v.id for v in volumes if not any(v.class_voxels[1:])]:
-        log.info("%d cases have an empty mask and are kept: %s", len(empty), ", ".join(empty))
+        log.info("%d cases have an empty mask and are used as all background: %s", len(empty), ", ".join(empty))
     log.info(
         "patients: %d training, %d validation, %d test; slices along the %s axis, %d for training",
         len(split.train), len(split.val), len(split.test),

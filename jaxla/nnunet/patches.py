@@ -49,9 +49,6 @@ class PatchSource:
         self.size = np.array((1, *initial_size) if self.is_2d else initial_size)
         self.margin = self.size - np.array((1, *patch_size) if self.is_2d else patch_size)
         self.slices = 1.0 if self.is_2d else float(patch_size[0])
-        self.rows = ("slice", "slices")
-        if not self.is_2d:
-            self.rows = tuple(f"{word} of {patch_size[0]} slices" for word in ("patch", "patches"))
         self.random_rows = round(batch_size * (1 - FOREGROUND_FRACTION))  # the first rows, drawn from anywhere
 
     def __len__(self) -> int:

@@ -34,7 +34,7 @@ class Cost:
         parameters: of the network.
         trained_parameters: those that training changes.
         multiply_adds: per slice at the network's input size; for networks that read volumes, a slice's part.
-        step_bytes: device memory of a training step, by XLA's account.
+        step_bytes: device memory of a training step, as reported by XLA.
         peak_host_bytes: peak memory of the process on the host (on CPU, all of it); None if the system does not say.
         peak_device_bytes: peak memory on a GPU; None on CPU.
         inference_seconds: for each timed test volume, from the scan in memory to the mask on its grid, by the whole

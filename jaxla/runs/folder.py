@@ -202,7 +202,7 @@ def require_resumable(folder: Path | None, experiment: Experiment) -> None:
     if folder is None:
         raise InputError("--resume", "--run-dir is missing", "Give the folder of the run to resume.")
     if folder.is_dir() and has_not_begun(folder):
-        raise InputError("--resume", f"no run has begun in {folder}", "Start it without --resume.")
+        raise InputError("--resume", f"no run has started in {folder}", "Start it without --resume.")
     record = read_record(folder)
     _require_unfinished(folder)
     require_writable("--run-dir", folder)

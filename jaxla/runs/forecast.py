@@ -67,7 +67,7 @@ class Forecast:
         trained, frozen: numbers of parameters.
         disk_free: bytes on the disk of the cache folder.
         run_bytes: size of the run's folder at its largest: checkpoints and predictions.
-        step_bytes: device memory of a training step, by XLA's account.
+        step_bytes: device memory of a training step, as reported by XLA.
         device_bytes: memory of the device; 0 if it does not say.
         start_seconds: to build the network and compile its step.
         step_seconds: of a training step.
@@ -234,8 +234,8 @@ def describe_forecast(forecast: Forecast, name: str) -> str:
         size, free = format_bytes(features.size), f"{format_bytes(f.disk_free)} free"
         disk += f"; features {size} in {f.cache_dir} ({free})"
         if not features.fit:
-            disk += f", which do not fit: the backbone will run at every step. To keep them, use {features.how_to_fit}"
-    memory = f"{format_bytes(f.step_bytes)} for a training step, by XLA's account"
+            disk += f", which do not fit: the backbone will run at every step. To cache them, use {features.how_to_fit}"
+    memory = f"{format_bytes(f.step_bytes)} for a training step, as reported by XLA"
     if f.device_bytes:
         memory += f", of {format_bytes(f.device_bytes)}"
     duration = format_duration

@@ -1,4 +1,4 @@
-"""One session of a run: its folder held, its log kept, and a clean end whatever happens."""
+"""One session of a run: its locked folder, its log, and a message for every early end."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def open_run(
     resume: bool,
     outer_resume_command: str = "",
 ) -> Iterator[None]:
-    """Hold a run's folder while it is trained and tested; whatever ends that early is logged and explained.
+    """Lock a run's folder while it is trained and tested; log and explain whatever ends that early.
 
     Args:
         early_log: log lines since the command started, which the log begins with.

@@ -108,7 +108,7 @@ def load_run(folder: str | Path) -> TrainedRun:
 def _load_folds(folder: Path, record: Record) -> TrainedRun:
     begun = [fold for fold in fold_folders(folder) if fold.exists()]
     if len(begun) < FOLDS:
-        raise InputError(folder, f"only {len(begun)} of {FOLDS} folds have begun", "Resume the run.")
+        raise InputError(folder, f"only {len(begun)} of {FOLDS} folds have started", "Resume the run.")
     first, networks = load_run(begun[0]), []
     for fold in begun:
         run = load_run(fold) if networks else first

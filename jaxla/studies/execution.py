@@ -73,10 +73,10 @@ def execute_runs(runs: Sequence[ScheduledRun], states: Sequence[State], seconds:
             left = sum(seconds[m] for m in remaining[position:]) * elapsed / max(expected, 1e-9)
             log.info("%d of %d done; about %s left", position, len(remaining), format_duration(left))
         except KeyboardInterrupt as interrupt:
-            raise Stopped(f"in run {run.folder.name}. To resume: {command}") from interrupt
+            raise Stopped(f"in run {run.folder.name}", command) from interrupt
     if failures:
         reasons = "; ".join(failures)
-        raise Stopped(f"with {len(failures)} of {len(runs)} runs failed: {reasons}. Fix this; to resume: {command}")
+        raise Stopped(f"after {len(failures)} of {len(runs)} runs failed: {reasons}", command)
 
 
 def _execute(run: ScheduledRun) -> str:
@@ -116,13 +116,13 @@ def _execute(run: ScheduledRun) -> str:
         raise stopped
     if process.returncode == 0 and is_finished(run.folder):
         return ""
-    ending = f"ended with {describe_exit(process.returncode)}"
+    ending = describe_exit(process.returncode)
     return f"{ending}: {last_line}" if process.returncode > 0 and last_line else ending
 
 
 @contextmanager
 def _signals_interrupt() -> Iterator[None]:
-    """Within it, SIGINT, SIGTERM and a closed terminal (unless ignored, as under nohup) raise KeyboardInterrupt."""
+    """Raise KeyboardInterrupt on SIGINT, SIGTERM and a closed terminal (unless ignored, as under nohup)."""
     numbers = [signal.SIGINT, signal.SIGTERM]
     if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # Windows has no SIGHUP
         numbers.append(signal.SIGHUP)

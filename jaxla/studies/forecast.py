@@ -15,16 +15,16 @@ from tabulate import tabulate
 from jaxla.cli.files import free_bytes
 from jaxla.cli.process import log_to_terminal
 from jaxla.cli.terminal import format_bytes, format_duration, plural
-from jaxla.config import Experiment, InputError
+from jaxla.config import Experiment, InputError, command_line_wording
 from jaxla.data.cache import mark_cache_in_use
-from jaxla.data.dataset import PreparedData, prepare_data, require_classes
+from jaxla.data.dataset import prepare_data, require_classes
 from jaxla.data.split import make_split
 from jaxla.distributed import use_devices
 from jaxla.hardware import device_name, on_cpu
 from jaxla.runs.forecast import MEASURED_STEPS, Forecast, forecast_run
 from jaxla.runs.machine import processor
 from jaxla.studies.schedule import ScheduledRun, State, method_named
-from jaxla.tasks import Task, make_task
+from jaxla.tasks import Task, make_checked_task
 from jaxla.training.features import MAX_DISK_FRACTION
 
 log = logging.getLogger(__name__)
@@ -70,9 +70,11 @@ def forecast_study(runs: Sequence[ScheduledRun], states: Sequence[State], cache_
         result = receiver.recv()
     except EOFError as error:
         process.join()
+        if process.exitcode > 0:  # an error in this package, whose traceback the process has printed
+            raise RuntimeError(f"measuring the first steps failed: {describe_exit(process.exitcode)}") from error
         raise InputError(
             "first steps of the methods",
-            f"measuring them ended with {describe_exit(process.exitcode)}",
+            f"the process that measured them was {describe_exit(process.exitcode)}",
             "If memory ran out, lower --training.batch_size or --preprocessing.image_size.",
         ) from error
     finally:
@@ -90,7 +92,11 @@ def _measure_and_send(
     logging.getLogger().handlers.clear()  # Orbax, which is imported before this runs, has added its own
     log_to_terminal()
     try:
-        with mark_cache_in_use(cache_dir), use_devices(runs[0].devices, runs[0].shard_params):
+        with (
+            command_line_wording(),
+            mark_cache_in_use(cache_dir),
+            use_devices(runs[0].devices, runs[0].shard_params),
+        ):
             is_complete = [state == "complete" for state in states]
             sender.send(measure_runs([run.experiment for run in runs], is_complete, cache_dir))
     except InputError as error:  # as a tuple, because not every subclass can be unpickled
@@ -151,15 +157,6 @@ def measure_runs(experiments: Sequence[Experiment], is_complete: Sequence[bool],
     )
 
 
-def make_checked_task(experiment: Experiment, data: PreparedData) -> Task:
-    """Return a run's task, after the checks that the run itself makes before it starts."""
-    task = make_task(experiment, data)
-    task.check_batch_size()
-    for volume in data.used_volumes:
-        task.check_scan(volume.case.image, volume.shape[0])
-    return task
-
-
 def describe_schedule(
     runs: Sequence[ScheduledRun], states: Sequence[State], forecast: StudyForecast | None = None
 ) -> str:
@@ -202,10 +199,10 @@ def _describe_disk(forecast: StudyForecast, free: int) -> str:
             parts.append("this is too much: the backbones of the last methods run in every epoch, which takes longer")
     for method, advice in forecast.uncached.items():
         problem = f"the features of {method} do not fit in the cache folder: its backbone runs at every step"
-        parts.append(f"{problem}. To keep them, use {advice}")
+        parts.append(f"{problem}. To cache them, use {advice}")
     return "; ".join(parts)
 
 
 def describe_exit(code: int) -> str:
-    """Return `SIGKILL`, or `exit code 1`."""
-    return signal.Signals(-code).name if code < 0 else f"exit code {code}"
+    """Return `killed by SIGKILL`, or `exit code 1`."""
+    return f"killed by {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"

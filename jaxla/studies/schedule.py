@@ -119,7 +119,7 @@ def _scan_options(data: Data) -> Data:
 
 @contextmanager
 def method_named(method: str) -> Iterator[None]:
-    """Within it, an InputError about an option that methods may set differently says which method it concerns."""
+    """Add the method to an InputError about an option that methods may set differently."""
     try:
         yield
     except InputError as error:

@@ -15,7 +15,7 @@ from jaxla.tasks.patches import PatchTask, is_same_plan
 from jaxla.tasks.slices import SliceTask
 from jaxla.tasks.volumes import VolumeTask
 
-__all__ = ["TASKS", "Features", "Task", "is_same_plan", "make_task", "restore_task"]
+__all__ = ["TASKS", "Features", "Task", "is_same_plan", "make_checked_task", "make_task", "restore_task"]
 
 TASKS: dict[str, type[Task]] = {"slices": SliceTask, "volumes": VolumeTask, "patches": PatchTask}
 
@@ -27,6 +27,19 @@ def make_task(experiment: Experiment, data: PreparedData) -> Task:
         InputError: the method does not fit the data.
     """
     return TASKS[experiment.method.model.sample].from_data(experiment, data)
+
+
+def make_checked_task(experiment: Experiment, data: PreparedData) -> Task:
+    """Return the task of a new run, after all checks that need no network.
+
+    Raises:
+        InputError: the method does not fit the data or the devices, or a scan has too few slices.
+    """
+    task = make_task(experiment, data)
+    task.check_batch_size()
+    for volume in data.used_volumes:
+        task.check_scan(volume.case.image, volume.shape[0])
+    return task
 
 
 def restore_task(experiment: Experiment, outputs: int, extent: float, folder: Path) -> Task:

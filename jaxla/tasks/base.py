@@ -176,7 +176,7 @@ class Task(ABC):
         return make_gradient
 
     def make_trainer(self, network: nnx.Module, train: Source, features: Features | None = None) -> Trainer:
-        """Assemble the trainer of a run: the only place where one is."""
+        """Assemble the trainer of a run."""
         return Trainer(
             self.reduce_network(network) if features else network,
             self.resolved_recipe,
@@ -196,11 +196,9 @@ class Task(ABC):
         if not self.recipe.cache_features:
             return "The frozen backbone runs at every step, because training.cache_features is false."
         if not hasattr(network, "on_features"):
-            return f"The frozen {self.model.arch} runs at every step: its features of all scales are not cached."
+            return f"The frozen {self.model.arch} runs at every step: features of several scales are not cached."
         if self.augment is not None:
-            return (
-                "The frozen backbone runs at every step and its features are not cached, because slices are augmented."
-            )
+            return "The frozen backbone runs at every step, because slices are augmented, so it has nothing to cache."
         return ""
 
     def make_feature_cache(self, network: nnx.Module, cache_dir: Path) -> FeatureCache:

@@ -129,12 +129,12 @@ class FeatureCache:
         if not fit:
             log.warning(
                 "features of %d volumes would take %s in %s, where %s are free: the backbone runs in every epoch "
-                "instead. To keep them, use %s",
+                "instead. To cache them, use %s",
                 len(missing), format_bytes(needed), self.folder, format_bytes(free_bytes(self.folder)), self.how_to_fit,
             )  # fmt: skip
         elif missing:
             log.info(
-                "features of %d volumes are computed once and kept: %s in %s",
+                "computing the features of %d volumes once, %s, cached in %s",
                 len(missing), format_bytes(needed), self.folder,
             )  # fmt: skip
         if not all(gather(fit)):
@@ -174,7 +174,7 @@ class FeatureCache:
             if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES):
                 raise
             log.warning(
-                "features cannot be kept in %s (%s): the backbone runs in every epoch instead",
+                "features cannot be cached in %s (%s): the backbone runs in every epoch instead",
                 self.folder, error.strerror,
             )  # fmt: skip
             return False

@@ -459,7 +459,7 @@ def test_missing_and_incompatible_options_are_named(tmp_path, arguments, line):
 def test_error_for_an_unknown_architecture_names_the_nearest(tmp_path, given, nearest):
     line = refuse_source(save(tmp_path, empty_state()), given)
     assert line.startswith("--arch")
-    assert f"; did you mean {nearest}?" in line
+    assert f"(did you mean {nearest}?)" in line
 
 
 def test_existing_output_is_kept(tmp_path):

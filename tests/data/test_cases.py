@@ -61,7 +61,7 @@ def test_two_case_folders_with_one_name_are_refused(tmp_path):
     shutil.copytree(lascarqs(tmp_path / "a", count=1), tmp_path / "b")
     shutil.copytree(tmp_path / "b", tmp_path / "c")
     shutil.rmtree(tmp_path / "a")
-    with pytest.raises(InputError, match="two case folders have one name"):
+    with pytest.raises(InputError, match="two case folders have the same name"):
         find_cases(tmp_path)
 
 

@@ -305,4 +305,4 @@ def test_network_uses_the_backbone_of_a_file(mini, mini_file):
 
 @pytest.mark.parametrize(("name", "nearest"), [("vit_mini", "vit_mini8"), ("dinov2_vitb_14", "dinov2_vitb14")])
 def test_error_for_an_unknown_method_names_the_nearest(name, nearest):
-    refusal(lambda: jaxla.build_network(name), "method", name, f"; did you mean {nearest}?")
+    refusal(lambda: jaxla.build_network(name), "method", name, f"(did you mean {nearest}?)")

@@ -45,7 +45,7 @@ def test_study_resumes_after_a_failure_and_after_a_stop(phantoms, tmp_path, caps
     assert "2 runs: 2 methods, 1 protocol, 1 seed (3); 0 complete, 0 started, 2 new" in failed.stdout
     assert re.search(r"^time  at most about .* from 3 measured steps of each method", failed.stdout, re.MULTILINE)
     assert re.search(r"^disk  run folders at most \S+ \(\S+ free\)$", failed.stdout, re.MULTILINE)
-    assert failed.stderr.startswith(f"stopped with 1 of 2 runs failed: {unet} (ended with exit code 2: error: ")
+    assert failed.stderr.startswith(f"stopped after 1 of 2 runs failed: {unet} (exit code 2: error: ")
     assert "training.learning_rate" in failed.stderr
     assert "Fix this; to resume: python -m jaxla.study --name=fewshot_patients" in failed.stderr
     assert failed.stderr.count("\n") == 1
@@ -71,7 +71,7 @@ def test_study_resumes_after_a_failure_and_after_a_stop(phantoms, tmp_path, caps
             break
     _, stderr = process.communicate(timeout=100)
     assert process.returncode == 1
-    assert stderr.startswith(f"stopped in run {unet.name}. To resume: python -m jaxla.study --name=fewshot_patients")
+    assert stderr.startswith(f"stopped in run {unet.name}; resume with: python -m jaxla.study --name=fewshot_patients")
     assert (unet / "experiment.json").exists()
 
     done = run_module("jaxla.study", *study_options(phantoms, tmp_path))

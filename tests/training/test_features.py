@@ -163,7 +163,7 @@ def test_features_are_computed_once_and_then_read(volumes, tmp_path, caplog):
     assert cache.find_missing(volumes) == volumes
     cache.features(volumes[:2])
     assert cache.find_missing(volumes) == volumes[2:]
-    assert "features of 2 volumes are computed once and cached: 22.5kB" in package_messages(caplog, logging.INFO)[0]
+    assert "computing the features of 2 volumes once, 22.5kB, cached in " in package_messages(caplog, logging.INFO)[0]
     first = times(tmp_path)
     assert len(first) == 2
     cache_in(tmp_path).features(volumes)
@@ -350,7 +350,7 @@ def test_if_the_disk_becomes_full_written_features_are_removed(volumes, cached, 
     with files_at_most(12000):
         assert cache.features(volumes) is None
     (message,) = package_messages(caplog)
-    assert message.startswith(f"features cannot be kept in {cache.folder} (File too large): ")
+    assert message.startswith(f"features cannot be cached in {cache.folder} (File too large): ")
     assert "the backbone runs in every epoch" in message
     assert [path.name for path in cache.folder.iterdir() if "lock" not in path.name] == ["backbone.json"]
 
