@@ -1,12 +1,9 @@
 """python -m jaxla.cache: what it lists, what it clears, and when it refuses to clear."""
 
-import contextlib
 import os
 import re
 import shutil
 import signal
-import subprocess
-import sys
 
 import pytest
 
@@ -19,33 +16,14 @@ from jaxla.models.networks.transformer_segmenter import TransformerSegmenterOpti
 from jaxla.models.weights_format import save_weights
 from jaxla.nnunet.preprocessing import preprocess_volumes
 from jaxla.training.features import FeatureCache
-from tests.commands import in_this_process
+from tests.commands import held_by_another_process, in_this_process, parse_bytes
 from tests.data.nifti import flat
 from tests.nnunet.test_preprocessing import make_tiny_plan
 
-UNITS = {"": 1, "k": 1e3, "M": 1e6, "G": 1e9}
 USES_THE_CACHE = (
     "from pathlib import Path; from jaxla.data.cache import mark_cache_in_use;"
     "hold = mark_cache_in_use(Path(sys.argv[1]))"
 )
-
-
-def parse_bytes(shown):
-    """Parse a size: `1.05kB` -> 1050.0, correct to half a percent because three digits are shown."""
-    number, unit = re.fullmatch(r"([\d.]+)([kMG]?)B", shown).groups()
-    return float(number) * UNITS[unit]
-
-
-@contextlib.contextmanager
-def held_by_another_process(statements, *arguments):
-    """Run a process that stays within the context manager `hold` of `statements`; yield the process."""
-    code = f"import sys; {statements}\nwith hold:\n print(flush=True); sys.stdin.read()"
-    with subprocess.Popen(
-        [sys.executable, "-c", code, *map(str, arguments)], stdin=subprocess.PIPE, stdout=subprocess.PIPE
-    ) as process:
-        assert process.stdout.readline() == b"\n"
-        yield process
-        process.stdin.close()
 
 
 def size_of(folder):

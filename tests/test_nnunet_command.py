@@ -235,5 +235,5 @@ def test_patches_too_large_for_memory_are_refused_before_any_is_made(phantoms, p
     assert done.returncode == 2
     (line,) = done.stderr.splitlines()
     assert line.startswith("error: --training.batch_size=40000: a training step needs ")
-    assert line.endswith("nnU-Net with a lower --model.memory_gb or with a plan made for a lower --memory-gb.")
+    assert line.endswith("nnU-Net with a lower --model.memory_gb or with a plan made for less memory.")
     assert not (tmp_path / "run").exists()

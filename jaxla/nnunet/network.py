@@ -21,7 +21,7 @@ from jaxla.config import InputError, NetworkOptions, option
 from jaxla.models.ops.images import crop, pad_to_multiple, require_images
 from jaxla.models.ops.layers import Upconvolution, convolution_nd
 from jaxla.models.ops.norms import InstanceNorm
-from jaxla.nnunet.plan import ARCH_CONFIGURATIONS, Configuration, Plan, read_plan
+from jaxla.nnunet.plan import ARCH_CONFIGURATIONS, DEFAULT_MEMORY_GB, Configuration, Plan, read_plan
 
 SLOPE = 0.01  # of LeakyReLU for negative values
 HE_NORMAL = jax.nn.initializers.variance_scaling(2 / (1 + SLOPE**2), "fan_in", "normal")  # He et al. 2015
@@ -44,11 +44,14 @@ class NNUNetOptions(NetworkOptions):
 
     arch: Literal["nnunet_2d", "nnunet_3d_fullres"] = "nnunet_2d"
     plan: str = ""
-    memory_gb: float = 8.0
+    memory_gb: float = DEFAULT_MEMORY_GB
 
     def resolve(self) -> Self:
         if not 0 < self.memory_gb < math.inf:
             raise InputError(option("model.memory_gb", self.memory_gb), "not a positive number", "Use 8, for example.")
+        if self.plan and self.memory_gb != DEFAULT_MEMORY_GB:
+            problem = f"has no effect, because {option('model.plan')} is given"
+            raise InputError(option("model.memory_gb"), problem, "Remove one of the two.")
         if self.plan:
             self.configuration()
         return self

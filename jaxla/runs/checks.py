@@ -47,8 +47,6 @@ def check_experiment(experiment: Experiment) -> Experiment:
         )
     if method.preprocessing is not None:
         model.check_size("--preprocessing.image_size", method.preprocessing.image_size)
-    if "memory_gb" in model.unread() and model.memory_gb != METHODS[method.name].model.memory_gb:
-        raise InputError("--model.memory_gb", "has no effect, because --model.plan is given", "Remove one of the two.")
     return experiment
 
 
