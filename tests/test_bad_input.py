@@ -440,7 +440,7 @@ def scan_and_run(tmp_path, run_folder):
         (["--output=scan.nii.gz"], "scan.nii.gz: exists already. Use another --output."),
         (["--output=scan.nii.gz/below"], "--output=scan.nii.gz/below: .*/scan.nii.gz is not a writable folder"),
         (["--input=.", "--output=mask.nii.gz"], "--output=mask.nii.gz: a file, but --input=. is a folder"),
-        (["--probability"], "--probability: unknown option (did you mean --probabilities?)"),
+        (["--probability"], r"--probability: unknown option \(did you mean --probabilities\?\)"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else None,
 )
