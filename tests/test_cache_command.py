@@ -160,10 +160,10 @@ def test_only_the_named_kind_is_cleared_and_never_weights(cache, option, cleared
 @pytest.mark.parametrize(
     ("option", "message"),
     [
-        ("--clear=weights", "option --clear expects .*features.*volumes.*phantoms.*downloads.*all.*weights"),
-        ("--clear=feature", "option --clear expects .*features.*volumes.*phantoms.*downloads.*all.*'feature'"),
-        ("--clean=all", "option --clean is unknown; did you mean --clear?"),
-        ("all", "'all' is no option"),
+        ("--clear=weights", 'command line: .*"clear".*features.*volumes.*phantoms.*downloads.*all.*weights'),
+        ("--clear=feature", 'command line: .*"clear".*features.*volumes.*phantoms.*downloads.*all.*: feature'),
+        ("--clean=all", r"--clean: unknown option \(did you mean --clear\?\)"),
+        ("all", "command line: unexpected argument 'all'"),
     ],
 )
 def test_a_wrong_option_is_named_and_nothing_is_cleared(cache, option, message):
