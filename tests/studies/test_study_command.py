@@ -47,7 +47,7 @@ def test_study_resumes_after_a_failure_and_after_a_stop(phantoms, tmp_path, caps
     assert re.search(r"^disk  run folders at most \S+ \(\S+ free\)$", failed.stdout, re.MULTILINE)
     assert failed.stderr.startswith(f"stopped after 1 of 2 runs failed: {unet} (exit code 2: error: ")
     assert "training.learning_rate" in failed.stderr
-    assert "Fix this; to resume: python -m jaxla.study --name=fewshot_patients" in failed.stderr
+    assert "; resume with: python -m jaxla.study --name=fewshot_patients" in failed.stderr
     assert failed.stderr.count("\n") == 1
     assert (gated / "report.html").exists()
     assert not (tmp_path / "study" / "report.html").exists()
@@ -123,9 +123,9 @@ def test_study_resumes_after_a_failure_and_after_a_stop(phantoms, tmp_path, caps
             '--data={"train_patients":5}',
             "--data: the protocol fewshot_1patient sets the number of training patients. Choose protocols with --exp",
         ),
-        ("--unet.preprocessing.image_size=0", "--preprocessing.image_size … at least 1, got 0"),
+        ("--unet.preprocessing.image_size=0", "--preprocessing.image_size=0: less than 1"),
         ("--unet.training.epoch=3", "--training.epoch … did you mean --training.epochs?"),
-        ("--training.epochs=0", "--training.epochs … at least 1"),
+        ("--training.epochs=0", "--training.epochs=0: less than 1"),
         ("--data.rot=x", "--data.rot … did you mean --data.root?"),
         ("stray", "stray"),
     ],
@@ -170,7 +170,7 @@ def test_missing_required_option_is_named(missing):
 
 
 def test_protocol_that_needs_more_patients_than_there_are_is_refused(phantoms, tmp_path):
-    with pytest.raises(InputError, match=r"--data.train_patients=5: there are 4 training patients"):
+    with pytest.raises(InputError, match=r"--data.train_patients=5: there are only 4 training patients"):
         main(study_options(phantoms, tmp_path, "--experiments=fewshot_1patient,fewshot_5patients"))
     assert not (tmp_path / "study").exists()
 
@@ -184,6 +184,19 @@ def test_files_in_place_of_a_run_are_refused_and_kept(phantoms, tmp_path):
     assert (folder / "notes.txt").read_text() == "mine"
 
 
+def make_record(experiment, labels, split):
+    """Return the record of a run that used random weights."""
+    text = dict.fromkeys(("label", "network", "input", "unit", "weights_sha256", "data_sha256", "command", "begun"), "")
+    return Record(
+        experiment, labels=labels, weights="random", split_sha256=split.sha256, environment=environment(), **text
+    )
+
+
+def with_model(experiment, **options):
+    """Return the experiment with changed options of its network."""
+    return replace(experiment, method=replace(experiment.method, model=replace(experiment.method.model, **options)))
+
+
 def test_complete_runs_on_a_different_split_or_different_data_are_refused(phantoms, tmp_path):
     """Writes the folder of a complete run without training."""
     data, study = shutil.copytree(phantoms, tmp_path / "data"), tmp_path / "study"
@@ -192,16 +205,14 @@ def test_complete_runs_on_a_different_split_or_different_data_are_refused(phanto
     dataset = find_cases(data)
     cases = {case.id: content_key(case, dataset.labels) for case in dataset.cases}
     split = make_split(list(cases), run.experiment.data)
-    hashes = {"weights_sha256": "", "split_sha256": split.sha256, "data_sha256": ""}
-    record = Record(run.experiment, dataset.labels, "random", **hashes, command="", begun="", environment=environment())
+    record = make_record(run.experiment, dataset.labels, split)
     with run_folder(folder, record, split, cases, resume=False):
         (folder / "report.html").write_text("the run is complete")
 
     require_same_data([run], ["complete"], tmp_path)
     assert read_state(run) == "complete"
-    with_plan = replace(run.experiment, model=replace(run.experiment.model, plan=str(tmp_path / "plan.json")))
-    with pytest.raises(InputError, match=r"was run with --model.plan=not given, but the study schedules "):
-        read_state(run._replace(experiment=with_plan))
+    with pytest.raises(InputError, match=r"was run with --model.widths=.*, but the study schedules "):
+        read_state(run._replace(experiment=with_model(run.experiment, widths=(8, 16))))
     swapped = tmp_path / "split.json"
     write_split(replace(split, val=split.test, test=split.val), swapped)
     moved = run._replace(experiment=replace(run.experiment, data=replace(run.experiment.data, split=str(swapped))))
@@ -226,13 +237,11 @@ def test_run_with_a_different_plan_is_refused(phantoms, tmp_path):
     dataset = find_cases(phantoms)
     cases = {case.id: content_key(case, dataset.labels) for case in dataset.cases}
     split = make_split(list(cases), run.experiment.data)
-    hashes = {"weights_sha256": "", "split_sha256": split.sha256, "data_sha256": ""}
-    record = Record(run.experiment, dataset.labels, "random", **hashes, command="", begun="", environment=environment())
+    record = make_record(run.experiment, dataset.labels, split)
     with run_folder(run.folder, record, split, cases, resume=False):
         shutil.copy(plan, run.folder / "plan.json")
     moved = shutil.copy(plan, tmp_path / "moved.json")
-    model = replace(run.experiment.model, plan=str(moved))
-    run = run._replace(experiment=replace(run.experiment, model=model))
+    run = run._replace(experiment=with_model(run.experiment, plan=str(moved)))
     assert read_state(run) == "started"
     write_plan(moved, TINY_PLAN._replace(median_spacing=(3.0, 1.0, 1.0)))
     with pytest.raises(InputError, match=r"was run with a different plan than .*moved.json. Move this folder away"):

@@ -315,7 +315,7 @@ def test_a_process_continues_after_a_killed_one(scans, volumes, cached, tmp_path
     waiting.join(100)
     output = log.read_text()
     assert waiting.exitcode == 0, output
-    assert "features of 2 volumes are computed" in output
+    assert "computing the features of 2 volumes once" in output
     assert "damaged" not in output
     assert calls(tmp_path) == 2 + 2
     assert before.items() < times(tmp_path).items()  # the complete one is not computed again
