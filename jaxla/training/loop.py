@@ -26,7 +26,7 @@ from jaxla.training.trainer import Trainer, Validation
 
 log = logging.getLogger(__name__)
 
-SAVE_SECONDS = 600  # an epoch that takes longer is saved on the way
+SAVE_SECONDS = 600  # an epoch that takes longer is also saved before it ends
 SAVE, STOP = 1, 2  # what a process may request after a step
 
 
