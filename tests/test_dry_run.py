@@ -150,7 +150,7 @@ def test_features_that_do_not_fit_on_the_disk_come_with_advice(tmp_path, phantom
     forecast = dry_run(tmp_path, phantoms, *SMALL_RUN, *options, "--model.decoder_widths=[16,8]")
     size, advice = re.search(
         rf"; features (\S+) in {tmp_path / 'cache'} \(250kB free\), which do not fit: the backbone will run at every "
-        r"step\. To keep them, use (.*)$",
+        r"step\. To cache them, use (.*)$",
         forecast["disk"],
     ).groups()
     assert parse_bytes(size) == pytest.approx(sum(slices.values()) * 4 * 6 * 6 * 128 * 4, rel=0.005)
