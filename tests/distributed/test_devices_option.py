@@ -51,8 +51,8 @@ def test_four_devices_give_the_numbers_of_one(four_devices, small_run, phantoms,
         (["--devices=5"], "--devices=5: JAX sees 4 (cpu). Use a number from 0 (all) to 4."),
         (
             ["--training.batch_size=2"],
-            "--training.batch_size=2: 4 devices share a batch, and each needs a sample. Use a larger batch size, or use "
-            "--devices=2.",
+            "--training.batch_size=2: 4 devices share a batch, and each needs a sample. Use a larger batch size, or "
+            "use --devices=2.",
         ),
         (
             ["--devices=3", "--shard-params"],
