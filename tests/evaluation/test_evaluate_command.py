@@ -180,7 +180,7 @@ def two_masks_of_one_case(folder):
         (two_masks_of_one_case, (), "train_1_seg.nii.gz: belongs to the same case as train_1_mask.nii.gz"),
         (lambda f: None, ("--unit=slice", "--protocol=lascarqs2022"), "--protocol=lascarqs2022"),
         (lambda f: None, ("--empty=skip", "--protocol=lascarqs2022"), "--protocol=lascarqs2022"),
-        (lambda f: None, ("--unit=patient",), "--unit"),
+        (lambda f: None, ("--unit=patient",), '"unit".*patient'),
         (lambda f: None, ("--predictions=nowhere",), "^predictions=nowhere: no such folder"),
     ],
 )

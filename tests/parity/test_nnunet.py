@@ -179,9 +179,9 @@ def test_initial_parameters_are_distributed_as_nnunets():
 
 
 def test_plan_is_required_by_nnunet_and_refused_by_other_methods():
-    with pytest.raises(jaxla.InputError, match="plan: nnunet_2d is planned from the data; give the file"):
+    with pytest.raises(jaxla.InputError, match="plan: nnunet_2d needs a plan"):
         jaxla.build_network("nnunet_2d")
-    with pytest.raises(jaxla.InputError, match="plan: unet takes none"):
+    with pytest.raises(jaxla.InputError, match="plan: unet needs no plan"):
         jaxla.build_network("unet", plan=PLAN)
     with pytest.raises(jaxla.InputError, match="plan: not a plan"):
         jaxla.build_network("nnunet_2d", plan={"configurations": []})

@@ -28,7 +28,7 @@ def test_a_users_module_trains_on_arrays(tmp_path):
     images = (masks + 0.3 * rng.standard_normal(masks.shape))[..., None].astype(np.float32)
     train, val = ArraySource(images[:16], masks[:16]), ArraySource(images[16:], masks[16:])
 
-    recipe = Training(epochs=4, batch_size=4, learning_rate=0.02)
+    recipe = Training(epochs=12, batch_size=4, learning_rate=0.02)
     trainer = Trainer(OwnNetwork(nnx.Rngs(0)), recipe, steps_per_epoch=4)
     progress = fit(trainer, train, val, tmp_path)
 
