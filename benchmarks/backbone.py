@@ -6,11 +6,9 @@ Ampere in float32) and PyTorch also through `torch.compile`. The patch tokens of
 
 Prints JSON: seconds of a call (median and fastest), images per second, PyTorch's median divided by this package's
 (above 1 this package is faster), and the memory of this package's compiled program, parameters included; on a GPU also
-the fraction of the peak speed of matrix products that this package reaches. A pause before each call lets the other
-implementation's threads go idle.
+both peaks of memory. A pause before each call lets the other implementation's threads go idle.
 """
 
-import math
 import os
 import sys
 
@@ -34,7 +32,6 @@ from tests.golden.live import live_model
 from tests.tiny import randomise
 
 AGREEMENT = {"float32": 1e-5, "bfloat16": 5e-2}  # relative L2 of the patch tokens
-PEAK_SIDE = 8192  # of the square matrices whose product measures the peak speed
 
 
 def main(arguments):
@@ -86,7 +83,9 @@ def main(arguments):
         sys.exit(f"{arch}: patch tokens differ from PyTorch's by {difference:.1e}; nothing was timed")
 
     timing = compare(time_in_turn(runs, options.repeats))
-    medians = timing["median_seconds"]
+    medians = timing["median_seconds"].items()
+    graph, state = nnx.split(ours)
+    program = jax.jit(lambda state, images: nnx.merge(graph, state)(images)).lower(state, on_device).compile()
     result = {
         **environment("jax", "flax", "torch", "transformers"),
         "arch": arch,
@@ -98,38 +97,13 @@ def main(arguments):
         "repeats": options.repeats,
         "first_call_seconds": first_call,
         **timing,
-        "images_per_second": {name: options.batch / median for name, median in medians.items()},
-        "jaxla_program_bytes": forward_bytes(ours, on_device),
+        "images_per_second": {name: options.batch / median for name, median in medians},
+        "jaxla_program_bytes": program_bytes(program),
     }
     if gpu:
-        peak = matmul_peak(dtype)
         result["torch_peak_bytes"] = torch.cuda.max_memory_allocated()
         result["jaxla_peak_bytes"] = peak_device_bytes()
-        result["matmul_peak_flops"] = peak
-        result["share_of_matmul_peak"] = flops(variant, size) * options.batch / medians["jaxla"] / peak
     print_result(result, options.output)
-
-
-def forward_bytes(vit, images):
-    """Return the memory of the compiled forward pass: parameters, images, results and temporaries."""
-    graph, state = nnx.split(vit)
-    forward = jax.jit(lambda state, images: nnx.merge(graph, state)(images))
-    return program_bytes(forward.lower(state, images).compile())
-
-
-def flops(variant, size):
-    """Return the floating-point operations of the linear layers and the attention for one image."""
-    tokens = (size // variant.patch) ** 2 + 1 + variant.registers
-    parameters = 4 * variant.width**2 + (3 if variant.mlp == "swiglu" else 2) * variant.width * variant.hidden
-    return variant.depth * (2 * tokens * parameters + 4 * tokens**2 * variant.width)
-
-
-def matmul_peak(dtype):
-    """Return the floating-point operations per second of a large matrix product, the best of several."""
-    a = jax.random.normal(jax.random.key(0), (PEAK_SIDE, PEAK_SIDE), dtype)
-    product = jax.jit(lambda a: jax.lax.fori_loop(0, 10, lambda _, x: (x @ a) / math.sqrt(PEAK_SIDE), a))
-    jax.block_until_ready(product(a))
-    return 10 * 2 * PEAK_SIDE**3 / min(timed(lambda: jax.block_until_ready(product(a))) for _ in range(5))
 
 
 if __name__ == "__main__":

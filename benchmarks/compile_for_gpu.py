@@ -33,32 +33,7 @@ from tests.gpu import lowered_step, pretend_gpu, task_without_data
 
 PLAN = Path(__file__).parents[1] / "tests" / "golden" / "nnunet_plans" / "Hippocampus.json"
 SLICES = 40  # in a volume
-H200 = """
-gpu_device_info {
-  threads_per_block_limit: 1024
-  threads_per_warp: 32
-  shared_memory_per_block: 49152
-  shared_memory_per_core: 233472
-  shared_memory_per_block_optin: 232448
-  threads_per_core_limit: 2048
-  core_count: 132
-  fpus_per_core: 128
-  block_dim_limit_x: 2147483647
-  block_dim_limit_y: 65535
-  block_dim_limit_z: 65535
-  memory_bandwidth: 4800000000000
-  l2_cache_size: 62914560
-  clock_rate_ghz: 1.98
-  device_memory_size: 150000000000
-  registers_per_core_limit: 65536
-  registers_per_block_limit: 65536
-  cuda_compute_capability { major: 9 }
-}
-platform_name: "CUDA"
-dnn_version_info { major: 9 minor: 10 }
-runtime_version { major: 12 minor: 9 }
-device_description_str: "NVIDIA H200"
-"""
+H200 = Path(__file__).with_name("h200.txtpb")  # XLA's description of the device
 
 
 def main(arguments):
@@ -90,7 +65,7 @@ def absent_device():
     canonical = xla_bridge.canonicalize_platform
     try:
         on_gpu()  # loads the CUDA plugin, if it is installed
-        topology = topologies.get_topology_desc(platform="cuda", target_config=H200, topology="1x1x1")
+        topology = topologies.get_topology_desc(platform="cuda", target_config=H200.read_text(), topology="1x1x1")
     except NotImplementedError:
         fix = "Run `pip install -e '.[test,cuda12]'`."
         raise InputError("JAX's CUDA plugin", "not installed", fix) from None

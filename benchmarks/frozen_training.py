@@ -63,26 +63,16 @@ def main(arguments):
     model = NETWORKS[options.network](arch, weights="random", backbone="frozen")
     model.check_size("--size", options.size)
     if min(options.slices, options.batch, options.epochs) < 1 or options.slices % options.batch:
-        raise InputError(
-            f"--slices={options.slices}", f"not a multiple of --batch={options.batch} above 0", "Choose another number."
-        )
+        problem = f"not a multiple of --batch={options.batch} above 0"
+        raise InputError(f"--slices={options.slices}", problem, "Choose another number.")
     recipe = BackboneTraining(batch_size=options.batch)
     method = Method("frozen_training", "", model, Preprocessing(options.size), recipe)
     task = SliceTask(Experiment(method.name, "", Data(), method), outputs=1)
     with tempfile.TemporaryDirectory() as folder:
         measured = measure(task, Path(folder), options)
-    result = {
-        **environment("jax", "torch", "transformers"),
-        "network": options.network,
-        "arch": arch,
-        "size": options.size,
-        "slices": options.slices,
-        "batch": options.batch,
-        "decoder_widths": model.decoder_widths,
-        "torch_threads": torch.get_num_threads(),
-        **measured,
-    }
-    print_result(result)
+    shown = {"network": options.network, "arch": arch} | {name: options[name] for name in ("size", "slices", "batch")}
+    shown |= {"decoder_widths": model.decoder_widths, "torch_threads": torch.get_num_threads()}
+    print_result(environment("jax", "torch", "transformers") | shown | measured)
 
 
 def measure(task, folder, options):
@@ -123,17 +113,15 @@ def measure(task, folder, options):
     format_seconds = time_formats(decoder, torch_arrays, options.batch)
     memory_format = min(format_seconds, key=format_seconds.get)
     epochs = {}
-    for way, our_training, torch_backbone in (
-        ("cached", our_cached, None),
-        ("uncached", OurTraining(task, network, uncached), backbone),
-    ):
-        torch_training = TorchTraining(torch_backbone, decoder, *torch_arrays, options.batch, FORMATS[memory_format])
-        sides = {"jaxla": our_training, "torch": torch_training}
+    our_uncached = OurTraining(task, network, uncached)
+    for way, ours, torch_backbone in (("cached", our_cached, None), ("uncached", our_uncached, backbone)):
+        theirs = TorchTraining(torch_backbone, decoder, *torch_arrays, options.batch, FORMATS[memory_format])
+        sides = {"jaxla": ours, "torch": theirs}
         for name, training in sides.items():
             first_call[name][way] = timed(partial(training.steps, 1))
         runs = {name: partial(training.steps, options.slices // options.batch) for name, training in sides.items()}
         epochs[way] = compare(time_in_turn(runs, options.epochs))
-        our_training.close()
+        ours.batches.close()
     return {
         "torch_memory_format": memory_format,
         "torch_step_seconds_by_format": format_seconds,
@@ -181,9 +169,6 @@ class OurTraining:
 
     def steps(self, count):
         jax.block_until_ready([self.trainer.step(next(self.batches), 0) for _ in range(count)])
-
-    def close(self):
-        self.batches.close()
 
 
 class TorchTraining:

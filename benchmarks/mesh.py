@@ -35,37 +35,24 @@ def main(arguments):
         raise InputError(f"--size={options.size}", f"{arch} cannot run this benchmark", fix)
     model = TransformerSegmenterOptions(arch, weights="random", backbone=options.backbone)
 
-    sides = {
-        "no mesh": make_side(model, options, nullcontext),
-        "mesh": make_side(model, options, lambda: use_devices(1)),
-    }
+    contexts = {"no mesh": nullcontext, "mesh": lambda: use_devices(1)}
+    sides = {name: make_side(model, options, context) for name, context in contexts.items()}
     losses = {name: side() for name, side in sides.items()}
     if len(set(losses.values())) > 1:
         raise RuntimeError(f"losses differ: {losses['mesh']} within a mesh, {losses['no mesh']} without")
     seconds = median_and_fastest(time_in_turn(sides, options.repeats))
-    print_result(
-        {
-            **environment("jax", "flax"),
-            "arch": arch,
-            "backbone": options.backbone,
-            "size": options.size,
-            "batch": options.batch,
-            "repeats": options.repeats,
-            **seconds,
-            "mesh_over_no_mesh": seconds["median_seconds"]["mesh"] / seconds["median_seconds"]["no mesh"],
-        }
-    )
+    medians = seconds["median_seconds"]
+    shown = {"arch": arch} | {name: options[name] for name in ("backbone", "size", "batch", "repeats")}
+    ratio = {"mesh_over_no_mesh": medians["mesh"] / medians["no mesh"]}
+    print_result(environment("jax", "flax") | shown | seconds | ratio)
 
 
 def make_side(model, options, use_mesh):
     """Return a function that takes one training step within `use_mesh()` and returns the loss."""
     rng = np.random.default_rng(0)
     images = rng.random((options.batch, options.size, options.size, 1), np.float32)
-    batch = {
-        "input": images,
-        "mask": (images[..., 0] > 0.7).astype(np.uint8),
-        "weight": np.ones(options.batch, np.float32),
-    }
+    mask, weight = (images[..., 0] > 0.7).astype(np.uint8), np.ones(options.batch, np.float32)
+    batch = {"input": images, "mask": mask, "weight": weight}
     network, recipe = build_network(model, 1, 0), Training(batch_size=options.batch)
     with use_mesh():
         trainer = Trainer(network, recipe, options.repeats, train_backbone=model.backbone == "finetuned")

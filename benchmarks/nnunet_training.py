@@ -92,13 +92,12 @@ def train(sides, task, source):
     losses, seconds = {name: [] for name in sides}, {name: [] for name in sides}
     with closing(training_batches(source, task.batch_size, seed)) as batches:
         for epoch in range(recipe.epochs):
-            for number in range(epoch * recipe.steps, (epoch + 1) * recipe.steps):
-                batch = next(batches)
-                step_key = jax.random.fold_in(key, number)
+            for step in range(epoch * recipe.steps, (epoch + 1) * recipe.steps):
+                batch, step_key = next(batches), jax.random.fold_in(key, step)
                 images, mask = (np.asarray(array) for array in augment(step_key, batch["input"], batch["mask"]))
                 for name, side in sides.items():
                     began = time.perf_counter()
-                    losses[name].append(side.step(images, mask, number))
+                    losses[name].append(side.step(images, mask, step))
                     seconds[name].append(time.perf_counter() - began)
             epoch_losses = [f"{np.mean(values[-recipe.steps :]):.4f} {name}" for name, values in losses.items()]
             log.info("epoch %d/%d: loss %s", epoch + 1, recipe.epochs, ", ".join(epoch_losses))
@@ -112,9 +111,9 @@ class OurTraining:
         self.trainer = Trainer(network, task.resolved_recipe, task.recipe.steps, loss=task.loss)
         self.network = self.trainer.network
 
-    def step(self, images, mask, number):
+    def step(self, images, mask, step):
         batch = {"input": images, "mask": mask, "weight": np.ones(len(images), np.float32)}
-        return float(self.trainer.step(batch, number))
+        return float(self.trainer.step(batch, step))
 
 
 class TorchTraining:
@@ -123,16 +122,11 @@ class TorchTraining:
     def __init__(self, task, network):
         self.task, self.configuration, self.recipe = task, task.configuration, task.recipe
         self.module = nnunet_reference_of(self.configuration, network).train()
-        self.optimiser = torch.optim.SGD(
-            self.module.parameters(),
-            self.recipe.learning_rate,
-            momentum=MOMENTUM,
-            weight_decay=WEIGHT_DECAY,
-            nesterov=True,
-        )
+        options = {"lr": self.recipe.learning_rate, "momentum": MOMENTUM, "weight_decay": WEIGHT_DECAY}
+        self.optimiser = torch.optim.SGD(self.module.parameters(), nesterov=True, **options)
 
-    def step(self, images, mask, number):
-        decay = (1 - number // self.recipe.steps / self.recipe.epochs) ** POLY_POWER
+    def step(self, images, mask, step):
+        decay = (1 - step // self.recipe.steps / self.recipe.epochs) ** POLY_POWER
         for group in self.optimiser.param_groups:
             group["lr"] = self.recipe.learning_rate * decay
         self.optimiser.zero_grad()

@@ -44,12 +44,8 @@ COLUMNS = (
 
 def main(arguments):
     parser = command_parser("benchmarks.parity", "Compare every backbone with its authors' PyTorch code.")
-    parser.add_argument(
-        "--arch",
-        type=str,
-        default="all-small",
-        help="an architecture, `all-small`, or `all` (13 GB of memory, 9 GB of disk)",
-    )
+    which = "an architecture, `all-small`, or `all` (13 GB of memory, 9 GB of disk)"
+    parser.add_argument("--arch", type=str, default="all-small", help=which)
     parser.add_argument("--output", type=str, help="also write the rows to this file as JSON")
     options = parse_arguments(parser, arguments)
     require_folder(options.output)
@@ -98,9 +94,8 @@ def measure(arch):
         for size in sizes:
             images = fake_image(*size).transpose(0, 2, 3, 1)
             in_float32[size] = live_tokens(model, images)
-            array_errors = (
-                golden_errors(vit, files[size]) if size in files else live_errors(vit, images, *in_float32[size])
-            )
+            golden = size in files
+            array_errors = golden_errors(vit, files[size]) if golden else live_errors(vit, images, *in_float32[size])
             errors[size] = worst(array_errors.values())
             cosines[size] = lowest_bfloat16_cosine(vit, images)
 

@@ -62,13 +62,8 @@ def measure_step(model, options, devices, shard_params):
             return jax.tree.map(add_sharding, tree, shardings(tree))
 
         trainable, frozen, state = map(shard, (parts.trainable, parts.frozen, moments))
-        batch, side = options.batch, options.size
-        arrays = {
-            "input": ((batch, side, side, 1), np.float32),
-            "mask": ((batch, side, side), np.uint8),
-            "weight": ((batch,), np.float32),
-        }
-        rows = NamedSharding(mesh, BATCH)
+        images, rows = (options.batch, options.size, options.size), NamedSharding(mesh, BATCH)
+        arrays = {"input": ((*images, 1), np.float32), "mask": (images, np.uint8), "weight": (images[:1], np.float32)}
         inputs = {name: jax.ShapeDtypeStruct(*array, sharding=rows) for name, array in arrays.items()}
         step = make_step(make_gradient(parts.training), optimiser)
         memory = step.lower(trainable, frozen, state, inputs, jax.random.key(0)).compile().memory_analysis()

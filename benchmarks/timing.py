@@ -7,11 +7,11 @@ import statistics
 import time
 from pathlib import Path
 
-from benchmarks.memory import peak, reset_peak
 from jaxla.config import InputError
 from jaxla.hardware import device_name, on_gpu
 from jaxla.runs.machine import processor
 
+PROCESS = Path("/proc/self")
 PAUSE = 0.3  # seconds before each call: until then the threads of the previous implementation keep their cores busy
 
 
@@ -36,17 +36,28 @@ def time_steps(steps, repeats):
     """Take training steps in turn, as `time_in_turn` does, each after one that is not timed.
 
     Returns:
-        Name -> list of seconds, and name -> list of bytes by which the process grew; 0 if the system does not tell.
+        Name -> list of seconds, and name -> list of bytes by which the process grew; 0 unless the system is Linux.
     """
     seconds, grown = {name: [] for name in steps}, {name: [] for name in steps}
     for _ in range(repeats):
         for name, step in steps.items():
             time.sleep(PAUSE)
             step()  # warms the caches and reclaims memory
-            before = reset_peak()
+            before = peak_memory(reset=True)
             seconds[name].append(timed(step))
-            grown[name].append(peak() - before if before else 0)
+            grown[name].append(peak_memory() - before if before else 0)
     return seconds, grown
+
+
+def peak_memory(reset=False):
+    """Return the process's peak memory in bytes since it was reset, from what Linux records; 0 on other systems."""
+    try:
+        if reset:
+            (PROCESS / "clear_refs").write_text("5")
+        lines = (PROCESS / "status").read_text().splitlines()
+    except OSError:
+        return 0
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM"))
 
 
 def median_and_fastest(seconds):

@@ -56,14 +56,13 @@ LIMIT = 0.3  # PyTorch's own two layouts differ by 0.21 for ResNet-152 on CPU
 
 def main(arguments):
     parser = command_parser("benchmarks.train_step", "Time a convolutional network's training step and PyTorch's.")
-    parser.add_argument("--method", type=str, default="unet", help=f"one of {', '.join(CONVOLUTIONAL)}")
-    parser.add_argument("--size", type=int, default=320, help="side of the square image in pixels; nnU-Net ignores it")
-    parser.add_argument("--batch", type=int | None, default=None, help="batch size (default: 4, or the plan's)")
-    parser.add_argument(
-        "--plan", type=str, default=str(PLAN), help="nnU-Net's plan (default: of the Decathlon's hippocampus)"
-    )
-    parser.add_argument("--repeats", type=int, default=5, help="timed steps of each implementation")
-    parser.add_argument("--output", type=str, help="also write the JSON to this file")
+    add = parser.add_argument
+    add("--method", type=str, default="unet", help=f"one of {', '.join(CONVOLUTIONAL)}")
+    add("--size", type=int, default=320, help="side of the square image in pixels; nnU-Net ignores it")
+    add("--batch", type=int | None, default=None, help="batch size (default: 4, or the plan's)")
+    add("--plan", type=str, default=str(PLAN), help="nnU-Net's plan (default: of the Decathlon's hippocampus)")
+    add("--repeats", type=int, default=5, help="timed steps of each implementation")
+    add("--output", type=str, help="also write the JSON to this file")
     options = parse_arguments(parser, arguments)
     method = lookup("--method", options.method, {name: METHODS[name] for name in CONVOLUTIONAL})
     if min(4 if options.batch is None else options.batch, options.repeats) < 1:
@@ -76,6 +75,7 @@ def main(arguments):
     seconds, grown = time_steps(steps, options.repeats + 1)  # the first is not counted
     timing = compare({name: times[1:] for name, times in seconds.items()})
     size, batch = task.input_shape(1)[:-1], task.batch_size
+    slices = batch * (size[0] if len(size) == 3 else 1)
     result = {
         **environment("jax", "flax", "torch"),
         "method": options.method,
@@ -87,10 +87,7 @@ def main(arguments):
         "gradient_relative_l2_of_torch": torch_difference,
         **timing,
         "fastest_torch_over_jaxla": min(timing["torch_over_jaxla"].values()),
-        "slices_per_second": {
-            name: batch * (size[0] if len(size) == 3 else 1) / median
-            for name, median in timing["median_seconds"].items()
-        },
+        "slices_per_second": {name: slices / median for name, median in timing["median_seconds"].items()},
         "grown_bytes": {name: max(values[1:]) if all(values[1:]) else None for name, values in grown.items()},
         "jaxla_program_bytes": steps["jaxla"].bytes,
     }
@@ -100,12 +97,9 @@ def main(arguments):
 def make_slice_steps(method, options):
     """Return the task of a network that reads slices, and the steps of both implementations by name."""
     method.model.check_size("--size", options.size)
-    method = replace(
-        method,
-        model=method.model.with_weights("random"),
-        preprocessing=Preprocessing(options.size),
-        training=replace(method.training, batch_size=options.batch or 4, learning_rate=LEARNING_RATE),
-    )
+    recipe = replace(method.training, batch_size=options.batch or 4, learning_rate=LEARNING_RATE)
+    model, preprocessing = method.model.with_weights("random"), Preprocessing(options.size)
+    method = replace(method, model=model, preprocessing=preprocessing, training=recipe)
     task = SliceTask(Experiment(method.name, method.summary, Data(), method), outputs=1)
     network = task.build_network()
     images = np.random.default_rng(0).random((task.batch_size, *task.input_shape(1)), np.float32)
@@ -113,9 +107,7 @@ def make_slice_steps(method, options):
     torch_images = images
     if hasattr(network, "backbone"):  # PyTorch's encoder takes ImageNet's three channels
         torch_images = (images - np.float32(IMAGENET_MEAN)) / np.float32(IMAGENET_DEVIATION)
-    parts = TorchParts(
-        reference_of(network), binary_cross_entropy, lambda parameters: torch.optim.Adam(parameters, LEARNING_RATE)
-    )
+    parts = TorchParts(reference_of(network), binary_cross_entropy, partial(torch.optim.Adam, lr=LEARNING_RATE))
     # PyTorch's first, because a step of ours reuses the memory of the network's parameters
     torch_steps = make_torch_steps(parts, torch_images, mask)
     return task, {"jaxla": Step(task, network, images, mask, partial(as_theirs, network)), **torch_steps}
@@ -140,9 +132,7 @@ def make_patch_steps(method, options):
     parts = TorchParts(
         nnunet_reference_of(configuration, network),
         lambda logits, mask: their_loss([level.float() for level in logits], mask, configuration.batch_dice),
-        lambda parameters: torch.optim.SGD(
-            parameters, LEARNING_RATE, momentum=MOMENTUM, weight_decay=WEIGHT_DECAY, nesterov=True
-        ),
+        partial(torch.optim.SGD, lr=LEARNING_RATE, momentum=MOMENTUM, weight_decay=WEIGHT_DECAY, nesterov=True),
         MAX_GRADIENT_NORM,
     )
     torch_steps = make_torch_steps(parts, images, mask)
@@ -166,10 +156,8 @@ def compare_gradients(steps, max_difference):
         relative_l2(steps[name].gradients(), reference) for name in ("jaxla", "torch channels last")
     )
     if not difference <= max(max_difference, min(torch_difference, LIMIT)):
-        sys.exit(
-            f"gradients differ by {difference:.1e}, relative L2, and PyTorch's own by {torch_difference:.1e}; "
-            "nothing was timed"
-        )
+        differences = f"{difference:.1e}, relative L2, and PyTorch's own by {torch_difference:.1e}"
+        sys.exit(f"gradients differ by {differences}; nothing was timed")
     return difference, torch_difference
 
 

@@ -45,30 +45,25 @@ KEY = jax.random.key(0)
 
 def main(arguments):
     parser = command_parser("benchmarks.windows", "Measure memory and time of a step by the number of windows.")
-    parser.add_argument("--method", type=str, default="windows_dinov3_vits16", help=f"one of {', '.join(WINDOWED)}")
-    parser.add_argument("--size", type=int, default=224, help="side of the square slices in pixels")
-    parser.add_argument("--slices", type=int, default=8, help="slices of a window")
-    parser.add_argument(
-        "--windows", type=tuple[int, ...], default=(1, 2, 4, 8), help="numbers of windows along the slices"
-    )
-    parser.add_argument("--batch", type=int, default=1, help="volumes in a step")
-    parser.add_argument("--repeats", type=int, default=3, help="timed steps of each implementation")
-    parser.add_argument("--output", type=str, help="also write the JSON to this file")
+    add = parser.add_argument
+    add("--method", type=str, default="windows_dinov3_vits16", help=f"one of {', '.join(WINDOWED)}")
+    add("--size", type=int, default=224, help="side of the square slices in pixels")
+    add("--slices", type=int, default=8, help="slices of a window")
+    add("--windows", type=tuple[int, ...], default=(1, 2, 4, 8), help="numbers of windows along the slices")
+    add("--batch", type=int, default=1, help="volumes in a step")
+    add("--repeats", type=int, default=3, help="timed steps of each implementation")
+    add("--output", type=str, help="also write the JSON to this file")
     options = parse_arguments(parser, arguments)
     model = lookup("--method", options.method, WINDOWED).model
     if min(options.slices, options.repeats, options.size, options.batch, *options.windows) < 1:
-        raise InputError(
-            "--slices, --size, --windows, --batch and --repeats", "must be at least 1", "Choose larger numbers."
-        )
+        where = "--slices, --size, --windows, --batch and --repeats"
+        raise InputError(where, "must be at least 1", "Choose larger numbers.")
     torch.set_num_threads(os.cpu_count())
     variant = TRANSFORMERS[model.arch]
     model.check_size("--size", options.size)
     side = options.size // variant.patch
     decoder = build_network(model.with_weights("random"), 1, 0).decoder
-    rows = [
-        measure(decoder, features_shape(options, count, side, variant.width), count, options)
-        for count in options.windows
-    ]
+    rows = [measure(decoder, (LEVELS, side, side, variant.width), count, options) for count in options.windows]
     result = {
         **environment("jax", "flax", "torch"),
         "method": options.method,
@@ -82,16 +77,11 @@ def main(arguments):
     print_result(result, options.output)
 
 
-def features_shape(options, count, side, width):
-    """Return the shape of the features of volumes with that many windows."""
-    return options.batch, count * options.slices, LEVELS, side, side, width
-
-
-def measure(decoder, shape, count, options):
-    """Return the result for volumes with that many windows."""
+def measure(decoder, slice_shape, count, options):
+    """Return the result for volumes with that many windows, given the shape of a slice's features."""
     draw, size = np.random.default_rng(0), options.size
-    volumes, depth, *_ = shape
-    features = draw.standard_normal(shape, np.float32)
+    volumes, depth = options.batch, count * options.slices
+    features = draw.standard_normal((volumes, depth, *slice_shape), np.float32)
     mask = (draw.random((volumes, depth, size, size)) > 0.7).astype(np.uint8)
     batch = {"input": features, "mask": mask, "weight": np.ones((volumes, depth), np.float32)}
     batch = jax.tree.map(jnp.asarray, batch)
@@ -115,6 +105,7 @@ def measure(decoder, shape, count, options):
 
     seconds, grown = time_steps(sides, options.repeats)
     timing = median_and_fastest(seconds)
+    medians = timing["median_seconds"]
     return {
         "windows": count,
         "slices": depth,
@@ -122,9 +113,7 @@ def measure(decoder, shape, count, options):
         "bytes": {way: program.memory_analysis().temp_size_in_bytes for way, program in programs.items()},
         "grown_bytes": {way: max(grown[way]) for way in WAYS},
         **timing,
-        "torch_over_jaxla": {
-            way: timing["median_seconds"][f"torch {way}"] / timing["median_seconds"][way] for way in WAYS
-        },
+        "torch_over_jaxla": {way: medians[f"torch {way}"] / medians[way] for way in WAYS},
     }
 
 
