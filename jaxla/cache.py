@@ -1,7 +1,5 @@
 """python -m jaxla.cache [--clear=<kind>|all]: list or clear the cache folder."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Literal
 
@@ -13,19 +11,12 @@ from jaxla.data.cache import CLEARABLE, KINDS, clear_cache, list_cache
 
 
 def main(arguments: list[str]) -> None:
-    """List the cache folder, or clear a part of it.
-
-    Raises:
-        InputError: a process uses the cache, or something cannot be removed.
-    """
+    """List the cache folder, or clear a part of it."""
     parser = command_parser("jaxla.cache", "List the cache folder, or clear what can be computed or downloaded again.")
     parser.add_argument("--cache-dir", type=str, help="the folder (default: the user's cache folder)")
-    parser.add_argument(
-        "--clear",
-        type=Literal["features", "volumes", "planned", "phantoms", "downloads", "all"] | None,
-        default=None,
-        help="remove these entries; `all` is all five kinds; converted weights always stay",
-    )
+    kinds = Literal["features", "volumes", "planned", "phantoms", "downloads", "all"]
+    clear = "remove these entries; `all` is all five kinds; converted weights always stay"
+    parser.add_argument("--clear", type=kinds | None, default=None, help=clear)
     options = parse_arguments(parser, arguments)
     cache_dir = Path(options.cache_dir) if options.cache_dir else default_cache_dir()
 

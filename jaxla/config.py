@@ -1,7 +1,5 @@
 """The options of an experiment as dataclasses, and the error for bad input."""
 
-from __future__ import annotations
-
 import difflib
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -190,25 +188,15 @@ class NetworkOptions:
 
     A derived class adds the fields that a user may set and a method `build` (see `jaxla.models.networks`). The class
     variables below are what a network without a pretrained part has; `BackboneOptions` makes options of them.
-
-    Attributes:
-        sample: what one training sample of the network is, a key of `jaxla.tasks.TASKS`.
-        arch: name of the architecture.
-        weights: origin of the backbone's parameters.
-        backbone: whether the backbone stays `frozen` or is `finetuned`.
     """
 
-    sample: ClassVar[str] = "slices"
+    sample: ClassVar[str] = "slices"  # what one training sample of the network is, a key of `jaxla.tasks.TASKS`
     arch: ClassVar[str] = ""
-    weights: ClassVar[str] = "random"
-    backbone: ClassVar[str] = "finetuned"
+    weights: ClassVar[str] = "random"  # origin of the backbone's parameters
+    backbone: ClassVar[str] = "finetuned"  # whether it stays `frozen` or is `finetuned`
 
     def resolve(self) -> Self:
-        """Return these options with every name in this package's spelling.
-
-        Raises:
-            InputError: a value that the network cannot have.
-        """
+        """Return these options with every name in this package's spelling; refuse values that do not fit."""
         return self
 
     def check_size(self, option_name: str, size: int) -> None:
@@ -227,13 +215,7 @@ class NetworkOptions:
         return {}
 
     def build(self, outputs: int, dtype: Any, rngs: Any, **prerequisites: Any) -> Any:
-        """Return the network.
-
-        Args:
-            outputs: K, channels of the logits.
-            dtype: of the computation; parameters and logits are float32.
-            rngs: random numbers for initial parameters.
-        """
+        """Return the network with K = `outputs` logits; it computes in `dtype`, parameters and logits are float32."""
         raise NotImplementedError
 
 
@@ -272,12 +254,7 @@ class Experiment:
 
 @dataclass(frozen=True)
 class Study:
-    """Protocols and methods to compare: one run for each pair of them and each seed.
-
-    Attributes:
-        experiments: names of the experiments whose protocols are run.
-        methods: names of the methods to run under each protocol, by default.
-    """
+    """Protocols, by names of their experiments, and methods to compare: a run for each pair of them and each seed."""
 
     name: str
     summary: str
@@ -310,10 +287,9 @@ def option_groups(experiment: Experiment) -> dict[str, Any]:
 
 def option_values(experiment: Experiment) -> dict[str, Any]:
     """Return every option's value by its dotted name, as the command line takes it."""
-    values = {"seed": experiment.seed, "fold": experiment.fold}
-    for name, group in option_groups(experiment).items():
-        values |= {f"{name}.{field}": value for field, value in asdict(group).items()}
-    return values
+    groups = option_groups(experiment).items()
+    values = {f"{name}.{field}": value for name, group in groups for field, value in asdict(group).items()}
+    return {"seed": experiment.seed, "fold": experiment.fold} | values
 
 
 def unread_options(experiment: Experiment) -> set[str]:
@@ -340,10 +316,7 @@ def experiment_to_json(experiment: Experiment) -> dict[str, Any]:
 
 
 def experiment_from_json(content: Mapping[str, Any], methods: Mapping[str, Method]) -> Experiment:
-    """Return the experiment that `experiment_to_json` wrote.
-
-    Args:
-        methods: all methods by name; they say which options a group has.
+    """Return the experiment that `experiment_to_json` wrote; `methods` are all methods by name.
 
     Raises:
         KeyError, TypeError: the method is unknown, or has other options.

@@ -4,13 +4,12 @@ Files are matched by name. `--output` gets cases.csv and summary.json, and with 
 that challenge. The folder appears once everything is computed.
 """
 
-from __future__ import annotations
-
 import logging
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
+from jsonargparse import ArgumentParser
 
 from jaxla.cli.command_line import command_parser, parse_arguments
 from jaxla.cli.files import atomic_folder, report_os_errors
@@ -21,8 +20,10 @@ from jaxla.data.cases import MASK_SUFFIXES, find_cases, find_masks, masks_by_ima
 from jaxla.data.labels import Labels, parse_labels
 from jaxla.data.split import read_split
 from jaxla.data.volumes import read_mask, require_same_grid, slice_geometry, to_slices
+from jaxla.evaluation.metrics import EmptyPolicy
 from jaxla.evaluation.summary import (
     Row,
+    Unit,
     format_summary,
     score_case,
     summarise,
@@ -30,9 +31,6 @@ from jaxla.evaluation.summary import (
     write_lascarqs2022,
     write_summary,
 )
-
-if TYPE_CHECKING:
-    from jsonargparse import ArgumentParser
 
 log = logging.getLogger("jaxla.evaluate")
 
@@ -48,31 +46,25 @@ class Pair(NamedTuple):
 
 
 def main(arguments: list[str]) -> None:
-    """Score every case, write the tables, and print the summary.
-
-    Raises:
-        InputError: a file has no partner, a different grid, or a value that is not a class, or cannot be read; the
-            output exists; or options contradict each other.
-    """
+    """Score every case, write the tables, and print the summary."""
     options = parse_arguments(make_parser(), arguments)
     output = Path(options.output)
     if output.exists() or output.is_symlink():
         raise InputError(f"--output={output}", "exists already", "Name a new folder.")
+    protocol = f"--protocol={options.protocol}"
     if options.protocol and (options.unit == "slice" or options.empty == "skip"):
-        raise InputError(
-            f"--protocol={options.protocol}", "scores every volume", "Remove --unit=slice and --empty=skip."
-        )
+        raise InputError(protocol, "scores every volume", "Remove --unit=slice and --empty=skip.")
 
     pairs, labels = match_cases(Path(options.predictions), Path(options.references), options.cases, options.data.labels)
     labels = check_masks(pairs, labels)
     if options.protocol and len(labels.names) > 1:
         problem = f"needs one class, the LA cavity, but the classes are {labels.describe()}"
-        raise InputError(f"--protocol={options.protocol}", problem, "Set --data.labels to one class.")
+        raise InputError(protocol, problem, "Set --data.labels to one class.")
 
     rows = []
-    for number, pair in enumerate(pairs, start=1):
+    for position, pair in enumerate(pairs, start=1):
         rows += score_pair(pair, labels, options.unit, options.empty)
-        log.info("%d/%d %s", number, len(pairs), pair.case)
+        log.info("%d/%d %s", position, len(pairs), pair.case)
     summary = summarise(rows, options.unit, options.empty, labels.names)
     with report_os_errors("written", f"--output={output}", "Use another folder."), atomic_folder(output) as temporary:
         write_cases(rows, temporary / "cases.csv")
@@ -90,30 +82,17 @@ def main(arguments: list[str]) -> None:
 def make_parser() -> ArgumentParser:
     """Return the parser of the command line."""
     parser = command_parser("jaxla.evaluate", "Score predicted masks against reference masks.")
-    parser.add_argument("--predictions", type=str, required=True, help="folder of predicted masks, <case>.nii.gz")
-    parser.add_argument(
-        "--references",
-        type=str,
-        required=True,
-        help="folder of masks, <case>.nii.gz or <case>_mask.nii.gz; or a data set",
-    )
-    parser.add_argument("--output", type=str, required=True, help="new folder for cases.csv and summary.json")
-    parser.add_argument(
-        "--unit", type=Literal["volume", "slice"], default="volume", help="what is measured; means are over these units"
-    )
-    parser.add_argument(
-        "--protocol", type=Literal["lascarqs2022"] | None, default=None, help="also write the table of this challenge"
-    )
-    parser.add_argument(
-        "--empty",
-        type=Literal["one", "zero", "skip"],
-        default="one",
-        help="a unit with nothing in prediction and reference is perfect, worst, or left out",
-    )
-    parser.add_argument("--cases", type=str, help="a run's split.json: score only its test cases")
-    parser.add_argument(
-        "--data.labels", type=str, default="", help="mask values of each class as in training, such as LA:1"
-    )
+    add = parser.add_argument
+    add("--predictions", type=str, required=True, help="folder of predicted masks, <case>.nii.gz")
+    references = "folder of masks, <case>.nii.gz or <case>_mask.nii.gz; or a data set"
+    add("--references", type=str, required=True, help=references)
+    add("--output", type=str, required=True, help="new folder for cases.csv and summary.json")
+    add("--unit", type=Unit, default="volume", help="what is measured; means are over these units")
+    add("--protocol", type=Literal["lascarqs2022"] | None, default=None, help="also write the table of this challenge")
+    empty = "a unit with nothing in prediction and reference is perfect, worst, or left out"
+    add("--empty", type=EmptyPolicy, default="one", help=empty)
+    add("--cases", type=str, help="a run's split.json: score only its test cases")
+    add("--data.labels", type=str, default="", help="mask values of each class as in training, such as LA:1")
     return parser
 
 
@@ -124,14 +103,13 @@ def match_cases(
 
     Args:
         references: a data set, or a folder of masks with the names of the predictions or `_mask` or the like added.
-        split: a split file; only its test cases are returned.
+        split: value of `--cases`; only the test cases of this file are returned.
         labels: value of `--data.labels`; empty uses the classes of the data set.
     """
     predicted = find_masks(predictions, "predictions")
     if not predicted:
-        raise InputError(
-            f"--predictions={predictions}", "no .nii or .nii.gz file in this folder", "Name another folder."
-        )
+        problem = "no .nii or .nii.gz file in this folder"
+        raise InputError(f"--predictions={predictions}", problem, "Name another folder.")
     referenced, classes = find_masks(references, "references"), parse_labels(labels) if labels else None
     has_images = any(name + suffix in referenced for name in referenced for suffix in MASK_SUFFIXES)
     if has_images or not referenced:
@@ -156,11 +134,8 @@ def match_cases(
     ):
         if unmatched := [name for name in files if name not in partners]:
             more = f" (and {len(unmatched) - 1} more)" if len(unmatched) > 1 else ""
-            raise InputError(
-                files[unmatched[0]],
-                f"this {role} has no {partner}{more}",
-                f"Files are matched by name: add {unmatched[0]}.nii.gz to the {partner}s.",
-            )
+            fix = f"Files are matched by name: add {unmatched[0]}.nii.gz to the {partner}s."
+            raise InputError(files[unmatched[0]], f"this {role} has no {partner}{more}", fix)
     return [Pair(name, predicted[name], path) for name, path in referenced.items()], classes
 
 
@@ -212,19 +187,15 @@ def check_masks(pairs: list[Pair], labels: Labels | None) -> Labels:
         if unknown:
             listed = ", ".join(map(str, sorted(unknown)[:5]))
             classes = labels.describe() or "none: every reference is empty"
-            raise InputError(
-                path,
-                f"label values {listed} are not among the classes ({classes})",
-                "Correct the mask, or set --data.labels as in training.",
-            )
+            problem = f"label values {listed} are not among the classes ({classes})"
+            raise InputError(path, problem, "Correct the mask, or set --data.labels as in training.")
     return labels
 
 
 def score_pair(pair: Pair, labels: Labels, unit: str, empty: str) -> list[Row]:
     """Score a case on its own grid: one row per class, or with unit `slice` one per slice and class."""
-    reference = read_mask(pair.reference)
-    arrays = (read_mask(pair.prediction).array, pair.prediction), (reference.array, pair.reference)
-    masks = [labels.to_classes(array, path) for array, path in arrays]
+    prediction, reference = read_mask(pair.prediction), read_mask(pair.reference)
+    masks = [labels.to_classes(volume.array, volume.path) for volume in (prediction, reference)]
     spacing = reference.spacing
     if unit == "slice":
         geometry = slice_geometry(reference.affine)

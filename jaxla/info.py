@@ -1,7 +1,5 @@
 """python -m jaxla.info RUN|WEIGHTS: what a run folder or a file of converted weights is, without building a network."""
 
-from __future__ import annotations
-
 import json
 import os
 from collections.abc import Callable
@@ -11,16 +9,17 @@ from typing import Any
 from jaxla.cli.command_line import command_parser, parse_arguments
 from jaxla.cli.process import run_command
 from jaxla.config import InputError
+from jaxla.data.split import ALL_FOLDS
+from jaxla.models.weights_format import parameter_count, read_metadata
+from jaxla.runs import folder as run_files
+from jaxla.runs.machine import describe_device
+from jaxla.runs.record import labels_from_json, read_record_json
 
 # Nothing here imports JAX: this command exists to answer in under a second.
 
 
 def main(arguments: list[str]) -> None:
-    """Describe a run or a weights file.
-
-    Raises:
-        InputError: the path is neither.
-    """
+    """Describe a run or a weights file."""
     parser = command_parser("jaxla.info", "Describe a run folder or a file of converted weights.")
     parser.usage = "python -m jaxla.info RUN|WEIGHTS"
     parser.add_argument("path", type=str, help="a run folder, or a .safetensors file")
@@ -34,34 +33,27 @@ def main(arguments: list[str]) -> None:
 
 def describe_run(folder: Path) -> dict[str, str]:
     """Return facts about a run, by their titles."""
-    from jaxla.runs.folder import METRICS, RUNS, SPLIT, STUDY, SUMMARY, read_metrics
-    from jaxla.runs.machine import describe_device
-    from jaxla.runs.record import read_record_json
-
-    if (folder / STUDY).exists():
-        raise InputError(folder, "a study, not a run", f"Give one of its runs in {folder / RUNS}.")
+    if (folder / run_files.STUDY).exists():
+        raise InputError(folder, "a study, not a run", f"Give one of its runs in {folder / run_files.RUNS}.")
     record = read_record_json(folder)
     experiment, environment = record["experiment"], record["environment"]
-    history = _read(folder / METRICS, lambda path: read_metrics(path.parent)) or []
-    summary = _read(folder / SUMMARY)
-    split = _read(folder / SPLIT) or {}
+    history = _read(folder / run_files.METRICS, lambda path: run_files.read_metrics(path.parent)) or []
+    summary = _read(folder / run_files.SUMMARY)
+    split = _read(folder / run_files.SPLIT) or {}
     facts = {"run": str(folder.absolute()), "experiment": f"{experiment['name']}, method {record['label']}"}
     facts |= _state(folder, record, len(history))
     if history:
         facts["validation"] = _validation(record, history, summary)
     if summary:
-        scores = "; ".join(
-            f"{name} {summary[key]['mean']:.3f}" for name, key in (("Dice", "dice"), ("IoU", "iou"))
-        )  # fmt: skip
-        facts["test"] = (
-            f"{scores} (mean per {summary['dice']['unit']}, n = {summary['dice']['n']}); "
-            f"atlas baseline Dice {summary['atlas']['dice']['mean']:.3f}"
-        )
+        dice, atlas = summary["dice"], summary["atlas"]["dice"]
+        scores = f"Dice {dice['mean']:.3f}; IoU {summary['iou']['mean']:.3f}"
+        counted = f"mean per {dice['unit']}, n = {dice['n']}"
+        facts["test"] = f"{scores} ({counted}); atlas baseline Dice {atlas['mean']:.3f}"
     sha256 = f" (data sha256 {record['weights_sha256'][:12]}…)" if record["weights_sha256"] else ""
     model = {name: value for name, value in experiment["model"].items() if name not in ("arch", "weights", "backbone")}
     facts |= {
         "data": f"{experiment['data']['root']}; " + ", ".join(f"{len(ids)} {part}" for part, ids in split.items()),
-        "classes": _describe_labels(record["labels"]),
+        "classes": labels_from_json(record["labels"]).describe(),
         "network": f"{record['network']}{sha256}",
         "weights": record["weights"],
         "options": ", ".join(f"{name}={value}" for name, value in model.items()),
@@ -78,20 +70,17 @@ def describe_run(folder: Path) -> dict[str, str]:
 
 def _state(folder: Path, record: dict[str, Any], epochs: int) -> dict[str, str]:
     """Return how far the run is, and the command that resumes it if it stopped."""
-    from jaxla.data.split import ALL_FOLDS
-    from jaxla.runs.folder import fold_folders, is_finished, is_running, resume_command
-
     done = f"{epochs} of at most {record['experiment']['training']['epochs']} epochs"
     if record["experiment"]["fold"] == ALL_FOLDS:
-        folds = fold_folders(folder)
-        done = f"{sum(map(is_finished, folds))} of {len(folds)} folds"
-    if is_finished(folder):
+        folds = run_files.fold_folders(folder)
+        done = f"{sum(map(run_files.is_finished, folds))} of {len(folds)} folds"
+    if run_files.is_finished(folder):
         return {"state": f"finished after {done}"}
-    if is_running(folder):
+    if run_files.is_running(folder):
         return {"state": f"running: {done} are done"}
     if not os.access(folder, os.W_OK):
         return {"state": f"not finished: {done} are done (only a user who may write there can tell if it is running)"}
-    return {"state": f"stopped: {done} are done", "resume with": resume_command(record["command"], folder)}
+    return {"state": f"stopped: {done} are done", "resume with": run_files.resume_command(record["command"], folder)}
 
 
 def _validation(record: dict[str, Any], history: list[dict[str, Any]], summary: dict[str, Any] | None) -> str:
@@ -103,18 +92,8 @@ def _validation(record: dict[str, Any], history: list[dict[str, Any]], summary: 
     return f"{kept} Dice {best['val_dice']:.3f} (mean {record['unit']}) in epoch {best['epoch']}"
 
 
-def _describe_labels(content: dict[str, Any]) -> str:
-    from jaxla.runs.record import labels_from_json
-
-    return labels_from_json(content).describe()
-
-
 def _read(path: Path, read: Callable[[Path], Any] = lambda path: json.loads(path.read_text())) -> Any:
-    """Return the content of one of the run's files; None if there is no such file.
-
-    Raises:
-        InputError: it is damaged.
-    """
+    """Return the content of one of the run's files, None if there is no such file; refuse a damaged one."""
     try:
         return read(path)
     except FileNotFoundError:
@@ -125,18 +104,14 @@ def _read(path: Path, read: Callable[[Path], Any] = lambda path: json.loads(path
 
 def describe_weights(path: Path) -> dict[str, str]:
     """Return facts about a file of converted weights, by their titles."""
-    from jaxla.models.weights_format import parameter_count, read_metadata
-
     metadata = read_metadata(path)
     tensors, parameters = parameter_count(path)
-    source = metadata["source"]
-    if metadata.get("source_sha256"):
-        source += f" (sha256 {metadata['source_sha256']})"
+    sha256 = metadata.get("source_sha256")
     return {
         "weights": str(path.absolute()),
         "architecture": metadata["arch"],
         "parameters": f"{parameters} in {tensors} arrays, {path.stat().st_size / 1e6:.1f} MB",
-        "source": source,
+        "source": metadata["source"] + (f" (sha256 {sha256})" if sha256 else ""),
         "licence": metadata.get("licence") or "none: these weights were not released by anyone",
     }
 

@@ -1,7 +1,5 @@
 """python -m jaxla.phantom --output=DIR [--cases=N] [--size=small|full] [--seed=S]: make synthetic LGE-MRI."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Literal
 
@@ -11,11 +9,7 @@ from jaxla.data.phantoms import write_phantoms
 
 
 def main(arguments: list[str]) -> None:
-    """Write the phantoms.
-
-    Raises:
-        InputError: wrong usage, or the output folder is not empty.
-    """
+    """Write the phantoms."""
     parser = command_parser(
         "jaxla.phantom", "Write synthetic LGE-MRI with reference masks of the left atrium, laid out as LAScarQS 2022."
     )

@@ -1,10 +1,9 @@
 """python -m jaxla.plan (--data.root=DIR | --fingerprint=FILE) --output=FILE: write nnU-Net's plan for scans."""
 
-from __future__ import annotations
-
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING
+
+from jsonargparse import Namespace
 
 from jaxla.cli.command_line import command_parser, parse_arguments, require_writable
 from jaxla.cli.files import report_os_errors
@@ -12,16 +11,9 @@ from jaxla.cli.process import run_command
 from jaxla.config import Data, InputError, default_cache_dir
 from jaxla.nnunet.plan import DEFAULT_MEMORY_GB, Plan, describe_configuration, read_fingerprint, write_plan
 
-if TYPE_CHECKING:
-    from jsonargparse import Namespace
-
 
 def main(arguments: list[str]) -> None:
-    """Plan from a folder of scans, or from their shapes and spacings alone, and write the plan.
-
-    Raises:
-        InputError: no scans or no fingerprint, or an output that exists or cannot be written.
-    """
+    """Plan from a folder of scans, or from their shapes and spacings alone, and write the plan."""
     parser = command_parser("jaxla.plan", "Write nnU-Net's plan for scans: patches, networks and batch sizes.")
     parser.add_argument("--data.root", type=str, default="", help="folder of scans with masks")
     parser.add_argument("--data.labels", type=str, default="", help="mask values of each class, as for training")

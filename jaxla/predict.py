@@ -1,10 +1,9 @@
 """python -m jaxla.predict --run=DIR --input=FILE|DIR --output=FILE|DIR [--probabilities]: scans in, masks out."""
 
-from __future__ import annotations
-
 import math
 from pathlib import Path
-from typing import TYPE_CHECKING
+
+from jsonargparse import Namespace
 
 from jaxla.cli.command_line import (
     add_devices_option,
@@ -17,42 +16,23 @@ from jaxla.cli.process import run_command
 from jaxla.config import InputError
 from jaxla.data.cases import find_images
 from jaxla.data.volumes import Volume, read_image, slice_geometry, to_slices, write_volume
-from jaxla.distributed import (
-    join_processes,
-    local_items,
-    log_progress,
-    require_same,
-    use_devices,
-    use_local_devices,
-)
+from jaxla.distributed import join_processes, local_items, log_progress, require_same, use_devices, use_local_devices
 from jaxla.inference.segment import segment_volume
 from jaxla.runs.folder import is_finished
 from jaxla.runs.record import read_record
 from jaxla.runs.trained import TrainedRun, load_run
 from jaxla.tasks import Task, restore_task
 
-if TYPE_CHECKING:
-    from jsonargparse import Namespace
-
 
 def main(arguments: list[str]) -> None:
-    """Segment scans with the epoch that a run kept.
-
-    Raises:
-        InputError: no run, no scan, an unreadable scan, or an output that exists or cannot be written.
-    """
-    parser = command_parser(
-        "jaxla.predict",
-        "Segment scans with a trained network. Each mask has the shape, affine and header geometry of its scan.",
-    )
+    """Segment scans with the epoch that a run kept."""
+    task = "Segment scans with a trained network. Each mask has the shape, affine and header geometry of its scan."
+    parser = command_parser("jaxla.predict", task)
     parser.add_argument("--run", type=str, required=True, help="folder of a run")
     parser.add_argument("--input", type=str, required=True, help="a .nii or .nii.gz scan, or a folder of them")
     parser.add_argument("--output", type=str, required=True, help="file for the mask, or folder for <case>.nii.gz")
-    parser.add_argument(
-        "--probabilities",
-        action="store_true",
-        help="also write <case>_probabilities.nii.gz (float32; 4D for several classes)",
-    )
+    probabilities = "also write <case>_probabilities.nii.gz (float32; 4D for several classes)"
+    parser.add_argument("--probabilities", action="store_true", help=probabilities)
     add_devices_option(parser)
     add_processes_options(parser)
     options = parse_arguments(parser, arguments)
@@ -88,11 +68,7 @@ def predict(options: Namespace) -> None:
 
 
 def check_scans(scans: list[Path], task: Task, run: str) -> None:
-    """Check all scans before the first is segmented.
-
-    Raises:
-        InputError: a scan cannot be read, or has too few slices.
-    """
+    """Raise an InputError unless all scans can be read and have enough slices."""
     slice_counts = []
     for scan in scans:
         volume = read_image(scan)
@@ -105,7 +81,7 @@ def check_scans(scans: list[Path], task: Task, run: str) -> None:
 def segment_scans(run: TrainedRun, outputs: dict[Path, Path], with_probabilities: bool) -> None:
     """Segment this process's share of the scans, and write each mask as soon as it is there."""
     segment, names = run.make_segment(), run.record.labels.names
-    for number, (scan, mask) in local_items(list(enumerate(outputs.items(), start=1))):
+    for position, (scan, mask) in local_items(list(enumerate(outputs.items(), start=1))):
         volume = read_image(scan)
         log_if_cut(volume, run.task)
         classes, probabilities = segment_volume(segment, volume, with_probabilities)
@@ -114,7 +90,7 @@ def segment_scans(run: TrainedRun, outputs: dict[Path, Path], with_probabilities
         write_volume(mask, run.record.labels.to_values(classes), volume)
         voxel_ml = math.prod(volume.spacing) / 1000
         volumes = [f"{name} {(classes == k).sum() * voxel_ml:.1f} ml" for k, name in enumerate(names, start=1)]
-        log_progress(f"{number}/{len(outputs)} {mask}: {', '.join(volumes)}")
+        log_progress(f"{position}/{len(outputs)} {mask}: {', '.join(volumes)}")
 
 
 def log_if_cut(volume: Volume, task: Task) -> None:

@@ -1,7 +1,5 @@
 """python -m jaxla.report --study=DIR: tables, figures and statistics of a study, from the folders of its runs."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 from jaxla.cli.command_line import command_parser, parse_arguments, require_writable
@@ -10,12 +8,7 @@ from jaxla.config import default_cache_dir
 
 
 def main(arguments: list[str]) -> None:
-    """Write `tables/`, `figures/` and `report.html` into the study's folder.
-
-    Raises:
-        InputError: the folder is not a study's, a run is incomplete or cannot be compared with the others, or scans
-            are missing.
-    """
+    """Write `tables/`, `figures/` and `report.html` into the study's folder."""
     parser = command_parser("jaxla.report", "Write tables, figures and statistics of a study.")
     parser.add_argument("--study", type=str, required=True, help="folder that python -m jaxla.study wrote")
     parser.add_argument("--cases", type=str, default="", help="cases in Figure 3: a,b (default: worst, median, best)")

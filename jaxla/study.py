@@ -1,7 +1,5 @@
 """python -m jaxla.study --name=NAME: a run for each method, protocol and seed, then tables, figures and statistics."""
 
-from __future__ import annotations
-
 import argparse
 import shlex
 from collections.abc import Mapping, Sequence
@@ -100,10 +98,8 @@ def parse_options(arguments: Sequence[str]) -> tuple[argparse.Namespace, list[st
 
 
 def describe_study(study: Study) -> str:
-    return (
-        f"{study.name:<16} {study.summary}\n{'':<16} protocols of: {', '.join(study.experiments)}\n"
-        f"{'':<16} methods: {', '.join(study.methods)}"
-    )
+    protocols, methods = ", ".join(study.experiments), ", ".join(study.methods)
+    return f"{study.name:<16} {study.summary}\n{'':<16} protocols of: {protocols}\n{'':<16} methods: {methods}"
 
 
 def choose_names(option: str, value: str | None, default: Sequence[str], known: Mapping[str, object]) -> list[str]:
@@ -133,11 +129,7 @@ def require_unique(option: str, items: Sequence[object]) -> None:
 
 
 def divide_options(train_options: Sequence[str], methods: Sequence[str]) -> dict[str, list[str]]:
-    """Return each method's options of `jaxla.train`: first those of all methods, then its own.
-
-    Raises:
-        InputError: an option that the study sets itself, or that belongs to no method of the study.
-    """
+    """Return each method's options of `jaxla.train`: first those of all methods, then its own."""
     shared: list[str] = []
     own: dict[str, list[str]] = {method: [] for method in methods}
     target = shared

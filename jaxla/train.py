@@ -43,10 +43,9 @@ from jaxla.experiments import EXPERIMENTS, METHODS
 from jaxla.memory import catch_out_of_memory
 from jaxla.models.weights import parameters_sha256, save_random
 from jaxla.nnunet.postprocessing import read_trials, write_choice
-from jaxla.reporting.curves import draw_curves
+from jaxla.reporting.charts import draw_curves
 from jaxla.reporting.overlays import draw_overlays
-from jaxla.reporting.panels import select_panels
-from jaxla.reporting.run_report import write_report
+from jaxla.reporting.run_report import select_panels, write_report
 from jaxla.runs.checks import check_experiment, find_weights
 from jaxla.runs.cost import measure_cost, write_cost
 from jaxla.runs.folder import (
@@ -388,8 +387,8 @@ def test_network(run: Run, features: Features | None, step_bytes: int) -> dict[s
     scores = score_test_cases(trained, run.data, segment_case, run.folder, **about)
     if scores is None:
         return None
-    deepest = max(volume.shape[0] for volume in run.data.volumes_of(run.data.split.train + run.data.split.val))
-    cost = measure_cost(trained, segment, run.data.volumes_of(run.data.split.test), step_bytes, deepest)
+    deepest = max(volume.shape[0] for volume in run.data.select_volumes(run.data.split.train + run.data.split.val))
+    cost = measure_cost(trained, segment, run.data.select_volumes(run.data.split.test), step_bytes, deepest)
     write_cost(cost, run.folder / COST)
     write_reports(run, trained, scores, asdict(cost))
     return scores.summary

@@ -3,11 +3,10 @@
 It reads every case and writes nothing. It exits with 0 if training could start, with 2 if not.
 """
 
-from __future__ import annotations
-
 import json
 import logging
 import sys
+from functools import partial
 
 from jaxla.cli.command_line import command_parser, parse_arguments
 from jaxla.cli.process import run_command
@@ -16,24 +15,16 @@ from jaxla.config import InputError
 
 
 def main(arguments: list[str]) -> None:
-    """Read the folder and print the report.
-
-    Raises:
-        InputError: wrong usage, no cases, or findings that keep training from starting (raised after the report).
-    """
+    """Read the folder and print the report; then raise an InputError if a finding keeps training from starting."""
     parser = command_parser("jaxla.verify", "Check a folder of scans before training; writes nothing.")
-    parser.add_argument("--data.root", type=str, required=True, help="folder of scans with masks")
-    parser.add_argument(
-        "--data.labels", type=str, default="", help="mask values of each class as in training, such as LA:1"
-    )
-    parser.add_argument("--json", action="store_true", help="print all cases and findings as one JSON document")
+    add = parser.add_argument
+    add("--data.root", type=str, required=True, help="folder of scans with masks")
+    add("--data.labels", type=str, default="", help="mask values of each class as in training, such as LA:1")
+    add("--json", action="store_true", help="print all cases and findings as one JSON document")
     options = parse_arguments(parser, arguments)
     if options.data.root == "phantom":
-        raise InputError(
-            "--data.root=phantom",
-            "not a folder, but scans that training makes",
-            "Make them with `python -m jaxla.phantom --output=DIR` and name that folder.",
-        )
+        fix = "Make them with `python -m jaxla.phantom --output=DIR` and name that folder."
+        raise InputError("--data.root=phantom", "not a folder, but scans that training makes", fix)
 
     # Imported here, because SciPy takes a second to import and --help must not wait for it.
     from tqdm import tqdm
@@ -42,18 +33,13 @@ def main(arguments: list[str]) -> None:
     from jaxla.reporting.inventory_report import to_json, to_text
 
     logging.getLogger("jaxla").setLevel(logging.WARNING)  # the report holds what the readers log
-    inventory = take_inventory(
-        options.data.root,
-        options.data.labels,
-        track=lambda cases: tqdm(cases, "reading", leave=False, unit="case", disable=not sys.stderr.isatty()),
-    )
+    track = partial(tqdm, desc="reading", leave=False, unit="case", disable=not sys.stderr.isatty())
+    inventory = take_inventory(options.data.root, options.data.labels, track)
     print(json.dumps(to_json(inventory), indent=1, ensure_ascii=False) if options.json else to_text(inventory))
     if errors := inventory.errors:
-        raise InputError(
-            f"--data.root={options.data.root}",
-            f"training cannot start: {plural(len(errors), 'error')}, first in {errors[0].file}: {errors[0].problem}",
-            errors[0].fix,
-        )
+        first = errors[0]
+        problem = f"training cannot start: {plural(len(errors), 'error')}, first in {first.file}: {first.problem}"
+        raise InputError(f"--data.root={options.data.root}", problem, first.fix)
 
 
 if __name__ == "__main__":

@@ -1,14 +1,14 @@
 """The command line: how its words become options, and how a mistake in them is reported in one line."""
 
-from __future__ import annotations
-
 import argparse
 import os
 import shlex
-from collections.abc import Mapping
-from dataclasses import fields, is_dataclass, replace
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, NamedTuple
+from typing import Literal, NamedTuple
+
+from jsonargparse import ArgumentError, ArgumentParser, Namespace
 
 from jaxla.config import (
     METHOD_GROUPS,
@@ -18,19 +18,15 @@ from jaxla.config import (
     default_cache_dir,
     lookup,
     option_groups,
+    option_values,
     suggestion,
 )
 
-if TYPE_CHECKING:
-    from jsonargparse import ArgumentParser, Namespace
-
-PROCESS_OPTIONS = ("--coordinator", "--processes", "--process")
+RUN_OPTIONS = ("--run-dir", "--coordinator", "--processes", "--process")
 
 
 def command_parser(module: str, description: str) -> ArgumentParser:
     """Return the parser of a command. Options are never completed from a prefix."""
-    from jsonargparse import ArgumentParser
-
     return ArgumentParser(
         prog=f"python -m {module}",
         usage=f"python -m {module} --option=value ...",
@@ -59,13 +55,7 @@ def add_processes_options(parser: ArgumentParser) -> None:
 
 
 def parse_arguments(parser: ArgumentParser, arguments: list[str]) -> Namespace:
-    """Parse a command's arguments.
-
-    Raises:
-        InputError: an unknown option, or a value of the wrong kind.
-    """
-    from jsonargparse import ArgumentError
-
+    """Parse a command's arguments; refuse unknown options and values of the wrong kind."""
     _check_words(parser, arguments)
     try:
         return parser.parse_args(arguments)
@@ -123,31 +113,19 @@ def parse_names(arguments: list[str]) -> argparse.Namespace:
 def parse_experiment(
     arguments: list[str], experiments: Mapping[str, Experiment], methods: Mapping[str, Method]
 ) -> Options:
-    """Parse the command line of `jaxla.train`. Only options that the method has are known.
-
-    Raises:
-        InputError: an unknown experiment, method or option, or a value of the wrong kind.
-    """
+    """Parse the command line of `jaxla.train`; refuse options that the method does not have."""
     experiment = _named_experiment(parse_names(arguments), experiments, methods)
     parser = experiment_parser(experiment)
     try:
         parsed = parser.instantiate(parse_arguments(parser, arguments))
     except InputError as error:
-        raise _option_of_other_method(error, experiment.method, methods) from error
-    groups = {name: parsed[name] for name in METHOD_GROUPS if name in parsed}
-    session = {name: parsed[name] for name in Options._fields if name not in ("experiment", "run_dir", "cache_dir")}
-    return Options(
-        experiment=replace(
-            experiment,
-            data=parsed.data,
-            method=replace(experiment.method, **groups),
-            seed=parsed.seed,
-            fold=parsed.fold,
-        ),
-        run_dir=Path(parsed.run_dir) if parsed.run_dir else None,
-        cache_dir=Path(parsed.cache_dir) if parsed.cache_dir else default_cache_dir(),
-        **session,
-    )
+        raise _option_of_other_method(error, experiment, methods) from error
+    method = replace(experiment.method, **{name: parsed[name] for name in METHOD_GROUPS if name in parsed})
+    values = {name: parsed[name] for name in Options._fields if name != "experiment"} | {
+        "run_dir": Path(parsed.run_dir) if parsed.run_dir else None,
+        "cache_dir": Path(parsed.cache_dir) if parsed.cache_dir else default_cache_dir(),
+    }
+    return Options(replace(experiment, data=parsed.data, method=method, seed=parsed.seed, fold=parsed.fold), **values)
 
 
 def _named_experiment(
@@ -159,11 +137,8 @@ def _named_experiment(
     if names.method is None:
         return experiment
     if names.method not in methods and (names.method.startswith("dinov3_") or names.method.endswith("_reg")):
-        raise InputError(
-            f"--method={names.method}",
-            "names a backbone, not a method",
-            f"Use --model.arch={names.method} with a method: {', '.join(methods)}.",
-        )
+        fix = f"Use --model.arch={names.method} with a method: {', '.join(methods)}."
+        raise InputError(f"--method={names.method}", "names a backbone, not a method", fix)
     return replace(experiment, method=lookup("--method", names.method, methods))
 
 
@@ -181,51 +156,41 @@ def experiment_parser(experiment: Experiment) -> ArgumentParser:
     parser.add_argument("--shard-params", action="store_true", help="divide large parameters over the devices")
     add_processes_options(parser)
     parser.add_argument("--seed", type=int, default=experiment.seed, help="seed of parameters and order of samples")
-    parser.add_argument(
-        "--fold",
-        type=Literal["", "0", "1", "2", "3", "4", "all"],
-        default=experiment.fold,
-        help="fold of five-fold cross-validation that validates, or `all`",
-    )
+    folds = Literal["", "0", "1", "2", "3", "4", "all"]
+    fold = "fold of five-fold cross-validation that validates, or `all`"
+    parser.add_argument("--fold", type=folds, default=experiment.fold, help=fold)
     for name, group in option_groups(experiment).items():
         parser.add_class_arguments(type(group), name)
         parser.set_defaults({f"{name}.{field}": value for field, value in vars(group).items()})
     return parser
 
 
-def _option_of_other_method(error: InputError, method: Method, methods: Mapping[str, Method]) -> InputError:
+def _option_of_other_method(error: InputError, experiment: Experiment, methods: Mapping[str, Method]) -> InputError:
     """Return a better error if the option at fault exists, but only for other methods."""
-    group, _, field = error.where.removeprefix("--").partition(".")
-    if error.where == "--model.network":
-        return InputError(error.where, f"fixed by --method={method.name}", "Remove the option.")
-    having = [name for name, each in methods.items() if field in _field_names(getattr(each, group, None))]
-    if group not in METHOD_GROUPS or not field or method.name in having or not having:
+    own, option = experiment.method.name, error.where.removeprefix("--")
+    if option == "model.network":
+        return InputError(error.where, f"fixed by --method={own}", "Remove the option.")
+    having = [name for name, each in methods.items() if option in option_values(replace(experiment, method=each))]
+    if own in having or not having:
         return error
     owners = f"{', '.join(having[:3])} and others have it" if len(having) > 3 else f"it belongs to {', '.join(having)}"
-    return InputError(error.where, f"method {method.name} has no such option; {owners}", "Remove the option.")
-
-
-def _field_names(options: object) -> list[str]:
-    return [field.name for field in fields(options)] if is_dataclass(options) else []
+    return InputError(error.where, f"method {own} has no such option; {owners}", "Remove the option.")
 
 
 def strip_run_options(command: str) -> str:
     """Return a run's command line without what ties it to its folder and to one of several processes."""
-    words, kept = iter(shlex.split(command)), []
-    for word in words:
-        if word in ("--run-dir", *PROCESS_OPTIONS):
-            next(words, None)  # its value
-        elif word != "--resume" and word.split("=")[0] not in ("--run-dir", *PROCESS_OPTIONS):
-            kept.append(word)
-    return shlex.join(kept)
+    return shlex.join(word for word in _words_without(command, RUN_OPTIONS) if word != "--resume")
 
 
 def set_option(command: str, name: str, value: object) -> str:
     """Return a command line with one option set to a value, in place of any earlier value."""
-    words, kept = iter(shlex.split(command)), []
+    return shlex.join([*_words_without(command, (name,)), f"{name}={value}"])
+
+
+def _words_without(command: str, names: Sequence[str]) -> Iterator[str]:
+    words = iter(shlex.split(command))
     for word in words:
-        if word == name:
-            next(words, None)
-        elif not word.startswith(f"{name}="):
-            kept.append(word)
-    return shlex.join([*kept, f"{name}={value}"])
+        if word in names:
+            next(words, None)  # its value
+        elif word.split("=")[0] not in names:
+            yield word

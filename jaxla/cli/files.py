@@ -1,7 +1,5 @@
 """Files on disk: atomic writes, locks between processes, hashes and free space."""
 
-from __future__ import annotations
-
 import contextlib
 import hashlib
 import logging
@@ -33,11 +31,7 @@ def report_os_errors(action: Literal["read", "written"], where: object, fix: str
 
 @contextlib.contextmanager
 def atomic_file(path: Path) -> Iterator[Path]:
-    """Yield a temporary path to write to. It replaces `path` once it is complete; after an error nothing is left.
-
-    Raises:
-        OSError: the file cannot be written.
-    """
+    """Yield a temporary path to write to. It replaces `path` once it is complete; after an error nothing is left."""
     temporary = path.with_name(f".{uuid.uuid4().hex}.{path.name}")  # unique among processes and hosts
     try:
         yield temporary
@@ -70,11 +64,7 @@ def write_atomically(path: Path, text: str) -> None:
 
 @contextlib.contextmanager
 def atomic_folder(folder: Path) -> Iterator[Path]:
-    """Yield a temporary folder to write files in. It becomes `folder`, which must not exist, or is removed on an error.
-
-    Raises:
-        OSError: the folder cannot be written.
-    """
+    """Yield a temporary folder for files. It becomes `folder`, which must not exist, or is removed on an error."""
     temporary = folder.with_name(f".{uuid.uuid4().hex}.{folder.name}")
     try:
         temporary.mkdir(parents=True)
@@ -95,9 +85,6 @@ def create_folder_once(folder: Path, names: Sequence[str]) -> Iterator[Path]:
 
     Args:
         names: the files of a complete folder; an incomplete one is replaced.
-
-    Raises:
-        OSError: the folder cannot be written.
     """
     try:
         with atomic_folder(folder) as temporary:

@@ -7,23 +7,15 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from types import FrameType
 
 from jaxla.config import InputError, command_line_wording
 
-if TYPE_CHECKING:
-    from types import FrameType
-
 
 class Stopped(Exception):
-    """The process was asked to stop, and everything needed to resume is saved.
-
-    Attributes:
-        reason: where it stopped.
-        resume_command: the command that resumes, if there is one.
-    """
+    """The process was asked to stop; `reason` says where, and `resume_command` resumes if there is one."""
 
     def __init__(self, reason: str, resume_command: str = "") -> None:
         self.reason, self.resume_command = reason, resume_command
@@ -80,22 +72,27 @@ def _report_unraisable(report: sys.UnraisableHookArgs) -> None:
 
 
 @contextmanager
+def handle_signals(signals: Sequence[int], handler: Callable[[int, FrameType | None], None]) -> Iterator[None]:
+    """Handle signals by a function within the context."""
+    before = {each: signal.signal(each, handler) for each in signals}
+    try:
+        yield
+    finally:
+        for each, previous in before.items():
+            signal.signal(each, previous)
+
+
+@contextmanager
 def stop_requests() -> Iterator[Callable[[], bool]]:
     """Make SIGTERM and the first Ctrl-C set a flag, which the yielded function returns; a second one interrupts."""
     if threading.current_thread() is not threading.main_thread():  # Python takes signals only there
         yield lambda: False
         return
     requested = threading.Event()
-    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
 
-    def request(number: int, frame: FrameType | None) -> None:
+    def request(received: int, frame: FrameType | None) -> None:
         requested.set()
-        signal.signal(number, signal.default_int_handler)
+        signal.signal(received, signal.default_int_handler)
 
-    for number in before:
-        signal.signal(number, request)
-    try:
+    with handle_signals((signal.SIGTERM, signal.SIGINT), request):
         yield requested.is_set
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)

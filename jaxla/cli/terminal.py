@@ -1,7 +1,5 @@
 """Text for the terminal: progress, and counts, sizes and times in words."""
 
-from __future__ import annotations
-
 import logging
 import sys
 from collections.abc import Iterable
@@ -17,10 +15,10 @@ def track(items: Iterable, label: str) -> Iterable:
     if sys.stdout.isatty():
         yield from tqdm(items, label, leave=False, file=sys.stdout, unit="case")
         return
-    for number, item in enumerate(items, start=1):
+    for count, item in enumerate(items, start=1):
         yield item
-        if 4 * number // len(items) > 4 * (number - 1) // len(items):
-            log.info("%s: %d of %d cases", label, number, len(items))
+        if 4 * count // len(items) > 4 * (count - 1) // len(items):
+            log.info("%s: %d of %d cases", label, count, len(items))
 
 
 def plural(count: int, noun: str) -> str:

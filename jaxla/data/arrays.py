@@ -1,7 +1,5 @@
 """Arrays in the cache folder: `.npy` files, memory-mapped by many threads at once."""
 
-from __future__ import annotations
-
 import re
 from pathlib import Path
 

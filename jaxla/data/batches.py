@@ -1,11 +1,9 @@
 """Prepared volumes -> batches of slices, volumes or patches, read by Grain in threads from memory-mapped arrays."""
 
-from __future__ import annotations
-
 from collections.abc import Generator, Sequence
 from contextlib import closing
 from functools import partial
-from typing import NotRequired, Protocol, SupportsIndex, TypedDict
+from typing import NotRequired, SupportsIndex, TypedDict
 
 import grain.python as grain
 import numpy as np
@@ -27,63 +25,45 @@ class Batch(TypedDict):
     weight: np.ndarray  # [B] float32, 0 for padding; for volumes [B, D]
 
 
-class Source(Protocol):
-    """Random access to the rows of batches.
+class Source:
+    """Random access to the rows of batches, each without the axis B."""
 
-    Attributes:
-        units: number of units over which Dice is averaged; `volume` of a row names its unit.
-        counted: how Dice is averaged, in words.
-        slices: mean number of slices in a row.
-    """
-
-    units: int
-    counted: str
-    slices: float
-
-    def __len__(self) -> int: ...
-
-    def __getitem__(self, item: SupportsIndex) -> Batch: ...
-
-    def order(self, seed: int) -> grain.MapDataset:
-        """Return the practically endless order in which training reads the rows."""
-        ...
-
-
-class ArraySource:
-    """Images and masks that lie in memory, as a source of one-row batches without the axis B.
-
-    Args:
-        images: [N, H, W, C] float32.
-        masks: [N, H, W] class indices.
-    """
-
-    counted, slices = "per image", 1.0
-
-    def __init__(self, images: np.ndarray, masks: np.ndarray) -> None:
-        self.images, self.masks, self.units = images, masks, len(images)
+    units: int  # number of units over which Dice is averaged; `volume` of a row names its unit
+    counted = "per volume"  # how Dice is averaged, in words
+    slices = 1.0  # mean number of slices in a row
 
     def __len__(self) -> int:
         return self.units
 
+    def __getitem__(self, item: SupportsIndex) -> Batch:
+        raise NotImplementedError
+
     def order(self, seed: int) -> grain.MapDataset:
-        """Return every image, in an order drawn anew in each pass."""
+        """Return the order in which training reads the rows: practically endless, drawn anew for each pass."""
         return grain.MapDataset.range(len(self)).seed(seed).shuffle().repeat(MAX_PASSES)
+
+
+class ArraySource(Source):
+    """Images [N, H, W, C] float32 and masks [N, H, W] of class indices in memory; a row is one of them."""
+
+    counted = "per image"
+
+    def __init__(self, images: np.ndarray, masks: np.ndarray) -> None:
+        self.images, self.masks, self.units = images, masks, len(images)
 
     def __getitem__(self, item: SupportsIndex) -> Batch:
         i = int(item)
         return Batch(input=self.images[i], mask=self.masks[i], volume=np.int32(i), weight=np.float32(1))
 
 
-class SliceSource:
-    """All slices of the volumes; a row is one slice, without the axis B.
+class SliceSource(Source):
+    """All slices of the volumes; a row is one slice.
 
     Args:
         canvas: the square to which slices are padded.
         features: for each volume its features, indexed by slice, if the network reads these instead of images.
         with_images: whether the network reads the images as well as the features.
     """
-
-    counted, slices = "per volume", 1.0
 
     def __init__(
         self,
@@ -92,18 +72,13 @@ class SliceSource:
         features: Sequence[Sequence[np.ndarray]] | None = None,
         with_images: bool = False,
     ) -> None:
-        self.volumes = volumes
+        self.volumes, self.units = volumes, len(volumes)
         self.features, self.with_images = features, features is not None and with_images
         self.frames = [canvas.frame(v.shape[1:], v.spacing[1:]) for v in volumes]
         self.index = [(i, s) for i, volume in enumerate(volumes) for s in range(volume.shape[0])]
-        self.units = len(volumes)
 
     def __len__(self) -> int:
         return len(self.index)
-
-    def order(self, seed: int) -> grain.MapDataset:
-        """Return all slices in random order, drawn anew for each pass."""
-        return _shuffled_passes(len(self), seed)
 
     def __getitem__(self, item: SupportsIndex) -> Batch:
         i, s = self.index[item]
@@ -118,16 +93,13 @@ class SliceSource:
         )
 
 
-class VolumeSource:
-    """All volumes; a row is one volume [D, …], without the axis B.
+class VolumeSource(Source):
+    """All volumes; a row is one volume [D, …].
 
     Args:
-        canvas: the square to which slices are padded.
+        canvas, features: see `SliceSource`.
         depth: D, to which volumes are padded at the end with empty slices of weight 0.
-        features: see `SliceSource`.
     """
-
-    counted = "per volume"
 
     def __init__(
         self,
@@ -140,13 +112,6 @@ class VolumeSource:
         self.units = len(volumes)
         self.starts = np.cumsum([0, *(volume.shape[0] for volume in volumes)])  # of each volume's slices
         self.slices = float(np.diff(self.starts).mean())
-
-    def __len__(self) -> int:
-        return self.units
-
-    def order(self, seed: int) -> grain.MapDataset:
-        """Return all volumes in random order, drawn anew for each pass."""
-        return _shuffled_passes(len(self), seed)
 
     def __getitem__(self, item: SupportsIndex) -> Batch:
         i = int(item)
@@ -167,12 +132,9 @@ def training_batches(source: Source, batch_size: int, seed: int, rows: range | N
 
 
 def evaluation_batches(source: Source, batch_size: int, rows: range | None = None) -> Generator[Batch]:
-    """Yield every row once, in order; the last batch is padded.
+    """Yield every row once, in order; the last batch is padded. `rows` is that of `training_batches`.
 
     Close the generator if you leave it early: its threads read ahead.
-
-    Args:
-        rows: see `training_batches`.
     """
     order = grain.MapDataset.range(len(source)).batch(batch_size, drop_remainder=False)
     with closing(iter(_read_batches(source, order, rows or range(batch_size)))) as batches:
@@ -187,10 +149,6 @@ def steps_per_epoch(source: Source, batch_size: int, requested: int = 0) -> int:
 def sample_batch(source: Source, rows: range) -> Batch:
     """Return a read-only batch with the first row everywhere, whose shapes are needed before any batch is read."""
     return Batch(**{name: np.broadcast_to(value, (len(rows), *np.shape(value))) for name, value in source[0].items()})
-
-
-def _shuffled_passes(count: int, seed: int) -> grain.MapDataset:
-    return grain.MapDataset.range(count).seed(seed).shuffle().repeat(MAX_PASSES)
 
 
 def _read_batches(source: Source, order: grain.MapDataset, rows: range) -> grain.IterDataset:

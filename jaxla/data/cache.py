@@ -1,7 +1,5 @@
 """The cache folder that all runs share: what it holds, whether a process uses it, and how to clear it."""
 
-from __future__ import annotations
-
 import json
 import os
 import platform
@@ -9,8 +7,8 @@ import shutil
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 from filelock import FileLock, Timeout
 
@@ -29,12 +27,10 @@ KINDS = {  # folder -> its content
 CLEARABLE = ("volumes", "planned", "features", "phantoms", "downloads")
 
 
-@dataclass(frozen=True)
-class CacheEntry:
+class CacheEntry(NamedTuple):
     """A file or folder of the cache, or the volumes of one kind together; `size` in bytes."""
 
     kind: str
-    path: Path
     size: int
     description: str
 
@@ -56,11 +52,7 @@ def mark_cache_in_use(cache_dir: Path) -> Iterator[None]:
 
 
 def list_cache(cache_dir: Path) -> list[CacheEntry]:
-    """Return what the cache holds: volumes together, features by backbone, phantoms by set, the rest by file.
-
-    Raises:
-        InputError: `cache_dir` is a file.
-    """
+    """Return what the cache holds: volumes together, features by backbone, phantoms by set, the rest by file."""
     if cache_dir.exists() and not cache_dir.is_dir():
         raise InputError(option("cache-dir", cache_dir), "is a file, not a folder", "Name a folder.")
     entries = []
@@ -69,11 +61,10 @@ def list_cache(cache_dir: Path) -> list[CacheEntry]:
         children = sorted(folder.iterdir()) if folder.is_dir() else []
         children = [child for child in children if child.suffix != ".lock"]  # empty; a download's lock may remain
         if kind in ("volumes", "planned"):
-            volumes = [c for c in children if not c.name.startswith(".")]
-            if volumes:
-                entries.append(CacheEntry(kind, folder, sum(map(_size, volumes)), f"{len(volumes)} volumes"))
+            if volumes := [c for c in children if not c.name.startswith(".")]:
+                entries.append(CacheEntry(kind, sum(map(_size, volumes)), f"{len(volumes)} volumes"))
             children = [c for c in children if c.name.startswith(".")]
-        entries += [CacheEntry(kind, child, _size(child), _describe(child)) for child in children]
+        entries += [CacheEntry(kind, _size(child), _describe(child)) for child in children]
     return entries
 
 
@@ -89,27 +80,19 @@ def clear_cache(cache_dir: Path, kind: str) -> list[CacheEntry]:
                 pass
             mark.unlink(missing_ok=True)
         except Timeout as error:
-            process = mark.stem.split(".", 1)[-1]  # host and process id
-            raise InputError(
-                option("cache-dir", cache_dir), f"process {process} uses it", "Clear it when that process has finished."
-            ) from error
+            where, process = option("cache-dir", cache_dir), mark.stem.split(".", 1)[-1]  # host and process id
+            raise InputError(where, f"process {process} uses it", "Clear it when that process has finished.") from error
         except OSError as error:
-            raise InputError(
-                mark,
-                f"cannot be opened ({error.strerror}); another user's process may use the cache",
-                "Clear the cache as that user.",
-            ) from error
+            problem = f"cannot be opened ({error.strerror}); another user's process may use the cache"
+            raise InputError(mark, problem, "Clear the cache as that user.") from error
     kinds = CLEARABLE if kind == "all" else (kind,)
     removed = [entry for entry in list_cache(cache_dir) if entry.kind in kinds]
-    for child in [path for each in kinds if (cache_dir / each).is_dir() for path in (cache_dir / each).iterdir()]:
+    for child in [path for each in kinds for path in (cache_dir / each).glob("*")]:
         try:
             shutil.rmtree(child) if child.is_dir() else child.unlink()
         except OSError as error:
-            raise InputError(
-                error.filename or child,
-                f"cannot be removed ({error.strerror or error})",
-                "Clear the cache as the owner of its files.",
-            ) from error
+            problem = f"cannot be removed ({error.strerror or error})"
+            raise InputError(error.filename or child, problem, "Clear the cache as the owner of its files.") from error
     return removed
 
 

@@ -1,7 +1,5 @@
 """Folders of scans -> cases. `LAYOUTS`, at the end of this file, lists the layouts that are recognised."""
 
-from __future__ import annotations
-
 import json
 import logging
 import re
@@ -42,58 +40,38 @@ class Dataset:
 
 @dataclass(frozen=True)
 class Finding:
-    """Something unusual or wrong in a folder of scans.
+    """Something unusual or wrong in a folder of scans; `problem` and `fix` as in `InputError`."""
 
-    Attributes:
-        kind: what was checked, in one or two words.
-        file: the file at fault, or the folder if several are.
-        problem: what is wrong or unusual.
-        fix: what to do about it, as whole sentences.
-        case: id of the case, if there is one.
-        level: an `error` keeps training from starting; a `warning` does not, but a person should check it.
-    """
-
-    kind: str
-    file: Path
+    kind: str  # what was checked, in one or two words
+    file: Path  # the file at fault, or the folder if several are
     problem: str
     fix: str
-    case: str = ""
-    level: Literal["error", "warning"] = "error"
+    case: str = ""  # id of the case, if there is one
+    level: Literal["error", "warning"] = "error"  # an error keeps training from starting, a warning is for a person
 
 
 class Layout(NamedTuple):
     """One way to lay out a data set in a folder.
 
-    Attributes:
-        name: in short.
-        description: which files it consists of, for messages.
-        find_cases: returns the images with a mask, and adds files without a partner to the findings. It returns and
-            adds nothing if the folder has another layout.
-        find_images: returns case id -> scan, for prediction, and adds ambiguous files to the findings.
-        labels: returns the mask values of each class, for users who do not name them.
+    `find_cases` and `find_images` add files without a partner, or two files for one case, to the findings. They return
+    and add nothing if the folder has another layout.
     """
 
     name: str
-    description: str
-    find_cases: Callable[[Path, list[Finding]], list[Case]]
-    find_images: Callable[[Path, list[Finding]], dict[str, Path]]
-    labels: Callable[[Path], Labels]
+    description: str  # which files it consists of, for messages
+    find_cases: Callable[[Path, list[Finding]], list[Case]]  # the images with a mask
+    find_images: Callable[[Path, list[Finding]], dict[str, Path]]  # case id -> scan, for prediction
+    labels: Callable[[Path], Labels]  # the mask values of each class, for users who do not name them
 
 
 @dataclass(frozen=True)
 class Survey:
-    """The contents of a folder, including faulty ones.
-
-    Attributes:
-        layout: the first of `LAYOUTS` that finds something.
-        cases: the images with a mask.
-        findings: errors on files that belong to no case.
-    """
+    """The contents of a folder, including faulty ones."""
 
     root: Path
-    layout: Layout
-    cases: tuple[Case, ...]
-    findings: tuple[Finding, ...]
+    layout: Layout  # the first of `LAYOUTS` that finds something
+    cases: tuple[Case, ...]  # the images with a mask
+    findings: tuple[Finding, ...]  # errors on files that belong to no case
 
 
 def find_cases(root: str | Path, labels: str = "") -> Dataset:
@@ -103,11 +81,11 @@ def find_cases(root: str | Path, labels: str = "") -> Dataset:
         labels: mask values of each class, as in `config.Data.labels`; empty takes them from the data set.
 
     Raises:
-        InputError: there is no folder or no case, or an image or mask has no partner.
+        InputError: there is no folder, no case or no usable label, or an image or mask has no partner.
     """
     survey = survey_cases(root)
     _raise_first(survey.findings)
-    chosen = find_labels(survey, labels)
+    chosen = parse_labels(labels) if labels else survey.layout.labels(survey.root)
     log.info("%s: %d cases (%s); classes %s", survey.root, len(survey.cases), survey.layout.name, chosen.describe())
     return Dataset(survey.root, survey.layout.name, survey.cases, chosen)
 
@@ -136,15 +114,6 @@ def how_to_get_data() -> str:
     return f"Get LAScarQS 2022 by registration at zmiclab.github.io/projects/lascarqs22, or use {phantoms}."
 
 
-def find_labels(survey: Survey, labels: str = "") -> Labels:
-    """Return the mask values of each class: `labels`, as in `config.Data.labels`, or if empty those of the data set.
-
-    Raises:
-        InputError: `labels` cannot be parsed, or `dataset.json` has no usable labels.
-    """
-    return parse_labels(labels) if labels else survey.layout.labels(survey.root)
-
-
 def find_images(root: str | Path) -> dict[str, Path]:
     """Return case id -> image to predict: one file, the NIfTI files of a folder, or the images of a data set.
 
@@ -169,11 +138,8 @@ def find_images(root: str | Path) -> dict[str, Path]:
 def find_masks(folder: Path, option_name: str) -> dict[str, Path]:
     """Return the NIfTI files of a folder of masks, by name without ending.
 
-    Args:
-        option_name: the option that names the folder, for errors.
-
     Raises:
-        InputError: there is no such folder, or two files have one name.
+        InputError: there is no such folder, or two files have one name. It names the option `option_name`.
     """
     if not folder.is_dir():
         raise InputError(option(option_name, folder), "no such folder", "Name a folder of masks.")
@@ -196,6 +162,8 @@ def masks_by_image(masks: dict[str, Path]) -> dict[str, Path]:
 
 
 # --- LAScarQS 2022 ---------------------------------------------------------------------------------------------------
+
+LASCARQS_FILES = f"LAScarQS 2022 (task2/train_data/train_<n>/{LASCARQS_IMAGE} + {LASCARQS_MASK})"
 
 
 def _lascarqs_cases(root: Path, findings: list[Finding]) -> list[Case]:
@@ -227,6 +195,8 @@ def _lascarqs_folders(root: Path) -> list[Path]:
 
 
 # --- Medical Decathlon and nnU-Net -----------------------------------------------------------------------------------
+
+DECATHLON_FILES = "Medical Decathlon or nnU-Net (dataset.json, imagesTr, labelsTr)"
 
 
 def _decathlon_cases(root: Path, findings: list[Finding]) -> list[Case]:
@@ -261,12 +231,12 @@ def _decathlon_labels(root: Path) -> Labels:
         labels = json.loads(where.read_text())["labels"]
         # Decathlon writes {"1": "LA"}, nnU-Net {"LA": 1}
         pairs = [(value, key) if isinstance(value, str) else (key, value) for key, value in labels.items()]
-        if any(isinstance(number, list) for _, number in pairs) or any(name == "ignore" for name, _ in pairs):
+        if any(isinstance(value, list) or name == "ignore" for name, value in pairs):
             raise InputError(where, "overlapping and ignored labels are not supported", f"Set {option('data.labels')}.")
-        named = [("background" if int(number) == 0 else name, (int(number),)) for name, number in pairs]
+        named = [("background" if int(value) == 0 else name, (int(value),)) for name, value in pairs]
+    except InputError:
+        raise
     except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
-        if isinstance(error, InputError):
-            raise
         raise InputError(where, f"not readable as a data set description ({error!r})", fix) from error
     if len(dict(named)) < len(named):
         raise InputError(where, "a label occurs twice", fix)
@@ -287,6 +257,9 @@ def _channel_names(root: Path) -> list[str]:
 
 
 # --- flat pairs ------------------------------------------------------------------------------------------------------
+
+FLAT_PAIRS = "<case>.nii.gz + <case>_mask.nii.gz in one folder, or images/<case>.nii.gz + labels/<case>.nii.gz"
+FLAT_FILES = f"flat pairs ({FLAT_PAIRS})"
 
 
 def _flat_cases(root: Path, findings: list[Finding]) -> list[Case]:
@@ -341,10 +314,10 @@ def _nifti_files(root: Path, folders: Sequence[str] = (".",)) -> list[Path]:
 
 def _images_and_masks(paths: Iterable[Path], findings: list[Finding]) -> tuple[dict[str, Path], dict[str, Path]]:
     """Return the images by name, and the masks, whose names end in one of `MASK_SUFFIXES`, by name of their image."""
-    paths = list(paths)
-    masks = [path for path in paths if _stem(path).endswith(MASK_SUFFIXES)]
-    images = _by_name((path for path in paths if path not in masks), findings, CHANNEL)
-    return images, _by_name(masks, findings, *MASK_SUFFIXES)
+    masks, images = [], []
+    for path in paths:
+        (masks if _stem(path).endswith(MASK_SUFFIXES) else images).append(path)
+    return _by_name(images, findings, CHANNEL), _by_name(masks, findings, *MASK_SUFFIXES)
 
 
 def _by_name(paths: Iterable[Path], findings: list[Finding], *suffixes: str) -> dict[str, Path]:
@@ -355,8 +328,7 @@ def _by_name(paths: Iterable[Path], findings: list[Finding], *suffixes: str) -> 
         if name in files:
             problem = f"belongs to the same case as {files[name].name}"
             findings.append(Finding("two files", path, problem, KEEP_ONE, name))
-        else:
-            files[name] = path
+        files.setdefault(name, path)
     return files
 
 
@@ -367,26 +339,8 @@ def _stem(path: Path) -> str:
 # --- layouts, in the order in which they are tried -------------------------------------------------------------------
 
 LAYOUTS = (
-    Layout(
-        "LAScarQS",
-        f"LAScarQS 2022 (task2/train_data/train_<n>/{LASCARQS_IMAGE} + {LASCARQS_MASK})",
-        _lascarqs_cases,
-        _lascarqs_images,
-        lambda root: Labels(("LA",)),
-    ),
-    Layout(
-        "dataset.json",
-        "Medical Decathlon or nnU-Net (dataset.json, imagesTr, labelsTr)",
-        _decathlon_cases,
-        _decathlon_images,
-        _decathlon_labels,
-    ),
-    Layout(
-        "flat pairs",
-        "flat pairs (<case>.nii.gz + <case>_mask.nii.gz in one folder, or images/<case>.nii.gz + labels/<case>.nii.gz)",
-        _flat_cases,
-        _flat_images,
-        lambda root: Labels(("foreground",), one_value=True),
-    ),
+    Layout("LAScarQS", LASCARQS_FILES, _lascarqs_cases, _lascarqs_images, lambda root: Labels(("LA",))),
+    Layout("dataset.json", DECATHLON_FILES, _decathlon_cases, _decathlon_images, _decathlon_labels),
+    Layout("flat pairs", FLAT_FILES, _flat_cases, _flat_images, lambda root: Labels(("foreground",), one_value=True)),
 )
 RECOGNISED_LAYOUTS = "; ".join(layout.description for layout in LAYOUTS)

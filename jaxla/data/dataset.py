@@ -22,12 +22,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class PreparedData:
-    """A data set ready for training.
-
-    Attributes:
-        volumes: by case id.
-        fold: of cross-validation.
-    """
+    """A data set ready for training; `volumes` by case id, `fold` of cross-validation."""
 
     dataset: Dataset
     volumes: Mapping[str, PreparedVolume]
@@ -38,14 +33,14 @@ class PreparedData:
         """Return the same data, split for one fold of cross-validation."""
         return replace(self, split=make_split([case.id for case in self.dataset.cases], protocol, fold), fold=fold)
 
-    def volumes_of(self, ids: Iterable[str]) -> list[PreparedVolume]:
+    def select_volumes(self, ids: Iterable[str]) -> list[PreparedVolume]:
         """Return the volumes of these cases, in their order."""
         return [self.volumes[case_id] for case_id in ids]
 
     @property
     def used_volumes(self) -> list[PreparedVolume]:
         """The training, validation and test volumes."""
-        return self.volumes_of(self.split.train + self.split.val + self.split.test)
+        return self.select_volumes(self.split.train + self.split.val + self.split.test)
 
     def canvas(self, preprocessing: Preprocessing) -> Canvas:
         """Return the square to which slices are padded."""
@@ -53,7 +48,7 @@ class PreparedData:
             return Canvas(preprocessing.image_size)
         # the networks of all folds are tested together, so they share one square
         ids = self.split.train + self.split.val if self.fold else self.split.train
-        largest = smallest_extent((v.shape[1:], v.spacing[1:]) for v in self.volumes_of(ids))
+        largest = smallest_extent((v.shape[1:], v.spacing[1:]) for v in self.select_volumes(ids))
         return Canvas(preprocessing.image_size, largest)
 
     @property
@@ -78,18 +73,17 @@ def prepare_data(
         select_local: selects the cases that this process prepares first, while other processes prepare others.
 
     Raises:
-        InputError: there are no data, unusable data or too few patients, or no training mask has some class.
+        InputError: there are no data, unusable data or too few patients, or a class is in no training mask.
     """
     protocol, fold = experiment.data, experiment.fold
     if protocol.root == "phantom":  # check the split before making phantoms
         make_split([f"train_{n + 1}" for n in range(protocol.phantom_cases)], protocol, fold)
     dataset = find_cases(resolve_data_root(protocol, cache_dir), protocol.all_labels)
-    ids = [case.id for case in dataset.cases]
-    split = make_split(ids, protocol, fold)
+    split = make_split([case.id for case in dataset.cases], protocol, fold)
     prepared = prepare_cases(dataset, cache_dir, lambda cases: track(cases, "reading"), select_local(dataset.cases))
     data = PreparedData(dataset, {volume.id: volume for volume in prepared}, split, fold=fold)
     for k in map(str, range(FOLDS)) if fold == ALL_FOLDS else [fold]:
-        require_classes(replace(data, split=make_split(ids, protocol, k), fold=k), protocol)
+        require_classes(data.for_fold(k, protocol), protocol)
     _log_summary(data)
     return data
 
@@ -106,31 +100,22 @@ def require_classes(data: PreparedData, protocol: Data) -> None:
     """Raise an InputError unless each class occurs in a training mask."""
     split = data.split
     for index, name in enumerate(data.dataset.labels.names, start=1):
-        has_class = {
-            part: any(volume.class_voxels[index] for volume in data.volumes_of(ids))
-            for part, ids in asdict(split).items()
-        }
+        parts = {part: data.select_volumes(ids) for part, ids in asdict(split).items()}
+        has_class = {part: any(v.class_voxels[index] for v in volumes) for part, volumes in parts.items()}
         if has_class["train"]:
             continue
         problem = f"no training case contains {name}"
         if data.fold and has_class["val"]:
             rest = "validation or test set" if has_class["test"] else "validation set"
-            raise InputError(
-                f"fold {data.fold}",
-                f"{problem}; every case with {name} is in the {rest}",
-                f"Use another {option('fold')}.",
-            )
+            problem += f"; every case with {name} is in the {rest}"
+            raise InputError(f"fold {data.fold}", problem, f"Use another {option('fold')}.")
         if has_class["unused"]:
-            raise InputError(
-                option("data.subset_seed", protocol.subset_seed),
-                f"{problem} among the {len(split.train)} that this protocol uses ({', '.join(split.train)})",
-                "Use another seed, or more training patients.",
-            )
-        raise InputError(
-            data.dataset.root,
-            f"none of the {len(split.train)} training cases contains {name}",
-            f"Check the masks, or name their values with {option('data.labels')}.",
-        )
+            problem += f" among the {len(split.train)} that this protocol uses ({', '.join(split.train)})"
+            where = option("data.subset_seed", protocol.subset_seed)
+            raise InputError(where, problem, "Use another seed, or more training patients.")
+        problem = f"none of the {len(split.train)} training cases contains {name}"
+        fix = f"Check the masks, or name their values with {option('data.labels')}."
+        raise InputError(data.dataset.root, problem, fix)
 
 
 def _log_summary(data: PreparedData) -> None:
@@ -145,5 +130,5 @@ def _log_summary(data: PreparedData) -> None:
     log.info(
         "patients: %d training, %d validation, %d test; slices along the %s axis, %d for training",
         len(split.train), len(split.val), len(split.test),
-        "/".join(sorted({v.slice_axis for v in volumes})), sum(v.shape[0] for v in data.volumes_of(split.train)),
+        "/".join(sorted({v.slice_axis for v in volumes})), sum(v.shape[0] for v in data.select_volumes(split.train)),
     )  # fmt: skip

@@ -4,8 +4,6 @@ A slice is padded to a square in mm, which keeps its aspect, and the square is r
 from 0 to 1 over the volume's own percentiles; the padding is 0.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import lru_cache
@@ -38,15 +36,10 @@ class Frame:
 
 @dataclass(frozen=True)
 class Canvas:
-    """The square to which slices are padded before it is resized to the network's input.
+    """The square to which slices are padded before it is resized to the network's input."""
 
-    Attributes:
-        size: side of the input in pixels.
-        extent: side of the square in mm; 0 gives each slice the smallest square that holds it.
-    """
-
-    size: int
-    extent: float = 0.0
+    size: int  # side of the input in pixels
+    extent: float = 0.0  # side of the square in mm; 0 gives each slice the smallest square that holds it
 
     def frame(self, shape: tuple[int, int], spacing: tuple[float, float]) -> Frame:
         """Return the frame of slices with H × W pixels of `spacing` mm."""
@@ -115,8 +108,7 @@ def input_to_slice(probabilities: np.ndarray, frame: Frame, shape: tuple[int, in
         if visible.shape[-1] > 1:
             visible[..., 0] = 1
         visible[in_slice] = probabilities[in_input]
-    channels = [_resize(visible[..., k], *shape) for k in range(visible.shape[-1])]
-    return np.stack(channels, axis=-1)
+    return np.stack([_resize(visible[..., k], *shape) for k in range(visible.shape[-1])], axis=-1)
 
 
 def _resize(pixels: np.ndarray, height: int, width: int) -> np.ndarray:

@@ -3,8 +3,6 @@
 Every case is read with the readers and checks of training, one at a time; only its facts are kept.
 """
 
-from __future__ import annotations
-
 import contextlib
 import json
 import os
@@ -20,11 +18,11 @@ import numpy as np
 from scipy.stats import median_abs_deviation
 
 from jaxla.config import Data, InputError, option
-from jaxla.data.cases import Case, Finding, find_labels, survey_cases
-from jaxla.data.labels import Labels, require_one_value
+from jaxla.data.cases import Case, Finding, survey_cases
+from jaxla.data.labels import Labels, parse_labels, require_one_value
 from jaxla.data.prepared import describe_twin
 from jaxla.data.split import Split, make_split
-from jaxla.data.volumes import Volume, hash_voxels, read_image, read_mask, require_same_grid, slice_geometry
+from jaxla.data.volumes import hash_voxels, read_image, read_mask, require_same_grid, slice_geometry
 
 MAX_OUTLIER_Z = 3.5
 MIN_OUTLIER_CASES = 5
@@ -40,56 +38,34 @@ MAX_MASK_VALUES = 255  # a mask with more values is an image
 
 @dataclass(frozen=True)
 class CaseFacts:
-    """The facts of one case; None if a file cannot be read or its mask has values without a class.
-
-    Attributes:
-        shape: X, Y, Z as stored.
-        spacing: mm along these axes.
-        orientation: the anatomical directions of these axes, such as RAS.
-        oblique: largest angle in degrees between an axis and the patient's axis closest to it.
-        slice_axis: anatomical name of the axis along which training takes slices.
-        slices: number of slices.
-        slice_spacing: mm along slices, rows and columns.
-        image_sha256: hash of the scan's voxels.
-        mask_values: the non-zero values of the mask, at most `MAX_MASK_VALUES`.
-        volumes: ml of each foreground class.
-    """
+    """The facts of one case, None where a file cannot be read or its mask has values without a class."""
 
     id: str
     image: Path
     mask: Path
-    shape: tuple[int, int, int] | None = None
-    spacing: tuple[float, float, float] | None = None
-    orientation: str | None = None
-    oblique: float | None = None
-    slice_axis: str | None = None
+    shape: tuple[int, int, int] | None = None  # X, Y, Z as stored
+    spacing: tuple[float, float, float] | None = None  # mm along these axes
+    orientation: str | None = None  # the anatomical directions of these axes, such as RAS
+    oblique: float | None = None  # largest angle in degrees between an axis and the patient's axis closest to it
+    slice_axis: str | None = None  # anatomical name of the axis along which training takes slices
     slices: int | None = None
-    slice_spacing: tuple[float, float, float] | None = None
-    image_sha256: str | None = None
-    mask_values: tuple[int, ...] | None = None
-    volumes: dict[str, float] | None = None
+    slice_spacing: tuple[float, float, float] | None = None  # mm along slices, rows and columns
+    image_sha256: str | None = None  # hash of the scan's voxels
+    mask_values: tuple[int, ...] | None = None  # the non-zero values of the mask, at most `MAX_MASK_VALUES`
+    volumes: dict[str, float] | None = None  # ml of each foreground class
 
 
 @dataclass(frozen=True)
 class Inventory:
-    """The contents of a folder of scans.
-
-    Attributes:
-        layout: name of a `jaxla.data.cases.Layout`.
-        labels: None if the data set does not define them; a finding says why.
-        cases: every image with a mask.
-        split: the default split; None if there are too few cases.
-        unread: NIfTI files without a case or finding, such as unlabelled test images.
-        findings: errors first.
-    """
+    """The contents of a folder of scans."""
 
     root: Path
     layout: str
-    labels: Labels | None
-    cases: tuple[CaseFacts, ...]
-    split: Split | None
-    unread: tuple[Path, ...]
-    findings: tuple[Finding, ...]
+    labels: Labels | None  # None if the data set does not define them; a finding says why
+    cases: tuple[CaseFacts, ...]  # every image with a mask
+    split: Split | None  # the default split; None if there are too few cases
+    unread: tuple[Path, ...]  # NIfTI files without a case or finding, such as unlabelled test images
+    findings: tuple[Finding, ...]  # errors first
 
     @property
     def errors(self) -> list[Finding]:
@@ -100,9 +76,7 @@ class Inventory:
 def take_inventory(
     root: str | Path, labels: str = "", track: Callable[[Sequence[Case]], Iterable[Case]] = iter
 ) -> Inventory:
-    """Read every case of a folder and collect facts and findings.
-
-    Only one case is in memory at a time; nothing is written.
+    """Read every case of a folder, one at a time, and collect facts and findings; write nothing.
 
     Args:
         labels: mask values of each class, as in `config.Data.labels`; empty takes them from the data set.
@@ -113,10 +87,10 @@ def take_inventory(
     """
     survey = survey_cases(root)
     findings = list(survey.findings)
-    classes = find_labels(survey, labels) if labels else None
+    classes = parse_labels(labels) if labels else None
     if not labels:
         with _collect_errors(findings, "labels", survey.root / "dataset.json"):
-            classes = find_labels(survey)
+            classes = survey.layout.labels(survey.root)
 
     cases: list[CaseFacts] = []
     case_by_image: dict[str, str] = {}
@@ -136,23 +110,15 @@ def take_inventory(
         findings += [*_missing_classes(survey.root, cases, classes, split), *_volume_outliers(cases, classes)]
     findings += [*_geometry_outliers(cases), *_absent_cases(survey.root, cases, findings)]
     findings.sort(key=lambda finding: finding.level)  # "error" before "warning"; stable within each
-    return Inventory(
-        root=survey.root,
-        layout=survey.layout.name,
-        labels=classes,
-        cases=tuple(cases),
-        split=split,
-        unread=tuple(_unread_files(survey.root, cases, findings)),
-        findings=tuple(findings),
-    )
+    unread = tuple(_unread_files(survey.root, cases, findings))
+    return Inventory(survey.root, survey.layout.name, classes, tuple(cases), split, unread, tuple(findings))
 
 
 def _examine(case: Case, labels: Labels | None) -> tuple[CaseFacts, list[Finding]]:
     """Read a case and check it as `jaxla.data.prepared` does, but collect all errors."""
     facts = CaseFacts(case.id, case.image, case.mask)
     findings: list[Finding] = []
-    image: Volume | None = None
-    mask: Volume | None = None
+    image = mask = None
     with _collect_errors(findings, "image", case.image, case.id):
         image = read_image(case.image)
         geometry = slice_geometry(image.affine)
@@ -220,26 +186,20 @@ def _missing_classes(root: Path, cases: list[CaseFacts], labels: Labels, split: 
 
 
 def _volume_outliers(cases: list[CaseFacts], labels: Labels) -> Iterator[Finding]:
+    masks = {case.id: case.mask for case in cases}
     for name in labels.names:
         volumes = {case.id: case.volumes[name] for case in cases if case.volumes and case.volumes[name]}
-        outliers = find_volume_outliers(volumes)
-        for case in cases:
-            if case.id in outliers:
-                problem = (
-                    f"{name} has {volumes[case.id]:.3g} ml, the median is {np.median(list(volumes.values())):.3g} ml "
-                    f"(z {outliers[case.id]:+.1f})"
-                )
-                fix = "Check the mask, and the spacing in the header."
-                yield Finding("volume", case.mask, problem, fix, case.id, "warning")
+        for case_id, z in find_volume_outliers(volumes).items():
+            median = np.median(list(volumes.values()))
+            problem = f"{name} has {volumes[case_id]:.3g} ml, the median is {median:.3g} ml (z {z:+.1f})"
+            fix = "Check the mask, and the spacing in the header."
+            yield Finding("volume", masks[case_id], problem, fix, case_id, "warning")
 
 
 def find_volume_outliers(volumes: Mapping[str, float]) -> dict[str, float]:
-    """Return the modified z-scores of the volumes that are outliers by `OUTLIER_RULE`.
+    """Return case id -> modified z-score of the volumes, in ml and above 0, that are outliers by `OUTLIER_RULE`.
 
     Logarithms treat a tenth of the median like ten times the median.
-
-    Args:
-        volumes: case id -> ml, above 0.
     """
     if len(volumes) < MIN_OUTLIER_CASES:
         return {}
@@ -260,16 +220,13 @@ def _geometry_outliers(cases: list[CaseFacts]) -> Iterator[Finding]:
     for case in read:
         spacing = case.slice_spacing
         if case.slice_axis != usual_axis:
-            problem = (
-                f"slices lie along {case.slice_axis} (every {spacing[0]:.3g} mm), in {count} other cases along "
-                f"{usual_axis} (every {usual[0]:.3g} mm)"
-            )
+            here, elsewhere = f"(every {spacing[0]:.3g} mm)", f"{usual_axis} (every {usual[0]:.3g} mm)"
+            problem = f"slices lie along {case.slice_axis} {here}, in {count} other cases along {elsewhere}"
             fix = "Check the spacing in its header; if it is right, resample the scan or leave it out."
             yield Finding("slice axis", case.image, problem, fix, case.id, "warning")
         elif max(max(a / b, b / a) for a, b in zip(spacing, usual, strict=True)) >= MAX_SPACING_RATIO:
-            problem = (
-                f"slices, rows and columns are {format_sides(spacing)} mm apart, the median is {format_sides(usual)} mm"
-            )
+            sides, usual_sides = format_sides(spacing), format_sides(usual)
+            problem = f"slices, rows and columns are {sides} mm apart, the median is {usual_sides} mm"
             fix = "Check the spacing in its header; if it is right, nothing is wrong."
             yield Finding("spacing", case.image, problem, fix, case.id, "warning")
         if case.oblique > MAX_OBLIQUE_DEGREES:

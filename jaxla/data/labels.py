@@ -1,7 +1,5 @@
 """Mask values <-> class indices."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -11,24 +9,20 @@ import numpy as np
 
 from jaxla.config import OTHERS_ARE_BACKGROUND, InputError, option
 
+REST_RULE = f"{OTHERS_ARE_BACKGROUND} at the end makes all other values background."
+
 
 @dataclass(frozen=True)
 class Labels:
     """Which mask values belong to which class.
 
     The names of the attributes are part of the hash `jaxla.data.prepared.content_key`.
-
-    Attributes:
-        names: the foreground classes; class c (1-based) is `names[c - 1]`.
-        values: the mask values of each class; None if any non-zero value is the one class.
-        ignored: mask values that count as background; None if every value without a class does.
-        one_value: a mask must not hold two different non-zero values; only if `values` is None.
     """
 
-    names: tuple[str, ...]
-    values: tuple[tuple[int, ...], ...] | None = None
-    ignored: tuple[int, ...] | None = ()
-    one_value: bool = False
+    names: tuple[str, ...]  # the foreground classes; class c (1-based) is `names[c - 1]`
+    values: tuple[tuple[int, ...], ...] | None = None  # of each class; None if any non-zero value is the one class
+    ignored: tuple[int, ...] | None = ()  # values that are background; None if every value without a class is
+    one_value: bool = False  # a mask must not hold two different non-zero values; only if `values` is None
 
     @property
     def outputs(self) -> int:
@@ -38,21 +32,14 @@ class Labels:
     def to_classes(self, mask: np.ndarray, source: Path) -> np.ndarray:
         """Convert mask values to class indices, uint8 of the same shape; 0 is background.
 
-        Args:
-            source: the file that an error names.
-
         Raises:
-            InputError: `mask` holds a value that belongs to no class.
+            InputError: `mask` holds a value that belongs to no class. It names the file `source`.
         """
         if self.values is None:
             if self.one_value and len(found := np.unique(mask[mask != 0])) > 1:
                 example = option("data.labels", f"'a:{found[0]};b:{found[1]}'")
-                raise InputError(
-                    source,
-                    f"holds the label values {_first_values(found)}, but the data set does not name its classes",
-                    f"Name them, for example {example}; {OTHERS_ARE_BACKGROUND} at the end makes all other values "
-                    "background.",
-                )
+                problem = f"holds the label values {_first_values(found)}, but the data set does not name its classes"
+                raise InputError(source, problem, f"Name them, for example {example}; {REST_RULE}")
             return (mask != 0).astype(np.uint8)
         classes = np.zeros(mask.shape, np.uint8)
         known = mask == 0
@@ -64,12 +51,10 @@ class Labels:
             return classes
         known |= np.isin(mask, self.ignored)
         if not known.all():
-            raise InputError(
-                source,
-                f"label values {_first_values(np.unique(mask[~known]))} are not among the classes ({self.describe()})",
-                f"Correct the mask, or list the values in {option('data.labels')}: background:<value> ignores one "
-                f"value, {OTHERS_ARE_BACKGROUND} all others.",
-            )
+            unknown = _first_values(np.unique(mask[~known]))
+            problem = f"label values {unknown} are not among the classes ({self.describe()})"
+            fix = f"Correct the mask, or list the values in {option('data.labels')}: background:<value> ignores one "
+            raise InputError(source, problem, f"{fix}value, {OTHERS_ARE_BACKGROUND} all others.")
         return classes
 
     def to_values(self, classes: np.ndarray) -> np.ndarray:
@@ -82,9 +67,8 @@ class Labels:
         """Return the classes and their values in words: `LA: 1, wall: 2/3`."""
         if self.values is None:
             return f"{self.names[0]}: {'the one' if self.one_value else 'any'} non-zero value"
-        named = ", ".join(
-            f"{name}: {'/'.join(map(str, values))}" for name, values in zip(self.names, self.values, strict=True)
-        )
+        pairs = zip(self.names, self.values, strict=True)
+        named = ", ".join(f"{name}: {'/'.join(map(str, values))}" for name, values in pairs)
         return named if self.ignored is not None else f"{named}; all other values are background"
 
 
@@ -101,10 +85,7 @@ def parse_labels(text: str) -> Labels:
         InputError: the text has another form, or names a class or value twice.
     """
     where = option("data.labels", repr(text))
-    fix = (
-        "Write for example LA:1, or a:1;b:2 for two classes; "
-        f"{OTHERS_ARE_BACKGROUND} at the end makes all other values background."
-    )
+    fix = f"Write for example LA:1, or a:1;b:2 for two classes; {REST_RULE}"
     names, values = [], []
     *parts, last = text.split(";")
     others_are_background = last.replace(" ", "") == OTHERS_ARE_BACKGROUND
@@ -124,11 +105,8 @@ def parse_labels(text: str) -> Labels:
 def make_labels(values_by_name: Mapping[str, Sequence[int]], where: str, fix: str) -> Labels:
     """Return the labels for class name -> mask values; the values of `background` are ignored.
 
-    Args:
-        where, fix: for the error.
-
     Raises:
-        InputError: there is no class except the background, or a class has the value 0.
+        InputError: there is no class except the background, or a class has the value 0; with `where` and `fix`.
     """
     ignored = tuple(value for value in values_by_name.get("background", ()) if value != 0)
     classes = {name: tuple(values) for name, values in values_by_name.items() if name != "background"}
@@ -140,17 +118,10 @@ def make_labels(values_by_name: Mapping[str, Sequence[int]], where: str, fix: st
 
 
 def require_one_value(labels: Labels, root: Path, mask_values: Mapping[str, Iterable[int]]) -> None:
-    """Raise an InputError if `labels.one_value` is set and two masks hold different values.
-
-    Args:
-        mask_values: case id -> the non-zero values of its mask.
-    """
+    """Raise an InputError if `labels.one_value` is set and two masks, case id -> values, hold different values."""
     case_by_value = {value: case for case, found in mask_values.items() for value in found}
     if labels.one_value and len(case_by_value) > 1:
         (a, case_a), (b, case_b) = list(case_by_value.items())[:2]
         one, two = (option("data.labels", text) for text in (f"'a:{a},{b}'", f"'a:{a};b:{b}'"))
-        raise InputError(
-            root,
-            f"the mask of case {case_a} holds the value {a}, the mask of case {case_b} the value {b}",
-            f"Set {one} if both are one class, or {two} if they are two.",
-        )
+        problem = f"the mask of case {case_a} holds the value {a}, the mask of case {case_b} the value {b}"
+        raise InputError(root, problem, f"Set {one} if both are one class, or {two} if they are two.")

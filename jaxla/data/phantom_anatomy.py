@@ -5,8 +5,6 @@ inside. Coordinates are in mm: x to the patient's right, y to the front, z to th
 origin.
 """
 
-from __future__ import annotations
-
 import itertools
 from collections.abc import Callable, Sequence
 from typing import NamedTuple

@@ -5,10 +5,7 @@ Tissues are painted over one another on the voxel grid, with soft edges for the 
 threshold nor the usual position finds the atrium.
 """
 
-from __future__ import annotations
-
 import logging
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -18,29 +15,11 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.spatial.transform import Rotation
 
-from jaxla.cli.files import report_os_errors
+from jaxla.cli.files import atomic_folder, report_os_errors
 from jaxla.cli.terminal import track
 from jaxla.config import InputError, option
-from jaxla.data.phantom_anatomy import (
-    ATRIUM,
-    CAVITY,
-    EVERYWHERE,
-    HEART,
-    MIDLINE,
-    TISSUES,
-    VEINS,
-    Array,
-    Box,
-    Ellipsoid,
-    Grid,
-    Tube,
-    box_between,
-    box_coordinates,
-    distance_to,
-    ellipsoid_distance,
-    lung_vessels,
-    vary,
-)
+from jaxla.data import phantom_anatomy as anatomy
+from jaxla.data.phantom_anatomy import Array, Box, Grid
 
 log = logging.getLogger(__name__)
 
@@ -53,17 +32,11 @@ MAX_BEND_MM = 6.0  # of the smooth displacement that varies the shape of the hea
 
 
 class Phantom(NamedTuple):
-    """One synthetic case.
+    """One synthetic case."""
 
-    Attributes:
-        image: [X, Y, Z].
-        mask: [X, Y, Z], 0 or 255.
-        affine: [4, 4], voxel indices to mm.
-    """
-
-    image: NDArray[np.int16]
-    mask: NDArray[np.uint8]
-    affine: NDArray[np.float64]
+    image: NDArray[np.int16]  # [X, Y, Z]
+    mask: NDArray[np.uint8]  # [X, Y, Z], 0 or 255
+    affine: NDArray[np.float64]  # [4, 4], voxel indices to mm
 
 
 def make_phantom(size: str, seed: int, index: int) -> Phantom:
@@ -117,21 +90,15 @@ def ensure_phantoms(cache_dir: Path, size: str, cases: int) -> Path:
 
 
 def _write(folder: Path, cases: int, size: str, seed: int) -> None:
-    # an empty folder may be a mount point, which cannot be replaced: then write inside it first
-    parent = folder if folder.is_dir() else folder.parent
-    parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=".phantoms-", dir=parent) as name:
-        tree = Path(name, "tree")
+    is_present = folder.is_dir()  # an empty folder may be a mount point, which cannot be replaced
+    with atomic_folder(folder / "task2" if is_present else folder) as temporary:
+        parent = temporary / "train_data" if is_present else temporary / "task2" / "train_data"
         for index in track(range(1, cases + 1), "phantoms"):
-            case = tree / "task2" / "train_data" / f"train_{index}"
+            case = parent / f"train_{index}"
             case.mkdir(parents=True)
             image, mask, affine = make_phantom(size, seed, index)
             _save(case / "enhanced.nii.gz", image, affine)
             _save(case / "atriumSegImgMO.nii.gz", mask, affine)
-        if folder.is_dir():
-            (tree / "task2").rename(folder / "task2")
-        else:
-            tree.rename(folder)
 
 
 def _save(path: Path, array: NDArray, affine: NDArray[np.float64]) -> None:
@@ -165,20 +132,19 @@ def _paint(image: Array, box: Box, distance: Array, value: float | Array) -> Non
 
 def _paint_patient(rng: np.random.Generator, grid: Grid) -> tuple[Array, NDArray[np.bool_]]:
     """Return signal and atrium mask [X, Y, Z] of one patient."""
-    tissues = {tissue: np.float32(value * np.exp(rng.normal(0, 0.06))) for tissue, value in TISSUES.items()}
+    tissues = {tissue: np.float32(value * np.exp(rng.normal(0, 0.06))) for tissue, value in anatomy.TISSUES.items()}
     image, pleura = _paint_chest_wall(rng, grid, tissues)
-    for structure in (*CAVITY, *MIDLINE):
-        box, distance = distance_to(
-            grid, lambda box: box_coordinates(grid, box), vary(rng, structure, np.eye(3), variation=1.5)
-        )
-        if structure in CAVITY:
+    for structure in (*anatomy.CAVITY, *anatomy.MIDLINE):
+        varied = anatomy.vary(rng, structure, np.eye(3), variation=1.5)
+        box, distance = anatomy.distance_to(grid, lambda box: anatomy.box_coordinates(grid, box), varied)
+        if structure in anatomy.CAVITY:
             distance = np.maximum(distance, pleura[box[:2]])
         if structure.shell:
             _paint(image, box, distance - np.float32(structure.shell), tissues[structure.shell_tissue])
         _paint(image, box, distance, tissues[structure.tissue])
 
     rotation = Rotation.from_euler("zyx", rng.uniform(-1, 1, 3) * (20, 12, 12), degrees=True).as_matrix()
-    region = box_between(grid, (-110, -75, -np.inf), (110, 95, np.inf))
+    region = anatomy.box_between(grid, (-110, -75, -np.inf), (110, 95, np.inf))
     mask = np.zeros(image.shape, bool)
     inner = tuple(axis[part] for axis, part in zip(grid, region, strict=True))
     _paint_heart(rng, inner, image[region], mask[region], tissues, rotation)
@@ -190,8 +156,8 @@ def _paint_heart(
 ) -> None:
     """Paint chambers and great vessels into `image`, and the cavity of the left atrium into `mask`."""
     bent = [
-        axis + np.clip(np.float32(2.2) * _smooth_field(rng, grid, EVERYWHERE, 60), -MAX_BEND_MM, MAX_BEND_MM)
-        for axis in box_coordinates(grid, EVERYWHERE)
+        axis + np.clip(np.float32(2.2) * _smooth_field(rng, grid, anatomy.EVERYWHERE, 60), -MAX_BEND_MM, MAX_BEND_MM)
+        for axis in anatomy.box_coordinates(grid, anatomy.EVERYWHERE)
     ]
 
     def points(box: Box) -> Sequence[Array]:
@@ -200,15 +166,16 @@ def _paint_heart(
     def blood() -> np.float32:
         return tissues["blood"] * np.float32(np.exp(rng.normal(0, 0.07)))  # a little different in each chamber
 
-    veins = [vary(rng, vein, rotation, variation=1.2) for vein in VEINS]
-    for structure in (*lung_vessels(rng), *(vary(rng, structure, rotation) for structure in HEART), *veins):
-        box, distance = distance_to(grid, points, structure, rotation)
+    veins = [anatomy.vary(rng, vein, rotation, variation=1.2) for vein in anatomy.VEINS]
+    vessels = anatomy.lung_vessels(rng)
+    for structure in (*vessels, *[anatomy.vary(rng, part, rotation) for part in anatomy.HEART], *veins):
+        box, distance = anatomy.distance_to(grid, points, structure, rotation)
         _paint(image, box, distance - np.float32(structure.shell), tissues[structure.shell_tissue])
         _paint(image, box, distance, blood())
 
-    atrium = vary(rng, ATRIUM, rotation)
-    stumps = tuple(Tube(vein.parts[0].points[:2]) for vein in veins)
-    box, distance = distance_to(grid, points, atrium._replace(parts=atrium.parts + stumps), rotation, blend=6.0)
+    atrium = anatomy.vary(rng, anatomy.ATRIUM, rotation)
+    stumps = tuple(anatomy.Tube(vein.parts[0].points[:2]) for vein in veins)
+    box, distance = anatomy.distance_to(grid, points, atrium._replace(parts=atrium.parts + stumps), rotation, blend=6.0)
     scarred = np.clip((_smooth_field(rng, grid, box, 16) - np.float32(rng.uniform(0.3, 1.6))) * 5, 0, 1)
     scar = tissues["blood"] * np.float32(rng.uniform(1.2, 1.6))
     wall = tissues["wall"] + scarred * (scar - tissues["wall"])
@@ -219,13 +186,14 @@ def _paint_heart(
 
 def _paint_chest_wall(rng: np.random.Generator, grid: Grid, tissues: dict) -> tuple[Array, Array]:
     """Return a cylinder of fat, muscle and sloping ribs filled with soft tissue, and the distance to its inner side."""
-    x, y, z = box_coordinates(grid, EVERYWHERE)
+    x, y, z = anatomy.box_coordinates(grid, anatomy.EVERYWHERE)
     radii = np.array([162, 106]) * rng.uniform(0.95, 1.06, 2)
     fat, muscle = np.float32(rng.uniform(7, 18)), np.float32(rng.uniform(14, 19))
-    skin = ellipsoid_distance((x, y, np.zeros_like(z[..., :1])), Ellipsoid((0, -8, 0), (*radii, np.inf)))
+    cylinder = anatomy.Ellipsoid((0, -8, 0), (*radii, np.inf))
+    skin = anatomy.ellipsoid_distance((x, y, np.zeros_like(z[..., :1])), cylinder)
     plane = np.full(skin.shape, tissues["air"], np.float32)
     for depth, tissue in ((np.float32(0), "fat"), (fat, "muscle"), (fat + muscle, "fat")):
-        _paint(plane, EVERYWHERE, skin + depth, tissues[tissue])
+        _paint(plane, anatomy.EVERYWHERE, skin + depth, tissues[tissue])
     image = np.repeat(plane, z.size, axis=2)
 
     ring = np.clip(4 - np.abs(skin + fat + muscle - 6), 0, 1) * np.float32(0.5) * (tissues["cortex"] - plane)
@@ -256,8 +224,8 @@ def _smooth_field(rng: np.random.Generator, grid: Grid, box: Box, period: float)
 def _scan(rng: np.random.Generator, signal: Array) -> NDArray[np.int16]:
     """Apply a scanner to the signal: thick slices, uneven coils, Rician noise and a scale of its own."""
     grid = tuple((np.arange(n) * step).astype(np.float32) for n, step in zip(signal.shape, SPACING, strict=True))
-    gain = np.float32(0.12) * _smooth_field(rng, grid, EVERYWHERE, 250)
-    gain += np.float32(0.03) * _smooth_field(rng, grid, EVERYWHERE, 14)
+    gain = np.float32(0.12) * _smooth_field(rng, grid, anatomy.EVERYWHERE, 250)
+    gain += np.float32(0.03) * _smooth_field(rng, grid, anatomy.EVERYWHERE, 14)
     np.exp(gain, out=gain)
     scale, sigma = np.float32(rng.uniform(200, 900)), np.float32(rng.uniform(0.045, 0.075))
     scanned = np.empty(signal.shape, np.int16)

@@ -4,8 +4,6 @@ A prepared volume is a folder named by a hash of its content. It holds `image.np
 intensities and resolution, `mask.npy` [S, H, W] with class indices, and `volume.json`.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 from collections.abc import Callable, Iterable, Sequence
@@ -29,35 +27,20 @@ MAX_MASK_VALUES = 10
 
 @dataclass(frozen=True)
 class PreparedVolume:
-    """A case as slices [S, H, W], read from disk only when indexed.
+    """A case as slices [S, H, W], read from disk only when indexed."""
 
-    Attributes:
-        id: of the case.
-        folder: with its arrays.
-        case: the files it was made from.
-        content_key: hash of these files and of the labels.
-        shape: S, H, W.
-        spacing: mm along slices, rows and columns.
-        slice_axis: anatomical name of the slice axis.
-        intensity_range: 0.5 and 99.5 percentile of the scan's intensities.
-        image_sha256: hash of the scan's voxels.
-        slices_sha256: hash of the slices and their spacing, on which the network's inputs depend.
-        mask_values: the non-zero values of the mask, at most `MAX_MASK_VALUES`.
-        class_voxels: number of voxels of each class, background first.
-    """
-
-    id: str
-    folder: Path
-    case: Case
-    content_key: str
-    shape: tuple[int, int, int]
-    spacing: tuple[float, float, float]
-    slice_axis: str
-    intensity_range: tuple[float, float]
-    image_sha256: str
-    slices_sha256: str
-    mask_values: tuple[int, ...]
-    class_voxels: tuple[int, ...]
+    id: str  # of the case
+    folder: Path  # with its arrays
+    case: Case  # the files it was made from
+    content_key: str  # hash of these files and of the labels
+    shape: tuple[int, int, int]  # S, H, W
+    spacing: tuple[float, float, float]  # mm along slices, rows and columns
+    slice_axis: str  # anatomical name of the slice axis
+    intensity_range: tuple[float, float]  # 0.5 and 99.5 percentile of the scan's intensities
+    image_sha256: str  # hash of the scan's voxels
+    slices_sha256: str  # hash of the slices and their spacing, on which the network's inputs depend
+    mask_values: tuple[int, ...]  # the non-zero values of the mask, at most `MAX_MASK_VALUES`
+    class_voxels: tuple[int, ...]  # number of voxels of each class, background first
 
     # Opened on each access: a process cannot keep some hundred cases mapped at once.
 
@@ -94,11 +77,9 @@ def prepare_cases(
     volumes: dict[str, PreparedVolume] = {}
     case_by_image: dict[str, str] = {}
     for case in track(list({case.id: case for case in (*first, *dataset.cases)}.values())):
-        volume = _prepare_case(case, dataset.labels, cache_dir / "volumes")
-        twin = case_by_image.setdefault(volume.image_sha256, case.id)
-        if twin != case.id:
+        volumes[case.id] = volume = _prepare_case(case, dataset.labels, cache_dir / "volumes")
+        if (twin := case_by_image.setdefault(volume.image_sha256, case.id)) != case.id:
             raise InputError(case.image, *describe_twin(twin))
-        volumes[case.id] = volume
     prepared = [volumes[case.id] for case in dataset.cases]
     require_one_value(dataset.labels, dataset.root, {v.id: v.mask_values for v in prepared})
     return prepared

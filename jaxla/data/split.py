@@ -1,7 +1,5 @@
 """The patient-level split: 70 % training, 10 % validation, 20 % test; written to and read from `split.json`."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 import math
@@ -20,17 +18,12 @@ ALL_FOLDS = "all"  # value of the option `fold` for a run that trains every fold
 
 @dataclass(frozen=True)
 class Split:
-    """Case ids of each part.
+    """Case ids of each part."""
 
-    Attributes:
-        train: in the order in which smaller protocols take them.
-        unused: training patients that a smaller protocol leaves out; kept so that one file serves all protocols.
-    """
-
-    train: tuple[str, ...]
+    train: tuple[str, ...]  # in the order in which smaller protocols take them
     val: tuple[str, ...]
     test: tuple[str, ...]
-    unused: tuple[str, ...] = ()
+    unused: tuple[str, ...] = ()  # training patients left out; kept so that one file serves all protocols
 
     @property
     def parts(self) -> dict[str, tuple[str, ...]]:
@@ -78,11 +71,8 @@ def write_split(split: Split, path: Path) -> None:
 def read_split(path: Path, option_name: str) -> Split:
     """Read a split file, with its unused training patients among the training patients.
 
-    Args:
-        option_name: the option that names the file, for errors.
-
     Raises:
-        InputError: the file cannot be read, or is not a split file.
+        InputError: the file cannot be read, or is not a split file. It names the option `option_name`.
     """
     where = option(option_name, path)
     with report_os_errors("read", where, "Name a split.json."):
@@ -92,9 +82,8 @@ def read_split(path: Path, option_name: str) -> Split:
         train, val, test = (tuple(map(str, content[part])) for part in ("train", "val", "test"))
         return Split(train + tuple(map(str, content.get("unused", ()))), val, test)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise InputError(
-            where, "not a split file", "Name a JSON file with the lists train, val and test of case ids."
-        ) from error
+        fix = "Name a JSON file with the lists train, val and test of case ids."
+        raise InputError(where, "not a split file", fix) from error
 
 
 def _require_possible_subset(split: Split, protocol: Data, fold: str) -> None:
@@ -123,12 +112,9 @@ def _make_fold(split: Split, fold: int) -> Split:
     pool = sorted(split.train + split.val)
     order = np.arange(len(pool))
     np.random.RandomState(FOLD_SEED).shuffle(order)
-    val = set(np.array_split(order, FOLDS)[fold].tolist())
-    return Split(
-        train=tuple(name for i, name in enumerate(pool) if i not in val),
-        val=tuple(name for i, name in enumerate(pool) if i in val),
-        test=split.test,
-    )
+    val = {pool[i] for i in np.array_split(order, FOLDS)[fold]}
+    train = tuple(name for name in pool if name not in val)
+    return Split(train, tuple(name for name in pool if name in val), split.test)
 
 
 def _draw_split(ids: Sequence[str], seed: int) -> Split:
@@ -136,13 +122,9 @@ def _draw_split(ids: Sequence[str], seed: int) -> Split:
         problem = f"holds {len(ids)} patients, but training, validation and test need at least 3"
         raise InputError(option("data.root"), problem, "Add cases.")
     shuffled = [sorted(ids)[i] for i in np.random.default_rng(seed).permutation(len(ids))]
-    test = max(1, round(0.2 * len(ids)))
-    val = max(1, round(0.1 * len(ids)))
-    return Split(
-        train=tuple(shuffled[test + val :]),
-        val=tuple(sorted(shuffled[test : test + val])),
-        test=tuple(sorted(shuffled[:test])),
-    )
+    test, val = (max(1, round(fraction * len(ids))) for fraction in (0.2, 0.1))
+    val_ids, test_ids = sorted(shuffled[test : test + val]), sorted(shuffled[:test])
+    return Split(tuple(shuffled[test + val :]), tuple(val_ids), tuple(test_ids))
 
 
 def _read_fitting_split(path: Path, ids: Sequence[str]) -> Split:

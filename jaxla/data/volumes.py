@@ -5,8 +5,6 @@ posterior and superior to inferior. The slice axis comes first; of the other two
 axial slice is thus shown in the radiological convention: the patient's right on the left, anterior on top.
 """
 
-from __future__ import annotations
-
 import gzip
 import hashlib
 import io
@@ -36,18 +34,11 @@ logging.getLogger("nibabel.global").setLevel(logging.CRITICAL)
 
 @dataclass(frozen=True)
 class Volume:
-    """A 3D array as stored in a file, with its affine.
-
-    Attributes:
-        path: the file it was read from.
-        array: [X, Y, Z] in the file's own axes; float32 or an integer type.
-        affine: [4, 4], voxel indices to mm (RAS+).
-        header: the file's NIfTI header.
-    """
+    """A 3D array as stored in a file, with its affine and header."""
 
     path: Path
-    array: np.ndarray
-    affine: np.ndarray
+    array: np.ndarray  # [X, Y, Z] in the file's own axes; float32 or an integer type
+    affine: np.ndarray  # [4, 4], voxel indices to mm (RAS+)
     header: nib.Nifti1Header
 
     @property
@@ -114,39 +105,25 @@ def require_same_grid(mask: Volume, image: Volume) -> None:
     """Raise an InputError unless `mask` lies on the grid of `image`."""
     if same_grid(mask, image):
         return
-    difference = (
-        f"shape {mask.array.shape} instead of {image.array.shape}"
-        if mask.array.shape != image.array.shape
-        else "same shape, different affine"
-    )
-    raise InputError(
-        mask.path, f"not on the grid of {image.path} ({difference})", "Resample the mask onto the grid of the image."
-    )
+    difference = "same shape, different affine"
+    if mask.array.shape != image.array.shape:
+        difference = f"shape {mask.array.shape} instead of {image.array.shape}"
+    problem = f"not on the grid of {image.path} ({difference})"
+    raise InputError(mask.path, problem, "Resample the mask onto the grid of the image.")
 
 
 @dataclass(frozen=True)
 class SliceGeometry:
-    """How a stored array [X, Y, Z] becomes slices [S, H, W], and back.
+    """How a stored array [X, Y, Z] becomes slices [S, H, W], and back."""
 
-    Attributes:
-        order: the stored axes that become the slice, row and column axes.
-        flip: the new axes that run against their stored axis.
-        spacing: mm along slices, rows and columns.
-        axis: anatomical name of the slice axis.
-    """
-
-    order: tuple[int, int, int]
-    flip: tuple[int, ...]
-    spacing: tuple[float, float, float]
-    axis: str
+    order: tuple[int, int, int]  # the stored axes that become the slice, row and column axes
+    flip: tuple[int, ...]  # the new axes that run against their stored axis
+    spacing: tuple[float, float, float]  # mm along slices, rows and columns
+    axis: str  # anatomical name of the slice axis
 
 
 def slice_geometry(affine: np.ndarray) -> SliceGeometry:
-    """Return the slices of a grid along its coarsest spacing; ties go to the head-foot axis.
-
-    Args:
-        affine: [4, 4] of the stored array.
-    """
+    """Return the slices of a grid with this affine [4, 4], along its coarsest spacing; ties go to head-foot."""
     orientation = nib.orientations.io_orientation(affine)
     stored_axis = np.argsort(orientation[:, 0])  # by canonical axis
     spacing = nib.affines.voxel_sizes(affine)[stored_axis]
@@ -174,7 +151,7 @@ def from_slices(slices: np.ndarray, geometry: SliceGeometry) -> np.ndarray:
 
 
 def slices_to_canonical(slices: np.ndarray, slice_axis: str) -> np.ndarray:
-    """Return slices [S, H, W], cut along `slice_axis`, with left-right, anterior-posterior and head-foot axes."""
+    """Return slices [S, H, W], cut along `slice_axis`, with the axes `AXES`."""
     return slices.transpose(np.argsort(slice_row_column_axes(AXES.index(slice_axis))))
 
 
@@ -204,11 +181,9 @@ def write_volume(path: Path, array: np.ndarray, like: Volume | Grid) -> None:
         with atomic_file(path) as temporary:
             nib.save(image_class(array, like.affine, header), temporary)
             written = nib.load(temporary)
-            same_geometry = np.array_equal(written.affine, like.affine) and all(
-                np.array_equal(written.header[key], like.header[key])
-                for key in ("qform_code", "sform_code", "xyzt_units", "srow_x", "srow_y", "srow_z")
-            )
-            if not (same_geometry and np.array_equal(np.asarray(written.dataobj), array)):
+            keys = ("qform_code", "sform_code", "xyzt_units", "srow_x", "srow_y", "srow_z")
+            pairs = [(written.affine, like.affine), *((written.header[key], like.header[key]) for key in keys)]
+            if not all(np.array_equal(a, b) for a, b in [*pairs, (np.asarray(written.dataobj), array)]):
                 raise AssertionError(f"{path}: the file differs from the array that was written to it")
 
 
@@ -229,11 +204,11 @@ def _read(path: Path) -> Volume:
             raise InputError(path, f"not a NIfTI file, but {type(image).__name__}", "Convert it to .nii.gz.")
         _check_header(path, image)
         array = np.asarray(image.dataobj)
+    except InputError:
+        raise
     except ImageFileError as error:
         raise InputError(path, "not a NIfTI file", "Convert it to .nii.gz.") from error
     except (EOFError, OSError, zlib.error, ValueError, HeaderDataError) as error:
-        if isinstance(error, InputError):
-            raise
         reason = " ".join(str(error).split())
         raise InputError(path, f"truncated or damaged ({reason})", "Copy or export the file again.") from error
     if array.dtype.kind == "f":

@@ -20,15 +20,10 @@ THRESHOLDS = np.round(np.arange(0.05, 0.951, 0.05), 2)
 
 @dataclass(frozen=True)
 class Atlas:
-    """How often each position belongs to each class.
+    """How often each position belongs to each class."""
 
-    Attributes:
-        probabilities: [K - 1, GRID_SIZE, GRID_SIZE, GRID_SIZE] float32, one map per foreground class.
-        threshold: a voxel is foreground if the probabilities of its classes sum to at least this.
-    """
-
-    probabilities: np.ndarray
-    threshold: float = 0.5
+    probabilities: np.ndarray  # [K - 1, GRID_SIZE, GRID_SIZE, GRID_SIZE] float32, one map per foreground class
+    threshold: float = 0.5  # a voxel is foreground if the probabilities of its classes sum to at least this
 
 
 def build_atlas(masks: Iterable[np.ndarray], classes: int) -> Atlas:
@@ -41,9 +36,9 @@ def build_atlas(masks: Iterable[np.ndarray], classes: int) -> Atlas:
     Raises:
         InputError: there are no masks.
     """
-    total = np.zeros((classes, GRID_SIZE, GRID_SIZE, GRID_SIZE), np.float64)
-    count = 0
-    for count, mask in enumerate(masks, start=1):  # noqa: B007  (the count is read after the loop)
+    total, count = np.zeros((classes, GRID_SIZE, GRID_SIZE, GRID_SIZE), np.float64), 0
+    for mask in masks:
+        count += 1
         for index in range(classes):
             total[index] += _to_grid(mask == index + 1)
     if count == 0:
@@ -68,8 +63,7 @@ def choose_threshold(atlas: Atlas, validation_masks: Iterable[np.ndarray]) -> At
 def apply_atlas(atlas: Atlas, shape: tuple[int, int, int]) -> np.ndarray:
     """Return the atlas as a prediction for a volume of shape [X, Y, Z]: class indices, uint8.
 
-    A voxel is foreground if the foreground probabilities sum to at least the threshold; it then gets the most probable
-    foreground class.
+    A foreground voxel (see `Atlas.threshold`) gets the most probable foreground class.
     """
     classes = np.empty(shape, np.uint8)
     for slab, probabilities in _slabs(atlas, shape):

@@ -20,21 +20,13 @@ EmptyPolicy = Literal["one", "zero", "skip"]
 
 
 class Metric(NamedTuple):
-    """Description of a metric.
+    """Description of a metric."""
 
-    Attributes:
-        title: of its column in reports.
-        definition: in one line.
-        perfect: value for two equal masks, and for two empty masks if they count as perfect.
-        worst: value of a missed structure; None is the diagonal of the unit in mm.
-        digits: number of printed decimals.
-    """
-
-    title: str
-    definition: str
-    perfect: float = 1.0
-    worst: float | None = 0.0
-    digits: int = 3
+    title: str  # of its column in reports
+    definition: str  # in one line
+    perfect: float = 1.0  # value for two equal masks, and for two empty masks if they count as perfect
+    worst: float | None = 0.0  # value of a missed structure; None is the diagonal of the unit in mm
+    digits: int = 3  # number of printed decimals
 
 
 def _surface_dice(mm: int) -> Metric:

@@ -4,8 +4,6 @@ A value belongs to one method and one test case. Average it over seeds first, so
 must be tested on the same cases.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import combinations
@@ -31,28 +29,17 @@ DEFINITIONS = {
 
 @dataclass(frozen=True)
 class Comparison:
-    """Comparison of two methods on the same cases.
-
-    Attributes:
-        first, second: the methods.
-        n: number of cases.
-        difference: mean over cases of first − second.
-        interval: confidence interval of the difference; None for a single case.
-        p: of the signed-rank test; 1 if the methods never differ.
-        p_holm: p, corrected for all comparisons made together.
-        least_p: the smallest p possible with n cases; above 0.05, no difference can be significant.
-        effect: rank-biserial correlation.
-    """
+    """Comparison of two methods on the same n cases."""
 
     first: str
     second: str
     n: int
-    difference: float
-    interval: tuple[float, float] | None
-    p: float
-    p_holm: float
-    least_p: float
-    effect: float
+    difference: float  # mean over cases of first − second
+    interval: tuple[float, float] | None  # confidence interval of the difference; None for a single case
+    p: float  # of the signed-rank test; 1 if the methods never differ
+    p_holm: float  # p, corrected for all comparisons made together
+    least_p: float  # the smallest p possible with n cases; above 0.05, no difference can be significant
+    effect: float  # rank-biserial correlation
 
 
 def compare(methods: Mapping[str, Values]) -> list[Comparison]:
@@ -76,19 +63,16 @@ def require_same_cases(methods: Mapping[str, Values]) -> None:
     for name, values in others:
         if unmatched := sorted(set(first_values) ^ set(values)):
             tested, untested = (first, name) if unmatched[0] in first_values else (name, first)
-            raise InputError(
-                f"{first} and {name}",
-                f"not tested on the same cases ({unmatched[0]} is a test case of {tested}, but not of {untested})",
-                "Compare runs on one data set with one split.",
-            )
+            example = f"{unmatched[0]} is a test case of {tested}, but not of {untested}"
+            problem, fix = f"not tested on the same cases ({example})", "Compare runs on one data set with one split."
+            raise InputError(f"{first} and {name}", problem, fix)
 
 
 def correct_holm(p: Sequence[float]) -> list[float]:
     """Apply Holm's step-down correction (1979): each p times the number of hypotheses left, never decreasing."""
-    order = np.argsort(p, kind="stable")
+    order, corrected = np.argsort(p, kind="stable"), np.empty(len(p))
     scaled = np.asarray(p, float)[order] * np.arange(len(p), 0, -1)
-    corrected = np.empty(len(p))
-    corrected[order] = np.minimum(1, np.maximum.accumulate(scaled)) if len(p) else []
+    corrected[order] = np.minimum(1, np.maximum.accumulate(scaled))
     return corrected.tolist()
 
 
@@ -121,15 +105,6 @@ def _compare(first: str, second: str, methods: Mapping[str, Values]) -> Comparis
     cases = sorted(methods[first])
     # rounded, so that differences that vary only in the last bit get equal ranks
     differences = np.round([methods[first][case] - methods[second][case] for case in cases], 12)
-    p = stats.wilcoxon(differences).pvalue if differences.any() else 1.0
-    return Comparison(
-        first=first,
-        second=second,
-        n=len(cases),
-        difference=float(differences.mean()),
-        interval=mean_interval(differences),
-        p=float(p),
-        p_holm=float(p),
-        least_p=least_p(len(cases)),
-        effect=rank_biserial(differences),
-    )
+    p, n = float(stats.wilcoxon(differences).pvalue) if differences.any() else 1.0, len(cases)
+    mean, interval, effect = float(differences.mean()), mean_interval(differences), rank_biserial(differences)
+    return Comparison(first, second, n, mean, interval, p, p_holm=p, least_p=least_p(n), effect=effect)

@@ -29,7 +29,6 @@ def score_case(
     """Score one case: one row per class, or with unit `slice` one per slice and class.
 
     Args:
-        case_id: the `case` column.
         prediction: class indices, [S, H, W] for unit `slice`; 0 is background, k the class `class_names[k - 1]`.
         reference: class indices of the same shape.
         spacing: millimetres per voxel along each axis.
@@ -78,22 +77,19 @@ def summarise(rows: Iterable[Mapping], unit: Unit, empty: EmptyPolicy, class_nam
     scored = [row for row in rows if row["dice"] is not None]
     units = group_rows(scored, unit).values()
 
-    summary: dict[str, Any] = {}
-    for metric in metrics:
-        summary[metric] = _statistics([np.mean([row[metric] for row in group]) for group in units], unit)
-    summary["classes"] = {
-        name: {
-            metric: _statistics([row[metric] for group in units for row in group if row["class"] == name], unit)
-            for metric in metrics
-        }
-        for name in class_names
+    def class_statistics(name: str) -> dict[str, Any]:
+        class_rows = [row for group in units for row in group if row["class"] == name]
+        return {metric: _statistics([row[metric] for row in class_rows], unit) for metric in metrics}
+
+    return {
+        **{m: _statistics([np.mean([row[m] for row in group]) for group in units], unit) for m in metrics},
+        "classes": {name: class_statistics(name) for name in class_names},
+        "empty_policy": empty,
+        "empty_rule": EMPTY_POLICIES[empty],
+        "skipped": {"units": len(group_rows(rows, unit)) - len(units), "rows": len(rows) - len(scored)},
+        "averaging": f"mean over foreground classes within a {unit}, then over {unit}s; sd divides by n - 1",
+        "definitions": {metric: COLUMNS[metric].definition for metric in metrics},
     }
-    summary["empty_policy"] = empty
-    summary["empty_rule"] = EMPTY_POLICIES[empty]
-    summary["skipped"] = {"units": len(group_rows(rows, unit)) - len(units), "rows": len(rows) - len(scored)}
-    summary["averaging"] = f"mean over foreground classes within a {unit}, then over {unit}s; sd divides by n - 1"
-    summary["definitions"] = {metric: COLUMNS[metric].definition for metric in metrics}
-    return summary
 
 
 def summarise_test(
@@ -145,8 +141,6 @@ def format_summary(summary: Mapping) -> str:
 
 def write_cases(rows: Sequence[Mapping], path: Path) -> None:
     """Write rows as CSV: case, (slice,) class, metrics, then all further columns. None becomes an empty cell."""
-    if not rows:
-        raise InputError(path, "there are no rows to write", "Score at least one case.")
     first = ("case", "slice", "class", *COLUMNS)
     present = dict.fromkeys(column for row in rows for column in row)
     columns = [column for column in first if column in present] + [column for column in present if column not in first]

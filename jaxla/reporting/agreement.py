@@ -1,7 +1,5 @@
 """Agreement of predicted and reference volumes: Bland and Altman's bias and limits, and a scatter plot."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -12,20 +10,14 @@ MIN_CASES_FOR_LIMITS = 10  # with fewer cases, the limits are less certain than 
 
 
 class Agreement(NamedTuple):
-    """Agreement of one class: prediction minus reference in ml, over n cases.
-
-    Attributes:
-        predicted, reference: volumes in ml [n].
-        bias: mean difference.
-        limits: bias ± 1.96 sd, the 95 % limits of agreement; None for few cases.
-    """
+    """Agreement of one class: prediction minus reference in ml, over n cases."""
 
     name: str
-    predicted: np.ndarray
+    predicted: np.ndarray  # volumes in ml [n]
     reference: np.ndarray
     n: int
-    bias: float
-    limits: tuple[float, float] | None
+    bias: float  # mean difference
+    limits: tuple[float, float] | None  # bias ± 1.96 sd, the 95 % limits of agreement; None for few cases
 
 
 def measure_agreement(name: str, predicted: np.ndarray, reference: np.ndarray) -> Agreement:
@@ -39,21 +31,12 @@ def measure_agreement(name: str, predicted: np.ndarray, reference: np.ndarray) -
 
 
 def agreement_by_class(rows: Sequence[Mapping[str, Any]]) -> list[Agreement]:
-    """Return the agreement of each class.
-
-    Args:
-        rows: one per case and class, with `class`, `volume_ml` and `reference_volume_ml`.
-    """
-    return [
-        measure_agreement(
-            name,
-            *(
-                np.array([row[key] for row in rows if row["class"] == name], float)
-                for key in ("volume_ml", "reference_volume_ml")
-            ),
-        )
-        for name in dict.fromkeys(row["class"] for row in rows)
-    ]
+    """Return the agreement of each class, from rows with `class`, `volume_ml` and `reference_volume_ml`."""
+    agreements = []
+    for name in dict.fromkeys(row["class"] for row in rows):
+        volumes = [(row["volume_ml"], row["reference_volume_ml"]) for row in rows if row["class"] == name]
+        agreements.append(measure_agreement(name, *np.array(volumes, float).T))
+    return agreements
 
 
 def draw_volumes(axes: Axes, agreements: Sequence[Agreement]) -> None:

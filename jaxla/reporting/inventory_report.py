@@ -1,7 +1,5 @@
 """The report of `jaxla.verify` on a folder of scans: text for a person, JSON for a program."""
 
-from __future__ import annotations
-
 import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
@@ -95,15 +93,11 @@ def _summary(inventory: Inventory) -> Iterator[tuple[str, str]]:
         yield from _summarise_geometry(readable)
     has_volumes = False
     for name in inventory.labels.names if inventory.labels else ():
-        volumes = {c.id: c.volumes[name] for c in inventory.cases if c.volumes and c.volumes[name]}
-        if volumes:
+        if volumes := {c.id: c.volumes[name] for c in inventory.cases if c.volumes and c.volumes[name]}:
             has_volumes = True
             smallest, largest = min(volumes, key=volumes.get), max(volumes, key=volumes.get)
-            yield (
-                f"{name} ml",
-                f"median {np.median(list(volumes.values())):.3g}, from {volumes[smallest]:.3g} ({smallest}) "
-                f"to {volumes[largest]:.3g} ({largest})",
-            )
+            ends = (f"{volumes[case]:.3g} ({case})" for case in (smallest, largest))
+            yield f"{name} ml", f"median {np.median(list(volumes.values())):.3g}, from {' to '.join(ends)}"
     if has_volumes:
         yield "outliers", OUTLIER_RULE
     if unread := inventory.unread:

@@ -1,7 +1,5 @@
 """Outlines of prediction (green) and reference (red) over the scan, at its own resolution and aspect ratio."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -10,6 +8,8 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
+
+from jaxla.data.inputs import intensity_range
 
 PREDICTION, REFERENCE = "#2fd12f", "#ff4040"
 SLICES_PER_CASE = 4  # a slice of 640×640 pixels adds about 0.5 MB to a page
@@ -32,7 +32,7 @@ def draw_overlays(panels: Sequence[Panel], path: Path) -> None:
     figure = Figure(figsize=(3 * columns, 3 * len(panels) * height / width + 0.6), layout="constrained")
     grid = figure.subplots(len(panels), columns, squeeze=False)
     for row, panel in zip(grid, panels, strict=True):
-        limits = grey_range(panel)
+        limits = intensity_range(panel.image)
         for axes, index in zip(row, _choose_slices(panel.reference, columns), strict=True):
             draw_slice(axes, panel, index, limits)
             label = f"slice {index + 1}/{len(panel.image)}"
@@ -43,29 +43,18 @@ def draw_overlays(panels: Sequence[Panel], path: Path) -> None:
 
 
 def slice_figures(panel: Panel, max_slices: int) -> Iterator[tuple[int, Figure]]:
-    """Draw slices as separate figures with outlines only, in their aspect ratio in mm.
+    """Yield index and figure of slices spread evenly over those that the reference covers, none of them twice.
 
-    Saved as SVG, a figure holds the slice's own H×W pixels, not resampled, and the outlines as lines.
-
-    Args:
-        max_slices: spread evenly over the slices that the reference covers; no slice is repeated.
-
-    Yields:
-        The slice's index, from 0, and its figure.
+    A figure has outlines only, in the aspect ratio in mm. Saved as SVG, it holds the slice's own H×W pixels, not
+    resampled, and the outlines as lines.
     """
-    limits = grey_range(panel)
+    limits = intensity_range(panel.image)
     (height, width), (_, row_mm, column_mm) = panel.image.shape[1:], panel.spacing
     for index in dict.fromkeys(_choose_slices(panel.reference, max_slices)):
         inches = max(4, width / 96)  # at 96 pixels per inch, so that outlines of 1.2 pt are 1.6 pixels wide
         figure = Figure(figsize=(inches, inches * height * row_mm / (width * column_mm)))
         draw_slice(figure.add_axes((0, 0, 1, 1)), panel, index, limits, interpolation="none")
         yield index, figure
-
-
-def grey_range(panel: Panel) -> tuple[float, float]:
-    """Return the intensities shown as black and as white, the same for all slices of a case."""
-    low, high = np.percentile(panel.image, (0.5, 99.5))
-    return float(low), float(high)
 
 
 def draw_slice(
@@ -76,11 +65,7 @@ def draw_slice(
     interpolation: str | None = None,
     reference_dashes: str = "-",
 ) -> None:
-    """Draw a slice in its aspect ratio in mm, with the outlines of both masks.
-
-    Args:
-        limits: intensities shown as black and as white.
-    """
+    """Draw a slice in its aspect ratio in mm, with the outlines of both masks; `limits` are shown black and white."""
     _, row_mm, column_mm = panel.spacing
     low, high = limits
     axes.imshow(

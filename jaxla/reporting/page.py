@@ -1,11 +1,10 @@
 """What the pages of runs and studies share: templates, number formats, figures as data URIs."""
 
-from __future__ import annotations
-
 import base64
 import io
 import re
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import jinja2
@@ -14,6 +13,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from PIL import Image
 
+from jaxla.cli.files import write_atomically
 from jaxla.cli.terminal import plural
 from jaxla.evaluation.metrics import COLUMNS
 from jaxla.runs.machine import describe_device
@@ -39,8 +39,12 @@ class Pair(NamedTuple):
         return self.iou >= self.min_iou - 1e-6  # the means may have been computed in float32
 
 
-def templates() -> jinja2.Environment:
-    """Return the pages' templates, with the filters that format numbers."""
+def write_page(path: Path, template: str, **values: Any) -> None:
+    """Render a template with these values, and write the page atomically.
+
+    Raises:
+        KeyError, jinja2.UndefinedError: the values lack something that the page shows.
+    """
     environment = jinja2.Environment(
         loader=jinja2.ChoiceLoader([jinja2.PackageLoader(f"jaxla.{name}", ".") for name in ("reporting", "studies")]),
         autoescape=True,
@@ -48,11 +52,11 @@ def templates() -> jinja2.Environment:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {"number": number, "mean_sd": mean_sd, "device": describe_device, "plural": plural}
-    return environment
+    environment.filters |= {"number": format_metric, "mean_sd": mean_sd, "device": describe_device, "plural": plural}
+    write_atomically(path, environment.get_template(template).render(values))
 
 
-def number(value: float | None, metric: str, sign: bool = False) -> str:
+def format_metric(value: float | None, metric: str, sign: bool = False) -> str:
     """Format a metric's value: `0.855`, `4.89`, `−1.20`, or a dash for None."""
     if value is None:
         return "–"
@@ -63,7 +67,7 @@ def mean_sd(summary: Mapping[str, Any], metric: str) -> str:
     """Format a metric of a summary as `0.855 ± 0.046`, or a dash if the summary does not have it."""
     if metric not in summary:
         return "–"
-    return f"{number(summary[metric]['mean'], metric)} ± {number(summary[metric]['sd'], metric)}"
+    return f"{format_metric(summary[metric]['mean'], metric)} ± {format_metric(summary[metric]['sd'], metric)}"
 
 
 def chart(draw: Callable[[Axes], None], inches: tuple[float, float] = (4.6, 3.5)) -> str:

@@ -1,7 +1,5 @@
 """A run's report: one self-contained HTML file with what was run and the results."""
 
-from __future__ import annotations
-
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -9,34 +7,48 @@ from typing import Any
 import numpy as np
 
 from jaxla.cli.command_line import strip_run_options
-from jaxla.cli.files import write_atomically
 from jaxla.cli.terminal import plural
+from jaxla.data.prepared import PreparedVolume
+from jaxla.data.volumes import read_mask, slice_geometry, to_slices
 from jaxla.evaluation.metrics import COLUMNS
-from jaxla.evaluation.summary import group_rows
+from jaxla.evaluation.summary import case_means, group_rows, worst_median_best
 from jaxla.reporting.agreement import MIN_CASES_FOR_LIMITS, Agreement, agreement_by_class, draw_volumes
-from jaxla.reporting.block_weights import draw_block_weights
-from jaxla.reporting.curves import draw_losses, draw_validation
+from jaxla.reporting.charts import draw_block_weights, draw_losses, draw_validation
 from jaxla.reporting.overlays import PREDICTION, REFERENCE, SLICES_PER_CASE, Panel, slice_figures
-from jaxla.reporting.page import Pair, chart, data_uri, number, templates
+from jaxla.reporting.page import Pair, chart, data_uri, format_metric, write_page
 from jaxla.runs.machine import describe_device
 from jaxla.runs.record import format_value
+
+Json = Mapping[str, Any]  # content of a JSON file, or a row of a table
 
 MEAN = "Mean over classes"
 PARTS = {"train": "Training", "val": "Validation", "test": "Test", "unused": "Unused"}  # of the split
 
 
+def select_panels(volumes: Mapping[str, PreparedVolume], rows: Sequence[Json], predictions: Path) -> list[Panel]:
+    """Return the test cases with the lowest, median and highest Dice; `predictions` is the folder of their masks."""
+    dice, panels = case_means(rows, "dice"), []
+    for case_id, rank in worst_median_best(dice).items():
+        volume = volumes[case_id]
+        mask = read_mask(predictions / f"{case_id}.nii.gz")
+        prediction = to_slices(mask.array, slice_geometry(mask.affine))
+        title = f"{rank} of {len(dice)}: {case_id}, Dice {dice[case_id]:.3f}"
+        panels.append(Panel(title, volume.image, prediction, volume.mask, volume.spacing))
+    return panels
+
+
 def write_report(
     path: Path,
     *,
-    record: Mapping[str, Any],
+    record: Json,
     split: Mapping[str, Sequence[str]],
     history: Sequence[Mapping[str, float]],
-    rows: Sequence[Mapping[str, Any]],
-    summary: Mapping[str, Any],
-    cost: Mapping[str, Any],
+    rows: Sequence[Json],
+    summary: Json,
+    cost: Json,
     panels: Sequence[Panel],
     unread: Collection[str] = (),
-    folds: Sequence[Mapping[str, Any]] = (),
+    folds: Sequence[Json] = (),
     largest: Sequence[Sequence[str]] | None = None,
 ) -> None:
     """Write a run's report atomically.
@@ -56,40 +68,38 @@ def write_report(
     """
     counted, kept = record["unit"], record["experiment"]["training"]["checkpoint"]
     best = next((line for line in history if line["epoch"] == summary.get("best_epoch")), None)
-    page = (
-        templates()
-        .get_template("run_report.html.jinja")
-        .render(
-            record=record,
-            experiment=record["experiment"],
-            summary=summary,
-            split=split,
-            history=history,
-            method=record["label"],
-            kept=kept,
-            best=best,
-            counted=counted,
-            folds=folds,
-            largest=largest,
-            unread=unread,
-            costs=_list_costs(cost, history),
-            panels=[(panel, [(i, data_uri(f)) for i, f in slice_figures(panel, SLICES_PER_CASE)]) for panel in panels],
-            colours={"prediction": PREDICTION, "reference": REFERENCE},
-            block_weights=_draw_block_weights(summary, record["experiment"]["model"].get("block_weights")),
-            losses=chart(lambda axes: draw_losses(axes, history)) if history else "",
-            validation=chart(lambda axes: draw_validation(axes, history, best, counted, kept)) if history else "",
-            **_result_values(rows, summary, best, counted),
-            **_provenance_values(record, split, unread),
-        )
+    write_page(
+        path,
+        "run_report.html.jinja",
+        record=record,
+        experiment=record["experiment"],
+        summary=summary,
+        split=split,
+        history=history,
+        method=record["label"],
+        kept=kept,
+        best=best,
+        counted=counted,
+        folds=folds,
+        largest=largest,
+        unread=unread,
+        costs=_list_costs(cost, history),
+        panels=[(panel, [(i, data_uri(f)) for i, f in slice_figures(panel, SLICES_PER_CASE)]) for panel in panels],
+        colours={"prediction": PREDICTION, "reference": REFERENCE},
+        block_weights=_draw_block_weights(summary, record["experiment"]["model"].get("block_weights")),
+        losses=chart(lambda axes: draw_losses(axes, history)) if history else "",
+        validation=chart(lambda axes: draw_validation(axes, history, best, counted, kept)) if history else "",
+        **_result_values(rows, summary, best, counted),
+        **_provenance_values(record, split, unread),
     )
-    write_atomically(path, page)
 
 
 def _result_values(
-    rows: Sequence[Mapping[str, Any]], summary: Mapping[str, Any], best: Mapping[str, float] | None, counted: str
+    rows: Sequence[Json], summary: Json, best: Mapping[str, float] | None, counted: str
 ) -> dict[str, Any]:
     """Return what the page shows of the test."""
-    cases, agreements = _rank_cases(rows), agreement_by_class(rows)
+    agreements = agreement_by_class(rows)
+    cases = sorted(group_rows(rows).values(), key=lambda case: _mean(case, "dice"))  # failures first
     return {
         "classes": list(summary["classes"]),
         "results": _result_blocks(summary),
@@ -101,14 +111,12 @@ def _result_values(
         "cases": cases,
         "above_atlas": sum(_mean(case, "dice") > _mean(case, "atlas_dice") for case in cases),
         "volumes": chart(lambda axes: draw_volumes(axes, agreements), (4.2, 4)),
-        "agreements": [(a.name, a.n, number(a.bias, "volume_ml", sign=True), _format_limits(a)) for a in agreements],
+        "agreements": [(a.name, a.n, format_metric(a.bias, "volume_ml", True), _format_limits(a)) for a in agreements],
         "min_cases_for_limits": MIN_CASES_FOR_LIMITS,
     }
 
 
-def _provenance_values(
-    record: Mapping[str, Any], split: Mapping[str, Sequence[str]], unread: Collection[str]
-) -> dict[str, Any]:
+def _provenance_values(record: Json, split: Mapping[str, Sequence[str]], unread: Collection[str]) -> dict[str, Any]:
     """Return what the page shows of options, data and environment."""
     options, hidden = _flatten(record["experiment"]), {"name", "summary", *unread}
     return {
@@ -121,7 +129,7 @@ def _provenance_values(
     }
 
 
-def _flatten(experiment: Mapping[str, Any]) -> dict[str, Any]:
+def _flatten(experiment: Json) -> dict[str, Any]:
     """Return an experiment's options, from its JSON, by their dotted names."""
     options: dict[str, Any] = {}
     for name, value in experiment.items():
@@ -130,7 +138,7 @@ def _flatten(experiment: Mapping[str, Any]) -> dict[str, Any]:
     return options
 
 
-def _draw_block_weights(summary: Mapping[str, Any], how: str | None) -> dict[str, str] | None:
+def _draw_block_weights(summary: Json, how: str | None) -> dict[str, str] | None:
     """Draw the block weights of a fusion network; return None for other networks."""
     if "block_weights" not in summary:
         return None
@@ -144,47 +152,41 @@ def _draw_block_weights(summary: Mapping[str, Any], how: str | None) -> dict[str
     }
 
 
-def _result_blocks(summary: Mapping[str, Any]) -> list[dict[str, Any]]:
+def _result_blocks(summary: Json) -> list[dict[str, Any]]:
     """Return the blocks of the table of results: over all classes, then for each class if there are several.
 
     A block has a title and, in the order of the table's columns, summaries {metric: mean, sd, n, unit}.
     """
     columns = {"volume": summary, "atlas": summary["atlas"], "slice": summary["slice"]}
-    blocks = [{"title": MEAN, **columns}]
-    if len(summary["classes"]) > 1:
-        blocks += [
-            {"title": name, **{column: content["classes"][name] for column, content in columns.items()}}
-            for name in summary["classes"]
-        ]
-    return blocks
+    classes = summary["classes"] if len(summary["classes"]) > 1 else ()
+    by_class = [{"title": name} | {key: value["classes"][name] for key, value in columns.items()} for name in classes]
+    return [{"title": MEAN, **columns}, *by_class]
 
 
-def _list_costs(cost: Mapping[str, Any], history: Sequence[Mapping[str, float]]) -> list[tuple[str, str]]:
+def _list_costs(cost: Json, history: Sequence[Mapping[str, float]]) -> list[tuple[str, str]]:
     """Return what the run cost: names of quantities, and their values in words."""
     volumes, slices = len(cost["inference_seconds"]), sum(cost["inference_slices"])
     parameters, trained = cost["parameters"] / 1e6, cost["trained_parameters"] / 1e6
-    lines = [
-        ("Parameters", f"{parameters:.1f} M, {trained:.1f} M of them trained"),
-        ("Multiply-adds", f"{cost['multiply_adds'] / 1e9:.2f} G per slice"),
-        (
-            "Inference",
-            f"{np.mean(cost['inference_seconds']):.2f} s per volume of {slices / volumes:.0f} slices, from the scan in "
-            f"memory to its mask (mean, n = {plural(volumes, 'volume')})",
-        ),
-    ]
+    inference = f"{np.mean(cost['inference_seconds']):.2f} s per volume of {slices / volumes:.0f} slices"
+    counted = f"from the scan in memory to its mask (mean, n = {plural(volumes, 'volume')})"
+    lines = {
+        "Parameters": f"{parameters:.1f} M, {trained:.1f} M of them trained",
+        "Multiply-adds": f"{cost['multiply_adds'] / 1e9:.2f} G per slice",
+    }
     if history:
-        seconds, memory = np.mean([line["seconds"] for line in history]), cost["step_bytes"] / 1e9
-        lines.insert(2, ("Training", f"{seconds:.1f} s per epoch, including validation"))
-        lines.append(
-            ("Memory of a training step", f"{memory:.2f} GB for {cost['step_slices']} slices, as reported by XLA")
-        )
+        seconds = np.mean([line["seconds"] for line in history])
+        lines["Training"] = f"{seconds:.1f} s per epoch, including validation"
+    lines["Inference"] = f"{inference}, {counted}"
+    if history:
+        memory = f"{cost['step_bytes'] / 1e9:.2f} GB"
+        lines["Memory of a training step"] = f"{memory} for {cost['step_slices']} slices, as reported by XLA"
     for key, owner in (("peak_host_bytes", "the process on the host"), ("peak_device_bytes", "the device")):
         if cost[key] is not None:
-            lines.append((f"Peak memory of {owner}", f"{cost[key] / 1e9:.2f} GB"))
-    return lines
+            lines[f"Peak memory of {owner}"] = f"{cost[key] / 1e9:.2f} GB"
+    return list(lines.items())
 
 
-def _list_facts(record: Mapping[str, Any]) -> list[tuple[str, str]]:
+def _list_facts(record: Json) -> list[tuple[str, str]]:
     """Return the origin of data, weights and numbers: names of facts, and their values in words."""
     root, labels, environment = record["experiment"]["data"]["root"], record["labels"], record["environment"]
     values = [", ".join(map(str, group)) for group in labels["values"] or [["any except 0"]]]
@@ -210,7 +212,7 @@ def _list_facts(record: Mapping[str, Any]) -> list[tuple[str, str]]:
     ]
 
 
-def _list_definitions(summary: Mapping[str, Any]) -> dict[str, str]:
+def _list_definitions(summary: Json) -> dict[str, str]:
     definitions = summary["definitions"] | summary["slice"]["definitions"]
     return {COLUMNS[metric].title: text for metric, text in definitions.items()} | {
         "Empty masks": summary["empty_rule"],
@@ -223,10 +225,10 @@ def _list_definitions(summary: Mapping[str, Any]) -> dict[str, str]:
 
 
 def _format_limits(agreement: Agreement) -> str:
-    return " to ".join(number(limit, "volume_ml", sign=True) for limit in agreement.limits or ()) or "–"
+    return " to ".join(format_metric(limit, "volume_ml", sign=True) for limit in agreement.limits or ()) or "–"
 
 
-def _mean_pairs(summary: Mapping[str, Any], best: Mapping[str, float] | None, counted: str) -> list[Pair]:
+def _mean_pairs(summary: Json, best: Mapping[str, float] | None, counted: str) -> list[Pair]:
     """Return every pair of mean Dice and mean IoU in the report."""
     names = {"volume": "Test, per volume", "atlas": "Atlas baseline, per volume", "slice": "Test, per slice"}
     pairs = []
@@ -234,12 +236,12 @@ def _mean_pairs(summary: Mapping[str, Any], best: Mapping[str, float] | None, co
         for column, name in names.items():
             title = name if block["title"] == MEAN else f"{name}, {block['title']}"
             pairs.append(Pair(title, block[column]["dice"]["mean"], block[column]["iou"]["mean"]))
-    if best is None:
-        return pairs
-    return [*pairs, Pair(f"Validation, {counted}", best["val_dice"], best["val_iou"])]
+    if best:
+        pairs.append(Pair(f"Validation, {counted}", best["val_dice"], best["val_iou"]))
+    return pairs
 
 
-def _case_pairs(rows: Sequence[Mapping[str, Any]]) -> list[Pair]:
+def _case_pairs(rows: Sequence[Json]) -> list[Pair]:
     """Return Dice and IoU of each case and class, of the network and of the atlas baseline."""
     pairs = []
     for row in rows:
@@ -249,10 +251,5 @@ def _case_pairs(rows: Sequence[Mapping[str, Any]]) -> list[Pair]:
     return pairs
 
 
-def _rank_cases(rows: Sequence[Mapping[str, Any]]) -> list[list[Mapping[str, Any]]]:
-    """Return the rows of each case, lowest mean Dice first, so that failures are read first."""
-    return sorted(group_rows(rows).values(), key=lambda case: _mean(case, "dice"))
-
-
-def _mean(rows: Sequence[Mapping[str, Any]], metric: str) -> float:
+def _mean(rows: Sequence[Json], metric: str) -> float:
     return float(np.mean([row[metric] for row in rows]))

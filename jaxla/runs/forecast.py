@@ -147,7 +147,7 @@ def forecast_run(
             batch = next(batches)
         batch_seconds = mean_seconds(lambda: trainer.evaluate(batch), 2)
 
-    parts = {name: data.volumes_of(getattr(data.split, name)) for name in ("train", "val", "test")}
+    parts = {name: data.select_volumes(getattr(data.split, name)) for name in ("train", "val", "test")}
     return Forecast(
         network=network_words,
         sample=task.sample,
@@ -212,7 +212,7 @@ def forecast_test(
     experiment: Experiment, data: PreparedData, task: Task, batch_seconds: float, backbone_seconds_per_slice: float
 ) -> float:
     """Return the seconds to segment and score the test cases, to time some, and to choose the postprocessing."""
-    test, val = data.volumes_of(data.split.test), data.volumes_of(data.split.val)
+    test, val = data.select_volumes(data.split.test), data.select_volumes(data.split.val)
     slices = sum(volume.shape[0] for volume in test)
     segmenting = task.batches_to_segment(test) * batch_seconds
     per_volume = (segmenting + slices * backbone_seconds_per_slice) / len(test)
@@ -275,7 +275,7 @@ def _tree_bytes(tree: Any) -> int:
 
 def _time_scoring(data: PreparedData) -> float:
     """Return the seconds to score one case as the test does, measured on a shifted validation mask."""
-    volume, names = data.volumes_of(data.split.val)[0], data.dataset.labels.names
+    volume, names = data.select_volumes(data.split.val)[0], data.dataset.labels.names
     mask = np.asarray(volume.mask)
     shifted = np.roll(mask, 5, axis=1)
     began = time.perf_counter()

@@ -109,7 +109,7 @@ def make_atlas(data: PreparedData, classes: int) -> Atlas:
     """Return the atlas baseline of the training masks; its threshold is chosen on the validation masks."""
 
     def masks(ids: Iterable[str]) -> Iterator[np.ndarray]:
-        return (slices_to_canonical(volume.mask, volume.slice_axis) for volume in data.volumes_of(ids))
+        return (slices_to_canonical(volume.mask, volume.slice_axis) for volume in data.select_volumes(ids))
 
     return choose_threshold(build_atlas(masks(data.split.train), classes), masks(data.split.val))
 

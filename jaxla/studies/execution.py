@@ -4,18 +4,16 @@ A run that fails or runs out of memory ends alone. Its folder is the same as aft
 options.
 """
 
-from __future__ import annotations
-
 import logging
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 
-from jaxla.cli.process import Stopped
+from jaxla.cli.process import Stopped, handle_signals
 from jaxla.cli.terminal import format_duration
 from jaxla.config import InputError
 from jaxla.runs.folder import is_finished, is_running
@@ -28,15 +26,10 @@ POLL_SECONDS = 2.0  # between two checks of a run that another process trains
 
 
 def wait_for_running(runs: Sequence[ScheduledRun], output: Path) -> None:
-    """Wait for runs that another process trains, such as those that a killed study left.
-
-    Raises:
-        InputError: another process runs a study in this folder.
-    """
+    """Wait for runs that another process trains, such as those that a killed study left; refuse a second study."""
     if is_running(output):
-        raise InputError(
-            f"--output={output}", "another process runs a study in this folder", "Wait for it, or stop it."
-        )
+        problem = "another process runs a study in this folder"
+        raise InputError(f"--output={output}", problem, "Wait for it, or stop it.")
     for run in runs:
         _wait_for(run.folder)
 
@@ -65,8 +58,7 @@ def execute_runs(runs: Sequence[ScheduledRun], states: Sequence[State], seconds:
         log.info("run %d of %d: %s, %s, seed %d", position, len(remaining), run.protocol, run.method, run.seed)
         start = time.perf_counter()
         try:
-            failure = _execute(run)
-            if failure:
+            if failure := _execute(run):
                 failures.append(f"{run.folder} ({failure})")
                 log.warning("failed: %s", failure)
             elapsed, expected = elapsed + time.perf_counter() - start, expected + seconds[n]
@@ -75,8 +67,7 @@ def execute_runs(runs: Sequence[ScheduledRun], states: Sequence[State], seconds:
         except KeyboardInterrupt as interrupt:
             raise Stopped(f"in run {run.folder.name}", command) from interrupt
     if failures:
-        reasons = "; ".join(failures)
-        raise Stopped(f"after {len(failures)} of {len(runs)} runs failed: {reasons}", command)
+        raise Stopped(f"after {len(failures)} of {len(runs)} runs failed: {'; '.join(failures)}", command)
 
 
 def _execute(run: ScheduledRun) -> str:
@@ -95,12 +86,11 @@ def _execute(run: ScheduledRun) -> str:
     command = [sys.executable, "-m", "jaxla.train", *run.arguments, f"--run-dir={run.folder}", "--processes=1"]
     command += ["--resume"] * (state == "started")
     last_line, stopped = "", None
+    # In its own process group, because Ctrl-C would reach it as well, and a second signal ends it at once.
+    own_group = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "process_group": 0}
     with (
-        _signals_interrupt(),
-        # In its own process group, because Ctrl-C would reach it as well, and a second signal ends it at once.
-        subprocess.Popen(
-            command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace", process_group=0
-        ) as process,
+        handle_signals(_stop_signals(), signal.default_int_handler),
+        subprocess.Popen(command, text=True, errors="replace", **own_group) as process,
     ):
         while True:
             try:
@@ -120,15 +110,9 @@ def _execute(run: ScheduledRun) -> str:
     return f"{ending}: {last_line}" if process.returncode > 0 and last_line else ending
 
 
-@contextmanager
-def _signals_interrupt() -> Iterator[None]:
-    """Raise KeyboardInterrupt on SIGINT, SIGTERM and a closed terminal (unless ignored, as under nohup)."""
-    numbers = [signal.SIGINT, signal.SIGTERM]
+def _stop_signals() -> list[signal.Signals]:
+    """Return SIGINT, SIGTERM and that of a closed terminal (unless ignored, as under nohup)."""
+    signals = [signal.SIGINT, signal.SIGTERM]
     if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # Windows has no SIGHUP
-        numbers.append(signal.SIGHUP)
-    handlers = {number: signal.signal(number, signal.default_int_handler) for number in numbers}
-    try:
-        yield
-    finally:
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
+        signals.append(signal.SIGHUP)
+    return signals

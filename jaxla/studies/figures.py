@@ -4,8 +4,6 @@ A method has the same colour, marker and line style in all figures. The colours 
 figures can be read in grey print.
 """
 
-from __future__ import annotations
-
 import textwrap
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import count, product
@@ -18,9 +16,10 @@ from matplotlib.figure import Figure
 from matplotlib.patheffects import withStroke
 from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
 
+from jaxla.data.inputs import intensity_range
 from jaxla.reporting.agreement import MIN_CASES_FOR_LIMITS, Agreement, measure_agreement
-from jaxla.reporting.overlays import Panel, draw_slice, grey_range, outline_legend
-from jaxla.reporting.page import number
+from jaxla.reporting.overlays import Panel, draw_slice, outline_legend
+from jaxla.reporting.page import format_metric
 from jaxla.studies.results import Results
 from jaxla.studies.tables import describe_devices
 
@@ -54,24 +53,16 @@ Styles = Mapping[str, Style]  # by method
 def choose_styles(methods: Mapping[str, str], known_methods: Sequence[str]) -> dict[str, Style]:
     """Choose a style for each method: the one at its position among all known methods, or the next free one.
 
-    The result does not depend on the order of `methods`.
-
-    Args:
-        methods: title in the study -> name of the method.
+    The result does not depend on the order of `methods`, title in the study -> name of the method.
     """
     styles: dict[str, Style] = {}
     for title, method in sorted(methods.items(), key=lambda item: (known_methods.index(item[1]), item[0])):
-        used_colours = {style.colour for style in styles.values()}
-        has_free_colour = len(used_colours) < len(COLOURS)
-        candidates = (
-            Style(*(looks[index % len(looks)] for looks in (COLOURS, MARKERS, DASHES)))
-            for index in count(known_methods.index(method))
-        )
-        styles[title] = next(
-            style
-            for style in candidates
-            if (style.colour not in used_colours if has_free_colour else style not in styles.values())
-        )
+        colours = {style.colour for style in styles.values()}
+        for index in count(known_methods.index(method)):
+            style = Style(*(looks[index % len(looks)] for looks in (COLOURS, MARKERS, DASHES)))
+            if style.colour not in colours or (len(colours) == len(COLOURS) and style not in styles.values()):
+                break
+        styles[title] = style
     return styles
 
 
@@ -164,28 +155,24 @@ def overlay_figure(results: Results, cases: Mapping[str, Sequence[Panel]], case_
     for axes, title in zip(grid[0], results.methods, strict=True):
         axes.set_title(textwrap.fill(title, TITLE_LETTERS), fontsize="medium")
     outline = [withStroke(linewidth=2, foreground="black")]  # keeps the text readable on bright tissue
+    within = {"color": "w", "fontsize": "small", "path_effects": outline}
+    beside = {"rotation": 90, "ha": "right", "va": "center", "multialignment": "center", "fontsize": "small"}
     for row, (title, panels) in zip(grid, cases.items(), strict=True):
         index = int(np.argmax(np.count_nonzero(panels[0].reference, axis=(1, 2))))
         rows, columns = _crop_limits([p.prediction[index] for p in panels] + [panels[0].reference[index]])
         for axes, panel in zip(row, panels, strict=True):
-            draw_slice(axes, panel, index, grey_range(panel), interpolation="none", reference_dashes="--")
+            draw_slice(axes, panel, index, intensity_range(panel.image), interpolation="none", reference_dashes="--")
             axes.set(xlim=columns, ylim=rows[::-1])
-            axes.text(
-                0.03, 0.03, panel.title, transform=axes.transAxes, color="w", fontsize="small", path_effects=outline
-            )
-        row[0].text(
-            -0.04, 0.5, f"{title}\nslice {index + 1}", transform=row[0].transAxes, rotation=90, ha="right",
-            va="center", multialignment="center", fontsize="small",
-        )  # fmt: skip
+            axes.text(0.03, 0.03, panel.title, transform=axes.transAxes, **within)
+        row[0].text(-0.04, 0.5, f"{title}\nslice {index + 1}", transform=row[0].transAxes, **beside)
     outline_legend(figure, reference_dashes="--")
     caption = (
         f"Protocol {results.largest_protocol}, seed {results.seeds[0]}: the slice with the largest reference (the "
         "first slice is 1), at the scan's resolution, cropped around the structure; prediction green, reference red. "
         f"Dice is that of the volume{', averaged over classes' if len(results.classes) > 1 else ''}. {case_note}"
     )
-    return StudyFigure(
-        "figure3", figure, caption.rstrip(), "Outlines of prediction and reference over the scan by method"
-    )
+    alt = "Outlines of prediction and reference over the scan by method"
+    return StudyFigure("figure3", figure, caption.rstrip(), alt)
 
 
 def cost_figure(results: Results, styles: Styles) -> StudyFigure:
@@ -194,10 +181,7 @@ def cost_figure(results: Results, styles: Styles) -> StudyFigure:
     means = {method: results.mean(protocol, method, "dice") for method in results.methods}
     costs = {method: results.cost(protocol, method) for method in results.methods}
     figure = Figure(figsize=(9.2, 3.9), layout="constrained")
-    quantities = {
-        "multiply_adds": ("multiply-adds per slice, G", 1e9),
-        "inference_seconds": ("seconds per volume", 1),
-    }
+    quantities = {"multiply_adds": ("multiply-adds per slice, G", 1e9), "inference_seconds": ("seconds per volume", 1)}
     for axes, (quantity, (label, scale)) in zip(figure.subplots(1, 2, sharey=True), quantities.items(), strict=True):
         for method, mean in means.items():
             low, high = (mean.mean if end is None else end for end in (mean.ci95_low, mean.ci95_high))
@@ -247,11 +231,9 @@ def agreement_figure(results: Results, styles: Styles) -> StudyFigure:
         axes.label_outer(remove_inner_ticks=False)
         if several:
             axes.tick_params(labelbottom=True)
-    has_limits = len(results.test_cases) >= MIN_CASES_FOR_LIMITS
-    lines = "dashed lines: limits of agreement (bias ± 1.96 sd)" if has_limits else (
-        f"limits of agreement need at least {MIN_CASES_FOR_LIMITS} cases"
-    )  # fmt: skip
-    n = len(results.test_cases)
+    lines, n = "dashed lines: limits of agreement (bias ± 1.96 sd)", len(results.test_cases)
+    if n < MIN_CASES_FOR_LIMITS:
+        lines = f"limits of agreement need at least {MIN_CASES_FOR_LIMITS} cases"
     caption = f"Protocol {protocol}, n = {n} test volumes, each averaged over seeds. Solid line: bias; {lines}."
     return StudyFigure("agreement", figure, caption, "Bland-Altman plots by method")
 
@@ -269,7 +251,8 @@ def _draw_bland_altman(axes: Axes, agreement: Agreement, style: Style) -> None:
 
 def _describe(agreement: Agreement) -> str:
     """Return `bias −0.12 ml, limits −0.60 to +0.36 ml`."""
-    bias, *limits = (number(value, "volume_ml", sign=True) for value in (agreement.bias, *(agreement.limits or ())))
+    values = (agreement.bias, *(agreement.limits or ()))
+    bias, *limits = (format_metric(value, "volume_ml", sign=True) for value in values)
     return f"bias {bias}" + (f", limits {' to '.join(limits)}" if limits else "") + " ml"
 
 

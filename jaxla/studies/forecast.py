@@ -1,7 +1,5 @@
 """The forecast of a study: time and disk space, from a few measured steps of each method."""
 
-from __future__ import annotations
-
 import logging
 import signal
 from collections.abc import Sequence
@@ -18,7 +16,6 @@ from jaxla.cli.terminal import format_bytes, format_duration, plural
 from jaxla.config import Experiment, InputError, command_line_wording
 from jaxla.data.cache import mark_cache_in_use
 from jaxla.data.dataset import prepare_data, require_classes
-from jaxla.data.split import make_split
 from jaxla.distributed import use_devices
 from jaxla.hardware import device_name, on_cpu
 from jaxla.runs.forecast import MEASURED_STEPS, Forecast, forecast_run
@@ -32,27 +29,15 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class StudyForecast:
-    """Time and disk space of several runs on the same scans, one after the other.
+    """Time and disk space of several runs on the same scans, one after the other."""
 
-    Attributes:
-        seconds: of each run, if it takes all epochs; a method's first run includes computing its features; 0 for
-            complete runs.
-        run_bytes: largest size of each run's folder; 0 for complete runs.
-        features_seconds: time to compute missing features, for all runs together.
-        features_bytes: size of the missing features, for all runs together.
-        uncached: method -> advice, for methods whose features do not fit on the disk. Their backbones run in every
-            epoch.
-        disk_free: free space in the cache folder.
-        device: that the steps were measured on.
-    """
-
-    seconds: tuple[float, ...]
-    run_bytes: tuple[int, ...]
-    features_seconds: float
+    seconds: list[float]  # of each run with all epochs, its method's first one with features; 0 for complete runs
+    run_bytes: list[int]  # largest size of each run's folder; 0 for complete runs
+    features_seconds: float  # to compute missing features, for all runs together
     features_bytes: int
-    uncached: dict[str, str]
-    disk_free: int
-    device: str
+    uncached: dict[str, str]  # method -> advice, if its features do not fit: its backbone runs in every epoch
+    disk_free: int  # in the cache folder
+    device: str  # that the steps were measured on
 
 
 def forecast_study(runs: Sequence[ScheduledRun], states: Sequence[State], cache_dir: Path) -> StudyForecast:
@@ -70,13 +55,12 @@ def forecast_study(runs: Sequence[ScheduledRun], states: Sequence[State], cache_
         result = receiver.recv()
     except EOFError as error:
         process.join()
+        ending = describe_exit(process.exitcode)
         if process.exitcode > 0:  # an error in this package, whose traceback the process has printed
-            raise RuntimeError(f"measuring the first steps failed: {describe_exit(process.exitcode)}") from error
-        raise InputError(
-            "first steps of the methods",
-            f"the process that measured them was {describe_exit(process.exitcode)}",
-            "If memory ran out, lower --training.batch_size or --preprocessing.image_size.",
-        ) from error
+            raise RuntimeError(f"measuring the first steps failed: {ending}") from error
+        problem = f"the process that measured them was {ending}"
+        fix = "If memory ran out, lower --training.batch_size or --preprocessing.image_size."
+        raise InputError("first steps of the methods", problem, fix) from error
     finally:
         process.terminate()
         process.join()
@@ -92,63 +76,50 @@ def _measure_and_send(
     logging.getLogger().handlers.clear()  # Orbax, which is imported before this runs, has added its own
     log_to_terminal()
     try:
-        with (
-            command_line_wording(),
-            mark_cache_in_use(cache_dir),
-            use_devices(runs[0].devices, runs[0].shard_params),
-        ):
-            is_complete = [state == "complete" for state in states]
-            sender.send(measure_runs([run.experiment for run in runs], is_complete, cache_dir))
+        with command_line_wording(), mark_cache_in_use(cache_dir), use_devices(runs[0].devices, runs[0].shard_params):
+            sender.send(_measure_runs([run.experiment for run in runs], states, cache_dir))
     except InputError as error:  # as a tuple, because not every subclass can be unpickled
         sender.send((error.where, error.problem, error.fix))
 
 
-def measure_runs(experiments: Sequence[Experiment], is_complete: Sequence[bool], cache_dir: Path) -> StudyForecast:
-    """Measure a few steps of each method on its largest run; its other runs differ in their number of steps.
-
-    Args:
-        is_complete: for each run; complete runs are not measured.
-
-    Raises:
-        InputError: see `jaxla.runs.forecast.forecast_run`.
-    """
+def _measure_runs(experiments: Sequence[Experiment], states: Sequence[State], cache_dir: Path) -> StudyForecast:
+    """Measure a few steps of each method on its largest open run; its other runs differ in their number of steps."""
     first = experiments[0]
     all_patients = replace(first.data, train_patients=0, train_percent=100.0)
     prepared = prepare_data(replace(first, data=all_patients), cache_dir)
-    ids = [case.id for case in prepared.dataset.cases]
-    data = [replace(prepared, split=make_split(ids, experiment.data)) for experiment in experiments]
+    data = [prepared.for_fold("", experiment.data) for experiment in experiments]
     open_runs: dict[str, list[int]] = {}  # by method
     tasks: dict[int, Task] = {}
     for n, experiment in enumerate(experiments):
-        if not is_complete[n]:
+        if states[n] != "complete":
             require_classes(data[n], experiment.data)
             with method_named(experiment.method.name):
                 tasks[n] = make_checked_task(experiment, data[n])
             open_runs.setdefault(experiment.method.name, []).append(n)
-    steps = {n: task.steps_per_epoch(data[n].volumes_of(data[n].split.train)) for n, task in tasks.items()}
+    steps = {n: task.steps_per_epoch(data[n].select_volumes(data[n].split.train)) for n, task in tasks.items()}
 
-    by_run: dict[int, Forecast] = {}
+    run_seconds, run_bytes = [0.0] * len(experiments), [0] * len(experiments)
     by_method: dict[str, Forecast] = {}
     feature_folders = set()
     for method, indices in open_runs.items():
         log.info("measuring a few steps of %s", method)
         largest = max(indices, key=steps.get)
         volumes = {volume.id: volume for n in indices for volume in data[n].used_volumes}
+        run = (experiments[largest], method, data[largest], tasks[largest])
         with method_named(method):
-            measured = forecast_run(
-                experiments[largest], method, data[largest], tasks[largest], cache_dir, list(volumes.values())
-            )
+            measured = forecast_run(*run, cache_dir, list(volumes.values()))
         if measured.features.folder in feature_folders:  # a method before it computes the same features
             measured = replace(measured, features=replace(measured.features, size=0, seconds=0.0))
         feature_folders.add(measured.features.folder)
         by_method[method] = measured
         for n in indices:
             seconds = measured.features.seconds if n == indices[0] else 0.0
-            by_run[n] = replace(measured, steps=steps[n], features=replace(measured.features, seconds=seconds))
+            forecast = replace(measured, steps=steps[n], features=replace(measured.features, seconds=seconds))
+            run_seconds[n], run_bytes[n] = forecast.seconds, forecast.run_bytes
     cached = [measured.features for measured in by_method.values() if measured.features.fit]
     return StudyForecast(
-        seconds=tuple(by_run[n].seconds if n in by_run else 0.0 for n in range(len(experiments))),
-        run_bytes=tuple(by_run[n].run_bytes if n in by_run else 0 for n in range(len(experiments))),
+        seconds=run_seconds,
+        run_bytes=run_bytes,
         features_seconds=sum(features.seconds for features in cached),
         features_bytes=sum(features.size for features in cached),
         uncached={name: found.features.how_to_fit for name, found in by_method.items() if not found.features.fit},
@@ -174,12 +145,9 @@ def describe_schedule(
     seconds: dict[tuple[str, str], float] = {}
     for run, state, run_seconds in zip(runs, states, forecast.seconds, strict=True):
         if state != "complete":
-            key = (run.method, run.protocol)
-            seconds[key] = seconds.get(key, 0.0) + run_seconds
-    table = [
-        [method, *(format_duration(seconds[method, p]) if (method, p) in seconds else "–" for p in protocols)]
-        for method in methods
-    ]
+            seconds[run.method, run.protocol] = seconds.get((run.method, run.protocol), 0.0) + run_seconds
+    cells = {key: format_duration(total) for key, total in seconds.items()}
+    table = [[method, *(cells.get((method, protocol), "–") for protocol in protocols)] for method in methods]
     features = f", {format_duration(forecast.features_seconds)} of it for features" if forecast.features_seconds else ""
     lines = [
         headline,

@@ -1,12 +1,9 @@
 """The report of a study: tables and figures as files, and all of them on one HTML page."""
 
-from __future__ import annotations
-
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from jaxla.cli.files import write_atomically
 from jaxla.config import Experiment, InputError, lookup
 from jaxla.data.cases import Case, find_cases
 from jaxla.data.dataset import resolve_data_root
@@ -18,7 +15,7 @@ from jaxla.evaluation.metrics import COLUMNS
 from jaxla.evaluation.summary import worst_median_best
 from jaxla.experiments import EXPERIMENTS, METHODS, PUBLISHED
 from jaxla.reporting.overlays import Panel
-from jaxla.reporting.page import data_uri, templates
+from jaxla.reporting.page import data_uri, write_page
 from jaxla.runs.folder import PREDICTIONS
 from jaxla.runs.record import differences, format_value
 from jaxla.studies.figures import draw_figures
@@ -52,18 +49,12 @@ def report_study(folder: Path, cache_dir: Path, data_root: str = "", case_ids: S
     try:
         return _write_report(folder, results, cases, case_note, changed)
     except OSError as error:
-        path = error.filename or folder
-        raise InputError(
-            path, f"cannot be written ({error.strerror})", "Fix this and write the report again."
-        ) from error
+        problem = f"cannot be written ({error.strerror})"
+        raise InputError(error.filename or folder, problem, "Fix this and write the report again.") from error
 
 
 def _write_report(
-    folder: Path,
-    results: Results,
-    cases: Mapping[str, Sequence[Panel]],
-    case_note: str,
-    changed: Mapping[str, str],
+    folder: Path, results: Results, cases: Mapping[str, Sequence[Panel]], case_note: str, changed: Mapping[str, str]
 ) -> Path:
     result_tables = [results_table(results, protocol, PUBLISHED) for protocol in results.protocols]
     comparisons = [comparison_table(results)] if len(results.methods) > 1 else []
@@ -80,25 +71,22 @@ def _write_report(
 
     first = results.runs[0]
     definitions = {COLUMNS[name].title: text for name, text in first.summary["definitions"].items()}
-    page = (
-        templates()
-        .get_template("study_page.html.jinja")
-        .render(
-            results=results,
-            first=first,
-            changed_options=changed,
-            weights={m: results.select(results.protocols[0], m)[0].record.weights for m in results.methods},
-            pairs=dice_iou_pairs(result_tables),
-            result_tables=result_tables,
-            comparisons=comparisons,
-            costs=costs,
-            runs=[(r.folder.name, len(r.split["train"]), len(r.history), r.record.split_sha256) for r in results.runs],
-            figures={name: {**one._asdict(), "uri": data_uri(one.figure)} for name, one in figures.items()},
-            least_p=statistics.least_p(len(results.test_cases)),
-            definitions=definitions | {"Empty masks": first.summary["empty_rule"]} | statistics.DEFINITIONS,
-        )
+    write_page(
+        folder / PAGE,
+        "study_page.html.jinja",
+        results=results,
+        first=first,
+        changed_options=changed,
+        weights={m: results.select(results.protocols[0], m)[0].record.weights for m in results.methods},
+        pairs=dice_iou_pairs(result_tables),
+        result_tables=result_tables,
+        comparisons=comparisons,
+        costs=costs,
+        runs=[(r.folder.name, len(r.split["train"]), len(r.history), r.record.split_sha256) for r in results.runs],
+        figures={name: {**one._asdict(), "uri": data_uri(one.figure)} for name, one in figures.items()},
+        least_p=statistics.least_p(len(results.test_cases)),
+        definitions=definitions | {"Empty masks": first.summary["empty_rule"]} | statistics.DEFINITIONS,
     )
-    write_atomically(folder / PAGE, page)
     return folder / PAGE
 
 
@@ -111,11 +99,7 @@ def _prepare_folder(folder: Path, names: Collection[str]) -> None:
 
 
 def changed_options(experiment: Experiment) -> str:
-    """Return the options in which a run's method differs from the table of methods, as on a command line.
-
-    Raises:
-        InputError: the method does not exist, as in a study by another version.
-    """
+    """Return the options in which a run's method differs from the table of methods, as on a command line."""
     own = replace(experiment, method=lookup("--method", experiment.method.name, METHODS))
     return " ".join(f"--{option}={format_value(value)}" for option, value, _ in differences(experiment, own))
 
@@ -130,19 +114,11 @@ def rank_cases(results: Results) -> dict[str, str]:
 def read_cases(
     titles: Mapping[str, str], runs: Sequence[StudyRun], test_cases: Sequence[str], cache_dir: Path, data_root: str
 ) -> dict[str, list[Panel]]:
-    """Return title -> a panel for each run, for test cases whose scans and masks are those of the study.
-
-    Args:
-        titles: case id -> title.
-
-    Raises:
-        InputError: a case is not a test case, or is missing or changed.
-    """
+    """Return title -> a panel for each run, for test cases (case id -> title); refuse scans and masks that changed."""
     for case_id in titles:
         if case_id not in test_cases:
-            raise InputError(
-                f"--cases={case_id}", "not a test case of this study", f"Choose from {', '.join(test_cases)}."
-            )
+            fix = f"Choose from {', '.join(test_cases)}."
+            raise InputError(f"--cases={case_id}", "not a test case of this study", fix)
     record = runs[0].record
     root = resolve_data_root(record.experiment.data, cache_dir, data_root)
     cases = {case.id: case for case in find_cases(root, record.experiment.data.all_labels).cases}
@@ -150,11 +126,8 @@ def read_cases(
         if case_id not in cases:
             raise InputError(root, f"case {case_id} of the study is missing", "Pass its folder as --data.root.")
         if content_key(cases[case_id], record.labels) != runs[0].case_hashes[case_id]:
-            raise InputError(
-                root,
-                f"the scan or mask of case {case_id} has changed since the study was run",
-                "Pass the folder of the original files as --data.root.",
-            )
+            problem = f"the scan or mask of case {case_id} has changed since the study was run"
+            raise InputError(root, problem, "Pass the folder of the original files as --data.root.")
     return {title: read_panels(runs, cases[case_id], record.labels) for case_id, title in titles.items()}
 
 

@@ -1,7 +1,5 @@
 """The results of a study, read from the folders of its runs: the values of every test volume and slice."""
 
-from __future__ import annotations
-
 import csv
 import json
 import logging
@@ -15,20 +13,8 @@ import numpy as np
 
 from jaxla.config import InputError
 from jaxla.evaluation.statistics import mean_interval, require_same_cases
+from jaxla.runs import folder as run_files
 from jaxla.runs.cost import Cost
-from jaxla.runs.folder import (
-    CASES,
-    COST,
-    METRICS,
-    RUNS,
-    SPLIT,
-    STUDY,
-    SUMMARY,
-    TEST_CASES,
-    TEST_SLICES,
-    is_finished,
-    read_metrics,
-)
 from jaxla.runs.record import Record, comparable_options, read_record
 
 log = logging.getLogger(__name__)
@@ -44,30 +30,20 @@ Unit = Literal["volume", "slice"]
 
 @dataclass(frozen=True)
 class StudyRun:
-    """One complete run.
-
-    Attributes:
-        protocol: name of the experiment whose protocol was run.
-        method: name of the method, with its architecture if that is not the method's own.
-        record: what was run.
-        split, summary: the content of these JSON files.
-        case_hashes: case id -> hash of its scan and mask.
-        history: the lines of `metrics.jsonl`.
-        values: unit -> metric -> [units, classes]. Units are sorted by case id, then by slice.
-    """
+    """One complete run. Units of `values` are sorted by case id, then by slice."""
 
     folder: Path
-    protocol: str
-    method: str
+    protocol: str  # name of the experiment whose protocol was run
+    method: str  # name of the method, with its architecture if that is not the method's own
     seed: int
     classes: list[str]
     record: Record
     split: dict[str, list[str]]
-    case_hashes: dict[str, str]
+    case_hashes: dict[str, str]  # case id -> hash of its scan and mask
     summary: dict[str, Any]
     cost: Cost
-    history: list[dict[str, float]]
-    values: Mapping[Unit, Mapping[str, np.ndarray]]
+    history: list[dict[str, float]]  # the lines of `metrics.jsonl`
+    values: Mapping[Unit, Mapping[str, np.ndarray]]  # unit -> metric -> [units, classes]
 
     def unit_values(self, metric: str, unit: Unit = "volume", class_name: str = "") -> np.ndarray:
         """Return the value of every unit [units], of one class or averaged over classes.
@@ -83,22 +59,15 @@ class StudyRun:
 
 
 class Mean(NamedTuple):
-    """A mean over units; the value of a unit is its average over seeds.
-
-    Attributes:
-        sd: sample standard deviation over units; None for a single unit.
-        ci95_low, ci95_high: bootstrap interval of the mean over cases. None for a single case, and for slices, because
-            the slices of one case depend on each other.
-        sd_over_seeds: sample standard deviation of the seeds' means; None for a single seed.
-    """
+    """A mean over units; the value of a unit is its average over seeds. Standard deviations are those of samples."""
 
     unit: Unit
     mean: float
-    sd: float | None
+    sd: float | None  # over units; None for a single one
     n: int
-    ci95_low: float | None
-    ci95_high: float | None
-    sd_over_seeds: float | None
+    ci95_low: float | None  # bootstrap interval of the mean over cases; None for a single case and for slices
+    ci95_high: float | None  # (the slices of one case depend on each other)
+    sd_over_seeds: float | None  # of the seeds' means; None for a single seed
 
 
 @dataclass(frozen=True)
@@ -181,30 +150,30 @@ def read_study(folder: Path) -> Results:
             by another version of this package; or the runs cannot be compared.
     """
     try:
-        content = json.loads((folder / STUDY).read_text())
+        content = json.loads((folder / run_files.STUDY).read_text())
         name, summary, command = (content[key] for key in ("name", "summary", "command"))
         schedule = [(run["protocol"], run["method"], int(run["seed"])) for run in content["runs"]]
-        run_dirs = [folder / RUNS / run["folder"] for run in content["runs"]]
+        run_dirs = [folder / run_files.RUNS / run["folder"] for run in content["runs"]]
         if not schedule or sorted(schedule) != sorted(product(*map(set, zip(*schedule, strict=True)))):
             raise ValueError("expected a run for each protocol, method and seed")
     except OSError as error:
-        raise InputError(
-            f"--study={folder}", f"not a study's folder (no {STUDY})", "Pass the --output of `python -m jaxla.study`."
-        ) from error
+        problem = f"not a study's folder (no {run_files.STUDY})"
+        raise InputError(f"--study={folder}", problem, "Pass the --output of `python -m jaxla.study`.") from error
     except (ValueError, KeyError, TypeError) as error:
         fix = "Rerun the study with the same command; complete runs are kept."
-        raise InputError(folder / STUDY, f"damaged ({error!r})", fix) from error
-    runs = []
-    for run_dir, (protocol, method, seed) in zip(run_dirs, schedule, strict=True):
+        raise InputError(folder / run_files.STUDY, f"damaged ({error!r})", fix) from error
+    runs, fix = [], f"Resume the study with `{command}`."
+    for run_dir, scheduled in zip(run_dirs, schedule, strict=True):
         if not run_dir.exists():
-            raise InputError(run_dir, "this run of the study has not started", f"Resume the study with `{command}`.")
+            raise InputError(run_dir, "this run of the study has not started", fix)
         record = read_record(run_dir)
-        if not is_finished(run_dir):
-            raise InputError(run_dir, "this run of the study is incomplete", f"Resume the study with `{command}`.")
-        _require_scheduled(run_dir, record, protocol, method, seed)
+        if not run_files.is_finished(run_dir):
+            raise InputError(run_dir, "this run of the study is incomplete", fix)
+        _require_scheduled(run_dir, record, *scheduled)
         runs.append(_read_run(run_dir, record))
     _require_comparable(runs)
-    if unscheduled := {path.name for path in (folder / RUNS).iterdir() if path.is_dir()} - {d.name for d in run_dirs}:
+    present = {path.name for path in (folder / run_files.RUNS).iterdir() if path.is_dir()}
+    if unscheduled := present - {run_dir.name for run_dir in run_dirs}:
         log.warning("not in the report, because the schedule does not list them: %s", ", ".join(sorted(unscheduled)))
     axes = (list(dict.fromkeys(getattr(run, axis) for run in runs)) for axis in ("protocol", "method", "seed"))
     return Results(name, summary, command, *axes, runs)
@@ -212,41 +181,31 @@ def read_study(folder: Path) -> Results:
 
 def _read_run(folder: Path, record: Record) -> StudyRun:
     try:
-        summary = json.loads((folder / SUMMARY).read_text())
-        classes, slices = list(summary["classes"]), summary["slice"]["dice"]["n"]
+        summary = json.loads((folder / run_files.SUMMARY).read_text())
+        classes = list(summary["classes"])
         for key in ("definitions", "empty_rule"):
             summary[key]
-        split = json.loads((folder / SPLIT).read_text())
+        split = json.loads((folder / run_files.SPLIT).read_text())
         split = {part: list(map(str, split[part])) for part in ("train", "val", "test")}
-        cases, case_hashes = split["test"], dict(json.loads((folder / CASES).read_text()))
+        cases, case_hashes = split["test"], dict(json.loads((folder / run_files.CASES).read_text()))
         if missing := set(cases) - set(case_hashes):
-            raise KeyError(f"{CASES}: {min(missing)}")
-        history = read_metrics(folder)
+            raise KeyError(f"{run_files.CASES}: {min(missing)}")
+        history = run_files.read_metrics(folder)
         if not history or any(float(line["seconds"]) < 0 for line in history):
-            raise ValueError(f"{METRICS}: expected at least one epoch, and no negative time")
-        return StudyRun(
-            folder=folder,
-            protocol=record.experiment.name,
-            method=record.label,
-            seed=record.experiment.seed,
-            classes=classes,
-            record=record,
-            split=split,
-            case_hashes=case_hashes,
-            summary=summary,
-            cost=Cost(**json.loads((folder / COST).read_text())),
-            history=history,
-            values={
-                "volume": _read_values(folder / TEST_CASES, "volume", VOLUME_METRICS, cases, classes, len(cases)),
-                "slice": _read_values(folder / TEST_SLICES, "slice", REPORTED_METRICS, cases, classes, slices),
-            },
-        )
+            raise ValueError(f"{run_files.METRICS}: expected at least one epoch, and no negative time")
+        cost = Cost(**json.loads((folder / run_files.COST).read_text()))
+        volumes, slices = folder / run_files.TEST_CASES, folder / run_files.TEST_SLICES
+        values = {
+            "volume": _read_values(volumes, "volume", VOLUME_METRICS, cases, classes, len(cases)),
+            "slice": _read_values(slices, "slice", REPORTED_METRICS, cases, classes, summary["slice"]["dice"]["n"]),
+        }
+        experiment = record.experiment
+        about = {"protocol": experiment.name, "method": record.label, "seed": experiment.seed, "classes": classes}
+        content = {"split": split, "case_hashes": case_hashes, "summary": summary, "cost": cost, "history": history}
+        return StudyRun(folder=folder, record=record, values=values, **about, **content)
     except OSError as error:
-        raise InputError(
-            error.filename,
-            f"cannot be read ({error.strerror}), and the report needs it",
-            f"Move the folder {folder} away and rerun the study.",
-        ) from error
+        problem = f"cannot be read ({error.strerror}), and the report needs it"
+        raise InputError(error.filename, problem, f"Move the folder {folder} away and rerun the study.") from error
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise InputError(folder, f"damaged ({error!r})", "Move the folder away and rerun the study.") from error
 
@@ -264,9 +223,8 @@ def _read_values(
     found = {(r["case"], int(r.get("slice", 0)), r["class"]): [float(r[metric]) for metric in metrics] for r in rows}
     keys = sorted({(case, index) for case, index, _ in found})
     if not len(rows) == len(found) == units * len(classes) or len(keys) != units or {k[0] for k in keys} != set(cases):
-        raise ValueError(
-            f"{path.name}: expected {units * len(classes)} rows, one per {unit} and class of the test cases"
-        )
+        expected = f"expected {units * len(classes)} rows, one per {unit} and class of the test cases"
+        raise ValueError(f"{path.name}: {expected}")
     array = np.array([[found[*key, name] for name in classes] for key in keys])
     if bad := np.argwhere(~np.isfinite(array)).tolist():
         index, _, metric = bad[0]
@@ -284,11 +242,8 @@ def _require_scheduled(folder: Path, record: Record, protocol: str, method: str,
         ("data.subset_seed", seed, experiment.data.subset_seed),
     ):
         if found != expected:
-            raise InputError(
-                folder,
-                f"holds a run with --{option}={found}, but the study schedules {expected} here",
-                "Move the folder away and rerun the study.",
-            )
+            problem = f"holds a run with --{option}={found}, but the study schedules {expected} here"
+            raise InputError(folder, problem, "Move the folder away and rerun the study.")
 
 
 def _require_comparable(runs: Sequence[StudyRun]) -> None:
@@ -296,24 +251,24 @@ def _require_comparable(runs: Sequence[StudyRun]) -> None:
     require_same_cases({str(run.folder): run.case_values("dice") for run in runs})
     first: dict[object, tuple[StudyRun, dict[str, object]]] = {}
     for run in runs:
-        options = {f"--{name}": value for name, value in comparable_options(run.record.experiment).items()}
+        record = run.record
+        options = {f"--{name}": value for name, value in comparable_options(record.experiment).items()}
+        options = {name: value for name, value in options.items() if name not in SEED_OPTIONS}
         groups = {
             "study": {
-                "versions of jaxla": run.record.environment["versions"]["jaxla"],
+                "versions of jaxla": record.environment["versions"]["jaxla"],
                 "scans or masks": run.case_hashes,
                 "classes": run.classes,
                 "validation patients": run.split["val"],
                 "numbers of slices": len(run.values["slice"]["dice"]),
             },
             ("method", run.method): {
-                **{name: options[name] for name in options.keys() - PROTOCOL_OPTIONS - SEED_OPTIONS},
+                **{name: value for name, value in options.items() if name not in PROTOCOL_OPTIONS},
                 # Random weights follow the seed, so their hash is not compared.
-                "weights": "random" if run.record.weights == "random" else run.record.weights_sha256[:12],
-                "--model.plan": "given" if getattr(run.record.experiment.method.model, "plan", "") else "not given",
+                "weights": "random" if record.weights == "random" else record.weights_sha256[:12],
+                "--model.plan": "given" if getattr(record.experiment.method.model, "plan", "") else "not given",
             },
-            ("protocol", run.protocol): {
-                name: options[name] for name in options.keys() - SEED_OPTIONS if name.startswith("--data.")
-            },
+            ("protocol", run.protocol): {n: value for n, value in options.items() if n.startswith("--data.")},
             ("subset", run.protocol, run.seed): {"training patients": run.split["train"]},
         }
         for group, facts in groups.items():
@@ -321,8 +276,5 @@ def _require_comparable(runs: Sequence[StudyRun]) -> None:
             for name in sorted(facts):
                 if facts[name] != expected[name]:
                     values = f" ({facts[name]} and {expected[name]})" if isinstance(facts[name], str) else ""
-                    raise InputError(
-                        run.folder,
-                        f"cannot be compared with {reference.folder}: different {name}{values}",
-                        "Move one of the two folders away and rerun the study.",
-                    )
+                    problem = f"cannot be compared with {reference.folder}: different {name}{values}"
+                    raise InputError(run.folder, problem, "Move one of the two folders away and rerun the study.")

@@ -1,7 +1,5 @@
 """The schedule of a study: a run for each method, protocol and seed, and the progress of each."""
 
-from __future__ import annotations
-
 import importlib.metadata
 import json
 from collections.abc import Iterator, Mapping, Sequence
@@ -28,26 +26,15 @@ State = Literal["complete", "started", "new"]
 
 
 class ScheduledRun(NamedTuple):
-    """One run of a study.
+    """One run of a study; `devices` and `shard_params` are the same for all runs."""
 
-    Attributes:
-        protocol: name of the experiment whose protocol is run.
-        seed: of the run's random numbers, and of which training patients its protocol takes.
-        experiment: with every option resolved.
-        arguments: of `python -m jaxla.train`, without its folder.
-        weights_sha256: of its backbone's weights; empty for random ones.
-        folder: where it is, or will be.
-        devices: how many it uses, 0 for all; the same for all runs.
-        shard_params: whether its parameters are sharded over the devices.
-    """
-
-    protocol: str
+    protocol: str  # name of the experiment whose protocol is run
     method: str
-    seed: int
-    experiment: Experiment
-    arguments: tuple[str, ...]
-    weights_sha256: str
-    folder: Path
+    seed: int  # of the run's random numbers, and of which training patients its protocol takes
+    experiment: Experiment  # with every option resolved
+    arguments: tuple[str, ...]  # of `python -m jaxla.train`, without its folder
+    weights_sha256: str  # of its backbone's weights; empty for random ones
+    folder: Path  # where it is, or will be
     devices: int
     shard_params: bool
 
@@ -60,9 +47,6 @@ def schedule_runs(
     Args:
         options: method -> its options of `python -m jaxla.train`.
         protocols: names of the experiments whose protocols are run.
-
-    Raises:
-        InputError: invalid options, or missing weights.
     """
     runs = []
     for protocol in protocols:
@@ -71,10 +55,8 @@ def schedule_runs(
             parsed = parse_experiment(arguments, EXPERIMENTS, METHODS)
             with method_named(method):
                 experiment, sha256 = find_weights(check_experiment(parsed.experiment), cache_dir)
-            parallel = (parsed.devices, parsed.shard_params)
-            runs.append(
-                ScheduledRun(protocol, method, 0, experiment, tuple(arguments), sha256, output / RUNS, *parallel)
-            )
+            given = (output / RUNS, parsed.devices, parsed.shard_params)
+            runs.append(ScheduledRun(protocol, method, 0, experiment, tuple(arguments), sha256, *given))
     _require_comparable(runs)
     return [_with_seed(run, seed) for seed in seeds for run in runs]
 
@@ -99,17 +81,11 @@ def _require_comparable(runs: Sequence[ScheduledRun]) -> None:
             problem = f"the protocol {run.protocol} sets the number of training patients"
             raise InputError("--data", problem, "Choose protocols with --experiments.")
     for a, b in combinations(runs, 2):
-        if a.method != b.method and _differ_in_name_only(a.experiment, b.experiment):
-            raise InputError(
-                "--methods",
-                f"{a.method} and {b.method} are equal with these options",
-                f"Remove one of them, or set an option for one method only: --{a.method}.<option>.",
-            )
-
-
-def _differ_in_name_only(a: Experiment, b: Experiment) -> bool:
-    renamed = replace(a.method, name=b.method.name, summary=b.method.summary)
-    return replace(a, method=renamed) == b
+        method = b.experiment.method
+        renamed = replace(a.experiment.method, name=method.name, summary=method.summary)
+        if a.method != b.method and replace(a.experiment, method=renamed) == b.experiment:
+            fix = f"Remove one of them, or set an option for one method only: --{a.method}.<option>."
+            raise InputError("--methods", f"{a.method} and {b.method} are equal with these options", fix)
 
 
 def _scan_options(data: Data) -> Data:
@@ -132,20 +108,9 @@ def method_named(method: str) -> Iterator[None]:
 
 @contextmanager
 def hold_study_folder(output: Path, study: Study, runs: Sequence[ScheduledRun], command: str) -> Iterator[None]:
-    """Lock a study's folder for this process, and write the schedule into it.
-
-    Raises:
-        InputError: another process holds the folder.
-    """
-    content = {
-        "name": study.name,
-        "summary": study.summary,
-        "command": command,
-        "runs": [
-            {"folder": run.folder.name, "protocol": run.protocol, "method": run.method, "seed": run.seed}
-            for run in runs
-        ],
-    }
+    """Lock a study's folder for this process, and write the schedule into it."""
+    listed = [{"folder": r.folder.name, "protocol": r.protocol, "method": r.method, "seed": r.seed} for r in runs]
+    content = {"name": study.name, "summary": study.summary, "command": command, "runs": listed}
     with lock_folder(output, "--output", "runs a study"):
         with report_os_errors("written", f"--output={output}", "Choose another folder."):
             write_atomically(output / STUDY, json.dumps(content, indent=1) + "\n")
@@ -155,14 +120,12 @@ def hold_study_folder(output: Path, study: Study, runs: Sequence[ScheduledRun], 
 def read_state(run: ScheduledRun) -> State:
     """Return whether a run is complete, started or new.
 
-    Raises:
-        InputError: its folder holds something else, or a run with different options, weights or package version.
+    Refuse a folder that holds something else, or a run with different options, weights, plan or package version.
     """
     folder = run.folder
     if not folder.exists() or (folder.is_dir() and has_not_begun(folder)):
         return "new"
-    record = read_record(folder)
-    for problem in _find_mismatches(run, record):
+    if problem := next(_find_mismatches(run, read_record(folder)), ""):
         raise InputError(folder, problem, "Move this folder away to rerun it, or choose another --output.")
     return "complete" if is_finished(folder) else "started"
 
@@ -196,14 +159,8 @@ def require_same_data(runs: Sequence[ScheduledRun], states: Sequence[State], cac
             fix = f"Move the folder {run.folder} away to rerun it."
             raise InputError(run.folder / CASES, f"missing or damaged ({error!r})", fix) from error
         if change := changed_case(recorded, hashes):
-            raise InputError(
-                run.folder,
-                f"was run on different data than {run.experiment.data.root} has now ({change})",
-                "Restore the data, or choose another --output.",
-            )
+            problem = f"was run on different data than {run.experiment.data.root} has now ({change})"
+            raise InputError(run.folder, problem, "Restore the data, or choose another --output.")
         if read_record(run.folder).split_sha256 != make_split(list(hashes), run.experiment.data).sha256:
-            raise InputError(
-                run.folder,
-                "was run on a different split than the current one",
-                "Restore the file of --data.split, or choose another --output.",
-            )
+            fix = "Restore the file of --data.split, or choose another --output."
+            raise InputError(run.folder, "was run on a different split than the current one", fix)

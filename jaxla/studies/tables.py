@@ -1,7 +1,5 @@
 """The tables of a study (results, comparisons, cost): CSV with all digits, Markdown and LaTeX to print."""
 
-from __future__ import annotations
-
 import csv
 from collections.abc import Mapping, Sequence
 from itertools import product
@@ -14,7 +12,7 @@ from jaxla.cli.terminal import plural
 from jaxla.config import Published
 from jaxla.evaluation.metrics import COLUMNS
 from jaxla.evaluation.statistics import Comparison, compare
-from jaxla.reporting.page import Pair, number
+from jaxla.reporting.page import Pair, format_metric
 from jaxla.runs.machine import describe_device
 from jaxla.studies.results import REPORTED_METRICS, Mean, Results, Unit
 
@@ -39,19 +37,12 @@ PublishedRows = Mapping[tuple[str, str], Published]  # by method and protocol
 
 
 class Table(NamedTuple):
-    """A table to print.
-
-    Attributes:
-        name: of its files, without suffix.
-        caption: with units, n and protocol.
-        rows: column title -> cell, for each row; the first column names the row.
-        records: the same with all digits: column -> value, for each line of the CSV file.
-    """
+    """A table to print; its files are `name` with a suffix."""
 
     name: str
     caption: str
-    rows: list[dict[str, str]]
-    records: list[dict[str, Any]]
+    rows: list[dict[str, str]]  # column title -> cell, for each row; the first column names the row
+    records: list[dict[str, Any]]  # the same with all digits: column -> value, for each line of the CSV file
 
     @property
     def cells(self) -> list[list[str]]:
@@ -71,7 +62,7 @@ def results_table(results: Results, protocol: str, published: PublishedRows) -> 
         row = {"method": method} | ({"class": class_title} if len(classes) > 1 else {}) | {"per": unit}
         row |= {COLUMNS[metric].title: _format_mean(mean, metric) for metric, mean in means.items()}
         if len(results.seeds) > 1:
-            row["sd over seeds"] = number(means["dice"].sd_over_seeds, "dice")
+            row["sd over seeds"] = format_metric(means["dice"].sd_over_seeds, "dice")
         is_compared = unit == "volume" and method != ATLAS
         row["above atlas"] = count_above_atlas(results, protocol, method, class_name) if is_compared else "–"
         if printed:
@@ -95,9 +86,8 @@ def _results_caption(results: Results, protocol: str, printed: Sequence[Publishe
     )
     if seeds > 1:
         caption += f"Sd over seeds: sd of the mean Dice of {seeds} seeds. "
-    caption += (
-        "The atlas baseline does not use the image. Above atlas: test cases with a higher Dice than the baseline's."
-    )
+    caption += "The atlas baseline does not use the image. "
+    caption += "Above atlas: test cases with a higher Dice than the baseline's."
     if printed:
         sources, caveats = ("; ".join(dict.fromkeys(text)) for text in zip(*(row[:2] for row in printed), strict=True))
         caption += f" Published: {sources}, with its own recipe, whatever data and options this study uses; {caveats}."
@@ -117,7 +107,9 @@ def comparison_table(results: Results) -> Table:
     for protocol, (class_title, class_name), metric in product(results.protocols, classes.items(), REPORTED_METRICS):
         for pair in compare({m: results.case_means(protocol, m, metric, class_name) for m in results.methods}):
             about = {"protocol": protocol, "class": class_title, "metric": metric}
-            records.append(about | _comparison_record(pair))
+            values = {name: value for name, value in vars(pair).items() if name != "interval"}
+            low, high = pair.interval or (None, None)
+            records.append(about | values | {"ci95_low": low, "ci95_high": high})
             if metric == "dice" and class_title == next(iter(classes)):
                 rows.append({"protocol": protocol} | _comparison_cells(pair))
     cases = len(results.test_cases)
@@ -139,7 +131,7 @@ def cost_table(results: Results) -> Table:
         cost, dice = results.cost(protocol, method), results.mean(protocol, method, "dice").mean
         records.append({"protocol": protocol, "method": method} | cost | {"dice": dice})
         cells = {title: _three_digits(cost[name], scale) for name, (title, scale) in COST_COLUMNS.items()}
-        rows.append({"method": method} | cells | {"Dice": number(dice, "dice")})
+        rows.append({"method": method} | cells | {"Dice": format_metric(dice, "dice")})
     return Table("cost", _cost_caption(results, protocol), rows, records)
 
 
@@ -154,16 +146,12 @@ def _cost_caption(results: Results, protocol: str) -> str:
         f"{volumes} of {slices} in each run. Memory: of a training step as reported by XLA, and the highest peak of "
         f"the process in any run. Dice is per volume{_averaging_note(results)}."
     )
-    if cached := [m for m in results.methods if _has_cached_features(results, protocol, m)]:
+    if cached := [m for m in results.methods if results.select(protocol, m)[0].record.features_cached]:
         caption += (
             f" The epochs of {', '.join(cached)} read cached features of the frozen backbone. These are computed once "
             "for all runs; this takes about as long as inference on every slice and is not included."
         )
     return caption
-
-
-def _has_cached_features(results: Results, protocol: str, method: str) -> bool:
-    return results.select(protocol, method)[0].record.features_cached
 
 
 def describe_devices(results: Results, protocol: str) -> str:
@@ -232,21 +220,9 @@ def _mean(results: Results, protocol: str, method: str, metric: str, unit: Unit,
 
 
 def _mean_record(mean: Mean, metric: str, paper: Published | None) -> dict[str, Any]:
-    published, published_sd = (getattr(paper, name, None) for name in (metric, f"{metric}_sd"))
-    return (
-        {"metric": metric}
-        | mean._asdict()
-        | {
-            "published_mean": None if published is None else published / 100,
-            "published_sd": None if published_sd is None else published_sd / 100,
-        }
-    )
-
-
-def _comparison_record(pair: Comparison) -> dict[str, Any]:
-    values = dict(vars(pair))
-    low, high = values.pop("interval") or (None, None)
-    return values | {"ci95_low": low, "ci95_high": high}
+    percents = {"published_mean": getattr(paper, metric, None), "published_sd": getattr(paper, f"{metric}_sd", None)}
+    published = {name: None if percent is None else percent / 100 for name, percent in percents.items()}
+    return {"metric": metric} | mean._asdict() | published
 
 
 def _comparison_cells(pair: Comparison) -> dict[str, str]:
@@ -264,8 +240,8 @@ def _comparison_cells(pair: Comparison) -> dict[str, str]:
 def _format_mean(mean: Mean | None, metric: str) -> str:
     """Return `0.855 ± 0.046`, or a dash if there is no value."""
     if mean is None or mean.sd is None:
-        return number(mean and mean.mean, metric)
-    return f"{number(mean.mean, metric)} ± {number(mean.sd, metric)}"
+        return format_metric(mean and mean.mean, metric)
+    return f"{format_metric(mean.mean, metric)} ± {format_metric(mean.sd, metric)}"
 
 
 def _format_published(percent: float | None, sd_percent: float | None) -> str:

@@ -61,7 +61,7 @@ class PatchTask(Task):
 
         Test cases are not used, so the plan differs from that of the whole folder.
         """
-        model, volumes = experiment.method.model, data.volumes_of(sorted(data.split.train + data.split.val))
+        model, volumes = experiment.method.model, data.select_volumes(sorted(data.split.train + data.split.val))
         warn_unless_mri(data.dataset.root)
         if model.plan:
             plan = read_plan(Path(model.plan))
@@ -111,7 +111,7 @@ class PatchTask(Task):
         """Return random patches of the scans; scans that are not in the cache are resampled first."""
         ids = data.split.train + data.split.val
         ids = list(dict.fromkeys((*local_items(ids), *ids)))  # each process begins with others
-        scans = track(data.volumes_of(ids), "resampling")
+        scans = track(data.select_volumes(ids), "resampling")
         planned = preprocess_volumes(scans, self.plan, self.configuration, cache_dir)
         by_id = {volume.id: volume for volume in planned}
         patch, steps = self.configuration.patch_size, self.recipe.steps

@@ -74,7 +74,7 @@ class SliceTask(Task):
             arrays = features and [features.by_case[volume.id] for volume in volumes]
             return SliceSource(volumes, self.canvas, arrays, with_images=bool(features and features.with_images))
 
-        return Sources(make_source(data.volumes_of(data.split.train)), make_source(data.volumes_of(data.split.val)))
+        return Sources(*(make_source(data.select_volumes(ids)) for ids in (data.split.train, data.split.val)))
 
     def samples_per_pass(self, volumes: Sequence[PreparedVolume]) -> int:
         return sum(volume.shape[0] for volume in volumes)

@@ -40,7 +40,7 @@ class VolumeTask(SliceTask):
         return f"whole volumes of {super().describe_input()}, windows: {self.model.windows}"
 
     def make_sources(self, data: PreparedData, cache_dir: Path, features: Features | None = None) -> Sources:
-        parts = [data.volumes_of(ids) for ids in (data.split.train, data.split.val)]
+        parts = [data.select_volumes(ids) for ids in (data.split.train, data.split.val)]
         depth = max(volume.shape[0] for volumes in parts for volume in volumes)
 
         def make_source(volumes: Sequence[PreparedVolume]) -> VolumeSource:

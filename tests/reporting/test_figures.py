@@ -6,8 +6,7 @@ from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 from PIL import Image
 
-from jaxla.reporting.block_weights import draw_block_weights
-from jaxla.reporting.curves import draw_curves
+from jaxla.reporting.charts import draw_block_weights, draw_curves
 from jaxla.reporting.overlays import PREDICTION, REFERENCE, draw_overlays, slice_figures
 from tests.reporting.pages import SHAPE, outcome
 

@@ -1,29 +1,27 @@
-"""A run's curves over epochs: loss, and validation Dice and IoU."""
-
-from __future__ import annotations
+"""A run's charts: losses, validation Dice and IoU over epochs, and the weights of a fusion network's blocks."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from jaxla.cli.files import atomic_file
 
+MAX_BLOCKS_WITH_NUMBERS = 16
+
 History = Sequence[Mapping[str, float]]  # the lines of metrics.jsonl
 
 
 def draw_curves(history: History, title: str, path: Path, counted: str = "per volume", kept: str = "best") -> None:
-    """Draw all epochs so far. The file is replaced atomically, because it is redrawn while people view it.
-
-    Args:
-        counted, kept: see `draw_validation`.
-    """
+    """Draw all epochs so far. The file is replaced atomically, because it is redrawn while people view it."""
     figure = Figure(figsize=(9, 3.6), layout="constrained")
     losses, overlaps = figure.subplots(1, 2)
     draw_losses(losses, history)
-    draw_validation(overlaps, history, counted=counted, kept=kept)
+    draw_validation(overlaps, history, None, counted, kept)
     figure.suptitle(title)
     with atomic_file(path) as temporary:
         figure.savefig(temporary, dpi=110)
@@ -36,17 +34,11 @@ def draw_losses(axes: Axes, history: History) -> None:
     axes.set(ylabel="loss", yscale="log" if is_positive else "linear")  # a loss with Dice in it may be negative
 
 
-def draw_validation(
-    axes: Axes,
-    history: History,
-    best: Mapping[str, float] | None = None,
-    counted: str = "per volume",
-    kept: str = "best",
-) -> None:
+def draw_validation(axes: Axes, history: History, best: Mapping[str, float] | None, counted: str, kept: str) -> None:
     """Draw validation Dice and IoU over epochs, and mark the epoch that is kept.
 
     Args:
-        best: the line of the kept epoch; by default the highest Dice, or the last epoch.
+        best: the line of the kept epoch; None takes the highest Dice, or the last epoch.
         counted: what Dice is averaged over, in words.
         kept: which epoch is kept: `best` or `last`.
     """
@@ -55,6 +47,27 @@ def draw_validation(
     axes.axvline(best["epoch"], color="grey", lw=0.8, ls=":")
     axes.annotate(f"{kept} {best['val_dice']:.3f}", (best["epoch"], 0.02), fontsize="small", ha="right")
     axes.set(ylabel=f"validation, {counted}", ylim=(0, 1))
+
+
+def draw_block_weights(axes: Axes, weights: Mapping[str, Any]) -> None:
+    """Draw the `block_weights` of a run's summary: blocks from left to right, decoder levels from the coarsest down."""
+    blocks, levels = weights["blocks"], np.asarray(weights["levels"])
+    has_numbers = len(blocks) <= MAX_BLOCKS_WITH_NUMBERS
+    drawn = axes.pcolormesh(levels, cmap="Blues", vmin=0, vmax=max(levels.max(), 2 / len(blocks)), edgecolors="w")
+    axes.set_xticks(np.arange(len(blocks)) + 0.5, blocks, fontsize="small" if has_numbers else 6)
+    axes.set_yticks(np.arange(len(levels)) + 0.5, ["tokens", *(f"×{2**level}" for level in range(1, len(levels)))])
+    axes.invert_yaxis()
+    axes.set(xlabel="block of the backbone (the first is 0)", ylabel="resolution of the decoder's map")
+    bar = axes.figure.colorbar(drawn, ax=axes, label="weight")
+    bar.solids.set(rasterized=False, edgecolor="face")  # pages turn raster images grey, as if they were scans
+    if has_numbers:
+        for level, block in np.ndindex(levels.shape):
+            weight = levels[level, block]
+            colour = "white" if weight > 0.6 * drawn.norm.vmax else "black"
+            axes.text(
+                block + 0.5, level + 0.5, f"{weight:.3f}"[1 if weight < 1 else 0 :], color=colour, ha="center",
+                va="center", fontsize=7,
+            )  # fmt: skip
 
 
 def _draw_lines(axes: Axes, history: History, labels: Mapping[str, str]) -> None:
