@@ -18,8 +18,7 @@ if TYPE_CHECKING:
 
 def main(arguments: list[str]) -> None:
     parser = command_parser(
-        "convert_weights",
-        "Convert a released checkpoint. The result states its architecture, source and licence.",
+        "convert_weights", "Convert a released checkpoint. The result states its architecture, source and licence."
     )
     parser.add_argument("--arch", type=str, help="architecture, or `list`")
     parser.add_argument("--source", type=str, help="checkpoint: .pth, .bin, .safetensors, index of shards, or folder")

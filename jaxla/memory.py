@@ -41,8 +41,7 @@ def require_memory(needed: int, batch_size: int) -> None:
     available = device_bytes()
     if available and needed > available:
         raise StepTooLarge(
-            batch_size,
-            f"a training step needs {format_bytes(needed)}, but the device has {format_bytes(available)}",
+            batch_size, f"a training step needs {format_bytes(needed)}, but the device has {format_bytes(available)}"
         )
 
 

@@ -98,10 +98,7 @@ def initial_patch_size(patch_size: Sequence[int]) -> tuple[int, ...]:
 
 
 def make_augment(
-    patch_size: Sequence[int],
-    max_class: int,
-    keep_zeros: bool,
-    probabilities: Probabilities = NNUNET_PROBABILITIES,
+    patch_size: Sequence[int], max_class: int, keep_zeros: bool, probabilities: Probabilities = NNUNET_PROBABILITIES
 ) -> Callable[[jax.Array, jax.Array, jax.Array], Arrays]:
     """Return `(key, images, masks) -> images, masks`: [B, …, 1] and [B, …], from the initial size to `patch_size`.
 

@@ -173,11 +173,7 @@ def forecast_run(
 
 
 def forecast_features(
-    network: nnx.Module,
-    data: PreparedData,
-    task: Task,
-    cache_dir: Path,
-    volumes: Sequence[PreparedVolume],
+    network: nnx.Module, data: PreparedData, task: Task, cache_dir: Path, volumes: Sequence[PreparedVolume]
 ) -> tuple[FeaturesForecast, Features | None]:
     """Forecast the features of volumes; also stand-ins for those of the run, which take as long to train on."""
     if task.why_not_cached(network):

@@ -9,14 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from jaxla.cli.files import write_atomically
-from jaxla.config import (
-    Experiment,
-    InputError,
-    Method,
-    experiment_from_json,
-    experiment_to_json,
-    option_values,
-)
+from jaxla.config import Experiment, InputError, Method, experiment_from_json, experiment_to_json, option_values
 from jaxla.data.labels import Labels
 
 RECORD = "experiment.json"

@@ -17,15 +17,7 @@ from jaxla.distributed import constrain_sharding, local_rows, place_on_devices, 
 from jaxla.memory import program_bytes, require_memory
 from jaxla.training.losses import Loss, cross_entropy
 from jaxla.training.optimisers import make_optimiser
-from jaxla.training.step import (
-    Augment,
-    Frozen,
-    MakeGradient,
-    make_evaluation,
-    make_gradient,
-    make_step,
-    split_network,
-)
+from jaxla.training.step import Augment, Frozen, MakeGradient, make_evaluation, make_gradient, make_step, split_network
 
 
 class Validation(NamedTuple):

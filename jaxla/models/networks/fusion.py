@@ -193,11 +193,7 @@ class FusionDecoder(nnx.Module):
         self.logits = logits_layer(widths[-1], outputs, 3, dtype, rngs)
 
     def __call__(
-        self,
-        features: jax.Array,
-        images: jax.Array | None,
-        size: tuple[int, int],
-        present: jax.Array | None = None,
+        self, features: jax.Array, images: jax.Array | None, size: tuple[int, int], present: jax.Array | None = None
     ) -> jax.Array:
         """Return logits [B, H, W, K] float32, with H, W = `size`, of features [B, blocks, h, w, C].
 

@@ -67,13 +67,7 @@ class ResNetUNet(nnx.Module):
     """
 
     def __init__(
-        self,
-        backbone: ResNet,
-        widths: Sequence[int],
-        outputs: int,
-        *,
-        dtype: jnp.dtype = jnp.float32,
-        rngs: nnx.Rngs,
+        self, backbone: ResNet, widths: Sequence[int], outputs: int, *, dtype: jnp.dtype = jnp.float32, rngs: nnx.Rngs
     ) -> None:
         self.backbone = backbone
         inputs = (8 * EXPANSION * WIDTH, *widths)
