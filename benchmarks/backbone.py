@@ -23,10 +23,11 @@ from flax import nnx
 from benchmarks.timing import compare, environment, print_result, time_in_turn, timed
 from jaxla.cli.command_line import command_parser, parse_arguments
 from jaxla.cli.process import run_command
-from jaxla.config import InputError
+from jaxla.config import InputError, lookup
 from jaxla.hardware import compute_dtype, on_gpu, peak_device_bytes
 from jaxla.memory import program_bytes
-from jaxla.models.backbones import TRANSFORMERS, build_backbone, transformer_name
+from jaxla.models.backbones import TRANSFORMERS, build_backbone
+from jaxla.models.backbones.dinov3 import HUB_SPELLINGS
 from tests.golden.errors import error
 from tests.golden.live import live_model
 from tests.tiny import randomise
@@ -42,8 +43,8 @@ def main(arguments):
     parser.add_argument("--repeats", type=int, default=9, help="timed calls of each implementation")
     parser.add_argument("--output", type=str, help="also write the JSON to this file")
     options = parse_arguments(parser, arguments)
-    arch = transformer_name("--arch", options.arch)
-    variant, size = TRANSFORMERS[arch], options.size
+    arch = HUB_SPELLINGS.get(options.arch, options.arch)
+    variant, size = lookup("--arch", arch, TRANSFORMERS), options.size
     if size % variant.patch or size < 1:
         raise InputError(f"--size={size}", f"not a multiple of the patch size {variant.patch}", "Choose another size.")
     if min(options.batch, options.repeats) < 1:

@@ -33,7 +33,6 @@ from jaxla.data.batches import SliceSource, training_batches
 from jaxla.data.cases import find_cases
 from jaxla.data.phantoms import write_phantoms
 from jaxla.data.prepared import prepare_cases
-from jaxla.models.backbones import transformer_name
 from jaxla.models.networks.fusion import FusionOptions
 from jaxla.models.networks.transformer_segmenter import TransformerSegmenterOptions
 from jaxla.models.ops.images import IMAGENET_DEVIATION, IMAGENET_MEAN
@@ -59,8 +58,7 @@ def main(arguments):
     parser.add_argument("--batch", type=int, default=4)
     parser.add_argument("--epochs", type=int, default=3, help="timed epochs of each kind, after one that is not timed")
     options = parse_arguments(parser, arguments)
-    arch = transformer_name("--arch", options.arch)
-    model = NETWORKS[options.network](arch, weights="random", backbone="frozen")
+    model = NETWORKS[options.network](options.arch, weights="random", backbone="frozen").resolve()
     model.check_size("--size", options.size)
     if min(options.slices, options.batch, options.epochs) < 1 or options.slices % options.batch:
         problem = f"not a multiple of --batch={options.batch} above 0"
@@ -70,7 +68,9 @@ def main(arguments):
     task = SliceTask(Experiment(method.name, "", Data(), method), outputs=1)
     with tempfile.TemporaryDirectory() as folder:
         measured = measure(task, Path(folder), options)
-    shown = {"network": options.network, "arch": arch} | {name: options[name] for name in ("size", "slices", "batch")}
+    shown = {"network": options.network, "arch": model.arch} | {
+        name: options[name] for name in ("size", "slices", "batch")
+    }
     shown |= {"decoder_widths": model.decoder_widths, "torch_threads": torch.get_num_threads()}
     print_result(environment("jax", "torch", "transformers") | shown | measured)
 

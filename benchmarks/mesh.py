@@ -13,9 +13,10 @@ import numpy as np
 from benchmarks.timing import environment, median_and_fastest, print_result, time_in_turn
 from jaxla.cli.command_line import command_parser, parse_arguments
 from jaxla.cli.process import run_command
-from jaxla.config import InputError, Training
+from jaxla.config import InputError, Training, lookup
 from jaxla.distributed import use_devices
-from jaxla.models.backbones import TRANSFORMERS, transformer_name
+from jaxla.models.backbones import TRANSFORMERS
+from jaxla.models.backbones.dinov3 import HUB_SPELLINGS
 from jaxla.models.networks.base import build_network
 from jaxla.models.networks.transformer_segmenter import TransformerSegmenterOptions
 from jaxla.training.trainer import Trainer
@@ -29,9 +30,10 @@ def main(arguments):
     parser.add_argument("--batch", type=int, default=4)
     parser.add_argument("--repeats", type=int, default=31, help="timed steps of each")
     options = parse_arguments(parser, arguments)
-    arch = transformer_name("--arch", options.arch)
-    if options.size % TRANSFORMERS[arch].patch or min(options.size, options.batch, options.repeats) < 1:
-        fix = f"Use a multiple of {TRANSFORMERS[arch].patch} for --size, and at least 1 for --batch and --repeats."
+    arch = HUB_SPELLINGS.get(options.arch, options.arch)
+    patch = lookup("--arch", arch, TRANSFORMERS).patch
+    if options.size % patch or min(options.size, options.batch, options.repeats) < 1:
+        fix = f"Use a multiple of {patch} for --size, and at least 1 for --batch and --repeats."
         raise InputError(f"--size={options.size}", f"{arch} cannot run this benchmark", fix)
     model = TransformerSegmenterOptions(arch, weights="random", backbone=options.backbone)
 

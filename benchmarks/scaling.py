@@ -25,7 +25,6 @@ from jaxla.cli.command_line import command_parser, parse_arguments
 from jaxla.cli.process import run_command
 from jaxla.config import Training
 from jaxla.distributed import BATCH, MODEL, shardings, use_devices
-from jaxla.models.backbones import transformer_name
 from jaxla.models.networks.base import build_network
 from jaxla.models.networks.transformer_segmenter import TransformerSegmenterOptions
 from jaxla.training.optimisers import make_optimiser
@@ -38,14 +37,13 @@ def main(arguments):
     parser.add_argument("--size", type=int, default=448, help="side of the square image in pixels")
     parser.add_argument("--batch", type=int, default=32, help="slices in a step, over all devices")
     options = parse_arguments(parser, arguments)
-    arch = transformer_name("--arch", options.arch)
-    model = TransformerSegmenterOptions(arch, weights="random", backbone="finetuned")
+    model = TransformerSegmenterOptions(options.arch, weights="random", backbone="finetuned").resolve()
     rows = [
         {"devices": devices, "shard_params": shard, **measure_step(model, options, devices, shard)}
         for devices in (1, 2, 4, 8)
         for shard in ((False, True) if devices > 1 else (False,))
     ]
-    print_result({"arch": arch, "size": options.size, "batch": options.batch, "steps": rows})
+    print_result({"arch": model.arch, "size": options.size, "batch": options.batch, "steps": rows})
 
 
 def measure_step(model, options, devices, shard_params):

@@ -18,8 +18,7 @@ if TYPE_CHECKING:
 
 def main(arguments: list[str]) -> None:
     parser = command_parser(
-        "convert_weights",
-        "Convert a released checkpoint. The result states its architecture, source and licence.",
+        "convert_weights", "Convert a released checkpoint. The result states its architecture, source and licence."
     )
     parser.add_argument("--arch", type=str, help="architecture, or `list`")
     parser.add_argument("--source", type=str, help="checkpoint: .pth, .bin, .safetensors, index of shards, or folder")
@@ -41,9 +40,8 @@ def main(arguments: list[str]) -> None:
     elif options.verify:
         _verify(options)
     else:
-        raise InputError(
-            "--source", "required to convert a checkpoint", "Give --source=FILE or --download; see --help."
-        )
+        problem = "required to convert a checkpoint"
+        raise InputError("--source", problem, "Give --source=FILE or --download; see --help.")
 
 
 def _print_architectures() -> None:
@@ -120,12 +118,10 @@ def _download(arch: str) -> Path:
     from jaxla.models.backbones import dinov3
 
     if arch in dinov3.VARIANTS:
-        raise InputError(
-            "--download",
-            "DINOv3 has to be downloaded by hand, because you must accept Meta's licence first",
-            "Accept it at https://ai.meta.com/dinov3/ or on the model's Hugging Face page, download the file there, "
-            "and give it as --source.",
-        )
+        problem = "DINOv3 has to be downloaded by hand, because you must accept Meta's licence first"
+        where = "at https://ai.meta.com/dinov3/ or on the model's Hugging Face page"
+        fix = f"Accept it {where}, download the file there, and give it as --source."
+        raise InputError("--download", problem, fix)
     require_torch("--download")  # every released file is a PyTorch file
     cache_dir = default_cache_dir()
     with mark_cache_in_use(cache_dir):
@@ -151,11 +147,8 @@ def _verify(options: Namespace) -> None:
     if options.force:
         raise InputError("--force", "applies only to a conversion", "Remove the option.")
     if not options.output and not options.arch:
-        raise InputError(
-            "--verify",
-            "needs a converted file",
-            "Give --output=FILE.safetensors, or --arch=ARCH for the file in the cache folder.",
-        )
+        fix = "Give --output=FILE.safetensors, or --arch=ARCH for the file in the cache folder."
+        raise InputError("--verify", "needs a converted file", fix)
     output = Path(options.output) if options.output else _default_output(_resolve_arch(options.arch))
     _read_arch(output, options.arch)
     _print_verified(output)

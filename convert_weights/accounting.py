@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple, NoReturn
@@ -22,35 +23,26 @@ AUTHORS, HUGGING_FACE = "authors' layout", "Hugging Face's layout"
 MAX_FAULT_FRACTION = 0.1
 
 
-class Expected(NamedTuple):
-    shape: tuple[int, ...]
-    dtypes: tuple[str, ...]
-    optional: bool
-
-
 class Reading(NamedTuple):
     """A checkpoint compared with one architecture in one layout."""
 
     arch: str
     layout: str
     tensors: Mapping[str, Tensor]
-    expected: Mapping[str, Expected]
+    expected: Mapping[str, Row]
 
     def missing(self) -> list[str]:
         """Return the missing tensors; an optional one counts only if another of its group is present."""
-        groups = {_group(name) for name, tensor in self.expected.items() if tensor.optional and name in self.tensors}
-        return [
-            name
-            for name, tensor in self.expected.items()
-            if name not in self.tensors and (not tensor.optional or _group(name) in groups)
-        ]
+        groups = {_group(name) for name, row in self.expected.items() if row.optional and name in self.tensors}
+        lacking = {name: row for name, row in self.expected.items() if name not in self.tensors}
+        return [name for name, row in lacking.items() if not row.optional or _group(name) in groups]
 
     def unexpected(self) -> list[str]:
         return [name for name in self.tensors if name not in self.expected]
 
     def misshapen(self) -> list[str]:
-        common = [name for name in self.expected if name in self.tensors]
-        return [name for name in common if self.tensors[name].shape != self.expected[name].shape]
+        tensors = self.tensors
+        return [name for name, row in self.expected.items() if name in tensors and tensors[name].shape != row.shape]
 
     def fault_count(self) -> int:
         return len(self.missing()) + len(self.unexpected()) + len(self.misshapen())
@@ -86,9 +78,8 @@ def account_for(checkpoint: Checkpoint, architecture: Architecture) -> tuple[dic
         tensors = requested.tensors
         return dict(to_authors(rows, tensors) if requested.layout == HUGGING_FACE else tensors), requested.layout
     if not best.fault_count():
-        raise InputError(
-            checkpoint.path, f"contains {best.arch} ({best.layout}), not {arch}", f"Use --arch={best.arch}."
-        )
+        problem = f"contains {best.arch} ({best.layout}), not {arch}"
+        raise InputError(checkpoint.path, problem, f"Use --arch={best.arch}.")
     _require_no_prefix(checkpoint)
     _report_faults(checkpoint.path, requested, best)
 
@@ -102,33 +93,22 @@ def _report_faults(path: Path, requested: Reading, best: Reading) -> NoReturn:
     else:
         fix = "Download the released file again"
     if best.fault_count() < min(requested.fault_count(), MAX_FAULT_FRACTION * len(best.expected)):
-        raise InputError(
-            path,
-            f"resembles {best.arch} ({best.layout}) more than {requested.arch}, but with {best.describe_faults()}",
-            f"{fix}, and use --arch={best.arch}.",
-        )
-    raise InputError(
-        path,
-        f"not {requested.arch}: {requested.describe_faults()}",
-        f"{fix}, or use the --arch of this file; --arch=list shows the names.",
-    )
+        problem = f"resembles {best.arch} ({best.layout}) more than {requested.arch}, but with {best.describe_faults()}"
+        raise InputError(path, problem, f"{fix}, and use --arch={best.arch}.")
+    problem = f"not {requested.arch}: {requested.describe_faults()}"
+    raise InputError(path, problem, f"{fix}, or use the --arch of this file; --arch=list shows the names.")
 
 
 def _require_no_prefix(checkpoint: Checkpoint) -> None:
     """Raise an InputError if the tensors would fit an architecture without a common prefix, such as `backbone.`."""
-    first = next(iter(checkpoint.tensors), "")
-    candidates = [first[: i + 1] for i, letter in enumerate(first) if letter == "."]
-    common = [prefix for prefix in candidates if all(name.startswith(prefix) for name in checkpoint.tensors)]
-    prefix = max(common, default="")
+    prefix = os.path.commonprefix(list(checkpoint.tensors))  # noqa: RUF071  (names, not paths)
+    prefix = prefix[: prefix.rfind(".") + 1]
     tensors = {name.removeprefix(prefix): tensor for name, tensor in checkpoint.tensors.items()}
     best = min(_readings(checkpoint._replace(tensors=tensors)), key=Reading.fault_count)
     if not best.fault_count():
-        raise InputError(
-            checkpoint.path,
-            f"contains {best.arch} ({best.layout}), but all names begin with {prefix!r}",
-            "Save its state dict without this prefix: "
-            f"`{{name.removeprefix({prefix!r}): tensor for name, tensor in state.items()}}`.",
-        )
+        code = f"{{name.removeprefix({prefix!r}): tensor for name, tensor in state.items()}}"
+        problem = f"contains {best.arch} ({best.layout}), but all names begin with {prefix!r}"
+        raise InputError(checkpoint.path, problem, f"Save its state dict without this prefix: `{code}`.")
 
 
 def _readings(checkpoint: Checkpoint) -> Iterator[Reading]:
@@ -139,14 +119,13 @@ def _readings(checkpoint: Checkpoint) -> Iterator[Reading]:
         yield _authors_reading(checkpoint, arch, rows)
         if arch not in TRANSFORMERS or len(hub_tensors) < len(checkpoint.tensors):
             continue
-        shapes = hub_shapes(rows, hub_tensors)
-        expected = {name: Expected(shape, ("float32",), optional) for name, (shape, optional) in shapes.items()}
+        shapes = hub_shapes(rows, hub_tensors).items()
+        expected = {name: Row(name, shape, "", optional=optional) for name, (shape, optional) in shapes}
         yield Reading(arch, HUGGING_FACE, hub_tensors, expected)
 
 
 def _authors_reading(checkpoint: Checkpoint, arch: str, rows: Sequence[Row]) -> Reading:
-    expected = {row.theirs: Expected(row.shape, row.dtypes, row.optional) for row in rows}
-    return Reading(arch, AUTHORS, checkpoint.tensors, expected)
+    return Reading(arch, AUTHORS, checkpoint.tensors, {row.theirs: row for row in rows})
 
 
 def _group(name: str) -> str:
@@ -163,21 +142,15 @@ def _require_dtypes(checkpoint: Checkpoint, reading: Reading) -> None:
         if dtype not in reading.expected[name].dtypes
     ]
     if wrong:
-        raise InputError(
-            checkpoint.path,
-            f"wrong dtype in {len(wrong)} of {len(found)} tensors ({summarize(wrong)})",
-            "Use the file as it was released: a rounded copy does not give the authors' numbers.",
-        )
+        problem = f"wrong dtype in {len(wrong)} of {len(found)} tensors ({summarize(wrong)})"
+        fix = "Use the file as it was released: a rounded copy does not give the authors' numbers."
+        raise InputError(checkpoint.path, problem, fix)
 
 
 def _require_equal_copies(checkpoint: Checkpoint, rows: Sequence[Row]) -> None:
     tensors = checkpoint.tensors
     for row in rows:
-        if not row.copy_of or row.theirs not in tensors:
-            continue
-        if not np.array_equal(tensors[row.copy_of].read(), tensors[row.theirs].read()):
-            raise InputError(
-                checkpoint.path,
-                f"{row.copy_of} and {row.theirs} are copies of one tensor, but differ",
-                "Copy the checkpoint again.",
-            )
+        is_copy = row.copy_of and row.theirs in tensors
+        if is_copy and not np.array_equal(tensors[row.copy_of].read(), tensors[row.theirs].read()):
+            problem = f"{row.copy_of} and {row.theirs} are copies of one tensor, but differ"
+            raise InputError(checkpoint.path, problem, "Copy the checkpoint again.")

@@ -23,18 +23,12 @@ RELEASED = {arch: variant for arch, variant in VARIANTS.items() if variant.licen
 
 
 class Architecture(NamedTuple):
-    """Both sides of a conversion.
-
-    Attributes:
-        rows: the authors' tensors, in their order.
-        shapes: the shape of each of our parameters.
-        metadata: further entries of the converted file's metadata.
-    """
+    """Both sides of a conversion."""
 
     name: str
-    rows: list[Row]
-    shapes: dict[str, tuple[int, ...]]
-    metadata: dict[str, str]
+    rows: list[Row]  # the authors' tensors, in their order
+    shapes: dict[str, tuple[int, ...]]  # the shape of each of our parameters
+    metadata: dict[str, str]  # further entries of the converted file's metadata
 
 
 def released_architecture(arch: str) -> Architecture:
@@ -59,11 +53,7 @@ def architecture_shapes(arch: str) -> dict[str, tuple[int, ...]]:
 
 
 def nnunet_architecture(plan: Plan, configuration: str, checkpoint: Checkpoint) -> Architecture:
-    """Return a network that nnU-Net trained; its number of classes is read from the checkpoint.
-
-    Raises:
-        InputError: the plan lacks the configuration, or nnU-Net did not write the checkpoint.
-    """
+    """Return a network that nnU-Net trained; its number of classes is read from the checkpoint."""
     outputs = read_output_count(checkpoint.tensors, checkpoint.path)
     plan_text = json.dumps(plan_to_json(plan._replace(fingerprint=None)))
     metadata = {"licence": "", "plan": plan_text, "configuration": configuration, "outputs": str(outputs)}

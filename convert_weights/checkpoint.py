@@ -23,6 +23,7 @@ from tqdm import tqdm
 
 from convert_weights.tensors import Tensor, require_finite, summarize
 from convert_weights.torch_file import open_torch_file, require_archive_checksums
+from jaxla.cli.files import report_os_errors
 from jaxla.cli.terminal import plural
 from jaxla.config import InputError
 from jaxla.models.weights_format import FORMAT
@@ -36,18 +37,14 @@ SHARD = re.compile(r"-\d+-of-(?!0*1\.)\d+\.")
 HUGGING_FACE_FILES = ["model.safetensors", "pytorch_model.bin"]
 
 DOWNLOAD_AGAIN = "Download the file again."
+READ_AGAIN = "Fix this, or download the file again."
 
 
 class Checkpoint(NamedTuple):
-    """An opened checkpoint whose values are not read yet.
+    """An opened checkpoint whose values are not read yet."""
 
-    Attributes:
-        path: the file, or the index of the files.
-        files: those that contain tensors.
-    """
-
-    path: Path
-    files: tuple[Path, ...]
+    path: Path  # the file, or the index of the files
+    files: tuple[Path, ...]  # those that contain tensors
     tensors: dict[str, Tensor]
 
 
@@ -55,12 +52,10 @@ def open_checkpoint(path: Path, state_dict_key: str = "") -> Checkpoint:
     """List the tensors of a checkpoint; the type of a file is recognised by its content.
 
     Args:
-        state_dict_key: key of the state dict in a PyTorch file that holds more; a file with a state dict alone is read
-            too.
+        state_dict_key: key of the state dict in a PyTorch file that holds more; a state dict alone is read too.
 
     Raises:
-        InputError: the file does not exist, is damaged, incomplete or not a checkpoint, would run code, or needs torch,
-            which is not installed.
+        InputError: the file is missing, damaged, incomplete, no checkpoint, would run code, or needs torch.
     """
     path = find_checkpoint(path)
     if _file_kind(path) == "index":
@@ -69,11 +64,7 @@ def open_checkpoint(path: Path, state_dict_key: str = "") -> Checkpoint:
 
 
 def find_checkpoint(source: str | Path) -> Path:
-    """Return the file, or the index of the files, that --source names.
-
-    Raises:
-        InputError: there is none, or the folder does not contain exactly one.
-    """
+    """Return the file, or the index of the files, that --source names: a folder must contain exactly one."""
     if os.path.isdir(source):  # Path.is_dir raises if a name is too long or a folder may not be read
         return _find_in_folder(Path(source))
     if not os.path.isfile(source):
@@ -87,9 +78,6 @@ def checkpoint_sha256(checkpoint: Checkpoint) -> str:
     """Return the sha256 of a checkpoint; PyTorch archives are compared with their own checksums too.
 
     The hash of several files is what `sha256sum model-0* | sha256sum` prints.
-
-    Raises:
-        InputError: a file cannot be read, or a PyTorch archive differs from its checksums.
     """
     hashes = {file.name: _file_sha256(file) for file in checkpoint.files}
     for file in checkpoint.files:
@@ -106,9 +94,6 @@ def require_not_source(output: Path, sources: Iterable[Path]) -> None:
         raise InputError(f"--output={output}", "is the source itself", "Choose another --output.")
 
 
-# --- files and shards ------------------------------------------------------------------------------------------------
-
-
 def _find_in_folder(folder: Path) -> Path:
     """Return the only checkpoint in a folder, such as a downloaded Hugging Face repository."""
     where = f"--source={folder}"
@@ -117,17 +102,11 @@ def _find_in_folder(folder: Path) -> Path:
     files = sorted(path for suffix in ("safetensors", "pth", "bin") for path in folder.glob(f"[!.]*.{suffix}"))
     found = indices + [path for path in files if path.name not in indexed]
     if not found:
-        raise InputError(
-            where,
-            "contains no checkpoint (*.safetensors, *.pth, *.bin or their *.index.json)",
-            "Give the folder or file of a checkpoint.",
-        )
+        problem = "contains no checkpoint (*.safetensors, *.pth, *.bin or their *.index.json)"
+        raise InputError(where, problem, "Give the folder or file of a checkpoint.")
     if shards := [path.name for path in found if SHARD.search(path.name)]:
-        raise InputError(
-            where,
-            f"contains shards ({summarize(shards)}) without their *.index.json",
-            "Download the index too, or give a checkpoint in one file.",
-        )
+        problem = f"contains shards ({summarize(shards)}) without their *.index.json"
+        raise InputError(where, problem, "Download the index too, or give a checkpoint in one file.")
     if sorted(path.name.removesuffix(".index.json") for path in found) == HUGGING_FACE_FILES:
         used, ignored = sorted(found)  # the same weights in two formats
         log.info("%s: using %s, ignoring %s", folder, used.name, ignored.name)
@@ -139,11 +118,8 @@ def _find_in_folder(folder: Path) -> Path:
 
 
 def _file_kind(path: Path) -> Literal["index", "safetensors", "torch archive", "old torch"]:
-    try:
-        with path.open("rb") as file:
-            start = file.read(256)
-    except OSError as error:
-        raise _unreadable(path, error) from error
+    with report_os_errors("read", path, READ_AGAIN), path.open("rb") as file:
+        start = file.read(256)
     # A header length below 2^40, then JSON. This test comes first: a length can begin with the bytes of any other kind.
     if start[5:9] == b"\0\0\0{":
         return "safetensors"
@@ -163,11 +139,8 @@ def _open_shards(index: Path) -> Checkpoint:
     shard_names = _read_index(index)
     files = [index.parent / name for name in sorted(set(shard_names.values()))]
     if missing := [file.name for file in files if not os.path.isfile(file)]:
-        raise InputError(
-            index,
-            f"lacks {len(missing)} of its {len(files)} shards ({summarize(missing)})",
-            f"Download them into {index.parent}.",
-        )
+        problem = f"lacks {len(missing)} of its {len(files)} shards ({summarize(missing)})"
+        raise InputError(index, problem, f"Download them into {index.parent}.")
     tensors: dict[str, Tensor] = {}
     for file in files:
         found = _open_file(file)
@@ -184,12 +157,12 @@ def _open_shards(index: Path) -> Checkpoint:
 
 def _read_index(index: Path) -> dict[str, str]:
     """Return the file name, in the folder of the index, of each tensor."""
+    with report_os_errors("read", index, READ_AGAIN):
+        text = index.read_bytes()
     try:
-        shard_names = json.loads(index.read_bytes())["weight_map"]
+        shard_names = json.loads(text)["weight_map"]
         if all(Path(shard).name == shard and shard not in ("", "..") for shard in shard_names.values()):
             return dict(shard_names)
-    except OSError as error:
-        raise _unreadable(index, error) from error
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         pass
     raise InputError(index, "damaged, or not the index of a checkpoint's shards", DOWNLOAD_AGAIN)
@@ -204,12 +177,6 @@ def _open_file(path: Path, state_dict_key: str = "") -> dict[str, Tensor]:
         case kind:
             return open_torch_file(path, kind == "torch archive", state_dict_key)
 
-
-def _unreadable(path: Path, error: OSError) -> InputError:
-    return InputError(path, f"cannot be read ({error.strerror or error})", "Fix this, or download the file again.")
-
-
-# --- safetensors -----------------------------------------------------------------------------------------------------
 
 _SAFETENSORS_DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16", "I64": "int64"}
 
@@ -230,11 +197,8 @@ def _open_safetensors(path: Path) -> dict[str, Tensor]:
     except (SafetensorError, OSError) as error:
         raise InputError(path, f"truncated or damaged ({error})", DOWNLOAD_AGAIN) from error
     if metadata.get("format") == FORMAT:
-        raise InputError(
-            path,
-            "already converted",
-            "Give the released checkpoint; use --to-torch to convert this file back, or --verify --output to check it.",
-        )
+        others = "use --to-torch to convert this file back, or --verify --output to check it"
+        raise InputError(path, "already converted", f"Give the released checkpoint; {others}.")
     return tensors
 
 
@@ -248,18 +212,16 @@ def _read_safetensors(path: Path, name: str) -> np.ndarray:
     return require_finite(path, name, array.astype(np.float32) if array.dtype == ml_dtypes.bfloat16 else array)
 
 
-# --- reading with a progress bar -------------------------------------------------------------------------------------
-
-
 def _file_sha256(path: Path) -> str:
     digest = hashlib.sha256()
-    try:
-        with path.open("rb") as file, progress_bar(f"hashing {path.name}", path.stat().st_size) as bar:
-            while block := file.read(1 << 22):
-                digest.update(block)
-                bar.update(len(block))
-    except OSError as error:
-        raise _unreadable(path, error) from error
+    with (
+        report_os_errors("read", path, READ_AGAIN),
+        path.open("rb") as file,
+        progress_bar(f"hashing {path.name}", path.stat().st_size) as bar,
+    ):
+        while block := file.read(1 << 22):
+            digest.update(block)
+            bar.update(len(block))
     return digest.hexdigest()
 
 

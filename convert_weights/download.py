@@ -7,7 +7,7 @@ import logging
 import urllib.error
 import urllib.request
 from pathlib import Path
-from typing import IO, NamedTuple
+from typing import Any, NamedTuple
 from urllib.parse import urlsplit
 
 from convert_weights.checkpoint import progress_bar
@@ -20,58 +20,37 @@ TIMEOUT_SECONDS = 60  # without receiving a byte
 
 
 class Release(NamedTuple):
-    """A released file.
-
-    Attributes:
-        sha256: the first digits of its hash, or all of them.
-    """
+    """A released file."""
 
     url: str
-    sha256: str
+    sha256: str  # the first digits of its hash, or all of them
 
-
-_DINOV2 = "https://dl.fbaipublicfiles.com/dinov2"
-_TORCHVISION = "https://download.pytorch.org/models"
 
 # Meta does not publish hashes of its files. These are the ones that independent projects pin and that copies on the
 # Hugging Face hub have; each was found in at least three places, including the conversion script of
 # finegrain-ai/refiners. torchvision's file names contain the first digits of the sha256; the weights are IMAGENET1K_V1.
+_DINOV2_SHA256 = {
+    "dinov2_vits14": "b938bf1bc15cd2ec0feacfe3a1bb553fe8ea9ca46a7e1d8d00217f29aef60cd9",
+    "dinov2_vitb14": "0b8b82f85de91b424aded121c7e1dcc2b7bc6d0adeea651bf73a13307fad8c73",
+    "dinov2_vitl14": "d5383ea8f4877b2472eb973e0fd72d557c7da5d3611bd527ceeb1d7162cbf428",
+    "dinov2_vitg14": "baf8467e50af277596bbbafa06887c177ee899ab46033649c383577d7e9309d3",
+    "dinov2_vits14_reg": "f433177089a681826f849f194ece3bb48f4d63fb38d32fc837e3dc7a4e5641fb",
+    "dinov2_vitb14_reg": "73182a088cf94833c94b1666d1c99e02fe87e2007bff57b564fb6206e25dba71",
+    "dinov2_vitl14_reg": "36e4deffbaef061a2576705b0c36f93621e2ae20bf6274694821b0b492551b51",
+    "dinov2_vitg14_reg": "746ecb8c6301c645c5c855be91687d274587d6e48fdaec4a729753160b34a283",
+}
+_TORCHVISION_SHA256 = {"resnet50": "0676ba61", "resnet152": "394f9c45", "vgg16_bn": "6c64b313"}
+
 RELEASES = {
-    "dinov2_vits14": Release(
-        f"{_DINOV2}/dinov2_vits14/dinov2_vits14_pretrain.pth",
-        "b938bf1bc15cd2ec0feacfe3a1bb553fe8ea9ca46a7e1d8d00217f29aef60cd9",
-    ),
-    "dinov2_vitb14": Release(
-        f"{_DINOV2}/dinov2_vitb14/dinov2_vitb14_pretrain.pth",
-        "0b8b82f85de91b424aded121c7e1dcc2b7bc6d0adeea651bf73a13307fad8c73",
-    ),
-    "dinov2_vitl14": Release(
-        f"{_DINOV2}/dinov2_vitl14/dinov2_vitl14_pretrain.pth",
-        "d5383ea8f4877b2472eb973e0fd72d557c7da5d3611bd527ceeb1d7162cbf428",
-    ),
-    "dinov2_vitg14": Release(
-        f"{_DINOV2}/dinov2_vitg14/dinov2_vitg14_pretrain.pth",
-        "baf8467e50af277596bbbafa06887c177ee899ab46033649c383577d7e9309d3",
-    ),
-    "dinov2_vits14_reg": Release(
-        f"{_DINOV2}/dinov2_vits14/dinov2_vits14_reg4_pretrain.pth",
-        "f433177089a681826f849f194ece3bb48f4d63fb38d32fc837e3dc7a4e5641fb",
-    ),
-    "dinov2_vitb14_reg": Release(
-        f"{_DINOV2}/dinov2_vitb14/dinov2_vitb14_reg4_pretrain.pth",
-        "73182a088cf94833c94b1666d1c99e02fe87e2007bff57b564fb6206e25dba71",
-    ),
-    "dinov2_vitl14_reg": Release(
-        f"{_DINOV2}/dinov2_vitl14/dinov2_vitl14_reg4_pretrain.pth",
-        "36e4deffbaef061a2576705b0c36f93621e2ae20bf6274694821b0b492551b51",
-    ),
-    "dinov2_vitg14_reg": Release(
-        f"{_DINOV2}/dinov2_vitg14/dinov2_vitg14_reg4_pretrain.pth",
-        "746ecb8c6301c645c5c855be91687d274587d6e48fdaec4a729753160b34a283",
-    ),
-    "resnet50": Release(f"{_TORCHVISION}/resnet50-0676ba61.pth", "0676ba61"),
-    "resnet152": Release(f"{_TORCHVISION}/resnet152-394f9c45.pth", "394f9c45"),
-    "vgg16_bn": Release(f"{_TORCHVISION}/vgg16_bn-6c64b313.pth", "6c64b313"),
+    arch: Release(
+        f"https://dl.fbaipublicfiles.com/dinov2/{arch.removesuffix('_reg')}/"
+        f"{arch.replace('_reg', '_reg4')}_pretrain.pth",
+        sha256,
+    )
+    for arch, sha256 in _DINOV2_SHA256.items()
+} | {
+    arch: Release(f"https://download.pytorch.org/models/{arch}-{sha256}.pth", sha256)
+    for arch, sha256 in _TORCHVISION_SHA256.items()
 }
 
 
@@ -101,19 +80,13 @@ def download(release: Release, folder: Path) -> Path:
                 return path
         log.info("%s: already downloaded", path)
         if not _matches(path, release):
-            raise InputError(
-                path,
-                f"not the released file, whose sha256 begins with {release.sha256[:8]}",
-                "Move the file away and run the command again.",
-            )
+            problem = f"not the released file, whose sha256 begins with {release.sha256[:8]}"
+            raise InputError(path, problem, "Move the file away and run the command again.")
     except (OSError, http.client.HTTPException) as error:
         reason = getattr(error, "reason", None) or error
-        raise InputError(
-            release.url,
-            f"cannot be downloaded ({reason})",
-            f"Run the command again to resume, or download the file elsewhere, put it at {path}, and run the same "
-            "command.",
-        ) from error
+        other_way = f"download the file elsewhere, put it at {path}, and run the same command"
+        fix = f"Run the command again to resume, or {other_way}."
+        raise InputError(release.url, f"cannot be downloaded ({reason})", fix) from error
     return path
 
 
@@ -122,12 +95,8 @@ def _download_new(release: Release, path: Path) -> None:
     _append_missing(release.url, part)
     if not _matches(part, release):
         part.unlink()
-        raise InputError(
-            release.url,
-            f"the server sent a file that is not the released one, whose sha256 begins with {release.sha256[:8]}; "
-            "it was removed",
-            "Run the command again.",
-        )
+        problem = f"the server sent a file that is not the released one, whose sha256 begins with {release.sha256[:8]}"
+        raise InputError(release.url, f"{problem}; it was removed", "Run the command again.")
     part.replace(path)
 
 
@@ -166,18 +135,10 @@ def _append_missing(url: str, part: Path) -> None:
 class RefuseInsecureRedirects(urllib.request.HTTPRedirectHandler):
     """Follow redirects, except from HTTPS to another protocol."""
 
-    def redirect_request(
-        self,
-        req: urllib.request.Request,
-        fp: IO[bytes],
-        code: int,
-        msg: str,
-        headers: http.client.HTTPMessage,
-        newurl: str,
-    ) -> urllib.request.Request | None:
-        if req.type == "https" and urlsplit(newurl).scheme != "https":
-            raise OSError(f"it redirects to {newurl}, which is not HTTPS")
-        return super().redirect_request(req, fp, code, msg, headers, newurl)
+    def redirect_request(self, request: urllib.request.Request, *response: Any) -> urllib.request.Request | None:
+        if request.type == "https" and urlsplit(new_url := response[-1]).scheme != "https":
+            raise OSError(f"it redirects to {new_url}, which is not HTTPS")
+        return super().redirect_request(request, *response)
 
 
 def _matches(path: Path, release: Release) -> bool:

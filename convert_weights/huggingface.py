@@ -63,8 +63,6 @@ _COMPUTED = {
     "blocks.N.attn.qkv.bias_mask": lambda width: np.repeat(np.array([1, 0, 1], np.float32), width // 3),
 }
 
-# --- names -----------------------------------------------------------------------------------------------------------
-
 _PREFIX = re.compile(r"^((dinov2|dinov2_with_registers|dinov3_vit|model)\.)+(?=embeddings\.|encoder\.|layer|norm\.)")
 _MEMORY_TO_HUB = {  # modules of DINOv2's blocks: version 5's name in memory -> name on the hub
     "attention.q_proj": "attention.attention.query",
@@ -84,28 +82,18 @@ def hub_name(name: str) -> str:
     return name
 
 
-# --- tensors ---------------------------------------------------------------------------------------------------------
-
-
 class _Recipe(NamedTuple):
-    """How one of the authors' tensors is made.
-
-    Attributes:
-        parts: the hub names of the tensors to concatenate; None stands for zeros. Empty if the tensor is computed.
-        part_shape: the shape of each part.
-    """
+    """How one of the authors' tensors is made: of parts that are concatenated, or computed if there are none."""
 
     row: Row
-    parts: list[str | None]
+    parts: list[str | None]  # hub names of tensors; None stands for zeros
     part_shape: tuple[int, ...]
 
 
 def hub_shapes(rows: Sequence[Row], names: Collection[str]) -> dict[str, tuple[tuple[int, ...], bool]]:
     """Return the shape of each tensor in an architecture's Hugging Face checkpoint, and whether it is optional.
 
-    Args:
-        rows: the authors' tensors.
-        names: the hub names in the checkpoint, which tell how it stores a gated layer.
+    How the checkpoint stores a gated layer follows from the hub `names` in it.
     """
     return {
         part: (recipe.part_shape, recipe.row.optional)
@@ -116,11 +104,7 @@ def hub_shapes(rows: Sequence[Row], names: Collection[str]) -> dict[str, tuple[t
 
 
 def to_authors(rows: Sequence[Row], tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return the authors' tensors, each assembled when it is read.
-
-    Args:
-        tensors: Hugging Face's tensors by hub name: every one that `hub_shapes` requires.
-    """
+    """Return the authors' tensors, each assembled when it is read from those that `hub_shapes` requires."""
     return {
         recipe.row.theirs: Tensor(recipe.row.shape, "float32", partial(_read, recipe, tensors))
         for recipe in _recipes(rows, tensors)

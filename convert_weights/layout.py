@@ -19,32 +19,19 @@ Index = EllipsisType | tuple
 class Row(NamedTuple):
     """One tensor of the authors, or a part of it, and the parameter that holds its values here.
 
-    Attributes:
-        theirs: name of the authors' tensor.
-        shape: its shape.
-        ours: name of our parameter.
-        axes: the permutation of the authors' axes that gives ours; empty keeps their order.
-        theirs_index: the part of the authors' tensor.
-        ours_index: where it goes in our parameter, or in one block of it.
-        block: which block of a parameter that stacks all blocks along its first axis; None if it stacks none.
-        dtypes: those that the authors' tensor may have.
-        optional: whether a checkpoint may lack it together with the other tensors of its group (see `accounting`).
-        copy_of: name of the tensor that the checkpoint saves here again; both must be equal.
+    A checkpoint may lack an `optional` tensor together with the other tensors of its group (see `accounting`).
     """
 
-    theirs: str
-    shape: tuple[int, ...]
-    ours: str
-    axes: tuple[int, ...] = ()
-    theirs_index: Index = ...
-    ours_index: Index = ...
-    block: int | None = None
-    dtypes: tuple[str, ...] = ("float32",)
+    theirs: str  # name of the authors' tensor
+    shape: tuple[int, ...]  # its shape
+    ours: str  # name of our parameter
+    axes: tuple[int, ...] = ()  # the permutation of the authors' axes that gives ours; empty keeps their order
+    theirs_index: Index = ...  # the part of the authors' tensor
+    ours_index: Index = ...  # where it goes in our parameter, or in one block of it
+    block: int | None = None  # which block of a parameter that stacks all blocks along its first axis
+    dtypes: tuple[str, ...] = ("float32",)  # those that the authors' tensor may have
     optional: bool = False
-    copy_of: str = ""
-
-
-# --- rows of common layers -------------------------------------------------------------------------------------------
+    copy_of: str = ""  # name of the tensor that the checkpoint saves here again; both must be equal
 
 
 def linear(theirs: str, ours: str, inputs: int, outputs: int, ours_index: Index = ...) -> list[Row]:
@@ -90,9 +77,6 @@ def stacked(rows: Sequence[Row], depth: int) -> list[Row]:
     ]
 
 
-# --- both directions -------------------------------------------------------------------------------------------------
-
-
 def to_ours(
     rows: Sequence[Row], tensors: Mapping[str, Tensor], shapes: Mapping[str, tuple[int, ...]]
 ) -> dict[str, StreamedArray]:
@@ -129,12 +113,7 @@ def _chunks(
 def to_theirs(
     rows: Sequence[Row], names: Collection[str], read: Callable[[str, int | None], np.ndarray]
 ) -> Iterator[tuple[str, np.ndarray]]:
-    """Yield the authors' tensors in the authors' order, one at a time.
-
-    Args:
-        names: the names of our parameters.
-        read: returns the parameter of a name, or one block of it.
-    """
+    """Yield the authors' tensors in their order, one by one; `read` returns one of our parameters, or a block of it."""
     for theirs, tensor_rows in groupby(rows, key=lambda row: row.theirs):
         tensor_rows = list(tensor_rows)
         if tensor_rows[0].ours not in names:

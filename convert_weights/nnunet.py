@@ -19,11 +19,7 @@ LOGITS_WEIGHT = "decoder.seg_layers.0.weight"  # its first axis is the number of
 
 
 def nnunet_rows(c: Configuration, outputs: int) -> list[Row]:
-    """Return the rows of a network with one image channel.
-
-    Args:
-        outputs: channels of the logits, including background.
-    """
+    """Return the rows of a network with one image channel and `outputs` logits, including background."""
     down, inputs = [], 1
     for stage, (features, kernel) in enumerate(zip(c.features_per_stage, c.kernel_sizes, strict=True)):
         for i in range(c.n_conv_per_stage[stage]):
@@ -48,17 +44,12 @@ def nnunet_rows(c: Configuration, outputs: int) -> list[Row]:
 
 
 def read_output_count(tensors: Mapping[str, Tensor], path: Path) -> int:
-    """Return the number of channels of the logits.
-
-    Raises:
-        InputError: the checkpoint lacks that layer, or the network was trained on regions.
-    """
+    """Return the number of channels of the logits; raise an InputError if the network was trained on regions."""
     if LOGITS_WEIGHT not in tensors or not tensors[LOGITS_WEIGHT].shape:
         raise InputError(path, f"not a checkpoint of nnU-Net: {LOGITS_WEIGHT} is missing", "Give checkpoint_final.pth.")
     if (outputs := tensors[LOGITS_WEIGHT].shape[0]) < 2:
-        raise InputError(
-            path, "has a single output, so it was trained on regions", "Use a network trained on labels and background."
-        )
+        problem = "has a single output, so it was trained on regions"
+        raise InputError(path, problem, "Use a network trained on labels and background.")
     return outputs
 
 

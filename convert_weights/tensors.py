@@ -20,11 +20,7 @@ class Tensor(NamedTuple):
 
 
 def require_finite(path: Path, name: str, array: np.ndarray) -> np.ndarray:
-    """Return `array`.
-
-    Raises:
-        InputError: it contains NaN or infinite values.
-    """
+    """Return `array`, or raise an InputError if it contains NaN or infinite values."""
     if not np.isfinite(array).all():
         raise InputError(path, f"{name} contains NaN or infinite values", "Download the file again.")
     return array

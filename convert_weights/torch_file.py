@@ -36,24 +36,14 @@ USE_RELEASED_FILE = "Give the released file of weights."
 
 
 def require_torch(where: object) -> ModuleType:
-    """Return the module torch; nothing else in this package imports it.
-
-    Args:
-        where: the file or option that needs it.
-
-    Raises:
-        InputError: it is not installed, too old, or cannot be imported.
-    """
+    """Return the module torch, which nothing else in this package imports, or raise an InputError about `where`."""
     try:
         import torch
     except Exception as error:  # its shared libraries fail in many ways
         if isinstance(error, ModuleNotFoundError) and error.name == "torch":
             raise InputError(where, "needs torch, which is not installed", INSTALL_TORCH) from error
-        raise InputError(
-            where,
-            f"needs torch, which is installed but cannot be imported ({error})",
-            "Run `pip install 'torch>=2.10' --force-reinstall`.",
-        ) from error
+        problem = f"needs torch, which is installed but cannot be imported ({error})"
+        raise InputError(where, problem, "Run `pip install 'torch>=2.10' --force-reinstall`.") from error
     version = torch.__version__  # such as 2.13.0+cpu
     if tuple(int(part) for part in re.findall(r"\d+", version)[:2]) < MIN_TORCH:
         raise InputError(where, f"needs torch, but {version} is too old to read files safely", INSTALL_TORCH)
@@ -61,11 +51,7 @@ def require_torch(where: object) -> ModuleType:
 
 
 def open_torch_file(path: Path, is_archive: bool, state_dict_key: str) -> dict[str, Tensor]:
-    """Return the tensors of a state dict, by name.
-
-    Args:
-        is_archive: whether the file has PyTorch's zip format; then it is memory-mapped.
-        state_dict_key: key of the state dict in a file that holds more; a file with a state dict alone is read too.
+    """Return the tensors of a state dict, by name; a PyTorch archive is memory-mapped.
 
     Raises:
         InputError: torch cannot be used, or the file is damaged, contains code, or is not a state dict.
@@ -76,18 +62,12 @@ def open_torch_file(path: Path, is_archive: bool, state_dict_key: str) -> dict[s
         with warnings.catch_warnings(action="ignore"), numpy_numbers:  # torch warns of old pickles, then refuses them
             state = torch.load(path, map_location="cpu", weights_only=True, mmap=is_archive)
     except pickle.UnpicklingError as error:
-        raise InputError(
-            path,
-            "not a checkpoint, or loading it would run code from it; nothing was run",
-            "Download the released weights again. If the file is your own, save only its state dict: "
-            "`torch.save(model.state_dict(), 'new.pth')`.",
-        ) from error
+        problem = "not a checkpoint, or loading it would run code from it; nothing was run"
+        own = "If the file is your own, save only its state dict: `torch.save(model.state_dict(), 'new.pth')`."
+        raise InputError(path, problem, f"Download the released weights again. {own}") from error
     except Exception as error:  # torch's unpickler raises many types for bytes that are not a checkpoint
-        raise InputError(
-            path,
-            f"cannot be loaded ({str(error) or type(error).__name__}); it may be truncated or damaged",
-            "Download the file again.",
-        ) from error
+        problem = f"cannot be loaded ({str(error) or type(error).__name__}); it may be truncated or damaged"
+        raise InputError(path, problem, "Download the file again.") from error
     if state_dict_key and isinstance(state, Mapping) and isinstance(state.get(state_dict_key), Mapping):
         state = state[state_dict_key]
     _require_state_dict(path, state, torch.Tensor)
@@ -99,24 +79,17 @@ def open_torch_file(path: Path, is_archive: bool, state_dict_key: str) -> dict[s
 
 def _require_state_dict(path: Path, state: object, tensor_type: type) -> None:
     if not isinstance(state, Mapping):
-        raise InputError(
-            path, f"not a state dict (names mapped to tensors) but a {type(state).__name__}", USE_RELEASED_FILE
-        )
+        problem = f"not a state dict (names mapped to tensors) but a {type(state).__name__}"
+        raise InputError(path, problem, USE_RELEASED_FILE)
     unexpected = [key for key, value in state.items() if not (isinstance(key, str) and isinstance(value, tensor_type))]
     for key in unexpected:
         value = state[key]
         if isinstance(value, Mapping) and any(isinstance(part, tensor_type) for part in value.values()):
-            raise InputError(
-                path,
-                f"not a state dict, but contains one under {key!r}",
-                f"Save it alone: `torch.save(torch.load({str(path)!r}, weights_only=True)[{key!r}], 'new.pth')`.",
-            )
+            fix = f"Save it alone: `torch.save(torch.load({str(path)!r}, weights_only=True)[{key!r}], 'new.pth')`."
+            raise InputError(path, f"not a state dict, but contains one under {key!r}", fix)
     if unexpected:
-        raise InputError(
-            path,
-            f"not a state dict (names mapped to tensors): contains {summarize(map(repr, unexpected))}",
-            USE_RELEASED_FILE,
-        )
+        problem = f"not a state dict (names mapped to tensors): contains {summarize(map(repr, unexpected))}"
+        raise InputError(path, problem, USE_RELEASED_FILE)
 
 
 def _dtype_name(value: torch.Tensor) -> str:
@@ -130,11 +103,7 @@ def _read(path: Path, name: str, value: torch.Tensor) -> np.ndarray:
 
 
 def require_archive_checksums(path: Path) -> None:
-    """Compare each part of a PyTorch archive with its checksum, which torch writes but does not check.
-
-    Raises:
-        InputError: a part differs, or the archive cannot be unpacked.
-    """
+    """Compare each part of a PyTorch archive with its checksum, which torch writes but does not check."""
     try:
         with zipfile.ZipFile(path) as archive:
             has_checksums = any(part.CRC for part in archive.infolist())

@@ -4,7 +4,7 @@ Within `use_devices` all devices of the mesh share each batch. Every device hold
 `shard_params` a part of the large ones (see SHARDED). Outside `use_devices` everything runs on one device.
 
 Each of several processes holds the rows of a batch that its own devices compute. Processes exchange small values
-through the key-value store of JAX's coordination service, which process 0 hosts.
+through JAX's coordination service, which process 0 hosts.
 """
 
 from __future__ import annotations
@@ -25,7 +25,6 @@ import traceback
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
-from functools import partial
 from types import SimpleNamespace
 from typing import Any, NoReturn, TypeVar
 
@@ -70,11 +69,8 @@ LAUNCHER_VARIABLES = ("OMPI_COMM_WORLD_SIZE OMPI_COMM_WORLD_RANK", "PMI_SIZE PMI
 def use_devices(count: int = 0, shard_params: bool = False) -> Iterator[Mesh]:
     """Run the code within it on a mesh of `count` devices (0: all), the same number from each process.
 
-    Args:
-        shard_params: shard the parameters in SHARDED over all devices.
-
-    Raises:
-        InputError: there are fewer devices, or the processes cannot provide the same number.
+    With `shard_params`, the parameters in SHARDED are sharded over all of them. Raises an InputError if there are
+    fewer devices, or the processes cannot provide the same number.
     """
     devices, processes = jax.devices(), jax.process_count()
     total, kind = len(devices), devices[0].device_kind
@@ -131,11 +127,7 @@ def device_count() -> int:
 
 
 def shardings(tree: T) -> T:
-    """Return the sharding of each array (or shape) of a pytree, from the table SHARDED.
-
-    Raises:
-        InputError: the number of devices does not divide a parameter.
-    """
+    """Return the sharding of each array or shape of a pytree, or raise an InputError if devices do not divide one."""
     mesh = jax.sharding.get_abstract_mesh()
 
     def sharding(path: tuple, leaf: Any) -> NamedSharding:
@@ -151,23 +143,19 @@ def shardings(tree: T) -> T:
 
 
 def place_on_devices(tree: T) -> T:
-    """Place parameters, statistics or optimiser state on the devices of the mesh, sharded as `shardings` says.
-
-    Raises:
-        InputError: the number of devices does not divide a parameter.
-    """
+    """Place parameters, statistics or optimiser state on the devices of the mesh, sharded as `shardings` says."""
     if jax.sharding.get_abstract_mesh().empty:
         return tree
     mesh = jax.sharding.get_mesh()
 
-    def place(leaf: Any, sharding: NamedSharding) -> jax.Array:
+    def put(leaf: Any, sharding: NamedSharding) -> jax.Array:
         sharding = NamedSharding(mesh, sharding.spec)
         if sharding.is_fully_addressable:
             return jax.device_put(leaf, sharding)
         array = np.asarray(leaf)  # every process has all of it and takes the part of its own devices
         return jax.make_array_from_callback(array.shape, sharding, array.__getitem__)
 
-    return jax.tree.map(place, tree, shardings(tree))
+    return jax.tree.map(put, tree, shardings(tree))
 
 
 def constrain_sharding(tree: T) -> T:
@@ -203,11 +191,7 @@ def shard_batch(rows: T) -> T:
 
 
 def map_over_devices(function: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
-    """Return `function` of batches as a function that each device runs on its own rows.
-
-    For code that the compiler cannot shard, such as a loop over images: without this, every device would run it on
-    all rows.
-    """
+    """Return `function` of batches as one that each device runs on its own rows, for code that XLA cannot shard."""
     if jax.sharding.get_abstract_mesh().empty:
         return function
     return jax.shard_map(function, in_specs=BATCH, out_specs=BATCH, check_vma=False)
@@ -297,12 +281,11 @@ def name_resume_command(command: str, note: Callable[[str], None]) -> Iterator[N
 def join_processes(coordinator: str, processes: int | None, process: int | None, timeout: float) -> Iterator[None]:
     """Run the code within it together with the other processes; an error in one ends all.
 
-    Does nothing for a single process, or with `processes=1`.
+    Does nothing for a single process. What is not given ("" or None) follows from `srun` or `mpirun`.
 
     Args:
-        coordinator: HOST:PORT, a free port on the host of process 0; empty: as `srun` or `mpirun` says.
-        processes: how many processes run the command; None: as the launcher says.
-        process: the index of this process; None: as the launcher says.
+        coordinator: HOST:PORT, a free port on the host of process 0.
+        processes, process: the number of processes, and the index of this one.
         timeout: seconds to wait for the other processes.
 
     Raises:
@@ -335,11 +318,7 @@ def join_processes(coordinator: str, processes: int | None, process: int | None,
 
 
 def find_launch(coordinator: str, processes: int | None, process: int | None) -> tuple[str, int, int] | None:
-    """Return the coordinator, the number of processes and the index of this one; None for a single process.
-
-    Raises:
-        InputError: a value is missing or wrong.
-    """
+    """Return the arguments of `join_processes` as given or detected; None for a single process."""
     variables = [[os.environ.get(name, "") for name in names.split()] for names in LAUNCHER_VARIABLES]
     detected = next((tuple(map(int, pair)) for pair in variables if all(map(str.isdigit, pair))), (None, None))
     cluster = next((cluster for cluster in (SlurmCluster, OmpiCluster) if cluster.is_env_present()), None)
@@ -353,10 +332,10 @@ def find_launch(coordinator: str, processes: int | None, process: int | None) ->
         return None
     if cluster and not coordinator:
         coordinator = cluster.get_coordinator_address(None, os.environ.get("JAX_COORDINATOR_PORT"))
-    for name, value in (("--coordinator", coordinator), ("--processes", count), ("--process", index)):
-        if value in ("", None):
-            fix = "Give --coordinator=HOST:PORT, --processes=N and --process=0 to N-1, or --processes=1 to run alone."
-            raise InputError(name, "missing, but several processes need it", fix)
+    needed = {"--coordinator": coordinator, "--processes": count, "--process": index}
+    if missing := [name for name, value in needed.items() if value in ("", None)]:
+        fix = "Give --coordinator=HOST:PORT, --processes=N and --process=0 to N-1, or --processes=1 to run alone."
+        raise InputError(missing[0], "missing, but several processes need it", fix)
     if not re.fullmatch(r".+:\d{1,5}", coordinator) or not 0 < int(coordinator.rsplit(":", 1)[1]) < 65536:
         raise InputError(f"--coordinator={coordinator}", "not HOST:PORT", "Give a value such as node1:62000.")
     if not 0 <= index < count:
@@ -368,8 +347,7 @@ def find_launch(coordinator: str, processes: int | None, process: int | None) ->
 def _connect(address: str, count: int, index: int, timeout: float) -> None:
     """Connect to the other processes, and silence this one unless it is the first.
 
-    Raises:
-        InputError: process 0 cannot use the port. If the others do not come, JAX aborts (see `_leave`).
+    If the others do not come, JAX aborts (see `_leave`).
     """
     host, port = address.rsplit(":", 1)
     loopback = host if host in ("127.0.0.1", "localhost") else ""  # empty: all addresses of this host
@@ -386,14 +364,11 @@ def _connect(address: str, count: int, index: int, timeout: float) -> None:
     os.environ["no_grpc_proxy"] = host.strip("[]")  # noqa: SIM112  (gRPC would use a web proxy)
     jax.config.update("jax_check_proxy_envs", False)
     jax.config.update("jax_enable_preemption_service", False)  # it would take SIGTERM for itself
-    initialise = partial(
-        jax.distributed.initialize,
-        local_device_ids=[],  # all that this process sees
-        initialization_timeout=max(1, round(timeout)),
-        heartbeat_timeout_seconds=HEARTBEAT_SECONDS,
+    _executor.submit(
+        jax.distributed.initialize, address, count, index, local_device_ids=[],  # all that this process sees
+        initialization_timeout=max(1, round(timeout)), heartbeat_timeout_seconds=HEARTBEAT_SECONDS,
         coordinator_bind_address=address if loopback else None,
-    )
-    _executor.submit(initialise, address, count, index).result()
+    ).result()  # fmt: skip
     _exit.code, _exit.line = 1, None
     if index > 0:
         logging.basicConfig(force=True, format=f"process {index}: %(message)s", stream=sys.stdout)
@@ -441,8 +416,7 @@ def _end_all(code: int, line: str) -> NoReturn:
 def _leave(signal_number: int = 0) -> NoReturn:
     """Print the last line and leave at once; `sys.exit` would wait for the other processes.
 
-    Also handles SIGABRT: when a process dies, JAX aborts the others without calling Python. A handler that Python's
-    `signal` installs would never run.
+    Also handles SIGABRT, by which JAX ends a process that lost another one; Python's own handler would never run.
     """
     if not _leaving.acquire(blocking=False):
         threading.Event().wait()

@@ -23,9 +23,6 @@ CONTROL_GROUPS = Path("/proc/self/cgroup")
 MEMORY_LIMITS = {"memory": ("/sys/fs/cgroup/memory", "memory.limit_in_bytes"), "": ("/sys/fs/cgroup", "memory.max")}
 
 
-# --- devices ---------------------------------------------------------------------------------------------------------
-
-
 def on_cpu() -> bool:
     return jax.default_backend() == "cpu"
 
@@ -64,9 +61,6 @@ def _compute_capability(device: jax.Device) -> tuple[int, ...]:
     return tuple(map(int, device.compute_capability.split(".")))
 
 
-# --- variants --------------------------------------------------------------------------------------------------------
-
-
 def compute_dtype() -> jnp.dtype:
     """Return bfloat16 if all devices, those of other processes included, multiply it faster than float32."""
     return jnp.bfloat16 if all(map(prefers_bfloat16, jax.devices())) else jnp.float32
@@ -90,9 +84,6 @@ def fusion_variant() -> Literal["sums", "product"]:
     XLA's GPU compiler needs a minute for the sums of 12 blocks, and much longer for 40.
     """
     return "sums" if on_cpu() else "product"
-
-
-# --- memory ----------------------------------------------------------------------------------------------------------
 
 
 def device_bytes() -> int:

@@ -16,17 +16,13 @@ class StepTooLarge(InputError):
     """A training step needs more memory than the device has."""
 
     def __init__(self, batch_size: int, problem: str) -> None:
-        lower_batch = "Start a new run with a smaller batch. " if batch_size > 1 else ""
-        super().__init__(option("training.batch_size", batch_size), problem, lower_batch + how_to_save_memory())
-
-
-def how_to_save_memory() -> str:
-    """Return advice on the options that lower the memory of a training step."""
-    return (
-        f"Lower {option('preprocessing.image_size')}. A windows_* method needs less memory with "
-        f"{option('training.gradient', 'two_pass')} and with more {option('model.windows')}, nnU-Net with a lower "
-        f"{option('model.memory_gb')} or with a plan made for less memory."
-    )
+        smaller_batch = "Start a new run with a smaller batch. " if batch_size > 1 else ""
+        fix = (
+            f"{smaller_batch}Lower {option('preprocessing.image_size')}. A windows_* method needs less memory with "
+            f"{option('training.gradient', 'two_pass')} and with more {option('model.windows')}, nnU-Net with a lower "
+            f"{option('model.memory_gb')} or with a plan made for less memory."
+        )
+        super().__init__(option("training.batch_size", batch_size), problem, fix)
 
 
 def program_bytes(compiled: jax.stages.Compiled) -> int:
@@ -40,10 +36,8 @@ def require_memory(needed: int, batch_size: int) -> None:
     """Raise `StepTooLarge` if a training step needs more bytes than the device has."""
     available = device_bytes()
     if available and needed > available:
-        raise StepTooLarge(
-            batch_size,
-            f"a training step needs {format_bytes(needed)}, but the device has {format_bytes(available)}",
-        )
+        problem = f"a training step needs {format_bytes(needed)}, but the device has {format_bytes(available)}"
+        raise StepTooLarge(batch_size, problem)
 
 
 @contextmanager

@@ -12,8 +12,7 @@ import json
 import logging
 import shlex
 import time
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from datetime import datetime
 from pathlib import Path
@@ -22,8 +21,9 @@ from typing import Any
 from flax import nnx
 
 from jaxla.cli.command_line import Options, parse_experiment, parse_names, require_writable, set_option
+from jaxla.cli.files import write_atomically
 from jaxla.cli.process import Stopped, run_command
-from jaxla.cli.terminal import plural, track
+from jaxla.cli.terminal import plural
 from jaxla.config import Experiment, InputError, unread_options
 from jaxla.data.cache import mark_cache_in_use
 from jaxla.data.dataset import PreparedData, prepare_data
@@ -39,6 +39,7 @@ from jaxla.distributed import (
     use_devices,
     use_local_devices,
 )
+from jaxla.evaluation.summary import Row
 from jaxla.experiments import EXPERIMENTS, METHODS
 from jaxla.memory import catch_out_of_memory
 from jaxla.models.weights import parameters_sha256, save_random
@@ -46,27 +47,9 @@ from jaxla.nnunet.postprocessing import read_trials, write_choice
 from jaxla.reporting.charts import draw_curves
 from jaxla.reporting.overlays import draw_overlays
 from jaxla.reporting.run_report import select_panels, write_report
+from jaxla.runs import folder as files
 from jaxla.runs.checks import check_experiment, find_weights
-from jaxla.runs.cost import measure_cost, write_cost
-from jaxla.runs.folder import (
-    BACKBONE,
-    CHECKPOINTS,
-    COST,
-    CURVES,
-    LARGEST,
-    OVERLAYS,
-    PREDICTIONS,
-    REPORT,
-    count_epochs,
-    fold_folders,
-    is_finished,
-    read_metrics,
-    require_free,
-    require_resumable,
-    resume_command,
-    summarise_fold,
-    write_metrics,
-)
+from jaxla.runs.cost import measure_cost
 from jaxla.runs.forecast import describe_forecast, forecast_run
 from jaxla.runs.listing import list_experiments
 from jaxla.runs.machine import environment
@@ -80,7 +63,7 @@ from jaxla.runs.record import (
     write_record,
 )
 from jaxla.runs.session import buffered_log, open_run
-from jaxla.runs.testing import Scores, choose_postprocessing, make_segment_case, score_test_cases
+from jaxla.runs.testing import choose_postprocessing, make_segment_case, score_test_cases
 from jaxla.runs.trained import TrainedRun, load_run
 from jaxla.tasks import Features, Task, make_checked_task
 from jaxla.training.loop import fit
@@ -117,17 +100,9 @@ class Run:
     folder: Path
     cache_dir: Path
 
-    @property
-    def label(self) -> str:
-        return method_label(self.experiment, METHODS)
-
 
 def run(options: Options, command: str) -> None:
-    """Run the experiment that the options describe, or print what it would take.
-
-    Args:
-        command: the command line, for the record.
-    """
+    """Run the experiment that the options describe, or print what it would take; `command` is for the record."""
     began = time.perf_counter()
     with buffered_log() as early_log:
         # What can fail is checked before what takes long.
@@ -175,19 +150,15 @@ def run(options: Options, command: str) -> None:
 
 
 def check_session(options: Options, experiment: Experiment, folder: Path) -> None:
-    """Check that all processes have the same options, and that the run can be written or resumed.
-
-    Raises:
-        InputError: they differ, or it cannot.
-    """
+    """Raise an InputError unless all processes have the same options, and the run can be written or resumed."""
     given = {name: getattr(options, name) for name in ("run_dir", "resume", "dry_run", "devices", "shard_params")}
     given = {name.replace("_", "-"): "" if value is None else str(value) for name, value in given.items()}
     given |= comparable_options(experiment)
     require_same({f"--{name}": value for name, value in given.items()}, "Give all processes the same options.")
     if options.resume and is_first():
-        require_resumable(options.run_dir, experiment)
+        files.require_resumable(options.run_dir, experiment)
     elif not options.dry_run and is_first():
-        require_free(folder)
+        files.require_free(folder)
     require_writable("--cache-dir", options.cache_dir)
 
 
@@ -207,11 +178,7 @@ def print_forecast(experiment: Experiment, network_words: str, data: PreparedDat
 
 
 def train_and_test(run: Run) -> dict[str, Any] | None:
-    """Train and test one network; starts where the folder says that an earlier session stopped.
-
-    Returns:
-        The summary of the test, in the first of several processes.
-    """
+    """Train and test one network, from where an earlier session stopped; return the test's summary in process 0."""
     run.task.save(run.folder)
     log_network_input(run)
     with on_host():
@@ -224,15 +191,14 @@ def train_and_test(run: Run) -> dict[str, Any] | None:
 
 
 def train_folds(run: Run, record: Record) -> dict[str, Any] | None:
-    """Train and test a network for each fold, each in a folder of its own, then test all of them together.
+    """Train and test a network for each fold, each in a folder of its own, then test the mean of their logits.
 
-    Returns:
-        The summary of the test of the mean of their logits, in the first of several processes.
+    Return that test's summary in process 0.
     """
     run.task.save(run.folder)
-    command = resume_command(record.command, run.folder)
-    for fold, folder in enumerate(fold_folders(run.folder)):
-        if broadcast(is_finished(folder)):
+    command, folders = files.resume_command(record.command, run.folder), files.fold_folders(run.folder)
+    for fold, folder in enumerate(folders):
+        if broadcast(files.is_finished(folder)):
             continue
         if is_first():
             log.info("fold %d of %d, in %s", fold + 1, FOLDS, folder)
@@ -243,25 +209,19 @@ def train_folds(run: Run, record: Record) -> dict[str, Any] | None:
             record, experiment=experiment, split_sha256=data.split.sha256, command=fold_command, resumed=()
         )
         resume = broadcast((folder / RECORD).exists())
-        with name_fold(fold), open_run(folder, fold_record, data, (), resume=resume, outer_resume_command=command):
-            train_and_test(replace(run, experiment=experiment, data=data, folder=folder))
+        try:
+            with open_run(folder, fold_record, data, (), resume=resume, outer_resume_command=command):
+                train_and_test(replace(run, experiment=experiment, data=data, folder=folder))
+        except Stopped as stop:
+            raise Stopped(f"in fold {fold + 1} of {FOLDS}, {stop.reason}") from stop
         gc.collect()  # arrays that only cycles hold would take the next fold's memory
     if run.experiment.method.postprocessing.largest == "if_better" and is_first():
-        trials = {case: t for folder in fold_folders(run.folder) for case, t in read_trials(folder / LARGEST).items()}
-        write_choice(trials, run.data.dataset.labels.names, run.folder / LARGEST)
+        trials = {case: trial for f in folders for case, trial in read_trials(f / files.LARGEST).items()}
+        write_choice(trials, run.data.dataset.labels.names, run.folder / files.LARGEST)
     barrier()
     with use_local_devices():
-        step_bytes = max(json.loads((folder / COST).read_text())["step_bytes"] for folder in fold_folders(run.folder))
+        step_bytes = max(json.loads((folder / files.COST).read_text())["step_bytes"] for folder in folders)
         return test_network(run, None, step_bytes)
-
-
-@contextmanager
-def name_fold(fold: int) -> Iterator[None]:
-    """Add the fold to the reason of a stop within the context."""
-    try:
-        yield
-    except Stopped as stop:
-        raise Stopped(f"in fold {fold + 1} of {FOLDS}, {stop.reason}") from stop
 
 
 def log_network_input(run: Run) -> None:
@@ -277,12 +237,8 @@ def log_network_input(run: Run) -> None:
 
 
 def build_network(run: Run) -> nnx.Module:
-    """Build the untrained network. Save a random backbone that stays frozen in the run's folder.
-
-    Raises:
-        InputError: the saved backbone is damaged, and its seed gives a different one with these versions.
-    """
-    model, saved, seed = run.experiment.method.model, run.folder / BACKBONE, run.experiment.seed
+    """Build the untrained network. Save a random backbone that stays frozen in the run's folder."""
+    model, saved, seed = run.experiment.method.model, run.folder / files.BACKBONE, run.experiment.seed
     if model.backbone == "finetuned" or model.weights != "random":
         return run.task.build_network()
     record = read_record(run.folder)
@@ -299,9 +255,8 @@ def build_network(run: Run) -> nnx.Module:
     network = run.task.build_network()
     sha256 = parameters_sha256(network.backbone)
     if record.backbone_sha256 not in ("", sha256):
-        raise InputError(
-            saved, f"missing or damaged, and seed {seed} gives a different backbone with these versions", "Restore it."
-        )
+        problem = f"missing or damaged, and seed {seed} gives a different backbone with these versions"
+        raise InputError(saved, problem, "Restore it.")
     if is_first():
         save_random(saved, network.backbone, model.arch, seed)
         write_record(run.folder, replace(record, backbone_sha256=sha256))
@@ -311,14 +266,13 @@ def build_network(run: Run) -> nnx.Module:
 def compute_features(run: Run, network: nnx.Module) -> Features | None:
     """Compute the features of every slice that the run uses, once, if the backbone is frozen and the disk has room.
 
-    Returns:
-        None if the whole network runs at every step. The record says which, and why.
+    Otherwise return None: the whole network runs at every step. The record says which, and why.
     """
     reason, features = run.task.why_not_cached(network), None
     if not reason:
         with use_local_devices():
             cache = run.task.make_feature_cache(network, run.cache_dir)
-            arrays = cache.features(run.data.used_volumes, track)
+            arrays = cache.features(run.data.used_volumes)
         if arrays is None:
             reason = "The frozen backbone ran at every step: its features did not fit on the disk of the cache folder."
         else:
@@ -342,23 +296,23 @@ def train_network(run: Run, network: nnx.Module, features: Features | None) -> P
     parameters = count_parameters(nnx.state(network, nnx.Param))
     trainer = run.task.make_trainer(network, sources.train, features)
     trained = count_parameters(trainer.trainable)
-    log.info("%s: %d parameters are trained, %d are frozen", run.label, trained, parameters - trained)
-    kept = run.experiment.method.training.checkpoint
+    label, kept = method_label(run.experiment, METHODS), run.experiment.method.training.checkpoint
+    log.info("%s: %d parameters are trained, %d are frozen", label, trained, parameters - trained)
 
     def report_epoch(history: list[dict[str, Any]]) -> None:
         if is_first():
-            write_metrics(run.folder, history)
+            files.write_metrics(run.folder, history)
             if history:
-                title = f"{run.experiment.name}, {run.label}"
-                draw_curves(history, title, run.folder / CURVES, run.task.unit, kept)
+                title = f"{run.experiment.name}, {label}"
+                draw_curves(history, title, run.folder / files.CURVES, run.task.unit, kept)
 
     with catch_out_of_memory(batch_size):
         progress = fit(
             trainer,
             sources.train,
             sources.val,
-            run.folder / CHECKPOINTS,
-            epochs_done=broadcast(count_epochs(run.folder)),
+            run.folder / files.CHECKPOINTS,
+            epochs_done=broadcast(files.count_epochs(run.folder)),
             on_epoch=report_epoch,
         )
     log.info("%s epoch %d: validation Dice %.3f %s", kept, progress.best_epoch, progress.best_dice, run.task.unit)
@@ -368,11 +322,7 @@ def train_network(run: Run, network: nnx.Module, features: Features | None) -> P
 def test_network(run: Run, features: Features | None, step_bytes: int) -> dict[str, Any] | None:
     """Test the trained network on scans that it never saw; leaves `test/`, cost.json and report.html.
 
-    Args:
-        step_bytes: device memory of a training step.
-
-    Returns:
-        The summary of the test, in the first of several processes.
+    Return the summary of the test in process 0. A training step took `step_bytes` of device memory.
     """
     trained = load_run(run.folder)
     is_single = run.experiment.fold != ALL_FOLDS
@@ -387,32 +337,35 @@ def test_network(run: Run, features: Features | None, step_bytes: int) -> dict[s
     scores = score_test_cases(trained, run.data, segment_case, run.folder, **about)
     if scores is None:
         return None
+    rows, summary = scores
     deepest = max(volume.shape[0] for volume in run.data.select_volumes(run.data.split.train + run.data.split.val))
-    cost = measure_cost(trained, segment, run.data.select_volumes(run.data.split.test), step_bytes, deepest)
-    write_cost(cost, run.folder / COST)
-    write_reports(run, trained, scores, asdict(cost))
-    return scores.summary
+    cost = asdict(measure_cost(trained, segment, run.data.select_volumes(run.data.split.test), step_bytes, deepest))
+    write_atomically(run.folder / files.COST, json.dumps(cost, indent=1) + "\n")
+    write_reports(run, trained, rows, summary, cost)
+    return summary
 
 
-def write_reports(run: Run, trained: TrainedRun, scores: Scores, cost: Mapping[str, Any]) -> None:
+def write_reports(
+    run: Run, trained: TrainedRun, rows: list[Row], summary: Mapping[str, Any], cost: Mapping[str, Any]
+) -> None:
     """Write overlays.png and report.html, which marks the run as finished."""
     names, is_single = trained.record.labels.names, run.experiment.fold != ALL_FOLDS
-    panels = select_panels(run.data.volumes, scores.rows, run.folder / PREDICTIONS)
-    draw_overlays(panels, run.folder / OVERLAYS)
+    panels = select_panels(run.data.volumes, rows, run.folder / files.PREDICTIONS)
+    draw_overlays(panels, run.folder / files.OVERLAYS)
     largest = None
     if run.experiment.method.postprocessing.largest == "if_better":
         largest = [[names[k - 1] for k in group] for group in trained.largest]
     write_report(
-        run.folder / REPORT,
+        run.folder / files.REPORT,
         record=json.loads((run.folder / RECORD).read_text()),
         split=run.data.split.parts,
-        history=read_metrics(run.folder) if is_single else [],
-        rows=scores.rows,
-        summary=scores.summary,
+        history=files.read_metrics(run.folder) if is_single else [],
+        rows=rows,
+        summary=summary,
         cost=cost,
         panels=panels,
         unread=unread_options(run.experiment),
-        folds=() if is_single else [summarise_fold(folder) for folder in fold_folders(run.folder)],
+        folds=() if is_single else [files.summarise_fold(folder) for folder in files.fold_folders(run.folder)],
         largest=largest,
     )
 

@@ -40,7 +40,7 @@ def load_backbone(path: str | Path, dtype: jnp.dtype | None = None) -> Backbone:
     arch = read_metadata(path)["arch"]
     if arch not in VARIANTS:
         raise InputError(path, f"contains {arch!r}, which is not a backbone", "If it is a network, use load_network.")
-    return load_into(_abstract_backbone(arch, dtype or compute_dtype()), path, arch)
+    return load_parameters(_abstract_backbone(arch, dtype or compute_dtype()), path, arch)
 
 
 def parameters_sha256(network: nnx.Module) -> str:
@@ -59,12 +59,8 @@ def save_random(path: Path, backbone: Backbone, arch: str, seed: int) -> None:
     save_weights(path, arrays, {"arch": arch, "source": f"random, seed {seed}", "source_sha256": "", "licence": ""})
 
 
-def load_into(network: M, path: Path, arch: str) -> M:
-    """Return `network`, which may be abstract (from `nnx.eval_shape`), with the parameters of a file.
-
-    Raises:
-        InputError: see `require_parameters`.
-    """
+def load_parameters(network: M, path: Path, arch: str) -> M:
+    """Return `network`, which may be abstract (from `nnx.eval_shape`), with the parameters of a file."""
     require_parameters(path, arch, parameter_shapes(network))
     graph, state = nnx.split(network)
     for name, variable in _named_variables(state).items():
@@ -74,12 +70,7 @@ def load_into(network: M, path: Path, arch: str) -> M:
 
 
 def require_parameters(path: Path, arch: str, shapes: Mapping[str, tuple[int, ...]]) -> None:
-    """Check that a file contains `arch` and exactly these parameters; reads only its header.
-
-    Raises:
-        InputError: the file contains another architecture, or parameters are missing, unexpected, of the wrong shape or
-            not float32.
-    """
+    """Raise an InputError unless a file contains `arch` and exactly these parameters as float32; reads its header."""
     found_arch = read_metadata(path)["arch"]
     if found_arch != arch:
         # A method can be built on another architecture of the same family.
@@ -105,29 +96,20 @@ def require_parameters(path: Path, arch: str, shapes: Mapping[str, tuple[int, ..
 
 
 def weights_file(arch: str, weights: str, cache_dir: Path | None = None) -> Path:
-    """Return the file that the option `model.weights` names, after checking that it contains the architecture.
-
-    Args:
-        weights: the option's value; empty means the file of `arch` in the cache folder.
+    """Return the file that the option `model.weights` names ("": in the cache folder), if it contains the architecture.
 
     Raises:
         InputError: the file is missing or does not fit; the message states the command that creates it.
     """
     path = Path(weights) if weights else (cache_dir or default_cache_dir()) / "weights" / f"{arch}.safetensors"
     if weights and path.suffix != ".safetensors":
-        raise InputError(
-            option("model.weights", weights),
-            "not the name of a .safetensors file",
-            f"Give the converted file of {arch}, or random, or remove the option to use the file in the cache folder.",
-        )
+        fix = f"Give the converted file of {arch}, or random, or remove the option to use the file in the cache folder."
+        raise InputError(option("model.weights", weights), "not the name of a .safetensors file", fix)
     if not os.path.isfile(path):  # Path.is_file raises if a name is too long or a folder may not be read
         released = suggest_conversion(arch, path) if VARIANTS[arch].licence else "None were released."
-        raise InputError(
-            path,
-            f"weights of {arch} not found",
-            f"{released} Or use {option('model.weights', 'FILE')}, or {option('model.weights', 'random')} for an "
-            "untrained backbone.",
-        )
+        file, random = (option("model.weights", value) for value in ("FILE", "random"))
+        fix = f"{released} Or use {file}, or {random} for an untrained backbone."
+        raise InputError(path, f"weights of {arch} not found", fix)
     require_parameters(path, arch, parameter_shapes(_abstract_backbone(arch)))
     return path
 

@@ -90,11 +90,7 @@ def save_weights(path: Path, arrays: Mapping[str, np.ndarray | StreamedArray], m
 
 @contextlib.contextmanager
 def open_atomically(path: Path) -> Iterator[BinaryIO]:
-    """Yield a file to write, which gets its name when the block ends; after an error nothing of it is left.
-
-    Raises:
-        InputError: it cannot be written.
-    """
+    """Yield a file to write, which gets its name when the block ends; after an error nothing of it is left."""
     with report_os_errors("written", path, "Fix this, or choose another file."):
         path.parent.mkdir(parents=True, exist_ok=True)
         with atomic_file(path) as temporary, temporary.open("wb") as file:
@@ -114,11 +110,6 @@ def read_metadata(path: Path) -> dict[str, str]:
     Raises:
         InputError: the file does not exist, cannot be read, or was not written by convert_weights.
     """
-    metadata = _read_metadata(path)
-    return {key: value for key, value in metadata.items() if key != CHECKSUM_KEY}
-
-
-def _read_metadata(path: Path) -> dict[str, str]:
     if os.path.isdir(path):  # Path.is_dir raises if a name is too long or a folder may not be read
         raise InputError(path, "is a folder", "Give the .safetensors file in it.")
     if not os.path.isfile(path):
@@ -137,24 +128,20 @@ def _read_metadata(path: Path) -> dict[str, str]:
         if not start.startswith((b"PK\x03\x04", b"\x80")) or start.endswith(b"\0\0\0{"):
             raise InputError(path, "truncated, or not a safetensors file", CONVERT_AGAIN) from error
     if metadata.get("format") != FORMAT or "arch" not in metadata:
-        raise InputError(
-            path,
-            "not written by convert_weights",
-            "If it is a released checkpoint, convert it: "
-            f"`python -m convert_weights --arch=ARCH --source={shlex.quote(str(path))}`.",
-        )
-    return metadata
+        command = f"python -m convert_weights --arch=ARCH --source={shlex.quote(str(path))}"
+        fix = f"If it is a released checkpoint, convert it: `{command}`."
+        raise InputError(path, "not written by convert_weights", fix)
+    return {key: value for key, value in metadata.items() if key != CHECKSUM_KEY}
 
 
 def require_undamaged(path: Path) -> str:
-    """Return the sha256 of a weights file's data, after comparing it with the one in the metadata.
+    """Return the sha256 of a weights file's data; raise an InputError unless it is the one in the metadata.
 
     A file is read once per process, and again only if its size or modification time changes.
-
-    Raises:
-        InputError: see `read_metadata`; or the data differ from the checksum, or there is none.
     """
-    expected = _read_metadata(path).get(CHECKSUM_KEY)
+    read_metadata(path)  # checks the header
+    with safe_open(path, framework="numpy") as file:
+        expected = file.metadata().get(CHECKSUM_KEY)
     if expected is None:
         raise InputError(path, "contains no checksum of its data", CONVERT_AGAIN)
     status = path.stat()

@@ -57,25 +57,14 @@ class Probabilities(NamedTuple):
 NNUNET_PROBABILITIES = Probabilities()
 
 
-class RotationRange(NamedTuple):
-    """How far patches are rotated.
+def rotation_range(patch_size: Sequence[int]) -> tuple[float, bool]:
+    """Return by how many degrees patches [D, H, W] or [H, W] are rotated at most, in either direction, and about what.
 
-    Attributes:
-        degrees: largest angle about each axis, in either direction.
-        in_plane: rotate all slices of a 3D patch alike, within their planes.
+    Patches with few slices (True) are rotated within the plane, all slices alike; others (False) about each axis.
     """
-
-    degrees: float
-    in_plane: bool
-
-
-def rotation_range(patch_size: Sequence[int]) -> RotationRange:
-    """Return the rotation of patches [D, H, W] or [H, W]; patches with few slices are rotated in plane."""
     if len(patch_size) == 2:
-        return RotationRange(15.0 if max(patch_size) / min(patch_size) > 1.5 else 180.0, in_plane=False)
-    if max(patch_size) / patch_size[0] > ANISOTROPY_THRESHOLD:
-        return RotationRange(180.0, in_plane=True)
-    return RotationRange(30.0, in_plane=False)
+        return 15.0 if max(patch_size) / min(patch_size) > 1.5 else 180.0, False
+    return (180.0, True) if max(patch_size) / patch_size[0] > ANISOTROPY_THRESHOLD else (30.0, False)
 
 
 def initial_patch_size(patch_size: Sequence[int]) -> tuple[int, ...]:
@@ -98,10 +87,7 @@ def initial_patch_size(patch_size: Sequence[int]) -> tuple[int, ...]:
 
 
 def make_augment(
-    patch_size: Sequence[int],
-    max_class: int,
-    keep_zeros: bool,
-    probabilities: Probabilities = NNUNET_PROBABILITIES,
+    patch_size: Sequence[int], max_class: int, keep_zeros: bool, probabilities: Probabilities = NNUNET_PROBABILITIES
 ) -> Callable[[jax.Array, jax.Array, jax.Array], Arrays]:
     """Return `(key, images, masks) -> images, masks`: [B, …, 1] and [B, …], from the initial size to `patch_size`.
 

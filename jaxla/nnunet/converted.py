@@ -11,7 +11,7 @@ from flax import nnx
 
 from jaxla.config import InputError
 from jaxla.hardware import compute_dtype
-from jaxla.models.weights import load_into
+from jaxla.models.weights import load_parameters
 from jaxla.models.weights_format import read_metadata
 from jaxla.nnunet.network import NNUNet
 from jaxla.nnunet.plan import Plan, plan_from_json
@@ -19,12 +19,8 @@ from jaxla.nnunet.plan import Plan, plan_from_json
 NNUNET = "nnunet"  # the architecture in such a file's metadata
 
 
-def load_converted(path: Path, dtype: jnp.dtype | None = None) -> nnx.Module:
+def load_converted(path: Path) -> nnx.Module:
     """Load the network of a file that `convert_weights --arch=nnunet` wrote, in evaluation mode.
-
-    Args:
-        dtype: of the computation; by default float32 on CPU and on NVIDIA GPUs before Ampere, bfloat16 elsewhere.
-            Parameters stay float32.
 
     Raises:
         InputError: the file is missing, truncated, or contains something else.
@@ -33,8 +29,8 @@ def load_converted(path: Path, dtype: jnp.dtype | None = None) -> nnx.Module:
     if metadata["arch"] != NNUNET:
         raise InputError(path, f"contains the backbone {metadata['arch']}, not a network", "Use load_backbone.")
     plan, configuration, outputs = parse_metadata(metadata, path)
-    dtype = dtype or compute_dtype()
-    network = load_into(nnx.eval_shape(lambda: build_from_plan(plan, configuration, outputs, dtype)), path, NNUNET)
+    abstract = nnx.eval_shape(lambda: build_from_plan(plan, configuration, outputs, compute_dtype()))
+    network = load_parameters(abstract, path, NNUNET)
     network.eval()
     return network
 
@@ -45,11 +41,7 @@ def build_from_plan(plan: Plan, configuration: str, outputs: int, dtype: jnp.dty
 
 
 def parse_metadata(metadata: Mapping[str, str], path: Path) -> tuple[Plan, str, int]:
-    """Return plan, configuration and K of a converted file.
-
-    Raises:
-        InputError: the metadata lacks one of them.
-    """
+    """Return plan, configuration and K of a converted file; raise an InputError if the metadata lack one of them."""
     try:
         plan = plan_from_json(json.loads(metadata["plan"]), str(path))
         return plan, metadata["configuration"], int(metadata["outputs"])

@@ -60,19 +60,13 @@ class NNUNetOptions(NetworkOptions):
         return {"memory_gb"} if self.plan else set()
 
     def configuration(self, plan: Plan | None = None, batch_size: int = 0) -> Configuration:
-        """Return the plan's configuration that the network is built on.
+        """Return the configuration of `plan`, or of the options' own, that the network is built on.
 
-        Args:
-            plan: used if the options name no file.
-            batch_size: replaces the plan's unless it is 0.
-
-        Raises:
-            InputError: there is no plan, or it lacks the configuration.
+        A `batch_size` replaces the plan's. Without a plan, or the configuration in it, an InputError is raised.
         """
         if plan is None and not self.plan:
-            raise InputError(
-                option("model.plan"), f"{self.arch} needs a plan", "Give the file that python -m jaxla.plan writes."
-            )
+            problem = f"{self.arch} needs a plan"
+            raise InputError(option("model.plan"), problem, "Give the file that python -m jaxla.plan writes.")
         where = option("model.plan", self.plan) if self.plan else "the plan of these scans"
         planned = (plan or read_plan(Path(self.plan))).configuration(ARCH_CONFIGURATIONS[self.arch], where)
         return planned._replace(batch_size=batch_size or planned.batch_size)

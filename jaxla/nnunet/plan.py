@@ -33,76 +33,50 @@ SUPPORTED_SETTINGS: dict[str, tuple[Any, ...]] = {
 
 
 class Fingerprint(NamedTuple):
-    """Spacing in mm and cropped shape of every case, from which nnU-Net plans.
-
-    Attributes:
-        shapes_after_crop: shapes after zeros around the scan are cropped.
-        median_relative_size_after_cropping: fraction of a scan's voxels that remains.
-    """
+    """Spacing in mm and shape of every case after zeros around the scan are cropped, from which nnU-Net plans."""
 
     spacings: tuple[tuple[float, ...], ...]
     shapes_after_crop: tuple[tuple[int, ...], ...]
-    median_relative_size_after_cropping: float = 1.0
+    median_relative_size_after_cropping: float = 1.0  # fraction of a scan's voxels that remains
 
 
 class Configuration(NamedTuple):
-    """Patches, batch size and network of one configuration, under nnU-Net's names. Stages run from fine to coarse.
-
-    Attributes:
-        spacing: mm, along the axes of a patch.
-        batch_dice: compute Dice over the whole batch, instead of averaging it over patches.
-        strides: of each stage's first convolution, along each axis.
-    """
+    """Patches, batch size and network of one configuration, under nnU-Net's names. Stages run from fine to coarse."""
 
     batch_size: int
     patch_size: tuple[int, ...]
     median_image_size_in_voxels: tuple[float, ...]
-    spacing: tuple[float, ...]
-    batch_dice: bool
+    spacing: tuple[float, ...]  # mm, along the axes of a patch
+    batch_dice: bool  # compute Dice over the whole batch, instead of averaging it over patches
     n_stages: int
     features_per_stage: tuple[int, ...]
     kernel_sizes: tuple[tuple[int, ...], ...]
-    strides: tuple[tuple[int, ...], ...]
+    strides: tuple[tuple[int, ...], ...]  # of each stage's first convolution, along each axis
     n_conv_per_stage: tuple[int, ...]
     n_conv_per_stage_decoder: tuple[int, ...]
 
 
 class Plan(NamedTuple):
-    """All configurations for a data set, by name.
+    """All configurations for a data set, by name."""
 
-    Attributes:
-        fingerprint: None if the file does not contain it.
-        transpose_forward: the scan's axes in the order of the plan, coarsest first.
-        use_mask_for_norm: normalise grey values within the nonzero region only, and keep zeros.
-        normalisation: nnU-Net's name for it.
-    """
-
-    fingerprint: Fingerprint | None
+    fingerprint: Fingerprint | None  # None if the file does not contain it
     median_spacing: tuple[float, ...]
     median_shape: tuple[int, ...]
-    transpose_forward: tuple[int, ...]
+    transpose_forward: tuple[int, ...]  # the scan's axes in the order of the plan, coarsest first
     configurations: dict[str, Configuration]
-    use_mask_for_norm: bool = False
-    normalisation: str = Z_SCORE
+    use_mask_for_norm: bool = False  # normalise grey values within the nonzero region only, and keep zeros
+    normalisation: str = Z_SCORE  # nnU-Net's name for it
 
     def configuration(self, name: str, where: str = "the plan") -> Configuration:
-        """Return one of the trainable configurations.
-
-        Args:
-            where: what error messages call the plan.
-
-        Raises:
-            InputError: the plan lacks the configuration, or no network can be built from it.
-        """
+        """Return a trainable configuration; raise an InputError about `where` if the plan lacks it, or its network."""
         if name not in TRAINABLE:
             raise InputError(where, f"configuration {name!r} is not supported", f"Use {' or '.join(TRAINABLE)}.")
         if name not in self.configurations:
             known = ", ".join(self.configurations)
             raise InputError(where, f"no configuration {name}, only {known}", "Use one of these, or another plan.")
         if fault := _find_fault(self.configurations[name]):
-            raise InputError(
-                where, f"configuration {name} cannot be built: {fault}", "Use another configuration or plan."
-            )
+            problem = f"configuration {name} cannot be built: {fault}"
+            raise InputError(where, problem, "Use another configuration or plan.")
         return self.configurations[name]
 
 
@@ -117,11 +91,7 @@ def describe_configuration(configuration: Configuration) -> str:
 
 
 def read_plan(path: Path) -> Plan:
-    """Read a plan that this package wrote, or nnU-Net's own `nnUNetPlans.json`.
-
-    Raises:
-        InputError: the file is missing, is not a plan, or plans a network that this package does not have.
-    """
+    """Read a plan that this package wrote, or nnU-Net's own `nnUNetPlans.json`; raises as `plan_from_json`."""
     return plan_from_json(_read_json(path), str(path))
 
 
@@ -145,13 +115,10 @@ def plan_to_json(plan: Plan) -> dict[str, Any]:
 
 
 def plan_from_json(content: Any, where: str) -> Plan:
-    """Return the plan that a file contains.
-
-    Args:
-        where: what error messages call the file.
+    """Return the plan in a file's content.
 
     Raises:
-        InputError: the content is not a plan, or plans a network that this package does not have.
+        InputError: about `where`, if it is not a plan, or plans a network that this package does not have.
     """
     try:
         inherited = {name: _inherit(content["configurations"], name) for name in content["configurations"]}
@@ -177,9 +144,8 @@ def plan_from_json(content: Any, where: str) -> Plan:
     except InputError:
         raise
     except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
-        raise InputError(
-            where, f"not a plan ({error!r})", "Give a file that python -m jaxla.plan wrote, or nnUNetPlans.json."
-        ) from error
+        problem = f"not a plan ({error!r})"
+        raise InputError(where, problem, "Give a file that python -m jaxla.plan wrote, or nnUNetPlans.json.") from error
     return plan
 
 
@@ -193,9 +159,8 @@ def read_fingerprint(path: Path) -> Fingerprint:
     try:
         fingerprint = fingerprint_from_json(content.get("fingerprint", content))
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise InputError(
-            path, f"not a fingerprint ({error!r})", "Give a file with lists spacings and shapes_after_crop."
-        ) from error
+        problem = f"not a fingerprint ({error!r})"
+        raise InputError(path, problem, "Give a file with lists spacings and shapes_after_crop.") from error
     for name, cases in (("spacing", fingerprint.spacings), ("shape", fingerprint.shapes_after_crop)):
         for case, values in enumerate(cases):
             if not all(0 < value < math.inf for value in values):
@@ -204,11 +169,7 @@ def read_fingerprint(path: Path) -> Fingerprint:
 
 
 def fingerprint_from_json(content: Mapping[str, Any]) -> Fingerprint:
-    """Return the fingerprint that a file contains.
-
-    Raises:
-        ValueError, KeyError, TypeError, AttributeError: the content is not a fingerprint.
-    """
+    """Return the fingerprint in a file's content; raise one of four Python errors if it is none."""
     spacings = tuple(tuple(map(float, spacing)) for spacing in content["spacings"])
     shapes = tuple(tuple(map(int, shape)) for shape in content["shapes_after_crop"])
     if not spacings or len(spacings) != len(shapes) or {len(case) for case in (*spacings, *shapes)} != {3}:
@@ -243,9 +204,8 @@ def _parse_configuration(content: Mapping[str, Any], where: str) -> Configuratio
         content |= content["architecture"]["arch_kwargs"]
         for name, supported in SUPPORTED_SETTINGS.items():
             if (value := content.get(name, supported[0])) not in supported:
-                raise InputError(
-                    where, f"{name} {value} is not supported, only {supported[0]}", "Use a plan of the default planner."
-                )
+                problem = f"{name} {value} is not supported, only {supported[0]}"
+                raise InputError(where, problem, "Use a plan of the default planner.")
     elif "UNet_class_name" in content:  # nnU-Net 2.0 to 2.3
         _require_plain_network(content["UNet_class_name"], where)
         strides = content["pool_op_kernel_sizes"]
@@ -262,9 +222,8 @@ def _parse_configuration(content: Mapping[str, Any], where: str) -> Configuratio
 
 def _require_plain_network(network: str, where: str) -> None:
     if network != "PlainConvUNet":
-        raise InputError(
-            where, f"network {network} is not supported, only PlainConvUNet", "Use a plan of the default planner."
-        )
+        problem = f"network {network} is not supported, only PlainConvUNet"
+        raise InputError(where, problem, "Use a plan of the default planner.")
 
 
 def _to_tuples(value: Any) -> Any:

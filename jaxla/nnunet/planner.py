@@ -19,7 +19,7 @@ from jaxla.config import InputError
 from jaxla.data.cases import channel_name
 from jaxla.data.prepared import PreparedVolume
 from jaxla.nnunet.plan import DEFAULT_MEMORY_GB, Z_SCORE, Configuration, Fingerprint, Plan
-from jaxla.nnunet.preprocessing import axis_order, nonzero_box, resampled_spacing, to_plan_axes
+from jaxla.nnunet.preprocessing import axis_order, nonzero_box, resampled_spacing
 from jaxla.nnunet.resampling import ANISOTROPY_THRESHOLD, resampled_shape
 
 log = logging.getLogger(__name__)
@@ -43,28 +43,18 @@ MIN_REDUCTION = 2  # of the scan's voxels, for a low resolution to be planned
 
 
 def plan_from_data(volumes: Iterable[PreparedVolume], class_count: int, memory_gb: float = DEFAULT_MEMORY_GB) -> Plan:
-    """Plan for the given scans.
-
-    Args:
-        class_count: including the background.
-        memory_gb: memory of the GPU to plan for.
-    """
+    """Plan for the given scans (see `make_plan`)."""
     return make_plan(collect_fingerprint(track(volumes, "planning")), class_count, memory_gb)
 
 
 def check_plan(plan: Plan, name: str, volumes: Iterable[PreparedVolume], where: str) -> None:
-    """Raise an InputError unless one of the plan's configurations can be trained on the scans.
+    """Raise an InputError unless the plan's configuration `name` can be trained on the scans.
 
     The median shape of the scans must not differ from the plan's by more than a factor of 2 along any axis.
-
-    Args:
-        name: of the configuration.
-        where: what error messages call the plan.
     """
     if plan.normalisation != Z_SCORE:
-        raise InputError(
-            where, f"normalises by {plan.normalisation}, but jaxla has {Z_SCORE} only", "Use a plan for MRI."
-        )
+        problem = f"normalises by {plan.normalisation}, but jaxla has {Z_SCORE} only"
+        raise InputError(where, problem, "Use a plan for MRI.")
     configuration, shapes = plan.configuration(name, where), []
     fingerprint = collect_fingerprint(volumes)
     for case in zip(fingerprint.spacings, fingerprint.shapes_after_crop, strict=True):
@@ -74,11 +64,8 @@ def check_plan(plan: Plan, name: str, volumes: Iterable[PreparedVolume], where: 
     found = np.median(shapes, 0)[-len(expected) :]
     if (np.maximum(found / expected, expected / found) > 2).any():
         found, expected = ("×".join(f"{side:g}" for side in sides) for sides in (found, expected))
-        raise InputError(
-            where,
-            f"the scans have {found} voxels (median) at the plan's spacing, but the plan was made for {expected}",
-            "Use a plan of these data, or remove the option to make a new one.",
-        )
+        problem = f"the scans have {found} voxels (median) at the plan's spacing, but the plan was made for {expected}"
+        raise InputError(where, problem, "Use a plan of these data, or remove the option to make a new one.")
 
 
 def warn_unless_mri(root: Path) -> None:
@@ -93,7 +80,7 @@ def collect_fingerprint(volumes: Iterable[PreparedVolume]) -> Fingerprint:
     spacings, shapes, fractions = [], [], []
     for volume in volumes:
         order = axis_order(volume.slice_axis)
-        box = nonzero_box(to_plan_axes(volume.image, order))
+        box = nonzero_box(volume.image.transpose(order))
         shapes.append(tuple(side.stop - side.start for side in box))
         spacings.append(tuple(volume.spacing[axis] for axis in order))
         fractions.append(math.prod(shapes[-1]) / math.prod(volume.shape))
@@ -158,11 +145,7 @@ def choose_spacing(spacings: np.ndarray, shapes: np.ndarray) -> np.ndarray:
 def _configure(
     spacing: np.ndarray, size: Sequence[float], batch_dice: bool, voxels: float, class_count: int, memory_gb: float
 ) -> Configuration:
-    """Plan patches and network for images of a spacing and a median size.
-
-    Args:
-        voxels: of all images together.
-    """
+    """Plan patches and network for images of a spacing and a median size, with this many voxels in all."""
     axes = len(spacing)
     budget, batch_size = MAX_ACTIVATIONS[axes] * (memory_gb / DEFAULT_MEMORY_GB), REFERENCE_BATCH_SIZE[axes]
     per_mm = 1 / np.array(spacing)
@@ -213,19 +196,12 @@ def _plan_low_resolution(
 
 
 class Topology(NamedTuple):
-    """Stages of a U-Net, from fine to coarse.
+    """Stages of a U-Net, from fine to coarse. A kernel is 1 along an axis whose spacing is still much coarser."""
 
-    Attributes:
-        strides: of each stage along each axis; 1 in the first stage.
-        kernel_sizes: of each stage; 1 along an axis whose spacing is still much coarser than the others'.
-        patch_size: the requested size, each side rounded up to one of `multiples`.
-        multiples: that the strides need the sides to be.
-    """
-
-    strides: tuple[tuple[int, ...], ...]
-    kernel_sizes: tuple[tuple[int, ...], ...]
-    patch_size: tuple[int, ...]
-    multiples: tuple[int, ...]
+    strides: tuple[tuple[int, ...], ...]  # of each stage along each axis; 1 in the first stage
+    kernel_sizes: tuple[tuple[int, ...], ...]  # of each stage along each axis
+    patch_size: tuple[int, ...]  # the requested size, each side rounded up to one of `multiples`
+    multiples: tuple[int, ...]  # that the strides need the sides to be
 
     @property
     def features(self) -> tuple[int, ...]:

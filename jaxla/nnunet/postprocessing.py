@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import logging
+import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
@@ -75,12 +76,11 @@ def try_rules(predicted: np.ndarray, reference: np.ndarray, count: int) -> Trial
 
 
 def choose_groups(trials: Mapping[str, Trials], count: int) -> list[list[int]]:
-    """Return the groups of classes of which only the largest part is kept.
-
-    Args:
-        trials: by case id.
-    """
-    mean = {rule: _mean([trial[rule] for trial in trials.values()]) for rule in next(iter(trials.values()))}
+    """Return the groups of classes of which only the largest part is kept, from trials by case id."""
+    # The mean over the cases that have a structure; NaN, which is never greater, if none has it.
+    with warnings.catch_warnings(action="ignore", category=RuntimeWarning):
+        dice = {rule: [trial[rule] for trial in trials.values()] for rule in next(iter(trials.values()))}
+        mean = {rule: np.nanmean(np.array(values, float), axis=0) for rule, values in dice.items()}
     groups, base = [], "none"
     if mean["all"].mean() > mean["none"].mean() and (mean["all"] >= mean["none"]).all():
         groups, base = [list(range(1, count + 1))], "all"
@@ -108,25 +108,13 @@ def read_trials(path: Path) -> dict[str, Trials]:
 
 
 def read_groups(path: Path) -> Groups:
-    """Return the groups that were written; none if there is no file.
-
-    Raises:
-        InputError: the file is damaged.
-    """
+    """Return the groups that were written, none if there is no file; raise an InputError if it is damaged."""
     if not path.exists():
         return ()
     try:
         return tuple(tuple(int(k) for k in group) for group in json.loads(path.read_text())["groups"])
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise InputError(path, f"damaged ({error!r})", "Restore it from a copy.") from error
-
-
-def _mean(dice: Sequence[Sequence[float | None]]) -> np.ndarray:
-    """Return the mean Dice of each structure over the cases that have it; NaN, which is never greater, if none does."""
-    values = np.array(dice, float)
-    is_defined = ~np.isnan(values)
-    with np.errstate(invalid="ignore"):
-        return np.where(is_defined, values, 0).sum(0) / is_defined.sum(0)
 
 
 def _dice(predicted: np.ndarray, reference: np.ndarray, count: int) -> list[float | None]:

@@ -15,7 +15,6 @@ import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from types import EllipsisType
 from typing import NamedTuple
 
 import numpy as np
@@ -40,32 +39,19 @@ Box = tuple[slice, ...]
 
 
 def axis_order(slice_axis: str, transpose_forward: Sequence[int] = (0, 1, 2)) -> tuple[int, int, int]:
-    """Return which axes of slices [S, H, W] are the plan's first, second and third.
-
-    Args:
-        slice_axis: anatomical name of S.
-    """
+    """Return which axes of slices [S, H, W], S along the anatomical `slice_axis`, are the plan's first to third."""
     canonical = slice_row_column_axes(AXES.index(slice_axis))
     return tuple(canonical.index(ANATOMICAL[axis]) for axis in transpose_forward)
 
 
-def to_plan_axes(slices: np.ndarray, order: Sequence[int]) -> np.ndarray:
-    """Return slices [S, H, W] in the plan's axes (a view)."""
-    return slices.transpose(order)
-
-
 def from_plan_axes(array: np.ndarray, order: Sequence[int]) -> np.ndarray:
-    """Undo `to_plan_axes` (a view); further axes stay last."""
+    """Undo `transpose(order)` (a view); further axes stay last."""
     return array.transpose(*np.argsort(order), *range(3, array.ndim))
 
 
 def nonzero_box(image: np.ndarray) -> Box:
     """Return the smallest box that contains all nonzero voxels."""
-    nonzero, sides = image != 0, []
-    for axis in range(image.ndim):
-        occupied = np.flatnonzero(nonzero.any(axis=tuple(i for i in range(image.ndim) if i != axis)))
-        sides.append(slice(int(occupied[0]), int(occupied[-1]) + 1))
-    return tuple(sides)
+    return ndimage.find_objects((image != 0).view(np.int8))[0]
 
 
 def nonzero_mask(image: np.ndarray) -> np.ndarray:
@@ -74,38 +60,14 @@ def nonzero_mask(image: np.ndarray) -> np.ndarray:
 
 
 class PreprocessedImage(NamedTuple):
-    """An image as the plan wants it, and what it takes to map a segmentation back onto the scan.
+    """An image as the plan wants it, and what it takes to map a segmentation back onto the scan."""
 
-    Attributes:
-        image: [D, H, W] float32.
-        box: the part of the scan that was kept, in the plan's axes.
-        shape: of the scan before cropping, in the plan's axes.
-        spacing: of the scan in mm, in the plan's axes.
-        new_spacing: of `image` in mm.
-        order: see `axis_order`.
-    """
-
-    image: np.ndarray
-    box: Box
-    shape: tuple[int, ...]
-    spacing: tuple[float, ...]
-    new_spacing: tuple[float, ...]
-    order: tuple[int, int, int]
-
-    @property
-    def cropped_shape(self) -> tuple[int, ...]:
-        """The shape of `box`."""
-        return tuple(side.stop - side.start for side in self.box)
-
-    @property
-    def coarse_axis(self) -> int | None:
-        """The axis that was resampled by itself."""
-        return find_coarse_axis(self.spacing, self.new_spacing)
-
-    @property
-    def coarse_axis_back(self) -> int | None:
-        """The axis to resample by itself on the way back; it differs if scan and plan have different coarse axes."""
-        return find_coarse_axis(self.new_spacing, self.spacing)
+    image: np.ndarray  # [D, H, W] float32
+    box: Box  # the part of the scan that was kept, in the plan's axes
+    shape: tuple[int, ...]  # of the scan before cropping, in the plan's axes
+    spacing: tuple[float, ...]  # of the scan in mm, in the plan's axes
+    new_spacing: tuple[float, ...]  # of `image` in mm
+    order: tuple[int, int, int]  # see `axis_order`
 
 
 def preprocess_image(
@@ -119,13 +81,12 @@ def preprocess_image(
     """Crop, normalise and resample a scan.
 
     Args:
-        slices: [S, H, W] in the scan's own grey values.
-        slice_axis: anatomical name of S.
+        slices: [S, H, W] in the scan's own grey values, S along the anatomical `slice_axis`.
         spacing: mm along slices, rows and columns.
         mask: class indices [S, H, W], if known: voxels of a class count as nonzero.
     """
     order = axis_order(slice_axis, plan.transpose_forward)
-    scan = to_plan_axes(slices, order)
+    scan = slices.transpose(order)
     old_spacing = tuple(spacing[axis] for axis in order)
     new_spacing = resampled_spacing(old_spacing, configuration)
     box = nonzero_box(scan)
@@ -133,8 +94,10 @@ def preprocess_image(
     if plan.use_mask_for_norm:
         inside = nonzero_mask(scan[box])
         if mask is not None:
-            inside |= to_plan_axes(mask, order)[box] > 0
-    image = _normalise(scan[box].astype(np.float32), inside)
+            inside |= mask.transpose(order)[box] > 0
+    image = scan[box].astype(np.float32)
+    part = image[inside]
+    image[inside] = (part - part.mean()) / max(part.std(), MIN_DEVIATION)
     shape = resampled_shape(image.shape, old_spacing, new_spacing)
     image = resample_image(image, shape, find_coarse_axis(old_spacing, new_spacing))
     return PreprocessedImage(np.ascontiguousarray(image), box, scan.shape, old_spacing, new_spacing, order)
@@ -152,28 +115,14 @@ def resampled_spacing(spacing: Sequence[float], configuration: Configuration) ->
     return (*spacing[: 3 - len(configuration.spacing)], *configuration.spacing)
 
 
-def _normalise(image: np.ndarray, inside: np.ndarray | EllipsisType) -> np.ndarray:
-    """Change the voxels inside to mean 0 and standard deviation 1, in place."""
-    part = image[inside]
-    image[inside] = (part - part.mean()) / max(part.std(), MIN_DEVIATION)
-    return image
-
-
 @dataclass(frozen=True)
 class PreprocessedVolume:
-    """A case as the plan wants it; its arrays are opened from disk only while they are used.
+    """A case as the plan wants it; its arrays are opened from disk only while they are used."""
 
-    Attributes:
-        id: case id.
-        folder: where its arrays are.
-        shape: D, H, W.
-        location_counts: number of voxels kept in `locations.npy` for each class, without background.
-    """
-
-    id: str
-    folder: Path
-    shape: tuple[int, int, int]
-    location_counts: tuple[int, ...]
+    id: str  # case id
+    folder: Path  # where its arrays are
+    shape: tuple[int, int, int]  # D, H, W
+    location_counts: tuple[int, ...]  # number of voxels kept in `locations.npy` for each class, without background
 
     @property
     def image(self) -> np.ndarray:
@@ -193,11 +142,7 @@ class PreprocessedVolume:
 def preprocess_volumes(
     volumes: Iterable[PreparedVolume], plan: Plan, configuration: Configuration, cache_dir: Path
 ) -> list[PreprocessedVolume]:
-    """Preprocess every case that is not in the cache yet.
-
-    Raises:
-        InputError: the cache folder cannot be written.
-    """
+    """Preprocess every case that is not in the cache yet; raise an InputError if the cache cannot be written."""
     return [_preprocess(volume, plan, configuration, cache_dir) for volume in volumes]
 
 
@@ -219,9 +164,11 @@ def _write_folder(folder: Path, volume: PreparedVolume, plan: Plan, configuratio
     result = preprocess_image(volume.image, volume.slice_axis, volume.spacing, plan, configuration, volume.mask)
     classes = range(1, len(volume.class_voxels))
     dtype = np.int8 if len(classes) <= np.iinfo(np.int8).max else np.int16
-    mask = to_plan_axes(volume.mask, result.order)[result.box].astype(dtype)
-    mask[(mask == 0) & ~nonzero_mask(to_plan_axes(volume.image, result.order)[result.box])] = OUTSIDE
-    mask = np.ascontiguousarray(resample_mask(mask, result.image.shape, result.coarse_axis))
+    scan, mask = (array.transpose(result.order)[result.box] for array in (volume.image, volume.mask))
+    mask = mask.astype(dtype)
+    mask[(mask == 0) & ~nonzero_mask(scan)] = OUTSIDE
+    coarse_axis = find_coarse_axis(result.spacing, result.new_spacing)
+    mask = np.ascontiguousarray(resample_mask(mask, result.image.shape, coarse_axis))
     rng = np.random.default_rng(0)
     locations = [_sample_locations(np.flatnonzero(mask == k), rng) for k in classes]
     content = {"shape": mask.shape, "location_counts": [len(kept) for kept in locations]}

@@ -35,11 +35,7 @@ def find_coarse_axis(spacing: Sequence[float], new_spacing: Sequence[float]) -> 
 
 
 def resample_image(image: np.ndarray, shape: Sequence[int], coarse_axis: int | None) -> np.ndarray:
-    """Resample [D, H, W] to another shape of the same extent and the same dtype.
-
-    Args:
-        coarse_axis: axis along which the nearest slice is taken, after each slice is resampled by itself.
-    """
+    """Resample [D, H, W] to another shape of the same extent; along `coarse_axis` the nearest slice is taken."""
     return _resample(image, shape, coarse_axis, lambda part, size: _zoom(part, size, IMAGE_ORDER))
 
 

@@ -20,7 +20,7 @@ from jaxla.data.prepared import PreparedVolume
 from jaxla.distributed import device_count, place_on_devices, shard_batch
 from jaxla.nnunet.plan import Configuration, Plan
 from jaxla.nnunet.preprocessing import PreprocessedImage, preprocessed_shape
-from jaxla.nnunet.resampling import linear_indices, nearest_indices
+from jaxla.nnunet.resampling import find_coarse_axis, linear_indices, nearest_indices
 
 STEP_FRACTION = 0.5  # of a tile's side: the largest distance between two tiles
 SIGMA_FRACTION = 1 / 8  # of a tile's side: how its weight falls from the centre to the border
@@ -30,11 +30,7 @@ Rows = Iterator[np.ndarray]  # slices along the first axis, in order
 
 
 def make_tile_logits(networks: Sequence[nnx.Module], configuration: Configuration) -> Callable[[np.ndarray], Rows]:
-    """Return `image -> logits`, compiled once: [D, H, W] as preprocessed -> D slices [H, W, K] float32, in order.
-
-    Args:
-        networks: of the same configuration; their logits are averaged.
-    """
+    """Return `image [D, H, W] as preprocessed -> mean logits, D slices [H, W, K] float32 in order`, compiled once."""
     graph, _ = nnx.split(networks[0])
     states = [place_on_devices(nnx.split(network)[1]) for network in networks]
     size = configuration.patch_size
@@ -131,7 +127,8 @@ def resample_to_scan(logits: Iterable[np.ndarray], image: PreprocessedImage) -> 
 
     Linear; nearest along an axis of much coarser spacing.
     """
-    shape, new_shape, coarse_axis = image.image.shape, image.cropped_shape, image.coarse_axis_back
+    shape, new_shape = image.image.shape, [side.stop - side.start for side in image.box]
+    coarse_axis = find_coarse_axis(image.new_spacing, image.spacing)  # may be another one than on the way here
 
     def resample_plane(row: np.ndarray) -> np.ndarray:
         for axis in (1, 2):

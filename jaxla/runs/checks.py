@@ -6,7 +6,7 @@ import math
 from dataclasses import replace
 from pathlib import Path
 
-from jaxla.config import BackboneTraining, Experiment, InputError
+from jaxla.config import Experiment, InputError, unread_options
 from jaxla.data.cases import RECOGNISED_LAYOUTS, how_to_get_data
 from jaxla.experiments import METHODS
 from jaxla.models.weights import weights_file
@@ -15,36 +15,23 @@ from jaxla.tasks import TASKS
 
 
 def check_experiment(experiment: Experiment) -> Experiment:
-    """Return the experiment with every name in this package's spelling.
-
-    Raises:
-        InputError: a value that no run can work with.
-    """
+    """Return the experiment with every name in this package's spelling; raise an InputError if no run can use it."""
     data, method = experiment.data, experiment.method
     if not data.root:
-        raise InputError(
-            "--data.root",
-            "missing",
-            f"Give a folder in one of these layouts: {RECOGNISED_LAYOUTS}. {how_to_get_data()}",
-        )
+        fix = f"Give a folder in one of these layouts: {RECOGNISED_LAYOUTS}. {how_to_get_data()}"
+        raise InputError("--data.root", "missing", fix)
     if data.other_labels == "background" and not data.labels:
-        raise InputError(
-            "--data.other_labels=background", "--data.labels is missing", "Name each class's values, such as LA:1."
-        )
+        problem = "--data.labels is missing"
+        raise InputError("--data.other_labels=background", problem, "Name each class's values, such as LA:1.")
     model = method.model.resolve()
     experiment = replace(experiment, method=replace(method, model=model))
     _check_bounds(experiment)
     training, own = method.training, METHODS[method.name].training
-    has_backbone_rate = model.backbone == "finetuned" and model.weights != "random"
-    if (
-        isinstance(training, BackboneTraining)
-        and not has_backbone_rate
-        and training.backbone_learning_rate != own.backbone_learning_rate
-    ):
+    is_rate_unused = "training.backbone_learning_rate" in unread_options(experiment)
+    if is_rate_unused and training.backbone_learning_rate != own.backbone_learning_rate:
         state = "frozen" if model.backbone == "frozen" else "trained from random weights"
-        raise InputError(
-            "--training.backbone_learning_rate", f"has no effect, because {model.arch} is {state}", "Remove the option."
-        )
+        problem = f"has no effect, because {model.arch} is {state}"
+        raise InputError("--training.backbone_learning_rate", problem, "Remove the option.")
     if method.preprocessing is not None:
         model.check_size("--preprocessing.image_size", method.preprocessing.image_size)
     return experiment
@@ -81,11 +68,7 @@ def _check_bounds(experiment: Experiment) -> None:
 
 
 def find_weights(experiment: Experiment, cache_dir: Path) -> tuple[Experiment, str]:
-    """Return the experiment with the path of its backbone's weights, and the hash of their data; "" for random ones.
-
-    Raises:
-        InputError: the weights are missing or damaged.
-    """
+    """Return the experiment with the path of its backbone's weights, and the hash of their data; "" for random ones."""
     model = experiment.method.model
     if model.weights == "random":
         return experiment, ""

@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
-from pathlib import Path
+from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from jaxla.cli.files import write_atomically
 from jaxla.data.prepared import PreparedVolume
 from jaxla.data.volumes import from_slices, read_grid, slice_geometry
 from jaxla.distributed import on_host
@@ -30,43 +27,27 @@ MAX_TIMED_VOLUMES, MAX_TIMED_SECONDS = 3, 60
 class Cost:
     """Parameters, multiply-adds, memory and seconds of one run; of cross-validation, of all folds' networks together.
 
-    Attributes:
-        parameters: of the network.
-        trained_parameters: those that training changes.
-        multiply_adds: per slice at the network's input size; for networks that read volumes, a slice's part.
-        step_bytes: device memory of a training step, as reported by XLA.
-        peak_host_bytes: peak memory of the process on the host (on CPU, all of it); None if the system does not say.
-        peak_device_bytes: peak memory on a GPU; None on CPU.
-        inference_seconds: for each timed test volume, from the scan in memory to the mask on its grid, by the whole
-            network, compiled before.
-        inference_slices: number of slices of each of them.
-        step_slices: number of slices that a training step reads.
+    `inference_seconds` are those from the scan in memory to the mask on its grid, for each timed test volume, by the
+    whole network, compiled before.
     """
 
-    parameters: int
-    trained_parameters: int
-    multiply_adds: int
-    step_bytes: int
-    peak_host_bytes: int | None
-    peak_device_bytes: int | None
+    parameters: int  # of the network
+    trained_parameters: int  # those that training changes
+    multiply_adds: int  # per slice at the network's input size; for networks that read volumes, a slice's part
+    step_bytes: int  # device memory of a training step, as reported by XLA
+    peak_host_bytes: int | None  # of the process (on CPU, all of it); None if the system does not say
+    peak_device_bytes: int | None  # peak memory on a GPU; None on CPU
     inference_seconds: tuple[float, ...]
-    inference_slices: tuple[int, ...]
-    step_slices: int = 0
-
-
-def write_cost(cost: Cost, path: Path) -> None:
-    """Write `cost.json`."""
-    write_atomically(path, json.dumps(asdict(cost), indent=1) + "\n")
+    inference_slices: tuple[int, ...]  # number of slices of each timed volume
+    step_slices: int = 0  # number of slices that a training step reads
 
 
 def measure_cost(
     run: TrainedRun, segment: SegmentSlices, test: Sequence[PreparedVolume], step_bytes: int, deepest: int
 ) -> Cost:
-    """Measure a finished run; some of its test volumes are segmented once more, to be timed.
+    """Measure a finished run whose deepest volume in training and validation has `deepest` slices.
 
-    Args:
-        step_bytes: of a training step.
-        deepest: slices of the deepest volume in training and validation.
+    Some of its test volumes are segmented once more, to be timed.
     """
     seconds = time_inference(segment, test)
     task, network, count = run.task, run.networks[0], len(run.networks)

@@ -49,11 +49,7 @@ def fold_folders(folder: Path) -> list[Path]:
 
 
 def require_free(folder: Path) -> None:
-    """Check that a run can be written to `folder`, and leave nothing behind.
-
-    Raises:
-        InputError: it holds a run or other files, or cannot be written.
-    """
+    """Raise an InputError if `folder` holds a run or other files, or cannot be written; leave nothing behind."""
     where = f"--run-dir={folder}"
     if is_finished(folder):
         raise InputError(where, "holds a finished run", "Use another folder.")
@@ -88,11 +84,7 @@ def is_running(folder: Path) -> bool:
 
 
 def read_metrics(folder: Path) -> list[dict[str, Any]]:
-    """Return the metrics of each epoch so far, from `metrics.jsonl`.
-
-    Raises:
-        OSError, ValueError: the file cannot be read, or is damaged.
-    """
+    """Return the metrics of each epoch so far, from `metrics.jsonl`; raise OSError or ValueError if that fails."""
     return [json.loads(line) for line in (folder / METRICS).read_text().splitlines()]
 
 
@@ -103,11 +95,7 @@ def count_epochs(folder: Path) -> int:
 
 
 def write_metrics(folder: Path, history: Sequence[Mapping[str, Any]]) -> None:
-    """Write `metrics.jsonl`.
-
-    Raises:
-        InputError: it cannot be written.
-    """
+    """Write `metrics.jsonl`."""
     with report_os_errors("written", folder / METRICS, "Fix this and rerun with --resume."):
         text = "".join(json.dumps(metrics, allow_nan=False) + "\n" for metrics in history)
         write_atomically(folder / METRICS, text)
@@ -129,10 +117,7 @@ def summarise_fold(folder: Path) -> dict[str, Any]:
 
 @contextmanager
 def run_folder(folder: Path, record: Record, split: Split, cases: Mapping[str, str], resume: bool) -> Iterator[None]:
-    """Create or reopen a run's folder, locked against other processes.
-
-    Args:
-        cases: hash of the scan and mask of each case, by id.
+    """Create or reopen a run's folder, locked against other processes; `cases` are hashes of scans and masks by id.
 
     Raises:
         InputError: another process holds it, it cannot be written, or the run to resume differs.
@@ -174,11 +159,8 @@ def _write_first_files(folder: Path, split: Split, cases: Mapping[str, str]) -> 
 def lock_folder(folder: Path, option: str, action: str) -> Iterator[None]:
     """Create the folder of a run or study if needed, and lock it against other processes.
 
-    Args:
-        action: what another process that holds it does, for the message.
-
     Raises:
-        InputError: another process holds it, or it cannot be written.
+        InputError: it cannot be written, or another process holds it: `option`: another process `action` there.
     """
     lock = FileLock(folder / LOCK, timeout=1)  # longer than `is_running` holds it
     with report_os_errors("written", f"{option}={folder}", "Use another folder."):
@@ -194,11 +176,7 @@ def lock_folder(folder: Path, option: str, action: str) -> Iterator[None]:
 
 
 def require_resumable(folder: Path | None, experiment: Experiment) -> None:
-    """Check that `folder` holds an unfinished run with these options.
-
-    Raises:
-        InputError: no folder, no run, a finished run, or one with other options; the first that differs is named.
-    """
+    """Raise an InputError unless `folder` holds an unfinished run with these options; it names the first difference."""
     if folder is None:
         raise InputError("--resume", "--run-dir is missing", "Give the folder of the run to resume.")
     if folder.is_dir() and has_not_begun(folder):
@@ -209,11 +187,8 @@ def require_resumable(folder: Path | None, experiment: Experiment) -> None:
     if is_running(folder):
         raise InputError(f"--run-dir={folder}", "another process is training there", "Wait for it.")
     for name, now, then in differences(experiment, record.experiment):
-        raise InputError(
-            "--resume",
-            f"--{name} is {format_value(now)}, but the run in {folder} began with {format_value(then)}",
-            f"It began with: {record.command}",
-        )
+        problem = f"--{name} is {format_value(now)}, but the run in {folder} began with {format_value(then)}"
+        raise InputError("--resume", problem, f"It began with: {record.command}")
 
 
 def resume_command(command: str, folder: Path) -> str:
@@ -241,29 +216,19 @@ def _require_same_run(folder: Path, begun: Record, record: Record, split: Split,
         problem = f"--data.split={data.split} differs from the split that the run began with"
         raise InputError("--resume", problem, f"Use --data.split={folder / SPLIT}.")
     if record.weights != "random" and begun.weights_sha256 != record.weights_sha256:
-        raise InputError(
-            "--resume",
-            f"{record.weights} (sha256 {record.weights_sha256[:12]}…) is not the file that the run began with "
-            f"({begun.weights_sha256[:12]}…)",
-            "Restore that file, or start a new run.",
-        )
+        now, then = (f"{sha256[:12]}…" for sha256 in (record.weights_sha256, begun.weights_sha256))
+        problem = f"{record.weights} (sha256 {now}) is not the file that the run began with ({then})"
+        raise InputError("--resume", problem, "Restore that file, or start a new run.")
     _log_changed_environment(begun.environment, record.environment)
 
 
 def _log_changed_environment(then: Mapping[str, Any], now: Mapping[str, Any]) -> None:
-    if then["device"] != now["device"]:
-        log.warning(
-            "the run began on %s and resumes on %s: the result will differ from an uninterrupted run",
-            then["device"], now["device"],
-        )  # fmt: skip
-    if then.get("devices", 1) != now.get("devices", 1):
-        log.info(
-            "the run began on %d devices and resumes on %d: the result may differ in rounding",
-            then.get("devices", 1), now.get("devices", 1),
-        )  # fmt: skip
-    for name, version in now["versions"].items():
-        if then["versions"].get(name) != version:
-            log.warning(
-                "the run began with %s %s and resumes with %s: the result may differ in rounding",
-                name, then["versions"].get(name), version,
-            )  # fmt: skip
+    may_differ = "the result may differ in rounding"
+    if (began := then["device"]) != (resumes := now["device"]):
+        will_differ = "the result will differ from an uninterrupted run"
+        log.warning("the run began on %s and resumes on %s: %s", began, resumes, will_differ)
+    if (began := then.get("devices", 1)) != (resumes := now.get("devices", 1)):
+        log.info("the run began on %d devices and resumes on %d: %s", began, resumes, may_differ)
+    for name, resumes in now["versions"].items():
+        if (began := then["versions"].get(name)) != resumes:
+            log.warning("the run began with %s %s and resumes with %s: %s", name, began, resumes, may_differ)

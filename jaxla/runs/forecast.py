@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,6 @@ from jaxla.hardware import device_bytes, device_name
 from jaxla.memory import catch_out_of_memory
 from jaxla.runs.cost import MAX_TIMED_SECONDS, MAX_TIMED_VOLUMES
 from jaxla.tasks import Features, Task
-from jaxla.training.features import FeatureCache
 from jaxla.training.step import count_parameters
 
 MEASURED_STEPS = 3
@@ -34,66 +33,39 @@ PAGE_BYTES = 10_000_000  # report and figures for large scans
 
 @dataclass(frozen=True)
 class FeaturesForecast:
-    """What computing and keeping a frozen backbone's features will take; all zero if they are not cached.
+    """What computing and keeping a frozen backbone's features will take; all zero if they are not cached."""
 
-    Attributes:
-        size: bytes of the features that are not in the cache yet.
-        fit: whether the disk has room for them; if not, the backbone runs at every step.
-        how_to_fit: advice on making them fit.
-        folder: that keeps them.
-        seconds: to compute those that are missing.
-        seconds_per_slice: of the frozen backbone.
-    """
-
-    size: int = 0
-    fit: bool = True
-    how_to_fit: str = ""
-    folder: Path | None = None
-    seconds: float = 0.0
-    seconds_per_slice: float = 0.0
+    size: int = 0  # bytes of the features that are not in the cache yet
+    fit: bool = True  # whether the disk has room for them; if not, the backbone runs at every step
+    how_to_fit: str = ""  # advice on making them fit
+    folder: Path | None = None  # that keeps them
+    seconds: float = 0.0  # to compute those that are missing
+    seconds_per_slice: float = 0.0  # of the frozen backbone
 
 
 @dataclass(frozen=True)
 class Forecast:
-    """Bytes and seconds that a run will take.
+    """Bytes and seconds that a run will take."""
 
-    Attributes:
-        network: the network in words.
-        sample: the word for one training sample, and for several.
-        patients, slices: numbers in each part of the split.
-        batch_size: as used.
-        steps: per epoch.
-        epochs: at most.
-        trained, frozen: numbers of parameters.
-        disk_free: bytes on the disk of the cache folder.
-        run_bytes: size of the run's folder at its largest: checkpoints and predictions.
-        step_bytes: device memory of a training step, as reported by XLA.
-        device_bytes: memory of the device; 0 if it does not say.
-        start_seconds: to build the network and compile its step.
-        step_seconds: of a training step.
-        validation_seconds: at the end of an epoch.
-        test_seconds: to segment and score the test cases, and to time some of them.
-    """
-
-    network: str
-    sample: tuple[str, str]
-    patients: dict[str, int]
-    slices: dict[str, int]
-    batch_size: int
-    steps: int
-    epochs: int
-    trained: int
-    frozen: int
+    network: str  # in words
+    sample: tuple[str, str]  # the word for one training sample, and for several
+    patients: dict[str, int]  # in each part of the split
+    slices: dict[str, int]  # in each part of the split
+    batch_size: int  # as used
+    steps: int  # per epoch
+    epochs: int  # at most
+    trained: int  # parameters
+    frozen: int  # parameters
     features: FeaturesForecast
-    disk_free: int
+    disk_free: int  # bytes on the disk of the cache folder
     cache_dir: Path
-    run_bytes: int
-    step_bytes: int
-    device_bytes: int
-    start_seconds: float
-    step_seconds: float
-    validation_seconds: float
-    test_seconds: float
+    run_bytes: int  # size of the run's folder at its largest: checkpoints and predictions
+    step_bytes: int  # device memory of a training step, as reported by XLA
+    device_bytes: int  # memory of the device; 0 if it does not say
+    start_seconds: float  # to build the network and compile its step
+    step_seconds: float  # of a training step
+    validation_seconds: float  # at the end of an epoch
+    test_seconds: float  # to segment and score the test cases, and to time some of them
 
     @property
     def epoch_seconds(self) -> float:
@@ -117,7 +89,6 @@ def forecast_run(
     """Measure a few steps of a run on its own data. Nothing is trained, and no file written but in the cache.
 
     Args:
-        network_words: the network in words.
         needing_features: volumes whose features are needed; by default the run's own.
 
     Raises:
@@ -173,39 +144,28 @@ def forecast_run(
 
 
 def forecast_features(
-    network: nnx.Module,
-    data: PreparedData,
-    task: Task,
-    cache_dir: Path,
-    volumes: Sequence[PreparedVolume],
+    network: nnx.Module, data: PreparedData, task: Task, cache_dir: Path, volumes: Sequence[PreparedVolume]
 ) -> tuple[FeaturesForecast, Features | None]:
-    """Forecast the features of volumes; also stand-ins for those of the run, which take as long to train on."""
+    """Forecast the features of volumes; also return stand-ins for the run's own, which take as long to train on."""
     if task.why_not_cached(network):
         return FeaturesForecast(), None
     with use_local_devices():
         cache = task.make_feature_cache(network, cache_dir)
     missing = cache.find_missing(volumes)
     size = cache.count_bytes(missing)
-    found = FeaturesForecast(size, all(gather(cache.has_room_for(size))), cache.how_to_fit, cache.folder)
+    found = FeaturesForecast(size, all(gather(cache.fits_on_disk(size))), cache.how_to_fit, cache.folder)
     if not found.fit:
         return found, None
-    batch_seconds = _time_backbone(cache, task)
+    with use_local_devices():
+        images = shard_batch(np.zeros((cache.batch, *task.input_shape(1)[-3:]), np.float32))
+        batch_seconds = mean_seconds(lambda: cache.extract(images), 1)
     batches = sum(-(-volume.shape[0] // cache.batch) for volume in local_items(missing))
     stand_ins = {
         volume.id: np.broadcast_to(np.zeros(1, cache.dtype), (volume.shape[0], *cache.shape))
         for volume in data.used_volumes
     }
-    timed = FeaturesForecast(
-        found.size, found.fit, found.how_to_fit, found.folder, batch_seconds * batches, batch_seconds / cache.batch
-    )
-    return timed, Features(stand_ins, network.READS_IMAGES)
-
-
-def _time_backbone(cache: FeatureCache, task: Task) -> float:
-    """Return the seconds of a batch through the frozen backbone."""
-    with use_local_devices():
-        images = shard_batch(np.zeros((cache.batch, *task.input_shape(1)[-3:]), np.float32))
-        return mean_seconds(lambda: cache.extract(images), 1)
+    found = replace(found, seconds=batch_seconds * batches, seconds_per_slice=batch_seconds / cache.batch)
+    return found, Features(stand_ins, network.READS_IMAGES)
 
 
 def forecast_test(
@@ -223,11 +183,7 @@ def forecast_test(
 
 
 def describe_forecast(forecast: Forecast, name: str) -> str:
-    """Return the forecast as lines to print.
-
-    Args:
-        name: of the experiment.
-    """
+    """Return the forecast of the experiment of this name as lines to print."""
     f, features = forecast, forecast.features
     disk = f"run folder {format_bytes(f.run_bytes)} at most"
     if features.size:
@@ -238,7 +194,6 @@ def describe_forecast(forecast: Forecast, name: str) -> str:
     memory = f"{format_bytes(f.step_bytes)} for a training step, as reported by XLA"
     if f.device_bytes:
         memory += f", of {format_bytes(f.device_bytes)}"
-    duration = format_duration
     lines = {
         "run": f"{name}, {f.network}",
         "patients": ", ".join(f"{count} {part}" for part, count in f.patients.items()),
@@ -248,10 +203,11 @@ def describe_forecast(forecast: Forecast, name: str) -> str:
         "disk": disk,
         "memory": memory,
         "time": (
-            f"start and compilation {duration(f.start_seconds)}; "
-            + (f"features {duration(features.seconds)}; " if features.seconds else "")
-            + f"an epoch {duration(f.epoch_seconds)}, all {f.epochs} {duration(f.epochs * f.epoch_seconds)}; "
-            f"test {duration(f.test_seconds)}; about {duration(f.seconds)} in total, on {device_name()}, "
+            f"start and compilation {format_duration(f.start_seconds)}; "
+            + (f"features {format_duration(features.seconds)}; " if features.seconds else "")
+            + f"an epoch {format_duration(f.epoch_seconds)}, all {f.epochs} "
+            f"{format_duration(f.epochs * f.epoch_seconds)}; test {format_duration(f.test_seconds)}; "
+            f"about {format_duration(f.seconds)} in total, on {device_name()}, "
             f"from {MEASURED_STEPS} measured steps"
             + (", without reading features from disk" if features.folder and features.fit else "")
         ),

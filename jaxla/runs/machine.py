@@ -12,18 +12,8 @@ from typing import Any
 # JAX is imported within functions: `python -m jaxla.info` reads a record faster than JAX can be imported.
 
 PACKAGES = (
-    "jaxla",
-    "jax",
-    "jaxlib",
-    "flax",
-    "optax",
-    "orbax-checkpoint",
-    "grain",
-    "numpy",
-    "scipy",
-    "nibabel",
-    "pillow",
-)
+    "jaxla", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy", "scipy", "nibabel", "pillow",
+)  # fmt: skip
 
 
 def environment() -> dict[str, Any]:

@@ -9,14 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from jaxla.cli.files import write_atomically
-from jaxla.config import (
-    Experiment,
-    InputError,
-    Method,
-    experiment_from_json,
-    experiment_to_json,
-    option_values,
-)
+from jaxla.config import Experiment, InputError, Method, experiment_from_json, experiment_to_json, option_values
 from jaxla.data.labels import Labels
 
 RECORD = "experiment.json"
@@ -27,47 +20,26 @@ NO_FILE = {"model.weights": "random", "model.plan": ""}  # values that name no f
 
 @dataclass(frozen=True)
 class Record:
-    """What a run folder says about its run.
+    """What a run folder says about its run."""
 
-    Attributes:
-        experiment: with every option resolved.
-        label: the method's name, and the architecture if it is not the method's own.
-        network: the network in words: label, origin of its weights, and whether they are trained.
-        input: one input of the network, in words.
-        unit: what validation averages Dice over, in words.
-        labels: classes of the data set.
-        weights: origin of the backbone: `random`, or the file's path.
-        weights_sha256: hash of that file's data; "" for random weights.
-        split_sha256: hash of the case ids in `split.json`.
-        data_sha256: hash of the scans and masks of all cases.
-        command: that started the run.
-        begun: local time of the start, ISO 8601.
-        environment: package versions, device and platform.
-        backbone_sha256: hash of the parameters of a random backbone that stays frozen; else "".
-        resumed: time, environment and command of each time the run was resumed.
-        features: a sentence on how the backbone was run: at every step, or once per slice.
-        features_cached: whether it was run once per slice.
-        extent: side in mm of the square that all slices are laid on; 0 if each has its own.
-    """
-
-    experiment: Experiment
-    label: str
-    network: str
-    input: str
-    unit: str
-    labels: Labels
-    weights: str
-    weights_sha256: str
-    split_sha256: str
-    data_sha256: str
-    command: str
-    begun: str
-    environment: dict[str, Any]
-    backbone_sha256: str = ""
-    resumed: tuple[dict[str, Any], ...] = ()
-    features: str = ""
-    features_cached: bool = False
-    extent: float = 0.0
+    experiment: Experiment  # with every option resolved
+    label: str  # the method's name, and the architecture if it is not the method's own
+    network: str  # the network in words: label, origin of its weights, and whether they are trained
+    input: str  # one input of the network, in words
+    unit: str  # what validation averages Dice over, in words
+    labels: Labels  # classes of the data set
+    weights: str  # origin of the backbone: `random`, or the file's path
+    weights_sha256: str  # hash of that file's data; "" for random weights
+    split_sha256: str  # hash of the case ids in `split.json`
+    data_sha256: str  # hash of the scans and masks of all cases
+    command: str  # that started the run
+    begun: str  # local time of the start, ISO 8601
+    environment: dict[str, Any]  # package versions, device and platform
+    backbone_sha256: str = ""  # hash of the parameters of a random backbone that stays frozen; else ""
+    resumed: tuple[dict[str, Any], ...] = ()  # time, environment and command of each time the run was resumed
+    features: str = ""  # a sentence on how the backbone was run: at every step, or once per slice
+    features_cached: bool = False  # whether it was run once per slice
+    extent: float = 0.0  # side in mm of the square that all slices are laid on; 0 if each has its own
 
 
 def method_label(experiment: Experiment, methods: Mapping[str, Method]) -> str:
@@ -104,26 +76,21 @@ def read_record_json(folder: Path) -> dict[str, Any]:
     """
     try:
         content: dict[str, Any] = json.loads((folder / RECORD).read_text())
-        version = content["version"]
-        is_newer = version > VERSION
+        versions_ahead = content["version"] - VERSION
         content["environment"]["device"], content["environment"]["versions"]
     except OSError as error:
         raise InputError(folder, f"not a run folder (no {RECORD})", "Give the folder that training wrote.") from error
     except (ValueError, KeyError, TypeError) as error:
         raise InputError(folder / RECORD, f"damaged ({error!r})", "Restore it from a copy.") from error
-    if is_newer:
+    if versions_ahead > 0:
         raise InputError(folder, "written by a newer version of jaxla", "Update jaxla.")
-    if version < VERSION:
+    if versions_ahead < 0:
         raise InputError(folder, "written by an earlier version of jaxla", "Use that version, or train again.")
     return content
 
 
 def read_record(folder: Path) -> Record:
-    """Return the record of a run.
-
-    Raises:
-        InputError: as `read_record_json`; or the method is unknown.
-    """
+    """Return the record of a run; raises as `read_record_json`, and if the method is unknown."""
     from jaxla.experiments import METHODS  # imports the networks, and with them JAX
 
     content = read_record_json(folder)
@@ -148,19 +115,18 @@ def labels_from_json(content: Mapping[str, Any]) -> Labels:
 
 def comparable_options(experiment: Experiment) -> dict[str, str]:
     """Return the options, by dotted name, that must be the same wherever a run is trained."""
-    names = {"exp": experiment.name, "method": experiment.method.name}
-    values = option_values(experiment).items()
-    return names | {name: format_value(value) for name, value in values if name not in NOT_COMPARED}
+    values = _all_options(experiment).items()
+    return {name: format_value(value) for name, value in values if name not in NOT_COMPARED}
+
+
+def _all_options(experiment: Experiment) -> dict[str, Any]:
+    return {"exp": experiment.name, "method": experiment.method.name} | option_values(experiment)
 
 
 def differences(now: Experiment, then: Experiment) -> Iterator[tuple[str, Any, Any]]:
     """Yield the options in which two experiments differ: dotted name, value now, value then."""
-    for name in ("exp", "method"):
-        a, b = ((e.name if name == "exp" else e.method.name) for e in (now, then))
-        if a != b:
-            yield name, a, b
-    before = option_values(then)
-    for name, value in option_values(now).items():
+    before = _all_options(then)
+    for name, value in _all_options(now).items():
         earlier = before.get(name)
         if value != earlier and (name not in NOT_COMPARED or NO_FILE.get(name) in (value, earlier)):
             yield name, value, earlier

@@ -51,7 +51,7 @@ def open_run(
     """Lock a run's folder while it is trained and tested; log and explain whatever ends that early.
 
     Args:
-        early_log: log lines since the command started, which the log begins with.
+        early_log: lines that the log begins with.
         outer_resume_command: of the cross-validation that this run is one fold of.
 
     Raises:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
@@ -32,29 +32,15 @@ from jaxla.tasks import Features
 SegmentCase = Callable[[PreparedVolume], np.ndarray]  # -> classes [S, H, W]
 
 
-class Scores(NamedTuple):
-    """Rows of `test/cases.csv` and the summary: mean, sd, n and unit of each metric, per volume.
-
-    Under "slice" the summary holds the same per slice, under "atlas" that of the atlas baseline.
-    """
-
-    rows: list[Row]
-    summary: dict[str, Any]
-
-
 def choose_postprocessing(run: TrainedRun, data: PreparedData, run_dir: Path) -> TrainedRun:
     """Decide on the validation cases whether only the largest connected parts are kept; noted in the run's folder.
 
     Each process segments its share of the cases.
     """
     segment_case = make_segment_case(run, replace(run, largest=()).make_segment(), None)
-
-    def predictions() -> Iterator[tuple[str, np.ndarray, np.ndarray]]:
-        for name in track(local_items(data.split.val), "validating"):
-            volume = data.volumes[name]
-            yield name, segment_case(volume), volume.mask
-
-    return replace(run, largest=choose_largest(predictions(), run.record.labels.names, run_dir / LARGEST))
+    volumes = (data.volumes[name] for name in track(local_items(data.split.val), "validating"))
+    cases = ((volume.id, segment_case(volume), volume.mask) for volume in volumes)
+    return replace(run, largest=choose_largest(cases, run.record.labels.names, run_dir / LARGEST))
 
 
 def make_segment_case(run: TrainedRun, segment: SegmentSlices, features: Features | None) -> SegmentCase:
@@ -67,13 +53,12 @@ def make_segment_case(run: TrainedRun, segment: SegmentSlices, features: Feature
 
 def score_test_cases(
     run: TrainedRun, data: PreparedData, segment_case: SegmentCase, run_dir: Path, **about: Any
-) -> Scores | None:
-    """Segment and score every test case; writes `test/`.
+) -> tuple[list[Row], dict[str, Any]] | None:
+    """Segment and score every test case; write `test/`, and return the rows of `cases.csv` and the summary.
 
-    Each process segments its share of the cases; the first returns the result, the others None.
-
-    Args:
-        about: further entries of the summary.
+    The summary has mean, sd, n and unit of each metric per volume, the same per slice under "slice" and of the atlas
+    baseline under "atlas", and the entries `about`. Each process segments its share of the cases; all but the first
+    return None.
     """
     names, split = run.record.labels.names, data.split
     atlas = make_atlas(data, len(names))
@@ -95,7 +80,7 @@ def score_test_cases(
     write_cases(rows, run_dir / TEST_CASES)
     write_cases(slice_rows, run_dir / TEST_SLICES)
     write_summary(summary, run_dir / SUMMARY)
-    return Scores(rows, summary)
+    return rows, summary
 
 
 def write_prediction(classes: np.ndarray, volume: PreparedVolume, run: TrainedRun, path: Path) -> None:

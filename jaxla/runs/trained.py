@@ -29,27 +29,17 @@ from jaxla.training.step import split_network
 
 @dataclass(frozen=True)
 class TrainedRun:
-    """What a run trained, in evaluation mode.
-
-    Attributes:
-        networks: the network of the epoch that was kept; of cross-validation, one for each fold.
-        epoch: that epoch; of cross-validation, the first fold's.
-        largest: groups of classes whose largest connected part alone is kept.
-    """
+    """What a run trained, in evaluation mode."""
 
     record: Record
     task: Task
-    networks: tuple[nnx.Module, ...]
-    epoch: int
-    largest: tuple[tuple[int, ...], ...] = ()
+    networks: tuple[nnx.Module, ...]  # the network of the epoch that was kept; of cross-validation, one for each fold
+    epoch: int  # that epoch; of cross-validation, the first fold's
+    largest: tuple[tuple[int, ...], ...] = ()  # groups of classes whose largest connected part alone is kept
 
     @property
     def network(self) -> nnx.Module:
-        """The only network.
-
-        Raises:
-            InputError: there are several.
-        """
+        """The only network; an InputError if there are several."""
         if len(self.networks) > 1:
             raise InputError("run", "a run with --fold=all has a network for each fold", "Give one fold, as in fold_0.")
         return self.networks[0]
@@ -59,10 +49,7 @@ class TrainedRun:
         return keep_largest(postprocess(classes, self.record.experiment.method.postprocessing), self.largest)
 
     def make_segment(self) -> SegmentSlices:
-        """Return a function that segments a scan's slices, including postprocessing; compiled once.
-
-        Postprocessing does not change probabilities.
-        """
+        """Return a function that segments a scan's slices and postprocesses the classes; compiled once."""
         segment_slices = self.task.make_segment(self.networks)
 
         def segment(slices: np.ndarray, geometry: SliceGeometry, with_probabilities: bool = False) -> Segmented:
@@ -128,8 +115,5 @@ def _frozen_weights(folder: Path, record: Record) -> Path:
     for path in candidates:
         if path.is_file() and require_undamaged(path) == record.weights_sha256:
             return path
-    raise InputError(
-        folder,
-        f"the file of its frozen backbone is missing or has changed (sha256 {record.weights_sha256[:12]}…)",
-        f"Restore it as {' or '.join(map(str, candidates))}.",
-    )
+    problem = f"the file of its frozen backbone is missing or has changed (sha256 {record.weights_sha256[:12]}…)"
+    raise InputError(folder, problem, f"Restore it as {' or '.join(map(str, candidates))}.")

@@ -21,20 +21,12 @@ TASKS: dict[str, type[Task]] = {"slices": SliceTask, "volumes": VolumeTask, "pat
 
 
 def make_task(experiment: Experiment, data: PreparedData) -> Task:
-    """Return the task of a new run.
-
-    Raises:
-        InputError: the method does not fit the data.
-    """
+    """Return the task of a new run; raise an InputError if the method does not fit the data."""
     return TASKS[experiment.method.model.sample].from_data(experiment, data)
 
 
 def make_checked_task(experiment: Experiment, data: PreparedData) -> Task:
-    """Return the task of a new run, after all checks that need no network.
-
-    Raises:
-        InputError: the method does not fit the data or the devices, or a scan has too few slices.
-    """
+    """Return the task of a new run, after all checks of data and devices that need no network."""
     task = make_task(experiment, data)
     task.check_batch_size()
     for volume in data.used_volumes:
@@ -43,10 +35,5 @@ def make_checked_task(experiment: Experiment, data: PreparedData) -> Task:
 
 
 def restore_task(experiment: Experiment, outputs: int, extent: float, folder: Path) -> Task:
-    """Return the task of a run that was trained in `folder`.
-
-    Args:
-        outputs: K, channels of the logits.
-        extent: as the run recorded it.
-    """
+    """Return the task of a run that was trained in `folder`, with K = `outputs`, and `extent` as it recorded it."""
     return TASKS[experiment.method.model.sample].from_run(experiment, outputs, extent, folder)

@@ -26,15 +26,10 @@ from jaxla.training.trainer import Trainer
 
 
 class Features(NamedTuple):
-    """Features of a frozen backbone, computed before training.
-
-    Attributes:
-        by_case: of each case's slices.
-        with_images: whether the rest of the network reads the images too.
-    """
+    """Features of a frozen backbone, computed before training."""
 
     by_case: Mapping[str, CachedFeatures]
-    with_images: bool
+    with_images: bool  # whether the rest of the network reads the images too
 
 
 class Sources(NamedTuple):
@@ -71,21 +66,12 @@ class Task(ABC):
     @classmethod
     @abstractmethod
     def from_data(cls, experiment: Experiment, data: PreparedData) -> Self:
-        """Return the task of a new run.
-
-        Raises:
-            InputError: the method does not fit the data.
-        """
+        """Return the task of a new run; raise an InputError if the method does not fit the data."""
 
     @classmethod
     @abstractmethod
     def from_run(cls, experiment: Experiment, outputs: int, extent: float, folder: Path) -> Self:
-        """Return the task of an earlier run.
-
-        Args:
-            extent: as the run recorded it.
-            folder: of the run, with what `save` kept there.
-        """
+        """Return the task of an earlier run, whose `folder` has what `save` kept there."""
 
     @property
     def batch_size(self) -> int:
@@ -106,11 +92,9 @@ class Task(ABC):
             return
         per_process = self.batch_size // process_count() * process_count()
         fewer = f"use {option('devices', per_process)}" if per_process else "start fewer processes"
-        raise InputError(
-            option("training.batch_size", self.batch_size),
-            f"{devices} devices share a batch, and each needs a sample",
-            f"Use a larger batch size, or {fewer}.",
-        )
+        problem = f"{devices} devices share a batch, and each needs a sample"
+        fix = f"Use a larger batch size, or {fewer}."
+        raise InputError(option("training.batch_size", self.batch_size), problem, fix)
 
     def check_scan(self, scan: str | Path, slices: int) -> None:
         """Raise an InputError if a scan has too few slices for the network."""
@@ -121,35 +105,20 @@ class Task(ABC):
 
     @abstractmethod
     def describe(self, slice_counts: Collection[int]) -> str:
-        """Describe for the log what the network sees; "" if there is nothing to say.
-
-        Args:
-            slice_counts: numbers of slices of the scans.
-        """
+        """Describe for the log what the network sees of scans with these numbers of slices; "" if it needs no line."""
 
     @abstractmethod
     def describe_input(self) -> str:
         """Describe one input of the network, such as `448 × 448 pixels`."""
 
     def build_network(self, weights: str | None = None) -> nnx.Module:
-        """Build the untrained network.
-
-        Args:
-            weights: replaces the backbone's weights of the options.
-
-        Raises:
-            InputError: weights that are missing or do not fit.
-        """
+        """Build the untrained network; `weights` replaces those of the options."""
         model = self.model if weights is None else self.model.with_weights(weights)
         return build_network(model, self.outputs, self.experiment.seed)
 
     @abstractmethod
     def make_sources(self, data: PreparedData, cache_dir: Path, features: Features | None = None) -> Sources:
-        """Return the samples for training and validation.
-
-        Args:
-            features: if the network reads these instead of images.
-        """
+        """Return the samples for training and validation: images, or features if they are given."""
 
     @abstractmethod
     def samples_per_pass(self, volumes: Sequence[PreparedVolume]) -> int:
@@ -211,19 +180,7 @@ class Task(ABC):
 
     @abstractmethod
     def input_shape(self, slices: int) -> tuple[int, ...]:
-        """Return the shape of one network input: [H, W, C] or [D, H, W, C].
-
-        Args:
-            slices: of the deepest volume in training and validation.
-        """
-
-    def weight_shape(self, slices: int) -> tuple[int, ...]:
-        """Return the shape of the weight of one sample: [], or [D] if each slice of a sample has its own.
-
-        Args:
-            slices: as for `input_shape`.
-        """
-        return ()
+        """Return the shape [H, W, C] or [D, H, W, C] of one input; `slices` are those of the deepest volume used."""
 
     @abstractmethod
     def make_segment(self, networks: Sequence[nnx.Module]) -> SegmentSlices:
@@ -239,11 +196,7 @@ class Task(ABC):
 
 
 def make_loss(recipe: Training, batch_dice: bool) -> Loss:
-    """Return the loss that a recipe names.
-
-    Args:
-        batch_dice: whether Dice is computed over a whole batch rather than per sample.
-    """
+    """Return the loss that a recipe names; with `batch_dice`, Dice is computed over a whole batch, not per sample."""
     if recipe.loss == "cross_entropy":
         return cross_entropy
     return partial(dice_cross_entropy, batch_dice=batch_dice)

@@ -6,7 +6,6 @@ from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Self
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
@@ -37,11 +36,7 @@ TRAIN_STREAM, VAL_STREAM = 0, 1  # training and validation draw different patche
 
 
 class PatchTask(Task):
-    """Trains on random patches, and segments in overlapping tiles.
-
-    Args:
-        plan: spacing, patch size, network and batch size.
-    """
+    """Trains on random patches, and segments in overlapping tiles."""
 
     unit = "over all patches together"
     MIN_STEPS, MIN_BATCH_SIZE = 1, 0
@@ -51,9 +46,8 @@ class PatchTask(Task):
         self.plan = plan
         self.configuration = self.model.configuration(plan, self.recipe.batch_size)
         depth = self.configuration.patch_size[0]
-        self.sample = (
-            ("patch", "patches") if self._is_2d else (f"patch of {depth} slices", f"patches of {depth} slices")
-        )
+        size = "" if self._is_2d else f" of {depth} slices"
+        self.sample = (f"patch{size}", f"patches{size}")
 
     @classmethod
     def from_data(cls, experiment: Experiment, data: PreparedData) -> Self:
@@ -83,11 +77,7 @@ class PatchTask(Task):
         return self.configuration.batch_size
 
     def save(self, folder: Path) -> None:
-        """Write the plan, or check that the run began with the same one.
-
-        Raises:
-            InputError: the run began with another plan, or the plan cannot be written.
-        """
+        """Write the plan, or raise an InputError if the run began with another one."""
         path = folder / PLAN
         if is_first() and not path.exists():
             with report_os_errors("written", path, "Fix this and rerun with --resume."):
@@ -136,7 +126,7 @@ class PatchTask(Task):
     @property
     def augment(self) -> Augment:
         if not self.experiment.method.augmentation.nnunet:
-            return background_outside
+            return lambda key, images, masks: (images, jnp.maximum(masks, 0))  # outside the scan is background
         classes = max(1, self.outputs - 1)
         return make_augment(self.configuration.patch_size, classes, self.plan.use_mask_for_norm)
 
@@ -176,8 +166,3 @@ def is_same_plan(model: NetworkOptions, folder: Path) -> bool:
     """Whether a run in `folder` used the plan file that a network's options name; true if they name none."""
     given, kept = getattr(model, "plan", ""), folder / PLAN
     return not given or not kept.exists() or read_plan(kept) == read_plan(Path(given))
-
-
-def background_outside(key: jax.Array, images: jax.Array, masks: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Return patches unchanged, except that voxels outside the scan are background in the mask."""
-    return images, jnp.maximum(masks, 0)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any, Self
@@ -23,16 +23,12 @@ from jaxla.memory import require_memory
 from jaxla.tasks.base import Features, Sources, Task
 from jaxla.training.features import CachedFeatures, FeatureCache
 
-# (inputs of the slices in turn, frame, (S, H, W), with_probabilities) -> classes [S, H, W], probabilities [S, H, W, K]
-SegmentInputs = Callable[[Iterable[Any], Frame, tuple[int, int, int], bool], Segmented]
+# (inputs of a scan's slices in turn, their number) -> probabilities [size, size, K] of each, in the network's pixels
+SliceProbabilities = Callable[[Iterable[Any], int], Iterable[np.ndarray]]
 
 
 class SliceTask(Task):
-    """Trains on slices, each laid on a square canvas.
-
-    Args:
-        extent: side of the canvas in mm; 0 if each slice has its own square.
-    """
+    """Trains on slices, each laid on a square canvas, whose side is `extent` mm, or 0 if each slice has its own."""
 
     sample = ("slice", "slices")
 
@@ -92,20 +88,20 @@ class SliceTask(Task):
         return self.samples_per_pass(volumes) / self.batch_size
 
     def make_segment(self, networks: Sequence[nnx.Module]) -> SegmentSlices:
-        segment_inputs = self.make_segment_inputs(networks)
+        slice_probabilities = self.make_slice_probabilities(networks)
 
         def segment(slices: np.ndarray, geometry: SliceGeometry, with_probabilities: bool = False) -> Segmented:
             frame = self.canvas.frame(slices.shape[1:], geometry.spacing[1:])
             grey_range = intensity_range(slices)
             inputs = (image_to_input(pixels, grey_range, frame) for pixels in slices)
-            return segment_inputs(inputs, frame, slices.shape, with_probabilities)
+            return to_scan(slice_probabilities(inputs, len(slices)), frame, slices.shape, with_probabilities)
 
         return segment
 
     def make_segment_features(
         self, networks: Sequence[nnx.Module]
     ) -> Callable[[PreparedVolume, CachedFeatures], np.ndarray]:
-        segment_inputs = self.make_segment_inputs([self.reduce_network(network) for network in networks])
+        slice_probabilities = self.make_slice_probabilities([self.reduce_network(network) for network in networks])
         reads_images = networks[0].READS_IMAGES
 
         def segment(volume: PreparedVolume, features: CachedFeatures) -> np.ndarray:
@@ -113,44 +109,34 @@ class SliceTask(Task):
             inputs: Iterable[Any] = features
             if reads_images:
                 inputs = zip(features, (volume.input(s, frame) for s in range(volume.shape[0])), strict=True)
-            return segment_inputs(inputs, frame, volume.shape, False)[0]
+            return to_scan(slice_probabilities(inputs, volume.shape[0]), frame, volume.shape)[0]
 
         return segment
 
-    def make_segment_inputs(self, networks: Sequence[nnx.Module]) -> SegmentInputs:
-        """Return a function that segments the slices of one scan, given the network's input for each."""
+    def make_slice_probabilities(self, networks: Sequence[nnx.Module]) -> SliceProbabilities:
+        """Return a function that applies networks to the slices of one scan, given the networks' input for each."""
         probabilities_of_batch = mean_probabilities(networks)
         batch_size = self.batch_size
 
-        def segment_inputs(
-            inputs: Iterable[Any], frame: Frame, shape: tuple[int, int, int], with_probabilities: bool
-        ) -> Segmented:
+        def slice_probabilities(inputs: Iterable[Any], count: int) -> Iterator[np.ndarray]:
             inputs = iter(inputs)
-            result = SlicesResult(frame, shape, with_probabilities)
-            for start in range(0, shape[0], batch_size):
-                chosen = list(islice(inputs, batch_size))
+            while chosen := list(islice(inputs, batch_size)):
                 batch = jax.tree.map(lambda *rows: pad_rows(rows, len(local_rows(batch_size))), *chosen)
-                outputs = np.asarray(probabilities_of_batch(shard_batch(batch)))
-                for i in range(len(chosen)):
-                    result.add(start + i, outputs[i])
-            return result.classes, result.probabilities
+                yield from np.asarray(probabilities_of_batch(shard_batch(batch)))[: len(chosen)]
 
-        return segment_inputs
+        return slice_probabilities
 
 
-class SlicesResult:
-    """Classes [S, H, W] and, if asked for, probabilities [S, H, W, K] of a scan, collected slice by slice."""
-
-    def __init__(self, frame: Frame, shape: tuple[int, int, int], with_probabilities: bool) -> None:
-        self.frame, self.shape, self.with_probabilities = frame, shape, with_probabilities
-        self.classes = np.empty(shape, np.uint8)
-        self.probabilities: np.ndarray | None = None
-
-    def add(self, index: int, output: np.ndarray) -> None:
-        """Add a slice's probabilities [size, size, K] in the network's input pixels."""
-        probabilities = input_to_slice(output, self.frame, self.shape[1:])
-        self.classes[index] = classify(probabilities)
-        if self.with_probabilities:
-            if self.probabilities is None:
-                self.probabilities = np.empty((*self.shape, probabilities.shape[-1]), np.float32)
-            self.probabilities[index] = probabilities
+def to_scan(
+    outputs: Iterable[np.ndarray], frame: Frame, shape: tuple[int, int, int], with_probabilities: bool = False
+) -> Segmented:
+    """Return classes [S, H, W] = `shape` and, if asked for, probabilities [S, H, W, K], from `SliceProbabilities`."""
+    classes, probabilities = np.empty(shape, np.uint8), None
+    for index, output in enumerate(outputs):
+        resized = input_to_slice(output, frame, shape[1:])
+        classes[index] = classify(resized)
+        if with_probabilities:
+            if probabilities is None:
+                probabilities = np.empty((*shape, resized.shape[-1]), np.float32)
+            probabilities[index] = resized
+    return classes, probabilities

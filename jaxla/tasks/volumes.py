@@ -11,12 +11,11 @@ from flax import nnx
 
 from jaxla.data.batches import VolumeSource
 from jaxla.data.dataset import PreparedData
-from jaxla.data.inputs import Frame
 from jaxla.data.prepared import PreparedVolume
 from jaxla.distributed import local_rows, shard_batch
-from jaxla.inference.segment import Segmented, mean_probabilities, pad_rows
+from jaxla.inference.segment import mean_probabilities, pad_rows
 from jaxla.tasks.base import Features, Sources
-from jaxla.tasks.slices import SegmentInputs, SlicesResult, SliceTask
+from jaxla.tasks.slices import SliceProbabilities, SliceTask
 from jaxla.training.losses import Loss, per_volume
 from jaxla.training.step import MakeGradient, make_gradient
 from jaxla.training.two_pass import make_two_pass_gradient
@@ -63,22 +62,13 @@ class VolumeTask(SliceTask):
     def input_shape(self, slices: int) -> tuple[int, ...]:
         return (slices, *super().input_shape(slices))
 
-    def weight_shape(self, slices: int) -> tuple[int, ...]:
-        return (slices,)
-
-    def make_segment_inputs(self, networks: Sequence[nnx.Module]) -> SegmentInputs:
+    def make_slice_probabilities(self, networks: Sequence[nnx.Module]) -> SliceProbabilities:
         probabilities_of_batch = mean_probabilities(networks)
 
-        def segment_inputs(
-            inputs: Iterable[Any], frame: Frame, shape: tuple[int, int, int], with_probabilities: bool
-        ) -> Segmented:
-            depth = -(-shape[0] // DEPTH_STEP) * DEPTH_STEP
-            volume, present = pad_rows(list(inputs), depth), np.arange(depth) < shape[0]
+        def slice_probabilities(inputs: Iterable[Any], count: int) -> np.ndarray:
+            depth = -(-count // DEPTH_STEP) * DEPTH_STEP
+            volume, present = pad_rows(list(inputs), depth), np.arange(depth) < count
             batch = [shard_batch(pad_rows([array], len(local_rows(1)))) for array in (volume, present)]
-            outputs = np.asarray(probabilities_of_batch(*batch)[0])
-            result = SlicesResult(frame, shape, with_probabilities)
-            for index in range(shape[0]):
-                result.add(index, outputs[index])
-            return result.classes, result.probabilities
+            return np.asarray(probabilities_of_batch(*batch)[0])[:count]
 
-        return segment_inputs
+        return slice_probabilities

@@ -64,18 +64,17 @@ class Checkpoints:
             assert saved, f"{self._folder}: step {step} does not follow {self.steps()}"
             if is_first():
                 write_atomically(self._hash_file(step), json.dumps(_hash_files(self._folder / str(step))))
-                self._remove_old_hashes()
+                for old in set(checkpoint_steps(self._folder)) - set(self._manager.all_steps()):
+                    self._hash_file(old).unlink()  # of a checkpoint that Orbax has removed
         except (OSError, ValueError) as error:
             os_error = error if isinstance(error, OSError) else _find_os_error(error)
             if os_error is None:
                 raise
             if is_first():
                 self._remove_half_written()
-            raise InputError(
-                self._folder / str(step),
-                f"cannot be written ({os_error.strerror or os_error}); earlier checkpoints are kept",
-                f"Fix this and rerun with {option('resume')}.",
-            ) from error
+            problem = f"cannot be written ({os_error.strerror or os_error}); earlier checkpoints are kept"
+            fix = f"Fix this and rerun with {option('resume')}."
+            raise InputError(self._folder / str(step), problem, fix) from error
         barrier()  # no process continues before the checkpoint is complete
 
     def steps(self) -> list[int]:
@@ -102,10 +101,7 @@ class Checkpoints:
         return f"{wrong[0]} is missing or has changed" if wrong else ""
 
     def restore(self, like: Mapping[str, T], step: int) -> tuple[dict[str, T], dict[str, Any]]:
-        """Return a checkpoint's trees and its record.
-
-        Args:
-            like: the trees' structure, shapes and dtypes.
+        """Return a checkpoint's trees, of the structure, shapes and dtypes of `like`, and its record.
 
         Raises:
             InputError: the checkpoint is damaged.
@@ -141,11 +137,6 @@ class Checkpoints:
     def _hash_file(self, step: int | str) -> Path:
         return self._folder / f"{step}.sha256"
 
-    def _remove_old_hashes(self) -> None:
-        """Remove the hashes of checkpoints that Orbax has removed."""
-        for step in set(checkpoint_steps(self._folder)) - set(self._manager.all_steps()):
-            self._hash_file(step).unlink()
-
     def _remove_half_written(self) -> None:
         """Remove what a process left that was killed while it wrote or removed a checkpoint.
 
@@ -178,10 +169,7 @@ def network_state(trainable: Any, statistics: Any) -> dict[str, Any]:
 
 
 def _find_os_error(error: ValueError) -> OSError | None:
-    """Return the OSError behind an error of TensorStore, if there is one.
-
-    TensorStore raises every error as a ValueError without attributes: the system's error number is in its text only.
-    """
+    """Return the OSError behind an error of TensorStore, which states the system's error number in its text only."""
     match = re.search(r"os_error_code='(\d+)'", str(error))
     return OSError(int(match[1]), os.strerror(int(match[1]))) if match else None
 

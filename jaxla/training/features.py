@@ -16,7 +16,7 @@ import hashlib
 import importlib.metadata
 import json
 import logging
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -28,7 +28,7 @@ import numpy as np
 from flax import nnx
 
 from jaxla.cli.files import file_lock, file_sha256, free_bytes, write_atomically
-from jaxla.cli.terminal import format_bytes
+from jaxla.cli.terminal import format_bytes, track
 from jaxla.config import option
 from jaxla.data.arrays import open_array
 from jaxla.data.inputs import Canvas
@@ -106,26 +106,18 @@ class FeatureCache:
         """Return the disk space that the features of volumes take."""
         return sum(v.shape[0] for v in volumes) * int(np.prod(self.shape)) * self.dtype.itemsize
 
-    def has_room_for(self, size: int) -> bool:
+    def fits_on_disk(self, size: int) -> bool:
         """Return whether the disk has room for that many bytes more, and some to spare."""
         return size <= MAX_DISK_FRACTION * free_bytes(self.folder)
 
-    def features(
-        self, volumes: Sequence[PreparedVolume], track: Callable[[Iterable, str], Iterable] = lambda items, label: items
-    ) -> list[CachedFeatures] | None:
-        """Return the features of each volume, after computing those that are missing.
+    def features(self, volumes: Sequence[PreparedVolume]) -> list[CachedFeatures] | None:
+        """Return the features of each volume, after computing those that are missing; None if the disk has no room.
 
         Several processes may call it at once: each volume is computed by one of them.
-
-        Args:
-            track: wraps iterations over volumes, for a progress bar; takes a label.
-
-        Returns:
-            None if the features do not fit on the disk; the log says so.
         """
         missing = self.find_missing(volumes)
         needed = self.count_bytes(missing)
-        fit = not missing or self.has_room_for(needed)
+        fit = not missing or self.fits_on_disk(needed)
         if not fit:
             log.warning(
                 "features of %d volumes would take %s in %s, where %s are free: the backbone runs in every epoch "
@@ -142,7 +134,7 @@ class FeatureCache:
         written: list[PreparedVolume] = []
         # Each process computes its own part, then what the others computed if their cache is another folder.
         for part in (local_items(volumes), volumes):
-            if not all(gather(self._compute(self.find_missing(part), track, written))):
+            if not all(gather(self._compute(self.find_missing(part), written))):
                 return self._remove(written)
         log.info("checking the features of %d volumes (%s)", len(volumes), format_bytes(self.count_bytes(volumes)))
         with ThreadPoolExecutor() as pool:  # hashing releases the GIL
@@ -150,16 +142,11 @@ class FeatureCache:
         damaged = [v for v, is_intact in zip(volumes, intact, strict=True) if not is_intact]
         for volume in damaged:
             log.warning("features of %s were damaged (%s): computed again", volume.id, self._path(volume, ""))
-        if not all(gather(self._compute(damaged, track, written))):
+        if not all(gather(self._compute(damaged, written))):
             return self._remove(written)
         return [CachedFeatures(self._path(v, ".npy"), (v.shape[0], *self.shape), self.dtype) for v in volumes]
 
-    def _compute(
-        self,
-        volumes: Sequence[PreparedVolume],
-        track: Callable[[Iterable, str], Iterable],
-        written: list[PreparedVolume],
-    ) -> bool:
+    def _compute(self, volumes: Sequence[PreparedVolume], written: list[PreparedVolume]) -> bool:
         """Compute and write features, and add the volumes to `written`; return False if the disk refuses."""
         if not volumes:
             return True

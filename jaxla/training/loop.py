@@ -6,7 +6,7 @@ import logging
 import sys
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
 from typing import Any
@@ -46,10 +46,6 @@ def fit(
     an interruption the remaining training is, on CPU, bit for bit what it would have been.
 
     Args:
-        trainer: holds the network and the recipe.
-        train: source of training samples.
-        val: source of validation samples.
-        folder: of the checkpoints.
         epochs_done: epochs that earlier sessions reported; without a checkpoint of them training does not start.
         on_epoch: called with the metrics of all epochs so far, at the start and after each epoch.
 
@@ -94,14 +90,19 @@ def _train_epoch(
     checkpoints: TrainingCheckpoints,
     stop_requested: Callable[[], bool],
 ) -> None:
-    """Take the epoch's remaining steps; save on the way if they take long or a stop is requested."""
+    """Take the epoch's remaining steps, and save a checkpoint before its end if it takes long or a stop is requested.
+
+    Raises:
+        Stopped: a stop was requested.
+    """
     began = time.perf_counter() - progress.seconds
     saved_at = time.monotonic()
     requests: deque[int | jax.Array] = deque()
-    title = f"epoch {progress.epoch + 1}/{trainer.recipe.epochs}"
-    for _ in _progress_bar(title, trainer.steps_per_epoch, done=len(progress.losses)):
-        number = progress.epoch * trainer.steps_per_epoch + len(progress.losses)
-        progress.losses.append(trainer.step(next(batches), number))
+    title, is_quiet = f"epoch {progress.epoch + 1}/{trainer.recipe.epochs}", not sys.stdout.isatty()
+    steps, done = trainer.steps_per_epoch, len(progress.losses)
+    for _ in tqdm(range(done, steps), title, steps, initial=done, leave=False, file=sys.stdout, disable=is_quiet):
+        step = progress.epoch * steps + len(progress.losses)
+        progress.losses.append(trainer.step(next(batches), step))
         request = STOP if stop_requested() else SAVE if time.monotonic() - saved_at > SAVE_SECONDS else 0
         requests.append(global_max(request))
         # Several processes act on the request of the step before, so that none waits for the present step.
@@ -112,8 +113,7 @@ def _train_epoch(
             saved_at = time.monotonic()
             requests.clear()
         if request == STOP:
-            done = f"{len(progress.losses)} of {trainer.steps_per_epoch} steps"
-            raise Stopped(f"in epoch {progress.epoch + 1}, after {done}")
+            raise Stopped(f"in epoch {progress.epoch + 1}, after {len(progress.losses)} of {steps} steps")
     progress.losses = list(jax.device_get(progress.losses))
     progress.seconds = time.perf_counter() - began
 
@@ -126,20 +126,14 @@ def _finish_epoch(
     slices_per_sample: float,
     folder: Path,
 ) -> None:
-    """Add the epoch's metrics to the history, and decide whether it is the best.
-
-    Raises:
-        InputError: a loss is not finite.
-    """
+    """Add the epoch's metrics to the history, and note the best; raise an InputError if a loss is not finite."""
     recipe = trainer.recipe
     train_loss = float(np.mean(np.asarray(progress.losses, np.float32)))
     if not np.isfinite([train_loss, validation.loss]).all():
-        raise InputError(
-            option("training.learning_rate", f"{recipe.learning_rate:g}"),
-            f"the loss is not finite in epoch {progress.epoch + 1} "
-            f"(training {train_loss}, validation {validation.loss})",
-            f"Use a lower rate. Earlier epochs are kept in {folder}.",
-        )
+        losses = f"training {train_loss}, validation {validation.loss}"
+        problem = f"the loss is not finite in epoch {progress.epoch + 1} ({losses})"
+        rate = option("training.learning_rate", f"{recipe.learning_rate:g}")
+        raise InputError(rate, problem, f"Use a lower rate. Earlier epochs are kept in {folder}.")
     samples = trainer.steps_per_epoch * recipe.batch_size
     metrics = {
         "epoch": progress.epoch + 1,
@@ -167,8 +161,3 @@ def _log_epoch(trainer: Trainer, progress: Progress, val: Source) -> None:
         progress.epoch, recipe.epochs, metrics["train_loss"], metrics["val_loss"], metrics["val_dice"], val.counted,
         " (best)" if is_best else "", metrics["slices_per_second"], format_duration(remaining),
     )  # fmt: skip
-
-
-def _progress_bar(title: str, steps: int, done: int) -> Iterator[int]:
-    is_quiet = not sys.stdout.isatty()
-    return iter(tqdm(range(done, steps), title, steps, initial=done, leave=False, file=sys.stdout, disable=is_quiet))

@@ -40,13 +40,11 @@ def dice_cross_entropy(logits: jax.Array, mask: jax.Array, weight: jax.Array, *,
     predicted = jax.nn.sigmoid(logits) if logits.shape[-1] == 1 else jax.nn.softmax(logits)[..., 1:]
     reference = (mask[..., None] == foreground).astype(predicted.dtype)
     sums = [x.sum(axis=_pixel_axes(mask)) * weight[:, None] for x in (predicted * reference, predicted, reference)]
-    if batch_dice:
-        intersection, predicted_size, reference_size = (x.sum(0) for x in sums)
-        dice = (2 * intersection + SMOOTH) / (predicted_size + reference_size + SMOOTH)
-        return cross_entropy(logits, mask, weight) - dice.mean()
-    intersection, predicted_size, reference_size = sums
+    intersection, predicted_size, reference_size = (x.sum(0) for x in sums) if batch_dice else sums
     dice = ((2 * intersection + SMOOTH) / (predicted_size + reference_size + SMOOTH)).mean(-1)
-    return cross_entropy(logits, mask, weight) - jnp.sum(dice * weight) / jnp.maximum(weight.sum(), 1)
+    if not batch_dice:
+        dice = jnp.sum(dice * weight) / jnp.maximum(weight.sum(), 1)
+    return cross_entropy(logits, mask, weight) - dice
 
 
 def deep_supervision(loss: Loss, logits: Sequence[jax.Array], mask: jax.Array, weight: jax.Array) -> jax.Array:

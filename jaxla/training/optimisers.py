@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import jax
@@ -15,25 +16,17 @@ WARMUP_FRACTION = 0.02  # of all steps, in the cosine schedule
 
 
 def make_optimiser(recipe: Training, steps: int, has_pretrained_backbone: bool) -> optax.GradientTransformation:
-    """Return the recipe's optimiser, with a separate learning rate for a pretrained backbone.
-
-    Args:
-        steps: number of steps of the whole training, for the schedule.
-        has_pretrained_backbone: whether parameters under `backbone` use `backbone_learning_rate`.
-    """
+    """Return the recipe's optimiser for that many steps, with its own learning rate for a pretrained backbone."""
     rates = {"rest": recipe.learning_rate}
     if isinstance(recipe, BackboneTraining):
         rates["backbone"] = recipe.backbone_learning_rate
     has_backbone_rate = has_pretrained_backbone and "backbone" in rates
 
-    def group_names(parameters: Any) -> Any:
-        def group_name(path: tuple, _: Any) -> str:
-            return "backbone" if has_backbone_rate and path[0].key == "backbone" else "rest"
-
-        return jax.tree_util.tree_map_with_path(group_name, parameters)
+    def group_name(path: tuple, _: Any) -> str:
+        return "backbone" if has_backbone_rate and path[0].key == "backbone" else "rest"
 
     groups = {name: _update_rule(recipe, _schedule(recipe, rate, steps)) for name, rate in rates.items()}
-    optimiser = optax.multi_transform(groups, group_names)
+    optimiser = optax.multi_transform(groups, partial(jax.tree_util.tree_map_with_path, group_name))
     if recipe.optimiser == "adam":
         return optimiser
     return optax.chain(optax.clip_by_global_norm(MAX_GRADIENT_NORM), optimiser)

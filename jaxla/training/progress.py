@@ -22,37 +22,21 @@ BEST, LATEST = "best", "latest"  # folders of the two kinds
 
 @dataclass
 class Progress:
-    """How far a training has come, apart from arrays and the order of samples; part of every checkpoint.
+    """How far a training has come, apart from arrays and the order of samples; part of every checkpoint."""
 
-    Attributes:
-        epoch: completed epochs.
-        losses: losses of the steps taken in the next epoch.
-        seconds: time that these steps took.
-        best_epoch: epoch that is kept.
-        best_dice: its validation Dice.
-        lowest_loss: lowest validation loss so far.
-        epochs_since_lowest: completed epochs since then.
-        history: metrics of each completed epoch.
-        step_bytes: device memory of a compiled step.
-    """
-
-    epoch: int = 0
-    losses: list[float] = field(default_factory=list)
-    seconds: float = 0.0
-    best_epoch: int = 0
-    best_dice: float = -1.0
-    lowest_loss: float = float("inf")
-    epochs_since_lowest: int = 0
-    history: list[dict[str, Any]] = field(default_factory=list)
-    step_bytes: int = 0
+    epoch: int = 0  # completed epochs
+    losses: list[float] = field(default_factory=list)  # losses of the steps taken in the next epoch
+    seconds: float = 0.0  # time that these steps took
+    best_epoch: int = 0  # epoch that is kept
+    best_dice: float = -1.0  # its validation Dice
+    lowest_loss: float = float("inf")  # lowest validation loss so far
+    epochs_since_lowest: int = 0  # completed epochs since then
+    history: list[dict[str, Any]] = field(default_factory=list)  # metrics of each completed epoch
+    step_bytes: int = 0  # device memory of a compiled step
 
 
 class TrainingCheckpoints:
-    """The latest and the best checkpoint of a training, in two folders.
-
-    Args:
-        folder: that holds both.
-    """
+    """The latest and the best checkpoint of a training, in two folders within `folder`."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -75,20 +59,14 @@ class TrainingCheckpoints:
     def resume(self, trainer: Trainer, batches: DatasetIterator, epochs_done: int) -> Progress:
         """Restore the newest intact checkpoint, if there is one, and bring the best checkpoint to the same moment.
 
-        Args:
-            epochs_done: epochs that earlier sessions reported.
-
         Raises:
-            InputError: epochs were trained, but no intact checkpoint is left.
+            InputError: earlier sessions reported `epochs_done`, but no intact checkpoint is left.
         """
         newest = self.latest.find_newest_intact()
         if newest is None:
             if epochs_done:
-                raise InputError(
-                    self.folder / LATEST,
-                    f"no intact checkpoint is left of the {epochs_done} trained epochs",
-                    "Restore one from a copy, or start a new run.",
-                )
+                problem = f"no intact checkpoint is left of the {epochs_done} trained epochs"
+                raise InputError(self.folder / LATEST, problem, "Restore one from a copy, or start a new run.")
             return Progress()
         restored, saved = self.latest.restore(_training_state(trainer), newest)
         trainer.trainable, trainer.optimiser_state = restored["trainable"], restored["optimiser"]

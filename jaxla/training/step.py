@@ -92,11 +92,7 @@ def apply_augmentation(augment: Augment | None, batch: Any, key: jax.Array) -> A
 
 
 def make_gradient(graph: nnx.GraphDef, augment: Augment | None = None, loss: Loss = cross_entropy) -> Gradient:
-    """Return the gradient of the loss of whole batches.
-
-    Args:
-        augment: applied to images and masks first.
-    """
+    """Return the gradient of the loss of whole batches, which are augmented first."""
 
     def batch_loss(trainable: nnx.State, frozen: Frozen, batch: Any) -> tuple[jax.Array, nnx.State]:
         network = nnx.merge(graph, trainable, *frozen, copy=True)  # a copy, because its statistics change

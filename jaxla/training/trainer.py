@@ -17,15 +17,7 @@ from jaxla.distributed import constrain_sharding, local_rows, place_on_devices, 
 from jaxla.memory import program_bytes, require_memory
 from jaxla.training.losses import Loss, cross_entropy
 from jaxla.training.optimisers import make_optimiser
-from jaxla.training.step import (
-    Augment,
-    Frozen,
-    MakeGradient,
-    make_evaluation,
-    make_gradient,
-    make_step,
-    split_network,
-)
+from jaxla.training.step import Augment, Frozen, MakeGradient, make_evaluation, make_gradient, make_step, split_network
 
 
 class Validation(NamedTuple):
@@ -40,16 +32,13 @@ class Trainer:
     """Trains one network, step by step, as a recipe describes.
 
     Args:
-        network: a Flax NNX module, called with the `input` of batches, such as images [B, H, W, C], and returning
-            logits [B, H, W, K]; see `jaxla.models.networks`.
-        recipe: optimiser, schedule and batch size.
+        network: see `jaxla.models.networks`.
         steps_per_epoch: number of steps per epoch, for the schedule.
         loss: `(logits, mask, weight) -> value`.
         augment: `(key, images, masks) -> (images, masks)`, run on the device as part of the step.
-        make_gradient: how the gradient is computed.
         train_backbone: whether the network's attribute `backbone` is trained; without one this does not matter.
         has_pretrained_backbone: whether the backbone has its own learning rate.
-        seed: seed of augmentation.
+        seed: of augmentation.
 
     Attributes:
         trainable, frozen, optimiser_state: the state between two steps.
@@ -86,11 +75,7 @@ class Trainer:
         self.frozen: Frozen = place_on_devices(parts.frozen)
 
     def compile(self, batch: Any) -> int:
-        """Compile the step for batches like this one, and return the device memory that it needs, in bytes.
-
-        Raises:
-            InputError: the device has less memory.
-        """
+        """Compile the step for batches like this one, and return the memory that it needs in bytes, which must fit."""
         arguments = (self.trainable, self.frozen, self.optimiser_state, shard_batch(batch), self._key)
         self._step = self._step.lower(*arguments).compile()
         needed = program_bytes(self._step)
@@ -98,10 +83,9 @@ class Trainer:
         return needed
 
     def step(self, batch: Any, number: int) -> jax.Array:
-        """Take one step on a batch and return its loss, without waiting for it.
+        """Take the step of this number on a batch and return its loss, without waiting for it.
 
-        Args:
-            number: of the step since the start of training; it seeds the augmentation.
+        The number since the start of training seeds the augmentation.
         """
         key = jax.random.fold_in(self._key, number)
         self.trainable, statistics, self.optimiser_state, loss = self._step(

@@ -29,10 +29,6 @@ def make_two_pass_gradient(graph: nnx.GraphDef, augment: Augment | None, loss: L
 
     and no BatchNorm, because its statistics would be those of all windows.
 
-    Args:
-        augment: applied to images and masks first.
-        loss: a loss on the logits of whole volumes.
-
     Raises:
         ValueError: on the first call, if the network has BatchNorm.
     """

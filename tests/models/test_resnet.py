@@ -8,8 +8,9 @@ import torch
 from flax import nnx
 
 from jaxla import InputError
-from jaxla.models.backbones import build_backbone, transformer_name
+from jaxla.models.backbones import build_backbone
 from jaxla.models.backbones.resnet import ResNet, Variant
+from jaxla.models.networks.base import TransformerOptions
 from tests.parity.references import as_theirs, reference_of
 from tests.tiny import flat_arrays, randomise
 
@@ -131,6 +132,6 @@ def test_images_with_a_wrong_shape_are_refused(shape, words):
 
 
 def test_a_resnet_in_place_of_a_transformer_is_refused():
-    line = r"^--model.arch=resnet50: not a vision transformer\. Use one of dinov2_vits14, "
+    line = r"^model.arch=resnet50: not a vision transformer, which this network needs\. Use dinov2_vits14, "
     with pytest.raises(InputError, match=line):
-        transformer_name("--model.arch", "resnet50")
+        TransformerOptions(arch="resnet50").resolve()

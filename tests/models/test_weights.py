@@ -13,7 +13,7 @@ import jaxla
 from jaxla import InputError
 from jaxla.config import command_line_wording
 from jaxla.models.backbones import VARIANTS, build_backbone
-from jaxla.models.weights import load_into, parameter_shapes, weights_file
+from jaxla.models.weights import load_parameters, parameter_shapes, weights_file
 from jaxla.models.weights_format import open_atomically, read_metadata, require_undamaged, save_weights
 from tests.tiny import flat_arrays, tiny_backbone
 
@@ -134,7 +134,7 @@ def test_error_names_a_wrong_dtype(mini_file, dtype, name):
 def test_wrong_architecture_is_refused(mini_file):
     abstract = nnx.eval_shape(lambda: build_backbone("dinov2_vits14", rngs=nnx.Rngs(0)))
     message = refusal(
-        lambda: load_into(abstract, mini_file, "dinov2_vits14"),
+        lambda: load_parameters(abstract, mini_file, "dinov2_vits14"),
         f"{mini_file}: contains vit_mini8, not dinov2_vits14. Use model.arch=vit_mini8 or a weights file of "
         "dinov2_vits14.",
     )

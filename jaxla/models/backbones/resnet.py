@@ -27,15 +27,10 @@ EXPANSION = 4  # how many times wider a block's output is than its 3×3 convolut
 
 @dataclass(frozen=True)
 class Variant:
-    """One architecture.
+    """One architecture."""
 
-    Attributes:
-        blocks: number of blocks of each of the four stages, at least two.
-        licence: of the released weights.
-    """
-
-    blocks: tuple[int, int, int, int]
-    licence: str = "BSD-3-Clause"
+    blocks: tuple[int, int, int, int]  # of each stage, at least two
+    licence: str = "BSD-3-Clause"  # of the released weights
 
 
 VARIANTS = {
@@ -49,8 +44,7 @@ class Bottleneck(nnx.Module):
 
     Args:
         narrow: channels of the 3×3 convolution; the output has `EXPANSION` times as many.
-        first: whether it is its stage's first block, which changes the number of channels and, with a stride, the size:
-            the input is then added through a 1×1 convolution.
+        first: whether it changes channels and size, as a stage's first block: a 1×1 convolution then adapts the input.
     """
 
     def __init__(
@@ -93,12 +87,7 @@ class Stage(nnx.Module):
 
 
 class ResNet(nnx.Module):
-    """ImageNet-normalised images [B, H, W, 3] -> features; in evaluation mode until `train()`.
-
-    Args:
-        variant: an entry of `VARIANTS`.
-        dtype: of the computation; parameters and statistics stay float32.
-    """
+    """ImageNet-normalised images [B, H, W, 3] -> features, computed in `dtype`; in evaluation mode until `train()`."""
 
     def __init__(self, variant: Variant, *, dtype: jnp.dtype = jnp.float32, rngs: nnx.Rngs) -> None:
         self.variant = variant
@@ -117,23 +106,23 @@ class ResNet(nnx.Module):
         """
         return self.intermediate(images)[-1]
 
-    def intermediate(self, images: jax.Array, present: jax.Array | None = None) -> tuple[jax.Array, ...]:
+    def intermediate(self, images: jax.Array) -> tuple[jax.Array, ...]:
         """Return the features [B, h, w, C] of the stem after its max-pool and of the four stages.
 
         Their sides are 1/4, 1/4, 1/8, 1/16 and 1/32 of the image's, rounded up; C is 64, 256, 512, 1024 and 2048.
 
         In training mode BatchNorm's statistics change in place, so the caller has to jit.
 
-        Args:
-            present: [B] bool, the images that those statistics include; default all.
-
         Raises:
             ValueError: `images` is invalid (see `__call__`).
         """
-        return self.pyramid(images, present)[1:]
+        return self.pyramid(images)[1:]
 
     def pyramid(self, images: jax.Array, present: jax.Array | None = None) -> tuple[jax.Array, ...]:
-        """Return the stem's features before their max-pool, at half the image's size, then those of `intermediate`."""
+        """Return the stem's features before their max-pool, at half the image's size, then those of `intermediate`.
+
+        BatchNorm's training statistics include the images `present`, [B] bool; default all.
+        """
         require_images(images)
         if self.bn1.use_running_average:  # evaluation
             return _pyramid(*nnx.split(self), images)

@@ -19,27 +19,17 @@ from jaxla.models.ops.pooling import Pooled, max_pool_with_indices
 
 @dataclass(frozen=True)
 class Variant:
-    """One architecture.
+    """One architecture."""
 
-    Attributes:
-        stages: channels of each convolution of the five stages; each stage ends with a max-pool.
-        licence: of the released weights.
-    """
-
-    stages: tuple[tuple[int, ...], ...]
-    licence: str = "BSD-3-Clause"
+    stages: tuple[tuple[int, ...], ...]  # channels of each convolution of each stage, which ends with a max-pool
+    licence: str = "BSD-3-Clause"  # of the released weights
 
 
 VARIANTS = {"vgg16_bn": Variant(stages=((64,) * 2, (128,) * 2, (256,) * 3, (512,) * 3, (512,) * 3))}
 
 
 class VGG(nnx.Module):
-    """ImageNet-normalised images [B, H, W, 3] -> features; in evaluation mode until `train()`.
-
-    Args:
-        variant: an entry of `VARIANTS`.
-        dtype: of the computation; parameters and statistics stay float32.
-    """
+    """ImageNet-normalised images [B, H, W, 3] -> features, computed in `dtype`; in evaluation mode until `train()`."""
 
     def __init__(self, variant: Variant, *, dtype: jnp.dtype = jnp.float32, rngs: nnx.Rngs) -> None:
         self.variant = variant
@@ -72,11 +62,7 @@ class VGG(nnx.Module):
     def pooled(self, images: jax.Array, present: jax.Array | None = None) -> tuple[Pooled, ...]:
         """Return the features after each stage's max-pool, and which of its pixels each maximum was.
 
-        Args:
-            present: [B] bool, the images that BatchNorm's statistics include in training; default all.
-
-        Raises:
-            ValueError: `images` is invalid (see `__call__`).
+        BatchNorm's training statistics include the images `present`, [B] bool; default all.
         """
         require_images(images, min_size=2 ** len(self.stages))
         if self.stages[0][0].norm.use_running_average:  # evaluation

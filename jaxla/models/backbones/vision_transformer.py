@@ -22,35 +22,20 @@ from jaxla.models.ops.positions import Rotation, resize_grid, rotary_periods, ro
 
 @dataclass(frozen=True)
 class Variant:
-    """One architecture.
+    """One architecture."""
 
-    Attributes:
-        width: C, channels of a token.
-        depth: number of blocks.
-        heads: number of attention heads.
-        hidden: channels inside the MLP.
-        patch: side of a patch in pixels.
-        mlp: `gelu` between two layers, or `swiglu`, where a third layer gates the first.
-        grid: side of the learned position grid in patches, 0 for rotary positions.
-        antialias: whether resizing the position grid antialiases it.
-        registers: R, number of tokens without a patch besides the class token ("storage tokens" in DINOv3's code).
-        qkv_bias: bias of queries, keys and values; `masked` multiplies it by a mask from the weights file.
-        epsilon: added to the variance in layer norms.
-        licence: of the released weights, empty if none were released.
-    """
-
-    width: int
-    depth: int
-    heads: int
-    hidden: int
-    patch: int
-    mlp: Literal["gelu", "swiglu"] = "gelu"
-    grid: int = 0
-    antialias: bool = False
-    registers: int = 0
-    qkv_bias: Literal["plain", "masked", "none"] = "plain"
-    epsilon: float = 1e-6
-    licence: str = ""
+    width: int  # C, channels of a token
+    depth: int  # number of blocks
+    heads: int  # number of attention heads
+    hidden: int  # channels inside the MLP
+    patch: int  # side of a patch in pixels
+    mlp: Literal["gelu", "swiglu"] = "gelu"  # with `swiglu` a third layer gates the first
+    grid: int = 0  # side of the learned position grid in patches, 0 for rotary positions
+    antialias: bool = False  # whether resizing the position grid antialiases it
+    registers: int = 0  # R, tokens without a patch besides the class token ("storage tokens" in DINOv3's code)
+    qkv_bias: Literal["plain", "masked", "none"] = "plain"  # `masked` multiplies it by a mask from the weights file
+    epsilon: float = 1e-6  # added to the variance in layer norms
+    licence: str = ""  # of the released weights, empty if none were released
 
 
 class Features(NamedTuple):
@@ -118,14 +103,12 @@ class Mlp(nnx.Module):
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """[B, N, C] -> [B, N, C]."""
-        return self.contract(self.activate(self.expand(x)))
-
-    def activate(self, x: jax.Array) -> jax.Array:
+        x = self.expand(x)
         if self.gated:
             gate, x = jnp.split(x, 2, axis=-1)
-            return jax.nn.silu(gate) * x
+            return self.contract(jax.nn.silu(gate) * x)
         # PyTorch's GELU uses erf too; `jax.nn.gelu` uses erfc, which takes twice as long on CPU
-        return (0.5 * x * (1 + jax.lax.erf(x.astype(jnp.float32) * 0.5**0.5))).astype(x.dtype)
+        return self.contract((0.5 * x * (1 + jax.lax.erf(x.astype(jnp.float32) * 0.5**0.5))).astype(x.dtype))
 
 
 class Block(nnx.Module):
@@ -149,7 +132,6 @@ class VisionTransformer(nnx.Module):
     """ImageNet-normalised images [B, H, W, 3] -> `Features`.
 
     Args:
-        variant: an entry of `dinov2.VARIANTS` or `dinov3.VARIANTS`.
         dtype: of the computation; parameters stay float32.
         remat: recompute the blocks' activations in the backward pass instead of storing them.
     """
@@ -225,7 +207,7 @@ class VisionTransformer(nnx.Module):
             rotation = rotary_rotation(self.periods[...], *size, prefix=tokens.shape[1] - size[0] * size[1])
         slots = sorted(set(keep))
         # all other blocks overwrite one spare slot, the last
-        slot_of = jnp.array([slots.index(i) if i in slots else len(slots) for i in range(self.variant.depth)])
+        slots_by_block = jnp.array([slots.index(i) if i in slots else len(slots) for i in range(self.variant.depth)])
         kept = jnp.zeros((len(slots) + 1, *tokens.shape), tokens.dtype) if slots else None
         block, parameters = nnx.split(self.blocks)
 
@@ -236,7 +218,7 @@ class VisionTransformer(nnx.Module):
             return (x, kept if kept is None else kept.at[slot].set(x)), None
 
         step = jax.checkpoint(step) if self.remat else step
-        (tokens, kept), _ = jax.lax.scan(step, (tokens, kept), (slot_of, parameters))
+        (tokens, kept), _ = jax.lax.scan(step, (tokens, kept), (slots_by_block, parameters))
         return tokens, tuple(kept[slots.index(i)] for i in keep)
 
     def map_size(self, images: jax.Array) -> tuple[int, int]:

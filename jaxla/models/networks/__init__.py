@@ -3,8 +3,9 @@
 To add a network, write one file here with
 
 - a frozen dataclass derived from `NetworkOptions`, or from `BackboneOptions` or `TransformerOptions` if the network has
-  a backbone. Its fields become the options `--model.<field>`; its docstring's `Args` become their help text. Its method
-  `build(outputs, dtype, rngs)` returns the network (`backbone` is a further argument if there is one);
+  a backbone. Its fields become the options `--model.<field>`; the `Args` in its docstring and those of its bases become
+  their help text. Its method `build(outputs, dtype, rngs)` returns the network (`backbone` is a further argument if
+  there is one);
 - the `nnx.Module`, called as `network(images)` with images [B, H, W, 1] of grey values in 0..1, which returns logits
   [B, H, W, K] in float32;
 

@@ -28,11 +28,7 @@ from jaxla.models.ops.resizing import double
 
 @dataclass(frozen=True)
 class AttentionUNetOptions(UNetOptions):
-    """Options of an Attention U-Net.
-
-    Args:
-        widths: Channels of each level, finest first.
-    """
+    """Options of an Attention U-Net."""
 
     arch: ClassVar[str] = "attention_unet"
 
@@ -52,12 +48,7 @@ class AttentionUNet(UNet):
 
 
 class Gate(nnx.Module):
-    """An additive attention gate. Its intermediate features have as many channels as the skip.
-
-    Args:
-        skip_width: channels of x.
-        gating_width: channels of g.
-    """
+    """An additive attention gate. Its intermediate features have as many channels as the skip."""
 
     def __init__(self, skip_width: int, gating_width: int, dtype: jnp.dtype, rngs: nnx.Rngs) -> None:
         linear = partial(convolution, side=1, kernel_init=LECUN_NORMAL, dtype=dtype, rngs=rngs)

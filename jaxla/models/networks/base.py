@@ -15,7 +15,8 @@ from jaxla.config import InputError, NetworkOptions, lookup, option
 from jaxla.hardware import compute_dtype
 from jaxla.models.backbones import TRANSFORMERS, VARIANTS, Backbone, build_backbone
 from jaxla.models.backbones.dinov3 import HUB_SPELLINGS
-from jaxla.models.weights import load_into, weights_file
+from jaxla.models.ops.images import crop, pad_to_multiple, require_images, three_channels
+from jaxla.models.weights import load_parameters, weights_file
 
 
 @dataclass(frozen=True)
@@ -26,14 +27,10 @@ class BackboneOptions(NetworkOptions):
         arch: Architecture of the backbone; `python -m convert_weights --arch=list` lists those with released weights.
         weights: A converted `.safetensors` file, or `random`. Default: `<cache>/weights/<arch>.safetensors`.
         backbone: Keep the backbone `frozen` as loaded, or train it too (`finetuned`).
-
-    Attributes:
-        ARCHITECTURES: names of the backbones that the network can be built on.
-        KIND: what these are, for messages.
     """
 
-    ARCHITECTURES: ClassVar[Collection[str]] = TRANSFORMERS
-    KIND: ClassVar[str] = "vision transformer"
+    ARCHITECTURES: ClassVar[Collection[str]] = TRANSFORMERS  # names of the backbones that the network can be built on
+    KIND: ClassVar[str] = "vision transformer"  # what these are, for messages
 
     arch: str = "dinov2_vitb14"
     weights: str = ""
@@ -44,9 +41,8 @@ class BackboneOptions(NetworkOptions):
         if arch not in self.ARCHITECTURES:
             lookup(option("model.arch"), arch, dict.fromkeys([*self.ARCHITECTURES, *VARIANTS]))
             known = ", ".join(self.ARCHITECTURES)
-            raise InputError(
-                option("model.arch", arch), f"not a {self.KIND}, which this network needs", f"Use {known}."
-            )
+            problem = f"not a {self.KIND}, which this network needs"
+            raise InputError(option("model.arch", arch), problem, f"Use {known}.")
         return replace(self, arch=arch)
 
     def with_weights(self, weights: str) -> Self:
@@ -59,7 +55,7 @@ class BackboneOptions(NetworkOptions):
         if self.weights == "random":
             return {"backbone": nnx.jit(random_backbone)()}
         path = weights_file(self.arch, self.weights, cache_dir)
-        return {"backbone": load_into(nnx.eval_shape(random_backbone), path, self.arch)}
+        return {"backbone": load_parameters(nnx.eval_shape(random_backbone), path, self.arch)}
 
 
 @dataclass(frozen=True)
@@ -70,9 +66,8 @@ class TransformerOptions(BackboneOptions):
         patch = TRANSFORMERS[self.arch].patch
         if size % patch:
             nearest = max(1, round(size / patch)) * patch
-            raise InputError(
-                f"{option_name}={size}", f"not a multiple of the patch size {patch}", f"Use {nearest}, for example."
-            )
+            problem = f"not a multiple of the patch size {patch}"
+            raise InputError(f"{option_name}={size}", problem, f"Use {nearest}, for example.")
 
 
 def build_network(
@@ -96,23 +91,44 @@ def build_network(
     return network
 
 
-def parameter_count(model: NetworkOptions, outputs: int = 1) -> int:
-    """Return the number of a network's parameters, without creating them."""
-    network = nnx.eval_shape(lambda: build_network(model.with_weights("random"), outputs, 0))
+def parameter_count(model: NetworkOptions) -> int:
+    """Return the number of a network's parameters for one structure, without creating them."""
+    network = nnx.eval_shape(lambda: build_network(model.with_weights("random"), 1, 0))
     return sum(leaf.size for leaf in jax.tree.leaves(nnx.state(network, nnx.Param)))
 
 
-def check_widths(option_name: str, widths: Sequence[int], count: int | None = None, meaning: str = "") -> None:
-    """Raise an InputError unless all widths are positive and there are `count` of them (at least one by default).
+class PaddedNetwork(nnx.Module):
+    """A network whose images are padded to multiples of the side `multiple`, and its logits cropped.
 
-    Args:
-        meaning: what each width is for, as part of the advice.
+    A derived class computes `padded_logits(images, present)` of padded images. With any dtype of the computation,
+    parameters, statistics and logits are float32.
     """
+
+    multiple: int
+    CHANNELS: ClassVar[tuple[int, ...]] = (1, 3)  # that images may have; with 3 the network reads grey images as colour
+
+    def __call__(self, images: jax.Array, present: jax.Array | None = None) -> jax.Array:
+        """Return logits [B, H, W, K] float32; H and W are at least `multiple`.
+
+        Args:
+            images: [B, H, W, 1] grey values in 0..1, or [B, H, W, 3] ImageNet-normalised unless CHANNELS excludes it.
+            present: [B] bool, the images that BatchNorm's training statistics are computed from. Default: all.
+
+        Raises:
+            ValueError: `images` has another shape, is not floating point, or is too small.
+        """
+        require_images(images, min_size=self.multiple, channels=self.CHANNELS)
+        padded = three_channels(images) if 3 in self.CHANNELS else images
+        logits = self.padded_logits(pad_to_multiple(padded, self.multiple), present)
+        return crop(logits, images.shape[1:3], self.multiple)
+
+
+def check_widths(option_name: str, widths: Sequence[int], count: int | None = None, meaning: str = "") -> None:
+    """Raise an InputError unless all widths are positive and there are `count` of them, each with this `meaning`."""
     where = f"{option_name}={list(widths)}"
     if count is not None and len(widths) != count:
-        raise InputError(
-            where, f"{len(widths)} widths, but the network needs {count}", f"Give {count} widths{meaning}."
-        )
+        problem = f"{len(widths)} widths, but the network needs {count}"
+        raise InputError(where, problem, f"Give {count} widths{meaning}.")
     if not widths or min(widths) < 1:
         raise InputError(where, "needs positive widths", "Give at least one, such as [64,32].")
 
@@ -120,6 +136,5 @@ def check_widths(option_name: str, widths: Sequence[int], count: int | None = No
 def check_smallest_size(option_name: str, size: int, smallest: int, arch: str) -> None:
     """Raise an InputError if images are smaller than the network's coarsest pixel."""
     if size < smallest:
-        raise InputError(
-            f"{option_name}={size}", f"{arch} needs at least {smallest} pixels", f"Use {smallest} or more."
-        )
+        problem = f"{arch} needs at least {smallest} pixels"
+        raise InputError(f"{option_name}={size}", problem, f"Use {smallest} or more.")

@@ -23,6 +23,7 @@ from jaxla.hardware import fusion_variant
 from jaxla.models.backbones import TRANSFORMERS
 from jaxla.models.backbones.vision_transformer import VisionTransformer
 from jaxla.models.networks.base import TransformerOptions, check_widths
+from jaxla.models.networks.transformer_segmenter import TransformerSegmenter
 from jaxla.models.networks.unet import DoubleConvolution
 from jaxla.models.ops.images import three_channels
 from jaxla.models.ops.layers import ConvolutionUnit, logits_layer
@@ -36,9 +37,6 @@ class FusionOptions(TransformerOptions):
     """Options of paper 2's network.
 
     Args:
-        arch: Architecture of the backbone; `python -m convert_weights --arch=list` lists those with released weights.
-        weights: A converted `.safetensors` file, or `random`. Default: `<cache>/weights/<arch>.safetensors`.
-        backbone: Keep the backbone `frozen` as loaded, or train it too (`finetuned`).
         decoder_widths: Channels of the decoder's first level, then of each x2 stage.
         blocks: Backbone blocks to fuse; 0 is the first, -1 the last. Default: all.
         block_weights: Weights of the blocks: learned `per_level` of the decoder, `shared` by all levels, or `uniform`.
@@ -55,27 +53,20 @@ class FusionOptions(TransformerOptions):
         resolved.block_numbers()
         check_widths(option("model.decoder_widths"), self.decoder_widths)
         if len(self.decoder_widths) < 2:
-            raise InputError(
-                option("model.decoder_widths", list(self.decoder_widths)),
-                "needs the width of the first level and of at least one stage",
-                "Use [64,32], for example.",
-            )
+            problem = "needs the width of the first level and of at least one stage"
+            fix = "Use [64,32], for example."
+            raise InputError(option("model.decoder_widths", list(self.decoder_widths)), problem, fix)
         return resolved
 
     def block_numbers(self) -> tuple[int, ...]:
-        """Return `blocks` counted from 0, in ascending order.
-
-        Raises:
-            InputError: the backbone has no such block, or a block is named twice.
-        """
+        """Return `blocks` counted from 0, in ascending order; raise an InputError if one is unknown or named twice."""
         depth = TRANSFORMERS[self.arch].depth
         numbers = tuple(block + depth if block < 0 else block for block in self.blocks) or tuple(range(depth))
         where = option("model.blocks", list(self.blocks))
         for given, block in zip(self.blocks, numbers, strict=False):
             if not 0 <= block < depth:
-                raise InputError(
-                    where, f"{self.arch} has no block {given}", f"Use 0 to {depth - 1}, or -1 (the last) to -{depth}."
-                )
+                problem = f"{self.arch} has no block {given}"
+                raise InputError(where, problem, f"Use 0 to {depth - 1}, or -1 (the last) to -{depth}.")
             if numbers.count(block) > 1:
                 raise InputError(where, f"block {block} of {self.arch} is named twice", "Name each block once.")
         return tuple(sorted(numbers))
@@ -91,26 +82,15 @@ class FusionOptions(TransformerOptions):
         return FusionSegmenter(backbone, blocks, decoder)
 
 
-class FusionSegmenter(nnx.Module):
+class FusionSegmenter(TransformerSegmenter):
     """A vision transformer and a decoder of the image and of the patch tokens of several blocks, arranged as maps."""
 
     def __init__(self, backbone: VisionTransformer, blocks: Sequence[int], decoder: FusionDecoder) -> None:
-        self.backbone = backbone
+        super().__init__(backbone, decoder)
         self.blocks = tuple(blocks)
-        self.decoder = decoder
         self.FEATURES = f"patch tokens of blocks {', '.join(map(str, self.blocks))} after the final norm"
         self.READS_IMAGES = decoder.reads_images
         self.SMALLER_FEATURES = (f"fewer {option('model.blocks')}",) if len(self.blocks) > 1 else ()
-
-    def __call__(self, images: jax.Array, present: jax.Array | None = None) -> jax.Array:
-        """Return logits [B, H, W, K] float32.
-
-        Args:
-            images: [B, H, W, 1] grey values in 0..1, or [B, H, W, 3] already ImageNet-normalised; H, W multiples of
-                the patch size.
-            present: [B] bool, the images that BatchNorm's training statistics are computed from. Default: all.
-        """
-        return self.decoder(self.features(images), images, images.shape[1:3], present)
 
     def features(self, images: jax.Array) -> jax.Array:
         """Return the chosen blocks' patch tokens [B, blocks, h, w, C] of images, in the dtype of the computation.
@@ -118,10 +98,6 @@ class FusionSegmenter(nnx.Module):
         The final norm is applied to each block's tokens, because their scales differ between blocks.
         """
         return jnp.stack(self.backbone.intermediate(three_channels(images), self.blocks, norm=True), axis=1)
-
-    def on_features(self, size: tuple[int, int]) -> FeatureFusionSegmenter:
-        """Return the network without its backbone, for precomputed features of images with H, W = `size`."""
-        return FeatureFusionSegmenter(self.decoder, size)
 
     def block_weights(self) -> dict[str, Any]:
         """Return the weight of each block at each level of the decoder, coarsest first, in a form that JSON takes."""
@@ -132,39 +108,14 @@ class FusionSegmenter(nnx.Module):
         return {"blocks": list(self.blocks), "levels": levels.tolist()}
 
 
-class FeatureFusionSegmenter(nnx.Module):
-    """A `FusionSegmenter` without its backbone."""
-
-    def __init__(self, decoder: FusionDecoder, size: tuple[int, int]) -> None:
-        self.decoder = decoder
-        self.size = size
-
-    def __call__(self, inputs: jax.Array | tuple[jax.Array, jax.Array], present: jax.Array | None = None) -> jax.Array:
-        """Return logits [B, H, W, K] float32.
-
-        Args:
-            inputs: features [B, blocks, h, w, C]; if the decoder reads images, (features, images [B, H, W, 1 or 3]).
-            present: [B] bool, the images that BatchNorm's training statistics are computed from. Default: all.
-
-        Raises:
-            ValueError: the decoder reads images, but got features only.
-        """
-        if self.decoder.reads_images and not isinstance(inputs, tuple):
-            raise ValueError("the decoder reads the images too: call it with (features, images)")
-        features, images = inputs if self.decoder.reads_images else (inputs, None)
-        return self.decoder(features, images, self.size, present)
-
-
 class FusionDecoder(nnx.Module):
     """Fused features of the coarsest level, then ×2 stages up to about the image's size.
 
     Args:
         width: C, channels of the features.
         blocks: number of blocks whose features are fused.
-        widths: channels of the coarsest level, then after each stage.
+        widths, weights, image: the options `decoder_widths`, `block_weights` and `image_stages`.
         outputs: K, channels of the logits.
-        weights: see `FusionOptions.block_weights`.
-        image: the stages that read the image, see `FusionOptions.image_stages`.
     """
 
     def __init__(
@@ -193,19 +144,15 @@ class FusionDecoder(nnx.Module):
         self.logits = logits_layer(widths[-1], outputs, 3, dtype, rngs)
 
     def __call__(
-        self,
-        features: jax.Array,
-        images: jax.Array | None,
-        size: tuple[int, int],
-        present: jax.Array | None = None,
+        self, inputs: jax.Array | tuple[jax.Array, jax.Array], size: tuple[int, int], present: jax.Array | None = None
     ) -> jax.Array:
         """Return logits [B, H, W, K] float32, with H, W = `size`, of features [B, blocks, h, w, C].
 
-        Args:
-            images: [B, H, W, 1 or 3]; None if no stage reads them.
-            present: [B] bool, the images that BatchNorm's training statistics are computed from. Default: all.
+        If the decoder reads images, `inputs` are (features, images [B, H, W, 1 or 3]), else a ValueError is raised.
         """
-        images = three_channels(images) if self.reads_images else None
+        if self.reads_images and not isinstance(inputs, tuple):
+            raise ValueError("the decoder reads the images too: call it with (features, images)")
+        features, images = (inputs[0], three_channels(inputs[1])) if self.reads_images else (inputs, None)
         coarsest, *finer = self.fusion(features)
         x = self.project(coarsest)
         for stage, fused in zip(self.stages, finer, strict=True):

@@ -17,14 +17,12 @@ from flax import nnx
 
 from jaxla.config import option
 from jaxla.models.backbones.resnet import EXPANSION, VARIANTS, WIDTH, ResNet
-from jaxla.models.networks.base import BackboneOptions, check_smallest_size, check_widths
+from jaxla.models.networks.base import BackboneOptions, PaddedNetwork, check_smallest_size, check_widths
 from jaxla.models.networks.unet import DoubleConvolution
-from jaxla.models.ops.images import crop, pad_to_multiple, require_images, three_channels
 from jaxla.models.ops.layers import logits_layer
 
 # Channels that each decoder stage takes from the encoder, at 1/16, 1/8, 1/4 and 1/2 of the image; the last takes none.
 SKIP_WIDTHS = (4 * EXPANSION * WIDTH, 2 * EXPANSION * WIDTH, EXPANSION * WIDTH, WIDTH, 0)
-MULTIPLE = 32  # images are padded to multiples of this side
 
 
 @dataclass(frozen=True)
@@ -33,7 +31,6 @@ class ResNetUNetOptions(BackboneOptions):
 
     Args:
         arch: Architecture of the encoder.
-        weights: A converted `.safetensors` file, or `random`. Default: `<cache>/weights/<arch>.safetensors`.
         backbone: Keep the encoder `frozen` as loaded, or train it too (`finetuned`).
         decoder_widths: Channels of the decoder's five x2 stages, coarsest first.
     """
@@ -51,29 +48,23 @@ class ResNetUNetOptions(BackboneOptions):
         return super().resolve()
 
     def check_size(self, option_name: str, size: int) -> None:
-        check_smallest_size(option_name, size, MULTIPLE, self.arch)
+        check_smallest_size(option_name, size, ResNetUNet.multiple, self.arch)
 
     def build(self, outputs: int, dtype: jnp.dtype, rngs: nnx.Rngs, backbone: ResNet) -> ResNetUNet:
         return ResNetUNet(backbone, self.decoder_widths, outputs, dtype=dtype, rngs=rngs)
 
 
-class ResNetUNet(nnx.Module):
+class ResNetUNet(PaddedNetwork):
     """A ResNet encoder and a U-Net decoder of five ×2 stages.
 
     Args:
         widths: channels of each decoder stage, coarsest first.
-        outputs: K, channels of the logits.
-        dtype: dtype of the computation; parameters, statistics and logits are float32.
     """
 
+    multiple = 32
+
     def __init__(
-        self,
-        backbone: ResNet,
-        widths: Sequence[int],
-        outputs: int,
-        *,
-        dtype: jnp.dtype = jnp.float32,
-        rngs: nnx.Rngs,
+        self, backbone: ResNet, widths: Sequence[int], outputs: int, *, dtype: jnp.dtype = jnp.float32, rngs: nnx.Rngs
     ) -> None:
         self.backbone = backbone
         inputs = (8 * EXPANSION * WIDTH, *widths)
@@ -85,20 +76,9 @@ class ResNetUNet(nnx.Module):
         )
         self.logits = logits_layer(widths[-1], outputs, 3, dtype, rngs)
 
-    def __call__(self, images: jax.Array, present: jax.Array | None = None) -> jax.Array:
-        """Return logits [B, H, W, K] float32; H and W are at least 32.
-
-        Args:
-            images: [B, H, W, 1] grey values in 0..1, or [B, H, W, 3] already ImageNet-normalised.
-            present: [B] bool, the images that BatchNorm's training statistics are computed from. Default: all.
-
-        Raises:
-            ValueError: `images` has another shape, is not floating point, or is too small.
-        """
-        require_images(images, min_size=MULTIPLE, channels=(1, 3))
-        features = self.backbone.pyramid(pad_to_multiple(three_channels(images), MULTIPLE), present)
-        half, _, quarter, eighth, sixteenth, x = features
+    def padded_logits(self, images: jax.Array, present: jax.Array | None) -> jax.Array:
+        half, _, quarter, eighth, sixteenth, x = self.backbone.pyramid(images, present)
         for stage, skip in zip(self.up, (sixteenth, eighth, quarter, half, None), strict=True):
             x = x.repeat(2, axis=1).repeat(2, axis=2)
             x = stage(x if skip is None else jnp.concatenate([x, skip], axis=-1), present)
-        return crop(self.logits(x), images.shape[1:3], MULTIPLE)
+        return self.logits(x)

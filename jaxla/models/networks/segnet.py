@@ -15,12 +15,9 @@ import jax.numpy as jnp
 from flax import nnx
 
 from jaxla.models.backbones.vgg import VARIANTS, VGG
-from jaxla.models.networks.base import BackboneOptions, check_smallest_size
-from jaxla.models.ops.images import crop, pad_to_multiple, require_images, three_channels
+from jaxla.models.networks.base import BackboneOptions, PaddedNetwork, check_smallest_size
 from jaxla.models.ops.layers import convolution_units, logits_layer
 from jaxla.models.ops.pooling import unpool
-
-MULTIPLE = 32  # images are padded to multiples of this side
 
 
 @dataclass(frozen=True)
@@ -29,7 +26,6 @@ class SegNetOptions(BackboneOptions):
 
     Args:
         arch: Architecture of the encoder.
-        weights: A converted `.safetensors` file, or `random`. Default: `<cache>/weights/<arch>.safetensors`.
         backbone: Keep the encoder `frozen` as loaded, or train it too (`finetuned`).
     """
 
@@ -39,19 +35,16 @@ class SegNetOptions(BackboneOptions):
     arch: str = "vgg16_bn"
 
     def check_size(self, option_name: str, size: int) -> None:
-        check_smallest_size(option_name, size, MULTIPLE, self.arch)
+        check_smallest_size(option_name, size, SegNet.multiple, self.arch)
 
     def build(self, outputs: int, dtype: jnp.dtype, rngs: nnx.Rngs, backbone: VGG) -> SegNet:
         return SegNet(backbone, outputs, dtype=dtype, rngs=rngs)
 
 
-class SegNet(nnx.Module):
-    """A VGG encoder and a decoder that mirrors it.
+class SegNet(PaddedNetwork):
+    """A VGG encoder and a decoder that mirrors it."""
 
-    Args:
-        outputs: K, channels of the logits.
-        dtype: dtype of the computation; parameters, statistics and logits are float32.
-    """
+    multiple = 32
 
     def __init__(self, backbone: VGG, outputs: int, *, dtype: jnp.dtype = jnp.float32, rngs: nnx.Rngs) -> None:
         self.backbone = backbone
@@ -67,21 +60,11 @@ class SegNet(nnx.Module):
         )
         self.logits = logits_layer(encoder[0][0], outputs, 3, dtype, rngs)
 
-    def __call__(self, images: jax.Array, present: jax.Array | None = None) -> jax.Array:
-        """Return logits [B, H, W, K] float32; H and W are at least 32.
-
-        Args:
-            images: [B, H, W, 1] grey values in 0..1, or [B, H, W, 3] already ImageNet-normalised.
-            present: [B] bool, the images that BatchNorm's training statistics are computed from. Default: all.
-
-        Raises:
-            ValueError: `images` has another shape, is not floating point, or is too small.
-        """
-        require_images(images, min_size=MULTIPLE, channels=(1, 3))
-        pools = self.backbone.pooled(pad_to_multiple(three_channels(images), MULTIPLE), present)
+    def padded_logits(self, images: jax.Array, present: jax.Array | None) -> jax.Array:
+        pools = self.backbone.pooled(images, present)
         x = pools[-1].values
         for stage, pooled in zip(reversed(self.up), reversed(pools), strict=True):
             x = unpool(x, pooled.indices)
             for unit in stage:
                 x = unit(x, present)
-        return crop(self.logits(x), images.shape[1:3], MULTIPLE)
+        return self.logits(x)

@@ -25,9 +25,6 @@ class TransformerSegmenterOptions(TransformerOptions):
     """Options of paper 1's network.
 
     Args:
-        arch: Architecture of the backbone; `python -m convert_weights --arch=list` lists those with released weights.
-        weights: A converted `.safetensors` file, or `random`. Default: `<cache>/weights/<arch>.safetensors`.
-        backbone: Keep the backbone `frozen` as loaded, or train it too (`finetuned`).
         decoder: `convolutional` (paper 1), or `linear`: DINOv2's 1x1 convolution with bilinear upsampling.
         decoder_widths: Channels of the token classifier, then of each x2 stage of the convolutional decoder.
     """
@@ -59,19 +56,20 @@ class TransformerSegmenter(nnx.Module):
     READS_IMAGES = False
     SMALLER_FEATURES = ()
 
-    def __init__(self, backbone: VisionTransformer, decoder: LinearDecoder | ConvolutionalDecoder) -> None:
+    def __init__(self, backbone: VisionTransformer, decoder: nnx.Module) -> None:
         self.backbone = backbone
         self.decoder = decoder
 
     def __call__(self, images: jax.Array, present: jax.Array | None = None) -> jax.Array:
-        """Return logits [B, H, W, K] float32.
+        """Return logits [B, H, W, K] float32; H and W are multiples of the patch size.
 
         Args:
-            images: [B, H, W, 1] grey values in 0..1, or [B, H, W, 3] already ImageNet-normalised; H, W multiples of
-                the patch size.
+            images: [B, H, W, 1] grey values in 0..1, or [B, H, W, 3] already ImageNet-normalised.
             present: [B] bool, the images that BatchNorm's training statistics are computed from. Default: all.
         """
-        return self.decoder(self.features(images), images.shape[1:3], present)
+        features = self.features(images)
+        inputs = (features, images) if self.READS_IMAGES else features
+        return self.decoder(inputs, images.shape[1:3], present)
 
     def features(self, images: jax.Array) -> jax.Array:
         """Return the patch tokens [B, h, w, C] of images [B, H, W, 1 or 3], in the dtype of the computation."""
@@ -83,14 +81,14 @@ class TransformerSegmenter(nnx.Module):
 
 
 class FeatureSegmenter(nnx.Module):
-    """A `TransformerSegmenter` without its backbone: features [B, h, w, C] -> logits [B, H, W, K] float32."""
+    """A `TransformerSegmenter` without its backbone, called with features, or (features, images) if it READS_IMAGES."""
 
-    def __init__(self, decoder: LinearDecoder | ConvolutionalDecoder, size: tuple[int, int]) -> None:
+    def __init__(self, decoder: nnx.Module, size: tuple[int, int]) -> None:
         self.decoder = decoder
         self.size = size
 
-    def __call__(self, features: jax.Array, present: jax.Array | None = None) -> jax.Array:
-        return self.decoder(features, self.size, present)
+    def __call__(self, inputs: jax.Array | tuple[jax.Array, jax.Array], present: jax.Array | None = None) -> jax.Array:
+        return self.decoder(inputs, self.size, present)
 
 
 class LinearDecoder(nnx.Module):

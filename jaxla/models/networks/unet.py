@@ -12,8 +12,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from jaxla.config import NetworkOptions, option
-from jaxla.models.networks.base import check_smallest_size, check_widths
-from jaxla.models.ops.images import crop, pad_to_multiple, require_images
+from jaxla.models.networks.base import PaddedNetwork, check_smallest_size, check_widths
 from jaxla.models.ops.layers import ConvolutionUnit, Upconvolution, logits_layer
 from jaxla.models.ops.pooling import max_pool
 
@@ -41,41 +40,31 @@ class UNetOptions(NetworkOptions):
         return nnx.jit(lambda rngs: UNet(self.widths, outputs, dtype=dtype, rngs=rngs))(rngs)
 
 
-class UNet(nnx.Module):
+class UNet(PaddedNetwork):
     """Max-pooling halves the image at each level, transposed convolutions double it again, and skips join the levels.
 
     Args:
         widths: channels of each level, finest first.
-        outputs: K, channels of the logits.
-        dtype: dtype of the computation; parameters, statistics and logits are float32.
     """
+
+    CHANNELS = (1,)
 
     def __init__(self, widths: Sequence[int], outputs: int, *, dtype: jnp.dtype = jnp.float32, rngs: nnx.Rngs) -> None:
         self.down = nnx.List([DoubleConvolution(i, o, dtype, rngs) for i, o in pairwise((1, *widths))])
         self.up = nnx.List([Upconvolution(o, i, dtype=dtype, rngs=rngs) for i, o in pairwise(widths)])
         self.join = nnx.List([DoubleConvolution(2 * width, width, dtype, rngs) for width in widths[:-1]])
         self.logits = logits_layer(widths[0], outputs, 1, dtype, rngs)
-        self.multiple = 2 ** (len(widths) - 1)  # images are padded to multiples of this side
+        self.multiple = 2 ** (len(widths) - 1)
 
-    def __call__(self, images: jax.Array, present: jax.Array | None = None) -> jax.Array:
-        """Return logits [B, H, W, K] float32 for grey values in 0..1 [B, H, W, 1]; H and W are at least `multiple`.
-
-        Args:
-            present: [B] bool, the images that BatchNorm's training statistics are computed from. Default: all.
-
-        Raises:
-            ValueError: `images` has another shape, is not floating point, or is too small.
-        """
-        require_images(images, min_size=self.multiple, channels=(1,))
-        x = pad_to_multiple(images, self.multiple)
-        levels = [self.down[0](x, present)]
+    def padded_logits(self, images: jax.Array, present: jax.Array | None) -> jax.Array:
+        levels = [self.down[0](images, present)]
         for convolutions in self.down[1:]:
             levels.append(convolutions(max_pool(levels[-1]), present))
         x = levels.pop()
         for level in reversed(range(len(levels))):
             skip = self.transform_skip(level, levels[level], x)
             x = self.join[level](jnp.concatenate([skip, self.up[level](x)], axis=-1), present)
-        return crop(self.logits(x), images.shape[1:3], self.multiple)
+        return self.logits(x)
 
     def transform_skip(self, level: int, x: jax.Array, coarser: jax.Array) -> jax.Array:
         """Return what the decoder receives of a level's features x [B, H, W, C]: here x itself.

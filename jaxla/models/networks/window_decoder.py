@@ -93,11 +93,7 @@ class WindowDecoder(nnx.Module):
 
 
 class Level(nnx.Module):
-    """Project the features of one level and add its depth embedding.
-
-    Args:
-        depth_places: entries of the embedding, which is interpolated to a volume's slices; 0 for none.
-    """
+    """Project the features of one level; add its depth embedding, interpolated from `depth_places` entries."""
 
     def __init__(self, width: int, outputs: int, depth_places: int, *, dtype: jnp.dtype, rngs: nnx.Rngs) -> None:
         self.project = nnx.Linear(width, outputs, dtype=dtype, rngs=rngs)
@@ -126,12 +122,7 @@ class Unit(nnx.Module):
         self.norm = GroupNorm(outputs, dtype=dtype)
 
     def __call__(self, x: jax.Array, present: jax.Array, plane_size: PlaneSize | None) -> jax.Array:
-        """Return [B, d, h, w, K] of x [B, d, h, w, C]; the convolution sees zeros in place of padding.
-
-        Args:
-            present: [B, d] bool, False for padding.
-            plane_size: rows and columns that are not padding. Default: all.
-        """
+        """Return [B, d, h, w, K] of x [B, d, h, w, C]; the convolution sees zeros in place of padding."""
         present = present[:, :, None, None]
         if plane_size is not None:
             rows, columns = (jnp.arange(n) < size for n, size in zip(x.shape[2:4], plane_size, strict=True))

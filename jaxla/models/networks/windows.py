@@ -39,9 +39,6 @@ class WindowOptions(TransformerOptions):
     """Options of paper 3's network.
 
     Args:
-        arch: Architecture of the backbone; `python -m convert_weights --arch=list` lists those with released weights.
-        weights: A converted `.safetensors` file, or `random`. Default: `<cache>/weights/<arch>.safetensors`.
-        backbone: Keep the backbone `frozen` as loaded, or train it too (`finetuned`).
         decoder_widths: Channels of the decoder's four levels, deepest features first.
         windows: Windows per volume: along the slices (`2`), or along slices, rows and columns (`2x2x2`).
         depth_places: Entries of the depth embedding, interpolated to a volume's slices; 0 for none.
@@ -65,17 +62,10 @@ class WindowOptions(TransformerOptions):
         return super().resolve()
 
     def window_counts(self) -> Counts:
-        """Return the number of windows along slices, rows and columns.
-
-        Raises:
-            InputError: `windows` has another form.
-        """
+        """Return the number of windows along slices, rows and columns; raise an InputError for another form."""
         if not re.fullmatch(r"[1-9]\d{0,3}(x[1-9]\d{0,3}x[1-9]\d{0,3})?", self.windows):
-            raise InputError(
-                option("model.windows", self.windows),
-                "not a number of windows",
-                "Use 2 for two along the slices, or 2x2x2 for two along slices, rows and columns.",
-            )
+            fix = "Use 2 for two along the slices, or 2x2x2 for two along slices, rows and columns."
+            raise InputError(option("model.windows", self.windows), "not a number of windows", fix)
         depth, rows, columns = map(int, [*self.windows.split("x"), "1", "1"][:3])
         return depth, rows, columns
 
@@ -83,20 +73,14 @@ class WindowOptions(TransformerOptions):
         super().check_size(option_name, size)
         _, rows, columns = self.window_counts()
         if max(rows, columns) > (patches := size // TRANSFORMERS[self.arch].patch):
-            raise InputError(
-                f"{option_name}={size}",
-                f"{patches} x {patches} patches are fewer than {rows} x {columns} windows",
-                f"Use fewer {option('model.windows')}.",
-            )
+            problem = f"{patches} x {patches} patches are fewer than {rows} x {columns} windows"
+            raise InputError(f"{option_name}={size}", problem, f"Use fewer {option('model.windows')}.")
 
     def check_depth(self, scan: str | Path, slices: int) -> None:
         """Raise an InputError unless a scan has a slice for each window along the slices."""
         if slices < (depth := self.window_counts()[0]):
-            raise InputError(
-                scan,
-                f"has {plural(slices, 'slice')}, fewer than the {depth} windows along the slices",
-                f"Use fewer {option('model.windows')}, or leave the scan out.",
-            )
+            problem = f"has {plural(slices, 'slice')}, fewer than the {depth} windows along the slices"
+            raise InputError(scan, problem, f"Use fewer {option('model.windows')}, or leave the scan out.")
 
     def describe_depth(self, slice_counts: Collection[int]) -> str:
         """Describe how the depth embedding is interpolated to volumes with these numbers of slices; "" if it is not."""
@@ -151,11 +135,7 @@ class FeatureWindows(nnx.Module):
         return self.size
 
     def divide(self, features: jax.Array, present: jax.Array | None = None) -> WindowGrid:
-        """Return the division of volumes into windows.
-
-        Raises:
-            ValueError: there are more windows than slices, rows or columns.
-        """
+        """Return the division of volumes into windows; raise a ValueError if there are more than slices or patches."""
         batch, depth, _, *plane, _ = features.shape
         size = (depth, *plane)
         if any(n < k for n, k in zip(size, self.counts, strict=True)):

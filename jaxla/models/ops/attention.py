@@ -12,14 +12,7 @@ from jaxla.hardware import attention_variant
 
 
 def attention(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
-    """Return softmax(q kᵀ / √D) v for each head.
-
-    Args:
-        q, k, v: [B, N, heads, D].
-
-    Returns:
-        [B, N, heads, D] in the dtype of `q`.
-    """
+    """Return softmax(q kᵀ / √D) v, in the dtype of `q`, for each head of q, k and v [B, N, heads, D]."""
     match attention_variant(q.dtype):
         case "per_head":
             return map_over_devices(per_head_attention)(q, k, v)

@@ -30,15 +30,9 @@ CACHE_BYTES, MIN_PIXELS = 3_000_000, 512
 
 
 def convolve(x: jax.Array, kernel: jax.Array, strides: Sequence[int]) -> jax.Array:
-    """Convolve along any number of axes, with zeros around the image.
+    """Convolve [B, …, C] with a kernel [k, …, C, K] of odd sides, and zeros around the image, along any number of axes.
 
-    Args:
-        x: [B, …, C].
-        kernel: [k, …, C, K] with odd sides.
-        strides: one for each axis.
-
-    Returns:
-        [B, …/stride, K], sides rounded up.
+    Return [B, …/stride, K], sides rounded up.
     """
     if kernel.ndim == 4 and set(strides) == {1} and kernel.shape[0] == kernel.shape[1]:
         return same_convolution(x, kernel)
@@ -75,17 +69,13 @@ def _same_on_cpu(x: jax.Array, kernel: jax.Array) -> jax.Array:
     return _same(x, kernel)
 
 
-def _same_forward(x: jax.Array, kernel: jax.Array) -> tuple[jax.Array, Inputs]:
-    return _same_on_cpu(x, kernel), (x, kernel)
-
-
 def _same_backward(inputs: Inputs, gradient: jax.Array) -> Gradients:
     x, kernel = inputs
     grad_x = _same(gradient, kernel[::-1, ::-1].swapaxes(2, 3))
     return grad_x, _kernel_gradient(x, gradient, kernel.shape[0])
 
 
-_same_on_cpu.defvjp(_same_forward, _same_backward)
+_same_on_cpu.defvjp(lambda x, kernel: (_same(x, kernel), (x, kernel)), _same_backward)
 
 
 def _kernel_gradient(x: jax.Array, gradient: jax.Array, side: int) -> jax.Array:
@@ -138,10 +128,6 @@ def _convolve_on_cpu(x: jax.Array, kernel: jax.Array, strides: tuple[int, ...]) 
     return _cpu_form(x, kernel, strides)
 
 
-def _forward_on_cpu(x: jax.Array, kernel: jax.Array, strides: tuple[int, ...]) -> tuple[jax.Array, Inputs]:
-    return _convolve_on_cpu(x, kernel, strides), (x, kernel)
-
-
 def _backward_on_cpu(strides: tuple[int, ...], inputs: Inputs, gradient: jax.Array) -> Gradients:
     if set(strides) == {1} and len(strides) == 3:
         return _slices_backward(*inputs, gradient)
@@ -149,7 +135,7 @@ def _backward_on_cpu(strides: tuple[int, ...], inputs: Inputs, gradient: jax.Arr
     return jax.vjp(partial(_cpu_form, strides=strides), *inputs)[1](gradient)
 
 
-_convolve_on_cpu.defvjp(_forward_on_cpu, _backward_on_cpu)
+_convolve_on_cpu.defvjp(lambda x, kernel, strides: (_cpu_form(x, kernel, strides), (x, kernel)), _backward_on_cpu)
 
 
 def _cpu_form(x: jax.Array, kernel: jax.Array, strides: tuple[int, ...]) -> jax.Array:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import pairwise
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -16,37 +17,23 @@ HE_NORMAL = jax.nn.initializers.variance_scaling(2.0, "fan_out", "normal")  # He
 LECUN_NORMAL = jax.nn.initializers.lecun_normal()  # without an activation
 
 
-def convolution(
-    inputs: int,
-    outputs: int,
-    side: int,
-    *,
-    stride: int = 1,
-    bias: bool = False,
-    kernel_init: nnx.Initializer = HE_NORMAL,
-    dtype: jnp.dtype,
-    rngs: nnx.Rngs,
-) -> nnx.Conv:
-    """Return a square convolution, [B, H, W, C] -> [B, H/stride, W/stride, K], sides rounded up; `side` is odd."""
-    return nnx.Conv(
-        inputs,
-        outputs,
-        (side, side),
-        strides=stride,
-        padding=side // 2,  # with a stride, "SAME" would shift the grid of even-sized images
-        use_bias=bias,
-        dtype=dtype,
-        kernel_init=kernel_init,
-        conv_general_dilated=_strided_same_convolution if stride == 1 or side == 1 else jax.lax.conv_general_dilated,
-        rngs=rngs,
-    )
+def convolution(inputs: int, outputs: int, side: int, *, stride: int = 1, **options: Any) -> nnx.Conv:
+    """Return a square convolution, [B, H, W, C] -> [B, H/stride, W/stride, K], sides rounded up; `side` is odd.
+
+    The options are those of `convolution_nd`.
+    """
+    is_strided = stride > 1 and side > 1
+    convolve_images = jax.lax.conv_general_dilated if is_strided else _convolve_pixels
+    return convolution_nd(inputs, outputs, (side, side), (stride, stride), convolve_images, **options)
 
 
-def _strided_same_convolution(
-    x: jax.Array, kernel: jax.Array, strides: Sequence[int], *_: object, **__: object
-) -> jax.Array:
+def _convolve_pixels(x: jax.Array, kernel: jax.Array, strides: Sequence[int], *_: object, **__: object) -> jax.Array:
     # a stride occurs with kernels of one pixel only, which skip pixels; nnx.Conv's further arguments are constants here
     return same_convolution(x[:, :: strides[0], :: strides[1]], kernel)
+
+
+def _convolve(x: jax.Array, kernel: jax.Array, strides: Sequence[int], *_: object, **__: object) -> jax.Array:
+    return convolve(x, kernel, strides)
 
 
 def convolution_nd(
@@ -54,6 +41,7 @@ def convolution_nd(
     outputs: int,
     kernel: Sequence[int],
     strides: Sequence[int],
+    convolve: Callable[..., jax.Array] = _convolve,
     *,
     bias: bool = False,
     kernel_init: nnx.Initializer = HE_NORMAL,
@@ -63,21 +51,14 @@ def convolution_nd(
     """Return a convolution, [B, D, H, W, C] -> [B, D/stride, …, K] or without D, sides rounded up.
 
     Args:
-        kernel: odd sides, one for each axis.
+        kernel: odd sides, one for each axis. With a stride, padding "SAME" would shift the grid of even-sized images.
         strides: one for each axis.
+        convolve: takes the arguments of `jax.lax.conv_general_dilated`.
     """
     return nnx.Conv(
-        inputs,
-        outputs,
-        tuple(kernel),
-        strides=tuple(strides),
-        padding=[(side // 2, side // 2) for side in kernel],
-        use_bias=bias,
-        dtype=dtype,
-        kernel_init=kernel_init,
-        conv_general_dilated=lambda x, kernel, strides, *_, **__: convolve(x, kernel, strides),
-        rngs=rngs,
-    )
+        inputs, outputs, tuple(kernel), strides=tuple(strides), padding=tuple(side // 2 for side in kernel),
+        use_bias=bias, dtype=dtype, kernel_init=kernel_init, conv_general_dilated=convolve, rngs=rngs,
+    )  # fmt: skip
 
 
 def logits_layer(inputs: int, outputs: int, side: int, dtype: jnp.dtype, rngs: nnx.Rngs) -> nnx.Conv:
@@ -89,35 +70,19 @@ def logits_layer(inputs: int, outputs: int, side: int, dtype: jnp.dtype, rngs: n
 class ConvolutionUnit(nnx.Module):
     """A 3×3 convolution, BatchNorm, ReLU."""
 
-    def __init__(
-        self,
-        inputs: int,
-        outputs: int,
-        *,
-        bias: bool = False,
-        kernel_init: nnx.Initializer = HE_NORMAL,
-        dtype: jnp.dtype,
-        rngs: nnx.Rngs,
-    ) -> None:
-        self.convolution = convolution(inputs, outputs, 3, bias=bias, kernel_init=kernel_init, dtype=dtype, rngs=rngs)
+    def __init__(self, inputs: int, outputs: int, *, dtype: jnp.dtype, rngs: nnx.Rngs, **options: Any) -> None:
+        self.convolution = convolution(inputs, outputs, 3, dtype=dtype, rngs=rngs, **options)
         self.norm = BatchNorm(outputs, dtype=dtype)
 
     def __call__(self, x: jax.Array, present: jax.Array | None = None) -> jax.Array:
-        """[B, H, W, C] -> [B, H, W, K].
-
-        Args:
-            present: [B] bool, the images that BatchNorm's statistics include; default all.
-        """
+        """[B, H, W, C] -> [B, H, W, K]; BatchNorm's statistics include the images `present`, [B] bool."""
         return jax.nn.relu(self.norm(self.convolution(x), present))
 
 
 class Upconvolution(nnx.Module):
-    """A transposed convolution whose kernel is as large as its stride, so that outputs do not overlap.
+    """A transposed convolution whose kernel is as large as its strides, so that outputs do not overlap.
 
     It is computed as one matrix product, up to 40 times as fast on CPU as `jax.lax.conv_transpose`.
-
-    Args:
-        strides: one for each axis.
     """
 
     def __init__(

@@ -14,15 +14,10 @@ import jax.numpy as jnp
 
 
 class Pooled(NamedTuple):
-    """The maximum of each 2×2 pixels.
+    """The maximum of each 2×2 pixels."""
 
-    Attributes:
-        values: [B, H/2, W/2, C].
-        indices: [B, H/2, W/2, C] int8, which of the four pixels it was: 0 and 1 above, 2 and 3 below.
-    """
-
-    values: jax.Array
-    indices: jax.Array
+    values: jax.Array  # [B, H/2, W/2, C]
+    indices: jax.Array  # [B, H/2, W/2, C] int8, which of the four pixels it was: 0 and 1 above, 2 and 3 below
 
 
 def max_pool(x: jax.Array) -> jax.Array:
@@ -75,9 +70,6 @@ unpool.defvjp(
     lambda x, indices: (unpool(x, indices), indices),
     lambda indices, gradient: (gather(gradient, indices), None),
 )
-
-
-# --- overlapping -----------------------------------------------------------------------------------------------------
 
 
 def max_pool_overlapping(x: jax.Array) -> jax.Array:

@@ -41,10 +41,10 @@ class Rotation(NamedTuple):
         return (x * self.cosine[:, None] + orthogonal * self.sine[:, None]).astype(x.dtype)
 
 
-def rotary_periods(head_width: int, base: float = 100.0) -> jax.Array:
-    """Return the periods [D/4] of the rotary embedding, base^(2k / (D/2)), in units of half the image."""
+def rotary_periods(head_width: int) -> jax.Array:
+    """Return the periods [D/4] of the rotary embedding, 100^(2k / (D/2)), in units of half the image."""
     quarter = head_width // 4
-    return base ** (2 * jnp.arange(quarter, dtype=jnp.float32) / (2 * quarter))
+    return 100.0 ** (2 * jnp.arange(quarter, dtype=jnp.float32) / (2 * quarter))
 
 
 def rotary_rotation(periods: jax.Array, h: int, w: int, prefix: int) -> Rotation:

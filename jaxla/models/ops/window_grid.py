@@ -19,17 +19,11 @@ Counts = tuple[int, int, int]
 
 
 class WindowGrid(NamedTuple):
-    """The division of arrays [B, D, …, h, w, C] into windows. The index of a window may be a traced array.
+    """The division of arrays [B, D, …, h, w, C] into windows. The index of a window may be a traced array."""
 
-    Attributes:
-        counts: number of windows along slices, rows and columns.
-        size: D, h, w.
-        slices: [B], how many of the D slices belong to the volume; the rest is padding.
-    """
-
-    counts: Counts
-    size: tuple[int, int, int]
-    slices: jax.Array
+    counts: Counts  # number of windows along slices, rows and columns
+    size: tuple[int, int, int]  # D, h, w
+    slices: jax.Array  # [B], how many of the D slices belong to the volume; the rest is padding
 
     @property
     def indices(self) -> jax.Array:
@@ -44,9 +38,9 @@ class WindowGrid(NamedTuple):
 
     def cut(self, x: jax.Array, index: int | jax.Array) -> jax.Array:
         """Cut one window [B, d, …, h', w', C] out of [B, D, …, h, w, C], padded with its last slice, row and column."""
-        slice_index, *plane_indices = self._unravel(index)
+        _, *plane_indices = self._unravel(index)
         if self.counts[0] > 1:
-            numbers, present = self._slice_numbers(slice_index)
+            numbers, present = self.slice_numbers(index)
             last = numbers[:, :1] + jnp.maximum(present.sum(1, keepdims=True) - 1, 0)
             x = _take_slices(x, jnp.minimum(numbers, last))
         for axis, i in zip((1, 2), plane_indices, strict=True):
@@ -59,7 +53,10 @@ class WindowGrid(NamedTuple):
 
     def slice_numbers(self, index: int | jax.Array) -> tuple[jax.Array, jax.Array]:
         """Return, both [B, d], the number of each of a window's slices in the volume, and False for padding."""
-        return self._slice_numbers(self._unravel(index)[0])
+        i = self._unravel(index)[0]
+        start, stop = (j * self.slices // self.counts[0] for j in (i, i + 1))
+        numbers = start[:, None] + jnp.arange(self.window_shape[0])
+        return numbers, numbers < stop[:, None]
 
     def plane_size(self, index: int | jax.Array) -> tuple[int | jax.Array, int | jax.Array] | None:
         """Return how many rows and columns of a window are not padding, or None if no window has any."""
@@ -98,11 +95,6 @@ class WindowGrid(NamedTuple):
     def _unravel(self, index: int | jax.Array) -> tuple[int | jax.Array, ...]:
         _, rows, columns = self.counts
         return index // (rows * columns), index // columns % rows, index % columns
-
-    def _slice_numbers(self, i: int | jax.Array) -> tuple[jax.Array, jax.Array]:
-        start, stop = (j * self.slices // self.counts[0] for j in (i, i + 1))
-        numbers = start[:, None] + jnp.arange(self.window_shape[0])
-        return numbers, numbers < stop[:, None]
 
 
 def _take_slices(volumes: jax.Array, numbers: jax.Array) -> jax.Array:
