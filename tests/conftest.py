@@ -4,6 +4,7 @@ import os
 import tempfile
 from pathlib import Path
 
+import jax
 import pytest
 from filelock import FileLock
 
@@ -63,3 +64,11 @@ def hippocampus():
     if not folder.is_dir():
         pytest.skip("JAXLA_TEST_DATA names no folder with Task04_Hippocampus")
     return folder
+
+
+@pytest.fixture(scope="module")
+def fast_compilation():
+    """Compile a module's programs with little optimisation, where that takes longer than to run them."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
