@@ -4,7 +4,6 @@ import os
 import tempfile
 from pathlib import Path
 
-import jax
 import pytest
 from filelock import FileLock
 
@@ -69,6 +68,8 @@ def hippocampus():
 @pytest.fixture(scope="module")
 def fast_compilation():
     """Compile a module's programs with little optimisation, where that takes longer than to run them."""
+    import jax  # not earlier: it reads the settings above
+
     jax.config.update("jax_disable_most_optimizations", True)
     yield
     jax.config.update("jax_disable_most_optimizations", False)
