@@ -59,7 +59,7 @@ class Reading(NamedTuple):
         return ", ".join(faults)
 
 
-def account_for(checkpoint: Checkpoint, architecture: Architecture) -> tuple[dict[str, Tensor], str]:
+def identify_tensors(checkpoint: Checkpoint, architecture: Architecture) -> tuple[dict[str, Tensor], str]:
     """Return an architecture's tensors by their authors' names, and the layout of the checkpoint.
 
     Raises:

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from convert_weights.accounting import HUGGING_FACE, account_for
+from convert_weights.accounting import HUGGING_FACE, identify_tensors
 from convert_weights.architectures import Architecture
 from convert_weights.checkpoint import (
     HUGGING_FACE_FILES,
@@ -36,7 +36,7 @@ def convert(architecture: Architecture, checkpoint: Checkpoint, output: Path) ->
     """
     require_not_source(output, (checkpoint.path, *checkpoint.files))
     path, arch = checkpoint.path, architecture.name
-    tensors, layout = account_for(checkpoint, architecture)
+    tensors, layout = identify_tensors(checkpoint, architecture)
     arrays = to_ours(architecture.rows, tensors, architecture.shapes)
     size = sum(math.prod(array.shape) * array.dtype.itemsize for array in arrays.values())
     require_free_space(output, size)

@@ -78,14 +78,14 @@ def build_network(
     from jaxla.nnunet.plan import plan_from_json, read_plan
 
     method = lookup("method", name, METHODS)
-    model, needs_plan = method.model, method.preprocessing is None
+    model = method.model
     if weights is not None:
         model = model.with_weights(str(weights))
         if model.weights != str(weights):
             raise InputError(f"weights={weights}", f"{name} has no pretrained part", "Remove the argument.")
-    if not needs_plan and plan is not None:
+    if not model.needs_plan and plan is not None:
         raise InputError("plan", f"{name} needs no plan", "Remove the argument.")
-    if needs_plan and plan is None:
+    if model.needs_plan and plan is None:
         raise InputError("plan", f"{name} needs a plan", "Pass the file that python -m jaxla.plan writes.")
     if isinstance(plan, Mapping):
         plan = plan_from_json(plan, "plan")

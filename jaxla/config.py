@@ -26,18 +26,18 @@ class InputError(ValueError):
         super().__init__(" ".join(f"{where}: {problem}. {fix}".split()))
 
 
-_speaks_command_line = False
+_uses_command_line_names = False
 
 
 @contextmanager
 def command_line_wording() -> Iterator[None]:
     """Name options in messages as a command takes them (see `option`), within the context."""
-    global _speaks_command_line
-    before, _speaks_command_line = _speaks_command_line, True
+    global _uses_command_line_names
+    before, _uses_command_line_names = _uses_command_line_names, True
     try:
         yield
     finally:
-        _speaks_command_line = before
+        _uses_command_line_names = before
 
 
 def option(name: str, value: object = None) -> str:
@@ -46,7 +46,7 @@ def option(name: str, value: object = None) -> str:
     Libraries raise the same errors in commands and in notebooks: a command's user reads `--data.labels=LA:1`, a
     notebook's user reads `data.labels=LA:1`.
     """
-    dashes = "--" if _speaks_command_line else ""
+    dashes = "--" if _uses_command_line_names else ""
     return f"{dashes}{name}" if value is None else f"{dashes}{name}={value}"
 
 
@@ -191,6 +191,7 @@ class NetworkOptions:
     """
 
     sample: ClassVar[str] = "slices"  # what one training sample of the network is, a key of `jaxla.tasks.TASKS`
+    needs_plan: ClassVar[bool] = False  # whether a plan says how images are prepared
     arch: ClassVar[str] = ""
     weights: ClassVar[str] = "random"  # origin of the backbone's parameters
     backbone: ClassVar[str] = "finetuned"  # whether it stays `frozen` or is `finetuned`

@@ -77,13 +77,15 @@ def use_devices(count: int = 0, shard_params: bool = False) -> Iterator[Mesh]:
     by_process = [[device for device in devices if device.process_index == k] for k in range(processes)]
     visible = [len(local) for local in by_process]
     if not 0 <= count <= total:
-        raise InputError(f"--devices={count}", f"JAX sees {total} ({kind})", f"Use a number from 0 (all) to {total}.")
+        raise InputError(
+            option("devices", count), f"JAX sees {total} ({kind})", f"Use a number from 0 (all) to {total}."
+        )
     if len(set(visible)) > 1:
         problem = f"the processes see {', '.join(map(str, visible))} devices, but need the same number"
         raise InputError("CUDA_VISIBLE_DEVICES", problem, "Hide the extra devices, or use other hosts.")
     if count % processes:
         problem = f"{processes} processes need the same number of devices each"
-        raise InputError(f"--devices={count}", problem, f"Use a multiple of {processes}.")
+        raise InputError(option("devices", count), problem, f"Use a multiple of {processes}.")
     per_process = count // processes or visible[0]
     if per_process * processes > 1:
         log.info("%d devices share each batch (%s)", per_process * processes, kind)
@@ -229,11 +231,11 @@ def gather(value: Any) -> list[Any]:
     store = global_state.client
     if store is None:
         return [value]
-    number = next(_gathers)
-    keys = [f"jaxla/gather/{number}/{k}" for k in range(process_count())]
+    gather_index = next(_gathers)
+    keys = [f"jaxla/gather/{gather_index}/{k}" for k in range(process_count())]
     store.key_value_set(keys[global_state.process_id], json.dumps(value))
     values = _executor.submit(lambda: [store.blocking_key_value_get(key, MAX_WAIT_MS) for key in keys]).result()
-    store.key_value_delete(f"jaxla/gather/{number - 1}/{global_state.process_id}")  # all have finished that one
+    store.key_value_delete(f"jaxla/gather/{gather_index - 1}/{global_state.process_id}")  # all have finished that one
     return [json.loads(text) for text in values]
 
 
@@ -318,7 +320,11 @@ def join_processes(coordinator: str, processes: int | None, process: int | None,
 
 
 def find_launch(coordinator: str, processes: int | None, process: int | None) -> tuple[str, int, int] | None:
-    """Return the arguments of `join_processes` as given or detected; None for a single process."""
+    """Return the arguments of `join_processes` as given or detected; None for a single process.
+
+    Raises:
+        InputError: a value is missing or wrong.
+    """
     variables = [[os.environ.get(name, "") for name in names.split()] for names in LAUNCHER_VARIABLES]
     detected = next((tuple(map(int, pair)) for pair in variables if all(map(str.isdigit, pair))), (None, None))
     cluster = next((cluster for cluster in (SlurmCluster, OmpiCluster) if cluster.is_env_present()), None)
@@ -348,6 +354,9 @@ def _connect(address: str, count: int, index: int, timeout: float) -> None:
     """Connect to the other processes, and silence this one unless it is the first.
 
     If the others do not come, JAX aborts (see `_leave`).
+
+    Raises:
+        InputError: process 0 cannot use the port.
     """
     host, port = address.rsplit(":", 1)
     loopback = host if host in ("127.0.0.1", "localhost") else ""  # empty: all addresses of this host

@@ -14,6 +14,7 @@ from jaxla.models.weights_format import parameter_count, read_metadata
 from jaxla.runs import folder as run_files
 from jaxla.runs.machine import describe_device
 from jaxla.runs.record import labels_from_json, read_record_json
+from jaxla.studies import RUNS, STUDY
 
 # Nothing here imports JAX: this command exists to answer in under a second.
 
@@ -33,8 +34,8 @@ def main(arguments: list[str]) -> None:
 
 def describe_run(folder: Path) -> dict[str, str]:
     """Return facts about a run, by their titles."""
-    if (folder / run_files.STUDY).exists():
-        raise InputError(folder, "a study, not a run", f"Give one of its runs in {folder / run_files.RUNS}.")
+    if (folder / STUDY).exists():
+        raise InputError(folder, "a study, not a run", f"Give one of its runs in {folder / RUNS}.")
     record = read_record_json(folder)
     experiment, environment = record["experiment"], record["environment"]
     history = _read(folder / run_files.METRICS, lambda path: run_files.read_metrics(path.parent)) or []

@@ -15,14 +15,9 @@ from jaxla.hardware import device_bytes
 class StepTooLarge(InputError):
     """A training step needs more memory than the device has."""
 
-    def __init__(self, batch_size: int, problem: str) -> None:
+    def __init__(self, batch_size: int, problem: str, advice: str = "") -> None:
         smaller_batch = "Start a new run with a smaller batch. " if batch_size > 1 else ""
-        fix = (
-            f"{smaller_batch}Lower {option('preprocessing.image_size')}. A windows_* method needs less memory with "
-            f"{option('training.gradient', 'two_pass')} and with more {option('model.windows')}, nnU-Net with a lower "
-            f"{option('model.memory_gb')} or with a plan made for less memory."
-        )
-        super().__init__(option("training.batch_size", batch_size), problem, fix)
+        super().__init__(option("training.batch_size", batch_size), problem, smaller_batch + advice)
 
 
 def program_bytes(compiled: jax.stages.Compiled) -> int:
@@ -32,20 +27,24 @@ def program_bytes(compiled: jax.stages.Compiled) -> int:
     return int(arrays + memory.temp_size_in_bytes)
 
 
-def require_memory(needed: int, batch_size: int) -> None:
-    """Raise `StepTooLarge` if a training step needs more bytes than the device has."""
+def require_memory(needed: int, batch_size: int, advice: str = "") -> None:
+    """Raise `StepTooLarge` if a training step needs more bytes than the device has.
+
+    Args:
+        advice: how the network can do with less, besides a smaller batch.
+    """
     available = device_bytes()
     if available and needed > available:
         problem = f"a training step needs {format_bytes(needed)}, but the device has {format_bytes(available)}"
-        raise StepTooLarge(batch_size, problem)
+        raise StepTooLarge(batch_size, problem, advice)
 
 
 @contextmanager
-def catch_out_of_memory(batch_size: int) -> Iterator[None]:
-    """Turn JAX's out-of-memory error into `StepTooLarge`."""
+def catch_out_of_memory(batch_size: int, advice: str = "") -> Iterator[None]:
+    """Turn JAX's out-of-memory error into `StepTooLarge`; `advice` as for `require_memory`."""
     try:
         yield
     except jax.errors.JaxRuntimeError as error:
         if error.error_code_string != "RESOURCE_EXHAUSTED":
             raise
-        raise StepTooLarge(batch_size, "the device ran out of memory in a training step") from error
+        raise StepTooLarge(batch_size, "the device ran out of memory in a training step", advice) from error

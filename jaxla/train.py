@@ -105,7 +105,7 @@ def run(options: Options, command: str) -> None:
     """Run the experiment that the options describe, or print what it would take; `command` is for the record."""
     began = time.perf_counter()
     with buffered_log() as early_log:
-        # What can fail is checked before what takes long.
+        # Check first, because preparing the data takes long.
         experiment = check_experiment(options.experiment)
         folder = Path(broadcast(str(options.run_dir or f"runs/{experiment.name}_{time.strftime('%Y%m%d-%H%M%S')}")))
         check_session(options, experiment, folder)
@@ -170,7 +170,7 @@ def require_same_content(data: PreparedData, weights_sha256: str) -> None:
 
 
 def print_forecast(experiment: Experiment, network_words: str, data: PreparedData, task: Task, cache_dir: Path) -> None:
-    """Print what the run would take; of cross-validation, the first fold."""
+    """Print what the run would take; with --fold=all, what its first fold would take."""
     if experiment.fold == ALL_FOLDS:
         log.info("forecast of the first of %d folds; each takes as much, then all are tested together", FOLDS)
         data = data.for_fold("0", experiment.data)
@@ -306,7 +306,7 @@ def train_network(run: Run, network: nnx.Module, features: Features | None) -> P
                 title = f"{run.experiment.name}, {label}"
                 draw_curves(history, title, run.folder / files.CURVES, run.task.unit, kept)
 
-    with catch_out_of_memory(batch_size):
+    with catch_out_of_memory(batch_size, run.task.memory_advice):
         progress = fit(
             trainer,
             sources.train,

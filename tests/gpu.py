@@ -43,7 +43,7 @@ def task_without_data(method: Method, outputs: int, plan: Plan) -> Task:
         plan: nnU-Net's plan; methods that need none ignore it.
     """
     method = replace(method, model=method.model.with_weights("random"))
-    needed_plan = {"plan": plan} if method.preprocessing is None else {}
+    needed_plan = {"plan": plan} if method.model.needs_plan else {}
     return TASKS[method.model.sample](Experiment(method.name, method.summary, Data(), method), outputs, **needed_plan)
 
 
@@ -62,7 +62,7 @@ def lowered_step(
     batch = {
         "input": jax.ShapeDtypeStruct((rows, *shape), jnp.float32),
         "mask": jax.ShapeDtypeStruct((rows, *shape[:-1]), jnp.uint8),
-        "weight": jax.ShapeDtypeStruct((rows, *([slices] if task.model.sample == "volumes" else [])), jnp.float32),
+        "weight": jax.ShapeDtypeStruct((rows, *task.weight_shape(slices)), jnp.float32),
     }
     step = make_step(task.make_gradient(parts.training, None, task.loss), optimiser)
     state, key = jax.eval_shape(optimiser.init, parts.trainable), jax.eval_shape(lambda: jax.random.key(0))

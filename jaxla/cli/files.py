@@ -1,6 +1,7 @@
 """Files on disk: atomic writes, locks between processes, hashes and free space."""
 
 import contextlib
+import errno
 import hashlib
 import logging
 import os
@@ -14,6 +15,8 @@ from typing import Literal
 from filelock import FileLock, Timeout
 
 from jaxla.config import InputError
+
+WRITE_FAULTS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES)  # a full or read-only disk
 
 log = logging.getLogger(__name__)
 

@@ -7,6 +7,7 @@ import os
 import signal
 import sys
 import threading
+import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from types import FrameType
@@ -67,7 +68,8 @@ def exit_status(error: BaseException) -> tuple[int, str]:
 
 
 def _report_unraisable(report: sys.UnraisableHookArgs) -> None:
-    if str(report.exc_value) != "Event loop is closed":  # Orbax's writers, to a loop that an error has ended
+    frames = traceback.extract_tb(report.exc_traceback)
+    if not frames or frames[-1].name != "_check_closed":  # Orbax's writers call an asyncio loop that an error has ended
         sys.__unraisablehook__(report)
 
 

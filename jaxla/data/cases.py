@@ -47,7 +47,7 @@ class Finding:
     problem: str
     fix: str
     case: str = ""  # id of the case, if there is one
-    level: Literal["error", "warning"] = "error"  # an error keeps training from starting, a warning is for a person
+    level: Literal["error", "warning"] = "error"  # an error stops training; a warning asks for a look
 
 
 class Layout(NamedTuple):

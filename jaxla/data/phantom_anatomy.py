@@ -157,7 +157,7 @@ def _capsule_distance(points: Sequence[Array], capsule: Tube) -> Array:
     return np.sqrt(np.maximum(square, 0)) - (start[3] + along * (end[3] - start[3]))
 
 
-def distance_to(
+def measure_distance(
     grid: Grid, points: Points, structure: Structure, rotation: NDArray | None = None, blend: float = 1.0
 ) -> tuple[Box, Array]:
     """Return a box around a structure, and there the distance to the union of its parts.

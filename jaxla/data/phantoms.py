@@ -136,7 +136,7 @@ def _paint_patient(rng: np.random.Generator, grid: Grid) -> tuple[Array, NDArray
     image, pleura = _paint_chest_wall(rng, grid, tissues)
     for structure in (*anatomy.CAVITY, *anatomy.MIDLINE):
         varied = anatomy.vary(rng, structure, np.eye(3), variation=1.5)
-        box, distance = anatomy.distance_to(grid, lambda box: anatomy.box_coordinates(grid, box), varied)
+        box, distance = anatomy.measure_distance(grid, lambda box: anatomy.box_coordinates(grid, box), varied)
         if structure in anatomy.CAVITY:
             distance = np.maximum(distance, pleura[box[:2]])
         if structure.shell:
@@ -169,13 +169,15 @@ def _paint_heart(
     veins = [anatomy.vary(rng, vein, rotation, variation=1.2) for vein in anatomy.VEINS]
     vessels = anatomy.lung_vessels(rng)
     for structure in (*vessels, *[anatomy.vary(rng, part, rotation) for part in anatomy.HEART], *veins):
-        box, distance = anatomy.distance_to(grid, points, structure, rotation)
+        box, distance = anatomy.measure_distance(grid, points, structure, rotation)
         _paint(image, box, distance - np.float32(structure.shell), tissues[structure.shell_tissue])
         _paint(image, box, distance, blood())
 
     atrium = anatomy.vary(rng, anatomy.ATRIUM, rotation)
     stumps = tuple(anatomy.Tube(vein.parts[0].points[:2]) for vein in veins)
-    box, distance = anatomy.distance_to(grid, points, atrium._replace(parts=atrium.parts + stumps), rotation, blend=6.0)
+    box, distance = anatomy.measure_distance(
+        grid, points, atrium._replace(parts=atrium.parts + stumps), rotation, blend=6.0
+    )
     scarred = np.clip((_smooth_field(rng, grid, box, 16) - np.float32(rng.uniform(0.3, 1.6))) * 5, 0, 1)
     scar = tissues["blood"] * np.float32(rng.uniform(1.2, 1.6))
     wall = tissues["wall"] + scarred * (scar - tissues["wall"])

@@ -98,7 +98,7 @@ def content_key(case: Case, labels: Labels) -> str:
     """
     hashes = []
     for path in (case.image, case.mask):
-        with report_os_errors("read", path):
+        with report_os_errors("read", path, "Make the file readable."):
             hashes.append(file_sha256(path))
     content = json.dumps([*hashes, asdict(labels)])
     return hashlib.sha256(content.encode()).hexdigest()[:32]

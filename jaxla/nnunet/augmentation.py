@@ -57,14 +57,20 @@ class Probabilities(NamedTuple):
 NNUNET_PROBABILITIES = Probabilities()
 
 
-def rotation_range(patch_size: Sequence[int]) -> tuple[float, bool]:
-    """Return by how many degrees patches [D, H, W] or [H, W] are rotated at most, in either direction, and about what.
+class RotationRange(NamedTuple):
+    """How patches are rotated."""
 
-    Patches with few slices (True) are rotated within the plane, all slices alike; others (False) about each axis.
-    """
+    degrees: float  # largest angle, in either direction
+    in_plane: bool  # all slices of a 3D patch rotate alike, because there are few; else it rotates about each axis
+
+
+def rotation_range(patch_size: Sequence[int]) -> RotationRange:
+    """Return how patches [D, H, W] or [H, W] are rotated."""
     if len(patch_size) == 2:
-        return 15.0 if max(patch_size) / min(patch_size) > 1.5 else 180.0, False
-    return (180.0, True) if max(patch_size) / patch_size[0] > ANISOTROPY_THRESHOLD else (30.0, False)
+        return RotationRange(15.0 if max(patch_size) / min(patch_size) > 1.5 else 180.0, False)
+    if max(patch_size) / patch_size[0] > ANISOTROPY_THRESHOLD:
+        return RotationRange(180.0, True)
+    return RotationRange(30.0, False)
 
 
 def initial_patch_size(patch_size: Sequence[int]) -> tuple[int, ...]:

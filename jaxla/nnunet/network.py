@@ -41,6 +41,7 @@ class NNUNetOptions(NetworkOptions):
     """
 
     sample: ClassVar[str] = "patches"
+    needs_plan: ClassVar[bool] = True
 
     arch: Literal["nnunet_2d", "nnunet_3d_fullres"] = "nnunet_2d"
     plan: str = ""

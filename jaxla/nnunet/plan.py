@@ -12,7 +12,7 @@ from jaxla.cli.files import report_os_errors, write_atomically
 from jaxla.config import InputError
 
 TRAINABLE = ("2d", "3d_fullres")  # configurations that this package trains
-ARCH_CONFIGURATIONS = {"nnunet_2d": "2d", "nnunet_3d_fullres": "3d_fullres"}  # --model.arch -> configuration
+ARCH_CONFIGURATIONS = {"nnunet_2d": "2d", "nnunet_3d_fullres": "3d_fullres"}  # arch of `NNUNetOptions` -> configuration
 DEFAULT_MEMORY_GB = 8.0
 Z_SCORE = "ZScoreNormalization"
 CASCADE = {"3d_cascade_fullres": {"inherits_from": "3d_fullres", "previous_stage": "3d_lowres"}}
@@ -68,7 +68,11 @@ class Plan(NamedTuple):
     normalisation: str = Z_SCORE  # nnU-Net's name for it
 
     def configuration(self, name: str, where: str = "the plan") -> Configuration:
-        """Return a trainable configuration; raise an InputError about `where` if the plan lacks it, or its network."""
+        """Return a trainable configuration.
+
+        Raises:
+            InputError: about `where`: the plan lacks the configuration, or no network can be built from it.
+        """
         if name not in TRAINABLE:
             raise InputError(where, f"configuration {name!r} is not supported", f"Use {' or '.join(TRAINABLE)}.")
         if name not in self.configurations:
@@ -169,7 +173,11 @@ def read_fingerprint(path: Path) -> Fingerprint:
 
 
 def fingerprint_from_json(content: Mapping[str, Any]) -> Fingerprint:
-    """Return the fingerprint in a file's content; raise one of four Python errors if it is none."""
+    """Return the fingerprint in a file's content.
+
+    Raises:
+        ValueError, KeyError, TypeError, AttributeError: the content is not a fingerprint.
+    """
     spacings = tuple(tuple(map(float, spacing)) for spacing in content["spacings"])
     shapes = tuple(tuple(map(int, shape)) for shape in content["shapes_after_crop"])
     if not spacings or len(spacings) != len(shapes) or {len(case) for case in (*spacings, *shapes)} != {3}:
@@ -178,7 +186,7 @@ def fingerprint_from_json(content: Mapping[str, Any]) -> Fingerprint:
 
 
 def _read_json(path: Path) -> Any:
-    with report_os_errors("read", path):
+    with report_os_errors("read", path, "Make the file readable."):
         text = path.read_bytes()
     try:
         return json.loads(text)

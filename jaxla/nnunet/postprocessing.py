@@ -18,7 +18,7 @@ from scipy import ndimage
 
 from jaxla.cli.files import report_os_errors, write_atomically
 from jaxla.cli.terminal import plural
-from jaxla.config import InputError
+from jaxla.config import InputError, option
 from jaxla.distributed import barrier, broadcast, gather, is_first
 
 log = logging.getLogger(__name__)
@@ -51,7 +51,7 @@ def choose_largest(cases: Iterable[tuple[str, np.ndarray, np.ndarray]], names: S
     Args:
         cases: (case id, predicted classes, reference classes) of the cases of this process.
         names: of the structures.
-        path: `validation/largest.json` in the run's folder.
+        path: the file that keeps the choice.
     """
     if not broadcast(path.exists()):
         trials = {case: try_rules(predicted, reference, len(names)) for case, predicted, reference in cases}
@@ -94,7 +94,7 @@ def write_choice(trials: Mapping[str, Trials], names: Sequence[str], path: Path)
     """Write the chosen groups and the Dice behind them, and log the choice."""
     groups = choose_groups(trials, len(names))
     content = {"groups": groups, "unit": "volume", "n": len(trials), "dice": trials}
-    with report_os_errors("written", path, "Fix this and rerun with --resume."):
+    with report_os_errors("written", path, f"Fix this and rerun with {option('resume')}."):
         path.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(path, json.dumps(content, indent=1) + "\n")
     kept = ", then ".join(" and ".join(names[k - 1] for k in group) for group in groups)

@@ -90,7 +90,7 @@ def preprocess_image(
     old_spacing = tuple(spacing[axis] for axis in order)
     new_spacing = resampled_spacing(old_spacing, configuration)
     box = nonzero_box(scan)
-    inside = ...
+    inside = ...  # all voxels
     if plan.use_mask_for_norm:
         inside = nonzero_mask(scan[box])
         if mask is not None:
@@ -154,7 +154,7 @@ def _preprocess(
     sources = [VERSION, volume.slices_sha256, volume.content_key, order, new_spacing, plan.use_mask_for_norm]
     folder = cache_dir / "planned" / hashlib.sha256(json.dumps(sources).encode()).hexdigest()[:32]
     if not has_files(folder, FILES):
-        with report_os_errors("written", option("cache-dir", cache_dir)):
+        with report_os_errors("written", option("cache-dir", cache_dir), "Use another folder."):
             _write_folder(folder, volume, plan, configuration)
     content = json.loads((folder / "volume.json").read_text())
     return PreprocessedVolume(volume.id, folder, tuple(content["shape"]), tuple(content["location_counts"]))

@@ -30,7 +30,7 @@ Rows = Iterator[np.ndarray]  # slices along the first axis, in order
 
 
 def make_tile_logits(networks: Sequence[nnx.Module], configuration: Configuration) -> Callable[[np.ndarray], Rows]:
-    """Return `image [D, H, W] as preprocessed -> mean logits, D slices [H, W, K] float32 in order`, compiled once."""
+    """Return a compiled function from a preprocessed image [D, H, W] to D slices of mean logits [H, W, K] float32."""
     graph, _ = nnx.split(networks[0])
     states = [place_on_devices(nnx.split(network)[1]) for network in networks]
     size = configuration.patch_size
@@ -128,7 +128,9 @@ def resample_to_scan(logits: Iterable[np.ndarray], image: PreprocessedImage) -> 
     Linear; nearest along an axis of much coarser spacing.
     """
     shape, new_shape = image.image.shape, [side.stop - side.start for side in image.box]
-    coarse_axis = find_coarse_axis(image.new_spacing, image.spacing)  # may be another one than on the way here
+    coarse_axis = find_coarse_axis(
+        image.new_spacing, image.spacing
+    )  # differs from preprocessing if scan and plan have different coarse axes
 
     def resample_plane(row: np.ndarray) -> np.ndarray:
         for axis in (1, 2):

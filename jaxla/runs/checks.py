@@ -1,4 +1,4 @@
-"""Whether an experiment's options can work at all, before anything is read."""
+"""Check an experiment's options and find its weights, before the data are read."""
 
 from __future__ import annotations
 
@@ -68,7 +68,11 @@ def _check_bounds(experiment: Experiment) -> None:
 
 
 def find_weights(experiment: Experiment, cache_dir: Path) -> tuple[Experiment, str]:
-    """Return the experiment with the path of its backbone's weights, and the hash of their data; "" for random ones."""
+    """Return the experiment with the path of its backbone's weights, and the hash of their data; "" for random ones.
+
+    Raises:
+        InputError: the weights are missing or damaged.
+    """
     model = experiment.method.model
     if model.weights == "random":
         return experiment, ""

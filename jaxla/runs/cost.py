@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -25,7 +26,7 @@ MAX_TIMED_VOLUMES, MAX_TIMED_SECONDS = 3, 60
 
 @dataclass(frozen=True)
 class Cost:
-    """Parameters, multiply-adds, memory and seconds of one run; of cross-validation, of all folds' networks together.
+    """Parameters, multiply-adds, memory and seconds of one run; with --fold=all, of the networks of all folds.
 
     `inference_seconds` are those from the scan in memory to the mask on its grid, for each timed test volume, by the
     whole network, compiled before.
@@ -52,7 +53,7 @@ def measure_cost(
     seconds = time_inference(segment, test)
     task, network, count = run.task, run.networks[0], len(run.networks)
     shape = task.input_shape(deepest)
-    depth = shape[0] if len(shape) == 4 else 1
+    depth = math.prod(shape[:-3])
     is_finetuned = task.model.backbone == "finetuned"
     graph, state = nnx.split(network)
     shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), state)

@@ -40,8 +40,6 @@ REPORT = "report.html"  # written last: a run with it is finished
 
 FIRST_FILES = (LOCK, SPLIT, CASES)  # written before the record, which makes the folder a run
 
-STUDY, RUNS = "study.json", "runs"  # of a study's folder: its schedule, and the folders of its runs
-
 
 def fold_folders(folder: Path) -> list[Path]:
     """Return the folders of the folds of a run with --fold=all."""
@@ -61,17 +59,17 @@ def require_free(folder: Path) -> None:
 
 
 def has_not_begun(folder: Path) -> bool:
-    """Whether an existing folder holds nothing but what a run killed before it began may leave."""
+    """Return whether an existing folder holds nothing but what a run killed before it began may leave."""
     return all(path.name in FIRST_FILES or is_leftover(path) for path in folder.iterdir())
 
 
 def is_finished(folder: Path) -> bool:
-    """Whether the run in a folder was trained, tested and reported."""
+    """Return whether the run in a folder was trained, tested and reported."""
     return (folder / REPORT).exists()
 
 
 def is_running(folder: Path) -> bool:
-    """Whether a process is training in a folder."""
+    """Return whether a process is training in a folder."""
     if not (folder / LOCK).exists():
         return False
     try:
@@ -227,7 +225,7 @@ def _log_changed_environment(then: Mapping[str, Any], now: Mapping[str, Any]) ->
     if (began := then["device"]) != (resumes := now["device"]):
         will_differ = "the result will differ from an uninterrupted run"
         log.warning("the run began on %s and resumes on %s: %s", began, resumes, will_differ)
-    if (began := then.get("devices", 1)) != (resumes := now.get("devices", 1)):
+    if (began := then["devices"]) != (resumes := now["devices"]):
         log.info("the run began on %d devices and resumes on %d: %s", began, resumes, may_differ)
     for name, resumes in now["versions"].items():
         if (began := then["versions"].get(name)) != resumes:

@@ -94,7 +94,7 @@ def forecast_run(
     Raises:
         InputError: a step needs more memory than there is.
     """
-    with catch_out_of_memory(task.batch_size):
+    with catch_out_of_memory(task.batch_size, task.memory_advice):
         began = time.perf_counter()
         with on_host():
             network = task.build_network()
@@ -157,7 +157,7 @@ def forecast_features(
     if not found.fit:
         return found, None
     with use_local_devices():
-        images = shard_batch(np.zeros((cache.batch, *task.input_shape(1)[-3:]), np.float32))
+        images = shard_batch(np.zeros(cache.input_shape, np.float32))
         batch_seconds = mean_seconds(lambda: cache.extract(images), 1)
     batches = sum(-(-volume.shape[0] // cache.batch) for volume in local_items(missing))
     stand_ins = {

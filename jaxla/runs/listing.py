@@ -24,7 +24,7 @@ def describe_method(method: Method) -> str:
     """Return a method's parameters, input and recipe in one line."""
     recipe = method.training
     rate = f"{'Adam' if recipe.optimiser == 'adam' else 'SGD'} {recipe.learning_rate:g}"
-    if method.preprocessing is None:
+    if method.model.needs_plan:
         return f"planned from the data; {rate}, {recipe.epochs} epochs of {recipe.steps} steps"
     size = method.preprocessing.image_size
     return (

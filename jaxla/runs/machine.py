@@ -47,7 +47,7 @@ def describe_device(environment: Mapping[str, Any]) -> str:
     Examples: `cpu: AMD EPYC 7B13, 8 cores`; `gpu: NVIDIA H100, 4 of them, in 2 processes`.
     """
     name = environment["device"]
-    if name.startswith("cpu") and "processor" in environment:
+    if name.startswith("cpu"):
         name = f"cpu: {environment['processor']}"
-    count, processes = environment.get("devices", 1), environment.get("processes", 1)  # older records lack them
+    count, processes = environment["devices"], environment["processes"]
     return name + (f", {count} of them" if count > 1 else "") + (f", in {processes} processes" if processes > 1 else "")

@@ -10,6 +10,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
+from jaxla.cli.files import WRITE_FAULTS
 from jaxla.cli.process import Stopped
 from jaxla.config import InputError
 from jaxla.data.dataset import PreparedData
@@ -22,7 +23,7 @@ from jaxla.training.progress import LATEST
 
 # Faults of a disk or network file system. ENOENT is left out: a missing file is more often a mistake in this package,
 # which should show its traceback.
-DISK_FAULTS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EIO, errno.ESTALE)
+DISK_FAULTS = (*WRITE_FAULTS, errno.EIO, errno.ESTALE)
 
 log = logging.getLogger("jaxla.train")
 
@@ -52,7 +53,7 @@ def open_run(
 
     Args:
         early_log: lines that the log begins with.
-        outer_resume_command: of the cross-validation that this run is one fold of.
+        outer_resume_command: the command that resumes the cross-validation, if this run is one of its folds.
 
     Raises:
         InputError: another process holds the folder, what is to be resumed differs, or a disk fails.

@@ -33,8 +33,8 @@ class TrainedRun:
 
     record: Record
     task: Task
-    networks: tuple[nnx.Module, ...]  # the network of the epoch that was kept; of cross-validation, one for each fold
-    epoch: int  # that epoch; of cross-validation, the first fold's
+    networks: tuple[nnx.Module, ...]  # the network of the kept epoch; with --fold=all one for each fold
+    epoch: int  # the kept epoch; with --fold=all that of the first fold
     largest: tuple[tuple[int, ...], ...] = ()  # groups of classes whose largest connected part alone is kept
 
     @property

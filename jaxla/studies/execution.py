@@ -31,10 +31,10 @@ def wait_for_running(runs: Sequence[ScheduledRun], output: Path) -> None:
         problem = "another process runs a study in this folder"
         raise InputError(f"--output={output}", problem, "Wait for it, or stop it.")
     for run in runs:
-        _wait_for(run.folder)
+        _wait_until_idle(run.folder)
 
 
-def _wait_for(folder: Path) -> None:
+def _wait_until_idle(folder: Path) -> None:
     if is_running(folder):
         log.info("waiting for another process that trains in %s", folder)
         while is_running(folder):
@@ -76,7 +76,7 @@ def _execute(run: ScheduledRun) -> str:
     Raises:
         KeyboardInterrupt: the run was asked to stop, and has stopped.
     """
-    _wait_for(run.folder)
+    _wait_until_idle(run.folder)
     try:
         state = read_state(run)
     except InputError as error:

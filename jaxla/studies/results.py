@@ -11,11 +11,12 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
-from jaxla.config import InputError
+from jaxla.config import InputError, option_values
 from jaxla.evaluation.statistics import mean_interval, require_same_cases
 from jaxla.runs import folder as run_files
 from jaxla.runs.cost import Cost
 from jaxla.runs.record import Record, comparable_options, read_record
+from jaxla.studies import RUNS, STUDY
 
 log = logging.getLogger(__name__)
 
@@ -150,18 +151,18 @@ def read_study(folder: Path) -> Results:
             by another version of this package; or the runs cannot be compared.
     """
     try:
-        content = json.loads((folder / run_files.STUDY).read_text())
+        content = json.loads((folder / STUDY).read_text())
         name, summary, command = (content[key] for key in ("name", "summary", "command"))
         schedule = [(run["protocol"], run["method"], int(run["seed"])) for run in content["runs"]]
-        run_dirs = [folder / run_files.RUNS / run["folder"] for run in content["runs"]]
+        run_dirs = [folder / RUNS / run["folder"] for run in content["runs"]]
         if not schedule or sorted(schedule) != sorted(product(*map(set, zip(*schedule, strict=True)))):
             raise ValueError("expected a run for each protocol, method and seed")
     except OSError as error:
-        problem = f"not a study's folder (no {run_files.STUDY})"
+        problem = f"not a study's folder (no {STUDY})"
         raise InputError(f"--study={folder}", problem, "Pass the --output of `python -m jaxla.study`.") from error
     except (ValueError, KeyError, TypeError) as error:
         fix = "Rerun the study with the same command; complete runs are kept."
-        raise InputError(folder / run_files.STUDY, f"damaged ({error!r})", fix) from error
+        raise InputError(folder / STUDY, f"damaged ({error!r})", fix) from error
     runs, fix = [], f"Resume the study with `{command}`."
     for run_dir, scheduled in zip(run_dirs, schedule, strict=True):
         if not run_dir.exists():
@@ -172,7 +173,7 @@ def read_study(folder: Path) -> Results:
         _require_scheduled(run_dir, record, *scheduled)
         runs.append(_read_run(run_dir, record))
     _require_comparable(runs)
-    present = {path.name for path in (folder / run_files.RUNS).iterdir() if path.is_dir()}
+    present = {path.name for path in (folder / RUNS).iterdir() if path.is_dir()}
     if unscheduled := present - {run_dir.name for run_dir in run_dirs}:
         log.warning("not in the report, because the schedule does not list them: %s", ", ".join(sorted(unscheduled)))
     axes = (list(dict.fromkeys(getattr(run, axis) for run in runs)) for axis in ("protocol", "method", "seed"))
@@ -266,7 +267,7 @@ def _require_comparable(runs: Sequence[StudyRun]) -> None:
                 **{name: value for name, value in options.items() if name not in PROTOCOL_OPTIONS},
                 # Random weights follow the seed, so their hash is not compared.
                 "weights": "random" if record.weights == "random" else record.weights_sha256[:12],
-                "--model.plan": "given" if getattr(record.experiment.method.model, "plan", "") else "not given",
+                "--model.plan": "given" if option_values(record.experiment).get("model.plan") else "not given",
             },
             ("protocol", run.protocol): {n: value for n, value in options.items() if n.startswith("--data.")},
             ("subset", run.protocol, run.seed): {"training patients": run.split["train"]},

@@ -18,8 +18,9 @@ from jaxla.data.prepared import content_key
 from jaxla.data.split import make_split
 from jaxla.experiments import EXPERIMENTS, METHODS
 from jaxla.runs.checks import check_experiment, find_weights
-from jaxla.runs.folder import CASES, RUNS, STUDY, has_not_begun, is_finished, lock_folder
+from jaxla.runs.folder import CASES, has_not_begun, is_finished, lock_folder
 from jaxla.runs.record import Record, changed_case, differences, format_value, read_record
+from jaxla.studies import RUNS, STUDY
 from jaxla.tasks import is_same_plan
 
 State = Literal["complete", "started", "new"]
@@ -53,7 +54,7 @@ def schedule_runs(
         for method, method_options in options.items():
             arguments = [f"--exp={protocol}", f"--method={method}", *method_options, f"--cache-dir={cache_dir}"]
             parsed = parse_experiment(arguments, EXPERIMENTS, METHODS)
-            with method_named(method):
+            with add_method_to_errors(method):
                 experiment, sha256 = find_weights(check_experiment(parsed.experiment), cache_dir)
             given = (output / RUNS, parsed.devices, parsed.shard_params)
             runs.append(ScheduledRun(protocol, method, 0, experiment, tuple(arguments), sha256, *given))
@@ -94,7 +95,7 @@ def _scan_options(data: Data) -> Data:
 
 
 @contextmanager
-def method_named(method: str) -> Iterator[None]:
+def add_method_to_errors(method: str) -> Iterator[None]:
     """Add the method to an InputError about an option that methods may set differently."""
     try:
         yield

@@ -26,7 +26,11 @@ def make_task(experiment: Experiment, data: PreparedData) -> Task:
 
 
 def make_checked_task(experiment: Experiment, data: PreparedData) -> Task:
-    """Return the task of a new run, after all checks of data and devices that need no network."""
+    """Return the task of a new run, after all checks of data and devices that need no network.
+
+    Raises:
+        InputError: the method does not fit the data or the devices, or a scan has too few slices.
+    """
     task = make_task(experiment, data)
     task.check_batch_size()
     for volume in data.used_volumes:

@@ -86,6 +86,11 @@ class Task(ABC):
     def save(self, folder: Path) -> None:
         """Keep in the run's folder what `from_run` needs besides the record; on resuming, check that it is the same."""
 
+    @property
+    def memory_advice(self) -> str:
+        """How a training step can do with less memory, in sentences."""
+        return f"Lower {option('preprocessing.image_size')}."
+
     def check_batch_size(self) -> None:
         """Raise an InputError unless each device gets a sample of every batch."""
         if self.batch_size >= (devices := device_count()):
@@ -100,7 +105,7 @@ class Task(ABC):
         """Raise an InputError if a scan has too few slices for the network."""
 
     def is_cut(self, shape: Sequence[int], spacing: Sequence[float]) -> bool:
-        """Whether the network sees only the centre of slices of this shape [S, H, W] and spacing in mm."""
+        """Return whether the network sees only the centre of slices of this shape [S, H, W] and spacing in mm."""
         return False
 
     @abstractmethod
@@ -112,7 +117,11 @@ class Task(ABC):
         """Describe one input of the network, such as `448 × 448 pixels`."""
 
     def build_network(self, weights: str | None = None) -> nnx.Module:
-        """Build the untrained network; `weights` replaces those of the options."""
+        """Build the untrained network; `weights` replaces those of the options.
+
+        Raises:
+            InputError: weights are missing or do not fit.
+        """
         model = self.model if weights is None else self.model.with_weights(weights)
         return build_network(model, self.outputs, self.experiment.seed)
 
@@ -156,6 +165,7 @@ class Task(ABC):
             train_backbone=self.model.backbone == "finetuned",
             has_pretrained_backbone=self.model.weights != "random",
             seed=self.experiment.seed,
+            memory_advice=self.memory_advice,
         )
 
     def why_not_cached(self, network: nnx.Module) -> str:
@@ -181,6 +191,10 @@ class Task(ABC):
     @abstractmethod
     def input_shape(self, slices: int) -> tuple[int, ...]:
         """Return the shape [H, W, C] or [D, H, W, C] of one input; `slices` are those of the deepest volume used."""
+
+    def weight_shape(self, slices: int) -> tuple[int, ...]:
+        """Return the shape of one sample's weight: [], or [D] if each slice has its own; `slices` as above."""
+        return ()
 
     @abstractmethod
     def make_segment(self, networks: Sequence[nnx.Module]) -> SegmentSlices:

@@ -136,6 +136,10 @@ class PatchTask(Task):
     def batches_to_segment(self, volumes: Sequence[PreparedVolume]) -> float:
         return count_tiles(volumes, self.plan, self.configuration) / self.batch_size
 
+    @property
+    def memory_advice(self) -> str:
+        return f"Lower {option('model.memory_gb')}, or use a plan made for less memory."
+
     def make_segment(self, networks: Sequence[nnx.Module]) -> SegmentSlices:
         configuration = self.model.configuration(self.plan)
         tile_logits = make_tile_logits(networks, configuration)
@@ -163,6 +167,6 @@ class PatchTask(Task):
 
 
 def is_same_plan(model: NetworkOptions, folder: Path) -> bool:
-    """Whether a run in `folder` used the plan file that a network's options name; true if they name none."""
+    """Return whether a run in `folder` used the plan file that a network's options name; true if they name none."""
     given, kept = getattr(model, "plan", ""), folder / PLAN
     return not given or not kept.exists() or read_plan(kept) == read_plan(Path(given))

@@ -55,7 +55,7 @@ class SliceTask(Task):
     def check_batch_size(self) -> None:
         super().check_batch_size()
         images = -(-self.batch_size // device_count())
-        require_memory(4 * self.canvas.size**2 * images, self.batch_size)  # the images alone
+        require_memory(4 * self.canvas.size**2 * images, self.batch_size, self.memory_advice)  # the images alone
 
     def describe(self, slice_counts: Collection[int]) -> str:
         return ""
@@ -115,14 +115,14 @@ class SliceTask(Task):
 
     def make_slice_probabilities(self, networks: Sequence[nnx.Module]) -> SliceProbabilities:
         """Return a function that applies networks to the slices of one scan, given the networks' input for each."""
-        probabilities_of_batch = mean_probabilities(networks)
+        batch_probabilities = mean_probabilities(networks)
         batch_size = self.batch_size
 
         def slice_probabilities(inputs: Iterable[Any], count: int) -> Iterator[np.ndarray]:
             inputs = iter(inputs)
             while chosen := list(islice(inputs, batch_size)):
                 batch = jax.tree.map(lambda *rows: pad_rows(rows, len(local_rows(batch_size))), *chosen)
-                yield from np.asarray(probabilities_of_batch(shard_batch(batch)))[: len(chosen)]
+                yield from np.asarray(batch_probabilities(shard_batch(batch)))[: len(chosen)]
 
         return slice_probabilities
 

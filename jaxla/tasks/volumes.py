@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 from flax import nnx
 
+from jaxla.config import option
 from jaxla.data.batches import VolumeSource
 from jaxla.data.dataset import PreparedData
 from jaxla.data.prepared import PreparedVolume
@@ -59,16 +60,24 @@ class VolumeTask(SliceTask):
     def make_gradient(self) -> MakeGradient:
         return GRADIENTS[self.recipe.gradient]
 
+    @property
+    def memory_advice(self) -> str:
+        windows = f"Use {option('training.gradient', 'two_pass')} or more {option('model.windows')}."
+        return f"{super().memory_advice} {windows}"
+
+    def weight_shape(self, slices: int) -> tuple[int, ...]:
+        return (slices,)
+
     def input_shape(self, slices: int) -> tuple[int, ...]:
         return (slices, *super().input_shape(slices))
 
     def make_slice_probabilities(self, networks: Sequence[nnx.Module]) -> SliceProbabilities:
-        probabilities_of_batch = mean_probabilities(networks)
+        batch_probabilities = mean_probabilities(networks)
 
         def slice_probabilities(inputs: Iterable[Any], count: int) -> np.ndarray:
             depth = -(-count // DEPTH_STEP) * DEPTH_STEP
             volume, present = pad_rows(list(inputs), depth), np.arange(depth) < count
             batch = [shard_batch(pad_rows([array], len(local_rows(1)))) for array in (volume, present)]
-            return np.asarray(probabilities_of_batch(*batch)[0])[:count]
+            return np.asarray(batch_probabilities(*batch)[0])[:count]
 
         return slice_probabilities

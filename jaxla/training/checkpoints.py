@@ -20,7 +20,7 @@ import jax
 import orbax.checkpoint as ocp
 
 from jaxla.cli.files import file_sha256, free_bytes, write_atomically
-from jaxla.config import InputError, option
+from jaxla.config import InputError
 from jaxla.distributed import barrier, broadcast, is_first
 
 T = TypeVar("T")
@@ -73,8 +73,7 @@ class Checkpoints:
             if is_first():
                 self._remove_half_written()
             problem = f"cannot be written ({os_error.strerror or os_error}); earlier checkpoints are kept"
-            fix = f"Fix this and rerun with {option('resume')}."
-            raise InputError(self._folder / str(step), problem, fix) from error
+            raise InputError(self._folder / str(step), problem, "Fix this, then resume.") from error
         barrier()  # no process continues before the checkpoint is complete
 
     def steps(self) -> list[int]:

@@ -11,7 +11,6 @@ batches, however many slices there are.
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import importlib.metadata
 import json
@@ -27,7 +26,7 @@ import jax
 import numpy as np
 from flax import nnx
 
-from jaxla.cli.files import file_lock, file_sha256, free_bytes, write_atomically
+from jaxla.cli.files import WRITE_FAULTS, file_lock, file_sha256, free_bytes, write_atomically
 from jaxla.cli.terminal import format_bytes, track
 from jaxla.config import option
 from jaxla.data.arrays import open_array
@@ -70,6 +69,7 @@ class FeatureCache:
 
     Attributes:
         extract: images [batch, size, size, 1] -> features [batch, …].
+        input_shape: [batch, size, size, 1].
         batch: number of images that `extract` takes, all devices together.
         how_to_fit: advice on making features fit on the disk, to follow "use".
         folder: where the features are kept.
@@ -82,7 +82,8 @@ class FeatureCache:
         self.batch = BATCH * device_count()
         self.how_to_fit = " or ".join([f"another {option('cache-dir')}", *network.SMALLER_FEATURES])
         self._canvas, size = canvas, canvas.size
-        one_batch = jax.eval_shape(self.extract, jax.ShapeDtypeStruct((self.batch, size, size, 1), np.float32))
+        self.input_shape = (self.batch, size, size, 1)
+        one_batch = jax.eval_shape(self.extract, jax.ShapeDtypeStruct(self.input_shape, np.float32))
         self.shape, self.dtype = one_batch.shape[1:], np.dtype(one_batch.dtype)
         self._description = {
             "version": [VERSION, PREPARED_VERSION],
@@ -158,7 +159,7 @@ class FeatureCache:
                 if self._compute_once(volume):
                     written.append(volume)
         except OSError as error:
-            if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES):
+            if error.errno not in WRITE_FAULTS:
                 raise
             log.warning(
                 "features cannot be cached in %s (%s): the backbone runs in every epoch instead",

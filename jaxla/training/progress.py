@@ -66,7 +66,7 @@ class TrainingCheckpoints:
         if newest is None:
             if epochs_done:
                 problem = f"no intact checkpoint is left of the {epochs_done} trained epochs"
-                raise InputError(self.folder / LATEST, problem, "Restore one from a copy, or start a new run.")
+                raise InputError(self.folder / LATEST, problem, "Restore one from a copy, or train in another folder.")
             return Progress()
         restored, saved = self.latest.restore(_training_state(trainer), newest)
         trainer.trainable, trainer.optimiser_state = restored["trainable"], restored["optimiser"]

@@ -32,13 +32,17 @@ class Trainer:
     """Trains one network, step by step, as a recipe describes.
 
     Args:
-        network: see `jaxla.models.networks`.
+        network: a Flax NNX module, called with the `input` of batches, such as images [B, H, W, C], and returning
+            logits [B, H, W, K]; see `jaxla.models.networks`.
+        recipe: optimiser, schedule and batch size.
         steps_per_epoch: number of steps per epoch, for the schedule.
         loss: `(logits, mask, weight) -> value`.
         augment: `(key, images, masks) -> (images, masks)`, run on the device as part of the step.
+        make_gradient: how the gradient is computed.
         train_backbone: whether the network's attribute `backbone` is trained; without one this does not matter.
         has_pretrained_backbone: whether the backbone has its own learning rate.
-        seed: of augmentation.
+        seed: seed of augmentation.
+        memory_advice: how the network can do with less memory, for the error if a step needs too much.
 
     Attributes:
         trainable, frozen, optimiser_state: the state between two steps.
@@ -59,7 +63,9 @@ class Trainer:
         train_backbone: bool = True,
         has_pretrained_backbone: bool = False,
         seed: int = 0,
+        memory_advice: str = "",
     ) -> None:
+        self.memory_advice = memory_advice
         self.recipe, self.steps_per_epoch, self.seed = recipe, steps_per_epoch, seed
         parts = split_network(network, train_backbone)
         optimiser = make_optimiser(recipe, steps_per_epoch * recipe.epochs, has_pretrained_backbone)
@@ -75,19 +81,24 @@ class Trainer:
         self.frozen: Frozen = place_on_devices(parts.frozen)
 
     def compile(self, batch: Any) -> int:
-        """Compile the step for batches like this one, and return the memory that it needs in bytes, which must fit."""
+        """Compile the step for batches like this one, and return the bytes of device memory that it needs.
+
+        Raises:
+            InputError: the device has less memory.
+        """
         arguments = (self.trainable, self.frozen, self.optimiser_state, shard_batch(batch), self._key)
         self._step = self._step.lower(*arguments).compile()
         needed = program_bytes(self._step)
-        require_memory(needed, self.recipe.batch_size)
+        require_memory(needed, self.recipe.batch_size, self.memory_advice)
         return needed
 
-    def step(self, batch: Any, number: int) -> jax.Array:
-        """Take the step of this number on a batch and return its loss, without waiting for it.
+    def step(self, batch: Any, step_index: int) -> jax.Array:
+        """Take a step on a batch and return its loss, without waiting for it.
 
-        The number since the start of training seeds the augmentation.
+        Args:
+            step_index: of the step since the start of training; it seeds the augmentation.
         """
-        key = jax.random.fold_in(self._key, number)
+        key = jax.random.fold_in(self._key, step_index)
         self.trainable, statistics, self.optimiser_state, loss = self._step(
             self.trainable, self.frozen, self.optimiser_state, shard_batch(batch), key
         )

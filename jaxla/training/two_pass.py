@@ -20,7 +20,9 @@ from jaxla.training.step import Augment, Frozen, Gradient, apply_augmentation, n
 
 
 def make_two_pass_gradient(graph: nnx.GraphDef, augment: Augment | None, loss: Loss) -> Gradient:
-    """Return the two-pass gradient of a network that decodes window by window. The network needs the methods
+    """Return the two-pass gradient of a network that decodes window by window.
+
+    The network needs the methods
 
     - `encode(inputs)`: the features of whole volumes,
     - `divide(features, present)`: the grid of windows, with `indices`, `cut(features, index)` and `assemble(windows)`,

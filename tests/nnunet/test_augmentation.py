@@ -127,7 +127,7 @@ def test_image_and_mask_are_transformed_together():
 def test_slices_of_flat_patches_are_all_changed_alike():
     """Patches and masks of identical slices still have identical slices afterwards."""
     patch, rng = (4, 16, 20), np.random.default_rng(3)
-    assert rotation_range(patch)[1]
+    assert rotation_range(patch).in_plane
     size = initial_patch_size(patch)
     assert size[0] == patch[0]
     plane = ndimage.gaussian_filter(rng.standard_normal((30, *size[1:])), (0, 2, 2)) > 0

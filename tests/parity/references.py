@@ -76,12 +76,12 @@ class ReferenceUNet(nn.Module):
 class ReferenceGate(nn.Module):
     def __init__(self, skip, gating):
         super().__init__()
-        self.of_skip = nn.Conv2d(skip, skip, 2, 2, bias=False)
-        self.of_gating = nn.Conv2d(gating, skip, 1)
+        self.project_skip = nn.Conv2d(skip, skip, 2, 2, bias=False)
+        self.project_gating = nn.Conv2d(gating, skip, 1)
         self.psi = nn.Conv2d(skip, 1, 1)
 
     def forward(self, x, g):
-        weight = self.psi((self.of_skip(x) + self.of_gating(g)).relu()).sigmoid()
+        weight = self.psi((self.project_skip(x) + self.project_gating(g)).relu()).sigmoid()
         return x * functional.interpolate(weight, scale_factor=2, mode="bilinear", align_corners=False)
 
 
@@ -512,7 +512,7 @@ def rename(name, array):
     module, _, leaf = name.rpartition(".")
     if leaf == "kernel" and module.startswith("up.") and array.shape[1:3] == (2, 2):  # of a transposed convolution
         return f"{module}.weight", array.transpose(0, 3, 1, 2)
-    if leaf == "kernel" and module.endswith(".of_skip"):  # of a convolution over 2×2 pixels, as a matrix
+    if leaf == "kernel" and module.endswith(".project_skip"):  # of a convolution over 2×2 pixels, as a matrix
         outputs = array.shape[-1]
         return f"{module}.weight", array.reshape(2, 2, -1, outputs).transpose(3, 2, 0, 1)
     if leaf == "kernel" and array.ndim == 2:  # of a 1×1 convolution, as a matrix

@@ -63,6 +63,9 @@ class VGG(nnx.Module):
         """Return the features after each stage's max-pool, and which of its pixels each maximum was.
 
         BatchNorm's training statistics include the images `present`, [B] bool; default all.
+
+        Raises:
+            ValueError: `images` is invalid (see `__call__`).
         """
         require_images(images, min_size=2 ** len(self.stages))
         if self.stages[0][0].norm.use_running_average:  # evaluation

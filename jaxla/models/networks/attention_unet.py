@@ -52,12 +52,12 @@ class Gate(nnx.Module):
 
     def __init__(self, skip_width: int, gating_width: int, dtype: jnp.dtype, rngs: nnx.Rngs) -> None:
         linear = partial(convolution, side=1, kernel_init=LECUN_NORMAL, dtype=dtype, rngs=rngs)
-        self.of_skip = linear(4 * skip_width, skip_width)  # the 2×2 convolution as a product with 4 stacked pixels
-        self.of_gating = linear(gating_width, skip_width, bias=True)
+        self.project_skip = linear(4 * skip_width, skip_width)  # the 2×2 convolution as a product with 4 stacked pixels
+        self.project_gating = linear(gating_width, skip_width, bias=True)
         self.psi = linear(skip_width, 1, bias=True)
 
     def __call__(self, x: jax.Array, g: jax.Array) -> jax.Array:
         """Return x [B, 2h, 2w, C] with each pixel multiplied by its weight in 0..1; g is [B, h, w, G]."""
         stacked = jnp.concatenate([x[:, i::2, j::2] for i in (0, 1) for j in (0, 1)], axis=-1)
-        weight = jax.nn.sigmoid(self.psi(jax.nn.relu(self.of_skip(stacked) + self.of_gating(g))))
+        weight = jax.nn.sigmoid(self.psi(jax.nn.relu(self.project_skip(stacked) + self.project_gating(g))))
         return x * double(weight)

@@ -124,7 +124,11 @@ class PaddedNetwork(nnx.Module):
 
 
 def check_widths(option_name: str, widths: Sequence[int], count: int | None = None, meaning: str = "") -> None:
-    """Raise an InputError unless all widths are positive and there are `count` of them, each with this `meaning`."""
+    """Raise an InputError unless all widths are positive and there are `count` of them (default: at least one).
+
+    Args:
+        meaning: what each width is for, as the end of the advice, such as ", one for each stage".
+    """
     where = f"{option_name}={list(widths)}"
     if count is not None and len(widths) != count:
         problem = f"{len(widths)} widths, but the network needs {count}"

@@ -148,7 +148,12 @@ class FusionDecoder(nnx.Module):
     ) -> jax.Array:
         """Return logits [B, H, W, K] float32, with H, W = `size`, of features [B, blocks, h, w, C].
 
-        If the decoder reads images, `inputs` are (features, images [B, H, W, 1 or 3]), else a ValueError is raised.
+        Args:
+            inputs: the features, or (features, images [B, H, W, 1 or 3]) if the decoder reads images.
+            present: [B] bool, the images that BatchNorm's training statistics include. Default: all.
+
+        Raises:
+            ValueError: the decoder reads images, but gets none.
         """
         if self.reads_images and not isinstance(inputs, tuple):
             raise ValueError("the decoder reads the images too: call it with (features, images)")
@@ -183,11 +188,11 @@ class Fusion(nnx.Module):
         return weigh(self.weights(), features)
 
 
-@jax.jit  # by whose name `multiply_adds` counts it
+@jax.jit  # `multiply_adds` recognises this function by its name
 def weighted_sums(weights: jax.Array, features: jax.Array) -> list[jax.Array]:
     """Return [B, h, w, C] for each level, as sums over weights [levels, blocks] times features [B, blocks, h, w, C].
 
-    XLA makes one pass of it, summed in float32.
+    XLA fuses the sums into one pass, accumulated in float32.
     """
     # `split`, because its gradient is one concatenation; the gradient of indexing is as large as all blocks, per block.
     blocks = [block.squeeze(1) for block in jnp.split(features, features.shape[1], axis=1)]
@@ -198,7 +203,7 @@ def weighted_sums(weights: jax.Array, features: jax.Array) -> list[jax.Array]:
 
 
 def weighted_product(weights: jax.Array, features: jax.Array) -> list[jax.Array]:
-    """Return `weighted_sums` as one matrix product per image. It rounds differently, also the weights."""
+    """Return `weighted_sums` as one matrix product per image. The weights are rounded to the features' dtype."""
     batch, blocks, *rest = features.shape
     batch_weights = jnp.broadcast_to(weights.astype(features.dtype), (batch, *weights.shape))
     sums = jnp.einsum("bln,bnx->blx", batch_weights, features.reshape(batch, blocks, -1))

@@ -88,6 +88,7 @@ class FeatureSegmenter(nnx.Module):
         self.size = size
 
     def __call__(self, inputs: jax.Array | tuple[jax.Array, jax.Array], present: jax.Array | None = None) -> jax.Array:
+        """Return logits [B, H, W, K] of features [B, …, h, w, C]; BatchNorm's statistics include the rows `present`."""
         return self.decoder(inputs, self.size, present)
 
 

@@ -29,7 +29,11 @@ class BatchNorm(nnx.Module):
         self.use_running_average = True
 
     def __call__(self, x: jax.Array, present: jax.Array | None = None) -> jax.Array:
-        """Normalise [B, H, W, C]; in training, update the running statistics, of the images `present`, in place."""
+        """Normalise [B, H, W, C]; training also updates the running statistics in place.
+
+        Args:
+            present: [B] bool, the images that the statistics include. Default: all.
+        """
         full = jnp.promote_types(x.dtype, jnp.float32)
         scale, bias = self.scale[...], self.bias[...]
         if self.use_running_average:
