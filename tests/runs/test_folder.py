@@ -22,7 +22,7 @@ CASES = {"a": "1", "b": "2", "c": "3", "d": "4"}
 RECORD = Record(
     EXPERIMENT, "vit_mini8", "vit_mini8 (random weights, trained)", "96 × 96 pixels", "per volume", Labels(("LA",)),
     "random", "", SPLIT.sha256, "", "python -m jaxla.train", "2026-01-01T00:00:00+00:00",
-    {"versions": {"jax": "0.10.0"}, "device": "cpu: cpu"},
+    {"versions": {"jax": "0.10.0"}, "device": "cpu: cpu", "devices": 1},
 )  # fmt: skip
 FILES = {"experiment.json", "split.json", "cases.json", ".lock"}
 
