@@ -55,6 +55,9 @@ def main(arguments: list[str]) -> None:
     if options.protocol and (options.unit == "slice" or options.empty == "skip"):
         raise InputError(protocol, "scores every volume", "Remove --unit=slice and --empty=skip.")
 
+    if Path(options.predictions).resolve() == Path(options.references).resolve():
+        problem = "the same folder as --predictions"
+        raise InputError(f"--references={options.references}", problem, "Name the folder of the reference masks.")
     pairs, labels = match_cases(Path(options.predictions), Path(options.references), options.cases, options.data.labels)
     labels = check_masks(pairs, labels)
     if options.protocol and len(labels.names) > 1:

@@ -27,6 +27,9 @@ def main(arguments: list[str]) -> None:
     path = Path(parse_arguments(parser, arguments).path)
     if not path.exists():
         raise InputError(path, "no such file or folder", "Give a run folder or a .safetensors file.")
+    if path.is_file() and path.suffix != ".safetensors":
+        fix = "Give one of these; python -m jaxla.verify checks scans."
+        raise InputError(path, "neither a run folder nor a .safetensors file", fix)
     facts = describe_run(path) if path.is_dir() else describe_weights(path)
     width = max(map(len, facts))
     print("\n".join(f"{name:<{width}}  {value}" for name, value in facts.items()))

@@ -44,7 +44,9 @@ def predict(options: Namespace) -> None:
     """Segment the scans; each process segments its share of them."""
     given = {name: str(options[name]) for name in ("run", "input", "output", "probabilities", "devices")}
     require_same({f"--{name}": value for name, value in given.items()}, "Give all processes the same options.")
-    outputs = name_outputs(find_images(options.input), Path(options.input), Path(options.output))
+    scans, source, output = find_images(options.input), Path(options.input), Path(options.output)
+    outputs = name_outputs(scans, source, output)
+    require_apart(output, source, outputs)
     for mask in outputs.values():
         for path in (mask, probabilities_file(mask)) if options.probabilities else (mask,):
             if path.exists():
@@ -113,6 +115,16 @@ def name_outputs(scans: dict[str, Path], source: Path, output: Path) -> dict[Pat
     if is_file_name:
         raise InputError(f"--output={output}", f"a file, but --input={source} is a folder", "Give a folder.")
     return {scan: output / f"{case_id}.nii.gz" for case_id, scan in scans.items()}
+
+
+def require_apart(output: Path, source: Path, outputs: dict[Path, Path]) -> None:
+    """Raise an InputError if masks would lie among the scans, where they may be taken for scans or references."""
+    if output in outputs.values():  # the file name that the user gave for one mask
+        return
+    folder, scans = output.resolve(), source.resolve()
+    if folder.is_relative_to(scans) if source.is_dir() else folder == scans.parent:
+        problem = f"masks would lie among the scans of --input={source}"
+        raise InputError(f"--output={output}", problem, "Use another folder.")
 
 
 def probabilities_file(mask: Path) -> Path:

@@ -439,6 +439,8 @@ def scan_and_run(tmp_path, run_folder):
         (["--input=nowhere.nii.gz"], "--input=nowhere.nii.gz: no such file or folder"),
         (["--output=scan.nii.gz"], "scan.nii.gz: exists already. Use another --output."),
         (["--output=scan.nii.gz/below"], "--output=scan.nii.gz/below: .*/scan.nii.gz is not a writable folder"),
+        (["--output=."], r"--output=\.: masks would lie among the scans of --input=scan.nii.gz"),
+        (["--input=.", "--output=./masks"], r"--output=masks: masks would lie among the scans of --input=\."),
         (["--input=.", "--output=mask.nii.gz"], "--output=mask.nii.gz: a file, but --input=. is a folder"),
         (["--probability"], r"--probability: unknown option \(did you mean --probabilities\?\)"),
     ],

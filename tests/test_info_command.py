@@ -179,7 +179,9 @@ def test_other_paths_are_refused(tmp_path):
     assert refuse(tmp_path, "jaxla.info", "nowhere") == (
         "error: nowhere: no such file or folder. Give a run folder or a .safetensors file."
     )
-    assert "error: notes.txt: truncated, or not a safetensors file" in refuse(tmp_path, "jaxla.info", "notes.txt")
+    assert "error: notes.txt: neither a run folder nor a .safetensors file" in refuse(
+        tmp_path, "jaxla.info", "notes.txt"
+    )
     assert "path" in refuse(tmp_path, "jaxla.info")
     (tmp_path / "study").mkdir()
     (tmp_path / "study" / "study.json").write_text("{}")

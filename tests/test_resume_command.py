@@ -132,7 +132,8 @@ def refuse_to_resume(folder, *options):
 def test_a_changed_option_is_named_with_both_values(folder, options, message):
     line = refuse_to_resume(folder, *options)
     assert f"error: --resume: {message.format(run=folder / 'run')}" in line
-    assert "It began with: python -m jaxla.train --exp=quickstart" in line
+    assert "Resume with: python -m jaxla.train --exp=quickstart" in line
+    assert line.endswith(" --resume")
 
 
 def change_a_voxel(cases):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import _thread
 import logging
 import os
 import signal
@@ -68,6 +69,9 @@ def exit_status(error: BaseException) -> tuple[int, str]:
 
 
 def _report_unraisable(report: sys.UnraisableHookArgs) -> None:
+    if isinstance(report.exc_value, KeyboardInterrupt):  # Ctrl-C arrived in a callback, which cannot pass it on
+        _thread.interrupt_main()
+        return
     frames = traceback.extract_tb(report.exc_traceback)
     if not frames or frames[-1].name != "_check_closed":  # Orbax's writers call an asyncio loop that an error has ended
         sys.__unraisablehook__(report)

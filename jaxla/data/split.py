@@ -52,7 +52,7 @@ def make_split(ids: Sequence[str], protocol: Data, fold: str = "") -> Split:
     for name in ("split_seed", "subset_seed", "train_patients"):
         if (value := getattr(protocol, name)) < 0:
             raise InputError(option(f"data.{name}", value), "must not be negative", "Use a whole number from 0.")
-    split = _read_fitting_split(Path(protocol.split), ids) if protocol.split else _draw_split(ids, protocol.split_seed)
+    split = _read_fitting_split(Path(protocol.split), ids) if protocol.split else _draw_split(ids, protocol)
     _require_possible_subset(split, protocol, fold)
     if fold.isdecimal():
         return _make_fold(split, int(fold))
@@ -117,11 +117,12 @@ def _make_fold(split: Split, fold: int) -> Split:
     return Split(train, tuple(name for name in pool if name in val), split.test)
 
 
-def _draw_split(ids: Sequence[str], seed: int) -> Split:
+def _draw_split(ids: Sequence[str], protocol: Data) -> Split:
     if len(ids) < 3:
         problem = f"holds {len(ids)} patients, but training, validation and test need at least 3"
-        raise InputError(option("data.root"), problem, "Add cases.")
-    shuffled = [sorted(ids)[i] for i in np.random.default_rng(seed).permutation(len(ids))]
+        name = "data.phantom_cases" if protocol.root == "phantom" else "data.root"
+        raise InputError(option(name), problem, "Add cases.")
+    shuffled = [sorted(ids)[i] for i in np.random.default_rng(protocol.split_seed).permutation(len(ids))]
     test, val = (max(1, round(fraction * len(ids))) for fraction in (0.2, 0.1))
     val_ids, test_ids = sorted(shuffled[test : test + val]), sorted(shuffled[:test])
     return Split(tuple(shuffled[test + val :]), tuple(val_ids), tuple(test_ids))

@@ -186,7 +186,7 @@ def require_resumable(folder: Path | None, experiment: Experiment) -> None:
         raise InputError(f"--run-dir={folder}", "another process is training there", "Wait for it.")
     for name, now, then in differences(experiment, record.experiment):
         problem = f"--{name} is {format_value(now)}, but the run in {folder} began with {format_value(then)}"
-        raise InputError("--resume", problem, f"It began with: {record.command}")
+        raise InputError("--resume", problem, f"Resume with: {resume_command(record.command, folder)}")
 
 
 def resume_command(command: str, folder: Path) -> str:

@@ -14,7 +14,7 @@ import numpy as np
 from flax import nnx
 
 from jaxla.cli.files import free_bytes
-from jaxla.cli.terminal import format_bytes, format_duration
+from jaxla.cli.terminal import format_bytes, format_duration, plural
 from jaxla.config import Experiment
 from jaxla.data.batches import evaluation_batches, sample_batch, training_batches
 from jaxla.data.dataset import PreparedData
@@ -184,7 +184,7 @@ def forecast_test(
 
 def describe_forecast(forecast: Forecast, name: str) -> str:
     """Return the forecast of the experiment of this name as lines to print."""
-    f, features = forecast, forecast.features
+    f, features, epochs = forecast, forecast.features, plural(forecast.epochs, "epoch")
     disk = f"run folder {format_bytes(f.run_bytes)} at most"
     if features.size:
         size, free = format_bytes(features.size), f"{format_bytes(f.disk_free)} free"
@@ -198,14 +198,14 @@ def describe_forecast(forecast: Forecast, name: str) -> str:
         "run": f"{name}, {f.network}",
         "patients": ", ".join(f"{count} {part}" for part, count in f.patients.items()),
         "slices": ", ".join(f"{count} {part}" for part, count in f.slices.items()),
-        "steps": f"{f.steps} per epoch, {f.batch_size} {f.sample[f.batch_size > 1]} each, at most {f.epochs} epochs",
+        "steps": f"{f.steps} per epoch, {f.batch_size} {f.sample[f.batch_size > 1]} each, at most {epochs}",
         "parameters": f"{f.trained} trained, {f.frozen} frozen",
         "disk": disk,
         "memory": memory,
         "time": (
             f"start and compilation {format_duration(f.start_seconds)}; "
             + (f"features {format_duration(features.seconds)}; " if features.seconds else "")
-            + f"an epoch {format_duration(f.epoch_seconds)}, all {f.epochs} "
+            + f"an epoch {format_duration(f.epoch_seconds)}, {epochs} "
             f"{format_duration(f.epochs * f.epoch_seconds)}; test {format_duration(f.test_seconds)}; "
             f"about {format_duration(f.seconds)} in total, on {device_name()}, "
             f"from {MEASURED_STEPS} measured steps"

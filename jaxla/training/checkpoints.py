@@ -36,14 +36,18 @@ class Checkpoints:
     """
 
     def __init__(self, folder: Path, read_only: bool = False) -> None:
-        options = ocp.CheckpointManagerOptions(
-            max_to_keep=2, enable_async_checkpointing=False, read_only=read_only, create=not read_only
-        )
         self._folder = folder.absolute()
         if not read_only and is_first():
             self._remove_half_written()
         barrier()
+        absl = logging.getLogger("absl")
+        level = absl.level
+        absl.setLevel(logging.ERROR)  # Orbax warns of what `read_only` means
+        options = ocp.CheckpointManagerOptions(
+            max_to_keep=2, enable_async_checkpointing=False, read_only=read_only, create=not read_only
+        )
         self._manager = ocp.CheckpointManager(self._folder, options=options)
+        absl.setLevel(level)
 
     def save(self, step: int, trees: Mapping[str, Any], progress: Mapping[str, Any]) -> None:
         """Save named pytrees of arrays and a JSON-like record, unless this step was saved before.

@@ -192,6 +192,11 @@ def test_bad_input_is_named(folders, change, more, message):
     assert sorted(folders.rglob("*")) == before
 
 
+def test_masks_are_not_scored_against_themselves(folders):
+    with pytest.raises(InputError, match="the same folder as --predictions"):
+        main(options(folders, f"--references={folders / 'predictions'}"))
+
+
 def test_an_image_instead_of_a_mask_is_refused(folders):
     noise = np.arange(np.prod(SHAPE), dtype=np.int16).reshape(SHAPE)
     nib.save(nib.Nifti1Image(noise, AFFINE), folders / "predictions" / "train_2.nii")

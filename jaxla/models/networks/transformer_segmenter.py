@@ -15,7 +15,7 @@ from flax import nnx
 from jaxla.config import option
 from jaxla.models.backbones.vision_transformer import VisionTransformer
 from jaxla.models.networks.base import TransformerOptions, check_widths
-from jaxla.models.ops.images import three_channels
+from jaxla.models.ops.images import require_images, three_channels
 from jaxla.models.ops.layers import LECUN_NORMAL, ConvolutionUnit, convolution, logits_layer
 from jaxla.models.ops.resizing import double, resize
 
@@ -67,6 +67,7 @@ class TransformerSegmenter(nnx.Module):
             images: [B, H, W, 1] grey values in 0..1, or [B, H, W, 3] already ImageNet-normalised.
             present: [B] bool, the images that BatchNorm's training statistics are computed from. Default: all.
         """
+        require_images(images, channels=(1, 3))
         features = self.features(images)
         inputs = (features, images) if self.READS_IMAGES else features
         return self.decoder(inputs, images.shape[1:3], present)
