@@ -12,8 +12,8 @@ def test_classes_of_dataset_json_and_reoriented_scans(hippocampus, tmp_path):
     run = tmp_path / "run"
     succeed(
         tmp_path, "jaxla.train", "--exp=quickstart", f"--data.root={hippocampus}", f"--run-dir={run}",
-        f"--cache-dir={tmp_path / 'cache'}", "--data.train_patients=8", "--preprocessing.image_size=48",
-        "--seed=1",
+        f"--cache-dir={tmp_path / 'cache'}", "--data.train_patients=8", "--training.epochs=2",
+        "--preprocessing.image_size=48", "--seed=1",
     )  # fmt: skip
     summary = read_json(run / "test" / "summary.json")
     assert set(summary["classes"]) == {"Anterior", "Posterior"}
