@@ -35,7 +35,8 @@ TINY = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize(("name", "outputs"), [("2d", 3), ("3d", 1)])
+@pytest.mark.parametrize("name", TINY)
+@pytest.mark.parametrize("outputs", [1, 3])
 def test_gradients_of_the_loss_equal_the_reference(name, outputs):
     """Deep supervision of Dice and cross-entropy; for one output the reference has two, as nnU-Net has."""
     with jax.enable_x64():

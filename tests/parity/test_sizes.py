@@ -24,7 +24,10 @@ def both(arch):
     [
         ("dinov2_vits14", 1, 448, 448),
         ("dinov2_vits14", 1, 518, 518),  # the learned grid's own size
+        ("dinov2_vits14", 2, 224, 518),
+        ("dinov2_vits14_reg", 1, 448, 448),
         ("dinov2_vits14_reg", 2, 518, 224),
+        ("dinov3_vits16", 1, 448, 448),
         ("dinov3_vits16", 2, 256, 512),
     ],
 )
