@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from filelock import FileLock
 
-from tests.commands import SMALL_RUN, run_module
+from tests.commands import SMALL_RUN, run_module, succeed
 
 # A program that one test has compiled is not compiled again by other tests, or by the commands that they start.
 if "JAX_COMPILATION_CACHE_DIR" not in os.environ:  # workers inherit the folder from the process that started them
@@ -36,7 +36,7 @@ def phantoms(tmp_path_factory):
     """Six small phantoms in the LAScarQS layout. Read-only."""
 
     def make(folder):
-        run_module("jaxla.phantom", f"--output={folder / 'phantoms'}", "--cases=6", "--size=small", "--seed=3")
+        succeed(folder, "jaxla.phantom", f"--output={folder / 'phantoms'}", "--cases=6", "--size=small", "--seed=3")
 
     return make_once(tmp_path_factory, "data", make) / "phantoms"
 

@@ -4,20 +4,14 @@ import csv
 import json
 import shutil
 
+import jax
 import nibabel as nib
 import numpy as np
 import pytest
 
 import jaxla
 from jaxla.runs.trained import load_run
-from tests.commands import in_this_process, refuse
-
-
-def succeed(folder, module, *options):
-    """Run a command that must succeed; return its output."""
-    done = in_this_process(folder, module, *options)
-    assert done.returncode == 0, done.stdout + done.stderr
-    return done.stdout
+from tests.commands import in_this_process, refuse, succeed
 
 
 @pytest.fixture(scope="module")
@@ -42,7 +36,7 @@ def plan(phantoms, tmp_path_factory):
     return folder / "small.json"
 
 
-def options(phantoms, plan, folder, *more, method="nnunet_3d_short"):
+def options(phantoms, plan, folder, *more, method="nnunet_2d_short"):
     return (
         "--exp=quickstart", f"--method={method}", f"--data.root={phantoms}", f"--model.plan={plan}",
         f"--run-dir={folder}", f"--cache-dir={folder.parent / 'cache'}", "--training.epochs=3", "--training.steps=5",
@@ -56,6 +50,9 @@ def run(request, phantoms, plan, tmp_path_factory):
     output = succeed(folder.parent, "jaxla.train", *options(phantoms, plan, folder, method=request.param))
     (folder.parent / "output").write_text(output)
     return folder
+
+
+ONE_DIMENSION = pytest.mark.parametrize("run", ["nnunet_2d_short"], indirect=True)
 
 
 def test_run_folder_contains_the_usual_files_and_the_plan(run, plan):
@@ -85,7 +82,7 @@ def test_run_folder_contains_the_usual_files_and_the_plan(run, plan):
     assert "val Dice" in output
 
 
-def test_predict_segments_scans_on_their_own_grid(run, phantoms, tmp_path):
+def test_predict_and_load_network_read_the_run_folder(run, phantoms, tmp_path):
     scan = next(phantoms.rglob("train_2/enhanced.nii.gz"))
     mask = tmp_path / "mask.nii.gz"
     given = (f"--run={run}", f"--input={scan}", f"--output={mask}", "--probabilities")
@@ -96,16 +93,14 @@ def test_predict_segments_scans_on_their_own_grid(run, phantoms, tmp_path):
     probabilities = np.asarray(nib.load(tmp_path / "mask_probabilities.nii.gz").dataobj)
     assert probabilities.shape == image.shape
     assert 0 <= probabilities.min() <= probabilities.max() <= 1
+    shape = (1, *((8, 32, 32) if "3d" in str(run) else (32, 32)), 1)
+    images = jax.ShapeDtypeStruct(shape, np.float32)
+    assert jax.eval_shape(jaxla.load_network(run), images).shape == shape
     if not load_run(run).largest:
         np.testing.assert_array_equal(np.asarray(mask.dataobj) > 0, probabilities > 0.5)
 
 
-def test_load_network_reads_the_run_folder(run):
-    network = jaxla.load_network(run)
-    shape = (1, *((8, 32, 32) if "3d" in str(run) else (32, 32)), 1)
-    assert network(np.zeros(shape, np.float32)).shape == shape
-
-
+@ONE_DIMENSION
 def test_resume_before_the_test_gives_identical_results(run, phantoms, plan, tmp_path):
     folder = tmp_path / "run"
     shutil.copytree(run.parent / "cache", tmp_path / "cache")
@@ -114,13 +109,12 @@ def test_resume_before_the_test_gives_identical_results(run, phantoms, plan, tmp
         (folder / name).unlink()
     for name in ("test", "validation"):
         shutil.rmtree(folder / name)
-    method = "nnunet_3d_short" if "3d" in str(run) else "nnunet_2d_short"
-    done = in_this_process(tmp_path, "jaxla.train", *options(phantoms, plan, folder, "--resume", method=method))
-    assert done.returncode == 0, done.stderr
+    succeed(tmp_path, "jaxla.train", *options(phantoms, plan, folder, "--resume"))
     for name in ("test/cases.csv", "validation/largest.json", "plan.json"):
         assert (folder / name).read_text() == (run / name).read_text()
 
 
+@ONE_DIMENSION
 def test_resume_with_another_plan_is_refused(run, phantoms, plan, tmp_path):
     folder = tmp_path / "run"
     shutil.copytree(run.parent / "cache", tmp_path / "cache")
@@ -131,18 +125,15 @@ def test_resume_with_another_plan_is_refused(run, phantoms, plan, tmp_path):
         if "spacing" in c:
             c["batch_size"] = 4
     (folder / "plan.json").write_text(json.dumps(content))
-    method = "nnunet_3d_short" if "3d" in str(run) else "nnunet_2d_short"
-    done = in_this_process(tmp_path, "jaxla.train", *options(phantoms, plan, folder, "--resume", method=method))
+    done = in_this_process(tmp_path, "jaxla.train", *options(phantoms, plan, folder, "--resume"))
     assert done.returncode == 2
     assert "plan.json: differs from the plan of this command" in done.stderr
 
 
+@ONE_DIMENSION
 def test_same_seed_gives_identical_results(run, phantoms, plan, tmp_path):
-    if "3d" in str(run):
-        pytest.skip("one of the two dimensions is enough")
     shutil.copytree(run.parent / "cache", tmp_path / "cache")
-    more = options(phantoms, plan, tmp_path / "run", method="nnunet_2d_short")
-    assert in_this_process(tmp_path, "jaxla.train", *more).returncode == 0
+    succeed(tmp_path, "jaxla.train", *options(phantoms, plan, tmp_path / "run"))
     assert (tmp_path / "run" / "test" / "cases.csv").read_bytes() == (run / "test" / "cases.csv").read_bytes()
     again, first = (
         [{k: v for k, v in json.loads(line).items() if "second" not in k} for line in lines]
@@ -152,52 +143,45 @@ def test_same_seed_gives_identical_results(run, phantoms, plan, tmp_path):
 
 
 def test_dry_run_describes_the_run_and_writes_nothing(phantoms, plan, tmp_path):
-    done = in_this_process(tmp_path, "jaxla.train", *options(phantoms, plan, tmp_path / "run", "--dry-run"))
-    assert done.returncode == 0, done.stderr
-    assert "5 per epoch, 3 patches of 8 slices each, at most 3 epochs" in done.stdout
+    printed = succeed(tmp_path, "jaxla.train", *options(phantoms, plan, tmp_path / "run", "--dry-run"))
+    assert "5 per epoch, 3 patches each, at most 3 epochs" in printed
     assert not (tmp_path / "run").exists()
 
 
-def test_five_folds_are_trained_and_tested_together(phantoms, plan, tmp_path):
-    folder = tmp_path / "run"
-    few = ("--training.epochs=1", "--training.steps=2", "--fold=all")
-    done = in_this_process(tmp_path, "jaxla.train", *options(phantoms, plan, folder, *few, method="nnunet_2d_short"))
-    assert done.returncode == 0, done.stdout + done.stderr
-    split = json.loads((folder / "split.json").read_text())
-    pool = sorted(split["train"] + split["val"])
-    folds = [json.loads((folder / f"fold_{k}" / "split.json").read_text()) for k in range(5)]
-    assert sorted(name for fold in folds for name in fold["val"]) == pool
-    assert all(fold["test"] == split["test"] for fold in folds)
-    largest = json.loads((folder / "validation" / "largest.json").read_text())
-    assert sorted(largest["dice"]) == pool
-    summary = json.loads((folder / "test" / "summary.json").read_text())
-    assert summary["dice"]["n"] == len(split["test"])
-    page = (folder / "report.html").read_text()
-    assert "5 folds of 5 patients" in page
-    assert "5 patients for training and validation in turn, 1 for testing" in page
-    assert 'href="fold_4/report.html"' in page
-    assert "fold 2 of 5" not in (folder / "fold_0" / "train.log").read_text()  # each fold has its own log
-    assert "fold 2 of 5" in (folder / "train.log").read_text()
-
-    trained = load_run(folder)
-    assert len(trained.networks) == 5
-    assert "finished after 5 of 5 folds" in in_this_process(tmp_path, "jaxla.info", folder).stdout
-    assert "last Dice 0." in in_this_process(tmp_path, "jaxla.info", folder / "fold_2").stdout
-    with pytest.raises(jaxla.InputError, match="Give one fold, as in fold_0"):
-        jaxla.load_network(folder)
+@ONE_DIMENSION
+def test_five_equal_folds_predict_the_mask_of_one(run, phantoms, tmp_path):
+    """The folds are copies of one run; tests/runs/test_cross_validation.py trains different ones."""
+    folder, record = tmp_path / "run", json.loads((run / "experiment.json").read_text())
+    for k in range(5):
+        shutil.copytree(run, folder / f"fold_{k}")
+    shutil.copytree(run / "validation", folder / "validation")
+    shutil.copy(run / "plan.json", folder)
+    record["experiment"]["fold"] = "all"
+    (folder / "experiment.json").write_text(json.dumps(record))
+    assert len(load_run(folder).networks) == 5
     scan = next(phantoms.rglob("train_2/enhanced.nii.gz"))
-    succeed(tmp_path, "jaxla.predict", f"--run={folder}", f"--input={scan}", f"--output={tmp_path / 'mask.nii.gz'}")
+    for name in (folder, run):
+        succeed(
+            tmp_path,
+            "jaxla.predict",
+            f"--run={name}",
+            f"--input={scan}",
+            f"--output={tmp_path / name.parent.name}.nii.gz",
+        )
+    masks = [nib.load(tmp_path / f"{name.parent.name}.nii.gz").get_fdata() for name in (folder, run)]
+    np.testing.assert_array_equal(*masks)
+    assert masks[0].any()
 
 
 @pytest.mark.parametrize(
     ("more", "message"),
     [
-        ("--preprocessing.image_size=64", "--preprocessing.image_size: method nnunet_3d_short has no such option"),
-        ("--augmentation.flips=true", "--augmentation.flips: method nnunet_3d_short has no such option"),
+        ("--preprocessing.image_size=64", "--preprocessing.image_size: method nnunet_2d_short has no such option"),
+        ("--augmentation.flips=true", "--augmentation.flips: method nnunet_2d_short has no such option"),
         ("--training.steps=0", "--training.steps=0: less than 1"),
         ("--model.memory_gb=0", "--model.memory_gb=0.0: not a positive number"),
         ("--model.memory_gb=4", "--model.memory_gb: has no effect, because --model.plan is given"),
-        ("--model.widths=[8,16]", "--model.widths: method nnunet_3d_short has no such option"),
+        ("--model.widths=[8,16]", "--model.widths: method nnunet_2d_short has no such option"),
         ("--model.plan=nothing.json", "nothing.json: cannot be read"),
         ("--fold=5", '"fold": Expected a typing.Literal'),
         ("--devices=0 --training.batch_size=-1", "--training.batch_size=-1: less than 0"),
@@ -215,9 +199,7 @@ def test_plans_that_do_not_fit_the_scans_or_the_method_are_refused(phantoms, pla
             c["median_image_size_in_voxels"] = [3 * n for n in c["median_image_size_in_voxels"]]
     (tmp_path / "other.json").write_text(json.dumps(content))
     given = options(phantoms, tmp_path / "other.json", tmp_path / "run")
-    done = in_this_process(tmp_path, "jaxla.train", *given)
-    assert done.returncode == 2
-    assert "but the plan was made for" in done.stderr
+    assert "but the plan was made for" in refuse(tmp_path, "jaxla.train", *given)
     for method in ("unet", "vit_mini8"):
         said = refuse(
             tmp_path, "jaxla.train", "--exp=quickstart", f"--method={method}", f"--data.root={phantoms}",
@@ -228,12 +210,8 @@ def test_plans_that_do_not_fit_the_scans_or_the_method_are_refused(phantoms, pla
     assert "--augmentation.nnunet: method vit_mini8 has no such option" in said
 
 
-@pytest.mark.parametrize("more", [(), ("--dry-run",)])
-def test_patches_too_large_for_memory_are_refused_before_any_is_made(phantoms, plan, tmp_path, more):
-    given = options(phantoms, plan, tmp_path / "run", "--training.batch_size=40000", *more)
-    done = in_this_process(tmp_path, "jaxla.train", *given)
-    assert done.returncode == 2
-    (line,) = done.stderr.splitlines()
-    assert line.startswith("error: --training.batch_size=40000: a training step needs ")
+def test_dry_run_refuses_patches_too_large_for_memory_before_any_is_made(phantoms, plan, tmp_path):
+    given = options(phantoms, plan, tmp_path / "run", "--training.batch_size=400000", "--dry-run")
+    line = refuse(tmp_path, "jaxla.train", *given)
+    assert line.startswith("error: --training.batch_size=400000: a training step needs ")
     assert line.endswith("nnU-Net with a lower --model.memory_gb or with a plan made for less memory.")
-    assert not (tmp_path / "run").exists()

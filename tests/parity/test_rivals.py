@@ -25,8 +25,8 @@ from jaxla.models.networks.unet import UNet
 from tests.parity.references import as_theirs, reference_of
 from tests.tiny import randomise
 
-SMALL_RESNET = ResNetVariant(blocks=(2, 2, 2, 2))
-SMALL_VGG = VGGVariant(stages=((6, 6), (8, 8), (12, 12, 12), (16, 16, 16), (16, 16, 16)))
+SMALL_RESNET = ResNetVariant(blocks=(2, 1, 1, 1))
+SMALL_VGG = VGGVariant(stages=((6, 6), (8,), (12, 12), (16,), (16,)))
 SIZE = (64, 96)
 
 
@@ -41,8 +41,8 @@ def segnet(outputs, *, dtype, rngs):
 
 
 NETWORKS = {
-    "unet": partial(UNet, (8, 16, 24, 32)),
-    "attention_unet": partial(AttentionUNet, (8, 16, 24, 32)),
+    "unet": partial(UNet, (8, 16, 24)),
+    "attention_unet": partial(AttentionUNet, (8, 16, 24)),
     "resnet_unet": resnet_unet,
     "segnet": segnet,
 }

@@ -8,7 +8,7 @@ import functools
 import pytest
 
 from tests.golden.checkpoints import golden_backbone
-from tests.golden.errors import COSINE_BOUND, beyond_bounds, live_errors, lowest_bfloat16_cosine
+from tests.golden.errors import beyond_bounds, live_errors
 from tests.golden.fake_weights import fake_image
 from tests.golden.live import live_model, live_tokens
 
@@ -22,12 +22,12 @@ def both(arch):
 @pytest.mark.parametrize(
     ("arch", "batch", "height", "width"),
     [
-        ("dinov2_vits14", 2, 448, 448),
+        ("dinov2_vits14", 1, 448, 448),
         ("dinov2_vits14", 1, 518, 518),  # the learned grid's own size
         ("dinov2_vits14", 2, 224, 518),
-        ("dinov2_vits14_reg", 2, 448, 448),
+        ("dinov2_vits14_reg", 1, 448, 448),
         ("dinov2_vits14_reg", 2, 518, 224),
-        ("dinov3_vits16", 2, 448, 448),
+        ("dinov3_vits16", 1, 448, 448),
         ("dinov3_vits16", 2, 256, 512),
     ],
 )
@@ -36,11 +36,3 @@ def test_all_tokens_of_all_blocks_equal(arch, batch, height, width):
     images = fake_image(height, width, batch).transpose(0, 2, 3, 1)
     # measured at most: 4.5e-6 and 6.0e-7
     assert not beyond_bounds(live_errors(vit, images, *live_tokens(model, images)))
-
-
-@pytest.mark.parametrize("arch", ["dinov2_vits14", "dinov2_vits14_reg", "dinov3_vits16"])
-def test_bfloat16_keeps_the_direction_of_every_token(arch):
-    vit, _ = both(arch)
-    patch = vit.variant.patch
-    images = fake_image(7 * patch, 10 * patch, batch=2).transpose(0, 2, 3, 1)
-    assert lowest_bfloat16_cosine(vit, images) >= COSINE_BOUND  # measured: 0.99993

@@ -10,11 +10,13 @@ import pytest
 import jaxla
 from jaxla.runs.trained import load_run
 from tests.commands import refuse, succeed
+from tests.runs.folders import assert_predicts_its_test_mask
 
 # With a fixed number of steps and a constant rate, all folds share one compiled program.
 OPTIONS = (
     "--exp=quickstart", "--model.backbone=frozen", "--model.decoder=linear", "--preprocessing.image_size=48",
     "--training.epochs=1", "--training.steps=3", "--training.schedule=constant", "--seed=1", "--fold", "all",
+    "--postprocessing.largest=if_better",
 )  # fmt: skip
 
 
@@ -41,6 +43,7 @@ def test_each_fold_logs_its_own_lines_and_the_run_logs_all(run):
         assert "testing: " in log
     log = (run / "train.log").read_text()
     assert re.findall(r"fold (\d) of 5", log) == list("12345")
+    assert "fold 2 of 5" not in (run / "fold_0" / "train.log").read_text()
     assert len(re.findall("epoch 1/1: train loss", log)) == 5
     assert log.count("reading: 6 of 6 cases") == 1
 
@@ -65,6 +68,28 @@ def test_a_frozen_random_backbone_follows_from_the_seed(run):
     drawn = jaxla.build_network("vit_mini8", seed=1, weights="random").backbone
     loaded = jaxla.load_network(run / "fold_2").backbone
     assert np.array_equal(drawn.blocks.mlp.expand.kernel[...], loaded.blocks.mlp.expand.kernel[...])
+
+
+def test_folds_validate_on_every_patient_once_and_test_on_the_same(run):
+    split = json.loads((run / "split.json").read_text())
+    pool = sorted(split["train"] + split["val"])
+    folds = [json.loads((run / f"fold_{k}" / "split.json").read_text()) for k in range(5)]
+    assert sorted(name for fold in folds for name in fold["val"]) == pool
+    assert all(fold["test"] == split["test"] for fold in folds)
+    assert sorted(json.loads((run / "validation" / "largest.json").read_text())["dice"]) == pool
+    assert json.loads((run / "test" / "summary.json").read_text())["dice"]["n"] == len(split["test"])
+
+
+def test_report_info_and_prediction_are_those_of_all_folds(run, phantoms, tmp_path):
+    page = (run / "report.html").read_text()
+    assert "5 folds of 5 patients" in page
+    assert "5 patients for training and validation in turn, 1 for testing" in page
+    assert 'href="fold_4/report.html"' in page
+    assert "finished after 5 of 5 folds" in succeed(tmp_path, "jaxla.info", run)
+    assert "best Dice 0." in succeed(tmp_path, "jaxla.info", run / "fold_2")
+    with pytest.raises(jaxla.InputError, match="Give one fold, as in fold_0"):
+        jaxla.load_network(run)
+    assert_predicts_its_test_mask(run, phantoms, tmp_path)
 
 
 def test_step_memory_is_the_maximum_over_folds(run):

@@ -5,10 +5,13 @@ import json
 import jax
 import nibabel as nib
 import numpy as np
+import pytest
 
 import jaxla
 from tests.commands import refuse
 from tests.runs.folders import assert_predicts_its_test_mask, read_json, scan_file, train
+
+pytestmark = pytest.mark.usefixtures("fast_compilation")
 
 SMALL = (
     "--model.arch=vit_mini8", "--model.weights=random", "--preprocessing.image_size=48", "--training.epochs=2",
