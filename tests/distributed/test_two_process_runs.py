@@ -9,8 +9,16 @@ import nibabel as nib
 import numpy as np
 import pytest
 
-from tests.commands import run_module
+from tests.commands import run_module, succeed
 from tests.distributed.group import finish, free_port, start, together, wait_for
+
+
+@pytest.fixture(scope="module", autouse=True)
+def fast_compilation_in_new_processes():
+    """Their programs take longer to compile than to run."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
+        yield
 
 
 def command(folder, phantoms, *options, run="run"):
@@ -113,17 +121,16 @@ def test_each_case_is_computed_and_segmented_once(single_run, double_run):
     assert len(list((folder / "run" / "test" / "predictions").iterdir())) == 3
 
 
-def test_each_scan_is_predicted_by_one_process(double_run, phantoms, tmp_path):
+def test_each_scan_is_predicted_by_one_process(double_run, phantoms, fast_compilation, tmp_path):
     folder, *_ = double_run
     scans = tmp_path / "scans"
     scans.mkdir()
     for path in sorted(phantoms.rglob("enhanced.nii.gz"))[:3]:
         shutil.copy(path, scans / f"{path.parent.name}.nii.gz")
     predict = ["jaxla.predict", f"--run={folder / 'run'}", f"--input={scans}"]
-    run_module(*predict, f"--output={tmp_path / 'one'}")
-    codes, out, err = finish(
-        start(together([*predict, f"--output={tmp_path / 'two'}"], free_port()), tmp_path), tmp_path, 900
-    )
+    succeed(tmp_path, *predict, f"--output={tmp_path / 'one'}")
+    processes = start(together([*predict, f"--output={tmp_path / 'two'}"], free_port()), tmp_path)
+    codes, out, err = finish(processes, tmp_path, 900)
     assert codes == [0, 0], err
     masks = sorted(path.name for path in scans.iterdir())
     assert sorted(path.name for path in (tmp_path / "two").iterdir()) == masks
