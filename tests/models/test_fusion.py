@@ -247,9 +247,9 @@ def test_the_image_reaches_the_logits_through_features_and_stems(image):
     changed[:, :8, :8] = 1 - changed[:, :8, :8]
     change = np.abs(before - run((features, changed)))[..., 0]
     assert change[:, :8, :8].max() > 1e-3
-    if image == "last":  # the reach of three convolutions and a resizing
-        assert change[:, 16:].max() == 0
-        assert change[:, :, 16:].max() == 0
+    if image == "last":  # the reach of three convolutions on half the pixels and a resizing
+        assert change[:, 20:].max() == 0
+        assert change[:, :, 20:].max() == 0
 
 
 @pytest.mark.parametrize("arch", ["dinov2_vits14", "dinov2_vits14_reg", "dinov2_vitg14", "dinov3_vits16"])

@@ -23,6 +23,9 @@ from tests.tiny import flat_arrays, randomise, tiny_backbone
 CONSTANT = BackboneTraining(learning_rate=1e-2, backbone_learning_rate=1e-4, schedule="constant")
 KEY = jax.random.key(0)
 
+# Comparisons with PyTorch come first, because the fixture changes all later tests of this module.
+fast = pytest.mark.usefixtures("fast_compilation")
+
 
 def tiny_network():
     decoder = nnx.eval_shape(lambda: ConvolutionalDecoder(32, (8, 4), 1, rngs=nnx.Rngs(0)))
@@ -45,9 +48,9 @@ def by_name(state):
 
 
 @cache
-def states_around_steps(train_backbone, pretrained=True):
+def states_around_steps(train_backbone):
     """Return trainable parameters, frozen parameters and statistics before each of three steps, and after the last."""
-    trainer = Trainer(tiny_network(), CONSTANT, 10, train_backbone=train_backbone, has_pretrained_backbone=pretrained)
+    trainer = Trainer(tiny_network(), CONSTANT, 10, train_backbone=train_backbone, has_pretrained_backbone=True)
     states = []
     for i in range(4):
         frozen = trainer.frozen
@@ -61,70 +64,17 @@ def split_names(train_backbone):
     return set(by_name(parts.trainable)), set(by_name(parts.frozen.parameters)), set(by_name(parts.frozen.statistics))
 
 
-# --- which parameters change ---
-
-
-def test_a_frozen_backbone_is_not_differentiated():
-    network = tiny_network()
-    backbone_names = {f"backbone.{name}" for name in flat_arrays(network.backbone)}
-    decoder_names = {f"decoder.{name}" for name in flat_arrays(network.decoder)}
-    trainable, parameters, statistics = split_names(train_backbone=False)
-    assert (trainable, parameters) == (decoder_names, backbone_names)
-    assert statistics == {"decoder.stages.0.norm.mean", "decoder.stages.0.norm.var"}
-
-    parts = split_network(tiny_network(), train_backbone=False)
-    gradient = make_gradient(parts.training)
-    _, gradients, _ = jax.eval_shape(gradient, parts.trainable, parts.frozen, make_batch(), KEY)
-    assert {".".join(map(str, path)) for path, _ in nnx.to_flat_state(gradients)} == decoder_names
-    assert count_parameters(parts.trainable) == sum(a.size for a in flat_arrays(network.decoder).values())
-
-
-def test_a_frozen_backbone_keeps_every_bit_while_all_of_the_decoder_changes():
-    (trainable, parameters, _), *_, (new_trainable, new_parameters, _) = states_around_steps(train_backbone=False)
-    for name, value in parameters.items():
-        np.testing.assert_array_equal(new_parameters[name], value)
-    assert not [name for name, value in trainable.items() if np.array_equal(new_trainable[name], value)]
-
-
-def test_all_of_a_finetuned_backbone_changes():
-    (trainable, parameters, _), _, (new_trainable, _, _), _ = states_around_steps(train_backbone=True)
-    assert parameters == {}
-    assert any(name.startswith("backbone.blocks") for name in trainable)
-    assert not [name for name, value in trainable.items() if np.array_equal(new_trainable[name], value)]
-
-
-def test_statistics_follow_the_batch_and_evaluation_uses_them():
-    (_, _, before), (_, _, after), *_ = states_around_steps(train_backbone=False)
-    network = tiny_network()
-    tokens = network.backbone((make_batch()["input"] - [0.485, 0.456, 0.406]) / [0.229, 0.224, 0.225]).patches
-    decoder = network.decoder
-    x = decoder.mix(jax.nn.selu(decoder.token_classifier(tokens)))
-    stage = decoder.stages[0]
-    x = np.asarray(stage.convolution(jax.image.resize(x, (4, 6, 10, 8), "linear", antialias=False)))
-    for name, batch_value in (("mean", x.mean((0, 1, 2))), ("var", x.var((0, 1, 2), ddof=1))):
-        name = f"decoder.stages.0.norm.{name}"
-        assert not np.array_equal(after[name], before[name])
-        np.testing.assert_allclose(after[name], 0.9 * before[name] + 0.1 * batch_value, atol=1e-7)  # measured: 1e-9
-
-    parts = split_network(tiny_network(), train_backbone=False)
-    evaluate = make_evaluation(parts.evaluation)
-    old = evaluate(parts.trainable, parts.frozen, make_batch()).loss
-    changed = jax.tree.map(lambda x: x + 1, parts.frozen.statistics)
-    new = evaluate(parts.trainable, parts.frozen._replace(statistics=changed), make_batch()).loss
-    assert abs(float(new - old)) > 1e-3
-
-
 # --- learning rates ---
 
 
 @pytest.mark.parametrize(("pretrained", "backbone_rate"), [(True, 1e-4), (False, 1e-2)])
-def test_first_step_of_adam_has_the_size_of_the_learning_rate(pretrained, backbone_rate):
-    (before, _, _), (after, _, _), *_ = states_around_steps(train_backbone=True, pretrained=pretrained)
-    for part, rate in (("backbone", backbone_rate), ("decoder", 1e-2)):
-        sizes = np.concatenate([np.abs(after[n] - before[n]).ravel() for n in before if n.startswith(part)])
-        # Float32 parameters up to 3 resolve a step to 2e-7. Gradients near Adam's epsilon of 1e-8 make it shorter.
-        assert sizes.max() <= rate + 3e-7
-        assert abs(np.median(sizes) - rate) < 0.01 * rate
+def test_only_a_pretrained_backbone_has_its_own_learning_rate(pretrained, backbone_rate):
+    """Adam's first step has the size of the learning rate."""
+    optimiser = make_optimiser(CONSTANT, 10, has_pretrained_backbone=pretrained)
+    parameters = nnx.State({part: {"x": nnx.Param(jnp.zeros(1))} for part in ("backbone", "decoder")})
+    updates, _ = optimiser.update(jax.tree.map(jnp.ones_like, parameters), optimiser.init(parameters), parameters)
+    sizes = {part: -float(updates[part]["x"][...][0]) for part in ("backbone", "decoder")}
+    assert sizes == pytest.approx({"backbone": backbone_rate, "decoder": 1e-2}, rel=1e-4)
 
 
 def learning_rates(recipe, steps):
@@ -230,6 +180,73 @@ def test_sgd_with_decay_clipping_and_schedule_equals_pytorch():
     np.testing.assert_allclose(jax.tree.leaves(ours)[0], theirs.detach(), atol=5e-6)  # measured: 9.5e-7
 
 
+# --- which parameters change ---
+
+
+def test_a_frozen_backbone_is_not_differentiated():
+    network = tiny_network()
+    backbone_names = {f"backbone.{name}" for name in flat_arrays(network.backbone)}
+    decoder_names = {f"decoder.{name}" for name in flat_arrays(network.decoder)}
+    trainable, parameters, statistics = split_names(train_backbone=False)
+    assert (trainable, parameters) == (decoder_names, backbone_names)
+    assert statistics == {"decoder.stages.0.norm.mean", "decoder.stages.0.norm.var"}
+
+    parts = split_network(tiny_network(), train_backbone=False)
+    gradient = make_gradient(parts.training)
+    _, gradients, _ = jax.eval_shape(gradient, parts.trainable, parts.frozen, make_batch(), KEY)
+    assert {".".join(map(str, path)) for path, _ in nnx.to_flat_state(gradients)} == decoder_names
+    assert count_parameters(parts.trainable) == sum(a.size for a in flat_arrays(network.decoder).values())
+
+
+@fast
+def test_a_frozen_backbone_keeps_every_bit_while_all_of_the_decoder_changes():
+    (trainable, parameters, _), *_, (new_trainable, new_parameters, _) = states_around_steps(train_backbone=False)
+    for name, value in parameters.items():
+        np.testing.assert_array_equal(new_parameters[name], value)
+    assert not [name for name, value in trainable.items() if np.array_equal(new_trainable[name], value)]
+
+
+@fast
+def test_all_of_a_finetuned_backbone_changes():
+    (trainable, parameters, _), _, (new_trainable, _, _), _ = states_around_steps(train_backbone=True)
+    assert parameters == {}
+    assert any(name.startswith("backbone.blocks") for name in trainable)
+    assert not [name for name, value in trainable.items() if np.array_equal(new_trainable[name], value)]
+
+
+@fast
+def test_statistics_follow_the_batch_and_evaluation_uses_them():
+    (_, _, before), (_, _, after), *_ = states_around_steps(train_backbone=False)
+    network = tiny_network()
+    tokens = network.backbone((make_batch()["input"] - [0.485, 0.456, 0.406]) / [0.229, 0.224, 0.225]).patches
+    decoder = network.decoder
+    x = decoder.mix(jax.nn.selu(decoder.token_classifier(tokens)))
+    stage = decoder.stages[0]
+    x = np.asarray(stage.convolution(jax.image.resize(x, (4, 6, 10, 8), "linear", antialias=False)))
+    for name, batch_value in (("mean", x.mean((0, 1, 2))), ("var", x.var((0, 1, 2), ddof=1))):
+        name = f"decoder.stages.0.norm.{name}"
+        assert not np.array_equal(after[name], before[name])
+        np.testing.assert_allclose(after[name], 0.9 * before[name] + 0.1 * batch_value, atol=1e-7)  # measured: 1e-9
+
+    parts = split_network(tiny_network(), train_backbone=False)
+    evaluate = make_evaluation(parts.evaluation)
+    old = evaluate(parts.trainable, parts.frozen, make_batch()).loss
+    changed = jax.tree.map(lambda x: x + 1, parts.frozen.statistics)
+    new = evaluate(parts.trainable, parts.frozen._replace(statistics=changed), make_batch()).loss
+    assert abs(float(new - old)) > 1e-3
+
+
+@fast
+def test_first_step_of_adam_has_the_size_of_the_learning_rate():
+    (before, _, _), (after, _, _), *_ = states_around_steps(train_backbone=True)
+    for part, rate in (("backbone", 1e-4), ("decoder", 1e-2)):
+        sizes = np.concatenate([np.abs(after[n] - before[n]).ravel() for n in before if n.startswith(part)])
+        # Float32 parameters up to 3 resolve a step to 2e-7. Gradients near Adam's epsilon of 1e-8 make it shorter.
+        assert sizes.max() <= rate + 3e-7
+        assert abs(np.median(sizes) - rate) < 0.01 * rate
+
+
+@fast
 def test_gradient_is_the_slope_of_the_loss():
     """Along one element of three parameters."""
     parts, batch = split_network(tiny_network(), train_backbone=True), make_batch()
@@ -258,6 +275,7 @@ def test_gradient_is_the_slope_of_the_loss():
 # --- a frozen encoder with BatchNorm ---
 
 
+@fast
 def test_a_frozen_encoder_runs_in_evaluation_mode_and_keeps_its_statistics():
     def segnet():
         variant, rngs = Variant(stages=((4, 4), (6,), (8,), (8,), (8,))), nnx.Rngs(0)
