@@ -104,7 +104,7 @@ def assert_same(folder, like, uninterrupted):
 
 @pytest.mark.parametrize(
     ("signals", "save_every", "most_saves", "seed"),
-    [([signal.SIGKILL], 0, 9, 1), ([signal.SIGKILL, signal.SIGTERM], 0.2, 2, 2)],
+    [([signal.SIGKILL], 0, 5, 1), ([signal.SIGKILL, signal.SIGTERM], 0.2, 2, 2)],
     ids=["SIGKILL", "SIGKILL or SIGTERM"],
 )
 def test_interrupted_at_random_moments_training_leaves_identical_results(
