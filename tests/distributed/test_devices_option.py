@@ -10,10 +10,9 @@ from tests.commands import SMALL_RUN, refuse_to_train, run_module, succeed
 
 
 @pytest.fixture
-def several_devices(monkeypatch):
-    """Give new processes four devices. Their programs take longer to compile than to run."""
+def four_devices(monkeypatch):
+    """Give new processes four devices."""
     monkeypatch.setenv("XLA_FLAGS", "--xla_force_host_platform_device_count=4")
-    monkeypatch.setenv("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
 
 
 def train(run, phantoms, *options, check=True):
@@ -21,7 +20,7 @@ def train(run, phantoms, *options, check=True):
     return run_module("jaxla.train", "--exp=quickstart", *folders, *SMALL_RUN, *options, check=check)
 
 
-def test_four_devices_give_the_numbers_of_one(several_devices, small_run, phantoms, tmp_path):
+def test_four_devices_give_the_numbers_of_one(four_devices, small_run, phantoms, tmp_path):
     """`small_run` had one device; here four devices share the parameters. Then one and three devices predict."""
     run = tmp_path / "run"
     train(run, phantoms, "--shard-params")
@@ -59,7 +58,7 @@ def test_four_devices_give_the_numbers_of_one(several_devices, small_run, phanto
         ),
     ],
 )
-def test_device_options_that_cannot_work_are_refused(several_devices, phantoms, tmp_path, options, line):
+def test_device_options_that_cannot_work_are_refused(four_devices, phantoms, tmp_path, options, line):
     refused = train(tmp_path / "run", phantoms, *options, check=False)
     assert refused.returncode == 2
     assert refused.stderr.startswith(f"error: {line}")

@@ -13,14 +13,6 @@ from tests.commands import run_module, succeed
 from tests.distributed.group import finish, free_port, start, together, wait_for
 
 
-@pytest.fixture(scope="module", autouse=True)
-def fast_compilation_in_new_processes():
-    """Their programs take longer to compile than to run."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
-        yield
-
-
 def command(folder, phantoms, *options, run="run"):
     """Return a training command with a frozen backbone, whose features are computed once."""
     return [
@@ -121,7 +113,7 @@ def test_each_case_is_computed_and_segmented_once(single_run, double_run):
     assert len(list((folder / "run" / "test" / "predictions").iterdir())) == 3
 
 
-def test_each_scan_is_predicted_by_one_process(double_run, phantoms, fast_compilation, tmp_path):
+def test_each_scan_is_predicted_by_one_process(double_run, phantoms, tmp_path):
     folder, *_ = double_run
     scans = tmp_path / "scans"
     scans.mkdir()
@@ -141,29 +133,29 @@ def test_each_scan_is_predicted_by_one_process(double_run, phantoms, fast_compil
         assert (out[0] + out[1]).count(f"{number}/3 {tmp_path / 'two'}") == 1
 
 
-def test_a_forecast_is_made_together(phantoms, split_file, tmp_path):
-    dry = command(tmp_path, phantoms, f"--data.split={split_file}", "--dry-run")
+def test_a_forecast_is_made_together(single_run, phantoms, split_file, tmp_path):
+    dry = command(single_run, phantoms, f"--data.split={split_file}", "--dry-run", run="dry")
     codes, out, err = finish(start(together(dry, free_port()), tmp_path), tmp_path, 900)
     assert codes == [0, 0], err
     assert re.search(r"^patients +2 train, 1 val, 3 test$", out[0], re.MULTILINE)
     assert "patients" not in out[1]
-    assert not (tmp_path / "run").exists()
+    assert not (single_run / "dry").exists()
 
 
 @pytest.mark.parametrize(
     ("option", "message"),
     [("--seed=2", r"--seed: 2 on process 1 \(.*\), but 1 on process 0 \("), ("--data.root=CHANGED", "case train_2: ")],
 )
-def test_differences_between_processes_are_refused(phantoms, split_file, tmp_path, option, message):
+def test_differences_between_processes_are_refused(single_run, phantoms, split_file, tmp_path, option, message):
     changed = tmp_path / "changed"
     shutil.copytree(phantoms, changed)
     scan = next(path for path in changed.rglob("enhanced.nii.gz") if path.parent.name == "train_2")
     image = nib.load(scan)
     nib.save(nib.Nifti1Image(np.asarray(image.dataobj) + 1, image.affine, image.header), scan)
-    commands = together(command(tmp_path, phantoms, f"--data.split={split_file}"), free_port())
+    commands = together(command(single_run, phantoms, f"--data.split={split_file}", run="refused"), free_port())
     commands[1].append(option.replace("CHANGED", str(changed)))
     codes, _, err = finish(start(commands, tmp_path), tmp_path, 900)
     assert codes == [2, 2]
     (line,) = [line for line in (err[0] + err[1]).splitlines() if line.startswith("error")]
     assert re.match(rf"error: (process 1: )?{message}", line)
-    assert not (tmp_path / "run").exists()
+    assert not (single_run / "refused").exists()
