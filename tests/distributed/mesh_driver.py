@@ -10,6 +10,7 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
+os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"  # the programs take longer to compile than to run
 os.environ["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={2 if len(sys.argv) > 2 else 8}"
 
 import jax
@@ -38,16 +39,15 @@ RECIPE = BackboneTraining(learning_rate=1e-3, backbone_learning_rate=1e-4)
 
 def network(name):
     if name == "convolutional":
-        return randomise(nnx.eval_shape(lambda: UNet((4, 8, 8), 1, rngs=nnx.Rngs(0))))
+        return randomise(nnx.eval_shape(lambda: UNet((4, 8), 1, rngs=nnx.Rngs(0))))
     if name == "fusion":
-        decoder = nnx.eval_shape(lambda: FusionDecoder(32, 3, (8, 8, 4), 1, rngs=nnx.Rngs(0)))
+        decoder = nnx.eval_shape(lambda: FusionDecoder(32, 3, (8, 4), 1, rngs=nnx.Rngs(0)))
         return FusionSegmenter(tiny_backbone(), (0, 1, 2), randomise(decoder, 1))
     if name == "windows":
         decoder = nnx.eval_shape(lambda: WindowDecoder(32, (8, 8, 4, 4), 1, depth_places=4, rngs=nnx.Rngs(0)))
         return WindowSegmenter(tiny_backbone(), randomise(decoder, 1), (2, 1, 2))
-    decoder = nnx.eval_shape(lambda: ConvolutionalDecoder(32, (8, 8, 4), 1, rngs=nnx.Rngs(0)))
-    backbone = tiny_backbone() if name == "frozen" else tiny_backbone(variant=ROTARY, remat=True)
-    return TransformerSegmenter(backbone, randomise(decoder, 1))
+    decoder = nnx.eval_shape(lambda: ConvolutionalDecoder(32, (8, 4), 1, rngs=nnx.Rngs(0)))
+    return TransformerSegmenter(tiny_backbone(variant=ROTARY), randomise(decoder, 1))
 
 
 def batches(slices=None):
@@ -78,7 +78,7 @@ def train(name):
         STEPS,
         loss=per_volume(partial(dice_cross_entropy, batch_dice=True)) if is_windows else cross_entropy,
         make_gradient=make_two_pass_gradient if is_windows else make_gradient,
-        train_backbone=name not in ("frozen", "fusion"),
+        train_backbone=name not in ("fusion", "windows"),
         has_pretrained_backbone=True,
     )
     arrays, losses = {}, []

@@ -52,15 +52,15 @@ def test_ten_steps_give_the_numbers_of_one_device(arrays, case, network):
 
 def test_sharded_parameters_take_less_memory(arrays):
     """The saving is what the table SHARDED says: seven eighths of these kernels and of Adam's two moments of each."""
-    held = {case: int(arrays[f"{case}/finetuned/bytes on a device"]) for case in CASES}
-    assert held["one"] == held["four"] == held["eight"]
+    held = {case: int(arrays[f"{case}/finetuned/bytes on a device"]) for case in ("one", "four", "eight, sharded")}
+    assert held["one"] == held["four"]
     prefix = "one/finetuned/parameters/"
     kernel_size = sum(a.size for name, a in arrays.items() if re.match(rf"{prefix}.*blocks\..*\.kernel", name))
     assert held["one"] - held["eight, sharded"] == 4 * 3 * kernel_size * 7 / 8  # float32; the parameter and two moments
 
 
 def test_block_weights_of_a_network_on_one_device_can_be_read_within_a_mesh(arrays):
-    assert arrays["block weights"].shape == (3, 3)
+    assert arrays["block weights"].shape == (2, 3)
     np.testing.assert_allclose(arrays["block weights"].sum(1), 1, rtol=1e-6)
     assert np.ptp(arrays["block weights"]) > 0.01
 

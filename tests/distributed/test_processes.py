@@ -1,9 +1,8 @@
 """Several processes that run one command: they exchange values, fail, are killed, or never start."""
 
 import json
-import os
-import signal
 import socket
+from signal import SIGKILL, SIGTERM
 
 import pytest
 
@@ -46,29 +45,65 @@ def test_processes_exchange_values_and_the_first_prints(tmp_path):
     assert "proxy" not in "".join(out + err)
 
 
+def finish_together(groups):
+    """Finish groups of processes that run at the same time, because most of their time is waiting."""
+    try:
+        return {key: finish(processes, folder, A_MINUTE) for key, (folder, processes) in groups.items()}
+    finally:
+        for _, processes in groups.values():
+            for process in processes:
+                process.kill()
+
+
+@pytest.fixture(scope="module")
+def signalled(tmp_path_factory):
+    """Send a signal to one process of each of four pairs. Return the folder and the outcome of each pair."""
+    keys = (("wait", 0, SIGKILL), ("wait", 1, SIGKILL), ("compute", 1, SIGKILL), ("wait", 1, SIGTERM))
+    folders = {key: tmp_path_factory.mktemp("pair") for key in keys}
+    pairs = {key: (folder, drive(folder, key[0])) for key, folder in folders.items()}
+    for (_, victim, number), (folder, processes) in pairs.items():
+        wait_for(lambda folder=folder: all((folder / f"{k}.ready").exists() for k in (0, 1)), processes)
+        processes[victim].send_signal(number)
+    outcomes = finish_together(pairs)
+    return {key: (folders[key], outcomes[key]) for key in keys}
+
+
 @pytest.mark.parametrize(("kind", "victim"), [("wait", 0), ("wait", 1), ("compute", 1)])
-def test_a_killed_process_ends_the_other_which_names_the_resume_command(tmp_path, kind, victim):
+def test_a_killed_process_ends_the_other_which_names_the_resume_command(signalled, kind, victim):
     """The survivor waits in `gather`, in Python code, or in a collective of XLA."""
-    processes = drive(tmp_path, kind)
-    wait_for(lambda: all((tmp_path / f"{k}.ready").exists() for k in (0, 1)), processes)
-    os.kill(processes[victim].pid, signal.SIGKILL)
-    codes, _, err = finish(processes, tmp_path, A_MINUTE)
-    assert codes[victim] == -signal.SIGKILL
+    folder, (codes, _, err) = signalled[kind, victim, SIGKILL]
+    assert codes[victim] == -SIGKILL
     assert codes[1 - victim] == 1
     (line,) = last_lines([err[1 - victim]])
     assert line.startswith("stopped: ")
     assert line.endswith(" Resume with: that command")
-    assert (tmp_path / f"{1 - victim}.note").read_text() == line
+    assert (folder / f"{1 - victim}.note").read_text() == line
 
 
-def test_sigterm_to_one_ends_both(tmp_path):
+def test_sigterm_to_one_ends_both(signalled):
     """It also interrupts `gather`, in which process 1 waits."""
-    processes = drive(tmp_path, "wait")
-    wait_for(lambda: all((tmp_path / f"{k}.ready").exists() for k in (0, 1)), processes)
-    processes[1].terminate()
-    codes, _, err = finish(processes, tmp_path, A_MINUTE)
+    _, (codes, _, err) = signalled["wait", 1, SIGTERM]
     assert codes == [1, 1]
     assert [last_lines([text]) for text in err] == [["interrupted"], []]
+
+
+@pytest.fixture(scope="module")
+def failed(tmp_path_factory):
+    """Return the outcome of several groups of processes that run at the same time, and the port of each."""
+    kinds = ("wrong_input_in_one", "wrong_input_in_all", "bug", "different numbers", "only 0", "only 1")
+    folders, ports = {kind: tmp_path_factory.mktemp("group") for kind in kinds}, {kind: free_port() for kind in kinds}
+    groups = {}
+    for kind, folder in folders.items():
+        if kind == "different numbers":
+            command = ["tests.distributed.processes_driver", "exchange", folder]
+            commands = [together(command, ports[kind], count)[k] for k, count in enumerate((2, 3))]
+            processes = start(commands, folder)
+        elif kind.startswith("only"):
+            processes = drive(folder, "exchange", indices=[int(kind[-1])], wait=1, port=ports[kind])
+        else:
+            processes = drive(folder, kind, port=ports[kind])
+        groups[kind] = folder, processes
+    return finish_together(groups), ports
 
 
 @pytest.mark.parametrize(
@@ -77,36 +112,28 @@ def test_sigterm_to_one_ends_both(tmp_path):
         ("wrong_input_in_one", 2, "error: process 1: --x: wrong. Remove the option."),
         ("wrong_input_in_all", 2, "error: --x: wrong. Remove the option."),
         ("bug", 1, "stopped: process 1 failed or lost another process, see its traceback."),
+        (
+            "different numbers",
+            2,
+            "error: process 1: --processes=3: process 0 has --processes=2. Give all processes the same number.",
+        ),
     ],
 )
-def test_an_error_ends_all_and_is_printed_once(tmp_path, kind, code, line):
-    codes, _, err = finish(drive(tmp_path, kind), tmp_path, A_MINUTE)
+def test_an_error_ends_all_and_is_printed_once(failed, kind, code, line):
+    codes, _, err = failed[0][kind]
     assert codes == [code, code]
     assert [last_lines([text]) for text in err] == [[line], []]
     assert ("RuntimeError: a bug" in err[1]) == (kind == "bug")
 
 
-# --- processes that do not connect ---
-
-
 @pytest.mark.parametrize("index", [0, 1])
-def test_a_missing_process_is_reported_after_the_wait(tmp_path, index):
-    port = free_port()
-    codes, _, err = finish(drive(tmp_path, "exchange", indices=[index], wait=1, port=port), tmp_path, A_MINUTE)
+def test_a_missing_process_is_reported_after_the_wait(failed, index):
+    outcomes, ports = failed
+    codes, _, err = outcomes[f"only {index}"]
     assert codes == [2]
     assert last_lines(err) == [
-        f"error: --coordinator=127.0.0.1:{port}: the 2 processes could not connect. Start each one, with its own "
-        "--process and the same --processes. Raise --wait if they start late."
-    ]
-
-
-def test_different_numbers_of_processes_are_refused(tmp_path):
-    command, port = ["tests.distributed.processes_driver", "exchange", tmp_path], free_port()
-    commands = [together(command, port, 2)[0], together(command, port, 3)[1]]
-    codes, _, err = finish(start(commands, tmp_path), tmp_path, A_MINUTE)
-    assert codes == [2, 2]
-    assert last_lines(err) == [
-        "error: process 1: --processes=3: process 0 has --processes=2. Give all processes the same number."
+        f"error: --coordinator=127.0.0.1:{ports[f'only {index}']}: the 2 processes could not connect. Start each one, "
+        "with its own --process and the same --processes. Raise --wait if they start late."
     ]
 
 

@@ -9,7 +9,7 @@ import nibabel as nib
 import numpy as np
 import pytest
 
-from tests.commands import run_module
+from tests.commands import run_module, succeed
 from tests.distributed.group import finish, free_port, start, together, wait_for
 
 
@@ -120,10 +120,9 @@ def test_each_scan_is_predicted_by_one_process(double_run, phantoms, tmp_path):
     for path in sorted(phantoms.rglob("enhanced.nii.gz"))[:3]:
         shutil.copy(path, scans / f"{path.parent.name}.nii.gz")
     predict = ["jaxla.predict", f"--run={folder / 'run'}", f"--input={scans}"]
-    run_module(*predict, f"--output={tmp_path / 'one'}")
-    codes, out, err = finish(
-        start(together([*predict, f"--output={tmp_path / 'two'}"], free_port()), tmp_path), tmp_path, 900
-    )
+    succeed(tmp_path, *predict, f"--output={tmp_path / 'one'}")
+    processes = start(together([*predict, f"--output={tmp_path / 'two'}"], free_port()), tmp_path)
+    codes, out, err = finish(processes, tmp_path, 900)
     assert codes == [0, 0], err
     masks = sorted(path.name for path in scans.iterdir())
     assert sorted(path.name for path in (tmp_path / "two").iterdir()) == masks
@@ -134,29 +133,29 @@ def test_each_scan_is_predicted_by_one_process(double_run, phantoms, tmp_path):
         assert (out[0] + out[1]).count(f"{number}/3 {tmp_path / 'two'}") == 1
 
 
-def test_a_forecast_is_made_together(phantoms, split_file, tmp_path):
-    dry = command(tmp_path, phantoms, f"--data.split={split_file}", "--dry-run")
+def test_a_forecast_is_made_together(single_run, phantoms, split_file, tmp_path):
+    dry = command(single_run, phantoms, f"--data.split={split_file}", "--dry-run", run="dry")
     codes, out, err = finish(start(together(dry, free_port()), tmp_path), tmp_path, 900)
     assert codes == [0, 0], err
     assert re.search(r"^patients +2 train, 1 val, 3 test$", out[0], re.MULTILINE)
     assert "patients" not in out[1]
-    assert not (tmp_path / "run").exists()
+    assert not (single_run / "dry").exists()
 
 
 @pytest.mark.parametrize(
     ("option", "message"),
     [("--seed=2", r"--seed: 2 on process 1 \(.*\), but 1 on process 0 \("), ("--data.root=CHANGED", "case train_2: ")],
 )
-def test_differences_between_processes_are_refused(phantoms, split_file, tmp_path, option, message):
+def test_differences_between_processes_are_refused(single_run, phantoms, split_file, tmp_path, option, message):
     changed = tmp_path / "changed"
     shutil.copytree(phantoms, changed)
     scan = next(path for path in changed.rglob("enhanced.nii.gz") if path.parent.name == "train_2")
     image = nib.load(scan)
     nib.save(nib.Nifti1Image(np.asarray(image.dataobj) + 1, image.affine, image.header), scan)
-    commands = together(command(tmp_path, phantoms, f"--data.split={split_file}"), free_port())
+    commands = together(command(single_run, phantoms, f"--data.split={split_file}", run="refused"), free_port())
     commands[1].append(option.replace("CHANGED", str(changed)))
     codes, _, err = finish(start(commands, tmp_path), tmp_path, 900)
     assert codes == [2, 2]
     (line,) = [line for line in (err[0] + err[1]).splitlines() if line.startswith("error")]
     assert re.match(rf"error: (process 1: )?{message}", line)
-    assert not (tmp_path / "run").exists()
+    assert not (single_run / "refused").exists()

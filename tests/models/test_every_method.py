@@ -73,10 +73,18 @@ def test_something_is_trained_and_a_frozen_network_has_a_backbone(method, networ
     assert bool(jax.tree.leaves(nnx.filter_state(parts.frozen.parameters, nnx.Param))) == is_frozen
 
 
-def test_network_on_features_completes_the_network(method, network):
+def test_transformers_can_be_trained_on_features(method, network):
     assert hasattr(network, "on_features") == isinstance(method.model, TransformerOptions)
-    if not hasattr(network, "on_features"):
-        return
+
+
+@pytest.mark.parametrize(
+    "method",
+    ["vit_mini8", "dinov2_vitb14", "fusion_vitb14", "fusion_vitb14_no_image", "fusion_dinov3_vitb16",
+     "windows_dinov3_vits16", "windows_dinov2_vitb14"],
+    indirect=True,
+)  # fmt: skip
+def test_network_on_features_completes_the_network(method, network):
+    """One method of each kind of network and family of backbones."""
     assert network.FEATURES
     images = abstract_images(method)
     graph, state = nnx.split(network)

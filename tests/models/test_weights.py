@@ -17,6 +17,8 @@ from jaxla.models.weights import load_parameters, parameter_shapes, weights_file
 from jaxla.models.weights_format import open_atomically, read_metadata, require_undamaged, save_weights
 from tests.tiny import flat_arrays, tiny_backbone
 
+pytestmark = pytest.mark.usefixtures("fast_compilation")
+
 METADATA = {
     "arch": "vit_mini8",
     "source": "mini.pth",

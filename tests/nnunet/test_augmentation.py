@@ -1,6 +1,7 @@
 """nnU-Net's augmentation: each change equals nnU-Net's own code, and is as frequent."""
 
 import json
+from functools import partial
 from pathlib import Path
 
 import jax
@@ -71,19 +72,27 @@ def test_rotation_range_depends_on_the_shape_of_the_patch():
     assert rotation_range((320, 200)) == (15.0, False)
 
 
-def changed_fraction(names, count=400):
+@partial(jax.jit, static_argnames=("patch", "keep_zeros"))
+def augment(patch, probabilities, key, images, masks, keep_zeros=False):
+    """Augment patches. Probabilities are traced, so that tests of one patch size share a program."""
+    return make_augment(patch, 1, keep_zeros, probabilities)(key, images, masks)
+
+
+# Comparisons with nnU-Net come first, because the fixture changes all later tests of this module.
+fast = pytest.mark.usefixtures("fast_compilation")
+NONE = Probabilities(*(0.0,) * len(NNUNET_PROBABILITIES))
+PATCH, COUNT = (8, 8, 8), 400
+SIZE = initial_patch_size(PATCH)
+KEY = jax.random.key(0)
+
+
+def changed_fraction(names):
     """Return the fraction of patches that differ from their centre if only the named changes are applied."""
-    patch, rng = (8, 8, 8), np.random.default_rng(0)
-    size = initial_patch_size(patch)
-    images = jnp.asarray(np.broadcast_to(rng.standard_normal((1, *size, 1)), (count, *size, 1)), jnp.float32)
-    masks = jnp.ones((count, *size), jnp.int8)
-    probabilities = Probabilities(
-        **{name: p if name in names else 0.0 for name, p in NNUNET_PROBABILITIES._asdict().items()}
-    )
-    found, _ = jax.jit(make_augment(patch, 1, keep_zeros=False, probabilities=probabilities))(
-        jax.random.key(1), images, masks
-    )
-    start = np.array(size) // 2 - 4
+    rng = np.random.default_rng(0)
+    images = jnp.asarray(np.broadcast_to(rng.standard_normal((1, *SIZE, 1)), (COUNT, *SIZE, 1)), jnp.float32)
+    probabilities = NONE._replace(**{name: getattr(NNUNET_PROBABILITIES, name) for name in names})
+    found, _ = augment(PATCH, probabilities, jax.random.key(1), images, jnp.ones((COUNT, *SIZE), jnp.int8))
+    start = np.array(SIZE) // 2 - 4
     centre = images[0, start[0] : start[0] + 8, start[1] : start[1] + 8, start[2] : start[2] + 8]
     return float(jnp.mean(jnp.any(found != centre, axis=(1, 2, 3, 4))))
 
@@ -101,29 +110,31 @@ CHANGED_FRACTIONS = {  # from the probabilities of nnU-Net's trainer
 }
 
 
+@fast
 def test_without_changes_the_centre_of_the_patch_remains():
     assert changed_fraction(()) == 0
 
 
+@fast
 @pytest.mark.parametrize("name", CHANGED_FRACTIONS)
 def test_each_change_is_as_frequent_as_in_nnunet(name):
     fraction, expected = changed_fraction((name,)), CHANGED_FRACTIONS[name]
-    assert abs(fraction - expected) < 4 * np.sqrt(expected * (1 - expected) / 400)
+    assert abs(fraction - expected) < 4 * np.sqrt(expected * (1 - expected) / COUNT)
 
 
+@fast
 def test_image_and_mask_are_transformed_together():
     """A bright structure stays bright, wherever it moves."""
-    patch = (12, 14, 10)
-    size, rng = initial_patch_size(patch), np.random.default_rng(2)
-    masks = jnp.asarray(rng.random((40, *size)) > 0.5, jnp.int8)
+    masks = jnp.asarray(np.random.default_rng(2).random((COUNT, *SIZE)) > 0.5, jnp.int8)
     images = jnp.where(masks == 1, 10.0, -10.0)[..., None]
-    images, masks = jax.jit(make_augment(patch, 1, keep_zeros=False))(jax.random.key(0), images, masks)
-    assert images.shape == (40, *patch, 1)
+    images, masks = augment(PATCH, NNUNET_PROBABILITIES, KEY, images, masks)
+    assert images.shape == (COUNT, *PATCH, 1)
     inside, outside = (np.asarray(images[..., 0])[np.asarray(masks) == k].mean() for k in (1, 0))
     assert inside > 5
     assert outside < -3  # beyond the scan the image is 0
 
 
+@fast
 def test_slices_of_flat_patches_are_all_changed_alike():
     """Patches and masks of identical slices still have identical slices afterwards."""
     patch, rng = (4, 16, 20), np.random.default_rng(3)
@@ -133,19 +144,12 @@ def test_slices_of_flat_patches_are_all_changed_alike():
     plane = ndimage.gaussian_filter(rng.standard_normal((30, *size[1:])), (0, 2, 2)) > 0
     masks = jnp.asarray(np.broadcast_to(plane[:, None], (30, *size)), jnp.int8)
     images = jnp.where(masks == 1, 1.0, 0.0)[..., None]
-    without_noise = NNUNET_PROBABILITIES._replace(noise=0.0)
-    changed, after = jax.jit(make_augment(patch, 1, keep_zeros=False, probabilities=without_noise))(
-        jax.random.key(0), images, masks
-    )
+    changed, after = augment(patch, NNUNET_PROBABILITIES._replace(noise=0.0), KEY, images, masks)
     assert changed.shape == (30, *patch, 1)
     assert after.shape == (30, *patch)
     np.testing.assert_array_equal(after, after[:, :1].repeat(patch[0], 1))
     np.testing.assert_array_equal(changed, changed[:, :1].repeat(patch[0], 1))
-    rest = set(NNUNET_PROBABILITIES._fields) - {"spatial", "mirror"}
-    spatial = NNUNET_PROBABILITIES._replace(**dict.fromkeys(rest, 0.0))
-    changed, after = jax.jit(make_augment(patch, 1, keep_zeros=False, probabilities=spatial))(
-        jax.random.key(0), images, masks
-    )
+    changed, after = augment(patch, NONE._replace(spatial=0.2, mirror=0.5), KEY, images, masks)
     inside, outside = (np.asarray(where) for where in (changed[..., 0] > 0.51, changed[..., 0] < 0.32))
     assert (inside | outside).mean() > 0.9  # in between, structure and background have similar weights
     assert (np.asarray(after)[inside] == 1).all()
@@ -155,34 +159,32 @@ def test_slices_of_flat_patches_are_all_changed_alike():
     assert 5 < sum(not np.array_equal(a, b) for a, b in zip(centres, np.asarray(changed), strict=True)) <= 30
 
 
+@fast
 def test_zeros_of_the_scan_stay_zero_if_requested():
-    patch = (8, 8, 8)
-    size = initial_patch_size(patch)
-    masks = jnp.full((30, *size), -1, jnp.int8).at[:, : size[0] // 2].set(0)
+    """The lower half is outside the scan. Patches are not rotated."""
+    masks = jnp.full((COUNT, *SIZE), -1, jnp.int8).at[:, : SIZE[0] // 2].set(0)
     images = jnp.where(masks == 0, 1.0, 0.0)[..., None]
-    none = Probabilities(*(0.0,) * len(NNUNET_PROBABILITIES))
+    noisy = NONE._replace(inverted_gamma=1.0, noise=1.0)
     for keep_zeros in (True, False):
-        noisy = none._replace(inverted_gamma=1.0, noise=1.0)  # not rotated: the lower half is outside
-        changed, after = jax.jit(make_augment(patch, 1, keep_zeros, noisy))(jax.random.key(0), images, masks)
+        changed, after = augment(PATCH, noisy, KEY, images, masks, keep_zeros=keep_zeros)
         assert after.min() == 0
-        assert bool((changed[:, patch[0] // 2 :] == 0).all()) == keep_zeros
-        assert bool((changed[:, : patch[0] // 2] != 0).all())
-    largest = {}  # noise outside the scan
-    for keep_zeros in (True, False):
-        changed, _ = make_augment(patch, 1, keep_zeros)(
-            jax.random.key(0), jnp.zeros_like(images), jnp.full_like(masks, -1)
-        )
-        largest[keep_zeros] = float(jnp.abs(changed).max())
-    assert largest[True] == 0 < largest[False]
+        assert bool((changed[:, PATCH[0] // 2 :] == 0).all()) == keep_zeros
+        assert bool((changed[:, : PATCH[0] // 2] != 0).all())
+        outside = jnp.zeros_like(images), jnp.full_like(masks, -1)
+        changed, _ = augment(PATCH, NNUNET_PROBABILITIES, KEY, *outside, keep_zeros=keep_zeros)
+        assert bool((changed == 0).all()) == keep_zeros
 
 
+@fast
 def test_same_key_gives_same_patches():
+    """In 2D."""
     patch = (10, 12)
     size = initial_patch_size(patch)
     images = jnp.asarray(np.random.default_rng(0).standard_normal((4, *size, 1)), jnp.float32)
     masks = jnp.ones((4, *size), jnp.int8)
-    augment = jax.jit(make_augment(patch, 1, keep_zeros=False))
-    first, again, rekeyed = (augment(jax.random.key(seed), images, masks)[0] for seed in (0, 0, 1))
+    first, again, rekeyed = (
+        augment(patch, NNUNET_PROBABILITIES, jax.random.key(seed), images, masks)[0] for seed in (0, 0, 1)
+    )
     np.testing.assert_array_equal(first, again)
     assert not np.array_equal(first, rekeyed)
     assert len({np.asarray(image).tobytes() for image in first}) == 4

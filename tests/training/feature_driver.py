@@ -23,7 +23,7 @@ def network(seed=0, **options):
 
 def fusion():
     """Return a fusion of two blocks that reads the image, too."""
-    decoder = nnx.eval_shape(lambda: FusionDecoder(32, 2, (8, 8, 4), 1, rngs=nnx.Rngs(0)))
+    decoder = nnx.eval_shape(lambda: FusionDecoder(32, 2, (8, 4), 1, rngs=nnx.Rngs(0)))
     network = FusionSegmenter(tiny_backbone(), (0, 2), randomise(decoder, 1))
     network.eval()
     return network

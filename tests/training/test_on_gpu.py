@@ -36,11 +36,8 @@ def with_backbone(name, backbone):
     ("name", "backbone"),
     [
         ("vit_mini8", "finetuned"),  # 145 tokens
-        ("dinov2_vits14", "finetuned"),
         ("windows_dinov3_vits16", "finetuned"),  # rotary
-        ("dinov2_vits14", "frozen"),
         ("fusion_vitb14", "frozen"),
-        ("windows_vit_mini8", "finetuned"),
     ],
 )
 def test_transformers_use_cudnn_attention(program, name, backbone):
