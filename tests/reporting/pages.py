@@ -69,7 +69,7 @@ def outcome(predictions, names=("LA",), references=None):
         "command": "python -m jaxla.train --exp=tiny --run-dir=runs/a --seed=7",
         "environment": {
             "versions": {"jaxla": "0.1.0", "jax": "0.10.2"}, "python": "3.11.7", "platform": "Linux-x",
-            "device": "cpu: cpu", "processor": "Z80, 1 cores", "devices": 1,
+            "device": "cpu: cpu", "processor": "Z80, 1 cores", "devices": 1, "processes": 1,
         },
     }  # fmt: skip
     history = [
