@@ -214,4 +214,4 @@ def test_dry_run_refuses_patches_too_large_for_memory_before_any_is_made(phantom
     given = options(phantoms, plan, tmp_path / "run", "--training.batch_size=400000", "--dry-run")
     line = refuse(tmp_path, "jaxla.train", *given)
     assert line.startswith("error: --training.batch_size=400000: a training step needs ")
-    assert line.endswith("nnU-Net with a lower --model.memory_gb or with a plan made for less memory.")
+    assert line.endswith("Lower --model.memory_gb, or use a plan made for less memory.")

@@ -77,7 +77,8 @@ class Checkpoints:
             if is_first():
                 self._remove_half_written()
             problem = f"cannot be written ({os_error.strerror or os_error}); earlier checkpoints are kept"
-            raise InputError(self._folder / str(step), problem, "Fix this, then resume.") from error
+            fix = f"Fix this and rerun with {option('resume')}."
+            raise InputError(self._folder / str(step), problem, fix) from error
         barrier()  # no process continues before the checkpoint is complete
 
     def steps(self) -> list[int]:

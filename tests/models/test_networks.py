@@ -104,9 +104,9 @@ def test_networks_follow_from_the_seed_and_are_in_evaluation_mode():
 @pytest.mark.parametrize(
     ("name", "shape", "words"),
     [
-        ("unet", (1, 7, 64, 1), "images of 7×64 pixels: at least 8×8 are needed"),
+        ("unet", (1, 3, 64, 1), "images of 3×64 pixels: at least 4×4 are needed"),
         ("unet", (1, 64, 64, 3), r"images of shape \(1, 64, 64, 3\): expected \[B, H, W, 1\]"),
-        ("attention_unet", (1, 64, 4, 1), "images of 64×4 pixels: at least 8×8"),
+        ("attention_unet", (1, 64, 2, 1), "images of 64×2 pixels: at least 4×4"),
         ("resnet_unet", (1, 31, 64, 1), "images of 31×64 pixels: at least 32×32"),
         ("segnet", (1, 64, 64, 2), r"expected \[B, H, W, 1\] or \[B, H, W, 3\]"),
         ("segnet", (1, 1, 64, 64), "channels come last"),
