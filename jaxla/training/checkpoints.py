@@ -20,7 +20,7 @@ import jax
 import orbax.checkpoint as ocp
 
 from jaxla.cli.files import file_sha256, free_bytes, write_atomically
-from jaxla.config import InputError
+from jaxla.config import InputError, option
 from jaxla.distributed import barrier, broadcast, is_first
 
 T = TypeVar("T")
