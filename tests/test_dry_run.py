@@ -97,7 +97,7 @@ def test_forecast_counts_patients_slices_steps_and_parameters(finetuned, small_r
 
 def test_forecast_counts_a_frozen_backbone_separately(frozen, slices, network):
     assert frozen["run"] == "quickstart, vit_mini8 (random weights, frozen)"
-    assert frozen["steps"] == f"{math.ceil(slices['train'] / 8)} per epoch, 8 slices each, at most 1 epochs"
+    assert frozen["steps"] == f"{math.ceil(slices['train'] / 8)} per epoch, 8 slices each, at most 1 epoch"
     assert frozen["parameters"] == f"{128 + 1} trained, {count(network.backbone)} frozen"  # of the linear decoder
 
 

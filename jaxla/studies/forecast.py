@@ -20,7 +20,7 @@ from jaxla.distributed import use_devices
 from jaxla.hardware import device_name, on_cpu
 from jaxla.runs.forecast import MEASURED_STEPS, Forecast, forecast_run
 from jaxla.runs.machine import processor
-from jaxla.studies.schedule import ScheduledRun, State, method_named
+from jaxla.studies.schedule import ScheduledRun, State, add_method_to_errors
 from jaxla.tasks import Task, make_checked_task
 from jaxla.training.features import MAX_DISK_FRACTION
 
@@ -93,7 +93,7 @@ def _measure_runs(experiments: Sequence[Experiment], states: Sequence[State], ca
     for n, experiment in enumerate(experiments):
         if states[n] != "complete":
             require_classes(data[n], experiment.data)
-            with method_named(experiment.method.name):
+            with add_method_to_errors(experiment.method.name):
                 tasks[n] = make_checked_task(experiment, data[n])
             open_runs.setdefault(experiment.method.name, []).append(n)
     steps = {n: task.steps_per_epoch(data[n].select_volumes(data[n].split.train)) for n, task in tasks.items()}
@@ -106,7 +106,7 @@ def _measure_runs(experiments: Sequence[Experiment], states: Sequence[State], ca
         largest = max(indices, key=steps.get)
         volumes = {volume.id: volume for n in indices for volume in data[n].used_volumes}
         run = (experiments[largest], method, data[largest], tasks[largest])
-        with method_named(method):
+        with add_method_to_errors(method):
             measured = forecast_run(*run, cache_dir, list(volumes.values()))
         if measured.features.folder in feature_folders:  # a method before it computes the same features
             measured = replace(measured, features=replace(measured.features, size=0, seconds=0.0))

@@ -19,7 +19,7 @@ from jaxla.nnunet.plan import write_plan
 from jaxla.runs.folder import run_folder
 from jaxla.runs.machine import environment
 from jaxla.runs.record import Record
-from jaxla.studies.schedule import method_named, read_state, require_same_data, schedule_runs
+from jaxla.studies.schedule import add_method_to_errors, read_state, require_same_data, schedule_runs
 from jaxla.study import main
 from tests.commands import succeed
 from tests.tiny import TINY_PLAN
@@ -140,14 +140,14 @@ def test_invalid_options_are_refused_before_anything_is_run(phantoms, tmp_path, 
 
 def test_only_errors_about_options_of_a_method_name_the_method():
     error = InputError("--training.epochs=0", "must be at least 1", "Use a larger number.")
-    with pytest.raises(InputError) as raised, method_named("unet"):
+    with pytest.raises(InputError) as raised, add_method_to_errors("unet"):
         raise error
     assert str(raised.value) == (
         "--training.epochs=0: must be at least 1 (method unet). Use a larger number. To set it for this method only, "
         "use --unet.training.epochs."
     )
     error = InputError("--data.root=/gone", "no such folder", "Check --training.epochs.")
-    with pytest.raises(InputError) as raised, method_named("unet"):
+    with pytest.raises(InputError) as raised, add_method_to_errors("unet"):
         raise error
     assert raised.value is error
 
