@@ -97,7 +97,7 @@ def _validation(record: dict[str, Any], history: list[dict[str, Any]], summary: 
 
 
 def _read(path: Path, read: Callable[[Path], Any] = lambda path: json.loads(path.read_text())) -> Any:
-    """Return the content of one of the run's files, None if there is no such file; refuse a damaged one."""
+    """Return the content of one of the run's files, or None if it is missing; raise an InputError if it is damaged."""
     try:
         return read(path)
     except FileNotFoundError:

@@ -1,5 +1,6 @@
 """Prepared volumes -> batches of slices, volumes or patches, read by Grain in threads from memory-mapped arrays."""
 
+from abc import ABC, abstractmethod
 from collections.abc import Generator, Sequence
 from contextlib import closing
 from functools import partial
@@ -25,7 +26,7 @@ class Batch(TypedDict):
     weight: np.ndarray  # [B] float32, 0 for padding; for volumes [B, D]
 
 
-class Source:
+class Source(ABC):
     """Random access to the rows of batches, each without the axis B."""
 
     units: int  # number of units over which Dice is averaged; `volume` of a row names its unit
@@ -35,8 +36,8 @@ class Source:
     def __len__(self) -> int:
         return self.units
 
-    def __getitem__(self, item: SupportsIndex) -> Batch:
-        raise NotImplementedError
+    @abstractmethod
+    def __getitem__(self, item: SupportsIndex) -> Batch: ...
 
     def order(self, seed: int) -> grain.MapDataset:
         """Return the order in which training reads the rows: practically endless, drawn anew for each pass."""

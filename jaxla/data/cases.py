@@ -81,7 +81,7 @@ def find_cases(root: str | Path, labels: str = "") -> Dataset:
         labels: mask values of each class, as in `config.Data.labels`; empty takes them from the data set.
 
     Raises:
-        InputError: there is no folder, no case or no usable label, or an image or mask has no partner.
+        InputError: the folder is missing or holds no case, a label cannot be used, or an image or mask has no partner.
     """
     survey = survey_cases(root)
     _raise_first(survey.findings)
@@ -139,7 +139,7 @@ def find_masks(folder: Path, option_name: str) -> dict[str, Path]:
     """Return the NIfTI files of a folder of masks, by name without ending.
 
     Raises:
-        InputError: there is no such folder, or two files have one name. It names the option `option_name`.
+        InputError: the folder is missing, or two files have the same name. The error names the option `option_name`.
     """
     if not folder.is_dir():
         raise InputError(option(option_name, folder), "no such folder", "Name a folder of masks.")

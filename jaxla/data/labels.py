@@ -106,7 +106,7 @@ def make_labels(values_by_name: Mapping[str, Sequence[int]], where: str, fix: st
     """Return the labels for class name -> mask values; the values of `background` are ignored.
 
     Raises:
-        InputError: there is no class except the background, or a class has the value 0; with `where` and `fix`.
+        InputError: background is the only class, or a class has the value 0. The error has this `where` and `fix`.
     """
     ignored = tuple(value for value in values_by_name.get("background", ()) if value != 0)
     classes = {name: tuple(values) for name, values in values_by_name.items() if name != "background"}

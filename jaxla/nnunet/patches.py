@@ -11,13 +11,13 @@ from typing import SupportsIndex
 import grain.python as grain
 import numpy as np
 
-from jaxla.data.batches import MAX_PASSES, Batch
+from jaxla.data.batches import MAX_PASSES, Batch, Source
 from jaxla.nnunet.preprocessing import OUTSIDE, PreprocessedVolume
 
 FOREGROUND_FRACTION = 0.33  # of a batch: its last rows, which are centred on a voxel of some class
 
 
-class PatchSource:
+class PatchSource(Source):
     """Patches by number, as one-row batches without the axis B; each follows from the seed and its number alone.
 
     A patch is drawn from a random volume: anywhere in it, or around a voxel of a random class. Beyond the volume the
@@ -59,10 +59,10 @@ class PatchSource:
         return grain.MapDataset.range(MAX_PASSES)
 
     def __getitem__(self, item: SupportsIndex) -> Batch:
-        number = int(item)
-        rng = np.random.default_rng([*self.seed, number])
+        patch_index = int(item)
+        rng = np.random.default_rng([*self.seed, patch_index])
         volume = self.volumes[rng.integers(len(self.volumes))]
-        start = self._draw_start(volume, rng, needs_foreground=number % self.batch_size >= self.random_rows)
+        start = self._draw_start(volume, rng, needs_foreground=patch_index % self.batch_size >= self.random_rows)
         image, mask = _cut(volume.image, start, self.size, 0), _cut(volume.mask, start, self.size, OUTSIDE)
         if self.is_2d:
             image, mask = image[0], mask[0]

@@ -108,7 +108,7 @@ def read_trials(path: Path) -> dict[str, Trials]:
 
 
 def read_groups(path: Path) -> Groups:
-    """Return the groups that were written, none if there is no file; raise an InputError if it is damaged."""
+    """Return the groups in a file, () if the file is missing; raise an InputError if it is damaged."""
     if not path.exists():
         return ()
     try:

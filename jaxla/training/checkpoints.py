@@ -12,7 +12,8 @@ import logging
 import os
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -28,6 +29,17 @@ T = TypeVar("T")
 log = logging.getLogger(__name__)
 
 
+@contextmanager
+def _silence_warnings(logger_name: str) -> Iterator[None]:
+    logger = logging.getLogger(logger_name)
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
+
+
 class Checkpoints:
     """The newest two checkpoints in a folder, by step. An older one is removed only once a newer one is complete.
 
@@ -40,14 +52,11 @@ class Checkpoints:
         if not read_only and is_first():
             self._remove_half_written()
         barrier()
-        absl = logging.getLogger("absl")
-        level = absl.level
-        absl.setLevel(logging.ERROR)  # Orbax warns of what `read_only` means
-        options = ocp.CheckpointManagerOptions(
-            max_to_keep=2, enable_async_checkpointing=False, read_only=read_only, create=not read_only
-        )
-        self._manager = ocp.CheckpointManager(self._folder, options=options)
-        absl.setLevel(level)
+        with _silence_warnings("absl"):  # of Orbax, about what `read_only` means
+            options = ocp.CheckpointManagerOptions(
+                max_to_keep=2, enable_async_checkpointing=False, read_only=read_only, create=not read_only
+            )
+            self._manager = ocp.CheckpointManager(self._folder, options=options)
 
     def save(self, step: int, trees: Mapping[str, Any], progress: Mapping[str, Any]) -> None:
         """Save named pytrees of arrays and a JSON-like record, unless this step was saved before.
