@@ -76,7 +76,7 @@ class NNUNetOptions(NetworkOptions):
         return {"configuration": self.configuration(plan)}
 
     def build(self, outputs: int, dtype: jnp.dtype, rngs: nnx.Rngs, configuration: Configuration) -> NNUNet:
-        return nnx.jit(lambda rngs: NNUNet(configuration, outputs, dtype=dtype, rngs=rngs))(rngs)
+        return NNUNet(configuration, outputs, dtype=dtype, rngs=rngs)
 
 
 class NNUNet(nnx.Module):

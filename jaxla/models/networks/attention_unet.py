@@ -33,7 +33,7 @@ class AttentionUNetOptions(UNetOptions):
     arch: ClassVar[str] = "attention_unet"
 
     def build(self, outputs: int, dtype: jnp.dtype, rngs: nnx.Rngs) -> AttentionUNet:
-        return nnx.jit(lambda rngs: AttentionUNet(self.widths, outputs, dtype=dtype, rngs=rngs))(rngs)
+        return AttentionUNet(self.widths, outputs, dtype=dtype, rngs=rngs)
 
 
 class AttentionUNet(UNet):

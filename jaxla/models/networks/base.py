@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, ClassVar, Literal, Self
+from typing import Any, ClassVar, Literal, Self, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +17,9 @@ from jaxla.models.backbones import TRANSFORMERS, VARIANTS, Backbone, build_backb
 from jaxla.models.backbones.dinov3 import HUB_SPELLINGS
 from jaxla.models.ops.images import crop, pad_to_multiple, require_images, three_channels
 from jaxla.models.weights import load_parameters, weights_file
+
+M = TypeVar("M", bound=nnx.Module)
+QUICKLY = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}  # to compile
 
 
 @dataclass(frozen=True)
@@ -49,13 +52,13 @@ class BackboneOptions(NetworkOptions):
         return replace(self, weights=weights)
 
     def prerequisites(self, key: jax.Array, dtype: jnp.dtype, cache_dir: Path | None, plan: object) -> dict[str, Any]:
-        def random_backbone() -> Backbone:
+        def random_backbone(key: jax.Array) -> Backbone:
             return build_backbone(self.arch, dtype=dtype, remat=self.backbone == "finetuned", rngs=nnx.Rngs(key))
 
         if self.weights == "random":
-            return {"backbone": nnx.jit(random_backbone)()}
+            return {"backbone": initialise(random_backbone, key)}
         path = weights_file(self.arch, self.weights, cache_dir)
-        return {"backbone": load_parameters(nnx.eval_shape(random_backbone), path, self.arch)}
+        return {"backbone": load_parameters(nnx.eval_shape(random_backbone, key), path, self.arch)}
 
 
 @dataclass(frozen=True)
@@ -86,8 +89,24 @@ def build_network(
     model, dtype = model.resolve(), compute_dtype()
     backbone_key, rest_key = jax.random.split(jax.random.key(seed))
     prerequisites = model.prerequisites(backbone_key, dtype, cache_dir, plan)
-    network = model.build(outputs, dtype, nnx.Rngs(rest_key), **prerequisites)
+    backbone = prerequisites.get("backbone")
+    network = initialise(lambda key: model.build(outputs, dtype, nnx.Rngs(key), **prerequisites), rest_key, backbone)
     network.eval()
+    return network
+
+
+def initialise(make: Callable[[jax.Array], M], key: jax.Array, backbone: nnx.Module | None = None) -> M:
+    """Return `make(key)`, whose random parameters are drawn by one program; its `backbone`, if any, has been drawn.
+
+    The program runs once, so it is compiled with little optimisation, which takes a quarter of the time.
+    """
+    if isinstance(key, jax.core.Tracer):  # within `nnx.eval_shape`
+        return make(key)
+    network = nnx.eval_shape(make, key)
+    draw = jax.jit(lambda key: nnx.state(make(key), nnx.Not(nnx.PathContains("backbone"))), compiler_options=QUICKLY)
+    nnx.update(network, draw(key))
+    if backbone is not None:
+        network.backbone = backbone
     return network
 
 

@@ -73,12 +73,10 @@ class FusionOptions(TransformerOptions):
 
     def build(self, outputs: int, dtype: jnp.dtype, rngs: nnx.Rngs, backbone: VisionTransformer) -> FusionSegmenter:
         blocks = self.block_numbers()
-        decoder = nnx.jit(
-            lambda rngs: FusionDecoder(
-                backbone.variant.width, len(blocks), self.decoder_widths, outputs, weights=self.block_weights,
-                image=self.image_stages, dtype=dtype, rngs=rngs,
-            )
-        )(rngs)  # fmt: skip
+        decoder = FusionDecoder(
+            backbone.variant.width, len(blocks), self.decoder_widths, outputs, weights=self.block_weights,
+            image=self.image_stages, dtype=dtype, rngs=rngs,
+        )  # fmt: skip
         return FusionSegmenter(backbone, blocks, decoder)
 
 

@@ -37,7 +37,7 @@ class UNetOptions(NetworkOptions):
         check_smallest_size(option_name, size, 2 ** (len(self.widths) - 1), self.arch)
 
     def build(self, outputs: int, dtype: jnp.dtype, rngs: nnx.Rngs) -> UNet:
-        return nnx.jit(lambda rngs: UNet(self.widths, outputs, dtype=dtype, rngs=rngs))(rngs)
+        return UNet(self.widths, outputs, dtype=dtype, rngs=rngs)
 
 
 class UNet(PaddedNetwork):

@@ -90,12 +90,10 @@ class WindowOptions(TransformerOptions):
         return f"the depth embedding's {self.depth_places} entries are interpolated to {span} slices"
 
     def build(self, outputs: int, dtype: jnp.dtype, rngs: nnx.Rngs, backbone: VisionTransformer) -> WindowSegmenter:
-        decoder = nnx.jit(
-            lambda rngs: WindowDecoder(
-                backbone.variant.width, self.decoder_widths, outputs, depth_places=self.depth_places,
-                slicewise=self.convolutions == "2d", dtype=dtype, rngs=rngs,
-            )
-        )(rngs)  # fmt: skip
+        decoder = WindowDecoder(
+            backbone.variant.width, self.decoder_widths, outputs, depth_places=self.depth_places,
+            slicewise=self.convolutions == "2d", dtype=dtype, rngs=rngs,
+        )  # fmt: skip
         return WindowSegmenter(backbone, decoder, self.window_counts())
 
 
