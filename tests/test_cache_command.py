@@ -20,6 +20,8 @@ from tests.commands import held_by_another_process, in_this_process, parse_bytes
 from tests.data.nifti import flat
 from tests.nnunet.test_preprocessing import make_tiny_plan
 
+pytestmark = pytest.mark.usefixtures("fast_compilation")
+
 USES_THE_CACHE = (
     "from pathlib import Path; from jaxla.data.cache import mark_cache_in_use;"
     "hold = mark_cache_in_use(Path(sys.argv[1]))"

@@ -13,6 +13,8 @@ import jaxla
 from jaxla.runs.trained import load_run
 from tests.commands import in_this_process, refuse, succeed
 
+pytestmark = pytest.mark.usefixtures("fast_compilation")
+
 
 @pytest.fixture(scope="module")
 def plan(phantoms, tmp_path_factory):

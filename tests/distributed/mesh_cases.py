@@ -2,7 +2,7 @@
 
 STEPS = 10
 BATCH = 6  # slices or volumes; neither four nor eight devices divide it
-NETWORKS = ("convolutional", "finetuned", "fusion", "windows")  # the last two on a frozen backbone
+NETWORKS = ("convolutional", "finetuned", "windows")  # the last on a frozen backbone
 CASES = {  # devices, whether parameters are sharded, networks
     "one": (1, False, NETWORKS),
     "four": (4, False, NETWORKS),

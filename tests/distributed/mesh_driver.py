@@ -78,7 +78,7 @@ def train(name):
         STEPS,
         loss=per_volume(partial(dice_cross_entropy, batch_dice=True)) if is_windows else cross_entropy,
         make_gradient=make_two_pass_gradient if is_windows else make_gradient,
-        train_backbone=name not in ("fusion", "windows"),
+        train_backbone=not is_windows,
         has_pretrained_backbone=True,
     )
     arrays, losses = {}, []

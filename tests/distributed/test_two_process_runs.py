@@ -22,6 +22,14 @@ def command(folder, phantoms, *options, run="run"):
     ]  # fmt: skip
 
 
+@pytest.fixture(scope="module", autouse=True)
+def fast_compilation_in_processes():
+    """Compile with little optimisation, since that takes longer than these runs."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
+        yield
+
+
 def history(run):
     return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
 

@@ -48,4 +48,5 @@ def test_tokens_equal_the_authors(conversion, arch):
         assert ("registers" in errors) == bool(vit.variant.registers)
         assert sum(name.startswith("block ") for name in errors) == 4
         assert not beyond_bounds(errors), file  # measured at most: 3.8e-6 and 6.3e-7
-        assert lowest_bfloat16_cosine(vit, image_of(file)) >= 0.9998, file  # measured at least: 0.99987
+        if vit.variant.width <= 768:  # larger ones take minutes
+            assert lowest_bfloat16_cosine(vit, image_of(file)) >= 0.9998, file  # measured at least: 0.99987

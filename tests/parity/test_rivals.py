@@ -25,6 +25,8 @@ from jaxla.models.networks.unet import UNet
 from tests.parity.references import as_theirs, reference_of
 from tests.tiny import randomise
 
+pytestmark = pytest.mark.usefixtures("fast_compilation")
+
 SMALL_RESNET = ResNetVariant(blocks=(2, 1, 1, 1))
 SMALL_VGG = VGGVariant(stages=((6, 6), (8,), (12, 12), (16,), (16,)))
 SIZE = (64, 96)

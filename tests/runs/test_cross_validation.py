@@ -12,6 +12,8 @@ from jaxla.runs.trained import load_run
 from tests.commands import refuse, succeed
 from tests.runs.folders import assert_predicts_its_test_mask
 
+pytestmark = pytest.mark.usefixtures("fast_compilation")
+
 # With a fixed number of steps and a constant rate, all folds share one compiled program.
 OPTIONS = (
     "--exp=quickstart", "--model.backbone=frozen", "--model.decoder=linear", "--preprocessing.image_size=48",

@@ -11,6 +11,8 @@ from tests.commands import refuse, succeed
 from tests.golden.checkpoints import write_checkpoint
 from tests.runs.folders import read_json, train
 
+pytestmark = pytest.mark.usefixtures("fast_compilation")
+
 ONE_EPOCH = ("--exp=fewshot_1patient", "--training.epochs=1", "--training.batch_size=8", "--model.decoder=linear")
 
 

@@ -7,6 +7,8 @@ from scipy import ndimage
 
 from tests.runs.folders import assert_predicts_its_test_mask, predict, read_json, scan_file, train
 
+pytestmark = pytest.mark.usefixtures("fast_compilation")
+
 
 @pytest.fixture(scope="module")
 def run(phantoms, tmp_path_factory):

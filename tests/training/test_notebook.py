@@ -11,6 +11,8 @@ from jaxla.training.checkpoints import checkpoint_steps
 from jaxla.training.loop import fit
 from jaxla.training.trainer import Trainer
 
+pytestmark = pytest.mark.usefixtures("fast_compilation")
+
 
 class OwnNetwork(nnx.Module):
     def __init__(self, rngs):
