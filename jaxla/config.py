@@ -138,6 +138,7 @@ class Training:
     Args:
         epochs: Maximum number of epochs.
         steps: Steps per epoch; 0 for one pass over the training data.
+        minutes: Time for training and validation: fixes the steps after a few were measured; 0 for no limit.
         batch_size: Samples per step; 0, for nnU-Net only, takes the plan's batch size.
         optimiser: `adam`, or `sgd` as in nnU-Net (Nesterov 0.99, weight decay 3e-5, gradients clipped to norm 12).
         learning_rate: Learning rate of parameters that start from random values.
@@ -145,10 +146,12 @@ class Training:
         loss: `cross_entropy`, or nnU-Net's `dice_cross_entropy`.
         patience: Stop after this many epochs without a lower validation loss; 0 never stops early.
         checkpoint: Epoch to keep: the `best` validation Dice, or the `last`.
+        average: Decay per step, such as 0.99, of a running mean of the parameters, which is then evaluated; 0 for none.
     """
 
     epochs: int = 35
     steps: int = 0
+    minutes: float = 0.0
     batch_size: int = 32
     optimiser: Literal["adam", "sgd"] = "adam"
     learning_rate: float = 1e-3
@@ -156,6 +159,7 @@ class Training:
     loss: Literal["cross_entropy", "dice_cross_entropy"] = "cross_entropy"
     patience: int = 10
     checkpoint: Literal["best", "last"] = "best"
+    average: float = 0.0
 
 
 @dataclass(frozen=True)

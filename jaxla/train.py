@@ -23,7 +23,7 @@ from flax import nnx
 from jaxla.cli.command_line import Options, parse_experiment, parse_names, require_writable, set_option
 from jaxla.cli.files import write_atomically
 from jaxla.cli.process import Stopped, run_command
-from jaxla.cli.terminal import plural
+from jaxla.cli.terminal import format_duration, plural
 from jaxla.config import Experiment, InputError, unread_options
 from jaxla.data.cache import mark_cache_in_use
 from jaxla.data.dataset import PreparedData, prepare_data
@@ -63,6 +63,7 @@ from jaxla.runs.record import (
     write_record,
 )
 from jaxla.runs.session import buffered_log, open_run
+from jaxla.runs.speed import fit_to_minutes, measure_speed
 from jaxla.runs.testing import choose_postprocessing, make_segment_case, score_test_cases
 from jaxla.runs.trained import TrainedRun, load_run
 from jaxla.tasks import Features, Task, make_checked_task
@@ -184,6 +185,8 @@ def train_and_test(run: Run) -> dict[str, Any] | None:
     with on_host():
         network = build_network(run)
     features = compute_features(run, network)
+    if run.experiment.method.training.minutes:
+        run = fit_run_to_minutes(run, features)
     progress = train_network(run, network, features)
     del network  # the trained one is loaded with its own backbone
     with use_local_devices():
@@ -283,6 +286,37 @@ def compute_features(run: Run, network: nnx.Module) -> Features | None:
         record = read_record(run.folder)
         write_record(run.folder, replace(record, features=reason, features_cached=features is not None))
     return features
+
+
+def fit_run_to_minutes(run: Run, features: Features | None) -> Run:
+    """Return the run with the epochs and steps that fit into its minutes: measured once, then read from its record."""
+    record, minutes = read_record(run.folder), run.experiment.method.training.minutes
+    epochs, steps = record.epochs, record.steps
+    if not steps:
+        sources = run.task.make_sources(run.data, run.cache_dir, features)
+        with on_host():
+            network = run.task.build_network()
+        with catch_out_of_memory(run.task.batch_size):
+            speed = measure_speed(run.task, network, sources, features)
+        fitted = fit_to_minutes(run.task.recipe, speed)
+        epochs, steps = broadcast((fitted.epochs, fitted.steps))
+        if is_first():
+            write_record(run.folder, replace(record, epochs=epochs, steps=steps))
+            pass_seconds = speed.steps * speed.step_seconds + speed.validation_seconds
+            if pass_seconds > 60 * minutes:
+                log.warning(
+                    "--training.minutes=%g: one pass over the training data takes %s, so some of them are not seen",
+                    minutes, format_duration(pass_seconds),
+                )  # fmt: skip
+    if is_first():
+        log.info(
+            "%s: %s of %s in %g minutes",
+            run.experiment.method.name,
+            plural(epochs, "epoch"),
+            plural(steps, "step"),
+            minutes,
+        )
+    return replace(run, task=run.task.with_recipe(replace(run.task.recipe, epochs=epochs, steps=steps)))
 
 
 def train_network(run: Run, network: nnx.Module, features: Features | None) -> Progress:

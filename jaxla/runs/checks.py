@@ -44,6 +44,7 @@ def _check_bounds(experiment: Experiment) -> None:
     minimum = {
         "training.epochs": (1, training.epochs),
         "training.steps": (task.MIN_STEPS, training.steps),
+        "training.minutes": (0, training.minutes),
         "training.batch_size": (task.MIN_BATCH_SIZE, training.batch_size),
         "training.patience": (0, training.patience),
         "data.phantom_cases": (1, data.phantom_cases),
@@ -61,6 +62,11 @@ def _check_bounds(experiment: Experiment) -> None:
     for name, (bound, value) in minimum.items():
         if not bound <= value < math.inf:
             raise InputError(f"--{name}={value}", f"less than {bound}, or not finite", f"Use {bound} or more.")
+    if training.minutes and training.steps:
+        problem = f"has no effect, because --training.minutes={training.minutes:g} fixes the steps"
+        raise InputError(f"--training.steps={training.steps}", problem, "Remove one of the two.")
+    if not 0 <= training.average < 1:
+        raise InputError(f"--training.average={training.average}", "not from 0 to below 1", "Use 0.99, or 0 for none.")
     for name in ("learning_rate", "backbone_learning_rate"):
         rate = getattr(training, name, 1.0)
         if not 0 < rate < math.inf:

@@ -3,31 +3,27 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
-from contextlib import closing
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
-import jax
 import numpy as np
 from flax import nnx
 
 from jaxla.cli.files import free_bytes
 from jaxla.cli.terminal import format_bytes, format_duration, plural
 from jaxla.config import Experiment
-from jaxla.data.batches import evaluation_batches, sample_batch, training_batches
 from jaxla.data.dataset import PreparedData
 from jaxla.data.prepared import PreparedVolume
-from jaxla.distributed import gather, local_items, local_rows, on_host, process_count, shard_batch, use_local_devices
+from jaxla.distributed import gather, local_items, on_host, process_count, shard_batch, use_local_devices
 from jaxla.evaluation.summary import score_case
 from jaxla.hardware import device_bytes, device_name
 from jaxla.memory import catch_out_of_memory
 from jaxla.runs.cost import MAX_TIMED_SECONDS, MAX_TIMED_VOLUMES
+from jaxla.runs.speed import MEASURED_STEPS, fit_to_minutes, mean_seconds, measure_speed
 from jaxla.tasks import Features, Task
 from jaxla.training.step import count_parameters
 
-MEASURED_STEPS = 3
 PAGE_BYTES = 10_000_000  # report and figures for large scans
 
 
@@ -104,19 +100,10 @@ def forecast_run(
         found, features = forecast_features(network, data, task, cache_dir, volumes)
         sources = task.make_sources(data, cache_dir, features)  # the run finds patches resampled: not its start
 
-        began = time.perf_counter()
-        trainer = task.make_trainer(network, sources.train, features)
-        trained, trained_bytes = count_parameters(trainer.trainable), _tree_bytes(trainer.trainable)
-        checkpoint_bytes = 2 * trained_bytes + _tree_bytes(trainer.optimiser_state)
-        rows = local_rows(task.batch_size)
-        step_bytes = trainer.compile(sample_batch(sources.train, rows))
-        with closing(training_batches(sources.train, task.batch_size, experiment.seed, rows)) as batches:
-            jax.block_until_ready(trainer.step(next(batches), 0))
-            start_seconds = build_seconds + time.perf_counter() - began
-            step_seconds = mean_seconds(lambda: trainer.step(next(batches), 0), MEASURED_STEPS)
-        with closing(evaluation_batches(sources.val, task.batch_size, rows)) as batches:
-            batch = next(batches)
-        batch_seconds = mean_seconds(lambda: trainer.evaluate(batch), 2)
+        speed = measure_speed(task, network, sources, features)
+    recipe = experiment.method.training
+    if recipe.minutes:
+        recipe = fit_to_minutes(recipe, speed)
 
     parts = {name: data.select_volumes(getattr(data.split, name)) for name in ("train", "val", "test")}
     return Forecast(
@@ -125,21 +112,21 @@ def forecast_run(
         patients={name: len(volumes) for name, volumes in parts.items()},
         slices={name: sum(volume.shape[0] for volume in volumes) for name, volumes in parts.items()},
         batch_size=task.batch_size,
-        steps=trainer.steps_per_epoch,
-        epochs=experiment.method.training.epochs,
-        trained=trained,
-        frozen=parameters - trained,
+        steps=recipe.steps or speed.steps,
+        epochs=recipe.epochs,
+        trained=speed.trained,
+        frozen=parameters - speed.trained,
         features=found,
         disk_free=free_bytes(cache_dir),
         cache_dir=cache_dir,
         # Two checkpoints of each kind are kept, and a third exists while it is written.
-        run_bytes=3 * checkpoint_bytes + sum(int(np.prod(v.shape)) for v in parts["test"]) // 20 + PAGE_BYTES,
-        step_bytes=step_bytes,
+        run_bytes=3 * speed.checkpoint_bytes + sum(int(np.prod(v.shape)) for v in parts["test"]) // 20 + PAGE_BYTES,
+        step_bytes=speed.step_bytes,
         device_bytes=device_bytes(),
-        start_seconds=start_seconds,
-        step_seconds=step_seconds,
-        validation_seconds=-(-len(sources.val) // task.batch_size) * batch_seconds,
-        test_seconds=forecast_test(experiment, data, task, batch_seconds, found.seconds_per_slice),
+        start_seconds=build_seconds + speed.compile_seconds,
+        step_seconds=speed.step_seconds,
+        validation_seconds=speed.validation_seconds,
+        test_seconds=forecast_test(experiment, data, task, speed.batch_seconds, found.seconds_per_slice),
     )
 
 
@@ -213,20 +200,6 @@ def describe_forecast(forecast: Forecast, name: str) -> str:
         ),
     }
     return "\n".join(f"{title:<11} {text}" for title, text in lines.items())
-
-
-def mean_seconds(call: Callable[[], Any], repeats: int) -> float:
-    """Return the mean seconds of a call, after a first one that compiles."""
-    jax.block_until_ready(call())
-    began = time.perf_counter()
-    for _ in range(repeats):
-        result = call()
-    jax.block_until_ready(result)
-    return (time.perf_counter() - began) / repeats
-
-
-def _tree_bytes(tree: Any) -> int:
-    return sum(leaf.nbytes for leaf in jax.tree.leaves(tree))
 
 
 def _time_scoring(data: PreparedData) -> float:

@@ -18,8 +18,9 @@ from jaxla.data.cache import mark_cache_in_use
 from jaxla.data.dataset import prepare_data, require_classes
 from jaxla.distributed import use_devices
 from jaxla.hardware import device_name, on_cpu
-from jaxla.runs.forecast import MEASURED_STEPS, Forecast, forecast_run
+from jaxla.runs.forecast import Forecast, forecast_run
 from jaxla.runs.machine import processor
+from jaxla.runs.speed import MEASURED_STEPS
 from jaxla.studies.schedule import ScheduledRun, State, add_method_to_errors
 from jaxla.tasks import Task, make_checked_task
 from jaxla.training.features import MAX_DISK_FRACTION

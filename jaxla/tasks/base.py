@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Mapping, Sequence
+from copy import copy
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -82,6 +83,12 @@ class Task(ABC):
     def resolved_recipe(self) -> Training:
         """The recipe with the batch size that is used."""
         return replace(self.recipe, batch_size=self.batch_size)
+
+    def with_recipe(self, recipe: Training) -> Self:
+        """Return a copy of this task that trains by another recipe."""
+        task = copy(self)
+        task.recipe = recipe
+        return task
 
     def save(self, folder: Path) -> None:
         """Keep in the run's folder what `from_run` needs besides the record; on resuming, check that it is the same."""

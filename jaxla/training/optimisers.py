@@ -1,11 +1,12 @@
-"""The optimisers of the recipes: Adam, and nnU-Net's SGD."""
+"""The optimisers of the recipes: Adam, and nnU-Net's SGD; and the running mean of the parameters."""
 
 from __future__ import annotations
 
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import optax
 
 from jaxla.config import BackboneTraining, Training
@@ -27,9 +28,35 @@ def make_optimiser(recipe: Training, steps: int, has_pretrained_backbone: bool) 
 
     groups = {name: _update_rule(recipe, _schedule(recipe, rate, steps)) for name, rate in rates.items()}
     optimiser = optax.multi_transform(groups, partial(jax.tree_util.tree_map_with_path, group_name))
-    if recipe.optimiser == "adam":
-        return optimiser
-    return optax.chain(optax.clip_by_global_norm(MAX_GRADIENT_NORM), optimiser)
+    if recipe.optimiser == "sgd":
+        optimiser = optax.chain(optax.clip_by_global_norm(MAX_GRADIENT_NORM), optimiser)
+    return optax.chain(optimiser, average_parameters(recipe.average)) if recipe.average else optimiser
+
+
+class AverageState(NamedTuple):
+    """State of `average_parameters`."""
+
+    count: jax.Array  # of steps
+    average: Any  # running mean of the parameters
+
+
+def average_parameters(decay: float) -> optax.GradientTransformation:
+    """Return the last part of an optimiser, which keeps an exponential running mean of the parameters in its state.
+
+    Step n, from 0, keeps at most (1 + n) / (10 + n) of the mean, so that initial parameters are soon forgotten
+    (TensorFlow's `ExponentialMovingAverage` with `num_updates`).
+    """
+
+    def init(parameters: Any) -> AverageState:
+        return AverageState(jnp.zeros((), jnp.int32), jax.tree.map(jnp.copy, parameters))
+
+    def update(updates: Any, state: AverageState, parameters: Any) -> tuple[Any, AverageState]:
+        kept = jnp.minimum(decay, (1 + state.count) / (10 + state.count))
+        new = optax.apply_updates(parameters, updates)
+        average = jax.tree.map(lambda mean, value: kept * mean + (1 - kept) * value, state.average, new)
+        return updates, AverageState(state.count + 1, average)
+
+    return optax.GradientTransformation(init, update)
 
 
 def _update_rule(recipe: Training, rate: optax.ScalarOrSchedule) -> optax.GradientTransformation:

@@ -54,7 +54,7 @@ class TrainingCheckpoints:
     def save_best(self, trainer: Trainer, progress: Progress) -> None:
         """Save the network as that of the best epoch."""
         record = {"epoch": progress.best_epoch, "dice": progress.best_dice}
-        self.best.save(progress.best_epoch, network_state(trainer.trainable, trainer.frozen.statistics), record)
+        self.best.save(progress.best_epoch, network_state(trainer.kept, trainer.frozen.statistics), record)
 
     def resume(self, trainer: Trainer, batches: DatasetIterator, epochs_done: int) -> Progress:
         """Restore the newest intact checkpoint, if there is one, and bring the best checkpoint to the same moment.

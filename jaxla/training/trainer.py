@@ -80,6 +80,11 @@ class Trainer:
         self.optimiser_state = jax.jit(lambda trainable: constrain_sharding(optimiser.init(trainable)))(self.trainable)
         self.frozen: Frozen = place_on_devices(parts.frozen)
 
+    @property
+    def kept(self) -> Any:
+        """The parameters that are evaluated and kept: `trainable`, or their running mean if the recipe averages."""
+        return self.optimiser_state[-1].average if self.recipe.average else self.trainable
+
     def compile(self, batch: Any) -> int:
         """Compile the step for batches like this one, and return the bytes of device memory that it needs.
 
@@ -112,7 +117,7 @@ class Trainer:
 
     def evaluate(self, batch: Any) -> Any:
         """Return the loss and overlap counts of a batch (see `Evaluated`)."""
-        return self._evaluate(self.trainable, self.frozen, shard_batch(batch))
+        return self._evaluate(self.kept, self.frozen, shard_batch(batch))
 
     def validate(self, source: Source, stop_requested: Callable[[], bool] = lambda: False) -> Validation:
         """Evaluate all samples of a source.
@@ -143,4 +148,4 @@ class Trainer:
 
     def network(self) -> nnx.Module:
         """Return the network in its present state, in evaluation mode."""
-        return nnx.merge(self._graph, self.trainable, *self.frozen, copy=True)
+        return nnx.merge(self._graph, self.kept, *self.frozen, copy=True)

@@ -22,7 +22,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from jaxla.models.networks.unet import UNet, UNetOptions
-from jaxla.models.ops.layers import LECUN_NORMAL, convolution
+from jaxla.models.ops.layers import LECUN_NORMAL, Norm, convolution
 from jaxla.models.ops.resizing import double
 
 
@@ -33,14 +33,22 @@ class AttentionUNetOptions(UNetOptions):
     arch: ClassVar[str] = "attention_unet"
 
     def build(self, outputs: int, dtype: jnp.dtype, rngs: nnx.Rngs) -> AttentionUNet:
-        return AttentionUNet(self.widths, outputs, dtype=dtype, rngs=rngs)
+        return AttentionUNet(self.widths, outputs, self.norm, dtype=dtype, rngs=rngs)
 
 
 class AttentionUNet(UNet):
     """A `UNet` with an attention gate on every skip connection; the same inputs and outputs."""
 
-    def __init__(self, widths: Sequence[int], outputs: int, *, dtype: jnp.dtype = jnp.float32, rngs: nnx.Rngs) -> None:
-        super().__init__(widths, outputs, dtype=dtype, rngs=rngs)
+    def __init__(
+        self,
+        widths: Sequence[int],
+        outputs: int,
+        norm: Norm = "batch",
+        *,
+        dtype: jnp.dtype = jnp.float32,
+        rngs: nnx.Rngs,
+    ) -> None:
+        super().__init__(widths, outputs, norm, dtype=dtype, rngs=rngs)
         self.gates = nnx.List([Gate(i, o, dtype, rngs) for i, o in pairwise(widths)])
 
     def transform_skip(self, level: int, x: jax.Array, coarser: jax.Array) -> jax.Array:

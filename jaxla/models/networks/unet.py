@@ -1,9 +1,10 @@
-"""U-Net (Ronneberger, Fischer, Brox 2015) with padded convolutions, each followed by BatchNorm."""
+"""U-Net (Ronneberger, Fischer, Brox 2015) with padded convolutions, each followed by BatchNorm or InstanceNorm."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import pairwise
 from typing import ClassVar, Self
 
@@ -13,7 +14,7 @@ from flax import nnx
 
 from jaxla.config import NetworkOptions, option
 from jaxla.models.networks.base import PaddedNetwork, check_smallest_size, check_widths
-from jaxla.models.ops.layers import ConvolutionUnit, Upconvolution, logits_layer
+from jaxla.models.ops.layers import ConvolutionUnit, Norm, Upconvolution, logits_layer
 from jaxla.models.ops.pooling import max_pool
 
 
@@ -23,11 +24,13 @@ class UNetOptions(NetworkOptions):
 
     Args:
         widths: Channels of each level, finest first.
+        norm: Normalise over the `batch`, or over each image (`instance`), which unusual brightness does not disturb.
     """
 
     arch: ClassVar[str] = "unet"
 
     widths: tuple[int, ...] = (64, 128, 256, 512, 1024)
+    norm: Norm = "batch"
 
     def resolve(self) -> Self:
         check_widths(option("model.widths"), self.widths)
@@ -37,7 +40,7 @@ class UNetOptions(NetworkOptions):
         check_smallest_size(option_name, size, 2 ** (len(self.widths) - 1), self.arch)
 
     def build(self, outputs: int, dtype: jnp.dtype, rngs: nnx.Rngs) -> UNet:
-        return UNet(self.widths, outputs, dtype=dtype, rngs=rngs)
+        return UNet(self.widths, outputs, self.norm, dtype=dtype, rngs=rngs)
 
 
 class UNet(PaddedNetwork):
@@ -49,10 +52,19 @@ class UNet(PaddedNetwork):
 
     CHANNELS = (1,)
 
-    def __init__(self, widths: Sequence[int], outputs: int, *, dtype: jnp.dtype = jnp.float32, rngs: nnx.Rngs) -> None:
-        self.down = nnx.List([DoubleConvolution(i, o, dtype, rngs) for i, o in pairwise((1, *widths))])
+    def __init__(
+        self,
+        widths: Sequence[int],
+        outputs: int,
+        norm: Norm = "batch",
+        *,
+        dtype: jnp.dtype = jnp.float32,
+        rngs: nnx.Rngs,
+    ) -> None:
+        convolutions = partial(DoubleConvolution, norm=norm, dtype=dtype, rngs=rngs)
+        self.down = nnx.List([convolutions(i, o) for i, o in pairwise((1, *widths))])
         self.up = nnx.List([Upconvolution(o, i, dtype=dtype, rngs=rngs) for i, o in pairwise(widths)])
-        self.join = nnx.List([DoubleConvolution(2 * width, width, dtype, rngs) for width in widths[:-1]])
+        self.join = nnx.List([convolutions(2 * width, width) for width in widths[:-1]])
         self.logits = logits_layer(widths[0], outputs, 1, dtype, rngs)
         self.multiple = 2 ** (len(widths) - 1)
 
@@ -76,11 +88,11 @@ class UNet(PaddedNetwork):
 
 
 class DoubleConvolution(nnx.Module):
-    """Two 3×3 convolutions, each followed by BatchNorm and ReLU."""
+    """Two 3×3 convolutions, each followed by a norm and ReLU."""
 
-    def __init__(self, inputs: int, outputs: int, dtype: jnp.dtype, rngs: nnx.Rngs) -> None:
-        self.first = ConvolutionUnit(inputs, outputs, dtype=dtype, rngs=rngs)
-        self.second = ConvolutionUnit(outputs, outputs, dtype=dtype, rngs=rngs)
+    def __init__(self, inputs: int, outputs: int, dtype: jnp.dtype, rngs: nnx.Rngs, norm: Norm = "batch") -> None:
+        self.first = ConvolutionUnit(inputs, outputs, norm=norm, dtype=dtype, rngs=rngs)
+        self.second = ConvolutionUnit(outputs, outputs, norm=norm, dtype=dtype, rngs=rngs)
 
     def __call__(self, x: jax.Array, present: jax.Array | None = None) -> jax.Array:
         """[B, H, W, C] -> [B, H, W, K]."""

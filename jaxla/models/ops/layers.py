@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from itertools import pairwise
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
 from jaxla.models.ops.convolution import convolve, same_convolution
-from jaxla.models.ops.norms import BatchNorm
+from jaxla.models.ops.norms import BatchNorm, InstanceNorm
+
+Norm = Literal["batch", "instance"]  # statistics over a batch, or over each image
 
 HE_NORMAL = jax.nn.initializers.variance_scaling(2.0, "fan_out", "normal")  # He et al. 2015, before a ReLU
 LECUN_NORMAL = jax.nn.initializers.lecun_normal()  # without an activation
@@ -68,11 +70,13 @@ def logits_layer(inputs: int, outputs: int, side: int, dtype: jnp.dtype, rngs: n
 
 
 class ConvolutionUnit(nnx.Module):
-    """A 3×3 convolution, BatchNorm, ReLU."""
+    """A 3×3 convolution, BatchNorm or InstanceNorm, ReLU."""
 
-    def __init__(self, inputs: int, outputs: int, *, dtype: jnp.dtype, rngs: nnx.Rngs, **options: Any) -> None:
+    def __init__(
+        self, inputs: int, outputs: int, *, norm: Norm = "batch", dtype: jnp.dtype, rngs: nnx.Rngs, **options: Any
+    ) -> None:
         self.convolution = convolution(inputs, outputs, 3, dtype=dtype, rngs=rngs, **options)
-        self.norm = BatchNorm(outputs, dtype=dtype)
+        self.norm = (BatchNorm if norm == "batch" else InstanceNorm)(outputs, dtype=dtype)
 
     def __call__(self, x: jax.Array, present: jax.Array | None = None) -> jax.Array:
         """[B, H, W, C] -> [B, H, W, K]; BatchNorm's statistics include the images `present`, [B] bool."""

@@ -61,8 +61,8 @@ class InstanceNorm(nnx.Module):
         self.bias = nnx.Param(jnp.zeros(width))
         self.dtype = dtype
 
-    def __call__(self, x: jax.Array) -> jax.Array:
-        """Normalise [B, H, W, C] or [B, D, H, W, C]."""
+    def __call__(self, x: jax.Array, present: jax.Array | None = None) -> jax.Array:
+        """Normalise [B, H, W, C] or [B, D, H, W, C]; `present` of `BatchNorm` has no effect on single images."""
         axes = tuple(range(1, x.ndim - 1))
         weight = jnp.full((1,) * x.ndim, 1 / math.prod(x.shape[1:-1]), jnp.promote_types(x.dtype, jnp.float32))
         normalised, *_ = _normalise(x, self.scale[...], self.bias[...], weight, axes)

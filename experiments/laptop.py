@@ -1,0 +1,35 @@
+"""Laptop: a small U-Net for a few patients of one's own, trained from random weights in minutes without a GPU.
+
+InstanceNorm and random changes of brightness let it read scans that are darker or brighter than those it was trained
+on; the running mean of its parameters is kept instead of the epoch that one or two validation patients prefer.
+
+Command:   python -m jaxla.train --exp=laptop --data.root=/path/to/scans
+Time:      10 minutes of training on any processor, plus the test; --training.minutes changes it.
+Expected:  see docs/benchmarks.md.
+"""
+
+from jaxla.config import Augmentation, Data, Experiment, Method, Preprocessing, Training
+from jaxla.models.networks.unet import UNetOptions
+
+_UNET_SMALL = Method(
+    "unet_small",
+    "2 M U-Net with InstanceNorm, augmented; for few patients and little time",
+    UNetOptions((16, 32, 64, 128, 256), norm="instance"),
+    Preprocessing(112),
+    Training(
+        epochs=10,
+        minutes=10,
+        batch_size=16,
+        learning_rate=2e-3,
+        schedule="cosine",
+        loss="dice_cross_entropy",
+        patience=0,
+        checkpoint="last",
+        average=0.99,
+    ),
+    augmentation=Augmentation(rotation=15, scale=0.2, intensity=0.5),
+)
+
+METHODS = [_UNET_SMALL]
+
+EXPERIMENTS = [Experiment("laptop", "your own scans, without a GPU, in ten minutes", Data(), _UNET_SMALL)]

@@ -1,0 +1,92 @@
+"""How fast a network trains on this machine, from a few measured steps, and what fits into a time budget."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+from contextlib import closing
+from dataclasses import replace
+from typing import Any, NamedTuple
+
+import jax
+from flax import nnx
+
+from jaxla.config import Training
+from jaxla.data.batches import evaluation_batches, sample_batch, training_batches
+from jaxla.distributed import local_rows
+from jaxla.tasks import Features, Task
+from jaxla.tasks.base import Sources
+from jaxla.training.step import count_parameters
+
+MEASURED_STEPS = 3
+MAX_VALIDATION = 0.2  # the part of a time budget that validation may take
+
+
+class Speed(NamedTuple):
+    """Sizes and times of a training on this machine."""
+
+    trained: int  # parameters
+    checkpoint_bytes: int  # of one checkpoint of each kind
+    step_bytes: int  # device memory of a step, as reported by XLA
+    steps: int  # of an epoch
+    compile_seconds: float  # to set up and compile the step, and take one
+    step_seconds: float
+    batch_seconds: float  # to evaluate one batch
+    validation_seconds: float  # of an epoch
+
+
+def measure_speed(task: Task, network: nnx.Module, sources: Sources, features: Features | None) -> Speed:
+    """Take a few steps, which use the network up.
+
+    Raises:
+        InputError: a step needs more memory than there is.
+    """
+    began = time.perf_counter()
+    trainer = task.make_trainer(network, sources.train, features)
+    trained, trained_bytes = count_parameters(trainer.trainable), _tree_bytes(trainer.trainable)
+    checkpoint_bytes = 2 * trained_bytes + _tree_bytes(trainer.optimiser_state)
+    rows = local_rows(task.batch_size)
+    step_bytes = trainer.compile(sample_batch(sources.train, rows))
+    with closing(training_batches(sources.train, task.batch_size, trainer.seed, rows)) as batches:
+        jax.block_until_ready(trainer.step(next(batches), 0))
+        compile_seconds = time.perf_counter() - began
+        step_seconds = mean_seconds(lambda: trainer.step(next(batches), 0), MEASURED_STEPS)
+    with closing(evaluation_batches(sources.val, task.batch_size, rows)) as batches:
+        batch = next(batches)
+    batch_seconds = mean_seconds(lambda: trainer.evaluate(batch), 2)
+    return Speed(
+        trained,
+        checkpoint_bytes,
+        step_bytes,
+        trainer.steps_per_epoch,
+        compile_seconds,
+        step_seconds,
+        batch_seconds,
+        validation_seconds=-(-len(sources.val) // task.batch_size) * batch_seconds,
+    )
+
+
+def fit_to_minutes(recipe: Training, speed: Speed) -> Training:
+    """Return the recipe with as many steps as fit into its `minutes` together with validation.
+
+    Its epochs become fewer if their validation would take more than a fifth of the time. At least one step is taken.
+    """
+    seconds = 60 * recipe.minutes
+    epochs = max(1, min(recipe.epochs, math.floor(MAX_VALIDATION * seconds / speed.validation_seconds)))
+    steps = math.floor((seconds / epochs - speed.validation_seconds) / speed.step_seconds)
+    return replace(recipe, epochs=epochs, steps=max(1, steps))
+
+
+def mean_seconds(call: Callable[[], Any], repeats: int) -> float:
+    """Return the mean seconds of a call, after a first one that compiles."""
+    jax.block_until_ready(call())
+    began = time.perf_counter()
+    for _ in range(repeats):
+        result = call()
+    jax.block_until_ready(result)
+    return (time.perf_counter() - began) / repeats
+
+
+def _tree_bytes(tree: Any) -> int:
+    return sum(leaf.nbytes for leaf in jax.tree.leaves(tree))
