@@ -296,7 +296,7 @@ def fit_run_to_minutes(run: Run, features: Features | None) -> Run:
         sources = run.task.make_sources(run.data, run.cache_dir, features)
         with on_host():
             network = run.task.build_network()
-        with catch_out_of_memory(run.task.batch_size):
+        with catch_out_of_memory(run.task.batch_size, run.task.memory_advice):
             speed = measure_speed(run.task, network, sources, features)
         fitted = fit_to_minutes(run.task.recipe, speed)
         epochs, steps = broadcast((fitted.epochs, fitted.steps))
@@ -309,13 +309,7 @@ def fit_run_to_minutes(run: Run, features: Features | None) -> Run:
                     minutes, format_duration(pass_seconds),
                 )  # fmt: skip
     if is_first():
-        log.info(
-            "%s: %s of %s in %g minutes",
-            run.experiment.method.name,
-            plural(epochs, "epoch"),
-            plural(steps, "step"),
-            minutes,
-        )
+        log.info("%g minutes: %s of %s", minutes, plural(epochs, "epoch"), plural(steps, "step"))
     return replace(run, task=run.task.with_recipe(replace(run.task.recipe, epochs=epochs, steps=steps)))
 
 

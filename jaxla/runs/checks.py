@@ -62,7 +62,7 @@ def _check_bounds(experiment: Experiment) -> None:
     for name, (bound, value) in minimum.items():
         if not bound <= value < math.inf:
             raise InputError(f"--{name}={value}", f"less than {bound}, or not finite", f"Use {bound} or more.")
-    if training.minutes and training.steps:
+    if training.minutes and training.steps != METHODS[method.name].training.steps:
         problem = f"has no effect, because --training.minutes={training.minutes:g} fixes the steps"
         raise InputError(f"--training.steps={training.steps}", problem, "Remove one of the two.")
     if not 0 <= training.average < 1:

@@ -27,7 +27,7 @@ class Speed(NamedTuple):
     """Sizes and times of a training on this machine."""
 
     trained: int  # parameters
-    checkpoint_bytes: int  # of one checkpoint of each kind
+    checkpoint_bytes: int  # of the latest and the best checkpoint together
     step_bytes: int  # device memory of a step, as reported by XLA
     steps: int  # of an epoch
     compile_seconds: float  # to set up and compile the step, and take one
@@ -37,7 +37,7 @@ class Speed(NamedTuple):
 
 
 def measure_speed(task: Task, network: nnx.Module, sources: Sources, features: Features | None) -> Speed:
-    """Take a few steps, which use the network up.
+    """Take a few steps; the network cannot be used afterwards.
 
     Raises:
         InputError: a step needs more memory than there is.
