@@ -11,7 +11,7 @@ Expected:  see docs/benchmarks.md.
 from jaxla.config import Augmentation, Data, Experiment, Method, Preprocessing, Training
 from jaxla.models.networks.unet import UNetOptions
 
-_UNET_SMALL = Method(
+UNET_SMALL = Method(
     "unet_small",
     "2 M U-Net with InstanceNorm, augmented; for few patients and little time",
     UNetOptions((16, 32, 64, 128, 256), norm="instance"),
@@ -30,6 +30,6 @@ _UNET_SMALL = Method(
     augmentation=Augmentation(rotation=15, scale=0.2, intensity=0.5),
 )
 
-METHODS = [_UNET_SMALL]
+METHODS = [UNET_SMALL]
 
-EXPERIMENTS = [Experiment("laptop", "your own scans, without a GPU, in ten minutes", Data(), _UNET_SMALL)]
+EXPERIMENTS = [Experiment("laptop", "your own scans, without a GPU, in ten minutes", Data(), UNET_SMALL)]

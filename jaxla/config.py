@@ -140,7 +140,10 @@ class Training:
         steps: Steps per epoch; 0 for one pass over the training data.
         minutes: Time for training and validation: fixes the steps after a few were measured; 0 for no limit.
         batch_size: Samples per step; 0, for nnU-Net only, takes the plan's batch size.
+        foreground: Part of the slices, 0 to 1, that are drawn from slices with a structure only.
         optimiser: `adam`, or `sgd` as in nnU-Net (Nesterov 0.99, weight decay 3e-5, gradients clipped to norm 12).
+        weight_decay: Decay of Adam's parameters per step and learning rate (AdamW); 0 for none.
+        clip: Largest norm of Adam's gradient, which is scaled down to it; 0 for no limit.
         learning_rate: Learning rate of parameters that start from random values.
         schedule: `constant`, `cosine` (2 % warm-up, then down to zero) or nnU-Net's `poly` (power 0.9).
         loss: `cross_entropy`, or nnU-Net's `dice_cross_entropy`.
@@ -153,7 +156,10 @@ class Training:
     steps: int = 0
     minutes: float = 0.0
     batch_size: int = 32
+    foreground: float = 0.0
     optimiser: Literal["adam", "sgd"] = "adam"
+    weight_decay: float = 0.0
+    clip: float = 0.0
     learning_rate: float = 1e-3
     schedule: Literal["constant", "cosine", "poly"] = "constant"
     loss: Literal["cross_entropy", "dice_cross_entropy"] = "cross_entropy"
@@ -247,6 +253,7 @@ class Experiment:
     Args:
         seed: Seed of initial parameters and of the order of samples.
         fold: Fold of five-fold cross-validation that validates, `0` to `4`; `all` trains all five; empty for none.
+        own_scans_method: Method unless the data are phantoms; None if it is the same.
     """
 
     name: str
@@ -255,6 +262,7 @@ class Experiment:
     method: Method
     seed: int = 0
     fold: Literal["", "0", "1", "2", "3", "4", "all"] = ""
+    own_scans_method: Method | None = None
 
 
 @dataclass(frozen=True)

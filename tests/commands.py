@@ -18,7 +18,7 @@ from jaxla.cli.process import run_command
 ROOT = Path(__file__).parents[1]
 
 # The options of the fixture `small_run`. Runs with the same options share its compiled programs.
-SMALL_RUN = ("--preprocessing.image_size=48", "--training.epochs=3", "--seed=1")
+SMALL_RUN = ("--method=vit_mini8", "--preprocessing.image_size=48", "--training.epochs=3", "--seed=1")
 
 
 def in_a_new_process(folder, module, *options, **environment):
@@ -97,7 +97,7 @@ def refuse(folder, module, *options, run=in_this_process, but="cache"):
 def refuse_to_train(folder, *options, run=in_this_process):
     """Run `refuse` for the quickstart on the folder `data`; a later option of the same name wins."""
     folders = [f"--data.root={folder / 'data'}", f"--cache-dir={folder / 'cache'}", f"--run-dir={folder / 'run'}"]
-    return refuse(folder, "jaxla.train", "--exp=quickstart", *folders, *options, run=run)
+    return refuse(folder, "jaxla.train", "--exp=quickstart", "--method=vit_mini8", *folders, *options, run=run)
 
 
 @contextlib.contextmanager

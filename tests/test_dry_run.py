@@ -25,7 +25,13 @@ PARTS = ("train", "val", "test")
 def dry_run(folder, phantoms, *options):
     """Return the forecast's lines by title; the command must write nothing but prepared volumes in the cache."""
     before = tree(folder)
-    arguments = ["--exp=quickstart", f"--data.root={phantoms}", f"--cache-dir={folder / 'cache'}", "--dry-run"]
+    arguments = [
+        "--exp=quickstart",
+        "--method=vit_mini8",
+        f"--data.root={phantoms}",
+        f"--cache-dir={folder / 'cache'}",
+        "--dry-run",
+    ]
     printed = succeed(folder, "jaxla.train", *arguments, *options)
     assert tree(folder) == before
     return {line[:12].strip(): line[12:] for line in printed.splitlines()[-8:]}
@@ -79,7 +85,7 @@ def frozen(folder, phantoms):
 def features(frozen, folder, phantoms):
     """The folder of the features of the run itself."""
     folders = [f"--data.root={phantoms}", f"--cache-dir={folder / 'cache'}", f"--run-dir={folder / 'run'}"]
-    succeed(folder, "jaxla.train", "--exp=quickstart", *folders, *FROZEN)
+    succeed(folder, "jaxla.train", "--exp=quickstart", "--method=vit_mini8", *folders, *FROZEN)
     (features,) = (folder / "cache" / "features").iterdir()
     return features
 

@@ -208,7 +208,14 @@ def test_plans_that_do_not_fit_the_scans_or_the_method_are_refused(phantoms, pla
             f"--cache-dir={tmp_path / 'cache'}", f"--model.plan={plan}",
         )  # fmt: skip
         assert f"--model.plan: method {method} has no such option" in said
-    said = refuse(tmp_path, "jaxla.train", "--exp=quickstart", f"--data.root={phantoms}", "--augmentation.nnunet=true")
+    said = refuse(
+        tmp_path,
+        "jaxla.train",
+        "--exp=quickstart",
+        "--method=vit_mini8",
+        f"--data.root={phantoms}",
+        "--augmentation.nnunet=true",
+    )
     assert "--augmentation.nnunet: method vit_mini8 has no such option" in said
 
 

@@ -100,10 +100,11 @@ class Options(NamedTuple):
 
 
 def parse_names(arguments: list[str]) -> argparse.Namespace:
-    """Return the values of `exp` and `method`, on which the other options depend; None if not given."""
+    """Return the values of `exp`, `method` and `root`, on which the other options depend; None if not given."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
     parser.add_argument("--exp")
     parser.add_argument("--method")
+    parser.add_argument("--data.root", dest="root")
     try:
         return parser.parse_known_args(arguments)[0]
     except argparse.ArgumentError as error:
@@ -135,7 +136,9 @@ def _named_experiment(
         raise InputError("--exp", "missing", f"Use one of {', '.join(experiments)}; --exp=list describes them.")
     experiment = lookup("--exp", names.exp, experiments)
     if names.method is None:
-        return experiment
+        has_own_scans = names.root not in (None, "phantom")
+        method = experiment.own_scans_method if has_own_scans else None
+        return replace(experiment, method=method or experiment.method)
     if names.method not in methods and (names.method.startswith("dinov3_") or names.method.endswith("_reg")):
         fix = f"Use --model.arch={names.method} with a method: {', '.join(methods)}."
         raise InputError(f"--method={names.method}", "names a backbone, not a method", fix)

@@ -64,6 +64,7 @@ class SliceSource(Source):
         canvas: the square to which slices are padded.
         features: for each volume its features, indexed by slice, if the network reads these instead of images.
         with_images: whether the network reads the images as well as the features.
+        foreground: part of the training rows, 0 to 1, that are drawn from slices with a structure only.
     """
 
     def __init__(
@@ -72,14 +73,24 @@ class SliceSource(Source):
         canvas: Canvas,
         features: Sequence[Sequence[np.ndarray]] | None = None,
         with_images: bool = False,
+        foreground: float = 0.0,
     ) -> None:
-        self.volumes, self.units = volumes, len(volumes)
+        self.volumes, self.units, self.foreground = volumes, len(volumes), foreground
         self.features, self.with_images = features, features is not None and with_images
         self.frames = [canvas.frame(v.shape[1:], v.spacing[1:]) for v in volumes]
         self.index = [(i, s) for i, volume in enumerate(volumes) for s in range(volume.shape[0])]
 
     def __len__(self) -> int:
         return len(self.index)
+
+    def order(self, seed: int) -> grain.MapDataset:
+        """Return the order of all slices, among which more slices with a structure come in regular intervals."""
+        order = super().order(seed)
+        if not self.foreground:
+            return order
+        rows = [row for row, (i, s) in enumerate(self.index) if self.volumes[i].mask[s].any()]
+        with_structure = grain.MapDataset.source(rows).seed(seed).shuffle().repeat(MAX_PASSES)
+        return grain.MapDataset.mix([order, with_structure], [1 - self.foreground, self.foreground])
 
     def __getitem__(self, item: SupportsIndex) -> Batch:
         i, s = self.index[item]

@@ -45,6 +45,8 @@ def _check_bounds(experiment: Experiment) -> None:
         "training.epochs": (1, training.epochs),
         "training.steps": (task.MIN_STEPS, training.steps),
         "training.minutes": (0, training.minutes),
+        "training.weight_decay": (0, training.weight_decay),
+        "training.clip": (0, training.clip),
         "training.batch_size": (task.MIN_BATCH_SIZE, training.batch_size),
         "training.patience": (0, training.patience),
         "data.phantom_cases": (1, data.phantom_cases),
@@ -67,6 +69,16 @@ def _check_bounds(experiment: Experiment) -> None:
         raise InputError(f"--training.steps={training.steps}", problem, "Remove one of the two.")
     if not 0 <= training.average < 1:
         raise InputError(f"--training.average={training.average}", "not from 0 to below 1", "Use 0.99, or 0 for none.")
+    if not 0 <= training.foreground < 1:
+        fix = "Use 0.5, for example, or 0 for none."
+        raise InputError(f"--training.foreground={training.foreground}", "not from 0 to below 1", fix)
+    if training.foreground and not task.CHOOSES_SAMPLES:
+        problem = f"has no effect, because {method.name} does not train on single slices"
+        raise InputError(f"--training.foreground={training.foreground}", problem, "Remove the option.")
+    for name in ("weight_decay", "clip"):
+        if getattr(training, name) and training.optimiser == "sgd":
+            problem = "has no effect, because --training.optimiser=sgd has its own"
+            raise InputError(f"--training.{name}={getattr(training, name)}", problem, "Remove one of the two.")
     for name in ("learning_rate", "backbone_learning_rate"):
         rate = getattr(training, name, 1.0)
         if not 0 < rate < math.inf:

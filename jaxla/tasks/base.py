@@ -51,6 +51,7 @@ class Task(ABC):
         sample: the word for one sample, and for several.
         unit: what validation averages Dice over, in words.
         MIN_STEPS, MIN_BATCH_SIZE: lower bounds of these options; 0 stands for a value that follows from the data.
+        CHOOSES_SAMPLES: whether `training.foreground` has an effect.
         extent: side in mm of the square that all slices are laid on; 0 if there is none.
     """
 
@@ -59,6 +60,7 @@ class Task(ABC):
     extent: float = 0.0
     MIN_STEPS: ClassVar[int] = 0
     MIN_BATCH_SIZE: ClassVar[int] = 1
+    CHOOSES_SAMPLES: ClassVar[bool] = False
 
     def __init__(self, experiment: Experiment, outputs: int) -> None:
         self.experiment, self.outputs = experiment, outputs

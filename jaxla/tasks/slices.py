@@ -31,6 +31,7 @@ class SliceTask(Task):
     """Trains on slices, each laid on a square canvas, whose side is `extent` mm, or 0 if each slice has its own."""
 
     sample = ("slice", "slices")
+    CHOOSES_SAMPLES = True
 
     def __init__(self, experiment: Experiment, outputs: int, extent: float = 0.0) -> None:
         super().__init__(experiment, outputs)
@@ -66,11 +67,12 @@ class SliceTask(Task):
         return f"{side} × {side} pixels{extent}"
 
     def make_sources(self, data: PreparedData, cache_dir: Path, features: Features | None = None) -> Sources:
-        def make_source(volumes: Sequence[PreparedVolume]) -> SliceSource:
+        def make_source(ids: Sequence[str], foreground: float) -> SliceSource:
+            volumes, with_images = data.select_volumes(ids), bool(features and features.with_images)
             arrays = features and [features.by_case[volume.id] for volume in volumes]
-            return SliceSource(volumes, self.canvas, arrays, with_images=bool(features and features.with_images))
+            return SliceSource(volumes, self.canvas, arrays, with_images, foreground)
 
-        return Sources(*(make_source(data.select_volumes(ids)) for ids in (data.split.train, data.split.val)))
+        return Sources(make_source(data.split.train, self.recipe.foreground), make_source(data.split.val, 0))
 
     def samples_per_pass(self, volumes: Sequence[PreparedVolume]) -> int:
         return sum(volume.shape[0] for volume in volumes)

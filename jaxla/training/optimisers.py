@@ -28,8 +28,8 @@ def make_optimiser(recipe: Training, steps: int, has_pretrained_backbone: bool) 
 
     groups = {name: _update_rule(recipe, _schedule(recipe, rate, steps)) for name, rate in rates.items()}
     optimiser = optax.multi_transform(groups, partial(jax.tree_util.tree_map_with_path, group_name))
-    if recipe.optimiser == "sgd":
-        optimiser = optax.chain(optax.clip_by_global_norm(MAX_GRADIENT_NORM), optimiser)
+    if largest_norm := recipe.clip if recipe.optimiser == "adam" else MAX_GRADIENT_NORM:
+        optimiser = optax.chain(optax.clip_by_global_norm(largest_norm), optimiser)
     return optax.chain(optimiser, average_parameters(recipe.average)) if recipe.average else optimiser
 
 
@@ -61,7 +61,7 @@ def average_parameters(decay: float) -> optax.GradientTransformation:
 
 def _update_rule(recipe: Training, rate: optax.ScalarOrSchedule) -> optax.GradientTransformation:
     if recipe.optimiser == "adam":
-        return optax.adam(rate)
+        return optax.adamw(rate, weight_decay=recipe.weight_decay) if recipe.weight_decay else optax.adam(rate)
     # PyTorch's SGD: weight decay is added to the gradient, and the learning rate is applied after momentum.
     return optax.chain(
         optax.add_decayed_weights(WEIGHT_DECAY),

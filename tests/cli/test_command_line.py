@@ -79,6 +79,14 @@ def test_help_lists_the_options_of_the_method_and_no_others(tmp_path, name):
     assert not (set.union(*options.values()) - options[name]) & listed
 
 
+def test_quickstart_has_another_method_for_own_scans():
+    methods = [
+        parse("--exp=quickstart", *words).experiment.method.name
+        for words in ((), ("--data.root=phantom",), ("--data.root=/scans",), ("--data.root", "x", "--method=vit_mini8"))
+    ]
+    assert methods == ["vit_mini8", "vit_mini8", "unet_small", "vit_mini8"]
+
+
 def test_an_option_of_another_method_cannot_be_expressed():
     for arguments, line in (
         (

@@ -16,7 +16,7 @@ from tests.distributed.group import finish, free_port, start, together, wait_for
 def command(folder, phantoms, *options, run="run"):
     """Return a training command with a frozen backbone, whose features are computed once."""
     return [
-        "jaxla.train", "--exp=quickstart", f"--data.root={phantoms}", f"--run-dir={folder / run}",
+        "jaxla.train", "--exp=quickstart", "--method=vit_mini8", f"--data.root={phantoms}", f"--run-dir={folder / run}",
         f"--cache-dir={folder / 'cache'}", "--preprocessing.image_size=32", "--training.epochs=4", "--seed=1",
         "--model.backbone=frozen", *options,
     ]  # fmt: skip

@@ -16,9 +16,9 @@ pytestmark = pytest.mark.usefixtures("fast_compilation")
 
 # With a fixed number of steps and a constant rate, all folds share one compiled program.
 OPTIONS = (
-    "--exp=quickstart", "--model.backbone=frozen", "--model.decoder=linear", "--preprocessing.image_size=48",
-    "--training.epochs=1", "--training.steps=3", "--training.schedule=constant", "--seed=1", "--fold", "all",
-    "--postprocessing.largest=if_better",
+    "--exp=quickstart", "--method=vit_mini8", "--model.backbone=frozen", "--model.decoder=linear",
+    "--preprocessing.image_size=48", "--training.epochs=1", "--training.steps=3", "--training.schedule=constant",
+    "--seed=1", "--fold", "all", "--postprocessing.largest=if_better",
 )  # fmt: skip
 
 

@@ -24,7 +24,7 @@ def test_classes_of_dataset_json_and_reoriented_scans(hippocampus, tmp_path):
     ]
     (data / "dataset.json").write_text(json.dumps(content | {"numTraining": 15}))
     succeed(
-        tmp_path, "jaxla.train", "--exp=quickstart", f"--data.root={data}", f"--run-dir={run}",
+        tmp_path, "jaxla.train", "--exp=quickstart", "--method=vit_mini8", f"--data.root={data}", f"--run-dir={run}",
         f"--cache-dir={tmp_path / 'cache'}", "--data.train_patients=8", "--training.epochs=2",
         "--preprocessing.image_size=48", "--seed=1",
     )  # fmt: skip
