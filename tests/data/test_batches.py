@@ -2,6 +2,7 @@
 
 import itertools
 import json
+from collections import Counter
 
 import numpy as np
 import pytest
@@ -115,6 +116,17 @@ def test_a_resumed_stream_continues_with_the_same_batches(source, done):
     resumed.set_state(state)
     for batch in following:
         assert_equal(next(resumed), batch)
+
+
+def test_some_slices_are_drawn_from_those_with_a_structure(source):
+    """Of 800 slices 480 are 30 passes over all 16, and 320 are 32 passes over the 10 with a structure."""
+    batches = training_batches(SliceSource(source.volumes, Canvas(SIZE), foreground=0.4), 20, 0)
+    state = json.loads(json.dumps(batches.get_state()))
+    chosen = take(batches, 40)
+    assert Counter(chosen) == {pair: 62 if pair[1] >= 2 else 30 for pair in ALL_SLICES}
+    assert len({tuple(chosen[n : n + 100]) for n in range(0, 800, 100)}) == 8
+    batches.set_state(state)
+    assert take(batches, 40) == chosen
 
 
 @pytest.mark.parametrize(("batch_size", "steps"), [(1, 16), (3, 6), (5, 4), (8, 2), (16, 1), (20, 1)])

@@ -25,6 +25,7 @@ from jaxla.models.networks.segnet import SegNet
 from jaxla.models.networks.transformer_segmenter import ConvolutionalDecoder
 from jaxla.models.networks.unet import UNet
 from jaxla.models.networks.windows import WindowDecoder
+from jaxla.models.ops.norms import InstanceNorm
 from tests.tiny import flat_arrays
 
 # --- U-Net: Ronneberger et al. 2015, figure 1, padded, with BatchNorm ---
@@ -442,6 +443,10 @@ def reference_of(network, size=None):
             reference = ReferenceAttentionUNet(widths_of(network), network.logits.out_features)
         case UNet():
             reference = ReferenceUNet(widths_of(network), network.logits.out_features)
+            if isinstance(network.down[0].first.norm, InstanceNorm):
+                for unit in reference.modules():
+                    if isinstance(unit, Unit):
+                        unit.norm = nn.InstanceNorm2d(unit.norm.num_features, affine=True)
         case ResNetUNet():
             widths = [stage.second.norm.scale.shape[0] for stage in network.up]
             blocks = network.backbone.variant.blocks

@@ -44,6 +44,7 @@ def segnet(outputs, *, dtype, rngs):
 
 NETWORKS = {
     "unet": partial(UNet, (8, 16, 24)),
+    "unet with InstanceNorm": partial(UNet, (8, 16, 24), norm="instance"),
     "attention_unet": partial(AttentionUNet, (8, 16, 24)),
     "resnet_unet": resnet_unet,
     "segnet": segnet,
@@ -76,7 +77,8 @@ def test_logits_equal_the_reference(name):
     with torch.no_grad():
         theirs = reference_of(network)(their_input(name, images).float()).numpy().transpose(0, 2, 3, 1)
     assert logits.dtype == np.float32
-    assert np.abs(logits - theirs).max() <= 2e-6  # measured: 6e-7, of values whose standard deviation is 0.02 to 0.6
+    bound = 8e-6 if "Instance" in name else 2e-6  # measured: 3.9e-6 and 6e-7, of values with a deviation of 0.02 to 0.6
+    assert np.abs(logits - theirs).max() <= bound
 
 
 @pytest.mark.parametrize("name", NETWORKS)
@@ -116,7 +118,8 @@ def test_training_equals_the_reference(name):
             optimiser.step()
         ours = as_theirs(network, statistics)
         assert len(ours) == 2 * sum(isinstance(module, torch.nn.BatchNorm2d) for module in reference.modules())
-        assert relative_l2(ours, dict(reference.named_buffers())) <= 1e-12  # measured: 6.3e-14
+        if ours:
+            assert relative_l2(ours, dict(reference.named_buffers())) <= 1e-12  # measured: 6.3e-14
 
 
 def relative_l2(ours, theirs):

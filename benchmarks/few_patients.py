@@ -1,0 +1,134 @@
+"""python -m benchmarks.few_patients --data.root=DIR: how good is training on few patients for a few minutes?
+
+For each number of training patients and each seed, on the same held-out patients:
+
+- `laptop`: `python -m jaxla.train --exp=laptop`, in a process of its own.
+- `monai`: MONAI's two-dimensional BasicUNet with its default widths, on slices of 144 × 144 pixels with the same grey
+  values, trained with MONAI's Dice and cross-entropy loss and Adam 0.001 in batches of 16, not augmented.
+- `atlas`: the mean training mask (`jaxla.evaluation.atlas`).
+
+The first two train for the same minutes; what they take to start, to compile and to test comes on top. One patient
+validates the package's runs, which keep the last weights, so it chooses only the atlas's threshold. Seed k trains on
+the k-th subset of the pool of training patients, from parameters drawn with k. All scores are per volume.
+
+Prints JSON: the mean and the worst Dice and the mean HD95 of each over the held-out patients, for each number of
+training patients and each seed.
+"""
+
+import csv
+import json
+import logging
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import numpy as np
+import torch
+from jaxla.experiments import EXPERIMENTS
+from monai.losses import DiceCELoss
+from monai.networks.nets import BasicUNet
+
+from benchmarks.timing import environment, print_result, require_folder
+from jaxla.cli.command_line import command_parser, parse_arguments
+from jaxla.cli.process import run_command
+from jaxla.config import Data, default_cache_dir
+from jaxla.data.batches import SliceSource
+from jaxla.data.cases import find_cases
+from jaxla.data.dataset import prepare_data
+from jaxla.data.inputs import Canvas, input_to_slice
+from jaxla.evaluation.summary import score_case
+
+log = logging.getLogger("jaxla.benchmarks")
+SIZE, BATCH, RATE = 144, 16, 1e-3  # of MONAI's side
+POOL_SEED = 7  # draws the held-out patients
+
+
+def main(arguments):
+    parser = command_parser("benchmarks.few_patients", "train on few patients for a few minutes, here and in MONAI")
+    parser.add_argument("--data.root", type=str, required=True, help="folder of scans with masks")
+    parser.add_argument("--patients", type=list[int], default=[1, 4, 12], help="numbers of training patients")
+    parser.add_argument("--minutes", type=float, default=8, help="of each training")
+    parser.add_argument("--seeds", type=int, default=3, help="trainings for each number of patients")
+    parser.add_argument("--output", type=str, default="", help="file for the JSON")
+    options = parse_arguments(parser, arguments)
+    require_folder(options.output)
+    root, most = options.data.root, max(options.patients)
+    ids = [case.id for case in find_cases(root).cases]
+    ids = [ids[i] for i in np.random.default_rng(POOL_SEED).permutation(len(ids))]
+    split = {"train": ids[:most], "val": ids[most : most + 1], "test": ids[most + 1 :]}
+    result = {
+        **environment("jax", "flax", "torch", "monai"),
+        "data": Path(root).name,
+        "minutes": options.minutes,
+        "held_out": len(split["test"]),
+        "unit": "volume",
+        "runs": [],
+    }
+    with TemporaryDirectory(prefix="jaxla-few-") as folder:
+        split_file = Path(folder) / "split.json"
+        split_file.write_text(json.dumps(split))
+        for count in options.patients:
+            for seed in range(options.seeds):
+                data = Data(root=root, split=str(split_file), train_patients=count, subset_seed=seed)
+                scores = train_here(data, seed, options.minutes, Path(folder) / f"{count}_{seed}")
+                scores["monai"] = train_monai(data, seed, options.minutes)
+                result["runs"].append({"patients": count, "seed": seed, **scores})
+                log.info("%d patients, seed %d: %s", count, seed, scores)
+    print_result(result, options.output)
+
+
+def train_here(data, seed, minutes, folder):
+    """Run the command; return the scores of the network and of the atlas."""
+    values = {f"data.{name}": getattr(data, name) for name in ("root", "split", "train_patients", "subset_seed")}
+    values |= {"seed": seed, "training.minutes": minutes, "run-dir": folder}
+    words = [f"--{name}={value}" for name, value in values.items()]
+    subprocess.run([sys.executable, "-m", "jaxla.train", "--exp=laptop", *words], check=True)
+    with (folder / "test" / "cases.csv").open() as file:
+        rows = [{name: float(row[name]) for name in ("dice", "hd95_mm")} for row in csv.DictReader(file)]
+    summary = json.loads((folder / "test" / "summary.json").read_text())
+    atlas = {"mean_dice": summary["atlas"]["dice"]["mean"], "mean_hd95_mm": summary["atlas"]["hd95_mm"]["mean"]}
+    return {"laptop": describe(rows), "atlas": atlas}
+
+
+def train_monai(data, seed, minutes):
+    """Train MONAI's network, and return its scores."""
+    prepared = prepare_data(replace(EXPERIMENTS["laptop"], data=data), default_cache_dir())
+    train, test = (prepared.select_volumes(ids) for ids in (prepared.split.train, prepared.split.test))
+    source = SliceSource(train, Canvas(SIZE))
+    rows = [source[i] for i in range(len(source))]
+    images = torch.from_numpy(np.stack([row["input"][..., 0] for row in rows])[:, None])
+    masks = torch.from_numpy(np.stack([row["mask"] for row in rows])[:, None].astype(np.float32))
+    torch.manual_seed(seed)
+    network, loss = BasicUNet(spatial_dims=2, in_channels=1, out_channels=1), DiceCELoss(sigmoid=True)
+    optimiser, draw = torch.optim.Adam(network.parameters(), RATE), np.random.default_rng(seed)
+    steps, end = 0, time.perf_counter() + 60 * minutes
+    while time.perf_counter() < end:
+        chosen = torch.from_numpy(draw.integers(0, len(images), BATCH))
+        optimiser.zero_grad()
+        loss(network(images[chosen]), masks[chosen]).backward()
+        optimiser.step()
+        steps += 1
+    network.eval()
+    return {"steps": steps} | describe([score(network, volume, prepared.dataset.labels.names) for volume in test])
+
+
+def score(network, volume, names):
+    source = SliceSource([volume], Canvas(SIZE))
+    with torch.inference_mode():
+        slices = [torch.from_numpy(source[i]["input"][None, None, ..., 0]) for i in range(len(source))]
+        probabilities = [torch.sigmoid(network(image)).numpy()[0, 0, ..., None] for image in slices]
+    resized = [input_to_slice(each, source.frames[0], volume.shape[1:])[..., 0] for each in probabilities]
+    predicted = (np.stack(resized) > 0.5).astype(np.uint8)
+    return score_case(volume.id, predicted, volume.mask, volume.spacing, names)[0]
+
+
+def describe(rows):
+    dice, distance = ([row[name] for row in rows] for name in ("dice", "hd95_mm"))
+    return {"mean_dice": np.mean(dice), "worst_dice": np.min(dice), "mean_hd95_mm": np.mean(distance)}
+
+
+if __name__ == "__main__":
+    run_command(main)
