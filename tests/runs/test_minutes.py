@@ -1,0 +1,107 @@
+"""--training.minutes: the steps that fit into a time, chosen once and kept; with the method for few patients."""
+
+import shutil
+
+import pytest
+
+from jaxla.config import Training
+from jaxla.runs.speed import Speed, fit_to_minutes
+from tests.commands import refuse_to_train, succeed
+from tests.runs.folders import assert_predicts_its_test_mask, read_json, train
+
+pytestmark = pytest.mark.usefixtures("fast_compilation")
+
+OPTIONS = (
+    "--exp=laptop", "--model.widths=[4,8,8]", "--preprocessing.image_size=48", "--training.epochs=2",
+    "--training.minutes=0.02", "--training.learning_rate=0.01",
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def trained(phantoms, tmp_path_factory):
+    """A finished run and what it printed."""
+    return train(tmp_path_factory.mktemp("minutes"), phantoms, *OPTIONS)
+
+
+def test_the_steps_are_recorded_and_taken(trained):
+    run, printed = trained
+    record = read_json(run / "experiment.json")
+    assert record["epochs"] == 2
+    assert record["steps"] >= 1
+    assert f"0.02 minutes: 2 epochs of {record['steps']} step" in printed
+    assert len((run / "metrics.jsonl").read_text().splitlines()) == 2
+    assert read_json(run / "test" / "summary.json")["best_epoch"] == 2
+    assert "finished" in succeed(run.parent, "jaxla.info", run)
+
+
+def test_a_time_too_short_for_a_pass_says_how_long_one_takes(phantoms, tmp_path):
+    run, printed = train(tmp_path, phantoms, *OPTIONS, "--training.minutes=0.0001")
+    assert "--training.minutes=0.0001: one pass over the training data takes " in printed
+    record = read_json(run / "experiment.json")
+    assert (record["epochs"], record["steps"]) == (1, 1)
+
+
+def test_a_resumed_run_takes_the_recorded_steps(trained, phantoms, tmp_path):
+    run, _ = trained
+    shutil.copytree(run.parent / "cache", tmp_path / "cache")
+    resumed = shutil.copytree(run, tmp_path / "run")
+    (resumed / "report.html").unlink()
+    shutil.rmtree(resumed / "test")
+    _, printed = train(tmp_path, phantoms, *OPTIONS, "--resume")
+    steps = read_json(run / "experiment.json")["steps"]
+    assert f"0.02 minutes: 2 epochs of {steps} step" in printed
+    assert (resumed / "test" / "cases.csv").read_bytes() == (run / "test" / "cases.csv").read_bytes()
+
+
+def test_predict_gives_the_mask_of_the_test(trained, phantoms, tmp_path):
+    run, _ = trained
+    assert_predicts_its_test_mask(run, phantoms, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("minutes", "epochs", "steps"),
+    [
+        (10, 10, 114),  # (60 s - 3 s) / 0.5 s
+        (1, 4, 24),  # validation of four epochs takes 12 s, a fifth of the time; (15 s - 3 s) / 0.5 s
+        (0.01, 1, 1),
+    ],
+)
+def test_validation_takes_at_most_a_fifth_of_the_time(minutes, epochs, steps):
+    speed = Speed(
+        trained=0, checkpoint_bytes=0, step_bytes=0, steps=20, compile_seconds=9.0, step_seconds=0.5,
+        batch_seconds=0.1, validation_seconds=3.0,
+    )  # fmt: skip
+    fitted = fit_to_minutes(Training(epochs=10, minutes=minutes), speed)
+    assert (fitted.epochs, fitted.steps) == (epochs, steps)
+
+
+@pytest.mark.parametrize(
+    ("options", "line"),
+    [
+        (["--training.minutes=-1"], "--training.minutes=-1.0: less than 0, or not finite. Use 0 or more."),
+        (
+            ["--training.minutes=1", "--training.steps=5"],
+            "--training.steps=5: has no effect, because --training.minutes=1 fixes the steps. Remove one of the two.",
+        ),
+        (
+            ["--training.average=1"],
+            "--training.average=1.0: not from 0 to below 1. Use 0.99, or 0 for none.",
+        ),
+        (
+            ["--training.foreground=1"],
+            "--training.foreground=1.0: not from 0 to below 1. Use 0.5, for example, or 0 for none.",
+        ),
+        (
+            ["--method=windows_vit_mini8", "--training.foreground=0.5"],
+            "--training.foreground=0.5: has no effect, because windows_vit_mini8 does not train on single slices. "
+            "Remove the option.",
+        ),
+        (
+            ["--method=nnunet_2d", "--training.weight_decay=0.1"],
+            "--training.weight_decay=0.1: has no effect, because --training.optimiser=sgd has its own. Remove one of "
+            "the two.",
+        ),
+    ],
+)
+def test_contradictory_options_are_refused(tmp_path, options, line):
+    assert refuse_to_train(tmp_path, *options) == f"error: {line}"
