@@ -297,7 +297,7 @@ def fit_run_to_minutes(run: Run, features: Features | None) -> Run:
         with on_host():
             network = run.task.build_network()
         with catch_out_of_memory(run.task.batch_size, run.task.memory_advice):
-            speed = measure_speed(run.task, network, sources, features)
+            speed = measure_speed(run.task, network, sources, features, seconds=min(5, 60 * minutes))
         fitted = fit_to_minutes(run.task.recipe, speed)
         epochs, steps = broadcast((fitted.epochs, fitted.steps))
         if is_first():

@@ -36,8 +36,10 @@ class Speed(NamedTuple):
     validation_seconds: float  # of an epoch
 
 
-def measure_speed(task: Task, network: nnx.Module, sources: Sources, features: Features | None) -> Speed:
-    """Take a few steps; the network cannot be used afterwards.
+def measure_speed(
+    task: Task, network: nnx.Module, sources: Sources, features: Features | None, seconds: float = 0.0
+) -> Speed:
+    """Take a few steps, for at least `seconds`; the network cannot be used afterwards.
 
     Raises:
         InputError: a step needs more memory than there is.
@@ -51,7 +53,7 @@ def measure_speed(task: Task, network: nnx.Module, sources: Sources, features: F
     with closing(training_batches(sources.train, task.batch_size, trainer.seed, rows)) as batches:
         jax.block_until_ready(trainer.step(next(batches), 0))
         compile_seconds = time.perf_counter() - began
-        step_seconds = mean_seconds(lambda: trainer.step(next(batches), 0), MEASURED_STEPS)
+        step_seconds = mean_seconds(lambda: trainer.step(next(batches), 0), MEASURED_STEPS, seconds)
     with closing(evaluation_batches(sources.val, task.batch_size, rows)) as batches:
         batch = next(batches)
     batch_seconds = mean_seconds(lambda: trainer.evaluate(batch), 2)
@@ -78,14 +80,14 @@ def fit_to_minutes(recipe: Training, speed: Speed) -> Training:
     return replace(recipe, epochs=epochs, steps=max(1, steps))
 
 
-def mean_seconds(call: Callable[[], Any], repeats: int) -> float:
-    """Return the mean seconds of a call, after a first one that compiles."""
+def mean_seconds(call: Callable[[], Any], repeats: int, seconds: float = 0.0) -> float:
+    """Return the mean seconds of a call, after a first one that compiles; it is repeated for at least `seconds`."""
     jax.block_until_ready(call())
-    began = time.perf_counter()
-    for _ in range(repeats):
-        result = call()
-    jax.block_until_ready(result)
-    return (time.perf_counter() - began) / repeats
+    began, count = time.perf_counter(), 0
+    while count < repeats or time.perf_counter() - began < seconds:
+        jax.block_until_ready(call())
+        count += 1
+    return (time.perf_counter() - began) / count
 
 
 def _tree_bytes(tree: Any) -> int:
