@@ -63,7 +63,7 @@ class Data:
         train_patients: Number of training patients to use, 0 for all. Subsets are nested: the 10 contain the 1.
         train_percent: Percent of the training patients to use, at least one patient. Subsets are nested.
         subset_seed: Seed of the training subset; 0 takes the first patients. Validation and test stay the same.
-        phantom_size: With root=phantom: `full` is the whole chest, `small` a region around the heart.
+        phantom_size: With root=phantom: `full` is the whole chest, `small` a region around the heart, `crop` is closer.
         phantom_cases: With root=phantom: number of synthetic patients.
     """
 
@@ -75,7 +75,7 @@ class Data:
     train_patients: int = 0
     train_percent: float = 100.0
     subset_seed: int = 0
-    phantom_size: Literal["small", "full"] = "full"
+    phantom_size: Literal["small", "full", "crop"] = "full"
     phantom_cases: int = 20
 
     @property

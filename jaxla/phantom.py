@@ -1,4 +1,4 @@
-"""python -m jaxla.phantom --output=DIR [--cases=N] [--size=small|full] [--seed=S]: make synthetic LGE-MRI."""
+"""python -m jaxla.phantom --output=DIR [--cases=N] [--size=small|full|crop] [--seed=S]: make synthetic LGE-MRI."""
 
 from pathlib import Path
 from typing import Literal
@@ -15,7 +15,8 @@ def main(arguments: list[str]) -> None:
     )
     parser.add_argument("--output", type=str, required=True, help="a new or empty folder")
     parser.add_argument("--cases", type=int, default=20, help="number of synthetic patients")
-    parser.add_argument("--size", type=Literal["small", "full"], default="full", help="the heart, or the whole chest")
+    sizes = "the heart, the whole chest, or a crop around the atrium, as unevenly bright as real scans"
+    parser.add_argument("--size", type=Literal["small", "full", "crop"], default="full", help=sizes)
     parser.add_argument("--seed", type=int, default=0, help="the same seed gives the same files")
     options = parse_arguments(parser, arguments)
     write_phantoms(Path(options.output), options.cases, options.size, options.seed)

@@ -2,7 +2,8 @@
 
 Tissues are painted over one another on the voxel grid, with soft edges for the partial volume effect, and then
 "scanned". Blood is about equally bright in all chambers, and the field of view differs between cases, so neither a
-threshold nor the usual position finds the atrium.
+threshold nor the usual position finds the atrium. Crops are also as uneven as real scans: strong shading by surface
+coils, and bright spots, beside which blood may be at a third of the range of grey values.
 """
 
 import logging
@@ -24,8 +25,10 @@ from jaxla.data.phantom_anatomy import Array, Box, Grid
 log = logging.getLogger(__name__)
 
 VERSION = 1  # of the phantoms of a seed; a new number makes new cached folders
-SIZES = ("small", "full")
+SIZES = ("small", "full", "crop")
 SPACING = (0.625, 0.625, 2.5)  # mm, as in LAScarQS
+CROP_SPACING = (0.625, 0.625, 1.25)  # as in the challenge of 2018, whose scans were interpolated along the slices
+BLOOD_LEVELS = (0.3, 0.9)  # of a crop: blood relative to the brightest spots
 ORIENTATIONS = ("LPS", "RAS", "LAS", "RPS")  # of the array's axes; slices always lie along the third
 EDGE_MM = 1.2  # over which one tissue changes into the next
 MAX_BEND_MM = 6.0  # of the smooth displacement that varies the shape of the heart
@@ -44,11 +47,17 @@ def make_phantom(size: str, seed: int, index: int) -> Phantom:
 
     Args:
         size: `full`, the whole chest (576, 608 or 640 pixels square, 44 or 88 slices), or `small`, the region around
-            the heart (160, 176 or 192 pixels square, 20 to 24 slices); both at 0.625 × 0.625 × 2.5 mm.
+            the heart (160, 176 or 192 pixels square, 20 to 24 slices), both at 0.625 × 0.625 × 2.5 mm; or `crop`, 160
+            to 240 × 132 to 158 pixels and 88 slices around the atrium, at 0.625 × 0.625 × 1.25 mm.
     """
     rng = np.random.default_rng([SIZES.index(size), seed, index])
-    signal, mask = _paint_patient(rng, _draw_grid(rng, size))
-    return _orient(rng, _scan(rng, signal), mask, ORIENTATIONS[(seed + index) % len(ORIENTATIONS)])
+    grid, spacing = _draw_grid(rng, size), CROP_SPACING if size == "crop" else SPACING
+    signal, mask = _paint_patient(rng, grid)
+    shading = 0.12
+    if size == "crop":
+        signal, shading = _add_bright_spots(rng, grid, signal), 0.25
+    scanned = _scan(rng, signal, spacing, shading)
+    return _orient(rng, scanned, mask, ORIENTATIONS[(seed + index) % len(ORIENTATIONS)], spacing)
 
 
 def write_phantoms(folder: Path, cases: int, size: str, seed: int) -> None:
@@ -114,11 +123,18 @@ def _draw_grid(rng: np.random.Generator, size: str) -> Grid:
     if size == "full":
         plane, slices = int(rng.choice([576, 608, 640])), int(rng.choice([44, 88]))
         centre, jitter = (0, 5, -4), (16, 14, 12 if slices == 44 else 30)
+    elif size == "crop":
+        return _grid_around(
+            (2 * rng.integers(80, 121), 2 * rng.integers(66, 80), 88), CROP_SPACING, rng.uniform(-1, 1, 3) * (3, 3, 16)
+        )
     else:
         plane, slices = int(rng.choice([160, 176, 192])), int(rng.integers(20, 25))
         centre, jitter = (0, 6, 0), (17, 16, 8)
-    middle = np.add(centre, np.multiply(jitter, rng.uniform(-1, 1, 3)))
-    axes = zip((plane, plane, slices), SPACING, middle, strict=True)
+    return _grid_around((plane, plane, slices), SPACING, np.add(centre, np.multiply(jitter, rng.uniform(-1, 1, 3))))
+
+
+def _grid_around(shape: Sequence[int], spacing: Sequence[float], middle: Sequence[float]) -> Grid:
+    axes = zip(shape, spacing, middle, strict=True)
     return tuple(((np.arange(n) - (n - 1) / 2) * step + at).astype(np.float32) for n, step, at in axes)
 
 
@@ -223,10 +239,18 @@ def _smooth_field(rng: np.random.Generator, grid: Grid, box: Box, period: float)
 # --- scanning ---
 
 
-def _scan(rng: np.random.Generator, signal: Array) -> NDArray[np.int16]:
+def _add_bright_spots(rng: np.random.Generator, grid: Grid, signal: Array) -> Array:
+    """Return the signal with spots in one to three percent of the volume that may be far brighter than blood."""
+    field = _smooth_field(rng, grid, anatomy.EVERYWHERE, 24)
+    inside = np.clip((field - np.float32(np.quantile(field, rng.uniform(0.97, 0.99)))) * 4, 0, 1)
+    brightest = np.float32(anatomy.TISSUES["blood"] / rng.uniform(*BLOOD_LEVELS))
+    return signal + inside * np.maximum(brightest - signal, 0)
+
+
+def _scan(rng: np.random.Generator, signal: Array, spacing: Sequence[float], shading: float) -> NDArray[np.int16]:
     """Apply a scanner to the signal: thick slices, uneven coils, Rician noise and a scale of its own."""
-    grid = tuple((np.arange(n) * step).astype(np.float32) for n, step in zip(signal.shape, SPACING, strict=True))
-    gain = np.float32(0.12) * _smooth_field(rng, grid, anatomy.EVERYWHERE, 250)
+    grid = tuple((np.arange(n) * step).astype(np.float32) for n, step in zip(signal.shape, spacing, strict=True))
+    gain = np.float32(shading) * _smooth_field(rng, grid, anatomy.EVERYWHERE, 250)
     gain += np.float32(0.03) * _smooth_field(rng, grid, anatomy.EVERYWHERE, 14)
     np.exp(gain, out=gain)
     scale, sigma = np.float32(rng.uniform(200, 900)), np.float32(rng.uniform(0.045, 0.075))
@@ -258,10 +282,10 @@ def _coarse_noise(rng: np.random.Generator, shape: tuple[int, int, int]) -> Arra
     return noise
 
 
-def _orient(rng: np.random.Generator, image: NDArray, mask: NDArray, codes: str) -> Phantom:
+def _orient(rng: np.random.Generator, image: NDArray, mask: NDArray, codes: str, spacing: Sequence[float]) -> Phantom:
     """Orient the array's axes along `codes`, and draw the position of the scan."""
     signs = np.array([1 if code in "RAS" else -1 for code in codes])
     flips = tuple(slice(None, None, sign) for sign in signs)
-    affine = np.diag([*(signs * SPACING), 1.0])
+    affine = np.diag([*(signs * spacing), 1.0])
     affine[:3, 3] = rng.uniform(-30, 30, 3) - affine[:3, :3] @ np.subtract(image.shape, 1) / 2
     return Phantom(image[flips], mask[flips] * np.uint8(255), affine)
