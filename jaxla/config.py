@@ -140,6 +140,7 @@ class Training:
         steps: Steps per epoch; 0 for one pass over the training data.
         minutes: Time for training and validation: fixes the steps after a few were measured; 0 for no limit.
         batch_size: Samples per step; 0, for nnU-Net only, takes the plan's batch size.
+        accumulate: Steps whose mean gradient makes one change of the parameters: larger batches in the same memory.
         foreground: Part of the slices, 0 to 1, that are drawn from slices with a structure only.
         optimiser: `adam`, or `sgd` as in nnU-Net (Nesterov 0.99, weight decay 3e-5, gradients clipped to norm 12).
         weight_decay: Decay of Adam's parameters per step and learning rate (AdamW); 0 for none.
@@ -156,6 +157,7 @@ class Training:
     steps: int = 0
     minutes: float = 0.0
     batch_size: int = 32
+    accumulate: int = 1
     foreground: float = 0.0
     optimiser: Literal["adam", "sgd"] = "adam"
     weight_decay: float = 0.0
@@ -318,6 +320,8 @@ def unread_options(experiment: Experiment) -> set[str]:
         unread |= {"data.phantom_size", "data.phantom_cases"}
     if experiment.data.split:
         unread.add("data.split_seed")
+    if training.minutes:
+        unread.add("training.steps")
     return unread
 
 

@@ -48,6 +48,7 @@ def _check_bounds(experiment: Experiment) -> None:
         "training.weight_decay": (0, training.weight_decay),
         "training.clip": (0, training.clip),
         "training.batch_size": (task.MIN_BATCH_SIZE, training.batch_size),
+        "training.accumulate": (1, training.accumulate),
         "training.patience": (0, training.patience),
         "data.phantom_cases": (1, data.phantom_cases),
         "seed": (0, experiment.seed),

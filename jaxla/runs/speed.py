@@ -14,7 +14,7 @@ from flax import nnx
 
 from jaxla.config import Training
 from jaxla.data.batches import evaluation_batches, sample_batch, training_batches
-from jaxla.distributed import local_rows
+from jaxla.distributed import broadcast, local_rows
 from jaxla.tasks import Features, Task
 from jaxla.tasks.base import Sources
 from jaxla.training.step import count_parameters
@@ -39,7 +39,7 @@ class Speed(NamedTuple):
 def measure_speed(
     task: Task, network: nnx.Module, sources: Sources, features: Features | None, seconds: float = 0.0
 ) -> Speed:
-    """Take a few steps, for at least `seconds`; the network cannot be used afterwards.
+    """Take a few steps, or as many as take about `seconds`; the network cannot be used afterwards.
 
     Raises:
         InputError: a step needs more memory than there is.
@@ -53,7 +53,9 @@ def measure_speed(
     with closing(training_batches(sources.train, task.batch_size, trainer.seed, rows)) as batches:
         jax.block_until_ready(trainer.step(next(batches), 0))
         compile_seconds = time.perf_counter() - began
-        step_seconds = mean_seconds(lambda: trainer.step(next(batches), 0), MEASURED_STEPS, seconds)
+        step_seconds = mean_seconds(lambda: trainer.step(next(batches), 0), MEASURED_STEPS)
+        if (more := broadcast(round(seconds / step_seconds))) > MEASURED_STEPS:  # the same number in all processes
+            step_seconds = mean_seconds(lambda: trainer.step(next(batches), 0), more)
     with closing(evaluation_batches(sources.val, task.batch_size, rows)) as batches:
         batch = next(batches)
     batch_seconds = mean_seconds(lambda: trainer.evaluate(batch), 2)
@@ -80,14 +82,14 @@ def fit_to_minutes(recipe: Training, speed: Speed) -> Training:
     return replace(recipe, epochs=epochs, steps=max(1, steps))
 
 
-def mean_seconds(call: Callable[[], Any], repeats: int, seconds: float = 0.0) -> float:
-    """Return the mean seconds of a call, after a first one that compiles; it is repeated for at least `seconds`."""
+def mean_seconds(call: Callable[[], Any], repeats: int) -> float:
+    """Return the mean seconds of a call, after a first one that compiles."""
     jax.block_until_ready(call())
-    began, count = time.perf_counter(), 0
-    while count < repeats or time.perf_counter() - began < seconds:
-        jax.block_until_ready(call())
-        count += 1
-    return (time.perf_counter() - began) / count
+    began = time.perf_counter()
+    for _ in range(repeats):
+        result = call()
+    jax.block_until_ready(result)
+    return (time.perf_counter() - began) / repeats
 
 
 def _tree_bytes(tree: Any) -> int:

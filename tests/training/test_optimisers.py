@@ -39,6 +39,23 @@ def test_weight_decay_and_clipping_equal_pytorchs(decay, clip):
     assert np.abs(ours["w"] - draw(5, 3)).max() > 0.03
 
 
+def test_accumulated_gradients_make_one_change_of_their_mean():
+    ours, theirs = {"w": jnp.asarray(draw(5, 3))}, torch.nn.Parameter(torch.from_numpy(draw(5, 3)))
+    recipe = replace(RECIPE, accumulate=3, schedule="cosine")
+    optimiser = make_optimiser(recipe, 6, has_pretrained_backbone=False)
+    reference, state = torch.optim.Adam([theirs], lr=0.01), optimiser.init(ours)
+    for step in range(6):
+        before, gradient = np.asarray(ours["w"]), draw(5, 3, seed=step)
+        updates, state = optimiser.update({"w": jnp.asarray(gradient)}, state, ours)
+        ours = jax.tree.map(jnp.add, ours, updates)
+        (torch.from_numpy(gradient) * theirs).sum().div(3).backward()
+        assert np.array_equal(before, ours["w"]) == (step % 3 != 2)
+        if step == 2:  # the first change; the schedule is that of two changes, whose warm-up is the first
+            reference.step()
+            reference.zero_grad()
+            np.testing.assert_allclose(ours["w"], theirs.detach(), rtol=0, atol=1e-6)
+
+
 def test_the_running_mean_forgets_the_initial_parameters_and_then_decays():
     """By hand: step n keeps min(decay, (1 + n) / (10 + n)) of the mean."""
     average, parameters = average_parameters(0.15), jnp.array([8.0])
