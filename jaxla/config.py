@@ -3,7 +3,7 @@
 import difflib
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, ClassVar, Literal, NamedTuple, Self, TypeVar
 
@@ -264,7 +264,7 @@ class Experiment:
     method: Method
     seed: int = 0
     fold: Literal["", "0", "1", "2", "3", "4", "all"] = ""
-    own_scans_method: Method | None = None
+    own_scans_method: Method | None = field(default=None, compare=False)  # a run has chosen
 
 
 @dataclass(frozen=True)
