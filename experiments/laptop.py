@@ -8,26 +8,28 @@ Time:      10 minutes of training on any processor, plus the test; --training.mi
 Expected:  see docs/benchmarks.md.
 """
 
-from jaxla.config import Augmentation, Data, Experiment, Method, Preprocessing, Training
+from jaxla.config import Augmentation, Data, Experiment, Method, Postprocessing, Preprocessing, Training
 from jaxla.models.networks.unet import UNetOptions
 
 UNET_SMALL = Method(
     "unet_small",
     "2 M U-Net with InstanceNorm, augmented; for few patients and little time",
-    UNetOptions((16, 32, 64, 128, 256), norm="instance"),
-    Preprocessing(112),
+    UNetOptions(widths=(16, 32, 64, 128, 256), norm="instance", neighbours=1),
+    Preprocessing(96),
     Training(
         epochs=10,
         minutes=10,
         batch_size=16,
-        learning_rate=2e-3,
+        foreground=0.5,
+        learning_rate=3e-3,
         schedule="cosine",
         loss="dice_cross_entropy",
         patience=0,
         checkpoint="last",
         average=0.99,
     ),
-    augmentation=Augmentation(rotation=15, scale=0.2, intensity=0.5),
+    Postprocessing(largest="if_better"),
+    Augmentation(rotation=15, scale=0.15, intensity=0.4),
 )
 
 METHODS = [UNET_SMALL]

@@ -57,7 +57,8 @@ def build_network(
 ) -> nnx.Module:
     """Return the untrained network of a method, in evaluation mode: images [B, H, W, C] -> logits [B, H, W, K].
 
-    All networks take C = 1, grey values in 0..1. Those with a pretrained backbone also take C = 3, ImageNet-normalised.
+    All networks take C = 1, grey values in 0..1; `unet_small` takes a slice between its two neighbours, C = 3. Those
+    with a pretrained backbone also take C = 3, ImageNet-normalised.
     The `windows_` methods take whole volumes [B, D, H, W, C], with slices from head to foot, right to left or front to
     back. `nnunet_3d` takes [B, D, H, W, 1]. nnU-Net's grey values have mean 0 and standard deviation 1.
 

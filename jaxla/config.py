@@ -205,6 +205,7 @@ class NetworkOptions:
     sample: ClassVar[str] = "slices"  # what one training sample of the network is, a key of `jaxla.tasks.TASKS`
     needs_plan: ClassVar[bool] = False  # whether a plan says how images are prepared
     arch: ClassVar[str] = ""
+    neighbours: ClassVar[int] = 0  # slices on each side that are channels of a slice's input
     weights: ClassVar[str] = "random"  # origin of the backbone's parameters
     backbone: ClassVar[str] = "finetuned"  # whether it stays `frozen` or is `finetuned`
 

@@ -64,6 +64,7 @@ class SliceSource(Source):
         canvas: the square to which slices are padded.
         features: for each volume its features, indexed by slice, if the network reads these instead of images.
         with_images: whether the network reads the images as well as the features.
+        neighbours: slices on each side that the images have as channels.
         foreground: part of the training rows, 0 to 1, that are drawn from slices with a structure only.
     """
 
@@ -73,9 +74,11 @@ class SliceSource(Source):
         canvas: Canvas,
         features: Sequence[Sequence[np.ndarray]] | None = None,
         with_images: bool = False,
+        neighbours: int = 0,
         foreground: float = 0.0,
     ) -> None:
-        self.volumes, self.units, self.foreground = volumes, len(volumes), foreground
+        self.volumes, self.units = volumes, len(volumes)
+        self.neighbours, self.foreground = neighbours, foreground
         self.features, self.with_images = features, features is not None and with_images
         self.frames = [canvas.frame(v.shape[1:], v.spacing[1:]) for v in volumes]
         self.index = [(i, s) for i, volume in enumerate(volumes) for s in range(volume.shape[0])]
@@ -97,7 +100,7 @@ class SliceSource(Source):
         volume, frame = self.volumes[i], self.frames[i]
         image = {"image": volume.input(s, frame)} if self.with_images else {}
         return Batch(
-            input=self.features[i][s] if self.features else volume.input(s, frame),
+            input=self.features[i][s] if self.features else volume.input(s, frame, self.neighbours),
             mask=mask_to_input(volume.mask[s], frame),
             volume=np.int32(i),
             weight=np.float32(1),

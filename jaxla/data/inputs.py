@@ -12,6 +12,7 @@ import numpy as np
 from PIL import Image
 from scipy.sparse import csr_array
 
+NEIGHBOUR_MM = 2.5  # between a slice and its neighbours in a network's input
 TIE_MARGIN = np.float32(1e-5)  # fractions of a pixel that differ by less differ only by rounding
 
 
@@ -63,6 +64,17 @@ def intensity_range(array: np.ndarray) -> tuple[float, float]:
     if low == high:
         low, high = array.min(), array.max()
     return float(low), float(high)
+
+
+def with_neighbours(index: int, count: int, spacing: float, neighbours: int) -> list[int]:
+    """Return the indices of a slice and its neighbours on each side, from first to last.
+
+    They are NEIGHBOUR_MM apart, or as near to that as slices with `spacing` mm are. The first and the last of `count`
+    slices stand for those beyond.
+    """
+    step = max(1, round(NEIGHBOUR_MM / spacing))
+    wanted = range(index - neighbours * step, index + neighbours * step + 1, step)
+    return [min(max(i, 0), count - 1) for i in wanted]
 
 
 def image_to_input(pixels: np.ndarray, intensity_range: tuple[float, float], frame: Frame) -> np.ndarray:

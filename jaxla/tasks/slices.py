@@ -11,10 +11,11 @@ import jax
 import numpy as np
 from flax import nnx
 
+from jaxla.cli.terminal import plural
 from jaxla.config import Experiment
 from jaxla.data.batches import SliceSource
 from jaxla.data.dataset import PreparedData
-from jaxla.data.inputs import Canvas, Frame, image_to_input, input_to_slice, intensity_range
+from jaxla.data.inputs import Canvas, Frame, image_to_input, input_to_slice, intensity_range, with_neighbours
 from jaxla.data.prepared import PreparedVolume
 from jaxla.data.volumes import SliceGeometry
 from jaxla.distributed import device_count, local_rows, shard_batch
@@ -64,13 +65,15 @@ class SliceTask(Task):
     def describe_input(self) -> str:
         side = self.canvas.size
         extent = f", {self.extent:.0f} × {self.extent:.0f} mm" if self.extent else ""
-        return f"{side} × {side} pixels{extent}"
+        count = 2 * self.model.neighbours
+        neighbours = f", with {plural(count, 'neighbouring slice')}" if count else ""
+        return f"{side} × {side} pixels{extent}{neighbours}"
 
     def make_sources(self, data: PreparedData, cache_dir: Path, features: Features | None = None) -> Sources:
         def make_source(ids: Sequence[str], foreground: float) -> SliceSource:
             volumes, with_images = data.select_volumes(ids), bool(features and features.with_images)
             arrays = features and [features.by_case[volume.id] for volume in volumes]
-            return SliceSource(volumes, self.canvas, arrays, with_images, foreground)
+            return SliceSource(volumes, self.canvas, arrays, with_images, self.model.neighbours, foreground)
 
         return Sources(make_source(data.split.train, self.recipe.foreground), make_source(data.split.val, 0))
 
@@ -84,7 +87,7 @@ class SliceTask(Task):
         return network.on_features((self.canvas.size, self.canvas.size))
 
     def input_shape(self, slices: int) -> tuple[int, ...]:
-        return (self.canvas.size, self.canvas.size, 1)
+        return (self.canvas.size, self.canvas.size, 1 + 2 * self.model.neighbours)
 
     def batches_to_segment(self, volumes: Sequence[PreparedVolume]) -> float:
         return self.samples_per_pass(volumes) / self.batch_size
@@ -95,7 +98,12 @@ class SliceTask(Task):
         def segment(slices: np.ndarray, geometry: SliceGeometry, with_probabilities: bool = False) -> Segmented:
             frame = self.canvas.frame(slices.shape[1:], geometry.spacing[1:])
             grey_range = intensity_range(slices)
-            inputs = (image_to_input(pixels, grey_range, frame) for pixels in slices)
+
+            def make_input(index: int) -> np.ndarray:
+                near = with_neighbours(index, len(slices), geometry.spacing[0], self.model.neighbours)
+                return np.concatenate([image_to_input(slices[i], grey_range, frame) for i in near], axis=-1)
+
+            inputs = map(make_input, range(len(slices)))
             return to_scan(slice_probabilities(inputs, len(slices)), frame, slices.shape, with_probabilities)
 
         return segment

@@ -16,9 +16,9 @@ ELASTIC_POINTS = 6  # per side; displacements are drawn there and interpolated b
 def augment(
     augmentation: Augmentation, key: jax.Array, images: jax.Array, masks: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
-    """Augment each row of images [B, H, W, 1] in 0..1 and masks [B, H, W] at random; return both.
+    """Augment each row of images [B, H, W, C] in 0..1 and masks [B, H, W] at random; return both.
 
-    Rows may be volumes, [B, D, H, W, 1] and [B, D, H, W]; all slices of a volume change alike.
+    Rows may be volumes, [B, D, H, W, C] and [B, D, H, W]; all slices of a volume, and all channels, change alike.
 
     An image and its mask move together. Images are interpolated bilinearly, masks by the nearest neighbour, and pixels
     from outside are 0 in both.
@@ -45,7 +45,7 @@ def _move_slice(
     """Rotate, scale, deform and flip a slice and its mask."""
     if augmentation.rotation or augmentation.scale or augmentation.elastic:
         sources = _draw_sources(augmentation, move_key, mask.shape)
-        image = map_coordinates(image[..., 0], sources, order=1, mode="constant")[..., None]
+        image = jax.vmap(lambda channel: map_coordinates(channel, sources, order=1, mode="constant"), -1, -1)(image)
         mask = map_coordinates(mask, sources, order=0, mode="constant")
     if augmentation.flips:
         for axis, flip in enumerate(jax.random.bernoulli(flip_key, shape=(2,))):

@@ -88,7 +88,7 @@ def test_attention_gates_scale_the_skips():
 
 
 def test_networks_follow_from_the_seed_and_are_in_evaluation_mode():
-    nets = [build_network(UNetOptions((8, 16)), 1, seed) for seed in (0, 0, 1)]
+    nets = [build_network(UNetOptions(widths=(8, 16)), 1, seed) for seed in (0, 0, 1)]
     first, repeated, different = (np.asarray(net.logits.kernel[...]) for net in nets)
     np.testing.assert_array_equal(first, repeated)
     assert (first != different).any()

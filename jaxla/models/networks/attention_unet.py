@@ -33,7 +33,7 @@ class AttentionUNetOptions(UNetOptions):
     arch: ClassVar[str] = "attention_unet"
 
     def build(self, outputs: int, dtype: jnp.dtype, rngs: nnx.Rngs) -> AttentionUNet:
-        return AttentionUNet(self.widths, outputs, self.norm, dtype=dtype, rngs=rngs)
+        return AttentionUNet(self.widths, outputs, self.norm, self.neighbours, dtype=dtype, rngs=rngs)
 
 
 class AttentionUNet(UNet):
@@ -44,11 +44,12 @@ class AttentionUNet(UNet):
         widths: Sequence[int],
         outputs: int,
         norm: Norm = "batch",
+        neighbours: int = 0,
         *,
         dtype: jnp.dtype = jnp.float32,
         rngs: nnx.Rngs,
     ) -> None:
-        super().__init__(widths, outputs, norm, dtype=dtype, rngs=rngs)
+        super().__init__(widths, outputs, norm, neighbours, dtype=dtype, rngs=rngs)
         self.gates = nnx.List([Gate(i, o, dtype, rngs) for i, o in pairwise(widths)])
 
     def transform_skip(self, level: int, x: jax.Array, coarser: jax.Array) -> jax.Array:

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from jaxla.config import NetworkOptions, option
+from jaxla.config import InputError, NetworkOptions, option
 from jaxla.models.networks.base import PaddedNetwork, check_smallest_size, check_widths
 from jaxla.models.ops.layers import ConvolutionUnit, Norm, Upconvolution, logits_layer
 from jaxla.models.ops.pooling import max_pool
@@ -25,22 +25,27 @@ class UNetOptions(NetworkOptions):
     Args:
         widths: Channels of each level, finest first.
         norm: Normalise over the `batch`, or over each image (`instance`), which unusual brightness does not disturb.
+        neighbours: Slices on each side, 2.5 mm apart or as near to that as there are, that are read as channels (2.5D).
     """
 
     arch: ClassVar[str] = "unet"
 
     widths: tuple[int, ...] = (64, 128, 256, 512, 1024)
     norm: Norm = "batch"
+    neighbours: int = 0
 
     def resolve(self) -> Self:
         check_widths(option("model.widths"), self.widths)
+        if self.neighbours < 0:
+            where = option("model.neighbours", self.neighbours)
+            raise InputError(where, "must not be negative", "Use 1, for example, or 0 for none.")
         return self
 
     def check_size(self, option_name: str, size: int) -> None:
         check_smallest_size(option_name, size, 2 ** (len(self.widths) - 1), self.arch)
 
     def build(self, outputs: int, dtype: jnp.dtype, rngs: nnx.Rngs) -> UNet:
-        return UNet(self.widths, outputs, self.norm, dtype=dtype, rngs=rngs)
+        return UNet(self.widths, outputs, self.norm, self.neighbours, dtype=dtype, rngs=rngs)
 
 
 class UNet(PaddedNetwork):
@@ -48,21 +53,23 @@ class UNet(PaddedNetwork):
 
     Args:
         widths: channels of each level, finest first.
+        neighbours: the images have 1 + 2 · `neighbours` channels.
     """
-
-    CHANNELS = (1,)
 
     def __init__(
         self,
         widths: Sequence[int],
         outputs: int,
         norm: Norm = "batch",
+        neighbours: int = 0,
         *,
         dtype: jnp.dtype = jnp.float32,
         rngs: nnx.Rngs,
     ) -> None:
+        channels = 1 + 2 * neighbours
+        self.CHANNELS = (channels,)
         convolutions = partial(DoubleConvolution, norm=norm, dtype=dtype, rngs=rngs)
-        self.down = nnx.List([convolutions(i, o) for i, o in pairwise((1, *widths))])
+        self.down = nnx.List([convolutions(i, o) for i, o in pairwise((channels, *widths))])
         self.up = nnx.List([Upconvolution(o, i, dtype=dtype, rngs=rngs) for i, o in pairwise(widths)])
         self.join = nnx.List([convolutions(2 * width, width) for width in widths[:-1]])
         self.logits = logits_layer(widths[0], outputs, 1, dtype, rngs)
