@@ -15,13 +15,13 @@ UNET_SMALL = Method(
     "unet_small",
     "2 M U-Net with InstanceNorm, augmented; for few patients and little time",
     UNetOptions(widths=(16, 32, 64, 128, 256), norm="instance", neighbours=1),
-    Preprocessing(96),
+    Preprocessing(112),
     Training(
         epochs=10,
         minutes=10,
         batch_size=16,
         foreground=0.5,
-        learning_rate=3e-3,
+        learning_rate=2e-3,
         schedule="cosine",
         loss="dice_cross_entropy",
         patience=0,
@@ -29,7 +29,7 @@ UNET_SMALL = Method(
         average=0.99,
     ),
     Postprocessing(largest="if_better"),
-    Augmentation(rotation=15, scale=0.15, intensity=0.4),
+    Augmentation(rotation=15, scale=0.2, intensity=0.5),
 )
 
 METHODS = [UNET_SMALL]
