@@ -140,34 +140,34 @@ class Training:
         steps: Steps per epoch; 0 for one pass over the training data.
         minutes: Time for training and validation: fixes the steps after a few were measured; 0 for no limit.
         batch_size: Samples per step; 0, for nnU-Net only, takes the plan's batch size.
-        accumulate: Steps whose mean gradient makes one change of the parameters: larger batches in the same memory.
-        foreground: Part of the slices, 0 to 1, that are drawn from slices with a structure only.
+        accumulated_steps: Steps after which their mean gradient changes the parameters: large batches in little memory.
+        foreground_fraction: Part of the slices, below 1, that are drawn from slices with a structure only.
         optimiser: `adam`, or `sgd` as in nnU-Net (Nesterov 0.99, weight decay 3e-5, gradients clipped to norm 12).
         weight_decay: Decay of Adam's parameters per step and learning rate (AdamW); 0 for none.
-        clip: Largest norm of Adam's gradient, which is scaled down to it; 0 for no limit.
+        max_gradient_norm: Largest norm of Adam's gradient, which is scaled down to it; 0 for no limit.
         learning_rate: Learning rate of parameters that start from random values.
         schedule: `constant`, `cosine` (2 % warm-up, then down to zero) or nnU-Net's `poly` (power 0.9).
         loss: `cross_entropy`, or nnU-Net's `dice_cross_entropy`.
         patience: Stop after this many epochs without a lower validation loss; 0 never stops early.
         checkpoint: Epoch to keep: the `best` validation Dice, or the `last`.
-        average: Decay per step, such as 0.99, of a running mean of the parameters, which is then evaluated; 0 for none.
+        average_decay: Decay per step, such as 0.99, of a running mean of the parameters, which is evaluated; 0: none.
     """
 
     epochs: int = 35
     steps: int = 0
     minutes: float = 0.0
     batch_size: int = 32
-    accumulate: int = 1
-    foreground: float = 0.0
+    accumulated_steps: int = 1
+    foreground_fraction: float = 0.0
     optimiser: Literal["adam", "sgd"] = "adam"
     weight_decay: float = 0.0
-    clip: float = 0.0
+    max_gradient_norm: float = 0.0
     learning_rate: float = 1e-3
     schedule: Literal["constant", "cosine", "poly"] = "constant"
     loss: Literal["cross_entropy", "dice_cross_entropy"] = "cross_entropy"
     patience: int = 10
     checkpoint: Literal["best", "last"] = "best"
-    average: float = 0.0
+    average_decay: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -265,7 +265,7 @@ class Experiment:
     method: Method
     seed: int = 0
     fold: Literal["", "0", "1", "2", "3", "4", "all"] = ""
-    own_scans_method: Method | None = field(default=None, compare=False)  # a run has chosen
+    own_scans_method: Method | None = field(default=None, compare=False)  # the record of a run has none
 
 
 @dataclass(frozen=True)

@@ -74,7 +74,7 @@ def describe_run(folder: Path) -> dict[str, str]:
 
 def _state(folder: Path, record: dict[str, Any], epochs: int) -> dict[str, str]:
     """Return how far the run is, and the command that resumes it if it stopped."""
-    done = f"{epochs} of at most {record['epochs'] or record['experiment']['training']['epochs']} epochs"
+    done = f"{epochs} of at most {record.get('fitted_epochs') or record['experiment']['training']['epochs']} epochs"
     if record["experiment"]["fold"] == ALL_FOLDS:
         folds = run_files.fold_folders(folder)
         done = f"{sum(map(run_files.is_finished, folds))} of {len(folds)} folds"

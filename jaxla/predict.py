@@ -63,8 +63,8 @@ def predict(options: Namespace) -> None:
         if not is_finished(Path(options.run)):
             training = record.experiment.method.training
             log_progress(
-                f"{options.run}: this run of at most {training.epochs} epochs is not finished; using its "
-                f"{training.checkpoint} epoch so far, {run.epoch}"
+                f"{options.run}: this run of at most {record.fitted_epochs or training.epochs} epochs is not finished; "
+                f"using its {training.checkpoint} epoch so far, {run.epoch}"
             )
         segment_scans(run, outputs, options.probabilities)
 

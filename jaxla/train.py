@@ -63,7 +63,7 @@ from jaxla.runs.record import (
     write_record,
 )
 from jaxla.runs.session import buffered_log, open_run
-from jaxla.runs.speed import fit_to_minutes, measure_speed
+from jaxla.runs.speed import MAX_MEASURED_SECONDS, fit_to_minutes, measure_speed
 from jaxla.runs.testing import choose_postprocessing, make_segment_case, score_test_cases
 from jaxla.runs.trained import TrainedRun, load_run
 from jaxla.tasks import Features, Task, make_checked_task
@@ -291,22 +291,24 @@ def compute_features(run: Run, network: nnx.Module) -> Features | None:
 def fit_run_to_minutes(run: Run, features: Features | None) -> Run:
     """Return the run with the epochs and steps that fit into its minutes: measured once, then read from its record."""
     record, minutes = read_record(run.folder), run.experiment.method.training.minutes
-    epochs, steps = record.epochs, record.steps
+    epochs, steps = record.fitted_epochs, record.fitted_steps
     if not steps:
         sources = run.task.make_sources(run.data, run.cache_dir, features)
         with on_host():
             network = run.task.build_network()
         with catch_out_of_memory(run.task.batch_size, run.task.memory_advice):
-            speed = measure_speed(run.task, network, sources, features, seconds=min(5, 60 * minutes))
+            speed = measure_speed(run.task, network, sources, features, min(MAX_MEASURED_SECONDS, 60 * minutes))
+        gc.collect()  # as in `train_folds`
         fitted = fit_to_minutes(run.task.recipe, speed)
         epochs, steps = broadcast((fitted.epochs, fitted.steps))
         if is_first():
-            write_record(run.folder, replace(record, epochs=epochs, steps=steps))
-            pass_seconds = speed.steps * speed.step_seconds + speed.validation_seconds
+            write_record(run.folder, replace(record, fitted_epochs=epochs, fitted_steps=steps))
+            part_of_pass = 1 - run.task.recipe.foreground_fraction  # of all steps, which the pass is spread over
+            pass_seconds = speed.steps * speed.step_seconds / part_of_pass + speed.validation_seconds
             if pass_seconds > 60 * minutes:
                 log.warning(
-                    "--training.minutes=%g: one pass over the training data takes %s, so some of them are not seen",
-                    minutes, format_duration(pass_seconds),
+                    "--training.minutes=%g: too short for one pass over the training data, which takes %s. Some of it "
+                    "is not used. Use more minutes.", minutes, format_duration(pass_seconds),
                 )  # fmt: skip
     if is_first():
         log.info("%g minutes: %s of %s", minutes, plural(epochs, "epoch"), plural(steps, "step"))

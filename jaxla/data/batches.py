@@ -91,7 +91,7 @@ class SliceSource(Source):
         order = super().order(seed)
         if not self.foreground:
             return order
-        rows = [row for row, (i, s) in enumerate(self.index) if self.volumes[i].mask[s].any()]
+        rows = np.flatnonzero(np.concatenate([volume.mask.any((1, 2)) for volume in self.volumes])).tolist()
         with_structure = grain.MapDataset.source(rows).seed(seed).shuffle().repeat(MAX_PASSES)
         return grain.MapDataset.mix([order, with_structure], [1 - self.foreground, self.foreground])
 

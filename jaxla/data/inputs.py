@@ -13,6 +13,7 @@ from PIL import Image
 from scipy.sparse import csr_array
 
 NEIGHBOUR_MM = 2.5  # between a slice and its neighbours in a network's input
+ROUNDING_MARGIN = 1e-3  # so that slices of 1 mm and 0.999999 mm have the same neighbours
 TIE_MARGIN = np.float32(1e-5)  # fractions of a pixel that differ by less differ only by rounding
 
 
@@ -66,15 +67,23 @@ def intensity_range(array: np.ndarray) -> tuple[float, float]:
     return float(low), float(high)
 
 
-def with_neighbours(index: int, count: int, spacing: float, neighbours: int) -> list[int]:
+def find_neighbours(index: int, count: int, spacing: float, neighbours: int) -> list[int]:
     """Return the indices of a slice and its neighbours on each side, from first to last.
 
     They are NEIGHBOUR_MM apart, or as near to that as slices with `spacing` mm are. The first and the last of `count`
     slices stand for those beyond.
     """
-    step = max(1, round(NEIGHBOUR_MM / spacing))
+    step = max(1, round(NEIGHBOUR_MM / spacing - ROUNDING_MARGIN))
     wanted = range(index - neighbours * step, index + neighbours * step + 1, step)
     return [min(max(i, 0), count - 1) for i in wanted]
+
+
+def slice_to_input(
+    slices: np.ndarray, index: int, spacing: float, intensity_range: tuple[float, float], frame: Frame, neighbours: int
+) -> np.ndarray:
+    """Return slice `index` of [S, H, W] and its neighbours as an input [size, size, 1 + 2 · neighbours]."""
+    near = find_neighbours(index, len(slices), spacing, neighbours)
+    return np.concatenate([image_to_input(slices[i], intensity_range, frame) for i in near], axis=-1)
 
 
 def image_to_input(pixels: np.ndarray, intensity_range: tuple[float, float], frame: Frame) -> np.ndarray:

@@ -16,7 +16,7 @@ from jaxla.cli.files import create_folder_once, file_sha256, has_files, report_o
 from jaxla.config import InputError, option
 from jaxla.data.arrays import open_array
 from jaxla.data.cases import Case, Dataset
-from jaxla.data.inputs import Frame, image_to_input, intensity_range, with_neighbours
+from jaxla.data.inputs import Frame, intensity_range, slice_to_input
 from jaxla.data.labels import Labels, require_one_value
 from jaxla.data.volumes import Volume, hash_voxels, read_image, read_mask, require_same_grid, slice_geometry, to_slices
 
@@ -56,8 +56,7 @@ class PreparedVolume:
 
     def input(self, index: int, frame: Frame, neighbours: int = 0) -> np.ndarray:
         """Return a slice as the network reads it, [size, size, 1 + 2 · neighbours] float32 in 0..1."""
-        near = with_neighbours(index, self.shape[0], self.spacing[0], neighbours)
-        return np.concatenate([image_to_input(self.image[i], self.intensity_range, frame) for i in near], axis=-1)
+        return slice_to_input(self.image, index, self.spacing[0], self.intensity_range, frame, neighbours)
 
 
 def prepare_cases(

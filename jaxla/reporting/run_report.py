@@ -195,11 +195,16 @@ def _list_facts(record: Json) -> list[tuple[str, str]]:
         masks.append("all others: background")
     elif labels["ignored"]:
         masks.append(f"ignored: {', '.join(map(str, labels['ignored']))}")
+    fitted = []
+    if epochs := record["fitted_epochs"]:
+        minutes = record["experiment"]["training"]["minutes"]
+        fitted.append(("Steps", f"{epochs} epochs of {record['fitted_steps']}, which fit into {minutes:g} minutes"))
     versions = {"Python": environment["python"]} | environment["versions"]
     return [
         ("Data", "synthetic phantoms" if root == "phantom" else root),
         ("Mask values", "; ".join(masks)),
         ("Weights", record["weights"]),
+        *fitted,
         ("Started", record["begun"]),
         *(("Resumed", f"{s['begun']}, {describe_device(s['environment'])}") for s in record["resumed"]),
         ("Device", describe_device(environment)),

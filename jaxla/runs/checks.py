@@ -46,9 +46,9 @@ def _check_bounds(experiment: Experiment) -> None:
         "training.steps": (task.MIN_STEPS, training.steps),
         "training.minutes": (0, training.minutes),
         "training.weight_decay": (0, training.weight_decay),
-        "training.clip": (0, training.clip),
+        "training.max_gradient_norm": (0, training.max_gradient_norm),
         "training.batch_size": (task.MIN_BATCH_SIZE, training.batch_size),
-        "training.accumulate": (1, training.accumulate),
+        "training.accumulated_steps": (1, training.accumulated_steps),
         "training.patience": (0, training.patience),
         "data.phantom_cases": (1, data.phantom_cases),
         "seed": (0, experiment.seed),
@@ -65,18 +65,22 @@ def _check_bounds(experiment: Experiment) -> None:
     for name, (bound, value) in minimum.items():
         if not bound <= value < math.inf:
             raise InputError(f"--{name}={value}", f"less than {bound}, or not finite", f"Use {bound} or more.")
+    if training.minutes and not task.HAS_TIME_BUDGET:
+        problem = f"cannot be used with {method.name}, whose validation depends on its steps"
+        raise InputError(f"--training.minutes={training.minutes:g}", problem, "Use --training.epochs and .steps.")
     if training.minutes and training.steps != METHODS[method.name].training.steps:
         problem = f"has no effect, because --training.minutes={training.minutes:g} fixes the steps"
         raise InputError(f"--training.steps={training.steps}", problem, "Remove one of the two.")
-    if not 0 <= training.average < 1:
-        raise InputError(f"--training.average={training.average}", "not from 0 to below 1", "Use 0.99, or 0 for none.")
-    if not 0 <= training.foreground < 1:
-        fix = "Use 0.5, for example, or 0 for none."
-        raise InputError(f"--training.foreground={training.foreground}", "not from 0 to below 1", fix)
-    if training.foreground and not task.CHOOSES_SAMPLES:
+    if not 0 <= training.average_decay < 1:
+        where = f"--training.average_decay={training.average_decay}"
+        raise InputError(where, "not from 0 to below 1", "Use 0.99, or 0 for none.")
+    where = f"--training.foreground_fraction={training.foreground_fraction}"
+    if not 0 <= training.foreground_fraction < 1:
+        raise InputError(where, "not from 0 to below 1", "Use 0.5, for example, or 0 for none.")
+    if training.foreground_fraction and not task.HAS_FOREGROUND_SAMPLING:
         problem = f"has no effect, because {method.name} does not train on single slices"
-        raise InputError(f"--training.foreground={training.foreground}", problem, "Remove the option.")
-    for name in ("weight_decay", "clip"):
+        raise InputError(where, problem, "Remove the option.")
+    for name in ("weight_decay", "max_gradient_norm"):
         if getattr(training, name) and training.optimiser == "sgd":
             problem = "has no effect, because --training.optimiser=sgd has its own"
             raise InputError(f"--training.{name}={getattr(training, name)}", problem, "Remove one of the two.")

@@ -27,7 +27,8 @@ def describe_method(method: Method) -> str:
     if method.model.needs_plan:
         return f"planned from the data; {rate}, {recipe.epochs} epochs of {recipe.steps} steps"
     size = method.preprocessing.image_size
+    length = f"{recipe.minutes:g} minutes" if recipe.minutes else f"at most {recipe.epochs} epochs"
     return (
-        f"{parameter_count(method.model) / 1e6:.1f} M parameters; {size}×{size} pixels; {rate}, at most "
-        f"{recipe.epochs} epochs, batches of {recipe.batch_size}"
+        f"{parameter_count(method.model) / 1e6:.1f} M parameters; {size}×{size} pixels; {rate}, {length}, "
+        f"batches of {recipe.batch_size}"
     )

@@ -39,8 +39,8 @@ class Record:
     resumed: tuple[dict[str, Any], ...] = ()  # time, environment and command of each time the run was resumed
     features: str = ""  # a sentence on how the backbone was run: at every step, or once per slice
     features_cached: bool = False  # whether it was run once per slice
-    epochs: int = 0  # that fit into training.minutes; 0 without that option
-    steps: int = 0  # of each of these epochs
+    fitted_epochs: int = 0  # that fit into training.minutes; 0 without that option
+    fitted_steps: int = 0  # of each of these epochs
     extent: float = 0.0  # side in mm of the square that all slices are laid on; 0 if each has its own
 
 

@@ -19,8 +19,8 @@ from jaxla.tasks import Features, Task
 from jaxla.tasks.base import Sources
 from jaxla.training.step import count_parameters
 
-MEASURED_STEPS = 3
-MAX_VALIDATION = 0.2  # the part of a time budget that validation may take
+MEASURED_STEPS, MAX_MEASURED_SECONDS = 3, 5.0
+MAX_VALIDATION_FRACTION = 0.2  # of the time
 
 
 class Speed(NamedTuple):
@@ -54,8 +54,8 @@ def measure_speed(
         jax.block_until_ready(trainer.step(next(batches), 0))
         compile_seconds = time.perf_counter() - began
         step_seconds = mean_seconds(lambda: trainer.step(next(batches), 0), MEASURED_STEPS)
-        if (more := broadcast(round(seconds / step_seconds))) > MEASURED_STEPS:  # the same number in all processes
-            step_seconds = mean_seconds(lambda: trainer.step(next(batches), 0), more)
+        if (step_count := broadcast(round(seconds / step_seconds))) > MEASURED_STEPS:  # the same in all processes
+            step_seconds = mean_seconds(lambda: trainer.step(next(batches), 0), step_count)
     with closing(evaluation_batches(sources.val, task.batch_size, rows)) as batches:
         batch = next(batches)
     batch_seconds = mean_seconds(lambda: trainer.evaluate(batch), 2)
@@ -77,7 +77,7 @@ def fit_to_minutes(recipe: Training, speed: Speed) -> Training:
     Its epochs become fewer if their validation would take more than a fifth of the time. At least one step is taken.
     """
     seconds = 60 * recipe.minutes
-    epochs = max(1, min(recipe.epochs, math.floor(MAX_VALIDATION * seconds / speed.validation_seconds)))
+    epochs = max(1, min(recipe.epochs, math.floor(MAX_VALIDATION_FRACTION * seconds / speed.validation_seconds)))
     steps = math.floor((seconds / epochs - speed.validation_seconds) / speed.step_seconds)
     return replace(recipe, epochs=epochs, steps=max(1, steps))
 

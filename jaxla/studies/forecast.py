@@ -115,7 +115,9 @@ def _measure_runs(experiments: Sequence[Experiment], states: Sequence[State], ca
         by_method[method] = measured
         for n in indices:
             seconds = measured.features.seconds if n == indices[0] else 0.0
-            forecast = replace(measured, steps=steps[n], features=replace(measured.features, seconds=seconds))
+            is_fitted = tasks[n].recipe.minutes > 0
+            run_steps = measured.steps if is_fitted else steps[n]
+            forecast = replace(measured, steps=run_steps, features=replace(measured.features, seconds=seconds))
             run_seconds[n], run_bytes[n] = forecast.seconds, forecast.run_bytes
     cached = [measured.features for measured in by_method.values() if measured.features.fit]
     return StudyForecast(

@@ -51,7 +51,8 @@ class Task(ABC):
         sample: the word for one sample, and for several.
         unit: what validation averages Dice over, in words.
         MIN_STEPS, MIN_BATCH_SIZE: lower bounds of these options; 0 stands for a value that follows from the data.
-        CHOOSES_SAMPLES: whether `training.foreground` has an effect.
+        HAS_FOREGROUND_SAMPLING: whether `training.foreground_fraction` has an effect.
+        HAS_TIME_BUDGET: whether `training.minutes` can choose the epochs and steps.
         extent: side in mm of the square that all slices are laid on; 0 if there is none.
     """
 
@@ -60,7 +61,8 @@ class Task(ABC):
     extent: float = 0.0
     MIN_STEPS: ClassVar[int] = 0
     MIN_BATCH_SIZE: ClassVar[int] = 1
-    CHOOSES_SAMPLES: ClassVar[bool] = False
+    HAS_FOREGROUND_SAMPLING: ClassVar[bool] = False
+    HAS_TIME_BUDGET: ClassVar[bool] = True
 
     def __init__(self, experiment: Experiment, outputs: int) -> None:
         self.experiment, self.outputs = experiment, outputs
@@ -163,11 +165,15 @@ class Task(ABC):
         return make_gradient
 
     def make_trainer(self, network: nnx.Module, train: Source, features: Features | None = None) -> Trainer:
-        """Assemble the trainer of a run."""
+        """Assemble the trainer of a run; raise an InputError if it never changes the parameters."""
+        steps = steps_per_epoch(train, self.batch_size, self.recipe.steps)
+        if (accumulated := self.recipe.accumulated_steps) > (total := steps * self.recipe.epochs):
+            where = option("training.accumulated_steps", accumulated)
+            raise InputError(where, f"more than the {total} steps of this run", "Use fewer, or train longer.")
         return Trainer(
             self.reduce_network(network) if features else network,
             self.resolved_recipe,
-            steps_per_epoch(train, self.batch_size, self.recipe.steps),
+            steps,
             loss=self.loss,
             augment=self.augment,
             make_gradient=self.make_gradient,

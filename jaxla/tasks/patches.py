@@ -40,6 +40,7 @@ class PatchTask(Task):
 
     unit = "over all patches together"
     MIN_STEPS, MIN_BATCH_SIZE = 1, 0
+    HAS_TIME_BUDGET = False
 
     def __init__(self, experiment: Experiment, outputs: int, plan: Plan) -> None:
         super().__init__(experiment, outputs)

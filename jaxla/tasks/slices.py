@@ -15,7 +15,7 @@ from jaxla.cli.terminal import plural
 from jaxla.config import Experiment
 from jaxla.data.batches import SliceSource
 from jaxla.data.dataset import PreparedData
-from jaxla.data.inputs import Canvas, Frame, image_to_input, input_to_slice, intensity_range, with_neighbours
+from jaxla.data.inputs import Canvas, Frame, input_to_slice, intensity_range, slice_to_input
 from jaxla.data.prepared import PreparedVolume
 from jaxla.data.volumes import SliceGeometry
 from jaxla.distributed import device_count, local_rows, shard_batch
@@ -32,7 +32,7 @@ class SliceTask(Task):
     """Trains on slices, each laid on a square canvas, whose side is `extent` mm, or 0 if each slice has its own."""
 
     sample = ("slice", "slices")
-    CHOOSES_SAMPLES = True
+    HAS_FOREGROUND_SAMPLING = True
 
     def __init__(self, experiment: Experiment, outputs: int, extent: float = 0.0) -> None:
         super().__init__(experiment, outputs)
@@ -57,7 +57,10 @@ class SliceTask(Task):
     def check_batch_size(self) -> None:
         super().check_batch_size()
         images = -(-self.batch_size // device_count())
-        require_memory(4 * self.canvas.size**2 * images, self.batch_size, self.memory_advice)  # the images alone
+        channels = 1 + 2 * self.model.neighbours
+        require_memory(
+            4 * self.canvas.size**2 * channels * images, self.batch_size, self.memory_advice
+        )  # the images alone
 
     def describe(self, slice_counts: Collection[int]) -> str:
         return ""
@@ -75,7 +78,7 @@ class SliceTask(Task):
             arrays = features and [features.by_case[volume.id] for volume in volumes]
             return SliceSource(volumes, self.canvas, arrays, with_images, self.model.neighbours, foreground)
 
-        return Sources(make_source(data.split.train, self.recipe.foreground), make_source(data.split.val, 0))
+        return Sources(make_source(data.split.train, self.recipe.foreground_fraction), make_source(data.split.val, 0))
 
     def samples_per_pass(self, volumes: Sequence[PreparedVolume]) -> int:
         return sum(volume.shape[0] for volume in volumes)
@@ -98,12 +101,10 @@ class SliceTask(Task):
         def segment(slices: np.ndarray, geometry: SliceGeometry, with_probabilities: bool = False) -> Segmented:
             frame = self.canvas.frame(slices.shape[1:], geometry.spacing[1:])
             grey_range = intensity_range(slices)
-
-            def make_input(index: int) -> np.ndarray:
-                near = with_neighbours(index, len(slices), geometry.spacing[0], self.model.neighbours)
-                return np.concatenate([image_to_input(slices[i], grey_range, frame) for i in near], axis=-1)
-
-            inputs = map(make_input, range(len(slices)))
+            inputs = (
+                slice_to_input(slices, i, geometry.spacing[0], grey_range, frame, self.model.neighbours)
+                for i in range(len(slices))
+            )
             return to_scan(slice_probabilities(inputs, len(slices)), frame, slices.shape, with_probabilities)
 
         return segment

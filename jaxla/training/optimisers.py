@@ -21,7 +21,6 @@ def make_optimiser(recipe: Training, steps: int, has_pretrained_backbone: bool) 
 
     With a running mean, that is the last state of the optimiser's chain.
     """
-    changes = max(1, steps // recipe.accumulate)
     rates = {"rest": recipe.learning_rate}
     if isinstance(recipe, BackboneTraining):
         rates["backbone"] = recipe.backbone_learning_rate
@@ -30,13 +29,13 @@ def make_optimiser(recipe: Training, steps: int, has_pretrained_backbone: bool) 
     def group_name(path: tuple, _: Any) -> str:
         return "backbone" if has_backbone_rate and path[0].key == "backbone" else "rest"
 
-    groups = {name: _update_rule(recipe, _schedule(recipe, rate, changes)) for name, rate in rates.items()}
+    groups = {name: _update_rule(recipe, _schedule(recipe, rate, steps)) for name, rate in rates.items()}
     optimiser = optax.multi_transform(groups, partial(jax.tree_util.tree_map_with_path, group_name))
-    if largest_norm := recipe.clip if recipe.optimiser == "adam" else MAX_GRADIENT_NORM:
+    if largest_norm := recipe.max_gradient_norm if recipe.optimiser == "adam" else MAX_GRADIENT_NORM:
         optimiser = optax.chain(optax.clip_by_global_norm(largest_norm), optimiser)
-    if recipe.accumulate > 1:
-        optimiser = optax.MultiSteps(optimiser, recipe.accumulate).gradient_transformation()
-    return optax.chain(optimiser, average_parameters(recipe.average)) if recipe.average else optimiser
+    if recipe.accumulated_steps > 1:
+        optimiser = optax.MultiSteps(optimiser, recipe.accumulated_steps).gradient_transformation()
+    return optax.chain(optimiser, average_parameters(recipe.average_decay)) if recipe.average_decay else optimiser
 
 
 class AverageState(NamedTuple):
@@ -77,11 +76,15 @@ def _update_rule(recipe: Training, rate: optax.ScalarOrSchedule) -> optax.Gradie
 
 
 def _schedule(recipe: Training, rate: float, steps: int) -> optax.ScalarOrSchedule:
+    """Return the learning rate by the number of earlier changes of the parameters."""
     if recipe.schedule == "constant":
         return rate
     if recipe.schedule == "poly":
-        steps_per_epoch = max(1, steps // recipe.epochs)
-        return lambda count: rate * (1 - count // steps_per_epoch / recipe.epochs) ** POLY_POWER
-    warmup = max(1, round(WARMUP_FRACTION * steps))
-    schedule = optax.warmup_cosine_decay_schedule(0.0, rate, warmup, steps + 1)
-    return lambda count: schedule(count + 1)  # neither the first nor the last step has rate 0
+        steps_per_epoch = steps // recipe.epochs
+        return lambda count: (
+            rate * (1 - count * recipe.accumulated_steps // steps_per_epoch / recipe.epochs) ** POLY_POWER
+        )
+    changes = steps // recipe.accumulated_steps
+    warmup = max(1, round(WARMUP_FRACTION * changes))
+    schedule = optax.warmup_cosine_decay_schedule(0.0, rate, warmup, changes + 1)
+    return lambda count: schedule(count + 1)  # neither the first nor the last change has rate 0

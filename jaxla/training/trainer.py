@@ -83,7 +83,7 @@ class Trainer:
     @property
     def kept(self) -> Any:
         """The parameters that are evaluated and kept: `trainable`, or their running mean if the recipe averages."""
-        return self.optimiser_state[-1].average if self.recipe.average else self.trainable
+        return self.optimiser_state[-1].average if self.recipe.average_decay else self.trainable
 
     def compile(self, batch: Any) -> int:
         """Compile the step for batches like this one, and return the bytes of device memory that it needs.

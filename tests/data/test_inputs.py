@@ -9,12 +9,12 @@ from scipy.ndimage import center_of_mass
 from jaxla.data.inputs import (
     Canvas,
     Frame,
+    find_neighbours,
     image_to_input,
     input_to_slice,
     intensity_range,
     mask_to_input,
     smallest_extent,
-    with_neighbours,
 )
 
 # --- the frame -------------------------------------------------------------------------------------------------------
@@ -304,11 +304,11 @@ def test_a_larger_slice_is_cropped_to_its_centre_and_the_rest_becomes_background
         (5, 2.5, 0, [5]),
         (5, 2.5, 1, [4, 5, 6]),
         (5, 1.25, 1, [3, 5, 7]),
-        (5, 1.0, 1, [3, 5, 7]),  # 2 mm apart: 2.5 rounded to the even number of slices
+        *[(5, spacing, 1, [3, 5, 7]) for spacing in (0.999999, 1.0, 1.000001)],
         (5, 10.0, 2, [3, 4, 5, 6, 7]),
         (0, 1.25, 2, [0, 0, 0, 2, 4]),
         (9, 2.5, 1, [8, 9, 9]),
     ],
 )
 def test_neighbours_are_the_slices_near_two_and_a_half_millimetres(index, spacing, neighbours, expected):
-    assert with_neighbours(index, 10, spacing, neighbours) == expected
+    assert find_neighbours(index, 10, spacing, neighbours) == expected

@@ -26,9 +26,9 @@ def trained(phantoms, tmp_path_factory):
 def test_the_steps_are_recorded_and_taken(trained):
     run, printed = trained
     record = read_json(run / "experiment.json")
-    assert record["epochs"] == 2
-    assert record["steps"] >= 1
-    assert f"0.02 minutes: 2 epochs of {record['steps']} step" in printed
+    assert record["fitted_epochs"] == 2
+    assert record["fitted_steps"] >= 1
+    assert f"0.02 minutes: 2 epochs of {record['fitted_steps']} step" in printed
     assert len((run / "metrics.jsonl").read_text().splitlines()) == 2
     assert read_json(run / "test" / "summary.json")["best_epoch"] == 2
     assert "finished" in succeed(run.parent, "jaxla.info", run)
@@ -36,9 +36,9 @@ def test_the_steps_are_recorded_and_taken(trained):
 
 def test_a_time_too_short_for_a_pass_says_how_long_one_takes(phantoms, tmp_path):
     run, printed = train(tmp_path, phantoms, *OPTIONS, "--training.minutes=0.0001")
-    assert "--training.minutes=0.0001: one pass over the training data takes " in printed
+    assert "--training.minutes=0.0001: too short for one pass over the training data, which takes " in printed
     record = read_json(run / "experiment.json")
-    assert (record["epochs"], record["steps"]) == (1, 1)
+    assert (record["fitted_epochs"], record["fitted_steps"]) == (1, 1)
 
 
 def test_a_resumed_run_takes_the_recorded_steps(trained, phantoms, tmp_path):
@@ -48,7 +48,7 @@ def test_a_resumed_run_takes_the_recorded_steps(trained, phantoms, tmp_path):
     (resumed / "report.html").unlink()
     shutil.rmtree(resumed / "test")
     _, printed = train(tmp_path, phantoms, *OPTIONS, "--resume")
-    steps = read_json(run / "experiment.json")["steps"]
+    steps = read_json(run / "experiment.json")["fitted_steps"]
     assert f"0.02 minutes: 2 epochs of {steps} step" in printed
     assert (resumed / "test" / "cases.csv").read_bytes() == (run / "test" / "cases.csv").read_bytes()
 
@@ -84,17 +84,22 @@ def test_validation_takes_at_most_a_fifth_of_the_time(minutes, epochs, steps):
             "--training.steps=5: has no effect, because --training.minutes=1 fixes the steps. Remove one of the two.",
         ),
         (
-            ["--training.average=1"],
-            "--training.average=1.0: not from 0 to below 1. Use 0.99, or 0 for none.",
+            ["--training.average_decay=1"],
+            "--training.average_decay=1.0: not from 0 to below 1. Use 0.99, or 0 for none.",
         ),
         (
-            ["--training.foreground=1"],
-            "--training.foreground=1.0: not from 0 to below 1. Use 0.5, for example, or 0 for none.",
+            ["--training.foreground_fraction=1"],
+            "--training.foreground_fraction=1.0: not from 0 to below 1. Use 0.5, for example, or 0 for none.",
         ),
         (
-            ["--method=windows_vit_mini8", "--training.foreground=0.5"],
-            "--training.foreground=0.5: has no effect, because windows_vit_mini8 does not train on single slices. "
-            "Remove the option.",
+            ["--method=windows_vit_mini8", "--training.foreground_fraction=0.5"],
+            "--training.foreground_fraction=0.5: has no effect, because windows_vit_mini8 does not train on single "
+            "slices. Remove the option.",
+        ),
+        (
+            ["--method=nnunet_2d", "--training.minutes=5"],
+            "--training.minutes=5: cannot be used with nnunet_2d, whose validation depends on its steps. Use "
+            "--training.epochs and .steps.",
         ),
         (
             ["--method=nnunet_2d", "--training.weight_decay=0.1"],

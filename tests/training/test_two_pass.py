@@ -9,7 +9,7 @@ import pytest
 from flax import nnx
 
 from jaxla.config import Augmentation
-from jaxla.models.networks.base import QUICKLY
+from jaxla.models.networks.base import FAST_COMPILATION
 from jaxla.models.networks.windows import WindowDecoder, WindowSegmenter
 from jaxla.training.augmentation import augment
 from jaxla.training.losses import cross_entropy, dice_cross_entropy, per_volume
@@ -50,7 +50,7 @@ def compute_gradients(make, network, batch, losses=(DICE,), train_backbone=False
     """Return loss and gradient of every trained parameter for several losses, compiled once."""
     parts = split_network(network, train_backbone)
 
-    @partial(jax.jit, compiler_options=QUICKLY)
+    @partial(jax.jit, compiler_options=FAST_COMPILATION)
     def gradient(chosen, *arguments):
         return make(parts.training, changes, lambda *inputs: jax.lax.switch(chosen, losses, *inputs))(*arguments)
 
@@ -118,7 +118,7 @@ def decoder_bytes(make, count):
         "mask": jax.ShapeDtypeStruct((*shape, *SIZE), jnp.uint8),
         "weight": jax.ShapeDtypeStruct(shape, jnp.float32),
     }
-    gradient = jax.jit(make(parts.training, None, DICE), compiler_options=QUICKLY)
+    gradient = jax.jit(make(parts.training, None, DICE), compiler_options=FAST_COMPILATION)
     return gradient.lower(parts.trainable, parts.frozen, batch, KEY).compile().memory_analysis().temp_size_in_bytes
 
 

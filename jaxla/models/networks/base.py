@@ -12,14 +12,14 @@ import jax.numpy as jnp
 from flax import nnx
 
 from jaxla.config import InputError, NetworkOptions, lookup, option
-from jaxla.hardware import compute_dtype
+from jaxla.hardware import compute_dtype, on_cpu
 from jaxla.models.backbones import TRANSFORMERS, VARIANTS, Backbone, build_backbone
 from jaxla.models.backbones.dinov3 import HUB_SPELLINGS
 from jaxla.models.ops.images import crop, pad_to_multiple, require_images, three_channels
 from jaxla.models.weights import load_parameters, weights_file
 
 M = TypeVar("M", bound=nnx.Module)
-QUICKLY = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}  # to compile
+FAST_COMPILATION = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}  # for CPU
 
 
 @dataclass(frozen=True)
@@ -103,7 +103,8 @@ def initialise(make: Callable[[jax.Array], M], key: jax.Array, backbone: nnx.Mod
     if isinstance(key, jax.core.Tracer):  # within `nnx.eval_shape`
         return make(key)
     network = nnx.eval_shape(make, key)
-    draw = jax.jit(lambda key: nnx.state(make(key), nnx.Not(nnx.PathContains("backbone"))), compiler_options=QUICKLY)
+    options = FAST_COMPILATION if on_cpu() else None
+    draw = jax.jit(lambda key: nnx.state(make(key), nnx.Not(nnx.PathContains("backbone"))), compiler_options=options)
     nnx.update(network, draw(key))
     if backbone is not None:
         network.backbone = backbone
@@ -137,7 +138,7 @@ class PaddedNetwork(nnx.Module):
             ValueError: `images` has another shape, is not floating point, or is too small.
         """
         require_images(images, min_size=self.multiple, channels=self.CHANNELS)
-        padded = three_channels(images) if 3 in self.CHANNELS else images
+        padded = three_channels(images) if self.CHANNELS == PaddedNetwork.CHANNELS else images
         logits = self.padded_logits(pad_to_multiple(padded, self.multiple), present)
         return crop(logits, images.shape[1:3], self.multiple)
 

@@ -42,7 +42,8 @@ class UNetOptions(NetworkOptions):
         return self
 
     def check_size(self, option_name: str, size: int) -> None:
-        check_smallest_size(option_name, size, 2 ** (len(self.widths) - 1), self.arch)
+        coarsest = 2 if self.norm == "instance" else 1  # pixels: a single one has no deviation
+        check_smallest_size(option_name, size, coarsest * 2 ** (len(self.widths) - 1), self.arch)
 
     def build(self, outputs: int, dtype: jnp.dtype, rngs: nnx.Rngs) -> UNet:
         return UNet(self.widths, outputs, self.norm, self.neighbours, dtype=dtype, rngs=rngs)
