@@ -34,7 +34,7 @@ from monai.networks.nets import BasicUNet
 from benchmarks.timing import environment, print_result, require_folder
 from jaxla.cli.command_line import command_parser, parse_arguments
 from jaxla.cli.process import run_command
-from jaxla.config import Data, default_cache_dir
+from jaxla.config import Data, InputError, default_cache_dir
 from jaxla.data.batches import SliceSource
 from jaxla.data.cases import find_cases
 from jaxla.data.dataset import prepare_data
@@ -56,7 +56,13 @@ def main(arguments):
     options = parse_arguments(parser, arguments)
     require_folder(options.output)
     root, most = options.data.root, max(options.patients)
-    ids = [case.id for case in find_cases(root).cases]
+    dataset = find_cases(root)
+    ids = [case.id for case in dataset.cases]
+    if len(dataset.labels.names) > 1:
+        raise InputError(f"--data.root={root}", "has several structures", "Use scans with one structure.")
+    if most + 2 > len(ids):
+        problem = f"{most} training patients, one for validation and one held out need more than {len(ids)}"
+        raise InputError(f"--patients={options.patients}", problem, "Use fewer.")
     ids = [ids[i] for i in np.random.default_rng(POOL_SEED).permutation(len(ids))]
     split = {"train": ids[:most], "val": ids[most : most + 1], "test": ids[most + 1 :]}
     result = {

@@ -57,10 +57,8 @@ class SliceTask(Task):
     def check_batch_size(self) -> None:
         super().check_batch_size()
         images = -(-self.batch_size // device_count())
-        channels = 1 + 2 * self.model.neighbours
-        require_memory(
-            4 * self.canvas.size**2 * channels * images, self.batch_size, self.memory_advice
-        )  # the images alone
+        image_bytes = 4 * self.canvas.size**2 * (1 + 2 * self.model.neighbours) * images
+        require_memory(image_bytes, self.batch_size, self.memory_advice)
 
     def describe(self, slice_counts: Collection[int]) -> str:
         return ""

@@ -13,6 +13,7 @@ import pytest
 
 from jaxla.config import InputError
 from jaxla.data.cases import find_cases
+from jaxla.data.inputs import Canvas
 from jaxla.data.labels import Labels
 from jaxla.data.prepared import prepare_cases
 from tests.data.nifti import AFFINE, SHAPE, flat, image_array, lascarqs, mask_array, save
@@ -27,6 +28,16 @@ def assert_holds(volume, image, mask):
     """On the grid of AFFINE, x runs to the left (stored columns), y to posterior (stored rows), z to superior."""
     np.testing.assert_array_equal(volume.image, image.transpose(2, 1, 0)[::-1])
     np.testing.assert_array_equal(volume.mask, mask.transpose(2, 1, 0)[::-1])
+
+
+def test_an_input_with_neighbours_holds_them_in_order(tmp_path):
+    volume, *_ = prepare_cases(find_cases(lascarqs(tmp_path / "data", 2)), tmp_path / "cache")
+    frame = Canvas(32).frame(volume.shape[1:], volume.spacing[1:])
+    single = [volume.input(index, frame) for index in range(4)]
+    assert len({image.tobytes() for image in single}) == 4
+    for index, near in enumerate(([0, 0, 1], [0, 1, 2], [1, 2, 3], [2, 3, 3])):
+        expected = np.concatenate([single[i] for i in near], axis=-1)
+        np.testing.assert_array_equal(volume.input(index, frame, neighbours=1), expected)
 
 
 def test_a_prepared_volume_holds_its_source_slice_by_slice(tmp_path):
