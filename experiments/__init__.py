@@ -7,11 +7,10 @@ paper's numbers by method and experiment. Its docstring gives the command, the t
 import pkgutil
 from importlib import import_module
 
-# These come first, then the papers: --exp=list and the colours of figures follow this order.
-_FIRST = ("quickstart", "laptop")
+# The quickstart comes first, then the papers: --exp=list and the colours of figures follow this order.
 _NAMES = sorted(
     (file.name for file in pkgutil.iter_modules(__path__)),
-    key=lambda name: (name not in _FIRST, name != "quickstart", not name.startswith("paper"), name),
+    key=lambda name: (name != "quickstart", not name.startswith("paper"), name == "laptop", name),
 )
 _FILES = [import_module(f"{__name__}.{name}") for name in _NAMES]
 

@@ -97,7 +97,9 @@ def refuse(folder, module, *options, run=in_this_process, but="cache"):
 def refuse_to_train(folder, *options, run=in_this_process):
     """Run `refuse` for the quickstart on the folder `data`; a later option of the same name wins."""
     folders = [f"--data.root={folder / 'data'}", f"--cache-dir={folder / 'cache'}", f"--run-dir={folder / 'run'}"]
-    return refuse(folder, "jaxla.train", "--exp=quickstart", "--method=vit_mini8", *folders, *options, run=run)
+    names_experiment = any(option.startswith("--exp=") for option in map(str, options))
+    experiment = () if names_experiment else ("--exp=quickstart", "--method=vit_mini8")
+    return refuse(folder, "jaxla.train", *experiment, *folders, *options, run=run)
 
 
 @contextlib.contextmanager

@@ -196,7 +196,7 @@ def _list_facts(record: Json) -> list[tuple[str, str]]:
     elif labels["ignored"]:
         masks.append(f"ignored: {', '.join(map(str, labels['ignored']))}")
     fitted = []
-    if epochs := record["fitted_epochs"]:
+    if epochs := record.get("fitted_epochs"):
         minutes = record["experiment"]["training"]["minutes"]
         fitted.append(("Steps", f"{epochs} epochs of {record['fitted_steps']}, which fit into {minutes:g} minutes"))
     versions = {"Python": environment["python"]} | environment["versions"]
