@@ -5,7 +5,7 @@ on; the running mean of its parameters is kept instead of the epoch that one or 
 
 Command:   python -m jaxla.train --exp=laptop --data.root=/path/to/scans
 Time:      10 minutes of training on any processor, plus the test; --training.minutes changes it.
-Expected:  see docs/benchmarks.md.
+Expected:  mean test Dice 0.873 per volume over 27 patients, from 12 patients in 8 minutes (docs/benchmarks.md).
 """
 
 from jaxla.config import Augmentation, Data, Experiment, Method, Postprocessing, Preprocessing, Training
@@ -15,13 +15,13 @@ UNET_SMALL = Method(
     "unet_small",
     "2 M U-Net with InstanceNorm, augmented; for few patients and little time",
     UNetOptions(widths=(16, 32, 64, 128, 256), norm="instance", neighbours=1),
-    Preprocessing(112),
+    Preprocessing(96),
     Training(
         epochs=10,
         minutes=10,
         batch_size=16,
         foreground_fraction=0.5,
-        learning_rate=2e-3,
+        learning_rate=3e-3,
         schedule="cosine",
         loss="dice_cross_entropy",
         patience=0,
@@ -29,7 +29,7 @@ UNET_SMALL = Method(
         average_decay=0.99,
     ),
     Postprocessing(largest="if_better"),
-    Augmentation(rotation=15, scale=0.2, intensity=0.5),
+    Augmentation(rotation=15, scale=0.15, intensity=0.4),
 )
 
 METHODS = [UNET_SMALL]
