@@ -23,7 +23,7 @@ from flax import nnx
 from jaxla.cli.command_line import Options, parse_experiment, parse_names, require_writable, set_option
 from jaxla.cli.files import write_atomically
 from jaxla.cli.process import Stopped, run_command
-from jaxla.cli.terminal import format_duration, plural
+from jaxla.cli.terminal import plural
 from jaxla.config import Experiment, InputError, unread_options
 from jaxla.data.cache import mark_cache_in_use
 from jaxla.data.dataset import PreparedData, prepare_data
@@ -63,7 +63,7 @@ from jaxla.runs.record import (
     write_record,
 )
 from jaxla.runs.session import buffered_log, open_run
-from jaxla.runs.speed import MAX_MEASURED_SECONDS, fit_to_minutes, measure_speed
+from jaxla.runs.speed import measure_and_fit
 from jaxla.runs.testing import choose_postprocessing, make_segment_case, score_test_cases
 from jaxla.runs.trained import TrainedRun, load_run
 from jaxla.tasks import Features, Task, make_checked_task
@@ -290,29 +290,16 @@ def compute_features(run: Run, network: nnx.Module) -> Features | None:
 
 def fit_run_to_minutes(run: Run, features: Features | None) -> Run:
     """Return the run with the epochs and steps that fit into its minutes: measured once, then read from its record."""
-    record, minutes = read_record(run.folder), run.experiment.method.training.minutes
-    epochs, steps = record.fitted_epochs, record.fitted_steps
-    if not steps:
-        sources = run.task.make_sources(run.data, run.cache_dir, features)
-        with on_host():
-            network = run.task.build_network()
-        with catch_out_of_memory(run.task.batch_size, run.task.memory_advice):
-            speed = measure_speed(run.task, network, sources, features, min(MAX_MEASURED_SECONDS, 60 * minutes))
-        gc.collect()  # as in `train_folds`
-        fitted = fit_to_minutes(run.task.recipe, speed)
-        epochs, steps = broadcast((fitted.epochs, fitted.steps))
+    record, recipe = read_record(run.folder), run.task.recipe
+    if record.fitted_steps:
+        recipe = replace(recipe, epochs=record.fitted_epochs, steps=record.fitted_steps)
+    else:
+        recipe = measure_and_fit(run.task, run.task.make_sources(run.data, run.cache_dir, features), features)
         if is_first():
-            write_record(run.folder, replace(record, fitted_epochs=epochs, fitted_steps=steps))
-            part_of_pass = 1 - run.task.recipe.foreground_fraction  # of all steps, which the pass is spread over
-            pass_seconds = speed.steps * speed.step_seconds / part_of_pass + speed.validation_seconds
-            if pass_seconds > 60 * minutes:
-                log.warning(
-                    "--training.minutes=%g: too short for one pass over the training data, which takes %s. Some of it "
-                    "is not used. Use more minutes.", minutes, format_duration(pass_seconds),
-                )  # fmt: skip
+            write_record(run.folder, replace(record, fitted_epochs=recipe.epochs, fitted_steps=recipe.steps))
     if is_first():
-        log.info("%g minutes: %s of %s", minutes, plural(epochs, "epoch"), plural(steps, "step"))
-    return replace(run, task=run.task.with_recipe(replace(run.task.recipe, epochs=epochs, steps=steps)))
+        log.info("%g minutes: %s of %s", recipe.minutes, plural(recipe.epochs, "epoch"), plural(recipe.steps, "step"))
+    return replace(run, task=run.task.with_recipe(recipe))
 
 
 def train_network(run: Run, network: nnx.Module, features: Features | None) -> Progress:

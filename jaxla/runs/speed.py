@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import logging
 import math
 import time
 from collections.abc import Callable
@@ -12,12 +14,16 @@ from typing import Any, NamedTuple
 import jax
 from flax import nnx
 
+from jaxla.cli.terminal import format_duration
 from jaxla.config import Training
 from jaxla.data.batches import evaluation_batches, sample_batch, training_batches
-from jaxla.distributed import broadcast, local_rows
+from jaxla.distributed import broadcast, is_first, local_rows, on_host
+from jaxla.memory import catch_out_of_memory
 from jaxla.tasks import Features, Task
 from jaxla.tasks.base import Sources
 from jaxla.training.step import count_parameters
+
+log = logging.getLogger(__name__)
 
 MEASURED_STEPS, MAX_MEASURED_SECONDS = 3, 5.0
 MAX_VALIDATION_FRACTION = 0.2  # of the time
@@ -69,6 +75,30 @@ def measure_speed(
         batch_seconds,
         validation_seconds=-(-len(sources.val) // task.batch_size) * batch_seconds,
     )
+
+
+def measure_and_fit(task: Task, sources: Sources, features: Features | None) -> Training:
+    """Return the task's recipe with the epochs and steps that fit into its `minutes` on this machine.
+
+    Raises:
+        InputError: a step needs more memory than there is.
+    """
+    seconds = 60 * task.recipe.minutes
+    with on_host():
+        network = task.build_network()
+    with catch_out_of_memory(task.batch_size, task.memory_advice):
+        speed = measure_speed(task, network, sources, features, min(MAX_MEASURED_SECONDS, seconds))
+    gc.collect()  # arrays that only cycles hold would take the memory of the training that follows
+    mixed_steps = speed.steps / (1 - task.recipe.foreground_fraction)  # the pass shares them with extra slices
+    pass_seconds = mixed_steps * speed.step_seconds + speed.validation_seconds
+    if pass_seconds > seconds and is_first():
+        log.warning(
+            "--training.minutes=%g: too short for one pass over the training data, which takes %s. Some of it is not "
+            "used. Use more minutes.", task.recipe.minutes, format_duration(pass_seconds),
+        )  # fmt: skip
+    fitted = fit_to_minutes(task.recipe, speed)
+    epochs, steps = broadcast((fitted.epochs, fitted.steps))  # the same in all processes
+    return replace(fitted, epochs=epochs, steps=steps)
 
 
 def fit_to_minutes(recipe: Training, speed: Speed) -> Training:

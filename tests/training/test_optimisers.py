@@ -37,7 +37,7 @@ def test_weight_decay_and_clipping_equal_pytorchs(decay, clip):
         reference.step()
         updates, state = optimiser.update({"w": jnp.asarray(gradient)}, state, ours)
         ours = jax.tree.map(jnp.add, ours, updates)
-    np.testing.assert_allclose(ours["w"], theirs.detach(), rtol=0, atol=1e-6)  # measured: 1.2e-7
+    np.testing.assert_allclose(ours["w"], theirs.detach(), rtol=0, atol=1e-6)  # measured: 5.4e-7
     assert np.abs(ours["w"] - draw(5, 3)).max() > 0.03
 
 
@@ -57,7 +57,7 @@ def test_accumulated_gradients_make_one_change_of_their_mean():
             reference.param_groups[0]["lr"] = 0.01 * (1 + np.cos(np.pi * (step // 3) / 4)) / 2
             reference.step()
             reference.zero_grad()
-            np.testing.assert_allclose(ours["w"], theirs.detach(), rtol=0, atol=1e-6)  # measured: 1.2e-7
+            np.testing.assert_allclose(ours["w"], theirs.detach(), rtol=0, atol=1e-6)  # measured: 1.8e-7
 
 
 def test_polynomial_decay_counts_the_accumulated_steps():
@@ -69,7 +69,7 @@ def test_polynomial_decay_counts_the_accumulated_steps():
         updates, state = optimiser.update({"w": jnp.ones(1)}, state, parameter)
         rates.append(-float(updates["w"][0]))
     expected = [0.01 * (1 - 2 * change // 5 / 10) ** 0.9 for change in range(25)]
-    np.testing.assert_allclose(rates[1::2], expected, rtol=1e-4)
+    np.testing.assert_allclose(rates[1::2], expected, rtol=1e-4)  # measured: 1.0e-7 of rates up to 0.01
     assert not any(rates[::2])
 
 
@@ -85,7 +85,7 @@ def test_the_running_mean_forgets_the_initial_parameters_and_then_decays():
 
 
 def test_the_running_mean_is_what_is_evaluated_and_kept():
-    network = randomise(nnx.eval_shape(lambda: UNet((4, 8), 1, "instance", rngs=nnx.Rngs(0))))
+    network = randomise(nnx.eval_shape(lambda: UNet((4, 8), 1, norm="instance", rngs=nnx.Rngs(0))))
     batch = {
         "input": np.abs(draw(2, 16, 16, 1)),
         "mask": (draw(2, 16, 16) > 0).astype(np.uint8),
@@ -100,6 +100,6 @@ def test_the_running_mean_is_what_is_evaluated_and_kept():
     kept = flat_arrays(averaged.network())
     for name, value in kept.items():  # after two steps 1/10 and then 2/11 of the mean are kept
         first = 0.1 * steps[0][name] + 0.9 * steps[1][name]
-        np.testing.assert_allclose(value, 2 / 11 * first + 9 / 11 * steps[2][name], rtol=0, atol=1e-6)
+        np.testing.assert_allclose(value, 2 / 11 * first + 9 / 11 * steps[2][name], rtol=0, atol=1e-6)  # measured: 6e-8
     plain = Trainer(averaged.network(), RECIPE, 10)
     assert float(averaged.evaluate(batch).loss) == float(plain.evaluate(batch).loss)

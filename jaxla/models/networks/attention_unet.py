@@ -15,14 +15,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
 from jaxla.models.networks.unet import UNet, UNetOptions
-from jaxla.models.ops.layers import LECUN_NORMAL, Norm, convolution
+from jaxla.models.ops.layers import LECUN_NORMAL, convolution
 from jaxla.models.ops.resizing import double
 
 
@@ -33,23 +33,16 @@ class AttentionUNetOptions(UNetOptions):
     arch: ClassVar[str] = "attention_unet"
 
     def build(self, outputs: int, dtype: jnp.dtype, rngs: nnx.Rngs) -> AttentionUNet:
-        return AttentionUNet(self.widths, outputs, self.norm, self.neighbours, dtype=dtype, rngs=rngs)
+        return AttentionUNet(self.widths, outputs, norm=self.norm, neighbours=self.neighbours, dtype=dtype, rngs=rngs)
 
 
 class AttentionUNet(UNet):
     """A `UNet` with an attention gate on every skip connection; the same inputs and outputs."""
 
     def __init__(
-        self,
-        widths: Sequence[int],
-        outputs: int,
-        norm: Norm = "batch",
-        neighbours: int = 0,
-        *,
-        dtype: jnp.dtype = jnp.float32,
-        rngs: nnx.Rngs,
+        self, widths: Sequence[int], outputs: int, *, dtype: jnp.dtype = jnp.float32, rngs: nnx.Rngs, **options: Any
     ) -> None:
-        super().__init__(widths, outputs, norm, neighbours, dtype=dtype, rngs=rngs)
+        super().__init__(widths, outputs, dtype=dtype, rngs=rngs, **options)
         self.gates = nnx.List([Gate(i, o, dtype, rngs) for i, o in pairwise(widths)])
 
     def transform_skip(self, level: int, x: jax.Array, coarser: jax.Array) -> jax.Array:

@@ -46,7 +46,7 @@ class UNetOptions(NetworkOptions):
         check_smallest_size(option_name, size, coarsest * 2 ** (len(self.widths) - 1), self.arch)
 
     def build(self, outputs: int, dtype: jnp.dtype, rngs: nnx.Rngs) -> UNet:
-        return UNet(self.widths, outputs, self.norm, self.neighbours, dtype=dtype, rngs=rngs)
+        return UNet(self.widths, outputs, norm=self.norm, neighbours=self.neighbours, dtype=dtype, rngs=rngs)
 
 
 class UNet(PaddedNetwork):
@@ -61,9 +61,9 @@ class UNet(PaddedNetwork):
         self,
         widths: Sequence[int],
         outputs: int,
+        *,
         norm: Norm = "batch",
         neighbours: int = 0,
-        *,
         dtype: jnp.dtype = jnp.float32,
         rngs: nnx.Rngs,
     ) -> None:
