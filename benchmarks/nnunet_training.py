@@ -28,7 +28,8 @@ from jaxla.cli.process import run_command
 from jaxla.config import InputError
 from jaxla.data.batches import training_batches
 from jaxla.data.dataset import prepare_data
-from jaxla.data.volumes import read_grid, slice_geometry
+from jaxla.data.slices import slice_geometry
+from jaxla.data.volumes import read_grid
 from jaxla.evaluation.summary import case_means, score_case
 from jaxla.inference.postprocessing import postprocess
 from jaxla.nnunet.network import NNUNetOptions

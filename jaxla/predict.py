@@ -15,7 +15,8 @@ from jaxla.cli.command_line import (
 from jaxla.cli.process import run_command
 from jaxla.config import InputError
 from jaxla.data.cases import find_images
-from jaxla.data.volumes import Volume, read_image, slice_geometry, to_slices, write_volume
+from jaxla.data.slices import slice_geometry, to_slices
+from jaxla.data.volumes import Volume, read_image, write_volume
 from jaxla.distributed import join_processes, local_items, log_progress, require_same, use_devices, use_local_devices
 from jaxla.inference.segment import segment_volume
 from jaxla.runs.folder import is_finished

@@ -21,8 +21,9 @@ from jaxla.config import Data, InputError, option
 from jaxla.data.cases import Case, Finding, survey_cases
 from jaxla.data.labels import Labels, parse_labels, require_one_value
 from jaxla.data.prepared import describe_twin
+from jaxla.data.slices import slice_geometry
 from jaxla.data.split import Split, make_split
-from jaxla.data.volumes import hash_voxels, read_image, read_mask, require_same_grid, slice_geometry
+from jaxla.data.volumes import hash_voxels, read_image, read_mask, require_same_grid
 
 MAX_OUTLIER_Z = 3.5
 MIN_OUTLIER_CASES = 5

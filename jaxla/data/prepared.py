@@ -18,7 +18,8 @@ from jaxla.data.arrays import open_array
 from jaxla.data.cases import Case, Dataset
 from jaxla.data.inputs import Frame, intensity_range, slice_to_input
 from jaxla.data.labels import Labels, require_one_value
-from jaxla.data.volumes import Volume, hash_voxels, read_image, read_mask, require_same_grid, slice_geometry, to_slices
+from jaxla.data.slices import slice_geometry, to_slices
+from jaxla.data.volumes import Volume, hash_voxels, read_image, read_mask, require_same_grid
 
 VERSION = 4  # of the content of a prepared folder; a new number makes new folders
 FILES = ("image.npy", "mask.npy", "volume.json")

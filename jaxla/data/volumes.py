@@ -1,35 +1,18 @@
-"""NIfTI files <-> checked volumes, and volumes <-> stacks of slices.
+"""Scans and masks in files <-> checked volumes."""
 
-Slices follow one convention whatever the file's orientation. The canonical axes run right to left, anterior to
-posterior and superior to inferior. The slice axis comes first; of the other two, the later one gives the rows. An
-axial slice is thus shown in the radiological convention: the patient's right on the left, anterior on top.
-"""
-
-import gzip
 import hashlib
-import io
-import logging
-import zlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
 import nibabel as nib
 import numpy as np
-from nibabel.filebasedimages import ImageFileError
-from nibabel.openers import ImageOpener
-from nibabel.spatialimages import HeaderDataError
 
 from jaxla.cli.files import atomic_file, report_os_errors
 from jaxla.config import InputError
+from jaxla.data.nifti import read_nifti, read_nifti_grid, write_nifti
 
-AXES = ("left-right", "anterior-posterior", "head-foot")  # canonical
-HEAD_FOOT = 2
 MAX_LABEL = 65535
-MAX_SKEW = 0.01  # cosine of the angle between two axes; rounding in a header causes far less
-
-# nibabel logs what it repairs in a header; _check_header reads the stored header and raises an error instead
-logging.getLogger("nibabel.global").setLevel(logging.CRITICAL)
 
 
 @dataclass(frozen=True)
@@ -60,11 +43,7 @@ def read_grid(path: str | Path) -> Grid:
     Raises:
         InputError: the file is missing or damaged.
     """
-    try:
-        image = nib.load(path)
-    except (ImageFileError, OSError, EOFError, HeaderDataError) as error:
-        raise InputError(path, f"cannot be read ({error})", "Restore it from a copy.") from error
-    return Grid(image.affine, image.header)
+    return Grid(*read_nifti_grid(Path(path)))
 
 
 def read_image(path: str | Path) -> Volume:
@@ -112,79 +91,16 @@ def require_same_grid(mask: Volume, image: Volume) -> None:
     raise InputError(mask.path, problem, "Resample the mask onto the grid of the image.")
 
 
-@dataclass(frozen=True)
-class SliceGeometry:
-    """How a stored array [X, Y, Z] becomes slices [S, H, W], and back."""
-
-    order: tuple[int, int, int]  # the stored axes that become the slice, row and column axes
-    flip: tuple[int, ...]  # the new axes that run against their stored axis
-    spacing: tuple[float, float, float]  # mm along slices, rows and columns
-    axis: str  # anatomical name of the slice axis
-
-
-def slice_geometry(affine: np.ndarray) -> SliceGeometry:
-    """Return the slices of a grid with this affine [4, 4], along its coarsest spacing; ties go to head-foot."""
-    orientation = nib.orientations.io_orientation(affine)
-    stored_axis = np.argsort(orientation[:, 0])  # by canonical axis
-    spacing = nib.affines.voxel_sizes(affine)[stored_axis]
-    coarsest = np.flatnonzero(spacing >= spacing.max() * (1 - 1e-3))
-    slice_axis = int(coarsest[0]) if len(coarsest) == 1 else HEAD_FOOT
-    canonical = slice_row_column_axes(slice_axis)
-    order = tuple(int(stored_axis[axis]) for axis in canonical)
-    return SliceGeometry(
-        order=order,
-        flip=tuple(i for i, stored in enumerate(order) if orientation[stored, 1] > 0),
-        spacing=tuple(float(spacing[axis]) for axis in canonical),
-        axis=AXES[slice_axis],
-    )
-
-
-def to_slices(array: np.ndarray, geometry: SliceGeometry) -> np.ndarray:
-    """Return a stored array [X, Y, Z] as slices [S, H, W], a view."""
-    return np.flip(array.transpose(geometry.order), geometry.flip)
-
-
-def from_slices(slices: np.ndarray, geometry: SliceGeometry) -> np.ndarray:
-    """Return slices [S, H, W, …] as a stored array [X, Y, Z, …], a view."""
-    trailing = tuple(range(3, slices.ndim))
-    return np.flip(slices, geometry.flip).transpose(*np.argsort(geometry.order), *trailing)
-
-
-def slices_to_canonical(slices: np.ndarray, slice_axis: str) -> np.ndarray:
-    """Return slices [S, H, W], cut along `slice_axis`, with the axes `AXES`."""
-    return slices.transpose(np.argsort(slice_row_column_axes(AXES.index(slice_axis))))
-
-
-def canonical_to_slices(array: np.ndarray, slice_axis: str) -> np.ndarray:
-    """Invert `slices_to_canonical`."""
-    return array.transpose(slice_row_column_axes(AXES.index(slice_axis)))
-
-
-def slice_row_column_axes(slice_axis: int) -> tuple[int, int, int]:
-    """Return the canonical axes of slices, rows and columns."""
-    columns, rows = (axis for axis in range(3) if axis != slice_axis)
-    return slice_axis, rows, columns
-
-
 def write_volume(path: Path, array: np.ndarray, like: Volume | Grid) -> None:
     """Write `array` [X, Y, Z] or [X, Y, Z, K] on the grid of `like`, read it back, and only then give it its name.
 
     Raises:
         InputError: the folder cannot be written.
     """
-    header = like.header.copy()
-    header.set_data_dtype(array.dtype)
-    header["cal_min"] = header["cal_max"] = 0
-    image_class = nib.Nifti2Image if isinstance(header, nib.Nifti2Header) else nib.Nifti1Image
     with report_os_errors("written", path, "Use another output folder."):
         path.parent.mkdir(parents=True, exist_ok=True)
         with atomic_file(path) as temporary:
-            nib.save(image_class(array, like.affine, header), temporary)
-            written = nib.load(temporary)
-            keys = ("qform_code", "sform_code", "xyzt_units", "srow_x", "srow_y", "srow_z")
-            pairs = [(written.affine, like.affine), *((written.header[key], like.header[key]) for key in keys)]
-            if not all(np.array_equal(a, b) for a, b in [*pairs, (np.asarray(written.dataobj), array)]):
-                raise AssertionError(f"{path}: the file differs from the array that was written to it")
+            write_nifti(temporary, array, like.affine, like.header)
 
 
 def hash_voxels(array: np.ndarray) -> str:
@@ -197,20 +113,7 @@ def hash_voxels(array: np.ndarray) -> str:
 def _read(path: Path) -> Volume:
     if not path.is_file():
         raise InputError(path, "no such file", "Name an existing NIfTI file.")
-    try:
-        _check_compression(path)
-        image = nib.load(path)
-        if not isinstance(image, nib.Nifti1Image):  # includes Nifti2Image, a subclass
-            raise InputError(path, f"not a NIfTI file, but {type(image).__name__}", "Convert it to .nii.gz.")
-        _check_header(path, image)
-        array = np.asarray(image.dataobj)
-    except InputError:
-        raise
-    except ImageFileError as error:
-        raise InputError(path, "not a NIfTI file", "Convert it to .nii.gz.") from error
-    except (EOFError, OSError, zlib.error, ValueError, HeaderDataError) as error:
-        reason = " ".join(str(error).split())
-        raise InputError(path, f"truncated or damaged ({reason})", "Copy or export the file again.") from error
+    array, affine, header = read_nifti(path)
     if array.dtype.kind == "f":
         with np.errstate(over="ignore"):  # values beyond float32 become infinite and are refused below
             array = array.astype(np.float32, copy=False)
@@ -218,37 +121,4 @@ def _read(path: Path) -> Volume:
             raise InputError(path, f"{bad} of {array.size} voxels are NaN or infinite", "Export the file again.")
     elif array.dtype.kind not in "iu":
         raise InputError(path, f"voxels of type {array.dtype} are not grey values", "Export a scalar image.")
-    return Volume(path, array, image.affine, image.header)
-
-
-def _check_compression(path: Path) -> None:
-    """Read a compressed file to its checksum: nibabel stops before it and would miss a flipped bit."""
-    if path.stat().st_size == 0:
-        raise InputError(path, "the file is empty", "Copy or export the file again.")
-    if path.suffix == ".gz":
-        with path.open("rb") as file:
-            if file.read(2) != b"\x1f\x8b":
-                raise InputError(path, "not a NIfTI file: .gz, but not compressed", "Convert it to .nii.gz.")
-        with gzip.open(path) as file:
-            while file.read(1 << 22):
-                pass
-
-
-def _check_header(path: Path, image: nib.Nifti1Image) -> None:
-    if len(image.shape) != 3:
-        raise InputError(path, f"is {len(image.shape)}D with shape {image.shape}", "Export one 3D volume per file.")
-    if 0 in image.shape:
-        raise InputError(path, f"has no voxels (shape {image.shape})", "Export the file again.")
-    with ImageOpener(path) as file:  # the stored header: nibabel.load replaces a spacing of zero by 1
-        stored = type(image.header).from_fileobj(io.BytesIO(file.read(image.header.sizeof_hdr)), check=False)
-    spacing = stored["pixdim"][1:4]
-    if not (np.isfinite(spacing).all() and (spacing != 0).all()):
-        raise InputError(path, f"voxel spacing {spacing.tolist()} in the header", "Set the true spacing in mm.")
-    affine = image.affine
-    sizes = nib.affines.voxel_sizes(affine)
-    if not np.isfinite(affine).all() or abs(np.linalg.det(affine[:3, :3])) < 1e-3 * max(np.prod(sizes), 1e-9):
-        raise InputError(path, "the affine is singular", "Correct its sform or qform.")
-    axes = affine[:3, :3] / sizes
-    if (skew := np.abs(axes.T @ axes - np.eye(3)).max()) > MAX_SKEW:
-        problem = f"the affine is sheared: two axes are {np.degrees(np.arcsin(skew)):.1f}° off a right angle"
-        raise InputError(path, problem, "Resample the scan onto a rectangular grid.")
+    return Volume(path, array, affine, header)

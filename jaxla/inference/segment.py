@@ -9,7 +9,8 @@ import jax
 import numpy as np
 from flax import nnx
 
-from jaxla.data.volumes import SliceGeometry, Volume, from_slices, slice_geometry, to_slices
+from jaxla.data.slices import SliceGeometry, from_slices, slice_geometry, to_slices
+from jaxla.data.volumes import Volume
 from jaxla.distributed import place_on_devices
 
 # Classes, uint8, and probabilities, float32 with a last axis K, or None if they were not asked for.

@@ -24,7 +24,7 @@ from jaxla.cli.files import create_folder_once, has_files, report_os_errors
 from jaxla.config import option
 from jaxla.data.arrays import open_array
 from jaxla.data.prepared import PreparedVolume
-from jaxla.data.volumes import AXES, slice_row_column_axes
+from jaxla.data.slices import AXES, slice_row_column_axes
 from jaxla.nnunet.plan import Configuration, Plan
 from jaxla.nnunet.resampling import find_coarse_axis, resample_image, resample_mask, resampled_shape
 

@@ -9,7 +9,8 @@ import numpy as np
 from jaxla.cli.command_line import strip_run_options
 from jaxla.cli.terminal import plural
 from jaxla.data.prepared import PreparedVolume
-from jaxla.data.volumes import read_mask, slice_geometry, to_slices
+from jaxla.data.slices import slice_geometry, to_slices
+from jaxla.data.volumes import read_mask
 from jaxla.evaluation.metrics import COLUMNS
 from jaxla.evaluation.summary import case_means, group_rows, worst_median_best
 from jaxla.reporting.agreement import MIN_CASES_FOR_LIMITS, Agreement, agreement_by_class, draw_volumes

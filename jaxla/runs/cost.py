@@ -13,7 +13,8 @@ import numpy as np
 from flax import nnx
 
 from jaxla.data.prepared import PreparedVolume
-from jaxla.data.volumes import from_slices, read_grid, slice_geometry
+from jaxla.data.slices import from_slices, slice_geometry
+from jaxla.data.volumes import read_grid
 from jaxla.distributed import on_host
 from jaxla.hardware import peak_device_bytes, peak_host_bytes
 from jaxla.inference.segment import SegmentSlices

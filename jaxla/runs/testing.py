@@ -12,14 +12,8 @@ import numpy as np
 from jaxla.cli.terminal import track
 from jaxla.data.dataset import PreparedData
 from jaxla.data.prepared import PreparedVolume
-from jaxla.data.volumes import (
-    canonical_to_slices,
-    from_slices,
-    read_grid,
-    slice_geometry,
-    slices_to_canonical,
-    write_volume,
-)
+from jaxla.data.slices import canonical_to_slices, from_slices, slice_geometry, slices_to_canonical
+from jaxla.data.volumes import read_grid, write_volume
 from jaxla.distributed import gather, is_first, local_items
 from jaxla.evaluation.atlas import Atlas, apply_atlas, build_atlas, choose_threshold
 from jaxla.evaluation.summary import Row, score_case, summarise_test, write_cases, write_summary

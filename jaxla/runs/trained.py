@@ -10,8 +10,8 @@ import numpy as np
 from flax import nnx
 
 from jaxla.config import InputError, default_cache_dir
+from jaxla.data.slices import SliceGeometry
 from jaxla.data.split import ALL_FOLDS, FOLDS
-from jaxla.data.volumes import SliceGeometry
 from jaxla.distributed import broadcast
 from jaxla.hardware import first_local_device
 from jaxla.inference.postprocessing import postprocess

@@ -9,7 +9,8 @@ from jaxla.data.cases import Case, find_cases
 from jaxla.data.dataset import resolve_data_root
 from jaxla.data.labels import Labels
 from jaxla.data.prepared import content_key
-from jaxla.data.volumes import read_image, read_mask, slice_geometry, to_slices
+from jaxla.data.slices import slice_geometry, to_slices
+from jaxla.data.volumes import read_image, read_mask
 from jaxla.evaluation import statistics
 from jaxla.evaluation.metrics import COLUMNS
 from jaxla.evaluation.summary import worst_median_best

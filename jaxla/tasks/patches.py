@@ -16,7 +16,7 @@ from jaxla.cli.terminal import track
 from jaxla.config import Experiment, InputError, NetworkOptions, option
 from jaxla.data.dataset import PreparedData
 from jaxla.data.prepared import PreparedVolume
-from jaxla.data.volumes import SliceGeometry
+from jaxla.data.slices import SliceGeometry
 from jaxla.distributed import barrier, is_first, local_items
 from jaxla.inference.segment import Segmented, SegmentSlices
 from jaxla.models.networks.base import build_network

@@ -17,7 +17,7 @@ from jaxla.data.batches import SliceSource
 from jaxla.data.dataset import PreparedData
 from jaxla.data.inputs import Canvas, Frame, input_to_slice, intensity_range, slice_to_input
 from jaxla.data.prepared import PreparedVolume
-from jaxla.data.volumes import SliceGeometry
+from jaxla.data.slices import SliceGeometry
 from jaxla.distributed import device_count, local_rows, shard_batch
 from jaxla.inference.segment import Segmented, SegmentSlices, classify, mean_probabilities, pad_rows
 from jaxla.memory import require_memory

@@ -8,20 +8,8 @@ import numpy as np
 import pytest
 
 from jaxla.config import InputError
-from jaxla.data.volumes import (
-    Volume,
-    canonical_to_slices,
-    from_slices,
-    hash_voxels,
-    read_image,
-    read_mask,
-    require_same_grid,
-    same_grid,
-    slice_geometry,
-    slices_to_canonical,
-    to_slices,
-    write_volume,
-)
+from jaxla.data.slices import canonical_to_slices, from_slices, slice_geometry, slices_to_canonical, to_slices
+from jaxla.data.volumes import Volume, hash_voxels, read_image, read_mask, require_same_grid, same_grid, write_volume
 from tests.data.nifti import (
     AFFINE,
     SHAPE,

@@ -10,7 +10,7 @@ import pytest
 from jaxla.config import InputError
 from jaxla.data.cases import find_cases
 from jaxla.data.prepared import prepare_cases
-from jaxla.data.volumes import slice_geometry, to_slices
+from jaxla.data.slices import slice_geometry, to_slices
 from jaxla.nnunet.plan import Configuration, Plan
 from jaxla.nnunet.planner import check_plan, collect_fingerprint
 from jaxla.nnunet.preprocessing import preprocess_image, preprocess_volumes
