@@ -56,9 +56,12 @@ class Data:
 
     Args:
         root: Folder of scans, or `phantom` for synthetic ones.
+        image: Pattern of the images in `root`, such as `*/lge.nrrd`, where `*` is the case. Default: a known layout.
+        mask: Pattern of the masks, such as `*/la.nrrd`, with the same `*` as in `image`.
+        patients: Which cases are scans of one patient: a regular expression, a CSV file, or `auto`. See docs/data.md.
         labels: Mask values of each class, such as `LA:1` or `anterior:1;posterior:2`. Default: the data set's own.
         other_labels: Mask values that `labels` does not name are `refused` or count as `background`.
-        split: A `split.json` to use instead of drawing a split.
+        split: A `split.json`, or nnU-Net's `splits_final.json` with a fold, to use instead of drawing a split.
         split_seed: Seed of the 70/10/20 split by patient.
         train_patients: Number of training patients to use, 0 for all. Subsets are nested: the 10 contain the 1.
         train_percent: Percent of the training patients to use, at least one patient. Subsets are nested.
@@ -68,6 +71,9 @@ class Data:
     """
 
     root: str = ""
+    image: str = ""
+    mask: str = ""
+    patients: str = ""
     labels: str = ""
     other_labels: Literal["refused", "background"] = "refused"
     split: str = ""

@@ -16,8 +16,9 @@ from jaxla.cli.files import atomic_folder, report_os_errors
 from jaxla.cli.process import run_command
 from jaxla.cli.terminal import plural
 from jaxla.config import InputError
-from jaxla.data.cases import MASK_SUFFIXES, find_cases, find_masks, masks_by_image
+from jaxla.data.cases import find_cases, find_masks, masks_by_image
 from jaxla.data.labels import Labels, parse_labels
+from jaxla.data.layouts import MASK_SUFFIXES
 from jaxla.data.slices import slice_geometry, to_slices
 from jaxla.data.split import read_split
 from jaxla.data.volumes import read_mask, require_same_grid

@@ -16,6 +16,8 @@ def main(arguments: list[str]) -> None:
     """Plan from a folder of scans, or from their shapes and spacings alone, and write the plan."""
     parser = command_parser("jaxla.plan", "Write nnU-Net's plan for scans: patches, networks and batch sizes.")
     parser.add_argument("--data.root", type=str, default="", help="folder of scans with masks")
+    parser.add_argument("--data.image", type=str, default="", help="pattern of the images, as for training")
+    parser.add_argument("--data.mask", type=str, default="", help="pattern of the masks, as for training")
     parser.add_argument("--data.labels", type=str, default="", help="mask values of each class, as for training")
     parser.add_argument("--fingerprint", type=str, help="file with spacings and shapes_after_crop, instead of scans")
     parser.add_argument("--classes", type=int, help="number of structures, with --fingerprint (default: 1)")
@@ -30,7 +32,7 @@ def main(arguments: list[str]) -> None:
     if options.fingerprint:
         plan = make_plan(read_fingerprint(Path(options.fingerprint)), 1 + (options.classes or 1), options.memory_gb)
     else:
-        data = Data(root=options["data.root"], labels=options["data.labels"])
+        data = Data(**{name: options[f"data.{name}"] for name in ("root", "image", "mask", "labels")})
         plan = _plan_scans(data, Path(options.cache_dir or default_cache_dir()), options.memory_gb)
     output = Path(options.output)
     with report_os_errors("written", f"--output={output}", "Use another --output."):
@@ -63,14 +65,13 @@ def _check_options(options: Namespace) -> None:
 def _plan_scans(data: Data, cache_dir: Path, memory_gb: float) -> Plan:
     from jaxla.cli.terminal import track
     from jaxla.data.cache import mark_cache_in_use
-    from jaxla.data.cases import find_cases
-    from jaxla.data.dataset import resolve_data_root
+    from jaxla.data.dataset import find_dataset
     from jaxla.data.prepared import prepare_cases
     from jaxla.nnunet.planner import plan_from_data, warn_unless_mri
 
     require_writable("--cache-dir", cache_dir)
     with mark_cache_in_use(cache_dir):
-        dataset = find_cases(resolve_data_root(data, cache_dir), data.labels)
+        dataset = find_dataset(data, cache_dir)
         warn_unless_mri(dataset.root)
         volumes = prepare_cases(dataset, cache_dir, lambda cases: track(cases, "reading"))
         return plan_from_data(volumes, 1 + len(dataset.labels.names), memory_gb)

@@ -31,6 +31,7 @@ def main(arguments: list[str]) -> None:
     parser = command_parser("jaxla.predict", task)
     parser.add_argument("--run", type=str, required=True, help="folder of a run")
     parser.add_argument("--input", type=str, required=True, help="a .nii or .nii.gz scan, or a folder of them")
+    parser.add_argument("--data.image", type=str, default="", help="pattern of the images in --input, as for training")
     parser.add_argument("--output", type=str, required=True, help="file for the mask, or folder for <case>.nii.gz")
     probabilities = "also write <case>_probabilities.nii.gz (float32; 4D for several classes)"
     parser.add_argument("--probabilities", action="store_true", help=probabilities)
@@ -45,7 +46,7 @@ def predict(options: Namespace) -> None:
     """Segment the scans; each process segments its share of them."""
     given = {name: str(options[name]) for name in ("run", "input", "output", "probabilities", "devices")}
     require_same({f"--{name}": value for name, value in given.items()}, "Give all processes the same options.")
-    scans, source, output = find_images(options.input), Path(options.input), Path(options.output)
+    scans, source, output = find_images(options.input, options.data.image), Path(options.input), Path(options.output)
     outputs = name_outputs(scans, source, output)
     require_apart(output, source, outputs)
     for mask in outputs.values():

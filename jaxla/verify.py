@@ -19,6 +19,9 @@ def main(arguments: list[str]) -> None:
     parser = command_parser("jaxla.verify", "Check a folder of scans before training; writes nothing.")
     add = parser.add_argument
     add("--data.root", type=str, required=True, help="folder of scans with masks")
+    add("--data.image", type=str, default="", help="pattern of the images as in training, such as '*/lge.nrrd'")
+    add("--data.mask", type=str, default="", help="pattern of the masks as in training, such as '*/la.nrrd'")
+    add("--data.patients", type=str, default="", help="which cases are scans of one patient, as in training")
     add("--data.labels", type=str, default="", help="mask values of each class as in training, such as LA:1")
     add("--json", action="store_true", help="print all cases and findings as one JSON document")
     options = parse_arguments(parser, arguments)
@@ -34,7 +37,7 @@ def main(arguments: list[str]) -> None:
 
     logging.getLogger("jaxla").setLevel(logging.WARNING)  # the report holds what the readers log
     track = partial(tqdm, desc="reading", leave=False, unit="case", disable=not sys.stderr.isatty())
-    inventory = take_inventory(options.data.root, options.data.labels, track)
+    inventory = take_inventory(track=track, **vars(options.data))
     print(json.dumps(to_json(inventory), indent=1, ensure_ascii=False) if options.json else to_text(inventory))
     if errors := inventory.errors:
         first = errors[0]

@@ -213,7 +213,7 @@ def test_a_folder_without_any_case_is_named(tmp_path, module):
             assert layout in line
     else:
         line = refuse(tmp_path, module, "--run=run", "--input=data", "--output=masks")
-        assert "--input=data: no .nii or .nii.gz file" in line
+        assert "--input=data: no image to segment; the folder holds no scan. " in line
 
 
 def test_training_refuses_fewer_patients_than_the_protocol_needs(tmp_path):
@@ -437,6 +437,7 @@ def scan_and_run(tmp_path, run_folder):
         (["--run=scan.nii.gz"], "scan.nii.gz: not a run folder"),
         (["--run=run"], "run: no checkpoint"),
         (["--input=nowhere.nii.gz"], "--input=nowhere.nii.gz: no such file or folder"),
+        (["--input=.", "--data.image=*/lge"], r"--input=\.: no image to segment; the folder holds 1 .nii.gz file"),
         (["--output=scan.nii.gz"], "scan.nii.gz: exists already. Use another --output."),
         (["--output=scan.nii.gz/below"], "--output=scan.nii.gz/below: .*/scan.nii.gz is not a writable folder"),
         (["--output=."], r"--output=\.: masks would lie among the scans of --input=scan.nii.gz"),

@@ -180,7 +180,7 @@ def test_a_case_that_cannot_be_read_is_null_in_json(tmp_path):
         (["--data.root=phantom"], "--data.root=phantom: "),
         (["--data.root=nowhere"], "--data.root=nowhere: no such folder"),
         (["--data.root=file.nii.gz"], "--data.root=file.nii.gz: is a file, not a folder. "),
-        (["--data.root=empty"], "empty: no case found; recognised layouts: LAScarQS"),
+        (["--data.root=empty"], "empty: no case found; the folder holds no scan; recognised layouts: LAScarQS"),
         (["--data.root=data", "--data.labels=LA"], "--data.labels='LA': expected name:value"),
         (["--data.root=data", "--data.label=LA:1"], "--data.label: unknown option (did you mean --data.labels?)"),
     ],

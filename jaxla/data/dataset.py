@@ -13,6 +13,7 @@ from jaxla.cli.terminal import track
 from jaxla.config import Data, Experiment, InputError, Preprocessing, option
 from jaxla.data.cases import Case, Dataset, find_cases
 from jaxla.data.inputs import Canvas, smallest_extent
+from jaxla.data.patients import describe_shared_patients
 from jaxla.data.phantoms import ensure_phantoms
 from jaxla.data.prepared import PreparedVolume, prepare_cases
 from jaxla.data.split import ALL_FOLDS, FOLDS, Split, make_split
@@ -78,7 +79,9 @@ def prepare_data(
     protocol, fold = experiment.data, experiment.fold
     if protocol.root == "phantom":  # check the split before making phantoms
         make_split([f"train_{n + 1}" for n in range(protocol.phantom_cases)], protocol, fold)
-    dataset = find_cases(resolve_data_root(protocol, cache_dir), protocol.all_labels)
+    dataset = find_dataset(protocol, cache_dir)
+    if not protocol.patients and (shared := describe_shared_patients([case.id for case in dataset.cases])):
+        log.warning("%s: %s. %s", dataset.root, *shared)
     split = make_split([case.id for case in dataset.cases], protocol, fold)
     prepared = prepare_cases(dataset, cache_dir, lambda cases: track(cases, "reading"), select_local(dataset.cases))
     data = PreparedData(dataset, {volume.id: volume for volume in prepared}, split, fold=fold)
@@ -86,6 +89,12 @@ def prepare_data(
         require_classes(data.for_fold(k, protocol), protocol)
     _log_summary(data)
     return data
+
+
+def find_dataset(protocol: Data, cache_dir: Path, moved_to: str = "") -> Dataset:
+    """Find the cases of a protocol in its folder, or in `moved_to` if it is given; raises as `find_cases`."""
+    root = resolve_data_root(protocol, cache_dir, moved_to)
+    return find_cases(root, protocol.all_labels, protocol.image, protocol.mask)
 
 
 def resolve_data_root(protocol: Data, cache_dir: Path, moved_to: str = "") -> Path:

@@ -4,9 +4,6 @@ Every case is read with the readers and checks of training, one at a time; only 
 """
 
 import contextlib
-import json
-import os
-import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -19,7 +16,9 @@ from scipy.stats import median_abs_deviation
 
 from jaxla.config import Data, InputError, option
 from jaxla.data.cases import Case, Finding, survey_cases
+from jaxla.data.dataset_json import listed_cases
 from jaxla.data.labels import Labels, parse_labels, require_one_value
+from jaxla.data.patients import describe_shared_patients
 from jaxla.data.prepared import describe_twin
 from jaxla.data.slices import slice_geometry
 from jaxla.data.split import Split, make_split
@@ -65,7 +64,7 @@ class Inventory:
     labels: Labels | None  # None if the data set does not define them; a finding says why
     cases: tuple[CaseFacts, ...]  # every image with a mask
     split: Split | None  # the default split; None if there are too few cases
-    unread: tuple[Path, ...]  # NIfTI files without a case or finding, such as unlabelled test images
+    unread: tuple[Path, ...]  # scans without a case or finding, such as unlabelled test images
     findings: tuple[Finding, ...]  # errors first
 
     @property
@@ -75,18 +74,24 @@ class Inventory:
 
 
 def take_inventory(
-    root: str | Path, labels: str = "", track: Callable[[Sequence[Case]], Iterable[Case]] = iter
+    root: str | Path,
+    labels: str = "",
+    track: Callable[[Sequence[Case]], Iterable[Case]] = iter,
+    image: str = "",
+    mask: str = "",
+    patients: str = "",
 ) -> Inventory:
     """Read every case of a folder, one at a time, and collect facts and findings; write nothing.
 
     Args:
         labels: mask values of each class, as in `config.Data.labels`; empty takes them from the data set.
         track: wraps the iteration over cases, for a progress bar.
+        image, mask, patients: as in `config.Data`.
 
     Raises:
         InputError: there is no folder, its cases cannot be told apart, or `labels` cannot be parsed.
     """
-    survey = survey_cases(root)
+    survey = survey_cases(root, image, mask)
     findings = list(survey.findings)
     classes = parse_labels(labels) if labels else None
     if not labels:
@@ -103,16 +108,18 @@ def take_inventory(
         cases.append(facts)
 
     split = None
+    ids = [case.id for case in cases]
     with _collect_errors(findings, "too few cases", survey.root):
-        split = make_split([case.id for case in cases], Data())
+        split = make_split(ids, Data(patients=patients))
+    if not patients and (shared := describe_shared_patients(ids)):
+        findings.append(Finding("patients", survey.root, *shared, level="warning"))
     if classes:
         with _collect_errors(findings, "labels", survey.root):
             require_one_value(classes, survey.root, {c.id: c.mask_values for c in cases if c.volumes is not None})
         findings += [*_missing_classes(survey.root, cases, classes, split), *_volume_outliers(cases, classes)]
     findings += [*_geometry_outliers(cases), *_absent_cases(survey.root, cases, findings)]
     findings.sort(key=lambda finding: finding.level)  # "error" before "warning"; stable within each
-    unread = tuple(_unread_files(survey.root, cases, findings))
-    return Inventory(survey.root, survey.layout.name, classes, tuple(cases), split, unread, tuple(findings))
+    return Inventory(survey.root, survey.layout.name, classes, tuple(cases), split, survey.unused, tuple(findings))
 
 
 def _examine(case: Case, labels: Labels | None) -> tuple[CaseFacts, list[Finding]]:
@@ -243,12 +250,7 @@ def format_sides(values: Iterable[float]) -> str:
 
 def _absent_cases(root: Path, cases: list[CaseFacts], findings: list[Finding]) -> Iterator[Finding]:
     """Find out whether dataset.json lists more cases than the folder holds, as after an interrupted download."""
-    try:
-        content = json.loads((root / "dataset.json").read_text())
-        listed = [re.sub(r"(\.nii)?(\.gz)?$", "", Path(entry["image"]).name) for entry in content.get("training", [])]
-        count = len(listed) or int(content.get("numTraining", 0))
-    except (OSError, ValueError, KeyError, AttributeError, TypeError):
-        return  # training needs only the labels of this file
+    listed, count = listed_cases(root)
     found = {case.id for case in cases} | {finding.case for finding in findings}
     absent = [name for name in listed if name not in found]
     if absent or (not listed and count > len(found - {""})):
@@ -257,14 +259,3 @@ def _absent_cases(root: Path, cases: list[CaseFacts], findings: list[Finding]) -
         problem = f"lists {count} training cases, but {detail}"
         fix = "Complete the download, unless cases were left out on purpose."
         yield Finding("missing cases", root / "dataset.json", problem, fix, level="warning")
-
-
-def _unread_files(root: Path, cases: list[CaseFacts], findings: list[Finding]) -> Iterator[Path]:
-    known = {path.resolve() for case in cases for path in (case.image, case.mask)}
-    known |= {finding.file.resolve() for finding in findings}
-    for folder, folders, names in os.walk(root):
-        folders.sort()
-        for name in sorted(names):
-            path = Path(folder, name)
-            if name.endswith((".nii", ".nii.gz")) and not name.startswith(".") and path.resolve() not in known:
-                yield path

@@ -9,6 +9,8 @@ import numpy as np
 
 from jaxla.config import OTHERS_ARE_BACKGROUND, InputError, option
 
+MAX_CLASSES = 255  # class indices are uint8
+MAX_VALUE = 2**31 - 1  # of a mask
 REST_RULE = f"{OTHERS_ARE_BACKGROUND} at the end makes all other values background."
 
 
@@ -106,7 +108,8 @@ def make_labels(values_by_name: Mapping[str, Sequence[int]], where: str, fix: st
     """Return the labels for class name -> mask values; the values of `background` are ignored.
 
     Raises:
-        InputError: background is the only class, or a class has the value 0. The error has this `where` and `fix`.
+        InputError: background is the only class, a class has the value 0, or there are more classes or larger values
+            than masks can have. The error has this `where` and `fix`.
     """
     ignored = tuple(value for value in values_by_name.get("background", ()) if value != 0)
     classes = {name: tuple(values) for name, values in values_by_name.items() if name != "background"}
@@ -114,14 +117,23 @@ def make_labels(values_by_name: Mapping[str, Sequence[int]], where: str, fix: st
         raise InputError(where, "names no class except the background", fix)
     if any(0 in values for values in classes.values()):
         raise InputError(where, "the value 0 is the background and cannot be a class", fix)
+    if len(classes) > MAX_CLASSES:
+        raise InputError(where, f"names {len(classes)} classes, but at most {MAX_CLASSES} are supported", fix)
+    if (largest := max((*ignored, *(value for values in classes.values() for value in values)))) > MAX_VALUE:
+        raise InputError(where, f"the value {largest} is more than a mask can hold ({MAX_VALUE})", fix)
     return Labels(tuple(classes), tuple(classes.values()), ignored)
 
 
 def require_one_value(labels: Labels, root: Path, mask_values: Mapping[str, Iterable[int]]) -> None:
     """Raise an InputError if `labels.one_value` is set and two masks, case id -> values, hold different values."""
     case_by_value = {value: case for case, found in mask_values.items() for value in found}
-    if labels.one_value and len(case_by_value) > 1:
-        (a, case_a), (b, case_b) = list(case_by_value.items())[:2]
-        one, two = (option("data.labels", text) for text in (f"'a:{a},{b}'", f"'a:{a};b:{b}'"))
-        problem = f"the mask of case {case_a} holds the value {a}, the mask of case {case_b} the value {b}"
-        raise InputError(root, problem, f"Set {one} if both are one class, or {two} if they are two.")
+    if not labels.one_value or len(case_by_value) < 2:
+        return
+    (a, case_a), (b, case_b), *more = case_by_value.items()
+    problem = f"the mask of case {case_a} holds the value {a}, the mask of case {case_b} the value {b}"
+    if more:
+        others = sorted(value for value, _ in more)
+        fix = f"{len(more)} more values are {_first_values(np.array(others))}. Name them all with"
+        raise InputError(root, problem, f"{fix} {option('data.labels')}; {REST_RULE}")
+    one, two = (option("data.labels", text) for text in (f"'a:{a},{b}'", f"'a:{a};b:{b}'"))
+    raise InputError(root, problem, f"Set {one} if both are one class, or {two} if they are two.")

@@ -1,9 +1,13 @@
-"""The patient-level split: 70 % training, 10 % validation, 20 % test; written to and read from `split.json`."""
+"""The patient-level split: 70 % training, 10 % validation, 20 % test; written to and read from `split.json`.
+
+Patients are split, and then replaced by their cases. Without `data.patients`, each case is a patient.
+"""
 
 import hashlib
+import itertools
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -11,8 +15,11 @@ import numpy as np
 
 from jaxla.cli.files import report_os_errors, write_atomically
 from jaxla.config import Data, InputError, option
+from jaxla.data.patients import group_by_patient
+from jaxla.data.scan_files import compose_letters
 
 FOLDS, FOLD_SEED = 5, 12345
+FOLD_PARTS = ("train", "val")  # of nnU-Net's folds
 ALL_FOLDS = "all"  # value of the option `fold` for a run that trains every fold
 
 
@@ -47,15 +54,32 @@ def make_split(ids: Sequence[str], protocol: Data, fold: str = "") -> Split:
         fold: number of the fold that validates; empty or `ALL_FOLDS` keeps the split as it is.
 
     Raises:
-        InputError: there are fewer patients than the protocol needs, or the split file does not fit the cases.
+        InputError: there are fewer patients than the protocol needs, or the split file does not fit the cases or
+            separates the cases of one patient.
     """
     for name in ("split_seed", "subset_seed", "train_patients"):
         if (value := getattr(protocol, name)) < 0:
             raise InputError(option(f"data.{name}", value), "must not be negative", "Use a whole number from 0.")
-    split = _read_fitting_split(Path(protocol.split), ids) if protocol.split else _draw_split(ids, protocol)
+    groups = group_by_patient(ids, protocol.patients)
+    folds = _read_folds(Path(protocol.split)) if protocol.split else []
+    if folds:
+        split, groups = _fit_split(_choose_fold(folds, protocol, fold), groups, protocol, is_fold=True)
+    elif protocol.split:
+        listed = read_split(Path(protocol.split), "data.split")
+        split, groups = _fit_split(listed, groups, protocol, is_fold=False)
+    else:
+        split = _draw_split(list(groups), protocol)
     _require_possible_subset(split, protocol, fold)
-    if fold.isdecimal():
-        return _make_fold(split, int(fold))
+    if not fold.isdecimal():
+        split = _take_subset(split, protocol)
+    elif not folds:
+        split = _make_fold(split, int(fold))
+    parts = (split.train, split.val, split.test, split.unused)
+    return Split(*(tuple(case for patient in part for case in groups[patient]) for part in parts))
+
+
+def _take_subset(split: Split, protocol: Data) -> Split:
+    """Return the split with a subset of its training patients, by default all of them."""
     train, count = split.train, protocol.train_patients
     if protocol.subset_seed:
         train = tuple(train[i] for i in np.random.default_rng(protocol.subset_seed).permutation(len(train)))
@@ -128,16 +152,57 @@ def _draw_split(ids: Sequence[str], protocol: Data) -> Split:
     return Split(tuple(shuffled[test + val :]), tuple(val_ids), tuple(test_ids))
 
 
-def _read_fitting_split(path: Path, ids: Sequence[str]) -> Split:
-    where = option("data.split", path)
-    split = read_split(path, "data.split")
-    named = [*split.train, *split.val, *split.test]
-    if twice := sorted({name for name in named if named.count(name) > 1}):
+def _read_folds(path: Path) -> list[Split]:
+    """Return the folds of nnU-Net's `splits_final.json`, which have no test cases; nothing if the file is another."""
+    try:
+        content = json.loads(path.read_bytes())
+        if not isinstance(content, list) or not all(isinstance(fold[p], list) for fold in content for p in FOLD_PARTS):
+            return []
+        return [Split(*(tuple(map(str, fold[part])) for part in FOLD_PARTS), test=()) for fold in content]
+    except (OSError, ValueError, LookupError, TypeError, RecursionError):
+        return []  # `read_split` says what is wrong
+
+
+def _choose_fold(folds: Sequence[Split], protocol: Data, fold: str) -> Split:
+    """Return a fold of `splits_final.json`; the first one to begin a run of all folds."""
+    where = option("data.split", protocol.split)
+    if not fold:
+        fix = f"Choose one with {option('fold', 0)}, or train all with {option('fold', ALL_FOLDS)}."
+        raise InputError(where, f"holds {len(folds)} folds without test cases", fix)
+    if fold == ALL_FOLDS and len(folds) != FOLDS:
+        problem = f"holds {len(folds)} folds, but {option('fold', ALL_FOLDS)} trains {FOLDS}"
+        raise InputError(where, problem, f"Train each fold with {option('fold', '0')} and so on.")
+    index = 0 if fold == ALL_FOLDS else int(fold)
+    if index >= len(folds):
+        raise InputError(option("fold", fold), f"{where} holds only {len(folds)} folds", "Use another fold.")
+    return folds[index]
+
+
+def _fit_split(
+    split: Split, groups: Mapping[str, Sequence[str]], protocol: Data, is_fold: bool
+) -> tuple[Split, dict[str, Sequence[str]]]:
+    """Check that a split of cases fits the patients, patient -> cases.
+
+    Returns:
+        The split of the patients, and the cases of each that the split names.
+    """
+    where = option("data.split", protocol.split)
+    parts = {part: [compose_letters(case) for case in getattr(split, part)] for part in ("train", "val", "test")}
+    named = [case for cases in parts.values() for case in cases]
+    if twice := sorted({case for case in named if named.count(case) > 1}):
         raise InputError(where, f"names case {twice[0]} twice", "Name each case once.")
-    if unknown := sorted(set(named) - set(ids)):
+    patient_of_case = {case: patient for patient, cases in groups.items() for case in cases}
+    if unknown := sorted(set(named) - set(patient_of_case)):
         problem = f"case {unknown[0]} is not in the data ({len(unknown)} of its cases are not)"
         raise InputError(where, problem, "Use the split of this data set.")
-    for part in ("train", "val", "test"):
-        if not getattr(split, part):
+    for part in FOLD_PARTS if is_fold else parts:
+        if not parts[part]:
             raise InputError(where, f"its list {part} is empty", "Name at least one case in each list.")
-    return split
+    patients = {part: list(dict.fromkeys(patient_of_case[case] for case in cases)) for part, cases in parts.items()}
+    for a, b in itertools.combinations(parts, 2):
+        if both := [patient for patient in patients[a] if patient in patients[b]]:
+            one, other = (next(c for c in parts[part] if patient_of_case[c] == both[0]) for part in (a, b))
+            problem = f"separates the scans of patient {both[0]}: {one} is in {a}, {other} in {b}"
+            raise InputError(where, problem, "Move all scans of a patient to one list.")
+    listed = {patient: [case for case in named if patient_of_case[case] == patient] for patient in groups}
+    return Split(*(tuple(patients[part]) for part in parts)), listed

@@ -16,7 +16,7 @@ import numpy as np
 
 from jaxla.cli.terminal import track
 from jaxla.config import InputError
-from jaxla.data.cases import channel_name
+from jaxla.data.dataset_json import channel_name
 from jaxla.data.prepared import PreparedVolume
 from jaxla.nnunet.plan import DEFAULT_MEMORY_GB, Z_SCORE, Configuration, Fingerprint, Plan
 from jaxla.nnunet.preprocessing import axis_order, nonzero_box, resampled_spacing

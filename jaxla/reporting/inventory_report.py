@@ -102,7 +102,7 @@ def _summary(inventory: Inventory) -> Iterator[tuple[str, str]]:
         yield "outliers", OUTLIER_RULE
     if unread := inventory.unread:
         shown = ", ".join(str(path) for path in unread[:3])
-        yield "not read", f"{plural(len(unread), 'NIfTI file')} without a case: {shown}{_more(len(unread) - 3)}"
+        yield "not read", f"{plural(len(unread), 'scan')} without a case: {shown}{_more(len(unread) - 3)}"
 
 
 def _summarise_geometry(cases: Sequence[CaseFacts]) -> Iterator[tuple[str, str]]:

@@ -14,7 +14,10 @@ from jaxla.data.labels import Labels
 
 RECORD = "experiment.json"
 VERSION = 5
-NOT_COMPARED = {"data.root", "data.split", "model.weights", "model.plan"}  # the files' content is compared instead
+# The content of the files is compared instead, and the split.
+NOT_COMPARED = {
+    "data.root", "data.image", "data.mask", "data.patients", "data.split", "model.weights", "model.plan"
+}  # fmt: skip
 NO_FILE = {"model.weights": "random", "model.plan": ""}  # values that name no file
 
 

@@ -5,8 +5,8 @@ from dataclasses import replace
 from pathlib import Path
 
 from jaxla.config import Experiment, InputError, lookup
-from jaxla.data.cases import Case, find_cases
-from jaxla.data.dataset import resolve_data_root
+from jaxla.data.cases import Case
+from jaxla.data.dataset import find_dataset
 from jaxla.data.labels import Labels
 from jaxla.data.prepared import content_key
 from jaxla.data.slices import slice_geometry, to_slices
@@ -121,8 +121,8 @@ def read_cases(
             fix = f"Choose from {', '.join(test_cases)}."
             raise InputError(f"--cases={case_id}", "not a test case of this study", fix)
     record = runs[0].record
-    root = resolve_data_root(record.experiment.data, cache_dir, data_root)
-    cases = {case.id: case for case in find_cases(root, record.experiment.data.all_labels).cases}
+    dataset = find_dataset(record.experiment.data, cache_dir, data_root)
+    root, cases = dataset.root, {case.id: case for case in dataset.cases}
     for case_id in titles:
         if case_id not in cases:
             raise InputError(root, f"case {case_id} of the study is missing", "Pass its folder as --data.root.")

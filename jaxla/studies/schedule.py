@@ -12,8 +12,7 @@ from typing import Literal, NamedTuple
 from jaxla.cli.command_line import parse_experiment
 from jaxla.cli.files import report_os_errors, write_atomically
 from jaxla.config import METHOD_GROUPS, Data, Experiment, InputError, Study
-from jaxla.data.cases import find_cases
-from jaxla.data.dataset import resolve_data_root
+from jaxla.data.dataset import find_dataset
 from jaxla.data.prepared import content_key
 from jaxla.data.split import make_split
 from jaxla.experiments import EXPERIMENTS, METHODS
@@ -151,7 +150,7 @@ def require_same_data(runs: Sequence[ScheduledRun], states: Sequence[State], cac
     if not complete:
         return
     protocol = runs[0].experiment.data
-    dataset = find_cases(resolve_data_root(protocol, cache_dir), protocol.all_labels)
+    dataset = find_dataset(protocol, cache_dir)
     hashes = {case.id: content_key(case, dataset.labels) for case in dataset.cases}
     for run in complete:
         try:

@@ -143,6 +143,17 @@ def test_given_labels_replace_overlapping_labels_of_the_data_set(tmp_path):
         ('{"labels": {"1": "LA", "2": "LA"}}', "a label occurs twice"),
         ('{"labels": {"background": 0}}', "names no class except the background"),
         ('{"labels": {}}', "names no class"),
+        ('{"labels": {"LA": 1.5}}', "the label 'LA' has the value 1.5, not a whole number"),
+        ('{"labels": {"LA": true}}', "the label 'LA' has the value True"),
+        ('{"labels": {"LA": Infinity}}', "the label 'LA' has the value inf"),
+        ('{"labels": {"LA": NaN}}', "the label 'LA' has the value nan"),
+        ('{"labels": {"LA": -1}}', "the label 'LA' has the value -1"),
+        ('{"labels": {"LA": 1e300}}', "is more than a mask can hold"),
+        ('{"labels": {"1": null}}', "the label '1' has the value None"),
+        ('{"labels": {"1": ""}}', "the label name '' is not text"),
+        (r'{"labels": {"\ud800": 1}}', "the label name .* is not text"),
+        ('{"labels": ' + "[" * 100_000, "not readable"),
+        (json.dumps({"labels": {f"c{n}": n for n in range(1, 257)}}), "names 256 classes, but at most 255"),
     ],
 )
 def test_a_dataset_json_without_usable_labels_is_named(tmp_path, text, message):
@@ -150,6 +161,22 @@ def test_a_dataset_json_without_usable_labels_is_named(tmp_path, text, message):
     (root / "dataset.json").write_text(text)
     with pytest.raises(InputError, match=f"^{root / 'dataset.json'}: .*{message}"):
         find_cases(root)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        json.dumps({"labels": ONE_CLASS}).encode("utf-8-sig"),
+        json.dumps({"labels": ONE_CLASS}).encode("utf-16"),
+        b'{"labels": {"background": "0", "LA": "1"}}',
+        b'{"labels": {"background": 0, "LA": 1.0}}',
+        b'{"labels": {"0": "background", "LA": 1}, "numTraining": Infinity, "channel_names": 3, "training": 7}',
+    ],
+)
+def test_the_labels_of_a_dataset_json_are_read_as_other_programs_write_them(tmp_path, content):
+    root = decathlon(tmp_path, ["a"], ONE_CLASS)
+    (root / "dataset.json").write_bytes(content)
+    assert find_cases(root).labels == Labels(("LA",), ((1,),))
 
 
 def test_a_second_channel_is_refused(tmp_path):
@@ -171,7 +198,7 @@ def test_a_dataset_json_with_several_channels_is_refused(tmp_path):
 
 def test_a_dataset_json_without_files_is_named(tmp_path):
     (tmp_path / "dataset.json").write_text(json.dumps({"labels": ONE_CLASS}))
-    with pytest.raises(InputError, match=f"^{tmp_path}: has a dataset.json but no image"):
+    with pytest.raises(InputError, match=f"^{tmp_path}: has a dataset.json, but imagesTr and labelsTr hold no scan"):
         find_cases(tmp_path)
 
 
@@ -332,6 +359,19 @@ def test_mask_values_have_the_smallest_usual_type(value, dtype):
     assert values.dtype == np.dtype(dtype)
 
 
+def test_255_classes_are_supported_and_256_are_refused():
+    names = [f"c{n}:{n}" for n in range(1, 257)]
+    classes = parse_labels(";".join(names[:255])).to_classes(np.array([0, 1, 255]), "m")
+    assert classes.tolist() == [0, 1, 255]
+    with pytest.raises(InputError, match="names 256 classes, but at most 255 are supported"):
+        parse_labels(";".join(names))
+
+
+def test_a_value_beyond_those_of_masks_is_refused():
+    with pytest.raises(InputError, match="the value 2147483648 is more than a mask can hold"):
+        parse_labels("LA:2147483648")
+
+
 @pytest.mark.parametrize("value", [32768, 70000])
 def test_large_mask_values_are_kept(value):
     assert parse_labels(f"LA:{value}").to_values(np.array([0, 1], np.uint8)).tolist() == [0, value]
@@ -356,7 +396,7 @@ def test_the_images_of_a_folder_are_found_without_its_masks(tmp_path, caplog):
     flat(tmp_path, 2)
     with caplog.at_level(logging.INFO, "jaxla"):
         assert find_images(tmp_path) == {f"case_{n}": tmp_path / f"case_{n}.nii.gz" for n in range(2)}
-    assert "case_0_mask.nii.gz: skipped" in caplog.text
+    assert "masks are skipped (2): case_0_mask.nii.gz, case_1_mask.nii.gz" in caplog.text
 
 
 @pytest.mark.parametrize(
@@ -388,7 +428,7 @@ def test_channel_suffixes_are_not_part_of_the_case_id(tmp_path):
 
 
 def test_a_folder_without_images_to_predict_is_named(tmp_path):
-    with pytest.raises(InputError, match=f"^input={tmp_path}: no .nii or .nii.gz file"):
+    with pytest.raises(InputError, match=f"^input={tmp_path}: no image to segment; the folder holds no scan"):
         find_images(tmp_path)
     with pytest.raises(InputError, match=r"^input=.*/nowhere: no such file or folder"):
         find_images(tmp_path / "nowhere")

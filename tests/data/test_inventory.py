@@ -374,7 +374,9 @@ def test_an_incomplete_download_of_a_decathlon_task_is_a_warning(tmp_path):
     assert warning.problem == "lists 5 training cases, but d is missing (and 1 more)"
 
 
-@pytest.mark.parametrize(("count", "warns"), [(3, False), (5, True), (None, False), ("many", False)])
+@pytest.mark.parametrize(
+    ("count", "warns"), [(3, False), (5, True), (None, False), ("many", False), (float("inf"), False), ([5], False)]
+)
 def test_the_number_of_cases_in_an_nnunet_dataset_json_is_checked(tmp_path, count, warns):
     root = decathlon(tmp_path, ["a", "b", "c"], ONE_CLASS, "_0000")
     (root / "dataset.json").write_text(json.dumps({"labels": ONE_CLASS, "numTraining": count}))

@@ -1,0 +1,169 @@
+"""The scans of a folder: which paths are scans, and which case each file name stands for."""
+
+import os
+import re
+import unicodedata
+from collections.abc import Container, Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+from jaxla.config import InputError, option
+from jaxla.data.formats import ENDINGS, is_dicom_series, is_scan, strip_ending
+
+# Files that hold scans, but in a format that is not read.
+OTHER_ENDINGS = (
+    ".hdr", ".img", ".img.gz", ".mgz", ".mgh", ".mnc", ".gipl", ".gipl.gz", ".par", ".rec", ".dcm", ".ima",
+    ".nii.bz2", ".nii.xz", ".nii.zip", ".nii.zst",
+)  # fmt: skip
+
+KEEP_ONE = "Move one of the two out of the folder."
+CHANNEL_NAME = re.compile(r"(.+)_(\d{4})")  # nnU-Net names channel 1 of case X `X_0001`
+MAX_CHANNELS = 4  # longer series of numbers count patients, not channels
+
+
+@dataclass(frozen=True)
+class Case:
+    """One patient scan and its mask."""
+
+    id: str
+    image: Path
+    mask: Path
+
+
+@dataclass(frozen=True)
+class Finding:
+    """Something unusual or wrong in a folder of scans; `problem` and `fix` as in `InputError`."""
+
+    kind: str  # what was checked, in one or two words
+    file: Path  # the file at fault, or the folder if several are
+    problem: str
+    fix: str
+    case: str = ""  # id of the case, if there is one
+    level: Literal["error", "warning"] = "error"  # an error stops training; a warning asks for a look
+
+
+class FolderScans(NamedTuple):
+    """What a folder and its subfolders hold, in order of the paths."""
+
+    scans: list[Path]  # files and folders of DICOM slices
+    unreadable: list[Path]  # scans in other formats, and links to files or folders that do not exist
+
+
+def list_scans(root: Path) -> FolderScans:
+    """List the scans of a folder and its subfolders, except hidden ones; links to folders are followed.
+
+    Raises:
+        InputError: a folder cannot be read.
+    """
+
+    def refuse(error: OSError) -> None:
+        raise InputError(error.filename, f"cannot be read ({error.strerror})", "Make the folder readable.") from error
+
+    scans: list[Path] = []
+    unreadable: list[Path] = []
+    visited: set[str] = set()
+    for name, folders, files in os.walk(root, followlinks=True, onerror=refuse):
+        folder, real = Path(name), os.path.realpath(name)
+        folders[:] = sorted(f for f in folders if not f.startswith("."))
+        if real in visited:  # a link to a folder above it
+            folders.clear()
+            continue
+        visited.add(real)
+        paths = [folder / file for file in files if not file.startswith(".")]
+        may_be_series = any(not path.name.lower().endswith(ENDINGS) for path in paths)  # opening all files takes long
+        is_series = may_be_series and is_dicom_series(folder)
+        scans += [folder] if is_series and folder != root else []
+        for path in paths:
+            if is_scan(path):
+                scans.append(path)
+            elif is_dangling(path) or (not is_series and path.name.lower().endswith(OTHER_ENDINGS)):
+                unreadable.append(path)
+    return FolderScans(sorted(scans), sorted(unreadable))
+
+
+def scans_in(folder: Path) -> list[Path]:
+    """Return the scans directly in a folder, in order of their names."""
+    return sorted(path for path in folder.iterdir() if is_scan(path))
+
+
+def choose_files() -> str:
+    """Return the advice for files whose names say nothing about their part."""
+    return f"If the names have another form, describe them with {option('data.image')} and {option('data.mask')}."
+
+
+def is_dangling(path: Path) -> bool:
+    """Return whether a path is a link to something that does not exist."""
+    return path.is_symlink() and not os.path.exists(path)
+
+
+def scan_name(path: Path) -> str:
+    """Return the name of a scan without its ending."""
+    return compose_letters(strip_ending(path.name))
+
+
+def compose_letters(name: str) -> str:
+    """Return a name with accented letters in one character each.
+
+    Systems store them differently (`é`, or `e` and an accent), which must not keep an image from its mask.
+    """
+    return unicodedata.normalize("NFC", name)
+
+
+def by_name(paths: Iterable[Path], findings: list[Finding], suffixes: Iterable[str] = ()) -> dict[str, Path]:
+    """Return the scans by name without ending and suffix; add a second scan of one name to `findings`."""
+    pattern = f"({'|'.join(map(re.escape, suffixes))})$"
+    return by_id(((re.sub(pattern, "", scan_name(path)), path) for path in paths), findings)
+
+
+def by_id(named: Iterable[tuple[str, Path]], findings: list[Finding], fix: str = KEEP_ONE) -> dict[str, Path]:
+    """Return the scans by id, in order of the ids; add a second scan of one id to `findings`."""
+    scans: dict[str, Path] = {}
+    for name, path in named:
+        case_id = compose_letters(name)
+        if case_id in scans:
+            problem = f"belongs to the same case as {scans[case_id].name}"
+            findings.append(Finding("two files", path, problem, fix, case_id))
+        scans.setdefault(case_id, path)
+    return dict(sorted(scans.items()))
+
+
+def images_by_case(paths: Iterable[Path], masks: Container[str], findings: list[Finding]) -> dict[str, Path]:
+    """Return the images by case id; add a second channel, or a second image of one case, to `findings`.
+
+    The number at the end of a name such as `X_0000` is a channel, as in nnU-Net, if the mask is called `X`. If there
+    is no mask called `X` or `X_0000`, it is a channel if the images of `X` are numbered from 0000 to at most 0003.
+
+    Args:
+        masks: ids of the cases that have a mask.
+    """
+    matches = {path: CHANNEL_NAME.fullmatch(scan_name(path)) for path in paths}
+    numbers: dict[str, set[int]] = {}
+    for match in matches.values():
+        if match and match[0] not in masks:
+            numbers.setdefault(match[1], set()).add(int(match[2]))
+    named = []
+    for path, match in matches.items():
+        if not match or match[0] in masks or not (match[1] in masks or _are_channels(numbers[match[1]])):
+            named.append((scan_name(path), path))
+        elif int(match[2]) == 0:
+            named.append((match[1], path))
+        else:
+            problem = f"a second image channel of case {match[1]}, but only one is supported"
+            fix = "Move the other channels out of the folder, or rename the scans if they are different patients."
+            findings.append(Finding("channel", path, problem, fix, match[1]))
+    return by_id(named, findings)
+
+
+def _are_channels(numbers: set[int]) -> bool:
+    return len(numbers) <= MAX_CHANNELS and numbers == set(range(len(numbers)))
+
+
+def pair(images: Mapping[str, Path], masks: Mapping[str, Path], findings: list[Finding]) -> list[Case]:
+    """Return the cases in the order of the images; add scans without a partner to `findings`."""
+    for partner, files, partners in (("mask", images, masks), ("image", masks, images)):
+        for name in sorted(set(files) - set(partners)):
+            fix = f"Add the {partner}, or move this file out of the folder."
+            fix += "" if partners else f" {choose_files()}"
+            findings.append(Finding(f"no {partner}", files[name], f"has no {partner}", fix, name))
+    return [Case(name, path, masks[name]) for name, path in images.items() if name in masks]
