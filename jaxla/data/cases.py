@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Literal, NamedTuple
 
 from jaxla.config import InputError, option
+from jaxla.data.formats import is_scan, strip_ending
 from jaxla.data.labels import Labels, make_labels, parse_labels
 
 log = logging.getLogger(__name__)
@@ -122,7 +123,7 @@ def find_images(root: str | Path) -> dict[str, Path]:
     """
     root = Path(root)
     where, fix = option("input", root), "Name a NIfTI file, or a folder with NIfTI files."
-    if root.is_file():
+    if root.is_file() or is_scan(root):
         return _by_name([root], [], CHANNEL)
     if not root.is_dir():
         raise InputError(where, "no such file or folder", fix)
@@ -308,7 +309,7 @@ def _nifti_files(root: Path, folders: Sequence[str] = (".",)) -> list[Path]:
     files = []
     for folder in (root / name for name in folders):
         inside = folder.iterdir() if folder.is_dir() else ()
-        files += sorted(p for p in inside if p.name.endswith((".nii", ".nii.gz")) and not p.name.startswith("."))
+        files += sorted(p for p in inside if is_scan(p))
     return files
 
 
@@ -333,7 +334,7 @@ def _by_name(paths: Iterable[Path], findings: list[Finding], *suffixes: str) -> 
 
 
 def _stem(path: Path) -> str:
-    return path.name.removesuffix(".gz").removesuffix(".nii")
+    return strip_ending(path.name)
 
 
 # --- layouts, in the order in which they are tried -------------------------------------------------------------------
