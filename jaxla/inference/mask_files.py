@@ -67,3 +67,13 @@ def write_mask(path: Path, classes: np.ndarray, labels: Labels, scan: Volume) ->
         write_segmentation(path, classes, labels.names, scan.path)
     else:
         write_volume(path, labels.to_values(classes), scan)
+
+
+def mask_classes(mask: Volume, labels: Labels) -> np.ndarray:
+    """Return the classes [X, Y, Z] of a mask that `write_mask` wrote and `read_mask` read.
+
+    Raises:
+        InputError: the mask holds a value that belongs to no class.
+    """
+    is_segmentation = mask.path.suffix.lower() == SEG_ENDING and mask.array.max() <= len(labels.names)
+    return mask.array.astype(np.uint8) if is_segmentation else labels.to_classes(mask.array, mask.path)

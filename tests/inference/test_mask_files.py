@@ -14,7 +14,7 @@ from jaxla.data.dicom_seg import read_segmentation, write_segmentation
 from jaxla.data.labels import Labels
 from jaxla.data.prepared import prepare_cases
 from jaxla.data.volumes import read_image, read_mask
-from jaxla.inference.mask_files import mask_ending, require_mask_file
+from jaxla.inference.mask_files import mask_classes, mask_ending, require_mask_file, write_mask
 from tests.commands import refuse, succeed
 from tests.data.formats import edit_dicom, save_any, save_dicom
 from tests.data.nifti import image_array, mask_array, save
@@ -163,6 +163,18 @@ def test_a_series_without_frame_of_reference_gets_no_segmentation(tmp_path):
     with pytest.raises(InputError, match=r"\(Source images have no Frame Of Reference UID.* Choose another format"):
         write_segmentation(tmp_path / "seg.dcm", mask_array(), ("LA",), series)
     assert not (tmp_path / "seg.dcm").exists()
+
+
+@pytest.mark.parametrize("name", ["mask.nrrd", "mask.dcm"])
+def test_a_written_mask_is_read_back_as_the_same_classes(tmp_path, name):
+    """A DICOM segmentation holds numbers of classes, other formats hold the values of the data set."""
+    series, labels = save_dicom(tmp_path / "series", image_array()), Labels(("LA", "wall"), values=((420,), (7, 8)))
+    classes = mask_array()
+    classes[0, 0, 0] = 2
+    write_mask(tmp_path / name, classes, labels, read_image(series))
+    mask = read_mask(tmp_path / name)
+    assert np.unique(mask.array).tolist() == ([0, 1, 2] if name == "mask.dcm" else [0, 7, 420])
+    np.testing.assert_array_equal(mask_classes(mask, labels), classes)
 
 
 # --- choice of the format --------------------------------------------------------------------------------------------
