@@ -2,6 +2,7 @@
 
 import math
 from pathlib import Path
+from typing import Literal
 
 from jsonargparse import Namespace
 
@@ -15,9 +16,18 @@ from jaxla.cli.command_line import (
 from jaxla.cli.process import run_command
 from jaxla.config import InputError
 from jaxla.data.cases import find_images
+from jaxla.data.formats import is_scan, scan_ending, strip_ending
 from jaxla.data.slices import slice_geometry, to_slices
 from jaxla.data.volumes import Volume, read_image, write_volume
 from jaxla.distributed import join_processes, local_items, log_progress, require_same, use_devices, use_local_devices
+from jaxla.inference.mask_files import (
+    ENDINGS,
+    is_mask_file,
+    mask_ending,
+    probabilities_ending,
+    require_mask_file,
+    write_mask,
+)
 from jaxla.inference.segment import segment_volume
 from jaxla.runs.folder import is_finished
 from jaxla.runs.record import read_record
@@ -30,10 +40,12 @@ def main(arguments: list[str]) -> None:
     task = "Segment scans with a trained network. Each mask has the shape, affine and header geometry of its scan."
     parser = command_parser("jaxla.predict", task)
     parser.add_argument("--run", type=str, required=True, help="folder of a run")
-    parser.add_argument("--input", type=str, required=True, help="a .nii or .nii.gz scan, or a folder of them")
+    parser.add_argument("--input", type=str, required=True, help="a scan, a DICOM series, or a folder of them")
     parser.add_argument("--data.image", type=str, default="", help="pattern of the images in --input, as for training")
-    parser.add_argument("--output", type=str, required=True, help="file for the mask, or folder for <case>.nii.gz")
-    probabilities = "also write <case>_probabilities.nii.gz (float32; 4D for several classes)"
+    parser.add_argument("--output", type=str, required=True, help="file for the mask, or folder for masks <case>.*")
+    formats = "format of the masks; scan: that of each scan, which is dicom-seg for a DICOM series"
+    parser.add_argument("--format", type=Literal["scan", *ENDINGS], default="scan", help=formats)
+    probabilities = "also write <case>_probabilities.* (float32; a value per class for several classes)"
     parser.add_argument("--probabilities", action="store_true", help=probabilities)
     add_devices_option(parser)
     add_processes_options(parser)
@@ -44,10 +56,10 @@ def main(arguments: list[str]) -> None:
 
 def predict(options: Namespace) -> None:
     """Segment the scans; each process segments its share of them."""
-    given = {name: str(options[name]) for name in ("run", "input", "output", "probabilities", "devices")}
+    given = {name: str(options[name]) for name in ("run", "input", "output", "format", "probabilities", "devices")}
     require_same({f"--{name}": value for name, value in given.items()}, "Give all processes the same options.")
     scans, source, output = find_images(options.input, options.data.image), Path(options.input), Path(options.output)
-    outputs = name_outputs(scans, source, output)
+    outputs = name_outputs(scans, source, output, options.format)
     require_apart(output, source, outputs)
     for mask in outputs.values():
         for path in (mask, probabilities_file(mask)) if options.probabilities else (mask,):
@@ -91,7 +103,7 @@ def segment_scans(run: TrainedRun, outputs: dict[Path, Path], with_probabilities
         classes, probabilities = segment_volume(segment, volume, with_probabilities)
         if probabilities is not None:
             write_volume(probabilities_file(mask), probabilities, volume)
-        write_volume(mask, run.record.labels.to_values(classes), volume)
+        write_mask(mask, classes, run.record.labels, volume)
         voxel_ml = math.prod(volume.spacing) / 1000
         volumes = [f"{name} {(classes == k).sum() * voxel_ml:.1f} ml" for k, name in enumerate(names, start=1)]
         log_progress(f"{position}/{len(outputs)} {mask}: {', '.join(volumes)}")
@@ -109,14 +121,15 @@ def log_if_cut(volume: Volume, task: Task) -> None:
         )
 
 
-def name_outputs(scans: dict[str, Path], source: Path, output: Path) -> dict[Path, Path]:
-    """Return the mask file of each scan: the output itself for one scan and a file name, else `<case>.nii.gz` in it."""
-    is_file_name = output.name.endswith((".nii", ".nii.gz"))
-    if source.is_file():
-        return {source: output if is_file_name else output / f"{next(iter(scans))}.nii.gz"}
-    if is_file_name:
+def name_outputs(scans: dict[str, Path], source: Path, output: Path, file_format: str) -> dict[Path, Path]:
+    """Return the mask file of each scan: the output itself for one scan and a file name, else `<case>.*` in it."""
+    if not is_mask_file(output):
+        return {scan: output / f"{case_id}{mask_ending(scan, file_format)}" for case_id, scan in scans.items()}
+    if not is_scan(source):
         raise InputError(f"--output={output}", f"a file, but --input={source} is a folder", "Give a folder.")
-    return {scan: output / f"{case_id}.nii.gz" for case_id, scan in scans.items()}
+    (scan,) = scans.values()
+    require_mask_file(output, scan, file_format)
+    return {scan: output}
 
 
 def require_apart(output: Path, source: Path, outputs: dict[Path, Path]) -> None:
@@ -131,8 +144,8 @@ def require_apart(output: Path, source: Path, outputs: dict[Path, Path]) -> None
 
 def probabilities_file(mask: Path) -> Path:
     """Return the name of the probabilities beside a mask."""
-    stem = mask.name.removesuffix(".gz").removesuffix(".nii")
-    return mask.with_name(f"{stem}_probabilities{mask.name.removeprefix(stem)}")
+    ending = scan_ending(mask.name)
+    return mask.with_name(f"{strip_ending(mask.name)}_probabilities{probabilities_ending(ending)}")
 
 
 if __name__ == "__main__":

@@ -21,6 +21,12 @@ def track(items: Iterable, label: str) -> Iterable:
             log.info("%s: %d of %d cases", label, count, len(items))
 
 
+def shorten(text: str, length: int = 60) -> str:
+    """Return text from a file for a message: at most `length` characters, control characters replaced by `?`."""
+    text = "".join(letter if letter.isprintable() else "?" for letter in text)
+    return text if len(text) <= length else f"{text[: length - 1]}…"
+
+
 def plural(count: int, noun: str) -> str:
     """Return `1 seed`, `2 seeds`."""
     return f"{count} {noun}{'' if count == 1 else 's'}"

@@ -1,16 +1,26 @@
-"""The file formats of scans: their endings, and what counts as one scan on disk."""
+"""The formats of scans: their endings, what counts as one scan on disk, and which module reads and writes each."""
 
+import hashlib
+import logging
 from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+
+from jaxla.cli.files import file_sha256
+from jaxla.data.dicom import is_dicom_series, is_segmentation, read_dicom, read_dicom_grid, slice_files
+from jaxla.data.dicom_seg import read_segmentation
+from jaxla.data.itk_files import read_itk, read_itk_grid, write_itk
+from jaxla.data.itk_headers import locate_voxels
+from jaxla.data.nifti import Grid, read_nifti, read_nifti_grid, write_nifti
+
+log = logging.getLogger(__name__)
 
 NIFTI_ENDINGS = (".nii.gz", ".nii")
 ITK_ENDINGS = (".nrrd", ".nhdr", ".mha", ".mhd")  # the voxels of .nhdr and .mhd are in a second file
 SEG_ENDING = ".dcm"  # a DICOM segmentation; a DICOM scan is the folder of its slices
 ENDINGS = (*NIFTI_ENDINGS, *ITK_ENDINGS)
 FORMATS = ".nii.gz, .nii, .nrrd, .nhdr, .mha, .mhd, or a folder with one DICOM series"  # for messages
-
-DICOM_INDEX = b"1.2.840.10008.1.3.10"  # SOP class of a DICOMDIR file, which lists other files
-DICOM_SEG = b"1.2.840.10008.5.1.4.1.1.66.4"
-MAX_DICOM_META_BYTES = 1024  # the SOP class is among the first elements
 
 
 def scan_ending(name: str) -> str:
@@ -32,29 +42,73 @@ def is_scan(path: Path) -> bool:
     """
     if path.name.startswith("."):
         return False
-    if scan_ending(path.name).lower() == SEG_ENDING and not path.is_dir():
-        return DICOM_SEG in dicom_meta(path)
-    return is_dicom_series(path) if path.is_dir() else bool(scan_ending(path.name))
+    if path.is_dir():
+        return is_dicom_series(path)
+    ending = scan_ending(path.name).lower()
+    return is_segmentation(path) if ending == SEG_ENDING else bool(ending)
 
 
-def is_dicom_series(folder: Path) -> bool:
-    """Return whether a path is a folder that directly holds a DICOM slice."""
-    return folder.is_dir() and any(is_dicom_slice(path) for path in folder.iterdir())
+def scan_files(path: Path) -> list[Path]:
+    """Return all files of a scan: itself, the slices of a DICOM series, or a header and the file with its voxels."""
+    if path.is_dir():
+        return slice_files(path)[0]
+    if path.suffix.lower() in (".nhdr", ".mhd"):
+        return [path, locate_voxels(path).path]
+    return [path]
 
 
-def is_dicom_slice(path: Path) -> bool:
-    """Return whether a path is a DICOM file that is neither an index nor a segmentation."""
-    meta = dicom_meta(path)
-    return bool(meta) and DICOM_INDEX not in meta and DICOM_SEG not in meta
+def scan_sha256(path: Path) -> str:
+    """Return the sha256 of a scan's file; of several files, the sha256 of their sorted hashes."""
+    hashes = sorted(map(file_sha256, scan_files(path)))
+    return hashes[0] if len(hashes) == 1 else hashlib.sha256(" ".join(hashes).encode()).hexdigest()
 
 
-def dicom_meta(path: Path) -> bytes:
-    """Return the first bytes of a DICOM file, which name its SOP class; empty for any other file."""
-    if path.name.startswith(".") or not path.is_file():
-        return b""
-    try:
-        with path.open("rb") as file:
-            start = file.read(MAX_DICOM_META_BYTES)
-    except OSError:  # unreadable; the command that reads the scan says so
-        return b""
-    return start if start[128:132] == b"DICM" else b""
+def read_scan(path: Path) -> tuple[np.ndarray, *Grid]:
+    """Read a scan's array [X, Y, Z], of the stored type or scaled to float, with its affine and a NIfTI header.
+
+    Raises:
+        InputError: the scan is damaged, not 3D or has no usable grid, or its format needs a package that is missing.
+    """
+    if path.is_dir():
+        array, affine, warnings = read_dicom(path)
+    elif path.suffix.lower() in ITK_ENDINGS:
+        array, affine, warnings = read_itk(path)
+    elif path.suffix.lower() == SEG_ENDING:
+        array, affine, warnings = *read_segmentation(path), ()
+    else:
+        return read_nifti(path)
+    return array, *_make_grid(path, affine, warnings)
+
+
+def read_scan_grid(path: Path) -> Grid:
+    """Read a scan's affine and a NIfTI header, without its voxels.
+
+    Raises:
+        InputError: as `read_scan`.
+    """
+    if path.is_dir():
+        return _make_grid(path, *read_dicom_grid(path))
+    if path.suffix.lower() in ITK_ENDINGS:
+        return _make_grid(path, *read_itk_grid(path))
+    if path.suffix.lower() == SEG_ENDING:
+        return _make_grid(path, read_segmentation(path)[1], ())
+    return read_nifti_grid(path)
+
+
+def write_scan(path: Path, array: np.ndarray, affine: np.ndarray, header: nib.Nifti1Header) -> None:
+    """Write `array` [X, Y, Z] or [X, Y, Z, K] in the format of the path's ending; read it back to check."""
+    if path.suffix.lower() in ITK_ENDINGS:
+        write_itk(path, array, affine)
+    else:
+        write_nifti(path, array, affine, header)
+
+
+def _make_grid(path: Path, affine: np.ndarray, warnings: tuple[str, ...]) -> Grid:
+    """Return an affine with a NIfTI header that holds it, in mm of the scanner's coordinates; log the warnings."""
+    for warning in warnings:
+        log.warning("%s: %s", path, warning)
+    header = nib.Nifti1Header()
+    header.set_sform(affine, code=1)
+    header.set_qform(affine, code=1)
+    header.set_xyzt_units("mm")
+    return affine, header

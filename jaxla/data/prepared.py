@@ -12,10 +12,11 @@ from pathlib import Path
 
 import numpy as np
 
-from jaxla.cli.files import create_folder_once, file_sha256, has_files, report_os_errors
+from jaxla.cli.files import create_folder_once, has_files, report_os_errors
 from jaxla.config import InputError, option
 from jaxla.data.arrays import open_array
 from jaxla.data.cases import Case, Dataset
+from jaxla.data.formats import scan_sha256
 from jaxla.data.inputs import Frame, intensity_range, slice_to_input
 from jaxla.data.labels import Labels, require_one_value
 from jaxla.data.slices import slice_geometry, to_slices
@@ -100,7 +101,7 @@ def content_key(case: Case, labels: Labels) -> str:
     hashes = []
     for path in (case.image, case.mask):
         with report_os_errors("read", path, "Make the file readable."):
-            hashes.append(file_sha256(path))
+            hashes.append(scan_sha256(path))
     content = json.dumps([*hashes, asdict(labels)])
     return hashlib.sha256(content.encode()).hexdigest()[:32]
 

@@ -10,7 +10,7 @@ import numpy as np
 
 from jaxla.cli.files import atomic_file, report_os_errors
 from jaxla.config import InputError
-from jaxla.data.nifti import read_nifti, read_nifti_grid, write_nifti
+from jaxla.data.formats import FORMATS, read_scan, read_scan_grid, write_scan
 
 MAX_LABEL = 65535
 
@@ -43,7 +43,7 @@ def read_grid(path: str | Path) -> Grid:
     Raises:
         InputError: the file is missing or damaged.
     """
-    return Grid(*read_nifti_grid(Path(path)))
+    return Grid(*read_scan_grid(Path(path)))
 
 
 def read_image(path: str | Path) -> Volume:
@@ -100,7 +100,7 @@ def write_volume(path: Path, array: np.ndarray, like: Volume | Grid) -> None:
     with report_os_errors("written", path, "Use another output folder."):
         path.parent.mkdir(parents=True, exist_ok=True)
         with atomic_file(path) as temporary:
-            write_nifti(temporary, array, like.affine, like.header)
+            write_scan(temporary, array, like.affine, like.header)
 
 
 def hash_voxels(array: np.ndarray) -> str:
@@ -111,9 +111,9 @@ def hash_voxels(array: np.ndarray) -> str:
 
 
 def _read(path: Path) -> Volume:
-    if not path.is_file():
-        raise InputError(path, "no such file", "Name an existing NIfTI file.")
-    array, affine, header = read_nifti(path)
+    if not path.exists():
+        raise InputError(path, "no such file", f"Name an existing scan ({FORMATS}).")
+    array, affine, header = read_scan(path)
     if array.dtype.kind == "f":
         with np.errstate(over="ignore"):  # values beyond float32 become infinite and are refused below
             array = array.astype(np.float32, copy=False)

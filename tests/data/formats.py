@@ -1,0 +1,78 @@
+"""Small scans in other formats than NIfTI, written by SimpleITK: NRRD, MetaImage and DICOM series."""
+
+import numpy as np
+import pydicom
+import SimpleITK as sitk
+
+from tests.data.nifti import AFFINE, save
+
+ITK_NAMES = ("a.nrrd", "a.nhdr", "a.mha", "a.mhd")
+
+
+def itk_image(array, affine=AFFINE):
+    """Return an array [X, Y, Z] as a SimpleITK image; its axes point left, posterior and superior."""
+    axes = np.diag([-1, -1, 1, 1]) @ affine
+    spacing = np.linalg.norm(axes[:3, :3], axis=0)
+    image = sitk.GetImageFromArray(array.T)
+    image.SetSpacing(spacing.tolist())
+    image.SetDirection((axes[:3, :3] / spacing).ravel().tolist())
+    image.SetOrigin(axes[:3, 3].tolist())
+    return image
+
+
+def save_itk(path, array, affine=AFFINE, compressed=False):
+    """Write an array in the format of the path's ending; return the path."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    sitk.WriteImage(itk_image(array, affine), str(path), compressed)
+    return path
+
+
+def save_dicom(folder, array, affine=AFFINE, series="1", **tags):
+    """Write an array as one DICOM file per slice, in an order that differs from the file names'; return the folder.
+
+    Args:
+        series: the last part of the series' UID.
+        tags: further values, such as `g0028_1053="2"` for the rescale slope.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    image = itk_image(array, affine)
+    direction = np.reshape(image.GetDirection(), (3, 3))
+    values = {
+        "g0008_0060": "MR",
+        "g0020_000d": "1.2.826.0.1.3680043.2.1125.1",
+        "g0020_000e": f"1.2.826.0.1.3680043.2.1125.1.{series}",
+        "g0008_103e": f"series {series}",
+        "g0020_0052": "1.2.826.0.1.3680043.2.1125.2",  # the frame of reference
+        "g0020_0037": "\\".join(f"{v:.12g}" for v in direction.T[:2].ravel()),
+        **tags,
+    }
+    for k in range(array.shape[2]):
+        slice_image = image[:, :, k]
+        for name, value in values.items():
+            slice_image.SetMetaData(name[1:].replace("_", "|"), value)
+        position = image.TransformIndexToPhysicalPoint((0, 0, k))
+        slice_image.SetMetaData("0020|0032", "\\".join(f"{v:.12g}" for v in position))
+        slice_image.SetMetaData("0020|0013", str(k + 1))
+        writer = sitk.ImageFileWriter()
+        writer.KeepOriginalImageUIDOn()
+        writer.SetImageIO("GDCMImageIO")
+        writer.SetFileName(str(folder / f"s{series}_{k * 7 % 101:03d}.dcm"))
+        writer.Execute(slice_image)
+    return folder
+
+
+def edit_dicom(folder, change, *positions):
+    """Apply `change(dataset)` to the files at some positions of the list by name, to all without; return the folder."""
+    files = sorted(folder.iterdir())
+    for path in [files[i] for i in positions] if positions else files:
+        dataset = pydicom.dcmread(path)
+        change(dataset)
+        dataset.save_as(path)
+    return folder
+
+
+def save_any(path, array, affine=AFFINE):
+    """Write an array as NIfTI, NRRD, MetaImage, or, for a path without ending, as a DICOM series; return the path."""
+    if not path.suffix:
+        return save_dicom(path, array, affine)
+    return save(path, array, affine) if path.suffix in (".nii", ".gz") else save_itk(path, array, affine)
