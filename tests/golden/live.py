@@ -30,7 +30,7 @@ def live_model(vit: VisionTransformer, authors_grid: bool = True) -> PreTrainedM
     }
     with torch.device("meta"):  # skips the random initialisation
         model = (_dinov2(vit.variant) if vit.variant.grid else _dinov3(vit.variant, parameters)).eval()
-    model.load_state_dict(_state_dict(vit.variant, parameters, model), assign=True)
+    model.load_state_dict(live_state(vit.variant, parameters, model), assign=True)
     if not vit.variant.grid:
         # the checkpoint's own periods, which may be rounded, not their formula
         model.rope_embeddings.inv_freq = 1 / torch.tensor(parameters["periods"])
@@ -112,8 +112,8 @@ def _qkv_bias(variant: Variant, parameters: dict[str, np.ndarray]) -> np.ndarray
     return parameters.get("blocks.attention.qkv.bias", np.zeros((variant.depth, 3 * variant.width), np.float32))
 
 
-def _state_dict(variant: Variant, ours: dict[str, np.ndarray], model: PreTrainedModel) -> dict[str, torch.Tensor]:
-    """Return our parameters under the names and in the layout of `transformers`."""
+def live_state(variant: Variant, ours: dict[str, np.ndarray], model: PreTrainedModel) -> dict[str, torch.Tensor]:
+    """Return our parameters, or their gradients, under the names and in the layout of `transformers`."""
     patch, width, family = variant.patch, variant.width, 2 if variant.grid else 3
     convolution = "embeddings.patch_embeddings" + (".projection" if family == 2 else "")
     norm = "layernorm" if family == 2 else "norm"
