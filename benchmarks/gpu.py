@@ -101,12 +101,12 @@ def main(arguments):
     options.output.mkdir(parents=True, exist_ok=True)
     words = {stage: (stage.tiny if options.tiny else stage.options).format(data=options.data) for stage in stages}
     stages = [stage._replace(options=words[stage]) for stage in stages]
-    ends = run_stages(stages, options.output.absolute(), 60 * options.minutes)
+    ends = run_stages(stages, options.output.absolute(), 60 * options.minutes, options.tiny)
     if any(end["status"] in ("failed", "stopped") for end in ends):
         sys.exit(1)
 
 
-def run_stages(stages, folder, seconds):
+def run_stages(stages, folder, seconds, is_tiny):
     """Run stages one after another; return for each its name, its status and its seconds.
 
     A stage is `finished`, `failed`, `stopped` at its time limit, or `not started` because `seconds` were used up.
@@ -118,7 +118,7 @@ def run_stages(stages, folder, seconds):
         whole = limit == stage.seconds or limit >= MIN_SECONDS
         status = run_stage(stage, folder, limit) if whole else "not started"
         ends.append({"stage": stage.name, "status": status, "seconds": round(time.monotonic() - began, 1)})
-        write_result(ends, folder / "stages.json")
+        write_result({"tiny": is_tiny, "stages": ends}, folder / "stages.json")
         print(f"{stage.name}: {status} after {ends[-1]['seconds']:.0f} s", flush=True)
     return ends
 

@@ -29,7 +29,7 @@ pack() {
     # The package itself too: it asks for its own version.
     "$python" -m pip wheel -q --no-deps -w "$folder/wheels" "$folder/tree"
     rm -rf "$folder/tree/build" "$folder/tree"/*.egg-info
-    if [ -n "$data" ]; then cp -rL "$data" "$folder/data"; fi
+    if [ -n "$data" ]; then cp -rL "$data" "$folder/data" && chmod -R u+w "$folder/data"; fi
     cp "$root/benchmarks/gpu.sh" "$folder/run.sh"
     local bytes
     bytes=$(du -sb "$folder" | cut -f1)

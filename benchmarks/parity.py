@@ -124,7 +124,7 @@ def worst(errors):
 def format_value(value):
     if isinstance(value, str):
         return value
-    return f"{value:.1e}" if value < 0.1 else f"{value:.5f}"
+    return f"{value:.1e}".replace("e-0", "e-") if value < 0.1 else f"{value:.5f}"
 
 
 if __name__ == "__main__":
