@@ -178,7 +178,7 @@ def read_epoch(source, options):
 
 def take_slices(folder, count, root):
     """Return prepared volumes with `count` slices in total: of the scans in `root`, or of small phantoms."""
-    if not root:
+    if root == "phantom":
         root = folder / "data"
         write_phantoms(root, -(-count // MIN_SLICES), "small", seed=0)
     volumes = []

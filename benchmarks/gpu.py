@@ -39,7 +39,7 @@ class Stage(NamedTuple):
 
 STAGES = (
     Stage("device", 45, "device", "", "--size=64 --megabytes=1 --repeats=1"),
-    Stage("correctness", 120, "correctness", "", "--methods=[vit_mini8,nnunet_3d] --size=48"),
+    Stage("correctness", 150, "correctness", "", "--methods=[vit_mini8,nnunet_3d] --size=48"),
     Stage("parity_dinov2", 75, "parity", "--arch=dinov2_vitb14 --sizes=golden", "--arch=dinov2_vits14 --sizes=golden"),
     Stage("parity_dinov3", 75, "parity", "--arch=dinov3_vitb16 --sizes=golden", "--arch=dinov3_vits16 --sizes=golden"),
     Stage("quickstart", 90, "training_run", "--exp=quickstart", "--exp=quickstart --training.epochs=1"),
@@ -52,7 +52,7 @@ STAGES = (
         "--arch=vit_mini8 --size=32 --batch=2 --slices=4 --epochs=1",
     ),
     Stage(
-        "backbone_vitg", 120, "backbone", "--arch=dinov2_vitg14 --batch=32 --repeats=5",
+        "backbone_vitg", 150, "backbone", "--arch=dinov2_vitg14 --batch=32 --repeats=5",
         "--arch=vit_mini8 --size=32 --repeats=1",
     ),
     Stage("step_unet", 75, "train_step", "--method=unet --batch=24", "--method=unet --size=16 --batch=1 --repeats=1"),
@@ -67,7 +67,7 @@ STAGES = (
     Stage("resume", 60, "resume"),
     Stage(
         "frozen_fusion", 90, "frozen_training",
-        "--network=fusion --arch=dinov2_vitb14 --size=448 --batch=32 --slices=128",
+        "--network=fusion --arch=dinov2_vitb14 --size=448 --batch=32 --slices=128 --data={data}",
         "--network=fusion --arch=vit_mini8 --size=32 --batch=2 --slices=4 --epochs=1",
     ),
     Stage("windows", 90, "windows", "--batch=4", "--size=32 --slices=2 --windows=[1,2] --repeats=1"),
@@ -88,7 +88,7 @@ def main(arguments):
     parser = command_parser("benchmarks.gpu", "Run every benchmark that is worth its time on a GPU.")
     parser.add_argument("--output", type=Path, required=True, help="folder for the results")
     parser.add_argument("--minutes", type=float, default=8, help="for all stages together")
-    parser.add_argument("--data", type=str, default="shared/data/Task04_Hippocampus", help="scans for the accuracy")
+    parser.add_argument("--data", type=str, default="phantom", help="folder of scans (default: synthetic ones)")
     parser.add_argument("--only", type=str, default="", help=f"one stage: {', '.join(stage.name for stage in STAGES)}")
     parser.add_argument("--tiny", action="store_true", help="try all stages with small networks, on any machine")
     options = parse_arguments(parser, arguments)
@@ -128,9 +128,17 @@ def run_stage(stage, folder, limit):
     result, log = folder / f"{stage.name}.json", folder / f"{stage.name}.log"
     result.unlink(missing_ok=True)  # of an earlier call
     command = [sys.executable, "-m", f"benchmarks.{stage.module}", *shlex.split(stage.options), f"--output={result}"]
+    # Several processes and PyTorch share the GPU's memory, most of which JAX would otherwise take at once.
+    environment = {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"} | os.environ
     with log.open("wb") as file:
         process = subprocess.Popen(
-            command, cwd=ROOT, stdin=subprocess.DEVNULL, stdout=file, stderr=file, start_new_session=True
+            command,
+            cwd=ROOT,
+            env=environment,
+            stdin=subprocess.DEVNULL,
+            stdout=file,
+            stderr=file,
+            start_new_session=True,
         )
         try:
             code = process.wait(limit)

@@ -37,9 +37,8 @@ pack() {
     if [ "$bytes" -gt "$max_bytes" ]; then echo "error: $folder: more than 64 MiB. Pack fewer scans." >&2; exit 2; fi
 }
 
-# The package's folder is this script's; results are packed however the stages end.
+# The packed folder is this script's own. Results are archived however the stages end.
 run() {
-    local folder output site
     folder=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
     mkdir -p "$1" && output=$(cd "$1" && pwd) && shift
     site=$(mktemp -d)
@@ -61,5 +60,5 @@ case ${0##*/}-${1:-} in
     gpu.sh-pack) pack "${@:2}" ;;
     gpu.sh-unpack) unpack "$(realpath "$2")" ;;
     run.sh-?*) run "$@" ;;
-    *) sed -n '2,10p' "${BASH_SOURCE[0]}" && exit 2 ;;
+    *) sed -n '2,9p' "${BASH_SOURCE[0]}" && exit 2 ;;
 esac
