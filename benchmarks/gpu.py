@@ -25,6 +25,7 @@ ROOT = Path(__file__).parents[1]
 PLAN = "tests/golden/nnunet_plans/LAlike.json"
 TINY_PLAN = "tests/golden/nnunet_plans/Hippocampus.json"
 MIN_SECONDS = 10  # a stage is not started with less time
+TINY_SECONDS = 600  # at most for each stage with --tiny, which busy processors may need
 
 
 class Stage(NamedTuple):
@@ -99,8 +100,14 @@ def main(arguments):
         stages = (lookup("--only", options.only, {stage.name: stage for stage in STAGES}),)
     require_writable("--output", options.output)
     options.output.mkdir(parents=True, exist_ok=True)
-    words = {stage: (stage.tiny if options.tiny else stage.options).format(data=options.data) for stage in stages}
-    stages = [stage._replace(options=words[stage]) for stage in stages]
+    data = options.data
+    if data != "phantom":
+        if not Path(data).is_dir():
+            raise InputError(f"--data={data}", "no such folder", "Give a folder of scans, or leave the option out.")
+        data = shlex.quote(str(Path(data).absolute()))
+    if options.tiny:
+        stages = [stage._replace(options=stage.tiny, seconds=TINY_SECONDS) for stage in stages]
+    stages = [stage._replace(options=stage.options.format(data=data)) for stage in stages]
     ends = run_stages(stages, options.output.absolute(), 60 * options.minutes, options.tiny)
     if any(end["status"] in ("failed", "stopped") for end in ends):
         sys.exit(1)
