@@ -5,8 +5,9 @@ same device with the same synthetic weights: on CPU in float32 with all cores, o
 Ampere in float32) and PyTorch also through `torch.compile`. The patch tokens of both are compared first.
 
 Prints JSON: seconds of a call (median and fastest), images per second, PyTorch's median divided by this package's
-(above 1 this package is faster), and the memory of this package's compiled program, parameters included; on a GPU also
-both peaks of memory. A pause before each call lets the other implementation's threads go idle.
+(above 1 this package is faster), the TFLOP/s of the matrix products, and the memory of this package's compiled program,
+parameters included; on a GPU also both peaks of memory. A pause before each call lets the other implementation's
+threads go idle.
 """
 
 import os
@@ -28,6 +29,7 @@ from jaxla.hardware import compute_dtype, on_gpu, peak_device_bytes
 from jaxla.memory import program_bytes
 from jaxla.models.backbones import TRANSFORMERS, build_backbone
 from jaxla.models.backbones.dinov3 import HUB_SPELLINGS
+from jaxla.models.ops.multiply_adds import multiply_adds
 from tests.golden.errors import error
 from tests.golden.live import live_model
 from tests.tiny import randomise
@@ -86,7 +88,12 @@ def main(arguments):
     timing = compare(time_in_turn(runs, options.repeats))
     medians = timing["median_seconds"].items()
     graph, state = nnx.split(ours)
-    program = jax.jit(lambda state, images: nnx.merge(graph, state)(images)).lower(state, on_device).compile()
+
+    def forward(state, images):
+        return nnx.merge(graph, state)(images)
+
+    program = jax.jit(forward).lower(state, on_device).compile()
+    operations = 2 * multiply_adds(forward, state, on_device)
     result = {
         **environment("jax", "flax", "torch", "transformers"),
         "arch": arch,
@@ -99,6 +106,7 @@ def main(arguments):
         "first_call_seconds": first_call,
         **timing,
         "images_per_second": {name: options.batch / median for name, median in medians},
+        "tflops": {name: operations / median / 1e12 for name, median in medians},
         "jaxla_program_bytes": program_bytes(program),
     }
     if gpu:

@@ -1,8 +1,8 @@
-"""python -m benchmarks.compile_for_gpu [--method=…] [--output=FILE]: compile training steps for an H200.
+"""python -m benchmarks.compile_for_gpu [--method=…] [--device=…] [--output=FILE]: compile steps for an absent GPU.
 
 Needs no GPU and no driver, only JAX's CUDA plugin (`pip install -e '.[test,cuda12]'`): XLA compiles for a described
-device, and nothing runs. XLA cannot try kernels, so matrix products are cuBLAS's, not Triton's. This finds the faults
-that a program has before it runs.
+device, an H200 (Hopper) or an A100 (Ampere), and nothing runs. XLA cannot try kernels, so matrix products are cuBLAS's,
+not Triton's. This finds the faults that a program has before it runs.
 
 Prints for each method, with random weights and the recipe's batch size: seconds to compile, the memory of the step's
 program (parameters, optimiser state and batch included), and how many calls of cuDNN's attention it contains.
@@ -11,6 +11,7 @@ program (parameters, optimiser state and batch included), and how many calls of 
 import os
 import time
 from pathlib import Path
+from typing import Literal
 
 os.environ["JAX_SKIP_CUDA_CONSTRAINTS_CHECK"] = "1"  # the check needs the driver
 os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_gpu_enable_triton_gemm=false"
@@ -29,16 +30,17 @@ from jaxla.config import InputError, lookup
 from jaxla.hardware import on_gpu
 from jaxla.memory import program_bytes
 from jaxla.nnunet.plan import read_plan
-from tests.gpu import lowered_step, pretend_gpu, task_without_data
+from tests.gpu import AMPERE, HOPPER, lowered_step, pretend_gpu, task_without_data
 
 PLAN = Path(__file__).parents[1] / "tests" / "golden" / "nnunet_plans" / "Hippocampus.json"
 SLICES = 40  # in a volume
-H200 = Path(__file__).with_name("h200.txtpb")  # XLA's description of the device
+DEVICES = {"h200": HOPPER, "a100": AMPERE}  # name of the device and of its description for XLA -> compute capability
 
 
 def main(arguments):
-    parser = command_parser("benchmarks.compile_for_gpu", "Compile training steps for an H200, without one.")
+    parser = command_parser("benchmarks.compile_for_gpu", "Compile training steps for a GPU, without one.")
     parser.add_argument("--method", type=str, default="all", help="one of train's methods, or `all`")
+    parser.add_argument("--device", type=Literal["h200", "a100"], default="h200", help="compile for this device")
     parser.add_argument("--output", type=str, help="also write the rows to this file as JSON")
     options = parse_arguments(parser, arguments)
     require_folder(options.output)
@@ -46,12 +48,12 @@ def main(arguments):
     methods = {name: method for name, method in METHODS.items() if not name.endswith("_short")}
     if options.method != "all":
         methods = {options.method: lookup("--method", options.method, METHODS)}
-    device = absent_device()
+    device = absent_device(options.device)
 
     print("| method | batch size | compilation | memory of a step | cuDNN attention calls |\n|---|---|---|---|---|")
     rows = []
     for name, method in methods.items():
-        row = {"method": name, **measure(method, device)}
+        row = {"method": name, **measure(method, device, DEVICES[options.device])}
         rows.append(row)
         program = f"{row['seconds']:.1f} s | {row['bytes'] / 1e9:.2f} GB | {row['cudnn_attention_calls']}"
         print(f"| `{name}` | {row['batch']} | {program} |", flush=True)
@@ -60,12 +62,13 @@ def main(arguments):
         write_result(result, options.output)
 
 
-def absent_device():
-    """Return the description of an H200, for which JAX can compile."""
+def absent_device(name):
+    """Return the description of one of the DEVICES, for which JAX can compile."""
     canonical = xla_bridge.canonicalize_platform
     try:
         on_gpu()  # loads the CUDA plugin, if it is installed
-        topology = topologies.get_topology_desc(platform="cuda", target_config=H200.read_text(), topology="1x1x1")
+        config = Path(__file__).with_name(f"{name}.txtpb").read_text()
+        topology = topologies.get_topology_desc(platform="cuda", target_config=config, topology="1x1x1")
     except NotImplementedError:
         fix = "Run `pip install -e '.[test,cuda12]'`."
         raise InputError("JAX's CUDA plugin", "not installed", fix) from None
@@ -74,7 +77,7 @@ def absent_device():
     return topology.devices[0]
 
 
-def measure(method, device):
+def measure(method, device, capability):
     """Return a method's batch size, the seconds to compile its step for the device, and what the program contains."""
     sharding = NamedSharding(jax.sharding.Mesh([device], "x"), PartitionSpec())
     task = task_without_data(method, outputs=1, plan=read_plan(PLAN))
@@ -83,7 +86,7 @@ def measure(method, device):
         return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), shapes)
 
     with pytest.MonkeyPatch.context() as patch:
-        pretend_gpu(patch)
+        pretend_gpu(patch, capability)
         lowered = lowered_step(task, slices=SLICES, put_on_device=put_on_device)
         began = time.perf_counter()
         program = lowered.compile()

@@ -2,23 +2,31 @@
 
 Times epochs of training paper 1's decoder, or paper 2's fusion, in this package and in PyTorch: with the backbone's
 features computed beforehand ("cached"), and with the backbone run in every step ("uncached"). An epoch takes each slice
-once, forward and backward through the decoder, with a step of Adam per batch. Both run in turn in this process, in
-float32 on all CPU cores, with random weights. Prints JSON with the ratios of the medians; first calls, which compile,
-are listed separately.
+once, forward and backward through the decoder, with a step of Adam per batch. Both run in turn in this process with
+random weights: on CPU in float32 with all cores, on a GPU in bfloat16. Prints JSON with the ratios of the medians;
+first calls, which compile, are listed separately.
 
-This package reads slices and features from disk through its own loader; PyTorch has the same arrays in memory. PyTorch
-runs the model of `transformers` with scaled-dot-product attention, and the decoder in the faster of two memory formats.
-The losses of both decoders, with the same parameters on the same batch, are compared first.
+This package reads slices and features from disk through its own loader; PyTorch has the same arrays in memory, on a GPU
+in the GPU's. `loader_seconds` is an epoch's reading alone, `extraction_compute_seconds` the backbone alone on slices
+that are in memory: if they are much shorter than the epoch and than `features_once`, the loader is not the limit.
+PyTorch runs the model of `transformers` with scaled-dot-product attention, and the decoder in the fastest of its forms:
+two memory formats, and on a GPU `torch.compile`. The losses of both decoders, with the same parameters on the same
+batch, are compared first.
 """
 
+import copy
 import logging
+import os
 import shutil
 import sys
 import tempfile
+from contextlib import closing
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Literal
+
+os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # leaves GPU memory to PyTorch
 
 import jax
 import numpy as np
@@ -33,6 +41,7 @@ from jaxla.data.batches import SliceSource, training_batches
 from jaxla.data.cases import find_cases
 from jaxla.data.phantoms import write_phantoms
 from jaxla.data.prepared import prepare_cases
+from jaxla.hardware import compute_dtype, on_gpu, peak_device_bytes
 from jaxla.models.networks.fusion import FusionOptions
 from jaxla.models.networks.transformer_segmenter import TransformerSegmenterOptions
 from jaxla.models.ops.images import IMAGENET_DEVIATION, IMAGENET_MEAN
@@ -42,20 +51,25 @@ from jaxla.training.features import BATCH
 from tests.golden.live import live_model
 from tests.parity.references import ReferenceFusionDecoder, reference_of
 
+DEVICE = "cuda" if on_gpu() else "cpu"
 NETWORKS = {"transformer_segmenter": TransformerSegmenterOptions, "fusion": FusionOptions}
-MAX_LOSS_DIFFERENCE = 1e-4  # relative
+MAX_LOSS_DIFFERENCE = {"float32": 1e-4, "bfloat16": 2e-2}  # relative
 MIN_SLICES = 20  # of a small phantom
-FORMATS = {"channels last": torch.channels_last, "channels first": torch.contiguous_format}
+FORMS = ("channels last", "channels first")  # of PyTorch's decoder; on a GPU also "compiled", with channels last
 
 
 def main(arguments):
     logging.getLogger("jaxla").setLevel(logging.WARNING)  # stdout contains the result only
-    parser = command_parser("benchmarks.frozen_training", "Time training on a frozen backbone, and PyTorch's, on CPU.")
+    parser = command_parser("benchmarks.frozen_training", "Time training on a frozen backbone, and PyTorch's.")
     parser.add_argument("--network", type=Literal["transformer_segmenter", "fusion"], default="transformer_segmenter")
     parser.add_argument("--arch", type=str, default="dinov2_vits14")
     parser.add_argument("--size", type=int, default=224, help="side of the square image in pixels")
     parser.add_argument("--slices", type=int, default=16, help="slices of an epoch, a multiple of the batch size")
     parser.add_argument("--batch", type=int, default=4)
+    parser.add_argument(
+        "--data", type=str, default="", help="folder of scans to take the slices from (default: phantoms)"
+    )
+    parser.add_argument("--output", type=str, help="also write the JSON to this file")
     parser.add_argument("--epochs", type=int, default=3, help="timed epochs of each kind, after one that is not timed")
     options = parse_arguments(parser, arguments)
     model = NETWORKS[options.network](options.arch, weights="random", backbone="frozen").resolve()
@@ -72,50 +86,61 @@ def main(arguments):
         name: options[name] for name in ("size", "slices", "batch")
     }
     shown |= {"decoder_widths": model.decoder_widths, "torch_threads": torch.get_num_threads()}
-    print_result(environment("jax", "torch", "transformers") | shown | measured)
+    if on_gpu():
+        shown |= {"jaxla_peak_bytes": peak_device_bytes(), "torch_peak_bytes": torch.cuda.max_memory_allocated()}
+    print_result(environment("jax", "torch", "transformers") | shown | measured, options.output)
 
 
 def measure(task, folder, options):
     """Return the measured part of the result."""
-    volumes, network = small_phantoms(folder, options.slices), task.build_network()
+    volumes, network = take_slices(folder, options.slices, options.data), task.build_network()
     cache = task.make_feature_cache(network, folder / "cache")
     backbone = TorchBackbone(network.backbone, getattr(network, "blocks", None))
     decoder = reference_of(network.decoder, (options.size, options.size))
     uncached = SliceSource(volumes, task.canvas)
     images, masks = load_arrays(uncached)
-    images = torch.from_numpy(images)
+    images = torch.from_numpy(images).to(DEVICE)
 
     def our_features():
         shutil.rmtree(cache.folder, ignore_errors=True)
         return cache.features(volumes)
 
     def torch_features():
-        return torch.cat([backbone(part) for part in images.split(BATCH)])
+        return synchronize(torch.cat([backbone(part) for part in images.split(BATCH)]))
 
-    blank = np.zeros((BATCH, options.size, options.size, 1), np.float32)
+    blank = jax.numpy.zeros((BATCH, options.size, options.size, 1))
+
+    def extract_only(count):
+        jax.block_until_ready([cache.extract(blank) for _ in range(count)])
+
     first_call = {
-        "jaxla": {"features": timed(lambda: jax.block_until_ready(cache.extract(blank)))},
-        "torch": {"features": timed(lambda: backbone(images[:BATCH]))},
+        "jaxla": {"features": timed(partial(extract_only, 1))},
+        "torch": {"features": timed(lambda: synchronize(backbone(images[:BATCH])))},
     }
     once = compare(time_in_turn({"jaxla": our_features, "torch": torch_features}, options.epochs))
     arrays = cache.features(volumes)
     features = Features({volume.id: array for volume, array in zip(volumes, arrays, strict=True)}, network.READS_IMAGES)
     cached = SliceSource(volumes, task.canvas, arrays, features.with_images)
-    decoder_inputs, _ = load_arrays(cached)
+    decoder_inputs = load_arrays(cached)[0].astype(np.float32)
+    torch_arrays = (
+        torch.from_numpy(decoder_inputs).to(backbone.model.dtype),
+        images,
+        torch.from_numpy(masks > 0).float(),
+    )
+    torch_arrays = [array.to(DEVICE) for array in torch_arrays]
 
     our_cached = OurTraining(task, network, cached, features)
     rows = slice(options.batch)
-    difference = loss_difference(our_cached.trainer, decoder, decoder_inputs[rows], images[rows], masks[rows])
-    if not difference <= MAX_LOSS_DIFFERENCE:
+    difference = loss_difference(our_cached.trainer, decoder, load_arrays(cached)[0][rows], masks[rows], torch_arrays)
+    if not difference <= MAX_LOSS_DIFFERENCE[jax.numpy.dtype(compute_dtype()).name]:
         sys.exit(f"the losses of the two decoders differ by {difference:.1e}, relative; nothing was timed")
 
-    torch_arrays = torch.from_numpy(decoder_inputs), images, torch.from_numpy(masks > 0).float().unsqueeze(1)
-    format_seconds = time_formats(decoder, torch_arrays, options.batch)
-    memory_format = min(format_seconds, key=format_seconds.get)
+    form_seconds = time_forms(decoder, torch_arrays, options.batch)
+    form = min(form_seconds, key=form_seconds.get)
     epochs = {}
     our_uncached = OurTraining(task, network, uncached)
     for way, ours, torch_backbone in (("cached", our_cached, None), ("uncached", our_uncached, backbone)):
-        theirs = TorchTraining(torch_backbone, decoder, *torch_arrays, options.batch, FORMATS[memory_format])
+        theirs = TorchTraining(torch_backbone, decoder, *torch_arrays, options.batch, form)
         sides = {"jaxla": ours, "torch": theirs}
         for name, training in sides.items():
             first_call[name][way] = timed(partial(training.steps, 1))
@@ -123,33 +148,53 @@ def measure(task, folder, options):
         epochs[way] = compare(time_in_turn(runs, options.epochs))
         ours.batches.close()
     return {
-        "torch_memory_format": memory_format,
-        "torch_step_seconds_by_format": format_seconds,
+        "torch_memory_format": form,
+        "torch_step_seconds_by_format": form_seconds,
         "relative_loss_difference": difference,
         "first_call_seconds": first_call,
         "features_once": once,
+        "extraction_compute_seconds": timed(partial(extract_only, -(-options.slices // BATCH))),
+        "loader_seconds": timed(partial(read_epoch, cached, options)),
         "epoch": epochs,
     }
 
 
-def time_formats(decoder, arrays, batch):
-    """Return the seconds of PyTorch's step on cached features in each memory format."""
-    format_seconds = {}
-    for name, memory_format in FORMATS.items():
-        trial = TorchTraining(None, decoder, *arrays, batch, memory_format)
+def time_forms(decoder, arrays, batch):
+    """Return the seconds of PyTorch's step on cached features in each form."""
+    form_seconds = {}
+    for form in (*FORMS, *(["compiled"] if on_gpu() else [])):
+        trial = TorchTraining(None, decoder, *arrays, batch, form)
         trial.steps(1)
-        format_seconds[name] = timed(partial(trial.steps, 2)) / 2
-    return format_seconds
+        form_seconds[form] = timed(partial(trial.steps, 2)) / 2
+    return form_seconds
 
 
-def small_phantoms(folder, count):
-    """Return prepared volumes with `count` slices in total."""
-    write_phantoms(folder / "data", -(-count // MIN_SLICES), "small", seed=0)
+def read_epoch(source, options):
+    """Read the batches of an epoch as training does, without training."""
+    with closing(training_batches(source, options.batch, seed=0)) as batches:
+        for _ in range(options.slices // options.batch):
+            next(batches)
+
+
+def take_slices(folder, count, root):
+    """Return prepared volumes with `count` slices in total: of the scans in `root`, or of small phantoms."""
+    if root == "phantom":
+        root = folder / "data"
+        write_phantoms(root, -(-count // MIN_SLICES), "small", seed=0)
     volumes = []
-    for volume in prepare_cases(find_cases(folder / "data", ""), folder / "cache"):
+    for volume in prepare_cases(find_cases(root, ""), folder / "cache"):
         depth = min(volume.shape[0], count - sum(v.shape[0] for v in volumes))
         volumes += [replace(volume, shape=(depth, *volume.shape[1:]))] if depth else []
+    if (found := sum(volume.shape[0] for volume in volumes)) < count:
+        raise InputError(f"--slices={count}", f"the scans have {found} slices only", "Use fewer slices.")
     return volumes
+
+
+def synchronize(result):
+    """Wait for the GPU and return the result."""
+    if on_gpu():
+        torch.cuda.synchronize()
+    return result
 
 
 def load_arrays(source):
@@ -174,12 +219,13 @@ class OurTraining:
 class TorchTraining:
     """The same steps in PyTorch on arrays in memory: on images with a backbone, else on features."""
 
-    def __init__(self, backbone, decoder, features, images, masks, batch, memory_format):
+    def __init__(self, backbone, decoder, features, images, masks, batch, form):
         self.backbone, self.features, self.images, self.masks, self.batch = backbone, features, images, masks, batch
-        self.memory_format = memory_format
-        self.decoder = decoder.to(memory_format=memory_format).train()
+        self.memory_format = torch.contiguous_format if form == "channels first" else torch.channels_last
+        decoder = decoder.to(DEVICE, memory_format=self.memory_format).train()
+        self.decoder = torch.compile(decoder) if form == "compiled" else decoder
+        self.is_fusion = isinstance(decoder, ReferenceFusionDecoder)
         self.optimiser = torch.optim.Adam(decoder.parameters(), lr=BackboneTraining().learning_rate)
-        self.loss = torch.nn.BCEWithLogitsLoss()
         self.order = []
 
     def steps(self, count):
@@ -189,9 +235,18 @@ class TorchTraining:
             images = self.images[indices]
             features = self.backbone(images) if self.backbone else self.features[indices]
             self.optimiser.zero_grad()
-            logits = torch_logits(self.decoder, features, images, self.memory_format)
-            self.loss(logits, self.masks[indices]).backward()
+            self.loss(features, images, self.masks[indices]).backward()
             self.optimiser.step()
+        synchronize(None)
+
+    def loss(self, features, images, masks):
+        with torch.autocast(DEVICE, torch.bfloat16, enabled=compute_dtype() == jax.numpy.bfloat16):
+            features = features.movedim(-1, -3)
+            if self.is_fusion:
+                logits = self.decoder(features, to_colour(images).contiguous(memory_format=self.memory_format))
+            else:
+                logits = self.decoder(features.contiguous(memory_format=self.memory_format))
+        return functional.binary_cross_entropy_with_logits(logits[:, 0].float(), masks)
 
 
 class TorchBackbone:
@@ -200,13 +255,15 @@ class TorchBackbone:
     def __init__(self, vit, blocks=None):
         self.model, self.variant, self.blocks = live_model(vit), vit.variant, blocks
         self.model.set_attn_implementation("sdpa")
+        self.model.to(DEVICE, getattr(torch, jax.numpy.dtype(compute_dtype()).name))
 
     def __call__(self, images):
         side = images.shape[1] // self.variant.patch
+        colour = to_colour(images).contiguous().to(self.model.dtype)
         with torch.no_grad():
             if self.blocks is None:
-                return self.to_map(self.model(to_colour(images).contiguous()).last_hidden_state, side)
-            states = self.model(to_colour(images).contiguous(), output_hidden_states=True).hidden_states[1:]
+                return self.to_map(self.model(colour).last_hidden_state, side)
+            states = self.model(colour, output_hidden_states=True).hidden_states[1:]
             norm = getattr(self.model, "layernorm", None) or self.model.norm
             return torch.stack([self.to_map(norm(states[block]), side) for block in self.blocks], dim=1)
 
@@ -216,25 +273,20 @@ class TorchBackbone:
 
 def to_colour(images):
     """Grey images [B, H, W, 1] -> ImageNet-normalised [B, 3, H, W]."""
-    return ((images - torch.tensor(IMAGENET_MEAN)) / torch.tensor(IMAGENET_DEVIATION)).permute(0, 3, 1, 2)
+    mean, deviation = (torch.tensor(values, device=images.device) for values in (IMAGENET_MEAN, IMAGENET_DEVIATION))
+    return ((images - mean) / deviation).permute(0, 3, 1, 2)
 
 
-def torch_logits(decoder, features, images, memory_format):
-    if isinstance(decoder, ReferenceFusionDecoder):
-        return decoder(features.movedim(-1, -3), to_colour(images).contiguous(memory_format=memory_format))
-    return decoder(features.movedim(-1, -3).contiguous(memory_format=memory_format))
-
-
-def loss_difference(trainer, decoder, features, images, masks):
-    """Return the relative difference between the training losses of the two decoders on one batch."""
-    batch = {"input": features, "mask": masks, "weight": np.ones(len(masks), np.float32)}
-    if isinstance(decoder, ReferenceFusionDecoder):
-        batch["image"] = images.numpy()
+def loss_difference(trainer, decoder, features, masks, torch_arrays):
+    """Return the relative difference between the training losses of the two decoders on a batch of these features."""
+    rows = len(features)
+    batch = {"input": features, "mask": masks, "weight": np.ones(rows, np.float32)}
+    theirs = TorchTraining(None, copy.deepcopy(decoder), *torch_arrays, rows, "channels first")
+    if theirs.is_fusion:
+        batch["image"] = theirs.images[:rows].cpu().numpy()
     our_loss = float(trainer.gradients(batch)[0])
     with torch.no_grad():
-        logits = torch_logits(decoder.train(), torch.from_numpy(features), images, torch.contiguous_format)
-        targets = torch.from_numpy(masks > 0).float().unsqueeze(1)
-        torch_loss = float(functional.binary_cross_entropy_with_logits(logits, targets))
+        torch_loss = float(theirs.loss(theirs.features[:rows], theirs.images[:rows], theirs.masks[:rows]))
     return abs(our_loss - torch_loss) / abs(torch_loss)
 
 

@@ -37,8 +37,8 @@ from jaxla.runs.checks import check_experiment
 from jaxla.tasks import make_task
 from jaxla.training.optimisers import MAX_GRADIENT_NORM, MOMENTUM, POLY_POWER, WEIGHT_DECAY
 from jaxla.training.trainer import Trainer
-from tests.parity.references import nnunet_reference_of
-from tests.parity.test_nnunet import fill, their_loss
+from tests.parity.references import fill_nnunet, nnunet_reference_of
+from tests.parity.test_nnunet import their_loss
 
 log = logging.getLogger("jaxla.benchmarks")
 
@@ -141,7 +141,8 @@ class TorchTraining:
     def network(self):
         """Return this package's network with PyTorch's parameters."""
         trained = nnx.eval_shape(self.task.build_network)
-        fill(trained, self.configuration, {name: array.numpy() for name, array in self.module.state_dict().items()})
+        tensors = {name: array.numpy() for name, array in self.module.state_dict().items()}
+        fill_nnunet(trained, self.configuration, tensors)
         trained.eval()
         return trained
 

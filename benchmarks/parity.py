@@ -1,4 +1,4 @@
-"""python -m benchmarks.parity [--arch=…] [--output=FILE.json]: compare the backbones with their authors' code.
+"""python -m benchmarks.parity [--arch=…] [--sizes=…] [--output=FILE]: compare the backbones with their authors' code.
 
 Prints one row for each golden file of tests/golden, which the authors' own code computed, and rows at 448 pixels and
 more, for which PyTorch runs here: the model of `transformers` with the same parameters and the authors' position grid.
@@ -12,6 +12,7 @@ against itself in float64, at the same size.
 """
 
 import sys
+from typing import Literal
 
 import jax
 
@@ -46,6 +47,8 @@ def main(arguments):
     parser = command_parser("benchmarks.parity", "Compare every backbone with its authors' PyTorch code.")
     which = "an architecture, `all-small`, or `all` (13 GB of memory, 9 GB of disk)"
     parser.add_argument("--arch", type=str, default="all-small", help=which)
+    sizes = "`all`, or only those of the `golden` files"
+    parser.add_argument("--sizes", type=Literal["all", "golden"], default="all", help=sizes)
     parser.add_argument("--output", type=str, help="also write the rows to this file as JSON")
     options = parse_arguments(parser, arguments)
     require_folder(options.output)
@@ -54,7 +57,7 @@ def main(arguments):
     print(f"| {' | '.join(COLUMNS)} |\n|{'---|' * len(COLUMNS)}")
     rows = []
     for arch in architectures:
-        for row in measure(arch):
+        for row in measure(arch, live_sizes=options.sizes == "all"):
             rows.append(row)
             print(f"| {' | '.join(map(format_value, row.values()))} |", flush=True)
 
@@ -80,11 +83,11 @@ def select_architectures(option):
     return [arch]
 
 
-def measure(arch):
-    """Yield the rows of one architecture, each a dict with the columns as keys."""
+def measure(arch, live_sizes):
+    """Yield the rows of one architecture, each a dict with the columns as keys; with `live_sizes` of more sizes."""
     files = {image_of(file).shape[1:3]: file for file in files_of(arch)}
     sizes = dict.fromkeys(files or [(98, 98)])
-    if TRANSFORMERS[arch].width <= MAX_SMALL_WIDTH:
+    if live_sizes and TRANSFORMERS[arch].width <= MAX_SMALL_WIDTH:
         sizes |= dict.fromkeys([(448, 448), (518, 518)] if TRANSFORMERS[arch].grid else [(448, 448), (512, 512)])
 
     vit = golden_backbone(arch)
@@ -121,7 +124,7 @@ def worst(errors):
 def format_value(value):
     if isinstance(value, str):
         return value
-    return f"{value:.1e}" if value < 0.1 else f"{value:.5f}"
+    return f"{value:.1e}".replace("e-0", "e-") if value < 0.1 else f"{value:.5f}"
 
 
 if __name__ == "__main__":

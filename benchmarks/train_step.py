@@ -1,13 +1,14 @@
 """python -m benchmarks.train_step [--method=…] [--size=…] [--batch=…] [--output=FILE]: a training step, and PyTorch's.
 
 Times forward pass, binary cross-entropy, backward pass and Adam of a convolutional network, and of the PyTorch module
-that the parity suite compares it with; for nnU-Net, its loss at all resolutions and SGD on the patches of a plan, and
-this package's step with augmentation too. Both run in turn in this process, from the same parameters on the same batch:
-on CPU in float32 with all cores, PyTorch with channels first and with channels last; on a GPU in bfloat16, PyTorch also
-through `torch.compile`. The gradients of both are compared first: they may differ by `MAX_DIFFERENCE`, or by as much as
-PyTorch's own two layouts differ from each other (rounding flips ReLUs and the positions of maxima, and a deep network
-with random weights amplifies that), but never by more than `LIMIT`. `tests/parity` compares them in float64, where they
-agree to 1e-13.
+that the parity suite compares it with; for a DINOv2 method, of the fine-tuned backbone and paper 1's decoder, and of
+the model of `transformers` with scaled-dot-product attention and the same decoder; for nnU-Net, its loss at all
+resolutions and SGD on the patches of a plan, and this package's step with augmentation too. Both run in turn in this
+process, from the same parameters on the same batch: on CPU in float32 with all cores, PyTorch with channels first and
+with channels last; on a GPU in bfloat16, PyTorch also through `torch.compile`. The gradients of both are compared
+first: they may differ by `MAX_DIFFERENCE`, or by as much as PyTorch's own two layouts differ from each other (rounding
+flips ReLUs and the positions of maxima, and a deep network with random weights amplifies that), but never by more than
+`LIMIT`. `tests/parity` compares them in float64, where they agree to 1e-13.
 
 Prints JSON: seconds of a step (median and fastest), slices per second, PyTorch's median divided by this package's for
 each form of PyTorch (above 1 this package is faster) and for the fastest of them, the difference between the gradients,
@@ -29,6 +30,7 @@ os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # leaves GPU me
 import jax.numpy as jnp
 import numpy as np
 import torch
+from flax import nnx
 from jaxla.experiments import METHODS
 
 from benchmarks.timing import compare, environment, print_result, time_steps
@@ -43,10 +45,13 @@ from jaxla.nnunet.plan import read_plan
 from jaxla.tasks.patches import PatchTask
 from jaxla.tasks.slices import SliceTask
 from jaxla.training.optimisers import MAX_GRADIENT_NORM, MOMENTUM, WEIGHT_DECAY
-from tests.parity.references import as_theirs, nnunet_as_theirs, nnunet_reference_of, reference_of
+from tests.golden.live import live_model, live_state
+from tests.parity.references import as_theirs, flat_state, nnunet_as_theirs, nnunet_reference_of, reference_of
 from tests.parity.test_nnunet import their_loss
 
 CONVOLUTIONAL = ("unet", "attention_unet", "resnet50_unet", "resnet152_unet", "segnet", "nnunet_2d", "nnunet_3d")
+TRANSFORMERS = ("vit_mini8", "dinov2_vits14", "dinov2_vitb14", "dinov2_vitl14", "dinov2_vitg14")
+MEASURED = (*CONVOLUTIONAL, *TRANSFORMERS)
 PLAN = Path(__file__).parents[1] / "tests" / "golden" / "nnunet_plans" / "Hippocampus.json"
 CLASSES = 3  # for nnU-Net: background and the two structures of the hippocampus
 LEARNING_RATE = 1e-4
@@ -55,16 +60,16 @@ LIMIT = 0.3  # PyTorch's own two layouts differ by 0.21 for ResNet-152 on CPU
 
 
 def main(arguments):
-    parser = command_parser("benchmarks.train_step", "Time a convolutional network's training step and PyTorch's.")
+    parser = command_parser("benchmarks.train_step", "Time a network's training step and PyTorch's.")
     add = parser.add_argument
-    add("--method", type=str, default="unet", help=f"one of {', '.join(CONVOLUTIONAL)}")
+    add("--method", type=str, default="unet", help=f"one of {', '.join(MEASURED)}")
     add("--size", type=int, default=320, help="side of the square image in pixels; nnU-Net ignores it")
     add("--batch", type=int | None, default=None, help="batch size (default: 4, or the plan's)")
     add("--plan", type=str, default=str(PLAN), help="nnU-Net's plan (default: of the Decathlon's hippocampus)")
     add("--repeats", type=int, default=5, help="timed steps of each implementation")
     add("--output", type=str, help="also write the JSON to this file")
     options = parse_arguments(parser, arguments)
-    method = lookup("--method", options.method, {name: METHODS[name] for name in CONVOLUTIONAL})
+    method = lookup("--method", options.method, {name: METHODS[name] for name in MEASURED})
     if min(4 if options.batch is None else options.batch, options.repeats) < 1:
         raise InputError("--batch and --repeats", "must be at least 1", "Choose larger numbers.")
 
@@ -91,6 +96,8 @@ def main(arguments):
         "grown_bytes": {name: max(values[1:]) if all(values[1:]) else None for name, values in grown.items()},
         "jaxla_program_bytes": steps["jaxla"].bytes,
     }
+    if on_gpu():
+        result["torch_peak_bytes"] = torch.cuda.max_memory_allocated()
     print_result(result, options.output)
 
 
@@ -99,6 +106,8 @@ def make_slice_steps(method, options):
     method.model.check_size("--size", options.size)
     recipe = replace(method.training, batch_size=options.batch or 4, learning_rate=LEARNING_RATE)
     model, preprocessing = method.model.with_weights("random"), Preprocessing(options.size)
+    if hasattr(model, "backbone"):
+        model = replace(model, backbone="finetuned")
     method = replace(method, model=model, preprocessing=preprocessing, training=recipe)
     task = SliceTask(Experiment(method.name, method.summary, Data(), method), outputs=1)
     network = task.build_network()
@@ -107,10 +116,15 @@ def make_slice_steps(method, options):
     torch_images = images
     if hasattr(network, "backbone"):  # PyTorch's encoder takes ImageNet's three channels
         torch_images = (images - np.float32(IMAGENET_MEAN)) / np.float32(IMAGENET_DEVIATION)
-    parts = TorchParts(reference_of(network), binary_cross_entropy, partial(torch.optim.Adam, lr=LEARNING_RATE))
+    if options.method in TRANSFORMERS:
+        module = TorchSegmenter(network, (options.size, options.size))
+        to_torch_names = partial(segmenter_as_theirs, network, module.backbone)
+    else:
+        module, to_torch_names = reference_of(network), partial(as_theirs, network)
+    parts = TorchParts(module, binary_cross_entropy, partial(torch.optim.Adam, lr=LEARNING_RATE))
     # PyTorch's first, because a step of ours reuses the memory of the network's parameters
     torch_steps = make_torch_steps(parts, torch_images, mask)
-    return task, {"jaxla": Step(task, network, images, mask, partial(as_theirs, network)), **torch_steps}
+    return task, {"jaxla": Step(task, network, images, mask, to_torch_names), **torch_steps}
 
 
 def make_patch_steps(method, options):
@@ -180,6 +194,31 @@ class Step:
 
     def __call__(self):
         return float(self.trainer.step(self.batch, 0))
+
+
+class TorchSegmenter(torch.nn.Module):
+    """Paper 1's network in PyTorch, with our parameters: images [B, 3, H, W] -> logits [B, K, H, W]."""
+
+    def __init__(self, network, size):
+        super().__init__()
+        self.backbone, self.decoder = live_model(network.backbone), reference_of(network.decoder, size)
+        self.backbone.set_attn_implementation("sdpa")
+        self.variant = network.backbone.variant
+
+    def forward(self, images):
+        side = images.shape[-1] // self.variant.patch
+        tokens = self.backbone(images).last_hidden_state[:, 1 + self.variant.registers :]
+        return self.decoder(tokens.unflatten(1, (side, side)).permute(0, 3, 1, 2))
+
+
+def segmenter_as_theirs(network, model, gradients):
+    """Return gradients of our network under the names of `TorchSegmenter`, name -> array."""
+    gradients = nnx.to_pure_dict(gradients)
+    backbone, decoder = (nnx.State(gradients[name]) for name in ("backbone", "decoder"))
+    theirs = live_state(network.backbone.variant, flat_state(backbone), model)
+    return {f"backbone.{name}": value.numpy() for name, value in theirs.items()} | {
+        f"decoder.{name}": value for name, value in as_theirs(network.decoder, decoder).items()
+    }
 
 
 class TorchParts(NamedTuple):

@@ -17,7 +17,8 @@ from jaxla.tasks import TASKS, Task
 from jaxla.training.optimisers import make_optimiser
 from jaxla.training.step import make_step, split_network
 
-HOPPER, TURING = 9.0, 7.5  # compute capabilities: of an H200, and of a GPU without bfloat16 and cuDNN attention
+# compute capabilities: of an H200, of an A100, and of a GPU without bfloat16 and cuDNN attention
+HOPPER, AMPERE, TURING = 9.0, 8.0, 7.5
 
 
 def pretend_gpu(patch: pytest.MonkeyPatch, capability: float = HOPPER) -> None:

@@ -17,6 +17,14 @@ from transformers import (
 
 from jaxla.models.backbones.vision_transformer import Variant, VisionTransformer
 
+# of DINOv2's attention in `transformers` 5.17, by the names in 5.24
+EARLIER_NAMES = {
+    "attention.q_proj": "attention.attention.query",
+    "attention.k_proj": "attention.attention.key",
+    "attention.v_proj": "attention.attention.value",
+    "attention.o_proj": "attention.output.dense",
+}
+
 
 def live_model(vit: VisionTransformer, authors_grid: bool = True) -> PreTrainedModel:
     """Return the model of `transformers` with the same dimensions and parameters, in float32.
@@ -30,7 +38,7 @@ def live_model(vit: VisionTransformer, authors_grid: bool = True) -> PreTrainedM
     }
     with torch.device("meta"):  # skips the random initialisation
         model = (_dinov2(vit.variant) if vit.variant.grid else _dinov3(vit.variant, parameters)).eval()
-    model.load_state_dict(_state_dict(vit.variant, parameters, model), assign=True)
+    model.load_state_dict(live_state(vit.variant, parameters, model), assign=True)
     if not vit.variant.grid:
         # the checkpoint's own periods, which may be rounded, not their formula
         model.rope_embeddings.inv_freq = 1 / torch.tensor(parameters["periods"])
@@ -112,8 +120,8 @@ def _qkv_bias(variant: Variant, parameters: dict[str, np.ndarray]) -> np.ndarray
     return parameters.get("blocks.attention.qkv.bias", np.zeros((variant.depth, 3 * variant.width), np.float32))
 
 
-def _state_dict(variant: Variant, ours: dict[str, np.ndarray], model: PreTrainedModel) -> dict[str, torch.Tensor]:
-    """Return our parameters under the names and in the layout of `transformers`."""
+def live_state(variant: Variant, ours: dict[str, np.ndarray], model: PreTrainedModel) -> dict[str, torch.Tensor]:
+    """Return our parameters, or their gradients, under the names and in the layout of `transformers`."""
     patch, width, family = variant.patch, variant.width, 2 if variant.grid else 3
     convolution = "embeddings.patch_embeddings" + (".projection" if family == 2 else "")
     norm = "layernorm" if family == 2 else "norm"
@@ -131,6 +139,9 @@ def _state_dict(variant: Variant, ours: dict[str, np.ndarray], model: PreTrained
         positions = np.concatenate([ours["pos_cls"][None], ours["pos_grid"].reshape(-1, width)])
         theirs["embeddings.position_embeddings"] = positions[None]
 
+    expected = model.state_dict()
+    has_earlier_names = any(name.endswith("attention.query.weight") for name in expected)
+    names = EARLIER_NAMES if has_earlier_names else {}
     stacked = {name.removeprefix("blocks."): value for name, value in ours.items() if name.startswith("blocks.")}
     qkv_bias = _qkv_bias(variant, ours)
     for i in range(variant.depth):
@@ -140,7 +151,9 @@ def _state_dict(variant: Variant, ours: dict[str, np.ndarray], model: PreTrained
         layers["attention.o_proj"] = block["attention.projection.kernel"], block["attention.projection.bias"]
         expand = block["mlp.expand.kernel"], block["mlp.expand.bias"]
         contract = block["mlp.contract.kernel"], block["mlp.contract.bias"]
-        if variant.mlp == "swiglu":
+        if variant.mlp == "swiglu" and has_earlier_names and family == 2:
+            layers |= {"mlp.weights_in": expand, "mlp.weights_out": contract}  # the gate first, as here
+        elif variant.mlp == "swiglu":
             gate, up = zip(*(np.split(array, 2, axis=-1) for array in expand), strict=True)
             layers |= {"mlp.gate_proj": gate, "mlp.up_proj": up, "mlp.down_proj": contract}
         elif family == 2:
@@ -149,6 +162,7 @@ def _state_dict(variant: Variant, ours: dict[str, np.ndarray], model: PreTrained
             layers |= {"mlp.up_proj": expand, "mlp.down_proj": contract}
         block_state = {}
         for name, (kernel, bias) in layers.items():
+            name = names.get(name, name)
             block_state |= {f"{name}.weight": kernel.T, f"{name}.bias": bias}
         for n in (1, 2):
             block_state |= {f"norm{n}.weight": block[f"norm{n}.scale"], f"norm{n}.bias": block[f"norm{n}.bias"]}
@@ -156,7 +170,6 @@ def _state_dict(variant: Variant, ours: dict[str, np.ndarray], model: PreTrained
         prefix = f"encoder.layer.{i}" if family == 2 else f"model.layer.{i}"
         theirs |= {f"{prefix}.{name}": value for name, value in block_state.items()}
 
-    expected = model.state_dict()
     # a bias that their configuration omits is zero here
     assert not any(value.any() for name, value in theirs.items() if name not in expected)
     return {name: torch.tensor(np.ascontiguousarray(value)) for name, value in theirs.items() if name in expected}

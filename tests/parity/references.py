@@ -6,6 +6,7 @@ Encoders have torchvision's names, so that the conversion tables fill them; ever
 from itertools import pairwise
 from math import gcd
 
+import jax.numpy as jnp
 import numpy as np
 import torch
 from flax import nnx
@@ -403,6 +404,16 @@ def nnunet_as_theirs(configuration, holder):
         for row in rows
         if not row.optional
     }
+
+
+def fill_nnunet(network, configuration, tensors):
+    """Set our nnU-Net's parameters from the arrays of its state dict, by name."""
+    variables = {".".join(map(str, path)): variable for path, variable in nnx.to_flat_state(nnx.state(network))}
+    for row in nnunet_rows(configuration, tensors["decoder.seg_layers.0.bias"].shape[0]):
+        if not row.optional:
+            array = tensors[row.theirs]
+            variables.pop(row.ours).set_value(jnp.asarray(array.transpose(row.axes) if row.axes else array))
+    assert not variables
 
 
 def nnunet_reference_of(configuration, network):
