@@ -40,7 +40,7 @@ class Stage(NamedTuple):
 
 STAGES = (
     Stage("device", 45, "device", "", "--size=64 --megabytes=1 --repeats=1"),
-    Stage("correctness", 150, "correctness", "", "--methods=[vit_mini8,nnunet_3d] --size=48"),
+    Stage("correctness", 150, "correctness", "", "--methods=[vit_mini8] --size=48"),
     Stage("parity_dinov2", 75, "parity", "--arch=dinov2_vitb14 --sizes=golden", "--arch=dinov2_vits14 --sizes=golden"),
     Stage("parity_dinov3", 75, "parity", "--arch=dinov3_vitb16 --sizes=golden", "--arch=dinov3_vits16 --sizes=golden"),
     Stage("quickstart", 90, "training_run", "--exp=quickstart", "--exp=quickstart --training.epochs=1"),
@@ -71,7 +71,10 @@ STAGES = (
         "--network=fusion --arch=dinov2_vitb14 --size=448 --batch=32 --slices=128 --data={data}",
         "--network=fusion --arch=vit_mini8 --size=32 --batch=2 --slices=4 --epochs=1",
     ),
-    Stage("windows", 90, "windows", "--batch=4", "--size=32 --slices=2 --windows=[1,2] --repeats=1"),
+    Stage(
+        "windows", 90, "windows", "--batch=4",
+        "--method=windows_vit_mini8 --size=32 --slices=2 --windows=[1,2] --repeats=1",
+    ),
     Stage(
         "accuracy_laptop", 240, "training_run", "--exp=laptop --training.minutes=2 --data.root={data}",
         "--exp=laptop --training.minutes=0.05 --data.root=phantom --data.phantom_size=small --data.phantom_cases=6",
