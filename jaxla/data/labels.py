@@ -9,6 +9,7 @@ import numpy as np
 
 from jaxla.config import OTHERS_ARE_BACKGROUND, InputError, option
 
+MAX_CLASSES = 255  # class indices are uint8
 REST_RULE = f"{OTHERS_ARE_BACKGROUND} at the end makes all other values background."
 
 
@@ -106,12 +107,15 @@ def make_labels(values_by_name: Mapping[str, Sequence[int]], where: str, fix: st
     """Return the labels for class name -> mask values; the values of `background` are ignored.
 
     Raises:
-        InputError: background is the only class, or a class has the value 0. The error has this `where` and `fix`.
+        InputError: background is the only class, there are more than `MAX_CLASSES`, or a class has the value 0. The
+            error has this `where` and `fix`.
     """
     ignored = tuple(value for value in values_by_name.get("background", ()) if value != 0)
     classes = {name: tuple(values) for name, values in values_by_name.items() if name != "background"}
     if not classes:
         raise InputError(where, "names no class except the background", fix)
+    if len(classes) > MAX_CLASSES:
+        raise InputError(where, f"names {len(classes)} classes, more than {MAX_CLASSES}", fix)
     if any(0 in values for values in classes.values()):
         raise InputError(where, "the value 0 is the background and cannot be a class", fix)
     return Labels(tuple(classes), tuple(classes.values()), ignored)
