@@ -21,7 +21,7 @@ from jaxla.data.labels import Labels, parse_labels
 from jaxla.data.layouts import MASK_SUFFIXES
 from jaxla.data.slices import slice_geometry, to_slices
 from jaxla.data.split import read_split
-from jaxla.data.volumes import read_mask, require_same_grid
+from jaxla.data.volumes import log_warnings, read_mask, require_same_grid
 from jaxla.evaluation.metrics import EmptyPolicy
 from jaxla.evaluation.summary import (
     Row,
@@ -157,6 +157,7 @@ def check_masks(pairs: list[Pair], labels: Labels | None) -> Labels:
         prediction, reference = read_mask(prediction_path), read_mask(reference_path)
         require_same_grid(prediction, reference)
         for volume in (prediction, reference):
+            log_warnings(volume.path, volume.warnings)
             values[volume.path] = set(np.unique(volume.array[volume.array != 0]).tolist())
             if (count := len(values[volume.path])) > MAX_CLASSES:
                 raise InputError(volume.path, f"holds {count} values, so it is an image", "Replace it with a mask.")

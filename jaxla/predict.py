@@ -18,7 +18,7 @@ from jaxla.config import InputError
 from jaxla.data.cases import find_images
 from jaxla.data.formats import is_scan, scan_ending, strip_ending
 from jaxla.data.slices import slice_geometry, to_slices
-from jaxla.data.volumes import Volume, read_image, write_volume
+from jaxla.data.volumes import Volume, log_warnings, read_image, write_volume
 from jaxla.distributed import join_processes, local_items, log_progress, require_same, use_devices, use_local_devices
 from jaxla.inference.mask_files import (
     ENDINGS,
@@ -88,6 +88,7 @@ def check_scans(scans: list[Path], task: Task, run: str) -> None:
     slice_counts = []
     for scan in scans:
         volume = read_image(scan)
+        log_warnings(scan, volume.warnings)
         slice_counts.append(to_slices(volume.array, slice_geometry(volume.affine)).shape[0])
         task.check_scan(scan, slice_counts[-1])
     if slice_counts and (description := task.describe(slice_counts)):

@@ -150,8 +150,11 @@ def save_unknown_label(root):
             give_mask_another_shape,
             r"not on the grid of .*case_2.nii.gz \(shape \(16, 14, 5\) instead of \(16, 14, 4\)\)",
         ),
-        (give_mask_another_affine, r"not on the grid of .*case_2.nii.gz \(same shape, different affine\)"),
-        (save_fractional_mask, "holds values that are not labels"),
+        (
+            give_mask_another_affine,
+            r"not on the grid of .*case_2.nii.gz \(same shape, different affine: ",
+        ),
+        (save_fractional_mask, "holds the value 0.5, which is not a label"),
         (truncate_mask, "truncated"),
         (save_unknown_label, r"label values 3 are not among the classes \(LA: 1\)"),
         (duplicate_image, "the same image as case case_0"),

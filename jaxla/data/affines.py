@@ -6,7 +6,7 @@ import nibabel as nib
 import numpy as np
 
 from jaxla.config import InputError
-from jaxla.data.nifti import MAX_SKEW
+from jaxla.data.nifti_geometry import MAX_SKEW
 
 LPS_TO_RAS = np.diag([-1.0, -1.0, 1.0, 1.0])
 

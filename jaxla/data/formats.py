@@ -1,7 +1,6 @@
 """The formats of scans: their endings, what counts as one scan on disk, and which module reads and writes each."""
 
 import hashlib
-import logging
 from pathlib import Path
 
 import nibabel as nib
@@ -12,9 +11,8 @@ from jaxla.data.dicom import is_dicom_series, is_segmentation, read_dicom, read_
 from jaxla.data.dicom_seg import read_segmentation
 from jaxla.data.itk_files import read_itk, read_itk_grid, write_itk
 from jaxla.data.itk_headers import locate_voxels
-from jaxla.data.nifti import Grid, read_nifti, read_nifti_grid, write_nifti
-
-log = logging.getLogger(__name__)
+from jaxla.data.nifti import read_nifti, read_nifti_grid, write_nifti
+from jaxla.data.nifti_geometry import Grid
 
 NIFTI_ENDINGS = (".nii.gz", ".nii")
 ITK_ENDINGS = (".nrrd", ".nhdr", ".mha", ".mhd")  # the voxels of .nhdr and .mhd are in a second file
@@ -63,8 +61,8 @@ def scan_sha256(path: Path) -> str:
     return hashes[0] if len(hashes) == 1 else hashlib.sha256(" ".join(hashes).encode()).hexdigest()
 
 
-def read_scan(path: Path) -> tuple[np.ndarray, *Grid]:
-    """Read a scan's array [X, Y, Z], of the stored type or scaled to float, with its affine and a NIfTI header.
+def read_scan(path: Path) -> tuple[np.ndarray, Grid]:
+    """Read a scan's array [X, Y, Z], of the stored type or scaled to float, with its grid.
 
     Raises:
         InputError: the scan is damaged, not 3D or has no usable grid, or its format needs a package that is missing.
@@ -77,21 +75,21 @@ def read_scan(path: Path) -> tuple[np.ndarray, *Grid]:
         array, affine, warnings = *read_segmentation(path), ()
     else:
         return read_nifti(path)
-    return array, *_make_grid(path, affine, warnings)
+    return array, _make_grid(affine, warnings)
 
 
 def read_scan_grid(path: Path) -> Grid:
-    """Read a scan's affine and a NIfTI header, without its voxels.
+    """Read a scan's grid, without its voxels.
 
     Raises:
         InputError: as `read_scan`.
     """
     if path.is_dir():
-        return _make_grid(path, *read_dicom_grid(path))
+        return _make_grid(*read_dicom_grid(path))
     if path.suffix.lower() in ITK_ENDINGS:
-        return _make_grid(path, *read_itk_grid(path))
+        return _make_grid(*read_itk_grid(path))
     if path.suffix.lower() == SEG_ENDING:
-        return _make_grid(path, read_segmentation(path)[1], ())
+        return _make_grid(read_segmentation(path)[1])
     return read_nifti_grid(path)
 
 
@@ -100,15 +98,13 @@ def write_scan(path: Path, array: np.ndarray, affine: np.ndarray, header: nib.Ni
     if path.suffix.lower() in ITK_ENDINGS:
         write_itk(path, array, affine)
     else:
-        write_nifti(path, array, affine, header)
+        write_nifti(path, array, header)
 
 
-def _make_grid(path: Path, affine: np.ndarray, warnings: tuple[str, ...]) -> Grid:
-    """Return an affine with a NIfTI header that holds it, in mm of the scanner's coordinates; log the warnings."""
-    for warning in warnings:
-        log.warning("%s: %s", path, warning)
+def _make_grid(affine: np.ndarray, warnings: tuple[str, ...] = ()) -> Grid:
+    """Return the grid with this affine, and a NIfTI header that holds it, in mm of the scanner's coordinates."""
     header = nib.Nifti1Header()
     header.set_sform(affine, code=1)
     header.set_qform(affine, code=1)
     header.set_xyzt_units("mm")
-    return affine, header
+    return Grid(affine, header, warnings)

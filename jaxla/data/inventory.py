@@ -22,7 +22,7 @@ from jaxla.data.patients import describe_shared_patients
 from jaxla.data.prepared import describe_twin
 from jaxla.data.slices import slice_geometry
 from jaxla.data.split import Split, make_split
-from jaxla.data.volumes import hash_voxels, read_image, read_mask, require_same_grid
+from jaxla.data.volumes import Volume, hash_voxels, read_image, read_mask, require_same_grid
 
 MAX_OUTLIER_Z = 3.5
 MIN_OUTLIER_CASES = 5
@@ -129,6 +129,7 @@ def _examine(case: Case, labels: Labels | None) -> tuple[CaseFacts, list[Finding
     image = mask = None
     with _collect_errors(findings, "image", case.image, case.id):
         image = read_image(case.image)
+        findings += _header_warnings(image, case.id)
         geometry = slice_geometry(image.affine)
         facts = replace(
             facts,
@@ -143,6 +144,7 @@ def _examine(case: Case, labels: Labels | None) -> tuple[CaseFacts, list[Finding
         )
     with _collect_errors(findings, "mask", case.mask, case.id):
         mask = read_mask(case.mask)
+        findings += _header_warnings(mask, case.id)
         values = np.unique(mask.array[mask.array != 0])[:MAX_MASK_VALUES]
         facts = replace(facts, mask_values=tuple(values.tolist()))
     if image is not None and mask is not None:
@@ -155,6 +157,11 @@ def _examine(case: Case, labels: Labels | None) -> tuple[CaseFacts, list[Finding
             volumes = {name: np.count_nonzero(classes == i) * ml for i, name in enumerate(labels.names, start=1)}
             facts = replace(facts, volumes=volumes)
     return facts, findings
+
+
+def _header_warnings(volume: Volume, case: str) -> Iterator[Finding]:
+    for warning in volume.warnings:
+        yield Finding("header", volume.path, warning, "Correct the header if it is wrong.", case, "warning")
 
 
 @contextlib.contextmanager

@@ -1,104 +1,181 @@
-"""Arrays, affines and headers of NIfTI files, read with checks and written back."""
+"""Arrays, grids and headers of NIfTI files, read with checks and written back."""
 
 import gzip
-import io
 import logging
+import math
 import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import BinaryIO
 
 import nibabel as nib
 import numpy as np
-from nibabel.filebasedimages import ImageFileError
-from nibabel.openers import ImageOpener
+from nibabel.arrayproxy import ArrayProxy
 from nibabel.spatialimages import HeaderDataError
 
+from jaxla.cli.files import report_os_errors
 from jaxla.config import InputError
+from jaxla.data.nifti_geometry import Grid, find_grid
 
-MAX_SKEW = 0.01  # cosine of the angle between two axes; rounding in a header causes far less
+GZIP_MAGIC = b"\x1f\x8b"
+CHUNK_BYTES = 1 << 22
+COPY_AGAIN = "Copy or export the file again."
 
-# nibabel logs what it repairs in a header; _check_header reads the stored header and raises an error instead
+# nibabel logs what it repairs in a header; the checks below and in nifti_geometry.py raise an error instead
 logging.getLogger("nibabel.global").setLevel(logging.CRITICAL)
-
-Grid = tuple[np.ndarray, nib.Nifti1Header]  # affine [4, 4], voxel indices to mm (RAS+), and the header
 
 
 def read_nifti_grid(path: Path) -> Grid:
-    """Read a file's affine and header, without its voxels.
+    """Read a file's grid, without its voxels.
 
     Raises:
-        InputError: the file is missing or damaged.
+        InputError: the file is missing or damaged, or has no usable grid.
     """
-    try:
-        image = nib.load(path)
-    except (ImageFileError, OSError, EOFError, HeaderDataError) as error:
-        raise InputError(path, f"cannot be read ({error})", "Restore it from a copy.") from error
-    return image.affine, image.header
+    with _open_checked(path) as file:
+        header = _read_header(path, file)
+    return _find_grid(path, header, _read_shape(path, header))
 
 
-def read_nifti(path: Path) -> tuple[np.ndarray, *Grid]:
-    """Read a file's array [X, Y, Z], of the stored type or scaled to float, with its affine and header.
+def read_nifti(path: Path) -> tuple[np.ndarray, Grid]:
+    """Read a file's array [X, Y, Z], of the stored type or scaled to float, and its grid.
 
     Raises:
-        InputError: the file is truncated, not a NIfTI file, not 3D, or has no usable grid.
+        InputError: the file cannot be opened, is truncated or damaged, not a NIfTI file, not 3D, or has no usable grid.
     """
-    try:
-        _check_compression(path)
-        image = nib.load(path)
-        if not isinstance(image, nib.Nifti1Image):  # includes Nifti2Image, a subclass
-            raise InputError(path, f"not a NIfTI file, but {type(image).__name__}", "Convert it to .nii.gz.")
-        _check_header(path, image)
-        return np.asarray(image.dataobj), image.affine, image.header
-    except InputError:
-        raise
-    except ImageFileError as error:
-        raise InputError(path, "not a NIfTI file", "Convert it to .nii.gz.") from error
-    except (EOFError, OSError, zlib.error, ValueError, HeaderDataError) as error:
-        reason = " ".join(str(error).split())
-        raise InputError(path, f"truncated or damaged ({reason})", "Copy or export the file again.") from error
+    with _open_checked(path) as file:
+        header = _read_header(path, file)
+        shape, dtype, scaling = _read_shape(path, header), header.get_data_dtype(), _read_scaling(path, header)
+        offset = int(header["vox_offset"]) or header.single_vox_offset  # 0 stands for the first possible position
+        _check_size(path, file, shape, dtype, offset)
+        grid = _find_grid(path, header, shape)
+    with _report_damage(path):  # not mapped into memory: a file that changes meanwhile would end the process
+        return np.asarray(ArrayProxy(path, (shape, dtype, offset, *scaling), mmap=False)), grid
 
 
-def write_nifti(path: Path, array: np.ndarray, affine: np.ndarray, header: nib.Nifti1Header) -> None:
-    """Write `array` [X, Y, Z] or [X, Y, Z, K] with this affine and the geometry of `header`; read it back to check."""
+def write_nifti(path: Path, array: np.ndarray, header: nib.Nifti1Header) -> None:
+    """Write `array` [X, Y, Z] or [X, Y, Z, K] with the geometry of `header`, unit included; read it back to check."""
     header = header.copy()
     header.set_data_dtype(array.dtype)
     header["cal_min"] = header["cal_max"] = 0
+    header.check_fix(error_level=100)  # the signs of pixdim, which nibabel would repair while it writes
     image_class = nib.Nifti2Image if isinstance(header, nib.Nifti2Header) else nib.Nifti1Image
-    nib.save(image_class(array, affine, header), path)
-    written = nib.load(path)
+    nib.save(image_class(array, None, header), path)  # without an affine, which would replace sform and qform
+    with _open_checked(path) as file:
+        written = _read_header(path, file)
     keys = ("qform_code", "sform_code", "xyzt_units", "srow_x", "srow_y", "srow_z")
-    pairs = [(written.affine, affine), *((written.header[key], header[key]) for key in keys)]
-    if not all(np.array_equal(a, b) for a, b in [*pairs, (np.asarray(written.dataobj), array)]):
+    keys += ("quatern_b", "quatern_c", "quatern_d", "qoffset_x", "qoffset_y", "qoffset_z")
+    pairs = [(written["pixdim"][:4], header["pixdim"][:4]), *((written[key], header[key]) for key in keys)]
+    same_header = all(np.array_equal(a, b, equal_nan=True) for a, b in pairs)
+    if not (same_header and np.array_equal(np.asarray(ArrayProxy(path, written)), array)):
         raise AssertionError(f"{path}: the file differs from the array that was written to it")
 
 
-def _check_compression(path: Path) -> None:
-    """Read a compressed file to its checksum: nibabel stops before it and would miss a flipped bit."""
-    if path.stat().st_size == 0:
-        raise InputError(path, "the file is empty", "Copy or export the file again.")
-    if path.suffix == ".gz":
+@contextmanager
+def _report_damage(path: Path) -> Iterator[None]:
+    """Turn the errors of damaged and of unreadable files into an InputError."""
+    with report_os_errors("read", path, "Check the file and its permissions."):
+        try:
+            yield
+        except (gzip.BadGzipFile, EOFError, zlib.error, HeaderDataError) as error:
+            reason = " ".join(str(error).split())
+            raise InputError(path, f"truncated or damaged ({reason})", COPY_AGAIN) from error
+        except MemoryError as error:
+            fix = "Use a machine with more memory, or leave the file out."
+            raise InputError(path, "too large for the memory of this machine", fix) from error
+
+
+@contextmanager
+def _open_checked(path: Path) -> Iterator[BinaryIO]:
+    """Open a file, decompressed if its name says so; within the context, report damage as an InputError."""
+    with _report_damage(path):
         with path.open("rb") as file:
-            if file.read(2) != b"\x1f\x8b":
-                raise InputError(path, "not a NIfTI file: .gz, but not compressed", "Convert it to .nii.gz.")
-        with gzip.open(path) as file:
-            while file.read(1 << 22):
-                pass
+            start = file.read(len(GZIP_MAGIC))
+        if not start:
+            raise InputError(path, "the file is empty", COPY_AGAIN)
+        is_gzip, has_gzip_name = start == GZIP_MAGIC, path.suffix.lower() == ".gz"
+        with gzip.open(path) if is_gzip else path.open("rb") as file:
+            if is_gzip != has_gzip_name:
+                _read_header(path, file)  # raises an error unless it is a NIfTI file
+            if is_gzip and not has_gzip_name:
+                problem = "compressed with gzip, but its name does not end in .gz"
+                raise InputError(path, problem, f"Rename it to {path.name}.gz.")
+            if has_gzip_name and not is_gzip:
+                problem = "not compressed, but its name ends in .gz"
+                raise InputError(path, problem, f"Rename it to {path.name[:-3]}.")
+            yield file
 
 
-def _check_header(path: Path, image: nib.Nifti1Image) -> None:
-    if len(image.shape) != 3:
-        raise InputError(path, f"is {len(image.shape)}D with shape {image.shape}", "Export one 3D volume per file.")
-    if 0 in image.shape:
-        raise InputError(path, f"has no voxels (shape {image.shape})", "Export the file again.")
-    with ImageOpener(path) as file:  # the stored header: nibabel.load replaces a spacing of zero by 1
-        stored = type(image.header).from_fileobj(io.BytesIO(file.read(image.header.sizeof_hdr)), check=False)
-    spacing = stored["pixdim"][1:4]
-    if not (np.isfinite(spacing).all() and (spacing != 0).all()):
-        raise InputError(path, f"voxel spacing {spacing.tolist()} in the header", "Set the true spacing in mm.")
-    affine = image.affine
-    sizes = nib.affines.voxel_sizes(affine)
-    if not np.isfinite(affine).all() or abs(np.linalg.det(affine[:3, :3])) < 1e-3 * max(np.prod(sizes), 1e-9):
-        raise InputError(path, "the affine is singular", "Correct its sform or qform.")
-    axes = affine[:3, :3] / sizes
-    if (skew := np.abs(axes.T @ axes - np.eye(3)).max()) > MAX_SKEW:
-        problem = f"the affine is sheared: two axes are {np.degrees(np.arcsin(skew)):.1f}° off a right angle"
-        raise InputError(path, problem, "Resample the scan onto a rectangular grid.")
+def _read_header(path: Path, file: BinaryIO) -> nib.Nifti1Header:
+    """Return the header as it is stored, and check what is needed to find the voxels."""
+    not_nifti = InputError(path, "not a NIfTI file", "Convert it to .nii.gz.")
+    block = file.read(nib.Nifti2Header.sizeof_hdr)
+    kinds = [(kind, order) for kind in (nib.Nifti1Header, nib.Nifti2Header) for order in ("little", "big")]
+    found = [k for k in kinds if int.from_bytes(block[:4], k[1]) == k[0].sizeof_hdr]
+    if not found:
+        raise not_nifti
+    (kind, order), length = found[0], found[0][0].sizeof_hdr
+    if len(block) < length:
+        raise InputError(path, f"truncated or damaged (its header ends after {len(block)} bytes)", COPY_AGAIN)
+    header = kind(block[:length], endianness=order, check=False)
+    if (magic := header["magic"].item()) == kind.pair_magic:
+        raise InputError(path, "a header whose voxels are in a separate .img file", "Convert the two to one .nii.gz.")
+    if magic != kind.single_magic:
+        raise not_nifti
+    if not math.isfinite(offset := float(header["vox_offset"])) or offset % 1:
+        raise InputError(path, f"truncated or damaged (its header has vox_offset {offset:g})", COPY_AGAIN)
+    header.copy().check_fix(error_level=40)  # raises an error for an unknown type of voxels, among others
+    return header
+
+
+def _read_shape(path: Path, header: nib.Nifti1Header) -> tuple[int, int, int]:
+    """Return X, Y, Z; trailing axes of length 1 do not count."""
+    count, *sides = map(int, header["dim"])
+    if not 1 <= count <= 7 or min(sides[:count]) < 0:
+        raise InputError(path, f"truncated or damaged (its header has dim {[count, *sides]})", COPY_AGAIN)
+    shape = tuple(sides[:count])
+    if 0 in shape:
+        raise InputError(path, f"has no voxels (shape {shape})", "Export the file again.")
+    while len(shape) > 3 and shape[-1] == 1:
+        shape = shape[:-1]
+    if len(shape) != 3:
+        raise InputError(path, f"is {len(shape)}D with shape {shape}", "Export one 3D volume per file.")
+    return shape
+
+
+def _find_grid(path: Path, header: nib.Nifti1Header, shape: tuple[int, int, int]) -> Grid:
+    grid, bits = find_grid(path, header, shape), 8 * header.get_data_dtype().itemsize
+    if header["bitpix"] == bits:
+        return grid
+    warning = f"its header has bitpix {header['bitpix']}, but voxels of type {header.get_data_dtype()} have {bits} bits"
+    return grid._replace(warnings=(*grid.warnings, warning))
+
+
+def _read_scaling(path: Path, header: nib.Nifti1Header) -> tuple[float, float]:
+    """Return slope and intercept; a slope of 0 or NaN means that voxels are not scaled."""
+    if math.isinf(header["scl_slope"]):
+        raise InputError(path, f"its header has scl_slope {header['scl_slope']}", COPY_AGAIN)
+    slope, intercept = header.get_slope_inter()
+    return 1.0 if slope is None else slope, 0.0 if intercept is None else intercept
+
+
+def _check_size(path: Path, file: BinaryIO, shape: tuple[int, int, int], dtype: np.dtype, offset: int) -> None:
+    """Compare the bytes that the header declares with those that the file or gzip stream holds, before any is read.
+
+    A compressed file is read to its checksum: nibabel stops before it and would miss a flipped bit.
+    """
+    declared = offset + math.prod(shape) * dtype.itemsize
+    what = f"its header declares {declared} bytes, for voxels {'×'.join(map(str, shape))} of type {dtype}"
+    held = file.seek(0, 2) if not isinstance(file, gzip.GzipFile) else _count_bytes(file, declared)
+    if held < declared:
+        raise InputError(path, f"truncated or damaged ({what}, but it holds {held})", COPY_AGAIN)
+    if held > declared:
+        raise InputError(path, f"more voxels than expected ({what}, but it holds more)", COPY_AGAIN)
+
+
+def _count_bytes(file: gzip.GzipFile, enough: int) -> int:
+    """Return the number of bytes in a gzip stream, or a number above `enough` if there are more than that."""
+    held = file.tell()
+    while held <= enough and (chunk := file.read(CHUNK_BYTES)):
+        held += len(chunk)
+    return held

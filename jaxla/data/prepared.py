@@ -20,9 +20,17 @@ from jaxla.data.formats import scan_sha256
 from jaxla.data.inputs import Frame, intensity_range, slice_to_input
 from jaxla.data.labels import Labels, require_one_value
 from jaxla.data.slices import slice_geometry, to_slices
-from jaxla.data.volumes import Volume, hash_voxels, read_image, read_mask, require_same_grid
+from jaxla.data.volumes import (
+    Volume,
+    hash_voxels,
+    log_warnings,
+    read_grid,
+    read_image,
+    read_mask,
+    require_same_grid,
+)
 
-VERSION = 4  # of the content of a prepared folder; a new number makes new folders
+VERSION = 5  # of the content of a prepared folder; a new number makes new folders
 FILES = ("image.npy", "mask.npy", "volume.json")
 MAX_MASK_VALUES = 10
 
@@ -109,6 +117,8 @@ def content_key(case: Case, labels: Labels) -> str:
 def _prepare_case(case: Case, labels: Labels, store: Path) -> PreparedVolume:
     key = content_key(case, labels)
     folder = store / f"{key}-v{VERSION}"
+    for path in (case.image, case.mask):  # also if the case is in the cache
+        log_warnings(path, read_grid(path).warnings)
     if not has_files(folder, FILES):
         image, mask = read_image(case.image), read_mask(case.mask)
         require_same_grid(mask, image)

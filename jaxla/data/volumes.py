@@ -1,9 +1,10 @@
 """Scans and masks in files <-> checked volumes."""
 
 import hashlib
-from dataclasses import dataclass
+import logging
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import NamedTuple
 
 import nibabel as nib
 import numpy as np
@@ -11,8 +12,12 @@ import numpy as np
 from jaxla.cli.files import atomic_file, report_os_errors
 from jaxla.config import InputError
 from jaxla.data.formats import FORMATS, read_scan, read_scan_grid, write_scan
+from jaxla.data.nifti_geometry import Grid
 
 MAX_LABEL = 65535
+MAX_LABEL_ROUNDING = 1e-3  # of labels that were stored with a scale
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -22,7 +27,8 @@ class Volume:
     path: Path
     array: np.ndarray  # [X, Y, Z] in the file's own axes; float32 or an integer type
     affine: np.ndarray  # [4, 4], voxel indices to mm (RAS+)
-    header: nib.Nifti1Header
+    header: nib.Nifti1Header  # with the file's own unit
+    warnings: tuple[str, ...] = ()  # what a person should check in the header
 
     @property
     def spacing(self) -> tuple[float, float, float]:
@@ -30,20 +36,13 @@ class Volume:
         return tuple(float(s) for s in nib.affines.voxel_sizes(self.affine))
 
 
-class Grid(NamedTuple):
-    """Where a scan's voxels lie: its affine [4, 4], voxel indices to mm (RAS+), and its NIfTI header."""
-
-    affine: np.ndarray
-    header: nib.Nifti1Header
-
-
 def read_grid(path: str | Path) -> Grid:
-    """Read a scan's affine and header, without its voxels.
+    """Read where a scan's voxels lie, without its voxels.
 
     Raises:
-        InputError: the file is missing or damaged.
+        InputError: the file is missing or damaged, or has no usable grid.
     """
-    return Grid(*read_scan_grid(Path(path)))
+    return read_scan_grid(Path(path))
 
 
 def read_image(path: str | Path) -> Volume:
@@ -61,14 +60,27 @@ def read_image(path: str | Path) -> Volume:
 def read_mask(path: str | Path) -> Volume:
     """Read a mask, as int32, and check that it is 3D, holds label values and has a usable grid.
 
+    Values that differ from a whole number by rounding, as after a scale in the header, become that number.
+
     Raises:
         InputError: the file is missing, truncated, not a NIfTI file, or fails a check.
     """
     volume = _read(Path(path))
     values = volume.array
-    if values.min() < 0 or values.max() > MAX_LABEL or (values.dtype.kind == "f" and (values % 1).any()):
-        raise InputError(path, "holds values that are not labels", f"Use whole numbers from 0 to {MAX_LABEL}.")
-    return Volume(volume.path, values.astype(np.int32), volume.affine, volume.header)
+    labels = np.rint(values) if values.dtype.kind == "f" else values
+    is_label = (labels >= 0) & (labels <= MAX_LABEL)
+    if labels is not values:
+        is_label &= np.abs(values - labels) <= MAX_LABEL_ROUNDING
+    if not is_label.all():
+        problem = f"holds the value {values[~is_label][0]:.6g}, which is not a label"
+        raise InputError(path, problem, f"Use whole numbers from 0 to {MAX_LABEL}.")
+    return replace(volume, array=labels.astype(np.int32))
+
+
+def log_warnings(path: Path, warnings: Iterable[str]) -> None:
+    """Log what a person should check in a file's header."""
+    for warning in warnings:
+        log.warning("%s: %s", path, warning)
 
 
 def same_grid(a: Volume, b: Volume) -> bool:
@@ -84,11 +96,22 @@ def require_same_grid(mask: Volume, image: Volume) -> None:
     """Raise an InputError unless `mask` lies on the grid of `image`."""
     if same_grid(mask, image):
         return
-    difference = "same shape, different affine"
     if mask.array.shape != image.array.shape:
         difference = f"shape {mask.array.shape} instead of {image.array.shape}"
-    problem = f"not on the grid of {image.path} ({difference})"
-    raise InputError(mask.path, problem, "Resample the mask onto the grid of the image.")
+        fix = "Export the mask on the grid of the image, or resample it by nearest neighbours."
+    else:
+        affines = " instead of ".join(_format_affine(volume.affine) for volume in (mask, image))
+        difference = f"same shape, different affine: {affines}"
+        fix = (
+            "If it fits the image voxel by voxel, save its voxels with the image's header as a new file; resampling "
+            "would destroy the labels. Otherwise export it on the grid of the image."
+        )
+    raise InputError(mask.path, f"not on the grid of {image.path} ({difference})", fix)
+
+
+def _format_affine(affine: np.ndarray) -> str:
+    """Return the first three rows in mm: `[-0.75 0 0 6; 0 -0.75 0 5; 0 0 2.5 -4]`."""
+    return "[" + "; ".join(" ".join(f"{value + 0:.5g}" for value in row) for row in affine[:3]) + "]"
 
 
 def write_volume(path: Path, array: np.ndarray, like: Volume | Grid) -> None:
@@ -111,9 +134,11 @@ def hash_voxels(array: np.ndarray) -> str:
 
 
 def _read(path: Path) -> Volume:
-    if not path.exists():
-        raise InputError(path, "no such file", f"Name an existing scan ({FORMATS}).")
-    array, affine, header = read_scan(path)
+    with report_os_errors("read", path, "Check the permissions of its folder."):
+        if not path.exists():
+            problem = "a link to a missing file" if path.is_symlink() else "no such file"
+            raise InputError(path, problem, f"Name an existing scan ({FORMATS}).")
+    array, grid = read_scan(path)
     if array.dtype.kind == "f":
         with np.errstate(over="ignore"):  # values beyond float32 become infinite and are refused below
             array = array.astype(np.float32, copy=False)
@@ -121,4 +146,4 @@ def _read(path: Path) -> Volume:
             raise InputError(path, f"{bad} of {array.size} voxels are NaN or infinite", "Export the file again.")
     elif array.dtype.kind not in "iu":
         raise InputError(path, f"voxels of type {array.dtype} are not grey values", "Export a scalar image.")
-    return Volume(path, array, affine, header)
+    return Volume(path, array, *grid)

@@ -1,7 +1,8 @@
 """Segmentation metrics for one unit (a volume or a slice) and one class: a pair of binary masks.
 
 The border of a mask is the mask minus its erosion with the face neighbourhood (6 voxels in 3D, 4 pixels in 2D);
-everything outside the array is background. Distances are in millimetres, from the centre of each border voxel to the
+everything outside the array is background. In a volume of one slice, the border lies in the plane of the slice, as in
+2D; otherwise every voxel would be border. Distances are in millimetres, from the centre of each border voxel to the
 nearest border voxel of the other mask. `METRICS` defines each metric; the definitions are MONAI's, without sub-voxel
 surfaces.
 """
@@ -157,7 +158,9 @@ def _surface_metrics(prediction: np.ndarray, reference: np.ndarray, spacing: Seq
 
 def _border(mask: np.ndarray, spacing: Sequence[float]) -> np.ndarray:
     """Return the centres of the border voxels of a mask, in mm: [N, dimensions]."""
-    return np.argwhere(mask & ~binary_erosion(mask)) * np.asarray(spacing, float)
+    plane = np.squeeze(mask) if mask.ndim == 3 and mask.size > 1 else mask  # without the axis of a single slice
+    interior = binary_erosion(plane).reshape(mask.shape)
+    return np.argwhere(mask & ~interior) * np.asarray(spacing, float)
 
 
 def _bounding_box(*masks: np.ndarray) -> tuple[slice, ...]:

@@ -1,6 +1,8 @@
 """Small NIfTI files for tests: single volumes, broken ones, and whole folders of cases."""
 
+import gzip
 import json
+import struct
 
 import nibabel as nib
 import numpy as np
@@ -45,13 +47,39 @@ def save_as(path, image):
     return path
 
 
+FIELDS = {  # of a little-endian NIfTI-1 header: byte and format, as in the standard
+    "dim": (40, "<8h"),
+    "datatype": (70, "<h"),
+    "bitpix": (72, "<h"),
+    "pixdim": (76, "<8f"),
+    "vox_offset": (108, "<f"),
+    "scl_slope": (112, "<f"),
+    "scl_inter": (116, "<f"),
+    "xyzt_units": (123, "b"),
+    "qform_code": (252, "<h"),
+    "sform_code": (254, "<h"),
+    "quatern": (256, "<3f"),
+    "qoffset": (268, "<3f"),
+    "srow": (280, "<12f"),
+    "magic": (344, "4s"),
+}
+
+
+def edit_header(path, **fields):
+    """Overwrite fields of a NIfTI-1 header, byte by byte, with values that nibabel might refuse; return the path."""
+    content = path.read_bytes()
+    is_compressed = content.startswith(b"\x1f\x8b")
+    content = bytearray(gzip.decompress(content) if is_compressed else content)
+    for name, value in fields.items():
+        offset, layout = FIELDS[name]
+        struct.pack_into(layout, content, offset, *(value if isinstance(value, tuple) else (value,)))
+    path.write_bytes(gzip.compress(content, mtime=0) if is_compressed else content)
+    return path
+
+
 def save_raw_spacing(path, spacing):
     """Write an uncompressed .nii with `spacing` in its header, which nibabel might refuse; return the path."""
-    save(path, image_array())
-    content = bytearray(path.read_bytes())
-    content[80:92] = np.array(spacing, "<f4").tobytes()  # pixdim[1:4] of a NIfTI-1 header
-    path.write_bytes(content)
-    return path
+    return edit_header(save(path, image_array()), pixdim=(1, *spacing, 1, 1, 1, 1))
 
 
 def save_singular(path):

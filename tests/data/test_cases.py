@@ -119,6 +119,13 @@ def test_the_value_0_is_the_background_whatever_its_name(tmp_path, zero):
     assert dataset.labels == Labels(("LA",), ((1,),))
 
 
+def test_more_classes_than_class_indices_are_refused():
+    names = [f"class {n}:{n}" for n in range(1, 257)]
+    assert len(parse_labels(";".join(names[:255])).names) == 255
+    with pytest.raises(InputError, match=r"names 256 classes, but at most 255 are supported\. Write for example LA:1"):
+        parse_labels(";".join(names))
+
+
 def test_given_labels_replace_the_labels_of_the_data_set(tmp_path):
     root = decathlon(tmp_path, ["a"], {"0": "background", "1": "Anterior", "2": "Posterior"}, values=(1, 2))
     assert find_cases(root, "hippocampus:1,2").labels == Labels(("hippocampus",), ((1, 2),))

@@ -14,6 +14,7 @@ from tests.data.nifti import (
     AFFINE,
     SHAPE,
     broken_voxel,
+    edit_header,
     image_array,
     mask_array,
     save,
@@ -56,10 +57,7 @@ def test_the_axes_of_the_file_are_kept(tmp_path):
 def test_slope_and_intercept_are_applied(tmp_path):
     image = nib.Nifti1Image(image_array(), AFFINE)
     path = save_as(tmp_path / "a.nii", image)
-    content = bytearray(path.read_bytes())
-    content[112:120] = np.array([0.5, -10], "<f4").tobytes()  # scl_slope, scl_inter
-    path.write_bytes(content)
-    volume = read_image(path)
+    volume = read_image(edit_header(path, scl_slope=0.5, scl_inter=-10))
     assert volume.array.dtype == np.float32
     np.testing.assert_array_equal(volume.array, image_array() * 0.5 - 10)  # exact: halves of small whole numbers
 
@@ -101,7 +99,6 @@ def rgb(path):
 
 BAD_FILES = {
     "4d.nii.gz": (lambda p: save(p, np.ones((4, 4, 4, 2), np.int16)), r"4D with shape \(4, 4, 4, 2\).*one 3D volume"),
-    "4d_of_one.nii.gz": (lambda p: save(p, np.ones((4, 4, 4, 1), np.int16)), "4D with shape"),
     "2d.nii.gz": (lambda p: save(p, np.ones((4, 5), np.int16)), r"2D with shape \(4, 5\)"),
     "no_voxels.nii": (lambda p: save(p, np.ones((4, 0, 4), np.int16)), "no voxels"),
     "nan.nii.gz": (lambda p: save(p, broken_voxel(np.nan)), "1 of 896 voxels are NaN or infinite"),
@@ -109,24 +106,27 @@ BAD_FILES = {
     "too_large_for_float32.nii": (lambda p: save(p, broken_voxel(1).astype("f8") * 1e300), "NaN or infinite"),
     "cut.nii.gz": (lambda p: truncate(save(p, image_array())), "truncated or damaged"),
     "cut_in_header.nii.gz": (lambda p: truncate(save(p, image_array()), 0.02), "truncated or damaged|not a NIfTI"),
-    "cut.nii": (lambda p: truncate(save(p, image_array())), r"truncated or damaged \(Expected 1792 bytes"),
+    "cut.nii": (
+        lambda p: truncate(save(p, image_array())),
+        r"truncated or damaged \(its header declares 2144 bytes, .*, but it holds 1072\)",
+    ),
     "cut_in_header.nii": (lambda p: truncate(save(p, image_array()), 0.1), "truncated or damaged|not a NIfTI"),
     "empty.nii": (lambda p: p.write_bytes(b""), "the file is empty"),
     "text.nii": (not_gzip, "not a NIfTI"),
     "text.nii.gz": (not_gzip, "not a NIfTI"),
-    "other_format.mgz": (lambda p: save_as(p, nib.MGHImage(image_array(), AFFINE)), "not a NIfTI.*MGHImage"),
+    "other_format.mgz": (lambda p: save_as(p, nib.MGHImage(image_array(), AFFINE)), "not a NIfTI file"),
     "other_format.nii": (
         lambda p: save_as(p.with_suffix(".mgh"), nib.MGHImage(image_array(), AFFINE)).rename(p),
         "not a NIfTI",
     ),
     "zero_spacing.nii": (lambda p: save_raw_spacing(p, (0.75, 0, 2.5)), r"voxel spacing \[0.75, 0.0, 2.5\]"),
     "nan_spacing.nii": (lambda p: save_raw_spacing(p, (0.75, np.nan, 2.5)), "voxel spacing"),
-    "singular.nii.gz": (save_singular, "affine is singular"),
-    "sheared.nii.gz": (save_sheared, r"affine is sheared: two axes are 2\.9° off a right angle"),
+    "singular.nii.gz": (save_singular, "sform is singular"),
+    "sheared.nii.gz": (save_sheared, r"sform is sheared: two axes are 2\.9° off a right angle"),
     "complex.nii": (lambda p: save(p, image_array().astype(np.complex64)), "complex64 are not grey values"),
     "colours.nii": (rgb, "not grey values"),
     "missing.nii.gz": (lambda p: None, "no such file"),
-    "folder.nii.gz": (lambda p: p.mkdir(), "no such file"),
+    "folder.nii.gz": (lambda p: p.mkdir(), "no DICOM slice in this folder"),
 }
 
 
@@ -161,7 +161,7 @@ def test_a_constant_image_is_refused_and_a_constant_mask_is_not(tmp_path, value)
 
 def test_a_mask_with_fractional_values_is_refused(tmp_path):
     path = save(tmp_path / "m.nii.gz", mask_array().astype(np.float32) / 2)
-    with pytest.raises(InputError, match=f"^{path}: holds values that are not labels"):
+    with pytest.raises(InputError, match=f"^{path}: holds the value 0.5, which is not a label"):
         read_mask(path)
 
 
@@ -169,7 +169,7 @@ def test_a_mask_with_fractional_values_is_refused(tmp_path):
 @pytest.mark.filterwarnings("error")
 def test_a_mask_value_that_overflows_is_refused(tmp_path, value, dtype):
     path = save(tmp_path / "m.nii", mask_array().astype(dtype) * np.dtype(dtype).type(value))
-    with pytest.raises(InputError, match=f"^{path}: holds values that are not labels"):
+    with pytest.raises(InputError, match=rf"^{path}: holds the value -?[14].*, which is not a label"):
         read_mask(path)
 
 
@@ -217,7 +217,9 @@ def test_the_tolerance_is_relative_to_the_voxel_size(side, same):
 def test_a_mask_on_another_grid_is_refused_with_the_difference():
     with pytest.raises(InputError, match=r"^m: not on the grid of i \(shape \(3, 5, 7\) instead of \(3, 5, 6\)\)"):
         require_same_grid(volume(AFFINE, name="m"), volume(AFFINE, (3, 5, 6), "i"))
-    with pytest.raises(InputError, match=r"^m: not on the grid of i \(same shape, different affine\)"):
+    with pytest.raises(
+        InputError, match=r"^m: not on the grid of i \(same shape, different affine: \[-0.75 0 0 6; 0 -0"
+    ):
         require_same_grid(volume(AFFINE, name="m"), volume(np.eye(4), name="i"))
     require_same_grid(volume(AFFINE), volume(AFFINE))
 
@@ -379,10 +381,7 @@ def test_probabilities_are_written_unchanged(tmp_path, classes):
 
 
 def test_a_scaled_scan_does_not_scale_its_mask(tmp_path):
-    path = save(tmp_path / "scan.nii", image_array())
-    content = bytearray(path.read_bytes())
-    content[112:120] = np.array([0.5, -10], "<f4").tobytes()
-    path.write_bytes(content)
+    path = edit_header(save(tmp_path / "scan.nii", image_array()), scl_slope=0.5, scl_inter=-10)
     write_volume(tmp_path / "m.nii.gz", mask_array(), read_image(path))
     np.testing.assert_array_equal(np.asarray(nib.load(tmp_path / "m.nii.gz").dataobj), mask_array())
 

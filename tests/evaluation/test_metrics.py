@@ -199,6 +199,17 @@ def test_metrics_agree_with_other_packages(compute, shape, spacing):
     assert max(worst.values()) < 4e-7, worst
 
 
+@pytest.mark.parametrize("axis", [0, 1, 2])
+@pytest.mark.parametrize("compute", [with_monai, with_simpleitk])
+def test_a_volume_of_one_slice_has_the_distances_of_that_slice(compute, axis):
+    spacing = np.insert((0.8, 1.3), axis, 10.0)
+    for prediction, reference in mask_pairs(np.random.default_rng(0), (32, 28)):
+        volume = score(np.expand_dims(prediction, axis), np.expand_dims(reference, axis), spacing)
+        plane = compute(prediction, reference, (0.8, 1.3))
+        assert {metric: volume[metric] for metric in plane} == pytest.approx(plane, rel=2e-6, abs=2e-6)
+        assert volume["volume_ml"] == pytest.approx(prediction.sum() * 0.8 * 1.3 * 10 / 1000, rel=1e-12)
+
+
 def test_equal_masks_are_perfect_and_metrics_are_symmetric():
     rng = np.random.default_rng(1)
     a, b = blob(rng, (20, 18, 12)), blob(rng, (20, 18, 12))

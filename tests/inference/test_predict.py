@@ -14,6 +14,7 @@ from jaxla.data.volumes import Volume, read_image
 from jaxla.inference.segment import segment_volume
 from jaxla.runs.trained import load_run
 from tests.commands import refuse, run_module, succeed
+from tests.data.nifti import edit_header
 
 
 @pytest.fixture(scope="module")
@@ -41,8 +42,12 @@ def test_a_folder_of_reoriented_copies_gets_the_same_masks_and_probabilities(sma
     turns = ([[0, -1], [1, -1], [2, 1]], [[1, 1], [0, 1], [2, -1]], [[2, 1], [0, -1], [1, 1]])
     for n, transform in enumerate(turns):
         nib.save(nib.load(scan).as_reoriented(np.array(transform)), scans / f"turned_{n}.nii.gz")
+    half_size = tuple((nib.load(scan).affine @ np.diag([0.5, 0.5, 0.5, 1]))[:3].ravel())
+    shutil.copy(scan, scans / "two_sizes.nii.gz")
+    edit_header(scans / "two_sizes.nii.gz", qform_code=1, sform_code=1, srow=half_size)
     done = run_module("jaxla.predict", f"--run={small_run}", f"--input={scans}", f"--output={masks}", "--probabilities")
-    names = ("scan", *(f"turned_{n}" for n in range(len(turns))))
+    assert done.stdout.count(f"{scans}/two_sizes.nii.gz: sform and qform disagree") == 1
+    names = ("scan", *(f"turned_{n}" for n in range(len(turns))), "two_sizes")
     expected = [f"{name}{suffix}.nii.gz" for name in names for suffix in ("", "_probabilities")]
     assert sorted(path.name for path in masks.iterdir()) == expected
 
