@@ -21,6 +21,11 @@ def track(items: Iterable, label: str) -> Iterable:
             log.info("%s: %d of %d cases", label, count, len(items))
 
 
+def escape_controls(text: str) -> str:
+    """Return text from a file with its control characters, such as newlines and colour codes, as escapes like `\\n`."""
+    return "".join(letter if letter.isprintable() else letter.encode("unicode_escape").decode() for letter in text)
+
+
 def plural(count: int, noun: str) -> str:
     """Return `1 seed`, `2 seeds`."""
     return f"{count} {noun}{'' if count == 1 else 's'}"
