@@ -155,6 +155,18 @@ def test_figures_do_not_need_the_backend_of_a_notebook():
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
 
 
+@pytest.mark.parametrize(
+    ("name", "problem"),
+    [
+        ("JAX_DEFAULT_MATMUL_PRECISION", 'Invalid value "foo" for JAX flag jax_default_matmul_precision'),
+        ("JAX_THREEFRY_PARTITIONABLE", "invalid truth value 'foo' for environment 'JAX_THREEFRY_PARTITIONABLE'"),
+    ],
+)
+def test_a_setting_that_jax_refuses_is_one_line(tmp_path, name, problem):
+    line = refuse(tmp_path, "jaxla.train", run=lambda *words: in_a_new_process(*words, **{name: "foo"}))
+    assert line == f"error: environment: {problem}. Correct this variable, or unset it."
+
+
 @pytest.mark.parametrize("platform", ["cuda", "cpuu"])
 def test_a_platform_without_a_device_is_refused(tmp_path, platform):
     def as_a_user(folder, module, *options):
