@@ -156,7 +156,9 @@ def _verify(options: Namespace) -> None:
 
 def _print_verified(output: Path) -> None:
     from convert_weights.verify import verify
+    from jaxla.hardware import require_devices
 
+    require_devices()
     print(verify(output))
 
 

@@ -6,6 +6,7 @@ The commands are `python -m jaxla.train`, `study`, `report`, `predict`, `evaluat
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,6 +22,11 @@ if TYPE_CHECKING:
 # `experiments` is a folder beside the package in a checkout, and within the package in an installation.
 if not (Path(__file__).parent / "experiments").is_dir():
     __path__.append(str(Path(__file__).parents[1]))
+
+if getattr(sys, "argv", [])[:1] == ["-m"]:  # Python is about to run `python -m jaxla.COMMAND`, whose module imports JAX
+    from jaxla.cli.start import start_command
+
+    start_command()
 
 __all__ = ["InputError", "build_network", "load_backbone", "load_network"]
 
@@ -43,8 +49,10 @@ def load_backbone(path: str | Path, dtype: jnp.dtype | None = None) -> Backbone:
         InputError: the file is missing, truncated, or does not hold the parameters of its architecture. A file whose
             values have changed is found only by `convert_weights --verify`.
     """
+    from jaxla.hardware import require_float32
     from jaxla.models import weights
 
+    require_float32()
     return weights.load_backbone(path, dtype)
 
 
@@ -75,9 +83,11 @@ def build_network(
     """
     from jaxla.config import lookup
     from jaxla.experiments import METHODS
+    from jaxla.hardware import require_float32
     from jaxla.models.networks.base import build_network
     from jaxla.nnunet.plan import plan_from_json, read_plan
 
+    require_float32()
     method = lookup("method", name, METHODS)
     model = method.model
     if weights is not None:
@@ -106,9 +116,11 @@ def load_network(path: str | Path) -> nnx.Module:
         InputError: the folder is not a run or has no checkpoint, the file of its frozen backbone is missing or has
             changed, or the file is damaged or holds no network.
     """
+    from jaxla.hardware import require_float32
     from jaxla.nnunet.converted import load_converted
     from jaxla.runs.trained import load_run
 
+    require_float32()
     if Path(path).is_file() or Path(path).suffix == ".safetensors":
         return load_converted(Path(path))
     return load_run(path).network

@@ -6,6 +6,7 @@ import sys
 from importlib import import_module
 
 from jaxla.cli.process import run_command
+from jaxla.cli.start import start_command
 from jaxla.config import InputError, suggestion
 
 COMMANDS = {
@@ -27,6 +28,7 @@ def main() -> None:
     name = sys.argv[1] if len(sys.argv) > 1 else "--help"
     if name in COMMANDS:
         del sys.argv[1]
+        start_command()
         run_command(import_module(f"jaxla.{name}").main)
     run_command(lambda arguments: _print_commands(name))
 

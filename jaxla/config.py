@@ -3,9 +3,11 @@
 import difflib
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, ClassVar, Literal, NamedTuple, Self, TypeVar
+
+import msgspec
 
 T = TypeVar("T")
 
@@ -344,10 +346,13 @@ def experiment_from_json(content: Mapping[str, Any], methods: Mapping[str, Metho
 
     Raises:
         KeyError, TypeError: the method is unknown, or has other options.
+        ValueError: an option's value has a different type.
     """
 
     def read(group: Any, values: Mapping[str, Any]) -> Any:
-        return type(group)(**{key: tuple(v) if isinstance(v, list) else v for key, v in values.items()})
+        if unknown := set(values) - {option.name for option in fields(group)}:
+            raise KeyError(min(unknown))
+        return msgspec.convert(values, type(group))
 
     own = methods[content["method"]]
     groups = {name: read(getattr(own, name), content[name]) for name in METHOD_GROUPS if name in content}
@@ -369,7 +374,17 @@ def suggestion(name: str, known: Iterable[str]) -> str:
 
 
 def default_cache_dir() -> Path:
-    """Return the cache folder that all runs share, unless a command is given another."""
+    """Return the cache folder that all runs share, unless a command is given another.
+
+    Raises:
+        InputError: the user has no home folder.
+    """
     import platformdirs
 
-    return Path(platformdirs.user_cache_dir("jaxla"))
+    try:
+        folder = Path(platformdirs.user_cache_dir("jaxla"))
+    except RuntimeError:
+        folder = Path("~")
+    if folder.parts[0] == "~":  # of earlier versions of platformdirs; would become a folder of this name
+        raise InputError(option("cache-dir"), "the user has no home folder", "Give a folder, or set XDG_CACHE_HOME.")
+    return folder

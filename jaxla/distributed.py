@@ -36,6 +36,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from jaxla.cli.process import Stopped, exit_status
 from jaxla.config import InputError, option
+from jaxla.hardware import require_devices
 
 T = TypeVar("T")
 
@@ -291,10 +292,11 @@ def join_processes(coordinator: str, processes: int | None, process: int | None,
         timeout: seconds to wait for the other processes.
 
     Raises:
-        InputError: the options do not fit together.
+        InputError: the options do not fit together, or JAX finds no device.
     """
     launch = find_launch(coordinator, processes, process)
     if launch is None:
+        require_devices()
         yield
         return
     _connect(*launch, timeout)
@@ -302,6 +304,7 @@ def join_processes(coordinator: str, processes: int | None, process: int | None,
     watcher.start()
     name = f"process {global_state.process_id}"
     try:
+        require_devices()
         _require_same_count()
         log.info("%d processes, on %s", process_count(), ", ".join(dict.fromkeys(gather(platform.node()))))
         yield

@@ -15,12 +15,31 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 
+from jaxla.config import InputError
+
 AMPERE = (8, 0)  # the first NVIDIA generation with bfloat16 products and cuDNN attention
 
 # A container or a scheduler limits a process's memory by control groups. Controllers (version 2 names none) -> where
 # their groups are mounted, and the file of a group that holds its limit.
 CONTROL_GROUPS = Path("/proc/self/cgroup")
 MEMORY_LIMITS = {"memory": ("/sys/fs/cgroup/memory", "memory.limit_in_bytes"), "": ("/sys/fs/cgroup", "memory.max")}
+
+
+def require_devices() -> None:
+    """Raise an InputError if JAX finds no device of the platforms that the environment names."""
+    try:
+        jax.devices()
+    except (RuntimeError, AssertionError) as error:  # an assertion where support of GPUs is not installed
+        platforms = os.environ.get("JAX_PLATFORMS", "")
+        problem = f"JAX finds no such device ({' '.join(str(error).split())[:200] or 'not installed'})"
+        raise InputError(f"JAX_PLATFORMS={platforms}", problem, "Use JAX_PLATFORMS=cpu, or unset it.") from error
+
+
+def require_float32() -> None:
+    """Raise an InputError if JAX computes in float64 by default, in which the networks give different results."""
+    if jax.config.jax_enable_x64:
+        fix = 'Call jax.config.update("jax_enable_x64", False) first.'
+        raise InputError("jax_enable_x64", "is on, but the networks compute in float32", fix)
 
 
 def on_cpu() -> bool:

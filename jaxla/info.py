@@ -1,20 +1,23 @@
 """python -m jaxla.info RUN|WEIGHTS: what a run folder or a file of converted weights is, without building a network."""
 
-import json
 import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from jaxla.cli.command_line import command_parser, parse_arguments
+from jaxla.cli.json_files import RESTORE, describe_damage
 from jaxla.cli.process import run_command
+from jaxla.cli.terminal import escape_controls
 from jaxla.config import InputError
 from jaxla.data.split import ALL_FOLDS
 from jaxla.models.weights_format import parameter_count, read_metadata
 from jaxla.runs import folder as run_files
 from jaxla.runs.machine import describe_device
-from jaxla.runs.record import labels_from_json, read_record_json
+from jaxla.runs.record import RECORD, labels_from_json, read_record_json
 from jaxla.studies import RUNS, STUDY
+
+T = TypeVar("T")
 
 # Nothing here imports JAX: this command exists to answer in under a second.
 
@@ -32,7 +35,7 @@ def main(arguments: list[str]) -> None:
         raise InputError(path, "neither a run folder nor a .safetensors file", fix)
     facts = describe_run(path) if path.is_dir() else describe_weights(path)
     width = max(map(len, facts))
-    print("\n".join(f"{name:<{width}}  {value}" for name, value in facts.items()))
+    print("\n".join(f"{name:<{width}}  {escape_controls(value)}" for name, value in facts.items()))
 
 
 def describe_run(folder: Path) -> dict[str, str]:
@@ -40,14 +43,23 @@ def describe_run(folder: Path) -> dict[str, str]:
     if (folder / STUDY).exists():
         raise InputError(folder, "a study, not a run", f"Give one of its runs in {folder / RUNS}.")
     record = read_record_json(folder)
+    try:
+        return _describe_record(folder, record)
+    except InputError:
+        raise
+    except (ValueError, KeyError) as error:
+        raise InputError(folder / RECORD, f"damaged: {describe_damage(error)}", RESTORE) from error
+
+
+def _describe_record(folder: Path, record: dict[str, Any]) -> dict[str, str]:
     experiment, environment = record["experiment"], record["environment"]
-    history = _read(folder / run_files.METRICS, lambda path: run_files.read_metrics(path.parent)) or []
-    summary = _read(folder / run_files.SUMMARY)
-    split = _read(folder / run_files.SPLIT) or {}
+    history = _read_if_present(run_files.read_metrics, folder) or []
+    summary = _read_if_present(run_files.read_summary, folder)
+    split = _read_if_present(run_files.read_split_file, folder) or {}
     facts = {"run": str(folder.absolute()), "experiment": f"{experiment['name']}, method {record['label']}"}
     facts |= _state(folder, record, len(history))
     if history:
-        facts["validation"] = _validation(record, history, summary)
+        facts["validation"] = _validation(folder, record, history, summary)
     if summary:
         dice, atlas = summary["dice"], summary["atlas"]["dice"]
         scores = f"Dice {dice['mean']:.3f}; IoU {summary['iou']['mean']:.3f}"
@@ -67,8 +79,8 @@ def describe_run(folder: Path) -> dict[str, str]:
         "versions": ", ".join(f"{name} {environment['versions'][name]}" for name in ("jaxla", "jax", "flax")),
         "started by": record["command"],
     }
-    if record["resumed"]:
-        facts["resumed"] = ", ".join(session["begun"] for session in record["resumed"])
+    if resumed := record.get("resumed"):
+        facts["resumed"] = ", ".join(session["begun"] for session in resumed)
     return facts
 
 
@@ -87,23 +99,23 @@ def _state(folder: Path, record: dict[str, Any], epochs: int) -> dict[str, str]:
     return {"state": f"stopped: {done} are done", "resume with": run_files.resume_command(record["command"], folder)}
 
 
-def _validation(record: dict[str, Any], history: list[dict[str, Any]], summary: dict[str, Any] | None) -> str:
+def _validation(
+    folder: Path, record: dict[str, Any], history: list[run_files.Metrics], summary: run_files.TestSummary | None
+) -> str:
     """Return the validation Dice of the epoch that is kept."""
     kept = record["experiment"]["training"]["checkpoint"]
     best = history[-1] if kept == "last" else max(history, key=lambda metrics: metrics["val_dice"])
     if summary:  # the tested epoch, in case the checkpoint of the best was lost
-        best = history[summary["best_epoch"] - 1]
+        best = run_files.kept_metrics(folder, history, summary)
     return f"{kept} Dice {best['val_dice']:.3f} (mean {record['unit']}) in epoch {best['epoch']}"
 
 
-def _read(path: Path, read: Callable[[Path], Any] = lambda path: json.loads(path.read_text())) -> Any:
-    """Return the content of one of the run's files, or None if it is missing; raise an InputError if it is damaged."""
+def _read_if_present(read: Callable[[Path], T], folder: Path) -> T | None:
+    """Return the content of one of the run's files, or None if it is missing."""
     try:
-        return read(path)
+        return read(folder)
     except FileNotFoundError:
         return None
-    except (OSError, ValueError) as error:
-        raise InputError(path, f"damaged or unreadable ({error})", "Restore it from a copy.") from error
 
 
 def describe_weights(path: Path) -> dict[str, str]:

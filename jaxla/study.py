@@ -52,11 +52,15 @@ def main(arguments: list[str]) -> None:
     require_writable("--output", options.output)
     require_writable("--cache-dir", options.cache_dir)
 
+    from jaxla.hardware import require_devices
     from jaxla.studies.execution import execute_runs, wait_for_running
     from jaxla.studies.forecast import describe_schedule, forecast_study
     from jaxla.studies.page import report_study
     from jaxla.studies.schedule import hold_study_folder, read_state, require_same_data, schedule_runs
+    from jaxla.training.checkpoints import require_usable_path
 
+    require_devices()
+    require_usable_path(options.output)
     runs = schedule_runs(method_options, protocols, seeds, options.output, options.cache_dir)
     if not options.dry_run:
         wait_for_running(runs, options.output)
@@ -89,12 +93,14 @@ def parse_options(arguments: Sequence[str]) -> tuple[argparse.Namespace, list[st
     parser.add_argument("--methods", help="such as unet,dinov2_vitb14 (default: the study's own)")
     parser.add_argument("--experiments", help="experiments whose protocols to run (default: the study's own)")
     parser.add_argument("--seeds", default="0,1,2", help="such as 0,1,2 (default)")
-    parser.add_argument("--cache-dir", type=Path, default=default_cache_dir(), help="folder that runs share")
+    parser.add_argument("--cache-dir", type=Path, help="folder that runs share (default: the user's cache folder)")
     parser.add_argument("--dry-run", action="store_true", help="print schedule and forecast without running")
     try:
-        return parser.parse_known_args(arguments)
+        options, train_options = parser.parse_known_args(arguments)
     except argparse.ArgumentError as error:
         raise InputError(error.argument_name, error.message, "See --help.") from error
+    options.cache_dir = options.cache_dir or default_cache_dir()
+    return options, train_options
 
 
 def describe_study(study: Study) -> str:

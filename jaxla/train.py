@@ -22,6 +22,7 @@ from flax import nnx
 
 from jaxla.cli.command_line import Options, parse_experiment, parse_names, require_writable, set_option
 from jaxla.cli.files import write_atomically
+from jaxla.cli.json_files import read_json
 from jaxla.cli.process import Stopped, run_command
 from jaxla.cli.terminal import plural
 from jaxla.config import Experiment, InputError, unread_options
@@ -49,7 +50,7 @@ from jaxla.reporting.overlays import draw_overlays
 from jaxla.reporting.run_report import select_panels, write_report
 from jaxla.runs import folder as files
 from jaxla.runs.checks import check_experiment, find_weights
-from jaxla.runs.cost import measure_cost
+from jaxla.runs.cost import Cost, measure_cost
 from jaxla.runs.forecast import describe_forecast, forecast_run
 from jaxla.runs.listing import list_experiments
 from jaxla.runs.machine import environment
@@ -60,6 +61,7 @@ from jaxla.runs.record import (
     describe_network,
     method_label,
     read_record,
+    read_record_json,
     write_record,
 )
 from jaxla.runs.session import buffered_log, open_run
@@ -67,6 +69,7 @@ from jaxla.runs.speed import measure_and_fit
 from jaxla.runs.testing import choose_postprocessing, make_segment_case, score_test_cases
 from jaxla.runs.trained import TrainedRun, load_run
 from jaxla.tasks import Features, Task, make_checked_task
+from jaxla.training.checkpoints import require_usable_path
 from jaxla.training.loop import fit
 from jaxla.training.progress import Progress
 from jaxla.training.step import count_parameters
@@ -152,6 +155,7 @@ def run(options: Options, command: str) -> None:
 
 def check_session(options: Options, experiment: Experiment, folder: Path) -> None:
     """Raise an InputError unless all processes have the same options, and the run can be written or resumed."""
+    require_usable_path(folder)
     given = {name: getattr(options, name) for name in ("run_dir", "resume", "dry_run", "devices", "shard_params")}
     given = {name.replace("_", "-"): "" if value is None else str(value) for name, value in given.items()}
     given |= comparable_options(experiment)
@@ -223,7 +227,7 @@ def train_folds(run: Run, record: Record) -> dict[str, Any] | None:
         write_choice(trials, run.data.dataset.labels.names, run.folder / files.LARGEST)
     barrier()
     with use_local_devices():
-        step_bytes = max(json.loads((folder / files.COST).read_text())["step_bytes"] for folder in folders)
+        step_bytes = max(read_json(folder / files.COST, Cost).step_bytes for folder in folders)
         return test_network(run, None, step_bytes)
 
 
@@ -374,7 +378,7 @@ def write_reports(
         largest = [[names[k - 1] for k in group] for group in trained.largest]
     write_report(
         run.folder / files.REPORT,
-        record=json.loads((run.folder / RECORD).read_text()),
+        record=read_record_json(run.folder),
         split=run.data.split.parts,
         history=files.read_metrics(run.folder) if is_single else [],
         rows=rows,

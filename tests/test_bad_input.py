@@ -464,7 +464,7 @@ def test_prediction_names_a_missing_option(scan_and_run, missing):
 
 
 def test_prediction_names_a_damaged_record(scan_and_run):
-    (scan_and_run / "run" / "experiment.json").write_text('{"version": 4}')
+    (scan_and_run / "run" / "experiment.json").write_text('{"version": 5}')
     options = ("--run=run", "--input=scan.nii.gz", "--output=mask.nii.gz")
     assert "run/experiment.json: damaged" in refuse(scan_and_run, "jaxla.predict", *options)
 

@@ -11,6 +11,7 @@ import jax
 import numpy as np
 import pytest
 from jaxla.experiments import EXPERIMENTS, METHODS
+from safetensors.numpy import save_file
 
 from jaxla.cli.command_line import parse_experiment
 from jaxla.models.weights_format import save_weights
@@ -145,6 +146,24 @@ def test_weights_that_were_not_released(tmp_path):
     facts = info(tmp_path / "mine.safetensors")
     assert facts["source"] == "random, seed 5"
     assert facts["licence"] == "none: these weights were not released by anyone"
+
+
+def test_control_characters_of_a_file_are_escaped(tmp_path):
+    metadata = {"arch": "vit\x1b[2J", "source": "hub.pth\nlicence  MIT", "source_sha256": "", "licence": "\u202eCC-BY"}
+    save_weights(tmp_path / "mine.safetensors", {}, metadata)
+    facts = info(tmp_path / "mine.safetensors")
+    assert facts["architecture"] == r"vit\x1b[2J"
+    assert facts["source"] == r"hub.pth\nlicence  MIT"
+    assert facts["licence"] == r"\u202eCC-BY"
+
+
+@pytest.mark.parametrize(
+    "metadata", [None, {"format": "pt"}, {"format": "jaxla-1"}, {"format": "jaxla-1", "arch": "a"}]
+)
+def test_weights_of_another_package_are_refused(tmp_path, metadata):
+    save_file({"a": np.zeros(3, np.float32)}, tmp_path / "theirs.safetensors", metadata)
+    line = refuse(tmp_path, "jaxla.info", "theirs.safetensors")
+    assert line.startswith("error: theirs.safetensors: not written by convert_weights. If it is a released checkpoint")
 
 
 # --- refused paths --------------------------------------------------------------------------------------------------

@@ -13,7 +13,10 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from types import FrameType
 
+from jaxla.cli.terminal import escape_controls
 from jaxla.config import InputError, command_line_wording
+
+REDELIVERY_SECONDS = 0.05  # after which a signal that was discarded is delivered again
 
 
 class Stopped(Exception):
@@ -31,8 +34,13 @@ def run_command(main: Callable[[list[str]], None]) -> None:
     """
     log_to_terminal()
     sys.unraisablehook = _report_unraisable
+    for stream in (sys.stdout, sys.stderr):  # a terminal's encoding may lack a letter, such as the × of `48 × 48`
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
     logging.raiseExceptions = False  # on a full disk the log file loses lines; the error itself is reported
     signal.signal(signal.SIGTERM, signal.default_int_handler)
+    if signal.getsignal(signal.SIGINT) == signal.SIG_DFL:  # since `start_command`
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         with command_line_wording():
             main(sys.argv[1:])
@@ -64,17 +72,29 @@ def log_to_terminal() -> None:
 def exit_status(error: BaseException) -> tuple[int, str]:
     """Return the exit code of a command that ends with this error, and the line to print."""
     if isinstance(error, InputError):
-        return 2, "error: " + " ".join(str(error).split())
+        return 2, "error: " + escape_controls(" ".join(str(error).split()))
     return 1, f"stopped {error}" if isinstance(error, Stopped) else "interrupted"
 
 
 def _report_unraisable(report: sys.UnraisableHookArgs) -> None:
-    if isinstance(report.exc_value, KeyboardInterrupt):  # Ctrl-C arrived in a callback, which cannot pass it on
-        _thread.interrupt_main()
+    """Report an error that Python discards, such as in a destructor; deliver a discarded signal again."""
+    if isinstance(report.exc_value, KeyboardInterrupt):
+        # Not at once, because this hook runs within the destructor or callback and its errors are discarded, too.
+        timer = threading.Timer(REDELIVERY_SECONDS, _deliver_to_main_thread)
+        timer.daemon = True  # the command may end before
+        timer.start()
         return
     frames = traceback.extract_tb(report.exc_traceback)
     if not frames or frames[-1].name != "_check_closed":  # Orbax's writers call an asyncio loop that an error has ended
         sys.__unraisablehook__(report)
+
+
+def _deliver_to_main_thread() -> None:
+    """Send SIGTERM, which every command handles, to the main thread, where it also ends a wait for the system."""
+    if hasattr(signal, "pthread_kill"):  # not on Windows
+        signal.pthread_kill(threading.main_thread().ident, signal.SIGTERM)
+    else:
+        _thread.interrupt_main(signal.SIGTERM)
 
 
 @contextmanager

@@ -21,9 +21,14 @@ def track(items: Iterable, label: str) -> Iterable:
             log.info("%s: %d of %d cases", label, count, len(items))
 
 
+def escape_controls(text: str) -> str:
+    """Return text from a file with its control characters, such as newlines and colour codes, as escapes like `\\n`."""
+    return "".join(letter if letter.isprintable() else letter.encode("unicode_escape").decode() for letter in text)
+
+
 def shorten(text: str, length: int = 60) -> str:
-    """Return text from a file for a message: at most `length` characters, control characters replaced by `?`."""
-    text = "".join(letter if letter.isprintable() else "?" for letter in text)
+    """Return text from a file for a message: without control characters, at most `length` characters."""
+    text = escape_controls(text)
     return text if len(text) <= length else f"{text[: length - 1]}…"
 
 

@@ -9,10 +9,12 @@ import json
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import TypedDict
 
 import numpy as np
 
 from jaxla.cli.files import create_folder_once, has_files, report_os_errors
+from jaxla.cli.json_files import read_json
 from jaxla.config import InputError, option
 from jaxla.data.arrays import open_array
 from jaxla.data.cases import Case, Dataset
@@ -114,6 +116,19 @@ def content_key(case: Case, labels: Labels) -> str:
     return hashlib.sha256(content.encode()).hexdigest()[:32]
 
 
+class _Description(TypedDict):
+    """The content of `volume.json`, as the attributes of `PreparedVolume`."""
+
+    shape: tuple[int, int, int]
+    spacing: tuple[float, float, float]
+    slice_axis: str
+    intensity_range: tuple[float, float]
+    image_sha256: str
+    slices_sha256: str
+    mask_values: tuple[int | float, ...]
+    class_voxels: tuple[int, ...]
+
+
 def _prepare_case(case: Case, labels: Labels, store: Path) -> PreparedVolume:
     key = content_key(case, labels)
     folder = store / f"{key}-v{VERSION}"
@@ -124,8 +139,8 @@ def _prepare_case(case: Case, labels: Labels, store: Path) -> PreparedVolume:
         require_same_grid(mask, image)
         with report_os_errors("written", option("cache-dir", store.parent), "Use another folder."):
             _write_prepared(folder, image, mask, labels)
-    description = json.loads((folder / "volume.json").read_text())
-    description = {name: tuple(value) if isinstance(value, list) else value for name, value in description.items()}
+    fix = f"Remove the folder {folder}; it is written again."
+    description = read_json(folder / "volume.json", _Description, fix)
     return PreparedVolume(id=case.id, folder=folder, case=case, content_key=key, **description)
 
 

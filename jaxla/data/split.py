@@ -10,10 +10,12 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import NotRequired, TypedDict
 
 import numpy as np
 
 from jaxla.cli.files import report_os_errors, write_atomically
+from jaxla.cli.json_files import decode_json
 from jaxla.config import Data, InputError, option
 from jaxla.data.patients import group_by_patient
 from jaxla.data.scan_files import compose_letters
@@ -41,6 +43,15 @@ class Split:
     def sha256(self) -> str:
         """Hash of the case ids and their order."""
         return hashlib.sha256(json.dumps(asdict(self)).encode()).hexdigest()
+
+
+class SplitFile(TypedDict):
+    """The content of `split.json`; ids that look like numbers may be written as numbers."""
+
+    train: list[str | int]
+    val: list[str | int]
+    test: list[str | int]
+    unused: NotRequired[list[str | int]]
 
 
 def make_split(ids: Sequence[str], protocol: Data, fold: str = "") -> Split:
@@ -98,16 +109,15 @@ def read_split(path: Path, option_name: str) -> Split:
     Raises:
         InputError: the file cannot be read, or is not a split file. It names the option `option_name`.
     """
-    where = option(option_name, path)
+    where, fix = option(option_name, path), "Name a JSON file with the lists train, val and test of case ids."
     with report_os_errors("read", where, "Name a split.json."):
         text = path.read_bytes()
     try:
-        content = json.loads(text)
-        train, val, test = (tuple(map(str, content[part])) for part in ("train", "val", "test"))
-        return Split(train + tuple(map(str, content.get("unused", ()))), val, test)
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        fix = "Name a JSON file with the lists train, val and test of case ids."
-        raise InputError(where, "not a split file", fix) from error
+        content = decode_json(text, SplitFile)
+    except ValueError as error:
+        raise InputError(where, f"not a split file ({error})", fix) from error
+    train, val, test, unused = (tuple(map(str, content.get(part, ()))) for part in ("train", "val", "test", "unused"))
+    return Split(train + unused, val, test)
 
 
 def _require_possible_subset(split: Split, protocol: Data, fold: str) -> None:

@@ -29,6 +29,8 @@ FORMAT = "jaxla-1"
 UNUSED_PREFIX = "unused."
 
 CHECKSUM_KEY = "data_sha256"  # metadata: sha256 of everything that follows the header
+HEADER_CHECKSUM_KEY = "header_sha256"  # metadata: sha256 of the header, in which this value is zeros
+_NO_CHECKSUM = "0" * 64
 
 CONVERT_AGAIN = "Convert the checkpoint again."
 
@@ -69,14 +71,15 @@ def save_weights(path: Path, arrays: Mapping[str, np.ndarray | StreamedArray], m
         start, end = end, end + math.prod(shape) * dtype.itemsize
         entries[name] = {"dtype": _SAFETENSORS_DTYPES[dtype.name], "shape": list(shape), "data_offsets": [start, end]}
 
-    def header(checksum: str) -> bytes:
-        sorted_metadata = dict(sorted({"format": FORMAT, CHECKSUM_KEY: checksum, **metadata}.items()))
+    def header(data_checksum: str, header_checksum: str = _NO_CHECKSUM) -> bytes:
+        checksums = {CHECKSUM_KEY: data_checksum, HEADER_CHECKSUM_KEY: header_checksum}
+        sorted_metadata = dict(sorted({"format": FORMAT, **checksums, **metadata}.items()))
         text = json.dumps({"__metadata__": sorted_metadata, **entries}, separators=(",", ":")).encode()
         text += b" " * (-len(text) % 8)
         return len(text).to_bytes(8, "little") + text
 
     with open_atomically(path) as file:
-        file.write(header("0" * 64))  # has the length of the final header
+        file.write(header(_NO_CHECKSUM))  # has the length of the final header
         digest = hashlib.sha256()
         for name in order:
             for chunk in arrays[name].chunks():
@@ -84,7 +87,7 @@ def save_weights(path: Path, arrays: Mapping[str, np.ndarray | StreamedArray], m
                 digest.update(data)
                 file.write(data)
         file.seek(0)
-        file.write(header(digest.hexdigest()))
+        file.write(header(digest.hexdigest(), hashlib.sha256(header(digest.hexdigest())).hexdigest()))
     return digest.hexdigest()
 
 
@@ -105,7 +108,7 @@ def require_free_space(path: Path, size: int) -> None:
 
 
 def read_metadata(path: Path) -> dict[str, str]:
-    """Return a weights file's metadata without the checksum.
+    """Return a weights file's metadata without the checksums.
 
     Raises:
         InputError: the file does not exist, cannot be read, or was not written by convert_weights.
@@ -127,29 +130,50 @@ def read_metadata(path: Path) -> dict[str, str]:
         # These bytes begin a PyTorch file, unless they are the length of a safetensors header, which "{" follows.
         if not start.startswith((b"PK\x03\x04", b"\x80")) or start.endswith(b"\0\0\0{"):
             raise InputError(path, "truncated, or not a safetensors file", CONVERT_AGAIN) from error
-    if metadata.get("format") != FORMAT or "arch" not in metadata:
+    if metadata.get("format") != FORMAT or not {"arch", "source"} <= set(metadata):
         command = f"python -m convert_weights --arch=ARCH --source={shlex.quote(str(path))}"
         fix = f"If it is a released checkpoint, convert it: `{command}`."
         raise InputError(path, "not written by convert_weights", fix)
-    return {key: value for key, value in metadata.items() if key != CHECKSUM_KEY}
+    return {key: value for key, value in metadata.items() if key not in (CHECKSUM_KEY, HEADER_CHECKSUM_KEY)}
 
 
 def require_undamaged(path: Path) -> str:
     """Return the sha256 of a weights file's data; raise an InputError unless it is the one in the metadata.
 
-    A file is read once per process, and again only if its size or modification time changes.
+    The header, that is the names, shapes and places of the arrays and the metadata, must have its own sha256, which
+    files of earlier versions lack. A file is read once per process, and again only if its size or modification time
+    changes.
     """
-    read_metadata(path)  # checks the header
+    read_metadata(path)  # checks the header's form
     with safe_open(path, framework="numpy") as file:
         expected = file.metadata().get(CHECKSUM_KEY)
     if expected is None:
         raise InputError(path, "contains no checksum of its data", CONVERT_AGAIN)
+    if has_header_checksum(path) and not _is_header_intact(path):
+        problem = "damaged: the names, the places of the arrays or the metadata have changed since it was written"
+        raise InputError(path, problem, CONVERT_AGAIN)
     status = path.stat()
     found = _data_sha256(path.resolve(), status.st_size, status.st_mtime_ns)
     if found != expected:
         problem = f"damaged: the sha256 of its data is {found}, but its metadata state {expected}"
         raise InputError(path, problem, CONVERT_AGAIN)
     return found
+
+
+def has_header_checksum(path: Path) -> bool:
+    """Return whether a weights file states the sha256 of its header; files of earlier versions do not."""
+    with safe_open(path, framework="numpy") as file:
+        return HEADER_CHECKSUM_KEY in file.metadata()
+
+
+def _is_header_intact(path: Path) -> bool:
+    with path.open("rb") as file:
+        length = file.read(8)
+        header = file.read(int.from_bytes(length, "little"))
+    pattern = rb'(?<="%s":")[0-9a-f]{64}(?=")' % HEADER_CHECKSUM_KEY.encode()
+    stated = re.findall(pattern, header)
+    zeroed = re.sub(pattern, _NO_CHECKSUM.encode(), header)
+    return stated == [hashlib.sha256(length + zeroed).hexdigest().encode()]
 
 
 @functools.cache

@@ -47,5 +47,5 @@ def parse_metadata(metadata: Mapping[str, str], path: Path) -> tuple[Plan, str, 
         return plan, metadata["configuration"], int(metadata["outputs"])
     except InputError:
         raise
-    except (KeyError, ValueError) as error:
+    except (KeyError, ValueError, RecursionError) as error:
         raise InputError(path, f"its metadata do not describe the network ({error!r})", "Convert it again.") from error

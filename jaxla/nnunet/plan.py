@@ -6,10 +6,18 @@ import json
 import math
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar, get_type_hints
+
+import msgspec
 
 from jaxla.cli.files import report_os_errors, write_atomically
+from jaxla.cli.json_files import BYTE_ORDER_MARK, describe_damage
 from jaxla.config import InputError
+
+T = TypeVar("T")
+
+# What reading a damaged content raises: NaN and infinity, which nnU-Net may write, are not integers.
+DAMAGE = (ValueError, KeyError, TypeError, AttributeError, IndexError, OverflowError, RecursionError)
 
 TRAINABLE = ("2d", "3d_fullres")  # configurations that this package trains
 ARCH_CONFIGURATIONS = {"nnunet_2d": "2d", "nnunet_3d_fullres": "3d_fullres"}  # arch of `NNUNetOptions` -> configuration
@@ -133,22 +141,22 @@ def plan_from_json(content: Any, where: str) -> Plan:
         schemes = [c.get("normalization_schemes", [Z_SCORE])[0] for c in stages.values()]
         plan = Plan(
             fingerprint=fingerprint_from_json(content["fingerprint"]) if "fingerprint" in content else None,
-            median_spacing=tuple(map(float, spacing)),
-            median_shape=tuple(map(int, shape)),
-            transpose_forward=tuple(map(int, content["transpose_forward"])),
+            median_spacing=_convert("median_spacing", spacing, tuple[float, float, float]),
+            median_shape=tuple(map(int, _convert("median_shape", shape, tuple[float, float, float]))),
+            transpose_forward=_convert("transpose_forward", content["transpose_forward"], tuple[int, ...]),
             configurations=configurations,
             use_mask_for_norm=bool(content.get("use_mask_for_norm", False))
             or any(bool(c.get("use_mask_for_norm", [0])[0]) for c in stages.values()),
             normalisation=next((scheme for scheme in schemes if scheme != Z_SCORE), Z_SCORE),
         )
-        if sorted(plan.transpose_forward) != [0, 1, 2] or len(plan.median_spacing) != 3 or not configurations:
+        if sorted(plan.transpose_forward) != [0, 1, 2] or not configurations:
             raise ValueError("it needs three axes and at least one configuration")
         for configuration in configurations.values():
             _find_fault(configuration)  # raises for wrong types; the fault itself matters only if the network is built
     except InputError:
         raise
-    except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
-        problem = f"not a plan ({error!r})"
+    except DAMAGE as error:
+        problem = f"not a plan ({describe_damage(error)})"
         raise InputError(where, problem, "Give a file that python -m jaxla.plan wrote, or nnUNetPlans.json.") from error
     return plan
 
@@ -162,8 +170,8 @@ def read_fingerprint(path: Path) -> Fingerprint:
     content = _read_json(path)
     try:
         fingerprint = fingerprint_from_json(content.get("fingerprint", content))
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        problem = f"not a fingerprint ({error!r})"
+    except DAMAGE as error:
+        problem = f"not a fingerprint ({describe_damage(error)})"
         raise InputError(path, problem, "Give a file with lists spacings and shapes_after_crop.") from error
     for name, cases in (("spacing", fingerprint.spacings), ("shape", fingerprint.shapes_after_crop)):
         for case, values in enumerate(cases):
@@ -176,21 +184,30 @@ def fingerprint_from_json(content: Mapping[str, Any]) -> Fingerprint:
     """Return the fingerprint in a file's content.
 
     Raises:
-        ValueError, KeyError, TypeError, AttributeError: the content is not a fingerprint.
+        One of DAMAGE: the content is not a fingerprint.
     """
-    spacings = tuple(tuple(map(float, spacing)) for spacing in content["spacings"])
-    shapes = tuple(tuple(map(int, shape)) for shape in content["shapes_after_crop"])
-    if not spacings or len(spacings) != len(shapes) or {len(case) for case in (*spacings, *shapes)} != {3}:
+    spacings = _convert("spacings", content["spacings"], tuple[tuple[float, float, float], ...])
+    shapes = _convert("shapes_after_crop", content["shapes_after_crop"], tuple[tuple[int, int, int], ...])
+    if not spacings or len(spacings) != len(shapes):
         raise ValueError("spacings and shapes_after_crop must have three numbers for each of the same cases")
-    return Fingerprint(spacings, shapes, float(content.get("median_relative_size_after_cropping", 1)))
+    fraction = content.get("median_relative_size_after_cropping", 1)
+    return Fingerprint(spacings, shapes, _convert("median_relative_size_after_cropping", fraction, float))
+
+
+def _convert(name: str, value: Any, kind: type[T]) -> T:
+    """Return parsed JSON as `kind`; raise a ValueError that names it if it has a different type."""
+    try:
+        return msgspec.convert(value, kind)
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}") from error
 
 
 def _read_json(path: Path) -> Any:
     with report_os_errors("read", path, "Make the file readable."):
         text = path.read_bytes()
     try:
-        return json.loads(text)
-    except ValueError as error:
+        return json.loads(text.removeprefix(BYTE_ORDER_MARK))
+    except (ValueError, RecursionError) as error:
         raise InputError(path, f"not JSON ({error})", "Give a plan or a fingerprint.") from error
 
 
@@ -225,6 +242,8 @@ def _parse_configuration(content: Mapping[str, Any], where: str) -> Configuratio
             "strides": strides,
             "n_conv_per_stage": content["n_conv_per_stage_encoder"],
         }
+    for name, kind in get_type_hints(Configuration).items():
+        _convert(name, content[name], kind)
     return Configuration(**{name: _to_tuples(content[name]) for name in Configuration._fields})
 
 

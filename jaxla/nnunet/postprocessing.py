@@ -12,19 +12,28 @@ import logging
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import TypedDict
 
 import numpy as np
 from scipy import ndimage
 
 from jaxla.cli.files import report_os_errors, write_atomically
+from jaxla.cli.json_files import read_json
 from jaxla.cli.terminal import plural
-from jaxla.config import InputError, option
+from jaxla.config import option
 from jaxla.distributed import barrier, broadcast, gather, is_first
 
 log = logging.getLogger(__name__)
 
 Groups = tuple[tuple[int, ...], ...]  # of class indices, whose largest connected part is kept
 Trials = dict[str, list[float | None]]  # Dice of each structure of one case, by rule
+
+
+class _Largest(TypedDict):
+    """What is read from the file of `write_choice`."""
+
+    groups: list[list[int]]
+    dice: dict[str, Trials]
 
 
 def keep_largest(classes: np.ndarray, groups: Iterable[Sequence[int]]) -> np.ndarray:
@@ -103,18 +112,16 @@ def write_choice(trials: Mapping[str, Trials], names: Sequence[str], path: Path)
 
 
 def read_trials(path: Path) -> dict[str, Trials]:
-    """Return the Dice that was written for each case."""
-    return json.loads(path.read_text())["dice"]
+    """Return the Dice that was written for each case; raises as `read_json`."""
+    return read_json(path, _Largest)["dice"]
 
 
 def read_groups(path: Path) -> Groups:
     """Return the groups in a file, () if the file is missing; raise an InputError if it is damaged."""
-    if not path.exists():
-        return ()
     try:
-        return tuple(tuple(int(k) for k in group) for group in json.loads(path.read_text())["groups"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise InputError(path, f"damaged ({error!r})", "Restore it from a copy.") from error
+        return tuple(map(tuple, read_json(path, _Largest)["groups"]))
+    except FileNotFoundError:
+        return ()
 
 
 def _dice(predicted: np.ndarray, reference: np.ndarray, count: int) -> list[float | None]:

@@ -15,12 +15,13 @@ import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, TypedDict
 
 import numpy as np
 from scipy import ndimage
 
 from jaxla.cli.files import create_folder_once, has_files, report_os_errors
+from jaxla.cli.json_files import read_json
 from jaxla.config import option
 from jaxla.data.arrays import open_array
 from jaxla.data.prepared import PreparedVolume
@@ -156,8 +157,15 @@ def _preprocess(
     if not has_files(folder, FILES):
         with report_os_errors("written", option("cache-dir", cache_dir), "Use another folder."):
             _write_folder(folder, volume, plan, configuration)
-    content = json.loads((folder / "volume.json").read_text())
-    return PreprocessedVolume(volume.id, folder, tuple(content["shape"]), tuple(content["location_counts"]))
+    content = read_json(folder / "volume.json", _Content, f"Remove the folder {folder}; it is written again.")
+    return PreprocessedVolume(volume.id, folder, content["shape"], content["location_counts"])
+
+
+class _Content(TypedDict):
+    """The content of `volume.json`."""
+
+    shape: tuple[int, ...]
+    location_counts: tuple[int, ...]
 
 
 def _write_folder(folder: Path, volume: PreparedVolume, plan: Plan, configuration: Configuration) -> None:

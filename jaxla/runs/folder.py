@@ -9,14 +9,15 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NotRequired, TypedDict
 
 from filelock import FileLock, Timeout
 
 from jaxla.cli.command_line import require_writable, strip_run_options
 from jaxla.cli.files import is_leftover, remove_leftovers, report_os_errors, write_atomically
+from jaxla.cli.json_files import RESTORE, parse_json, read_json
 from jaxla.config import Experiment, InputError
-from jaxla.data.split import FOLDS, Split, write_split
+from jaxla.data.split import FOLDS, Split, SplitFile, write_split
 from jaxla.runs.record import RECORD, Record, changed_case, differences, format_value, read_record, write_record
 
 log = logging.getLogger(__name__)
@@ -81,9 +82,79 @@ def is_running(folder: Path) -> bool:
         return False
 
 
-def read_metrics(folder: Path) -> list[dict[str, Any]]:
-    """Return the metrics of each epoch so far, from `metrics.jsonl`; raise OSError or ValueError if that fails."""
-    return [json.loads(line) for line in (folder / METRICS).read_text().splitlines()]
+class Metrics(TypedDict):
+    """A line of `metrics.jsonl`."""
+
+    epoch: int
+    train_loss: float
+    val_loss: float
+    val_dice: float
+    val_iou: float
+    seconds: float
+    slices_per_second: float
+
+
+class Mean(TypedDict):
+    """A mean in `summary.json`."""
+
+    mean: float
+    sd: float | None
+    n: int
+    unit: str
+
+
+class Overlaps(TypedDict):
+    dice: Mean
+    iou: Mean
+
+
+class TestSummary(Overlaps):
+    """What is read from `summary.json`."""
+
+    classes: dict[str, dict[str, Any]]
+    slice: Overlaps
+    atlas: Overlaps
+    definitions: dict[str, str]
+    empty_rule: str
+    best_epoch: NotRequired[int]
+
+
+def read_metrics(folder: Path) -> list[Metrics]:
+    """Return the metrics of each epoch so far, from `metrics.jsonl`.
+
+    Raises:
+        FileNotFoundError: the file is missing.
+        InputError: it cannot be read, or is damaged.
+    """
+    path = folder / METRICS
+    try:
+        lines = path.read_bytes().splitlines()
+    except FileNotFoundError:
+        raise
+    except OSError as error:
+        raise InputError(path, f"cannot be read ({error.strerror})", RESTORE) from error
+    history = [parse_json(line, Metrics, f"{path}, line {n}") for n, line in enumerate(lines, start=1)]
+    if [metrics["epoch"] for metrics in history] != list(range(1, len(history) + 1)):
+        raise InputError(path, "damaged: the epochs do not count from 1", RESTORE)
+    return history
+
+
+def read_summary(folder: Path) -> TestSummary:
+    """Return the summary of a run's test; raises as `read_metrics`."""
+    return read_json(folder / SUMMARY, TestSummary)
+
+
+def read_split_file(folder: Path) -> SplitFile:
+    """Return the split of a run; raises as `read_metrics`."""
+    return read_json(folder / SPLIT, SplitFile)
+
+
+def kept_metrics(folder: Path, history: Sequence[Metrics], summary: TestSummary) -> Metrics:
+    """Return the metrics of the tested epoch; raise an InputError if the run's files do not have it."""
+    epoch = summary.get("best_epoch", 0)
+    if not 1 <= epoch <= len(history):
+        raise InputError(folder / SUMMARY, f"damaged: {METRICS} has no epoch {epoch}", RESTORE)
+    return history[epoch - 1]
 
 
 def count_epochs(folder: Path) -> int:
@@ -101,11 +172,11 @@ def write_metrics(folder: Path, history: Sequence[Mapping[str, Any]]) -> None:
 
 def summarise_fold(folder: Path) -> dict[str, Any]:
     """Return what the report of all folds shows of one: its kept epoch, its test, and the minutes it took."""
-    summary, history = json.loads((folder / SUMMARY).read_text()), read_metrics(folder)
-    kept = next(metrics for metrics in history if metrics["epoch"] == summary["best_epoch"])
+    summary, history = read_summary(folder), read_metrics(folder)
+    kept = kept_metrics(folder, history, summary)
     return {
         "folder": folder.name,
-        "patients": len(json.loads((folder / SPLIT).read_text())["val"]),
+        "patients": len(read_split_file(folder)["val"]),
         **{name: kept[name] for name in ("epoch", "val_dice", "val_iou")},
         "test_dice": summary["dice"]["mean"],
         "test_iou": summary["iou"]["mean"],
@@ -202,8 +273,8 @@ def _require_unfinished(folder: Path) -> None:
 def _require_same_run(folder: Path, begun: Record, record: Record, split: Split, cases: Mapping[str, str]) -> None:
     """Raise an InputError unless data, split and weights are those that the run began with."""
     try:
-        then: dict[str, str] = dict(json.loads((folder / CASES).read_text()))
-    except (OSError, ValueError, TypeError):  # it only serves to name the case
+        then = read_json(folder / CASES, dict[str, str])
+    except (FileNotFoundError, InputError):  # it only serves to name the case
         then = dict(cases)
     root, data = record.experiment.data.root, record.experiment.data
     case = changed_case(then, cases)
@@ -230,3 +301,10 @@ def _log_changed_environment(then: Mapping[str, Any], now: Mapping[str, Any]) ->
     for name, resumes in now["versions"].items():
         if (began := then["versions"].get(name)) != resumes:
             log.warning("the run began with %s %s and resumes with %s: %s", name, began, resumes, may_differ)
+    if "settings" not in then:  # the record of an earlier version
+        return
+    for name in sorted({*then["settings"], *now["settings"]}):
+        values = (environment["settings"].get(name) for environment in (then, now))
+        began, resumes = (f"{name} not set" if value is None else f"{name}={value}" for value in values)
+        if began != resumes:
+            log.warning("the run began with %s and resumes with %s: the result may differ", began, resumes)

@@ -15,6 +15,14 @@ PACKAGES = (
     "jaxla", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy", "scipy", "nibabel", "pillow",
 )  # fmt: skip
 
+# Environment variables that change how JAX and XLA compute, apart from those that commands fix (jaxla.cli.start).
+NUMERIC_SETTINGS = (
+    "JAX_DEFAULT_MATMUL_PRECISION", "JAX_DEFAULT_PRNG_IMPL", "JAX_THREEFRY_PARTITIONABLE", "JAX_RANDOM_SEED_OFFSET",
+    "JAX_THREEFRY_GPU_KERNEL_LOWERING", "JAX_DISABLE_JIT", "JAX_DISABLE_MOST_OPTIMIZATIONS", "JAX_OPTIMIZATION_LEVEL",
+    "JAX_ALLOW_F16_REDUCTIONS", "JAX_HIGH_DYNAMIC_RANGE_GUMBEL", "XLA_FLAGS", "LIBTPU_INIT_ARGS",
+    "NVIDIA_TF32_OVERRIDE",
+)  # fmt: skip
+
 
 def environment() -> dict[str, Any]:
     """Return the packages, devices and processor of this process, ready for JSON."""
@@ -30,6 +38,7 @@ def environment() -> dict[str, Any]:
         "processor": processor(),
         "devices": device_count(),
         "processes": process_count(),
+        "settings": {name: os.environ[name] for name in NUMERIC_SETTINGS if os.environ.get(name)},
     }
 
 

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import MISSING, asdict, dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, NotRequired, TypedDict, get_type_hints
+
+import msgspec
 
 from jaxla.cli.files import write_atomically
+from jaxla.cli.json_files import RESTORE, check_types, describe_damage, read_json
 from jaxla.config import Experiment, InputError, Method, experiment_from_json, experiment_to_json, option_values
 from jaxla.data.labels import Labels
 
@@ -47,6 +50,54 @@ class Record:
     extent: float = 0.0  # side in mm of the square that all slices are laid on; 0 if each has its own
 
 
+class _Environment(TypedDict):
+    versions: dict[str, str]
+    device: str
+    python: NotRequired[str]
+    platform: NotRequired[str]
+    processor: NotRequired[str]
+    devices: NotRequired[int]
+    processes: NotRequired[int]
+    settings: NotRequired[dict[str, str]]
+
+
+class _Session(TypedDict):
+    begun: NotRequired[str]
+    environment: NotRequired[_Environment]
+    command: NotRequired[str]
+
+
+class _Data(TypedDict):
+    root: str
+
+
+class _Training(TypedDict):
+    epochs: int
+    minutes: float
+    checkpoint: str
+
+
+class _Experiment(TypedDict):
+    """What is read without the networks; `experiment_from_json` checks all options of the method."""
+
+    name: str
+    summary: str
+    method: str
+    seed: int
+    fold: str
+    data: _Data
+    model: dict[str, Any]
+    training: _Training
+
+
+def _record_type() -> Any:
+    """Return the type of the content of `experiment.json`: a TypedDict with the fields of `Record`."""
+    hints = get_type_hints(Record)
+    keys = {f.name: hints[f.name] if f.default is MISSING else NotRequired[hints[f.name]] for f in fields(Record)}
+    parts = {"experiment": _Experiment, "environment": _Environment, "resumed": list[_Session]}
+    return TypedDict("RecordContent", {"version": int, **keys, **parts})
+
+
 def method_label(experiment: Experiment, methods: Mapping[str, Method]) -> str:
     """Return the method's name, and an architecture that is not its own: `dinov2_vitb14 with dinov3_vitb16`."""
     name, arch = experiment.method.name, experiment.method.model.arch
@@ -79,18 +130,17 @@ def read_record_json(folder: Path) -> dict[str, Any]:
     Raises:
         InputError: `folder` holds no run, a damaged record, or one of another version.
     """
+    path = folder / RECORD
     try:
-        content: dict[str, Any] = json.loads((folder / RECORD).read_text())
-        versions_ahead = content["version"] - VERSION
-        content["environment"]["device"], content["environment"]["versions"]
-    except OSError as error:
+        content = read_json(path, dict[str, Any])
+    except (FileNotFoundError, NotADirectoryError) as error:
         raise InputError(folder, f"not a run folder (no {RECORD})", "Give the folder that training wrote.") from error
-    except (ValueError, KeyError, TypeError) as error:
-        raise InputError(folder / RECORD, f"damaged ({error!r})", "Restore it from a copy.") from error
-    if versions_ahead > 0:
+    version = check_types(content.get("version"), int, path)
+    if version > VERSION:
         raise InputError(folder, "written by a newer version of jaxla", "Update jaxla.")
-    if versions_ahead < 0:
+    if version < VERSION:
         raise InputError(folder, "written by an earlier version of jaxla", "Use that version, or train again.")
+    check_types(content, _record_type(), path)
     return content
 
 
@@ -102,20 +152,18 @@ def read_record(folder: Path) -> Record:
     del content["version"]
     try:
         experiment = experiment_from_json(content["experiment"], METHODS)
-        labels, resumed = labels_from_json(content["labels"]), tuple(content["resumed"])
+        labels, resumed = labels_from_json(content["labels"]), tuple(content.get("resumed", ()))
         return Record(**{**content, "experiment": experiment, "labels": labels, "resumed": resumed})
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise InputError(folder / RECORD, f"damaged ({error!r})", "Restore it from a copy.") from error
+    except (ValueError, KeyError, TypeError) as error:
+        raise InputError(folder / RECORD, f"damaged: {describe_damage(error)}", RESTORE) from error
 
 
 def labels_from_json(content: Mapping[str, Any]) -> Labels:
-    values, ignored = content["values"], content["ignored"]
-    return Labels(
-        names=tuple(content["names"]),
-        values=None if values is None else tuple(tuple(group) for group in values),
-        ignored=None if ignored is None else tuple(ignored),
-        one_value=content["one_value"],
-    )
+    """Return the labels in a record; raise a ValueError if they do not name a class for each group of values."""
+    labels = msgspec.convert(content, Labels)
+    if not labels.names or (labels.values is not None and len(labels.values) != len(labels.names)):
+        raise ValueError(f"{len(labels.names)} classes have {len(labels.values or ())} groups of mask values")
+    return labels
 
 
 def comparable_options(experiment: Experiment) -> dict[str, str]:

@@ -1,17 +1,18 @@
 """The results of a study, read from the folders of its runs: the values of every test volume and slice."""
 
 import csv
-import json
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, TypedDict
 
 import numpy as np
 
+from jaxla.cli.json_files import describe_damage, read_json
 from jaxla.config import InputError, option_values
+from jaxla.data.split import SplitFile
 from jaxla.evaluation.statistics import mean_interval, require_same_cases
 from jaxla.runs import folder as run_files
 from jaxla.runs.cost import Cost
@@ -41,9 +42,9 @@ class StudyRun:
     record: Record
     split: dict[str, list[str]]
     case_hashes: dict[str, str]  # case id -> hash of its scan and mask
-    summary: dict[str, Any]
+    summary: run_files.TestSummary
     cost: Cost
-    history: list[dict[str, float]]  # the lines of `metrics.jsonl`
+    history: list[run_files.Metrics]  # the lines of `metrics.jsonl`
     values: Mapping[Unit, Mapping[str, np.ndarray]]  # unit -> metric -> [units, classes]
 
     def unit_values(self, metric: str, unit: Unit = "volume", class_name: str = "") -> np.ndarray:
@@ -143,6 +144,22 @@ class Results:
         }
 
 
+class _Run(TypedDict):
+    folder: str
+    protocol: str
+    method: str
+    seed: int
+
+
+class _StudyFile(TypedDict):
+    """The content of `study.json`."""
+
+    name: str
+    summary: str
+    command: str
+    runs: list[_Run]
+
+
 def read_study(folder: Path) -> Results:
     """Read the results of a study. All its runs must be complete.
 
@@ -150,19 +167,17 @@ def read_study(folder: Path) -> Results:
         InputError: the folder is not a study's; a run is missing, incomplete, damaged, not the scheduled one or made
             by another version of this package; or the runs cannot be compared.
     """
+    fix = "Rerun the study with the same command; complete runs are kept."
     try:
-        content = json.loads((folder / STUDY).read_text())
-        name, summary, command = (content[key] for key in ("name", "summary", "command"))
-        schedule = [(run["protocol"], run["method"], int(run["seed"])) for run in content["runs"]]
-        run_dirs = [folder / RUNS / run["folder"] for run in content["runs"]]
-        if not schedule or sorted(schedule) != sorted(product(*map(set, zip(*schedule, strict=True)))):
-            raise ValueError("expected a run for each protocol, method and seed")
-    except OSError as error:
+        content = read_json(folder / STUDY, _StudyFile, fix)
+    except (FileNotFoundError, NotADirectoryError) as error:
         problem = f"not a study's folder (no {STUDY})"
         raise InputError(f"--study={folder}", problem, "Pass the --output of `python -m jaxla.study`.") from error
-    except (ValueError, KeyError, TypeError) as error:
-        fix = "Rerun the study with the same command; complete runs are kept."
-        raise InputError(folder / STUDY, f"damaged ({error!r})", fix) from error
+    schedule = [(run["protocol"], run["method"], run["seed"]) for run in content["runs"]]
+    run_dirs = [folder / RUNS / run["folder"] for run in content["runs"]]
+    if not schedule or sorted(schedule) != sorted(product(*map(set, zip(*schedule, strict=True)))):
+        raise InputError(folder / STUDY, "damaged: expected a run for each protocol, method and seed", fix)
+    name, summary, command = (content[key] for key in ("name", "summary", "command"))
     runs, fix = [], f"Resume the study with `{command}`."
     for run_dir, scheduled in zip(run_dirs, schedule, strict=True):
         if not run_dir.exists():
@@ -181,20 +196,19 @@ def read_study(folder: Path) -> Results:
 
 
 def _read_run(folder: Path, record: Record) -> StudyRun:
+    fix = f"Move the folder {folder} away and rerun the study."
     try:
-        summary = json.loads((folder / run_files.SUMMARY).read_text())
+        summary = read_json(folder / run_files.SUMMARY, run_files.TestSummary, fix)
         classes = list(summary["classes"])
-        for key in ("definitions", "empty_rule"):
-            summary[key]
-        split = json.loads((folder / run_files.SPLIT).read_text())
+        split = read_json(folder / run_files.SPLIT, SplitFile, fix)
         split = {part: list(map(str, split[part])) for part in ("train", "val", "test")}
-        cases, case_hashes = split["test"], dict(json.loads((folder / run_files.CASES).read_text()))
+        cases, case_hashes = split["test"], read_json(folder / run_files.CASES, dict[str, str], fix)
         if missing := set(cases) - set(case_hashes):
-            raise KeyError(f"{run_files.CASES}: {min(missing)}")
+            raise ValueError(f"{run_files.CASES} lacks {min(missing)}")
         history = run_files.read_metrics(folder)
-        if not history or any(float(line["seconds"]) < 0 for line in history):
+        if not history or any(line["seconds"] < 0 for line in history):
             raise ValueError(f"{run_files.METRICS}: expected at least one epoch, and no negative time")
-        cost = Cost(**json.loads((folder / run_files.COST).read_text()))
+        cost = read_json(folder / run_files.COST, Cost, fix)
         volumes, slices = folder / run_files.TEST_CASES, folder / run_files.TEST_SLICES
         values = {
             "volume": _read_values(volumes, "volume", VOLUME_METRICS, cases, classes, len(cases)),
@@ -206,9 +220,11 @@ def _read_run(folder: Path, record: Record) -> StudyRun:
         return StudyRun(folder=folder, record=record, values=values, **about, **content)
     except OSError as error:
         problem = f"cannot be read ({error.strerror}), and the report needs it"
-        raise InputError(error.filename, problem, f"Move the folder {folder} away and rerun the study.") from error
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise InputError(folder, f"damaged ({error!r})", "Move the folder away and rerun the study.") from error
+        raise InputError(error.filename, problem, fix) from error
+    except InputError:
+        raise
+    except (ValueError, KeyError, TypeError, csv.Error) as error:
+        raise InputError(folder, f"damaged: {describe_damage(error)}", fix) from error
 
 
 def _read_values(

@@ -11,6 +11,7 @@ from typing import Literal, NamedTuple
 
 from jaxla.cli.command_line import parse_experiment
 from jaxla.cli.files import report_os_errors, write_atomically
+from jaxla.cli.json_files import read_json
 from jaxla.config import METHOD_GROUPS, Data, Experiment, InputError, Study
 from jaxla.data.dataset import find_dataset
 from jaxla.data.prepared import content_key
@@ -153,11 +154,11 @@ def require_same_data(runs: Sequence[ScheduledRun], states: Sequence[State], cac
     dataset = find_dataset(protocol, cache_dir)
     hashes = {case.id: content_key(case, dataset.labels) for case in dataset.cases}
     for run in complete:
+        fix = f"Move the folder {run.folder} away to rerun it."
         try:
-            recorded = dict(json.loads((run.folder / CASES).read_text()))
-        except (OSError, ValueError, TypeError) as error:
-            fix = f"Move the folder {run.folder} away to rerun it."
-            raise InputError(run.folder / CASES, f"missing or damaged ({error!r})", fix) from error
+            recorded = read_json(run.folder / CASES, dict[str, str], fix)
+        except FileNotFoundError as error:
+            raise InputError(run.folder / CASES, "missing", fix) from error
         if change := changed_case(recorded, hashes):
             problem = f"was run on different data than {run.experiment.data.root} has now ({change})"
             raise InputError(run.folder, problem, "Restore the data, or choose another --output.")

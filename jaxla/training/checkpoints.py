@@ -19,8 +19,9 @@ from typing import Any, TypeVar
 
 import jax
 import orbax.checkpoint as ocp
+from etils import epath
 
-from jaxla.cli.files import file_sha256, free_bytes, write_atomically
+from jaxla.cli.files import file_sha256, free_bytes, is_leftover, write_atomically
 from jaxla.config import InputError, option
 from jaxla.distributed import barrier, broadcast, is_first
 
@@ -40,6 +41,30 @@ def _silence_warnings(logger_name: str) -> Iterator[None]:
         logger.setLevel(level)
 
 
+class _LiteralPath(type(epath.Path("."))):
+    """A path that Orbax accepts as its own, in whose name `[`, `*` and `?` are ordinary characters.
+
+    The class that Orbax uses by default takes the whole path as a pattern when it lists files by a pattern, so that it
+    does not find the arrays that it has written, or finds those of another folder.
+    """
+
+    def glob(self, pattern: str) -> Iterator[_LiteralPath]:
+        return map(type(self), Path(self).glob(pattern))
+
+
+def require_usable_path(folder: Path) -> None:
+    """Raise an InputError if Orbax would write to another place than `folder`, because of its path."""
+    path = f"{folder.absolute().as_posix()}/"
+    if "\\" in path:
+        problem = "Orbax takes the backslash in this path for a slash"
+    elif "gs:/" in path or re.match("/(gs|s3|az|hf)/", path):
+        problem = "Orbax takes this path for a remote store"
+    else:
+        return
+    fix = "Use a folder outside /gs, /s3, /az and /hf, in whose path no name contains a backslash or ends in gs:."
+    raise InputError(folder, problem, fix)
+
+
 class Checkpoints:
     """The newest two checkpoints in a folder, by step. An older one is removed only once a newer one is complete.
 
@@ -48,6 +73,7 @@ class Checkpoints:
     """
 
     def __init__(self, folder: Path, read_only: bool = False) -> None:
+        require_usable_path(folder)
         self._folder = folder.absolute()
         if not read_only and is_first():
             self._remove_half_written()
@@ -56,13 +82,14 @@ class Checkpoints:
             options = ocp.CheckpointManagerOptions(
                 max_to_keep=2, enable_async_checkpointing=False, read_only=read_only, create=not read_only
             )
-            self._manager = ocp.CheckpointManager(self._folder, options=options)
+            self._manager = ocp.CheckpointManager(_LiteralPath(self._folder), options=options)
 
     def save(self, step: int, trees: Mapping[str, Any], progress: Mapping[str, Any]) -> None:
         """Save named pytrees of arrays and a JSON-like record, unless this step was saved before.
 
         Raises:
-            InputError: the disk is full or refuses to write; earlier checkpoints are kept.
+            InputError: the disk is full or refuses to write, or what was written cannot be opened; earlier checkpoints
+                are kept.
         """
         if step in self.steps():
             return
@@ -76,19 +103,33 @@ class Checkpoints:
             )
             assert saved, f"{self._folder}: step {step} does not follow {self.steps()}"
             if is_first():
+                self._require_opens(step, arrays)
                 write_atomically(self._hash_file(step), json.dumps(_hash_files(self._folder / str(step))))
                 for old in set(checkpoint_steps(self._folder)) - set(self._manager.all_steps()):
                     self._hash_file(old).unlink()  # of a checkpoint that Orbax has removed
         except (OSError, ValueError) as error:
             os_error = error if isinstance(error, OSError) else _find_os_error(error)
-            if os_error is None:
-                raise
             if is_first():
                 self._remove_half_written()
+            if os_error is None:
+                raise
             problem = f"cannot be written ({os_error.strerror or os_error}); earlier checkpoints are kept"
             fix = f"Fix this and rerun with {option('resume')}."
             raise InputError(self._folder / str(step), problem, fix) from error
         barrier()  # no process continues before the checkpoint is complete
+
+    def _require_opens(self, step: int, arrays: Mapping[str, ocp.args.StandardSave]) -> None:
+        """Raise an InputError unless Orbax finds every array that it has just saved. Reads no values."""
+        try:
+            found = self._manager.item_metadata(step)
+            is_complete = all(name in found and set(found[name]) == set(saved.item) for name, saved in arrays.items())
+        except ValueError as error:
+            if _find_os_error(error):
+                raise
+            is_complete = False
+        if not is_complete:
+            problem = "was written, but Orbax cannot open it; earlier checkpoints are kept"
+            raise InputError(self._folder / str(step), problem, "Train in a folder on another disk.")
 
     def steps(self) -> list[int]:
         """Return the steps of the complete checkpoints, newest first."""
@@ -117,12 +158,18 @@ class Checkpoints:
         """Return a checkpoint's trees, of the structure, shapes and dtypes of `like`, and its record.
 
         Raises:
-            InputError: the checkpoint is damaged.
+            InputError: the checkpoint is damaged, or of a different network.
         """
         if damage := self.find_damage(step):
             raise InputError(self._folder / str(step), f"damaged checkpoint: {damage}", "Restore it from a copy.")
         arrays = {name: ocp.args.StandardRestore(_flatten(tree)) for name, tree in like.items()}
-        restored = self._manager.restore(step, args=ocp.args.Composite(**arrays, progress=ocp.args.JsonRestore()))
+        try:
+            restored = self._manager.restore(step, args=ocp.args.Composite(**arrays, progress=ocp.args.JsonRestore()))
+        except (ValueError, KeyError) as error:  # intact files of other arrays, or ones that were never merged
+            problem = f"does not hold the arrays of this network ({str(error).splitlines()[0][:200]})"
+            raise InputError(
+                self._folder / str(step), problem, "Restore the run from a copy, or train again."
+            ) from error
         trees = {name: _unflatten(tree, restored[name]) for name, tree in like.items()}
         return trees, restored["progress"]
 
@@ -156,24 +203,25 @@ class Checkpoints:
         Raises:
             InputError: several checkpoints lack their hashes, so somebody has removed the files of hashes.
         """
-        half_written = [
-            path for path in self._folder.glob("[0-9]*") if path.is_dir() and not self._hash_file(path.name).exists()
-        ]
+        pattern = r"[0-9]+(\.orbax-checkpoint-tmp.*)?"  # not a copy that somebody made, such as `4 (copy)`
+        folders = [path for path in self._folder.glob("[0-9]*") if path.is_dir() and re.fullmatch(pattern, path.name)]
+        half_written = [path for path in folders if not self._hash_file(path.name).exists()]
         if len([path for path in half_written if path.name.isdecimal()]) > 1:  # a process writes one at a time
             raise InputError(self._folder, "the checkpoints' .sha256 files are missing", "Restore them from a copy.")
         for path in half_written:
             log.warning("%s: half-written checkpoint, removed", path)
             shutil.rmtree(path)
-        for temporary in self._folder.glob(".*.sha256"):
+        for temporary in filter(is_leftover, self._folder.glob(".*.sha256")):
             temporary.unlink()
-        for hashes in self._folder.glob("[0-9]*.sha256"):
-            if not hashes.with_suffix("").is_dir():  # the checkpoint was being removed
-                hashes.unlink()
+        for step in checkpoint_steps(self._folder):
+            if not (self._folder / str(step)).is_dir():  # the checkpoint was being removed
+                self._hash_file(step).unlink()
 
 
 def checkpoint_steps(folder: Path) -> list[int]:
     """Return the steps of the complete checkpoints in a folder, newest first."""
-    return sorted((int(path.stem) for path in folder.glob("[0-9]*.sha256")), reverse=True)
+    steps = [path.stem for path in folder.glob("[0-9]*.sha256") if re.fullmatch(r"0|[1-9][0-9]*", path.stem)]
+    return sorted(map(int, steps), reverse=True)
 
 
 def network_state(trainable: Any, statistics: Any) -> dict[str, Any]:

@@ -14,6 +14,7 @@ from jaxla.cli.process import Stopped
 from jaxla.config import Training
 from jaxla.data.batches import Source, evaluation_batches
 from jaxla.distributed import constrain_sharding, local_rows, place_on_devices, shard_batch
+from jaxla.hardware import require_float32
 from jaxla.memory import program_bytes, require_memory
 from jaxla.training.losses import Loss, cross_entropy
 from jaxla.training.optimisers import make_optimiser
@@ -48,6 +49,7 @@ class Trainer:
         trainable, frozen, optimiser_state: the state between two steps.
 
     Raises:
+        InputError: JAX computes in float64.
         ValueError: the network draws random numbers during training.
     """
 
@@ -65,6 +67,7 @@ class Trainer:
         seed: int = 0,
         memory_advice: str = "",
     ) -> None:
+        require_float32()
         self.memory_advice = memory_advice
         self.recipe, self.steps_per_epoch, self.seed = recipe, steps_per_epoch, seed
         parts = split_network(network, train_backbone)

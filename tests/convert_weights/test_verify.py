@@ -1,10 +1,13 @@
 """--verify compares a file with its checksum and runs its network."""
 
+import json
+
 import pytest
 import torch
 from safetensors.numpy import save_file
 
 from jaxla import InputError, load_backbone
+from jaxla.models.weights_format import require_undamaged
 from tests.convert_weights.command import empty_state, read_weights, refuse, succeed, write_ours
 
 
@@ -37,6 +40,50 @@ def test_one_flipped_bit_is_found(mini, position):
     mini.write_bytes(content)
     assert refuse(mini.parent, "--verify", f"--output={mini}").startswith(
         f"{mini}: damaged: the sha256 of its data is "
+    )
+
+
+def edit_header(path, edit):
+    """Change the header of a file, as parsed JSON, and leave its data as they are."""
+    content = path.read_bytes()
+    end = 8 + int.from_bytes(content[:8], "little")
+    header = json.loads(content[8:end])
+    edit(header)
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    path.write_bytes(len(text).to_bytes(8, "little") + text + content[end:])
+
+
+def swap_two_tensors(header):
+    first, second = header["blocks.norm1.bias"], header["blocks.norm2.bias"]
+    assert first["shape"] == second["shape"]
+    first["data_offsets"], second["data_offsets"] = second["data_offsets"], first["data_offsets"]
+
+
+HEADER_EDITS = {
+    "swapped tensors": swap_two_tensors,
+    "the source": lambda header: header["__metadata__"].update(source="https://example.org/model.pth"),
+    "the licence": lambda header: header["__metadata__"].update(licence="public domain"),
+    "a further entry": lambda header: header["__metadata__"].update(note=""),
+    "the checksum": lambda header: header["__metadata__"].update(header_sha256="0" * 64),
+}
+
+
+@pytest.mark.parametrize("kind", HEADER_EDITS)
+def test_a_changed_header_is_found(mini, kind):
+    edit_header(mini, HEADER_EDITS[kind])
+    assert refuse(mini.parent, "--verify", f"--output={mini}") == (
+        f"{mini}: damaged: the names, the places of the arrays or the metadata have changed since it was written. "
+        "Convert the checkpoint again."
+    )
+
+
+def test_a_file_of_an_earlier_version_is_verified_without_its_header(mini):
+    checksum = require_undamaged(mini)
+    edit_header(mini, lambda header: header["__metadata__"].pop("header_sha256"))
+    assert require_undamaged(mini) == checksum
+    assert "; its names and metadata are not covered, because an earlier version wrote it (" in succeed(
+        "--verify", f"--output={mini}"
     )
 
 

@@ -177,7 +177,7 @@ def make_2d_plan(**values):
         (make_2d_plan(strides=[[2, 2], [2, 2], [2, 2], [1, 1]]), "the first stage has a stride"),
         (make_2d_plan(strides=[[1, 1, 1], [2, 2, 2], [2, 2, 2], [2, 2, 2]]), "strides do not have the patch's 2 axes"),
         (make_2d_plan(batch_size=0), "must be positive integers"),
-        (make_2d_plan(batch_size="2"), "must be positive integers"),
+        (make_2d_plan(batch_size="2"), "it: not a plan (batch_size: Expected `int`, got `str`)"),
         (
             make_2d_plan(patch_size=[56], median_image_size_in_voxels=[50]),
             "cannot be built: the patch has 1 axes and the network 4 stages",

@@ -1,6 +1,7 @@
 """A run's folder appears with all its files or not at all, and belongs to one process at a time."""
 
 import json
+import logging
 import os
 import time
 from dataclasses import replace
@@ -160,6 +161,23 @@ def test_resuming_records_each_session_and_moved_files(tmp_path):
         assert (record.begun, record.command) == (RECORD.begun, RECORD.command)
         assert record.experiment.data.root == "/elsewhere"
         assert [session["begun"] for session in record.resumed] == [now.begun] * times
+
+
+def test_resuming_with_different_settings_of_jax_is_logged(tmp_path, caplog):
+    def record(**settings):
+        return replace(RECORD, environment={**RECORD.environment, "settings": settings})
+
+    started, resumed = record(XLA_FLAGS="--a", JAX_DISABLE_JIT="0"), record(XLA_FLAGS="--b", JAX_DISABLE_JIT="0")
+    with run_folder(tmp_path, started, SPLIT, CASES, resume=False):
+        pass
+    caplog.set_level(logging.WARNING, "jaxla")
+    for now in (started, resumed, record(JAX_DISABLE_JIT="0")):
+        with run_folder(tmp_path, now, SPLIT, CASES, resume=True):
+            pass
+    assert caplog.messages == [
+        "the run began with XLA_FLAGS=--a and resumes with XLA_FLAGS=--b: the result may differ",
+        "the run began with XLA_FLAGS=--a and resumes with XLA_FLAGS not set: the result may differ",
+    ]
 
 
 def test_resuming_removes_half_written_files(tmp_path):

@@ -87,7 +87,8 @@ def write_run(folder, run, references, root, labels, option):
         "inference_seconds": [1.0 + run.seed, 2.0 + run.seed], "inference_slices": [6, 6],
     }  # fmt: skip
     (folder / "cost.json").write_text(json.dumps(cost))
-    lines = [{"epoch": n, "seconds": 10.0 * n, "val_dice": 0.5, "val_iou": 0.4} for n in (1, 2)]
+    losses = {"train_loss": 0.3, "val_loss": 0.4, "slices_per_second": 9.5}
+    lines = [{"epoch": n, "seconds": 10.0 * n, "val_dice": 0.5, "val_iou": 0.4, **losses} for n in (1, 2)]
     (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
 
     rows, slice_rows = [], []
@@ -101,6 +102,7 @@ def write_run(folder, run, references, root, labels, option):
         row |= {"atlas_dice": 0.4, "atlas_iou": 0.25}
     summary = summarise(rows, "volume", "one", labels.names)
     summary["slice"] = summarise(slice_rows, "slice", "one", labels.names)
+    summary["atlas"] = {metric: summary[metric] for metric in ("dice", "iou")}  # of whatever masks
     write_cases(rows, folder / "test" / "cases.csv")
     write_cases(slice_rows, folder / "test" / "slices.csv")
     write_summary(summary, folder / "test" / "summary.json")

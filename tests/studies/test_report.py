@@ -359,7 +359,7 @@ def test_missing_or_changed_scans_are_refused(study, reported, tmp_path):
 
 def test_schedule_without_a_run_for_each_protocol_method_and_seed_is_refused(study):
     edit(study / "study.json", lambda content: content["runs"].pop())
-    with pytest.raises(InputError, match=r"study.json: damaged .*expected a run for each protocol, method and seed"):
+    with pytest.raises(InputError, match=r"study.json: damaged: expected a run for each protocol, method and seed"):
         read_study(study)
 
 
@@ -447,37 +447,47 @@ FAULTS = {
         lambda run: (run / "test" / "cases.csv").write_text(
             re.sub(r"\nc3,", "\nc2,", (run / "test" / "cases.csv").read_text())
         ),
-        "{run}: damaged (ValueError('cases.csv: expected 4 rows, one per volume and class of the test cases'))",
+        "{run}: damaged: cases.csv: expected 4 rows, one per volume and class of the test cases. Move",
     ),
     "fewer slices": (
         lambda run: (run / "test" / "slices.csv").write_text(
             re.sub(r"\nc3,5,.*", "", (run / "test" / "slices.csv").read_text())
         ),
-        "{run}: damaged (ValueError('slices.csv: expected 24 rows, one per slice and class of the test cases'))",
+        "{run}: damaged: slices.csv: expected 24 rows, one per slice and class of the test cases. Move",
     ),
     "no hash": (
         lambda run: edit(run / "cases.json", lambda c: c.pop("c2")),
-        "{run}: damaged (KeyError('cases.json: c2')",
+        "{run}: damaged: cases.json lacks c2. Move",
     ),
     "no epoch": (
         lambda run: (run / "metrics.jsonl").write_text(""),
-        "{run}: damaged (ValueError('metrics.jsonl: expected at least one epoch",
+        "{run}: damaged: metrics.jsonl: expected at least one epoch",
     ),
     "no versions": (
         lambda run: edit(run / "experiment.json", lambda c: c["environment"].pop("versions")),
-        "experiment.json: damaged (KeyError('versions'))",
+        "experiment.json: damaged: Object missing required field `versions` - at `$.environment`. Restore",
     ),
-    "damaged hashes": (lambda run: (run / "cases.json").write_text("[3]"), "{run}: damaged"),
+    "damaged hashes": (
+        lambda run: (run / "cases.json").write_text("[3]"),
+        "{run}/cases.json: damaged: Expected `object`, got `array`. Move",
+    ),
     "no time": (
         lambda run: (run / "metrics.jsonl").write_text('{"epoch": 1}\n'),
-        "{run}: damaged (KeyError('seconds'))",
+        "{run}/metrics.jsonl, line 1: damaged: Object missing required field",
     ),
-    "half a cost": (lambda run: edit(run / "cost.json", lambda c: c.pop("step_bytes")), "{run}: damaged"),
+    "half a cost": (
+        lambda run: edit(run / "cost.json", lambda c: c.pop("step_bytes")),
+        "{run}/cost.json: damaged: Object missing required field `step_bytes`. Move",
+    ),
+    "a long field": (
+        lambda run: (run / "test" / "cases.csv").write_text(f"case,class,dice\nc0,LA,{'1' * 200_000}\n"),
+        "{run}: damaged: field larger than field limit (131072). Move",
+    ),
     "not finite": (
         lambda run: (run / "test" / "slices.csv").write_text(
             re.sub(r"(c0,0,LA,)[^,]*", r"\1nan", (run / "test" / "slices.csv").read_text())
         ),
-        "{run}: damaged (ValueError('slices.csv: dice of c0 is not finite'))",
+        "{run}: damaged: slices.csv: dice of c0 is not finite. Move",
     ),
     "no cost": (
         lambda run: (run / "cost.json").unlink(),

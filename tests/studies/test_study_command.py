@@ -225,7 +225,7 @@ def test_complete_runs_on_a_different_split_or_different_data_are_refused(phanto
     with pytest.raises(InputError, match=re.escape(problem)):
         require_same_data([run], ["complete"], tmp_path)
     (folder / "cases.json").write_text("{")
-    with pytest.raises(InputError, match=r"cases.json: missing or damaged"):
+    with pytest.raises(InputError, match=r"cases.json: damaged: "):
         require_same_data([run], ["complete"], tmp_path)
 
 

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from orbax.checkpoint._src.serialization import ocdbt_utils
 
 from jaxla.config import BackboneTraining, InputError, command_line_wording
 from jaxla.models.networks.transformer_segmenter import LinearDecoder, TransformerSegmenter
@@ -99,6 +100,70 @@ def test_a_folder_without_checkpoints_has_no_newest_one(tmp_path):
     assert checkpoints.find_newest_intact() is None
     checkpoints.close()
     assert checkpoint_steps(tmp_path / "best") == checkpoint_steps(tmp_path / "nowhere") == []
+
+
+ODD_NAMES = ["a[1]b", "[", "a*b", "a?b", "a{b}", "#1 100%", "a b", "José", "a:b", "~a", "$HOME"]
+
+
+@pytest.mark.parametrize("name", ODD_NAMES)
+def test_a_folder_of_any_name_holds_checkpoints(tmp_path, name):
+    save(tmp_path / "aXb" / "latest", 1)  # matches some of the names as patterns
+    folder = save(tmp_path / name / "latest", 1, 2, 3)
+    checkpoints = Checkpoints(folder, read_only=True)
+    assert checkpoints.steps() == [3, 2]
+    assert restores(checkpoints, 3)
+    checkpoints.close()
+    assert len([path for path in files(folder / "3") if path.parent.name == "array_metadatas"]) == 1
+
+
+@pytest.mark.parametrize("folder", ["/s3/run", "/gs/run", "logs:/run", "a\\b"])
+def test_a_folder_whose_path_orbax_misreads_is_refused(tmp_path, folder):
+    with pytest.raises(InputError, match=r"Orbax takes th.* for a (remote store|slash)"):
+        Checkpoints(tmp_path / folder)
+    assert names(tmp_path) == set()
+
+
+def test_a_checkpoint_that_cannot_be_opened_does_not_count_as_saved(tmp_path, monkeypatch):
+    """Orbax merges what each process has written, and only logs it if it finds nothing to merge."""
+
+    async def merge_nothing(*arguments, **options):
+        pass
+
+    folder = save(tmp_path / "latest", 1)
+    checkpoints = Checkpoints(folder)
+    monkeypatch.setattr(ocdbt_utils, "merge_ocdbt_per_process_files", merge_nothing)
+    with pytest.raises(InputError, match=f"{folder / '2'}: was written, but Orbax cannot open it"):
+        checkpoints.save(2, make_trees(2), {"epoch": 2})
+    monkeypatch.undo()
+    checkpoints.close()
+    assert names(folder) == {"1", "1.sha256"}
+    reopened = Checkpoints(folder, read_only=True)
+    assert restores(reopened, 1)
+    reopened.close()
+
+
+def test_a_checkpoint_of_a_different_network_is_refused(tmp_path):
+    folder = save(tmp_path / "best", 1)
+    checkpoints = Checkpoints(folder, read_only=True)
+    for shapes in ({"x": (5,), "y": (2, 3)}, {"x": (4000,), "z": (2, 3)}):
+        like = {"trainable": {name: jax.ShapeDtypeStruct(shape, jnp.float32) for name, shape in shapes.items()}}
+        with pytest.raises(InputError, match="1: does not hold the arrays of this network"):
+            checkpoints.restore(like, 1)
+    checkpoints.close()
+
+
+def test_copies_that_somebody_made_are_neither_read_nor_removed(tmp_path):
+    folder = save(tmp_path / "latest", 1, 2)
+    shutil.copytree(folder / "2", folder / "2 (copy)")
+    shutil.copy(folder / "2.sha256", folder / "4 (copy).sha256")
+    shutil.copy(folder / "2.sha256", folder / "02.sha256")
+    before = names(folder)
+    checkpoints = Checkpoints(folder)
+    assert checkpoints.find_newest_intact() == 2
+    assert restores(checkpoints, 2)
+    checkpoints.save(3, make_trees(3), {"epoch": 3})
+    checkpoints.close()
+    assert names(folder) == before - {"1", "1.sha256"} | {"3", "3.sha256"}
 
 
 # --- damage ---

@@ -1,10 +1,12 @@
 """Training without commands, as in a notebook."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
 
+import jaxla
 from jaxla.config import Training
 from jaxla.data.batches import ArraySource
 from jaxla.training.checkpoints import checkpoint_steps
@@ -40,6 +42,19 @@ def test_a_users_module_trains_on_arrays(tmp_path):
     assert progress.best_dice > 0.8
     logits = trainer.network()(jnp.asarray(images[16:]))[..., 0]
     assert ((logits > 0) == masks[16:]).mean() > 0.9
+
+
+@pytest.mark.quick
+def test_training_and_networks_in_float64_are_refused(tmp_path):
+    with jax.enable_x64():
+        for make in (
+            lambda: Trainer(OwnNetwork(nnx.Rngs(0)), Training(), steps_per_epoch=4),
+            lambda: jaxla.load_network(tmp_path),
+            lambda: jaxla.load_backbone(tmp_path),
+            lambda: jaxla.build_network("unet"),
+        ):
+            with pytest.raises(jaxla.InputError, match=r"^jax_enable_x64: is on, but the networks compute in float32"):
+                make()
 
 
 @pytest.mark.quick

@@ -1,0 +1,61 @@
+"""JSON files that commands read: every value is checked against the type that the reader expects."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, TypeVar
+
+import msgspec
+
+from jaxla.config import InputError
+
+T = TypeVar("T")
+
+RESTORE = "Restore it from a copy."
+BYTE_ORDER_MARK = b"\xef\xbb\xbf"  # some editors on Windows write it
+
+
+def read_json(path: Path, kind: type[T], fix: str = RESTORE) -> T:
+    """Return the content of a JSON file as `kind`, such as a dataclass, a TypedDict or `dict[str, str]`.
+
+    Raises:
+        FileNotFoundError, NotADirectoryError: the file is missing.
+        InputError: it cannot be read, is not JSON (which has no NaN or infinity), or a value has a different type:
+            a truth value is not a number, and 1.0 is not an integer.
+    """
+    try:
+        text = path.read_bytes()
+    except (FileNotFoundError, NotADirectoryError):
+        raise
+    except OSError as error:
+        raise InputError(path, f"cannot be read ({error.strerror})", fix) from error
+    return parse_json(text, kind, path, fix)
+
+
+def parse_json(text: bytes, kind: type[T], where: object, fix: str = RESTORE) -> T:
+    """Return what `read_json` returns for a file with this text; `where` names it in the error."""
+    try:
+        return decode_json(text, kind)
+    except ValueError as error:
+        raise InputError(where, f"damaged: {error}", fix) from error
+
+
+def decode_json(text: bytes, kind: type[T]) -> T:
+    """Return what `read_json` returns for a file with this text; raise a ValueError if it is damaged."""
+    try:
+        return msgspec.json.decode(text.removeprefix(BYTE_ORDER_MARK), type=kind)
+    except RecursionError as error:
+        raise ValueError("too many levels") from error
+
+
+def describe_damage(error: Exception) -> str:
+    """Return what is wrong with a content whose types are right, from the error that reading it raised."""
+    return f"{error} is missing or unknown" if isinstance(error, KeyError) else str(error)
+
+
+def check_types(content: Any, kind: type[T], where: object, fix: str = RESTORE) -> T:
+    """Return parsed JSON as `kind`; raise an InputError about `where` if a value has a different type."""
+    try:
+        return msgspec.convert(content, kind)
+    except (ValueError, RecursionError) as error:
+        raise InputError(where, f"damaged: {error}", fix) from error
