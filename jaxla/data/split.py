@@ -79,11 +79,17 @@ def read_split(path: Path, option_name: str) -> Split:
         text = path.read_bytes()
     try:
         content = json.loads(text)
-        train, val, test = (tuple(map(str, content[part])) for part in ("train", "val", "test"))
-        return Split(train + tuple(map(str, content.get("unused", ()))), val, test)
+        parts = [content["train"], content["val"], content["test"], content.get("unused", [])]
+        if not all(isinstance(part, list) and all(isinstance(name, str | int) for name in part) for part in parts):
+            raise TypeError("expected lists of case ids")
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         fix = "Name a JSON file with the lists train, val and test of case ids."
         raise InputError(where, "not a split file", fix) from error
+    train, val, test, unused = (tuple(map(str, part)) for part in parts)
+    named = [*train, *val, *test, *unused]
+    if twice := sorted({name for name in named if named.count(name) > 1}):
+        raise InputError(where, f"names case {twice[0]} twice", "Name each case once.")
+    return Split(train + unused, val, test)
 
 
 def _require_possible_subset(split: Split, protocol: Data, fold: str) -> None:
@@ -132,8 +138,6 @@ def _read_fitting_split(path: Path, ids: Sequence[str]) -> Split:
     where = option("data.split", path)
     split = read_split(path, "data.split")
     named = [*split.train, *split.val, *split.test]
-    if twice := sorted({name for name in named if named.count(name) > 1}):
-        raise InputError(where, f"names case {twice[0]} twice", "Name each case once.")
     if unknown := sorted(set(named) - set(ids)):
         problem = f"case {unknown[0]} is not in the data ({len(unknown)} of its cases are not)"
         raise InputError(where, problem, "Use the split of this data set.")
