@@ -36,6 +36,7 @@ from jaxla.evaluation.summary import (
 
 log = logging.getLogger("jaxla.evaluate")
 
+PROBABILITIES_SUFFIX = "_probabilities"
 MAX_CLASSES = 255  # class indices are uint8; a file with more values is an image
 
 
@@ -123,8 +124,13 @@ def match_cases(
     elif predicted.keys().isdisjoint(referenced):
         referenced = masks_by_image(referenced) or referenced
 
+    for name in [name for name in predicted if name.endswith(PROBABILITIES_SUFFIX) and name not in referenced]:
+        if name.removesuffix(PROBABILITIES_SUFFIX) in predicted:  # `predict` writes the two into one folder
+            log.info("%s: probabilities, not scored", predicted.pop(name))
     if split:
         test_cases = read_split(Path(split), "cases").test
+        if not test_cases:
+            raise InputError(f"--cases={split}", "its list test is empty", "Name at least one case.")
         if missing := [name for name in test_cases if name not in referenced]:
             problem = f"its test case {missing[0]} has no reference in {references}"
             raise InputError(f"--cases={split}", problem, "Name the split and the references of one data set.")
@@ -180,6 +186,7 @@ def check_masks(pairs: list[Pair], labels: Labels | None) -> Labels:
     elif labels.ignored is None:
         log.info("classes: %s", labels.describe())
 
+    require_present_class(labels, reference_values, pairs[0].reference.parent)
     # "All other values are background" excuses the values of references, not those of predictions alone.
     ignored = reference_values if labels.ignored is None else set(labels.ignored)
     # "Any non-zero value" allows several values in references, as in training. The file with most values comes first:
@@ -191,11 +198,24 @@ def check_masks(pairs: list[Pair], labels: Labels | None) -> Labels:
         else:
             unknown = values[path] - ignored.union(*labels.values)
         if unknown:
-            listed = ", ".join(map(str, sorted(unknown)[:5]))
             classes = labels.describe() or "none: every reference is empty"
-            problem = f"label values {listed} are not among the classes ({classes})"
+            problem = f"label values {list_values(unknown)} are not among the classes ({classes})"
             raise InputError(path, problem, "Correct the mask, or set --data.labels as in training.")
     return labels
+
+
+def require_present_class(labels: Labels, reference_values: set[int], folder: Path) -> None:
+    """Raise an InputError if references hold values, but of no class: empty predictions would count as perfect."""
+    if not reference_values:
+        log.warning("%s: every reference is empty", folder)
+    elif labels.values is not None and reference_values.isdisjoint(set().union(*labels.values)):
+        problem = f"the references hold the values {list_values(reference_values)}, but no class ({labels.describe()})"
+        raise InputError(folder, problem, "Correct --data.labels.")
+
+
+def list_values(values: set[int]) -> str:
+    """Return the five lowest values."""
+    return ", ".join(map(str, sorted(values)[:5]))
 
 
 def score_pair(pair: Pair, labels: Labels, unit: str, empty: str) -> list[Row]:

@@ -1,8 +1,10 @@
 """python -m jaxla.predict --run=DIR --input=FILE|DIR --output=FILE|DIR [--probabilities]: scans in, masks out."""
 
-import math
+import shlex
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal, NamedTuple
 
 from jsonargparse import Namespace
 
@@ -13,16 +15,29 @@ from jaxla.cli.command_line import (
     parse_arguments,
     require_writable,
 )
-from jaxla.cli.process import run_command
+from jaxla.cli.files import is_leftover
+from jaxla.cli.process import Stopped, run_command
 from jaxla.config import InputError
 from jaxla.data.cases import find_images
 from jaxla.data.formats import is_scan, scan_ending, strip_ending
 from jaxla.data.slices import slice_geometry, to_slices
-from jaxla.data.volumes import Volume, log_warnings, read_image, write_volume
-from jaxla.distributed import join_processes, local_items, log_progress, require_same, use_devices, use_local_devices
+from jaxla.data.volumes import Volume, hash_voxels, log_warnings, read_image, read_mask, same_grid, write_volume
+from jaxla.distributed import (
+    barrier,
+    gather,
+    is_first,
+    join_processes,
+    local_items,
+    log_progress,
+    name_resume_command,
+    require_same,
+    use_devices,
+    use_local_devices,
+)
 from jaxla.inference.mask_files import (
     ENDINGS,
     is_mask_file,
+    mask_classes,
     mask_ending,
     probabilities_ending,
     require_mask_file,
@@ -30,9 +45,34 @@ from jaxla.inference.mask_files import (
 )
 from jaxla.inference.segment import segment_volume
 from jaxla.runs.folder import is_finished
-from jaxla.runs.record import read_record
+from jaxla.runs.predictions import (
+    Origin,
+    describe_mask,
+    find_kept,
+    mark_unfinished,
+    recorded_cases,
+    replace_rows,
+    run_id,
+)
+from jaxla.runs.record import Record, read_record
 from jaxla.runs.trained import TrainedRun, load_run
+from jaxla.runs.training_scans import describe_scan, find_differences, find_part, read_known_scans
 from jaxla.tasks import Task, restore_task
+
+Row = dict[str, Any]  # of predictions.csv
+
+
+class Output(NamedTuple):
+    """A scan and the files that it gets."""
+
+    case: str
+    scan: Path
+    mask: Path
+    probabilities: Path | None  # None if they were not asked for
+
+    @property
+    def files(self) -> list[Path]:
+        return [path for path in (self.mask, self.probabilities) if path]
 
 
 def main(arguments: list[str]) -> None:
@@ -45,69 +85,163 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("--output", type=str, required=True, help="file for the mask, or folder for masks <case>.*")
     formats = "format of the masks; scan: that of each scan, which is dicom-seg for a DICOM series"
     parser.add_argument("--format", type=Literal["scan", *ENDINGS], default="scan", help=formats)
-    probabilities = "also write <case>_probabilities.* (float32; a value per class for several classes)"
+    probabilities = "also write probabilities/<case>.* (float32; a value per class for several classes)"
     parser.add_argument("--probabilities", action="store_true", help=probabilities)
+    parser.add_argument("--continue", action="store_true", help="keep the masks of an interrupted command")
+    parser.add_argument("--overwrite", action="store_true", help="replace existing masks")
     add_devices_option(parser)
     add_processes_options(parser)
     options = parse_arguments(parser, arguments)
+    more = () if options.overwrite or options["continue"] else ("--continue",)
+    command = shlex.join(["python", "-m", "jaxla.predict", *arguments, *more])
     with join_processes(options.coordinator, options.processes, options.process, options.wait):
-        predict(options)
+        predict(options, command)
 
 
-def predict(options: Namespace) -> None:
+def predict(options: Namespace, resume_command: str) -> None:
     """Segment the scans; each process segments its share of them."""
-    given = {name: str(options[name]) for name in ("run", "input", "output", "format", "probabilities", "devices")}
-    require_same({f"--{name}": value for name, value in given.items()}, "Give all processes the same options.")
-    scans, source, output = find_images(options.input, options.data.image), Path(options.input), Path(options.output)
-    outputs = name_outputs(scans, source, output, options.format)
-    require_apart(output, source, outputs)
-    for mask in outputs.values():
-        for path in (mask, probabilities_file(mask)) if options.probabilities else (mask,):
-            if path.exists():
-                raise InputError(path, "exists already", "Use another --output.")
-    require_writable("--output", next(iter(outputs.values())).parent)
+    names = ("run", "input", "output", "format", "probabilities", "devices", "continue", "overwrite")
+    require_same({f"--{name}": str(options[name]) for name in names}, "Give all processes the same options.")
+    source, target, folder = Path(options.input), Path(options.output), Path(options.run)
+    outputs = name_outputs(find_images(source, options.data.image), source, target, options)
+    table = name_table(target)
+    require_apart(target, source)
+    require_free(outputs, target, options)
+    require_writable("--output", outputs[0].mask.parent)
 
-    record = read_record(Path(options.run))
-    task = restore_task(record.experiment, record.labels.outputs, record.extent, Path(options.run))
-    check_scans(local_items(list(outputs)), task, options.run)
-    sizes = {str(path): f"{path.stat().st_size} bytes" for path in outputs}
+    record = read_record(folder)
+    task = restore_task(record.experiment, record.labels.outputs, record.extent, folder)
+    columns = check_scans(local_items(outputs), task, record, options.run)
+    sizes = {str(output.scan): f"{output.scan.stat().st_size} bytes" for output in outputs}
     require_same(sizes, "Give all processes the same scans.")  # also waits: none writes while another still checks
     with use_devices(options.devices), use_local_devices():
-        run = load_run(options.run)
-        if not is_finished(Path(options.run)):
+        run = load_run(folder)
+        if not is_finished(folder):
             training = record.experiment.method.training
             log_progress(
                 f"{options.run}: this run of at most {record.fitted_epochs or training.epochs} epochs is not finished; "
                 f"using its {training.checkpoint} epoch so far, {run.epoch}"
             )
-        segment_scans(run, outputs, options.probabilities)
+        origin = Origin(options.run, run_id(record), run.epoch)
+        kept = set(find_kept({o.case: o.mask for o in outputs}, table, origin)) if options["continue"] else set()
+        kept = {o.case for o in outputs if o.case in kept and all(path.exists() for path in o.files)}
+        rows = describe_kept(local_items([o for o in outputs if o.case in kept]), record)
+        barrier()  # none writes while another still reads which masks exist
+        cases = [output.case for output in outputs]
+        with mark_unfinished(table, origin, cases, options.overwrite), explain_stop(resume_command):
+            if options["continue"] and is_first():
+                remove_leftovers(outputs)
+            rows |= segment_scans(run, [o for o in outputs if o.case not in kept])
+            write_table(table, outputs, columns, rows, origin)
 
 
-def check_scans(scans: list[Path], task: Task, run: str) -> None:
-    """Raise an InputError unless all scans can be read and have enough slices."""
-    slice_counts = []
-    for scan in scans:
-        volume = read_image(scan)
-        log_warnings(scan, volume.warnings)
+def require_free(outputs: Sequence[Output], target: Path, options: Namespace) -> None:
+    """Raise an InputError if an output exists, unless an option says what to do with it."""
+    if options["continue"] and options.overwrite:
+        raise InputError("--continue", "contradicts --overwrite", "Remove one of the two.")
+    table = name_table(target)
+    recorded = recorded_cases(table)
+    for output in outputs:  # it may be a file of the user's, which no option may replace
+        if output.case not in recorded and (found := [path for path in output.files if path.exists()]):
+            problem = f"exists already, and {table.name} does not say that predict wrote it"
+            raise InputError(found[0], problem, "Use another --output.")
+    stale = [path for output in outputs if (path := probabilities_file(output.mask, target)).exists()]
+    if options.overwrite and not options.probabilities and stale:
+        problem = "holds probabilities of a mask that --overwrite replaces"
+        raise InputError(stale[0], problem, "Add --probabilities, or move it away.")
+    if options["continue"] or options.overwrite:
+        return
+    own_table = [table] if is_mask_file(target) else []  # other commands may add to the table of a folder
+    for path in (*(path for output in outputs for path in output.files), *own_table):
+        if path.exists():
+            fix = "Add --continue to keep existing masks, --overwrite to replace them, or use another --output."
+            raise InputError(path, "exists already", fix)
+
+
+def check_scans(outputs: Sequence[Output], task: Task, record: Record, run: str) -> dict[str, Row]:
+    """Read all scans once, and log those that are unlike the training scans or among them.
+
+    Args:
+        outputs: of this process.
+
+    Returns:
+        For the cases of all processes, the columns of `predictions.csv` that depend on the scan alone.
+
+    Raises:
+        InputError: a scan cannot be read, or has too few slices.
+    """
+    known, columns, slice_counts = read_known_scans(Path(run), record.experiment.fold), {}, []
+    if not known.training and is_first():
+        log_progress(f"{run}: recorded nothing about its training scans; scans are not compared with them")
+    for output in outputs:
+        volume = read_image(output.scan)
+        log_warnings(output.scan, volume.warnings)
         slice_counts.append(to_slices(volume.array, slice_geometry(volume.affine)).shape[0])
-        task.check_scan(scan, slice_counts[-1])
+        task.check_scan(output.scan, slice_counts[-1])
+        differences = "; ".join(find_differences(describe_scan(volume), known.training)) if known.training else ""
+        if differences:
+            log_progress(f"{output.scan}: unlike the training scans, so its mask may be wrong: {differences}")
+        part = find_part(known, output.case, hash_voxels(volume.array))
+        if part.startswith("training"):
+            log_progress(f"{output.scan}: part of this run: {part}")
+        spacing = {f"spacing_{axis}_mm": mm for axis, mm in zip("xyz", volume.spacing, strict=True)}
+        about = {"part_of_run": part, "unlike_training_scans": differences, "scan": str(output.scan)}
+        columns[output.case] = spacing | about
     if slice_counts and (description := task.describe(slice_counts)):
         log_progress(f"{run}: {description}")
+    return {case: row for process_columns in gather(columns) for case, row in process_columns.items()}
 
 
-def segment_scans(run: TrainedRun, outputs: dict[Path, Path], with_probabilities: bool) -> None:
-    """Segment this process's share of the scans, and write each mask as soon as it is there."""
-    segment, names = run.make_segment(), run.record.labels.names
-    for position, (scan, mask) in local_items(list(enumerate(outputs.items(), start=1))):
-        volume = read_image(scan)
+def describe_kept(outputs: Sequence[Output], record: Record) -> dict[str, list[Row]]:
+    """Read masks that an earlier command wrote; return case -> rows of `predictions.csv`, as `describe_mask` does."""
+    rows = {}
+    for output in outputs:
+        mask, scan, fix = read_mask(output.mask), read_image(output.scan), "Move it away, or use another --output."
+        if not same_grid(mask, scan):
+            raise InputError(output.mask, f"not on the grid of {output.scan}", fix)
+        classes = mask_classes(mask, record.labels)
+        rows[output.case] = describe_mask(classes, record.labels.names, scan)
+        log_progress(f"{output.mask}: kept; {format_volumes(rows[output.case])}")
+    return rows
+
+
+def segment_scans(run: TrainedRun, outputs: Sequence[Output]) -> dict[str, list[Row]]:
+    """Segment this process's share of the scans, and write each mask as soon as it is there.
+
+    Returns:
+        Case -> rows of `predictions.csv`, as `describe_mask` returns them.
+    """
+    segment, labels, rows = run.make_segment(), run.record.labels, {}
+    for position, output in local_items(list(enumerate(outputs, start=1))):
+        volume = read_image(output.scan)
         log_if_cut(volume, run.task)
-        classes, probabilities = segment_volume(segment, volume, with_probabilities)
-        if probabilities is not None:
-            write_volume(probabilities_file(mask), probabilities, volume)
-        write_mask(mask, classes, run.record.labels, volume)
-        voxel_ml = math.prod(volume.spacing) / 1000
-        volumes = [f"{name} {(classes == k).sum() * voxel_ml:.1f} ml" for k, name in enumerate(names, start=1)]
-        log_progress(f"{position}/{len(outputs)} {mask}: {', '.join(volumes)}")
+        classes, probabilities = segment_volume(segment, volume, output.probabilities is not None)
+        if output.probabilities is not None:
+            write_volume(output.probabilities, probabilities, volume)
+        write_mask(output.mask, classes, labels, volume)  # last: a mask marks its case as complete
+        rows[output.case] = describe_mask(classes, labels.names, volume)
+        log_progress(f"{position}/{len(outputs)} {output.mask}: {format_volumes(rows[output.case])}")
+    return rows
+
+
+def write_table(
+    path: Path,
+    outputs: Sequence[Output],
+    columns: Mapping[str, Row],
+    mask_rows: Mapping[str, Sequence[Row]],
+    origin: Origin,
+) -> None:
+    """Write the rows of all processes into `predictions.csv`, in the order of the outputs."""
+    all_rows = {case: rows for process_rows in gather(dict(mask_rows)) for case, rows in process_rows.items()}
+    if is_first():
+        about = origin._asdict()
+        rows = [{"case": o.case} | row | columns[o.case] | about for o in outputs for row in all_rows[o.case]]
+        replace_rows(path, columns.keys(), rows)
+
+
+def format_volumes(rows: Sequence[Row]) -> str:
+    """Return the volume of each class: `LA 54.3 ml`."""
+    return ", ".join(f"{row['class']} {row['volume_ml']:.1f} ml" for row in rows)
 
 
 def log_if_cut(volume: Volume, task: Task) -> None:
@@ -122,31 +256,67 @@ def log_if_cut(volume: Volume, task: Task) -> None:
         )
 
 
-def name_outputs(scans: dict[str, Path], source: Path, output: Path, file_format: str) -> dict[Path, Path]:
-    """Return the mask file of each scan: the output itself for one scan and a file name, else `<case>.*` in it."""
-    if not is_mask_file(output):
-        return {scan: output / f"{case_id}{mask_ending(scan, file_format)}" for case_id, scan in scans.items()}
-    if not is_scan(source):
-        raise InputError(f"--output={output}", f"a file, but --input={source} is a folder", "Give a folder.")
-    (scan,) = scans.values()
-    require_mask_file(output, scan, file_format)
-    return {scan: output}
+@contextmanager
+def explain_stop(resume_command: str) -> Iterator[None]:
+    """Name the command that continues after Ctrl-C, SIGTERM or the failure of another process."""
+    try:
+        with name_resume_command(resume_command, lambda line: None):
+            yield
+    except KeyboardInterrupt as stop:
+        raise Stopped("before the end", resume_command) from stop
 
 
-def require_apart(output: Path, source: Path, outputs: dict[Path, Path]) -> None:
+def remove_leftovers(outputs: Sequence[Output]) -> None:
+    """Remove what a killed command left half-written for these outputs."""
+    files = {path for output in outputs for path in output.files}
+    for folder in {path.parent for path in files}:
+        for path in folder.iterdir() if folder.is_dir() else ():
+            if is_leftover(path) and any(path.name.endswith(f".{file.name}") for file in files):
+                path.unlink(missing_ok=True)
+
+
+# --- names of the outputs --------------------------------------------------------------------------------------------
+
+
+def name_outputs(scans: Mapping[str, Path], source: Path, target: Path, options: Namespace) -> list[Output]:
+    """Return the outputs of each scan: `target` for one scan and a file name, else `<case>.*` in that folder."""
+    if is_mask_file(target):
+        if not is_scan(source):
+            raise InputError(f"--output={target}", f"a file, but --input={source} is a folder", "Give a folder.")
+        for scan in scans.values():
+            require_mask_file(target, scan, options.format)
+        masks = dict.fromkeys(scans, target)
+    else:
+        masks = {case: target / f"{case}{mask_ending(scan, options.format)}" for case, scan in scans.items()}
+    return [
+        Output(case, scan, masks[case], probabilities_file(masks[case], target) if options.probabilities else None)
+        for case, scan in scans.items()
+    ]
+
+
+def probabilities_file(mask: Path, target: Path) -> Path:
+    """Return the file of a mask's probabilities: beside a single mask, else in a folder that `evaluate` passes over."""
+    stem, ending = strip_ending(mask.name), probabilities_ending(scan_ending(mask.name))
+    if is_mask_file(target):
+        return mask.with_name(f"{stem}_probabilities{ending}")
+    return mask.parent / "probabilities" / f"{stem}{ending}"
+
+
+def name_table(target: Path) -> Path:
+    """Return the file of the table: `predictions.csv` in a folder of masks, `<mask>_predictions.csv` beside one."""
+    if is_mask_file(target):
+        return target.with_name(f"{strip_ending(target.name)}_predictions.csv")
+    return target / "predictions.csv"
+
+
+def require_apart(target: Path, source: Path) -> None:
     """Raise an InputError if masks would lie among the scans, where they may be taken for scans or references."""
-    if output in outputs.values():  # the file name that the user gave for one mask
+    if is_mask_file(target):  # the file name that the user gave for one mask
         return
-    folder, scans = output.resolve(), source.resolve()
+    folder, scans = target.resolve(), source.resolve()
     if folder.is_relative_to(scans) if source.is_dir() else folder == scans.parent:
         problem = f"masks would lie among the scans of --input={source}"
-        raise InputError(f"--output={output}", problem, "Use another folder.")
-
-
-def probabilities_file(mask: Path) -> Path:
-    """Return the name of the probabilities beside a mask."""
-    ending = scan_ending(mask.name)
-    return mask.with_name(f"{strip_ending(mask.name)}_probabilities{probabilities_ending(ending)}")
+        raise InputError(f"--output={target}", problem, "Use another folder.")
 
 
 if __name__ == "__main__":

@@ -25,7 +25,7 @@ def test_run_folder_contains_the_files_that_the_readme_promises(small_run):
     for name in (
         "experiment.json", "split.json", "metrics.jsonl", "progress.png", "train.log", "checkpoints/best",
         "checkpoints/latest", "test/cases.csv", "test/slices.csv", "test/summary.json", "test/overlays.png",
-        "cases.json", "cost.json", "report.html",
+        "cases.json", "scans.json", "cost.json", "report.html",
     ):  # fmt: skip
         assert (small_run / name).exists(), name
 

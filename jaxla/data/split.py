@@ -117,6 +117,7 @@ def read_split(path: Path, option_name: str) -> Split:
     except ValueError as error:
         raise InputError(where, f"not a split file ({error})", fix) from error
     train, val, test, unused = (tuple(map(str, content.get(part, ()))) for part in ("train", "val", "test", "unused"))
+    _require_once([*train, *val, *test, *unused], where)
     return Split(train + unused, val, test)
 
 
@@ -188,6 +189,11 @@ def _choose_fold(folds: Sequence[Split], protocol: Data, fold: str) -> Split:
     return folds[index]
 
 
+def _require_once(named: Sequence[str], where: str) -> None:
+    if twice := sorted({case for case in named if named.count(case) > 1}):
+        raise InputError(where, f"names case {twice[0]} twice", "Name each case once.")
+
+
 def _fit_split(
     split: Split, groups: Mapping[str, Sequence[str]], protocol: Data, is_fold: bool
 ) -> tuple[Split, dict[str, Sequence[str]]]:
@@ -199,8 +205,7 @@ def _fit_split(
     where = option("data.split", protocol.split)
     parts = {part: [compose_letters(case) for case in getattr(split, part)] for part in ("train", "val", "test")}
     named = [case for cases in parts.values() for case in cases]
-    if twice := sorted({case for case in named if named.count(case) > 1}):
-        raise InputError(where, f"names case {twice[0]} twice", "Name each case once.")
+    _require_once(named, where)
     patient_of_case = {case: patient for patient, cases in groups.items() for case in cases}
     if unknown := sorted(set(named) - set(patient_of_case)):
         problem = f"case {unknown[0]} is not in the data ({len(unknown)} of its cases are not)"

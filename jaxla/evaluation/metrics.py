@@ -7,6 +7,7 @@ nearest border voxel of the other mask. `METRICS` defines each metric; the defin
 surfaces.
 """
 
+import math
 from collections.abc import Sequence
 from functools import partial
 from typing import Literal, NamedTuple
@@ -27,6 +28,7 @@ class Metric(NamedTuple):
     definition: str  # in one line
     perfect: float = 1.0  # value for two equal masks, and for two empty masks if they count as perfect
     worst: float | None = 0.0  # value of a missed structure; None is the diagonal of the unit in mm
+    maximum: float = 1.0  # the largest possible value; the smallest is 0
     digits: int = 3  # number of printed decimals
 
 
@@ -35,8 +37,8 @@ def _surface_dice(mm: int) -> Metric:
     return Metric(f"NSD at {mm} mm", f"normalised surface Dice: {definition}")
 
 
-_distance = partial(Metric, perfect=0.0, worst=None, digits=2)
-_size = partial(Metric, digits=2)
+_distance = partial(Metric, perfect=0.0, worst=None, maximum=math.inf, digits=2)
+_size = partial(Metric, maximum=math.inf, digits=2)
 
 METRICS = {  # in column order
     "dice": Metric("Dice", "2 |P ∩ R| / (|P| + |R|) over voxels of prediction P and reference R"),

@@ -1,6 +1,5 @@
 """Masks -> one row of metrics per case and class; rows -> mean, standard deviation, n and unit."""
 
-import csv
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -9,7 +8,8 @@ from typing import Any, Literal
 import numpy as np
 from tabulate import tabulate
 
-from jaxla.cli.files import atomic_file, write_atomically
+from jaxla.cli.csv_files import write_csv
+from jaxla.cli.files import write_atomically
 from jaxla.config import InputError, option
 from jaxla.evaluation.metrics import COLUMNS, EMPTY_POLICIES, METRICS, SIZES, EmptyPolicy, score
 
@@ -64,32 +64,50 @@ def summarise(rows: Iterable[Mapping], unit: Unit, empty: EmptyPolicy, class_nam
 
     The value of a unit is the mean over its foreground classes. `mean` and `sd` (sample standard deviation with n - 1;
     None if n is 1) are over these values, and `n` is their number. With `skip`, rows with an empty reference hold no
-    values and are left out; `skipped` counts their units and rows.
+    values and are left out; `skipped` counts their units and rows. A class of `find_absent_classes` is left out of the
+    mean over classes.
 
     Returns:
         `{metric: {"mean", "sd", "n", "unit"}}` at the top level and for each class under "classes"; also
-        "empty_policy", "empty_rule", "skipped" and the "definitions" of the metrics.
+        "absent_classes", "empty_policy", "empty_rule", "skipped" and the "definitions" of the metrics.
     """
     rows = list(rows)
     if not rows:
         raise InputError("summary", "no case was scored", "Score at least one case.")
     metrics = (*METRICS, *SIZES[3 if unit == "volume" else 2])
+    absent = find_absent_classes(rows)
     scored = [row for row in rows if row["dice"] is not None]
-    units = group_rows(scored, unit).values()
+    units = group_rows((row for row in scored if row["class"] not in absent), unit).values()
+    averaging = f"mean over foreground classes within a {unit}, then over {unit}s; sd divides by n - 1"
+    if absent:
+        averaging += f"; no reference contains {', '.join(absent)}, so the mean over classes leaves it out"
 
     def class_statistics(name: str) -> dict[str, Any]:
-        class_rows = [row for group in units for row in group if row["class"] == name]
+        class_rows = [row for group in group_rows(scored, unit).values() for row in group if row["class"] == name]
         return {metric: _statistics([row[metric] for row in class_rows], unit) for metric in metrics}
 
     return {
         **{m: _statistics([np.mean([row[m] for row in group]) for group in units], unit) for m in metrics},
         "classes": {name: class_statistics(name) for name in class_names},
+        "absent_classes": absent,
         "empty_policy": empty,
         "empty_rule": EMPTY_POLICIES[empty],
         "skipped": {"units": len(group_rows(rows, unit)) - len(units), "rows": len(rows) - len(scored)},
-        "averaging": f"mean over foreground classes within a {unit}, then over {unit}s; sd divides by n - 1",
+        "averaging": averaging,
         "definitions": {metric: COLUMNS[metric].definition for metric in metrics},
     }
+
+
+def find_absent_classes(rows: Iterable[Mapping]) -> list[str]:
+    """Return the classes that no reference contains although references contain another class.
+
+    Every prediction without such a class would count as perfect, and raise the mean over classes.
+    """
+    is_present: dict[str, bool] = {}
+    for row in rows:
+        size = row["reference_volume_ml"] if "reference_volume_ml" in row else row["reference_area_mm2"]
+        is_present[row["class"]] = is_present.get(row["class"], False) or size > 0
+    return [name for name, present in is_present.items() if not present] if any(is_present.values()) else []
 
 
 def summarise_test(
@@ -115,8 +133,11 @@ def group_rows(rows: Iterable[Row], unit: Unit = "volume") -> dict[tuple, list[R
 
 
 def case_means(rows: Iterable[Row], metric: str) -> dict[str, float]:
-    """Return case -> mean over its classes, per volume, in the order of the rows."""
-    return {case: float(np.mean([row[metric] for row in group])) for (case,), group in group_rows(rows).items()}
+    """Return case -> mean over its classes but the absent ones, per volume, in the order of the rows."""
+    rows = list(rows)
+    absent = find_absent_classes(rows)
+    groups = group_rows(row for row in rows if row["class"] not in absent)
+    return {case: float(np.mean([row[metric] for row in group])) for (case,), group in groups.items()}
 
 
 def worst_median_best(dice: Mapping[str, float]) -> dict[str, str]:
@@ -144,7 +165,7 @@ def write_cases(rows: Sequence[Mapping], path: Path) -> None:
     first = ("case", "slice", "class", *COLUMNS)
     present = dict.fromkeys(column for row in rows for column in row)
     columns = [column for column in first if column in present] + [column for column in present if column not in first]
-    _write_csv(path, columns, rows)
+    write_csv(path, columns, rows)
 
 
 def write_summary(summary: Mapping, path: Path) -> None:
@@ -169,7 +190,7 @@ def write_lascarqs2022(rows: Sequence[Mapping], path: Path) -> None:
             "Use one class, the unit `volume`, and do not skip empty references.",
         )
     names = {"Casename": "case", "LAcavity_Dice": "dice", "LAcavity_ASD": "assd_mm", "LAcavity_HD": "hd_mm"}
-    _write_csv(path, list(names), [{name: row[key] for name, key in names.items()} for row in rows])
+    write_csv(path, list(names), [{name: row[key] for name, key in names.items()} for row in rows])
 
 
 def _statistics(values: Sequence[float], unit: Unit) -> dict[str, Any]:
@@ -177,10 +198,3 @@ def _statistics(values: Sequence[float], unit: Unit) -> dict[str, Any]:
     mean = float(np.mean(values)) if len(values) else None
     sd = float(np.std(values, ddof=1)) if len(values) > 1 else None
     return {"mean": mean, "sd": sd, "n": len(values), "unit": unit}
-
-
-def _write_csv(path: Path, columns: Sequence[str], rows: Iterable[Mapping]) -> None:
-    with atomic_file(path) as temporary, temporary.open("w", encoding="utf-8", newline="") as file:
-        writer = csv.DictWriter(file, columns, lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)

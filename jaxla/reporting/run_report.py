@@ -100,7 +100,8 @@ def _result_values(
 ) -> dict[str, Any]:
     """Return what the page shows of the test."""
     agreements = agreement_by_class(rows)
-    cases = sorted(group_rows(rows).values(), key=lambda case: _mean(case, "dice"))  # failures first
+    dice, atlas = case_means(rows, "dice"), case_means(rows, "atlas_dice")
+    cases = [case for _, case in sorted(group_rows(rows).items(), key=lambda item: dice[item[0][0]])]  # failures first
     return {
         "classes": list(summary["classes"]),
         "results": _result_blocks(summary),
@@ -110,7 +111,7 @@ def _result_values(
         "pairs": _mean_pairs(summary, best, counted),
         "case_pairs": _case_pairs(rows),
         "cases": cases,
-        "above_atlas": sum(_mean(case, "dice") > _mean(case, "atlas_dice") for case in cases),
+        "above_atlas": sum(dice[case] > atlas[case] for case in dice),
         "volumes": chart(lambda axes: draw_volumes(axes, agreements), (4.2, 4)),
         "agreements": [(a.name, a.n, format_metric(a.bias, "volume_ml", True), _format_limits(a)) for a in agreements],
         "min_cases_for_limits": MIN_CASES_FOR_LIMITS,
@@ -255,7 +256,3 @@ def _case_pairs(rows: Sequence[Json]) -> list[Pair]:
         pairs.append(Pair(name, row["dice"], row["iou"]))
         pairs.append(Pair(f"{name}, atlas baseline", row["atlas_dice"], row["atlas_iou"]))
     return pairs
-
-
-def _mean(rows: Sequence[Json], metric: str) -> float:
-    return float(np.mean([row[metric] for row in rows]))

@@ -18,6 +18,7 @@ from jaxla.distributed import broadcast, is_first, name_resume_command
 from jaxla.memory import StepTooLarge
 from jaxla.runs.folder import CHECKPOINTS, LOG, fold_folders, resume_command, run_folder
 from jaxla.runs.record import RECORD, Record
+from jaxla.runs.training_scans import write_known_scans
 from jaxla.training.checkpoints import checkpoint_steps
 from jaxla.training.progress import LATEST
 
@@ -72,6 +73,7 @@ def open_run(
     ):
         _require_shared_folder(run_dir)
         with explain_end(command, run_dir, handler):
+            write_known_scans(run_dir, data)
             yield
 
 

@@ -1,7 +1,7 @@
 """The results of a study, read from the folders of its runs: the values of every test volume and slice."""
 
-import csv
 import logging
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
@@ -10,9 +10,11 @@ from typing import Any, Literal, NamedTuple, TypedDict
 
 import numpy as np
 
+from jaxla.cli.csv_files import read_csv
 from jaxla.cli.json_files import describe_damage, read_json
 from jaxla.config import InputError, option_values
 from jaxla.data.split import SplitFile
+from jaxla.evaluation.metrics import COLUMNS
 from jaxla.evaluation.statistics import mean_interval, require_same_cases
 from jaxla.runs import folder as run_files
 from jaxla.runs.cost import Cost
@@ -26,6 +28,7 @@ VOLUME_METRICS = (*REPORTED_METRICS, "atlas_dice", "atlas_iou", "volume_ml", "re
 # Runs of one method may differ in the options of the protocol, and in those that a seed sets.
 PROTOCOL_OPTIONS = {"--exp", "--data.train_patients", "--data.train_percent"}
 SEED_OPTIONS = {"--seed", "--data.subset_seed"}
+SUMMARY_TOLERANCE = 1e-9  # between a mean of the table and that of the summary, which differ only by rounding
 
 Unit = Literal["volume", "slice"]
 
@@ -48,12 +51,21 @@ class StudyRun:
     values: Mapping[Unit, Mapping[str, np.ndarray]]  # unit -> metric -> [units, classes]
 
     def unit_values(self, metric: str, unit: Unit = "volume", class_name: str = "") -> np.ndarray:
-        """Return the value of every unit [units], of one class or averaged over classes.
+        """Return the value of every unit [units], of one class or averaged over classes but the absent ones.
 
         Metrics named `atlas_…` are those of the atlas baseline.
         """
         values = self.values[unit][metric]
-        return values[:, self.classes.index(class_name)] if class_name else values.mean(axis=1)
+        if class_name:
+            return values[:, self.classes.index(class_name)]
+        absent = [self.classes.index(name) for name in self.absent_classes]
+        return (np.delete(values, absent, axis=1) if absent else values).mean(axis=1)
+
+    @property
+    def absent_classes(self) -> list[str]:
+        """The classes that `evaluation.summary.find_absent_classes` leaves out of means over classes."""
+        is_present = self.values["volume"]["reference_volume_ml"].any(axis=0)
+        return [name for name, present in zip(self.classes, is_present, strict=True) if not present and any(is_present)]
 
     def case_values(self, metric: str) -> dict[str, float]:
         """Return case id -> value of its volume, averaged over classes."""
@@ -217,13 +229,15 @@ def _read_run(folder: Path, record: Record) -> StudyRun:
         experiment = record.experiment
         about = {"protocol": experiment.name, "method": record.label, "seed": experiment.seed, "classes": classes}
         content = {"split": split, "case_hashes": case_hashes, "summary": summary, "cost": cost, "history": history}
-        return StudyRun(folder=folder, record=record, values=values, **about, **content)
+        run = StudyRun(folder=folder, record=record, values=values, **about, **content)
+        _require_summary(run)
+        return run
     except OSError as error:
         problem = f"cannot be read ({error.strerror}), and the report needs it"
         raise InputError(error.filename, problem, fix) from error
     except InputError:
         raise
-    except (ValueError, KeyError, TypeError, csv.Error) as error:
+    except (ValueError, KeyError, TypeError) as error:
         raise InputError(folder, f"damaged: {describe_damage(error)}", fix) from error
 
 
@@ -233,10 +247,10 @@ def _read_values(
     """Read metric -> [units, classes] from a table of volumes or slices with a row for each unit and class.
 
     Raises:
-        OSError, ValueError, KeyError: the table cannot be read, is incomplete, or holds a value that is not finite.
+        OSError, ValueError, KeyError: the table cannot be read, is incomplete, or holds a value that is not finite
+            or that its metric cannot have.
     """
-    with path.open(newline="", encoding="utf-8") as file:
-        rows = list(csv.DictReader(file))
+    rows = read_csv(path)
     found = {(r["case"], int(r.get("slice", 0)), r["class"]): [float(r[metric]) for metric in metrics] for r in rows}
     keys = sorted({(case, index) for case, index, _ in found})
     if not len(rows) == len(found) == units * len(classes) or len(keys) != units or {k[0] for k in keys} != set(cases):
@@ -246,7 +260,22 @@ def _read_values(
     if bad := np.argwhere(~np.isfinite(array)).tolist():
         index, _, metric = bad[0]
         raise ValueError(f"{path.name}: {metrics[metric]} of {keys[index][0]} is not finite")
+    maxima = [COLUMNS[metric.removeprefix("atlas_")].maximum for metric in metrics]
+    if bad := np.argwhere((array < 0) | (array > maxima)).tolist():
+        index, name, metric = bad[0]
+        problem = f"{array[index, name, metric]:g} is not a possible {metrics[metric]}"
+        raise ValueError(f"{path.name}: case {keys[index][0]}: {problem}")
     return dict(zip(metrics, np.moveaxis(array, 2, 0), strict=True))
+
+
+def _require_summary(run: StudyRun) -> None:
+    """Raise a ValueError unless the means of a run's tables are those of its summary."""
+    tables = (("volume", run_files.TEST_CASES, run.summary), ("slice", run_files.TEST_SLICES, run.summary["slice"]))
+    for (unit, table, summary), name, metric in product(tables, run.classes, REPORTED_METRICS):
+        mean, expected = float(run.unit_values(metric, unit, name).mean()), summary["classes"][name][metric]["mean"]
+        if not math.isclose(mean, expected, rel_tol=SUMMARY_TOLERANCE, abs_tol=SUMMARY_TOLERANCE):
+            problem = f"the mean {metric} of {name} is {mean:g}, but {expected:g} in {run_files.SUMMARY}"
+            raise ValueError(f"{table}: {problem}")
 
 
 def _require_scheduled(folder: Path, record: Record, protocol: str, method: str, seed: int) -> None:

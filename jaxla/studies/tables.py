@@ -1,6 +1,5 @@
 """The tables of a study (results, comparisons, cost): CSV with all digits, Markdown and LaTeX to print."""
 
-import csv
 from collections.abc import Mapping, Sequence
 from itertools import product
 from pathlib import Path
@@ -8,6 +7,7 @@ from typing import Any, NamedTuple
 
 from tabulate import tabulate
 
+from jaxla.cli.csv_files import write_csv
 from jaxla.cli.terminal import plural
 from jaxla.config import Published
 from jaxla.evaluation.metrics import COLUMNS
@@ -84,6 +84,8 @@ def _results_caption(results: Results, protocol: str, printed: Sequence[Publishe
         "HD95 is the larger of the two directed 95th percentiles, not the percentile of the pooled distances. If both "
         "masks of a unit are empty, its metrics are perfect; if only one is, they are the worst possible. "
     )
+    if absent := results.runs[0].absent_classes:
+        caption += f"No reference contains {', '.join(absent)}, so the mean over classes leaves it out. "
     if seeds > 1:
         caption += f"Sd over seeds: sd of the mean Dice of {seeds} seeds. "
     caption += "The atlas baseline does not use the image. "
@@ -183,10 +185,7 @@ def dice_iou_pairs(result_tables: Sequence[Table]) -> list[Pair]:
 def write_tables(tables: Sequence[Table], folder: Path) -> None:
     """Write each table as `<name>.csv`, `.md` and `.tex`."""
     for table in tables:
-        with (folder / f"{table.name}.csv").open("w", newline="", encoding="utf-8") as file:
-            writer = csv.DictWriter(file, list(table.records[0]), lineterminator="\n")
-            writer.writeheader()
-            writer.writerows(table.records)
+        write_csv(folder / f"{table.name}.csv", list(table.records[0]), table.records)
         alignment = ["left"] + ["right"] * (len(table.rows[0]) - 1)
         plain = tabulate(table.rows, "keys", "pipe", colalign=alignment, disable_numparse=True)
         (folder / f"{table.name}.md").write_text(f"{plain}\n\n{table.caption}\n", encoding="utf-8")

@@ -133,7 +133,9 @@ def test_each_scan_is_predicted_by_one_process(double_run, phantoms, tmp_path):
     codes, out, err = finish(processes, tmp_path, 900)
     assert codes == [0, 0], err
     masks = sorted(path.name for path in scans.iterdir())
-    assert sorted(path.name for path in (tmp_path / "two").iterdir()) == masks
+    assert sorted(path.name for path in (tmp_path / "two").iterdir()) == ["predictions.csv", *masks]
+    tables = [(tmp_path / folder / "predictions.csv").read_text() for folder in ("one", "two")]
+    assert tables[0] == tables[1]
     for name in masks:
         one, two = (np.asarray(nib.load(tmp_path / folder / name).dataobj) for folder in ("one", "two"))
         np.testing.assert_array_equal(one, two)

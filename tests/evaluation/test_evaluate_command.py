@@ -143,6 +143,47 @@ def test_predictions_of_cases_outside_the_split_are_ignored_and_counted(folders,
     assert "split.json: 1 prediction of other cases not scored" in caplog.text
 
 
+def test_a_class_that_no_reference_contains_does_not_raise_the_mean(folders, capsys):
+    """Both predictions lack the class `scar` too, which counts as perfect."""
+    for case in (1, 2):
+        save(folders / "references" / f"train_{case}.nii.gz", BOX)
+    main(options(folders, "--data.labels=LA:1;scar:7"))
+    summary = json.loads((folders / "out" / "summary.json").read_text())
+    assert summary["dice"] == pytest.approx({"mean": 1 / 3, "sd": (2 / 9) ** 0.5, "n": 2, "unit": "volume"})
+    assert summary["absent_classes"] == ["scar"]
+    assert summary["classes"]["scar"]["dice"]["mean"] == 1
+    assert "no reference contains scar, so the mean over classes leaves it out" in capsys.readouterr().out
+
+
+def test_labels_of_which_the_references_hold_none_are_refused(folders):
+    message = r"references: the references hold the values 255, 420, but no class \(LA: 3; all other values are back"
+    with pytest.raises(InputError, match=message):
+        main(options(folders, "--data.labels=LA:3;background:rest"))
+
+
+@pytest.mark.parametrize(
+    ("test", "message"),
+    [
+        ('["train_1", "train_1"]', "names case train_1 twice"),
+        ('"train_1"', "not a split file"),
+        ("[[1]]", "not a split file"),
+        ("[]", "its list test is empty"),
+    ],
+)
+def test_a_split_with_a_faulty_list_of_test_cases_is_refused(folders, test, message):
+    (folders / "split.json").write_text(f'{{"train": ["train_2"], "val": ["x"], "test": {test}}}')
+    with pytest.raises(InputError, match=f"cases=.*split.json: {message}"):
+        main(options(folders, f"--cases={folders / 'split.json'}"))
+
+
+def test_probabilities_beside_their_masks_are_named_and_not_scored(folders, caplog):
+    save(folders / "predictions" / "train_1_probabilities.nii.gz", BOX)
+    with caplog.at_level("INFO", "jaxla"):
+        main(options(folders))
+    assert "train_1_probabilities.nii.gz: probabilities, not scored" in caplog.text
+    assert [row["case"] for row in read_csv(folders / "out" / "cases.csv")] == ["train_1", "train_2"]
+
+
 def test_an_error_is_one_line_and_leaves_nothing(folders):
     save(folders / "predictions" / "stray.nii.gz")
     done = run(*options(folders))

@@ -9,6 +9,7 @@ import pytest
 
 from jaxla.config import InputError
 from jaxla.evaluation.summary import (
+    case_means,
     format_summary,
     score_case,
     summarise,
@@ -93,6 +94,19 @@ def test_skip_leaves_out_classes_and_units_and_counts_them():
     assert summary["dice"] == {"mean": 1, "sd": None, "n": 1, "unit": "volume"}
     assert summary["classes"]["b"]["dice"] == {"mean": None, "sd": None, "n": 0, "unit": "volume"}
     assert summary["skipped"] == {"units": 1, "rows": 3}
+
+
+def test_a_class_in_no_reference_is_left_out_of_means_over_classes():
+    rows = score_case("one", labels(a=A_HALF), labels(a=A), SPACING, ["a", "b"])
+    rows += score_case("two", labels(a=A, b=B), labels(a=A), SPACING, ["a", "b"])
+    assert case_means(rows, "dice") == pytest.approx({"one": 2 / 3, "two": 1})
+    summary = summarise(rows, "volume", "one", ["a", "b"])
+    assert summary["dice"]["mean"] == pytest.approx((2 / 3 + 1) / 2)
+    assert summary["classes"]["b"]["dice"]["mean"] == 0.5  # absent in one prediction, and wrongly found in the other
+    rows += score_case("three", labels(), labels(b=B), SPACING, ["a", "b"])
+    summary = summarise(rows, "volume", "one", ["a", "b"])
+    assert summary["absent_classes"] == []
+    assert summary["dice"]["mean"] == pytest.approx(((2 / 3 + 1) / 2 + (1 + 0) / 2 + (1 + 0) / 2) / 3)
 
 
 def test_a_summary_is_json_with_definitions_of_its_metrics(tmp_path):

@@ -1,7 +1,10 @@
 """python -m jaxla.predict, and a finished run on scans of any size and orientation."""
 
+import csv
 import hashlib
 import json
+import logging
+import shlex
 import shutil
 
 import jax
@@ -10,8 +13,10 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from jaxla.cli.process import Stopped
 from jaxla.data.volumes import Volume, read_image
 from jaxla.inference.segment import segment_volume
+from jaxla.predict import main
 from jaxla.runs.trained import load_run
 from tests.commands import refuse, run_module, succeed
 from tests.data.nifti import edit_header
@@ -27,6 +32,11 @@ def segment(small_run):
     """Segment a volume with the small run and return its mask."""
     segment_slices = load_run(small_run).make_segment()
     return lambda volume: segment_volume(segment_slices, volume)[0]
+
+
+def read_csv(path):
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))
 
 
 def canonical_mask(path):
@@ -48,40 +58,210 @@ def test_a_folder_of_reoriented_copies_gets_the_same_masks_and_probabilities(sma
     done = run_module("jaxla.predict", f"--run={small_run}", f"--input={scans}", f"--output={masks}", "--probabilities")
     assert done.stdout.count(f"{scans}/two_sizes.nii.gz: sform and qform disagree") == 1
     names = ("scan", *(f"turned_{n}" for n in range(len(turns))), "two_sizes")
-    expected = [f"{name}{suffix}.nii.gz" for name in names for suffix in ("", "_probabilities")]
-    assert sorted(path.name for path in masks.iterdir()) == expected
+    files = [f"{name}.nii.gz" for name in names]
+    assert sorted(path.name for path in masks.iterdir()) == ["predictions.csv", "probabilities", *files]
+    assert sorted(path.name for path in (masks / "probabilities").iterdir()) == files
 
     canonical = canonical_mask(masks / "scan.nii.gz")
     assert canonical.any()
     for name in names:
         assert np.array_equal(canonical_mask(masks / f"{name}.nii.gz"), canonical)
-        mask, probabilities = nib.load(masks / f"{name}.nii.gz"), nib.load(masks / f"{name}_probabilities.nii.gz")
+        mask, probabilities = (nib.load(folder / f"{name}.nii.gz") for folder in (masks, masks / "probabilities"))
         assert probabilities.shape == mask.shape
         assert probabilities.get_data_dtype() == np.float32
         assert np.array_equal(np.asarray(probabilities.dataobj) > 0.5, np.asarray(mask.dataobj) == 1)
         millilitres = np.count_nonzero(mask.dataobj) * np.prod(mask.header.get_zooms()) / 1000
         assert f"{masks / name}.nii.gz: LA {millilitres:.1f} ml" in done.stdout
+    rows = read_csv(masks / "predictions.csv")
+    measured = [{name: row[name] for name in ("voxels", "connected_parts", "slices", "touches_border")} for row in rows]
+    assert measured == [measured[0]] * 4
+    for metric, value in (("voxels", np.count_nonzero(canonical)), ("slices", canonical.any(axis=(0, 1)).sum())):
+        assert measured[0][metric] == str(value)
+
+    main([f"--run={small_run}", f"--input={scan}", f"--output={tmp_path / 'one.nii.gz'}", "--probabilities"])
+    beside = ["one.nii.gz", "one_predictions.csv", "one_probabilities.nii.gz"]
+    assert sorted(path.name for path in tmp_path.iterdir() if path.is_file()) == beside
+    (row,) = read_csv(tmp_path / "one_predictions.csv")
+    assert {name: row[name] for name in measured[0]} == measured[0]
+
+
+@pytest.fixture
+def thin_scans(scan, tmp_path):
+    """A folder of three scans of four slices, `a`, `b` and `c`."""
+    (tmp_path / "scans").mkdir()
+    for n, name in enumerate("abc"):
+        nib.save(nib.load(scan).slicer[:, :, 8 + n : 12 + n], tmp_path / "scans" / f"{name}.nii.gz")
+    return tmp_path / "scans"
+
+
+class StopAt(logging.Handler):
+    """Ctrl-C when the package logs a certain text."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.text = text
+
+    def emit(self, record):
+        if self.text in record.getMessage():
+            raise KeyboardInterrupt
+
+
+def stop_at(text, *options):
+    """Run the command until it logs `text`; return the command with which it says it continues."""
+    handler, package = StopAt(text), logging.getLogger("jaxla")
+    level = package.level
+    package.addHandler(handler)
+    package.setLevel("INFO")
+    try:
+        with pytest.raises(Stopped) as stop:
+            main([*options])
+    finally:
+        package.removeHandler(handler)
+        package.setLevel(level)
+    return shlex.split(stop.value.resume_command)[3:]
+
+
+def contents(folder):
+    """Return file name -> its content and time of change; for the table its content alone."""
+    files = {str(path.relative_to(folder)): path for path in folder.rglob("*") if path.is_file()}
+    return {
+        name: path.read_bytes() if name.endswith(".csv") else (path.read_bytes(), path.stat().st_mtime_ns)
+        for name, path in files.items()
+    }
+
+
+def test_an_interrupted_folder_is_continued_and_only_by_the_same_run(small_run, thin_scans, tmp_path, caplog):
+    caplog.set_level("INFO", "jaxla")
+    masks, run = tmp_path / "masks", f"--run={small_run}"
+    options = (run, f"--input={thin_scans}", f"--output={masks}", "--probabilities")
+    resume = stop_at("2/3", *options)
+    assert resume == [*options, "--continue"]
+    begun = contents(masks)
+    assert sorted(begun) == [
+        "a.nii.gz", "b.nii.gz", "predictions.unfinished.json", "probabilities/a.nii.gz", "probabilities/b.nii.gz",
+    ]  # fmt: skip
+    problem = f"{masks / 'a.nii.gz'}: exists already. Add --continue to keep existing masks, --overwrite to replace"
+    assert problem in refuse(tmp_path, "jaxla.predict", *options)
+
+    other = shutil.copytree(small_run, tmp_path / "other")
+    record = json.loads((other / "experiment.json").read_text())
+    (other / "experiment.json").write_text(json.dumps(record | {"begun": "2026-01-01T00:00:00+00:00"}))
+    line = refuse(tmp_path, "jaxla.predict", f"--run={other}", *resume[1:])
+    assert f"predictions.unfinished.json: begun by {run}, epoch" in line
+
+    (masks / "probabilities" / "b.nii.gz").unlink()  # so b is not complete
+    (masks / f".{'0' * 32}.c.nii.gz").write_text("half a mask, left by SIGKILL")
+    main(resume)
+    finished = contents(masks)
+    assert {name: finished[name] for name in ("a.nii.gz", "probabilities/a.nii.gz")}.items() <= begun.items()
+    assert f"{masks / 'a.nii.gz'}: kept; LA " in caplog.text
+    main([*options[:2], f"--output={tmp_path / 'uninterrupted'}", "--probabilities"])
+    expected = contents(tmp_path / "uninterrupted")
+    assert finished.keys() == expected.keys()
+    assert finished["predictions.csv"] == expected["predictions.csv"]
+    assert all(finished[name][0] == expected[name][0] for name in finished if name != "predictions.csv")
+    line = refuse(tmp_path, "jaxla.predict", f"--run={other}", *resume[1:])
+    assert f"{masks / 'a.nii.gz'}: not written by --run={other}" in line
+
+
+def test_overwrite_replaces_masks_and_keeps_the_rows_of_other_cases(small_run, thin_scans, tmp_path):
+    masks = tmp_path / "masks"
+    for name in "ab":  # scans one by one into one folder
+        main([f"--run={small_run}", f"--input={thin_scans / f'{name}.nii.gz'}", f"--output={masks}"])
+    rows = read_csv(masks / "predictions.csv")
+    assert [row["case"] for row in rows] == ["a", "b"]
+    nib.save(nib.load(thin_scans / "c.nii.gz"), thin_scans / "b.nii.gz")
+    options = (f"--run={small_run}", f"--input={thin_scans / 'b.nii.gz'}", f"--output={masks}", "--overwrite")
+    stop_at("1/1", *options)
+    assert [row["case"] for row in read_csv(masks / "predictions.csv")] == ["a"]
+    line = refuse(tmp_path, "jaxla.predict", *options[:3], "--continue")
+    assert "predictions.unfinished.json: --overwrite was interrupted, so some masks are new and some are not" in line
+    main(options)
+    again = read_csv(masks / "predictions.csv")
+    assert [row["case"] for row in again] == ["a", "b"]
+    assert again[0] == rows[0]
+    assert again[1]["voxels"] == str(np.count_nonzero(nib.load(masks / "b.nii.gz").dataobj)) != rows[1]["voxels"]
+
+
+def test_masks_of_another_origin_or_grid_are_not_kept(small_run, thin_scans, tmp_path):
+    options = (f"--run={small_run}", f"--input={thin_scans / 'a.nii.gz'}", f"--output={tmp_path / 'a.nii.gz'}")
+    shutil.copy(thin_scans / "b.nii.gz", tmp_path / "a.nii.gz")
+    for more in ([], ["--continue"], ["--overwrite"]):
+        assert refuse(tmp_path, "jaxla.predict", *options, *more) == (
+            f"error: {tmp_path / 'a.nii.gz'}: exists already, and a_predictions.csv does not say that predict wrote "
+            "it. Use another --output."
+        )
+    assert "--continue: contradicts --overwrite" in refuse(
+        tmp_path, "jaxla.predict", *options, "--continue", "--overwrite"
+    )
+    (tmp_path / "a.nii.gz").unlink()
+    main([*options])
+    assert "a.nii.gz: exists already. Add --continue" in refuse(tmp_path, "jaxla.predict", *options)
+    nib.save(nib.Nifti1Image(np.ones((3, 4, 5), np.uint8), np.eye(4)), tmp_path / "a.nii.gz")
+    assert "a.nii.gz: not on the grid of" in refuse(tmp_path, "jaxla.predict", *options, "--continue")
+    (tmp_path / "a_predictions.csv").write_text("name,size\na,1\n")
+    assert "a_predictions.csv: not a table of predictions (no column case)" in refuse(
+        tmp_path, "jaxla.predict", *options, "--overwrite"
+    )
+
+
+def test_overwrite_leaves_no_probabilities_of_earlier_masks(small_run, thin_scans, tmp_path):
+    options = (f"--run={small_run}", f"--input={thin_scans / 'b.nii.gz'}", f"--output={tmp_path / 'masks'}")
+    main([*options, "--probabilities"])
+    line = refuse(tmp_path, "jaxla.predict", *options, "--overwrite")
+    assert "masks/probabilities/b.nii.gz: holds probabilities of a mask that --overwrite replaces" in line
+
+
+def test_scans_of_the_run_are_known_by_their_voxels_and_unlike_scans_are_named(
+    small_run, phantoms, hippocampus, tmp_path
+):
+    split = json.loads((small_run / "split.json").read_text())
+    scans = tmp_path / "scans"
+    scans.mkdir()
+    for new, case in (("p", split["train"][0]), ("q", split["val"][0]), ("r", split["test"][0])):
+        shutil.copy(phantoms / "task2" / "train_data" / case / "enhanced.nii.gz", scans / f"{new}.nii.gz")
+    for new in (split["train"][0], "s"):
+        shutil.copy(hippocampus / "imagesTr" / "hippocampus_004.nii.gz", scans / f"{new}.nii.gz")
+    printed = succeed(tmp_path, "jaxla.predict", f"--run={small_run}", "--input=scans", "--output=masks")
+    rows = {row["case"]: row for row in read_csv(tmp_path / "masks" / "predictions.csv")}
+    assert {case: row["part_of_run"] for case, row in rows.items()} == {
+        "p": "training", "q": "validation", "r": "test", "s": "", split["train"][0]: "training (same name)",
+    }  # fmt: skip
+    unlike = "spacing 1 × 1 × 1 mm (training: 2.5 × 0.625 × 0.625 mm); size 38 × 52 × 36 mm (training: "
+    for case, row in rows.items():
+        is_unlike = case not in "pqr"
+        line = f"scans/{case}.nii.gz: unlike the training scans, so its mask may be wrong: {unlike}"
+        assert (line in printed) == is_unlike
+        assert row["unlike_training_scans"].startswith(unlike) if is_unlike else not row["unlike_training_scans"]
+    assert "scans/p.nii.gz: part of this run: training" in printed
+    epoch = json.loads((small_run / "test" / "summary.json").read_text())["best_epoch"]
+    assert {(row["run"], row["epoch"]) for row in rows.values()} == {(str(small_run), str(epoch))}
 
 
 def test_an_unfinished_run_is_used_with_a_note(small_run, scan, tmp_path):
     run = shutil.copytree(small_run, tmp_path / "run")
     (run / "report.html").unlink()
+    (run / "scans.json").unlink()  # as in runs of earlier versions
     printed = succeed(tmp_path, "jaxla.predict", f"--run={run}", f"--input={scan}", "--output=mask.nii.gz")
     epoch = json.loads((small_run / "test" / "summary.json").read_text())["best_epoch"]
     note = f"{run}: this run of at most 3 epochs is not finished; using its best epoch so far, {epoch}"
     assert note in printed.splitlines()
+    assert printed.count("recorded nothing about its training scans; scans are not compared with them") == 1
     assert (tmp_path / "mask.nii.gz").exists()
 
 
-@pytest.mark.parametrize("existing", ["masks/two.nii.gz", "masks/one_probabilities.nii.gz"])
+@pytest.mark.parametrize("existing", ["masks/two.nii.gz", "masks/probabilities/one.nii.gz"])
 def test_existing_masks_are_kept(small_run, scan, tmp_path, existing):
     (tmp_path / "scans").mkdir()
-    (tmp_path / "masks").mkdir()
+    (tmp_path / existing).parent.mkdir(parents=True)
     for name in ("one.nii.gz", "two_0000.nii.gz"):
         shutil.copy(scan, tmp_path / "scans" / name)
     (tmp_path / existing).write_text("a mask")
     options = (f"--run={small_run}", "--input=scans", "--output=masks", "--probabilities")
-    assert refuse(tmp_path, "jaxla.predict", *options) == f"error: {existing}: exists already. Use another --output."
+    assert refuse(tmp_path, "jaxla.predict", *options) == (
+        f"error: {existing}: exists already, and predictions.csv does not say that predict wrote it. "
+        "Use another --output."
+    )
 
 
 def test_one_bad_scan_is_refused_before_anything_is_written(small_run, scan, tmp_path):

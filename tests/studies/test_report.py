@@ -18,7 +18,7 @@ from jaxla.config import InputError
 from jaxla.report import main
 from jaxla.studies.figures import choose_styles, draw_series, list_series
 from jaxla.studies.page import report_study
-from jaxla.studies.results import read_study
+from jaxla.studies.results import REPORTED_METRICS, read_study
 from jaxla.studies.tables import describe_devices
 from tests.reporting.pages import Page
 from tests.studies.runs import TWO_CLASSES, BoxRun, write_study
@@ -195,6 +195,7 @@ def test_impossible_pairs_of_dice_and_iou_are_named(study, tmp_path):
             writer = csv.DictWriter(file, rows[0])
             writer.writeheader()
             writer.writerows({**row, "iou": 0.3} for row in rows)
+        edit(path.with_name("summary.json"), lambda content: content["classes"]["LA"]["iou"].update(mean=0.3))
     page = Page(report_study(study, tmp_path / "cache").read_text("utf-8"))
     assert "Consistency of Dice and IoU: FAILS." in page.text
     assert "These pairs fail: paper1, unet, per volume." in page.text
@@ -378,10 +379,25 @@ def edit(path, change):
 
 def remove_case(run):
     edit(run / "split.json", lambda content: content["test"].remove("c3"))
-    edit(run / "test" / "summary.json", lambda content: content["slice"]["dice"].update(n=18))
-    for name in ("cases.csv", "slices.csv"):
+    summary = json.loads((run / "test" / "summary.json").read_text())
+    summary["slice"]["dice"]["n"] = 18
+    for name, statistics in (("cases.csv", summary), ("slices.csv", summary["slice"])):
         lines = (run / "test" / name).read_text().splitlines(keepends=True)
         (run / "test" / name).write_text("".join(line for line in lines if not line.startswith("c3,")))
+        rows = read_csv(run / "test" / name)
+        for metric in REPORTED_METRICS:
+            statistics["classes"]["LA"][metric]["mean"] = np.mean([float(row[metric]) for row in rows])
+    (run / "test" / "summary.json").write_text(json.dumps(summary))
+
+
+def change_value(run, table, case, column, value):
+    """Change a cell in the first row of a case."""
+    rows = read_csv(run / "test" / table)
+    next(row for row in rows if row["case"] == case)[column] = value
+    with (run / "test" / table).open("w", newline="") as file:
+        writer = csv.DictWriter(file, rows[0])
+        writer.writeheader()
+        writer.writerows(rows)
 
 
 FAULTS = {
@@ -488,6 +504,22 @@ FAULTS = {
             re.sub(r"(c0,0,LA,)[^,]*", r"\1nan", (run / "test" / "slices.csv").read_text())
         ),
         "{run}: damaged: slices.csv: dice of c0 is not finite. Move",
+    ),
+    "a Dice above 1": (
+        lambda run: change_value(run, "cases.csv", "c1", "dice", "7"),
+        "{run}: damaged (ValueError('cases.csv: case c1: 7 is not a possible dice'))",
+    ),
+    "a negative distance": (
+        lambda run: change_value(run, "slices.csv", "c1", "assd_mm", "-2"),
+        "{run}: damaged (ValueError('slices.csv: case c1: -2 is not a possible assd_mm'))",
+    ),
+    "a value that the summary does not have": (
+        lambda run: change_value(run, "cases.csv", "c1", "dice", "0.0"),
+        "{run}: damaged (ValueError('test/cases.csv: the mean dice of LA is 0.4, but 0.6 in test/summary.json'))",
+    ),
+    "a cell without end": (
+        lambda run: change_value(run, "cases.csv", "c1", "case", "c" * 131_073),
+        "{run}: damaged (ValueError('cases.csv: field larger than field limit (131072)'))",
     ),
     "no cost": (
         lambda run: (run / "cost.json").unlink(),

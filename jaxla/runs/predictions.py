@@ -1,0 +1,185 @@
+"""What predict leaves beside its masks: `predictions.csv`, and a file that marks masks as unfinished until then."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from scipy import ndimage
+
+from jaxla.cli.csv_files import read_csv, write_csv
+from jaxla.cli.files import report_os_errors, write_atomically
+from jaxla.config import InputError
+from jaxla.data.slices import slice_geometry
+from jaxla.data.volumes import Volume
+from jaxla.distributed import barrier, is_first
+from jaxla.runs.record import Record
+
+COLUMNS = (
+    "case",
+    "class",
+    "volume_ml",
+    "voxels",
+    "connected_parts",  # voxels of one part share faces
+    "slices",  # with a voxel of the class
+    "touches_border",  # of the scan
+    "spacing_x_mm",
+    "spacing_y_mm",
+    "spacing_z_mm",
+    "part_of_run",  # training, validation, test or unused; empty for a new scan
+    "unlike_training_scans",
+    "scan",
+    "run",
+    "run_id",
+    "epoch",
+)
+
+
+class Origin(NamedTuple):
+    """The network that a mask comes from."""
+
+    run: str  # folder, as the user gave it
+    run_id: str  # the same wherever the folder is
+    epoch: int
+
+
+class Unfinished(NamedTuple):
+    """What an interrupted command was doing."""
+
+    origin: Origin
+    cases: tuple[str, ...]  # that it was given
+    overwrite: bool  # it replaced earlier masks
+
+
+def run_id(record: Record) -> str:
+    """Return a short name of a run that no other run has."""
+    return hashlib.sha256(f"{record.begun} {record.command} {record.data_sha256}".encode()).hexdigest()[:12]
+
+
+def describe_mask(classes: np.ndarray, names: Sequence[str], volume: Volume) -> list[dict[str, Any]]:
+    """Return a row of `predictions.csv` for each class, with what the mask alone determines.
+
+    Args:
+        classes: class indices on the grid of the scan `volume`.
+        names: of the foreground classes.
+    """
+    slice_axis = slice_geometry(volume.affine).order[0]
+    voxel_ml = math.prod(volume.spacing) / 1000
+    rows = []
+    for index, name in enumerate(names, start=1):
+        mask = classes == index
+        voxels = int(mask.sum())
+        sides = [np.take(mask, side, axis) for axis, n in enumerate(mask.shape) if n > 1 for side in (0, -1)]
+        rows.append({
+            "class": name,
+            "volume_ml": voxels * voxel_ml,
+            "voxels": voxels,
+            "connected_parts": int(ndimage.label(mask)[1]),
+            "slices": int(mask.any(axis=tuple({0, 1, 2} - {slice_axis})).sum()),
+            "touches_border": "yes" if any(side.any() for side in sides) else "no",
+        })  # fmt: skip
+    return rows
+
+
+def find_kept(outputs: Mapping[str, Path], table: Path, origin: Origin) -> list[str]:
+    """Return the cases whose mask exists, for `--continue`.
+
+    Args:
+        outputs: case id -> its mask; each that exists is one of `recorded_cases`.
+
+    Raises:
+        InputError: a mask was not written by the network `origin`, or may not have been.
+    """
+    own = f"by --run={origin.run}, epoch {origin.epoch}"
+    marker, fix = unfinished_file(table), "Use --overwrite to replace the masks, or another --output."
+    unfinished = read_unfinished(table)
+    if unfinished and unfinished.overwrite:
+        problem = "--overwrite was interrupted, so some masks are new and some are not"
+        raise InputError(marker, problem, "Use --overwrite again, or another --output.")
+    if unfinished and unfinished.origin[1:] != origin[1:]:
+        problem = f"begun by --run={unfinished.origin.run}, epoch {unfinished.origin.epoch}, and not {own}"
+        raise InputError(marker, problem, fix)
+    origins = {row["case"]: (row["run_id"], row["epoch"]) for row in read_table(table)}
+    kept = [case for case, mask in outputs.items() if mask.exists()]
+    for case in kept:
+        if case in origins and origins[case] != (origin.run_id, str(origin.epoch)):
+            raise InputError(outputs[case], f"not written {own}", fix)
+    return kept
+
+
+def recorded_cases(table: Path) -> set[str]:
+    """Return the cases whose masks predict is known to have written, or to have begun."""
+    unfinished = read_unfinished(table)
+    return {row["case"] for row in read_table(table)} | set(unfinished.cases if unfinished else ())
+
+
+def read_unfinished(table: Path) -> Unfinished | None:
+    """Return what `mark_unfinished` wrote, or None if no command was interrupted.
+
+    Raises:
+        InputError: the file is damaged.
+    """
+    marker = unfinished_file(table)
+    if not marker.exists():
+        return None
+    try:
+        content = json.loads(marker.read_text(encoding="utf-8"))
+        origin = Origin(*(content[name] for name in Origin._fields))
+        return Unfinished(origin, tuple(map(str, content["cases"])), bool(content["overwrite"]))
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise InputError(marker, f"damaged ({error!r})", "Use another --output.") from error
+
+
+def unfinished_file(table: Path) -> Path:
+    """Return the file that says which network writes the masks, while the table is missing."""
+    return table.with_suffix(".unfinished.json")
+
+
+@contextmanager
+def mark_unfinished(table: Path, origin: Origin, cases: Sequence[str], overwrite: bool) -> Iterator[None]:
+    """Mark the masks of these cases as unfinished until the context ends without an error.
+
+    With `overwrite`, the rows of earlier masks leave the table, because the masks may be replaced at any time.
+    """
+    marker = unfinished_file(table)
+    if is_first():
+        with report_os_errors("written", marker, "Use another --output."):
+            marker.parent.mkdir(parents=True, exist_ok=True)
+            content = {**origin._asdict(), "overwrite": overwrite, "cases": cases}
+            write_atomically(marker, json.dumps(content, indent=1) + "\n")
+        if overwrite and table.exists():
+            replace_rows(table, cases, [])
+    barrier()  # no mask is written before
+    yield
+    if is_first():
+        marker.unlink(missing_ok=True)
+
+
+def read_table(path: Path) -> list[dict[str, str]]:
+    """Return the rows of `predictions.csv`; none if there is no such file.
+
+    Raises:
+        InputError: the file is no such table.
+    """
+    if not path.exists():
+        return []
+    try:
+        rows = read_csv(path)
+        if rows and (missing := [column for column in COLUMNS if column not in rows[0]]):
+            raise ValueError(f"no column {missing[0]}")
+    except (OSError, ValueError) as error:
+        raise InputError(path, f"not a table of predictions ({error})", "Move it away.") from error
+    return rows
+
+
+def replace_rows(path: Path, cases: Collection[str], rows: Iterable[Mapping[str, Any]]) -> None:
+    """Replace the rows of these cases in `predictions.csv`; the new ones stand below those of other cases."""
+    earlier = [row for row in read_table(path) if row["case"] not in cases]
+    with report_os_errors("written", path, "Use another --output."):
+        write_csv(path, COLUMNS, [*earlier, *rows])
