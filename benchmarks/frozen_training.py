@@ -66,9 +66,7 @@ def main(arguments):
     parser.add_argument("--size", type=int, default=224, help="side of the square image in pixels")
     parser.add_argument("--slices", type=int, default=16, help="slices of an epoch, a multiple of the batch size")
     parser.add_argument("--batch", type=int, default=4)
-    parser.add_argument(
-        "--data", type=str, default="", help="folder of scans to take the slices from (default: phantoms)"
-    )
+    parser.add_argument("--data", type=str, default="phantom", help="folder of scans (default: small phantoms)")
     parser.add_argument("--output", type=str, help="also write the JSON to this file")
     parser.add_argument("--epochs", type=int, default=3, help="timed epochs of each kind, after one that is not timed")
     options = parse_arguments(parser, arguments)

@@ -106,7 +106,7 @@ def make_slice_steps(method, options):
     method.model.check_size("--size", options.size)
     recipe = replace(method.training, batch_size=options.batch or 4, learning_rate=LEARNING_RATE)
     model, preprocessing = method.model.with_weights("random"), Preprocessing(options.size)
-    if hasattr(model, "backbone"):
+    if options.method in TRANSFORMERS:
         model = replace(model, backbone="finetuned")
     method = replace(method, model=model, preprocessing=preprocessing, training=recipe)
     task = SliceTask(Experiment(method.name, method.summary, Data(), method), outputs=1)
