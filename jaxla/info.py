@@ -48,7 +48,9 @@ def describe_run(folder: Path) -> dict[str, str]:
     facts |= _state(folder, record, len(history))
     if history:
         facts["validation"] = _validation(record, history, summary)
-    if summary:
+    if summary and "dice" not in summary:
+        facts["test"] = "no test cases"
+    elif summary:
         dice, atlas = summary["dice"], summary["atlas"]["dice"]
         scores = f"Dice {dice['mean']:.3f}; IoU {summary['iou']['mean']:.3f}"
         counted = f"mean per {dice['unit']}, n = {dice['n']}"
@@ -90,6 +92,8 @@ def _state(folder: Path, record: dict[str, Any], epochs: int) -> dict[str, str]:
 def _validation(record: dict[str, Any], history: list[dict[str, Any]], summary: dict[str, Any] | None) -> str:
     """Return the validation Dice of the epoch that is kept."""
     kept = record["experiment"]["training"]["checkpoint"]
+    if "val_dice" not in history[-1]:
+        return f"no validation cases; epoch {len(history)} is the last"
     best = history[-1] if kept == "last" else max(history, key=lambda metrics: metrics["val_dice"])
     if summary:  # the tested epoch, in case the checkpoint of the best was lost
         best = history[summary["best_epoch"] - 1]

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, NamedTuple
 
+from jaxla.cli.terminal import plural
 from jaxla.config import InputError, option
 from jaxla.data.labels import Labels, make_labels, parse_labels
 
@@ -86,7 +87,8 @@ def find_cases(root: str | Path, labels: str = "") -> Dataset:
     survey = survey_cases(root)
     _raise_first(survey.findings)
     chosen = parse_labels(labels) if labels else survey.layout.labels(survey.root)
-    log.info("%s: %d cases (%s); classes %s", survey.root, len(survey.cases), survey.layout.name, chosen.describe())
+    count = plural(len(survey.cases), "case")
+    log.info("%s: %s (%s); classes %s", survey.root, count, survey.layout.name, chosen.describe())
     return Dataset(survey.root, survey.layout.name, survey.cases, chosen)
 
 

@@ -1,4 +1,7 @@
-"""The patient-level split: 70 % training, 10 % validation, 20 % test; written to and read from `split.json`."""
+"""The patient-level split: 70 % training, 10 % validation, 20 % test; written to and read from `split.json`.
+
+Without validation patients, as for few patients whose method decides nothing by them, these train as well.
+"""
 
 import hashlib
 import json
@@ -10,10 +13,13 @@ from pathlib import Path
 import numpy as np
 
 from jaxla.cli.files import report_os_errors, write_atomically
-from jaxla.config import Data, InputError, option
+from jaxla.cli.terminal import plural
+from jaxla.config import ALL_CASES, Data, InputError, option
 
 FOLDS, FOLD_SEED = 5, 12345
 ALL_FOLDS = "all"  # value of the option `fold` for a run that trains every fold
+MIN_PATIENTS_TO_VALIDATE = 15  # fewer have no validation patients unless these decide something
+PARTS = ("train", "val", "test", "unused")
 
 
 @dataclass(frozen=True)
@@ -27,8 +33,8 @@ class Split:
 
     @property
     def parts(self) -> dict[str, tuple[str, ...]]:
-        """The parts that are not empty, by name."""
-        return {part: ids for part, ids in asdict(self).items() if ids}
+        """Training, validation and test, and the unused patients if there are any, by name."""
+        return {part: ids for part, ids in asdict(self).items() if ids or part != "unused"}
 
     @property
     def sha256(self) -> str:
@@ -36,7 +42,7 @@ class Split:
         return hashlib.sha256(json.dumps(asdict(self)).encode()).hexdigest()
 
 
-def make_split(ids: Sequence[str], protocol: Data, fold: str = "") -> Split:
+def make_split(ids: Sequence[str], protocol: Data, fold: str = "", needs_validation: bool = True) -> Split:
     """Draw a protocol's split from its seed, or read it from its file, and take a subset of the training patients.
 
     The subsets of one `subset_seed` are nested. Validation and test patients do not depend on the subset, and test
@@ -45,6 +51,7 @@ def make_split(ids: Sequence[str], protocol: Data, fold: str = "") -> Split:
     Args:
         ids: all cases of the data set.
         fold: number of the fold that validates; empty or `ALL_FOLDS` keeps the split as it is.
+        needs_validation: whether the method decides something by validation cases.
 
     Raises:
         InputError: there are fewer patients than the protocol needs, or the split file does not fit the cases.
@@ -52,7 +59,10 @@ def make_split(ids: Sequence[str], protocol: Data, fold: str = "") -> Split:
     for name in ("split_seed", "subset_seed", "train_patients"):
         if (value := getattr(protocol, name)) < 0:
             raise InputError(option(f"data.{name}", value), "must not be negative", "Use a whole number from 0.")
-    split = _read_fitting_split(Path(protocol.split), ids) if protocol.split else _draw_split(ids, protocol)
+    if protocol.split and protocol.split != ALL_CASES:
+        split = _read_fitting_split(Path(protocol.split), ids)
+    else:
+        split = _draw_split(ids, protocol, needs_validation)
     _require_possible_subset(split, protocol, fold)
     if fold.isdecimal():
         return _make_fold(split, int(fold))
@@ -74,27 +84,32 @@ def read_split(path: Path, option_name: str) -> Split:
     Raises:
         InputError: the file cannot be read, or is not a split file. It names the option `option_name`.
     """
-    where = option(option_name, path)
+    where, fix = option(option_name, path), "Name a JSON file with the lists train, val and test of case ids."
     with report_os_errors("read", where, "Name a split.json."):
         text = path.read_bytes()
     try:
         content = json.loads(text)
-        train, val, test = (tuple(map(str, content[part])) for part in ("train", "val", "test"))
-        return Split(train + tuple(map(str, content.get("unused", ()))), val, test)
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        fix = "Name a JSON file with the lists train, val and test of case ids."
+        train, val, test, unused = (tuple(map(str, content.get(part, ()))) for part in PARTS)
+        unknown = content.keys() - set(PARTS)
+    except (ValueError, TypeError, AttributeError) as error:
         raise InputError(where, "not a split file", fix) from error
+    if unknown or not train:
+        problem = f"has the unknown entry {min(unknown)!r}" if unknown else "its list train is empty or missing"
+        raise InputError(where, problem, fix)
+    return Split(train + unused, val, test)
 
 
 def _require_possible_subset(split: Split, protocol: Data, fold: str) -> None:
     count, percent = protocol.train_patients, protocol.train_percent
     train, val, test = (len(part) for part in (split.train, split.val, split.test))
     count_option, percent_option = option("data.train_patients", count), option("data.train_percent", f"{percent:g}")
-    available = f"{train} training patients (of {train + val + test} cases, {val} for validation, {test} for testing)"
+    cases = plural(train + val + test, "case")
+    available = f"{plural(train, 'training patient')} (of {cases}, {val} for validation, {test} for testing)"
+    too_few = f"there {'is' if train == 1 else 'are'} only {available}"
     for is_wrong, *error in (
         (not 0 < percent <= 100, percent_option, "must be above 0 and at most 100", "Use 100 for all patients."),
         (count and percent < 100, count_option, f"cannot be combined with {percent_option}", "Remove one of the two."),
-        (count > train, count_option, f"there are only {available}", "Add cases, or use fewer training patients."),
+        (count > train, count_option, too_few, "Add cases, or use fewer training patients."),
         (fold and count, option("fold", fold), "needs all training patients", f"Remove {count_option}."),
         (fold and percent < 100, option("fold", fold), "needs all training patients", f"Remove {percent_option}."),
         (fold and train + val < FOLDS, option("fold", fold),
@@ -117,13 +132,20 @@ def _make_fold(split: Split, fold: int) -> Split:
     return Split(train, tuple(name for name in pool if name in val), split.test)
 
 
-def _draw_split(ids: Sequence[str], protocol: Data) -> Split:
-    if len(ids) < 3:
-        problem = f"holds {len(ids)} patients, but training, validation and test need at least 3"
-        name = "data.phantom_cases" if protocol.root == "phantom" else "data.root"
-        raise InputError(option(name), problem, "Add cases.")
+def _draw_split(ids: Sequence[str], protocol: Data, needs_validation: bool) -> Split:
     shuffled = [sorted(ids)[i] for i in np.random.default_rng(protocol.split_seed).permutation(len(ids))]
+    if protocol.split == ALL_CASES:
+        return Split(tuple(shuffled), (), ())
     test, val = (max(1, round(fraction * len(ids))) for fraction in (0.2, 0.1))
+    is_useful = needs_validation or len(ids) >= MIN_PATIENTS_TO_VALIDATE
+    if protocol.validation == "never" or (protocol.validation == "if_useful" and not is_useful):
+        val = 0
+    if len(ids) <= test + val:
+        parts, least = ("training, validation and test", 3) if val else ("training and test", 2)
+        problem = f"holds {plural(len(ids), 'patient')}, but {parts} need at least {least}"
+        name = "data.phantom_cases" if protocol.root == "phantom" else "data.root"
+        fix = f"Add cases, or use {option('data.split', ALL_CASES)} to train on all."
+        raise InputError(option(name), problem, fix)
     val_ids, test_ids = sorted(shuffled[test : test + val]), sorted(shuffled[:test])
     return Split(tuple(shuffled[test + val :]), tuple(val_ids), tuple(test_ids))
 
@@ -137,7 +159,4 @@ def _read_fitting_split(path: Path, ids: Sequence[str]) -> Split:
     if unknown := sorted(set(named) - set(ids)):
         problem = f"case {unknown[0]} is not in the data ({len(unknown)} of its cases are not)"
         raise InputError(where, problem, "Use the split of this data set.")
-    for part in ("train", "val", "test"):
-        if not getattr(split, part):
-            raise InputError(where, f"its list {part} is empty", "Name at least one case in each list.")
     return split

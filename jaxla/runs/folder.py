@@ -107,8 +107,7 @@ def summarise_fold(folder: Path) -> dict[str, Any]:
         "folder": folder.name,
         "patients": len(json.loads((folder / SPLIT).read_text())["val"]),
         **{name: kept[name] for name in ("epoch", "val_dice", "val_iou")},
-        "test_dice": summary["dice"]["mean"],
-        "test_iou": summary["iou"]["mean"],
+        **{f"test_{name}": summary[name]["mean"] if name in summary else None for name in ("dice", "iou")},
         "minutes": sum(metrics["seconds"] for metrics in history) / 60,
     }
 
@@ -184,9 +183,23 @@ def require_resumable(folder: Path | None, experiment: Experiment) -> None:
     require_writable("--run-dir", folder)
     if is_running(folder):
         raise InputError(f"--run-dir={folder}", "another process is training there", "Wait for it.")
-    for name, now, then in differences(experiment, record.experiment):
+    if changes := list(differences(experiment, record.experiment)):
+        name, now, then = changes[0]
         problem = f"--{name} is {format_value(now)}, but the run in {folder} began with {format_value(then)}"
-        raise InputError("--resume", problem, f"Resume with: {resume_command(record.command, folder)}")
+        command = _with_former_defaults(record.command, changes)
+        raise InputError("--resume", problem, f"Resume with: {resume_command(command, folder)}")
+
+
+def _with_former_defaults(command: str, changes: Sequence[tuple[str, Any, Any]]) -> str:
+    """Return a run's command with the changed options that it leaves to their defaults, which may have changed since.
+
+    All others follow from the experiment and the method, so only these are given if they changed.
+    """
+    given = {word.split("=")[0] for word in shlex.split(command)}
+    if changes[0][0] in ("exp", "method"):
+        changes = changes[:1]
+    words = [f"--{name}={format_value(then)}" for name, _, then in changes if then not in ("", None)]
+    return shlex.join([*shlex.split(command), *(word for word in words if word.split("=")[0] not in given)])
 
 
 def resume_command(command: str, folder: Path) -> str:
