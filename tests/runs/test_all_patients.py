@@ -77,7 +77,8 @@ def test_whole_volumes_train_without_validation(phantoms, tmp_path):
 
 def test_five_folds_validate_every_patient_once_each_within_its_minutes(phantoms, tmp_path):
     options = [word for word in LAPTOP if not word.startswith("--training.steps=")]
-    run, printed = train(tmp_path, phantoms, *options, "--fold=all", "--training.minutes=0.0001")
+    options += ["--model.widths=[4,8]", "--preprocessing.image_size=32", "--fold=all", "--training.minutes=0.0001"]
+    run, printed = train(tmp_path, phantoms, *options)
     validated = [name for k in range(5) for name in read_json(run / f"fold_{k}" / "split.json")["val"]]
     assert sorted(validated) == sorted(read_json(run / "split.json")["train"])
     assert "no test cases" in printed
