@@ -12,6 +12,7 @@ import msgspec
 T = TypeVar("T")
 
 OTHERS_ARE_BACKGROUND = "background:rest"  # in labels
+ALL_CASES = "all"  # value of data.split: every patient trains
 
 
 class InputError(ValueError):
@@ -63,8 +64,9 @@ class Data:
         patients: Which cases are scans of one patient: a regular expression, a CSV file, or `auto`. See docs/data.md.
         labels: Mask values of each class, such as `LA:1` or `anterior:1;posterior:2`. Default: the data set's own.
         other_labels: Mask values that `labels` does not name are `refused` or count as `background`.
-        split: A `split.json`, or nnU-Net's `splits_final.json` with a fold, to use instead of drawing a split.
+        split: A `split.json`, or nnU-Net's `splits_final.json` with a fold, to use; or `all`: every patient trains.
         split_seed: Seed of the 70/10/20 split by patient.
+        validation: Draw validation patients `always`, `never`, or `if_useful`: from 15 patients on, or if they decide.
         train_patients: Number of training patients to use, 0 for all. Subsets are nested: the 10 contain the 1.
         train_percent: Percent of the training patients to use, at least one patient. Subsets are nested.
         subset_seed: Seed of the training subset; 0 takes the first patients. Validation and test stay the same.
@@ -80,6 +82,7 @@ class Data:
     other_labels: Literal["refused", "background"] = "refused"
     split: str = ""
     split_seed: int = 0
+    validation: Literal["if_useful", "always", "never"] = "if_useful"
     train_patients: int = 0
     train_percent: float = 100.0
     subset_seed: int = 0
@@ -98,26 +101,30 @@ class Preprocessing:
 
     Args:
         image_size: Side of the square input in pixels.
-        pad_to: Pad each slice to its own `square`, or to the `largest` training slice in mm, before resizing.
+        pad_to: Square in mm that slices are laid on before resizing: each slice's own `square`, one of the `largest`
+            training slice, or `foreground`: one that cuts out their centre with the structures of the training masks.
     """
 
     image_size: int = 448
-    pad_to: Literal["square", "largest"] = "square"
+    pad_to: Literal["square", "largest", "foreground"] = "square"
 
 
 @dataclass(frozen=True)
 class Postprocessing:
-    """How the predicted classes of a slice become its mask.
+    """How a network's probabilities become a mask.
 
     Args:
         opening: Side in pixels of the square for binary opening of each class; 0 for none.
         closing: Side in pixels of the square for binary closing, after opening; 0 for none.
-        largest: Keep only the largest connected part: `never`, or `if_better` on the validation cases (nnU-Net).
+        largest: Keep only the largest connected part: `never`, `always` (all structures together), or, as nnU-Net does,
+            `if_better` on the validation cases.
+        flips: Average probabilities over each slice and its flips along rows, columns and both; takes 4 times as long.
     """
 
     opening: int = 0
     closing: int = 0
-    largest: Literal["never", "if_better"] = "never"
+    largest: Literal["never", "always", "if_better"] = "never"
+    flips: bool = False
 
 
 @dataclass(frozen=True)
@@ -300,6 +307,18 @@ class Published(NamedTuple):
     iou_sd: float | None = None
 
 
+def choices_by_validation(method: Method) -> dict[str, object]:
+    """Return the options, by dotted name, that make a method decide by validation cases -> a value that does not."""
+    training, choices = method.training, {}
+    if training.checkpoint == "best":
+        choices["training.checkpoint"] = "last"
+    if training.patience:
+        choices["training.patience"] = 0
+    if method.postprocessing.largest == "if_better":
+        choices["postprocessing.largest"] = "always"
+    return choices
+
+
 METHOD_GROUPS = ("model", "preprocessing", "augmentation", "training", "postprocessing")
 
 
@@ -327,7 +346,9 @@ def unread_options(experiment: Experiment) -> set[str]:
             unread.add("training.backbone_learning_rate")
     if experiment.data.root != "phantom":
         unread |= {"data.phantom_size", "data.phantom_cases"}
-    if experiment.data.split:
+    if experiment.data.split or experiment.fold:
+        unread.add("data.validation")
+    if experiment.data.split not in ("", ALL_CASES):
         unread.add("data.split_seed")
     if training.minutes:
         unread.add("training.steps")

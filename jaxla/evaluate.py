@@ -78,7 +78,7 @@ def main(arguments: list[str]) -> None:
         if options.protocol == "lascarqs2022":
             write_lascarqs2022(rows, temporary / "lascarqs2022.csv")
     print(format_summary(summary))
-    print(f"{len(pairs)} cases; {summary['averaging']}; {summary['empty_rule']}")
+    print(f"{plural(len(pairs), 'case')}; {summary['averaging']}; {summary['empty_rule']}")
     if options.empty == "skip":
         skipped = summary["skipped"]
         print(f"left out: {skipped['units']} {options.unit}s, {skipped['rows']} rows of cases.csv")
@@ -128,9 +128,9 @@ def match_cases(
         if name.removesuffix(PROBABILITIES_SUFFIX) in predicted:  # `predict` writes the two into one folder
             log.info("%s: probabilities, not scored", predicted.pop(name))
     if split:
-        test_cases = read_split(Path(split), "cases").test
-        if not test_cases:
-            raise InputError(f"--cases={split}", "its list test is empty", "Name at least one case.")
+        if not (test_cases := read_split(Path(split), "cases").test):
+            fix = "Remove --cases to score every prediction."
+            raise InputError(f"--cases={split}", "names no test cases", fix)
         if missing := [name for name in test_cases if name not in referenced]:
             problem = f"its test case {missing[0]} has no reference in {references}"
             raise InputError(f"--cases={split}", problem, "Name the split and the references of one data set.")
@@ -157,7 +157,7 @@ def check_masks(pairs: list[Pair], labels: Labels | None) -> Labels:
         `labels`; if None, one class if no file has more than one non-zero value, otherwise a class for each value in
         the references.
     """
-    log.info("checking %d cases", len(pairs))
+    log.info("checking %s", plural(len(pairs), "case"))
     values: dict[Path, set[int]] = {}
     for _, prediction_path, reference_path in pairs:
         prediction, reference = read_mask(prediction_path), read_mask(reference_path)

@@ -60,7 +60,9 @@ def _describe_record(folder: Path, record: dict[str, Any]) -> dict[str, str]:
     facts |= _state(folder, record, len(history))
     if history:
         facts["validation"] = _validation(folder, record, history, summary)
-    if summary:
+    if summary and "dice" not in summary:
+        facts["test"] = "no test cases"
+    elif summary:
         dice, atlas = summary["dice"], summary["atlas"]["dice"]
         scores = f"Dice {dice['mean']:.3f}; IoU {summary['iou']['mean']:.3f}"
         counted = f"mean per {dice['unit']}, n = {dice['n']}"
@@ -100,10 +102,12 @@ def _state(folder: Path, record: dict[str, Any], epochs: int) -> dict[str, str]:
 
 
 def _validation(
-    folder: Path, record: dict[str, Any], history: list[run_files.Metrics], summary: run_files.TestSummary | None
+    folder: Path, record: dict[str, Any], history: list[run_files.Metrics], summary: run_files.RunSummary | None
 ) -> str:
     """Return the validation Dice of the epoch that is kept."""
     kept = record["experiment"]["training"]["checkpoint"]
+    if "val_dice" not in history[-1]:
+        return f"no validation cases; epoch {len(history)} is the last"
     best = history[-1] if kept == "last" else max(history, key=lambda metrics: metrics["val_dice"])
     if summary:  # the tested epoch, in case the checkpoint of the best was lost
         best = run_files.kept_metrics(folder, history, summary)

@@ -8,6 +8,7 @@ from jsonargparse import Namespace
 from jaxla.cli.command_line import command_parser, parse_arguments, require_writable
 from jaxla.cli.files import report_os_errors
 from jaxla.cli.process import run_command
+from jaxla.cli.terminal import plural
 from jaxla.config import Data, InputError, default_cache_dir
 from jaxla.nnunet.plan import DEFAULT_MEMORY_GB, Plan, describe_configuration, read_fingerprint, write_plan
 
@@ -81,7 +82,7 @@ def describe_plan(plan: Plan) -> str:
     """Return the cases, and a line for each configuration."""
     shape, spacing = ("×".join(f"{n:g}" for n in numbers) for numbers in (plan.median_shape, plan.median_spacing))
     cases = len(plan.fingerprint.spacings) if plan.fingerprint else 0
-    lines = [f"{cases} cases, median {shape} voxels of {spacing} mm"]
+    lines = [f"{plural(cases, 'case')}, median {shape} voxels of {spacing} mm"]
     return "\n".join(lines + [f"{name:<12} {describe_configuration(c)}" for name, c in plan.configurations.items()])
 
 

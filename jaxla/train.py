@@ -54,6 +54,7 @@ from jaxla.runs.cost import Cost, measure_cost
 from jaxla.runs.forecast import describe_forecast, forecast_run
 from jaxla.runs.listing import list_experiments
 from jaxla.runs.machine import environment
+from jaxla.runs.network_input import log_network_input
 from jaxla.runs.record import (
     RECORD,
     Record,
@@ -66,7 +67,7 @@ from jaxla.runs.record import (
 )
 from jaxla.runs.session import buffered_log, open_run
 from jaxla.runs.speed import measure_and_fit
-from jaxla.runs.testing import choose_postprocessing, make_segment_case, score_test_cases
+from jaxla.runs.testing import HOW_TO_TEST, choose_postprocessing, make_segment_case, score_test_cases
 from jaxla.runs.trained import TrainedRun, load_run
 from jaxla.tasks import Features, Task, make_checked_task
 from jaxla.training.checkpoints import require_usable_path
@@ -178,14 +179,14 @@ def print_forecast(experiment: Experiment, network_words: str, data: PreparedDat
     """Print what the run would take; with --fold=all, what its first fold would take."""
     if experiment.fold == ALL_FOLDS:
         log.info("forecast of the first of %d folds; each takes as much, then all are tested together", FOLDS)
-        data = data.for_fold("0", experiment.data)
+        data = data.for_fold("0", experiment)
     print(describe_forecast(forecast_run(experiment, network_words, data, task, cache_dir), experiment.name))
 
 
 def train_and_test(run: Run) -> dict[str, Any] | None:
     """Train and test one network, from where an earlier session stopped; return the test's summary in process 0."""
     run.task.save(run.folder)
-    log_network_input(run)
+    log_network_input(run.data, run.task)
     with on_host():
         network = build_network(run)
     features = compute_features(run, network)
@@ -210,7 +211,7 @@ def train_folds(run: Run, record: Record) -> dict[str, Any] | None:
         if is_first():
             log.info("fold %d of %d, in %s", fold + 1, FOLDS, folder)
         experiment = replace(run.experiment, fold=str(fold))
-        data = run.data.for_fold(str(fold), experiment.data)
+        data = run.data.for_fold(str(fold), experiment)
         fold_command = set_option(set_option(record.command, "--fold", fold), "--run-dir", folder)
         fold_record = replace(
             record, experiment=experiment, split_sha256=data.split.sha256, command=fold_command, resumed=()
@@ -229,18 +230,6 @@ def train_folds(run: Run, record: Record) -> dict[str, Any] | None:
     with use_local_devices():
         step_bytes = max(read_json(folder / files.COST, Cost).step_bytes for folder in folders)
         return test_network(run, None, step_bytes)
-
-
-def log_network_input(run: Run) -> None:
-    """Log what the network sees of the scans."""
-    cut = [volume.id for volume in run.data.used_volumes if run.task.is_cut(volume.shape, volume.spacing)]
-    if cut and is_first():
-        log.warning(
-            "%s with slices larger than the largest training slice (%.0f mm): the network sees their centre, and the "
-            "rest becomes background: %s", plural(len(cut), "validation or test case"), run.task.extent, ", ".join(cut),
-        )  # fmt: skip
-    if description := run.task.describe([volume.shape[0] for volume in run.data.used_volumes]):
-        log.info("%s: %s", run.experiment.method.name, description)
 
 
 def build_network(run: Run) -> nnx.Module:
@@ -336,14 +325,16 @@ def train_network(run: Run, network: nnx.Module, features: Features | None) -> P
             epochs_done=broadcast(files.count_epochs(run.folder)),
             on_epoch=report_epoch,
         )
-    log.info("%s epoch %d: validation Dice %.3f %s", kept, progress.best_epoch, progress.best_dice, run.task.unit)
+    if sources.val is not None:
+        log.info("%s epoch %d: validation Dice %.3f %s", kept, progress.best_epoch, progress.best_dice, run.task.unit)
     return progress
 
 
 def test_network(run: Run, features: Features | None, step_bytes: int) -> dict[str, Any] | None:
     """Test the trained network on scans that it never saw; leaves `test/`, cost.json and report.html.
 
-    Return the summary of the test in process 0. A training step took `step_bytes` of device memory.
+    Return the summary of the test in process 0; without test cases it has no scores. A training step took `step_bytes`
+    of device memory.
     """
     trained = load_run(run.folder)
     is_single = run.experiment.fold != ALL_FOLDS
@@ -355,12 +346,13 @@ def test_network(run: Run, features: Features | None, step_bytes: int) -> dict[s
     if is_single and hasattr(trained.network, "block_weights"):
         about["block_weights"] = trained.network.block_weights()
     segment_case = make_segment_case(trained, segment, features)
-    scores = score_test_cases(trained, run.data, segment_case, run.folder, **about)
-    if scores is None:
+    rows, summary = score_test_cases(trained, run.data, segment_case, run.folder, about)
+    if not is_first():
         return None
-    rows, summary = scores
-    deepest = max(volume.shape[0] for volume in run.data.select_volumes(run.data.split.train + run.data.split.val))
-    cost = asdict(measure_cost(trained, segment, run.data.select_volumes(run.data.split.test), step_bytes, deepest))
+    split = run.data.split
+    deepest = max(volume.shape[0] for volume in run.data.select_volumes(split.train + split.val))
+    timed = run.data.select_volumes(split.test or split.train)
+    cost = asdict(measure_cost(trained, segment, timed, step_bytes, deepest))
     write_atomically(run.folder / files.COST, json.dumps(cost, indent=1) + "\n")
     write_reports(run, trained, rows, summary, cost)
     return summary
@@ -372,10 +364,9 @@ def write_reports(
     """Write overlays.png and report.html, which marks the run as finished."""
     names, is_single = trained.record.labels.names, run.experiment.fold != ALL_FOLDS
     panels = select_panels(run.data.volumes, rows, run.folder / files.PREDICTIONS)
-    draw_overlays(panels, run.folder / files.OVERLAYS)
-    largest = None
-    if run.experiment.method.postprocessing.largest == "if_better":
-        largest = [[names[k - 1] for k in group] for group in trained.largest]
+    if panels:
+        draw_overlays(panels, run.folder / files.OVERLAYS)
+    how = run.experiment.method.postprocessing.largest
     write_report(
         run.folder / files.REPORT,
         record=read_record_json(run.folder),
@@ -387,12 +378,15 @@ def write_reports(
         panels=panels,
         unread=unread_options(run.experiment),
         folds=() if is_single else [files.summarise_fold(folder) for folder in files.fold_folders(run.folder)],
-        largest=largest,
+        largest=None if how == "never" else [[names[k - 1] for k in group] for group in trained.largest],
     )
 
 
 def print_result(summary: Mapping[str, Any], folder: Path) -> None:
     """Print the line that a run ends with."""
+    if "dice" not in summary:
+        print(f"{summary['backbone']}: trained; no test cases. {HOW_TO_TEST} Run folder: {folder}")
+        return
     dice, iou, atlas = summary["dice"], summary["iou"], summary["atlas"]["dice"]
     print(
         f"{summary['backbone']}: test Dice {dice['mean']:.3f}, IoU {iou['mean']:.3f} "

@@ -271,6 +271,20 @@ def test_training_refuses_a_batch_that_does_not_fit_into_memory(tmp_path):
             "--preprocessing.image_size=97: not a multiple of the patch size 8. Use 96",
         ),
         (["--data.labels=LA"], "--data.labels='LA': expected name:value"),
+        (
+            ["--data.split=all"],
+            "--data.split=all: leaves no validation case, by which --training.checkpoint and --training.patience of "
+            "vit_mini8 would decide. Use --training.checkpoint=last --training.patience=0, or another split.",
+        ),
+        (
+            ["--method=nnunet_2d", "--data.validation=never"],
+            "--data.validation=never: leaves no validation case, by which --postprocessing.largest of nnunet_2d would "
+            "decide. Use --postprocessing.largest=always, or another split.",
+        ),
+        (
+            ["--data.split=all", "--data.validation=always"],
+            "--data.validation=always: has no effect, because --data.split gives the validation patients. Remove one",
+        ),
         (["--data.split=nowhere.json"], "--data.split=nowhere.json: cannot be read (No such file"),
         (["--data.train_patients=-1"], "--data.train_patients=-1: "),
         (["--data.split_seed=-1"], "--data.split_seed=-1: "),

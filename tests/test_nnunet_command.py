@@ -224,3 +224,11 @@ def test_dry_run_refuses_patches_too_large_for_memory_before_any_is_made(phantom
     line = refuse(tmp_path, "jaxla.train", *given)
     assert line.startswith("error: --training.batch_size=400000: a training step needs ")
     assert line.endswith("Lower --model.memory_gb, or use a plan made for less memory.")
+
+
+def test_every_patient_can_train(phantoms, plan, tmp_path):
+    more = ("--training.epochs=1", "--data.split=all", "--postprocessing.largest=always")
+    printed = succeed(tmp_path, "jaxla.train", *options(phantoms, plan, tmp_path / "run", *more))
+    assert "patients: 6 training, 0 validation, 0 test" in printed
+    (line,) = map(json.loads, (tmp_path / "run" / "metrics.jsonl").read_text().splitlines())
+    assert "val_dice" not in line

@@ -136,6 +136,24 @@ def test_a_changed_option_is_named_with_both_values(folder, options, message):
     assert line.endswith(" --resume")
 
 
+def test_a_changed_default_is_added_to_the_command_that_resumes(folder):
+    """The run began with another default method, or another default of its method."""
+    record, run = json.loads((folder / "run" / "experiment.json").read_text()), folder / "run"
+    own = [f"--data.root={folder / 'data'}", f"--run-dir={run}", f"--cache-dir={folder / 'cache'}"]
+
+    def refuse_with(*words):
+        record["command"] = " ".join(["python -m jaxla.train --exp=quickstart", *words, *own])
+        (run / "experiment.json").write_text(json.dumps(record))
+        return refuse(folder, "jaxla.train", "--exp=quickstart", *words, *own, "--resume")
+
+    line = refuse_with(*(word for word in SMALL_RUN if not word.startswith("--method=")))
+    assert "--method is unet_small, but the run in" in line
+    assert line.endswith(f" --method=vit_mini8 --run-dir={run} --resume")
+    line = refuse_with(*(word for word in SMALL_RUN if not word.startswith("--training.epochs=")))
+    assert "--training.epochs is 4, but the run in" in line
+    assert line.endswith(f" --training.epochs=3 --run-dir={run} --resume")
+
+
 def change_a_voxel(cases):
     path = cases / "train_2" / "enhanced.nii.gz"
     image = nib.load(path)

@@ -71,7 +71,8 @@ def find_cases(root: str | Path, labels: str = "", image: str = "", mask: str = 
     survey = survey_cases(root, image, mask)
     _raise_first(survey.findings)
     chosen = parse_labels(labels) if labels else survey.layout.labels(survey.root)
-    log.info("%s: %d cases (%s); classes %s", survey.root, len(survey.cases), survey.layout.name, chosen.describe())
+    count = plural(len(survey.cases), "case")
+    log.info("%s: %s (%s); classes %s", survey.root, count, survey.layout.name, chosen.describe())
     if survey.unused:
         names = list_names(survey.unused, survey.root)
         log.warning("%s: scans that belong to no case are not used (%d): %s", survey.root, len(survey.unused), names)

@@ -9,16 +9,18 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-from jaxla.cli.terminal import track
-from jaxla.config import Data, Experiment, InputError, Preprocessing, option
+from jaxla.cli.terminal import plural, track
+from jaxla.config import Data, Experiment, InputError, Preprocessing, choices_by_validation, option
 from jaxla.data.cases import Case, Dataset, find_cases
-from jaxla.data.inputs import Canvas, smallest_extent
+from jaxla.data.inputs import Canvas, smallest_extent, structure_extent
 from jaxla.data.patients import describe_shared_patients
 from jaxla.data.phantoms import ensure_phantoms
 from jaxla.data.prepared import PreparedVolume, prepare_cases
 from jaxla.data.split import ALL_FOLDS, FOLDS, Split, make_split
 
 log = logging.getLogger(__name__)
+
+FOREGROUND_MARGIN = 1.2  # side of the square with pad_to=foreground, over that of the structures
 
 
 @dataclass(frozen=True)
@@ -30,9 +32,9 @@ class PreparedData:
     split: Split
     fold: str = ""
 
-    def for_fold(self, fold: str, protocol: Data) -> PreparedData:
-        """Return the same data, split for one fold of cross-validation."""
-        return replace(self, split=make_split([case.id for case in self.dataset.cases], protocol, fold), fold=fold)
+    def for_fold(self, fold: str, experiment: Experiment) -> PreparedData:
+        """Return the same data, split for one fold of cross-validation of an experiment."""
+        return replace(self, split=split_cases([case.id for case in self.dataset.cases], experiment, fold), fold=fold)
 
     def select_volumes(self, ids: Iterable[str]) -> list[PreparedVolume]:
         """Return the volumes of these cases, in their order."""
@@ -44,13 +46,17 @@ class PreparedData:
         return self.select_volumes(self.split.train + self.split.val + self.split.test)
 
     def canvas(self, preprocessing: Preprocessing) -> Canvas:
-        """Return the square to which slices are padded."""
+        """Return the square on which slices are laid."""
         if preprocessing.pad_to == "square":
             return Canvas(preprocessing.image_size)
         # the networks of all folds are tested together, so they share one square
         ids = self.split.train + self.split.val if self.fold else self.split.train
-        largest = smallest_extent((v.shape[1:], v.spacing[1:]) for v in self.select_volumes(ids))
-        return Canvas(preprocessing.image_size, largest)
+        volumes = self.select_volumes(ids)
+        extent = smallest_extent((v.shape[1:], v.spacing[1:]) for v in volumes)
+        if preprocessing.pad_to == "foreground":
+            structures = max(structure_extent(v.mask, v.spacing[1:]) for v in volumes)
+            extent = min(extent, FOREGROUND_MARGIN * structures)
+        return Canvas(preprocessing.image_size, extent)
 
     @property
     def content_keys(self) -> dict[str, str]:
@@ -78,15 +84,15 @@ def prepare_data(
     """
     protocol, fold = experiment.data, experiment.fold
     if protocol.root == "phantom":  # check the split before making phantoms
-        make_split([f"train_{n + 1}" for n in range(protocol.phantom_cases)], protocol, fold)
+        split_cases([f"train_{n + 1}" for n in range(protocol.phantom_cases)], experiment, fold)
     dataset = find_dataset(protocol, cache_dir)
     if not protocol.patients and (shared := describe_shared_patients([case.id for case in dataset.cases])):
         log.warning("%s: %s. %s", dataset.root, *shared)
-    split = make_split([case.id for case in dataset.cases], protocol, fold)
+    split = split_cases([case.id for case in dataset.cases], experiment, fold)
     prepared = prepare_cases(dataset, cache_dir, lambda cases: track(cases, "reading"), select_local(dataset.cases))
     data = PreparedData(dataset, {volume.id: volume for volume in prepared}, split, fold=fold)
     for k in map(str, range(FOLDS)) if fold == ALL_FOLDS else [fold]:
-        require_classes(data.for_fold(k, protocol), protocol)
+        require_classes(data.for_fold(k, experiment), protocol)
     _log_summary(data)
     return data
 
@@ -95,6 +101,24 @@ def find_dataset(protocol: Data, cache_dir: Path, moved_to: str = "") -> Dataset
     """Find the cases of a protocol in its folder, or in `moved_to` if it is given; raises as `find_cases`."""
     root = resolve_data_root(protocol, cache_dir, moved_to)
     return find_cases(root, protocol.all_labels, protocol.image, protocol.mask)
+
+
+def split_cases(ids: Sequence[str], experiment: Experiment, fold: str = "") -> Split:
+    """Return the split of an experiment's cases, see `make_split`.
+
+    Raises:
+        InputError: as `make_split`; or there is no validation case, but the method decides something by them.
+    """
+    protocol, choices = experiment.data, choices_by_validation(experiment.method)
+    split = make_split(ids, protocol, fold, needs_validation=bool(choices))
+    if choices and not split.val and fold != ALL_FOLDS:
+        name = "split" if protocol.split else "validation"
+        deciding = " and ".join(option(option_name) for option_name in choices)
+        fix = " ".join(option(option_name, value) for option_name, value in choices.items())
+        where = option(f"data.{name}", getattr(protocol, name))
+        problem = f"leaves no validation case, by which {deciding} of {experiment.method.name} would decide"
+        raise InputError(where, problem, f"Use {fix}, or another split.")
+    return split
 
 
 def resolve_data_root(protocol: Data, cache_dir: Path, moved_to: str = "") -> Path:
@@ -133,9 +157,9 @@ def _log_summary(data: PreparedData) -> None:
         patients = len(split.train + split.unused)
         log.info("%d of %d training patients are left out by this protocol", len(split.unused), patients)
     if unlisted := len(volumes) - len(split.train + split.val + split.test + split.unused):
-        log.info("%d cases are in no part of this split and are not used", unlisted)
+        log.info("not used, because the split does not name them: %s", plural(unlisted, "case"))
     if empty := [v.id for v in volumes if not any(v.class_voxels[1:])]:
-        log.info("%d cases have an empty mask and are used as all background: %s", len(empty), ", ".join(empty))
+        log.info("%s with an empty mask, used as all background: %s", plural(len(empty), "case"), ", ".join(empty))
     log.info(
         "patients: %d training, %d validation, %d test; slices along the %s axis, %d for training",
         len(split.train), len(split.val), len(split.test),

@@ -55,6 +55,21 @@ def smallest_extent(slices: Iterable[tuple[tuple[int, int], tuple[float, float]]
     return max(max(_sides_mm(shape, spacing)) for shape, spacing in slices)
 
 
+def structure_extent(mask: np.ndarray, spacing: tuple[float, float]) -> float:
+    """Return the side in mm of the smallest square in the centre of slices that holds all structures; 0 without any.
+
+    Args:
+        mask: class indices [S, H, W].
+        spacing: mm of rows and columns.
+    """
+    sides = [0.0]
+    for axis, mm in zip((1, 2), spacing, strict=True):
+        present, centre = np.flatnonzero(mask.any(axis=(0, 3 - axis))), mask.shape[axis] / 2
+        if len(present):
+            sides.append(2 * mm * float(max(centre - present[0], present[-1] + 1 - centre)))
+    return max(sides)
+
+
 def _sides_mm(shape: tuple[int, int], spacing: tuple[float, float]) -> list[float]:
     return [n * mm for n, mm in zip(shape, spacing, strict=True)]
 

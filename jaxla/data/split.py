@@ -1,6 +1,7 @@
 """The patient-level split: 70 % training, 10 % validation, 20 % test; written to and read from `split.json`.
 
-Patients are split, and then replaced by their cases. Without `data.patients`, each case is a patient.
+Patients are split, and then replaced by their cases. Without `data.patients`, each case is a patient. For few patients
+whose method decides nothing by validation cases, there are none, and these patients train as well.
 """
 
 import hashlib
@@ -16,13 +17,16 @@ import numpy as np
 
 from jaxla.cli.files import report_os_errors, write_atomically
 from jaxla.cli.json_files import decode_json
-from jaxla.config import Data, InputError, option
+from jaxla.cli.terminal import plural
+from jaxla.config import ALL_CASES, Data, InputError, option
 from jaxla.data.patients import group_by_patient
 from jaxla.data.scan_files import compose_letters
 
 FOLDS, FOLD_SEED = 5, 12345
 FOLD_PARTS = ("train", "val")  # of nnU-Net's folds
 ALL_FOLDS = "all"  # value of the option `fold` for a run that trains every fold
+MIN_PATIENTS_TO_VALIDATE = 15  # fewer have no validation patients unless these decide something
+PARTS = ("train", "val", "test", "unused")
 
 
 @dataclass(frozen=True)
@@ -36,8 +40,8 @@ class Split:
 
     @property
     def parts(self) -> dict[str, tuple[str, ...]]:
-        """The parts that are not empty, by name."""
-        return {part: ids for part, ids in asdict(self).items() if ids}
+        """Training, validation and test, and the unused patients if there are any, by name."""
+        return {part: ids for part, ids in asdict(self).items() if ids or part != "unused"}
 
     @property
     def sha256(self) -> str:
@@ -49,12 +53,12 @@ class SplitFile(TypedDict):
     """The content of `split.json`; ids that look like numbers may be written as numbers."""
 
     train: list[str | int]
-    val: list[str | int]
-    test: list[str | int]
+    val: NotRequired[list[str | int]]
+    test: NotRequired[list[str | int]]
     unused: NotRequired[list[str | int]]
 
 
-def make_split(ids: Sequence[str], protocol: Data, fold: str = "") -> Split:
+def make_split(ids: Sequence[str], protocol: Data, fold: str = "", needs_validation: bool = True) -> Split:
     """Draw a protocol's split from its seed, or read it from its file, and take a subset of the training patients.
 
     The subsets of one `subset_seed` are nested. Validation and test patients do not depend on the subset, and test
@@ -63,6 +67,7 @@ def make_split(ids: Sequence[str], protocol: Data, fold: str = "") -> Split:
     Args:
         ids: all cases of the data set.
         fold: number of the fold that validates; empty or `ALL_FOLDS` keeps the split as it is.
+        needs_validation: whether the method decides something by validation cases.
 
     Raises:
         InputError: there are fewer patients than the protocol needs, or the split file does not fit the cases or
@@ -72,14 +77,13 @@ def make_split(ids: Sequence[str], protocol: Data, fold: str = "") -> Split:
         if (value := getattr(protocol, name)) < 0:
             raise InputError(option(f"data.{name}", value), "must not be negative", "Use a whole number from 0.")
     groups = group_by_patient(ids, protocol.patients)
-    folds = _read_folds(Path(protocol.split)) if protocol.split else []
-    if folds:
-        split, groups = _fit_split(_choose_fold(folds, protocol, fold), groups, protocol, is_fold=True)
-    elif protocol.split:
-        listed = read_split(Path(protocol.split), "data.split")
-        split, groups = _fit_split(listed, groups, protocol, is_fold=False)
+    is_file = protocol.split not in ("", ALL_CASES)
+    if folds := _read_folds(Path(protocol.split)) if is_file else []:
+        split, groups = _fit_split(_choose_fold(folds, protocol, fold), groups, protocol)
+    elif is_file:
+        split, groups = _fit_split(read_split(Path(protocol.split), "data.split"), groups, protocol)
     else:
-        split = _draw_split(list(groups), protocol)
+        split = _draw_split(list(groups), protocol, needs_validation)
     _require_possible_subset(split, protocol, fold)
     if not fold.isdecimal():
         split = _take_subset(split, protocol)
@@ -113,10 +117,14 @@ def read_split(path: Path, option_name: str) -> Split:
     with report_os_errors("read", where, "Name a split.json."):
         text = path.read_bytes()
     try:
-        content = decode_json(text, SplitFile)
+        content = decode_json(text, dict[str, list[str | int]])
     except ValueError as error:
         raise InputError(where, f"not a split file ({error})", fix) from error
-    train, val, test, unused = (tuple(map(str, content.get(part, ()))) for part in ("train", "val", "test", "unused"))
+    if unknown := content.keys() - set(PARTS):
+        raise InputError(where, f"has the unknown entry {min(unknown)!r}", fix)
+    train, val, test, unused = (tuple(map(str, content.get(part, ()))) for part in PARTS)
+    if not train:
+        raise InputError(where, "its list train is empty or missing", fix)
     _require_once([*train, *val, *test, *unused], where)
     return Split(train + unused, val, test)
 
@@ -125,11 +133,13 @@ def _require_possible_subset(split: Split, protocol: Data, fold: str) -> None:
     count, percent = protocol.train_patients, protocol.train_percent
     train, val, test = (len(part) for part in (split.train, split.val, split.test))
     count_option, percent_option = option("data.train_patients", count), option("data.train_percent", f"{percent:g}")
-    available = f"{train} training patients (of {train + val + test} cases, {val} for validation, {test} for testing)"
+    cases = plural(train + val + test, "case")
+    available = f"{plural(train, 'training patient')} (of {cases}, {val} for validation, {test} for testing)"
+    too_few = f"there {'is' if train == 1 else 'are'} only {available}"
     for is_wrong, *error in (
         (not 0 < percent <= 100, percent_option, "must be above 0 and at most 100", "Use 100 for all patients."),
         (count and percent < 100, count_option, f"cannot be combined with {percent_option}", "Remove one of the two."),
-        (count > train, count_option, f"there are only {available}", "Add cases, or use fewer training patients."),
+        (count > train, count_option, too_few, "Add cases, or use fewer training patients."),
         (fold and count, option("fold", fold), "needs all training patients", f"Remove {count_option}."),
         (fold and percent < 100, option("fold", fold), "needs all training patients", f"Remove {percent_option}."),
         (fold and train + val < FOLDS, option("fold", fold),
@@ -152,13 +162,20 @@ def _make_fold(split: Split, fold: int) -> Split:
     return Split(train, tuple(name for name in pool if name in val), split.test)
 
 
-def _draw_split(ids: Sequence[str], protocol: Data) -> Split:
-    if len(ids) < 3:
-        problem = f"holds {len(ids)} patients, but training, validation and test need at least 3"
-        name = "data.phantom_cases" if protocol.root == "phantom" else "data.root"
-        raise InputError(option(name), problem, "Add cases.")
+def _draw_split(ids: Sequence[str], protocol: Data, needs_validation: bool) -> Split:
     shuffled = [sorted(ids)[i] for i in np.random.default_rng(protocol.split_seed).permutation(len(ids))]
+    if protocol.split == ALL_CASES:
+        return Split(tuple(shuffled), (), ())
     test, val = (max(1, round(fraction * len(ids))) for fraction in (0.2, 0.1))
+    is_useful = needs_validation or len(ids) >= MIN_PATIENTS_TO_VALIDATE
+    if protocol.validation == "never" or (protocol.validation == "if_useful" and not is_useful):
+        val = 0
+    if len(ids) <= test + val:
+        parts, least = ("training, validation and test", 3) if val else ("training and test", 2)
+        problem = f"holds {plural(len(ids), 'patient')}, but {parts} need at least {least}"
+        name = "data.phantom_cases" if protocol.root == "phantom" else "data.root"
+        fix = f"Add cases, or use {option('data.split', ALL_CASES)} to train on all."
+        raise InputError(option(name), problem, fix)
     val_ids, test_ids = sorted(shuffled[test : test + val]), sorted(shuffled[:test])
     return Split(tuple(shuffled[test + val :]), tuple(val_ids), tuple(test_ids))
 
@@ -195,7 +212,7 @@ def _require_once(named: Sequence[str], where: str) -> None:
 
 
 def _fit_split(
-    split: Split, groups: Mapping[str, Sequence[str]], protocol: Data, is_fold: bool
+    split: Split, groups: Mapping[str, Sequence[str]], protocol: Data
 ) -> tuple[Split, dict[str, Sequence[str]]]:
     """Check that a split of cases fits the patients, patient -> cases.
 
@@ -210,9 +227,6 @@ def _fit_split(
     if unknown := sorted(set(named) - set(patient_of_case)):
         problem = f"case {unknown[0]} is not in the data ({len(unknown)} of its cases are not)"
         raise InputError(where, problem, "Use the split of this data set.")
-    for part in FOLD_PARTS if is_fold else parts:
-        if not parts[part]:
-            raise InputError(where, f"its list {part} is empty", "Name at least one case in each list.")
     patients = {part: list(dict.fromkeys(patient_of_case[case] for case in cases)) for part, cases in parts.items()}
     for a, b in itertools.combinations(parts, 2):
         if both := [patient for patient in patients[a] if patient in patients[b]]:

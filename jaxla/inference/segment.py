@@ -6,12 +6,16 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
 from jaxla.data.slices import SliceGeometry, from_slices, slice_geometry, to_slices
 from jaxla.data.volumes import Volume
 from jaxla.distributed import place_on_devices
+
+ROWS, COLUMNS = -3, -2  # axes of images and of probabilities
+FLIPS = ((), (ROWS,), (COLUMNS,), (ROWS, COLUMNS))  # in inference
 
 # Classes, uint8, and probabilities, float32 with a last axis K, or None if they were not asked for.
 Segmented = tuple[np.ndarray, np.ndarray | None]
@@ -37,8 +41,11 @@ def segment_volume(segment_slices: SegmentSlices, volume: Volume, with_probabili
     return classes, probabilities
 
 
-def mean_probabilities(networks: Sequence[nnx.Module]) -> Callable[..., jax.Array]:
-    """Return `inputs -> probabilities [B, ..., K]`, from the mean of the networks' logits; compiled once."""
+def mean_probabilities(networks: Sequence[nnx.Module], flips: bool = False) -> Callable[..., jax.Array]:
+    """Return `inputs -> probabilities [B, ..., K]`, from the mean of the networks' logits; compiled once.
+
+    With `flips`, the first input is images [B, ..., H, W, C], and probabilities are averaged over their flips.
+    """
     graph, _ = nnx.split(networks[0])
     states = [place_on_devices(nnx.split(network)[1]) for network in networks]
 
@@ -51,7 +58,13 @@ def mean_probabilities(networks: Sequence[nnx.Module]) -> Callable[..., jax.Arra
         mean = sum(all_logits) / len(all_logits)
         return jax.nn.sigmoid(mean) if mean.shape[-1] == 1 else jax.nn.softmax(mean)
 
-    return lambda *inputs: probabilities([logits(state, *inputs) for state in states])
+    def predict(*inputs: Any) -> jax.Array:
+        return probabilities([logits(state, *inputs) for state in states])
+
+    def predict_flipped(images: jax.Array, *rest: Any) -> jax.Array:
+        return sum(jnp.flip(predict(jnp.flip(images, axes), *rest), axes) for axes in FLIPS) / len(FLIPS)
+
+    return predict_flipped if flips else predict
 
 
 def classify(probabilities: np.ndarray) -> np.ndarray:

@@ -19,18 +19,25 @@ History = Sequence[Mapping[str, float]]  # the lines of metrics.jsonl
 def draw_curves(history: History, title: str, path: Path, counted: str = "per volume", kept: str = "best") -> None:
     """Draw all epochs so far. The file is replaced atomically, because it is redrawn while people view it."""
     figure = Figure(figsize=(9, 3.6), layout="constrained")
-    losses, overlaps = figure.subplots(1, 2)
+    losses, *overlaps = figure.subplots(1, 2 if has_validation(history) else 1, squeeze=False)[0]
     draw_losses(losses, history)
-    draw_validation(overlaps, history, None, counted, kept)
+    for axes in overlaps:
+        draw_validation(axes, history, None, counted, kept)
     figure.suptitle(title)
     with atomic_file(path) as temporary:
         figure.savefig(temporary, dpi=110)
 
 
+def has_validation(history: History) -> bool:
+    """Return whether the run had validation cases."""
+    return any("val_dice" in line for line in history)
+
+
 def draw_losses(axes: Axes, history: History) -> None:
-    """Draw training and validation loss over epochs."""
-    _draw_lines(axes, history, {"train_loss": "training", "val_loss": "validation"})
-    is_positive = all(line[key] > 0 for line in history for key in ("train_loss", "val_loss"))
+    """Draw training loss over epochs, and validation loss if there is one."""
+    labels = {"train_loss": "training"} | ({"val_loss": "validation"} if has_validation(history) else {})
+    _draw_lines(axes, history, labels)
+    is_positive = all(line[key] > 0 for line in history for key in labels)
     axes.set(ylabel="loss", yscale="log" if is_positive else "linear")  # a loss with Dice in it may be negative
 
 

@@ -14,7 +14,7 @@ from jaxla.data.volumes import read_mask
 from jaxla.evaluation.metrics import COLUMNS
 from jaxla.evaluation.summary import case_means, group_rows, worst_median_best
 from jaxla.reporting.agreement import MIN_CASES_FOR_LIMITS, Agreement, agreement_by_class, draw_volumes
-from jaxla.reporting.charts import draw_block_weights, draw_losses, draw_validation
+from jaxla.reporting.charts import draw_block_weights, draw_losses, draw_validation, has_validation
 from jaxla.reporting.overlays import PREDICTION, REFERENCE, SLICES_PER_CASE, Panel, slice_figures
 from jaxla.reporting.page import Pair, chart, data_uri, format_metric, write_page
 from jaxla.runs.machine import describe_device
@@ -28,6 +28,8 @@ PARTS = {"train": "Training", "val": "Validation", "test": "Test", "unused": "Un
 
 def select_panels(volumes: Mapping[str, PreparedVolume], rows: Sequence[Json], predictions: Path) -> list[Panel]:
     """Return the test cases with the lowest, median and highest Dice; `predictions` is the folder of their masks."""
+    if not rows:
+        return []
     dice, panels = case_means(rows, "dice"), []
     for case_id, rank in worst_median_best(dice).items():
         volume = volumes[case_id]
@@ -58,11 +60,11 @@ def write_report(
         path: of the HTML file.
         record, split, summary, cost: the content of `experiment.json`, `split.json`, `test/summary.json`, `cost.json`.
         history: the lines of `metrics.jsonl`; empty for all folds together.
-        rows: the rows of `test/cases.csv`, one per test case and class, with numbers as numbers.
+        rows: the rows of `test/cases.csv`, one per test case and class, with numbers as numbers; empty without test.
         panels: cases to show.
         unread: options that had no effect on the run and are not listed.
         folds: for cross-validation: folder name, kept epoch and results of each fold.
-        largest: groups of structures that keep only their largest connected part; None if this was not tried.
+        largest: groups of structures that keep only their largest connected part; None for none by definition.
 
     Raises:
         KeyError, jinja2.UndefinedError: the arguments lack something that the report shows.
@@ -89,25 +91,29 @@ def write_report(
         colours={"prediction": PREDICTION, "reference": REFERENCE},
         block_weights=_draw_block_weights(summary, record["experiment"]["model"].get("block_weights")),
         losses=chart(lambda axes: draw_losses(axes, history)) if history else "",
-        validation=chart(lambda axes: draw_validation(axes, history, best, counted, kept)) if history else "",
-        **_result_values(rows, summary, best, counted),
+        validation=_draw_validation(history, best, counted, kept),
+        classes=record["labels"]["names"],
+        **(_result_values(rows, summary, split, best, counted) if rows else {"cases": ()}),
         **_provenance_values(record, split, unread),
     )
 
 
 def _result_values(
-    rows: Sequence[Json], summary: Json, best: Mapping[str, float] | None, counted: str
+    rows: Sequence[Json],
+    summary: Json,
+    split: Mapping[str, Sequence[str]],
+    best: Mapping[str, float] | None,
+    counted: str,
 ) -> dict[str, Any]:
     """Return what the page shows of the test."""
     agreements = agreement_by_class(rows)
     dice, atlas = case_means(rows, "dice"), case_means(rows, "atlas_dice")
     cases = [case for _, case in sorted(group_rows(rows).items(), key=lambda item: dice[item[0][0]])]  # failures first
     return {
-        "classes": list(summary["classes"]),
         "results": _result_blocks(summary),
         "metrics": list(summary["definitions"] | summary["slice"]["definitions"]),
         "titles": {name: metric.title for name, metric in COLUMNS.items()},
-        "definitions": _list_definitions(summary),
+        "definitions": _list_definitions(summary, "validation" if split["val"] else "training"),
         "pairs": _mean_pairs(summary, best, counted),
         "case_pairs": _case_pairs(rows),
         "cases": cases,
@@ -138,6 +144,15 @@ def _flatten(experiment: Json) -> dict[str, Any]:
         is_group = isinstance(value, Mapping)
         options |= {f"{name}.{field}": v for field, v in value.items()} if is_group else {name: value}
     return options
+
+
+def _draw_validation(
+    history: Sequence[Mapping[str, float]], best: Mapping[str, float] | None, counted: str, kept: str
+) -> str:
+    """Draw validation Dice and IoU over epochs; return "" if there was no validation."""
+    if not has_validation(history):
+        return ""
+    return chart(lambda axes: draw_validation(axes, history, best, counted, kept))
 
 
 def _draw_block_weights(summary: Json, how: str | None) -> dict[str, str] | None:
@@ -177,7 +192,7 @@ def _list_costs(cost: Json, history: Sequence[Mapping[str, float]]) -> list[tupl
     }
     if history:
         seconds = np.mean([line["seconds"] for line in history])
-        lines["Training"] = f"{seconds:.1f} s per epoch, including validation"
+        lines["Training"] = f"{seconds:.1f} s per epoch" + (", including validation" if has_validation(history) else "")
     lines["Inference"] = f"{inference}, {counted}"
     if history:
         memory = f"{cost['step_bytes'] / 1e9:.2f} GB"
@@ -219,13 +234,13 @@ def _list_facts(record: Json) -> list[tuple[str, str]]:
     ]
 
 
-def _list_definitions(summary: Json) -> dict[str, str]:
+def _list_definitions(summary: Json, threshold_cases: str) -> dict[str, str]:
     definitions = summary["definitions"] | summary["slice"]["definitions"]
     return {COLUMNS[metric].title: text for metric, text in definitions.items()} | {
         "Empty masks": summary["empty_rule"],
         "Averaging": f"{summary['averaging']}. Per slice: {summary['slice']['averaging']}",
         "Atlas baseline": f"mean training mask in normalised coordinates, with threshold "
-        f"{summary['atlas']['threshold']}, the best one on the validation cases",
+        f"{summary['atlas']['threshold']}, the best one on the {threshold_cases} cases",
         "Grid": "validation Dice and IoU are computed in the network's input pixels, all other numbers on the scan's "
         "own grid",
     }
@@ -243,7 +258,7 @@ def _mean_pairs(summary: Json, best: Mapping[str, float] | None, counted: str) -
         for column, name in names.items():
             title = name if block["title"] == MEAN else f"{name}, {block['title']}"
             pairs.append(Pair(title, block[column]["dice"]["mean"], block[column]["iou"]["mean"]))
-    if best:
+    if best and "val_dice" in best:
         pairs.append(Pair(f"Validation, {counted}", best["val_dice"], best["val_iou"]))
     return pairs
 

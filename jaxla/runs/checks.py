@@ -23,6 +23,10 @@ def check_experiment(experiment: Experiment) -> Experiment:
     if data.other_labels == "background" and not data.labels:
         problem = "--data.labels is missing"
         raise InputError("--data.other_labels=background", problem, "Name each class's values, such as LA:1.")
+    if data.validation != "if_useful" and (data.split or experiment.fold):
+        cause = "--data.split" if data.split else f"--fold={experiment.fold}"
+        problem = f"has no effect, because {cause} gives the validation patients"
+        raise InputError(f"--data.validation={data.validation}", problem, "Remove one of the two.")
     model = method.model.resolve()
     experiment = replace(experiment, method=replace(method, model=model))
     _check_bounds(experiment)
@@ -60,6 +64,9 @@ def _check_bounds(experiment: Experiment) -> None:
         if side and side % 2 == 0:
             raise InputError(f"--postprocessing.{name}={side}", "an even number", "Use an odd number, or 0 for none.")
         minimum[f"postprocessing.{name}"] = (0, side)
+    if method.postprocessing.flips and method.model.needs_plan:
+        problem = f"has no effect, because {method.name} mirrors as its plan says"
+        raise InputError("--postprocessing.flips=true", problem, "Remove the option.")
     for name, value in vars(method.augmentation).items():
         minimum[f"augmentation.{name}"] = (0, value)
     for name, (bound, value) in minimum.items():

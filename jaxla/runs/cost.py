@@ -29,8 +29,8 @@ MAX_TIMED_VOLUMES, MAX_TIMED_SECONDS = 3, 60
 class Cost:
     """Parameters, multiply-adds, memory and seconds of one run; with --fold=all, of the networks of all folds.
 
-    `inference_seconds` are those from the scan in memory to the mask on its grid, for each timed test volume, by the
-    whole network, compiled before.
+    `inference_seconds` are those from the scan in memory to the mask on its grid, for each timed volume, by the whole
+    network, compiled before.
     """
 
     parameters: int  # of the network
@@ -45,13 +45,13 @@ class Cost:
 
 
 def measure_cost(
-    run: TrainedRun, segment: SegmentSlices, test: Sequence[PreparedVolume], step_bytes: int, deepest: int
+    run: TrainedRun, segment: SegmentSlices, volumes: Sequence[PreparedVolume], step_bytes: int, deepest: int
 ) -> Cost:
     """Measure a finished run whose deepest volume in training and validation has `deepest` slices.
 
-    Some of its test volumes are segmented once more, to be timed.
+    The first of `volumes`, which may be the run's test volumes, are segmented once more, to be timed.
     """
-    seconds = time_inference(segment, test)
+    seconds = time_inference(segment, volumes)
     task, network, count = run.task, run.networks[0], len(run.networks)
     shape = task.input_shape(deepest)
     depth = math.prod(shape[:-3])
@@ -70,7 +70,7 @@ def measure_cost(
         peak_host_bytes=peak_host_bytes(),
         peak_device_bytes=peak_device_bytes(),
         inference_seconds=tuple(seconds),
-        inference_slices=tuple(volume.shape[0] for volume in test[: len(seconds)]),
+        inference_slices=tuple(volume.shape[0] for volume in volumes[: len(seconds)]),
     )
 
 

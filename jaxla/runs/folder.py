@@ -87,9 +87,9 @@ class Metrics(TypedDict):
 
     epoch: int
     train_loss: float
-    val_loss: float
-    val_dice: float
-    val_iou: float
+    val_loss: NotRequired[float]  # as the next two, missing without validation cases
+    val_dice: NotRequired[float]
+    val_iou: NotRequired[float]
     seconds: float
     slices_per_second: float
 
@@ -108,7 +108,13 @@ class Overlaps(TypedDict):
     iou: Mean
 
 
-class TestSummary(Overlaps):
+class RunSummary(TypedDict):
+    """What is read from `summary.json` of a run without test cases."""
+
+    best_epoch: NotRequired[int]
+
+
+class TestSummary(RunSummary, Overlaps):
     """What is read from `summary.json`."""
 
     classes: dict[str, dict[str, Any]]
@@ -116,7 +122,6 @@ class TestSummary(Overlaps):
     atlas: Overlaps
     definitions: dict[str, str]
     empty_rule: str
-    best_epoch: NotRequired[int]
 
 
 def read_metrics(folder: Path) -> list[Metrics]:
@@ -139,9 +144,11 @@ def read_metrics(folder: Path) -> list[Metrics]:
     return history
 
 
-def read_summary(folder: Path) -> TestSummary:
-    """Return the summary of a run's test; raises as `read_metrics`."""
-    return read_json(folder / SUMMARY, TestSummary)
+def read_summary(folder: Path) -> RunSummary | TestSummary:
+    """Return the summary of a run's test, which has no scores without test cases; raises as `read_metrics`."""
+    content = read_json(folder / SUMMARY, dict[str, Any])
+    has_scores = bool(content.keys() & TestSummary.__required_keys__)
+    return read_json(folder / SUMMARY, TestSummary if has_scores else RunSummary)
 
 
 def read_split_file(folder: Path) -> SplitFile:
@@ -149,7 +156,7 @@ def read_split_file(folder: Path) -> SplitFile:
     return read_json(folder / SPLIT, SplitFile)
 
 
-def kept_metrics(folder: Path, history: Sequence[Metrics], summary: TestSummary) -> Metrics:
+def kept_metrics(folder: Path, history: Sequence[Metrics], summary: RunSummary) -> Metrics:
     """Return the metrics of the tested epoch; raise an InputError if the run's files do not have it."""
     epoch = summary.get("best_epoch", 0)
     if not 1 <= epoch <= len(history):
@@ -178,8 +185,7 @@ def summarise_fold(folder: Path) -> dict[str, Any]:
         "folder": folder.name,
         "patients": len(read_split_file(folder)["val"]),
         **{name: kept[name] for name in ("epoch", "val_dice", "val_iou")},
-        "test_dice": summary["dice"]["mean"],
-        "test_iou": summary["iou"]["mean"],
+        **{f"test_{name}": summary[name]["mean"] if name in summary else None for name in ("dice", "iou")},
         "minutes": sum(metrics["seconds"] for metrics in history) / 60,
     }
 
@@ -255,9 +261,23 @@ def require_resumable(folder: Path | None, experiment: Experiment) -> None:
     require_writable("--run-dir", folder)
     if is_running(folder):
         raise InputError(f"--run-dir={folder}", "another process is training there", "Wait for it.")
-    for name, now, then in differences(experiment, record.experiment):
+    if changes := list(differences(experiment, record.experiment)):
+        name, now, then = changes[0]
         problem = f"--{name} is {format_value(now)}, but the run in {folder} began with {format_value(then)}"
-        raise InputError("--resume", problem, f"Resume with: {resume_command(record.command, folder)}")
+        command = _with_former_defaults(record.command, changes)
+        raise InputError("--resume", problem, f"Resume with: {resume_command(command, folder)}")
+
+
+def _with_former_defaults(command: str, changes: Sequence[tuple[str, Any, Any]]) -> str:
+    """Return a run's command with the changed options that it leaves to their defaults, which may have changed since.
+
+    All others follow from the experiment and the method, so only these are given if they changed.
+    """
+    given = {word.split("=")[0] for word in shlex.split(command)}
+    if changes[0][0] in ("exp", "method"):
+        changes = changes[:1]
+    words = [f"--{name}={format_value(then)}" for name, _, then in changes if then not in ("", None)]
+    return shlex.join([*shlex.split(command), *(word for word in words if word.split("=")[0] not in given)])
 
 
 def resume_command(command: str, folder: Path) -> str:

@@ -18,9 +18,10 @@ from jaxla.data.prepared import PreparedVolume
 from jaxla.distributed import gather, local_items, on_host, process_count, shard_batch, use_local_devices
 from jaxla.evaluation.summary import score_case
 from jaxla.hardware import device_bytes, device_name
+from jaxla.inference.segment import FLIPS
 from jaxla.memory import catch_out_of_memory
 from jaxla.runs.cost import MAX_TIMED_SECONDS, MAX_TIMED_VOLUMES
-from jaxla.runs.speed import MEASURED_STEPS, fit_to_minutes, mean_seconds, measure_speed
+from jaxla.runs.speed import MEASURED_STEPS, fit_to_minutes, mean_seconds, measure_speed, measuring_seconds
 from jaxla.tasks import Features, Task
 from jaxla.training.step import count_parameters
 
@@ -58,7 +59,7 @@ class Forecast:
     run_bytes: int  # size of the run's folder at its largest: checkpoints and predictions
     step_bytes: int  # device memory of a training step, as reported by XLA
     device_bytes: int  # memory of the device; 0 if it does not say
-    start_seconds: float  # to build the network and compile its step
+    start_seconds: float  # to build the network, compile its step, and measure it if its time is limited
     step_seconds: float  # of a training step
     validation_seconds: float  # at the end of an epoch
     test_seconds: float  # to segment and score the test cases, and to time some of them
@@ -123,7 +124,7 @@ def forecast_run(
         run_bytes=3 * speed.checkpoint_bytes + sum(int(np.prod(v.shape)) for v in parts["test"]) // 20 + PAGE_BYTES,
         step_bytes=speed.step_bytes,
         device_bytes=device_bytes(),
-        start_seconds=build_seconds + speed.compile_seconds,
+        start_seconds=build_seconds + speed.compile_seconds + measuring_seconds(recipe, speed),
         step_seconds=speed.step_seconds,
         validation_seconds=speed.validation_seconds,
         test_seconds=forecast_test(experiment, data, task, speed.batch_seconds, found.seconds_per_slice),
@@ -160,9 +161,12 @@ def forecast_test(
 ) -> float:
     """Return the seconds to segment and score the test cases, to time some, and to choose the postprocessing."""
     test, val = data.select_volumes(data.split.test), data.select_volumes(data.split.val)
-    slices = sum(volume.shape[0] for volume in test)
+    if experiment.method.postprocessing.flips:
+        batch_seconds *= len(FLIPS)
+    timed = test or data.select_volumes(data.split.train)
+    slices = sum(volume.shape[0] for volume in timed)
+    per_volume = (task.batches_to_segment(timed) * batch_seconds + slices * backbone_seconds_per_slice) / len(timed)
     segmenting = task.batches_to_segment(test) * batch_seconds
-    per_volume = (segmenting + slices * backbone_seconds_per_slice) / len(test)
     choosing = per_volume * len(val) if experiment.method.postprocessing.largest == "if_better" else 0.0
     timing = per_volume + min(MAX_TIMED_VOLUMES * per_volume, MAX_TIMED_SECONDS + per_volume)
     scoring = _time_scoring(data) * len(test) / process_count()
@@ -203,8 +207,8 @@ def describe_forecast(forecast: Forecast, name: str) -> str:
 
 
 def _time_scoring(data: PreparedData) -> float:
-    """Return the seconds to score one case as the test does, measured on a shifted validation mask."""
-    volume, names = data.select_volumes(data.split.val)[0], data.dataset.labels.names
+    """Return the seconds to score one case as the test does, measured on a shifted validation or training mask."""
+    volume, names = data.volumes[(data.split.val or data.split.train)[0]], data.dataset.labels.names
     mask = np.asarray(volume.mask)
     shifted = np.roll(mask, 5, axis=1)
     began = time.perf_counter()

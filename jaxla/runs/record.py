@@ -107,7 +107,7 @@ def method_label(experiment: Experiment, methods: Mapping[str, Method]) -> str:
 def describe_network(experiment: Experiment, methods: Mapping[str, Method]) -> str:
     """Return the network in words: its label, the origin of its weights, and whether they are trained."""
     method, model, label = experiment.method, experiment.method.model, method_label(experiment, methods)
-    if label == method.name != model.arch:
+    if label == method.name != model.arch and "arch" in asdict(model):  # a network on a backbone
         label += f" on {model.arch}"
     origin = "random weights" if model.weights == "random" else Path(model.weights).name
     return f"{label} ({origin}, {'frozen' if model.backbone == 'frozen' else 'trained'})"

@@ -26,6 +26,7 @@ from jaxla.training.step import count_parameters
 log = logging.getLogger(__name__)
 
 MEASURED_STEPS, MAX_MEASURED_SECONDS = 3, 5.0
+FORWARD_PASSES_PER_STEP = 3  # that a training step takes as long as, about
 MAX_VALIDATION_FRACTION = 0.2  # of the time
 
 
@@ -38,8 +39,8 @@ class Speed(NamedTuple):
     steps: int  # of an epoch
     compile_seconds: float  # to set up and compile the step, and take one
     step_seconds: float
-    batch_seconds: float  # to evaluate one batch
-    validation_seconds: float  # of an epoch
+    batch_seconds: float  # to evaluate one batch; estimated without validation
+    validation_seconds: float  # of an epoch; 0 without validation
 
 
 def measure_speed(
@@ -62,9 +63,11 @@ def measure_speed(
         step_seconds = mean_seconds(lambda: trainer.step(next(batches), 0), MEASURED_STEPS)
         if (step_count := broadcast(round(seconds / step_seconds))) > MEASURED_STEPS:  # the same in all processes
             step_seconds = mean_seconds(lambda: trainer.step(next(batches), 0), step_count)
-    with closing(evaluation_batches(sources.val, task.batch_size, rows)) as batches:
-        batch = next(batches)
-    batch_seconds = mean_seconds(lambda: trainer.evaluate(batch), 2)
+    batch_seconds = step_seconds / FORWARD_PASSES_PER_STEP
+    if sources.val:
+        with closing(evaluation_batches(sources.val, task.batch_size, rows)) as batches:
+            batch = next(batches)
+        batch_seconds = mean_seconds(lambda: trainer.evaluate(batch), 2)
     return Speed(
         trained,
         checkpoint_bytes,
@@ -73,8 +76,13 @@ def measure_speed(
         compile_seconds,
         step_seconds,
         batch_seconds,
-        validation_seconds=-(-len(sources.val) // task.batch_size) * batch_seconds,
+        validation_seconds=-(-len(sources.val or ()) // task.batch_size) * batch_seconds,
     )
+
+
+def measuring_seconds(recipe: Training, speed: Speed) -> float:
+    """Return how long a run measures steps before it trains; it compiles them for that as well."""
+    return speed.compile_seconds + min(MAX_MEASURED_SECONDS, 60 * recipe.minutes) if recipe.minutes else 0.0
 
 
 def measure_and_fit(task: Task, sources: Sources, features: Features | None) -> Training:
@@ -107,7 +115,10 @@ def fit_to_minutes(recipe: Training, speed: Speed) -> Training:
     Its epochs become fewer if their validation would take more than a fifth of the time. At least one step is taken.
     """
     seconds = 60 * recipe.minutes
-    epochs = max(1, min(recipe.epochs, math.floor(MAX_VALIDATION_FRACTION * seconds / speed.validation_seconds)))
+    most = seconds / (speed.step_seconds + speed.validation_seconds)  # epochs of one step
+    if speed.validation_seconds:
+        most = min(most, MAX_VALIDATION_FRACTION * seconds / speed.validation_seconds)
+    epochs = max(1, min(recipe.epochs, math.floor(most)))
     steps = math.floor((seconds / epochs - speed.validation_seconds) / speed.step_seconds)
     return replace(recipe, epochs=epochs, steps=max(1, steps))
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+import logging
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,10 @@ from jaxla.runs.folder import LARGEST, PREDICTIONS, SUMMARY, TEST_CASES, TEST_SL
 from jaxla.runs.trained import TrainedRun
 from jaxla.tasks import Features
 
+log = logging.getLogger(__name__)
+
+HOW_TO_TEST = "To test, segment labelled scans with `jaxla.predict` and score them with `jaxla.evaluate`."
+
 SegmentCase = Callable[[PreparedVolume], np.ndarray]  # -> classes [S, H, W]
 
 
@@ -38,23 +43,29 @@ def choose_postprocessing(run: TrainedRun, data: PreparedData, run_dir: Path) ->
 
 
 def make_segment_case(run: TrainedRun, segment: SegmentSlices, features: Features | None) -> SegmentCase:
-    """Return a function that segments a test case; it runs on cached features where there are any."""
-    if features is None:
+    """Return a function that segments a test case; it runs on cached features where there are any, unless it flips."""
+    if features is None or run.record.experiment.method.postprocessing.flips:
         return lambda volume: segment(volume.image, slice_geometry(read_grid(volume.case.image).affine), False)[0]
     segment_features = run.task.make_segment_features(run.networks)
     return lambda volume: run.postprocess(segment_features(volume, features.by_case[volume.id]))
 
 
 def score_test_cases(
-    run: TrainedRun, data: PreparedData, segment_case: SegmentCase, run_dir: Path, **about: Any
-) -> tuple[list[Row], dict[str, Any]] | None:
+    run: TrainedRun, data: PreparedData, segment_case: SegmentCase, run_dir: Path, about: Mapping[str, Any]
+) -> tuple[list[Row], dict[str, Any]]:
     """Segment and score every test case; write `test/`, and return the rows of `cases.csv` and the summary.
 
     The summary has mean, sd, n and unit of each metric per volume, the same per slice under "slice" and of the atlas
-    baseline under "atlas", and the entries `about`. Each process segments its share of the cases; all but the first
-    return None.
+    baseline under "atlas", and the entries `about`; without test cases only these. Each process segments its share of
+    the cases; only the first returns rows and summary, the others nothing.
     """
     names, split = run.record.labels.names, data.split
+    if not split.test:
+        if is_first():
+            log.warning("no test cases. %s", HOW_TO_TEST)
+            (run_dir / SUMMARY).parent.mkdir(exist_ok=True)
+            write_summary(about, run_dir / SUMMARY)
+        return [], dict(about)
     atlas = make_atlas(data, len(names))
     rows, slice_rows, atlas_rows = [], [], []
     for case_id in track(local_items(split.test), "testing"):
@@ -67,7 +78,7 @@ def score_test_cases(
         atlas_rows += score_case(case_id, baseline, volume.mask, volume.spacing, names)
     rows, slice_rows, atlas_rows = (in_order(part, split.test) for part in (rows, slice_rows, atlas_rows))
     if not is_first():
-        return None
+        return [], {}
     rows, summary = summarise_test(rows, slice_rows, atlas_rows, names)
     summary["atlas"]["threshold"] = atlas.threshold
     summary |= about
@@ -85,12 +96,15 @@ def write_prediction(classes: np.ndarray, volume: PreparedVolume, run: TrainedRu
 
 
 def make_atlas(data: PreparedData, classes: int) -> Atlas:
-    """Return the atlas baseline of the training masks; its threshold is chosen on the validation masks."""
+    """Return the atlas baseline of the training masks.
+
+    Its threshold is chosen on the validation masks, or without any on the training masks.
+    """
 
     def masks(ids: Iterable[str]) -> Iterator[np.ndarray]:
         return (slices_to_canonical(volume.mask, volume.slice_axis) for volume in data.select_volumes(ids))
 
-    return choose_threshold(build_atlas(masks(data.split.train), classes), masks(data.split.val))
+    return choose_threshold(build_atlas(masks(data.split.train), classes), masks(data.split.val or data.split.train))
 
 
 def atlas_mask(atlas: Atlas, volume: PreparedVolume) -> np.ndarray:

@@ -88,7 +88,7 @@ def _measure_runs(experiments: Sequence[Experiment], states: Sequence[State], ca
     first = experiments[0]
     all_patients = replace(first.data, train_patients=0, train_percent=100.0)
     prepared = prepare_data(replace(first, data=all_patients), cache_dir)
-    data = [prepared.for_fold("", experiment.data) for experiment in experiments]
+    data = [prepared.for_fold("", experiment) for experiment in experiments]
     open_runs: dict[str, list[int]] = {}  # by method
     tasks: dict[int, Task] = {}
     for n, experiment in enumerate(experiments):

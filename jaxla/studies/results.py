@@ -213,7 +213,7 @@ def _read_run(folder: Path, record: Record) -> StudyRun:
         summary = read_json(folder / run_files.SUMMARY, run_files.TestSummary, fix)
         classes = list(summary["classes"])
         split = read_json(folder / run_files.SPLIT, SplitFile, fix)
-        split = {part: list(map(str, split[part])) for part in ("train", "val", "test")}
+        split = {part: list(map(str, split.get(part, ()))) for part in ("train", "val", "test")}
         cases, case_hashes = split["test"], read_json(folder / run_files.CASES, dict[str, str], fix)
         if missing := set(cases) - set(case_hashes):
             raise ValueError(f"{run_files.CASES} lacks {min(missing)}")

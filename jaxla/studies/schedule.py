@@ -12,10 +12,10 @@ from typing import Literal, NamedTuple
 from jaxla.cli.command_line import parse_experiment
 from jaxla.cli.files import report_os_errors, write_atomically
 from jaxla.cli.json_files import read_json
-from jaxla.config import METHOD_GROUPS, Data, Experiment, InputError, Study
-from jaxla.data.dataset import find_dataset
+from jaxla.config import ALL_CASES, METHOD_GROUPS, Data, Experiment, InputError, Study, choices_by_validation
+from jaxla.data.dataset import find_dataset, split_cases
 from jaxla.data.prepared import content_key
-from jaxla.data.split import make_split
+from jaxla.data.split import read_split
 from jaxla.experiments import EXPERIMENTS, METHODS
 from jaxla.runs.checks import check_experiment, find_weights
 from jaxla.runs.folder import CASES, has_not_begun, is_finished, lock_folder
@@ -59,7 +59,22 @@ def schedule_runs(
             given = (output / RUNS, parsed.devices, parsed.shard_params)
             runs.append(ScheduledRun(protocol, method, 0, experiment, tuple(arguments), sha256, *given))
     _require_comparable(runs)
-    return [_with_seed(run, seed) for seed in seeds for run in runs]
+    return [_with_seed(run, seed) for seed in seeds for run in _with_same_patients(runs)]
+
+
+def _with_same_patients(runs: Sequence[ScheduledRun]) -> Sequence[ScheduledRun]:
+    """Return the runs with validation patients in all of them if only some methods decide something by these."""
+    data = runs[0].experiment.data
+    if data.split or data.validation != "if_useful":
+        return runs
+    if len({bool(choices_by_validation(run.experiment.method)) for run in runs}) == 1:
+        return runs
+    word = "--data.validation=always"
+    data = [replace(run.experiment.data, validation="always") for run in runs]
+    return [
+        run._replace(experiment=replace(run.experiment, data=own), arguments=(*run.arguments, word))
+        for run, own in zip(runs, data, strict=True)
+    ]
 
 
 def _with_seed(run: ScheduledRun, seed: int) -> ScheduledRun:
@@ -72,7 +87,11 @@ def _with_seed(run: ScheduledRun, seed: int) -> ScheduledRun:
 
 
 def _require_comparable(runs: Sequence[ScheduledRun]) -> None:
-    """Raise an InputError unless runs use the same scans, and differ in method or in training patients."""
+    """Raise an InputError unless runs use the same scans with a test set, and differ in method or training patients."""
+    split = runs[0].experiment.data.split
+    if split == ALL_CASES or (split and not read_split(Path(split), "data.split").test):
+        problem = "leaves no test cases, on which a study compares methods"
+        raise InputError(f"--data.split={split}", problem, "Use another split.")
     for run in runs:
         preset, data, first = EXPERIMENTS[run.protocol].data, run.experiment.data, runs[0]
         if _scan_options(data) != _scan_options(first.experiment.data):
@@ -162,6 +181,6 @@ def require_same_data(runs: Sequence[ScheduledRun], states: Sequence[State], cac
         if change := changed_case(recorded, hashes):
             problem = f"was run on different data than {run.experiment.data.root} has now ({change})"
             raise InputError(run.folder, problem, "Restore the data, or choose another --output.")
-        if read_record(run.folder).split_sha256 != make_split(list(hashes), run.experiment.data).sha256:
+        if read_record(run.folder).split_sha256 != split_cases(list(hashes), run.experiment).sha256:
             fix = "Restore the file of --data.split, or choose another --output."
             raise InputError(run.folder, "was run on a different split than the current one", fix)

@@ -37,7 +37,7 @@ class Sources(NamedTuple):
     """The samples that a run trains on, and those that judge each epoch."""
 
     train: Source
-    val: Source
+    val: Source | None  # None without validation cases
 
 
 class Task(ABC):

@@ -112,9 +112,11 @@ class PatchTask(Task):
             return PatchSource(volumes, size, patch, self.batch_size, seed, steps * self.batch_size)
 
         read = initial_patch_size(patch) if self.experiment.method.augmentation.nnunet else patch
+        train, val = data.split.train, data.split.val
+        val_steps = max(1, steps // VALIDATION_FRACTION)
         return Sources(
-            make_source(data.split.train, TRAIN_STREAM, read, steps),
-            make_source(data.split.val, VAL_STREAM, patch, max(1, steps // VALIDATION_FRACTION)),
+            make_source(train, TRAIN_STREAM, read, steps),
+            make_source(val, VAL_STREAM, patch, val_steps) if val else None,
         )
 
     def samples_per_pass(self, volumes: Sequence[PreparedVolume]) -> int:

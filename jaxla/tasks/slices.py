@@ -76,7 +76,8 @@ class SliceTask(Task):
             arrays = features and [features.by_case[volume.id] for volume in volumes]
             return SliceSource(volumes, self.canvas, arrays, with_images, self.model.neighbours, foreground)
 
-        return Sources(make_source(data.split.train, self.recipe.foreground_fraction), make_source(data.split.val, 0))
+        train, val = data.split.train, data.split.val
+        return Sources(make_source(train, self.recipe.foreground_fraction), make_source(val, 0) if val else None)
 
     def samples_per_pass(self, volumes: Sequence[PreparedVolume]) -> int:
         return sum(volume.shape[0] for volume in volumes)
@@ -124,7 +125,7 @@ class SliceTask(Task):
 
     def make_slice_probabilities(self, networks: Sequence[nnx.Module]) -> SliceProbabilities:
         """Return a function that applies networks to the slices of one scan, given the networks' input for each."""
-        batch_probabilities = mean_probabilities(networks)
+        batch_probabilities = mean_probabilities(networks, self.experiment.method.postprocessing.flips)
         batch_size = self.batch_size
 
         def slice_probabilities(inputs: Iterable[Any], count: int) -> Iterator[np.ndarray]:

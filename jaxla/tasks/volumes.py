@@ -48,7 +48,8 @@ class VolumeTask(SliceTask):
             arrays = features and [features.by_case[volume.id] for volume in volumes]
             return VolumeSource(volumes, self.canvas, depth, arrays)
 
-        return Sources(*map(make_source, parts))
+        train, val = parts
+        return Sources(make_source(train), make_source(val) if val else None)
 
     def samples_per_pass(self, volumes: Sequence[PreparedVolume]) -> int:
         return len(volumes)
@@ -73,7 +74,7 @@ class VolumeTask(SliceTask):
         return (slices, *super().input_shape(slices))
 
     def make_slice_probabilities(self, networks: Sequence[nnx.Module]) -> SliceProbabilities:
-        batch_probabilities = mean_probabilities(networks)
+        batch_probabilities = mean_probabilities(networks, self.experiment.method.postprocessing.flips)
 
         def slice_probabilities(inputs: Iterable[Any], count: int) -> np.ndarray:
             depth = -(-count // DEPTH_STEP) * DEPTH_STEP

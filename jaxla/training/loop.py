@@ -33,7 +33,7 @@ SAVE, STOP = 1, 2  # what a process may request after a step
 def fit(
     trainer: Trainer,
     train: Source,
-    val: Source,
+    val: Source | None,
     folder: Path,
     *,
     epochs_done: int = 0,
@@ -46,14 +46,19 @@ def fit(
     an interruption the remaining training is, on CPU, bit for bit what it would have been.
 
     Args:
+        val: None if there is nothing to validate on; the recipe must then decide nothing by validation.
         epochs_done: epochs that earlier sessions reported; without a checkpoint of them training does not start.
         on_epoch: called with the metrics of all epochs so far, at the start and after each epoch.
 
     Raises:
         InputError: the loss is not finite, a step needs more memory than there is, or a file cannot be written.
+        ValueError: `val` is None, but the recipe decides something by validation.
         Stopped: the process was asked to stop; the latest checkpoint is of this moment.
     """
-    recipe, checkpoints = trainer.recipe, TrainingCheckpoints(folder)
+    recipe = trainer.recipe
+    if val is None and (recipe.checkpoint == "best" or recipe.patience):
+        raise ValueError("val is None: the recipe needs checkpoint='last' and patience=0")
+    checkpoints = TrainingCheckpoints(folder)
     rows = local_rows(recipe.batch_size)
     batches = training_batches(train, recipe.batch_size, trainer.seed, rows)
     progress = checkpoints.resume(trainer, batches, epochs_done)
@@ -64,8 +69,10 @@ def fit(
         while progress.epoch < recipe.epochs and not (0 < recipe.patience <= progress.epochs_since_lowest):
             _train_epoch(trainer, batches, progress, checkpoints, stop_requested)
             began = time.perf_counter()
+            validation = None
             try:
-                validation = trainer.validate(val, lambda: bool(global_max(int(stop_requested()))))
+                if val is not None:
+                    validation = trainer.validate(val, lambda: bool(global_max(int(stop_requested()))))
             except Stopped:
                 checkpoints.save_latest(trainer, batches, progress)
                 raise
@@ -74,7 +81,7 @@ def fit(
             checkpoints.save_latest(trainer, batches, progress)
             if progress.best_epoch == progress.epoch:
                 checkpoints.save_best(trainer, progress)
-            _log_epoch(trainer, progress, val)
+            _log_epoch(trainer, progress, val.counted if val else "")
             on_epoch(progress.history)
 
     if progress.epoch < recipe.epochs:
@@ -121,7 +128,7 @@ def _train_epoch(
 def _finish_epoch(
     trainer: Trainer,
     progress: Progress,
-    validation: Validation,
+    validation: Validation | None,
     validation_seconds: float,
     slices_per_sample: float,
     folder: Path,
@@ -129,8 +136,9 @@ def _finish_epoch(
     """Add the epoch's metrics to the history, and note the best; raise an InputError if a loss is not finite."""
     recipe = trainer.recipe
     train_loss = float(np.mean(np.asarray(progress.losses, np.float32)))
-    if not np.isfinite([train_loss, validation.loss]).all():
-        losses = f"training {train_loss}, validation {validation.loss}"
+    scores = {f"val_{name}": value for name, value in validation._asdict().items()} if validation else {}
+    if not np.isfinite([train_loss, scores.get("val_loss", 0.0)]).all():
+        losses = f"training {train_loss}" + (f", validation {validation.loss}" if validation else "")
         problem = f"the loss is not finite in epoch {progress.epoch + 1} ({losses})"
         rate = option("training.learning_rate", f"{recipe.learning_rate:g}")
         raise InputError(rate, problem, f"Use a lower rate. Earlier epochs are kept in {folder}.")
@@ -138,26 +146,30 @@ def _finish_epoch(
     metrics = {
         "epoch": progress.epoch + 1,
         "train_loss": train_loss,
-        "val_loss": validation.loss,
-        "val_dice": validation.dice,
-        "val_iou": validation.iou,
+        **scores,
         "seconds": progress.seconds + validation_seconds,
         "slices_per_second": samples * slices_per_sample / progress.seconds,
     }
     progress.epoch, progress.losses, progress.seconds = progress.epoch + 1, [], 0.0
     progress.history.append(metrics)
+    if recipe.checkpoint == "last":
+        progress.best_epoch = progress.epoch
+    if validation is None:
+        return
     progress.epochs_since_lowest = 0 if validation.loss < progress.lowest_loss else progress.epochs_since_lowest + 1
     progress.lowest_loss = min(validation.loss, progress.lowest_loss)
     if validation.dice > progress.best_dice or recipe.checkpoint == "last":
         progress.best_dice, progress.best_epoch = validation.dice, progress.epoch
 
 
-def _log_epoch(trainer: Trainer, progress: Progress, val: Source) -> None:
+def _log_epoch(trainer: Trainer, progress: Progress, counted: str) -> None:
+    """Log the epoch's metrics; `counted` says what validation averages Dice over, "" if there was no validation."""
     recipe, metrics = trainer.recipe, progress.history[-1]
     remaining = (recipe.epochs - progress.epoch) * np.mean([past["seconds"] for past in progress.history[-5:]])
     is_best = progress.best_epoch == progress.epoch and recipe.checkpoint == "best"
+    scores = f", val loss {metrics['val_loss']:.4f}, val Dice {metrics['val_dice']:.3f} {counted}" if counted else ""
     log.info(
-        "epoch %d/%d: train loss %.4f, val loss %.4f, val Dice %.3f %s%s; %.0f slices/s, at most %s of training left",
-        progress.epoch, recipe.epochs, metrics["train_loss"], metrics["val_loss"], metrics["val_dice"], val.counted,
-        " (best)" if is_best else "", metrics["slices_per_second"], format_duration(remaining),
+        "epoch %d/%d: train loss %.4f%s%s; %.0f slices/s, at most %s of training left",
+        progress.epoch, recipe.epochs, metrics["train_loss"], scores, " (best)" if is_best else "",
+        metrics["slices_per_second"], format_duration(remaining),
     )  # fmt: skip

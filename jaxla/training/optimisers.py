@@ -1,4 +1,4 @@
-"""The optimisers of the recipes: Adam, and nnU-Net's SGD; and the running mean of the parameters."""
+"""The optimisers of the recipes: Adam, and nnU-Net's SGD; and the running mean of what is trained."""
 
 from __future__ import annotations
 
@@ -16,10 +16,12 @@ MOMENTUM, WEIGHT_DECAY, MAX_GRADIENT_NORM, POLY_POWER = 0.99, 3e-5, 12.0, 0.9
 WARMUP_FRACTION = 0.02  # of all steps, in the cosine schedule
 
 
-def make_optimiser(recipe: Training, steps: int, has_pretrained_backbone: bool) -> optax.GradientTransformation:
+def make_optimiser(
+    recipe: Training, steps: int, has_pretrained_backbone: bool, statistics: Any = None
+) -> optax.GradientTransformation:
     """Return the recipe's optimiser for that many steps, with its own learning rate for a pretrained backbone.
 
-    With a running mean, that is the last state of the optimiser's chain.
+    With a running mean, that is the last state of the optimiser's chain; it begins with `statistics` of BatchNorm.
     """
     rates = {"rest": recipe.learning_rate}
     if isinstance(recipe, BackboneTraining):
@@ -35,7 +37,9 @@ def make_optimiser(recipe: Training, steps: int, has_pretrained_backbone: bool) 
         optimiser = optax.chain(optax.clip_by_global_norm(largest_norm), optimiser)
     if recipe.accumulated_steps > 1:
         optimiser = optax.MultiSteps(optimiser, recipe.accumulated_steps).gradient_transformation()
-    return optax.chain(optimiser, average_parameters(recipe.average_decay)) if recipe.average_decay else optimiser
+    if not recipe.average_decay:
+        return optimiser
+    return optax.chain(optimiser, average_parameters(recipe.average_decay, statistics))
 
 
 class AverageState(NamedTuple):
@@ -43,25 +47,29 @@ class AverageState(NamedTuple):
 
     count: jax.Array  # of steps
     average: Any  # running mean of the parameters
+    statistics: Any  # running mean of BatchNorm's statistics
 
 
-def average_parameters(decay: float) -> optax.GradientTransformation:
+def average_parameters(decay: float, statistics: Any = None) -> optax.GradientTransformationExtraArgs:
     """Return the last part of an optimiser, which keeps an exponential running mean of the parameters in its state.
 
+    BatchNorm's statistics, first `statistics` and then an argument of each update, are averaged alike.
     Step n, from 0, keeps at most (1 + n) / (10 + n) of the mean, so that initial parameters are soon forgotten
     (TensorFlow's `ExponentialMovingAverage` with `num_updates`).
     """
 
     def init(parameters: Any) -> AverageState:
-        return AverageState(jnp.zeros((), jnp.int32), jax.tree.map(jnp.copy, parameters))
+        return AverageState(jnp.zeros((), jnp.int32), *jax.tree.map(jnp.copy, (parameters, statistics)))
 
-    def update(updates: Any, state: AverageState, parameters: Any) -> tuple[Any, AverageState]:
+    def update(
+        updates: Any, state: AverageState, parameters: Any, *, statistics: Any = None, **_: Any
+    ) -> tuple[Any, AverageState]:
         kept = jnp.minimum(decay, (1 + state.count) / (10 + state.count))
-        new = optax.apply_updates(parameters, updates)
-        average = jax.tree.map(lambda mean, value: kept * mean + (1 - kept) * value, state.average, new)
-        return updates, AverageState(state.count + 1, average)
+        before, new = (state.average, state.statistics), (optax.apply_updates(parameters, updates), statistics)
+        means = jax.tree.map(lambda mean, value: kept * mean + (1 - kept) * value, before, new)
+        return updates, AverageState(state.count + 1, *means)
 
-    return optax.GradientTransformation(init, update)
+    return optax.GradientTransformationExtraArgs(init, update)
 
 
 def _update_rule(recipe: Training, rate: optax.ScalarOrSchedule) -> optax.GradientTransformation:

@@ -28,7 +28,7 @@ class Progress:
     losses: list[float] = field(default_factory=list)  # losses of the steps taken in the next epoch
     seconds: float = 0.0  # time that these steps took
     best_epoch: int = 0  # epoch that is kept
-    best_dice: float = -1.0  # its validation Dice
+    best_dice: float = -1.0  # its validation Dice; -1 without validation
     lowest_loss: float = float("inf")  # lowest validation loss so far
     epochs_since_lowest: int = 0  # completed epochs since then
     history: list[dict[str, Any]] = field(default_factory=list)  # metrics of each completed epoch
@@ -54,7 +54,8 @@ class TrainingCheckpoints:
     def save_best(self, trainer: Trainer, progress: Progress) -> None:
         """Save the network as that of the best epoch."""
         record = {"epoch": progress.best_epoch, "dice": progress.best_dice}
-        self.best.save(progress.best_epoch, network_state(trainer.kept, trainer.frozen.statistics), record)
+        trainable, frozen = trainer.kept
+        self.best.save(progress.best_epoch, network_state(trainable, frozen.statistics), record)
 
     def resume(self, trainer: Trainer, batches: DatasetIterator, epochs_done: int) -> Progress:
         """Restore the newest intact checkpoint, if there is one, and bring the best checkpoint to the same moment.
@@ -89,9 +90,10 @@ class TrainingCheckpoints:
         if progress.best_epoch == progress.epoch and is_at_epoch_end:  # killed between saving latest and best
             self.save_best(trainer, progress)
             return
-        lost, dice = progress.best_epoch, {metrics["epoch"]: metrics["val_dice"] for metrics in progress.history}
+        lost, dice = progress.best_epoch, {line["epoch"]: line.get("val_dice", -1.0) for line in progress.history}
         candidates = [epoch for epoch in (intact, progress.epoch if is_at_epoch_end else 0) if epoch]
-        progress.best_epoch = max(candidates, key=dice.__getitem__, default=0)
+        rank = dice.__getitem__ if trainer.recipe.checkpoint == "best" else None
+        progress.best_epoch = max(candidates, key=rank, default=0)
         progress.best_dice = dice.get(progress.best_epoch, -1.0)
         if progress.best_epoch > intact:
             self.save_best(trainer, progress)

@@ -116,10 +116,14 @@ def make_gradient(graph: nnx.GraphDef, augment: Augment | None = None, loss: Los
 def make_step(gradient: Gradient, optimiser: optax.GradientTransformation) -> Callable:
     """Return `(trainable, frozen, optimiser state, batch, key) -> (trainable, statistics, optimiser state, loss)`."""
 
+    optimiser = optax.with_extra_args_support(optimiser)
+
     def step(trainable: Any, frozen: Frozen, state: Any, batch: Any, key: jax.Array) -> tuple:
         loss, gradients, auxiliary = gradient(trainable, frozen, batch, key)
-        updates, state = optimiser.update(gradients, state, trainable)
-        trainable, statistics = optax.apply_updates(trainable, updates), auxiliary["statistics"]
+        statistics = auxiliary["statistics"]
+        to_average = nnx.filter_state(statistics, nnx.BatchStat)
+        updates, state = optimiser.update(gradients, state, trainable, statistics=to_average)
+        trainable = optax.apply_updates(trainable, updates)
         return *constrain_sharding((trainable, statistics, state)), loss
 
     return jax.jit(step, donate_argnums=(0, 2))

@@ -71,7 +71,8 @@ class Trainer:
         self.memory_advice = memory_advice
         self.recipe, self.steps_per_epoch, self.seed = recipe, steps_per_epoch, seed
         parts = split_network(network, train_backbone)
-        optimiser = make_optimiser(recipe, steps_per_epoch * recipe.epochs, has_pretrained_backbone)
+        statistics = nnx.filter_state(parts.frozen.statistics, nnx.BatchStat)
+        optimiser = make_optimiser(recipe, steps_per_epoch * recipe.epochs, has_pretrained_backbone, statistics)
         gradient = make_gradient(parts.training, augment, loss)
         self._gradient = jax.jit(gradient)
         self._step: Callable = make_step(gradient, optimiser)
@@ -84,9 +85,13 @@ class Trainer:
         self.frozen: Frozen = place_on_devices(parts.frozen)
 
     @property
-    def kept(self) -> Any:
-        """The parameters that are evaluated and kept: `trainable`, or their running mean if the recipe averages."""
-        return self.optimiser_state[-1].average if self.recipe.average_decay else self.trainable
+    def kept(self) -> tuple[Any, Frozen]:
+        """What is evaluated and kept: `trainable` and `frozen`, or their running mean if the recipe averages."""
+        if not self.recipe.average_decay:
+            return self.trainable, self.frozen
+        state = self.optimiser_state[-1]
+        statistics = nnx.merge_state(self.frozen.statistics, state.statistics)
+        return state.average, self.frozen._replace(statistics=statistics)
 
     def compile(self, batch: Any) -> int:
         """Compile the step for batches like this one, and return the bytes of device memory that it needs.
@@ -120,7 +125,7 @@ class Trainer:
 
     def evaluate(self, batch: Any) -> Any:
         """Return the loss and overlap counts of a batch (see `Evaluated`)."""
-        return self._evaluate(self.kept, self.frozen, shard_batch(batch))
+        return self._evaluate(*self.kept, shard_batch(batch))
 
     def validate(self, source: Source, stop_requested: Callable[[], bool] = lambda: False) -> Validation:
         """Evaluate all samples of a source.
@@ -151,4 +156,5 @@ class Trainer:
 
     def network(self) -> nnx.Module:
         """Return the network in its present state, in evaluation mode."""
-        return nnx.merge(self._graph, self.kept, *self.frozen, copy=True)
+        trainable, frozen = self.kept
+        return nnx.merge(self._graph, trainable, *frozen, copy=True)

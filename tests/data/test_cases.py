@@ -70,7 +70,7 @@ def test_any_non_zero_value_of_a_lascarqs_mask_is_the_atrium_and_the_log_says_so
     lascarqs(tmp_path, count=1, value=value)
     with caplog.at_level(logging.INFO, "jaxla"):
         labels = find_cases(tmp_path).labels
-    assert "1 cases (LAScarQS); classes LA: any non-zero value" in caplog.text
+    assert "1 case (LAScarQS); classes LA: any non-zero value" in caplog.text
     classes = labels.to_classes(mask_array(value=value), "m.nii.gz")
     assert classes.dtype == np.uint8
     np.testing.assert_array_equal(classes, mask_array())

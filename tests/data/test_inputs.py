@@ -15,6 +15,7 @@ from jaxla.data.inputs import (
     intensity_range,
     mask_to_input,
     smallest_extent,
+    structure_extent,
 )
 
 # --- the frame -------------------------------------------------------------------------------------------------------
@@ -264,6 +265,21 @@ def test_the_largest_slice_fills_the_input_and_smaller_slices_are_centred():
         Frame(320, 16, 16, 288, 288), Frame(320, 0, 0, 320, 320), Frame(320, 60, 35, 200, 250),
     ]  # fmt: skip
     assert not any(canvas.frame(*each).is_cropped for each in slices)
+
+
+@pytest.mark.parametrize(
+    ("rows", "columns", "expected"),
+    [
+        ((4, 6), (9, 11), 10.0),  # of 10 × 20 pixels of 2 and 5 mm: 1 pixel around the centre in rows and in columns
+        ((0, 6), (9, 11), 20.0),  # the whole slice from the centre to its first row
+        ((4, 6), (10, 18), 80.0),  # 8 columns of 5 mm on one side
+    ],
+)
+def test_the_extent_of_structures_is_that_of_a_square_in_the_centre(rows, columns, expected):
+    mask = np.zeros((3, 10, 20), np.uint8)
+    mask[1, slice(*rows), slice(*columns)] = 2
+    assert structure_extent(mask, (2.0, 5.0)) == expected
+    assert structure_extent(0 * mask, (2.0, 5.0)) == 0
 
 
 def test_the_result_equals_padding_followed_by_resizing():

@@ -34,6 +34,36 @@ def test_every_patient_is_in_exactly_one_part_and_no_part_is_empty(count):
         assert abs(part - fraction * count) <= (1.11 if count < 5 else 1)  # 3 patients: 1 trains, not 2.1
 
 
+@pytest.mark.parametrize(
+    ("count", "needed", "not_needed"),
+    [
+        (15, (10, 2, 3), (10, 2, 3)),
+        (14, (10, 1, 3), (11, 0, 3)),
+        (12, (9, 1, 2), (10, 0, 2)),
+        (3, (1, 1, 1), (2, 0, 1)),
+    ],
+)
+def test_few_patients_are_validated_on_only_if_that_decides_something(count, needed, not_needed):
+    drawn = {need: make_split(ids(count), Data(), needs_validation=need) for need in (True, False)}
+    assert sizes(drawn[True]) == needed
+    assert sizes(drawn[False]) == not_needed
+    assert drawn[False].test == drawn[True].test
+    assert make_split(ids(count), Data(validation="always"), needs_validation=False) == drawn[True]
+    assert sizes(make_split(ids(count), Data(validation="never"))) == (count - needed[2], 0, needed[2])
+
+
+def test_every_patient_trains_with_the_split_all():
+    split = make_split(ids(12), Data(split="all"))
+    assert sizes(split) == (12, 0, 0)
+    assert sorted(split.train) == sorted(ids(12))
+    few = make_split(ids(12), Data(split="all", train_patients=5))
+    assert few == Split(split.train[:5], (), (), unused=split.train[5:])
+    assert make_split(ids(12), Data(split="all", split_seed=1)).train != split.train
+    folds = [make_split(ids(12), Data(split="all"), str(k)) for k in range(5)]
+    assert sorted(name for fold in folds for name in fold.val) == sorted(ids(12))
+    assert {fold.test for fold in folds} == {()}
+
+
 def test_the_split_does_not_depend_on_the_order_of_the_patients():
     shuffled = random.Random(1).sample(ids(60), 60)
     assert make_split(ids(60), Data()) == make_split(shuffled, Data())
@@ -90,6 +120,19 @@ def test_different_splits_have_different_hashes():
 # --- the split file --------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize(
+    "content",
+    ['{"train": ["train_2"], "val": [], "test": []}', '{"train": ["train_2"]}', '{"train": ["train_2"], "val": []}'],
+)
+def test_a_split_file_may_have_no_validation_and_test_cases(tmp_path, content):
+    path = tmp_path / "split.json"
+    path.write_text(content)
+    split = make_split(ids(5), Data(split=str(path)))
+    assert split == Split(("train_2",), (), ())
+    write_split(split, path)
+    assert json.loads(path.read_text()) == {"train": ["train_2"], "val": [], "test": []}
+
+
 def test_a_written_split_can_be_used_again(tmp_path):
     split = make_split(ids(60), Data(split_seed=5))
     write_split(split, tmp_path / "split.json")
@@ -136,10 +179,9 @@ def test_a_split_file_may_leave_cases_out(tmp_path):
             '{"train": ["train_1", "x", "y"], "val": ["train_2"], "test": ["train_3"]}',
             r"case x is not .*\(2 of its cases are not\)",
         ),
-        ('{"train": [], "val": ["train_2"], "test": ["train_3"]}', "its list train is empty"),
-        ('{"train": ["train_1"], "val": [], "test": ["train_3"]}', "its list val is empty"),
-        ('{"train": ["train_1"], "val": ["train_2"], "test": []}', "its list test is empty"),
-        ('{"train": ["train_1"], "val": ["train_2"]}', "not a split file.* lists train, val and test"),
+        ('{"train": [], "val": ["train_2"], "test": ["train_3"]}', "its list train is empty or missing"),
+        ('{"val": ["train_2"], "test": ["train_3"]}', "its list train is empty or missing"),
+        ('{"train": ["train_1"], "valid": ["train_2"]}', "has the unknown entry 'valid'.* lists train, val and test"),
         ('{"train": 1, "val": ["train_2"], "test": ["train_3"]}', "not a split file"),
         ('["train_1", "train_2", "train_3"]', "not a split file"),
         ("null", "not a split file"),
@@ -162,10 +204,13 @@ def test_a_folder_instead_of_a_split_file_is_refused(tmp_path):
         make_split(ids(5), Data(split=str(tmp_path)))
 
 
-@pytest.mark.parametrize("count", [0, 1, 2])
-def test_fewer_than_three_patients_are_refused(count):
-    with pytest.raises(InputError, match=f"^data.root: holds {count} patients.*at least 3"):
+@pytest.mark.parametrize(("count", "found"), [(0, "0 patients"), (1, "1 patient"), (2, "2 patients")])
+def test_fewer_than_three_patients_are_refused(count, found):
+    with pytest.raises(InputError, match=f"^data.root: holds {found}, but .*at least 3.*data.split=all"):
         make_split(ids(count), Data())
+    if count < 2:
+        with pytest.raises(InputError, match=f"^data.root: holds {found}, but training and test need at least 2"):
+            make_split(ids(count), Data(), needs_validation=False)
 
 
 @pytest.mark.parametrize("count", [4, 10])

@@ -169,3 +169,17 @@ def test_differences_between_processes_are_refused(single_run, phantoms, split_f
     (line,) = [line for line in (err[0] + err[1]).splitlines() if line.startswith("error")]
     assert re.match(rf"error: (process 1: )?{message}", line)
     assert not (single_run / "refused").exists()
+
+
+def test_two_processes_fit_the_same_steps_into_their_minutes(phantoms, tmp_path):
+    train = [
+        "jaxla.train", "--exp=laptop", f"--data.root={phantoms}", f"--run-dir={tmp_path / 'run'}",
+        f"--cache-dir={tmp_path / 'cache'}", "--data.split=all", "--preprocessing.image_size=32",
+        "--model.widths=[4,8]", "--training.epochs=2", "--training.minutes=0.005",
+    ]  # fmt: skip
+    codes, out, err = finish(start(together(train, free_port()), tmp_path), tmp_path, seconds=300)
+    assert codes == [0, 0], err
+    record = json.loads((tmp_path / "run" / "experiment.json").read_text())
+    assert f"0.005 minutes: 2 epochs of {record['fitted_steps']} step" in out[0]
+    assert len(history(tmp_path / "run")) == 2
+    assert "no test cases" in out[0]

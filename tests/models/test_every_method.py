@@ -132,7 +132,9 @@ def test_options_without_effect_are_known(name, unread):
         method = replace(method, model=replace(method.model, decoder="linear"))
     assert unread_options(under_quickstart(method)) == unread
     on_scans = Experiment("", "", Data("scans", split="split.json"), method)
-    assert unread_options(on_scans) == unread | {"data.phantom_size", "data.phantom_cases", "data.split_seed"}
+    unread = unread | {"data.phantom_size", "data.phantom_cases", "data.validation"}
+    assert unread_options(on_scans) == unread | {"data.split_seed"}
+    assert unread_options(replace(on_scans, data=Data("scans", split="all"))) == unread
 
 
 @pytest.mark.quick

@@ -129,3 +129,14 @@ def test_decoder_widths_must_match_the_stages():
     )
     with pytest.raises(InputError, match=line):
         ResNetUNetOptions("resnet50", decoder_widths=(8, 8)).resolve()
+
+
+@pytest.mark.parametrize(("norm", "is_robust"), [("instance", True), ("batch", False)])
+def test_a_dim_scan_gets_the_logits_of_a_bright_one_by_instance_norm(norm, is_robust):
+    """Bright spots stretch a scan's grey range, so that its blood pool lies at 0.33 of the range instead of at 0.8."""
+    network = randomise(nnx.eval_shape(lambda: UNet((4, 8, 8), 1, norm=norm, neighbours=1, rngs=nnx.Rngs(0))))
+    network.eval()
+    images = np.random.default_rng(0).random((2, 32, 32, 3), dtype=np.float32)
+    bright, dim = (np.asarray(network(factor * images)) for factor in (0.8, 0.33))
+    difference = np.abs(dim - bright).max() / np.abs(bright).max()
+    assert difference < 0.01 if is_robust else difference > 0.1

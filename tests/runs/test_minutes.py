@@ -5,7 +5,7 @@ import shutil
 import pytest
 
 from jaxla.config import Training
-from jaxla.runs.speed import Speed, fit_to_minutes
+from jaxla.runs.speed import Speed, fit_to_minutes, measuring_seconds
 from tests.commands import refuse_to_train, succeed
 from tests.runs.folders import assert_predicts_its_test_mask, read_json, train
 
@@ -14,6 +14,12 @@ pytestmark = pytest.mark.usefixtures("fast_compilation")
 OPTIONS = (
     "--exp=laptop", "--model.widths=[4,8,8]", "--preprocessing.image_size=48", "--training.epochs=2",
     "--training.minutes=0.02", "--training.learning_rate=0.01",
+)  # fmt: skip
+
+
+SPEED = Speed(
+    trained=0, checkpoint_bytes=0, step_bytes=0, steps=20, compile_seconds=9.0, step_seconds=0.5,
+    batch_seconds=0.1, validation_seconds=3.0,
 )  # fmt: skip
 
 
@@ -32,6 +38,18 @@ def test_the_steps_are_recorded_and_taken(trained):
     assert len((run / "metrics.jsonl").read_text().splitlines()) == 2
     assert read_json(run / "test" / "summary.json")["best_epoch"] == 2
     assert "finished" in succeed(run.parent, "jaxla.info", run)
+
+
+def test_few_patients_are_not_spent_on_validation(trained):
+    run, printed = trained
+    assert {part: len(ids) for part, ids in read_json(run / "split.json").items()} == {"train": 5, "val": 0, "test": 1}
+    assert "val loss" not in printed
+    assert "val_loss" not in (run / "metrics.jsonl").read_text()
+    assert "no validation cases; epoch 2 is the last" in succeed(run.parent, "jaxla.info", run)
+    page = (run / "report.html").read_text()
+    assert "was tested. No validation cases." in " ".join(page.split())
+    assert "the best one on the training cases" in page
+    assert "Only the largest connected part of LA is kept." in page
 
 
 def test_a_time_too_short_for_a_pass_says_how_long_one_takes(phantoms, tmp_path):
@@ -67,12 +85,19 @@ def test_predict_gives_the_mask_of_the_test(trained, phantoms, tmp_path):
     ],
 )
 def test_validation_takes_at_most_a_fifth_of_the_time(minutes, epochs, steps):
-    speed = Speed(
-        trained=0, checkpoint_bytes=0, step_bytes=0, steps=20, compile_seconds=9.0, step_seconds=0.5,
-        batch_seconds=0.1, validation_seconds=3.0,
-    )  # fmt: skip
-    fitted = fit_to_minutes(Training(epochs=10, minutes=minutes), speed)
+    fitted = fit_to_minutes(Training(epochs=10, minutes=minutes), SPEED)
     assert (fitted.epochs, fitted.steps) == (epochs, steps)
+
+
+def test_without_validation_all_of_the_time_is_for_steps():
+    fitted = fit_to_minutes(Training(epochs=10, minutes=1), SPEED._replace(validation_seconds=0.0))
+    assert (fitted.epochs, fitted.steps) == (10, 12)
+
+
+def test_a_forecast_includes_the_time_for_measuring_steps():
+    """Compilation and up to five seconds of steps."""
+    seconds = [measuring_seconds(Training(minutes=minutes), SPEED) for minutes in (0, 0.05, 10)]
+    assert seconds == [0.0, 9.0 + 3.0, 9.0 + 5.0]
 
 
 @pytest.mark.parametrize(

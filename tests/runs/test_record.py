@@ -55,6 +55,7 @@ def test_another_architecture_is_part_of_the_label():
         ("dinov2_vitb14", {"weights": "random", "backbone": "finetuned"}, "(random weights, trained)"),
         ("fusion_vitb14", {"weights": "random"}, "on dinov2_vitb14 (random weights, frozen)"),
         ("unet", {}, "(random weights, trained)"),
+        ("unet_small", {}, "(random weights, trained)"),
     ],
 )
 def test_a_network_is_described_by_its_label_and_weights(name, options, words):

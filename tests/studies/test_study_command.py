@@ -229,6 +229,28 @@ def test_complete_runs_on_a_different_split_or_different_data_are_refused(phanto
         require_same_data([run], ["complete"], tmp_path)
 
 
+def test_methods_that_decide_nothing_by_validation_share_the_split_of_those_that_do(phantoms, tmp_path):
+    def schedule(*methods):
+        options = {method: [f"--data.root={phantoms}"] for method in methods}
+        return schedule_runs(options, ["paper1"], [0], tmp_path, tmp_path)
+
+    for run in schedule("unet_small", "unet"):
+        assert run.experiment.data.validation == "always"
+        assert "--data.validation=always" in run.arguments
+    (alone,) = schedule("unet_small")
+    assert alone.experiment.data.validation == "if_useful"
+
+
+@pytest.mark.parametrize("split", ["all", "split.json"])
+def test_a_split_without_test_cases_is_refused(phantoms, tmp_path, monkeypatch, split):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "split.json").write_text('{"train": ["train_1"], "val": ["train_2"]}')
+    with pytest.raises(InputError, match=f"^--data.split={split}: leaves no test cases, on which a study compares"):
+        schedule_runs(
+            {"unet": [f"--data.root={phantoms}", f"--data.split={split}"]}, ["paper1"], [0], tmp_path, tmp_path
+        )
+
+
 def test_run_with_a_different_plan_is_refused(phantoms, tmp_path):
     """Plans are compared by content: the file may have moved, but not changed."""
     plan, study = tmp_path / "plan.json", tmp_path / "study"

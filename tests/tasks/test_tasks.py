@@ -5,9 +5,11 @@ from dataclasses import replace
 import pytest
 from jaxla.experiments import EXPERIMENTS, METHODS
 
+from jaxla.config import Preprocessing
 from jaxla.data.cases import find_cases
 from jaxla.data.dataset import PreparedData
 from jaxla.data.split import Split
+from jaxla.runs.network_input import log_network_input
 from jaxla.tasks import make_task, restore_task
 from jaxla.tasks.patches import PatchTask
 from jaxla.tasks.slices import SliceTask
@@ -49,6 +51,23 @@ def test_slices_are_samples_of_most_methods(data, tmp_path):
     assert (task.samples_per_pass(train_volumes(data)), task.steps_per_epoch(train_volumes(data))) == (11, 3)
     restored = restore_task(task.experiment, 1, task.extent, tmp_path)
     assert (type(restored), restored.canvas) == (SliceTask, task.canvas)
+
+
+def test_a_network_can_see_only_the_centre_that_holds_the_training_structures(data, caplog):
+    """The discs cover rows 5 to 19 and 8 to 22, and columns 11 to 25, of 32: up to 11 mm from the centre."""
+    first, second, _ = data.volumes
+    foreground = experiment("unet")
+    foreground = replace(foreground, method=replace(foreground.method, preprocessing=Preprocessing(48, "foreground")))
+    task = make_task(foreground, data)
+    assert task.extent == pytest.approx(1.2 * 22)
+    assert task.describe_input() == "48 × 48 pixels, 26 × 26 mm"
+    with caplog.at_level("INFO", "jaxla"):
+        log_network_input(data, task)
+        assert caplog.messages == ["the network sees the central 26 mm of slices; the rest becomes background"]
+        small = SliceTask(foreground, 1, extent=21.0)
+        log_network_input(replace(data, split=Split(train=(second,), val=(first,), test=())), small)
+    assert caplog.messages[2].startswith("1 validation or test case with structures outside that centre (")
+    assert caplog.messages[2].endswith(f": {first}")
 
 
 @pytest.mark.parametrize(("gradient", "make"), [("two_pass", make_two_pass_gradient), ("whole", make_gradient)])

@@ -1,5 +1,6 @@
 """The training loop on a few tiny scans: repeatable, stopped early, and the best epoch is kept."""
 
+import shutil
 from dataclasses import replace
 
 import jax
@@ -139,6 +140,23 @@ def test_the_best_checkpoint_is_that_of_the_highest_validation_dice(volumes, tmp
     assert validate_restored(trainer, trees, volumes[:1]) == scores(progress.history[best])
     _, record = restore(tmp_path, "latest", make_trainer(recipe))
     assert record["epoch"] == len(dice) != best + 1
+
+
+def test_without_validation_the_last_epoch_is_kept_and_replaced_if_it_is_lost(volumes, tmp_path):
+    recipe = replace(RECIPE, checkpoint="last", patience=0)
+    progress = fit(make_trainer(recipe), source(volumes[:1]), None, tmp_path)
+    assert [list(line) for line in progress.history] == [["epoch", "train_loss", "seconds", "slices_per_second"]] * 3
+    (kept, record), (latest, _) = (restore(tmp_path, kind, make_trainer(recipe)) for kind in ("best", "latest"))
+    assert record["epoch"] == 3
+    shutil.rmtree(tmp_path / "best")
+    fit(make_trainer(recipe), source(volumes[:1]), None, tmp_path, epochs_done=3)
+    restored, record = restore(tmp_path, "best", make_trainer(recipe))
+    assert record["epoch"] == 3
+    for a, b, c in zip(*map(leaves, (kept, latest, restored)), strict=True):
+        np.testing.assert_array_equal(a, b)
+        np.testing.assert_array_equal(a, c)
+    with pytest.raises(ValueError, match="the recipe needs checkpoint='last' and patience=0"):
+        fit(make_trainer(), source(volumes[:1]), None, tmp_path / "other")
 
 
 def test_training_stops_after_patience_epochs_without_a_lower_loss(volumes, tmp_path):

@@ -15,6 +15,7 @@ from jaxla.training.optimisers import average_parameters, make_optimiser
 from jaxla.training.trainer import Trainer
 from tests.tiny import flat_arrays, randomise
 
+AVERAGED = nnx.Any(nnx.Param, nnx.BatchStat)
 RECIPE = Training(learning_rate=0.01, schedule="constant", epochs=1)
 
 
@@ -84,8 +85,9 @@ def test_the_running_mean_forgets_the_initial_parameters_and_then_decays():
         assert state.average == pytest.approx(expected, rel=1e-6)
 
 
-def test_the_running_mean_is_what_is_evaluated_and_kept():
-    network = randomise(nnx.eval_shape(lambda: UNet((4, 8), 1, norm="instance", rngs=nnx.Rngs(0))))
+@pytest.mark.parametrize("norm", ["instance", "batch"])
+def test_the_running_mean_of_parameters_and_batch_statistics_is_evaluated_and_kept(norm):
+    network = randomise(nnx.eval_shape(lambda: UNet((4, 8), 1, norm=norm, rngs=nnx.Rngs(0))))
     batch = {
         "input": np.abs(draw(2, 16, 16, 1)),
         "mask": (draw(2, 16, 16) > 0).astype(np.uint8),
@@ -93,11 +95,13 @@ def test_the_running_mean_is_what_is_evaluated_and_kept():
         "weight": np.ones(2, np.float32),
     }
     averaged = Trainer(network, replace(RECIPE, average_decay=0.5), 10)
-    steps = [flat_arrays(averaged.network())]
+    steps = [flat_arrays(averaged.network(), AVERAGED)]
+    graph = nnx.graphdef(averaged.network())
     for step in range(2):
         averaged.step(batch, step)
-        steps.append(dict(zip(steps[0], map(np.asarray, jax.tree.leaves(averaged.trainable)), strict=True)))
-    kept = flat_arrays(averaged.network())
+        steps.append(flat_arrays(nnx.merge(graph, averaged.trainable, *averaged.frozen, copy=True), AVERAGED))
+    kept = flat_arrays(averaged.network(), AVERAGED)
+    assert (len(kept) > len(flat_arrays(averaged.network()))) == (norm == "batch")
     for name, value in kept.items():  # after two steps 1/10 and then 2/11 of the mean are kept
         first = 0.1 * steps[0][name] + 0.9 * steps[1][name]
         np.testing.assert_allclose(value, 2 / 11 * first + 9 / 11 * steps[2][name], rtol=0, atol=1e-6)  # measured: 6e-8
