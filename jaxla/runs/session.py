@@ -79,8 +79,8 @@ def open_run(
 
 def _require_shared_folder(run_dir: Path) -> None:
     """Raise an InputError unless this process sees the folder that process 0 has made."""
-    begun = broadcast((run_dir / RECORD).read_text() if is_first() else None)
-    if not (run_dir / RECORD).exists() or (run_dir / RECORD).read_text() != begun:
+    begun = broadcast((run_dir / RECORD).read_text("utf-8") if is_first() else None)
+    if not (run_dir / RECORD).exists() or (run_dir / RECORD).read_text("utf-8") != begun:
         raise InputError(f"--run-dir={run_dir}", "not visible to all processes", "Use a disk that all hosts share.")
 
 

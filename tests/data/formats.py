@@ -1,5 +1,8 @@
 """Small scans in other formats than NIfTI, written by SimpleITK: NRRD, MetaImage and DICOM series."""
 
+import locale
+from contextlib import contextmanager
+
 import numpy as np
 import pydicom
 import SimpleITK as sitk
@@ -25,6 +28,14 @@ def save_itk(path, array, affine=AFFINE, compressed=False):
     path.parent.mkdir(parents=True, exist_ok=True)
     sitk.WriteImage(itk_image(array, affine), str(path), compressed)
     return path
+
+
+@contextmanager
+def own_locale():
+    """Keep the locale while SimpleITK writes DICOM. It changes the locale, and so the encoding of files opened later."""
+    before = locale.setlocale(locale.LC_ALL)
+    yield
+    locale.setlocale(locale.LC_ALL, before)
 
 
 def save_dicom(folder, array, affine=AFFINE, series="1", **tags):
@@ -57,7 +68,8 @@ def save_dicom(folder, array, affine=AFFINE, series="1", **tags):
         writer.KeepOriginalImageUIDOn()
         writer.SetImageIO("GDCMImageIO")
         writer.SetFileName(str(folder / f"s{series}_{k * 7 % 101:03d}.dcm"))
-        writer.Execute(slice_image)
+        with own_locale():
+            writer.Execute(slice_image)
     return folder
 
 

@@ -12,7 +12,7 @@ from nibabel.eulerangles import euler2mat
 from jaxla.config import InputError
 from jaxla.data.formats import is_scan, scan_files, scan_sha256, strip_ending
 from jaxla.data.volumes import read_grid, read_image, read_mask, write_volume
-from tests.data.formats import ITK_NAMES, edit_dicom, save_any, save_dicom, save_itk
+from tests.data.formats import ITK_NAMES, edit_dicom, own_locale, save_any, save_dicom, save_itk
 from tests.data.nifti import AFFINE, SHAPE, image_array, mask_array, save
 
 OBLIQUE = np.eye(4)
@@ -142,7 +142,8 @@ def test_compressed_dicom_slices_are_read(tmp_path, compressor, syntax):
         writer.KeepOriginalImageUIDOn()
         writer.UseCompressionOn()
         writer.SetCompressor(compressor)
-        writer.Execute(sitk.ReadImage(str(path)))
+        with own_locale():
+            writer.Execute(sitk.ReadImage(str(path)))
     assert pydicom.dcmread(path).file_meta.TransferSyntaxUID == syntax
     np.testing.assert_array_equal(read_image(folder).array, image_array())
 

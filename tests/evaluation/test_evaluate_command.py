@@ -167,7 +167,7 @@ def test_labels_of_which_the_references_hold_none_are_refused(folders):
         ('["train_1", "train_1"]', "names case train_1 twice"),
         ('"train_1"', "not a split file"),
         ("[[1]]", "not a split file"),
-        ("[]", "its list test is empty"),
+        ("[]", "names no test cases"),
     ],
 )
 def test_a_split_with_a_faulty_list_of_test_cases_is_refused(folders, test, message):

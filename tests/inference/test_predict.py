@@ -74,7 +74,7 @@ def test_a_folder_of_reoriented_copies_gets_the_same_masks_and_probabilities(sma
         assert f"{masks / name}.nii.gz: LA {millilitres:.1f} ml" in done.stdout
     rows = read_csv(masks / "predictions.csv")
     measured = [{name: row[name] for name in ("voxels", "connected_parts", "slices", "touches_border")} for row in rows]
-    assert measured == [measured[0]] * 4
+    assert measured == [measured[0]] * len(names)
     for metric, value in (("voxels", np.count_nonzero(canonical)), ("slices", canonical.any(axis=(0, 1)).sum())):
         assert measured[0][metric] == str(value)
 
