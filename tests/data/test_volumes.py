@@ -126,7 +126,7 @@ BAD_FILES = {
     "complex.nii": (lambda p: save(p, image_array().astype(np.complex64)), "complex64 are not grey values"),
     "colours.nii": (rgb, "not grey values"),
     "missing.nii.gz": (lambda p: None, "no such file"),
-    "folder.nii.gz": (lambda p: p.mkdir(), "no such file"),
+    "folder.nii.gz": (lambda p: p.mkdir(), "no DICOM slice in this folder"),
 }
 
 
