@@ -115,15 +115,14 @@ def read_slices(folder: Path, with_voxels: bool = True) -> tuple[list[Dataset], 
     Raises:
         InputError: as `read_dicom`.
     """
-    pydicom = import_pydicom(folder)
     with report_os_errors("read", folder, "Make the folder readable."):
         files, others = slice_files(folder)
-    slices = []
+    if not files:
+        raise InputError(folder, "no DICOM slice in this folder", "Name a file, or the folder of one DICOM series.")
+    pydicom, slices = import_pydicom(folder), []
     for path in files:
         with report_damage(path):
             slices.append(pydicom.dcmread(path, stop_before_pixels=not with_voxels))
-    if not slices:
-        raise InputError(folder, "no DICOM slice in this folder", "Name the folder of one DICOM series.")
     _require_one_series(folder, slices)
     for dataset in slices:
         with report_damage(dataset.filename):

@@ -32,7 +32,7 @@ def save_itk(path, array, affine=AFFINE, compressed=False):
 
 @contextmanager
 def own_locale():
-    """Keep the locale while SimpleITK writes DICOM. It changes the locale, and so the encoding of files opened later."""
+    """Keep the locale while SimpleITK writes DICOM: it would change the encoding of files opened later."""
     before = locale.setlocale(locale.LC_ALL)
     yield
     locale.setlocale(locale.LC_ALL, before)

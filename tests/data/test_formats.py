@@ -165,8 +165,9 @@ def test_other_files_in_a_dicom_folder_are_named(tmp_path):
 
 def test_one_dicom_slice_has_its_thickness(tmp_path):
     folder = save_dicom(tmp_path / "series", image_array(shape=(5, 6, 1)))
-    edit_dicom(folder, lambda dataset: setattr(dataset, "SpacingBetweenSlices", "4"))
-    assert read_image(folder).spacing == (0.75, 0.75, 4)
+    assert read_image(edit_dicom(folder, set_tags(SpacingBetweenSlices=4))).spacing == (0.75, 0.75, 4)
+    assert read_image(edit_dicom(folder, set_tags(SpacingBetweenSlices=None, SliceThickness=3))).spacing[2] == 3
+    assert "one slice without SliceThickness" in refusal(edit_dicom(folder, set_tags(SliceThickness=None)))
 
 
 # --- names and files -------------------------------------------------------------------------------------------------
