@@ -1,7 +1,6 @@
 """Left-atrium segmentation in LGE-MRI with DINOv2 and DINOv3 vision transformers, in JAX.
 
-The commands are `python -m jaxla.train`, `study`, `report`, `predict`, `evaluate`, `verify`, `info`, `cache`,
-`phantom` and `plan`.
+`jaxla --help` lists the commands.
 """
 
 from __future__ import annotations
@@ -17,6 +16,8 @@ if TYPE_CHECKING:
     from flax import nnx
 
     from jaxla.models.backbones import Backbone
+
+__version__ = "0.1.0"
 
 # `experiments` is a folder beside the package in a checkout, and within the package in an installation.
 if not (Path(__file__).parent / "experiments").is_dir():
