@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from jaxla.config import InputError
+from jaxla.version import __version__
 
 if TYPE_CHECKING:
     import jax.numpy as jnp
@@ -17,13 +18,11 @@ if TYPE_CHECKING:
 
     from jaxla.models.backbones import Backbone
 
-__version__ = "0.1.0"
-
 # `experiments` is a folder beside the package in a checkout, and within the package in an installation.
 if not (Path(__file__).parent / "experiments").is_dir():
     __path__.append(str(Path(__file__).parents[1]))
 
-__all__ = ["InputError", "build_network", "load_backbone", "load_network"]
+__all__ = ["InputError", "__version__", "build_network", "load_backbone", "load_network"]
 
 # Imports are within functions, because JAX takes seconds to import and a command's --help must not wait for it.
 

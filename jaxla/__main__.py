@@ -37,9 +37,15 @@ def _answer(name: str) -> None:
     if name == "--version":
         print(f"jaxla {__version__}")
         return
+    if name.startswith("--print-completion="):
+        from jaxla.cli.completion import print_completion
+
+        print_completion(name.partition("=")[2], COMMANDS)
+        return
     if name not in ("-h", "--help"):
         raise InputError(name, f"not a command{suggestion(name, COMMANDS)}", f"Commands: {', '.join(COMMANDS)}.")
-    print("usage: jaxla COMMAND [--option=value ...]; jaxla COMMAND --help shows its options\n")
+    print("usage: jaxla COMMAND [--option=value ...]; jaxla COMMAND --help shows its options")
+    print("       jaxla --version | --print-completion=bash|zsh|tcsh\n")
     print("\n".join(f"  {command:<9} {summary}" for command, (_, summary) in COMMANDS.items()))
 
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shlex
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -38,7 +39,7 @@ def main(arguments: list[str]) -> None:
 def describe_run(folder: Path) -> dict[str, str]:
     """Return facts about a run, by their titles."""
     if (folder / STUDY).exists():
-        raise InputError(folder, "a study, not a run", f"Give one of its runs in {folder / RUNS}.")
+        raise InputError(folder, "a study, not a run", f"Give one of its runs in {shlex.quote(str(folder / RUNS))}.")
     record = read_record_json(folder)
     experiment, environment = record["experiment"], record["environment"]
     history = _read(folder / run_files.METRICS, lambda path: run_files.read_metrics(path.parent)) or []

@@ -13,11 +13,12 @@ from jaxla.cli.command_line import (
     require_writable,
 )
 from jaxla.cli.process import run_command
-from jaxla.config import InputError
+from jaxla.config import InputError, default_cache_dir
 from jaxla.data.cases import find_images
 from jaxla.data.slices import slice_geometry, to_slices
 from jaxla.data.volumes import Volume, read_image, write_volume
 from jaxla.distributed import join_processes, local_items, log_progress, require_same, use_devices, use_local_devices
+from jaxla.hardware import keep_compiled_programs
 from jaxla.inference.segment import segment_volume
 from jaxla.runs.folder import is_finished
 from jaxla.runs.record import read_record
@@ -59,6 +60,7 @@ def predict(options: Namespace) -> None:
     check_scans(local_items(list(outputs)), task, options.run)
     sizes = {str(path): f"{path.stat().st_size} bytes" for path in outputs}
     require_same(sizes, "Give all processes the same scans.")  # also waits: none writes while another still checks
+    keep_compiled_programs(default_cache_dir())
     with use_devices(options.devices), use_local_devices():
         run = load_run(options.run)
         if not is_finished(Path(options.run)):

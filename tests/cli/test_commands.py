@@ -1,6 +1,7 @@
 """The command `jaxla`, which has all other commands."""
 
 import re
+import subprocess
 
 import pytest
 
@@ -33,3 +34,20 @@ def test_an_unknown_command_suggests_the_nearest(tmp_path):
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr.startswith("error: trian: not a command (did you mean train?). Commands: train, predict,")
     assert len(done.stderr.splitlines()) == 1
+
+
+def test_bash_completes_commands_options_and_paths(tmp_path):
+    script = in_a_new_process(tmp_path, "jaxla", "--print-completion=bash").stdout
+    (tmp_path / "scans").mkdir()
+    completed = []
+    for words in (["pre"], ["train", "--training.ep"], ["verify", "--data.root", "sc"]):
+        line = f'COMP_WORDS=(jaxla {" ".join(words)}) COMP_CWORD={len(words)}\n_shtab_jaxla\necho "${{COMPREPLY[@]}}"'
+        done = subprocess.run(["bash", "-c", f"{script}\n{line}"], cwd=tmp_path, capture_output=True, text=True)
+        completed.append(done.stdout.strip())
+    assert completed == ["predict", "--training.epochs", "scans"]
+
+
+def test_an_unknown_shell_is_refused(tmp_path):
+    done = in_a_new_process(tmp_path, "jaxla", "--print-completion=fish")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == "error: --print-completion=fish: unknown name. Known: bash, zsh, tcsh.\n"
