@@ -4,6 +4,7 @@ import logging
 import os
 import pty
 import sys
+import termios
 
 import pytest
 
@@ -26,6 +27,7 @@ def test_each_quarter_logs_a_line(cases, logged, caplog):
 def terminal(monkeypatch):
     """Make stdout a terminal, and return a function that reads what it shows."""
     reader, writer = pty.openpty()
+    termios.tcsetwinsize(writer, (24, 200))
     with open(writer, "w", encoding="utf-8") as stdout:
         monkeypatch.setattr(sys, "stdout", stdout)
         yield lambda: os.read(reader, 10_000).decode()
