@@ -1,7 +1,6 @@
 """Left-atrium segmentation in LGE-MRI with DINOv2 and DINOv3 vision transformers, in JAX.
 
-The commands are `python -m jaxla.train`, `study`, `report`, `predict`, `evaluate`, `verify`, `info`, `cache`,
-`phantom` and `plan`.
+`jaxla --help` lists the commands.
 """
 
 from __future__ import annotations
@@ -12,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from jaxla.config import InputError
+from jaxla.version import __version__
 
 if TYPE_CHECKING:
     import jax.numpy as jnp
@@ -28,7 +28,7 @@ if getattr(sys, "argv", [])[:1] == ["-m"]:  # Python is about to run `python -m 
 
     start_command()
 
-__all__ = ["InputError", "build_network", "load_backbone", "load_network"]
+__all__ = ["InputError", "__version__", "build_network", "load_backbone", "load_network"]
 
 # Imports are within functions, because JAX takes seconds to import and a command's --help must not wait for it.
 

@@ -14,8 +14,8 @@ def main(arguments: list[str]) -> None:
     """List the cache folder, or clear a part of it."""
     parser = command_parser("jaxla.cache", "List the cache folder, or clear what can be computed or downloaded again.")
     parser.add_argument("--cache-dir", type=str, help="the folder (default: the user's cache folder)")
-    kinds = Literal["features", "volumes", "planned", "phantoms", "downloads", "all"]
-    clear = "remove these entries; `all` is all five kinds; converted weights always stay"
+    kinds = Literal["features", "volumes", "planned", "phantoms", "compiled", "downloads", "all"]
+    clear = "remove these entries; `all` is all six kinds; converted weights always stay"
     parser.add_argument("--clear", type=kinds | None, default=None, help=clear)
     options = parse_arguments(parser, arguments)
     cache_dir = Path(options.cache_dir) if options.cache_dir else default_cache_dir()

@@ -389,8 +389,18 @@ def lookup(where: str, name: str, table: Mapping[str, T]) -> T:
 
 
 def suggestion(name: str, known: Iterable[str]) -> str:
-    """Return ` (did you mean X?)` if a known name is near, else nothing."""
-    close = difflib.get_close_matches(name, list(known), n=1, cutoff=0.6)
+    """Return ` (did you mean X?)` if a known name is near, else nothing.
+
+    `--training.lr` and `--epochs` are taken for short forms of `--training.learning_rate` and `--training.epochs`.
+    """
+    group, _, last = name.lstrip("-").rpartition(".")
+    groups = {each: each.lstrip("-").rpartition(".")[::2] for each in known}
+    short_forms = [
+        each
+        for each, (own_group, own) in groups.items()
+        if group in ("", own_group) and (last == own or last == "".join(word[0] for word in own.split("_") if word))
+    ]
+    close = short_forms[:1] or difflib.get_close_matches(name, groups, n=1, cutoff=0.6)
     return f" (did you mean {close[0]}?)" if close else ""
 
 

@@ -5,6 +5,7 @@ that challenge. The folder appears once everything is computed.
 """
 
 import logging
+import shlex
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -82,7 +83,7 @@ def main(arguments: list[str]) -> None:
     if options.empty == "skip":
         skipped = summary["skipped"]
         print(f"left out: {skipped['units']} {options.unit}s, {skipped['rows']} rows of cases.csv")
-    print(f"written to {output}")
+    print(f"written to {shlex.quote(str(output))}")
 
 
 def make_parser() -> ArgumentParser:

@@ -1,6 +1,7 @@
 """python -m jaxla.info RUN|WEIGHTS: what a run folder or a file of converted weights is, without building a network."""
 
 import os
+import shlex
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
@@ -41,7 +42,7 @@ def main(arguments: list[str]) -> None:
 def describe_run(folder: Path) -> dict[str, str]:
     """Return facts about a run, by their titles."""
     if (folder / STUDY).exists():
-        raise InputError(folder, "a study, not a run", f"Give one of its runs in {folder / RUNS}.")
+        raise InputError(folder, "a study, not a run", f"Give one of its runs in {shlex.quote(str(folder / RUNS))}.")
     record = read_record_json(folder)
     try:
         return _describe_record(folder, record)

@@ -1,5 +1,6 @@
 """python -m jaxla.phantom --output=DIR [--cases=N] [--size=small|full|crop] [--seed=S]: make synthetic LGE-MRI."""
 
+import shlex
 from pathlib import Path
 from typing import Literal
 
@@ -20,7 +21,7 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("--seed", type=int, default=0, help="the same seed gives the same files")
     options = parse_arguments(parser, arguments)
     write_phantoms(Path(options.output), options.cases, options.size, options.seed)
-    print(f"{options.cases} phantoms in {options.output}")
+    print(f"{options.cases} phantoms in {shlex.quote(options.output)}")
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ from jaxla.cli.command_line import (
 )
 from jaxla.cli.files import is_leftover
 from jaxla.cli.process import Stopped, run_command
-from jaxla.config import InputError
+from jaxla.config import InputError, default_cache_dir
 from jaxla.data.cases import find_images
 from jaxla.data.formats import is_scan, scan_ending, strip_ending
 from jaxla.data.slices import slice_geometry, to_slices
@@ -34,6 +34,7 @@ from jaxla.distributed import (
     use_devices,
     use_local_devices,
 )
+from jaxla.hardware import keep_compiled_programs
 from jaxla.inference.mask_files import (
     ENDINGS,
     is_mask_file,
@@ -114,6 +115,7 @@ def predict(options: Namespace, resume_command: str) -> None:
     columns = check_scans(local_items(outputs), task, record, options.run)
     sizes = {str(output.scan): f"{output.scan.stat().st_size} bytes" for output in outputs}
     require_same(sizes, "Give all processes the same scans.")  # also waits: none writes while another still checks
+    keep_compiled_programs(default_cache_dir())
     with use_devices(options.devices), use_local_devices():
         run = load_run(folder)
         if not is_finished(folder):

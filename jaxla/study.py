@@ -7,6 +7,7 @@ from pathlib import Path
 
 from jaxla.cli.command_line import require_writable
 from jaxla.cli.process import run_command
+from jaxla.cli.terminal import wrap
 from jaxla.config import METHOD_GROUPS, InputError, Study, default_cache_dir, lookup
 from jaxla.experiments import EXPERIMENTS, METHODS, STUDIES
 
@@ -18,7 +19,10 @@ SET_BY_STUDY = {
     "method": "Use --methods.",
     "seed": "Use --seeds.",
     "data.subset_seed": "Use --seeds.",
-} | dict.fromkeys(("run-dir", "resume", "fold", "coordinator", "processes", "process", "wait"), "Remove the option.")
+} | dict.fromkeys(
+    ("run-dir", "resume", "fold", "coordinator", "processes", "process", "wait", "config", "print_config"),
+    "Remove the option.",
+)
 DESCRIPTION = """
 Run every method under every protocol with every seed, one after the other, and write the report.
 To resume a study that was stopped, run the same command again: complete runs are kept.
@@ -67,7 +71,7 @@ def main(arguments: list[str]) -> None:
     states = [read_state(run) for run in runs]
     require_same_data(runs, states, options.cache_dir)
     forecast = None if set(states) == {"complete"} else forecast_study(runs, states, options.cache_dir)
-    print(describe_schedule(runs, states, forecast), flush=True)
+    print(wrap(describe_schedule(runs, states, forecast), indent=6 * " "), flush=True)
     if options.dry_run:
         return
     command = shlex.join(["python", "-m", "jaxla.study", *arguments])
@@ -75,7 +79,7 @@ def main(arguments: list[str]) -> None:
         if forecast:
             execute_runs(runs, states, forecast.seconds, command)
         page = report_study(options.output, options.cache_dir, runs[0].experiment.data.root)
-    print(f"{'1 run is' if len(runs) == 1 else f'{len(runs)} runs are'} complete: {page}")
+    print(f"{'1 run is' if len(runs) == 1 else f'{len(runs)} runs are'} complete: {shlex.quote(str(page))}")
 
 
 def parse_options(arguments: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:

@@ -20,12 +20,20 @@ from typing import Any
 
 from flax import nnx
 
-from jaxla.cli.command_line import Options, parse_experiment, parse_names, require_writable, set_option
+from jaxla.cli.command_line import (
+    Options,
+    config_values,
+    parse_experiment,
+    parse_names,
+    require_writable,
+    set_option,
+)
+from jaxla.cli.config_file import write_config
 from jaxla.cli.files import write_atomically
 from jaxla.cli.json_files import read_json
 from jaxla.cli.process import Stopped, run_command
-from jaxla.cli.terminal import plural
-from jaxla.config import Experiment, InputError, unread_options
+from jaxla.cli.terminal import plural, wrap
+from jaxla.config import Experiment, InputError
 from jaxla.data.cache import mark_cache_in_use
 from jaxla.data.dataset import PreparedData, prepare_data
 from jaxla.data.split import ALL_FOLDS, FOLDS
@@ -40,14 +48,13 @@ from jaxla.distributed import (
     use_devices,
     use_local_devices,
 )
-from jaxla.evaluation.summary import Row
 from jaxla.experiments import EXPERIMENTS, METHODS
+from jaxla.hardware import keep_compiled_programs
 from jaxla.memory import catch_out_of_memory
 from jaxla.models.weights import parameters_sha256, save_random
 from jaxla.nnunet.postprocessing import read_trials, write_choice
 from jaxla.reporting.charts import draw_curves
-from jaxla.reporting.overlays import draw_overlays
-from jaxla.reporting.run_report import select_panels, write_report
+from jaxla.reporting.run_pages import write_reports
 from jaxla.runs import folder as files
 from jaxla.runs.checks import check_experiment, find_weights
 from jaxla.runs.cost import Cost, measure_cost
@@ -62,13 +69,12 @@ from jaxla.runs.record import (
     describe_network,
     method_label,
     read_record,
-    read_record_json,
     write_record,
 )
 from jaxla.runs.session import buffered_log, open_run
 from jaxla.runs.speed import measure_and_fit
 from jaxla.runs.testing import HOW_TO_TEST, choose_postprocessing, make_segment_case, score_test_cases
-from jaxla.runs.trained import TrainedRun, load_run
+from jaxla.runs.trained import load_run
 from jaxla.tasks import Features, Task, make_checked_task
 from jaxla.training.checkpoints import require_usable_path
 from jaxla.training.loop import fit
@@ -86,11 +92,14 @@ def main(arguments: list[str]) -> None:
         Stopped: the process was asked to stop; the message holds the command that resumes the run.
     """
     names = parse_names(arguments)
-    if names.exp == "list" or (names.exp is None and {"-h", "--help"} & set(arguments)):
+    if names.exp == "list" or (names.exp is names.config is None and {"-h", "--help"} & set(arguments)):
         print("usage: python -m jaxla.train --exp=NAME [--option=value ...]; --exp=NAME --help shows every option")
         print(list_experiments(with_details=names.exp == "list"))
         return
     options = parse_experiment(arguments, EXPERIMENTS, METHODS)
+    if options.print_config:
+        print(write_config(config_values(options.experiment)), end="")
+        return
     with join_processes(options.coordinator, options.processes, options.process, options.wait):
         run(options, shlex.join(["python", "-m", "jaxla.train", *arguments]))
 
@@ -110,6 +119,8 @@ def run(options: Options, command: str) -> None:
     """Run the experiment that the options describe, or print what it would take; `command` is for the record."""
     began = time.perf_counter()
     with buffered_log() as early_log:
+        for description in options.overridden:
+            log.info(description)
         # Check first, because preparing the data takes long.
         experiment = check_experiment(options.experiment)
         folder = Path(broadcast(str(options.run_dir or f"runs/{experiment.name}_{time.strftime('%Y%m%d-%H%M%S')}")))
@@ -120,6 +131,7 @@ def run(options: Options, command: str) -> None:
             log.info("%s: no pretrained weights are used", network_words)
 
         with mark_cache_in_use(options.cache_dir), use_devices(options.devices, options.shard_params):
+            keep_compiled_programs(options.cache_dir)
             environment_here = environment()
             installed = {**environment_here["versions"], "device": environment_here["device"]}
             require_same(installed, "Install the same packages on all hosts, with the same devices.")
@@ -180,7 +192,8 @@ def print_forecast(experiment: Experiment, network_words: str, data: PreparedDat
     if experiment.fold == ALL_FOLDS:
         log.info("forecast of the first of %d folds; each takes as much, then all are tested together", FOLDS)
         data = data.for_fold("0", experiment)
-    print(describe_forecast(forecast_run(experiment, network_words, data, task, cache_dir), experiment.name))
+    forecast = forecast_run(experiment, network_words, data, task, cache_dir)
+    print(wrap(describe_forecast(forecast, experiment.name), indent=12 * " "))
 
 
 def train_and_test(run: Run) -> dict[str, Any] | None:
@@ -354,32 +367,8 @@ def test_network(run: Run, features: Features | None, step_bytes: int) -> dict[s
     timed = run.data.select_volumes(split.test or split.train)
     cost = asdict(measure_cost(trained, segment, timed, step_bytes, deepest))
     write_atomically(run.folder / files.COST, json.dumps(cost, indent=1) + "\n")
-    write_reports(run, trained, rows, summary, cost)
+    write_reports(run.folder, run.data.volumes, rows, summary, cost)
     return summary
-
-
-def write_reports(
-    run: Run, trained: TrainedRun, rows: list[Row], summary: Mapping[str, Any], cost: Mapping[str, Any]
-) -> None:
-    """Write overlays.png and report.html, which marks the run as finished."""
-    names, is_single = trained.record.labels.names, run.experiment.fold != ALL_FOLDS
-    panels = select_panels(run.data.volumes, rows, run.folder / files.PREDICTIONS)
-    if panels:
-        draw_overlays(panels, run.folder / files.OVERLAYS)
-    how = run.experiment.method.postprocessing.largest
-    write_report(
-        run.folder / files.REPORT,
-        record=read_record_json(run.folder),
-        split=run.data.split.parts,
-        history=files.read_metrics(run.folder) if is_single else [],
-        rows=rows,
-        summary=summary,
-        cost=cost,
-        panels=panels,
-        unread=unread_options(run.experiment),
-        folds=() if is_single else [files.summarise_fold(folder) for folder in files.fold_folders(run.folder)],
-        largest=None if how == "never" else [[names[k - 1] for k in group] for group in trained.largest],
-    )
 
 
 def print_result(summary: Mapping[str, Any], folder: Path) -> None:
@@ -388,11 +377,12 @@ def print_result(summary: Mapping[str, Any], folder: Path) -> None:
         print(f"{summary['backbone']}: trained; no test cases. {HOW_TO_TEST} Run folder: {folder}")
         return
     dice, iou, atlas = summary["dice"], summary["iou"], summary["atlas"]["dice"]
-    print(
+    result = (
         f"{summary['backbone']}: test Dice {dice['mean']:.3f}, IoU {iou['mean']:.3f} "
         f"(mean per volume over {plural(dice['n'], 'patient')}; the atlas baseline, which does not use the image: "
-        f"Dice {atlas['mean']:.3f}). Run folder: {folder}"
+        f"Dice {atlas['mean']:.3f}). Run folder: {shlex.quote(str(folder))}"
     )
+    print(wrap(result))
 
 
 if __name__ == "__main__":

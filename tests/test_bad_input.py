@@ -254,6 +254,8 @@ def test_training_refuses_a_batch_that_does_not_fit_into_memory(tmp_path):
         (["--method=dinov2_vitb"], "--method=dinov2_vitb: unknown name (did you mean dinov2_vitb14?)"),
         (["--method=dinov3_vitb16"], "--method=dinov3_vitb16: names a backbone, not a method. Use --model.arch="),
         (["--training.epoch=3"], "--training.epoch: unknown option (did you mean --training.epochs?)"),
+        (["--training.lr=3"], "--training.lr: unknown option (did you mean --training.learning_rate?)"),
+        (["--epochs=3"], "--epochs: unknown option (did you mean --training.epochs?)"),
         (["--data.rot=x"], "--data.rot: unknown option (did you mean --data.root?)"),
         (["--no-such-thing"], "--no-such-thing: unknown option. See --help"),
         (["stray"], "command line: unexpected argument 'stray'. Write options as --name=value."),

@@ -49,6 +49,9 @@ def made_cache(tmp_path_factory):
     preprocess_volumes(volumes[:1], *make_tiny_plan((2.5, 0.75, 0.75)), cache)
     ensure_phantoms(cache, "small", 1)
     save_weights(cache / "weights" / "mine.safetensors", {}, {"arch": "vit_mini8", "source": "", "licence": ""})
+    (cache / "compiled" / "processor").mkdir(parents=True)
+    for name, size in {"jit_step-0a-cache": 4000, "jit_step-0a-atime": 8}.items():  # as JAX names them
+        (cache / "compiled" / "processor" / name).write_bytes(bytes(size))
     (cache / "downloads").mkdir()
     for name, size in {"a.pth": 3000, "b.pth.part": 2000, "b.pth.lock": 0}.items():  # `b` was interrupted
         (cache / "downloads" / name).write_bytes(bytes(size))
@@ -91,6 +94,8 @@ def test_every_kind_is_listed_with_its_size(cache):
         ("vit_mini8, 16 px, float32, 1 volumes: patch tokens after the final norm", backbone),
         ("phantoms: synthetic scans", cache / "phantoms"),
         ("small-1-v1", cache / "phantoms"),
+        ("compiled: compiled programs", cache / "compiled"),
+        ("1 program for one kind of processor", cache / "compiled"),
         ("weights: converted weights", cache / "weights"),
         ("mine.safetensors", cache / "weights"),
         ("downloads: released checkpoints as downloaded", cache / "downloads"),
@@ -126,7 +131,7 @@ def test_an_empty_cache_is_listed_and_cleared(tmp_path, exists):
     (line,) = run(cache)
     assert line.split(maxsplit=1) == ["0.00B", f"in total, in {cache}"]
     assert run(cache, "--clear=all") == [
-        f"{cache}: volumes, planned, features, phantoms, downloads cleared, 0.00B freed"
+        f"{cache}: volumes, planned, features, phantoms, compiled, downloads cleared, 0.00B freed"
     ]
     assert cache.exists() == exists
 
@@ -141,8 +146,9 @@ def test_an_empty_cache_is_listed_and_cleared(tmp_path, exists):
         ("volumes", {"volumes"}),
         ("planned", {"planned"}),
         ("phantoms", {"phantoms"}),
+        ("compiled", {"compiled"}),
         ("downloads", {"downloads"}),
-        ("all", {"features", "volumes", "planned", "phantoms", "downloads"}),
+        ("all", {"features", "volumes", "planned", "phantoms", "compiled", "downloads"}),
     ],
 )
 def test_only_the_named_kind_is_cleared_and_never_weights(cache, option, cleared):

@@ -38,11 +38,23 @@ def test_the_report_of_a_folder_without_findings(tmp_path):
         "  orientations  LPS (5)",
         "  slices along  head-foot (5); 4 per case, 20 in total",
         "  LA ml         median 0.0703, from 0.0703 (case_0) to 0.0703 (case_0)",
-        "  outliers      modified z-score of log volume beyond ±3.5 (median, median absolute deviation of at least "
-        "10 %), from 5 cases on",
+        "  outliers      none",
         "",
         "Training can start: 0 errors, 0 warnings.",
     ]
+
+
+def test_the_report_names_outlying_volumes_or_says_that_they_are_not_sought(tmp_path):
+    def report(folder):
+        return run(f"--data.root={tmp_path / folder}", "--data.labels=LA:1")[1]
+
+    flat(tmp_path / "few", 4)
+    assert "  outliers      not sought in under 5 cases\n" in report("few")
+    flat(tmp_path / "many", 7)
+    mask = mask_array()
+    mask[2:12, 2:12] = 1
+    save(tmp_path / "many" / "case_3_mask.nii.gz", mask)
+    assert "  outliers      case_3\n" in report("many")
 
 
 def test_the_report_lists_mask_values_with_their_class_and_number_of_cases(tmp_path):

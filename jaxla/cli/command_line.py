@@ -6,10 +6,11 @@ import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from jsonargparse import ArgumentError, ArgumentParser, Namespace
 
+from jaxla.cli.config_file import Entry, find_overridden, read_config
 from jaxla.config import (
     METHOD_GROUPS,
     Experiment,
@@ -22,6 +23,7 @@ from jaxla.config import (
     suggestion,
 )
 
+PRINT_CONFIG = "--print_config"
 RUN_OPTIONS = ("--run-dir", "--coordinator", "--processes", "--process")
 
 
@@ -97,11 +99,14 @@ class Options(NamedTuple):
     processes: int | None
     process: int | None
     wait: float
+    print_config: bool
+    overridden: tuple[str, ...]  # options of --config that the command line has, too, each described in a sentence
 
 
 def parse_names(arguments: list[str]) -> argparse.Namespace:
-    """Return the values of `exp`, `method` and `root`, on which the other options depend; None if not given."""
+    """Return the values of `config`, `exp`, `method` and `root`, on which other options depend; None if not given."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    parser.add_argument("--config")
     parser.add_argument("--exp")
     parser.add_argument("--method")
     parser.add_argument("--data.root", dest="root")
@@ -114,19 +119,68 @@ def parse_names(arguments: list[str]) -> argparse.Namespace:
 def parse_experiment(
     arguments: list[str], experiments: Mapping[str, Experiment], methods: Mapping[str, Method]
 ) -> Options:
-    """Parse the command line of `jaxla.train`; refuse options that the method does not have."""
-    experiment = _named_experiment(parse_names(arguments), experiments, methods)
-    parser = experiment_parser(experiment)
+    """Parse the command line of `jaxla.train`, and its --config; refuse options that the method does not have."""
+    if sum(word.split("=")[0] == "--config" for word in arguments) > 1:
+        raise InputError("--config", "given twice", "Give one file.")
+    config = parse_names(arguments).config
+    entries = read_config(Path(config)) if config else []
+    words = [*(entry.word for entry in entries), *arguments]  # of an option given twice, the last one counts
+    overridden = find_overridden(entries, arguments)
+    used = [entry for entry in entries if entry not in overridden]
     try:
-        parsed = parser.instantiate(parse_arguments(parser, arguments))
+        experiment = _named_experiment(parse_names(words), experiments, methods)
     except InputError as error:
-        raise _option_of_other_method(error, experiment, methods) from error
+        raise _name_line(error, config, used) from error
+    parser = experiment_parser(experiment)
+    for entry in entries:
+        _require_experiment_option(entry, f"{config}:{entry.line}", parser, experiment)
+    try:
+        # Without PRINT_CONFIG, because jsonargparse has an option of this name and changes the word.
+        parsed = parser.instantiate(parse_arguments(parser, [word for word in words if word != PRINT_CONFIG]))
+    except InputError as error:
+        error = _option_of_other_method(error, experiment, methods)
+        raise _name_line(error, config, [e for e in entries if not _can_be_parsed(parser, e)]) from error
     method = replace(experiment.method, **{name: parsed[name] for name in METHOD_GROUPS if name in parsed})
-    values = {name: parsed[name] for name in Options._fields if name != "experiment"} | {
+    values = {name: parsed[name] for name in Options._fields if name in parsed} | {
         "run_dir": Path(parsed.run_dir) if parsed.run_dir else None,
         "cache_dir": Path(parsed.cache_dir) if parsed.cache_dir else default_cache_dir(),
+        "print_config": PRINT_CONFIG in arguments,
+        "overridden": tuple(
+            f"{config}:{e.line}: {e.name}={e.value} is overridden on the command line" for e in overridden
+        ),
     }
     return Options(replace(experiment, data=parsed.data, method=method, seed=parsed.seed, fold=parsed.fold), **values)
+
+
+def _require_experiment_option(entry: Entry, where: str, parser: ArgumentParser, experiment: Experiment) -> None:
+    """Raise an InputError if an option in a --config is known, but not an option of an experiment."""
+    if entry.name in option_groups(experiment):
+        raise InputError(where, f"{entry.name} is a group of options", "Indent its options below it.")
+    if f"--{entry.name}" in parser._option_string_actions and entry.name not in config_values(experiment):
+        problem = f"{entry.name} is an option of one session, not of an experiment"
+        raise InputError(where, problem, "Give it on the command line.")
+
+
+def _can_be_parsed(parser: ArgumentParser, entry: Entry) -> bool:
+    try:
+        parse_arguments(parser, [entry.word])
+    except InputError:
+        return False
+    return True
+
+
+def _name_line(error: InputError, config: str | None, entries: Sequence[Entry]) -> InputError:
+    """Return the error with the file and the line of the option at fault, if a --config has it."""
+    for entry in entries:
+        if error.where in ("command line", f"--{entry.name}", entry.word):
+            option = "" if error.where == "command line" else f"{error.where.removeprefix('--')}: "
+            return InputError(f"{config}:{entry.line}", f"{option}{error.problem}", error.fix)
+    return error
+
+
+def config_values(experiment: Experiment) -> dict[str, Any]:
+    """Return the options that a --config may have, with their values."""
+    return {"exp": experiment.name, "method": experiment.method.name} | option_values(experiment)
 
 
 def _named_experiment(
@@ -151,6 +205,8 @@ def experiment_parser(experiment: Experiment) -> ArgumentParser:
     parser = command_parser("jaxla.train", title)
     parser.add_argument("--exp", type=str, help="experiment, or `list`")
     parser.add_argument("--method", type=str, help="method instead of the experiment's own")
+    parser.add_argument("--config", type=str, help="YAML file of options; the command line wins over it")
+    parser.add_argument(PRINT_CONFIG, action="store_true", help="print all options as such a file, and stop")
     parser.add_argument("--run-dir", type=str, help="folder for the run (default: runs/<experiment>_<time>)")
     parser.add_argument("--cache-dir", type=str, help="folder that runs share (default: the user's cache folder)")
     parser.add_argument("--resume", action="store_true", help="continue the interrupted run in --run-dir")

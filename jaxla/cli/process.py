@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from types import FrameType
 
-from jaxla.cli.terminal import escape_controls
+from jaxla.cli.terminal import WrappedFormatter, escape_controls
 from jaxla.config import InputError, command_line_wording
 
 REDELIVERY_SECONDS = 0.05  # after which a signal that was discarded is delivered again
@@ -65,6 +65,9 @@ def log_to_terminal() -> None:
     # Importing Orbax sets up absl's plain handler, which is replaced. Handlers of a caller in this process stay.
     is_default = all(type(handler) is logging.StreamHandler for handler in logging.getLogger().handlers)
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stdout, force=is_default)
+    if is_default:
+        for handler in logging.getLogger().handlers:
+            handler.setFormatter(WrappedFormatter())
     logging.getLogger("jaxla").setLevel(logging.INFO)
     logging.getLogger("absl").setLevel(logging.CRITICAL)  # Orbax logs options, and tracebacks of errors that it raises
 

@@ -1,10 +1,16 @@
-"""Text for the terminal: progress, and counts, sizes and times in words."""
+"""Text for the terminal: progress, width of lines, and counts, sizes and times in words."""
 
 import logging
+import shutil
 import sys
-from collections.abc import Iterable
+import textwrap
+import threading
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 
 from tqdm import tqdm
+
+MAX_COLUMNS = 100
 
 log = logging.getLogger(__name__)
 
@@ -30,6 +36,49 @@ def shorten(text: str, length: int = 60) -> str:
     """Return text from a file for a message: without control characters, at most `length` characters."""
     text = escape_controls(text)
     return text if len(text) <= length else f"{text[: length - 1]}…"
+
+
+@contextmanager
+def show_elapsed(label: str) -> Iterator[None]:
+    """Show `label … 00:12` on a terminal while the context runs."""
+    if not sys.stdout.isatty():
+        yield
+        return
+    finished = threading.Event()
+    with tqdm(desc=label, bar_format="{desc} … {elapsed}", leave=False, file=sys.stdout) as bar:
+
+        def refresh() -> None:
+            while not finished.wait(1):
+                bar.refresh()
+
+        thread = threading.Thread(target=refresh, daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            finished.set()
+            thread.join()
+
+
+def wrap(text: str, indent: str = "  ") -> str:
+    """Return text in lines that fit the terminal and 100 columns, with `indent` before what continues a line.
+
+    Elsewhere, as in a file or a pipe, lines stay whole.
+    """
+    if not sys.stdout.isatty():
+        return text
+    columns = min(MAX_COLUMNS, shutil.get_terminal_size().columns)
+    wrapper = textwrap.TextWrapper(
+        columns, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False, replace_whitespace=False
+    )
+    return "\n".join(line if len(line) <= columns else wrapper.fill(line) for line in text.split("\n"))
+
+
+class WrappedFormatter(logging.Formatter):
+    """Formats log lines to fit the terminal."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return wrap(super().format(record))
 
 
 def plural(count: int, noun: str) -> str:

@@ -13,6 +13,7 @@ from typing import NamedTuple
 from filelock import FileLock, Timeout
 
 from jaxla.cli.files import report_os_errors
+from jaxla.cli.terminal import plural
 from jaxla.config import InputError, option
 
 KINDS = {  # folder -> its content
@@ -20,11 +21,12 @@ KINDS = {  # folder -> its content
     "planned": "volumes resampled for nnU-Net",
     "features": "features of frozen backbones",
     "phantoms": "synthetic scans",
+    "compiled": "compiled programs",
     "weights": "converted weights",
     "downloads": "released checkpoints as downloaded",
 }
 # computed or downloaded again when needed; weights may be the user's own
-CLEARABLE = ("volumes", "planned", "features", "phantoms", "downloads")
+CLEARABLE = ("volumes", "planned", "features", "phantoms", "compiled", "downloads")
 
 
 class CacheEntry(NamedTuple):
@@ -99,6 +101,8 @@ def clear_cache(cache_dir: Path, kind: str) -> list[CacheEntry]:
 def _describe(path: Path) -> str:
     if path.name.startswith("."):
         return "incomplete, from a killed process"
+    if path.parent.name == "compiled":
+        return f"{plural(len(list(path.glob('*-cache'))), 'program')} for one kind of processor"
     if path.suffix == ".part":
         return f"{path.stem}, partly downloaded"
     try:

@@ -24,6 +24,7 @@ from jaxla.data.slices import slice_geometry
 from jaxla.data.split import Split, make_split
 from jaxla.data.volumes import Volume, hash_voxels, read_image, read_mask, require_same_grid
 
+VOLUME_OUTLIER = "volume"  # kind of finding
 MAX_OUTLIER_Z = 3.5
 MIN_OUTLIER_CASES = 5
 MIN_OUTLIER_DEVIATION = 0.1  # anatomy varies by more: a few cases that are alike must not make the next an outlier
@@ -208,7 +209,7 @@ def _volume_outliers(cases: list[CaseFacts], labels: Labels) -> Iterator[Finding
             median = np.median(list(volumes.values()))
             problem = f"{name} has {volumes[case_id]:.3g} ml, the median is {median:.3g} ml (z {z:+.1f})"
             fix = "Check the mask, and the spacing in the header."
-            yield Finding("volume", masks[case_id], problem, fix, case_id, "warning")
+            yield Finding(VOLUME_OUTLIER, masks[case_id], problem, fix, case_id, "warning")
 
 
 def find_volume_outliers(volumes: Mapping[str, float]) -> dict[str, float]:

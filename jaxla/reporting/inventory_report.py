@@ -11,7 +11,7 @@ import numpy as np
 
 from jaxla.cli.terminal import plural
 from jaxla.data.cases import Finding
-from jaxla.data.inventory import OUTLIER_RULE, CaseFacts, Inventory, format_sides
+from jaxla.data.inventory import MIN_OUTLIER_CASES, OUTLIER_RULE, VOLUME_OUTLIER, CaseFacts, Inventory, format_sides
 
 MAX_FINDINGS_PER_KIND = 10  # in the text; --json lists all
 JSON_KEYS = {"problem": "what", "fix": "mend"}  # programs read the document by these names
@@ -99,7 +99,10 @@ def _summary(inventory: Inventory) -> Iterator[tuple[str, str]]:
             ends = (f"{volumes[case]:.3g} ({case})" for case in (smallest, largest))
             yield f"{name} ml", f"median {np.median(list(volumes.values())):.3g}, from {' to '.join(ends)}"
     if has_volumes:
-        yield "outliers", OUTLIER_RULE
+        outliers = list(dict.fromkeys(f.case for f in inventory.findings if f.kind == VOLUME_OUTLIER))
+        shown = ", ".join(outliers[:MAX_FINDINGS_PER_KIND]) + _more(len(outliers) - MAX_FINDINGS_PER_KIND)
+        has_enough_cases = len(inventory.cases) >= MIN_OUTLIER_CASES
+        yield "outliers", shown or ("none" if has_enough_cases else f"not sought in under {MIN_OUTLIER_CASES} cases")
     if unread := inventory.unread:
         shown = ", ".join(str(path) for path in unread[:3])
         yield "not read", f"{plural(len(unread), 'scan')} without a case: {shown}{_more(len(unread) - 3)}"

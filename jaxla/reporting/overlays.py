@@ -1,4 +1,8 @@
-"""Outlines of prediction (green) and reference (red) over the scan, at its own resolution and aspect ratio."""
+"""Outlines of prediction (yellow) and reference (blue, dashed) over the scan, at its own resolution and aspect ratio.
+
+Yellow and blue are safe for colour-blind readers. In grey print one line is bright with a dark edge, the other dark and
+dashed.
+"""
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -8,10 +12,12 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
+from matplotlib.patheffects import withStroke
 
 from jaxla.data.inputs import intensity_range
 
-PREDICTION, REFERENCE = "#2fd12f", "#ff4040"
+PREDICTION, REFERENCE = "#FFC20A", "#0C6BFF"
+REFERENCE_DASHES = (0, (2.5, 2))  # on and off, in line widths
 SLICES_PER_CASE = 4  # a slice of 640×640 pixels adds about 0.5 MB to a page
 
 
@@ -51,7 +57,7 @@ def slice_figures(panel: Panel, max_slices: int) -> Iterator[tuple[int, Figure]]
     limits = intensity_range(panel.image)
     (height, width), (_, row_mm, column_mm) = panel.image.shape[1:], panel.spacing
     for index in dict.fromkeys(_choose_slices(panel.reference, max_slices)):
-        inches = max(4, width / 96)  # at 96 pixels per inch, so that outlines of 1.2 pt are 1.6 pixels wide
+        inches = max(4, width / 96)  # at 96 pixels per inch, so that outlines of 1.6 pt are 2.1 pixels wide
         figure = Figure(figsize=(inches, inches * height * row_mm / (width * column_mm)))
         draw_slice(figure.add_axes((0, 0, 1, 1)), panel, index, limits, interpolation="none")
         yield index, figure
@@ -63,7 +69,6 @@ def draw_slice(
     index: int,
     limits: tuple[float, float],
     interpolation: str | None = None,
-    reference_dashes: str = "-",
 ) -> None:
     """Draw a slice in its aspect ratio in mm, with the outlines of both masks; `limits` are shown black and white."""
     _, row_mm, column_mm = panel.spacing
@@ -71,19 +76,22 @@ def draw_slice(
     axes.imshow(
         panel.image[index], cmap="gray", vmin=low, vmax=high, aspect=row_mm / column_mm, interpolation=interpolation
     )
-    outlines = ((panel.reference, REFERENCE, reference_dashes), (panel.prediction, PREDICTION, "-"))
+    # The dashed line is drawn last, so that both are visible where they coincide.
+    outlines = ((panel.prediction, PREDICTION, "-"), (panel.reference, REFERENCE, REFERENCE_DASHES))
     for masks, colour, dashes in outlines:
         classes = masks[index]
         for value in np.unique(classes[classes > 0]):
-            axes.contour(classes == value, levels=[0.5], colors=colour, linewidths=1.2, linestyles=dashes)
+            lines = axes.contour(classes == value, levels=[0.5], colors=colour, linewidths=1.6, linestyles=[dashes])
+            if colour == PREDICTION:
+                lines.set_path_effects([withStroke(linewidth=2.4, foreground="black", alpha=0.7)])
     axes.set_axis_off()
 
 
-def outline_legend(figure: Figure, reference_dashes: str = "-") -> None:
+def outline_legend(figure: Figure) -> None:
     """Add a legend of the outlines below a figure."""
     handles = [
         Line2D([], [], color=PREDICTION, label="prediction"),
-        Line2D([], [], color=REFERENCE, ls=reference_dashes, label="reference"),
+        Line2D([], [], color=REFERENCE, ls=REFERENCE_DASHES, label="reference"),
     ]
     figure.legend(handles=handles, loc="outside lower center", ncols=2, frameon=False)
 

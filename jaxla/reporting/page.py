@@ -6,9 +6,11 @@ import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
+from urllib.parse import quote
 
 import jinja2
 import matplotlib
+from markupsafe import Markup, escape
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from PIL import Image
@@ -53,7 +55,18 @@ def write_page(path: Path, template: str, **values: Any) -> None:
         lstrip_blocks=True,
     )
     environment.filters |= {"number": format_metric, "mean_sd": mean_sd, "device": describe_device, "plural": plural}
+    environment.filters |= {"keep_options": keep_options}
     write_atomically(path, environment.get_template(template).render(values))
+
+
+def keep_options(text: object) -> Markup:
+    """Return text as HTML in which no line break divides an option's name, such as `--data.root`."""
+    return Markup(re.sub(r"(?<![\w-])(--[a-z][\w.-]*)", r'<span class="option">\1</span>', str(escape(text))))
+
+
+def link(text: str, path: str) -> Markup:
+    """Return a link to a file beside the page."""
+    return Markup('<a href="{}">{}</a>').format(quote(path), text)
 
 
 def format_metric(value: float | None, metric: str, sign: bool = False) -> str:

@@ -303,7 +303,7 @@ def _require_same_run(folder: Path, begun: Record, record: Record, split: Split,
         raise InputError("--resume", problem + (f": {case}" if case else ""), "Restore them, or start a new run.")
     if begun.split_sha256 != split.sha256:
         problem = f"--data.split={data.split} differs from the split that the run began with"
-        raise InputError("--resume", problem, f"Use --data.split={folder / SPLIT}.")
+        raise InputError("--resume", problem, f"Use {shlex.quote(f'--data.split={folder / SPLIT}')}.")
     if record.weights != "random" and begun.weights_sha256 != record.weights_sha256:
         now, then = (f"{sha256[:12]}…" for sha256 in (record.weights_sha256, begun.weights_sha256))
         problem = f"{record.weights} (sha256 {now}) is not the file that the run began with ({then})"

@@ -89,10 +89,10 @@ def load_run(folder: str | Path) -> TrainedRun:
     checkpoints.close()
     network = nnx.merge(parts.evaluation, restored["trainable"], parts.frozen.parameters, restored["statistics"])
     network.eval()
-    return TrainedRun(record, task, (network,), progress["epoch"], _largest_groups(folder, record))
+    return TrainedRun(record, task, (network,), progress["epoch"], largest_groups(folder, record))
 
 
-def _largest_groups(folder: Path, record: Record) -> tuple[tuple[int, ...], ...]:
+def largest_groups(folder: Path, record: Record) -> tuple[tuple[int, ...], ...]:
     """Return the groups of classes whose largest connected part alone is kept."""
     if record.experiment.method.postprocessing.largest == "always":
         return (tuple(range(1, len(record.labels.names) + 1)),)
@@ -110,7 +110,7 @@ def _load_folds(folder: Path, record: Record) -> TrainedRun:
             run.network.backbone = networks[0].backbone
         networks.append(run.network)
     task = restore_task(record.experiment, record.labels.outputs, record.extent, folder)
-    return TrainedRun(record, task, tuple(networks), first.epoch, _largest_groups(folder, record))
+    return TrainedRun(record, task, tuple(networks), first.epoch, largest_groups(folder, record))
 
 
 def _frozen_weights(folder: Path, record: Record) -> Path:

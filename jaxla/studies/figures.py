@@ -161,15 +161,16 @@ def overlay_figure(results: Results, cases: Mapping[str, Sequence[Panel]], case_
         index = int(np.argmax(np.count_nonzero(panels[0].reference, axis=(1, 2))))
         rows, columns = _crop_limits([p.prediction[index] for p in panels] + [panels[0].reference[index]])
         for axes, panel in zip(row, panels, strict=True):
-            draw_slice(axes, panel, index, intensity_range(panel.image), interpolation="none", reference_dashes="--")
+            draw_slice(axes, panel, index, intensity_range(panel.image), interpolation="none")
             axes.set(xlim=columns, ylim=rows[::-1])
             axes.text(0.03, 0.03, panel.title, transform=axes.transAxes, **within)
         row[0].text(-0.04, 0.5, f"{title}\nslice {index + 1}", transform=row[0].transAxes, **beside)
-    outline_legend(figure, reference_dashes="--")
+    outline_legend(figure)
     caption = (
         f"Protocol {results.largest_protocol}, seed {results.seeds[0]}: the slice with the largest reference (the "
-        "first slice is 1), at the scan's resolution, cropped around the structure; prediction green, reference red. "
-        f"Dice is that of the volume{', averaged over classes' if len(results.classes) > 1 else ''}. {case_note}"
+        "first slice is 1), at the scan's resolution, cropped around the structure; prediction yellow, "
+        "reference blue and dashed. Dice is that of the volume"
+        f"{', averaged over classes' if len(results.classes) > 1 else ''}. {case_note}"
     )
     alt = "Outlines of prediction and reference over the scan by method"
     return StudyFigure("figure3", figure, caption.rstrip(), alt)

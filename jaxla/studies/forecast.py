@@ -17,7 +17,7 @@ from jaxla.config import Experiment, InputError, command_line_wording
 from jaxla.data.cache import mark_cache_in_use
 from jaxla.data.dataset import prepare_data, require_classes
 from jaxla.distributed import use_devices
-from jaxla.hardware import device_name, on_cpu
+from jaxla.hardware import device_name, keep_compiled_programs, on_cpu
 from jaxla.runs.forecast import Forecast, forecast_run
 from jaxla.runs.machine import processor
 from jaxla.runs.speed import MEASURED_STEPS
@@ -78,6 +78,7 @@ def _measure_and_send(
     log_to_terminal()
     try:
         with command_line_wording(), mark_cache_in_use(cache_dir), use_devices(runs[0].devices, runs[0].shard_params):
+            keep_compiled_programs(cache_dir)
             sender.send(_measure_runs([run.experiment for run in runs], states, cache_dir))
     except InputError as error:  # as a tuple, because not every subclass can be unpickled
         sender.send((error.where, error.problem, error.fix))
@@ -155,7 +156,7 @@ def describe_schedule(
     lines = [
         headline,
         tabulate(table, ["", *protocols], "plain", colalign=["left", *["right"] * len(protocols)]),
-        f"time  at most about {format_duration(sum(forecast.seconds))} on {forecast.device}{features}; all seeds "
+        f"time  about {format_duration(sum(forecast.seconds))} on {forecast.device}{features}; all seeds "
         f"together, from {MEASURED_STEPS} measured steps of each method; runs may stop early",
         f"disk  {_describe_disk(forecast, free_bytes(runs[0].folder))}",
     ]

@@ -5,10 +5,9 @@ from dataclasses import replace
 from pathlib import Path
 
 from jaxla.config import Experiment, InputError, lookup
-from jaxla.data.cases import Case
+from jaxla.data.cases import Case, Dataset
 from jaxla.data.dataset import find_dataset
 from jaxla.data.labels import Labels
-from jaxla.data.prepared import content_key
 from jaxla.data.slices import slice_geometry, to_slices
 from jaxla.data.volumes import read_image, read_mask
 from jaxla.evaluation import statistics
@@ -16,14 +15,24 @@ from jaxla.evaluation.metrics import COLUMNS
 from jaxla.evaluation.summary import worst_median_best
 from jaxla.experiments import EXPERIMENTS, METHODS, PUBLISHED
 from jaxla.reporting.overlays import Panel
-from jaxla.reporting.page import data_uri, write_page
-from jaxla.runs.folder import PREDICTIONS
+from jaxla.reporting.page import data_uri, link, write_page
+from jaxla.reporting.run_pages import select_unchanged
+from jaxla.runs.folder import PREDICTIONS, REPORT
 from jaxla.runs.record import differences, format_value
+from jaxla.studies import RUNS
 from jaxla.studies.figures import draw_figures
 from jaxla.studies.results import Results, StudyRun, read_study
-from jaxla.studies.tables import comparison_table, cost_table, dice_iou_pairs, results_table, write_tables
+from jaxla.studies.tables import (
+    PublishedRows,
+    comparison_table,
+    cost_table,
+    dice_iou_pairs,
+    results_table,
+    write_tables,
+)
 
 PAGE = "report.html"
+PUBLISHED_LAYOUT = "LAScarQS"  # of the data set whose published results stand in tables
 # Names and suffixes of the files that a report may write
 FILE_NAMES = {"comparisons", "cost", "figure2", "figure3", "agreement"} | {f"table1_{name}" for name in EXPERIMENTS}
 SUFFIXES = {".csv", ".md", ".tex", ".pdf", ".png"}
@@ -46,18 +55,26 @@ def report_study(folder: Path, cache_dir: Path, data_root: str = "", case_ids: S
     changed = {run.method: options for run in runs if (options := changed_options(run.record.experiment))}
     case_note = "" if case_ids else "Worst, median and best: by Dice averaged over methods and seeds."
     titles = {case_id: case_id for case_id in case_ids} or rank_cases(results)
-    cases = read_cases(titles, runs, results.test_cases, cache_dir, data_root)
+    protocol = runs[0].record.experiment.data
+    dataset = find_dataset(protocol, cache_dir, data_root)
+    cases = read_cases(titles, runs, results.test_cases, dataset)
+    has_published_data = dataset.layout == PUBLISHED_LAYOUT and protocol.root != "phantom"
     try:
-        return _write_report(folder, results, cases, case_note, changed)
+        return _write_report(folder, results, cases, case_note, changed, PUBLISHED if has_published_data else {})
     except OSError as error:
         problem = f"cannot be written ({error.strerror})"
         raise InputError(error.filename or folder, problem, "Fix this and write the report again.") from error
 
 
 def _write_report(
-    folder: Path, results: Results, cases: Mapping[str, Sequence[Panel]], case_note: str, changed: Mapping[str, str]
+    folder: Path,
+    results: Results,
+    cases: Mapping[str, Sequence[Panel]],
+    case_note: str,
+    changed: Mapping[str, str],
+    published: PublishedRows,
 ) -> Path:
-    result_tables = [results_table(results, protocol, PUBLISHED) for protocol in results.protocols]
+    result_tables = [results_table(results, protocol, published) for protocol in results.protocols]
     comparisons = [comparison_table(results)] if len(results.methods) > 1 else []
     costs = cost_table(results)
     tables = [*result_tables, *comparisons, costs]
@@ -83,12 +100,17 @@ def _write_report(
         result_tables=result_tables,
         comparisons=comparisons,
         costs=costs,
-        runs=[(r.folder.name, len(r.split["train"]), len(r.history), r.record.split_sha256) for r in results.runs],
+        runs=[(link_run(r.folder), len(r.split["train"]), len(r.history), r.record.split_sha256) for r in results.runs],
         figures={name: {**one._asdict(), "uri": data_uri(one.figure)} for name, one in figures.items()},
         least_p=statistics.least_p(len(results.test_cases)),
         definitions=definitions | {"Empty masks": first.summary["empty_rule"]} | statistics.DEFINITIONS,
     )
     return folder / PAGE
+
+
+def link_run(folder: Path) -> str:
+    """Return a link from the study's page to the report of one of its runs."""
+    return link(folder.name, f"{RUNS}/{folder.name}/{REPORT}")
 
 
 def _prepare_folder(folder: Path, names: Collection[str]) -> None:
@@ -113,23 +135,16 @@ def rank_cases(results: Results) -> dict[str, str]:
 
 
 def read_cases(
-    titles: Mapping[str, str], runs: Sequence[StudyRun], test_cases: Sequence[str], cache_dir: Path, data_root: str
+    titles: Mapping[str, str], runs: Sequence[StudyRun], test_cases: Sequence[str], dataset: Dataset
 ) -> dict[str, list[Panel]]:
     """Return title -> a panel for each run, for test cases (case id -> title); refuse scans and masks that changed."""
     for case_id in titles:
         if case_id not in test_cases:
             fix = f"Choose from {', '.join(test_cases)}."
             raise InputError(f"--cases={case_id}", "not a test case of this study", fix)
-    record = runs[0].record
-    dataset = find_dataset(record.experiment.data, cache_dir, data_root)
-    root, cases = dataset.root, {case.id: case for case in dataset.cases}
-    for case_id in titles:
-        if case_id not in cases:
-            raise InputError(root, f"case {case_id} of the study is missing", "Pass its folder as --data.root.")
-        if content_key(cases[case_id], record.labels) != runs[0].case_hashes[case_id]:
-            problem = f"the scan or mask of case {case_id} has changed since the study was run"
-            raise InputError(root, problem, "Pass the folder of the original files as --data.root.")
-    return {title: read_panels(runs, cases[case_id], record.labels) for case_id, title in titles.items()}
+    labels = runs[0].record.labels
+    cases = select_unchanged(dataset, titles, labels, runs[0].case_hashes)
+    return {title: read_panels(runs, cases[case_id], labels) for case_id, title in titles.items()}
 
 
 def read_panels(runs: Sequence[StudyRun], case: Case, labels: Labels) -> list[Panel]:

@@ -48,6 +48,11 @@ class Table(NamedTuple):
     def cells(self) -> list[list[str]]:
         return [list(row.values()) for row in self.rows]
 
+    @property
+    def columns(self) -> list[list[str]]:
+        """Each column with its title: the rows of the transposed table, which suits a narrow screen."""
+        return [[title, *(row[title] for row in self.rows)] for title in self.rows[0]]
+
 
 def results_table(results: Results, protocol: str, published: PublishedRows) -> Table:
     """Make Table 1 of a protocol: Dice, IoU, HD95 and ASSD of every method, with the atlas baseline's Dice and IoU."""

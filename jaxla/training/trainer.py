@@ -11,6 +11,7 @@ import numpy as np
 from flax import nnx
 
 from jaxla.cli.process import Stopped
+from jaxla.cli.terminal import show_elapsed
 from jaxla.config import Training
 from jaxla.data.batches import Source, evaluation_batches
 from jaxla.distributed import constrain_sharding, local_rows, place_on_devices, shard_batch
@@ -100,7 +101,8 @@ class Trainer:
             InputError: the device has less memory.
         """
         arguments = (self.trainable, self.frozen, self.optimiser_state, shard_batch(batch), self._key)
-        self._step = self._step.lower(*arguments).compile()
+        with show_elapsed("compiling the training step"):
+            self._step = self._step.lower(*arguments).compile()
         needed = program_bytes(self._step)
         require_memory(needed, self.recipe.batch_size, self.memory_advice)
         return needed

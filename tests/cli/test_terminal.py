@@ -1,8 +1,14 @@
-"""Progress in the log, and counts and times in words."""
+"""Progress in the log and on a terminal, the width of lines, and counts and times in words."""
+
+import logging
+import os
+import pty
+import sys
+import termios
 
 import pytest
 
-from jaxla.cli.terminal import format_duration, plural, track
+from jaxla.cli.terminal import WrappedFormatter, format_duration, plural, show_elapsed, track, wrap
 
 pytestmark = pytest.mark.quick
 
@@ -15,6 +21,50 @@ def test_each_quarter_logs_a_line(cases, logged, caplog):
     with caplog.at_level("INFO", "jaxla"):
         assert list(track(iter(range(cases)), "testing")) == list(range(cases))
     assert caplog.messages == [f"testing: {number} of {cases} cases" for number in logged]
+
+
+@pytest.fixture
+def terminal(monkeypatch):
+    """Make stdout a terminal, and return a function that reads what it shows."""
+    reader, writer = pty.openpty()
+    termios.tcsetwinsize(writer, (24, 200))
+    with open(writer, "w", encoding="utf-8") as stdout:
+        monkeypatch.setattr(sys, "stdout", stdout)
+        yield lambda: os.read(reader, 10_000).decode()
+    os.close(reader)
+
+
+WORDS = " ".join(["word"] * 40)
+
+
+@pytest.mark.parametrize(("columns", "width"), [("200", 100), ("60", 60)])
+def test_lines_fit_the_terminal_and_100_columns(columns, width, terminal, monkeypatch):
+    monkeypatch.setenv("COLUMNS", columns)
+    path = "/" + 120 * "x"
+    first, *rest = wrap(f"{WORDS} --data-root {path}\nshort", indent="   ").splitlines()
+    assert width - 5 < len(first) <= width
+    assert [line[:3] for line in rest] == ["   "] * (len(rest) - 1) + ["sho"]
+    assert all(len(line) <= width for line in rest if path not in line)
+    assert " ".join(line.strip() for line in (first, *rest)) == f"{WORDS} --data-root {path} short"
+    record = logging.LogRecord("jaxla", logging.INFO, "", 0, "%s", (WORDS,), None)
+    assert WrappedFormatter().format(record) == wrap(WORDS)
+
+
+def test_lines_stay_whole_in_a_file(monkeypatch):
+    monkeypatch.setenv("COLUMNS", "60")
+    assert wrap(WORDS) == WORDS
+
+
+def test_a_terminal_shows_the_time_that_a_step_takes_and_clears_the_line(terminal):
+    with show_elapsed("compiling the training step"):
+        assert "compiling the training step … 00:0" in terminal()
+    assert terminal().strip("\r ") == ""
+
+
+def test_nothing_is_shown_in_a_file(capsys):
+    with show_elapsed("compiling the training step"):
+        pass
+    assert capsys.readouterr() == ("", "")
 
 
 def test_plural_depends_on_the_count():

@@ -115,6 +115,14 @@ def test_options_without_effect_are_not_listed(one_class, page_of):
     assert "had no effect" not in page_of(one_class).text
 
 
+def test_no_line_break_divides_an_options_name(one_class, page_of):
+    one_class["record"]["command"] = "python -m jaxla.train --exp=a --data.root=/my--scans/b-c --resume"
+    page = page_of(one_class)
+    assert page.tags.count(("span", {"class": "option"})) == 2 + 3  # to reproduce the run, and as it was typed
+    assert re.search(r"\.option \{ white-space: nowrap; \}", page.style)
+    assert "python -m jaxla.train --exp=a --data.root=/my--scans/b-c" in page.text
+
+
 def test_page_names_every_patient_option_hash_and_version(one_class, page_of):
     page = page_of(one_class)
     parts, _ = page.table("Part")

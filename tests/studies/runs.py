@@ -17,6 +17,7 @@ from jaxla.runs.record import Record, write_record
 
 SHAPE, SPACING = (24, 20, 6), (1.0, 1.5, 4.0)  # X, Y, Z; the slices lie along Z
 AFFINE = np.diag([*SPACING, 1.0])
+LASCARQS_FILES = ("{}/enhanced.nii.gz", "{}/atriumSegImgMO.nii.gz")
 TRAIN = [f"t{n}" for n in range(8)]
 ONE_CLASS = Labels(("LA",))
 TWO_CLASSES = Labels(("LA", "appendage"), ((1,), (2,)))
@@ -45,16 +46,17 @@ def save(array, path):
     nib.save(nib.Nifti1Image(array, AFFINE), path)
 
 
-def write_study(folder, scheduled, references, root, labels=ONE_CLASS):
+def write_study(folder, scheduled, references, root, labels=ONE_CLASS, files=("{}.nii.gz", "{}_mask.nii.gz")):
     """Write a study with these runs, and its scans into `root`.
 
     Args:
         references: test case -> rows of the box in its reference mask.
+        files: paths of a case's scan and mask; `LASCARQS_FILES` are those of the data set with published results.
     """
     rng = np.random.default_rng(0)
     for case, rows in references.items():
-        save(rng.integers(0, 500, SHAPE).astype(np.int16), root / f"{case}.nii.gz")
-        save(box(rows, labels), root / f"{case}_mask.nii.gz")
+        save(rng.integers(0, 500, SHAPE).astype(np.int16), root / files[0].format(case))
+        save(box(rows, labels), root / files[1].format(case))
     option = labels.describe().replace(", ", ";").replace(": ", ":") if labels.values else ""
     hashes = {case.id: content_key(case, labels) for case in find_cases(root, option).cases}
     runs = []

@@ -21,7 +21,7 @@ from jaxla.studies.page import report_study
 from jaxla.studies.results import REPORTED_METRICS, read_study
 from jaxla.studies.tables import describe_devices
 from tests.reporting.pages import Page
-from tests.studies.runs import TWO_CLASSES, BoxRun, write_study
+from tests.studies.runs import LASCARQS_FILES, TWO_CLASSES, BoxRun, write_study
 
 REFERENCES = {f"c{n}": (4, 14) for n in range(4)}
 # Rows predicted in cases c0 to c3, by method and seed. A box of 10 rows that is moved by m rows has Dice 1 − m / 10.
@@ -44,7 +44,7 @@ def reported(tmp_path_factory):
         for protocol in PROTOCOLS
         for (method, seed), rows in PREDICTED.items()
     ]
-    write_study(folder / "study", scheduled, REFERENCES, folder / "scans")
+    write_study(folder / "study", scheduled, REFERENCES, folder / "scans", files=LASCARQS_FILES)
     report_study(folder / "study", folder / "cache")
     return folder / "study"
 
@@ -110,7 +110,7 @@ def test_each_published_number_names_its_own_paper(tmp_path):
         BoxRun("paper2", method, 0, dict(zip(REFERENCES, PREDICTED["unet", 0], strict=True)))
         for method in ("unet", "fusion_vitg14")
     ]
-    write_study(tmp_path / "study", scheduled, REFERENCES, tmp_path / "scans")
+    write_study(tmp_path / "study", scheduled, REFERENCES, tmp_path / "scans", files=LASCARQS_FILES)
     page = Page(report_study(tmp_path / "study", tmp_path / "cache").read_text("utf-8"))
     printed = (tmp_path / "study" / "tables" / "table1_paper2.md").read_text()
     assert printed.rstrip().endswith(
@@ -319,6 +319,30 @@ def test_largest_protocol_takes_all_patients_rather_than_as_many(study):
     assert read_study(study).largest_protocol == "paper1"
 
 
+def test_published_numbers_are_left_out_if_the_data_have_another_layout(tmp_path):
+    predicted = dict(zip(REFERENCES, PREDICTED["unet", 0], strict=True))
+    write_study(tmp_path / "study", [BoxRun("paper1", "unet", 0, predicted)], REFERENCES, tmp_path / "scans")
+    page = Page(report_study(tmp_path / "study", tmp_path / "cache").read_text("utf-8"))
+    assert "published" not in page.text.lower()
+    (dice, *_) = read_csv(tmp_path / "study" / "tables" / "table1_paper1.csv")
+    assert (dice["metric"], dice["published_mean"], dice["published_sd"]) == ("dice", "", "")
+
+
+def test_runs_are_linked_to_their_reports(reported):
+    page = Page((reported / "report.html").read_text("utf-8"))
+    links = [attributes["href"] for tag, attributes in page.tags if tag == "a"]
+    assert len(links) == len(PROTOCOLS) * len(PREDICTED)
+    assert all((reported / link).is_file() for link in links)
+
+
+def test_the_page_has_a_row_for_each_cost_and_a_column_for_each_method(reported):
+    page = Page((reported / "report.html").read_text("utf-8"))
+    costs = next(table for table in page.tables if table[1][0] == "parameters, M")
+    assert costs[0] == ["method", "unet", "segnet"]
+    assert costs[1:4] == [["parameters, M", "31", "31"], ["trained, M", "31", "31"], ["multiply-adds, G", "75", "75"]]
+    assert costs[-1] == ["Dice", "0.825", "0.637"]
+
+
 def test_study_of_one_method_has_no_comparisons(tmp_path):
     predicted = dict(zip(REFERENCES, PREDICTED["unet", 0], strict=True))
     write_study(tmp_path / "study", [BoxRun("paper1", "unet", 0, predicted)], REFERENCES, tmp_path / "scans")
@@ -346,12 +370,12 @@ def test_missing_or_changed_scans_are_refused(study, reported, tmp_path):
         report_study(study, tmp_path / "cache")
     (study / "report.html").unlink()
     assert report_study(study, tmp_path / "cache", str(elsewhere)).exists()
-    (elsewhere / "c0.nii.gz").write_bytes((elsewhere / "c1.nii.gz").read_bytes())
-    with pytest.raises(InputError, match=r"elsewhere: the scan or mask of case c0 has changed since the study was run"):
+    scan = LASCARQS_FILES[0]
+    (elsewhere / scan.format("c0")).write_bytes((elsewhere / scan.format("c1")).read_bytes())
+    with pytest.raises(InputError, match=r"elsewhere: the scan or mask of case c0 has changed since training"):
         report_study(study, tmp_path / "cache", str(elsewhere))
-    for path in elsewhere.glob("c0*"):
-        path.unlink()
-    with pytest.raises(InputError, match=r"case c0 of the study is missing. Pass its folder as --data.root.$"):
+    shutil.rmtree(elsewhere / "c0")
+    with pytest.raises(InputError, match=r"case c0 is missing. Pass the folder of the scans as --data.root.$"):
         report_study(study, tmp_path / "cache", str(elsewhere))
 
 

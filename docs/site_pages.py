@@ -1,0 +1,100 @@
+"""Pages of the documentation site that are made when it is built: a hook of MkDocs.
+
+The README, the changelog and CONTRIBUTING.md become pages. The options come from the commands' own parsers.
+"""
+
+import os
+import re
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from jaxla.experiments import EXPERIMENTS, METHODS
+from mkdocs.structure.files import File, Files
+
+from jaxla.__main__ import COMMANDS
+from jaxla.cli.command_line import experiment_parser
+from jaxla.cli.completion import read_help
+from jaxla.cli.terminal import MAX_COLUMNS
+from jaxla.config import METHOD_GROUPS
+
+ROOT = Path(__file__).parents[1]
+PYTHON = """# Python
+
+The public interface of `jaxla`. Axes: B batch, H W image, h w patch grid, C channels, K classes.
+
+::: jaxla
+"""
+TRAIN = """# Options of `jaxla train`
+
+`jaxla train --exp=NAME --method=METHOD --help` prints the options of one method, with its own values.
+`--print_config` prints them as a YAML file, which `--config=FILE.yaml` reads. The methods are described in
+[Experiments and methods](../experiments.md).
+"""
+
+
+def on_files(files: Files, config: Any) -> Files:
+    """Add the pages."""
+    pages = {
+        "index.md": (ROOT / "README.md").read_text(encoding="utf-8"),
+        "contributing.md": (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8"),
+        "changelog.md": (ROOT / "CHANGELOG.md").read_text(encoding="utf-8"),
+        "reference/commands.md": describe_commands(),
+        "reference/train.md": describe_train(),
+        "reference/python.md": PYTHON,
+    }
+    for uri, text in pages.items():
+        files.append(File.generated(config, uri, content=text))
+    return files
+
+
+def on_page_markdown(markdown: str, **_: Any) -> str:
+    """Change links that hold in the repository into links within the site; code is not part of the site."""
+    markdown = markdown.replace("](docs/", "](").replace("](../README.md", "](index.md")
+    markdown = markdown.replace("](CONTRIBUTING.md)", "](contributing.md)")
+    return re.sub(r"\[([^\]]+)\]\(\.\./(?:jaxla|benchmarks|tests)/[^)]*\)", r"\1", markdown)
+
+
+def describe_commands() -> str:
+    """Return the help of every command."""
+    os.environ["COLUMNS"] = str(MAX_COLUMNS)
+    sections = ["# Commands", "`jaxla COMMAND` and `python -m jaxla.COMMAND` are the same."]
+    for name, (module, summary) in COMMANDS.items():
+        sections += [f"## jaxla {name}", f"{summary[0].upper()}{summary[1:]}.", f"```\n{read_help(module, [])}```"]
+    return "\n\n".join(sections) + "\n"
+
+
+def describe_train() -> str:
+    """Return a list of options for each group: meaning, default, and the methods that have the option."""
+    options: dict[str, list[tuple[str, Any]]] = {}  # name -> method and action
+    for method in METHODS.values():
+        for action in experiment_parser(replace(EXPERIMENTS["paper1"], method=method))._actions:
+            if action.help and action.option_strings[-1].removeprefix("--") not in ("data", *METHOD_GROUPS):
+                options.setdefault(action.option_strings[-1], []).append((method.name, action))
+    groups: dict[str, list[str]] = {}
+    for option, found in options.items():
+        group = option.removeprefix("--").rpartition(".")[0] or "run"
+        groups.setdefault(group, []).append(describe_option(option, found))
+    return TRAIN + "".join(f"\n## {group}\n\n" + "\n".join(lines) + "\n" for group, lines in groups.items())
+
+
+def describe_option(option: str, found: list[tuple[str, Any]]) -> str:
+    """Return a line for an option, from the methods that have it and their parsers' actions."""
+    meaning = found[0][1].help.replace("%%", "%").rstrip(".")
+    meaning = re.sub(r"`[^`]*`|<", lambda match: "&lt;" if match[0] == "<" else match[0], meaning)
+    line = f"- `{option}`: {meaning}."
+    defaults = {str(action.default) for _, action in found}
+    if "Default:" in line:  # in the words of its docstring
+        pass
+    elif len(defaults) > 1:
+        line += " Default: by method."
+    elif (default := defaults.pop()) not in ("None", "", "False", "==SUPPRESS=="):
+        line += f" Default: `{default}`."
+    return line if len(found) == len(METHODS) else f"{line} Methods: {shorten_names([name for name, _ in found])}."
+
+
+def shorten_names(names: list[str]) -> str:
+    """Return names of methods in words, with `dinov2*` for all methods whose names begin so."""
+    families = {name: name.partition("_")[0] for name in METHODS}
+    incomplete = {family for name, family in families.items() if name not in names}
+    return ", ".join(dict.fromkeys(n if families[n] in incomplete else f"`{families[n]}*`" for n in names))
