@@ -16,6 +16,7 @@ from types import FrameType
 from jaxla.cli.terminal import WrappedFormatter, escape_controls
 from jaxla.config import InputError, command_line_wording
 
+REDELIVERY = "redelivery of a signal"  # name of a thread
 REDELIVERY_SECONDS = 0.05  # after which a signal that was discarded is delivered again
 
 
@@ -45,6 +46,8 @@ def run_command(main: Callable[[list[str]], None]) -> None:
         with command_line_wording():
             main(sys.argv[1:])
     except (InputError, Stopped, KeyboardInterrupt) as error:
+        for number in (signal.SIGTERM, signal.SIGINT):  # a second signal must not interrupt the exit
+            signal.signal(number, signal.SIG_IGN)
         code, line = exit_status(error)
         print(line, file=sys.stderr, flush=True)
         if not isinstance(error, InputError):  # XLA's threads may still compile, and crash when Python shuts down
@@ -83,9 +86,10 @@ def _report_unraisable(report: sys.UnraisableHookArgs) -> None:
     """Report an error that Python discards, such as in a destructor; deliver a discarded signal again."""
     if isinstance(report.exc_value, KeyboardInterrupt):
         # Not at once, because this hook runs within the destructor or callback and its errors are discarded, too.
-        timer = threading.Timer(REDELIVERY_SECONDS, _deliver_to_main_thread)
-        timer.daemon = True  # the command may end before
-        timer.start()
+        if all(thread.name != REDELIVERY for thread in threading.enumerate()):
+            timer = threading.Timer(REDELIVERY_SECONDS, _deliver_to_main_thread)
+            timer.name, timer.daemon = REDELIVERY, True  # a daemon, because the command may end before
+            timer.start()
         return
     frames = traceback.extract_tb(report.exc_traceback)
     if not frames or frames[-1].name != "_check_closed":  # Orbax's writers call an asyncio loop that an error has ended
