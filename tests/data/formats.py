@@ -1,5 +1,8 @@
 """Small scans in other formats than NIfTI, written by SimpleITK: NRRD, MetaImage and DICOM series."""
 
+import contextlib
+import locale
+
 import numpy as np
 import pydicom
 import SimpleITK as sitk
@@ -53,12 +56,29 @@ def save_dicom(folder, array, affine=AFFINE, series="1", **tags):
         position = image.TransformIndexToPhysicalPoint((0, 0, k))
         slice_image.SetMetaData("0020|0032", "\\".join(f"{v:.12g}" for v in position))
         slice_image.SetMetaData("0020|0013", str(k + 1))
-        writer = sitk.ImageFileWriter()
-        writer.KeepOriginalImageUIDOn()
-        writer.SetImageIO("GDCMImageIO")
-        writer.SetFileName(str(folder / f"s{series}_{k * 7 % 101:03d}.dcm"))
-        writer.Execute(slice_image)
+        write_dicom_slice(folder / f"s{series}_{k * 7 % 101:03d}.dcm", slice_image)
     return folder
+
+
+def write_dicom_slice(path, image, compressor=""):
+    """Write a SimpleITK image as a DICOM file; `compressor` as SimpleITK names it."""
+    writer = sitk.ImageFileWriter()
+    writer.KeepOriginalImageUIDOn()
+    writer.SetImageIO("GDCMImageIO")
+    writer.SetFileName(str(path))
+    if compressor:
+        writer.UseCompressionOn()
+        writer.SetCompressor(compressor)
+    with kept_locale():
+        writer.Execute(image)
+
+
+@contextlib.contextmanager
+def kept_locale():
+    """Restore the locale afterwards: ITK's DICOM code leaves C, in which Python reads text files as ASCII."""
+    own = locale.setlocale(locale.LC_ALL)
+    yield
+    locale.setlocale(locale.LC_ALL, own)
 
 
 def edit_dicom(folder, change, *positions):

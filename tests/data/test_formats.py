@@ -12,7 +12,7 @@ from nibabel.eulerangles import euler2mat
 from jaxla.config import InputError
 from jaxla.data.formats import is_scan, scan_files, scan_sha256, strip_ending
 from jaxla.data.volumes import read_grid, read_image, read_mask, write_volume
-from tests.data.formats import ITK_NAMES, edit_dicom, save_any, save_dicom, save_itk
+from tests.data.formats import ITK_NAMES, edit_dicom, kept_locale, save_any, save_dicom, save_itk, write_dicom_slice
 from tests.data.nifti import AFFINE, SHAPE, image_array, mask_array, save
 
 OBLIQUE = np.eye(4)
@@ -137,12 +137,8 @@ def test_slope_and_intercept_of_each_dicom_slice_are_applied(tmp_path):
 def test_compressed_dicom_slices_are_read(tmp_path, compressor, syntax):
     folder = save_dicom(tmp_path / "series", image_array())
     for path in folder.iterdir():
-        writer = sitk.ImageFileWriter()
-        writer.SetFileName(str(path))
-        writer.KeepOriginalImageUIDOn()
-        writer.UseCompressionOn()
-        writer.SetCompressor(compressor)
-        writer.Execute(sitk.ReadImage(str(path)))
+        with kept_locale():
+            write_dicom_slice(path, sitk.ReadImage(str(path)), compressor)
     assert pydicom.dcmread(path).file_meta.TransferSyntaxUID == syntax
     np.testing.assert_array_equal(read_image(folder).array, image_array())
 
