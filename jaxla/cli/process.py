@@ -46,8 +46,9 @@ def run_command(main: Callable[[list[str]], None]) -> None:
         with command_line_wording():
             main(sys.argv[1:])
     except (InputError, Stopped, KeyboardInterrupt) as error:
-        for number in (signal.SIGTERM, signal.SIGINT):  # a second signal must not interrupt the exit
-            signal.signal(number, signal.SIG_IGN)
+        if not isinstance(error, InputError):
+            for number in (signal.SIGTERM, signal.SIGINT):  # a second signal must not interrupt the exit
+                signal.signal(number, signal.SIG_IGN)
         code, line = exit_status(error)
         print(line, file=sys.stderr, flush=True)
         if not isinstance(error, InputError):  # XLA's threads may still compile, and crash when Python shuts down
