@@ -12,7 +12,7 @@ from jaxla.data.dicom_seg import read_segmentation
 from jaxla.data.itk_files import read_itk, read_itk_grid, write_itk
 from jaxla.data.itk_headers import locate_voxels
 from jaxla.data.nifti import read_nifti, read_nifti_grid, write_nifti
-from jaxla.data.nifti_geometry import Grid
+from jaxla.data.nifti_geometry import Grid, find_grid
 
 NIFTI_ENDINGS = (".nii.gz", ".nii")
 ITK_ENDINGS = (".nrrd", ".nhdr", ".mha", ".mhd")  # the voxels of .nhdr and .mhd are in a second file
@@ -75,7 +75,7 @@ def read_scan(path: Path) -> tuple[np.ndarray, Grid]:
         array, affine, warnings = *read_segmentation(path), ()
     else:
         return read_nifti(path)
-    return array, _make_grid(affine, warnings)
+    return array, _make_grid(path, affine, warnings, array.shape)
 
 
 def read_scan_grid(path: Path) -> Grid:
@@ -85,11 +85,11 @@ def read_scan_grid(path: Path) -> Grid:
         InputError: as `read_scan`.
     """
     if path.is_dir():
-        return _make_grid(*read_dicom_grid(path))
+        return _make_grid(path, *read_dicom_grid(path))
     if path.suffix.lower() in ITK_ENDINGS:
-        return _make_grid(*read_itk_grid(path))
+        return _make_grid(path, *read_itk_grid(path))
     if path.suffix.lower() == SEG_ENDING:
-        return _make_grid(read_segmentation(path)[1])
+        return _make_grid(path, read_segmentation(path)[1], ())
     return read_nifti_grid(path)
 
 
@@ -101,10 +101,13 @@ def write_scan(path: Path, array: np.ndarray, affine: np.ndarray, header: nib.Ni
         write_nifti(path, array, header)
 
 
-def _make_grid(affine: np.ndarray, warnings: tuple[str, ...] = ()) -> Grid:
-    """Return the grid with this affine, and a NIfTI header that holds it, in mm of the scanner's coordinates."""
+def _make_grid(
+    path: Path, affine: np.ndarray, warnings: tuple[str, ...], shape: tuple[int, int, int] = (1, 1, 1)
+) -> Grid:
+    """Return the grid with this affine in mm, and a NIfTI header that holds it; check the size of the scan."""
     header = nib.Nifti1Header()
     header.set_sform(affine, code=1)
     header.set_qform(affine, code=1)
     header.set_xyzt_units("mm")
-    return Grid(affine, header, warnings)
+    checked = find_grid(path, header, shape)
+    return Grid(affine, header, (*warnings, *checked.warnings))
