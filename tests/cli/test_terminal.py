@@ -3,8 +3,9 @@
 import logging
 import os
 import pty
-import sys
+import re
 import termios
+from contextlib import contextmanager, redirect_stdout
 
 import pytest
 
@@ -23,13 +24,12 @@ def test_each_quarter_logs_a_line(cases, logged, caplog):
     assert caplog.messages == [f"testing: {number} of {cases} cases" for number in logged]
 
 
-@pytest.fixture
-def terminal(monkeypatch):
-    """Make stdout a terminal, and return a function that reads what it shows."""
+@contextmanager
+def stdout_on_a_terminal():
+    """Make stdout a terminal, and yield a function that reads what it shows."""
     reader, writer = pty.openpty()
     termios.tcsetwinsize(writer, (24, 200))
-    with open(writer, "w", encoding="utf-8") as stdout:
-        monkeypatch.setattr(sys, "stdout", stdout)
+    with open(writer, "w", encoding="utf-8") as stdout, redirect_stdout(stdout):
         yield lambda: os.read(reader, 10_000).decode()
     os.close(reader)
 
@@ -38,16 +38,17 @@ WORDS = " ".join(["word"] * 40)
 
 
 @pytest.mark.parametrize(("columns", "width"), [("200", 100), ("60", 60)])
-def test_lines_fit_the_terminal_and_100_columns(columns, width, terminal, monkeypatch):
+def test_lines_fit_the_terminal_and_100_columns(columns, width, monkeypatch):
     monkeypatch.setenv("COLUMNS", columns)
     path = "/" + 120 * "x"
-    first, *rest = wrap(f"{WORDS} --data-root {path}\nshort", indent="   ").splitlines()
+    record = logging.LogRecord("jaxla", logging.INFO, "", 0, "%s", (WORDS,), None)
+    with stdout_on_a_terminal():
+        first, *rest = wrap(f"{WORDS} --data-root {path}\nshort", indent="   ").splitlines()
+        assert WrappedFormatter().format(record) == wrap(WORDS) != WORDS
     assert width - 5 < len(first) <= width
     assert [line[:3] for line in rest] == ["   "] * (len(rest) - 1) + ["sho"]
     assert all(len(line) <= width for line in rest if path not in line)
     assert " ".join(line.strip() for line in (first, *rest)) == f"{WORDS} --data-root {path} short"
-    record = logging.LogRecord("jaxla", logging.INFO, "", 0, "%s", (WORDS,), None)
-    assert WrappedFormatter().format(record) == wrap(WORDS)
 
 
 def test_lines_stay_whole_in_a_file(monkeypatch):
@@ -55,10 +56,11 @@ def test_lines_stay_whole_in_a_file(monkeypatch):
     assert wrap(WORDS) == WORDS
 
 
-def test_a_terminal_shows_the_time_that_a_step_takes_and_clears_the_line(terminal):
-    with show_elapsed("compiling the training step"):
-        assert "compiling the training step … 00:0" in terminal()
-    assert terminal().strip("\r ") == ""
+def test_a_terminal_shows_the_time_that_a_step_takes_and_clears_the_line():
+    with stdout_on_a_terminal() as read:
+        with show_elapsed("compiling the training step"):
+            assert "compiling the training step … 00:0" in read()
+        assert re.search("\r +\r$", read())
 
 
 def test_nothing_is_shown_in_a_file(capsys):
