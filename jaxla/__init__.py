@@ -15,9 +15,12 @@ from jaxla.version import __version__
 
 if TYPE_CHECKING:
     import jax.numpy as jnp
+    import nibabel as nib
+    import numpy as np
     from flax import nnx
 
     from jaxla.models.backbones import Backbone
+    from jaxla.runs.trained import TrainedRun
 
 # `experiments` is a folder beside the package in a checkout, and within the package in an installation.
 if not (Path(__file__).parent / "experiments").is_dir():
@@ -28,7 +31,16 @@ if getattr(sys, "argv", [])[:1] == ["-m"]:  # Python is about to run `python -m 
 
     start_command()
 
-__all__ = ["InputError", "__version__", "build_network", "load_backbone", "load_network"]
+__all__ = [
+    "InputError",
+    "__version__",
+    "build_network",
+    "load_backbone",
+    "load_network",
+    "load_run",
+    "run_experiment",
+    "segment",
+]
 
 # Imports are within functions, because JAX takes seconds to import and a command's --help must not wait for it.
 
@@ -124,3 +136,86 @@ def load_network(path: str | Path) -> nnx.Module:
     if Path(path).is_file() or Path(path).suffix == ".safetensors":
         return load_converted(Path(path))
     return load_run(path).network
+
+
+def run_experiment(name: str, options: Mapping[str, Any] | None = None) -> Path | None:
+    """Train, test and report as `jaxla train --exp=NAME`, and return the run's folder, or None after a dry run.
+
+    An interrupt saves a checkpoint; the same call with the options `run-dir` and `resume` then continues.
+
+    Args:
+        name: an experiment; `jaxla train --exp=list` lists them.
+        options: options of the command by their names without the dashes, such as
+            {"data.root": "scans", "training.minutes": 5, "run-dir": "runs/mine", "resume": True}.
+
+    Raises:
+        InputError: bad options, data or weights; everything is checked before training starts.
+        jaxla.cli.process.Stopped: an interrupt; the message holds the command that resumes the run.
+    """
+    import shlex
+
+    from jaxla import train
+    from jaxla.cli.command_line import parse_experiment
+    from jaxla.cli.process import log_to_terminal
+    from jaxla.experiments import EXPERIMENTS, METHODS
+
+    words = [f"--exp={name}"]
+    for key, value in (options or {}).items():
+        if key in ("resume", "dry-run", "shard-params"):  # they have no value
+            words += [f"--{key}"] if value else []
+        elif isinstance(value, list | tuple):
+            words.append(f"--{key}=[{','.join(map(str, value))}]")
+        else:
+            words.append(f"--{key}={str(value).lower() if isinstance(value, bool) else value}")
+    log_to_terminal()
+    parsed = parse_experiment(words, EXPERIMENTS, METHODS)
+    return train.run(parsed, shlex.join(["python", "-m", "jaxla.train", *words]))
+
+
+def load_run(path: str | Path) -> TrainedRun:
+    """Return what a run trained, for `segment`; for a run with --fold=all, the networks of all folds.
+
+    Raises:
+        InputError: as `load_network`.
+    """
+    from jaxla.runs import trained
+
+    return trained.load_run(path)
+
+
+def segment(
+    run: str | Path | TrainedRun, image: nib.Nifti1Image | np.ndarray, affine: np.ndarray | None = None
+) -> nib.Nifti1Image | np.ndarray:
+    """Return the mask of one scan on its own grid, with the label values of the run's training masks.
+
+    Args:
+        run: folder of a run; or, to segment several scans, what `load_run` returned, which is compiled once.
+        image: nibabel image, or array [X, Y, Z] with its affine.
+        affine: [4, 4], voxel indices to mm (RAS+), of an array.
+
+    Returns:
+        A nibabel image for a nibabel image, an array [X, Y, Z] for an array.
+
+    Raises:
+        InputError: the scan or its affine is unusable; or as `load_network`.
+    """
+    import nibabel as nib
+    import numpy as np
+
+    from jaxla.data.slices import slice_geometry
+    from jaxla.data.volumes import image_from_array, image_from_nibabel
+    from jaxla.inference.segment import segment_volume
+
+    is_nibabel = isinstance(image, nib.Nifti1Image)
+    if is_nibabel == (affine is not None):
+        problem = "a nibabel image has its own" if is_nibabel else "missing"
+        raise InputError("affine", problem, "Pass an affine with an array, and none with a nibabel image.")
+    volume = image_from_nibabel(image) if is_nibabel else image_from_array(np.asarray(image), np.asarray(affine))
+    run = load_run(run) if isinstance(run, str | Path) else run
+    run.task.check_scan(volume.path, volume.array.shape[slice_geometry(volume.affine).order[0]])
+    mask = run.record.labels.to_values(segment_volume(run.segment, volume)[0])
+    if not is_nibabel:
+        return mask
+    header = image.header.copy()
+    header.set_data_dtype(mask.dtype)
+    return nib.Nifti1Image(mask, image.affine, header)

@@ -213,7 +213,7 @@ def segment_scans(run: TrainedRun, outputs: Sequence[Output]) -> dict[str, list[
     Returns:
         Case -> rows of `predictions.csv`, as `describe_mask` returns them.
     """
-    segment, labels, rows = run.make_segment(), run.record.labels, {}
+    segment, labels, rows = run.segment, run.record.labels, {}
     for position, output in local_items(list(enumerate(outputs, start=1))):
         volume = read_image(output.scan)
         log_if_cut(volume, run.task)

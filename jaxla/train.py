@@ -115,8 +115,11 @@ class Run:
     cache_dir: Path
 
 
-def run(options: Options, command: str) -> None:
-    """Run the experiment that the options describe, or print what it would take; `command` is for the record."""
+def run(options: Options, command: str) -> Path | None:
+    """Run the experiment that the options describe; `command` is for the record. Return the run's folder.
+
+    With --dry-run, print what it would take and return None.
+    """
     began = time.perf_counter()
     with buffered_log() as early_log:
         for description in options.overridden:
@@ -140,7 +143,7 @@ def run(options: Options, command: str) -> None:
             task = make_checked_task(experiment, data)
             if options.dry_run:
                 print_forecast(experiment, network_words, data, task, options.cache_dir)
-                return
+                return None
 
             record = Record(
                 experiment=experiment,
@@ -164,6 +167,7 @@ def run(options: Options, command: str) -> None:
     if summary:
         log.info("finished in %.0f s", time.perf_counter() - began)
         print_result(summary, folder)
+    return folder
 
 
 def check_session(options: Options, experiment: Experiment, folder: Path) -> None:
@@ -353,7 +357,7 @@ def test_network(run: Run, features: Features | None, step_bytes: int) -> dict[s
     is_single = run.experiment.fold != ALL_FOLDS
     if run.experiment.method.postprocessing.largest == "if_better" and is_single:
         trained = choose_postprocessing(trained, run.data, run.folder)
-    segment = trained.make_segment()
+    segment = trained.segment
     about = {"best_epoch": trained.epoch} if is_single else {}
     about["backbone"] = trained.record.network
     if is_single and hasattr(trained.network, "block_weights"):

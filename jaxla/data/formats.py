@@ -75,7 +75,7 @@ def read_scan(path: Path) -> tuple[np.ndarray, Grid]:
         array, affine, warnings = *read_segmentation(path), ()
     else:
         return read_nifti(path)
-    return array, _make_grid(path, affine, warnings, array.shape)
+    return array, make_grid(path, affine, warnings, array.shape)
 
 
 def read_scan_grid(path: Path) -> Grid:
@@ -85,11 +85,11 @@ def read_scan_grid(path: Path) -> Grid:
         InputError: as `read_scan`.
     """
     if path.is_dir():
-        return _make_grid(path, *read_dicom_grid(path))
+        return make_grid(path, *read_dicom_grid(path))
     if path.suffix.lower() in ITK_ENDINGS:
-        return _make_grid(path, *read_itk_grid(path))
+        return make_grid(path, *read_itk_grid(path))
     if path.suffix.lower() == SEG_ENDING:
-        return _make_grid(path, read_segmentation(path)[1], ())
+        return make_grid(path, read_segmentation(path)[1])
     return read_nifti_grid(path)
 
 
@@ -101,10 +101,14 @@ def write_scan(path: Path, array: np.ndarray, affine: np.ndarray, header: nib.Ni
         write_nifti(path, array, header)
 
 
-def _make_grid(
-    path: Path, affine: np.ndarray, warnings: tuple[str, ...], shape: tuple[int, int, int] = (1, 1, 1)
+def make_grid(
+    path: Path, affine: np.ndarray, warnings: tuple[str, ...] = (), shape: tuple[int, int, int] = (1, 1, 1)
 ) -> Grid:
-    """Return the grid with this affine in mm, and a NIfTI header that holds it; check the size of the scan."""
+    """Return the grid with this affine in mm, and a NIfTI header that holds it.
+
+    Raises:
+        InputError: the affine cannot be used, or voxels or the scan of this shape are too small or too large.
+    """
     header = nib.Nifti1Header()
     header.set_sform(affine, code=1)
     header.set_qform(affine, code=1)

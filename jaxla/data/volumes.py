@@ -11,8 +11,8 @@ import numpy as np
 
 from jaxla.cli.files import atomic_file, report_os_errors
 from jaxla.config import InputError
-from jaxla.data.formats import FORMATS, read_scan, read_scan_grid, write_scan
-from jaxla.data.nifti_geometry import Grid
+from jaxla.data.formats import FORMATS, make_grid, read_scan, read_scan_grid, write_scan
+from jaxla.data.nifti_geometry import Grid, find_grid
 
 MAX_LABEL = 65535
 MAX_LABEL_ROUNDING = 1e-3  # of labels that were stored with a scale
@@ -51,10 +51,32 @@ def read_image(path: str | Path) -> Volume:
     Raises:
         InputError: the file is missing, truncated, not a NIfTI file, or fails a check.
     """
-    volume = _read(Path(path))
-    if volume.array.min() == volume.array.max():
-        raise InputError(path, f"every voxel is {volume.array.flat[0]}", "Export it again, or leave the case out.")
-    return volume
+    return _require_contrast(_read(Path(path)))
+
+
+def image_from_array(array: np.ndarray, affine: np.ndarray) -> Volume:
+    """Return an array [X, Y, Z] with its affine [4, 4], voxel indices to mm (RAS+), as an image that is no file.
+
+    Raises:
+        InputError: the array or the affine fails a check of `read_image`. The error names `image`.
+    """
+    where = Path("image")
+    _require_3d(where, array.shape)
+    if affine.shape != (4, 4):
+        raise InputError("affine", f"has shape {affine.shape}", "Pass a 4 × 4 matrix, voxel indices to mm (RAS+).")
+    return _require_contrast(Volume(where, _check_voxels(where, array), *make_grid(where, affine, (), array.shape)))
+
+
+def image_from_nibabel(image: nib.Nifti1Image) -> Volume:
+    """Return a nibabel image as an image that is no file; its grid follows the same rule as that of a file.
+
+    Raises:
+        InputError: the image fails a check of `read_image`. The error names `image`.
+    """
+    where = Path(image.get_filename() or "image")
+    _require_3d(where, image.shape)
+    array = _check_voxels(where, np.asarray(image.dataobj))
+    return _require_contrast(Volume(where, array, *find_grid(where, image.header, image.shape)))
 
 
 def read_mask(path: str | Path) -> Volume:
@@ -139,11 +161,28 @@ def _read(path: Path) -> Volume:
             problem = "a link to a missing file" if path.is_symlink() else "no such file"
             raise InputError(path, problem, f"Name an existing scan ({FORMATS}).")
     array, grid = read_scan(path)
+    return Volume(path, _check_voxels(path, array), *grid)
+
+
+def _require_3d(where: Path, shape: tuple[int, ...]) -> None:
+    if len(shape) != 3 or 0 in shape:
+        raise InputError(where, f"has shape {shape}", "Pass one 3D volume [X, Y, Z].")
+
+
+def _require_contrast(volume: Volume) -> Volume:
+    if volume.array.min() == volume.array.max():
+        fix = "Export it again, or leave the case out."
+        raise InputError(volume.path, f"every voxel is {volume.array.flat[0]}", fix)
+    return volume
+
+
+def _check_voxels(where: Path, array: np.ndarray) -> np.ndarray:
+    """Return an array as float32 or of its integer type; refuse what is not a grey value."""
     if array.dtype.kind == "f":
         with np.errstate(over="ignore"):  # values beyond float32 become infinite and are refused below
             array = array.astype(np.float32, copy=False)
         if bad := int(array.size - np.isfinite(array).sum()):
-            raise InputError(path, f"{bad} of {array.size} voxels are NaN or infinite", "Export the file again.")
+            raise InputError(where, f"{bad} of {array.size} voxels are NaN or infinite", "Export the file again.")
     elif array.dtype.kind not in "iu":
-        raise InputError(path, f"voxels of type {array.dtype} are not grey values", "Export a scalar image.")
-    return Volume(path, array, *grid)
+        raise InputError(where, f"voxels of type {array.dtype} are not grey values", "Export a scalar image.")
+    return array

@@ -36,7 +36,7 @@ def choose_postprocessing(run: TrainedRun, data: PreparedData, run_dir: Path) ->
 
     Each process segments its share of the cases.
     """
-    segment_case = make_segment_case(run, replace(run, largest=()).make_segment(), None)
+    segment_case = make_segment_case(run, replace(run, largest=()).segment, None)
     volumes = (data.volumes[name] for name in track(local_items(data.split.val), "validating"))
     cases = ((volume.id, segment_case(volume), volume.mask) for volume in volumes)
     return replace(run, largest=choose_largest(cases, run.record.labels.names, run_dir / LARGEST))

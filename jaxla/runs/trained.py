@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import jax
@@ -48,8 +49,9 @@ class TrainedRun:
         """Return classes [S, H, W] after the method's postprocessing."""
         return keep_largest(postprocess(classes, self.record.experiment.method.postprocessing), self.largest)
 
-    def make_segment(self) -> SegmentSlices:
-        """Return a function that segments a scan's slices and postprocesses the classes; compiled once."""
+    @cached_property
+    def segment(self) -> SegmentSlices:
+        """A function that segments a scan's slices and postprocesses the classes; compiled once."""
         segment_slices = self.task.make_segment(self.networks)
 
         def segment(slices: np.ndarray, geometry: SliceGeometry, with_probabilities: bool = False) -> Segmented:

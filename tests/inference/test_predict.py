@@ -30,7 +30,7 @@ def scan(phantoms):
 @pytest.fixture(scope="module")
 def segment(small_run):
     """Segment a volume with the small run and return its mask."""
-    segment_slices = load_run(small_run).make_segment()
+    segment_slices = load_run(small_run).segment
     return lambda volume: segment_volume(segment_slices, volume)[0]
 
 

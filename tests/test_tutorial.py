@@ -1,0 +1,24 @@
+"""The notebook of the documentation runs from top to bottom, and its last results are what they say."""
+
+import json
+from pathlib import Path
+
+import nbformat
+from nbclient import NotebookClient
+
+ROOT = Path(__file__).parents[1]
+
+
+def test_the_tutorial_notebook_runs(tmp_path, monkeypatch):
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    notebook = nbformat.read(ROOT / "docs" / "tutorial.ipynb", as_version=4)
+    NotebookClient(notebook, timeout=600, resources={"metadata": {"path": tmp_path}}).execute()
+    summary = json.loads((tmp_path / "runs" / "tutorial" / "test" / "summary.json").read_text("utf-8"))
+    scores = json.loads((tmp_path / "scores" / "summary.json").read_text("utf-8"))
+    assert summary["dice"]["n"] == 2
+    assert scores["dice"]["n"] == 8
+    pictures = [output for cell in notebook.cells for output in cell.get("outputs", ()) if "image/png" in output.get("data", ())]
+    assert len(pictures) == 3
+    text = "".join(output.get("text", "") for cell in notebook.cells for output in cell.get("outputs", ()))
+    assert f"left atrium: " in text
