@@ -18,7 +18,6 @@ def test_the_tutorial_notebook_runs(tmp_path, monkeypatch):
     scores = json.loads((tmp_path / "scores" / "summary.json").read_text("utf-8"))
     assert summary["dice"]["n"] == 2
     assert scores["dice"]["n"] == 8
-    pictures = [output for cell in notebook.cells for output in cell.get("outputs", ()) if "image/png" in output.get("data", ())]
-    assert len(pictures) == 3
-    text = "".join(output.get("text", "") for cell in notebook.cells for output in cell.get("outputs", ()))
-    assert f"left atrium: " in text
+    outputs = [output for cell in notebook.cells for output in cell.get("outputs", ())]
+    assert sum("image/png" in output.get("data", ()) for output in outputs) == 3
+    assert "left atrium: " in "".join(output.get("text", "") for output in outputs)
