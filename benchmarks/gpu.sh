@@ -14,7 +14,7 @@ max_bytes=$((64 * 1024 * 1024))
 
 # What such a machine's JAX and PyTorch do not bring. Installed without their own dependencies, so all are listed.
 wheels=(
-    array-record docstring-parser grain jsonargparse nibabel platformdirs portpicker tabulate typeshed-client
+    array-record docstring-parser grain jsonargparse msgspec nibabel platformdirs portpicker tabulate typeshed-client
 )
 
 pack() {

@@ -15,7 +15,7 @@ from filelock import FileLock, Timeout
 
 from jaxla.cli.command_line import require_writable, strip_run_options
 from jaxla.cli.files import is_leftover, remove_leftovers, report_os_errors, write_atomically
-from jaxla.cli.json_files import RESTORE, parse_json, read_json
+from jaxla.cli.json_files import RESTORE, check_types, parse_json, read_json
 from jaxla.config import Experiment, InputError
 from jaxla.data.split import FOLDS, Split, SplitFile, write_split
 from jaxla.runs.record import RECORD, Record, changed_case, differences, format_value, read_record, write_record
@@ -87,11 +87,14 @@ class Metrics(TypedDict):
 
     epoch: int
     train_loss: float
-    val_loss: NotRequired[float]  # as the next two, missing without validation cases
+    val_loss: NotRequired[float]  # as the next two, missing from all lines without validation cases
     val_dice: NotRequired[float]
     val_iou: NotRequired[float]
     seconds: float
     slices_per_second: float
+
+
+VALIDATION_METRICS = frozenset(("val_loss", "val_dice", "val_iou"))
 
 
 class Mean(TypedDict):
@@ -141,14 +144,21 @@ def read_metrics(folder: Path) -> list[Metrics]:
     history = [parse_json(line, Metrics, f"{path}, line {n}") for n, line in enumerate(lines, start=1)]
     if [metrics["epoch"] for metrics in history] != list(range(1, len(history) + 1)):
         raise InputError(path, "damaged: the epochs do not count from 1", RESTORE)
+    if {len(VALIDATION_METRICS & metrics.keys()) for metrics in history} not in (set(), {0}, {len(VALIDATION_METRICS)}):
+        raise InputError(path, "damaged: some validation metrics are missing", RESTORE)
     return history
 
 
-def read_summary(folder: Path) -> RunSummary | TestSummary:
-    """Return the summary of a run's test, which has no scores without test cases; raises as `read_metrics`."""
-    content = read_json(folder / SUMMARY, dict[str, Any])
+def read_summary(folder: Path, fix: str = RESTORE) -> RunSummary | TestSummary:
+    """Return the summary of a run's test, which has no scores without test cases; raises as `read_metrics`.
+
+    Entries that the types do not name are returned as well.
+    """
+    path = folder / SUMMARY
+    content = read_json(path, dict[str, Any], fix)
     has_scores = bool(content.keys() & TestSummary.__required_keys__)
-    return read_json(folder / SUMMARY, TestSummary if has_scores else RunSummary)
+    check_types(content, TestSummary if has_scores else RunSummary, path, fix)
+    return content
 
 
 def read_split_file(folder: Path) -> SplitFile:
@@ -183,8 +193,8 @@ def summarise_fold(folder: Path) -> dict[str, Any]:
     kept = kept_metrics(folder, history, summary)
     return {
         "folder": folder.name,
-        "patients": len(read_split_file(folder)["val"]),
-        **{name: kept[name] for name in ("epoch", "val_dice", "val_iou")},
+        "patients": len(read_split_file(folder).get("val", ())),
+        **{name: kept.get(name) for name in ("epoch", "val_dice", "val_iou")},
         **{f"test_{name}": summary[name]["mean"] if name in summary else None for name in ("dice", "iou")},
         "minutes": sum(metrics["seconds"] for metrics in history) / 60,
     }

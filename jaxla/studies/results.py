@@ -210,7 +210,7 @@ def read_study(folder: Path) -> Results:
 def _read_run(folder: Path, record: Record) -> StudyRun:
     fix = f"Move the folder {folder} away and rerun the study."
     try:
-        summary = read_json(folder / run_files.SUMMARY, run_files.TestSummary, fix)
+        summary = run_files.read_summary(folder, fix)
         classes = list(summary["classes"])
         split = read_json(folder / run_files.SPLIT, SplitFile, fix)
         split = {part: list(map(str, split.get(part, ()))) for part in ("train", "val", "test")}

@@ -523,7 +523,7 @@ FAULTS = {
     ),
     "a long field": (
         lambda run: (run / "test" / "cases.csv").write_text(f"case,class,dice\nc0,LA,{'1' * 200_000}\n"),
-        "{run}: damaged: field larger than field limit (131072). Move",
+        "{run}: damaged: cases.csv: field larger than field limit (131072). Move",
     ),
     "not finite": (
         lambda run: (run / "test" / "slices.csv").write_text(
@@ -533,19 +533,19 @@ FAULTS = {
     ),
     "a Dice above 1": (
         lambda run: change_value(run, "cases.csv", "c1", "dice", "7"),
-        "{run}: damaged (ValueError('cases.csv: case c1: 7 is not a possible dice'))",
+        "{run}: damaged: cases.csv: case c1: 7 is not a possible dice",
     ),
     "a negative distance": (
         lambda run: change_value(run, "slices.csv", "c1", "assd_mm", "-2"),
-        "{run}: damaged (ValueError('slices.csv: case c1: -2 is not a possible assd_mm'))",
+        "{run}: damaged: slices.csv: case c1: -2 is not a possible assd_mm",
     ),
     "a value that the summary does not have": (
         lambda run: change_value(run, "cases.csv", "c1", "dice", "0.0"),
-        "{run}: damaged (ValueError('test/cases.csv: the mean dice of LA is 0.4, but 0.6 in test/summary.json'))",
+        "{run}: damaged: test/cases.csv: the mean dice of LA is 0.4, but 0.6 in test/summary.json",
     ),
     "a cell without end": (
         lambda run: change_value(run, "cases.csv", "c1", "case", "c" * 131_073),
-        "{run}: damaged (ValueError('cases.csv: field larger than field limit (131072)'))",
+        "{run}: damaged: cases.csv: field larger than field limit (131072)",
     ),
     "no cost": (
         lambda run: (run / "cost.json").unlink(),
