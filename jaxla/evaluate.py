@@ -18,7 +18,7 @@ from jaxla.cli.process import run_command
 from jaxla.cli.terminal import plural
 from jaxla.config import InputError
 from jaxla.data.cases import find_cases, find_masks, masks_by_image
-from jaxla.data.labels import Labels, parse_labels
+from jaxla.data.labels import MAX_CLASSES, Labels, parse_labels
 from jaxla.data.layouts import MASK_SUFFIXES
 from jaxla.data.slices import slice_geometry, to_slices
 from jaxla.data.split import read_split
@@ -38,7 +38,6 @@ from jaxla.evaluation.summary import (
 log = logging.getLogger("jaxla.evaluate")
 
 PROBABILITIES_SUFFIX = "_probabilities"
-MAX_CLASSES = 255  # class indices are uint8; a file with more values is an image
 
 
 class Pair(NamedTuple):
