@@ -345,6 +345,13 @@ def test_loose_dicom_slices_are_named(tmp_path, caplog):
     assert "scans that belong to no case are not used (1): 1.dcm" in caplog.text
 
 
+def test_prediction_names_the_scans_inside_a_dicom_series(tmp_path, caplog):
+    write(tmp_path, "./", "P1/image.nii")
+    with caplog.at_level(logging.WARNING, "jaxla"):
+        assert list(find_images(tmp_path).values()) == [tmp_path]
+    assert "read as one DICOM series; scans in it are not read (1): P1/image.nii" in caplog.text
+
+
 def test_prediction_says_which_folder_is_read_and_how_to_read_the_other(tmp_path, caplog):
     write(tmp_path, "dataset.json", "imagesTr/a.nii.gz", "labelsTr/a.nii.gz", "imagesTs/b.nii.gz", "imagesTs/c.nii.gz")
     with caplog.at_level(logging.INFO, "jaxla"):
