@@ -110,8 +110,8 @@ def predict(options: Namespace, resume_command: str) -> None:
     outputs = name_outputs(find_images(source, options.data.image), source, target, options)
     table = name_table(target)
     require_apart(target, source)
-    require_free(outputs, target, options)
     require_writable("--output", outputs[0].mask.parent)
+    require_free(outputs, target, options)
 
     record = read_record(folder)
     task = restore_task(record.experiment, record.labels.outputs, record.extent, folder)
