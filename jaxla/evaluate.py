@@ -5,6 +5,7 @@ that challenge. The folder appears once everything is computed.
 """
 
 import logging
+import os
 import shlex
 from dataclasses import replace
 from pathlib import Path
@@ -13,7 +14,7 @@ from typing import Literal, NamedTuple
 import numpy as np
 from jsonargparse import ArgumentParser
 
-from jaxla.cli.command_line import command_parser, parse_arguments
+from jaxla.cli.command_line import command_parser, parse_arguments, require_writable
 from jaxla.cli.files import atomic_folder, report_os_errors
 from jaxla.cli.process import run_command
 from jaxla.cli.terminal import plural
@@ -56,8 +57,9 @@ def main(arguments: list[str]) -> None:
     """Score every case, write the tables, and print the summary."""
     options = parse_arguments(make_parser(), arguments)
     output = Path(options.output)
-    if output.exists() or output.is_symlink():
+    if os.path.lexists(output):
         raise InputError(f"--output={output}", "exists already", "Name a new folder.")
+    require_writable("--output", output)
     protocol = f"--protocol={options.protocol}"
     if options.protocol and (options.unit == "slice" or options.empty == "skip"):
         raise InputError(protocol, "scores every volume", "Remove --unit=slice and --empty=skip.")

@@ -110,8 +110,8 @@ def predict(options: Namespace, resume_command: str) -> None:
     outputs = name_outputs(find_images(source, options.data.image), source, target, options)
     table = name_table(target)
     require_apart(target, source)
-    require_free(outputs, target, options)
     require_writable("--output", outputs[0].mask.parent)
+    require_free(outputs, target, options)
 
     record = read_record(folder)
     task = restore_task(record.experiment, record.labels.outputs, record.extent, folder)
@@ -152,6 +152,7 @@ def require_free(outputs: Sequence[Output], target: Path, options: Namespace) ->
             raise InputError(found[0], problem, "Use another --output.")
     if not is_mask_file(target):
         require_finished(table, [output.case for output in outputs])
+        require_one_format(outputs)
     stale = [path for output in outputs if (path := probabilities_file(output.mask, target)).exists()]
     if options.overwrite and not options.probabilities and stale:
         problem = "holds probabilities of a mask that --overwrite replaces"
@@ -163,6 +164,16 @@ def require_free(outputs: Sequence[Output], target: Path, options: Namespace) ->
         if path.exists():
             fix = "Add --continue to keep existing masks, --overwrite to replace them, or use another --output."
             raise InputError(path, "exists already", fix)
+
+
+def require_one_format(outputs: Sequence[Output]) -> None:
+    """Raise an InputError if the folder holds the mask of a case in another format: `evaluate` would find two."""
+    for output in outputs:
+        for ending in ENDINGS.values():
+            other = output.mask.with_name(f"{output.case}{ending}")
+            if other != output.mask and other.exists():
+                problem = f"a mask of case {output.case} in another format than {output.mask.name}"
+                raise InputError(other, problem, "Use the same --format, or another --output.")
 
 
 def require_finished(table: Path, cases: Sequence[str]) -> None:

@@ -40,7 +40,8 @@ def command_parser(module: str, description: str) -> ArgumentParser:
 
 def require_writable(option: str, path: Path) -> None:
     """Raise an InputError unless the folder `path` can be created or written; leaves nothing behind."""
-    parent = next(p for p in (path, *path.absolute().parents) if p.exists())
+    # os.path.exists is also false for what a user may not see, where Path.exists raises an error
+    parent = next(p for p in (path, *path.absolute().parents) if os.path.exists(p))
     if not parent.is_dir() or not os.access(parent, os.W_OK):
         raise InputError(f"{option}={path}", f"{parent} is not a writable folder", "Use another folder.")
 

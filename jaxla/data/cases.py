@@ -6,6 +6,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from jaxla.cli.files import report_os_errors
 from jaxla.cli.terminal import plural
 from jaxla.config import InputError, option
 from jaxla.data.formats import FORMATS, is_dicom_series, scan_ending
@@ -20,6 +21,7 @@ from jaxla.data.layouts import (
     make_pattern_layout,
 )
 from jaxla.data.scan_files import (
+    MAKE_READABLE,
     Case,
     Finding,
     FolderScans,
@@ -86,9 +88,10 @@ def survey_cases(root: str | Path, image: str = "", mask: str = "") -> Survey:
         InputError: there is no folder, or nothing of any layout in it, or its cases cannot be told apart.
     """
     root = Path(root)
-    if not root.is_dir():
-        problem = "is a file, not a folder" if root.exists() else "no such folder"
-        raise InputError(option("data.root", root), problem, how_to_get_data())
+    with report_os_errors("read", option("data.root", root), MAKE_READABLE):
+        if not root.is_dir():
+            problem = "is a file, not a folder" if root.exists() else "no such folder"
+            raise InputError(option("data.root", root), problem, how_to_get_data())
     content = list_scans(root)
     for layout in (make_pattern_layout(image, mask),) if image or mask else LAYOUTS:
         findings: list[Finding] = []
@@ -113,10 +116,11 @@ def find_images(root: str | Path, image: str = "") -> dict[str, Path]:
     """
     root = Path(root)
     where, fix = option("input", root), f"Name a scan, or a folder of scans. Formats: {FORMATS}."
-    if root.is_file():
-        return images_by_case([root], (), [])
-    if not root.is_dir():
-        raise InputError(where, "no such file or folder", fix)
+    with report_os_errors("read", where, MAKE_READABLE):
+        if root.is_file():
+            return images_by_case([root], (), [])
+        if not root.is_dir():
+            raise InputError(where, "no such file or folder", fix)
     if is_dicom_series(root):
         if others := list_scans(root).scans:
             names = list_names(others, root)
@@ -158,10 +162,11 @@ def find_masks(folder: Path, option_name: str) -> dict[str, Path]:
     Raises:
         InputError: the folder is missing, or two files have the same name. The error names the option `option_name`.
     """
-    if not folder.is_dir():
-        raise InputError(option(option_name, folder), "no such folder", "Name a folder of masks.")
-    findings: list[Finding] = []
-    masks = by_name(scans_in(folder), findings)
+    where, findings = option(option_name, folder), []
+    with report_os_errors("read", where, MAKE_READABLE):
+        if not folder.is_dir():
+            raise InputError(where, "no such folder", "Name a folder of masks.")
+        masks = by_name(scans_in(folder), findings)
     _raise_first(findings)
     return masks
 

@@ -93,7 +93,7 @@ def prepare_data(
     data = PreparedData(dataset, {volume.id: volume for volume in prepared}, split, fold=fold)
     for k in map(str, range(FOLDS)) if fold == ALL_FOLDS else [fold]:
         require_classes(data.for_fold(k, experiment), protocol)
-    _log_summary(data)
+    _log_summary(data, "cases" if protocol.patients else "patients")
     return data
 
 
@@ -151,17 +151,18 @@ def require_classes(data: PreparedData, protocol: Data) -> None:
         raise InputError(data.dataset.root, problem, fix)
 
 
-def _log_summary(data: PreparedData) -> None:
+def _log_summary(data: PreparedData, noun: str) -> None:
+    """Log the sizes of the split, where `noun` is what its ids stand for."""
     split, volumes = data.split, data.volumes.values()
     if split.unused:
-        patients = len(split.train + split.unused)
-        log.info("%d of %d training patients are left out by this protocol", len(split.unused), patients)
+        count = len(split.train + split.unused)
+        log.info("%d of %d training %s are left out by this protocol", len(split.unused), count, noun)
     if unlisted := len(volumes) - len(split.train + split.val + split.test + split.unused):
         log.info("not used, because the split does not name them: %s", plural(unlisted, "case"))
     if empty := [v.id for v in volumes if not any(v.class_voxels[1:])]:
         log.info("%s with an empty mask, used as all background: %s", plural(len(empty), "case"), ", ".join(empty))
     log.info(
-        "patients: %d training, %d validation, %d test; slices along the %s axis, %d for training",
-        len(split.train), len(split.val), len(split.test),
+        "%s: %d training, %d validation, %d test; slices along the %s axis, %d for training",
+        noun, len(split.train), len(split.val), len(split.test),
         "/".join(sorted({v.slice_axis for v in volumes})), sum(v.shape[0] for v in data.select_volumes(split.train)),
     )  # fmt: skip

@@ -87,7 +87,8 @@ class Fields:
         words = self.text(name).split()
         numbers = [float(word) for word in words if re.fullmatch(NUMBER, word)]
         if [len(words), len(numbers)] != [count, count] or not all(map(math.isfinite, numbers)):
-            self.fail(f"'{name}' is '{shorten(self.values[name])}' in the header instead of {_plural(count)}")
+            wanted = "a number" if count == 1 else f"{count} numbers"
+            self.fail(f"'{name}' is '{shorten(self.values[name])}' in the header instead of {wanted}")
         return numbers
 
     def sizes(self, name: str, dimension_name: str) -> list[int]:
@@ -294,7 +295,3 @@ def _uncompressed_bytes(path: Path, voxels: Voxels) -> int:
     except zlib.error as error:
         raise InputError(path, f"truncated or damaged ({error})", EXPORT_AGAIN) from error
     return count
-
-
-def _plural(count: int) -> str:
-    return "a number" if count == 1 else f"{count} numbers"

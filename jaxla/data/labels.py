@@ -92,7 +92,7 @@ def parse_labels(text: str) -> Labels:
     *parts, last = text.split(";")
     others_are_background = last.replace(" ", "") == OTHERS_ARE_BACKGROUND
     for part in parts if others_are_background else [*parts, last]:
-        match = re.fullmatch(r"\s*([\w -]+?)\s*:\s*(\d+(?:\s*,\s*\d+)*)\s*", part)
+        match = re.fullmatch(r"\s*([\w -]+?)\s*:\s*(\d{1,9}(?:\s*,\s*\d{1,9})*)\s*", part)
         if not match:
             raise InputError(where, f"expected name:value[,value…], got {part!r}", fix)
         names.append(match[1])
@@ -120,7 +120,7 @@ def make_labels(values_by_name: Mapping[str, Sequence[int]], where: str, fix: st
     if len(classes) > MAX_CLASSES:
         raise InputError(where, f"names {len(classes)} classes, but at most {MAX_CLASSES} are supported", fix)
     if (largest := max((*ignored, *(value for values in classes.values() for value in values)))) > MAX_VALUE:
-        raise InputError(where, f"the value {largest} is more than a mask can hold ({MAX_VALUE})", fix)
+        raise InputError(where, f"the value {largest:g} is more than a mask can hold ({MAX_VALUE})", fix)
     return Labels(tuple(classes), tuple(classes.values()), ignored)
 
 

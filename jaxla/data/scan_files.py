@@ -17,6 +17,7 @@ OTHER_ENDINGS = (
     ".nii.bz2", ".nii.xz", ".nii.zip", ".nii.zst",
 )  # fmt: skip
 
+MAKE_READABLE = "Make the folder readable."
 KEEP_ONE = "Move one of the two out of the folder."
 CHANNEL_NAME = re.compile(r"(.+)_(\d{4})")  # nnU-Net names channel 1 of case X `X_0001`
 MAX_CHANNELS = 4  # longer series of numbers count patients, not channels
@@ -59,23 +60,27 @@ def list_scans(root: Path) -> FolderScans:
         InputError: a folder cannot be read.
     """
 
-    def refuse(error: OSError) -> None:
-        raise InputError(error.filename, f"cannot be read ({error.strerror})", "Make the folder readable.") from error
+    def fail(error: OSError) -> None:
+        raise error  # os.walk would leave the folder out
 
     scans: list[Path] = []
     unreadable: list[Path] = []
-    for name, folders, files in os.walk(root, followlinks=True, onerror=refuse):
-        folder = Path(name)
-        folders[:] = sorted(f for f in folders if not f.startswith(".") and not _is_repeated(folder / f, root))
-        paths = [folder / file for file in files if not file.startswith(".")]
-        may_be_series = any(not path.name.lower().endswith(ENDINGS) for path in paths)  # opening all files takes long
-        is_series = folder != root and may_be_series and is_dicom_series(folder)
-        scans += [folder] if is_series else []
-        for path in paths:
-            if is_scan(path):
-                scans.append(path)
-            elif is_dangling(path) or (not is_series and path.name.lower().endswith(OTHER_ENDINGS)):
-                unreadable.append(path)
+    try:
+        for name, folders, files in os.walk(root, followlinks=True, onerror=fail):
+            folder = Path(name)
+            folders[:] = sorted(f for f in folders if not f.startswith(".") and not _is_repeated(folder / f, root))
+            paths = [folder / file for file in files if not file.startswith(".")]
+            # opening all files takes long
+            may_be_series = any(not path.name.lower().endswith(ENDINGS) for path in paths)
+            is_series = folder != root and may_be_series and is_dicom_series(folder)
+            scans += [folder] if is_series else []
+            for path in paths:
+                if is_scan(path):
+                    scans.append(path)
+                elif is_dangling(path) or (not is_series and path.name.lower().endswith(OTHER_ENDINGS)):
+                    unreadable.append(path)
+    except OSError as error:
+        raise InputError(error.filename, f"cannot be read ({error.strerror})", MAKE_READABLE) from error
     return FolderScans(sorted(scans), sorted(unreadable))
 
 

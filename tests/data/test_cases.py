@@ -326,7 +326,7 @@ def test_labels_are_read_from_text(text, labels):
 @pytest.mark.parametrize(
     "text",
     [
-        "LA", "LA:", ":1", "LA:one", "LA:-1", "LA:1.5", "LA=1", "LA:1;", "LA:1,",
+        "LA", "LA:", ":1", "LA:one", "LA:-1", "LA:1.5", "LA:" + "1" * 5000, "LA=1", "LA:1;", "LA:1,",
         "LA:1;LA:2", "LA:1;wall:1", "LA:1,1", "LA:0", "background:1",
     ],
 )  # fmt: skip

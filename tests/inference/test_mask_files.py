@@ -16,7 +16,7 @@ from jaxla.data.prepared import prepare_cases
 from jaxla.data.volumes import read_image, read_mask
 from jaxla.inference.mask_files import mask_classes, mask_ending, probabilities_ending, require_mask_file, write_mask
 from tests.commands import refuse, succeed
-from tests.data.formats import edit_dicom, save_any, save_dicom
+from tests.data.formats import edit_dicom, save_any, save_dicom, save_itk
 from tests.data.nifti import image_array, mask_array, save
 from tests.data.test_formats import OBLIQUE
 
@@ -185,6 +185,14 @@ def test_a_written_mask_is_read_back_as_the_same_classes(tmp_path, name):
 def test_a_format_that_does_not_suit_is_refused(small_run, tmp_path, options, message):
     save(tmp_path / "scan.nii.gz", image_array())
     assert message in refuse(tmp_path, "jaxla.predict", f"--run={small_run}", "--input=scan.nii.gz", *options)
+
+
+def test_a_case_gets_one_mask_in_a_folder(small_run, tmp_path):
+    save(tmp_path / "scan.nii.gz", image_array())
+    save_itk(tmp_path / "masks" / "scan.nrrd", mask_array())
+    options = (f"--run={small_run}", "--input=scan.nii.gz", "--output=masks")
+    line = refuse(tmp_path, "jaxla.predict", *options)
+    assert "masks/scan.nrrd: a mask of case scan in another format than scan.nii.gz. Use the same --format" in line
 
 
 @pytest.mark.parametrize("output", ["series", "series/masks", "series/mask.dcm", "series/mask.nii.gz"])
