@@ -6,6 +6,7 @@ that challenge. The folder appears once everything is computed.
 
 import logging
 import shlex
+from dataclasses import replace
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -18,11 +19,13 @@ from jaxla.cli.process import run_command
 from jaxla.cli.terminal import plural
 from jaxla.config import InputError
 from jaxla.data.cases import find_cases, find_masks, masks_by_image
-from jaxla.data.labels import Labels, parse_labels
+from jaxla.data.formats import SEG_ENDING
+from jaxla.data.labels import MAX_CLASSES, Labels, parse_labels
 from jaxla.data.layouts import MASK_SUFFIXES
+from jaxla.data.scan_files import scans_in
 from jaxla.data.slices import slice_geometry, to_slices
 from jaxla.data.split import read_split
-from jaxla.data.volumes import log_warnings, read_mask, require_same_grid
+from jaxla.data.volumes import Volume, log_warnings, read_mask, require_same_grid
 from jaxla.evaluation.metrics import EmptyPolicy
 from jaxla.evaluation.summary import (
     Row,
@@ -34,11 +37,11 @@ from jaxla.evaluation.summary import (
     write_lascarqs2022,
     write_summary,
 )
+from jaxla.inference.mask_files import mask_classes
 
 log = logging.getLogger("jaxla.evaluate")
 
 PROBABILITIES_SUFFIX = "_probabilities"
-MAX_CLASSES = 255  # class indices are uint8; a file with more values is an image
 
 
 class Pair(NamedTuple):
@@ -62,15 +65,15 @@ def main(arguments: list[str]) -> None:
     if Path(options.predictions).resolve() == Path(options.references).resolve():
         problem = "the same folder as --predictions"
         raise InputError(f"--references={options.references}", problem, "Name the folder of the reference masks.")
-    pairs, labels = match_cases(Path(options.predictions), Path(options.references), options.cases, options.data.labels)
-    labels = check_masks(pairs, labels)
+    pairs, named = match_cases(Path(options.predictions), Path(options.references), options.cases, options.data.labels)
+    labels = check_masks(pairs, named)
     if options.protocol and len(labels.names) > 1:
         problem = f"needs one class, the LA cavity, but the classes are {labels.describe()}"
         raise InputError(protocol, problem, "Set --data.labels to one class.")
 
     rows = []
     for position, pair in enumerate(pairs, start=1):
-        rows += score_pair(pair, labels, options.unit, options.empty)
+        rows += score_pair(pair, read_prediction(pair, named), labels, options.unit, options.empty)
         log.info("%d/%d %s", position, len(pairs), pair.case)
     summary = summarise(rows, options.unit, options.empty, labels.names)
     with report_os_errors("written", f"--output={output}", "Use another folder."), atomic_folder(output) as temporary:
@@ -90,8 +93,8 @@ def make_parser() -> ArgumentParser:
     """Return the parser of the command line."""
     parser = command_parser("jaxla.evaluate", "Score predicted masks against reference masks.")
     add = parser.add_argument
-    add("--predictions", type=str, required=True, help="folder of predicted masks, <case>.nii.gz")
-    references = "folder of masks, <case>.nii.gz or <case>_mask.nii.gz; or a data set"
+    add("--predictions", type=str, required=True, help="folder of predicted masks, <case>.nii.gz or another format")
+    references = "folder of masks, <case>.nii.gz or <case>_mask.nii.gz or another format; or a data set"
     add("--references", type=str, required=True, help=references)
     add("--output", type=str, required=True, help="new folder for cases.csv and summary.json")
     add("--unit", type=Unit, default="volume", help="what is measured; means are over these units")
@@ -115,11 +118,11 @@ def match_cases(
     """
     predicted = find_masks(predictions, "predictions")
     if not predicted:
-        problem = "no .nii or .nii.gz file in this folder"
-        raise InputError(f"--predictions={predictions}", problem, "Name another folder.")
+        raise InputError(f"--predictions={predictions}", "no mask in this folder", "Name another folder.")
     referenced, classes = find_masks(references, "references"), parse_labels(labels) if labels else None
     has_images = any(name + suffix in referenced for name in referenced for suffix in MASK_SUFFIXES)
-    if has_images or not referenced:
+    has_series = any(path.is_dir() and scans_in(path) for path in referenced.values())  # with their masks
+    if has_images or has_series or not referenced:
         dataset = find_cases(references, labels)
         referenced, classes = {case.id: case.mask for case in dataset.cases}, dataset.labels
     elif predicted.keys().isdisjoint(referenced):
@@ -160,8 +163,8 @@ def check_masks(pairs: list[Pair], labels: Labels | None) -> Labels:
     """
     log.info("checking %s", plural(len(pairs), "case"))
     values: dict[Path, set[int]] = {}
-    for _, prediction_path, reference_path in pairs:
-        prediction, reference = read_mask(prediction_path), read_mask(reference_path)
+    for pair in pairs:
+        prediction, reference = read_prediction(pair, labels), read_mask(pair.reference)
         require_same_grid(prediction, reference)
         for volume in (prediction, reference):
             log_warnings(volume.path, volume.warnings)
@@ -205,6 +208,14 @@ def check_masks(pairs: list[Pair], labels: Labels | None) -> Labels:
     return labels
 
 
+def read_prediction(pair: Pair, labels: Labels | None) -> Volume:
+    """Read a predicted mask; a DICOM segmentation, which holds numbers of classes, with the values of `labels`."""
+    mask = read_mask(pair.prediction)
+    if labels is None or pair.prediction.suffix.lower() != SEG_ENDING:
+        return mask
+    return replace(mask, array=labels.to_values(mask_classes(mask, labels)))
+
+
 def require_present_class(labels: Labels, reference_values: set[int], folder: Path) -> None:
     """Raise an InputError if references hold values, but of no class: empty predictions would count as perfect."""
     if not reference_values:
@@ -219,9 +230,9 @@ def list_values(values: set[int]) -> str:
     return ", ".join(map(str, sorted(values)[:5]))
 
 
-def score_pair(pair: Pair, labels: Labels, unit: str, empty: str) -> list[Row]:
+def score_pair(pair: Pair, prediction: Volume, labels: Labels, unit: str, empty: str) -> list[Row]:
     """Score a case on its own grid: one row per class, or with unit `slice` one per slice and class."""
-    prediction, reference = read_mask(pair.prediction), read_mask(pair.reference)
+    reference = read_mask(pair.reference)
     masks = [labels.to_classes(volume.array, volume.path) for volume in (prediction, reference)]
     spacing = reference.spacing
     if unit == "slice":

@@ -19,7 +19,8 @@ from jaxla.cli.files import is_leftover
 from jaxla.cli.process import Stopped, run_command
 from jaxla.config import InputError, default_cache_dir
 from jaxla.data.cases import find_images
-from jaxla.data.formats import is_scan, scan_ending, strip_ending
+from jaxla.data.dicom import is_dicom_series
+from jaxla.data.formats import scan_ending, strip_ending
 from jaxla.data.slices import slice_geometry, to_slices
 from jaxla.data.volumes import Volume, hash_voxels, log_warnings, read_image, read_mask, same_grid, write_volume
 from jaxla.distributed import (
@@ -51,9 +52,11 @@ from jaxla.runs.predictions import (
     describe_mask,
     find_kept,
     mark_unfinished,
+    read_unfinished,
     recorded_cases,
     replace_rows,
     run_id,
+    unfinished_file,
 )
 from jaxla.runs.record import Record, read_record
 from jaxla.runs.trained import TrainedRun, load_run
@@ -101,7 +104,7 @@ def main(arguments: list[str]) -> None:
 
 def predict(options: Namespace, resume_command: str) -> None:
     """Segment the scans; each process segments its share of them."""
-    names = ("run", "input", "output", "format", "probabilities", "devices", "continue", "overwrite")
+    names = ("run", "input", "data.image", "output", "format", "probabilities", "devices", "continue", "overwrite")
     require_same({f"--{name}": str(options[name]) for name in names}, "Give all processes the same options.")
     source, target, folder = Path(options.input), Path(options.output), Path(options.run)
     outputs = name_outputs(find_images(source, options.data.image), source, target, options)
@@ -148,6 +151,8 @@ def require_free(outputs: Sequence[Output], target: Path, options: Namespace) ->
         if output.case not in recorded and (found := [path for path in output.files if path.exists()]):
             problem = f"exists already, and {table.name} does not say that predict wrote it"
             raise InputError(found[0], problem, "Use another --output.")
+    if not is_mask_file(target):
+        require_finished(table, [output.case for output in outputs])
     stale = [path for output in outputs if (path := probabilities_file(output.mask, target)).exists()]
     if options.overwrite and not options.probabilities and stale:
         problem = "holds probabilities of a mask that --overwrite replaces"
@@ -159,6 +164,16 @@ def require_free(outputs: Sequence[Output], target: Path, options: Namespace) ->
         if path.exists():
             fix = "Add --continue to keep existing masks, --overwrite to replace them, or use another --output."
             raise InputError(path, "exists already", fix)
+
+
+def require_finished(table: Path, cases: Sequence[str]) -> None:
+    """Raise an InputError if an interrupted command wrote masks of other cases, which could not be continued then."""
+    unfinished = read_unfinished(table)
+    for case in unfinished.cases if unfinished else ():
+        if case not in cases and any((table.parent / f"{case}{ending}").exists() for ending in ENDINGS.values()):
+            problem = f"the command that wrote the mask of {case} was interrupted"
+            fix = "Run it again with --continue first, or use another --output."
+            raise InputError(unfinished_file(table), problem, fix)
 
 
 def check_scans(outputs: Sequence[Output], task: Task, record: Record, run: str) -> dict[str, Row]:
@@ -284,7 +299,7 @@ def remove_leftovers(outputs: Sequence[Output]) -> None:
 def name_outputs(scans: Mapping[str, Path], source: Path, target: Path, options: Namespace) -> list[Output]:
     """Return the outputs of each scan: `target` for one scan and a file name, else `<case>.*` in that folder."""
     if is_mask_file(target):
-        if not is_scan(source):
+        if source.is_dir() and not is_dicom_series(source):
             raise InputError(f"--output={target}", f"a file, but --input={source} is a folder", "Give a folder.")
         for scan in scans.values():
             require_mask_file(target, scan, options.format)
@@ -314,9 +329,9 @@ def name_table(target: Path) -> Path:
 
 def require_apart(target: Path, source: Path) -> None:
     """Raise an InputError if masks would lie among the scans, where they may be taken for scans or references."""
-    if is_mask_file(target):  # the file name that the user gave for one mask
+    if is_mask_file(target) and not source.is_dir():  # the user gave the file name of the one mask
         return
-    folder, scans = target.resolve(), source.resolve()
+    folder, scans = (target.parent if is_mask_file(target) else target).resolve(), source.resolve()
     if folder.is_relative_to(scans) if source.is_dir() else folder == scans.parent:
         problem = f"masks would lie among the scans of --input={source}"
         raise InputError(f"--output={target}", problem, "Use another folder.")

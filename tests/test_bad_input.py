@@ -463,6 +463,7 @@ def scan_and_run(tmp_path, run_folder):
         (["--output=."], r"--output=\.: masks would lie among the scans of --input=scan.nii.gz"),
         (["--input=.", "--output=./masks"], r"--output=masks: masks would lie among the scans of --input=\."),
         (["--input=.", "--output=mask.nii.gz"], "--output=mask.nii.gz: a file, but --input=. is a folder"),
+        (["--input=run/experiment.json"], "experiment.json: not a NIfTI file"),
         (["--probability"], r"--probability: unknown option \(did you mean --probabilities\?\)"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else None,

@@ -48,7 +48,7 @@ def read_config(path: Path) -> list[Entry]:
         content = path.read_bytes()
     try:
         root = yaml.compose(content, Loader=yaml.SafeLoader)
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, RecursionError) as error:
         mark = getattr(error, "problem_mark", None)
         reason = getattr(error, "problem", None) or getattr(error, "reason", error)
         raise InputError(_where(path, mark), f"not valid YAML ({reason})", "Fix this line.") from error

@@ -1,30 +1,31 @@
-"""Affines of the formats whose axes point left, posterior and superior (LPS): ITK's files and DICOM."""
+"""Checks of affines that come from no NIfTI header: those of arrays, of ITK's files and of DICOM."""
 
 from pathlib import Path
 
-import nibabel as nib
 import numpy as np
 
 from jaxla.config import InputError
-from jaxla.data.nifti_geometry import MAX_SKEW
+from jaxla.data.nifti_geometry import describe_fault
 
-LPS_TO_RAS = np.diag([-1.0, -1.0, 1.0, 1.0])
+LPS_TO_RAS = np.diag([-1.0, -1.0, 1.0, 1.0])  # the axes of ITK and DICOM point left, posterior and superior
 
 
 def affine_from_lps(path: Path, lps: np.ndarray) -> np.ndarray:
-    """Return the affine [4, 4] in RAS+ of an affine in LPS, both from voxel indices to mm.
+    """Return the affine [4, 4] in RAS+ of an affine in LPS, both from voxel indices to mm; raises as `check_affine`."""
+    return check_affine(path, LPS_TO_RAS @ lps)
 
-    It is rounded to float32, as NIfTI stores it, so that a scan has the same affine in every format.
+
+def check_affine(path: Path, affine: np.ndarray) -> np.ndarray:
+    """Return an affine [4, 4], voxel indices to mm (RAS+), rounded to float32.
+
+    NIfTI stores it so, and thus a scan has the same affine in every format.
 
     Raises:
         InputError: the axes of the scan `path` cannot be used.
     """
     with np.errstate(all="ignore"):
-        affine = (LPS_TO_RAS @ lps).astype(np.float32).astype(np.float64) + 0.0  # + 0.0 turns -0 into 0
-        axes = affine[:3, :3] / nib.affines.voxel_sizes(affine)
-    if not np.isfinite([*affine.flat, *axes.flat]).all() or abs(np.linalg.det(axes)) < 1e-3:
-        raise InputError(path, "two of its axes are parallel, or one has no length", "Export the file again.")
-    if (skew := np.abs(axes.T @ axes - np.eye(3)).max()) > MAX_SKEW:
-        problem = f"sheared: two axes are {np.degrees(np.arcsin(skew)):.1f}° off a right angle"
-        raise InputError(path, problem, "Resample the scan onto a rectangular grid.")
+        affine = affine.astype(np.float32).astype(np.float64) + 0.0  # + 0.0 turns -0 into 0
+    if fault := describe_fault(affine):
+        fix = "Export the scan again, or resample it onto a rectangular grid."
+        raise InputError(path, f"its affine {fault}", fix)
     return affine

@@ -118,6 +118,9 @@ def find_images(root: str | Path, image: str = "") -> dict[str, Path]:
     if not root.is_dir():
         raise InputError(where, "no such file or folder", fix)
     if is_dicom_series(root):
+        if others := list_scans(root).scans:
+            names = list_names(others, root)
+            log.warning("%s: read as one DICOM series; scans in it are not read (%d): %s", root, len(others), names)
         return {folder_name(root): root}
     content = list_scans(root)
     for layout in (make_pattern_layout(image, ""),) if image else LAYOUTS:

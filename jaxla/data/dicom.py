@@ -78,19 +78,19 @@ def slice_files(folder: Path) -> tuple[list[Path], list[Path]]:
     return slices, others
 
 
-def read_dicom_grid(folder: Path) -> tuple[np.ndarray, tuple[str, ...]]:
-    """Read a series' affine [4, 4], voxel indices to mm (RAS+), and warnings, without its voxels.
+def read_dicom_grid(folder: Path) -> tuple[np.ndarray, tuple[str, ...], tuple[int, int, int]]:
+    """Read a series' affine [4, 4], voxel indices to mm (RAS+), warnings, and its shape X, Y, Z, without its voxels.
 
     Raises:
         InputError: as `read_dicom`.
     """
     slices, notes = read_slices(folder, with_voxels=False)
     with report_damage(folder):
-        return _affine(folder, slices), notes
+        return _affine(folder, slices), notes, (int(slices[0].Columns), int(slices[0].Rows), len(slices))
 
 
 def read_dicom(folder: Path) -> tuple[np.ndarray, np.ndarray, tuple[str, ...]]:
-    """Read a series' array [X, Y, Z], and what `read_dicom_grid` returns.
+    """Read a series' array [X, Y, Z], and its affine and warnings as `read_dicom_grid` returns them.
 
     X runs along the rows, Y along the columns, Z along the slices' normal. The array has the stored type, or float64
     if the slices have a rescale slope or intercept, which is applied.

@@ -18,6 +18,7 @@ from jaxla.data.dicom import import_pydicom, is_segmentation, read_slices, repor
 
 if TYPE_CHECKING:
     import highdicom as hd
+    from pydicom import Dataset
 
 # Elements that may be empty, which anonymisation often removes; highdicom requires them in the slices.
 MAY_BE_EMPTY = (
@@ -72,7 +73,7 @@ def write_segmentation(path: Path, classes: np.ndarray, names: Sequence[str], se
 
 
 def _make_segmentation(
-    hd: ModuleType, slices: Sequence[hd.Dataset], frames: np.ndarray, names: Sequence[str]
+    hd: ModuleType, slices: Sequence[Dataset], frames: np.ndarray, names: Sequence[str]
 ) -> hd.seg.Segmentation:
     from pydicom.sr.codedict import codes
 
@@ -111,7 +112,7 @@ def _make_segmentation(
         )
 
 
-def _complete_elements(slices: Sequence[hd.Dataset], folder: Path) -> None:
+def _complete_elements(slices: Sequence[Dataset], folder: Path) -> None:
     """Set elements, in memory, that highdicom copies from the slices, which may lack them or have wrong ones."""
     from pydicom.valuerep import DSfloat
 

@@ -15,7 +15,7 @@ from jaxla.data.nifti import read_nifti, read_nifti_grid, write_nifti
 from jaxla.data.nifti_geometry import Grid, find_grid
 
 NIFTI_ENDINGS = (".nii.gz", ".nii")
-ITK_ENDINGS = (".nrrd", ".nhdr", ".mha", ".mhd")  # the voxels of .nhdr and .mhd are in a second file
+ITK_ENDINGS = (".nrrd", ".nhdr", ".mha", ".mhd")  # the header may name a second file with the voxels
 SEG_ENDING = ".dcm"  # a DICOM segmentation; a DICOM scan is the folder of its slices
 ENDINGS = (*NIFTI_ENDINGS, *ITK_ENDINGS)
 FORMATS = ".nii.gz, .nii, .nrrd, .nhdr, .mha, .mhd, or a folder with one DICOM series"  # for messages
@@ -50,8 +50,8 @@ def scan_files(path: Path) -> list[Path]:
     """Return all files of a scan: itself, the slices of a DICOM series, or a header and the file with its voxels."""
     if path.is_dir():
         return slice_files(path)[0]
-    if path.suffix.lower() in (".nhdr", ".mhd"):
-        return [path, locate_voxels(path).path]
+    if path.suffix.lower() in ITK_ENDINGS and (voxels := locate_voxels(path).path) != path:
+        return [path, voxels]
     return [path]
 
 
@@ -89,7 +89,8 @@ def read_scan_grid(path: Path) -> Grid:
     if path.suffix.lower() in ITK_ENDINGS:
         return make_grid(path, *read_itk_grid(path))
     if path.suffix.lower() == SEG_ENDING:
-        return make_grid(path, read_segmentation(path)[1])
+        array, affine = read_segmentation(path)
+        return make_grid(path, affine, (), array.shape)
     return read_nifti_grid(path)
 
 
@@ -101,13 +102,16 @@ def write_scan(path: Path, array: np.ndarray, affine: np.ndarray, header: nib.Ni
         write_nifti(path, array, header)
 
 
-def make_grid(
-    path: Path, affine: np.ndarray, warnings: tuple[str, ...] = (), shape: tuple[int, int, int] = (1, 1, 1)
-) -> Grid:
+def make_grid(path: Path, affine: np.ndarray, warnings: tuple[str, ...], shape: tuple[int, int, int]) -> Grid:
     """Return the grid with this affine in mm, and a NIfTI header that holds it.
 
+    Args:
+        affine: checked by `jaxla.data.affines.check_affine`.
+        warnings: about the file, to which those about its size are added.
+        shape: X, Y, Z.
+
     Raises:
-        InputError: the affine cannot be used, or voxels or the scan of this shape are too small or too large.
+        InputError: voxels or the scan are too small or too large.
     """
     header = nib.Nifti1Header()
     header.set_sform(affine, code=1)

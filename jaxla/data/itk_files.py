@@ -19,18 +19,18 @@ if TYPE_CHECKING:
     import SimpleITK as sitk
 
 
-def read_itk_grid(path: Path) -> tuple[np.ndarray, tuple[str, ...]]:
-    """Read a file's affine [4, 4], voxel indices to mm (RAS+), and warnings about its header, without its voxels.
+def read_itk_grid(path: Path) -> tuple[np.ndarray, tuple[str, ...], tuple[int, int, int]]:
+    """Read a file's affine [4, 4], voxel indices to mm (RAS+), warnings about its header, and its shape X, Y, Z.
 
     Raises:
         InputError: SimpleITK is not installed, or the file is damaged or holds no 3D scalar image.
     """
     reader, warnings = _open(path)
-    return _read_affine(path, reader), warnings
+    return _read_affine(path, reader), warnings, reader.GetSize()
 
 
 def read_itk(path: Path) -> tuple[np.ndarray, np.ndarray, tuple[str, ...]]:
-    """Read a file's array [X, Y, Z], of the stored type, and what `read_itk_grid` returns.
+    """Read a file's array [X, Y, Z], of the stored type, and its affine and warnings as `read_itk_grid` returns them.
 
     Raises:
         InputError: as `read_itk_grid`.

@@ -10,7 +10,7 @@ import numpy as np
 from jaxla.config import OTHERS_ARE_BACKGROUND, InputError, option
 
 MAX_CLASSES = 255  # class indices are uint8
-MAX_VALUE = 2**31 - 1  # of a mask
+MAX_VALUE = 65535  # of a mask
 REST_RULE = f"{OTHERS_ARE_BACKGROUND} at the end makes all other values background."
 
 

@@ -137,17 +137,22 @@ def _repaired(header: nib.Nifti1Header) -> nib.Nifti1Header:
 
 
 def _check_form(name: str, affine: np.ndarray) -> _Form:
-    fault = ""
+    fault = describe_fault(affine)
+    return _Form(name, affine, f"{name} {fault}" if fault else "")
+
+
+@np.errstate(all="ignore")  # an axis without length is described
+def describe_fault(affine: np.ndarray) -> str:
+    """Return why an affine cannot be used, in words that follow its name; empty if it can."""
     if not np.isfinite(affine).all():
-        fault = f"{name} holds values that are not finite"
-    else:
-        axes = affine[:3, :3] / nib.affines.voxel_sizes(affine)
-        volume = abs(np.linalg.det(axes)) if np.isfinite(axes).all() else 0.0
-        if volume < 1e-3:
-            fault = f"{name} is singular: two of its axes are parallel or have no length"
-        elif (skew := np.abs(axes.T @ axes - np.eye(3)).max()) > MAX_SKEW:
-            fault = f"{name} is sheared: two axes are {np.degrees(np.arcsin(skew)):.1f}° off a right angle"
-    return _Form(name, affine, fault)
+        return "holds values that are not finite"
+    axes = affine[:3, :3] / nib.affines.voxel_sizes(affine)
+    volume = abs(np.linalg.det(axes)) if np.isfinite(axes).all() else 0.0
+    if volume < 1e-3:
+        return "is singular: two of its axes are parallel or have no length"
+    if (skew := np.abs(axes.T @ axes - np.eye(3)).max()) > MAX_SKEW:
+        return f"is sheared: two axes are {np.degrees(np.arcsin(skew)):.1f}° off a right angle"
+    return ""
 
 
 def _require_same_directions(path: Path, sform: _Form, qform: _Form) -> None:

@@ -51,7 +51,9 @@ class FolderScans(NamedTuple):
 
 
 def list_scans(root: Path) -> FolderScans:
-    """List the scans of a folder and its subfolders, except hidden ones; links to folders are followed.
+    """List the scans of a folder and its subfolders, except hidden ones.
+
+    Links to folders are followed, unless the folder is listed by its own path or lies above the link.
 
     Raises:
         InputError: a folder cannot be read.
@@ -62,24 +64,29 @@ def list_scans(root: Path) -> FolderScans:
 
     scans: list[Path] = []
     unreadable: list[Path] = []
-    visited: set[str] = set()
     for name, folders, files in os.walk(root, followlinks=True, onerror=refuse):
-        folder, real = Path(name), os.path.realpath(name)
-        folders[:] = sorted(f for f in folders if not f.startswith("."))
-        if real in visited:  # a link to a folder above it
-            folders.clear()
-            continue
-        visited.add(real)
+        folder = Path(name)
+        folders[:] = sorted(f for f in folders if not f.startswith(".") and not _is_repeated(folder / f, root))
         paths = [folder / file for file in files if not file.startswith(".")]
         may_be_series = any(not path.name.lower().endswith(ENDINGS) for path in paths)  # opening all files takes long
-        is_series = may_be_series and is_dicom_series(folder)
-        scans += [folder] if is_series and folder != root else []
+        is_series = folder != root and may_be_series and is_dicom_series(folder)
+        scans += [folder] if is_series else []
         for path in paths:
             if is_scan(path):
                 scans.append(path)
             elif is_dangling(path) or (not is_series and path.name.lower().endswith(OTHER_ENDINGS)):
                 unreadable.append(path)
     return FolderScans(sorted(scans), sorted(unreadable))
+
+
+def _is_repeated(folder: Path, root: Path) -> bool:
+    """Return whether a folder is a link to one that is listed by its own path in `root`, or that holds the link."""
+    if not folder.is_symlink():
+        return False
+    real, real_root = folder.resolve(), root.resolve()
+    if real.is_relative_to(real_root):
+        return not any(part.startswith(".") for part in real.relative_to(real_root).parts)  # hidden ones are not listed
+    return any(parent.resolve().is_relative_to(real) for parent in folder.parents)
 
 
 def scans_in(folder: Path) -> list[Path]:

@@ -11,10 +11,11 @@ import numpy as np
 
 from jaxla.cli.files import atomic_file, report_os_errors
 from jaxla.config import InputError
+from jaxla.data.affines import check_affine
 from jaxla.data.formats import FORMATS, make_grid, read_scan, read_scan_grid, write_scan
+from jaxla.data.labels import MAX_VALUE
 from jaxla.data.nifti_geometry import Grid, find_grid
 
-MAX_LABEL = 65535
 MAX_LABEL_ROUNDING = 1e-3  # of labels that were stored with a scale
 
 log = logging.getLogger(__name__)
@@ -49,7 +50,7 @@ def read_image(path: str | Path) -> Volume:
     """Read an image and check that it is 3D, finite and not constant, and has a usable grid.
 
     Raises:
-        InputError: the file is missing, truncated, not a NIfTI file, or fails a check.
+        InputError: the file is missing or damaged, or fails a check.
     """
     return _require_contrast(_read(Path(path)))
 
@@ -64,7 +65,8 @@ def image_from_array(array: np.ndarray, affine: np.ndarray) -> Volume:
     _require_3d(where, array.shape)
     if affine.shape != (4, 4):
         raise InputError("affine", f"has shape {affine.shape}", "Pass a 4 × 4 matrix, voxel indices to mm (RAS+).")
-    return _require_contrast(Volume(where, _check_voxels(where, array), *make_grid(where, affine, (), array.shape)))
+    grid = make_grid(where, check_affine(where, affine), (), array.shape)
+    return _require_contrast(Volume(where, _check_voxels(where, array), *grid))
 
 
 def image_from_nibabel(image: nib.Nifti1Image) -> Volume:
@@ -85,17 +87,17 @@ def read_mask(path: str | Path) -> Volume:
     Values that differ from a whole number by rounding, as after a scale in the header, become that number.
 
     Raises:
-        InputError: the file is missing, truncated, not a NIfTI file, or fails a check.
+        InputError: the file is missing or damaged, or fails a check.
     """
     volume = _read(Path(path))
     values = volume.array
     labels = np.rint(values) if values.dtype.kind == "f" else values
-    is_label = (labels >= 0) & (labels <= MAX_LABEL)
+    is_label = (labels >= 0) & (labels <= MAX_VALUE)
     if labels is not values:
         is_label &= np.abs(values - labels) <= MAX_LABEL_ROUNDING
     if not is_label.all():
         problem = f"holds the value {values[~is_label][0]:.6g}, which is not a label"
-        raise InputError(path, problem, f"Use whole numbers from 0 to {MAX_LABEL}.")
+        raise InputError(path, problem, f"Use whole numbers from 0 to {MAX_VALUE}.")
     return replace(volume, array=labels.astype(np.int32))
 
 

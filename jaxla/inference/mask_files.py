@@ -39,14 +39,14 @@ def require_mask_file(target: Path, scan: Path, file_format: str = "scan") -> No
         raise InputError(where, f"a mask cannot be written as {ending}", f"Use {', '.join(ENDINGS.values())}.")
     if file_format != "scan" and ending.removesuffix(".gz") != ENDINGS[file_format].removesuffix(".gz"):
         raise InputError(where, f"does not end as --format={file_format} does", "Remove one of the two options.")
-    require_writable_format(ending, scan)
+    require_writable_format(ending, scan, where)
 
 
-def require_writable_format(ending: str, scan: Path) -> None:
-    """Raise an InputError unless masks with this ending can be written for a scan."""
+def require_writable_format(ending: str, scan: Path, where: str = "--format=dicom-seg") -> None:
+    """Raise an InputError unless masks with this ending can be written for a scan; `where` asks for the ending."""
     if ending == SEG_ENDING:
         if not scan.is_dir():
-            raise InputError("--format=dicom-seg", f"{scan} is not a DICOM series", "Use another format.")
+            raise InputError(where, f"{scan} is not a DICOM series", "Use another format.")
         import_highdicom(scan)
     elif ending in OWN_ENDINGS:
         import_itk(Path(f"mask{ending}"))

@@ -187,7 +187,11 @@ def read_table(path: Path) -> list[dict[str, str]]:
 
 
 def replace_rows(path: Path, cases: Collection[str], rows: Iterable[Mapping[str, Any]]) -> None:
-    """Replace the rows of these cases in `predictions.csv`; the new ones stand below those of other cases."""
+    """Replace the rows of these cases in `predictions.csv`; the new ones stand below those of other cases.
+
+    Columns that a user added stay, empty in the new rows.
+    """
     earlier = [row for row in read_table(path) if row["case"] not in cases]
+    added = dict.fromkeys(column for row in earlier for column in row if column not in COLUMNS)
     with report_os_errors("written", path, "Use another --output."):
-        write_csv(path, COLUMNS, [*earlier, *rows])
+        write_csv(path, (*COLUMNS, *added), [*earlier, *rows])

@@ -16,6 +16,14 @@ from tests.commands import ROOT, in_a_new_process, refuse
 from tests.runs.folders import read_json, scan_file
 
 
+@pytest.fixture(autouse=True)
+def ctrl_c():
+    """New processes take Ctrl-C, even if the tests run in the background, where a shell ignores it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 def run(main, stdout=subprocess.DEVNULL):
     """Run a command whose `main` is one statement, in a new process."""
     code = f"from jaxla.cli.process import run_command\ndef main(arguments): {main}\nrun_command(main)"

@@ -375,11 +375,11 @@ def test_255_classes_are_supported_and_256_are_refused():
 
 
 def test_a_value_beyond_those_of_masks_is_refused():
-    with pytest.raises(InputError, match="the value 2147483648 is more than a mask can hold"):
-        parse_labels("LA:2147483648")
+    with pytest.raises(InputError, match="the value 65536 is more than a mask can hold"):
+        parse_labels("LA:65536")
 
 
-@pytest.mark.parametrize("value", [32768, 70000])
+@pytest.mark.parametrize("value", [32768, 65535])
 def test_large_mask_values_are_kept(value):
     assert parse_labels(f"LA:{value}").to_values(np.array([0, 1], np.uint8)).tolist() == [0, value]
 

@@ -195,6 +195,20 @@ def test_the_hash_of_a_scan_covers_all_its_files(tmp_path, name, count):
     assert scan_sha256(path) != before
 
 
+@pytest.mark.parametrize(("name", "renamed"), [("a.nhdr", "b.nrrd"), ("a.mhd", "b.mha")])
+def test_the_hash_of_a_scan_covers_voxels_that_its_header_names(tmp_path, name, renamed):
+    path = save_any(tmp_path / name, image_array()).rename(tmp_path / renamed)
+    assert len(scan_files(path)) == 2
+    assert read_image(path).array.shape == image_array().shape
+
+
+@pytest.mark.parametrize("name", ["a.nrrd", "a.mha", "series"])
+def test_an_unusual_size_is_noticed_without_reading_the_voxels(tmp_path, name):
+    path = save_any(tmp_path / name, image_array(shape=(140, 5, 4)), np.diag([19.0, 1, 1, 1]))
+    assert "unusual size: voxels of 19×1×1 mm, 2660×5×4 mm in all" in read_grid(path).warnings[0]
+    assert read_grid(path).warnings == read_image(path).warnings
+
+
 @pytest.mark.parametrize(("name", "package"), [("a.nrrd", "SimpleITK"), ("series", "pydicom")])
 def test_a_missing_package_is_named(tmp_path, monkeypatch, name, package):
     path = save_any(tmp_path / name, image_array())

@@ -315,6 +315,43 @@ def test_linked_folders_are_read_once(tmp_path):
     assert [case.id for case in find_cases(root).cases] == ["patient"]
 
 
+def test_a_link_to_a_folder_does_not_hide_the_folder(tmp_path):
+    write(tmp_path, "dataset.json", "imagesTr/a.nii.gz", "labelsTr/a.nii.gz")
+    (tmp_path / "all").symlink_to("imagesTr")
+    assert [case.id for case in find_cases(tmp_path).cases] == ["a"]
+
+
+def test_links_to_one_folder_elsewhere_are_all_read(tmp_path):
+    write(tmp_path / "archive", "image.nii", "mask.nii")
+    write(tmp_path / "data", "P1/image.nii", "P1/mask.nii")
+    for name in ("P2", "P3"):
+        (tmp_path / "data" / name).symlink_to(tmp_path / "archive")
+    assert [case.id for case in find_cases(tmp_path / "data").cases] == ["P1", "P2", "P3"]
+
+
+def test_links_that_lead_in_a_circle_end(tmp_path):
+    root = write(tmp_path / "data", "P1/image.nii", "P1/mask.nii")
+    write(tmp_path / "a", "image.nii", "mask.nii")
+    for link, target in (("data/P2", "a"), ("a/b", "b"), ("b", "c"), ("c/a", "a"), ("c/up", ".")):
+        (tmp_path / link).parent.mkdir(exist_ok=True)
+        (tmp_path / link).symlink_to(tmp_path / target)
+    assert [case.id for case in find_cases(root).cases] == ["P1", "P2"]
+
+
+def test_loose_dicom_slices_are_named(tmp_path, caplog):
+    write(tmp_path, "./", "P1/image.nii", "P1/mask.nii", "P2/image.nii", "P2/mask.nii")
+    with caplog.at_level(logging.WARNING, "jaxla"):
+        find_cases(tmp_path)
+    assert "scans that belong to no case are not used (1): 1.dcm" in caplog.text
+
+
+def test_prediction_names_the_scans_inside_a_dicom_series(tmp_path, caplog):
+    write(tmp_path, "./", "P1/image.nii")
+    with caplog.at_level(logging.WARNING, "jaxla"):
+        assert list(find_images(tmp_path).values()) == [tmp_path]
+    assert "read as one DICOM series; scans in it are not read (1): P1/image.nii" in caplog.text
+
+
 def test_prediction_says_which_folder_is_read_and_how_to_read_the_other(tmp_path, caplog):
     write(tmp_path, "dataset.json", "imagesTr/a.nii.gz", "labelsTr/a.nii.gz", "imagesTs/b.nii.gz", "imagesTs/c.nii.gz")
     with caplog.at_level(logging.INFO, "jaxla"):

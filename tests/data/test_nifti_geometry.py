@@ -208,7 +208,7 @@ def test_labels_that_a_scale_has_rounded_are_whole_numbers_again(tmp_path):
     edit_header(path, scl_slope=1.0000153, scl_inter=1e-4)
     np.testing.assert_array_equal(read_mask(path).array, mask_array(value=3))
     edit_header(path, scl_slope=1.001, scl_inter=0)
-    with pytest.raises(InputError, match=r"m.nii: holds the value 3\.0030003, which is not a label"):
+    with pytest.raises(InputError, match=r"m.nii: holds the value 3\.003, which is not a label"):
         read_mask(path)
 
 

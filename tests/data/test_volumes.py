@@ -9,7 +9,16 @@ import pytest
 
 from jaxla.config import InputError
 from jaxla.data.slices import canonical_to_slices, from_slices, slice_geometry, slices_to_canonical, to_slices
-from jaxla.data.volumes import Volume, hash_voxels, read_image, read_mask, require_same_grid, same_grid, write_volume
+from jaxla.data.volumes import (
+    Volume,
+    hash_voxels,
+    image_from_array,
+    read_image,
+    read_mask,
+    require_same_grid,
+    same_grid,
+    write_volume,
+)
 from tests.data.nifti import (
     AFFINE,
     SHAPE,
@@ -171,6 +180,26 @@ def test_a_mask_value_that_overflows_is_refused(tmp_path, value, dtype):
     path = save(tmp_path / "m.nii", mask_array().astype(dtype) * np.dtype(dtype).type(value))
     with pytest.raises(InputError, match=rf"^{path}: holds the value -?[14].*, which is not a label"):
         read_mask(path)
+
+
+# --- arrays ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("affine", "message"),
+    [
+        (np.full((4, 4), np.nan), "image: its affine holds values that are not finite"),
+        (np.zeros((4, 4)), "image: its affine is singular"),
+        (np.diag([1e300, 1, 1, 1]), "image: its affine holds values that are not finite"),
+        (np.eye(4) + np.eye(4, k=1), "image: its affine is sheared"),
+        (np.diag([1.0, 200, 1, 1]), "image: impossible size: voxels of 1×200×1 mm"),
+        (np.eye(3), r"affine: has shape \(3, 3\)"),
+    ],
+)
+@pytest.mark.filterwarnings("error")
+def test_an_array_with_an_unusable_affine_is_refused(affine, message):
+    with pytest.raises(InputError, match=f"^{message}"):
+        image_from_array(image_array(), affine)
 
 
 # --- grids -----------------------------------------------------------------------------------------------------------

@@ -8,8 +8,12 @@ import numpy as np
 import pytest
 
 from jaxla.config import InputError
+from jaxla.data.dicom_seg import write_segmentation
 from jaxla.evaluate import main
 from tests.commands import ROOT, in_a_new_process
+from tests.data.formats import save_dicom
+from tests.data.nifti import image_array, mask_array
+from tests.data.nifti import save as save_mask
 
 AFFINE = np.diag([1.0, 1.0, 2.5, 1.0])
 SHAPE = (16, 14, 8)
@@ -105,6 +109,26 @@ def test_references_may_be_a_data_set(tmp_path):
         ("train_2", "LA", "1.0"),
         ("train_10", "LA", "1.0"),
     ]
+
+
+def test_references_may_be_patient_folders_with_dicom_slices(tmp_path):
+    for name in ("P1", "P2"):
+        series = save_dicom(tmp_path / "references" / name, image_array())
+        save_mask(series / "mask.nii.gz", mask_array())
+        save_mask(tmp_path / "predictions" / f"{name}.nii.gz", mask_array())
+    main(options(tmp_path))
+    rows = read_csv(tmp_path / "out" / "cases.csv")
+    assert [(row["case"], row["dice"]) for row in rows] == [("P1", "1.0"), ("P2", "1.0")]
+
+
+def test_a_predicted_dicom_segmentation_holds_numbers_of_classes(tmp_path):
+    """Class 1 is the value 2 of the references, class 2 their value 1."""
+    series, classes = save_dicom(tmp_path / "series", image_array()), mask_array()
+    classes[classes.shape[0] // 3] *= 2
+    write_segmentation(tmp_path / "predictions" / "a.dcm", classes, ["a", "b"], series)
+    save_mask(tmp_path / "references" / "a.nii.gz", np.array([0, 2, 1], np.uint8)[classes])
+    main(options(tmp_path, "--data.labels=a:2;b:1"))
+    assert [row["dice"] for row in read_csv(tmp_path / "out" / "cases.csv")] == ["1.0", "1.0"]
 
 
 @pytest.mark.parametrize(

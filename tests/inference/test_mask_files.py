@@ -179,12 +179,19 @@ def test_a_written_mask_is_read_back_as_the_same_classes(tmp_path, name):
         (("--output=masks", "--format=dicom-seg"), "--format=dicom-seg: scan.nii.gz is not a DICOM series."),
         (("--output=mask.nrrd", "--format=mha"), "--output=mask.nrrd: does not end as --format=mha does."),
         (("--output=mask.mhd",), "--output=mask.mhd: a mask cannot be written as .mhd."),
-        (("--output=mask.dcm",), "scan.nii.gz is not a DICOM series."),
+        (("--output=mask.dcm",), "--output=mask.dcm: scan.nii.gz is not a DICOM series."),
     ],
 )
 def test_a_format_that_does_not_suit_is_refused(small_run, tmp_path, options, message):
     save(tmp_path / "scan.nii.gz", image_array())
     assert message in refuse(tmp_path, "jaxla.predict", f"--run={small_run}", "--input=scan.nii.gz", *options)
+
+
+@pytest.mark.parametrize("output", ["series", "series/masks", "series/mask.dcm", "series/mask.nii.gz"])
+def test_no_mask_is_written_into_a_dicom_series(small_run, tmp_path, output):
+    save_dicom(tmp_path / "series", image_array())
+    line = refuse(tmp_path, "jaxla.predict", f"--run={small_run}", "--input=series", f"--output={output}")
+    assert f"--output={output}: masks would lie among the scans of --input=series." in line
 
 
 @pytest.mark.parametrize(

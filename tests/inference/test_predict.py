@@ -149,6 +149,10 @@ def test_an_interrupted_folder_is_continued_and_only_by_the_same_run(small_run, 
     line = refuse(tmp_path, "jaxla.predict", f"--run={other}", *resume[1:])
     assert f"predictions.unfinished.json: begun by {run}, epoch" in line
 
+    alone = (run, f"--input={thin_scans / 'c.nii.gz'}", f"--output={masks}")
+    line = refuse(tmp_path, "jaxla.predict", *alone)
+    assert "predictions.unfinished.json: the command that wrote the mask of a was interrupted. Run it again" in line
+
     (masks / "probabilities" / "b.nii.gz").unlink()  # so b is not complete
     (masks / f".{'0' * 32}.c.nii.gz").write_text("half a mask, left by SIGKILL")
     main(resume)

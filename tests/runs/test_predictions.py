@@ -4,8 +4,9 @@ import nibabel as nib
 import numpy as np
 import pytest
 
+from jaxla.cli.csv_files import read_csv, write_csv
 from jaxla.data.volumes import Volume
-from jaxla.runs.predictions import describe_mask
+from jaxla.runs.predictions import describe_mask, replace_rows
 from jaxla.runs.training_scans import KnownScans, ScanFacts, find_differences, find_part, summarise_scans
 
 pytestmark = pytest.mark.quick
@@ -34,6 +35,16 @@ def test_the_axis_of_a_single_slice_has_no_border():
     assert describe_mask(classes, ["a"], volume)[0]["touches_border"] == "no"
     classes[0, 1] = 1
     assert describe_mask(classes, ["a"], volume)[0]["touches_border"] == "yes"
+
+
+def test_rows_of_a_table_are_replaced_by_case_and_columns_of_the_user_stay(tmp_path):
+    table = tmp_path / "predictions.csv"
+    replace_rows(table, ["a", "b"], [{"case": "a", "voxels": 1}, {"case": "b", "voxels": 2}])
+    rows = read_csv(table)
+    write_csv(table, [*rows[0], "note"], [row | {"note": f"good {row['case']}"} for row in rows])
+    replace_rows(table, ["b"], [{"case": "b", "voxels": 3}])
+    cells = [(row["case"], row["voxels"], row["note"]) for row in read_csv(table)]
+    assert cells == [("a", "1", "good a"), ("b", "3", "")]
 
 
 LA = {
