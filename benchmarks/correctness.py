@@ -73,7 +73,7 @@ def main(arguments):
     }
     for name, value, bound in run_checks(methods, options):
         result["checks"][name] = {"relative_l2": float(value), "bound": bound}
-        if options.output:  # at once, in case that a later check does not come to its end
+        if options.output:  # at once, in case a later check does not finish
             write_result(result, options.output)
     print_result(result)
     if beyond := [name for name, row in result["checks"].items() if not row["relative_l2"] <= row["bound"]]:

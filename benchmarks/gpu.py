@@ -125,8 +125,8 @@ def run_stages(stages, folder, seconds, is_tiny):
     for stage in stages:
         began = time.monotonic()
         limit = min(stage.seconds, end - began)
-        whole = limit == stage.seconds or limit >= MIN_SECONDS
-        status = run_stage(stage, folder, limit) if whole else "not started"
+        has_time = limit == stage.seconds or limit >= MIN_SECONDS
+        status = run_stage(stage, folder, limit) if has_time else "not started"
         ends.append({"stage": stage.name, "status": status, "seconds": round(time.monotonic() - began, 1)})
         write_result({"tiny": is_tiny, "stages": ends}, folder / "stages.json")
         print(f"{stage.name}: {status} after {ends[-1]['seconds']:.0f} s", flush=True)

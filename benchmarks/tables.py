@@ -110,7 +110,7 @@ def device_tables(folder):
 
 def speed_rows(name, result, peak):
     """Return the rows of a result for the table of speeds."""
-    share = f"{result['tflops']['jaxla'] / peak:.0%}" if peak and name.startswith("backbone") else NONE
+    peak_fraction = f"{result['tflops']['jaxla'] / peak:.0%}" if peak and name.startswith("backbone") else NONE
     memory = [result.get("jaxla_program_bytes", result.get("jaxla_peak_bytes")), result.get("torch_peak_bytes")]
     memory = [format_bytes(value) if value else NONE for value in memory]
     if "epoch" in result:
@@ -125,7 +125,7 @@ def speed_rows(name, result, peak):
         timings = {"": result}
     else:
         return []
-    return [[f"{name} {part}".strip(), *speeds(timing), *memory, share] for part, timing in timings.items()]
+    return [[f"{name} {part}".strip(), *speeds(timing), *memory, peak_fraction] for part, timing in timings.items()]
 
 
 def speeds(timing):

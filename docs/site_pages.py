@@ -25,6 +25,7 @@ The public interface of `jaxla`. Axes: B batch, H W image, h w patch grid, C cha
 
 ::: jaxla
 """
+SAME = "`jaxla COMMAND` and `python -m jaxla.COMMAND` are the same; `jaxla convert` is `python -m convert_weights`."
 TRAIN = """# Options of `jaxla train`
 
 `jaxla train --exp=NAME --method=METHOD --help` prints the options of one method, with its own values.
@@ -58,7 +59,7 @@ def on_page_markdown(markdown: str, **_: Any) -> str:
 def describe_commands() -> str:
     """Return the help of every command."""
     os.environ["COLUMNS"] = str(MAX_COLUMNS)
-    sections = ["# Commands", "`jaxla COMMAND` and `python -m jaxla.COMMAND` are the same."]
+    sections = ["# Commands", SAME]
     for name, (module, summary) in COMMANDS.items():
         sections += [f"## jaxla {name}", f"{summary[0].upper()}{summary[1:]}.", f"```\n{read_help(module, [])}```"]
     return "\n\n".join(sections) + "\n"

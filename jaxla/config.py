@@ -66,7 +66,7 @@ class Data:
         other_labels: Mask values that `labels` does not name are `refused` or count as `background`.
         split: A `split.json`, or nnU-Net's `splits_final.json` with a fold, to use; or `all`: every patient trains.
         split_seed: Seed of the 70/10/20 split by patient.
-        validation: Draw validation patients `always`, `never`, or `if_useful`: from 15 patients on, or if they decide.
+        validation: Draw validation patients: `always`, `never`, or `if_useful` (for 15 or more patients, or if needed).
         train_patients: Number of training patients to use, 0 for all. Subsets are nested: the 10 contain the 1.
         train_percent: Percent of the training patients to use, at least one patient. Subsets are nested.
         subset_seed: Seed of the training subset; 0 takes the first patients. Validation and test stay the same.

@@ -2,7 +2,7 @@
 
 import shlex
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -118,7 +118,8 @@ def predict(options: Namespace, resume_command: str) -> None:
     columns = check_scans(local_items(outputs), task, record, options.run)
     sizes = {str(output.scan): f"{output.scan.stat().st_size} bytes" for output in outputs}
     require_same(sizes, "Give all processes the same scans.")  # also waits: none writes while another still checks
-    keep_compiled_programs(default_cache_dir())
+    with suppress(InputError):  # without a home folder nothing is kept
+        keep_compiled_programs(default_cache_dir())
     with use_devices(options.devices), use_local_devices():
         run = load_run(folder)
         if not is_finished(folder):

@@ -377,16 +377,15 @@ def test_network(run: Run, features: Features | None, step_bytes: int) -> dict[s
 
 def print_result(summary: Mapping[str, Any], folder: Path) -> None:
     """Print the line that a run ends with."""
-    if "dice" not in summary:
-        print(f"{summary['backbone']}: trained; no test cases. {HOW_TO_TEST} Run folder: {folder}")
-        return
-    dice, iou, atlas = summary["dice"], summary["iou"], summary["atlas"]["dice"]
-    result = (
-        f"{summary['backbone']}: test Dice {dice['mean']:.3f}, IoU {iou['mean']:.3f} "
-        f"(mean per volume over {plural(dice['n'], 'patient')}; the atlas baseline, which does not use the image: "
-        f"Dice {atlas['mean']:.3f}). Run folder: {shlex.quote(str(folder))}"
-    )
-    print(wrap(result))
+    result = f"trained; no test cases. {HOW_TO_TEST}"
+    if "dice" in summary:
+        dice, iou, atlas = summary["dice"], summary["iou"], summary["atlas"]["dice"]
+        result = (
+            f"test Dice {dice['mean']:.3f}, IoU {iou['mean']:.3f} "
+            f"(mean per volume over {plural(dice['n'], 'patient')}; the atlas baseline, which does not use the image: "
+            f"Dice {atlas['mean']:.3f})."
+        )
+    print(wrap(f"{summary['backbone']}: {result} Run folder: {shlex.quote(str(folder))}"))
 
 
 if __name__ == "__main__":

@@ -49,7 +49,7 @@ def test_the_report_names_outlying_volumes_or_says_that_they_are_not_sought(tmp_
         return run(f"--data.root={tmp_path / folder}", "--data.labels=LA:1")[1]
 
     flat(tmp_path / "few", 4)
-    assert "  outliers      not sought in under 5 cases\n" in report("few")
+    assert "  outliers      not checked with fewer than 5 cases\n" in report("few")
     flat(tmp_path / "many", 7)
     mask = mask_array()
     mask[2:12, 2:12] = 1

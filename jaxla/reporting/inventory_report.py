@@ -101,8 +101,9 @@ def _summary(inventory: Inventory) -> Iterator[tuple[str, str]]:
     if has_volumes:
         outliers = list(dict.fromkeys(f.case for f in inventory.findings if f.kind == VOLUME_OUTLIER))
         shown = ", ".join(outliers[:MAX_FINDINGS_PER_KIND]) + _more(len(outliers) - MAX_FINDINGS_PER_KIND)
-        has_enough_cases = len(inventory.cases) >= MIN_OUTLIER_CASES
-        yield "outliers", shown or ("none" if has_enough_cases else f"not sought in under {MIN_OUTLIER_CASES} cases")
+        if len(inventory.cases) < MIN_OUTLIER_CASES:
+            shown = f"not checked with fewer than {MIN_OUTLIER_CASES} cases"
+        yield "outliers", shown or "none"
     if unread := inventory.unread:
         shown = ", ".join(str(path) for path in unread[:3])
         yield "not read", f"{plural(len(unread), 'scan')} without a case: {shown}{_more(len(unread) - 3)}"

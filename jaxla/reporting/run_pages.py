@@ -90,11 +90,12 @@ def rebuild_reports(folder: Path, cache_dir: Path, data_root: str = "") -> Path:
     except (ValueError, KeyError, TypeError) as error:
         problem = f"damaged: {describe_damage(error)}"
         raise InputError(folder, problem, "Restore its files from a copy.") from error
-    protocol = record.experiment.data
     with mark_cache_in_use(cache_dir):
-        dataset = find_dataset(protocol, cache_dir, data_root)
-        cases = select_unchanged(dataset, shown, record.labels, hashes)
-        volumes = prepare_cases(replace(dataset, cases=tuple(cases.values()), labels=record.labels), cache_dir)
+        volumes = []
+        if shown:  # a run without test cases shows no scans
+            dataset = find_dataset(record.experiment.data, cache_dir, data_root)
+            cases = select_unchanged(dataset, shown, record.labels, hashes)
+            volumes = prepare_cases(replace(dataset, cases=tuple(cases.values()), labels=record.labels), cache_dir)
         write_reports(folder, {volume.id: volume for volume in volumes}, rows, summary, cost)
     return folder / files.REPORT
 

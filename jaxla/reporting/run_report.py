@@ -64,7 +64,7 @@ def write_report(
         panels: cases to show.
         unread: options that had no effect on the run and are not listed.
         folds: for cross-validation: folder name, kept epoch and results of each fold.
-        largest: groups of structures that keep only their largest connected part; None for none by definition.
+        largest: groups of structures that keep only their largest connected part; None if the method keeps all parts.
 
     Raises:
         KeyError, jinja2.UndefinedError: the arguments lack something that the report shows.

@@ -156,7 +156,7 @@ def read_summary(folder: Path, fix: str = RESTORE) -> RunSummary | TestSummary:
     """
     path = folder / SUMMARY
     content = read_json(path, dict[str, Any], fix)
-    has_scores = bool(content.keys() & TestSummary.__required_keys__)
+    has_scores = bool(content.keys() & (TestSummary.__annotations__.keys() - RunSummary.__annotations__.keys()))
     check_types(content, TestSummary if has_scores else RunSummary, path, fix)
     return content
 

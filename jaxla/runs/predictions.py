@@ -8,13 +8,14 @@ import math
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypedDict
 
 import numpy as np
 from scipy import ndimage
 
 from jaxla.cli.csv_files import read_csv, write_csv
 from jaxla.cli.files import report_os_errors, write_atomically
+from jaxla.cli.json_files import read_json
 from jaxla.config import InputError
 from jaxla.data.slices import slice_geometry
 from jaxla.data.volumes import Volume
@@ -55,6 +56,16 @@ class Unfinished(NamedTuple):
     origin: Origin
     cases: tuple[str, ...]  # that it was given
     overwrite: bool  # it replaced earlier masks
+
+
+class _UnfinishedFile(TypedDict):
+    """The content of the file that marks masks as unfinished."""
+
+    run: str
+    run_id: str
+    epoch: int
+    overwrite: bool
+    cases: list[str]
 
 
 def run_id(record: Record) -> str:
@@ -128,12 +139,9 @@ def read_unfinished(table: Path) -> Unfinished | None:
     marker = unfinished_file(table)
     if not marker.exists():
         return None
-    try:
-        content = json.loads(marker.read_text(encoding="utf-8"))
-        origin = Origin(*(content[name] for name in Origin._fields))
-        return Unfinished(origin, tuple(map(str, content["cases"])), bool(content["overwrite"]))
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise InputError(marker, f"damaged ({error!r})", "Use another --output.") from error
+    content = read_json(marker, _UnfinishedFile, "Use another --output.")
+    origin = Origin(content["run"], content["run_id"], content["epoch"])
+    return Unfinished(origin, tuple(content["cases"]), content["overwrite"])
 
 
 def unfinished_file(table: Path) -> Path:
@@ -165,7 +173,7 @@ def read_table(path: Path) -> list[dict[str, str]]:
     """Return the rows of `predictions.csv`; none if there is no such file.
 
     Raises:
-        InputError: the file is no such table.
+        InputError: the file is not such a table.
     """
     if not path.exists():
         return []

@@ -26,7 +26,7 @@ from jaxla.training.step import count_parameters
 log = logging.getLogger(__name__)
 
 MEASURED_STEPS, MAX_MEASURED_SECONDS = 3, 5.0
-FORWARD_PASSES_PER_STEP = 3  # that a training step takes as long as, about
+FORWARD_PASSES_PER_STEP = 3  # a training step takes about as long as this many
 MAX_VALIDATION_FRACTION = 0.2  # of the time
 
 
@@ -81,7 +81,7 @@ def measure_speed(
 
 
 def measuring_seconds(recipe: Training, speed: Speed) -> float:
-    """Return how long a run measures steps before it trains; it compiles them for that as well."""
+    """Return how long a run with a time limit compiles and measures steps before it trains, which compiles again."""
     return speed.compile_seconds + min(MAX_MEASURED_SECONDS, 60 * recipe.minutes) if recipe.minutes else 0.0
 
 
@@ -115,10 +115,10 @@ def fit_to_minutes(recipe: Training, speed: Speed) -> Training:
     Its epochs become fewer if their validation would take more than a fifth of the time. At least one step is taken.
     """
     seconds = 60 * recipe.minutes
-    most = seconds / (speed.step_seconds + speed.validation_seconds)  # epochs of one step
+    max_epochs = seconds / (speed.step_seconds + speed.validation_seconds)  # of one step each
     if speed.validation_seconds:
-        most = min(most, MAX_VALIDATION_FRACTION * seconds / speed.validation_seconds)
-    epochs = max(1, min(recipe.epochs, math.floor(most)))
+        max_epochs = min(max_epochs, MAX_VALIDATION_FRACTION * seconds / speed.validation_seconds)
+    epochs = max(1, min(recipe.epochs, math.floor(max_epochs)))
     steps = math.floor((seconds / epochs - speed.validation_seconds) / speed.step_seconds)
     return replace(recipe, epochs=epochs, steps=max(1, steps))
 

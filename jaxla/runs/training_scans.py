@@ -5,18 +5,18 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypedDict
 
 import numpy as np
 
 from jaxla.cli.files import write_atomically
-from jaxla.config import InputError
+from jaxla.cli.json_files import read_json
 from jaxla.data.dataset import PreparedData
 from jaxla.data.inputs import intensity_range
 from jaxla.data.slices import slice_geometry, to_slices
 from jaxla.data.split import ALL_FOLDS
 from jaxla.data.volumes import Volume
-from jaxla.runs.folder import SPLIT
+from jaxla.runs.folder import SPLIT, read_split_file
 
 SCANS = "scans.json"
 PARTS = {"train": "training", "val": "validation", "test": "test", "unused": "unused"}
@@ -26,6 +26,9 @@ MAX_GREY_DIFFERENCE = 0.2
 MAX_SAMPLES = 1_000_000  # about how many voxels the median grey value is taken from
 
 
+Lengths = tuple[float, float, float]  # along slices, rows and columns, in mm
+
+
 class ScanFacts(NamedTuple):
     """What is compared between scans. Lengths are along slices, rows and columns."""
 
@@ -33,6 +36,22 @@ class ScanFacts(NamedTuple):
     spacing_mm: tuple[float, ...]
     size_mm: tuple[float, ...]
     grey_median: float  # 0 is the 0.5 percentile of the grey values, 1 the 99.5 percentile; MR has no other scale
+
+
+class _TrainingScans(TypedDict):
+    """What `summarise_scans` returns: the slice axes, and the smallest and the largest value of the other facts."""
+
+    slice_axis: list[str]
+    spacing_mm: tuple[Lengths, Lengths]
+    size_mm: tuple[Lengths, Lengths]
+    grey_median: tuple[float, float]
+
+
+class _ScansFile(TypedDict):
+    """The content of `scans.json`."""
+
+    training: _TrainingScans
+    voxels_sha256: dict[str, str]
 
 
 class KnownScans(NamedTuple):
@@ -63,20 +82,12 @@ def read_known_scans(folder: Path, fold: str) -> KnownScans:
         InputError: a file is damaged.
     """
     titles = PARTS | ({"val": "training"} if fold == ALL_FOLDS else {})
-    path = folder / SPLIT
-    try:
-        split = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-        parts = {str(case): title for part, title in titles.items() for case in split.get(part, ())}
-        path = folder / SCANS
-        if not path.exists():
-            return KnownScans(parts, {}, {})
-        content = json.loads(path.read_text(encoding="utf-8"))
-        hashes = {str(sha256): str(case) for case, sha256 in content["voxels_sha256"].items()}
-        summary = content["training"]
-        find_differences(ScanFacts("", (1.0,) * 3, (1.0,) * 3, 0.5), summary)  # fails if something is missing
-        return KnownScans(parts, hashes, summary)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise InputError(path, f"damaged ({error!r})", "Restore it from a copy.") from error
+    split = read_split_file(folder) if (folder / SPLIT).exists() else {}
+    parts = {str(case): title for part, title in titles.items() for case in split.get(part, ())}
+    if not (folder / SCANS).exists():
+        return KnownScans(parts, {}, {})
+    content = read_json(folder / SCANS, _ScansFile)
+    return KnownScans(parts, {sha256: case for case, sha256 in content["voxels_sha256"].items()}, content["training"])
 
 
 def find_part(scans: KnownScans, case: str, voxels_sha256: str) -> str:

@@ -166,10 +166,9 @@ class Checkpoints:
         try:
             restored = self._manager.restore(step, args=ocp.args.Composite(**arrays, progress=ocp.args.JsonRestore()))
         except (ValueError, KeyError) as error:  # intact files of other arrays, or ones that were never merged
-            problem = f"does not hold the arrays of this network ({str(error).splitlines()[0][:200]})"
-            raise InputError(
-                self._folder / str(step), problem, "Restore the run from a copy, or train again."
-            ) from error
+            problem = f"does not hold the arrays of this network ({' '.join(str(error).split())[:200]})"
+            fix = "Restore the run from a copy, or train again."
+            raise InputError(self._folder / str(step), problem, fix) from error
         trees = {name: _unflatten(tree, restored[name]) for name, tree in like.items()}
         return trees, restored["progress"]
 
