@@ -90,6 +90,11 @@ class Data:
     phantom_cases: int = 20
 
     @property
+    def case_word(self) -> str:
+        """What a count of cases is called: each case is a patient unless `patients` groups them."""
+        return "case" if self.patients else "patient"
+
+    @property
     def all_labels(self) -> str:
         """`labels`, plus the rule that all other values are background if that was asked for."""
         return f"{self.labels};{OTHERS_ARE_BACKGROUND}" if self.other_labels == "background" else self.labels

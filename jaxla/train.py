@@ -166,7 +166,7 @@ def run(options: Options, command: str) -> Path | None:
                 summary = train_folds(opened, record) if experiment.fold == ALL_FOLDS else train_and_test(opened)
     if summary:
         log.info("finished in %.0f s", time.perf_counter() - began)
-        print_result(summary, folder)
+        print_result(summary, folder, experiment.data.case_word)
     return folder
 
 
@@ -375,14 +375,14 @@ def test_network(run: Run, features: Features | None, step_bytes: int) -> dict[s
     return summary
 
 
-def print_result(summary: Mapping[str, Any], folder: Path) -> None:
+def print_result(summary: Mapping[str, Any], folder: Path, case_word: str) -> None:
     """Print the line that a run ends with."""
     result = f"trained; no test cases. {HOW_TO_TEST}"
     if "dice" in summary:
         dice, iou, atlas = summary["dice"], summary["iou"], summary["atlas"]["dice"]
         result = (
             f"test Dice {dice['mean']:.3f}, IoU {iou['mean']:.3f} "
-            f"(mean per volume over {plural(dice['n'], 'patient')}; the atlas baseline, which does not use the image: "
+            f"(mean per volume over {plural(dice['n'], case_word)}; the atlas baseline, which does not use the image: "
             f"Dice {atlas['mean']:.3f})."
         )
     print(wrap(f"{summary['backbone']}: {result} Run folder: {shlex.quote(str(folder))}"))

@@ -93,7 +93,7 @@ def prepare_data(
     data = PreparedData(dataset, {volume.id: volume for volume in prepared}, split, fold=fold)
     for k in map(str, range(FOLDS)) if fold == ALL_FOLDS else [fold]:
         require_classes(data.for_fold(k, experiment), protocol)
-    _log_summary(data, "cases" if protocol.patients else "patients")
+    _log_summary(data, f"{protocol.case_word}s")
     return data
 
 

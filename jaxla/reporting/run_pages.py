@@ -83,6 +83,13 @@ def rebuild_reports(folder: Path, cache_dir: Path, data_root: str = "") -> Path:
         summary, cost = files.read_summary(folder), asdict(read_json(folder / files.COST, Cost))
         hashes = read_json(folder / files.CASES, dict[str, str])
         shown = list(worst_median_best(case_means(rows, "dice"))) if rows else []
+        with mark_cache_in_use(cache_dir):
+            volumes = []
+            if shown:  # a run without test cases shows no scans
+                dataset = find_dataset(record.experiment.data, cache_dir, data_root)
+                cases = select_unchanged(dataset, shown, record.labels, hashes)
+                volumes = prepare_cases(replace(dataset, cases=tuple(cases.values()), labels=record.labels), cache_dir)
+            write_reports(folder, {volume.id: volume for volume in volumes}, rows, summary, cost)
     except OSError as error:
         raise InputError(error.filename, f"cannot be read ({error.strerror})", "Restore it from a copy.") from error
     except InputError:
@@ -90,13 +97,6 @@ def rebuild_reports(folder: Path, cache_dir: Path, data_root: str = "") -> Path:
     except (ValueError, KeyError, TypeError) as error:
         problem = f"damaged: {describe_damage(error)}"
         raise InputError(folder, problem, "Restore its files from a copy.") from error
-    with mark_cache_in_use(cache_dir):
-        volumes = []
-        if shown:  # a run without test cases shows no scans
-            dataset = find_dataset(record.experiment.data, cache_dir, data_root)
-            cases = select_unchanged(dataset, shown, record.labels, hashes)
-            volumes = prepare_cases(replace(dataset, cases=tuple(cases.values()), labels=record.labels), cache_dir)
-        write_reports(folder, {volume.id: volume for volume in volumes}, rows, summary, cost)
     return folder / files.REPORT
 
 

@@ -46,7 +46,8 @@ class Forecast:
 
     network: str  # in words
     sample: tuple[str, str]  # the word for one training sample, and for several
-    patients: dict[str, int]  # in each part of the split
+    case_word: str  # what they are called
+    cases: dict[str, int]  # in each part of the split
     slices: dict[str, int]  # in each part of the split
     batch_size: int  # as used
     steps: int  # per epoch
@@ -110,7 +111,8 @@ def forecast_run(
     return Forecast(
         network=network_words,
         sample=task.sample,
-        patients={name: len(volumes) for name, volumes in parts.items()},
+        case_word=experiment.data.case_word,
+        cases={name: len(volumes) for name, volumes in parts.items()},
         slices={name: sum(volume.shape[0] for volume in volumes) for name, volumes in parts.items()},
         batch_size=task.batch_size,
         steps=recipe.steps or speed.steps,
@@ -187,7 +189,7 @@ def describe_forecast(forecast: Forecast, name: str) -> str:
         memory += f", of {format_bytes(f.device_bytes)}"
     lines = {
         "run": f"{name}, {f.network}",
-        "patients": ", ".join(f"{count} {part}" for part, count in f.patients.items()),
+        f"{f.case_word}s": ", ".join(f"{count} {part}" for part, count in f.cases.items()),
         "slices": ", ".join(f"{count} {part}" for part, count in f.slices.items()),
         "steps": f"{f.steps} per epoch, {f.batch_size} {f.sample[f.batch_size > 1]} each, at most {epochs}",
         "parameters": f"{f.trained} trained, {f.frozen} frozen",

@@ -81,9 +81,9 @@ def results_table(results: Results, protocol: str, published: PublishedRows) -> 
 
 def _results_caption(results: Results, protocol: str, printed: Sequence[Published]) -> str:
     volumes, slices = (len(results.runs[0].values[unit]["dice"]) for unit in UNITS)
-    seeds = len(results.seeds)
+    seeds, word = len(results.seeds), results.runs[0].record.experiment.data.case_word
     caption = (
-        f"Protocol {protocol} ({plural(results.count_training_patients(protocol), 'training patient')}): mean ± sd "
+        f"Protocol {protocol} ({plural(results.count_training_patients(protocol), f'training {word}')}): mean ± sd "
         f"over {plural(volumes, 'test volume')} and over their {slices} slices; {_seed_note(results)}"
         f"{f' ({MEAN}: also over classes)' if len(results.classes) > 1 else ''}. "
         "HD95 is the larger of the two directed 95th percentiles, not the percentile of the pooled distances. If both "
