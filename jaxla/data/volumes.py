@@ -162,6 +162,8 @@ def _read(path: Path) -> Volume:
         if not path.exists():
             problem = "a link to a missing file" if path.is_symlink() else "no such file"
             raise InputError(path, problem, f"Name an existing scan ({FORMATS}).")
+        if not (path.is_file() or path.is_dir()):  # reading a named pipe would wait for ever
+            raise InputError(path, "neither a file nor a folder", f"Name an existing scan ({FORMATS}).")
     array, grid = read_scan(path)
     return Volume(path, _check_voxels(path, array), *grid)
 

@@ -2,6 +2,7 @@
 
 import hashlib
 import itertools
+import os
 
 import nibabel as nib
 import numpy as np
@@ -136,6 +137,7 @@ BAD_FILES = {
     "colours.nii": (rgb, "not grey values"),
     "missing.nii.gz": (lambda p: None, "no such file"),
     "folder.nii.gz": (lambda p: p.mkdir(), "no DICOM slice in this folder"),
+    "pipe.nii.gz": (os.mkfifo, "neither a file nor a folder"),
 }
 
 
