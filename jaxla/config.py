@@ -3,11 +3,9 @@
 import difflib
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Literal, NamedTuple, Self, TypeVar
-
-import msgspec
 
 T = TypeVar("T")
 
@@ -358,32 +356,6 @@ def unread_options(experiment: Experiment) -> set[str]:
     if training.minutes:
         unread.add("training.steps")
     return unread
-
-
-def experiment_to_json(experiment: Experiment) -> dict[str, Any]:
-    """Return an experiment as it stands in `experiment.json`: a group of options for each group of the command line."""
-    about = {"name": experiment.name, "summary": experiment.summary, "method": experiment.method.name}
-    groups = {name: asdict(group) for name, group in option_groups(experiment).items()}
-    return about | {"seed": experiment.seed, "fold": experiment.fold} | groups
-
-
-def experiment_from_json(content: Mapping[str, Any], methods: Mapping[str, Method]) -> Experiment:
-    """Return the experiment that `experiment_to_json` wrote; `methods` are all methods by name.
-
-    Raises:
-        KeyError, TypeError: the method is unknown, or has other options.
-        ValueError: an option's value has a different type.
-    """
-
-    def read(group: Any, values: Mapping[str, Any]) -> Any:
-        if unknown := set(values) - {option.name for option in fields(group)}:
-            raise KeyError(min(unknown))
-        return msgspec.convert(values, type(group))
-
-    own = methods[content["method"]]
-    groups = {name: read(getattr(own, name), content[name]) for name in METHOD_GROUPS if name in content}
-    about = {key: content[key] for key in ("name", "summary", "seed", "fold")}
-    return Experiment(**about, data=read(Data(), content["data"]), method=replace(own, **groups))
 
 
 def lookup(where: str, name: str, table: Mapping[str, T]) -> T:

@@ -107,7 +107,7 @@ def split_cases(ids: Sequence[str], experiment: Experiment, fold: str = "") -> S
     """Return the split of an experiment's cases, see `make_split`.
 
     Raises:
-        InputError: as `make_split`; or there is no validation case, but the method decides something by them.
+        InputError: as `make_split`; or the method needs validation cases and the split has none.
     """
     protocol, choices = experiment.data, choices_by_validation(experiment.method)
     split = make_split(ids, protocol, fold, needs_validation=bool(choices))

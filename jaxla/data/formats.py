@@ -36,14 +36,19 @@ def is_scan(path: Path) -> bool:
     """Return whether a path is one scan or mask: a file with a known ending, or a folder that holds DICOM slices.
 
     The ending decides for all files but `.dcm`, so a damaged file or a dangling link counts. A file `.dcm` counts only
-    if it is a DICOM segmentation; a single slice is part of its folder. Hidden files do not count.
+    if it is a DICOM segmentation; a single slice is part of its folder. Hidden files and named pipes do not count.
     """
     if path.name.startswith("."):
         return False
     if path.is_dir():
         return is_dicom_series(path)
     ending = scan_ending(path.name).lower()
-    return is_segmentation(path) if ending == SEG_ENDING else bool(ending)
+    return is_segmentation(path) if ending == SEG_ENDING else bool(ending) and not is_special(path)
+
+
+def is_special(path: Path) -> bool:
+    """Return whether a path is neither a file nor a folder, such as a named pipe, which nobody may ever write to."""
+    return path.exists() and not (path.is_file() or path.is_dir())
 
 
 def scan_files(path: Path) -> list[Path]:

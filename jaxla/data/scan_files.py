@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Literal, NamedTuple
 
 from jaxla.config import InputError, option
-from jaxla.data.formats import ENDINGS, is_dicom_series, is_scan, strip_ending
+from jaxla.data.formats import ENDINGS, is_dicom_series, is_scan, is_special, scan_ending, strip_ending
 
 # Files that hold scans, but in a format that is not read.
 OTHER_ENDINGS = (
@@ -48,7 +48,7 @@ class FolderScans(NamedTuple):
     """What a folder and its subfolders hold, in order of the paths."""
 
     scans: list[Path]  # files and folders of DICOM slices
-    unreadable: list[Path]  # scans in other formats, and links to files or folders that do not exist
+    unreadable: list[Path]  # scans in other formats, named pipes, and links to files or folders that do not exist
 
 
 def list_scans(root: Path) -> FolderScans:
@@ -77,11 +77,18 @@ def list_scans(root: Path) -> FolderScans:
             for path in paths:
                 if is_scan(path):
                     scans.append(path)
-                elif is_dangling(path) or (not is_series and path.name.lower().endswith(OTHER_ENDINGS)):
+                elif _looks_like_scan(path, is_series):
                     unreadable.append(path)
     except OSError as error:
         raise InputError(error.filename, f"cannot be read ({error.strerror})", MAKE_READABLE) from error
     return FolderScans(sorted(scans), sorted(unreadable))
+
+
+def _looks_like_scan(path: Path, in_series: bool) -> bool:
+    """Return whether a file that is not read may be a scan; a DICOM series may hold files with any ending."""
+    if is_dangling(path) or (scan_ending(path.name) and is_special(path)):
+        return True
+    return not in_series and path.name.lower().endswith(OTHER_ENDINGS)
 
 
 def _is_repeated(folder: Path, root: Path) -> bool:
@@ -143,8 +150,8 @@ def by_id(named: Iterable[tuple[str, Path]], findings: list[Finding], fix: str =
 def images_by_case(paths: Iterable[Path], masks: Container[str], findings: list[Finding]) -> dict[str, Path]:
     """Return the images by case id; add a second channel, or a second image of one case, to `findings`.
 
-    The number at the end of a name such as `X_0000` is a channel, as in nnU-Net, if the mask is called `X`. If there
-    is no mask called `X` or `X_0000`, it is a channel if the images of `X` are numbered from 0000 to at most 0003.
+    The number at the end of `X_0000` is a channel, as in nnU-Net, if there is a mask `X`. Without a mask `X` or
+    `X_0000`, it is a channel if the images of `X` have the numbers 0000 to 0003 or the first few of these.
 
     Args:
         masks: ids of the cases that have a mask.

@@ -12,7 +12,7 @@ import numpy as np
 from jaxla.cli.files import atomic_file, report_os_errors
 from jaxla.config import InputError
 from jaxla.data.affines import check_affine
-from jaxla.data.formats import FORMATS, make_grid, read_scan, read_scan_grid, write_scan
+from jaxla.data.formats import FORMATS, is_special, make_grid, read_scan, read_scan_grid, write_scan
 from jaxla.data.labels import MAX_VALUE
 from jaxla.data.nifti_geometry import Grid, find_grid
 
@@ -56,7 +56,11 @@ def read_image(path: str | Path) -> Volume:
 
 
 def image_from_array(array: np.ndarray, affine: np.ndarray) -> Volume:
-    """Return an array [X, Y, Z] with its affine [4, 4], voxel indices to mm (RAS+), as an image that is no file.
+    """Return an image made of an array in memory, checked like a file.
+
+    Args:
+        array: [X, Y, Z].
+        affine: [4, 4], voxel indices to mm (RAS+).
 
     Raises:
         InputError: the array or the affine fails a check of `read_image`. The error names `image`.
@@ -70,7 +74,7 @@ def image_from_array(array: np.ndarray, affine: np.ndarray) -> Volume:
 
 
 def image_from_nibabel(image: nib.Nifti1Image) -> Volume:
-    """Return a nibabel image as an image that is no file; its grid follows the same rule as that of a file.
+    """Return an image made of a nibabel image in memory, checked like a file; its header is read by the same rules.
 
     Raises:
         InputError: the image fails a check of `read_image`. The error names `image`.
@@ -162,7 +166,7 @@ def _read(path: Path) -> Volume:
         if not path.exists():
             problem = "a link to a missing file" if path.is_symlink() else "no such file"
             raise InputError(path, problem, f"Name an existing scan ({FORMATS}).")
-        if not (path.is_file() or path.is_dir()):  # reading a named pipe would wait for ever
+        if is_special(path):
             raise InputError(path, "neither a file nor a folder", f"Name an existing scan ({FORMATS}).")
     array, grid = read_scan(path)
     return Volume(path, _check_voxels(path, array), *grid)

@@ -170,7 +170,7 @@ def mark_unfinished(table: Path, origin: Origin, cases: Sequence[str], overwrite
 
 
 def read_table(path: Path) -> list[dict[str, str]]:
-    """Return the rows of `predictions.csv`; none if there is no such file.
+    """Return the rows of `predictions.csv`, or an empty list if the file does not exist.
 
     Raises:
         InputError: the file is not such a table.

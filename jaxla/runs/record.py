@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping
-from dataclasses import MISSING, asdict, dataclass, fields
+from dataclasses import MISSING, asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any, NotRequired, TypedDict, get_type_hints
 
@@ -12,7 +12,7 @@ import msgspec
 
 from jaxla.cli.files import write_atomically
 from jaxla.cli.json_files import RESTORE, check_types, describe_damage, read_json
-from jaxla.config import Experiment, InputError, Method, experiment_from_json, experiment_to_json, option_values
+from jaxla.config import METHOD_GROUPS, Data, Experiment, InputError, Method, option_groups, option_values
 from jaxla.data.labels import Labels
 
 RECORD = "experiment.json"
@@ -199,3 +199,29 @@ def changed_case(then: Mapping[str, str], now: Mapping[str, str]) -> str:
             what = "new" if name not in then else "missing" if name not in now else "a different scan or mask"
             return f"case {name} is {what}"
     return ""
+
+
+def experiment_to_json(experiment: Experiment) -> dict[str, Any]:
+    """Return an experiment as it stands in `experiment.json`: a group of options for each group of the command line."""
+    about = {"name": experiment.name, "summary": experiment.summary, "method": experiment.method.name}
+    groups = {name: asdict(group) for name, group in option_groups(experiment).items()}
+    return about | {"seed": experiment.seed, "fold": experiment.fold} | groups
+
+
+def experiment_from_json(content: Mapping[str, Any], methods: Mapping[str, Method]) -> Experiment:
+    """Return the experiment that `experiment_to_json` wrote; `methods` are all methods by name.
+
+    Raises:
+        KeyError, TypeError: the method is unknown, or has other options.
+        ValueError: an option's value has a different type.
+    """
+
+    def read(group: Any, values: Mapping[str, Any]) -> Any:
+        if unknown := set(values) - {option.name for option in fields(group)}:
+            raise KeyError(min(unknown))
+        return msgspec.convert(values, type(group))
+
+    own = methods[content["method"]]
+    groups = {name: read(getattr(own, name), content[name]) for name in METHOD_GROUPS if name in content}
+    about = {key: content[key] for key in ("name", "summary", "seed", "fold")}
+    return Experiment(**about, data=read(Data(), content["data"]), method=replace(own, **groups))

@@ -188,7 +188,7 @@ def test_a_platform_without_a_device_is_refused(tmp_path, platform):
 
 @pytest.mark.quick
 def test_a_user_without_a_home_folder_is_asked_for_a_cache_folder(monkeypatch):
-    """As in a container that runs under a number which is no user there."""
+    """A container may run under a user id that its password file does not list."""
 
     def unknown(number):
         raise KeyError(number)

@@ -1,6 +1,7 @@
 """Layouts: which files of a folder are images, masks, channels, or unused. Finding them reads no voxels."""
 
 import logging
+import os
 import unicodedata
 from pathlib import Path
 
@@ -362,3 +363,12 @@ def test_prediction_says_which_folder_is_read_and_how_to_read_the_other(tmp_path
         f"imagesTs/c.nii.gz. To read a folder of them, use input={tmp_path}/imagesTs.",
     ]
     assert list(find_images(tmp_path / "imagesTs")) == ["b", "c"]
+
+
+def test_a_named_pipe_is_not_read_as_a_scan(tmp_path):
+    """Nobody may ever write to it."""
+    write(tmp_path, "a_mask.nii")
+    os.mkfifo(tmp_path / "a.nii")
+    survey = survey_cases(tmp_path)
+    assert [finding.problem for finding in survey.findings] == ["has no image"]
+    assert survey.unused == (tmp_path / "a.nii",)
