@@ -11,9 +11,10 @@ import pytest
 from flax import nnx
 from jaxla.experiments import EXPERIMENTS, METHODS, PUBLISHED, STUDIES
 
-from jaxla.config import Data, Experiment, experiment_from_json, experiment_to_json, unread_options
+from jaxla.config import Data, Experiment, unread_options
 from jaxla.models.networks.base import TransformerOptions, build_network
 from jaxla.runs.checks import check_experiment
+from jaxla.runs.record import experiment_from_json, experiment_to_json
 from jaxla.tasks import TASKS
 from jaxla.training.step import split_network
 from tests.tiny import TINY_PLAN
