@@ -1,18 +1,19 @@
-"""python -m benchmarks.few_patients --data.root=DIR: how good is training on few patients for a few minutes?
+"""python -m benchmarks.few_patients --data.root=DIR: accuracy after training on few patients for a few minutes.
 
-For each number of training patients and each seed, on the same held-out patients:
+For each number of training patients and each seed, these are compared on the same held-out patients:
 
-- `laptop`: `python -m jaxla.train --exp=laptop`, in a process of its own.
-- `monai`: MONAI's two-dimensional BasicUNet with its default widths, on slices of 144 × 144 pixels with the same grey
-  values, trained with MONAI's Dice and cross-entropy loss and Adam 0.001 in batches of 16, not augmented.
+- `laptop`: `python -m jaxla.train --exp=laptop`, run in a separate process.
+- `monai`: MONAI's two-dimensional BasicUNet with its default widths, trained on slices with the size and the grey
+  values of `laptop`'s. The loss is MONAI's Dice and cross-entropy, the optimiser Adam with a learning rate of 0.001,
+  the batch size 16. The slices are not augmented. Like `laptop`, it keeps only the largest connected part.
 - `atlas`: the mean training mask (`jaxla.evaluation.atlas`).
 
-The first two train for the same minutes; what they take to start, to compile and to test comes on top. One patient
-validates the package's runs, which keep the last weights, so it chooses only the atlas's threshold. Seed k trains on
-the k-th subset of the pool of training patients, from parameters drawn with k. All scores are per volume.
+`laptop` and `monai` train for the same number of minutes, not counting startup, compilation and testing. One patient is
+used for validation, which only chooses the threshold of the atlas: `laptop` keeps its last weights. Seed k selects the
+k-th subset of the training patients and initialises both networks. All scores are per volume.
 
-Prints JSON: the mean and the worst Dice and the mean HD95 of each over the held-out patients, for each number of
-training patients and each seed.
+Prints JSON: for each number of training patients and each seed, the mean Dice, the worst Dice and the mean HD95 over
+the held-out patients.
 """
 
 import csv
@@ -40,9 +41,10 @@ from jaxla.data.cases import find_cases
 from jaxla.data.dataset import prepare_data
 from jaxla.data.inputs import Canvas, input_to_slice
 from jaxla.evaluation.summary import score_case
+from jaxla.nnunet.postprocessing import keep_largest
 
 log = logging.getLogger("jaxla.benchmarks")
-SIZE, BATCH, RATE = 144, 16, 1e-3  # of MONAI's side
+SIZE, BATCH_SIZE, LEARNING_RATE = 96, 16, 1e-3  # for MONAI
 POOL_SEED = 7  # draws the held-out patients
 
 
@@ -109,10 +111,10 @@ def train_monai(data, seed, minutes):
     masks = torch.from_numpy(np.stack([row["mask"] for row in rows])[:, None].astype(np.float32))
     torch.manual_seed(seed)
     network, loss = BasicUNet(spatial_dims=2, in_channels=1, out_channels=1), DiceCELoss(sigmoid=True)
-    optimiser, draw = torch.optim.Adam(network.parameters(), RATE), np.random.default_rng(seed)
+    optimiser, draw = torch.optim.Adam(network.parameters(), LEARNING_RATE), np.random.default_rng(seed)
     steps, end = 0, time.perf_counter() + 60 * minutes
     while time.perf_counter() < end:
-        chosen = torch.from_numpy(draw.integers(0, len(images), BATCH))
+        chosen = torch.from_numpy(draw.integers(0, len(images), BATCH_SIZE))
         optimiser.zero_grad()
         loss(network(images[chosen]), masks[chosen]).backward()
         optimiser.step()
@@ -127,7 +129,7 @@ def score(network, volume, names):
         slices = [torch.from_numpy(source[i]["input"][None, None, ..., 0]) for i in range(len(source))]
         probabilities = [torch.sigmoid(network(image)).numpy()[0, 0, ..., None] for image in slices]
     resized = [input_to_slice(each, source.frames[0], volume.shape[1:])[..., 0] for each in probabilities]
-    predicted = (np.stack(resized) > 0.5).astype(np.uint8)
+    predicted = keep_largest((np.stack(resized) > 0.5).astype(np.uint8), [(1,)])
     return score_case(volume.id, predicted, volume.mask, volume.spacing, names)[0]
 
 
