@@ -1,8 +1,9 @@
 """Pages of the documentation site that are made when it is built: a hook of MkDocs.
 
-The README, the changelog and CONTRIBUTING.md become pages. The options come from the commands' own parsers.
+The README, the changelog, CONTRIBUTING.md and the notebook become pages. The options come from the commands' own parsers.
 """
 
+import json
 import os
 import re
 from dataclasses import replace
@@ -40,6 +41,7 @@ def on_files(files: Files, config: Any) -> Files:
         "index.md": (ROOT / "README.md").read_text(encoding="utf-8"),
         "contributing.md": (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8"),
         "changelog.md": (ROOT / "CHANGELOG.md").read_text(encoding="utf-8"),
+        "notebook.md": describe_notebook(ROOT / "docs" / "tutorial.ipynb"),
         "reference/commands.md": describe_commands(),
         "reference/train.md": describe_train(),
         "reference/python.md": PYTHON,
@@ -52,8 +54,23 @@ def on_files(files: Files, config: Any) -> Files:
 def on_page_markdown(markdown: str, **_: Any) -> str:
     """Change links that hold in the repository into links within the site; code is not part of the site."""
     markdown = markdown.replace("](docs/", "](").replace("](../README.md", "](index.md")
-    markdown = markdown.replace("](CONTRIBUTING.md)", "](contributing.md)")
+    markdown = markdown.replace("](CONTRIBUTING.md)", "](contributing.md)").replace("](tutorial.ipynb)", "](notebook.md)")
     return re.sub(r"\[([^\]]+)\]\(\.\./(?:jaxla|benchmarks|tests)/[^)]*\)", r"\1", markdown)
+
+
+def describe_notebook(path: Path) -> str:
+    """Return a notebook's texts, code and stored outputs as Markdown."""
+    parts = []
+    for cell in json.loads(path.read_text(encoding="utf-8"))["cells"]:
+        source = "".join(cell["source"])
+        parts.append(source if cell["cell_type"] == "markdown" else f"```python\n{source}\n```")
+        for output in cell.get("outputs", ()):
+            if "text" in output:
+                parts.append(f"```\n{''.join(output['text'])}```")
+            elif "image/png" in (data := output["data"]):
+                parts.append(f"![output](data:image/png;base64,{''.join(data['image/png'].split())})")
+    download = '<a href="../tutorial.ipynb" download>Download the notebook</a>'
+    return "\n\n".join([*parts, download]) + "\n"
 
 
 def describe_commands() -> str:
