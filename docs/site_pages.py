@@ -1,6 +1,6 @@
 """Pages of the documentation site that are made when it is built: a hook of MkDocs.
 
-The README, the changelog, CONTRIBUTING.md and the notebook become pages. The options come from the commands' own parsers.
+The README, the changelog, CONTRIBUTING.md and the notebook become pages. Options come from the commands' own parsers.
 """
 
 import json
@@ -54,7 +54,8 @@ def on_files(files: Files, config: Any) -> Files:
 def on_page_markdown(markdown: str, **_: Any) -> str:
     """Change links that hold in the repository into links within the site; code is not part of the site."""
     markdown = markdown.replace("](docs/", "](").replace("](../README.md", "](index.md")
-    markdown = markdown.replace("](CONTRIBUTING.md)", "](contributing.md)").replace("](tutorial.ipynb)", "](notebook.md)")
+    markdown = markdown.replace("](CONTRIBUTING.md)", "](contributing.md)")
+    markdown = markdown.replace("](tutorial.ipynb)", "](notebook.md)")
     return re.sub(r"\[([^\]]+)\]\(\.\./(?:jaxla|benchmarks|tests)/[^)]*\)", r"\1", markdown)
 
 
