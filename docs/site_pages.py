@@ -85,15 +85,16 @@ def describe_commands() -> str:
 
 def describe_train() -> str:
     """Return a list of options for each group: meaning, default, and the methods that have the option."""
-    options: dict[str, list[tuple[str, Any]]] = {}  # name -> method and action
+    options: dict[str, dict[str, list[tuple[str, Any]]]] = {}  # name -> meaning -> methods and actions
     for method in METHODS.values():
         for action in experiment_parser(replace(EXPERIMENTS["paper1"], method=method))._actions:
             if action.help and action.option_strings[-1].removeprefix("--") not in ("data", *METHOD_GROUPS):
-                options.setdefault(action.option_strings[-1], []).append((method.name, action))
+                meanings = options.setdefault(action.option_strings[-1], {})
+                meanings.setdefault(action.help, []).append((method.name, action))
     groups: dict[str, list[str]] = {}
-    for option, found in options.items():
+    for option, meanings in options.items():
         group = option.removeprefix("--").rpartition(".")[0] or "run"
-        groups.setdefault(group, []).append(describe_option(option, found))
+        groups.setdefault(group, []).extend(describe_option(option, found) for found in meanings.values())
     return TRAIN + "".join(f"\n## {group}\n\n" + "\n".join(lines) + "\n" for group, lines in groups.items())
 
 
