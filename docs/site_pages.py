@@ -103,7 +103,8 @@ def describe_option(option: str, found: list[tuple[str, Any]]) -> str:
     meaning = found[0][1].help.replace("%%", "%").rstrip(".")
     meaning = re.sub(r"`[^`]*`|<", lambda match: "&lt;" if match[0] == "<" else match[0], meaning)
     line = f"- `{option}`: {meaning}."
-    defaults = {str(action.default) for _, action in found}
+    defaults = [list(action.default) if isinstance(action.default, tuple) else action.default for _, action in found]
+    defaults = set(map(str, defaults))
     if "Default:" in line:  # in the words of its docstring
         pass
     elif len(defaults) > 1:
