@@ -78,7 +78,7 @@ def exactness_table(results):
 def gpu_tables(results):
     """Return the tables of every GPU that has results."""
     folders = [path.parent for path in sorted(results.glob("*/stages.json"))]
-    return "\n\n".join(map(device_tables, folders)) or "No GPU has been measured yet."
+    return "\n\n".join(map(device_tables, folders)) or "`jaxla` has not run on a GPU yet."
 
 
 def device_tables(folder):

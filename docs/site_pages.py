@@ -1,8 +1,9 @@
 """Pages of the documentation site that are made when it is built: a hook of MkDocs.
 
-The README, the changelog and CONTRIBUTING.md become pages. The options come from the commands' own parsers.
+The README, the changelog, CONTRIBUTING.md and the notebook become pages. Options come from the commands' own parsers.
 """
 
+import json
 import os
 import re
 from dataclasses import replace
@@ -40,6 +41,7 @@ def on_files(files: Files, config: Any) -> Files:
         "index.md": (ROOT / "README.md").read_text(encoding="utf-8"),
         "contributing.md": (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8"),
         "changelog.md": (ROOT / "CHANGELOG.md").read_text(encoding="utf-8"),
+        "notebook.md": describe_notebook(ROOT / "docs" / "tutorial.ipynb"),
         "reference/commands.md": describe_commands(),
         "reference/train.md": describe_train(),
         "reference/python.md": PYTHON,
@@ -53,7 +55,23 @@ def on_page_markdown(markdown: str, **_: Any) -> str:
     """Change links that hold in the repository into links within the site; code is not part of the site."""
     markdown = markdown.replace("](docs/", "](").replace("](../README.md", "](index.md")
     markdown = markdown.replace("](CONTRIBUTING.md)", "](contributing.md)")
+    markdown = markdown.replace("](tutorial.ipynb)", "](notebook.md)")
     return re.sub(r"\[([^\]]+)\]\(\.\./(?:jaxla|benchmarks|tests)/[^)]*\)", r"\1", markdown)
+
+
+def describe_notebook(path: Path) -> str:
+    """Return a notebook's texts, code and stored outputs as Markdown."""
+    parts = []
+    for cell in json.loads(path.read_text(encoding="utf-8"))["cells"]:
+        source = "".join(cell["source"])
+        parts.append(source if cell["cell_type"] == "markdown" else f"```python\n{source}\n```")
+        for output in cell.get("outputs", ()):
+            if "text" in output:
+                parts.append(f"```\n{''.join(output['text'])}```")
+            elif "image/png" in (data := output["data"]):
+                parts.append(f"![output](data:image/png;base64,{''.join(data['image/png'].split())})")
+    download = '<a href="../tutorial.ipynb" download>Download the notebook</a>'
+    return "\n\n".join([*parts, download]) + "\n"
 
 
 def describe_commands() -> str:
@@ -67,15 +85,16 @@ def describe_commands() -> str:
 
 def describe_train() -> str:
     """Return a list of options for each group: meaning, default, and the methods that have the option."""
-    options: dict[str, list[tuple[str, Any]]] = {}  # name -> method and action
+    options: dict[str, dict[str, list[tuple[str, Any]]]] = {}  # name -> meaning -> methods and actions
     for method in METHODS.values():
         for action in experiment_parser(replace(EXPERIMENTS["paper1"], method=method))._actions:
             if action.help and action.option_strings[-1].removeprefix("--") not in ("data", *METHOD_GROUPS):
-                options.setdefault(action.option_strings[-1], []).append((method.name, action))
+                meanings = options.setdefault(action.option_strings[-1], {})
+                meanings.setdefault(action.help, []).append((method.name, action))
     groups: dict[str, list[str]] = {}
-    for option, found in options.items():
+    for option, meanings in options.items():
         group = option.removeprefix("--").rpartition(".")[0] or "run"
-        groups.setdefault(group, []).append(describe_option(option, found))
+        groups.setdefault(group, []).extend(describe_option(option, found) for found in meanings.values())
     return TRAIN + "".join(f"\n## {group}\n\n" + "\n".join(lines) + "\n" for group, lines in groups.items())
 
 
@@ -84,7 +103,8 @@ def describe_option(option: str, found: list[tuple[str, Any]]) -> str:
     meaning = found[0][1].help.replace("%%", "%").rstrip(".")
     meaning = re.sub(r"`[^`]*`|<", lambda match: "&lt;" if match[0] == "<" else match[0], meaning)
     line = f"- `{option}`: {meaning}."
-    defaults = {str(action.default) for _, action in found}
+    defaults = [list(action.default) if isinstance(action.default, tuple) else action.default for _, action in found]
+    defaults = set(map(str, defaults))
     if "Default:" in line:  # in the words of its docstring
         pass
     elif len(defaults) > 1:

@@ -10,7 +10,7 @@ Command:   python -m jaxla.train --exp=paper1 --data.root=/path/to/LAScarQS2022
 Time:      not measured.
 Expected:  not measured on LAScarQS 2022; the paper's own numbers are in PUBLISHED below. On 60 brain MR scans
            (Decathlon hippocampus, 42 train) `unet` at 64 pixels reaches a test Dice of 0.853 in 4 epochs and 20 minutes
-           on two busy CPU cores (mean per volume, n = 12; the atlas baseline: 0.716; docs/paper1.md has the command).
+           on two busy CPU cores (mean per volume, n = 12; the atlas baseline: 0.716; command: docs/benchmarks.md).
 """
 
 from dataclasses import asdict

@@ -9,7 +9,7 @@ Time:      not measured.
 Expected:  not measured on LAScarQS 2022; the paper's own numbers are in PUBLISHED below. On 60 brain MR scans
            (Decathlon hippocampus, 42 train), with a small transformer trained from random weights at 64 pixels, the
            fusion reaches a test Dice of 0.810 and paper 1's network 0.793 (mean over 12 volumes, each averaged over 2
-           seeds; the atlas baseline: 0.716; docs/paper2.md has the command).
+           seeds; the atlas baseline: 0.716; command: docs/benchmarks.md).
 """
 
 from dataclasses import replace
