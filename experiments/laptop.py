@@ -6,7 +6,7 @@ is decided by validation, so few patients need none.
 
 Command:   python -m jaxla.train --exp=laptop --data.root=/path/to/scans
 Time:      10 minutes of training on any processor, plus the test; --training.minutes changes it.
-Expected:  mean test Dice 0.873 per volume over 27 patients, from 12 patients in 8 minutes (docs/benchmarks.md).
+Expected:  mean test Dice 0.87 per volume over 27 patients, from 12 patients in 8 minutes (docs/benchmarks.md).
 """
 
 from jaxla.config import Augmentation, Data, Experiment, Method, Postprocessing, Preprocessing, Training
