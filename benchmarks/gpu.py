@@ -56,7 +56,7 @@ STAGES = (
         "backbone_vitg", 150, "backbone", "--arch=dinov2_vitg14 --batch=32 --repeats=5",
         "--arch=vit_mini8 --size=32 --repeats=1",
     ),
-    Stage("step_unet", 75, "train_step", "--method=unet --batch=24", "--method=unet --size=16 --batch=1 --repeats=1"),
+    Stage("step_unet", 75, "train_step", "--method=unet --batch=24", "--method=unet --size=48 --batch=1 --repeats=1"),
     Stage(
         "step_vitl", 120, "train_step", "--method=dinov2_vitl14 --size=448 --batch=32",
         "--method=vit_mini8 --size=32 --batch=1 --repeats=1",
