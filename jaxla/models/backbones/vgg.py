@@ -1,6 +1,6 @@
 """VGG-16 with BatchNorm (Simonyan and Zisserman 2015) as an encoder: the features after each of its five max-pools.
 
-Reference code: torchvision 0.29, `models/vgg.py`, `vgg16_bn`. There is no classifier.
+Reference code: torchvision 0.29, `models/vgg.py`, `vgg16_bn`. The classifier is omitted.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ class Variant:
     """One architecture."""
 
     stages: tuple[tuple[int, ...], ...]  # channels of each convolution of each stage, which ends with a max-pool
-    licence: str = "BSD-3-Clause"  # of the released weights
+    licence: str = "BSD-3-Clause"  # licence of the released weights
 
 
 VARIANTS = {"vgg16_bn": Variant(stages=((64,) * 2, (128,) * 2, (256,) * 3, (512,) * 3, (512,) * 3))}
 
 
 class VGG(nnx.Module):
-    """ImageNet-normalised images [B, H, W, 3] -> features, computed in `dtype`; in evaluation mode until `train()`."""
+    """Map ImageNet-normalised images [B, H, W, 3] to features in `dtype`; in evaluation mode until `train()`."""
 
     def __init__(self, variant: Variant, *, dtype: jnp.dtype = jnp.float32, rngs: nnx.Rngs) -> None:
         self.variant = variant
@@ -60,7 +60,7 @@ class VGG(nnx.Module):
         return tuple(pooled.values for pooled in self.pooled(images))
 
     def pooled(self, images: jax.Array, present: jax.Array | None = None) -> tuple[Pooled, ...]:
-        """Return the features after each stage's max-pool, and which of its pixels each maximum was.
+        """Return the features after each stage's max-pool, and the index of the pixel that each maximum came from.
 
         BatchNorm's training statistics include the images `present`, [B] bool; default all.
 

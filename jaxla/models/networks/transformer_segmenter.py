@@ -100,7 +100,7 @@ class LinearDecoder(nnx.Module):
         self.classifier = nnx.Linear(width, outputs, dtype=dtype, rngs=rngs)
 
     def __call__(self, tokens: jax.Array, size: tuple[int, int], present: jax.Array | None = None) -> jax.Array:
-        """[B, h, w, C] -> logits [B, H, W, K] float32."""
+        """Map tokens [B, h, w, C] to logits [B, H, W, K] float32."""
         return resize(self.classifier(tokens).astype(jnp.float32), size)
 
 
@@ -126,7 +126,7 @@ class ConvolutionalDecoder(nnx.Module):
         self.logits = logits_layer(widths[-1], outputs, 3, dtype, rngs)
 
     def __call__(self, tokens: jax.Array, size: tuple[int, int], present: jax.Array | None = None) -> jax.Array:
-        """[B, h, w, C] -> logits [B, H, W, K] float32; BatchNorm's training statistics are those of `present` rows."""
+        """Map tokens [B, h, w, C] to logits [B, H, W, K] float32; BatchNorm's statistics include the rows `present`."""
         x = self.mix(jax.nn.selu(self.token_classifier(tokens)))
         for stage in self.stages:
             x = stage(double(x), present)

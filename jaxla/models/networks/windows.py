@@ -2,7 +2,7 @@
 
 *2D DINOv3 features for 3D segmentation of neonatal brain MR* (Usman, Khan, Qasim Syed; arXiv 2602.23962). The paper
 states the frozen 2D transformer, the depth embedding, windows that do not overlap, a lightweight decoder that runs on
-one window at a time, and that the windows are assembled again. All else is this package's choice (docs/paper3.md).
+one window at a time, and the assembly of the windows. All else is this package's choice (docs/paper3.md).
 
 The backbone encodes each slice once, and windows are cut from the features. GroupNorm's statistics are those of one
 window, so a window does not depend on the others.
@@ -31,7 +31,7 @@ from jaxla.models.ops.images import require_images, three_channels
 from jaxla.models.ops.resizing import resize
 from jaxla.models.ops.window_grid import Counts, WindowGrid
 
-MAX_ENCODED_SLICES = 16  # of a volume at once, which bounds the memory of the backbone's activations
+MAX_ENCODED_SLICES = 16  # of a volume at once; bounds the memory of the backbone's activations
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,7 @@ class WindowOptions(TransformerOptions):
     def resolve(self) -> Self:
         self.window_counts()
         if self.depth_places < 0:
-            raise InputError(option("model.depth_places", self.depth_places), "negative", "Use 0 or more.")
+            raise InputError(option("model.depth_places", self.depth_places), "must not be negative", "Use 0 or more.")
         meaning = ", one for each level of features"
         check_widths(option("model.decoder_widths"), self.decoder_widths, LEVELS, meaning)
         return super().resolve()
@@ -80,10 +80,10 @@ class WindowOptions(TransformerOptions):
         """Raise an InputError unless a scan has a slice for each window along the slices."""
         if slices < (depth := self.window_counts()[0]):
             problem = f"has {plural(slices, 'slice')}, fewer than the {depth} windows along the slices"
-            raise InputError(scan, problem, f"Use fewer {option('model.windows')}, or leave the scan out.")
+            raise InputError(scan, problem, f"Use fewer {option('model.windows')}, or remove the scan.")
 
     def describe_depth(self, slice_counts: Collection[int]) -> str:
-        """Describe how the depth embedding is interpolated to volumes with these numbers of slices; "" if it is not."""
+        """Describe how the depth embedding is interpolated to volumes with these slice counts; "" if it is not."""
         if not self.depth_places or set(slice_counts) == {self.depth_places}:
             return ""
         span = " to ".join(map(str, sorted({min(slice_counts), max(slice_counts)})))
@@ -98,7 +98,7 @@ class WindowOptions(TransformerOptions):
 
 
 class FeatureWindows(nnx.Module):
-    """A `WindowSegmenter` without its backbone: features of volumes to logits, window by window.
+    """A `WindowSegmenter` without its backbone: maps features of volumes to logits, window by window.
 
     Its steps are separate methods, because `jaxla.training.two_pass` runs them one at a time.
 
@@ -154,7 +154,7 @@ class FeatureWindows(nnx.Module):
 
 
 class WindowSegmenter(FeatureWindows):
-    """Volumes to logits: the backbone encodes every slice once, the decoder decodes window by window."""
+    """Map volumes to logits: the backbone encodes every slice once, and the decoder runs window by window."""
 
     READS_IMAGES = False
     SMALLER_FEATURES = ()
