@@ -47,9 +47,8 @@ def main(arguments):
     print_result({**environment("jax", "flax"), "relative_l2_from_uninterrupted": differences}, options.output)
     repeated = differences.pop("uninterrupted again")
     if max(differences.values()) > MAX_FACTOR * repeated:
-        sys.exit(
-            f"resumed training differs by {max(differences.values()):.1e}, a second uninterrupted one by {repeated:.1e}"
-        )
+        resumed = max(differences.values())
+        sys.exit(f"resumed training differs by {resumed:.1e}, repeated uninterrupted training by {repeated:.1e}")
 
 
 def train(volumes, folder, interrupted):

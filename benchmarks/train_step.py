@@ -118,7 +118,7 @@ def make_slice_steps(method, options):
     images = np.random.default_rng(0).random((task.batch_size, *task.input_shape(1)), np.float32)
     mask = (images[..., 0] > 0.7).astype(np.uint8)
     torch_images = images
-    if hasattr(network, "backbone"):  # PyTorch's encoder takes ImageNet's three channels
+    if hasattr(network, "backbone"):  # PyTorch's encoder takes three ImageNet-normalised channels
         torch_images = (images - np.float32(IMAGENET_MEAN)) / np.float32(IMAGENET_DEVIATION)
     if options.method in TRANSFORMERS:
         module = TorchSegmenter(network, (options.size, options.size))

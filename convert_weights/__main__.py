@@ -124,7 +124,7 @@ def _download(arch: str) -> Path:
     if arch in dinov3.VARIANTS:
         problem = "DINOv3 has to be downloaded by hand, because you must accept Meta's licence first"
         where = "at https://ai.meta.com/dinov3/ or on the model's Hugging Face page"
-        fix = f"Accept it {where}, download the file there, and pass it as --source."
+        fix = f"Accept it {where}, download the file, and pass it as --source."
         raise InputError("--download", problem, fix)
     require_torch("--download")  # every released file is a PyTorch file
     cache_dir = default_cache_dir()

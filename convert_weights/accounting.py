@@ -63,8 +63,8 @@ def identify_tensors(checkpoint: Checkpoint, architecture: Architecture) -> tupl
     """Return an architecture's tensors by their authors' names, and the layout of the checkpoint.
 
     Raises:
-        InputError: the checkpoint holds another architecture; tensors are missing, unexpected, or of the wrong shape or
-            dtype; or copies of the same tensor differ.
+        InputError: the checkpoint contains another architecture; tensors are missing, unexpected, or of the wrong shape
+            or dtype; or copies of the same tensor differ.
     """
     arch, rows = architecture.name, architecture.rows
     readings = list(_readings(checkpoint))

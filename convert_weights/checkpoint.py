@@ -52,7 +52,7 @@ def open_checkpoint(path: Path, state_dict_key: str = "") -> Checkpoint:
     """List the tensors of a checkpoint; the type of a file is recognised by its content.
 
     Args:
-        state_dict_key: key of the state dict in a PyTorch file that holds more; a state dict alone is read too.
+        state_dict_key: key of the state dict in a PyTorch file that contains more; a plain state dict is also accepted.
 
     Raises:
         InputError: the file is missing, damaged, incomplete or not a checkpoint, or it would run code, or needs torch.
@@ -64,7 +64,7 @@ def open_checkpoint(path: Path, state_dict_key: str = "") -> Checkpoint:
 
 
 def find_checkpoint(source: str | Path) -> Path:
-    """Return the file, or the index of the files, that --source names: a folder must contain exactly one."""
+    """Return the checkpoint file, or the index of shards, in --source; a folder must contain exactly one."""
     if os.path.isdir(source):  # Path.is_dir raises if a name is too long or a folder may not be read
         return _find_in_folder(Path(source))
     if not os.path.isfile(source):

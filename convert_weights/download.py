@@ -55,7 +55,7 @@ RELEASES = {
 
 
 def download(release: Release, folder: Path) -> Path:
-    """Download a released file into `folder`, unless it is there already, and return its path.
+    """Download a released file into `folder`, unless it already exists, and return its path.
 
     The received part of an interrupted download is kept; the next call resumes it. If several processes request the
     same file, one downloads it and the others wait.

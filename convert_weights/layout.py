@@ -17,7 +17,7 @@ Index = EllipsisType | tuple
 
 
 class Row(NamedTuple):
-    """One tensor of the authors, or a part of it, and the parameter that holds its values here.
+    """One of the authors' tensors, or a part of it, and our parameter for its values.
 
     A checkpoint may lack an `optional` tensor together with the other tensors of its group (see `accounting`).
     """
@@ -64,7 +64,7 @@ def batch_norm(theirs: str, ours: str, width: int) -> list[Row]:
 
 
 def unused(theirs: str, shape: tuple[int, ...], dtype: str = "float32") -> Row:
-    """Return the row of a tensor that no forward pass here uses: it is kept unchanged if the checkpoint has it."""
+    """Return the row of a tensor that no forward pass uses: it is kept unchanged if the checkpoint has it."""
     return Row(theirs, shape, f"{UNUSED_PREFIX}{theirs}", dtypes=(dtype,), optional=True)
 
 

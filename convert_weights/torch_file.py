@@ -21,7 +21,7 @@ from jaxla.config import InputError
 if TYPE_CHECKING:
     import torch
 
-# Checkpoints may hold NumPy numbers, such as losses, beside the weights. Only these types are allowed besides tensors.
+# Checkpoints may contain NumPy numbers, such as losses. Besides tensors, only these types are allowed.
 _NUMPY_NUMBERS = [
     (np._core.multiarray.scalar, "numpy.core.multiarray.scalar"),
     (np._core.multiarray.scalar, "numpy._core.multiarray.scalar"),

@@ -32,9 +32,8 @@ def verify(path: Path) -> str:
         network, size, channels, kind = load_backbone(path), (IMAGE_SIDE, IMAGE_SIDE), 3, "features"
     image = np.random.default_rng(0).standard_normal((1, *size, channels), dtype=np.float32)
     graph, state = nnx.split(network)
-    run = jax.jit(
-        lambda state, image: nnx.merge(graph, state)(image)
-    )  # one compilation is faster than one per operation
+    # jitted, because one compilation is faster than one per operation
+    run = jax.jit(lambda state, image: nnx.merge(graph, state)(image))
     outputs = [np.asarray(array, np.float32) for array in jax.tree.leaves(run(state, image))]
     if not all(np.isfinite(array).all() for array in outputs):
         raise InputError(path, f"the {kind} of a test image are not finite", "Convert the checkpoint again.")

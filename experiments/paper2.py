@@ -58,7 +58,7 @@ EXPERIMENTS = [Experiment("paper2", "all training patients", Data(), _FULL)]
 STUDIES = [
     Study(
         "paper2",
-        "paper 2's fusion against paper 1's network and the convolutional ones",
+        "paper 2's fusion against paper 1's network and the convolutional networks",
         ("paper2",),
         (
             "unet",
@@ -75,7 +75,7 @@ STUDIES = [
     ),
     Study(
         "paper2_ablation",
-        "paper 2's network with one part left out at a time: blocks, their weights, the image",
+        "paper 2's network with one part removed at a time: blocks, their weights, the image",
         ("paper2",),
         (*(method.name for method in _ABLATED), _FULL.name),
     ),

@@ -12,12 +12,8 @@ from jaxla.data.labels import Labels
 from jaxla.data.volumes import Volume, write_volume
 
 ENDINGS = {"nii.gz": ".nii.gz", "nrrd": ".nrrd", "mha": ".mha", "dicom-seg": SEG_ENDING}
-OWN_ENDINGS = {
-    ".nrrd": ".nrrd",
-    ".nhdr": ".nrrd",
-    ".mha": ".mha",
-    ".mhd": ".mha",
-}  # extension of a scan -> extension of its mask, a single file
+# Extension of a scan -> extension of its mask, which is a single file.
+OWN_ENDINGS = {".nrrd": ".nrrd", ".nhdr": ".nrrd", ".mha": ".mha", ".mhd": ".mha"}
 
 
 def mask_ending(scan: Path, file_format: str = "scan") -> str:
@@ -80,7 +76,7 @@ def mask_classes(mask: Volume, labels: Labels) -> np.ndarray:
     """Return the classes [X, Y, Z] of a mask that `write_mask` wrote and `read_mask` read.
 
     Raises:
-        InputError: the mask holds a value that belongs to no class.
+        InputError: the mask contains a value that belongs to no class.
     """
     is_segmentation = mask.path.suffix.lower() == SEG_ENDING and mask.array.max() <= len(labels.names)
     return mask.array.astype(np.uint8) if is_segmentation else labels.to_classes(mask.array, mask.path)

@@ -24,7 +24,7 @@ from jaxla.config import InputError
 
 FORMAT = "jaxla-1"
 
-# Prefix of the tensors that no forward pass here uses. They are kept so that a conversion back to PyTorch restores the
+# Prefix of the tensors that no forward pass uses. They are kept so that a conversion back to PyTorch restores the
 # released checkpoint.
 UNUSED_PREFIX = "unused."
 

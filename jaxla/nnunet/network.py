@@ -113,9 +113,8 @@ class NNUNet(nnx.Module):
             self.logits.append(_make_convolution(features, max(2, outputs), ones, ones, dtype=logits_dtype, rngs=rngs))
         self.outputs = outputs
         self.deterministic = True  # flax's `train` sets it to False, `eval` to True
-        self.multiples = tuple(
-            map(math.prod, zip(*c.strides, strict=True))
-        )  # the sides of images must be multiples of these
+        # the sides of images must be multiples of these
+        self.multiples = tuple(map(math.prod, zip(*c.strides, strict=True)))
 
     def __call__(self, images: jax.Array, present: jax.Array | None = None) -> jax.Array | list[jax.Array]:
         """Return logits [B, H, W, K] or [B, D, H, W, K] float32; in training a list, as `multiscale_logits` does.

@@ -24,13 +24,8 @@ from jaxla.nnunet.resampling import ANISOTROPY_THRESHOLD, resampled_shape
 
 log = logging.getLogger(__name__)
 
-NON_MRI_CHANNELS = (
-    "ct",
-    "nonorm",
-    "rescale_0_1",
-    "rescale_to_0_1",
-    "rgb_to_0_1",
-)  # nnU-Net does not normalise these by z-scores
+# Channels that nnU-Net does not normalise by z-scores.
+NON_MRI_CHANNELS = ("ct", "nonorm", "rescale_0_1", "rescale_to_0_1", "rgb_to_0_1")
 
 # The limits below hold for a GPU with DEFAULT_MEMORY_GB, by the number of axes.
 MAX_ACTIVATIONS = {2: 85_000_000, 3: 560_000_000}  # for a batch of REFERENCE_BATCH_SIZE
@@ -225,9 +220,8 @@ def plan_topology(spacing: Sequence[float], size: Sequence[float]) -> Topology:
     strides, kernels = [tuple(multiples.tolist())], []
     while (is_long := side >= 2 * MIN_MAP_SIDE).any():
         is_halved = is_long & (spacing / spacing[is_long].min() < SIMILAR_SPACING_RATIO)
-        if (
-            is_halved.sum() == 1 and side[is_halved][0] < 3 * MIN_MAP_SIDE
-        ):  # a single axis is halved only if it is longer
+        # a single axis is halved only if it is longer
+        if is_halved.sum() == 1 and side[is_halved][0] < 3 * MIN_MAP_SIDE:
             break
         kernel[spacing / spacing.min() < SIMILAR_SPACING_RATIO] = 3
         stride = np.where(is_halved, 2, 1)

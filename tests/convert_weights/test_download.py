@@ -351,6 +351,6 @@ def test_dinov3_is_never_downloaded(tmp_path, monkeypatch, arch):
     line = refuse(tmp_path, f"--arch={arch}", "--download")
     assert line == (
         "--download: DINOv3 has to be downloaded by hand, because you must accept Meta's licence first. Accept it at "
-        "https://ai.meta.com/dinov3/ or on the model's Hugging Face page, download the file there, and pass it as "
+        "https://ai.meta.com/dinov3/ or on the model's Hugging Face page, download the file, and pass it as "
         "--source."
     )

@@ -51,7 +51,7 @@ class Buffer(nnx.Variable):
 
 
 class LayerScale(nnx.Module):
-    """x · gamma, one gamma per channel."""
+    """Multiply each channel by its gamma."""
 
     def __init__(self, width: int) -> None:
         self.gamma = nnx.Param(jnp.ones(width))

@@ -19,10 +19,8 @@ from jaxla.models.ops.images import crop, pad_to_multiple, require_images, three
 from jaxla.models.weights import load_parameters, weights_file
 
 M = TypeVar("M", bound=nnx.Module)
-FAST_COMPILATION = {
-    "xla_backend_optimization_level": 0,
-    "xla_llvm_disable_expensive_passes": True,
-}  # compiler options for CPU
+# Compiler options for CPU.
+FAST_COMPILATION = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
 
 
 @dataclass(frozen=True)

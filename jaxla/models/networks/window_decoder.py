@@ -74,9 +74,8 @@ class WindowDecoder(nnx.Module):
                 last one and do not change the logits of the window. Default: all.
         """
         leading_axes = features.shape[:2]
-        position = (slice_numbers + 0.5) / jnp.maximum(slices, 1)[
-            :, None
-        ]  # of the slice's centre along the depth, 0..1
+        # position of each slice's centre along the depth, in 0..1
+        position = (slice_numbers + 0.5) / jnp.maximum(slices, 1)[:, None]
         if self.slicewise:
             features, position, present = (x.reshape(-1, 1, *x.shape[2:]) for x in (features, position, present))
         x = None
@@ -124,7 +123,7 @@ class Unit(nnx.Module):
         self.norm = GroupNorm(outputs, dtype=dtype)
 
     def __call__(self, x: jax.Array, present: jax.Array, plane_size: PlaneSize | None) -> jax.Array:
-        """Return [B, d, h, w, K] of x [B, d, h, w, C]; the convolution sees zeros in place of padding."""
+        """Return [B, d, h, w, K] of x [B, d, h, w, C]; the convolution treats padding as zeros."""
         present = present[:, :, None, None]
         if plane_size is not None:
             rows, columns = (jnp.arange(n) < size for n, size in zip(x.shape[2:4], plane_size, strict=True))

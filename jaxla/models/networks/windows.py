@@ -125,7 +125,7 @@ class FeatureWindows(nnx.Module):
         return self.finish(grid.assemble(windows), self.slice_size(inputs))
 
     def encode(self, inputs: jax.Array) -> jax.Array:
-        """Return the features [B, D, 4, h, w, C] that windows are cut from: here the inputs."""
+        """Return the features [B, D, 4, h, w, C] that windows are cut from; here, the inputs."""
         return inputs
 
     def slice_size(self, inputs: jax.Array) -> tuple[int, int]:

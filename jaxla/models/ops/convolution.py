@@ -5,8 +5,8 @@ everything here is reduced to that form or to matrix products (`jaxla.hardware.c
 
 - The gradient of the image is a convolution of that form, with the flipped kernel.
 - The gradient of the kernel is not: it has a kernel as large as the image, takes up to nine times as long as the
-  forward pass, and adds about 100,000 products one after the other, which loses two digits. Here it is a sum of
-  matrix products over blocks of pixels that fit in the processor's cache.
+  forward pass, and adds about 100,000 products one after the other, which loses two digits. This module computes
+  a sum of matrix products over blocks of pixels that fit in the processor's cache.
 - A volume is convolved slice by slice, or with a stride as one matrix product.
 """
 
