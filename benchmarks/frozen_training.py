@@ -210,7 +210,7 @@ class OurTraining:
 
     def __init__(self, task, network, source, features=None):
         self.trainer = task.make_trainer(network, source, features)
-        # A step donates the buffers of the parameters, but the next training starts from the same parameters.
+        # A step donates the buffers of the parameters, but the next training run starts from the same parameters.
         self.trainer.trainable = jax.tree.map(jax.numpy.copy, self.trainer.trainable)
         self.batches = training_batches(source, task.batch_size, seed=0)
 

@@ -1,7 +1,7 @@
 """python -m benchmarks.mesh [--arch=…] [--backbone=…] [--size=…] [--batch=…]: cost of a mesh of one device.
 
 Times one training step (loss, gradients, Adam) within a mesh of one device, as in every run, and without a mesh, in
-turn, from the same parameters on the same batch. Prints JSON: seconds of a step (median and fastest) and the ratio of
+turn, from the same parameters on the same batch. Prints JSON: seconds per step (median and fastest) and the ratio of
 the medians. Checks first that both give the same loss, bit for bit.
 """
 

@@ -5,8 +5,8 @@ on the same augmented patches, each with its own loss, gradients, SGD and poly s
 `jaxla.train`, except the run folder. Both trained networks then segment the test cases with this package's inference
 (`tests/parity` checks that their logits are equal), and are scored per volume.
 
-The two trainings differ only by rounding, which training amplifies: the losses of the first steps agree in all printed
-digits, and at the end losses and Dice differ by at most as much as between two seeds.
+The two training runs differ only by rounding, which training amplifies: the losses of the first steps agree in all
+printed digits, and at the end losses and Dice differ by at most as much as between two seeds.
 
 Prints JSON: the mean foreground Dice per test volume of both and their difference, the loss of both in each epoch, the
 largest differences between the losses (in the first 50 steps, in all steps, and of epoch means), and the seconds per

@@ -35,7 +35,7 @@ from tests.golden.errors import (
 from tests.golden.fake_weights import fake_image
 from tests.golden.live import live_model, live_tokens
 
-MAX_SMALL_WIDTH = 768  # of architectures that a CPU runs at full size within minutes
+MAX_SMALL_WIDTH = 768  # up to which a CPU runs an architecture at full size within minutes
 ROUNDING = "PyTorch's own float32"
 COLUMNS = (
     "architecture", "image", "reference", "max abs", "relative L2", f"{ROUNDING}: max abs", f"{ROUNDING}: relative L2",

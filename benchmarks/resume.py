@@ -3,9 +3,9 @@
 Trains a tiny fine-tuned transformer four times from the same parameters: twice without interruption, which shows
 whether training on this device is deterministic, and twice interrupted after the first epoch and resumed.
 
-Prints JSON: the relative L2 difference of the trained parameters from those of the first training, for each of the
-others; 0 if all bits are equal. Exits with 1 if a resumed training differs by more than ten times as much as the second
-uninterrupted training.
+Prints JSON: the relative L2 difference of the trained parameters from those of the first run, for each of the other
+runs; 0 if all bits are equal. Exits with 1 if a resumed run differs by more than ten times as much as the second
+uninterrupted run.
 """
 
 import os
@@ -27,7 +27,7 @@ from tests.tiny import flat_arrays
 from tests.training.resume_driver import make_trainer
 from tests.training.scans import disc_scans
 
-MAX_FACTOR = 10  # of the difference between two uninterrupted trainings
+MAX_FACTOR = 10  # times the difference between two uninterrupted runs
 
 
 def main(arguments):

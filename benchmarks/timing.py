@@ -69,7 +69,7 @@ def median_and_fastest(seconds):
 
 
 def compare(seconds):
-    """Return `median_and_fastest`, and PyTorch's medians divided by this package's: above 1: this package is faster."""
+    """Return `median_and_fastest`, and PyTorch's medians divided by this package's (above 1: jaxla is faster)."""
     numbers = median_and_fastest(seconds)
     medians = numbers["median_seconds"]
     ratios = {name: median / medians["jaxla"] for name, median in medians.items() if name.startswith("torch")}

@@ -1,9 +1,9 @@
 """python -m benchmarks.windows: memory and time of a training step on volumes, by the number of windows.
 
 All windows have the same size, so volumes grow with the number of windows. Computes the gradient of one loss on the
-volume (Dice and cross-entropy) with respect to the decoder from given features, in float32 on CPU and in bfloat16 on a
-GPU: with this package in two passes over the windows, and of all windows at once ("one graph"), and with PyTorch in the
-same two modes from the same parameters. The four gradients are compared before timing.
+volume (Dice and cross-entropy) with respect to the decoder's parameters from given features, in float32 on CPU and in
+bfloat16 on a GPU: with this package in two passes over the windows, and of all windows at once ("one graph"), and with
+PyTorch in the same two modes from the same parameters. The four gradients are compared before timing.
 
 Prints JSON. `bytes` are the temporaries of XLA's program, without arguments (parameters, features, masks) and results
 (gradients): the decoder's activations, the assembled logits, the loss and its derivative. `grown_bytes` is how much

@@ -202,7 +202,7 @@ def _require_free(output: Path, suffix: str, force: bool) -> None:
         if output.exists() and not force:
             raise InputError(where, "already exists", "Choose another --output, or add --force to replace it.")
         require_writable("--output", output.parent)
-    except OSError as error:  # the name is too long, or the folder may not be entered
+    except OSError as error:  # the name is too long, or the folder cannot be entered
         raise InputError(where, f"cannot be written ({error.strerror})", "Choose another --output.") from error
 
 

@@ -65,7 +65,7 @@ def open_checkpoint(path: Path, state_dict_key: str = "") -> Checkpoint:
 
 def find_checkpoint(source: str | Path) -> Path:
     """Return the checkpoint file, or the index of shards, in --source; a folder must contain exactly one."""
-    if os.path.isdir(source):  # Path.is_dir raises if a name is too long or a folder may not be read
+    if os.path.isdir(source):  # Path.is_dir raises if a name is too long or a folder cannot be read
         return _find_in_folder(Path(source))
     if not os.path.isfile(source):
         raise InputError(  # not as a Path, which would remove a slash from a URL

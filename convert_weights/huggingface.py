@@ -104,7 +104,7 @@ def hub_shapes(rows: Sequence[Row], names: Collection[str]) -> dict[str, tuple[t
 
 
 def to_authors(rows: Sequence[Row], tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return the authors' tensors, each assembled when it is read from those that `hub_shapes` requires."""
+    """Return the authors' tensors, each assembled on demand from the tensors that `hub_shapes` lists."""
     return {
         recipe.row.theirs: Tensor(recipe.row.shape, "float32", partial(_read, recipe, tensors))
         for recipe in _recipes(rows, tensors)

@@ -84,7 +84,7 @@ def to_ours(
 
     Args:
         tensors: the authors' tensors by name; those of optional rows may be missing.
-        shapes: the shape of each of our parameters that is not unused.
+        shapes: the shape of each of our parameters that a forward pass uses.
     """
     rows_by_parameter: dict[str, list[Row]] = {}
     for row in rows:

@@ -14,7 +14,7 @@ from jaxla.models.networks.unet import UNetOptions
 
 UNET_SMALL = Method(
     "unet_small",
-    "2 M parameter U-Net with InstanceNorm and augmentation, for few patients and little time",
+    "2M-parameter U-Net with InstanceNorm and augmentation, for few patients and little time",
     UNetOptions(widths=(16, 32, 64, 128, 256), norm="instance", neighbours=1),
     Preprocessing(96),
     Training(

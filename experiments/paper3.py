@@ -45,7 +45,7 @@ _WINDOWS = {
 }
 _SMALL = Method(
     "windows_vit_mini8",
-    "1 M parameter transformer trained from random weights, with a small version of paper 3's decoder",
+    "1M-parameter transformer trained from random weights, with a small version of paper 3's decoder",
     WindowOptions("vit_mini8", weights="random", backbone="finetuned", decoder_widths=(64, 32, 16, 16)),
     Preprocessing(64),
     replace(RECIPE, epochs=30),

@@ -15,7 +15,7 @@ from jaxla.data.volumes import Volume
 from jaxla.distributed import place_on_devices
 
 ROWS, COLUMNS = -3, -2  # axes of images and of probabilities
-FLIPS = ((), (ROWS,), (COLUMNS,), (ROWS, COLUMNS))  # that inference averages over
+FLIPS = ((), (ROWS,), (COLUMNS,), (ROWS, COLUMNS))  # flips that inference averages over
 
 # Classes (uint8), and probabilities (float32 with a last axis K) or None if they were not requested.
 Segmented = tuple[np.ndarray, np.ndarray | None]
@@ -68,7 +68,7 @@ def mean_probabilities(networks: Sequence[nnx.Module], flips: bool = False) -> C
 
 
 def classify(probabilities: np.ndarray) -> np.ndarray:
-    """Return the classes [H, W] of probabilities [H, W, K]."""
+    """Return the classes [H, W] for probabilities [H, W, K]."""
     return probabilities[..., 0] > 0.5 if probabilities.shape[-1] == 1 else probabilities.argmax(-1)
 
 

@@ -105,7 +105,7 @@ def weights_file(arch: str, weights: str, cache_dir: Path | None = None) -> Path
     if weights and path.suffix != ".safetensors":
         fix = f"Use the converted file of {arch}, or random, or remove the option to use the file in the cache folder."
         raise InputError(option("model.weights", weights), "not the name of a .safetensors file", fix)
-    if not os.path.isfile(path):  # Path.is_file raises if a name is too long or a folder may not be read
+    if not os.path.isfile(path):  # Path.is_file raises if a name is too long or a folder cannot be read
         released = suggest_conversion(arch, path) if VARIANTS[arch].licence else "No weights were released."
         file, random = (option("model.weights", value) for value in ("FILE", "random"))
         fix = f"{released} Or use {file}, or {random} for an untrained backbone."

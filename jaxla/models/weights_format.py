@@ -113,7 +113,7 @@ def read_metadata(path: Path) -> dict[str, str]:
     Raises:
         InputError: the file does not exist, cannot be read, or was not written by convert_weights.
     """
-    if os.path.isdir(path):  # Path.is_dir raises if a name is too long or a folder may not be read
+    if os.path.isdir(path):  # Path.is_dir raises if a name is too long or a folder cannot be read
         raise InputError(path, "is a folder", "Pass the .safetensors file in it.")
     if not os.path.isfile(path):
         arch = re.match(r"dinov\d_vit\w+?1\d(_reg)?|resnet\d+|vgg16_bn", path.name)
@@ -138,7 +138,7 @@ def read_metadata(path: Path) -> dict[str, str]:
 
 
 def require_undamaged(path: Path) -> str:
-    """Return the sha256 of a weights file's data; raise an InputError unless it is the one in the metadata.
+    """Return the sha256 of a weights file's data; raise an InputError unless it matches the metadata.
 
     The header (names, shapes and positions of the arrays, and metadata) must match its own sha256, which files of
     earlier versions lack. A file is read once per process, and again only if its size or modification time
@@ -196,7 +196,7 @@ def parameter_count(path: Path) -> tuple[int, int]:
 
 def suggest_conversion(arch: str, output: Path) -> str:
     """Return a sentence with the command that creates a missing weights file, as `output` if that is a .safetensors."""
-    # By name, because the tables of architectures import JAX.
+    # Decided by name, because the tables of architectures import JAX.
     source = "--download" if arch.startswith(("dinov2_", "resnet", "vgg")) else "--source=CHECKPOINT"
     command = f"python -m convert_weights --arch={arch} {source}"
     if output.suffix == ".safetensors":

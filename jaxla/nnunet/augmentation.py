@@ -22,9 +22,8 @@ from jaxla.nnunet.resampling import ANISOTROPY_THRESHOLD
 
 SCALE_RANGE, NOISE_RANGE, BLUR_RANGE = (0.7, 1.4), (0.0, 0.1), (0.5, 1.0)  # noise and blur: standard deviations
 FACTOR_RANGE, RESOLUTION_RANGE, EXPONENT_RANGE = (0.75, 1.25), (0.5, 1.0), (0.7, 1.5)
-INITIAL_SCALE = (
-    0.85  # as in nnU-Net: patches are read 1 / 0.85 times larger, which is less than the largest scale needs
-)
+# As in nnU-Net: patches are read 1 / 0.85 times larger, which is less than the largest scale needs.
+INITIAL_SCALE = 0.85
 KERNEL_WIDTH = 7  # voxels of the widest blur
 EPSILON = 1e-7
 

@@ -39,7 +39,7 @@ MIN_MAP_SIDE = 4  # voxels on each side of the coarsest feature map
 SIMILAR_SPACING_RATIO = 2  # axes whose spacings differ by less are halved, and convolved, together
 
 SPACING_STEP = 1.03  # factor by which the low resolution is made coarser
-MIN_PATCH_FRACTION = 0.25  # of a scan, in the patches of the low resolution
+MIN_PATCH_FRACTION = 0.25  # of a scan; if a patch covers less, a low resolution is planned
 MIN_REDUCTION = 2  # factor by which a low resolution must reduce the scan's voxels
 
 

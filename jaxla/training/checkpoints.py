@@ -156,7 +156,7 @@ class Checkpoints:
         return f"{wrong[0]} is missing or has changed" if wrong else ""
 
     def restore(self, like: Mapping[str, T], step: int) -> tuple[dict[str, T], dict[str, Any]]:
-        """Return a checkpoint's trees, of the structure, shapes and dtypes of `like`, and its record.
+        """Return a checkpoint's trees, with the structure, shapes and dtypes of `like`, and its record.
 
         Raises:
             InputError: the checkpoint is damaged, or belongs to a different network.

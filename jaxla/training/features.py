@@ -70,7 +70,7 @@ class FeatureCache:
     Attributes:
         extract: function from images [batch, size, size, 1] to features [batch, …].
         input_shape: [batch, size, size, 1].
-        batch: number of images that `extract` takes, all devices together.
+        batch: number of images that `extract` takes, over all devices.
         how_to_fit: advice on making features fit on the disk, phrased to follow "use".
         folder: the folder of the features.
     """

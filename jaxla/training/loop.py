@@ -43,7 +43,7 @@ def fit(
 
     The best epoch has the highest validation Dice, over the units of `val`, in the network's input pixels; with
     `checkpoint="last"`, it is the last epoch. Training ends early after `patience` epochs without a lower validation
-    loss. On CPU, a resumed training is bit for bit identical to an uninterrupted one.
+    loss. On CPU, resumed training is bit for bit identical to uninterrupted training.
 
     Args:
         val: None without validation data; the recipe must then not depend on validation.

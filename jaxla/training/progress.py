@@ -1,4 +1,4 @@
-"""The progress of a training, and its two kinds of checkpoints: `latest`, to resume from, and `best`, to use."""
+"""The progress of a training run, and its two kinds of checkpoints: `latest`, to resume from, and `best`, to use."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ BEST, LATEST = "best", "latest"  # folders of the two kinds of checkpoints
 
 @dataclass
 class Progress:
-    """The progress of a training, without arrays and the order of samples; part of every checkpoint."""
+    """The progress of a training run, without arrays and the order of samples; part of every checkpoint."""
 
     epoch: int = 0  # completed epochs
     losses: list[float] = field(default_factory=list)  # losses of the steps taken in the next epoch
@@ -36,7 +36,7 @@ class Progress:
 
 
 class TrainingCheckpoints:
-    """The latest and the best checkpoint of a training, in two folders within `folder`."""
+    """The latest and the best checkpoint of a training run, in two folders within `folder`."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder

@@ -1,4 +1,4 @@
-"""The training step; gradients have one interface: `(trainable, frozen, batch, key) -> loss, gradients, auxiliary`.
+"""The training step. Every gradient function is `(trainable, frozen, batch, key) -> loss, gradients, auxiliary`.
 
 Frozen parameters are a separate argument and are never differentiated.
 """
@@ -16,9 +16,8 @@ from flax import nnx
 from jaxla.distributed import constrain_sharding, device_count, replicate
 from jaxla.training.losses import Loss, count_overlap, cross_entropy, deep_supervision, row_weights
 
-Augment = Callable[
-    [jax.Array, jax.Array, jax.Array], tuple[jax.Array, jax.Array]
-]  # key, images, masks -> images, masks
+# (key, images, masks) -> (images, masks)
+Augment = Callable[[jax.Array, jax.Array, jax.Array], tuple[jax.Array, jax.Array]]
 Gradient = Callable[[Any, Any, Any, jax.Array], tuple[jax.Array, Any, dict[str, Any]]]
 MakeGradient = Callable[[nnx.GraphDef, Augment | None, Loss], Gradient]
 

@@ -131,7 +131,7 @@ class ResNet(nnx.Module):
     def pyramid(self, images: jax.Array, present: jax.Array | None = None) -> tuple[jax.Array, ...]:
         """Return the stem's features before their max-pool, at half the image's size, then those of `intermediate`.
 
-        BatchNorm's training statistics include the images `present`, [B] bool; default all.
+        BatchNorm's training statistics are computed from the images `present`, [B] bool (default: all).
         """
         require_images(images)
         if self.bn1.use_running_average:  # evaluation

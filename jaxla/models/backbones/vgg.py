@@ -62,7 +62,7 @@ class VGG(nnx.Module):
     def pooled(self, images: jax.Array, present: jax.Array | None = None) -> tuple[Pooled, ...]:
         """Return the features after each stage's max-pool, and the index of the pixel that each maximum came from.
 
-        BatchNorm's training statistics include the images `present`, [B] bool; default all.
+        BatchNorm's training statistics are computed from the images `present`, [B] bool (default: all).
 
         Raises:
             ValueError: `images` is invalid (see `__call__`).

@@ -126,7 +126,7 @@ class PaddedNetwork(nnx.Module):
     """
 
     multiple: int
-    CHANNELS: ClassVar[tuple[int, ...]] = (1, 3)  # that images may have; with 3, grey images become colour
+    CHANNELS: ClassVar[tuple[int, ...]] = (1, 3)  # channels that images may have; with 3, grey images become colour
 
     def __call__(self, images: jax.Array, present: jax.Array | None = None) -> jax.Array:
         """Return logits [B, H, W, K] float32; H and W are at least `multiple`.

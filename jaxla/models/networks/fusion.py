@@ -144,11 +144,11 @@ class FusionDecoder(nnx.Module):
     def __call__(
         self, inputs: jax.Array | tuple[jax.Array, jax.Array], size: tuple[int, int], present: jax.Array | None = None
     ) -> jax.Array:
-        """Return logits [B, H, W, K] float32, with H, W = `size`, of features [B, blocks, h, w, C].
+        """Return logits [B, H, W, K] float32, with H, W = `size`, from features [B, blocks, h, w, C].
 
         Args:
             inputs: the features, or (features, images [B, H, W, 1 or 3]) if the decoder reads images.
-            present: [B] bool, the images that BatchNorm's training statistics include. Default: all.
+            present: [B] bool, the images that BatchNorm's training statistics are computed from. Default: all.
 
         Raises:
             ValueError: the decoder reads images, but none are passed.
@@ -221,7 +221,7 @@ class Stage(nnx.Module):
     def __call__(
         self, x: jax.Array, fused: jax.Array, images: jax.Array | None, present: jax.Array | None
     ) -> jax.Array:
-        """Return [B, 2H, 2W, outputs] of x [B, H, W, inputs], fused features [B, h, w, C] and images [B, …, …, 3]."""
+        """Return [B, 2H, 2W, outputs] from x [B, H, W, inputs], fused features [B, h, w, C] and images [B, …, …, 3]."""
         x = double(x)
         size = x.shape[1:3]
         x = x + resize(self.project(fused), size)

@@ -89,7 +89,7 @@ class FeatureSegmenter(nnx.Module):
         self.size = size
 
     def __call__(self, inputs: jax.Array | tuple[jax.Array, jax.Array], present: jax.Array | None = None) -> jax.Array:
-        """Return logits [B, H, W, K] of features [B, …, h, w, C]; BatchNorm's statistics include the rows `present`."""
+        """Map features [B, …, h, w, C] to logits [B, H, W, K]; BatchNorm's statistics use the rows `present`."""
         return self.decoder(inputs, self.size, present)
 
 
@@ -126,7 +126,7 @@ class ConvolutionalDecoder(nnx.Module):
         self.logits = logits_layer(widths[-1], outputs, 3, dtype, rngs)
 
     def __call__(self, tokens: jax.Array, size: tuple[int, int], present: jax.Array | None = None) -> jax.Array:
-        """Map tokens [B, h, w, C] to logits [B, H, W, K] float32; BatchNorm's statistics include the rows `present`."""
+        """Map tokens [B, h, w, C] to logits [B, H, W, K] float32; BatchNorm's statistics use the rows `present`."""
         x = self.mix(jax.nn.selu(self.token_classifier(tokens)))
         for stage in self.stages:
             x = stage(double(x), present)

@@ -64,7 +64,7 @@ class WindowDecoder(nnx.Module):
         slices: jax.Array,
         plane_size: PlaneSize | None = None,
     ) -> jax.Array:
-        """Return logits [B, d, 8h, 8w, K] float32 of features [B, d, 4, h, w, C].
+        """Return logits [B, d, 8h, 8w, K] float32 from features [B, d, 4, h, w, C].
 
         Args:
             slice_numbers: [B, d], the index of each slice in its volume.
@@ -103,7 +103,7 @@ class Level(nnx.Module):
             self.depth = nnx.Param(jax.nn.initializers.normal(0.02)(rngs.params(), (depth_places, outputs)))
 
     def __call__(self, features: jax.Array, position: jax.Array) -> jax.Array:
-        """Return [B, d, h, w, outputs] of features [B, d, h, w, C] at positions [B, d] in 0..1 along the depth."""
+        """Return [B, d, h, w, outputs] from features [B, d, h, w, C] at positions [B, d] in 0..1 along the depth."""
         x = self.project(features)
         if not self.places:
             return x
@@ -123,7 +123,7 @@ class Unit(nnx.Module):
         self.norm = GroupNorm(outputs, dtype=dtype)
 
     def __call__(self, x: jax.Array, present: jax.Array, plane_size: PlaneSize | None) -> jax.Array:
-        """Return [B, d, h, w, K] of x [B, d, h, w, C]; the convolution treats padding as zeros."""
+        """Return [B, d, h, w, K] from x [B, d, h, w, C]; the convolution treats padding as zeros."""
         present = present[:, :, None, None]
         if plane_size is not None:
             rows, columns = (jnp.arange(n) < size for n, size in zip(x.shape[2:4], plane_size, strict=True))

@@ -4,8 +4,8 @@
 states the frozen 2D transformer, the depth embedding, windows that do not overlap, a lightweight decoder that runs on
 one window at a time, and the assembly of the windows. All else is this package's choice (docs/paper3.md).
 
-The backbone encodes each slice once, and windows are cut from the features. GroupNorm's statistics are those of one
-window, so a window does not depend on the others.
+The backbone encodes each slice once, and windows are cut from the features. GroupNorm's statistics are computed
+per window, so a window does not depend on the others.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ class WindowOptions(TransformerOptions):
         return super().resolve()
 
     def window_counts(self) -> Counts:
-        """Return the number of windows along slices, rows and columns; raise an InputError for another form."""
+        """Return the number of windows along slices, rows and columns; raise an InputError for any other format."""
         if not re.fullmatch(r"[1-9]\d{0,3}(x[1-9]\d{0,3}x[1-9]\d{0,3})?", self.windows):
             fix = "Use 2 for two along the slices, or 2x2x2 for two along slices, rows and columns."
             raise InputError(option("model.windows", self.windows), "not a number of windows", fix)
@@ -113,7 +113,7 @@ class FeatureWindows(nnx.Module):
         self.counts = counts
 
     def __call__(self, inputs: jax.Array, present: jax.Array | None = None) -> jax.Array:
-        """Return logits [B, D, H, W, K] float32 of features [B, D, 4, h, w, C], in the memory of one window at a time.
+        """Return logits [B, D, H, W, K] float32 from features [B, D, 4, h, w, C], in the memory of one window.
 
         Args:
             present: [B, D] bool, the slices that belong to the volume, which come first. The others are padding: they

@@ -79,7 +79,7 @@ class ConvolutionUnit(nnx.Module):
         self.norm = (BatchNorm if norm == "batch" else InstanceNorm)(outputs, dtype=dtype)
 
     def __call__(self, x: jax.Array, present: jax.Array | None = None) -> jax.Array:
-        """Map [B, H, W, C] to [B, H, W, K]; BatchNorm's statistics include the images `present`, [B] bool."""
+        """Map [B, H, W, C] to [B, H, W, K]; BatchNorm's statistics use the images `present`, [B] bool."""
         return jax.nn.relu(self.norm(self.convolution(x), present))
 
 

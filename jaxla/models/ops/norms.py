@@ -32,7 +32,7 @@ class BatchNorm(nnx.Module):
         """Normalise [B, H, W, C]; training also updates the running statistics in place.
 
         Args:
-            present: [B] bool, the images that the statistics include. Default: all.
+            present: [B] bool, the images that the statistics are computed from. Default: all.
         """
         full = jnp.promote_types(x.dtype, jnp.float32)
         scale, bias = self.scale[...], self.bias[...]
