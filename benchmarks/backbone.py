@@ -46,7 +46,8 @@ def main(arguments):
     parser.add_argument("--output", type=str, help="also write the JSON to this file")
     options = parse_arguments(parser, arguments)
     arch = HUB_SPELLINGS.get(options.arch, options.arch)
-    variant, size = lookup("--arch", arch, TRANSFORMERS), options.size
+    variant = lookup("--arch", arch, TRANSFORMERS)
+    size = options.size
     if size % variant.patch or size < 1:
         raise InputError(f"--size={size}", f"not a multiple of the patch size {variant.patch}", "Choose another size.")
     if min(options.batch, options.repeats) < 1:

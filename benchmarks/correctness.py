@@ -138,7 +138,8 @@ def attention_check(shape):
 
 def nnunet_logits(name):
     """Return the relative L2 difference of the finest logits from nnU-Net's, in this device's dtype, and its bound."""
-    dtype, configuration = jnp.dtype(compute_dtype()), read_plan(PLANS).configuration(name)
+    dtype = jnp.dtype(compute_dtype())
+    configuration = read_plan(PLANS).configuration(name)
     network = nnx.eval_shape(lambda: NNUNet(configuration, OUTPUTS, dtype=dtype, rngs=nnx.Rngs(0)))
     fill_nnunet(network, configuration, {key: value.numpy() for key, value in nnunet_state(name).items()})
     network.eval()

@@ -121,7 +121,8 @@ def run_stages(stages, folder, seconds, is_tiny):
 
     A stage is `finished`, `failed`, `stopped` at its time limit, or `not started` because `seconds` were used up.
     """
-    end, ends = time.monotonic() + seconds, []
+    end = time.monotonic() + seconds
+    ends = []
     for stage in stages:
         began = time.monotonic()
         limit = min(stage.seconds, end - began)

@@ -54,7 +54,8 @@ def make_training_step(model, options, use_mesh):
     """Return a function that takes one training step within `use_mesh()` and returns the loss."""
     rng = np.random.default_rng(0)
     images = rng.random((options.batch, options.size, options.size, 1), np.float32)
-    mask, weight = (images[..., 0] > 0.7).astype(np.uint8), np.ones(options.batch, np.float32)
+    mask = (images[..., 0] > 0.7).astype(np.uint8)
+    weight = np.ones(options.batch, np.float32)
     batch = {"input": images, "mask": mask, "weight": weight}
     network, recipe = build_network(model, 1, 0), Training(batch_size=options.batch)
     with use_mesh():

@@ -90,7 +90,8 @@ def main(arguments):
 def train(sides, task, source):
     """Train both sides on the same augmented patches; return the loss and the seconds of each step, by side."""
     recipe, seed = task.recipe, task.experiment.seed
-    augment, key = jax.jit(task.augment), jax.random.key(seed)
+    augment = jax.jit(task.augment)
+    key = jax.random.key(seed)
     losses, seconds = {name: [] for name in sides}, {name: [] for name in sides}
     with closing(training_batches(source, task.batch_size, seed)) as batches:
         for epoch in range(recipe.epochs):
@@ -150,7 +151,8 @@ class TorchTraining:
 
 def test_dice(task, network, data):
     """Return the mean Dice over the structures of each test case, by case id."""
-    segment, rows = task.make_segment([network]), []
+    segment = task.make_segment([network])
+    rows = []
     for case in data.split.test:
         volume = data.volumes[case]
         geometry = slice_geometry(read_grid(volume.case.image).affine)

@@ -62,7 +62,8 @@ def measure_step(model, options, devices, shard_params):
             return jax.tree.map(add_sharding, tree, shardings(tree))
 
         trainable, frozen, state = map(shard, (parts.trainable, parts.frozen, moments))
-        images, rows = (options.batch, options.size, options.size), NamedSharding(mesh, BATCH)
+        images = (options.batch, options.size, options.size)
+        rows = NamedSharding(mesh, BATCH)
         arrays = {"input": ((*images, 1), np.float32), "mask": (images, np.uint8), "weight": (images[:1], np.float32)}
         inputs = {name: jax.ShapeDtypeStruct(*array, sharding=rows) for name, array in arrays.items()}
         step = make_step(make_gradient(parts.training), optimiser)

@@ -85,7 +85,8 @@ def device_tables(folder):
     """Return the tables of one GPU."""
     found = {path.stem: read_json(path) for path in sorted(folder.glob("*.json"))}
     ends = {row["stage"]: row for row in found.pop("stages")["stages"]}
-    device, first = found.get("device"), next(iter(found.values()), None)
+    device = found.get("device")
+    first = next(iter(found.values()), None)
     parts = [f"### {first['device'] if first else folder.name}"]
     if device:
         versions = ", ".join(f"{name} {device['versions'][name]}" for name in ("jax", "flax", "torch", "transformers"))

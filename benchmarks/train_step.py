@@ -83,7 +83,8 @@ def main(arguments):
     difference, torch_difference = compare_gradients(steps, MAX_DIFFERENCE[dtype.name])
     seconds, grown = time_steps(steps, options.repeats + 1)  # the first is not counted
     timing = compare({name: times[1:] for name, times in seconds.items()})
-    size, batch = task.input_shape(1)[:-1], task.batch_size
+    size = task.input_shape(1)[:-1]
+    batch = task.batch_size
     slices = batch * (size[0] if len(size) == 3 else 1)
     result = {
         **environment("jax", "flax", "torch"),
@@ -109,7 +110,8 @@ def make_slice_steps(method, options):
     """Return the task of a network that reads slices, and the steps of both implementations by name."""
     method.model.check_size("--size", options.size)
     recipe = replace(method.training, batch_size=options.batch or 4, learning_rate=LEARNING_RATE)
-    model, preprocessing = method.model.with_weights("random"), Preprocessing(options.size)
+    model = method.model.with_weights("random")
+    preprocessing = Preprocessing(options.size)
     if options.method in TRANSFORMERS:
         model = replace(model, backbone="finetuned")
     method = replace(method, model=model, preprocessing=preprocessing, training=recipe)

@@ -80,8 +80,10 @@ def main(arguments):
 
 def measure(decoder, slice_shape, count, options):
     """Return the results for volumes with `count` windows, given the shape of a slice's features."""
-    rng, size = np.random.default_rng(0), options.size
-    volumes, depth = options.batch, count * options.slices
+    rng = np.random.default_rng(0)
+    size = options.size
+    volumes = options.batch
+    depth = count * options.slices
     features = rng.standard_normal((volumes, depth, *slice_shape), np.float32)
     mask = (rng.random((volumes, depth, size, size)) > 0.7).astype(np.uint8)
     batch = {"input": features, "mask": mask, "weight": np.ones((volumes, depth), np.float32)}

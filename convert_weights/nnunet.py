@@ -20,7 +20,8 @@ LOGITS_WEIGHT = "decoder.seg_layers.0.weight"  # its first axis is the number of
 
 def nnunet_rows(configuration: Configuration, outputs: int) -> list[Row]:
     """Return the rows of a network with one image channel and `outputs` logits, including background."""
-    down, inputs = [], 1
+    down = []
+    inputs = 1
     stages = zip(configuration.features_per_stage, configuration.kernel_sizes, strict=True)
     for stage, (features, kernel) in enumerate(stages):
         for i in range(configuration.n_conv_per_stage[stage]):

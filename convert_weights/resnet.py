@@ -15,7 +15,8 @@ def resnet_rows(variant: Variant) -> list[Row]:
     rows = [*convolution("conv1", "conv1", 3, WIDTH, (7, 7)), *batch_norm("bn1", "bn1", WIDTH)]
     width = WIDTH
     for i, blocks in enumerate(variant.blocks):
-        bottleneck_width, stage = WIDTH * 2**i, f"layer{i + 1}"
+        bottleneck_width = WIDTH * 2**i
+        stage = f"layer{i + 1}"
         rows += _bottleneck(f"{stage}.0", f"{stage}.first", width, bottleneck_width, first=True)
         width = EXPANSION * bottleneck_width
         for j in range(1, blocks):  # the blocks after the first are stacked

@@ -26,10 +26,15 @@ def verify(path: Path) -> str:
     metadata = read_metadata(path)
     if metadata["arch"] == NNUNET:
         plan, configuration, _ = parse_metadata(metadata, path)
-        network, size, channels = load_converted(path), plan.configuration(configuration).patch_size, 1
+        network = load_converted(path)
+        size = plan.configuration(configuration).patch_size
+        channels = 1
         kind = "logits"
     else:
-        network, size, channels, kind = load_backbone(path), (IMAGE_SIDE, IMAGE_SIDE), 3, "features"
+        network = load_backbone(path)
+        size = (IMAGE_SIDE, IMAGE_SIDE)
+        channels = 3
+        kind = "features"
     image = np.random.default_rng(0).standard_normal((1, *size, channels), dtype=np.float32)
     graph, state = nnx.split(network)
     # jitted, because one compilation is faster than one per operation

@@ -35,7 +35,8 @@ def is_mask_file(target: Path) -> bool:
 
 def require_mask_file(target: Path, scan: Path, file_format: str = "scan") -> None:
     """Raise an InputError unless the mask of a scan can be written to a file of this name, in this format."""
-    ending, where = scan_ending(target.name).lower(), f"--output={target}"
+    ending = scan_ending(target.name).lower()
+    where = f"--output={target}"
     if ending not in (".nii", *ENDINGS.values()):
         raise InputError(where, f"a mask cannot be written as {ending}", f"Use {', '.join(ENDINGS.values())}.")
     if file_format != "scan" and ending.removesuffix(".gz") != ENDINGS[file_format].removesuffix(".gz"):

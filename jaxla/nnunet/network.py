@@ -93,7 +93,8 @@ class NNUNet(nnx.Module):
     def __init__(
         self, configuration: Configuration, outputs: int, *, dtype: jnp.dtype = jnp.float32, rngs: nnx.Rngs
     ) -> None:
-        c, ones = configuration, (1,) * len(configuration.patch_size)
+        c = configuration
+        ones = (1,) * len(configuration.patch_size)
         logits_dtype = jnp.promote_types(dtype, jnp.float32)
         self.down = nnx.List()
         inputs = 1
@@ -146,7 +147,8 @@ class NNUNet(nnx.Module):
 
     def _decode(self, images: jax.Array) -> list[jax.Array]:
         """Return the decoder's features, coarsest first."""
-        skips, x = [], images
+        skips = []
+        x = images
         for units in self.down:
             for unit in units:
                 x = unit(x)

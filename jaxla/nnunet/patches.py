@@ -33,7 +33,8 @@ class PatchSource(Source):
         length: number of patches that validation reads.
     """
 
-    units, counted = 1, "over all patches together"
+    units = 1
+    counted = "over all patches together"
 
     def __init__(
         self,

@@ -56,7 +56,8 @@ def check_plan(plan: Plan, name: str, volumes: Iterable[PreparedVolume], where: 
     if plan.normalisation != Z_SCORE:
         problem = f"normalises by {plan.normalisation}, but jaxla supports only {Z_SCORE}"
         raise InputError(where, problem, "Use a plan for MRI.")
-    configuration, shapes = plan.configuration(name, where), []
+    configuration = plan.configuration(name, where)
+    shapes = []
     fingerprint = collect_fingerprint(volumes)
     for case in zip(fingerprint.spacings, fingerprint.shapes_after_crop, strict=True):
         spacing, shape = ([values[axis] for axis in plan.transpose_forward] for values in case)
@@ -148,7 +149,8 @@ def _configure(
 ) -> Configuration:
     """Plan patches and network for images of a spacing and a median size, with `voxels` in total."""
     axes = len(spacing)
-    budget, batch_size = MAX_ACTIVATIONS[axes] * (memory_gb / DEFAULT_MEMORY_GB), REFERENCE_BATCH_SIZE[axes]
+    budget = MAX_ACTIVATIONS[axes] * (memory_gb / DEFAULT_MEMORY_GB)
+    batch_size = REFERENCE_BATCH_SIZE[axes]
     per_mm = 1 / np.array(spacing)
     side = (INITIAL_PATCH_VOXELS[axes] / np.prod(per_mm)) ** (1 / axes)
     patch = [min(round(n * side), limit) for n, limit in zip(per_mm.tolist(), size, strict=True)]
@@ -186,7 +188,10 @@ def _plan_low_resolution(
     full: Configuration, spacing: np.ndarray, size: np.ndarray, configure: Callable[..., Configuration]
 ) -> Configuration | None:
     """Plan a coarser configuration if the patch at full resolution is smaller than MIN_PATCH_FRACTION of a scan."""
-    coarse, low, patch, voxels = spacing.copy(), None, math.prod(full.patch_size), float(np.prod(size))
+    coarse = spacing.copy()
+    low = None
+    patch = math.prod(full.patch_size)
+    voxels = float(np.prod(size))
     while patch / voxels < MIN_PATCH_FRACTION:
         is_fine = coarse.max() / coarse > 2  # these axes first, until the spacings are similar
         coarse = np.where(is_fine, coarse * SPACING_STEP, coarse) if is_fine.any() else coarse * SPACING_STEP
@@ -235,7 +240,8 @@ def plan_topology(spacing: Sequence[float], size: Sequence[float]) -> Topology:
 
 def count_activations(topology: Topology, class_count: int) -> int:
     """Return the number of values that all convolutions output for one patch: nnU-Net's estimate of memory."""
-    size, total = np.array(topology.patch_size), 0
+    size = np.array(topology.patch_size)
+    total = 0
     for stage, (features, stride) in enumerate(zip(topology.features, topology.strides, strict=True)):
         size = size // np.array(stride)
         is_deepest = stage == len(topology.strides) - 1

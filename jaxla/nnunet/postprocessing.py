@@ -90,7 +90,8 @@ def choose_groups(trials: Mapping[str, Trials], count: int) -> list[list[int]]:
     with warnings.catch_warnings(action="ignore", category=RuntimeWarning):
         dice = {rule: [trial[rule] for trial in trials.values()] for rule in next(iter(trials.values()))}
         mean = {rule: np.nanmean(np.array(values, float), axis=0) for rule, values in dice.items()}
-    groups, base = [], "none"
+    groups = []
+    base = "none"
     if mean["all"].mean() > mean["none"].mean() and (mean["all"] >= mean["none"]).all():
         groups, base = [list(range(1, count + 1))], "all"
     each = "each" if base == "none" else "all, each"

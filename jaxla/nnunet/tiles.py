@@ -104,7 +104,8 @@ def tile_starts(n: int, side: int) -> list[int]:
 
 def count_tiles(volumes: Iterable[PreparedVolume], plan: Plan, configuration: Configuration) -> int:
     """Return the number of tiles that segmenting the scans takes, including mirrored tiles."""
-    total, size = 0, configuration.patch_size
+    total = 0
+    size = configuration.patch_size
     for volume in volumes:
         shape = preprocessed_shape(volume, plan, configuration)
         sides = zip(shape[-len(size) :], size, strict=True)
@@ -148,7 +149,9 @@ def resample_to_scan(logits: Iterable[np.ndarray], image: PreprocessedImage) -> 
         weights = np.zeros(new_shape[0], np.float32)
     else:
         first, second, weights = linear_indices(shape[0], new_shape[0])
-    rows, kept, last = iter(logits), {}, -1
+    rows = iter(logits)
+    kept = {}
+    last = -1
     for a, b, weight in zip(first, second, weights, strict=True):
         while last < b:
             last += 1

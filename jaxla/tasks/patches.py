@@ -56,7 +56,8 @@ class PatchTask(Task):
 
         Test cases are not used, so the plan differs from one made from the whole folder.
         """
-        model, volumes = experiment.method.model, data.select_volumes(sorted(data.split.train + data.split.val))
+        model = experiment.method.model
+        volumes = data.select_volumes(sorted(data.split.train + data.split.val))
         warn_unless_mri(data.dataset.root)
         if model.plan:
             plan = read_plan(Path(model.plan))
@@ -105,10 +106,12 @@ class PatchTask(Task):
         scans = track(data.select_volumes(ids), "resampling")
         planned = preprocess_volumes(scans, self.plan, self.configuration, cache_dir)
         by_id = {volume.id: volume for volume in planned}
-        patch, steps = self.configuration.patch_size, self.recipe.steps
+        patch = self.configuration.patch_size
+        steps = self.recipe.steps
 
         def make_source(ids: Sequence[str], stream: int, size: Sequence[int], steps: int) -> PatchSource:
-            volumes, seed = [by_id[name] for name in ids], (self.experiment.seed, stream)
+            volumes = [by_id[name] for name in ids]
+            seed = (self.experiment.seed, stream)
             return PatchSource(volumes, size, patch, self.batch_size, seed, steps * self.batch_size)
 
         read_size = initial_patch_size(patch) if self.experiment.method.augmentation.nnunet else patch

@@ -72,7 +72,8 @@ class SliceTask(Task):
 
     def make_sources(self, data: PreparedData, cache_dir: Path, features: Features | None = None) -> Sources:
         def make_source(ids: Sequence[str], foreground: float) -> SliceSource:
-            volumes, with_images = data.select_volumes(ids), bool(features and features.with_images)
+            volumes = data.select_volumes(ids)
+            with_images = bool(features and features.with_images)
             arrays = features and [features.by_case[volume.id] for volume in volumes]
             return SliceSource(volumes, self.canvas, arrays, with_images, self.model.neighbours, foreground)
 

@@ -81,7 +81,8 @@ class FeatureCache:
         self.extract = partial(extract, place_on_devices(state))
         self.batch = BATCH * device_count()
         self.how_to_fit = " or ".join([f"another {option('cache-dir')}", *network.SMALLER_FEATURES])
-        self._canvas, size = canvas, canvas.size
+        self._canvas = canvas
+        size = canvas.size
         self.input_shape = (self.batch, size, size, 1)
         one_batch = jax.eval_shape(self.extract, jax.ShapeDtypeStruct(self.input_shape, np.float32))
         self.shape, self.dtype = one_batch.shape[1:], np.dtype(one_batch.dtype)
@@ -189,7 +190,8 @@ class FeatureCache:
         temporary = path.with_suffix(".part")  # the lock is held: no other process writes it
         shape = (volume.shape[0], *self.shape)
         bits = np.dtype(f"u{self.dtype.itemsize}")
-        frame, size = self._canvas.frame(volume.shape[1:], volume.spacing[1:]), self._canvas.size
+        frame = self._canvas.frame(volume.shape[1:], volume.spacing[1:])
+        size = self._canvas.size
         try:
             with temporary.open("wb") as file:
                 header = {"descr": bits.str, "fortran_order": False, "shape": shape}

@@ -105,7 +105,8 @@ def _train_epoch(
     began = time.perf_counter() - progress.seconds
     saved_at = time.monotonic()
     requests: deque[int | jax.Array] = deque()
-    title, is_quiet = f"epoch {progress.epoch + 1}/{trainer.recipe.epochs}", not sys.stdout.isatty()
+    title = f"epoch {progress.epoch + 1}/{trainer.recipe.epochs}"
+    is_quiet = not sys.stdout.isatty()
     steps, done = trainer.steps_per_epoch, len(progress.losses)
     for _ in tqdm(range(done, steps), title, steps, initial=done, leave=False, file=sys.stdout, disable=is_quiet):
         step = progress.epoch * steps + len(progress.losses)

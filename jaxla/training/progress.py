@@ -90,7 +90,8 @@ class TrainingCheckpoints:
         if progress.best_epoch == progress.epoch and is_at_epoch_end:  # killed between saving latest and best
             self.save_best(trainer, progress)
             return
-        lost, dice = progress.best_epoch, {line["epoch"]: line.get("val_dice", -1.0) for line in progress.history}
+        lost = progress.best_epoch
+        dice = {line["epoch"]: line.get("val_dice", -1.0) for line in progress.history}
         candidates = [epoch for epoch in (intact, progress.epoch if is_at_epoch_end else 0) if epoch]
         rank = dice.__getitem__ if trainer.recipe.checkpoint == "best" else None
         progress.best_epoch = max(candidates, key=rank, default=0)

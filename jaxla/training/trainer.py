@@ -78,7 +78,8 @@ class Trainer:
         self._gradient = jax.jit(gradient)
         self._step: Callable = make_step(gradient, optimiser)
         self._evaluate = make_evaluation(parts.evaluation, loss)
-        self._graph, self._key = parts.evaluation, jax.random.key(seed)
+        self._graph = parts.evaluation
+        self._key = jax.random.key(seed)
         # The optimiser's state is sharded like the parameters. A step donates the buffers of what it trains:
         # without a mesh, these are the buffers of the given network, which can no longer be used.
         self.trainable = place_on_devices(parts.trainable)

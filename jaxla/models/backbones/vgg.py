@@ -33,7 +33,8 @@ class VGG(nnx.Module):
 
     def __init__(self, variant: Variant, *, dtype: jnp.dtype = jnp.float32, rngs: nnx.Rngs) -> None:
         self.variant = variant
-        stages, inputs = [], 3
+        stages = []
+        inputs = 3
         for widths in variant.stages:
             stages.append(convolution_units(inputs, widths, dtype=dtype, rngs=rngs))
             inputs = widths[-1]
@@ -74,7 +75,8 @@ class VGG(nnx.Module):
 
     def run(self, images: jax.Array, present: jax.Array | None = None) -> tuple[Pooled, ...]:
         """Compute `pooled`; the caller has to jit."""
-        pools, x = [], images
+        pools = []
+        x = images
         for units in self.stages:
             for unit in units:
                 x = unit(x, present)

@@ -87,7 +87,8 @@ def build_network(
     Raises:
         InputError: an option has an invalid value, weights are missing or do not fit, or the plan is missing.
     """
-    model, dtype = model.resolve(), compute_dtype()
+    model = model.resolve()
+    dtype = compute_dtype()
     backbone_key, rest_key = jax.random.split(jax.random.key(seed))
     prerequisites = model.prerequisites(backbone_key, dtype, cache_dir, plan)
     backbone = prerequisites.get("backbone")
