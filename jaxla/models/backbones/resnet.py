@@ -121,7 +121,7 @@ class ResNet(nnx.Module):
 
         Their sides are 1/4, 1/4, 1/8, 1/16 and 1/32 of the image's, rounded up; C is 64, 256, 512, 1024 and 2048.
 
-        In training mode BatchNorm's statistics change in place, so the caller has to jit.
+        In training mode BatchNorm's statistics change in place, so the caller must apply jit.
 
         Raises:
             ValueError: `images` is invalid (see `__call__`).
@@ -139,7 +139,7 @@ class ResNet(nnx.Module):
         return self.run(images, present)
 
     def run(self, images: jax.Array, present: jax.Array | None = None) -> tuple[jax.Array, ...]:
-        """Compute `pyramid`; the caller has to jit."""
+        """Compute `pyramid`; the caller must apply jit."""
         stem = jax.nn.relu(self.bn1(self.conv1(images), present))
         features = [stem, max_pool_overlapping(stem)]
         for stage in (self.layer1, self.layer2, self.layer3, self.layer4):

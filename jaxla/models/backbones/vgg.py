@@ -53,7 +53,7 @@ class VGG(nnx.Module):
 
         Their sides are 1/2 to 1/32 of the image's, rounded down; C is 64, 128, 256, 512 and 512.
 
-        In training mode BatchNorm's statistics change in place, so the caller has to jit.
+        In training mode BatchNorm's statistics change in place, so the caller must apply jit.
 
         Raises:
             ValueError: `images` is invalid (see `__call__`).
@@ -74,7 +74,7 @@ class VGG(nnx.Module):
         return self.run(images, present)
 
     def run(self, images: jax.Array, present: jax.Array | None = None) -> tuple[Pooled, ...]:
-        """Compute `pooled`; the caller has to jit."""
+        """Compute `pooled`; the caller must apply jit."""
         pools = []
         x = images
         for units in self.stages:

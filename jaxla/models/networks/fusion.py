@@ -1,6 +1,6 @@
 """Paper 2's network: features of several blocks, fused with learned weights; the decoder also reads the image.
 
-*Multi-scale feature fusion with image-driven spatial integration* (arXiv 2502.06615). The paper states the frozen
+*Multi-scale feature fusion with image-driven spatial integration* (arXiv 2502.06615). The paper specifies the frozen
 backbone, one learnable scalar per block, normalised by a softmax, a decoder like a U-Net's, and that the decoder reads
 the image. All else is this package's choice (docs/paper2.md).
 """
@@ -201,7 +201,7 @@ def weighted_sums(weights: jax.Array, features: jax.Array) -> list[jax.Array]:
 
 
 def weighted_product(weights: jax.Array, features: jax.Array) -> list[jax.Array]:
-    """Return `weighted_sums` as one matrix product per image. The weights are rounded to the features' dtype."""
+    """Compute `weighted_sums` as one matrix product per image. The weights are rounded to the features' dtype."""
     batch, blocks, *rest = features.shape
     batch_weights = jnp.broadcast_to(weights.astype(features.dtype), (batch, *weights.shape))
     sums = jnp.einsum("bln,bnx->blx", batch_weights, features.reshape(batch, blocks, -1))

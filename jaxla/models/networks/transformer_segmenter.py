@@ -107,7 +107,7 @@ class LinearDecoder(nnx.Module):
 class ConvolutionalDecoder(nnx.Module):
     """Paper 1's decoder: a token classifier, a 7×7 convolution, then ×2 stages up to about the image's size.
 
-    The paper states the token classifier (a 1×1 convolution that sets the number of channels) and several stages of
+    The paper specifies the token classifier (a 1×1 convolution that sets the number of channels) and several stages of
     convolution and upsampling. Widths, kernels and the final resizing are this package's choice (docs/paper1.md).
 
     Args:

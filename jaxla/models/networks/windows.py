@@ -1,8 +1,8 @@
 """Paper 3's network: 2D features of every slice, decoded in 3D window by window.
 
 *2D DINOv3 features for 3D segmentation of neonatal brain MR* (Usman, Khan, Qasim Syed; arXiv 2602.23962). The paper
-states the frozen 2D transformer, the depth embedding, windows that do not overlap, a lightweight decoder that runs on
-one window at a time, and the assembly of the windows. All else is this package's choice (docs/paper3.md).
+specifies the frozen 2D transformer, the depth embedding, windows that do not overlap, a lightweight decoder that runs
+on one window at a time, and the assembly of the windows. All else is this package's choice (docs/paper3.md).
 
 The backbone encodes each slice once, and windows are cut from the features. GroupNorm's statistics are computed
 per window, so a window does not depend on the others.
