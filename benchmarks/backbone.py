@@ -1,13 +1,13 @@
-"""python -m benchmarks.backbone [--arch=…] [--size=…] [--batch=…] [--output=FILE]: a forward pass, and PyTorch's.
+"""python -m benchmarks.backbone [--arch=…] [--size=…] [--batch=…] [--output=FILE]: time inference against PyTorch.
 
-Runs this package and the model of `transformers` with scaled-dot-product attention in turn, in this process, on the
-same device with the same synthetic weights: on CPU in float32 with all cores, on a GPU in bfloat16 (before NVIDIA's
-Ampere in float32) and PyTorch also through `torch.compile`. The patch tokens of both are compared first.
+Runs this package and the `transformers` model (scaled-dot-product attention) in turn, in this process, on the same
+device with the same synthetic weights: in float32 with all cores on CPU; in bfloat16 on a GPU (float32 before NVIDIA's
+Ampere), where PyTorch also runs through `torch.compile`. The patch tokens of both are compared before timing.
 
-Prints JSON: seconds of a call (median and fastest), images per second, PyTorch's median divided by this package's
-(above 1 this package is faster), the TFLOP/s of the matrix products, and the memory of this package's compiled program,
-parameters included; on a GPU also both peaks of memory. A pause before each call lets the other implementation's
-threads go idle.
+Prints JSON: seconds per call (median and fastest), images per second, PyTorch's median divided by this package's
+(above 1: this package is faster), the TFLOP/s of the matrix products, and the memory of this package's compiled
+program, including parameters; on a GPU also the peak memory of both. A pause before each call lets the other
+implementation's threads go idle.
 """
 
 import os
@@ -34,19 +34,20 @@ from tests.golden.errors import error
 from tests.golden.live import live_model
 from tests.tiny import randomise
 
-AGREEMENT = {"float32": 1e-5, "bfloat16": 5e-2}  # relative L2 of the patch tokens
+MAX_TOKEN_DIFFERENCE = {"float32": 1e-5, "bfloat16": 5e-2}  # relative L2 of the patch tokens
 
 
 def main(arguments):
-    parser = command_parser("benchmarks.backbone", "Time a backbone's forward pass and PyTorch's.")
+    parser = command_parser("benchmarks.backbone", "Time a backbone's forward pass with jaxla and with PyTorch.")
     parser.add_argument("--arch", type=str, default="dinov2_vitb14", help="name of a vision transformer")
     parser.add_argument("--size", type=int, default=448, help="side of the square image in pixels")
-    parser.add_argument("--batch", type=int, default=1, help="images in a call")
-    parser.add_argument("--repeats", type=int, default=9, help="timed calls of each implementation")
+    parser.add_argument("--batch", type=int, default=1, help="images per call")
+    parser.add_argument("--repeats", type=int, default=9, help="timed calls per implementation")
     parser.add_argument("--output", type=str, help="also write the JSON to this file")
     options = parse_arguments(parser, arguments)
     arch = HUB_SPELLINGS.get(options.arch, options.arch)
-    variant, size = lookup("--arch", arch, TRANSFORMERS), options.size
+    variant = lookup("--arch", arch, TRANSFORMERS)
+    size = options.size
     if size % variant.patch or size < 1:
         raise InputError(f"--size={size}", f"not a multiple of the patch size {variant.patch}", "Choose another size.")
     if min(options.batch, options.repeats) < 1:
@@ -82,7 +83,7 @@ def main(arguments):
     first_call = {name: timed(run) for name, run in runs.items()}
     patches = runs["torch"]()[:, 1 + variant.registers :].float().cpu().numpy()
     difference = error(run_ours().patches.reshape(patches.shape), patches).relative_l2
-    if difference > AGREEMENT[dtype.name]:
+    if difference > MAX_TOKEN_DIFFERENCE[dtype.name]:
         sys.exit(f"{arch}: patch tokens differ from PyTorch's by {difference:.1e}; nothing was timed")
 
     timing = compare(time_in_turn(runs, options.repeats))

@@ -1,11 +1,12 @@
-"""python -m benchmarks.compile_for_gpu [--method=…] [--device=…] [--output=FILE]: compile steps for an absent GPU.
+"""python -m benchmarks.compile_for_gpu [--method=…] [--device=…] [--output=FILE]: compile steps without a GPU.
 
-Needs no GPU and no driver, only JAX's CUDA plugin (`pip install -e '.[test,cuda12]'`): XLA compiles for a described
-device, an H200 (Hopper) or an A100 (Ampere), and nothing runs. XLA cannot try kernels, so matrix products are cuBLAS's,
-not Triton's. This finds the faults that a program has before it runs.
+Compiles training steps for a GPU that this machine does not have, to find the errors that XLA reports at compile time.
+Needs no driver, only JAX's CUDA plugin (`pip install -e '.[test,cuda12]'`): XLA compiles for the description of a
+device, an H200 (Hopper) or an A100 (Ampere), and nothing runs. XLA cannot autotune without a device, so matrix products
+use cuBLAS instead of Triton.
 
-Prints for each method, with random weights and the recipe's batch size: seconds to compile, the memory of the step's
-program (parameters, optimiser state and batch included), and how many calls of cuDNN's attention it contains.
+Prints for each method, with random weights and the recipe's batch size: seconds to compile, the memory that a step
+needs (parameters, optimiser state and batch included), and the number of cuDNN attention calls in the program.
 """
 
 import os
@@ -13,7 +14,7 @@ import time
 from pathlib import Path
 from typing import Literal
 
-os.environ["JAX_SKIP_CUDA_CONSTRAINTS_CHECK"] = "1"  # the check needs the driver
+os.environ["JAX_SKIP_CUDA_CONSTRAINTS_CHECK"] = "1"  # the version check needs the driver
 os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_gpu_enable_triton_gemm=false"
 
 import jax
@@ -33,22 +34,24 @@ from jaxla.nnunet.plan import read_plan
 from tests.gpu import AMPERE, HOPPER, lowered_step, pretend_gpu, task_without_data
 
 PLAN = Path(__file__).parents[1] / "tests" / "golden" / "nnunet_plans" / "Hippocampus.json"
-SLICES = 40  # in a volume
-DEVICES = {"h200": HOPPER, "a100": AMPERE}  # name of the device and of its description for XLA -> compute capability
+SLICES = 40  # per volume
+DEVICES = {"h200": HOPPER, "a100": AMPERE}  # device, described to XLA in <device>.txtpb -> compute capability
 
 
 def main(arguments):
-    parser = command_parser("benchmarks.compile_for_gpu", "Compile training steps for a GPU, without one.")
-    parser.add_argument("--method", type=str, default="all", help="one of train's methods, or `all`")
+    parser = command_parser(
+        "benchmarks.compile_for_gpu", "Compile training steps for a GPU that this machine does not have."
+    )
+    parser.add_argument("--method", type=str, default="all", help="a method of jaxla.train, or `all`")
     parser.add_argument("--device", type=Literal["h200", "a100"], default="h200", help="compile for this device")
     parser.add_argument("--output", type=str, help="also write the rows to this file as JSON")
     options = parse_arguments(parser, arguments)
     require_folder(options.output)
-    # a short method differs in its number of epochs only
+    # a short method differs only in its epochs and steps
     methods = {name: method for name, method in METHODS.items() if not name.endswith("_short")}
     if options.method != "all":
         methods = {options.method: lookup("--method", options.method, METHODS)}
-    device = absent_device(options.device)
+    device = target_device(options.device)
 
     print("| method | batch size | compilation | memory of a step | cuDNN attention calls |\n|---|---|---|---|---|")
     rows = []
@@ -62,8 +65,11 @@ def main(arguments):
         write_result(result, options.output)
 
 
-def absent_device(name):
-    """Return the description of one of the DEVICES, for which JAX can compile."""
+def target_device(name):
+    """Return one of the DEVICES, which JAX can compile for but not run on.
+
+    Changes JAX's lookup of platforms for the rest of the process.
+    """
     canonical = xla_bridge.canonicalize_platform
     try:
         on_gpu()  # loads the CUDA plugin, if it is installed
@@ -72,13 +78,13 @@ def absent_device(name):
     except NotImplementedError:
         fix = "Run `pip install -e '.[test,cuda12]'`."
         raise InputError("JAX's CUDA plugin", "not installed", fix) from None
-    # JAX would look for "gpu" among the present devices
+    # otherwise, JAX looks for "gpu" among the devices of this machine
     xla_bridge.canonicalize_platform = lambda platform: "cuda" if platform == "gpu" else canonical(platform)
     return topology.devices[0]
 
 
 def measure(method, device, capability):
-    """Return a method's batch size, the seconds to compile its step for the device, and what the program contains."""
+    """Return a method's batch size, and the compilation time, memory and attention calls of its step for the device."""
     sharding = NamedSharding(jax.sharding.Mesh([device], "x"), PartitionSpec())
     task = task_without_data(method, outputs=1, plan=read_plan(PLAN))
 

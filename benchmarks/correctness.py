@@ -1,13 +1,14 @@
-"""python -m benchmarks.correctness [--methods=…] [--size=…] [--output=FILE]: are the numbers right on this device?
+"""python -m benchmarks.correctness [--methods=…] [--size=…] [--output=FILE]: check this device's results.
 
-- Gradients of one training step of each method, in float32 at `highest` precision and in the dtype that this device
-  prefers, against those that JAX computes on the CPU of this machine, in a process of its own, from the same parameters
-  on the same batch. Methods with windows use their gradient in two passes.
-- Attention in the variant of this device, and its gradients, against XLA's in float32, for even and odd tokens.
-- nnU-Net's logits against the golden files of tests/golden, which nnU-Net's own code computed.
+- Gradients of one training step of each method, in float32 at `highest` precision and in this device's preferred dtype,
+  against gradients that JAX computes on this machine's CPU, in a separate process, from the same parameters on the same
+  batch. Methods with windows use their two-pass gradient.
+- Attention in this device's variant, and its gradients, against XLA's attention in float32, for even and odd numbers of
+  tokens.
+- nnU-Net's logits against the golden files in tests/golden, which nnU-Net's own code computed.
 
-Prints JSON: each relative L2 difference with its bound. Exits with 1 if one is beyond it. A bound for gradients allows
-for rounding that moves activations across a ReLU's zero (benchmarks.train_step).
+Prints JSON: each relative L2 difference with its bound. Exits with 1 if any exceeds its bound. The bounds for gradients
+allow for rounding that moves activations across a ReLU's zero (see benchmarks.train_step).
 """
 
 import json
@@ -46,15 +47,15 @@ from tests.tiny import TINY_PLAN
 COMPARED = ["vit_mini8", "dinov2_vits14", "windows_dinov3_vits16", "unet", "nnunet_3d"]
 BATCH, SLICES, OUTPUTS = 2, 8, 3
 ATTENTION_SHAPES = [(4, 1024, 12, 64), (4, 1025, 12, 64), (2, 197, 6, 64)]  # [B, N, heads, D]
-MAX_ATTENTION = {"float32": 1e-4, "bfloat16": 2e-2}  # relative L2
-MAX_LOGITS = {"float32": 1e-5, "bfloat16": 5e-2}  # relative L2
+MAX_ATTENTION_DIFFERENCE = {"float32": 1e-4, "bfloat16": 2e-2}  # relative L2
+MAX_LOGIT_DIFFERENCE = {"float32": 1e-5, "bfloat16": 5e-2}  # relative L2
 
 
 def main(arguments):
     parser = command_parser(
-        "benchmarks.correctness", "Compare this device's numbers with the CPU's and with nnU-Net's."
+        "benchmarks.correctness", "Compare this device's results with the CPU's and nnU-Net's results."
     )
-    parser.add_argument("--methods", type=list[str], default=COMPARED, help="those whose gradients are compared")
+    parser.add_argument("--methods", type=list[str], default=COMPARED, help="methods whose gradients are compared")
     parser.add_argument("--size", type=int, default=112, help="side of the square image in pixels")
     parser.add_argument("--reference", type=str, help="only write this device's float32 gradients to this folder")
     parser.add_argument("--output", type=str, help="also write the JSON to this file")
@@ -76,8 +77,8 @@ def main(arguments):
         if options.output:  # at once, in case a later check does not finish
             write_result(result, options.output)
     print_result(result)
-    if beyond := [name for name, row in result["checks"].items() if not row["relative_l2"] <= row["bound"]]:
-        sys.exit(f"beyond the bound: {'; '.join(beyond)}")
+    if exceeded := [name for name, row in result["checks"].items() if not row["relative_l2"] <= row["bound"]]:
+        sys.exit(f"bounds exceeded: {'; '.join(exceeded)}")
 
 
 def run_checks(methods, options):
@@ -97,19 +98,18 @@ def run_checks(methods, options):
 
 
 def write_reference(options, folder):
-    """Write the gradients that a process on the CPU computes to the folder."""
+    """Compute the gradients in a process on the CPU and write them to the folder."""
     words = [f"--methods={json.dumps(options.methods)}", f"--size={options.size}", f"--reference={folder}"]
     command = [sys.executable, "-m", "benchmarks.correctness", *words]
     subprocess.run(command, check=True, env=os.environ | {"JAX_PLATFORMS": "cpu"})
 
 
 def step_gradients(method, size, dtype):
-    """Return the gradients of a method's first step on random images, name -> array; float32 is at `highest`."""
+    """Return the gradient arrays of a method's first step on random images; float32 uses `highest` precision."""
     preprocessing = method.preprocessing and replace(method.preprocessing, image_size=size)
     recipe = replace(method.training, batch_size=BATCH)
     task = task_without_data(replace(method, preprocessing=preprocessing, training=recipe), OUTPUTS, TINY_PLAN)
-    shape, draw = task.input_shape(SLICES), np.random.default_rng(0)
-    images = draw.random((BATCH, *shape), np.float32)
+    images = np.random.default_rng(0).random((BATCH, *task.input_shape(SLICES)), np.float32)
     mask = (images[..., 0] * OUTPUTS).astype(np.uint8)
     weight = np.ones((BATCH, *task.weight_shape(SLICES)), np.float32)
     precision = "highest" if dtype == jnp.float32 else "default"
@@ -120,7 +120,7 @@ def step_gradients(method, size, dtype):
 
 
 def attention_check(shape):
-    """Return the larger difference of the output and the gradients from XLA's in float32, and its bound."""
+    """Return the largest relative L2 difference of output and gradients from XLA's float32 attention, and its bound."""
     dtype = jnp.dtype(compute_dtype())
     inputs = [jax.random.normal(jax.random.key(i), shape, jnp.float32) for i in range(4)]
 
@@ -133,19 +133,20 @@ def attention_check(shape):
     with jax.default_matmul_precision("highest"):
         expected = jax.jit(partial(run, exact))(*inputs)
     differences = (error(a, np.asarray(b)).relative_l2 for a, b in zip(ours, expected, strict=True))
-    return max(differences), MAX_ATTENTION[dtype.name]
+    return max(differences), MAX_ATTENTION_DIFFERENCE[dtype.name]
 
 
 def nnunet_logits(name):
-    """Return the difference of the finest logits from nnU-Net's own, in this device's dtype, and its bound."""
-    dtype, configuration = jnp.dtype(compute_dtype()), read_plan(PLANS).configuration(name)
+    """Return the relative L2 difference of the finest logits from nnU-Net's, in this device's dtype, and its bound."""
+    dtype = jnp.dtype(compute_dtype())
+    configuration = read_plan(PLANS).configuration(name)
     network = nnx.eval_shape(lambda: NNUNet(configuration, OUTPUTS, dtype=dtype, rngs=nnx.Rngs(0)))
     fill_nnunet(network, configuration, {key: value.numpy() for key, value in nnunet_state(name).items()})
     network.eval()
     golden = np.load(GOLDEN / f"nnunet_hippocampus_{name}.npz")
     with jax.default_matmul_precision("highest" if dtype == jnp.float32 else "default"):
         logits = nnx.jit(lambda network, image: network(image))(network, golden["image"][None, ..., None])
-    return error(logits[0], np.moveaxis(golden["logits0"], 0, -1)).relative_l2, MAX_LOGITS[dtype.name]
+    return error(logits[0], np.moveaxis(golden["logits0"], 0, -1)).relative_l2, MAX_LOGIT_DIFFERENCE[dtype.name]
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
-"""python -m benchmarks.device [--size=…] [--megabytes=…] [--output=FILE]: what this device reaches.
+"""python -m benchmarks.device [--size=…] [--megabytes=…] [--output=FILE]: peak compute and memory throughput.
 
-Prints JSON: the machine and its packages; the TFLOP/s of square matrix products of random numbers, by this package's
-JAX in bfloat16, in float32 with JAX's default precision (TensorFloat-32 on NVIDIA's GPUs) and at `highest`, and by
-PyTorch in bfloat16; and the bandwidth of a pass over a large array, bytes read and written together. Each is a median.
+Prints JSON: the machine and its packages; the TFLOP/s of square matrix products of random numbers, in JAX (bfloat16,
+float32 at default precision, which is TensorFloat-32 on NVIDIA GPUs, and float32 at `highest` precision) and in PyTorch
+(bfloat16); and the memory bandwidth of a pass over a large array, counting bytes read and written. All are medians.
 """
 
 import os
@@ -22,11 +22,13 @@ from jaxla.config import InputError
 from jaxla.hardware import attention_variant, compute_dtype, device_bytes, first_local_device, on_gpu
 from jaxla.runs.machine import PACKAGES, processor
 
-CALLS = 10  # in each timed repetition, so that starting a program does not count
+CALLS = 10  # per timed repetition, so that the cost of starting a program is negligible
 
 
 def main(arguments):
-    parser = command_parser("benchmarks.device", "Measure matrix products and memory bandwidth of this device.")
+    parser = command_parser(
+        "benchmarks.device", "Measure the speed of matrix products and the memory bandwidth of this device."
+    )
     parser.add_argument("--size", type=int, default=8192, help="rows and columns of the matrices")
     parser.add_argument("--megabytes", type=int, default=4096, help="size of the array that is read and written")
     parser.add_argument("--repeats", type=int, default=5, help="timed repetitions of ten calls")
@@ -43,9 +45,9 @@ def main(arguments):
         "jax float32 highest": jax_product(jnp.float32, "highest", options.size),
         "torch bfloat16": torch_product(options.size),
     }
-    seconds = {name: seconds_of_a_call(run, options.repeats) for name, run in products.items()}
-    values = 10**6 * options.megabytes // 4
-    pass_seconds = seconds_of_a_call(array_pass(values), options.repeats)
+    seconds = {name: seconds_per_call(run, options.repeats) for name, run in products.items()}
+    elements = 10**6 * options.megabytes // 4
+    pass_seconds = seconds_per_call(array_pass(elements), options.repeats)
     result = {
         **environment(*PACKAGES, "torch", "transformers"),
         "python": platform.python_version(),
@@ -57,14 +59,14 @@ def main(arguments):
         "attention": attention_variant(compute_dtype()),
         "matrix_size": options.size,
         "tflops": {name: operations / value / 1e12 for name, value in seconds.items()},
-        "array_bytes": 4 * values,
-        "bytes_per_second": 2 * 4 * values / pass_seconds,
+        "array_bytes": 4 * elements,
+        "bytes_per_second": 2 * 4 * elements / pass_seconds,
     }
     print_result(result, options.output)
 
 
-def seconds_of_a_call(run, repeats):
-    """Return the median seconds of a call of `run(count)`, which calls a program `count` times and waits."""
+def seconds_per_call(run, repeats):
+    """Return the median seconds per program call; `run(count)` calls the program `count` times and waits."""
     run(1)  # compiles
     return statistics.median(timed(lambda: run(CALLS)) for _ in range(repeats)) / CALLS
 
@@ -88,11 +90,11 @@ def torch_product(size):
     return run
 
 
-def array_pass(values):
+def array_pass(elements):
     add_one = jax.jit(lambda x: x + 1, donate_argnums=0)
 
     def run(count):
-        x = jnp.zeros(values, jnp.float32)
+        x = jnp.zeros(elements, jnp.float32)
         for _ in range(count):
             x = add_one(x)
         jax.block_until_ready(x)

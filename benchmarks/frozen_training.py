@@ -1,17 +1,17 @@
 """python -m benchmarks.frozen_training [--network=…] [--arch=…] [--size=…] [--batch=…]: epochs on a frozen backbone.
 
 Times epochs of training paper 1's decoder, or paper 2's fusion, in this package and in PyTorch: with the backbone's
-features computed beforehand ("cached"), and with the backbone run in every step ("uncached"). An epoch takes each slice
-once, forward and backward through the decoder, with a step of Adam per batch. Both run in turn in this process with
-random weights: on CPU in float32 with all cores, on a GPU in bfloat16. Prints JSON with the ratios of the medians;
-first calls, which compile, are listed separately.
+features computed beforehand ("cached"), and with the backbone run in every step ("uncached"). An epoch visits each
+slice once, with a forward and backward pass of the decoder and an Adam step per batch. Both implementations run in turn
+in this process from random weights: in float32 with all cores on CPU, in bfloat16 on a GPU. Prints JSON with the ratios
+of the medians; first calls, which compile, are listed separately.
 
-This package reads slices and features from disk through its own loader; PyTorch has the same arrays in memory, on a GPU
-in the GPU's. `loader_seconds` is an epoch's reading alone, `extraction_compute_seconds` the backbone alone on slices
-that are in memory: if they are much shorter than the epoch and than `features_once`, the loader is not the limit.
-PyTorch runs the model of `transformers` with scaled-dot-product attention, and the decoder in the fastest of its forms:
-two memory formats, and on a GPU `torch.compile`. The losses of both decoders, with the same parameters on the same
-batch, are compared first.
+This package reads slices and features from disk with its own loader; PyTorch holds the same arrays in memory (on a GPU,
+in GPU memory). `loader_seconds` is the time to read the cached epoch without training, `extraction_compute_seconds` the
+time of the backbone alone on slices in memory: the loader is not the bottleneck if the former is much shorter than the
+cached epoch and the latter almost as long as `features_once`. PyTorch runs the `transformers` model with
+scaled-dot-product attention, and the decoder in its fastest form: two memory formats, and on a GPU `torch.compile`.
+The losses of both decoders, with the same parameters on the same batch, are compared before timing.
 """
 
 import copy
@@ -54,26 +54,30 @@ from tests.parity.references import ReferenceFusionDecoder, reference_of
 DEVICE = "cuda" if on_gpu() else "cpu"
 NETWORKS = {"transformer_segmenter": TransformerSegmenterOptions, "fusion": FusionOptions}
 MAX_LOSS_DIFFERENCE = {"float32": 1e-4, "bfloat16": 2e-2}  # relative
-MIN_SLICES = 20  # of a small phantom
-FORMS = ("channels last", "channels first")  # of PyTorch's decoder; on a GPU also "compiled", with channels last
+MIN_SLICES = 20  # the fewest slices of a small phantom
+FORMS = ("channels last", "channels first")  # PyTorch's decoder; on a GPU also "compiled", in channels last
 
 
 def main(arguments):
     logging.getLogger("jaxla").setLevel(logging.WARNING)  # stdout contains the result only
-    parser = command_parser("benchmarks.frozen_training", "Time training on a frozen backbone, and PyTorch's.")
+    parser = command_parser(
+        "benchmarks.frozen_training", "Time training on a frozen backbone, with jaxla and with PyTorch."
+    )
     parser.add_argument("--network", type=Literal["transformer_segmenter", "fusion"], default="transformer_segmenter")
     parser.add_argument("--arch", type=str, default="dinov2_vits14")
     parser.add_argument("--size", type=int, default=224, help="side of the square image in pixels")
-    parser.add_argument("--slices", type=int, default=16, help="slices of an epoch, a multiple of the batch size")
+    parser.add_argument("--slices", type=int, default=16, help="slices per epoch, a multiple of the batch size")
     parser.add_argument("--batch", type=int, default=4)
     parser.add_argument("--data", type=str, default="phantom", help="folder of scans (default: small phantoms)")
     parser.add_argument("--output", type=str, help="also write the JSON to this file")
-    parser.add_argument("--epochs", type=int, default=3, help="timed epochs of each kind, after one that is not timed")
+    parser.add_argument("--epochs", type=int, default=3, help="timed epochs of each kind")
     options = parse_arguments(parser, arguments)
     model = NETWORKS[options.network](options.arch, weights="random", backbone="frozen").resolve()
     model.check_size("--size", options.size)
-    if min(options.slices, options.batch, options.epochs) < 1 or options.slices % options.batch:
-        problem = f"not a multiple of --batch={options.batch} above 0"
+    if min(options.batch, options.epochs) < 1:
+        raise InputError("--batch and --epochs", "must be at least 1", "Choose larger numbers.")
+    if options.slices < 1 or options.slices % options.batch:
+        problem = f"must be a positive multiple of --batch={options.batch}"
         raise InputError(f"--slices={options.slices}", problem, "Choose another number.")
     recipe = BackboneTraining(batch_size=options.batch)
     method = Method("frozen_training", "", model, Preprocessing(options.size), recipe)
@@ -131,19 +135,19 @@ def measure(task, folder, options):
     rows = slice(options.batch)
     difference = loss_difference(our_cached.trainer, decoder, load_arrays(cached)[0][rows], masks[rows], torch_arrays)
     if not difference <= MAX_LOSS_DIFFERENCE[jax.numpy.dtype(compute_dtype()).name]:
-        sys.exit(f"the losses of the two decoders differ by {difference:.1e}, relative; nothing was timed")
+        sys.exit(f"the losses of the two decoders have a relative difference of {difference:.1e}; nothing was timed")
 
     form_seconds = time_forms(decoder, torch_arrays, options.batch)
     form = min(form_seconds, key=form_seconds.get)
     epochs = {}
     our_uncached = OurTraining(task, network, uncached)
-    for way, ours, torch_backbone in (("cached", our_cached, None), ("uncached", our_uncached, backbone)):
+    for mode, ours, torch_backbone in (("cached", our_cached, None), ("uncached", our_uncached, backbone)):
         theirs = TorchTraining(torch_backbone, decoder, *torch_arrays, options.batch, form)
         sides = {"jaxla": ours, "torch": theirs}
         for name, training in sides.items():
-            first_call[name][way] = timed(partial(training.steps, 1))
+            first_call[name][mode] = timed(partial(training.steps, 1))
         runs = {name: partial(training.steps, options.slices // options.batch) for name, training in sides.items()}
-        epochs[way] = compare(time_in_turn(runs, options.epochs))
+        epochs[mode] = compare(time_in_turn(runs, options.epochs))
         ours.batches.close()
     return {
         "torch_memory_format": form,
@@ -158,7 +162,7 @@ def measure(task, folder, options):
 
 
 def time_forms(decoder, arrays, batch):
-    """Return the seconds of PyTorch's step on cached features in each form."""
+    """Return the seconds per PyTorch step on cached features in each form."""
     form_seconds = {}
     for form in (*FORMS, *(["compiled"] if on_gpu() else [])):
         trial = TorchTraining(None, decoder, *arrays, batch, form)
@@ -175,7 +179,7 @@ def read_epoch(source, options):
 
 
 def take_slices(folder, count, root):
-    """Return prepared volumes with `count` slices in total: of the scans in `root`, or of small phantoms."""
+    """Return prepared volumes with `count` slices in total, from the scans in `root` or from small phantoms."""
     if root == "phantom":
         root = folder / "data"
         write_phantoms(root, -(-count // MIN_SLICES), "small", seed=0)
@@ -184,7 +188,7 @@ def take_slices(folder, count, root):
         depth = min(volume.shape[0], count - sum(v.shape[0] for v in volumes))
         volumes += [replace(volume, shape=(depth, *volume.shape[1:]))] if depth else []
     if (found := sum(volume.shape[0] for volume in volumes)) < count:
-        raise InputError(f"--slices={count}", f"the scans have {found} slices only", "Use fewer slices.")
+        raise InputError(f"--slices={count}", f"the scans have only {found} slices", "Use fewer slices.")
     return volumes
 
 
@@ -206,7 +210,7 @@ class OurTraining:
 
     def __init__(self, task, network, source, features=None):
         self.trainer = task.make_trainer(network, source, features)
-        # A step reuses the memory of the parameters, but the next training starts from the same ones.
+        # A step donates the buffers of the parameters, but the next training run starts from the same parameters.
         self.trainer.trainable = jax.tree.map(jax.numpy.copy, self.trainer.trainable)
         self.batches = training_batches(source, task.batch_size, seed=0)
 
@@ -215,7 +219,7 @@ class OurTraining:
 
 
 class TorchTraining:
-    """The same steps in PyTorch on arrays in memory: on images with a backbone, else on features."""
+    """The same steps in PyTorch on arrays in memory: images if there is a backbone, otherwise features."""
 
     def __init__(self, backbone, decoder, features, images, masks, batch, form):
         self.backbone, self.features, self.images, self.masks, self.batch = backbone, features, images, masks, batch
@@ -248,7 +252,7 @@ class TorchTraining:
 
 
 class TorchBackbone:
-    """Grey images [B, H, W, 1] -> patch tokens [B, h, w, C], or those of several blocks [B, blocks, h, w, C]."""
+    """Map grey images [B, H, W, 1] to patch tokens [B, h, w, C], or [B, blocks, h, w, C] for several blocks."""
 
     def __init__(self, vit, blocks=None):
         self.model, self.variant, self.blocks = live_model(vit), vit.variant, blocks
@@ -270,7 +274,7 @@ class TorchBackbone:
 
 
 def to_colour(images):
-    """Grey images [B, H, W, 1] -> ImageNet-normalised [B, 3, H, W]."""
+    """Convert grey images [B, H, W, 1] to ImageNet-normalised RGB [B, 3, H, W]."""
     mean, deviation = (torch.tensor(values, device=images.device) for values in (IMAGENET_MEAN, IMAGENET_DEVIATION))
     return ((images - mean) / deviation).permute(0, 3, 1, 2)
 

@@ -1,9 +1,9 @@
-"""python -m benchmarks.gpu --output=DIR [--minutes=…] [--only=STAGE] [--tiny]: everything worth measuring on a GPU.
+"""python -m benchmarks.gpu --output=DIR [--minutes=…] [--only=STAGE] [--tiny]: run all GPU benchmarks.
 
-Runs the STAGES in order of their value, each in a process of its own and for at most its own seconds, until the minutes
-are used up. A stage that fails or hangs does not stop the next. Each writes `DIR/<stage>.json` as soon as it is
-finished; its output is in `DIR/<stage>.log`, and `DIR/stages.json` says how each ended. `--tiny` runs all of them with
-small networks, to try the stages on any machine. Exits with 1 if a stage failed or was stopped.
+Runs the STAGES, the most valuable first, each in a separate process with its own time limit, until the minutes are used
+up. A stage that fails or hangs does not stop the next one. Each stage writes `DIR/<stage>.json` as soon as it finishes;
+its output goes to `DIR/<stage>.log`, and `DIR/stages.json` records how each stage ended. `--tiny` runs all stages with
+small networks, to test them on any machine. Exits with 1 if a stage failed or was stopped.
 """
 
 import contextlib
@@ -24,18 +24,18 @@ from jaxla.config import InputError, lookup
 ROOT = Path(__file__).parents[1]
 PLAN = "tests/golden/nnunet_plans/LAlike.json"
 TINY_PLAN = "tests/golden/nnunet_plans/Hippocampus.json"
-MIN_SECONDS = 10  # a stage is not started with less time
-TINY_SECONDS = 600  # at most for each stage with --tiny, which busy processors may need
+MIN_SECONDS = 10  # a stage is not started with less time left
+TINY_SECONDS = 600  # time limit of each stage with --tiny; a busy CPU may need it
 
 
 class Stage(NamedTuple):
-    """One benchmark with its options, and at most how long it runs."""
+    """A benchmark with its options and its time limit."""
 
     name: str
     seconds: float
     module: str
     options: str = ""
-    tiny: str = ""  # the options with --tiny, instead
+    tiny: str = ""  # replaces `options` with --tiny
 
 
 STAGES = (
@@ -89,15 +89,15 @@ STAGES = (
 
 
 def main(arguments):
-    parser = command_parser("benchmarks.gpu", "Run every benchmark that is worth its time on a GPU.")
+    parser = command_parser("benchmarks.gpu", "Run all GPU benchmarks.")
     parser.add_argument("--output", type=Path, required=True, help="folder for the results")
-    parser.add_argument("--minutes", type=float, default=8, help="for all stages together")
+    parser.add_argument("--minutes", type=float, default=8, help="time limit of all stages together")
     parser.add_argument("--data", type=str, default="phantom", help="folder of scans (default: synthetic ones)")
     parser.add_argument("--only", type=str, default="", help=f"one stage: {', '.join(stage.name for stage in STAGES)}")
-    parser.add_argument("--tiny", action="store_true", help="try all stages with small networks, on any machine")
+    parser.add_argument("--tiny", action="store_true", help="test all stages with small networks, on any machine")
     options = parse_arguments(parser, arguments)
     if options.minutes <= 0:
-        raise InputError(f"--minutes={options.minutes:g}", "not above 0", "Choose a larger number.")
+        raise InputError(f"--minutes={options.minutes:g}", "must be greater than 0", "Choose a larger number.")
     stages = STAGES
     if options.only:
         stages = (lookup("--only", options.only, {stage.name: stage for stage in STAGES}),)
@@ -106,7 +106,7 @@ def main(arguments):
     data = options.data
     if data != "phantom":
         if not Path(data).is_dir():
-            raise InputError(f"--data={data}", "no such folder", "Give a folder of scans, or leave the option out.")
+            raise InputError(f"--data={data}", "no such folder", "Pass a folder of scans, or remove the option.")
         data = shlex.quote(str(Path(data).absolute()))
     if options.tiny:
         stages = [stage._replace(options=stage.tiny, seconds=TINY_SECONDS) for stage in stages]
@@ -117,11 +117,12 @@ def main(arguments):
 
 
 def run_stages(stages, folder, seconds, is_tiny):
-    """Run stages one after another; return for each its name, its status and its seconds.
+    """Run stages one after another; return the name, status and seconds of each.
 
     A stage is `finished`, `failed`, `stopped` at its time limit, or `not started` because `seconds` were used up.
     """
-    end, ends = time.monotonic() + seconds, []
+    end = time.monotonic() + seconds
+    ends = []
     for stage in stages:
         began = time.monotonic()
         limit = min(stage.seconds, end - began)
@@ -134,11 +135,11 @@ def run_stages(stages, folder, seconds, is_tiny):
 
 
 def run_stage(stage, folder, limit):
-    """Run one stage for at most `limit` seconds and return its status; print its JSON, or the end of its output."""
+    """Run a stage for at most `limit` seconds and return its status; print its JSON and, on failure, the log's end."""
     result, log = folder / f"{stage.name}.json", folder / f"{stage.name}.log"
-    result.unlink(missing_ok=True)  # of an earlier call
+    result.unlink(missing_ok=True)  # the result of an earlier call
     command = [sys.executable, "-m", f"benchmarks.{stage.module}", *shlex.split(stage.options), f"--output={result}"]
-    # Several processes and PyTorch share the GPU's memory, most of which JAX would otherwise take at once.
+    # Several processes and PyTorch share the GPU memory, most of which JAX would otherwise preallocate.
     environment = {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"} | os.environ
     with log.open("wb") as file:
         process = subprocess.Popen(
@@ -155,7 +156,7 @@ def run_stage(stage, folder, limit):
             status = "failed" if code else "finished"
         except subprocess.TimeoutExpired:
             status = "stopped"
-        finally:  # its own processes too, which a killed stage leaves behind
+        finally:  # also kills subprocesses, which a killed stage leaves behind
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
             process.wait()

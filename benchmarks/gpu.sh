@@ -1,32 +1,32 @@
 #!/usr/bin/env bash
 # Run benchmarks/gpu.py on a machine with a CUDA GPU that may have no internet access.
 #
-#   benchmarks/gpu.sh pack FOLDER [DATA]      here: put the working tree, wheels and scans into FOLDER (under 64 MiB)
-#   bash FOLDER/run.sh OUTPUT [options]       there, after copying FOLDER: run the stages, write OUTPUT/results.tar.gz
-#   benchmarks/gpu.sh unpack FILE             here: put the results into benchmarks/results/, and render the tables
+#   benchmarks/gpu.sh pack FOLDER [DATA]   on this machine: put the working tree, wheels and scans into FOLDER (< 64 MiB)
+#   bash FOLDER/run.sh OUTPUT [options]    on the GPU machine, with a copy of FOLDER: write OUTPUT/results.tar.gz
+#   benchmarks/gpu.sh unpack FILE          on this machine: put the results into benchmarks/results/, render the tables
 #
-# The machine needs Python 3.12 with jax, torch and transformers for its GPU. PYTHON names another Python (python3),
-# PYTHON_VERSION another version for the wheels. Options are those of `python -m benchmarks.gpu`.
+# The GPU machine needs Python 3.12 with jax, torch and transformers for its GPU. Set PYTHON to use another command than
+# python3, PYTHON_VERSION to pack wheels for another version. The options are those of `python -m benchmarks.gpu`.
 set -euo pipefail
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 python=${PYTHON:-python3}
 max_bytes=$((64 * 1024 * 1024))
 
-# What such a machine's JAX and PyTorch do not bring. Installed without their own dependencies, so all are listed.
+# Packages that JAX and PyTorch do not install. pip does not resolve their dependencies, so all are listed.
 wheels=(
     array-record docstring-parser grain jsonargparse msgspec nibabel platformdirs portpicker tabulate typeshed-client
 )
 
 pack() {
     local folder=$1 data=${2:-} version=${PYTHON_VERSION:-3.12}
-    if [ -e "$folder" ]; then echo "error: $folder: exists. Choose another folder." >&2; exit 2; fi
+    if [ -e "$folder" ]; then echo "error: $folder: already exists. Choose another folder." >&2; exit 2; fi
     mkdir -p "$folder/wheels" "$folder/tree"
     (cd "$root" && git ls-files --cached --others --exclude-standard -z | tar -c --null -T - ) | tar -x -C "$folder/tree"
     local platforms=() n
     for n in 2014 _2_17 _2_24 _2_27 _2_28; do platforms+=(--platform "manylinux${n}_x86_64"); done
     "$python" -m pip download -q --no-deps --only-binary=:all: --python-version "$version" --implementation cp \
         "${platforms[@]}" -d "$folder/wheels" "${wheels[@]}"
-    # The package itself too: it asks for its own version.
+    # The package looks up its own version, so it is installed too.
     "$python" -m pip wheel -q --no-deps -w "$folder/wheels" "$folder/tree"
     rm -rf "$folder/tree/build" "$folder/tree"/*.egg-info
     if [ -n "$data" ]; then cp -rL "$data" "$folder/data" && chmod -R u+w "$folder/data"; fi
@@ -34,10 +34,10 @@ pack() {
     local bytes
     bytes=$(du -sb "$folder" | cut -f1)
     echo "$folder: $((bytes / 1024 / 1024)) MiB"
-    if [ "$bytes" -gt "$max_bytes" ]; then echo "error: $folder: more than 64 MiB. Pack fewer scans." >&2; exit 2; fi
+    if [ "$bytes" -gt "$max_bytes" ]; then echo "error: $folder: larger than 64 MiB. Pack fewer scans." >&2; exit 2; fi
 }
 
-# The packed folder is this script's own. Results are archived however the stages end.
+# FOLDER is the folder of this script. The results are archived even if a stage fails.
 run() {
     folder=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
     mkdir -p "$1" && output=$(cd "$1" && pwd) && shift

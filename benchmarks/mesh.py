@@ -1,7 +1,7 @@
 """python -m benchmarks.mesh [--arch=…] [--backbone=…] [--size=…] [--batch=…]: cost of a mesh of one device.
 
 Times one training step (loss, gradients, Adam) within a mesh of one device, as in every run, and without a mesh, in
-turn, from the same parameters on the same batch. Prints JSON: seconds of a step (median and fastest) and the ratio of
+turn, from the same parameters on the same batch. Prints JSON: seconds per step (median and fastest) and the ratio of
 the medians. Checks first that both give the same loss, bit for bit.
 """
 
@@ -28,32 +28,34 @@ def main(arguments):
     parser.add_argument("--backbone", type=Literal["frozen", "finetuned"], default="finetuned")
     parser.add_argument("--size", type=int, default=96, help="side of the square image in pixels")
     parser.add_argument("--batch", type=int, default=4)
-    parser.add_argument("--repeats", type=int, default=31, help="timed steps of each")
+    parser.add_argument("--repeats", type=int, default=31, help="timed steps with and without the mesh")
     options = parse_arguments(parser, arguments)
     arch = HUB_SPELLINGS.get(options.arch, options.arch)
     patch = lookup("--arch", arch, TRANSFORMERS).patch
-    if options.size % patch or min(options.size, options.batch, options.repeats) < 1:
-        fix = f"Use a multiple of {patch} for --size, and at least 1 for --batch and --repeats."
-        raise InputError(f"--size={options.size}", f"{arch} cannot run this benchmark", fix)
+    if options.size % patch or options.size < 1:
+        raise InputError(f"--size={options.size}", f"not a multiple of the patch size {patch}", "Choose another size.")
+    if min(options.batch, options.repeats) < 1:
+        raise InputError("--batch and --repeats", "must be at least 1", "Choose larger numbers.")
     model = TransformerSegmenterOptions(arch, weights="random", backbone=options.backbone)
 
     contexts = {"no mesh": nullcontext, "mesh": lambda: use_devices(1)}
-    sides = {name: make_side(model, options, context) for name, context in contexts.items()}
-    losses = {name: side() for name, side in sides.items()}
+    steps = {name: make_training_step(model, options, context) for name, context in contexts.items()}
+    losses = {name: step() for name, step in steps.items()}
     if len(set(losses.values())) > 1:
         raise RuntimeError(f"losses differ: {losses['mesh']} within a mesh, {losses['no mesh']} without")
-    seconds = median_and_fastest(time_in_turn(sides, options.repeats))
+    seconds = median_and_fastest(time_in_turn(steps, options.repeats))
     medians = seconds["median_seconds"]
     shown = {"arch": arch} | {name: options[name] for name in ("backbone", "size", "batch", "repeats")}
     ratio = {"mesh_over_no_mesh": medians["mesh"] / medians["no mesh"]}
     print_result(environment("jax", "flax") | shown | seconds | ratio)
 
 
-def make_side(model, options, use_mesh):
+def make_training_step(model, options, use_mesh):
     """Return a function that takes one training step within `use_mesh()` and returns the loss."""
     rng = np.random.default_rng(0)
     images = rng.random((options.batch, options.size, options.size, 1), np.float32)
-    mask, weight = (images[..., 0] > 0.7).astype(np.uint8), np.ones(options.batch, np.float32)
+    mask = (images[..., 0] > 0.7).astype(np.uint8)
+    weight = np.ones(options.batch, np.float32)
     batch = {"input": images, "mask": mask, "weight": weight}
     network, recipe = build_network(model, 1, 0), Training(batch_size=options.batch)
     with use_mesh():

@@ -1,15 +1,16 @@
-"""python -m benchmarks.nnunet_training --exp=paper1 --method=nnunet_3d_short --data.root=DIR: train in both packages.
+"""python -m benchmarks.nnunet_training --exp=paper1 --method=nnunet_3d_short --data.root=DIR: compare with PyTorch.
 
-Trains nnU-Net on a data set by this package and by the PyTorch module of the parity suite, from the same parameters on
-the same augmented patches, each with its own loss, gradients, SGD and poly decay. Takes the options of `jaxla.train`,
-except the run folder. Both trained networks then segment the test cases with this package's inference (`tests/parity`
-checks that their logits are equal), and are scored per volume.
+Trains nnU-Net on a data set with this package and with the PyTorch module of the parity suite, from the same parameters
+on the same augmented patches, each with its own loss, gradients, SGD and poly schedule. Takes the options of
+`jaxla.train`, except the run folder. Both trained networks then segment the test cases with this package's inference
+(`tests/parity` checks that their logits are equal), and are scored per volume.
 
-The two differ by rounding only. Gradients differ in their last digits and training amplifies that: losses are equal to
-the digit at first, and in the end losses and Dice differ as much as between two seeds, or less.
+The two training runs differ only by rounding, which training amplifies: the losses of the first steps agree in all
+printed digits, and at the end losses and Dice differ by at most as much as between two seeds.
 
-Prints JSON: the mean foreground Dice of both per test volume and the difference, the loss of both in each epoch, how
-much the losses of single steps differ in the first 50 steps and at most, and the seconds of a step.
+Prints JSON: the mean foreground Dice per test volume of both and their difference, the loss of both in each epoch, the
+largest differences between the losses (in the first 50 steps, in all steps, and of epoch means), and the seconds per
+step.
 """
 
 import logging
@@ -48,16 +49,16 @@ def main(arguments):
     experiment = check_experiment(options.experiment)
     method = experiment.method
     if not isinstance(method.model, NNUNetOptions):
-        raise InputError(f"--method={method.name}", "not an nnU-Net", "Use --method=nnunet_2d or nnunet_3d.")
+        raise InputError(f"--method={method.name}", "not an nnU-Net method", "Use --method=nnunet_2d or nnunet_3d.")
     data = prepare_data(experiment, options.cache_dir)
     names = data.dataset.labels.names
     if len(names) < 2:
-        problem = f"{names[0]} only, for which this package's network has one output and PyTorch's has two"
+        problem = f"only {names[0]}, for which this package's network has one output but PyTorch's has two"
         raise InputError("--data.labels", problem, "Use a data set with several structures.")
     task = make_task(experiment, data)
     network = task.build_network()
     sides = {"torch": TorchTraining(task, network)}
-    sides = {"jaxla": OurTraining(task, network)} | sides  # second, because it reuses the memory of the parameters
+    sides = {"jaxla": OurTraining(task, network)} | sides  # built second: its steps donate the parameters' buffers
     losses, seconds = train(sides, task, task.make_sources(data, options.cache_dir).train)
 
     dice = {name: test_dice(task, side.network(), data) for name, side in sides.items()}
@@ -89,7 +90,8 @@ def main(arguments):
 def train(sides, task, source):
     """Train both sides on the same augmented patches; return the loss and the seconds of each step, by side."""
     recipe, seed = task.recipe, task.experiment.seed
-    augment, key = jax.jit(task.augment), jax.random.key(seed)
+    augment = jax.jit(task.augment)
+    key = jax.random.key(seed)
     losses, seconds = {name: [] for name in sides}, {name: [] for name in sides}
     with closing(training_batches(source, task.batch_size, seed)) as batches:
         for epoch in range(recipe.epochs):
@@ -148,8 +150,9 @@ class TorchTraining:
 
 
 def test_dice(task, network, data):
-    """Return test case -> mean Dice of its structures."""
-    segment, rows = task.make_segment([network]), []
+    """Return the mean Dice over the structures of each test case, by case id."""
+    segment = task.make_segment([network])
+    rows = []
     for case in data.split.test:
         volume = data.volumes[case]
         geometry = slice_geometry(read_grid(volume.case.image).affine)

@@ -1,14 +1,14 @@
 """python -m benchmarks.parity [--arch=…] [--sizes=…] [--output=FILE]: compare the backbones with their authors' code.
 
-Prints one row for each golden file of tests/golden, which the authors' own code computed, and rows at 448 pixels and
-more, for which PyTorch runs here: the model of `transformers` with the same parameters and the authors' position grid.
-Both sides compute in float32 (ours at `highest` matmul precision) with synthetic weights, written as the authors'
-checkpoint and converted by `python -m convert_weights`. The last column is the lowest cosine between one of our tokens
-in bfloat16, which GPUs use, and in float32.
+Prints one row for each golden file in tests/golden, which the authors' own code computed, and rows at 448 pixels and
+more, whose reference is computed during the benchmark: the `transformers` model with the same parameters and the
+authors' position grid. Both sides compute in float32 (ours at `highest` matmul precision) with synthetic weights,
+written as the authors' checkpoint and converted by `python -m convert_weights`. The last column is the lowest cosine
+similarity between our tokens in bfloat16, which GPUs use, and in float32.
 
-An error is the largest over all arrays of a row: class token, registers and patches after the final norm, and the patch
-tokens after earlier blocks. The columns beside it are PyTorch's own rounding: the model of `transformers` in float32
-against itself in float64, at the same size.
+Each error is the maximum over all arrays of a row: class token, registers and patches after the final norm, and the
+patch tokens after earlier blocks. The next columns are PyTorch's own rounding error: the `transformers` model in
+float32 against itself in float64, at the same size.
 """
 
 import sys
@@ -35,10 +35,10 @@ from tests.golden.errors import (
 from tests.golden.fake_weights import fake_image
 from tests.golden.live import live_model, live_tokens
 
-MAX_SMALL_WIDTH = 768  # of the architectures that a CPU runs at full size within minutes
-FLOOR = "PyTorch's own float32"
+MAX_SMALL_WIDTH = 768  # up to which a CPU runs an architecture at full size within minutes
+ROUNDING = "PyTorch's own float32"
 COLUMNS = (
-    "architecture", "image", "reference", "max abs", "relative L2", f"{FLOOR}: max abs", f"{FLOOR}: relative L2",
+    "architecture", "image", "reference", "max abs", "relative L2", f"{ROUNDING}: max abs", f"{ROUNDING}: relative L2",
     "bfloat16: lowest cosine",
 )  # fmt: skip
 
@@ -47,7 +47,7 @@ def main(arguments):
     parser = command_parser("benchmarks.parity", "Compare every backbone with its authors' PyTorch code.")
     which = "an architecture, `all-small`, or `all` (13 GB of memory, 9 GB of disk)"
     parser.add_argument("--arch", type=str, default="all-small", help=which)
-    sizes = "`all`, or only those of the `golden` files"
+    sizes = "`all` sizes, or only the sizes of the `golden` files"
     parser.add_argument("--sizes", type=Literal["all", "golden"], default="all", help=sizes)
     parser.add_argument("--output", type=str, help="also write the rows to this file as JSON")
     options = parse_arguments(parser, arguments)
@@ -65,14 +65,14 @@ def main(arguments):
         versions = environment("jax", "flax", "torch", "transformers")
         write_result({**versions, "weights": "synthetic", "rows": rows}, options.output)
     failed = [row for row in rows if not is_within_bounds(row)]
-    bounds = f"{BOUND[0]:g} and {BOUND[1]:g}, in bfloat16 {COSINE_BOUND:g}"
+    bounds = f"max abs {BOUND[0]:g}, relative L2 {BOUND[1]:g}, bfloat16 cosine {COSINE_BOUND:g}"
     print(f"\nSynthetic weights; {len(rows) - len(failed)} of {len(rows)} rows within the bounds ({bounds}).")
     if failed:
         sys.exit(1)
 
 
 def select_architectures(option):
-    # the 7B is 27 GB; tests/parity compares two of its blocks
+    # ViT-7B takes 27 GB; tests/parity compares two of its blocks
     available = {name: row for name, row in TRANSFORMERS.items() if row.licence and name != "dinov3_vit7b16"}
     if option == "all":
         return list(available)
@@ -84,7 +84,7 @@ def select_architectures(option):
 
 
 def measure(arch, live_sizes):
-    """Yield the rows of one architecture, each a dict with the columns as keys; with `live_sizes` of more sizes."""
+    """Yield the rows of one architecture, each a dict with the columns as keys; `live_sizes` adds larger sizes."""
     files = {image_of(file).shape[1:3]: file for file in files_of(arch)}
     sizes = dict.fromkeys(files or [(98, 98)])
     if live_sizes and TRANSFORMERS[arch].width <= MAX_SMALL_WIDTH:
@@ -107,9 +107,9 @@ def measure(arch, live_sizes):
     for size in sizes:
         tokens, block_tokens = live_tokens(model, fake_image(*size).transpose(0, 2, 3, 1))
         rounded, rounded_block_tokens = in_float32[size]
-        floor = worst([error(rounded, tokens), *map(error, rounded_block_tokens, block_tokens)])
+        rounding = worst([error(rounded, tokens), *map(error, rounded_block_tokens, block_tokens)])
         source = (arch, f"{size[0]}×{size[1]}", "authors' code" if size in files else "`transformers`")
-        yield dict(zip(COLUMNS, (*source, *errors[size], *floor, cosines[size]), strict=True))
+        yield dict(zip(COLUMNS, (*source, *errors[size], *rounding, cosines[size]), strict=True))
 
 
 def is_within_bounds(row):

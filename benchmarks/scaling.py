@@ -1,13 +1,13 @@
-"""python -m benchmarks.scaling [--arch=…] [--size=…] [--batch=…]: memory and communication of fine-tuning by devices.
+"""python -m benchmarks.scaling [--arch=…] [--size=…] [--batch=…]: memory and communication by device count.
 
 Compiles one training step of a fine-tuned backbone with paper 1's decoder for 1, 2, 4 and 8 simulated CPU devices that
 share a batch, in float32, with replicated and with sharded parameters. Runs nothing and allocates no arrays. Prints
-JSON, in bytes per device: the state (parameters and Adam's two moments) by the table `jaxla.distributed.SHARDED` and by
-the compiled program, what the program needs besides, and what a device sends in a step.
+JSON, in bytes per device: the state (parameters and Adam's two moments) according to the table
+`jaxla.distributed.SHARDED` and to the compiled program, the program's temporary memory, and the bytes sent per step.
 
-A device in a ring of N sends (N - 1) / N of an array to gather it, as much to reduce and scatter it, and twice that to
-reduce it everywhere. `sent_bytes` is the least that the table allows: a compiler may reduce gradients everywhere where
-scattering them would do.
+In a ring of N devices, each sends (N - 1) / N of an array's bytes for an all-gather, as many for a reduce-scatter, and
+twice as many for an all-reduce. `sent_bytes` is the minimum that the table allows: a compiler may use an all-reduce for
+gradients where a reduce-scatter would do.
 """
 
 import os
@@ -32,10 +32,12 @@ from jaxla.training.step import make_gradient, make_step, split_network
 
 
 def main(arguments):
-    parser = command_parser("benchmarks.scaling", "Memory and communication of fine-tuning by number of devices.")
+    parser = command_parser(
+        "benchmarks.scaling", "Compute the memory and communication of fine-tuning by number of devices."
+    )
     parser.add_argument("--arch", type=str, default="dinov2_vitb14", help="a vision transformer")
     parser.add_argument("--size", type=int, default=448, help="side of the square image in pixels")
-    parser.add_argument("--batch", type=int, default=32, help="slices in a step, over all devices")
+    parser.add_argument("--batch", type=int, default=32, help="slices per step, over all devices")
     options = parse_arguments(parser, arguments)
     model = TransformerSegmenterOptions(options.arch, weights="random", backbone="finetuned").resolve()
     rows = [
@@ -47,7 +49,7 @@ def main(arguments):
 
 
 def measure_step(model, options, devices, shard_params):
-    """Return the bytes of one compiled training step per device."""
+    """Return the bytes per device of one compiled training step."""
     with use_devices(devices, shard_params) as mesh:
         parts = split_network(nnx.eval_shape(lambda: build_network(model, 1, 0)), train_backbone=True)
         optimiser = make_optimiser(Training(), 1, has_pretrained_backbone=False)
@@ -60,7 +62,8 @@ def measure_step(model, options, devices, shard_params):
             return jax.tree.map(add_sharding, tree, shardings(tree))
 
         trainable, frozen, state = map(shard, (parts.trainable, parts.frozen, moments))
-        images, rows = (options.batch, options.size, options.size), NamedSharding(mesh, BATCH)
+        images = (options.batch, options.size, options.size)
+        rows = NamedSharding(mesh, BATCH)
         arrays = {"input": ((*images, 1), np.float32), "mask": (images, np.uint8), "weight": (images[:1], np.float32)}
         inputs = {name: jax.ShapeDtypeStruct(*array, sharding=rows) for name, array in arrays.items()}
         step = make_step(make_gradient(parts.training), optimiser)
@@ -74,7 +77,7 @@ def measure_step(model, options, devices, shard_params):
             "held_bytes_by_table": 3 * (replicated + sharded // devices),
             "held_bytes_by_program": memory.argument_size_in_bytes,
             "other_bytes_by_program": memory.temp_size_in_bytes,
-            # The forward and the backward pass gather sharded parameters; their gradients are scattered.
+            # The forward and the backward pass gather sharded parameters; their gradients are reduce-scattered.
             "sent_bytes": round(ring * (2 * replicated + 3 * sharded)),
         }
 

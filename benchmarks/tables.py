@@ -1,8 +1,8 @@
 """python -m benchmarks.tables [--unpack=FILE]: write the tables of docs/benchmarks.md from benchmarks/results.
 
-A table stands between the lines `<!-- table: NAME -->` and `<!-- end of table -->`. `--unpack` first takes the results
-of a GPU from the archive that `benchmarks/gpu.sh` wrote into a folder of benchmarks/results that is named by the GPU.
-Results of stages that ran again replace earlier ones.
+A table is between the lines `<!-- table: NAME -->` and `<!-- end of table -->`. `--unpack` first extracts a GPU's
+results, from the archive that `benchmarks/gpu.sh` wrote, to a folder in benchmarks/results named after the GPU. Results
+of stages that ran again replace earlier ones.
 """
 
 import json
@@ -29,7 +29,7 @@ NONE = "–"
 
 def main(arguments):
     parser = command_parser("benchmarks.tables", "Write the tables of docs/benchmarks.md from benchmarks/results.")
-    parser.add_argument("--unpack", type=Path, help="results.tar.gz of a run on a GPU, to add first")
+    parser.add_argument("--unpack", type=Path, help="results.tar.gz of a GPU run, added before rendering")
     options = parse_arguments(parser, arguments)
     if options.unpack:
         print(f"results are in {unpack(options.unpack, RESULTS)}")
@@ -39,18 +39,18 @@ def main(arguments):
 def unpack(archive, results):
     """Add the results in an archive to the folder `results`; return the folder of their GPU."""
     if not archive.is_file():
-        raise InputError(f"--unpack={archive}", "no such file", "Give the results.tar.gz that benchmarks/gpu.sh wrote.")
+        raise InputError(f"--unpack={archive}", "no such file", "Pass the results.tar.gz that benchmarks/gpu.sh wrote.")
     with tempfile.TemporaryDirectory() as name:
         with tarfile.open(archive) as tar:
             tar.extractall(name, filter="data")
-        found = {path.stem: read(path) for path in sorted(Path(name).glob("*.json"))}
+        found = {path.stem: read_json(path) for path in sorted(Path(name).glob("*.json"))}
     ends = found.pop("stages", {"tiny": True})
     if ends["tiny"] or not found:
         raise InputError(f"--unpack={archive}", "no results at full size", "Run benchmarks/gpu.sh without --tiny.")
     device = next(iter(found.values()))["device"]
     folder = results / re.sub(r"\W+", "_", device.lower())
     folder.mkdir(exist_ok=True)
-    earlier = read(folder / "stages.json") if (folder / "stages.json").exists() else {"stages": []}
+    earlier = read_json(folder / "stages.json") if (folder / "stages.json").exists() else {"stages": []}
     rows = {row["stage"]: row for row in earlier["stages"]}
     for row in ends["stages"]:
         name = row["stage"]
@@ -65,13 +65,13 @@ def unpack(archive, results):
 
 
 def render(page, results):
-    """Return the page's text with every table written anew."""
+    """Return the page's text with every table rendered again."""
     return TABLE.sub(lambda match: f"{match[1]}{match[2]}{TABLES[match[1]](results)}\n", page)
 
 
-def exactness_table(results):
+def parity_table(results):
     """Return the table of the backbones' errors on CPU."""
-    rows = read(results / "parity_epyc.json")["rows"]
+    rows = read_json(results / "parity_epyc.json")["rows"]
     return table(COLUMNS, [[f"`{row['architecture']}`", *map(format_value, list(row.values())[1:])] for row in rows])
 
 
@@ -83,9 +83,10 @@ def gpu_tables(results):
 
 def device_tables(folder):
     """Return the tables of one GPU."""
-    found = {path.stem: read(path) for path in sorted(folder.glob("*.json"))}
+    found = {path.stem: read_json(path) for path in sorted(folder.glob("*.json"))}
     ends = {row["stage"]: row for row in found.pop("stages")["stages"]}
-    device, first = found.get("device"), next(iter(found.values()), None)
+    device = found.get("device")
+    first = next(iter(found.values()), None)
     parts = [f"### {first['device'] if first else folder.name}"]
     if device:
         versions = ", ".join(f"{name} {device['versions'][name]}" for name in ("jax", "flax", "torch", "transformers"))
@@ -115,11 +116,11 @@ def speed_rows(name, result, peak):
     memory = [format_bytes(value) if value else NONE for value in memory]
     if "epoch" in result:
         timings = {"features": result["features_once"]}
-        timings |= {f"{way} epoch": timing for way, timing in result["epoch"].items()}
+        timings |= {f"{mode} epoch": timing for mode, timing in result["epoch"].items()}
     elif "windows" in result:
         last = result["windows"][-1]
         seconds = {"jaxla": "two passes", "torch": "torch two passes"}
-        seconds = {side: last["median_seconds"][way] for side, way in seconds.items()}
+        seconds = {side: last["median_seconds"][mode] for side, mode in seconds.items()}
         timings = {f"{last['windows']} windows": {"median_seconds": seconds}}
     elif "median_seconds" in result:
         timings = {"": result}
@@ -162,11 +163,11 @@ def table(columns, rows):
     return "\n".join([header, f"|{'---|' * len(columns)}", *lines])
 
 
-def read(path):
+def read_json(path):
     return json.loads(path.read_text(encoding="utf-8"))
 
 
-TABLES = {"exactness": exactness_table, "gpu": gpu_tables}
+TABLES = {"exactness": parity_table, "gpu": gpu_tables}
 
 if __name__ == "__main__":
     run_command(main)

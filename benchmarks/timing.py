@@ -12,7 +12,7 @@ from jaxla.hardware import device_name, on_gpu
 from jaxla.runs.machine import processor
 
 PROCESS = Path("/proc/self")
-PAUSE = 0.3  # seconds before each call: until then the threads of the previous implementation keep their cores busy
+PAUSE_SECONDS = 0.3  # before each call, because the threads of the previous implementation stay busy for a while
 
 
 def timed(run):
@@ -27,21 +27,21 @@ def time_in_turn(runs, repeats):
     seconds = {name: [] for name in runs}
     for _ in range(repeats):
         for name, run in runs.items():
-            time.sleep(PAUSE)
+            time.sleep(PAUSE_SECONDS)
             seconds[name].append(timed(run))
     return seconds
 
 
 def time_steps(steps, repeats):
-    """Take training steps in turn, as `time_in_turn` does, each after one that is not timed.
+    """Time training steps in turn, as `time_in_turn` does, each after an untimed step.
 
     Returns:
-        Name -> list of seconds, and name -> list of bytes by which the process grew; 0 unless the system is Linux.
+        The lists of seconds by name, and the lists of bytes by which the process grew, by name; 0 except on Linux.
     """
     seconds, grown = {name: [] for name in steps}, {name: [] for name in steps}
     for _ in range(repeats):
         for name, step in steps.items():
-            time.sleep(PAUSE)
+            time.sleep(PAUSE_SECONDS)
             step()  # warms the caches and reclaims memory
             before = peak_memory(reset=True)
             seconds[name].append(timed(step))
@@ -50,7 +50,7 @@ def time_steps(steps, repeats):
 
 
 def peak_memory(reset=False):
-    """Return the process's peak memory in bytes since it was reset, from what Linux records; 0 on other systems."""
+    """Return the process's peak memory in bytes since the last reset, as recorded by Linux; 0 on other systems."""
     try:
         if reset:
             (PROCESS / "clear_refs").write_text("5")
@@ -69,7 +69,7 @@ def median_and_fastest(seconds):
 
 
 def compare(seconds):
-    """Return `median_and_fastest`, and PyTorch's medians divided by this package's: above 1 this package is faster."""
+    """Return `median_and_fastest`, and PyTorch's medians divided by this package's (above 1: jaxla is faster)."""
     numbers = median_and_fastest(seconds)
     medians = numbers["median_seconds"]
     ratios = {name: median / medians["jaxla"] for name, median in medians.items() if name.startswith("torch")}
@@ -86,7 +86,7 @@ def environment(*packages):
 
 
 def print_result(result, output=None):
-    """Print the result as JSON; write it to the file `output` too, if there is one."""
+    """Print the result as JSON, and write it to the file `output` if that is set."""
     print(json.dumps(result, indent=1, ensure_ascii=False))
     if output:
         write_result(result, output)

@@ -1,8 +1,8 @@
-"""python -m benchmarks.training_run --exp=… [options of jaxla.train] [--output=FILE]: a whole run, timed.
+"""python -m benchmarks.training_run --exp=… [options of jaxla.train] [--output=FILE]: time a whole run.
 
-Runs `python -m jaxla.train` with these options in a process of its own, with an empty cache. Prints JSON: the seconds
-of the whole command, with start, preparation, compilation and test; the seconds of its epochs; the test scores and
-those of the atlas baseline; and the run's memory and inference time.
+Runs `python -m jaxla.train` with these options in a separate process with an empty cache. Prints JSON: the seconds of
+the whole command, including startup, preparation, compilation and testing; the seconds of its epochs; the test scores
+of the network and the atlas baseline; and the run's memory and inference time.
 """
 
 import json
@@ -36,10 +36,10 @@ def main(arguments):
 
 
 def run_training(words):
-    """Run `jaxla.train` with these options; raise an InputError if it refuses them."""
+    """Run `jaxla.train` with these options; raise an InputError if it rejects them."""
     done = subprocess.run([sys.executable, "-m", "jaxla.train", *words])
     if done.returncode == 2:
-        raise InputError(" ".join(words), "refused by jaxla.train, as printed above", "Change the options.")
+        raise InputError(" ".join(words), "rejected by jaxla.train; see its error above", "Change the options.")
     if done.returncode:
         raise RuntimeError(f"jaxla.train exited with {done.returncode}")
 

@@ -1,13 +1,13 @@
 """python -m benchmarks.windows: memory and time of a training step on volumes, by the number of windows.
 
-All windows have the same size, so volumes grow with their number. The gradient of one loss on the volume (Dice and
-cross-entropy) with respect to the decoder is computed from given features, on CPU in float32, on a GPU in bfloat16: by
-this package in two passes over the windows and of all windows at once ("one graph"), and by PyTorch in the same two
-ways with the same parameters. The four gradients are compared first.
+All windows have the same size, so volumes grow with the number of windows. Computes the gradient of one loss on the
+volume (Dice and cross-entropy) with respect to the decoder's parameters from given features, in float32 on CPU and in
+bfloat16 on a GPU: with this package in two passes over the windows, and of all windows at once ("one graph"), and with
+PyTorch in the same two modes from the same parameters. The four gradients are compared before timing.
 
 Prints JSON. `bytes` are the temporaries of XLA's program, without arguments (parameters, features, masks) and results
 (gradients): the decoder's activations, the assembled logits, the loss and its derivative. `grown_bytes` is how much
-the process grew during a step; PyTorch's growth is left out, because PyTorch keeps memory that it once had.
+the process grew during a step. It is omitted for PyTorch, which keeps freed memory for reuse.
 """
 
 import os
@@ -37,9 +37,9 @@ from jaxla.training.two_pass import make_two_pass_gradient
 from tests.parity.references import as_theirs, reference_of
 
 WINDOWED = {name: method for name, method in METHODS.items() if isinstance(method.model, WindowOptions)}
-WAYS = {"two passes": make_two_pass_gradient, "one graph": make_gradient}
+MODES = {"two passes": make_two_pass_gradient, "one graph": make_gradient}
 LOSS = per_volume(partial(dice_cross_entropy, batch_dice=True))
-# From PyTorch, relative L2: rounding moves activations across a ReLU's zero.
+# Relative L2 from PyTorch's gradients, with room for rounding that moves activations across a ReLU's zero.
 MAX_DIFFERENCE = {"float32": 1e-2, "bfloat16": 0.2}
 KEY = jax.random.key(0)
 
@@ -49,9 +49,9 @@ def main(arguments):
     add = parser.add_argument
     add("--method", type=str, default="windows_dinov3_vits16", help=f"one of {', '.join(WINDOWED)}")
     add("--size", type=int, default=224, help="side of the square slices in pixels")
-    add("--slices", type=int, default=8, help="slices of a window")
-    add("--windows", type=tuple[int, ...], default=(1, 2, 4, 8), help="numbers of windows along the slices")
-    add("--batch", type=int, default=1, help="volumes in a step")
+    add("--slices", type=int, default=8, help="slices per window")
+    add("--windows", type=tuple[int, ...], default=(1, 2, 4, 8), help="numbers of windows along the slice axis")
+    add("--batch", type=int, default=1, help="volumes per step")
     add("--repeats", type=int, default=3, help="timed steps of each implementation")
     add("--output", type=str, help="also write the JSON to this file")
     options = parse_arguments(parser, arguments)
@@ -73,35 +73,37 @@ def main(arguments):
         "batch": options.batch,
         "repeats": options.repeats,
         "windows": rows,
-        "bytes_of_last_over_first": {way: rows[-1]["bytes"][way] / rows[0]["bytes"][way] for way in WAYS},
+        "bytes_of_last_over_first": {mode: rows[-1]["bytes"][mode] / rows[0]["bytes"][mode] for mode in MODES},
     }
     print_result(result, options.output)
 
 
 def measure(decoder, slice_shape, count, options):
-    """Return the result for volumes with that many windows, given the shape of a slice's features."""
-    draw, size = np.random.default_rng(0), options.size
-    volumes, depth = options.batch, count * options.slices
-    features = draw.standard_normal((volumes, depth, *slice_shape), np.float32)
-    mask = (draw.random((volumes, depth, size, size)) > 0.7).astype(np.uint8)
+    """Return the results for volumes with `count` windows, given the shape of a slice's features."""
+    rng = np.random.default_rng(0)
+    size = options.size
+    volumes = options.batch
+    depth = count * options.slices
+    features = rng.standard_normal((volumes, depth, *slice_shape), np.float32)
+    mask = (rng.random((volumes, depth, size, size)) > 0.7).astype(np.uint8)
     batch = {"input": features, "mask": mask, "weight": np.ones((volumes, depth), np.float32)}
     batch = jax.tree.map(jnp.asarray, batch)
     network = FeatureWindows(decoder, (size, size), (count, 1, 1))
     parts = split_network(network, train_backbone=False)
     programs = {
-        way: jax.jit(make(parts.training, None, LOSS)).lower(parts.trainable, parts.frozen, batch, KEY).compile()
-        for way, make in WAYS.items()
+        mode: jax.jit(make(parts.training, None, LOSS)).lower(parts.trainable, parts.frozen, batch, KEY).compile()
+        for mode, make in MODES.items()
     }
-    theirs = {f"torch {way}": TorchGradient(decoder, features, mask, count, way) for way in WAYS}
-    sides = {way: partial(run_program, program, parts, batch) for way, program in programs.items()} | theirs
+    theirs = {f"torch {mode}": TorchGradient(decoder, features, mask, count, mode) for mode in MODES}
+    sides = {mode: partial(run_program, program, parts, batch) for mode, program in programs.items()} | theirs
 
-    gradients = {way: as_theirs(decoder, decoder_gradients(side())) for way, side in sides.items() if way in WAYS}
-    gradients |= {way: side() for way, side in theirs.items()}
+    gradients = {mode: as_theirs(decoder, decoder_gradients(side())) for mode, side in sides.items() if mode in MODES}
+    gradients |= {mode: side() for mode, side in theirs.items()}
     reference = gradients["torch one graph"]
-    for way, gradient in gradients.items():
+    for mode, gradient in gradients.items():
         error = relative_l2(gradient, reference)
         if not error <= MAX_DIFFERENCE[jnp.dtype(compute_dtype()).name]:
-            sys.exit(f"{count} windows: gradients of {way} differ from PyTorch's by {error:.1e}; nothing was timed")
+            sys.exit(f"{count} windows: gradients of {mode} differ from PyTorch's by {error:.1e}; nothing was timed")
     difference = relative_l2(gradients["two passes"], gradients["one graph"])
 
     seconds, grown = time_steps(sides, options.repeats)
@@ -111,10 +113,10 @@ def measure(decoder, slice_shape, count, options):
         "windows": count,
         "slices": depth,
         "gradient_relative_l2_of_two_passes": difference,
-        "bytes": {way: program.memory_analysis().temp_size_in_bytes for way, program in programs.items()},
-        "grown_bytes": {way: max(grown[way]) for way in WAYS},
+        "bytes": {mode: program.memory_analysis().temp_size_in_bytes for mode, program in programs.items()},
+        "grown_bytes": {mode: max(grown[mode]) for mode in MODES},
         **timing,
-        "torch_over_jaxla": {way: medians[f"torch {way}"] / medians[way] for way in WAYS},
+        "torch_over_jaxla": {mode: medians[f"torch {mode}"] / medians[mode] for mode in MODES},
     }
 
 
@@ -128,39 +130,39 @@ def decoder_gradients(result):
 
 
 class TorchGradient:
-    """Compute the same gradient by PyTorch; a call returns name -> array."""
+    """The same gradient in PyTorch; a call returns the arrays by parameter name."""
 
-    def __init__(self, decoder, features, mask, count, way):
+    def __init__(self, decoder, features, mask, count, mode):
         self.device = "cuda" if on_gpu() else "cpu"
         self.decoder = reference_of(decoder).train().to(self.device)
         windows = np.split(np.ascontiguousarray(features.transpose(0, 2, 5, 1, 3, 4)), count, axis=3)
         self.features = [torch.from_numpy(part.copy()).to(self.device) for part in windows]
         self.mask = torch.from_numpy(mask > 0).float().unsqueeze(1).to(self.device)
         depth = mask.shape[1] // count
-        self.own = [range(i * depth, (i + 1) * depth) for i in range(count)]
-        self.way = way
+        self.windows = [range(i * depth, (i + 1) * depth) for i in range(count)]
+        self.mode = mode
 
     def __call__(self):
         self.decoder.zero_grad(set_to_none=True)
-        (self.two_passes if self.way == "two passes" else self.one_graph)()
+        (self.two_passes if self.mode == "two passes" else self.one_graph)()
         if self.device == "cuda":
             torch.cuda.synchronize()
         return {name: value.grad.cpu().numpy() for name, value in self.decoder.named_parameters()}
 
     def one_graph(self):
-        self.loss(torch.cat([self.decode(i) for i in range(len(self.own))], dim=2)).backward()
+        self.loss(torch.cat([self.decode(i) for i in range(len(self.windows))], dim=2)).backward()
 
     def two_passes(self):
         with torch.no_grad():
-            logits = torch.cat([self.decode(i) for i in range(len(self.own))], dim=2)
+            logits = torch.cat([self.decode(i) for i in range(len(self.windows))], dim=2)
         logits.requires_grad_()
         self.loss(logits).backward()
-        for i, own in enumerate(self.own):
-            self.decode(i).backward(logits.grad[:, :, own.start : own.stop])
+        for i, window in enumerate(self.windows):
+            self.decode(i).backward(logits.grad[:, :, window.start : window.stop])
 
     def decode(self, i):
         with torch.autocast(self.device, torch.bfloat16, enabled=compute_dtype() == jnp.bfloat16):
-            return self.decoder(self.features[i], self.mask.shape[2], self.own[i]).float()
+            return self.decoder(self.features[i], self.mask.shape[2], self.windows[i]).float()
 
     def loss(self, logits):
         logits = functional.interpolate(logits, size=self.mask.shape[2:], mode="trilinear")

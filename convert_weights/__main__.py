@@ -13,22 +13,26 @@ from jaxla.config import InputError, default_cache_dir, lookup
 if TYPE_CHECKING:
     from jsonargparse import Namespace
 
-# JAX takes seconds to import, and --help must not wait for it: hence the imports within functions.
+# JAX takes seconds to import. Functions import what needs it, so that --help does not wait.
 
 
 def main(arguments: list[str]) -> None:
     parser = command_parser(
         "convert_weights", "Convert a released checkpoint. The result states its architecture, source and licence."
     )
-    parser.add_argument("--arch", type=str, help="architecture, or `list`")
+    parser.add_argument("--arch", type=str, help="architecture; `list` prints all of them")
     parser.add_argument("--source", type=str, help="checkpoint: .pth, .bin, .safetensors, index of shards, or folder")
-    parser.add_argument("--download", action="store_true", help="download the checkpoint instead of --source")
-    parser.add_argument("--plans", type=str, help="for --arch=nnunet: nnUNetPlans.json, or a plan of jaxla.plan")
+    parser.add_argument("--download", action="store_true", help="download the checkpoint instead of reading --source")
+    parser.add_argument(
+        "--plans", type=str, help="for --arch=nnunet: nnUNetPlans.json, or a plan written by jaxla.plan"
+    )
     parser.add_argument("--configuration", type=str, help="for --arch=nnunet: 2d or 3d_fullres")
     parser.add_argument("--output", type=str, help=".safetensors file to write (default: where training finds it)")
     parser.add_argument("--force", action="store_true", help="replace an existing output")
-    parser.add_argument("--verify", action="store_true", help="check the output and run it on one image")
-    parser.add_argument("--to-torch", action="store_true", help="convert a converted --source into a .pth --output")
+    parser.add_argument("--verify", action="store_true", help="check the output and run its network on one image")
+    parser.add_argument(
+        "--to-torch", action="store_true", help="convert a converted --source back into a .pth --output"
+    )
     options = parse_arguments(parser, arguments)
 
     if options.arch == "list":
@@ -41,7 +45,7 @@ def main(arguments: list[str]) -> None:
         _verify(options)
     else:
         problem = "required to convert a checkpoint"
-        raise InputError("--source", problem, "Give --source=FILE or --download; see --help.")
+        raise InputError("--source", problem, "Pass --source=FILE or --download; see --help.")
 
 
 def _print_architectures() -> None:
@@ -52,7 +56,7 @@ def _print_architectures() -> None:
     from jaxla.nnunet.converted import NNUNET
 
     print(
-        f"{NNUNET}: a network that nnU-Net trained: give its checkpoint_final.pth as --source, its nnUNetPlans.json as "
+        f"{NNUNET}: a network trained by nnU-Net; pass its checkpoint_final.pth as --source, its nnUNetPlans.json as "
         "--plans, and --configuration=2d or 3d_fullres"
     )
     aliases = {arch: f"; also called {alias}" for alias, arch in HUB_SPELLINGS.items()}
@@ -70,9 +74,9 @@ def _print_architectures() -> None:
 
 def _convert(options: Namespace) -> None:
     if options.source and options.download:
-        raise InputError("--download", "cannot be combined with --source", "Give one of the two options.")
+        raise InputError("--download", "cannot be combined with --source", "Pass only one of the two options.")
     if not options.arch:
-        verify = " To verify a converted file, give it as --output." if options.verify and options.source else ""
+        verify = " To verify a converted file, pass it as --output." if options.verify and options.source else ""
         raise InputError("--arch", "required to convert a checkpoint", f"--arch=list shows the names.{verify}")
     from convert_weights.architectures import nnunet_architecture, released_architecture
     from convert_weights.checkpoint import find_checkpoint, open_checkpoint
@@ -108,7 +112,7 @@ def _convert(options: Namespace) -> None:
 def _require_options(options: Namespace, names: tuple[str, ...], use: str, example: str) -> None:
     for name in names:
         if not options[name]:
-            raise InputError(f"--{name}", f"required with {use}", f"Give {example}.")
+            raise InputError(f"--{name}", f"required with {use}", f"Pass {example}.")
 
 
 def _download(arch: str) -> Path:
@@ -120,7 +124,7 @@ def _download(arch: str) -> Path:
     if arch in dinov3.VARIANTS:
         problem = "DINOv3 has to be downloaded by hand, because you must accept Meta's licence first"
         where = "at https://ai.meta.com/dinov3/ or on the model's Hugging Face page"
-        fix = f"Accept it {where}, download the file there, and give it as --source."
+        fix = f"Accept it {where}, download the file, and pass it as --source."
         raise InputError("--download", problem, fix)
     require_torch("--download")  # every released file is a PyTorch file
     cache_dir = default_cache_dir()
@@ -147,7 +151,7 @@ def _verify(options: Namespace) -> None:
     if options.force:
         raise InputError("--force", "applies only to a conversion", "Remove the option.")
     if not options.output and not options.arch:
-        fix = "Give --output=FILE.safetensors, or --arch=ARCH for the file in the cache folder."
+        fix = "Pass --output=FILE.safetensors, or --arch=ARCH for the file in the cache folder."
         raise InputError("--verify", "needs a converted file", fix)
     output = Path(options.output) if options.output else _default_output(_resolve_arch(options.arch))
     _read_arch(output, options.arch)
@@ -163,7 +167,7 @@ def _print_verified(output: Path) -> None:
 
 
 def _resolve_arch(name: str) -> str:
-    """Return this package's name of the architecture that --arch gives."""
+    """Return this package's name for the architecture in --arch."""
     from convert_weights.architectures import RELEASED
     from jaxla.models.backbones.dinov3 import HUB_SPELLINGS
     from jaxla.nnunet.converted import NNUNET
@@ -174,7 +178,7 @@ def _resolve_arch(name: str) -> str:
 
 
 def _read_arch(path: Path, name: str | None) -> str:
-    """Return the architecture of a converted file, which must be the one of --arch if that is given."""
+    """Return the architecture of a converted file, which must match --arch if that is set."""
     from jaxla.models.weights_format import read_metadata
 
     arch = read_metadata(path)["arch"]
@@ -193,12 +197,12 @@ def _require_free(output: Path, suffix: str, force: bool) -> None:
     if output.suffix != suffix:
         raise InputError(where, f"the file name does not end in {suffix}", f"Choose a name that ends in {suffix}.")
     if os.path.isdir(output):
-        raise InputError(where, "is a folder", "Give the name of a file.")
+        raise InputError(where, "is a folder", "Pass the name of a file.")
     try:
         if output.exists() and not force:
-            raise InputError(where, "already exists, and --force is not given", "Choose another --output.")
+            raise InputError(where, "already exists", "Choose another --output, or add --force to replace it.")
         require_writable("--output", output.parent)
-    except OSError as error:  # the name is too long, or the folder may not be entered
+    except OSError as error:  # the name is too long, or the folder cannot be entered
         raise InputError(where, f"cannot be written ({error.strerror})", "Choose another --output.") from error
 
 

@@ -19,7 +19,7 @@ from jaxla.models.backbones import TRANSFORMERS
 
 AUTHORS, HUGGING_FACE = "authors' layout", "Hugging Face's layout"
 
-# A checkpoint resembles an architecture if faults concern less than this fraction of its tensors.
+# A checkpoint resembles an architecture if less than this fraction of its tensors have faults.
 MAX_FAULT_FRACTION = 0.1
 
 
@@ -63,8 +63,8 @@ def identify_tensors(checkpoint: Checkpoint, architecture: Architecture) -> tupl
     """Return an architecture's tensors by their authors' names, and the layout of the checkpoint.
 
     Raises:
-        InputError: the checkpoint holds another architecture; tensors are missing, unexpected, or of the wrong shape or
-            dtype; or copies of one tensor differ.
+        InputError: the checkpoint contains another architecture; tensors are missing, unexpected, or of the wrong shape
+            or dtype; or copies of the same tensor differ.
     """
     arch, rows = architecture.name, architecture.rows
     readings = list(_readings(checkpoint))
@@ -87,9 +87,9 @@ def identify_tensors(checkpoint: Checkpoint, architecture: Architecture) -> tupl
 def _report_faults(path: Path, requested: Reading, best: Reading) -> NoReturn:
     """Raise the InputError for a checkpoint that fits no architecture."""
     if SHARD.search(path.name):
-        fix = "This is one of several shards. Give the *.index.json that lists them all"
+        fix = "This is one of several shards. Pass the *.index.json that lists all of them"
     elif requested.arch not in RELEASED:
-        fix = "Give the plan and the configuration of the training run"
+        fix = "Pass the plan and the configuration of the training run"
     else:
         fix = "Download the released file again"
     if best.fault_count() < min(requested.fault_count(), MAX_FAULT_FRACTION * len(best.expected)):
@@ -100,7 +100,7 @@ def _report_faults(path: Path, requested: Reading, best: Reading) -> NoReturn:
 
 
 def _require_no_prefix(checkpoint: Checkpoint) -> None:
-    """Raise an InputError if the tensors would fit an architecture without a common prefix, such as `backbone.`."""
+    """Raise an InputError if the tensors fit an architecture after removing a common prefix, such as `backbone.`."""
     prefix = os.path.commonprefix(list(checkpoint.tensors))  # noqa: RUF071  (names, not paths)
     prefix = prefix[: prefix.rfind(".") + 1]
     tensors = {name.removeprefix(prefix): tensor for name, tensor in checkpoint.tensors.items()}
@@ -152,5 +152,5 @@ def _require_equal_copies(checkpoint: Checkpoint, rows: Sequence[Row]) -> None:
     for row in rows:
         is_copy = row.copy_of and row.theirs in tensors
         if is_copy and not np.array_equal(tensors[row.copy_of].read(), tensors[row.theirs].read()):
-            problem = f"{row.copy_of} and {row.theirs} are copies of one tensor, but differ"
+            problem = f"{row.copy_of} and {row.theirs} are copies of the same tensor, but differ"
             raise InputError(checkpoint.path, problem, "Copy the checkpoint again.")

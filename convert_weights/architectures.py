@@ -23,7 +23,7 @@ RELEASED = {arch: variant for arch, variant in VARIANTS.items() if variant.licen
 
 
 class Architecture(NamedTuple):
-    """Both sides of a conversion."""
+    """The authors' tensors and our parameters of one architecture."""
 
     name: str
     rows: list[Row]  # the authors' tensors, in their order
@@ -32,7 +32,7 @@ class Architecture(NamedTuple):
 
 
 def released_architecture(arch: str) -> Architecture:
-    """Return one of `RELEASED`."""
+    """Return the architecture with this name in `RELEASED`."""
     metadata = {"licence": RELEASED[arch].licence}
     return Architecture(arch, architecture_rows(arch), architecture_shapes(arch), metadata)
 
@@ -48,12 +48,12 @@ def architecture_rows(arch: str) -> list[Row]:
 
 
 def architecture_shapes(arch: str) -> dict[str, tuple[int, ...]]:
-    """Return the name and shape of each of our parameters of one of `RELEASED`."""
+    """Return the shapes of our parameters by name, for one of `RELEASED`."""
     return parameter_shapes(nnx.eval_shape(lambda: build_backbone(arch, rngs=nnx.Rngs(0))))
 
 
 def nnunet_architecture(plan: Plan, configuration: str, checkpoint: Checkpoint) -> Architecture:
-    """Return a network that nnU-Net trained; its number of classes is read from the checkpoint."""
+    """Return the architecture of a network that nnU-Net trained; its number of classes is read from the checkpoint."""
     outputs = read_output_count(checkpoint.tensors, checkpoint.path)
     plan_text = json.dumps(plan_to_json(plan._replace(fingerprint=None)))
     metadata = {"licence": "", "plan": plan_text, "configuration": configuration, "outputs": str(outputs)}
@@ -61,7 +61,7 @@ def nnunet_architecture(plan: Plan, configuration: str, checkpoint: Checkpoint) 
 
 
 def converted_architecture(path: Path, metadata: dict[str, str]) -> Architecture | None:
-    """Return the architecture of a converted file; None if its authors' format is unknown."""
+    """Return the architecture of a converted file; None if it was never released in a PyTorch format."""
     if metadata["arch"] == NNUNET:
         return _nnunet_architecture(*parse_metadata(metadata, path), metadata)
     return released_architecture(metadata["arch"]) if metadata["arch"] in RELEASED else None

@@ -1,4 +1,4 @@
-"""List the tensors of a checkpoint, in whatever files it comes; their values are read on demand.
+"""List the tensors of a checkpoint in any supported file format; their values are read on demand.
 
 A checkpoint is a PyTorch `.pth` or `.bin` file, a `.safetensors` file, several of either named by an index, or a folder
 that contains one of these. Code in a file is never executed.
@@ -30,7 +30,7 @@ from jaxla.models.weights_format import FORMAT
 
 log = logging.getLogger("jaxla.convert_weights")
 
-# Hugging Face's name of one of several files. A file "-00001-of-00001" is complete.
+# Hugging Face's file names of shards. A file "-00001-of-00001" is complete, so it is not a shard.
 SHARD = re.compile(r"-\d+-of-(?!0*1\.)\d+\.")
 
 # Every Hugging Face repository uses these names; the index of shards has `.index.json` appended.
@@ -43,8 +43,8 @@ READ_AGAIN = "Fix this, or download the file again."
 class Checkpoint(NamedTuple):
     """An opened checkpoint whose values are not read yet."""
 
-    path: Path  # the file, or the index of the files
-    files: tuple[Path, ...]  # those that contain tensors
+    path: Path  # the file, or the index of the shards
+    files: tuple[Path, ...]  # the files that contain tensors
     tensors: dict[str, Tensor]
 
 
@@ -52,10 +52,10 @@ def open_checkpoint(path: Path, state_dict_key: str = "") -> Checkpoint:
     """List the tensors of a checkpoint; the type of a file is recognised by its content.
 
     Args:
-        state_dict_key: key of the state dict in a PyTorch file that holds more; a state dict alone is read too.
+        state_dict_key: key of the state dict in a PyTorch file that contains more; a plain state dict is also accepted.
 
     Raises:
-        InputError: the file is missing, damaged, incomplete, no checkpoint, would run code, or needs torch.
+        InputError: the file is missing, damaged, incomplete or not a checkpoint, or it would run code, or needs torch.
     """
     path = find_checkpoint(path)
     if _file_kind(path) == "index":
@@ -64,18 +64,18 @@ def open_checkpoint(path: Path, state_dict_key: str = "") -> Checkpoint:
 
 
 def find_checkpoint(source: str | Path) -> Path:
-    """Return the file, or the index of the files, that --source names: a folder must contain exactly one."""
-    if os.path.isdir(source):  # Path.is_dir raises if a name is too long or a folder may not be read
+    """Return the checkpoint file, or the index of shards, in --source; a folder must contain exactly one."""
+    if os.path.isdir(source):  # Path.is_dir raises if a name is too long or a folder cannot be read
         return _find_in_folder(Path(source))
     if not os.path.isfile(source):
         raise InputError(  # not as a Path, which would remove a slash from a URL
-            f"--source={source}", "no such file", "Give a file or folder on this machine: the downloaded checkpoint."
+            f"--source={source}", "no such file", "Download the checkpoint and pass its file or folder."
         )
     return Path(source)
 
 
 def checkpoint_sha256(checkpoint: Checkpoint) -> str:
-    """Return the sha256 of a checkpoint; PyTorch archives are compared with their own checksums too.
+    """Return the sha256 of a checkpoint; PyTorch archives are also compared with their own checksums.
 
     The hash of several files is what `sha256sum model-0* | sha256sum` prints.
     """
@@ -103,17 +103,17 @@ def _find_in_folder(folder: Path) -> Path:
     found = indices + [path for path in files if path.name not in indexed]
     if not found:
         problem = "contains no checkpoint (*.safetensors, *.pth, *.bin or their *.index.json)"
-        raise InputError(where, problem, "Give the folder or file of a checkpoint.")
+        raise InputError(where, problem, "Pass the folder or file of a checkpoint.")
     if shards := [path.name for path in found if SHARD.search(path.name)]:
         problem = f"contains shards ({summarize(shards)}) without their *.index.json"
-        raise InputError(where, problem, "Download the index too, or give a checkpoint in one file.")
+        raise InputError(where, problem, "Download the index too, or pass a checkpoint that is a single file.")
     if sorted(path.name.removesuffix(".index.json") for path in found) == HUGGING_FACE_FILES:
         used, ignored = sorted(found)  # the same weights in two formats
         log.info("%s: using %s, ignoring %s", folder, used.name, ignored.name)
         return used
     if len(found) > 1:
         names = summarize(path.name for path in found)
-        raise InputError(where, f"contains {len(found)} checkpoints ({names})", "Give one of these files.")
+        raise InputError(where, f"contains {len(found)} checkpoints ({names})", "Pass one of these files.")
     return found[0]
 
 
@@ -146,7 +146,7 @@ def _open_shards(index: Path) -> Checkpoint:
         found = _open_file(file)
         expected = {name for name, shard in shard_names.items() if shard == file.name}
         if missing := sorted(expected - set(found)):
-            problem = f"lacks {plural(len(missing), 'tensor')} of {index.name} ({summarize(missing)})"
+            problem = f"lacks {plural(len(missing), 'tensor')} that {index.name} lists ({summarize(missing)})"
             raise InputError(file, problem, "Download both files again.")
         if extra := sorted(set(found) - expected):
             problem = f"contains {plural(len(extra), 'tensor')} that {index.name} does not list ({summarize(extra)})"
@@ -171,7 +171,7 @@ def _read_index(index: Path) -> dict[str, str]:
 def _open_file(path: Path, state_dict_key: str = "") -> dict[str, Tensor]:
     match _file_kind(path):
         case "index":
-            raise InputError(path, "an index in place of a checkpoint", DOWNLOAD_AGAIN)
+            raise InputError(path, "an index of shards, not a shard", DOWNLOAD_AGAIN)
         case "safetensors":
             return _open_safetensors(path)
         case kind:
@@ -197,8 +197,8 @@ def _open_safetensors(path: Path) -> dict[str, Tensor]:
     except (SafetensorError, OSError) as error:
         raise InputError(path, f"truncated or damaged ({error})", DOWNLOAD_AGAIN) from error
     if metadata.get("format") == FORMAT:
-        others = "use --to-torch to convert this file back, or --verify --output to check it"
-        raise InputError(path, "already converted", f"Give the released checkpoint; {others}.")
+        others = "To convert this file back, use --to-torch. To check it, use --verify and --output."
+        raise InputError(path, "already converted", f"Pass the released checkpoint. {others}")
     return tensors
 
 

@@ -1,4 +1,4 @@
-"""Convert a released checkpoint into this package's file, with one block of one parameter in memory at a time."""
+"""Convert a released checkpoint into this package's format, with one block of one parameter in memory at a time."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def convert(architecture: Architecture, checkpoint: Checkpoint, output: Path) ->
         **architecture.metadata,
     }
     if bfloat16_names := [name for name, tensor in tensors.items() if tensor.dtype == "bfloat16"]:
-        metadata["bfloat16"] = " ".join(bfloat16_names)  # they are saved as the equal float32
+        metadata["bfloat16"] = " ".join(bfloat16_names)  # saved as float32, which represents them exactly
     with progress_bar(f"writing {output.name}", size) as bar:
         checksum = save_weights(output, {name: _with_progress(array, bar) for name, array in arrays.items()}, metadata)
     return f"{output}: {arch} from {path}, sha256 of its data {checksum}"
@@ -66,13 +66,13 @@ def _log_peculiarities(architecture: Architecture, path: Path, layout: str, tens
     if layout == HUGGING_FACE and "rope_embed.periods" in tensors:
         log.info(
             "%s: contains no rotary periods; they are computed by Hugging Face's formula. The authors' .pth contains "
-            "them rounded to bfloat16: convert that file for the authors' own numbers",
+            "them rounded to bfloat16; convert that file to get the authors' values",
             path,
         )
 
 
 def _source_name(path: Path) -> str:
-    """Return the file's name; with its folder's name if every Hugging Face repository has a file of that name."""
+    """Return the file's name, after its folder's name if every Hugging Face repository has a file of that name."""
     if path.name.removesuffix(".index.json") in HUGGING_FACE_FILES:
         return f"{Path(os.path.abspath(path)).parent.name}/{path.name}"
     return path.name

@@ -16,17 +16,17 @@ from jaxla.config import InputError
 
 log = logging.getLogger("jaxla.convert_weights")
 
-TIMEOUT_SECONDS = 60  # without receiving a byte
+TIMEOUT_SECONDS = 60  # maximum time without receiving a byte
 
 
 class Release(NamedTuple):
     """A released file."""
 
     url: str
-    sha256: str  # the first digits of its hash, or all of them
+    sha256: str  # the whole hash, or its first digits
 
 
-# Meta does not publish hashes of its files. These are the ones that independent projects pin and that copies on the
+# Meta does not publish hashes of its files. These are the hashes that independent projects pin and that copies on the
 # Hugging Face hub have; each was found in at least three places, including the conversion script of
 # finegrain-ai/refiners. torchvision's file names contain the first digits of the sha256; the weights are IMAGENET1K_V1.
 _DINOV2_SHA256 = {
@@ -55,14 +55,15 @@ RELEASES = {
 
 
 def download(release: Release, folder: Path) -> Path:
-    """Download a released file into `folder`, unless it is there already, and return its path.
+    """Download a released file into `folder`, unless it already exists, and return its path.
 
     The received part of an interrupted download is kept; the next call resumes it. If several processes request the
     same file, one downloads it and the others wait.
 
     Raises:
-        InputError: the server cannot be reached, refuses, or does not announce the file's length; the connection broke
-            off; the folder cannot be read or written; the disk is full; or the file is not the released one.
+        InputError: the server cannot be reached, rejects the request, or does not announce the file's length; the
+            connection breaks; the folder cannot be read or written; the disk is full; or the file is not the released
+            one.
     """
     path = folder / release.url.rpartition("/")[2]
     try:
@@ -73,8 +74,8 @@ def download(release: Release, folder: Path) -> Path:
                 if is_new := not path.exists():  # another process may have downloaded it in the meantime
                     log.info("downloading %s into %s", release.url, folder)
                     _download_new(release, path)
-                # Not before the file exists: a process that waits for the old lock and one that creates a new lock
-                # would both download it.
+                # Remove the lock only after the file exists: otherwise, a process that waits for the old lock and one
+                # that creates a new lock would both download the file.
                 lock.unlink(missing_ok=True)
             if is_new:
                 return path
@@ -84,8 +85,8 @@ def download(release: Release, folder: Path) -> Path:
             raise InputError(path, problem, "Move the file away and run the command again.")
     except (OSError, http.client.HTTPException) as error:
         reason = getattr(error, "reason", None) or error
-        other_way = f"download the file elsewhere, put it at {path}, and run the same command"
-        fix = f"Run the command again to resume, or {other_way}."
+        alternative = f"download the file elsewhere, put it at {path}, and run the same command"
+        fix = f"Run the command again to resume, or {alternative}."
         raise InputError(release.url, f"cannot be downloaded ({reason})", fix) from error
     return path
 
@@ -110,13 +111,13 @@ def _append_missing(url: str, part: Path) -> None:
             return  # the part is already complete
         raise
     with response:
-        missing = response.length  # as announced; None if the announcement is absent or not a number
+        missing = response.length  # from Content-Length; None if the header is absent or not a number
         if missing is None:  # otherwise an interrupted download would look complete, and fail its sha256
             raise OSError("the server does not announce the length of the file")
         is_resumed = response.status == 206
         expected_range = f"bytes {received}-{received + missing - 1}/{received + missing}"
         if is_resumed and response.headers["Content-Range"] != expected_range:
-            raise OSError("the server sends a different part of the file than the missing one")
+            raise OSError("the server sent a different part of the file than the requested one")
         if received and not is_resumed:
             log.info("%s: the server cannot resume a download; it sends the file from the beginning", part)
             received = 0
@@ -129,7 +130,7 @@ def _append_missing(url: str, part: Path) -> None:
                 bar.update(len(block))
                 missing -= len(block)
     if missing > 0:
-        raise OSError(f"the connection broke off {missing / 1e6:.1f} MB before the end")
+        raise OSError(f"the connection closed {missing / 1e6:.1f} MB before the end of the file")
 
 
 class RefuseInsecureRedirects(urllib.request.HTTPRedirectHandler):

@@ -1,8 +1,8 @@
 """Translate Hugging Face's checkpoints of DINOv2, with and without registers, and DINOv3 into their authors' layout.
 
 Reference code: transformers 4.56 to 5.23, `models/dinov2`, `models/dinov2_with_registers` and `models/dinov3_vit`. The
-tables use the names in the files on the hub, which version 5 still writes. Version 5's names in memory, and names with
-a model prefix, are read too.
+tables use the names in the Hub's files, which version 5 still writes. Version 5's names in memory, and names with a
+model prefix, are also accepted.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import numpy as np
 from convert_weights.layout import Row
 from convert_weights.tensors import Tensor
 
-# The authors' module or tensor -> the Hugging Face ones to concatenate, in this order. N is the index of a block.
+# The authors' module or tensor -> the Hugging Face modules or tensors to concatenate, in order. N is a block's index.
 _DINOV2 = {
     "cls_token": ["embeddings.cls_token"],
     "pos_embed": ["embeddings.position_embeddings"],
@@ -44,7 +44,7 @@ _DINOV3 = {
     "patch_embed.proj": ["embeddings.patch_embeddings"],
     "blocks.N.norm1": ["layer.N.norm1"],
     "blocks.N.attn.qkv": ["layer.N.attention.q_proj", "layer.N.attention.k_proj", "layer.N.attention.v_proj"],
-    # A tensor's entry overrides its module's: Hugging Face's keys have no bias.
+    # A tensor's entry overrides its module's: Hugging Face's key projection has no bias.
     "blocks.N.attn.qkv.bias": ["layer.N.attention.q_proj.bias", None, "layer.N.attention.v_proj.bias"],  # None: zeros
     "blocks.N.attn.proj": ["layer.N.attention.o_proj"],
     "blocks.N.ls1.gamma": ["layer.N.layer_scale1.lambda1"],
@@ -83,7 +83,7 @@ def hub_name(name: str) -> str:
 
 
 class _Recipe(NamedTuple):
-    """How one of the authors' tensors is made: of parts that are concatenated, or computed if there are none."""
+    """How to make one of the authors' tensors: concatenate its parts, or compute it if it has none."""
 
     row: Row
     parts: list[str | None]  # hub names of tensors; None stands for zeros
@@ -93,7 +93,7 @@ class _Recipe(NamedTuple):
 def hub_shapes(rows: Sequence[Row], names: Collection[str]) -> dict[str, tuple[tuple[int, ...], bool]]:
     """Return the shape of each tensor in an architecture's Hugging Face checkpoint, and whether it is optional.
 
-    How the checkpoint stores a gated layer follows from the hub `names` in it.
+    The hub `names` in the checkpoint determine how it stores a gated layer.
     """
     return {
         part: (recipe.part_shape, recipe.row.optional)
@@ -104,7 +104,7 @@ def hub_shapes(rows: Sequence[Row], names: Collection[str]) -> dict[str, tuple[t
 
 
 def to_authors(rows: Sequence[Row], tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return the authors' tensors, each assembled when it is read from those that `hub_shapes` requires."""
+    """Return the authors' tensors, each assembled on demand from the tensors that `hub_shapes` lists."""
     return {
         recipe.row.theirs: Tensor(recipe.row.shape, "float32", partial(_read, recipe, tensors))
         for recipe in _recipes(rows, tensors)

@@ -1,4 +1,4 @@
-"""Map each tensor of the authors to this package's parameters: rows of a table, used in both directions."""
+"""Map each of the authors' tensors to our parameters, by table rows that work in both directions."""
 
 from __future__ import annotations
 
@@ -17,21 +17,21 @@ Index = EllipsisType | tuple
 
 
 class Row(NamedTuple):
-    """One tensor of the authors, or a part of it, and the parameter that holds its values here.
+    """One of the authors' tensors, or a part of it, and our parameter for its values.
 
     A checkpoint may lack an `optional` tensor together with the other tensors of its group (see `accounting`).
     """
 
     theirs: str  # name of the authors' tensor
-    shape: tuple[int, ...]  # its shape
+    shape: tuple[int, ...]  # shape of that tensor
     ours: str  # name of our parameter
     axes: tuple[int, ...] = ()  # the permutation of the authors' axes that gives ours; empty keeps their order
-    theirs_index: Index = ...  # the part of the authors' tensor
-    ours_index: Index = ...  # where it goes in our parameter, or in one block of it
+    theirs_index: Index = ...  # the part of the authors' tensor that this row maps
+    ours_index: Index = ...  # where this part goes in our parameter, or in one block of it
     block: int | None = None  # which block of a parameter that stacks all blocks along its first axis
-    dtypes: tuple[str, ...] = ("float32",)  # those that the authors' tensor may have
+    dtypes: tuple[str, ...] = ("float32",)  # the dtypes that the authors' tensor may have
     optional: bool = False
-    copy_of: str = ""  # name of the tensor that the checkpoint saves here again; both must be equal
+    copy_of: str = ""  # name of the tensor that this one duplicates; both must be equal
 
 
 def linear(theirs: str, ours: str, inputs: int, outputs: int, ours_index: Index = ...) -> list[Row]:
@@ -64,12 +64,12 @@ def batch_norm(theirs: str, ours: str, width: int) -> list[Row]:
 
 
 def unused(theirs: str, shape: tuple[int, ...], dtype: str = "float32") -> Row:
-    """Return the row of a tensor that no forward pass here uses: it is kept unchanged if the checkpoint has it."""
+    """Return the row of a tensor that no forward pass uses: it is kept unchanged if the checkpoint has it."""
     return Row(theirs, shape, f"{UNUSED_PREFIX}{theirs}", dtypes=(dtype,), optional=True)
 
 
 def stacked(rows: Sequence[Row], depth: int) -> list[Row]:
-    """Return the rows of all blocks, given those of one block."""
+    """Return the rows of all blocks, given the rows of one block."""
     return [
         row._replace(theirs=f"blocks.{i}.{row.theirs}", ours=f"blocks.{row.ours}", block=i)
         for i in range(depth)
@@ -83,8 +83,8 @@ def to_ours(
     """Return our parameters, which read the authors' tensors one block of one parameter at a time.
 
     Args:
-        tensors: one for every row; those of optional rows may be missing.
-        shapes: the shape of each of our parameters that is not unused.
+        tensors: the authors' tensors by name; those of optional rows may be missing.
+        shapes: the shape of each of our parameters that a forward pass uses.
     """
     rows_by_parameter: dict[str, list[Row]] = {}
     for row in rows:

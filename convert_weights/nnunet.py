@@ -1,7 +1,7 @@
 """Map the tensors of nnU-Net's state dicts, in PyTorch's order, to our parameters.
 
-Reference code: dynamic_network_architectures 0.4.4, `PlainConvUNet`. PyTorch saves a module once for each of its names:
-each layer again in `all_modules`, the encoder again in the decoder.
+Reference code: dynamic_network_architectures 0.4.4, `PlainConvUNet`. PyTorch saves a module under each of its
+names: each layer again in `all_modules`, and the encoder again in the decoder.
 """
 
 from __future__ import annotations
@@ -18,23 +18,25 @@ STATE_DICT_KEY = "network_weights"  # in nnU-Net's checkpoints
 LOGITS_WEIGHT = "decoder.seg_layers.0.weight"  # its first axis is the number of classes
 
 
-def nnunet_rows(c: Configuration, outputs: int) -> list[Row]:
+def nnunet_rows(configuration: Configuration, outputs: int) -> list[Row]:
     """Return the rows of a network with one image channel and `outputs` logits, including background."""
-    down, inputs = [], 1
-    for stage, (features, kernel) in enumerate(zip(c.features_per_stage, c.kernel_sizes, strict=True)):
-        for i in range(c.n_conv_per_stage[stage]):
+    down = []
+    inputs = 1
+    stages = zip(configuration.features_per_stage, configuration.kernel_sizes, strict=True)
+    for stage, (features, kernel) in enumerate(stages):
+        for i in range(configuration.n_conv_per_stage[stage]):
             down += _unit(f"encoder.stages.{stage}.0.convs.{i}", f"down.{stage}.{i}", inputs, features, kernel)
             inputs = features
     decoder = [_copy(row, f"decoder.{row.theirs}") for row in down]
     join, up, logits = [], [], []
-    for i, level in enumerate(reversed(range(c.n_stages - 1))):
-        below, features = c.features_per_stage[level + 1], c.features_per_stage[level]
+    for i, level in enumerate(reversed(range(configuration.n_stages - 1))):
+        below, features = configuration.features_per_stage[level + 1], configuration.features_per_stage[level]
         inputs = 2 * features
-        for j in range(c.n_conv_per_stage_decoder[i]):
+        for j in range(configuration.n_conv_per_stage_decoder[i]):
             unit = f"decoder.stages.{i}.convs.{j}"
-            join += _unit(unit, f"join.{i}.{j}", inputs, features, c.kernel_sizes[level])
+            join += _unit(unit, f"join.{i}.{j}", inputs, features, configuration.kernel_sizes[level])
             inputs = features
-        strides = c.strides[level + 1]
+        strides = configuration.strides[level + 1]
         axes = (0, *range(2, 2 + len(strides)), 1)  # PyTorch's kernel is [in, out, *size], ours [in, *size, out]
         up.append(Row(f"decoder.transpconvs.{i}.weight", (below, features, *strides), f"up.{i}.kernel", axes))
         up.append(Row(f"decoder.transpconvs.{i}.bias", (features,), f"up.{i}.bias"))
@@ -46,7 +48,8 @@ def nnunet_rows(c: Configuration, outputs: int) -> list[Row]:
 def read_output_count(tensors: Mapping[str, Tensor], path: Path) -> int:
     """Return the number of channels of the logits; raise an InputError if the network was trained on regions."""
     if LOGITS_WEIGHT not in tensors or not tensors[LOGITS_WEIGHT].shape:
-        raise InputError(path, f"not a checkpoint of nnU-Net: {LOGITS_WEIGHT} is missing", "Give checkpoint_final.pth.")
+        problem = f"not an nnU-Net checkpoint ({LOGITS_WEIGHT} is missing)"
+        raise InputError(path, problem, "Pass nnU-Net's checkpoint_final.pth as --source.")
     if (outputs := tensors[LOGITS_WEIGHT].shape[0]) < 2:
         problem = "has a single output, so it was trained on regions"
         raise InputError(path, problem, "Use a network trained on labels and background.")

@@ -1,4 +1,4 @@
-"""Convert a file back into its authors' state dict, bit for bit."""
+"""Convert a converted file back into its authors' state dict, bit for bit."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from jaxla.models.weights_format import open_atomically, read_metadata, require_
 
 
 def to_pytorch(source: Path, output: Path) -> int:
-    """Write a converted file's parameters as a `.pth` and return the number of tensors; holds all of them in memory.
+    """Write a converted file's parameters to a `.pth` and return the number of tensors; all are held in memory.
 
     Raises:
         InputError: torch is not installed; the source is damaged or incomplete; the output is the source or cannot be

@@ -1,4 +1,4 @@
-"""A tensor of a checkpoint whose numbers are read on demand."""
+"""A tensor of a checkpoint whose values are read on demand."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from jaxla.config import InputError
 
 
 class Tensor(NamedTuple):
-    """One tensor of a checkpoint; `read()` returns its values, bfloat16 as the equal float32."""
+    """One tensor of a checkpoint; `read()` returns its values, with bfloat16 widened to float32."""
 
     shape: tuple[int, ...]
     dtype: str
@@ -27,6 +27,6 @@ def require_finite(path: Path, name: str, array: np.ndarray) -> np.ndarray:
 
 
 def summarize(names: Iterable[str]) -> str:
-    """Return the first three of many names."""
+    """Return the first three names as text, with `…` if there are more."""
     names = list(names)
     return ", ".join(names[:3]) + (", …" if len(names) > 3 else "")

@@ -1,4 +1,4 @@
-"""Read PyTorch's files: the archives that it writes and its older format. Code in a file is never executed."""
+"""Read PyTorch files: zip archives and the older pickle format. Code in a file is never executed."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from jaxla.config import InputError
 if TYPE_CHECKING:
     import torch
 
-# Checkpoints may hold NumPy numbers, such as losses, beside the weights. Only these names are allowed in such a file.
+# Checkpoints may contain NumPy numbers, such as losses. Besides tensors, only these types are allowed.
 _NUMPY_NUMBERS = [
     (np._core.multiarray.scalar, "numpy.core.multiarray.scalar"),
     (np._core.multiarray.scalar, "numpy._core.multiarray.scalar"),
@@ -30,9 +30,9 @@ _NUMPY_NUMBERS = [
     codecs.encode,
 ]
 
-MIN_TORCH = (2, 10)  # in older versions a file can corrupt memory in spite of weights_only=True (CVE-2026-24747)
+MIN_TORCH = (2, 10)  # in older versions a file can corrupt memory despite weights_only=True (CVE-2026-24747)
 INSTALL_TORCH = "Run `pip install 'torch>=2.10'`."
-USE_RELEASED_FILE = "Give the released file of weights."
+USE_RELEASED_FILE = "Pass the released weights."
 
 
 def require_torch(where: object) -> ModuleType:
@@ -59,12 +59,13 @@ def open_torch_file(path: Path, is_archive: bool, state_dict_key: str) -> dict[s
     torch = require_torch(path)
     numpy_numbers = torch.serialization.safe_globals(_NUMPY_NUMBERS if state_dict_key else [])
     try:
-        with warnings.catch_warnings(action="ignore"), numpy_numbers:  # torch warns of old pickles, then refuses them
+        # torch warns about old pickles before it rejects them
+        with warnings.catch_warnings(action="ignore"), numpy_numbers:
             state = torch.load(path, map_location="cpu", weights_only=True, mmap=is_archive)
     except pickle.UnpicklingError as error:
         problem = "not a checkpoint, or loading it would run code from it; nothing was run"
-        own = "If the file is your own, save only its state dict: `torch.save(model.state_dict(), 'new.pth')`."
-        raise InputError(path, problem, f"Download the released weights again. {own}") from error
+        advice = "If the file is your own, save only its state dict: `torch.save(model.state_dict(), 'new.pth')`."
+        raise InputError(path, problem, f"Download the released weights again. {advice}") from error
     except Exception as error:  # torch's unpickler raises many types for bytes that are not a checkpoint
         problem = f"cannot be loaded ({str(error) or type(error).__name__}); it may be truncated or damaged"
         raise InputError(path, problem, "Download the file again.") from error
@@ -85,8 +86,8 @@ def _require_state_dict(path: Path, state: object, tensor_type: type) -> None:
     for key in unexpected:
         value = state[key]
         if isinstance(value, Mapping) and any(isinstance(part, tensor_type) for part in value.values()):
-            fix = f"Save it alone: `torch.save(torch.load({str(path)!r}, weights_only=True)[{key!r}], 'new.pth')`."
-            raise InputError(path, f"not a state dict, but contains one under {key!r}", fix)
+            code = f"torch.save(torch.load({str(path)!r}, weights_only=True)[{key!r}], 'new.pth')"
+            raise InputError(path, f"not a state dict, but contains one under {key!r}", f"Save only this: `{code}`.")
     if unexpected:
         problem = f"not a state dict (names mapped to tensors): contains {summarize(map(repr, unexpected))}"
         raise InputError(path, problem, USE_RELEASED_FILE)

@@ -26,18 +26,27 @@ def verify(path: Path) -> str:
     metadata = read_metadata(path)
     if metadata["arch"] == NNUNET:
         plan, configuration, _ = parse_metadata(metadata, path)
-        network, size, channels = load_converted(path), plan.configuration(configuration).patch_size, 1
+        network = load_converted(path)
+        size = plan.configuration(configuration).patch_size
+        channels = 1
         kind = "logits"
     else:
-        network, size, channels, kind = load_backbone(path), (IMAGE_SIDE, IMAGE_SIDE), 3, "features"
+        network = load_backbone(path)
+        size = (IMAGE_SIDE, IMAGE_SIDE)
+        channels = 3
+        kind = "features"
     image = np.random.default_rng(0).standard_normal((1, *size, channels), dtype=np.float32)
     graph, state = nnx.split(network)
-    run = jax.jit(lambda state, image: nnx.merge(graph, state)(image))  # compiles faster than its operations one by one
+    # jitted, because one compilation is faster than one per operation
+    run = jax.jit(lambda state, image: nnx.merge(graph, state)(image))
     outputs = [np.asarray(array, np.float32) for array in jax.tree.leaves(run(state, image))]
     if not all(np.isfinite(array).all() for array in outputs):
         raise InputError(path, f"the {kind} of a test image are not finite", "Convert the checkpoint again.")
-    header = "; its names and metadata are not covered, because an earlier version wrote it (convert again to add this)"
+    caveat = (
+        "; the sha256 does not cover tensor names and metadata, because an earlier version wrote the file "
+        "(convert the checkpoint again to include them)"
+    )
     return (
-        f"{path}: verified: the data match their sha256 {checksum}{'' if has_header_checksum(path) else header}; "
+        f"{path}: verified: the data match their sha256 {checksum}{'' if has_header_checksum(path) else caveat}; "
         f"the {sum(array.size for array in outputs)} {kind} of one {'×'.join(map(str, size))} image are finite"
     )

@@ -8,7 +8,7 @@ from __future__ import annotations
 from convert_weights.layout import Row, batch_norm, convolution, unused
 from jaxla.models.backbones.vgg import Variant
 
-# The classifier, which the encoder does not use: width of each layer by its index, and pixels that the first one reads.
+# The classifier, which the encoder does not use: layer index -> width; pixels that the first layer reads.
 CLASSIFIER_WIDTHS, CLASSIFIER_PIXELS = {0: 4096, 3: 4096, 6: 1000}, 7 * 7
 
 

@@ -10,8 +10,8 @@ import numpy as np
 from convert_weights.layout import Row, convolution, linear, norm, stacked, unused
 from jaxla.models.backbones.vision_transformer import Variant
 
-# Checkpoints of the 7B, and of ViT-l trained on satellite images, may contain a second final norm, which is used in
-# pretraining only.
+# The checkpoints of ViT-7B, and of ViT-L trained on satellite images, may contain a second final norm, which only
+# pretraining uses.
 SECOND_NORM_ARCHS = ("dinov3_vitl16", "dinov3_vit7b16")
 
 # The authors of DINOv3 rounded its constants to bfloat16 before the release.
@@ -55,7 +55,7 @@ def _block(variant: Variant, qkv: list[Row]) -> list[Row]:
     c, h = variant.width, variant.hidden
     if variant.mlp == "gelu":
         mlp = linear("mlp.fc1", "mlp.expand", c, h) + linear("mlp.fc2", "mlp.contract", h, c)
-    elif variant.grid:  # DINOv2 stores the gate and the gated branch in one layer
+    elif variant.grid:  # DINOv2, which alone has a position grid, stores gate and value in one layer
         mlp = linear("mlp.w12", "mlp.expand", c, 2 * h) + linear("mlp.w3", "mlp.contract", h, c)
     else:
         mlp = (

@@ -1,7 +1,7 @@
 """The experiments, methods and studies, by name.
 
-Each file of this folder holds data only: lists named EXPERIMENTS, METHODS or STUDIES, and a dict PUBLISHED with a
-paper's numbers by method and experiment. Its docstring gives the command, the time it takes and the expected result.
+Each file in this folder holds only data: lists named EXPERIMENTS, METHODS or STUDIES, and a dict PUBLISHED with a
+paper's results by method and experiment. Its docstring gives the command, the time it takes and the expected result.
 """
 
 import pkgutil
@@ -16,7 +16,7 @@ _FILES = [import_module(f"{__name__}.{name}") for name in _NAMES]
 
 
 def _collect(kind: str) -> dict:
-    """Return the entries of one kind of all files, by name."""
+    """Return the entries of one kind from all files, by name."""
     collected = {}
     for file in _FILES:
         entries = getattr(file, kind, ())

@@ -1,12 +1,12 @@
-"""Laptop: a small U-Net for a few patients of one's own, trained from random weights in minutes without a GPU.
+"""Laptop: a small U-Net for a few patients of your own, trained from random weights in minutes without a GPU.
 
-InstanceNorm and random changes of brightness let it read scans that are darker or brighter than those it was trained
-on; the running mean of its parameters is kept instead of the epoch that one or two validation patients prefer. Nothing
-is decided by validation, so few patients need none.
+InstanceNorm and random changes of brightness make it robust to scans that are darker or brighter than the training
+scans. It keeps the running mean of its parameters, instead of the epoch that is best on one or two validation patients.
+No decision depends on validation, so a small data set needs no validation patients.
 
 Command:   python -m jaxla.train --exp=laptop --data.root=/path/to/scans
-Time:      10 minutes of training on any processor, plus the test; --training.minutes changes it.
-Expected:  mean test Dice 0.87 per volume over 27 patients, from 12 patients in 8 minutes (docs/benchmarks.md).
+Time:      10 minutes of training on any processor, plus testing; --training.minutes changes it.
+Expected:  mean test Dice 0.87 per volume over 27 patients, trained on 12 patients for 8 minutes (docs/benchmarks.md).
 """
 
 from jaxla.config import Augmentation, Data, Experiment, Method, Postprocessing, Preprocessing, Training
@@ -14,7 +14,7 @@ from jaxla.models.networks.unet import UNetOptions
 
 UNET_SMALL = Method(
     "unet_small",
-    "2 M U-Net with InstanceNorm, augmented; for few patients and little time",
+    "2M-parameter U-Net with InstanceNorm and augmentation, for few patients and little time",
     UNetOptions(widths=(16, 32, 64, 128, 256), norm="instance", neighbours=1),
     Preprocessing(96),
     Training(

@@ -1,13 +1,13 @@
 """nnU-Net (Isensee, Jaeger, Kohl, Petersen, Maier-Hein, Nature Methods 2021), in two and three dimensions.
 
-It plans its network from the data and has one recipe for all data: 1000 epochs of 250 steps. The `_short` methods train
-for fewer steps, for a first look and for machines without a GPU. Their results are not nnU-Net's.
+It plans its network from the data and trains it with one recipe for all data: 1000 epochs of 250 steps. The `_short`
+methods train for fewer steps, for a first look and for machines without a GPU. Their results are not nnU-Net's.
 
 Command:   python -m jaxla.train --exp=paper1 --method=nnunet_2d_short --data.root=Task04_Hippocampus
-Time:      18 minutes on two CPU cores. `nnunet_3d_short`: not timed as a whole, 500 steps of 1.3 s each.
+Time:      18 minutes on two CPU cores. `nnunet_3d_short`: no whole run timed; 500 steps of 1.3 s each.
            `nnunet_2d` and `nnunet_3d`: not measured.
 Expected:  `nnunet_2d_short` test Dice 0.851, `nnunet_3d_short` 0.823 (mean per volume, n = 12; the atlas baseline:
-           0.716; 60 cases of the Decathlon's hippocampus, 42 train, one seed).
+           0.716; 60 cases of the Decathlon's hippocampus, 42 for training, one seed).
            `nnunet_2d` and `nnunet_3d`: not measured.
 """
 
@@ -51,7 +51,7 @@ METHODS = [
         replace(
             method,
             name=f"{method.name}_short",
-            summary=f"{method.summary}; short, {epochs * steps} of 250000 steps: not nnU-Net's own result",
+            summary=f"{method.summary}; only {epochs * steps} of 250000 steps, so not nnU-Net's own result",
             training=replace(method.training, epochs=epochs, steps=steps),
         )
         for method in _FULL_LENGTH

@@ -1,16 +1,17 @@
 """Paper 1: DINOv2 for left-atrium segmentation (Kundu, Khanal, Simon, Linte; arXiv 2411.09598).
 
 DINOv2 methods: frozen backbone, convolutional decoder, 448×448 pixels, Adam 1e-3, at most 35 epochs, batches of 32.
-Convolutional methods: 320×320 pixels, Adam 1e-4, at most 75 epochs, batches of 24, masks opened, then closed. All use
-binary cross-entropy and early stopping. Protocols: all training patients; 1 and 10 of them, and 2, 5 and 20, which are
-not in the paper; 25, 50 and 75 % of them.
+Convolutional methods: 320×320 pixels, Adam 1e-4, at most 75 epochs, batches of 24, binary opening, then closing, of the
+masks. All use binary cross-entropy and early stopping. Protocols: all training patients; 1 and 10 of them, and 2, 5 and
+20, which are not in the paper; 25, 50 and 75 % of them.
 
 Command:   python -m jaxla.train --exp=paper1 --data.root=/path/to/LAScarQS2022
            python -m jaxla.study --name=paper1 --output=studies/paper1 --data.root=/path/to/LAScarQS2022
 Time:      not measured.
 Expected:  not measured on LAScarQS 2022; the paper's own numbers are in PUBLISHED below. On 60 brain MR scans
-           (Decathlon hippocampus, 42 train) `unet` at 64 pixels reaches a test Dice of 0.853 in 4 epochs and 20 minutes
-           on two busy CPU cores (mean per volume, n = 12; the atlas baseline: 0.716; command: docs/benchmarks.md).
+           (Decathlon hippocampus, 42 for training) `unet` at 64 pixels reaches a test Dice of 0.853 in 4 epochs and
+           20 minutes on two busy CPU cores (mean per volume, n = 12; the atlas baseline: 0.716; docs/benchmarks.md has
+           the command).
 """
 
 from dataclasses import asdict
@@ -55,12 +56,12 @@ _CONVOLUTIONAL = {
 _DINOV2 = {
     letter: Method(
         f"dinov2_vit{letter}14",
-        f"frozen DINOv2 ViT-{letter}/14, paper 1's decoder",
+        f"frozen DINOv2 ViT-{size}/14, paper 1's decoder",
         TransformerSegmenterOptions(f"dinov2_vit{letter}14"),
         Preprocessing(448),
         RECIPE,
     )
-    for letter in "sblg"
+    for letter, size in zip("sblg", "SBLg", strict=True)
 }
 
 METHODS = [
@@ -94,13 +95,14 @@ STUDIES = [
         _TABLE1_METHODS,
     ),
     Study("fewshot_patients", "from one training patient to all", (*_FEWSHOT, "paper1"), _TABLE1_METHODS),
-    Study("fewshot_data", "from a quarter of the training patients to all", (*_PERCENT, "paper1"), _TABLE1_METHODS),
+    Study("fewshot_data", "from 25 % of the training patients to all", (*_PERCENT, "paper1"), _TABLE1_METHODS),
 ]
 
 # All training patients: Table 1. Other protocols: read off Figure 2, to 0.1 %.
 _SOURCE = "by paper 1, on LAScarQS 2022"
 _CAVEAT = (
-    "it states no unit of its means, and its abstract mentions fine-tuning the transformers that its text calls frozen"
+    "it does not state the unit of its means, and its abstract mentions fine-tuning the transformers that its text "
+    "calls frozen"
 )
 PUBLISHED = {
     ("attention_unet", "paper1"): Published(_SOURCE, _CAVEAT, 79.2, 12.3, 72.1, 13.8),

@@ -1,15 +1,15 @@
 """Paper 2: multi-scale feature fusion with image-driven spatial integration (arXiv 2502.06615), and its ablations.
 
-Learned weights fuse the features of a frozen DINOv2's blocks, and a U-Net-like decoder reads the image again. The
-recipe is paper 1's, with the 50 epochs that another abstract of the group states.
+Learned weights fuse the features of a frozen DINOv2's blocks, and a U-Net-like decoder also reads the image. The
+recipe is paper 1's, with 50 epochs, as another abstract of the group states.
 
 Command:   python -m jaxla.train --exp=paper2 --data.root=/path/to/LAScarQS2022
            python -m jaxla.study --name=paper2_ablation --output=studies/ablation --data.root=/path/to/LAScarQS2022
 Time:      not measured.
 Expected:  not measured on LAScarQS 2022; the paper's own numbers are in PUBLISHED below. On 60 brain MR scans
-           (Decathlon hippocampus, 42 train), with a small transformer trained from random weights at 64 pixels, the
-           fusion reaches a test Dice of 0.810 and paper 1's network 0.793 (mean over 12 volumes, each averaged over 2
-           seeds; the atlas baseline: 0.716; command: docs/benchmarks.md).
+           (Decathlon hippocampus, 42 for training), with a small transformer trained from random weights at 64 pixels,
+           the fusion reaches a test Dice of 0.810 and paper 1's network 0.793 (mean over 12 volumes, each averaged over
+           2 seeds; the atlas baseline: 0.716; docs/benchmarks.md has the command).
 """
 
 from dataclasses import replace
@@ -28,11 +28,11 @@ _FUSION = {
         RECIPE,
     )
     for name, arch, family, size in (
-        ("vitb14", "dinov2_vitb14", "DINOv2", "ViT-b/14"),
-        ("vitl14", "dinov2_vitl14", "DINOv2", "ViT-l/14"),
+        ("vitb14", "dinov2_vitb14", "DINOv2", "ViT-B/14"),
+        ("vitl14", "dinov2_vitl14", "DINOv2", "ViT-L/14"),
         ("vitg14", "dinov2_vitg14", "DINOv2", "ViT-g/14"),
-        ("dinov3_vitb16", "dinov3_vitb16", "DINOv3", "ViT-b/16"),
-        ("dinov3_vitl16", "dinov3_vitl16", "DINOv3", "ViT-l/16"),
+        ("dinov3_vitb16", "dinov3_vitb16", "DINOv3", "ViT-B/16"),
+        ("dinov3_vitl16", "dinov3_vitl16", "DINOv3", "ViT-L/16"),
     )
 }
 
@@ -58,7 +58,7 @@ EXPERIMENTS = [Experiment("paper2", "all training patients", Data(), _FULL)]
 STUDIES = [
     Study(
         "paper2",
-        "paper 2's fusion against paper 1's network and the convolutional ones",
+        "paper 2's fusion against paper 1's network and the convolutional networks",
         ("paper2",),
         (
             "unet",
@@ -75,7 +75,7 @@ STUDIES = [
     ),
     Study(
         "paper2_ablation",
-        "paper 2's network with one part left out at a time: blocks, their weights, the image",
+        "paper 2's network with one part removed at a time: blocks, their weights, the image",
         ("paper2",),
         (*(method.name for method in _ABLATED), _FULL.name),
     ),
@@ -84,6 +84,6 @@ STUDIES = [
 # The abstract's numbers. They are not means over the same units: a mean Dice of 92.3 % implies a mean IoU >= 85.7 %.
 PUBLISHED = {
     ("fusion_vitg14", "paper2"): Published(
-        "by paper 2, on LAScarQS 2022", "it states no unit of its means", 92.3, iou=84.1
+        "by paper 2, on LAScarQS 2022", "it does not state the unit of its means", 92.3, iou=84.1
     ),
 }

@@ -1,13 +1,13 @@
 """Paper 3: from 2D DINOv3 features to 3D segmentation (Usman, Khan, Qasim Syed; arXiv 2602.23962), and its ablations.
 
 A frozen DINOv3, a depth embedding, a light 3D decoder that runs window by window, and one loss on the whole volume,
-whose gradient is taken in two passes. The paper segments the hippocampus of neonatal brains (ALBERT). What it leaves
+whose gradient is computed in two passes. The paper segments the hippocampus of neonatal brains (ALBERT). What it leaves
 open, such as the recipe and the decoder, is this package's choice (docs/paper3.md).
 
 Command:   python -m jaxla.train --exp=paper3_hippocampus --method=windows_vit_mini8 --data.root=Task04_Hippocampus
 Time:      13 minutes on two busy CPU cores. Methods on a frozen DINOv3 or DINOv2: not measured.
 Expected:  test Dice 0.864 ± 0.027 (both parts together; mean per volume, n = 12; the atlas baseline: 0.737; 60 cases,
-           42 train, one seed). Methods on a frozen DINOv3 or DINOv2: not measured; the paper's own number is in
+           42 for training, one seed). Methods on a frozen DINOv3 or DINOv2: not measured; the paper's own number is in
            PUBLISHED below.
 """
 
@@ -37,15 +37,15 @@ _WINDOWS = {
         RECIPE,
     )
     for name, family, size in (
-        ("dinov3_vits16", "DINOv3", "ViT-s/16"),
-        ("dinov3_vitb16", "DINOv3", "ViT-b/16"),
-        ("dinov3_vitl16", "DINOv3", "ViT-l/16"),
-        ("dinov2_vitb14", "DINOv2", "ViT-b/14"),
+        ("dinov3_vits16", "DINOv3", "ViT-S/16"),
+        ("dinov3_vitb16", "DINOv3", "ViT-B/16"),
+        ("dinov3_vitl16", "DINOv3", "ViT-L/16"),
+        ("dinov2_vitb14", "DINOv2", "ViT-B/14"),
     )
 }
 _SMALL = Method(
     "windows_vit_mini8",
-    "1 M transformer trained from random weights, paper 3's decoder made small",
+    "1M-parameter transformer trained from random weights, with a small version of paper 3's decoder",
     WindowOptions("vit_mini8", weights="random", backbone="finetuned", decoder_widths=(64, 32, 16, 16)),
     Preprocessing(64),
     replace(RECIPE, epochs=30),
@@ -67,7 +67,7 @@ _ABLATED = [
 _ONE_GRAPH = replace(
     _FULL,
     name=f"{_FULL.name}_one_graph",
-    summary=f"{_FULL.name}, its gradient in one pass, which takes the memory of all windows",
+    summary=f"{_FULL.name}, with its gradient in one pass, which needs the memory of all windows",
     training=replace(RECIPE, gradient="whole"),
 )
 METHODS = [_FULL, *_ABLATED, _ONE_GRAPH, *(method for method in _WINDOWS.values() if method is not _FULL), _SMALL]
@@ -89,7 +89,7 @@ EXPERIMENTS = [
 STUDIES = [
     Study(
         "paper3_ablation",
-        "paper 3's network with one part varied at a time: windows, depth embedding, three dimensions",
+        "paper 3's network with one part varied at a time: windows, depth embedding, 3D convolutions",
         ("paper3_hippocampus",),
         (*(method.name for method in _ABLATED), _FULL.name),
     ),
@@ -97,8 +97,8 @@ STUDIES = [
 
 PUBLISHED = {
     ("windows_dinov3_vitb16", "paper3_albert"): Published(
-        "by paper 3, on ALBERT, of the hippocampus with a single window",
-        "the size of its transformer and the unit of its mean are not known here",
+        "by paper 3, for the hippocampus in ALBERT, with a single window",
+        "the size of its transformer and the unit of its mean are unknown",
         65.0,
     ),
 }

@@ -14,7 +14,7 @@ from jaxla.models.networks.transformer_segmenter import TransformerSegmenterOpti
 
 _VIT_MINI8 = Method(
     "vit_mini8",
-    "1 M transformer trained from random weights, paper 1's decoder made small",
+    "1M-parameter transformer trained from random weights, with a small version of paper 1's decoder",
     TransformerSegmenterOptions("vit_mini8", weights="random", backbone="finetuned", decoder_widths=(64, 32, 16)),
     Preprocessing(96),
     BackboneTraining(epochs=4, batch_size=8, learning_rate=1e-3, schedule="cosine"),

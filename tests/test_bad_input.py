@@ -320,7 +320,7 @@ def test_training_refuses_a_batch_that_does_not_fit_into_memory(tmp_path):
         ),
         (
             ["--method=resnet50_unet", "--model.weights=random", "--model.decoder_widths=[8,8]"],
-            "--model.decoder_widths=[8, 8]: 2 widths, but the network needs 5. Give 5 widths, one for each decoder",
+            "--model.decoder_widths=[8, 8]: 2 widths, but the network needs 5. Set 5 widths, one for each decoder",
         ),
         (
             ["--method=segnet", "--model.widths=[8,8]"],

@@ -182,7 +182,7 @@ def test_five_equal_folds_predict_the_mask_of_one(run, phantoms, tmp_path):
         ("--augmentation.flips=true", "--augmentation.flips: method nnunet_2d_short has no such option"),
         ("--training.steps=0", "--training.steps=0: less than 1"),
         ("--model.memory_gb=0", "--model.memory_gb=0.0: not a positive number"),
-        ("--model.memory_gb=4", "--model.memory_gb: has no effect, because --model.plan is given"),
+        ("--model.memory_gb=4", "--model.memory_gb: has no effect, because --model.plan is set"),
         ("--model.widths=[8,16]", "--model.widths: method nnunet_2d_short has no such option"),
         ("--model.plan=nothing.json", "nothing.json: cannot be read"),
         ("--fold=5", '"fold": Expected a typing.Literal'),

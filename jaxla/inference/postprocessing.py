@@ -1,4 +1,4 @@
-"""Postprocessing of predicted classes: binary opening and closing of slices, and removal of unconnected parts."""
+"""Postprocessing of predicted classes: binary opening and closing of slices."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def postprocess(classes: np.ndarray, postprocessing: Postprocessing) -> np.ndarr
 def _open(mask: np.ndarray, side: int) -> np.ndarray:
     if not side:
         return mask
-    eroded = ndimage.binary_erosion(mask, _square(side), border_value=1)  # it may continue outside the slice
+    eroded = ndimage.binary_erosion(mask, _square(side), border_value=1)  # the structure may continue outside the slice
     return ndimage.binary_dilation(eroded, _square(side))
 
 

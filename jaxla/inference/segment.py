@@ -1,4 +1,4 @@
-"""A trained network applied to a scan, and the result brought back onto the scan's own grid."""
+"""Apply trained networks to a scan, and map the result back to the scan's grid."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from jaxla.data.volumes import Volume
 from jaxla.distributed import place_on_devices
 
 ROWS, COLUMNS = -3, -2  # axes of images and of probabilities
-FLIPS = ((), (ROWS,), (COLUMNS,), (ROWS, COLUMNS))  # in inference
+FLIPS = ((), (ROWS,), (COLUMNS,), (ROWS, COLUMNS))  # flips that inference averages over
 
-# Classes, uint8, and probabilities, float32 with a last axis K, or None if they were not asked for.
+# Classes (uint8), and probabilities (float32 with a last axis K) or None if they were not requested.
 Segmented = tuple[np.ndarray, np.ndarray | None]
 # (slices [S, H, W] in the scan's grey values, geometry, with_probabilities) -> classes [S, H, W], [S, H, W, K]
 SegmentSlices = Callable[[np.ndarray, SliceGeometry, bool], Segmented]
@@ -26,7 +26,7 @@ SegmentSlices = Callable[[np.ndarray, SliceGeometry, bool], Segmented]
 def segment_volume(segment_slices: SegmentSlices, volume: Volume, with_probabilities: bool = False) -> Segmented:
     """Segment a volume on its own grid.
 
-    A voxel is foreground if its probability exceeds one half, or gets its most probable class.
+    With one class, a voxel is foreground if its probability exceeds 0.5; with several, it gets the most probable one.
 
     Returns:
         Classes [X, Y, Z] uint8, and probabilities [X, Y, Z] float32 for one class, [X, Y, Z, K] for several,
@@ -68,12 +68,12 @@ def mean_probabilities(networks: Sequence[nnx.Module], flips: bool = False) -> C
 
 
 def classify(probabilities: np.ndarray) -> np.ndarray:
-    """Return the classes [H, W] of probabilities [H, W, K]."""
+    """Return the classes [H, W] for probabilities [H, W, K]."""
     return probabilities[..., 0] > 0.5 if probabilities.shape[-1] == 1 else probabilities.argmax(-1)
 
 
 def pad_rows(rows: Sequence[np.ndarray], count: int) -> np.ndarray:
-    """Stack rows, followed by zeros up to `count` rows: batches of one shape are compiled once."""
+    """Stack rows and pad them with zero rows to `count`, so that all batches have one shape and are compiled once."""
     batch = np.zeros((count, *rows[0].shape), rows[0].dtype)
     batch[: len(rows)] = rows
     return batch

@@ -1,4 +1,4 @@
-"""Load converted weights into networks; every parameter is accounted for."""
+"""Load converted weights into networks; a file must contain exactly the parameters of the network."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def parameter_shapes(network: nnx.Module) -> dict[str, tuple[int, ...]]:
 
 
 def load_backbone(path: str | Path, dtype: jnp.dtype | None = None) -> Backbone:
-    """Load a backbone, in evaluation mode, from a converted file, which states its own architecture.
+    """Load a backbone, in evaluation mode, from a converted file, which states its architecture.
 
     Args:
         dtype: dtype of the computation; the default is `compute_dtype()`. Parameters stay float32.
@@ -96,17 +96,17 @@ def require_parameters(path: Path, arch: str, shapes: Mapping[str, tuple[int, ..
 
 
 def weights_file(arch: str, weights: str, cache_dir: Path | None = None) -> Path:
-    """Return the file that the option `model.weights` names ("": in the cache folder), if it contains the architecture.
+    """Return the file in the option `model.weights` ("": in the cache folder), after checking that it contains `arch`.
 
     Raises:
         InputError: the file is missing or does not fit; the message states the command that creates it.
     """
     path = Path(weights) if weights else (cache_dir or default_cache_dir()) / "weights" / f"{arch}.safetensors"
     if weights and path.suffix != ".safetensors":
-        fix = f"Give the converted file of {arch}, or random, or remove the option to use the file in the cache folder."
+        fix = f"Use the converted file of {arch}, or random, or remove the option to use the file in the cache folder."
         raise InputError(option("model.weights", weights), "not the name of a .safetensors file", fix)
-    if not os.path.isfile(path):  # Path.is_file raises if a name is too long or a folder may not be read
-        released = suggest_conversion(arch, path) if VARIANTS[arch].licence else "None were released."
+    if not os.path.isfile(path):  # Path.is_file raises if a name is too long or a folder cannot be read
+        released = suggest_conversion(arch, path) if VARIANTS[arch].licence else "No weights were released."
         file, random = (option("model.weights", value) for value in ("FILE", "random"))
         fix = f"{released} Or use {file}, or {random} for an untrained backbone."
         raise InputError(path, f"weights of {arch} not found", fix)

@@ -24,7 +24,7 @@ from jaxla.config import InputError
 
 FORMAT = "jaxla-1"
 
-# Prefix of the tensors that no forward pass here uses. They are kept so that a conversion back to PyTorch restores the
+# Prefix of the tensors that no forward pass uses. They are kept so that a conversion back to PyTorch restores the
 # released checkpoint.
 UNUSED_PREFIX = "unused."
 
@@ -38,7 +38,7 @@ _SAFETENSORS_DTYPES = {"float32": "F32", "int64": "I64"}
 
 
 class StreamedArray(NamedTuple):
-    """An array that is never complete in memory: `chunks()` yields its parts in the order of its elements."""
+    """An array that is never entirely in memory: `chunks()` yields its parts in the order of its elements."""
 
     shape: tuple[int, ...]
     dtype: np.dtype
@@ -55,7 +55,7 @@ def save_weights(path: Path, arrays: Mapping[str, np.ndarray | StreamedArray], m
         metadata: at least `arch`, `source`, `source_sha256` and `licence`.
 
     Raises:
-        InputError: the file cannot be written; nothing of it is left.
+        InputError: the file cannot be written; no part of it is left.
     """
     arrays = {
         name: array
@@ -63,7 +63,7 @@ def save_weights(path: Path, arrays: Mapping[str, np.ndarray | StreamedArray], m
         else StreamedArray(array.shape, array.dtype, lambda a=array: [a])
         for name, array in arrays.items()
     }
-    # The widest dtypes come first, so that each array is aligned to its own.
+    # The widest dtypes come first, so that each array is aligned to its own size.
     order = sorted(arrays, key=lambda name: (-arrays[name].dtype.itemsize, name))
     entries, end = {}, 0
     for name in order:
@@ -93,7 +93,7 @@ def save_weights(path: Path, arrays: Mapping[str, np.ndarray | StreamedArray], m
 
 @contextlib.contextmanager
 def open_atomically(path: Path) -> Iterator[BinaryIO]:
-    """Yield a file to write, which gets its name when the block ends; after an error nothing of it is left."""
+    """Yield a file to write, which gets its name when the block ends; after an error no part of it is left."""
     with report_os_errors("written", path, "Fix this, or choose another file."):
         path.parent.mkdir(parents=True, exist_ok=True)
         with atomic_file(path) as temporary, temporary.open("wb") as file:
@@ -113,11 +113,11 @@ def read_metadata(path: Path) -> dict[str, str]:
     Raises:
         InputError: the file does not exist, cannot be read, or was not written by convert_weights.
     """
-    if os.path.isdir(path):  # Path.is_dir raises if a name is too long or a folder may not be read
-        raise InputError(path, "is a folder", "Give the .safetensors file in it.")
+    if os.path.isdir(path):  # Path.is_dir raises if a name is too long or a folder cannot be read
+        raise InputError(path, "is a folder", "Pass the .safetensors file in it.")
     if not os.path.isfile(path):
         arch = re.match(r"dinov\d_vit\w+?1\d(_reg)?|resnet\d+|vgg16_bn", path.name)
-        then = "" if path.suffix == ".safetensors" else " Then give the .safetensors file that it writes."
+        then = "" if path.suffix == ".safetensors" else " Then pass the .safetensors file that it writes."
         raise InputError(path, "no such weights file", suggest_conversion(arch[0] if arch else "ARCH", path) + then)
     start, metadata = b"", {}
     try:
@@ -127,7 +127,7 @@ def read_metadata(path: Path) -> dict[str, str]:
             with safe_open(path, framework="numpy") as file:
                 metadata = file.metadata() or {}
     except SafetensorError as error:
-        # These bytes begin a PyTorch file, unless they are the length of a safetensors header, which "{" follows.
+        # These bytes begin a PyTorch file, unless they are the length of a safetensors header and "{" follows.
         if not start.startswith((b"PK\x03\x04", b"\x80")) or start.endswith(b"\0\0\0{"):
             raise InputError(path, "truncated, or not a safetensors file", CONVERT_AGAIN) from error
     if metadata.get("format") != FORMAT or not {"arch", "source"} <= set(metadata):
@@ -138,10 +138,10 @@ def read_metadata(path: Path) -> dict[str, str]:
 
 
 def require_undamaged(path: Path) -> str:
-    """Return the sha256 of a weights file's data; raise an InputError unless it is the one in the metadata.
+    """Return the sha256 of a weights file's data; raise an InputError unless it matches the metadata.
 
-    The header, that is the names, shapes and places of the arrays and the metadata, must have its own sha256, which
-    files of earlier versions lack. A file is read once per process, and again only if its size or modification time
+    The header (names, shapes and positions of the arrays, and metadata) must match its own sha256, which files of
+    earlier versions lack. A file is read once per process, and again only if its size or modification time
     changes.
     """
     read_metadata(path)  # checks the header's form
@@ -150,7 +150,9 @@ def require_undamaged(path: Path) -> str:
     if expected is None:
         raise InputError(path, "contains no checksum of its data", CONVERT_AGAIN)
     if has_header_checksum(path) and not _is_header_intact(path):
-        problem = "damaged: the names, the places of the arrays or the metadata have changed since it was written"
+        problem = (
+            "damaged: the names or positions of the arrays, or the metadata, have changed since the file was written"
+        )
         raise InputError(path, problem, CONVERT_AGAIN)
     status = path.stat()
     found = _data_sha256(path.resolve(), status.st_size, status.st_mtime_ns)
@@ -194,7 +196,7 @@ def parameter_count(path: Path) -> tuple[int, int]:
 
 def suggest_conversion(arch: str, output: Path) -> str:
     """Return a sentence with the command that creates a missing weights file, as `output` if that is a .safetensors."""
-    # By name, because the tables of architectures import JAX.
+    # Decided by name, because the tables of architectures import JAX.
     source = "--download" if arch.startswith(("dinov2_", "resnet", "vgg")) else "--source=CHECKPOINT"
     command = f"python -m convert_weights --arch={arch} {source}"
     if output.suffix == ".safetensors":

@@ -1,4 +1,4 @@
-"""nnU-Net's augmentation, within the compiled training step: patches are read larger than the network sees them.
+"""nnU-Net's augmentation, in the compiled training step; patches are read larger than the network's input.
 
 Each change is drawn for each patch separately, with nnU-Net's probabilities and ranges. Reference code: nnunetv2 2.8.1,
 `nnUNetTrainer.get_training_transforms`, and batchgeneratorsv2 0.3.6.
@@ -22,8 +22,9 @@ from jaxla.nnunet.resampling import ANISOTROPY_THRESHOLD
 
 SCALE_RANGE, NOISE_RANGE, BLUR_RANGE = (0.7, 1.4), (0.0, 0.1), (0.5, 1.0)  # noise and blur: standard deviations
 FACTOR_RANGE, RESOLUTION_RANGE, EXPONENT_RANGE = (0.75, 1.25), (0.5, 1.0), (0.7, 1.5)
-INITIAL_SCALE = 0.85  # as in nnU-Net: patches are read 1 / 0.85 times larger, less than the largest scale needs
-KERNEL_WIDTH = 7  # of the widest blur
+# As in nnU-Net: patches are read 1 / 0.85 times larger, which is less than the largest scale needs.
+INITIAL_SCALE = 0.85
+KERNEL_WIDTH = 7  # voxels of the widest blur
 EPSILON = 1e-7
 
 Arrays = tuple[jax.Array, jax.Array]
@@ -41,7 +42,7 @@ class PatchAugmentation:
 
 
 class Probabilities(NamedTuple):
-    """How likely each change is: rotating and scaling one by one, mirroring along each axis."""
+    """The probability of each change, separately for rotation and scaling, and for mirroring along each axis."""
 
     spatial: float = 0.2
     noise: float = 0.1
@@ -58,14 +59,14 @@ NNUNET_PROBABILITIES = Probabilities()
 
 
 class RotationRange(NamedTuple):
-    """How patches are rotated."""
+    """The range of random rotations of patches."""
 
     degrees: float  # largest angle, in either direction
-    in_plane: bool  # all slices of a 3D patch rotate alike, because there are few; else it rotates about each axis
+    in_plane: bool  # one angle for all slices of a 3D patch, because there are few; otherwise one for each axis
 
 
 def rotation_range(patch_size: Sequence[int]) -> RotationRange:
-    """Return how patches [D, H, W] or [H, W] are rotated."""
+    """Return the range of rotations for patches [D, H, W] or [H, W]."""
     if len(patch_size) == 2:
         return RotationRange(15.0 if max(patch_size) / min(patch_size) > 1.5 else 180.0, False)
     if max(patch_size) / patch_size[0] > ANISOTROPY_THRESHOLD:
@@ -74,7 +75,7 @@ def rotation_range(patch_size: Sequence[int]) -> RotationRange:
 
 
 def initial_patch_size(patch_size: Sequence[int]) -> tuple[int, ...]:
-    """Return how many voxels to read along each axis, so that a rotated patch is still filled."""
+    """Return the number of voxels to read along each axis, so that a rotated patch is still filled."""
     degrees, in_plane = rotation_range(patch_size)
     angle = math.radians(min(90.0, degrees))
     size = np.array(patch_size, float)
@@ -100,7 +101,7 @@ def make_augment(
     Args:
         patch_size: [D, H, W] or [H, W].
         max_class: highest class index in a mask.
-        keep_zeros: set voxels that are zero in the scan to zero in the end.
+        keep_zeros: set voxels that are zero in the scan back to zero at the end.
     """
     augment_patch = partial(_augment_patch, tuple(patch_size), max_class, keep_zeros, probabilities)
 
@@ -174,12 +175,12 @@ def rotate_and_scale(
     max_class: int,
     is_applied: jax.Array,
 ) -> Arrays:
-    """Rotate and scale a patch and return its centre: the image linearly, in the mask the class of the largest weight.
+    """Rotate and scale a patch and return its centre: linear for images; for masks, the class with the largest weight.
 
     Args:
-        angles: radians about each axis; in 2D the last one counts.
-        scale: above 1 the centre shows more of the patch, smaller.
-        size: of the centre.
+        angles: radians about each axis; in 2D only the last one is used.
+        scale: above 1, the centre shows more of the patch at a smaller size.
+        size: size of the centre.
         is_applied: return the centre unchanged if False.
     """
     positions = jnp.moveaxis(jnp.indices(size, dtype=jnp.float32), 0, -1) - (jnp.array(size) - 1) / 2  # from the centre
@@ -189,7 +190,7 @@ def rotate_and_scale(
     positions += jnp.where(is_applied, (shape - 1) / 2, unchanged_centre)
 
     def read_voxels(index: jax.Array) -> Arrays:
-        """Return image and mask there; beyond the patch 0 and OUTSIDE."""
+        """Return image and mask at `index`; 0 and OUTSIDE beyond the patch."""
         is_inside = ((index >= 0) & (index < shape)).all(-1)
         clipped = tuple(jnp.moveaxis(jnp.clip(index, 0, shape - 1), -1, 0))
         return jnp.where(is_inside, image[clipped], 0), jnp.where(is_inside, mask[clipped], OUTSIDE)
@@ -247,10 +248,10 @@ def change_contrast(image: jax.Array, factor: jax.Array) -> jax.Array:
 
 
 def lower_resolution(image: jax.Array, resolution: jax.Array) -> jax.Array:
-    """Sample the nearest of `resolution` times as many voxels along each axis, then interpolate linearly.
+    """Downsample to `resolution` times as many voxels along each axis (nearest-neighbour), then upsample linearly.
 
     Args:
-        resolution: of each axis, at most 1.
+        resolution: fraction of the voxels along each axis, at most 1.
     """
     for axis, side in enumerate(image.shape):
         count = jnp.round(side * resolution[axis])

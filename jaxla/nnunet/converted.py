@@ -16,7 +16,7 @@ from jaxla.models.weights_format import read_metadata
 from jaxla.nnunet.network import NNUNet
 from jaxla.nnunet.plan import Plan, plan_from_json
 
-NNUNET = "nnunet"  # the architecture in such a file's metadata
+NNUNET = "nnunet"  # `arch` in the metadata of such a file
 
 
 def load_converted(path: Path) -> nnx.Module:
@@ -47,5 +47,9 @@ def parse_metadata(metadata: Mapping[str, str], path: Path) -> tuple[Plan, str, 
         return plan, metadata["configuration"], int(metadata["outputs"])
     except InputError:
         raise
-    except (KeyError, ValueError, RecursionError) as error:
-        raise InputError(path, f"its metadata do not describe the network ({error!r})", "Convert it again.") from error
+    except KeyError as error:
+        problem = f"its metadata lack {error}, so the network is unknown"
+        raise InputError(path, problem, "Convert the checkpoint again.") from error
+    except (ValueError, RecursionError) as error:
+        problem = f"its metadata do not describe the network ({error})"
+        raise InputError(path, problem, "Convert the checkpoint again.") from error

@@ -23,7 +23,7 @@ from jaxla.models.ops.layers import Upconvolution, convolution_nd
 from jaxla.models.ops.norms import InstanceNorm
 from jaxla.nnunet.plan import ARCH_CONFIGURATIONS, DEFAULT_MEMORY_GB, Configuration, Plan, read_plan
 
-SLOPE = 0.01  # of LeakyReLU for negative values
+SLOPE = 0.01  # slope of LeakyReLU for negative values
 HE_NORMAL = jax.nn.initializers.variance_scaling(2 / (1 + SLOPE**2), "fan_in", "normal")  # He et al. 2015
 HE_NORMAL_UP = jax.nn.initializers.variance_scaling(2 / (1 + SLOPE**2), "fan_in", "normal", in_axis=-1, out_axis=0)
 
@@ -51,7 +51,7 @@ class NNUNetOptions(NetworkOptions):
         if not 0 < self.memory_gb < math.inf:
             raise InputError(option("model.memory_gb", self.memory_gb), "not a positive number", "Use 8, for example.")
         if self.plan and self.memory_gb != DEFAULT_MEMORY_GB:
-            problem = f"has no effect, because {option('model.plan')} is given"
+            problem = f"has no effect, because {option('model.plan')} is set"
             raise InputError(option("model.memory_gb"), problem, "Remove one of the two.")
         if self.plan:
             self.configuration()
@@ -61,13 +61,14 @@ class NNUNetOptions(NetworkOptions):
         return {"memory_gb"} if self.plan else set()
 
     def configuration(self, plan: Plan | None = None, batch_size: int = 0) -> Configuration:
-        """Return the configuration of `plan`, or of the options' own, that the network is built on.
+        """Return the network's configuration in `plan`, or in the options' plan file; `batch_size` replaces the plan's.
 
-        A `batch_size` replaces the plan's. Without a plan, or the configuration in it, an InputError is raised.
+        Raises:
+            InputError: there is no plan, or the plan lacks the configuration.
         """
         if plan is None and not self.plan:
             problem = f"{self.arch} needs a plan"
-            raise InputError(option("model.plan"), problem, "Give the file that python -m jaxla.plan writes.")
+            raise InputError(option("model.plan"), problem, "Pass the file that python -m jaxla.plan writes.")
         where = option("model.plan", self.plan) if self.plan else "the plan of these scans"
         planned = (plan or read_plan(Path(self.plan))).configuration(ARCH_CONFIGURATIONS[self.arch], where)
         return planned._replace(batch_size=batch_size or planned.batch_size)
@@ -83,16 +84,17 @@ class NNUNet(nnx.Module):
     """U-Net that maps normalised images to logits, in training at every resolution for deep supervision.
 
     Args:
-        configuration: of a plan.
+        configuration: a configuration of a plan.
         outputs: K, channels of the logits. With K = 1 the network has two channels inside, background and structure, as
             nnU-Net has. It returns their difference, whose sigmoid is the structure's softmax.
-        dtype: of the computation; parameters, statistics and logits are float32.
+        dtype: dtype of the computation; parameters, statistics and logits are float32.
     """
 
     def __init__(
         self, configuration: Configuration, outputs: int, *, dtype: jnp.dtype = jnp.float32, rngs: nnx.Rngs
     ) -> None:
-        c, ones = configuration, (1,) * len(configuration.patch_size)
+        c = configuration
+        ones = (1,) * len(configuration.patch_size)
         logits_dtype = jnp.promote_types(dtype, jnp.float32)
         self.down = nnx.List()
         inputs = 1
@@ -112,12 +114,13 @@ class NNUNet(nnx.Module):
             self.logits.append(_make_convolution(features, max(2, outputs), ones, ones, dtype=logits_dtype, rngs=rngs))
         self.outputs = outputs
         self.deterministic = True  # flax's `train` sets it to False, `eval` to True
-        self.multiples = tuple(map(math.prod, zip(*c.strides, strict=True)))  # that the network needs sides to be
+        # the sides of images must be multiples of these
+        self.multiples = tuple(map(math.prod, zip(*c.strides, strict=True)))
 
     def __call__(self, images: jax.Array, present: jax.Array | None = None) -> jax.Array | list[jax.Array]:
         """Return logits [B, H, W, K] or [B, D, H, W, K] float32; in training a list, as `multiscale_logits` does.
 
-        Images of other sides than `multiples` are padded, except in training.
+        Images whose sides are not multiples of `multiples` are padded, except in training.
 
         Args:
             images: [B, H, W, 1] or [B, D, H, W, 1], with the plan's axes; mean 0, standard deviation 1.
@@ -136,7 +139,7 @@ class NNUNet(nnx.Module):
         """Return the logits of every resolution, finest first.
 
         Raises:
-            ValueError: as calling the network, or if the sides of `images` are not `multiples`.
+            ValueError: as for `__call__`, or the sides of `images` are not multiples of `multiples`.
         """
         require_images(images, self.multiples, channels=(1,), axes=len(self.multiples))
         levels = self._decode(images)
@@ -144,7 +147,8 @@ class NNUNet(nnx.Module):
 
     def _decode(self, images: jax.Array) -> list[jax.Array]:
         """Return the decoder's features, coarsest first."""
-        skips, x = [], images
+        skips = []
+        x = images
         for units in self.down:
             for unit in units:
                 x = unit(x)

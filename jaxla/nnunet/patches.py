@@ -1,4 +1,4 @@
-"""Random patches of preprocessed volumes, as nnU-Net draws them: a third of a batch is sure to contain a structure.
+"""Random patches of preprocessed volumes, as nnU-Net draws them: a third of each batch contains a structure.
 
 Reference code: nnunetv2 2.8.1, `nnUNetDataLoader`.
 """
@@ -14,26 +14,27 @@ import numpy as np
 from jaxla.data.batches import MAX_PASSES, Batch, Source
 from jaxla.nnunet.preprocessing import OUTSIDE, PreprocessedVolume
 
-FOREGROUND_FRACTION = 0.33  # of a batch: its last rows, which are centred on a voxel of some class
+FOREGROUND_FRACTION = 0.33  # of a batch: its last rows, each centred on a voxel of a class
 
 
 class PatchSource(Source):
-    """Patches by number, as one-row batches without the axis B; each follows from the seed and its number alone.
+    """Patches by index, as one-row batches without the axis B; each depends only on the seed and its index.
 
     A patch is drawn from a random volume: anywhere in it, or around a voxel of a random class. Beyond the volume the
     image is 0 and the mask -1.
 
     Args:
-        volumes: to draw from.
+        volumes: volumes to draw from.
         initial_size: voxels to read, [D, H, W], or [H, W] for slices; see `augmentation.initial_patch_size`.
-        patch_size: voxels that remain in the centre after augmentation. Patches reach beyond the volume only so far
-            that this centre can touch its border.
-        batch_size: rows of a batch.
-        seed: numbers that all patches depend on.
+        patch_size: voxels that remain in the centre after augmentation. Patches reach beyond the volume only as far as
+            needed for this centre to touch its border.
+        batch_size: rows per batch.
+        seed: the seed of all patches.
         length: number of patches that validation reads.
     """
 
-    units, counted = 1, "over all patches together"
+    units = 1
+    counted = "over all patches together"
 
     def __init__(
         self,
@@ -55,7 +56,7 @@ class PatchSource(Source):
         return self.length
 
     def order(self, seed: int) -> grain.MapDataset:
-        """Return the patches by number; none repeats."""
+        """Return the indices of patches; none repeats."""
         return grain.MapDataset.range(MAX_PASSES)
 
     def __getitem__(self, item: SupportsIndex) -> Batch:
@@ -82,7 +83,7 @@ class PatchSource(Source):
 
 
 def _cut(array: np.ndarray, start: np.ndarray, size: np.ndarray, fill: int) -> np.ndarray:
-    """Return the part of an array from `start` on, which may reach beyond it."""
+    """Return the part of an array with this start and size, filled with `fill` where it reaches beyond the array."""
     part = np.full(size, fill, array.dtype)
     first, last = np.maximum(start, 0), np.minimum(start + size, array.shape)
     if (first < last).all():

@@ -1,4 +1,4 @@
-"""The plan file: what nnU-Net decides from the data, that is spacing, patches, network and batch size."""
+"""The plan file: spacing, patches, network and batch size, which nnU-Net chooses from the data."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from jaxla.config import InputError
 
 T = TypeVar("T")
 
-# What reading a damaged content raises: NaN and infinity, which nnU-Net may write, are not integers.
+# Exceptions from reading damaged content, such as NaN and infinity, which nnU-Net may write, in place of integers.
 DAMAGE = (ValueError, KeyError, TypeError, AttributeError, IndexError, OverflowError, RecursionError)
 
 TRAINABLE = ("2d", "3d_fullres")  # configurations that this package trains
@@ -25,7 +25,7 @@ DEFAULT_MEMORY_GB = 8.0
 Z_SCORE = "ZScoreNormalization"
 CASCADE = {"3d_cascade_fullres": {"inherits_from": "3d_fullres", "previous_stage": "3d_lowres"}}
 
-# Settings in nnU-Net's own plan files for which our network and resampling have only these values; the first is the
+# Settings in nnU-Net's own plan files for which our network and resampling support only these values; the first is the
 # default.
 SUPPORTED_SETTINGS: dict[str, tuple[Any, ...]] = {
     "conv_bias": (True,),
@@ -59,7 +59,7 @@ class Configuration(NamedTuple):
     n_stages: int
     features_per_stage: tuple[int, ...]
     kernel_sizes: tuple[tuple[int, ...], ...]
-    strides: tuple[tuple[int, ...], ...]  # of each stage's first convolution, along each axis
+    strides: tuple[tuple[int, ...], ...]  # strides of each stage's first convolution, along each axis
     n_conv_per_stage: tuple[int, ...]
     n_conv_per_stage_decoder: tuple[int, ...]
 
@@ -73,7 +73,7 @@ class Plan(NamedTuple):
     transpose_forward: tuple[int, ...]  # the scan's axes in the order of the plan, coarsest first
     configurations: dict[str, Configuration]
     use_mask_for_norm: bool = False  # normalise grey values within the nonzero region only, and keep zeros
-    normalisation: str = Z_SCORE  # nnU-Net's name for it
+    normalisation: str = Z_SCORE  # nnU-Net's name of the normalisation
 
     def configuration(self, name: str, where: str = "the plan") -> Configuration:
         """Return a trainable configuration.
@@ -93,7 +93,7 @@ class Plan(NamedTuple):
 
 
 def describe_configuration(configuration: Configuration) -> str:
-    """Return a one-line description."""
+    """Return a one-line description of a configuration."""
     c = configuration
     patch, spacing = ("×".join(f"{n:g}" for n in numbers) for numbers in (c.patch_size, c.spacing))
     return (
@@ -130,7 +130,7 @@ def plan_from_json(content: Any, where: str) -> Plan:
     """Return the plan in a file's content.
 
     Raises:
-        InputError: about `where`, if it is not a plan, or plans a network that this package does not have.
+        InputError: about `where`, if it is not a plan, or plans a network that this package does not support.
     """
     try:
         inherited = {name: _inherit(content["configurations"], name) for name in content["configurations"]}
@@ -157,7 +157,7 @@ def plan_from_json(content: Any, where: str) -> Plan:
         raise
     except DAMAGE as error:
         problem = f"not a plan ({describe_damage(error)})"
-        raise InputError(where, problem, "Give a file that python -m jaxla.plan wrote, or nnUNetPlans.json.") from error
+        raise InputError(where, problem, "Pass a file that python -m jaxla.plan wrote, or nnUNetPlans.json.") from error
     return plan
 
 
@@ -172,11 +172,11 @@ def read_fingerprint(path: Path) -> Fingerprint:
         fingerprint = fingerprint_from_json(content.get("fingerprint", content))
     except DAMAGE as error:
         problem = f"not a fingerprint ({describe_damage(error)})"
-        raise InputError(path, problem, "Give a file with lists spacings and shapes_after_crop.") from error
+        raise InputError(path, problem, "Pass a file with the lists spacings and shapes_after_crop.") from error
     for name, cases in (("spacing", fingerprint.spacings), ("shape", fingerprint.shapes_after_crop)):
         for case, values in enumerate(cases):
             if not all(0 < value < math.inf for value in values):
-                raise InputError(path, f"case {case} has the {name} {list(values)}", "Give positive numbers.")
+                raise InputError(path, f"case {case} has the {name} {list(values)}", "Use positive numbers.")
     return fingerprint
 
 
@@ -208,7 +208,7 @@ def _read_json(path: Path) -> Any:
     try:
         return json.loads(text.removeprefix(BYTE_ORDER_MARK))
     except (ValueError, RecursionError) as error:
-        raise InputError(path, f"not JSON ({error})", "Give a plan or a fingerprint.") from error
+        raise InputError(path, f"not JSON ({error})", "Pass a plan or a fingerprint.") from error
 
 
 def _inherit(configurations: Mapping[str, Any], name: str, heirs: tuple[str, ...] = ()) -> dict[str, Any]:
@@ -222,7 +222,7 @@ def _inherit(configurations: Mapping[str, Any], name: str, heirs: tuple[str, ...
 
 
 def _parse_configuration(content: Mapping[str, Any], where: str) -> Configuration:
-    """Read this package's layout, or either of nnU-Net's, which describe the network separately."""
+    """Parse a configuration in this package's layout, or in one of nnU-Net's, which describe the network separately."""
     content = dict(content)
     if "architecture" in content:
         _require_plain_network(content["architecture"]["network_class_name"].rpartition(".")[2], where)
@@ -230,7 +230,7 @@ def _parse_configuration(content: Mapping[str, Any], where: str) -> Configuratio
         for name, supported in SUPPORTED_SETTINGS.items():
             if (value := content.get(name, supported[0])) not in supported:
                 problem = f"{name} {value} is not supported, only {supported[0]}"
-                raise InputError(where, problem, "Use a plan of the default planner.")
+                raise InputError(where, problem, "Use a plan of nnU-Net's default planner.")
     elif "UNet_class_name" in content:  # nnU-Net 2.0 to 2.3
         _require_plain_network(content["UNet_class_name"], where)
         strides = content["pool_op_kernel_sizes"]
@@ -250,7 +250,7 @@ def _parse_configuration(content: Mapping[str, Any], where: str) -> Configuratio
 def _require_plain_network(network: str, where: str) -> None:
     if network != "PlainConvUNet":
         problem = f"network {network} is not supported, only PlainConvUNet"
-        raise InputError(where, problem, "Use a plan of the default planner.")
+        raise InputError(where, problem, "Use a plan of nnU-Net's default planner.")
 
 
 def _to_tuples(value: Any) -> Any:
@@ -258,7 +258,7 @@ def _to_tuples(value: Any) -> Any:
 
 
 def _find_fault(c: Configuration) -> str:
-    """Return why no network can be built from a configuration; empty if one can."""
+    """Return the reason why no network can be built from a configuration; "" if there is none."""
     axes, stages = len(c.patch_size), c.n_stages
     if len(c.median_image_size_in_voxels) != axes or not all(n > 0 for n in c.median_image_size_in_voxels):
         return f"the median image size is {list(c.median_image_size_in_voxels)}"

@@ -1,4 +1,4 @@
-"""nnU-Net's planner: from the shapes and spacings of the scans to patches, networks and batch sizes.
+"""nnU-Net's planner, which chooses patches, networks and batch sizes from the shapes and spacings of the scans.
 
 Reference: Isensee, Jaeger et al., Nature Methods 18 (2021); code nnunetv2 2.8.1, `default_experiment_planner` and
 `network_topology`. The memory of a configuration, which limits its patches, is nnU-Net's estimate, not a measurement.
@@ -24,9 +24,10 @@ from jaxla.nnunet.resampling import ANISOTROPY_THRESHOLD, resampled_shape
 
 log = logging.getLogger(__name__)
 
-NON_MRI_CHANNELS = ("ct", "nonorm", "rescale_0_1", "rescale_to_0_1", "rgb_to_0_1")  # nnU-Net has no z-score for these
+# Channels that nnU-Net does not normalise by z-scores.
+NON_MRI_CHANNELS = ("ct", "nonorm", "rescale_0_1", "rescale_to_0_1", "rgb_to_0_1")
 
-# The limits below hold for a GPU of DEFAULT_MEMORY_GB, by the number of axes.
+# The limits below hold for a GPU with DEFAULT_MEMORY_GB, by the number of axes.
 MAX_ACTIVATIONS = {2: 85_000_000, 3: 560_000_000}  # for a batch of REFERENCE_BATCH_SIZE
 INITIAL_PATCH_VOXELS, REFERENCE_BATCH_SIZE = {2: 2048**2, 3: 256**3}, {2: 12, 3: 2}
 MIN_BATCH_SIZE = 2
@@ -37,9 +38,9 @@ CONVOLUTIONS_PER_STAGE = 2  # in the encoder, and in the decoder
 MIN_MAP_SIDE = 4  # voxels on each side of the coarsest feature map
 SIMILAR_SPACING_RATIO = 2  # axes whose spacings differ by less are halved, and convolved, together
 
-SPACING_STEP = 1.03  # by which the low resolution is made coarser
-MIN_PATCH_FRACTION = 0.25  # of a scan: the low resolution's patches reach it
-MIN_REDUCTION = 2  # of the scan's voxels, for a low resolution to be planned
+SPACING_STEP = 1.03  # factor by which the low resolution is made coarser
+MIN_PATCH_FRACTION = 0.25  # of a scan; if a patch covers less, a low resolution is planned
+MIN_REDUCTION = 2  # factor by which a low resolution must reduce the scan's voxels
 
 
 def plan_from_data(volumes: Iterable[PreparedVolume], class_count: int, memory_gb: float = DEFAULT_MEMORY_GB) -> Plan:
@@ -53,9 +54,10 @@ def check_plan(plan: Plan, name: str, volumes: Iterable[PreparedVolume], where: 
     The median shape of the scans must not differ from the plan's by more than a factor of 2 along any axis.
     """
     if plan.normalisation != Z_SCORE:
-        problem = f"normalises by {plan.normalisation}, but jaxla has {Z_SCORE} only"
+        problem = f"normalises by {plan.normalisation}, but jaxla supports only {Z_SCORE}"
         raise InputError(where, problem, "Use a plan for MRI.")
-    configuration, shapes = plan.configuration(name, where), []
+    configuration = plan.configuration(name, where)
+    shapes = []
     fingerprint = collect_fingerprint(volumes)
     for case in zip(fingerprint.spacings, fingerprint.shapes_after_crop, strict=True):
         spacing, shape = ([values[axis] for axis in plan.transpose_forward] for values in case)
@@ -76,7 +78,7 @@ def warn_unless_mri(root: Path) -> None:
 
 
 def collect_fingerprint(volumes: Iterable[PreparedVolume]) -> Fingerprint:
-    """Return what nnU-Net plans from; reads one scan at a time."""
+    """Return the fingerprint that nnU-Net plans from; reads one scan at a time."""
     spacings, shapes, fractions = [], [], []
     for volume in volumes:
         order = axis_order(volume.slice_axis)
@@ -91,7 +93,7 @@ def make_plan(fingerprint: Fingerprint, class_count: int, memory_gb: float = DEF
     """Plan all configurations: `2d` always, 3D ones unless the scans are single slices.
 
     Args:
-        class_count: including the background.
+        class_count: number of classes, including the background.
         memory_gb: memory of the GPU to plan for; less memory gives smaller patches.
     """
     spacings, shapes = np.array(fingerprint.spacings), np.array(fingerprint.shapes_after_crop)
@@ -145,9 +147,10 @@ def choose_spacing(spacings: np.ndarray, shapes: np.ndarray) -> np.ndarray:
 def _configure(
     spacing: np.ndarray, size: Sequence[float], batch_dice: bool, voxels: float, class_count: int, memory_gb: float
 ) -> Configuration:
-    """Plan patches and network for images of a spacing and a median size, with this many voxels in all."""
+    """Plan patches and network for images of a spacing and a median size, with `voxels` in total."""
     axes = len(spacing)
-    budget, batch_size = MAX_ACTIVATIONS[axes] * (memory_gb / DEFAULT_MEMORY_GB), REFERENCE_BATCH_SIZE[axes]
+    budget = MAX_ACTIVATIONS[axes] * (memory_gb / DEFAULT_MEMORY_GB)
+    batch_size = REFERENCE_BATCH_SIZE[axes]
     per_mm = 1 / np.array(spacing)
     side = (INITIAL_PATCH_VOXELS[axes] / np.prod(per_mm)) ** (1 / axes)
     patch = [min(round(n * side), limit) for n, limit in zip(per_mm.tolist(), size, strict=True)]
@@ -172,7 +175,7 @@ def _configure(
 
 
 def _shrink_patch(topology: Topology, spacing: np.ndarray, size: Sequence[float]) -> Topology:
-    """Return the next smaller patch: the side that is longest relative to the image is cut."""
+    """Return the topology of the next smaller patch: the side that is longest relative to the image is shortened."""
     patch = list(topology.patch_size)
     axis = int(np.argsort([n / limit for n, limit in zip(patch, size, strict=True)])[-1])
     smaller = list(patch)
@@ -184,10 +187,13 @@ def _shrink_patch(topology: Topology, spacing: np.ndarray, size: Sequence[float]
 def _plan_low_resolution(
     full: Configuration, spacing: np.ndarray, size: np.ndarray, configure: Callable[..., Configuration]
 ) -> Configuration | None:
-    """Plan a coarser configuration whose patch is a quarter of a scan, if the patch at full resolution is smaller."""
-    coarse, low, patch, voxels = spacing.copy(), None, math.prod(full.patch_size), float(np.prod(size))
+    """Plan a coarser configuration if the patch at full resolution is smaller than MIN_PATCH_FRACTION of a scan."""
+    coarse = spacing.copy()
+    low = None
+    patch = math.prod(full.patch_size)
+    voxels = float(np.prod(size))
     while patch / voxels < MIN_PATCH_FRACTION:
-        is_fine = coarse.max() / coarse > 2  # these axes first, until all are alike
+        is_fine = coarse.max() / coarse > 2  # these axes first, until the spacings are similar
         coarse = np.where(is_fine, coarse * SPACING_STEP, coarse) if is_fine.any() else coarse * SPACING_STEP
         voxels = float(np.prod(spacing / coarse * size))
         low = configure(coarse, [round(n) for n in (spacing / coarse * size).tolist()], False, voxels)
@@ -198,10 +204,10 @@ def _plan_low_resolution(
 class Topology(NamedTuple):
     """Stages of a U-Net, from fine to coarse. A kernel is 1 along an axis whose spacing is still much coarser."""
 
-    strides: tuple[tuple[int, ...], ...]  # of each stage along each axis; 1 in the first stage
-    kernel_sizes: tuple[tuple[int, ...], ...]  # of each stage along each axis
-    patch_size: tuple[int, ...]  # the requested size, each side rounded up to one of `multiples`
-    multiples: tuple[int, ...]  # that the strides need the sides to be
+    strides: tuple[tuple[int, ...], ...]  # strides of each stage along each axis; 1 in the first stage
+    kernel_sizes: tuple[tuple[int, ...], ...]  # sides of each stage's kernels along each axis
+    patch_size: tuple[int, ...]  # the requested size, rounded up to multiples of `multiples`
+    multiples: tuple[int, ...]  # the strides need sides that are multiples of these
 
     @property
     def features(self) -> tuple[int, ...]:
@@ -212,14 +218,15 @@ class Topology(NamedTuple):
 def plan_topology(spacing: Sequence[float], size: Sequence[float]) -> Topology:
     """Plan the stages for patches of `size` voxels at `spacing` mm, along two or three axes.
 
-    Each stage halves the axes of finest spacing, until no axis has twice MIN_MAP_SIDE left.
+    Each stage halves the axes of finest spacing, until no axis is as long as twice MIN_MAP_SIDE.
     """
     spacing, side = np.array(spacing, float), np.array(size, float)
     kernel, multiples = np.ones(len(spacing), int), np.ones(len(spacing), int)
     strides, kernels = [tuple(multiples.tolist())], []
     while (is_long := side >= 2 * MIN_MAP_SIDE).any():
         is_halved = is_long & (spacing / spacing[is_long].min() < SIMILAR_SPACING_RATIO)
-        if is_halved.sum() == 1 and side[is_halved][0] < 3 * MIN_MAP_SIDE:  # a single axis must be longer
+        # a single axis is halved only if it is longer
+        if is_halved.sum() == 1 and side[is_halved][0] < 3 * MIN_MAP_SIDE:
             break
         kernel[spacing / spacing.min() < SIMILAR_SPACING_RATIO] = 3
         stride = np.where(is_halved, 2, 1)
@@ -232,8 +239,9 @@ def plan_topology(spacing: Sequence[float], size: Sequence[float]) -> Topology:
 
 
 def count_activations(topology: Topology, class_count: int) -> int:
-    """Return how many values all convolutions output for one patch: nnU-Net's estimate of memory."""
-    size, total = np.array(topology.patch_size), 0
+    """Return the number of values that all convolutions output for one patch: nnU-Net's estimate of memory."""
+    size = np.array(topology.patch_size)
+    total = 0
     for stage, (features, stride) in enumerate(zip(topology.features, topology.strides, strict=True)):
         size = size // np.array(stride)
         is_deepest = stage == len(topology.strides) - 1

@@ -1,4 +1,4 @@
-"""nnU-Net's postprocessing: keep only the largest connected part of structures if that helps the validation cases.
+"""nnU-Net's postprocessing: keep only the largest connected part of structures if that improves the validation Dice.
 
 The rule for all structures together is tried first. If there are several structures, the rule for each is tried next. A
 rule is adopted if it raises the mean Dice of the structures that it may change, and lowers none. Reference code:
@@ -25,12 +25,12 @@ from jaxla.distributed import barrier, broadcast, gather, is_first
 
 log = logging.getLogger(__name__)
 
-Groups = tuple[tuple[int, ...], ...]  # of class indices, whose largest connected part is kept
+Groups = tuple[tuple[int, ...], ...]  # groups of class indices of which the largest connected part is kept
 Trials = dict[str, list[float | None]]  # Dice of each structure of one case, by rule
 
 
 class _Largest(TypedDict):
-    """What is read from the file of `write_choice`."""
+    """The content that is read from the file of `write_choice`."""
 
     groups: list[list[int]]
     dice: dict[str, Trials]
@@ -53,14 +53,14 @@ def keep_largest(classes: np.ndarray, groups: Iterable[Sequence[int]]) -> np.nda
 
 
 def choose_largest(cases: Iterable[tuple[str, np.ndarray, np.ndarray]], names: Sequence[str], path: Path) -> Groups:
-    """Return the groups to keep the largest part of, as the validation cases say; written to a file for later calls.
+    """Choose by validation the groups whose largest part is kept; return them, and save them for later calls.
 
     Every process must call it. If the file exists, `cases` is not read.
 
     Args:
         cases: (case id, predicted classes, reference classes) of the cases of this process.
-        names: of the structures.
-        path: the file that keeps the choice.
+        names: names of the structures.
+        path: the file that stores the choice.
     """
     if not broadcast(path.exists()):
         trials = {case: try_rules(predicted, reference, len(names)) for case, predicted, reference in cases}
@@ -90,11 +90,12 @@ def choose_groups(trials: Mapping[str, Trials], count: int) -> list[list[int]]:
     with warnings.catch_warnings(action="ignore", category=RuntimeWarning):
         dice = {rule: [trial[rule] for trial in trials.values()] for rule in next(iter(trials.values()))}
         mean = {rule: np.nanmean(np.array(values, float), axis=0) for rule, values in dice.items()}
-    groups, base = [], "none"
+    groups = []
+    base = "none"
     if mean["all"].mean() > mean["none"].mean() and (mean["all"] >= mean["none"]).all():
         groups, base = [list(range(1, count + 1))], "all"
     each = "each" if base == "none" else "all, each"
-    if count > 1:  # the rule for one structure leaves the Dice of the others as it is
+    if count > 1:  # the rule for one structure does not change the Dice of the others
         groups += [[k] for k in range(1, count + 1) if mean[each][k - 1] > mean[base][k - 1]]
     return groups
 

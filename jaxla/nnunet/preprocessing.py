@@ -1,11 +1,11 @@
-"""Scans -> volumes as the plan wants them: axes ordered, zeros cropped, normalised, resampled and kept in the cache.
+"""Preprocess scans for a plan: order axes, crop zeros, normalise and resample; keep the results in the cache.
 
-Axes are anatomical here: head to foot, anterior to posterior and left to right, whatever a file's orientation is, then
-in the plan's order. nnU-Net uses a file's own axes; for files stored as most scanners do, the two are the same.
+Axes are anatomical here: head to foot, anterior to posterior and left to right, regardless of a file's orientation, and
+then in the plan's order. nnU-Net uses a file's own axes; for files stored as most scanners do, the two are the same.
 
-A preprocessed volume is a folder named by what it was made from. It holds `image.npy` [D, H, W] float32, `mask.npy`
-[D, H, W] int8 (int16 for more than 127 classes) of class indices, -1 where the scan is zero, `locations.npy` of voxels
-of each class, and `volume.json`. Reference code: nnunetv2 2.8.1, `DefaultPreprocessor`.
+A preprocessed volume is a folder named by a hash of its sources. It holds `image.npy` [D, H, W] float32, `mask.npy`
+[D, H, W] int8 (int16 for more than 127 classes) of class indices, -1 where the scan is zero, `locations.npy` of sampled
+voxels of each class, and `volume.json`. Reference code: nnunetv2 2.8.1, `DefaultPreprocessor`.
 """
 
 from __future__ import annotations
@@ -29,18 +29,18 @@ from jaxla.data.slices import AXES, slice_row_column_axes
 from jaxla.nnunet.plan import Configuration, Plan
 from jaxla.nnunet.resampling import find_coarse_axis, resample_image, resample_mask, resampled_shape
 
-VERSION = 1  # of the cached folders' content; another version gives other folders
+VERSION = 1  # of the cached folders' content; part of their names
 FILES = ("image.npy", "mask.npy", "locations.npy", "volume.json")
 OUTSIDE = -1  # class index in a mask where the scan is zero
 MIN_DEVIATION = 1e-8
-MIN_LOCATIONS, LOCATIONS_FRACTION = 10_000, 0.01  # voxels of a class to keep: the larger of these two numbers
+MIN_LOCATIONS, LOCATIONS_FRACTION = 10_000, 0.01  # voxels to keep per class: this number or fraction, whichever is more
 ANATOMICAL = (2, 1, 0)  # canonical axes, head-foot first
 
 Box = tuple[slice, ...]
 
 
 def axis_order(slice_axis: str, transpose_forward: Sequence[int] = (0, 1, 2)) -> tuple[int, int, int]:
-    """Return which axes of slices [S, H, W], S along the anatomical `slice_axis`, are the plan's first to third."""
+    """Return the axes of slices [S, H, W], S along the anatomical `slice_axis`, in the plan's order."""
     canonical = slice_row_column_axes(AXES.index(slice_axis))
     return tuple(canonical.index(ANATOMICAL[axis]) for axis in transpose_forward)
 
@@ -56,18 +56,18 @@ def nonzero_box(image: np.ndarray) -> Box:
 
 
 def nonzero_mask(image: np.ndarray) -> np.ndarray:
-    """Return which voxels are nonzero or enclosed by nonzero ones."""
+    """Return the mask of voxels that are nonzero or enclosed by nonzero voxels."""
     return ndimage.binary_fill_holes(image != 0)
 
 
 class PreprocessedImage(NamedTuple):
-    """An image as the plan wants it, and what it takes to map a segmentation back onto the scan."""
+    """An image preprocessed for a plan, and the geometry for mapping a segmentation back to the scan."""
 
     image: np.ndarray  # [D, H, W] float32
     box: Box  # the part of the scan that was kept, in the plan's axes
-    shape: tuple[int, ...]  # of the scan before cropping, in the plan's axes
-    spacing: tuple[float, ...]  # of the scan in mm, in the plan's axes
-    new_spacing: tuple[float, ...]  # of `image` in mm
+    shape: tuple[int, ...]  # shape of the scan before cropping, in the plan's axes
+    spacing: tuple[float, ...]  # spacing of the scan in mm, in the plan's axes
+    new_spacing: tuple[float, ...]  # spacing of `image` in mm
     order: tuple[int, int, int]  # see `axis_order`
 
 
@@ -112,16 +112,16 @@ def preprocessed_shape(volume: PreparedVolume, plan: Plan, configuration: Config
 
 
 def resampled_spacing(spacing: Sequence[float], configuration: Configuration) -> tuple[float, ...]:
-    """Return the spacing after resampling; a 2D configuration keeps the distance of the slices."""
+    """Return the spacing after resampling; a 2D configuration keeps the distance between slices."""
     return (*spacing[: 3 - len(configuration.spacing)], *configuration.spacing)
 
 
 @dataclass(frozen=True)
 class PreprocessedVolume:
-    """A case as the plan wants it; its arrays are opened from disk only while they are used."""
+    """A case preprocessed for a plan; its arrays are opened from disk only while they are used."""
 
     id: str  # case id
-    folder: Path  # where its arrays are
+    folder: Path  # folder of its arrays
     shape: tuple[int, int, int]  # D, H, W
     location_counts: tuple[int, ...]  # number of voxels kept in `locations.npy` for each class, without background
 
@@ -157,7 +157,7 @@ def _preprocess(
     if not has_files(folder, FILES):
         with report_os_errors("written", option("cache-dir", cache_dir), "Use another folder."):
             _write_folder(folder, volume, plan, configuration)
-    content = read_json(folder / "volume.json", _Content, f"Remove the folder {folder}; it is written again.")
+    content = read_json(folder / "volume.json", _Content, f"Remove the folder {folder}; it will be written again.")
     return PreprocessedVolume(volume.id, folder, content["shape"], content["location_counts"])
 
 

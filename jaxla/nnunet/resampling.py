@@ -12,7 +12,7 @@ import numpy as np
 from scipy import ndimage
 
 ANISOTROPY_THRESHOLD = 3  # an axis is coarse if its spacing is more than this many times the finest
-IMAGE_ORDER, MASK_ORDER = 3, 1  # of the splines
+IMAGE_ORDER, MASK_ORDER = 3, 1  # orders of the splines
 
 Resize = Callable[[np.ndarray, Sequence[int]], np.ndarray]
 
@@ -23,7 +23,7 @@ def resampled_shape(shape: Sequence[int], spacing: Sequence[float], new_spacing:
 
 
 def find_coarse_axis(spacing: Sequence[float], new_spacing: Sequence[float]) -> int | None:
-    """Return the axis of much coarser spacing than the others, before resampling or else after; None if there is none.
+    """Return the axis of much coarser spacing than the others, before or else after resampling; None if there is none.
 
     Two equally coarse axes count as none.
     """
@@ -40,7 +40,7 @@ def resample_image(image: np.ndarray, shape: Sequence[int], coarse_axis: int | N
 
 
 def resample_mask(mask: np.ndarray, shape: Sequence[int], coarse_axis: int | None) -> np.ndarray:
-    """Resample class indices as `resample_image` does images: each voxel takes the class of the largest weight.
+    """Resample class indices as `resample_image` does images: each voxel takes the class with the largest weight.
 
     A tie goes to the class of the nearest voxel if that is among the tied ones, else to the lowest class. Reference
     code: batchgenerators 0.25.5.
@@ -78,13 +78,16 @@ def _zoom(array: np.ndarray, shape: Sequence[int], order: int) -> np.ndarray:
 
 
 def nearest_indices(size: int, new_size: int) -> np.ndarray:
-    """Return the nearest of `size` samples for each of `new_size` samples, rounded as in SciPy's `map_coordinates`."""
+    """Return the index of the nearest of `size` samples for each of `new_size` samples.
+
+    Rounds as SciPy's `map_coordinates` does.
+    """
     positions = size / new_size * (np.arange(new_size) + 0.5) - 0.5
     return np.clip(np.floor(positions + 0.5).astype(int), 0, size - 1)
 
 
 def linear_indices(size: int, new_size: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Return the two of `size` samples around each of `new_size` samples, and the weight of the second."""
+    """Return the indices of the two of `size` samples around each of `new_size` samples, and the second's weight."""
     positions = np.clip(size / new_size * (np.arange(new_size) + 0.5) - 0.5, 0, size - 1)
     first = np.minimum(positions.astype(int), max(size - 2, 0))
     return first, np.minimum(first + 1, size - 1), (positions - first).astype(np.float32)

@@ -1,7 +1,7 @@
-"""nnU-Net's inference in overlapping tiles: each is half a tile from the next, and is seen in all mirrored versions.
+"""nnU-Net's inference in tiles that overlap by at least half, each predicted in all mirrored versions.
 
-Memory grows with the scan and its mask only: a slice of logits is resampled onto the scan's grid, and freed, as soon as
-no tile reaches it any more. Reference code: nnunetv2 2.8.1, `nnUNetPredictor` and `export_prediction`.
+Memory grows only with the scan and its mask: a slice of logits is resampled to the scan's grid, and freed, as soon as
+no further tile reaches it. Reference code: nnunetv2 2.8.1, `nnUNetPredictor` and `export_prediction`.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from jaxla.nnunet.preprocessing import PreprocessedImage, preprocessed_shape
 from jaxla.nnunet.resampling import find_coarse_axis, linear_indices, nearest_indices
 
 STEP_FRACTION = 0.5  # of a tile's side: the largest distance between two tiles
-SIGMA_FRACTION = 1 / 8  # of a tile's side: how its weight falls from the centre to the border
+SIGMA_FRACTION = 1 / 8  # of a tile's side: standard deviation of its Gaussian weights
 MAX_TILES_PER_DEVICE = 8
 
 Rows = Iterator[np.ndarray]  # slices along the first axis, in order
@@ -103,8 +103,9 @@ def tile_starts(n: int, side: int) -> list[int]:
 
 
 def count_tiles(volumes: Iterable[PreparedVolume], plan: Plan, configuration: Configuration) -> int:
-    """Return how many tiles it takes to segment the scans, including mirrored ones."""
-    total, size = 0, configuration.patch_size
+    """Return the number of tiles that segmenting the scans takes, including mirrored tiles."""
+    total = 0
+    size = configuration.patch_size
     for volume in volumes:
         shape = preprocessed_shape(volume, plan, configuration)
         sides = zip(shape[-len(size) :], size, strict=True)
@@ -123,14 +124,13 @@ def gaussian_weights(size: Sequence[int]) -> np.ndarray:
 
 
 def resample_to_scan(logits: Iterable[np.ndarray], image: PreprocessedImage) -> Rows:
-    """Yield slices of logits [H, W, K] on the grid of the scan's cropped box, from those of the preprocessed image.
+    """Yield slices of logits [H, W, K] on the grid of the scan's cropped box, from slices of the preprocessed image.
 
-    Linear; nearest along an axis of much coarser spacing.
+    Interpolation is linear, and nearest-neighbour along an axis of much coarser spacing.
     """
     shape, new_shape = image.image.shape, [side.stop - side.start for side in image.box]
-    coarse_axis = find_coarse_axis(
-        image.new_spacing, image.spacing
-    )  # differs from preprocessing if scan and plan have different coarse axes
+    # differs from preprocessing if scan and plan have different coarse axes
+    coarse_axis = find_coarse_axis(image.new_spacing, image.spacing)
 
     def resample_plane(row: np.ndarray) -> np.ndarray:
         for axis in (1, 2):
@@ -149,11 +149,13 @@ def resample_to_scan(logits: Iterable[np.ndarray], image: PreprocessedImage) -> 
         weights = np.zeros(new_shape[0], np.float32)
     else:
         first, second, weights = linear_indices(shape[0], new_shape[0])
-    rows, kept, last = iter(logits), {}, -1
+    rows = iter(logits)
+    kept = {}
+    last = -1
     for a, b, weight in zip(first, second, weights, strict=True):
         while last < b:
             last += 1
             kept = {z: row for z, row in kept.items() if z == last - 1} | {last: resample_plane(next(rows))}
         yield kept[a] if weight == 0 else kept[a] * (1 - weight) + kept[b] * weight
-    for _ in rows:  # slices that are nearest to none
+    for _ in rows:  # the remaining slices, which no slice of the scan needs
         pass

@@ -1,7 +1,7 @@
-"""Tasks: what depends on the kind of training sample. No other module asks whether samples are slices or volumes.
+"""Tasks: everything that depends on the kind of training sample. No other module distinguishes slices from volumes.
 
-To add a kind of sample, write a class in a file here, add a row to `TASKS`, and name it as `sample` in the options of
-the networks that read it.
+To add a kind of sample, write a class in a file here, add an entry to `TASKS`, and set `sample` to its key in the
+options of the networks that read it.
 """
 
 from __future__ import annotations
@@ -39,5 +39,5 @@ def make_checked_task(experiment: Experiment, data: PreparedData) -> Task:
 
 
 def restore_task(experiment: Experiment, outputs: int, extent: float, folder: Path) -> Task:
-    """Return the task of a run that was trained in `folder`, with K = `outputs`, and `extent` as it recorded it."""
+    """Return the task of a run that was trained in `folder`, with K = `outputs`, and the recorded `extent`."""
     return TASKS[experiment.method.model.sample].from_run(experiment, outputs, extent, folder)

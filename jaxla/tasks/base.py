@@ -1,4 +1,4 @@
-"""What a task is: everything in a run that depends on what one training sample is."""
+"""The base class of tasks: everything in a run that depends on the kind of training sample."""
 
 from __future__ import annotations
 
@@ -30,30 +30,30 @@ class Features(NamedTuple):
     """Features of a frozen backbone, computed before training."""
 
     by_case: Mapping[str, CachedFeatures]
-    with_images: bool  # whether the rest of the network reads the images too
+    with_images: bool  # whether the rest of the network also reads the images
 
 
 class Sources(NamedTuple):
-    """The samples that a run trains on, and those that judge each epoch."""
+    """The samples that a run trains on, and the samples that it validates each epoch on."""
 
     train: Source
-    val: Source | None  # None without validation cases
+    val: Source | None  # None if there are no validation cases
 
 
 class Task(ABC):
     """Training and inference of one kind of sample: slices, volumes or patches.
 
     Args:
-        experiment: with every option resolved.
+        experiment: the experiment, with every option resolved.
         outputs: K, channels of the logits.
 
     Attributes:
-        sample: the word for one sample, and for several.
+        sample: the words for one sample and for several.
         unit: what validation averages Dice over, in words.
-        MIN_STEPS, MIN_BATCH_SIZE: lower bounds of these options; 0 stands for a value that follows from the data.
+        MIN_STEPS, MIN_BATCH_SIZE: lower bounds of these options; 0 means that the value follows from the data.
         HAS_FOREGROUND_SAMPLING: whether `training.foreground_fraction` has an effect.
         HAS_TIME_BUDGET: whether `training.minutes` can choose the epochs and steps.
-        extent: side in mm of the square that all slices are laid on; 0 if there is none.
+        extent: side in mm of the square canvas that all slices share; 0 if there is none.
     """
 
     sample: tuple[str, str]
@@ -76,7 +76,7 @@ class Task(ABC):
     @classmethod
     @abstractmethod
     def from_run(cls, experiment: Experiment, outputs: int, extent: float, folder: Path) -> Self:
-        """Return the task of an earlier run, whose `folder` has what `save` kept there."""
+        """Return the task of an earlier run, whose `folder` contains the files of `save`."""
 
     @property
     def batch_size(self) -> int:
@@ -85,21 +85,21 @@ class Task(ABC):
 
     @property
     def resolved_recipe(self) -> Training:
-        """The recipe with the batch size that is used."""
+        """The recipe, with the batch size in use."""
         return replace(self.recipe, batch_size=self.batch_size)
 
     def with_recipe(self, recipe: Training) -> Self:
-        """Return a copy of this task that trains by another recipe."""
+        """Return a copy of this task that trains with another recipe."""
         task = copy(self)
         task.recipe = recipe
         return task
 
     def save(self, folder: Path) -> None:
-        """Keep in the run's folder what `from_run` needs besides the record; on resuming, check that it is the same."""
+        """Save what `from_run` needs besides the record in the run folder; on resuming, check that it is unchanged."""
 
     @property
     def memory_advice(self) -> str:
-        """How a training step can do with less memory, in sentences."""
+        """Advice on how a training step can use less memory, in sentences."""
         return f"Lower {option('preprocessing.image_size')}."
 
     def check_batch_size(self) -> None:
@@ -121,14 +121,14 @@ class Task(ABC):
 
     @abstractmethod
     def describe(self, slice_counts: Collection[int]) -> str:
-        """Describe for the log what the network sees of scans with these numbers of slices; "" if it needs no line."""
+        """Return a log line about what the network sees of scans with these slice counts; "" if none is needed."""
 
     @abstractmethod
     def describe_input(self) -> str:
         """Describe one input of the network, such as `448 × 448 pixels`."""
 
     def build_network(self, weights: str | None = None) -> nnx.Module:
-        """Build the untrained network; `weights` replaces those of the options.
+        """Build the untrained network; `weights` replaces the weights in the options.
 
         Raises:
             InputError: weights are missing or do not fit.
@@ -138,7 +138,7 @@ class Task(ABC):
 
     @abstractmethod
     def make_sources(self, data: PreparedData, cache_dir: Path, features: Features | None = None) -> Sources:
-        """Return the samples for training and validation: images, or features if they are given."""
+        """Return the samples for training and validation: images, or features if given."""
 
     @abstractmethod
     def samples_per_pass(self, volumes: Sequence[PreparedVolume]) -> int:
@@ -155,17 +155,17 @@ class Task(ABC):
 
     @property
     def augment(self) -> Augment | None:
-        """The augmentation of a batch, on the device."""
+        """The augmentation of a batch, run on the device; None if there is none."""
         changes = self.experiment.method.augmentation
         return None if changes == Augmentation() else partial(augment, changes)
 
     @property
     def make_gradient(self) -> MakeGradient:
-        """How the gradient is computed."""
+        """The function that makes the gradient of the loss."""
         return make_gradient
 
     def make_trainer(self, network: nnx.Module, train: Source, features: Features | None = None) -> Trainer:
-        """Assemble the trainer of a run; raise an InputError if it never changes the parameters."""
+        """Assemble the trainer of a run; raise an InputError if it would never update the parameters."""
         steps = steps_per_epoch(train, self.batch_size, self.recipe.steps)
         if (accumulated := self.recipe.accumulated_steps) > (total := steps * self.recipe.epochs):
             where = option("training.accumulated_steps", accumulated)
@@ -184,15 +184,15 @@ class Task(ABC):
         )
 
     def why_not_cached(self, network: nnx.Module) -> str:
-        """Return a sentence that says why the whole network runs at every step; "" if features can be cached."""
+        """Return a sentence that says why the whole network runs in every epoch; "" if features can be cached."""
         if self.model.backbone != "frozen":
-            return "All of the network is trained, so all of it runs at every step."
+            return "The whole network is trained, so all of it runs in every epoch."
         if not self.recipe.cache_features:
-            return "The frozen backbone runs at every step, because training.cache_features is false."
+            return "The frozen backbone runs in every epoch, because training.cache_features is false."
         if not hasattr(network, "on_features"):
-            return f"The frozen {self.model.arch} runs at every step: features of several scales are not cached."
+            return f"The frozen {self.model.arch} runs in every epoch: features at several scales are not cached."
         if self.augment is not None:
-            return "The frozen backbone runs at every step, because slices are augmented, so it has nothing to cache."
+            return "The frozen backbone runs in every epoch, because slices are augmented and cannot be cached."
         return ""
 
     def make_feature_cache(self, network: nnx.Module, cache_dir: Path) -> FeatureCache:
@@ -205,7 +205,7 @@ class Task(ABC):
 
     @abstractmethod
     def input_shape(self, slices: int) -> tuple[int, ...]:
-        """Return the shape [H, W, C] or [D, H, W, C] of one input; `slices` are those of the deepest volume used."""
+        """Return the shape [H, W, C] or [D, H, W, C] of one input; `slices`: slice count of the deepest volume."""
 
     def weight_shape(self, slices: int) -> tuple[int, ...]:
         """Return the shape of one sample's weight: [], or [D] if each slice has its own; `slices` as above."""

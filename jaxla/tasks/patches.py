@@ -1,4 +1,4 @@
-"""One sample is one random patch of a resampled scan, in two or three dimensions, as nnU-Net's plan says."""
+"""One sample is one random patch of a resampled scan, in 2D or 3D, as nnU-Net's plan specifies."""
 
 from __future__ import annotations
 
@@ -30,8 +30,8 @@ from jaxla.tasks.base import Features, Sources, Task, make_loss
 from jaxla.training.losses import Loss
 from jaxla.training.step import Augment
 
-PLAN = "plan.json"  # in the run's folder
-VALIDATION_FRACTION = 5  # training steps per validation step, as in nnU-Net
+PLAN = "plan.json"  # in the run folder
+TRAIN_STEPS_PER_VAL_STEP = 5  # as in nnU-Net
 TRAIN_STREAM, VAL_STREAM = 0, 1  # training and validation draw different patches
 
 
@@ -54,9 +54,10 @@ class PatchTask(Task):
     def from_data(cls, experiment: Experiment, data: PreparedData) -> Self:
         """Plan from the training and validation cases, or check the given plan on them.
 
-        Test cases are not used, so the plan differs from that of the whole folder.
+        Test cases are not used, so the plan differs from one made from the whole folder.
         """
-        model, volumes = experiment.method.model, data.select_volumes(sorted(data.split.train + data.split.val))
+        model = experiment.method.model
+        volumes = data.select_volumes(sorted(data.split.train + data.split.val))
         warn_unless_mri(data.dataset.root)
         if model.plan:
             plan = read_plan(Path(model.plan))
@@ -78,14 +79,14 @@ class PatchTask(Task):
         return self.configuration.batch_size
 
     def save(self, folder: Path) -> None:
-        """Write the plan, or raise an InputError if the run began with another one."""
+        """Write the plan, or raise an InputError if the run began with a different plan."""
         path = folder / PLAN
         if is_first() and not path.exists():
             with report_os_errors("written", path, "Fix this and rerun with --resume."):
                 write_plan(path, self.plan)
         barrier()
         if read_plan(path)._replace(fingerprint=None) != self.plan._replace(fingerprint=None):
-            raise InputError(path, "differs from the plan of this command", "Restore it, or start a new run.")
+            raise InputError(path, "differs from the plan of this command", "Restore the plan, or start a new run.")
 
     def describe(self, slice_counts: Collection[int]) -> str:
         return f"{self.model.arch}: {describe_configuration(self.configuration)}"
@@ -101,21 +102,23 @@ class PatchTask(Task):
     def make_sources(self, data: PreparedData, cache_dir: Path, features: Features | None = None) -> Sources:
         """Return random patches of the scans; scans that are not in the cache are resampled first."""
         ids = data.split.train + data.split.val
-        ids = list(dict.fromkeys((*local_items(ids), *ids)))  # each process begins with others
+        ids = list(dict.fromkeys((*local_items(ids), *ids)))  # each process begins with different cases
         scans = track(data.select_volumes(ids), "resampling")
         planned = preprocess_volumes(scans, self.plan, self.configuration, cache_dir)
         by_id = {volume.id: volume for volume in planned}
-        patch, steps = self.configuration.patch_size, self.recipe.steps
+        patch = self.configuration.patch_size
+        steps = self.recipe.steps
 
         def make_source(ids: Sequence[str], stream: int, size: Sequence[int], steps: int) -> PatchSource:
-            volumes, seed = [by_id[name] for name in ids], (self.experiment.seed, stream)
+            volumes = [by_id[name] for name in ids]
+            seed = (self.experiment.seed, stream)
             return PatchSource(volumes, size, patch, self.batch_size, seed, steps * self.batch_size)
 
-        read = initial_patch_size(patch) if self.experiment.method.augmentation.nnunet else patch
+        read_size = initial_patch_size(patch) if self.experiment.method.augmentation.nnunet else patch
         train, val = data.split.train, data.split.val
-        val_steps = max(1, steps // VALIDATION_FRACTION)
+        val_steps = max(1, steps // TRAIN_STEPS_PER_VAL_STEP)
         return Sources(
-            make_source(train, TRAIN_STREAM, read, steps),
+            make_source(train, TRAIN_STREAM, read_size, steps),
             make_source(val, VAL_STREAM, patch, val_steps) if val else None,
         )
 
@@ -154,7 +157,7 @@ class PatchTask(Task):
             if with_probabilities:
                 probabilities = np.zeros((*planned.shape, self.outputs), np.float32)
                 if self.outputs > 1:
-                    probabilities[..., 0] = 1  # what was cropped is background
+                    probabilities[..., 0] = 1  # the cropped part is background
             depth, *plane = planned.box
             rows = resample_to_scan(tile_logits(planned.image), planned)
             for z, logits in enumerate(rows, start=depth.start):
@@ -170,6 +173,6 @@ class PatchTask(Task):
 
 
 def is_same_plan(model: NetworkOptions, folder: Path) -> bool:
-    """Return whether a run in `folder` used the plan file that a network's options name; true if they name none."""
+    """Return whether a run in `folder` used the plan file in a network's options; true if there is none."""
     given, kept = getattr(model, "plan", ""), folder / PLAN
     return not given or not kept.exists() or read_plan(kept) == read_plan(Path(given))

@@ -24,12 +24,12 @@ from jaxla.memory import require_memory
 from jaxla.tasks.base import Features, Sources, Task
 from jaxla.training.features import CachedFeatures, FeatureCache
 
-# (inputs of a scan's slices in turn, their number) -> probabilities [size, size, K] of each, in the network's pixels
+# (inputs of a scan's slices, slice count) -> probabilities [size, size, K] of each slice, in the network's pixels
 SliceProbabilities = Callable[[Iterable[Any], int], Iterable[np.ndarray]]
 
 
 class SliceTask(Task):
-    """Trains on slices, each laid on a square canvas, whose side is `extent` mm, or 0 if each slice has its own."""
+    """Trains on slices, each placed on a square canvas with a side of `extent` mm, or its own side if that is 0."""
 
     sample = ("slice", "slices")
     HAS_FOREGROUND_SAMPLING = True
@@ -72,7 +72,8 @@ class SliceTask(Task):
 
     def make_sources(self, data: PreparedData, cache_dir: Path, features: Features | None = None) -> Sources:
         def make_source(ids: Sequence[str], foreground: float) -> SliceSource:
-            volumes, with_images = data.select_volumes(ids), bool(features and features.with_images)
+            volumes = data.select_volumes(ids)
+            with_images = bool(features and features.with_images)
             arrays = features and [features.by_case[volume.id] for volume in volumes]
             return SliceSource(volumes, self.canvas, arrays, with_images, self.model.neighbours, foreground)
 
@@ -124,7 +125,7 @@ class SliceTask(Task):
         return segment
 
     def make_slice_probabilities(self, networks: Sequence[nnx.Module]) -> SliceProbabilities:
-        """Return a function that applies networks to the slices of one scan, given the networks' input for each."""
+        """Return a function that applies networks to the slices of one scan, given their inputs."""
         batch_probabilities = mean_probabilities(networks, self.experiment.method.postprocessing.flips)
         batch_size = self.batch_size
 
@@ -140,7 +141,7 @@ class SliceTask(Task):
 def to_scan(
     outputs: Iterable[np.ndarray], frame: Frame, shape: tuple[int, int, int], with_probabilities: bool = False
 ) -> Segmented:
-    """Return classes [S, H, W] = `shape` and, if asked for, probabilities [S, H, W, K], from `SliceProbabilities`."""
+    """Return classes [S, H, W] = `shape` and, if requested, probabilities [S, H, W, K], from `SliceProbabilities`."""
     classes, probabilities = np.empty(shape, np.uint8), None
     for index, output in enumerate(outputs):
         resized = input_to_slice(output, frame, shape[1:])

@@ -26,7 +26,7 @@ GRADIENTS: dict[str, MakeGradient] = {"whole": make_gradient, "two_pass": make_t
 
 
 class VolumeTask(SliceTask):
-    """Trains on whole volumes, padded with empty slices to the depth of the deepest; each slice is laid on a canvas."""
+    """Trains on whole volumes, padded with empty slices to the depth of the deepest, with each slice on a canvas."""
 
     sample = ("whole volume", "whole volumes")
     HAS_FOREGROUND_SAMPLING = False

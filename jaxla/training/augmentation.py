@@ -10,7 +10,7 @@ from jax.scipy.ndimage import map_coordinates
 
 from jaxla.config import Augmentation
 
-ELASTIC_POINTS = 6  # per side; displacements are drawn there and interpolated between
+ELASTIC_POINTS = 6  # per side, where displacements are drawn; they are interpolated between the points
 
 
 def augment(
@@ -18,7 +18,7 @@ def augment(
 ) -> tuple[jax.Array, jax.Array]:
     """Augment each row of images [B, H, W, C] in 0..1 and masks [B, H, W] at random; return both.
 
-    Rows may be volumes, [B, D, H, W, C] and [B, D, H, W]; all slices of a volume, and all channels, change alike.
+    Rows may be volumes, [B, D, H, W, C] and [B, D, H, W]; all slices of a volume, and all channels, change equally.
 
     An image and its mask move together. Images are interpolated bilinearly, masks by the nearest neighbour, and pixels
     from outside are 0 in both.

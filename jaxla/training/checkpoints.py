@@ -42,10 +42,10 @@ def _silence_warnings(logger_name: str) -> Iterator[None]:
 
 
 class _LiteralPath(type(epath.Path("."))):
-    """A path that Orbax accepts as its own, in whose name `[`, `*` and `?` are ordinary characters.
+    """A path that Orbax accepts, in which `[`, `*` and `?` are ordinary characters.
 
-    The class that Orbax uses by default takes the whole path as a pattern when it lists files by a pattern, so that it
-    does not find the arrays that it has written, or finds those of another folder.
+    Orbax's default class treats the whole path as a pattern when it lists files, so that it does not find the arrays
+    that it has written, or finds those of another folder.
     """
 
     def glob(self, pattern: str) -> Iterator[_LiteralPath]:
@@ -53,15 +53,15 @@ class _LiteralPath(type(epath.Path("."))):
 
 
 def require_usable_path(folder: Path) -> None:
-    """Raise an InputError if Orbax would write to another place than `folder`, because of its path."""
+    """Raise an InputError if Orbax would write to a place other than `folder`, because of its path."""
     path = f"{folder.absolute().as_posix()}/"
     if "\\" in path:
-        problem = "Orbax takes the backslash in this path for a slash"
+        problem = "Orbax treats the backslash in this path as a slash"
     elif "gs:/" in path or re.match("/(gs|s3|az|hf)/", path):
-        problem = "Orbax takes this path for a remote store"
+        problem = "Orbax treats this path as a remote store"
     else:
         return
-    fix = "Use a folder outside /gs, /s3, /az and /hf, in whose path no name contains a backslash or ends in gs:."
+    fix = "Use a folder outside /gs, /s3, /az and /hf whose path has no backslash and no name that ends in gs:."
     raise InputError(folder, problem, fix)
 
 
@@ -78,7 +78,7 @@ class Checkpoints:
         if not read_only and is_first():
             self._remove_half_written()
         barrier()
-        with _silence_warnings("absl"):  # of Orbax, about what `read_only` means
+        with _silence_warnings("absl"):  # Orbax warns about what `read_only` means
             options = ocp.CheckpointManagerOptions(
                 max_to_keep=2, enable_async_checkpointing=False, read_only=read_only, create=not read_only
             )
@@ -88,25 +88,25 @@ class Checkpoints:
         """Save named pytrees of arrays and a JSON-like record, unless this step was saved before.
 
         Raises:
-            InputError: the disk is full or refuses to write, or what was written cannot be opened; earlier checkpoints
-                are kept.
+            InputError: the disk is full or cannot be written, or the checkpoint cannot be read back; earlier
+                checkpoints are kept.
         """
         if step in self.steps():
             return
         arrays = {name: ocp.args.StandardSave(_flatten(tree)) for name, tree in trees.items()}
         size = sum(leaf.nbytes for leaf in jax.tree.leaves(dict(trees)))
         try:
-            if is_first() and free_bytes(self._folder) < size:  # Orbax's own error about a full disk fills the screen
+            if is_first() and free_bytes(self._folder) < size:  # Orbax's error about a full disk fills the screen
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
             saved = self._manager.save(
                 step, args=ocp.args.Composite(**arrays, progress=ocp.args.JsonSave(dict(progress)))
             )
             assert saved, f"{self._folder}: step {step} does not follow {self.steps()}"
             if is_first():
-                self._require_opens(step, arrays)
+                self._require_readable(step, arrays)
                 write_atomically(self._hash_file(step), json.dumps(_hash_files(self._folder / str(step))))
                 for old in set(checkpoint_steps(self._folder)) - set(self._manager.all_steps()):
-                    self._hash_file(old).unlink()  # of a checkpoint that Orbax has removed
+                    self._hash_file(old).unlink()  # hashes of a checkpoint that Orbax has removed
         except (OSError, ValueError) as error:
             os_error = error if isinstance(error, OSError) else _find_os_error(error)
             if is_first():
@@ -118,7 +118,7 @@ class Checkpoints:
             raise InputError(self._folder / str(step), problem, fix) from error
         barrier()  # no process continues before the checkpoint is complete
 
-    def _require_opens(self, step: int, arrays: Mapping[str, ocp.args.StandardSave]) -> None:
+    def _require_readable(self, step: int, arrays: Mapping[str, ocp.args.StandardSave]) -> None:
         """Raise an InputError unless Orbax finds every array that it has just saved. Reads no values."""
         try:
             found = self._manager.item_metadata(step)
@@ -128,15 +128,16 @@ class Checkpoints:
                 raise
             is_complete = False
         if not is_complete:
-            problem = "was written, but Orbax cannot open it; earlier checkpoints are kept"
-            raise InputError(self._folder / str(step), problem, "Train in a folder on another disk.")
+            problem = "was written, but cannot be read back; earlier checkpoints are kept"
+            fix = f"Copy the run to another disk and rerun there with {option('resume')}."
+            raise InputError(self._folder / str(step), problem, fix)
 
     def steps(self) -> list[int]:
         """Return the steps of the complete checkpoints, newest first."""
         return broadcast(checkpoint_steps(self._folder))
 
     def find_damage(self, step: int) -> str:
-        """Return what is wrong with a checkpoint's files; empty if it is intact."""
+        """Return a description of the damage to a checkpoint's files; "" if it is intact."""
         return broadcast(self._find_damage(step) if is_first() else "")
 
     def _find_damage(self, step: int) -> str:
@@ -155,18 +156,18 @@ class Checkpoints:
         return f"{wrong[0]} is missing or has changed" if wrong else ""
 
     def restore(self, like: Mapping[str, T], step: int) -> tuple[dict[str, T], dict[str, Any]]:
-        """Return a checkpoint's trees, of the structure, shapes and dtypes of `like`, and its record.
+        """Return a checkpoint's trees, with the structure, shapes and dtypes of `like`, and its record.
 
         Raises:
-            InputError: the checkpoint is damaged, or of a different network.
+            InputError: the checkpoint is damaged, or belongs to a different network.
         """
         if damage := self.find_damage(step):
             raise InputError(self._folder / str(step), f"damaged checkpoint: {damage}", "Restore it from a copy.")
         arrays = {name: ocp.args.StandardRestore(_flatten(tree)) for name, tree in like.items()}
         try:
             restored = self._manager.restore(step, args=ocp.args.Composite(**arrays, progress=ocp.args.JsonRestore()))
-        except (ValueError, KeyError) as error:  # intact files of other arrays, or ones that were never merged
-            problem = f"does not hold the arrays of this network ({' '.join(str(error).split())[:200]})"
+        except (ValueError, KeyError) as error:  # intact files of other arrays, or files that Orbax never merged
+            problem = f"does not contain the arrays of this network ({' '.join(str(error).split())[:200]})"
             fix = "Restore the run from a copy, or train again."
             raise InputError(self._folder / str(step), problem, fix) from error
         trees = {name: _unflatten(tree, restored[name]) for name, tree in like.items()}
@@ -178,7 +179,7 @@ class Checkpoints:
             if not (damage := self.find_damage(step)):
                 return step
             self.remove(step)
-            replacement = "the one before it is used" if self.steps() else "there is none before it"
+            replacement = "the previous one is used" if self.steps() else "there is no earlier one"
             if is_first():
                 log.warning("%s: damaged checkpoint: %s; %s", self._folder / str(step), damage, replacement)
         return None
@@ -186,7 +187,7 @@ class Checkpoints:
     def remove(self, step: int) -> None:
         """Remove a checkpoint."""
         if is_first():
-            self._hash_file(step).unlink()  # first, because without it the rest is known to be incomplete
+            self._hash_file(step).unlink()  # first, because a checkpoint without it counts as half-written
         if broadcast(step in self._manager.all_steps()):
             self._manager.delete(step)
 
@@ -197,15 +198,15 @@ class Checkpoints:
         return self._folder / f"{step}.sha256"
 
     def _remove_half_written(self) -> None:
-        """Remove what a process left that was killed while it wrote or removed a checkpoint.
+        """Remove the files of a process that was killed while it wrote or removed a checkpoint.
 
         Raises:
-            InputError: several checkpoints lack their hashes, so somebody has removed the files of hashes.
+            InputError: several checkpoints lack their hashes, so the files of hashes were removed.
         """
-        pattern = r"[0-9]+(\.orbax-checkpoint-tmp.*)?"  # not a copy that somebody made, such as `4 (copy)`
+        pattern = r"[0-9]+(\.orbax-checkpoint-tmp.*)?"  # not a user's copy, such as `4 (copy)`
         folders = [path for path in self._folder.glob("[0-9]*") if path.is_dir() and re.fullmatch(pattern, path.name)]
         half_written = [path for path in folders if not self._hash_file(path.name).exists()]
-        if len([path for path in half_written if path.name.isdecimal()]) > 1:  # a process writes one at a time
+        if len([path for path in half_written if path.name.isdecimal()]) > 1:  # a process writes only one at a time
             raise InputError(self._folder, "the checkpoints' .sha256 files are missing", "Restore them from a copy.")
         for path in half_written:
             log.warning("%s: half-written checkpoint, removed", path)
@@ -224,12 +225,12 @@ def checkpoint_steps(folder: Path) -> list[int]:
 
 
 def network_state(trainable: Any, statistics: Any) -> dict[str, Any]:
-    """Return the part of a network that a checkpoint holds. A frozen backbone has its own file."""
+    """Return the part of a network that a checkpoint holds; a frozen backbone has its own file."""
     return {"trainable": trainable, "statistics": statistics}
 
 
 def _find_os_error(error: ValueError) -> OSError | None:
-    """Return the OSError behind an error of TensorStore, which states the system's error number in its text only."""
+    """Return the OSError behind an error of TensorStore, which states the system's error number only in its text."""
     match = re.search(r"os_error_code='(\d+)'", str(error))
     return OSError(int(match[1]), os.strerror(int(match[1]))) if match else None
 
@@ -240,7 +241,7 @@ def _hash_files(folder: Path) -> dict[str, str]:
 
 
 def _flatten(tree: Any) -> dict[str, Any]:
-    return dict(zip(_leaf_names(tree), jax.tree.leaves(tree), strict=True)) or {"": 0}  # Orbax refuses empty trees
+    return dict(zip(_leaf_names(tree), jax.tree.leaves(tree), strict=True)) or {"": 0}  # Orbax rejects empty trees
 
 
 def _unflatten(like: T, leaves: Mapping[str, jax.Array]) -> T:
@@ -248,6 +249,6 @@ def _unflatten(like: T, leaves: Mapping[str, jax.Array]) -> T:
 
 
 def _leaf_names(tree: Any) -> list[str]:
-    """Return dotted names of a tree's leaves. They are the keys of a flat dict, as Orbax makes integer keys strings."""
+    """Return dotted names of a tree's leaves, for a flat dict: Orbax turns integer keys into strings."""
     paths = jax.tree_util.tree_flatten_with_path(tree)[0]
     return [jax.tree_util.keystr(path, simple=True, separator=".") for path, _ in paths]

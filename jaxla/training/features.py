@@ -1,12 +1,12 @@
 """The cache of a frozen backbone's features: each slice is encoded once, for all epochs and all runs.
 
-`<cache>/features/` has a folder for each backbone, input size and precision. It holds two files per volume, named by a
+`<cache>/features/` has a folder for each backbone, input size and precision, with two files per volume, named by a
 hash of its slices: `<name>.npy` [S, h, w, C], or [S, blocks, h, w, C] for a network that reads several blocks, and
 `<name>.json`, which is written last and holds the sha256 of the first. Features are stored in the precision in which
 they are computed (float32 on CPU, bfloat16 on most GPUs), so storing them loses nothing.
 
-Only the blocks that the network reads are kept. A slice is read from disk when its batch is due, so memory holds a few
-batches, however many slices there are.
+Only the blocks that the network reads are kept. A slice is read from disk when its batch is needed, so memory holds
+a few batches, regardless of the number of slices.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ from jaxla.models.weights import parameters_sha256
 
 log = logging.getLogger(__name__)
 
-VERSION = 1  # changes when features are computed or stored differently, and names another folder then
+VERSION = 1  # to be increased when features are computed or stored differently; part of the folder's name
 BATCH = 8  # slices that the backbone encodes at once, per device
 MAX_DISK_FRACTION = 0.9  # of the free disk space
 
@@ -63,16 +63,16 @@ class FeatureCache:
     """The features of one frozen backbone at one input size.
 
     Args:
-        network: has `features` and the attributes that go with it (see `jaxla.models.networks`).
+        network: a network with `features` and its related attributes (see `jaxla.models.networks`).
         arch: name of the backbone's architecture.
-        canvas: the square that slices are laid on.
+        canvas: the square that slices are placed on.
 
     Attributes:
-        extract: images [batch, size, size, 1] -> features [batch, …].
+        extract: function from images [batch, size, size, 1] to features [batch, …].
         input_shape: [batch, size, size, 1].
-        batch: number of images that `extract` takes, all devices together.
-        how_to_fit: advice on making features fit on the disk, to follow "use".
-        folder: where the features are kept.
+        batch: number of images that `extract` takes, over all devices.
+        how_to_fit: advice on making features fit on the disk, phrased to follow "use".
+        folder: the folder of the features.
     """
 
     def __init__(self, cache_dir: Path, network: nnx.Module, arch: str, canvas: Canvas) -> None:
@@ -81,7 +81,8 @@ class FeatureCache:
         self.extract = partial(extract, place_on_devices(state))
         self.batch = BATCH * device_count()
         self.how_to_fit = " or ".join([f"another {option('cache-dir')}", *network.SMALLER_FEATURES])
-        self._canvas, size = canvas, canvas.size
+        self._canvas = canvas
+        size = canvas.size
         self.input_shape = (self.batch, size, size, 1)
         one_batch = jax.eval_shape(self.extract, jax.ShapeDtypeStruct(self.input_shape, np.float32))
         self.shape, self.dtype = one_batch.shape[1:], np.dtype(one_batch.dtype)
@@ -104,11 +105,11 @@ class FeatureCache:
         return [v for v in volumes if not self._path(v, ".json").exists()]
 
     def count_bytes(self, volumes: Iterable[PreparedVolume]) -> int:
-        """Return the disk space that the features of volumes take."""
+        """Return the disk space in bytes that the features of volumes take."""
         return sum(v.shape[0] for v in volumes) * int(np.prod(self.shape)) * self.dtype.itemsize
 
     def fits_on_disk(self, size: int) -> bool:
-        """Return whether the disk has room for that many bytes more, and some to spare."""
+        """Return whether `size` bytes fit in MAX_DISK_FRACTION of the free disk space."""
         return size <= MAX_DISK_FRACTION * free_bytes(self.folder)
 
     def features(self, volumes: Sequence[PreparedVolume]) -> list[CachedFeatures] | None:
@@ -133,7 +134,7 @@ class FeatureCache:
         if not all(gather(fit)):
             return None
         written: list[PreparedVolume] = []
-        # Each process computes its own part, then what the others computed if their cache is another folder.
+        # Each process computes its own part, then the other parts if the other processes use another cache folder.
         for part in (local_items(volumes), volumes):
             if not all(gather(self._compute(self.find_missing(part), written))):
                 return self._remove(written)
@@ -142,13 +143,13 @@ class FeatureCache:
             intact = list(pool.map(self._is_intact, volumes))
         damaged = [v for v, is_intact in zip(volumes, intact, strict=True) if not is_intact]
         for volume in damaged:
-            log.warning("features of %s were damaged (%s): computed again", volume.id, self._path(volume, ""))
+            log.warning("features of %s were damaged (%s): computing them again", volume.id, self._path(volume, ""))
         if not all(gather(self._compute(damaged, written))):
             return self._remove(written)
         return [CachedFeatures(self._path(v, ".npy"), (v.shape[0], *self.shape), self.dtype) for v in volumes]
 
     def _compute(self, volumes: Sequence[PreparedVolume], written: list[PreparedVolume]) -> bool:
-        """Compute and write features, and add the volumes to `written`; return False if the disk refuses."""
+        """Compute and write features, and add the volumes to `written`; return False if the disk cannot be written."""
         if not volumes:
             return True
         try:
@@ -175,7 +176,7 @@ class FeatureCache:
                 self._path(volume, suffix).unlink(missing_ok=True)
 
     def _compute_once(self, volume: PreparedVolume) -> bool:
-        """Compute and write a volume's features unless another process has done so; return whether it was needed."""
+        """Compute and write a volume's features unless another process has done so; return whether that was needed."""
         lock = self._path(volume, ".lock")
         with file_lock(lock, f"{self.folder}: another process computes features"):
             if is_needed := not self._is_intact(volume):
@@ -189,7 +190,8 @@ class FeatureCache:
         temporary = path.with_suffix(".part")  # the lock is held: no other process writes it
         shape = (volume.shape[0], *self.shape)
         bits = np.dtype(f"u{self.dtype.itemsize}")
-        frame, size = self._canvas.frame(volume.shape[1:], volume.spacing[1:]), self._canvas.size
+        frame = self._canvas.frame(volume.shape[1:], volume.spacing[1:])
+        size = self._canvas.size
         try:
             with temporary.open("wb") as file:
                 header = {"descr": bits.str, "fortran_order": False, "shape": shape}

@@ -27,7 +27,7 @@ from jaxla.training.trainer import Trainer, Validation
 log = logging.getLogger(__name__)
 
 SAVE_SECONDS = 600  # an epoch that takes longer is also saved before it ends
-SAVE, STOP = 1, 2  # what a process may request after a step
+SAVE, STOP = 1, 2  # requests that a process may make after a step
 
 
 def fit(
@@ -41,19 +41,19 @@ def fit(
 ) -> Progress:
     """Train, and leave the best and the latest checkpoint in `folder`; resume from the latest if there is one.
 
-    The best epoch has the highest validation Dice, over the units of `val`, in the network's input pixels; if the
-    recipe says so, it is the last. Training ends early after `patience` epochs without a lower validation loss. After
-    an interruption the remaining training is, on CPU, bit for bit what it would have been.
+    The best epoch has the highest validation Dice, over the units of `val`, in the network's input pixels; with
+    `checkpoint="last"`, it is the last epoch. Training ends early after `patience` epochs without a lower validation
+    loss. On CPU, resumed training is bit for bit identical to uninterrupted training.
 
     Args:
-        val: None if there is nothing to validate on; the recipe must then decide nothing by validation.
-        epochs_done: epochs that earlier sessions reported; without a checkpoint of them training does not start.
+        val: None without validation data; the recipe must then not depend on validation.
+        epochs_done: epochs that earlier calls reported; training does not start if their checkpoints are missing.
         on_epoch: called with the metrics of all epochs so far, at the start and after each epoch.
 
     Raises:
-        InputError: the loss is not finite, a step needs more memory than there is, or a file cannot be written.
-        ValueError: `val` is None, but the recipe decides something by validation.
-        Stopped: the process was asked to stop; the latest checkpoint is of this moment.
+        InputError: the loss is not finite, a step needs more memory than is available, or a file cannot be written.
+        ValueError: `val` is None, but the recipe depends on validation.
+        Stopped: the process was asked to stop; the latest checkpoint holds the current state.
     """
     recipe = trainer.recipe
     if val is None and (recipe.checkpoint == "best" or recipe.patience):
@@ -77,7 +77,7 @@ def fit(
                 checkpoints.save_latest(trainer, batches, progress)
                 raise
             _finish_epoch(trainer, progress, validation, time.perf_counter() - began, train.slices, folder)
-            # The latest first: if the process is killed here, the best can be made from it.
+            # Save the latest first: if the process is killed here, the best can be restored from it.
             checkpoints.save_latest(trainer, batches, progress)
             if progress.best_epoch == progress.epoch:
                 checkpoints.save_best(trainer, progress)
@@ -105,14 +105,15 @@ def _train_epoch(
     began = time.perf_counter() - progress.seconds
     saved_at = time.monotonic()
     requests: deque[int | jax.Array] = deque()
-    title, is_quiet = f"epoch {progress.epoch + 1}/{trainer.recipe.epochs}", not sys.stdout.isatty()
+    title = f"epoch {progress.epoch + 1}/{trainer.recipe.epochs}"
+    is_quiet = not sys.stdout.isatty()
     steps, done = trainer.steps_per_epoch, len(progress.losses)
     for _ in tqdm(range(done, steps), title, steps, initial=done, leave=False, file=sys.stdout, disable=is_quiet):
         step = progress.epoch * steps + len(progress.losses)
         progress.losses.append(trainer.step(next(batches), step))
         request = STOP if stop_requested() else SAVE if time.monotonic() - saved_at > SAVE_SECONDS else 0
         requests.append(global_max(request))
-        # Several processes act on the request of the step before, so that none waits for the present step.
+        # Several processes act on the request of the previous step, so that none waits for the current step.
         request = int(requests.popleft()) if len(requests) == min(2, process_count()) else 0
         if request:
             progress.seconds = time.perf_counter() - began
@@ -133,7 +134,7 @@ def _finish_epoch(
     slices_per_sample: float,
     folder: Path,
 ) -> None:
-    """Add the epoch's metrics to the history, and note the best; raise an InputError if a loss is not finite."""
+    """Add the epoch's metrics to the history, and update the best; raise an InputError if a loss is not finite."""
     recipe = trainer.recipe
     train_loss = float(np.mean(np.asarray(progress.losses, np.float32)))
     scores = {f"val_{name}": value for name, value in validation._asdict().items()} if validation else {}

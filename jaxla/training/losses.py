@@ -84,7 +84,7 @@ def row_weights(weight: jax.Array) -> jax.Array:
 
 
 def predict_classes(logits: jax.Array) -> jax.Array:
-    """Return class indices [B, H, W] of [B, H, W, K]: the largest logit or, if K = 1, a probability above one half."""
+    """Return class indices [B, H, W] for logits [B, H, W, K]: the largest or, if K = 1, a probability above 0.5."""
     return (logits[..., 0] > 0).astype(jnp.int32) if logits.shape[-1] == 1 else jnp.argmax(logits, axis=-1)
 
 

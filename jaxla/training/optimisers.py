@@ -1,4 +1,4 @@
-"""The optimisers of the recipes: Adam, and nnU-Net's SGD; and the running mean of what is trained."""
+"""The optimisers of the recipes: Adam and nnU-Net's SGD, and the running mean of the trained parameters."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ WARMUP_FRACTION = 0.02  # of all steps, in the cosine schedule
 def make_optimiser(
     recipe: Training, steps: int, has_pretrained_backbone: bool, statistics: Any = None
 ) -> optax.GradientTransformation:
-    """Return the recipe's optimiser for that many steps, with its own learning rate for a pretrained backbone.
+    """Return the recipe's optimiser for `steps` steps, with its own learning rate for a pretrained backbone.
 
-    With a running mean, that is the last state of the optimiser's chain; it begins with `statistics` of BatchNorm.
+    A running mean is the last state in the optimiser's chain, initialised with the `statistics` of BatchNorm.
     """
     rates = {"rest": recipe.learning_rate}
     if isinstance(recipe, BackboneTraining):
@@ -45,7 +45,7 @@ def make_optimiser(
 class AverageState(NamedTuple):
     """State of `average_parameters`."""
 
-    count: jax.Array  # of steps
+    count: jax.Array  # number of steps
     average: Any  # running mean of the parameters
     statistics: Any  # running mean of BatchNorm's statistics
 
@@ -53,7 +53,7 @@ class AverageState(NamedTuple):
 def average_parameters(decay: float, statistics: Any = None) -> optax.GradientTransformationExtraArgs:
     """Return the last part of an optimiser, which keeps an exponential running mean of the parameters in its state.
 
-    BatchNorm's statistics, first `statistics` and then an argument of each update, are averaged alike.
+    BatchNorm's statistics, first `statistics` and then an argument of each update, are averaged in the same way.
     Step n, from 0, keeps at most (1 + n) / (10 + n) of the mean, so that initial parameters are soon forgotten
     (TensorFlow's `ExponentialMovingAverage` with `num_updates`).
     """
@@ -84,7 +84,7 @@ def _update_rule(recipe: Training, rate: optax.ScalarOrSchedule) -> optax.Gradie
 
 
 def _schedule(recipe: Training, rate: float, steps: int) -> optax.ScalarOrSchedule:
-    """Return the learning rate by the number of earlier changes of the parameters."""
+    """Return the learning rate as a function of the number of earlier parameter updates."""
     if recipe.schedule == "constant":
         return rate
     if recipe.schedule == "poly":
@@ -92,7 +92,7 @@ def _schedule(recipe: Training, rate: float, steps: int) -> optax.ScalarOrSchedu
         return lambda count: (
             rate * (1 - count * recipe.accumulated_steps // steps_per_epoch / recipe.epochs) ** POLY_POWER
         )
-    changes = steps // recipe.accumulated_steps
-    warmup = max(1, round(WARMUP_FRACTION * changes))
-    schedule = optax.warmup_cosine_decay_schedule(0.0, rate, warmup, changes + 1)
-    return lambda count: schedule(count + 1)  # neither the first nor the last change has rate 0
+    updates = steps // recipe.accumulated_steps
+    warmup = max(1, round(WARMUP_FRACTION * updates))
+    schedule = optax.warmup_cosine_decay_schedule(0.0, rate, warmup, updates + 1)
+    return lambda count: schedule(count + 1)  # neither the first nor the last update has a rate of 0

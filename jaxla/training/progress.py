@@ -1,4 +1,4 @@
-"""How far a training has come, and its two kinds of checkpoints: `latest`, to resume from, and `best`, to use."""
+"""The progress of a training run, and its two kinds of checkpoints: `latest`, to resume from, and `best`, to use."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ from jaxla.training.trainer import Trainer
 
 log = logging.getLogger(__name__)
 
-BEST, LATEST = "best", "latest"  # folders of the two kinds
+BEST, LATEST = "best", "latest"  # folders of the two kinds of checkpoints
 
 
 @dataclass
 class Progress:
-    """How far a training has come, apart from arrays and the order of samples; part of every checkpoint."""
+    """The progress of a training run, without arrays and the order of samples; part of every checkpoint."""
 
     epoch: int = 0  # completed epochs
     losses: list[float] = field(default_factory=list)  # losses of the steps taken in the next epoch
     seconds: float = 0.0  # time that these steps took
-    best_epoch: int = 0  # epoch that is kept
+    best_epoch: int = 0  # epoch of the best checkpoint
     best_dice: float = -1.0  # its validation Dice; -1 without validation
     lowest_loss: float = float("inf")  # lowest validation loss so far
     epochs_since_lowest: int = 0  # completed epochs since then
@@ -36,7 +36,7 @@ class Progress:
 
 
 class TrainingCheckpoints:
-    """The latest and the best checkpoint of a training, in two folders within `folder`."""
+    """The latest and the best checkpoint of a training run, in two folders within `folder`."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -58,15 +58,15 @@ class TrainingCheckpoints:
         self.best.save(progress.best_epoch, network_state(trainable, frozen.statistics), record)
 
     def resume(self, trainer: Trainer, batches: DatasetIterator, epochs_done: int) -> Progress:
-        """Restore the newest intact checkpoint, if there is one, and bring the best checkpoint to the same moment.
+        """Restore the newest intact checkpoint, if there is one, and make the best checkpoint consistent with it.
 
         Raises:
-            InputError: earlier sessions reported `epochs_done`, but no intact checkpoint is left.
+            InputError: earlier calls reported `epochs_done`, but no intact checkpoint is left.
         """
         newest = self.latest.find_newest_intact()
         if newest is None:
             if epochs_done:
-                problem = f"no intact checkpoint is left of the {epochs_done} trained epochs"
+                problem = f"no intact checkpoint of the {epochs_done} trained epochs is left"
                 raise InputError(self.folder / LATEST, problem, "Restore one from a copy, or train in another folder.")
             return Progress()
         restored, saved = self.latest.restore(_training_state(trainer), newest)
@@ -79,7 +79,7 @@ class TrainingCheckpoints:
         return progress
 
     def _restore_best(self, trainer: Trainer, progress: Progress) -> None:
-        """Remove best checkpoints of lost epochs, and replace one that was lost itself."""
+        """Remove best checkpoints of lost epochs, and replace a lost best checkpoint."""
         for epoch in self.best.steps():
             if epoch > progress.best_epoch:
                 self.best.remove(epoch)
@@ -90,7 +90,8 @@ class TrainingCheckpoints:
         if progress.best_epoch == progress.epoch and is_at_epoch_end:  # killed between saving latest and best
             self.save_best(trainer, progress)
             return
-        lost, dice = progress.best_epoch, {line["epoch"]: line.get("val_dice", -1.0) for line in progress.history}
+        lost = progress.best_epoch
+        dice = {line["epoch"]: line.get("val_dice", -1.0) for line in progress.history}
         candidates = [epoch for epoch in (intact, progress.epoch if is_at_epoch_end else 0) if epoch]
         rank = dice.__getitem__ if trainer.recipe.checkpoint == "best" else None
         progress.best_epoch = max(candidates, key=rank, default=0)
@@ -102,7 +103,7 @@ class TrainingCheckpoints:
             log.warning("the checkpoint of the best epoch, %d, was lost; %s", lost, replacement)
 
     def close(self) -> None:
-        """Remove older checkpoints, which were kept in case the newer ones get damaged."""
+        """Remove older checkpoints, which were kept in case a newer one is damaged."""
         for checkpoints in (self.best, self.latest):
             for step in checkpoints.steps()[1:]:
                 checkpoints.remove(step)

@@ -1,4 +1,4 @@
-"""One training step, behind one interface: `(trainable, frozen, batch, key) -> loss, gradients, auxiliary`.
+"""The training step. Every gradient function is `(trainable, frozen, batch, key) -> loss, gradients, auxiliary`.
 
 Frozen parameters are a separate argument and are never differentiated.
 """
@@ -16,9 +16,8 @@ from flax import nnx
 from jaxla.distributed import constrain_sharding, device_count, replicate
 from jaxla.training.losses import Loss, count_overlap, cross_entropy, deep_supervision, row_weights
 
-Augment = Callable[
-    [jax.Array, jax.Array, jax.Array], tuple[jax.Array, jax.Array]
-]  # key, images, masks -> images, masks
+# (key, images, masks) -> (images, masks)
+Augment = Callable[[jax.Array, jax.Array, jax.Array], tuple[jax.Array, jax.Array]]
 Gradient = Callable[[Any, Any, Any, jax.Array], tuple[jax.Array, Any, dict[str, Any]]]
 MakeGradient = Callable[[nnx.GraphDef, Augment | None, Loss], Gradient]
 
@@ -26,7 +25,7 @@ MakeGradient = Callable[[nnx.GraphDef, Augment | None, Loss], Gradient]
 class Frozen(NamedTuple):
     """State that a step reads without differentiating it.
 
-    `statistics` are those of BatchNorm, which each step returns updated, and buffers of the trainable part.
+    `statistics` are BatchNorm's statistics, which each step returns updated, and buffers of the trainable part.
     """
 
     parameters: nnx.State
@@ -72,7 +71,7 @@ def network_inputs(batch: Any) -> Any:
 
 
 def valid_rows(batch: Any) -> jax.Array | None:
-    """Return the mask of rows, or of slices of volumes, that are data rather than filling; None if all are."""
+    """Return the mask of rows, or of slices of volumes, that are data rather than padding; None if all are."""
     weight = batch["weight"]
     return weight > 0 if weight.ndim > 1 or device_count() > 1 else None
 
@@ -92,12 +91,12 @@ def apply_augmentation(augment: Augment | None, batch: Any, key: jax.Array) -> A
 
 
 def make_gradient(graph: nnx.GraphDef, augment: Augment | None = None, loss: Loss = cross_entropy) -> Gradient:
-    """Return the gradient of the loss of whole batches, which are augmented first."""
+    """Return the gradient function of the loss of whole batches, which it augments first."""
 
     def batch_loss(trainable: nnx.State, frozen: Frozen, batch: Any) -> tuple[jax.Array, nnx.State]:
         network = nnx.merge(graph, trainable, *frozen, copy=True)  # a copy, because its statistics change
         logits = apply_network(network, batch)
-        # The statistics of a frozen backbone are among its parameters, and stay.
+        # The statistics of a frozen backbone are among its parameters, and do not change.
         new = dict(nnx.to_flat_state(nnx.state(network, nnx.BatchStat)))
         old = nnx.to_flat_state(frozen.statistics)
         statistics = nnx.from_flat_state([(path, new.get(path, value)) for path, value in old])
@@ -130,7 +129,7 @@ def make_step(gradient: Gradient, optimiser: optax.GradientTransformation) -> Ca
 
 
 class Evaluated(NamedTuple):
-    """The evaluation of a batch; every process holds all of it."""
+    """The evaluation of a batch, complete in every process."""
 
     loss: jax.Array
     counts: jax.Array  # [B, classes, 3]

@@ -1,4 +1,4 @@
-"""The trainer: a network with its loss, optimiser, compiled step and evaluation, assembled in one place."""
+"""The trainer: a network with its loss, optimiser, compiled step and evaluation."""
 
 from __future__ import annotations
 
@@ -40,11 +40,11 @@ class Trainer:
         steps_per_epoch: number of steps per epoch, for the schedule.
         loss: `(logits, mask, weight) -> value`.
         augment: `(key, images, masks) -> (images, masks)`, run on the device as part of the step.
-        make_gradient: how the gradient is computed.
-        train_backbone: whether the network's attribute `backbone` is trained; without one this does not matter.
+        make_gradient: makes the function that computes the gradient.
+        train_backbone: whether the network's attribute `backbone` is trained; ignored if there is none.
         has_pretrained_backbone: whether the backbone has its own learning rate.
         seed: seed of augmentation.
-        memory_advice: how the network can do with less memory, for the error if a step needs too much.
+        memory_advice: advice on using less memory, for the error message if a step needs too much.
 
     Attributes:
         trainable, frozen, optimiser_state: the state between two steps.
@@ -78,16 +78,17 @@ class Trainer:
         self._gradient = jax.jit(gradient)
         self._step: Callable = make_step(gradient, optimiser)
         self._evaluate = make_evaluation(parts.evaluation, loss)
-        self._graph, self._key = parts.evaluation, jax.random.key(seed)
-        # The optimiser's state is sharded like the parameters. A step donates the memory of what it trains: without a
-        # mesh that is the memory of the given network, which cannot be used any more.
+        self._graph = parts.evaluation
+        self._key = jax.random.key(seed)
+        # The optimiser's state is sharded like the parameters. A step donates the buffers of what it trains:
+        # without a mesh, these are the buffers of the given network, which can no longer be used.
         self.trainable = place_on_devices(parts.trainable)
         self.optimiser_state = jax.jit(lambda trainable: constrain_sharding(optimiser.init(trainable)))(self.trainable)
         self.frozen: Frozen = place_on_devices(parts.frozen)
 
     @property
     def kept(self) -> tuple[Any, Frozen]:
-        """What is evaluated and kept: `trainable` and `frozen`, or their running mean if the recipe averages."""
+        """The evaluated and saved state: `trainable` and `frozen`, or their running mean if the recipe averages."""
         if not self.recipe.average_decay:
             return self.trainable, self.frozen
         state = self.optimiser_state[-1]
@@ -111,7 +112,7 @@ class Trainer:
         """Take a step on a batch and return its loss, without waiting for it.
 
         Args:
-            step_index: of the step since the start of training; it seeds the augmentation.
+            step_index: index of the step since the start of training; it seeds the augmentation.
         """
         key = jax.random.fold_in(self._key, step_index)
         self.trainable, statistics, self.optimiser_state, loss = self._step(
@@ -157,6 +158,6 @@ class Trainer:
         return Validation(loss_sum / weight_sum, float(dice.mean()), float(iou.mean()))
 
     def network(self) -> nnx.Module:
-        """Return the network in its present state, in evaluation mode."""
+        """Return the network in its current state, in evaluation mode."""
         trainable, frozen = self.kept
         return nnx.merge(self._graph, trainable, *frozen, copy=True)

@@ -300,7 +300,7 @@ def test_checkpoint_without_checksums_is_converted(tmp_path):
 def test_error_names_the_key_of_a_nested_state_dict(tmp_path, key):
     source = save(tmp_path, {"epoch": 3, key: empty_state()})
     assert refuse_source(source).endswith(
-        f"not a state dict, but contains one under {key!r}. Save it alone: "
+        f"not a state dict, but contains one under {key!r}. Save only this: "
         f"`torch.save(torch.load('{source}', weights_only=True)[{key!r}], 'new.pth')`."
     )
 
@@ -317,7 +317,7 @@ def test_error_names_the_key_of_a_nested_state_dict(tmp_path, key):
 )
 def test_content_that_is_not_a_state_dict_is_refused(tmp_path, content, problem):
     source = save(tmp_path, content)
-    expected = f"{source}: not a state dict (names mapped to tensors){problem}. Give the released file of weights."
+    expected = f"{source}: not a state dict (names mapped to tensors){problem}. Pass the released weights."
     assert refuse_source(source) == expected
 
 
@@ -350,7 +350,7 @@ def test_error_names_a_shard_that_does_not_match_the_index(tmp_path):
     del shard_names["pos_embed"], shard_names["cls_token"]
     shard_names["norm.extra"] = shards[0].name
     index.write_text(json.dumps({"weight_map": shard_names}))
-    problem = f"lacks 1 tensor of {index.name} (norm.extra)"
+    problem = f"lacks 1 tensor that {index.name} lists (norm.extra)"
     assert refuse_source(index) == f"{shards[0]}: {problem}. Download both files again."
 
 
@@ -358,7 +358,7 @@ def test_error_for_a_single_shard_asks_for_the_index(tmp_path):
     _, shards = write_shards(tmp_path, empty_state())
     line = refuse_source(shards[0])
     assert "115 of 175 tensors missing" in line
-    assert " This is one of several shards. Give the *.index.json that lists them all, or use" in line
+    assert " This is one of several shards. Pass the *.index.json that lists all of them, or use" in line
 
 
 def test_error_names_an_index_that_cannot_be_read(tmp_path):
@@ -389,12 +389,12 @@ def test_folder_must_contain_one_checkpoint(tmp_path):
     index.unlink()
     assert refuse(tmp_path, *arguments) == (
         f"--source={folder}: contains shards ({', '.join(shard.name for shard in shards)}) without their *.index.json. "
-        "Download the index too, or give a checkpoint in one file."
+        "Download the index too, or pass a checkpoint that is a single file."
     )
     index.write_text(index_text)
     torch.save(empty_state(), folder / "other.pth")
     problem = "contains 2 checkpoints (pytorch_model.bin.index.json, other.pth)"
-    assert refuse(tmp_path, *arguments) == f"--source={folder}: {problem}. Give one of these files."
+    assert refuse(tmp_path, *arguments) == f"--source={folder}: {problem}. Pass one of these files."
     (folder / "other.pth").unlink()
     succeed(*arguments)
 
@@ -408,9 +408,7 @@ def test_missing_source_is_refused(tmp_path):
     output.write_text("precious")  # a second mistake, which is not reported first
     for given in (source, "https://host/source.pth", "facebook/dinov2-small"):
         line = refuse(tmp_path, "--arch=dinov2_vits14", f"--source={given}", f"--output={output}")
-        assert line == (
-            f"--source={given}: no such file. Give a file or folder on this machine: the downloaded checkpoint."
-        )
+        assert line == (f"--source={given}: no such file. Download the checkpoint and pass its file or folder.")
 
 
 def test_file_names_that_are_too_long_are_refused(tmp_path):
@@ -428,20 +426,20 @@ def test_file_names_that_are_too_long_are_refused(tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "line"),
     [
-        ([], "--source: required to convert a checkpoint. Give --source=FILE or --download; see --help."),
+        ([], "--source: required to convert a checkpoint. Pass --source=FILE or --download; see --help."),
         (
             ["--arch=dinov2_vits14"],
-            "--source: required to convert a checkpoint. Give --source=FILE or --download; see --help.",
+            "--source: required to convert a checkpoint. Pass --source=FILE or --download; see --help.",
         ),
         (["--source=x.pth"], "--arch: required to convert a checkpoint. --arch=list shows the names."),
         (
             ["--source=x.safetensors", "--verify"],
             "--arch: required to convert a checkpoint. --arch=list shows the names. "
-            "To verify a converted file, give it as --output.",
+            "To verify a converted file, pass it as --output.",
         ),
         (
             ["--arch=dinov2_vits14", "--source=x.pth", "--download"],
-            "--download: cannot be combined with --source. Give one of the two options.",
+            "--download: cannot be combined with --source. Pass only one of the two options.",
         ),
         (
             ["--verify", "--output=x.safetensors", "--force"],
@@ -466,7 +464,7 @@ def test_existing_output_is_kept(tmp_path):
     source, output = save(tmp_path, empty_state()), tmp_path / "out.safetensors"
     output.write_text("precious")
     line = refuse_source(source)
-    assert line == f"--output={output}: already exists, and --force is not given. Choose another --output."
+    assert line == f"--output={output}: already exists. Choose another --output, or add --force to replace it."
 
 
 def test_existing_output_is_kept_if_a_forced_conversion_fails(tmp_path):

@@ -153,7 +153,7 @@ def test_interrupted_download_is_resumed(server, release, tmp_path):
     server.breaks_after = 100_000
     line = refusal(release, tmp_path)
     assert line.startswith(
-        f"{server.url}: cannot be downloaded (the connection broke off 0.2 MB before the end). Run the"
+        f"{server.url}: cannot be downloaded (the connection closed 0.2 MB before the end of the file). Run the"
     )
     assert contents(tmp_path) == {"weights.pth.part": CONTENT[:100_000]}
     assert download(release, tmp_path).read_bytes() == CONTENT
@@ -190,7 +190,7 @@ def test_server_that_does_not_announce_the_length_is_refused(server, release, tm
 def test_part_that_is_not_the_missing_one_is_never_appended(server, release, tmp_path, sent):
     (tmp_path / "weights.pth.part").write_bytes(CONTENT[:100_000])
     server.headers = {"Content-Range": sent}
-    assert "(the server sends a different part of the file than the missing one)" in refusal(release, tmp_path)
+    assert "(the server sent a different part of the file than the requested one)" in refusal(release, tmp_path)
     assert contents(tmp_path) == {"weights.pth.part": CONTENT[:100_000]}
 
 
@@ -246,7 +246,7 @@ def test_one_of_two_processes_downloads_and_the_other_waits(server, release, tmp
         wait_until(lambda: f"{path}: another process is downloading it; waiting for it" in log.messages)
         server.may_answer.set()
     if breaks_after:
-        assert "the connection broke off" in str(first.exception())
+        assert "the connection closed" in str(first.exception())
     else:
         assert first.result() == path
     assert second.result() == path
@@ -351,6 +351,6 @@ def test_dinov3_is_never_downloaded(tmp_path, monkeypatch, arch):
     line = refuse(tmp_path, f"--arch={arch}", "--download")
     assert line == (
         "--download: DINOv3 has to be downloaded by hand, because you must accept Meta's licence first. Accept it at "
-        "https://ai.meta.com/dinov3/ or on the model's Hugging Face page, download the file there, and give it as "
+        "https://ai.meta.com/dinov3/ or on the model's Hugging Face page, download the file, and pass it as "
         "--source."
     )

@@ -66,7 +66,7 @@ def test_missing_constants_of_dinov3_are_computed(dinov3):
     assert arrays["unused.mask_token"].shape == (1, 384)
     assert "saved/model.safetensors: dinov3_vits_plus16 in Hugging Face's layout, 0.11 GB" in printed
     assert "contains no rotary periods; they are computed" in printed
-    assert "convert that file for the authors' own numbers" in printed
+    assert "convert that file to get the authors' values" in printed
     assert metadata["source"] == "saved/model.safetensors"
 
 

@@ -115,7 +115,7 @@ def write_small_plan(folder):
 @pytest.mark.parametrize(
     ("changed", "problem"),
     [
-        ({"plans": None}, "--plans: required with --arch=nnunet. Give --plans="),
+        ({"plans": None}, "--plans: required with --arch=nnunet. Pass --plans="),
         ({"configuration": None}, "--configuration: required with --arch=nnunet"),
         ({"output": None}, "--output: required with --arch=nnunet"),
         (
@@ -134,7 +134,7 @@ def test_options_that_do_not_fit_are_refused(tmp_path, changed, problem):
 def test_wrong_plan_missing_tensor_and_differing_copies_are_refused(tmp_path):
     line = refuse(tmp_path, *command_options(tmp_path, plans=write_small_plan(tmp_path)))
     assert "with the wrong shape" in line
-    assert "Give the plan and the configuration of the training run" in line
+    assert "Pass the plan and the configuration of the training run" in line
 
     state = nnunet_state("2d")
     del state["decoder.transpconvs.1.weight"]
@@ -146,10 +146,10 @@ def test_wrong_plan_missing_tensor_and_differing_copies_are_refused(tmp_path):
     state = nnunet_state("2d")
     state["decoder.encoder.stages.0.0.convs.0.conv.weight"] += 1
     source = write_checkpoint(tmp_path / "differ.pth", state)
-    assert "are copies of one tensor, but differ" in refuse(tmp_path, *command_options(tmp_path, source=source))
+    assert "are copies of the same tensor, but differ" in refuse(tmp_path, *command_options(tmp_path, source=source))
 
     torch.save({"network_weights": {"a": torch.zeros(2)}}, tmp_path / "other.pth")
-    assert "not a checkpoint of nnU-Net: decoder.seg_layers.0.weight is missing" in refuse(
+    assert "not an nnU-Net checkpoint (decoder.seg_layers.0.weight is missing)" in refuse(
         tmp_path, *command_options(tmp_path, source=tmp_path / "other.pth")
     )
 

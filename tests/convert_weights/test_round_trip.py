@@ -143,10 +143,10 @@ def test_file_that_was_not_converted_is_refused(tmp_path, zipped):
 @pytest.mark.parametrize(
     ("arguments", "line"),
     [
-        (["--source={}"], "--output: required with --to-torch. Give --source=FILE.safetensors and --output=FILE.pth."),
+        (["--source={}"], "--output: required with --to-torch. Pass --source=FILE.safetensors and --output=FILE.pth."),
         (
             ["--output={}.pth"],
-            "--source: required with --to-torch. Give --source=FILE.safetensors and --output=FILE.pth.",
+            "--source: required with --to-torch. Pass --source=FILE.safetensors and --output=FILE.pth.",
         ),
         (
             ["--source={}", "--output=back.npz"],
@@ -172,7 +172,7 @@ def test_existing_output_is_kept(mini):
     back = mini.with_name("back.pth")
     back.write_text("precious")
     line = refuse(mini.parent, "--to-torch", f"--source={mini}", f"--output={back}")
-    assert line == f"--output={back}: already exists, and --force is not given. Choose another --output."
+    assert line == f"--output={back}: already exists. Choose another --output, or add --force to replace it."
 
 
 def test_source_is_never_overwritten(tmp_path):

@@ -73,8 +73,8 @@ HEADER_EDITS = {
 def test_a_changed_header_is_found(mini, kind):
     edit_header(mini, HEADER_EDITS[kind])
     assert refuse(mini.parent, "--verify", f"--output={mini}") == (
-        f"{mini}: damaged: the names, the places of the arrays or the metadata have changed since it was written. "
-        "Convert the checkpoint again."
+        f"{mini}: damaged: the names or positions of the arrays, or the metadata, have changed since the file was "
+        "written. Convert the checkpoint again."
     )
 
 
@@ -82,8 +82,9 @@ def test_a_file_of_an_earlier_version_is_verified_without_its_header(mini):
     checksum = require_undamaged(mini)
     edit_header(mini, lambda header: header["__metadata__"].pop("header_sha256"))
     assert require_undamaged(mini) == checksum
-    assert "; its names and metadata are not covered, because an earlier version wrote it (" in succeed(
-        "--verify", f"--output={mini}"
+    assert (
+        "; the sha256 does not cover tensor names and metadata, because an earlier version wrote the file ("
+        in succeed("--verify", f"--output={mini}")
     )
 
 
@@ -108,7 +109,7 @@ def test_file_without_a_checksum_is_refused(mini):
 
 def test_verify_needs_a_file(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    assert "--verify: needs a converted file. Give --output=" in refuse(tmp_path, "--verify")
+    assert "--verify: needs a converted file. Pass --output=" in refuse(tmp_path, "--verify")
     missing = tmp_path / "jaxla" / "weights" / "resnet50.safetensors"
     assert refuse(tmp_path, "--verify", "--arch=resnet50") == (
         f"{missing}: no such weights file. Where torch is installed, run "
@@ -121,5 +122,5 @@ def test_architecture_in_place_of_a_file_names_the_command_that_creates_it():
         load_backbone("dinov2_vits14_reg")
     assert str(error.value) == (
         "dinov2_vits14_reg: no such weights file. Where torch is installed, run `python -m convert_weights "
-        "--arch=dinov2_vits14_reg --download`. Then give the .safetensors file that it writes."
+        "--arch=dinov2_vits14_reg --download`. Then pass the .safetensors file that it writes."
     )

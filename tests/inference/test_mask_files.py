@@ -176,10 +176,16 @@ def test_a_written_mask_is_read_back_as_the_same_classes(tmp_path, name):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (("--output=masks", "--format=dicom-seg"), "--format=dicom-seg: scan.nii.gz is not a DICOM series."),
-        (("--output=mask.nrrd", "--format=mha"), "--output=mask.nrrd: does not end as --format=mha does."),
+        (
+            ("--output=masks", "--format=dicom-seg"),
+            "--format=dicom-seg: a DICOM segmentation needs a DICOM series as input, which scan.nii.gz is not.",
+        ),
+        (("--output=mask.nrrd", "--format=mha"), "--output=mask.nrrd: the extension does not match --format=mha."),
         (("--output=mask.mhd",), "--output=mask.mhd: a mask cannot be written as .mhd."),
-        (("--output=mask.dcm",), "--output=mask.dcm: scan.nii.gz is not a DICOM series."),
+        (
+            ("--output=mask.dcm",),
+            "--output=mask.dcm: a DICOM segmentation needs a DICOM series as input, which scan.nii.gz is not.",
+        ),
     ],
 )
 def test_a_format_that_does_not_suit_is_refused(small_run, tmp_path, options, message):

@@ -239,7 +239,7 @@ def test_the_image_reaches_the_logits_through_features_and_stems(image):
         assert not network.READS_IMAGES
         np.testing.assert_allclose(run(features), jitted(network)(images), atol=1e-6)  # measured: equal
         return
-    with pytest.raises(ValueError, match=r"reads the images too: call it with \(features, images\)"):
+    with pytest.raises(ValueError, match=r"also reads the images: call it with \(features, images\)"):
         rest(features)
     before = run((features, images))
     np.testing.assert_allclose(before, jitted(network)(images), atol=1e-6)  # measured: equal
@@ -291,7 +291,7 @@ def test_blocks_are_counted_from_either_end(blocks, chosen):
     [
         ({"blocks": (3, 12)}, r"model.blocks=\[3, 12\]: dinov2_vits14 has no block 12. Use 0 to 11, or -1 .* to -12\."),
         ({"blocks": (-13,)}, r"model.blocks=\[-13\]: dinov2_vits14 has no block -13\. "),
-        ({"blocks": (11, 3, -1)}, r"model.blocks=\[11, 3, -1\]: block 11 of dinov2_vits14 is named twice\. "),
+        ({"blocks": (11, 3, -1)}, r"model.blocks=\[11, 3, -1\]: block 11 of dinov2_vits14 is listed twice\. "),
         ({"decoder_widths": (8,)}, r"model.decoder_widths=\[8\]: needs the width of the first level and of at least"),
     ],
 )

@@ -109,7 +109,7 @@ def test_networks_follow_from_the_seed_and_are_in_evaluation_mode():
         ("attention_unet", (1, 64, 2, 1), "images of 64×2 pixels: at least 4×4"),
         ("resnet_unet", (1, 31, 64, 1), "images of 31×64 pixels: at least 32×32"),
         ("segnet", (1, 64, 64, 2), r"expected \[B, H, W, 1\] or \[B, H, W, 3\]"),
-        ("segnet", (1, 1, 64, 64), "channels come last"),
+        ("segnet", (1, 1, 64, 64), "channels must come last"),
     ],
 )
 def test_images_with_a_wrong_shape_are_refused(name, shape, words):
@@ -125,7 +125,7 @@ def test_weights_for_a_network_without_a_pretrained_part_are_refused():
 
 def test_decoder_widths_must_match_the_stages():
     line = (
-        r"^model.decoder_widths=\[8, 8\]: 2 widths, but the network needs 5. Give 5 widths, one for each decoder stage"
+        r"^model.decoder_widths=\[8, 8\]: 2 widths, but the network needs 5. Set 5 widths, one for each decoder stage"
     )
     with pytest.raises(InputError, match=line):
         ResNetUNetOptions("resnet50", decoder_widths=(8, 8)).resolve()

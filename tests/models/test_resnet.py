@@ -116,7 +116,7 @@ def test_training_equals_the_reference():
 @pytest.mark.parametrize(
     ("shape", "words"),
     [
-        ((1, 3, 32, 32), ["(1, 3, 32, 32)", "[B, H, W, 3]", "channels come last"]),
+        ((1, 3, 32, 32), ["(1, 3, 32, 32)", "[B, H, W, 3]", "channels must come last"]),
         ((1, 32, 32, 1), ["(1, 32, 32, 1)", "[B, H, W, 3]"]),
         ((32, 32, 3), ["(32, 32, 3)", "[B, H, W, 3]"]),
         ((1, 0, 32, 3), ["(1, 0, 32, 3)", "no pixel"]),

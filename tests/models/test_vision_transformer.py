@@ -208,7 +208,7 @@ def test_bfloat16_keeps_the_direction_of_every_token():
 @pytest.mark.parametrize(
     ("shape", "words"),
     [
-        ((1, 3, 32, 32), ["(1, 3, 32, 32)", "[B, H, W, 3]", "channels come last"]),
+        ((1, 3, 32, 32), ["(1, 3, 32, 32)", "[B, H, W, 3]", "channels must come last"]),
         ((1, 32, 32, 1), ["(1, 32, 32, 1)", "[B, H, W, 3]"]),
         ((32, 32, 3), ["(32, 32, 3)", "[B, H, W, 3]"]),
         ((1, 32, 33, 3), ["32×33", "multiples of 8, such as 32×32"]),

@@ -187,7 +187,7 @@ def test_error_for_a_missing_file_states_the_command_that_creates_it(tmp_path):
             f"{path}: no such weights file. Where torch is installed, run "
             f"`python -m convert_weights --arch=ARCH --source=CHECKPOINT --output={path}`.",
         )
-    refusal(lambda: jaxla.load_backbone(tmp_path), tmp_path, "is a folder. Give the .safetensors file in it.")
+    refusal(lambda: jaxla.load_backbone(tmp_path), tmp_path, "is a folder. Pass the .safetensors file in it.")
 
 
 # --- where weights are found ---
@@ -220,7 +220,7 @@ def test_error_for_an_architecture_without_released_weights_says_so(tmp_path):
         message = refusal(
             lambda weights=weights: weights_file("vit_mini8", weights, tmp_path),
             "weights of vit_mini8 not found.",
-            "None were released. Or use model.weights=FILE, or model.weights=random",
+            "No weights were released. Or use model.weights=FILE, or model.weights=random",
         )
         assert "convert_weights" not in message
 

@@ -224,9 +224,9 @@ def test_other_formats_of_windows_are_refused(windows):
     [
         (
             {"decoder_widths": (8, 8)},
-            r"model.decoder_widths=\[8, 8\]: 2 widths, but the network needs 4. Give 4 widths,",
+            r"model.decoder_widths=\[8, 8\]: 2 widths, but the network needs 4. Set 4 widths,",
         ),
-        ({"depth_places": -1}, r"model.depth_places=-1: negative\. Use 0 or more\."),
+        ({"depth_places": -1}, r"model.depth_places=-1: must not be negative\. Use 0 or more\."),
     ],
 )
 def test_impossible_options_are_refused(options, line):

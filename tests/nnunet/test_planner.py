@@ -154,7 +154,7 @@ def test_unsupported_layers_are_refused_by_name(name, value):
     plan_from_json(content, "it")
     arguments[name] = value
     with pytest.raises(
-        InputError, match=rf"it: {name} .* is not supported, only .* Use a plan of the default planner\."
+        InputError, match=rf"it: {name} .* is not supported, only .* Use a plan of nnU-Net's default planner\."
     ):
         plan_from_json(content, "it")
 

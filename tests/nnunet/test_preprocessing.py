@@ -134,7 +134,7 @@ def test_plan_for_scans_of_another_size_is_refused(tmp_path):
 
 def test_plan_with_another_normalisation_is_refused():
     plan, _ = make_tiny_plan((2.5, 0.75, 0.75))
-    with pytest.raises(InputError, match=r"--model\.plan: normalises by CTNormalization, but jaxla has ZScore"):
+    with pytest.raises(InputError, match=r"model\.plan: normalises by CTNormalization, but jaxla supports only ZScore"):
         check_plan(plan._replace(normalisation="CTNormalization"), "3d_fullres", [], "--model.plan")
 
 

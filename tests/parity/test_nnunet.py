@@ -126,7 +126,7 @@ def test_training_refuses_sides_that_evaluation_pads():
     network.eval()
     for wrong, message in (
         (images[0], r"expected \[B, D, H, W, 1\]"),
-        (np.moveaxis(images, -1, 1), "channels come last here"),
+        (np.moveaxis(images, -1, 1), "channels must come last"),
         (images[:, :1], "at least 2×4×4 are needed"),
         (images.astype(int), "expected floating point"),
     ):

@@ -115,7 +115,7 @@ def test_each_published_number_names_its_own_paper(tmp_path):
     printed = (tmp_path / "study" / "tables" / "table1_paper2.md").read_text()
     assert printed.rstrip().endswith(
         "Published: by paper 2, on LAScarQS 2022, with its own recipe, whatever data and options this study uses; it "
-        "states no unit of its means."
+        "does not state the unit of its means."
     )
     # lower than is possible with such a mean Dice
     assert "These pairs fail: paper2, fusion_vitg14, published." in page.text

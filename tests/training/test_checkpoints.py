@@ -118,7 +118,7 @@ def test_a_folder_of_any_name_holds_checkpoints(tmp_path, name):
 
 @pytest.mark.parametrize("folder", ["/s3/run", "/gs/run", "logs:/run", "a\\b"])
 def test_a_folder_whose_path_orbax_misreads_is_refused(tmp_path, folder):
-    with pytest.raises(InputError, match=r"Orbax takes th.* for a (remote store|slash)"):
+    with pytest.raises(InputError, match=r"Orbax treats th.* as a (remote store|slash)"):
         Checkpoints(tmp_path / folder)
     assert names(tmp_path) == set()
 
@@ -132,7 +132,7 @@ def test_a_checkpoint_that_cannot_be_opened_does_not_count_as_saved(tmp_path, mo
     folder = save(tmp_path / "latest", 1)
     checkpoints = Checkpoints(folder)
     monkeypatch.setattr(ocdbt_utils, "merge_ocdbt_per_process_files", merge_nothing)
-    with pytest.raises(InputError, match=f"{folder / '2'}: was written, but Orbax cannot open it"):
+    with pytest.raises(InputError, match=f"{folder / '2'}: was written, but cannot be read back"):
         checkpoints.save(2, make_trees(2), {"epoch": 2})
     monkeypatch.undo()
     checkpoints.close()
@@ -147,7 +147,7 @@ def test_a_checkpoint_of_a_different_network_is_refused(tmp_path):
     checkpoints = Checkpoints(folder, read_only=True)
     for shapes in ({"x": (5,), "y": (2, 3)}, {"x": (4000,), "z": (2, 3)}):
         like = {"trainable": {name: jax.ShapeDtypeStruct(shape, jnp.float32) for name, shape in shapes.items()}}
-        with pytest.raises(InputError, match="1: does not hold the arrays of this network"):
+        with pytest.raises(InputError, match="1: does not contain the arrays of this network"):
             checkpoints.restore(like, 1)
     checkpoints.close()
 

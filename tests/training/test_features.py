@@ -255,7 +255,9 @@ def test_damaged_features_are_reported_and_computed_again(volumes, cached, tmp_p
     DAMAGED[kind](path)
     caplog.set_level(logging.WARNING, "jaxla")
     features = cache.features(volumes)
-    assert package_messages(caplog) == [f"features of case1 were damaged ({path.with_suffix('')}): computed again"]
+    assert package_messages(caplog) == [
+        f"features of case1 were damaged ({path.with_suffix('')}): computing them again"
+    ]
     np.testing.assert_array_equal(features[1][5], compute_live(volumes[1])[5])
     assert path.read_bytes() == content
     after = times(folder)

@@ -200,7 +200,7 @@ def test_damaged_latest_checkpoint_is_replaced_by_the_one_before(run, like, unin
     code, output = run(copy)
     assert code == 0, output
     assert f"{latest / str(newest)}: damaged checkpoint: " in output
-    assert "the one before it is used" in output
+    assert "the previous one is used" in output
     assert "resuming after 5 epochs and 0 steps" in output
     assert_same(copy, like, uninterrupted)
 
@@ -212,7 +212,7 @@ def test_without_an_intact_latest_checkpoint_training_does_not_start_anew(run, c
     kept = (checkpoint_steps(best), (copy / "metrics.jsonl").read_text())
     code, output = run(copy)
     assert code == 2, output
-    assert f"error: {latest}: no intact checkpoint is left of the 5 trained epochs" in output
+    assert f"error: {latest}: no intact checkpoint of the 5 trained epochs is left" in output
     assert (checkpoint_steps(best), (copy / "metrics.jsonl").read_text()) == kept
 
 

@@ -20,7 +20,7 @@ def build_backbone(arch: str, *, dtype: jnp.dtype = jnp.float32, remat: bool = F
     """Return a backbone with random parameters.
 
     Args:
-        dtype: of the computation.
+        dtype: dtype of the computation.
         remat: recompute a transformer's blocks in the backward pass instead of storing their activations.
     """
     if arch in TRANSFORMERS:

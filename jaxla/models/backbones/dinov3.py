@@ -1,8 +1,8 @@
 """The vision transformers of DINOv3 (Siméoni et al. 2025).
 
-Reference code: facebookresearch/dinov3, `hub/backbones.py`. Positions are rotary and apply to patch tokens only. There
-are four registers. The bias of queries, keys and values is multiplied by a mask from the checkpoint. The plus models
-and the 7B have a SwiGLU MLP. Some checkpoints contain a second final norm (`local_cls_norm`), which only pretraining
+Reference code: facebookresearch/dinov3, `hub/backbones.py`. Positions are rotary and apply to patch tokens only. All
+have four registers. The bias of queries, keys and values is multiplied by a mask from the checkpoint. The plus models
+and ViT-7B have a SwiGLU MLP. Some checkpoints contain a second final norm (`local_cls_norm`), which only pretraining
 uses.
 """
 

@@ -1,10 +1,10 @@
 """ResNet-50 and ResNet-152 (He et al. 2016) as encoders: the features of the stem and of the four stages.
 
-Reference code: torchvision 0.29, `models/resnet.py`. As there ("v1.5"), a stage's stride is that of its first 3×3
-convolution, not of the 1×1 before it as in the paper. There is no classifier.
+Reference code: torchvision 0.29, `models/resnet.py`. As in torchvision ("v1.5"), the first 3×3 convolution of a stage
+has the stride, not the 1×1 convolution before it as in the paper. The classifier is omitted.
 
-The blocks of a stage after its first are one stacked module run by `jax.lax.scan`, so that the 36 of ResNet-152
-compile as fast as two.
+The blocks of a stage after its first are one stacked module run by `jax.lax.scan`, so that the 36 blocks of
+ResNet-152 compile as fast as two.
 """
 
 from __future__ import annotations
@@ -22,15 +22,15 @@ from jaxla.models.ops.norms import BatchNorm
 from jaxla.models.ops.pooling import max_pool_overlapping
 
 WIDTH = 64  # channels of the stem's features
-EXPANSION = 4  # how many times wider a block's output is than its 3×3 convolution
+EXPANSION = 4  # ratio of a block's output channels to the channels of its 3×3 convolution
 
 
 @dataclass(frozen=True)
 class Variant:
     """One architecture."""
 
-    blocks: tuple[int, int, int, int]  # of each stage, at least two
-    licence: str = "BSD-3-Clause"  # of the released weights
+    blocks: tuple[int, int, int, int]  # blocks per stage, at least two
+    licence: str = "BSD-3-Clause"  # licence of the released weights
 
 
 VARIANTS = {
@@ -43,17 +43,25 @@ class Bottleneck(nnx.Module):
     """A 1×1, a 3×3 and a 1×1 convolution, added to their input.
 
     Args:
-        narrow: channels of the 3×3 convolution; the output has `EXPANSION` times as many.
-        first: whether it changes channels and size, as a stage's first block: a 1×1 convolution then adapts the input.
+        bottleneck_width: channels of the 3×3 convolution; the output has `EXPANSION` times as many.
+        first: whether this is the first block of a stage, which changes channels and size and therefore adapts its
+            input with a 1×1 convolution.
     """
 
     def __init__(
-        self, inputs: int, narrow: int, dtype: jnp.dtype, rngs: nnx.Rngs, *, stride: int = 1, first: bool = False
+        self,
+        inputs: int,
+        bottleneck_width: int,
+        dtype: jnp.dtype,
+        rngs: nnx.Rngs,
+        *,
+        stride: int = 1,
+        first: bool = False,
     ) -> None:
-        outputs = EXPANSION * narrow
-        self.conv1, self.bn1 = _conv_norm(inputs, narrow, 1, dtype, rngs)
-        self.conv2, self.bn2 = _conv_norm(narrow, narrow, 3, dtype, rngs, stride)
-        self.conv3, self.bn3 = _conv_norm(narrow, outputs, 1, dtype, rngs)
+        outputs = EXPANSION * bottleneck_width
+        self.conv1, self.bn1 = _conv_norm(inputs, bottleneck_width, 1, dtype, rngs)
+        self.conv2, self.bn2 = _conv_norm(bottleneck_width, bottleneck_width, 3, dtype, rngs, stride)
+        self.conv3, self.bn3 = _conv_norm(bottleneck_width, outputs, 1, dtype, rngs)
         self.first = first
         if first:
             self.downsample_conv, self.downsample_bn = _conv_norm(inputs, outputs, 1, dtype, rngs, stride)
@@ -68,9 +76,11 @@ class Bottleneck(nnx.Module):
 class Stage(nnx.Module):
     """A first block that changes channels and size, and a stack of further blocks."""
 
-    def __init__(self, blocks: int, inputs: int, narrow: int, stride: int, dtype: jnp.dtype, rngs: nnx.Rngs) -> None:
-        self.first = Bottleneck(inputs, narrow, dtype, rngs, stride=stride, first=True)
-        stack = nnx.vmap(lambda rngs: Bottleneck(EXPANSION * narrow, narrow, dtype, rngs))
+    def __init__(
+        self, blocks: int, inputs: int, bottleneck_width: int, stride: int, dtype: jnp.dtype, rngs: nnx.Rngs
+    ) -> None:
+        self.first = Bottleneck(inputs, bottleneck_width, dtype, rngs, stride=stride, first=True)
+        stack = nnx.vmap(lambda rngs: Bottleneck(EXPANSION * bottleneck_width, bottleneck_width, dtype, rngs))
         self.rest = nnx.split_rngs(splits=blocks - 1)(stack)(rngs)
 
     def __call__(self, x: jax.Array, present: jax.Array | None) -> jax.Array:
@@ -87,13 +97,13 @@ class Stage(nnx.Module):
 
 
 class ResNet(nnx.Module):
-    """ImageNet-normalised images [B, H, W, 3] -> features, computed in `dtype`; in evaluation mode until `train()`."""
+    """Map ImageNet-normalised images [B, H, W, 3] to features in `dtype`; in evaluation mode until `train()`."""
 
     def __init__(self, variant: Variant, *, dtype: jnp.dtype = jnp.float32, rngs: nnx.Rngs) -> None:
         self.variant = variant
         self.conv1, self.bn1 = _conv_norm(3, WIDTH, 7, dtype, rngs, stride=2)
         one, two, three, four = variant.blocks
-        self.layer1 = Stage(one, WIDTH, WIDTH, 1, dtype, rngs)  # the max-pool before it has a stride
+        self.layer1 = Stage(one, WIDTH, WIDTH, 1, dtype, rngs)  # the max-pool before it already has a stride
         self.layer2 = Stage(two, 4 * WIDTH, 2 * WIDTH, 2, dtype, rngs)
         self.layer3 = Stage(three, 8 * WIDTH, 4 * WIDTH, 2, dtype, rngs)
         self.layer4 = Stage(four, 16 * WIDTH, 8 * WIDTH, 2, dtype, rngs)
@@ -111,7 +121,7 @@ class ResNet(nnx.Module):
 
         Their sides are 1/4, 1/4, 1/8, 1/16 and 1/32 of the image's, rounded up; C is 64, 256, 512, 1024 and 2048.
 
-        In training mode BatchNorm's statistics change in place, so the caller has to jit.
+        In training mode BatchNorm's statistics change in place, so the caller must apply jit.
 
         Raises:
             ValueError: `images` is invalid (see `__call__`).
@@ -121,7 +131,7 @@ class ResNet(nnx.Module):
     def pyramid(self, images: jax.Array, present: jax.Array | None = None) -> tuple[jax.Array, ...]:
         """Return the stem's features before their max-pool, at half the image's size, then those of `intermediate`.
 
-        BatchNorm's training statistics include the images `present`, [B] bool; default all.
+        BatchNorm's training statistics are computed from the images `present`, [B] bool (default: all).
         """
         require_images(images)
         if self.bn1.use_running_average:  # evaluation
@@ -129,7 +139,7 @@ class ResNet(nnx.Module):
         return self.run(images, present)
 
     def run(self, images: jax.Array, present: jax.Array | None = None) -> tuple[jax.Array, ...]:
-        """Compute `pyramid`; the caller has to jit."""
+        """Compute `pyramid`; the caller must apply jit."""
         stem = jax.nn.relu(self.bn1(self.conv1(images), present))
         features = [stem, max_pool_overlapping(stem)]
         for stage in (self.layer1, self.layer2, self.layer3, self.layer4):

@@ -1,6 +1,6 @@
 """VGG-16 with BatchNorm (Simonyan and Zisserman 2015) as an encoder: the features after each of its five max-pools.
 
-Reference code: torchvision 0.29, `models/vgg.py`, `vgg16_bn`. There is no classifier.
+Reference code: torchvision 0.29, `models/vgg.py`, `vgg16_bn`. The classifier is omitted.
 """
 
 from __future__ import annotations
@@ -22,18 +22,19 @@ class Variant:
     """One architecture."""
 
     stages: tuple[tuple[int, ...], ...]  # channels of each convolution of each stage, which ends with a max-pool
-    licence: str = "BSD-3-Clause"  # of the released weights
+    licence: str = "BSD-3-Clause"  # licence of the released weights
 
 
 VARIANTS = {"vgg16_bn": Variant(stages=((64,) * 2, (128,) * 2, (256,) * 3, (512,) * 3, (512,) * 3))}
 
 
 class VGG(nnx.Module):
-    """ImageNet-normalised images [B, H, W, 3] -> features, computed in `dtype`; in evaluation mode until `train()`."""
+    """Map ImageNet-normalised images [B, H, W, 3] to features in `dtype`; in evaluation mode until `train()`."""
 
     def __init__(self, variant: Variant, *, dtype: jnp.dtype = jnp.float32, rngs: nnx.Rngs) -> None:
         self.variant = variant
-        stages, inputs = [], 3
+        stages = []
+        inputs = 3
         for widths in variant.stages:
             stages.append(convolution_units(inputs, widths, dtype=dtype, rngs=rngs))
             inputs = widths[-1]
@@ -52,7 +53,7 @@ class VGG(nnx.Module):
 
         Their sides are 1/2 to 1/32 of the image's, rounded down; C is 64, 128, 256, 512 and 512.
 
-        In training mode BatchNorm's statistics change in place, so the caller has to jit.
+        In training mode BatchNorm's statistics change in place, so the caller must apply jit.
 
         Raises:
             ValueError: `images` is invalid (see `__call__`).
@@ -60,9 +61,9 @@ class VGG(nnx.Module):
         return tuple(pooled.values for pooled in self.pooled(images))
 
     def pooled(self, images: jax.Array, present: jax.Array | None = None) -> tuple[Pooled, ...]:
-        """Return the features after each stage's max-pool, and which of its pixels each maximum was.
+        """Return the features after each stage's max-pool, and the index of the pixel that each maximum came from.
 
-        BatchNorm's training statistics include the images `present`, [B] bool; default all.
+        BatchNorm's training statistics are computed from the images `present`, [B] bool (default: all).
 
         Raises:
             ValueError: `images` is invalid (see `__call__`).
@@ -73,8 +74,9 @@ class VGG(nnx.Module):
         return self.run(images, present)
 
     def run(self, images: jax.Array, present: jax.Array | None = None) -> tuple[Pooled, ...]:
-        """Compute `pooled`; the caller has to jit."""
-        pools, x = [], images
+        """Compute `pooled`; the caller must apply jit."""
+        pools = []
+        x = images
         for units in self.stages:
             for unit in units:
                 x = unit(x, present)

@@ -1,6 +1,6 @@
-"""The vision transformer of DINOv2 and DINOv3. A `Variant` holds what differs between their models.
+"""The vision transformer of DINOv2 and DINOv3. A `Variant` holds the differences between the models.
 
-The blocks are one stacked module run by `jax.lax.scan`, so that 40 of them compile as fast as 12.
+The blocks are one stacked module run by `jax.lax.scan`, so that 40 blocks compile as fast as 12.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ class Variant:
     registers: int = 0  # R, tokens without a patch besides the class token ("storage tokens" in DINOv3's code)
     qkv_bias: Literal["plain", "masked", "none"] = "plain"  # `masked` multiplies it by a mask from the weights file
     epsilon: float = 1e-6  # added to the variance in layer norms
-    licence: str = ""  # of the released weights, empty if none were released
+    licence: str = ""  # licence of the released weights, empty if none were released
 
 
 class Features(NamedTuple):
@@ -51,7 +51,7 @@ class Buffer(nnx.Variable):
 
 
 class LayerScale(nnx.Module):
-    """x · gamma, one gamma per channel."""
+    """Multiply each channel by its gamma."""
 
     def __init__(self, width: int) -> None:
         self.gamma = nnx.Param(jnp.ones(width))
@@ -74,16 +74,16 @@ class Attention(nnx.Module):
         self.projection = _linear(width, width, dtype, rngs)
 
     def __call__(self, x: jax.Array, rotation: Rotation | None) -> jax.Array:
-        """[B, N, C] -> [B, N, C]."""
+        """Apply attention to tokens [B, N, C]."""
         q, k, v = (y.reshape(*x.shape[:2], self.heads, -1) for y in self.project_qkv(x))
         if rotation is not None:
             q, k = rotation.rotate(q), rotation.rotate(k)
         return self.projection(attention(q, k, v).reshape(x.shape))
 
     def project_qkv(self, x: jax.Array) -> list[jax.Array]:
-        """Return queries, keys and values, [B, N, C] each, of [B, N, C].
+        """Return the queries, keys and values of tokens [B, N, C], each [B, N, C].
 
-        Three products: splitting the result of one would be a pass over all of it.
+        Computes three matrix products, because splitting the result of one would take another pass over it.
         """
         products = [x @ kernel for kernel in jnp.split(self.qkv.kernel[...].astype(x.dtype), 3, axis=1)]
         bias = self.qkv_bias * self.qkv_bias_mask if self.masked else self.qkv.bias
@@ -102,7 +102,7 @@ class Mlp(nnx.Module):
         self.contract = _linear(variant.hidden, variant.width, dtype, rngs)
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        """[B, N, C] -> [B, N, C]."""
+        """Apply the MLP to tokens [B, N, C]."""
         x = self.expand(x)
         if self.gated:
             gate, x = jnp.split(x, 2, axis=-1)
@@ -123,16 +123,16 @@ class Block(nnx.Module):
         self.scale2 = LayerScale(variant.width)
 
     def __call__(self, x: jax.Array, rotation: Rotation | None) -> jax.Array:
-        """[B, N, C] -> [B, N, C]."""
+        """Apply the block to tokens [B, N, C]."""
         x = x + self.scale1(self.attention(self.norm1(x), rotation))
         return x + self.scale2(self.mlp(self.norm2(x)))
 
 
 class VisionTransformer(nnx.Module):
-    """ImageNet-normalised images [B, H, W, 3] -> `Features`.
+    """Map ImageNet-normalised images [B, H, W, 3] to `Features`.
 
     Args:
-        dtype: of the computation; parameters stay float32.
+        dtype: dtype of the computation; parameters stay float32.
         remat: recompute the blocks' activations in the backward pass instead of storing them.
     """
 
@@ -167,7 +167,7 @@ class VisionTransformer(nnx.Module):
         """Return the patch tokens [B, h, w, C] after each of the given blocks, counted from 0.
 
         Args:
-            norm: apply the final norm to them (the authors' `get_intermediate_layers(norm=True)`).
+            norm: apply the final norm to the tokens (the authors' `get_intermediate_layers(norm=True)`).
 
         Raises:
             ValueError: `images` is invalid (see `__call__`), or a block does not exist.
@@ -199,8 +199,8 @@ class VisionTransformer(nnx.Module):
     ) -> tuple[jax.Array, tuple[jax.Array, ...]]:
         """Run all blocks on tokens of h, w = `size` patches; also return the tokens after each block in `keep`.
 
-        The kept tokens are written into one buffer that the scan carries: as scan outputs they would take the memory
-        of all blocks.
+        The kept tokens are written into one buffer that the scan carries: as scan outputs, the tokens of all
+        blocks would be stored.
         """
         rotation = None
         if not self.variant.grid:
@@ -222,7 +222,7 @@ class VisionTransformer(nnx.Module):
         return tokens, tuple(kept[slots.index(i)] for i in keep)
 
     def map_size(self, images: jax.Array) -> tuple[int, int]:
-        """Return h, w: how many patches images [B, H, W, 3] have along rows and columns."""
+        """Return h, w, the numbers of patches along rows and columns of images [B, H, W, 3]."""
         return images.shape[1] // self.variant.patch, images.shape[2] // self.variant.patch
 
     def to_map(self, tokens: jax.Array, size: tuple[int, int]) -> jax.Array:

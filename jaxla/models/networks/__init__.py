@@ -11,20 +11,21 @@ To add a network, write one file here with
 
 and a row in `METHODS` of a file in `experiments/` that names the options class.
 
-More that a network may have:
+A network may also have:
 
 - An argument `present`, [B] bool: the images that BatchNorm's statistics are computed from during training. The others
-  only fill a batch.
+  only pad a batch.
 - An attribute `backbone`: the part that is pretrained and may stay frozen.
 - `sample = "volumes"` in its options: it reads volumes [B, D, H, W, 1] and returns [B, D, H, W, K]. `present` is then
-  [B, D]: the volume's own slices, which come first; the others only fill it.
+  [B, D], True for the slices of the volume, which come first; the others are padding.
 - For a frozen backbone that runs once per slice: `FEATURES`, a line that says which of the backbone's features it reads
   (networks with the same line share them in the cache); `features(images)` -> [B, ...]; `on_features(size)` -> the rest
   of the network for images of H, W = `size`, with the same attribute names, called with features, or with a pair of
   features and images if `READS_IMAGES` is true; `SMALLER_FEATURES`, advice on options that make the features smaller.
 - The methods listed in `jaxla.training.two_pass`, if its gradient can be computed window by window.
-- In training, a list of logits, finest first, if it is supervised at several resolutions.
-- `block_weights()` -> {"blocks": block numbers, "levels": the weight of each block at each decoder level}.
+- A list of logits as its output in training, finest first, if it is supervised at several resolutions.
+- A method `block_weights()` that returns {"blocks": block numbers, "levels": the weight of each block at each decoder
+  level}.
 
 A network draws no random numbers during training.
 """

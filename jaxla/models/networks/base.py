@@ -1,4 +1,4 @@
-"""What all networks share: options of those on a backbone, and how a network is built from its options."""
+"""Code that all networks share: options of a network with a backbone, and building a network from its options."""
 
 from __future__ import annotations
 
@@ -19,12 +19,13 @@ from jaxla.models.ops.images import crop, pad_to_multiple, require_images, three
 from jaxla.models.weights import load_parameters, weights_file
 
 M = TypeVar("M", bound=nnx.Module)
-FAST_COMPILATION = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}  # for CPU
+# Compiler options for CPU.
+FAST_COMPILATION = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
 
 
 @dataclass(frozen=True)
 class BackboneOptions(NetworkOptions):
-    """Options of a network on a backbone.
+    """Options of a network with a backbone.
 
     Args:
         arch: Architecture of the backbone; `python -m convert_weights --arch=list` lists those with released weights.
@@ -33,7 +34,7 @@ class BackboneOptions(NetworkOptions):
     """
 
     ARCHITECTURES: ClassVar[Collection[str]] = TRANSFORMERS  # names of the backbones that the network can be built on
-    KIND: ClassVar[str] = "vision transformer"  # what these are, for messages
+    KIND: ClassVar[str] = "vision transformer"  # their common name in messages
 
     arch: str = "dinov2_vitb14"
     weights: str = ""
@@ -63,7 +64,7 @@ class BackboneOptions(NetworkOptions):
 
 @dataclass(frozen=True)
 class TransformerOptions(BackboneOptions):
-    """Options of a network on a vision transformer, whose images must consist of whole patches."""
+    """Options of a network with a vision transformer, whose images must consist of whole patches."""
 
     def check_size(self, option_name: str, size: int) -> None:
         patch = TRANSFORMERS[self.arch].patch
@@ -84,9 +85,10 @@ def build_network(
         plan: nnU-Net's plan, if the network needs one and its options name no file.
 
     Raises:
-        InputError: values that the network cannot have; weights that are missing or do not fit; no plan.
+        InputError: an option has an invalid value, weights are missing or do not fit, or the plan is missing.
     """
-    model, dtype = model.resolve(), compute_dtype()
+    model = model.resolve()
+    dtype = compute_dtype()
     backbone_key, rest_key = jax.random.split(jax.random.key(seed))
     prerequisites = model.prerequisites(backbone_key, dtype, cache_dir, plan)
     backbone = prerequisites.get("backbone")
@@ -96,9 +98,9 @@ def build_network(
 
 
 def initialise(make: Callable[[jax.Array], M], key: jax.Array, backbone: nnx.Module | None = None) -> M:
-    """Return `make(key)`, whose random parameters are drawn by one program; its `backbone`, if any, has been drawn.
+    """Return `make(key)`, whose random parameters are drawn by one program; a `backbone` is already initialised.
 
-    The program runs once, so it is compiled with little optimisation, which takes a quarter of the time.
+    The program runs only once, so it is compiled with little optimisation, which is four times as fast.
     """
     if isinstance(key, jax.core.Tracer):  # within `nnx.eval_shape`
         return make(key)
@@ -118,14 +120,14 @@ def parameter_count(model: NetworkOptions) -> int:
 
 
 class PaddedNetwork(nnx.Module):
-    """A network whose images are padded to multiples of the side `multiple`, and its logits cropped.
+    """A network that pads images to multiples of `multiple` pixels and crops its logits.
 
-    A derived class computes `padded_logits(images, present)` of padded images. With any dtype of the computation,
-    parameters, statistics and logits are float32.
+    A derived class computes `padded_logits(images, present)` of padded images. Parameters, statistics and
+    logits are float32 for every dtype of the computation.
     """
 
     multiple: int
-    CHANNELS: ClassVar[tuple[int, ...]] = (1, 3)  # that images may have; with 3 the network reads grey images as colour
+    CHANNELS: ClassVar[tuple[int, ...]] = (1, 3)  # channels that images may have; with 3, grey images become colour
 
     def __call__(self, images: jax.Array, present: jax.Array | None = None) -> jax.Array:
         """Return logits [B, H, W, K] float32; H and W are at least `multiple`.
@@ -152,13 +154,13 @@ def check_widths(option_name: str, widths: Sequence[int], count: int | None = No
     where = f"{option_name}={list(widths)}"
     if count is not None and len(widths) != count:
         problem = f"{len(widths)} widths, but the network needs {count}"
-        raise InputError(where, problem, f"Give {count} widths{meaning}.")
+        raise InputError(where, problem, f"Set {count} widths{meaning}.")
     if not widths or min(widths) < 1:
-        raise InputError(where, "needs positive widths", "Give at least one, such as [64,32].")
+        raise InputError(where, "needs positive widths", "Set at least one, such as [64,32].")
 
 
 def check_smallest_size(option_name: str, size: int, smallest: int, arch: str) -> None:
-    """Raise an InputError if images are smaller than the network's coarsest pixel."""
+    """Raise an InputError if images have fewer than `smallest` pixels per side."""
     if size < smallest:
         problem = f"{arch} needs at least {smallest} pixels"
         raise InputError(f"{option_name}={size}", problem, f"Use {smallest} or more.")

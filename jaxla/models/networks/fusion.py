@@ -1,6 +1,6 @@
-"""Paper 2's network: features of several blocks, fused with learned weights; the decoder reads the image again.
+"""Paper 2's network: features of several blocks, fused with learned weights; the decoder also reads the image.
 
-*Multi-scale feature fusion with image-driven spatial integration* (arXiv 2502.06615). The paper states the frozen
+*Multi-scale feature fusion with image-driven spatial integration* (arXiv 2502.06615). The paper specifies the frozen
 backbone, one learnable scalar per block, normalised by a softmax, a decoder like a U-Net's, and that the decoder reads
 the image. All else is this package's choice (docs/paper2.md).
 """
@@ -40,7 +40,7 @@ class FusionOptions(TransformerOptions):
         decoder_widths: Channels of the decoder's first level, then of each x2 stage.
         blocks: Backbone blocks to fuse; 0 is the first, -1 the last. Default: all.
         block_weights: Weights of the blocks: learned `per_level` of the decoder, `shared` by all levels, or `uniform`.
-        image_stages: Decoder stages that read the image again: `all`, the `last`, or `none`.
+        image_stages: Decoder stages that also read the image: `all`, the `last`, or `none`.
     """
 
     decoder_widths: tuple[int, ...] = (512, 256, 128, 64, 32)
@@ -59,7 +59,7 @@ class FusionOptions(TransformerOptions):
         return resolved
 
     def block_numbers(self) -> tuple[int, ...]:
-        """Return `blocks` counted from 0, in ascending order; raise an InputError if one is unknown or named twice."""
+        """Return `blocks` counted from 0, in ascending order; raise an InputError if one is unknown or listed twice."""
         depth = TRANSFORMERS[self.arch].depth
         numbers = tuple(block + depth if block < 0 else block for block in self.blocks) or tuple(range(depth))
         where = option("model.blocks", list(self.blocks))
@@ -68,7 +68,7 @@ class FusionOptions(TransformerOptions):
                 problem = f"{self.arch} has no block {given}"
                 raise InputError(where, problem, f"Use 0 to {depth - 1}, or -1 (the last) to -{depth}.")
             if numbers.count(block) > 1:
-                raise InputError(where, f"block {block} of {self.arch} is named twice", "Name each block once.")
+                raise InputError(where, f"block {block} of {self.arch} is listed twice", "List each block once.")
         return tuple(sorted(numbers))
 
     def build(self, outputs: int, dtype: jnp.dtype, rngs: nnx.Rngs, backbone: VisionTransformer) -> FusionSegmenter:
@@ -81,7 +81,7 @@ class FusionOptions(TransformerOptions):
 
 
 class FusionSegmenter(TransformerSegmenter):
-    """A vision transformer and a decoder of the image and of the patch tokens of several blocks, arranged as maps."""
+    """A vision transformer, and a decoder that reads the image and the patch tokens of several blocks as maps."""
 
     def __init__(self, backbone: VisionTransformer, blocks: Sequence[int], decoder: FusionDecoder) -> None:
         super().__init__(backbone, decoder)
@@ -98,16 +98,16 @@ class FusionSegmenter(TransformerSegmenter):
         return jnp.stack(self.backbone.intermediate(three_channels(images), self.blocks, norm=True), axis=1)
 
     def block_weights(self) -> dict[str, Any]:
-        """Return the weight of each block at each level of the decoder, coarsest first, in a form that JSON takes."""
+        """Return the weight of each block at each level of the decoder, coarsest first, as plain Python values."""
         fusion = self.decoder.fusion
-        # NumPy, because the network's device may lie outside the mesh that JAX computes on
+        # uses NumPy, because the network may be on a device outside the mesh that JAX computes on
         scalars = np.asarray(fusion.scalars.get_value()) if hasattr(fusion, "scalars") else np.zeros(fusion.shape)
         levels = np.broadcast_to(softmax(scalars, axis=1), fusion.shape)
         return {"blocks": list(self.blocks), "levels": levels.tolist()}
 
 
 class FusionDecoder(nnx.Module):
-    """Fused features of the coarsest level, then ×2 stages up to about the image's size.
+    """Project the fused features of the coarsest level, then apply ×2 stages up to about the image's size.
 
     Args:
         width: C, channels of the features.
@@ -144,17 +144,17 @@ class FusionDecoder(nnx.Module):
     def __call__(
         self, inputs: jax.Array | tuple[jax.Array, jax.Array], size: tuple[int, int], present: jax.Array | None = None
     ) -> jax.Array:
-        """Return logits [B, H, W, K] float32, with H, W = `size`, of features [B, blocks, h, w, C].
+        """Return logits [B, H, W, K] float32, with H, W = `size`, from features [B, blocks, h, w, C].
 
         Args:
             inputs: the features, or (features, images [B, H, W, 1 or 3]) if the decoder reads images.
-            present: [B] bool, the images that BatchNorm's training statistics include. Default: all.
+            present: [B] bool, the images that BatchNorm's training statistics are computed from. Default: all.
 
         Raises:
-            ValueError: the decoder reads images, but gets none.
+            ValueError: the decoder reads images, but none are passed.
         """
         if self.reads_images and not isinstance(inputs, tuple):
-            raise ValueError("the decoder reads the images too: call it with (features, images)")
+            raise ValueError("the decoder also reads the images: call it with (features, images)")
         features, images = (inputs[0], three_channels(inputs[1])) if self.reads_images else (inputs, None)
         coarsest, *finer = self.fusion(features)
         x = self.project(coarsest)
@@ -181,7 +181,7 @@ class Fusion(nnx.Module):
         return jnp.broadcast_to(jax.nn.softmax(scalars, axis=1), self.shape)
 
     def __call__(self, features: jax.Array) -> list[jax.Array]:
-        """[B, blocks, h, w, C] -> for each level [B, h, w, C] in the same dtype."""
+        """Fuse features [B, blocks, h, w, C] to [B, h, w, C] for each level, in the same dtype."""
         weigh = weighted_sums if fusion_variant() == "sums" else weighted_product
         return weigh(self.weights(), features)
 
@@ -192,7 +192,7 @@ def weighted_sums(weights: jax.Array, features: jax.Array) -> list[jax.Array]:
 
     XLA fuses the sums into one pass, accumulated in float32.
     """
-    # `split`, because its gradient is one concatenation; the gradient of indexing is as large as all blocks, per block.
+    # The gradient of `split` is one concatenation; that of indexing would be as large as all blocks, for each block.
     blocks = [block.squeeze(1) for block in jnp.split(features, features.shape[1], axis=1)]
     return [
         sum(weight * block for weight, block in zip(level_weights, blocks, strict=True)).astype(features.dtype)
@@ -201,7 +201,7 @@ def weighted_sums(weights: jax.Array, features: jax.Array) -> list[jax.Array]:
 
 
 def weighted_product(weights: jax.Array, features: jax.Array) -> list[jax.Array]:
-    """Return `weighted_sums` as one matrix product per image. The weights are rounded to the features' dtype."""
+    """Compute `weighted_sums` as one matrix product per image. The weights are rounded to the features' dtype."""
     batch, blocks, *rest = features.shape
     batch_weights = jnp.broadcast_to(weights.astype(features.dtype), (batch, *weights.shape))
     sums = jnp.einsum("bln,bnx->blx", batch_weights, features.reshape(batch, blocks, -1))
@@ -221,7 +221,7 @@ class Stage(nnx.Module):
     def __call__(
         self, x: jax.Array, fused: jax.Array, images: jax.Array | None, present: jax.Array | None
     ) -> jax.Array:
-        """Return [B, 2H, 2W, outputs] of x [B, H, W, inputs], fused features [B, h, w, C] and images [B, …, …, 3]."""
+        """Return [B, 2H, 2W, outputs] from x [B, H, W, inputs], fused features [B, h, w, C] and images [B, …, …, 3]."""
         x = double(x)
         size = x.shape[1:3]
         x = x + resize(self.project(fused), size)

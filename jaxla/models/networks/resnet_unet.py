@@ -21,7 +21,7 @@ from jaxla.models.networks.base import BackboneOptions, PaddedNetwork, check_sma
 from jaxla.models.networks.unet import DoubleConvolution
 from jaxla.models.ops.layers import logits_layer
 
-# Channels that each decoder stage takes from the encoder, at 1/16, 1/8, 1/4 and 1/2 of the image; the last takes none.
+# Channels that each decoder stage takes from the encoder, at 1/16, 1/8, 1/4 and 1/2 of its size; the last takes none.
 SKIP_WIDTHS = (4 * EXPANSION * WIDTH, 2 * EXPANSION * WIDTH, EXPANSION * WIDTH, WIDTH, 0)
 
 

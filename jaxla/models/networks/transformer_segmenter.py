@@ -89,7 +89,7 @@ class FeatureSegmenter(nnx.Module):
         self.size = size
 
     def __call__(self, inputs: jax.Array | tuple[jax.Array, jax.Array], present: jax.Array | None = None) -> jax.Array:
-        """Return logits [B, H, W, K] of features [B, …, h, w, C]; BatchNorm's statistics include the rows `present`."""
+        """Map features [B, …, h, w, C] to logits [B, H, W, K]; BatchNorm's statistics use the rows `present`."""
         return self.decoder(inputs, self.size, present)
 
 
@@ -100,14 +100,14 @@ class LinearDecoder(nnx.Module):
         self.classifier = nnx.Linear(width, outputs, dtype=dtype, rngs=rngs)
 
     def __call__(self, tokens: jax.Array, size: tuple[int, int], present: jax.Array | None = None) -> jax.Array:
-        """[B, h, w, C] -> logits [B, H, W, K] float32."""
+        """Map tokens [B, h, w, C] to logits [B, H, W, K] float32."""
         return resize(self.classifier(tokens).astype(jnp.float32), size)
 
 
 class ConvolutionalDecoder(nnx.Module):
     """Paper 1's decoder: a token classifier, a 7×7 convolution, then ×2 stages up to about the image's size.
 
-    The paper states the token classifier (a 1×1 convolution that sets the number of channels) and several stages of
+    The paper specifies the token classifier (a 1×1 convolution that sets the number of channels) and several stages of
     convolution and upsampling. Widths, kernels and the final resizing are this package's choice (docs/paper1.md).
 
     Args:
@@ -126,7 +126,7 @@ class ConvolutionalDecoder(nnx.Module):
         self.logits = logits_layer(widths[-1], outputs, 3, dtype, rngs)
 
     def __call__(self, tokens: jax.Array, size: tuple[int, int], present: jax.Array | None = None) -> jax.Array:
-        """[B, h, w, C] -> logits [B, H, W, K] float32; BatchNorm's training statistics are those of `present` rows."""
+        """Map tokens [B, h, w, C] to logits [B, H, W, K] float32; BatchNorm's statistics use the rows `present`."""
         x = self.mix(jax.nn.selu(self.token_classifier(tokens)))
         for stage in self.stages:
             x = stage(double(x), present)

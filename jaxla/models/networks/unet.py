@@ -24,8 +24,8 @@ class UNetOptions(NetworkOptions):
 
     Args:
         widths: Channels of each level, finest first.
-        norm: Normalise over the `batch`, or over each image (`instance`), which unusual brightness does not disturb.
-        neighbours: Slices on each side, 2.5 mm apart or as near to that as there are, that are read as channels (2.5D).
+        norm: Normalise over the `batch`, or over each image (`instance`), which is robust to unusual brightness.
+        neighbours: Slices on each side, as near to 2.5 mm apart as possible, that are read as channels (2.5D).
     """
 
     arch: ClassVar[str] = "unet"
@@ -38,11 +38,11 @@ class UNetOptions(NetworkOptions):
         check_widths(option("model.widths"), self.widths)
         if self.neighbours < 0:
             where = option("model.neighbours", self.neighbours)
-            raise InputError(where, "must not be negative", "Use 1, for example, or 0 for none.")
+            raise InputError(where, "must not be negative", "Use 1, for example, or 0 for no neighbours.")
         return self
 
     def check_size(self, option_name: str, size: int) -> None:
-        coarsest = 2 if self.norm == "instance" else 1  # pixels: a single one has no deviation
+        coarsest = 2 if self.norm == "instance" else 1  # pixels; the deviation of a single pixel is 0
         check_smallest_size(option_name, size, coarsest * 2 ** (len(self.widths) - 1), self.arch)
 
     def build(self, outputs: int, dtype: jnp.dtype, rngs: nnx.Rngs) -> UNet:
@@ -87,7 +87,7 @@ class UNet(PaddedNetwork):
         return self.logits(x)
 
     def transform_skip(self, level: int, x: jax.Array, coarser: jax.Array) -> jax.Array:
-        """Return what the decoder receives of a level's features x [B, H, W, C]: here x itself.
+        """Return the features that the decoder receives for a level's features x [B, H, W, C]; here, x itself.
 
         Args:
             coarser: [B, H/2, W/2, 2C], the decoder's features at the next coarser level.
@@ -103,5 +103,5 @@ class DoubleConvolution(nnx.Module):
         self.second = ConvolutionUnit(outputs, outputs, norm=norm, dtype=dtype, rngs=rngs)
 
     def __call__(self, x: jax.Array, present: jax.Array | None = None) -> jax.Array:
-        """[B, H, W, C] -> [B, H, W, K]."""
+        """Map [B, H, W, C] to [B, H, W, K]."""
         return self.second(self.first(x, present), present)

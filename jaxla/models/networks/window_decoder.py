@@ -1,4 +1,4 @@
-"""Paper 3's decoder: features of one window to logits (see `jaxla.models.networks.windows`).
+"""Paper 3's decoder, which maps the features of one window to logits (see `jaxla.models.networks.windows`).
 
 Convolutions span three slices. Upsampling doubles the size within the plane and keeps the number of slices, because
 features have the volume's resolution along the slices from the start.
@@ -17,13 +17,13 @@ from jaxla.models.ops.layers import LECUN_NORMAL, convolution_nd
 from jaxla.models.ops.norms import GroupNorm
 from jaxla.models.ops.resizing import double, resize
 
-LEVELS = 4  # of features, taken after a quarter, half, three quarters and all of the backbone's blocks
+LEVELS = 4  # levels of features, taken after 1/4, 2/4, 3/4 and all of the backbone's blocks
 
 PlaneSize = tuple[int | jax.Array, int | jax.Array]  # rows and columns of a window that are not padding
 
 
 class WindowDecoder(nnx.Module):
-    """A light decoder: from the features of the deepest level, in three ×2 stages, to logits.
+    """A light decoder, from the features of the deepest level to logits in three ×2 stages.
 
     Each stage adds the features of the next shallower level. A 1×1×1 convolution projects a level's features, and a
     depth embedding, which depends on a slice's position in the volume, is added. A 3×3×3 convolution, GroupNorm and
@@ -34,7 +34,7 @@ class WindowDecoder(nnx.Module):
         widths: channels after the deepest level, then after each ×2 stage.
         outputs: K, channels of the logits.
         depth_places: entries of the depth embedding; 0 for none.
-        slicewise: whether each slice is decoded by itself, with 1×3×3 convolutions.
+        slicewise: whether each slice is decoded separately, with 1×3×3 convolutions.
     """
 
     def __init__(
@@ -64,17 +64,18 @@ class WindowDecoder(nnx.Module):
         slices: jax.Array,
         plane_size: PlaneSize | None = None,
     ) -> jax.Array:
-        """Return logits [B, d, 8h, 8w, K] float32 of features [B, d, 4, h, w, C].
+        """Return logits [B, d, 8h, 8w, K] float32 from features [B, d, 4, h, w, C].
 
         Args:
-            slice_numbers: [B, d], the number of each slice in its volume.
+            slice_numbers: [B, d], the index of each slice in its volume.
             present: [B, d] bool, False for padding, which does not change the logits of other slices.
             slices: [B], the number of slices of each volume.
-            plane_size: rows and columns that belong to the window, which come first. The others repeat the last one
-                and do not change the logits of these. Default: all.
+            plane_size: numbers of rows and columns that belong to the window, which come first. The others repeat the
+                last one and do not change the logits of the window. Default: all.
         """
         leading_axes = features.shape[:2]
-        position = (slice_numbers + 0.5) / jnp.maximum(slices, 1)[:, None]  # of a slice's middle along the depth, 0..1
+        # position of each slice's centre along the depth, in 0..1
+        position = (slice_numbers + 0.5) / jnp.maximum(slices, 1)[:, None]
         if self.slicewise:
             features, position, present = (x.reshape(-1, 1, *x.shape[2:]) for x in (features, position, present))
         x = None
@@ -102,7 +103,7 @@ class Level(nnx.Module):
             self.depth = nnx.Param(jax.nn.initializers.normal(0.02)(rngs.params(), (depth_places, outputs)))
 
     def __call__(self, features: jax.Array, position: jax.Array) -> jax.Array:
-        """Return [B, d, h, w, outputs] of features [B, d, h, w, C] at positions [B, d] in 0..1 along the depth."""
+        """Return [B, d, h, w, outputs] from features [B, d, h, w, C] at positions [B, d] in 0..1 along the depth."""
         x = self.project(features)
         if not self.places:
             return x
@@ -122,7 +123,7 @@ class Unit(nnx.Module):
         self.norm = GroupNorm(outputs, dtype=dtype)
 
     def __call__(self, x: jax.Array, present: jax.Array, plane_size: PlaneSize | None) -> jax.Array:
-        """Return [B, d, h, w, K] of x [B, d, h, w, C]; the convolution sees zeros in place of padding."""
+        """Return [B, d, h, w, K] from x [B, d, h, w, C]; the convolution treats padding as zeros."""
         present = present[:, :, None, None]
         if plane_size is not None:
             rows, columns = (jnp.arange(n) < size for n, size in zip(x.shape[2:4], plane_size, strict=True))

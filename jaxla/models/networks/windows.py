@@ -1,11 +1,11 @@
 """Paper 3's network: 2D features of every slice, decoded in 3D window by window.
 
 *2D DINOv3 features for 3D segmentation of neonatal brain MR* (Usman, Khan, Qasim Syed; arXiv 2602.23962). The paper
-states the frozen 2D transformer, the depth embedding, windows that do not overlap, a lightweight decoder that runs on
-one window at a time, and that the windows are assembled again. All else is this package's choice (docs/paper3.md).
+specifies the frozen 2D transformer, the depth embedding, windows that do not overlap, a lightweight decoder that runs
+on one window at a time, and the assembly of the windows. All else is this package's choice (docs/paper3.md).
 
-The backbone encodes each slice once, and windows are cut from the features. GroupNorm's statistics are those of one
-window, so a window does not depend on the others.
+The backbone encodes each slice once, and windows are cut from the features. GroupNorm's statistics are computed
+per window, so a window does not depend on the others.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from jaxla.models.ops.images import require_images, three_channels
 from jaxla.models.ops.resizing import resize
 from jaxla.models.ops.window_grid import Counts, WindowGrid
 
-MAX_ENCODED_SLICES = 16  # of a volume at once, which bounds the memory of the backbone's activations
+MAX_ENCODED_SLICES = 16  # of a volume at once; bounds the memory of the backbone's activations
 
 
 @dataclass(frozen=True)
@@ -56,13 +56,13 @@ class WindowOptions(TransformerOptions):
     def resolve(self) -> Self:
         self.window_counts()
         if self.depth_places < 0:
-            raise InputError(option("model.depth_places", self.depth_places), "negative", "Use 0 or more.")
+            raise InputError(option("model.depth_places", self.depth_places), "must not be negative", "Use 0 or more.")
         meaning = ", one for each level of features"
         check_widths(option("model.decoder_widths"), self.decoder_widths, LEVELS, meaning)
         return super().resolve()
 
     def window_counts(self) -> Counts:
-        """Return the number of windows along slices, rows and columns; raise an InputError for another form."""
+        """Return the number of windows along slices, rows and columns; raise an InputError for any other format."""
         if not re.fullmatch(r"[1-9]\d{0,3}(x[1-9]\d{0,3}x[1-9]\d{0,3})?", self.windows):
             fix = "Use 2 for two along the slices, or 2x2x2 for two along slices, rows and columns."
             raise InputError(option("model.windows", self.windows), "not a number of windows", fix)
@@ -80,10 +80,10 @@ class WindowOptions(TransformerOptions):
         """Raise an InputError unless a scan has a slice for each window along the slices."""
         if slices < (depth := self.window_counts()[0]):
             problem = f"has {plural(slices, 'slice')}, fewer than the {depth} windows along the slices"
-            raise InputError(scan, problem, f"Use fewer {option('model.windows')}, or leave the scan out.")
+            raise InputError(scan, problem, f"Use fewer {option('model.windows')}, or remove the scan.")
 
     def describe_depth(self, slice_counts: Collection[int]) -> str:
-        """Describe how the depth embedding is interpolated to volumes with these numbers of slices; "" if it is not."""
+        """Describe how the depth embedding is interpolated to volumes with these slice counts; "" if it is not."""
         if not self.depth_places or set(slice_counts) == {self.depth_places}:
             return ""
         span = " to ".join(map(str, sorted({min(slice_counts), max(slice_counts)})))
@@ -98,7 +98,7 @@ class WindowOptions(TransformerOptions):
 
 
 class FeatureWindows(nnx.Module):
-    """A `WindowSegmenter` without its backbone: features of volumes to logits, window by window.
+    """A `WindowSegmenter` without its backbone: maps features of volumes to logits, window by window.
 
     Its steps are separate methods, because `jaxla.training.two_pass` runs them one at a time.
 
@@ -113,7 +113,7 @@ class FeatureWindows(nnx.Module):
         self.counts = counts
 
     def __call__(self, inputs: jax.Array, present: jax.Array | None = None) -> jax.Array:
-        """Return logits [B, D, H, W, K] float32 of features [B, D, 4, h, w, C], in the memory of one window at a time.
+        """Return logits [B, D, H, W, K] float32 from features [B, D, 4, h, w, C], in the memory of one window.
 
         Args:
             present: [B, D] bool, the slices that belong to the volume, which come first. The others are padding: they
@@ -125,7 +125,7 @@ class FeatureWindows(nnx.Module):
         return self.finish(grid.assemble(windows), self.slice_size(inputs))
 
     def encode(self, inputs: jax.Array) -> jax.Array:
-        """Return the features [B, D, 4, h, w, C] that windows are cut from: here the inputs."""
+        """Return the features [B, D, 4, h, w, C] that windows are cut from; here, the inputs."""
         return inputs
 
     def slice_size(self, inputs: jax.Array) -> tuple[int, int]:
@@ -154,7 +154,7 @@ class FeatureWindows(nnx.Module):
 
 
 class WindowSegmenter(FeatureWindows):
-    """Volumes to logits: the backbone encodes every slice once, the decoder decodes window by window."""
+    """Map volumes to logits: the backbone encodes every slice once, and the decoder runs window by window."""
 
     READS_IMAGES = False
     SMALLER_FEATURES = ()

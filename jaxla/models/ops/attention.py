@@ -38,9 +38,9 @@ def per_head_attention(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
 
 @jax.custom_vjp
 def cudnn_attention(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
-    """Compute attention by cuDNN, with a gradient for odd N too.
+    """Compute attention with cuDNN, with a gradient also for odd N.
 
-    JAX 0.10 refuses that gradient: cuDNN lacks it for odd N with a bias, and JAX treats a missing bias as one.
+    JAX 0.10 rejects that gradient: cuDNN lacks it for odd N with a bias, and JAX treats a missing bias like a bias.
     """
     return jax.nn.dot_product_attention(q, k, v, implementation="cudnn")
 
@@ -53,7 +53,7 @@ cudnn_attention.defvjp(_cudnn_forward, lambda vjp, gradient: vjp(gradient))
 
 
 def padded_attention(q: jax.Array, k: jax.Array, v: jax.Array, implementation: str) -> jax.Array:
-    """Compute attention of an even number of tokens: if N is odd, with one masked token more."""
+    """Compute attention of an even number of tokens, by adding a masked token if N is odd."""
     batch, tokens = q.shape[:2]
     if tokens % 2 == 0:
         return jax.nn.dot_product_attention(q, k, v, implementation=implementation)

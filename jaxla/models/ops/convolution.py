@@ -1,12 +1,12 @@
-"""Convolutions whose values and gradients are fast and accurate on CPU too.
+"""Convolutions whose values and gradients are fast and accurate, also on CPU.
 
 XLA's CPU compiler runs one form of convolution fast: images [N, H, W, C] with a small kernel [h, w, C, K]. On CPU
 everything here is reduced to that form or to matrix products (`jaxla.hardware.convolution_variant`):
 
 - The gradient of the image is a convolution of that form, with the flipped kernel.
 - The gradient of the kernel is not: it has a kernel as large as the image, takes up to nine times as long as the
-  forward pass, and adds some 100,000 products one after the other, which loses two digits. Here it is a sum of matrix
-  products over as many pixels as fit the processor's cache.
+  forward pass, and adds about 100,000 products one after the other, which loses two digits. This module computes
+  a sum of matrix products over blocks of pixels that fit in the processor's cache.
 - A volume is convolved slice by slice, or with a stride as one matrix product.
 """
 
@@ -24,8 +24,8 @@ from jaxla.hardware import convolution_variant
 Inputs = tuple[jax.Array, jax.Array]  # images or volumes, and the kernel
 Gradients = tuple[jax.Array, jax.Array]
 
-# How many pixels one matrix product of the kernel's gradient covers: as many as the cache holds, but enough that adding
-# up the products does not take longer than they do.
+# The pixels in one matrix product of the kernel's gradient: as many as the cache holds, but enough that adding up the
+# products takes less time than the products.
 CACHE_BYTES, MIN_PIXELS = 3_000_000, 512
 
 
@@ -131,7 +131,7 @@ def _convolve_on_cpu(x: jax.Array, kernel: jax.Array, strides: tuple[int, ...]) 
 def _backward_on_cpu(strides: tuple[int, ...], inputs: Inputs, gradient: jax.Array) -> Gradients:
     if set(strides) == {1} and len(strides) == 3:
         return _slices_backward(*inputs, gradient)
-    # computed anew: the intermediate arrays are several times as large as `x`, so the forward pass does not keep them
+    # recomputed: the intermediate arrays are several times as large as `x`, so the forward pass does not keep them
     return jax.vjp(partial(_cpu_form, strides=strides), *inputs)[1](gradient)
 
 
@@ -149,8 +149,8 @@ def _cpu_form(x: jax.Array, kernel: jax.Array, strides: tuple[int, ...]) -> jax.
 def _convolve_slices(x: jax.Array, kernel: jax.Array) -> jax.Array:
     """Convolve a volume's slices as images whose channels include those of the neighbouring slices.
 
-    The neighbours are on the side with fewer channels: among the inputs, or among the outputs, where each slice then
-    computes what it adds to its neighbours.
+    The neighbours are stacked on the side with fewer channels: in the inputs, or in the outputs, where each slice
+    computes its contributions to its neighbours.
     """
     neighbours, height, width, inputs, outputs = kernel.shape
     depth = x.shape[1]

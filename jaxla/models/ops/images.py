@@ -30,17 +30,17 @@ def require_images(
     """
     sides = ", ".join("DHW"[3 - axes :])
     expected = " or ".join(f"[B, {sides}, {count}]" for count in channels)
-    if not isinstance(getattr(images, "dtype", None), np.dtype):  # PyTorch's tensors have one of their own
+    if not isinstance(getattr(images, "dtype", None), np.dtype):  # PyTorch tensors have another type of dtype
         raise ValueError(f"images of type {type(images).__name__}: expected a NumPy or JAX array {expected}")
     if images.ndim != axes + 2 or images.shape[-1] not in channels:
-        hint = "; channels come last here" if images.ndim == axes + 2 and images.shape[1] in (1, 3) else ""
+        hint = "; channels must come last" if images.ndim == axes + 2 and images.shape[1] in (1, 3) else ""
         raise ValueError(f"images of shape {tuple(images.shape)}: expected {expected}{hint}")
     if not jnp.issubdtype(images.dtype, jnp.floating):
         grey = "grey values in 0..1" + " or " * (3 in channels)
         normalised = "normalised with ImageNet's mean and deviation" if 3 in channels else ""
         raise ValueError(f"images of {images.dtype}: expected floating point, {grey * (1 in channels)}{normalised}")
     if 0 in images.shape:
-        raise ValueError(f"images of shape {tuple(images.shape)}: they contain no pixel")
+        raise ValueError(f"images of shape {tuple(images.shape)}: they contain no pixels")
     size, multiples, min_sizes = images.shape[1:-1], _per_axis(multiple, axes), _per_axis(min_size, axes)
     if any(side % m for side, m in zip(size, multiples, strict=True)):
         nearest = [max(round(side / m), 1) * m for side, m in zip(size, multiples, strict=True)]
@@ -68,7 +68,7 @@ def pad_to_multiple(images: jax.Array, multiple: int | Sequence[int]) -> jax.Arr
 
 
 def crop(x: jax.Array, size: Sequence[int], multiple: int | Sequence[int]) -> jax.Array:
-    """Remove what `pad_to_multiple` added to images of H, W = `size`: [B, H', W', K] -> [B, H, W, K]."""
+    """Remove the padding that `pad_to_multiple` added to images of H, W = `size`: [B, H', W', K] -> [B, H, W, K]."""
     for axis, (side, m) in enumerate(zip(size, _per_axis(multiple, len(size)), strict=True), start=1):
         start = _margins(side, m)[0]
         x = jax.lax.slice_in_dim(x, start, start + side, axis=axis)

@@ -16,7 +16,7 @@ from jaxla.models.ops.norms import BatchNorm, InstanceNorm
 Norm = Literal["batch", "instance"]  # statistics over a batch, or over each image
 
 HE_NORMAL = jax.nn.initializers.variance_scaling(2.0, "fan_out", "normal")  # He et al. 2015, before a ReLU
-LECUN_NORMAL = jax.nn.initializers.lecun_normal()  # without an activation
+LECUN_NORMAL = jax.nn.initializers.lecun_normal()  # for layers without an activation
 
 
 def convolution(inputs: int, outputs: int, side: int, *, stride: int = 1, **options: Any) -> nnx.Conv:
@@ -30,7 +30,7 @@ def convolution(inputs: int, outputs: int, side: int, *, stride: int = 1, **opti
 
 
 def _convolve_pixels(x: jax.Array, kernel: jax.Array, strides: Sequence[int], *_: object, **__: object) -> jax.Array:
-    # a stride occurs with kernels of one pixel only, which skip pixels; nnx.Conv's further arguments are constants here
+    # only 1×1 kernels have a stride here, which skips pixels; nnx.Conv's other arguments are constants
     return same_convolution(x[:, :: strides[0], :: strides[1]], kernel)
 
 
@@ -53,9 +53,9 @@ def convolution_nd(
     """Return a convolution, [B, D, H, W, C] -> [B, D/stride, …, K] or without D, sides rounded up.
 
     Args:
-        kernel: odd sides, one for each axis. With a stride, padding "SAME" would shift the grid of even-sized images.
+        kernel: odd sides, one for each axis. Strided padding "SAME" would shift the grid of even-sized images.
         strides: one for each axis.
-        convolve: takes the arguments of `jax.lax.conv_general_dilated`.
+        convolve: function with the arguments of `jax.lax.conv_general_dilated`.
     """
     return nnx.Conv(
         inputs, outputs, tuple(kernel), strides=tuple(strides), padding=tuple(side // 2 for side in kernel),
@@ -70,7 +70,7 @@ def logits_layer(inputs: int, outputs: int, side: int, dtype: jnp.dtype, rngs: n
 
 
 class ConvolutionUnit(nnx.Module):
-    """A 3×3 convolution, BatchNorm or InstanceNorm, ReLU."""
+    """A 3×3 convolution, BatchNorm or InstanceNorm, and ReLU."""
 
     def __init__(
         self, inputs: int, outputs: int, *, norm: Norm = "batch", dtype: jnp.dtype, rngs: nnx.Rngs, **options: Any
@@ -79,7 +79,7 @@ class ConvolutionUnit(nnx.Module):
         self.norm = (BatchNorm if norm == "batch" else InstanceNorm)(outputs, dtype=dtype)
 
     def __call__(self, x: jax.Array, present: jax.Array | None = None) -> jax.Array:
-        """[B, H, W, C] -> [B, H, W, K]; BatchNorm's statistics include the images `present`, [B] bool."""
+        """Map [B, H, W, C] to [B, H, W, K]; BatchNorm's statistics use the images `present`, [B] bool."""
         return jax.nn.relu(self.norm(self.convolution(x), present))
 
 
@@ -106,7 +106,7 @@ class Upconvolution(nnx.Module):
         self.dtype = dtype
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        """[B, h, w, C] -> [B, stride·h, stride·w, K], or with depth."""
+        """Map [B, h, w, C] to [B, stride·h, stride·w, K]; likewise with a depth axis."""
         batch, *sides, inputs = x.shape
         kernel = self.kernel[...].astype(self.dtype)
         strides = kernel.shape[1:-1]

@@ -34,9 +34,10 @@ def _count(jaxpr: Jaxpr) -> int:
                 (summed, _), _ = equation.params["dimension_numbers"]
                 total += outputs * math.prod(equation.invars[0].aval.shape[axis] for axis in summed)
             case "conv_general_dilated":
-                kernel, layout = equation.invars[1].aval.shape, equation.params["dimension_numbers"].rhs_spec
+                kernel = equation.invars[1].aval.shape
+                layout = equation.params["dimension_numbers"].rhs_spec
                 total += outputs * math.prod(kernel) // kernel[layout[0]]
-            case "dot_product_attention_fwd_wrapper":  # cuDNN's: queries with keys, weights with values
+            case "dot_product_attention_fwd_wrapper":  # cuDNN attention: queries by keys, weights by values
                 (batch, tokens, heads, width), (_, keys, *_) = (v.aval.shape for v in equation.invars[:2])
                 total += 2 * batch * heads * tokens * keys * width
             case "jit" if equation.params["name"] == "weighted_sums":  # the CPU's form of a matrix product (fusion.py)

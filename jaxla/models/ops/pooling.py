@@ -2,7 +2,7 @@
 pixels (ResNet, He et al. 2016).
 
 Among equal values the first is the maximum, as in PyTorch, so the gradient goes to one pixel. The gradients are written
-out: XLA's own for overlapping pooling takes ten times as long on CPU.
+out: XLA's gradient of overlapping pooling takes ten times as long on CPU.
 """
 
 from __future__ import annotations
@@ -14,20 +14,20 @@ import jax.numpy as jnp
 
 
 class Pooled(NamedTuple):
-    """The maximum of each 2×2 pixels."""
+    """The maximum of each block of 2×2 pixels."""
 
     values: jax.Array  # [B, H/2, W/2, C]
-    indices: jax.Array  # [B, H/2, W/2, C] int8, which of the four pixels it was: 0 and 1 above, 2 and 3 below
+    indices: jax.Array  # [B, H/2, W/2, C] int8, its position in the block: 0 and 1 above, 2 and 3 below
 
 
 def max_pool(x: jax.Array) -> jax.Array:
-    """Return the maximum of each 2×2 pixels: [B, H, W, C] -> [B, H/2, W/2, C], H and W even."""
+    """Return the maximum of each block of 2×2 pixels: [B, H, W, C] -> [B, H/2, W/2, C], H and W even."""
     return max_pool_with_indices(x).values
 
 
 @jax.custom_vjp
 def max_pool_with_indices(x: jax.Array) -> Pooled:
-    """Return the maximum of each 2×2 pixels of [B, H, W, C], and which pixel it was; H and W are even."""
+    """Return the maximum of each block of 2×2 pixels of [B, H, W, C], and its position; H and W are even."""
     return _max_with_index([x[:, i::2, j::2] for i in range(2) for j in range(2)])
 
 
@@ -38,7 +38,7 @@ def unpool(x: jax.Array, indices: jax.Array) -> jax.Array:
 
 
 def gather(x: jax.Array, indices: jax.Array) -> jax.Array:
-    """Return the pixel with the given index of each 2×2 pixels, the transpose of `unpool`."""
+    """Return the pixel with the given index in each block of 2×2 pixels; the transpose of `unpool`."""
     gathered = x[:, ::2, ::2]
     for index in (1, 2, 3):
         gathered = jnp.where(indices == index, x[:, index // 2 :: 2, index % 2 :: 2], gathered)
@@ -54,7 +54,7 @@ def _max_with_index(candidates: list[jax.Array]) -> Pooled:
 
 
 def _interleave(four: list[jax.Array]) -> jax.Array:
-    """Place four arrays [B, h, w, C] on the four pixels of each 2×2 pixels: [B, 2h, 2w, C], upper row first."""
+    """Place four arrays [B, h, w, C] on the four pixels of each 2×2 block: [B, 2h, 2w, C], upper row first."""
     batch, height, width, channels = four[0].shape
     rows = [jnp.stack(four[i : i + 2], axis=3) for i in (0, 2)]  # [B, h, w, 2, C]
     return jnp.stack(rows, axis=2).reshape(batch, 2 * height, 2 * width, channels)
@@ -84,7 +84,7 @@ def _overlapping(x: jax.Array) -> jax.Array:
 
 
 def _overlapping_forward(x: jax.Array) -> Pooled:
-    """Return the maximum, and which of the nine pixels it was, row by row from 0."""
+    """Return the maximum, and its index among the nine pixels, row by row from 0."""
     # outside the image no pixel is the maximum
     x = jnp.pad(x, ((0, 0), (1, 0), (1, 0), (0, 0)), constant_values=-jnp.inf)
     height, width = (side - 1 for side in x.shape[1:3])
@@ -92,10 +92,10 @@ def _overlapping_forward(x: jax.Array) -> Pooled:
 
 
 def _overlapping_backward(indices: jax.Array, gradient: jax.Array) -> tuple[jax.Array]:
-    at = [jnp.where(indices == index, gradient, 0) for index in range(9)]
-    # An even pixel is the centre of one 3×3 square; an odd one belongs to the next square too.
-    above = [at[4], at[5] + _shift(at[3], 2)]
-    below = [at[7] + _shift(at[1], 1), at[8] + _shift(at[6], 2) + _shift(at[2] + _shift(at[0], 2), 1)]
+    grads = [jnp.where(indices == index, gradient, 0) for index in range(9)]
+    # An even pixel is the centre of one 3×3 square; an odd pixel also belongs to the next square.
+    above = [grads[4], grads[5] + _shift(grads[3], 2)]
+    below = [grads[7] + _shift(grads[1], 1), grads[8] + _shift(grads[6], 2) + _shift(grads[2] + _shift(grads[0], 2), 1)]
     return (_interleave(above + below),)
 
 

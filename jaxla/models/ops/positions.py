@@ -29,7 +29,7 @@ def resize_grid(grid: jax.Array, h: int, w: int, *, antialias: bool = False) -> 
 
 
 class Rotation(NamedTuple):
-    """The angle by which each pair of a head's channels is rotated, per token; 0 for class token and registers."""
+    """Sine and cosine of the rotation angle of each pair of a head's channels; 0 for class token and registers."""
 
     sine: jax.Array  # [N, D]
     cosine: jax.Array  # [N, D]

@@ -1,4 +1,4 @@
-"""Resize maps [B, h, w, C] with PyTorch's numbers, faster on CPU than by matrix products."""
+"""Resize maps [B, h, w, C] as PyTorch does, faster on CPU than with matrix products."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import numpy as np
 def resize(x: jax.Array, size: tuple[int, int]) -> jax.Array:
     """Resize [B, h, w, C] bilinearly, with half-pixel centres and without antialiasing.
 
-    The same as PyTorch's `interpolate(mode="bilinear", align_corners=False)`.
+    Gives the same result as PyTorch's `interpolate(mode="bilinear", align_corners=False)`.
     """
     for axis, pixels in zip((1, 2), size, strict=True):
         groups = math.gcd(x.shape[axis], pixels)
@@ -26,7 +26,7 @@ def resize(x: jax.Array, size: tuple[int, int]) -> jax.Array:
 def _shrink(x: jax.Array, axis: int, pixels: int, groups: int) -> jax.Array:
     """Resize an axis by (q + 1) : q, such as 512 to 448: each group of q + 1 pixels becomes q means of neighbours.
 
-    A matrix product instead would take a fifth of a training step of paper 1's decoder on CPU.
+    A matrix product would take 20 % of a training step of paper 1's decoder on CPU.
     """
     before, after = x.shape[:axis], x.shape[axis + 1 :]
     position = (np.arange(pixels, dtype=np.float32) + 0.5) * np.float32(x.shape[axis] / pixels) - 0.5

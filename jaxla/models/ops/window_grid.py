@@ -3,8 +3,8 @@
 An axis of length n is divided among k windows as evenly as possible: window i starts at ⌊i n / k⌋. All windows are cut
 with the shape of the largest; a smaller one is padded, and the padding is dropped on assembly.
 
-Volumes with different numbers of slices share one array, padded at the end. How a volume is divided depends on its own
-slices only, not on the padding.
+Volumes with different numbers of slices share one array, padded at the end. The division of a volume depends only on
+its own slices, not on the padding.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ class WindowGrid(NamedTuple):
         return x
 
     def slice_numbers(self, index: int | jax.Array) -> tuple[jax.Array, jax.Array]:
-        """Return, both [B, d], the number of each of a window's slices in the volume, and False for padding."""
+        """Return the index in the volume of each slice of a window, and False for padding, both [B, d]."""
         i = self._unravel(index)[0]
         start, stop = (j * self.slices // self.counts[0] for j in (i, i + 1))
         numbers = start[:, None] + jnp.arange(self.window_shape[0])
@@ -98,5 +98,5 @@ class WindowGrid(NamedTuple):
 
 
 def _take_slices(volumes: jax.Array, numbers: jax.Array) -> jax.Array:
-    """[B, D, …] and [B, d] -> [B, d, …]."""
+    """Return the slices [B, d, …] of volumes [B, D, …] with these indices [B, d]."""
     return jax.vmap(lambda volume, numbers: jnp.take(volume, numbers, axis=0, mode="clip"))(volumes, numbers)
