@@ -14,10 +14,9 @@ from tests.runs.folders import assert_predicts_its_test_mask, read_json, train
 pytestmark = pytest.mark.usefixtures("fast_compilation")
 
 OPTIONS = (
-    "--exp=paper2", "--model.arch=vit_mini8", "--model.weights=random", "--model.blocks=[1,-1]",
-    "--model.decoder_widths=[16,8]", "--preprocessing.image_size=42", "--preprocessing.patch_size=32",
-    "--training.epochs=2", "--training.batch_size=8", "--training.foreground_fraction=0.5",
-    "--augmentation.intensity=0.1",
+    "--exp=quickstart", "--method=vit_mini8", "--model.backbone=frozen", "--model.decoder_widths=[16,8]",
+    "--preprocessing.image_size=42", "--preprocessing.patch_size=32", "--training.epochs=2",
+    "--training.foreground_fraction=0.5", "--augmentation.intensity=0.1",
 )  # fmt: skip
 
 
