@@ -103,13 +103,16 @@ class Preprocessing:
     """How a slice becomes the network's input.
 
     Args:
-        image_size: Side of the square input in pixels.
+        image_size: Side in pixels of the square that slices are resized to: the network's input, without patches.
         pad_to: Square in mm that slices are laid on before resizing: each slice's own `square`, one of the `largest`
             training slice, or `foreground`: one that cuts out their centre with the structures of the training masks.
+        patch_size: Side in pixels of the random patches to train on; 0 trains on whole slices. Validation and
+            prediction average the logits of overlapping tiles of this size.
     """
 
     image_size: int = 448
     pad_to: Literal["square", "largest", "foreground"] = "square"
+    patch_size: int = 0
 
 
 @dataclass(frozen=True)
@@ -159,7 +162,8 @@ class Training:
         minutes: Time for training and validation: fixes the steps after a few were measured; 0 for no limit.
         batch_size: Samples per step; 0, for nnU-Net only, takes the plan's batch size.
         accumulated_steps: Steps after which their mean gradient changes the parameters: large batches in little memory.
-        foreground_fraction: Part of the slices, below 1, that are drawn from slices with a structure only.
+        foreground_fraction: Part of the slices, below 1, that are drawn from slices with a structure only; also the
+            part of the patches of slices with a structure that are drawn to contain some of it.
         optimiser: `adam`, or `sgd` as in nnU-Net (Nesterov 0.99, weight decay 3e-5, gradients clipped to norm 12).
         weight_decay: Decay of Adam's parameters per step and learning rate (AdamW); 0 for none.
         max_gradient_norm: Largest norm of Adam's gradient, which is scaled down to it; 0 for no limit.

@@ -70,7 +70,7 @@ def test_training_refuses_a_scan_that_cannot_be_used(tmp_path, name):
         ),
         (["--model.windows=1x1x9"], r"--preprocessing.image_size=64: 8 x 8 patches are fewer than 1 x 9 windows\. Use"),
         (["--model.windows=two"], r"--model.windows=two: not a number of windows\. Use 2 for two along the slices"),
-        (["--preprocessing.image_size=4"], r"--preprocessing.image_size=4: not a multiple of the patch size 8\. Use 8"),
+        (["--preprocessing.image_size=4"], r"--preprocessing.image_size=4: not a multiple of the patch size 8 of vit"),
         (["--data.other_labels=background"], r"--data.other_labels=background: --data.labels is missing\. Name each"),
         (["--method=vit_mini8", "--training.gradient=two_pass"], r"--training.gradient: method vit_mini8 has no such"),
         (
@@ -270,7 +270,27 @@ def test_training_refuses_a_batch_that_does_not_fit_into_memory(tmp_path):
         (["--model.arch=vit_mini9"], "--model.arch=vit_mini9: unknown name (did you mean vit_mini8?)"),
         (
             ["--preprocessing.image_size=97"],
-            "--preprocessing.image_size=97: not a multiple of the patch size 8. Use 96",
+            "--preprocessing.image_size=97: not a multiple of the patch size 8 of vit_mini8. Use 96",
+        ),
+        (
+            ["--preprocessing.patch_size=104"],
+            "--preprocessing.patch_size=104: larger than --preprocessing.image_size=96. Use smaller patches, or 0 for "
+            "whole slices.",
+        ),
+        (["--preprocessing.patch_size=-8"], "--preprocessing.patch_size=-8: less than 0"),
+        (
+            ["--preprocessing.patch_size=50", "--preprocessing.image_size=97"],
+            "--preprocessing.patch_size=50: not a multiple of the patch size 8 of vit_mini8. Use 48",
+        ),
+        (["--method=unet", "--preprocessing.patch_size=15"], "--preprocessing.patch_size=15: unet needs at least 16"),
+        (
+            ["--method=windows_vit_mini8", "--preprocessing.patch_size=48"],
+            "--preprocessing.patch_size=48: has no effect, because windows_vit_mini8 does not train on single slices. "
+            "Remove the option.",
+        ),
+        (
+            ["--method=nnunet_2d", "--preprocessing.patch_size=48"],
+            "--preprocessing.patch_size: method nnunet_2d has no",
         ),
         (["--data.labels=LA"], "--data.labels='LA': expected name:value"),
         (

@@ -13,6 +13,7 @@ from flax import nnx
 from jaxla.data.slices import SliceGeometry, from_slices, slice_geometry, to_slices
 from jaxla.data.volumes import Volume
 from jaxla.distributed import place_on_devices
+from jaxla.models.ops.tiles import apply_in_tiles
 
 ROWS, COLUMNS = -3, -2  # axes of images and of probabilities
 FLIPS = ((), (ROWS,), (COLUMNS,), (ROWS, COLUMNS))  # flips that inference averages over
@@ -41,17 +42,21 @@ def segment_volume(segment_slices: SegmentSlices, volume: Volume, with_probabili
     return classes, probabilities
 
 
-def mean_probabilities(networks: Sequence[nnx.Module], flips: bool = False) -> Callable[..., jax.Array]:
+def mean_probabilities(
+    networks: Sequence[nnx.Module], flips: bool = False, tile_size: int = 0
+) -> Callable[..., jax.Array]:
     """Return `inputs -> probabilities [B, ..., K]`, from the mean of the networks' logits; compiled once.
 
-    With `flips`, the first input is images [B, ..., H, W, C], and probabilities are averaged over their flips.
+    With `flips`, the first input is images [B, ..., H, W, C], and probabilities are averaged over their flips. With
+    `tile_size`, it is images [B, H, W, C], and the networks read overlapping tiles of that side.
     """
     graph, _ = nnx.split(networks[0])
     states = [place_on_devices(nnx.split(network)[1]) for network in networks]
 
     @jax.jit
     def logits(state: nnx.State, *inputs: Any) -> jax.Array:
-        return nnx.merge(graph, state)(*inputs)
+        network = nnx.merge(graph, state)
+        return apply_in_tiles(network, tile_size, *inputs) if tile_size else network(*inputs)
 
     @jax.jit
     def probabilities(all_logits: Sequence[jax.Array]) -> jax.Array:

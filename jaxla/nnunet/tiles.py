@@ -14,16 +14,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from scipy import ndimage
 
 from jaxla.data.prepared import PreparedVolume
 from jaxla.distributed import device_count, place_on_devices, shard_batch
+from jaxla.models.ops.tiles import gaussian_weights, tile_starts
 from jaxla.nnunet.plan import Configuration, Plan
 from jaxla.nnunet.preprocessing import PreprocessedImage, preprocessed_shape
 from jaxla.nnunet.resampling import find_coarse_axis, linear_indices, nearest_indices
 
-STEP_FRACTION = 0.5  # of a tile's side: the largest distance between two tiles
-SIGMA_FRACTION = 1 / 8  # of a tile's side: standard deviation of its Gaussian weights
 MAX_TILES_PER_DEVICE = 8
 
 Rows = Iterator[np.ndarray]  # slices along the first axis, in order
@@ -96,12 +94,6 @@ def _merge_tiles(
     yield from pop_finished(len(padded))
 
 
-def tile_starts(n: int, side: int) -> list[int]:
-    """Return where tiles begin along n voxels: evenly spaced, at most half a tile apart."""
-    count = int(np.ceil((n - side) / (side * STEP_FRACTION))) + 1
-    return [round((n - side) / max(count - 1, 1) * i) for i in range(count)]
-
-
 def count_tiles(volumes: Iterable[PreparedVolume], plan: Plan, configuration: Configuration) -> int:
     """Return the number of tiles that segmenting the scans takes, including mirrored tiles."""
     total = 0
@@ -112,15 +104,6 @@ def count_tiles(volumes: Iterable[PreparedVolume], plan: Plan, configuration: Co
         tiles = math.prod(len(tile_starts(max(n, side), side)) for n, side in sides)
         total += tiles * (shape[0] if len(size) == 2 else 1)
     return total * 2 ** len(size)
-
-
-def gaussian_weights(size: Sequence[int]) -> np.ndarray:
-    """Return the weight of each voxel of a tile, float32 and positive: a Gaussian around the centre."""
-    centre = np.zeros(size)
-    centre[tuple(side // 2 for side in size)] = 1
-    weight = ndimage.gaussian_filter(centre, [side * SIGMA_FRACTION for side in size], mode="constant")
-    weight = np.float32(weight / weight.max())
-    return np.maximum(weight, weight[weight > 0].min())
 
 
 def resample_to_scan(logits: Iterable[np.ndarray], image: PreprocessedImage) -> Rows:

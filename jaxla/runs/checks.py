@@ -6,7 +6,7 @@ import math
 from dataclasses import replace
 from pathlib import Path
 
-from jaxla.config import Experiment, InputError, unread_options
+from jaxla.config import Experiment, InputError, NetworkOptions, Preprocessing, unread_options
 from jaxla.data.cases import RECOGNISED_LAYOUTS, how_to_get_data
 from jaxla.experiments import METHODS
 from jaxla.models.weights import weights_file
@@ -37,8 +37,17 @@ def check_experiment(experiment: Experiment) -> Experiment:
         problem = f"has no effect, because {model.arch} is {state}"
         raise InputError("--training.backbone_learning_rate", problem, "Remove the option.")
     if method.preprocessing is not None:
-        model.check_size("--preprocessing.image_size", method.preprocessing.image_size)
+        _check_input_size(model, method.preprocessing)
     return experiment
+
+
+def _check_input_size(model: NetworkOptions, preprocessing: Preprocessing) -> None:
+    """Raise an InputError if patches do not fit into slices, or if the network cannot read images of their size."""
+    image, patch = preprocessing.image_size, preprocessing.patch_size
+    if patch > image:
+        problem = f"larger than --preprocessing.image_size={image}"
+        raise InputError(f"--preprocessing.patch_size={patch}", problem, "Use smaller patches, or 0 for whole slices.")
+    model.check_size(f"--preprocessing.{'patch_size' if patch else 'image_size'}", patch or image)
 
 
 def _check_bounds(experiment: Experiment) -> None:
@@ -59,6 +68,7 @@ def _check_bounds(experiment: Experiment) -> None:
     }
     if method.preprocessing is not None:
         minimum["preprocessing.image_size"] = (1, method.preprocessing.image_size)
+        minimum["preprocessing.patch_size"] = (0, method.preprocessing.patch_size)
     for name in ("opening", "closing"):
         side = getattr(method.postprocessing, name)
         if side and side % 2 == 0:
@@ -81,12 +91,14 @@ def _check_bounds(experiment: Experiment) -> None:
     if not 0 <= training.average_decay < 1:
         where = f"--training.average_decay={training.average_decay}"
         raise InputError(where, "not from 0 to below 1", "Use 0.99, or 0 for none.")
-    where = f"--training.foreground_fraction={training.foreground_fraction}"
     if not 0 <= training.foreground_fraction < 1:
+        where = f"--training.foreground_fraction={training.foreground_fraction}"
         raise InputError(where, "not from 0 to below 1", "Use 0.5, for example, or 0 for none.")
-    if training.foreground_fraction and not task.HAS_FOREGROUND_SAMPLING:
-        problem = f"has no effect, because {method.name} does not train on single slices"
-        raise InputError(where, problem, "Remove the option.")
+    for group, name in ((training, "training.foreground_fraction"), (method.preprocessing, "preprocessing.patch_size")):
+        value = getattr(group, name.partition(".")[2], 0)
+        if value and not task.TRAINS_ON_SLICES:
+            problem = f"has no effect, because {method.name} does not train on single slices"
+            raise InputError(f"--{name}={value}", problem, "Remove the option.")
     for name in ("weight_decay", "max_gradient_norm"):
         if getattr(training, name) and training.optimiser == "sgd":
             problem = "has no effect, because --training.optimiser=sgd has its own"

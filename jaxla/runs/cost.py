@@ -35,7 +35,7 @@ class Cost:
 
     parameters: int  # of the network
     trained_parameters: int  # those that training changes
-    multiply_adds: int  # per slice at the network's input size; for networks that read volumes, a slice's part
+    multiply_adds: int  # per slice at the network's input size, in all of its tiles; of a volume, a slice's part
     step_bytes: int  # device memory of a training step, as reported by XLA
     peak_host_bytes: int | None  # of the process (on CPU, all of it); None if the system does not say
     peak_device_bytes: int | None  # peak memory on a GPU; None on CPU
@@ -64,7 +64,7 @@ def measure_cost(
     return Cost(
         parameters=count * count_parameters(nnx.state(network, nnx.Param)),
         trained_parameters=count * count_parameters(split_network(network, train_backbone=is_finetuned).trainable),
-        multiply_adds=count * operations // depth,
+        multiply_adds=count * operations * task.tile_count // depth,
         step_bytes=step_bytes,
         step_slices=task.batch_size * depth,
         peak_host_bytes=peak_host_bytes(),

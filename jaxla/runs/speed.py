@@ -63,7 +63,7 @@ def measure_speed(
         step_seconds = mean_seconds(lambda: trainer.step(next(batches), 0), MEASURED_STEPS)
         if (step_count := broadcast(round(seconds / step_seconds))) > MEASURED_STEPS:  # the same in all processes
             step_seconds = mean_seconds(lambda: trainer.step(next(batches), 0), step_count)
-    batch_seconds = step_seconds / FORWARD_PASSES_PER_STEP
+    batch_seconds = step_seconds / FORWARD_PASSES_PER_STEP * task.tile_count
     if sources.val:
         with closing(evaluation_batches(sources.val, task.batch_size, rows)) as batches:
             batch = next(batches)

@@ -51,17 +51,21 @@ class Task(ABC):
         sample: the words for one sample and for several.
         unit: what validation averages Dice over, in words.
         MIN_STEPS, MIN_BATCH_SIZE: lower bounds of these options; 0 means that the value follows from the data.
-        HAS_FOREGROUND_SAMPLING: whether `training.foreground_fraction` has an effect.
+        TRAINS_ON_SLICES: whether a sample is a slice or a patch of a slice; some options have an effect only then.
         HAS_TIME_BUDGET: whether `training.minutes` can choose the epochs and steps.
         extent: side in mm of the square canvas that all slices share; 0 if there is none.
+        tile_size: side in pixels of the tiles in which validation and inference read a sample; 0 reads it whole.
+        tile_count: number of these tiles in a sample.
     """
 
     sample: tuple[str, str]
     unit: ClassVar[str] = "per volume"
     extent: float = 0.0
+    tile_size: int = 0
+    tile_count: int = 1
     MIN_STEPS: ClassVar[int] = 0
     MIN_BATCH_SIZE: ClassVar[int] = 1
-    HAS_FOREGROUND_SAMPLING: ClassVar[bool] = False
+    TRAINS_ON_SLICES: ClassVar[bool] = False
     HAS_TIME_BUDGET: ClassVar[bool] = True
 
     def __init__(self, experiment: Experiment, outputs: int) -> None:
@@ -176,6 +180,7 @@ class Task(ABC):
             steps,
             loss=self.loss,
             augment=self.augment,
+            tile_size=self.tile_size,
             make_gradient=self.make_gradient,
             train_backbone=self.model.backbone == "finetuned",
             has_pretrained_backbone=self.model.weights != "random",
@@ -221,7 +226,7 @@ class Task(ABC):
 
     @abstractmethod
     def batches_to_segment(self, volumes: Sequence[PreparedVolume]) -> float:
-        """Return how many batches of `batch_size` inputs it takes to segment volumes, for the time estimate."""
+        """Return how many batches of `batch_size` samples it takes to segment volumes, for the time estimate."""
 
 
 def make_loss(recipe: Training, batch_dice: bool) -> Loss:

@@ -12,7 +12,7 @@ import numpy as np
 from flax import nnx
 
 from jaxla.cli.terminal import plural
-from jaxla.config import Experiment
+from jaxla.config import Experiment, option
 from jaxla.data.batches import SliceSource
 from jaxla.data.dataset import PreparedData
 from jaxla.data.inputs import Canvas, Frame, input_to_slice, intensity_range, slice_to_input
@@ -21,22 +21,32 @@ from jaxla.data.slices import SliceGeometry
 from jaxla.distributed import device_count, local_rows, shard_batch
 from jaxla.inference.segment import Segmented, SegmentSlices, classify, mean_probabilities, pad_rows
 from jaxla.memory import require_memory
+from jaxla.models.ops.tiles import tile_starts
 from jaxla.tasks.base import Features, Sources, Task
 from jaxla.training.features import CachedFeatures, FeatureCache
+from jaxla.training.patches import cut_patches
+from jaxla.training.step import Augment
 
 # (inputs of a scan's slices, slice count) -> probabilities [size, size, K] of each slice, in the network's pixels
 SliceProbabilities = Callable[[Iterable[Any], int], Iterable[np.ndarray]]
 
 
 class SliceTask(Task):
-    """Trains on slices, each placed on a square canvas with a side of `extent` mm, or its own side if that is 0."""
+    """Trains on slices, each placed on a square canvas with a side of `extent` mm, or its own side if that is 0.
+
+    With `preprocessing.patch_size`, a step cuts a random patch from each slice, and inference averages tiles.
+    """
 
     sample = ("slice", "slices")
-    HAS_FOREGROUND_SAMPLING = True
+    TRAINS_ON_SLICES = True
 
     def __init__(self, experiment: Experiment, outputs: int, extent: float = 0.0) -> None:
         super().__init__(experiment, outputs)
-        self.canvas = Canvas(experiment.method.preprocessing.image_size, extent)
+        preprocessing = experiment.method.preprocessing
+        self.canvas, self.tile_size = Canvas(preprocessing.image_size, extent), preprocessing.patch_size
+        if self.tile_size:
+            self.sample = ("patch of a slice", "patches of slices")
+            self.tile_count = len(tile_starts(self.canvas.size, self.tile_size)) ** 2
 
     @classmethod
     def from_data(cls, experiment: Experiment, data: PreparedData) -> Self:
@@ -64,11 +74,12 @@ class SliceTask(Task):
         return ""
 
     def describe_input(self) -> str:
-        side = self.canvas.size
+        side, patch = self.canvas.size, self.tile_size
+        patches = f"patches of {patch} × {patch} pixels from slices of " if patch else ""
         extent = f", {self.extent:.0f} × {self.extent:.0f} mm" if self.extent else ""
         count = 2 * self.model.neighbours
         neighbours = f", with {plural(count, 'neighbouring slice')}" if count else ""
-        return f"{side} × {side} pixels{extent}{neighbours}"
+        return f"{patches}{side} × {side} pixels{extent}{neighbours}"
 
     def make_sources(self, data: PreparedData, cache_dir: Path, features: Features | None = None) -> Sources:
         def make_source(ids: Sequence[str], foreground: float) -> SliceSource:
@@ -83,6 +94,33 @@ class SliceTask(Task):
     def samples_per_pass(self, volumes: Sequence[PreparedVolume]) -> int:
         return sum(volume.shape[0] for volume in volumes)
 
+    @property
+    def augment(self) -> Augment | None:
+        """The augmentation of a batch: patches are cut last, so that augmentation leaves no borders within slices."""
+        change = super().augment
+        if not self.tile_size:
+            return change
+        fraction = self.recipe.foreground_fraction
+
+        def augment_and_cut(key: jax.Array, images: jax.Array, masks: jax.Array) -> tuple[jax.Array, jax.Array]:
+            change_key, cut_key = jax.random.split(key)
+            if change is not None:
+                images, masks = change(change_key, images, masks)
+            return cut_patches(self.tile_size, fraction, cut_key, images, masks)
+
+        return augment_and_cut
+
+    @property
+    def memory_advice(self) -> str:
+        if not self.tile_size:
+            return super().memory_advice
+        return f"Lower {option('preprocessing.patch_size')} or {option('preprocessing.image_size')}."
+
+    def why_not_cached(self, network: nnx.Module) -> str:
+        if self.tile_size and self.model.backbone == "frozen":
+            return "The frozen backbone runs at every step, because it reads random patches: there is nothing to cache."
+        return super().why_not_cached(network)
+
     def make_feature_cache(self, network: nnx.Module, cache_dir: Path) -> FeatureCache:
         return FeatureCache(cache_dir, network, self.model.arch, self.canvas)
 
@@ -90,7 +128,8 @@ class SliceTask(Task):
         return network.on_features((self.canvas.size, self.canvas.size))
 
     def input_shape(self, slices: int) -> tuple[int, ...]:
-        return (self.canvas.size, self.canvas.size, 1 + 2 * self.model.neighbours)
+        side = self.tile_size or self.canvas.size
+        return (side, side, 1 + 2 * self.model.neighbours)
 
     def batches_to_segment(self, volumes: Sequence[PreparedVolume]) -> float:
         return self.samples_per_pass(volumes) / self.batch_size
@@ -126,7 +165,8 @@ class SliceTask(Task):
 
     def make_slice_probabilities(self, networks: Sequence[nnx.Module]) -> SliceProbabilities:
         """Return a function that applies networks to the slices of one scan, given their inputs."""
-        batch_probabilities = mean_probabilities(networks, self.experiment.method.postprocessing.flips)
+        flips = self.experiment.method.postprocessing.flips
+        batch_probabilities = mean_probabilities(networks, flips, self.tile_size)
         batch_size = self.batch_size
 
         def slice_probabilities(inputs: Iterable[Any], count: int) -> Iterator[np.ndarray]:

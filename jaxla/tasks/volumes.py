@@ -29,7 +29,7 @@ class VolumeTask(SliceTask):
     """Trains on whole volumes, padded with empty slices to the depth of the deepest, with each slice on a canvas."""
 
     sample = ("whole volume", "whole volumes")
-    HAS_FOREGROUND_SAMPLING = False
+    TRAINS_ON_SLICES = False
 
     def check_scan(self, scan: str | Path, slices: int) -> None:
         self.model.check_depth(scan, slices)

@@ -6,6 +6,7 @@ Frozen parameters are a separate argument and are never differentiated.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -14,6 +15,7 @@ import optax
 from flax import nnx
 
 from jaxla.distributed import constrain_sharding, device_count, replicate
+from jaxla.models.ops.tiles import apply_in_tiles
 from jaxla.training.losses import Loss, count_overlap, cross_entropy, deep_supervision, row_weights
 
 # (key, images, masks) -> (images, masks)
@@ -76,7 +78,7 @@ def valid_rows(batch: Any) -> jax.Array | None:
     return weight > 0 if weight.ndim > 1 or device_count() > 1 else None
 
 
-def apply_network(network: nnx.Module, batch: Any) -> Any:
+def apply_network(network: Callable[..., Any], batch: Any) -> Any:
     """Call the network on a batch; networks that need no mask of valid rows need not accept one."""
     valid = valid_rows(batch)
     return network(network_inputs(batch)) if valid is None else network(network_inputs(batch), valid)
@@ -137,11 +139,15 @@ class Evaluated(NamedTuple):
     weight: jax.Array  # [B]
 
 
-def make_evaluation(graph: nnx.GraphDef, loss: Loss = cross_entropy) -> Callable[..., Evaluated]:
-    """Return `(trainable, frozen, batch) -> Evaluated`, compiled."""
+def make_evaluation(graph: nnx.GraphDef, loss: Loss = cross_entropy, tile_size: int = 0) -> Callable[..., Evaluated]:
+    """Return `(trainable, frozen, batch) -> Evaluated`, compiled.
+
+    With `tile_size`, the network reads images in overlapping tiles of that side (`apply_in_tiles`).
+    """
 
     def evaluate(trainable: Any, frozen: Frozen, batch: Any) -> Evaluated:
-        logits = apply_network(nnx.merge(graph, trainable, *frozen), batch)
+        network = nnx.merge(graph, trainable, *frozen)
+        logits = apply_network(partial(apply_in_tiles, network, tile_size) if tile_size else network, batch)
         mask = jnp.maximum(batch["mask"], 0)  # voxels outside the scan count as background
         value, rows = loss(logits, mask, batch["weight"]), row_weights(batch["weight"])
         return replicate(Evaluated(value, count_overlap(logits, mask, rows), batch["volume"], rows))

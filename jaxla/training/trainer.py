@@ -40,6 +40,7 @@ class Trainer:
         steps_per_epoch: number of steps per epoch, for the schedule.
         loss: `(logits, mask, weight) -> value`.
         augment: `(key, images, masks) -> (images, masks)`, run on the device as part of the step.
+        tile_size: side of the tiles that validation averages, if `augment` cuts patches; 0 reads whole images.
         make_gradient: makes the function that computes the gradient.
         train_backbone: whether the network's attribute `backbone` is trained; ignored if there is none.
         has_pretrained_backbone: whether the backbone has its own learning rate.
@@ -62,6 +63,7 @@ class Trainer:
         *,
         loss: Loss = cross_entropy,
         augment: Augment | None = None,
+        tile_size: int = 0,
         make_gradient: MakeGradient = make_gradient,
         train_backbone: bool = True,
         has_pretrained_backbone: bool = False,
@@ -77,7 +79,7 @@ class Trainer:
         gradient = make_gradient(parts.training, augment, loss)
         self._gradient = jax.jit(gradient)
         self._step: Callable = make_step(gradient, optimiser)
-        self._evaluate = make_evaluation(parts.evaluation, loss)
+        self._evaluate = make_evaluation(parts.evaluation, loss, tile_size)
         self._graph = parts.evaluation
         self._key = jax.random.key(seed)
         # The optimiser's state is sharded like the parameters. A step donates the buffers of what it trains:

@@ -11,11 +11,12 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from jaxla.models.ops.tiles import gaussian_weights, tile_starts
 from jaxla.nnunet.network import NNUNet
 from jaxla.nnunet.plan import Configuration
 from jaxla.nnunet.preprocessing import PreprocessedImage
 from jaxla.nnunet.resampling import find_coarse_axis
-from jaxla.nnunet.tiles import count_tiles, gaussian_weights, make_tile_logits, resample_to_scan, tile_starts
+from jaxla.nnunet.tiles import count_tiles, make_tile_logits, resample_to_scan
 from tests.parity.test_nnunet import TINY
 from tests.tiny import TINY_PLAN, randomise
 

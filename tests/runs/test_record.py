@@ -1,5 +1,6 @@
 """The record of a run, and how it names methods and devices."""
 
+import json
 from dataclasses import replace
 
 import pytest
@@ -27,6 +28,21 @@ def test_a_record_is_read_as_it_was_written(tmp_path):
         "2026-01-01T00:00:00+00:00", environment, backbone_sha256="hash", resumed=({"begun": "later"},), extent=1.5,
     )  # fmt: skip
     write_record(tmp_path, record)
+    assert read_record(tmp_path) == record
+
+
+def test_an_option_that_a_record_lacks_has_its_default(tmp_path):
+    """Earlier versions did not have it."""
+    about = dict.fromkeys(("label", "network", "input", "unit", "split_sha256", "data_sha256", "command", "begun"), "")
+    environment = {"device": "cpu: cpu", "versions": {}}
+    record = Record(
+        PAPER1, labels=Labels(("LA",)), weights="random", weights_sha256="", environment=environment, **about
+    )
+    write_record(tmp_path, record)
+    path = tmp_path / "experiment.json"
+    content = json.loads(path.read_text())
+    assert content["experiment"]["preprocessing"].pop("patch_size") == 0
+    path.write_text(json.dumps(content))
     assert read_record(tmp_path) == record
 
 

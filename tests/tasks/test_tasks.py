@@ -2,12 +2,16 @@
 
 from dataclasses import replace
 
+import jax
+import numpy as np
 import pytest
 from jaxla.experiments import EXPERIMENTS, METHODS
 
 from jaxla.config import Preprocessing
+from jaxla.data.batches import sample_batch
 from jaxla.data.cases import find_cases
 from jaxla.data.dataset import PreparedData
+from jaxla.data.slices import slice_geometry
 from jaxla.data.split import Split
 from jaxla.runs.network_input import log_network_input
 from jaxla.tasks import make_task, restore_task
@@ -68,6 +72,38 @@ def test_a_network_can_see_only_the_centre_that_holds_the_training_structures(da
         log_network_input(replace(data, split=Split(train=(second,), val=(first,), test=())), small)
     assert caplog.messages[2].startswith("1 validation or test case with structures outside that centre (")
     assert caplog.messages[2].endswith(f": {first}")
+
+
+def with_patches(name, side, **model):
+    method = METHODS[name]
+    preprocessing = replace(method.preprocessing, image_size=32, patch_size=side)
+    changed = replace(method, model=replace(method.model, **model), preprocessing=preprocessing)
+    return replace(EXPERIMENTS["quickstart"], method=changed)
+
+
+def test_a_slice_is_read_in_patches(data, tmp_path):
+    """Tiles of 16 pixels start at 0, 8 and 16 of 32; slices have 32 pixels, as the network's input has."""
+    task = make_task(with_patches("unet_small", 16, widths=(4, 4)), data)
+    assert (
+        task.describe_input() == "patches of 16 × 16 pixels from slices of 32 × 32 pixels, with 2 neighbouring slices"
+    )
+    assert (task.input_shape(7), task.tile_size, task.tile_count) == ((16, 16, 3), 16, 9)
+    assert task.memory_advice == "Lower preprocessing.patch_size or preprocessing.image_size."
+    source = task.make_sources(data, tmp_path).train
+    batch = sample_batch(source, range(4))
+    images, masks = jax.eval_shape(task.augment, jax.random.key(0), batch["input"], batch["mask"])
+    assert (images.shape, masks.shape) == ((4, 16, 16, 3), (4, 16, 16))
+    network = task.build_network()
+    segment, trainer = task.make_segment([network]), task.make_trainer(network, source)
+
+    overlaps = []  # validation scores what prediction gives: slices in tiles
+    for name in data.split.train:
+        volume = data.volumes[name]
+        predicted = segment(volume.image, slice_geometry(np.diag([1.0, 1.0, 3.0, 1.0])))[0]
+        both, total = np.sum(predicted & volume.mask), np.sum(predicted) + np.sum(volume.mask)
+        overlaps.append(2 * both / total)
+    assert trainer.validate(source).dice == pytest.approx(np.mean(overlaps), abs=1e-9)
+    assert 0 < np.mean(overlaps) < 1
 
 
 @pytest.mark.parametrize(("gradient", "make"), [("two_pass", make_two_pass_gradient), ("whole", make_gradient)])

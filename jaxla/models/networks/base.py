@@ -70,7 +70,7 @@ class TransformerOptions(BackboneOptions):
         patch = TRANSFORMERS[self.arch].patch
         if size % patch:
             nearest = max(1, round(size / patch)) * patch
-            problem = f"not a multiple of the patch size {patch}"
+            problem = f"not a multiple of the patch size {patch} of {self.arch}"
             raise InputError(f"{option_name}={size}", problem, f"Use {nearest}, for example.")
 
 
