@@ -192,8 +192,8 @@ def test_training_refuses_a_subset_without_a_class_that_other_patients_have(tmp_
 
 
 @pytest.mark.parametrize("fold", ["all", "2"])
-def test_training_refuses_a_fold_that_trains_without_a_class_before_any_fold_begins(tmp_path, fold):
-    """Only the patients that validate in fold 2 have the class."""
+def test_a_fold_whose_training_cases_lack_a_class_is_refused_before_any_fold_begins(tmp_path, fold):
+    """Only the validation patients of fold 2 have the class."""
     folder = flat(tmp_path / "data", 12)
     names = [path.name.removesuffix(".nii.gz") for path in folder.glob("*.nii.gz") if "mask" not in path.name]
     for name in make_split(names, Data(), "2").val:
@@ -237,7 +237,7 @@ def test_training_refuses_a_batch_that_does_not_fit_into_memory(tmp_path):
     line = refuse_to_train(tmp_path, "--method=unet", *options)
     problem = r"^error: --training.batch_size=9999: a training step needs \S+, but the device has \S+\. Start a new run"
     assert re.search(problem, line)
-    for too_large in ("--preprocessing.image_size=99999", "--training.batch_size=999999999"):  # for the images alone
+    for too_large in ("--preprocessing.image_size=99999", "--training.batch_size=999999999"):  # images alone do not fit
         line = refuse_to_train(tmp_path, "--method=unet", "--model.widths=[8,8]", too_large)
         assert re.search(r"^error: --training.batch_size=\d+: a training step needs .*, but the device has", line)
 
@@ -469,7 +469,7 @@ def scan_and_run(tmp_path, run_folder):
     ids=lambda value: " ".join(value) if isinstance(value, list) else None,
 )
 def test_prediction_names_what_is_at_fault(scan_and_run, options, message):
-    """A later option of the same name wins."""
+    """The options of a row override the defaults."""
     defaults = ("--run=run", "--input=scan.nii.gz", "--output=mask.nii.gz")
     assert re.search(f"^error: .*{message}", refuse(scan_and_run, "jaxla.predict", *defaults, *options))
 

@@ -1,4 +1,4 @@
-"""The main job end to end, as a user runs it: what the run folder contains and what the command prints."""
+"""python -m jaxla.train end to end: what the run folder contains and what the command prints."""
 
 import csv
 import json
@@ -87,7 +87,7 @@ def test_cost_is_that_of_the_network(small_run):
     cost = read_json(small_run / "cost.json")
     parameters = sum(leaf.size for leaf in jax.tree.leaves(nnx.state(jaxla.load_network(small_run), nnx.Param)))
     assert cost["parameters"] == cost["trained_parameters"] == parameters
-    assert cost["multiply_adds"] > 36 * 800_000  # 36 tokens pass 0.8 M parameters of the blocks
+    assert cost["multiply_adds"] > 36 * 800_000  # each of 36 tokens passes through 0.8 M parameters
     assert cost["step_bytes"] > 3 * 4 * parameters  # with Adam's two moments
     assert cost["peak_host_bytes"] > cost["step_bytes"]
     assert cost["peak_device_bytes"] is None

@@ -35,7 +35,7 @@ def succeed(*arguments):
 
 def refuse(folder, *arguments):
     """Return the one line of error; the command must leave the folder unchanged."""
-    line = commands.refuse(folder, None, *arguments, run=lambda _, __, *options: convert(*options), but=None)
+    line = commands.refuse(folder, None, *arguments, run=lambda _, __, *options: convert(*options), ignored=None)
     return line.removeprefix("error: ")
 
 

@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 
 from convert_weights.checkpoint import checkpoint_sha256, open_checkpoint
 from jaxla.config import InputError
-from tests.commands import tree
+from tests.commands import snapshot
 from tests.convert_weights.command import (
     ROOT,
     authors_shapes,
@@ -568,7 +568,7 @@ def test_too_little_space_is_reported_before_anything_is_written(tmp_path, monke
 
 def test_terminated_conversion_leaves_nothing_behind(tmp_path):
     source = save(tmp_path, empty_state("dinov2_vitl14"))
-    before = tree(tmp_path, but=None)
+    before = snapshot(tmp_path, ignored=None)
     arguments = ["--arch=dinov2_vitl14", f"--source={source}", f"--output={tmp_path / 'out.safetensors'}"]
     process = subprocess.Popen([sys.executable, "-m", "convert_weights", *arguments], cwd=ROOT, stderr=subprocess.PIPE)
     while process.poll() is None and not any(
@@ -578,4 +578,4 @@ def test_terminated_conversion_leaves_nothing_behind(tmp_path):
     process.terminate()
     _, stderr = process.communicate(timeout=60)
     assert (process.returncode, stderr) == (1, b"interrupted\n")
-    assert tree(tmp_path, but=None) == before
+    assert snapshot(tmp_path, ignored=None) == before

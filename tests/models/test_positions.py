@@ -54,7 +54,7 @@ def test_each_patch_is_rotated_by_its_row_and_column():
     for row in range(h):
         for column in range(w):
             position = np.array([2 * (row + 0.5) / h - 1, 2 * (column + 0.5) / w - 1])
-            angles = 2 * np.pi * (position[:, None] / periods).ravel()  # those of the row, then those of the column
+            angles = 2 * np.pi * (position[:, None] / periods).ravel()  # angles of the row, then of the column
             token = prefix + row * w + column
             expected = pairs[:, token] * np.exp(1j * angles)
             ours = rotated[:, token, :, : width // 2] + 1j * rotated[:, token, :, width // 2 :]

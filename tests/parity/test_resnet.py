@@ -15,7 +15,7 @@ from jaxla import load_backbone
 from tests.golden.fake_weights import fake_image, fake_state_dict
 
 GOLDEN = Path(__file__).parents[1] / "golden"
-# Measured: 1.7e-6 and 4.3e-7, of values whose standard deviation is 0.2 to 0.6.
+# Measured: 1.7e-6 and 4.3e-7, for values whose standard deviation is 0.2 to 0.6.
 MAX_ABS, RELATIVE_L2 = 1e-5, 1.5e-6
 
 
