@@ -1,4 +1,4 @@
-"""Every refusal of a conversion is one line and exit status 2, and nothing is written."""
+"""A refused conversion prints one line, exits with 2, and writes nothing."""
 
 import json
 import math
@@ -282,7 +282,7 @@ def test_every_flipped_bit_is_refused_or_harmless(tmp_path):
             assert read() == expected, bit
         except InputError:
             refused += 1
-    assert refused > 200  # the other bits were in padding, dates and the like
+    assert refused > 200  # other bits are in fields without effect, such as padding and dates
 
 
 def test_checkpoint_without_checksums_is_converted(tmp_path):
@@ -413,7 +413,7 @@ def test_missing_source_is_refused(tmp_path):
         )
 
 
-def test_file_names_that_are_too_long_are_refused(tmp_path):
+def test_too_long_file_names_are_refused(tmp_path):
     long = tmp_path / f"{300 * 'a'}.safetensors"
     source = save(tmp_path, {"norm.weight": torch.zeros(3)})
     assert "no such file" in refuse(

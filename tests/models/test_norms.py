@@ -121,9 +121,8 @@ def test_bfloat16_has_gradients_in_bfloat16_and_parameters_and_statistics_in_flo
         assert grad_layer["scale"][...].dtype == grad_layer["bias"][...].dtype == np.float32
         results.append((grad_x.astype(jnp.float32), grad_layer["scale"][...], grad_layer["bias"][...]))
     for half_gradient, full_gradient in zip(*results, strict=True):
-        np.testing.assert_allclose(
-            half_gradient, full_gradient, rtol=0, atol=0.05
-        )  # measured: 0.023, for values up to 29
+        # measured: 0.023, for values up to 29
+        np.testing.assert_allclose(half_gradient, full_gradient, rtol=0, atol=0.05)
     np.testing.assert_array_equal(half.var[...], full.var[...])
     assert half.var[...].dtype == np.float32
 

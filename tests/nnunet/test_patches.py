@@ -11,7 +11,7 @@ from jaxla.nnunet.preprocessing import preprocess_volumes
 from tests.data.nifti import save
 from tests.nnunet.test_preprocessing import make_tiny_plan
 
-SHAPE = (12, 20, 16)  # of preprocessed volumes
+SHAPE = (12, 20, 16)  # of the preprocessed volumes
 
 
 @pytest.fixture(scope="module")

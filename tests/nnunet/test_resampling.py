@@ -1,4 +1,4 @@
-"""Resampling equals nnU-Net's own bit for bit; sample positions by hand."""
+"""Resampling is bit-identical to nnU-Net's; sample positions equal those computed by hand."""
 
 from pathlib import Path
 
