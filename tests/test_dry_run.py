@@ -127,7 +127,7 @@ def test_run_folder_is_no_larger_than_forecast(finetuned, small_run):
     assert size <= parse_bytes(re.match(r"run folder (\S+) at most", finetuned["disk"])[1])
 
 
-def test_features_take_the_forecast_space(frozen, features, folder, slices):
+def test_features_take_as_much_space_as_forecast(frozen, features, folder, slices):
     """The forecast shows three digits, so it is exact to half a percent."""
     written = sum(np.load(path, mmap_mode="r").nbytes for path in features.glob("*.npy"))
     assert written == sum(slices.values()) * 6 * 6 * 128 * 4  # 48 pixels in patches of 8, 128 channels, float32

@@ -51,7 +51,7 @@ def describe_best(lines):
 # --- runs ------------------------------------------------------------------------------------------------------------
 
 
-def test_finished_run(small_run, phantoms):
+def test_facts_of_a_finished_run(small_run, phantoms):
     summary, split = read_json(small_run / "test" / "summary.json"), read_json(small_run / "split.json")
     record = read_json(small_run / "experiment.json")
     dice, iou, atlas = (s["mean"] for s in (summary["dice"], summary["iou"], summary["atlas"]["dice"]))
@@ -94,7 +94,7 @@ def test_stopped_run_shows_its_progress_and_the_command_that_resumes_it(unfinish
     require_resumable(options.run_dir, check_experiment(options.experiment))  # the checks of --resume
 
 
-def test_run_that_stopped_in_its_first_epoch(unfinished):
+def test_facts_of_a_run_that_stopped_in_its_first_epoch(unfinished):
     (unfinished / "metrics.jsonl").unlink()
     facts = info(unfinished)
     assert facts["state"] == "stopped: 0 of at most 3 epochs are done"
@@ -140,7 +140,7 @@ def test_weights_show_their_architecture_and_source(weights):
     }
 
 
-def test_weights_that_were_not_released(tmp_path):
+def test_facts_of_weights_that_were_not_released(tmp_path):
     metadata = {"arch": "vit_mini8", "source": "random, seed 5", "source_sha256": "", "licence": ""}
     save_weights(tmp_path / "mine.safetensors", {}, metadata)
     facts = info(tmp_path / "mine.safetensors")

@@ -23,7 +23,7 @@ def modification_times(folder):
     return {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
 
 
-def test_the_report_of_a_folder_without_findings(tmp_path):
+def test_report_of_a_folder_without_findings(tmp_path):
     flat(tmp_path, 5)
     code, stdout, stderr = run(f"--data.root={tmp_path}", "--data.labels=LA:1")
     assert (code, stderr) == (0, "")
@@ -151,7 +151,7 @@ def test_stdout_is_only_json_even_if_training_would_log_a_line(tmp_path):
     assert (tmp_path / "modules.txt").read_text() == ""
 
 
-def test_json_holds_every_finding_and_stderr_the_first(tmp_path):
+def test_json_has_every_finding_and_stderr_the_first(tmp_path):
     root = flat(tmp_path, 30)
     for n in range(25):
         (root / f"case_{n}_mask.nii.gz").unlink()

@@ -18,7 +18,7 @@ def mini(tmp_path):
 
 def test_existing_file_is_verified(mini):
     checksum = read_weights(mini)[1]["data_sha256"]
-    features = 128 * (1 + 14 * 14)  # of the class token and of patches of 8 × 8 pixels
+    features = 128 * (1 + 14 * 14)  # channels of the class token and of each 8 × 8 patch
     assert succeed("--verify", f"--output={mini}") == (
         f"{mini}: verified: the data match their sha256 {checksum}; "
         f"the {features} features of one 112×112 image are finite\n"

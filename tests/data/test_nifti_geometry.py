@@ -172,7 +172,7 @@ def test_a_file_with_the_wrong_extension_is_refused_with_the_right_name(tmp_path
         read_image(path)
 
 
-def test_names_in_capitals_are_read(tmp_path):
+def test_file_names_in_upper_case_are_read(tmp_path):
     compressed = save(tmp_path / "a.nii.gz", image_array()).rename(tmp_path / "A.NII.GZ")
     np.testing.assert_array_equal(read_image(compressed).array, image_array())
 

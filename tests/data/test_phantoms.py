@@ -53,7 +53,7 @@ def test_layout_is_lascarqs(tmp_path, caplog):
     assert image.header.get_xyzt_units()[0] == "mm"
 
 
-def test_small_geometry_and_mask_values(small):
+def test_geometry_and_mask_values_of_small_phantoms(small):
     for image, mask, affine in small:
         assert image.shape == mask.shape
         assert image.shape[0] == image.shape[1]
@@ -66,7 +66,7 @@ def test_small_geometry_and_mask_values(small):
         assert image.min() >= 0
 
 
-def test_full_geometry():
+def test_geometry_of_full_phantoms():
     # Only one of the smaller volumes is painted: shapes are known without painting.
     shapes = {
         tuple(map(len, _draw_grid(np.random.default_rng([SIZES.index("full"), 0, n]), "full"))): n

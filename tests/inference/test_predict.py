@@ -130,7 +130,7 @@ def contents(folder):
     }
 
 
-def test_an_interrupted_folder_is_continued_and_only_by_the_same_run(small_run, thin_scans, tmp_path, caplog):
+def test_an_interrupted_prediction_can_be_continued_only_by_the_same_run(small_run, thin_scans, tmp_path, caplog):
     caplog.set_level("INFO", "jaxla")
     masks, run = tmp_path / "masks", f"--run={small_run}"
     options = (run, f"--input={thin_scans}", f"--output={masks}", "--probabilities")

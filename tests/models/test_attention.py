@@ -93,5 +93,5 @@ def device(platform, version="", **attributes):
     ],
     ids=["CPU", "Turing", "Ampere", "Blackwell", "AMD", "TPU"],
 )
-def test_capabilities_of_devices(device, bfloat16, cudnn):
+def test_capabilities_of_devices_are_recognised(device, bfloat16, cudnn):
     assert (prefers_bfloat16(device), supports_cudnn_attention(device)) == (bfloat16, cudnn)

@@ -56,7 +56,7 @@ def test_kernel_gradient_equals_float64_up_to_rounding(shape, outputs, side):
     exact = torch.from_numpy(kernel.transpose(3, 2, 0, 1).copy()).double().requires_grad_()
     torch.nn.functional.conv2d(x, exact, padding=side // 2).backward(weight)
     theirs = exact.grad.permute(2, 3, 1, 0).numpy()
-    assert np.linalg.norm(ours - theirs) / np.linalg.norm(theirs) <= 2e-6  # measured: 1.6e-6; JAX's own: up to 4e-6
+    assert np.linalg.norm(ours - theirs) / np.linalg.norm(theirs) <= 2e-6  # measured: 1.6e-6; up to 4e-6 for JAX's
 
 
 def test_one_pixel_kernel_with_stride_equals_pytorch():
@@ -88,7 +88,7 @@ def test_gradients_in_float64_and_bfloat16():
     np.testing.assert_allclose(np.float64(half), double, atol=0.5)  # sums of 200 numbers near 1, in 8 bits
 
 
-@pytest.mark.skipif(not on_cpu(), reason="on other devices the gradients are JAX's own")
+@pytest.mark.skipif(not on_cpu(), reason="other devices use JAX's gradients")
 def test_gradients_in_a_loop_compile_to_the_fast_form():
     def loss(x, kernels):
         return jax.lax.scan(lambda x, kernel: (same_convolution(x, kernel), None), x, kernels)[0].sum()

@@ -269,7 +269,7 @@ def test_default_decoder_on_vit_b_has_the_parameters_of_its_layers():
     decoder = nnx.eval_shape(lambda: FusionDecoder(768, 12, widths, 1, rngs=nnx.Rngs(0)))
     expected = 768 * 512 + 512 + 5 * 12 + 9 * 32 + 1  # first level, weights of the blocks, logits
     for i, o in pairwise(widths):
-        expected += 768 * i + i  # the stage's own sum
+        expected += 768 * i + i  # projection of the weighted sum
         expected += 9 * 3 * 16 + 2 * 16  # the image
         expected += 9 * (i + 16) * o + 2 * o + 9 * o * o + 2 * o
     assert sum(leaf.size for leaf in jax.tree.leaves(nnx.state(decoder, nnx.Param))) == expected == 3_555_293

@@ -51,7 +51,7 @@ def test_grey_images_are_normalised_like_imagenet(name):
 
 
 @pytest.mark.parametrize("method", PARAMETERS)
-def test_parameter_count_is_the_published_one(method):
+def test_parameter_count_equals_the_published_one(method):
     assert parameter_count(METHODS[method].model) == PARAMETERS[method]
 
 

@@ -78,7 +78,7 @@ def test_absent_images_do_not_change_the_statistics():
         )  # measured: 6.0e-8
 
 
-def test_gradients_with_absent_images():
+def test_gradients_with_absent_images_equal_pytorch():
     """Absent images are normalised by the statistics of the present ones, so their gradients reach the present ones."""
     ours, _, x = make_layers((5, 5, 7, 4))
     ours.train()

@@ -54,14 +54,14 @@ def from_torch(tensor):
         ((512, 2), (448, 1)),
     ],
 )
-def test_resizing_equals_pytorchs_bilinear(shape, size):
+def test_resizing_equals_bilinear_interpolation_in_pytorch(shape, size):
     x = np.random.default_rng(0).standard_normal((2, *shape, 3), dtype=np.float32)
     expected = torch.nn.functional.interpolate(to_torch(x), size=size, mode="bilinear", align_corners=False)
     np.testing.assert_allclose(resize(jnp.asarray(x), size), from_torch(expected), atol=3e-6)  # measured: 5e-7
 
 
 @pytest.mark.parametrize("shape", [(4, 6), (1, 1), (1, 5), (2, 2), (7, 3)])
-def test_doubling_and_its_gradient_equal_pytorchs_bilinear(shape):
+def test_doubling_and_its_gradient_equal_bilinear_interpolation_in_pytorch(shape):
     rng = np.random.default_rng(0)
     x, weight = (rng.standard_normal((2, *s, 3), dtype=np.float32) for s in (shape, (2 * shape[0], 2 * shape[1])))
     theirs = to_torch(x).requires_grad_()

@@ -79,7 +79,7 @@ def run(network, *arguments):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_windows_logits_equal_pytorch(kind):
+def test_logits_of_a_window_equal_pytorch(kind):
     window = range(2, 5)
     decoder = make_decoder(outputs=3, **KINDS[kind])
     features = random_features(slices=len(window))
@@ -118,7 +118,7 @@ def test_gradients_equal_pytorch():
             assert error <= 1e-13, name  # measured: 8.3e-15
 
 
-def test_logits_of_a_volume_equal_pytorchs_for_its_windows():
+def test_logits_of_a_volume_equal_pytorch_on_its_windows():
     counts = (4, 1, 3)  # windows of different sizes along slices and columns
     decoder, features = make_decoder(), random_features()
     reference = reference_of(decoder)

@@ -29,7 +29,7 @@ IMAGE = jnp.asarray(EXPECTED["image"])
 
 
 @pytest.mark.parametrize("name", ["3d", "3d_small", "2d", "still"])
-def test_rotation_and_scaling_equal_nnunets(name):
+def test_rotation_and_scaling_equal_nnunet(name):
     """Rotation about three axes, larger and smaller patches, rotation in a plane, and no change."""
     image, mask = rotate_and_scale(
         jnp.asarray(EXPECTED[f"{name}_image"]),
@@ -45,7 +45,7 @@ def test_rotation_and_scaling_equal_nnunets(name):
 
 
 @pytest.mark.parametrize("number", range(3))
-def test_blur_resolution_and_gamma_equal_nnunets(number):
+def test_blur_resolution_and_gamma_equal_nnunet(number):
     blurred, low, gamma = (EXPECTED[f"{name}{number}"] for name in ("blur", "low", "gamma"))
     np.testing.assert_allclose(blur(IMAGE, EXPECTED[f"sigmas{number}"]), blurred, atol=2e-6)  # measured: 4.8e-7
     lowered = lower_resolution(IMAGE, EXPECTED[f"resolution{number}"])
@@ -55,11 +55,11 @@ def test_blur_resolution_and_gamma_equal_nnunets(number):
     np.testing.assert_allclose(changed, gamma, atol=1e-5)  # measured: 2.4e-6
 
 
-def test_contrast_equals_nnunets():
+def test_contrast_equals_nnunet():
     np.testing.assert_allclose(change_contrast(IMAGE, 1.2), EXPECTED["contrast"], atol=1e-6)  # measured: 2.4e-7
 
 
-def test_initial_patch_sizes_equal_nnunets():
+def test_initial_patch_sizes_equal_nnunet():
     sizes = json.loads((GOLDEN / "nnunet_read_sizes.json").read_text())
     assert [list(initial_patch_size(patch)) for patch in sizes["patch"]] == sizes["read"]
 

@@ -27,14 +27,14 @@ def to_json(content):
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
-def test_plans_equal_nnunets(path):
+def test_plans_equal_nnunet(path):
     expected = json.loads(path.read_text())
     assert to_json(plan_to_json(make_plan(read_fingerprint(path), class_count=2))) == expected
     assert to_json(plan_to_json(read_plan(path))) == expected
 
 
 @pytest.mark.parametrize("number", range(len(RANDOM)))
-def test_plans_of_random_scans_equal_nnunets(number):
+def test_plans_of_random_scans_equal_nnunet(number):
     """One to six scans with any spacing and axes, for several GPUs and numbers of classes."""
     expected = RANDOM[number]
     plan = make_plan(fingerprint_from_json(expected["fingerprint"]), expected["classes"], expected["memory_gb"])

@@ -30,7 +30,7 @@ def make_tiny_plan(spacing, transpose=(0, 1, 2), use_mask_for_norm=False, size=N
 
 
 @pytest.mark.parametrize("number", range(4))
-def test_images_and_masks_equal_nnunets_bit_for_bit(number, tmp_path):
+def test_images_and_masks_equal_nnunet_bit_for_bit(number, tmp_path):
     """Scans with zeros around them and a hole, in 2D and 3D, with axes in another order."""
     golden = {name: GOLDEN[f"{name}{number}"] for name in ("image", "mask", "spacing", "target", "transpose", "within")}
     plan, configuration = make_tiny_plan(
@@ -56,7 +56,7 @@ def test_images_and_masks_equal_nnunets_bit_for_bit(number, tmp_path):
 
 
 def test_orientation_of_the_file_does_not_change_the_image(tmp_path):
-    """nnU-Net uses a file's own axes; jaxla gives the same image however the scan is stored."""
+    """nnU-Net uses the axes of the file; jaxla gives the same image however the scan is stored."""
     image, plan = image_array(1), make_tiny_plan((2.0, 1.0, 1.0), size=(5, 10, 12))
     found = []
     for turn in ([[0, 1], [1, 1], [2, 1]], [[2, -1], [0, 1], [1, -1]], [[1, 1], [2, -1], [0, -1]]):

@@ -23,12 +23,12 @@ GOLDEN = Path(__file__).parents[1] / "golden"
 pytestmark = pytest.mark.usefixtures("fast_compilation")
 
 
-def test_tile_positions_equal_nnunets():
+def test_tile_positions_equal_nnunet():
     for case in json.loads((GOLDEN / "nnunet_windows.json").read_text()):
         assert [tile_starts(n, side) for n, side in zip(case["image"], case["window"], strict=True)] == case["starts"]
 
 
-def test_tile_weights_equal_nnunets():
+def test_tile_weights_equal_nnunet():
     """They are equal up to a factor, which cancels in the weighted mean."""
     for name, expected in np.load(GOLDEN / "nnunet_importance.npz").items():
         weight = gaussian_weights([int(side) for side in name.split("x")])
@@ -110,7 +110,7 @@ GOLDEN_RESAMPLING = np.load(GOLDEN / "nnunet_resampling.npz")
 
 
 @pytest.mark.parametrize("number", range(6))
-def test_logits_on_the_scans_grid_equal_nnunets(number):
+def test_logits_on_the_scans_grid_equal_nnunet(number):
     logits, expected, scan, plan = (GOLDEN_RESAMPLING[f"{n}{number}"] for n in ("logits", "out_logits", "from", "to"))
     shape = expected.shape[1:]
     box = tuple(slice(0, side) for side in shape)

@@ -38,7 +38,7 @@ def conversion(request):
 
 
 @pytest.mark.parametrize("arch", ARCHITECTURES)
-def test_tokens_equal_the_authors(conversion, arch):
+def test_tokens_equal_the_authors_code(conversion, arch):
     converted_file = conversion(arch)
     vit = load_backbone(converted_file, jnp.float32)
     converted_file.unlink()  # ViT-g takes 4.5 GB

@@ -1,6 +1,6 @@
 """Gradients of nnU-Net's network against a PyTorch module in float64, and its initial parameters.
 
-Golden logits of nnU-Net's own code: tests/convert_weights/test_nnunet.py.
+tests/convert_weights/test_nnunet.py compares logits with those of nnU-Net's code.
 """
 
 import json
@@ -100,7 +100,7 @@ def their_loss(logits, mask, batch_dice):
     return total / sum(weights)
 
 
-def test_sigmoid_of_one_output_equals_softmax_of_nnunets_two():
+def test_sigmoid_of_one_output_equals_softmax_of_nnunets_two_outputs():
     configuration = TINY["3d"]
     two = randomise(nnx.eval_shape(lambda: NNUNet(configuration, 2, rngs=nnx.Rngs(0))))
     graph = nnx.split(nnx.eval_shape(lambda: NNUNet(configuration, 1, rngs=nnx.Rngs(0))))[0]
@@ -134,7 +134,7 @@ def test_training_refuses_sides_that_evaluation_pads():
             network(wrong)
 
 
-def test_initial_parameters_are_distributed_as_nnunets():
+def test_initial_parameters_are_distributed_as_in_nnunet():
     """He initialisation: normal, by fan-in, for LeakyReLU with slope 0.01; biases are zero."""
     two_stages = {"n_stages": 2, "features_per_stage": (64, 128), "strides": ((1, 1, 1), (2, 2, 2))}
     configuration = TINY["3d"]._replace(

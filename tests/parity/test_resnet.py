@@ -20,7 +20,7 @@ MAX_ABS, RELATIVE_L2 = 1e-5, 1.5e-6
 
 
 @pytest.mark.parametrize(("arch", "height", "width"), [("resnet50", 64, 96), ("resnet152", 64, 64)])
-def test_features_equal_torchvisions(arch, height, width, tmp_path):
+def test_features_equal_torchvision(arch, height, width, tmp_path):
     source, output = tmp_path / f"{arch}_source.pth", tmp_path / f"{arch}.safetensors"
     state = fake_state_dict(json.loads((GOLDEN / f"{arch}.shapes.json").read_text()))
     torch.save({name: torch.as_tensor(array) for name, array in state.items()}, source)

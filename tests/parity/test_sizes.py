@@ -23,7 +23,7 @@ def model_pair(arch):
     ("arch", "batch", "height", "width"),
     [
         ("dinov2_vits14", 1, 448, 448),
-        ("dinov2_vits14", 1, 518, 518),  # the learned grid's own size
+        ("dinov2_vits14", 1, 518, 518),  # the size of the learned grid
         ("dinov2_vits14", 2, 224, 518),
         ("dinov2_vits14_reg", 1, 448, 448),
         ("dinov2_vits14_reg", 2, 518, 224),

@@ -36,7 +36,7 @@ def names(folder):
     return {path.name for path in folder.iterdir()}
 
 
-def hold(folder: Path, resume: bool = False) -> None:
+def lock_until_killed(folder: Path, resume: bool = False) -> None:
     """Keep the folder locked until this process, which a test starts, is killed."""
     try:
         with open_folder(folder, resume):
@@ -56,10 +56,10 @@ def wait_for_answers(*logs):
 
 
 @pytest.fixture
-def held(tmp_path):
+def locked(tmp_path):
     """A run's folder, and the process that keeps it locked."""
     folder = tmp_path / "runs" / "run"
-    process = start_process(tmp_path / "holder.log", hold, folder)
+    process = start_process(tmp_path / "holder.log", lock_until_killed, folder)
     assert wait_for_answers(tmp_path / "holder.log") == ["inside\n"]
     yield folder, process
     process.kill()
@@ -102,8 +102,8 @@ def test_a_full_disk_leaves_no_folder(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_second_process_is_refused(held):
-    folder, _ = held
+def test_a_second_process_is_refused(locked):
+    folder, _ = locked
     before = {path: path.stat().st_mtime_ns for path in folder.iterdir()}
     assert is_running(folder)
     with pytest.raises(InputError, match=f"^--run-dir={folder}: another process is training there"):
@@ -122,8 +122,8 @@ def test_a_second_process_is_refused(held):
     assert names(folder.parent) == {"run"}
 
 
-def test_a_killed_process_releases_the_folder(held):
-    folder, process = held
+def test_a_killed_process_releases_the_folder(locked):
+    folder, process = locked
     os.kill(process.pid, 9)
     process.join()
     assert not is_running(folder)
@@ -196,7 +196,7 @@ def test_one_of_two_processes_that_start_together_gets_the_folder(tmp_path, resu
         with open_folder(tmp_path / "run"):
             pass
     logs = [tmp_path / "1.log", tmp_path / "2.log"]
-    processes = [start_process(log, hold, tmp_path / "run", resume) for log in logs]
+    processes = [start_process(log, lock_until_killed, tmp_path / "run", resume) for log in logs]
     answers = sorted(wait_for_answers(*logs))
     assert answers[0] == "inside\n"
     assert answers[1].startswith(f"refused: --run-dir={tmp_path / 'run'}: another process is training there")

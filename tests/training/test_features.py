@@ -109,7 +109,7 @@ def test_features_depend_on_the_batch_by_rounding_only(volumes, cached):
             np.testing.assert_allclose(volume_features[index], expected, atol=3e-6)
 
 
-def test_a_volume_with_more_slices_than_a_batch(scans_copy, tmp_path):
+def test_features_of_a_volume_with_more_slices_than_a_batch(scans_copy, tmp_path):
     image = np.random.default_rng(0).random((32, 32, BATCH + 3), np.float32)
     affine = np.diag([1.0, 1.0, 3.0, 1.0])
     nib.save(nib.Nifti1Image(image, affine), scans_copy / "case0.nii.gz")

@@ -126,7 +126,7 @@ def test_the_latest_checkpoint_is_that_of_the_last_epoch(runs, volumes):
     assert validate_restored(trainer, trees, volumes[1:2]) == scores(progress.history[-1])
 
 
-def test_the_best_checkpoint_is_that_of_the_highest_validation_dice(volumes, tmp_path):
+def test_the_best_checkpoint_is_that_of_the_epoch_with_the_highest_validation_dice(volumes, tmp_path):
     """Trained on a scan with an empty mask, a network that segments every pixel learns to segment none."""
     recipe = replace(RECIPE, epochs=6, learning_rate=4e-3)
     progress = train_and_check_reports(make_trainer(recipe, bias=0.5), tmp_path, volumes[2:], volumes[:1])

@@ -24,7 +24,7 @@ def draw(*shape, seed=0):
 
 
 @pytest.mark.parametrize(("decay", "clip"), [(0.1, 0.0), (0.0, 0.5), (0.1, 0.5)])
-def test_weight_decay_and_clipping_equal_pytorchs(decay, clip):
+def test_weight_decay_and_clipping_equal_pytorch(decay, clip):
     ours, theirs = {"w": jnp.asarray(draw(5, 3))}, torch.nn.Parameter(torch.from_numpy(draw(5, 3)))
     optimiser = make_optimiser(
         replace(RECIPE, weight_decay=decay, max_gradient_norm=clip), 10, has_pretrained_backbone=False

@@ -215,7 +215,7 @@ def test_all_of_a_finetuned_backbone_changes():
 
 
 @fast
-def test_statistics_follow_the_batch_and_evaluation_uses_them():
+def test_statistics_are_updated_from_the_batch_and_used_in_evaluation():
     (_, _, before), (_, _, after), *_ = states_around_steps(train_backbone=False)
     network = tiny_network()
     tokens = network.backbone((make_batch()["input"] - [0.485, 0.456, 0.406]) / [0.229, 0.224, 0.225]).patches
