@@ -45,7 +45,7 @@ def phantoms(tmp_path_factory):
 def small_run(phantoms, tmp_path_factory):
     """A finished run on the six phantoms: three epochs of vit_mini8 at 48 pixels. Read-only.
 
-    Its cache folder is `cache`, next to the run's. `stdout.txt` contains what the command printed.
+    Its cache folder is `cache`, next to the run folder. `stdout.txt` contains what the command printed.
     """
 
     def make(folder):

@@ -133,7 +133,8 @@ def in_a_new_process(folder, *options):
 def test_stdout_is_only_json_even_if_training_would_log_a_line(tmp_path):
     root = tmp_path / "set"
     lascarqs(root, 4)
-    save(root / "task2" / "val_data" / "val_1" / "enhanced.nii.gz", image_array(9))  # training logs that it is not read
+    # training would log that this scan is not read
+    save(root / "task2" / "val_data" / "val_1" / "enhanced.nii.gz", image_array(9))
     before = modification_times(root)
     done = in_a_new_process(tmp_path, f"--data.root={root}", "--json")
     assert (done.returncode, done.stderr) == (0, "")

@@ -14,7 +14,7 @@ from jaxla.data.prepared import prepare_cases
 from tests.data.nifti import AFFINE, save
 
 SIZE = 16
-SLICES = (4, 7, 5)  # of the three volumes, 16 in total
+SLICES = (4, 7, 5)  # slices of the three volumes, 16 in total
 
 
 @pytest.fixture(scope="module")

@@ -46,7 +46,7 @@ def test_processes_exchange_values_and_the_first_prints(tmp_path):
 
 
 def finish_together(groups):
-    """Finish groups of processes that run at the same time, because they spend most of it waiting."""
+    """Finish groups of processes that run at the same time, because they mostly wait."""
     try:
         return {key: finish(processes, folder, A_MINUTE) for key, (folder, processes) in groups.items()}
     finally:

@@ -258,7 +258,7 @@ def test_a_missed_structure_gets_the_worst_score_under_every_policy(empty):
     shape, spacing = (10, 20, 30), (1.0, 0.5, 0.2)
     box, nothing = block(shape, (4, 6), (4, 6), (4, 6)), np.zeros(shape, bool)
     missed = score(nothing, box, spacing, empty)
-    diagonal = (10**2 + 10**2 + 6**2) ** 0.5  # the array's, not that of the bounding box of the mask
+    diagonal = (10**2 + 10**2 + 6**2) ** 0.5  # of the array, not of the bounding box of the mask
     assert [missed[metric] for metric in OVERLAPS] == [0] * len(OVERLAPS)
     assert [missed[metric] for metric in DISTANCES] == pytest.approx([diagonal] * 3)
     assert missed["volume_ml"] == 0

@@ -13,7 +13,7 @@ from tests.golden.checkpoints import FOLDER, image_of
 
 
 class Error(NamedTuple):
-    """The error of one array against the reference's."""
+    """The error of one array against the reference."""
 
     max_abs: float
     relative_l2: float

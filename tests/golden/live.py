@@ -49,7 +49,7 @@ def live_model(vit: VisionTransformer, authors_grid: bool = True) -> PreTrainedM
 
 
 def live_tokens(model: PreTrainedModel, images: np.ndarray) -> tuple[np.ndarray, list[np.ndarray]]:
-    """Return all tokens [B, 1 + R + h·w, C] after the final norm, and before it after each block, of [B, H, W, 3]."""
+    """Return all tokens [B, 1 + R + h·w, C] of images [B, H, W, 3]: after the final norm, and after each block."""
     channels_first = torch.tensor(images.transpose(0, 3, 1, 2), dtype=next(model.parameters()).dtype)
     with torch.inference_mode():
         out = model(channels_first, output_hidden_states=True)

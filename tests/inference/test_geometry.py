@@ -84,7 +84,7 @@ def test_predictions_agree_with_their_scans_in_world_coordinates_and_volume(tmp_
 
 
 def test_other_readers_give_the_prediction_the_position_of_the_scan(tmp_path):
-    """SimpleITK converts units to millimetres too. It does not read NIfTI-2, and ignores positions without codes."""
+    """SimpleITK also converts units to millimetres. It does not read NIfTI-2, and ignores positions without codes."""
     compared = 0
     for seed in range(60):
         path, affine, inside = random_scan(seed, tmp_path)

@@ -98,7 +98,7 @@ def segmentation(tmp_path):
 
 
 def test_frames_of_a_dicom_segmentation_match_the_slices_that_they_refer_to(segmentation):
-    """The file is read element by element, without the package that wrote it; dcmqi reads the same voxels and mm."""
+    """The file is read element by element, without the package that wrote it; dcmqi gives the same geometry."""
     series, classes, path = segmentation
     dataset, slices = pydicom.dcmread(path), [pydicom.dcmread(file) for file in series.iterdir()]
     slice_by_uid = {item.SOPInstanceUID: item for item in slices}

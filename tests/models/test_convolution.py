@@ -115,7 +115,7 @@ def test_gradients_in_a_loop_compile_to_the_fast_form():
     ],
 )
 def test_any_axes_and_strides_equal_pytorch(size, kernel, strides):
-    """Values and gradients, in float64."""
+    """Values and gradients are compared in float64."""
     with jax.enable_x64():
         draw = np.random.default_rng(0).standard_normal
         x, k = draw((2, *size, 4)), draw((*kernel, 4, 5))

@@ -85,7 +85,7 @@ def test_transformers_can_be_trained_on_features(method, network):
     indirect=True,
 )  # fmt: skip
 def test_network_on_features_completes_the_network(method, network):
-    """One method of each kind of network and family of backbones."""
+    """Tested for one method of each kind of network and family of backbones."""
     assert network.FEATURES
     images = abstract_images(method)
     graph, state = nnx.split(network)
@@ -127,7 +127,7 @@ def test_options_survive_the_record_of_a_run(method):
     ],
 )
 def test_options_without_effect_are_found(name, unread):
-    """Options that have no effect because of the values of other options."""
+    """These options have no effect because of the values of other options."""
     method = METHODS[name.removesuffix("_linear")]
     if name.endswith("_linear"):
         method = replace(method, model=replace(method.model, decoder="linear"))

@@ -91,7 +91,7 @@ def test_logits_equal_pytorch(image, weights):
 
 
 def test_gradients_and_statistics_equal_pytorch():
-    """In float64, because in float32 rounding moves activations across a ReLU's zero."""
+    """Compared in float64, because in float32 rounding moves activations across a ReLU's zero."""
     with jax.enable_x64():
         decoder, (features, images) = make_decoder(dtype=jnp.float64), random_inputs(dtype=np.float64)
         weight = np.random.default_rng(2).standard_normal((2, *SIZE, 1))
@@ -121,7 +121,7 @@ def test_gradients_and_statistics_equal_pytorch():
 
 
 def test_memory_of_fine_tuning_is_linear_in_the_number_of_blocks():
-    """The gradient of the features, with 4 and 32 blocks of 1 MB each."""
+    """Compares the gradient of the features for 4 and for 32 blocks of 1 MB each."""
 
     def temporary_bytes(blocks):
         fusion = Fusion(4, blocks, "per_level")
@@ -323,7 +323,7 @@ def test_batches_contain_the_images_of_their_features_and_few_large_ones_are_rea
     try:
         batch = next(batches)
         time.sleep(1)
-        assert Features.read <= 1 + 2 * 3  # one slice for the shapes; the batch, one that waits, one that is being read
+        assert Features.read <= 1 + 2 * 3  # a slice for the shapes; the batch, one waiting, one being read
     finally:
         batches.close()
     for features, image, volume in zip(batch["input"], batch["image"], batch["volume"], strict=True):

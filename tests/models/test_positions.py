@@ -1,4 +1,4 @@
-"""DINOv2's learned position grid, resized as its authors do, and DINOv3's rotation of patch tokens."""
+"""DINOv2's learned position grid, resized as in its authors' code, and DINOv3's rotation of patch tokens."""
 
 import jax
 import jax.numpy as jnp
@@ -43,7 +43,7 @@ def test_periods_follow_the_authors_formula():
 
 
 def test_each_patch_is_rotated_by_its_row_and_column():
-    """In float64, each pair of channels as a complex number, multiplied by the angle of its position."""
+    """In float64, each pair of channels is a complex number, which is rotated by the angle of its position."""
     h, w, prefix, heads, width = 3, 5, 4, 2, 16
     periods = np.array([1.0, 2.5, 7.0, 30.0], np.float32)
     x = np.random.default_rng(0).standard_normal((2, prefix + h * w, heads, width), dtype=np.float32)

@@ -75,7 +75,7 @@ def test_program_does_not_grow_with_the_depth():
 
 
 def test_training_equals_the_reference():
-    """In float64: in float32, rounding moves an activation or two over a ReLU's zero and changes gradients by 0.3 %."""
+    """Compared in float64: in float32, rounding moves activations across a ReLU's zero, and gradients by 0.3 %."""
     with jax.enable_x64():
         resnet, images = small_resnet(jnp.float64), random_images(2, 33, 49).astype(np.float64)
         for _, variable in nnx.to_flat_state(nnx.state(resnet)):

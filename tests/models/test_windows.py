@@ -98,7 +98,7 @@ def test_logits_of_a_window_equal_pytorch(kind):
 
 
 def test_gradients_equal_pytorch():
-    """In float64, because in float32 rounding moves activations across a ReLU's zero."""
+    """Compared in float64, because in float32 rounding moves activations across a ReLU's zero."""
     with jax.enable_x64():
         decoder, features = make_decoder(dtype=jnp.float64), random_features(dtype=np.float64)
         weight = np.random.default_rng(2).standard_normal((2, SLICES, 32, 64, 1))

@@ -30,7 +30,7 @@ IMAGE = jnp.asarray(EXPECTED["image"])
 
 @pytest.mark.parametrize("name", ["3d", "3d_small", "2d", "still"])
 def test_rotation_and_scaling_equal_nnunet(name):
-    """Rotation about three axes, larger and smaller patches, rotation in a plane, and no change."""
+    """Rotation about three axes, enlargement and reduction, rotation in a plane, and no change."""
     image, mask = rotate_and_scale(
         jnp.asarray(EXPECTED[f"{name}_image"]),
         jnp.asarray(EXPECTED[f"{name}_mask"], jnp.int8),

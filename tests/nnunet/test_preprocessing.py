@@ -31,7 +31,7 @@ def make_tiny_plan(spacing, transpose=(0, 1, 2), use_mask_for_norm=False, size=N
 
 @pytest.mark.parametrize("number", range(4))
 def test_images_and_masks_equal_nnunet_bit_for_bit(number, tmp_path):
-    """Scans with zeros around them and a hole, in 2D and 3D, with axes in another order."""
+    """Scans with zeros around them and a hole, in 2D and 3D, with permuted axes."""
     golden = {name: GOLDEN[f"{name}{number}"] for name in ("image", "mask", "spacing", "target", "transpose", "within")}
     plan, configuration = make_tiny_plan(
         golden["target"].tolist(), golden["transpose"].tolist(), bool(golden["within"])

@@ -55,7 +55,7 @@ def make_configuration(size):
 @pytest.mark.parametrize("size", [(4, 6, 6), (6, 6), (16, 20, 18), (40, 9)])
 @pytest.mark.parametrize("shape", [(10, 13, 9), (1, 7, 30)])
 def test_logits_return_to_their_voxels(size, shape):
-    """In scans larger and smaller than a tile; mirrored tiles are flipped back, so the mean column is the centre."""
+    """Scans are larger or smaller than a tile; mirrored tiles are flipped back, so the mean column is the centre."""
     image = np.random.default_rng(0).standard_normal(shape).astype(np.float32)
     rows = list(make_tile_logits([Identity()], make_configuration(size))(image))
     found = np.stack(rows)

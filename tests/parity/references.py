@@ -418,7 +418,7 @@ def fill_nnunet(network, configuration, tensors):
 
 
 def nnunet_reference_of(configuration, network):
-    """Return PyTorch's nnU-Net with our parameters."""
+    """Return the PyTorch reference of nnU-Net with our parameters."""
     state = {name: torch.from_numpy(a.copy()) for name, a in nnunet_as_theirs(configuration, network).items()}
     reference = ReferenceNNUNet(configuration, state["decoder.seg_layers.0.bias"].shape[0])
     reference.to(next(iter(state.values())).dtype).load_state_dict(state)

@@ -66,7 +66,7 @@ def test_periods_come_from_the_checkpoint():
 
 
 def test_transformers_resizes_the_grid_without_the_authors_offset():
-    """Its DINOv2 scales by n / G, the authors' by (n + 0.1) / G, so the tokens differ."""
+    """`transformers` scales the grid by n / G, the authors' code by (n + 0.1) / G, so the tokens differ."""
     vit = tiny_backbone(variant=TINY)
     tokens, hidden = live_tokens(live_model(vit), IMAGES)
     other_tokens, _ = live_tokens(live_model(vit, authors_grid=False), IMAGES)

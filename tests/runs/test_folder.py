@@ -37,7 +37,7 @@ def names(folder):
 
 
 def lock_until_killed(folder: Path, resume: bool = False) -> None:
-    """Keep the folder locked until this process, which a test starts, is killed."""
+    """Keep the folder locked until this process, which a test starts, is killed, or for 600 s."""
     try:
         with open_folder(folder, resume):
             print("inside", flush=True)

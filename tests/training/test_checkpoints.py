@@ -315,7 +315,7 @@ def test_reading_does_not_change_the_folder(tmp_path):
     ("size", "floats"), [(4000, 9999), (300, 9999), (0, 9999), (1000, 3)], ids=["array", "metadata", "any", "hashes"]
 )
 def test_a_full_disk_is_reported_and_saved_checkpoints_are_kept(tmp_path, caplog, size, floats):
-    """Writing fails at the first file, at any file, or at the hashes, which are written last."""
+    """Writing fails at the array, at the metadata, at the first file, or at the hashes, which are written last."""
     folder = save(tmp_path / "latest", 1, 2)
     noise = {"trainable": {"x": jax.random.normal(jax.random.key(0), (floats,))}}
     checkpoints = Checkpoints(folder)

@@ -137,7 +137,7 @@ def test_features_of_a_fusion_equal_those_of_its_blocks_bit_for_bit(volumes, tmp
 
 @pytest.mark.parametrize("make", [network, fusion])
 def test_training_on_features_equals_training_on_images(volumes, tmp_path, make):
-    """The same metrics up to rounding, with the frozen backbone in the network and without it."""
+    """The metrics are equal up to rounding, with the frozen backbone in the network and without it."""
     recipe = Training(epochs=3, batch_size=4, learning_rate=1e-2, patience=3)
     features = FeatureCache(tmp_path / "cache", make(), "tiny", Canvas(SIZE)).features(volumes)
     histories = {}

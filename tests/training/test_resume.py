@@ -66,7 +66,7 @@ def without_times(metrics):
 
 
 def outcome(folder, like):
-    """Return everything that training leaves, except times: arrays and records by kind of checkpoint, metrics."""
+    """Return all results of training except times: arrays and records by kind of checkpoint, and metrics."""
     arrays, records = {}, {}
     for kind in ("best", "latest"):
         (step,) = checkpoint_steps(folder / "checkpoints" / kind)  # one checkpoint of each kind is left at the end

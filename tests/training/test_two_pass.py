@@ -19,7 +19,7 @@ from tests.tiny import randomise, tiny_backbone
 
 KEY = jax.random.key(3)
 SIZE = (40, 56)  # pixels: 5 × 7 patches, which two windows cannot divide equally
-SLICES = (7, 5)  # of the two volumes in a batch
+SLICES = (7, 5)  # slices of the two volumes in a batch
 DICE = per_volume(partial(dice_cross_entropy, batch_dice=True))
 
 
@@ -127,6 +127,6 @@ def test_memory_of_the_backward_pass_is_that_of_one_window():
     two_pass, one_pass = (
         {count: decoder_bytes(make, count) for count in (2, 8)} for make in (make_two_pass_gradient, make_gradient)
     )
-    logits_bytes = 4 * 4 * SIZE[0] * SIZE[1]  # of one window, of which the loss holds several copies
+    logits_bytes = 4 * 4 * SIZE[0] * SIZE[1]  # logits of one window; the loss holds several copies
     assert two_pass[8] - two_pass[2] <= 6 * 8 * logits_bytes, two_pass
     assert one_pass[8] - one_pass[2] >= 5 * (two_pass[8] - two_pass[2]), (two_pass, one_pass)
