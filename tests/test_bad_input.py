@@ -237,7 +237,7 @@ def test_training_refuses_a_batch_that_does_not_fit_into_memory(tmp_path):
     line = refuse_to_train(tmp_path, "--method=unet", *options)
     problem = r"^error: --training.batch_size=9999: a training step needs \S+, but the device has \S+\. Start a new run"
     assert re.search(problem, line)
-    for too_large in ("--preprocessing.image_size=99999", "--training.batch_size=999999999"):  # images alone do not fit
+    for too_large in ("--preprocessing.image_size=99999", "--training.batch_size=999999999"):  # for the images alone
         line = refuse_to_train(tmp_path, "--method=unet", "--model.widths=[8,8]", too_large)
         assert re.search(r"^error: --training.batch_size=\d+: a training step needs .*, but the device has", line)
 

@@ -52,14 +52,14 @@ def test_none_of_a_few_patients_are_used_for_validation(trained):
     assert "Only the largest connected part of LA is kept." in page
 
 
-def test_a_time_too_short_for_one_pass_is_logged_with_the_time_of_a_pass(phantoms, tmp_path):
+def test_a_time_too_short_for_a_pass_says_how_long_one_takes(phantoms, tmp_path):
     run, printed = train(tmp_path, phantoms, *OPTIONS, "--training.minutes=0.0001")
     assert "--training.minutes=0.0001: too short for one pass over the training data, which takes " in printed
     record = read_json(run / "experiment.json")
     assert (record["fitted_epochs"], record["fitted_steps"]) == (1, 1)
 
 
-def test_a_resumed_run_uses_the_recorded_number_of_steps(trained, phantoms, tmp_path):
+def test_a_resumed_run_takes_the_recorded_steps(trained, phantoms, tmp_path):
     run, _ = trained
     shutil.copytree(run.parent / "cache", tmp_path / "cache")
     resumed = shutil.copytree(run, tmp_path / "run")
