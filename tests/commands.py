@@ -1,4 +1,4 @@
-"""Run the commands as a user does, in this process or in a new one, and check how they refuse bad input."""
+"""Run commands as a user does, in this process or in a new one, and check that they refuse bad input in one line."""
 
 import contextlib
 import importlib
@@ -38,10 +38,10 @@ def run_module(module, *options, check=True):
 
 
 def in_this_process(folder, module, *options):
-    """Run a command as `in_a_new_process` does, without the seconds that Python and JAX take to start.
+    """Run a command like `in_a_new_process`, but in this process, which saves the startup time of Python and JAX.
 
-    NumPy's warnings, which would be a second line, are raised. The command must remove the handlers that it adds to the
-    package's logger.
+    NumPy's warnings, which would add a line to stderr, are raised. The command must remove the handlers that it adds to
+    the package's logger.
     """
     main = importlib.import_module(module).main
     package = logging.getLogger("jaxla")
@@ -73,29 +73,29 @@ def succeed(folder, module, *options):
     return done.stdout
 
 
-def tree(folder, but="cache"):
-    """Return all paths in a folder with the contents and times of files; the entry `but` at its top is left out."""
-    paths = (path for path in folder.rglob("*") if path.relative_to(folder).parts[0] != but)
+def snapshot(folder, ignored="cache"):
+    """Return path -> content and modification time of each file (None for folders), without the top entry `ignored`."""
+    paths = (path for path in folder.rglob("*") if path.relative_to(folder).parts[0] != ignored)
     return {path: (path.read_bytes(), path.stat().st_mtime_ns) if path.is_file() else None for path in paths}
 
 
-def refuse(folder, module, *options, run=in_this_process, but="cache"):
+def refuse(folder, module, *options, run=in_this_process, ignored="cache"):
     """Run a command that must refuse its input, and return the one line that it prints.
 
-    It must exit with 2, without a traceback, and leave everything in `folder` except the entry `but` as it was.
+    It must exit with code 2, without a traceback, and leave `folder`, except the entry `ignored`, unchanged.
     """
-    before = tree(folder, but)
+    before = snapshot(folder, ignored)
     done = run(folder, module, *options)
     assert done.returncode == 2, done.stdout + done.stderr
     assert len(done.stderr.splitlines()) == 1, done.stderr
     assert done.stderr.startswith("error: ")
     assert "Traceback" not in done.stdout
-    assert tree(folder, but) == before
+    assert snapshot(folder, ignored) == before
     return done.stderr.rstrip("\n")
 
 
 def refuse_to_train(folder, *options, run=in_this_process):
-    """Run `refuse` for the quickstart on the folder `data`; a later option of the same name wins."""
+    """Run `refuse` with the quickstart on the folder `data`; `options` override its options."""
     folders = [f"--data.root={folder / 'data'}", f"--cache-dir={folder / 'cache'}", f"--run-dir={folder / 'run'}"]
     names_experiment = any(option.startswith("--exp=") for option in map(str, options))
     experiment = () if names_experiment else ("--exp=quickstart", "--method=vit_mini8")
@@ -104,7 +104,7 @@ def refuse_to_train(folder, *options, run=in_this_process):
 
 @contextlib.contextmanager
 def held_by_another_process(statements, *arguments):
-    """Yield another Python process, which meanwhile holds the context manager that `statements` assign to `hold`."""
+    """Yield a Python process that stays in the context manager `hold`, which its `statements` assign."""
     code = f"import sys; {statements}\nwith hold:\n print(flush=True); sys.stdin.read()"
     with subprocess.Popen(
         [sys.executable, "-c", code, *map(str, arguments)], stdin=subprocess.PIPE, stdout=subprocess.PIPE
@@ -115,6 +115,6 @@ def held_by_another_process(statements, *arguments):
 
 
 def parse_bytes(text):
-    """Return the bytes of a text such as `1.05kB`; its three digits make it exact to half a percent."""
+    """Return the number of bytes in a text such as `1.05kB`, whose three digits are exact to half a percent."""
     number, unit = re.fullmatch(r"([\d.]+)([kMG]?)B", text).groups()
     return float(number) * {"": 1, "k": 1e3, "M": 1e6, "G": 1e9}[unit]

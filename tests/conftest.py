@@ -43,9 +43,9 @@ def phantoms(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def small_run(phantoms, tmp_path_factory):
-    """A finished run on the six phantoms, three epochs of the quickstart's method at 48 pixels. Read-only.
+    """A finished run on the six phantoms: three epochs of vit_mini8 at 48 pixels. Read-only.
 
-    Its cache folder `cache` stands beside it. `stdout.txt` holds what the command printed.
+    Its cache folder is `cache`, next to the run folder. `stdout.txt` contains what the command printed.
     """
 
     def make(folder):
@@ -58,17 +58,17 @@ def small_run(phantoms, tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def hippocampus():
-    """The folder of 60 real brain MR scans, where the environment has them."""
+    """The folder of 60 real brain MR scans, if JAXLA_TEST_DATA contains it."""
     folder = Path(os.environ.get("JAXLA_TEST_DATA", ".")) / "Task04_Hippocampus"
     if not folder.is_dir():
-        pytest.skip("JAXLA_TEST_DATA names no folder with Task04_Hippocampus")
+        pytest.skip("JAXLA_TEST_DATA: not a folder with Task04_Hippocampus")
     return folder
 
 
 @pytest.fixture(scope="module")
 def fast_compilation():
-    """Compile a module's programs with little optimisation, where that takes longer than to run them."""
-    import jax  # not earlier: it reads the settings above
+    """Compile with little optimisation, in modules whose programs take longer to compile than to run."""
+    import jax  # imported here because JAX reads the environment variables above
 
     jax.config.update("jax_disable_most_optimizations", True)
     yield

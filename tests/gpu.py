@@ -1,4 +1,4 @@
-"""Lower a training step for an NVIDIA GPU on a machine without one; nothing runs."""
+"""Lower a training step for an NVIDIA GPU on a machine without a GPU, and do not run it."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -17,12 +17,12 @@ from jaxla.tasks import TASKS, Task
 from jaxla.training.optimisers import make_optimiser
 from jaxla.training.step import make_step, split_network
 
-# compute capabilities: of an H200, of an A100, and of a GPU without bfloat16 and cuDNN attention
+# compute capabilities of an H200, an A100, and a GPU with neither bfloat16 nor cuDNN attention
 HOPPER, AMPERE, TURING = 9.0, 8.0, 7.5
 
 
 def pretend_gpu(patch: pytest.MonkeyPatch, capability: float = HOPPER) -> None:
-    """Make JAX answer as on a machine with such a GPU and cuDNN."""
+    """Make JAX report a GPU of this compute capability, and cuDNN."""
     device = SimpleNamespace(
         platform="gpu",
         compute_capability=str(capability),

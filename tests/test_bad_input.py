@@ -192,8 +192,8 @@ def test_training_refuses_a_subset_without_a_class_that_other_patients_have(tmp_
 
 
 @pytest.mark.parametrize("fold", ["all", "2"])
-def test_training_refuses_a_fold_that_trains_without_a_class_before_any_fold_begins(tmp_path, fold):
-    """Only the patients that validate in fold 2 have the class."""
+def test_a_fold_whose_training_cases_lack_a_class_is_refused_before_any_fold_begins(tmp_path, fold):
+    """Only the validation patients of fold 2 have the class."""
     folder = flat(tmp_path / "data", 12)
     names = [path.name.removesuffix(".nii.gz") for path in folder.glob("*.nii.gz") if "mask" not in path.name]
     for name in make_split(names, Data(), "2").val:
@@ -489,7 +489,7 @@ def scan_and_run(tmp_path, run_folder):
     ids=lambda value: " ".join(value) if isinstance(value, list) else None,
 )
 def test_prediction_names_what_is_at_fault(scan_and_run, options, message):
-    """A later option of the same name wins."""
+    """The options of a row override the defaults."""
     defaults = ("--run=run", "--input=scan.nii.gz", "--output=mask.nii.gz")
     assert re.search(f"^error: .*{message}", refuse(scan_and_run, "jaxla.predict", *defaults, *options))
 

@@ -1,4 +1,4 @@
-"""The benchmarks: commands start, a GPU's stages are independent of each other, tables hold what was measured."""
+"""The benchmarks: commands show their help, GPU stages are independent, and tables show the stored results."""
 
 import json
 import shlex
@@ -11,8 +11,8 @@ from benchmarks.gpu import STAGES, Stage, run_stages
 from tests.commands import refuse, succeed
 
 # without compile_for_gpu and scaling, which choose XLA's devices for their process
-OTHERS = ("few_patients", "gpu", "mesh", "nnunet_training --exp=paper1 --method=nnunet_3d", "tables")
-COMMANDS = (*OTHERS, *dict.fromkeys(stage.module for stage in STAGES))
+OTHER_COMMANDS = ("few_patients", "gpu", "mesh", "nnunet_training --exp=paper1 --method=nnunet_3d", "tables")
+COMMANDS = (*OTHER_COMMANDS, *dict.fromkeys(stage.module for stage in STAGES))
 TINY_DEVICE = next(stage.tiny for stage in STAGES if stage.name == "device")
 
 
@@ -31,20 +31,20 @@ def test_commands_take_the_options_of_their_stages(tmp_path, stage):
 def test_failed_and_hanging_stages_do_not_stop_the_next(tmp_path):
     hangs = Stage("hanging", 0.5, "device", "--repeats=1000000000")
     stages = [Stage("failing", 60, "absent"), hangs, Stage("device", 120, "device", TINY_DEVICE)]
-    ends = run_stages(stages, tmp_path, 300, is_tiny=True)
-    assert [end["status"] for end in ends] == ["failed", "stopped", "finished"]
-    assert json.loads((tmp_path / "stages.json").read_text()) == {"tiny": True, "stages": ends}
+    outcomes = run_stages(stages, tmp_path, 300, is_tiny=True)
+    assert [outcome["status"] for outcome in outcomes] == ["failed", "stopped", "finished"]
+    assert json.loads((tmp_path / "stages.json").read_text()) == {"tiny": True, "stages": outcomes}
     assert "No module named benchmarks.absent" in (tmp_path / "failing.log").read_text()
     assert json.loads((tmp_path / "device.json").read_text())["array_bytes"] == 10**6
 
 
 def test_stages_are_not_started_without_time(tmp_path):
-    ends = run_stages([Stage("device", 120, "device", TINY_DEVICE)], tmp_path, 0.5, is_tiny=True)
-    assert [end["status"] for end in ends] == ["not started"]
+    outcomes = run_stages([Stage("device", 120, "device", TINY_DEVICE)], tmp_path, 0.5, is_tiny=True)
+    assert [outcome["status"] for outcome in outcomes] == ["not started"]
     assert not (tmp_path / "device.json").exists()
 
 
-def test_page_holds_what_was_measured():
+def test_benchmark_page_shows_the_stored_results():
     page = tables.PAGE.read_text(encoding="utf-8")
     assert "<!-- table: gpu -->" in page
     assert tables.render(page, tables.RESULTS) == page
@@ -94,10 +94,10 @@ EXPECTED = """### NVIDIA H200
 Without a complete result: `windows` (stopped)."""
 
 
-def write_archive(folder, ends, is_tiny=False, **results):
-    """Write the archive of a run whose stages ended so; return its path."""
+def write_archive(folder, outcomes, is_tiny=False, **results):
+    """Write the archive of a run with these outcomes, stage -> status; return its path."""
     folder.mkdir()
-    rows = [{"stage": name, "status": status, "seconds": 1} for name, status in ends.items()]
+    rows = [{"stage": name, "status": status, "seconds": 1} for name, status in outcomes.items()]
     for name, content in (results | {"stages": {"tiny": is_tiny, "stages": rows}}).items():
         (folder / f"{name}.json").write_text(json.dumps(content))
     with tarfile.open(folder / "results.tar.gz", "w:gz") as tar:
@@ -106,20 +106,20 @@ def write_archive(folder, ends, is_tiny=False, **results):
     return folder / "results.tar.gz"
 
 
-def test_results_of_a_gpu_are_unpacked_and_become_tables(tmp_path):
+def test_results_of_a_gpu_are_unpacked_and_shown_in_tables(tmp_path):
     results = tmp_path / "results"
     results.mkdir()
     page = "before\n<!-- table: gpu -->\nold\n<!-- end of table -->\nafter\n"
     found = {"device": DEVICE, "backbone_vitb": BACKBONE, "correctness": CHECKED, "parity_dinov2": PARITY}
     found["accuracy_laptop"] = RUN
-    ends = dict.fromkeys(found, "finished") | {"windows": "stopped"}
-    assert tables.unpack(write_archive(tmp_path / "first", ends, **found), results) == results / "nvidia_h200"
+    outcomes = dict.fromkeys(found, "finished") | {"windows": "stopped"}
+    assert tables.unpack(write_archive(tmp_path / "first", outcomes, **found), results) == results / "nvidia_h200"
     assert tables.render(page, results) == page.replace("old", EXPECTED)
 
     # a later run replaces the stages that it ran, and keeps the others
-    ends = {"device": "not started", "backbone_vitb": "failed", "correctness": "finished", "windows": "not started"}
+    outcomes = {"device": "not started", "backbone_vitb": "failed", "correctness": "finished", "windows": "not started"}
     changed = COMMON | {"checks": {"attention": {"relative_l2": 4e-3, "bound": 0.02}}}
-    tables.unpack(write_archive(tmp_path / "second", ends, correctness=changed), results)
+    tables.unpack(write_archive(tmp_path / "second", outcomes, correctness=changed), results)
     rendered = tables.render(page, results)
     assert "| attention | 4.0e-3 | 0.02 |" in rendered
     assert "| `--exp=laptop` | 150 s |" in rendered

@@ -33,7 +33,7 @@ def size_of(folder):
 
 
 def contents(folder):
-    """Return relative path -> content of every file except the marks of processes that use the cache."""
+    """Return relative path -> content of every file, except those that mark the cache as in use."""
     paths = (path for path in folder.rglob("*") if path.is_file() and path.parent.name != "in-use")
     return {path.relative_to(folder): path.read_bytes() for path in paths}
 
@@ -64,7 +64,7 @@ def cache(made_cache, tmp_path):
 
 
 def run(cache, *options):
-    """Run the command successfully, and return its lines."""
+    """Run the command, which must succeed, and return the lines that it prints."""
     done = in_this_process(cache.parent, "jaxla.cache", f"--cache-dir={cache}", *options)
     assert (done.returncode, done.stderr) == (0, "")
     return done.stdout.splitlines()

@@ -1,4 +1,4 @@
-"""Compiled programs in the cache folder: a second process uses them, with the same numbers."""
+"""Compiled programs in the cache folder: a second process reuses them and gets the same result."""
 
 import os
 import subprocess
@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-# Prints the programs that were read from the cache, and a result in all its bits.
+# Prints the number of programs that were read from the cache, and a result as exact hexadecimal.
 SCRIPT = """
 import sys
 from pathlib import Path
@@ -26,7 +26,7 @@ print(len(hits), result)
 
 
 def run(cache_dir, **environment):
-    """Return the number of programs from the cache, and the result."""
+    """Return the number of programs that were read from the cache, and the result."""
     variables = {name: value for name, value in os.environ.items() if not name.startswith("JAX_")} | environment
     done = subprocess.run([sys.executable, "-c", SCRIPT, cache_dir], capture_output=True, text=True, env=variables)
     assert (done.returncode, done.stderr) == (0, "")
@@ -52,12 +52,12 @@ def test_a_second_process_uses_the_programs_with_the_same_result(tmp_path):
 
 
 @pytest.mark.quick
-def test_a_folder_that_the_user_chose_is_kept(tmp_path):
+def test_the_compilation_cache_that_the_user_chose_is_used(tmp_path):
     run(tmp_path / "cache", JAX_COMPILATION_CACHE_DIR=str(tmp_path / "own"))
     assert not (tmp_path / "cache").exists()
 
 
 @pytest.mark.quick
-def test_without_a_writable_folder_nothing_is_kept(tmp_path):
+def test_without_a_writable_folder_no_program_is_cached(tmp_path):
     (tmp_path / "file").touch()
     assert run(tmp_path / "file")[0] == 0

@@ -1,4 +1,4 @@
-"""Every JSON file that commands read is refused in one line if it is damaged, whatever the damage is."""
+"""Random damage to JSON files: commands read a damaged file as if it were intact, or refuse it in one line."""
 
 import copy
 import json
@@ -21,7 +21,7 @@ from tests.data.nifti import flat
 from tests.studies.runs import BoxRun, write_study
 from tests.tiny import TINY_PLAN
 
-SEEDS = range(12)  # damages of each file, each with the number of the file's row in READERS as a second seed
+SEEDS = range(12)  # one damage of each file per seed; the row of the file in READERS is a second seed
 VALUES = [None, True, 1.5, -3, "x", "", [], [[1]], {}, {"a": 1}, 10**30, float("inf"), float("nan")]
 
 
@@ -37,7 +37,7 @@ def read_cached_volume(path):
 
 
 RUN = "study/runs/paper1_unet_seed0"
-READERS = {  # file -> what reads it
+READERS = {  # file -> functions that read it
     f"{RUN}/experiment.json": [lambda path: read_record(path.parent), lambda path: info.describe_run(path.parent)],
     f"{RUN}/metrics.jsonl": [lambda path: info.describe_run(path.parent), lambda path: summarise_fold(path.parent)],
     f"{RUN}/split.json": [lambda path: read_split(path, "data.split"), lambda path: info.describe_run(path.parent)],
@@ -96,7 +96,7 @@ def damage_content(content, rng):
 
 
 def damage_text(text, rng):
-    """Return a JSON text, or one JSON text per line, with one damage."""
+    """Return a JSON or JSON Lines text with one damage, encoded."""
     encoded = text.encode()
     match rng.integers(8):
         case 0:

@@ -1,4 +1,4 @@
-"""python -m jaxla.train --dry-run: the forecast, compared with files and with a run made afterwards."""
+"""python -m jaxla.train --dry-run: the forecast, compared with the scans and with an actual run."""
 
 import json
 import math
@@ -12,7 +12,7 @@ import pytest
 from flax import nnx
 
 import jaxla
-from tests.commands import SMALL_RUN, parse_bytes, refuse_to_train, succeed, tree
+from tests.commands import SMALL_RUN, parse_bytes, refuse_to_train, snapshot, succeed
 from tests.training.faults import leave_free
 
 FROZEN = (
@@ -24,7 +24,7 @@ PARTS = ("train", "val", "test")
 
 def dry_run(folder, phantoms, *options):
     """Return the forecast's lines by title; the command must write nothing but prepared volumes in the cache."""
-    before = tree(folder)
+    before = snapshot(folder)
     arguments = [
         "--exp=quickstart",
         "--method=vit_mini8",
@@ -33,11 +33,11 @@ def dry_run(folder, phantoms, *options):
         "--dry-run",
     ]
     printed = succeed(folder, "jaxla.train", *arguments, *options)
-    assert tree(folder) == before
+    assert snapshot(folder) == before
     return {line[:12].strip(): line[12:] for line in printed.splitlines()[-8:]}
 
 
-def count(network):
+def count_parameters(network):
     return sum(leaf.size for leaf in jax.tree.leaves(nnx.state(network, nnx.Param)))
 
 
@@ -50,7 +50,7 @@ def split(small_run):
 def slices(split, phantoms):
     """The number of slices in each part, from the headers of the scans; phantoms store slices along the last axis."""
     scans = phantoms / "task2" / "train_data"
-    return {part: sum(nib.load(scans / n / "enhanced.nii.gz").shape[2] for n in split[part]) for part in PARTS}
+    return {part: sum(nib.load(scans / case / "enhanced.nii.gz").shape[2] for case in split[part]) for part in PARTS}
 
 
 @pytest.fixture(scope="module")
@@ -60,16 +60,16 @@ def network():
 
 @pytest.fixture(scope="module")
 def finetuned(small_run, phantoms, tmp_path_factory):
-    """The forecast of `small_run`; --run-dir may name a folder that holds a run, which does not change."""
-    before = tree(small_run)
+    """The forecast for the options of `small_run`; --run-dir may be the folder of a run, which must not change."""
+    before = snapshot(small_run)
     forecast = dry_run(tmp_path_factory.mktemp("dry_run"), phantoms, *SMALL_RUN, f"--run-dir={small_run}")
-    assert tree(small_run) == before
+    assert snapshot(small_run) == before
     return forecast
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """The folder in which a run with a frozen backbone is forecast, made, and forecast again."""
+    """The folder in which a run with a frozen backbone is forecast, trained, and forecast again."""
     return tmp_path_factory.mktemp("dry_run")
 
 
@@ -83,7 +83,7 @@ def frozen(folder, phantoms):
 
 @pytest.fixture(scope="module")
 def features(frozen, folder, phantoms):
-    """The folder of the features of the run itself."""
+    """The folder of the features that the actual run caches."""
     folders = [f"--data.root={phantoms}", f"--cache-dir={folder / 'cache'}", f"--run-dir={folder / 'run'}"]
     succeed(folder, "jaxla.train", "--exp=quickstart", "--method=vit_mini8", *folders, *FROZEN)
     (features,) = (folder / "cache" / "features").iterdir()
@@ -96,21 +96,22 @@ def test_forecast_counts_patients_slices_steps_and_parameters(finetuned, small_r
     assert finetuned["patients"] == ", ".join(f"{len(split[part])} {part}" for part in PARTS)
     assert finetuned["slices"] == ", ".join(f"{slices[part]} {part}" for part in PARTS)
     assert finetuned["steps"] == f"{math.ceil(slices['train'] / 8)} per epoch, 8 slices each, at most 3 epochs"
-    assert finetuned["parameters"] == f"{count(network)} trained, 0 frozen"
-    assert f"{count(network)} parameters are trained, 0 are frozen" in (small_run / "train.log").read_text()
+    assert finetuned["parameters"] == f"{count_parameters(network)} trained, 0 frozen"
+    assert f"{count_parameters(network)} parameters are trained, 0 are frozen" in (small_run / "train.log").read_text()
     assert "feature" not in finetuned["disk"] + finetuned["time"]
 
 
 def test_forecast_counts_a_frozen_backbone_separately(frozen, slices, network):
     assert frozen["run"] == "quickstart, vit_mini8 (random weights, frozen)"
     assert frozen["steps"] == f"{math.ceil(slices['train'] / 8)} per epoch, 8 slices each, at most 1 epoch"
-    assert frozen["parameters"] == f"{128 + 1} trained, {count(network.backbone)} frozen"  # of the linear decoder
+    decoder = 128 + 1  # linear: weights and bias
+    assert frozen["parameters"] == f"{decoder} trained, {count_parameters(network.backbone)} frozen"
 
 
 def test_memory_covers_parameters_and_adams_two_moments(finetuned, network):
     pattern = r"(\S+) for a training step, as reported by XLA, of (\S+)"
     needed, total = re.fullmatch(pattern, finetuned["memory"]).groups()
-    assert 3 * 4 * count(network) <= parse_bytes(needed) <= parse_bytes(total)
+    assert 3 * 4 * count_parameters(network) <= parse_bytes(needed) <= parse_bytes(total)
 
 
 def test_time_names_its_parts(finetuned, frozen):
@@ -126,7 +127,7 @@ def test_run_folder_is_no_larger_than_forecast(finetuned, small_run):
     assert size <= parse_bytes(re.match(r"run folder (\S+) at most", finetuned["disk"])[1])
 
 
-def test_features_take_the_forecast_space(frozen, features, folder, slices):
+def test_features_take_as_much_space_as_forecast(frozen, features, folder, slices):
     """The forecast shows three digits, so it is exact to half a percent."""
     written = sum(np.load(path, mmap_mode="r").nbytes for path in features.glob("*.npy"))
     assert written == sum(slices.values()) * 6 * 6 * 128 * 4  # 48 pixels in patches of 8, 128 channels, float32
@@ -149,8 +150,8 @@ def test_cached_features_are_not_counted_again(features, folder, phantoms):
     assert parse_bytes(re.search(r"; features (\S+) in ", forecast["disk"])[1]) == pytest.approx(lost_bytes, rel=0.005)
 
 
-def test_features_that_do_not_fit_on_the_disk_come_with_advice(tmp_path, phantoms, monkeypatch, slices):
-    """A fusion of all four blocks, which could fuse fewer."""
+def test_forecast_gives_advice_if_features_do_not_fit_on_the_disk(tmp_path, phantoms, monkeypatch, slices):
+    """The method fuses all four blocks, so the advice includes fewer blocks."""
     leave_free(monkeypatch, 250_000)
     options = ("--method=fusion_vitb14", "--model.arch=vit_mini8", "--model.weights=random")
     forecast = dry_run(tmp_path, phantoms, *SMALL_RUN, *options, "--model.decoder_widths=[16,8]")

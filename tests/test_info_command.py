@@ -34,7 +34,7 @@ def read_json(path):
 
 @pytest.fixture
 def unfinished(small_run, tmp_path):
-    """A copy of the small run that stopped after two epochs. Its name contains a blank."""
+    """A copy of the small run that stopped after two epochs. Its name contains a space."""
     folder = shutil.copytree(small_run, tmp_path / "my run", ignore=shutil.ignore_patterns("report.html", "test"))
     lines = (folder / "metrics.jsonl").read_text().splitlines(keepends=True)
     (folder / "metrics.jsonl").write_text("".join(lines[:2]))
@@ -42,7 +42,7 @@ def unfinished(small_run, tmp_path):
 
 
 def describe_best(lines):
-    """Return the expected words about the best epoch among lines of metrics.jsonl."""
+    """Return the expected text about the best epoch in lines of metrics.jsonl."""
     history = [json.loads(line) for line in lines]
     best = max(history, key=lambda metrics: metrics["val_dice"])
     return f"best Dice {best['val_dice']:.3f} (mean per volume) in epoch {best['epoch']}"
@@ -51,7 +51,7 @@ def describe_best(lines):
 # --- runs ------------------------------------------------------------------------------------------------------------
 
 
-def test_finished_run(small_run, phantoms):
+def test_facts_of_a_finished_run(small_run, phantoms):
     summary, split = read_json(small_run / "test" / "summary.json"), read_json(small_run / "split.json")
     record = read_json(small_run / "experiment.json")
     dice, iou, atlas = (s["mean"] for s in (summary["dice"], summary["iou"], summary["atlas"]["dice"]))
@@ -94,14 +94,14 @@ def test_stopped_run_shows_its_progress_and_the_command_that_resumes_it(unfinish
     require_resumable(options.run_dir, check_experiment(options.experiment))  # the checks of --resume
 
 
-def test_run_before_its_first_epoch(unfinished):
+def test_facts_of_a_run_that_stopped_in_its_first_epoch(unfinished):
     (unfinished / "metrics.jsonl").unlink()
     facts = info(unfinished)
     assert facts["state"] == "stopped: 0 of at most 3 epochs are done"
     assert "validation" not in facts
 
 
-def test_running_run_is_not_to_be_resumed(unfinished):
+def test_running_run_has_no_command_to_resume(unfinished):
     hold = "from filelock import FileLock; hold = FileLock(sys.argv[1])"
     with held_by_another_process(hold, unfinished / ".lock"):
         facts = info(unfinished)
@@ -140,7 +140,7 @@ def test_weights_show_their_architecture_and_source(weights):
     }
 
 
-def test_weights_that_were_not_released(tmp_path):
+def test_facts_of_weights_that_were_not_released(tmp_path):
     metadata = {"arch": "vit_mini8", "source": "random, seed 5", "source_sha256": "", "licence": ""}
     save_weights(tmp_path / "mine.safetensors", {}, metadata)
     facts = info(tmp_path / "mine.safetensors")

@@ -18,7 +18,7 @@ pytestmark = pytest.mark.usefixtures("fast_compilation")
 
 @pytest.fixture(scope="module")
 def plan(phantoms, tmp_path_factory):
-    """The plan for the phantoms, changed to a quarter of their resolution and few features, so that steps are fast."""
+    """The plan for the phantoms, at a quarter of their resolution and with few features, so that steps are fast."""
     folder = tmp_path_factory.mktemp("plan")
     succeed(
         folder, "jaxla.plan", f"--data.root={phantoms}", f"--output={folder / 'full.json'}", f"--cache-dir={folder}"
@@ -54,7 +54,7 @@ def run(request, phantoms, plan, tmp_path_factory):
     return folder
 
 
-ONE_DIMENSION = pytest.mark.parametrize("run", ["nnunet_2d_short"], indirect=True)
+ONLY_2D = pytest.mark.parametrize("run", ["nnunet_2d_short"], indirect=True)
 
 
 def test_run_folder_contains_the_usual_files_and_the_plan(run, plan):
@@ -87,8 +87,8 @@ def test_run_folder_contains_the_usual_files_and_the_plan(run, plan):
 def test_predict_and_load_network_read_the_run_folder(run, phantoms, tmp_path):
     scan = next(phantoms.rglob("train_2/enhanced.nii.gz"))
     mask = tmp_path / "mask.nii.gz"
-    given = (f"--run={run}", f"--input={scan}", f"--output={mask}", "--probabilities")
-    assert "LA " in succeed(tmp_path, "jaxla.predict", *given)
+    arguments = (f"--run={run}", f"--input={scan}", f"--output={mask}", "--probabilities")
+    assert "LA " in succeed(tmp_path, "jaxla.predict", *arguments)
     image, mask = nib.load(scan), nib.load(tmp_path / "mask.nii.gz")
     assert mask.shape == image.shape
     np.testing.assert_array_equal(mask.affine, image.affine)
@@ -102,7 +102,7 @@ def test_predict_and_load_network_read_the_run_folder(run, phantoms, tmp_path):
         np.testing.assert_array_equal(np.asarray(mask.dataobj) > 0, probabilities > 0.5)
 
 
-@ONE_DIMENSION
+@ONLY_2D
 def test_resume_before_the_test_gives_identical_results(run, phantoms, plan, tmp_path):
     folder = tmp_path / "run"
     shutil.copytree(run.parent / "cache", tmp_path / "cache")
@@ -116,7 +116,7 @@ def test_resume_before_the_test_gives_identical_results(run, phantoms, plan, tmp
         assert (folder / name).read_text() == (run / name).read_text()
 
 
-@ONE_DIMENSION
+@ONLY_2D
 def test_resume_with_another_plan_is_refused(run, phantoms, plan, tmp_path):
     folder = tmp_path / "run"
     shutil.copytree(run.parent / "cache", tmp_path / "cache")
@@ -132,7 +132,7 @@ def test_resume_with_another_plan_is_refused(run, phantoms, plan, tmp_path):
     assert "plan.json: differs from the plan of this command" in done.stderr
 
 
-@ONE_DIMENSION
+@ONLY_2D
 def test_same_seed_gives_identical_results(run, phantoms, plan, tmp_path):
     shutil.copytree(run.parent / "cache", tmp_path / "cache")
     succeed(tmp_path, "jaxla.train", *options(phantoms, plan, tmp_path / "run"))
@@ -150,7 +150,7 @@ def test_dry_run_describes_the_run_and_writes_nothing(phantoms, plan, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
-@ONE_DIMENSION
+@ONLY_2D
 def test_five_equal_folds_predict_the_mask_of_one(run, phantoms, tmp_path):
     """The folds are copies of one run; tests/runs/test_cross_validation.py trains different ones."""
     folder, record = tmp_path / "run", json.loads((run / "experiment.json").read_text())
@@ -190,8 +190,8 @@ def test_five_equal_folds_predict_the_mask_of_one(run, phantoms, tmp_path):
     ],
 )
 def test_bad_options_are_refused_before_anything_is_written(phantoms, plan, tmp_path, more, message):
-    given = options(phantoms, plan, tmp_path / "run", *more.split())
-    assert message in refuse(tmp_path, "jaxla.train", *given)
+    arguments = options(phantoms, plan, tmp_path / "run", *more.split())
+    assert message in refuse(tmp_path, "jaxla.train", *arguments)
 
 
 def test_plans_that_do_not_fit_the_scans_or_the_method_are_refused(phantoms, plan, tmp_path):
@@ -200,15 +200,15 @@ def test_plans_that_do_not_fit_the_scans_or_the_method_are_refused(phantoms, pla
         if "spacing" in c:
             c["median_image_size_in_voxels"] = [3 * n for n in c["median_image_size_in_voxels"]]
     (tmp_path / "other.json").write_text(json.dumps(content))
-    given = options(phantoms, tmp_path / "other.json", tmp_path / "run")
-    assert "but the plan was made for" in refuse(tmp_path, "jaxla.train", *given)
+    arguments = options(phantoms, tmp_path / "other.json", tmp_path / "run")
+    assert "but the plan was made for" in refuse(tmp_path, "jaxla.train", *arguments)
     for method in ("unet", "vit_mini8"):
-        said = refuse(
+        line = refuse(
             tmp_path, "jaxla.train", "--exp=quickstart", f"--method={method}", f"--data.root={phantoms}",
             f"--cache-dir={tmp_path / 'cache'}", f"--model.plan={plan}",
         )  # fmt: skip
-        assert f"--model.plan: method {method} has no such option" in said
-    said = refuse(
+        assert f"--model.plan: method {method} has no such option" in line
+    line = refuse(
         tmp_path,
         "jaxla.train",
         "--exp=quickstart",
@@ -216,17 +216,17 @@ def test_plans_that_do_not_fit_the_scans_or_the_method_are_refused(phantoms, pla
         f"--data.root={phantoms}",
         "--augmentation.nnunet=true",
     )
-    assert "--augmentation.nnunet: method vit_mini8 has no such option" in said
+    assert "--augmentation.nnunet: method vit_mini8 has no such option" in line
 
 
-def test_dry_run_refuses_patches_too_large_for_memory_before_any_is_made(phantoms, plan, tmp_path):
-    given = options(phantoms, plan, tmp_path / "run", "--training.batch_size=400000", "--dry-run")
-    line = refuse(tmp_path, "jaxla.train", *given)
+def test_dry_run_refuses_too_large_a_batch_before_making_a_patch(phantoms, plan, tmp_path):
+    arguments = options(phantoms, plan, tmp_path / "run", "--training.batch_size=400000", "--dry-run")
+    line = refuse(tmp_path, "jaxla.train", *arguments)
     assert line.startswith("error: --training.batch_size=400000: a training step needs ")
     assert line.endswith("Lower --model.memory_gb, or use a plan made for less memory.")
 
 
-def test_every_patient_can_train(phantoms, plan, tmp_path):
+def test_all_patients_can_be_used_for_training(phantoms, plan, tmp_path):
     more = ("--training.epochs=1", "--data.split=all", "--postprocessing.largest=always")
     printed = succeed(tmp_path, "jaxla.train", *options(phantoms, plan, tmp_path / "run", *more))
     assert "patients: 6 training, 0 validation, 0 test" in printed

@@ -1,4 +1,4 @@
-"""`python -m jaxla.plan`: plans from scans or from their shapes and spacings, and refuses bad options."""
+"""python -m jaxla.plan: plans made from scans or from their shapes and spacings, and refused options."""
 
 import json
 from pathlib import Path
@@ -27,7 +27,7 @@ def test_fingerprint_gives_nnunets_plan(tmp_path, name):
 
 
 def test_real_scans_give_nnunets_plan(tmp_path, hippocampus):
-    """Including the shapes and spacings of all 60."""
+    """The plan contains the shapes and spacings of all 60 scans."""
     content, _ = plan(tmp_path, f"--data.root={hippocampus}")
     assert content == json.loads((GOLDEN / "Hippocampus.json").read_text())
 
@@ -66,8 +66,8 @@ def test_bad_options_are_refused_in_one_line(tmp_path, options, message):
     (tmp_path / "f.json").write_text((GOLDEN / "Small.json").read_text())
     bad = {"spacings": [[1, 1, 1], [0, 1, 1]], "shapes_after_crop": [[8, 8, 8]] * 2}
     (tmp_path / "bad.json").write_text(json.dumps(bad))
-    given = ("--output=plan.json", f"--cache-dir={tmp_path / 'cache'}", *options)
-    assert message in refuse(tmp_path, "jaxla.plan", *given)
+    arguments = ("--output=plan.json", f"--cache-dir={tmp_path / 'cache'}", *options)
+    assert message in refuse(tmp_path, "jaxla.plan", *arguments)
 
 
 @pytest.mark.parametrize("make", [save_sheared, lambda path: save_raw_spacing(path, (0.75, 0, 2.5))])
@@ -76,5 +76,5 @@ def test_scans_without_usable_spacing_are_refused(tmp_path, make):
     first.unlink()
     scan = first.with_suffix("")  # uncompressed
     make(scan)
-    given = (f"--data.root={tmp_path / 'data'}", "--output=p.json", f"--cache-dir={tmp_path / 'cache'}")
-    assert str(scan) in refuse(tmp_path, "jaxla.plan", *given)
+    arguments = (f"--data.root={tmp_path / 'data'}", "--output=p.json", f"--cache-dir={tmp_path / 'cache'}")
+    assert str(scan) in refuse(tmp_path, "jaxla.plan", *arguments)

@@ -1,4 +1,4 @@
-"""--resume as a user runs it: an interrupted run gives the result of an uninterrupted one; refused attempts."""
+"""--resume as a user runs it: an interrupted run gives the result of an uninterrupted one; changes are refused."""
 
 import json
 import re
@@ -100,9 +100,9 @@ def folder(small_run, phantoms, tmp_path):
 
 
 def refuse_to_resume(folder, *options):
-    """Return the line that refuses to resume; a later option of the same name wins."""
-    own = small_run_options(folder / "data", folder / "run", folder / "cache")
-    return refuse(folder, "jaxla.train", *own, "--resume", *options)
+    """Resume with changed options, which must be refused; return the error line."""
+    original = small_run_options(folder / "data", folder / "run", folder / "cache")
+    return refuse(folder, "jaxla.train", *original, "--resume", *options)
 
 
 @pytest.mark.parametrize(
@@ -139,12 +139,12 @@ def test_a_changed_option_is_named_with_both_values(folder, options, message):
 def test_a_changed_default_is_added_to_the_command_that_resumes(folder):
     """The run began with another default method, or another default of its method."""
     record, run = json.loads((folder / "run" / "experiment.json").read_text()), folder / "run"
-    own = [f"--data.root={folder / 'data'}", f"--run-dir={run}", f"--cache-dir={folder / 'cache'}"]
+    folders = [f"--data.root={folder / 'data'}", f"--run-dir={run}", f"--cache-dir={folder / 'cache'}"]
 
     def refuse_with(*words):
-        record["command"] = " ".join(["python -m jaxla.train --exp=quickstart", *words, *own])
+        record["command"] = " ".join(["python -m jaxla.train --exp=quickstart", *words, *folders])
         (run / "experiment.json").write_text(json.dumps(record))
-        return refuse(folder, "jaxla.train", "--exp=quickstart", *words, *own, "--resume")
+        return refuse(folder, "jaxla.train", "--exp=quickstart", *words, *folders, "--resume")
 
     line = refuse_with(*(word for word in SMALL_RUN if not word.startswith("--method=")))
     assert "--method is unet_small, but the run in" in line
@@ -249,7 +249,7 @@ def test_two_processes_never_train_in_one_folder(folder):
 
 
 def test_a_user_sees_one_line(folder):
-    """In a new process."""
+    """The command runs in a new process."""
     line = refuse(
         folder,
         "jaxla.train",

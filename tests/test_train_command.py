@@ -1,4 +1,4 @@
-"""The main job end to end, as a user runs it: what the run folder contains and what the command prints."""
+"""python -m jaxla.train end to end: what the run folder contains and what the command prints."""
 
 import csv
 import json
@@ -64,7 +64,7 @@ def test_split_covers_every_patient_once(small_run):
     assert all(split.values())
 
 
-def test_summary_is_the_mean_over_cases_beside_the_atlas_baseline(small_run):
+def test_summary_has_the_means_over_cases_of_the_network_and_the_atlas_baseline(small_run):
     summary, rows = read_json(small_run / "test" / "summary.json"), read_rows(small_run / "test" / "cases.csv")
     assert {row["case"] for row in rows} == set(read_json(small_run / "split.json")["test"])
     assert summary["dice"]["mean"] == pytest.approx(np.mean([float(row["dice"]) for row in rows]), abs=1e-12)
@@ -87,7 +87,7 @@ def test_cost_is_that_of_the_network(small_run):
     cost = read_json(small_run / "cost.json")
     parameters = sum(leaf.size for leaf in jax.tree.leaves(nnx.state(jaxla.load_network(small_run), nnx.Param)))
     assert cost["parameters"] == cost["trained_parameters"] == parameters
-    assert cost["multiply_adds"] > 36 * 800_000  # 36 tokens pass 0.8 M parameters of the blocks
+    assert cost["multiply_adds"] > 36 * 800_000  # each of 36 tokens passes through 0.8 M parameters
     assert cost["step_bytes"] > 3 * 4 * parameters  # with Adam's two moments
     assert cost["peak_host_bytes"] > cost["step_bytes"]
     assert cost["peak_device_bytes"] is None
@@ -105,7 +105,7 @@ def test_last_line_shows_dice_iou_and_folder(small_run):
     assert str(small_run) in last
 
 
-def test_predictions_lie_on_the_grids_of_the_scans_and_have_the_reported_dice(small_run, phantoms):
+def test_predictions_have_the_grids_of_their_scans_and_the_reported_dice(small_run, phantoms):
     reported = {row["case"]: float(row["dice"]) for row in read_rows(small_run / "test" / "cases.csv")}
     for path in (small_run / "test" / "predictions").iterdir():
         case = path.name.removesuffix(".nii.gz")

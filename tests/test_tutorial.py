@@ -1,4 +1,4 @@
-"""The notebook of the documentation runs from top to bottom, and its last results are what they say."""
+"""The tutorial notebook runs from top to bottom, and gives results for every case."""
 
 import json
 from pathlib import Path

@@ -18,12 +18,12 @@ def run(*options):
     return done.returncode, done.stdout, done.stderr
 
 
-def change_times(folder):
-    """Return file or folder -> time of its last change; a folder changes if a file in it is made and removed."""
+def modification_times(folder):
+    """Return file or folder -> modification time; that of a folder also changes if a file in it is made and removed."""
     return {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
 
 
-def test_the_report_of_a_folder_without_findings(tmp_path):
+def test_report_of_a_folder_without_findings(tmp_path):
     flat(tmp_path, 5)
     code, stdout, stderr = run(f"--data.root={tmp_path}", "--data.labels=LA:1")
     assert (code, stderr) == (0, "")
@@ -44,7 +44,7 @@ def test_the_report_of_a_folder_without_findings(tmp_path):
     ]
 
 
-def test_the_report_names_outlying_volumes_or_says_that_they_are_not_sought(tmp_path):
+def test_the_report_names_outlying_volumes_or_says_that_they_were_not_checked(tmp_path):
     def report(folder):
         return run(f"--data.root={tmp_path / folder}", "--data.labels=LA:1")[1]
 
@@ -118,7 +118,7 @@ def test_a_relative_root_is_read_as_in_training(tmp_path, monkeypatch):
 
 
 def in_a_new_process(folder, *options):
-    code = (  # at its end, it writes which slow imports happened
+    code = (  # at exit, it writes which slow modules were imported
         "import atexit, sys; from jaxla import verify; from jaxla.cli.process import run_command;"
         "atexit.register(lambda: open('modules.txt', 'w').write(' '.join({'jax', 'torch'} & set(sys.modules))));"
         "run_command(verify.main)"
@@ -130,11 +130,12 @@ def in_a_new_process(folder, *options):
     )  # fmt: skip
 
 
-def test_stdout_is_only_json_where_training_would_log(tmp_path):
+def test_stdout_is_only_json_even_if_training_would_log_a_line(tmp_path):
     root = tmp_path / "set"
     lascarqs(root, 4)
-    save(root / "task2" / "val_data" / "val_1" / "enhanced.nii.gz", image_array(9))  # training logs that it is not read
-    before = change_times(root)
+    # training would log that this scan is not read
+    save(root / "task2" / "val_data" / "val_1" / "enhanced.nii.gz", image_array(9))
+    before = modification_times(root)
     done = in_a_new_process(tmp_path, f"--data.root={root}", "--json")
     assert (done.returncode, done.stderr) == (0, "")
     report = json.loads(done.stdout)
@@ -146,12 +147,12 @@ def test_stdout_is_only_json_where_training_would_log(tmp_path):
     assert report["cases"][0]["spacing"] == [0.75, 0.75, 2.5]
     assert [os.path.relpath(path, root) for path in report["unread"]] == ["task2/val_data/val_1/enhanced.nii.gz"]
     assert {len(report["default_split"][part]) for part in ("val", "test")} == {1}
-    assert change_times(root) == before
+    assert modification_times(root) == before
     assert not (tmp_path / "cache").exists()
     assert (tmp_path / "modules.txt").read_text() == ""
 
 
-def test_json_holds_every_finding_and_stderr_the_first(tmp_path):
+def test_json_has_every_finding_and_stderr_the_first(tmp_path):
     root = flat(tmp_path, 30)
     for n in range(25):
         (root / f"case_{n}_mask.nii.gz").unlink()
@@ -184,7 +185,7 @@ def test_a_case_that_cannot_be_read_is_null_in_json(tmp_path):
 # --- usage errors ----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("json_too", [(), ("--json",)])
+@pytest.mark.parametrize("json_option", [(), ("--json",)])
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -198,12 +199,12 @@ def test_a_case_that_cannot_be_read_is_null_in_json(tmp_path):
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
-def test_bad_usage_is_one_line_on_stderr(tmp_path, monkeypatch, options, message, json_too):
+def test_bad_usage_is_one_line_on_stderr(tmp_path, monkeypatch, options, message, json_option):
     (tmp_path / "empty").mkdir()
     save(tmp_path / "file.nii.gz", image_array())
     flat(tmp_path / "data", 3)
     monkeypatch.chdir(tmp_path)
-    code, stdout, stderr = run(*options, *json_too)
+    code, stdout, stderr = run(*options, *json_option)
     assert (code, stdout) == (2, "")
     assert stderr.startswith(f"error: {message}")
     assert len(stderr.splitlines()) == 1

@@ -1,4 +1,4 @@
-"""Transformers and plans that run in milliseconds, and random parameters."""
+"""Transformers and a plan that are small enough for fast tests, and random parameters."""
 
 from dataclasses import replace
 
@@ -33,7 +33,7 @@ def tiny_backbone(seed=0, variant=TINY, **options):
 
 
 def randomise(module, seed=0):
-    """Draw every parameter and statistic, so that no scale is 1 and no bias 0 and leaving one out changes the result.
+    """Draw every parameter and statistic. No scale is 1 and no bias 0, so leaving one out changes the result.
 
     `module` may be abstract, from `nnx.eval_shape`.
     """

@@ -1,4 +1,4 @@
-"""The command line of training: every option of a method, and none that it does not have."""
+"""The command line of training accepts every option of the method, and no others."""
 
 import shlex
 from dataclasses import replace
@@ -45,8 +45,8 @@ def parse(*arguments):
 def test_command_lines_of_earlier_versions_are_parsed(command, changed):
     """All other options keep the values of the experiment and its method."""
     experiment = parse(*shlex.split(command)).experiment
-    own = EXPERIMENTS[experiment.name]
-    expected = option_values(own) | {
+    defaults = EXPERIMENTS[experiment.name]
+    expected = option_values(defaults) | {
         f"{group}.{name}": value
         for group, options in option_groups(experiment).items()
         if group != "data"
@@ -79,7 +79,7 @@ def test_help_lists_the_options_of_the_method_and_no_others(tmp_path, name):
     assert not (set.union(*options.values()) - options[name]) & listed
 
 
-def test_quickstart_has_another_method_for_own_scans():
+def test_quickstart_uses_a_different_method_for_the_users_scans():
     methods = [
         parse("--exp=quickstart", *words).experiment.method.name
         for words in ((), ("--data.root=phantom",), ("--data.root=/scans",), ("--data.root", "x", "--method=vit_mini8"))
@@ -87,7 +87,7 @@ def test_quickstart_has_another_method_for_own_scans():
     assert methods == ["vit_mini8", "vit_mini8", "unet_small", "vit_mini8"]
 
 
-def test_an_option_of_another_method_cannot_be_expressed():
+def test_an_option_of_another_method_is_refused():
     for arguments, line in (
         (
             ("--method=unet", "--model.blocks=[0]"),
@@ -107,7 +107,7 @@ def test_an_option_of_another_method_cannot_be_expressed():
         ("python -m jaxla.train --exp=a --coordinator=h:1 --processes 2 --process=0", "python -m jaxla.train --exp=a"),
     ],
 )
-def test_a_command_without_its_folder_can_be_run_again(command, stripped):
+def test_options_of_one_session_are_stripped_from_a_command(command, stripped):
     assert strip_run_options(command) == stripped
 
 

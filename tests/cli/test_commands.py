@@ -1,4 +1,4 @@
-"""The command `jaxla`, which has all other commands."""
+"""The command `jaxla`, which has all other commands as subcommands."""
 
 import re
 import subprocess
@@ -23,7 +23,7 @@ def test_help_lists_every_command(tmp_path):
     assert set(re.findall(r"^  (\w+) ", listed, re.MULTILINE)) == modules | {"convert"}
 
 
-def test_convert_is_convert_weights(tmp_path):
+def test_jaxla_convert_runs_convert_weights(tmp_path):
     first, second = (in_a_new_process(tmp_path, *words) for words in (("jaxla", "convert"), ("convert_weights",)))
     assert (first.returncode, first.stderr) == (2, second.stderr)
     assert first.stderr.startswith("error: --source: required to convert a checkpoint.")

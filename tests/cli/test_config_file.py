@@ -41,7 +41,7 @@ def test_print_config_prints_a_file_with_the_options_of_the_command_line(write, 
     assert list(tmp_path.iterdir()) == [tmp_path / "config.yaml"]
 
 
-def test_the_command_line_wins_and_says_which_line_it_overrides(write, tmp_path):
+def test_the_command_line_overrides_the_file_and_names_the_overridden_lines(write, tmp_path):
     config = write("exp: quickstart\nmethod: unet\ntraining:\n  epochs: 4\n  batch_size: 2\nmodel.widths: [8, 16]\n")
     options = parse(config, "--training.epochs=5", "--method", "attention_unet", "--model.widths=[4]")
     assert options.experiment.method.name == "attention_unet"

@@ -1,4 +1,4 @@
-"""CSV files: names that a spreadsheet would run, and files that are damaged."""
+"""CSV files: text that a spreadsheet would evaluate as a formula, and damaged files."""
 
 import csv
 
@@ -11,7 +11,7 @@ pytestmark = pytest.mark.quick
 NAMES = ["case_1", "=1+1", "+1", "-1", "@x", "\tx", "'=x", "''=x", "'x", "a=b", 'a,"b"\nc', "é", ""]
 
 
-def test_text_that_a_spreadsheet_would_run_is_written_with_an_apostrophe_and_read_without(tmp_path):
+def test_formulas_are_written_with_an_apostrophe_and_read_without(tmp_path):
     path = tmp_path / "table.csv"
     write_csv(path, ["case", "=dice", "none"], [{"case": name, "=dice": -0.1 + 0.4} for name in NAMES])
     assert read_csv(path) == [{"case": name, "=dice": "0.30000000000000004", "none": ""} for name in NAMES]

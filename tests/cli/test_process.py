@@ -1,4 +1,4 @@
-"""The end of a command: exit codes, tracebacks, and pipes."""
+"""How a command starts and ends: environment variables, exit codes, tracebacks, signals and pipes."""
 
 import os
 import pwd
@@ -18,7 +18,7 @@ from tests.runs.folders import read_json, scan_file
 
 @pytest.fixture(autouse=True)
 def ctrl_c():
-    """New processes take Ctrl-C, even if the tests run in the background, where a shell ignores it."""
+    """Let new processes receive Ctrl-C even if the tests run in the background, where a shell ignores it."""
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     yield
     signal.signal(signal.SIGINT, before)
@@ -32,7 +32,7 @@ def run(main, stdout=subprocess.DEVNULL):
 
 @pytest.mark.quick
 def test_a_closed_stdout_ends_a_command_silently():
-    """As in `... | head`."""
+    """An example is `... | head`."""
     reader, writer = os.pipe()
     os.close(reader)
     done = run("print('a line')", writer)
@@ -56,14 +56,14 @@ def test_a_programming_error_shows_its_traceback(statement, error):
 
 
 @pytest.mark.quick
-def test_bad_input_is_one_line():
+def test_bad_input_is_reported_in_one_line():
     done = run("from jaxla.config import InputError, option; raise InputError(option('seed', 1), 'odd', 'Use 2.')")
     assert (done.returncode, done.stderr) == (2, "error: --seed=1: odd. Use 2.\n")
 
 
 # --- signals ---------------------------------------------------------------------------------------------------------
 
-DISCARDED = {  # what Python runs in a way that discards the error of a signal's handler
+DISCARDED = {  # code in which Python discards the exception of a signal handler
     "a callback of the garbage collector": """
     def once(phase, info):
         gc.callbacks.remove(once)
@@ -88,7 +88,7 @@ DISCARDED = {  # what Python runs in a way that discards the error of a signal's
 @pytest.mark.parametrize("number", ["SIGTERM", "SIGINT"])
 @pytest.mark.parametrize("kind", DISCARDED)
 def test_a_signal_that_python_discards_is_delivered_again(kind, number):
-    """JAX, too, has a callback of the garbage collector."""
+    """JAX registers a callback of the garbage collector, too."""
     code = f"""
 import gc, signal, time, weakref
 from jaxla.cli.process import run_command
@@ -116,7 +116,7 @@ def test_ctrl_c_during_imports_shows_no_traceback(tmp_path, words):
 
 
 @pytest.mark.quick
-def test_a_terminal_without_a_letter_shows_its_escape():
+def test_characters_that_the_terminal_cannot_show_are_escaped():
     code = "from jaxla.cli.process import run_command\nrun_command(lambda arguments: print('48 × 48 µm'))"
     done = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, env=os.environ | {"PYTHONIOENCODING": "ascii"}
@@ -131,7 +131,7 @@ def test_control_characters_in_an_error_are_escaped():
 
 
 def test_settings_that_would_change_results_are_ignored_by_a_command(small_run, phantoms, tmp_path):
-    """The mask is that of the run's own test, bit for bit."""
+    """The mask is bit-identical to the one that the run wrote in its test."""
     hostile = {
         "JAX_ENABLE_X64": "1",
         "JAX_NUMPY_RANK_PROMOTION": "raise",
@@ -170,7 +170,7 @@ def test_figures_do_not_need_the_backend_of_a_notebook():
         ("JAX_THREEFRY_PARTITIONABLE", "invalid truth value 'foo' for environment 'JAX_THREEFRY_PARTITIONABLE'"),
     ],
 )
-def test_a_setting_that_jax_refuses_is_one_line(tmp_path, name, problem):
+def test_a_setting_that_jax_refuses_is_reported_in_one_line(tmp_path, name, problem):
     line = refuse(tmp_path, "jaxla.train", run=lambda *words: in_a_new_process(*words, **{name: "foo"}))
     assert line == f"error: environment: {problem}. Correct this variable, or unset it."
 

@@ -51,7 +51,7 @@ def test_lines_fit_the_terminal_and_100_columns(columns, width, monkeypatch):
     assert " ".join(line.strip() for line in (first, *rest)) == f"{WORDS} --data-root {path} short"
 
 
-def test_lines_stay_whole_in_a_file(monkeypatch):
+def test_lines_are_not_wrapped_in_a_file(monkeypatch):
     monkeypatch.setenv("COLUMNS", "60")
     assert wrap(WORDS) == WORDS
 
@@ -63,7 +63,7 @@ def test_a_terminal_shows_the_time_that_a_step_takes_and_clears_the_line():
         assert re.search("\r +\r$", read())
 
 
-def test_nothing_is_shown_in_a_file(capsys):
+def test_elapsed_time_is_not_written_to_a_file(capsys):
     with show_elapsed("compiling the training step"):
         pass
     assert capsys.readouterr() == ("", "")

@@ -1,4 +1,4 @@
-"""Run the command, and make checkpoints for it."""
+"""Run `convert_weights`, and make checkpoints for it."""
 
 import json
 
@@ -22,25 +22,25 @@ def convert_in_a_new_process(*arguments, **environment):
 
 
 def convert(*arguments):
-    """Run the command in this process, without the seconds that importing JAX and torch takes."""
+    """Run the command in this process, which saves importing JAX and torch."""
     return in_this_process(ROOT, "convert_weights.__main__", *arguments)
 
 
 def succeed(*arguments):
-    """Return what the command printed."""
+    """Run the command, which must succeed, and return its output."""
     done = convert(*arguments)
     assert (done.returncode, done.stderr) == (0, "")
     return done.stdout
 
 
 def refuse(folder, *arguments):
-    """Return the one line of error; the command must leave the folder unchanged."""
-    line = commands.refuse(folder, None, *arguments, run=lambda _, __, *options: convert(*options), but=None)
+    """Run the command, which must refuse its input and leave the folder unchanged; return its one-line error."""
+    line = commands.refuse(folder, None, *arguments, run=lambda _, __, *options: convert(*options), ignored=None)
     return line.removeprefix("error: ")
 
 
 def refuse_source(source, arch="dinov2_vits14"):
-    """Return the one line of error of converting `source` into its own folder."""
+    """Convert `source` to a file in its own folder, which must be refused; return the one-line error."""
     output = source.parent / "out.safetensors"
     return refuse(source.parent, f"--arch={arch}", f"--source={source}", f"--output={output}")
 
@@ -62,7 +62,7 @@ def empty_state(arch="dinov2_vits14"):
 
 
 def write_ours(path, arch="vit_mini8", scale=0.02):
-    """Write a converted file with random values, by default of a small architecture that nobody released."""
+    """Write a converted file with random values, by default of a small architecture without released weights."""
     shapes = parameter_shapes(nnx.eval_shape(lambda: build_backbone(arch, rngs=nnx.Rngs(0))))
     rng = np.random.default_rng(0)
     arrays = {name: scale * rng.standard_normal(shape, np.float32) for name, shape in shapes.items()}
@@ -82,8 +82,8 @@ def assert_same_state(state, expected):
     for name, tensor in expected.items():
         assert (state[name].dtype, state[name].shape) == (tensor.dtype, tensor.shape), name
         assert state[name].is_contiguous(), name
-        assert bits(state[name]) == bits(tensor), name
+        assert to_bytes(state[name]) == to_bytes(tensor), name
 
 
-def bits(tensor):
+def to_bytes(tensor):
     return tensor.reshape(-1).view(torch.uint8).numpy().tobytes()

@@ -6,7 +6,7 @@ import torch
 
 
 def write_shards(folder, state, count=3):
-    """Return the index, and the files that it names."""
+    """Write `count` shards and their index; return the index and the shards."""
     shard_names = {name: f"pytorch_model-{i % count + 1:05}-of-{count:05}.bin" for i, name in enumerate(state)}
     shards = [folder / name for name in sorted(set(shard_names.values()))]
     for shard in shards:

@@ -1,4 +1,4 @@
-"""Every refusal of a conversion is one line and exit status 2, and nothing is written."""
+"""A refused conversion prints one line, exits with 2, and writes nothing."""
 
 import json
 import math
@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 
 from convert_weights.checkpoint import checkpoint_sha256, open_checkpoint
 from jaxla.config import InputError
-from tests.commands import tree
+from tests.commands import snapshot
 from tests.convert_weights.command import (
     ROOT,
     authors_shapes,
@@ -282,7 +282,7 @@ def test_every_flipped_bit_is_refused_or_harmless(tmp_path):
             assert read() == expected, bit
         except InputError:
             refused += 1
-    assert refused > 200  # the other bits were in padding, dates and the like
+    assert refused > 200  # other bits are in fields without effect, such as padding and dates
 
 
 def test_checkpoint_without_checksums_is_converted(tmp_path):
@@ -411,7 +411,7 @@ def test_missing_source_is_refused(tmp_path):
         assert line == (f"--source={given}: no such file. Download the checkpoint and pass its file or folder.")
 
 
-def test_file_names_that_are_too_long_are_refused(tmp_path):
+def test_too_long_file_names_are_refused(tmp_path):
     long = tmp_path / f"{300 * 'a'}.safetensors"
     source = save(tmp_path, {"norm.weight": torch.zeros(3)})
     assert "no such file" in refuse(
@@ -566,7 +566,7 @@ def test_too_little_space_is_reported_before_anything_is_written(tmp_path, monke
 
 def test_terminated_conversion_leaves_nothing_behind(tmp_path):
     source = save(tmp_path, empty_state("dinov2_vitl14"))
-    before = tree(tmp_path, but=None)
+    before = snapshot(tmp_path, ignored=None)
     arguments = ["--arch=dinov2_vitl14", f"--source={source}", f"--output={tmp_path / 'out.safetensors'}"]
     process = subprocess.Popen([sys.executable, "-m", "convert_weights", *arguments], cwd=ROOT, stderr=subprocess.PIPE)
     while process.poll() is None and not any(
@@ -576,4 +576,4 @@ def test_terminated_conversion_leaves_nothing_behind(tmp_path):
     process.terminate()
     _, stderr = process.communicate(timeout=60)
     assert (process.returncode, stderr) == (1, b"interrupted\n")
-    assert tree(tmp_path, but=None) == before
+    assert snapshot(tmp_path, ignored=None) == before

@@ -1,4 +1,4 @@
-"""A conversion writes every value of the source, and metadata that state the source."""
+"""A conversion writes every value of the source, and metadata that name the source."""
 
 import hashlib
 
@@ -30,7 +30,7 @@ from tests.parity.references import ReferenceVGG
 
 @pytest.fixture(scope="module")
 def dinov2(tmp_path_factory):
-    """Return the folder of a converted checkpoint, its state dict, and what the command printed."""
+    """The folder of a converted checkpoint, its state dict, and the output of the command."""
     folder = tmp_path_factory.mktemp("dinov2")
     state = full_state("dinov2_vits14")
     torch.save(state, folder / "vits14.pth")
@@ -52,8 +52,8 @@ def test_metadata_state_architecture_source_and_hashes(dinov2):
     content = path.read_bytes()
     end = 8 + int.from_bytes(content[:8], "little")
     written = read_weights(path)[1]
-    without_own = content[:end].replace(written["header_sha256"].encode(), b"0" * 64)
-    hashes = {"data_sha256": content[end:], "header_sha256": without_own}
+    header_without_its_hash = content[:end].replace(written["header_sha256"].encode(), b"0" * 64)
+    hashes = {"data_sha256": content[end:], "header_sha256": header_without_its_hash}
     assert written == metadata | {name: hashlib.sha256(part).hexdigest() for name, part in hashes.items()}
 
 
@@ -131,7 +131,7 @@ def test_force_replaces_an_output(tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out.safetensors", "source.pth"]
 
 
-def test_resnet_may_lack_its_classifier(tmp_path):
+def test_resnet_without_its_classifier_is_converted(tmp_path):
     state = {name: tensor for name, tensor in empty_state("resnet50").items() if not name.startswith("fc.")}
     torch.save(state, tmp_path / "source.pth")
     printed = succeed(
@@ -141,14 +141,15 @@ def test_resnet_may_lack_its_classifier(tmp_path):
     assert line in printed.splitlines()
 
 
-def test_vgg_gives_pytorchs_features_and_converts_back_to_the_bit(tmp_path):
+def test_vgg_gives_pytorchs_features_and_converts_back_bit_for_bit(tmp_path):
     """The checkpoint lacks the classifier, which takes half a gigabyte."""
     reference = ReferenceVGG(VGGS["vgg16_bn"].stages).eval()
     state = reference.state_dict()
-    draw = torch.Generator().manual_seed(0)
+    generator = torch.Generator().manual_seed(0)
     for name, tensor in state.items():
         if not name.endswith("num_batches_tracked"):
-            tensor.copy_(torch.rand(tensor.shape, generator=draw) * (2 / tensor[0].numel() if tensor.ndim > 1 else 1))
+            scale = 2 / tensor[0].numel() if tensor.ndim > 1 else 1
+            tensor.copy_(scale * torch.rand(tensor.shape, generator=generator))
     source, ours, back = (tmp_path / name for name in ("source.pth", "ours.safetensors", "back.pth"))
     torch.save(state, source)
     printed = succeed("--arch=vgg16_bn", f"--source={source}", f"--output={ours}", "--verify")

@@ -25,14 +25,14 @@ CONTENT = bytes(range(256)) * 1200
 
 
 class Server:
-    """Serve `content` under any name, and record which part each request asked for."""
+    """A server that sends `content` under any name, and records the range of each request."""
 
     def __init__(self, certificate=None):
         self.content = CONTENT
         self.supports_ranges = True
-        self.breaks_after = None  # position in the file; happens once
+        self.breaks_after = None  # byte position at which the connection breaks, once
         self.status = 200
-        self.headers = {}  # replace the correct ones; None removes one
+        self.headers = {}  # override the correct headers; None removes a header
         self.redirects = {}  # path -> URL
         self.requested_ranges = []
         self.may_answer = threading.Event()
@@ -137,7 +137,7 @@ def refusal(release, folder):
 
 
 def contents(folder):
-    """Return the files but the locks, which are empty and remain after an error."""
+    """Return the content of all files except locks, which are empty and remain after an error."""
     return {path.name: path.read_bytes() for path in folder.iterdir() if path.suffix != ".lock"}
 
 
@@ -219,7 +219,7 @@ def test_existing_file_that_is_not_the_released_one_is_kept(server, release, tmp
 
 
 @pytest.mark.parametrize("name", ["weights.pth", "weights.pth.part", "weights.pth.lock"])
-def test_path_that_cannot_be_read_or_written_is_one_line(release, tmp_path, name):
+def test_path_that_cannot_be_read_or_written_is_reported_in_one_line(release, tmp_path, name):
     (tmp_path / name).mkdir()
     line = refusal(release, tmp_path)
     assert line.startswith(
@@ -227,7 +227,7 @@ def test_path_that_cannot_be_read_or_written_is_one_line(release, tmp_path, name
     )
 
 
-def test_folder_that_is_a_file_is_one_line(release, tmp_path):
+def test_folder_that_is_a_file_is_reported_in_one_line(release, tmp_path):
     (tmp_path / "downloads").touch()
     assert f"File exists: '{tmp_path / 'downloads'}'" in refusal(release, tmp_path / "downloads")
 
@@ -292,7 +292,7 @@ def test_every_release_has_a_sha256():
 
 
 def replace_release(server, arch, monkeypatch, cache):
-    """Make the server's content the release of `arch`, and `cache` the cache folder."""
+    """Let the server's content replace the release of `arch`, and `cache` the cache folder."""
     monkeypatch.setitem(RELEASES, arch, Release(server.url, hashlib.sha256(server.content).hexdigest()))
     monkeypatch.setenv("XDG_CACHE_HOME", str(cache))
 

@@ -1,4 +1,4 @@
-"""Checkpoints that `transformers` writes."""
+"""Conversion of checkpoints that `transformers` writes."""
 
 from dataclasses import replace
 
@@ -27,7 +27,7 @@ DINOV2 = {"hidden_size": 384, "num_attention_heads": 6, "image_size": 518, "patc
 
 
 def randomise(model):
-    """Draw all parameters: new models have scales of 1 and biases of 0, which hide mistakes."""
+    """Draw all parameters at random: new models have scales of 1 and biases of 0, which hide mistakes."""
     torch.manual_seed(0)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -37,7 +37,7 @@ def randomise(model):
 
 @pytest.fixture(scope="module")
 def dinov3(tmp_path_factory):
-    """Return a model, the folder where it is saved, the file that it was converted to, and what the command printed."""
+    """A model, the folder where it is saved, the file that it is converted to, and the output of the command."""
     folder = tmp_path_factory.mktemp("dinov3")
     config = DINOv3ViTConfig(intermediate_size=1536, use_gated_mlp=True, hidden_act="silu", num_register_tokens=4)
     model = randomise(DINOv3ViTModel(config))
@@ -100,7 +100,7 @@ def test_error_names_an_architecture_of_the_other_family(dinov3, tmp_path):
 # --- DINOv2 ---
 
 
-def test_dinov2_in_shards_is_converted_and_back(tmp_path):
+def test_dinov2_in_shards_is_converted_and_converted_back(tmp_path):
     model = randomise(Dinov2Model(Dinov2Config(**DINOV2)))
     model.save_pretrained(tmp_path / "saved", max_shard_size="30MB")
     assert len(list((tmp_path / "saved").glob("*.safetensors"))) > 2
@@ -124,15 +124,15 @@ def test_dinov2_in_shards_is_converted_and_back(tmp_path):
 # --- small networks: exactly the tensors that transformers writes are expected ---
 
 SMALL = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "patch_size": 2}
-CUT = {"width": 16, "depth": 2, "heads": 2, "patch": 2}
+SMALL_VARIANT = {"width": 16, "depth": 2, "heads": 2, "patch": 2}
 
 
 def small_dinov2_rows(arch, **changes):
-    return dinov2_rows(replace(VARIANTS[arch], **CUT, grid=3, **changes))
+    return dinov2_rows(replace(VARIANTS[arch], **SMALL_VARIANT, grid=3, **changes))
 
 
 def small_dinov3_rows(arch, **changes):
-    return dinov3_rows(arch, replace(VARIANTS[arch], **CUT, **changes))
+    return dinov3_rows(arch, replace(VARIANTS[arch], **SMALL_VARIANT, **changes))
 
 
 MODELS = {
@@ -166,7 +166,7 @@ MODELS = {
 
 
 @pytest.mark.parametrize("kind", MODELS)
-def test_tensors_are_expected_under_hub_and_memory_names(kind, tmp_path):
+def test_tensors_are_recognised_by_their_names_on_the_hub_and_in_memory(kind, tmp_path):
     make, rows = MODELS[kind]
     model = randomise(make())
     model.save_pretrained(tmp_path)

@@ -1,4 +1,4 @@
-"""What importing the package and showing its help may import."""
+"""Importing the package and showing help do not import slow packages that they do not need."""
 
 import subprocess
 import sys

@@ -1,4 +1,4 @@
-"""Conversion of checkpoints in the format that nnU-Net writes."""
+"""Conversion of nnU-Net's checkpoints."""
 
 import json
 from pathlib import Path
@@ -29,7 +29,7 @@ def nnunet_state(name, copies=True):
 
 
 def write_checkpoint(path, state):
-    """Write a state dict with the other content that nnU-Net's trainer saves, including NumPy's numbers."""
+    """Write a state dict with the other content that nnU-Net's trainer saves, including NumPy scalars."""
     content = {
         "network_weights": state,
         "optimizer_state": {"state": {}, "param_groups": [{"lr": 0.01, "nesterov": True}]},
@@ -53,7 +53,7 @@ def convert(folder, name, source, plans=PLANS):
 
 
 @pytest.mark.parametrize("name", ["2d", "3d_fullres"])
-def test_checkpoint_gives_nnunets_logits_at_every_resolution_and_converts_back_to_the_bit(tmp_path, name):
+def test_checkpoint_gives_nnunets_logits_at_every_resolution_and_converts_back_bit_for_bit(tmp_path, name):
     state = nnunet_state(name)
     output = convert(tmp_path, name, write_checkpoint(tmp_path / "checkpoint_final.pth", state))
     assert " logits of one " in succeed("--verify", f"--output={output}")
@@ -64,12 +64,12 @@ def test_checkpoint_gives_nnunets_logits_at_every_resolution_and_converts_back_t
     assert len(resolutions) == read_plan(PLANS).configuration(name).n_stages - 1
     for level, logits in enumerate(resolutions):
         expected = np.moveaxis(golden[f"logits{level}"], 0, -1)
-        assert np.abs(np.asarray(logits[0]) - expected).max() <= 1e-5  # measured: 5.1e-6, values up to 2.6
+        assert np.abs(np.asarray(logits[0]) - expected).max() <= 1e-5  # measured: 5.1e-6, for values up to 2.6
 
     back = tmp_path / "back.pth"
     succeed("--to-torch", f"--source={output}", f"--output={back}")
     found = torch.load(back, weights_only=True)
-    assert list(found) == list(state)  # in PyTorch's own order
+    assert list(found) == list(state)  # in PyTorch's order
     assert all(torch.equal(found[key], state[key]) for key in state)
 
 
@@ -85,12 +85,17 @@ def test_state_dict_alone_and_without_copies_is_converted(tmp_path):
     )
 
 
-def test_plans_in_nnunets_own_format_are_read(tmp_path):
-    own = json.loads(PLANS.read_text())
-    for name, c in own["configurations"].items():
-        arch = {"network_class_name": "x.PlainConvUNet", "arch_kwargs": dict(c), "_kw_requires_import": []}
-        own["configurations"][name] = {**{k: c[k] for k in c if k not in ("strides", "n_stages")}, "architecture": arch}
-    (tmp_path / "nnUNetPlans.json").write_text(json.dumps(own))
+def test_plans_in_nnunets_format_are_read(tmp_path):
+    plans = json.loads(PLANS.read_text())
+    for configuration in plans["configurations"].values():
+        arguments = dict(configuration)
+        configuration["architecture"] = {
+            "network_class_name": "x.PlainConvUNet",
+            "arch_kwargs": arguments,
+            "_kw_requires_import": [],
+        }
+        del configuration["strides"], configuration["n_stages"]
+    (tmp_path / "nnUNetPlans.json").write_text(json.dumps(plans))
     source = write_checkpoint(tmp_path / "c.pth", nnunet_state("2d"))
     output = convert(tmp_path, "2d", source, tmp_path / "nnUNetPlans.json")
     image = jax.ShapeDtypeStruct((1, 56, 40, 1), np.float32)
@@ -171,7 +176,7 @@ def test_backbones_and_networks_are_distinguished(tmp_path):
     line = refuse(
         tmp_path, "--arch=dinov2_vits14", f"--source={tmp_path / 'c.pth'}", f"--output={tmp_path / 'b.safetensors'}"
     )
-    assert "loading it would run code" in line  # NumPy's numbers are read only with --arch=nnunet
+    assert "loading it would run code" in line  # NumPy scalars are read only with --arch=nnunet
     line = refuse(tmp_path, "--arch=dinov2_vits14", "--configuration=2d", f"--source={tmp_path / 'c.pth'}")
     assert "--configuration: applies only to --arch=nnunet" in line
     assert plan_from_json(json.loads(PLANS.read_text()), "it").fingerprint is not None

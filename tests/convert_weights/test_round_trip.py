@@ -29,14 +29,14 @@ def convert_and_back(folder, state, arch):
     return *read_weights(ours), torch.load(back, weights_only=True)
 
 
-def test_dinov2_with_registers_comes_back_to_the_bit(tmp_path):
+def test_dinov2_with_registers_survives_a_round_trip_bit_for_bit(tmp_path):
     state = full_state("dinov2_vits14_reg")
     arrays, _, back = convert_and_back(tmp_path, state, "dinov2_vits14_reg")
     assert_same_state(back, state)
     np.testing.assert_array_equal(arrays["register_tokens"], state["register_tokens"][0])
 
 
-def test_dinov3_with_bfloat16_constants_and_an_unusual_mask_comes_back_to_the_bit(tmp_path):
+def test_dinov3_with_bfloat16_constants_and_an_unusual_mask_survives_a_round_trip_bit_for_bit(tmp_path):
     state = full_state("dinov3_vits16plus")
     state["rope_embed.periods"] = torch.tensor([1.3359375 ** (k / 2) for k in range(16)]).bfloat16()
     mask = "blocks.4.attn.qkv.bias_mask"
@@ -48,7 +48,7 @@ def test_dinov3_with_bfloat16_constants_and_an_unusual_mask_comes_back_to_the_bi
     np.testing.assert_array_equal(arrays["periods"], state["rope_embed.periods"].float())
     np.testing.assert_array_equal(arrays["blocks.attention.qkv_bias_mask"][4, :4], [0, 1, 0, 1])
     np.testing.assert_array_equal(arrays["blocks.attention.qkv_bias"][4], state["blocks.4.attn.qkv.bias"])
-    kernel = arrays["blocks.mlp.expand.kernel"][5]  # gate, then gated
+    kernel = arrays["blocks.mlp.expand.kernel"][5]  # the gate, then the gated branch
     np.testing.assert_array_equal(kernel[:, :1536], state["blocks.5.mlp.w1.weight"].T)
     np.testing.assert_array_equal(kernel[:, 1536:], state["blocks.5.mlp.w2.weight"].T)
 
@@ -85,7 +85,7 @@ ARCHITECTURES = (
 
 @pytest.mark.parametrize("arch", ARCHITECTURES)
 @pytest.mark.parametrize("with_optional", [True, False], ids=["with optional tensors", "without"])
-def test_every_kind_of_layer_comes_back_to_the_bit(arch, with_optional):
+def test_every_kind_of_layer_survives_a_round_trip_bit_for_bit(arch, with_optional):
     rows, shapes = small_architecture(arch)
     rng = np.random.default_rng(0)
     theirs = {
@@ -99,7 +99,7 @@ def test_every_kind_of_layer_comes_back_to_the_bit(arch, with_optional):
         chunks = list(stream.chunks())
         arrays[name] = np.concatenate([chunk.ravel() for chunk in chunks]).reshape(stream.shape)
         if name.startswith("blocks."):
-            assert len(chunks) == SMALL["depth"]  # never all blocks in memory
+            assert len(chunks) == SMALL["depth"]  # one chunk per block, so that never all blocks are in memory
     assert {name: array.shape for name, array in arrays.items() if not name.startswith("unused.")} == shapes
     assert {name for name in arrays if name.startswith("unused.")} == {
         f"unused.{row.theirs}" for row in rows if row.optional and with_optional

@@ -18,7 +18,7 @@ def mini(tmp_path):
 
 def test_existing_file_is_verified(mini):
     checksum = read_weights(mini)[1]["data_sha256"]
-    features = 128 * (1 + 14 * 14)  # class token and patches of 8 pixels
+    features = 128 * (1 + 14 * 14)  # channels of the class token and of each 8 × 8 patch
     assert succeed("--verify", f"--output={mini}") == (
         f"{mini}: verified: the data match their sha256 {checksum}; "
         f"the {features} features of one 112×112 image are finite\n"
@@ -44,7 +44,7 @@ def test_one_flipped_bit_is_found(mini, position):
 
 
 def edit_header(path, edit):
-    """Change the header of a file, as parsed JSON, and leave its data as they are."""
+    """Change the header of a file, as parsed JSON, but not its data."""
     content = path.read_bytes()
     end = 8 + int.from_bytes(content[:8], "little")
     header = json.loads(content[8:end])
@@ -64,7 +64,7 @@ HEADER_EDITS = {
     "swapped tensors": swap_two_tensors,
     "the source": lambda header: header["__metadata__"].update(source="https://example.org/model.pth"),
     "the licence": lambda header: header["__metadata__"].update(licence="public domain"),
-    "a further entry": lambda header: header["__metadata__"].update(note=""),
+    "an additional entry": lambda header: header["__metadata__"].update(note=""),
     "the checksum": lambda header: header["__metadata__"].update(header_sha256="0" * 64),
 }
 
@@ -96,7 +96,7 @@ def test_weights_that_overflow_are_refused(tmp_path):
 def test_wrong_architecture_is_refused(mini):
     line = refuse(mini.parent, "--verify", f"--output={mini}", "--arch=dinov2_vits14")
     assert line == f"{mini}: contains vit_mini8, not dinov2_vits14. Remove --arch."
-    assert "verified" in succeed("--verify", f"--output={mini}", "--arch=vit_mini8")  # although nobody released it
+    assert "verified" in succeed("--verify", f"--output={mini}", "--arch=vit_mini8")  # although it was never released
 
 
 def test_file_without_a_checksum_is_refused(mini):

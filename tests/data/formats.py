@@ -1,4 +1,4 @@
-"""Small scans in other formats than NIfTI, written by SimpleITK: NRRD, MetaImage and DICOM series."""
+"""Small scans in formats other than NIfTI, written by SimpleITK: NRRD, MetaImage and DICOM series."""
 
 import locale
 from contextlib import contextmanager
@@ -24,7 +24,7 @@ def itk_image(array, affine=AFFINE):
 
 
 def save_itk(path, array, affine=AFFINE, compressed=False):
-    """Write an array in the format of the path's ending; return the path."""
+    """Write an array in the format of the path's extension; return the path."""
     path.parent.mkdir(parents=True, exist_ok=True)
     sitk.WriteImage(itk_image(array, affine), str(path), compressed)
     return path
@@ -32,18 +32,18 @@ def save_itk(path, array, affine=AFFINE, compressed=False):
 
 @contextmanager
 def own_locale():
-    """Keep the locale while SimpleITK writes DICOM: it would change the encoding of files opened later."""
+    """Restore the locale after SimpleITK has written DICOM, which would change the encoding of files opened later."""
     before = locale.setlocale(locale.LC_ALL)
     yield
     locale.setlocale(locale.LC_ALL, before)
 
 
 def save_dicom(folder, array, affine=AFFINE, series="1", **tags):
-    """Write an array as one DICOM file per slice, in an order that differs from the file names'; return the folder.
+    """Write an array as one DICOM file per slice, with file names in a different order; return the folder.
 
     Args:
         series: the last part of the series' UID.
-        tags: further values, such as `g0028_1053="2"` for the rescale slope.
+        tags: additional values, such as `g0028_1053="2"` for the rescale slope.
     """
     folder.mkdir(parents=True, exist_ok=True)
     image = itk_image(array, affine)
@@ -74,7 +74,7 @@ def save_dicom(folder, array, affine=AFFINE, series="1", **tags):
 
 
 def edit_dicom(folder, change, *positions):
-    """Apply `change(dataset)` to the files at some positions of the list by name, to all without; return the folder."""
+    """Apply `change(dataset)` to all files, or to those at `positions` when sorted by name; return the folder."""
     files = sorted(folder.iterdir())
     for path in [files[i] for i in positions] if positions else files:
         dataset = pydicom.dcmread(path)
@@ -84,7 +84,7 @@ def edit_dicom(folder, change, *positions):
 
 
 def save_any(path, array, affine=AFFINE):
-    """Write an array as NIfTI, NRRD, MetaImage, or, for a path without ending, as a DICOM series; return the path."""
+    """Write an array as NIfTI, NRRD, MetaImage, or, if the path has no extension, as DICOM; return the path."""
     if not path.suffix:
         return save_dicom(path, array, affine)
     return save(path, array, affine) if path.suffix in (".nii", ".gz") else save_itk(path, array, affine)

@@ -31,7 +31,7 @@ def broken_voxel(value):
 
 
 def save(path, array, affine=AFFINE, image_class=nib.Nifti1Image):
-    """Write an array as NIfTI, in the array's own type and byte order; return the path."""
+    """Write an array as NIfTI, with its type and byte order; return the path."""
     path.parent.mkdir(parents=True, exist_ok=True)
     endianness = "<" if array.dtype.newbyteorder("<") == array.dtype else ">"
     header = image_class.header_class(endianness=endianness)
@@ -47,7 +47,7 @@ def save_as(path, image):
     return path
 
 
-FIELDS = {  # of a little-endian NIfTI-1 header: byte and format, as in the standard
+FIELDS = {  # field of a little-endian NIfTI-1 header -> byte offset and format, as in the standard
     "dim": (40, "<8h"),
     "datatype": (70, "<h"),
     "bitpix": (72, "<h"),
@@ -117,7 +117,7 @@ def lascarqs(root, count=6, value=255, first=1):
 
 
 def decathlon(root, names, labels, suffix="", values=(1,)):
-    """Write a data set with a dataset.json; every mask holds each of `values`. Return its folder."""
+    """Write a data set with a dataset.json, whose masks contain all of `values`; return its folder."""
     for seed, name in enumerate(names):
         mask = mask_array(value=values[0])
         for i, value in enumerate(values[1:]):

@@ -1,4 +1,4 @@
-"""Arrays of the cache: opened with the same result as with NumPy, by many threads at once."""
+"""Arrays of the cache are opened with the same result as with NumPy, also by many threads at once."""
 
 from concurrent.futures import ThreadPoolExecutor
 

@@ -1,4 +1,4 @@
-"""Batches: each slice occurs once in a pass, the order follows from the seed, and a stream can be resumed."""
+"""Batches: each slice occurs once in a pass, the order depends on the seed only, and a stream can be resumed."""
 
 import itertools
 import json
@@ -14,7 +14,7 @@ from jaxla.data.prepared import prepare_cases
 from tests.data.nifti import AFFINE, save
 
 SIZE = 16
-SLICES = (4, 7, 5)  # of the three volumes: 16 in all
+SLICES = (4, 7, 5)  # slices of the three volumes, 16 in total
 
 
 @pytest.fixture(scope="module")
@@ -48,7 +48,7 @@ def assert_equal(first, second):
         np.testing.assert_array_equal(first[key], second[key])
 
 
-def test_a_source_holds_every_slice_of_every_volume_in_order(source):
+def test_a_source_contains_every_slice_of_every_volume_in_order(source):
     assert AFFINE[2, 2] > 0  # slices run from head to foot, so the values descend in the file
     assert len(source) == 16
     for item, (volume, s) in enumerate(ALL_SLICES):
@@ -88,7 +88,7 @@ def test_every_slice_occurs_exactly_once_in_each_pass(source, batch_size):
     assert len({tuple(order) for order in orders}) == passes  # each pass has a new order
 
 
-def test_the_order_follows_from_the_seed(source):
+def test_the_order_depends_on_the_seed(source):
     first, same_seed, other_seed = (take(training_batches(source, 5, seed), 10) for seed in (7, 7, 8))
     assert first == same_seed
     assert first != other_seed
@@ -119,7 +119,7 @@ def test_a_resumed_stream_continues_with_the_same_batches(source, done):
 
 
 def test_some_slices_are_drawn_from_those_with_a_structure(source):
-    """Of 800 slices 480 are 30 passes over all 16, and 320 are 32 passes over the 10 with a structure."""
+    """Of 800 slices, 480 come from 30 passes over all 16, and 320 from 32 passes over the 10 with a structure."""
     batches = training_batches(SliceSource(source.volumes, Canvas(SIZE), foreground=0.4), 20, 0)
     state = json.loads(json.dumps(batches.get_state()))
     chosen = take(batches, 40)
@@ -158,7 +158,7 @@ def test_evaluation_is_the_same_every_time(source):
 # --- volumes ---------------------------------------------------------------------------------------------------------
 
 
-def test_a_volume_holds_its_slices_in_order_padded_at_the_end(source):
+def test_a_volume_contains_its_slices_in_order_padded_at_the_end(source):
     volumes = VolumeSource(source.volumes, Canvas(SIZE), depth=9)
     assert (len(volumes), volumes.units, volumes.slices) == (3, 3, 16 / 3)
     for i, count in enumerate(SLICES):

@@ -66,7 +66,7 @@ def test_two_case_folders_with_one_name_are_refused(tmp_path):
 
 
 @pytest.mark.parametrize("value", [255, 420])
-def test_any_non_zero_value_of_a_lascarqs_mask_is_the_atrium_and_the_log_says_so(tmp_path, caplog, value):
+def test_any_non_zero_value_of_a_lascarqs_mask_is_the_atrium_and_is_logged(tmp_path, caplog, value):
     lascarqs(tmp_path, count=1, value=value)
     with caplog.at_level(logging.INFO, "jaxla"):
         labels = find_cases(tmp_path).labels
@@ -81,7 +81,7 @@ def test_any_non_zero_value_of_a_lascarqs_mask_is_the_atrium_and_the_log_says_so
 # --- dataset.json ----------------------------------------------------------------------------------------------------
 
 
-def test_nnunet_version_2(tmp_path):
+def test_cases_of_an_nnunet_data_set_are_found(tmp_path):
     root = decathlon(tmp_path, ["LA_010", "LA_002"], {"background": 0, "LA": 1, "wall": 3}, "_0000", (1, 3))
     dataset = find_cases(root)
     assert case_ids(dataset) == ["LA_002", "LA_010"]
@@ -92,7 +92,7 @@ def test_nnunet_version_2(tmp_path):
     assert dataset.labels.outputs == 3
 
 
-def test_decathlon(tmp_path):
+def test_cases_of_a_decathlon_task_are_found(tmp_path):
     labels = {"0": "background", "1": "Anterior", "2": "Posterior"}
     dataset = find_cases(decathlon(tmp_path, ["hippocampus_001", "hippocampus_003"], labels, values=(1, 2)))
     assert case_ids(dataset) == ["hippocampus_001", "hippocampus_003"]
@@ -107,7 +107,7 @@ def test_hidden_files_are_not_scans(tmp_path):
     assert case_ids(find_cases(root)) == ["a", "b"]
 
 
-def test_a_stray_volume_beside_dataset_json_is_ignored(tmp_path):
+def test_a_stray_volume_next_to_dataset_json_is_ignored(tmp_path):
     root = decathlon(tmp_path, ["a", "b"], ONE_CLASS)
     save(root / "atlas.nii.gz", image_array())
     assert case_ids(find_cases(root)) == ["a", "b"]
@@ -214,7 +214,7 @@ def test_a_dataset_json_without_files_is_named(tmp_path):
 
 @pytest.mark.parametrize("suffix", ["_mask", "_seg", "_label", "_labels", "_gt"])
 @pytest.mark.parametrize("channel", ["", "_0000"])
-def test_pairs_in_one_folder(tmp_path, suffix, channel):
+def test_pairs_in_one_folder_are_found(tmp_path, suffix, channel):
     for name in ("b", "a"):
         save(tmp_path / f"{name}{channel}.nii.gz", image_array())
         save(tmp_path / f"{name}{suffix}.nii", mask_array())
@@ -230,7 +230,7 @@ def test_pairs_in_one_folder(tmp_path, suffix, channel):
     ("images", "masks"), [("images", "labels"), ("imagesTr", "labelsTr"), ("image", "mask"), ("images", "masks")]
 )
 @pytest.mark.parametrize("suffix", ["", "_seg"])
-def test_pairs_in_two_folders(tmp_path, images, masks, suffix):
+def test_pairs_in_two_folders_are_found(tmp_path, images, masks, suffix):
     for name in ("b", "a"):
         save(tmp_path / images / f"{name}.nii.gz", image_array())
         save(tmp_path / masks / f"{name}{suffix}.nii.gz", mask_array())
@@ -287,7 +287,7 @@ def test_an_image_without_mask_and_a_mask_without_image_are_named(tmp_path, layo
         find_cases(tmp_path / layout)
 
 
-def test_further_images_without_mask_are_counted(tmp_path):
+def test_other_images_without_mask_are_counted(tmp_path):
     flat(tmp_path, 4)
     for n in (0, 2, 3):
         (tmp_path / f"case_{n}_mask.nii.gz").unlink()
@@ -295,7 +295,7 @@ def test_further_images_without_mask_are_counted(tmp_path):
         find_cases(tmp_path)
 
 
-def test_a_folder_without_cases_names_the_layouts_and_where_data_comes_from(tmp_path):
+def test_the_error_for_a_folder_without_cases_names_the_layouts_and_sources_of_data(tmp_path):
     (tmp_path / "notes.txt").write_text("no scans")
     with pytest.raises(InputError, match=f"^{tmp_path}: no case found") as raised:
         find_cases(tmp_path)
@@ -347,7 +347,7 @@ def test_classes_and_values_of_several_structures():
 
 
 def test_all_other_values_can_be_background():
-    """For example in brain masks with many labels, one of which is the structure."""
+    """An example is a brain mask with many labels, one of which is the structure."""
     labels = parse_labels("hippocampus:1,2;background:rest")
     assert labels.to_classes(np.array([0, 1, 2, 3, 50]), "m").tolist() == [0, 1, 1, 0, 0]
     assert labels.describe() == "hippocampus: 1/2; all other values are background"
@@ -360,7 +360,7 @@ def test_all_other_values_can_be_background():
 
 
 @pytest.mark.parametrize(("value", "dtype"), [(1, "u1"), (255, "u1"), (256, "i2"), (32767, "i2")])
-def test_mask_values_have_the_smallest_usual_type(value, dtype):
+def test_mask_values_have_the_smallest_common_dtype(value, dtype):
     values = parse_labels(f"LA:{value}").to_values(np.array([0, 1], np.uint8))
     assert values.tolist() == [0, value]
     assert values.dtype == np.dtype(dtype)
@@ -374,7 +374,7 @@ def test_255_classes_are_supported_and_256_are_refused():
         parse_labels(";".join(names))
 
 
-def test_a_value_beyond_those_of_masks_is_refused():
+def test_a_value_too_large_for_masks_is_refused():
     with pytest.raises(InputError, match="the value 65536 is more than a mask can hold"):
         parse_labels("LA:65536")
 

@@ -1,4 +1,4 @@
-"""Random damage of NIfTI headers and gzip streams gives the right scan, a warning, or one InputError."""
+"""Random damage to NIfTI headers and gzip streams gives the correct scan, a warning, or one InputError."""
 
 import gzip
 import tracemalloc
@@ -12,7 +12,7 @@ from jaxla.data.volumes import read_image, read_mask, write_volume
 from tests.data.nifti import AFFINE, image_array, mask_array
 
 HEADER_BYTES = 352
-SCALING = range(112, 120)  # bytes of scl_slope and scl_inter: any values may be meant
+SCALING = range(112, 120)  # bytes of scl_slope and scl_inter, for which any value may be intended
 SPECIAL = [  # in little and big endian
     np.array(value, order + code).tobytes()
     for order in "<>"
@@ -23,7 +23,7 @@ SPECIAL = [  # in little and big endian
     )
     for value in values
 ]
-MAX_BYTES = 25e6  # of memory for a file of 2 kB; gzip streams are read in pieces of 4 MB
+MAX_BYTES = 25e6  # peak memory for reading a file of 2 kB; gzip streams are read in pieces of 4 MB
 
 
 def intact_scan(path):
@@ -78,8 +78,8 @@ def read_damaged(seed, folder):
         return error, damaged
 
 
-def require_right(volume, damaged):
-    """Fail unless a scan has the voxels of the intact one and, without warnings, its axes up to the tolerances."""
+def assert_correct(volume, damaged):
+    """Check that a scan has the voxels of the intact one and, if it has no warnings, its axes within tolerances."""
     if set(SCALING).isdisjoint(damaged):
         np.testing.assert_array_equal(volume.array, image_array())
     if volume.warnings:
@@ -95,10 +95,10 @@ def check_seed(seed, folder):
         assert volume.where.startswith(f"{folder}/damaged.nii")
         assert "\n" not in str(volume)
         return "refused"
-    require_right(volume, damaged)
+    assert_correct(volume, damaged)
     write_volume(folder / "mask.nii", mask_array(), volume)
     np.testing.assert_array_equal(read_mask(folder / "mask.nii").affine, volume.affine)
-    return "warned" if volume.warnings else "right"
+    return "warned" if volume.warnings else "correct"
 
 
 @pytest.mark.parametrize("first", range(0, 100, 20))

@@ -1,4 +1,4 @@
-"""Scans in other formats than NIfTI: the same voxels and millimetres from each, and what is refused."""
+"""Scans in formats other than NIfTI: all give the same voxels and geometry, and damaged files are refused."""
 
 import shutil
 import sys
@@ -21,7 +21,7 @@ OBLIQUE[:3, 3] = (1.3, -2.7, 30.9)
 
 
 def read_or_refuse(path):
-    """Return the volume and no text, or None and the text of the error."""
+    """Return the volume and an empty text, or None and the text of the error."""
     try:
         return read_image(path), ""
     except InputError as error:
@@ -87,15 +87,15 @@ name:=a patient: 1
 
 
 @pytest.mark.parametrize(("space", "signs"), [("RAS", (1, 1)), ("left-anterior-superior", (-1, 1)), ("LPS", (-1, -1))])
-def test_a_handwritten_nrrd_file_is_read_in_its_own_space(tmp_path, space, signs):
+def test_a_handwritten_nrrd_file_is_read_in_the_space_that_it_names(tmp_path, space, signs):
     path = tmp_path / "a.nrrd"
     values = np.arange(12).reshape(3, 2, 2, order="F")
     header = NRRD_HEADER.format(type="signed short", space=space)
     path.write_bytes(f"{header}\n".encode() + values.astype(">i2").tobytes(order="F"))
     volume = read_image(path)
     np.testing.assert_array_equal(volume.array, values)
-    own = np.array([[0, 0.5, 0, 10], [-2, 0, 0, 20], [0, 0, 3, 30], [0, 0, 0, 1]])
-    np.testing.assert_array_equal(volume.affine, np.diag([*signs, 1, 1]) @ own)
+    in_file_space = np.array([[0, 0.5, 0, 10], [-2, 0, 0, 20], [0, 0, 3, 30], [0, 0, 0, 1]])
+    np.testing.assert_array_equal(volume.affine, np.diag([*signs, 1, 1]) @ in_file_space)
     assert volume.spacing == (2, 0.5, 3)
 
 
@@ -148,7 +148,7 @@ def test_compressed_dicom_slices_are_read(tmp_path, compressor, syntax):
     np.testing.assert_array_equal(read_image(folder).array, image_array())
 
 
-def test_bits_beyond_the_stored_ones_are_no_part_of_a_dicom_voxel(tmp_path):
+def test_bits_beyond_bits_stored_are_not_part_of_a_dicom_voxel(tmp_path):
     def store_12_bits(dataset):
         dataset.BitsStored, dataset.HighBit = 12, 11
         dataset.PixelData = (np.frombuffer(dataset.PixelData, "<i2") & 0x0FFF | 0x5000).astype("<i2").tobytes()
@@ -163,7 +163,7 @@ def test_other_files_in_a_dicom_folder_are_named(tmp_path):
     assert read_image(folder).warnings == ("files that are not DICOM slices are not used (1): notes.txt",)
 
 
-def test_one_dicom_slice_has_its_thickness(tmp_path):
+def test_the_spacing_of_a_single_dicom_slice_is_its_thickness(tmp_path):
     folder = save_dicom(tmp_path / "series", image_array(shape=(5, 6, 1)))
     assert read_image(edit_dicom(folder, set_tags(SpacingBetweenSlices=4))).spacing == (0.75, 0.75, 4)
     assert read_image(edit_dicom(folder, set_tags(SpacingBetweenSlices=None, SliceThickness=3))).spacing[2] == 3
@@ -203,7 +203,7 @@ def test_the_hash_of_a_scan_covers_voxels_that_its_header_names(tmp_path, name, 
 
 
 @pytest.mark.parametrize("name", ["a.nrrd", "a.mha", "series"])
-def test_an_unusual_size_is_noticed_without_reading_the_voxels(tmp_path, name):
+def test_an_unusual_size_is_found_without_reading_the_voxels(tmp_path, name):
     path = save_any(tmp_path / name, image_array(shape=(140, 5, 4)), np.diag([19.0, 1, 1, 1]))
     assert "unusual size: voxels of 19×1×1 mm, 2660×5×4 mm in all" in read_grid(path).warnings[0]
     assert read_grid(path).warnings == read_image(path).warnings
@@ -221,7 +221,7 @@ def test_a_missing_package_is_named(tmp_path, monkeypatch, name, package):
 
 @pytest.mark.parametrize("affine", [AFFINE, OBLIQUE, OBLIQUE @ np.diag([-1, 1, 1, 1])])
 @pytest.mark.parametrize("name", ["a.nrrd", "a.mha"])
-def test_a_mask_is_written_where_its_scan_lies(tmp_path, name, affine):
+def test_a_mask_is_written_at_the_position_of_its_scan(tmp_path, name, affine):
     scan = read_image(save(tmp_path / "scan.nii.gz", image_array(), affine))
     write_volume(tmp_path / "out" / name, mask_array(value=420), scan)
     assert [path.name for path in (tmp_path / "out").iterdir()] == [name]
@@ -299,7 +299,7 @@ def delete(name):
     return lambda dataset: delattr(dataset, name)
 
 
-DICOM_FAULTS = {  # change, files, a part of the message
+DICOM_FAULTS = {  # change, positions of the changed files, part of the message
     "uneven": (shift(2, 0.4), (1,), "unevenly spaced: gaps from 1.7 to 3.3 mm"),
     "duplicate": (set_tags(ImagePositionPatient=[-6, -5, -4]), (0, 1), "2 slices share their position"),
     "tilted": (shift(1, 0.5), (), "gantry tilt"),
@@ -317,7 +317,7 @@ DICOM_FAULTS = {  # change, files, a part of the message
 
 
 @pytest.mark.parametrize(("change", "positions", "message"), DICOM_FAULTS.values(), ids=DICOM_FAULTS)
-def test_dicom_slices_that_are_no_regular_grey_volume_are_refused(tmp_path, change, positions, message):
+def test_dicom_slices_that_are_not_a_regular_grey_volume_are_refused(tmp_path, change, positions, message):
     folder = edit_dicom(save_dicom(tmp_path / "series", image_array()), change, *positions)
     assert message in refusal(folder)
 
@@ -351,7 +351,7 @@ def test_a_folder_without_dicom_slices_is_refused(tmp_path):
 
 # --- refused: NRRD and MetaImage -------------------------------------------------------------------------------------
 
-NRRD_FAULTS = {  # old text, new text, a part of the message
+NRRD_FAULTS = {  # old text, new text, part of the message
     "not NRRD": ("NRRD0004", "NRRX0004", "not an NRRD file"),
     "4D": ("dimension: 3", "dimension: 4", "is 4D with shape 16 14 4"),
     "huge": ("sizes: 16 14 4", "sizes: 16 14 4000000000", "the header declares 1792000000000"),
@@ -411,7 +411,7 @@ def test_truncated_voxels_are_refused(tmp_path, capfd, name, compressed):
 
 
 @pytest.mark.parametrize("name", ["a.nrrd", "a.mha"])
-def test_a_flipped_bit_in_compressed_voxels_is_noticed(tmp_path, name):
+def test_a_flipped_bit_in_compressed_voxels_is_found(tmp_path, name):
     path = save_itk(tmp_path / name, image_array(), compressed=True)
     content = bytearray(path.read_bytes())
     content[-400] ^= 16
@@ -420,7 +420,7 @@ def test_a_flipped_bit_in_compressed_voxels_is_noticed(tmp_path, name):
 
 
 def test_a_compressed_mha_file_without_its_compressed_size_is_refused(tmp_path):
-    """ITK 5.4 returns wrong voxels for it."""
+    """ITK 5.4 returns wrong voxels for such a file."""
     path = save_itk(tmp_path / "a.mha", image_array(), compressed=True)
     path.write_bytes(path.read_bytes().replace(b"CompressedDataSize", b"SizeOfCompression"))
     assert "the header has no field 'CompressedDataSize'" in refusal(path)
@@ -437,7 +437,7 @@ def test_a_header_without_orientation_is_read_with_a_warning(tmp_path, name, fie
 
 
 def test_mutations_of_headers_are_refused_in_one_line_or_keep_the_geometry_that_they_declare(tmp_path, capfd):
-    """Sixty seeded mutations of one to three bytes; SimpleITK reads whatever is accepted."""
+    """There are sixty seeded mutations of one to three bytes; SimpleITK reads every accepted file."""
     path = {name: save_itk(tmp_path / name, image_array(), OBLIQUE, compressed=True) for name in ("a.nrrd", "a.mha")}
     original = {name: file.read_bytes() for name, file in path.items()}
     accepted = 0
@@ -450,7 +450,7 @@ def test_mutations_of_headers_are_refused_in_one_line_or_keep_the_geometry_that_
         path[name].write_bytes(content)
         volume, refused = read_or_refuse(path[name])
         assert "\n" not in refused, seed
-        assert "0x" not in refused, seed  # an address in memory
+        assert "0x" not in refused, seed  # no memory address
         if volume is None:
             continue
         accepted += 1

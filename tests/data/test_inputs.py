@@ -1,4 +1,4 @@
-"""Slices and the network's square input: position and values of a slice in it, and the way back."""
+"""Conversion of slices to the network's square input and back: positions, grey values and classes."""
 
 import numpy as np
 import pytest
@@ -31,7 +31,7 @@ def test_a_square_slice_fills_the_input(pixels):
     [
         ((50, 100), (1, 1), Frame(96, 24, 0, 48, 96)),  # wide: padding above and below
         ((100, 50), (1, 1), Frame(96, 0, 24, 96, 48)),  # high: padding on both sides
-        ((100, 100), (0.5, 1), Frame(96, 24, 0, 48, 96)),  # the aspect in mm counts
+        ((100, 100), (0.5, 1), Frame(96, 24, 0, 48, 96)),  # the aspect ratio is that in mm
         ((50, 100), (2, 1), Frame(96, 0, 0, 96, 96)),
         ((10, 96), (1, 1), Frame(96, 43, 0, 10, 96)),
         ((11, 96), (1, 1), Frame(96, 42, 0, 11, 96)),  # odd padding: one row more below
@@ -44,9 +44,9 @@ def test_a_slice_keeps_its_aspect_in_mm_and_is_centred(shape, spacing, expected)
 
 @pytest.mark.parametrize("size", [96, 448])
 def test_frames_of_any_shape_fill_the_longer_side_and_are_centred(size):
-    draw = np.random.default_rng(0)
+    rng = np.random.default_rng(0)
     for _ in range(300):
-        shape, spacing = tuple(draw.integers(20, 700, 2)), tuple(draw.uniform(0.3, 3, 2))
+        shape, spacing = tuple(rng.integers(20, 700, 2)), tuple(rng.uniform(0.3, 3, 2))
         frame = Canvas(size).frame(shape, spacing)
         assert max(frame.height, frame.width) == size
         assert 0 <= frame.size - frame.height - 2 * frame.top <= 1
@@ -84,10 +84,10 @@ def test_scans_of_every_type_give_the_same_input(dtype):
 
 
 def test_values_lie_in_0_to_1_and_padding_is_0():
-    draw = np.random.default_rng(0)
+    rng = np.random.default_rng(0)
     for shape in ((20, 33), (200, 130), (96, 50)):
         frame = Canvas(96).frame(shape, (1, 1))
-        pixels = draw.normal(500, 300, shape).astype(np.float32)
+        pixels = rng.normal(500, 300, shape).astype(np.float32)
         inside = np.zeros((96, 96), bool)
         inside[frame.top : frame.top + frame.height, frame.left : frame.left + frame.width] = True
         grey = image_to_input(pixels, (100, 900), frame)[..., 0]
@@ -128,19 +128,19 @@ def test_mask_pixels_get_the_class_that_covers_them():
 @pytest.mark.parametrize(("pixels", "size"), [(192, 96), (576, 320), (100, 180)])
 @pytest.mark.parametrize(("smallest", "largest"), [(2, 6), (15, 40)])
 def test_structures_keep_their_position_and_area(pixels, size, smallest, largest):
-    """Nearest-neighbour resizing would move all by a quarter of an input pixel where two pixels become one."""
-    draw, frame = np.random.default_rng(0), Canvas(size).frame((pixels, pixels), (1, 1))
+    """Nearest-neighbour resizing would move structures by a quarter of an input pixel where two pixels become one."""
+    rng, frame = np.random.default_rng(0), Canvas(size).frame((pixels, pixels), (1, 1))
     scale = pixels / size
     rows, columns = np.indices((pixels, pixels))
     moved, areas = [], []
     for _ in range(300):
-        centre, radii = draw.uniform(45, 55, 2), draw.uniform(smallest, largest, 2)
+        centre, radii = rng.uniform(45, 55, 2), rng.uniform(smallest, largest, 2)
         ellipse = ((rows - centre[0]) / radii[0]) ** 2 + ((columns - centre[1]) / radii[1]) ** 2 < 1
         mask = mask_to_input(ellipse.astype(np.uint8), frame)
         moved.append(np.array(center_of_mass(mask)) - ((np.array(center_of_mass(ellipse)) + 0.5) / scale - 0.5))
         areas.append((mask.sum() * scale**2, ellipse.sum()))
     assert np.abs(np.mean(moved, axis=0)).max() < 0.015  # input pixels; measured: 0.011
-    assert abs(np.divide(*np.sum(areas, axis=0)) - 1) < 0.03  # measured: 0.023, for the small ones
+    assert abs(np.divide(*np.sum(areas, axis=0)) - 1) < 0.03  # measured: 0.023, for the small ellipses
 
 
 def test_one_enlarged_pixel_stays_a_square():
@@ -228,9 +228,9 @@ def test_a_mask_is_almost_unchanged_through_input_and_back(shape, spacing):
 
 
 def test_channels_are_resized_independently():
-    draw = np.random.default_rng(0)
+    rng = np.random.default_rng(0)
     frame = Canvas(96).frame((60, 100), (1, 1))
-    channels = draw.random((96, 96, 3), np.float32)
+    channels = rng.random((96, 96, 3), np.float32)
     together = input_to_slice(channels, frame, (60, 100))
     assert (together.shape, together.dtype) == ((60, 100, 3), np.float32)
     for k in range(3):
@@ -261,21 +261,21 @@ def test_the_largest_slice_fills_the_input_and_smaller_slices_are_centred():
     slices = [((576, 576), (0.625, 0.625)), ((640, 640), (0.625, 0.625)), ((400, 500), (0.625, 0.625))]
     canvas = Canvas(320, smallest_extent(slices))
     assert canvas.extent == 400.0
-    assert [canvas.frame(*each) for each in slices] == [
+    assert [canvas.frame(*geometry) for geometry in slices] == [
         Frame(320, 16, 16, 288, 288), Frame(320, 0, 0, 320, 320), Frame(320, 60, 35, 200, 250),
     ]  # fmt: skip
-    assert not any(canvas.frame(*each).is_cropped for each in slices)
+    assert not any(canvas.frame(*geometry).is_cropped for geometry in slices)
 
 
 @pytest.mark.parametrize(
     ("rows", "columns", "expected"),
     [
-        ((4, 6), (9, 11), 10.0),  # of 10 × 20 pixels of 2 and 5 mm: 1 pixel around the centre in rows and in columns
+        ((4, 6), (9, 11), 10.0),  # 10 × 20 pixels of 2 × 5 mm: 1 pixel on each side of the centre
         ((0, 6), (9, 11), 20.0),  # the whole slice from the centre to its first row
         ((4, 6), (10, 18), 80.0),  # 8 columns of 5 mm on one side
     ],
 )
-def test_the_extent_of_structures_is_that_of_a_square_in_the_centre(rows, columns, expected):
+def test_the_extent_of_structures_is_the_side_of_a_square_in_the_centre(rows, columns, expected):
     mask = np.zeros((3, 10, 20), np.uint8)
     mask[1, slice(*rows), slice(*columns)] = 2
     assert structure_extent(mask, (2.0, 5.0)) == expected
@@ -283,7 +283,7 @@ def test_the_extent_of_structures_is_that_of_a_square_in_the_centre(rows, column
 
 
 def test_the_result_equals_padding_followed_by_resizing():
-    """A slice is padded to the largest size and then halved by hand; the numbers inside the slice are the same."""
+    """A slice is padded to the largest size and then halved by hand; the values inside the slice are equal."""
     pixels = np.random.default_rng(0).random((24, 28), dtype=np.float32)
     padded = np.pad(pixels, ((8, 8), (6, 6)))
     by_hand = np.asarray(Image.fromarray(padded).resize((20, 20), Image.Resampling.BILINEAR))
@@ -326,5 +326,5 @@ def test_a_larger_slice_is_cropped_to_its_centre_and_the_rest_becomes_background
         (9, 2.5, 1, [8, 9, 9]),
     ],
 )
-def test_neighbours_are_the_slices_near_two_and_a_half_millimetres(index, spacing, neighbours, expected):
+def test_neighbours_are_the_slices_about_2_5_mm_apart(index, spacing, neighbours, expected):
     assert find_neighbours(index, 10, spacing, neighbours) == expected

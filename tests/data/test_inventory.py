@@ -1,4 +1,4 @@
-"""The inventory of a folder: facts of its cases, findings with their files, and agreement with training."""
+"""The inventory of a folder: facts about its cases, findings with their files, and agreement with training."""
 
 import contextlib
 import json
@@ -17,7 +17,7 @@ from jaxla.data.prepared import prepare_cases
 from jaxla.data.split import make_split
 from tests.data.nifti import AFFINE, decathlon, flat, image_array, lascarqs, mask_array, save, truncate
 
-BOX_ML = 50 * 0.75 * 0.75 * 2.5 / 1000  # of nifti.mask_array
+BOX_ML = 50 * 0.75 * 0.75 * 2.5 / 1000  # volume of nifti.mask_array
 ONE_CLASS = {"background": 0, "LA": 1}
 TWO_CLASSES = {"background": 0, "LA": 1, "wall": 2}
 
@@ -394,16 +394,16 @@ def by_case(volumes):
 def test_outliers_by_hand():
     # Logarithms -4, -0.6, -0.3, 0, 0.3, 0.6, 4: median 0, median absolute deviation 0.6
     scores = find_volume_outliers(by_case(np.exp([-4, -0.6, -0.3, 0, 0.3, 0.6, 4])))
-    z = 4 * 0.6744897501960817 / 0.6  # the factor turns it into the standard deviation of log-normal volumes
+    z = 4 * 0.6744897501960817 / 0.6  # 0.6745: median absolute deviation / standard deviation
     assert scores == {"0": pytest.approx(-z), "6": pytest.approx(z)}
     assert find_volume_outliers(by_case(np.exp([-3, -0.6, -0.3, 0, 0.3, 0.6, 3]))) == {}  # z = 3.37
 
 
 def test_nearly_equal_volumes_do_not_make_an_ordinary_volume_an_outlier():
-    alike = [100.0, 100.0, 100.0, 100.0]
-    assert find_volume_outliers(by_case([*alike, 140])) == {}
-    assert find_volume_outliers(by_case([*alike, 150])) == {"4": pytest.approx(math.log(1.5) / 0.1)}
-    assert find_volume_outliers(by_case([*alike, 100 / 1.5])) == {"4": pytest.approx(-math.log(1.5) / 0.1)}
+    equal_volumes = [100.0, 100.0, 100.0, 100.0]
+    assert find_volume_outliers(by_case([*equal_volumes, 140])) == {}
+    assert find_volume_outliers(by_case([*equal_volumes, 150])) == {"4": pytest.approx(math.log(1.5) / 0.1)}
+    assert find_volume_outliers(by_case([*equal_volumes, 100 / 1.5])) == {"4": pytest.approx(-math.log(1.5) / 0.1)}
 
 
 def test_fewer_than_five_cases_have_no_outliers():
@@ -441,12 +441,12 @@ def test_memory_does_not_grow_with_the_number_of_cases(tmp_path):
             save(root / f"{n}.nii.gz", image_array(n, shape))  # compressed: an uncompressed file would be memory-mapped
             save(root / f"{n}_mask.nii.gz", mask_array(shape))
     peaks = []
-    for folder in ("few", "few", "many"):  # the first warms up
+    for folder in ("few", "few", "many"):  # the first run is a warm-up
         tracemalloc.start()
         assert take_inventory(tmp_path / folder).errors == []
         peaks.append(tracemalloc.get_traced_memory()[1])
         tracemalloc.stop()
-    assert peaks[1] > 2 * np.prod(shape)  # the arrays were measured
+    assert peaks[1] > 2 * np.prod(shape)  # the peak includes the arrays
     assert peaks[2] < peaks[1] + np.prod(shape)  # half of one image
 
 
@@ -457,4 +457,4 @@ def test_real_scans_have_no_errors(hippocampus):
     assert {case.slice_axis for case in inventory.cases} == {"head-foot"}
     assert {case.mask_values for case in inventory.cases} == {(1, 2)}
     totals = [sum(case.volumes.values()) for case in inventory.cases]
-    assert 2 < min(totals) < max(totals) < 5  # ml of a hippocampus
+    assert 2 < min(totals) < max(totals) < 5  # ml, plausible for a hippocampus

@@ -118,8 +118,8 @@ def test_images_and_masks_are_paired_in_every_layout(tmp_path, name):
     }
 
 
-def test_the_masks_of_2018_hold_any_non_zero_value(tmp_path):
-    """They hold 0 and 255."""
+def test_masks_of_2018_may_have_any_non_zero_value(tmp_path):
+    """The released masks contain 0 and 255."""
     write(tmp_path, "a/lgemri.nrrd", "a/laendo.nrrd")
     assert find_cases(tmp_path).labels == Labels(("LA",))
 
@@ -255,7 +255,7 @@ def test_a_number_is_a_channel_only_if_the_mask_lacks_it(tmp_path, images, masks
         (["a_0000", "b_0000"], ["a", "b"]),
         (["amos_0001", "amos_0002"], ["amos_0001", "amos_0002"]),  # no first channel
         (["p_0000", "p_0007"], ["p_0000", "p_0007"]),  # with a gap
-        ([f"p_{n:04}" for n in range(5)], [f"p_{n:04}" for n in range(5)]),  # more than channels
+        ([f"p_{n:04}" for n in range(5)], [f"p_{n:04}" for n in range(5)]),  # too many for channels
     ],
 )
 def test_without_masks_a_number_is_a_channel_if_its_siblings_are_numbered_like_channels(tmp_path, images, ids):
@@ -263,7 +263,7 @@ def test_without_masks_a_number_is_a_channel_if_its_siblings_are_numbered_like_c
     assert list(find_images(tmp_path)) == ids
 
 
-def test_a_second_channel_is_never_another_patient(tmp_path):
+def test_a_second_channel_is_never_read_as_another_patient(tmp_path):
     write(tmp_path, "X_0000.nii.gz", "X_0001.nii.gz", "Y_0000.nii.gz", "Y_0001.nii.gz")
     second = f"^{tmp_path / 'X_0001.nii.gz'}: a second image channel of case X"
     with pytest.raises(InputError, match=second):
@@ -330,7 +330,7 @@ def test_links_to_one_folder_elsewhere_are_all_read(tmp_path):
     assert [case.id for case in find_cases(tmp_path / "data").cases] == ["P1", "P2", "P3"]
 
 
-def test_links_that_lead_in_a_circle_end(tmp_path):
+def test_circular_links_are_not_followed_forever(tmp_path):
     root = write(tmp_path / "data", "P1/image.nii", "P1/mask.nii")
     write(tmp_path / "a", "image.nii", "mask.nii")
     for link, target in (("data/P2", "a"), ("a/b", "b"), ("b", "c"), ("c/a", "a"), ("c/up", ".")):
@@ -353,7 +353,7 @@ def test_prediction_names_the_scans_inside_a_dicom_series(tmp_path, caplog):
     assert "read as one DICOM series; scans in it are not read (1): P1/image.nii" in caplog.text
 
 
-def test_prediction_says_which_folder_is_read_and_how_to_read_the_other(tmp_path, caplog):
+def test_prediction_logs_which_folder_is_read_and_how_to_read_the_other(tmp_path, caplog):
     write(tmp_path, "dataset.json", "imagesTr/a.nii.gz", "labelsTr/a.nii.gz", "imagesTs/b.nii.gz", "imagesTs/c.nii.gz")
     with caplog.at_level(logging.INFO, "jaxla"):
         assert list(find_images(tmp_path)) == ["a"]
@@ -366,7 +366,7 @@ def test_prediction_says_which_folder_is_read_and_how_to_read_the_other(tmp_path
 
 
 def test_a_named_pipe_is_not_read_as_a_scan(tmp_path):
-    """Nobody may ever write to it."""
+    """Reading it could wait forever."""
     write(tmp_path, "a_mask.nii")
     os.mkfifo(tmp_path / "a.nii")
     survey = survey_cases(tmp_path)

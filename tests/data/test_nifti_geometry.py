@@ -1,4 +1,4 @@
-"""Which geometry of a NIfTI header is used, in which unit, what is warned about and what is refused."""
+"""Geometry of NIfTI headers: which form is used, in which unit, and what causes a warning or is refused."""
 
 import contextlib
 import gzip
@@ -18,7 +18,7 @@ from tests.data.nifti import AFFINE, edit_header, flat, image_array, mask_array,
 
 IDENTITY = (1, 0, 0, 0, 0, 1, 0, 0, 0, 0, 1, 0)
 NAN = float("nan")
-ACDC = {"srow": IDENTITY, "quatern": (0, 0, 0), "pixdim": (1, 1.32, 1.32, 10, 1, 1, 1, 1)}  # as in the public data set
+ACDC = {"srow": IDENTITY, "quatern": (0, 0, 0), "pixdim": (1, 1.32, 1.32, 10, 1, 1, 1, 1)}  # of the public data set
 
 
 def sform(*factors):
@@ -78,10 +78,10 @@ USED = {
 
 
 @pytest.mark.parametrize("name", USED)
-@pytest.mark.parametrize("ending", [".nii", ".nii.gz"])
-def test_the_geometry_of_a_header_that_can_be_used(tmp_path, name, ending):
+@pytest.mark.parametrize("extension", [".nii", ".nii.gz"])
+def test_the_geometry_of_a_header_that_can_be_used(tmp_path, name, extension):
     fields, spacing, directions, warning = USED[name]
-    volume = read_image(scan(tmp_path / f"a{ending}", **fields))
+    volume = read_image(scan(tmp_path / f"a{extension}", **fields))
     np.testing.assert_array_equal(volume.array, image_array())
     assert volume.spacing == pytest.approx(spacing, rel=1e-5)
     assert "".join(nib.aff2axcodes(volume.affine)) == directions
@@ -124,18 +124,18 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("name", REFUSED)
-@pytest.mark.parametrize("ending", [".nii", ".nii.gz"])
+@pytest.mark.parametrize("extension", [".nii", ".nii.gz"])
 @pytest.mark.filterwarnings("error")  # a warning would be a second line on the terminal
-def test_a_header_that_cannot_be_used_is_refused(tmp_path, name, ending):
+def test_a_header_that_cannot_be_used_is_refused(tmp_path, name, extension):
     fields, message = REFUSED[name]
-    path = scan(tmp_path / f"a{ending}", **fields)
+    path = scan(tmp_path / f"a{extension}", **fields)
     with pytest.raises(InputError, match=f"^{path}: .*{message}"):
         read_image(path)
 
 
 @pytest.mark.parametrize("name", USED)
-def test_a_mask_keeps_every_field_of_its_scan_s_geometry(tmp_path, name):
-    """Also of the form that is not used, so that any viewer shows both at the same place."""
+def test_a_mask_keeps_every_field_of_the_scans_geometry(tmp_path, name):
+    """This includes the form that is not used, so that any viewer shows scan and mask at the same position."""
     volume = read_image(scan(tmp_path / "a.nii", **USED[name][0]))
     write_volume(tmp_path / "m.nii", mask_array(), volume)
     before, after = ((tmp_path / name).read_bytes() for name in ("a.nii", "m.nii"))
@@ -162,7 +162,7 @@ def test_a_4d_file_of_one_volume_is_read_as_3d_and_gets_a_3d_mask(tmp_path):
 
 
 @pytest.mark.parametrize("stored", ["a.nii", "a.nii.gz"])
-def test_a_file_whose_ending_does_not_fit_is_refused_with_its_right_name(tmp_path, stored):
+def test_a_file_with_the_wrong_extension_is_refused_with_the_right_name(tmp_path, stored):
     content = scan(tmp_path / "scan.nii").read_bytes()
     is_compressed = stored == "a.nii"
     path = tmp_path / stored
@@ -172,7 +172,7 @@ def test_a_file_whose_ending_does_not_fit_is_refused_with_its_right_name(tmp_pat
         read_image(path)
 
 
-def test_names_in_capitals_are_read(tmp_path):
+def test_file_names_in_upper_case_are_read(tmp_path):
     compressed = save(tmp_path / "a.nii.gz", image_array()).rename(tmp_path / "A.NII.GZ")
     np.testing.assert_array_equal(read_image(compressed).array, image_array())
 
@@ -185,7 +185,7 @@ def test_a_link_to_a_missing_file_is_named(tmp_path):
 
 @contextlib.contextmanager
 def without_privileges():
-    """Take the rights of root from this process, which may read every file, within the context."""
+    """Run the context without the privileges of root, who may read every file."""
     user = os.geteuid()
     os.seteuid(65534 if user == 0 else user)
     try:
@@ -203,7 +203,7 @@ def test_a_file_without_permission_is_not_called_damaged(tmp_path, kind):
     path.parent.chmod(0o700)
 
 
-def test_labels_that_a_scale_has_rounded_are_whole_numbers_again(tmp_path):
+def test_labels_that_a_scale_factor_changed_slightly_are_rounded_to_integers(tmp_path):
     path = save(tmp_path / "m.nii", mask_array(value=3).astype(np.int16))
     edit_header(path, scl_slope=1.0000153, scl_inter=1e-4)
     np.testing.assert_array_equal(read_mask(path).array, mask_array(value=3))

@@ -178,7 +178,7 @@ def test_folds_that_do_not_fit_the_data_are_refused(tmp_path, folds, fold, messa
 
 @pytest.fixture
 def visits(tmp_path):
-    """A folder with two scans each of four patients, whose names no layout has."""
+    """A folder with two scans of each of four patients, with file names that no layout recognises."""
     for n in range(8):
         folder = tmp_path / "visits" / f"P{n // 2:02}_t{n % 2}"
         save(folder / "lge.nii.gz", image_array(n))
@@ -203,9 +203,11 @@ def test_training_warns_once_unless_patients_are_grouped(visits, tmp_path, caplo
 
 def test_verify_reads_patterns_and_patients_as_training_does(visits, tmp_path):
     options = (f"--data.root={visits}", "--data.image=*/lge", "--data.mask=*/atrium")
-    alone, grouped = (in_this_process(tmp_path, "jaxla.verify", *options, *p) for p in ((), ("--data.patients=auto",)))
-    assert (alone.returncode, grouped.returncode) == (0, 0)
-    assert "cases P00_t0 and P00_t1 seem to be scans of one patient" in alone.stdout
-    assert "Use --data.patients=auto to keep them together" in alone.stdout
+    ungrouped, grouped = (
+        in_this_process(tmp_path, "jaxla.verify", *options, *p) for p in ((), ("--data.patients=auto",))
+    )
+    assert (ungrouped.returncode, grouped.returncode) == (0, 0)
+    assert "cases P00_t0 and P00_t1 seem to be scans of one patient" in ungrouped.stdout
+    assert "Use --data.patients=auto to keep them together" in ungrouped.stdout
     assert "8; default split: 4 training, 2 validation, 2 test" in grouped.stdout
     assert "0 errors, 0 warnings" in grouped.stdout

@@ -53,7 +53,7 @@ def test_layout_is_lascarqs(tmp_path, caplog):
     assert image.header.get_xyzt_units()[0] == "mm"
 
 
-def test_small_geometry_and_mask_values(small):
+def test_geometry_and_mask_values_of_small_phantoms(small):
     for image, mask, affine in small:
         assert image.shape == mask.shape
         assert image.shape[0] == image.shape[1]
@@ -66,7 +66,7 @@ def test_small_geometry_and_mask_values(small):
         assert image.min() >= 0
 
 
-def test_full_geometry():
+def test_geometry_of_full_phantoms():
     # Only one of the smaller volumes is painted: shapes are known without painting.
     shapes = {
         tuple(map(len, _draw_grid(np.random.default_rng([SIZES.index("full"), 0, n]), "full"))): n
@@ -84,7 +84,7 @@ def test_full_geometry():
 
 
 def test_crops_are_as_uneven_as_real_scans():
-    """In these phantoms, blood lies at 0.23 to 0.79 of the range of grey values."""
+    """Blood in these phantoms lies at 0.23 to 0.79 of the range of grey values."""
     levels = []
     for index in range(1, 9):
         image, mask, affine = make_phantom("crop", 0, index)
@@ -159,9 +159,9 @@ def test_no_intensity_range_finds_the_atrium(small):
         inside = phantom.mask > 0
         top = np.percentile(phantom.image, 99.95)
         edges = np.linspace(0, top, 101)
-        every = np.append(0, np.histogram(np.minimum(phantom.image, top), edges)[0].cumsum())
+        voxels = np.append(0, np.histogram(np.minimum(phantom.image, top), edges)[0].cumsum())
         hits = np.append(0, np.histogram(np.minimum(phantom.image[inside], top), edges)[0].cumsum())
-        scores = 2 * (hits - hits[:, None]) / np.maximum(every - every[:, None] + inside.sum(), 1)  # [from, to]
+        scores = 2 * (hits - hits[:, None]) / np.maximum(voxels - voxels[:, None] + inside.sum(), 1)  # [from, to]
         above.append(scores[:, -1].max())
         within.append(scores.max())
     assert np.mean(above) < 0.6

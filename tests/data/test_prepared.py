@@ -19,18 +19,18 @@ from jaxla.data.prepared import prepare_cases
 from tests.data.nifti import AFFINE, SHAPE, flat, image_array, lascarqs, mask_array, save
 
 
-def stamps(cache):
-    """Return file -> time of its last change."""
+def modification_times(cache):
+    """Return file -> modification time."""
     return {path: path.stat().st_mtime_ns for path in cache.rglob("*") if path.is_file()}
 
 
-def assert_holds(volume, image, mask):
-    """On the grid of AFFINE, x runs to the left (stored columns), y to posterior (stored rows), z to superior."""
+def assert_slices(volume, image, mask):
+    """Check the slices of a volume on the grid of AFFINE: x runs left (columns), y posterior (rows), z superior."""
     np.testing.assert_array_equal(volume.image, image.transpose(2, 1, 0)[::-1])
     np.testing.assert_array_equal(volume.mask, mask.transpose(2, 1, 0)[::-1])
 
 
-def test_an_input_with_neighbours_holds_them_in_order(tmp_path):
+def test_an_input_with_neighbours_contains_them_in_order(tmp_path):
     volume, *_ = prepare_cases(find_cases(lascarqs(tmp_path / "data", 2)), tmp_path / "cache")
     frame = Canvas(32).frame(volume.shape[1:], volume.spacing[1:])
     single = [volume.input(index, frame) for index in range(4)]
@@ -40,11 +40,11 @@ def test_an_input_with_neighbours_holds_them_in_order(tmp_path):
         np.testing.assert_array_equal(volume.input(index, frame, neighbours=1), expected)
 
 
-def test_a_prepared_volume_holds_its_source_slice_by_slice(tmp_path):
+def test_a_prepared_volume_contains_its_scan_slice_by_slice(tmp_path):
     folder = lascarqs(tmp_path / "data", 2, value=420)
     first, second = prepare_cases(find_cases(folder), tmp_path / "cache")
-    assert_holds(first, image_array(1), mask_array())
-    assert_holds(second, image_array(2), mask_array())
+    assert_slices(first, image_array(1), mask_array())
+    assert_slices(second, image_array(2), mask_array())
     assert first.id == "train_1"
     assert first.case.image == folder / "train_1" / "enhanced.nii.gz"
     assert first.shape == (4, 14, 16)
@@ -64,7 +64,7 @@ def test_classes_that_a_mask_lacks_are_counted_as_0(tmp_path):
     (volume,) = prepare_cases(dataset, tmp_path / "cache")
     foreground = np.count_nonzero(mask_array())
     assert volume.class_voxels == (mask_array().size - foreground, 0, foreground, 0)
-    assert_holds(volume, image_array(0), 2 * mask_array())
+    assert_slices(volume, image_array(0), 2 * mask_array())
 
 
 def test_any_orientation_on_file_gives_the_same_slices(tmp_path):
@@ -75,7 +75,7 @@ def test_any_orientation_on_file_gives_the_same_slices(tmp_path):
         nib.save(orient(mask), save(tmp_path / "data" / f"{name}_mask.nii.gz", mask_array()))
     volumes = prepare_cases(find_cases(tmp_path / "data"), tmp_path / "cache")
     for volume in volumes:
-        assert_holds(volume, image_array(), mask_array())
+        assert_slices(volume, image_array(), mask_array())
     assert nib.load(tmp_path / "data" / "b.nii.gz").shape == (14, 4, 16)
 
 
@@ -94,23 +94,23 @@ def test_arrays_are_memory_mapped_and_read_only(tmp_path):
 def test_a_second_run_uses_the_volumes_of_the_first(tmp_path):
     dataset = find_cases(flat(tmp_path / "data", 3))
     first = prepare_cases(dataset, tmp_path / "cache")
-    written = stamps(tmp_path / "cache")
+    written = modification_times(tmp_path / "cache")
     assert len(written) == 9
     assert prepare_cases(dataset, tmp_path / "cache") == first
-    assert stamps(tmp_path / "cache") == written
+    assert modification_times(tmp_path / "cache") == written
 
 
 def test_prepared_folders_depend_on_content_and_not_on_names(tmp_path):
     shutil.move(flat(tmp_path / "data", 2), tmp_path / "moved")
     first = prepare_cases(find_cases(tmp_path / "moved"), tmp_path / "cache")
-    written = stamps(tmp_path / "cache")
+    written = modification_times(tmp_path / "cache")
     (tmp_path / "renamed").mkdir()
     for path in (tmp_path / "moved").iterdir():
         shutil.copy(path, tmp_path / "renamed" / path.name.replace("case", "patient"))
     again = prepare_cases(find_cases(tmp_path / "renamed"), tmp_path / "cache")
     assert [volume.id for volume in again] == ["patient_0", "patient_1"]
     assert [volume.folder for volume in again] == [volume.folder for volume in first]
-    assert stamps(tmp_path / "cache") == written
+    assert modification_times(tmp_path / "cache") == written
 
 
 def test_a_changed_image_or_mask_is_prepared_again(tmp_path):
@@ -118,12 +118,12 @@ def test_a_changed_image_or_mask_is_prepared_again(tmp_path):
     (first,) = prepare_cases(find_cases(root), tmp_path / "cache")
     save(root / "case_0.nii.gz", image_array(50))
     (second,) = prepare_cases(find_cases(root), tmp_path / "cache")
-    assert_holds(second, image_array(50), mask_array())
+    assert_slices(second, image_array(50), mask_array())
     save(root / "case_0_mask.nii.gz", np.flip(mask_array(), 0))
     (third,) = prepare_cases(find_cases(root), tmp_path / "cache")
-    assert_holds(third, image_array(50), np.flip(mask_array(), 0))
+    assert_slices(third, image_array(50), np.flip(mask_array(), 0))
     assert len({first.folder, second.folder, third.folder}) == 3
-    assert_holds(first, image_array(0), mask_array())  # still there for a run that reads it
+    assert_slices(first, image_array(0), mask_array())  # kept for a run that reads it
 
 
 def test_different_labels_are_prepared_separately(tmp_path):
@@ -131,9 +131,9 @@ def test_different_labels_are_prepared_separately(tmp_path):
     (any_value,) = prepare_cases(find_cases(root), tmp_path / "cache")
     (background,) = prepare_cases(find_cases(root, "LA:1;background:2"), tmp_path / "cache")
     (second_class,) = prepare_cases(find_cases(root, "LA:1;wall:2"), tmp_path / "cache")
-    assert_holds(any_value, image_array(0), mask_array())
-    assert_holds(background, image_array(0), 0 * mask_array())
-    assert_holds(second_class, image_array(0), 2 * mask_array())
+    assert_slices(any_value, image_array(0), mask_array())
+    assert_slices(background, image_array(0), 0 * mask_array())
+    assert_slices(second_class, image_array(0), 2 * mask_array())
 
 
 def test_incomplete_folders_of_an_interrupted_run_are_ignored(tmp_path):
@@ -141,7 +141,7 @@ def test_incomplete_folders_of_an_interrupted_run_are_ignored(tmp_path):
     leftover.mkdir(parents=True)
     (leftover / "image.npy").write_bytes(b"incomplete")
     (volume,) = prepare_cases(find_cases(flat(tmp_path / "data", 1)), tmp_path / "cache")
-    assert_holds(volume, image_array(0), mask_array())
+    assert_slices(volume, image_array(0), mask_array())
     assert sorted(path.name for path in volume.folder.parent.iterdir()) == [f".{32 * 'a'}.volume", volume.folder.name]
 
 
@@ -151,7 +151,7 @@ def test_a_prepared_folder_without_all_its_files_is_made_again(tmp_path, lost):
     (volume,) = prepare_cases(dataset, tmp_path / "cache")
     (volume.folder / lost).unlink()
     (again,) = prepare_cases(dataset, tmp_path / "cache")
-    assert_holds(again, image_array(0), mask_array())
+    assert_slices(again, image_array(0), mask_array())
 
 
 # --- concurrent preparation ------------------------------------------------------------------------------------------
@@ -172,11 +172,11 @@ def test_two_processes_can_prepare_the_same_volumes(tmp_path):
     for worker in workers:
         worker.join(timeout=60)
     assert [worker.exitcode for worker in workers] == [0, 0]
-    assert len(list((cache / "volumes").iterdir())) == 6  # and no incomplete folders
-    written = stamps(cache)
+    assert len(list((cache / "volumes").iterdir())) == 6  # no incomplete folders are left
+    written = modification_times(cache)
     for n, volume in enumerate(prepare_cases(find_cases(root), cache)):
-        assert_holds(volume, image_array(n), mask_array())
-    assert stamps(cache) == written
+        assert_slices(volume, image_array(n), mask_array())
+    assert modification_times(cache) == written
 
 
 def test_eight_threads_can_prepare_the_same_volumes(tmp_path):
@@ -185,7 +185,7 @@ def test_eight_threads_can_prepare_the_same_volumes(tmp_path):
         prepared = list(pool.map(lambda _: prepare_cases(dataset, cache), range(8)))
     for volumes in prepared:
         for n, volume in enumerate(volumes):
-            assert_holds(volume, image_array(n), mask_array())
+            assert_slices(volume, image_array(n), mask_array())
     assert len(list((cache / "volumes").iterdir())) == 4
 
 

@@ -31,7 +31,7 @@ def test_every_patient_is_in_exactly_one_part_and_no_part_is_empty(count):
     assert sorted([*split.train, *split.val, *split.test]) == sorted(ids(count))
     assert min(sizes(split)) >= 1
     for part, fraction in zip(sizes(split), (0.7, 0.1, 0.2), strict=True):
-        assert abs(part - fraction * count) <= (1.11 if count < 5 else 1)  # 3 patients: 1 trains, not 2.1
+        assert abs(part - fraction * count) <= (1.11 if count < 5 else 1)  # of 3 patients 1 is for training, not 2.1
 
 
 @pytest.mark.parametrize(
@@ -43,7 +43,7 @@ def test_every_patient_is_in_exactly_one_part_and_no_part_is_empty(count):
         (3, (1, 1, 1), (2, 0, 1)),
     ],
 )
-def test_few_patients_are_validated_on_only_if_that_decides_something(count, needed, not_needed):
+def test_few_patients_are_used_for_validation_only_if_it_is_needed(count, needed, not_needed):
     drawn = {need: make_split(ids(count), Data(), needs_validation=need) for need in (True, False)}
     assert sizes(drawn[True]) == needed
     assert sizes(drawn[False]) == not_needed
@@ -52,7 +52,7 @@ def test_few_patients_are_validated_on_only_if_that_decides_something(count, nee
     assert sizes(make_split(ids(count), Data(validation="never"))) == (count - needed[2], 0, needed[2])
 
 
-def test_every_patient_trains_with_the_split_all():
+def test_split_all_uses_every_patient_for_training():
     split = make_split(ids(12), Data(split="all"))
     assert sizes(split) == (12, 0, 0)
     assert sorted(split.train) == sorted(ids(12))
@@ -74,7 +74,7 @@ def test_different_seeds_give_different_splits():
     parts = {make_split(ids(60), Data(split_seed=seed)).test for seed in range(20)}
     assert len(parts) == 20
     tested = {name for part in parts for name in part}
-    assert len(tested) > 55  # of 60; the chance to miss a patient in 20 draws of a fifth is 1 %
+    assert len(tested) > 55  # of 60; 20 draws of a fifth miss a patient with a probability of 1 %
 
 
 def test_few_shot_protocols_are_nested_with_the_same_validation_and_test_patients():
@@ -105,7 +105,7 @@ def test_another_subset_seed_changes_only_the_training_patients():
         assert (split.val, split.test) == (full.val, full.test)
         assert sorted(split.train + split.unused) == sorted(full.train)
         firsts.update(split.train)
-    assert len(firsts) > 25  # of 42; 59 draws find 32 on average, and fewer than 26 with a chance below 1 %
+    assert len(firsts) > 25  # of 42; 59 draws find 32 on average, and fewer than 26 with a probability below 1 %
     protocol = Data(train_patients=5, subset_seed=3)
     assert make_split(ids(60), protocol) == make_split(ids(60), protocol)
 
@@ -114,7 +114,7 @@ def test_different_splits_have_different_hashes():
     split = Split(("a", "b"), ("c",), ("d",))
     assert split.sha256 == Split(("a", "b"), ("c",), ("d",)).sha256
     others = [Split(("b", "a"), ("c",), ("d",)), Split(("a",), ("b", "c"), ("d",)), Split(("a", "b"), ("d",), ("c",))]
-    assert len({each.sha256 for each in (split, *others)}) == 4
+    assert len({other.sha256 for other in (split, *others)}) == 4
 
 
 # --- the split file --------------------------------------------------------------------------------------------------
@@ -143,7 +143,7 @@ def test_a_written_split_can_be_used_again(tmp_path):
     assert few == Split(split.train[:10], split.val, split.test, unused=split.train[10:])
 
 
-def test_the_split_file_of_a_few_shot_run_holds_every_patient(tmp_path):
+def test_the_split_file_of_a_few_shot_run_lists_every_patient(tmp_path):
     few = make_split(ids(60), Data(train_patients=1))
     write_split(few, tmp_path / "split.json")
     full = make_split(ids(60), Data(split=str(tmp_path / "split.json")))
@@ -246,7 +246,7 @@ def test_a_negative_seed_is_an_error_that_names_the_option():
 
 
 @pytest.mark.parametrize("count", [10, 33, 60])
-def test_folds_validate_each_patient_outside_the_test_set_once(count):
+def test_folds_validate_on_each_patient_outside_the_test_set_once(count):
     full = make_split(ids(count), Data())
     folds = [make_split(ids(count), Data(), str(k)) for k in range(5)]
     pool = sorted(full.train + full.val)

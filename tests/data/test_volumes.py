@@ -1,4 +1,4 @@
-"""Volumes: what is read and refused, the orientation of slices, and the geometry of written files."""
+"""Volumes: files that are read or refused, the orientation of slices, and the geometry of written files."""
 
 import hashlib
 import itertools
@@ -53,7 +53,7 @@ def test_the_values_of_every_usual_type_are_read_unchanged(tmp_path, name, dtype
 
 @pytest.mark.parametrize("side", [1e-3, 0.02, 50])
 def test_voxels_of_any_size_are_read(tmp_path, side):
-    """For example from a microscope, or from a file with spacings in metres."""
+    """Such voxels come, for example, from a microscope, or from a file with spacings in metres."""
     path = save(tmp_path / "a.nii", image_array(), np.diag([side, side, 2 * side, 1]))
     assert read_image(path).spacing == pytest.approx((side, side, 2 * side), rel=1e-6)
 
@@ -273,7 +273,7 @@ ORIENTATIONS = [
 
 
 def oblique(spacing=(0.7, 0.8, 2.5)):
-    """Axes rotated by about 20 degrees around each direction, so that none lies along a world axis."""
+    """Return an affine whose axes are rotated by about 20 degrees around each direction; none is a world axis."""
     turn = np.eye(3)
     for i, j in ((0, 1), (1, 2), (2, 0)):
         single = np.eye(3)
@@ -329,8 +329,8 @@ def test_slices_lie_along_the_coarsest_spacing_and_ties_go_to_head_foot(spacing,
     assert geometry.spacing[0] == pytest.approx(spacing[along], rel=1e-12)
 
 
-def test_an_oblique_axis_is_named_by_the_direction_it_comes_closest_to():
-    """Slices tilted 30 degrees off the axial plane are head-foot slices, tilted 60 degrees anterior-posterior ones."""
+def test_an_oblique_axis_is_named_after_the_closest_direction():
+    """Slices 30 degrees off the axial plane are head-foot slices; those 60 degrees off are anterior-posterior."""
     for degrees, axis in ((30, "head-foot"), (60, "anterior-posterior")):
         c, s = np.cos(np.radians(degrees)), np.sin(np.radians(degrees))
         tilt = np.array([[1, 0, 0], [0, c, -s], [0, s, c]])
@@ -438,7 +438,8 @@ def test_a_folder_that_cannot_be_written_is_named_and_unchanged(tmp_path):
 @pytest.mark.parametrize("spacing", [(3, 1, 1), (1, 3, 1), (1, 1, 3)])
 def test_canonical_axes_are_the_same_whichever_way_slices_were_cut(spacing):
     array = np.arange(2 * 3 * 4).reshape(2, 3, 4)
-    geometry = slice_geometry(np.diag([-spacing[0], -spacing[1], -spacing[2], 1.0]))  # LPI, as slices run: no flips
+    # LPI, the order of slices, so that no axis is flipped
+    geometry = slice_geometry(np.diag([-spacing[0], -spacing[1], -spacing[2], 1.0]))
     slices = to_slices(array, geometry)
     canonical = slices_to_canonical(slices, geometry.axis)
     np.testing.assert_array_equal(canonical, array)

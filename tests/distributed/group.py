@@ -1,4 +1,4 @@
-"""Start several processes of one command on this machine."""
+"""Run a command in several processes on this machine."""
 
 import os
 import socket
@@ -33,7 +33,7 @@ def start(commands, folder, **environ):
 
 
 def together(command, port, count=2):
-    """Return the command of each of `count` processes that join."""
+    """Return one command per process, with the options by which `count` processes join."""
     return [
         [*command, f"--coordinator=127.0.0.1:{port}", f"--processes={count}", f"--process={index}"]
         for index in range(count)
@@ -41,7 +41,7 @@ def together(command, port, count=2):
 
 
 def finish(processes, folder, seconds):
-    """Wait for all processes; return their exit codes and the texts of stdout and stderr of each."""
+    """Wait for all processes; return their exit codes, and the text of stdout and of stderr of each."""
     end = time.monotonic() + seconds
     try:
         codes = [process.wait(max(0.1, end - time.monotonic())) for process in processes]
@@ -53,7 +53,7 @@ def finish(processes, folder, seconds):
 
 
 def wait_for(condition, processes, seconds=300):
-    """Wait until the condition holds; kill the processes if one exits before or the time is over."""
+    """Wait until the condition holds; if a process exits before, or after `seconds`, kill all of them and fail."""
     end = time.monotonic() + seconds
     while not condition():
         if time.monotonic() > end or any(process.poll() is not None for process in processes):

@@ -1,7 +1,7 @@
 """The cases that `mesh_driver` runs and `test_mesh` compares."""
 
 STEPS = 10
-BATCH = 6  # slices or volumes; neither four nor eight devices divide it
+BATCH = 6  # slices or volumes; not divisible by four or eight devices
 NETWORKS = ("convolutional", "finetuned", "windows")  # the last on a frozen backbone
 CASES = {  # devices, whether parameters are sharded, networks
     "one": (1, False, NETWORKS),

@@ -85,29 +85,29 @@ def train(name):
     for i, batch in enumerate(batches(3 if is_windows else None)):
         losses.append(trainer.step(batch, i))
         if i == 0:  # Adam's first moment is a tenth of the first gradient
-            moments = named("gradients", trainer.optimiser_state)
+            moments = flatten_by_name("gradients", trainer.optimiser_state)
             arrays |= {key: array for key, array in moments.items() if ".mu." in key}
     leaves = jax.tree.leaves((trainer.trainable, trainer.optimiser_state))
-    held = sum(leaf.addressable_shards[0].data.nbytes for leaf in leaves)
+    device_bytes = sum(leaf.addressable_shards[0].data.nbytes for leaf in leaves)
     return (
         arrays
-        | named("parameters", trainer.trainable)
-        | named("statistics", trainer.frozen.statistics)
+        | flatten_by_name("parameters", trainer.trainable)
+        | flatten_by_name("statistics", trainer.frozen.statistics)
         | {
             "losses": np.array(losses),
-            "bytes on a device": np.array(held),
+            "bytes on a device": np.array(device_bytes),
         }
     )
 
 
-def named(kind, tree):
+def flatten_by_name(kind, tree):
     tree = jax.jit(replicate)(tree)
     name = partial(jax.tree_util.keystr, simple=True, separator=".")
     return {f"{kind}/{name(path)}": np.asarray(leaf) for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]}
 
 
 def train_in_parts(folder, devices_by_epoch):
-    """Return the metrics of each epoch, trained up to each of some epochs on a number of devices, and resumed."""
+    """Train up to each epoch of `devices_by_epoch` on that many devices, resuming; return the metrics of each epoch."""
     volumes = disc_scans(folder / "scans")
     for epoch, count in devices_by_epoch.items():
         with use_devices(count, shard_params=count == 4):
@@ -120,7 +120,7 @@ def train_in_parts(folder, devices_by_epoch):
 
 
 def block_weights():
-    """Return the block weights of a network on one device, as a loaded one is, read within a mesh of eight devices."""
+    """Return the block weights of a network that is on one device, as after loading, within a mesh of eight devices."""
     state = jax.device_put(nnx.state(network("fusion")), jax.devices()[0])
     with use_devices(8):
         return np.array(nnx.merge(nnx.graphdef(network("fusion")), state).block_weights()["levels"])

@@ -50,7 +50,7 @@ def wait(folder, index):
 
 
 def compute(folder, index):
-    """Run collectives for ever."""
+    """Run collectives forever."""
     with name_resume_command("that command", (folder / f"{index}.note").write_text):
         (folder / f"{index}.ready").touch()
         while True:

@@ -20,16 +20,16 @@ def train(run, phantoms, *options, check=True):
     return run_module("jaxla.train", "--exp=quickstart", *folders, *SMALL_RUN, *options, check=check)
 
 
-def test_four_devices_give_the_numbers_of_one(four_devices, small_run, phantoms, tmp_path):
-    """`small_run` had one device; here four devices share the parameters. Then one and three devices predict."""
+def test_four_devices_give_the_results_of_one(four_devices, small_run, phantoms, tmp_path):
+    """`small_run` used one device. Here, four devices share the parameters; then one and three devices predict."""
     run = tmp_path / "run"
     train(run, phantoms, "--shard-params")
     actual, expected = (
         [json.loads(line) for line in (f / "metrics.jsonl").read_text().splitlines()] for f in (run, small_run)
     )
     for kind in ("train_loss", "val_loss", "val_dice"):
-        # Rounding moves some activations across a ReLU's zero, and training amplifies that: one device with initial
-        # parameters that differ in the last digit is as far away. test_mesh.py has the exact comparison.
+        # Rounding moves some activations across a ReLU's zero, and training amplifies that: one device deviates as much
+        # if its initial parameters differ in the last digit. test_mesh.py has the exact comparison.
         # measured: 1e-2
         np.testing.assert_allclose([m[kind] for m in actual], [m[kind] for m in expected], rtol=3e-2)
     assert json.loads((run / "experiment.json").read_text())["environment"]["devices"] == 4

@@ -1,4 +1,4 @@
-"""Which process this is, from the options or from the environment that srun and mpirun set."""
+"""The number of processes and the index of this one, from options or from the environment of srun and mpirun."""
 
 import os
 
@@ -7,12 +7,12 @@ import pytest
 from jaxla.config import InputError
 from jaxla.distributed import find_launch
 
-# As SLURM 22.05 sets them: in the batch script, in a task that `srun` started, and in the shell of `salloc`.
+# Variables of SLURM 22.05 in the batch script, in a task that `srun` started, and in the shell of `salloc`.
 BATCH_SCRIPT = {"SLURM_JOB_ID": "71", "SLURM_NTASKS": "2", "SLURM_PROCID": "0", "SLURM_LOCALID": "0"}
 TASK = {**BATCH_SCRIPT, "SLURM_STEP_ID": "0", "SLURM_STEP_NODELIST": "node[07-08]", "SLURM_STEP_NUM_TASKS": "2"}
 SHELL = {**TASK, "SLURM_STEP_ID": "4294967290", "SLURM_STEP_NODELIST": "node07", "SLURM_STEP_NUM_TASKS": "1"}
 
-# As Open MPI 4.1 and 5 set them.
+# Variables of Open MPI 4.1 and 5.
 RANK = {
     "OMPI_COMM_WORLD_SIZE": "2",
     "OMPI_COMM_WORLD_RANK": "1",
@@ -24,7 +24,7 @@ RANK_5 = {name: value for name, value in RANK.items() if name != "OMPI_MCA_orte_
 
 @pytest.fixture
 def launch_in(monkeypatch):
-    """Find the launch in an environment that has these variables and none of another launcher."""
+    """A function that finds the launch in an environment with these variables, and none of another launcher."""
     for name in [name for name in os.environ if name.startswith(("SLURM_", "OMPI_", "PMI_", "WORLD_SIZE", "RANK"))]:
         monkeypatch.delenv(name)
 
@@ -43,7 +43,7 @@ def test_a_single_process_joins_nothing(launch_in, environ):
 
 
 @pytest.mark.parametrize("environ", [TASK, RANK])
-def test_processes_1_keeps_a_task_alone(launch_in, environ):
+def test_processes_1_does_not_join_other_tasks(launch_in, environ):
     assert launch_in(environ, "", 1, None) is None
 
 

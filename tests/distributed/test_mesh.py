@@ -1,4 +1,4 @@
-"""Several devices give the numbers of one: simulated devices, in one process and in two."""
+"""Several simulated devices, in one process and in two, give the results of one device."""
 
 import re
 import subprocess
@@ -43,20 +43,24 @@ def relative_l2(actual, expected):
     ("case", "network"),
     [(case, name) for case, (*_, names) in (CASES | TWO_PROCESS_CASES).items() for name in names if case != "one"],
 )
-def test_ten_steps_give_the_numbers_of_one_device(arrays, case, network):
+def test_ten_steps_give_the_results_of_one_device(arrays, case, network):
     """The devices do not divide the batch."""
-    for kind in ("losses", "gradients", "parameters", *(["statistics"] if network != "windows" else [])):  # it has none
+    statistics = ["statistics"] if network != "windows" else []  # the windows network has none
+    for kind in ("losses", "gradients", "parameters", *statistics):
         actual, expected = (concatenate(arrays, c, network, kind) for c in (case, "one"))
         assert relative_l2(actual, expected) <= 1e-5, kind  # measured: at most 9.3e-7, for gradients
 
 
 def test_sharded_parameters_take_less_memory(arrays):
-    """The saving is what the table SHARDED says: seven eighths of these kernels and of Adam's two moments of each."""
-    held = {case: int(arrays[f"{case}/finetuned/bytes on a device"]) for case in ("one", "four", "eight, sharded")}
-    assert held["one"] == held["four"]
+    """A device saves 7/8 of the kernels that the table SHARDED lists, and of Adam's two moments of each."""
+    device_bytes = {
+        case: int(arrays[f"{case}/finetuned/bytes on a device"]) for case in ("one", "four", "eight, sharded")
+    }
+    assert device_bytes["one"] == device_bytes["four"]
     prefix = "one/finetuned/parameters/"
     kernel_size = sum(a.size for name, a in arrays.items() if re.match(rf"{prefix}.*blocks\..*\.kernel", name))
-    assert held["one"] - held["eight, sharded"] == 4 * 3 * kernel_size * 7 / 8  # float32; the parameter and two moments
+    saved_bytes = device_bytes["one"] - device_bytes["eight, sharded"]
+    assert saved_bytes == 4 * 3 * kernel_size * 7 / 8  # float32; the parameter and two moments
 
 
 def test_block_weights_of_a_network_on_one_device_can_be_read_within_a_mesh(arrays):

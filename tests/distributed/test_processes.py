@@ -20,14 +20,14 @@ def drive(folder, kind, *, port=None, count=2, indices=(0, 1), wait=60, **enviro
 
 
 def last_lines(err):
-    """Return the lines of all processes that say why the command ended."""
+    """Return the lines of all processes that state why the command ended."""
     return [
         line for text in err for line in text.splitlines() if line.startswith(("error: ", "stopped", "interrupted"))
     ]
 
 
 def test_processes_exchange_values_and_the_first_prints(tmp_path):
-    """Clusters set variables for a web proxy, which gRPC respects: nothing listens at this one."""
+    """Clusters set variables for a web proxy, which gRPC respects. Nothing listens at the proxy of this test."""
     proxy = {"http_proxy": "http://127.0.0.1:9", "https_proxy": "http://127.0.0.1:9"}
     processes = drive(tmp_path, "exchange", count=3, indices=(0, 1, 2), **proxy)
     codes, out, err = finish(processes, tmp_path, A_MINUTE)
@@ -46,7 +46,7 @@ def test_processes_exchange_values_and_the_first_prints(tmp_path):
 
 
 def finish_together(groups):
-    """Finish groups of processes that run at the same time, because most of their time is waiting."""
+    """Finish groups of processes that run at the same time, because they mostly wait."""
     try:
         return {key: finish(processes, folder, A_MINUTE) for key, (folder, processes) in groups.items()}
     finally:
@@ -57,7 +57,7 @@ def finish_together(groups):
 
 @pytest.fixture(scope="module")
 def signalled(tmp_path_factory):
-    """Send a signal to one process of each of four pairs. Return the folder and the outcome of each pair."""
+    """The folder and the outcome of four pairs of processes, one process of which gets a signal."""
     keys = (("wait", 0, SIGKILL), ("wait", 1, SIGKILL), ("compute", 1, SIGKILL), ("wait", 1, SIGTERM))
     folders = {key: tmp_path_factory.mktemp("pair") for key in keys}
     pairs = {key: (folder, drive(folder, key[0])) for key, folder in folders.items()}
@@ -81,7 +81,7 @@ def test_a_killed_process_ends_the_other_which_names_the_resume_command(signalle
 
 
 def test_sigterm_to_one_ends_both(signalled):
-    """It also interrupts `gather`, in which process 1 waits."""
+    """The signal also interrupts `gather`, in which process 1 waits."""
     _, (codes, _, err) = signalled["wait", 1, SIGTERM]
     assert codes == [1, 1]
     assert [last_lines([text]) for text in err] == [["interrupted"], []]
@@ -89,7 +89,7 @@ def test_sigterm_to_one_ends_both(signalled):
 
 @pytest.fixture(scope="module")
 def failed(tmp_path_factory):
-    """Return the outcome of several groups of processes that run at the same time, and the port of each."""
+    """The outcomes of several groups of processes that run at the same time, and the port of each group."""
     kinds = ("wrong_input_in_one", "wrong_input_in_all", "bug", "different numbers", "only 0", "only 1")
     folders, ports = {kind: tmp_path_factory.mktemp("group") for kind in kinds}, {kind: free_port() for kind in kinds}
     groups = {}

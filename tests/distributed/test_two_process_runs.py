@@ -1,4 +1,4 @@
-"""Commands run by two processes: they give the numbers of one, compute each case once, and resume after a kill."""
+"""Commands run by two processes: they give the results of one, compute each case once, and resume after a kill."""
 
 import json
 import re
@@ -40,7 +40,7 @@ def read_case_names(run):
 
 @pytest.fixture(scope="module")
 def split_file(phantoms, tmp_path_factory):
-    """Write a split file: two patients train, one validates, three are tested."""
+    """A split file with two training, one validation and three test patients."""
     names = sorted(path.parent.name for path in phantoms.rglob("enhanced.nii.gz"))
     path = tmp_path_factory.mktemp("split") / "split.json"
     path.write_text(json.dumps({"train": names[:2], "val": names[2:3], "test": names[3:]}))
@@ -49,7 +49,7 @@ def split_file(phantoms, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def single_run(phantoms, split_file, tmp_path_factory):
-    """Return the folder of a run by one process and of its cache."""
+    """The folder of a run by one process and of its cache."""
     folder = tmp_path_factory.mktemp("one")
     run_module(*command(folder, phantoms, f"--data.split={split_file}"))
     return folder
@@ -57,9 +57,9 @@ def single_run(phantoms, split_file, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def double_run(phantoms, split_file, tmp_path_factory):
-    """Run two processes; process 1 gets SIGKILL, after a resume SIGTERM, then all finish.
+    """A run by two processes: process 1 gets SIGKILL, after resuming SIGTERM, and the next resume finishes the run.
 
-    Return the folder, and of each of the three launches the exit codes and the texts of stdout and stderr.
+    Its folder, and for each of the three launches the exit codes, and the text of stdout and of stderr per process.
     """
     folder = tmp_path_factory.mktemp("two")
     train = command(folder, phantoms, f"--data.split={split_file}")
@@ -83,7 +83,7 @@ def test_a_killed_process_ends_the_run_which_names_the_resume_command(double_run
     assert line in (folder / "run" / "train.log").read_text()
 
 
-def test_sigterm_to_one_process_has_all_finish_the_step_and_save(double_run):
+def test_sigterm_to_one_process_makes_all_finish_the_step_and_save(double_run):
     _, _, (codes, _, err), (_, out, _) = double_run
     assert codes == [1, 1]
     (line,) = [line for line in (err[0] + err[1]).splitlines() if line.startswith("stopped")]
@@ -92,27 +92,27 @@ def test_sigterm_to_one_process_has_all_finish_the_step_and_save(double_run):
     assert f"resuming after {int(where[1]) - 1} epochs and {where[2]} steps" in out[0]
 
 
-def test_two_processes_give_the_numbers_of_one(single_run, double_run):
+def test_two_processes_give_the_results_of_one(single_run, double_run):
     folder, _, _, (_, out, _) = double_run
     actual, expected = history(folder / "run"), history(single_run / "run")
     assert len(actual) == len(expected) == 4
     for kind, tolerance in {"train_loss": 1e-4, "val_loss": 1e-4, "val_dice": 2e-3}.items():
-        # measured: 3e-5 of a loss, 5e-4 of Dice (some pixels at the threshold)
+        # measured: 3e-5 for losses, 5e-4 for Dice (some pixels at the threshold)
         np.testing.assert_allclose([m[kind] for m in actual], [m[kind] for m in expected], rtol=tolerance, err_msg=kind)
     assert read_case_names(folder / "run") == read_case_names(single_run / "run")
     summaries = [json.loads((f / "run" / "test" / "summary.json").read_text()) for f in (folder, single_run)]
     for metric in ("dice", "iou", "assd_mm"):
         assert summaries[0][metric]["n"] == 3
         assert summaries[0][metric]["mean"] == pytest.approx(summaries[1][metric]["mean"], rel=1e-4)
-    assert out[1].count("\n") <= 1  # Gloo's own line
+    assert out[1].count("\n") <= 1  # a line of Gloo
     record = json.loads((folder / "run" / "experiment.json").read_text())
     assert (record["environment"]["processes"], record["environment"]["devices"]) == (2, 2)
 
 
 def test_each_case_is_computed_and_segmented_once(single_run, double_run):
     folder, (_, first_out, _), _, (_, last_out, _) = double_run
-    assert "features: 3 of 3 cases" in first_out[0]  # of six
-    assert "testing: 2 of 2 cases" in last_out[0]  # of three
+    assert "features: 3 of 3 cases" in first_out[0]  # of six in both processes
+    assert "testing: 2 of 2 cases" in last_out[0]  # of three in both processes
     features = [sorted(path.name for path in (f / "cache" / "features").rglob("*")) for f in (folder, single_run)]
     assert features[0] == features[1]
     for name in [name for name in features[0] if name.endswith(".npy")]:
@@ -143,7 +143,7 @@ def test_each_scan_is_predicted_by_one_process(double_run, phantoms, tmp_path):
         assert (out[0] + out[1]).count(f"{number}/3 {tmp_path / 'two'}") == 1
 
 
-def test_a_forecast_is_made_together(single_run, phantoms, split_file, tmp_path):
+def test_two_processes_make_one_forecast(single_run, phantoms, split_file, tmp_path):
     dry = command(single_run, phantoms, f"--data.split={split_file}", "--dry-run", run="dry")
     codes, out, err = finish(start(together(dry, free_port()), tmp_path), tmp_path, 900)
     assert codes == [0, 0], err

@@ -28,15 +28,15 @@ def save(path, *boxes, values=(1, 2), affine=AFFINE, shape=SHAPE):
     nib.save(nib.Nifti1Image(array, affine), path)
 
 
-BOX, HALF, OTHER = ((2, 6), (2, 6), (2, 6)), ((2, 6), (2, 6), (2, 4)), ((8, 12), (2, 6), (2, 6))
+BOX, HALF_BOX, OTHER_BOX = ((2, 6), (2, 6), (2, 6)), ((2, 6), (2, 6), (2, 4)), ((8, 12), (2, 6), (2, 6))
 
 
 @pytest.fixture
 def folders(tmp_path):
-    """Write two cases with one class and the mask values of LAScarQS; half of one is found, the other is missed."""
+    """Write two cases with one class and the mask values of LAScarQS: one is half predicted, the other is missed."""
     for case, value in (("train_1", 255), ("train_2", 420)):
         save(tmp_path / "references" / f"{case}.nii.gz", BOX, values=[value])
-    save(tmp_path / "predictions" / "train_1.nii.gz", HALF)
+    save(tmp_path / "predictions" / "train_1.nii.gz", HALF_BOX)
     save(tmp_path / "predictions" / "train_2.nii")
     return tmp_path
 
@@ -88,7 +88,7 @@ def test_slices_lie_along_the_coarsest_axis(folders):
 
 
 def test_several_classes_are_taken_from_the_references(tmp_path, capsys):
-    save(tmp_path / "references" / "a.nii.gz", BOX, OTHER, values=(2, 5))
+    save(tmp_path / "references" / "a.nii.gz", BOX, OTHER_BOX, values=(2, 5))
     save(tmp_path / "predictions" / "a.nii.gz", BOX, values=[2])
     main(options(tmp_path))
     summary = json.loads((tmp_path / "out" / "summary.json").read_text())
@@ -121,8 +121,8 @@ def test_references_may_be_patient_folders_with_dicom_slices(tmp_path):
     assert [(row["case"], row["dice"]) for row in rows] == [("P1", "1.0"), ("P2", "1.0")]
 
 
-def test_a_predicted_dicom_segmentation_holds_numbers_of_classes(tmp_path):
-    """Class 1 is the value 2 of the references, class 2 their value 1."""
+def test_segment_numbers_of_a_predicted_dicom_segmentation_are_class_indices(tmp_path):
+    """The references store class 1 as 2, and class 2 as 1."""
     series, classes = save_dicom(tmp_path / "series", image_array()), mask_array()
     classes[classes.shape[0] // 3] *= 2
     write_segmentation(tmp_path / "predictions" / "a.dcm", classes, ["a", "b"], series)
@@ -134,10 +134,10 @@ def test_a_predicted_dicom_segmentation_holds_numbers_of_classes(tmp_path):
 @pytest.mark.parametrize(
     ("labels", "classes"), [("a:2;background:5", {"a": 1}), ("a:2,5", {"a": 2 / 3}), ("a:5;b:2", {"a": 0, "b": 1})]
 )
-@pytest.mark.parametrize("images", [True, False], ids=["a data set", "masks alone"])
-def test_labels_are_understood_as_in_training(tmp_path, labels, classes, images):
-    """The reference holds 2 and 5 in boxes of the same size; the prediction holds the box of 2."""
-    save(tmp_path / "references" / "a_mask.nii.gz", BOX, OTHER, values=(2, 5))
+@pytest.mark.parametrize("images", [True, False], ids=["a data set", "only masks"])
+def test_labels_are_interpreted_as_in_training(tmp_path, labels, classes, images):
+    """The reference has a box of 2 and a box of 5, both of the same size; the prediction has only the box of 2."""
+    save(tmp_path / "references" / "a_mask.nii.gz", BOX, OTHER_BOX, values=(2, 5))
     if images:
         save(tmp_path / "references" / "a.nii.gz", BOX)
     save(tmp_path / "predictions" / "a.nii.gz", BOX, values=[2])
@@ -146,9 +146,9 @@ def test_labels_are_understood_as_in_training(tmp_path, labels, classes, images)
     assert {name: values["dice"]["mean"] for name, values in summary["classes"].items()} == pytest.approx(classes)
 
 
-def test_background_rest_ignores_values_of_references_but_not_of_predictions_alone(tmp_path, caplog):
-    save(tmp_path / "references" / "a.nii.gz", BOX, OTHER, values=(1, 7))
-    save(tmp_path / "predictions" / "a.nii.gz", BOX, OTHER, values=(1, 7))
+def test_background_rest_refuses_values_that_only_predictions_contain(tmp_path, caplog):
+    save(tmp_path / "references" / "a.nii.gz", BOX, OTHER_BOX, values=(1, 7))
+    save(tmp_path / "predictions" / "a.nii.gz", BOX, OTHER_BOX, values=(1, 7))
     labels = "--data.labels=hippocampus:1;background:rest"
     with caplog.at_level("INFO", "jaxla"):
         main(options(tmp_path, labels))
@@ -179,7 +179,7 @@ def test_a_class_that_no_reference_contains_does_not_raise_the_mean(folders, cap
     assert "no reference contains scar, so the mean over classes leaves it out" in capsys.readouterr().out
 
 
-def test_labels_of_which_the_references_hold_none_are_refused(folders):
+def test_labels_absent_from_all_references_are_refused(folders):
     message = r"references: the references hold the values 255, 420, but no class \(LA: 3; all other values are back"
     with pytest.raises(InputError, match=message):
         main(options(folders, "--data.labels=LA:3;background:rest"))
@@ -200,7 +200,7 @@ def test_a_split_with_a_faulty_list_of_test_cases_is_refused(folders, test, mess
         main(options(folders, f"--cases={folders / 'split.json'}"))
 
 
-def test_probabilities_beside_their_masks_are_named_and_not_scored(folders, caplog):
+def test_probabilities_among_the_masks_are_logged_and_not_scored(folders, caplog):
     save(folders / "predictions" / "train_1_probabilities.nii.gz", BOX)
     with caplog.at_level("INFO", "jaxla"):
         main(options(folders))
@@ -208,7 +208,7 @@ def test_probabilities_beside_their_masks_are_named_and_not_scored(folders, capl
     assert [row["case"] for row in read_csv(folders / "out" / "cases.csv")] == ["train_1", "train_2"]
 
 
-def test_an_error_is_one_line_and_leaves_nothing(folders):
+def test_an_error_is_one_line_and_writes_no_files(folders):
     save(folders / "predictions" / "stray.nii.gz")
     done = run(*options(folders))
     assert done.returncode == 2
@@ -239,7 +239,11 @@ def two_masks_of_one_case(folder):
         ),
         (lambda f: save(f / "predictions" / "train_2.nii", shape=(4, 4, 4)), (), "train_2.nii: .*shape .*4, 4, 4"),
         (lambda f: save(f / "predictions" / "train_2.nii", affine=np.eye(4)), (), "train_2.nii: .*different affine"),
-        (lambda f: save(f / "predictions" / "train_2.nii", BOX, OTHER), (), "train_2.nii: label values 1, 2 are not"),
+        (
+            lambda f: save(f / "predictions" / "train_2.nii", BOX, OTHER_BOX),
+            (),
+            "train_2.nii: label values 1, 2 are not",
+        ),
         (lambda f: (f / "predictions" / "train_2.nii").write_bytes(b"text"), (), "train_2.nii: not a NIfTI"),
         (lambda f: (f / "out").mkdir(), (), "--output=.*exists"),
         (two_masks_of_one_case, (), "train_1_seg.nii.gz: belongs to the same case as train_1_mask.nii.gz"),
@@ -269,23 +273,23 @@ def test_an_image_instead_of_a_mask_is_refused(folders):
         main(options(folders))
 
 
-def test_masks_of_a_data_set_may_hold_only_its_classes(tmp_path):
+def test_masks_of_a_data_set_may_contain_only_its_classes(tmp_path):
     root = tmp_path / "references"
     for folder in ("imagesTr", "labelsTr"):
-        save(root / folder / "a.nii.gz", BOX, OTHER)
+        save(root / folder / "a.nii.gz", BOX, OTHER_BOX)
     (root / "dataset.json").write_text(json.dumps({"labels": {"0": "background", "1": "front", "2": "back"}}))
     save(tmp_path / "predictions" / "a.nii.gz", BOX)
     main(options(tmp_path))
     summary = json.loads((tmp_path / "out" / "summary.json").read_text())
     assert {name: values["dice"]["mean"] for name, values in summary["classes"].items()} == {"front": 1, "back": 0}
-    save(root / "labelsTr" / "a.nii.gz", BOX, OTHER, values=(1, 7))
+    save(root / "labelsTr" / "a.nii.gz", BOX, OTHER_BOX, values=(1, 7))
     with pytest.raises(InputError, match=r"labelsTr/a.nii.gz: label values 7 are not"):
         main([*options(tmp_path), f"--output={tmp_path / 'again'}"])
 
 
 def test_the_challenge_table_needs_one_class(tmp_path):
-    save(tmp_path / "references" / "a.nii.gz", BOX, OTHER)
-    save(tmp_path / "predictions" / "a.nii.gz", BOX, OTHER)
+    save(tmp_path / "references" / "a.nii.gz", BOX, OTHER_BOX)
+    save(tmp_path / "predictions" / "a.nii.gz", BOX, OTHER_BOX)
     with pytest.raises(InputError, match="one class"):
         main(options(tmp_path, "--protocol=lascarqs2022"))
 

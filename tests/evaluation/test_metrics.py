@@ -34,7 +34,7 @@ FULL, NONE = np.ones((3, 4), bool), np.zeros((3, 4), bool)
 @pytest.mark.parametrize(
     ("prediction", "reference", "spacing", "dice", "iou", "hd", "hd95", "assd"),
     [
-        # equal masks; two empty masks; one empty mask: the diagonal of 3 mm and 4 mm
+        # equal masks; two empty masks; one empty mask, whose distance is the diagonal of 3 mm and 4 mm
         (FULL, FULL, (1, 1), 1, 1, 0, 0, 0),
         (NONE, NONE, (1, 1), 1, 1, 0, 0, 0),
         (NONE, FULL, (1, 1), 0, 0, 5, 5, 5),
@@ -92,7 +92,7 @@ def test_shifted_cubes_by_hand():
 
 
 def test_hd95_is_the_larger_directed_percentile_not_the_pooled_percentile():
-    # The prediction has a stray pixel besides the line of the reference; only distances from the prediction include it.
+    # The prediction has a stray pixel outside the line of the reference; only distances from the prediction include it.
     reference = block((4, 60), (1, 2), (0, 19))
     prediction = reference | block((4, 60), (1, 2), (58, 59))
     values = score(prediction, reference, (1.0, 1.0))
@@ -104,7 +104,7 @@ def test_hd95_is_the_larger_directed_percentile_not_the_pooled_percentile():
 
 @pytest.mark.parametrize("dtype", [np.uint8, np.int32, np.float32])
 def test_any_non_zero_value_is_foreground(dtype):
-    """4 and 3 have no bit in common."""
+    """The values 4 and 3 have no bit in common."""
     prediction, reference = blob(np.random.default_rng(0), (9, 12, 11)), blob(np.random.default_rng(1), (9, 12, 11))
     expected = score(prediction, reference, (2, 1, 1))
     assert score(prediction.astype(dtype) * 4, reference.astype(dtype) * 3, (2, 1, 1)) == expected
@@ -117,7 +117,7 @@ def test_slices_are_measured_in_square_millimetres():
     assert set(values) <= set(COLUMNS)
 
 
-def test_a_mask_has_a_border_where_it_touches_the_end_of_the_array():
+def test_a_mask_has_a_border_at_the_edge_of_the_array():
     full = np.ones((5, 5, 5), bool)
     values = score(full, block((5, 5, 5), (0, 5), (0, 5), (0, 4)), (1, 1, 1))
     assert values["hd_mm"] == 1  # from the last plane to the plane before it
@@ -155,9 +155,8 @@ def with_monai(prediction, reference, spacing):
 def with_simpleitk(prediction, reference, spacing):
     images = []
     for mask in (prediction, reference):
-        image = sitk.GetImageFromArray(
-            np.pad(mask, 1).astype(np.uint8)
-        )  # SimpleITK has no contour at the end of the array
+        # padded, because SimpleITK has no contour at the edge of the array
+        image = sitk.GetImageFromArray(np.pad(mask, 1).astype(np.uint8))
         image.SetSpacing([float(mm) for mm in spacing[::-1]])
         images.append(image)
     overlap = sitk.LabelOverlapMeasuresImageFilter()
@@ -181,7 +180,7 @@ def with_simpleitk(prediction, reference, spacing):
     }
 
 
-# The differences come from float32 in the other packages: measured with MONAI 7e-7 for HD95, whose percentile it
+# The differences come from float32 in the other packages. Measured with MONAI: 7e-7 for HD95, whose percentile it
 # interpolates, and 2e-7 for the other metrics.
 @pytest.mark.parametrize(
     ("shape", "spacing"),
@@ -210,7 +209,7 @@ def test_a_volume_of_one_slice_has_the_distances_of_that_slice(compute, axis):
         assert volume["volume_ml"] == pytest.approx(prediction.sum() * 0.8 * 1.3 * 10 / 1000, rel=1e-12)
 
 
-def test_equal_masks_are_perfect_and_metrics_are_symmetric():
+def test_equal_masks_get_perfect_scores_and_metrics_are_symmetric():
     rng = np.random.default_rng(1)
     a, b = blob(rng, (20, 18, 12)), blob(rng, (20, 18, 12))
     spacing = (0.6, 0.9, 2.0)
@@ -255,11 +254,11 @@ def test_a_distance_equal_to_the_tolerance_is_within_it():
 
 
 @pytest.mark.parametrize("empty", ["one", "zero", "skip"])
-def test_a_missed_structure_is_the_worst_under_every_policy(empty):
+def test_a_missed_structure_gets_the_worst_score_under_every_policy(empty):
     shape, spacing = (10, 20, 30), (1.0, 0.5, 0.2)
     box, nothing = block(shape, (4, 6), (4, 6), (4, 6)), np.zeros(shape, bool)
     missed = score(nothing, box, spacing, empty)
-    diagonal = (10**2 + 10**2 + 6**2) ** 0.5  # of the array, not of the box around the mask
+    diagonal = (10**2 + 10**2 + 6**2) ** 0.5  # of the array, not of the bounding box of the mask
     assert [missed[metric] for metric in OVERLAPS] == [0] * len(OVERLAPS)
     assert [missed[metric] for metric in DISTANCES] == pytest.approx([diagonal] * 3)
     assert missed["volume_ml"] == 0

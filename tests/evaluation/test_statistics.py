@@ -96,13 +96,13 @@ def test_holm_correction_by_hand(p, corrected):
     assert correct_holm(p) == pytest.approx(corrected)
 
 
-def test_the_interval_covers_the_mean_in_about_95_percent():
+def test_the_interval_covers_the_mean_in_about_95_percent_of_samples():
     rng = np.random.default_rng(2)
     covered = []
     for _ in range(200):
         low, high = mean_interval(rng.normal(0.8, 0.1, 25))
         covered.append(low <= 0.8 <= high)
-    assert 0.88 <= np.mean(covered) <= 0.985  # 0.95, less for few cases; 200 draws vary by 0.02
+    assert 0.88 <= np.mean(covered) <= 0.985  # nominally 0.95, less for few cases; 200 samples vary by 0.02
 
 
 def test_the_same_values_give_the_same_interval():

@@ -1,4 +1,4 @@
-"""Rows of cases and their means: over which units, and that a missed structure always counts."""
+"""Rows of cases and their means: over which units they are taken, and that a missed structure always counts."""
 
 import csv
 import json
@@ -88,7 +88,7 @@ def test_slices_lie_along_the_first_axis_and_use_the_spacing_of_the_last_two():
 
 
 def test_skip_leaves_out_classes_and_units_and_counts_them():
-    rows = score_case("both", labels(a=A), labels(a=A), SPACING, ["a", "b"], empty="skip")  # has no b
+    rows = score_case("both", labels(a=A), labels(a=A), SPACING, ["a", "b"], empty="skip")  # no mask contains b
     rows += score_case("none", labels(a=A), labels(), SPACING, ["a", "b"], empty="skip")
     summary = summarise(rows, "volume", "skip", ["a", "b"])
     assert summary["dice"] == {"mean": 1, "sd": None, "n": 1, "unit": "volume"}
@@ -96,7 +96,7 @@ def test_skip_leaves_out_classes_and_units_and_counts_them():
     assert summary["skipped"] == {"units": 1, "rows": 3}
 
 
-def test_a_class_in_no_reference_is_left_out_of_means_over_classes():
+def test_a_class_absent_from_all_references_is_left_out_of_means_over_classes():
     rows = score_case("one", labels(a=A_HALF), labels(a=A), SPACING, ["a", "b"])
     rows += score_case("two", labels(a=A, b=B), labels(a=A), SPACING, ["a", "b"])
     assert case_means(rows, "dice") == pytest.approx({"one": 2 / 3, "two": 1})
@@ -132,7 +132,7 @@ def test_a_failed_write_keeps_the_old_file(tmp_path):
     assert list(tmp_path.iterdir()) == [path]
 
 
-def test_cases_csv_has_further_columns_and_empty_cells_for_skipped_rows(tmp_path):
+def test_cases_csv_has_extra_columns_and_empty_cells_for_skipped_rows(tmp_path):
     rows = score_case("x", labels(a=A), labels(a=A), SPACING, ["a", "b"], empty="skip")
     rows = [{**row, "atlas_dice": 0.5} for row in rows]
     write_cases(rows, tmp_path / "cases.csv")
@@ -159,7 +159,7 @@ def test_the_challenge_table_has_the_columns_of_lascarqs2022(tmp_path):
     case, *values = line.split(",")
     assert case == "train_1"
     assert [float(v) for v in values] == [rows[0]["dice"], rows[0]["assd_mm"], rows[0]["hd_mm"]]
-    assert float(values[2]) == 4  # two slices of 2 mm short
+    assert float(values[2]) == 4  # the prediction lacks two slices of 2 mm
 
     several = score_case("x", labels(a=A), labels(a=A), SPACING, ["a", "b"])
     slices = score_case("x", labels(a=A), labels(a=A), SPACING, ["a"], unit="slice")

@@ -13,14 +13,14 @@ from tests.golden.checkpoints import FOLDER, image_of
 
 
 class Error(NamedTuple):
-    """The error of one array against the reference's."""
+    """The error of one array against the reference."""
 
     max_abs: float
     relative_l2: float
 
 
-# For float32 tokens with a standard deviation near 1. PyTorch's float32 differs from its own float64 by up to 4e-6 and
-# 6e-7 at the sizes of the golden files, and by 5e-6 at 448 pixels.
+# For float32 tokens with a standard deviation near 1. PyTorch in float32 differs from float64 by up to 4e-6 and 6e-7
+# at the sizes of the golden files, and by up to 5e-6 (max abs) at 448 pixels.
 BOUND = Error(1e-5, 1.5e-6)
 COSINE_BOUND = 0.999  # between a token in bfloat16 and in float32
 
@@ -74,7 +74,7 @@ def live_errors(
 
 
 def lowest_bfloat16_cosine(vit: VisionTransformer, images: np.ndarray) -> float:
-    """Return the lowest cosine between a token in bfloat16 and in the backbone's own float32, after the final norm."""
+    """Return the lowest cosine between a token in bfloat16 and in float32, after the final norm."""
     abstract = nnx.eval_shape(lambda: VisionTransformer(vit.variant, dtype=jnp.bfloat16, rngs=nnx.Rngs(0)))
     half = nnx.merge(nnx.graphdef(abstract), nnx.state(vit))(images)
     assert half.cls.dtype == jnp.bfloat16

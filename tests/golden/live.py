@@ -17,7 +17,7 @@ from transformers import (
 
 from jaxla.models.backbones.vision_transformer import Variant, VisionTransformer
 
-# of DINOv2's attention in `transformers` 5.17, by the names in 5.24
+# names of DINOv2's attention layers in `transformers` 5.24 -> in 5.17
 EARLIER_NAMES = {
     "attention.q_proj": "attention.attention.query",
     "attention.k_proj": "attention.attention.key",
@@ -40,7 +40,7 @@ def live_model(vit: VisionTransformer, authors_grid: bool = True) -> PreTrainedM
         model = (_dinov2(vit.variant) if vit.variant.grid else _dinov3(vit.variant, parameters)).eval()
     model.load_state_dict(live_state(vit.variant, parameters, model), assign=True)
     if not vit.variant.grid:
-        # the checkpoint's own periods, which may be rounded, not their formula
+        # from the checkpoint's periods, which may be rounded, instead of their formula
         model.rope_embeddings.inv_freq = 1 / torch.tensor(parameters["periods"])
     elif authors_grid:
         registers = vit.variant.antialias
@@ -49,7 +49,7 @@ def live_model(vit: VisionTransformer, authors_grid: bool = True) -> PreTrainedM
 
 
 def live_tokens(model: PreTrainedModel, images: np.ndarray) -> tuple[np.ndarray, list[np.ndarray]]:
-    """Return all tokens [B, 1 + R + h·w, C] after the final norm, and before it after each block, of [B, H, W, 3]."""
+    """Return all tokens [B, 1 + R + h·w, C] of images [B, H, W, 3]: after the final norm, and after each block."""
     channels_first = torch.tensor(images.transpose(0, 3, 1, 2), dtype=next(model.parameters()).dtype)
     with torch.inference_mode():
         out = model(channels_first, output_hidden_states=True)
@@ -70,7 +70,7 @@ def _authors_positions(registers: bool):
         if (h, w) == (side, side):
             return learned
         grid = learned[:, 1:].unflatten(1, (side, side)).permute(0, 3, 1, 2)
-        resized = authors_resize(grid.float(), h, w, registers)  # the authors resize in float32 in any precision
+        resized = authors_resize(grid.float(), h, w, registers)  # the authors always resize in float32
         return torch.cat([learned[:, :1], resized.permute(0, 2, 3, 1).flatten(1, 2).to(learned.dtype)], dim=1)
 
     return interpolate_pos_encoding
@@ -152,7 +152,7 @@ def live_state(variant: Variant, ours: dict[str, np.ndarray], model: PreTrainedM
         expand = block["mlp.expand.kernel"], block["mlp.expand.bias"]
         contract = block["mlp.contract.kernel"], block["mlp.contract.bias"]
         if variant.mlp == "swiglu" and has_earlier_names and family == 2:
-            layers |= {"mlp.weights_in": expand, "mlp.weights_out": contract}  # the gate first, as here
+            layers |= {"mlp.weights_in": expand, "mlp.weights_out": contract}  # the gate comes first, as in our layout
         elif variant.mlp == "swiglu":
             gate, up = zip(*(np.split(array, 2, axis=-1) for array in expand), strict=True)
             layers |= {"mlp.gate_proj": gate, "mlp.up_proj": up, "mlp.down_proj": contract}
@@ -170,6 +170,6 @@ def live_state(variant: Variant, ours: dict[str, np.ndarray], model: PreTrainedM
         prefix = f"encoder.layer.{i}" if family == 2 else f"model.layer.{i}"
         theirs |= {f"{prefix}.{name}": value for name, value in block_state.items()}
 
-    # a bias that their configuration omits is zero here
+    # a bias that the configuration of `transformers` omits is zero in ours
     assert not any(value.any() for name, value in theirs.items() if name not in expected)
     return {name: torch.tensor(np.ascontiguousarray(value)) for name, value in theirs.items() if name in expected}

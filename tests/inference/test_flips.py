@@ -10,7 +10,7 @@ from tests.commands import refuse_to_train
 
 
 class Ramp(nnx.Module):
-    """Logits that depend on the position: the image times a ramp, which differs in every pixel and class."""
+    """A network whose logits are the image times a ramp, which differs in every pixel and class."""
 
     def __init__(self, ramp):
         self.ramp = nnx.Param(ramp)
@@ -27,15 +27,15 @@ def test_probabilities_are_averaged_over_four_flips(classes, activation, shape):
     images = rng.standard_normal((*shape, 1)).astype(np.float32)
     found = mean_probabilities([Ramp(ramp) for ramp in ramps], flips=True)(images)
 
-    ramp = ramps.mean(0, dtype=np.float64)  # the networks' logits are averaged before
+    ramp = ramps.mean(0, dtype=np.float64)  # the logits of the networks are averaged first
     flipped_rows, flipped_columns = ramp[::-1], ramp[:, ::-1]
     # A flipped image under the ramp, flipped back, is the image under the flipped ramp.
-    views = [activation(images * each) for each in (ramp, flipped_rows, flipped_columns, flipped_rows[:, ::-1])]
+    views = [activation(images * view) for view in (ramp, flipped_rows, flipped_columns, flipped_rows[:, ::-1])]
     np.testing.assert_allclose(found, np.mean(views, axis=0), rtol=0, atol=1e-6)
     assert np.abs(found - views[0]).max() > 0.1
 
 
-def test_nnunet_which_mirrors_by_its_plan_refuses_flips(tmp_path):
+def test_flips_are_refused_for_nnunet_which_mirrors_by_its_plan(tmp_path):
     line = refuse_to_train(tmp_path, "--method=nnunet_2d", "--postprocessing.flips=true")
     assert line.startswith(
         "error: --postprocessing.flips=true: has no effect, because nnunet_2d mirrors as its plan says"

@@ -1,4 +1,4 @@
-"""Predictions lie where the structure lies in the patient, and have its volume, whatever the geometry of the file."""
+"""Predictions have the position and volume of the structure in the patient, whatever the geometry of the file."""
 
 import gzip
 import math
@@ -12,18 +12,18 @@ from scipy.spatial.transform import Rotation
 from jaxla.data.volumes import read_image, read_mask, require_same_grid, write_volume
 from jaxla.inference.segment import segment_volume
 
-CODES = ((1, 1), (1, 0), (0, 1), (1, 2), (0, 0))  # of qform and sform
+CODES = ((1, 1), (1, 0), (0, 1), (1, 2), (0, 0))  # codes of qform and sform
 MM_PER_UNIT = {"mm": 1, "unknown": 1, "meter": 1000, "micron": 0.001}
 DTYPES = ("u1", "i1", "i2", "u2", "i4", "u4", "f4", "f8")
 
 
 def threshold(slices, geometry, with_probabilities):
-    """Stand in for a network: segment the slices above 50."""
+    """Segment the voxels above 50; replaces a network."""
     return (slices > 50).astype(np.uint8), None
 
 
 def random_affine(rng, shape, has_orientation):
-    """Return voxel indices to mm, [4, 4]: any order and direction of axes, oblique in half of the cases."""
+    """Return an affine from voxel indices to mm, [4, 4]: axes in any order and direction, half of them oblique."""
     spacing = np.exp(rng.uniform(np.log(0.2), np.log(12), 3))
     if not has_orientation:  # as nibabel reads such files: LAS, with the origin in the middle
         axes = np.diag([-spacing[0], *spacing[1:]])
@@ -83,8 +83,8 @@ def test_predictions_agree_with_their_scans_in_world_coordinates_and_volume(tmp_
         assert mask.array.sum() * math.prod(mask.spacing) / 1000 == pytest.approx(expected_ml, rel=1e-4)
 
 
-def test_other_readers_see_the_prediction_where_the_scan_is(tmp_path):
-    """SimpleITK converts units to millimetres too. It does not read NIfTI-2, and ignores positions without codes."""
+def test_other_readers_give_the_prediction_the_position_of_the_scan(tmp_path):
+    """SimpleITK also converts units to millimetres. It does not read NIfTI-2, and ignores positions without codes."""
     compared = 0
     for seed in range(60):
         path, affine, inside = random_scan(seed, tmp_path)

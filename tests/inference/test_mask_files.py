@@ -26,7 +26,7 @@ MASKS = ("a.nii.gz", "b.nrrd", "c.mha", "d.mha", "e.nrrd", "f.dcm")
 
 @pytest.fixture(scope="module")
 def scan(phantoms):
-    """A phantom on oblique axes, which is not exact in binary, with its mask."""
+    """The image and the mask of a phantom, as arrays."""
     folder = phantoms / "task2" / "train_data" / "train_2"
     image, mask = (np.asarray(nib.load(folder / f"{name}.nii.gz").dataobj) for name in ("enhanced", "atriumSegImgMO"))
     return image.astype(np.int16), (mask > 0).astype(np.uint8)
@@ -74,10 +74,10 @@ def test_training_prepares_the_same_slices_from_every_format(scan, tmp_path, nam
 
 def test_verify_prints_the_same_report_for_dicom(tmp_path):
     printed = []
-    for ending in (".nii.gz", ""):
+    for extension in (".nii.gz", ""):
         for case in range(3):
-            save_any(tmp_path / "data" / "images" / f"case{case}{ending}", image_array(case))
-            save_any(tmp_path / "data" / "labels" / f"case{case}{ending}", mask_array())
+            save_any(tmp_path / "data" / "images" / f"case{case}{extension}", image_array(case))
+            save_any(tmp_path / "data" / "labels" / f"case{case}{extension}", mask_array())
         printed.append(succeed(tmp_path, "jaxla.verify", "--data.root=data"))
         shutil.rmtree(tmp_path / "data")
     assert printed[0] == printed[1]
@@ -89,7 +89,7 @@ def test_verify_prints_the_same_report_for_dicom(tmp_path):
 
 @pytest.fixture
 def segmentation(tmp_path):
-    """Two classes on a series; one slice is empty."""
+    """A series, a mask of it with two classes and an empty slice, and the file of its DICOM segmentation."""
     series = save_dicom(tmp_path / "series", image_array(), OBLIQUE, g0010_0020="patient 1")
     classes = mask_array()
     classes[0, 0, 0] = classes[3, 1, 2] = 2
@@ -97,8 +97,8 @@ def segmentation(tmp_path):
     return series, classes, tmp_path / "seg.dcm"
 
 
-def test_a_dicom_segmentation_lies_on_the_slices_that_it_refers_to(segmentation):
-    """Read element by element, without the package that wrote it. dcmqi reads the same voxels and millimetres."""
+def test_frames_of_a_dicom_segmentation_match_the_slices_that_they_refer_to(segmentation):
+    """The file is read element by element, without the package that wrote it; dcmqi gives the same geometry."""
     series, classes, path = segmentation
     dataset, slices = pydicom.dcmread(path), [pydicom.dcmread(file) for file in series.iterdir()]
     slice_by_uid = {item.SOPInstanceUID: item for item in slices}
@@ -160,7 +160,7 @@ def test_a_series_without_frame_of_reference_gets_no_segmentation(tmp_path):
 
 @pytest.mark.parametrize("name", ["mask.nrrd", "mask.dcm"])
 def test_a_written_mask_is_read_back_as_the_same_classes(tmp_path, name):
-    """A DICOM segmentation holds numbers of classes, other formats hold the values of the data set."""
+    """A DICOM segmentation stores class indices, other formats store the label values of the data set."""
     series, labels = save_dicom(tmp_path / "series", image_array()), Labels(("LA", "wall"), values=((420,), (7, 8)))
     classes = mask_array()
     classes[0, 0, 0] = 2
@@ -188,12 +188,12 @@ def test_a_written_mask_is_read_back_as_the_same_classes(tmp_path, name):
         ),
     ],
 )
-def test_a_format_that_does_not_suit_is_refused(small_run, tmp_path, options, message):
+def test_a_format_that_does_not_match_the_scan_or_the_output_is_refused(small_run, tmp_path, options, message):
     save(tmp_path / "scan.nii.gz", image_array())
     assert message in refuse(tmp_path, "jaxla.predict", f"--run={small_run}", "--input=scan.nii.gz", *options)
 
 
-def test_a_case_gets_one_mask_in_a_folder(small_run, tmp_path):
+def test_a_second_mask_of_a_case_in_another_format_is_refused(small_run, tmp_path):
     save(tmp_path / "scan.nii.gz", image_array())
     save_itk(tmp_path / "masks" / "scan.nrrd", mask_array())
     options = (f"--run={small_run}", "--input=scan.nii.gz", "--output=masks")
@@ -209,12 +209,12 @@ def test_no_mask_is_written_into_a_dicom_series(small_run, tmp_path, output):
 
 
 @pytest.mark.parametrize(
-    ("file_format", "ending"), [("scan", ".dcm"), ("nii.gz", ".nii.gz"), ("nrrd", ".nrrd"), ("dicom-seg", ".dcm")]
+    ("file_format", "extension"), [("scan", ".dcm"), ("nii.gz", ".nii.gz"), ("nrrd", ".nrrd"), ("dicom-seg", ".dcm")]
 )
-def test_the_format_decides_on_the_ending(tmp_path, file_format, ending):
-    assert mask_ending(tmp_path, file_format) == ending
-    require_mask_file(tmp_path / f"MASK{ending.upper()}", tmp_path, file_format)
-    assert probabilities_ending(ending) == (".nii.gz" if ending == ".dcm" else ending)
+def test_the_format_determines_the_extension(tmp_path, file_format, extension):
+    assert mask_ending(tmp_path, file_format) == extension
+    require_mask_file(tmp_path / f"MASK{extension.upper()}", tmp_path, file_format)
+    assert probabilities_ending(extension) == (".nii.gz" if extension == ".dcm" else extension)
 
 
 @pytest.mark.parametrize(("file_format", "package"), [("scan", "highdicom"), ("nrrd", "SimpleITK")])

@@ -1,4 +1,4 @@
-"""Opening and closing on slices drawn by hand and against SciPy; the largest connected part."""
+"""Opening and closing, on slices drawn by hand and against SciPy; keeping the largest connected part."""
 
 import numpy as np
 import pytest
@@ -44,7 +44,7 @@ def test_closing_fills_holes_and_gaps():
 
 def test_opening_comes_first():
     hollow = BLOCK.copy()
-    hollow[0, 3, 3] = 0  # no 3 × 3 square fits beside the hole
+    hollow[0, 3, 3] = 0  # no 3 × 3 square fits next to the hole
     assert not postprocess(hollow, BOTH).any()
 
 
@@ -68,7 +68,7 @@ def test_classes_do_not_grow_into_each_other():
 
 
 @pytest.mark.parametrize(("opening", "closing"), [(3, 0), (0, 3), (3, 3), (5, 3)])
-def test_away_from_the_border_it_equals_scipy(opening, closing):
+def test_results_away_from_the_border_equal_scipy(opening, closing):
     rng = np.random.default_rng(1)
     mask = np.zeros((2, 60, 60), bool)
     mask[:, 10:50, 10:50] = ndimage.gaussian_filter(rng.standard_normal((2, 40, 40)), (0, 1.2, 1.2)) > -0.1
@@ -96,8 +96,8 @@ def test_slices_are_independent_and_zero_changes_nothing():
 def test_only_the_largest_part_of_a_group_is_kept():
     """Voxels are connected by their corners. The classes of a group count as one structure and keep their values."""
     classes = np.zeros((4, 8, 8), np.uint8)
-    classes[0, :2, :2] = 1  # four voxels, connected by a corner
-    classes[1, 2, 2] = 2  # to one of the other class
+    classes[0, :2, :2] = 1
+    classes[1, 2, 2] = 2  # shares a corner with a voxel of class 1
     classes[3, 6, 6], classes[3, 6, 7] = 2, 1  # a separate part
     together = keep_largest(classes, [(1, 2)])
     expected = classes.copy()

@@ -1,4 +1,4 @@
-"""python -m jaxla.predict, and a finished run on scans of any size and orientation."""
+"""python -m jaxla.predict, and masks of a finished run for scans of any size and orientation."""
 
 import csv
 import hashlib
@@ -45,7 +45,7 @@ def canonical_mask(path):
 
 
 def test_a_folder_of_reoriented_copies_gets_the_same_masks_and_probabilities(small_run, scan, tmp_path):
-    """The whole command, in a new process."""
+    """Runs the command in a new process."""
     scans, masks = tmp_path / "scans", tmp_path / "masks"
     scans.mkdir()
     shutil.copy(scan, scans / "scan_0000.nii.gz")
@@ -79,15 +79,15 @@ def test_a_folder_of_reoriented_copies_gets_the_same_masks_and_probabilities(sma
         assert measured[0][metric] == str(value)
 
     main([f"--run={small_run}", f"--input={scan}", f"--output={tmp_path / 'one.nii.gz'}", "--probabilities"])
-    beside = ["one.nii.gz", "one_predictions.csv", "one_probabilities.nii.gz"]
-    assert sorted(path.name for path in tmp_path.iterdir() if path.is_file()) == beside
+    expected_files = ["one.nii.gz", "one_predictions.csv", "one_probabilities.nii.gz"]
+    assert sorted(path.name for path in tmp_path.iterdir() if path.is_file()) == expected_files
     (row,) = read_csv(tmp_path / "one_predictions.csv")
     assert {name: row[name] for name in measured[0]} == measured[0]
 
 
 @pytest.fixture
 def thin_scans(scan, tmp_path):
-    """A folder of three scans of four slices, `a`, `b` and `c`."""
+    """A folder with the scans `a`, `b` and `c`, of four slices each."""
     (tmp_path / "scans").mkdir()
     for n, name in enumerate("abc"):
         nib.save(nib.load(scan).slicer[:, :, 8 + n : 12 + n], tmp_path / "scans" / f"{name}.nii.gz")
@@ -95,7 +95,7 @@ def thin_scans(scan, tmp_path):
 
 
 class StopAt(logging.Handler):
-    """Ctrl-C when the package logs a certain text."""
+    """Raise KeyboardInterrupt when the package logs `text`, as Ctrl-C does."""
 
     def __init__(self, text):
         super().__init__()
@@ -107,7 +107,7 @@ class StopAt(logging.Handler):
 
 
 def stop_at(text, *options):
-    """Run the command until it logs `text`; return the command with which it says it continues."""
+    """Run the command until it logs `text`; return the options of the command that it prints for continuing."""
     handler, package = StopAt(text), logging.getLogger("jaxla")
     level = package.level
     package.addHandler(handler)
@@ -122,7 +122,7 @@ def stop_at(text, *options):
 
 
 def contents(folder):
-    """Return file name -> its content and time of change; for the table its content alone."""
+    """Return file name -> content and modification time; for CSV files only the content."""
     files = {str(path.relative_to(folder)): path for path in folder.rglob("*") if path.is_file()}
     return {
         name: path.read_bytes() if name.endswith(".csv") else (path.read_bytes(), path.stat().st_mtime_ns)
@@ -130,7 +130,7 @@ def contents(folder):
     }
 
 
-def test_an_interrupted_folder_is_continued_and_only_by_the_same_run(small_run, thin_scans, tmp_path, caplog):
+def test_an_interrupted_prediction_can_be_continued_only_by_the_same_run(small_run, thin_scans, tmp_path, caplog):
     caplog.set_level("INFO", "jaxla")
     masks, run = tmp_path / "masks", f"--run={small_run}"
     options = (run, f"--input={thin_scans}", f"--output={masks}", "--probabilities")
@@ -153,7 +153,7 @@ def test_an_interrupted_folder_is_continued_and_only_by_the_same_run(small_run, 
     line = refuse(tmp_path, "jaxla.predict", *alone)
     assert "predictions.unfinished.json: the command that wrote the mask of a was interrupted. Run it again" in line
 
-    (masks / "probabilities" / "b.nii.gz").unlink()  # so b is not complete
+    (masks / "probabilities" / "b.nii.gz").unlink()  # so `b` is incomplete
     (masks / f".{'0' * 32}.c.nii.gz").write_text("half a mask, left by SIGKILL")
     main(resume)
     finished = contents(masks)
@@ -187,7 +187,7 @@ def test_overwrite_replaces_masks_and_keeps_the_rows_of_other_cases(small_run, t
     assert again[1]["voxels"] == str(np.count_nonzero(nib.load(masks / "b.nii.gz").dataobj)) != rows[1]["voxels"]
 
 
-def test_masks_of_another_origin_or_grid_are_not_kept(small_run, thin_scans, tmp_path):
+def test_masks_on_another_grid_or_not_written_by_predict_are_not_kept(small_run, thin_scans, tmp_path):
     options = (f"--run={small_run}", f"--input={thin_scans / 'a.nii.gz'}", f"--output={tmp_path / 'a.nii.gz'}")
     shutil.copy(thin_scans / "b.nii.gz", tmp_path / "a.nii.gz")
     for more in ([], ["--continue"], ["--overwrite"]):
@@ -216,7 +216,7 @@ def test_overwrite_leaves_no_probabilities_of_earlier_masks(small_run, thin_scan
     assert "masks/probabilities/b.nii.gz: holds probabilities of a mask that --overwrite replaces" in line
 
 
-def test_scans_of_the_run_are_known_by_their_voxels_and_unlike_scans_are_named(
+def test_scans_of_the_run_are_recognised_by_their_voxels_and_unlike_scans_are_reported(
     small_run, phantoms, hippocampus, tmp_path
 ):
     split = json.loads((small_run / "split.json").read_text())
@@ -289,7 +289,7 @@ def test_volumes_of_any_size_share_one_compiled_program(segment, scan, caplog):
 
 
 def test_anisotropic_pixels_keep_their_position(segment, scan):
-    """Dropping every other column, which doubles one spacing, leaves the mask at its position in the world."""
+    """Dropping every other column, which doubles one spacing, keeps the mask's position in world coordinates."""
     volume = read_image(scan)
     affine = volume.affine @ np.diag([2.0, 1, 1, 1])
     thinned = segment(Volume(volume.path, volume.array[::2], affine, volume.header))
@@ -306,10 +306,10 @@ def test_a_run_from_another_device_can_be_loaded(small_run, tmp_path):
     assert notes
     for note in notes:
         note.write_text(note.read_text().replace("cpu:0", "cuda:0"))
-    for sums in moved.rglob("*.sha256"):  # of the changed files
-        checkpoint = sums.with_suffix("")
-        names = json.loads(sums.read_text())
-        sums.write_text(json.dumps({n: hashlib.sha256((checkpoint / n).read_bytes()).hexdigest() for n in names}))
+    for checksums in moved.rglob("*.sha256"):
+        checkpoint = checksums.with_suffix("")
+        files = json.loads(checksums.read_text())
+        checksums.write_text(json.dumps({n: hashlib.sha256((checkpoint / n).read_bytes()).hexdigest() for n in files}))
     here, there = (nnx.state(load_run(folder).network) for folder in (small_run, moved))
     assert all(np.array_equal(a, b) for a, b in zip(jax.tree.leaves(here), jax.tree.leaves(there), strict=True))
 

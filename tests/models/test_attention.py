@@ -47,7 +47,7 @@ def test_equal_keys_give_the_mean_of_the_values(variant):
     np.testing.assert_allclose(out, np.broadcast_to(v.mean(1, keepdims=True), v.shape), atol=1e-6)
 
 
-def test_the_variant_follows_device_and_dtype(monkeypatch):
+def test_the_variant_depends_on_device_and_dtype(monkeypatch):
     def primitives(dtype):
         qkv = [jax.ShapeDtypeStruct((2, 26, 3, 64), dtype)] * 3
         return str(jax.make_jaxpr(lambda *qkv: attention(*qkv))(*qkv))  # a new function, which JAX has not traced yet
@@ -61,7 +61,7 @@ def test_the_variant_follows_device_and_dtype(monkeypatch):
 
 @pytest.mark.parametrize("tokens", [144, 145])
 def test_cudnn_attention_has_a_gradient_for_any_number_of_tokens(monkeypatch, tokens):
-    """Traced as on a GPU with cuDNN; nothing runs."""
+    """Traced as on a GPU with cuDNN, and not run."""
     pretend_gpu(monkeypatch)
     qkv = [jax.ShapeDtypeStruct((2, tokens, 4, 64), jnp.bfloat16)] * 3
 
@@ -93,5 +93,5 @@ def device(platform, version="", **attributes):
     ],
     ids=["CPU", "Turing", "Ampere", "Blackwell", "AMD", "TPU"],
 )
-def test_capabilities_of_devices(device, bfloat16, cudnn):
+def test_capabilities_of_devices_are_recognised(device, bfloat16, cudnn):
     assert (prefers_bfloat16(device), supports_cudnn_attention(device)) == (bfloat16, cudnn)

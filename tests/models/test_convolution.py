@@ -1,4 +1,4 @@
-"""Convolutions and their gradients beside JAX's own and PyTorch's, and the form that XLA compiles on CPU."""
+"""Convolutions and their gradients against JAX's and PyTorch's, and the form that XLA compiles on CPU."""
 
 import re
 
@@ -30,14 +30,14 @@ def test_values_and_gradients_equal_jax(side):
     np.testing.assert_allclose(ours, theirs, rtol=0, atol=0 if side > 1 else 2e-6)  # measured: 4.8e-7
     weight = np.random.default_rng(1).standard_normal(ours.shape, np.float32)
     for gradient, reference in zip(gradients(weight), expected(weight), strict=True):
-        np.testing.assert_allclose(gradient, reference, atol=3e-5)  # measured: 1.9e-5, of values up to 42
+        np.testing.assert_allclose(gradient, reference, atol=3e-5)  # measured: 1.9e-5, for values up to 42
 
 
 @pytest.mark.parametrize(
     ("shape", "outputs", "side"),
     [
         ((3, 37, 61, 4), 5, 3),  # odd sides
-        ((3, 37, 61, 6), 5, 3),  # more inputs than outputs: the gradient is shifted instead
+        ((3, 37, 61, 6), 5, 3),  # more inputs than outputs: the gradient is shifted, not the images
         ((5, 12, 10, 200), 210, 3),  # several images in a block, the last block padded
         ((5, 12, 10, 210), 200, 3),
         ((1, 149, 90, 40), 40, 5),  # blocks of rows, the last one padded
@@ -45,7 +45,7 @@ def test_values_and_gradients_equal_jax(side):
         ((2, 64, 64, 16), 300, 1),
     ],
 )
-def test_kernel_gradient_equals_float64_to_the_last_digits(shape, outputs, side):
+def test_kernel_gradient_equals_float64_up_to_rounding(shape, outputs, side):
     images, rows = _block_size(np.empty((*shape[:3], min(shape[3], outputs)), np.float32), side)
     assert (shape[0] > images or shape[1] > rows) == (shape[1] in (12, 149))  # several blocks, or one
     draw = np.random.default_rng(0).standard_normal
@@ -56,7 +56,7 @@ def test_kernel_gradient_equals_float64_to_the_last_digits(shape, outputs, side)
     exact = torch.from_numpy(kernel.transpose(3, 2, 0, 1).copy()).double().requires_grad_()
     torch.nn.functional.conv2d(x, exact, padding=side // 2).backward(weight)
     theirs = exact.grad.permute(2, 3, 1, 0).numpy()
-    assert np.linalg.norm(ours - theirs) / np.linalg.norm(theirs) <= 2e-6  # measured: 1.6e-6; JAX's own: up to 4e-6
+    assert np.linalg.norm(ours - theirs) / np.linalg.norm(theirs) <= 2e-6  # measured: 1.6e-6; up to 4e-6 for JAX's
 
 
 def test_one_pixel_kernel_with_stride_equals_pytorch():
@@ -88,14 +88,14 @@ def test_gradients_in_float64_and_bfloat16():
     np.testing.assert_allclose(np.float64(half), double, atol=0.5)  # sums of 200 numbers near 1, in 8 bits
 
 
-@pytest.mark.skipif(not on_cpu(), reason="on other devices the gradients are JAX's own")
+@pytest.mark.skipif(not on_cpu(), reason="other devices use JAX's gradients")
 def test_gradients_in_a_loop_compile_to_the_fast_form():
-    def last(x, kernels):
+    def loss(x, kernels):
         return jax.lax.scan(lambda x, kernel: (same_convolution(x, kernel), None), x, kernels)[0].sum()
 
-    compiled = jax.jit(jax.grad(last, (0, 1))).lower(*random_arrays(3, 3, channels=4)).compile()
+    compiled = jax.jit(jax.grad(loss, (0, 1))).lower(*random_arrays(3, 3, channels=4)).compile()
     forms = re.findall(r" convolution\(.*dim_labels=([^, ]+)", compiled.as_text())
-    # the forward pass and the image's gradient; JAX's own gradients have two more forms in one more convolution
+    # the forward pass and the image's gradient; JAX's gradients have one more convolution, and two more forms
     assert (len(forms), set(forms)) == (2, {"b01f_01io->b01f"})
 
 
@@ -115,7 +115,7 @@ def test_gradients_in_a_loop_compile_to_the_fast_form():
     ],
 )
 def test_any_axes_and_strides_equal_pytorch(size, kernel, strides):
-    """Values and gradients, in float64."""
+    """Values and gradients are compared in float64."""
     with jax.enable_x64():
         draw = np.random.default_rng(0).standard_normal
         x, k = draw((2, *size, 4)), draw((*kernel, 4, 5))
@@ -125,15 +125,15 @@ def test_any_axes_and_strides_equal_pytorch(size, kernel, strides):
         theirs_x, theirs_k = (
             torch.from_numpy(a.copy()).requires_grad_() for a in (np.moveaxis(x, -1, 1), channels_first(k))
         )
-        run = torch.nn.functional.conv2d if len(size) == 2 else torch.nn.functional.conv3d
-        expected = run(theirs_x, theirs_k, stride=strides, padding=[side // 2 for side in kernel])
+        torch_convolution = torch.nn.functional.conv2d if len(size) == 2 else torch.nn.functional.conv3d
+        expected = torch_convolution(theirs_x, theirs_k, stride=strides, padding=[side // 2 for side in kernel])
         expected.backward(torch.from_numpy(np.moveaxis(weight, -1, 1).copy()))
         for array, reference in (
             (ours, expected.detach().movedim(1, -1)),
             (grad_x, theirs_x.grad.movedim(1, -1)),
             (channels_first(np.asarray(grad_k)), theirs_k.grad),
         ):
-            np.testing.assert_allclose(array, reference, atol=1e-12)  # measured: 1.3e-13, of values up to 60
+            np.testing.assert_allclose(array, reference, atol=1e-12)  # measured: 1.3e-13, for values up to 60
 
 
 def channels_first(kernel):
@@ -145,4 +145,4 @@ def test_cpu_form_equals_xlas_convolution():
     for strides in ((1, 1, 1), (2, 2, 2)):
         x, kernel = draw((2, 6, 10, 8, 16), np.float32), draw((3, 3, 3, 16, 12), np.float32)
         ours, theirs = (form(x, kernel, strides) for form in (_cpu_form, _convolve_by_xla))
-        np.testing.assert_allclose(ours, theirs, atol=1e-4)  # measured: 2.7e-5, of values up to 90
+        np.testing.assert_allclose(ours, theirs, atol=1e-4)  # measured: 2.7e-5, for values up to 90

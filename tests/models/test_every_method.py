@@ -1,4 +1,4 @@
-"""The contract that every method keeps: its network's shapes, its features, its options. Nothing is computed."""
+"""The contract that every method keeps: its network's shapes, features and options. Networks are only traced."""
 
 import json
 import math
@@ -33,18 +33,18 @@ def network(method):
     return nnx.eval_shape(lambda: build_network(method.model.with_weights("random"), CLASSES, 0, plan=TINY_PLAN))
 
 
-def under_quickstart(method):
+def quickstart_with(method):
     return replace(EXPERIMENTS["quickstart"], method=method)
 
 
-def run(network, *arguments):
+def trace(network, *arguments):
     graph, state = nnx.split(network)
     return jax.eval_shape(lambda state, *arguments: nnx.merge(graph, state)(*arguments), state, *arguments)
 
 
 def abstract_images(method, slices=3):
     plan = [TINY_PLAN] if method.preprocessing is None else []
-    task = TASKS[method.model.sample](under_quickstart(method), CLASSES, *plan)
+    task = TASKS[method.model.sample](quickstart_with(method), CLASSES, *plan)
     return jax.ShapeDtypeStruct((2, *task.input_shape(slices)), jnp.float32)
 
 
@@ -52,9 +52,9 @@ def test_logits_have_the_size_of_the_images(method, network):
     images = abstract_images(method)
     rows = images.shape[:2] if method.model.sample == "volumes" else images.shape[:1]
     present = jax.ShapeDtypeStruct(rows, jnp.bool)
-    inference_logits = run(network, images)
+    inference_logits = trace(network, images)
     network.train()
-    training_logits = run(network, images, present)  # training batches may contain padding
+    training_logits = trace(network, images, present)  # training batches may contain padding
     network.eval()
     if isinstance(training_logits, list):  # at several resolutions, finest first
         assert all(
@@ -66,7 +66,7 @@ def test_logits_have_the_size_of_the_images(method, network):
         assert (logits.shape, logits.dtype) == ((*images.shape[:-1], CLASSES), jnp.float32)
 
 
-def test_something_is_trained_and_a_frozen_network_has_a_backbone(method, network):
+def test_some_parameters_are_trained_and_a_frozen_network_has_a_backbone(method, network):
     is_frozen = method.model.backbone == "frozen"
     assert not is_frozen or hasattr(network, "backbone")
     parts = split_network(network, train_backbone=not is_frozen)
@@ -85,7 +85,7 @@ def test_transformers_can_be_trained_on_features(method, network):
     indirect=True,
 )  # fmt: skip
 def test_network_on_features_completes_the_network(method, network):
-    """One method of each kind of network and family of backbones."""
+    """Tested for one method of each kind of network and family of backbones."""
     assert network.FEATURES
     images = abstract_images(method)
     graph, state = nnx.split(network)
@@ -95,19 +95,19 @@ def test_network_on_features_completes_the_network(method, network):
     features = jax.ShapeDtypeStruct((*rows, *features.shape[1:]), features.dtype)
     rest = network.on_features((height, width))
     inputs = (features, images) if network.READS_IMAGES else features
-    assert run(rest, inputs).shape == (*images.shape[:-1], CLASSES)
+    assert trace(rest, inputs).shape == (*images.shape[:-1], CLASSES)
     names = [{path for path, _ in nnx.to_flat_state(nnx.state(part, nnx.Param))} for part in (rest, network)]
     assert names[0] == {path for path in names[1] if path[0] != "backbone"}
 
 
 @pytest.mark.quick
 def test_options_are_accepted_and_resolved(method):
-    assert check_experiment(under_quickstart(method)).method == method
+    assert check_experiment(quickstart_with(method)).method == method
 
 
 @pytest.mark.quick
 def test_options_survive_the_record_of_a_run(method):
-    experiment = replace(under_quickstart(method), data=Data("scans", labels="LA:1", train_percent=12.5), fold="3")
+    experiment = replace(quickstart_with(method), data=Data("scans", labels="LA:1", train_percent=12.5), fold="3")
     content = json.loads(json.dumps(experiment_to_json(experiment)))
     assert experiment_from_json(content, METHODS) == experiment
 
@@ -126,12 +126,12 @@ def test_options_survive_the_record_of_a_run(method):
         ("nnunet_3d", set()),
     ],
 )
-def test_options_without_effect_are_known(name, unread):
-    """Options that have no effect because of the values of others."""
+def test_options_without_effect_are_found(name, unread):
+    """These options have no effect because of the values of other options."""
     method = METHODS[name.removesuffix("_linear")]
     if name.endswith("_linear"):
         method = replace(method, model=replace(method.model, decoder="linear"))
-    assert unread_options(under_quickstart(method)) == unread
+    assert unread_options(quickstart_with(method)) == unread
     on_scans = Experiment("", "", Data("scans", split="split.json"), method)
     unread = unread | {"data.phantom_size", "data.phantom_cases", "data.validation"}
     assert unread_options(on_scans) == unread | {"data.split_seed"}

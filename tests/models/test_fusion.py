@@ -1,4 +1,4 @@
-"""Paper 2's network: PyTorch's numbers, the blocks' weights, and what it reads of blocks and image."""
+"""Paper 2's network: parity with PyTorch, the weights of the blocks, and its inputs."""
 
 import time
 from itertools import pairwise
@@ -30,12 +30,12 @@ from tests.parity.references import as_theirs, reference_of
 from tests.tiny import ROTARY, TINY, randomise, tiny_backbone
 from tests.training.scans import disc_scans
 
-SIZE = (24, 40)  # of the images; h, w are 3, 5
+SIZE = (24, 40)  # H, W of the images; h, w of the features are 3, 5
 WIDTHS = (12, 8, 4)
 IMAGE_STAGES = ("all", "last", "none")
 VARIANTS = (weighted_sums, weighted_product)
 
-# PyTorch's numbers and the memory come first, because the fixture changes all later tests of this module.
+# The tests of parity and memory come first, because the fixture changes all later tests of this module.
 fast = pytest.mark.usefixtures("fast_compilation")
 
 
@@ -57,8 +57,8 @@ def make_network(blocks=(0, 1, 2), variant=TINY, **options):
 
 def random_inputs(batch=2, blocks=3, dtype=np.float32):
     """Return features [B, blocks, h, w, C] and images [B, H, W, 1]."""
-    draw = np.random.default_rng(1)
-    return draw.standard_normal((batch, blocks, 3, 5, 32)).astype(dtype), draw.random((batch, *SIZE, 1)).astype(dtype)
+    rng = np.random.default_rng(1)
+    return rng.standard_normal((batch, blocks, 3, 5, 32)).astype(dtype), rng.random((batch, *SIZE, 1)).astype(dtype)
 
 
 def to_torch(features, images):
@@ -91,7 +91,7 @@ def test_logits_equal_pytorch(image, weights):
 
 
 def test_gradients_and_statistics_equal_pytorch():
-    """In float64, because in float32 rounding moves activations across a ReLU's zero."""
+    """Compared in float64, because in float32 rounding moves activations across a ReLU's zero."""
     with jax.enable_x64():
         decoder, (features, images) = make_decoder(dtype=jnp.float64), random_inputs(dtype=np.float64)
         weight = np.random.default_rng(2).standard_normal((2, *SIZE, 1))
@@ -121,7 +121,7 @@ def test_gradients_and_statistics_equal_pytorch():
 
 
 def test_memory_of_fine_tuning_is_linear_in_the_number_of_blocks():
-    """The gradient of the features, with 4 and 32 blocks of 1 MB each."""
+    """Compares the gradient of the features for 4 and for 32 blocks of 1 MB each."""
 
     def temporary_bytes(blocks):
         fusion = Fusion(4, blocks, "per_level")
@@ -164,7 +164,7 @@ def test_the_gradient_reaches_every_weight(backbone, weights):
     assert ("backbone" in gradients) == (backbone == "finetuned")
 
 
-def test_a_block_counts_in_proportion_to_its_weight():
+def test_a_block_contributes_in_proportion_to_its_weight():
     fusion, (features, _) = Fusion(2, 3, "per_level"), random_inputs()
     fusion.scalars.set_value(jnp.array([[0.5, -1.0, 2.0], [0.0, 0.3, -0.2]]))
     moved = features.copy()
@@ -196,8 +196,8 @@ def test_all_weight_on_the_last_block_equals_the_network_without_fusion():
     fused, last = make_network(image="none"), make_network(blocks=(2,), image="none")
     for path, variable in nnx.to_flat_state(nnx.state(fused.decoder)):
         if path[0] != "fusion":
-            variable_of_last = dict(nnx.to_flat_state(nnx.state(last.decoder)))[path]
-            variable_of_last.set_value(variable.get_value())
+            last_variable = dict(nnx.to_flat_state(nnx.state(last.decoder)))[path]
+            last_variable.set_value(variable.get_value())
     fused.decoder.fusion.scalars.set_value(jnp.full((3, 3), -jnp.inf).at[:, 2].set(0))
     images = random_inputs()[1]
     np.testing.assert_array_equal(jitted(fused)(images), jitted(last)(images))
@@ -229,7 +229,7 @@ def test_networks_share_cached_features_if_they_read_the_same_blocks(tmp_path):
 @fast
 @pytest.mark.parametrize("image", IMAGE_STAGES)
 def test_the_image_reaches_the_logits_through_features_and_stems(image):
-    """With fixed features through the stems only."""
+    """With fixed features, the image reaches the logits through the stems only."""
     network, images = make_network(image=image), random_inputs()[1]
     features = jax.jit(lambda images: network.features(images))(images)
     rest = network.on_features(SIZE)
@@ -247,13 +247,13 @@ def test_the_image_reaches_the_logits_through_features_and_stems(image):
     changed[:, :8, :8] = 1 - changed[:, :8, :8]
     change = np.abs(before - run((features, changed)))[..., 0]
     assert change[:, :8, :8].max() > 1e-3
-    if image == "last":  # the reach of three convolutions on half the pixels and a resizing
+    if image == "last":  # the receptive field of three convolutions at half the resolution and a resizing
         assert change[:, 20:].max() == 0
         assert change[:, :, 20:].max() == 0
 
 
 @pytest.mark.parametrize("arch", ["dinov2_vits14", "dinov2_vits14_reg", "dinov2_vitg14", "dinov3_vits16"])
-def test_it_works_with_every_backbone_and_on_images_that_are_not_square(arch):
+def test_every_backbone_and_images_that_are_not_square_are_supported(arch):
     model = FusionOptions(arch, weights="random", decoder_widths=WIDTHS, blocks=(0, -1))
     network = nnx.eval_shape(lambda: build_network(model, 3, 0))
     patch = TRANSFORMERS[arch].patch
@@ -269,7 +269,7 @@ def test_default_decoder_on_vit_b_has_the_parameters_of_its_layers():
     decoder = nnx.eval_shape(lambda: FusionDecoder(768, 12, widths, 1, rngs=nnx.Rngs(0)))
     expected = 768 * 512 + 512 + 5 * 12 + 9 * 32 + 1  # first level, weights of the blocks, logits
     for i, o in pairwise(widths):
-        expected += 768 * i + i  # the stage's own sum
+        expected += 768 * i + i  # projection of the weighted sum
         expected += 9 * 3 * 16 + 2 * 16  # the image
         expected += 9 * (i + 16) * o + 2 * o + 9 * o * o + 2 * o
     assert sum(leaf.size for leaf in jax.tree.leaves(nnx.state(decoder, nnx.Param))) == expected == 3_555_293
@@ -303,8 +303,8 @@ def test_impossible_options_are_refused(changed, line):
 # --- batches ---
 
 
-def test_batches_contain_the_images_of_their_features_and_large_ones_are_read_late(tmp_path):
-    """A batch takes 520 MB here, so that at most two may wait."""
+def test_batches_contain_the_images_of_their_features_and_few_large_ones_are_read_ahead(tmp_path):
+    """A batch takes 520 MB here, so at most two are read ahead."""
 
     class Features:
         read = 0
@@ -323,7 +323,7 @@ def test_batches_contain_the_images_of_their_features_and_large_ones_are_read_la
     try:
         batch = next(batches)
         time.sleep(1)
-        assert Features.read <= 1 + 2 * 3  # one slice for the shapes; the batch, one that waits, one that is being read
+        assert Features.read <= 1 + 2 * 3  # a slice for the shapes; the batch, one waiting, one being read
     finally:
         batches.close()
     for features, image, volume in zip(batch["input"], batch["image"], batch["volume"], strict=True):

@@ -1,4 +1,4 @@
-"""Multiply-adds by hand, and of networks beside PyTorch's counter of floating-point operations."""
+"""Multiply-adds against counts by hand, and those of networks against PyTorch's counter of operations."""
 
 from functools import partial
 
@@ -30,7 +30,7 @@ def convolve(x, kernel, stride=1, groups=1):
 
 
 def test_cudnn_attention_counts_the_same(monkeypatch):
-    """Traced as on a GPU with cuDNN; nothing runs."""
+    """Traced as on a GPU with cuDNN, and not run."""
     pretend_gpu(monkeypatch)
     q, k = (jax.ShapeDtypeStruct((2, tokens, 4, 64), jnp.bfloat16) for tokens in (65, 33))
     by_hand = 2 * (2 * 4 * 65 * 33 * 64)

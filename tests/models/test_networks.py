@@ -17,7 +17,7 @@ from jaxla.train import list_experiments
 from tests.parity.test_rivals import NETWORKS, network_of
 from tests.tiny import randomise
 
-# U-Net: the widespread PyTorch version has 31 043 521, with biases and three input channels. ResNet U-Nets: as in
+# U-Net: the common PyTorch version has 31 043 521, with biases and three input channels. ResNet U-Nets: as in
 # segmentation_models_pytorch. SegNet: as published, for one class.
 PARAMETERS = {
     "unet": 31_036_481,
@@ -33,12 +33,12 @@ run = nnx.jit(lambda network, images: network(images))
 
 @pytest.mark.parametrize("name", NETWORKS)
 def test_padding_is_cropped_again(name):
-    """An image gives the same logits as its copy whose border was repeated beforehand."""
+    """An image gives the same logits as a copy that was padded beforehand by repeating its border."""
     net, rng = network_of(name), np.random.default_rng(0)
     small = rng.random((1, 50, 57, 1), dtype=np.float32)
-    lacking = [-side % getattr(net, "multiple", 32) for side in (50, 57)]
-    top, left = (side // 2 for side in lacking)
-    margins = ((0, 0), (top, lacking[0] - top), (left, lacking[1] - left), (0, 0))
+    padding = [-side % getattr(net, "multiple", 32) for side in (50, 57)]
+    top, left = (side // 2 for side in padding)
+    margins = ((0, 0), (top, padding[0] - top), (left, padding[1] - left), (0, 0))
     padded = run(net, np.pad(small, margins, mode="edge"))
     np.testing.assert_array_equal(run(net, small), padded[:, top : top + 50, left : left + 57])
 
@@ -46,12 +46,12 @@ def test_padding_is_cropped_again(name):
 @pytest.mark.parametrize("name", ["resnet_unet", "segnet"])
 def test_grey_images_are_normalised_like_imagenet(name):
     net, images = network_of(name), np.random.default_rng(0).random((1, 40, 40, 1), dtype=np.float32)
-    three = (images - np.float32(IMAGENET_MEAN)) / np.float32(IMAGENET_DEVIATION)
-    np.testing.assert_allclose(run(net, images), run(net, three), rtol=0, atol=1e-5)  # measured: 0
+    normalised = (images - np.float32(IMAGENET_MEAN)) / np.float32(IMAGENET_DEVIATION)
+    np.testing.assert_allclose(run(net, images), run(net, normalised), rtol=0, atol=1e-5)  # measured: 0
 
 
 @pytest.mark.parametrize("method", PARAMETERS)
-def test_parameter_count_is_the_published_one(method):
+def test_parameter_count_equals_the_published_one(method):
     assert parameter_count(METHODS[method].model) == PARAMETERS[method]
 
 
@@ -87,15 +87,14 @@ def test_attention_gates_scale_the_skips():
     np.testing.assert_allclose(with_gates(-100.0), run(nets["unet"], images), rtol=0, atol=1e-6)
 
 
-def test_networks_follow_from_the_seed_and_are_in_evaluation_mode():
+def test_networks_depend_only_on_the_seed_and_are_in_evaluation_mode():
     nets = [build_network(UNetOptions(widths=(8, 16)), 1, seed) for seed in (0, 0, 1)]
     first, repeated, different = (np.asarray(net.logits.kernel[...]) for net in nets)
     np.testing.assert_array_equal(first, repeated)
     assert (first != different).any()
     images = np.random.default_rng(0).random((2, 32, 32, 1), dtype=np.float32)
-    np.testing.assert_allclose(
-        run(nets[0], images)[:1], run(nets[0], images[:1]), atol=1e-5
-    )  # independent of the batch
+    batched, alone = run(nets[0], images)[:1], run(nets[0], images[:1])
+    np.testing.assert_allclose(batched, alone, atol=1e-5)
 
 
 # --- refused input ---
@@ -132,7 +131,7 @@ def test_decoder_widths_must_match_the_stages():
 
 
 @pytest.mark.parametrize(("norm", "is_robust"), [("instance", True), ("batch", False)])
-def test_a_dim_scan_gets_the_logits_of_a_bright_one_by_instance_norm(norm, is_robust):
+def test_only_instance_norm_gives_a_dim_scan_the_logits_of_a_bright_one(norm, is_robust):
     """Bright spots stretch a scan's grey range, so that its blood pool lies at 0.33 of the range instead of at 0.8."""
     network = randomise(nnx.eval_shape(lambda: UNet((4, 8, 8), 1, norm=norm, neighbours=1, rngs=nnx.Rngs(0))))
     network.eval()

@@ -1,4 +1,4 @@
-"""BatchNorm beside PyTorch's: values, gradients, and both running statistics."""
+"""BatchNorm against PyTorch's: values, gradients, and both running statistics."""
 
 import jax
 import jax.numpy as jnp
@@ -51,11 +51,11 @@ def test_training_equals_pytorch_in_values_gradients_and_running_statistics():
         "var": (after["var"].get_value(), theirs.running_var),
     }
     for name, (array, reference) in pairs.items():
-        # measured: 7.6e-6, of values up to 29
+        # measured: 7.6e-6, for values up to 29
         np.testing.assert_allclose(array, reference, rtol=0, atol=2e-5, err_msg=name)
 
 
-def test_evaluation_uses_the_running_statistics_and_leaves_them():
+def test_evaluation_uses_the_running_statistics_and_does_not_change_them():
     ours, theirs, x = make_layers()
     before = np.array(ours.mean[...]), np.array(ours.var[...])
     np.testing.assert_allclose(
@@ -78,8 +78,8 @@ def test_absent_images_do_not_change_the_statistics():
         )  # measured: 6.0e-8
 
 
-def test_gradients_with_absent_images():
-    """Absent images are normalised too, by the statistics of the present ones, so their gradient reaches those."""
+def test_gradients_with_absent_images_equal_pytorch():
+    """Absent images are normalised by the statistics of the present ones, so their gradients reach the present ones."""
     ours, _, x = make_layers((5, 5, 7, 4))
     ours.train()
     weight = np.random.default_rng(1).standard_normal(x.shape, dtype=np.float32)
@@ -95,11 +95,11 @@ def test_gradients_with_absent_images():
     ((their_x - mean) / torch.sqrt(var + 1e-5) * scale + bias).backward(torch.from_numpy(weight).double())
     pairs = ((grad_x, their_x), (grad_layer["scale"][...], scale), (grad_layer["bias"][...], bias))
     for gradient, leaf in pairs:
-        np.testing.assert_allclose(gradient, leaf.grad, rtol=0, atol=2e-5)  # measured: 5.5e-6, of values up to 25
+        np.testing.assert_allclose(gradient, leaf.grad, rtol=0, atol=2e-5)  # measured: 5.5e-6, for values up to 25
 
 
 def test_variance_much_smaller_than_the_mean_keeps_its_digits():
-    """As a difference of squares, 1e6 and 1, it would have none in float32."""
+    """As the difference of two squares near 1e6, a variance of 1 would lose its digits in float32."""
     ours, theirs, x = make_layers(mean=1000.0)
     ours.train()
     ours(x)
@@ -120,14 +120,15 @@ def test_bfloat16_has_gradients_in_bfloat16_and_parameters_and_statistics_in_flo
         assert grad_x.dtype == inputs.dtype
         assert grad_layer["scale"][...].dtype == grad_layer["bias"][...].dtype == np.float32
         results.append((grad_x.astype(jnp.float32), grad_layer["scale"][...], grad_layer["bias"][...]))
-    for of_half, of_full in zip(*results, strict=True):
-        np.testing.assert_allclose(of_half, of_full, rtol=0, atol=0.05)  # measured: 0.023, of values up to 29
+    for half_gradient, full_gradient in zip(*results, strict=True):
+        # measured: 0.023, for values up to 29
+        np.testing.assert_allclose(half_gradient, full_gradient, rtol=0, atol=0.05)
     np.testing.assert_array_equal(half.var[...], full.var[...])
     assert half.var[...].dtype == np.float32
 
 
 def test_group_norm_of_a_volume_without_voxels_is_finite():
-    """A volume that only fills a batch has no voxels of its own; NaN times its weight of 0 would be NaN."""
+    """A volume that only pads a batch has no voxels; NaN times its weight of 0 would be NaN."""
     layer, x = GroupNorm(8), np.ones((2, 3, 2, 2, 8), np.float32)
     present = np.array([[True] * 3, [False] * 3])[:, :, None, None]
 

@@ -1,4 +1,4 @@
-"""Max-pooling and unpooling beside PyTorch's, ties included."""
+"""Max-pooling and unpooling against PyTorch's, including ties."""
 
 import jax
 import numpy as np
@@ -59,5 +59,5 @@ def test_overlapping_pooling_and_its_gradient_equal_pytorch(sides, ties):
     np.testing.assert_array_equal(pooled, channels_last(theirs))
     weight = np.random.default_rng(1).standard_normal(pooled.shape, dtype=np.float32)
     theirs.backward(channels_first(weight))
-    # up to four gradients add up in a pixel, in another order; measured: 4.8e-7
+    # up to four gradients are summed in a pixel, in a different order; measured: 4.8e-7
     np.testing.assert_allclose(vjp(weight)[0], channels_last(their_x.grad), rtol=0, atol=1e-6)

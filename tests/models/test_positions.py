@@ -1,4 +1,4 @@
-"""DINOv2's learned position grid, resized as its authors do, and DINOv3's rotation of patch tokens."""
+"""DINOv2's learned position grid, resized as in its authors' code, and DINOv3's rotation of patch tokens."""
 
 import jax
 import jax.numpy as jnp
@@ -23,7 +23,7 @@ def test_grid_is_resized_as_the_authors_do(h, w, registers):
     expected = theirs[0].permute(1, 2, 0).numpy()
     assert expected.shape == (h, w, 8)
     ours = resize(grid, h=h, w=w, antialias=registers)
-    # measured: up to 1.5e-5 at 38×37, 8e-6 elsewhere; the authors' own float32 differs from their float64 by 1.1e-5
+    # measured: up to 1.5e-5 at 38×37, 8e-6 elsewhere; the authors' code in float32 differs from float64 by 1.1e-5
     np.testing.assert_allclose(ours, expected, atol=3e-5)
 
 
@@ -43,7 +43,7 @@ def test_periods_follow_the_authors_formula():
 
 
 def test_each_patch_is_rotated_by_its_row_and_column():
-    """In float64, each pair of channels as a complex number, multiplied by the angle of its position."""
+    """In float64, each pair of channels is a complex number, which is rotated by the angle of its position."""
     h, w, prefix, heads, width = 3, 5, 4, 2, 16
     periods = np.array([1.0, 2.5, 7.0, 30.0], np.float32)
     x = np.random.default_rng(0).standard_normal((2, prefix + h * w, heads, width), dtype=np.float32)
@@ -54,7 +54,7 @@ def test_each_patch_is_rotated_by_its_row_and_column():
     for row in range(h):
         for column in range(w):
             position = np.array([2 * (row + 0.5) / h - 1, 2 * (column + 0.5) / w - 1])
-            angles = 2 * np.pi * (position[:, None] / periods).ravel()  # those of the row, then those of the column
+            angles = 2 * np.pi * (position[:, None] / periods).ravel()  # angles of the row, then of the column
             token = prefix + row * w + column
             expected = pairs[:, token] * np.exp(1j * angles)
             ours = rotated[:, token, :, : width // 2] + 1j * rotated[:, token, :, width // 2 :]

@@ -1,4 +1,4 @@
-"""The ResNet encoder beside its PyTorch reference (parity/references.py): features, gradients, statistics."""
+"""The ResNet encoder against its PyTorch reference (parity/references.py): features, gradients, statistics."""
 
 import jax
 import jax.numpy as jnp
@@ -43,7 +43,7 @@ def relative_l2(ours, theirs):
 
 
 def test_features_equal_the_reference():
-    resnet, images = small_resnet(), random_images(2, 65, 97)  # even sides: tests/parity
+    resnet, images = small_resnet(), random_images(2, 65, 97)  # tests/parity has even sides
     features = resnet.intermediate(images)
     for ours, theirs in zip(features, reference_of(resnet)(channels_first(images))[1:], strict=True):
         assert relative_l2(ours, channels_last(theirs)) <= 1e-6  # measured: 5.2e-7
@@ -75,7 +75,7 @@ def test_program_does_not_grow_with_the_depth():
 
 
 def test_training_equals_the_reference():
-    """In float64: in float32, rounding moves an activation or two over a ReLU's zero and changes gradients by 0.3 %."""
+    """Compared in float64: in float32, rounding moves activations across a ReLU's zero, and gradients by 0.3 %."""
     with jax.enable_x64():
         resnet, images = small_resnet(jnp.float64), random_images(2, 33, 49).astype(np.float64)
         for _, variable in nnx.to_flat_state(nnx.state(resnet)):

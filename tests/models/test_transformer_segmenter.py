@@ -1,4 +1,4 @@
-"""The decoders of paper 1's network: PyTorch's numbers, and tokens that stay in place."""
+"""The decoders of paper 1's network: parity with PyTorch, and positions of tokens."""
 
 import jax
 import jax.numpy as jnp
@@ -28,7 +28,7 @@ def make_decoder(kind, width=16, outputs=1, widths=WIDTHS, seed=0):
 
 
 def to_torch(array):
-    """[B, H, W, C] -> [B, C, H, W]."""
+    """Convert [B, H, W, C] to [B, C, H, W]."""
     return torch.from_numpy(np.array(array).transpose(0, 3, 1, 2).copy())
 
 
@@ -54,14 +54,14 @@ def from_torch(tensor):
         ((512, 2), (448, 1)),
     ],
 )
-def test_resizing_equals_pytorchs_bilinear(shape, size):
+def test_resizing_equals_bilinear_interpolation_in_pytorch(shape, size):
     x = np.random.default_rng(0).standard_normal((2, *shape, 3), dtype=np.float32)
     expected = torch.nn.functional.interpolate(to_torch(x), size=size, mode="bilinear", align_corners=False)
     np.testing.assert_allclose(resize(jnp.asarray(x), size), from_torch(expected), atol=3e-6)  # measured: 5e-7
 
 
 @pytest.mark.parametrize("shape", [(4, 6), (1, 1), (1, 5), (2, 2), (7, 3)])
-def test_doubling_and_its_gradient_equal_pytorchs_bilinear(shape):
+def test_doubling_and_its_gradient_equal_bilinear_interpolation_in_pytorch(shape):
     rng = np.random.default_rng(0)
     x, weight = (rng.standard_normal((2, *s, 3), dtype=np.float32) for s in (shape, (2 * shape[0], 2 * shape[1])))
     theirs = to_torch(x).requires_grad_()
@@ -107,24 +107,21 @@ def test_the_response_to_a_token_is_centred_on_it(kind):
         variable.set_value(jnp.full(variable.shape, 0.1 if path[-1] in ("kernel", "scale") else 0.0))
     for _, variable in nnx.to_flat_state(nnx.state(decoder, nnx.BatchStat)):
         variable.set_value(jnp.ones(variable.shape) * (variable.get_value().min() > 0))  # mean 0, variance 1
-    places = ((5, 7), (6, 13))
-    tokens = np.zeros((len(places), 12, 20, 16), np.float32)
-    for i, place in enumerate(places):
-        tokens[i, *place] = 1
+    positions = ((5, 7), (6, 13))
+    tokens = np.zeros((len(positions), 12, 20, 16), np.float32)
+    for i, position in enumerate(positions):
+        tokens[i, *position] = 1
     responses = np.asarray(jax.jit(lambda tokens: decoder(tokens, (96, 160)))(tokens), np.float64)[..., 0]
-    for logits, place in zip(responses, places, strict=True):
+    for logits, position in zip(responses, positions, strict=True):
         logits /= logits.sum()
         centre = [(logits.sum(1) @ np.arange(96)), (logits.sum(0) @ np.arange(160))]
-        np.testing.assert_allclose(centre, [8 * n + 3.5 for n in place], atol=1e-5)  # measured: 5e-7
+        np.testing.assert_allclose(centre, [8 * n + 3.5 for n in position], atol=1e-5)  # measured: 5e-7
 
 
 def test_logits_change_where_the_image_changes():
     """On average over random decoders, the change in the logits is centred on the changed patch."""
     backbone = tiny_backbone()
-    for scale in (
-        backbone.blocks.scale1,
-        backbone.blocks.scale2,
-    ):  # blocks that add nothing, so that tokens are independent
+    for scale in (backbone.blocks.scale1, backbone.blocks.scale2):  # blocks add nothing, so tokens are independent
         scale.gamma.set_value(jnp.zeros_like(scale.gamma[...]))
     images = np.full((3, 96, 160, 1), 0.5, np.float32)
     patches = {1: (5, 13), 2: (6, 6)}
@@ -140,9 +137,8 @@ def test_logits_change_where_the_image_changes():
     changes /= np.maximum(changes.sum((1, 2), keepdims=True), 1e-9)
     for i, (row, column) in patches.items():
         centre = [changes[i].sum(1) @ np.arange(96), changes[i].sum(0) @ np.arange(160)]
-        np.testing.assert_allclose(
-            centre, [8 * row + 3.5, 8 * column + 3.5], atol=1.0
-        )  # measured: 0.75 of the 8 pixels of a token
+        expected = [8 * row + 3.5, 8 * column + 3.5]  # a token is 8 pixels wide
+        np.testing.assert_allclose(centre, expected, atol=1.0)  # measured: 0.75
 
 
 # --- parameters ---
@@ -198,7 +194,7 @@ def test_convolutional_decoder_equals_pytorch_in_training():
     buffers = dict(theirs.named_buffers())
     found = as_theirs(decoder, statistics)
     assert len(found) == 4
-    for name, value in found.items():  # measured: 1.2e-8 of means, 6e-8 of variances
+    for name, value in found.items():  # measured: 1.2e-8 for means, 6e-8 for variances
         np.testing.assert_allclose(value, buffers[name], atol=5e-7 if name.endswith("mean") else 1e-6, err_msg=name)
 
     found = as_theirs(decoder, gradients)

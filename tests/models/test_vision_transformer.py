@@ -52,10 +52,7 @@ def test_embedding_changes_only_the_token_of_a_changed_patch(variant):
 @pytest.mark.parametrize("variant", [TINY, REGISTERS, ROTARY], ids=["plain", "registers", "rotary"])
 def test_tokens_keep_their_position_through_all_blocks(variant):
     vit = tiny_backbone(variant=variant)
-    for scale in (
-        vit.blocks.scale1,
-        vit.blocks.scale2,
-    ):  # blocks that add nothing, so that a token depends on its own patch only
+    for scale in (vit.blocks.scale1, vit.blocks.scale2):  # blocks add nothing, so a token depends on its own patch only
         scale.gamma.set_value(jnp.zeros_like(scale.gamma[...]))
     empty = vit(np.zeros((2, 24, 40, 3), np.float32))
     for positions in (((0, 0), (0, 4)), ((1, 2), (2, 0)), ((2, 4), (1, 0))):
@@ -120,10 +117,10 @@ def test_intermediate_tokens_equal_those_of_a_shorter_network():
         for path, variable in nnx.to_flat_state(state):
             variable.set_value(cut[path][:depth] if path[0] == "blocks" else cut[path])
         short = nnx.merge(graph, state)
-        tokens_of = jax.jit(lambda images, short=short: short.run_blocks(short.embed(images), (3, 5))[0])
-        expected = short.to_map(tokens_of(images), (3, 5))
+        run_short = jax.jit(lambda images, short=short: short.run_blocks(short.embed(images), (3, 5))[0])
+        expected = short.to_map(run_short(images), (3, 5))
         assert tokens.shape == (2, 3, 5, 32)
-        np.testing.assert_allclose(tokens, expected, atol=5e-6)  # measured: 0, of values up to 10
+        np.testing.assert_allclose(tokens, expected, atol=5e-6)  # measured: 0, for values up to 10
 
 
 def test_intermediate_tokens_follow_the_order_of_blocks_with_repeats():
@@ -138,19 +135,19 @@ def test_intermediate_tokens_follow_the_order_of_blocks_with_repeats():
 
 def test_memory_of_intermediate_tokens_grows_with_their_number_not_with_the_depth():
     images = jax.ShapeDtypeStruct((1, 256, 256, 3), jnp.float32)
-    token_bytes = (1 + 32 * 32) * 32 * 4  # of one image after one block
+    token_bytes = (1 + 32 * 32) * 32 * 4  # tokens of one image after one block
 
-    def temporary(depth, blocks):
+    def temporary_memory(depth, blocks):
         """Return the temporary memory of the compiled call, in units of one block's tokens."""
         vit = nnx.eval_shape(lambda: VisionTransformer(replace(TINY, depth=depth), rngs=nnx.Rngs(0)))
         compiled = _intermediate.lower(*nnx.split(vit), images, blocks, False).compile()
         return compiled.memory_analysis().temp_size_in_bytes / token_bytes
 
-    four = temporary(40, (9, 19, 29, 39))
+    four = temporary_memory(40, (9, 19, 29, 39))
     # measured: 0, 4.0 and 36.0 more
-    assert abs(four - temporary(20, (4, 9, 14, 19))) < 0.5
-    assert temporary(40, tuple(range(4, 40, 5))) - four < 5
-    assert temporary(40, tuple(range(40))) - four > 30
+    assert abs(four - temporary_memory(20, (4, 9, 14, 19))) < 0.5
+    assert temporary_memory(40, tuple(range(4, 40, 5))) - four < 5
+    assert temporary_memory(40, tuple(range(40))) - four > 30
 
 
 @plain_and_rotary
@@ -229,7 +226,7 @@ def test_images_with_a_wrong_shape_are_refused(shape, words):
 @pytest.mark.parametrize(
     ("images", "kind"), [(torch.zeros(1, 32, 32, 3), "Tensor"), ([[[[0.0] * 3]]], "list")], ids=["torch", "list"]
 )
-def test_other_types_than_arrays_are_refused(images, kind):
+def test_types_other_than_arrays_are_refused(images, kind):
     with pytest.raises(ValueError, match=rf"^images of type {kind}: expected a NumPy or JAX array \[B, H, W, 3\]$"):
         tiny_backbone()(images)
 

@@ -61,7 +61,7 @@ def rewrite(path, change):
 # --- the round trip ---
 
 
-def test_saved_weights_are_read_back_to_the_bit(mini, mini_file):
+def test_saved_weights_are_read_back_bit_for_bit(mini, mini_file):
     loaded = jaxla.load_backbone(mini_file)
     before, after = flat_arrays(mini), flat_arrays(loaded)
     assert before.keys() == after.keys()
@@ -141,7 +141,7 @@ def test_wrong_architecture_is_refused(mini_file):
         "dinov2_vits14.",
     )
     assert message == refusal(lambda: weights_file("dinov2_vits14", str(mini_file)))
-    # no method can be built on both
+    # no method supports both architectures, so changing model.arch is not suggested
     words = "contains vit_mini8, not vgg16_bn. Use a weights file of vgg16_bn."
     refusal(lambda: weights_file("vgg16_bn", str(mini_file)), words)
 
@@ -215,7 +215,7 @@ def test_error_for_missing_dinov3_weights_names_their_licence(tmp_path):
     )
 
 
-def test_error_for_an_architecture_without_released_weights_says_so(tmp_path):
+def test_error_for_an_architecture_without_released_weights_does_not_suggest_conversion(tmp_path):
     for weights in ("", str(tmp_path / "mine.safetensors")):
         message = refusal(
             lambda weights=weights: weights_file("vit_mini8", weights, tmp_path),
@@ -269,7 +269,7 @@ def test_unchanged_file_is_hashed_once_and_a_changed_one_again(mini_file, monkey
 @pytest.fixture(scope="module")
 def quickstart_networks():
     options = {"a": {"seed": 1}, "again": {"seed": 1}, "b": {"seed": 2, "classes": 3}}
-    return {key: jaxla.build_network("vit_mini8", **named) for key, named in options.items()}
+    return {key: jaxla.build_network("vit_mini8", **arguments) for key, arguments in options.items()}
 
 
 def test_random_parameters_depend_only_on_the_seed(quickstart_networks):
@@ -295,7 +295,7 @@ def test_several_classes_give_several_logits(quickstart_networks):
 def test_released_architecture_can_use_random_weights():
     network = jaxla.build_network("dinov2_vits14", weights="random")
     count = sum(array.size for name, array in flat_arrays(network).items() if name.startswith("backbone"))
-    assert count == 22_056_576 - 384  # the released model's, without its mask token
+    assert count == 22_056_576 - 384  # the released model without its mask token
     assert jax.eval_shape(network, jax.ShapeDtypeStruct((1, 28, 42, 1), np.float32)).shape == (1, 28, 42, 1)
 
 

@@ -12,15 +12,15 @@ SEEDS = range(20)
 
 def random_grid(seed):
     """Return a random grid, and the number of slices of each of its three volumes."""
-    draw = np.random.default_rng(seed)
-    size = tuple(int(n) for n in draw.integers(1, 12, 3))
-    counts = tuple(int(draw.integers(1, n + 1)) for n in size)
-    slices = draw.integers(counts[0], size[0] + 1, 3)
+    rng = np.random.default_rng(seed)
+    size = tuple(int(n) for n in rng.integers(1, 12, 3))
+    counts = tuple(int(rng.integers(1, n + 1)) for n in size)
+    slices = rng.integers(counts[0], size[0] + 1, 3)
     return WindowGrid(counts, size, jnp.asarray(slices)), slices
 
 
 def zero_padding(x, slices):
-    """Set the slices after each volume's own to zero in [B, D, …]."""
+    """Return a copy of [B, D, …] in which the slices after the last one of each volume are zero."""
     x = x.copy()
     for volume, count in zip(x, slices, strict=True):
         volume[count:] = 0
@@ -28,7 +28,7 @@ def zero_padding(x, slices):
 
 
 @pytest.mark.parametrize("seed", SEEDS)
-def test_cutting_and_assembling_gives_each_voxel_once(seed):
+def test_cutting_and_assembling_returns_each_voxel_once(seed):
     grid, slices = random_grid(seed)
     x = np.random.default_rng(seed).standard_normal((3, *grid.size, 2), dtype=np.float32)
     windows = jax.lax.map(lambda index: grid.cut(x, index), grid.indices)
@@ -79,6 +79,6 @@ def test_division_does_not_depend_on_padding():
     for index in plain.indices:
         numbers, present = padded.slice_numbers(index)
         plain_window, padded_window = (grid.cut(x[:, : grid.size[0]], index)[0] for grid in (plain, padded))
-        own = np.asarray(present[0])
-        np.testing.assert_array_equal(numbers[0][own], plain.slice_numbers(index)[0][0][: own.sum()])
-        np.testing.assert_array_equal(padded_window[own], plain_window[: own.sum()])
+        is_present = np.asarray(present[0])
+        np.testing.assert_array_equal(numbers[0][is_present], plain.slice_numbers(index)[0][0][: is_present.sum()])
+        np.testing.assert_array_equal(padded_window[is_present], plain_window[: is_present.sum()])

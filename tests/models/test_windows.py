@@ -1,4 +1,4 @@
-"""Paper 3's network: PyTorch's numbers, independence of windows, and padding of volumes."""
+"""Paper 3's network: parity with PyTorch, independence of windows, and padding of volumes."""
 
 from dataclasses import replace
 from itertools import product
@@ -20,9 +20,9 @@ from tests.parity.references import as_theirs, reference_of
 from tests.tiny import ROTARY, TINY, randomise, tiny_backbone
 
 WIDTHS = (16, 12, 8, 8)
-SIZE = (32, 64)  # of the slices; h, w are 4, 8
+SIZE = (32, 64)  # H, W of the slices; h, w of the features are 4, 8
 SLICES = 6
-# PyTorch's numbers come first, because the fixture changes all later tests of this module.
+# The tests of parity come first, because the fixture changes all later tests of this module.
 fast = pytest.mark.usefixtures("fast_compilation")
 KINDS = {
     "3D": {"depth_places": 5},
@@ -47,7 +47,7 @@ def make_decoder(outputs=1, seed=0, dtype=jnp.float32, depth_places=5, **options
 
 
 def random_features(batch=2, slices=SLICES, dtype=np.float32, seed=1):
-    """[B, D, 4, h, w, C]."""
+    """Return features [B, D, 4, h, w, C]."""
     return np.random.default_rng(seed).standard_normal((batch, slices, 4, 4, 8, 32)).astype(dtype)
 
 
@@ -55,9 +55,14 @@ def to_torch(features):
     return torch.from_numpy(np.ascontiguousarray(features.transpose(0, 2, 5, 1, 3, 4)))
 
 
-def slice_arguments(own, slices=SLICES, batch=2):
-    """Return the decoder's arguments for the slices `own` of volumes: numbers, presence, slices of the volume."""
-    numbers = np.broadcast_to(np.arange(own.start, own.stop), (batch, len(own)))
+def slice_arguments(window, slices=SLICES, batch=2):
+    """Return the decoder's arguments for a window: slice numbers, their presence, and the slices of each volume.
+
+    Args:
+        window: range of the slices in the window.
+        slices: number of slices in the volumes.
+    """
+    numbers = np.broadcast_to(np.arange(window.start, window.stop), (batch, len(window)))
     return numbers, np.ones(numbers.shape, bool), np.full(batch, slices)
 
 
@@ -74,24 +79,26 @@ def run(network, *arguments):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_windows_logits_equal_pytorch(kind):
-    own = range(2, 5)
+def test_logits_of_a_window_equal_pytorch(kind):
+    window = range(2, 5)
     decoder = make_decoder(outputs=3, **KINDS[kind])
-    features = random_features(slices=len(own))
+    features = random_features(slices=len(window))
     reference = reference_of(decoder)
     with torch.no_grad():
-        theirs = reference(to_torch(features), SLICES, own)
+        theirs = reference(to_torch(features), SLICES, window)
         if kind == "2D":  # GroupNorm normalises each slice by itself
-            each_slice = [reference(to_torch(features[:, i : i + 1]), SLICES, own[i : i + 1]) for i in range(len(own))]
-            theirs = torch.cat(each_slice, dim=2)
-    ours = run(decoder, features, *slice_arguments(own))
-    assert (ours.shape, ours.dtype) == ((2, len(own), 32, 64, 3), np.float32)
+            slice_logits = [
+                reference(to_torch(features[:, i : i + 1]), SLICES, window[i : i + 1]) for i in range(len(window))
+            ]
+            theirs = torch.cat(slice_logits, dim=2)
+    ours = run(decoder, features, *slice_arguments(window))
+    assert (ours.shape, ours.dtype) == ((2, len(window), 32, 64, 3), np.float32)
     assert theirs.std() > 0.2
     np.testing.assert_allclose(ours, theirs.numpy().transpose(0, 2, 3, 4, 1), atol=1e-5)  # measured: 4.6e-6
 
 
 def test_gradients_equal_pytorch():
-    """In float64, because in float32 rounding moves activations across a ReLU's zero."""
+    """Compared in float64, because in float32 rounding moves activations across a ReLU's zero."""
     with jax.enable_x64():
         decoder, features = make_decoder(dtype=jnp.float64), random_features(dtype=np.float64)
         weight = np.random.default_rng(2).standard_normal((2, SLICES, 32, 64, 1))
@@ -111,20 +118,20 @@ def test_gradients_equal_pytorch():
             assert error <= 1e-13, name  # measured: 8.3e-15
 
 
-def test_logits_of_a_volume_are_pytorchs_of_its_windows():
+def test_logits_of_a_volume_equal_pytorch_on_its_windows():
     counts = (4, 1, 3)  # windows of different sizes along slices and columns
     decoder, features = make_decoder(), random_features()
     reference = reference_of(decoder)
     assembled = torch.zeros(2, 1, SLICES, 32, 64)
     for index in product(*map(range, counts)):
-        own, rows, columns = (
+        window, rows, columns = (
             range(i * n // k, (i + 1) * n // k) for i, n, k in zip(index, (SLICES, 4, 8), counts, strict=True)
         )
-        part = features[:, own.start : own.stop, :, rows.start : rows.stop, columns.start : columns.stop]
+        part = features[:, window.start : window.stop, :, rows.start : rows.stop, columns.start : columns.stop]
         with torch.no_grad():
-            logits = reference(to_torch(part), SLICES, own)
+            logits = reference(to_torch(part), SLICES, window)
         fine = (slice(8 * axis.start, 8 * axis.stop) for axis in (rows, columns))
-        assembled[:, :, own.start : own.stop, *fine] = logits
+        assembled[:, :, window.start : window.stop, *fine] = logits
     size = (24, 40)
     theirs = functional.interpolate(assembled, size=(SLICES, *size), mode="trilinear").numpy().transpose(0, 2, 3, 4, 1)
     ours = run(FeatureWindows(decoder, size, counts), features)
@@ -152,9 +159,8 @@ def test_a_slice_changes_its_own_window_only_and_in_2d_itself_only(kind, reached
 @fast
 @pytest.mark.parametrize("depth_places", [0, 5])
 def test_equal_slices_differ_by_the_depth_embedding_only(depth_places):
-    decoder = make_decoder(
-        depth_places=depth_places, slicewise=True
-    )  # in 3D the volume's border distinguishes them too
+    # slicewise, because in 3D the border of the volume makes slices different, too
+    decoder = make_decoder(depth_places=depth_places, slicewise=True)
     equal = np.repeat(random_features(1, slices=1), SLICES, axis=1)
     logits = run(FeatureWindows(decoder, SIZE, (2, 1, 1)), equal)
     change = np.abs(logits - logits[:, :1]).max(axis=(0, 2, 3, 4))
@@ -183,9 +189,8 @@ def test_network_on_features_equals_the_network():
     images = np.random.default_rng(0).random((2, 3, *SIZE, 1), dtype=np.float32)
     features = jnp.stack([network.features(jnp.asarray(volume)) for volume in images])
     assert features.shape == (2, 3, 4, 4, 8, 32)
-    np.testing.assert_allclose(
-        run(network.on_features(SIZE), features), run(network, images), atol=1e-5
-    )  # measured: 2.8e-6
+    on_features = run(network.on_features(SIZE), features)
+    np.testing.assert_allclose(on_features, run(network, images), atol=1e-5)  # measured: 2.8e-6
 
 
 def test_levels_are_the_quarters_of_the_backbones_depth():
@@ -200,7 +205,7 @@ def test_the_decoder_has_few_parameters():
     model = METHODS["windows_dinov3_vitb16"].model
     total = parameter_count(model)
     backbone = parameter_count(TransformerSegmenterOptions(model.arch, decoder="linear")) - 769
-    assert total - backbone < 0.02 * backbone  # 1.0 M to 85.7 M
+    assert total - backbone < 0.02 * backbone  # 1.0 M and 85.7 M
 
 
 # --- bad input ---
@@ -214,7 +219,7 @@ def test_window_counts_are_those_along_slices_rows_and_columns(windows, counts):
 
 
 @pytest.mark.parametrize("windows", ["", "0", "2x2", "2x0x1", "-1", "2x2x2x2", "two", "1.5"])
-def test_other_formats_of_windows_are_refused(windows):
+def test_malformed_window_counts_are_refused(windows):
     with pytest.raises(InputError, match=rf"^model\.windows={windows}: not a number of windows\. Use 2 for .* 2x2x2 "):
         WindowOptions(windows=windows).resolve()
 

@@ -1,4 +1,4 @@
-"""nnU-Net's augmentation: each change equals nnU-Net's own code, and is as frequent."""
+"""nnU-Net's augmentation: each change gives the same result as nnU-Net's code, and is applied as often."""
 
 import json
 from functools import partial
@@ -29,8 +29,8 @@ IMAGE = jnp.asarray(EXPECTED["image"])
 
 
 @pytest.mark.parametrize("name", ["3d", "3d_small", "2d", "still"])
-def test_rotation_and_scaling_equal_nnunets(name):
-    """About three axes, enlarged and reduced, in a plane, and unchanged; masks are equal in every voxel."""
+def test_rotation_and_scaling_equal_nnunet(name):
+    """Rotation about three axes, enlargement and reduction, rotation in a plane, and no change."""
     image, mask = rotate_and_scale(
         jnp.asarray(EXPECTED[f"{name}_image"]),
         jnp.asarray(EXPECTED[f"{name}_mask"], jnp.int8),
@@ -40,27 +40,26 @@ def test_rotation_and_scaling_equal_nnunets(name):
         max_class=2,
         is_applied=jnp.asarray(name != "still"),
     )
-    np.testing.assert_allclose(image, EXPECTED[f"{name}_out"], atol=1e-5)  # measured: 4e-6, values up to 4
+    np.testing.assert_allclose(image, EXPECTED[f"{name}_out"], atol=1e-5)  # measured: 4e-6, for values up to 4
     np.testing.assert_array_equal(mask, EXPECTED[f"{name}_out_mask"])
 
 
 @pytest.mark.parametrize("number", range(3))
-def test_blur_resolution_and_gamma_equal_nnunets(number):
+def test_blur_resolution_and_gamma_equal_nnunet(number):
     blurred, low, gamma = (EXPECTED[f"{name}{number}"] for name in ("blur", "low", "gamma"))
     np.testing.assert_allclose(blur(IMAGE, EXPECTED[f"sigmas{number}"]), blurred, atol=2e-6)  # measured: 4.8e-7
-    np.testing.assert_allclose(
-        lower_resolution(IMAGE, EXPECTED[f"resolution{number}"]), low, atol=5e-6
-    )  # measured: 1.5e-6
+    lowered = lower_resolution(IMAGE, EXPECTED[f"resolution{number}"])
+    np.testing.assert_allclose(lowered, low, atol=5e-6)  # measured: 1.5e-6
     sign = -1 if EXPECTED[f"inverted{number}"] else 1
     changed = sign * change_gamma(sign * IMAGE, EXPECTED[f"exponent{number}"])
     np.testing.assert_allclose(changed, gamma, atol=1e-5)  # measured: 2.4e-6
 
 
-def test_contrast_equals_nnunets():
+def test_contrast_equals_nnunet():
     np.testing.assert_allclose(change_contrast(IMAGE, 1.2), EXPECTED["contrast"], atol=1e-6)  # measured: 2.4e-7
 
 
-def test_initial_patch_sizes_equal_nnunets():
+def test_initial_patch_sizes_equal_nnunet():
     sizes = json.loads((GOLDEN / "nnunet_read_sizes.json").read_text())
     assert [list(initial_patch_size(patch)) for patch in sizes["patch"]] == sizes["read"]
 
@@ -74,7 +73,7 @@ def test_rotation_range_depends_on_the_shape_of_the_patch():
 
 @partial(jax.jit, static_argnames=("patch", "keep_zeros"))
 def augment(patch, probabilities, key, images, masks, keep_zeros=False):
-    """Augment patches. Probabilities are traced, so that tests of one patch size share a program."""
+    """Augment patches. Probabilities are traced, so that tests with the same patch size share a program."""
     return make_augment(patch, 1, keep_zeros, probabilities)(key, images, masks)
 
 
@@ -111,7 +110,7 @@ CHANGED_FRACTIONS = {  # from the probabilities of nnU-Net's trainer
 
 
 @fast
-def test_without_changes_the_centre_of_the_patch_remains():
+def test_without_changes_the_centre_of_the_patch_is_returned():
     assert changed_fraction(()) == 0
 
 
@@ -135,7 +134,7 @@ def test_image_and_mask_are_transformed_together():
 
 
 @fast
-def test_slices_of_flat_patches_are_all_changed_alike():
+def test_all_slices_of_flat_patches_are_changed_identically():
     """Patches and masks of identical slices still have identical slices afterwards."""
     patch, rng = (4, 16, 20), np.random.default_rng(3)
     assert rotation_range(patch).in_plane
@@ -177,7 +176,7 @@ def test_zeros_of_the_scan_stay_zero_if_requested():
 
 @fast
 def test_same_key_gives_same_patches():
-    """In 2D."""
+    """Tested with 2D patches."""
     patch = (10, 12)
     size = initial_patch_size(patch)
     images = jnp.asarray(np.random.default_rng(0).standard_normal((4, *size, 1)), jnp.float32)

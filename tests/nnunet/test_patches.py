@@ -11,7 +11,7 @@ from jaxla.nnunet.preprocessing import preprocess_volumes
 from tests.data.nifti import save
 from tests.nnunet.test_preprocessing import make_tiny_plan
 
-SHAPE = (12, 20, 16)  # of preprocessed volumes
+SHAPE = (12, 20, 16)  # shape of the preprocessed volumes
 
 
 @pytest.fixture(scope="module")
@@ -74,7 +74,7 @@ def test_image_and_mask_show_the_same_voxels(volumes, size):
 
 @pytest.mark.parametrize("batch_size", [2, 3, 9])
 def test_last_third_of_a_batch_contains_a_structure_of_either_class(volumes, batch_size):
-    """The second of two rows, the third of three, the last three of nine: rounded as in nnU-Net."""
+    """These are the second of two rows, the third of three, the last three of nine: rounded as in nnU-Net."""
     patches = make_source(volumes[:2], (2, 2, 2), batch_size=batch_size)
     foreground = [n for n in range(40 * batch_size) if n % batch_size >= round(batch_size * 0.67)]
     classes = [set(np.unique(patches[n]["mask"]).tolist()) for n in foreground]

@@ -1,4 +1,4 @@
-"""The planner against nnU-Net's own: its files, and plans of random scans by nnunetv2 2.8.1."""
+"""The planner against nnU-Net's: its plan files, and the plans that nnunetv2 2.8.1 makes for random scans."""
 
 import json
 from pathlib import Path
@@ -27,14 +27,14 @@ def to_json(content):
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
-def test_plans_equal_nnunets(path):
+def test_plans_equal_nnunet(path):
     expected = json.loads(path.read_text())
     assert to_json(plan_to_json(make_plan(read_fingerprint(path), class_count=2))) == expected
     assert to_json(plan_to_json(read_plan(path))) == expected
 
 
 @pytest.mark.parametrize("number", range(len(RANDOM)))
-def test_plans_of_random_scans_equal_nnunets(number):
+def test_plans_of_random_scans_equal_nnunet(number):
     """One to six scans with any spacing and axes, for several GPUs and numbers of classes."""
     expected = RANDOM[number]
     plan = make_plan(fingerprint_from_json(expected["fingerprint"]), expected["classes"], expected["memory_gb"])
@@ -68,7 +68,7 @@ def test_less_memory_gives_smaller_patches():
 
 
 def test_topology_halves_fine_axes_first():
-    """By hand: slices of 3 mm and 1 mm pixels are halved together once the pixels are 2 mm."""
+    """By hand: slices of 3 mm and pixels of 1 mm are halved together once the pixels are 2 mm."""
     found = plan_topology((3.0, 1.0, 1.0), (16, 64, 64))
     assert found.strides == ((1, 1, 1), (1, 2, 2), (2, 2, 2), (2, 2, 2), (1, 2, 2))
     assert found.kernel_sizes == ((1, 3, 3), (3, 3, 3), (3, 3, 3), (3, 3, 3), (3, 3, 3))
@@ -76,14 +76,15 @@ def test_topology_halves_fine_axes_first():
     assert plan_topology((1.0, 1.0), (17, 30)).patch_size == (20, 32)
 
 
-def make_nnunet_configuration(name, c, **more):
+def make_nnunet_configuration(name, configuration, **more):
     """Return a configuration in the layout of nnUNetPlans.json, version 2.4 and later."""
     network = {
         "network_class_name": "dynamic_network_architectures.architectures.unet.PlainConvUNet",
-        "arch_kwargs": {key: c[key] for key in c if key not in DATA_KEYS} | {"conv_op": "torch.nn.modules.conv.Conv2d"},
+        "arch_kwargs": {key: value for key, value in configuration.items() if key not in DATA_KEYS}
+        | {"conv_op": "torch.nn.modules.conv.Conv2d"},
         "_kw_requires_import": ["conv_op"],
     }
-    data = {key: c[key] for key in DATA_KEYS}
+    data = {key: configuration[key] for key in DATA_KEYS}
     schemes = {"normalization_schemes": ["ZScoreNormalization"], "use_mask_for_norm": [False]}
     return {name: data | {"architecture": network, "data_identifier": "nnUNetPlans_2d"} | schemes | more}
 
@@ -145,7 +146,7 @@ def test_nnunets_plan_files_are_read():
     ],
 )
 def test_unsupported_layers_are_refused_by_name(name, value):
-    """Parameters would fit, but the logits would differ."""
+    """The parameters would fit, but the logits would differ."""
     planned = json.loads((GOLDEN / "nnunet_plans" / "Hippocampus.json").read_text())["configurations"]["2d"]
     content = make_nnunet_file(make_nnunet_configuration("2d", planned))
     arguments = content["configurations"]["2d"]["architecture"]["arch_kwargs"]

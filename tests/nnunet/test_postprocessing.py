@@ -1,4 +1,4 @@
-"""Largest parts are kept only if the validation cases say so, as in nnU-Net's `determine_postprocessing`."""
+"""Small parts are removed only if that improves validation, as in nnU-Net's `determine_postprocessing`."""
 
 import json
 
@@ -8,7 +8,7 @@ import pytest
 from jaxla.config import InputError
 from jaxla.nnunet.postprocessing import choose_groups, choose_largest, keep_largest, read_groups, read_trials, try_rules
 
-TWO = {"none": [0.6, 0.8], "all": [0.7, 0.8], "each": [0.7, 0.7], "all, each": [0.7, 0.9]}
+TWO_CLASSES = {"none": [0.6, 0.8], "all": [0.7, 0.8], "each": [0.7, 0.7], "all, each": [0.7, 0.9]}
 
 
 @pytest.mark.parametrize(
@@ -17,9 +17,9 @@ TWO = {"none": [0.6, 0.8], "all": [0.7, 0.8], "each": [0.7, 0.7], "all, each": [
         ({"none": [0.6], "all": [0.7], "each": [0.7], "all, each": [0.7]}, 1, [[1]]),
         ({"none": [0.7], "all": [0.7], "each": [0.7], "all, each": [0.7]}, 1, []),  # not better
         ({"none": [0.7], "all": [0.6], "each": [0.6], "all, each": [0.6]}, 1, []),
-        (TWO, 2, [[1, 2], [2]]),
-        (TWO | {"all": [0.8, 0.7]}, 2, [[1]]),  # a better mean, but one structure is worse
-        (TWO | {"all, each": [0.6, 0.7]}, 2, [[1, 2]]),
+        (TWO_CLASSES, 2, [[1, 2], [2]]),
+        (TWO_CLASSES | {"all": [0.8, 0.7]}, 2, [[1]]),  # a better mean, but one structure is worse
+        (TWO_CLASSES | {"all, each": [0.6, 0.7]}, 2, [[1, 2]]),
     ],
 )
 def test_parts_are_removed_only_if_that_helps_the_validation_cases(trials, count, groups):
@@ -39,7 +39,7 @@ def test_cases_without_a_structure_are_excluded_from_its_mean():
     assert choose_groups({"a": without}, 2) == [[1]]
 
 
-def test_dice_of_each_rule_is_that_of_the_parts_it_keeps():
+def test_dice_of_each_rule_is_computed_from_the_parts_it_keeps():
     rng = np.random.default_rng(0)
     reference = rng.integers(0, 3, (5, 9, 8)).astype(np.uint8)
     predicted = np.where(rng.random(reference.shape) < 0.3, reference, 0).astype(np.uint8)
@@ -65,11 +65,11 @@ def test_choice_is_written_once_and_read_afterwards(tmp_path):
     assert (content["groups"], content["n"], content["dice"]["a"]["all"]) == ([[1]], 1, [1.0])
     assert read_trials(path) == content["dice"]
 
-    def unread():
+    def raise_if_read():
         raise AssertionError("the cases were segmented again")
         yield
 
-    assert choose_largest(unread(), ["LA"], path) == ((1,),)
+    assert choose_largest(raise_if_read(), ["LA"], path) == ((1,),)
     path.write_text("{")
     with pytest.raises(InputError, match=r"largest\.json: damaged: .* Restore it from a copy\."):
         read_groups(path)

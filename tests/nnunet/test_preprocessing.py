@@ -1,4 +1,4 @@
-"""Preprocessing equals nnU-Net's own; its folders in the cache; fingerprints; plans that do not fit the scans."""
+"""Preprocessing equals nnU-Net's; its folders in the cache; fingerprints; plans that do not fit the scans."""
 
 import json
 from pathlib import Path
@@ -20,16 +20,18 @@ GOLDEN = np.load(Path(__file__).parents[1] / "golden" / "nnunet_preprocessing.np
 
 
 def make_tiny_plan(spacing, transpose=(0, 1, 2), use_mask_for_norm=False, size=None):
-    """A plan and its only configuration."""
+    """Return a plan and its only configuration."""
     size = tuple(size or (4.0,) * len(spacing))
     ones = tuple((1,) * len(spacing) for _ in range(2))
-    c = Configuration(2, (4,) * len(spacing), size, tuple(spacing), True, 2, (1, 1), ones, ones, (1, 1), (1,))
-    return Plan(None, (1.0,) * 3, (4,) * 3, tuple(transpose), {"3d_fullres": c}, use_mask_for_norm), c
+    patch = (4,) * len(spacing)
+    configuration = Configuration(2, patch, size, tuple(spacing), True, 2, (1, 1), ones, ones, (1, 1), (1,))
+    plan = Plan(None, (1.0,) * 3, (4,) * 3, tuple(transpose), {"3d_fullres": configuration}, use_mask_for_norm)
+    return plan, configuration
 
 
 @pytest.mark.parametrize("number", range(4))
-def test_images_and_masks_equal_nnunets_bit_for_bit(number, tmp_path):
-    """Scans with zeros around them and a hole, in 2D and 3D, with axes in another order."""
+def test_images_and_masks_equal_nnunet_bit_for_bit(number, tmp_path):
+    """Scans with zeros around them and a hole, in 2D and 3D, with permuted axes."""
     golden = {name: GOLDEN[f"{name}{number}"] for name in ("image", "mask", "spacing", "target", "transpose", "within")}
     plan, configuration = make_tiny_plan(
         golden["target"].tolist(), golden["transpose"].tolist(), bool(golden["within"])
@@ -54,7 +56,7 @@ def test_images_and_masks_equal_nnunets_bit_for_bit(number, tmp_path):
 
 
 def test_orientation_of_the_file_does_not_change_the_image(tmp_path):
-    """nnU-Net uses a file's own axes; jaxla gives the same image however the scan is stored."""
+    """nnU-Net uses the axes of the file; jaxla gives the same image however the scan is stored."""
     image, plan = image_array(1), make_tiny_plan((2.0, 1.0, 1.0), size=(5, 10, 12))
     found = []
     for turn in ([[0, 1], [1, 1], [2, 1]], [[2, -1], [0, 1], [1, -1]], [[1, 1], [2, -1], [0, -1]]):
@@ -101,7 +103,7 @@ def test_large_classes_keep_a_sample_of_their_locations(tmp_path):
     assert result.location_counts == (10_000,)
     locations = np.array([result.location(1, i) for i in range(10_000)])
     assert len({*map(tuple, locations)}) == 10_000
-    assert np.abs(locations.mean(0) - [19.5, 24.5, 24.5]).max() < 1  # from all parts of the class
+    assert np.abs(locations.mean(0) - [19.5, 24.5, 24.5]).max() < 1  # spread over the whole class
 
 
 def test_fingerprint_describes_the_cropped_scan(tmp_path):
@@ -150,7 +152,7 @@ def test_plan_fits_scans_with_zeros_around_them(tmp_path):
 
 
 def test_normalisation_within_the_nonzero_region_includes_structures(tmp_path):
-    """As in nnU-Net, zero voxels of a structure count."""
+    """As in nnU-Net, zero voxels inside a structure are included."""
     image = np.zeros((12, 10, 6), np.int16)
     image[2:9, 2:8, 1:5] = image_array(1, (7, 6, 4)) + 1
     mask = np.zeros(image.shape, np.uint8)

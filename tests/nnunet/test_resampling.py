@@ -1,4 +1,4 @@
-"""Resampling equals nnU-Net's own bit for bit; sample positions by hand."""
+"""Resampling is bit-identical to nnU-Net's; sample positions equal those computed by hand."""
 
 from pathlib import Path
 
@@ -11,7 +11,7 @@ GOLDEN = np.load(Path(__file__).parents[1] / "golden" / "nnunet_resampling.npz")
 
 
 @pytest.mark.parametrize("number", range(6))
-def test_images_and_masks_equal_nnunets_bit_for_bit(number):
+def test_images_and_masks_equal_nnunet_bit_for_bit(number):
     """Isotropic scans, and scans with a coarse axis before resampling, after it, or both."""
     image, mask, before, after, expected, expected_mask = (
         GOLDEN[f"{name}{number}"] for name in ("image", "mask", "from", "to", "out_image", "out_mask")
@@ -37,11 +37,11 @@ def test_golden_cases_cover_scans_with_and_without_a_coarse_axis():
         ((4, 1, 1), (1, 1, 5), 0),  # the axis before resampling comes first
     ],
 )
-def test_coarse_axis(spacing, new_spacing, axis):
+def test_coarse_axis_is_found(spacing, new_spacing, axis):
     assert find_coarse_axis(spacing, new_spacing) == axis
 
 
-def test_nearest_and_linear_indices():
+def test_nearest_and_linear_indices_by_hand():
     np.testing.assert_array_equal(nearest_indices(4, 2), [1, 3])  # 0.5 and 2.5 are rounded up
     np.testing.assert_array_equal(nearest_indices(2, 5), [0, 0, 1, 1, 1])
     first, second, weight = linear_indices(2, 4)

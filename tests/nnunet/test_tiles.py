@@ -24,13 +24,13 @@ GOLDEN = Path(__file__).parents[1] / "golden"
 pytestmark = pytest.mark.usefixtures("fast_compilation")
 
 
-def test_tile_positions_equal_nnunets():
+def test_tile_positions_equal_nnunet():
     for case in json.loads((GOLDEN / "nnunet_windows.json").read_text()):
         assert [tile_starts(n, side) for n, side in zip(case["image"], case["window"], strict=True)] == case["starts"]
 
 
-def test_tile_weights_equal_nnunets():
-    """Up to a factor, which cancels in the weighted mean."""
+def test_tile_weights_equal_nnunet():
+    """They are equal up to a factor, which cancels in the weighted mean."""
     for name, expected in np.load(GOLDEN / "nnunet_importance.npz").items():
         weight = gaussian_weights([int(side) for side in name.split("x")])
         np.testing.assert_allclose(weight, expected / 10, rtol=1e-6, atol=1e-9)  # measured: 1.2e-7
@@ -38,7 +38,7 @@ def test_tile_weights_equal_nnunets():
 
 
 class Identity(nnx.Module):
-    """Returns each voxel's grey value, and its column within the tile."""
+    """A network that returns the grey value of each voxel, and its column within the tile."""
 
     def __init__(self):
         self.unused = nnx.Param(jnp.zeros(1))
@@ -56,7 +56,7 @@ def make_configuration(size):
 @pytest.mark.parametrize("size", [(4, 6, 6), (6, 6), (16, 20, 18), (40, 9)])
 @pytest.mark.parametrize("shape", [(10, 13, 9), (1, 7, 30)])
 def test_logits_return_to_their_voxels(size, shape):
-    """In scans larger and smaller than a tile; mirrored tiles are flipped back, so the mean column is the centre."""
+    """Scans are larger or smaller than a tile; mirrored tiles are flipped back, so the mean column is the centre."""
     image = np.random.default_rng(0).standard_normal(shape).astype(np.float32)
     rows = list(make_tile_logits([Identity()], make_configuration(size))(image))
     found = np.stack(rows)
@@ -68,12 +68,12 @@ def test_logits_return_to_their_voxels(size, shape):
 @pytest.mark.parametrize("name", TINY)
 def test_logits_are_the_weighted_mean_of_all_mirrored_tiles(name):
     """Compared with plain loops over tiles and flips."""
-    c = TINY[name]
-    networks = [randomise(nnx.eval_shape(lambda: NNUNet(c, 3, rngs=nnx.Rngs(0))), seed) for seed in (0, 1)]
+    configuration = TINY[name]
+    networks = [randomise(nnx.eval_shape(lambda: NNUNet(configuration, 3, rngs=nnx.Rngs(0))), seed) for seed in (0, 1)]
     run = nnx.jit(lambda network, images: network(images))
     shape = (3, 20, 30) if name == "2d" else (10, 20, 15)
     image = np.random.default_rng(0).standard_normal(shape).astype(np.float32)
-    size = (1, *c.patch_size) if name == "2d" else c.patch_size
+    size = (1, *configuration.patch_size) if name == "2d" else configuration.patch_size
     total, weights = np.zeros((*shape, 3)), np.zeros(shape)
     for start in product(*(tile_starts(n, side) for n, side in zip(shape, size, strict=True))):
         part = tuple(slice(s, s + side) for s, side in zip(start, size, strict=True))
@@ -88,7 +88,7 @@ def test_logits_are_the_weighted_mean_of_all_mirrored_tiles(name):
         weight = gaussian_weights(size)
         total[part] += (mean[None] if name == "2d" else mean) * weight[..., None]
         weights[part] += weight
-    found = np.stack(list(make_tile_logits(networks, c)(image)))
+    found = np.stack(list(make_tile_logits(networks, configuration)(image)))
     np.testing.assert_allclose(found, total / weights[..., None], atol=4e-6)  # measured: 8.7e-7
 
 
@@ -101,9 +101,9 @@ def test_memory_for_logits_does_not_grow_with_the_scan():
         next(tile_logits(image))  # compiles
         tracemalloc.start()
         assert sum(1 for _ in tile_logits(image)) == depth
-        peaks[depth] = tracemalloc.get_traced_memory()[1] - image.nbytes  # the padded copy
+        peaks[depth] = tracemalloc.get_traced_memory()[1] - image.nbytes  # without the padded copy
         tracemalloc.stop()
-    all_logits = 360 * 32 * 32 * (2 + 1) * 4  # bytes of the additional slices, and their weights
+    all_logits = 360 * 32 * 32 * (2 + 1) * 4  # bytes of the logits and weights of the additional slices
     assert peaks[400] - peaks[40] < 0.1 * all_logits  # measured: 0.001
 
 
@@ -111,7 +111,7 @@ GOLDEN_RESAMPLING = np.load(GOLDEN / "nnunet_resampling.npz")
 
 
 @pytest.mark.parametrize("number", range(6))
-def test_logits_on_the_scans_grid_equal_nnunets(number):
+def test_logits_on_the_scans_grid_equal_nnunet(number):
     logits, expected, scan, plan = (GOLDEN_RESAMPLING[f"{n}{number}"] for n in ("logits", "out_logits", "from", "to"))
     shape = expected.shape[1:]
     box = tuple(slice(0, side) for side in shape)
@@ -124,8 +124,8 @@ def test_logits_on_the_scans_grid_equal_nnunets(number):
     ("spacing", "coarse_axis"),
     [((1.0, 1.0, 5.0), 2), ((1.0, 3.5, 3.5), None), ((2.0, 2.0, 5.0), 0), ((1.0, 1.0, 1.0), 0)],
 )
-def test_coarse_axis_of_the_plan_wins_on_the_way_back(spacing, coarse_axis):
-    """nnU-Net checks the spacing that it resamples from first: the scan's on the way there, the plan's back."""
+def test_resampling_to_the_scan_uses_the_coarse_axis_of_the_plan(spacing, coarse_axis):
+    """nnU-Net first checks the spacing that it resamples from: the scan's for images, the plan's for logits."""
     target = (5.0, 1.0, 1.0)
     image = PreprocessedImage(
         np.zeros((4, 5, 5)), (slice(0, 20), slice(0, 2), slice(0, 2)), (20, 2, 2), spacing, target, ()
@@ -149,7 +149,7 @@ def test_2d_tiles_cover_each_slice_once_per_flip():
     list(make_tile_logits([Counting()], make_configuration((6, 6)))(image))
     jax.effects_barrier()
     tiles = np.concatenate(batches)
-    for depth in range(1, 8):  # with four flips
+    for depth in range(1, 8):  # one tile for each of four flips
         assert np.count_nonzero((tiles == depth).all((1, 2, 3))) == 4
 
 

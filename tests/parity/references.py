@@ -1,6 +1,6 @@
-"""PyTorch modules of the convolutional networks and decoders, written from their papers, filled with our parameters.
+"""PyTorch modules of the convolutional networks and decoders, written from their papers, with our parameters.
 
-Encoders have torchvision's names, so that the conversion tables fill them; everything else has our names.
+Encoders use torchvision's names, so that the conversion tables apply; everything else uses our names.
 """
 
 from itertools import pairwise
@@ -116,7 +116,7 @@ class Bottleneck(nn.Module):
 
 
 class ReferenceResNet(nn.Module):
-    """Return the features of the stem, those after its max-pool, and those of each stage."""
+    """An encoder that returns the features of the stem, those after its max-pool, and those of each stage."""
 
     def __init__(self, blocks):
         super().__init__()
@@ -161,7 +161,7 @@ class ReferenceResNetUNet(nn.Module):
 
 
 class ReferenceVGG(nn.Module):
-    """Return the features after each max-pool, and the indices of the maxima."""
+    """An encoder that returns the features after each max-pool, and the indices of the maxima."""
 
     def __init__(self, stages):
         super().__init__()
@@ -188,7 +188,7 @@ class ReferenceSegNet(nn.Module):
     def __init__(self, stages, outputs):
         super().__init__()
         self.backbone = ReferenceVGG(stages)
-        # mirrored: of VGG-16 64 64, 128 128 64, 256 256 256 128, 512 512 512 256, 512 512 512 512
+        # mirrored; for VGG-16: 64 64, 128 128 64, 256 256 256 128, 512 512 512 256, 512 512 512 512
         widths = [stages[0], *([*stage, above[-1]] for above, stage in pairwise(stages))]
         self.up = nn.ModuleList(
             [nn.ModuleList([Unit(i, o, bias=True) for i, o in pairwise(stage)]) for stage in widths]
@@ -247,7 +247,7 @@ class ReferenceStage(nn.Module):
 
 
 class ReferenceFusion(nn.Module):
-    """Learns one row of scalars for each level, or one row for all levels; without rows the weights are equal."""
+    """Weighted sums of blocks, with one row of scalars per level, one for all levels, or none for equal weights."""
 
     def __init__(self, levels, blocks, rows):
         super().__init__()
@@ -261,7 +261,7 @@ class ReferenceFusion(nn.Module):
 
 
 class ReferenceFusionDecoder(nn.Module):
-    """Features [B, blocks, C, h, w] and images [B, 3, H, W]."""
+    """Decode features [B, blocks, C, h, w] and images [B, 3, H, W] to logits."""
 
     def __init__(self, width, blocks, rows, widths, outputs, stems, size):
         super().__init__()
@@ -289,12 +289,12 @@ class ReferenceLevel(nn.Module):
         self.project = nn.Conv2d(width, outputs, 1)  # 1×1×1
         self.depth = nn.Parameter(torch.zeros(places, outputs)) if places else None
 
-    def forward(self, x, slices, own):
+    def forward(self, x, slices, window):
         x = convolve_voxels(self.project, x)
         if self.depth is None:
             return x
         depth = functional.interpolate(self.depth.T[None], size=slices, mode="linear", align_corners=False)
-        return x + depth[:, :, own.start : own.stop, None, None]
+        return x + depth[:, :, window.start : window.stop, None, None]
 
 
 class ReferenceWindowUnit(nn.Module):
@@ -308,7 +308,7 @@ class ReferenceWindowUnit(nn.Module):
 
 
 class ReferenceWindowDecoder(nn.Module):
-    """Features [B, 4, C, d, h, w] of the slices `own` of a volume with that many `slices`."""
+    """Decode features [B, 4, C, d, h, w] of the slices `window`, a range, of a volume of `slices` slices."""
 
     def __init__(self, width, widths, outputs, places, depth):
         super().__init__()
@@ -317,10 +317,10 @@ class ReferenceWindowDecoder(nn.Module):
         self.units = nn.ModuleList([ReferenceWindowUnit(i, o, depth) for i, o in zip(inputs, widths, strict=True)])
         self.logits = nn.Conv2d(widths[-1], outputs, 1)
 
-    def forward(self, features, slices, own):
+    def forward(self, features, slices, window):
         x = None
         for level, unit, deepest in zip(self.levels, self.units, (3, 2, 1, 0), strict=True):
-            projected = level(features[:, deepest], slices, own)
+            projected = level(features[:, deepest], slices, window)
             if x is None:
                 x = projected
             else:
@@ -331,15 +331,15 @@ class ReferenceWindowDecoder(nn.Module):
 
 
 def convolve_voxels(convolution, x):
-    """Apply a 1×1×1 convolution to [B, C, d, h, w] as a matrix product, since PyTorch's own is slow on CPU."""
+    """Apply a 1×1×1 convolution to [B, C, d, h, w] as a matrix product, because Conv3d is slow on CPU."""
     return torch.einsum("oc,bcdhw->bodhw", convolution.weight[:, :, 0, 0], x) + convolution.bias[:, None, None, None]
 
 
-# --- nnU-Net: Isensee, Jaeger et al. 2021, as its plan says; names as in its own state dicts ---
+# --- nnU-Net: Isensee, Jaeger et al. 2021, built from a plan; names as in nnU-Net's state dicts ---
 
 
 class ReferenceConvolutions(nn.Module):
-    """`count` times a convolution, InstanceNorm and LeakyReLU; the first convolution has a stride."""
+    """`count` blocks of convolution, InstanceNorm and LeakyReLU; only the first convolution is strided."""
 
     def __init__(self, axes, inputs, outputs, kernel, stride, count):
         super().__init__()
@@ -360,23 +360,24 @@ class ReferenceConvolutions(nn.Module):
 
 
 class ReferenceNNUNet(nn.Module):
-    """Return the logits of every resolution, the finest first."""
+    """nnU-Net's network, which returns the logits of every resolution, the finest first."""
 
-    def __init__(self, c, outputs):
+    def __init__(self, configuration, outputs):
         super().__init__()
-        axes = len(c.patch_size)
+        axes, features = len(configuration.patch_size), configuration.features_per_stage
         self.encoder, self.decoder = nn.Module(), nn.Module()
-        widths = (1, *c.features_per_stage)
-        stages = zip(pairwise(widths), c.kernel_sizes, c.strides, c.n_conv_per_stage, strict=True)
+        kernels, strides = configuration.kernel_sizes, configuration.strides
+        stages = zip(pairwise((1, *features)), kernels, strides, configuration.n_conv_per_stage, strict=True)
         self.encoder.stages = nn.Sequential(
             *(nn.Sequential(ReferenceConvolutions(axes, i, o, *options)) for (i, o), *options in stages)
         )
         self.decoder.stages, self.decoder.transpconvs, self.decoder.seg_layers = (nn.ModuleList() for _ in range(3))
-        for level, count in zip(range(c.n_stages - 2, -1, -1), c.n_conv_per_stage_decoder, strict=True):
-            below, width, stride = c.features_per_stage[level + 1], c.features_per_stage[level], c.strides[level + 1]
+        levels = range(configuration.n_stages - 2, -1, -1)
+        for level, count in zip(levels, configuration.n_conv_per_stage_decoder, strict=True):
+            below, width, stride = features[level + 1], features[level], strides[level + 1]
             up = getattr(nn, f"ConvTranspose{axes}d")(below, width, stride, stride)
             self.decoder.transpconvs.append(up)
-            convolutions = ReferenceConvolutions(axes, 2 * width, width, c.kernel_sizes[level], 1, count)
+            convolutions = ReferenceConvolutions(axes, 2 * width, width, kernels[level], 1, count)
             self.decoder.stages.append(convolutions)
             self.decoder.seg_layers.append(getattr(nn, f"Conv{axes}d")(width, outputs, 1))
 
@@ -395,9 +396,9 @@ class ReferenceNNUNet(nn.Module):
         return logits[::-1]
 
 
-def nnunet_as_theirs(configuration, holder):
-    """Return our parameters or gradients of nnU-Net under the names of its state dict."""
-    arrays = flat_arrays(holder, nnx.Variable) if isinstance(holder, nnx.Module) else flat_state(holder)
+def nnunet_as_theirs(configuration, source):
+    """Return our parameters or gradients of nnU-Net under the names of nnU-Net's state dict."""
+    arrays = flat_arrays(source, nnx.Variable) if isinstance(source, nnx.Module) else flat_state(source)
     rows = nnunet_rows(configuration, arrays["logits.0.bias"].shape[0])
     return {
         row.theirs: arrays[row.ours].transpose(np.argsort(row.axes)) if row.axes else arrays[row.ours]
@@ -407,7 +408,7 @@ def nnunet_as_theirs(configuration, holder):
 
 
 def fill_nnunet(network, configuration, tensors):
-    """Set our nnU-Net's parameters from the arrays of its state dict, by name."""
+    """Set the parameters of our nnU-Net from the arrays of nnU-Net's state dict, by name."""
     variables = {".".join(map(str, path)): variable for path, variable in nnx.to_flat_state(nnx.state(network))}
     for row in nnunet_rows(configuration, tensors["decoder.seg_layers.0.bias"].shape[0]):
         if not row.optional:
@@ -417,7 +418,7 @@ def fill_nnunet(network, configuration, tensors):
 
 
 def nnunet_reference_of(configuration, network):
-    """Return PyTorch's nnU-Net with our parameters."""
+    """Return the PyTorch reference of nnU-Net with our parameters."""
     state = {name: torch.from_numpy(a.copy()) for name, a in nnunet_as_theirs(configuration, network).items()}
     reference = ReferenceNNUNet(configuration, state["decoder.seg_layers.0.bias"].shape[0])
     reference.to(next(iter(state.values())).dtype).load_state_dict(state)
@@ -472,26 +473,26 @@ def reference_of(network, size=None):
     missing, extra = reference.load_state_dict(state, strict=False)
     assert not extra
     assert all(name.endswith("num_batches_tracked") for name in missing)
-    kind = next(iter(state.values())).dtype
-    return reference.to(kind).eval()
+    dtype = next(iter(state.values())).dtype
+    return reference.to(dtype).eval()
 
 
 def widths_of(unet):
     return [convolutions.second.norm.scale.shape[0] for convolutions in unet.down]
 
 
-def as_theirs(network, holder):
+def as_theirs(network, source):
     """Return our parameters, statistics or gradients under the reference's names and in its layout: name -> array.
 
     Args:
         network: our network, encoder or decoder.
-        holder: a module or state with its structure that holds the arrays.
+        source: the network itself, or a state of the same structure, such as its gradients.
     """
-    arrays = flat_arrays(holder, nnx.Variable) if isinstance(holder, nnx.Module) else flat_state(holder)
+    arrays = flat_arrays(source, nnx.Variable) if isinstance(source, nnx.Module) else flat_state(source)
     if isinstance(network, ResNet | VGG):
         return encoder_as_theirs(network, arrays)
     ours = {name: array for name, array in arrays.items() if not name.startswith("backbone.")}
-    theirs = dict(rename(name, array) for name, array in ours.items())
+    theirs = dict(to_torch(name, array) for name, array in ours.items())
     if hasattr(network, "backbone"):
         backbone_arrays = {
             name.removeprefix("backbone."): array for name, array in arrays.items() if name.startswith("backbone.")
@@ -508,15 +509,13 @@ def flat_state(state):
 
 def encoder_as_theirs(encoder, arrays):
     rows = resnet_rows(encoder.variant) if isinstance(encoder, ResNet) else vgg_rows(encoder.variant)
-    # keeps float64, which `to_theirs` would round to float32
-    kind = next(iter(arrays.values())).dtype
 
     def read(name, block):
         return arrays[name] if block is None else arrays[name][block]
 
-    if kind == np.float32:
+    if next(iter(arrays.values())).dtype == np.float32:
         return dict(to_theirs(rows, arrays, read))
-    theirs = {}
+    theirs = {}  # `to_theirs` would round float64 to float32
     for row in rows:
         if row.ours in arrays:
             array = read(row.ours, row.block)
@@ -524,14 +523,15 @@ def encoder_as_theirs(encoder, arrays):
     return theirs
 
 
-def rename(name, array):
+def to_torch(name, array):
+    """Return the reference's name of one of our arrays, and the array in its layout."""
     module, _, leaf = name.rpartition(".")
-    if leaf == "kernel" and module.startswith("up.") and array.shape[1:3] == (2, 2):  # of a transposed convolution
+    if leaf == "kernel" and module.startswith("up.") and array.shape[1:3] == (2, 2):  # a transposed convolution
         return f"{module}.weight", array.transpose(0, 3, 1, 2)
-    if leaf == "kernel" and module.endswith(".project_skip"):  # of a convolution over 2×2 pixels, as a matrix
+    if leaf == "kernel" and module.endswith(".project_skip"):  # a convolution over 2×2 pixels, as a matrix
         outputs = array.shape[-1]
         return f"{module}.weight", array.reshape(2, 2, -1, outputs).transpose(3, 2, 0, 1)
-    if leaf == "kernel" and array.ndim == 2:  # of a 1×1 convolution, as a matrix
+    if leaf == "kernel" and array.ndim == 2:  # a 1×1 convolution, as a matrix
         return f"{module}.weight", array.T[:, :, None, None]
     if leaf == "kernel":
         *sides, inputs, outputs = range(array.ndim)

@@ -1,4 +1,4 @@
-"""DINOv3's 7B model, too large for a test: all shapes against the authors' code, and two of its blocks."""
+"""DINOv3 ViT-7B, which is too large for a test: all shapes against the authors' code, and tokens of two blocks."""
 
 from dataclasses import replace
 

@@ -15,7 +15,7 @@ from jaxla.models.backbones import TRANSFORMERS
 from tests.golden.checkpoints import converted, files_of, image_of
 from tests.golden.errors import beyond_bounds, golden_errors, lowest_bfloat16_cosine
 
-# All released architectures except DINOv2's l and g with registers, and DINOv3's 7B.
+# All released architectures except DINOv2 ViT-L and ViT-g with registers, and DINOv3 ViT-7B.
 ARCHITECTURES = sorted(
     filter(files_of, TRANSFORMERS), key=lambda arch: TRANSFORMERS[arch].depth * TRANSFORMERS[arch].width ** 2
 )
@@ -23,7 +23,7 @@ ARCHITECTURES = sorted(
 
 @pytest.fixture(scope="module")
 def conversion(request):
-    """Return the converted file of an architecture; convert the next one meanwhile, since each takes one core only."""
+    """A function that converts an architecture, and meanwhile the next one, since a conversion uses one core."""
     archs = [test.callspec.params["arch"] for test in request.session.items if test.path == request.path]
     files = {}
     with tempfile.TemporaryDirectory(prefix="jaxla_") as folder, ThreadPoolExecutor(2) as pool:
@@ -38,10 +38,10 @@ def conversion(request):
 
 
 @pytest.mark.parametrize("arch", ARCHITECTURES)
-def test_tokens_equal_the_authors(conversion, arch):
+def test_tokens_equal_the_authors_code(conversion, arch):
     converted_file = conversion(arch)
     vit = load_backbone(converted_file, jnp.float32)
-    converted_file.unlink()  # 4.5 GB of ViT-g
+    converted_file.unlink()  # ViT-g takes 4.5 GB
     for file in files_of(arch):
         errors = golden_errors(vit, file)
         assert {"cls", "patches", "patches_mean", "patches_std"} < errors.keys()

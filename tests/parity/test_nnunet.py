@@ -1,6 +1,6 @@
 """Gradients of nnU-Net's network against a PyTorch module in float64, and its initial parameters.
 
-Golden logits of nnU-Net's own code: tests/convert_weights/test_nnunet.py.
+tests/convert_weights/test_nnunet.py compares logits with those of nnU-Net's code.
 """
 
 import json
@@ -38,7 +38,7 @@ TINY = {
 @pytest.mark.parametrize("name", TINY)
 @pytest.mark.parametrize("outputs", [1, 3])
 def test_gradients_of_the_loss_equal_the_reference(name, outputs):
-    """Deep supervision of Dice and cross-entropy; for one output the reference has two, as nnU-Net has."""
+    """Dice and cross-entropy with deep supervision; if we have one output, the reference has two, as nnU-Net has."""
     with jax.enable_x64():
         configuration, rng = TINY[name], np.random.default_rng(0)
         network = randomise(nnx.eval_shape(lambda: NNUNet(configuration, outputs, dtype=jnp.float64, rngs=nnx.Rngs(0))))
@@ -74,11 +74,11 @@ def test_gradients_of_the_loss_equal_the_reference(name, outputs):
             key: np.zeros(p.shape) if p.grad is None else p.grad.numpy() for key, p in reference.named_parameters()
         }
         assert ours.keys() == expected.keys()
-        difference, length = (
+        difference, norm = (
             sum(np.square(array).sum() for array in arrays)
             for arrays in ((ours[key] - expected[key] for key in ours), expected.values())
         )
-        assert np.sqrt(difference / length) <= 1e-13  # measured: 1.8e-15
+        assert np.sqrt(difference / norm) <= 1e-13  # measured: 1.8e-15
 
 
 def their_loss(logits, mask, batch_dice):
@@ -100,7 +100,7 @@ def their_loss(logits, mask, batch_dice):
     return total / sum(weights)
 
 
-def test_sigmoid_of_one_output_equals_softmax_of_nnunets_two():
+def test_sigmoid_of_one_output_equals_softmax_of_nnunets_two_outputs():
     configuration = TINY["3d"]
     two = randomise(nnx.eval_shape(lambda: NNUNet(configuration, 2, rngs=nnx.Rngs(0))))
     graph = nnx.split(nnx.eval_shape(lambda: NNUNet(configuration, 1, rngs=nnx.Rngs(0))))[0]
@@ -134,8 +134,8 @@ def test_training_refuses_sides_that_evaluation_pads():
             network(wrong)
 
 
-def test_initial_parameters_are_distributed_as_nnunets():
-    """He's normal distribution for LeakyReLU of slope 0.01 by fan-in; biases are zero."""
+def test_initial_parameters_are_distributed_as_in_nnunet():
+    """He initialisation: normal, by fan-in, for LeakyReLU with slope 0.01; biases are zero."""
     two_stages = {"n_stages": 2, "features_per_stage": (64, 128), "strides": ((1, 1, 1), (2, 2, 2))}
     configuration = TINY["3d"]._replace(
         **two_stages, kernel_sizes=((3, 3, 3),) * 2, n_conv_per_stage=(1, 1), n_conv_per_stage_decoder=(1,)
@@ -144,7 +144,7 @@ def test_initial_parameters_are_distributed_as_nnunets():
     gain = 2 / (1 + 0.01**2)
     convolution = network.down[1][0].convolution
     np.testing.assert_allclose(np.std(convolution.kernel[...]), np.sqrt(gain / (27 * 64)), rtol=0.01)
-    up = network.up[0].kernel[...]  # for a transposed convolution PyTorch counts outputs
+    up = network.up[0].kernel[...]  # PyTorch's fan-in of a transposed convolution counts outputs
     np.testing.assert_allclose(np.std(up), np.sqrt(gain / (8 * 64)), rtol=0.01)
     assert not np.asarray(convolution.bias[...]).any()
 

@@ -1,6 +1,7 @@
 """The names and shapes that the conversion expects of each checkpoint, against those of the authors' code.
 
-ViT-l and ViT-g with registers have no golden file: here their shapes are those of the models without, plus registers.
+DINOv2 ViT-L and ViT-g with registers have no golden file; the expected shapes are those of the models without
+registers, plus the registers.
 """
 
 import pytest
@@ -15,6 +16,6 @@ SEVEN_BILLION = "dinov3_vit7b16"  # see test_dinov3_7b.py
 
 @pytest.mark.parametrize("arch", [arch for arch in ARCHITECTURES if arch != SEVEN_BILLION])
 def test_conversion_expects_the_authors_tensors(arch):
-    # only pretraining uses it, and only some checkpoints contain it
+    # only pretraining uses `local_cls_norm`, and only some checkpoints contain it
     rows = {row.theirs: row.shape for row in architecture_rows(arch) if not row.theirs.startswith("local_cls_norm")}
     assert rows == {name: tuple(shape) for name, shape in reference_shapes(arch).items()}

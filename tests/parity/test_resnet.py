@@ -15,12 +15,12 @@ from jaxla import load_backbone
 from tests.golden.fake_weights import fake_image, fake_state_dict
 
 GOLDEN = Path(__file__).parents[1] / "golden"
-# Measured: 1.7e-6 and 4.3e-7, of values whose standard deviation is 0.2 to 0.6.
+# Measured: 1.7e-6 and 4.3e-7, for values whose standard deviation is 0.2 to 0.6.
 MAX_ABS, RELATIVE_L2 = 1e-5, 1.5e-6
 
 
 @pytest.mark.parametrize(("arch", "height", "width"), [("resnet50", 64, 96), ("resnet152", 64, 64)])
-def test_features_equal_torchvisions(arch, height, width, tmp_path):
+def test_features_equal_torchvision(arch, height, width, tmp_path):
     source, output = tmp_path / f"{arch}_source.pth", tmp_path / f"{arch}.safetensors"
     state = fake_state_dict(json.loads((GOLDEN / f"{arch}.shapes.json").read_text()))
     torch.save({name: torch.as_tensor(array) for name, array in state.items()}, source)

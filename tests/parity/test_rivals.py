@@ -1,4 +1,4 @@
-"""The convolutional networks beside PyTorch modules written from their papers: logits, gradients, BatchNorm.
+"""The convolutional networks against PyTorch modules written from their papers: logits, gradients, BatchNorm.
 
 Our random parameters go through the conversion tables to PyTorch. Gradients and statistics are compared in float64,
 because in float32 rounding moves a few activations across a ReLU's zero in either implementation.
@@ -58,13 +58,13 @@ def network_of(name, outputs=1, dtype=jnp.float32):
     return network
 
 
-def batch(dtype=np.float32):
-    draw = np.random.default_rng(1)
-    return draw.random((2, *SIZE, 1)).astype(dtype), (draw.random((2, *SIZE, 1)) > 0.7).astype(dtype)
+def random_batch(dtype=np.float32):
+    rng = np.random.default_rng(1)
+    return rng.random((2, *SIZE, 1)).astype(dtype), (rng.random((2, *SIZE, 1)) > 0.7).astype(dtype)
 
 
 def their_input(name, images):
-    """Return images with channels first; for pretrained encoders three channels, ImageNet-normalised."""
+    """Return images with channels first; pretrained encoders get three channels, normalised as for ImageNet."""
     if name in ("resnet_unet", "segnet"):
         images = (images - np.array([0.485, 0.456, 0.406])) / np.array([0.229, 0.224, 0.225])
     return torch.from_numpy(np.ascontiguousarray(images.transpose(0, 3, 1, 2)))
@@ -72,12 +72,12 @@ def their_input(name, images):
 
 @pytest.mark.parametrize("name", NETWORKS)
 def test_logits_equal_the_reference(name):
-    network, images = network_of(name, outputs=3), batch()[0]
+    network, images = network_of(name, outputs=3), random_batch()[0]
     logits = nnx.jit(lambda network: network(images))(network)
     with torch.no_grad():
         theirs = reference_of(network)(their_input(name, images).float()).numpy().transpose(0, 2, 3, 1)
     assert logits.dtype == np.float32
-    bound = 8e-6 if "Instance" in name else 2e-6  # measured: 3.9e-6 and 6e-7, of values with a deviation of 0.02 to 0.6
+    bound = 8e-6 if "Instance" in name else 2e-6  # measured: 3.9e-6 and 6e-7, for values with an SD of 0.02 to 0.6
     assert np.abs(logits - theirs).max() <= bound
 
 
@@ -86,7 +86,7 @@ def test_training_equals_the_reference(name):
     """The gradients of binary cross-entropy, and BatchNorm's statistics after five steps of Adam."""
     with jax.enable_x64():
         network = network_of(name, dtype=jnp.float64)
-        images, mask = batch(np.float64)
+        images, mask = random_batch(np.float64)
         reference = reference_of(network).train()
         network.train()
         graph, parameters, statistics = nnx.split(network, nnx.Param, ...)
@@ -123,7 +123,7 @@ def test_training_equals_the_reference(name):
 
 
 def relative_l2(ours, theirs):
-    """Return the relative L2 difference over all arrays, since the gradient of a bias before BatchNorm is rounding."""
+    """Return the relative L2 difference over all arrays: the gradient of a bias before BatchNorm is only rounding."""
     theirs = {name: theirs[name].numpy() for name in ours}
     difference = sum(np.square(ours[name] - theirs[name]).sum() for name in ours)
     return np.sqrt(difference / sum(np.square(array).sum() for array in theirs.values()))

@@ -14,7 +14,7 @@ from tests.golden.live import live_model, live_tokens
 
 
 @functools.cache  # three architectures, 22 million parameters each
-def both(arch):
+def model_pair(arch):
     vit = golden_backbone(arch)
     return vit, live_model(vit)
 
@@ -23,7 +23,7 @@ def both(arch):
     ("arch", "batch", "height", "width"),
     [
         ("dinov2_vits14", 1, 448, 448),
-        ("dinov2_vits14", 1, 518, 518),  # the learned grid's own size
+        ("dinov2_vits14", 1, 518, 518),  # the size of the learned grid
         ("dinov2_vits14", 2, 224, 518),
         ("dinov2_vits14_reg", 1, 448, 448),
         ("dinov2_vits14_reg", 2, 518, 224),
@@ -32,7 +32,7 @@ def both(arch):
     ],
 )
 def test_all_tokens_of_all_blocks_equal(arch, batch, height, width):
-    vit, model = both(arch)
+    vit, model = model_pair(arch)
     images = fake_image(height, width, batch).transpose(0, 2, 3, 1)
     # measured at most: 4.5e-6 and 6.0e-7
     assert not beyond_bounds(live_errors(vit, images, *live_tokens(model, images)))

@@ -54,19 +54,19 @@ def test_periods_come_from_the_checkpoint():
     vit = tiny_backbone(variant=ROTARY)
     formula = rotary_periods(ROTARY.width // ROTARY.heads)
     vit.periods.set_value(formula)
-    of_formula = vit(IMAGES)
+    formula_tokens = vit(IMAGES)
     vit.periods.set_value(formula.astype(jnp.bfloat16).astype(jnp.float32))
     model = live_model(vit)
     np.testing.assert_allclose(1 / model.rope_embeddings.inv_freq, vit.periods[...], rtol=1e-6)
     assert not beyond_bounds(live_errors(vit, IMAGES, *live_tokens(model, IMAGES)))
-    assert np.abs(of_formula.patches - vit(IMAGES).patches).max() > 1e-3
+    assert np.abs(formula_tokens.patches - vit(IMAGES).patches).max() > 1e-3
 
 
 # --- where `transformers` and the authors' code differ ---
 
 
 def test_transformers_resizes_the_grid_without_the_authors_offset():
-    """Its DINOv2 scales by n / G, the authors' by (n + 0.1) / G, so the tokens differ."""
+    """`transformers` scales the grid by n / G, the authors' code by (n + 0.1) / G, so the tokens differ."""
     vit = tiny_backbone(variant=TINY)
     tokens, hidden = live_tokens(live_model(vit), IMAGES)
     other_tokens, _ = live_tokens(live_model(vit, authors_grid=False), IMAGES)
@@ -87,11 +87,11 @@ def test_offset_and_antialiasing_change_the_grid(registers):
         authors_resize(grid, 32, 45, kind)[0].permute(1, 2, 0) for kind in (registers, not registers)
     )
     ours = resize_grid(jnp.asarray(grid[0].permute(1, 2, 0)), 32, 45, antialias=registers)
-    np.testing.assert_allclose(ours, expected, atol=5e-6)  # measured: 3.4e-6, of values up to 4.3
+    np.testing.assert_allclose(ours, expected, atol=5e-6)  # measured: 3.4e-6, for values up to 4.3
     assert np.abs(ours - different.numpy()).max() > 0.1
 
 
 def test_periods_equal_those_of_transformers():
-    """It multiplies by the inverses, so the two differ by rounding."""
+    """`transformers` multiplies by the inverse periods, so the two differ by rounding."""
     model = DINOv3ViTModel(DINOv3ViTConfig(num_hidden_layers=1, hidden_size=128, num_attention_heads=2))
     np.testing.assert_allclose(1 / model.rope_embeddings.inv_freq, rotary_periods(64), rtol=1e-6)

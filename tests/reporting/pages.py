@@ -1,4 +1,4 @@
-"""Results of a run, computed from box masks with the package's own metrics; and a parser of HTML pages."""
+"""Results of a run, computed from box masks with the package's metrics, and a parser of HTML pages."""
 
 import base64
 import io
@@ -32,7 +32,7 @@ def outcome(predictions, names=("LA",), references=None):
 
     Args:
         predictions: test case -> rows of its predicted box.
-        references: rows of reference boxes, where they are not `REFERENCE`.
+        references: test case -> rows of its reference box, if they are not `REFERENCE`.
     """
     k = len(names)
     references = {name: REFERENCE for name in predictions} | (references or {})
@@ -90,7 +90,7 @@ def outcome(predictions, names=("LA",), references=None):
 
 
 class Page(HTMLParser):
-    """A page: its tags with attributes, its text, and its tables as lists of rows of cell texts."""
+    """A parsed page: its tags with attributes, its text, and its tables as lists of rows of cell texts."""
 
     def __init__(self, html):
         super().__init__()

@@ -35,12 +35,12 @@ def two_classes():
     return outcome({"a1": GOOD, "a2": POOR}, names=("Anterior", "Posterior"))
 
 
-def shown(cell):
-    """`0.855 ± 0.046` -> (0.855, 0.046); a dash is None."""
+def parse_cell(cell):
+    """Parse `0.855 ± 0.046` to (0.855, 0.046), and a dash to None."""
     return tuple(None if part == "–" else float(part.replace("−", "-")) for part in cell.split(" ± "))
 
 
-def expected(statistics, digits):
+def expected_cell(statistics, digits):
     return tuple(None if statistics[key] is None else round(statistics[key], digits) for key in ("mean", "sd"))
 
 
@@ -64,7 +64,7 @@ def test_results_have_every_number_of_the_summary(run, page_of, request):
             digits = 2 if metric.endswith(("_mm", "_ml", "_mm2")) else 3
             for column, cell in zip(COLUMNS, cells, strict=True):
                 if metric in block[column]:
-                    assert shown(cell) == expected(block[column][metric], digits)
+                    assert parse_cell(cell) == expected_cell(block[column][metric], digits)
                 else:
                     assert cell == "–"
 
@@ -77,7 +77,7 @@ def test_headline_has_dice_and_iou_of_network_and_atlas_with_unit_and_n(one_clas
         ("Atlas baseline Dice", one_class["summary"]["atlas"], "dice"),
         ("Atlas baseline IoU", one_class["summary"]["atlas"], "iou"),
     ):
-        mean, sd = expected(summary[metric], 3)
+        mean, sd = expected_cell(summary[metric], 3)
         assert f"{name} {mean:.3f} ± {sd:.3f} mean ± sd per volume, n = 3" in text
 
 
@@ -115,10 +115,11 @@ def test_options_without_effect_are_not_listed(one_class, page_of):
     assert "had no effect" not in page_of(one_class).text
 
 
-def test_no_line_break_divides_an_options_name(one_class, page_of):
+def test_names_of_options_are_not_divided_by_line_breaks(one_class, page_of):
     one_class["record"]["command"] = "python -m jaxla.train --exp=a --data.root=/my--scans/b-c --resume"
     page = page_of(one_class)
-    assert page.tags.count(("span", {"class": "option"})) == 2 + 3  # to reproduce the run, and as it was typed
+    # in the command that reproduces the run, and in the original one
+    assert page.tags.count(("span", {"class": "option"})) == 2 + 3
     assert re.search(r"\.option \{ white-space: nowrap; \}", page.style)
     assert "python -m jaxla.train --exp=a --data.root=/my--scans/b-c" in page.text
 
@@ -220,8 +221,8 @@ def test_single_case_has_no_standard_deviation(page_of):
     assert f"Test Dice {run['summary']['dice']['mean']:.3f} ± – mean ± sd per volume, n = 1" in page.text
     title, dice, *_ = page.table("Metric")[0]
     assert title == ["LA", "n = 1 volume", "n = 1 volume", "n = 10 slices"]
-    assert shown(dice[1]) == expected(run["summary"]["dice"], 3)
-    assert shown(dice[1])[1] is None
+    assert parse_cell(dice[1]) == expected_cell(run["summary"]["dice"], 3)
+    assert parse_cell(dice[1])[1] is None
 
 
 def test_empty_masks_are_marked(page_of):
@@ -270,8 +271,8 @@ def test_slices_are_embedded_at_their_own_resolution_and_aspect_ratio(one_class,
     for index, svg in zip(indices, slices, strict=True):
         (grey,) = embedded_images(svg)
         assert grey.shape == SHAPE[1:]
-        wanted = np.clip((panel.image[index] - low) / (high - low), 0, 1) * 255
-        assert np.abs(grey - wanted).max() < 2  # of 255: matplotlib takes the level below
+        expected_grey = np.clip((panel.image[index] - low) / (high - low), 0, 1) * 255
+        assert np.abs(grey - expected_grey).max() < 2  # of 255, because matplotlib rounds down
         width, height = map(float, re.search(r'viewBox="0 0 (\S+) (\S+)"', svg).groups())
         assert height / width == pytest.approx(SHAPE[1] * SPACING[1] / (SHAPE[2] * SPACING[2]), rel=1e-3)
 
@@ -323,23 +324,23 @@ def test_incomplete_record_keeps_the_old_report(one_class, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("how", "caption"),
+    ("block_weights", "caption"),
     [
         ("per_level", "Learned weights in the best epoch; each row sums to 1"),
         ("uniform", "The weights are equal and were not learned; each row sums to 1"),
     ],
 )
-def test_block_weights_of_a_fusion_are_shown(one_class, page_of, how, caption):
+def test_block_weights_of_a_fusion_are_shown(one_class, page_of, block_weights, caption):
     assert "Weights of the backbone" not in page_of(one_class).text
     one_class["summary"]["block_weights"] = {"blocks": [0, 11], "levels": [[0.25, 0.75], [0.5, 0.5], [0.9, 0.1]]}
-    one_class["record"]["experiment"]["model"]["block_weights"] = how
+    one_class["record"]["experiment"]["model"]["block_weights"] = block_weights
     page = page_of(one_class)
     assert f"Weights of the backbone's blocks {caption} Cost" in page.text
     (alt,) = [tag["alt"] for name, tag in page.tags if name == "img" and "blocks" in tag["alt"]]
     assert alt == "Weight of each of 2 blocks at each of 3 levels of the decoder"
 
 
-def test_words_of_the_caller_describe_network_and_validation(one_class, page_of):
+def test_the_record_describes_the_input_of_the_network_and_the_unit_of_validation(one_class, page_of):
     one_class["record"] |= {"unit": "over all patches together", "input": "patches of 8 × 32 × 32 voxels"}
     text = page_of(one_class).text
     assert "One input of the network: patches of 8 × 32 × 32 voxels. Data." in text

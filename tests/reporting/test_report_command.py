@@ -12,7 +12,7 @@ def run(small_run, tmp_path):
     return shutil.copytree(small_run, tmp_path / "small run")
 
 
-def test_the_page_and_the_overlays_are_the_same_again(run, small_run, tmp_path):
+def test_rewritten_page_and_overlays_are_identical(run, small_run, tmp_path):
     for name in ("report.html", "test/overlays.png"):
         (run / name).unlink()
     printed = succeed(tmp_path, "jaxla.report", f"--run={run}", f"--cache-dir={small_run.parent / 'cache'}")
@@ -27,8 +27,8 @@ def test_the_page_can_be_written_without_the_cache_from_scans_that_moved(run, sm
     assert (run / "report.html").read_bytes() == (small_run / "report.html").read_bytes()
     masks = sorted(scans.rglob("atriumSegImgMO.nii.gz"))
     contents = [mask.read_bytes() for mask in masks]
-    for mask, other in zip(masks, contents[1:] + contents[:1], strict=True):
-        mask.write_bytes(other)
+    for mask, content in zip(masks, contents[1:] + contents[:1], strict=True):
+        mask.write_bytes(content)
     line = refuse(tmp_path, "jaxla.report", f"--run={run}", f"--data.root={scans}", f"--cache-dir={tmp_path / 'cache'}")
     assert line.endswith("has changed since training. Pass the folder of the original files as --data.root.")
 

@@ -1,4 +1,4 @@
-"""What several tests of whole runs read and start."""
+"""Helpers of the tests of whole runs."""
 
 import json
 
@@ -13,14 +13,14 @@ def read_json(path):
 
 
 def train(folder, phantoms, *options):
-    """Train on phantoms in `folder / "run"`, with the cache beside it; return the run's folder and what was printed."""
+    """Train on phantoms in `folder / "run"`, with the cache next to it; return the run's folder and the output."""
     run = folder / "run"
     folders = (f"--data.root={phantoms}", f"--run-dir={run}", f"--cache-dir={folder / 'cache'}")
     return run, succeed(folder, "jaxla.train", *folders, *options)
 
 
 def predict(run, scan, mask):
-    """Segment a scan with a run; return what was printed."""
+    """Segment a scan with a run; return the output."""
     return succeed(mask.parent, "jaxla.predict", f"--run={run}", f"--input={scan}", f"--output={mask}")
 
 
@@ -28,8 +28,8 @@ def scan_file(phantoms, case):
     return phantoms / "task2" / "train_data" / case / "enhanced.nii.gz"
 
 
-def assert_predicts_its_test_mask(run, phantoms, folder):
-    """Check that `predict` gives the mask of the run's first test case; return that mask and what was printed."""
+def assert_predict_reproduces_test_mask(run, phantoms, folder):
+    """Check that `predict` gives the mask of the run's first test case; return that mask and the output."""
     case = read_json(run / "split.json")["test"][0]
     printed = predict(run, scan_file(phantoms, case), folder / "mask.nii.gz")
     expected, mask = (

@@ -1,4 +1,4 @@
-"""--data.split=all: runs in which every patient trains, so that nothing is validated or tested."""
+"""--data.split=all: runs that use every patient for training, without validation or test."""
 
 import json
 
@@ -29,7 +29,7 @@ def run(phantoms, tmp_path_factory):
     return run
 
 
-def test_the_run_says_that_nothing_was_tested(run):
+def test_output_and_report_say_that_nothing_was_tested(run):
     printed = (run.parent / "printed.txt").read_text()
     assert "patients: 6 training, 0 validation, 0 test" in printed
     assert "unet_small (random weights, trained): trained; no test cases. To test, segment" in printed
@@ -68,7 +68,7 @@ def test_a_dry_run_needs_neither_validation_nor_test(phantoms, tmp_path):
     assert "; test " in printed
 
 
-def test_whole_volumes_train_without_validation(phantoms, tmp_path):
+def test_training_on_whole_volumes_works_without_validation(phantoms, tmp_path):
     run, _ = train(tmp_path, phantoms, *WINDOWS)
     (line,) = map(json.loads, (run / "metrics.jsonl").read_text().splitlines())
     assert np.isfinite(line["train_loss"])

@@ -1,4 +1,4 @@
-"""--fold=all with a frozen backbone: five runs on one preparation of the data, tested together, and resumed."""
+"""--fold=all with a frozen backbone: five runs that share prepared data and are tested together; resuming."""
 
 import json
 import re
@@ -10,7 +10,7 @@ import pytest
 import jaxla
 from jaxla.runs.trained import load_run
 from tests.commands import refuse, succeed
-from tests.runs.folders import assert_predicts_its_test_mask
+from tests.runs.folders import assert_predict_reproduces_test_mask
 
 pytestmark = pytest.mark.usefixtures("fast_compilation")
 
@@ -65,14 +65,14 @@ def test_folds_share_everything_but_their_trained_parameters(run):
         assert not {"--fold", "all"} & set(words)
 
 
-def test_a_frozen_random_backbone_follows_from_the_seed(run):
+def test_a_frozen_random_backbone_is_determined_by_the_seed(run):
     assert json.loads((run / "test" / "summary.json").read_text())["backbone"] == "vit_mini8 (random weights, frozen)"
     drawn = jaxla.build_network("vit_mini8", seed=1, weights="random").backbone
     loaded = jaxla.load_network(run / "fold_2").backbone
     assert np.array_equal(drawn.blocks.mlp.expand.kernel[...], loaded.blocks.mlp.expand.kernel[...])
 
 
-def test_folds_validate_on_every_patient_once_and_test_on_the_same(run):
+def test_folds_validate_on_every_patient_once_and_share_the_test_patients(run):
     split = json.loads((run / "split.json").read_text())
     pool = sorted(split["train"] + split["val"])
     folds = [json.loads((run / f"fold_{k}" / "split.json").read_text()) for k in range(5)]
@@ -82,7 +82,7 @@ def test_folds_validate_on_every_patient_once_and_test_on_the_same(run):
     assert json.loads((run / "test" / "summary.json").read_text())["dice"]["n"] == len(split["test"])
 
 
-def test_report_info_and_prediction_are_those_of_all_folds(run, phantoms, tmp_path):
+def test_report_info_and_prediction_combine_all_folds(run, phantoms, tmp_path):
     page = (run / "report.html").read_text()
     assert "5 folds of 5 patients" in page
     assert "5 patients for training and validation in turn, 1 for testing" in page
@@ -91,7 +91,7 @@ def test_report_info_and_prediction_are_those_of_all_folds(run, phantoms, tmp_pa
     assert "best Dice 0." in succeed(tmp_path, "jaxla.info", run / "fold_2")
     with pytest.raises(jaxla.InputError, match="Give one fold, as in fold_0"):
         jaxla.load_network(run)
-    assert_predicts_its_test_mask(run, phantoms, tmp_path)
+    assert_predict_reproduces_test_mask(run, phantoms, tmp_path)
 
 
 def test_step_memory_is_the_maximum_over_folds(run):

@@ -1,4 +1,4 @@
-"""A run's folder appears with all its files or not at all, and belongs to one process at a time."""
+"""A run's folder appears with all its files or not at all, and is locked by one process at a time."""
 
 import json
 import logging
@@ -36,8 +36,8 @@ def names(folder):
     return {path.name for path in folder.iterdir()}
 
 
-def hold(folder: Path, resume: bool = False) -> None:
-    """Stay in the folder; runs in another process."""
+def lock_until_killed(folder: Path, resume: bool = False) -> None:
+    """Keep the folder locked until this process, which a test starts, is killed, or for 600 s."""
     try:
         with open_folder(folder, resume):
             print("inside", flush=True)
@@ -56,10 +56,10 @@ def wait_for_answers(*logs):
 
 
 @pytest.fixture
-def held(tmp_path):
-    """A run's folder, and the process that holds it."""
+def locked(tmp_path):
+    """A run's folder, and the process that keeps it locked."""
     folder = tmp_path / "runs" / "run"
-    process = start_process(tmp_path / "holder.log", hold, folder)
+    process = start_process(tmp_path / "holder.log", lock_until_killed, folder)
     assert wait_for_answers(tmp_path / "holder.log") == ["inside\n"]
     yield folder, process
     process.kill()
@@ -85,7 +85,7 @@ def test_an_empty_folder_can_be_used(tmp_path):
         assert names(tmp_path / "run") == FILES
 
 
-def test_files_of_a_killed_start_are_replaced(tmp_path):
+def test_files_of_a_run_killed_at_its_start_are_replaced(tmp_path):
     for name in (".lock", "split.json", f".{32 * 'a'}.experiment.json"):
         (tmp_path / name).write_text("half")
     require_free(tmp_path)
@@ -102,8 +102,8 @@ def test_a_full_disk_leaves_no_folder(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_second_process_is_refused(held):
-    folder, _ = held
+def test_a_second_process_is_refused(locked):
+    folder, _ = locked
     before = {path: path.stat().st_mtime_ns for path in folder.iterdir()}
     assert is_running(folder)
     with pytest.raises(InputError, match=f"^--run-dir={folder}: another process is training there"):
@@ -122,8 +122,8 @@ def test_a_second_process_is_refused(held):
     assert names(folder.parent) == {"run"}
 
 
-def test_a_killed_process_releases_the_folder(held):
-    folder, process = held
+def test_a_killed_process_releases_the_folder(locked):
+    folder, process = locked
     os.kill(process.pid, 9)
     process.join()
     assert not is_running(folder)
@@ -133,7 +133,7 @@ def test_a_killed_process_releases_the_folder(held):
 
 
 @pytest.mark.parametrize("content", [None, "", "{", "[1]"])
-def test_lost_lists_are_written_again(tmp_path, content):
+def test_lost_or_damaged_case_lists_are_written_again(tmp_path, content):
     with open_folder(tmp_path / "run"):
         pass
     before = {path: path.read_text() for path in (tmp_path / "run" / "cases.json", tmp_path / "run" / "split.json")}
@@ -149,18 +149,18 @@ def test_lost_lists_are_written_again(tmp_path, content):
         assert {path: path.read_text() for path in before} == before
 
 
-def test_resuming_records_each_session_and_moved_files(tmp_path):
+def test_resuming_records_each_session_and_the_new_data_folder(tmp_path):
     with open_folder(tmp_path / "run"):
         pass
     moved = replace(EXPERIMENT, data=replace(EXPERIMENT.data, root="/elsewhere"))
     now = replace(RECORD, experiment=moved, begun="2026-02-02T00:00:00+00:00", command="python -m jaxla.train --resume")
-    for times in (1, 2):
+    for sessions in (1, 2):
         with run_folder(tmp_path / "run", now, SPLIT, CASES, resume=True):
             pass
         record = read_record(tmp_path / "run")
         assert (record.begun, record.command) == (RECORD.begun, RECORD.command)
         assert record.experiment.data.root == "/elsewhere"
-        assert [session["begun"] for session in record.resumed] == [now.begun] * times
+        assert [session["begun"] for session in record.resumed] == [now.begun] * sessions
 
 
 def test_resuming_with_different_settings_of_jax_is_logged(tmp_path, caplog):
@@ -196,7 +196,7 @@ def test_one_of_two_processes_that_start_together_gets_the_folder(tmp_path, resu
         with open_folder(tmp_path / "run"):
             pass
     logs = [tmp_path / "1.log", tmp_path / "2.log"]
-    processes = [start_process(log, hold, tmp_path / "run", resume) for log in logs]
+    processes = [start_process(log, lock_until_killed, tmp_path / "run", resume) for log in logs]
     answers = sorted(wait_for_answers(*logs))
     assert answers[0] == "inside\n"
     assert answers[1].startswith(f"refused: --run-dir={tmp_path / 'run'}: another process is training there")

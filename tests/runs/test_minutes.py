@@ -1,4 +1,4 @@
-"""--training.minutes: the steps that fit into a time, chosen once and kept; with the method for few patients."""
+"""--training.minutes: the number of steps that fit into the time is chosen once and recorded."""
 
 import shutil
 
@@ -7,7 +7,7 @@ import pytest
 from jaxla.config import Training
 from jaxla.runs.speed import Speed, fit_to_minutes, measuring_seconds
 from tests.commands import refuse_to_train, succeed
-from tests.runs.folders import assert_predicts_its_test_mask, read_json, train
+from tests.runs.folders import assert_predict_reproduces_test_mask, read_json, train
 
 pytestmark = pytest.mark.usefixtures("fast_compilation")
 
@@ -29,7 +29,7 @@ def trained(phantoms, tmp_path_factory):
     return train(tmp_path_factory.mktemp("minutes"), phantoms, *OPTIONS)
 
 
-def test_the_steps_are_recorded_and_taken(trained):
+def test_the_number_of_steps_is_recorded_and_used(trained):
     run, printed = trained
     record = read_json(run / "experiment.json")
     assert record["fitted_epochs"] == 2
@@ -40,7 +40,7 @@ def test_the_steps_are_recorded_and_taken(trained):
     assert "finished" in succeed(run.parent, "jaxla.info", run)
 
 
-def test_few_patients_are_not_spent_on_validation(trained):
+def test_none_of_a_few_patients_are_used_for_validation(trained):
     run, printed = trained
     assert {part: len(ids) for part, ids in read_json(run / "split.json").items()} == {"train": 5, "val": 0, "test": 1}
     assert "val loss" not in printed
@@ -71,9 +71,9 @@ def test_a_resumed_run_takes_the_recorded_steps(trained, phantoms, tmp_path):
     assert (resumed / "test" / "cases.csv").read_bytes() == (run / "test" / "cases.csv").read_bytes()
 
 
-def test_predict_gives_the_mask_of_the_test(trained, phantoms, tmp_path):
+def test_predict_reproduces_the_test_mask(trained, phantoms, tmp_path):
     run, _ = trained
-    assert_predicts_its_test_mask(run, phantoms, tmp_path)
+    assert_predict_reproduces_test_mask(run, phantoms, tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -89,13 +89,13 @@ def test_validation_takes_at_most_a_fifth_of_the_time(minutes, epochs, steps):
     assert (fitted.epochs, fitted.steps) == (epochs, steps)
 
 
-def test_without_validation_all_of_the_time_is_for_steps():
+def test_without_validation_all_time_is_spent_on_steps():
     fitted = fit_to_minutes(Training(epochs=10, minutes=1), SPEED._replace(validation_seconds=0.0))
     assert (fitted.epochs, fitted.steps) == (10, 12)
 
 
 def test_a_forecast_includes_the_time_for_measuring_steps():
-    """Compilation and up to five seconds of steps."""
+    """The measurement consists of compilation and at most five seconds of steps."""
     seconds = [measuring_seconds(Training(minutes=minutes), SPEED) for minutes in (0, 0.05, 10)]
     assert seconds == [0.0, 9.0 + 3.0, 9.0 + 5.0]
 

@@ -1,4 +1,4 @@
-"""Whole runs of papers 2 and 3, on a small backbone: features are cached, and the same masks are predicted again."""
+"""Whole runs of papers 2 and 3 on a small backbone: features are cached, and `predict` reproduces the test masks."""
 
 import json
 
@@ -9,7 +9,7 @@ import pytest
 
 import jaxla
 from tests.commands import refuse
-from tests.runs.folders import assert_predicts_its_test_mask, read_json, scan_file, train
+from tests.runs.folders import assert_predict_reproduces_test_mask, read_json, scan_file, train
 
 pytestmark = pytest.mark.usefixtures("fast_compilation")
 
@@ -39,10 +39,10 @@ def test_fusion_trains_on_cached_features_and_images(phantoms, tmp_path):
     assert weights["blocks"] == [1, 3]
     assert np.shape(weights["levels"]) == (2, 2)
     np.testing.assert_allclose(np.sum(weights["levels"], axis=1), 1, rtol=1e-6)
-    assert np.ptp(weights["levels"]) > 1e-3  # they start equal
+    assert np.ptp(weights["levels"]) > 1e-3  # all weights start equal
     assert "Weights of the backbone's blocks" in (run / "report.html").read_text()
 
-    mask, _ = assert_predicts_its_test_mask(run, phantoms, tmp_path)
+    mask, _ = assert_predict_reproduces_test_mask(run, phantoms, tmp_path)
     assert mask.any()
 
 
@@ -64,7 +64,7 @@ def test_windows_train_on_cached_features_of_volumes(phantoms, tmp_path):
     )
     assert cost["multiply_adds"] > 0
 
-    mask, printed = assert_predicts_its_test_mask(run, phantoms, tmp_path)
+    mask, printed = assert_predict_reproduces_test_mask(run, phantoms, tmp_path)
     assert f"{run}: the depth embedding's 32 entries are interpolated to " in printed
     assert mask.shape == nib.load(scan_file(phantoms, split["test"][0])).shape
 

@@ -1,4 +1,4 @@
-"""What `predictions.csv` says of a mask, and which scans count as unlike the training scans."""
+"""The description of a mask in `predictions.csv`, and which scans count as different from the training scans."""
 
 import nibabel as nib
 import numpy as np
@@ -17,7 +17,7 @@ def test_a_mask_is_described_by_class():
     volume = Volume("scan", np.zeros((6, 4, 4)), np.diag([5.0, 0.5, 0.5, 1]), nib.Nifti1Header())
     classes = np.zeros((6, 4, 4), np.uint8)
     classes[1:3, 1:3, 1:3] = 1
-    classes[3, 3, 3] = 1  # touches the first box with a corner, and the border
+    classes[3, 3, 3] = 1  # touches a corner of the first box, and the border
     classes[4, 1, 1] = 2
     first, second, third = describe_mask(classes, ["a", "b", "c"], volume)
     assert first == {
@@ -37,7 +37,7 @@ def test_the_axis_of_a_single_slice_has_no_border():
     assert describe_mask(classes, ["a"], volume)[0]["touches_border"] == "yes"
 
 
-def test_rows_of_a_table_are_replaced_by_case_and_columns_of_the_user_stay(tmp_path):
+def test_rows_are_replaced_by_case_and_columns_of_the_user_are_kept(tmp_path):
     table = tmp_path / "predictions.csv"
     replace_rows(table, ["a", "b"], [{"case": "a", "voxels": 1}, {"case": "b", "voxels": 2}])
     rows = read_csv(table)
@@ -72,12 +72,12 @@ LA = {
         ({"slice_axis": "left-right"}, ["slices along left-right (training: head-foot)"]),
     ],
 )
-def test_a_scan_is_unlike_the_training_scans_beyond_a_margin_of_their_range(changes, differences):
+def test_a_scan_is_different_if_it_exceeds_the_range_of_the_training_scans_by_a_margin(changes, differences):
     training = summarise_scans([ScanFacts(**LA), ScanFacts(**LA | {"size_mm": (100.0, 360, 360), "grey_median": 0.3})])
     assert find_differences(ScanFacts(**LA | changes), training) == differences
 
 
-def test_the_part_of_a_scan_follows_its_voxels_before_its_name():
+def test_a_scan_is_assigned_to_a_part_by_its_voxels_first_and_then_by_its_name():
     known = KnownScans({"a": "training", "b": "test"}, {"0a": "a", "0b": "b", "0c": "c"}, {})
     parts = [find_part(known, *scan) for scan in (("b", "0a"), ("x", "0b"), ("x", "0c"), ("a", "1"), ("x", "1"))]
     assert parts == ["training", "test", "unused", "training (same name)", ""]

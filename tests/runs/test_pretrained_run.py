@@ -1,4 +1,4 @@
-"""Whole runs on pretrained backbones: fine-tuned, and frozen with a weights file that must stay the same."""
+"""Whole runs on pretrained backbones: fine-tuned, and frozen with a weights file that must not change."""
 
 import shutil
 
@@ -20,7 +20,7 @@ def kernels(backbone):
     return np.asarray(backbone.blocks.mlp.expand.kernel[...])
 
 
-def test_a_finetuned_backbone_starts_from_its_weights_and_moves(phantoms, tmp_path):
+def test_a_finetuned_backbone_starts_from_its_weights_and_is_trained(phantoms, tmp_path):
     pretrained, weights = jaxla.build_network("vit_mini8", seed=1).backbone, tmp_path / "mini.safetensors"
     save_random(weights, pretrained, "vit_mini8", seed=1)
     options = ("--method=vit_mini8", f"--model.weights={weights}", "--preprocessing.image_size=48")
@@ -42,7 +42,7 @@ def test_a_frozen_backbone_is_loaded_from_its_file_which_must_not_change(phantom
     assert read_json(run / "experiment.json")["weights"] == str(weights)
     assert np.array_equal(kernels(jaxla.load_network(run).backbone), kernels(jaxla.load_backbone(weights)))
 
-    # The same numbers, converted from a file with another name, are the same weights.
+    # Weights converted from a renamed copy of the checkpoint are accepted, because the numbers are the same.
     renamed, before = shutil.copy(source, tmp_path / "renamed.safetensors"), weights.read_bytes()
     succeed(tmp_path, "convert_weights.__main__", *convert, f"--source={renamed}", "--force")
     assert weights.read_bytes() != before

@@ -12,7 +12,7 @@ from tests.runs.folders import predict, read_json
 
 
 def test_classes_of_dataset_json_and_reoriented_scans(hippocampus, tmp_path):
-    """Fifteen real patients: masks hold the data set's own values, and a reoriented scan gets the same mask."""
+    """Fifteen real patients: masks use the data set's label values, and a reoriented scan gets the same mask."""
     run, data = tmp_path / "run", tmp_path / "data"
     content = json.loads((hippocampus / "dataset.json").read_text())
     for part in ("imagesTr", "labelsTr"):

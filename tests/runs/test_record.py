@@ -57,7 +57,7 @@ def test_a_record_of_an_unknown_method_is_refused(tmp_path):
         read_record(tmp_path)
 
 
-def test_another_architecture_is_part_of_the_label():
+def test_the_label_contains_a_changed_architecture():
     for name, method in METHODS.items():
         assert method_label(replace(PAPER1, method=method), METHODS) == name
     exchanged = with_model(replace(PAPER1, method=METHODS["dinov2_vitb14"]), arch="dinov3_vitb16")
@@ -97,5 +97,5 @@ def test_differences_are_those_that_resuming_must_refuse():
         ({"device": "gpu: Fast", "devices": 4, "processes": 2}, "gpu: Fast, 4 of them, in 2 processes"),
     ],
 )
-def test_a_device_is_described_by_what_it_is(environment, description):
+def test_the_description_of_a_device_contains_its_name_and_counts(environment, description):
     assert describe_device(environment) == description

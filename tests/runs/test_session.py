@@ -1,4 +1,4 @@
-"""One session of a run: how it ends, and what it leaves in the log and on disk."""
+"""One session of a run: how it ends, what it logs, and what it leaves on disk."""
 
 import errno
 import logging
@@ -27,7 +27,7 @@ def package():
     assert package.handlers == handlers
 
 
-def end(folder, error):
+def end_session(folder, error):
     """Raise an error within a session in `folder`; return the log."""
     with log_file(folder / "train.log", []) as handler, explain_end(COMMAND, folder, handler):
         raise error
@@ -35,7 +35,7 @@ def end(folder, error):
 
 
 @pytest.mark.quick
-def test_log_begins_with_the_lines_before_there_was_a_folder(package, tmp_path):
+def test_log_begins_with_the_lines_logged_before_the_folder_existed(package, tmp_path):
     with buffered_log() as early:
         log.info("before the folder")
         with log_file(tmp_path / "train.log", early.buffer):
@@ -51,16 +51,16 @@ def test_log_begins_with_the_lines_before_there_was_a_folder(package, tmp_path):
 def test_a_programming_error_keeps_its_traceback(package, tmp_path):
     """A missing file is more often a mistake in the package than a fault of the disk."""
     with pytest.raises(FileNotFoundError) as error:
-        end(tmp_path, FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), "nowhere.npy"))
+        end_session(tmp_path, FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), "nowhere.npy"))
     assert not isinstance(error.value, InputError)
     assert (tmp_path / "train.log").read_text() == ""
 
 
 @pytest.mark.quick
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EROFS, errno.EIO, errno.ESTALE, errno.EACCES])
-def test_a_fault_of_the_disk_names_the_file_and_the_command_that_resumes(package, tmp_path, number):
+def test_a_disk_error_names_the_file_and_the_command_that_resumes(package, tmp_path, number):
     with pytest.raises(InputError) as error:
-        end(tmp_path, OSError(number, os.strerror(number), "metrics.jsonl"))
+        end_session(tmp_path, OSError(number, os.strerror(number), "metrics.jsonl"))
     line = f"metrics.jsonl: cannot be read or written ({os.strerror(number)}). Fix this and run: {COMMAND}"
     assert str(error.value) == line
     assert (tmp_path / "train.log").read_text() == f"error: {line}\n"
@@ -70,7 +70,7 @@ def test_a_fault_of_the_disk_names_the_file_and_the_command_that_resumes(package
 @pytest.mark.parametrize("error", [Stopped("during validation"), KeyboardInterrupt()])
 def test_a_stop_names_the_command_that_resumes(package, tmp_path, error):
     with pytest.raises(Stopped) as stop:
-        end(tmp_path, error)
+        end_session(tmp_path, error)
     assert stop.value.resume_command == COMMAND
     assert re.fullmatch(rf"(during validation|before the end); resume with: {re.escape(COMMAND)}", str(stop.value))
     assert (tmp_path / "train.log").read_text() == f"stopped {stop.value.reason}\n"
@@ -79,13 +79,13 @@ def test_a_stop_names_the_command_that_resumes(package, tmp_path, error):
 @pytest.mark.quick
 def test_a_stop_in_a_fold_names_the_command_of_the_whole_run(package, tmp_path):
     with pytest.raises(Stopped) as stop, explain_end("outer command", tmp_path, logging.NullHandler()):
-        end(tmp_path, Stopped("during validation"))
+        end_session(tmp_path, Stopped("during validation"))
     assert stop.value.resume_command == "outer command"
 
 
 @pytest.mark.quick
 def test_a_run_too_large_for_memory_is_removed_only_if_nothing_was_saved(tmp_path):
-    """A finished fold is saved work, too."""
+    """The checkpoints of a fold count, too."""
     too_large = StepTooLarge(2, "too large")
     for saved in ("checkpoints/latest", "fold_0/checkpoints/latest", "fold_3/checkpoints/latest"):
         run_dir = tmp_path / saved.replace("/", "_")

@@ -1,4 +1,4 @@
-"""Steps of a run in `jaxla.train`: the random backbone that a run keeps."""
+"""`build_network` of `jaxla.train`: a run keeps its frozen random backbone, and draws it again if it is lost."""
 
 import logging
 from dataclasses import replace

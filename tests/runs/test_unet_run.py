@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 from scipy import ndimage
 
-from tests.runs.folders import assert_predicts_its_test_mask, predict, read_json, scan_file, train
+from tests.runs.folders import assert_predict_reproduces_test_mask, predict, read_json, scan_file, train
 
 pytestmark = pytest.mark.usefixtures("fast_compilation")
 
@@ -25,7 +25,7 @@ def test_unet_learns_and_predicts_the_same_mask_again(run, phantoms, tmp_path):
     summary = read_json(run / "test" / "summary.json")
     assert summary["backbone"] == "unet (random weights, trained)"
     assert summary["dice"]["mean"] > summary["atlas"]["dice"]["mean"] / 2
-    assert_predicts_its_test_mask(run, phantoms, tmp_path)
+    assert_predict_reproduces_test_mask(run, phantoms, tmp_path)
 
 
 def test_slices_are_padded_to_the_largest_training_slice_and_masks_are_closed(run, phantoms):
@@ -49,7 +49,8 @@ def test_only_the_centre_of_a_larger_scan_is_segmented(run, phantoms, tmp_path):
     assert "it sees their centre, and the rest becomes background" in printed
     mask, extent = nib.load(tmp_path / "mask.nii.gz"), read_json(run / "experiment.json")["extent"]
     assert mask.shape == large.shape
-    margins = [int((n - extent / 0.625) / 2) - 8 for n in mask.shape[:2]]  # 8: an input pixel, and the interpolation
+    tolerance = 8  # voxels, for an input pixel and interpolation
+    margins = [int((n - extent / 0.625) / 2) - tolerance for n in mask.shape[:2]]
     assert min(margins) > 0
     edges = mask.get_fdata().copy()
     edges[margins[0] : -margins[0], margins[1] : -margins[1]] = 0

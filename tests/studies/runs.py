@@ -1,4 +1,4 @@
-"""Write a study's folder from boxes with the package's own metrics, without training."""
+"""Write the folder of a study from box masks and the package's metrics, without training."""
 
 import json
 from dataclasses import replace
@@ -104,7 +104,7 @@ def write_run(folder, run, references, root, labels, option):
         row |= {"atlas_dice": 0.4, "atlas_iou": 0.25}
     summary = summarise(rows, "volume", "one", labels.names)
     summary["slice"] = summarise(slice_rows, "slice", "one", labels.names)
-    summary["atlas"] = {metric: summary[metric] for metric in ("dice", "iou")}  # of whatever masks
+    summary["atlas"] = {metric: summary[metric] for metric in ("dice", "iou")}  # any values will do
     write_cases(rows, folder / "test" / "cases.csv")
     write_cases(slice_rows, folder / "test" / "slices.csv")
     write_summary(summary, folder / "test" / "summary.json")

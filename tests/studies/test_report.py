@@ -31,7 +31,7 @@ PREDICTED = {
     ("segnet", 0): [(5, 15), (6, 16), (8, 18), (10, 20)],
     ("segnet", 1): [(6, 16), (6, 16), (8, 18), (12, 22)],
 }
-DICE = {"unet": [1.0, 0.9, 0.8, 0.6], "segnet": [0.85, 0.8, 0.6, 0.3]}  # of each case, averaged over seeds
+DICE = {"unet": [1.0, 0.9, 0.8, 0.6], "segnet": [0.85, 0.8, 0.6, 0.3]}  # by case, averaged over seeds
 PROTOCOLS = ("fewshot_1patient", "data_50percent", "paper1")
 
 
@@ -51,7 +51,7 @@ def reported(tmp_path_factory):
 
 @pytest.fixture
 def study(reported, tmp_path):
-    """A copy of it."""
+    """A copy of `reported`."""
     return shutil.copytree(reported, tmp_path / "study")
 
 
@@ -117,7 +117,7 @@ def test_each_published_number_names_its_own_paper(tmp_path):
         "Published: by paper 2, on LAScarQS 2022, with its own recipe, whatever data and options this study uses; it "
         "does not state the unit of its means."
     )
-    # lower than is possible with such a mean Dice
+    # the published IoU is lower than is possible with the published Dice
     assert "These pairs fail: paper2, fusion_vitg14, published." in page.text
 
 
@@ -135,7 +135,7 @@ def test_methods_are_compared_case_by_case(reported):
 def test_cost_table_averages_times_and_takes_the_highest_peak(reported):
     unet, segnet = read_csv(reported / "tables" / "cost.csv")
     assert (unet["method"], segnet["method"]) == ("unet", "segnet")
-    assert unet["protocol"] == "paper1"  # the one with most training patients
+    assert unet["protocol"] == "paper1"  # the protocol with the most training patients
     assert float(unet["epoch_seconds"]) == 15  # mean of 10 and 20 s
     assert float(unet["inference_seconds"]) == 2  # mean of 1, 2, 2 and 3 s
     assert float(unet["peak_bytes"]) == 4_000_000_001
@@ -172,7 +172,7 @@ def test_latex_is_ascii_with_special_characters_escaped(reported):
 def test_page_is_complete_and_needs_no_other_file(reported):
     page = Page((reported / "report.html").read_text("utf-8"))
     assert not {tag for tag, _ in page.tags} & {"script", "link", "iframe", "object", "embed", "base", "form"}
-    loaded = [a for tag, a in page.tags if tag != "a"]  # links to the reports of the runs are only followed
+    loaded = [a for tag, a in page.tags if tag != "a"]  # links to the reports of runs are not loaded
     references = [a[key] for a in loaded for key in ("src", "href", "srcset", "data") if key in a]
     assert len(references) == 4
     assert all(reference.startswith("data:") for reference in references)
@@ -240,7 +240,7 @@ def test_each_of_several_classes_has_its_numbers(tmp_path):
     ]
     write_study(tmp_path / "study", scheduled, REFERENCES, tmp_path / "scans", TWO_CLASSES)
     page = Page(report_study(tmp_path / "study", tmp_path / "cache").read_text("utf-8"))
-    dice = [1.0, 0.9, 0.8, 0.7]  # of the first class; the second is always perfect
+    dice = [1.0, 0.9, 0.8, 0.7]  # for the first class; the second is always perfect
     for unit, empty in (("volume", 0), ("slice", 2 / 6)):  # in two of six slices both masks are empty
         rows = {
             r["class"]: r
@@ -271,7 +271,7 @@ def test_report_of_a_smaller_study_removes_tables_of_a_larger_one(study, tmp_pat
         (study / "tables" / name).write_text("mine")
     edit(study / "study.json", lambda content: content.update(runs=content["runs"][-2:-1]))
     report_study(study, tmp_path / "cache")
-    tables = {f"{name}.{ending}" for name in ("table1_paper1", "cost") for ending in ("csv", "md", "tex")}
+    tables = {f"{name}.{extension}" for name in ("table1_paper1", "cost") for extension in ("csv", "md", "tex")}
     kept = {"notes.md", "table1_paper1_edited.tex"}
     assert {path.name for path in (study / "tables").iterdir()} == tables | kept
     assert {path.stem for path in (study / "figures").iterdir()} == {"figure3", "cost", "agreement"}
@@ -313,7 +313,7 @@ def test_large_costs_are_printed_without_an_exponent(study, tmp_path):
     assert "mean over 1 to 2 test volumes of 6 slices in each run" in printed
 
 
-def test_largest_protocol_takes_all_patients_rather_than_as_many(study):
+def test_largest_protocol_is_that_with_all_patients_even_if_another_has_as_many(study):
     for method, seed in PREDICTED:
         run = run_dir(study, "data_50percent", method, seed)
         edit(run / "split.json", lambda content: content.update(train=[f"t{n}" for n in range(8)]))

@@ -1,4 +1,4 @@
-"""python -m jaxla.study as a user runs it: runs that fail, are stopped, resume, or are already complete."""
+"""python -m jaxla.study as a user runs it: runs that fail, are stopped, are resumed, or are already complete."""
 
 import json
 import re
@@ -200,7 +200,7 @@ def with_model(experiment, **options):
 
 
 def test_complete_runs_on_a_different_split_or_different_data_are_refused(phantoms, tmp_path):
-    """Writes the folder of a complete run without training."""
+    """The folder of a complete run is written without training."""
     data, study = shutil.copytree(phantoms, tmp_path / "data"), tmp_path / "study"
     folder = study / "runs" / "fewshot_1patient_unet_seed3"
     (run,) = schedule_runs({"unet": [f"--data.root={data}"]}, ["fewshot_1patient"], [3], study, tmp_path)
@@ -229,7 +229,7 @@ def test_complete_runs_on_a_different_split_or_different_data_are_refused(phanto
         require_same_data([run], ["complete"], tmp_path)
 
 
-def test_methods_that_decide_nothing_by_validation_share_the_split_of_those_that_do(phantoms, tmp_path):
+def test_methods_that_need_no_validation_share_the_split_of_those_that_do(phantoms, tmp_path):
     def schedule(*methods):
         options = {method: [f"--data.root={phantoms}"] for method in methods}
         return schedule_runs(options, ["paper1"], [0], tmp_path, tmp_path)

@@ -1,4 +1,4 @@
-"""Tasks: what depends on the kind of training sample."""
+"""Tasks: sources, shapes and gradients for each kind of training sample."""
 
 from dataclasses import replace
 
@@ -57,7 +57,7 @@ def test_slices_are_samples_of_most_methods(data, tmp_path):
     assert (type(restored), restored.canvas) == (SliceTask, task.canvas)
 
 
-def test_a_network_can_see_only_the_centre_that_holds_the_training_structures(data, caplog):
+def test_the_input_can_be_limited_to_the_centre_that_contains_the_training_structures(data, caplog):
     """The discs cover rows 5 to 19 and 8 to 22, and columns 11 to 25, of 32: up to 11 mm from the centre."""
     first, second, _ = data.volumes
     foreground = experiment("unet")
@@ -113,7 +113,7 @@ def test_volumes_are_samples_of_windows_and_the_recipe_chooses_the_gradient(data
     assert task.make_gradient is make
     sources = task.make_sources(data, tmp_path)
     assert [len(source) for source in sources] == [2, 1]
-    assert {source[0]["mask"].shape for source in sources} == {(7, 64, 64)}  # all have the depth of the deepest
+    assert {source[0]["mask"].shape for source in sources} == {(7, 64, 64)}  # padded to the deepest volume
     assert task.samples_per_pass(train_volumes(data)) == 2
 
 

@@ -33,10 +33,10 @@ def files_at_most(size):
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
-def leave_free(monkeypatch, count):
-    """Make the operating system report `count` free bytes on every disk."""
+def leave_free(monkeypatch, free_bytes):
+    """Make the operating system report this many free bytes on every disk."""
     usage = shutil.disk_usage(".")
-    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=count))
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=free_bytes))
 
 
 def start_process(log, target, *arguments):
@@ -55,7 +55,7 @@ def _run(log, target, arguments):
     with open(log, "ab", buffering=0) as file:
         os.dup2(file.fileno(), sys.__stdout__.fileno())
         os.dup2(file.fileno(), sys.__stderr__.fileno())
-    tqdm.set_lock(threading.RLock())  # tqdm's own is a semaphore between processes, which a killed process leaks
+    tqdm.set_lock(threading.RLock())  # by default a semaphore between processes, which a killed process leaks
     target(*arguments)
 
 

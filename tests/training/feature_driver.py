@@ -1,4 +1,4 @@
-"""Compute features of tiny scans in a process that tests kill or hold."""
+"""Compute features of tiny scans in a process that tests pause and kill."""
 
 import logging
 import time
@@ -29,27 +29,27 @@ def fusion():
     return network
 
 
-def compute(scans: Path, folder: Path, held_at: int = 0) -> None:
+def compute(scans: Path, folder: Path, pause_at: int = 0) -> None:
     """Compute the features of all scans in `folder`.
 
     Args:
-        held_at: the call of the backbone, counted from 1, at which this process creates `<folder>/held` and waits
-            forever. Each call adds a line to `<folder>/calls`.
+        pause_at: the call of the backbone, counted from 1, at which this process creates `<folder>/paused` and sleeps
+            until it is killed, for at most 600 s. Each call adds a line to `<folder>/calls`.
     """
     logging.basicConfig()
     logging.getLogger("jaxla").setLevel(logging.INFO)
     cache = FeatureCache(folder, network(), "tiny", Canvas(32))
     extract, calls = cache.extract, []
 
-    def counted(images):
+    def extract_and_count(images):
         calls.append(images)
         with (folder / "calls").open("a") as file:
             file.write("call\n")
-        if len(calls) == held_at:
-            (folder / "held").touch()
+        if len(calls) == pause_at:
+            (folder / "paused").touch()
             time.sleep(600)
-        time.sleep(0.05)  # so that two processes meet
+        time.sleep(0.05)  # so that two processes overlap
         return extract(images)
 
-    cache.extract = counted
+    cache.extract = extract_and_count
     assert cache.features(prepared(scans)) is not None

@@ -1,4 +1,4 @@
-"""Train for a few seconds, in a process that tests kill and stop."""
+"""Train for a few seconds in a process that tests kill or stop."""
 
 import argparse
 import os
@@ -78,6 +78,6 @@ def main(arguments):
 
 
 def as_command(arguments):
-    """Run as a command, with its exit codes and its handling of SIGTERM."""
+    """Run `main` as a command, with a command's exit codes and handling of SIGTERM."""
     sys.argv = ["driver", *map(str, arguments)]
     run_command(main)

@@ -1,4 +1,4 @@
-"""A few tiny scans to train on in milliseconds."""
+"""Tiny scans, on which a training step takes milliseconds."""
 
 import nibabel as nib
 import numpy as np

@@ -9,7 +9,7 @@ from jaxla.config import Augmentation
 from jaxla.training.augmentation import augment
 
 SIDE = 48
-EACH = {
+KINDS = {
     "rotation": Augmentation(rotation=30),
     "scale": Augmentation(scale=0.3),
     "flips": Augmentation(flips=True),
@@ -40,7 +40,7 @@ def moments(mask):
     return len(pixels), pixels.mean(0), np.degrees(np.arctan2(long[1], long[0]))
 
 
-def test_all_channels_of_a_slice_change_alike():
+def test_all_channels_of_a_slice_change_identically():
     everything = Augmentation(rotation=30, scale=0.3, flips=True, elastic=3, intensity=0.3)
     images, masks = slices(8)
     single, moved = jax.jit(lambda key: augment(everything, key, images, masks))(jax.random.key(0))
@@ -51,45 +51,45 @@ def test_all_channels_of_a_slice_change_alike():
     np.testing.assert_allclose(triple, np.repeat(single, 3, -1), rtol=0, atol=1e-6)  # measured: 1.8e-7
 
 
-@pytest.mark.parametrize("name", EACH)
+@pytest.mark.parametrize("name", KINDS)
 def test_every_slice_changes_differently_and_identically_for_the_same_key(name):
-    images, masks = augmented(EACH[name])
+    images, masks = augmented(KINDS[name])
     assert images.shape == (64, SIDE, SIDE, 1)
     assert (images.dtype, masks.dtype) == (np.float32, np.uint8)
     different = 4 if name == "flips" else 64
     assert len({image.tobytes() for image in images}) == different
-    repeated = augmented(EACH[name])
+    repeated = augmented(KINDS[name])
     np.testing.assert_array_equal(images, repeated[0])
     np.testing.assert_array_equal(masks, repeated[1])
-    assert (augmented(EACH[name], seed=1)[0] != images).any()
+    assert (augmented(KINDS[name], seed=1)[0] != images).any()
 
 
 @pytest.mark.parametrize("name", ["rotation", "scale", "flips", "elastic"])
 def test_the_mask_moves_with_its_structure(name):
-    images, masks = augmented(EACH[name])
+    images, masks = augmented(KINDS[name])
     assert set(np.unique(masks)) == {0, 1, 2}
     for image, mask in zip(images[..., 0], masks, strict=True):
         inner = [ndimage.binary_erosion(mask == k, iterations=2, border_value=1) for k in (0, 2)]
         if inner[1].any():
             np.testing.assert_allclose(image[inner[1]], 0.9, atol=0.01)
-        visible = inner[0] & ndimage.binary_erosion(image > 0.1, iterations=2)  # outside the image are zeros
+        visible = inner[0] & ndimage.binary_erosion(image > 0.1, iterations=2)  # zeros lie outside the image
         assert visible.sum() > 500
         np.testing.assert_allclose(image[visible], 0.2, atol=0.01)
 
 
 def test_angles_and_sizes_stay_within_their_limits():
     before = moments(slices(1)[1][0])
-    angles = [moments(mask)[2] - before[2] for mask in augmented(EACH["rotation"])[1]]
+    angles = [moments(mask)[2] - before[2] for mask in augmented(KINDS["rotation"])[1]]
     angles = (np.array(angles) + 90) % 180 - 90
     assert -31 < angles.min() < -24
     assert 24 < angles.max() < 31
-    ratio = np.sqrt([moments(mask)[0] / before[0] for mask in augmented(EACH["scale"])[1]])
+    ratio = np.sqrt([moments(mask)[0] / before[0] for mask in augmented(KINDS["scale"])[1]])
     assert 1 / 1.34 < ratio.min() < 1 / 1.2
     assert 1.2 < ratio.max() < 1.34
 
 
 def test_intensity_changes_only_the_image_and_keeps_its_range():
-    images, masks = augmented(EACH["intensity"])
+    images, masks = augmented(KINDS["intensity"])
     np.testing.assert_array_equal(masks, slices()[1])
     assert images.min() >= 0
     assert images.max() <= 1
@@ -98,17 +98,17 @@ def test_intensity_changes_only_the_image_and_keeps_its_range():
 
 
 def test_elastic_displacements_have_the_given_size():
-    shifts = [np.abs(moments(mask)[1] - moments(slices(1)[1][0])[1]).mean() for mask in augmented(EACH["elastic"])[1]]
+    shifts = [np.abs(moments(mask)[1] - moments(slices(1)[1][0])[1]).mean() for mask in augmented(KINDS["elastic"])[1]]
     assert 0.3 < np.mean(shifts) < 0.03 * SIDE * 1.5
 
 
-@pytest.mark.parametrize("name", EACH)
+@pytest.mark.parametrize("name", KINDS)
 def test_all_slices_of_a_volume_change_identically(name):
-    """Also slices that differ: the same grey value in two slices becomes the same grey value."""
+    """This includes slices that differ: equal grey values in two slices stay equal."""
     image, mask = (batch[0] for batch in slices(1))
-    bright = np.where(mask[..., None] > 0, image, 1.0).astype(np.float32)  # another mean
+    bright = np.where(mask[..., None] > 0, image, 1.0).astype(np.float32)  # a different mean
     volumes = np.stack([np.stack([image, bright, image])] * 8), np.stack([np.stack([mask] * 3)] * 8)
-    images, masks = jax.jit(lambda key: augment(EACH[name], key, *volumes))(jax.random.key(3))
+    images, masks = jax.jit(lambda key: augment(KINDS[name], key, *volumes))(jax.random.key(3))
     assert (images.shape, masks.shape) == ((8, 3, SIDE, SIDE, 1), (8, 3, SIDE, SIDE))
     np.testing.assert_array_equal(images[:, 0], images[:, 2])
     np.testing.assert_array_equal(masks[:, 0], masks[:, 1])

@@ -1,4 +1,4 @@
-"""Checkpoints are restored bit for bit, or are recognised as damaged, and the one before is restored."""
+"""Checkpoints are restored bit for bit, or are recognised as damaged, and the previous one is restored."""
 
 import errno
 import logging
@@ -106,8 +106,8 @@ ODD_NAMES = ["a[1]b", "[", "a*b", "a?b", "a{b}", "#1 100%", "a b", "José", "a:b
 
 
 @pytest.mark.parametrize("name", ODD_NAMES)
-def test_a_folder_of_any_name_holds_checkpoints(tmp_path, name):
-    save(tmp_path / "aXb" / "latest", 1)  # matches some of the names as patterns
+def test_a_folder_of_any_name_can_contain_checkpoints(tmp_path, name):
+    save(tmp_path / "aXb" / "latest", 1)  # some of the names, read as patterns, match this folder
     folder = save(tmp_path / name / "latest", 1, 2, 3)
     checkpoints = Checkpoints(folder, read_only=True)
     assert checkpoints.steps() == [3, 2]
@@ -152,7 +152,7 @@ def test_a_checkpoint_of_a_different_network_is_refused(tmp_path):
     checkpoints.close()
 
 
-def test_copies_that_somebody_made_are_neither_read_nor_removed(tmp_path):
+def test_copies_that_a_user_made_are_neither_read_nor_removed(tmp_path):
     folder = save(tmp_path / "latest", 1, 2)
     shutil.copytree(folder / "2", folder / "2 (copy)")
     shutil.copy(folder / "2.sha256", folder / "4 (copy).sha256")
@@ -211,7 +211,7 @@ DAMAGED = {
     "a bit flipped": lambda checkpoint: flip_a_bit(files(checkpoint)[0]),
     "a file removed": lambda checkpoint: files(checkpoint)[0].unlink(),
     "the smallest file removed": lambda checkpoint: files(checkpoint)[-1].unlink(),
-    "the record of the checkpoint before": lambda checkpoint: shutil.copy(
+    "the record of the previous checkpoint": lambda checkpoint: shutil.copy(
         checkpoint.with_name("1") / "progress" / "metadata", checkpoint / "progress" / "metadata"
     ),
     "the folder emptied": remove_content,
@@ -230,7 +230,7 @@ UNFINISHED = {
 
 
 @pytest.mark.parametrize("kind", [*DAMAGED, *UNFINISHED])
-def test_damage_is_reported_and_the_checkpoint_before_is_used(tmp_path, caplog, kind):
+def test_damage_is_reported_and_the_previous_checkpoint_is_used(tmp_path, caplog, kind):
     folder = save(tmp_path / "latest", 1, 2)
     (DAMAGED | UNFINISHED)[kind](folder / "2")
     caplog.set_level(logging.WARNING, "jaxla")
@@ -315,7 +315,7 @@ def test_reading_does_not_change_the_folder(tmp_path):
     ("size", "floats"), [(4000, 9999), (300, 9999), (0, 9999), (1000, 3)], ids=["array", "metadata", "any", "hashes"]
 )
 def test_a_full_disk_is_reported_and_saved_checkpoints_are_kept(tmp_path, caplog, size, floats):
-    """The failing write is the first file, any other, or the hashes, which are written last."""
+    """Writing fails at the array, at the metadata, at the first file, or at the hashes, which are written last."""
     folder = save(tmp_path / "latest", 1, 2)
     noise = {"trainable": {"x": jax.random.normal(jax.random.key(0), (floats,))}}
     checkpoints = Checkpoints(folder)

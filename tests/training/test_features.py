@@ -1,6 +1,7 @@
-"""Cached features of a frozen backbone equal those of the network, are computed once, and are never damaged."""
+"""Cached features of a frozen backbone equal the network's, are computed once, and are recomputed if damaged."""
 
 import logging
+import math
 import shutil
 import time
 from functools import cache
@@ -26,7 +27,7 @@ SIZE = 32
 
 @pytest.fixture(scope="module")
 def scans(tmp_path_factory):
-    """Folder of three scans of 5, 6 and 7 slices."""
+    """A folder with three scans of 5, 6 and 7 slices."""
     folder = tmp_path_factory.mktemp("data") / "scans"
     disc_scans(folder)
     return folder
@@ -38,7 +39,7 @@ def volumes(scans):
 
 
 @pytest.fixture
-def copy(scans, tmp_path):
+def scans_copy(scans, tmp_path):
     """A copy of the scans that a test may change."""
     return shutil.copytree(scans, tmp_path / "scans", ignore=shutil.ignore_patterns("cache"))
 
@@ -60,7 +61,7 @@ def inputs(volume, size=SIZE):
     return np.stack([volume.input(index, frame) for index in range(volume.shape[0])])
 
 
-def times(folder, pattern="*.npy"):
+def modification_times(folder, pattern="*.npy"):
     return {path: path.stat().st_mtime_ns for path in (folder / "features").rglob(pattern)}
 
 
@@ -69,22 +70,22 @@ def bits(array):
 
 
 @cache
-def live(**options):
+def jitted_features(**options):
     return jax.jit(network(**options).features)
 
 
-def compute_live(volume, size=SIZE, **options):
-    """Compute the features of a volume's slices in one batch of the cache's size, padded with zeros."""
+def compute_without_cache(volume, size=SIZE, **options):
+    """Compute the features of a volume's slices in one batch, as large as those of the cache, padded with zeros."""
     images = np.zeros((BATCH, size, size, 1), np.float32)
     images[: volume.shape[0]] = inputs(volume, size)
-    return np.asarray(live(**options)(images))[: volume.shape[0]]
+    return np.asarray(jitted_features(**options)(images))[: volume.shape[0]]
 
 
 # --- values ---
 
 
 @pytest.mark.parametrize(("dtype", "itemsize"), [(jnp.float32, 4), (jnp.bfloat16, 2)])
-def test_features_equal_the_backbones_bit_for_bit_and_their_size_is_known(volumes, tmp_path, dtype, itemsize):
+def test_cached_features_equal_the_backbones_bit_for_bit_and_have_the_counted_size(volumes, tmp_path, dtype, itemsize):
     cache = cache_in(tmp_path, dtype=dtype)
     size = cache.count_bytes(volumes)
     assert size == (5 + 6 + 7) * 4 * 4 * 32 * itemsize
@@ -92,32 +93,33 @@ def test_features_equal_the_backbones_bit_for_bit_and_their_size_is_known(volume
     files = list((tmp_path / "features").rglob("*.npy"))
     assert len(files) == 3
     assert sum(path.stat().st_size for path in files) == size + 3 * 128  # NumPy's headers
-    for volume, of_volume in zip(volumes, features, strict=True):
-        assert len(of_volume) == volume.shape[0]
-        assert of_volume.shape == (volume.shape[0], 4, 4, 32)
-        found = np.stack([of_volume[index] for index in range(len(of_volume))])
+    for volume, volume_features in zip(volumes, features, strict=True):
+        assert len(volume_features) == volume.shape[0]
+        assert volume_features.shape == (volume.shape[0], 4, 4, 32)
+        found = np.stack([volume_features[index] for index in range(len(volume_features))])
         assert found.dtype == dtype
-        np.testing.assert_array_equal(bits(found), bits(compute_live(volume, dtype=dtype)))
+        np.testing.assert_array_equal(bits(found), bits(compute_without_cache(volume, dtype=dtype)))
 
 
 def test_features_depend_on_the_batch_by_rounding_only(volumes, cached):
-    for volume, of_volume in zip(volumes, cache_in(cached).features(volumes), strict=True):
+    for volume, volume_features in zip(volumes, cache_in(cached).features(volumes), strict=True):
         for index, image in enumerate(inputs(volume)):
-            expected = live()(image[None])[0]
-            np.testing.assert_allclose(of_volume[index], expected, atol=3e-6)  # measured: 1.3e-6 of up to 3.7
+            expected = jitted_features()(image[None])[0]
+            # measured: 1.3e-6, for values up to 3.7
+            np.testing.assert_allclose(volume_features[index], expected, atol=3e-6)
 
 
-def test_a_volume_with_more_slices_than_a_batch(copy, tmp_path):
+def test_features_of_a_volume_with_more_slices_than_a_batch(scans_copy, tmp_path):
     image = np.random.default_rng(0).random((32, 32, BATCH + 3), np.float32)
     affine = np.diag([1.0, 1.0, 3.0, 1.0])
-    nib.save(nib.Nifti1Image(image, affine), copy / "case0.nii.gz")
-    nib.save(nib.Nifti1Image(np.uint8(image > 0.9), affine), copy / "case0_mask.nii.gz")
-    volume = prepared(copy)[0]
+    nib.save(nib.Nifti1Image(image, affine), scans_copy / "case0.nii.gz")
+    nib.save(nib.Nifti1Image(np.uint8(image > 0.9), affine), scans_copy / "case0_mask.nii.gz")
+    volume = prepared(scans_copy)[0]
     assert volume.shape[0] == BATCH + 3
     (features,) = cache_in(tmp_path).features([volume])
     images = inputs(volume)
     padded = np.concatenate([images[BATCH:], np.zeros((BATCH - 3, SIZE, SIZE, 1), np.float32)])
-    expected = np.concatenate([live()(images[:BATCH]), live()(padded)[:3]])
+    expected = np.concatenate([jitted_features()(images[:BATCH]), jitted_features()(padded)[:3]])
     np.testing.assert_array_equal(np.stack([features[i] for i in range(BATCH + 3)]), expected)
 
 
@@ -135,14 +137,19 @@ def test_features_of_a_fusion_equal_those_of_its_blocks_bit_for_bit(volumes, tmp
 
 @pytest.mark.parametrize("make", [network, fusion])
 def test_training_on_features_equals_training_on_images(volumes, tmp_path, make):
-    """The same metrics up to rounding, with the frozen backbone in the network and without it."""
+    """The metrics are equal up to rounding, with the frozen backbone in the network and without it."""
     recipe = Training(epochs=3, batch_size=4, learning_rate=1e-2, patience=3)
     features = FeatureCache(tmp_path / "cache", make(), "tiny", Canvas(SIZE)).features(volumes)
     histories = {}
     for name in ("images", "features"):
         trained = make() if name == "images" else make().on_features((SIZE, SIZE))
         train, val = (
-            SliceSource(volumes[part], Canvas(SIZE), features[part] if name == "features" else None, make is fusion)
+            SliceSource(
+                volumes[part],
+                Canvas(SIZE),
+                features[part] if name == "features" else None,
+                with_images=make is fusion,
+            )
             for part in (slice(1, None), slice(0, 1))
         )
         trainer = Trainer(trained, recipe, steps_per_epoch=4, train_backbone=False)
@@ -163,15 +170,15 @@ def test_features_are_computed_once_and_then_read(volumes, tmp_path, caplog):
     cache.features(volumes[:2])
     assert cache.find_missing(volumes) == volumes[2:]
     assert "computing the features of 2 volumes once, 22.5kB, cached in " in package_messages(caplog, logging.INFO)[0]
-    first = times(tmp_path)
+    first = modification_times(tmp_path)
     assert len(first) == 2
     cache_in(tmp_path).features(volumes)
-    again = times(tmp_path)
+    again = modification_times(tmp_path)
     assert len(again) == 3
     assert first.items() < again.items()
     caplog.clear()
     cache_in(tmp_path).features(volumes)
-    assert times(tmp_path) == again
+    assert modification_times(tmp_path) == again
     assert not [line for line in package_messages(caplog, logging.INFO) if "computed" in line]
 
 
@@ -183,9 +190,9 @@ def test_another_backbone_size_or_precision_has_separate_features(volumes, cache
     cache = cache_in(folder, **changed)
     assert cache.find_missing(volumes) == volumes
     features = cache.features(volumes[:1])
-    np.testing.assert_array_equal(bits(features[0][2]), bits(compute_live(volumes[0], **changed)[2]))
+    np.testing.assert_array_equal(bits(features[0][2]), bits(compute_without_cache(volumes[0], **changed)[2]))
     assert cache_in(folder).find_missing(volumes) == []
-    assert len(times(folder)) == 4
+    assert len(modification_times(folder)) == 4
 
 
 def change_a_voxel(scans):
@@ -208,26 +215,26 @@ def change_the_mask(scans):
     nib.save(nib.Nifti1Image(array, mask.affine), scans / "case1_mask.nii.gz")
 
 
-def rename(scans):
+def rename_files(scans):
     for path in scans.glob("case1*"):
         path.rename(path.with_name(path.name.replace("case1", "another")))
 
 
 @pytest.mark.parametrize(
     ("change", "missing"),
-    [(change_a_voxel, ["case1"]), (change_the_spacing, ["case1"]), (change_the_mask, []), (rename, [])],
+    [(change_a_voxel, ["case1"]), (change_the_spacing, ["case1"]), (change_the_mask, []), (rename_files, [])],
 )
-def test_changed_slices_have_separate_features(copy, cached, change, missing):
-    assert cache_in(cached).find_missing(prepared(copy)) == []
-    change(copy)
-    assert [volume.id for volume in cache_in(cached).find_missing(prepared(copy))] == missing
+def test_changed_slices_have_separate_features(scans_copy, cached, change, missing):
+    assert cache_in(cached).find_missing(prepared(scans_copy)) == []
+    change(scans_copy)
+    assert [volume.id for volume in cache_in(cached).find_missing(prepared(scans_copy))] == missing
 
 
 # --- damaged ---
 
 
-def swap(path):
-    """Replace features and their hash by those of another volume."""
+def replace_by_another_volume(path):
+    """Replace the features of a volume and their hash by those of another."""
     source = next(p for p in sorted(path.parent.glob("*.npy")) if p != path)
     shutil.copy(source, path)
     shutil.copy(source.with_suffix(".json"), path.with_suffix(".json"))
@@ -239,7 +246,7 @@ DAMAGED = {
     "truncated": truncate,
     "removed": lambda path: path.unlink(),
     "emptied": lambda path: path.write_bytes(b""),
-    "another volume's": swap,
+    "of another volume": replace_by_another_volume,
     "its hash truncated": lambda path: truncate(path.with_suffix(".json")),
     "its hash emptied": lambda path: path.with_suffix(".json").write_bytes(b""),
     "its hash in another format": lambda path: path.with_suffix(".json").write_text("{}"),
@@ -251,16 +258,16 @@ def test_damaged_features_are_reported_and_computed_again(volumes, cached, tmp_p
     folder = shutil.copytree(cached, tmp_path / "kept")
     cache = cache_in(folder)
     path = cache.folder / f"{volumes[1].slices_sha256[:32]}.npy"
-    before, content = times(folder), path.read_bytes()
+    before, content = modification_times(folder), path.read_bytes()
     DAMAGED[kind](path)
     caplog.set_level(logging.WARNING, "jaxla")
     features = cache.features(volumes)
     assert package_messages(caplog) == [
         f"features of case1 were damaged ({path.with_suffix('')}): computing them again"
     ]
-    np.testing.assert_array_equal(features[1][5], compute_live(volumes[1])[5])
+    np.testing.assert_array_equal(features[1][5], compute_without_cache(volumes[1])[5])
     assert path.read_bytes() == content
-    after = times(folder)
+    after = modification_times(folder)
     assert {name for name in after if after[name] != before[name]} == {path}
     caplog.clear()
     cache_in(folder).features(volumes)
@@ -270,12 +277,12 @@ def test_damaged_features_are_reported_and_computed_again(volumes, cached, tmp_p
 # --- several processes ---
 
 
-def calls(folder):
+def count_calls(folder):
     return len((folder / "calls").read_text().splitlines())
 
 
 def assert_intact(folder, volumes, cached):
-    assert times(folder, "*.part") == {}
+    assert modification_times(folder, "*.part") == {}
     cache, expected = cache_in(folder), cache_in(cached).folder
     for volume in volumes:
         name = f"{volume.slices_sha256[:32]}.npy"
@@ -283,14 +290,14 @@ def assert_intact(folder, volumes, cached):
         assert (cache.folder / name).with_suffix(".json").exists()
 
 
-def test_two_processes_together_compute_each_volume_once(scans, volumes, cached, tmp_path):
+def test_two_processes_compute_each_volume_once(scans, volumes, cached, tmp_path):
     processes = [start_process(tmp_path / f"{n}.log", compute, scans, tmp_path) for n in (1, 2)]
     for process in processes:
         process.join(100)
     output = "".join((tmp_path / f"{n}.log").read_text() for n in (1, 2))
     assert [process.exitcode for process in processes] == [0, 0], output
     assert "damaged" not in output
-    assert calls(tmp_path) == 3
+    assert count_calls(tmp_path) == 3
     assert_intact(tmp_path, volumes, cached)
 
 
@@ -301,25 +308,25 @@ def wait_for(condition):
         time.sleep(0.01)
 
 
-def test_a_process_continues_after_a_killed_one(scans, volumes, cached, tmp_path):
-    """The first is killed while the second volume's file is half-written and another process waits for it."""
+def test_a_process_continues_the_work_of_a_killed_one(scans, volumes, cached, tmp_path):
+    """The first process is killed with the second volume's file half-written, while another process waits for it."""
     killed = start_process(tmp_path / "killed.log", compute, scans, tmp_path, 2)
-    wait_for((tmp_path / "held").exists)
-    assert len(times(tmp_path)) == 1
-    assert len(times(tmp_path, "*.part")) == 1
-    before = times(tmp_path)
+    wait_for((tmp_path / "paused").exists)
+    assert len(modification_times(tmp_path)) == 1
+    assert len(modification_times(tmp_path, "*.part")) == 1
+    before = modification_times(tmp_path)
     waiting = start_process(tmp_path / "waiting.log", compute, scans, tmp_path)
     log = tmp_path / "waiting.log"
     wait_for(lambda: log.exists() and "another process computes features; waiting for it" in log.read_text())
-    assert calls(tmp_path) == 2
+    assert count_calls(tmp_path) == 2
     killed.kill()
     waiting.join(100)
     output = log.read_text()
     assert waiting.exitcode == 0, output
     assert "computing the features of 2 volumes once" in output
     assert "damaged" not in output
-    assert calls(tmp_path) == 2 + 2
-    assert before.items() < times(tmp_path).items()  # the complete one is not computed again
+    assert count_calls(tmp_path) == 2 + 2
+    assert before.items() < modification_times(tmp_path).items()  # complete features are not computed again
     assert_intact(tmp_path, volumes, cached)
 
 
@@ -329,8 +336,8 @@ def test_a_process_continues_after_a_killed_one(scans, volumes, cached, tmp_path
 def test_features_that_do_not_fit_on_the_disk_are_not_computed(volumes, tmp_path, monkeypatch, caplog):
     cache = cache_in(tmp_path)
     needed = cache.count_bytes(volumes)
-    fits = -int(-needed // MAX_DISK_FRACTION)
-    leave_free(monkeypatch, fits - 1)
+    sufficient = math.ceil(needed / MAX_DISK_FRACTION)
+    leave_free(monkeypatch, sufficient - 1)
     assert cache.features(volumes) is None
     assert list(tmp_path.iterdir()) == []
     (message,) = package_messages(caplog)
@@ -338,15 +345,15 @@ def test_features_that_do_not_fit_on_the_disk_are_not_computed(volumes, tmp_path
     assert "the backbone runs in every epoch" in message
 
     caplog.clear()
-    leave_free(monkeypatch, fits)
+    leave_free(monkeypatch, sufficient)
     assert len(cache.features(volumes)) == 3
     leave_free(monkeypatch, 0)
     assert len(cache.features(volumes)) == 3  # cached features need no space
     assert package_messages(caplog) == []
 
 
-def test_if_the_disk_becomes_full_written_features_are_removed(volumes, cached, tmp_path, caplog):
-    """The first volume's features take 10240 bytes, the second's 12288."""
+def test_features_are_removed_if_the_disk_fills_up_while_they_are_written(volumes, cached, tmp_path, caplog):
+    """The features of the first volume take 10240 bytes, those of the second 12288."""
     cache = cache_in(tmp_path)
     with files_at_most(12000):
         assert cache.features(volumes) is None

@@ -1,4 +1,4 @@
-"""The training loop on a few tiny scans: repeatable, stopped early, and the best epoch is kept."""
+"""The training loop on tiny scans: reproducibility, early stopping, the checkpoints that it keeps, and validation."""
 
 import shutil
 from dataclasses import replace
@@ -40,7 +40,7 @@ def make_trainer(recipe=RECIPE, seed=0, train_backbone=False, bias=0.0):
     return Trainer(TransformerSegmenter(tiny_backbone(), decoder), recipe, STEPS, **options)
 
 
-def run(trainer, folder, train, val):
+def train_and_check_reports(trainer, folder, train, val):
     """Train, check that each epoch was reported, and return the progress."""
     reported = []
     progress = fit(trainer, source(train), source(val), folder, on_epoch=lambda history: reported.append(len(history)))
@@ -77,12 +77,14 @@ def scores(metrics):
 
 @pytest.fixture(scope="module")
 def runs(volumes, tmp_path_factory):
-    """Fine-tuning runs with one seed, with the same seed again, and with another: their folders and progress."""
+    """Folders and progress of three fine-tuning runs: two with the same seed, and one with another."""
     folder = tmp_path_factory.mktemp("runs")
     return {
         name: (
             folder / name,
-            run(make_trainer(seed=seed, train_backbone=True), folder / name, volumes[:1], volumes[1:2]),
+            train_and_check_reports(
+                make_trainer(seed=seed, train_backbone=True), folder / name, volumes[:1], volumes[1:2]
+            ),
         )
         for name, seed in (("a", 5), ("repeated", 5), ("b", 6))
     }
@@ -124,10 +126,10 @@ def test_the_latest_checkpoint_is_that_of_the_last_epoch(runs, volumes):
     assert validate_restored(trainer, trees, volumes[1:2]) == scores(progress.history[-1])
 
 
-def test_the_best_checkpoint_is_that_of_the_highest_validation_dice(volumes, tmp_path):
+def test_the_best_checkpoint_is_that_of_the_epoch_with_the_highest_validation_dice(volumes, tmp_path):
     """Trained on a scan with an empty mask, a network that segments every pixel learns to segment none."""
     recipe = replace(RECIPE, epochs=6, learning_rate=4e-3)
-    progress = run(make_trainer(recipe, bias=0.5), tmp_path, volumes[2:], volumes[:1])
+    progress = train_and_check_reports(make_trainer(recipe, bias=0.5), tmp_path, volumes[2:], volumes[:1])
     dice = [metrics["val_dice"] for metrics in progress.history]
     assert dice[0] > 0.1
     assert dice[-1] == 0
@@ -142,7 +144,7 @@ def test_the_best_checkpoint_is_that_of_the_highest_validation_dice(volumes, tmp
     assert record["epoch"] == len(dice) != best + 1
 
 
-def test_without_validation_the_last_epoch_is_kept_and_replaced_if_it_is_lost(volumes, tmp_path):
+def test_without_validation_the_last_epoch_is_kept_and_restored_if_it_is_lost(volumes, tmp_path):
     recipe = replace(RECIPE, checkpoint="last", patience=0)
     progress = fit(make_trainer(recipe), source(volumes[:1]), None, tmp_path)
     assert [list(line) for line in progress.history] == [["epoch", "train_loss", "seconds", "slices_per_second"]] * 3
@@ -162,7 +164,7 @@ def test_without_validation_the_last_epoch_is_kept_and_replaced_if_it_is_lost(vo
 def test_training_stops_after_patience_epochs_without_a_lower_loss(volumes, tmp_path):
     """With a learning rate of 0 no epoch is better than the first."""
     recipe = replace(RECIPE, epochs=20, learning_rate=0.0, patience=3)
-    progress = run(make_trainer(recipe), tmp_path, volumes[:1], volumes[1:2])
+    progress = train_and_check_reports(make_trainer(recipe), tmp_path, volumes[:1], volumes[1:2])
     assert [metrics["epoch"] for metrics in progress.history] == [1, 2, 3, 4]
     assert len({metrics["val_loss"] for metrics in progress.history}) == 1
     assert (progress.epoch, progress.best_epoch, progress.epochs_since_lowest) == (4, 1, 3)
@@ -172,7 +174,7 @@ def test_training_stops_after_patience_epochs_without_a_lower_loss(volumes, tmp_
 
 
 class Brightness(nnx.Module):
-    """A network that segments pixels brighter than one half."""
+    """A network that segments pixels brighter than 0.5."""
 
     def __call__(self, images):
         return 8 * (images - 0.5)
@@ -206,6 +208,6 @@ def test_validation_averages_the_dice_of_each_volume(volumes):
     np.testing.assert_allclose(found, [np.mean(losses), np.mean(dice), np.mean(iou)], rtol=1e-7)  # measured: 1.2e-8
 
 
-def test_an_empty_prediction_of_an_empty_mask_counts_as_one(volumes):
+def test_an_empty_prediction_of_an_empty_mask_has_a_dice_of_1(volumes):
     found = Trainer(Nothing(), Training(batch_size=4), STEPS).validate(source(volumes[1:]))
     assert (found.dice, found.iou) == (0.5, 0.5)  # the mean of 0 for the disc and 1 for the empty mask

@@ -1,4 +1,4 @@
-"""Losses equal PyTorch's, and overlaps equal counts by hand."""
+"""Losses equal PyTorch's, and overlaps equal those counted by hand."""
 
 from functools import partial
 
@@ -71,7 +71,7 @@ def test_overlap_of_several_classes_excludes_the_background():
     np.testing.assert_array_equal(counts, [[[2, 3, 1], [3, 3, 2]]])
 
 
-def test_classes_follow_from_a_positive_logit_or_the_largest_one():
+def test_the_predicted_class_has_a_positive_logit_or_the_largest_one():
     np.testing.assert_array_equal(predict_classes(jnp.array([-1e-6, 0.0, 1e-6])[..., None]), [0, 0, 1])
     np.testing.assert_array_equal(predict_classes(jnp.array([[0.1, 0.3, 0.2], [-1, -3, -2]])), [1, 0])
 
@@ -135,12 +135,13 @@ def test_overlap_of_volumes_is_counted_over_all_axes():
 
 def test_a_loss_per_volume_excludes_padding():
     logits, mask = RNG.standard_normal((3, 5, 4, 6, 1), dtype=np.float32), RNG.integers(0, 2, (3, 5, 4, 6), np.uint8)
-    weight = np.float32([[1, 1, 1, 1, 1], [1, 1, 1, 0, 0], [0, 0, 0, 0, 0]])  # five slices, three, and no volume
+    # volumes of five and three slices, and padding
+    weight = np.float32([[1, 1, 1, 1, 1], [1, 1, 1, 0, 0], [0, 0, 0, 0, 0]])
     expected = []
     for volume, slices in ((0, 5), (1, 3)):
-        own, reference = (torch.from_numpy(x[volume, :slices]).double() for x in (logits[..., 0], mask))
-        probability = own.sigmoid()
+        volume_logits, reference = (torch.from_numpy(x[volume, :slices]).double() for x in (logits[..., 0], mask))
+        probability = volume_logits.sigmoid()
         dice = (2 * (probability * reference).sum() + 1e-5) / (probability.sum() + reference.sum() + 1e-5)
-        expected.append(torch.nn.functional.binary_cross_entropy_with_logits(own, reference) - dice)
+        expected.append(torch.nn.functional.binary_cross_entropy_with_logits(volume_logits, reference) - dice)
     loss = per_volume(partial(dice_cross_entropy, batch_dice=True))(jnp.asarray(logits), mask, weight)
     np.testing.assert_allclose(loss, np.mean(expected), rtol=1e-6)  # measured: 2.0e-7

@@ -1,4 +1,4 @@
-"""Training steps lowered for an NVIDIA GPU, which needs none; nothing is computed."""
+"""Training steps lowered for an NVIDIA GPU, on a machine that may have none; nothing is computed."""
 
 import re
 from dataclasses import replace
@@ -15,14 +15,14 @@ CUDNN_ATTENTION = ["__cudnn$fmhaSoftmax", "__cudnn$fmhaSoftmaxBackward"]
 
 @pytest.fixture
 def program(monkeypatch):
-    """Return a function from (method, compute capability) to the text of its step's program."""
+    """A function that returns the text of a method's training step, lowered for a compute capability."""
 
     def program(method, capability=HOPPER):
         pretend_gpu(monkeypatch, capability)
         method = replace(method, training=replace(method.training, batch_size=2))
         return lowered_step(task_without_data(method, outputs=3, plan=TINY_PLAN), slices=5).as_text()
 
-    jax.clear_caches()  # JAX would reuse for one platform what it traced for the other
+    jax.clear_caches()  # otherwise JAX reuses what it traced for the other platform
     yield program
     jax.clear_caches()
 
@@ -51,7 +51,7 @@ def test_convolutions_run_in_bfloat16_and_are_not_rewritten(program, name):
     """The forms that are fast on a CPU, which include a loop for a kernel's gradient, are not used."""
     text = program(METHODS[name])
     results = re.findall(r"stablehlo\.convolution.*-> tensor<\w+x(\w+)>", text)
-    # in float32: the convolution that gives the logits and its two gradients, unless it is written as a product
+    # in float32: the convolution that gives the logits and its two gradients, unless it is a matrix product
     assert results.count("bf16") > 25
     assert results.count("f32") in (0, 3)
     assert ("stablehlo.while" in text) == ("resnet" in name)  # a ResNet's blocks are scanned
@@ -59,7 +59,7 @@ def test_convolutions_run_in_bfloat16_and_are_not_rewritten(program, name):
 
 def test_gpu_before_ampere_computes_in_float32_without_cudnn_attention(program):
     text = program(with_backbone("vit_mini8", "finetuned"), TURING)
-    assert "stablehlo.convolution" in text  # the decoder's
+    assert "stablehlo.convolution" in text  # in the decoder
     assert "stablehlo.dot_general" in text
     assert "bf16" not in text
     assert "fmha" not in text

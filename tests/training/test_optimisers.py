@@ -1,4 +1,4 @@
-"""Weight decay and gradient clipping beside PyTorch's, and the running mean of the parameters."""
+"""Weight decay and gradient clipping against PyTorch's, and the running mean of the parameters."""
 
 from dataclasses import replace
 
@@ -24,7 +24,7 @@ def draw(*shape, seed=0):
 
 
 @pytest.mark.parametrize(("decay", "clip"), [(0.1, 0.0), (0.0, 0.5), (0.1, 0.5)])
-def test_weight_decay_and_clipping_equal_pytorchs(decay, clip):
+def test_weight_decay_and_clipping_equal_pytorch(decay, clip):
     ours, theirs = {"w": jnp.asarray(draw(5, 3))}, torch.nn.Parameter(torch.from_numpy(draw(5, 3)))
     optimiser = make_optimiser(
         replace(RECIPE, weight_decay=decay, max_gradient_norm=clip), 10, has_pretrained_backbone=False
@@ -42,8 +42,8 @@ def test_weight_decay_and_clipping_equal_pytorchs(decay, clip):
     assert np.abs(ours["w"] - draw(5, 3)).max() > 0.03
 
 
-def test_accumulated_gradients_make_one_change_of_their_mean():
-    """By hand: four changes, whose rate falls as a cosine from the first."""
+def test_accumulated_gradients_give_one_update_with_their_mean():
+    """Four updates, whose learning rate falls as a cosine from the first."""
     ours, theirs = {"w": jnp.asarray(draw(5, 3))}, torch.nn.Parameter(torch.from_numpy(draw(5, 3)))
     recipe = replace(RECIPE, accumulated_steps=3, schedule="cosine")
     optimiser = make_optimiser(recipe, 12, has_pretrained_backbone=False)
@@ -62,15 +62,15 @@ def test_accumulated_gradients_make_one_change_of_their_mean():
 
 
 def test_polynomial_decay_counts_the_accumulated_steps():
-    """Adam's change for a constant gradient is the rate: here of 25 changes in ten epochs of five steps."""
+    """Adam's update for a constant gradient is the learning rate; there are 25 updates in ten epochs of five steps."""
     recipe = replace(RECIPE, epochs=10, accumulated_steps=2, schedule="poly")
     optimiser, parameter = make_optimiser(recipe, 50, has_pretrained_backbone=False), {"w": jnp.ones(1)}
     state, rates = optimiser.init(parameter), []
     for _ in range(50):
         updates, state = optimiser.update({"w": jnp.ones(1)}, state, parameter)
         rates.append(-float(updates["w"][0]))
-    expected = [0.01 * (1 - 2 * change // 5 / 10) ** 0.9 for change in range(25)]
-    np.testing.assert_allclose(rates[1::2], expected, rtol=1e-4)  # measured: 1.0e-7 of rates up to 0.01
+    expected = [0.01 * (1 - 2 * update // 5 / 10) ** 0.9 for update in range(25)]
+    np.testing.assert_allclose(rates[1::2], expected, rtol=1e-4)  # measured: 1.0e-7, for rates up to 0.01
     assert not any(rates[::2])
 
 
@@ -102,7 +102,7 @@ def test_the_running_mean_of_parameters_and_batch_statistics_is_evaluated_and_ke
         steps.append(flat_arrays(nnx.merge(graph, averaged.trainable, *averaged.frozen, copy=True), AVERAGED))
     kept = flat_arrays(averaged.network(), AVERAGED)
     assert (len(kept) > len(flat_arrays(averaged.network()))) == (norm == "batch")
-    for name, value in kept.items():  # after two steps 1/10 and then 2/11 of the mean are kept
+    for name, value in kept.items():  # the first step keeps 1/10 of the mean, the second 2/11
         first = 0.1 * steps[0][name] + 0.9 * steps[1][name]
         np.testing.assert_allclose(value, 2 / 11 * first + 9 / 11 * steps[2][name], rtol=0, atol=1e-6)  # measured: 6e-8
     plain = Trainer(averaged.network(), RECIPE, 10)

@@ -1,4 +1,4 @@
-"""Training that was interrupted at any moment gives, on CPU, bit for bit the result of an uninterrupted one."""
+"""Training that is interrupted at any moment and resumed is bit-identical, on CPU, to uninterrupted training."""
 
 import json
 import os
@@ -66,10 +66,10 @@ def without_times(metrics):
 
 
 def outcome(folder, like):
-    """Return everything that training leaves, except times: arrays and records by kind of checkpoint, metrics."""
+    """Return all results of training except times: arrays and records by kind of checkpoint, and metrics."""
     arrays, records = {}, {}
     for kind in ("best", "latest"):
-        (step,) = checkpoint_steps(folder / "checkpoints" / kind)  # one of each kind is left at the end
+        (step,) = checkpoint_steps(folder / "checkpoints" / kind)  # one checkpoint of each kind is left at the end
         arrays[kind], records[kind] = restore(folder, kind, like, step)
         records[kind]["step"] = step
     records["latest"]["history"] = [without_times(metrics) for metrics in records["latest"]["history"]]
@@ -107,7 +107,7 @@ def assert_same(folder, like, uninterrupted):
     [([signal.SIGKILL], 0, 5, 1), ([signal.SIGKILL, signal.SIGTERM], 0.2, 2, 2)],
     ids=["SIGKILL", "SIGKILL or SIGTERM"],
 )
-def test_interrupted_at_random_moments_training_leaves_identical_results(
+def test_training_interrupted_at_random_moments_gives_identical_results(
     start, like, uninterrupted, tmp_path, signals, save_every, most_saves, seed
 ):
     """Each process ends a random time after a random number of saves, often while it writes or removes a checkpoint."""
@@ -116,7 +116,7 @@ def test_interrupted_at_random_moments_training_leaves_identical_results(
     ended = []
     while 0 not in ended:
         process = start(tmp_path / "run", f"--save-every={save_every}")
-        number, saves, delay = rng.choice(signals), rng.randint(1, most_saves), rng.uniform(0, 0.2)
+        signal_number, saves, delay = rng.choice(signals), rng.randint(1, most_saves), rng.uniform(0, 0.2)
         seen = set(checkpoint_steps(latest))
         while process.is_alive() and saves > 0:
             new = set(checkpoint_steps(latest)) - seen
@@ -124,21 +124,21 @@ def test_interrupted_at_random_moments_training_leaves_identical_results(
             time.sleep(0.001)
         process.join(delay)
         if process.exitcode is None:
-            os.kill(process.pid, number)
+            os.kill(process.pid, signal_number)
         process.join(100)
         ended.append(process.exitcode)
-        assert process.exitcode in (0, -number if number == signal.SIGKILL else 1), log.read_text()
+        assert process.exitcode in (0, -signal_number if signal_number == signal.SIGKILL else 1), log.read_text()
         assert len(ended) < 40
     assert len(ended) > 3
-    assert log.read_text().count("resuming after") >= len(ended) - 2  # the second process may start anew, too
+    assert log.read_text().count("resuming after") >= len(ended) - 2  # the second process may start from scratch, too
     assert_same(tmp_path / "run", like, uninterrupted)
 
 
 # --- interrupted at chosen moments ---
 
 
-def test_killed_between_saving_latest_and_best_the_best_checkpoint_is_made_up_for(run, like, uninterrupted, tmp_path):
-    """In the fifth epoch, which is the best."""
+def test_best_checkpoint_is_saved_after_a_kill_between_saving_latest_and_best(run, like, uninterrupted, tmp_path):
+    """The process is killed in the fifth epoch, which is the best."""
     assert uninterrupted[1]["best"]["epoch"] == 5
     folder = tmp_path / "run"
     assert run(folder, "--dies-before-best=5")[0] == 9
@@ -163,22 +163,22 @@ def stopped(run, tmp_path_factory):
 
 
 @pytest.fixture
-def copy(stopped, tmp_path):
+def stopped_copy(stopped, tmp_path):
     return shutil.copytree(stopped, tmp_path / "run")
 
 
-def test_stopped_twice_in_one_validation_training_resumes_with_validation(run, like, uninterrupted, copy):
-    code, output = run(copy, "--stopped-in-validation=6")
+def test_training_stopped_twice_in_one_validation_resumes_with_validation(run, like, uninterrupted, stopped_copy):
+    code, output = run(stopped_copy, "--stopped-in-validation=6")
     assert (code, output.splitlines()[-1]) == (1, "stopped during validation")
-    code, output = run(copy)
+    code, output = run(stopped_copy)
     assert code == 0, output
     assert f"resuming after 5 epochs and {STEPS} steps" in output
     assert "half-written" not in output
     assert "damaged" not in output
-    assert_same(copy, like, uninterrupted)
+    assert_same(stopped_copy, like, uninterrupted)
 
 
-def test_stopped_in_validation_just_after_a_save(run, like, uninterrupted, tmp_path):
+def test_training_stopped_in_validation_just_after_a_save_gives_identical_results(run, like, uninterrupted, tmp_path):
     code, output = run(tmp_path / "run", "--save-every=0", "--stopped-in-validation=1")
     assert (code, output.splitlines()[-1]) == (1, "stopped during validation")
     assert run(tmp_path / "run")[0] == 0
@@ -193,48 +193,48 @@ def damage(checkpoint):
     flip_a_bit(max((path for path in checkpoint.rglob("*") if path.is_file()), key=lambda path: path.stat().st_size))
 
 
-def test_damaged_latest_checkpoint_is_replaced_by_the_one_before(run, like, uninterrupted, copy):
-    latest = copy / "checkpoints" / "latest"
+def test_damaged_latest_checkpoint_is_replaced_by_the_previous_one(run, like, uninterrupted, stopped_copy):
+    latest = stopped_copy / "checkpoints" / "latest"
     newest, _ = checkpoint_steps(latest)
     damage(latest / str(newest))
-    code, output = run(copy)
+    code, output = run(stopped_copy)
     assert code == 0, output
     assert f"{latest / str(newest)}: damaged checkpoint: " in output
     assert "the previous one is used" in output
     assert "resuming after 5 epochs and 0 steps" in output
-    assert_same(copy, like, uninterrupted)
+    assert_same(stopped_copy, like, uninterrupted)
 
 
-def test_without_an_intact_latest_checkpoint_training_does_not_start_anew(run, copy):
-    latest, best = (copy / "checkpoints" / name for name in ("latest", "best"))
+def test_training_without_an_intact_latest_checkpoint_is_refused(run, stopped_copy):
+    latest, best = (stopped_copy / "checkpoints" / name for name in ("latest", "best"))
     for step in checkpoint_steps(latest):
         damage(latest / str(step))
-    kept = (checkpoint_steps(best), (copy / "metrics.jsonl").read_text())
-    code, output = run(copy)
+    kept = (checkpoint_steps(best), (stopped_copy / "metrics.jsonl").read_text())
+    code, output = run(stopped_copy)
     assert code == 2, output
     assert f"error: {latest}: no intact checkpoint of the 5 trained epochs is left" in output
-    assert (checkpoint_steps(best), (copy / "metrics.jsonl").read_text()) == kept
+    assert (checkpoint_steps(best), (stopped_copy / "metrics.jsonl").read_text()) == kept
 
 
-def test_a_damaged_best_checkpoint_is_replaced_by_the_next_best(run, like, uninterrupted, copy):
+def test_a_damaged_best_checkpoint_is_replaced_by_the_next_best(run, like, uninterrupted, stopped_copy):
     """Without the fifth epoch the fourth is the best; the sixth is worse."""
     _, _, lines = uninterrupted
     assert lines[4]["val_dice"] > lines[3]["val_dice"] > lines[5]["val_dice"]
-    best = copy / "checkpoints" / "best"
+    best = stopped_copy / "checkpoints" / "best"
     damage(best / "5")
-    fourth, record = restore(copy, "best", like, 4)
+    fourth, record = restore(stopped_copy, "best", like, 4)
     assert record == {"epoch": 4, "dice": lines[3]["val_dice"]}
-    code, output = run(copy)
+    code, output = run(stopped_copy)
     assert code == 0, output
     assert f"{best / '5'}: damaged checkpoint: " in output
     assert "the checkpoint of the best epoch, 5, was lost; epoch 4 replaces it" in output
 
     assert checkpoint_steps(best) == [4]
-    again, record_again = restore(copy, "best", like, 4)
+    again, record_again = restore(stopped_copy, "best", like, 4)
     assert record_again == record
     for x, y in zip(again, fourth, strict=True):
         np.testing.assert_array_equal(x, y)
-    _, records, lines_again = outcome(copy, like)
+    _, records, lines_again = outcome(stopped_copy, like)
     assert lines_again == lines
     latest, expected = records["latest"], uninterrupted[1]["latest"]
     assert latest == expected | {"best_epoch": 4, "best_dice": lines[3]["val_dice"]}

@@ -1,4 +1,4 @@
-"""One training step: which parameters it changes, by how much, and that PyTorch gives the same numbers."""
+"""One training step: which parameters it changes, by how much, and parity with PyTorch."""
 
 from functools import cache, partial
 
@@ -160,9 +160,9 @@ def test_sgd_with_decay_clipping_and_schedule_equals_pytorch():
     """nnU-Net's recipe: two epochs of five steps; some gradients are clipped."""
     recipe = Training(epochs=2, optimiser="sgd", learning_rate=1e-2, schedule="poly")
     optimiser = make_optimiser(recipe, 10, has_pretrained_backbone=False)
-    draw = np.random.default_rng(0)
-    start = draw.standard_normal((5, 6), np.float32)
-    gradients = draw.standard_normal((10, 5, 6), np.float32) * np.linspace(0.5, 8, 10, dtype=np.float32)[:, None, None]
+    rng = np.random.default_rng(0)
+    start = rng.standard_normal((5, 6), np.float32)
+    gradients = rng.standard_normal((10, 5, 6), np.float32) * np.linspace(0.5, 8, 10, dtype=np.float32)[:, None, None]
     ours = nnx.State({"decoder": {"x": nnx.Param(jnp.asarray(start))}})
     state = optimiser.init(ours)
     theirs = torch.nn.Parameter(torch.from_numpy(start.copy()))
@@ -215,7 +215,7 @@ def test_all_of_a_finetuned_backbone_changes():
 
 
 @fast
-def test_statistics_follow_the_batch_and_evaluation_uses_them():
+def test_statistics_are_updated_from_the_batch_and_used_in_evaluation():
     (_, _, before), (_, _, after), *_ = states_around_steps(train_backbone=False)
     network = tiny_network()
     tokens = network.backbone((make_batch()["input"] - [0.485, 0.456, 0.406]) / [0.229, 0.224, 0.225]).patches
@@ -248,7 +248,7 @@ def test_first_step_of_adam_has_the_size_of_the_learning_rate():
 
 @fast
 def test_gradient_is_the_slope_of_the_loss():
-    """Along one element of three parameters."""
+    """Compared for one element of each of three parameters."""
     parts, batch = split_network(tiny_network(), train_backbone=True), make_batch()
     _, gradients, _ = jax.jit(make_gradient(parts.training))(parts.trainable, parts.frozen, batch, KEY)
 

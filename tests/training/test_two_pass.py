@@ -18,7 +18,8 @@ from jaxla.training.two_pass import make_two_pass_gradient
 from tests.tiny import randomise, tiny_backbone
 
 KEY = jax.random.key(3)
-SIZE, SLICES = (40, 56), (7, 5)  # pixels; slices of the two volumes in a batch. 2 does not divide the 5 × 7 patches.
+SIZE = (40, 56)  # pixels: 5 × 7 patches, which two windows cannot divide equally
+SLICES = (7, 5)  # slices of the two volumes in a batch
 DICE = per_volume(partial(dice_cross_entropy, batch_dice=True))
 
 
@@ -36,11 +37,11 @@ def make_network(counts, outputs=1):
 
 
 def make_batch(outputs=1):
-    draw = np.random.default_rng(0)
+    rng = np.random.default_rng(0)
     shape = (len(SLICES), max(SLICES), *SIZE)
     return {
-        "input": draw.random((*shape, 1), dtype=np.float32),
-        "mask": draw.integers(0, max(2, outputs), shape).astype(np.uint8),
+        "input": rng.random((*shape, 1), dtype=np.float32),
+        "mask": rng.integers(0, max(2, outputs), shape).astype(np.uint8),
         "volume": np.arange(len(SLICES), dtype=np.int32),
         "weight": (np.arange(max(SLICES)) < np.array(SLICES)[:, None]).astype(np.float32),
     }
@@ -126,6 +127,6 @@ def test_memory_of_the_backward_pass_is_that_of_one_window():
     two_pass, one_pass = (
         {count: decoder_bytes(make, count) for count in (2, 8)} for make in (make_two_pass_gradient, make_gradient)
     )
-    logits_bytes = 4 * 4 * SIZE[0] * SIZE[1]  # of one window; the loss holds several copies
+    logits_bytes = 4 * 4 * SIZE[0] * SIZE[1]  # logits of one window; the loss holds several copies
     assert two_pass[8] - two_pass[2] <= 6 * 8 * logits_bytes, two_pass
     assert one_pass[8] - one_pass[2] >= 5 * (two_pass[8] - two_pass[2]), (two_pass, one_pass)
