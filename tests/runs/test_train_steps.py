@@ -55,7 +55,7 @@ def test_a_frozen_random_backbone_is_kept_and_restored(run, caplog):
         path.unlink() if damaged is None else path.write_bytes(damaged)
         caplog.clear()
         assert np.array_equal(kernel(build_network(run)), kernel(first))
-        assert caplog.messages == [f"{path}: missing or damaged; drawn again from seed 1"]
+        assert caplog.messages == [f"{path}: missing or damaged; initialised again from seed 1"]
         assert read_record(run.folder).backbone_sha256 == parameters_sha256(first.backbone)
 
 

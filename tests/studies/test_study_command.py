@@ -120,7 +120,7 @@ def test_study_resumes_after_a_failure_and_after_a_stop(phantoms, tmp_path, caps
             "--segnet.training.epochs=3",
             "--segnet.training.epochs: method segnet is not in this study. Choose from unet, ",
         ),
-        ("--unet.data.labels=LA:1", "--unet.data.labels: not an option of a method. Methods may differ in model, "),
+        ("--unet.data.labels=LA:1", "--unet.data.labels: cannot be set for a single method. Only options of model, "),
         (
             '--data={"train_patients":5}',
             "--data: the protocol fewshot_1patient sets the number of training patients. Choose protocols with --exp",
