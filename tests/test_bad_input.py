@@ -275,17 +275,17 @@ def test_training_refuses_a_batch_that_does_not_fit_into_memory(tmp_path):
         (["--data.labels=LA"], "--data.labels='LA': expected name:value"),
         (
             ["--data.split=all"],
-            "--data.split=all: leaves no validation case, by which --training.checkpoint and --training.patience of "
-            "vit_mini8 would decide. Use --training.checkpoint=last --training.patience=0, or another split.",
+            "--data.split=all: leaves no validation cases, which vit_mini8 needs for --training.checkpoint and "
+            "--training.patience. Use --training.checkpoint=last --training.patience=0, or another split.",
         ),
         (
             ["--method=nnunet_2d", "--data.validation=never"],
-            "--data.validation=never: leaves no validation case, by which --postprocessing.largest of nnunet_2d would "
-            "decide. Use --postprocessing.largest=always, or another split.",
+            "--data.validation=never: leaves no validation cases, which nnunet_2d needs for --postprocessing.largest. "
+            "Use --postprocessing.largest=always, or another split.",
         ),
         (
             ["--data.split=all", "--data.validation=always"],
-            "--data.validation=always: has no effect, because --data.split gives the validation patients. Remove one",
+            "--data.validation=always: has no effect, because --data.split sets the validation patients. Remove one",
         ),
         (["--data.split=nowhere.json"], "--data.split=nowhere.json: cannot be read (No such file"),
         (["--data.train_patients=-1"], "--data.train_patients=-1: "),
@@ -333,7 +333,7 @@ def test_training_refuses_a_batch_that_does_not_fit_into_memory(tmp_path):
             ["--method=segnet", "--preprocessing.image_size=31"],
             "--preprocessing.image_size=31: vgg16_bn needs at least",
         ),
-        (["--method=unet", "--postprocessing.opening=2"], "--postprocessing.opening=2: an even number. Use an odd"),
+        (["--method=unet", "--postprocessing.opening=2"], "--postprocessing.opening=2: must be odd. Use an odd"),
         (["--augmentation.rotation=-1"], "--augmentation.rotation=-1.0: less than 0"),
         (["--augmentation.scale=nan"], ".*augmentation.scale"),
         (["--method=resnet50_unet"], ".*weights of resnet50 not found. .* --arch=resnet50 --download"),
@@ -352,7 +352,7 @@ def test_training_needs_an_experiment_and_data(tmp_path):
     assert line.startswith("error: --exp: missing. Use one of ")
     assert "fewshot_10patients" in line
     line = refuse(tmp_path, "jaxla.train", "--exp=paper1")
-    for text in ("error: --data.root: missing. ", "LAScarQS", "flat pairs", "by registration", "--data.root=phantom"):
+    for text in ("error: --data.root: missing. ", "flat pairs", "Register for LAScarQS", "--data.root=phantom"):
         assert text in line
 
 

@@ -1,7 +1,7 @@
-"""CSV files that a spreadsheet opens without running what they hold.
+"""CSV files whose cells a spreadsheet does not evaluate as formulas.
 
-A spreadsheet reads text that begins with one of `= + - @` as a formula. Such text is written with an apostrophe in
-front, which `read_csv` removes.
+A spreadsheet reads text that begins with one of `= + - @` as a formula. Such text is written with a leading apostrophe,
+which `read_csv` removes.
 """
 
 import csv

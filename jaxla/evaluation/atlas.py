@@ -14,7 +14,7 @@ import numpy as np
 
 from jaxla.config import InputError
 
-GRID_SIZE = 48  # cells per axis of the atlas: finer than the agreement between patients
+GRID_SIZE = 48  # cells per axis of the atlas: finer than the anatomical variation between patients
 THRESHOLDS = np.round(np.arange(0.05, 0.951, 0.05), 2)
 
 

@@ -36,7 +36,7 @@ class Comparison:
     n: int
     difference: float  # mean over cases of first − second
     interval: tuple[float, float] | None  # confidence interval of the difference; None for a single case
-    p: float  # of the signed-rank test; 1 if the methods never differ
+    p: float  # p of the signed-rank test; 1 if the methods never differ
     p_holm: float  # p, corrected for all comparisons made together
     least_p: float  # the smallest p possible with n cases; above 0.05, no difference can be significant
     effect: float  # rank-biserial correlation
@@ -64,8 +64,8 @@ def require_same_cases(methods: Mapping[str, Values]) -> None:
         if unmatched := sorted(set(first_values) ^ set(values)):
             tested, untested = (first, name) if unmatched[0] in first_values else (name, first)
             example = f"{unmatched[0]} is a test case of {tested}, but not of {untested}"
-            problem, fix = f"not tested on the same cases ({example})", "Compare runs on one data set with one split."
-            raise InputError(f"{first} and {name}", problem, fix)
+            problem = f"not tested on the same cases ({example})"
+            raise InputError(f"{first} and {name}", problem, "Compare runs with the same data set and split.")
 
 
 def correct_holm(p: Sequence[float]) -> list[float]:

@@ -1,4 +1,4 @@
-"""The page and the overlays of a run, from its folder: after its test, or again later."""
+"""The page and the overlays of a run, written from its folder: after its test, or again later."""
 
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, replace
@@ -22,7 +22,7 @@ from jaxla.runs.cost import Cost
 from jaxla.runs.record import read_record, read_record_json
 from jaxla.runs.trained import largest_groups
 
-TEXT_COLUMNS = ("case", "class")  # of cases.csv; all others hold numbers
+TEXT_COLUMNS = ("case", "class")  # columns of cases.csv with text; all others hold numbers
 
 
 def write_reports(
@@ -64,7 +64,7 @@ def write_reports(
 
 
 def rebuild_reports(folder: Path, cache_dir: Path, data_root: str = "") -> Path:
-    """Write the report of a tested run again, and return the path of its page.
+    """Rewrite the report of a tested run, and return the path of its page.
 
     Args:
         data_root: folder of the scans, if they have moved.

@@ -18,14 +18,14 @@ def check_experiment(experiment: Experiment) -> Experiment:
     """Return the experiment with every name in this package's spelling; raise an InputError if no run can use it."""
     data, method = experiment.data, experiment.method
     if not data.root:
-        fix = f"Give a folder in one of these layouts: {RECOGNISED_LAYOUTS}. {how_to_get_data()}"
+        fix = f"Pass a folder in one of these layouts: {RECOGNISED_LAYOUTS}. {how_to_get_data()}"
         raise InputError("--data.root", "missing", fix)
     if data.other_labels == "background" and not data.labels:
         problem = "--data.labels is missing"
-        raise InputError("--data.other_labels=background", problem, "Name each class's values, such as LA:1.")
+        raise InputError("--data.other_labels=background", problem, "List the values of each class, such as LA:1.")
     if data.validation != "if_useful" and (data.split or experiment.fold):
         cause = "--data.split" if data.split else f"--fold={experiment.fold}"
-        problem = f"has no effect, because {cause} gives the validation patients"
+        problem = f"has no effect, because {cause} sets the validation patients"
         raise InputError(f"--data.validation={data.validation}", problem, "Remove one of the two.")
     model = method.model.resolve()
     experiment = replace(experiment, method=replace(method, model=model))
@@ -62,10 +62,11 @@ def _check_bounds(experiment: Experiment) -> None:
     for name in ("opening", "closing"):
         side = getattr(method.postprocessing, name)
         if side and side % 2 == 0:
-            raise InputError(f"--postprocessing.{name}={side}", "an even number", "Use an odd number, or 0 for none.")
+            fix = "Use an odd number, or 0 to turn it off."
+            raise InputError(f"--postprocessing.{name}={side}", "must be odd", fix)
         minimum[f"postprocessing.{name}"] = (0, side)
     if method.postprocessing.flips and method.model.needs_plan:
-        problem = f"has no effect, because {method.name} mirrors as its plan says"
+        problem = f"has no effect, because the plan of {method.name} sets the mirroring"
         raise InputError("--postprocessing.flips=true", problem, "Remove the option.")
     for name, value in vars(method.augmentation).items():
         minimum[f"augmentation.{name}"] = (0, value)
@@ -80,10 +81,11 @@ def _check_bounds(experiment: Experiment) -> None:
         raise InputError(f"--training.steps={training.steps}", problem, "Remove one of the two.")
     if not 0 <= training.average_decay < 1:
         where = f"--training.average_decay={training.average_decay}"
-        raise InputError(where, "not from 0 to below 1", "Use 0.99, or 0 for none.")
+        raise InputError(where, "must be at least 0 and less than 1", "Use 0.99, or 0 to turn it off.")
     where = f"--training.foreground_fraction={training.foreground_fraction}"
     if not 0 <= training.foreground_fraction < 1:
-        raise InputError(where, "not from 0 to below 1", "Use 0.5, for example, or 0 for none.")
+        fix = "Use 0.5, for example, or 0 to turn it off."
+        raise InputError(where, "must be at least 0 and less than 1", fix)
     if training.foreground_fraction and not task.HAS_FOREGROUND_SAMPLING:
         problem = f"has no effect, because {method.name} does not train on single slices"
         raise InputError(where, problem, "Remove the option.")
@@ -94,7 +96,7 @@ def _check_bounds(experiment: Experiment) -> None:
     for name in ("learning_rate", "backbone_learning_rate"):
         rate = getattr(training, name, 1.0)
         if not 0 < rate < math.inf:
-            raise InputError(f"--training.{name}={rate}", "not a positive number", "Use 1e-3, for example.")
+            raise InputError(f"--training.{name}={rate}", "must be a positive number", "Use 1e-3, for example.")
 
 
 def find_weights(experiment: Experiment, cache_dir: Path) -> tuple[Experiment, str]:

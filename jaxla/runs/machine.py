@@ -1,4 +1,4 @@
-"""What a run was executed on: packages, device, processor."""
+"""The environment of a run: packages, devices and processor."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ PACKAGES = (
     "jaxla", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy", "scipy", "nibabel", "pillow",
 )  # fmt: skip
 
-# Environment variables that change how JAX and XLA compute, apart from those that commands fix (jaxla.cli.start).
+# Environment variables that change how JAX and XLA compute, except those that commands set (jaxla.cli.start).
 NUMERIC_SETTINGS = (
     "JAX_DEFAULT_MATMUL_PRECISION", "JAX_DEFAULT_PRNG_IMPL", "JAX_THREEFRY_PARTITIONABLE", "JAX_RANDOM_SEED_OFFSET",
     "JAX_THREEFRY_GPU_KERNEL_LOWERING", "JAX_DISABLE_JIT", "JAX_DISABLE_MOST_OPTIMIZATIONS", "JAX_OPTIMIZATION_LEVEL",

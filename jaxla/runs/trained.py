@@ -1,4 +1,4 @@
-"""A run's folder -> the network that it trained."""
+"""Load the trained network from the folder of a run."""
 
 from __future__ import annotations
 
@@ -30,19 +30,20 @@ from jaxla.training.step import split_network
 
 @dataclass(frozen=True)
 class TrainedRun:
-    """What a run trained, in evaluation mode."""
+    """The trained network of a run, in evaluation mode; with --fold=all, those of all folds."""
 
     record: Record
     task: Task
     networks: tuple[nnx.Module, ...]  # the network of the kept epoch; with --fold=all one for each fold
     epoch: int  # the kept epoch; with --fold=all that of the first fold
-    largest: tuple[tuple[int, ...], ...] = ()  # groups of classes whose largest connected part alone is kept
+    largest: tuple[tuple[int, ...], ...] = ()  # groups of classes that keep only their largest connected component
 
     @property
     def network(self) -> nnx.Module:
         """The only network; an InputError if there are several."""
         if len(self.networks) > 1:
-            raise InputError("run", "a run with --fold=all has a network for each fold", "Give one fold, as in fold_0.")
+            problem = "a run with --fold=all has a network for each fold"
+            raise InputError("run", problem, "Pass the folder of one fold, such as fold_0.")
         return self.networks[0]
 
     def postprocess(self, classes: np.ndarray) -> np.ndarray:
@@ -95,7 +96,7 @@ def load_run(folder: str | Path) -> TrainedRun:
 
 
 def largest_groups(folder: Path, record: Record) -> tuple[tuple[int, ...], ...]:
-    """Return the groups of classes whose largest connected part alone is kept."""
+    """Return the groups of classes that keep only their largest connected component."""
     if record.experiment.method.postprocessing.largest == "always":
         return (tuple(range(1, len(record.labels.names) + 1)),)
     return read_groups(folder / LARGEST)
@@ -116,7 +117,7 @@ def _load_folds(folder: Path, record: Record) -> TrainedRun:
 
 
 def _frozen_weights(folder: Path, record: Record) -> Path:
-    """Return the backbone's file: where it was at training, or in this machine's cache folder, known by its hash."""
+    """Return the backbone's file: where it was in training, or in this machine's cache folder, checked by its hash."""
     if record.weights == "random":
         return folder / BACKBONE
     arch = record.experiment.method.model.arch

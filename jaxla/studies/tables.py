@@ -131,7 +131,7 @@ def comparison_table(results: Results) -> Table:
 
 
 def cost_table(results: Results) -> Table:
-    """Make the table of what each method costs, under the protocol with most training patients."""
+    """Make the table with the cost of each method, under the protocol with the most training patients."""
     protocol = results.largest_protocol
     rows, records = [], []
     for method in results.methods:
@@ -215,7 +215,7 @@ def _averaging_note(results: Results) -> str:
 
 
 def _mean(results: Results, protocol: str, method: str, metric: str, unit: Unit, class_name: str) -> Mean | None:
-    """Return a mean, or None for what the atlas baseline does not have."""
+    """Return a mean, or None for a value that the atlas baseline does not have."""
     if method != ATLAS:
         return results.mean(protocol, method, metric, unit, class_name)
     if unit == "slice" or metric not in ("dice", "iou"):

@@ -122,7 +122,7 @@ def test_the_value_0_is_the_background_whatever_its_name(tmp_path, zero):
 def test_more_classes_than_class_indices_are_refused():
     names = [f"class {n}:{n}" for n in range(1, 257)]
     assert len(parse_labels(";".join(names[:255])).names) == 255
-    with pytest.raises(InputError, match=r"names 256 classes, but at most 255 are supported\. Write for example LA:1"):
+    with pytest.raises(InputError, match=r"names 256 classes, but at most 255 are supported\. Use LA:1, for example"):
         parse_labels(";".join(names))
 
 

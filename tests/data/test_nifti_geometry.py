@@ -118,7 +118,7 @@ REFUSED = {
     "small vox_offset": ({"vox_offset": 100}, "vox offset 100 too low"),
     "infinite slope": ({"scl_slope": np.inf}, "scl_slope inf"),
     "infinite intercept": ({"scl_slope": 1, "scl_inter": np.inf}, "invalid intercept inf"),
-    "separate voxels": ({"magic": b"ni1"}, "voxels are in a separate .img file. Convert the two to one .nii.gz"),
+    "separate voxels": ({"magic": b"ni1"}, "voxels are in a separate .img file. Convert the pair to one .nii.gz"),
     "no magic": ({"magic": b"abc"}, "not a NIfTI file"),
 }  # fmt: skip
 

@@ -188,7 +188,7 @@ def test_labels_of_which_the_references_hold_none_are_refused(folders):
 @pytest.mark.parametrize(
     ("test", "message"),
     [
-        ('["train_1", "train_1"]', "names case train_1 twice"),
+        ('["train_1", "train_1"]', "lists case train_1 twice"),
         ('"train_1"', "not a split file"),
         ("[[1]]", "not a split file"),
         ("[]", "lists no test cases"),

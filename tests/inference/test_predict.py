@@ -147,7 +147,7 @@ def test_an_interrupted_folder_is_continued_and_only_by_the_same_run(small_run, 
     record = json.loads((other / "experiment.json").read_text())
     (other / "experiment.json").write_text(json.dumps(record | {"begun": "2026-01-01T00:00:00+00:00"}))
     line = refuse(tmp_path, "jaxla.predict", f"--run={other}", *resume[1:])
-    assert f"predictions.unfinished.json: begun by {run}, epoch" in line
+    assert f"predictions.unfinished.json: written by {run}, epoch" in line
 
     alone = (run, f"--input={thin_scans / 'c.nii.gz'}", f"--output={masks}")
     line = refuse(tmp_path, "jaxla.predict", *alone)

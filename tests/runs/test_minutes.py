@@ -49,7 +49,7 @@ def test_few_patients_are_not_spent_on_validation(trained):
     page = (run / "report.html").read_text()
     assert "was tested. No validation cases." in " ".join(page.split())
     assert "the best one on the training cases" in page
-    assert "Only the largest connected part of LA is kept." in page
+    assert "Only the largest connected component of LA is kept." in page
 
 
 def test_a_time_too_short_for_a_pass_says_how_long_one_takes(phantoms, tmp_path):
@@ -110,11 +110,11 @@ def test_a_forecast_includes_the_time_for_measuring_steps():
         ),
         (
             ["--training.average_decay=1"],
-            "--training.average_decay=1.0: not from 0 to below 1. Use 0.99, or 0 for none.",
+            "--training.average_decay=1.0: must be at least 0 and less than 1. Use 0.99, or 0 to turn it off.",
         ),
         (
             ["--training.foreground_fraction=1"],
-            "--training.foreground_fraction=1.0: not from 0 to below 1. Use 0.5, for example, or 0 for none.",
+            "--training.foreground_fraction=1.0: must be at least 0 and less than 1. Use 0.5, for example, or 0 to",
         ),
         (
             ["--method=windows_vit_mini8", "--training.foreground_fraction=0.5"],

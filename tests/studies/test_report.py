@@ -578,7 +578,7 @@ def test_faulty_runs_are_refused_and_the_old_report_is_kept(fault, study, tmp_pa
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (None, "not a study's folder (no study.json)"),
+        (None, "not a study folder (no study.json)"),
         ("{", "study.json: damaged"),
         ('{"runs": 3}', "study.json: damaged"),
         ('{"name": "a", "summary": "", "command": "", "runs": []}', "study.json: damaged"),

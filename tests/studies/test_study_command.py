@@ -245,7 +245,7 @@ def test_methods_that_decide_nothing_by_validation_share_the_split_of_those_that
 def test_a_split_without_test_cases_is_refused(phantoms, tmp_path, monkeypatch, split):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "split.json").write_text('{"train": ["train_1"], "val": ["train_2"]}')
-    with pytest.raises(InputError, match=f"^--data.split={split}: leaves no test cases, on which a study compares"):
+    with pytest.raises(InputError, match=f"^--data.split={split}: leaves no test cases, which a study needs"):
         schedule_runs(
             {"unet": [f"--data.root={phantoms}", f"--data.split={split}"]}, ["paper1"], [0], tmp_path, tmp_path
         )
