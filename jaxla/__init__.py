@@ -86,7 +86,7 @@ def build_network(
     Args:
         name: a method; `python -m jaxla.train --exp=list` lists them.
         classes: number of logits K: 1 for one structure (sigmoid), otherwise background and structures (softmax).
-        seed: seed of the parameters that start from random values.
+        seed: seed of the randomly initialised parameters.
         weights: the backbone's weights: a converted file, or "random". Default: the method's own, which for released
             backbones is the file in the cache folder.
         plan: nnU-Net's plan: a file that `python -m jaxla.plan` or nnU-Net wrote, or its content.
@@ -210,7 +210,7 @@ def segment(
     is_nibabel = isinstance(image, nib.Nifti1Image)
     if is_nibabel == (affine is not None):
         problem = "not allowed with a nibabel image, which has its own" if is_nibabel else "missing"
-        raise InputError("affine", problem, "Pass an affine with an array only.")
+        raise InputError("affine", problem, "Pass `affine` only with an array.")
     volume = image_from_nibabel(image) if is_nibabel else image_from_array(np.asarray(image), np.asarray(affine))
     run = load_run(run) if isinstance(run, str | Path) else run
     run.task.check_scan(volume.path, volume.array.shape[slice_geometry(volume.affine).order[0]])

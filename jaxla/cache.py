@@ -13,7 +13,7 @@ from jaxla.data.cache import CLEARABLE, KINDS, clear_cache, list_cache
 def main(arguments: list[str]) -> None:
     """List the cache folder, or clear a part of it."""
     parser = command_parser("jaxla.cache", "List the cache folder, or clear what can be computed or downloaded again.")
-    parser.add_argument("--cache-dir", type=str, help="the folder (default: the user's cache folder)")
+    parser.add_argument("--cache-dir", type=str, help="the cache folder (default: the user's cache folder)")
     kinds = Literal["features", "volumes", "planned", "phantoms", "compiled", "downloads", "all"]
     clear = "remove the entries of this kind, or of `all` six kinds; converted weights are always kept"
     parser.add_argument("--clear", type=kinds | None, default=None, help=clear)

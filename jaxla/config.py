@@ -63,7 +63,7 @@ class Data:
         other_labels: Mask values that `labels` does not list are `refused` or count as `background`.
         split: A `split.json`, or nnU-Net's `splits_final.json` with a fold; or `all`: train on all patients.
         split_seed: Seed of the 70/10/20 split by patient.
-        validation: Draw validation patients: `always`, `never`, or `if_useful` (from 15 patients on, or if needed).
+        validation: Draw validation patients: `always`, `never`, or `if_useful` (with 15 or more patients or if needed).
         train_patients: Number of training patients to use, 0 for all. Subsets are nested: the 10 contain the 1.
         train_percent: Percentage of the training patients to use, at least one patient. Subsets are nested.
         subset_seed: Seed of the training subset; 0 takes the first patients. Other parts of the split do not change.

@@ -368,9 +368,10 @@ def _connect(address: str, count: int, index: int, timeout: float) -> None:
             socket.create_server((loopback, int(port))).close()  # JAX may crash if the port is in use
         except OSError as error:
             problem = f"process 0 cannot use port {port} ({os.strerror(error.errno)})"
-            raise InputError(f"--coordinator={address}", problem, "Use another port, and --process=0 once.") from error
+            fix = "Use another port, and only one --process=0."
+            raise InputError(f"--coordinator={address}", problem, fix) from error
         log.info("waiting at %s for the other processes, up to %g s", address, timeout)
-    fix = "Start every process, with its own --process and the same --processes. Raise --wait if they start late."
+    fix = "Start every process with its own --process and the same --processes. Raise --wait if they start late."
     _exit.code, _exit.line = 2, f"error: --coordinator={address}: the {count} processes could not connect. {fix}"
     ctypes.CDLL(None).signal(signal.SIGABRT, _abort_handler)
     os.environ["no_grpc_proxy"] = host.strip("[]")  # noqa: SIM112  (gRPC would use a web proxy)

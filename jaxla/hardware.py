@@ -126,7 +126,7 @@ def compute_dtype() -> jnp.dtype:
 
 
 def attention_variant(dtype: jnp.dtype) -> Literal["per_head", "cudnn", "xla"]:
-    """Return how attention is computed: head by head (CPU), by cuDNN, or as XLA's batched products."""
+    """Return how attention is computed: head by head (CPU), by cuDNN, or as batched matrix products (XLA)."""
     if on_cpu():
         return "per_head"
     return "cudnn" if dtype == jnp.bfloat16 and all(map(supports_cudnn_attention, jax.devices())) else "xla"

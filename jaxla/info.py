@@ -98,7 +98,7 @@ def _state(folder: Path, record: dict[str, Any], epochs: int) -> dict[str, str]:
     if run_files.is_running(folder):
         return {"state": f"running: {done} are done"}
     if not os.access(folder, os.W_OK):
-        return {"state": f"not finished: {done} are done (only a user who may write there can tell if it is running)"}
+        return {"state": f"not finished: {done} are done (without write access, it is unknown whether it is running)"}
     return {"state": f"stopped: {done} are done", "resume with": run_files.resume_command(record["command"], folder)}
 
 

@@ -124,7 +124,7 @@ def run(options: Options, command: str) -> Path | None:
     with buffered_log() as early_log:
         for description in options.overridden:
             log.info(description)
-        # Check first, because preparing the data takes long.
+        # Check first, because preparing the data is slow.
         experiment = check_experiment(options.experiment)
         folder = Path(broadcast(str(options.run_dir or f"runs/{experiment.name}_{time.strftime('%Y%m%d-%H%M%S')}")))
         check_session(options, experiment, folder)
@@ -378,7 +378,7 @@ def test_network(run: Run, features: Features | None, step_bytes: int) -> dict[s
 
 
 def print_result(summary: Mapping[str, Any], folder: Path, case_word: str) -> None:
-    """Print the line that a run ends with."""
+    """Print the last line of a run."""
     result = f"trained; no test cases. {HOW_TO_TEST}"
     if "dice" in summary:
         dice, iou, atlas = summary["dice"], summary["iou"], summary["atlas"]["dice"]

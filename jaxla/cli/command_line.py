@@ -136,7 +136,7 @@ def parse_experiment(
     for entry in entries:
         _require_experiment_option(entry, f"{config}:{entry.line}", parser, experiment)
     try:
-        # Without PRINT_CONFIG, because jsonargparse has an option of this name and changes the word.
+        # PRINT_CONFIG is left out, because jsonargparse has its own option of this name and changes the word.
         parsed = parser.instantiate(parse_arguments(parser, [word for word in words if word != PRINT_CONFIG]))
     except InputError as error:
         error = _option_of_other_method(error, experiment, methods)
@@ -238,7 +238,7 @@ def _option_of_other_method(error: InputError, experiment: Experiment, methods: 
 
 
 def strip_run_options(command: str) -> str:
-    """Return a run's command line without the options of its folder and of one of several processes."""
+    """Return a run's command line without the options for its folder, for resuming and for several processes."""
     return shlex.join(word for word in _words_without(command, RUN_OPTIONS) if word != "--resume")
 
 

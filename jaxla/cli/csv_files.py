@@ -12,7 +12,7 @@ from typing import Any
 
 from jaxla.cli.files import atomic_file
 
-FORMULA = re.compile(r"'*[=+\-@\t\r]")  # at the start of a text; apostrophes count, so that reading is unambiguous
+FORMULA = re.compile(r"'*[=+\-@\t\r]")  # start of an escaped text; apostrophes count, so that reading is unambiguous
 
 
 def write_csv(path: Path, columns: Sequence[str], rows: Iterable[Mapping[str, Any]]) -> None:

@@ -45,7 +45,7 @@ def decode_json(text: bytes, kind: type[T]) -> T:
     try:
         return msgspec.json.decode(text.removeprefix(BYTE_ORDER_MARK), type=kind)
     except RecursionError as error:
-        raise ValueError("too many levels") from error
+        raise ValueError("nested too deeply") from error
 
 
 def describe_damage(error: Exception) -> str:

@@ -13,7 +13,7 @@ from jaxla.data.inputs import Canvas, mask_to_input
 from jaxla.data.prepared import PreparedVolume
 
 MAX_PASSES = 2**32  # passes over the data: practically endless, but few enough for Grain to count the rows
-MAX_BATCHES_AHEAD, MAX_BYTES_AHEAD = 4, 2**30  # features can be large
+MAX_BATCHES_AHEAD, MAX_BYTES_AHEAD = 4, 2**30  # limits on reading ahead; batches of features can be large
 
 
 class Batch(TypedDict):

@@ -238,7 +238,7 @@ def slice_step(folder: Path, slices: Sequence[Dataset]) -> np.ndarray:
     step = (positions[-1] - positions[0]) / (len(slices) - 1)
     tilt = np.linalg.norm(step - normal * (step @ normal)) / (step @ normal)
     if tilt > MAX_TILT:
-        problem = f"slices are shifted against each other by {np.degrees(np.arctan(tilt)):.1f}° (gantry tilt)"
+        problem = f"slices are tilted by {np.degrees(np.arctan(tilt)):.1f}° (gantry tilt)"
         fail(problem, 0, "Resample the scan onto a rectangular grid, for example with dcm2niix.")
     offsets = np.linalg.norm(positions - positions[0] - np.arange(len(slices))[:, None] * step, axis=1)
     if offsets.max() > MAX_OFFSET_FRACTION * usual:

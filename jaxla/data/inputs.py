@@ -21,7 +21,7 @@ TIE_MARGIN = np.float32(1e-5)  # fractions of a pixel that differ by less differ
 class Frame:
     """Position of a slice in the input: `height` × `width` input pixels from row `top` and column `left`.
 
-    `top` or `left` is negative for a slice that is larger than the input; its centre is cropped.
+    `top` or `left` is negative for a slice that is larger than the input, which is cropped to its centre.
     """
 
     size: int

@@ -30,11 +30,11 @@ MIN_OUTLIER_CASES = 5
 MIN_OUTLIER_DEVIATION = 0.1  # anatomy varies by more; this keeps a few similar cases from making the next an outlier
 OUTLIER_RULE = (
     f"modified z-score of log volume beyond ±{MAX_OUTLIER_Z} (median, median absolute deviation of at least "
-    f"{100 * MIN_OUTLIER_DEVIATION:.0f} %), from {MIN_OUTLIER_CASES} cases on"
+    f"{100 * MIN_OUTLIER_DEVIATION:.0f} %), with at least {MIN_OUTLIER_CASES} cases"
 )
 MAX_SPACING_RATIO = 1.5
 MAX_OBLIQUE_DEGREES = 15
-MAX_MASK_VALUES = 255  # a mask with more values is an image
+MAX_MASK_VALUES = 255  # a file with more values is an image, not a mask
 
 
 @dataclass(frozen=True)

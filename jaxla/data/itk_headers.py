@@ -106,13 +106,13 @@ class Fields:
         for byte_count, names in types.items():
             if value in names.lower().split(", "):
                 return byte_count
-        self.fail(f"voxels of type '{shorten(value)}'", "Export a scalar image of integers or floats.")
+        self.fail(f"unsupported voxel type '{shorten(value)}'", "Export a scalar image of integers or floats.")
 
     def require_millimetres(self, name: str) -> None:
         """Raise an InputError if lengths have a unit other than mm; ITK ignores units."""
         units = set(re.split(r"[\s\"]+", self.text(name, default="")))
         if other := sorted(units - MILLIMETRES):
-            self.fail(f"lengths in {shorten(', '.join(other))}", "Export the file in mm.")
+            self.fail(f"lengths are in {shorten(', '.join(other))}", "Export the file in mm.")
 
 
 def check_header(path: Path) -> tuple[str, ...]:
@@ -129,7 +129,7 @@ def check_header(path: Path) -> tuple[str, ...]:
         _require_voxels(path, voxels)
     if voxels.is_oriented:
         return ()
-    return ("no orientation is recorded; taking its axes as left, posterior, superior",)
+    return ("no orientation is recorded; assuming the axes left, posterior, superior",)
 
 
 def locate_voxels(path: Path) -> Voxels:
@@ -245,7 +245,7 @@ def _require_compressed_size(fields: Fields, voxels: Voxels) -> None:
     present = voxels.path.stat().st_size - voxels.offset
     if fields.numbers("CompressedDataSize", 1) != [present]:
         declared = shorten(fields.text("CompressedDataSize"))
-        fields.fail(f"truncated or damaged: {present} compressed bytes, the header declares {declared}")
+        fields.fail(f"truncated or damaged: {present} compressed bytes, but the header declares {declared}")
 
 
 def _require_positive(fields: Fields, name: str) -> None:
@@ -274,7 +274,8 @@ def _require_voxels(path: Path, voxels: Voxels) -> None:
     if not is_right:
         more = "at least " if voxels.is_compressed and present > voxels.byte_count else ""
         problem = (
-            f"truncated or damaged: {more}{max(present, 0)} bytes of voxels, the header declares {voxels.byte_count}"
+            f"truncated or damaged: {more}{max(present, 0)} bytes of voxels, but the header declares "
+            f"{voxels.byte_count}"
         )
         raise InputError(path, problem, EXPORT_AGAIN)
 

@@ -124,11 +124,11 @@ def _require_different_names(root: Path, folders: Iterable[Path]) -> None:
 
 # --- BIDS ------------------------------------------------------------------------------------------------------------
 
-DERIVED = r"_(?:space|res|den|label|desc|hemi)-[^_]+"  # what the name of a mask has beyond that of its scan
+DERIVED = r"_(?:space|res|den|label|desc|hemi)-[^_]+"  # parts that only the name of a mask has, not that of its scan
 
 
 def _bids(root: Path, scans: Sequence[Path], findings: list[Finding], _: bool) -> ScanPaths:
-    """Find scans in folders sub-…, with masks named …_mask, …_dseg or the like, beside them or in derivatives."""
+    """Find scans in folders sub-…, with masks named …_mask, …_dseg or the like, next to them or in derivatives."""
     images, masks = [], []
     for path in scans:
         if not any(part.startswith("sub-") for part in path.relative_to(root).parts[:-1]):

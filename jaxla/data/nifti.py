@@ -168,9 +168,9 @@ def _check_size(path: Path, file: BinaryIO, shape: tuple[int, int, int], dtype: 
     what = f"its header declares {declared} bytes, for voxels {'×'.join(map(str, shape))} of type {dtype}"
     held = file.seek(0, 2) if not isinstance(file, gzip.GzipFile) else _count_bytes(file, declared)
     if held < declared:
-        raise InputError(path, f"truncated or damaged ({what}, but it holds {held})", COPY_AGAIN)
+        raise InputError(path, f"truncated or damaged ({what}, but the file holds {held})", COPY_AGAIN)
     if held > declared:
-        raise InputError(path, f"more voxels than expected ({what}, but it holds more)", COPY_AGAIN)
+        raise InputError(path, f"more voxels than expected ({what}, but the file holds more)", COPY_AGAIN)
 
 
 def _count_bytes(file: gzip.GzipFile, enough: int) -> int:

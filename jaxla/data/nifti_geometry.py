@@ -91,7 +91,7 @@ def _choose_form(path: Path, header: nib.Nifti1Header) -> tuple[_Form, list[str]
     if header["qform_code"]:
         forms.append(_read_qform(header))
     if not forms:
-        warning = "no orientation is recorded (the codes of sform and qform are 0); taking its axes as left, anterior, "
+        warning = "no orientation is recorded (the codes of sform and qform are 0); assuming the axes left, anterior, "
         return _Form("pixdim", _repaired(header).get_base_affine()), [f"{warning}superior"]
 
     usable = [form for form in forms if not form.fault]
@@ -105,12 +105,12 @@ def _choose_form(path: Path, header: nib.Nifti1Header) -> tuple[_Form, list[str]
             return qform, [f"sform and qform disagree ({sizes}); using qform, which agrees with pixdim"]
         if (angle := _angle(sform, qform)) > MAX_ANGLE:
             _require_same_directions(path, sform, qform)
-            warnings.append(f"sform and qform are rotated by {angle:.1f}° against each other; using sform")
+            warnings.append(f"sform and qform are rotated by {angle:.1f}° relative to each other; using sform")
         return sform, warnings
     (form,) = usable
     if not _same_lengths(form.spacing, pixdim):
         problem = f"sform has voxels of {_sides(form.spacing)}, but pixdim of {_sides(pixdim)}"
-        raise InputError(path, f"{problem}, and no qform says which are right", CORRECT)
+        raise InputError(path, f"{problem}, and there is no qform to decide between them", CORRECT)
     return form, warnings
 
 

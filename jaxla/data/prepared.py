@@ -48,7 +48,7 @@ class PreparedVolume:
     shape: tuple[int, int, int]  # S, H, W
     spacing: tuple[float, float, float]  # mm along slices, rows and columns
     slice_axis: str  # anatomical name of the slice axis
-    intensity_range: tuple[float, float]  # 0.5 and 99.5 percentile of the scan's intensities
+    intensity_range: tuple[float, float]  # 0.5th and 99.5th percentiles of the scan's intensities
     image_sha256: str  # hash of the scan's voxels
     slices_sha256: str  # hash of the slices and their spacing, which determine the network's inputs
     mask_values: tuple[int, ...]  # the non-zero values of the mask, at most `MAX_MASK_VALUES`

@@ -275,8 +275,8 @@ def require_resumable(folder: Path | None, experiment: Experiment) -> None:
     if is_running(folder):
         raise InputError(f"--run-dir={folder}", "another process is training there", "Wait for it.")
     if changes := list(differences(experiment, record.experiment)):
-        name, now, then = changes[0]
-        problem = f"--{name} is {format_value(now)}, but the run in {folder} began with {format_value(then)}"
+        name, current, earlier = changes[0]
+        problem = f"--{name} is {format_value(current)}, but the run in {folder} began with {format_value(earlier)}"
         command = _with_former_defaults(record.command, changes)
         raise InputError("--resume", problem, f"Resume with: {resume_command(command, folder)}")
 
@@ -290,7 +290,7 @@ def _with_former_defaults(command: str, changes: Sequence[tuple[str, Any, Any]])
     given = {word.split("=")[0] for word in shlex.split(command)}
     if changes[0][0] in ("exp", "method"):
         changes = changes[:1]
-    words = [f"--{name}={format_value(then)}" for name, _, then in changes if then not in ("", None)]
+    words = [f"--{name}={format_value(earlier)}" for name, _, earlier in changes if earlier not in ("", None)]
     return shlex.join([*shlex.split(command), *(word for word in words if word.split("=")[0] not in given)])
 
 
@@ -307,11 +307,11 @@ def _require_unfinished(folder: Path) -> None:
 def _require_same_run(folder: Path, begun: Record, record: Record, split: Split, cases: Mapping[str, str]) -> None:
     """Raise an InputError unless data, split and weights are those that the run began with."""
     try:
-        then = read_json(folder / CASES, dict[str, str])
-    except (FileNotFoundError, InputError):  # it only serves to name the case
-        then = dict(cases)
+        earlier_cases = read_json(folder / CASES, dict[str, str])
+    except (FileNotFoundError, InputError):  # the file only serves to name the changed case
+        earlier_cases = dict(cases)
     root, data = record.experiment.data.root, record.experiment.data
-    case = changed_case(then, cases)
+    case = changed_case(earlier_cases, cases)
     if case or begun.data_sha256 != record.data_sha256:
         problem = f"the data in {root} differ from those that the run in {folder} began with"
         raise InputError("--resume", problem + (f": {case}" if case else ""), "Restore them, or start a new run.")
@@ -319,26 +319,26 @@ def _require_same_run(folder: Path, begun: Record, record: Record, split: Split,
         problem = f"--data.split={data.split} differs from the split that the run began with"
         raise InputError("--resume", problem, f"Use {shlex.quote(f'--data.split={folder / SPLIT}')}.")
     if record.weights != "random" and begun.weights_sha256 != record.weights_sha256:
-        now, then = (f"{sha256[:12]}…" for sha256 in (record.weights_sha256, begun.weights_sha256))
-        problem = f"{record.weights} (sha256 {now}) is not the file that the run began with ({then})"
+        current, earlier = (f"{sha256[:12]}…" for sha256 in (record.weights_sha256, begun.weights_sha256))
+        problem = f"{record.weights} (sha256 {current}) is not the file that the run began with ({earlier})"
         raise InputError("--resume", problem, "Restore that file, or start a new run.")
     _log_changed_environment(begun.environment, record.environment)
 
 
-def _log_changed_environment(then: Mapping[str, Any], now: Mapping[str, Any]) -> None:
+def _log_changed_environment(earlier: Mapping[str, Any], current: Mapping[str, Any]) -> None:
     may_differ = "the result may differ in rounding"
-    if (began := then["device"]) != (resumes := now["device"]):
+    if (began := earlier["device"]) != (resumes := current["device"]):
         will_differ = "the result will differ from an uninterrupted run"
         log.warning("the run began on %s and resumes on %s: %s", began, resumes, will_differ)
-    if (began := then["devices"]) != (resumes := now["devices"]):
+    if (began := earlier["devices"]) != (resumes := current["devices"]):
         log.info("the run began on %d devices and resumes on %d: %s", began, resumes, may_differ)
-    for name, resumes in now["versions"].items():
-        if (began := then["versions"].get(name)) != resumes:
+    for name, resumes in current["versions"].items():
+        if (began := earlier["versions"].get(name)) != resumes:
             log.warning("the run began with %s %s and resumes with %s: %s", name, began, resumes, may_differ)
-    if "settings" not in then:  # the record of an earlier version
+    if "settings" not in earlier:  # the record of an earlier version
         return
-    for name in sorted({*then["settings"], *now["settings"]}):
-        values = (environment["settings"].get(name) for environment in (then, now))
+    for name in sorted({*earlier["settings"], *current["settings"]}):
+        values = (environment["settings"].get(name) for environment in (earlier, current))
         began, resumes = (f"{name} not set" if value is None else f"{name}={value}" for value in values)
         if began != resumes:
             log.warning("the run began with %s and resumes with %s: the result may differ", began, resumes)

@@ -176,13 +176,13 @@ def _all_options(experiment: Experiment) -> dict[str, Any]:
     return {"exp": experiment.name, "method": experiment.method.name} | option_values(experiment)
 
 
-def differences(now: Experiment, then: Experiment) -> Iterator[tuple[str, Any, Any]]:
-    """Yield the options in which two experiments differ: dotted name, value now, value then."""
-    before = _all_options(then)
-    for name, value in _all_options(now).items():
-        earlier = before.get(name)
-        if value != earlier and (name not in NOT_COMPARED or NO_FILE.get(name) in (value, earlier)):
-            yield name, value, earlier
+def differences(current: Experiment, earlier: Experiment) -> Iterator[tuple[str, Any, Any]]:
+    """Yield the options in which two experiments differ: dotted name, current value, earlier value."""
+    earlier_options = _all_options(earlier)
+    for name, value in _all_options(current).items():
+        earlier_value = earlier_options.get(name)
+        if value != earlier_value and (name not in NOT_COMPARED or NO_FILE.get(name) in (value, earlier_value)):
+            yield name, value, earlier_value
 
 
 def format_value(value: Any) -> str:
@@ -192,12 +192,13 @@ def format_value(value: Any) -> str:
     return "not given" if value in ("", None) else str(value)
 
 
-def changed_case(then: Mapping[str, str], now: Mapping[str, str]) -> str:
+def changed_case(earlier: Mapping[str, str], current: Mapping[str, str]) -> str:
     """Describe the first case whose hash has changed; "" if all are the same."""
-    for name in sorted(set(then) | set(now)):
-        if then.get(name) != now.get(name):
-            what = "new" if name not in then else "missing" if name not in now else "a different scan or mask"
-            return f"case {name} is {what}"
+    for name in sorted(set(earlier) | set(current)):
+        if earlier.get(name) != current.get(name):
+            is_known, is_present = name in earlier, name in current
+            change = "new" if not is_known else "a different scan or mask" if is_present else "missing"
+            return f"case {name} is {change}"
     return ""
 
 

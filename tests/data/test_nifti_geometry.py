@@ -217,7 +217,7 @@ def test_warnings_of_headers_appear_once_per_file_in_every_command(tmp_path, cap
     for path in (root / "case_1.nii.gz", root / "case_1_mask.nii.gz"):
         edit_header(path, sform_code=0, qform_code=0)
     warning = (
-        "no orientation is recorded (the codes of sform and qform are 0); taking its axes as left, anterior, superior"
+        "no orientation is recorded (the codes of sform and qform are 0); assuming the axes left, anterior, superior"
     )
     expected = [f"{root / name}: {warning}" for name in ("case_1.nii.gz", "case_1_mask.nii.gz")]
     for _ in range(2):  # the second time from the cache
