@@ -75,9 +75,10 @@ def _check_bounds(experiment: Experiment) -> None:
             raise InputError(f"--{name}={value}", f"less than {bound}, or not finite", f"Use {bound} or more.")
     if training.minutes and not task.HAS_TIME_BUDGET:
         problem = f"cannot be used with {method.name}, whose validation depends on its steps"
-        raise InputError(f"--training.minutes={training.minutes:g}", problem, "Use --training.epochs and .steps.")
+        fix = "Use --training.epochs and --training.steps."
+        raise InputError(f"--training.minutes={training.minutes:g}", problem, fix)
     if training.minutes and training.steps != METHODS[method.name].training.steps:
-        problem = f"has no effect, because --training.minutes={training.minutes:g} fixes the steps"
+        problem = f"has no effect, because --training.minutes={training.minutes:g} sets the number of steps"
         raise InputError(f"--training.steps={training.steps}", problem, "Remove one of the two.")
     if not 0 <= training.average_decay < 1:
         where = f"--training.average_decay={training.average_decay}"

@@ -53,10 +53,10 @@ def processor() -> str:
 def describe_device(environment: Mapping[str, Any]) -> str:
     """Return the devices of an environment in words.
 
-    Examples: `cpu: AMD EPYC 7B13, 8 cores`; `gpu: NVIDIA H100, 4 of them, in 2 processes`.
+    Examples: `cpu: AMD EPYC 7B13, 8 cores`; `gpu: NVIDIA H100, 4 devices, in 2 processes`.
     """
     name = environment["device"]
     if name.startswith("cpu"):
         name = f"cpu: {environment['processor']}"
     count, processes = environment["devices"], environment["processes"]
-    return name + (f", {count} of them" if count > 1 else "") + (f", in {processes} processes" if processes > 1 else "")
+    return name + (f", {count} devices" if count > 1 else "") + (f", in {processes} processes" if processes > 1 else "")

@@ -1,4 +1,4 @@
-"""The files that predict writes next to its masks: `predictions.csv`, and before it a mark that they are unfinished."""
+"""The files that predict writes next to its masks: `predictions.csv`, and a mark that they are unfinished."""
 
 from __future__ import annotations
 

@@ -57,7 +57,7 @@ def score_test_cases(
 
     The summary has mean, sd, n and unit of each metric per volume, the same per slice under "slice" and of the atlas
     baseline under "atlas", and the entries `about`; without test cases only these. Each process segments its share of
-    the cases; only the first returns rows and summary, the others nothing.
+    the cases; only the first process returns rows and summary.
     """
     names, split = run.record.labels.names, data.split
     if not split.test:

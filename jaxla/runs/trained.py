@@ -85,7 +85,7 @@ def load_run(folder: str | Path) -> TrainedRun:
     parts = split_network(network, train_backbone=not is_frozen)
 
     saved = network_state(parts.trainable, parts.frozen.statistics)
-    here = jax.sharding.SingleDeviceSharding(first_local_device())  # whatever device the run was trained on
+    here = jax.sharding.SingleDeviceSharding(first_local_device())  # not the devices that the run was trained on
     like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here), saved)
     checkpoints = Checkpoints(folder / CHECKPOINTS / BEST, read_only=True)
     restored, progress = checkpoints.restore(like, steps[0])

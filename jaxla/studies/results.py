@@ -77,11 +77,11 @@ class Mean(NamedTuple):
 
     unit: Unit
     mean: float
-    sd: float | None  # over units; None for a single one
+    sd: float | None  # standard deviation over units; None for a single unit
     n: int
     ci95_low: float | None  # bootstrap interval of the mean over cases; None for a single case and for slices
     ci95_high: float | None  # (the slices of one case depend on each other)
-    sd_over_seeds: float | None  # of the seeds' means; None for a single seed
+    sd_over_seeds: float | None  # standard deviation of the seeds' means; None for a single seed
 
 
 @dataclass(frozen=True)

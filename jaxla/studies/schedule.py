@@ -94,8 +94,10 @@ def _require_comparable(runs: Sequence[ScheduledRun]) -> None:
         raise InputError(f"--data.split={split}", problem, "Use another split.")
     for run in runs:
         preset, data, first = EXPERIMENTS[run.protocol].data, run.experiment.data, runs[0]
-        if _scan_options(data) != _scan_options(first.experiment.data):
-            problem = f"{run.protocol} and {first.protocol} use different data ({data} and {first.experiment.data})"
+        options, first_options = vars(_scan_options(data)), vars(_scan_options(first.experiment.data))
+        if changed := [name for name, value in options.items() if value != first_options[name]]:
+            values = " and ".join(format_value(values[changed[0]]) for values in (options, first_options))
+            problem = f"{run.protocol} and {first.protocol} use different data (data.{changed[0]} is {values})"
             raise InputError("--experiments", problem, "Choose experiments on the same scans.")
         if (preset.train_patients, preset.train_percent) != (data.train_patients, data.train_percent):
             problem = f"the protocol {run.protocol} sets the number of training patients"

@@ -97,7 +97,7 @@ def _results_caption(results: Results, protocol: str, printed: Sequence[Publishe
     caption += "Above atlas: test cases with a higher Dice than the baseline's."
     if printed:
         sources, caveats = ("; ".join(dict.fromkeys(text)) for text in zip(*(row[:2] for row in printed), strict=True))
-        caption += f" Published: {sources}, with its own recipe, whatever data and options this study uses; {caveats}."
+        caption += f" Published: {sources}, with its own recipe, which may differ from this study's; {caveats}."
     return caption
 
 
@@ -150,8 +150,8 @@ def _cost_caption(results: Results, protocol: str) -> str:
         f"Cost under protocol {protocol} on {describe_devices(results, protocol)}. Multiply-adds: one slice through "
         f"the whole network. Time of an epoch includes its validation; epochs and their time are means over "
         f"{plural(len(results.seeds), 'seed')}. Time per volume: from the scan in memory to its mask, mean over "
-        f"{volumes} of {slices} in each run. Memory: of a training step as reported by XLA, and the highest peak of "
-        f"the process in any run. Dice is per volume{_averaging_note(results)}."
+        f"{volumes} of {slices} in each run. Memory of a training step is as reported by XLA; peak memory is the "
+        f"highest of the process in any run. Dice is per volume{_averaging_note(results)}."
     )
     if cached := [m for m in results.methods if results.select(protocol, m)[0].record.features_cached]:
         caption += (

@@ -106,7 +106,7 @@ def test_a_forecast_includes_the_time_for_measuring_steps():
         (["--training.minutes=-1"], "--training.minutes=-1.0: less than 0, or not finite. Use 0 or more."),
         (
             ["--training.minutes=1", "--training.steps=5"],
-            "--training.steps=5: has no effect, because --training.minutes=1 fixes the steps. Remove one of the two.",
+            "--training.steps=5: has no effect, because --training.minutes=1 sets the number of steps. Remove",
         ),
         (
             ["--training.average_decay=1"],
@@ -124,7 +124,7 @@ def test_a_forecast_includes_the_time_for_measuring_steps():
         (
             ["--method=nnunet_2d", "--training.minutes=5"],
             "--training.minutes=5: cannot be used with nnunet_2d, whose validation depends on its steps. Use "
-            "--training.epochs and .steps.",
+            "--training.epochs and --training.steps.",
         ),
         (
             ["--method=nnunet_2d", "--training.weight_decay=0.1"],
