@@ -311,7 +311,8 @@ class Published(NamedTuple):
 
 def choices_by_validation(method: Method) -> dict[str, object]:
     """Return the options that make a method depend on validation cases: dotted name -> a value that does not."""
-    training, choices = method.training, {}
+    training = method.training
+    choices = {}
     if training.checkpoint == "best":
         choices["training.checkpoint"] = "last"
     if training.patience:

@@ -121,7 +121,8 @@ def match_cases(
     predicted = find_masks(predictions, "predictions")
     if not predicted:
         raise InputError(f"--predictions={predictions}", "no mask in this folder", "Pass a folder of masks.")
-    referenced, classes = find_masks(references, "references"), parse_labels(labels) if labels else None
+    referenced = find_masks(references, "references")
+    classes = parse_labels(labels) if labels else None
     has_images = any(name + suffix in referenced for name in referenced for suffix in MASK_SUFFIXES)
     has_series = any(path.is_dir() and scans_in(path) for path in referenced.values())  # DICOM slices and a mask
     if has_images or has_series or not referenced:
@@ -242,7 +243,8 @@ def score_pair(pair: Pair, prediction: Volume, labels: Labels, unit: str, empty:
     spacing = reference.spacing
     if unit == "slice":
         geometry = slice_geometry(reference.affine)
-        masks, spacing = [to_slices(mask, geometry) for mask in masks], geometry.spacing
+        masks = [to_slices(mask, geometry) for mask in masks]
+        spacing = geometry.spacing
     return score_case(pair.case, *masks, spacing, labels.names, unit=unit, empty=empty)
 
 

@@ -200,7 +200,9 @@ def check_scans(outputs: Sequence[Output], task: Task, record: Record, run: str)
     Raises:
         InputError: a scan cannot be read, or has too few slices.
     """
-    known, columns, slice_counts = read_known_scans(Path(run), record.experiment.fold), {}, []
+    known = read_known_scans(Path(run), record.experiment.fold)
+    columns = {}
+    slice_counts = []
     if not known.training and is_first():
         log_progress(f"{run}: recorded nothing about its training scans; scans are not compared with them")
     for output in outputs:
@@ -226,7 +228,9 @@ def describe_kept(outputs: Sequence[Output], record: Record) -> dict[str, list[R
     """Read masks that an earlier command wrote; return case -> rows of `predictions.csv`, as `describe_mask` does."""
     rows = {}
     for output in outputs:
-        mask, scan, fix = read_mask(output.mask), read_image(output.scan), "Move it away, or use another --output."
+        mask = read_mask(output.mask)
+        scan = read_image(output.scan)
+        fix = "Move it away, or use another --output."
         if not same_grid(mask, scan):
             raise InputError(output.mask, f"not on the grid of {output.scan}", fix)
         classes = mask_classes(mask, record.labels)
@@ -241,7 +245,9 @@ def segment_scans(run: TrainedRun, outputs: Sequence[Output]) -> dict[str, list[
     Returns:
         Case -> rows of `predictions.csv`, as `describe_mask` returns them.
     """
-    segment, labels, rows = run.segment, run.record.labels, {}
+    segment = run.segment
+    labels = run.record.labels
+    rows = {}
     for position, output in local_items(list(enumerate(outputs, start=1))):
         volume = read_image(output.scan)
         log_if_cut(volume, run.task)
@@ -277,7 +283,8 @@ def format_volumes(rows: Sequence[Row]) -> str:
 def log_if_cut(volume: Volume, task: Task) -> None:
     """Log if the network sees only the centre of a scan's slices."""
     geometry = slice_geometry(volume.affine)
-    shape, spacing = to_slices(volume.array, geometry).shape, geometry.spacing
+    shape = to_slices(volume.array, geometry).shape
+    spacing = geometry.spacing
     if task.is_cut(shape, spacing):
         height, width = (n * mm for n, mm in zip(shape[1:], spacing[1:], strict=True))
         log_progress(

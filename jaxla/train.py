@@ -221,7 +221,8 @@ def train_folds(run: Run, record: Record) -> dict[str, Any] | None:
     Return that test's summary in process 0.
     """
     run.task.save(run.folder)
-    command, folders = files.resume_command(record.command, run.folder), files.fold_folders(run.folder)
+    command = files.resume_command(record.command, run.folder)
+    folders = files.fold_folders(run.folder)
     for fold, folder in enumerate(folders):
         if broadcast(files.is_finished(folder)):
             continue
@@ -251,7 +252,9 @@ def train_folds(run: Run, record: Record) -> dict[str, Any] | None:
 
 def build_network(run: Run) -> nnx.Module:
     """Build the untrained network. Save a random backbone that stays frozen in the run's folder."""
-    model, saved, seed = run.experiment.method.model, run.folder / files.BACKBONE, run.experiment.seed
+    model = run.experiment.method.model
+    saved = run.folder / files.BACKBONE
+    seed = run.experiment.seed
     if model.backbone == "finetuned" or model.weights != "random":
         return run.task.build_network()
     record = read_record(run.folder)
@@ -281,7 +284,8 @@ def compute_features(run: Run, network: nnx.Module) -> Features | None:
 
     Otherwise return None: the whole network runs in every epoch. The record says which applies, and why.
     """
-    reason, features = run.task.why_not_cached(network), None
+    reason = run.task.why_not_cached(network)
+    features = None
     if not reason:
         with use_local_devices():
             cache = run.task.make_feature_cache(network, run.cache_dir)
@@ -300,7 +304,8 @@ def compute_features(run: Run, network: nnx.Module) -> Features | None:
 
 def fit_run_to_minutes(run: Run, features: Features | None) -> Run:
     """Return the run with the epochs and steps that fit into its minutes: measured once, then read from its record."""
-    record, recipe = read_record(run.folder), run.task.recipe
+    record = read_record(run.folder)
+    recipe = run.task.recipe
     if record.fitted_steps:
         recipe = replace(recipe, epochs=record.fitted_epochs, steps=record.fitted_steps)
     else:
@@ -323,7 +328,8 @@ def train_network(run: Run, network: nnx.Module, features: Features | None) -> P
     parameters = count_parameters(nnx.state(network, nnx.Param))
     trainer = run.task.make_trainer(network, sources.train, features)
     trained = count_parameters(trainer.trainable)
-    label, kept = method_label(run.experiment, METHODS), run.experiment.method.training.checkpoint
+    label = method_label(run.experiment, METHODS)
+    kept = run.experiment.method.training.checkpoint
     log.info("%s: %d parameters are trained, %d are frozen", label, trained, parameters - trained)
 
     def report_epoch(history: list[dict[str, Any]]) -> None:

@@ -123,7 +123,8 @@ class VolumeSource(Source):
         depth: int,
         features: Sequence[Sequence[np.ndarray]] | None = None,
     ) -> None:
-        self.slice_source, self.depth = SliceSource(volumes, canvas, features), depth
+        self.slice_source = SliceSource(volumes, canvas, features)
+        self.depth = depth
         self.units = len(volumes)
         self.starts = np.cumsum([0, *(volume.shape[0] for volume in volumes)])  # index of each volume's first slice
         self.slices = float(np.diff(self.starts).mean())

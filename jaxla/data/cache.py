@@ -82,7 +82,8 @@ def clear_cache(cache_dir: Path, kind: str) -> list[CacheEntry]:
                 pass
             mark.unlink(missing_ok=True)
         except Timeout as error:
-            where, process = option("cache-dir", cache_dir), mark.stem.split(".", 1)[-1]  # host and process id
+            where = option("cache-dir", cache_dir)
+            process = mark.stem.split(".", 1)[-1]  # host and process id
             raise InputError(where, f"process {process} uses it", "Clear it when that process has finished.") from error
         except OSError as error:
             problem = f"cannot be opened ({error.strerror}); another user's process may use the cache"

@@ -115,7 +115,8 @@ def find_images(root: str | Path, image: str = "") -> dict[str, Path]:
         InputError: there is no image.
     """
     root = Path(root)
-    where, fix = option("input", root), f"Pass a scan, or a folder of scans. Formats: {FORMATS}."
+    where = option("input", root)
+    fix = f"Pass a scan, or a folder of scans. Formats: {FORMATS}."
     with report_os_errors("read", where, MAKE_READABLE):
         if root.is_file():
             return images_by_case([root], (), [])
@@ -162,7 +163,8 @@ def find_masks(folder: Path, option_name: str) -> dict[str, Path]:
     Raises:
         InputError: the folder is missing, or two files have the same name. The error names the option `option_name`.
     """
-    where, findings = option(option_name, folder), []
+    where = option(option_name, folder)
+    findings = []
     with report_os_errors("read", where, MAKE_READABLE):
         if not folder.is_dir():
             raise InputError(where, "no such folder", "Pass a folder of masks.")

@@ -109,7 +109,8 @@ def split_cases(ids: Sequence[str], experiment: Experiment, fold: str = "") -> S
     Raises:
         InputError: as `make_split`; or the method needs validation cases and the split has none.
     """
-    protocol, choices = experiment.data, choices_by_validation(experiment.method)
+    protocol = experiment.data
+    choices = choices_by_validation(experiment.method)
     split = make_split(ids, protocol, fold, needs_validation=bool(choices))
     if choices and not split.val and fold != ALL_FOLDS:
         name = "split" if protocol.split else "validation"
@@ -153,7 +154,8 @@ def require_classes(data: PreparedData, protocol: Data) -> None:
 
 def _log_summary(data: PreparedData, noun: str) -> None:
     """Log the sizes of the split; `noun` is the word for its cases."""
-    split, volumes = data.split, data.volumes.values()
+    split = data.split
+    volumes = data.volumes.values()
     if split.unused:
         count = len(split.train + split.unused)
         log.info("%d of %d training %s are left out by this protocol", len(split.unused), count, noun)

@@ -119,7 +119,8 @@ def read_slices(folder: Path, with_voxels: bool = True) -> tuple[list[Dataset], 
         files, others = slice_files(folder)
     if not files:
         raise InputError(folder, "no DICOM slice in this folder", "Pass a file, or the folder of one DICOM series.")
-    pydicom, slices = import_pydicom(folder), []
+    pydicom = import_pydicom(folder)
+    slices = []
     for path in files:
         with report_damage(path):
             slices.append(pydicom.dcmread(path, stop_before_pixels=not with_voxels))
@@ -181,7 +182,8 @@ def _check_slice(dataset: Dataset, first: Dataset) -> None:
         fail(f"no {missing[0]} in this DICOM file ({kind})", "Remove files that are not slices of a scan.")
     if samples != 1 or colours != "MONOCHROME2":
         fail(f"voxels are {colours} with {samples} values each", "Export grey values (MONOCHROME2).")
-    directions, spacing = _directions(dataset), np.array(dataset.PixelSpacing, float)
+    directions = _directions(dataset)
+    spacing = np.array(dataset.PixelSpacing, float)
     is_usable = directions.shape == (2, 3) and spacing.shape == (2,) and _position(dataset).shape == (3,)
     is_usable = is_usable and np.isfinite([*directions.ravel(), *spacing, *_position(dataset)]).all()
     if not is_usable or (spacing <= 0).any():

@@ -64,7 +64,8 @@ def structure_extent(mask: np.ndarray, spacing: tuple[float, float]) -> float:
     """
     sides = [0.0]
     for axis, mm in zip((1, 2), spacing, strict=True):
-        present, centre = np.flatnonzero(mask.any(axis=(0, 3 - axis))), mask.shape[axis] / 2
+        present = np.flatnonzero(mask.any(axis=(0, 3 - axis)))
+        centre = mask.shape[axis] / 2
         if len(present):
             sides.append(2 * mm * float(max(centre - present[0], present[-1] + 1 - centre)))
     return max(sides)
@@ -119,7 +120,8 @@ def mask_to_input(classes: np.ndarray, frame: Frame) -> np.ndarray:
     lowest, *higher = np.flatnonzero(np.bincount(classes.ravel())).astype(np.uint8)
     rows, columns = (_coverage(n, count) for n, count in zip(classes.shape, (frame.height, frame.width), strict=True))
     fractions = [(columns @ (rows @ np.float32(classes == k)).T).T for k in higher]
-    result, largest = np.full((frame.height, frame.width), lowest), 1 - sum(fractions)
+    result = np.full((frame.height, frame.width), lowest)
+    largest = 1 - sum(fractions)
     margin = np.where(np.add(*np.indices(result.shape, sparse=True)) % 2, -TIE_MARGIN, TIE_MARGIN)
     for k, fraction in zip(higher, fractions, strict=True):
         result[fraction + margin > largest] = k
@@ -130,7 +132,8 @@ def mask_to_input(classes: np.ndarray, frame: Frame) -> np.ndarray:
 @lru_cache(maxsize=64)
 def _coverage(n: int, count: int) -> csr_array:
     """Return [count, n] float32: the fraction of each of `count` equal intervals that lies in each of n pixels."""
-    borders, pixels = np.arange(count + 1)[:, None] * (n / count), np.arange(n)
+    borders = np.arange(count + 1)[:, None] * (n / count)
+    pixels = np.arange(n)
     lengths = np.minimum(borders[1:], pixels + 1) - np.maximum(borders[:-1], pixels)
     return csr_array(np.float32(np.maximum(lengths, 0) * (count / n)))
 

@@ -282,7 +282,8 @@ def _require_voxels(path: Path, voxels: Voxels) -> None:
 
 def _uncompressed_bytes(path: Path, voxels: Voxels) -> int:
     """Return the length of a zlib or gzip stream, checksum included; stop once it exceeds the declared length."""
-    stream, count = zlib.decompressobj(wbits=47), 0  # 47: either header
+    stream = zlib.decompressobj(wbits=47)  # 47: either header
+    count = 0
     try:
         with voxels.path.open("rb") as file:
             file.seek(voxels.offset)

@@ -214,7 +214,8 @@ def make_pattern_layout(image: str, mask: str) -> Layout:
 
 def _check_patterns(image: str, mask: str, for_training: bool) -> None:
     given = [option(f"data.{name}", repr(value)) for name, value in (("image", image), ("mask", mask)) if value]
-    where, example = " and ".join(given), "where * is the name of the case"
+    where = " and ".join(given)
+    example = "where * is the name of the case"
     if not image or (for_training and not mask):
         fix = f"Set both, for example {option('data.image')}='*/image.nii.gz' {option('data.mask')}='*/mask.nii.gz'"
         raise InputError(where, "the pattern of images or masks is missing", f"{fix}, {example}.")

@@ -114,7 +114,8 @@ def _read_header(path: Path, file: BinaryIO) -> nib.Nifti1Header:
     found = [k for k in kinds if int.from_bytes(block[:4], k[1]) == k[0].sizeof_hdr]
     if not found:
         raise not_nifti
-    (kind, order), length = found[0], found[0][0].sizeof_hdr
+    kind, order = found[0]
+    length = kind.sizeof_hdr
     if len(block) < length:
         raise InputError(path, f"truncated or damaged (its header ends after {len(block)} bytes)", COPY_AGAIN)
     header = kind(block[:length], endianness=order, check=False)
@@ -144,7 +145,8 @@ def _read_shape(path: Path, header: nib.Nifti1Header) -> tuple[int, int, int]:
 
 
 def _find_grid(path: Path, header: nib.Nifti1Header, shape: tuple[int, int, int]) -> Grid:
-    grid, bits = find_grid(path, header, shape), 8 * header.get_data_dtype().itemsize
+    grid = find_grid(path, header, shape)
+    bits = 8 * header.get_data_dtype().itemsize
     if header["bitpix"] == bits:
         return grid
     warning = f"its header has bitpix {header['bitpix']}, but voxels of type {header.get_data_dtype()} have {bits} bits"

@@ -51,11 +51,13 @@ def make_phantom(size: str, seed: int, index: int) -> Phantom:
             to 240 × 132 to 158 pixels and 88 slices around the atrium, at 0.625 × 0.625 × 1.25 mm.
     """
     rng = np.random.default_rng([SIZES.index(size), seed, index])
-    grid, spacing = _draw_grid(rng, size), CROP_SPACING if size == "crop" else SPACING
+    grid = _draw_grid(rng, size)
+    spacing = CROP_SPACING if size == "crop" else SPACING
     signal, mask = _paint_patient(rng, grid)
     shading = 0.12
     if size == "crop":
-        signal, shading = _add_bright_spots(rng, grid, signal), 0.25
+        signal = _add_bright_spots(rng, grid, signal)
+        shading = 0.25
     scanned = _scan(rng, signal, spacing, shading)
     return _orient(rng, scanned, mask, ORIENTATIONS[(seed + index) % len(ORIENTATIONS)], spacing)
 
@@ -75,7 +77,8 @@ def write_phantoms(folder: Path, cases: int, size: str, seed: int) -> None:
     if seed < 0:
         raise InputError(option("seed", seed), "must not be negative", "Use a whole number from 0.")
     folder = Path(folder)
-    where, fix = option("output", folder), "Choose a new or empty folder."
+    where = option("output", folder)
+    fix = "Choose a new or empty folder."
     with report_os_errors("written", where, fix):
         if folder.exists() and not folder.is_dir():
             raise InputError(where, "is a file, not a folder", fix)

@@ -95,7 +95,8 @@ def make_split(ids: Sequence[str], protocol: Data, fold: str = "", needs_validat
 
 def _take_subset(split: Split, protocol: Data) -> Split:
     """Return the split with a subset of its training patients, by default all of them."""
-    train, count = split.train, protocol.train_patients
+    train = split.train
+    count = protocol.train_patients
     if protocol.subset_seed:
         train = tuple(train[i] for i in np.random.default_rng(protocol.subset_seed).permutation(len(train)))
     count = count or max(1, math.floor(protocol.train_percent / 100 * len(train) + 0.5))
@@ -113,7 +114,8 @@ def read_split(path: Path, option_name: str) -> Split:
     Raises:
         InputError: the file cannot be read, or is not a split file. It names the option `option_name`.
     """
-    where, fix = option(option_name, path), "Pass a JSON file with the lists train, val and test of case ids."
+    where = option(option_name, path)
+    fix = "Pass a JSON file with the lists train, val and test of case ids."
     with report_os_errors("read", where, "Pass a split.json."):
         text = path.read_bytes()
     try:

@@ -36,7 +36,8 @@ def build_atlas(masks: Iterable[np.ndarray], classes: int) -> Atlas:
     Raises:
         InputError: there are no masks.
     """
-    total, count = np.zeros((classes, GRID_SIZE, GRID_SIZE, GRID_SIZE), np.float64), 0
+    total = np.zeros((classes, GRID_SIZE, GRID_SIZE, GRID_SIZE), np.float64)
+    count = 0
     for mask in masks:
         count += 1
         for index in range(classes):

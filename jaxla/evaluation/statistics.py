@@ -70,7 +70,8 @@ def require_same_cases(methods: Mapping[str, Values]) -> None:
 
 def correct_holm(p: Sequence[float]) -> list[float]:
     """Apply Holm's step-down correction (1979): each p times the number of hypotheses left, never decreasing."""
-    order, corrected = np.argsort(p, kind="stable"), np.empty(len(p))
+    order = np.argsort(p, kind="stable")
+    corrected = np.empty(len(p))
     scaled = np.asarray(p, float)[order] * np.arange(len(p), 0, -1)
     corrected[order] = np.minimum(1, np.maximum.accumulate(scaled))
     return corrected.tolist()
@@ -105,6 +106,9 @@ def _compare(first: str, second: str, methods: Mapping[str, Values]) -> Comparis
     cases = sorted(methods[first])
     # rounded, so that differences that vary only in the last bit get equal ranks
     differences = np.round([methods[first][case] - methods[second][case] for case in cases], 12)
-    p, n = float(stats.wilcoxon(differences).pvalue) if differences.any() else 1.0, len(cases)
-    mean, interval, effect = float(differences.mean()), mean_interval(differences), rank_biserial(differences)
+    p = float(stats.wilcoxon(differences).pvalue) if differences.any() else 1.0
+    n = len(cases)
+    mean = float(differences.mean())
+    interval = mean_interval(differences)
+    effect = rank_biserial(differences)
     return Comparison(first, second, n, mean, interval, p, p_holm=p, least_p=least_p(n), effect=effect)

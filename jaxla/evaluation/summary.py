@@ -156,7 +156,8 @@ def format_summary(summary: Mapping) -> str:
         [name, *("-" if row[key] is None else f"{row[key]:.4f}" for key in ("mean", "sd")), row["n"], row["unit"]]
         for name, row in metrics
     ]
-    head, alignment = ("metric", "mean", "sd", "n", "unit"), ("left", "right", "right", "right", "left")
+    head = ("metric", "mean", "sd", "n", "unit")
+    alignment = ("left", "right", "right", "right", "left")
     return tabulate(lines, head, "plain", colalign=alignment, disable_numparse=True)
 
 

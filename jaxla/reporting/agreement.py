@@ -23,7 +23,8 @@ class Agreement(NamedTuple):
 def measure_agreement(name: str, predicted: np.ndarray, reference: np.ndarray) -> Agreement:
     """Return Bland and Altman's bias and limits of agreement for volumes in ml [n]."""
     difference = predicted - reference
-    bias, limits = float(difference.mean()), None
+    bias = float(difference.mean())
+    limits = None
     if len(difference) >= MIN_CASES_FOR_LIMITS:
         half = 1.96 * float(difference.std(ddof=1))
         limits = (bias - half, bias + half)

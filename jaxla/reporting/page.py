@@ -102,6 +102,7 @@ def data_uri(figure: Figure) -> str:
 
 def _to_grey_png(match: re.Match[str]) -> str:
     """Return a grey RGBA image's PNG with a single channel: the same pixels in little more than half the bytes."""
-    image, compressed = Image.open(io.BytesIO(base64.b64decode(match[1]))), io.BytesIO()
+    image = Image.open(io.BytesIO(base64.b64decode(match[1])))
+    compressed = io.BytesIO()
     image.getchannel("R").save(compressed, "PNG", optimize=True)
     return base64.b64encode(compressed.getvalue()).decode()

@@ -30,7 +30,8 @@ def select_panels(volumes: Mapping[str, PreparedVolume], rows: Sequence[Json], p
     """Return the test cases with the lowest, median and highest Dice; `predictions` is the folder of their masks."""
     if not rows:
         return []
-    dice, panels = case_means(rows, "dice"), []
+    dice = case_means(rows, "dice")
+    panels = []
     for case_id, rank in worst_median_best(dice).items():
         volume = volumes[case_id]
         mask = read_mask(predictions / f"{case_id}.nii.gz")
@@ -69,7 +70,8 @@ def write_report(
     Raises:
         KeyError, jinja2.UndefinedError: the arguments lack something that the report shows.
     """
-    counted, kept = record["unit"], record["experiment"]["training"]["checkpoint"]
+    counted = record["unit"]
+    kept = record["experiment"]["training"]["checkpoint"]
     best = next((line for line in history if line["epoch"] == summary.get("best_epoch")), None)
     write_page(
         path,
@@ -126,7 +128,8 @@ def _result_values(
 
 def _provenance_values(record: Json, split: Mapping[str, Sequence[str]], unread: Collection[str]) -> dict[str, Any]:
     """Return the page's values about options, data and environment."""
-    options, hidden = _flatten(record["experiment"]), {"name", "summary", *unread}
+    options = _flatten(record["experiment"])
+    hidden = {"name", "summary", *unread}
     return {
         "command": strip_run_options(record["command"]),
         "options": [(name, format_value(v)) for name, v in options.items() if name not in hidden],
@@ -205,7 +208,9 @@ def _list_costs(cost: Json, history: Sequence[Mapping[str, float]]) -> list[tupl
 
 def _list_facts(record: Json) -> list[tuple[str, str]]:
     """Return the origin of data, weights and results: names of facts, and their values as text."""
-    root, labels, environment = record["experiment"]["data"]["root"], record["labels"], record["environment"]
+    root = record["experiment"]["data"]["root"]
+    labels = record["labels"]
+    environment = record["environment"]
     values = [", ".join(map(str, group)) for group in labels["values"] or [["any except 0"]]]
     masks = [f"{name}: {value}" for name, value in zip(labels["names"], values, strict=True)]
     if labels["ignored"] is None:

@@ -30,7 +30,8 @@ def check_experiment(experiment: Experiment) -> Experiment:
     model = method.model.resolve()
     experiment = replace(experiment, method=replace(method, model=model))
     _check_bounds(experiment)
-    training, own = method.training, METHODS[method.name].training
+    training = method.training
+    own = METHODS[method.name].training
     is_rate_unused = "training.backbone_learning_rate" in unread_options(experiment)
     if is_rate_unused and training.backbone_learning_rate != own.backbone_learning_rate:
         state = "frozen" if model.backbone == "frozen" else "trained from random weights"
@@ -44,7 +45,8 @@ def check_experiment(experiment: Experiment) -> Experiment:
 def _check_bounds(experiment: Experiment) -> None:
     """Raise an InputError if a number is below its minimum or not finite."""
     data, method = experiment.data, experiment.method
-    training, task = method.training, TASKS[method.model.sample]
+    training = method.training
+    task = TASKS[method.model.sample]
     minimum = {
         "training.epochs": (1, training.epochs),
         "training.steps": (task.MIN_STEPS, training.steps),

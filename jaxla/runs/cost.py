@@ -52,7 +52,9 @@ def measure_cost(
     The first of `volumes`, which may be the run's test volumes, are segmented once more, to be timed.
     """
     seconds = time_inference(segment, volumes)
-    task, network, count = run.task, run.networks[0], len(run.networks)
+    task = run.task
+    network = run.networks[0]
+    count = len(run.networks)
     shape = task.input_shape(deepest)
     depth = math.prod(shape[:-3])
     is_finetuned = task.model.backbone == "finetuned"
@@ -78,7 +80,8 @@ def time_inference(segment: SegmentSlices, volumes: Sequence[PreparedVolume]) ->
     """Return the seconds that each of the first volumes takes, up to a number of volumes and a total time."""
     seconds: list[float] = []
     for volume in volumes[:MAX_TIMED_VOLUMES]:
-        slices, geometry = np.array(volume.image), slice_geometry(read_grid(volume.case.image).affine)
+        slices = np.array(volume.image)
+        geometry = slice_geometry(read_grid(volume.case.image).affine)
         segment(slices, geometry, False)  # compiles, if no volume of this depth was segmented before
         began = time.perf_counter()
         classes, _ = segment(slices, geometry, False)

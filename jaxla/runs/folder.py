@@ -310,10 +310,10 @@ def _require_same_run(folder: Path, begun: Record, record: Record, split: Split,
         earlier_cases = read_json(folder / CASES, dict[str, str])
     except (FileNotFoundError, InputError):  # the file only serves to name the changed case
         earlier_cases = dict(cases)
-    root, data = record.experiment.data.root, record.experiment.data
+    data = record.experiment.data
     case = changed_case(earlier_cases, cases)
     if case or begun.data_sha256 != record.data_sha256:
-        problem = f"the data in {root} differ from those that the run in {folder} began with"
+        problem = f"the data in {data.root} differ from those that the run in {folder} began with"
         raise InputError("--resume", problem + (f": {case}" if case else ""), "Restore them, or start a new run.")
     if begun.split_sha256 != split.sha256:
         problem = f"--data.split={data.split} differs from the split that the run began with"

@@ -177,10 +177,13 @@ def forecast_test(
 
 def describe_forecast(forecast: Forecast, name: str) -> str:
     """Return the forecast of the experiment of this name as lines to print."""
-    f, features, epochs = forecast, forecast.features, plural(forecast.epochs, "epoch")
+    f = forecast
+    features = forecast.features
+    epochs = plural(forecast.epochs, "epoch")
     disk = f"run folder {format_bytes(f.run_bytes)} at most"
     if features.size:
-        size, free = format_bytes(features.size), f"{format_bytes(f.disk_free)} free"
+        size = format_bytes(features.size)
+        free = f"{format_bytes(f.disk_free)} free"
         disk += f"; features {size} in {f.cache_dir} ({free})"
         if not features.fit:
             disk += f", which do not fit: the backbone runs in every epoch. To cache them, use {features.how_to_fit}"
@@ -210,7 +213,8 @@ def describe_forecast(forecast: Forecast, name: str) -> str:
 
 def _time_scoring(data: PreparedData) -> float:
     """Return the seconds to score one case as the test does, measured on a shifted validation or training mask."""
-    volume, names = data.volumes[(data.split.val or data.split.train)[0]], data.dataset.labels.names
+    volume = data.volumes[(data.split.val or data.split.train)[0]]
+    names = data.dataset.labels.names
     mask = np.asarray(volume.mask)
     shifted = np.roll(mask, 5, axis=1)
     began = time.perf_counter()

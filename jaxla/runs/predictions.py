@@ -108,7 +108,8 @@ def find_kept(outputs: Mapping[str, Path], table: Path, origin: Origin) -> list[
         InputError: a mask was not written by the network `origin`, or may not have been.
     """
     own = f"by --run={origin.run}, epoch {origin.epoch}"
-    marker, fix = unfinished_file(table), "Use --overwrite to replace the masks, or another --output."
+    marker = unfinished_file(table)
+    fix = "Use --overwrite to replace the masks, or another --output."
     unfinished = read_unfinished(table)
     if unfinished and unfinished.overwrite:
         problem = "--overwrite was interrupted, so some masks are new and some are not"

@@ -106,7 +106,9 @@ def method_label(experiment: Experiment, methods: Mapping[str, Method]) -> str:
 
 def describe_network(experiment: Experiment, methods: Mapping[str, Method]) -> str:
     """Return the network in words: its label, the origin of its weights, and whether they are trained."""
-    method, model, label = experiment.method, experiment.method.model, method_label(experiment, methods)
+    method = experiment.method
+    model = experiment.method.model
+    label = method_label(experiment, methods)
     if label == method.name != model.arch and "arch" in asdict(model):  # a network on a backbone
         label += f" on {model.arch}"
     origin = "random weights" if model.weights == "random" else Path(model.weights).name
@@ -152,7 +154,8 @@ def read_record(folder: Path) -> Record:
     del content["version"]
     try:
         experiment = experiment_from_json(content["experiment"], METHODS)
-        labels, resumed = labels_from_json(content["labels"]), tuple(content.get("resumed", ()))
+        labels = labels_from_json(content["labels"])
+        resumed = tuple(content.get("resumed", ()))
         return Record(**{**content, "experiment": experiment, "labels": labels, "resumed": resumed})
     except (ValueError, KeyError, TypeError) as error:
         raise InputError(folder / RECORD, f"damaged: {describe_damage(error)}", RESTORE) from error

@@ -87,7 +87,8 @@ def _require_shared_folder(run_dir: Path) -> None:
 @contextmanager
 def log_file(path: Path, early_log: Sequence[logging.LogRecord]) -> Iterator[logging.Handler]:
     """Write the package's log lines to a file, those of `early_log` first."""
-    handler, package = logging.FileHandler(path, encoding="utf-8"), logging.getLogger("jaxla")
+    handler = logging.FileHandler(path, encoding="utf-8")
+    package = logging.getLogger("jaxla")
     for line in early_log:
         handler.handle(line)
     package.addHandler(handler)

@@ -59,7 +59,8 @@ def score_test_cases(
     baseline under "atlas", and the entries `about`; without test cases only these. Each process segments its share of
     the cases; only the first process returns rows and summary.
     """
-    names, split = run.record.labels.names, data.split
+    names = run.record.labels.names
+    split = data.split
     if not split.test:
         if is_first():
             log.warning("no test cases. %s", HOW_TO_TEST)

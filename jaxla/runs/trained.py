@@ -106,7 +106,8 @@ def _load_folds(folder: Path, record: Record) -> TrainedRun:
     begun = [fold for fold in fold_folders(folder) if fold.exists()]
     if len(begun) < FOLDS:
         raise InputError(folder, f"only {len(begun)} of {FOLDS} folds have started", "Resume the run.")
-    first, networks = load_run(begun[0]), []
+    first = load_run(begun[0])
+    networks = []
     for fold in begun:
         run = load_run(fold) if networks else first
         if networks and record.experiment.method.model.backbone == "frozen":  # all share one backbone in memory

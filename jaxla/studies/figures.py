@@ -96,7 +96,8 @@ def list_series(results: Results) -> list[Series]:
     """Return the panels of Figure 2: protocols by percentage and by number of training patients."""
     percentages, counts = {}, {}
     for protocol in results.protocols:
-        data, patients = results.select(protocol)[0].record.experiment.data, results.count_training_patients(protocol)
+        data = results.select(protocol)[0].record.experiment.data
+        patients = results.count_training_patients(protocol)
         if data.train_percent < 100:
             percentages[protocol] = (patients, f"{data.train_percent:g} %")
         elif data.train_patients:
@@ -232,7 +233,8 @@ def agreement_figure(results: Results, styles: Styles) -> StudyFigure:
         axes.label_outer(remove_inner_ticks=False)
         if several:
             axes.tick_params(labelbottom=True)
-    lines, n = "dashed lines: limits of agreement (bias ± 1.96 sd)", len(results.test_cases)
+    lines = "dashed lines: limits of agreement (bias ± 1.96 sd)"
+    n = len(results.test_cases)
     if n < MIN_CASES_FOR_LIMITS:
         lines = f"limits of agreement need at least {MIN_CASES_FOR_LIMITS} cases"
     caption = f"Protocol {protocol}, n = {n} test volumes, each averaged over seeds. Solid line: bias; {lines}."

@@ -143,7 +143,8 @@ class Results:
     def cost(self, protocol: str, method: str) -> dict[str, Any]:
         """Return the cost of a method: times are means over runs, and the peak memory is the highest of any run."""
         runs = self.select(protocol, method)
-        first, peaks = runs[0].cost, [run.cost.peak_device_bytes or run.cost.peak_host_bytes for run in runs]
+        first = runs[0].cost
+        peaks = [run.cost.peak_device_bytes or run.cost.peak_host_bytes for run in runs]
         return {
             "parameters": first.parameters,
             "trained_parameters": first.trained_parameters,
@@ -190,7 +191,8 @@ def read_study(folder: Path) -> Results:
     if not schedule or sorted(schedule) != sorted(product(*map(set, zip(*schedule, strict=True)))):
         raise InputError(folder / STUDY, "damaged: expected a run for each protocol, method and seed", fix)
     name, summary, command = (content[key] for key in ("name", "summary", "command"))
-    runs, fix = [], f"Resume the study with `{command}`."
+    runs = []
+    fix = f"Resume the study with `{command}`."
     for run_dir, scheduled in zip(run_dirs, schedule, strict=True):
         if not run_dir.exists():
             raise InputError(run_dir, "this run of the study has not started", fix)
@@ -214,7 +216,8 @@ def _read_run(folder: Path, record: Record) -> StudyRun:
         classes = list(summary["classes"])
         split = read_json(folder / run_files.SPLIT, SplitFile, fix)
         split = {part: list(map(str, split.get(part, ()))) for part in ("train", "val", "test")}
-        cases, case_hashes = split["test"], read_json(folder / run_files.CASES, dict[str, str], fix)
+        cases = split["test"]
+        case_hashes = read_json(folder / run_files.CASES, dict[str, str], fix)
         if missing := set(cases) - set(case_hashes):
             raise ValueError(f"{run_files.CASES} lacks {min(missing)}")
         history = run_files.read_metrics(folder)

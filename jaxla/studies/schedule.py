@@ -93,7 +93,9 @@ def _require_comparable(runs: Sequence[ScheduledRun]) -> None:
         problem = "leaves no test cases, which a study needs to compare methods"
         raise InputError(f"--data.split={split}", problem, "Use another split.")
     for run in runs:
-        preset, data, first = EXPERIMENTS[run.protocol].data, run.experiment.data, runs[0]
+        preset = EXPERIMENTS[run.protocol].data
+        data = run.experiment.data
+        first = runs[0]
         options, first_options = vars(_scan_options(data)), vars(_scan_options(first.experiment.data))
         if changed := [name for name, value in options.items() if value != first_options[name]]:
             values = " and ".join(format_value(values[changed[0]]) for values in (options, first_options))

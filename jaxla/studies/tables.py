@@ -81,7 +81,8 @@ def results_table(results: Results, protocol: str, published: PublishedRows) -> 
 
 def _results_caption(results: Results, protocol: str, printed: Sequence[Published]) -> str:
     volumes, slices = (len(results.runs[0].values[unit]["dice"]) for unit in UNITS)
-    seeds, word = len(results.seeds), results.runs[0].record.experiment.data.case_word
+    seeds = len(results.seeds)
+    word = results.runs[0].record.experiment.data.case_word
     caption = (
         f"Protocol {protocol} ({plural(results.count_training_patients(protocol), f'training {word}')}): mean ± sd "
         f"over {plural(volumes, 'test volume')} and over their {slices} slices; {_seed_note(results)}"
@@ -135,7 +136,8 @@ def cost_table(results: Results) -> Table:
     protocol = results.largest_protocol
     rows, records = [], []
     for method in results.methods:
-        cost, dice = results.cost(protocol, method), results.mean(protocol, method, "dice").mean
+        cost = results.cost(protocol, method)
+        dice = results.mean(protocol, method, "dice").mean
         records.append({"protocol": protocol, "method": method} | cost | {"dice": dice})
         cells = {title: _three_digits(cost[name], scale) for name, (title, scale) in COST_COLUMNS.items()}
         rows.append({"method": method} | cells | {"Dice": format_metric(dice, "dice")})
@@ -179,7 +181,8 @@ def dice_iou_pairs(result_tables: Sequence[Table]) -> list[Pair]:
     has_classes = "class" in result_tables[0].rows[0]
     means: dict[str, dict[str, float]] = {}
     for record in (record for table in result_tables for record in table.records):
-        run, metric = f"{record['protocol']}, {record['method']}", record["metric"]
+        run = f"{record['protocol']}, {record['method']}"
+        metric = record["metric"]
         class_name = f", {record['class']}" if has_classes else ""
         means.setdefault(f"{run}{class_name}, per {record['unit']}", {})[metric] = record["mean"]
         if record["published_mean"] is not None:
