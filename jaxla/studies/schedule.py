@@ -98,8 +98,9 @@ def _require_comparable(runs: Sequence[ScheduledRun]) -> None:
         first = runs[0]
         options, first_options = vars(_scan_options(data)), vars(_scan_options(first.experiment.data))
         if changed := [name for name, value in options.items() if value != first_options[name]]:
-            values = " and ".join(format_value(values[changed[0]]) for values in (options, first_options))
-            problem = f"{run.protocol} and {first.protocol} use different data (data.{changed[0]} is {values})"
+            name = changed[0]
+            values = f"{format_value(options[name])} and {format_value(first_options[name])}"
+            problem = f"{run.protocol} and {first.protocol} use different data (data.{name}: {values})"
             raise InputError("--experiments", problem, "Choose experiments on the same scans.")
         if (preset.train_patients, preset.train_percent) != (data.train_patients, data.train_percent):
             problem = f"the protocol {run.protocol} sets the number of training patients"
