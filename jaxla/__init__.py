@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from jaxla.models.backbones import Backbone
     from jaxla.runs.trained import TrainedRun
 
-# `experiments` is a folder beside the package in a checkout, and within the package in an installation.
+# In a checkout, the folder `experiments` is next to the package; in an installation, it is inside the package.
 if not (Path(__file__).parent / "experiments").is_dir():
     __path__.append(str(Path(__file__).parents[1]))
 
@@ -50,16 +50,17 @@ def load_backbone(path: str | Path, dtype: jnp.dtype | None = None) -> Backbone:
 
     The backbone takes images [B, H, W, 3] float32, ImageNet-normalised. A vision transformer, for which H and W are
     multiples of the patch size, returns `cls` [B, C], `registers` [B, R, C] and `patches` [B, h, w, C] after the final
-    norm; `intermediate(images, blocks)` returns the patch tokens after each of these blocks. A ResNet or VGG returns
-    the last stage's features [B, h, w, C]; `intermediate(images)` returns those of all stages, and of a ResNet's stem.
+    norm; `intermediate(images, blocks)` returns the patch tokens after each of the given blocks. A ResNet or VGG
+    returns the features of the last stage [B, h, w, C]; `intermediate(images)` returns the features of all stages, and
+    for a ResNet also those of the stem.
 
     Args:
         dtype: dtype of the computation. Default: float32 on CPU and on NVIDIA GPUs before Ampere, bfloat16 elsewhere.
             Parameters stay float32.
 
     Raises:
-        InputError: the file is missing, truncated, or does not hold the parameters of its architecture. A file whose
-            values have changed is found only by `convert_weights --verify`.
+        InputError: the file is missing, truncated, or does not hold the parameters of its architecture. Only
+            `convert_weights --verify` detects changed values.
     """
     from jaxla.hardware import require_float32
     from jaxla.models import weights
@@ -77,17 +78,17 @@ def build_network(
 ) -> nnx.Module:
     """Return the untrained network of a method, in evaluation mode: images [B, H, W, C] -> logits [B, H, W, K].
 
-    All networks take C = 1, grey values in 0..1; `unet_small` takes a slice between its two neighbours, C = 3. Those
+    All networks take C = 1, grey values in 0..1; `unet_small` takes a slice between its two neighbours, C = 3. Networks
     with a pretrained backbone also take C = 3, ImageNet-normalised.
     The `windows_` methods take whole volumes [B, D, H, W, C], with slices from head to foot, right to left or front to
-    back. `nnunet_3d` takes [B, D, H, W, 1]. nnU-Net's grey values have mean 0 and standard deviation 1.
+    back. `nnunet_3d` takes [B, D, H, W, 1]. The input of nnU-Net is normalised to mean 0 and standard deviation 1.
 
     Args:
         name: a method; `python -m jaxla.train --exp=list` lists them.
-        classes: K: 1 for one structure (sigmoid), else background and structures (softmax).
-        seed: seed of the parameters that start from random values.
-        weights: the backbone's weights: a converted file, or "random". Default: what the method says, which for
-            released backbones is the file in the cache folder.
+        classes: number of logits K: 1 for one structure (sigmoid), otherwise background and structures (softmax).
+        seed: seed of the randomly initialised parameters.
+        weights: the backbone's weights: a converted file, or "random". Default: the method's own, which for released
+            backbones is the file in the cache folder.
         plan: nnU-Net's plan: a file that `python -m jaxla.plan` or nnU-Net wrote, or its content.
 
     Raises:
@@ -139,7 +140,7 @@ def load_network(path: str | Path) -> nnx.Module:
 
 
 def run_experiment(name: str, options: Mapping[str, Any] | None = None) -> Path | None:
-    """Train, test and report as `jaxla train --exp=NAME`, and return the run's folder, or None after a dry run.
+    """Train, test and report like `jaxla train --exp=NAME`; return the run's folder, or None after a dry run.
 
     An interrupt saves a checkpoint; the same call with the options `run-dir` and `resume` then continues.
 
@@ -161,7 +162,7 @@ def run_experiment(name: str, options: Mapping[str, Any] | None = None) -> Path 
 
     words = [f"--exp={name}"]
     for key, value in (options or {}).items():
-        if key in ("resume", "dry-run", "shard-params"):  # they have no value
+        if key in ("resume", "dry-run", "shard-params"):  # flags, which take no value
             words += [f"--{key}"] if value else []
         elif isinstance(value, list | tuple):
             words.append(f"--{key}=[{','.join(map(str, value))}]")
@@ -173,7 +174,7 @@ def run_experiment(name: str, options: Mapping[str, Any] | None = None) -> Path 
 
 
 def load_run(path: str | Path) -> TrainedRun:
-    """Return what a run trained, for `segment`; for a run with --fold=all, the networks of all folds.
+    """Load a trained run for `segment`; a run with --fold=all has the networks of all folds.
 
     Raises:
         InputError: as `load_network`.
@@ -189,9 +190,9 @@ def segment(
     """Return the mask of one scan on its own grid, with the label values of the run's training masks.
 
     Args:
-        run: folder of a run; or, to segment several scans, what `load_run` returned, which is compiled once.
-        image: nibabel image, or array [X, Y, Z] with its affine.
-        affine: [4, 4], voxel indices to mm (RAS+), of an array.
+        run: folder of a run; or what `load_run` returned, which compiles once for several scans.
+        image: nibabel image, or array [X, Y, Z].
+        affine: [4, 4], voxel indices to mm (RAS+); required for an array, not allowed for a nibabel image.
 
     Returns:
         A nibabel image for a nibabel image, an array [X, Y, Z] for an array.
@@ -208,8 +209,8 @@ def segment(
 
     is_nibabel = isinstance(image, nib.Nifti1Image)
     if is_nibabel == (affine is not None):
-        problem = "a nibabel image has its own" if is_nibabel else "missing"
-        raise InputError("affine", problem, "Pass an affine with an array, and none with a nibabel image.")
+        problem = "not allowed with a nibabel image, which has its own" if is_nibabel else "missing"
+        raise InputError("affine", problem, "Pass `affine` only with an array.")
     volume = image_from_nibabel(image) if is_nibabel else image_from_array(np.asarray(image), np.asarray(affine))
     run = load_run(run) if isinstance(run, str | Path) else run
     run.task.check_scan(volume.path, volume.array.shape[slice_geometry(volume.affine).order[0]])

@@ -13,17 +13,17 @@ from jaxla.data.cache import CLEARABLE, KINDS, clear_cache, list_cache
 def main(arguments: list[str]) -> None:
     """List the cache folder, or clear a part of it."""
     parser = command_parser("jaxla.cache", "List the cache folder, or clear what can be computed or downloaded again.")
-    parser.add_argument("--cache-dir", type=str, help="the folder (default: the user's cache folder)")
+    parser.add_argument("--cache-dir", type=str, help="the cache folder (default: the user's cache folder)")
     kinds = Literal["features", "volumes", "planned", "phantoms", "compiled", "downloads", "all"]
-    clear = "remove these entries; `all` is all six kinds; converted weights always stay"
+    clear = "remove the entries of this kind, or of `all` six kinds; converted weights are always kept"
     parser.add_argument("--clear", type=kinds | None, default=None, help=clear)
     options = parse_arguments(parser, arguments)
     cache_dir = Path(options.cache_dir) if options.cache_dir else default_cache_dir()
 
     if options.clear:
         removed = clear_cache(cache_dir, options.clear)
-        kinds = options.clear if options.clear != "all" else ", ".join(CLEARABLE)
-        print(f"{cache_dir}: {kinds} cleared, {format_bytes(sum(entry.size for entry in removed))} freed")
+        cleared = options.clear if options.clear != "all" else ", ".join(CLEARABLE)
+        print(f"{cache_dir}: {cleared} cleared, {format_bytes(sum(entry.size for entry in removed))} freed")
         return
     entries = list_cache(cache_dir)
     for kind, content in KINDS.items():

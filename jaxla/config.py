@@ -9,8 +9,8 @@ from typing import Any, ClassVar, Literal, NamedTuple, Self, TypeVar
 
 T = TypeVar("T")
 
-OTHERS_ARE_BACKGROUND = "background:rest"  # in labels
-ALL_CASES = "all"  # value of data.split: every patient trains
+OTHERS_ARE_BACKGROUND = "background:rest"  # last entry of the option data.labels
+ALL_CASES = "all"  # value of data.split: all patients are used for training
 
 
 class InputError(ValueError):
@@ -32,7 +32,7 @@ _uses_command_line_names = False
 
 @contextmanager
 def command_line_wording() -> Iterator[None]:
-    """Name options in messages as a command takes them (see `option`), within the context."""
+    """Within the context, write options in messages as on the command line (see `option`)."""
     global _uses_command_line_names
     before, _uses_command_line_names = _uses_command_line_names, True
     try:
@@ -42,10 +42,9 @@ def command_line_wording() -> Iterator[None]:
 
 
 def option(name: str, value: object = None) -> str:
-    """Return how a message names an option.
+    """Return an option as error messages show it: `--data.labels=LA:1` in a command, `data.labels=LA:1` elsewhere.
 
-    Libraries raise the same errors in commands and in notebooks: a command's user reads `--data.labels=LA:1`, a
-    notebook's user reads `data.labels=LA:1`.
+    Functions that raise these errors also run in notebooks, where options have no dashes.
     """
     dashes = "--" if _uses_command_line_names else ""
     return f"{dashes}{name}" if value is None else f"{dashes}{name}={value}"
@@ -57,18 +56,18 @@ class Data:
 
     Args:
         root: Folder of scans, or `phantom` for synthetic ones.
-        image: Pattern of the images in `root`, such as `*/lge.nrrd`, where `*` is the case. Default: a known layout.
+        image: Pattern of the images in `root`, such as `*/lge.nrrd`; `*` is the case id. Default: a known layout.
         mask: Pattern of the masks, such as `*/la.nrrd`, with the same `*` as in `image`.
-        patients: Which cases are scans of one patient: a regular expression, a CSV file, or `auto`. See docs/data.md.
+        patients: Which cases are of the same patient: a regular expression, a CSV file, or `auto`. See docs/data.md.
         labels: Mask values of each class, such as `LA:1` or `anterior:1;posterior:2`. Default: the data set's own.
-        other_labels: Mask values that `labels` does not name are `refused` or count as `background`.
-        split: A `split.json`, or nnU-Net's `splits_final.json` with a fold, to use; or `all`: every patient trains.
+        other_labels: Mask values that `labels` does not list are `refused` or count as `background`.
+        split: A `split.json`, or nnU-Net's `splits_final.json` with a fold; or `all`: train on all patients.
         split_seed: Seed of the 70/10/20 split by patient.
-        validation: Draw validation patients: `always`, `never`, or `if_useful` (for 15 or more patients, or if needed).
+        validation: Draw validation patients: `always`, `never`, or `if_useful` (with 15 or more patients or if needed).
         train_patients: Number of training patients to use, 0 for all. Subsets are nested: the 10 contain the 1.
-        train_percent: Percent of the training patients to use, at least one patient. Subsets are nested.
-        subset_seed: Seed of the training subset; 0 takes the first patients. Validation and test stay the same.
-        phantom_size: With root=phantom: `full` is the whole chest, `small` a region around the heart, `crop` is closer.
+        train_percent: Percentage of the training patients to use, at least one patient. Subsets are nested.
+        subset_seed: Seed of the training subset; 0 takes the first patients. Other parts of the split do not change.
+        phantom_size: With root=phantom: `full` (whole chest), `small` (around the heart) or `crop` (around the atrium).
         phantom_cases: With root=phantom: number of synthetic patients.
     """
 
@@ -89,12 +88,12 @@ class Data:
 
     @property
     def case_word(self) -> str:
-        """What a count of cases is called: each case is a patient unless `patients` groups them."""
+        """The noun for cases: `patient`, or `case` if `patients` groups the cases."""
         return "case" if self.patients else "patient"
 
     @property
     def all_labels(self) -> str:
-        """`labels`, plus the rule that all other values are background if that was asked for."""
+        """`labels`, with `background:rest` appended if `other_labels` is `background`."""
         return f"{self.labels};{OTHERS_ARE_BACKGROUND}" if self.other_labels == "background" else self.labels
 
 
@@ -104,8 +103,8 @@ class Preprocessing:
 
     Args:
         image_size: Side in pixels of the square that slices are resized to: the network's input, without patches.
-        pad_to: Square in mm that slices are laid on before resizing: each slice's own `square`, one of the `largest`
-            training slice, or `foreground`: one that cuts out their centre with the structures of the training masks.
+        pad_to: Square in mm to which slices are padded or cropped before resizing: the smallest `square` around each
+            slice, around the `largest` training slice, or around the `foreground` of all training masks.
         patch_size: Side in pixels of the random patches to train on; 0 trains on whole slices. Validation and
             prediction average the logits of overlapping tiles of this size.
     """
@@ -122,8 +121,8 @@ class Postprocessing:
     Args:
         opening: Side in pixels of the square for binary opening of each class; 0 for none.
         closing: Side in pixels of the square for binary closing, after opening; 0 for none.
-        largest: Keep only the largest connected part: `never`, `always` (all structures together), or, as nnU-Net does,
-            `if_better` on the validation cases.
+        largest: Keep only the largest connected component: `never`, `always` (of all structures together), or, as in
+            nnU-Net, `if_better` on the validation cases.
         flips: Average probabilities over each slice and its flips along rows, columns and both; takes 4 times as long.
     """
 
@@ -135,12 +134,12 @@ class Postprocessing:
 
 @dataclass(frozen=True)
 class Augmentation:
-    """Random changes of training slices, drawn anew in every step. 0 and false turn a change off.
+    """Random changes to training slices, drawn anew in every step. 0 and false turn a change off.
 
     Args:
         rotation: Largest angle in degrees, in both directions.
         scale: Largest change of size: 0.2 scales by 1/1.2 to 1.2.
-        flips: Flip rows and columns, each with probability one half.
+        flips: Flip rows and columns, each with probability 0.5.
         intensity: Largest change of brightness (fraction of the grey range), contrast and gamma (like `scale`).
         elastic: Standard deviation of smooth random displacements, in percent of the input's side.
     """
@@ -159,20 +158,20 @@ class Training:
     Args:
         epochs: Maximum number of epochs.
         steps: Steps per epoch; 0 for one pass over the training data.
-        minutes: Time for training and validation: fixes the steps after a few were measured; 0 for no limit.
+        minutes: Time for training and validation; sets the number of steps from a few timed ones; 0 for no limit.
         batch_size: Samples per step; 0, for nnU-Net only, takes the plan's batch size.
-        accumulated_steps: Steps after which their mean gradient changes the parameters: large batches in little memory.
+        accumulated_steps: Steps over which gradients are averaged before an update: large batches in little memory.
         foreground_fraction: Part of the slices, below 1, that are drawn from slices with a structure only; also the
             part of the patches of slices with a structure that are drawn to contain some of it.
         optimiser: `adam`, or `sgd` as in nnU-Net (Nesterov 0.99, weight decay 3e-5, gradients clipped to norm 12).
-        weight_decay: Decay of Adam's parameters per step and learning rate (AdamW); 0 for none.
-        max_gradient_norm: Largest norm of Adam's gradient, which is scaled down to it; 0 for no limit.
-        learning_rate: Learning rate of parameters that start from random values.
+        weight_decay: Weight decay for Adam, decoupled as in AdamW; 0 for none.
+        max_gradient_norm: Norm to which gradients are clipped, for Adam; 0 for no limit.
+        learning_rate: Learning rate of randomly initialised parameters.
         schedule: `constant`, `cosine` (2 % warm-up, then down to zero) or nnU-Net's `poly` (power 0.9).
         loss: `cross_entropy`, or nnU-Net's `dice_cross_entropy`.
         patience: Stop after this many epochs without a lower validation loss; 0 never stops early.
-        checkpoint: Epoch to keep: the `best` validation Dice, or the `last`.
-        average_decay: Decay per step, such as 0.99, of a running mean of the parameters, which is evaluated; 0: none.
+        checkpoint: Epoch to keep: that with the `best` validation Dice, or the `last`.
+        average_decay: Evaluate an exponential moving average of the parameters, with this decay per step; 0 for none.
     """
 
     epochs: int = 35
@@ -210,7 +209,7 @@ class VolumeTraining(BackboneTraining):
     """The training recipe of a network that reads whole volumes.
 
     Args:
-        gradient: Differentiate the `whole` network at once, or in `two_pass`: equal, in the memory of one window.
+        gradient: Differentiate the `whole` network at once, or in `two_pass`: same result, memory of a single window.
     """
 
     gradient: Literal["whole", "two_pass"] = "whole"
@@ -218,16 +217,16 @@ class VolumeTraining(BackboneTraining):
 
 @dataclass(frozen=True)
 class NetworkOptions:
-    """Base of the options of one network. Each file in `jaxla/models/networks` derives its own, next to the network.
+    """Base class for the options of a network. Each file in `jaxla/models/networks` derives its own.
 
     A derived class adds the fields that a user may set and a method `build` (see `jaxla.models.networks`). The class
-    variables below are what a network without a pretrained part has; `BackboneOptions` makes options of them.
+    variables below have the values for a network without a pretrained part; `BackboneOptions` turns them into options.
     """
 
-    sample: ClassVar[str] = "slices"  # what one training sample of the network is, a key of `jaxla.tasks.TASKS`
-    needs_plan: ClassVar[bool] = False  # whether a plan says how images are prepared
+    sample: ClassVar[str] = "slices"  # kind of training sample, a key of `jaxla.tasks.TASKS`
+    needs_plan: ClassVar[bool] = False  # whether nnU-Net's plan determines the preprocessing
     arch: ClassVar[str] = ""
-    neighbours: ClassVar[int] = 0  # slices on each side that are channels of a slice's input
+    neighbours: ClassVar[int] = 0  # slices on each side of a slice that are further channels of its input
     weights: ClassVar[str] = "random"  # origin of the backbone's parameters
     backbone: ClassVar[str] = "finetuned"  # whether it stays `frozen` or is `finetuned`
 
@@ -243,11 +242,11 @@ class NetworkOptions:
         return set()
 
     def with_weights(self, weights: str) -> Self:
-        """Return these options with weights of another origin; a network without a backbone has no such option."""
+        """Return these options with other weights; unchanged for a network without a backbone."""
         return self
 
     def prerequisites(self, key: Any, dtype: Any, cache_dir: Path | None, plan: Any) -> dict[str, Any]:
-        """Return what `build` needs besides: a backbone, or a plan's configuration."""
+        """Return the further arguments of `build`: a backbone, or a plan's configuration."""
         return {}
 
     def build(self, outputs: int, dtype: Any, rngs: Any, **prerequisites: Any) -> Any:
@@ -259,7 +258,7 @@ class NetworkOptions:
 class Method:
     """A network with its preprocessing, training recipe and postprocessing: one row of a results table.
 
-    Preprocessing is None for a network whose plan says how images are prepared (nnU-Net).
+    Preprocessing is None for nnU-Net, whose plan determines it.
     """
 
     name: str
@@ -277,8 +276,8 @@ class Experiment:
 
     Args:
         seed: Seed of initial parameters and of the order of samples.
-        fold: Fold of five-fold cross-validation that validates, `0` to `4`; `all` trains all five; empty for none.
-        own_scans_method: Method unless the data are phantoms; None if it is the same.
+        fold: Validation fold of five-fold cross-validation, `0` to `4`; `all` trains all five; empty for none.
+        own_scans_method: Method for data other than phantoms; None if it is the same.
     """
 
     name: str
@@ -287,12 +286,12 @@ class Experiment:
     method: Method
     seed: int = 0
     fold: Literal["", "0", "1", "2", "3", "4", "all"] = ""
-    own_scans_method: Method | None = field(default=None, compare=False)  # the record of a run has none
+    own_scans_method: Method | None = field(default=None, compare=False)  # not stored in the record of a run
 
 
 @dataclass(frozen=True)
 class Study:
-    """Protocols, by names of their experiments, and methods to compare: a run for each pair of them and each seed."""
+    """Methods to compare under protocols, given by their experiments: a run for each method, protocol and seed."""
 
     name: str
     summary: str
@@ -315,8 +314,9 @@ class Published(NamedTuple):
 
 
 def choices_by_validation(method: Method) -> dict[str, object]:
-    """Return the options, by dotted name, that make a method decide by validation cases -> a value that does not."""
-    training, choices = method.training, {}
+    """Return the options that make a method depend on validation cases: dotted name -> a value that does not."""
+    training = method.training
+    choices = {}
     if training.checkpoint == "best":
         choices["training.checkpoint"] = "last"
     if training.patience:
@@ -370,23 +370,23 @@ def lookup(where: str, name: str, table: Mapping[str, T]) -> T:
 
 
 def suggestion(name: str, known: Iterable[str]) -> str:
-    """Return ` (did you mean X?)` if a known name is near, else nothing.
+    """Return ` (did you mean X?)` if a known name is similar, otherwise an empty string.
 
-    `--training.lr` and `--epochs` are taken for short forms of `--training.learning_rate` and `--training.epochs`.
+    `--training.lr` and `--epochs` count as short forms of `--training.learning_rate` and `--training.epochs`.
     """
     group, _, last = name.lstrip("-").rpartition(".")
     groups = {each: each.lstrip("-").rpartition(".")[::2] for each in known}
     short_forms = [
         each
-        for each, (own_group, own) in groups.items()
-        if group in ("", own_group) and (last == own or last == "".join(word[0] for word in own.split("_") if word))
+        for each, (known_group, known_last) in groups.items()
+        if group in ("", known_group) and last in (known_last, "".join(w[0] for w in known_last.split("_") if w))
     ]
     close = short_forms[:1] or difflib.get_close_matches(name, groups, n=1, cutoff=0.6)
     return f" (did you mean {close[0]}?)" if close else ""
 
 
 def default_cache_dir() -> Path:
-    """Return the cache folder that all runs share, unless a command is given another.
+    """Return the default cache folder, which all runs share.
 
     Raises:
         InputError: the user has no home folder.
@@ -397,6 +397,6 @@ def default_cache_dir() -> Path:
         folder = Path(platformdirs.user_cache_dir("jaxla"))
     except RuntimeError:
         folder = Path("~")
-    if folder.parts[0] == "~":  # of earlier versions of platformdirs; would become a folder of this name
-        raise InputError(option("cache-dir"), "the user has no home folder", "Give a folder, or set XDG_CACHE_HOME.")
+    if folder.parts[0] == "~":  # from earlier versions of platformdirs; it would become a folder with this name
+        raise InputError(option("cache-dir"), "the user has no home folder", "Pass a folder, or set XDG_CACHE_HOME.")
     return folder

@@ -47,8 +47,8 @@ DATA, MODEL = "data", "model"
 BATCH = PartitionSpec((DATA, MODEL))
 REPLICATED = PartitionSpec()
 
-# Part of a parameter's name -> how it is sharded; axis 0 counts a vision transformer's stacked blocks. These kernels
-# are nearly all of a backbone's parameters. Every parameter that is not listed is replicated.
+# Part of a parameter's name -> its sharding; axis 0 indexes the stacked blocks of a vision transformer. These kernels
+# hold nearly all of a backbone's parameters. Parameters that are not listed are replicated.
 SHARDED = {
     "blocks.attention.qkv.kernel": PartitionSpec(None, MODEL, None),
     "blocks.attention.projection.kernel": PartitionSpec(None, MODEL, None),
@@ -57,9 +57,9 @@ SHARDED = {
 }
 
 HEARTBEAT_SECONDS = 30  # JAX aborts a process this long after it lost contact with another one
-GRACE_SECONDS = 5  # for a process to exit by itself: often all processes meet the same error
+GRACE_SECONDS = 5  # time for a process to exit by itself: often all processes raise the same error
 MAX_WAIT_MS = 30 * 24 * 3600 * 1000
-# Number of processes and index of this one, as launchers that JAX does not detect name them (Open MPI 5, MPICH).
+# Variables of launchers that JAX does not detect (Open MPI 5, MPICH): number of processes and index of this process.
 LAUNCHER_VARIABLES = ("OMPI_COMM_WORLD_SIZE OMPI_COMM_WORLD_RANK", "PMI_SIZE PMI_RANK", "WORLD_SIZE RANK")
 
 
@@ -68,10 +68,10 @@ LAUNCHER_VARIABLES = ("OMPI_COMM_WORLD_SIZE OMPI_COMM_WORLD_RANK", "PMI_SIZE PMI
 
 @contextmanager
 def use_devices(count: int = 0, shard_params: bool = False) -> Iterator[Mesh]:
-    """Run the code within it on a mesh of `count` devices (0: all), the same number from each process.
+    """Within the context, use a mesh of `count` devices (0: all), the same number from each process.
 
-    With `shard_params`, the parameters in SHARDED are sharded over all of them. Raises an InputError if there are
-    fewer devices, or the processes cannot provide the same number.
+    With `shard_params`, the parameters in SHARDED are sharded over all of these devices. Raises an InputError if there
+    are fewer devices, or the processes cannot provide the same number.
     """
     devices, processes = jax.devices(), jax.process_count()
     total, kind = len(devices), devices[0].device_kind
@@ -130,7 +130,7 @@ def device_count() -> int:
 
 
 def shardings(tree: T) -> T:
-    """Return the sharding of each array or shape of a pytree, or raise an InputError if devices do not divide one."""
+    """Return the sharding of each array or shape of a pytree; raise an InputError if an axis cannot be divided."""
     mesh = jax.sharding.get_abstract_mesh()
 
     def sharding(path: tuple, leaf: Any) -> NamedSharding:
@@ -138,7 +138,7 @@ def shardings(tree: T) -> T:
         spec = next((spec for part, spec in SHARDED.items() if f".{part}" in f".{name}"), REPLICATED)
         for size, axis in zip(leaf.shape, spec, strict=False):
             if axis and size % mesh.shape[axis]:
-                problem = f"{mesh.shape[axis]} devices do not divide {name} of shape {tuple(leaf.shape)}"
+                problem = f"{name} of shape {tuple(leaf.shape)} cannot be divided over {mesh.shape[axis]} devices"
                 raise InputError(option("shard-params"), problem, f"Set {option('devices')} to a divisor of {size}.")
         return NamedSharding(mesh, spec)
 
@@ -155,7 +155,7 @@ def place_on_devices(tree: T) -> T:
         sharding = NamedSharding(mesh, sharding.spec)
         if sharding.is_fully_addressable:
             return jax.device_put(leaf, sharding)
-        array = np.asarray(leaf)  # every process has all of it and takes the part of its own devices
+        array = np.asarray(leaf)  # every process holds the whole array and uses the part for its own devices
         return jax.make_array_from_callback(array.shape, sharding, array.__getitem__)
 
     return jax.tree.map(put, tree, shardings(tree))
@@ -194,7 +194,7 @@ def shard_batch(rows: T) -> T:
 
 
 def map_over_devices(function: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
-    """Return `function` of batches as one that each device runs on its own rows, for code that XLA cannot shard."""
+    """Return a version of `function` that each device runs on its own rows of a batch, for code XLA cannot shard."""
     if jax.sharding.get_abstract_mesh().empty:
         return function
     return jax.shard_map(function, in_specs=BATCH, out_specs=BATCH, check_vma=False)
@@ -236,7 +236,7 @@ def gather(value: Any) -> list[Any]:
     keys = [f"jaxla/gather/{gather_index}/{k}" for k in range(process_count())]
     store.key_value_set(keys[global_state.process_id], json.dumps(value))
     values = _executor.submit(lambda: [store.blocking_key_value_get(key, MAX_WAIT_MS) for key in keys]).result()
-    store.key_value_delete(f"jaxla/gather/{gather_index - 1}/{global_state.process_id}")  # all have finished that one
+    store.key_value_delete(f"jaxla/gather/{gather_index - 1}/{global_state.process_id}")  # all processes have read it
     return [json.loads(text) for text in values]
 
 
@@ -251,7 +251,7 @@ def barrier() -> None:
 
 
 def local_items(items: Sequence[T]) -> Sequence[T]:
-    """Return this process's part of a work list: each item belongs to one process."""
+    """Return this process's part of a work list: each item goes to one process."""
     return items[global_state.process_id :: process_count()]
 
 
@@ -277,14 +277,14 @@ def name_resume_command(command: str, note: Callable[[str], None]) -> Iterator[N
     before = _exit.resume, _exit.note
     _exit.resume, _exit.note = f" Resume with: {command}", note
     yield
-    _exit.resume, _exit.note = before  # not after an error, whose line still needs them
+    _exit.resume, _exit.note = before  # kept after an error, whose line needs them
 
 
 @contextmanager
 def join_processes(coordinator: str, processes: int | None, process: int | None, timeout: float) -> Iterator[None]:
-    """Run the code within it together with the other processes; an error in one ends all.
+    """Within the context, run together with the other processes; an error in one ends all.
 
-    Does nothing for a single process. What is not given ("" or None) follows from `srun` or `mpirun`.
+    Does nothing for a single process. Values that are not given ("" or None) are detected from `srun` or `mpirun`.
 
     Args:
         coordinator: HOST:PORT, a free port on the host of process 0.
@@ -343,12 +343,12 @@ def find_launch(coordinator: str, processes: int | None, process: int | None) ->
         coordinator = cluster.get_coordinator_address(None, os.environ.get("JAX_COORDINATOR_PORT"))
     needed = {"--coordinator": coordinator, "--processes": count, "--process": index}
     if missing := [name for name, value in needed.items() if value in ("", None)]:
-        fix = "Give --coordinator=HOST:PORT, --processes=N and --process=0 to N-1, or --processes=1 to run alone."
+        fix = "Pass --coordinator=HOST:PORT, --processes=N and --process=0 to N-1, or --processes=1 to run alone."
         raise InputError(missing[0], "missing, but several processes need it", fix)
     if not re.fullmatch(r".+:\d{1,5}", coordinator) or not 0 < int(coordinator.rsplit(":", 1)[1]) < 65536:
-        raise InputError(f"--coordinator={coordinator}", "not HOST:PORT", "Give a value such as node1:62000.")
+        raise InputError(f"--coordinator={coordinator}", "not HOST:PORT", "Use a value such as node1:62000.")
     if not 0 <= index < count:
-        problem = f"not from 0 to N-1, where N is --processes={count}"
+        problem = f"must be from 0 to N-1, where N is --processes={count}"
         raise InputError(f"--process={index}", problem, "Number the processes from 0.")
     return coordinator, count, index
 
@@ -356,7 +356,7 @@ def find_launch(coordinator: str, processes: int | None, process: int | None) ->
 def _connect(address: str, count: int, index: int, timeout: float) -> None:
     """Connect to the other processes, and silence this one unless it is the first.
 
-    If the others do not come, JAX aborts (see `_leave`).
+    If the others do not connect in time, JAX aborts (see `_leave`).
 
     Raises:
         InputError: process 0 cannot use the port.
@@ -368,16 +368,17 @@ def _connect(address: str, count: int, index: int, timeout: float) -> None:
             socket.create_server((loopback, int(port))).close()  # JAX may crash if the port is in use
         except OSError as error:
             problem = f"process 0 cannot use port {port} ({os.strerror(error.errno)})"
-            raise InputError(f"--coordinator={address}", problem, "Use another port, and --process=0 once.") from error
+            fix = "Use another port, and only one --process=0."
+            raise InputError(f"--coordinator={address}", problem, fix) from error
         log.info("waiting at %s for the other processes, up to %g s", address, timeout)
-    fix = "Start each one, with its own --process and the same --processes. Raise --wait if they start late."
+    fix = "Start every process with its own --process and the same --processes. Raise --wait if they start late."
     _exit.code, _exit.line = 2, f"error: --coordinator={address}: the {count} processes could not connect. {fix}"
     ctypes.CDLL(None).signal(signal.SIGABRT, _abort_handler)
     os.environ["no_grpc_proxy"] = host.strip("[]")  # noqa: SIM112  (gRPC would use a web proxy)
     jax.config.update("jax_check_proxy_envs", False)
-    jax.config.update("jax_enable_preemption_service", False)  # it would take SIGTERM for itself
+    jax.config.update("jax_enable_preemption_service", False)  # it would catch SIGTERM
     _executor.submit(
-        jax.distributed.initialize, address, count, index, local_device_ids=[],  # all that this process sees
+        jax.distributed.initialize, address, count, index, local_device_ids=[],  # all visible devices
         initialization_timeout=max(1, round(timeout)), heartbeat_timeout_seconds=HEARTBEAT_SECONDS,
         coordinator_bind_address=address if loopback else None,
     ).result()  # fmt: skip
@@ -396,7 +397,7 @@ def _require_same_count() -> None:
     expected = int(global_state.client.blocking_key_value_get("jaxla/processes", MAX_WAIT_MS))
     if expected != process_count():
         problem = f"process 0 has --processes={expected}"
-        raise InputError(f"--processes={process_count()}", problem, "Give all processes the same number.")
+        raise InputError(f"--processes={process_count()}", problem, "Start all processes with the same number.")
 
 
 def _await_failure() -> None:
@@ -416,7 +417,7 @@ def _end_all(code: int, line: str) -> NoReturn:
     _exit.code, _exit.line = code, line
     with suppress(jax.errors.JaxRuntimeError):  # another process failed before, or process 0 is dead
         global_state.client.key_value_set("jaxla/failure", json.dumps([code, line]))
-    with suppress(jax.errors.JaxRuntimeError):  # a process is dead or does not react: this one prints its own line
+    with suppress(jax.errors.JaxRuntimeError):  # a process is dead or does not respond: this one prints its own line
         global_state.client.wait_at_barrier("jaxla/exit", 2000 * GRACE_SECONDS)
         if is_first():
             time.sleep(1)  # JAX aborts a process that loses process 0
@@ -426,7 +427,7 @@ def _end_all(code: int, line: str) -> NoReturn:
 
 
 def _leave(signal_number: int = 0) -> NoReturn:
-    """Print the last line and leave at once; `sys.exit` would wait for the other processes.
+    """Print the last line and exit at once; `sys.exit` would wait for the other processes.
 
     Also handles SIGABRT, by which JAX ends a process that lost another one; Python's own handler would never run.
     """

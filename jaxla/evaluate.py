@@ -58,7 +58,7 @@ def main(arguments: list[str]) -> None:
     options = parse_arguments(make_parser(), arguments)
     output = Path(options.output)
     if os.path.lexists(output):
-        raise InputError(f"--output={output}", "exists already", "Name a new folder.")
+        raise InputError(f"--output={output}", "already exists", "Choose a new folder.")
     require_writable("--output", output)
     protocol = f"--protocol={options.protocol}"
     if options.protocol and (options.unit == "slice" or options.empty == "skip"):
@@ -66,7 +66,7 @@ def main(arguments: list[str]) -> None:
 
     if Path(options.predictions).resolve() == Path(options.references).resolve():
         problem = "the same folder as --predictions"
-        raise InputError(f"--references={options.references}", problem, "Name the folder of the reference masks.")
+        raise InputError(f"--references={options.references}", problem, "Pass the folder of the reference masks.")
     pairs, named = match_cases(Path(options.predictions), Path(options.references), options.cases, options.data.labels)
     labels = check_masks(pairs, named)
     if options.protocol and len(labels.names) > 1:
@@ -99,9 +99,9 @@ def make_parser() -> ArgumentParser:
     references = "folder of masks, <case>.nii.gz or <case>_mask.nii.gz or another format; or a data set"
     add("--references", type=str, required=True, help=references)
     add("--output", type=str, required=True, help="new folder for cases.csv and summary.json")
-    add("--unit", type=Unit, default="volume", help="what is measured; means are over these units")
+    add("--unit", type=Unit, default="volume", help="what is scored as a unit; means are over units")
     add("--protocol", type=Literal["lascarqs2022"] | None, default=None, help="also write the table of this challenge")
-    empty = "a unit with nothing in prediction and reference is perfect, worst, or left out"
+    empty = "`one` scores two empty masks as perfect, `zero` as worst; `skip` leaves out empty references"
     add("--empty", type=EmptyPolicy, default="one", help=empty)
     add("--cases", type=str, help="a run's split.json: score only its test cases")
     add("--data.labels", type=str, default="", help="mask values of each class as in training, such as LA:1")
@@ -114,16 +114,17 @@ def match_cases(
     """Return the masks of every case, and the classes if the user or the data set names them.
 
     Args:
-        references: a data set, or a folder of masks with the names of the predictions or `_mask` or the like added.
+        references: a data set, or a folder of masks named like the predictions, with or without a suffix like `_mask`.
         split: value of `--cases`; only the test cases of this file are returned.
         labels: value of `--data.labels`; empty uses the classes of the data set.
     """
     predicted = find_masks(predictions, "predictions")
     if not predicted:
-        raise InputError(f"--predictions={predictions}", "no mask in this folder", "Name another folder.")
-    referenced, classes = find_masks(references, "references"), parse_labels(labels) if labels else None
+        raise InputError(f"--predictions={predictions}", "no mask in this folder", "Pass a folder of masks.")
+    referenced = find_masks(references, "references")
+    classes = parse_labels(labels) if labels else None
     has_images = any(name + suffix in referenced for name in referenced for suffix in MASK_SUFFIXES)
-    has_series = any(path.is_dir() and scans_in(path) for path in referenced.values())  # with their masks
+    has_series = any(path.is_dir() and scans_in(path) for path in referenced.values())  # DICOM slices and a mask
     if has_images or has_series or not referenced:
         dataset = find_cases(references, labels)
         referenced, classes = {case.id: case.mask for case in dataset.cases}, dataset.labels
@@ -131,15 +132,15 @@ def match_cases(
         referenced = masks_by_image(referenced) or referenced
 
     for name in [name for name in predicted if name.endswith(PROBABILITIES_SUFFIX) and name not in referenced]:
-        if name.removesuffix(PROBABILITIES_SUFFIX) in predicted:  # `predict` writes the two into one folder
+        if name.removesuffix(PROBABILITIES_SUFFIX) in predicted:  # `predict` writes both into the same folder
             log.info("%s: probabilities, not scored", predicted.pop(name))
     if split:
         if not (test_cases := read_split(Path(split), "cases").test):
             fix = "Remove --cases to score every prediction."
-            raise InputError(f"--cases={split}", "names no test cases", fix)
+            raise InputError(f"--cases={split}", "lists no test cases", fix)
         if missing := [name for name in test_cases if name not in referenced]:
             problem = f"its test case {missing[0]} has no reference in {references}"
-            raise InputError(f"--cases={split}", problem, "Name the split and the references of one data set.")
+            raise InputError(f"--cases={split}", problem, "Use the split and the references of the same data set.")
         referenced = {name: referenced[name] for name in test_cases}
         if ignored := predicted.keys() - referenced.keys():
             log.info("--cases=%s: %s of other cases not scored", split, plural(len(ignored), "prediction"))
@@ -157,7 +158,7 @@ def match_cases(
 
 
 def check_masks(pairs: list[Pair], labels: Labels | None) -> Labels:
-    """Read every file once before scoring: each must be sound, on the grid of its partner, and hold only classes.
+    """Before scoring, check that every file is undamaged, on the grid of its partner, and holds only known classes.
 
     Returns:
         `labels`; if None, one class if no file has more than one non-zero value, otherwise a class for each value in
@@ -172,7 +173,8 @@ def check_masks(pairs: list[Pair], labels: Labels | None) -> Labels:
             log_warnings(volume.path, volume.warnings)
             values[volume.path] = set(np.unique(volume.array[volume.array != 0]).tolist())
             if (count := len(values[volume.path])) > MAX_CLASSES:
-                raise InputError(volume.path, f"holds {count} values, so it is an image", "Replace it with a mask.")
+                problem = f"has {count} different non-zero values, so it looks like an image, not a mask"
+                raise InputError(volume.path, problem, "Replace it with a mask.")
     reference_values = set().union(*(values[pair.reference] for pair in pairs))
 
     if labels is None and all(len(found) <= 1 for found in values.values()):
@@ -181,10 +183,11 @@ def check_masks(pairs: list[Pair], labels: Labels | None) -> Labels:
             if unknown := values[pair.prediction] - reference_values - {1}:
                 problem = f"holds the value {unknown.pop()}, which no reference has"
                 raise InputError(pair.prediction, problem, "Set --data.labels.")
-        log.info("one class: any value but 0 (found %s)", sorted(set().union(*values.values())))
+        log.info("one class: any non-zero value (found %s)", sorted(set().union(*values.values())))
     elif labels is None:
         if len(reference_values) > MAX_CLASSES:
-            problem = f"the references hold {len(reference_values)} values together, too many classes"
+            problem = f"the references hold {len(reference_values)} different values, but at most {MAX_CLASSES} classes"
+            problem += " are supported"
             raise InputError(pairs[0].reference.parent, problem, "Set --data.labels.")
         classes = sorted(reference_values)
         labels = Labels(tuple(map(str, classes)), tuple((value,) for value in classes))
@@ -193,10 +196,10 @@ def check_masks(pairs: list[Pair], labels: Labels | None) -> Labels:
         log.info("classes: %s", labels.describe())
 
     require_present_class(labels, reference_values, pairs[0].reference.parent)
-    # "All other values are background" excuses the values of references, not those of predictions alone.
+    # "All other values are background" covers the values in references, not those that only predictions contain.
     ignored = reference_values if labels.ignored is None else set(labels.ignored)
-    # "Any non-zero value" allows several values in references, as in training. The file with most values comes first:
-    # if only one file keeps the others from being one class, it is the file to name.
+    # "Any non-zero value" allows several values in references, as in training. The file with the most values is checked
+    # first: if it alone has several values, the error is about it.
     to_check = [pair.prediction for pair in pairs] if labels.values is None else values
     for path in sorted(to_check, key=lambda path: -len(values[path])):
         if labels.values is None:
@@ -211,7 +214,7 @@ def check_masks(pairs: list[Pair], labels: Labels | None) -> Labels:
 
 
 def read_prediction(pair: Pair, labels: Labels | None) -> Volume:
-    """Read a predicted mask; a DICOM segmentation, which holds numbers of classes, with the values of `labels`."""
+    """Read a predicted mask; convert the segment numbers of a DICOM segmentation to the mask values of `labels`."""
     mask = read_mask(pair.prediction)
     if labels is None or pair.prediction.suffix.lower() != SEG_ENDING:
         return mask
@@ -219,11 +222,12 @@ def read_prediction(pair: Pair, labels: Labels | None) -> Volume:
 
 
 def require_present_class(labels: Labels, reference_values: set[int], folder: Path) -> None:
-    """Raise an InputError if references hold values, but of no class: empty predictions would count as perfect."""
+    """Raise an InputError if no class occurs in the references: empty predictions would count as perfect."""
     if not reference_values:
         log.warning("%s: every reference is empty", folder)
     elif labels.values is not None and reference_values.isdisjoint(set().union(*labels.values)):
-        problem = f"the references hold the values {list_values(reference_values)}, but no class ({labels.describe()})"
+        found = list_values(reference_values)
+        problem = f"the references hold the values {found}, but no value of a class ({labels.describe()})"
         raise InputError(folder, problem, "Correct --data.labels.")
 
 
@@ -239,7 +243,8 @@ def score_pair(pair: Pair, prediction: Volume, labels: Labels, unit: str, empty:
     spacing = reference.spacing
     if unit == "slice":
         geometry = slice_geometry(reference.affine)
-        masks, spacing = [to_slices(mask, geometry) for mask in masks], geometry.spacing
+        masks = [to_slices(mask, geometry) for mask in masks]
+        spacing = geometry.spacing
     return score_case(pair.case, *masks, spacing, labels.names, unit=unit, empty=empty)
 
 

@@ -1,7 +1,7 @@
-"""What the devices can do, and which variant of an operation runs on them.
+"""The capabilities of the devices, and the variant of each operation that suits them.
 
-All questions about the device are answered here; only `jaxla.distributed` also lists the devices, to build its mesh.
-Variants are chosen when JAX traces a function.
+Other modules do not query devices, except `jaxla.distributed`, which lists them to build its mesh. Variants are chosen
+when JAX traces a function.
 """
 
 from __future__ import annotations
@@ -22,35 +22,35 @@ from jaxla.config import InputError
 
 AMPERE = (8, 0)  # the first NVIDIA generation with bfloat16 products and cuDNN attention
 
-# A container or a scheduler limits a process's memory by control groups. Controllers (version 2 names none) -> where
-# their groups are mounted, and the file of a group that holds its limit.
+# Containers and schedulers limit the memory of a process with control groups. Controller ("" in version 2) -> mount
+# point of its groups, and name of the file in each group that holds the limit.
 CONTROL_GROUPS = Path("/proc/self/cgroup")
 MEMORY_LIMITS = {"memory": ("/sys/fs/cgroup/memory", "memory.limit_in_bytes"), "": ("/sys/fs/cgroup", "memory.max")}
 
 
-MAX_COMPILED_BYTES = 2 * 1024**3  # JAX removes the programs that were used least recently
-MIN_COMPILE_SECONDS = 0.2  # what compiles faster is not kept
+MAX_COMPILED_BYTES = 2 * 1024**3  # above this size, JAX removes the least recently used programs
+MIN_COMPILE_SECONDS = 0.2  # programs that compile faster are not kept
 
 
 def require_devices() -> None:
-    """Raise an InputError if JAX finds no device of the platforms that the environment names."""
+    """Raise an InputError if JAX finds no device of the platforms in JAX_PLATFORMS."""
     try:
         jax.devices()
-    except (RuntimeError, AssertionError) as error:  # an assertion where support of GPUs is not installed
+    except (RuntimeError, AssertionError) as error:  # AssertionError if GPU support is not installed
         platforms = os.environ.get("JAX_PLATFORMS", "")
         problem = f"JAX finds no such device ({' '.join(str(error).split())[:200] or 'not installed'})"
         raise InputError(f"JAX_PLATFORMS={platforms}", problem, "Use JAX_PLATFORMS=cpu, or unset it.") from error
 
 
 def require_float32() -> None:
-    """Raise an InputError if JAX computes in float64 by default, in which the networks give different results."""
+    """Raise an InputError if JAX computes in float64 by default, which changes the results of the networks."""
     if jax.config.jax_enable_x64:
         fix = 'Call jax.config.update("jax_enable_x64", False) first.'
         raise InputError("jax_enable_x64", "is on, but the networks compute in float32", fix)
 
 
 def keep_compiled_programs(cache_dir: Path) -> None:
-    """Make JAX keep compiled programs in the cache folder: the next process starts sooner, with the same numbers.
+    """Make JAX keep compiled programs in the cache folder: the next process starts sooner, with the same results.
 
     JAX_COMPILATION_CACHE_DIR names another folder, and JAX_ENABLE_COMPILATION_CACHE=0 keeps no programs. Call this
     before the first program is compiled. Without a writable folder, nothing is kept.
@@ -62,7 +62,7 @@ def keep_compiled_programs(cache_dir: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         with FileLock(folder / ".lockfile", timeout=10):  # JAX's own lock
             for program in folder.glob("*-cache"):
-                # JAX writes the time after the program: a process was killed in between.
+                # JAX writes the file with the access time after the program. A process was killed in between.
                 if not program.with_name(program.name.removesuffix("-cache") + "-atime").exists():
                     program.unlink()
     except (OSError, Timeout):
@@ -96,12 +96,12 @@ def first_local_device() -> jax.Device:
 
 
 def device_name() -> str:
-    """Return JAX's name of the first device, such as `NVIDIA H200`; every processor is `cpu`."""
+    """Return JAX's name of the first device, such as `NVIDIA H200`, or `cpu` for any CPU."""
     return jax.devices()[0].device_kind
 
 
 def prefers_bfloat16(device: jax.Device) -> bool:
-    """Return whether the device multiplies bfloat16 faster than float32; assumed of every AMD GPU and TPU."""
+    """Return whether the device multiplies bfloat16 faster than float32; assumed for every AMD GPU and TPU."""
     if device.platform == "cpu":
         return False
     return not _is_nvidia(device) or _compute_capability(device) >= AMPERE
@@ -113,7 +113,7 @@ def supports_cudnn_attention(device: jax.Device) -> bool:
 
 
 def _is_nvidia(device: jax.Device) -> bool:
-    return device.platform == "gpu" and "cuda" in device.client.platform_version  # AMD's is "rocm …"
+    return device.platform == "gpu" and "cuda" in device.client.platform_version  # "rocm …" for AMD GPUs
 
 
 def _compute_capability(device: jax.Device) -> tuple[int, ...]:
@@ -121,12 +121,12 @@ def _compute_capability(device: jax.Device) -> tuple[int, ...]:
 
 
 def compute_dtype() -> jnp.dtype:
-    """Return bfloat16 if all devices, those of other processes included, multiply it faster than float32."""
+    """Return bfloat16 if all devices of all processes multiply it faster than float32, otherwise float32."""
     return jnp.bfloat16 if all(map(prefers_bfloat16, jax.devices())) else jnp.float32
 
 
 def attention_variant(dtype: jnp.dtype) -> Literal["per_head", "cudnn", "xla"]:
-    """Return how attention is computed: head by head (CPU), by cuDNN, or as XLA's batched products."""
+    """Return how attention is computed: head by head (CPU), by cuDNN, or as batched matrix products (XLA)."""
     if on_cpu():
         return "per_head"
     return "cudnn" if dtype == jnp.bfloat16 and all(map(supports_cudnn_attention, jax.devices())) else "xla"
@@ -138,9 +138,9 @@ def convolution_variant() -> Literal["cpu", "xla"]:
 
 
 def fusion_variant() -> Literal["sums", "product"]:
-    """Return how blocks' features are weighted: as sums, twice as fast on CPU, or as one matrix product.
+    """Return how weighted sums of block features are computed: term by term, or as one matrix product.
 
-    XLA's GPU compiler needs a minute for the sums of 12 blocks, and much longer for 40.
+    Sums are twice as fast on CPU. XLA's GPU compiler needs a minute for the sums of 12 blocks, and much longer for 40.
     """
     return "sums" if on_cpu() else "product"
 
@@ -153,12 +153,12 @@ def device_bytes() -> int:
 
 
 def peak_device_bytes() -> int | None:
-    """Return the largest memory use of the first device so far, None on CPU."""
+    """Return the peak memory use of the first device so far, None on CPU."""
     return (first_local_device().memory_stats() or {}).get("peak_bytes_in_use")
 
 
 def peak_host_bytes() -> int | None:
-    """Return the largest memory use of this process so far, None if the system does not report it."""
+    """Return the peak memory use of this process so far, None if the system does not report it."""
     try:
         import resource
     except ImportError:  # not Unix

@@ -1,4 +1,4 @@
-"""python -m jaxla.info RUN|WEIGHTS: what a run folder or a file of converted weights is, without building a network."""
+"""python -m jaxla.info RUN|WEIGHTS: describe a run folder or a file of weights, without building a network."""
 
 import os
 import shlex
@@ -20,7 +20,7 @@ from jaxla.studies import RUNS, STUDY
 
 T = TypeVar("T")
 
-# Nothing here imports JAX: this command exists to answer in under a second.
+# This module does not import JAX, so that the command answers in under a second.
 
 
 def main(arguments: list[str]) -> None:
@@ -30,9 +30,9 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("path", type=str, help="a run folder, or a .safetensors file")
     path = Path(parse_arguments(parser, arguments).path)
     if not path.exists():
-        raise InputError(path, "no such file or folder", "Give a run folder or a .safetensors file.")
+        raise InputError(path, "no such file or folder", "Pass a run folder or a .safetensors file.")
     if path.is_file() and path.suffix != ".safetensors":
-        fix = "Give one of these; python -m jaxla.verify checks scans."
+        fix = "Pass one of these. To check scans, use python -m jaxla.verify."
         raise InputError(path, "neither a run folder nor a .safetensors file", fix)
     facts = describe_run(path) if path.is_dir() else describe_weights(path)
     width = max(map(len, facts))
@@ -42,7 +42,7 @@ def main(arguments: list[str]) -> None:
 def describe_run(folder: Path) -> dict[str, str]:
     """Return facts about a run, by their titles."""
     if (folder / STUDY).exists():
-        raise InputError(folder, "a study, not a run", f"Give one of its runs in {shlex.quote(str(folder / RUNS))}.")
+        raise InputError(folder, "a study, not a run", f"Pass one of its runs in {shlex.quote(str(folder / RUNS))}.")
     record = read_record_json(folder)
     try:
         return _describe_record(folder, record)
@@ -98,7 +98,7 @@ def _state(folder: Path, record: dict[str, Any], epochs: int) -> dict[str, str]:
     if run_files.is_running(folder):
         return {"state": f"running: {done} are done"}
     if not os.access(folder, os.W_OK):
-        return {"state": f"not finished: {done} are done (only a user who may write there can tell if it is running)"}
+        return {"state": f"not finished: {done} are done (without write access, it is unknown whether it is running)"}
     return {"state": f"stopped: {done} are done", "resume with": run_files.resume_command(record["command"], folder)}
 
 
@@ -110,7 +110,7 @@ def _validation(
     if "val_dice" not in history[-1]:
         return f"no validation cases; epoch {len(history)} is the last"
     best = history[-1] if kept == "last" else max(history, key=lambda metrics: metrics["val_dice"])
-    if summary:  # the tested epoch, in case the checkpoint of the best was lost
+    if summary:  # the tested epoch, in case the checkpoint of the best epoch was lost
         best = run_files.kept_metrics(folder, history, summary)
     return f"{kept} Dice {best['val_dice']:.3f} (mean {record['unit']}) in epoch {best['epoch']}"
 

@@ -31,7 +31,7 @@ def require_memory(needed: int, batch_size: int, advice: str = "") -> None:
     """Raise `StepTooLarge` if a training step needs more bytes than the device has.
 
     Args:
-        advice: how the network can do with less, besides a smaller batch.
+        advice: how to reduce the memory, besides a smaller batch.
     """
     available = device_bytes()
     if available and needed > available:

@@ -12,11 +12,11 @@ from jaxla.data.phantoms import write_phantoms
 def main(arguments: list[str]) -> None:
     """Write the phantoms."""
     parser = command_parser(
-        "jaxla.phantom", "Write synthetic LGE-MRI with reference masks of the left atrium, laid out as LAScarQS 2022."
+        "jaxla.phantom", "Write synthetic LGE-MRI with reference masks of the left atrium, in the layout of LAScarQS."
     )
     parser.add_argument("--output", type=str, required=True, help="a new or empty folder")
     parser.add_argument("--cases", type=int, default=20, help="number of synthetic patients")
-    sizes = "the heart, the whole chest, or a crop around the atrium, as unevenly bright as real scans"
+    sizes = "`small`: heart; `full`: whole chest; `crop`: atrium, as unevenly bright as in real scans"
     parser.add_argument("--size", type=Literal["small", "full", "crop"], default="full", help=sizes)
     parser.add_argument("--seed", type=int, default=0, help="the same seed gives the same files")
     options = parse_arguments(parser, arguments)

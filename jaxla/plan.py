@@ -14,7 +14,7 @@ from jaxla.nnunet.plan import DEFAULT_MEMORY_GB, Plan, describe_configuration, r
 
 
 def main(arguments: list[str]) -> None:
-    """Plan from a folder of scans, or from their shapes and spacings alone, and write the plan."""
+    """Make a plan from a folder of scans, or from shapes and spacings alone, and write it."""
     parser = command_parser("jaxla.plan", "Write nnU-Net's plan for scans: patches, networks and batch sizes.")
     parser.add_argument("--data.root", type=str, default="", help="folder of scans with masks")
     parser.add_argument("--data.image", type=str, default="", help="pattern of the images, as for training")
@@ -47,19 +47,20 @@ def _check_options(options: Namespace) -> None:
     output = Path(options.output)
     if bool(options["data.root"]) == bool(options.fingerprint):
         problem = "both were given" if options.fingerprint else "neither was given"
-        raise InputError("--data.root and --fingerprint", problem, "Give one of them.")
+        raise InputError("--data.root and --fingerprint", problem, "Pass one of them.")
     if options.fingerprint and options["data.labels"]:
-        raise InputError("--data.labels", "only goes with --data.root", "Use --classes with --fingerprint.")
+        raise InputError("--data.labels", "can only be used with --data.root", "Use --classes with --fingerprint.")
     if options.classes is not None and not options.fingerprint:
-        raise InputError("--classes", "only goes with --fingerprint", "Remove it: the data set names its classes.")
+        fix = "Remove it: the data set defines its classes."
+        raise InputError("--classes", "can only be used with --fingerprint", fix)
     if options.classes is not None and options.classes < 1:
-        raise InputError(f"--classes={options.classes}", "less than 1", "Give the number of structures.")
+        raise InputError(f"--classes={options.classes}", "must be at least 1", "Pass the number of structures.")
     if not 0 < options.memory_gb < float("inf"):
-        raise InputError(f"--memory-gb={options.memory_gb}", "not a positive number", "Use 8, for example.")
+        raise InputError(f"--memory-gb={options.memory_gb}", "must be a positive number", "Use 8, for example.")
     if output.suffix != ".json":
         raise InputError(f"--output={output}", "the name does not end in .json", "Add .json to the name.")
     if os.path.exists(output):
-        raise InputError(f"--output={output}", "the file exists", "Use another --output.")
+        raise InputError(f"--output={output}", "already exists", "Use another --output.")
     require_writable("--output", output.parent)
 
 
@@ -79,7 +80,7 @@ def _plan_scans(data: Data, cache_dir: Path, memory_gb: float) -> Plan:
 
 
 def describe_plan(plan: Plan) -> str:
-    """Return the cases, and a line for each configuration."""
+    """Return a line about the cases, and a line for each configuration."""
     shape, spacing = ("×".join(f"{n:g}" for n in numbers) for numbers in (plan.median_shape, plan.median_spacing))
     cases = len(plan.fingerprint.spacings) if plan.fingerprint else 0
     lines = [f"{plural(cases, 'case')}, median {shape} voxels of {spacing} mm"]

@@ -1,4 +1,4 @@
-"""python -m jaxla.predict --run=DIR --input=FILE|DIR --output=FILE|DIR [--probabilities]: scans in, masks out."""
+"""python -m jaxla.predict --run=DIR --input=FILE|DIR --output=FILE|DIR: segment scans with a trained network."""
 
 import shlex
 from collections.abc import Iterator, Mapping, Sequence
@@ -63,16 +63,16 @@ from jaxla.runs.trained import TrainedRun, load_run
 from jaxla.runs.training_scans import describe_scan, find_differences, find_part, read_known_scans
 from jaxla.tasks import Task, restore_task
 
-Row = dict[str, Any]  # of predictions.csv
+Row = dict[str, Any]  # a row of predictions.csv, or some of its columns
 
 
 class Output(NamedTuple):
-    """A scan and the files that it gets."""
+    """A scan and the files to write for it."""
 
     case: str
     scan: Path
     mask: Path
-    probabilities: Path | None  # None if they were not asked for
+    probabilities: Path | None  # None if not requested
 
     @property
     def files(self) -> list[Path]:
@@ -80,14 +80,14 @@ class Output(NamedTuple):
 
 
 def main(arguments: list[str]) -> None:
-    """Segment scans with the epoch that a run kept."""
+    """Segment scans with the network of a run's kept epoch."""
     task = "Segment scans with a trained network. Each mask has the shape, affine and header geometry of its scan."
     parser = command_parser("jaxla.predict", task)
     parser.add_argument("--run", type=str, required=True, help="folder of a run")
     parser.add_argument("--input", type=str, required=True, help="a scan, a DICOM series, or a folder of them")
     parser.add_argument("--data.image", type=str, default="", help="pattern of the images in --input, as for training")
     parser.add_argument("--output", type=str, required=True, help="file for the mask, or folder for masks <case>.*")
-    formats = "format of the masks; scan: that of each scan, which is dicom-seg for a DICOM series"
+    formats = "format of the masks; `scan` is that of each scan, and dicom-seg for a DICOM series"
     parser.add_argument("--format", type=Literal["scan", *ENDINGS], default="scan", help=formats)
     probabilities = "also write probabilities/<case>.* (float32; a value per class for several classes)"
     parser.add_argument("--probabilities", action="store_true", help=probabilities)
@@ -105,11 +105,11 @@ def main(arguments: list[str]) -> None:
 def predict(options: Namespace, resume_command: str) -> None:
     """Segment the scans; each process segments its share of them."""
     names = ("run", "input", "data.image", "output", "format", "probabilities", "devices", "continue", "overwrite")
-    require_same({f"--{name}": str(options[name]) for name in names}, "Give all processes the same options.")
+    require_same({f"--{name}": str(options[name]) for name in names}, "Start all processes with the same options.")
     source, target, folder = Path(options.input), Path(options.output), Path(options.run)
     outputs = name_outputs(find_images(source, options.data.image), source, target, options)
     table = name_table(target)
-    require_apart(target, source)
+    require_separate_folder(target, source)
     require_writable("--output", outputs[0].mask.parent)
     require_free(outputs, target, options)
 
@@ -117,7 +117,8 @@ def predict(options: Namespace, resume_command: str) -> None:
     task = restore_task(record.experiment, record.labels.outputs, record.extent, folder)
     columns = check_scans(local_items(outputs), task, record, options.run)
     sizes = {str(output.scan): f"{output.scan.stat().st_size} bytes" for output in outputs}
-    require_same(sizes, "Give all processes the same scans.")  # also waits: none writes while another still checks
+    # This is also a barrier: no process writes while another one still checks its scans.
+    require_same(sizes, "Give all processes the same scans.")
     with suppress(InputError):  # without a home folder nothing is kept
         keep_compiled_programs(default_cache_dir())
     with use_devices(options.devices), use_local_devices():
@@ -132,7 +133,7 @@ def predict(options: Namespace, resume_command: str) -> None:
         kept = set(find_kept({o.case: o.mask for o in outputs}, table, origin)) if options["continue"] else set()
         kept = {o.case for o in outputs if o.case in kept and all(path.exists() for path in o.files)}
         rows = describe_kept(local_items([o for o in outputs if o.case in kept]), record)
-        barrier()  # none writes while another still reads which masks exist
+        barrier()  # no process writes while another one still reads which masks exist
         cases = [output.case for output in outputs]
         with mark_unfinished(table, origin, cases, options.overwrite), explain_stop(resume_command):
             if options["continue"] and is_first():
@@ -147,9 +148,9 @@ def require_free(outputs: Sequence[Output], target: Path, options: Namespace) ->
         raise InputError("--continue", "contradicts --overwrite", "Remove one of the two.")
     table = name_table(target)
     recorded = recorded_cases(table)
-    for output in outputs:  # it may be a file of the user's, which no option may replace
+    for output in outputs:  # it may be the user's own file, which no option may replace
         if output.case not in recorded and (found := [path for path in output.files if path.exists()]):
-            problem = f"exists already, and {table.name} does not say that predict wrote it"
+            problem = f"already exists, and {table.name} does not list it as written by predict"
             raise InputError(found[0], problem, "Use another --output.")
     if not is_mask_file(target):
         require_finished(table, [output.case for output in outputs])
@@ -164,7 +165,7 @@ def require_free(outputs: Sequence[Output], target: Path, options: Namespace) ->
     for path in (*(path for output in outputs for path in output.files), *own_table):
         if path.exists():
             fix = "Add --continue to keep existing masks, --overwrite to replace them, or use another --output."
-            raise InputError(path, "exists already", fix)
+            raise InputError(path, "already exists", fix)
 
 
 def require_one_format(outputs: Sequence[Output]) -> None:
@@ -178,7 +179,7 @@ def require_one_format(outputs: Sequence[Output]) -> None:
 
 
 def require_finished(table: Path, cases: Sequence[str]) -> None:
-    """Raise an InputError if an interrupted command wrote masks of other cases, which could not be continued then."""
+    """Raise an InputError if an interrupted command wrote masks of other cases: it could no longer be continued."""
     unfinished = read_unfinished(table)
     for case in unfinished.cases if unfinished else ():
         if case not in cases and any((table.parent / f"{case}{ending}").exists() for ending in ENDINGS.values()):
@@ -188,10 +189,10 @@ def require_finished(table: Path, cases: Sequence[str]) -> None:
 
 
 def check_scans(outputs: Sequence[Output], task: Task, record: Record, run: str) -> dict[str, Row]:
-    """Read all scans once, and log those that are unlike the training scans or among them.
+    """Read all scans once, and log those that differ from the training scans or are among them.
 
     Args:
-        outputs: of this process.
+        outputs: the outputs of this process.
 
     Returns:
         For the cases of all processes, the columns of `predictions.csv` that depend on the scan alone.
@@ -199,7 +200,9 @@ def check_scans(outputs: Sequence[Output], task: Task, record: Record, run: str)
     Raises:
         InputError: a scan cannot be read, or has too few slices.
     """
-    known, columns, slice_counts = read_known_scans(Path(run), record.experiment.fold), {}, []
+    known = read_known_scans(Path(run), record.experiment.fold)
+    columns = {}
+    slice_counts = []
     if not known.training and is_first():
         log_progress(f"{run}: recorded nothing about its training scans; scans are not compared with them")
     for output in outputs:
@@ -212,7 +215,7 @@ def check_scans(outputs: Sequence[Output], task: Task, record: Record, run: str)
             log_progress(f"{output.scan}: unlike the training scans, so its mask may be wrong: {differences}")
         part = find_part(known, output.case, hash_voxels(volume.array))
         if part.startswith("training"):
-            log_progress(f"{output.scan}: part of this run: {part}")
+            log_progress(f"{output.scan}: this run used it for {part}")
         spacing = {f"spacing_{axis}_mm": mm for axis, mm in zip("xyz", volume.spacing, strict=True)}
         about = {"part_of_run": part, "unlike_training_scans": differences, "scan": str(output.scan)}
         columns[output.case] = spacing | about
@@ -225,7 +228,9 @@ def describe_kept(outputs: Sequence[Output], record: Record) -> dict[str, list[R
     """Read masks that an earlier command wrote; return case -> rows of `predictions.csv`, as `describe_mask` does."""
     rows = {}
     for output in outputs:
-        mask, scan, fix = read_mask(output.mask), read_image(output.scan), "Move it away, or use another --output."
+        mask = read_mask(output.mask)
+        scan = read_image(output.scan)
+        fix = "Move it away, or use another --output."
         if not same_grid(mask, scan):
             raise InputError(output.mask, f"not on the grid of {output.scan}", fix)
         classes = mask_classes(mask, record.labels)
@@ -235,12 +240,14 @@ def describe_kept(outputs: Sequence[Output], record: Record) -> dict[str, list[R
 
 
 def segment_scans(run: TrainedRun, outputs: Sequence[Output]) -> dict[str, list[Row]]:
-    """Segment this process's share of the scans, and write each mask as soon as it is there.
+    """Segment this process's share of the scans, and write each mask as soon as it is computed.
 
     Returns:
         Case -> rows of `predictions.csv`, as `describe_mask` returns them.
     """
-    segment, labels, rows = run.segment, run.record.labels, {}
+    segment = run.segment
+    labels = run.record.labels
+    rows = {}
     for position, output in local_items(list(enumerate(outputs, start=1))):
         volume = read_image(output.scan)
         log_if_cut(volume, run.task)
@@ -276,18 +283,19 @@ def format_volumes(rows: Sequence[Row]) -> str:
 def log_if_cut(volume: Volume, task: Task) -> None:
     """Log if the network sees only the centre of a scan's slices."""
     geometry = slice_geometry(volume.affine)
-    shape, spacing = to_slices(volume.array, geometry).shape, geometry.spacing
+    shape = to_slices(volume.array, geometry).shape
+    spacing = geometry.spacing
     if task.is_cut(shape, spacing):
         height, width = (n * mm for n, mm in zip(shape[1:], spacing[1:], strict=True))
         log_progress(
             f"{volume.path}: slices of {height:.0f} × {width:.0f} mm are larger than the {task.extent:.0f} mm that the "
-            "network was trained on; it sees their centre, and the rest becomes background"
+            "network was trained on; the network sees their centre, and the rest becomes background"
         )
 
 
 @contextmanager
 def explain_stop(resume_command: str) -> Iterator[None]:
-    """Name the command that continues after Ctrl-C, SIGTERM or the failure of another process."""
+    """Print the command that continues after Ctrl-C, SIGTERM or the failure of another process."""
     try:
         with name_resume_command(resume_command, lambda line: None):
             yield
@@ -311,7 +319,7 @@ def name_outputs(scans: Mapping[str, Path], source: Path, target: Path, options:
     """Return the outputs of each scan: `target` for one scan and a file name, else `<case>.*` in that folder."""
     if is_mask_file(target):
         if source.is_dir() and not is_dicom_series(source):
-            raise InputError(f"--output={target}", f"a file, but --input={source} is a folder", "Give a folder.")
+            raise InputError(f"--output={target}", f"a file, but --input={source} is a folder", "Pass a folder.")
         for scan in scans.values():
             require_mask_file(target, scan, options.format)
         masks = dict.fromkeys(scans, target)
@@ -324,7 +332,7 @@ def name_outputs(scans: Mapping[str, Path], source: Path, target: Path, options:
 
 
 def probabilities_file(mask: Path, target: Path) -> Path:
-    """Return the file of a mask's probabilities: beside a single mask, else in a folder that `evaluate` passes over."""
+    """Return the file of a mask's probabilities: next to a single mask, else in a folder that `evaluate` ignores."""
     stem, ending = strip_ending(mask.name), probabilities_ending(scan_ending(mask.name))
     if is_mask_file(target):
         return mask.with_name(f"{stem}_probabilities{ending}")
@@ -332,19 +340,19 @@ def probabilities_file(mask: Path, target: Path) -> Path:
 
 
 def name_table(target: Path) -> Path:
-    """Return the file of the table: `predictions.csv` in a folder of masks, `<mask>_predictions.csv` beside one."""
+    """Return the path of the table: `predictions.csv` in a folder of masks, `<mask>_predictions.csv` next to one."""
     if is_mask_file(target):
         return target.with_name(f"{strip_ending(target.name)}_predictions.csv")
     return target / "predictions.csv"
 
 
-def require_apart(target: Path, source: Path) -> None:
-    """Raise an InputError if masks would lie among the scans, where they may be taken for scans or references."""
+def require_separate_folder(target: Path, source: Path) -> None:
+    """Raise an InputError if masks would be among the scans, where they may be mistaken for scans or references."""
     if is_mask_file(target) and not source.is_dir():  # the user gave the file name of the one mask
         return
     folder, scans = (target.parent if is_mask_file(target) else target).resolve(), source.resolve()
     if folder.is_relative_to(scans) if source.is_dir() else folder == scans.parent:
-        problem = f"masks would lie among the scans of --input={source}"
+        problem = f"masks would be among the scans of --input={source}"
         raise InputError(f"--output={target}", problem, "Use another folder.")
 
 

@@ -1,4 +1,4 @@
-"""python -m jaxla.report --study=DIR or --run=DIR: the report of a study or of a run, from its files."""
+"""python -m jaxla.report --study=DIR or --run=DIR: rewrite the report of a study or a run from its files."""
 
 import shlex
 from pathlib import Path
@@ -10,7 +10,7 @@ from jaxla.config import InputError, default_cache_dir
 
 def main(arguments: list[str]) -> None:
     """Write a study's `tables/`, `figures/` and `report.html`, or a run's `report.html` and overlays."""
-    parser = command_parser("jaxla.report", "Write the report of a study or a run again.")
+    parser = command_parser("jaxla.report", "Rewrite the report of a study or a run.")
     parser.add_argument("--study", type=str, default="", help="folder that python -m jaxla.study wrote")
     parser.add_argument("--run", type=str, default="", help="folder that python -m jaxla.train wrote")
     parser.add_argument("--cases", type=str, default="", help="cases in Figure 3: a,b (default: worst, median, best)")

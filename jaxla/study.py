@@ -1,4 +1,4 @@
-"""python -m jaxla.study --name=NAME: a run for each method, protocol and seed, then tables, figures and statistics."""
+"""python -m jaxla.study --name=NAME: run every method, protocol and seed, then write tables and figures."""
 
 import argparse
 import shlex
@@ -11,7 +11,7 @@ from jaxla.cli.terminal import wrap
 from jaxla.config import METHOD_GROUPS, InputError, Study, default_cache_dir, lookup
 from jaxla.experiments import EXPERIMENTS, METHODS, STUDIES
 
-# Options of a run that a study sets itself, and what to do instead
+# Options of a run that a study sets itself -> what to do instead
 SET_BY_STUDY = {
     "exp": "Use --experiments.",
     "data.train_patients": "Use --experiments.",
@@ -158,8 +158,8 @@ def divide_options(train_options: Sequence[str], methods: Sequence[str]) -> dict
         if method not in methods:
             raise InputError(f"--{name}", f"method {method} is not in this study", f"Choose from {', '.join(methods)}.")
         if rest.split(".")[0] not in METHOD_GROUPS:
-            groups = ", ".join(METHOD_GROUPS)
-            raise InputError(f"--{name}", "not an option of a method", f"Methods may differ in {groups} only.")
+            fix = f"Only options of {', '.join(METHOD_GROUPS)} can differ between methods."
+            raise InputError(f"--{name}", "cannot be set for a single method", fix)
         target = own[method]
         target.append(f"--{word[2:].removeprefix(f'{method}.')}")
     return {method: shared + own[method] for method in methods}

@@ -106,7 +106,7 @@ def main(arguments: list[str]) -> None:
 
 @dataclass(frozen=True)
 class Run:
-    """A run whose folder is open: what every step below needs."""
+    """A run whose folder is open: the input of every step below."""
 
     experiment: Experiment
     data: PreparedData
@@ -116,15 +116,15 @@ class Run:
 
 
 def run(options: Options, command: str) -> Path | None:
-    """Run the experiment that the options describe; `command` is for the record. Return the run's folder.
+    """Run the experiment that the options describe, and return the run's folder; the record stores `command`.
 
-    With --dry-run, print what it would take and return None.
+    With --dry-run, print a forecast and return None.
     """
     began = time.perf_counter()
     with buffered_log() as early_log:
         for description in options.overridden:
             log.info(description)
-        # Check first, because preparing the data takes long.
+        # Check first, because preparing the data is slow.
         experiment = check_experiment(options.experiment)
         folder = Path(broadcast(str(options.run_dir or f"runs/{experiment.name}_{time.strftime('%Y%m%d-%H%M%S')}")))
         check_session(options, experiment, folder)
@@ -137,7 +137,7 @@ def run(options: Options, command: str) -> Path | None:
             keep_compiled_programs(options.cache_dir)
             environment_here = environment()
             installed = {**environment_here["versions"], "device": environment_here["device"]}
-            require_same(installed, "Install the same packages on all hosts, with the same devices.")
+            require_same(installed, "Use hosts with the same packages and devices.")
             data = prepare_data(experiment, options.cache_dir, local_items)
             require_same_content(data, weights_sha256)
             task = make_checked_task(experiment, data)
@@ -176,7 +176,7 @@ def check_session(options: Options, experiment: Experiment, folder: Path) -> Non
     given = {name: getattr(options, name) for name in ("run_dir", "resume", "dry_run", "devices", "shard_params")}
     given = {name.replace("_", "-"): "" if value is None else str(value) for name, value in given.items()}
     given |= comparable_options(experiment)
-    require_same({f"--{name}": value for name, value in given.items()}, "Give all processes the same options.")
+    require_same({f"--{name}": value for name, value in given.items()}, "Start all processes with the same options.")
     if options.resume and is_first():
         files.require_resumable(options.run_dir, experiment)
     elif not options.dry_run and is_first():
@@ -192,9 +192,9 @@ def require_same_content(data: PreparedData, weights_sha256: str) -> None:
 
 
 def print_forecast(experiment: Experiment, network_words: str, data: PreparedData, task: Task, cache_dir: Path) -> None:
-    """Print what the run would take; with --fold=all, what its first fold would take."""
+    """Print the forecast of the run, or with --fold=all that of its first fold."""
     if experiment.fold == ALL_FOLDS:
-        log.info("forecast of the first of %d folds; each takes as much, then all are tested together", FOLDS)
+        log.info("forecast of the first of %d folds; each takes as long, then all are tested together", FOLDS)
         data = data.for_fold("0", experiment)
     forecast = forecast_run(experiment, network_words, data, task, cache_dir)
     print(wrap(describe_forecast(forecast, experiment.name), indent=12 * " "))
@@ -221,7 +221,8 @@ def train_folds(run: Run, record: Record) -> dict[str, Any] | None:
     Return that test's summary in process 0.
     """
     run.task.save(run.folder)
-    command, folders = files.resume_command(record.command, run.folder), files.fold_folders(run.folder)
+    command = files.resume_command(record.command, run.folder)
+    folders = files.fold_folders(run.folder)
     for fold, folder in enumerate(folders):
         if broadcast(files.is_finished(folder)):
             continue
@@ -251,11 +252,13 @@ def train_folds(run: Run, record: Record) -> dict[str, Any] | None:
 
 def build_network(run: Run) -> nnx.Module:
     """Build the untrained network. Save a random backbone that stays frozen in the run's folder."""
-    model, saved, seed = run.experiment.method.model, run.folder / files.BACKBONE, run.experiment.seed
+    model = run.experiment.method.model
+    saved = run.folder / files.BACKBONE
+    seed = run.experiment.seed
     if model.backbone == "finetuned" or model.weights != "random":
         return run.task.build_network()
     record = read_record(run.folder)
-    barrier()  # before the first process writes the record anew
+    barrier()  # before the first process rewrites the record
     if record.backbone_sha256:  # a resumed run
         try:
             network = run.task.build_network(weights=str(saved))
@@ -264,12 +267,12 @@ def build_network(run: Run) -> nnx.Module:
         except InputError:  # missing or truncated
             pass
         if is_first():
-            log.warning("%s: missing or damaged; drawn again from seed %d", saved, seed)
+            log.warning("%s: missing or damaged; initialised again from seed %d", saved, seed)
     network = run.task.build_network()
     sha256 = parameters_sha256(network.backbone)
     if record.backbone_sha256 not in ("", sha256):
-        problem = f"missing or damaged, and seed {seed} gives a different backbone with these versions"
-        raise InputError(saved, problem, "Restore it.")
+        problem = f"missing or damaged, and with the installed packages seed {seed} gives a different backbone"
+        raise InputError(saved, problem, "Restore it from a copy.")
     if is_first():
         save_random(saved, network.backbone, model.arch, seed)
         write_record(run.folder, replace(record, backbone_sha256=sha256))
@@ -279,15 +282,16 @@ def build_network(run: Run) -> nnx.Module:
 def compute_features(run: Run, network: nnx.Module) -> Features | None:
     """Compute the features of every slice that the run uses, once, if the backbone is frozen and the disk has room.
 
-    Otherwise return None: the whole network runs at every step. The record says which, and why.
+    Otherwise return None: the whole network runs in every epoch. The record says which applies, and why.
     """
-    reason, features = run.task.why_not_cached(network), None
+    reason = run.task.why_not_cached(network)
+    features = None
     if not reason:
         with use_local_devices():
             cache = run.task.make_feature_cache(network, run.cache_dir)
             arrays = cache.features(run.data.used_volumes)
         if arrays is None:
-            reason = "The frozen backbone ran at every step: its features did not fit on the disk of the cache folder."
+            reason = "The frozen backbone ran in every epoch: its features did not fit on the disk of the cache folder."
         else:
             by_case = {volume.id: array for volume, array in zip(run.data.used_volumes, arrays, strict=True)}
             features = Features(by_case, network.READS_IMAGES)
@@ -300,7 +304,8 @@ def compute_features(run: Run, network: nnx.Module) -> Features | None:
 
 def fit_run_to_minutes(run: Run, features: Features | None) -> Run:
     """Return the run with the epochs and steps that fit into its minutes: measured once, then read from its record."""
-    record, recipe = read_record(run.folder), run.task.recipe
+    record = read_record(run.folder)
+    recipe = run.task.recipe
     if record.fitted_steps:
         recipe = replace(recipe, epochs=record.fitted_epochs, steps=record.fitted_steps)
     else:
@@ -313,7 +318,7 @@ def fit_run_to_minutes(run: Run, features: Features | None) -> Run:
 
 
 def train_network(run: Run, network: nnx.Module, features: Features | None) -> Progress:
-    """Train; leaves checkpoints, metrics.jsonl and progress.png in the run's folder."""
+    """Train the network; write checkpoints, metrics.jsonl and progress.png into the run's folder."""
     sources = run.task.make_sources(run.data, run.cache_dir, features)
     if (batch_size := run.task.batch_size) > (count := len(sources.train)):
         log.warning(
@@ -323,7 +328,8 @@ def train_network(run: Run, network: nnx.Module, features: Features | None) -> P
     parameters = count_parameters(nnx.state(network, nnx.Param))
     trainer = run.task.make_trainer(network, sources.train, features)
     trained = count_parameters(trainer.trainable)
-    label, kept = method_label(run.experiment, METHODS), run.experiment.method.training.checkpoint
+    label = method_label(run.experiment, METHODS)
+    kept = run.experiment.method.training.checkpoint
     log.info("%s: %d parameters are trained, %d are frozen", label, trained, parameters - trained)
 
     def report_epoch(history: list[dict[str, Any]]) -> None:
@@ -348,10 +354,12 @@ def train_network(run: Run, network: nnx.Module, features: Features | None) -> P
 
 
 def test_network(run: Run, features: Features | None, step_bytes: int) -> dict[str, Any] | None:
-    """Test the trained network on scans that it never saw; leaves `test/`, cost.json and report.html.
+    """Test the trained network on scans that it never saw; write `test/`, cost.json and report.html.
 
-    Return the summary of the test in process 0; without test cases it has no scores. A training step took `step_bytes`
-    of device memory.
+    Return the summary of the test in process 0; without test cases it has no scores.
+
+    Args:
+        step_bytes: device memory of a training step.
     """
     trained = load_run(run.folder)
     is_single = run.experiment.fold != ALL_FOLDS
@@ -376,7 +384,7 @@ def test_network(run: Run, features: Features | None, step_bytes: int) -> dict[s
 
 
 def print_result(summary: Mapping[str, Any], folder: Path, case_word: str) -> None:
-    """Print the line that a run ends with."""
+    """Print the last line of a run."""
     result = f"trained; no test cases. {HOW_TO_TEST}"
     if "dice" in summary:
         dice, iou, atlas = summary["dice"], summary["iou"], summary["atlas"]["dice"]

@@ -1,6 +1,6 @@
 """python -m jaxla.verify --data.root=DIR [--data.labels=…] [--json]: check a folder of scans before training.
 
-It reads every case and writes nothing. It exits with 0 if training could start, with 2 if not.
+The command reads every case and writes nothing. It exits with 0 if training could start, and with 2 if not.
 """
 
 import json
@@ -15,7 +15,7 @@ from jaxla.config import InputError
 
 
 def main(arguments: list[str]) -> None:
-    """Read the folder and print the report; then raise an InputError if a finding keeps training from starting."""
+    """Read the folder and print the report; then raise an InputError if a finding prevents training."""
     parser = command_parser("jaxla.verify", "Check a folder of scans before training; writes nothing.")
     add = parser.add_argument
     add("--data.root", type=str, required=True, help="folder of scans with masks")
@@ -26,8 +26,8 @@ def main(arguments: list[str]) -> None:
     add("--json", action="store_true", help="print all cases and findings as one JSON document")
     options = parse_arguments(parser, arguments)
     if options.data.root == "phantom":
-        fix = "Make them with `python -m jaxla.phantom --output=DIR` and name that folder."
-        raise InputError("--data.root=phantom", "not a folder, but scans that training makes", fix)
+        fix = "Write phantoms with `python -m jaxla.phantom --output=DIR` and pass that folder."
+        raise InputError("--data.root=phantom", "not a folder, but synthetic scans that training makes", fix)
 
     # Imported here, because SciPy takes a second to import and --help must not wait for it.
     from tqdm import tqdm

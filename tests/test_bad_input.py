@@ -295,17 +295,17 @@ def test_training_refuses_a_batch_that_does_not_fit_into_memory(tmp_path):
         (["--data.labels=LA"], "--data.labels='LA': expected name:value"),
         (
             ["--data.split=all"],
-            "--data.split=all: leaves no validation case, by which --training.checkpoint and --training.patience of "
-            "vit_mini8 would decide. Use --training.checkpoint=last --training.patience=0, or another split.",
+            "--data.split=all: leaves no validation cases, which vit_mini8 needs for --training.checkpoint and "
+            "--training.patience. Use --training.checkpoint=last --training.patience=0, or another split.",
         ),
         (
             ["--method=nnunet_2d", "--data.validation=never"],
-            "--data.validation=never: leaves no validation case, by which --postprocessing.largest of nnunet_2d would "
-            "decide. Use --postprocessing.largest=always, or another split.",
+            "--data.validation=never: leaves no validation cases, which nnunet_2d needs for --postprocessing.largest. "
+            "Use --postprocessing.largest=always, or another split.",
         ),
         (
             ["--data.split=all", "--data.validation=always"],
-            "--data.validation=always: has no effect, because --data.split gives the validation patients. Remove one",
+            "--data.validation=always: has no effect, because --data.split sets the validation patients. Remove one",
         ),
         (["--data.split=nowhere.json"], "--data.split=nowhere.json: cannot be read (No such file"),
         (["--data.train_patients=-1"], "--data.train_patients=-1: "),
@@ -353,7 +353,7 @@ def test_training_refuses_a_batch_that_does_not_fit_into_memory(tmp_path):
             ["--method=segnet", "--preprocessing.image_size=31"],
             "--preprocessing.image_size=31: vgg16_bn needs at least",
         ),
-        (["--method=unet", "--postprocessing.opening=2"], "--postprocessing.opening=2: an even number. Use an odd"),
+        (["--method=unet", "--postprocessing.opening=2"], "--postprocessing.opening=2: must be odd. Use an odd"),
         (["--augmentation.rotation=-1"], "--augmentation.rotation=-1.0: less than 0"),
         (["--augmentation.scale=nan"], ".*augmentation.scale"),
         (["--method=resnet50_unet"], ".*weights of resnet50 not found. .* --arch=resnet50 --download"),
@@ -372,7 +372,7 @@ def test_training_needs_an_experiment_and_data(tmp_path):
     assert line.startswith("error: --exp: missing. Use one of ")
     assert "fewshot_10patients" in line
     line = refuse(tmp_path, "jaxla.train", "--exp=paper1")
-    for text in ("error: --data.root: missing. ", "LAScarQS", "flat pairs", "by registration", "--data.root=phantom"):
+    for text in ("error: --data.root: missing. ", "flat pairs", "Register for LAScarQS", "--data.root=phantom"):
         assert text in line
 
 
@@ -477,11 +477,11 @@ def scan_and_run(tmp_path, run_folder):
         (["--run=run"], "run: no checkpoint"),
         (["--input=nowhere.nii.gz"], "--input=nowhere.nii.gz: no such file or folder"),
         (["--input=.", "--data.image=*/lge"], r"--input=\.: no image to segment; the folder holds 1 .nii.gz file"),
-        (["--output=scan.nii.gz"], "scan.nii.gz: exists already, and scan_predictions.csv does not say"),
-        (["--output=scan.nii.gz", "--overwrite"], "scan.nii.gz: exists already, .* Use another --output."),
+        (["--output=scan.nii.gz"], "scan.nii.gz: already exists, and scan_predictions.csv does not list"),
+        (["--output=scan.nii.gz", "--overwrite"], "scan.nii.gz: already exists, .* Use another --output."),
         (["--output=scan.nii.gz/below"], "--output=scan.nii.gz/below: .*/scan.nii.gz is not a writable folder"),
-        (["--output=."], r"--output=\.: masks would lie among the scans of --input=scan.nii.gz"),
-        (["--input=.", "--output=./masks"], r"--output=masks: masks would lie among the scans of --input=\."),
+        (["--output=."], r"--output=\.: masks would be among the scans of --input=scan.nii.gz"),
+        (["--input=.", "--output=./masks"], r"--output=masks: masks would be among the scans of --input=\."),
         (["--input=.", "--output=mask.nii.gz"], "--output=mask.nii.gz: a file, but --input=. is a folder"),
         (["--input=run/experiment.json"], "experiment.json: not a NIfTI file"),
         (["--probability"], r"--probability: unknown option \(did you mean --probabilities\?\)"),

@@ -156,8 +156,8 @@ def test_forecast_gives_advice_if_features_do_not_fit_on_the_disk(tmp_path, phan
     options = ("--method=fusion_vitb14", "--model.arch=vit_mini8", "--model.weights=random")
     forecast = dry_run(tmp_path, phantoms, *SMALL_RUN, *options, "--model.decoder_widths=[16,8]")
     size, advice = re.search(
-        rf"; features (\S+) in {tmp_path / 'cache'} \(250kB free\), which do not fit: the backbone will run at every "
-        r"step\. To cache them, use (.*)$",
+        rf"; features (\S+) in {tmp_path / 'cache'} \(250kB free\), which do not fit: the backbone runs in every "
+        r"epoch\. To cache them, use (.*)$",
         forecast["disk"],
     ).groups()
     assert parse_bytes(size) == pytest.approx(sum(slices.values()) * 4 * 6 * 6 * 128 * 4, rel=0.005)

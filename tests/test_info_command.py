@@ -196,7 +196,7 @@ def test_unusable_runs_are_refused(unfinished, kind):
 def test_other_paths_are_refused(tmp_path):
     (tmp_path / "notes.txt").write_text("no weights")
     assert refuse(tmp_path, "jaxla.info", "nowhere") == (
-        "error: nowhere: no such file or folder. Give a run folder or a .safetensors file."
+        "error: nowhere: no such file or folder. Pass a run folder or a .safetensors file."
     )
     assert "error: notes.txt: neither a run folder nor a .safetensors file" in refuse(
         tmp_path, "jaxla.info", "notes.txt"
@@ -205,7 +205,7 @@ def test_other_paths_are_refused(tmp_path):
     (tmp_path / "study").mkdir()
     (tmp_path / "study" / "study.json").write_text("{}")
     line = refuse(tmp_path, "jaxla.info", "study")
-    assert line == "error: study: a study, not a run. Give one of its runs in study/runs."
+    assert line == "error: study: a study, not a run. Pass one of its runs in study/runs."
 
 
 # --- speed ----------------------------------------------------------------------------------------------------------

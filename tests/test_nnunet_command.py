@@ -76,7 +76,7 @@ def test_run_folder_contains_the_usual_files_and_the_plan(run, plan):
     page = (run / "report.html").read_text()
     assert "The last epoch, 3, was tested" in page
     assert "over all patches together" in page
-    assert "All connected parts are kept" in page or "Only the largest connected part" in page
+    assert "All connected components are kept" in page or "Only the largest connected component" in page
     assert "pad_to" not in page  # options that do not apply are not listed
     assert record["experiment"]["training"]["optimiser"] == "sgd"
     output = (run.parent / "output").read_text()

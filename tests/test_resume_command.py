@@ -218,7 +218,7 @@ def test_resume_needs_the_folder(folder):
     options = small_run_options(folder / "data", folder / "run", folder / "cache")
     options = [option for option in options if not option.startswith("--run-dir")]
     assert refuse(folder, "jaxla.train", *options, "--resume") == (
-        "error: --resume: --run-dir is missing. Give the folder of the run to resume."
+        "error: --resume: --run-dir is missing. Pass the folder of the run to resume."
     )
 
 

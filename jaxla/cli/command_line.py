@@ -1,4 +1,4 @@
-"""The command line: how its words become options, and how a mistake in them is reported in one line."""
+"""The command line: its words are parsed into options, and mistakes are reported in one line."""
 
 import argparse
 import os
@@ -40,14 +40,14 @@ def command_parser(module: str, description: str) -> ArgumentParser:
 
 def require_writable(option: str, path: Path) -> None:
     """Raise an InputError unless the folder `path` can be created or written; leaves nothing behind."""
-    # os.path.exists is also false for what a user may not see, where Path.exists raises an error
+    # os.path.exists also returns False for a path that the user may not see, where Path.exists raises an error
     parent = next(p for p in (path, *path.absolute().parents) if os.path.exists(p))
     if not parent.is_dir() or not os.access(parent, os.W_OK):
         raise InputError(f"{option}={path}", f"{parent} is not a writable folder", "Use another folder.")
 
 
 def add_devices_option(parser: ArgumentParser) -> None:
-    parser.add_argument("--devices", type=int, default=0, help="number of devices to use in all (0: all there are)")
+    parser.add_argument("--devices", type=int, default=0, help="total number of devices to use (0: all)")
 
 
 def add_processes_options(parser: ArgumentParser) -> None:
@@ -58,7 +58,7 @@ def add_processes_options(parser: ArgumentParser) -> None:
 
 
 def parse_arguments(parser: ArgumentParser, arguments: list[str]) -> Namespace:
-    """Parse a command's arguments; refuse unknown options and values of the wrong kind."""
+    """Parse a command's arguments; refuse unknown options and values of the wrong type."""
     _check_words(parser, arguments)
     try:
         return parser.parse_args(arguments)
@@ -77,13 +77,13 @@ def _check_words(parser: ArgumentParser, arguments: list[str]) -> None:
             if name not in actions:
                 raise InputError(name, f"unknown option{suggestion(name, actions)}", "See --help for all options.")
             expects_value = not has_value and actions[name].nargs != 0
-        elif expects_value or word in actions:  # -h
+        elif expects_value or word in actions:  # a value, or -h
             expects_value = False
         elif positionals:
             positionals.pop()
         else:
-            meant = f"Did you mean --{word}?" if f"--{name}" in actions else "Write options as --name=value."
-            raise InputError("command line", f"unexpected argument {word!r}", meant)
+            fix = f"Did you mean --{word}?" if f"--{name}" in actions else "Write options as --name=value."
+            raise InputError("command line", f"unexpected argument {word!r}", fix)
 
 
 class Options(NamedTuple):
@@ -101,7 +101,7 @@ class Options(NamedTuple):
     process: int | None
     wait: float
     print_config: bool
-    overridden: tuple[str, ...]  # options of --config that the command line has, too, each described in a sentence
+    overridden: tuple[str, ...]  # a sentence for each option of --config that the command line overrides
 
 
 def parse_names(arguments: list[str]) -> argparse.Namespace:
@@ -122,25 +122,25 @@ def parse_experiment(
 ) -> Options:
     """Parse the command line of `jaxla.train`, and its --config; refuse options that the method does not have."""
     if sum(word.split("=")[0] == "--config" for word in arguments) > 1:
-        raise InputError("--config", "given twice", "Give one file.")
+        raise InputError("--config", "given twice", "Pass one file.")
     config = parse_names(arguments).config
     entries = read_config(Path(config)) if config else []
-    words = [*(entry.word for entry in entries), *arguments]  # of an option given twice, the last one counts
+    words = [*(entry.word for entry in entries), *arguments]  # if an option is given twice, the last value counts
     overridden = find_overridden(entries, arguments)
     used = [entry for entry in entries if entry not in overridden]
     try:
         experiment = _named_experiment(parse_names(words), experiments, methods)
     except InputError as error:
-        raise _name_line(error, config, used) from error
+        raise _add_line(error, config, used) from error
     parser = experiment_parser(experiment)
     for entry in entries:
         _require_experiment_option(entry, f"{config}:{entry.line}", parser, experiment)
     try:
-        # Without PRINT_CONFIG, because jsonargparse has an option of this name and changes the word.
+        # PRINT_CONFIG is left out, because jsonargparse has its own option of this name and changes the word.
         parsed = parser.instantiate(parse_arguments(parser, [word for word in words if word != PRINT_CONFIG]))
     except InputError as error:
         error = _option_of_other_method(error, experiment, methods)
-        raise _name_line(error, config, [e for e in entries if not _can_be_parsed(parser, e)]) from error
+        raise _add_line(error, config, [e for e in entries if not _can_be_parsed(parser, e)]) from error
     method = replace(experiment.method, **{name: parsed[name] for name in METHOD_GROUPS if name in parsed})
     values = {name: parsed[name] for name in Options._fields if name in parsed} | {
         "run_dir": Path(parsed.run_dir) if parsed.run_dir else None,
@@ -158,8 +158,8 @@ def _require_experiment_option(entry: Entry, where: str, parser: ArgumentParser,
     if entry.name in option_groups(experiment):
         raise InputError(where, f"{entry.name} is a group of options", "Indent its options below it.")
     if f"--{entry.name}" in parser._option_string_actions and entry.name not in config_values(experiment):
-        problem = f"{entry.name} is an option of one session, not of an experiment"
-        raise InputError(where, problem, "Give it on the command line.")
+        problem = f"{entry.name} is an option of a single command, not of an experiment"
+        raise InputError(where, problem, "Pass it on the command line.")
 
 
 def _can_be_parsed(parser: ArgumentParser, entry: Entry) -> bool:
@@ -170,8 +170,8 @@ def _can_be_parsed(parser: ArgumentParser, entry: Entry) -> bool:
     return True
 
 
-def _name_line(error: InputError, config: str | None, entries: Sequence[Entry]) -> InputError:
-    """Return the error with the file and the line of the option at fault, if a --config has it."""
+def _add_line(error: InputError, config: str | None, entries: Sequence[Entry]) -> InputError:
+    """Return the error with the file and the line of the option at fault, if it comes from --config."""
     for entry in entries:
         if error.where in ("command line", f"--{entry.name}", entry.word):
             option = "" if error.where == "command line" else f"{error.where.removeprefix('--')}: "
@@ -206,18 +206,18 @@ def experiment_parser(experiment: Experiment) -> ArgumentParser:
     parser = command_parser("jaxla.train", title)
     parser.add_argument("--exp", type=str, help="experiment, or `list`")
     parser.add_argument("--method", type=str, help="method instead of the experiment's own")
-    parser.add_argument("--config", type=str, help="YAML file of options; the command line wins over it")
-    parser.add_argument(PRINT_CONFIG, action="store_true", help="print all options as such a file, and stop")
+    parser.add_argument("--config", type=str, help="YAML file of options, which the command line overrides")
+    parser.add_argument(PRINT_CONFIG, action="store_true", help="print all options as a --config file, and exit")
     parser.add_argument("--run-dir", type=str, help="folder for the run (default: runs/<experiment>_<time>)")
     parser.add_argument("--cache-dir", type=str, help="folder that runs share (default: the user's cache folder)")
     parser.add_argument("--resume", action="store_true", help="continue the interrupted run in --run-dir")
-    parser.add_argument("--dry-run", action="store_true", help="print what the run would take, and stop")
+    parser.add_argument("--dry-run", action="store_true", help="forecast time, memory and disk space, and exit")
     add_devices_option(parser)
-    parser.add_argument("--shard-params", action="store_true", help="divide large parameters over the devices")
+    parser.add_argument("--shard-params", action="store_true", help="shard large parameters over the devices")
     add_processes_options(parser)
     parser.add_argument("--seed", type=int, default=experiment.seed, help="seed of parameters and order of samples")
     folds = Literal["", "0", "1", "2", "3", "4", "all"]
-    fold = "fold of five-fold cross-validation that validates, or `all`"
+    fold = "validation fold of five-fold cross-validation, or `all`"
     parser.add_argument("--fold", type=folds, default=experiment.fold, help=fold)
     for name, group in option_groups(experiment).items():
         parser.add_class_arguments(type(group), name)
@@ -238,7 +238,7 @@ def _option_of_other_method(error: InputError, experiment: Experiment, methods: 
 
 
 def strip_run_options(command: str) -> str:
-    """Return a run's command line without what ties it to its folder and to one of several processes."""
+    """Return a run's command line without the options for its folder, for resuming and for several processes."""
     return shlex.join(word for word in _words_without(command, RUN_OPTIONS) if word != "--resume")
 
 

@@ -17,7 +17,7 @@ SHELLS = dict.fromkeys(("bash", "zsh", "tcsh"))
 def print_completion(shell: str, commands: Mapping[str, tuple[str, str]]) -> None:
     """Print the script that completes `jaxla` in a shell; `commands` are name -> module, summary.
 
-    Options of `train` are those of the default method of paper 1, which has most of them.
+    For `train`, the options are those of paper 1's default method, which has most of them.
 
     Raises:
         InputError: the shell is not one of `SHELLS`.

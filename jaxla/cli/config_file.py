@@ -6,8 +6,8 @@
     training:
       epochs: 20
 
-A file holds any of an experiment's options. The command line wins over the file, and the experiment's own values fill
-the rest. Options of one session, such as --run-dir and --resume, belong on the command line.
+A file holds any of an experiment's options. The command line overrides the file; all other options keep the
+experiment's own values. Options of a single command, such as --run-dir and --resume, belong on the command line.
 """
 
 import re
@@ -44,7 +44,7 @@ def read_config(path: Path) -> list[Entry]:
         InputError: the file cannot be read, is not YAML of this kind, repeats an option, or was written by a newer
             version.
     """
-    with report_os_errors("read", f"--config={path}", "Give a YAML file."):
+    with report_os_errors("read", f"--config={path}", "Pass a YAML file."):
         content = path.read_bytes()
     try:
         root = yaml.compose(content, Loader=yaml.SafeLoader)
@@ -56,7 +56,7 @@ def read_config(path: Path) -> list[Entry]:
     first_lines: dict[str, int] = {}
     for entry in entries:
         if (first := first_lines.setdefault(entry.name, entry.line)) != entry.line:
-            problem = f"{entry.name} is repeated; it is also in line {first}"
+            problem = f"{entry.name} is repeated; it is also on line {first}"
             raise InputError(f"{path}:{entry.line}", problem, "Remove one of the two.")
         if entry.name == VERSION_KEY:
             _require_known_version(path, entry)
@@ -74,7 +74,7 @@ def write_config(values: Mapping[str, Any]) -> str:
 
 
 def find_overridden(entries: Sequence[Entry], arguments: Sequence[str]) -> list[Entry]:
-    """Return the options of a file that the command line has, too."""
+    """Return the options of a file that the command line overrides."""
     given = {word.removeprefix("--").split("=")[0] for word in arguments if word.startswith("--")}
     return [entry for entry in entries if entry.name in given]
 
@@ -97,7 +97,7 @@ def _read_mapping(path: Path, node: yaml.Node, group: str) -> Sequence[Entry]:
 
 
 def _to_word(where: str, name: str, node: yaml.Node) -> str:
-    """Return a value as the command line takes it: its own text, so that both are parsed alike."""
+    """Return a value as text for the command line, unchanged, so that both are parsed in the same way."""
     if isinstance(node, yaml.ScalarNode):
         return node.value
     if isinstance(node, yaml.SequenceNode) and all(isinstance(item, yaml.ScalarNode) for item in node.value):

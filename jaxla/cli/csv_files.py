@@ -1,7 +1,7 @@
-"""CSV files that a spreadsheet opens without running what they hold.
+"""CSV files whose cells a spreadsheet does not evaluate as formulas.
 
-A spreadsheet reads text that begins with one of `= + - @` as a formula. Such text is written with an apostrophe in
-front, which `read_csv` removes.
+A spreadsheet reads text that begins with one of `= + - @` as a formula. Such text is written with a leading apostrophe,
+which `read_csv` removes.
 """
 
 import csv
@@ -12,7 +12,7 @@ from typing import Any
 
 from jaxla.cli.files import atomic_file
 
-FORMULA = re.compile(r"'*[=+\-@\t\r]")  # at the start of a text; apostrophes count, so that reading is unambiguous
+FORMULA = re.compile(r"'*[=+\-@\t\r]")  # start of an escaped text; apostrophes count, so that reading is unambiguous
 
 
 def write_csv(path: Path, columns: Sequence[str], rows: Iterable[Mapping[str, Any]]) -> None:

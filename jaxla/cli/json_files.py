@@ -45,11 +45,11 @@ def decode_json(text: bytes, kind: type[T]) -> T:
     try:
         return msgspec.json.decode(text.removeprefix(BYTE_ORDER_MARK), type=kind)
     except RecursionError as error:
-        raise ValueError("too many levels") from error
+        raise ValueError("nested too deeply") from error
 
 
 def describe_damage(error: Exception) -> str:
-    """Return what is wrong with a content whose types are right, from the error that reading it raised."""
+    """Return what is wrong with content of the right types, from the error that was raised when reading it."""
     return f"{error} is missing or unknown" if isinstance(error, KeyError) else str(error)
 
 

@@ -17,7 +17,7 @@ from jaxla.cli.terminal import WrappedFormatter, escape_controls
 from jaxla.config import InputError, command_line_wording
 
 REDELIVERY = "redelivery of a signal"  # name of a thread
-REDELIVERY_SECONDS = 0.05  # after which a signal that was discarded is delivered again
+REDELIVERY_SECONDS = 0.05  # delay before a discarded signal is delivered again
 
 
 class Stopped(Exception):
@@ -40,7 +40,7 @@ def run_command(main: Callable[[list[str]], None]) -> None:
             stream.reconfigure(errors="backslashreplace")
     logging.raiseExceptions = False  # on a full disk the log file loses lines; the error itself is reported
     signal.signal(signal.SIGTERM, signal.default_int_handler)
-    if signal.getsignal(signal.SIGINT) == signal.SIG_DFL:  # since `start_command`
+    if signal.getsignal(signal.SIGINT) == signal.SIG_DFL:  # set by `start_command`
         signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         with command_line_wording():
@@ -58,15 +58,15 @@ def run_command(main: Callable[[list[str]], None]) -> None:
     except BrokenPipeError:
         try:
             print(flush=True)
-        except BrokenPipeError:  # stdout itself: its reader has left, as `| head` does
+        except BrokenPipeError:  # stdout itself: its reader has exited, as `| head` does
             os._exit(1)
-        raise  # another pipe
+        raise  # a different pipe
     sys.exit(0)
 
 
 def log_to_terminal() -> None:
     """Print the package's log lines on the terminal, and warnings of other packages."""
-    # Importing Orbax sets up absl's plain handler, which is replaced. Handlers of a caller in this process stay.
+    # Importing Orbax sets up absl's plain handler, which is replaced. Handlers of a caller in this process are kept.
     is_default = all(type(handler) is logging.StreamHandler for handler in logging.getLogger().handlers)
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stdout, force=is_default)
     if is_default:
@@ -107,7 +107,7 @@ def _deliver_to_main_thread() -> None:
 
 @contextmanager
 def handle_signals(signals: Sequence[int], handler: Callable[[int, FrameType | None], None]) -> Iterator[None]:
-    """Handle signals by a function within the context."""
+    """Within the context, call `handler` for these signals."""
     before = {each: signal.signal(each, handler) for each in signals}
     try:
         yield
@@ -119,7 +119,7 @@ def handle_signals(signals: Sequence[int], handler: Callable[[int, FrameType | N
 @contextmanager
 def stop_requests() -> Iterator[Callable[[], bool]]:
     """Make SIGTERM and the first Ctrl-C set a flag, which the yielded function returns; a second one interrupts."""
-    if threading.current_thread() is not threading.main_thread():  # Python takes signals only there
+    if threading.current_thread() is not threading.main_thread():  # Python delivers signals only to the main thread
         yield lambda: False
         return
     requested = threading.Event()

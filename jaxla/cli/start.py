@@ -1,4 +1,4 @@
-"""The start of a command, before it imports JAX and Matplotlib: how they are set up, and signals during imports."""
+"""The start of a command, before it imports JAX and Matplotlib: their settings, and signals during the imports."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ import traceback
 from pathlib import Path
 from types import TracebackType
 
-# Settings of JAX that change results or stop computations that are right -> the value that commands use, and how a user
-# may also spell it.
+# Settings of JAX that change results or reject valid computations -> the value that commands use, and its other
+# spellings.
 FIXED_SETTINGS = {
     "JAX_ENABLE_X64": ("0", "false", "f", "no", "n", "off"),
     "JAX_NUMPY_RANK_PROMOTION": ("allow",),
@@ -36,7 +36,7 @@ def start_command() -> None:
 
 
 def _report_error(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
-    """Show a traceback, or one line where JAX refuses the value of an environment variable, which it names."""
+    """Print a traceback, or one line if JAX rejects the value of an environment variable, which its error names."""
     frames = traceback.extract_tb(trace)
     if not frames or not isinstance(error, ValueError) or Path(frames[-1].filename).parts[-3:] != JAX_SETTINGS:
         sys.__excepthook__(kind, error, trace)

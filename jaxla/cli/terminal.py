@@ -1,4 +1,4 @@
-"""Text for the terminal: progress, width of lines, and counts, sizes and times in words."""
+"""Text for the terminal: progress bars, line wrapping, and counts, sizes and times in words."""
 
 import logging
 import shutil
@@ -16,7 +16,7 @@ log = logging.getLogger(__name__)
 
 
 def track(items: Iterable, label: str) -> Iterable:
-    """Yield the items, one per case, with a progress bar on a terminal, or a log line at each quarter elsewhere."""
+    """Yield the items, one per case, with a progress bar on a terminal; elsewhere, log after each quarter of them."""
     items = list(items)
     if sys.stdout.isatty():
         yield from tqdm(items, label, leave=False, file=sys.stdout, unit="case")
@@ -61,9 +61,9 @@ def show_elapsed(label: str) -> Iterator[None]:
 
 
 def wrap(text: str, indent: str = "  ") -> str:
-    """Return text in lines that fit the terminal and 100 columns, with `indent` before what continues a line.
+    """Wrap text to the terminal's width and at most 100 columns, with `indent` before continuation lines.
 
-    Elsewhere, as in a file or a pipe, lines stay whole.
+    Output to a file or pipe is not wrapped.
     """
     if not sys.stdout.isatty():
         return text

@@ -1,4 +1,4 @@
-"""Checks of affines that come from no NIfTI header: those of arrays, of ITK's files and of DICOM."""
+"""Checks of affines that do not come from a NIfTI header: of arrays, ITK files and DICOM series."""
 
 from pathlib import Path
 
@@ -11,14 +11,14 @@ LPS_TO_RAS = np.diag([-1.0, -1.0, 1.0, 1.0])  # the axes of ITK and DICOM point 
 
 
 def affine_from_lps(path: Path, lps: np.ndarray) -> np.ndarray:
-    """Return the affine [4, 4] in RAS+ of an affine in LPS, both from voxel indices to mm; raises as `check_affine`."""
+    """Convert an affine [4, 4], voxel indices to mm, from LPS to RAS+; raises as `check_affine`."""
     return check_affine(path, LPS_TO_RAS @ lps)
 
 
 def check_affine(path: Path, affine: np.ndarray) -> np.ndarray:
     """Return an affine [4, 4], voxel indices to mm (RAS+), rounded to float32.
 
-    NIfTI stores it so, and thus a scan has the same affine in every format.
+    NIfTI stores affines in float32, so a scan has the same affine in every format.
 
     Raises:
         InputError: the axes of the scan `path` cannot be used.

@@ -12,8 +12,8 @@ import numpy as np
 from jaxla.data.inputs import Canvas, mask_to_input
 from jaxla.data.prepared import PreparedVolume
 
-MAX_PASSES = 2**32  # over the data: practically endless, while Grain can still count the rows
-MAX_BATCHES_AHEAD, MAX_BYTES_AHEAD = 4, 2**30  # features can be large
+MAX_PASSES = 2**32  # passes over the data: practically endless, but few enough for Grain to count the rows
+MAX_BATCHES_AHEAD, MAX_BYTES_AHEAD = 4, 2**30  # limits on reading ahead; batches of features can be large
 
 
 class Batch(TypedDict):
@@ -65,7 +65,7 @@ class SliceSource(Source):
         features: for each volume its features, indexed by slice, if the network reads these instead of images.
         with_images: whether the network reads the images as well as the features.
         neighbours: slices on each side that the images have as channels.
-        foreground: part of the training rows, 0 to 1, that are drawn from slices with a structure only.
+        foreground: fraction of the training rows that are drawn only from slices with a structure.
     """
 
     def __init__(
@@ -87,7 +87,7 @@ class SliceSource(Source):
         return len(self.index)
 
     def order(self, seed: int) -> grain.MapDataset:
-        """Return the order of all slices, among which more slices with a structure come in regular intervals."""
+        """Return the order of all slices, with further slices that contain a structure at regular intervals."""
         order = super().order(seed)
         if not self.foreground:
             return order
@@ -123,9 +123,10 @@ class VolumeSource(Source):
         depth: int,
         features: Sequence[Sequence[np.ndarray]] | None = None,
     ) -> None:
-        self.slice_source, self.depth = SliceSource(volumes, canvas, features), depth
+        self.slice_source = SliceSource(volumes, canvas, features)
+        self.depth = depth
         self.units = len(volumes)
-        self.starts = np.cumsum([0, *(volume.shape[0] for volume in volumes)])  # of each volume's slices
+        self.starts = np.cumsum([0, *(volume.shape[0] for volume in volumes)])  # index of each volume's first slice
         self.slices = float(np.diff(self.starts).mean())
 
     def __getitem__(self, item: SupportsIndex) -> Batch:
@@ -157,12 +158,12 @@ def evaluation_batches(source: Source, batch_size: int, rows: range | None = Non
 
 
 def steps_per_epoch(source: Source, batch_size: int, requested: int = 0) -> int:
-    """Return the requested number of steps, or if it is 0 as many as read each row once."""
+    """Return the requested number of steps, or if it is 0 the number that reads each row once."""
     return requested or -(-len(source) // batch_size)
 
 
 def sample_batch(source: Source, rows: range) -> Batch:
-    """Return a read-only batch with the first row everywhere, whose shapes are needed before any batch is read."""
+    """Return a read-only batch that repeats the first row, for code that needs the shapes before any batch is read."""
     return Batch(**{name: np.broadcast_to(value, (len(rows), *np.shape(value))) for name, value in source[0].items()})
 
 
@@ -174,7 +175,7 @@ def _read_batches(source: Source, order: grain.MapDataset, rows: range) -> grain
 
 
 def _read_rows(source: Source, rows: range, indices: np.ndarray) -> Batch:
-    """Return the given rows of the batch with `indices` into the source; rows past its end are zero, with weight 0."""
+    """Return `rows` of the batch with `indices` into the source; rows past the batch's end are zero, with weight 0."""
     local = indices[rows.start : rows.stop]
     first = source[local[0] if len(local) else indices[0]]
     batch = {name: np.zeros((len(rows), *np.shape(array)), array.dtype) for name, array in first.items()}

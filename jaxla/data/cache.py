@@ -25,7 +25,7 @@ KINDS = {  # folder -> its content
     "weights": "converted weights",
     "downloads": "released checkpoints as downloaded",
 }
-# computed or downloaded again when needed; weights may be the user's own
+# Entries of these kinds are computed or downloaded again when needed. Weights may be the user's own.
 CLEARABLE = ("volumes", "planned", "features", "phantoms", "compiled", "downloads")
 
 
@@ -56,12 +56,12 @@ def mark_cache_in_use(cache_dir: Path) -> Iterator[None]:
 def list_cache(cache_dir: Path) -> list[CacheEntry]:
     """Return what the cache holds: volumes together, features by backbone, phantoms by set, the rest by file."""
     if cache_dir.exists() and not cache_dir.is_dir():
-        raise InputError(option("cache-dir", cache_dir), "is a file, not a folder", "Name a folder.")
+        raise InputError(option("cache-dir", cache_dir), "is a file, not a folder", "Pass a folder.")
     entries = []
     for kind in KINDS:
         folder = cache_dir / kind
         children = sorted(folder.iterdir()) if folder.is_dir() else []
-        children = [child for child in children if child.suffix != ".lock"]  # empty; a download's lock may remain
+        children = [child for child in children if child.suffix != ".lock"]  # empty files, left by downloads
         if kind in ("volumes", "planned"):
             if volumes := [c for c in children if not c.name.startswith(".")]:
                 entries.append(CacheEntry(kind, sum(map(_size, volumes)), f"{len(volumes)} volumes"))
@@ -82,7 +82,8 @@ def clear_cache(cache_dir: Path, kind: str) -> list[CacheEntry]:
                 pass
             mark.unlink(missing_ok=True)
         except Timeout as error:
-            where, process = option("cache-dir", cache_dir), mark.stem.split(".", 1)[-1]  # host and process id
+            where = option("cache-dir", cache_dir)
+            process = mark.stem.split(".", 1)[-1]  # host and process id
             raise InputError(where, f"process {process} uses it", "Clear it when that process has finished.") from error
         except OSError as error:
             problem = f"cannot be opened ({error.strerror}); another user's process may use the cache"
@@ -109,7 +110,7 @@ def _describe(path: Path) -> str:
         backbone = json.loads((path / "backbone.json").read_text())
         network = f"{backbone['arch']}, {backbone['image_size']} px, {backbone['dtype']}"
         return f"{network}, {len(list(path.glob('*.npy')))} volumes: {backbone['features']}"
-    except (OSError, ValueError, KeyError, TypeError):  # not features, or damaged: it can be cleared all the same
+    except (OSError, ValueError, KeyError, TypeError):  # not features, or damaged, which can still be cleared
         return path.name
 
 

@@ -36,7 +36,7 @@ from jaxla.data.scan_files import (
 
 log = logging.getLogger(__name__)
 
-MAX_NAMED = 3  # files in a line of the log
+MAX_NAMED = 3  # number of files that a log line lists
 
 
 @dataclass(frozen=True)
@@ -82,10 +82,10 @@ def find_cases(root: str | Path, labels: str = "", image: str = "", mask: str = 
 
 
 def survey_cases(root: str | Path, image: str = "", mask: str = "") -> Survey:
-    """Find the cases of a folder, all files without a partner, every second file of one case, and all other scans.
+    """Find the cases of a folder, all files without a partner, duplicate files of a case, and all other scans.
 
     Raises:
-        InputError: there is no folder, or nothing of any layout in it, or its cases cannot be told apart.
+        InputError: the folder does not exist, has no known layout, or its cases cannot be told apart.
     """
     root = Path(root)
     with report_os_errors("read", option("data.root", root), MAKE_READABLE):
@@ -112,10 +112,11 @@ def find_images(root: str | Path, image: str = "") -> dict[str, Path]:
         image: pattern of the images in the folder, as in `config.Data`; empty recognises the layout.
 
     Raises:
-        InputError: there is none.
+        InputError: there is no image.
     """
     root = Path(root)
-    where, fix = option("input", root), f"Name a scan, or a folder of scans. Formats: {FORMATS}."
+    where = option("input", root)
+    fix = f"Pass a scan, or a folder of scans. Formats: {FORMATS}."
     with report_os_errors("read", where, MAKE_READABLE):
         if root.is_file():
             return images_by_case([root], (), [])
@@ -124,7 +125,7 @@ def find_images(root: str | Path, image: str = "") -> dict[str, Path]:
     if is_dicom_series(root):
         if others := list_scans(root).scans:
             names = list_names(others, root)
-            log.warning("%s: read as one DICOM series; scans in it are not read (%d): %s", root, len(others), names)
+            log.warning("%s: read as one DICOM series; other scans are not read (%d): %s", root, len(others), names)
         return {folder_name(root): root}
     content = list_scans(root)
     for layout in (make_pattern_layout(image, ""),) if image else LAYOUTS:
@@ -141,7 +142,7 @@ def find_images(root: str | Path, image: str = "") -> dict[str, Path]:
 def _log_images(
     root: Path, layout: Layout, images: dict[str, Path], masks: dict[str, Path], content: FolderScans
 ) -> None:
-    """Log from where images are read, and what else the folder holds."""
+    """Log where images are read from, and what else the folder holds."""
     if masks:
         log.info("%s: masks are skipped (%d): %s", root, len(masks), list_names(masks.values(), root))
     unused = sorted({*content.scans, *content.unreadable} - {*images.values(), *masks.values()})
@@ -157,15 +158,16 @@ def _log_images(
 
 
 def find_masks(folder: Path, option_name: str) -> dict[str, Path]:
-    """Return the masks directly in a folder, by name without ending.
+    """Return the masks directly in a folder, by name without extension.
 
     Raises:
         InputError: the folder is missing, or two files have the same name. The error names the option `option_name`.
     """
-    where, findings = option(option_name, folder), []
+    where = option(option_name, folder)
+    findings = []
     with report_os_errors("read", where, MAKE_READABLE):
         if not folder.is_dir():
-            raise InputError(where, "no such folder", "Name a folder of masks.")
+            raise InputError(where, "no such folder", "Pass a folder of masks.")
         masks = by_name(scans_in(folder), findings)
     _raise_first(findings)
     return masks
@@ -175,7 +177,7 @@ def masks_by_image(masks: dict[str, Path]) -> dict[str, Path]:
     """Return masks by the name of their image if all names end in one of `MASK_SUFFIXES`, otherwise nothing.
 
     Raises:
-        InputError: two masks belong to one image.
+        InputError: two masks belong to the same image.
     """
     findings: list[Finding] = []
     images, by_image = images_and_masks(masks.values(), findings)
@@ -186,11 +188,11 @@ def masks_by_image(masks: dict[str, Path]) -> dict[str, Path]:
 def how_to_get_data() -> str:
     """Return a sentence for errors about missing data."""
     phantoms = option("data.root", "phantom")
-    return f"Get LAScarQS 2022 by registration at zmiclab.github.io/projects/lascarqs22, or use {phantoms}."
+    return f"Register for LAScarQS 2022 at zmiclab.github.io/projects/lascarqs22, or use {phantoms}."
 
 
 def list_names(paths: Iterable[Path], root: Path) -> str:
-    """Return the first few paths, relative to `root`, and the number of the others."""
+    """Return the first few paths, relative to `root`, and how many more there are."""
     names = [str(path.relative_to(root)) for path in sorted(paths)]
     more = f", … {len(names) - MAX_NAMED} more" if len(names) > MAX_NAMED else ""
     return ", ".join(names[:MAX_NAMED]) + more
@@ -217,7 +219,7 @@ def _no_case(root: Path, content: FolderScans, is_pattern: bool) -> InputError:
 
 
 def _pattern(paths: Sequence[Path]) -> str:
-    """Return a pattern for files of one name: a `*` for each folder in which they differ."""
+    """Return a pattern for files with the same name: a `*` for each folder in which they differ."""
     if len({len(path.parts) for path in paths}) > 1:
         return f"**/*/{paths[0].name}"
     return "/".join(parts[0] if len(set(parts)) == 1 else "*" for parts in zip(*(p.parts for p in paths), strict=True))

@@ -20,7 +20,7 @@ from jaxla.data.split import ALL_FOLDS, FOLDS, Split, make_split
 
 log = logging.getLogger(__name__)
 
-FOREGROUND_MARGIN = 1.2  # side of the square with pad_to=foreground, over that of the structures
+FOREGROUND_MARGIN = 1.2  # side of the square with pad_to=foreground, relative to that of the structures
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ class PreparedData:
         return self.select_volumes(self.split.train + self.split.val + self.split.test)
 
     def canvas(self, preprocessing: Preprocessing) -> Canvas:
-        """Return the square on which slices are laid."""
+        """Return the square to which slices are padded or cropped."""
         if preprocessing.pad_to == "square":
             return Canvas(preprocessing.image_size)
         # the networks of all folds are tested together, so they share one square
@@ -109,14 +109,15 @@ def split_cases(ids: Sequence[str], experiment: Experiment, fold: str = "") -> S
     Raises:
         InputError: as `make_split`; or the method needs validation cases and the split has none.
     """
-    protocol, choices = experiment.data, choices_by_validation(experiment.method)
+    protocol = experiment.data
+    choices = choices_by_validation(experiment.method)
     split = make_split(ids, protocol, fold, needs_validation=bool(choices))
     if choices and not split.val and fold != ALL_FOLDS:
         name = "split" if protocol.split else "validation"
         deciding = " and ".join(option(option_name) for option_name in choices)
         fix = " ".join(option(option_name, value) for option_name, value in choices.items())
         where = option(f"data.{name}", getattr(protocol, name))
-        problem = f"leaves no validation case, by which {deciding} of {experiment.method.name} would decide"
+        problem = f"leaves no validation cases, which {experiment.method.name} needs for {deciding}"
         raise InputError(where, problem, f"Use {fix}, or another split.")
     return split
 
@@ -147,18 +148,19 @@ def require_classes(data: PreparedData, protocol: Data) -> None:
             where = option("data.subset_seed", protocol.subset_seed)
             raise InputError(where, problem, "Use another seed, or more training patients.")
         problem = f"none of the {len(split.train)} training cases contains {name}"
-        fix = f"Check the masks, or name their values with {option('data.labels')}."
+        fix = f"Check the masks, or list their values in {option('data.labels')}."
         raise InputError(data.dataset.root, problem, fix)
 
 
 def _log_summary(data: PreparedData, noun: str) -> None:
-    """Log the sizes of the split, where `noun` is what its ids stand for."""
-    split, volumes = data.split, data.volumes.values()
+    """Log the sizes of the split; `noun` is the word for its cases."""
+    split = data.split
+    volumes = data.volumes.values()
     if split.unused:
         count = len(split.train + split.unused)
         log.info("%d of %d training %s are left out by this protocol", len(split.unused), count, noun)
     if unlisted := len(volumes) - len(split.train + split.val + split.test + split.unused):
-        log.info("not used, because the split does not name them: %s", plural(unlisted, "case"))
+        log.info("not used, because the split does not list them: %s", plural(unlisted, "case"))
     if empty := [v.id for v in volumes if not any(v.class_voxels[1:])]:
         log.info("%s with an empty mask, used as all background: %s", plural(len(empty), "case"), ", ".join(empty))
     log.info(

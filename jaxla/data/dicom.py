@@ -26,10 +26,10 @@ SLICE_ENDINGS = (".dcm", ".ima")
 META_BYTES = 1024  # the SOP class is among the first elements
 GEOMETRY = ("ImageOrientationPatient", "ImagePositionPatient", "PixelSpacing", "Rows", "Columns")
 
-MAX_DIRECTION_ERROR = 1e-3  # of the direction cosines of two slices, which are rounded in some files
+MAX_DIRECTION_ERROR = 1e-3  # difference of two slices' direction cosines, which are rounded in some files
 MAX_TILT = 0.01  # tangent of the angle between the slices' normal and the line on which they lie
-MAX_OFFSET_FRACTION = 0.05  # of the distance of two slices: how far a slice may lie from its place
-MISSING_GAP = 1.5  # a gap of that many slice distances is a missing slice
+MAX_OFFSET_FRACTION = 0.05  # distance of a slice from its regular position, relative to the slice distance
+MISSING_GAP = 1.5  # a larger gap, in slice distances, means that a slice is missing
 
 
 def dicom_meta(path: Path) -> bytes:
@@ -39,7 +39,7 @@ def dicom_meta(path: Path) -> bytes:
             return b""
         with path.open("rb") as file:
             start = file.read(META_BYTES)
-    except OSError:  # unreadable; the command that reads the scan says so
+    except OSError:  # unreadable; reading the scan raises the error
         return b""
     return start if start[128:132] == b"DICM" else b""
 
@@ -57,16 +57,16 @@ def is_segmentation(path: Path) -> bool:
 
 def is_dicom_series(folder: Path) -> bool:
     """Return whether a path is a folder that directly holds a DICOM slice."""
-    with contextlib.suppress(OSError):  # unreadable; the command that reads the scan says so
+    with contextlib.suppress(OSError):  # unreadable; reading the scan raises the error
         return folder.is_dir() and any(is_dicom_slice(path) for path in folder.iterdir())
     return False
 
 
 def slice_files(folder: Path) -> tuple[list[Path], list[Path]]:
-    """Return the DICOM slices of a folder, and its other files, by name; hidden files do not count.
+    """Return the DICOM slices of a folder, and its other files, by name; hidden files are ignored.
 
     Raises:
-        InputError: a file with the ending of a slice is not one.
+        InputError: a file with the extension of a slice is not a slice.
     """
     files = sorted(path for path in folder.iterdir() if path.is_file() and not path.name.startswith("."))
     slices = [path for path in files if is_dicom_slice(path)]
@@ -118,8 +118,9 @@ def read_slices(folder: Path, with_voxels: bool = True) -> tuple[list[Dataset], 
     with report_os_errors("read", folder, "Make the folder readable."):
         files, others = slice_files(folder)
     if not files:
-        raise InputError(folder, "no DICOM slice in this folder", "Name a file, or the folder of one DICOM series.")
-    pydicom, slices = import_pydicom(folder), []
+        raise InputError(folder, "no DICOM slice in this folder", "Pass a file, or the folder of one DICOM series.")
+    pydicom = import_pydicom(folder)
+    slices = []
     for path in files:
         with report_damage(path):
             slices.append(pydicom.dcmread(path, stop_before_pixels=not with_voxels))
@@ -163,7 +164,7 @@ def _require_one_series(folder: Path, slices: Sequence[Dataset]) -> None:
         f"{names[uid]} ({len(group)} files, such as {Path(group[0].filename).name})" for uid, group in series.items()
     ]
     problem = f"holds {len(series)} DICOM series: {'; '.join(groups[:5])}{'; …' if len(groups) > 5 else ''}"
-    raise InputError(folder, problem, "Move the files of the one to use into a folder of their own.")
+    raise InputError(folder, problem, "Move the series that you want to its own folder.")
 
 
 def _check_slice(dataset: Dataset, first: Dataset) -> None:
@@ -181,10 +182,11 @@ def _check_slice(dataset: Dataset, first: Dataset) -> None:
         fail(f"no {missing[0]} in this DICOM file ({kind})", "Remove files that are not slices of a scan.")
     if samples != 1 or colours != "MONOCHROME2":
         fail(f"voxels are {colours} with {samples} values each", "Export grey values (MONOCHROME2).")
-    directions, spacing = _directions(dataset), np.array(dataset.PixelSpacing, float)
-    usable = directions.shape == (2, 3) and spacing.shape == (2,) and _position(dataset).shape == (3,)
-    usable = usable and np.isfinite([*directions.ravel(), *spacing, *_position(dataset)]).all()
-    if not usable or (spacing <= 0).any():
+    directions = _directions(dataset)
+    spacing = np.array(dataset.PixelSpacing, float)
+    is_usable = directions.shape == (2, 3) and spacing.shape == (2,) and _position(dataset).shape == (3,)
+    is_usable = is_usable and np.isfinite([*directions.ravel(), *spacing, *_position(dataset)]).all()
+    if not is_usable or (spacing <= 0).any():
         fail("position, orientation or pixel spacing is damaged", "Export the file again.")
     if np.abs(directions @ directions.T - np.eye(2)).max() > 2 * MAX_DIRECTION_ERROR:
         fail("ImageOrientationPatient is not two perpendicular unit vectors", "Export the file again.")
@@ -209,7 +211,7 @@ def _affine(folder: Path, slices: Sequence[Dataset]) -> np.ndarray:
 
 
 def slice_step(folder: Path, slices: Sequence[Dataset]) -> np.ndarray:
-    """Return the vector [3] from a slice to the next, in mm.
+    """Return the vector [3] from one slice to the next, in mm.
 
     Raises:
         InputError: the slices do not lie on one line along their normal, with the same distance to each other.
@@ -238,7 +240,7 @@ def slice_step(folder: Path, slices: Sequence[Dataset]) -> np.ndarray:
     step = (positions[-1] - positions[0]) / (len(slices) - 1)
     tilt = np.linalg.norm(step - normal * (step @ normal)) / (step @ normal)
     if tilt > MAX_TILT:
-        problem = f"slices are shifted against each other by {np.degrees(np.arctan(tilt)):.1f}° (gantry tilt)"
+        problem = f"slices are tilted by {np.degrees(np.arctan(tilt)):.1f}° (gantry tilt)"
         fail(problem, 0, "Resample the scan onto a rectangular grid, for example with dcm2niix.")
     offsets = np.linalg.norm(positions - positions[0] - np.arange(len(slices))[:, None] * step, axis=1)
     if offsets.max() > MAX_OFFSET_FRACTION * usual:

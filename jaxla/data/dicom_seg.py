@@ -47,7 +47,7 @@ def write_segmentation(path: Path, classes: np.ndarray, names: Sequence[str], se
 
     Args:
         classes: [X, Y, Z] uint8, 0 is background; class n becomes segment n.
-        names: of the classes, background not counted.
+        names: names of the foreground classes.
         series: folder with the slices that were segmented.
 
     Raises:
@@ -101,7 +101,7 @@ def _make_segmentation(
             segment_descriptions=segments,
             series_instance_uid=hd.UID(),
             series_number=1000,
-            series_description=f"jaxla: {', '.join(names)}"[:64],  # the length of a DICOM string
+            series_description=f"jaxla: {', '.join(names)}"[:64],  # the maximum length of a DICOM string
             sop_instance_uid=hd.UID(),
             instance_number=1,
             manufacturer="jaxla",
@@ -134,7 +134,7 @@ def read_segmentation(path: Path) -> tuple[np.ndarray, np.ndarray]:
     hd = import_highdicom(path)
     import_pydicom(path)
     if not is_segmentation(path):
-        raise InputError(path, "not a DICOM segmentation", "For a scan, name the folder with all its slices.")
+        raise InputError(path, "not a DICOM segmentation", "For a scan, pass the folder with all its slices.")
     with report_damage(path):
         volume = hd.seg.segread(path).get_volume(combine_segments=True)
         array, lps = volume.array.T, volume.affine[:, [2, 1, 0, 3]]

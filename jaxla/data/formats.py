@@ -1,4 +1,4 @@
-"""The formats of scans: their endings, what counts as one scan on disk, and which module reads and writes each."""
+"""The formats of scans: file extensions, what counts as one scan on disk, and which module reads and writes each."""
 
 import hashlib
 from pathlib import Path
@@ -22,21 +22,21 @@ FORMATS = ".nii.gz, .nii, .nrrd, .nhdr, .mha, .mhd, or a folder with one DICOM s
 
 
 def scan_ending(name: str) -> str:
-    """Return the ending of a scan's file name as it is written, for example `.nii.gz` or `.NRRD`; empty if none."""
+    """Return the extension of a scan's file name as it is written, such as `.nii.gz` or `.NRRD`; empty if none."""
     lower = name.lower()
     return next((name[-len(ending) :] for ending in (*ENDINGS, SEG_ENDING) if lower.endswith(ending)), "")
 
 
 def strip_ending(name: str) -> str:
-    """Return the name of a scan's file or DICOM folder without the ending that its format has."""
+    """Return the name of a scan's file or DICOM folder without the extension of its format."""
     return name.removesuffix(scan_ending(name))
 
 
 def is_scan(path: Path) -> bool:
-    """Return whether a path is one scan or mask: a file with a known ending, or a folder that holds DICOM slices.
+    """Return whether a path is one scan or mask: a file with a known extension, or a folder that holds DICOM slices.
 
-    The ending decides for all files but `.dcm`, so a damaged file or a dangling link counts. A file `.dcm` counts only
-    if it is a DICOM segmentation; a single slice is part of its folder. Hidden files and named pipes do not count.
+    The extension decides for all files except `.dcm`, so a damaged file or a dangling link counts. A file `.dcm` counts
+    only if it is a DICOM segmentation; a single slice is part of its folder. Hidden files and named pipes do not count.
     """
     if path.name.startswith("."):
         return False
@@ -61,7 +61,7 @@ def scan_files(path: Path) -> list[Path]:
 
 
 def scan_sha256(path: Path) -> str:
-    """Return the sha256 of a scan's file; of several files, the sha256 of their sorted hashes."""
+    """Return the sha256 of a scan's file, or for several files the sha256 of their sorted hashes."""
     hashes = sorted(map(file_sha256, scan_files(path)))
     return hashes[0] if len(hashes) == 1 else hashlib.sha256(" ".join(hashes).encode()).hexdigest()
 
@@ -100,7 +100,7 @@ def read_scan_grid(path: Path) -> Grid:
 
 
 def write_scan(path: Path, array: np.ndarray, affine: np.ndarray, header: nib.Nifti1Header) -> None:
-    """Write `array` [X, Y, Z] or [X, Y, Z, K] in the format of the path's ending; read it back to check."""
+    """Write `array` [X, Y, Z] or [X, Y, Z, K] in the format of the path's extension; read it back to check."""
     if path.suffix.lower() in ITK_ENDINGS:
         write_itk(path, array, affine)
     else:
@@ -112,7 +112,7 @@ def make_grid(path: Path, affine: np.ndarray, warnings: tuple[str, ...], shape: 
 
     Args:
         affine: checked by `jaxla.data.affines.check_affine`.
-        warnings: about the file, to which those about its size are added.
+        warnings: warnings about the file, to which those about its size are added.
         shape: X, Y, Z.
 
     Raises:

@@ -12,7 +12,7 @@ import numpy as np
 from PIL import Image
 from scipy.sparse import csr_array
 
-NEIGHBOUR_MM = 2.5  # between a slice and its neighbours in a network's input
+NEIGHBOUR_MM = 2.5  # distance between a slice and its neighbours in a network's input
 ROUNDING_MARGIN = 1e-3  # so that slices of 1 mm and 0.999999 mm have the same neighbours
 TIE_MARGIN = np.float32(1e-5)  # fractions of a pixel that differ by less differ only by rounding
 
@@ -21,7 +21,7 @@ TIE_MARGIN = np.float32(1e-5)  # fractions of a pixel that differ by less differ
 class Frame:
     """Position of a slice in the input: `height` × `width` input pixels from row `top` and column `left`.
 
-    `top` or `left` is negative for a slice that is larger than the input; its centre is cropped.
+    `top` or `left` is negative for a slice that is larger than the input, which is cropped to its centre.
     """
 
     size: int
@@ -64,7 +64,8 @@ def structure_extent(mask: np.ndarray, spacing: tuple[float, float]) -> float:
     """
     sides = [0.0]
     for axis, mm in zip((1, 2), spacing, strict=True):
-        present, centre = np.flatnonzero(mask.any(axis=(0, 3 - axis))), mask.shape[axis] / 2
+        present = np.flatnonzero(mask.any(axis=(0, 3 - axis)))
+        centre = mask.shape[axis] / 2
         if len(present):
             sides.append(2 * mm * float(max(centre - present[0], present[-1] + 1 - centre)))
     return max(sides)
@@ -75,7 +76,7 @@ def _sides_mm(shape: tuple[int, int], spacing: tuple[float, float]) -> list[floa
 
 
 def intensity_range(array: np.ndarray) -> tuple[float, float]:
-    """Return the 0.5 and 99.5 percentile (docs/paper1.md), or the extremes if these are equal."""
+    """Return the 0.5th and 99.5th percentiles (docs/paper1.md), or the extremes if these are equal."""
     low, high = np.percentile(array, (0.5, 99.5))
     if low == high:
         low, high = array.min(), array.max()
@@ -85,8 +86,8 @@ def intensity_range(array: np.ndarray) -> tuple[float, float]:
 def find_neighbours(index: int, count: int, spacing: float, neighbours: int) -> list[int]:
     """Return the indices of a slice and its neighbours on each side, from first to last.
 
-    They are NEIGHBOUR_MM apart, or as near to that as slices with `spacing` mm are. The first and the last of `count`
-    slices stand for those beyond.
+    They are NEIGHBOUR_MM apart, or as close to that as slices with a spacing of `spacing` mm allow. Beyond the ends,
+    the first and the last of `count` slices are repeated.
     """
     step = max(1, round(NEIGHBOUR_MM / spacing - ROUNDING_MARGIN))
     wanted = range(index - neighbours * step, index + neighbours * step + 1, step)
@@ -111,15 +112,16 @@ def image_to_input(pixels: np.ndarray, intensity_range: tuple[float, float], fra
 def mask_to_input(classes: np.ndarray, frame: Frame) -> np.ndarray:
     """Convert class indices [H, W] to [size, size] uint8: each input pixel gets the class that covers most of it.
 
-    The nearest pixel would move every structure by half a pixel where two pixels become one. Where two classes cover
-    the same part of a pixel, as along a border through its middle, pixels take the first and the last of them in turn.
+    Nearest-neighbour sampling would shift every structure by half a pixel when downsampling by two. Where two classes
+    cover equal parts of a pixel, as along a border through its middle, pixels alternate between the first and the last.
     """
     if classes.shape == (frame.height, frame.width):
         return _embed(classes, frame)
     lowest, *higher = np.flatnonzero(np.bincount(classes.ravel())).astype(np.uint8)
     rows, columns = (_coverage(n, count) for n, count in zip(classes.shape, (frame.height, frame.width), strict=True))
     fractions = [(columns @ (rows @ np.float32(classes == k)).T).T for k in higher]
-    result, largest = np.full((frame.height, frame.width), lowest), 1 - sum(fractions)
+    result = np.full((frame.height, frame.width), lowest)
+    largest = 1 - sum(fractions)
     margin = np.where(np.add(*np.indices(result.shape, sparse=True)) % 2, -TIE_MARGIN, TIE_MARGIN)
     for k, fraction in zip(higher, fractions, strict=True):
         result[fraction + margin > largest] = k
@@ -130,13 +132,14 @@ def mask_to_input(classes: np.ndarray, frame: Frame) -> np.ndarray:
 @lru_cache(maxsize=64)
 def _coverage(n: int, count: int) -> csr_array:
     """Return [count, n] float32: the fraction of each of `count` equal intervals that lies in each of n pixels."""
-    borders, pixels = np.arange(count + 1)[:, None] * (n / count), np.arange(n)
+    borders = np.arange(count + 1)[:, None] * (n / count)
+    pixels = np.arange(n)
     lengths = np.minimum(borders[1:], pixels + 1) - np.maximum(borders[:-1], pixels)
     return csr_array(np.float32(np.maximum(lengths, 0) * (count / n)))
 
 
 def input_to_slice(probabilities: np.ndarray, frame: Frame, shape: tuple[int, int]) -> np.ndarray:
-    """Convert [size, size, K] float32 to [H, W, K] on the slice's own pixels; what was cropped becomes background."""
+    """Convert [size, size, K] float32 to [H, W, K] on the slice's own pixels; cropped pixels become background."""
     in_input, in_slice = _visible_part(frame)
     visible = probabilities[in_input]
     if frame.is_cropped:
@@ -162,7 +165,7 @@ def _embed(pixels: np.ndarray, frame: Frame) -> np.ndarray:
 
 
 def _visible_part(frame: Frame) -> tuple[tuple[slice, slice], tuple[slice, slice]]:
-    """Return the part of the slice that is in the input: its rows and columns of the input, and of the framed slice."""
+    """Return the rows and columns that a slice and the input have in common: in the input, and in the resized slice."""
     pairs = []
     for start, length in ((frame.top, frame.height), (frame.left, frame.width)):
         first, last = max(start, 0), min(start + length, frame.size)

@@ -1,4 +1,4 @@
-"""Inventory of a folder of scans: the facts of each case, what training would refuse, and what a person should check.
+"""Inventory of a folder of scans: facts about each case, errors that stop training, and warnings for the user.
 
 Every case is read with the readers and checks of training, one at a time; only its facts are kept.
 """
@@ -19,7 +19,7 @@ from jaxla.data.cases import Case, Finding, survey_cases
 from jaxla.data.dataset_json import listed_cases
 from jaxla.data.labels import Labels, parse_labels, require_one_value
 from jaxla.data.patients import describe_shared_patients
-from jaxla.data.prepared import describe_twin
+from jaxla.data.prepared import describe_duplicate
 from jaxla.data.slices import slice_geometry
 from jaxla.data.split import Split, make_split
 from jaxla.data.volumes import Volume, hash_voxels, read_image, read_mask, require_same_grid
@@ -27,14 +27,14 @@ from jaxla.data.volumes import Volume, hash_voxels, read_image, read_mask, requi
 VOLUME_OUTLIER = "volume"  # kind of finding
 MAX_OUTLIER_Z = 3.5
 MIN_OUTLIER_CASES = 5
-MIN_OUTLIER_DEVIATION = 0.1  # anatomy varies by more: a few cases that are alike must not make the next an outlier
+MIN_OUTLIER_DEVIATION = 0.1  # anatomy varies by more; this keeps a few similar cases from making the next an outlier
 OUTLIER_RULE = (
     f"modified z-score of log volume beyond ±{MAX_OUTLIER_Z} (median, median absolute deviation of at least "
-    f"{100 * MIN_OUTLIER_DEVIATION:.0f} %), from {MIN_OUTLIER_CASES} cases on"
+    f"{100 * MIN_OUTLIER_DEVIATION:.0f} %), with at least {MIN_OUTLIER_CASES} cases"
 )
 MAX_SPACING_RATIO = 1.5
 MAX_OBLIQUE_DEGREES = 15
-MAX_MASK_VALUES = 255  # a mask with more values is an image
+MAX_MASK_VALUES = 255  # a file with more values is an image, not a mask
 
 
 @dataclass(frozen=True)
@@ -70,7 +70,7 @@ class Inventory:
 
     @property
     def errors(self) -> list[Finding]:
-        """The findings that keep training from starting."""
+        """The findings that prevent training."""
         return [finding for finding in self.findings if finding.level == "error"]
 
 
@@ -90,7 +90,7 @@ def take_inventory(
         image, mask, patients: as in `config.Data`.
 
     Raises:
-        InputError: there is no folder, its cases cannot be told apart, or `labels` cannot be parsed.
+        InputError: the folder does not exist, its cases cannot be told apart, or `labels` cannot be parsed.
     """
     survey = survey_cases(root, image, mask)
     findings = list(survey.findings)
@@ -104,8 +104,8 @@ def take_inventory(
     for case in track(survey.cases):
         facts, case_findings = _examine(case, classes)
         findings += case_findings
-        if facts.image_sha256 and (twin := case_by_image.setdefault(facts.image_sha256, case.id)) != case.id:
-            findings.append(Finding("same image", case.image, *describe_twin(twin), case.id))
+        if facts.image_sha256 and (first := case_by_image.setdefault(facts.image_sha256, case.id)) != case.id:
+            findings.append(Finding("same image", case.image, *describe_duplicate(first), case.id))
         cases.append(facts)
 
     split = None
@@ -174,7 +174,7 @@ def _collect_errors(findings: list[Finding], kind: str, file: Path, case: str = 
         findings.append(Finding(kind, file, error.problem, error.fix, case))
 
 
-# --- what a person should check --------------------------------------------------------------------------------------
+# --- comparisons of cases --------------------------------------------------------------------------------------------
 
 
 def _missing_classes(root: Path, cases: list[CaseFacts], labels: Labels, split: Split | None) -> Iterator[Finding]:
@@ -184,7 +184,7 @@ def _missing_classes(root: Path, cases: list[CaseFacts], labels: Labels, split: 
     for name in labels.names if checked else ():
         with_class = {case.id for case in checked if case.volumes[name]}
         if not with_class:
-            fix = f"Check the masks, or name their values with {option('data.labels')}."
+            fix = f"Check the masks, or list their values in {option('data.labels')}."
             yield Finding("class", root, f"no mask contains {name}", fix)
         elif split and with_class.isdisjoint(split.train):
             some = ", ".join(sorted(with_class)[:3])
@@ -198,7 +198,8 @@ def _missing_classes(root: Path, cases: list[CaseFacts], labels: Labels, split: 
             yield Finding("empty mask", case.mask, "the mask is empty", fix, case.id, "warning")
         elif missing:
             problem = f"the mask contains no {', no '.join(missing)}"
-            yield Finding("lacks a class", case.mask, problem, "Complete the mask if it should.", case.id, "warning")
+            fix = "Complete the mask if this is a mistake."
+            yield Finding("lacks a class", case.mask, problem, fix, case.id, "warning")
 
 
 def _volume_outliers(cases: list[CaseFacts], labels: Labels) -> Iterator[Finding]:
@@ -215,7 +216,7 @@ def _volume_outliers(cases: list[CaseFacts], labels: Labels) -> Iterator[Finding
 def find_volume_outliers(volumes: Mapping[str, float]) -> dict[str, float]:
     """Return case id -> modified z-score of the volumes, in ml and above 0, that are outliers by `OUTLIER_RULE`.
 
-    Logarithms treat a tenth of the median like ten times the median.
+    On a logarithmic scale, a tenth of the median is as far from it as ten times the median.
     """
     if len(volumes) < MIN_OUTLIER_CASES:
         return {}
@@ -243,7 +244,7 @@ def _geometry_outliers(cases: list[CaseFacts]) -> Iterator[Finding]:
         elif max(max(a / b, b / a) for a, b in zip(spacing, usual, strict=True)) >= MAX_SPACING_RATIO:
             sides, usual_sides = format_sides(spacing), format_sides(usual)
             problem = f"slices, rows and columns are {sides} mm apart, the median is {usual_sides} mm"
-            fix = "Check the spacing in its header; if it is right, nothing is wrong."
+            fix = "Check the spacing in its header; if it is right, keep the scan."
             yield Finding("spacing", case.image, problem, fix, case.id, "warning")
         if case.oblique > MAX_OBLIQUE_DEGREES:
             problem = f"its axes are rotated {case.oblique:.0f}° from the patient's"

@@ -36,7 +36,7 @@ def read_itk(path: Path) -> tuple[np.ndarray, np.ndarray, tuple[str, ...]]:
         InputError: as `read_itk_grid`.
     """
     reader, warnings = _open(path)
-    affine = _read_affine(path, reader)  # before the voxels: ITK refuses some affines without saying why
+    affine = _read_affine(path, reader)  # before the voxels: ITK refuses some affines without giving a reason
     try:
         image = reader.Execute()
     except RuntimeError as error:
@@ -96,13 +96,13 @@ def _open(path: Path) -> tuple[sitk.ImageFileReader, tuple[str, ...]]:
 
 def _read_affine(path: Path, image: sitk.Image | sitk.ImageFileReader) -> np.ndarray:
     lps, directions = np.eye(4), np.reshape(image.GetDirection(), (3, 3))
-    with np.errstate(all="ignore"):  # an axis without length is refused below
+    with np.errstate(all="ignore"):  # an axis of length 0 is refused below
         lps[:3, :3] = directions / np.linalg.norm(directions, axis=0) * image.GetSpacing()
     lps[:3, 3] = image.GetOrigin()
     return affine_from_lps(path, lps)
 
 
 def _damaged(path: Path, error: RuntimeError) -> InputError:
-    """Return an error with the last line of ITK's, which has the reason; the lines before name ITK's source files."""
+    """Return an error with the last line of ITK's error, which has the reason; the others name ITK's source files."""
     reason = shorten(str(error).strip().splitlines()[-1].strip().rpartition(": ")[2], length=200)
     return InputError(path, f"truncated or damaged ({reason})", EXPORT_AGAIN)

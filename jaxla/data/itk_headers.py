@@ -20,9 +20,9 @@ from jaxla.config import InputError
 
 MAX_HEADER_BYTES = 1 << 20
 CHUNK_BYTES = 1 << 20
-NUMBER = r"[-+]?(\d+\.?\d*|\.\d+)(e[-+]?\d+)?"  # what C and Python read alike
+NUMBER = r"[-+]?(\d+\.?\d*|\.\d+)(e[-+]?\d+)?"  # numbers that C and Python read in the same way
 EXPORT_AGAIN = "Copy or export the file again."
-MAX_LENGTH_ERROR = 1e-3  # of directions, which are rounded in some files
+MAX_LENGTH_ERROR = 1e-3  # error in the length of direction vectors, which are rounded in some files
 MILLIMETRES = {"", "mm", "millimeter", "millimetre", "?"}  # MetaIO writes ? for unknown
 
 NRRD_TYPES = {
@@ -45,12 +45,12 @@ NRRD_SPACES = {
 
 
 class Voxels(NamedTuple):
-    """Where the voxels of a file are, as its header says."""
+    """Where the voxels of a file are, according to its header."""
 
     path: Path
-    offset: int  # of the first byte; negative if the voxels end with the file
+    offset: int  # position of the first byte; negative if the voxels end with the file
     is_compressed: bool
-    byte_count: int  # without compression
+    byte_count: int  # number of bytes without compression
     is_oriented: bool  # the header has a position and orientation
 
 
@@ -74,7 +74,7 @@ class Fields:
         return next((name for name in names if name in self.values), names[0])
 
     def text(self, name: str, *choices: str, default: str | None = None) -> str:
-        """Return a field in lower case. Without a default it must be there; with choices it must be one of them."""
+        """Return a field in lower case. It is required without a default, and limited to `choices` if there are any."""
         value = self.values.get(name, default)
         if value is None:
             self.fail(f"the header has no field '{name}'")
@@ -106,30 +106,30 @@ class Fields:
         for byte_count, names in types.items():
             if value in names.lower().split(", "):
                 return byte_count
-        self.fail(f"voxels of type '{shorten(value)}'", "Export a scalar image of integers or floats.")
+        self.fail(f"unsupported voxel type '{shorten(value)}'", "Export a scalar image of integers or floats.")
 
     def require_millimetres(self, name: str) -> None:
-        """Raise an InputError if lengths have another unit than mm; ITK ignores units."""
+        """Raise an InputError if lengths have a unit other than mm; ITK ignores units."""
         units = set(re.split(r"[\s\"]+", self.text(name, default="")))
         if other := sorted(units - MILLIMETRES):
-            self.fail(f"lengths in {shorten(', '.join(other))}", "Export the file in mm.")
+            self.fail(f"lengths are in {shorten(', '.join(other))}", "Export the file in mm.")
 
 
 def check_header(path: Path) -> tuple[str, ...]:
-    """Check the header of a .nrrd, .nhdr, .mha or .mhd file, and that the voxels it declares are there.
+    """Check the header of a .nrrd, .nhdr, .mha or .mhd file, and that the file holds the declared voxels.
 
     Returns:
         Warnings about the header.
 
     Raises:
-        InputError: the file cannot be read, is damaged or truncated, or holds something else than one 3D scalar image.
+        InputError: the file cannot be read, is damaged or truncated, or holds anything but one 3D scalar image.
     """
     with report_os_errors("read", path, "Make the file readable."):
         voxels = locate_voxels(path)
         _require_voxels(path, voxels)
     if voxels.is_oriented:
         return ()
-    return ("no orientation is recorded; taking its axes as left, posterior, superior",)
+    return ("no orientation is recorded; assuming the axes left, posterior, superior",)
 
 
 def locate_voxels(path: Path) -> Voxels:
@@ -241,16 +241,16 @@ def _check_meta_grid(fields: Fields) -> bool:
 
 
 def _require_compressed_size(fields: Fields, voxels: Voxels) -> None:
-    """ITK reads as many bytes as this field says; without it, it returns wrong voxels and no error."""
+    """Raise an InputError unless the header has the compressed size: without it, ITK returns wrong voxels."""
     present = voxels.path.stat().st_size - voxels.offset
     if fields.numbers("CompressedDataSize", 1) != [present]:
         declared = shorten(fields.text("CompressedDataSize"))
-        fields.fail(f"truncated or damaged: {present} compressed bytes, the header declares {declared}")
+        fields.fail(f"truncated or damaged: {present} compressed bytes, but the header declares {declared}")
 
 
 def _require_positive(fields: Fields, name: str) -> None:
     if min(fields.numbers(name, 3)) <= 0:
-        fields.fail(f"voxel spacing {shorten(fields.text(name))} in the header", "Set the true spacing in mm.")
+        fields.fail(f"invalid voxel spacing {shorten(fields.text(name))} in the header", "Set the true spacing in mm.")
 
 
 def _data_file(fields: Fields, name: str) -> Path:
@@ -274,14 +274,16 @@ def _require_voxels(path: Path, voxels: Voxels) -> None:
     if not is_right:
         more = "at least " if voxels.is_compressed and present > voxels.byte_count else ""
         problem = (
-            f"truncated or damaged: {more}{max(present, 0)} bytes of voxels, the header declares {voxels.byte_count}"
+            f"truncated or damaged: {more}{max(present, 0)} bytes of voxels, but the header declares "
+            f"{voxels.byte_count}"
         )
         raise InputError(path, problem, EXPORT_AGAIN)
 
 
 def _uncompressed_bytes(path: Path, voxels: Voxels) -> int:
     """Return the length of a zlib or gzip stream, checksum included; stop once it exceeds the declared length."""
-    stream, count = zlib.decompressobj(wbits=47), 0  # 47: either header
+    stream = zlib.decompressobj(wbits=47)  # 47: either header
+    count = 0
     try:
         with voxels.path.open("rb") as file:
             file.seek(voxels.offset)

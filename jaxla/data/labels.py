@@ -10,7 +10,7 @@ import numpy as np
 from jaxla.config import OTHERS_ARE_BACKGROUND, InputError, option
 
 MAX_CLASSES = 255  # class indices are uint8
-MAX_VALUE = 65535  # of a mask
+MAX_VALUE = 65535  # largest label value of a mask
 REST_RULE = f"{OTHERS_ARE_BACKGROUND} at the end makes all other values background."
 
 
@@ -22,7 +22,7 @@ class Labels:
     """
 
     names: tuple[str, ...]  # the foreground classes; class c (1-based) is `names[c - 1]`
-    values: tuple[tuple[int, ...], ...] | None = None  # of each class; None if any non-zero value is the one class
+    values: tuple[tuple[int, ...], ...] | None = None  # mask values of each class; None: all non-zero ones, one class
     ignored: tuple[int, ...] | None = ()  # values that are background; None if every value without a class is
     one_value: bool = False  # a mask must not hold two different non-zero values; only if `values` is None
 
@@ -41,7 +41,7 @@ class Labels:
             if self.one_value and len(found := np.unique(mask[mask != 0])) > 1:
                 example = option("data.labels", f"'a:{found[0]};b:{found[1]}'")
                 problem = f"holds the label values {_first_values(found)}, but the data set does not name its classes"
-                raise InputError(source, problem, f"Name them, for example {example}; {REST_RULE}")
+                raise InputError(source, problem, f"Define the classes, for example {example}; {REST_RULE}")
             return (mask != 0).astype(np.uint8)
         classes = np.zeros(mask.shape, np.uint8)
         known = mask == 0
@@ -75,7 +75,7 @@ class Labels:
 
 
 def _first_values(values: np.ndarray) -> str:
-    """Return up to five values, and how many more there are."""
+    """Return up to five values as text, and how many more there are."""
     more = f" and {len(values) - 5} more" if len(values) > 5 else ""
     return f"{', '.join(map(str, values[:5].tolist()))}{more}"
 
@@ -87,7 +87,7 @@ def parse_labels(text: str) -> Labels:
         InputError: the text has another form, or names a class or value twice.
     """
     where = option("data.labels", repr(text))
-    fix = f"Write for example LA:1, or a:1;b:2 for two classes; {REST_RULE}"
+    fix = f"Use LA:1, for example, or a:1;b:2 for two classes; {REST_RULE}"
     names, values = [], []
     *parts, last = text.split(";")
     others_are_background = last.replace(" ", "") == OTHERS_ARE_BACKGROUND
@@ -133,7 +133,7 @@ def require_one_value(labels: Labels, root: Path, mask_values: Mapping[str, Iter
     problem = f"the mask of case {case_a} holds the value {a}, the mask of case {case_b} the value {b}"
     if more:
         others = sorted(value for value, _ in more)
-        fix = f"{len(more)} more values are {_first_values(np.array(others))}. Name them all with"
+        fix = f"The masks hold {len(more)} more values: {_first_values(np.array(others))}. List all of them in"
         raise InputError(root, problem, f"{fix} {option('data.labels')}; {REST_RULE}")
     one, two = (option("data.labels", text) for text in (f"'a:{a},{b}'", f"'a:{a};b:{b}'"))
-    raise InputError(root, problem, f"Set {one} if both are one class, or {two} if they are two.")
+    raise InputError(root, problem, f"Set {one} if both are the same class, or {two} if not.")

@@ -45,13 +45,13 @@ class Layout(NamedTuple):
     """One way to lay out a data set in a folder.
 
     `find` takes the folder, all scans in it, a list of findings, and whether only labelled cases are wanted, as in
-    training. It adds two scans of one case to the findings, and returns nothing if the folder has another layout.
+    training. It adds duplicate scans of a case to the findings, and finds nothing if the folder has another layout.
     """
 
     name: str
     description: str  # which files it consists of, for messages
     find: Callable[[Path, Sequence[Path], list[Finding], bool], ScanPaths]
-    labels: Callable[[Path], Labels]  # the mask values of each class, for users who do not name them
+    labels: Callable[[Path], Labels]  # the mask values of each class, unless the user sets `data.labels`
 
 
 NOTHING = ScanPaths({}, {})
@@ -95,7 +95,7 @@ def _numeric_order(name: str) -> tuple[list[int], str]:
 def _patient_folders(root: Path, scans: Sequence[Path], findings: list[Finding], for_training: bool) -> ScanPaths:
     """Find one image and one mask in each folder; a mask has a name such as `mask`, `label` or `scan_seg`."""
     parents = {path.parent for path in scans}
-    # a folder of DICOM slices may hold the mask as well
+    # A folder of DICOM slices may also hold the mask.
     by_folder = [(path if path in parents else path.parent, path) for path in scans]
     by_folder = [(folder, path) for folder, path in by_folder if folder != root or len(parents) == 1]
     masks = [(folder, path) for folder, path in by_folder if path != folder and MASK_NAME.fullmatch(scan_name(path))]
@@ -119,16 +119,16 @@ def _require_different_names(root: Path, folders: Iterable[Path]) -> None:
     for folder in sorted(folders):
         if (other := by_folder_name.setdefault(folder_name(folder), folder)) != folder:
             problem = f"two case folders have the same name ({other} and {folder})"
-            raise InputError(root, problem, f"Name the folder of one data set. {choose_files()}")
+            raise InputError(root, problem, f"Pass the folder of a single data set. {choose_files()}")
 
 
 # --- BIDS ------------------------------------------------------------------------------------------------------------
 
-DERIVED = r"_(?:space|res|den|label|desc|hemi)-[^_]+"  # what the name of a mask has beyond that of its scan
+DERIVED = r"_(?:space|res|den|label|desc|hemi)-[^_]+"  # parts that only the name of a mask has, not that of its scan
 
 
 def _bids(root: Path, scans: Sequence[Path], findings: list[Finding], _: bool) -> ScanPaths:
-    """Find scans in folders sub-…, with masks named …_mask, …_dseg or the like, beside them or in derivatives."""
+    """Find scans in folders sub-…, with masks named …_mask, …_dseg or the like, next to them or in derivatives."""
     images, masks = [], []
     for path in scans:
         if not any(part.startswith("sub-") for part in path.relative_to(root).parts[:-1]):
@@ -164,7 +164,7 @@ FLAT_PAIRS = "<case>.nii.gz + <case>_mask.nii.gz in one folder, or images/<case>
 
 
 def _flat(root: Path, scans: Sequence[Path], findings: list[Finding], for_training: bool) -> ScanPaths:
-    parents = {path.parent for path in scans}  # a folder of DICOM slices and a mask is that of a patient
+    parents = {path.parent for path in scans}  # a folder with DICOM slices and a mask is a patient's folder
     in_root = [path for path in scans if path.parent == root and path not in parents]
     if len(in_root) == 2 and any(re.fullmatch(MASK_WORDS, scan_name(path), re.IGNORECASE) for path in in_root):
         return NOTHING  # the folder of one patient
@@ -197,8 +197,8 @@ def images_and_masks(paths: Iterable[Path], findings: list[Finding]) -> ScanPath
 def make_pattern_layout(image: str, mask: str) -> Layout:
     """Return the layout of a data set whose images and masks match two patterns, relative to its folder.
 
-    `*` stands for a part of the case id, `**` for any folders, `?` for one character. A pattern without an ending, or
-    that ends in `.*`, matches every format.
+    `*` stands for a part of the case id, `**` for any folders, `?` for one character. A pattern without an extension,
+    or that ends in `.*`, matches every format.
     """
 
     def find(root: Path, scans: Sequence[Path], findings: list[Finding], for_training: bool) -> ScanPaths:
@@ -214,23 +214,24 @@ def make_pattern_layout(image: str, mask: str) -> Layout:
 
 def _check_patterns(image: str, mask: str, for_training: bool) -> None:
     given = [option(f"data.{name}", repr(value)) for name, value in (("image", image), ("mask", mask)) if value]
-    where, example = " and ".join(given), "where * is the name of the case"
+    where = " and ".join(given)
+    example = "where * is the name of the case"
     if not image or (for_training and not mask):
-        fix = f"Give both, for example {option('data.image')}='*/image.nii.gz' {option('data.mask')}='*/mask.nii.gz'"
+        fix = f"Set both, for example {option('data.image')}='*/image.nii.gz' {option('data.mask')}='*/mask.nii.gz'"
         raise InputError(where, "the pattern of images or masks is missing", f"{fix}, {example}.")
-    stars = [len(re.findall(r"(?<!\*)\*(?!\*)", _without_any_ending(each))) for each in (image, mask) if each]
+    stars = [len(re.findall(r"(?<!\*)\*(?!\*)", _strip_any_extension(each))) for each in (image, mask) if each]
     if min(stars) < 1 or max(stars) != min(stars):
-        fix = f"Write for example '*/image.nii.gz' and '*/mask.nii.gz', {example}."
-        raise InputError(where, "needs at least one *, and as many for images as for masks", fix)
+        fix = f"Use '*/image.nii.gz' and '*/mask.nii.gz', for example, {example}."
+        raise InputError(where, "needs at least one *, and the same number for images and masks", fix)
 
 
-def _without_any_ending(pattern: str) -> str:
+def _strip_any_extension(pattern: str) -> str:
     return pattern.removesuffix(".*").rstrip("/")
 
 
 def _match(pattern: str, path: Path) -> str:
-    """Return the case id, which is what the `*` of the pattern match, joined by `_`; empty if nothing matches."""
-    pattern = _without_any_ending(pattern)
+    """Return the case id: the parts that `*` matches, joined by `_`; empty if the path does not match the pattern."""
+    pattern = _strip_any_extension(pattern)
     name = scan_name(path)
     if scan_ending(pattern):
         name += scan_ending(path.name).lower()

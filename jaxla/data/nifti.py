@@ -46,10 +46,10 @@ def read_nifti(path: Path) -> tuple[np.ndarray, Grid]:
     with _open_checked(path) as file:
         header = _read_header(path, file)
         shape, dtype, scaling = _read_shape(path, header), header.get_data_dtype(), _read_scaling(path, header)
-        offset = int(header["vox_offset"]) or header.single_vox_offset  # 0 stands for the first possible position
+        offset = int(header["vox_offset"]) or header.single_vox_offset  # 0 means the first possible position
         _check_size(path, file, shape, dtype, offset)
         grid = _find_grid(path, header, shape)
-    with _report_damage(path):  # not mapped into memory: a file that changes meanwhile would end the process
+    with _report_damage(path):  # not memory-mapped: a file that changes meanwhile would crash the process
         return np.asarray(ArrayProxy(path, (shape, dtype, offset, *scaling), mmap=False)), grid
 
 
@@ -87,7 +87,7 @@ def _report_damage(path: Path) -> Iterator[None]:
 
 @contextmanager
 def _open_checked(path: Path) -> Iterator[BinaryIO]:
-    """Open a file, decompressed if its name says so; within the context, report damage as an InputError."""
+    """Open a file and decompress it if needed; within the context, report damage as an InputError."""
     with _report_damage(path):
         with path.open("rb") as file:
             start = file.read(len(GZIP_MAGIC))
@@ -114,12 +114,13 @@ def _read_header(path: Path, file: BinaryIO) -> nib.Nifti1Header:
     found = [k for k in kinds if int.from_bytes(block[:4], k[1]) == k[0].sizeof_hdr]
     if not found:
         raise not_nifti
-    (kind, order), length = found[0], found[0][0].sizeof_hdr
+    kind, order = found[0]
+    length = kind.sizeof_hdr
     if len(block) < length:
         raise InputError(path, f"truncated or damaged (its header ends after {len(block)} bytes)", COPY_AGAIN)
     header = kind(block[:length], endianness=order, check=False)
     if (magic := header["magic"].item()) == kind.pair_magic:
-        raise InputError(path, "a header whose voxels are in a separate .img file", "Convert the two to one .nii.gz.")
+        raise InputError(path, "a header whose voxels are in a separate .img file", "Convert the pair to one .nii.gz.")
     if magic != kind.single_magic:
         raise not_nifti
     if not math.isfinite(offset := float(header["vox_offset"])) or offset % 1:
@@ -129,7 +130,7 @@ def _read_header(path: Path, file: BinaryIO) -> nib.Nifti1Header:
 
 
 def _read_shape(path: Path, header: nib.Nifti1Header) -> tuple[int, int, int]:
-    """Return X, Y, Z; trailing axes of length 1 do not count."""
+    """Return X, Y, Z; trailing axes of length 1 are dropped."""
     count, *sides = map(int, header["dim"])
     if not 1 <= count <= 7 or min(sides[:count]) < 0:
         raise InputError(path, f"truncated or damaged (its header has dim {[count, *sides]})", COPY_AGAIN)
@@ -144,7 +145,8 @@ def _read_shape(path: Path, header: nib.Nifti1Header) -> tuple[int, int, int]:
 
 
 def _find_grid(path: Path, header: nib.Nifti1Header, shape: tuple[int, int, int]) -> Grid:
-    grid, bits = find_grid(path, header, shape), 8 * header.get_data_dtype().itemsize
+    grid = find_grid(path, header, shape)
+    bits = 8 * header.get_data_dtype().itemsize
     if header["bitpix"] == bits:
         return grid
     warning = f"its header has bitpix {header['bitpix']}, but voxels of type {header.get_data_dtype()} have {bits} bits"
@@ -168,9 +170,9 @@ def _check_size(path: Path, file: BinaryIO, shape: tuple[int, int, int], dtype: 
     what = f"its header declares {declared} bytes, for voxels {'×'.join(map(str, shape))} of type {dtype}"
     held = file.seek(0, 2) if not isinstance(file, gzip.GzipFile) else _count_bytes(file, declared)
     if held < declared:
-        raise InputError(path, f"truncated or damaged ({what}, but it holds {held})", COPY_AGAIN)
+        raise InputError(path, f"truncated or damaged ({what}, but the file holds {held})", COPY_AGAIN)
     if held > declared:
-        raise InputError(path, f"more voxels than expected ({what}, but it holds more)", COPY_AGAIN)
+        raise InputError(path, f"more voxels than expected ({what}, but the file holds more)", COPY_AGAIN)
 
 
 def _count_bytes(file: gzip.GzipFile, enough: int) -> int:

@@ -13,13 +13,13 @@ import numpy as np
 
 from jaxla.config import InputError
 
-MAX_CODE = 5  # of sform and qform in the NIfTI standard
+MAX_CODE = 5  # largest code of sform and qform in the NIfTI standard
 UNITS_MM = {1: 1000.0, 3: 0.001}  # metres and micrometres, by code of xyzt_units; all other units are read as mm
 UNIT_NAMES = {1: "metres", 3: "micrometres"}
-MAX_LENGTH_DIFFERENCE = 0.01  # between voxel sizes that count as equal
+MAX_LENGTH_DIFFERENCE = 0.01  # relative difference between voxel sizes that count as equal
 MAX_ANGLE = 1.0  # degrees between axes that count as equal
 MAX_SKEW = 0.01  # cosine of the angle between two axes; rounding in a header causes far less
-MAX_QUATERNION_EXCESS = 1e-3  # by which rounding can make a unit quaternion too long
+MAX_QUATERNION_EXCESS = 1e-3  # length above 1 of a unit quaternion, from rounding
 MIN_VOXEL_MM, MAX_VOXEL_MM, MAX_EXTENT_MM = 1e-3, 100, 10_000  # beyond these the header is wrong
 MIN_USUAL_VOXEL_MM, MAX_USUAL_VOXEL_MM, MAX_USUAL_EXTENT_MM = 0.01, 20, 2500  # beyond these it may be wrong
 LIMIT_ROUNDING = 1e-3
@@ -28,11 +28,11 @@ CORRECT = "Correct the header, or export the file again."
 
 
 class Grid(NamedTuple):
-    """Where a scan's voxels lie."""
+    """The positions of a scan's voxels."""
 
     affine: np.ndarray  # [4, 4], voxel indices to mm (RAS+)
     header: nib.Nifti1Header  # as stored, so that a mask with this header lies exactly on its scan in any viewer
-    warnings: tuple[str, ...] = ()  # what a person should check in the header
+    warnings: tuple[str, ...] = ()  # unusual entries of the header, which the user should check
 
 
 class _Form(NamedTuple):
@@ -65,7 +65,7 @@ def find_grid(path: Path, stored: nib.Nifti1Header, shape: tuple[int, int, int])
             raise InputError(path, f"{key} is {stored[key]}, but codes are 0 to {MAX_CODE}", CORRECT)
     pixdim = stored["pixdim"][1:4].astype(float)
     if not (np.isfinite(pixdim).all() and (pixdim != 0).all()):
-        raise InputError(path, f"voxel spacing {pixdim.tolist()} in the header", "Set the true spacing in mm.")
+        raise InputError(path, f"invalid voxel spacing {pixdim.tolist()} in the header", "Set the true spacing in mm.")
     if stored["qform_code"] and (qfac := stored["pixdim"][0]) not in (-1, 0, 1):
         raise InputError(path, f"qfac (pixdim[0]) is {qfac:g}, but the sign of qform's third axis is 1 or -1", CORRECT)
     warnings = []
@@ -91,7 +91,7 @@ def _choose_form(path: Path, header: nib.Nifti1Header) -> tuple[_Form, list[str]
     if header["qform_code"]:
         forms.append(_read_qform(header))
     if not forms:
-        warning = "no orientation is recorded (the codes of sform and qform are 0); taking its axes as left, anterior, "
+        warning = "no orientation is recorded (the codes of sform and qform are 0); assuming the axes left, anterior, "
         return _Form("pixdim", _repaired(header).get_base_affine()), [f"{warning}superior"]
 
     usable = [form for form in forms if not form.fault]
@@ -105,17 +105,17 @@ def _choose_form(path: Path, header: nib.Nifti1Header) -> tuple[_Form, list[str]
             return qform, [f"sform and qform disagree ({sizes}); using qform, which agrees with pixdim"]
         if (angle := _angle(sform, qform)) > MAX_ANGLE:
             _require_same_directions(path, sform, qform)
-            warnings.append(f"sform and qform are rotated by {angle:.1f}° against each other; using sform")
+            warnings.append(f"sform and qform are rotated by {angle:.1f}° relative to each other; using sform")
         return sform, warnings
     (form,) = usable
     if not _same_lengths(form.spacing, pixdim):
         problem = f"sform has voxels of {_sides(form.spacing)}, but pixdim of {_sides(pixdim)}"
-        raise InputError(path, f"{problem}, and no qform says which are right", CORRECT)
+        raise InputError(path, f"{problem}, and there is no qform to decide between them", CORRECT)
     return form, warnings
 
 
 def _read_qform(header: nib.Nifti1Header) -> _Form:
-    """Return the qform; shorten a quaternion in `header` that is too long by rounding, which nibabel refuses."""
+    """Return the qform; shorten a quaternion in `header` that rounding made too long, because nibabel refuses it."""
     keys = ("quatern_b", "quatern_c", "quatern_d")
     quaternion = np.array([header[key] for key in keys])
     if not np.isfinite([*quaternion, *(header[f"qoffset_{axis}"] for axis in "xyz")]).all():
@@ -141,7 +141,7 @@ def _check_form(name: str, affine: np.ndarray) -> _Form:
     return _Form(name, affine, f"{name} {fault}" if fault else "")
 
 
-@np.errstate(all="ignore")  # an axis without length is described
+@np.errstate(all="ignore")  # an axis of length 0 is a fault
 def describe_fault(affine: np.ndarray) -> str:
     """Return why an affine cannot be used, in words that follow its name; empty if it can."""
     if not np.isfinite(affine).all():

@@ -26,7 +26,7 @@ def group_by_patient(ids: Sequence[str], patients: str) -> dict[str, list[str]]:
         patients: a regular expression, a CSV file or `auto`, as in `config.Data.patients`.
 
     Raises:
-        InputError: the expression or the file cannot be used, or leaves a case without a patient.
+        InputError: the expression or the file cannot be used, or assigns no patient to a case.
     """
     if not patients:
         patient_of_case = {case: case for case in ids}
@@ -39,7 +39,7 @@ def group_by_patient(ids: Sequence[str], patients: str) -> dict[str, list[str]]:
     groups: dict[str, list[str]] = {}
     for case in sorted(ids):
         if case not in patient_of_case:
-            problem = f"names no patient for case {case}"
+            problem = f"assigns no patient to case {case}"
             fix = "Add the case to the file, or write an expression that matches the beginning of every id."
             raise InputError(option("data.patients", patients), problem, fix)
         groups.setdefault(patient_of_case[case], []).append(case)
@@ -49,7 +49,7 @@ def group_by_patient(ids: Sequence[str], patients: str) -> dict[str, list[str]]:
 def describe_shared_patients(ids: Sequence[str]) -> tuple[str, str] | None:
     """Return problem and fix if the ids look like several scans of one patient, otherwise None."""
     groups = {patient: cases for patient, cases in group_by_patient(ids, AUTO).items() if len(cases) > 1}
-    if not groups or max(map(len, groups.values())) == len(ids):  # all ids begin alike: the name of the data set
+    if not groups or max(map(len, groups.values())) == len(ids):  # a common prefix, such as the name of the data set
         return None
     cases = next(iter(groups.values()))
     problem = f"cases {cases[0]} and {cases[1]} seem to be scans of one patient, which the split may separate"
@@ -69,7 +69,7 @@ def _match_patients(ids: Sequence[str], expression: str) -> dict[str, str]:
         pattern = re.compile(expression)
     except re.error as error:
         where = option("data.patients", expression)
-        raise InputError(where, f"not a regular expression ({error})", r"Write for example 'P\d+'.") from error
+        raise InputError(where, f"not a regular expression ({error})", r"Use 'P\d+', for example.") from error
     matches = {case: pattern.match(case) for case in ids}
     return {case: match[1 if pattern.groups else 0] or case for case, match in matches.items() if match}
 
@@ -89,5 +89,5 @@ def _read_patients(path: Path) -> dict[str, str]:
     patient_of_case: dict[str, str] = {}
     for case, patient in ((compose_letters(case), patient) for case, patient in rows):
         if not patient or patient_of_case.setdefault(case, patient) != patient:
-            raise InputError(where, f"names no patient, or several, for case {case}", fix)
+            raise InputError(where, f"assigns no patient, or several, to case {case}", fix)
     return patient_of_case

@@ -160,9 +160,9 @@ def _capsule_distance(points: Sequence[Array], capsule: Tube) -> Array:
 def measure_distance(
     grid: Grid, points: Points, structure: Structure, rotation: NDArray | None = None, blend: float = 1.0
 ) -> tuple[Box, Array]:
-    """Return a box around a structure, and there the distance to the union of its parts.
+    """Return a box around a structure, and in this box the distance to the union of its parts.
 
-    Distances beyond MARGIN are only bounds.
+    Distances above MARGIN are only bounds.
 
     Args:
         points: returns the coordinates of a box's voxels.

@@ -2,8 +2,8 @@
 
 Tissues are painted over one another on the voxel grid, with soft edges for the partial volume effect, and then
 "scanned". Blood is about equally bright in all chambers, and the field of view differs between cases, so neither a
-threshold nor the usual position finds the atrium. Crops are also as uneven as real scans: strong shading by surface
-coils, and bright spots, beside which blood may be at a third of the range of grey values.
+threshold nor the usual position finds the atrium. Crops are also as uneven as real scans: with strong shading by
+surface coils, and with bright spots, up to three times as bright as blood.
 """
 
 import logging
@@ -24,14 +24,14 @@ from jaxla.data.phantom_anatomy import Array, Box, Grid
 
 log = logging.getLogger(__name__)
 
-VERSION = 1  # of the phantoms of a seed; a new number makes new cached folders
+VERSION = 1  # version of the phantoms that a seed gives; with a new number, new folders are cached
 SIZES = ("small", "full", "crop")
 SPACING = (0.625, 0.625, 2.5)  # mm, as in LAScarQS
 CROP_SPACING = (0.625, 0.625, 1.25)  # as in the challenge of 2018, whose scans were interpolated along the slices
-BLOOD_LEVELS = (0.3, 0.9)  # of a crop: blood relative to the brightest spots
-ORIENTATIONS = ("LPS", "RAS", "LAS", "RPS")  # of the array's axes; slices always lie along the third
-EDGE_MM = 1.2  # over which one tissue changes into the next
-MAX_BEND_MM = 6.0  # of the smooth displacement that varies the shape of the heart
+BLOOD_LEVELS = (0.3, 0.9)  # range of the brightness of blood in a crop, relative to the brightest spots
+ORIENTATIONS = ("LPS", "RAS", "LAS", "RPS")  # orientations of the array's axes; slices always lie along the third
+EDGE_MM = 1.2  # width of the transition between two tissues
+MAX_BEND_MM = 6.0  # limit of the smooth displacement that varies the shape of the heart
 
 
 class Phantom(NamedTuple):
@@ -51,11 +51,13 @@ def make_phantom(size: str, seed: int, index: int) -> Phantom:
             to 240 × 132 to 158 pixels and 88 slices around the atrium, at 0.625 × 0.625 × 1.25 mm.
     """
     rng = np.random.default_rng([SIZES.index(size), seed, index])
-    grid, spacing = _draw_grid(rng, size), CROP_SPACING if size == "crop" else SPACING
+    grid = _draw_grid(rng, size)
+    spacing = CROP_SPACING if size == "crop" else SPACING
     signal, mask = _paint_patient(rng, grid)
     shading = 0.12
     if size == "crop":
-        signal, shading = _add_bright_spots(rng, grid, signal), 0.25
+        signal = _add_bright_spots(rng, grid, signal)
+        shading = 0.25
     scanned = _scan(rng, signal, spacing, shading)
     return _orient(rng, scanned, mask, ORIENTATIONS[(seed + index) % len(ORIENTATIONS)], spacing)
 
@@ -75,7 +77,8 @@ def write_phantoms(folder: Path, cases: int, size: str, seed: int) -> None:
     if seed < 0:
         raise InputError(option("seed", seed), "must not be negative", "Use a whole number from 0.")
     folder = Path(folder)
-    where, fix = option("output", folder), "Name a new or empty folder."
+    where = option("output", folder)
+    fix = "Choose a new or empty folder."
     with report_os_errors("written", where, fix):
         if folder.exists() and not folder.is_dir():
             raise InputError(where, "is a file, not a folder", fix)

@@ -32,7 +32,7 @@ from jaxla.data.volumes import (
     require_same_grid,
 )
 
-VERSION = 5  # of the content of a prepared folder; a new number makes new folders
+VERSION = 5  # version of the content of prepared folders; with a new number, new folders are written
 FILES = ("image.npy", "mask.npy", "volume.json")
 MAX_MASK_VALUES = 10
 
@@ -41,20 +41,20 @@ MAX_MASK_VALUES = 10
 class PreparedVolume:
     """A case as slices [S, H, W], read from disk only when indexed."""
 
-    id: str  # of the case
-    folder: Path  # with its arrays
-    case: Case  # the files it was made from
+    id: str  # case id
+    folder: Path  # folder with the arrays
+    case: Case  # the original files
     content_key: str  # hash of these files and of the labels
     shape: tuple[int, int, int]  # S, H, W
     spacing: tuple[float, float, float]  # mm along slices, rows and columns
     slice_axis: str  # anatomical name of the slice axis
-    intensity_range: tuple[float, float]  # 0.5 and 99.5 percentile of the scan's intensities
+    intensity_range: tuple[float, float]  # 0.5th and 99.5th percentiles of the scan's intensities
     image_sha256: str  # hash of the scan's voxels
-    slices_sha256: str  # hash of the slices and their spacing, on which the network's inputs depend
+    slices_sha256: str  # hash of the slices and their spacing, which determine the network's inputs
     mask_values: tuple[int, ...]  # the non-zero values of the mask, at most `MAX_MASK_VALUES`
     class_voxels: tuple[int, ...]  # number of voxels of each class, background first
 
-    # Opened on each access: a process cannot keep some hundred cases mapped at once.
+    # Arrays are opened on each access, because a process cannot keep hundreds of files mapped at once.
 
     @property
     def image(self) -> np.ndarray:
@@ -90,16 +90,17 @@ def prepare_cases(
     case_by_image: dict[str, str] = {}
     for case in track(list({case.id: case for case in (*first, *dataset.cases)}.values())):
         volumes[case.id] = volume = _prepare_case(case, dataset.labels, cache_dir / "volumes")
-        if (twin := case_by_image.setdefault(volume.image_sha256, case.id)) != case.id:
-            raise InputError(case.image, *describe_twin(twin))
+        if (first_case := case_by_image.setdefault(volume.image_sha256, case.id)) != case.id:
+            raise InputError(case.image, *describe_duplicate(first_case))
     prepared = [volumes[case.id] for case in dataset.cases]
     require_one_value(dataset.labels, dataset.root, {v.id: v.mask_values for v in prepared})
     return prepared
 
 
-def describe_twin(twin: str) -> tuple[str, str]:
-    """Return problem and fix for a case that has the same image as the case `twin`."""
-    return f"the same image as case {twin}", "Leave one of the two out, so that no patient crosses splits."
+def describe_duplicate(first: str) -> tuple[str, str]:
+    """Return problem and fix for a case that has the same image as the case `first`."""
+    fix = "Remove one of the two, so that no patient is in two parts of the split."
+    return f"the same image as case {first}", fix
 
 
 def content_key(case: Case, labels: Labels) -> str:
@@ -139,7 +140,7 @@ def _prepare_case(case: Case, labels: Labels, store: Path) -> PreparedVolume:
         require_same_grid(mask, image)
         with report_os_errors("written", option("cache-dir", store.parent), "Use another folder."):
             _write_prepared(folder, image, mask, labels)
-    fix = f"Remove the folder {folder}; it is written again."
+    fix = f"Remove the folder {folder}; it will be written again."
     description = read_json(folder / "volume.json", _Description, fix)
     return PreparedVolume(id=case.id, folder=folder, case=case, content_key=key, **description)
 

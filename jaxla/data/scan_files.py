@@ -1,4 +1,4 @@
-"""The scans of a folder: which paths are scans, and which case each file name stands for."""
+"""The scans of a folder: which paths are scans, and which case each file belongs to."""
 
 import os
 import re
@@ -11,8 +11,8 @@ from typing import Literal, NamedTuple
 from jaxla.config import InputError, option
 from jaxla.data.formats import ENDINGS, is_dicom_series, is_scan, is_special, scan_ending, strip_ending
 
-# Files that hold scans, but in a format that is not read.
-OTHER_ENDINGS = (
+# Extensions of scan formats that this package cannot read.
+UNSUPPORTED_EXTENSIONS = (
     ".hdr", ".img", ".img.gz", ".mgz", ".mgh", ".mnc", ".gipl", ".gipl.gz", ".par", ".rec", ".dcm", ".ima",
     ".nii.bz2", ".nii.xz", ".nii.zip", ".nii.zst",
 )  # fmt: skip
@@ -41,11 +41,11 @@ class Finding:
     problem: str
     fix: str
     case: str = ""  # id of the case, if there is one
-    level: Literal["error", "warning"] = "error"  # an error stops training; a warning asks for a look
+    level: Literal["error", "warning"] = "error"  # an error stops training; a warning does not
 
 
 class FolderScans(NamedTuple):
-    """What a folder and its subfolders hold, in order of the paths."""
+    """The scans in a folder and its subfolders, sorted by path."""
 
     scans: list[Path]  # files and folders of DICOM slices
     unreadable: list[Path]  # scans in other formats, named pipes, and links to files or folders that do not exist
@@ -54,14 +54,14 @@ class FolderScans(NamedTuple):
 def list_scans(root: Path) -> FolderScans:
     """List the scans of a folder and its subfolders, except hidden ones.
 
-    Links to folders are followed, unless the folder is listed by its own path or lies above the link.
+    Links to folders are followed, unless the linked folder is listed under its own path or contains the link.
 
     Raises:
         InputError: a folder cannot be read.
     """
 
     def fail(error: OSError) -> None:
-        raise error  # os.walk would leave the folder out
+        raise error  # os.walk would skip the folder
 
     scans: list[Path] = []
     unreadable: list[Path] = []
@@ -70,7 +70,7 @@ def list_scans(root: Path) -> FolderScans:
             folder = Path(name)
             folders[:] = sorted(f for f in folders if not f.startswith(".") and not _is_repeated(folder / f, root))
             paths = [folder / file for file in files if not file.startswith(".")]
-            # opening all files takes long
+            # Looking into all files would be slow.
             may_be_series = any(not path.name.lower().endswith(ENDINGS) for path in paths)
             is_series = folder != root and may_be_series and is_dicom_series(folder)
             scans += [folder] if is_series else []
@@ -85,10 +85,10 @@ def list_scans(root: Path) -> FolderScans:
 
 
 def _looks_like_scan(path: Path, in_series: bool) -> bool:
-    """Return whether a file that is not read may be a scan; a DICOM series may hold files with any ending."""
+    """Return whether a file that is not read may be a scan; a DICOM series may hold files with any extension."""
     if is_dangling(path) or (scan_ending(path.name) and is_special(path)):
         return True
-    return not in_series and path.name.lower().endswith(OTHER_ENDINGS)
+    return not in_series and path.name.lower().endswith(UNSUPPORTED_EXTENSIONS)
 
 
 def _is_repeated(folder: Path, root: Path) -> bool:
@@ -107,7 +107,7 @@ def scans_in(folder: Path) -> list[Path]:
 
 
 def choose_files() -> str:
-    """Return the advice for files whose names say nothing about their part."""
+    """Return the advice for files whose names do not show whether they are images or masks."""
     return f"If the names have another form, describe them with {option('data.image')} and {option('data.mask')}."
 
 
@@ -117,26 +117,26 @@ def is_dangling(path: Path) -> bool:
 
 
 def scan_name(path: Path) -> str:
-    """Return the name of a scan without its ending."""
+    """Return the name of a scan without its extension."""
     return compose_letters(strip_ending(path.name))
 
 
 def compose_letters(name: str) -> str:
-    """Return a name with accented letters in one character each.
+    """Return a name in which each accented letter is a single character.
 
-    Systems store them differently (`é`, or `e` and an accent), which must not keep an image from its mask.
+    Operating systems store such letters differently (`é`, or `e` and an accent), so an image and its mask may differ.
     """
     return unicodedata.normalize("NFC", name)
 
 
 def by_name(paths: Iterable[Path], findings: list[Finding], suffixes: Iterable[str] = ()) -> dict[str, Path]:
-    """Return the scans by name without ending and suffix; add a second scan of one name to `findings`."""
+    """Return the scans by name without extension and suffix; add a second scan with the same name to `findings`."""
     pattern = f"({'|'.join(map(re.escape, suffixes))})$"
     return by_id(((re.sub(pattern, "", scan_name(path)), path) for path in paths), findings)
 
 
 def by_id(named: Iterable[tuple[str, Path]], findings: list[Finding], fix: str = KEEP_ONE) -> dict[str, Path]:
-    """Return the scans by id, in order of the ids; add a second scan of one id to `findings`."""
+    """Return the scans by id, in order of the ids; add a second scan with the same id to `findings`."""
     scans: dict[str, Path] = {}
     for name, path in named:
         case_id = compose_letters(name)
@@ -148,10 +148,10 @@ def by_id(named: Iterable[tuple[str, Path]], findings: list[Finding], fix: str =
 
 
 def images_by_case(paths: Iterable[Path], masks: Container[str], findings: list[Finding]) -> dict[str, Path]:
-    """Return the images by case id; add a second channel, or a second image of one case, to `findings`.
+    """Return the images by case id; add a second channel, or a second image of the same case, to `findings`.
 
     The number at the end of `X_0000` is a channel, as in nnU-Net, if there is a mask `X`. Without a mask `X` or
-    `X_0000`, it is a channel if the images of `X` have the numbers 0000 to 0003 or the first few of these.
+    `X_0000`, it is a channel if the numbers of `X` start at 0000 without gaps and there are at most four.
 
     Args:
         masks: ids of the cases that have a mask.

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import nibabel as nib
 import numpy as np
 
-AXES = ("left-right", "anterior-posterior", "head-foot")  # canonical
+AXES = ("left-right", "anterior-posterior", "head-foot")  # names of the canonical axes
 HEAD_FOOT = 2
 
 

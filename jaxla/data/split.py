@@ -1,7 +1,7 @@
 """The patient-level split: 70 % training, 10 % validation, 20 % test; written to and read from `split.json`.
 
-Patients are split, and then replaced by their cases. Without `data.patients`, each case is a patient. For few patients
-whose method decides nothing by validation cases, there are none, and these patients train as well.
+Patients are split, and then replaced by their cases. Without `data.patients`, each case is a patient. If there are few
+patients and the method does not depend on validation, no validation patients are drawn; they are used for training.
 """
 
 import hashlib
@@ -23,9 +23,9 @@ from jaxla.data.patients import group_by_patient
 from jaxla.data.scan_files import compose_letters
 
 FOLDS, FOLD_SEED = 5, 12345
-FOLD_PARTS = ("train", "val")  # of nnU-Net's folds
+FOLD_PARTS = ("train", "val")  # keys of each fold in nnU-Net's file
 ALL_FOLDS = "all"  # value of the option `fold` for a run that trains every fold
-MIN_PATIENTS_TO_VALIDATE = 15  # fewer have no validation patients unless these decide something
+MIN_PATIENTS_TO_VALIDATE = 15  # with fewer, validation patients are drawn only if the method depends on validation
 PARTS = ("train", "val", "test", "unused")
 
 
@@ -66,8 +66,8 @@ def make_split(ids: Sequence[str], protocol: Data, fold: str = "", needs_validat
 
     Args:
         ids: all cases of the data set.
-        fold: number of the fold that validates; empty or `ALL_FOLDS` keeps the split as it is.
-        needs_validation: whether the method decides something by validation cases.
+        fold: number of the validation fold; empty or `ALL_FOLDS` keeps the split as it is.
+        needs_validation: whether the method depends on validation cases.
 
     Raises:
         InputError: there are fewer patients than the protocol needs, or the split file does not fit the cases or
@@ -95,7 +95,8 @@ def make_split(ids: Sequence[str], protocol: Data, fold: str = "", needs_validat
 
 def _take_subset(split: Split, protocol: Data) -> Split:
     """Return the split with a subset of its training patients, by default all of them."""
-    train, count = split.train, protocol.train_patients
+    train = split.train
+    count = protocol.train_patients
     if protocol.subset_seed:
         train = tuple(train[i] for i in np.random.default_rng(protocol.subset_seed).permutation(len(train)))
     count = count or max(1, math.floor(protocol.train_percent / 100 * len(train) + 0.5))
@@ -113,8 +114,9 @@ def read_split(path: Path, option_name: str) -> Split:
     Raises:
         InputError: the file cannot be read, or is not a split file. It names the option `option_name`.
     """
-    where, fix = option(option_name, path), "Name a JSON file with the lists train, val and test of case ids."
-    with report_os_errors("read", where, "Name a split.json."):
+    where = option(option_name, path)
+    fix = "Pass a JSON file with the lists train, val and test of case ids."
+    with report_os_errors("read", where, "Pass a split.json."):
         text = path.read_bytes()
     try:
         content = decode_json(text, dict[str, list[str | int]])
@@ -181,18 +183,18 @@ def _draw_split(ids: Sequence[str], protocol: Data, needs_validation: bool) -> S
 
 
 def _read_folds(path: Path) -> list[Split]:
-    """Return the folds of nnU-Net's `splits_final.json`, which have no test cases; nothing if the file is another."""
+    """Return the folds of nnU-Net's `splits_final.json`, which have no test cases; an empty list for other files."""
     try:
         content = json.loads(path.read_bytes())
         if not isinstance(content, list) or not all(isinstance(fold[p], list) for fold in content for p in FOLD_PARTS):
             return []
         return [Split(*(tuple(map(str, fold[part])) for part in FOLD_PARTS), test=()) for fold in content]
     except (OSError, ValueError, LookupError, TypeError, RecursionError):
-        return []  # `read_split` says what is wrong
+        return []  # `read_split` raises the error
 
 
 def _choose_fold(folds: Sequence[Split], protocol: Data, fold: str) -> Split:
-    """Return a fold of `splits_final.json`; the first one to begin a run of all folds."""
+    """Return a fold of `splits_final.json`; for a run of all folds, the first one."""
     where = option("data.split", protocol.split)
     if not fold:
         fix = f"Choose one with {option('fold', 0)}, or train all with {option('fold', ALL_FOLDS)}."
@@ -208,7 +210,7 @@ def _choose_fold(folds: Sequence[Split], protocol: Data, fold: str) -> Split:
 
 def _require_once(named: Sequence[str], where: str) -> None:
     if twice := sorted({case for case in named if named.count(case) > 1}):
-        raise InputError(where, f"names case {twice[0]} twice", "Name each case once.")
+        raise InputError(where, f"lists case {twice[0]} twice", "List each case once.")
 
 
 def _fit_split(
@@ -217,7 +219,7 @@ def _fit_split(
     """Check that a split of cases fits the patients, patient -> cases.
 
     Returns:
-        The split of the patients, and the cases of each that the split names.
+        The split of the patients, and the cases of each patient that the split lists.
     """
     where = option("data.split", protocol.split)
     parts = {part: [compose_letters(case) for case in getattr(split, part)] for part in ("train", "val", "test")}
@@ -232,6 +234,6 @@ def _fit_split(
         if both := [patient for patient in patients[a] if patient in patients[b]]:
             one, other = (next(c for c in parts[part] if patient_of_case[c] == both[0]) for part in (a, b))
             problem = f"separates the scans of patient {both[0]}: {one} is in {a}, {other} in {b}"
-            raise InputError(where, problem, "Move all scans of a patient to one list.")
+            raise InputError(where, problem, "Move all scans of a patient to the same list.")
     listed = {patient: [case for case in named if patient_of_case[case] == patient] for patient in groups}
     return Split(*(tuple(patients[part]) for part in parts)), listed

@@ -16,7 +16,7 @@ from jaxla.data.formats import FORMATS, is_special, make_grid, read_scan, read_s
 from jaxla.data.labels import MAX_VALUE
 from jaxla.data.nifti_geometry import Grid, find_grid
 
-MAX_LABEL_ROUNDING = 1e-3  # of labels that were stored with a scale
+MAX_LABEL_ROUNDING = 1e-3  # largest rounding error of labels that are stored with a scale factor
 
 log = logging.getLogger(__name__)
 
@@ -29,7 +29,7 @@ class Volume:
     array: np.ndarray  # [X, Y, Z] in the file's own axes; float32 or an integer type
     affine: np.ndarray  # [4, 4], voxel indices to mm (RAS+)
     header: nib.Nifti1Header  # with the file's own unit
-    warnings: tuple[str, ...] = ()  # what a person should check in the header
+    warnings: tuple[str, ...] = ()  # unusual entries of the header, which the user should check
 
     @property
     def spacing(self) -> tuple[float, float, float]:
@@ -38,7 +38,7 @@ class Volume:
 
 
 def read_grid(path: str | Path) -> Grid:
-    """Read where a scan's voxels lie, without its voxels.
+    """Read a scan's grid, without its voxels.
 
     Raises:
         InputError: the file is missing or damaged, or has no usable grid.
@@ -56,7 +56,7 @@ def read_image(path: str | Path) -> Volume:
 
 
 def image_from_array(array: np.ndarray, affine: np.ndarray) -> Volume:
-    """Return an image made of an array in memory, checked like a file.
+    """Return an image from an array in memory, checked like a file.
 
     Args:
         array: [X, Y, Z].
@@ -74,7 +74,7 @@ def image_from_array(array: np.ndarray, affine: np.ndarray) -> Volume:
 
 
 def image_from_nibabel(image: nib.Nifti1Image) -> Volume:
-    """Return an image made of a nibabel image in memory, checked like a file; its header is read by the same rules.
+    """Return an image from a nibabel image in memory, checked like a file; its header is read by the same rules.
 
     Raises:
         InputError: the image fails a check of `read_image`. The error names `image`.
@@ -88,7 +88,7 @@ def image_from_nibabel(image: nib.Nifti1Image) -> Volume:
 def read_mask(path: str | Path) -> Volume:
     """Read a mask, as int32, and check that it is 3D, holds label values and has a usable grid.
 
-    Values that differ from a whole number by rounding, as after a scale in the header, become that number.
+    Values within 0.001 of an integer, as scaling in the header produces, are rounded to it.
 
     Raises:
         InputError: the file is missing or damaged, or fails a check.
@@ -106,13 +106,13 @@ def read_mask(path: str | Path) -> Volume:
 
 
 def log_warnings(path: Path, warnings: Iterable[str]) -> None:
-    """Log what a person should check in a file's header."""
+    """Log the unusual entries of a file's header."""
     for warning in warnings:
         log.warning("%s: %s", path, warning)
 
 
 def same_grid(a: Volume, b: Volume) -> bool:
-    """Return whether two volumes have the same shape and all corners within a tenth of a voxel of each other."""
+    """Return whether two volumes have the same shape, and corners that differ by at most 0.1 voxels."""
     if a.array.shape != b.array.shape:
         return False
     corners = np.array(np.meshgrid(*[(0, n - 1) for n in a.array.shape], indexing="ij")).reshape(3, -1)
@@ -126,7 +126,7 @@ def require_same_grid(mask: Volume, image: Volume) -> None:
         return
     if mask.array.shape != image.array.shape:
         difference = f"shape {mask.array.shape} instead of {image.array.shape}"
-        fix = "Export the mask on the grid of the image, or resample it by nearest neighbours."
+        fix = "Export the mask on the grid of the image, or resample it with nearest-neighbour interpolation."
     else:
         affines = " instead of ".join(_format_affine(volume.affine) for volume in (mask, image))
         difference = f"same shape, different affine: {affines}"
@@ -155,7 +155,7 @@ def write_volume(path: Path, array: np.ndarray, like: Volume | Grid) -> None:
 
 
 def hash_voxels(array: np.ndarray) -> str:
-    """Return the sha256 of a scan's shape and voxels, which two files of the same scan have in common."""
+    """Return the sha256 of a scan's shape and voxels, which is the same for two files of the same scan."""
     digest = hashlib.sha256(str(array.shape).encode())
     digest.update(np.ascontiguousarray(array))
     return digest.hexdigest()
@@ -165,9 +165,9 @@ def _read(path: Path) -> Volume:
     with report_os_errors("read", path, "Check the permissions of its folder."):
         if not path.exists():
             problem = "a link to a missing file" if path.is_symlink() else "no such file"
-            raise InputError(path, problem, f"Name an existing scan ({FORMATS}).")
+            raise InputError(path, problem, f"Pass an existing scan ({FORMATS}).")
         if is_special(path):
-            raise InputError(path, "neither a file nor a folder", f"Name an existing scan ({FORMATS}).")
+            raise InputError(path, "neither a file nor a folder", f"Pass an existing scan ({FORMATS}).")
     array, grid = read_scan(path)
     return Volume(path, _check_voxels(path, array), *grid)
 
@@ -185,7 +185,7 @@ def _require_contrast(volume: Volume) -> Volume:
 
 
 def _check_voxels(where: Path, array: np.ndarray) -> np.ndarray:
-    """Return an array as float32 or of its integer type; refuse what is not a grey value."""
+    """Return an array as float32 or its own integer type; raise an InputError unless it holds grey values."""
     if array.dtype.kind == "f":
         with np.errstate(over="ignore"):  # values beyond float32 become infinite and are refused below
             array = array.astype(np.float32, copy=False)

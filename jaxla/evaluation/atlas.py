@@ -14,7 +14,7 @@ import numpy as np
 
 from jaxla.config import InputError
 
-GRID_SIZE = 48  # cells per axis of the atlas: finer than the agreement between patients
+GRID_SIZE = 48  # cells per axis of the atlas: finer than the anatomical variation between patients
 THRESHOLDS = np.round(np.arange(0.05, 0.951, 0.05), 2)
 
 
@@ -36,7 +36,8 @@ def build_atlas(masks: Iterable[np.ndarray], classes: int) -> Atlas:
     Raises:
         InputError: there are no masks.
     """
-    total, count = np.zeros((classes, GRID_SIZE, GRID_SIZE, GRID_SIZE), np.float64), 0
+    total = np.zeros((classes, GRID_SIZE, GRID_SIZE, GRID_SIZE), np.float64)
+    count = 0
     for mask in masks:
         count += 1
         for index in range(classes):

@@ -16,6 +16,7 @@ import numpy as np
 from scipy.ndimage import binary_erosion
 from scipy.spatial import cKDTree
 
+from jaxla.cli.terminal import plural
 from jaxla.config import InputError, option
 
 EmptyPolicy = Literal["one", "zero", "skip"]
@@ -24,8 +25,8 @@ EmptyPolicy = Literal["one", "zero", "skip"]
 class Metric(NamedTuple):
     """Description of a metric."""
 
-    title: str  # of its column in reports
-    definition: str  # in one line
+    title: str  # title of its column in reports
+    definition: str  # one line
     perfect: float = 1.0  # value for two equal masks, and for two empty masks if they count as perfect
     worst: float | None = 0.0  # value of a missed structure; None is the diagonal of the unit in mm
     maximum: float = 1.0  # the largest possible value; the smallest is 0
@@ -102,8 +103,8 @@ def score(
         shapes = f"the prediction has shape {prediction.shape}, the reference {reference.shape}"
         raise InputError("masks", shapes, "Resample the prediction onto the grid of the reference.")
     if reference.ndim not in SIZES or len(spacing) != reference.ndim:
-        axes = f"{reference.ndim} axes with {len(spacing)} spacings"
-        raise InputError("masks", axes, "Pass masks with 2 or 3 axes, and one spacing for each axis.")
+        problem = f"{plural(reference.ndim, 'dimension')} and {plural(len(spacing), 'spacing')}"
+        raise InputError("masks", problem, "Pass 2D or 3D masks, and one spacing for each dimension.")
     if empty not in EMPTY_POLICIES:
         raise InputError(option("empty", repr(empty)), "unknown policy", f"Use one of {', '.join(EMPTY_POLICIES)}.")
 

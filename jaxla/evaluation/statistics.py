@@ -36,7 +36,7 @@ class Comparison:
     n: int
     difference: float  # mean over cases of first − second
     interval: tuple[float, float] | None  # confidence interval of the difference; None for a single case
-    p: float  # of the signed-rank test; 1 if the methods never differ
+    p: float  # p of the signed-rank test; 1 if the methods never differ
     p_holm: float  # p, corrected for all comparisons made together
     least_p: float  # the smallest p possible with n cases; above 0.05, no difference can be significant
     effect: float  # rank-biserial correlation
@@ -64,13 +64,14 @@ def require_same_cases(methods: Mapping[str, Values]) -> None:
         if unmatched := sorted(set(first_values) ^ set(values)):
             tested, untested = (first, name) if unmatched[0] in first_values else (name, first)
             example = f"{unmatched[0]} is a test case of {tested}, but not of {untested}"
-            problem, fix = f"not tested on the same cases ({example})", "Compare runs on one data set with one split."
-            raise InputError(f"{first} and {name}", problem, fix)
+            problem = f"not tested on the same cases ({example})"
+            raise InputError(f"{first} and {name}", problem, "Compare runs with the same data set and split.")
 
 
 def correct_holm(p: Sequence[float]) -> list[float]:
     """Apply Holm's step-down correction (1979): each p times the number of hypotheses left, never decreasing."""
-    order, corrected = np.argsort(p, kind="stable"), np.empty(len(p))
+    order = np.argsort(p, kind="stable")
+    corrected = np.empty(len(p))
     scaled = np.asarray(p, float)[order] * np.arange(len(p), 0, -1)
     corrected[order] = np.minimum(1, np.maximum.accumulate(scaled))
     return corrected.tolist()
@@ -105,6 +106,9 @@ def _compare(first: str, second: str, methods: Mapping[str, Values]) -> Comparis
     cases = sorted(methods[first])
     # rounded, so that differences that vary only in the last bit get equal ranks
     differences = np.round([methods[first][case] - methods[second][case] for case in cases], 12)
-    p, n = float(stats.wilcoxon(differences).pvalue) if differences.any() else 1.0, len(cases)
-    mean, interval, effect = float(differences.mean()), mean_interval(differences), rank_biserial(differences)
+    p = float(stats.wilcoxon(differences).pvalue) if differences.any() else 1.0
+    n = len(cases)
+    mean = float(differences.mean())
+    interval = mean_interval(differences)
+    effect = rank_biserial(differences)
     return Comparison(first, second, n, mean, interval, p, p_holm=p, least_p=least_p(n), effect=effect)

@@ -32,7 +32,7 @@ def score_case(
         prediction: class indices, [S, H, W] for unit `slice`; 0 is background, k the class `class_names[k - 1]`.
         reference: class indices of the same shape.
         spacing: millimetres per voxel along each axis.
-        class_names: of the foreground classes.
+        class_names: names of the foreground classes.
         unit: what one row measures; the `slice` column counts from 0.
         empty: how units with an empty reference count, see `metrics.EMPTY_POLICIES`.
 
@@ -73,7 +73,7 @@ def summarise(rows: Iterable[Mapping], unit: Unit, empty: EmptyPolicy, class_nam
     """
     rows = list(rows)
     if not rows:
-        raise InputError("summary", "no case was scored", "Score at least one case.")
+        raise InputError("rows", "empty", "Pass the rows of at least one case.")
     metrics = (*METRICS, *SIZES[3 if unit == "volume" else 2])
     absent = find_absent_classes(rows)
     scored = [row for row in rows if row["dice"] is not None]
@@ -133,7 +133,7 @@ def group_rows(rows: Iterable[Row], unit: Unit = "volume") -> dict[tuple, list[R
 
 
 def case_means(rows: Iterable[Row], metric: str) -> dict[str, float]:
-    """Return case -> mean over its classes but the absent ones, per volume, in the order of the rows."""
+    """Return case -> mean over its classes except the absent ones, per volume, in the order of the rows."""
     rows = list(rows)
     absent = find_absent_classes(rows)
     groups = group_rows(row for row in rows if row["class"] not in absent)
@@ -148,7 +148,7 @@ def worst_median_best(dice: Mapping[str, float]) -> dict[str, str]:
 
 
 def format_summary(summary: Mapping) -> str:
-    """Return the summary as a table in text: a line per metric, and the Dice of each class if there are several."""
+    """Return the summary as a text table: a line per metric, and the Dice of each class if there are several."""
     metrics = [(metric, summary[metric]) for metric in summary["definitions"]]
     if len(summary["classes"]) > 1:
         metrics += [(f"dice of {name}", values["dice"]) for name, values in summary["classes"].items()]
@@ -156,7 +156,8 @@ def format_summary(summary: Mapping) -> str:
         [name, *("-" if row[key] is None else f"{row[key]:.4f}" for key in ("mean", "sd")), row["n"], row["unit"]]
         for name, row in metrics
     ]
-    head, alignment = ("metric", "mean", "sd", "n", "unit"), ("left", "right", "right", "right", "left")
+    head = ("metric", "mean", "sd", "n", "unit")
+    alignment = ("left", "right", "right", "right", "left")
     return tabulate(lines, head, "plain", colalign=alignment, disable_numparse=True)
 
 

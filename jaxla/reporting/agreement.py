@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from matplotlib.axes import Axes
 
-MIN_CASES_FOR_LIMITS = 10  # with fewer cases, the limits are less certain than they are wide
+MIN_CASES_FOR_LIMITS = 10  # with fewer cases, the limits are too uncertain
 
 
 class Agreement(NamedTuple):
@@ -23,7 +23,8 @@ class Agreement(NamedTuple):
 def measure_agreement(name: str, predicted: np.ndarray, reference: np.ndarray) -> Agreement:
     """Return Bland and Altman's bias and limits of agreement for volumes in ml [n]."""
     difference = predicted - reference
-    bias, limits = float(difference.mean()), None
+    bias = float(difference.mean())
+    limits = None
     if len(difference) >= MIN_CASES_FOR_LIMITS:
         half = 1.96 * float(difference.std(ddof=1))
         limits = (bias - half, bias + half)
@@ -41,13 +42,13 @@ def agreement_by_class(rows: Sequence[Mapping[str, Any]]) -> list[Agreement]:
 
 def draw_volumes(axes: Axes, agreements: Sequence[Agreement]) -> None:
     """Plot predicted over reference volume in ml: a point per case and class, and the line of identity."""
-    values = np.concatenate([volumes for one in agreements for volumes in (one.predicted, one.reference)])
+    values = np.concatenate([volumes for each in agreements for volumes in (each.predicted, each.reference)])
     low, high = values.min(), values.max()
     margin = 0.08 * (high - low) or 0.1 * high or 1.0
     ends = (low - margin, high + margin)
     axes.plot(ends, ends, color="grey", lw=0.8, ls=":", label="identity")
-    for one in agreements:
-        axes.plot(one.reference, one.predicted, "o", ms=5, alpha=0.8, label=one.name)
+    for each in agreements:
+        axes.plot(each.reference, each.predicted, "o", ms=5, alpha=0.8, label=each.name)
     axes.set(xlabel="reference volume, ml", ylabel="predicted volume, ml", xlim=ends, ylim=ends, aspect="equal")
     axes.grid(alpha=0.3)
     axes.legend(frameon=False)

@@ -47,7 +47,7 @@ def draw_validation(axes: Axes, history: History, best: Mapping[str, float] | No
     Args:
         best: the line of the kept epoch; None takes the highest Dice, or the last epoch.
         counted: what Dice is averaged over, in words.
-        kept: which epoch is kept: `best` or `last`.
+        kept: which epoch is kept, `best` or `last`.
     """
     best = best or (history[-1] if kept == "last" else max(history, key=lambda line: line["val_dice"]))
     _draw_lines(axes, history, {"val_dice": "Dice", "val_iou": "IoU"})

@@ -1,4 +1,4 @@
-"""The report of `jaxla.verify` on a folder of scans: text for a person, JSON for a program."""
+"""The report of `jaxla.verify` on a folder of scans, as human-readable text or as JSON."""
 
 import re
 from collections import Counter
@@ -15,8 +15,8 @@ from jaxla.data.inventory import MIN_OUTLIER_CASES, OUTLIER_RULE, VOLUME_OUTLIER
 
 MAX_FINDINGS_PER_KIND = 10  # in the text; --json lists all
 JSON_KEYS = {"problem": "what", "fix": "mend"}  # programs read the document by these names
-MAX_EQUAL_FINDINGS = 3  # with the same problem and fix, in the text
-MAX_DISTINCT_VALUES = 4  # shapes, spacings
+MAX_EQUAL_FINDINGS = 3  # findings with the same problem and fix that the text lists
+MAX_DISTINCT_VALUES = 4  # shapes or spacings that the text lists
 
 
 def to_json(inventory: Inventory) -> dict[str, Any]:
@@ -43,7 +43,7 @@ def to_json(inventory: Inventory) -> dict[str, Any]:
 
 
 def label_values(inventory: Inventory) -> list[dict[str, Any]]:
-    """Return every mask value that is found or named, with its class and the number of cases that have it."""
+    """Return every mask value that the masks or the labels hold, with its class and the number of cases with it."""
     labels = inventory.labels
     counts = Counter(value for case in inventory.cases for value in case.mask_values or ())
     meanings: dict[int, str] = {}
@@ -62,7 +62,7 @@ def label_values(inventory: Inventory) -> list[dict[str, Any]]:
 
 
 def to_text(inventory: Inventory) -> str:
-    """Return the report for a person: a summary, then findings by level. Paths are relative to the root."""
+    """Return the report as text: a summary, then findings by level. Paths are relative to the root."""
     errors = inventory.errors
     warnings = inventory.findings[len(errors) :]
     summary = list(_summary(inventory))
@@ -126,7 +126,7 @@ def _summarise_geometry(cases: Sequence[CaseFacts]) -> Iterator[tuple[str, str]]
 
 
 def _finding_lines(findings: Iterable[Finding]) -> Iterator[str]:
-    """Yield a line for each finding, by kind. Of many equal ones, list the first few and the cases of the rest."""
+    """Yield a line for each finding, by kind; for many equal ones, list the first few and the cases of the rest."""
     kinds: dict[str, list[Finding]] = {}
     for finding in findings:
         kinds.setdefault(finding.kind, []).append(finding)

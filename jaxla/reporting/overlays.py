@@ -1,7 +1,7 @@
 """Outlines of prediction (yellow) and reference (blue, dashed) over the scan, at its own resolution and aspect ratio.
 
-Yellow and blue are safe for colour-blind readers. In grey print one line is bright with a dark edge, the other dark and
-dashed.
+Yellow and blue are safe for colour-blind readers. In greyscale, one line is bright with a dark edge, and the other is
+dark and dashed.
 """
 
 from collections.abc import Iterator, Sequence
@@ -49,7 +49,7 @@ def draw_overlays(panels: Sequence[Panel], path: Path) -> None:
 
 
 def slice_figures(panel: Panel, max_slices: int) -> Iterator[tuple[int, Figure]]:
-    """Yield index and figure of slices spread evenly over those that the reference covers, none of them twice.
+    """Yield index and figure of different slices, spread evenly over those that the reference covers.
 
     A figure has outlines only, in the aspect ratio in mm. Saved as SVG, it holds the slice's own H×W pixels, not
     resampled, and the outlines as lines.
@@ -70,7 +70,7 @@ def draw_slice(
     limits: tuple[float, float],
     interpolation: str | None = None,
 ) -> None:
-    """Draw a slice in its aspect ratio in mm, with the outlines of both masks; `limits` are shown black and white."""
+    """Draw a slice in its aspect ratio in mm, with the outlines of both masks; `limits` are drawn black and white."""
     _, row_mm, column_mm = panel.spacing
     low, high = limits
     axes.imshow(

@@ -1,4 +1,4 @@
-"""What the pages of runs and studies share: templates, number formats, figures as data URIs."""
+"""Helpers for the pages of runs and studies: templates, number formats, figures as data URIs."""
 
 import base64
 import io
@@ -22,7 +22,7 @@ from jaxla.runs.machine import describe_device
 
 
 class Pair(NamedTuple):
-    """A mean Dice and a mean IoU that are printed side by side."""
+    """A Dice and an IoU, or means of them, that are printed side by side."""
 
     name: str
     dice: float
@@ -30,7 +30,7 @@ class Pair(NamedTuple):
 
     @property
     def min_iou(self) -> float:
-        """The lowest mean IoU possible with this mean Dice.
+        """The lowest mean IoU that is possible with this mean Dice.
 
         The IoU of a mask is D/(2 − D), which is convex in D, so Jensen's inequality bounds the mean.
         """
@@ -60,7 +60,7 @@ def write_page(path: Path, template: str, **values: Any) -> None:
 
 
 def keep_options(text: object) -> Markup:
-    """Return text as HTML in which no line break divides an option's name, such as `--data.root`."""
+    """Return text as HTML without line breaks within option names such as `--data.root`."""
     return Markup(re.sub(r"(?<![\w-])(--[a-z][\w.-]*)", r'<span class="option">\1</span>', str(escape(text))))
 
 
@@ -102,6 +102,7 @@ def data_uri(figure: Figure) -> str:
 
 def _to_grey_png(match: re.Match[str]) -> str:
     """Return a grey RGBA image's PNG with a single channel: the same pixels in little more than half the bytes."""
-    image, compressed = Image.open(io.BytesIO(base64.b64decode(match[1]))), io.BytesIO()
+    image = Image.open(io.BytesIO(base64.b64decode(match[1])))
+    compressed = io.BytesIO()
     image.getchannel("R").save(compressed, "PNG", optimize=True)
     return base64.b64encode(compressed.getvalue()).decode()

@@ -1,4 +1,4 @@
-"""The page and the overlays of a run, from its folder: after its test, or again later."""
+"""The page and the overlays of a run, written from its folder: after its test, or again later."""
 
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, replace
@@ -22,7 +22,7 @@ from jaxla.runs.cost import Cost
 from jaxla.runs.record import read_record, read_record_json
 from jaxla.runs.trained import largest_groups
 
-TEXT_COLUMNS = ("case", "class")  # of cases.csv; all others hold numbers
+TEXT_COLUMNS = ("case", "class")  # columns of cases.csv with text; all others hold numbers
 
 
 def write_reports(
@@ -39,7 +39,8 @@ def write_reports(
         rows, summary, cost: the content of `test/cases.csv`, `test/summary.json` and `cost.json`.
     """
     record = read_record(folder)
-    experiment, names = record.experiment, record.labels.names
+    experiment = record.experiment
+    names = record.labels.names
     is_single = experiment.fold != ALL_FOLDS
     panels = select_panels(volumes, rows, folder / files.PREDICTIONS)
     if panels:
@@ -64,7 +65,7 @@ def write_reports(
 
 
 def rebuild_reports(folder: Path, cache_dir: Path, data_root: str = "") -> Path:
-    """Write the report of a tested run again, and return the path of its page.
+    """Rewrite the report of a tested run, and return the path of its page.
 
     Args:
         data_root: folder of the scans, if they have moved.
@@ -80,7 +81,8 @@ def rebuild_reports(folder: Path, cache_dir: Path, data_root: str = "") -> Path:
         raise InputError(folder, "this run has not been tested", f"Finish it: {command}")
     try:
         rows = _read_rows(folder / files.TEST_CASES) if (folder / files.TEST_CASES).exists() else []
-        summary, cost = files.read_summary(folder), asdict(read_json(folder / files.COST, Cost))
+        summary = files.read_summary(folder)
+        cost = asdict(read_json(folder / files.COST, Cost))
         hashes = read_json(folder / files.CASES, dict[str, str])
         shown = list(worst_median_best(case_means(rows, "dice"))) if rows else []
         with mark_cache_in_use(cache_dir):
@@ -104,7 +106,8 @@ def select_unchanged(
     dataset: Dataset, ids: Iterable[str], labels: Labels, hashes: Mapping[str, str]
 ) -> dict[str, Case]:
     """Return case id -> case; raise an InputError if one is missing or differs from its hash at training."""
-    cases, selected = {case.id: case for case in dataset.cases}, {}
+    cases = {case.id: case for case in dataset.cases}
+    selected = {}
     for case_id in ids:
         if case_id not in cases:
             raise InputError(dataset.root, f"case {case_id} is missing", "Pass the folder of the scans as --data.root.")

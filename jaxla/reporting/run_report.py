@@ -1,4 +1,4 @@
-"""A run's report: one self-contained HTML file with what was run and the results."""
+"""A run's report: one self-contained HTML file with its configuration and results."""
 
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
@@ -23,14 +23,15 @@ from jaxla.runs.record import format_value
 Json = Mapping[str, Any]  # content of a JSON file, or a row of a table
 
 MEAN = "Mean over classes"
-PARTS = {"train": "Training", "val": "Validation", "test": "Test", "unused": "Unused"}  # of the split
+PARTS = {"train": "Training", "val": "Validation", "test": "Test", "unused": "Unused"}  # parts of the split
 
 
 def select_panels(volumes: Mapping[str, PreparedVolume], rows: Sequence[Json], predictions: Path) -> list[Panel]:
     """Return the test cases with the lowest, median and highest Dice; `predictions` is the folder of their masks."""
     if not rows:
         return []
-    dice, panels = case_means(rows, "dice"), []
+    dice = case_means(rows, "dice")
+    panels = []
     for case_id, rank in worst_median_best(dice).items():
         volume = volumes[case_id]
         mask = read_mask(predictions / f"{case_id}.nii.gz")
@@ -57,19 +58,20 @@ def write_report(
     """Write a run's report atomically.
 
     Args:
-        path: of the HTML file.
+        path: path of the HTML file.
         record, split, summary, cost: the content of `experiment.json`, `split.json`, `test/summary.json`, `cost.json`.
         history: the lines of `metrics.jsonl`; empty for all folds together.
-        rows: the rows of `test/cases.csv`, one per test case and class, with numbers as numbers; empty without test.
+        rows: the rows of `test/cases.csv`, one per test case and class, with parsed numbers; empty without a test.
         panels: cases to show.
         unread: options that had no effect on the run and are not listed.
         folds: for cross-validation: folder name, kept epoch and results of each fold.
-        largest: groups of structures that keep only their largest connected part; None if the method keeps all parts.
+        largest: groups of structures that keep only their largest connected component; None if the method keeps all.
 
     Raises:
         KeyError, jinja2.UndefinedError: the arguments lack something that the report shows.
     """
-    counted, kept = record["unit"], record["experiment"]["training"]["checkpoint"]
+    counted = record["unit"]
+    kept = record["experiment"]["training"]["checkpoint"]
     best = next((line for line in history if line["epoch"] == summary.get("best_epoch")), None)
     write_page(
         path,
@@ -105,7 +107,7 @@ def _result_values(
     best: Mapping[str, float] | None,
     counted: str,
 ) -> dict[str, Any]:
-    """Return what the page shows of the test."""
+    """Return the page's values about the test."""
     agreements = agreement_by_class(rows)
     dice, atlas = case_means(rows, "dice"), case_means(rows, "atlas_dice")
     cases = [case for _, case in sorted(group_rows(rows).items(), key=lambda item: dice[item[0][0]])]  # failures first
@@ -125,8 +127,9 @@ def _result_values(
 
 
 def _provenance_values(record: Json, split: Mapping[str, Sequence[str]], unread: Collection[str]) -> dict[str, Any]:
-    """Return what the page shows of options, data and environment."""
-    options, hidden = _flatten(record["experiment"]), {"name", "summary", *unread}
+    """Return the page's values about options, data and environment."""
+    options = _flatten(record["experiment"])
+    hidden = {"name", "summary", *unread}
     return {
         "command": strip_run_options(record["command"]),
         "options": [(name, format_value(v)) for name, v in options.items() if name not in hidden],
@@ -181,7 +184,7 @@ def _result_blocks(summary: Json) -> list[dict[str, Any]]:
 
 
 def _list_costs(cost: Json, history: Sequence[Mapping[str, float]]) -> list[tuple[str, str]]:
-    """Return what the run cost: names of quantities, and their values in words."""
+    """Return the cost of the run: names of quantities, and their values as text."""
     volumes, slices = len(cost["inference_seconds"]), sum(cost["inference_slices"])
     parameters, trained = cost["parameters"] / 1e6, cost["trained_parameters"] / 1e6
     inference = f"{np.mean(cost['inference_seconds']):.2f} s per volume of {slices / volumes:.0f} slices"
@@ -204,8 +207,10 @@ def _list_costs(cost: Json, history: Sequence[Mapping[str, float]]) -> list[tupl
 
 
 def _list_facts(record: Json) -> list[tuple[str, str]]:
-    """Return the origin of data, weights and numbers: names of facts, and their values in words."""
-    root, labels, environment = record["experiment"]["data"]["root"], record["labels"], record["environment"]
+    """Return the origin of data, weights and results: names of facts, and their values as text."""
+    root = record["experiment"]["data"]["root"]
+    labels = record["labels"]
+    environment = record["environment"]
     values = [", ".join(map(str, group)) for group in labels["values"] or [["any except 0"]]]
     masks = [f"{name}: {value}" for name, value in zip(labels["names"], values, strict=True)]
     if labels["ignored"] is None:

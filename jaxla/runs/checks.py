@@ -18,19 +18,20 @@ def check_experiment(experiment: Experiment) -> Experiment:
     """Return the experiment with every name in this package's spelling; raise an InputError if no run can use it."""
     data, method = experiment.data, experiment.method
     if not data.root:
-        fix = f"Give a folder in one of these layouts: {RECOGNISED_LAYOUTS}. {how_to_get_data()}"
+        fix = f"Pass a folder in one of these layouts: {RECOGNISED_LAYOUTS}. {how_to_get_data()}"
         raise InputError("--data.root", "missing", fix)
     if data.other_labels == "background" and not data.labels:
         problem = "--data.labels is missing"
-        raise InputError("--data.other_labels=background", problem, "Name each class's values, such as LA:1.")
+        raise InputError("--data.other_labels=background", problem, "List the values of each class, such as LA:1.")
     if data.validation != "if_useful" and (data.split or experiment.fold):
         cause = "--data.split" if data.split else f"--fold={experiment.fold}"
-        problem = f"has no effect, because {cause} gives the validation patients"
+        problem = f"has no effect, because {cause} sets the validation patients"
         raise InputError(f"--data.validation={data.validation}", problem, "Remove one of the two.")
     model = method.model.resolve()
     experiment = replace(experiment, method=replace(method, model=model))
     _check_bounds(experiment)
-    training, own = method.training, METHODS[method.name].training
+    training = method.training
+    own = METHODS[method.name].training
     is_rate_unused = "training.backbone_learning_rate" in unread_options(experiment)
     if is_rate_unused and training.backbone_learning_rate != own.backbone_learning_rate:
         state = "frozen" if model.backbone == "frozen" else "trained from random weights"
@@ -53,7 +54,8 @@ def _check_input_size(model: NetworkOptions, preprocessing: Preprocessing) -> No
 def _check_bounds(experiment: Experiment) -> None:
     """Raise an InputError if a number is below its minimum or not finite."""
     data, method = experiment.data, experiment.method
-    training, task = method.training, TASKS[method.model.sample]
+    training = method.training
+    task = TASKS[method.model.sample]
     minimum = {
         "training.epochs": (1, training.epochs),
         "training.steps": (task.MIN_STEPS, training.steps),
@@ -72,10 +74,11 @@ def _check_bounds(experiment: Experiment) -> None:
     for name in ("opening", "closing"):
         side = getattr(method.postprocessing, name)
         if side and side % 2 == 0:
-            raise InputError(f"--postprocessing.{name}={side}", "an even number", "Use an odd number, or 0 for none.")
+            fix = "Use an odd number, or 0 to turn it off."
+            raise InputError(f"--postprocessing.{name}={side}", "must be odd", fix)
         minimum[f"postprocessing.{name}"] = (0, side)
     if method.postprocessing.flips and method.model.needs_plan:
-        problem = f"has no effect, because {method.name} mirrors as its plan says"
+        problem = f"has no effect, because the plan of {method.name} sets the mirroring"
         raise InputError("--postprocessing.flips=true", problem, "Remove the option.")
     for name, value in vars(method.augmentation).items():
         minimum[f"augmentation.{name}"] = (0, value)
@@ -84,16 +87,18 @@ def _check_bounds(experiment: Experiment) -> None:
             raise InputError(f"--{name}={value}", f"less than {bound}, or not finite", f"Use {bound} or more.")
     if training.minutes and not task.HAS_TIME_BUDGET:
         problem = f"cannot be used with {method.name}, whose validation depends on its steps"
-        raise InputError(f"--training.minutes={training.minutes:g}", problem, "Use --training.epochs and .steps.")
+        fix = "Use --training.epochs and --training.steps."
+        raise InputError(f"--training.minutes={training.minutes:g}", problem, fix)
     if training.minutes and training.steps != METHODS[method.name].training.steps:
-        problem = f"has no effect, because --training.minutes={training.minutes:g} fixes the steps"
+        problem = f"has no effect, because --training.minutes={training.minutes:g} sets the number of steps"
         raise InputError(f"--training.steps={training.steps}", problem, "Remove one of the two.")
     if not 0 <= training.average_decay < 1:
         where = f"--training.average_decay={training.average_decay}"
-        raise InputError(where, "not from 0 to below 1", "Use 0.99, or 0 for none.")
+        raise InputError(where, "must be at least 0 and less than 1", "Use 0.99, or 0 to turn it off.")
     if not 0 <= training.foreground_fraction < 1:
         where = f"--training.foreground_fraction={training.foreground_fraction}"
-        raise InputError(where, "not from 0 to below 1", "Use 0.5, for example, or 0 for none.")
+        fix = "Use 0.5, for example, or 0 to turn it off."
+        raise InputError(where, "must be at least 0 and less than 1", fix)
     for group, name in ((training, "training.foreground_fraction"), (method.preprocessing, "preprocessing.patch_size")):
         value = getattr(group, name.partition(".")[2], 0)
         if value and not task.TRAINS_ON_SLICES:
@@ -106,7 +111,7 @@ def _check_bounds(experiment: Experiment) -> None:
     for name in ("learning_rate", "backbone_learning_rate"):
         rate = getattr(training, name, 1.0)
         if not 0 < rate < math.inf:
-            raise InputError(f"--training.{name}={rate}", "not a positive number", "Use 1e-3, for example.")
+            raise InputError(f"--training.{name}={rate}", "must be a positive number", "Use 1e-3, for example.")
 
 
 def find_weights(experiment: Experiment, cache_dir: Path) -> tuple[Experiment, str]:

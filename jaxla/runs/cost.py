@@ -1,4 +1,4 @@
-"""What a run costs, `cost.json`: parameters, multiply-adds, memory and seconds, to be read beside how good it is."""
+"""The cost of a run, `cost.json`: parameters, multiply-adds, memory and seconds."""
 
 from __future__ import annotations
 
@@ -29,15 +29,15 @@ MAX_TIMED_VOLUMES, MAX_TIMED_SECONDS = 3, 60
 class Cost:
     """Parameters, multiply-adds, memory and seconds of one run; with --fold=all, of the networks of all folds.
 
-    `inference_seconds` are those from the scan in memory to the mask on its grid, for each timed volume, by the whole
-    network, compiled before.
+    `inference_seconds` are the times from the scan in memory to the mask on its grid, for each timed volume, with the
+    whole network and without compilation.
     """
 
-    parameters: int  # of the network
-    trained_parameters: int  # those that training changes
-    multiply_adds: int  # per slice at the network's input size, in all of its tiles; of a volume, a slice's part
+    parameters: int  # number of parameters of the network
+    trained_parameters: int  # number of parameters that training changes
+    multiply_adds: int  # per slice, in all of its tiles; for networks that read volumes, a slice's part
     step_bytes: int  # device memory of a training step, as reported by XLA
-    peak_host_bytes: int | None  # of the process (on CPU, all of it); None if the system does not say
+    peak_host_bytes: int | None  # peak memory of the process; None if the system does not report it
     peak_device_bytes: int | None  # peak memory on a GPU; None on CPU
     inference_seconds: tuple[float, ...]
     inference_slices: tuple[int, ...]  # number of slices of each timed volume
@@ -52,7 +52,9 @@ def measure_cost(
     The first of `volumes`, which may be the run's test volumes, are segmented once more, to be timed.
     """
     seconds = time_inference(segment, volumes)
-    task, network, count = run.task, run.networks[0], len(run.networks)
+    task = run.task
+    network = run.networks[0]
+    count = len(run.networks)
     shape = task.input_shape(deepest)
     depth = math.prod(shape[:-3])
     is_finetuned = task.model.backbone == "finetuned"
@@ -75,10 +77,11 @@ def measure_cost(
 
 
 def time_inference(segment: SegmentSlices, volumes: Sequence[PreparedVolume]) -> list[float]:
-    """Return the seconds that each of the first volumes takes, until there are enough or enough time has passed."""
+    """Return the seconds that each of the first volumes takes, up to a number of volumes and a total time."""
     seconds: list[float] = []
     for volume in volumes[:MAX_TIMED_VOLUMES]:
-        slices, geometry = np.array(volume.image), slice_geometry(read_grid(volume.case.image).affine)
+        slices = np.array(volume.image)
+        geometry = slice_geometry(read_grid(volume.case.image).affine)
         segment(slices, geometry, False)  # compiles, if no volume of this depth was segmented before
         began = time.perf_counter()
         classes, _ = segment(slices, geometry, False)

@@ -1,4 +1,4 @@
-"""The folder of a run: names of its files, who may write it, and whether a run can start or resume in it."""
+"""The folder of a run: names of its files, its lock, and whether a run can start or resume in it."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ BACKBONE = "backbone.safetensors"  # a frozen backbone with random weights, whic
 CHECKPOINTS = "checkpoints"
 METRICS = "metrics.jsonl"
 CURVES = "progress.png"
-LARGEST = "validation/largest.json"  # groups of classes whose largest connected part alone is kept
+LARGEST = "validation/largest.json"  # groups of classes that keep only their largest connected component
 PREDICTIONS = "test/predictions"
 TEST_CASES, TEST_SLICES = "test/cases.csv", "test/slices.csv"
 SUMMARY = "test/summary.json"
@@ -60,7 +60,7 @@ def require_free(folder: Path) -> None:
 
 
 def has_not_begun(folder: Path) -> bool:
-    """Return whether an existing folder holds nothing but what a run killed before it began may leave."""
+    """Return whether an existing folder holds only files that a run leaves if it is killed before it begins."""
     return all(path.name in FIRST_FILES or is_leftover(path) for path in folder.iterdir())
 
 
@@ -78,7 +78,7 @@ def is_running(folder: Path) -> bool:
             return False
     except Timeout:
         return True
-    except OSError:  # a folder that this user cannot write
+    except OSError:  # a folder that this user cannot write to
         return False
 
 
@@ -87,7 +87,7 @@ class Metrics(TypedDict):
 
     epoch: int
     train_loss: float
-    val_loss: NotRequired[float]  # as the next two, missing from all lines without validation cases
+    val_loss: NotRequired[float]  # this and the next two are missing from all lines without validation cases
     val_dice: NotRequired[float]
     val_iou: NotRequired[float]
     seconds: float
@@ -112,13 +112,13 @@ class Overlaps(TypedDict):
 
 
 class RunSummary(TypedDict):
-    """What is read from `summary.json` of a run without test cases."""
+    """The entries that are read from `summary.json` of a run without test cases."""
 
     best_epoch: NotRequired[int]
 
 
 class TestSummary(RunSummary, Overlaps):
-    """What is read from `summary.json`."""
+    """The entries that are read from `summary.json`."""
 
     classes: dict[str, dict[str, Any]]
     slice: Overlaps
@@ -188,7 +188,7 @@ def write_metrics(folder: Path, history: Sequence[Mapping[str, Any]]) -> None:
 
 
 def summarise_fold(folder: Path) -> dict[str, Any]:
-    """Return what the report of all folds shows of one: its kept epoch, its test, and the minutes it took."""
+    """Return what the report of all folds shows for one fold: its kept epoch, its test, and its minutes."""
     summary, history = read_summary(folder), read_metrics(folder)
     kept = kept_metrics(folder, history, summary)
     return {
@@ -215,7 +215,7 @@ def run_folder(folder: Path, record: Record, split: Split, cases: Mapping[str, s
             _require_same_run(folder, begun, record, split, cases)
             remove_leftovers(folder)
             session = {"begun": record.begun, "command": record.command, "environment": record.environment}
-            # Scans and weights may have moved, and files that only repeat what was compared may be gone.
+            # Scans and weights may have moved, and files that the record also covers by a hash may be gone.
             moved = replace(begun, experiment=record.experiment, weights=record.weights, network=record.network)
             write_record(folder, replace(moved, resumed=(*begun.resumed, session)))
             _write_first_files(folder, split, cases)
@@ -244,8 +244,11 @@ def _write_first_files(folder: Path, split: Split, cases: Mapping[str, str]) -> 
 def lock_folder(folder: Path, option: str, action: str) -> Iterator[None]:
     """Create the folder of a run or study if needed, and lock it against other processes.
 
+    Args:
+        option, action: for the error `{option}={folder}: another process {action} there`.
+
     Raises:
-        InputError: it cannot be written, or another process holds it: `option`: another process `action` there.
+        InputError: the folder cannot be written, or another process holds it.
     """
     lock = FileLock(folder / LOCK, timeout=1)  # longer than `is_running` holds it
     with report_os_errors("written", f"{option}={folder}", "Use another folder."):
@@ -263,7 +266,7 @@ def lock_folder(folder: Path, option: str, action: str) -> Iterator[None]:
 def require_resumable(folder: Path | None, experiment: Experiment) -> None:
     """Raise an InputError unless `folder` holds an unfinished run with these options; it names the first difference."""
     if folder is None:
-        raise InputError("--resume", "--run-dir is missing", "Give the folder of the run to resume.")
+        raise InputError("--resume", "--run-dir is missing", "Pass the folder of the run to resume.")
     if folder.is_dir() and has_not_begun(folder):
         raise InputError("--resume", f"no run has started in {folder}", "Start it without --resume.")
     record = read_record(folder)
@@ -272,21 +275,22 @@ def require_resumable(folder: Path | None, experiment: Experiment) -> None:
     if is_running(folder):
         raise InputError(f"--run-dir={folder}", "another process is training there", "Wait for it.")
     if changes := list(differences(experiment, record.experiment)):
-        name, now, then = changes[0]
-        problem = f"--{name} is {format_value(now)}, but the run in {folder} began with {format_value(then)}"
+        name, current, earlier = changes[0]
+        problem = f"--{name} is {format_value(current)}, but the run in {folder} began with {format_value(earlier)}"
         command = _with_former_defaults(record.command, changes)
         raise InputError("--resume", problem, f"Resume with: {resume_command(command, folder)}")
 
 
 def _with_former_defaults(command: str, changes: Sequence[tuple[str, Any, Any]]) -> str:
-    """Return a run's command with the changed options that it leaves to their defaults, which may have changed since.
+    """Return a run's command with the former value of each changed option that it does not set.
 
-    All others follow from the experiment and the method, so only these are given if they changed.
+    The defaults of such options may have changed since. If the experiment or the method has changed, only this one is
+    added, because the other options follow from it.
     """
     given = {word.split("=")[0] for word in shlex.split(command)}
     if changes[0][0] in ("exp", "method"):
         changes = changes[:1]
-    words = [f"--{name}={format_value(then)}" for name, _, then in changes if then not in ("", None)]
+    words = [f"--{name}={format_value(earlier)}" for name, _, earlier in changes if earlier not in ("", None)]
     return shlex.join([*shlex.split(command), *(word for word in words if word.split("=")[0] not in given)])
 
 
@@ -303,38 +307,38 @@ def _require_unfinished(folder: Path) -> None:
 def _require_same_run(folder: Path, begun: Record, record: Record, split: Split, cases: Mapping[str, str]) -> None:
     """Raise an InputError unless data, split and weights are those that the run began with."""
     try:
-        then = read_json(folder / CASES, dict[str, str])
-    except (FileNotFoundError, InputError):  # it only serves to name the case
-        then = dict(cases)
-    root, data = record.experiment.data.root, record.experiment.data
-    case = changed_case(then, cases)
+        earlier_cases = read_json(folder / CASES, dict[str, str])
+    except (FileNotFoundError, InputError):  # the file only serves to name the changed case
+        earlier_cases = dict(cases)
+    data = record.experiment.data
+    case = changed_case(earlier_cases, cases)
     if case or begun.data_sha256 != record.data_sha256:
-        problem = f"the data in {root} differ from those that the run in {folder} began with"
+        problem = f"the data in {data.root} differ from those that the run in {folder} began with"
         raise InputError("--resume", problem + (f": {case}" if case else ""), "Restore them, or start a new run.")
     if begun.split_sha256 != split.sha256:
         problem = f"--data.split={data.split} differs from the split that the run began with"
         raise InputError("--resume", problem, f"Use {shlex.quote(f'--data.split={folder / SPLIT}')}.")
     if record.weights != "random" and begun.weights_sha256 != record.weights_sha256:
-        now, then = (f"{sha256[:12]}…" for sha256 in (record.weights_sha256, begun.weights_sha256))
-        problem = f"{record.weights} (sha256 {now}) is not the file that the run began with ({then})"
+        current, earlier = (f"{sha256[:12]}…" for sha256 in (record.weights_sha256, begun.weights_sha256))
+        problem = f"{record.weights} (sha256 {current}) is not the file that the run began with ({earlier})"
         raise InputError("--resume", problem, "Restore that file, or start a new run.")
     _log_changed_environment(begun.environment, record.environment)
 
 
-def _log_changed_environment(then: Mapping[str, Any], now: Mapping[str, Any]) -> None:
+def _log_changed_environment(earlier: Mapping[str, Any], current: Mapping[str, Any]) -> None:
     may_differ = "the result may differ in rounding"
-    if (began := then["device"]) != (resumes := now["device"]):
+    if (began := earlier["device"]) != (resumes := current["device"]):
         will_differ = "the result will differ from an uninterrupted run"
         log.warning("the run began on %s and resumes on %s: %s", began, resumes, will_differ)
-    if (began := then["devices"]) != (resumes := now["devices"]):
+    if (began := earlier["devices"]) != (resumes := current["devices"]):
         log.info("the run began on %d devices and resumes on %d: %s", began, resumes, may_differ)
-    for name, resumes in now["versions"].items():
-        if (began := then["versions"].get(name)) != resumes:
+    for name, resumes in current["versions"].items():
+        if (began := earlier["versions"].get(name)) != resumes:
             log.warning("the run began with %s %s and resumes with %s: %s", name, began, resumes, may_differ)
-    if "settings" not in then:  # the record of an earlier version
+    if "settings" not in earlier:  # the record of an earlier version
         return
-    for name in sorted({*then["settings"], *now["settings"]}):
-        values = (environment["settings"].get(name) for environment in (then, now))
+    for name in sorted({*earlier["settings"], *current["settings"]}):
+        values = (environment["settings"].get(name) for environment in (earlier, current))
         began, resumes = (f"{name} not set" if value is None else f"{name}={value}" for value in values)
         if began != resumes:
             log.warning("the run began with %s and resumes with %s: the result may differ", began, resumes)

@@ -1,4 +1,4 @@
-"""What a run will take, before it starts: counts from the data, memory from XLA, times from a few measured steps."""
+"""The forecast of a run before it starts: counts from the data, memory from XLA, times from a few measured steps."""
 
 from __future__ import annotations
 
@@ -30,40 +30,40 @@ PAGE_BYTES = 10_000_000  # report and figures for large scans
 
 @dataclass(frozen=True)
 class FeaturesForecast:
-    """What computing and keeping a frozen backbone's features will take; all zero if they are not cached."""
+    """Time and disk space for the features of a frozen backbone; all zero if they are not cached."""
 
     size: int = 0  # bytes of the features that are not in the cache yet
-    fit: bool = True  # whether the disk has room for them; if not, the backbone runs at every step
+    fit: bool = True  # whether the disk has room for them; if not, the backbone runs in every epoch
     how_to_fit: str = ""  # advice on making them fit
-    folder: Path | None = None  # that keeps them
-    seconds: float = 0.0  # to compute those that are missing
-    seconds_per_slice: float = 0.0  # of the frozen backbone
+    folder: Path | None = None  # folder that stores them
+    seconds: float = 0.0  # time to compute the missing features
+    seconds_per_slice: float = 0.0  # time of the frozen backbone
 
 
 @dataclass(frozen=True)
 class Forecast:
-    """Bytes and seconds that a run will take."""
+    """Time, memory and disk space that a run needs."""
 
-    network: str  # in words
+    network: str  # description of the network
     sample: tuple[str, str]  # the word for one training sample, and for several
-    case_word: str  # what they are called
-    cases: dict[str, int]  # in each part of the split
-    slices: dict[str, int]  # in each part of the split
-    batch_size: int  # as used
-    steps: int  # per epoch
-    epochs: int  # at most
-    trained: int  # parameters
-    frozen: int  # parameters
+    case_word: str  # the word for a case: `patient` or `case`
+    cases: dict[str, int]  # number of cases in each part of the split
+    slices: dict[str, int]  # number of slices in each part of the split
+    batch_size: int  # samples per step
+    steps: int  # steps per epoch
+    epochs: int  # maximum number of epochs
+    trained: int  # number of trained parameters
+    frozen: int  # number of frozen parameters
     features: FeaturesForecast
     disk_free: int  # bytes on the disk of the cache folder
     cache_dir: Path
     run_bytes: int  # size of the run's folder at its largest: checkpoints and predictions
     step_bytes: int  # device memory of a training step, as reported by XLA
-    device_bytes: int  # memory of the device; 0 if it does not say
-    start_seconds: float  # to build the network, compile its step, and measure it if its time is limited
-    step_seconds: float  # of a training step
-    validation_seconds: float  # at the end of an epoch
-    test_seconds: float  # to segment and score the test cases, and to time some of them
+    device_bytes: int  # memory of the device; 0 if unknown
+    start_seconds: float  # time to build the network, compile its step, and measure the step if minutes are limited
+    step_seconds: float  # time of a training step
+    validation_seconds: float  # time at the end of each epoch
+    test_seconds: float  # time to segment and score the test cases, and to time some of them
 
     @property
     def epoch_seconds(self) -> float:
@@ -84,13 +84,13 @@ def forecast_run(
     cache_dir: Path,
     needing_features: Sequence[PreparedVolume] | None = None,
 ) -> Forecast:
-    """Measure a few steps of a run on its own data. Nothing is trained, and no file written but in the cache.
+    """Measure a few steps of a run on its own data. Nothing is trained, and files are written only in the cache.
 
     Args:
         needing_features: volumes whose features are needed; by default the run's own.
 
     Raises:
-        InputError: a step needs more memory than there is.
+        InputError: a step needs more memory than is available.
     """
     with catch_out_of_memory(task.batch_size, task.memory_advice):
         began = time.perf_counter()
@@ -100,7 +100,7 @@ def forecast_run(
         build_seconds = time.perf_counter() - began
         volumes = data.used_volumes if needing_features is None else needing_features
         found, features = forecast_features(network, data, task, cache_dir, volumes)
-        sources = task.make_sources(data, cache_dir, features)  # the run finds patches resampled: not its start
+        sources = task.make_sources(data, cache_dir, features)  # not timed: the run finds resampled volumes cached
 
         speed = measure_speed(task, network, sources, features)
     recipe = experiment.method.training
@@ -177,13 +177,16 @@ def forecast_test(
 
 def describe_forecast(forecast: Forecast, name: str) -> str:
     """Return the forecast of the experiment of this name as lines to print."""
-    f, features, epochs = forecast, forecast.features, plural(forecast.epochs, "epoch")
+    f = forecast
+    features = forecast.features
+    epochs = plural(forecast.epochs, "epoch")
     disk = f"run folder {format_bytes(f.run_bytes)} at most"
     if features.size:
-        size, free = format_bytes(features.size), f"{format_bytes(f.disk_free)} free"
+        size = format_bytes(features.size)
+        free = f"{format_bytes(f.disk_free)} free"
         disk += f"; features {size} in {f.cache_dir} ({free})"
         if not features.fit:
-            disk += f", which do not fit: the backbone will run at every step. To cache them, use {features.how_to_fit}"
+            disk += f", which do not fit: the backbone runs in every epoch. To cache them, use {features.how_to_fit}"
     memory = f"{format_bytes(f.step_bytes)} for a training step, as reported by XLA"
     if f.device_bytes:
         memory += f", of {format_bytes(f.device_bytes)}"
@@ -210,7 +213,8 @@ def describe_forecast(forecast: Forecast, name: str) -> str:
 
 def _time_scoring(data: PreparedData) -> float:
     """Return the seconds to score one case as the test does, measured on a shifted validation or training mask."""
-    volume, names = data.volumes[(data.split.val or data.split.train)[0]], data.dataset.labels.names
+    volume = data.volumes[(data.split.val or data.split.train)[0]]
+    names = data.dataset.labels.names
     mask = np.asarray(volume.mask)
     shifted = np.roll(mask, 5, axis=1)
     began = time.perf_counter()

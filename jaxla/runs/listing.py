@@ -1,4 +1,4 @@
-"""What `python -m jaxla.train --exp=list` prints: the experiments and the methods."""
+"""The lists of experiments and methods that `python -m jaxla.train --exp=list` prints."""
 
 from __future__ import annotations
 

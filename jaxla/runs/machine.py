@@ -1,4 +1,4 @@
-"""What a run was executed on: packages, device, processor."""
+"""The environment of a run: packages, devices and processor."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ PACKAGES = (
     "jaxla", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy", "scipy", "nibabel", "pillow",
 )  # fmt: skip
 
-# Environment variables that change how JAX and XLA compute, apart from those that commands fix (jaxla.cli.start).
+# Environment variables that change how JAX and XLA compute, except those that commands set (jaxla.cli.start).
 NUMERIC_SETTINGS = (
     "JAX_DEFAULT_MATMUL_PRECISION", "JAX_DEFAULT_PRNG_IMPL", "JAX_THREEFRY_PARTITIONABLE", "JAX_RANDOM_SEED_OFFSET",
     "JAX_THREEFRY_GPU_KERNEL_LOWERING", "JAX_DISABLE_JIT", "JAX_DISABLE_MOST_OPTIMIZATIONS", "JAX_OPTIMIZATION_LEVEL",
@@ -53,10 +53,10 @@ def processor() -> str:
 def describe_device(environment: Mapping[str, Any]) -> str:
     """Return the devices of an environment in words.
 
-    Examples: `cpu: AMD EPYC 7B13, 8 cores`; `gpu: NVIDIA H100, 4 of them, in 2 processes`.
+    Examples: `cpu: AMD EPYC 7B13, 8 cores`; `gpu: NVIDIA H100, 4 devices, in 2 processes`.
     """
     name = environment["device"]
     if name.startswith("cpu"):
         name = f"cpu: {environment['processor']}"
     count, processes = environment["devices"], environment["processes"]
-    return name + (f", {count} of them" if count > 1 else "") + (f", in {processes} processes" if processes > 1 else "")
+    return name + (f", {count} devices" if count > 1 else "") + (f", in {processes} processes" if processes > 1 else "")

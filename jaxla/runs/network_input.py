@@ -1,4 +1,4 @@
-"""What a run's network sees of its scans, for the log."""
+"""Log how much of its scans a run's network sees."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ log = logging.getLogger("jaxla.train")
 
 
 def log_network_input(data: PreparedData, task: Task) -> None:
-    """Log what the network sees of the scans, and warn of scans or structures that it sees in part."""
+    """Log what the network sees of the scans, and warn about scans or structures that it only sees in part."""
     method = task.experiment.method
     if method.preprocessing and method.preprocessing.pad_to == "foreground":
         log.info("the network sees the central %.0f mm of slices; the rest becomes background", task.extent)

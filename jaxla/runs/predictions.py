@@ -1,4 +1,4 @@
-"""What predict leaves beside its masks: `predictions.csv`, and a file that marks masks as unfinished until then."""
+"""The files that predict writes next to its masks: `predictions.csv`, and a mark that they are unfinished."""
 
 from __future__ import annotations
 
@@ -28,8 +28,8 @@ COLUMNS = (
     "volume_ml",
     "voxels",
     "connected_parts",  # voxels of one part share faces
-    "slices",  # with a voxel of the class
-    "touches_border",  # of the scan
+    "slices",  # number of slices that contain the class
+    "touches_border",  # whether the class touches the border of the scan
     "spacing_x_mm",
     "spacing_y_mm",
     "spacing_z_mm",
@@ -46,16 +46,16 @@ class Origin(NamedTuple):
     """The network that a mask comes from."""
 
     run: str  # folder, as the user gave it
-    run_id: str  # the same wherever the folder is
+    run_id: str  # does not depend on where the folder is
     epoch: int
 
 
 class Unfinished(NamedTuple):
-    """What an interrupted command was doing."""
+    """The task of an interrupted command."""
 
     origin: Origin
-    cases: tuple[str, ...]  # that it was given
-    overwrite: bool  # it replaced earlier masks
+    cases: tuple[str, ...]  # ids of all cases that it was to segment
+    overwrite: bool  # whether it replaced earlier masks
 
 
 class _UnfinishedFile(TypedDict):
@@ -69,16 +69,16 @@ class _UnfinishedFile(TypedDict):
 
 
 def run_id(record: Record) -> str:
-    """Return a short name of a run that no other run has."""
+    """Return a short unique id of a run."""
     return hashlib.sha256(f"{record.begun} {record.command} {record.data_sha256}".encode()).hexdigest()[:12]
 
 
 def describe_mask(classes: np.ndarray, names: Sequence[str], volume: Volume) -> list[dict[str, Any]]:
-    """Return a row of `predictions.csv` for each class, with what the mask alone determines.
+    """Return a row of `predictions.csv` for each class, with the columns that depend only on the mask.
 
     Args:
         classes: class indices on the grid of the scan `volume`.
-        names: of the foreground classes.
+        names: names of the foreground classes.
     """
     slice_axis = slice_geometry(volume.affine).order[0]
     voxel_ml = math.prod(volume.spacing) / 1000
@@ -108,13 +108,14 @@ def find_kept(outputs: Mapping[str, Path], table: Path, origin: Origin) -> list[
         InputError: a mask was not written by the network `origin`, or may not have been.
     """
     own = f"by --run={origin.run}, epoch {origin.epoch}"
-    marker, fix = unfinished_file(table), "Use --overwrite to replace the masks, or another --output."
+    marker = unfinished_file(table)
+    fix = "Use --overwrite to replace the masks, or another --output."
     unfinished = read_unfinished(table)
     if unfinished and unfinished.overwrite:
         problem = "--overwrite was interrupted, so some masks are new and some are not"
         raise InputError(marker, problem, "Use --overwrite again, or another --output.")
     if unfinished and unfinished.origin[1:] != origin[1:]:
-        problem = f"begun by --run={unfinished.origin.run}, epoch {unfinished.origin.epoch}, and not {own}"
+        problem = f"written by --run={unfinished.origin.run}, epoch {unfinished.origin.epoch}, not {own}"
         raise InputError(marker, problem, fix)
     origins = {row["case"]: (row["run_id"], row["epoch"]) for row in read_table(table)}
     kept = [case for case, mask in outputs.items() if mask.exists()]
@@ -145,7 +146,7 @@ def read_unfinished(table: Path) -> Unfinished | None:
 
 
 def unfinished_file(table: Path) -> Path:
-    """Return the file that says which network writes the masks, while the table is missing."""
+    """Return the file that records which network writes the masks, until the table is complete."""
     return table.with_suffix(".unfinished.json")
 
 
@@ -163,7 +164,7 @@ def mark_unfinished(table: Path, origin: Origin, cases: Sequence[str], overwrite
             write_atomically(marker, json.dumps(content, indent=1) + "\n")
         if overwrite and table.exists():
             replace_rows(table, cases, [])
-    barrier()  # no mask is written before
+    barrier()  # no process writes a mask before this
     yield
     if is_first():
         marker.unlink(missing_ok=True)
@@ -187,9 +188,9 @@ def read_table(path: Path) -> list[dict[str, str]]:
 
 
 def replace_rows(path: Path, cases: Collection[str], rows: Iterable[Mapping[str, Any]]) -> None:
-    """Replace the rows of these cases in `predictions.csv`; the new ones stand below those of other cases.
+    """Replace the rows of these cases in `predictions.csv`; the new rows follow those of other cases.
 
-    Columns that a user added stay, empty in the new rows.
+    Columns that a user added are kept; they are empty in the new rows.
     """
     earlier = [row for row in read_table(path) if row["case"] not in cases]
     added = dict.fromkeys(column for row in earlier for column in row if column not in COLUMNS)

@@ -17,7 +17,7 @@ from jaxla.data.labels import Labels
 
 RECORD = "experiment.json"
 VERSION = 5
-# The content of the files is compared instead, and the split.
+# For these options, the content of the files and the split are compared instead.
 NOT_COMPARED = {
     "data.root", "data.image", "data.mask", "data.patients", "data.split", "model.weights", "model.plan"
 }  # fmt: skip
@@ -26,28 +26,28 @@ NO_FILE = {"model.weights": "random", "model.plan": ""}  # values that name no f
 
 @dataclass(frozen=True)
 class Record:
-    """What a run folder says about its run."""
+    """The record of a run, as its folder stores it."""
 
     experiment: Experiment  # with every option resolved
     label: str  # the method's name, and the architecture if it is not the method's own
-    network: str  # the network in words: label, origin of its weights, and whether they are trained
-    input: str  # one input of the network, in words
-    unit: str  # what validation averages Dice over, in words
+    network: str  # description of the network: label, origin of its weights, and whether they are trained
+    input: str  # description of one input of the network
+    unit: str  # description of what validation averages Dice over
     labels: Labels  # classes of the data set
     weights: str  # origin of the backbone: `random`, or the file's path
     weights_sha256: str  # hash of that file's data; "" for random weights
     split_sha256: str  # hash of the case ids in `split.json`
     data_sha256: str  # hash of the scans and masks of all cases
-    command: str  # that started the run
+    command: str  # command that started the run
     begun: str  # local time of the start, ISO 8601
     environment: dict[str, Any]  # package versions, device and platform
     backbone_sha256: str = ""  # hash of the parameters of a random backbone that stays frozen; else ""
     resumed: tuple[dict[str, Any], ...] = ()  # time, environment and command of each time the run was resumed
-    features: str = ""  # a sentence on how the backbone was run: at every step, or once per slice
-    features_cached: bool = False  # whether it was run once per slice
-    fitted_epochs: int = 0  # that fit into training.minutes; 0 without that option
-    fitted_steps: int = 0  # of each of these epochs
-    extent: float = 0.0  # side in mm of the square that all slices are laid on; 0 if each has its own
+    features: str = ""  # a sentence on how often the backbone ran: in every epoch, or once per slice
+    features_cached: bool = False  # whether it ran once per slice
+    fitted_epochs: int = 0  # epochs that fit into training.minutes; 0 without that option
+    fitted_steps: int = 0  # steps of each of these epochs
+    extent: float = 0.0  # side in mm of the square to which all slices are padded; 0 if each has its own
 
 
 class _Environment(TypedDict):
@@ -78,7 +78,7 @@ class _Training(TypedDict):
 
 
 class _Experiment(TypedDict):
-    """What is read without the networks; `experiment_from_json` checks all options of the method."""
+    """The options that are read without importing the networks; `experiment_from_json` checks all of them."""
 
     name: str
     summary: str
@@ -106,7 +106,9 @@ def method_label(experiment: Experiment, methods: Mapping[str, Method]) -> str:
 
 def describe_network(experiment: Experiment, methods: Mapping[str, Method]) -> str:
     """Return the network in words: its label, the origin of its weights, and whether they are trained."""
-    method, model, label = experiment.method, experiment.method.model, method_label(experiment, methods)
+    method = experiment.method
+    model = experiment.method.model
+    label = method_label(experiment, methods)
     if label == method.name != model.arch and "arch" in asdict(model):  # a network on a backbone
         label += f" on {model.arch}"
     origin = "random weights" if model.weights == "random" else Path(model.weights).name
@@ -134,7 +136,7 @@ def read_record_json(folder: Path) -> dict[str, Any]:
     try:
         content = read_json(path, dict[str, Any])
     except (FileNotFoundError, NotADirectoryError) as error:
-        raise InputError(folder, f"not a run folder (no {RECORD})", "Give the folder that training wrote.") from error
+        raise InputError(folder, f"not a run folder (no {RECORD})", "Pass the folder that training wrote.") from error
     version = check_types(content.get("version"), int, path)
     if version > VERSION:
         raise InputError(folder, "written by a newer version of jaxla", "Update jaxla.")
@@ -152,7 +154,8 @@ def read_record(folder: Path) -> Record:
     del content["version"]
     try:
         experiment = experiment_from_json(content["experiment"], METHODS)
-        labels, resumed = labels_from_json(content["labels"]), tuple(content.get("resumed", ()))
+        labels = labels_from_json(content["labels"])
+        resumed = tuple(content.get("resumed", ()))
         return Record(**{**content, "experiment": experiment, "labels": labels, "resumed": resumed})
     except (ValueError, KeyError, TypeError) as error:
         raise InputError(folder / RECORD, f"damaged: {describe_damage(error)}", RESTORE) from error
@@ -176,13 +179,13 @@ def _all_options(experiment: Experiment) -> dict[str, Any]:
     return {"exp": experiment.name, "method": experiment.method.name} | option_values(experiment)
 
 
-def differences(now: Experiment, then: Experiment) -> Iterator[tuple[str, Any, Any]]:
-    """Yield the options in which two experiments differ: dotted name, value now, value then."""
-    before = _all_options(then)
-    for name, value in _all_options(now).items():
-        earlier = before.get(name)
-        if value != earlier and (name not in NOT_COMPARED or NO_FILE.get(name) in (value, earlier)):
-            yield name, value, earlier
+def differences(current: Experiment, earlier: Experiment) -> Iterator[tuple[str, Any, Any]]:
+    """Yield the options in which two experiments differ: dotted name, current value, earlier value."""
+    earlier_options = _all_options(earlier)
+    for name, value in _all_options(current).items():
+        earlier_value = earlier_options.get(name)
+        if value != earlier_value and (name not in NOT_COMPARED or NO_FILE.get(name) in (value, earlier_value)):
+            yield name, value, earlier_value
 
 
 def format_value(value: Any) -> str:
@@ -192,17 +195,18 @@ def format_value(value: Any) -> str:
     return "not given" if value in ("", None) else str(value)
 
 
-def changed_case(then: Mapping[str, str], now: Mapping[str, str]) -> str:
+def changed_case(earlier: Mapping[str, str], current: Mapping[str, str]) -> str:
     """Describe the first case whose hash has changed; "" if all are the same."""
-    for name in sorted(set(then) | set(now)):
-        if then.get(name) != now.get(name):
-            what = "new" if name not in then else "missing" if name not in now else "a different scan or mask"
-            return f"case {name} is {what}"
+    for name in sorted(set(earlier) | set(current)):
+        if earlier.get(name) != current.get(name):
+            is_known, is_present = name in earlier, name in current
+            change = "new" if not is_known else "a different scan or mask" if is_present else "missing"
+            return f"case {name} is {change}"
     return ""
 
 
 def experiment_to_json(experiment: Experiment) -> dict[str, Any]:
-    """Return an experiment as it stands in `experiment.json`: a group of options for each group of the command line."""
+    """Return an experiment as `experiment.json` stores it: with the same groups of options as the command line."""
     about = {"name": experiment.name, "summary": experiment.summary, "method": experiment.method.name}
     groups = {name: asdict(group) for name, group in option_groups(experiment).items()}
     return about | {"seed": experiment.seed, "fold": experiment.fold} | groups

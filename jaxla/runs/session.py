@@ -50,14 +50,14 @@ def open_run(
     resume: bool,
     outer_resume_command: str = "",
 ) -> Iterator[None]:
-    """Lock a run's folder while it is trained and tested; log and explain whatever ends that early.
+    """Lock a run's folder while it is trained and tested; log and explain any early end.
 
     Args:
-        early_log: lines that the log begins with.
+        early_log: the first lines of the log.
         outer_resume_command: the command that resumes the cross-validation, if this run is one of its folds.
 
     Raises:
-        InputError: another process holds the folder, what is to be resumed differs, or a disk fails.
+        InputError: another process holds the folder, the run to resume differs, or a disk fails.
         Stopped: the process was asked to stop; the message holds the command that resumes the run.
     """
     command = outer_resume_command or resume_command(record.command, run_dir)
@@ -78,7 +78,7 @@ def open_run(
 
 
 def _require_shared_folder(run_dir: Path) -> None:
-    """Raise an InputError unless this process sees the folder that process 0 has made."""
+    """Raise an InputError unless this process sees the folder that process 0 created."""
     begun = broadcast((run_dir / RECORD).read_text("utf-8") if is_first() else None)
     if not (run_dir / RECORD).exists() or (run_dir / RECORD).read_text("utf-8") != begun:
         raise InputError(f"--run-dir={run_dir}", "not visible to all processes", "Use a disk that all hosts share.")
@@ -87,7 +87,8 @@ def _require_shared_folder(run_dir: Path) -> None:
 @contextmanager
 def log_file(path: Path, early_log: Sequence[logging.LogRecord]) -> Iterator[logging.Handler]:
     """Write the package's log lines to a file, those of `early_log` first."""
-    handler, package = logging.FileHandler(path, encoding="utf-8"), logging.getLogger("jaxla")
+    handler = logging.FileHandler(path, encoding="utf-8")
+    package = logging.getLogger("jaxla")
     for line in early_log:
         handler.handle(line)
     package.addHandler(handler)
@@ -130,7 +131,7 @@ def explain_end(command: str, run_dir: Path, handler: logging.Handler) -> Iterat
 
 @contextmanager
 def remove_if_too_large(run_dir: Path) -> Iterator[None]:
-    """Remove the folder of a run whose first step did not fit the memory, so that the next try may use it."""
+    """Remove the folder of a run whose first step did not fit in memory, so that the next try may use it."""
     try:
         yield
     except StepTooLarge:

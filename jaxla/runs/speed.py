@@ -1,4 +1,4 @@
-"""How fast a network trains on this machine, from a few measured steps, and what fits into a time budget."""
+"""The training speed on this machine, from a few measured steps, and the epochs and steps that fit a time budget."""
 
 from __future__ import annotations
 
@@ -26,21 +26,21 @@ from jaxla.training.step import count_parameters
 log = logging.getLogger(__name__)
 
 MEASURED_STEPS, MAX_MEASURED_SECONDS = 3, 5.0
-FORWARD_PASSES_PER_STEP = 3  # a training step takes about as long as this many
-MAX_VALIDATION_FRACTION = 0.2  # of the time
+FORWARD_PASSES_PER_STEP = 3  # a training step takes about as long as this many forward passes
+MAX_VALIDATION_FRACTION = 0.2  # fraction of the time budget
 
 
 class Speed(NamedTuple):
-    """Sizes and times of a training on this machine."""
+    """Sizes and times of training on this machine."""
 
-    trained: int  # parameters
-    checkpoint_bytes: int  # of the latest and the best checkpoint together
+    trained: int  # number of trained parameters
+    checkpoint_bytes: int  # size of the latest and the best checkpoint together
     step_bytes: int  # device memory of a step, as reported by XLA
-    steps: int  # of an epoch
-    compile_seconds: float  # to set up and compile the step, and take one
+    steps: int  # steps per epoch
+    compile_seconds: float  # time to set up and compile the step, and to take one
     step_seconds: float
-    batch_seconds: float  # to evaluate one batch; estimated without validation
-    validation_seconds: float  # of an epoch; 0 without validation
+    batch_seconds: float  # time to evaluate one batch; estimated without validation
+    validation_seconds: float  # time per epoch; 0 without validation
 
 
 def measure_speed(
@@ -49,7 +49,7 @@ def measure_speed(
     """Take a few steps, or as many as take about `seconds`; the network cannot be used afterwards.
 
     Raises:
-        InputError: a step needs more memory than there is.
+        InputError: a step needs more memory than is available.
     """
     began = time.perf_counter()
     trainer = task.make_trainer(network, sources.train, features)
@@ -89,7 +89,7 @@ def measure_and_fit(task: Task, sources: Sources, features: Features | None) -> 
     """Return the task's recipe with the epochs and steps that fit into its `minutes` on this machine.
 
     Raises:
-        InputError: a step needs more memory than there is.
+        InputError: a step needs more memory than is available.
     """
     seconds = 60 * task.recipe.minutes
     with on_host():
@@ -97,7 +97,7 @@ def measure_and_fit(task: Task, sources: Sources, features: Features | None) -> 
     with catch_out_of_memory(task.batch_size, task.memory_advice):
         speed = measure_speed(task, network, sources, features, min(MAX_MEASURED_SECONDS, seconds))
     gc.collect()  # arrays that only cycles hold would take the memory of the training that follows
-    mixed_steps = speed.steps / (1 - task.recipe.foreground_fraction)  # the pass shares them with extra slices
+    mixed_steps = speed.steps / (1 - task.recipe.foreground_fraction)  # further slices are mixed into a pass
     pass_seconds = mixed_steps * speed.step_seconds + speed.validation_seconds
     if pass_seconds > seconds and is_first():
         log.warning(
@@ -112,10 +112,10 @@ def measure_and_fit(task: Task, sources: Sources, features: Features | None) -> 
 def fit_to_minutes(recipe: Training, speed: Speed) -> Training:
     """Return the recipe with as many steps as fit into its `minutes` together with validation.
 
-    Its epochs become fewer if their validation would take more than a fifth of the time. At least one step is taken.
+    It has fewer epochs if their validation would take more than 20 % of the time. At least one step is taken.
     """
     seconds = 60 * recipe.minutes
-    max_epochs = seconds / (speed.step_seconds + speed.validation_seconds)  # of one step each
+    max_epochs = seconds / (speed.step_seconds + speed.validation_seconds)  # with one step each
     if speed.validation_seconds:
         max_epochs = min(max_epochs, MAX_VALIDATION_FRACTION * seconds / speed.validation_seconds)
     epochs = max(1, min(recipe.epochs, math.floor(max_epochs)))
@@ -124,7 +124,7 @@ def fit_to_minutes(recipe: Training, speed: Speed) -> Training:
 
 
 def mean_seconds(call: Callable[[], Any], repeats: int) -> float:
-    """Return the mean seconds of a call, after a first one that compiles."""
+    """Return the mean seconds of a call, after a first call that compiles."""
     jax.block_until_ready(call())
     began = time.perf_counter()
     for _ in range(repeats):

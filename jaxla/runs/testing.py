@@ -1,4 +1,4 @@
-"""The test of a trained run: every test case segmented on its own grid, scored beside the atlas baseline."""
+"""The test of a trained run: every test case is segmented on its own grid and scored, as is the atlas baseline."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ SegmentCase = Callable[[PreparedVolume], np.ndarray]  # -> classes [S, H, W]
 
 
 def choose_postprocessing(run: TrainedRun, data: PreparedData, run_dir: Path) -> TrainedRun:
-    """Decide on the validation cases whether only the largest connected parts are kept; noted in the run's folder.
+    """Decide on the validation cases whether to keep only the largest connected components; store the decision.
 
     Each process segments its share of the cases.
     """
@@ -43,7 +43,7 @@ def choose_postprocessing(run: TrainedRun, data: PreparedData, run_dir: Path) ->
 
 
 def make_segment_case(run: TrainedRun, segment: SegmentSlices, features: Features | None) -> SegmentCase:
-    """Return a function that segments a test case; it runs on cached features where there are any, unless it flips."""
+    """Return a function that segments a test case, from cached features if there are any and it averages no flips."""
     if features is None or run.record.experiment.method.postprocessing.flips:
         return lambda volume: segment(volume.image, slice_geometry(read_grid(volume.case.image).affine), False)[0]
     segment_features = run.task.make_segment_features(run.networks)
@@ -57,9 +57,10 @@ def score_test_cases(
 
     The summary has mean, sd, n and unit of each metric per volume, the same per slice under "slice" and of the atlas
     baseline under "atlas", and the entries `about`; without test cases only these. Each process segments its share of
-    the cases; only the first returns rows and summary, the others nothing.
+    the cases; only the first process returns rows and summary.
     """
-    names, split = run.record.labels.names, data.split
+    names = run.record.labels.names
+    split = data.split
     if not split.test:
         if is_first():
             log.warning("no test cases. %s", HOW_TO_TEST)
@@ -76,7 +77,7 @@ def score_test_cases(
         slice_rows += score_case(case_id, predicted, volume.mask, volume.spacing, names, "slice")
         baseline = atlas_mask(atlas, volume)
         atlas_rows += score_case(case_id, baseline, volume.mask, volume.spacing, names)
-    rows, slice_rows, atlas_rows = (in_order(part, split.test) for part in (rows, slice_rows, atlas_rows))
+    rows, slice_rows, atlas_rows = (gather_in_order(part, split.test) for part in (rows, slice_rows, atlas_rows))
     if not is_first():
         return [], {}
     rows, summary = summarise_test(rows, slice_rows, atlas_rows, names)
@@ -98,7 +99,7 @@ def write_prediction(classes: np.ndarray, volume: PreparedVolume, run: TrainedRu
 def make_atlas(data: PreparedData, classes: int) -> Atlas:
     """Return the atlas baseline of the training masks.
 
-    Its threshold is chosen on the validation masks, or without any on the training masks.
+    Its threshold is chosen on the validation masks, or if there are none on the training masks.
     """
 
     def masks(ids: Iterable[str]) -> Iterator[np.ndarray]:
@@ -113,7 +114,7 @@ def atlas_mask(atlas: Atlas, volume: PreparedVolume) -> np.ndarray:
     return canonical_to_slices(apply_atlas(atlas, shape), volume.slice_axis)
 
 
-def in_order(rows: list[Row], case_ids: Sequence[str]) -> list[Row]:
+def gather_in_order(rows: list[Row], case_ids: Sequence[str]) -> list[Row]:
     """Return the rows of all processes, in the order of the cases."""
     all_rows = [row for process_rows in gather(rows) for row in process_rows]
     return sorted(all_rows, key=lambda row: case_ids.index(row["case"]))  # stable: a case's rows keep their order

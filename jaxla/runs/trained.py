@@ -1,4 +1,4 @@
-"""A run's folder -> the network that it trained."""
+"""Load the trained network from the folder of a run."""
 
 from __future__ import annotations
 
@@ -30,19 +30,20 @@ from jaxla.training.step import split_network
 
 @dataclass(frozen=True)
 class TrainedRun:
-    """What a run trained, in evaluation mode."""
+    """The trained network of a run, in evaluation mode; with --fold=all, those of all folds."""
 
     record: Record
     task: Task
     networks: tuple[nnx.Module, ...]  # the network of the kept epoch; with --fold=all one for each fold
     epoch: int  # the kept epoch; with --fold=all that of the first fold
-    largest: tuple[tuple[int, ...], ...] = ()  # groups of classes whose largest connected part alone is kept
+    largest: tuple[tuple[int, ...], ...] = ()  # groups of classes that keep only their largest connected component
 
     @property
     def network(self) -> nnx.Module:
         """The only network; an InputError if there are several."""
         if len(self.networks) > 1:
-            raise InputError("run", "a run with --fold=all has a network for each fold", "Give one fold, as in fold_0.")
+            problem = "a run with --fold=all has a network for each fold"
+            raise InputError("run", problem, "Pass the folder of one fold, such as fold_0.")
         return self.networks[0]
 
     def postprocess(self, classes: np.ndarray) -> np.ndarray:
@@ -84,7 +85,7 @@ def load_run(folder: str | Path) -> TrainedRun:
     parts = split_network(network, train_backbone=not is_frozen)
 
     saved = network_state(parts.trainable, parts.frozen.statistics)
-    here = jax.sharding.SingleDeviceSharding(first_local_device())  # whatever device the run was trained on
+    here = jax.sharding.SingleDeviceSharding(first_local_device())  # not the devices that the run was trained on
     like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here), saved)
     checkpoints = Checkpoints(folder / CHECKPOINTS / BEST, read_only=True)
     restored, progress = checkpoints.restore(like, steps[0])
@@ -95,7 +96,7 @@ def load_run(folder: str | Path) -> TrainedRun:
 
 
 def largest_groups(folder: Path, record: Record) -> tuple[tuple[int, ...], ...]:
-    """Return the groups of classes whose largest connected part alone is kept."""
+    """Return the groups of classes that keep only their largest connected component."""
     if record.experiment.method.postprocessing.largest == "always":
         return (tuple(range(1, len(record.labels.names) + 1)),)
     return read_groups(folder / LARGEST)
@@ -105,7 +106,8 @@ def _load_folds(folder: Path, record: Record) -> TrainedRun:
     begun = [fold for fold in fold_folders(folder) if fold.exists()]
     if len(begun) < FOLDS:
         raise InputError(folder, f"only {len(begun)} of {FOLDS} folds have started", "Resume the run.")
-    first, networks = load_run(begun[0]), []
+    first = load_run(begun[0])
+    networks = []
     for fold in begun:
         run = load_run(fold) if networks else first
         if networks and record.experiment.method.model.backbone == "frozen":  # all share one backbone in memory
@@ -116,7 +118,7 @@ def _load_folds(folder: Path, record: Record) -> TrainedRun:
 
 
 def _frozen_weights(folder: Path, record: Record) -> Path:
-    """Return the backbone's file: where it was at training, or in this machine's cache folder, known by its hash."""
+    """Return the backbone's file: where it was in training, or in this machine's cache folder, checked by its hash."""
     if record.weights == "random":
         return folder / BACKBONE
     arch = record.experiment.method.model.arch

@@ -1,4 +1,4 @@
-"""What a run saw in training, `scans.json`: hashes of its scans, and the ranges of spacing, size and grey values."""
+"""The scans of a run, `scans.json`: their hashes, and the ranges of spacing, size and grey values in training."""
 
 from __future__ import annotations
 
@@ -20,8 +20,9 @@ from jaxla.runs.folder import SPLIT, read_split_file
 
 SCANS = "scans.json"
 PARTS = {"train": "training", "val": "validation", "test": "test", "unused": "unused"}
-# How far beyond the training scans a scan may be. All of 60 hippocampus scans are within this of any three of them.
-MAX_FACTOR = 1.5  # of spacing and of size
+# Limits within which a scan counts as similar to the training scans. For any three of 60 hippocampus scans, all 60 are
+# within these limits.
+MAX_FACTOR = 1.5  # largest factor between spacings and between sizes
 MAX_GREY_DIFFERENCE = 0.2
 MAX_SAMPLES = 1_000_000  # about how many voxels the median grey value is taken from
 
@@ -30,16 +31,16 @@ Lengths = tuple[float, float, float]  # along slices, rows and columns, in mm
 
 
 class ScanFacts(NamedTuple):
-    """What is compared between scans. Lengths are along slices, rows and columns."""
+    """The properties in which scans are compared. Lengths are along slices, rows and columns."""
 
     slice_axis: str
     spacing_mm: tuple[float, ...]
     size_mm: tuple[float, ...]
-    grey_median: float  # 0 is the 0.5 percentile of the grey values, 1 the 99.5 percentile; MR has no other scale
+    grey_median: float  # 0 is the 0.5th percentile of the grey values, 1 the 99.5th; MRI has no absolute scale
 
 
 class _TrainingScans(TypedDict):
-    """What `summarise_scans` returns: the slice axes, and the smallest and the largest value of the other facts."""
+    """The result of `summarise_scans`: the slice axes, and the smallest and the largest value of the other facts."""
 
     slice_axis: list[str]
     spacing_mm: tuple[Lengths, Lengths]
@@ -55,16 +56,16 @@ class _ScansFile(TypedDict):
 
 
 class KnownScans(NamedTuple):
-    """What `scans.json` and `split.json` tell about the scans of a run."""
+    """The scans of a run, from `scans.json` and `split.json`."""
 
     part_of_case: dict[str, str]  # case id -> `training`, `validation`, `test` or `unused`
     case_of_hash: dict[str, str]  # hash of the voxels -> case id; empty for a run without `scans.json`
-    training: dict[str, Any]  # see `summarise_scans`; empty likewise
+    training: dict[str, Any]  # see `summarise_scans`; empty for a run without `scans.json`
 
 
 def write_known_scans(folder: Path, data: PreparedData) -> None:
     """Write `scans.json` into a run's folder. Raises OSError if that is not possible."""
-    # With all folds, each of these cases trained some of the networks that are averaged.
+    # With --fold=all, each of these cases was a training case of some of the averaged networks.
     ids = data.split.train + data.split.val if data.fold == ALL_FOLDS else data.split.train
     facts = [
         _facts(volume.slice_axis, volume.spacing, volume.shape, volume.intensity_range, volume.image)
@@ -91,14 +92,14 @@ def read_known_scans(folder: Path, fold: str) -> KnownScans:
 
 
 def find_part(scans: KnownScans, case: str, voxels_sha256: str) -> str:
-    """Return the part of the split that a scan was in, by its voxels or else by its name; "" if in none."""
+    """Return the part of the split that a scan was in, found by its voxels or else by its name; "" if in none."""
     if known := scans.case_of_hash.get(voxels_sha256):
         return scans.part_of_case.get(known, "unused")
     return f"{scans.part_of_case[case]} (same name)" if case in scans.part_of_case else ""
 
 
 def describe_scan(volume: Volume) -> ScanFacts:
-    """Return what is compared between a scan and the training scans."""
+    """Return the properties in which a scan is compared with the training scans."""
     geometry = slice_geometry(volume.affine)
     slices = to_slices(volume.array, geometry)
     return _facts(geometry.axis, geometry.spacing, slices.shape, intensity_range(volume.array), slices)
@@ -114,7 +115,7 @@ def summarise_scans(scans: Sequence[ScanFacts]) -> dict[str, Any]:
 
 
 def find_differences(scan: ScanFacts, training: Mapping[str, Any]) -> list[str]:
-    """Return in words what sets a scan apart from the training scans, as `summarise_scans` describes them."""
+    """Return descriptions of how a scan differs from the training scans, which `summarise_scans` summarised."""
     differences = []
     if scan.slice_axis not in training["slice_axis"]:
         differences.append(f"slices along {scan.slice_axis} (training: {' or '.join(training['slice_axis'])})")

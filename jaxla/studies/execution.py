@@ -1,7 +1,7 @@
 """The execution of a study: its runs, one after the other, each in a process of its own.
 
-A run that fails or runs out of memory ends alone. Its folder is the same as after `python -m jaxla.train` with the same
-options.
+A run that fails or runs out of memory does not affect the others. Its folder is the same as after
+`python -m jaxla.train` with the same options.
 """
 
 import logging
@@ -46,7 +46,7 @@ def execute_runs(runs: Sequence[ScheduledRun], states: Sequence[State], seconds:
 
     Args:
         seconds: forecast for each run.
-        command: that resumes the study, for messages.
+        command: command that resumes the study, for messages.
 
     Raises:
         Stopped: a run failed, or the process was asked to stop; the current run has saved its state.

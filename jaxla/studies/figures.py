@@ -1,7 +1,7 @@
 """The figures of a study: Dice over training patients (Figure 2), overlays (Figure 3), cost, agreement of volumes.
 
 A method has the same colour, marker and line style in all figures. The colours also differ in brightness, so that the
-figures can be read in grey print.
+figures can be read in greyscale.
 """
 
 import textwrap
@@ -27,7 +27,7 @@ from jaxla.studies.tables import describe_devices
 COLOURS = ("#0072B2", "#E69F00", "#000000", "#56B4E9", "#D55E00", "#009E73", "#CC79A7", "#8C8C00", "#5E3C99", "#999999")
 MARKERS = "os^Dv<P>X"  # one fewer than colours, so that a colour used twice gets another marker
 DASHES = ("-", "--", "-.", ":")
-TITLE_LETTERS = 24  # letters per line above a column of Figure 3
+MAX_TITLE_CHARACTERS = 24  # characters per line above a column of Figure 3
 
 
 class StudyFigure(NamedTuple):
@@ -59,7 +59,7 @@ def choose_styles(methods: Mapping[str, str], known_methods: Sequence[str]) -> d
     for title, method in sorted(methods.items(), key=lambda item: (known_methods.index(item[1]), item[0])):
         colours = {style.colour for style in styles.values()}
         for index in count(known_methods.index(method)):
-            style = Style(*(looks[index % len(looks)] for looks in (COLOURS, MARKERS, DASHES)))
+            style = Style(*(values[index % len(values)] for values in (COLOURS, MARKERS, DASHES)))
             if style.colour not in colours or (len(colours) == len(COLOURS) and style not in styles.values()):
                 break
         styles[title] = style
@@ -74,7 +74,7 @@ def draw_figures(
     Args:
         cases: for Figure 3: title of each case -> a panel of each method, under the largest protocol.
         case_note: a sentence on how these cases were chosen, or "".
-        known_methods: all methods that exist; their order decides the styles.
+        known_methods: all existing methods; their order determines the styles.
     """
     styles = choose_styles({run.method: run.record.experiment.method.name for run in results.runs}, known_methods)
     if series := list_series(results):
@@ -96,7 +96,8 @@ def list_series(results: Results) -> list[Series]:
     """Return the panels of Figure 2: protocols by percentage and by number of training patients."""
     percentages, counts = {}, {}
     for protocol in results.protocols:
-        data, patients = results.select(protocol)[0].record.experiment.data, results.count_training_patients(protocol)
+        data = results.select(protocol)[0].record.experiment.data
+        patients = results.count_training_patients(protocol)
         if data.train_percent < 100:
             percentages[protocol] = (patients, f"{data.train_percent:g} %")
         elif data.train_patients:
@@ -134,8 +135,8 @@ def patients_figure(results: Results, styles: Styles, series: Sequence[Series]) 
     """Draw Figure 2: Dice over the number of training patients."""
     figure = Figure(figsize=(4.6 * len(series), 3.9), layout="constrained")
     grid = figure.subplots(1, len(series), squeeze=False, sharey=True)[0]
-    for axes, one in zip(grid, series, strict=True):
-        draw_series(axes, results, styles, one)
+    for axes, axis_series in zip(grid, series, strict=True):
+        draw_series(axes, results, styles, axis_series)
         axes.label_outer()
     handles, labels = grid[0].get_legend_handles_labels()  # the baseline comes first, because it is a plain line
     _legend_below(figure, [*handles[1:], handles[0]], [*labels[1:], labels[0]])
@@ -153,7 +154,7 @@ def overlay_figure(results: Results, cases: Mapping[str, Sequence[Panel]], case_
     figure = Figure(figsize=(2.3 * len(results.methods), 2.3 * len(cases) + 0.6), layout="compressed")
     grid = figure.subplots(len(cases), len(results.methods), squeeze=False)
     for axes, title in zip(grid[0], results.methods, strict=True):
-        axes.set_title(textwrap.fill(title, TITLE_LETTERS), fontsize="medium")
+        axes.set_title(textwrap.fill(title, MAX_TITLE_CHARACTERS), fontsize="medium")
     outline = [withStroke(linewidth=2, foreground="black")]  # keeps the text readable on bright tissue
     within = {"color": "w", "fontsize": "small", "path_effects": outline}
     beside = {"rotation": 90, "ha": "right", "va": "center", "multialignment": "center", "fontsize": "small"}
@@ -232,7 +233,8 @@ def agreement_figure(results: Results, styles: Styles) -> StudyFigure:
         axes.label_outer(remove_inner_ticks=False)
         if several:
             axes.tick_params(labelbottom=True)
-    lines, n = "dashed lines: limits of agreement (bias ± 1.96 sd)", len(results.test_cases)
+    lines = "dashed lines: limits of agreement (bias ± 1.96 sd)"
+    n = len(results.test_cases)
     if n < MIN_CASES_FOR_LIMITS:
         lines = f"limits of agreement need at least {MIN_CASES_FOR_LIMITS} cases"
     caption = f"Protocol {protocol}, n = {n} test volumes, each averaged over seeds. Solid line: bias; {lines}."

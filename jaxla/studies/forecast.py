@@ -32,13 +32,13 @@ log = logging.getLogger(__name__)
 class StudyForecast:
     """Time and disk space of several runs on the same scans, one after the other."""
 
-    seconds: list[float]  # of each run with all epochs, its method's first one with features; 0 for complete runs
+    seconds: list[float]  # time of each run with all epochs, a method's first run with features; 0 for complete runs
     run_bytes: list[int]  # largest size of each run's folder; 0 for complete runs
-    features_seconds: float  # to compute missing features, for all runs together
+    features_seconds: float  # time to compute missing features, for all runs together
     features_bytes: int
     uncached: dict[str, str]  # method -> advice, if its features do not fit: its backbone runs in every epoch
-    disk_free: int  # in the cache folder
-    device: str  # that the steps were measured on
+    disk_free: int  # bytes on the disk of the cache folder
+    device: str  # device that the steps were measured on
 
 
 def forecast_study(runs: Sequence[ScheduledRun], states: Sequence[State], cache_dir: Path) -> StudyForecast:
@@ -90,7 +90,7 @@ def _measure_runs(experiments: Sequence[Experiment], states: Sequence[State], ca
     all_patients = replace(first.data, train_patients=0, train_percent=100.0)
     prepared = prepare_data(replace(first, data=all_patients), cache_dir)
     data = [prepared.for_fold("", experiment) for experiment in experiments]
-    open_runs: dict[str, list[int]] = {}  # by method
+    open_runs: dict[str, list[int]] = {}  # method -> indices of its runs
     tasks: dict[int, Task] = {}
     for n, experiment in enumerate(experiments):
         if states[n] != "complete":
@@ -110,7 +110,7 @@ def _measure_runs(experiments: Sequence[Experiment], states: Sequence[State], ca
         run = (experiments[largest], method, data[largest], tasks[largest])
         with add_method_to_errors(method):
             measured = forecast_run(*run, cache_dir, list(volumes.values()))
-        if measured.features.folder in feature_folders:  # a method before it computes the same features
+        if measured.features.folder in feature_folders:  # an earlier method computes the same features
             measured = replace(measured, features=replace(measured.features, size=0, seconds=0.0))
         feature_folders.add(measured.features.folder)
         by_method[method] = measured
@@ -168,9 +168,9 @@ def _describe_disk(forecast: StudyForecast, free: int) -> str:
     if size := forecast.features_bytes:
         parts.append(f"features {format_bytes(size)} for all runs ({format_bytes(forecast.disk_free)} free)")
         if size > MAX_DISK_FRACTION * forecast.disk_free:
-            parts.append("this is too much: the backbones of the last methods run in every epoch, which takes longer")
+            parts.append("this is too much: the backbones of the last methods run in every epoch, which is slower")
     for method, advice in forecast.uncached.items():
-        problem = f"the features of {method} do not fit in the cache folder: its backbone runs at every step"
+        problem = f"the features of {method} do not fit in the cache folder: its backbone runs in every epoch"
         parts.append(f"{problem}. To cache them, use {advice}")
     return "; ".join(parts)
 

@@ -1,4 +1,4 @@
-"""The report of a study: tables and figures as files, and all of them on one HTML page."""
+"""The report of a study: tables and figures as files, and one HTML page with all of them."""
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
@@ -32,7 +32,7 @@ from jaxla.studies.tables import (
 )
 
 PAGE = "report.html"
-PUBLISHED_LAYOUT = "LAScarQS"  # of the data set whose published results stand in tables
+PUBLISHED_LAYOUT = "LAScarQS"  # layout of the data set that the published results belong to
 # Names and suffixes of the files that a report may write
 FILE_NAMES = {"comparisons", "cost", "figure2", "figure3", "agreement"} | {f"table1_{name}" for name in EXPERIMENTS}
 SUFFIXES = {".csv", ".md", ".tex", ".pdf", ".png"}
@@ -41,7 +41,7 @@ SUFFIXES = {".csv", ".md", ".tex", ".pdf", ".png"}
 def report_study(folder: Path, cache_dir: Path, data_root: str = "", case_ids: Sequence[str] = ()) -> Path:
     """Write the report of a study whose runs are complete, and return the path of its page.
 
-    Removes tables and figures of an earlier report that this one does not have.
+    Removes tables and figures of an earlier report that are not part of this one.
 
     Args:
         data_root: folder of the scans, if they have moved.
@@ -114,7 +114,7 @@ def link_run(folder: Path) -> str:
 
 
 def _prepare_folder(folder: Path, names: Collection[str]) -> None:
-    """Create a folder, or remove a report's files from it that do not have one of these names."""
+    """Create a folder, or remove the files of a report from it whose names are not in `names`."""
     folder.mkdir(exist_ok=True)
     for path in folder.iterdir():
         if path.stem in FILE_NAMES.difference(names) and path.suffix in SUFFIXES:
@@ -137,7 +137,7 @@ def rank_cases(results: Results) -> dict[str, str]:
 def read_cases(
     titles: Mapping[str, str], runs: Sequence[StudyRun], test_cases: Sequence[str], dataset: Dataset
 ) -> dict[str, list[Panel]]:
-    """Return title -> a panel for each run, for test cases (case id -> title); refuse scans and masks that changed."""
+    """Return title -> a panel for each run, for test cases (case id -> title); refuse changed scans and masks."""
     for case_id in titles:
         if case_id not in test_cases:
             fix = f"Choose from {', '.join(test_cases)}."

@@ -28,7 +28,7 @@ VOLUME_METRICS = (*REPORTED_METRICS, "atlas_dice", "atlas_iou", "volume_ml", "re
 # Runs of one method may differ in the options of the protocol, and in those that a seed sets.
 PROTOCOL_OPTIONS = {"--exp", "--data.train_patients", "--data.train_percent"}
 SEED_OPTIONS = {"--seed", "--data.subset_seed"}
-SUMMARY_TOLERANCE = 1e-9  # between a mean of the table and that of the summary, which differ only by rounding
+SUMMARY_TOLERANCE = 1e-9  # between the means of a table and of its summary, which differ only by rounding
 
 Unit = Literal["volume", "slice"]
 
@@ -51,7 +51,7 @@ class StudyRun:
     values: Mapping[Unit, Mapping[str, np.ndarray]]  # unit -> metric -> [units, classes]
 
     def unit_values(self, metric: str, unit: Unit = "volume", class_name: str = "") -> np.ndarray:
-        """Return the value of every unit [units], of one class or averaged over classes but the absent ones.
+        """Return the value of every unit [units], of one class or averaged over classes except the absent ones.
 
         Metrics named `atlas_…` are those of the atlas baseline.
         """
@@ -77,11 +77,11 @@ class Mean(NamedTuple):
 
     unit: Unit
     mean: float
-    sd: float | None  # over units; None for a single one
+    sd: float | None  # standard deviation over units; None for a single unit
     n: int
     ci95_low: float | None  # bootstrap interval of the mean over cases; None for a single case and for slices
     ci95_high: float | None  # (the slices of one case depend on each other)
-    sd_over_seeds: float | None  # of the seeds' means; None for a single seed
+    sd_over_seeds: float | None  # standard deviation of the seeds' means; None for a single seed
 
 
 @dataclass(frozen=True)
@@ -106,7 +106,7 @@ class Results:
 
     @property
     def largest_protocol(self) -> str:
-        """The protocol with most training patients; among equals, one that takes all of them."""
+        """The protocol with the most training patients; among equals, one that uses all of them."""
 
         def size(protocol: str) -> tuple[int, bool]:
             data = self.select(protocol)[0].record.experiment.data
@@ -141,9 +141,10 @@ class Results:
         return Mean(unit, float(values.mean()), sd, len(values), low, high, sd_over_seeds)
 
     def cost(self, protocol: str, method: str) -> dict[str, Any]:
-        """Return what a method costs: times are means over runs, the peak memory is the highest of any run."""
+        """Return the cost of a method: times are means over runs, and the peak memory is the highest of any run."""
         runs = self.select(protocol, method)
-        first, peaks = runs[0].cost, [run.cost.peak_device_bytes or run.cost.peak_host_bytes for run in runs]
+        first = runs[0].cost
+        peaks = [run.cost.peak_device_bytes or run.cost.peak_host_bytes for run in runs]
         return {
             "parameters": first.parameters,
             "trained_parameters": first.trained_parameters,
@@ -176,21 +177,22 @@ def read_study(folder: Path) -> Results:
     """Read the results of a study. All its runs must be complete.
 
     Raises:
-        InputError: the folder is not a study's; a run is missing, incomplete, damaged, not the scheduled one or made
-            by another version of this package; or the runs cannot be compared.
+        InputError: the folder does not hold a study; a run is missing, incomplete, damaged, not the scheduled one or
+            from another version of this package; or the runs cannot be compared.
     """
     fix = "Rerun the study with the same command; complete runs are kept."
     try:
         content = read_json(folder / STUDY, _StudyFile, fix)
     except (FileNotFoundError, NotADirectoryError) as error:
-        problem = f"not a study's folder (no {STUDY})"
+        problem = f"not a study folder (no {STUDY})"
         raise InputError(f"--study={folder}", problem, "Pass the --output of `python -m jaxla.study`.") from error
     schedule = [(run["protocol"], run["method"], run["seed"]) for run in content["runs"]]
     run_dirs = [folder / RUNS / run["folder"] for run in content["runs"]]
     if not schedule or sorted(schedule) != sorted(product(*map(set, zip(*schedule, strict=True)))):
         raise InputError(folder / STUDY, "damaged: expected a run for each protocol, method and seed", fix)
     name, summary, command = (content[key] for key in ("name", "summary", "command"))
-    runs, fix = [], f"Resume the study with `{command}`."
+    runs = []
+    fix = f"Resume the study with `{command}`."
     for run_dir, scheduled in zip(run_dirs, schedule, strict=True):
         if not run_dir.exists():
             raise InputError(run_dir, "this run of the study has not started", fix)
@@ -214,7 +216,8 @@ def _read_run(folder: Path, record: Record) -> StudyRun:
         classes = list(summary["classes"])
         split = read_json(folder / run_files.SPLIT, SplitFile, fix)
         split = {part: list(map(str, split.get(part, ()))) for part in ("train", "val", "test")}
-        cases, case_hashes = split["test"], read_json(folder / run_files.CASES, dict[str, str], fix)
+        cases = split["test"]
+        case_hashes = read_json(folder / run_files.CASES, dict[str, str], fix)
         if missing := set(cases) - set(case_hashes):
             raise ValueError(f"{run_files.CASES} lacks {min(missing)}")
         history = run_files.read_metrics(folder)

@@ -31,11 +31,11 @@ class ScheduledRun(NamedTuple):
 
     protocol: str  # name of the experiment whose protocol is run
     method: str
-    seed: int  # of the run's random numbers, and of which training patients its protocol takes
+    seed: int  # seed of the run's random numbers and of its subset of training patients
     experiment: Experiment  # with every option resolved
-    arguments: tuple[str, ...]  # of `python -m jaxla.train`, without its folder
-    weights_sha256: str  # of its backbone's weights; empty for random ones
-    folder: Path  # where it is, or will be
+    arguments: tuple[str, ...]  # arguments of `python -m jaxla.train`, without its folder
+    weights_sha256: str  # hash of its backbone's weights; empty for random ones
+    folder: Path  # folder of the run, which may not exist yet
     devices: int
     shard_params: bool
 
@@ -63,16 +63,16 @@ def schedule_runs(
 
 
 def _with_same_patients(runs: Sequence[ScheduledRun]) -> Sequence[ScheduledRun]:
-    """Return the runs with validation patients in all of them if only some methods decide something by these."""
+    """Return the runs, with validation patients for all of them if only some methods depend on validation."""
     data = runs[0].experiment.data
     if data.split or data.validation != "if_useful":
         return runs
     if len({bool(choices_by_validation(run.experiment.method)) for run in runs}) == 1:
         return runs
-    word = "--data.validation=always"
+    argument = "--data.validation=always"
     data = [replace(run.experiment.data, validation="always") for run in runs]
     return [
-        run._replace(experiment=replace(run.experiment, data=own), arguments=(*run.arguments, word))
+        run._replace(experiment=replace(run.experiment, data=own), arguments=(*run.arguments, argument))
         for run, own in zip(runs, data, strict=True)
     ]
 
@@ -90,12 +90,17 @@ def _require_comparable(runs: Sequence[ScheduledRun]) -> None:
     """Raise an InputError unless runs use the same scans with a test set, and differ in method or training patients."""
     split = runs[0].experiment.data.split
     if split == ALL_CASES or (split and not read_split(Path(split), "data.split").test):
-        problem = "leaves no test cases, on which a study compares methods"
+        problem = "leaves no test cases, which a study needs to compare methods"
         raise InputError(f"--data.split={split}", problem, "Use another split.")
     for run in runs:
-        preset, data, first = EXPERIMENTS[run.protocol].data, run.experiment.data, runs[0]
-        if _scan_options(data) != _scan_options(first.experiment.data):
-            problem = f"{run.protocol} and {first.protocol} use different data ({data} and {first.experiment.data})"
+        preset = EXPERIMENTS[run.protocol].data
+        data = run.experiment.data
+        first = runs[0]
+        options, first_options = vars(_scan_options(data)), vars(_scan_options(first.experiment.data))
+        if changed := [name for name, value in options.items() if value != first_options[name]]:
+            name = changed[0]
+            values = f"{format_value(options[name])} and {format_value(first_options[name])}"
+            problem = f"{run.protocol} and {first.protocol} use different data (data.{name}: {values})"
             raise InputError("--experiments", problem, "Choose experiments on the same scans.")
         if (preset.train_patients, preset.train_percent) != (data.train_patients, data.train_percent):
             problem = f"the protocol {run.protocol} sets the number of training patients"

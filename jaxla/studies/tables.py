@@ -81,7 +81,8 @@ def results_table(results: Results, protocol: str, published: PublishedRows) -> 
 
 def _results_caption(results: Results, protocol: str, printed: Sequence[Published]) -> str:
     volumes, slices = (len(results.runs[0].values[unit]["dice"]) for unit in UNITS)
-    seeds, word = len(results.seeds), results.runs[0].record.experiment.data.case_word
+    seeds = len(results.seeds)
+    word = results.runs[0].record.experiment.data.case_word
     caption = (
         f"Protocol {protocol} ({plural(results.count_training_patients(protocol), f'training {word}')}): mean ± sd "
         f"over {plural(volumes, 'test volume')} and over their {slices} slices; {_seed_note(results)}"
@@ -97,7 +98,7 @@ def _results_caption(results: Results, protocol: str, printed: Sequence[Publishe
     caption += "Above atlas: test cases with a higher Dice than the baseline's."
     if printed:
         sources, caveats = ("; ".join(dict.fromkeys(text)) for text in zip(*(row[:2] for row in printed), strict=True))
-        caption += f" Published: {sources}, with its own recipe, whatever data and options this study uses; {caveats}."
+        caption += f" Published: {sources}, with its own recipe, which may differ from this study's; {caveats}."
     return caption
 
 
@@ -131,11 +132,12 @@ def comparison_table(results: Results) -> Table:
 
 
 def cost_table(results: Results) -> Table:
-    """Make the table of what each method costs, under the protocol with most training patients."""
+    """Make the table with the cost of each method, under the protocol with the most training patients."""
     protocol = results.largest_protocol
     rows, records = [], []
     for method in results.methods:
-        cost, dice = results.cost(protocol, method), results.mean(protocol, method, "dice").mean
+        cost = results.cost(protocol, method)
+        dice = results.mean(protocol, method, "dice").mean
         records.append({"protocol": protocol, "method": method} | cost | {"dice": dice})
         cells = {title: _three_digits(cost[name], scale) for name, (title, scale) in COST_COLUMNS.items()}
         rows.append({"method": method} | cells | {"Dice": format_metric(dice, "dice")})
@@ -150,8 +152,8 @@ def _cost_caption(results: Results, protocol: str) -> str:
         f"Cost under protocol {protocol} on {describe_devices(results, protocol)}. Multiply-adds: one slice through "
         f"the whole network. Time of an epoch includes its validation; epochs and their time are means over "
         f"{plural(len(results.seeds), 'seed')}. Time per volume: from the scan in memory to its mask, mean over "
-        f"{volumes} of {slices} in each run. Memory: of a training step as reported by XLA, and the highest peak of "
-        f"the process in any run. Dice is per volume{_averaging_note(results)}."
+        f"{volumes} of {slices} in each run. Memory of a training step is as reported by XLA; peak memory is the "
+        f"highest of the process in any run. Dice is per volume{_averaging_note(results)}."
     )
     if cached := [m for m in results.methods if results.select(protocol, m)[0].record.features_cached]:
         caption += (
@@ -179,7 +181,8 @@ def dice_iou_pairs(result_tables: Sequence[Table]) -> list[Pair]:
     has_classes = "class" in result_tables[0].rows[0]
     means: dict[str, dict[str, float]] = {}
     for record in (record for table in result_tables for record in table.records):
-        run, metric = f"{record['protocol']}, {record['method']}", record["metric"]
+        run = f"{record['protocol']}, {record['method']}"
+        metric = record["metric"]
         class_name = f", {record['class']}" if has_classes else ""
         means.setdefault(f"{run}{class_name}, per {record['unit']}", {})[metric] = record["mean"]
         if record["published_mean"] is not None:
@@ -215,7 +218,7 @@ def _averaging_note(results: Results) -> str:
 
 
 def _mean(results: Results, protocol: str, method: str, metric: str, unit: Unit, class_name: str) -> Mean | None:
-    """Return a mean, or None for what the atlas baseline does not have."""
+    """Return a mean, or None for a value that the atlas baseline does not have."""
     if method != ATLAS:
         return results.mean(protocol, method, metric, unit, class_name)
     if unit == "slice" or metric not in ("dice", "iou"):

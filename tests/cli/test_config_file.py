@@ -64,9 +64,9 @@ def test_the_command_line_overrides_the_file_and_names_the_overridden_lines(writ
         ("exp: quickstart\ntraining:\n  epochs: many\n", "3: .*training.epochs"),
         ("exp: quickstart\nmethod: unet\nmodel:\n  blocks: [1]\n", "4: model.blocks: method unet has no such option; "),
         ("seed: 1\nexp: quickstrat\n", "2: exp=quickstrat: unknown name (did you mean quickstart?). Known: quicks"),
-        ("exp: quickstart\nresume: true\n", "2: resume is an option of one session, not of an experiment. Give it on"),
-        ("exp: quickstart\nseed: 1\nseed: 2\n", "3: seed is repeated; it is also in line 2. Remove one of the two."),
-        ("training:\n  epochs: 1\ntraining.epochs: 1\n", "3: training.epochs is repeated; it is also in line 2."),
+        ("exp: quickstart\nresume: true\n", "2: resume is an option of a single command, not of an experiment. Pass"),
+        ("exp: quickstart\nseed: 1\nseed: 2\n", "3: seed is repeated; it is also on line 2. Remove one of the two."),
+        ("training:\n  epochs: 1\ntraining.epochs: 1\n", "3: training.epochs is repeated; it is also on line 2."),
         ("exp: quickstart\n  seed: 1\n", "2: not valid YAML (mapping values are not allowed here). Fix this line."),
         ("exp: [quickstart\n", "2: not valid YAML (.*). Fix this line."),
         ("exp: quickstart\n\tseed: 1\n", "2: not valid YAML (.*). Fix this line."),
@@ -91,7 +91,7 @@ def test_a_mistake_is_named_with_its_file_and_line(text, message, write, tmp_pat
 def test_a_missing_config_and_bytes_that_are_not_text_are_refused(tmp_path):
     path = tmp_path / "config.yaml"
     line = refuse(tmp_path, "jaxla.train", f"--config={path}")
-    assert line == f"error: --config={path}: cannot be read (No such file or directory). Give a YAML file."
+    assert line == f"error: --config={path}: cannot be read (No such file or directory). Pass a YAML file."
     path.write_bytes(b"exp: \xff\xfe\n")
     assert refuse(tmp_path, "jaxla.train", f"--config={path}").startswith(f"error: {path}: not valid YAML (")
 

@@ -196,5 +196,5 @@ def test_a_user_without_a_home_folder_is_asked_for_a_cache_folder(monkeypatch):
     monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
     monkeypatch.delenv("HOME")
     monkeypatch.setattr(pwd, "getpwuid", unknown)
-    with pytest.raises(InputError, match=r"^cache-dir: the user has no home folder\. Give a folder, or set XDG_CACHE"):
+    with pytest.raises(InputError, match=r"^cache-dir: the user has no home folder\. Pass a folder, or set XDG_CACHE"):
         default_cache_dir()

@@ -122,7 +122,7 @@ def test_the_value_0_is_the_background_whatever_its_name(tmp_path, zero):
 def test_more_classes_than_class_indices_are_refused():
     names = [f"class {n}:{n}" for n in range(1, 257)]
     assert len(parse_labels(";".join(names[:255])).names) == 255
-    with pytest.raises(InputError, match=r"names 256 classes, but at most 255 are supported\. Write for example LA:1"):
+    with pytest.raises(InputError, match=r"names 256 classes, but at most 255 are supported\. Use LA:1, for example"):
         parse_labels(";".join(names))
 
 
@@ -299,7 +299,7 @@ def test_the_error_for_a_folder_without_cases_names_the_layouts_and_sources_of_d
     (tmp_path / "notes.txt").write_text("no scans")
     with pytest.raises(InputError, match=f"^{tmp_path}: no case found") as raised:
         find_cases(tmp_path)
-    for layout in (*(layout.description for layout in LAYOUTS), "registration", "data.root=phantom"):
+    for layout in (*(layout.description for layout in LAYOUTS), "Register for LAScarQS", "data.root=phantom"):
         assert layout in str(raised.value)
     with pytest.raises(InputError, match=r"^data.root=.*/nowhere: no such folder"):
         find_cases(tmp_path / "nowhere")
@@ -331,7 +331,7 @@ def test_labels_are_read_from_text(text, labels):
     ],
 )  # fmt: skip
 def test_labels_that_cannot_be_parsed_are_an_error_with_an_example(text):
-    with pytest.raises(InputError, match=f"^data.labels='{text}': .*for example LA:1"):
+    with pytest.raises(InputError, match=f"^data.labels='{text}': .*Use LA:1, for example"):
         parse_labels(text)
 
 

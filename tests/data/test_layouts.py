@@ -193,7 +193,7 @@ def test_a_pattern_names_the_images_to_predict(tmp_path):
         ("*/lge.nii", "", r"data.image='\*/lge.nii': the pattern of images or masks is missing"),
         ("", "*/m.nii", r"data.mask='\*/m.nii': the pattern of images or masks is missing"),
         ("P1/lge.nii", "P1/m.nii", r"data.image='P1/lge.nii' and data.mask='P1/m.nii': needs at least one \*"),
-        ("*/lge.nii", "*/*/m.nii", r".*: needs at least one \*, and as many for images as for masks"),
+        ("*/lge.nii", "*/*/m.nii", r".*: needs at least one \*, and the same number for images and"),
         ("*/x.nii", "*/y.nii", "{root}: no scan matches data.image or data.mask; the folder holds 2 .nii files in 1 f"),
         ("*/lge.nii", "*/y.nii", "{root}/P1/lge.nii: has no mask"),
     ],
@@ -350,7 +350,7 @@ def test_prediction_names_the_scans_inside_a_dicom_series(tmp_path, caplog):
     write(tmp_path, "./", "P1/image.nii")
     with caplog.at_level(logging.WARNING, "jaxla"):
         assert list(find_images(tmp_path).values()) == [tmp_path]
-    assert "read as one DICOM series; scans in it are not read (1): P1/image.nii" in caplog.text
+    assert "read as one DICOM series; other scans are not read (1): P1/image.nii" in caplog.text
 
 
 def test_prediction_logs_which_folder_is_read_and_how_to_read_the_other(tmp_path, caplog):

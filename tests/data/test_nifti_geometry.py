@@ -118,7 +118,7 @@ REFUSED = {
     "small vox_offset": ({"vox_offset": 100}, "vox offset 100 too low"),
     "infinite slope": ({"scl_slope": np.inf}, "scl_slope inf"),
     "infinite intercept": ({"scl_slope": 1, "scl_inter": np.inf}, "invalid intercept inf"),
-    "separate voxels": ({"magic": b"ni1"}, "voxels are in a separate .img file. Convert the two to one .nii.gz"),
+    "separate voxels": ({"magic": b"ni1"}, "voxels are in a separate .img file. Convert the pair to one .nii.gz"),
     "no magic": ({"magic": b"abc"}, "not a NIfTI file"),
 }  # fmt: skip
 
@@ -217,7 +217,7 @@ def test_warnings_of_headers_appear_once_per_file_in_every_command(tmp_path, cap
     for path in (root / "case_1.nii.gz", root / "case_1_mask.nii.gz"):
         edit_header(path, sform_code=0, qform_code=0)
     warning = (
-        "no orientation is recorded (the codes of sform and qform are 0); taking its axes as left, anterior, superior"
+        "no orientation is recorded (the codes of sform and qform are 0); assuming the axes left, anterior, superior"
     )
     expected = [f"{root / name}: {warning}" for name in ("case_1.nii.gz", "case_1_mask.nii.gz")]
     for _ in range(2):  # the second time from the cache

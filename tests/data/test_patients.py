@@ -82,9 +82,9 @@ def test_a_table_names_the_patients(tmp_path, table):
         (b"\xff\xfe\x00", "not a table"),
         (b"a,X\nb,X\n", "not a table"),
         (b"case,patient\na\n", "not a table"),
-        (b"case,patient\na,X\na,Y\n", "names no patient, or several, for case a"),
-        (b"case,patient\na,\nb,X\n", "names no patient, or several, for case a"),
-        (b"case,patient\na,X\n", "names no patient for case b"),
+        (b"case,patient\na,X\na,Y\n", "assigns no patient, or several, to case a"),
+        (b"case,patient\na,\nb,X\n", "assigns no patient, or several, to case a"),
+        (b"case,patient\na,X\n", "assigns no patient to case b"),
     ],
 )
 def test_a_table_that_does_not_name_every_patient_is_refused(tmp_path, content, message):
@@ -96,7 +96,7 @@ def test_a_table_that_does_not_name_every_patient_is_refused(tmp_path, content, 
 
 
 @pytest.mark.parametrize(
-    ("expression", "message"), [("(P", "not a regular expression"), ("P0", "names no patient for case P10_t0")]
+    ("expression", "message"), [("(P", "not a regular expression"), ("P0", "assigns no patient to case P10_t0")]
 )
 def test_an_expression_that_does_not_name_every_patient_is_refused(expression, message):
     with pytest.raises(InputError, match=f"^data.patients={re.escape(expression)}: {message}"):
@@ -159,7 +159,7 @@ def test_folds_of_nnunet_are_used_with_their_number(tmp_path):
         ([{"train": ["P00_t0"], "val": ["P00_t1"]}], "3", r"fold=3: data.split=.* holds only 1 folds"),
         ([{"train": ["P00_t0"], "val": ["P00_t1"]}], "all", "holds 1 folds, but fold=all trains 5"),
         ([{"train": ["P00_t0"], "val": ["x"]}], "0", "case x is not in the data"),
-        ([{"train": ["P00_t0", "P01_t0"], "val": ["P01_t0"]}], "0", "names case P01_t0 twice"),
+        ([{"train": ["P00_t0", "P01_t0"], "val": ["P01_t0"]}], "0", "lists case P01_t0 twice"),
         ([{"train": ["P00_t0"], "val": ["P00_t1"]}], "0", "separates the scans of patient P00"),
         ([{"train": ["P00_t0"], "val": "P00_t1"}], "0", "not a split file"),
         ([{"train": ["P00_t0"]}], "0", "not a split file"),

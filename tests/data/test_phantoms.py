@@ -195,7 +195,7 @@ def test_a_failed_write_names_the_reason_and_leaves_nothing(tmp_path):
     (tmp_path / "empty").mkdir()
     for name in ("new", "empty"):
         line = re.escape(f"output={tmp_path / name}: cannot be written (File too large)")
-        with files_at_most(50_000), pytest.raises(InputError, match=f"^{line}.* Name a new or empty folder.$"):
+        with files_at_most(50_000), pytest.raises(InputError, match=f"^{line}.* Choose a new or empty folder.$"):
             write_phantoms(tmp_path / name, 2, "small", 0)
     assert [str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*")] == ["empty"]
 

@@ -243,7 +243,7 @@ def test_masks_with_different_values_need_labels(tmp_path):
     path = root / "case_1_mask.nii.gz"
     mask = nib.load(path)
     nib.save(nib.Nifti1Image(np.uint8(mask.get_fdata() > 0) * 2, mask.affine), path)
-    with pytest.raises(InputError, match=r"Set data\.labels='a:1,2' if both are one class, or"):
+    with pytest.raises(InputError, match=r"Set data\.labels='a:1,2' if both are the same class, or"):
         prepare_cases(find_cases(root), tmp_path / "cache")
     volumes = prepare_cases(find_cases(root, "a:1,2"), tmp_path / "cache")
     assert set(np.unique(volumes[1].mask)) == {0, 1}

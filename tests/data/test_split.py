@@ -173,8 +173,8 @@ def test_a_split_file_may_leave_cases_out(tmp_path):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ('{"train": ["train_1", "train_1"], "val": ["train_2"], "test": ["train_3"]}', "names case train_1 twice"),
-        ('{"train": ["train_1"], "val": ["train_2"], "test": ["train_1"]}', "names case train_1 twice"),
+        ('{"train": ["train_1", "train_1"], "val": ["train_2"], "test": ["train_3"]}', "lists case train_1 twice"),
+        ('{"train": ["train_1"], "val": ["train_2"], "test": ["train_1"]}', "lists case train_1 twice"),
         (
             '{"train": ["train_1", "x", "y"], "val": ["train_2"], "test": ["train_3"]}',
             r"case x is not .*\(2 of its cases are not\)",

@@ -118,7 +118,7 @@ BAD_FILES = {
     "cut_in_header.nii.gz": (lambda p: truncate(save(p, image_array()), 0.02), "truncated or damaged|not a NIfTI"),
     "cut.nii": (
         lambda p: truncate(save(p, image_array())),
-        r"truncated or damaged \(its header declares 2144 bytes, .*, but it holds 1072\)",
+        r"truncated or damaged \(its header declares 2144 bytes, .*, but the file holds 1072\)",
     ),
     "cut_in_header.nii": (lambda p: truncate(save(p, image_array()), 0.1), "truncated or damaged|not a NIfTI"),
     "empty.nii": (lambda p: p.write_bytes(b""), "the file is empty"),

@@ -74,11 +74,11 @@ def test_other_launchers_need_only_the_coordinator(launch_in, environ):
         (("", 2, 0), "--coordinator: missing, but several processes need it"),
         (("here:7000", None, 0), "--processes: missing"),
         (("here:7000", 2, None), "--process: missing"),
-        (("here", 2, 0), "--coordinator=here: not HOST:PORT. Give a value such as node1:62000."),
+        (("here", 2, 0), "--coordinator=here: not HOST:PORT. Use a value such as node1:62000."),
         (("here:70000", 2, 0), "--coordinator=here:70000: not HOST:PORT"),
-        (("here:7000", 2, 2), "--process=2: not from 0 to N-1, where N is --processes=2"),
-        (("here:7000", 2, -1), "--process=-1: not from 0 to N-1"),
-        (("here:7000", 0, 0), "--process=0: not from 0 to N-1, where N is --processes=0"),
+        (("here:7000", 2, 2), "--process=2: must be from 0 to N-1, where N is --processes=2"),
+        (("here:7000", 2, -1), "--process=-1: must be from 0 to N-1"),
+        (("here:7000", 0, 0), "--process=0: must be from 0 to N-1, where N is --processes=0"),
     ],
 )
 def test_missing_and_wrong_options_are_named(launch_in, options, message):

@@ -115,7 +115,7 @@ def failed(tmp_path_factory):
         (
             "different numbers",
             2,
-            "error: process 1: --processes=3: process 0 has --processes=2. Give all processes the same number.",
+            "error: process 1: --processes=3: process 0 has --processes=2. Start all processes with the same number.",
         ),
     ],
 )
@@ -132,7 +132,7 @@ def test_a_missing_process_is_reported_after_the_wait(failed, index):
     codes, _, err = outcomes[f"only {index}"]
     assert codes == [2]
     assert last_lines(err) == [
-        f"error: --coordinator=127.0.0.1:{ports[f'only {index}']}: the 2 processes could not connect. Start each one, "
+        f"error: --coordinator=127.0.0.1:{ports[f'only {index}']}: the 2 processes could not connect. Start every "
         "with its own --process and the same --processes. Raise --wait if they start late."
     ]
 
@@ -144,5 +144,5 @@ def test_a_port_in_use_is_named(tmp_path):
     assert codes == [2]
     assert err[0] == (
         f"error: --coordinator=127.0.0.1:{port}: process 0 cannot use port {port} (Address already in use). Use "
-        "another port, and --process=0 once.\n"
+        "another port, and only one --process=0.\n"
     )

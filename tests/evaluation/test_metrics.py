@@ -293,7 +293,7 @@ def test_masks_that_cannot_be_scored_are_refused():
     mask = np.zeros((3, 3, 3), bool)
     with pytest.raises(InputError, match="shape"):
         score(mask, mask[:2], (1, 1, 1))
-    with pytest.raises(InputError, match="axes"):
+    with pytest.raises(InputError, match="3 dimensions and 2 spacings"):
         score(mask, mask, (1, 1))
     with pytest.raises(InputError, match=r"^empty='none': unknown policy\. Use one of one, zero, skip\.$"):
         score(mask, mask, (1, 1, 1), empty="none")

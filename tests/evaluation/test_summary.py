@@ -182,5 +182,5 @@ def test_unknown_classes_different_shapes_and_empty_summaries_are_refused():
         score_case("x", volume, labels(), SPACING, ["a"])
     with pytest.raises(InputError, match="case x: the prediction has shape"):
         score_case("x", volume[:4], volume, SPACING, ["a", "b"])
-    with pytest.raises(InputError, match="no case was scored"):
+    with pytest.raises(InputError, match="rows: empty"):
         summarise([], "volume", "one", ["a"])

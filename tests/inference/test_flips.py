@@ -38,5 +38,5 @@ def test_probabilities_are_averaged_over_four_flips(classes, activation, shape):
 def test_flips_are_refused_for_nnunet_which_mirrors_by_its_plan(tmp_path):
     line = refuse_to_train(tmp_path, "--method=nnunet_2d", "--postprocessing.flips=true")
     assert line.startswith(
-        "error: --postprocessing.flips=true: has no effect, because nnunet_2d mirrors as its plan says"
+        "error: --postprocessing.flips=true: has no effect, because the plan of nnunet_2d sets the mirroring"
     )

@@ -205,7 +205,7 @@ def test_a_second_mask_of_a_case_in_another_format_is_refused(small_run, tmp_pat
 def test_no_mask_is_written_into_a_dicom_series(small_run, tmp_path, output):
     save_dicom(tmp_path / "series", image_array())
     line = refuse(tmp_path, "jaxla.predict", f"--run={small_run}", "--input=series", f"--output={output}")
-    assert f"--output={output}: masks would lie among the scans of --input=series." in line
+    assert f"--output={output}: masks would be among the scans of --input=series." in line
 
 
 @pytest.mark.parametrize(

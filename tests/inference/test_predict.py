@@ -140,14 +140,14 @@ def test_an_interrupted_prediction_can_be_continued_only_by_the_same_run(small_r
     assert sorted(begun) == [
         "a.nii.gz", "b.nii.gz", "predictions.unfinished.json", "probabilities/a.nii.gz", "probabilities/b.nii.gz",
     ]  # fmt: skip
-    problem = f"{masks / 'a.nii.gz'}: exists already. Add --continue to keep existing masks, --overwrite to replace"
+    problem = f"{masks / 'a.nii.gz'}: already exists. Add --continue to keep existing masks, --overwrite to replace"
     assert problem in refuse(tmp_path, "jaxla.predict", *options)
 
     other = shutil.copytree(small_run, tmp_path / "other")
     record = json.loads((other / "experiment.json").read_text())
     (other / "experiment.json").write_text(json.dumps(record | {"begun": "2026-01-01T00:00:00+00:00"}))
     line = refuse(tmp_path, "jaxla.predict", f"--run={other}", *resume[1:])
-    assert f"predictions.unfinished.json: begun by {run}, epoch" in line
+    assert f"predictions.unfinished.json: written by {run}, epoch" in line
 
     alone = (run, f"--input={thin_scans / 'c.nii.gz'}", f"--output={masks}")
     line = refuse(tmp_path, "jaxla.predict", *alone)
@@ -192,15 +192,15 @@ def test_masks_on_another_grid_or_not_written_by_predict_are_not_kept(small_run,
     shutil.copy(thin_scans / "b.nii.gz", tmp_path / "a.nii.gz")
     for more in ([], ["--continue"], ["--overwrite"]):
         assert refuse(tmp_path, "jaxla.predict", *options, *more) == (
-            f"error: {tmp_path / 'a.nii.gz'}: exists already, and a_predictions.csv does not say that predict wrote "
-            "it. Use another --output."
+            f"error: {tmp_path / 'a.nii.gz'}: already exists, and a_predictions.csv does not list it as written by "
+            "predict. Use another --output."
         )
     assert "--continue: contradicts --overwrite" in refuse(
         tmp_path, "jaxla.predict", *options, "--continue", "--overwrite"
     )
     (tmp_path / "a.nii.gz").unlink()
     main([*options])
-    assert "a.nii.gz: exists already. Add --continue" in refuse(tmp_path, "jaxla.predict", *options)
+    assert "a.nii.gz: already exists. Add --continue" in refuse(tmp_path, "jaxla.predict", *options)
     nib.save(nib.Nifti1Image(np.ones((3, 4, 5), np.uint8), np.eye(4)), tmp_path / "a.nii.gz")
     assert "a.nii.gz: not on the grid of" in refuse(tmp_path, "jaxla.predict", *options, "--continue")
     (tmp_path / "a_predictions.csv").write_text("name,size\na,1\n")
@@ -237,7 +237,7 @@ def test_scans_of_the_run_are_recognised_by_their_voxels_and_unlike_scans_are_re
         line = f"scans/{case}.nii.gz: unlike the training scans, so its mask may be wrong: {unlike}"
         assert (line in printed) == is_unlike
         assert row["unlike_training_scans"].startswith(unlike) if is_unlike else not row["unlike_training_scans"]
-    assert "scans/p.nii.gz: part of this run: training" in printed
+    assert "scans/p.nii.gz: this run used it for training" in printed
     epoch = json.loads((small_run / "test" / "summary.json").read_text())["best_epoch"]
     assert {(row["run"], row["epoch"]) for row in rows.values()} == {(str(small_run), str(epoch))}
 
@@ -263,7 +263,7 @@ def test_existing_masks_are_kept(small_run, scan, tmp_path, existing):
     (tmp_path / existing).write_text("a mask")
     options = (f"--run={small_run}", "--input=scans", "--output=masks", "--probabilities")
     assert refuse(tmp_path, "jaxla.predict", *options) == (
-        f"error: {existing}: exists already, and predictions.csv does not say that predict wrote it. "
+        f"error: {existing}: already exists, and predictions.csv does not list it as written by predict. "
         "Use another --output."
     )
 

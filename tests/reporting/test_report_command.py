@@ -48,7 +48,7 @@ def test_a_run_that_was_not_tested_is_refused(run, tmp_path):
         ([], "--study: missing. Pass --study=DIR or --run=DIR."),
         (["--study=a", "--run=b"], "--study: cannot be combined with --run. Pass --study=DIR or --run=DIR."),
         (["--run=b", "--cases=c"], "--cases: applies only to --study. Remove the option."),
-        (["--run=nowhere"], "nowhere: not a run folder (no experiment.json). Give the folder that training wrote."),
+        (["--run=nowhere"], "nowhere: not a run folder (no experiment.json). Pass the folder that training wrote."),
     ],
 )
 def test_options_that_name_no_folder_are_refused(options, message, tmp_path):

@@ -57,7 +57,7 @@ def test_evaluate_refuses_a_split_without_test_cases(run, phantoms, tmp_path):
     options = ("--predictions=masks", f"--references={phantoms}", "--output=scores", f"--cases={run / 'split.json'}")
     done = in_this_process(tmp_path, "jaxla.evaluate", *options)
     assert (done.returncode, done.stderr) == (
-        2, f"error: --cases={run / 'split.json'}: names no test cases. Remove --cases to score every prediction.\n",
+        2, f"error: --cases={run / 'split.json'}: lists no test cases. Remove --cases to score every prediction.\n",
     )  # fmt: skip
 
 

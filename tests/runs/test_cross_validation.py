@@ -89,7 +89,7 @@ def test_report_info_and_prediction_combine_all_folds(run, phantoms, tmp_path):
     assert 'href="fold_4/report.html"' in page
     assert "finished after 5 of 5 folds" in succeed(tmp_path, "jaxla.info", run)
     assert "best Dice 0." in succeed(tmp_path, "jaxla.info", run / "fold_2")
-    with pytest.raises(jaxla.InputError, match="Give one fold, as in fold_0"):
+    with pytest.raises(jaxla.InputError, match="Pass the folder of one fold, such as fold_0"):
         jaxla.load_network(run)
     assert_predict_reproduces_test_mask(run, phantoms, tmp_path)
 

@@ -49,7 +49,7 @@ def test_none_of_a_few_patients_are_used_for_validation(trained):
     page = (run / "report.html").read_text()
     assert "was tested. No validation cases." in " ".join(page.split())
     assert "the best one on the training cases" in page
-    assert "Only the largest connected part of LA is kept." in page
+    assert "Only the largest connected component of LA is kept." in page
 
 
 def test_a_time_too_short_for_a_pass_says_how_long_one_takes(phantoms, tmp_path):
@@ -106,15 +106,15 @@ def test_a_forecast_includes_the_time_for_measuring_steps():
         (["--training.minutes=-1"], "--training.minutes=-1.0: less than 0, or not finite. Use 0 or more."),
         (
             ["--training.minutes=1", "--training.steps=5"],
-            "--training.steps=5: has no effect, because --training.minutes=1 fixes the steps. Remove one of the two.",
+            "--training.steps=5: has no effect, because --training.minutes=1 sets the number of steps. Remove",
         ),
         (
             ["--training.average_decay=1"],
-            "--training.average_decay=1.0: not from 0 to below 1. Use 0.99, or 0 for none.",
+            "--training.average_decay=1.0: must be at least 0 and less than 1. Use 0.99, or 0 to turn it off.",
         ),
         (
             ["--training.foreground_fraction=1"],
-            "--training.foreground_fraction=1.0: not from 0 to below 1. Use 0.5, for example, or 0 for none.",
+            "--training.foreground_fraction=1.0: must be at least 0 and less than 1. Use 0.5, for example, or 0 to",
         ),
         (
             ["--method=windows_vit_mini8", "--training.foreground_fraction=0.5"],
@@ -124,7 +124,7 @@ def test_a_forecast_includes_the_time_for_measuring_steps():
         (
             ["--method=nnunet_2d", "--training.minutes=5"],
             "--training.minutes=5: cannot be used with nnunet_2d, whose validation depends on its steps. Use "
-            "--training.epochs and .steps.",
+            "--training.epochs and --training.steps.",
         ),
         (
             ["--method=nnunet_2d", "--training.weight_decay=0.1"],

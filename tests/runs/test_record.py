@@ -93,8 +93,8 @@ def test_differences_are_those_that_resuming_must_refuse():
     ("environment", "description"),
     [
         ({"device": "cpu: cpu", "processor": "Z80, 2 cores", "devices": 1, "processes": 1}, "cpu: Z80, 2 cores"),
-        ({"device": "gpu: Fast", "processor": "Z80, 2 cores", "devices": 4, "processes": 1}, "gpu: Fast, 4 of them"),
-        ({"device": "gpu: Fast", "devices": 4, "processes": 2}, "gpu: Fast, 4 of them, in 2 processes"),
+        ({"device": "gpu: Fast", "processor": "Z80, 2 cores", "devices": 4, "processes": 1}, "gpu: Fast, 4 devices"),
+        ({"device": "gpu: Fast", "devices": 4, "processes": 2}, "gpu: Fast, 4 devices, in 2 processes"),
     ],
 )
 def test_the_description_of_a_device_contains_its_name_and_counts(environment, description):

@@ -55,12 +55,12 @@ def test_a_frozen_random_backbone_is_kept_and_restored(run, caplog):
         path.unlink() if damaged is None else path.write_bytes(damaged)
         caplog.clear()
         assert np.array_equal(kernel(build_network(run)), kernel(first))
-        assert caplog.messages == [f"{path}: missing or damaged; drawn again from seed 1"]
+        assert caplog.messages == [f"{path}: missing or damaged; initialised again from seed 1"]
         assert read_record(run.folder).backbone_sha256 == parameters_sha256(first.backbone)
 
 
 def test_a_lost_backbone_is_never_replaced_by_a_different_one(run):
     write_record(run.folder, replace(read_record(run.folder), backbone_sha256="hash of another version's numbers"))
-    with pytest.raises(InputError, match="missing or damaged, and seed 1 gives a different backbone"):
+    with pytest.raises(InputError, match="missing or damaged, and with the installed packages seed 1 gives"):
         build_network(run)
     assert not (run.folder / BACKBONE).exists()

@@ -46,7 +46,7 @@ def test_only_the_centre_of_a_larger_scan_is_segmented(run, phantoms, tmp_path):
     nib.save(large, tmp_path / "large.nii.gz")
     printed = predict(run, tmp_path / "large.nii.gz", tmp_path / "mask.nii.gz")
     assert "large.nii.gz: slices of " in printed
-    assert "it sees their centre, and the rest becomes background" in printed
+    assert "the network sees their centre, and the rest becomes background" in printed
     mask, extent = nib.load(tmp_path / "mask.nii.gz"), read_json(run / "experiment.json")["extent"]
     assert mask.shape == large.shape
     tolerance = 8  # voxels, for an input pixel and interpolation

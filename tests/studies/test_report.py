@@ -99,7 +99,7 @@ def test_published_numbers_have_their_own_columns(reported):
     assert re.sub(r"\s+", " ", first).endswith("| 0.035 | 4 of 4 | 0.841 ± 0.083 | 0.764 ± 0.128 |")
     (atlas,) = (re.sub(r"\s+", " ", line) for line in printed.splitlines() if line.startswith("| atlas"))
     assert " | 0.000 | – | – | – |" in atlas  # equal for both seeds, and not compared with itself
-    assert "Published: by paper 1, on LAScarQS 2022, with its own recipe, whatever data and options" in printed
+    assert "Published: by paper 1, on LAScarQS 2022, with its own recipe, which may differ from" in printed
     few = (reported / "tables" / "table1_fewshot_1patient.md").read_text()
     assert "Published: by paper 1, on LAScarQS 2022, read off its Figure 2, with its own recipe" in few
     assert "(8 training patients): mean ± sd over 4 test volumes and over their 24 slices; values are aver" in printed
@@ -114,7 +114,7 @@ def test_each_published_number_names_its_own_paper(tmp_path):
     page = Page(report_study(tmp_path / "study", tmp_path / "cache").read_text("utf-8"))
     printed = (tmp_path / "study" / "tables" / "table1_paper2.md").read_text()
     assert printed.rstrip().endswith(
-        "Published: by paper 2, on LAScarQS 2022, with its own recipe, whatever data and options this study uses; it "
+        "Published: by paper 2, on LAScarQS 2022, with its own recipe, which may differ from this study's; it "
         "does not state the unit of its means."
     )
     # the published IoU is lower than is possible with the published Dice
@@ -290,7 +290,7 @@ def test_report_warns_that_times_of_different_devices_cannot_be_compared(study):
     )
     assert describe_devices(read_study(study), "paper1") == (
         "different devices, so times and memory cannot be compared (unet, segnet: cpu: Z80; unet: cpu: 6502; "
-        "segnet: gpu: Fast, 4 of them, in 2 processes)"
+        "segnet: gpu: Fast, 4 devices, in 2 processes)"
     )
 
 
@@ -578,7 +578,7 @@ def test_faulty_runs_are_refused_and_the_old_report_is_kept(fault, study, tmp_pa
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (None, "not a study's folder (no study.json)"),
+        (None, "not a study folder (no study.json)"),
         ("{", "study.json: damaged"),
         ('{"runs": 3}', "study.json: damaged"),
         ('{"name": "a", "summary": "", "command": "", "runs": []}', "study.json: damaged"),

@@ -120,7 +120,7 @@ def test_study_resumes_after_a_failure_and_after_a_stop(phantoms, tmp_path, caps
             "--segnet.training.epochs=3",
             "--segnet.training.epochs: method segnet is not in this study. Choose from unet, ",
         ),
-        ("--unet.data.labels=LA:1", "--unet.data.labels: not an option of a method. Methods may differ in model, "),
+        ("--unet.data.labels=LA:1", "--unet.data.labels: cannot be set for a single method. Only options of model, "),
         (
             '--data={"train_patients":5}',
             "--data: the protocol fewshot_1patient sets the number of training patients. Choose protocols with --exp",
@@ -245,7 +245,7 @@ def test_methods_that_need_no_validation_share_the_split_of_those_that_do(phanto
 def test_a_split_without_test_cases_is_refused(phantoms, tmp_path, monkeypatch, split):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "split.json").write_text('{"train": ["train_1"], "val": ["train_2"]}')
-    with pytest.raises(InputError, match=f"^--data.split={split}: leaves no test cases, on which a study compares"):
+    with pytest.raises(InputError, match=f"^--data.split={split}: leaves no test cases, which a study needs"):
         schedule_runs(
             {"unet": [f"--data.root={phantoms}", f"--data.split={split}"]}, ["paper1"], [0], tmp_path, tmp_path
         )
