@@ -9,7 +9,7 @@ import pytest
 import jaxla
 from jaxla.models.ops.multiply_adds import multiply_adds
 from tests.commands import succeed
-from tests.runs.folders import assert_predicts_its_test_mask, read_json, train
+from tests.runs.folders import assert_predict_reproduces_test_mask, read_json, train
 
 pytestmark = pytest.mark.usefixtures("fast_compilation")
 
@@ -34,5 +34,5 @@ def test_a_run_trains_on_patches_and_segments_in_tiles(phantoms, tmp_path):
     assert metrics[-1]["val_loss"] < metrics[0]["val_loss"]
     operations = multiply_adds(jaxla.load_network(run), jax.ShapeDtypeStruct((1, 32, 32, 1), np.float32))
     assert read_json(run / "cost.json")["multiply_adds"] == 4 * operations
-    mask, _ = assert_predicts_its_test_mask(run, phantoms, tmp_path)
+    mask, _ = assert_predict_reproduces_test_mask(run, phantoms, tmp_path)
     assert mask.any()
