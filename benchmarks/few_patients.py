@@ -5,7 +5,7 @@ For each number of training patients and each seed, these are compared on the sa
 - `laptop`: `python -m jaxla.train --exp=laptop`, run in a separate process.
 - `monai`: MONAI's two-dimensional BasicUNet with its default widths, trained on slices with the size and the grey
   values of `laptop`'s. The loss is MONAI's Dice and cross-entropy, the optimiser Adam with a learning rate of 0.001,
-  the batch size 16. The slices are not augmented. Like `laptop`, it keeps only the largest connected part.
+  the batch size 16. The slices are not augmented. Like `laptop`, it keeps only the largest connected component.
 - `atlas`: the mean training mask (`jaxla.evaluation.atlas`).
 
 `laptop` and `monai` train for the same number of minutes, not counting startup, compilation and testing. One patient is

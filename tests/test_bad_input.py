@@ -71,7 +71,7 @@ def test_training_refuses_a_scan_that_cannot_be_used(tmp_path, name):
         (["--model.windows=1x1x9"], r"--preprocessing.image_size=64: 8 x 8 patches are fewer than 1 x 9 windows\. Use"),
         (["--model.windows=two"], r"--model.windows=two: not a number of windows\. Use 2 for two along the slices"),
         (["--preprocessing.image_size=4"], r"--preprocessing.image_size=4: not a multiple of the patch size 8 of vit"),
-        (["--data.other_labels=background"], r"--data.other_labels=background: --data.labels is missing\. Name each"),
+        (["--data.other_labels=background"], r"--data.other_labels=background: --data.labels is missing\. List the"),
         (["--method=vit_mini8", "--training.gradient=two_pass"], r"--training.gradient: method vit_mini8 has no such"),
         (
             ["--method=vit_mini8", "--model.windows=2"],

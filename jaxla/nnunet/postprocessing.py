@@ -1,4 +1,4 @@
-"""nnU-Net's postprocessing: keep only the largest connected part of structures if that improves the validation Dice.
+"""nnU-Net's postprocessing: keep only the largest connected component of structures if this improves validation.
 
 The rule for all structures together is tried first. If there are several structures, the rule for each is tried next. A
 rule is adopted if it raises the mean Dice of the structures that it may change, and lowers none. Reference code:
@@ -25,7 +25,7 @@ from jaxla.distributed import barrier, broadcast, gather, is_first
 
 log = logging.getLogger(__name__)
 
-Groups = tuple[tuple[int, ...], ...]  # groups of class indices of which the largest connected part is kept
+Groups = tuple[tuple[int, ...], ...]  # groups of class indices of which the largest connected component is kept
 Trials = dict[str, list[float | None]]  # Dice of each structure of one case, by rule
 
 
@@ -37,9 +37,9 @@ class _Largest(TypedDict):
 
 
 def keep_largest(classes: np.ndarray, groups: Iterable[Sequence[int]]) -> np.ndarray:
-    """Return classes [S, H, W] with only the largest connected part of each group; equally large parts are all kept.
+    """Return classes [S, H, W] with only the largest connected component of each group.
 
-    Voxels are connected by faces, edges and corners.
+    Components of equal size are all kept. Voxels are connected by faces, edges and corners.
     """
     kept = classes.copy()
     for group in groups:
@@ -108,7 +108,7 @@ def write_choice(trials: Mapping[str, Trials], names: Sequence[str], path: Path)
         path.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(path, json.dumps(content, indent=1) + "\n")
     kept = ", then ".join(" and ".join(names[k - 1] for k in group) for group in groups)
-    rule = f"keep only the largest connected part of {kept}" if groups else "keep all parts"
+    rule = f"keep only the largest connected component of {kept}" if groups else "keep all components"
     log.info("postprocessing: %s, by the mean Dice of %s", rule, plural(len(trials), "validation case"))
 
 

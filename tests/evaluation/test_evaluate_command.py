@@ -269,7 +269,7 @@ def test_masks_are_not_scored_against_themselves(folders):
 def test_an_image_instead_of_a_mask_is_refused(folders):
     noise = np.arange(np.prod(SHAPE), dtype=np.int16).reshape(SHAPE)
     nib.save(nib.Nifti1Image(noise, AFFINE), folders / "predictions" / "train_2.nii")
-    with pytest.raises(InputError, match="so it is an image"):
+    with pytest.raises(InputError, match="so it looks like an image"):
         main(options(folders))
 
 

@@ -1,4 +1,4 @@
-"""Opening and closing, on slices drawn by hand and against SciPy; keeping the largest connected part."""
+"""Opening and closing, on slices drawn by hand and against SciPy; keeping the largest connected component."""
 
 import numpy as np
 import pytest
