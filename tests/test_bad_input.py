@@ -32,6 +32,7 @@ from tests.data.nifti import (
     save_raw_spacing,
     truncate,
 )
+from tests.training.faults import limit_memory
 
 
 def as_a_user(folder, module, *options):
@@ -231,12 +232,14 @@ def test_training_refuses_fewer_patients_than_the_protocol_needs(tmp_path):
     )
 
 
-def test_training_refuses_a_batch_that_does_not_fit_into_memory(tmp_path):
+def test_training_refuses_a_batch_that_does_not_fit_into_memory(tmp_path, monkeypatch):
     flat(tmp_path / "data", 5)
-    options = ("--model.widths=[8,8]", "--preprocessing.image_size=160", "--training.batch_size=9999")
+    limit_memory(monkeypatch, 2_000_000)
+    options = ("--model.widths=[8,8]", "--preprocessing.image_size=32", "--training.batch_size=99")
     line = refuse_to_train(tmp_path, "--method=unet", *options)
-    problem = r"^error: --training.batch_size=9999: a training step needs \S+, but the device has \S+\. Start a new run"
-    assert re.search(problem, line)
+    problem = r"a training step needs \S+, but the device has 2\.00MB\. Start a new run"
+    assert re.search(f"^error: --training.batch_size=99: {problem}", line)
+    monkeypatch.undo()
     for too_large in ("--preprocessing.image_size=99999", "--training.batch_size=999999999"):  # for the images alone
         line = refuse_to_train(tmp_path, "--method=unet", "--model.widths=[8,8]", too_large)
         assert re.search(r"^error: --training.batch_size=\d+: a training step needs .*, but the device has", line)
