@@ -41,8 +41,8 @@ from jaxla.nnunet.plan import read_plan
 from tests.convert_weights.test_nnunet import GOLDEN, PLANS, nnunet_state
 from tests.golden.errors import error
 from tests.gpu import task_without_data
-from tests.parity.references import fill_nnunet, flat_state
-from tests.tiny import TINY_PLAN
+from tests.parity.nnunet_reference import fill_nnunet
+from tests.tiny import TINY_PLAN, flat_state
 
 COMPARED = ["vit_mini8", "dinov2_vits14", "windows_dinov3_vits16", "unet", "nnunet_3d"]
 BATCH, SLICES, OUTPUTS = 2, 8, 3

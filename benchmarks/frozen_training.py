@@ -49,7 +49,8 @@ from jaxla.tasks import Features
 from jaxla.tasks.slices import SliceTask
 from jaxla.training.features import BATCH
 from tests.golden.live import live_model
-from tests.parity.references import ReferenceFusionDecoder, reference_of
+from tests.parity.decoder_references import ReferenceFusionDecoder
+from tests.parity.references import reference_of
 
 DEVICE = "cuda" if on_gpu() else "cpu"
 NETWORKS = {"transformer_segmenter": TransformerSegmenterOptions, "fusion": FusionOptions}

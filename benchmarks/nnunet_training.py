@@ -38,7 +38,7 @@ from jaxla.runs.checks import check_experiment
 from jaxla.tasks import make_task
 from jaxla.training.optimisers import MAX_GRADIENT_NORM, MOMENTUM, POLY_POWER, WEIGHT_DECAY
 from jaxla.training.trainer import Trainer
-from tests.parity.references import fill_nnunet, nnunet_reference_of
+from tests.parity.nnunet_reference import fill_nnunet, nnunet_reference_of
 from tests.parity.test_nnunet import their_loss
 
 log = logging.getLogger("jaxla.benchmarks")

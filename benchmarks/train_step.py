@@ -50,8 +50,10 @@ from jaxla.tasks.patches import PatchTask
 from jaxla.tasks.slices import SliceTask
 from jaxla.training.optimisers import MAX_GRADIENT_NORM, MOMENTUM, WEIGHT_DECAY
 from tests.golden.live import live_model, live_state
-from tests.parity.references import as_theirs, flat_state, nnunet_as_theirs, nnunet_reference_of, reference_of
+from tests.parity.nnunet_reference import nnunet_as_theirs, nnunet_reference_of
+from tests.parity.references import as_theirs, reference_of
 from tests.parity.test_nnunet import their_loss
+from tests.tiny import flat_state
 
 CONVOLUTIONAL = ("unet", "attention_unet", "resnet50_unet", "resnet152_unet", "segnet", "nnunet_2d", "nnunet_3d")
 TRANSFORMERS = ("vit_mini8", "dinov2_vits14", "dinov2_vitb14", "dinov2_vitl14", "dinov2_vitg14")

@@ -16,6 +16,21 @@ if "JAX_COMPILATION_CACHE_DIR" not in os.environ:  # workers inherit the folder 
     os.environ["JAX_COMPILATION_CACHE_MAX_SIZE"] = str(2 * 1024**3)  # with a limit, JAX locks the folder
     os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.1"  # many small programs slow the locked folder down
 
+# These files take longest. They run first, so that several workers end at about the same time.
+LONGEST = (
+    "test_mesh.py", "test_golden.py", "test_two_process_runs.py", "test_nnunet_command.py", "test_tutorial.py",
+    "test_all_patients.py", "test_minutes.py", "test_rivals.py", "test_resume.py", "test_cross_validation.py",
+    "test_study_command.py", "test_processes.py", "test_resume_command.py", "test_two_pass.py", "test_paper_runs.py",
+)  # fmt: skip
+
+
+def pytest_configure(config):
+    config.option.loadscopereorder = False  # xdist would begin with the files that have the most tests
+
+
+def pytest_collection_modifyitems(items):
+    items.sort(key=lambda item: LONGEST.index(item.path.name) if item.path.name in LONGEST else len(LONGEST))
+
 
 def make_once(tmp_path_factory, name, make):
     """Return the folder `name`, which the first worker that needs it fills by `make(folder)` for all workers."""

@@ -12,6 +12,7 @@ import pytest
 import jaxla
 from jaxla.runs.trained import load_run
 from tests.commands import in_this_process, refuse, succeed
+from tests.training.faults import limit_memory
 
 pytestmark = pytest.mark.usefixtures("fast_compilation")
 
@@ -219,10 +220,10 @@ def test_plans_that_do_not_fit_the_scans_or_the_method_are_refused(phantoms, pla
     assert "--augmentation.nnunet: method vit_mini8 has no such option" in line
 
 
-def test_dry_run_refuses_too_large_a_batch_before_making_a_patch(phantoms, plan, tmp_path):
-    arguments = options(phantoms, plan, tmp_path / "run", "--training.batch_size=400000", "--dry-run")
-    line = refuse(tmp_path, "jaxla.train", *arguments)
-    assert line.startswith("error: --training.batch_size=400000: a training step needs ")
+def test_dry_run_refuses_patches_too_large_for_memory(phantoms, plan, tmp_path, monkeypatch):
+    limit_memory(monkeypatch, 100_000)
+    line = refuse(tmp_path, "jaxla.train", *options(phantoms, plan, tmp_path / "run", "--dry-run"))
+    assert line.startswith("error: --training.batch_size=3: a training step needs ")
     assert line.endswith("Lower --model.memory_gb, or use a plan made for less memory.")
 
 

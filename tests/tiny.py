@@ -61,3 +61,8 @@ def flat_arrays(module, kind=nnx.Param):
     """Return name -> array of every variable of a kind."""
     state = nnx.to_flat_state(nnx.state(module, kind))
     return {".".join(map(str, path)): np.asarray(variable.get_value()) for path, variable in state}
+
+
+def flat_state(state):
+    """Return name -> array of a state."""
+    return {".".join(map(str, path)): np.asarray(variable) for path, variable in nnx.to_flat_state(state)}

@@ -87,3 +87,9 @@ def assert_same_state(state, expected):
 
 def to_bytes(tensor):
     return tensor.reshape(-1).view(torch.uint8).numpy().tobytes()
+
+
+def save(folder, state):
+    """Save a state dict as `source.pth`; return the path."""
+    torch.save(state, folder / "source.pth")
+    return folder / "source.pth"

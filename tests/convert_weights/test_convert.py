@@ -25,7 +25,7 @@ from tests.convert_weights.command import (
     succeed,
 )
 from tests.convert_weights.shards import write_shards
-from tests.parity.references import ReferenceVGG
+from tests.parity.network_references import ReferenceVGG
 
 
 @pytest.fixture(scope="module")

@@ -5,11 +5,19 @@ from contextlib import contextmanager
 
 import numpy as np
 import pydicom
+import pytest
 import SimpleITK as sitk
+from nibabel.eulerangles import euler2mat
 
+from jaxla.config import InputError
+from jaxla.data.volumes import read_image
 from tests.data.nifti import AFFINE, save
 
 ITK_NAMES = ("a.nrrd", "a.nhdr", "a.mha", "a.mhd")
+
+OBLIQUE = np.eye(4)
+OBLIQUE[:3, :3] = euler2mat(0.3, -0.2, 0.1) * (0.7, 0.8, 2.6)  # not exact in binary
+OBLIQUE[:3, 3] = (1.3, -2.7, 30.9)
 
 
 def itk_image(array, affine=AFFINE):
@@ -88,3 +96,12 @@ def save_any(path, array, affine=AFFINE):
     if not path.suffix:
         return save_dicom(path, array, affine)
     return save(path, array, affine) if path.suffix in (".nii", ".gz") else save_itk(path, array, affine)
+
+
+def refusal(path, read=read_image):
+    """Return the line with which a scan is refused."""
+    with pytest.raises(InputError) as refused:
+        read(path)
+    text = str(refused.value)
+    assert "\n" not in text
+    return text

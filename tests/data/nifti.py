@@ -134,3 +134,13 @@ def flat(root, count=5, value=1):
         save(root / f"case_{n}.nii.gz", image_array(n))
         save(root / f"case_{n}_mask.nii.gz", mask_array(value=value))
     return root
+
+
+def oblique(spacing=(0.7, 0.8, 2.5)):
+    """Return axes rotated by about 20 degrees around each direction, so that none lies along a world axis."""
+    turn = np.eye(3)
+    for i, j in ((0, 1), (1, 2), (2, 0)):
+        single = np.eye(3)
+        single[[i, i, j, j], [i, j, i, j]] = np.cos(0.35), -np.sin(0.35), np.sin(0.35), np.cos(0.35)
+        turn = single @ turn
+    return nib.affines.from_matvec(turn @ np.diag(spacing), (-40, 30, 7))

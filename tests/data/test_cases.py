@@ -1,4 +1,4 @@
-"""Cases: which files of a folder belong together, their order, and the meaning of their mask values."""
+"""Cases: which files of a folder belong together, their order, and the labels of a data set."""
 
 import json
 import logging
@@ -7,9 +7,9 @@ import shutil
 import numpy as np
 import pytest
 
-from jaxla.config import Data, InputError
+from jaxla.config import InputError
 from jaxla.data.cases import LAYOUTS, find_cases, find_images
-from jaxla.data.labels import Labels, parse_labels
+from jaxla.data.labels import Labels
 from tests.data.nifti import decathlon, flat, image_array, lascarqs, mask_array, save
 
 ONE_CLASS = {"background": 0, "LA": 1}
@@ -78,6 +78,21 @@ def test_any_non_zero_value_of_a_lascarqs_mask_is_the_atrium_and_is_logged(tmp_p
     np.testing.assert_array_equal(labels.to_values(classes), mask_array())
 
 
+def test_unlabelled_validation_scans_of_lascarqs_are_not_cases(tmp_path, caplog):
+    for folder, names in {
+        "train_data/train_1": ("enhanced", "atriumSegImgMO"),
+        "val_data/val_1": ("enhanced",),
+    }.items():
+        for name in names:
+            path = tmp_path / "task2" / folder / f"{name}.nii.gz"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.touch()
+    with caplog.at_level("INFO"):
+        assert [case.id for case in find_cases(tmp_path).cases] == ["train_1"]
+    assert "1 folders not named train_<n> are not read" in caplog.text
+    assert list(find_images(tmp_path)) == ["train_1", "val_1"]
+
+
 # --- dataset.json ----------------------------------------------------------------------------------------------------
 
 
@@ -117,13 +132,6 @@ def test_a_stray_volume_next_to_dataset_json_is_ignored(tmp_path):
 def test_the_value_0_is_the_background_whatever_its_name(tmp_path, zero):
     dataset = find_cases(decathlon(tmp_path, ["a"], {"0": zero, "1": "LA"}))
     assert dataset.labels == Labels(("LA",), ((1,),))
-
-
-def test_more_classes_than_class_indices_are_refused():
-    names = [f"class {n}:{n}" for n in range(1, 257)]
-    assert len(parse_labels(";".join(names[:255])).names) == 255
-    with pytest.raises(InputError, match=r"names 256 classes, but at most 255 are supported\. Use LA:1, for example"):
-        parse_labels(";".join(names))
 
 
 def test_given_labels_replace_the_labels_of_the_data_set(tmp_path):
@@ -305,92 +313,6 @@ def test_the_error_for_a_folder_without_cases_names_the_layouts_and_sources_of_d
         find_cases(tmp_path / "nowhere")
 
 
-# --- labels ----------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("text", "labels"),
-    [
-        ("LA:1", Labels(("LA",), ((1,),))),
-        ("anterior:1;posterior:2", Labels(("anterior", "posterior"), ((1,), (2,)))),
-        ("hippocampus:1,2", Labels(("hippocampus",), ((1, 2),))),
-        ("LA:1;background:2,3", Labels(("LA",), ((1,),), (2, 3))),
-        ("background:0,2;LA:420", Labels(("LA",), ((420,),), (2,))),
-        (" left atrium : 1 , 2 ; LA-wall:3", Labels(("left atrium", "LA-wall"), ((1, 2), (3,)))),
-    ],
-)
-def test_labels_are_read_from_text(text, labels):
-    assert parse_labels(text) == labels
-
-
-@pytest.mark.parametrize(
-    "text",
-    [
-        "LA", "LA:", ":1", "LA:one", "LA:-1", "LA:1.5", "LA:" + "1" * 5000, "LA=1", "LA:1;", "LA:1,",
-        "LA:1;LA:2", "LA:1;wall:1", "LA:1,1", "LA:0", "background:1",
-    ],
-)  # fmt: skip
-def test_labels_that_cannot_be_parsed_are_an_error_with_an_example(text):
-    with pytest.raises(InputError, match=f"^data.labels='{text}': .*Use LA:1, for example"):
-        parse_labels(text)
-
-
-def test_classes_and_values_of_several_structures():
-    labels = parse_labels("front:5,6;back:2;background:9")
-    mask = np.array([0, 5, 6, 2, 9])
-    classes = labels.to_classes(mask, "m")
-    assert classes.tolist() == [0, 1, 1, 2, 0]
-    assert classes.dtype == np.uint8
-    assert labels.to_values(classes).tolist() == [0, 5, 5, 2, 0]  # the first value of each class
-    assert labels.outputs == 3
-    assert labels.describe() == "front: 5/6, back: 2"
-
-
-def test_all_other_values_can_be_background():
-    """An example is a brain mask with many labels, one of which is the structure."""
-    labels = parse_labels("hippocampus:1,2;background:rest")
-    assert labels.to_classes(np.array([0, 1, 2, 3, 50]), "m").tolist() == [0, 1, 1, 0, 0]
-    assert labels.describe() == "hippocampus: 1/2; all other values are background"
-    assert Data(labels="hippocampus:1,2", other_labels="background").all_labels == "hippocampus:1,2;background:rest"
-    assert Data(labels="hippocampus:1,2").all_labels == "hippocampus:1,2"
-    assert parse_labels("LA:1 ; background: rest").ignored is None
-    for text in ("background:rest", "background:rest;LA:1", "LA:1;background:rest;background:rest"):
-        with pytest.raises(InputError, match=r"expected name:value|names no class"):
-            parse_labels(text)
-
-
-@pytest.mark.parametrize(("value", "dtype"), [(1, "u1"), (255, "u1"), (256, "i2"), (32767, "i2")])
-def test_mask_values_have_the_smallest_common_dtype(value, dtype):
-    values = parse_labels(f"LA:{value}").to_values(np.array([0, 1], np.uint8))
-    assert values.tolist() == [0, value]
-    assert values.dtype == np.dtype(dtype)
-
-
-def test_255_classes_are_supported_and_256_are_refused():
-    names = [f"c{n}:{n}" for n in range(1, 257)]
-    classes = parse_labels(";".join(names[:255])).to_classes(np.array([0, 1, 255]), "m")
-    assert classes.tolist() == [0, 1, 255]
-    with pytest.raises(InputError, match="names 256 classes, but at most 255 are supported"):
-        parse_labels(";".join(names))
-
-
-def test_a_value_too_large_for_masks_is_refused():
-    with pytest.raises(InputError, match="the value 65536 is more than a mask can hold"):
-        parse_labels("LA:65536")
-
-
-@pytest.mark.parametrize("value", [32768, 65535])
-def test_large_mask_values_are_kept(value):
-    assert parse_labels(f"LA:{value}").to_values(np.array([0, 1], np.uint8)).tolist() == [0, value]
-
-
-def test_values_without_a_class_are_named_with_their_file():
-    mask = np.array([0, 1, 2, 7, 7])
-    with pytest.raises(InputError, match=r"^m.nii.gz: label values 2, 7 are not among the classes \(LA: 1\)\. "):
-        parse_labels("LA:1").to_classes(mask, "m.nii.gz")
-    assert parse_labels("LA:1;background:2,7").to_classes(mask, "m").tolist() == [0, 1, 0, 0, 0]
-
-
 # --- images to predict -----------------------------------------------------------------------------------------------
 
 
@@ -439,27 +361,3 @@ def test_a_folder_without_images_to_predict_is_named(tmp_path):
         find_images(tmp_path)
     with pytest.raises(InputError, match=r"^input=.*/nowhere: no such file or folder"):
         find_images(tmp_path / "nowhere")
-
-
-def test_several_values_in_a_mask_of_flat_pairs_are_refused(tmp_path):
-    labels = Labels(("foreground",), one_value=True)
-    assert labels.to_classes(np.array([0, 7, 7]), tmp_path / "m.nii.gz").tolist() == [0, 1, 1]
-    with pytest.raises(
-        InputError, match=r"m\.nii\.gz: holds the label values 1, 2, .* for example data\.labels='a:1;b:2'"
-    ):
-        labels.to_classes(np.array([0, 1, 2]), tmp_path / "m.nii.gz")
-
-
-def test_unlabelled_validation_scans_of_lascarqs_are_not_cases(tmp_path, caplog):
-    for folder, names in {
-        "train_data/train_1": ("enhanced", "atriumSegImgMO"),
-        "val_data/val_1": ("enhanced",),
-    }.items():
-        for name in names:
-            path = tmp_path / "task2" / folder / f"{name}.nii.gz"
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.touch()
-    with caplog.at_level("INFO"):
-        assert [case.id for case in find_cases(tmp_path).cases] == ["train_1"]
-    assert "1 folders not named train_<n> are not read" in caplog.text
-    assert list(find_images(tmp_path)) == ["train_1", "val_1"]

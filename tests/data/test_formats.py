@@ -4,7 +4,6 @@ import shutil
 import sys
 
 import numpy as np
-import pydicom
 import pytest
 import SimpleITK as sitk
 from nibabel.eulerangles import euler2mat
@@ -12,12 +11,8 @@ from nibabel.eulerangles import euler2mat
 from jaxla.config import InputError
 from jaxla.data.formats import is_scan, scan_files, scan_sha256, strip_ending
 from jaxla.data.volumes import read_grid, read_image, read_mask, write_volume
-from tests.data.formats import ITK_NAMES, edit_dicom, own_locale, save_any, save_dicom, save_itk
+from tests.data.formats import ITK_NAMES, OBLIQUE, refusal, save_any, save_dicom, save_itk
 from tests.data.nifti import AFFINE, SHAPE, image_array, mask_array, save
-
-OBLIQUE = np.eye(4)
-OBLIQUE[:3, :3] = euler2mat(0.3, -0.2, 0.1) * (0.7, 0.8, 2.6)  # not exact in binary
-OBLIQUE[:3, 3] = (1.3, -2.7, 30.9)
 
 
 def read_or_refuse(path):
@@ -26,14 +21,6 @@ def read_or_refuse(path):
         return read_image(path), ""
     except InputError as error:
         return None, str(error)
-
-
-def refusal(path, read=read_image):
-    with pytest.raises(InputError) as refused:
-        read(path)
-    text = str(refused.value)
-    assert "\n" not in text
-    return text
 
 
 # --- the same scan in every format -----------------------------------------------------------------------------------
@@ -119,55 +106,6 @@ def test_a_handwritten_mha_file_is_read(tmp_path):
     volume = read_image(path)
     np.testing.assert_array_equal(volume.array, values)
     np.testing.assert_array_equal(volume.affine, [[0, -0.5, 0, -10], [2, 0, 0, -20], [0, 0, 3, 30], [0, 0, 0, 1]])
-
-
-def test_slope_and_intercept_of_each_dicom_slice_are_applied(tmp_path):
-    def rescale(dataset):
-        dataset.RescaleSlope, dataset.RescaleIntercept = ("0.5", "-10") if dataset.InstanceNumber > 1 else ("2", "0")
-
-    volume = read_image(edit_dicom(save_dicom(tmp_path / "series", image_array()), rescale))
-    assert volume.array.dtype == np.float32
-    np.testing.assert_array_equal(volume.array[..., 1:], image_array()[..., 1:] * 0.5 - 10)
-    np.testing.assert_array_equal(volume.array[..., 0], image_array()[..., 0] * 2)
-
-
-@pytest.mark.parametrize(
-    ("compressor", "syntax"), [("JPEG", "1.2.840.10008.1.2.4.70"), ("JPEG2000", "1.2.840.10008.1.2.4.90")]
-)
-def test_compressed_dicom_slices_are_read(tmp_path, compressor, syntax):
-    folder = save_dicom(tmp_path / "series", image_array())
-    for path in folder.iterdir():
-        writer = sitk.ImageFileWriter()
-        writer.SetFileName(str(path))
-        writer.KeepOriginalImageUIDOn()
-        writer.UseCompressionOn()
-        writer.SetCompressor(compressor)
-        with own_locale():
-            writer.Execute(sitk.ReadImage(str(path)))
-    assert pydicom.dcmread(path).file_meta.TransferSyntaxUID == syntax
-    np.testing.assert_array_equal(read_image(folder).array, image_array())
-
-
-def test_bits_beyond_bits_stored_are_not_part_of_a_dicom_voxel(tmp_path):
-    def store_12_bits(dataset):
-        dataset.BitsStored, dataset.HighBit = 12, 11
-        dataset.PixelData = (np.frombuffer(dataset.PixelData, "<i2") & 0x0FFF | 0x5000).astype("<i2").tobytes()
-
-    folder = edit_dicom(save_dicom(tmp_path / "series", image_array() - 500), store_12_bits)
-    np.testing.assert_array_equal(read_image(folder).array, image_array() - 500)
-
-
-def test_other_files_in_a_dicom_folder_are_named(tmp_path):
-    folder = save_dicom(tmp_path / "series", image_array())
-    (folder / "notes.txt").write_text("a note")
-    assert read_image(folder).warnings == ("files that are not DICOM slices are not used (1): notes.txt",)
-
-
-def test_the_spacing_of_a_single_dicom_slice_is_its_thickness(tmp_path):
-    folder = save_dicom(tmp_path / "series", image_array(shape=(5, 6, 1)))
-    assert read_image(edit_dicom(folder, set_tags(SpacingBetweenSlices=4))).spacing == (0.75, 0.75, 4)
-    assert read_image(edit_dicom(folder, set_tags(SpacingBetweenSlices=None, SliceThickness=3))).spacing[2] == 3
-    assert "one slice without SliceThickness" in refusal(edit_dicom(folder, set_tags(SliceThickness=None)))
 
 
 # --- names and files -------------------------------------------------------------------------------------------------
@@ -275,81 +213,7 @@ def test_scans_and_masks_of_random_geometries_agree_in_world_coordinates(tmp_pat
     assert np.prod(mask.spacing) == pytest.approx(abs(np.linalg.det(affine[:3, :3])), rel=1e-4)
 
 
-# --- refused: DICOM --------------------------------------------------------------------------------------------------
-
-
-def set_tags(**values):
-    def change(dataset):
-        for name, value in values.items():
-            setattr(dataset, name, value)
-
-    return change
-
-
-def shift(axis, mm):
-    def change(dataset):
-        position = [float(value) for value in dataset.ImagePositionPatient]
-        position[axis] += mm * dataset.InstanceNumber
-        dataset.ImagePositionPatient = position
-
-    return change
-
-
-def delete(name):
-    return lambda dataset: delattr(dataset, name)
-
-
-DICOM_FAULTS = {  # change, positions of the changed files, part of the message
-    "uneven": (shift(2, 0.4), (1,), "unevenly spaced: gaps from 1.7 to 3.3 mm"),
-    "duplicate": (set_tags(ImagePositionPatient=[-6, -5, -4]), (0, 1), "2 slices share their position"),
-    "tilted": (shift(1, 0.5), (), "gantry tilt"),
-    "localizer": (set_tags(ImageOrientationPatient=[1, 0, 0, 0, 0, -1]), (2,), "another orientation than s1_000.dcm"),
-    "not orthogonal": (set_tags(ImageOrientationPatient=[1, 0, 0, 1, 0, 0]), (), "not two perpendicular unit vectors"),
-    "multi-frame": (set_tags(NumberOfFrames=2), (0,), "a multi-frame DICOM file (2 frames)"),
-    "colour": (set_tags(SamplesPerPixel=3, PhotometricInterpretation="RGB"), (), "voxels are RGB with 3 values each"),
-    "inverted": (set_tags(PhotometricInterpretation="MONOCHROME1"), (), "voxels are MONOCHROME1"),
-    "no position": (delete("ImagePositionPatient"), (1,), "no ImagePositionPatient in this DICOM file (MR)"),
-    "other spacing": (set_tags(PixelSpacing=[0.8, 0.75]), (3,), "PixelSpacing is [0.8, 0.75], unlike [.75, .75]"),
-    "other size": (set_tags(Rows=7, PixelData=b"\0" * 224), (3,), "Rows is 7, unlike 14 in s1_000.dcm"),
-    "no spacing": (set_tags(PixelSpacing=[0, 0]), (), "pixel spacing is damaged"),
-    "short": (set_tags(PixelData=b"\0" * 100), (1,), "cannot be read as DICOM"),
-}
-
-
-@pytest.mark.parametrize(("change", "positions", "message"), DICOM_FAULTS.values(), ids=DICOM_FAULTS)
-def test_dicom_slices_that_are_not_a_regular_grey_volume_are_refused(tmp_path, change, positions, message):
-    folder = edit_dicom(save_dicom(tmp_path / "series", image_array()), change, *positions)
-    assert message in refusal(folder)
-
-
-def test_a_missing_dicom_slice_is_refused(tmp_path):
-    folder = save_dicom(tmp_path / "series", image_array())
-    (folder / "s1_007.dcm").unlink()
-    message = "a slice is missing: a gap of 5 mm where others are"
-    assert message in refusal(folder)
-
-
-def test_several_dicom_series_are_named(tmp_path):
-    folder = save_dicom(tmp_path / "series", image_array())
-    save_dicom(folder, image_array(1), series="2")
-    expected = "holds 2 DICOM series: series 1 (4 files, such as s1_000.dcm); series 2 (4 files, such as s2_000.dcm)."
-    assert expected in refusal(folder)
-
-
-def test_a_damaged_file_among_dicom_slices_is_refused(tmp_path):
-    folder = save_dicom(tmp_path / "series", image_array())
-    path = folder / "s1_014.dcm"
-    path.write_bytes(b"\0" * 500)
-    assert refusal(folder).startswith(f"{path}: not a DICOM file in a folder of slices.")
-    path.write_bytes((folder / "s1_007.dcm").read_bytes()[:700])
-    assert refusal(folder).startswith(f"{path}: ")
-
-
-def test_a_folder_without_dicom_slices_is_refused(tmp_path):
-    assert "no DICOM slice in this folder" in refusal(tmp_path)
-
-
-# --- refused: NRRD and MetaImage -------------------------------------------------------------------------------------
+# --- refused ---------------------------------------------------------------------------------------------------------
 
 NRRD_FAULTS = {  # old text, new text, part of the message
     "not NRRD": ("NRRD0004", "NRRX0004", "not an NRRD file"),

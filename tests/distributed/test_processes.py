@@ -2,6 +2,7 @@
 
 import json
 import socket
+import time
 from signal import SIGKILL, SIGTERM
 
 import pytest
@@ -26,8 +27,40 @@ def last_lines(err):
     ]
 
 
+def kill_all(groups):
+    for _, processes in groups.values():
+        for process in processes:
+            process.kill()
+
+
+def finish_together(groups, seconds=A_MINUTE):
+    """Finish groups of processes that run at the same time, because most of their time is waiting."""
+    end = time.monotonic() + seconds
+    try:
+        return {key: finish(processes, folder, end - time.monotonic()) for key, (folder, processes) in groups.items()}
+    finally:
+        kill_all(groups)
+
+
+@pytest.fixture(scope="module")
+def pairs(tmp_path_factory):
+    """Send a signal to one process of each of four pairs. Yield folder and processes of each pair, and the time.
+
+    A survivor may need 30 s to notice, so other tests run meanwhile.
+    """
+    keys = (("wait", 0, SIGKILL), ("wait", 1, SIGKILL), ("compute", 1, SIGKILL), ("wait", 1, SIGTERM))
+    folders = {key: tmp_path_factory.mktemp("pair") for key in keys}
+    pairs = {key: (folder, drive(folder, key[0])) for key, folder in folders.items()}
+    for (_, victim, number), (folder, processes) in pairs.items():
+        wait_for(lambda folder=folder: all((folder / f"{k}.ready").exists() for k in (0, 1)), processes)
+        processes[victim].send_signal(number)
+    yield pairs, time.monotonic()
+    kill_all(pairs)
+
+
+@pytest.mark.usefixtures("pairs")
 def test_processes_exchange_values_and_the_first_prints(tmp_path):
-    """Clusters set variables for a web proxy, which gRPC respects. Nothing listens at the proxy of this test."""
+    """Clusters set variables for a web proxy, which gRPC respects: nothing listens at this one."""
     proxy = {"http_proxy": "http://127.0.0.1:9", "https_proxy": "http://127.0.0.1:9"}
     processes = drive(tmp_path, "exchange", count=3, indices=(0, 1, 2), **proxy)
     codes, out, err = finish(processes, tmp_path, A_MINUTE)
@@ -43,48 +76,6 @@ def test_processes_exchange_values_and_the_first_prints(tmp_path):
     for k in (1, 2):
         assert out[k].splitlines() == [f"process {k}: warning of {k}", f"process {k}: progress of {k}"]
     assert "proxy" not in "".join(out + err)
-
-
-def finish_together(groups):
-    """Finish groups of processes that run at the same time, because they mostly wait."""
-    try:
-        return {key: finish(processes, folder, A_MINUTE) for key, (folder, processes) in groups.items()}
-    finally:
-        for _, processes in groups.values():
-            for process in processes:
-                process.kill()
-
-
-@pytest.fixture(scope="module")
-def signalled(tmp_path_factory):
-    """The folder and the outcome of four pairs of processes, one process of which gets a signal."""
-    keys = (("wait", 0, SIGKILL), ("wait", 1, SIGKILL), ("compute", 1, SIGKILL), ("wait", 1, SIGTERM))
-    folders = {key: tmp_path_factory.mktemp("pair") for key in keys}
-    pairs = {key: (folder, drive(folder, key[0])) for key, folder in folders.items()}
-    for (_, victim, number), (folder, processes) in pairs.items():
-        wait_for(lambda folder=folder: all((folder / f"{k}.ready").exists() for k in (0, 1)), processes)
-        processes[victim].send_signal(number)
-    outcomes = finish_together(pairs)
-    return {key: (folders[key], outcomes[key]) for key in keys}
-
-
-@pytest.mark.parametrize(("kind", "victim"), [("wait", 0), ("wait", 1), ("compute", 1)])
-def test_a_killed_process_ends_the_other_which_names_the_resume_command(signalled, kind, victim):
-    """The survivor waits in `gather`, in Python code, or in a collective of XLA."""
-    folder, (codes, _, err) = signalled[kind, victim, SIGKILL]
-    assert codes[victim] == -SIGKILL
-    assert codes[1 - victim] == 1
-    (line,) = last_lines([err[1 - victim]])
-    assert line.startswith("stopped: ")
-    assert line.endswith(" Resume with: that command")
-    assert (folder / f"{1 - victim}.note").read_text() == line
-
-
-def test_sigterm_to_one_ends_both(signalled):
-    """The signal also interrupts `gather`, in which process 1 waits."""
-    _, (codes, _, err) = signalled["wait", 1, SIGTERM]
-    assert codes == [1, 1]
-    assert [last_lines([text]) for text in err] == [["interrupted"], []]
 
 
 @pytest.fixture(scope="module")
@@ -146,3 +137,30 @@ def test_a_port_in_use_is_named(tmp_path):
         f"error: --coordinator=127.0.0.1:{port}: process 0 cannot use port {port} (Address already in use). Use "
         "another port, and only one --process=0.\n"
     )
+
+
+@pytest.fixture(scope="module")
+def signalled(pairs):
+    """Return the folder and the outcome of each pair, whose survivor has a minute from the signal on."""
+    groups, signal_time = pairs
+    outcomes = finish_together(groups, signal_time + A_MINUTE - time.monotonic())
+    return {key: (folder, outcomes[key]) for key, (folder, _) in groups.items()}
+
+
+@pytest.mark.parametrize(("kind", "victim"), [("wait", 0), ("wait", 1), ("compute", 1)])
+def test_a_killed_process_ends_the_other_which_names_the_resume_command(signalled, kind, victim):
+    """The survivor waits in `gather`, in Python code, or in a collective of XLA."""
+    folder, (codes, _, err) = signalled[kind, victim, SIGKILL]
+    assert codes[victim] == -SIGKILL
+    assert codes[1 - victim] == 1
+    (line,) = last_lines([err[1 - victim]])
+    assert line.startswith("stopped: ")
+    assert line.endswith(" Resume with: that command")
+    assert (folder / f"{1 - victim}.note").read_text() == line
+
+
+def test_sigterm_to_one_ends_both(signalled):
+    """The signal also interrupts `gather`, in which process 1 waits."""
+    _, (codes, _, err) = signalled["wait", 1, SIGTERM]
+    assert codes == [1, 1]
+    assert [last_lines([text]) for text in err] == [["interrupted"], []]

@@ -9,7 +9,7 @@ import nibabel as nib
 import numpy as np
 import pytest
 
-from tests.commands import run_module, succeed
+from tests.commands import succeed
 from tests.distributed.group import finish, free_port, start, together, wait_for
 
 
@@ -23,7 +23,7 @@ def command(folder, phantoms, *options, run="run"):
 
 
 @pytest.fixture(scope="module", autouse=True)
-def fast_compilation_in_processes():
+def fast_compilation_in_all_processes(fast_compilation):
     """Compile with little optimisation, since that takes longer than these runs."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
@@ -51,7 +51,7 @@ def split_file(phantoms, tmp_path_factory):
 def single_run(phantoms, split_file, tmp_path_factory):
     """The folder of a run by one process and of its cache."""
     folder = tmp_path_factory.mktemp("one")
-    run_module(*command(folder, phantoms, f"--data.split={split_file}"))
+    succeed(folder, *command(folder, phantoms, f"--data.split={split_file}"))
     return folder
 
 
@@ -175,11 +175,12 @@ def test_two_processes_fit_the_same_steps_into_their_minutes(phantoms, tmp_path)
     train = [
         "jaxla.train", "--exp=laptop", f"--data.root={phantoms}", f"--run-dir={tmp_path / 'run'}",
         f"--cache-dir={tmp_path / 'cache'}", "--data.split=all", "--preprocessing.image_size=32",
-        "--model.widths=[4,8]", "--training.epochs=2", "--training.minutes=0.005",
+        "--model.widths=[4,8]", "--training.epochs=2", "--training.minutes=0.005", "--training.schedule=constant",
     ]  # fmt: skip
     codes, out, err = finish(start(together(train, free_port()), tmp_path), tmp_path, seconds=300)
     assert codes == [0, 0], err
     record = json.loads((tmp_path / "run" / "experiment.json").read_text())
-    assert f"0.005 minutes: 2 epochs of {record['fitted_steps']} step" in out[0]
-    assert len(history(tmp_path / "run")) == 2
+    epochs, steps = record["fitted_epochs"], record["fitted_steps"]  # fewer on a slow machine
+    assert re.search(rf"0.005 minutes: {epochs} epochs? of {steps} step", out[0])
+    assert len(history(tmp_path / "run")) == epochs
     assert "no test cases" in out[0]

@@ -1,18 +1,28 @@
-"""The checkpoints behind the golden files, written under their authors' names and converted by the command."""
+"""The checkpoints behind the golden files, under their authors' names, and their conversion."""
 
+import contextlib
+import io
 import json
 import math
-import subprocess
-import sys
 import tempfile
+from functools import partial
 from pathlib import Path
 
 import jax.numpy as jnp
 import numpy as np
+from flax import nnx
 
+from convert_weights.__main__ import main as run_conversion
+from convert_weights.accounting import identify_tensors
+from convert_weights.architectures import released_architecture
+from convert_weights.checkpoint import Checkpoint
+from convert_weights.layout import to_ours
+from convert_weights.tensors import Tensor
 from jaxla import load_backbone
+from jaxla.models.backbones import build_backbone
 from jaxla.models.backbones.dinov3 import HUB_SPELLINGS
 from jaxla.models.backbones.vision_transformer import VisionTransformer
+from jaxla.models.weights_format import UNUSED_PREFIX
 from tests.golden.fake_weights import fake_image, fake_parameter
 
 FOLDER = Path(__file__).parent
@@ -63,23 +73,42 @@ def write_checkpoint(path: Path, arch: str) -> None:
             file.write(np.ascontiguousarray(checkpoint_parameter(name, shape)).data)
 
 
-def converted(arch: str, folder: Path) -> Path:
-    """Convert the fake checkpoint by `python -m convert_weights`, delete it, and return the converted file."""
-    source, output = folder / f"{arch}_source.safetensors", folder / f"{arch}.safetensors"
-    write_checkpoint(source, arch)
-    convert(arch, source, output)
-    source.unlink()
-    return output
-
-
 def convert(arch: str, source: Path, output: Path) -> None:
-    command = [sys.executable, "-m", "convert_weights", f"--arch={arch}", f"--source={source}", f"--output={output}"]
-    done = subprocess.run(command, capture_output=True, text=True)
-    if done.returncode or not output.exists():
-        raise RuntimeError(f"{' '.join(command)}: exit {done.returncode}\n{done.stdout}{done.stderr}")
+    """Run the conversion command in this process, without what it prints."""
+    with contextlib.redirect_stdout(io.StringIO()):
+        run_conversion([f"--arch={arch}", f"--source={source}", f"--output={output}"])
 
 
 def golden_backbone(arch: str) -> VisionTransformer:
-    """Return a float32 backbone with the fake checkpoint's parameters; no file remains."""
+    """Return a float32 backbone with the fake checkpoint's parameters, through the conversion command.
+
+    No file remains.
+    """
     with tempfile.TemporaryDirectory(prefix="jaxla_") as folder:
-        return load_backbone(converted(arch, Path(folder)), jnp.float32)
+        source, output = (Path(folder) / f"{name}.safetensors" for name in ("source", "converted"))
+        write_checkpoint(source, arch)
+        convert(arch, source, output)
+        return load_backbone(output, jnp.float32)
+
+
+def golden_backbone_in_memory(arch: str) -> VisionTransformer:
+    """Return what `golden_backbone` returns, through the conversion's tables without its files of up to 4.5 GB."""
+    tensors = {
+        name: Tensor(tuple(shape), "float32", partial(checkpoint_parameter, name, shape))
+        for name, shape in reference_shapes(arch).items()
+    }
+    architecture = released_architecture(arch)
+    tensors, _ = identify_tensors(Checkpoint(Path(arch), (), tensors), architecture)
+    arrays = to_ours(architecture.rows, tensors, architecture.shapes)
+    arrays = {name: array for name, array in arrays.items() if not name.startswith(UNUSED_PREFIX)}
+
+    graph, state = nnx.split(nnx.eval_shape(lambda: build_backbone(arch, dtype=jnp.float32, rngs=nnx.Rngs(0))))
+    for path, variable in nnx.to_flat_state(state):
+        shape, dtype, chunks = arrays.pop(".".join(map(str, path)))
+        values, end = np.empty(math.prod(shape), dtype), 0
+        for chunk in chunks():
+            values[end : end + chunk.size] = chunk.ravel()
+            end += chunk.size
+        variable.set_value(jnp.asarray(values.reshape(shape)))
+    assert not arrays
+    return nnx.merge(graph, state)

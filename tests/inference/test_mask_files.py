@@ -16,9 +16,8 @@ from jaxla.data.prepared import prepare_cases
 from jaxla.data.volumes import read_image, read_mask
 from jaxla.inference.mask_files import mask_classes, mask_ending, probabilities_ending, require_mask_file, write_mask
 from tests.commands import refuse, succeed
-from tests.data.formats import edit_dicom, save_any, save_dicom, save_itk
+from tests.data.formats import OBLIQUE, edit_dicom, save_any, save_dicom, save_itk
 from tests.data.nifti import image_array, mask_array, save
-from tests.data.test_formats import OBLIQUE
 
 SCANS = ("a.nii.gz", "b.nrrd", "c.mha", "d.mhd", "e.nhdr", "f")
 MASKS = ("a.nii.gz", "b.nrrd", "c.mha", "d.mha", "e.nrrd", "f.dcm")

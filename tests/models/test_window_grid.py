@@ -7,6 +7,8 @@ import pytest
 
 from jaxla.models.ops.window_grid import WindowGrid
 
+pytestmark = pytest.mark.usefixtures("fast_compilation")
+
 SEEDS = range(20)
 
 
@@ -31,13 +33,18 @@ def zero_padding(x, slices):
 def test_cutting_and_assembling_returns_each_voxel_once(seed):
     grid, slices = random_grid(seed)
     x = np.random.default_rng(seed).standard_normal((3, *grid.size, 2), dtype=np.float32)
-    windows = jax.lax.map(lambda index: grid.cut(x, index), grid.indices)
+
+    @jax.jit  # one program instead of one for each operation
+    def cut_and_assemble(x):
+        windows = jax.lax.map(lambda index: grid.cut(x, index), grid.indices)
+        assembled, vjp = jax.vjp(grid.assemble, windows)
+        return windows, assembled, *vjp(jnp.ones_like(assembled))
+
+    windows, assembled, used = cut_and_assemble(x)
     assert windows.shape == (np.prod(grid.counts), 3, *grid.window_shape, 2)
-    assembled, vjp = jax.vjp(grid.assemble, windows)
     np.testing.assert_array_equal(assembled, zero_padding(x, slices))
 
     # each voxel of the volume comes from one voxel of one window, and no voxel of a window is used twice
-    (used,) = vjp(jnp.ones_like(assembled))
     assert set(np.unique(used)) <= {0.0, 1.0}
     assert used.sum() == slices.sum() * np.prod(grid.size[1:]) * 2
 
@@ -45,7 +52,7 @@ def test_cutting_and_assembling_returns_each_voxel_once(seed):
 @pytest.mark.parametrize("seed", SEEDS)
 def test_window_sizes_differ_by_one_at_most(seed):
     grid, slices = random_grid(seed)
-    present = np.array([np.asarray(grid.slice_numbers(i)[1]).sum(1) for i in grid.indices])
+    present = np.asarray(jax.jit(jax.vmap(lambda index: grid.slice_numbers(index)[1]))(grid.indices)).sum(2)
     assert (present >= 1).all()
     assert (np.ptp(present, axis=0) <= 1).all()
     assert (present.reshape(*grid.counts, 3)[:, 0, 0].sum(0) == slices).all()

@@ -18,7 +18,7 @@ import jaxla
 from jaxla.nnunet.network import NNUNet
 from jaxla.nnunet.plan import Configuration
 from jaxla.training.losses import deep_supervision, dice_cross_entropy
-from tests.parity.references import nnunet_as_theirs, nnunet_reference_of
+from tests.parity.nnunet_reference import nnunet_as_theirs, nnunet_reference_of
 from tests.tiny import randomise
 
 PLAN = Path(__file__).parents[1] / "golden" / "nnunet_plans" / "Hippocampus.json"

@@ -11,7 +11,7 @@ from tests.runs.folders import predict, read_json, scan_file, train
 pytestmark = pytest.mark.usefixtures("fast_compilation")
 
 LAPTOP = (
-    "--exp=laptop", "--model.widths=[4,8,8]", "--preprocessing.image_size=48", "--training.epochs=2",
+    "--exp=laptop", "--model.widths=[4,8]", "--preprocessing.image_size=32", "--training.epochs=2",
     "--training.minutes=0", "--training.steps=2", "--data.split=all",
 )  # fmt: skip
 WINDOWS = (
@@ -75,14 +75,29 @@ def test_training_on_whole_volumes_works_without_validation(phantoms, tmp_path):
     assert "val_loss" not in line
 
 
-def test_five_folds_validate_every_patient_once_each_within_its_minutes(phantoms, tmp_path):
+@pytest.fixture(scope="module")
+def folds(phantoms, tmp_path_factory):
+    """Five folds, each within its minutes, and what was printed. With a constant rate they share compiled programs."""
     options = [word for word in LAPTOP if not word.startswith("--training.steps=")]
-    options += ["--model.widths=[4,8]", "--preprocessing.image_size=32", "--fold=all", "--training.minutes=0.0001"]
-    run, printed = train(tmp_path, phantoms, *options)
+    options += ["--fold=all", "--training.minutes=0.0001", "--training.schedule=constant"]
+    return train(tmp_path_factory.mktemp("folds"), phantoms, *options)
+
+
+def test_five_folds_validate_every_patient_once(folds):
+    run, printed = folds
     validated = [name for k in range(5) for name in read_json(run / f"fold_{k}" / "split.json")["val"]]
     assert sorted(validated) == sorted(read_json(run / "split.json")["train"])
     assert "no test cases" in printed
-    assert printed.count("0.0001 minutes: 1 epoch of 1 step") == 5
     assert "val loss" in printed
     page = (run / "report.html").read_text()
     assert page.count("<td>–</td>") == 10  # test Dice and IoU of each fold
+
+
+def test_a_time_too_short_for_a_pass_says_how_long_one_takes(folds):
+    run, printed = folds
+    line = "--training.minutes=0.0001: too short for one pass over the training data, which takes "
+    assert printed.count(line) == 5
+    assert printed.count("0.0001 minutes: 1 epoch of 1 step") == 5
+    for k in range(5):
+        record = read_json(run / f"fold_{k}" / "experiment.json")
+        assert (record["fitted_epochs"], record["fitted_steps"]) == (1, 1)

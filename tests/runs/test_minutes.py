@@ -12,7 +12,7 @@ from tests.runs.folders import assert_predict_reproduces_test_mask, read_json, t
 pytestmark = pytest.mark.usefixtures("fast_compilation")
 
 OPTIONS = (
-    "--exp=laptop", "--model.widths=[4,8,8]", "--preprocessing.image_size=48", "--training.epochs=2",
+    "--exp=laptop", "--model.widths=[4,8]", "--preprocessing.image_size=32", "--training.epochs=2",
     "--training.minutes=0.02", "--training.learning_rate=0.01",
 )  # fmt: skip
 
@@ -50,13 +50,6 @@ def test_none_of_a_few_patients_are_used_for_validation(trained):
     assert "was tested. No validation cases." in " ".join(page.split())
     assert "the best one on the training cases" in page
     assert "Only the largest connected component of LA is kept." in page
-
-
-def test_a_time_too_short_for_a_pass_says_how_long_one_takes(phantoms, tmp_path):
-    run, printed = train(tmp_path, phantoms, *OPTIONS, "--training.minutes=0.0001")
-    assert "--training.minutes=0.0001: too short for one pass over the training data, which takes " in printed
-    record = read_json(run / "experiment.json")
-    assert (record["fitted_epochs"], record["fitted_steps"]) == (1, 1)
 
 
 def test_a_resumed_run_takes_the_recorded_steps(trained, phantoms, tmp_path):

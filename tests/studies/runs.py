@@ -1,5 +1,6 @@
 """Write the folder of a study from box masks and the package's metrics, without training."""
 
+import csv
 import json
 from dataclasses import replace
 from typing import NamedTuple
@@ -21,6 +22,16 @@ LASCARQS_FILES = ("{}/enhanced.nii.gz", "{}/atriumSegImgMO.nii.gz")
 TRAIN = [f"t{n}" for n in range(8)]
 ONE_CLASS = Labels(("LA",))
 TWO_CLASSES = Labels(("LA", "appendage"), ((1,), (2,)))
+
+REFERENCES = {f"c{n}": (4, 14) for n in range(4)}
+# Rows predicted in cases c0 to c3, by method and seed. A box of 10 rows that is moved by m rows has Dice 1 − m / 10.
+PREDICTED = {
+    ("unet", 0): [(4, 14), (5, 15), (6, 16), (7, 17)],
+    ("unet", 1): [(4, 14), (5, 15), (6, 16), (9, 19)],
+    ("segnet", 0): [(5, 15), (6, 16), (8, 18), (10, 20)],
+    ("segnet", 1): [(6, 16), (6, 16), (8, 18), (12, 22)],
+}
+PROTOCOLS = ("fewshot_1patient", "data_50percent", "paper1")
 
 
 class BoxRun(NamedTuple):
@@ -109,3 +120,19 @@ def write_run(folder, run, references, root, labels, option):
     write_cases(slice_rows, folder / "test" / "slices.csv")
     write_summary(summary, folder / "test" / "summary.json")
     (folder / "report.html").write_text("the run is complete")
+
+
+def read_csv(path):
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def run_dir(study, protocol="paper1", method="unet", seed=0):
+    return study / "runs" / f"{protocol}_{method}_seed{seed}"
+
+
+def edit(path, change):
+    """Apply `change(content)` to a JSON file."""
+    content = json.loads(path.read_text())
+    change(content)
+    path.write_text(json.dumps(content))

@@ -34,6 +34,7 @@ def study_options(phantoms, folder, *more):
     ]  # fmt: skip
 
 
+@pytest.mark.usefixtures("fast_compilation")
 def test_study_resumes_after_a_failure_and_after_a_stop(phantoms, tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")  # compiling takes longer than the few steps
     runs = tmp_path / "study" / "runs"

@@ -39,6 +39,13 @@ def leave_free(monkeypatch, free_bytes):
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=free_bytes))
 
 
+def limit_memory(monkeypatch, count):
+    """Make the operating system report that this machine has about `count` bytes of memory."""
+    sysconf = os.sysconf
+    pages = count // sysconf("SC_PAGE_SIZE")
+    monkeypatch.setattr(os, "sysconf", lambda name: pages if name == "SC_PHYS_PAGES" else sysconf(name))
+
+
 def start_process(log, target, *arguments):
     """Start a process that runs `target(*arguments)` and writes its output to the file `log`.
 

@@ -1,0 +1,28 @@
+"""One study of boxes with its report, which several files read."""
+
+import shutil
+
+import pytest
+
+from jaxla.studies.page import report_study
+from tests.studies.runs import LASCARQS_FILES, PREDICTED, PROTOCOLS, REFERENCES, BoxRun, write_study
+
+
+@pytest.fixture(scope="session")
+def reported(tmp_path_factory):
+    """A study with its report. Read-only."""
+    folder = tmp_path_factory.mktemp("reported")
+    scheduled = [
+        BoxRun(protocol, method, seed, dict(zip(REFERENCES, rows, strict=True)))
+        for protocol in PROTOCOLS
+        for (method, seed), rows in PREDICTED.items()
+    ]
+    write_study(folder / "study", scheduled, REFERENCES, folder / "scans", files=LASCARQS_FILES)
+    report_study(folder / "study", folder / "cache")
+    return folder / "study"
+
+
+@pytest.fixture
+def study(reported, tmp_path):
+    """A copy of `reported`."""
+    return shutil.copytree(reported, tmp_path / "study")
