@@ -18,7 +18,7 @@ from jaxla.distributed import constrain_sharding, local_rows, place_on_devices, 
 from jaxla.hardware import require_float32
 from jaxla.memory import program_bytes, require_memory
 from jaxla.training.losses import Loss, cross_entropy
-from jaxla.training.optimisers import make_optimiser
+from jaxla.training.optimisers import make_optimiser, make_rates
 from jaxla.training.step import Augment, Frozen, MakeGradient, make_evaluation, make_gradient, make_step, split_network
 
 
@@ -73,11 +73,12 @@ class Trainer:
         self.recipe, self.steps_per_epoch, self.seed = recipe, steps_per_epoch, seed
         parts = split_network(network, train_backbone)
         statistics = nnx.filter_state(parts.frozen.statistics, nnx.BatchStat)
-        optimiser = make_optimiser(recipe, steps_per_epoch * recipe.epochs, has_pretrained_backbone, statistics)
+        optimiser = make_optimiser(recipe, has_pretrained_backbone, statistics)
         gradient = make_gradient(parts.training, augment, loss)
         self._gradient = jax.jit(gradient)
         self._step: Callable = make_step(gradient, optimiser)
         self._evaluate = make_evaluation(parts.evaluation, loss)
+        self._rates = make_rates(recipe, steps_per_epoch * recipe.epochs)
         self._graph, self._key = parts.evaluation, jax.random.key(seed)
         # The optimiser's state is sharded like the parameters. A step donates the memory of what it trains: without a
         # mesh that is the memory of the given network, which cannot be used any more.
@@ -100,7 +101,7 @@ class Trainer:
         Raises:
             InputError: the device has less memory.
         """
-        arguments = (self.trainable, self.frozen, self.optimiser_state, shard_batch(batch), self._key)
+        arguments = (self.trainable, self.frozen, self.optimiser_state, shard_batch(batch), self._key, self._rates(0))
         with show_elapsed("compiling the training step"):
             self._step = self._step.lower(*arguments).compile()
         needed = program_bytes(self._step)
@@ -111,11 +112,11 @@ class Trainer:
         """Take a step on a batch and return its loss, without waiting for it.
 
         Args:
-            step_index: of the step since the start of training; it seeds the augmentation.
+            step_index: of the step since the start of training; it seeds the augmentation and gives the learning rate.
         """
         key = jax.random.fold_in(self._key, step_index)
         self.trainable, statistics, self.optimiser_state, loss = self._step(
-            self.trainable, self.frozen, self.optimiser_state, shard_batch(batch), key
+            self.trainable, self.frozen, self.optimiser_state, shard_batch(batch), key, self._rates(step_index)
         )
         self.frozen = self.frozen._replace(statistics=statistics)
         return loss
