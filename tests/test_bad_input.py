@@ -287,6 +287,14 @@ def test_training_refuses_a_batch_that_does_not_fit_into_memory(tmp_path):
             ["--data.split=all", "--data.validation=always"],
             "--data.validation=always: has no effect, because --data.split gives the validation patients. Remove one",
         ),
+        (
+            ["--data.split=split.json", "--data.split_seed=1"],
+            "--data.split_seed=1: has no effect, because --data.split gives the patients of each part. Remove one of",
+        ),
+        (
+            ["--data.phantom_size=crop"],
+            "--data.phantom_size=crop: has no effect, because --data.root names a folder of scans. Remove one of the",
+        ),
         (["--data.split=nowhere.json"], "--data.split=nowhere.json: cannot be read (No such file"),
         (["--data.train_patients=-1"], "--data.train_patients=-1: "),
         (["--data.split_seed=-1"], "--data.split_seed=-1: "),
