@@ -27,7 +27,7 @@ from jaxla.config import Training
 from jaxla.distributed import BATCH, MODEL, shardings, use_devices
 from jaxla.models.networks.base import build_network
 from jaxla.models.networks.transformer_segmenter import TransformerSegmenterOptions
-from jaxla.training.optimisers import make_optimiser
+from jaxla.training.optimisers import make_optimiser, make_rates
 from jaxla.training.step import make_gradient, make_step, split_network
 
 
@@ -52,7 +52,8 @@ def measure_step(model, options, devices, shard_params):
     """Return the bytes per device of one compiled training step."""
     with use_devices(devices, shard_params) as mesh:
         parts = split_network(nnx.eval_shape(lambda: build_network(model, 1, 0)), train_backbone=True)
-        optimiser = make_optimiser(Training(), 1, has_pretrained_backbone=False)
+        recipe = Training()
+        optimiser = make_optimiser(recipe, has_pretrained_backbone=False)
         moments = jax.eval_shape(optimiser.init, parts.trainable)
 
         def add_sharding(leaf, sharding):
@@ -67,7 +68,8 @@ def measure_step(model, options, devices, shard_params):
         arrays = {"input": ((*images, 1), np.float32), "mask": (images, np.uint8), "weight": (images[:1], np.float32)}
         inputs = {name: jax.ShapeDtypeStruct(*array, sharding=rows) for name, array in arrays.items()}
         step = make_step(make_gradient(parts.training), optimiser)
-        memory = step.lower(trainable, frozen, state, inputs, jax.random.key(0)).compile().memory_analysis()
+        key, rates = jax.random.key(0), make_rates(recipe, 1)(0)
+        memory = step.lower(trainable, frozen, state, inputs, key, rates).compile().memory_analysis()
 
         leaves = jax.tree.leaves(trainable)
         sharded = sum(4 * leaf.size for leaf in leaves if shard_params and MODEL in leaf.sharding.spec)

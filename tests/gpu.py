@@ -14,7 +14,7 @@ from jax._src.cudnn import fused_attention_stablehlo
 from jaxla.config import Data, Experiment, Method
 from jaxla.nnunet.plan import Plan
 from jaxla.tasks import TASKS, Task
-from jaxla.training.optimisers import make_optimiser
+from jaxla.training.optimisers import make_optimiser, make_rates
 from jaxla.training.step import make_step, split_network
 
 # compute capabilities of an H200, an A100, and a GPU with neither bfloat16 nor cuDNN attention
@@ -58,7 +58,7 @@ def lowered_step(
         put_on_device: adds a device to the shapes of the step's arguments.
     """
     parts = split_network(nnx.eval_shape(task.build_network), train_backbone=task.model.backbone == "finetuned")
-    optimiser = make_optimiser(task.recipe, task.recipe.epochs, has_pretrained_backbone=False)
+    optimiser = make_optimiser(task.recipe, has_pretrained_backbone=False)
     rows, shape = task.batch_size, task.input_shape(slices)
     batch = {
         "input": jax.ShapeDtypeStruct((rows, *shape), jnp.float32),
@@ -67,5 +67,6 @@ def lowered_step(
     }
     step = make_step(task.make_gradient(parts.training, None, task.loss), optimiser)
     state, key = jax.eval_shape(optimiser.init, parts.trainable), jax.eval_shape(lambda: jax.random.key(0))
-    traced = step.trace(*map(put_on_device, (parts.trainable, parts.frozen, state, batch, key)))
+    rates = jax.eval_shape(lambda: make_rates(task.recipe, task.recipe.epochs)(0))
+    traced = step.trace(*map(put_on_device, (parts.trainable, parts.frozen, state, batch, key, rates)))
     return traced.lower(lowering_platforms=("cuda",))

@@ -72,6 +72,14 @@ from tests.data.nifti import (
             ["--data.split=all", "--data.validation=always"],
             "--data.validation=always: has no effect, because --data.split sets the validation patients. Remove one",
         ),
+        (
+            ["--data.split=split.json", "--data.split_seed=1"],
+            "--data.split_seed=1: has no effect, because --data.split sets the patients of each part. Remove one of",
+        ),
+        (
+            ["--data.phantom_size=crop"],
+            "--data.phantom_size=crop: has no effect, because --data.root is a folder of scans. Remove one of the two.",
+        ),
         (["--data.split=nowhere.json"], "--data.split=nowhere.json: cannot be read (No such file"),
         (["--data.train_patients=-1"], "--data.train_patients=-1: "),
         (["--data.split_seed=-1"], "--data.split_seed=-1: "),

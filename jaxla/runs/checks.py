@@ -6,9 +6,9 @@ import math
 from dataclasses import replace
 from pathlib import Path
 
-from jaxla.config import Experiment, InputError, NetworkOptions, Preprocessing, unread_options
+from jaxla.config import Data, Experiment, InputError, NetworkOptions, Preprocessing, unread_options
 from jaxla.data.cases import RECOGNISED_LAYOUTS, how_to_get_data
-from jaxla.experiments import METHODS
+from jaxla.experiments import EXPERIMENTS, METHODS
 from jaxla.models.weights import weights_file
 from jaxla.models.weights_format import require_undamaged
 from jaxla.tasks import TASKS
@@ -23,10 +23,7 @@ def check_experiment(experiment: Experiment) -> Experiment:
     if data.other_labels == "background" and not data.labels:
         problem = "--data.labels is missing"
         raise InputError("--data.other_labels=background", problem, "List the values of each class, such as LA:1.")
-    if data.validation != "if_useful" and (data.split or experiment.fold):
-        cause = "--data.split" if data.split else f"--fold={experiment.fold}"
-        problem = f"has no effect, because {cause} sets the validation patients"
-        raise InputError(f"--data.validation={data.validation}", problem, "Remove one of the two.")
+    _check_unread_data_options(experiment)
     model = method.model.resolve()
     experiment = replace(experiment, method=replace(method, model=model))
     _check_bounds(experiment)
@@ -49,6 +46,21 @@ def _check_input_size(model: NetworkOptions, preprocessing: Preprocessing) -> No
         problem = f"larger than --preprocessing.image_size={image}"
         raise InputError(f"--preprocessing.patch_size={patch}", problem, "Use smaller patches, or 0 for whole slices.")
     model.check_size(f"--preprocessing.{'patch_size' if patch else 'image_size'}", patch or image)
+
+
+def _check_unread_data_options(experiment: Experiment) -> None:
+    """Raise an InputError if an option of the data differs from the experiment's own, but has no effect."""
+    data, own = experiment.data, EXPERIMENTS[experiment.name].data if experiment.name in EXPERIMENTS else Data()
+    reasons = {
+        "validation": f"{'--data.split' if data.split else f'--fold={experiment.fold}'} sets the validation patients",
+        "split_seed": "--data.split sets the patients of each part",
+        "phantom_size": "--data.root is a folder of scans",
+        "phantom_cases": "--data.root is a folder of scans",
+    }
+    unread = unread_options(experiment)
+    for name, reason in reasons.items():
+        if f"data.{name}" in unread and (value := getattr(data, name)) != getattr(own, name):
+            raise InputError(f"--data.{name}={value}", f"has no effect, because {reason}", "Remove one of the two.")
 
 
 def _check_bounds(experiment: Experiment) -> None:

@@ -126,7 +126,7 @@ def forecast_run(
         run_bytes=3 * speed.checkpoint_bytes + sum(int(np.prod(v.shape)) for v in parts["test"]) // 20 + PAGE_BYTES,
         step_bytes=speed.step_bytes,
         device_bytes=device_bytes(),
-        start_seconds=build_seconds + speed.compile_seconds + measuring_seconds(recipe, speed),
+        start_seconds=build_seconds + speed.compile_seconds + measuring_seconds(recipe),
         step_seconds=speed.step_seconds,
         validation_seconds=speed.validation_seconds,
         test_seconds=forecast_test(experiment, data, task, speed.batch_seconds, found.seconds_per_slice),

@@ -28,5 +28,10 @@ def log_network_input(data: PreparedData, task: Task) -> None:
         )
     if outside and is_first():
         log.warning("%s %s: %s", plural(len(outside), "validation or test case"), problem, ", ".join(outside))
+    if method.postprocessing.flips and not method.augmentation.flips and is_first():
+        log.warning(
+            "--postprocessing.flips=true: flipped slices are segmented, too, but the network trains without any. Add "
+            "--augmentation.flips=true."
+        )
     if description := task.describe([volume.shape[0] for volume in data.used_volumes]):
         log.info("%s: %s", method.name, description)

@@ -80,9 +80,9 @@ def measure_speed(
     )
 
 
-def measuring_seconds(recipe: Training, speed: Speed) -> float:
-    """Return how long a run with a time limit compiles and measures steps before it trains, which compiles again."""
-    return speed.compile_seconds + min(MAX_MEASURED_SECONDS, 60 * recipe.minutes) if recipe.minutes else 0.0
+def measuring_seconds(recipe: Training) -> float:
+    """Return how long a run with a time limit takes measured steps before it trains with the same compiled program."""
+    return min(MAX_MEASURED_SECONDS, 60 * recipe.minutes)
 
 
 def measure_and_fit(task: Task, sources: Sources, features: Features | None) -> Training:

@@ -171,7 +171,8 @@ class Task(ABC):
     def make_trainer(self, network: nnx.Module, train: Source, features: Features | None = None) -> Trainer:
         """Assemble the trainer of a run; raise an InputError if it would never update the parameters."""
         steps = steps_per_epoch(train, self.batch_size, self.recipe.steps)
-        if (accumulated := self.recipe.accumulated_steps) > (total := steps * self.recipe.epochs):
+        is_length_known = self.recipe.steps or not self.recipe.minutes
+        if is_length_known and (accumulated := self.recipe.accumulated_steps) > (total := steps * self.recipe.epochs):
             where = option("training.accumulated_steps", accumulated)
             raise InputError(where, f"more than the {total} steps of this run", "Use fewer, or train longer.")
         return Trainer(

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from jaxla.config import BackboneTraining, Training
@@ -17,29 +19,41 @@ WARMUP_FRACTION = 0.02  # of all steps, in the cosine schedule
 
 
 def make_optimiser(
-    recipe: Training, steps: int, has_pretrained_backbone: bool, statistics: Any = None
-) -> optax.GradientTransformation:
-    """Return the recipe's optimiser for `steps` steps, with its own learning rate for a pretrained backbone.
+    recipe: Training, has_pretrained_backbone: bool, statistics: Any = None
+) -> optax.GradientTransformationExtraArgs:
+    """Return the recipe's optimiser, with its own learning rate for a pretrained backbone.
 
+    Each update takes the step's `rates` (see `make_rates`), so one compiled step serves schedules of any length.
     A running mean is the last state in the optimiser's chain, initialised with the `statistics` of BatchNorm.
     """
-    rates = {"rest": recipe.learning_rate}
-    if isinstance(recipe, BackboneTraining):
-        rates["backbone"] = recipe.backbone_learning_rate
-    has_backbone_rate = has_pretrained_backbone and "backbone" in rates
+    names = _base_rates(recipe)
+    has_backbone_rate = has_pretrained_backbone and "backbone" in names
 
     def group_name(path: tuple, _: Any) -> str:
         return "backbone" if has_backbone_rate and path[0].key == "backbone" else "rest"
 
-    groups = {name: _update_rule(recipe, _schedule(recipe, rate, steps)) for name, rate in rates.items()}
+    groups = {name: _update_rule(recipe, name) for name in names}
     optimiser = optax.multi_transform(groups, partial(jax.tree_util.tree_map_with_path, group_name))
     if largest_norm := recipe.max_gradient_norm if recipe.optimiser == "adam" else MAX_GRADIENT_NORM:
         optimiser = optax.chain(optax.clip_by_global_norm(largest_norm), optimiser)
     if recipe.accumulated_steps > 1:
-        optimiser = optax.MultiSteps(optimiser, recipe.accumulated_steps).gradient_transformation()
+        accumulation = optax.MultiSteps(optimiser, recipe.accumulated_steps)
+        optimiser = optax.GradientTransformationExtraArgs(accumulation.init, accumulation.update)
     if not recipe.average_decay:
         return optimiser
     return optax.chain(optimiser, average_parameters(recipe.average_decay, statistics))
+
+
+def make_rates(recipe: Training, steps: int) -> Callable[[int], dict[str, jax.Array]]:
+    """Return `step -> rates`: the learning rate of each group of parameters in a training of that many steps."""
+    schedules = {name: _schedule(recipe, rate, steps) for name, rate in _base_rates(recipe).items()}
+
+    @jax.jit  # compiled, the rates are rounded as they would be within a compiled step
+    def rates(step: jax.Array) -> dict[str, jax.Array]:
+        change = step // recipe.accumulated_steps
+        return {name: jnp.float32(schedule(change)) for name, schedule in schedules.items()}
+
+    return lambda step: rates(np.int32(step))
 
 
 class AverageState(NamedTuple):
@@ -72,21 +86,35 @@ def average_parameters(decay: float, statistics: Any = None) -> optax.GradientTr
     return optax.GradientTransformationExtraArgs(init, update)
 
 
-def _update_rule(recipe: Training, rate: optax.ScalarOrSchedule) -> optax.GradientTransformation:
+def _base_rates(recipe: Training) -> dict[str, float]:
+    """Return the learning rates that the recipe names, by groups of parameters."""
+    rates = {"rest": recipe.learning_rate}
+    return rates | {"backbone": recipe.backbone_learning_rate} if isinstance(recipe, BackboneTraining) else rates
+
+
+def _update_rule(recipe: Training, group: str) -> optax.GradientTransformation:
     if recipe.optimiser == "adam":
-        return optax.adamw(rate, weight_decay=recipe.weight_decay) if recipe.weight_decay else optax.adam(rate)
+        decay = [optax.add_decayed_weights(recipe.weight_decay)] if recipe.weight_decay else []
+        return optax.chain(optax.scale_by_adam(), *decay, _scale_by_rate(group))
     # PyTorch's SGD: weight decay is added to the gradient, and the learning rate is applied after momentum.
     return optax.chain(
-        optax.add_decayed_weights(WEIGHT_DECAY),
-        optax.trace(MOMENTUM, nesterov=True),
-        optax.scale_by_learning_rate(rate),
+        optax.add_decayed_weights(WEIGHT_DECAY), optax.trace(MOMENTUM, nesterov=True), _scale_by_rate(group)
     )
 
 
-def _schedule(recipe: Training, rate: float, steps: int) -> optax.ScalarOrSchedule:
+def _scale_by_rate(group: str) -> optax.GradientTransformationExtraArgs:
+    """Return the last part of an update rule: multiply the updates by minus the group's learning rate."""
+
+    def update(updates: Any, state: Any, parameters: Any, *, rates: dict[str, jax.Array], **_: Any) -> tuple[Any, Any]:
+        return jax.tree.map(lambda value: -rates[group] * value, updates), state
+
+    return optax.GradientTransformationExtraArgs(optax.init_empty_state, update)
+
+
+def _schedule(recipe: Training, rate: float, steps: int) -> optax.Schedule:
     """Return the learning rate as a function of the number of earlier parameter updates."""
     if recipe.schedule == "constant":
-        return rate
+        return lambda count: rate
     if recipe.schedule == "poly":
         steps_per_epoch = steps // recipe.epochs
         return lambda count: (

@@ -114,16 +114,14 @@ def make_gradient(graph: nnx.GraphDef, augment: Augment | None = None, loss: Los
     return gradient
 
 
-def make_step(gradient: Gradient, optimiser: optax.GradientTransformation) -> Callable:
-    """Return `(trainable, frozen, optimiser state, batch, key) -> (trainable, statistics, optimiser state, loss)`."""
+def make_step(gradient: Gradient, optimiser: optax.GradientTransformationExtraArgs) -> Callable:
+    """Return `(trainable, frozen, optimiser state, batch, key, rates) -> (trainable, statistics, state, loss)`."""
 
-    optimiser = optax.with_extra_args_support(optimiser)
-
-    def step(trainable: Any, frozen: Frozen, state: Any, batch: Any, key: jax.Array) -> tuple:
+    def step(trainable: Any, frozen: Frozen, state: Any, batch: Any, key: jax.Array, rates: Any) -> tuple:
         loss, gradients, auxiliary = gradient(trainable, frozen, batch, key)
         statistics = auxiliary["statistics"]
         to_average = nnx.filter_state(statistics, nnx.BatchStat)
-        updates, state = optimiser.update(gradients, state, trainable, statistics=to_average)
+        updates, state = optimiser.update(gradients, state, trainable, statistics=to_average, rates=rates)
         trainable = optax.apply_updates(trainable, updates)
         return *constrain_sharding((trainable, statistics, state)), loss
 

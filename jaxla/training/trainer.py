@@ -18,7 +18,7 @@ from jaxla.distributed import constrain_sharding, local_rows, place_on_devices, 
 from jaxla.hardware import require_float32
 from jaxla.memory import program_bytes, require_memory
 from jaxla.training.losses import Loss, cross_entropy
-from jaxla.training.optimisers import make_optimiser
+from jaxla.training.optimisers import make_optimiser, make_rates
 from jaxla.training.step import Augment, Frozen, MakeGradient, make_evaluation, make_gradient, make_step, split_network
 
 
@@ -75,11 +75,12 @@ class Trainer:
         self.recipe, self.steps_per_epoch, self.seed = recipe, steps_per_epoch, seed
         parts = split_network(network, train_backbone)
         statistics = nnx.filter_state(parts.frozen.statistics, nnx.BatchStat)
-        optimiser = make_optimiser(recipe, steps_per_epoch * recipe.epochs, has_pretrained_backbone, statistics)
+        optimiser = make_optimiser(recipe, has_pretrained_backbone, statistics)
         gradient = make_gradient(parts.training, augment, loss)
         self._gradient = jax.jit(gradient)
         self._step: Callable = make_step(gradient, optimiser)
         self._evaluate = make_evaluation(parts.evaluation, loss, tile_size)
+        self._rates = make_rates(recipe, steps_per_epoch * recipe.epochs)
         self._graph = parts.evaluation
         self._key = jax.random.key(seed)
         # The optimiser's state is sharded like the parameters. A step donates the buffers of what it trains:
@@ -103,7 +104,7 @@ class Trainer:
         Raises:
             InputError: the device has less memory.
         """
-        arguments = (self.trainable, self.frozen, self.optimiser_state, shard_batch(batch), self._key)
+        arguments = (self.trainable, self.frozen, self.optimiser_state, shard_batch(batch), self._key, self._rates(0))
         with show_elapsed("compiling the training step"):
             self._step = self._step.lower(*arguments).compile()
         needed = program_bytes(self._step)
@@ -114,11 +115,11 @@ class Trainer:
         """Take a step on a batch and return its loss, without waiting for it.
 
         Args:
-            step_index: index of the step since the start of training; it seeds the augmentation.
+            step_index: index of the step since the start of training; sets its augmentation and learning rate.
         """
         key = jax.random.fold_in(self._key, step_index)
         self.trainable, statistics, self.optimiser_state, loss = self._step(
-            self.trainable, self.frozen, self.optimiser_state, shard_batch(batch), key
+            self.trainable, self.frozen, self.optimiser_state, shard_batch(batch), key, self._rates(step_index)
         )
         self.frozen = self.frozen._replace(statistics=statistics)
         return loss

@@ -1,5 +1,6 @@
 """Tasks: sources, shapes and gradients for each kind of training sample."""
 
+from contextlib import nullcontext
 from dataclasses import replace
 
 import jax
@@ -7,12 +8,13 @@ import numpy as np
 import pytest
 from jaxla.experiments import EXPERIMENTS, METHODS
 
-from jaxla.config import Preprocessing
+from jaxla.config import InputError, Preprocessing
 from jaxla.data.batches import sample_batch
 from jaxla.data.cases import find_cases
 from jaxla.data.dataset import PreparedData
 from jaxla.data.slices import slice_geometry
 from jaxla.data.split import Split
+from jaxla.models.networks.unet import UNetOptions
 from jaxla.runs.network_input import log_network_input
 from jaxla.tasks import make_task, restore_task
 from jaxla.tasks.patches import PatchTask
@@ -55,6 +57,19 @@ def test_slices_are_samples_of_most_methods(data, tmp_path):
     assert (task.samples_per_pass(train_volumes(data)), task.steps_per_epoch(train_volumes(data))) == (11, 3)
     restored = restore_task(task.experiment, 1, task.extent, tmp_path)
     assert (type(restored), restored.canvas) == (SliceTask, task.canvas)
+
+
+@pytest.mark.parametrize(("minutes", "steps", "is_refused"), [(0, 0, True), (1, 0, False), (1, 5, True)])
+def test_fewer_steps_than_are_accumulated_are_refused_once_a_time_budget_has_fixed_them(
+    data, tmp_path, minutes, steps, is_refused
+):
+    """One pass has 3 steps."""
+    own = experiment("unet", epochs=1, batch_size=4, accumulated_steps=6, minutes=minutes, steps=steps)
+    own = replace(own, method=replace(own.method, model=UNetOptions(widths=(4,))))
+    task = make_task(own, data)
+    line = rf"^training.accumulated_steps=6: more than the {steps or 3} steps of this run\. Use fewer, or train longer"
+    with pytest.raises(InputError, match=line) if is_refused else nullcontext():
+        task.make_trainer(task.build_network(), task.make_sources(data, tmp_path).train)
 
 
 def test_the_input_can_be_limited_to_the_centre_that_contains_the_training_structures(data, caplog):

@@ -15,7 +15,7 @@ from orbax.checkpoint._src.serialization import ocdbt_utils
 from jaxla.config import BackboneTraining, InputError, command_line_wording
 from jaxla.models.networks.transformer_segmenter import LinearDecoder, TransformerSegmenter
 from jaxla.training.checkpoints import Checkpoints, checkpoint_steps
-from jaxla.training.optimisers import make_optimiser
+from jaxla.training.optimisers import make_optimiser, make_rates
 from jaxla.training.step import make_gradient, make_step, split_network
 from tests.tiny import randomise, tiny_backbone
 from tests.training.faults import files_at_most, flip_a_bit, package_messages, truncate
@@ -28,9 +28,8 @@ def training():
     """A training step, and the state of a network without BatchNorm after two steps."""
     decoder = nnx.eval_shape(lambda: LinearDecoder(32, 1, rngs=nnx.Rngs(0)))
     parts = split_network(TransformerSegmenter(tiny_backbone(), randomise(decoder, 1)), train_backbone=True)
-    optimiser = make_optimiser(
-        BackboneTraining(learning_rate=1e-2, schedule="cosine"), 10, has_pretrained_backbone=True
-    )
+    recipe = BackboneTraining(learning_rate=1e-2, schedule="cosine")
+    optimiser, rates = make_optimiser(recipe, has_pretrained_backbone=True), make_rates(recipe, 10)(0)
     jitted = make_step(make_gradient(parts.training), optimiser)
     rng = np.random.default_rng(0)
     batch = {
@@ -41,7 +40,7 @@ def training():
 
     def step(trees):
         trainable, state = jax.tree.map(jnp.copy, (trees["trainable"], trees["optimiser"]))
-        trainable, statistics, state, _ = jitted(trainable, parts.frozen, state, batch, jax.random.key(0))
+        trainable, statistics, state, _ = jitted(trainable, parts.frozen, state, batch, jax.random.key(0), rates)
         return {"trainable": trainable, "statistics": statistics, "optimiser": state}
 
     trees = {"trainable": parts.trainable, "optimiser": optimiser.init(parts.trainable)}

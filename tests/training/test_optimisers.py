@@ -11,7 +11,7 @@ from flax import nnx
 
 from jaxla.config import Training
 from jaxla.models.networks.unet import UNet
-from jaxla.training.optimisers import average_parameters, make_optimiser
+from jaxla.training.optimisers import average_parameters, make_optimiser, make_rates
 from jaxla.training.trainer import Trainer
 from tests.tiny import flat_arrays, randomise
 
@@ -26,9 +26,8 @@ def draw(*shape, seed=0):
 @pytest.mark.parametrize(("decay", "clip"), [(0.1, 0.0), (0.0, 0.5), (0.1, 0.5)])
 def test_weight_decay_and_clipping_equal_pytorch(decay, clip):
     ours, theirs = {"w": jnp.asarray(draw(5, 3))}, torch.nn.Parameter(torch.from_numpy(draw(5, 3)))
-    optimiser = make_optimiser(
-        replace(RECIPE, weight_decay=decay, max_gradient_norm=clip), 10, has_pretrained_backbone=False
-    )
+    recipe = replace(RECIPE, weight_decay=decay, max_gradient_norm=clip)
+    optimiser, rates = make_optimiser(recipe, has_pretrained_backbone=False), make_rates(recipe, 10)
     reference, state = torch.optim.AdamW([theirs], lr=0.01, weight_decay=decay), optimiser.init(ours)
     for step in range(5):
         gradient = draw(5, 3, seed=step + 1)
@@ -36,7 +35,7 @@ def test_weight_decay_and_clipping_equal_pytorch(decay, clip):
         if clip:
             assert torch.nn.utils.clip_grad_norm_([theirs], clip) > clip
         reference.step()
-        updates, state = optimiser.update({"w": jnp.asarray(gradient)}, state, ours)
+        updates, state = optimiser.update({"w": jnp.asarray(gradient)}, state, ours, rates=rates(step))
         ours = jax.tree.map(jnp.add, ours, updates)
     np.testing.assert_allclose(ours["w"], theirs.detach(), rtol=0, atol=1e-6)  # measured: 5.4e-7
     assert np.abs(ours["w"] - draw(5, 3)).max() > 0.03
@@ -46,11 +45,11 @@ def test_accumulated_gradients_give_one_update_with_their_mean():
     """Four updates, whose learning rate falls as a cosine from the first."""
     ours, theirs = {"w": jnp.asarray(draw(5, 3))}, torch.nn.Parameter(torch.from_numpy(draw(5, 3)))
     recipe = replace(RECIPE, accumulated_steps=3, schedule="cosine")
-    optimiser = make_optimiser(recipe, 12, has_pretrained_backbone=False)
-    reference, state = torch.optim.Adam([theirs]), optimiser.init(ours)
+    optimiser = make_optimiser(recipe, has_pretrained_backbone=False)
+    reference, state, rates = torch.optim.Adam([theirs]), optimiser.init(ours), make_rates(recipe, 12)
     for step in range(12):
         before, gradient = np.asarray(ours["w"]), draw(5, 3, seed=step)
-        updates, state = optimiser.update({"w": jnp.asarray(gradient)}, state, ours)
+        updates, state = optimiser.update({"w": jnp.asarray(gradient)}, state, ours, rates=rates(step))
         ours = jax.tree.map(jnp.add, ours, updates)
         (torch.from_numpy(gradient) * theirs).sum().div(3).backward()
         assert np.array_equal(before, ours["w"]) == (step % 3 != 2)
@@ -64,10 +63,10 @@ def test_accumulated_gradients_give_one_update_with_their_mean():
 def test_polynomial_decay_counts_the_accumulated_steps():
     """Adam's update for a constant gradient is the learning rate; there are 25 updates in ten epochs of five steps."""
     recipe = replace(RECIPE, epochs=10, accumulated_steps=2, schedule="poly")
-    optimiser, parameter = make_optimiser(recipe, 50, has_pretrained_backbone=False), {"w": jnp.ones(1)}
-    state, rates = optimiser.init(parameter), []
-    for _ in range(50):
-        updates, state = optimiser.update({"w": jnp.ones(1)}, state, parameter)
+    optimiser, parameter = make_optimiser(recipe, has_pretrained_backbone=False), {"w": jnp.ones(1)}
+    state, make_step_rates, rates = optimiser.init(parameter), make_rates(recipe, 50), []
+    for step in range(50):
+        updates, state = optimiser.update({"w": jnp.ones(1)}, state, parameter, rates=make_step_rates(step))
         rates.append(-float(updates["w"][0]))
     expected = [0.01 * (1 - 2 * update // 5 / 10) ** 0.9 for update in range(25)]
     np.testing.assert_allclose(rates[1::2], expected, rtol=1e-4)  # measured: 1.0e-7, for rates up to 0.01
@@ -83,6 +82,23 @@ def test_the_running_mean_forgets_the_initial_parameters_and_then_decays():
         parameters = parameters + updates
         expected = kept * expected + (1 - kept) * (10 + 2 * n)
         assert state.average == pytest.approx(expected, rel=1e-6)
+
+
+@pytest.mark.parametrize("schedule", ["constant", "cosine", "poly"])
+def test_trainings_of_any_length_share_one_program(schedule):
+    """A time budget is filled with the steps of the program that was measured: only the rates differ."""
+    programs, parameters = set(), {"w": jnp.ones(3)}
+    for epochs, steps in ((1, 10), (7, 700)):
+        recipe = replace(RECIPE, schedule=schedule, epochs=epochs)
+        optimiser, rates = make_optimiser(recipe, has_pretrained_backbone=False), make_rates(recipe, steps)
+        arguments = parameters, optimiser.init(parameters), parameters
+        update = jax.jit(
+            lambda gradients, state, parameters, rates, update=optimiser.update: update(
+                gradients, state, parameters, rates=rates
+            )
+        )
+        programs.add(update.lower(*arguments, rates(5)).as_text())
+    assert len(programs) == 1
 
 
 @pytest.mark.parametrize("norm", ["instance", "batch"])

@@ -15,7 +15,7 @@ from jaxla.models.backbones.vgg import VGG, Variant
 from jaxla.models.networks.segnet import SegNet
 from jaxla.models.networks.transformer_segmenter import ConvolutionalDecoder, TransformerSegmenter
 from jaxla.training.losses import cross_entropy
-from jaxla.training.optimisers import make_optimiser
+from jaxla.training.optimisers import make_optimiser, make_rates
 from jaxla.training.step import count_parameters, make_evaluation, make_gradient, split_network
 from jaxla.training.trainer import Trainer
 from tests.tiny import flat_arrays, randomise, tiny_backbone
@@ -70,23 +70,25 @@ def split_names(train_backbone):
 @pytest.mark.parametrize(("pretrained", "backbone_rate"), [(True, 1e-4), (False, 1e-2)])
 def test_only_a_pretrained_backbone_has_its_own_learning_rate(pretrained, backbone_rate):
     """Adam's first step has the size of the learning rate."""
-    optimiser = make_optimiser(CONSTANT, 10, has_pretrained_backbone=pretrained)
+    optimiser = make_optimiser(CONSTANT, has_pretrained_backbone=pretrained)
     parameters = nnx.State({part: {"x": nnx.Param(jnp.zeros(1))} for part in ("backbone", "decoder")})
-    updates, _ = optimiser.update(jax.tree.map(jnp.ones_like, parameters), optimiser.init(parameters), parameters)
+    gradients, rates = jax.tree.map(jnp.ones_like, parameters), make_rates(CONSTANT, 10)(0)
+    updates, _ = optimiser.update(gradients, optimiser.init(parameters), parameters, rates=rates)
     sizes = {part: -float(updates[part]["x"][...][0]) for part in ("backbone", "decoder")}
     assert sizes == pytest.approx({"backbone": backbone_rate, "decoder": 1e-2}, rel=1e-4)
 
 
 def learning_rates(recipe, steps):
     """Return Adam's learning rates: the sizes of its steps when the gradient is always 1."""
-    optimiser = make_optimiser(recipe, steps, has_pretrained_backbone=False)
+    optimiser, rates = make_optimiser(recipe, has_pretrained_backbone=False), make_rates(recipe, steps)
     parameters = nnx.State({"decoder": {"x": nnx.Param(jnp.zeros(1))}})
 
-    def step(state, _):
-        updates, state = optimiser.update(jax.tree.map(jnp.ones_like, parameters), state, parameters)
+    def step(state, rates):
+        updates, state = optimiser.update(jax.tree.map(jnp.ones_like, parameters), state, parameters, rates=rates)
         return state, -jax.tree.leaves(updates)[0][0]
 
-    return np.asarray(jax.lax.scan(step, optimiser.init(parameters), None, length=steps)[1])
+    every_rate = jax.tree.map(lambda *values: jnp.stack(values), *map(rates, range(steps)))
+    return np.asarray(jax.lax.scan(step, optimiser.init(parameters), every_rate)[1])
 
 
 def test_constant_schedule_is_constant():
@@ -159,7 +161,8 @@ def test_twenty_steps_of_adam_equal_pytorch():
 def test_sgd_with_decay_clipping_and_schedule_equals_pytorch():
     """nnU-Net's recipe: two epochs of five steps; some gradients are clipped."""
     recipe = Training(epochs=2, optimiser="sgd", learning_rate=1e-2, schedule="poly")
-    optimiser = make_optimiser(recipe, 10, has_pretrained_backbone=False)
+    optimiser = make_optimiser(recipe, has_pretrained_backbone=False)
+    rates = make_rates(recipe, 10)
     rng = np.random.default_rng(0)
     start = rng.standard_normal((5, 6), np.float32)
     gradients = rng.standard_normal((10, 5, 6), np.float32) * np.linspace(0.5, 8, 10, dtype=np.float32)[:, None, None]
@@ -169,7 +172,7 @@ def test_sgd_with_decay_clipping_and_schedule_equals_pytorch():
     sgd = torch.optim.SGD([theirs], 1e-2, momentum=0.99, weight_decay=3e-5, nesterov=True)
     for i, gradient in enumerate(gradients):
         wrapped = nnx.State({"decoder": {"x": nnx.Param(jnp.asarray(gradient))}})
-        updates, state = optimiser.update(wrapped, state, ours)
+        updates, state = optimiser.update(wrapped, state, ours, rates=rates(i))
         ours = optax.apply_updates(ours, updates)
         for group in sgd.param_groups:
             group["lr"] = 1e-2 * (1 - (i // 5) / 2) ** 0.9
