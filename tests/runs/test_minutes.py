@@ -98,7 +98,8 @@ def test_a_forecast_includes_the_time_for_measuring_steps():
         (["--training.minutes=-1"], "--training.minutes=-1.0: less than 0, or not finite. Use 0 or more."),
         (
             ["--training.minutes=1", "--training.steps=5"],
-            "--training.steps=5: has no effect, because --training.minutes=1 sets the number of steps. Remove",
+            "--training.steps=5: has no effect, because --training.minutes=1 sets the number of steps. Remove "
+            "one of the two.",
         ),
         (
             ["--training.average_decay=1"],
@@ -106,7 +107,8 @@ def test_a_forecast_includes_the_time_for_measuring_steps():
         ),
         (
             ["--training.foreground_fraction=1"],
-            "--training.foreground_fraction=1.0: must be at least 0 and less than 1. Use 0.5, for example, or 0 to",
+            "--training.foreground_fraction=1.0: must be at least 0 and less than 1. Use 0.5, for example, or 0 to "
+            "turn it off.",
         ),
         (
             ["--method=windows_vit_mini8", "--training.foreground_fraction=0.5"],
