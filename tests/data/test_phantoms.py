@@ -141,7 +141,7 @@ def test_dim_crops_with_bright_spots_are_segmented_by_the_recipe_for_few_patient
     assert (laptop.model.norm, laptop.augmentation.intensity) == ("instance", 0.4)
     method = replace(
         laptop,
-        model=replace(laptop.model, widths=(8, 8), norm=norm),
+        model=replace(laptop.model, widths=(8, 16, 16), norm=norm),
         augmentation=Augmentation(intensity=intensity),
         training=replace(laptop.training, epochs=1, steps=60, minutes=0, learning_rate=1e-2),
     )
@@ -159,7 +159,8 @@ def test_dim_crops_with_bright_spots_are_segmented_by_the_recipe_for_few_patient
         predicted, reference, both = np.sum(counts, axis=(0, 1))
         return 2 * both / (predicted + reference)
 
-    assert np.mean([dice_of(crop) for crop in bright]) > 0.4
+    assert np.mean([dice_of(crop) for crop in bright]) > 0.6
+    # measured: 0.44 with `laptop`, 0.00 before
     assert dim_dice[0] <= np.mean([dice_of(crop) for crop in dim]) < dim_dice[1]
 
 
