@@ -173,16 +173,22 @@ class Checkpoints:
         trees = {name: _unflatten(tree, restored[name]) for name, tree in like.items()}
         return trees, restored["progress"]
 
-    def find_newest_intact(self) -> int | None:
-        """Return the step of the newest intact checkpoint, or None; newer, damaged ones are removed with a warning."""
-        for step in self.steps():
+    def find_newest_intact(self) -> int:
+        """Return the step of the newest intact checkpoint, or 0; log a warning for each newer, damaged one."""
+        steps = self.steps()
+        for step in steps:
             if not (damage := self.find_damage(step)):
                 return step
-            self.remove(step)
-            replacement = "the previous one is used" if self.steps() else "there is no earlier one"
+            replacement = "there is no earlier one" if step == steps[-1] else "the previous one is used"
             if is_first():
                 log.warning("%s: damaged checkpoint: %s; %s", self._folder / str(step), damage, replacement)
-        return None
+        return 0
+
+    def remove_after(self, step: int) -> None:
+        """Remove the checkpoints of later steps."""
+        for later in self.steps():
+            if later > step:
+                self.remove(later)
 
     def remove(self, step: int) -> None:
         """Remove a checkpoint."""

@@ -64,10 +64,11 @@ class TrainingCheckpoints:
             InputError: earlier calls reported `epochs_done`, but no intact checkpoint is left.
         """
         newest = self.latest.find_newest_intact()
-        if newest is None:
-            if epochs_done:
-                problem = f"no intact checkpoint of the {epochs_done} trained epochs is left"
-                raise InputError(self.folder / LATEST, problem, "Restore one from a copy, or train in another folder.")
+        if epochs_done and not newest:
+            problem = f"no intact checkpoint of the {epochs_done} trained epochs is left"
+            raise InputError(self.folder / LATEST, problem, "Restore one from a copy, or train in another folder.")
+        self.latest.remove_after(newest)
+        if not newest:
             return Progress()
         restored, saved = self.latest.restore(_training_state(trainer), newest)
         trainer.trainable, trainer.optimiser_state = restored["trainable"], restored["optimiser"]
@@ -80,10 +81,9 @@ class TrainingCheckpoints:
 
     def _restore_best(self, trainer: Trainer, progress: Progress) -> None:
         """Remove best checkpoints of lost epochs, and replace a lost best checkpoint."""
-        for epoch in self.best.steps():
-            if epoch > progress.best_epoch:
-                self.best.remove(epoch)
-        intact = self.best.find_newest_intact() or 0
+        self.best.remove_after(progress.best_epoch)
+        intact = self.best.find_newest_intact()
+        self.best.remove_after(intact)
         is_at_epoch_end = not progress.losses
         if intact == progress.best_epoch:
             return

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from jaxla.training.checkpoints import Checkpoints, checkpoint_steps, network_state
+from tests.commands import snapshot
 from tests.training.faults import flip_a_bit, start_process
 from tests.training.resume_driver import RECIPE, STEPS, as_command, make_trainer
 from tests.training.scans import disc_scans
@@ -205,15 +206,15 @@ def test_damaged_latest_checkpoint_is_replaced_by_the_previous_one(run, like, un
     assert_same(stopped_copy, like, uninterrupted)
 
 
-def test_training_without_an_intact_latest_checkpoint_is_refused(run, stopped_copy):
-    latest, best = (stopped_copy / "checkpoints" / name for name in ("latest", "best"))
+def test_training_without_an_intact_latest_checkpoint_is_refused_and_removes_nothing(run, stopped_copy):
+    latest = stopped_copy / "checkpoints" / "latest"
     for step in checkpoint_steps(latest):
         damage(latest / str(step))
-    kept = (checkpoint_steps(best), (stopped_copy / "metrics.jsonl").read_text())
+    before = snapshot(stopped_copy / "checkpoints"), (stopped_copy / "metrics.jsonl").read_text()
     code, output = run(stopped_copy)
     assert code == 2, output
     assert f"error: {latest}: no intact checkpoint of the 5 trained epochs is left" in output
-    assert (checkpoint_steps(best), (stopped_copy / "metrics.jsonl").read_text()) == kept
+    assert (snapshot(stopped_copy / "checkpoints"), (stopped_copy / "metrics.jsonl").read_text()) == before
 
 
 def test_a_damaged_best_checkpoint_is_replaced_by_the_next_best(run, like, uninterrupted, stopped_copy):
