@@ -6,7 +6,7 @@ import math
 from dataclasses import replace
 from pathlib import Path
 
-from jaxla.config import Data, Experiment, InputError, NetworkOptions, Preprocessing, unread_options
+from jaxla.config import Data, Experiment, InputError, Method, NetworkOptions, Preprocessing, unread_options
 from jaxla.data.cases import RECOGNISED_LAYOUTS, how_to_get_data
 from jaxla.experiments import EXPERIMENTS, METHODS
 from jaxla.models.weights import weights_file
@@ -26,7 +26,8 @@ def check_experiment(experiment: Experiment) -> Experiment:
     _check_unread_data_options(experiment)
     model = method.model.resolve()
     experiment = replace(experiment, method=replace(method, model=model))
-    _check_bounds(experiment)
+    _check_numbers(experiment)
+    _check_contradictions(experiment.method)
     training = method.training
     own = METHODS[method.name].training
     is_rate_unused = "training.backbone_learning_rate" in unread_options(experiment)
@@ -63,10 +64,9 @@ def _check_unread_data_options(experiment: Experiment) -> None:
             raise InputError(f"--data.{name}={value}", f"has no effect, because {reason}", "Remove one of the two.")
 
 
-def _check_bounds(experiment: Experiment) -> None:
-    """Raise an InputError if a number is below its minimum or not finite."""
-    data, method = experiment.data, experiment.method
-    training = method.training
+def _check_numbers(experiment: Experiment) -> None:
+    """Raise an InputError if a number is out of range or not finite."""
+    method, training = experiment.method, experiment.method.training
     task = TASKS[method.model.sample]
     minimum = {
         "training.epochs": (1, training.epochs),
@@ -77,7 +77,7 @@ def _check_bounds(experiment: Experiment) -> None:
         "training.batch_size": (task.MIN_BATCH_SIZE, training.batch_size),
         "training.accumulated_steps": (1, training.accumulated_steps),
         "training.patience": (0, training.patience),
-        "data.phantom_cases": (1, data.phantom_cases),
+        "data.phantom_cases": (1, experiment.data.phantom_cases),
         "seed": (0, experiment.seed),
     }
     if method.preprocessing is not None:
@@ -89,14 +89,27 @@ def _check_bounds(experiment: Experiment) -> None:
             fix = "Use an odd number, or 0 to turn it off."
             raise InputError(f"--postprocessing.{name}={side}", "must be odd", fix)
         minimum[f"postprocessing.{name}"] = (0, side)
-    if method.postprocessing.flips and method.model.needs_plan:
-        problem = f"has no effect, because the plan of {method.name} sets the mirroring"
-        raise InputError("--postprocessing.flips=true", problem, "Remove the option.")
     for name, value in vars(method.augmentation).items():
         minimum[f"augmentation.{name}"] = (0, value)
     for name, (bound, value) in minimum.items():
         if not bound <= value < math.inf:
             raise InputError(f"--{name}={value}", f"less than {bound}, or not finite", f"Use {bound} or more.")
+    for name, example in (("average_decay", "0.99"), ("foreground_fraction", "0.5, for example")):
+        if not 0 <= (value := getattr(training, name)) < 1:
+            fix = f"Use {example}, or 0 to turn it off."
+            raise InputError(f"--training.{name}={value}", "must be at least 0 and less than 1", fix)
+    for name in ("learning_rate", "backbone_learning_rate"):
+        rate = getattr(training, name, 1.0)
+        if not 0 < rate < math.inf:
+            raise InputError(f"--training.{name}={rate}", "must be a positive number", "Use 1e-3, for example.")
+
+
+def _check_contradictions(method: Method) -> None:
+    """Raise an InputError if an option of the method has no effect because of another option or of its network."""
+    training, task = method.training, TASKS[method.model.sample]
+    if method.postprocessing.flips and method.model.needs_plan:
+        problem = f"has no effect, because the plan of {method.name} sets the mirroring"
+        raise InputError("--postprocessing.flips=true", problem, "Remove the option.")
     if training.minutes and not task.HAS_TIME_BUDGET:
         problem = f"cannot be used with {method.name}, whose validation depends on its steps"
         fix = "Use --training.epochs and --training.steps."
@@ -104,13 +117,6 @@ def _check_bounds(experiment: Experiment) -> None:
     if training.minutes and training.steps != METHODS[method.name].training.steps:
         problem = f"has no effect, because --training.minutes={training.minutes:g} sets the number of steps"
         raise InputError(f"--training.steps={training.steps}", problem, "Remove one of the two.")
-    if not 0 <= training.average_decay < 1:
-        where = f"--training.average_decay={training.average_decay}"
-        raise InputError(where, "must be at least 0 and less than 1", "Use 0.99, or 0 to turn it off.")
-    if not 0 <= training.foreground_fraction < 1:
-        where = f"--training.foreground_fraction={training.foreground_fraction}"
-        fix = "Use 0.5, for example, or 0 to turn it off."
-        raise InputError(where, "must be at least 0 and less than 1", fix)
     for group, name in ((training, "training.foreground_fraction"), (method.preprocessing, "preprocessing.patch_size")):
         value = getattr(group, name.partition(".")[2], 0)
         if value and not task.TRAINS_ON_SLICES:
@@ -120,10 +126,6 @@ def _check_bounds(experiment: Experiment) -> None:
         if getattr(training, name) and training.optimiser == "sgd":
             problem = "has no effect, because --training.optimiser=sgd has its own"
             raise InputError(f"--training.{name}={getattr(training, name)}", problem, "Remove one of the two.")
-    for name in ("learning_rate", "backbone_learning_rate"):
-        rate = getattr(training, name, 1.0)
-        if not 0 < rate < math.inf:
-            raise InputError(f"--training.{name}={rate}", "must be a positive number", "Use 1e-3, for example.")
 
 
 def find_weights(experiment: Experiment, cache_dir: Path) -> tuple[Experiment, str]:
