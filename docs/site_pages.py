@@ -68,8 +68,8 @@ def describe_notebook(path: Path) -> str:
         for output in cell.get("outputs", ()):
             if "text" in output:
                 parts.append(f"```\n{''.join(output['text'])}```")
-            elif "image/png" in (data := output["data"]):
-                parts.append(f"![output](data:image/png;base64,{''.join(data['image/png'].split())})")
+            elif "image/png" in (data := output.get("data", {})):
+                parts.append(f"![output](data:image/png;base64,{''.join(''.join(data['image/png']).split())})")
     download = '<a href="../tutorial.ipynb" download>Download the notebook</a>'
     return "\n\n".join([*parts, download]) + "\n"
 

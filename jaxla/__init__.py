@@ -210,7 +210,7 @@ def segment(
     is_nibabel = isinstance(image, nib.Nifti1Image)
     if is_nibabel == (affine is not None):
         problem = "not allowed with a nibabel image, which has its own" if is_nibabel else "missing"
-        raise InputError("affine", problem, "Pass `affine` only with an array.")
+        raise InputError("affine", problem, "Remove it." if is_nibabel else "Pass the affine of the array.")
     volume = image_from_nibabel(image) if is_nibabel else image_from_array(np.asarray(image), np.asarray(affine))
     run = load_run(run) if isinstance(run, str | Path) else run
     run.task.check_scan(volume.path, volume.array.shape[slice_geometry(volume.affine).order[0]])

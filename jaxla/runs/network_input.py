@@ -30,7 +30,7 @@ def log_network_input(data: PreparedData, task: Task) -> None:
         log.warning("%s %s: %s", plural(len(outside), "validation or test case"), problem, ", ".join(outside))
     if method.postprocessing.flips and not method.augmentation.flips and is_first():
         log.warning(
-            "--postprocessing.flips=true: flipped slices are segmented, too, but the network trains without any. Add "
+            "--postprocessing.flips=true: inference also reads flipped slices, but training does not. Add "
             "--augmentation.flips=true."
         )
     if description := task.describe([volume.shape[0] for volume in data.used_volumes]):

@@ -19,6 +19,7 @@ from jaxla.memory import StepTooLarge
 from jaxla.runs.folder import CHECKPOINTS, LOG, fold_folders, resume_command, run_folder
 from jaxla.runs.record import RECORD, Record
 from jaxla.runs.training_scans import write_known_scans
+from jaxla.tasks import TooFewSteps
 from jaxla.training.checkpoints import checkpoint_steps
 from jaxla.training.progress import LATEST
 
@@ -67,7 +68,7 @@ def open_run(
             yield
         return
     with (
-        remove_if_too_large(run_dir),
+        remove_if_unusable(run_dir),
         run_folder(run_dir, record, data.split, data.content_keys, resume),
         log_file(run_dir / LOG, early_log) as handler,
     ):
@@ -130,11 +131,11 @@ def explain_end(command: str, run_dir: Path, handler: logging.Handler) -> Iterat
 
 
 @contextmanager
-def remove_if_too_large(run_dir: Path) -> Iterator[None]:
-    """Remove the folder of a run whose first step did not fit in memory, so that the next try may use it."""
+def remove_if_unusable(run_dir: Path) -> Iterator[None]:
+    """Remove the folder of a run that can take no step or no update, so that the next try may use it."""
     try:
         yield
-    except StepTooLarge:
+    except (StepTooLarge, TooFewSteps):
         folders = (run_dir, *fold_folders(run_dir))
         if not any(checkpoint_steps(folder / CHECKPOINTS / LATEST) for folder in folders):
             shutil.rmtree(run_dir, ignore_errors=True)

@@ -81,7 +81,10 @@ def measure_speed(
 
 
 def measuring_seconds(recipe: Training) -> float:
-    """Return how long a run with a time limit takes measured steps before it trains with the same compiled program."""
+    """Return how long a run with a time limit takes timed steps before it trains.
+
+    Training then finds the same program in the cache of compiled programs; without this cache it compiles again.
+    """
     return min(MAX_MEASURED_SECONDS, 60 * recipe.minutes)
 
 

@@ -10,12 +10,12 @@ from pathlib import Path
 
 from jaxla.config import Experiment
 from jaxla.data.dataset import PreparedData
-from jaxla.tasks.base import Features, Task
+from jaxla.tasks.base import Features, Task, TooFewSteps
 from jaxla.tasks.patches import PatchTask, is_same_plan
 from jaxla.tasks.slices import SliceTask
 from jaxla.tasks.volumes import VolumeTask
 
-__all__ = ["TASKS", "Features", "Task", "is_same_plan", "make_checked_task", "make_task", "restore_task"]
+__all__ = ["TASKS", "Features", "Task", "TooFewSteps", "is_same_plan", "make_checked_task", "make_task", "restore_task"]
 
 TASKS: dict[str, type[Task]] = {"slices": SliceTask, "volumes": VolumeTask, "patches": PatchTask}
 

@@ -40,6 +40,10 @@ class Sources(NamedTuple):
     val: Source | None  # None if there are no validation cases
 
 
+class TooFewSteps(InputError):
+    """The run ends before its first parameter update."""
+
+
 class Task(ABC):
     """Training and inference of one kind of sample: slices, volumes or patches.
 
@@ -174,7 +178,7 @@ class Task(ABC):
         is_length_known = self.recipe.steps or not self.recipe.minutes
         if is_length_known and (accumulated := self.recipe.accumulated_steps) > (total := steps * self.recipe.epochs):
             where = option("training.accumulated_steps", accumulated)
-            raise InputError(where, f"more than the {total} steps of this run", "Use fewer, or train longer.")
+            raise TooFewSteps(where, f"more than the {total} steps of this run", "Use fewer, or train longer.")
         return Trainer(
             self.reduce_network(network) if features else network,
             self.resolved_recipe,

@@ -118,7 +118,7 @@ class SliceTask(Task):
 
     def why_not_cached(self, network: nnx.Module) -> str:
         if self.tile_size and self.model.backbone == "frozen":
-            return "The frozen backbone runs at every step, because it reads random patches: there is nothing to cache."
+            return "The frozen backbone runs in every epoch, because features of random patches cannot be cached."
         return super().why_not_cached(network)
 
     def make_feature_cache(self, network: nnx.Module, cache_dir: Path) -> FeatureCache:

@@ -120,7 +120,7 @@ def _schedule(recipe: Training, rate: float, steps: int) -> optax.Schedule:
         return lambda count: (
             rate * (1 - count * recipe.accumulated_steps // steps_per_epoch / recipe.epochs) ** POLY_POWER
         )
-    updates = steps // recipe.accumulated_steps
+    updates = max(1, steps // recipe.accumulated_steps)
     warmup = max(1, round(WARMUP_FRACTION * updates))
     schedule = optax.warmup_cosine_decay_schedule(0.0, rate, warmup, updates + 1)
     return lambda count: schedule(count + 1)  # neither the first nor the last update has a rate of 0

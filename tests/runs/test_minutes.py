@@ -1,12 +1,13 @@
 """--training.minutes: the number of steps that fit into the time is chosen once and recorded."""
 
+import re
 import shutil
 
 import pytest
 
 from jaxla.config import Training
 from jaxla.runs.speed import Speed, fit_to_minutes, measuring_seconds
-from tests.commands import refuse_to_train, succeed
+from tests.commands import refuse, refuse_to_train, succeed
 from tests.runs.folders import assert_predict_reproduces_test_mask, read_json, train
 
 pytestmark = pytest.mark.usefixtures("fast_compilation")
@@ -52,7 +53,14 @@ def test_none_of_a_few_patients_are_used_for_validation(trained):
     assert "Only the largest connected component of LA is kept." in page
 
 
-def test_a_resumed_run_takes_the_recorded_steps(trained, phantoms, tmp_path):
+def test_a_run_with_too_little_time_for_an_update_leaves_no_folder(phantoms, tmp_path):
+    options = (*OPTIONS, "--training.accumulated_steps=50000", f"--data.root={phantoms}", f"--run-dir={tmp_path}/run")
+    line = refuse(tmp_path, "jaxla.train", *options)
+    problem = r"--training.accumulated_steps=50000: more than the \d+ steps of this run"
+    assert re.fullmatch(rf"error: {problem}\. Use fewer, or train longer\.", line)
+
+
+def test_a_resumed_run_uses_the_recorded_number_of_steps(trained, phantoms, tmp_path):
     run, _ = trained
     shutil.copytree(run.parent / "cache", tmp_path / "cache")
     resumed = shutil.copytree(run, tmp_path / "run")

@@ -28,7 +28,7 @@ def test_fusion_trains_on_cached_features_and_images(phantoms, tmp_path):
     options = ("--model.blocks=[1,-1]", "--model.decoder_widths=[16,8]", "--training.batch_size=8")
     options += ("--postprocessing.flips=true",)
     run, printed = train(tmp_path, phantoms, "--exp=paper2", *SMALL, *options)
-    assert "--postprocessing.flips=true: flipped slices are segmented, too, but the network trains without" in printed
+    assert "--postprocessing.flips=true: inference also reads flipped slices, but training does not. Add" in printed
     arrays = feature_arrays(tmp_path / "cache")
     assert len(arrays) == 6
     assert {array.shape[1:] for array in arrays} == {(2, 6, 6, 128)}

@@ -26,7 +26,7 @@ def test_a_run_trains_on_patches_and_segments_in_tiles(phantoms, tmp_path):
     record = read_json(run / "experiment.json")
     assert record["input"] == "patches of 32 × 32 pixels from slices of 42 × 42 pixels"
     assert record["features"] == (
-        "The frozen backbone runs at every step, because it reads random patches: there is nothing to cache."
+        "The frozen backbone runs in every epoch, because features of random patches cannot be cached."
     )
     assert not (tmp_path / "cache" / "features").exists()
     assert record["input"] in succeed(tmp_path, "jaxla.info", run)

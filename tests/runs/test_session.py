@@ -10,7 +10,7 @@ import pytest
 from jaxla.cli.process import Stopped
 from jaxla.config import InputError
 from jaxla.memory import StepTooLarge
-from jaxla.runs.session import buffered_log, explain_end, log_file, remove_if_too_large
+from jaxla.runs.session import buffered_log, explain_end, log_file, remove_if_unusable
 
 COMMAND = "python -m jaxla.train --exp=quickstart --run-dir=run --resume"
 log = logging.getLogger("jaxla.tests")
@@ -91,14 +91,14 @@ def test_a_run_too_large_for_memory_is_removed_only_if_nothing_was_saved(tmp_pat
         run_dir = tmp_path / saved.replace("/", "_")
         (run_dir / saved).mkdir(parents=True)
         (run_dir / saved / "12.sha256").write_text("{}")
-        with pytest.raises(StepTooLarge), remove_if_too_large(run_dir):
+        with pytest.raises(StepTooLarge), remove_if_unusable(run_dir):
             raise too_large
         assert (run_dir / saved / "12.sha256").exists()
     empty = tmp_path / "empty"
     empty.mkdir()
-    with pytest.raises(InputError), remove_if_too_large(empty):
+    with pytest.raises(InputError), remove_if_unusable(empty):
         raise InputError("a file", "another fault", "Fix it.")
     assert empty.exists()
-    with pytest.raises(StepTooLarge), remove_if_too_large(empty):
+    with pytest.raises(StepTooLarge), remove_if_unusable(empty):
         raise too_large
     assert not empty.exists()

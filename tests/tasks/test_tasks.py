@@ -64,7 +64,8 @@ def test_fewer_steps_than_are_accumulated_are_refused_once_a_time_budget_has_fix
     data, tmp_path, minutes, steps, is_refused
 ):
     """One pass has 3 steps."""
-    own = experiment("unet", epochs=1, batch_size=4, accumulated_steps=6, minutes=minutes, steps=steps)
+    recipe = {"epochs": 1, "batch_size": 4, "accumulated_steps": 6, "schedule": "cosine"}
+    own = experiment("unet", **recipe, minutes=minutes, steps=steps)
     own = replace(own, method=replace(own.method, model=UNetOptions(widths=(4,))))
     task = make_task(own, data)
     line = rf"^training.accumulated_steps=6: more than the {steps or 3} steps of this run\. Use fewer, or train longer"
