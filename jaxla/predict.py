@@ -157,8 +157,8 @@ def require_free(outputs: Sequence[Output], target: Path, options: Namespace) ->
         require_one_format(outputs)
     stale = [path for output in outputs if (path := probabilities_file(output.mask, target)).exists()]
     if options.overwrite and not options.probabilities and stale:
-        problem = "holds probabilities of a mask that --overwrite replaces"
-        raise InputError(stale[0], problem, "Add --probabilities, or move it away.")
+        problem = "would not match the new mask that --overwrite writes"
+        raise InputError(stale[0], problem, "Add --probabilities to replace it, or move it away.")
     if options["continue"] or options.overwrite:
         return
     own_table = [table] if is_mask_file(target) else []  # other commands may add to the table of a folder

@@ -42,7 +42,7 @@ class TrainedRun:
     def network(self) -> nnx.Module:
         """The only network; an InputError if there are several."""
         if len(self.networks) > 1:
-            problem = "a run with --fold=all has a network for each fold"
+            problem = "trained with --fold=all, so it has one network per fold instead of a single one"
             raise InputError("run", problem, "Pass the folder of one fold, such as fold_0.")
         return self.networks[0]
 

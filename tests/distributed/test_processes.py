@@ -106,7 +106,8 @@ def failed(tmp_path_factory):
         (
             "different numbers",
             2,
-            "error: process 1: --processes=3: process 0 has --processes=2. Start all processes with the same number.",
+            "error: process 1: --processes=3: differs from --processes=2 of process 0. "
+            "Start all processes with the same number.",
         ),
     ],
 )
