@@ -30,7 +30,7 @@ from jaxla.memory import program_bytes
 from jaxla.models.backbones import TRANSFORMERS, build_backbone
 from jaxla.models.backbones.dinov3 import HUB_SPELLINGS
 from jaxla.models.ops.multiply_adds import multiply_adds
-from tests.golden.errors import error
+from tests.golden.errors import deviation
 from tests.golden.live import live_model
 from tests.tiny import randomise
 
@@ -82,7 +82,7 @@ def main(arguments):
         runs["torch.compile"] = torch_run(torch.compile(theirs))
     first_call = {name: timed(run) for name, run in runs.items()}
     patches = runs["torch"]()[:, 1 + variant.registers :].float().cpu().numpy()
-    difference = error(run_ours().patches.reshape(patches.shape), patches).relative_l2
+    difference = deviation(run_ours().patches.reshape(patches.shape), patches).relative_l2
     if difference > MAX_TOKEN_DIFFERENCE[dtype.name]:
         sys.exit(f"{arch}: patch tokens differ from PyTorch's by {difference:.1e}; nothing was timed")
 

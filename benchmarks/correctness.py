@@ -39,7 +39,7 @@ from jaxla.models.ops.attention import attention
 from jaxla.nnunet.network import NNUNet
 from jaxla.nnunet.plan import read_plan
 from tests.convert_weights.test_nnunet import GOLDEN, PLANS, nnunet_state
-from tests.golden.errors import error
+from tests.golden.errors import deviation
 from tests.gpu import task_without_data
 from tests.parity.nnunet_reference import fill_nnunet
 from tests.tiny import TINY_PLAN, flat_state
@@ -132,7 +132,7 @@ def attention_check(shape):
     exact = partial(jax.nn.dot_product_attention, implementation="xla")
     with jax.default_matmul_precision("highest"):
         expected = jax.jit(partial(run, exact))(*inputs)
-    differences = (error(a, np.asarray(b)).relative_l2 for a, b in zip(ours, expected, strict=True))
+    differences = (deviation(a, np.asarray(b)).relative_l2 for a, b in zip(ours, expected, strict=True))
     return max(differences), MAX_ATTENTION_DIFFERENCE[dtype.name]
 
 
@@ -146,7 +146,7 @@ def nnunet_logits(name):
     golden = np.load(GOLDEN / f"nnunet_hippocampus_{name}.npz")
     with jax.default_matmul_precision("highest" if dtype == jnp.float32 else "default"):
         logits = nnx.jit(lambda network, image: network(image))(network, golden["image"][None, ..., None])
-    return error(logits[0], np.moveaxis(golden["logits0"], 0, -1)).relative_l2, MAX_LOGIT_DIFFERENCE[dtype.name]
+    return deviation(logits[0], np.moveaxis(golden["logits0"], 0, -1)).relative_l2, MAX_LOGIT_DIFFERENCE[dtype.name]
 
 
 if __name__ == "__main__":

@@ -36,7 +36,7 @@ class Stage(NamedTuple):
     seconds: float
     module: str
     options: str = ""
-    tiny: str = ""  # replaces `options` with --tiny
+    tiny: str = ""  # used instead of `options` if --tiny is given
 
 
 STAGES = (
@@ -112,9 +112,9 @@ def main(arguments):
     if options.tiny:
         stages = [stage._replace(options=stage.tiny, seconds=TINY_SECONDS) for stage in stages]
     stages = [stage._replace(options=stage.options.format(data=data)) for stage in stages]
-    ends = run_stages(stages, options.output.absolute(), 60 * options.minutes, options.tiny)
+    outcomes = run_stages(stages, options.output.absolute(), 60 * options.minutes, options.tiny)
     bad = ("failed", "stopped", "not started") if options.tiny else ("failed", "stopped")
-    if any(end["status"] in bad for end in ends):
+    if any(outcome["status"] in bad for outcome in outcomes):
         sys.exit(1)
 
 
@@ -123,17 +123,17 @@ def run_stages(stages, folder, seconds, is_tiny):
 
     A stage is `finished`, `failed`, `stopped` at its time limit, or `not started` because `seconds` were used up.
     """
-    end = time.monotonic() + seconds
-    ends = []
+    deadline = time.monotonic() + seconds
+    outcomes = []
     for stage in stages:
         began = time.monotonic()
-        limit = min(stage.seconds, end - began)
+        limit = min(stage.seconds, deadline - began)
         has_time = limit == stage.seconds or limit >= MIN_SECONDS
         status = run_stage(stage, folder, limit) if has_time else "not started"
-        ends.append({"stage": stage.name, "status": status, "seconds": round(time.monotonic() - began, 1)})
-        write_result({"tiny": is_tiny, "stages": ends}, folder / "stages.json")
-        print(f"{stage.name}: {status} after {ends[-1]['seconds']:.0f} s", flush=True)
-    return ends
+        outcomes.append({"stage": stage.name, "status": status, "seconds": round(time.monotonic() - began, 1)})
+        write_result({"tiny": is_tiny, "stages": outcomes}, folder / "stages.json")
+        print(f"{stage.name}: {status} after {outcomes[-1]['seconds']:.0f} s", flush=True)
+    return outcomes
 
 
 def run_stage(stage, folder, limit):

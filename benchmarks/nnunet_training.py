@@ -9,8 +9,8 @@ The two training runs differ only by rounding, which training amplifies: the los
 printed digits, and at the end losses and Dice differ by at most as much as between two seeds.
 
 Prints JSON: the mean foreground Dice per test volume of both and their difference, the loss of both in each epoch, the
-largest differences between the losses (in the first 50 steps, in all steps, and of epoch means), and the seconds per
-step.
+largest differences between the losses (`losses_apart`: in the first 50 steps, in all steps, and of epoch means), and
+the seconds per step.
 """
 
 import logging

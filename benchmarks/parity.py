@@ -25,9 +25,9 @@ from tests.golden.checkpoints import files_of, golden_backbone, image_of
 from tests.golden.errors import (
     BOUND,
     COSINE_BOUND,
-    Error,
+    Deviation,
     beyond_bounds,
-    error,
+    deviation,
     golden_errors,
     live_errors,
     lowest_bfloat16_cosine,
@@ -107,18 +107,18 @@ def measure(arch, live_sizes):
     for size in sizes:
         tokens, block_tokens = live_tokens(model, fake_image(*size).transpose(0, 2, 3, 1))
         rounded, rounded_block_tokens = in_float32[size]
-        rounding = worst([error(rounded, tokens), *map(error, rounded_block_tokens, block_tokens)])
+        rounding = worst([deviation(rounded, tokens), *map(deviation, rounded_block_tokens, block_tokens)])
         source = (arch, f"{size[0]}×{size[1]}", "authors' code" if size in files else "`transformers`")
         yield dict(zip(COLUMNS, (*source, *errors[size], *rounding, cosines[size]), strict=True))
 
 
 def is_within_bounds(row):
-    errors = {"": Error(row["max abs"], row["relative L2"])}
+    errors = {"": Deviation(row["max abs"], row["relative L2"])}
     return not beyond_bounds(errors) and row[COLUMNS[-1]] >= COSINE_BOUND
 
 
 def worst(errors):
-    return Error(*map(max, zip(*errors, strict=True)))
+    return Deviation(*map(max, zip(*errors, strict=True)))
 
 
 def format_value(value):

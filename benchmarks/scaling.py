@@ -2,12 +2,16 @@
 
 Compiles one training step of a fine-tuned backbone with paper 1's decoder for 1, 2, 4 and 8 simulated CPU devices that
 share a batch, in float32, with replicated and with sharded parameters. Runs nothing and allocates no arrays. Prints
-JSON, in bytes per device: the state (parameters and Adam's two moments) according to the table
-`jaxla.distributed.SHARDED` and to the compiled program, the program's temporary memory, and the bytes sent per step.
+JSON, in bytes per device:
+
+- `held_bytes_by_table`: the state (parameters and Adam's two moments), computed from `jaxla.distributed.SHARDED`
+- `held_bytes_by_program`: the arguments of the compiled program, mostly the state
+- `other_bytes_by_program`: the temporary memory of the compiled program, mostly activations
+- `sent_bytes`: what a device sends per step
 
 In a ring of N devices, each sends (N - 1) / N of an array's bytes for an all-gather, as many for a reduce-scatter, and
-twice as many for an all-reduce. `sent_bytes` is the minimum that the table allows: a compiler may use an all-reduce for
-gradients where a reduce-scatter would do.
+twice as many for an all-reduce. `sent_bytes` is the minimum for this sharding: a compiler may use an all-reduce for
+gradients where a reduce-scatter is sufficient.
 """
 
 import os

@@ -44,15 +44,15 @@ def unpack(archive, results):
         with tarfile.open(archive) as tar:
             tar.extractall(name, filter="data")
         found = {path.stem: read_json(path) for path in sorted(Path(name).glob("*.json"))}
-    ends = found.pop("stages", {"tiny": True})
-    if ends["tiny"] or not found:
+    outcomes = found.pop("stages", {"tiny": True})
+    if outcomes["tiny"] or not found:
         raise InputError(f"--unpack={archive}", "no results at full size", "Run benchmarks/gpu.sh without --tiny.")
     device = next(iter(found.values()))["device"]
     folder = results / re.sub(r"\W+", "_", device.lower())
     folder.mkdir(exist_ok=True)
     earlier = read_json(folder / "stages.json") if (folder / "stages.json").exists() else {"stages": []}
     rows = {row["stage"]: row for row in earlier["stages"]}
-    for row in ends["stages"]:
+    for row in outcomes["stages"]:
         name = row["stage"]
         if row["status"] == "not started" and name in rows:
             continue
@@ -84,7 +84,7 @@ def gpu_tables(results):
 def device_tables(folder):
     """Return the tables of one GPU."""
     found = {path.stem: read_json(path) for path in sorted(folder.glob("*.json"))}
-    ends = {row["stage"]: row for row in found.pop("stages")["stages"]}
+    outcomes = {row["stage"]: row for row in found.pop("stages")["stages"]}
     device = found.get("device")
     first = next(iter(found.values()), None)
     parts = [f"### {first['device'] if first else folder.name}"]
@@ -103,7 +103,7 @@ def device_tables(folder):
         parts.append(table(("check", "relative L2", "bound"), checks))
     if runs:
         parts.append(table(("options of `jaxla.train`", "time", "Dice", "atlas", "HD95", "n"), runs))
-    missing = [f"`{name}` ({row['status']})" for name, row in ends.items() if row["status"] != "finished"]
+    missing = [f"`{name}` ({row['status']})" for name, row in outcomes.items() if row["status"] != "finished"]
     if missing:
         parts.append(f"Without a complete result: {', '.join(missing)}.")
     return "\n\n".join(parts)

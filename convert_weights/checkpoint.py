@@ -37,7 +37,7 @@ SHARD = re.compile(r"-\d+-of-(?!0*1\.)\d+\.")
 HUGGING_FACE_FILES = ["model.safetensors", "pytorch_model.bin"]
 
 DOWNLOAD_AGAIN = "Download the file again."
-READ_AGAIN = "Fix this, or download the file again."
+FIX_OR_DOWNLOAD_AGAIN = "Fix this, or download the file again."
 
 
 class Checkpoint(NamedTuple):
@@ -68,9 +68,9 @@ def find_checkpoint(source: str | Path) -> Path:
     if os.path.isdir(source):  # Path.is_dir raises if a name is too long or a folder cannot be read
         return _find_in_folder(Path(source))
     if not os.path.isfile(source):
-        raise InputError(  # not as a Path, which would remove a slash from a URL
-            f"--source={source}", "no such file", "Download the checkpoint and pass its file or folder."
-        )
+        # The message shows `source` as given: a Path would replace the // of a URL by /.
+        fix = "Download the checkpoint and pass its file or folder."
+        raise InputError(f"--source={source}", "no such file", fix)
     return Path(source)
 
 
@@ -118,7 +118,7 @@ def _find_in_folder(folder: Path) -> Path:
 
 
 def _file_kind(path: Path) -> Literal["index", "safetensors", "torch archive", "old torch"]:
-    with report_os_errors("read", path, READ_AGAIN), path.open("rb") as file:
+    with report_os_errors("read", path, FIX_OR_DOWNLOAD_AGAIN), path.open("rb") as file:
         start = file.read(256)
     # A header length below 2^40, then JSON. This test comes first: a length can begin with the bytes of any other kind.
     if start[5:9] == b"\0\0\0{":
@@ -156,8 +156,8 @@ def _open_shards(index: Path) -> Checkpoint:
 
 
 def _read_index(index: Path) -> dict[str, str]:
-    """Return the file name, in the folder of the index, of each tensor."""
-    with report_os_errors("read", index, READ_AGAIN):
+    """Return tensor name -> file name of its shard, which is in the folder of the index."""
+    with report_os_errors("read", index, FIX_OR_DOWNLOAD_AGAIN):
         text = index.read_bytes()
     try:
         shard_names = json.loads(text)["weight_map"]
@@ -215,7 +215,7 @@ def _read_safetensors(path: Path, name: str) -> np.ndarray:
 def _file_sha256(path: Path) -> str:
     digest = hashlib.sha256()
     with (
-        report_os_errors("read", path, READ_AGAIN),
+        report_os_errors("read", path, FIX_OR_DOWNLOAD_AGAIN),
         path.open("rb") as file,
         progress_bar(f"hashing {path.name}", path.stat().st_size) as bar,
     ):

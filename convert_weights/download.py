@@ -96,8 +96,8 @@ def _download_new(release: Release, path: Path) -> None:
     _append_missing(release.url, part)
     if not _matches(part, release):
         part.unlink()
-        problem = f"the server sent a file that is not the released one, whose sha256 begins with {release.sha256[:8]}"
-        raise InputError(release.url, f"{problem}; it was removed", "Run the command again.")
+        problem = f"the sha256 of the downloaded file is not that of the released file ({release.sha256[:8]}…)"
+        raise InputError(release.url, f"{problem}; the download was deleted", "Run the command again.")
     part.replace(path)
 
 

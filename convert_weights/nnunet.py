@@ -51,7 +51,7 @@ def read_output_count(tensors: Mapping[str, Tensor], path: Path) -> int:
         problem = f"not an nnU-Net checkpoint ({LOGITS_WEIGHT} is missing)"
         raise InputError(path, problem, "Pass nnU-Net's checkpoint_final.pth as --source.")
     if (outputs := tensors[LOGITS_WEIGHT].shape[0]) < 2:
-        problem = "has a single output, so it was trained on regions"
+        problem = "trained on regions (it has a single output), which is not supported"
         raise InputError(path, problem, "Use a network trained on labels and background.")
     return outputs
 

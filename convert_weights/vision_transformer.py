@@ -1,4 +1,4 @@
-"""Map the tensors of DINOv2's and DINOv3's checkpoints, in their authors' order, to our parameters.
+"""Map the tensors of DINOv2 and DINOv3 checkpoints to our parameters, in the order of the authors' code.
 
 Reference code: facebookresearch/dinov2 and facebookresearch/dinov3, `models/vision_transformer.py`.
 """
@@ -14,7 +14,7 @@ from jaxla.models.backbones.vision_transformer import Variant
 # pretraining uses.
 SECOND_NORM_ARCHS = ("dinov3_vitl16", "dinov3_vit7b16")
 
-# The authors of DINOv3 rounded its constants to bfloat16 before the release.
+# DINOv3's constants are the rotary periods and the mask of the QKV bias. Some checkpoints contain them in bfloat16.
 CONSTANT_DTYPES = ("float32", "bfloat16")
 
 

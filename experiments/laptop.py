@@ -1,8 +1,8 @@
 """Laptop: a small U-Net for a few patients of your own, trained from random weights in minutes without a GPU.
 
 InstanceNorm and random changes of brightness make it robust to scans that are darker or brighter than the training
-scans. It keeps the running mean of its parameters, instead of the epoch that is best on one or two validation patients.
-No decision depends on validation, so a small data set needs no validation patients.
+scans. Training keeps an exponential moving average of the parameters instead of the best epoch on one or two validation
+patients. No decision depends on validation, so a small data set needs no validation patients.
 
 Command:   python -m jaxla.train --exp=laptop --data.root=/path/to/scans
 Time:      10 minutes of training on any processor, plus testing; --training.minutes changes it.

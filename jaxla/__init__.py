@@ -106,7 +106,9 @@ def build_network(
     if weights is not None:
         model = model.with_weights(str(weights))
         if model.weights != str(weights):
-            raise InputError(f"weights={weights}", f"{name} has no pretrained part", "Remove the argument.")
+            raise InputError(
+                f"weights={weights}", f"has no effect, because {name} has no pretrained part", "Remove the argument."
+            )
     if not model.needs_plan and plan is not None:
         raise InputError("plan", f"{name} needs no plan", "Remove the argument.")
     if model.needs_plan and plan is None:
@@ -209,8 +211,9 @@ def segment(
 
     is_nibabel = isinstance(image, nib.Nifti1Image)
     if is_nibabel == (affine is not None):
-        problem = "not allowed with a nibabel image, which has its own" if is_nibabel else "missing"
-        raise InputError("affine", problem, "Remove it." if is_nibabel else "Pass the affine of the array.")
+        if is_nibabel:
+            raise InputError("affine", "not allowed with a nibabel image, which has its own", "Remove the argument.")
+        raise InputError("affine", "missing", "Pass the array's 4 × 4 matrix from voxel indices to mm (RAS+).")
     volume = image_from_nibabel(image) if is_nibabel else image_from_array(np.asarray(image), np.asarray(affine))
     run = load_run(run) if isinstance(run, str | Path) else run
     run.task.check_scan(volume.path, volume.array.shape[slice_geometry(volume.affine).order[0]])

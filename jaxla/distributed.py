@@ -35,6 +35,7 @@ from jax._src.distributed import global_state
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from jaxla.cli.process import Stopped, exit_status
+from jaxla.cli.terminal import plural
 from jaxla.config import InputError, option
 from jaxla.hardware import require_devices
 
@@ -78,14 +79,13 @@ def use_devices(count: int = 0, shard_params: bool = False) -> Iterator[Mesh]:
     by_process = [[device for device in devices if device.process_index == k] for k in range(processes)]
     visible = [len(local) for local in by_process]
     if not 0 <= count <= total:
-        raise InputError(
-            option("devices", count), f"JAX sees {total} ({kind})", f"Use a number from 0 (all) to {total}."
-        )
+        problem = f"out of range, because JAX detects {plural(total, 'device')} ({kind})"
+        raise InputError(option("devices", count), problem, f"Use a number from 0 (all) to {total}.")
     if len(set(visible)) > 1:
-        problem = f"the processes see {', '.join(map(str, visible))} devices, but need the same number"
+        problem = f"the processes detect {', '.join(map(str, visible))} devices, but need the same number"
         raise InputError("CUDA_VISIBLE_DEVICES", problem, "Hide the extra devices, or use other hosts.")
     if count % processes:
-        problem = f"{processes} processes need the same number of devices each"
+        problem = f"not a multiple of the number of processes, {processes}"
         raise InputError(option("devices", count), problem, f"Use a multiple of {processes}.")
     per_process = count // processes or visible[0]
     if per_process * processes > 1:
@@ -396,7 +396,7 @@ def _require_same_count() -> None:
         global_state.client.key_value_set("jaxla/processes", str(process_count()))
     expected = int(global_state.client.blocking_key_value_get("jaxla/processes", MAX_WAIT_MS))
     if expected != process_count():
-        problem = f"process 0 has --processes={expected}"
+        problem = f"differs from --processes={expected} of process 0"
         raise InputError(f"--processes={process_count()}", problem, "Start all processes with the same number.")
 
 

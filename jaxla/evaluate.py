@@ -20,7 +20,7 @@ from jaxla.cli.process import run_command
 from jaxla.cli.terminal import plural
 from jaxla.config import InputError
 from jaxla.data.cases import find_cases, find_masks, masks_by_image
-from jaxla.data.formats import SEG_ENDING
+from jaxla.data.formats import SEG_EXTENSION
 from jaxla.data.labels import MAX_CLASSES, Labels, parse_labels
 from jaxla.data.layouts import MASK_SUFFIXES
 from jaxla.data.scan_files import scans_in
@@ -62,7 +62,9 @@ def main(arguments: list[str]) -> None:
     require_writable("--output", output)
     protocol = f"--protocol={options.protocol}"
     if options.protocol and (options.unit == "slice" or options.empty == "skip"):
-        raise InputError(protocol, "scores every volume", "Remove --unit=slice and --empty=skip.")
+        excluded = "--unit=slice" if options.unit == "slice" else "--empty=skip"
+        problem = f"needs the scores of every volume, so it cannot be combined with {excluded}"
+        raise InputError(protocol, problem, "Remove one of the two.")
 
     if Path(options.predictions).resolve() == Path(options.references).resolve():
         problem = "the same folder as --predictions"
@@ -216,7 +218,7 @@ def check_masks(pairs: list[Pair], labels: Labels | None) -> Labels:
 def read_prediction(pair: Pair, labels: Labels | None) -> Volume:
     """Read a predicted mask; convert the segment numbers of a DICOM segmentation to the mask values of `labels`."""
     mask = read_mask(pair.prediction)
-    if labels is None or pair.prediction.suffix.lower() != SEG_ENDING:
+    if labels is None or pair.prediction.suffix.lower() != SEG_EXTENSION:
         return mask
     return replace(mask, array=labels.to_values(mask_classes(mask, labels)))
 

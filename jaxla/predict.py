@@ -20,7 +20,7 @@ from jaxla.cli.process import Stopped, run_command
 from jaxla.config import InputError, default_cache_dir
 from jaxla.data.cases import find_images
 from jaxla.data.dicom import is_dicom_series
-from jaxla.data.formats import scan_ending, strip_ending
+from jaxla.data.formats import scan_extension, strip_extension
 from jaxla.data.slices import slice_geometry, to_slices
 from jaxla.data.volumes import Volume, hash_voxels, log_warnings, read_image, read_mask, same_grid, write_volume
 from jaxla.distributed import (
@@ -37,11 +37,11 @@ from jaxla.distributed import (
 )
 from jaxla.hardware import keep_compiled_programs
 from jaxla.inference.mask_files import (
-    ENDINGS,
+    EXTENSIONS,
     is_mask_file,
     mask_classes,
-    mask_ending,
-    probabilities_ending,
+    mask_extension,
+    probabilities_extension,
     require_mask_file,
     write_mask,
 )
@@ -88,7 +88,7 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("--data.image", type=str, default="", help="pattern of the images in --input, as for training")
     parser.add_argument("--output", type=str, required=True, help="file for the mask, or folder for masks <case>.*")
     formats = "format of the masks; `scan` is that of each scan, and dicom-seg for a DICOM series"
-    parser.add_argument("--format", type=Literal["scan", *ENDINGS], default="scan", help=formats)
+    parser.add_argument("--format", type=Literal["scan", *EXTENSIONS], default="scan", help=formats)
     probabilities = "also write probabilities/<case>.* (float32; a value per class for several classes)"
     parser.add_argument("--probabilities", action="store_true", help=probabilities)
     parser.add_argument("--continue", action="store_true", help="keep the masks of an interrupted command")
@@ -157,8 +157,8 @@ def require_free(outputs: Sequence[Output], target: Path, options: Namespace) ->
         require_one_format(outputs)
     stale = [path for output in outputs if (path := probabilities_file(output.mask, target)).exists()]
     if options.overwrite and not options.probabilities and stale:
-        problem = "holds probabilities of a mask that --overwrite replaces"
-        raise InputError(stale[0], problem, "Add --probabilities, or move it away.")
+        problem = "would not match the new mask that --overwrite writes"
+        raise InputError(stale[0], problem, "Add --probabilities to replace it, or move it away.")
     if options["continue"] or options.overwrite:
         return
     own_table = [table] if is_mask_file(target) else []  # other commands may add to the table of a folder
@@ -171,10 +171,10 @@ def require_free(outputs: Sequence[Output], target: Path, options: Namespace) ->
 def require_one_format(outputs: Sequence[Output]) -> None:
     """Raise an InputError if the folder holds the mask of a case in another format: `evaluate` would find two."""
     for output in outputs:
-        for ending in ENDINGS.values():
-            other = output.mask.with_name(f"{output.case}{ending}")
+        for extension in EXTENSIONS.values():
+            other = output.mask.with_name(f"{output.case}{extension}")
             if other != output.mask and other.exists():
-                problem = f"a mask of case {output.case} in another format than {output.mask.name}"
+                problem = f"case {output.case} already has a mask in a different format from {output.mask.name}"
                 raise InputError(other, problem, "Use the same --format, or another --output.")
 
 
@@ -182,7 +182,8 @@ def require_finished(table: Path, cases: Sequence[str]) -> None:
     """Raise an InputError if an interrupted command wrote masks of other cases: it could no longer be continued."""
     unfinished = read_unfinished(table)
     for case in unfinished.cases if unfinished else ():
-        if case not in cases and any((table.parent / f"{case}{ending}").exists() for ending in ENDINGS.values()):
+        masks = [table.parent / f"{case}{extension}" for extension in EXTENSIONS.values()]
+        if case not in cases and any(mask.exists() for mask in masks):
             problem = f"the command that wrote the mask of {case} was interrupted"
             fix = "Run it again with --continue first, or use another --output."
             raise InputError(unfinished_file(table), problem, fix)
@@ -324,7 +325,7 @@ def name_outputs(scans: Mapping[str, Path], source: Path, target: Path, options:
             require_mask_file(target, scan, options.format)
         masks = dict.fromkeys(scans, target)
     else:
-        masks = {case: target / f"{case}{mask_ending(scan, options.format)}" for case, scan in scans.items()}
+        masks = {case: target / f"{case}{mask_extension(scan, options.format)}" for case, scan in scans.items()}
     return [
         Output(case, scan, masks[case], probabilities_file(masks[case], target) if options.probabilities else None)
         for case, scan in scans.items()
@@ -333,16 +334,16 @@ def name_outputs(scans: Mapping[str, Path], source: Path, target: Path, options:
 
 def probabilities_file(mask: Path, target: Path) -> Path:
     """Return the file of a mask's probabilities: next to a single mask, else in a folder that `evaluate` ignores."""
-    stem, ending = strip_ending(mask.name), probabilities_ending(scan_ending(mask.name))
+    stem, extension = strip_extension(mask.name), probabilities_extension(scan_extension(mask.name))
     if is_mask_file(target):
-        return mask.with_name(f"{stem}_probabilities{ending}")
-    return mask.parent / "probabilities" / f"{stem}{ending}"
+        return mask.with_name(f"{stem}_probabilities{extension}")
+    return mask.parent / "probabilities" / f"{stem}{extension}"
 
 
 def name_table(target: Path) -> Path:
     """Return the path of the table: `predictions.csv` in a folder of masks, `<mask>_predictions.csv` next to one."""
     if is_mask_file(target):
-        return target.with_name(f"{strip_ending(target.name)}_predictions.csv")
+        return target.with_name(f"{strip_extension(target.name)}_predictions.csv")
     return target / "predictions.csv"
 
 

@@ -271,8 +271,9 @@ def build_network(run: Run) -> nnx.Module:
     network = run.task.build_network()
     sha256 = parameters_sha256(network.backbone)
     if record.backbone_sha256 not in ("", sha256):
-        problem = f"missing or damaged, and with the installed packages seed {seed} gives a different backbone"
-        raise InputError(saved, problem, "Restore it from a copy.")
+        reason = f"with the installed package versions, seed {seed} gives a different backbone"
+        problem = f"missing or damaged, and cannot be recreated: {reason}"
+        raise InputError(saved, problem, "Restore the file from a backup, or start a new run.")
     if is_first():
         save_random(saved, network.backbone, model.arch, seed)
         write_record(run.folder, replace(record, backbone_sha256=sha256))

@@ -27,7 +27,8 @@ def main(arguments: list[str]) -> None:
     options = parse_arguments(parser, arguments)
     if options.data.root == "phantom":
         fix = "Write phantoms with `python -m jaxla.phantom --output=DIR` and pass that folder."
-        raise InputError("--data.root=phantom", "not a folder, but synthetic scans that training makes", fix)
+        problem = "stands for synthetic scans that are generated during training, so there is no folder to check"
+        raise InputError("--data.root=phantom", problem, fix)
 
     # Imported here, because SciPy takes a second to import and --help must not wait for it.
     from tqdm import tqdm

@@ -31,7 +31,7 @@ from tests.data.nifti import (
         (["--training.batch_size=-1"], "--training.batch_size=-1: less than 1"),
         (["--training.learning_rate=nan"], ".*training.learning_rate"),
         (["--model.decoder=lineal"], "command line: .*model.decoder"),
-        (["--model.decoder_widths=[]"], "--model.decoder_widths=[]: needs positive widths"),
+        (["--model.decoder_widths=[]"], "--model.decoder_widths=[]: expected one or more positive widths"),
         (["--model.arch=vit_mini9"], "--model.arch=vit_mini9: unknown name (did you mean vit_mini8?)"),
         (
             ["--preprocessing.image_size=97"],

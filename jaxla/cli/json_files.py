@@ -11,7 +11,7 @@ from jaxla.config import InputError
 
 T = TypeVar("T")
 
-RESTORE = "Restore it from a copy."
+RESTORE = "Restore it from a backup."
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"  # some editors on Windows write it
 
 

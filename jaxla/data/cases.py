@@ -9,7 +9,7 @@ from pathlib import Path
 from jaxla.cli.files import report_os_errors
 from jaxla.cli.terminal import plural
 from jaxla.config import InputError, option
-from jaxla.data.formats import FORMATS, is_dicom_series, scan_ending
+from jaxla.data.formats import FORMATS, is_dicom_series, scan_extension
 from jaxla.data.labels import Labels, parse_labels
 from jaxla.data.layouts import (
     LAYOUTS,
@@ -229,8 +229,8 @@ def _describe(content: FolderScans, root: Path) -> str:
     """Return what a folder holds in words: `the folder holds 12 .nrrd files in 6 folders`."""
     kinds: dict[str, list[Path]] = {}
     for path in (*content.scans, *content.unreadable):
-        ending = scan_ending(path.name).lower() or "".join(path.suffixes[-1:])
-        kind = "DICOM series" if path.is_dir() else "broken link" if is_dangling(path) else f"{ending} file"
+        extension = scan_extension(path.name).lower() or "".join(path.suffixes[-1:])
+        kind = "DICOM series" if path.is_dir() else "broken link" if is_dangling(path) else f"{extension} file"
         kinds.setdefault(kind, []).append(path)
     if not kinds:
         return "the folder holds no scan"

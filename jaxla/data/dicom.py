@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 INDEX_CLASS = b"1.2.840.10008.1.3.10"  # SOP class of a DICOMDIR file, which lists other files
 SEGMENTATION_CLASS = b"1.2.840.10008.5.1.4.1.1.66.4"
-SLICE_ENDINGS = (".dcm", ".ima")
+SLICE_EXTENSIONS = (".dcm", ".ima")
 META_BYTES = 1024  # the SOP class is among the first elements
 GEOMETRY = ("ImageOrientationPatient", "ImagePositionPatient", "PixelSpacing", "Rows", "Columns")
 
@@ -72,7 +72,7 @@ def slice_files(folder: Path) -> tuple[list[Path], list[Path]]:
     slices = [path for path in files if is_dicom_slice(path)]
     others = [path for path in files if path not in set(slices)]
     for path in others:
-        if path.suffix.lower() in SLICE_ENDINGS:
+        if path.suffix.lower() in SLICE_EXTENSIONS:
             what = "a DICOM segmentation" if is_segmentation(path) else "not a DICOM file"
             raise InputError(path, f"{what} in a folder of slices", "Restore it, or move it out of the folder.")
     return slices, others

@@ -14,22 +14,22 @@ from jaxla.data.itk_headers import locate_voxels
 from jaxla.data.nifti import read_nifti, read_nifti_grid, write_nifti
 from jaxla.data.nifti_geometry import Grid, find_grid
 
-NIFTI_ENDINGS = (".nii.gz", ".nii")
-ITK_ENDINGS = (".nrrd", ".nhdr", ".mha", ".mhd")  # the header may name a second file with the voxels
-SEG_ENDING = ".dcm"  # a DICOM segmentation; a DICOM scan is the folder of its slices
-ENDINGS = (*NIFTI_ENDINGS, *ITK_ENDINGS)
+NIFTI_EXTENSIONS = (".nii.gz", ".nii")
+ITK_EXTENSIONS = (".nrrd", ".nhdr", ".mha", ".mhd")  # the header may name a second file with the voxels
+SEG_EXTENSION = ".dcm"  # a DICOM segmentation; a DICOM scan is the folder of its slices
+EXTENSIONS = (*NIFTI_EXTENSIONS, *ITK_EXTENSIONS)
 FORMATS = ".nii.gz, .nii, .nrrd, .nhdr, .mha, .mhd, or a folder with one DICOM series"  # for messages
 
 
-def scan_ending(name: str) -> str:
+def scan_extension(name: str) -> str:
     """Return the extension of a scan's file name as it is written, such as `.nii.gz` or `.NRRD`; empty if none."""
     lower = name.lower()
-    return next((name[-len(ending) :] for ending in (*ENDINGS, SEG_ENDING) if lower.endswith(ending)), "")
+    return next((name[-len(known) :] for known in (*EXTENSIONS, SEG_EXTENSION) if lower.endswith(known)), "")
 
 
-def strip_ending(name: str) -> str:
+def strip_extension(name: str) -> str:
     """Return the name of a scan's file or DICOM folder without the extension of its format."""
-    return name.removesuffix(scan_ending(name))
+    return name.removesuffix(scan_extension(name))
 
 
 def is_scan(path: Path) -> bool:
@@ -42,8 +42,8 @@ def is_scan(path: Path) -> bool:
         return False
     if path.is_dir():
         return is_dicom_series(path)
-    ending = scan_ending(path.name).lower()
-    return is_segmentation(path) if ending == SEG_ENDING else bool(ending) and not is_special(path)
+    extension = scan_extension(path.name).lower()
+    return is_segmentation(path) if extension == SEG_EXTENSION else bool(extension) and not is_special(path)
 
 
 def is_special(path: Path) -> bool:
@@ -55,7 +55,7 @@ def scan_files(path: Path) -> list[Path]:
     """Return all files of a scan: itself, the slices of a DICOM series, or a header and the file with its voxels."""
     if path.is_dir():
         return slice_files(path)[0]
-    if path.suffix.lower() in ITK_ENDINGS and (voxels := locate_voxels(path).path) != path:
+    if path.suffix.lower() in ITK_EXTENSIONS and (voxels := locate_voxels(path).path) != path:
         return [path, voxels]
     return [path]
 
@@ -74,9 +74,9 @@ def read_scan(path: Path) -> tuple[np.ndarray, Grid]:
     """
     if path.is_dir():
         array, affine, warnings = read_dicom(path)
-    elif path.suffix.lower() in ITK_ENDINGS:
+    elif path.suffix.lower() in ITK_EXTENSIONS:
         array, affine, warnings = read_itk(path)
-    elif path.suffix.lower() == SEG_ENDING:
+    elif path.suffix.lower() == SEG_EXTENSION:
         array, affine, warnings = *read_segmentation(path), ()
     else:
         return read_nifti(path)
@@ -91,9 +91,9 @@ def read_scan_grid(path: Path) -> Grid:
     """
     if path.is_dir():
         return make_grid(path, *read_dicom_grid(path))
-    if path.suffix.lower() in ITK_ENDINGS:
+    if path.suffix.lower() in ITK_EXTENSIONS:
         return make_grid(path, *read_itk_grid(path))
-    if path.suffix.lower() == SEG_ENDING:
+    if path.suffix.lower() == SEG_EXTENSION:
         array, affine = read_segmentation(path)
         return make_grid(path, affine, (), array.shape)
     return read_nifti_grid(path)
@@ -101,7 +101,7 @@ def read_scan_grid(path: Path) -> Grid:
 
 def write_scan(path: Path, array: np.ndarray, affine: np.ndarray, header: nib.Nifti1Header) -> None:
     """Write `array` [X, Y, Z] or [X, Y, Z, K] in the format of the path's extension; read it back to check."""
-    if path.suffix.lower() in ITK_ENDINGS:
+    if path.suffix.lower() in ITK_EXTENSIONS:
         write_itk(path, array, affine)
     else:
         write_nifti(path, array, header)

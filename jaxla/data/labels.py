@@ -130,7 +130,8 @@ def require_one_value(labels: Labels, root: Path, mask_values: Mapping[str, Iter
     if not labels.one_value or len(case_by_value) < 2:
         return
     (a, case_a), (b, case_b), *more = case_by_value.items()
-    problem = f"the mask of case {case_a} holds the value {a}, the mask of case {case_b} the value {b}"
+    values = f"{a} in case {case_a}, {b} in case {case_b}"
+    problem = f"the masks contain different values ({values}), but no classes are defined"
     if more:
         others = sorted(value for value, _ in more)
         fix = f"The masks hold {len(more)} more values: {_first_values(np.array(others))}. List all of them in"

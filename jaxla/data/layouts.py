@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 from jaxla.config import InputError, option
 from jaxla.data import dataset_json
-from jaxla.data.formats import FORMATS, scan_ending
+from jaxla.data.formats import FORMATS, scan_extension
 from jaxla.data.labels import Labels
 from jaxla.data.scan_files import (
     KEEP_ONE,
@@ -233,9 +233,9 @@ def _match(pattern: str, path: Path) -> str:
     """Return the case id: the parts that `*` matches, joined by `_`; empty if the path does not match the pattern."""
     pattern = _strip_any_extension(pattern)
     name = scan_name(path)
-    if scan_ending(pattern):
-        name += scan_ending(path.name).lower()
-        pattern = pattern.removesuffix(scan_ending(pattern)) + scan_ending(pattern).lower()
+    if scan_extension(pattern):
+        name += scan_extension(path.name).lower()
+        pattern = pattern.removesuffix(scan_extension(pattern)) + scan_extension(pattern).lower()
     special = {"**/": "(?:.*/)?", "**": ".*", "*": "([^/]+)", "?": "[^/]"}
     words = re.split(r"(\*\*/|\*\*|\*|\?)", compose_letters(pattern))
     expression = "".join(special.get(word, re.escape(word)) for word in words)

@@ -156,7 +156,7 @@ def _find_grid(path: Path, header: nib.Nifti1Header, shape: tuple[int, int, int]
 def _read_scaling(path: Path, header: nib.Nifti1Header) -> tuple[float, float]:
     """Return slope and intercept; a slope of 0 or NaN means that voxels are not scaled."""
     if math.isinf(header["scl_slope"]):
-        raise InputError(path, f"its header has scl_slope {header['scl_slope']}", COPY_AGAIN)
+        raise InputError(path, f"invalid scl_slope {header['scl_slope']} in the header", COPY_AGAIN)
     slope, intercept = header.get_slope_inter()
     return 1.0 if slope is None else slope, 0.0 if intercept is None else intercept
 

@@ -159,7 +159,7 @@ def _require_same_directions(path: Path, sform: _Form, qform: _Form) -> None:
     """Raise an InputError if two forms give the axes different anatomical directions, one of which mirrors the scan."""
     names = ["".join(nib.aff2axcodes(form.affine)) for form in (sform, qform)]
     if names[0] != names[1]:
-        problem = f"sform gives its axes the directions {names[0]}, qform {names[1]}, both with the voxels of pixdim"
+        problem = f"sform and qform give the axes different directions ({names[0]} and {names[1]}); pixdim fits both"
         raise InputError(path, problem, "Set the code of the wrong one to 0.")
 
 

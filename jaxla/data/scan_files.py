@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Literal, NamedTuple
 
 from jaxla.config import InputError, option
-from jaxla.data.formats import ENDINGS, is_dicom_series, is_scan, is_special, scan_ending, strip_ending
+from jaxla.data.formats import EXTENSIONS, is_dicom_series, is_scan, is_special, scan_extension, strip_extension
 
 # Extensions of scan formats that this package cannot read.
 UNSUPPORTED_EXTENSIONS = (
@@ -71,7 +71,7 @@ def list_scans(root: Path) -> FolderScans:
             folders[:] = sorted(f for f in folders if not f.startswith(".") and not _is_repeated(folder / f, root))
             paths = [folder / file for file in files if not file.startswith(".")]
             # Looking into all files would be slow.
-            may_be_series = any(not path.name.lower().endswith(ENDINGS) for path in paths)
+            may_be_series = any(not path.name.lower().endswith(EXTENSIONS) for path in paths)
             is_series = folder != root and may_be_series and is_dicom_series(folder)
             scans += [folder] if is_series else []
             for path in paths:
@@ -86,7 +86,7 @@ def list_scans(root: Path) -> FolderScans:
 
 def _looks_like_scan(path: Path, in_series: bool) -> bool:
     """Return whether a file that is not read may be a scan; a DICOM series may hold files with any extension."""
-    if is_dangling(path) or (scan_ending(path.name) and is_special(path)):
+    if is_dangling(path) or (scan_extension(path.name) and is_special(path)):
         return True
     return not in_series and path.name.lower().endswith(UNSUPPORTED_EXTENSIONS)
 
@@ -118,7 +118,7 @@ def is_dangling(path: Path) -> bool:
 
 def scan_name(path: Path) -> str:
     """Return the name of a scan without its extension."""
-    return compose_letters(strip_ending(path.name))
+    return compose_letters(strip_extension(path.name))
 
 
 def compose_letters(name: str) -> str:

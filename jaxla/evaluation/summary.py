@@ -187,7 +187,7 @@ def write_lascarqs2022(rows: Sequence[Mapping], path: Path) -> None:
     if any("slice" in row or row["dice"] is None for row in rows) or len({row["class"] for row in rows}) != 1:
         raise InputError(
             option("protocol", "lascarqs2022"),
-            "scores every case, as a volume with one class, the LA cavity",
+            "needs every case scored as a volume with one class, the LA cavity",
             "Use one class, the unit `volume`, and do not skip empty references.",
         )
     names = {"Casename": "case", "LAcavity_Dice": "dice", "LAcavity_ASD": "assd_mm", "LAcavity_HD": "hd_mm"}

@@ -27,7 +27,8 @@ def load_converted(path: Path) -> nnx.Module:
     """
     metadata = read_metadata(path)
     if metadata["arch"] != NNUNET:
-        raise InputError(path, f"contains the backbone {metadata['arch']}, not a network", "Use load_backbone.")
+        problem = f"contains the backbone {metadata['arch']}, not a segmentation network"
+        raise InputError(path, problem, "Load it with jaxla.load_backbone.")
     plan, configuration, outputs = parse_metadata(metadata, path)
     abstract = nnx.eval_shape(lambda: build_from_plan(plan, configuration, outputs, compute_dtype()))
     network = load_parameters(abstract, path, NNUNET)

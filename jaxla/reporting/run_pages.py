@@ -93,12 +93,12 @@ def rebuild_reports(folder: Path, cache_dir: Path, data_root: str = "") -> Path:
                 volumes = prepare_cases(replace(dataset, cases=tuple(cases.values()), labels=record.labels), cache_dir)
             write_reports(folder, {volume.id: volume for volume in volumes}, rows, summary, cost)
     except OSError as error:
-        raise InputError(error.filename, f"cannot be read ({error.strerror})", "Restore it from a copy.") from error
+        raise InputError(error.filename, f"cannot be read ({error.strerror})", "Restore it from a backup.") from error
     except InputError:
         raise
     except (ValueError, KeyError, TypeError) as error:
         problem = f"damaged: {describe_damage(error)}"
-        raise InputError(folder, problem, "Restore its files from a copy.") from error
+        raise InputError(folder, problem, "Restore its files from a backup.") from error
     return folder / files.REPORT
 
 

@@ -42,7 +42,7 @@ class TrainedRun:
     def network(self) -> nnx.Module:
         """The only network; an InputError if there are several."""
         if len(self.networks) > 1:
-            problem = "a run with --fold=all has a network for each fold"
+            problem = "trained with --fold=all, so it has one network per fold instead of a single one"
             raise InputError("run", problem, "Pass the folder of one fold, such as fold_0.")
         return self.networks[0]
 
@@ -79,7 +79,7 @@ def load_run(folder: str | Path) -> TrainedRun:
     if is_frozen:
         network = task.build_network(weights=str(_frozen_weights(folder, record)))
         if record.backbone_sha256 and parameters_sha256(network.backbone) != record.backbone_sha256:
-            raise InputError(folder / BACKBONE, "has changed since training", "Restore it from a copy.")
+            raise InputError(folder / BACKBONE, "has changed since training", "Restore it from a backup.")
     else:  # every parameter is in the checkpoint
         network = nnx.eval_shape(lambda: task.build_network(weights="random"))
     parts = split_network(network, train_backbone=not is_frozen)

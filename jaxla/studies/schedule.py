@@ -103,7 +103,7 @@ def _require_comparable(runs: Sequence[ScheduledRun]) -> None:
             problem = f"{run.protocol} and {first.protocol} use different data (data.{name}: {values})"
             raise InputError("--experiments", problem, "Choose experiments on the same scans.")
         if (preset.train_patients, preset.train_percent) != (data.train_patients, data.train_percent):
-            problem = f"the protocol {run.protocol} sets the number of training patients"
+            problem = f"cannot change the number of training patients, which the protocol {run.protocol} sets"
             raise InputError("--data", problem, "Choose protocols with --experiments.")
     for a, b in combinations(runs, 2):
         method = b.experiment.method

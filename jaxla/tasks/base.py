@@ -116,7 +116,7 @@ class Task(ABC):
             return
         per_process = self.batch_size // process_count() * process_count()
         fewer = f"use {option('devices', per_process)}" if per_process else "start fewer processes"
-        problem = f"{devices} devices share a batch, and each needs a sample"
+        problem = f"too small for {devices} devices, each of which needs a sample"
         fix = f"Use a larger batch size, or {fewer}."
         raise InputError(option("training.batch_size", self.batch_size), problem, fix)
 

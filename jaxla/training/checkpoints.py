@@ -162,13 +162,15 @@ class Checkpoints:
             InputError: the checkpoint is damaged, or belongs to a different network.
         """
         if damage := self.find_damage(step):
-            raise InputError(self._folder / str(step), f"damaged checkpoint: {damage}", "Restore it from a copy.")
+            raise InputError(
+                self._folder / str(step), f"damaged checkpoint ({damage})", "Restore this folder from a backup."
+            )
         arrays = {name: ocp.args.StandardRestore(_flatten(tree)) for name, tree in like.items()}
         try:
             restored = self._manager.restore(step, args=ocp.args.Composite(**arrays, progress=ocp.args.JsonRestore()))
         except (ValueError, KeyError) as error:  # intact files of other arrays, or files that Orbax never merged
             problem = f"does not contain the arrays of this network ({' '.join(str(error).split())[:200]})"
-            fix = "Restore the run from a copy, or train again."
+            fix = "Restore the run from a backup, or train again."
             raise InputError(self._folder / str(step), problem, fix) from error
         trees = {name: _unflatten(tree, restored[name]) for name, tree in like.items()}
         return trees, restored["progress"]
@@ -181,7 +183,7 @@ class Checkpoints:
                 return step
             replacement = "there is no earlier one" if step == steps[-1] else "the previous one is used"
             if is_first():
-                log.warning("%s: damaged checkpoint: %s; %s", self._folder / str(step), damage, replacement)
+                log.warning("%s: damaged checkpoint (%s); %s", self._folder / str(step), damage, replacement)
         return 0
 
     def remove_after(self, step: int) -> None:
@@ -213,7 +215,7 @@ class Checkpoints:
         folders = [path for path in self._folder.glob("[0-9]*") if path.is_dir() and re.fullmatch(pattern, path.name)]
         half_written = [path for path in folders if not self._hash_file(path.name).exists()]
         if len([path for path in half_written if path.name.isdecimal()]) > 1:  # a process writes only one at a time
-            raise InputError(self._folder, "the checkpoints' .sha256 files are missing", "Restore them from a copy.")
+            raise InputError(self._folder, "the checkpoints' .sha256 files are missing", "Restore them from a backup.")
         for path in half_written:
             log.warning("%s: half-written checkpoint, removed", path)
             shutil.rmtree(path)

@@ -66,7 +66,7 @@ class TrainingCheckpoints:
         newest = self.latest.find_newest_intact()
         if epochs_done and not newest:
             problem = f"no intact checkpoint of the {epochs_done} trained epochs is left"
-            raise InputError(self.folder / LATEST, problem, "Restore one from a copy, or train in another folder.")
+            raise InputError(self.folder / LATEST, problem, "Restore one from a backup, or train in another folder.")
         self.latest.remove_after(newest)
         if not newest:
             return Progress()

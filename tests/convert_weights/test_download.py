@@ -206,7 +206,7 @@ def test_downloaded_file_that_is_not_the_released_one_is_removed(server, release
         (tmp_path / "weights.pth.part").write_bytes(part)
     else:
         release = release._replace(sha256="0" * 64)
-    assert "the server sent a file that is not the released one, whose sha256 begins with" in refusal(release, tmp_path)
+    assert "the sha256 of the downloaded file is not that of the released file (" in refusal(release, tmp_path)
     assert contents(tmp_path) == {}
 
 

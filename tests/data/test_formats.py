@@ -9,7 +9,7 @@ import SimpleITK as sitk
 from nibabel.eulerangles import euler2mat
 
 from jaxla.config import InputError
-from jaxla.data.formats import is_scan, scan_files, scan_sha256, strip_ending
+from jaxla.data.formats import is_scan, scan_files, scan_sha256, strip_extension
 from jaxla.data.volumes import read_grid, read_image, read_mask, write_volume
 from tests.data.formats import ITK_NAMES, OBLIQUE, refusal, save_any, save_dicom, save_itk
 from tests.data.nifti import AFFINE, SHAPE, image_array, mask_array, save
@@ -119,7 +119,7 @@ def test_scans_are_recognised_by_their_names_and_dicom_by_content(tmp_path):
     save_dicom(tmp_path / "1.2.840", image_array())
     assert sorted(path.name for path in tmp_path.iterdir() if is_scan(path)) == sorted((*names, "1.2.840"))
     assert not any(map(is_scan, (tmp_path / "1.2.840").iterdir()))
-    assert [strip_ending(name) for name in (*names, "1.2.840")] == [*"abcdef", "1.2.840"]
+    assert [strip_extension(name) for name in (*names, "1.2.840")] == [*"abcdef", "1.2.840"]
 
 
 @pytest.mark.parametrize(("name", "count"), [("a.nrrd", 1), ("a.nhdr", 2), ("a.mhd", 2), ("series", 4)])

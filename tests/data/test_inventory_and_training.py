@@ -181,7 +181,8 @@ def test_different_values_in_two_masks_are_named_with_both_possible_labels(tmp_p
     root = flat(tmp_path / "data", 5)
     another_value_than_the_others(root)
     (error,) = take_inventory(root).errors
-    assert error.problem == "the mask of case case_4 holds the value 1, the mask of case case_1 the value 2"
+    values = "1 in case case_4, 2 in case case_1"
+    assert error.problem == f"the masks contain different values ({values}), but no classes are defined"
     assert "data.labels='a:1,2'" in error.fix
     assert "data.labels='a:1;b:2'" in error.fix
     assert take_inventory(root, "a:1,2").errors == []

@@ -94,7 +94,7 @@ def test_the_geometry_of_a_header_that_can_be_used(tmp_path, name, extension):
 
 
 REFUSED = {
-    "forms mirrored": ({"srow": sform(-1, 1, 1)}, "directions RPS, qform LPS, both with the voxels of pixdim. Set the"),
+    "forms mirrored": ({"srow": sform(-1, 1, 1)}, r"directions \(RPS and LPS\); pixdim fits both\. Set the"),
     "sform alone against pixdim": ({**ACDC, "qform_code": 0}, "sform has voxels of 1×1×1, but pixdim of 1.32×1.32×10"),
     "both forms broken": ({"srow": (NAN,) * 12, "quatern": (0, 0, 2)}, "sform holds .* and the quaternion of qform"),
     "qfac": ({"pixdim": (0.3, 0.75, 0.75, 2.5, 1, 1, 1, 1)}, r"qfac \(pixdim\[0\]\) is 0\.3, but"),

@@ -49,8 +49,8 @@ def test_four_devices_give_the_results_of_one(four_devices, small_run, phantoms,
     [
         (
             ["--training.batch_size=2"],
-            "--training.batch_size=2: 4 devices share a batch, and each needs a sample. Use a larger batch size, or "
-            "use --devices=2.",
+            "--training.batch_size=2: too small for 4 devices, each of which needs a sample. "
+            "Use a larger batch size, or use --devices=2.",
         ),
         (
             ["--devices=3", "--shard-params"],
@@ -67,4 +67,5 @@ def test_device_options_that_cannot_work_are_refused(four_devices, phantoms, tmp
 
 def test_more_devices_than_visible_are_refused(tmp_path):
     line = refuse_to_train(tmp_path, "--devices=5")
-    assert line == "error: --devices=5: JAX sees 1 (cpu). Use a number from 0 (all) to 1."
+    problem = "out of range, because JAX detects 1 device (cpu)"
+    assert line == f"error: --devices=5: {problem}. Use a number from 0 (all) to 1."

@@ -106,7 +106,8 @@ def failed(tmp_path_factory):
         (
             "different numbers",
             2,
-            "error: process 1: --processes=3: process 0 has --processes=2. Start all processes with the same number.",
+            "error: process 1: --processes=3: differs from --processes=2 of process 0. "
+            "Start all processes with the same number.",
         ),
     ],
 )
@@ -148,7 +149,7 @@ def signalled(pairs):
 
 
 @pytest.mark.parametrize(("kind", "victim"), [("wait", 0), ("wait", 1), ("compute", 1)])
-def test_a_killed_process_ends_the_other_which_names_the_resume_command(signalled, kind, victim):
+def test_killing_one_process_stops_the_other_and_prints_the_resume_command(signalled, kind, victim):
     """The survivor waits in `gather`, in Python code, or in a collective of XLA."""
     folder, (codes, _, err) = signalled[kind, victim, SIGKILL]
     assert codes[victim] == -SIGKILL

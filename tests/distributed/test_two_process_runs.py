@@ -24,7 +24,7 @@ def command(folder, phantoms, *options, run="run"):
 
 @pytest.fixture(scope="module", autouse=True)
 def fast_compilation_in_all_processes(fast_compilation):
-    """Compile with little optimisation, since that takes longer than these runs."""
+    """Disable most compiler optimisations, because they take longer than these runs."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
         yield
@@ -57,9 +57,10 @@ def single_run(phantoms, split_file, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def double_run(phantoms, split_file, tmp_path_factory):
-    """A run by two processes: process 1 gets SIGKILL, after resuming SIGTERM, and the next resume finishes the run.
+    """A run by two processes: process 1 is killed; the resumed run gets SIGTERM; the second resume finishes the run.
 
-    Its folder, and for each of the three launches the exit codes, and the text of stdout and of stderr per process.
+    Returns the folder, and (exit codes, texts of stdout, texts of stderr) for each of the three launches. Each of these
+    lists has one entry per process.
     """
     folder = tmp_path_factory.mktemp("two")
     train = command(folder, phantoms, f"--data.split={split_file}")
@@ -75,7 +76,7 @@ def double_run(phantoms, split_file, tmp_path_factory):
     return folder, *launches
 
 
-def test_a_killed_process_ends_the_run_which_names_the_resume_command(double_run):
+def test_killing_one_process_stops_the_run_and_prints_the_resume_command(double_run):
     folder, (codes, _, err), _, _ = double_run
     assert codes == [1, -signal.SIGKILL]
     (line,) = [line for line in err[0].splitlines() if line.startswith("stopped")]
@@ -104,15 +105,15 @@ def test_two_processes_give_the_results_of_one(single_run, double_run):
     for metric in ("dice", "iou", "assd_mm"):
         assert summaries[0][metric]["n"] == 3
         assert summaries[0][metric]["mean"] == pytest.approx(summaries[1][metric]["mean"], rel=1e-4)
-    assert out[1].count("\n") <= 1  # a line of Gloo
+    assert out[1].count("\n") <= 1  # Gloo may print one line
     record = json.loads((folder / "run" / "experiment.json").read_text())
     assert (record["environment"]["processes"], record["environment"]["devices"]) == (2, 2)
 
 
 def test_each_case_is_computed_and_segmented_once(single_run, double_run):
     folder, (_, first_out, _), _, (_, last_out, _) = double_run
-    assert "features: 3 of 3 cases" in first_out[0]  # of six in both processes
-    assert "testing: 2 of 2 cases" in last_out[0]  # of three in both processes
+    assert "features: 3 of 3 cases" in first_out[0]  # its share of the six cases
+    assert "testing: 2 of 2 cases" in last_out[0]  # its share of the three cases
     features = [sorted(path.name for path in (f / "cache" / "features").rglob("*")) for f in (folder, single_run)]
     assert features[0] == features[1]
     for name in [name for name in features[0] if name.endswith(".npy")]:

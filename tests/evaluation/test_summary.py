@@ -1,4 +1,4 @@
-"""Rows of cases and their means: over which units they are taken, and that a missed structure always counts."""
+"""Scores per case and their means: which units are averaged, and that a missed structure always lowers the mean."""
 
 import csv
 import json
@@ -34,7 +34,7 @@ A, A_HALF = ((0, 4), (0, 4), (0, 4)), ((0, 4), (0, 4), (0, 2))
 B = ((4, 8), (4, 8), (0, 4))
 
 
-def test_classes_are_averaged_within_a_case_before_cases():
+def test_scores_are_averaged_over_classes_first_and_then_over_cases():
     reference = labels(a=A, b=B)
     rows = score_case("one", reference, reference, SPACING, ["a", "b"])
     rows += score_case("two", labels(a=A_HALF), reference, SPACING, ["a", "b"])

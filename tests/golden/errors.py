@@ -1,4 +1,4 @@
-"""Errors of a backbone's tokens against the reference, and their bounds."""
+"""Deviations of a backbone's tokens from the reference, and their bounds."""
 
 from collections.abc import Mapping
 from typing import NamedTuple
@@ -12,8 +12,8 @@ from jaxla.models.backbones.vision_transformer import VisionTransformer
 from tests.golden.checkpoints import FOLDER, image_of
 
 
-class Error(NamedTuple):
-    """The error of one array against the reference."""
+class Deviation(NamedTuple):
+    """The difference between one array and the reference."""
 
     max_abs: float
     relative_l2: float
@@ -21,21 +21,21 @@ class Error(NamedTuple):
 
 # For float32 tokens with a standard deviation near 1. PyTorch in float32 differs from float64 by up to 4e-6 and 6e-7
 # at the sizes of the golden files, and by up to 5e-6 (max abs) at 448 pixels.
-BOUND = Error(1e-5, 1.5e-6)
+BOUND = Deviation(1e-5, 1.5e-6)
 COSINE_BOUND = 0.999  # between a token in bfloat16 and in float32
 
 
-def error(ours: jax.Array, theirs: np.ndarray) -> Error:
+def deviation(ours: jax.Array, theirs: np.ndarray) -> Deviation:
     difference = np.asarray(ours, np.float64) - theirs
-    return Error(float(np.abs(difference).max()), float(np.linalg.norm(difference) / np.linalg.norm(theirs)))
+    return Deviation(float(np.abs(difference).max()), float(np.linalg.norm(difference) / np.linalg.norm(theirs)))
 
 
-def beyond_bounds(errors: Mapping[str, Error]) -> dict[str, Error]:
+def beyond_bounds(errors: Mapping[str, Deviation]) -> dict[str, Deviation]:
     return {name: e for name, e in errors.items() if not (e.max_abs <= BOUND[0] and e.relative_l2 <= BOUND[1])}
 
 
-def golden_errors(vit: VisionTransformer, file: str) -> dict[str, Error]:
-    """Return the error of each array of a golden file."""
+def golden_errors(vit: VisionTransformer, file: str) -> dict[str, Deviation]:
+    """Return the deviation of each array from that in a golden file."""
     golden, image = np.load(FOLDER / f"{file}.npz"), image_of(file)
     step, channels = int(golden["patch_step"]), vit.variant.width
 
@@ -48,28 +48,32 @@ def golden_errors(vit: VisionTransformer, file: str) -> dict[str, Error]:
         "patches_mean": patches.mean(0),
         "patches_std": patches.std(0),
     }
-    errors = {name: error(array, golden[name]) for name, array in ours.items() if golden[name].size}
+    errors = {name: deviation(array, golden[name]) for name, array in ours.items() if golden[name].size}
     layers = tuple(int(i) for i in golden["layers"])
     for layer, tokens, expected in zip(layers, vit.intermediate(image, layers), golden["intermediate"], strict=True):
-        errors[f"block {layer}"] = error(np.asarray(tokens).reshape(-1, channels)[::step], expected)
+        errors[f"block {layer}"] = deviation(np.asarray(tokens).reshape(-1, channels)[::step], expected)
     return errors
 
 
 def live_errors(
     vit: VisionTransformer, images: np.ndarray, tokens: np.ndarray, block_tokens: list[np.ndarray]
-) -> dict[str, Error]:
-    """Return the error of each kind of token, and of each block's tokens, against those of `live_tokens`."""
+) -> dict[str, Deviation]:
+    """Return the deviation of each kind of token, and of each block's tokens, from the reference.
+
+    Args:
+        tokens, block_tokens: the reference, as `tests.golden.live.live_tokens` computes it with `transformers`.
+    """
     out, prefix = vit(images), 1 + vit.variant.registers
 
     def flat(patches: jax.Array) -> np.ndarray:
         return np.asarray(patches).reshape(len(images), -1, vit.variant.width)
 
-    errors = {"cls": error(out.cls, tokens[:, 0]), "patches": error(flat(out.patches), tokens[:, prefix:])}
+    errors = {"cls": deviation(out.cls, tokens[:, 0]), "patches": deviation(flat(out.patches), tokens[:, prefix:])}
     if vit.variant.registers:
-        errors["registers"] = error(out.registers, tokens[:, 1:prefix])
+        errors["registers"] = deviation(out.registers, tokens[:, 1:prefix])
     blocks = range(vit.variant.depth)
     for block, ours, theirs in zip(blocks, vit.intermediate(images, blocks), block_tokens, strict=True):
-        errors[f"block {block}"] = error(flat(ours), theirs[:, prefix:])
+        errors[f"block {block}"] = deviation(flat(ours), theirs[:, prefix:])
     return errors
 
 

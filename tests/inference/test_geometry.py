@@ -23,7 +23,7 @@ def threshold(slices, geometry, with_probabilities):
 
 
 def random_affine(rng, shape, has_orientation):
-    """Return an affine from voxel indices to mm, [4, 4]: axes in any order and direction, half of them oblique."""
+    """Return an affine from voxel indices to mm, [4, 4]: axes in any order and direction, oblique half of the time."""
     spacing = np.exp(rng.uniform(np.log(0.2), np.log(12), 3))
     if not has_orientation:  # as nibabel reads such files: LAS, with the origin in the middle
         axes = np.diag([-spacing[0], *spacing[1:]])
@@ -35,7 +35,7 @@ def random_affine(rng, shape, has_orientation):
 
 
 def random_content(rng, shape):
-    """Return a random ellipsoid [X, Y, Z] that is not symmetric, and grey values with it above 50."""
+    """Return a random, asymmetric ellipsoid [X, Y, Z], and grey values that exceed 50 only inside it."""
     centre, radii = rng.uniform(0, shape), rng.uniform(1, 4, 3)
     inside = (((np.indices(shape).T - centre) / radii) ** 2).sum(-1).T < 1
     inside[0, 0, 0], inside[-1, -1, -1] = True, False

@@ -14,7 +14,13 @@ from jaxla.data.dicom_seg import read_segmentation, write_segmentation
 from jaxla.data.labels import Labels
 from jaxla.data.prepared import prepare_cases
 from jaxla.data.volumes import read_image, read_mask
-from jaxla.inference.mask_files import mask_classes, mask_ending, probabilities_ending, require_mask_file, write_mask
+from jaxla.inference.mask_files import (
+    mask_classes,
+    mask_extension,
+    probabilities_extension,
+    require_mask_file,
+    write_mask,
+)
 from tests.commands import refuse, succeed
 from tests.data.formats import OBLIQUE, edit_dicom, save_any, save_dicom, save_itk
 from tests.data.nifti import image_array, mask_array, save
@@ -159,7 +165,7 @@ def test_a_series_without_frame_of_reference_gets_no_segmentation(tmp_path):
 
 @pytest.mark.parametrize("name", ["mask.nrrd", "mask.dcm"])
 def test_a_written_mask_is_read_back_as_the_same_classes(tmp_path, name):
-    """A DICOM segmentation stores class indices, other formats store the label values of the data set."""
+    """A DICOM segmentation stores class indices; other formats store the label values of the data set."""
     series, labels = save_dicom(tmp_path / "series", image_array()), Labels(("LA", "wall"), values=((420,), (7, 8)))
     classes = mask_array()
     classes[0, 0, 0] = 2
@@ -197,7 +203,10 @@ def test_a_second_mask_of_a_case_in_another_format_is_refused(small_run, tmp_pat
     save_itk(tmp_path / "masks" / "scan.nrrd", mask_array())
     options = (f"--run={small_run}", "--input=scan.nii.gz", "--output=masks")
     line = refuse(tmp_path, "jaxla.predict", *options)
-    assert "masks/scan.nrrd: a mask of case scan in another format than scan.nii.gz. Use the same --format" in line
+    assert (
+        "masks/scan.nrrd: case scan already has a mask in a different format from scan.nii.gz. Use the same --format"
+        in line
+    )
 
 
 @pytest.mark.parametrize("output", ["series", "series/masks", "series/mask.dcm", "series/mask.nii.gz"])
@@ -211,13 +220,13 @@ def test_no_mask_is_written_into_a_dicom_series(small_run, tmp_path, output):
     ("file_format", "extension"), [("scan", ".dcm"), ("nii.gz", ".nii.gz"), ("nrrd", ".nrrd"), ("dicom-seg", ".dcm")]
 )
 def test_the_format_determines_the_extension(tmp_path, file_format, extension):
-    assert mask_ending(tmp_path, file_format) == extension
+    assert mask_extension(tmp_path, file_format) == extension
     require_mask_file(tmp_path / f"MASK{extension.upper()}", tmp_path, file_format)
-    assert probabilities_ending(extension) == (".nii.gz" if extension == ".dcm" else extension)
+    assert probabilities_extension(extension) == (".nii.gz" if extension == ".dcm" else extension)
 
 
 @pytest.mark.parametrize(("file_format", "package"), [("scan", "highdicom"), ("nrrd", "SimpleITK")])
 def test_a_package_that_is_missing_for_the_format_is_named(tmp_path, monkeypatch, file_format, package):
     monkeypatch.setitem(sys.modules, package, None)
     with pytest.raises(InputError, match=f"need the package {package}. Run: pip install {package}"):
-        mask_ending(tmp_path, file_format)
+        mask_extension(tmp_path, file_format)

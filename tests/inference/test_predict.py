@@ -213,7 +213,7 @@ def test_overwrite_leaves_no_probabilities_of_earlier_masks(small_run, thin_scan
     options = (f"--run={small_run}", f"--input={thin_scans / 'b.nii.gz'}", f"--output={tmp_path / 'masks'}")
     main([*options, "--probabilities"])
     line = refuse(tmp_path, "jaxla.predict", *options, "--overwrite")
-    assert "masks/probabilities/b.nii.gz: holds probabilities of a mask that --overwrite replaces" in line
+    assert "masks/probabilities/b.nii.gz: would not match the new mask that --overwrite writes" in line
 
 
 def test_scans_of_the_run_are_recognised_by_their_voxels_and_unlike_scans_are_reported(

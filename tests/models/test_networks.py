@@ -118,7 +118,8 @@ def test_images_with_a_wrong_shape_are_refused(name, shape, words):
 
 
 def test_weights_for_a_network_without_a_pretrained_part_are_refused():
-    with pytest.raises(InputError, match=r"^weights=some.safetensors: unet has no pretrained part\. Remove"):
+    message = r"^weights=some.safetensors: has no effect, because unet has no pretrained part\. Remove"
+    with pytest.raises(InputError, match=message):
         jaxla.build_network("unet", weights="some.safetensors")
 
 

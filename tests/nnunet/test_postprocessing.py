@@ -71,6 +71,6 @@ def test_choice_is_written_once_and_read_afterwards(tmp_path):
 
     assert choose_largest(raise_if_read(), ["LA"], path) == ((1,),)
     path.write_text("{")
-    with pytest.raises(InputError, match=r"largest\.json: damaged: .* Restore it from a copy\."):
+    with pytest.raises(InputError, match=r"largest\.json: damaged: .* Restore it from a backup\."):
         read_groups(path)
     assert read_groups(tmp_path / "missing.json") == ()

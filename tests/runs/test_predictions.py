@@ -47,7 +47,7 @@ def test_rows_are_replaced_by_case_and_columns_of_the_user_are_kept(tmp_path):
     assert cells == [("a", "1", "good a"), ("b", "3", "")]
 
 
-LA = {
+LA_SCAN = {
     "slice_axis": "head-foot",
     "spacing_mm": (2.5, 0.625, 0.625),
     "size_mm": (110.0, 360.0, 360.0),
@@ -73,11 +73,12 @@ LA = {
     ],
 )
 def test_a_scan_is_different_if_it_exceeds_the_range_of_the_training_scans_by_a_margin(changes, differences):
-    training = summarise_scans([ScanFacts(**LA), ScanFacts(**LA | {"size_mm": (100.0, 360, 360), "grey_median": 0.3})])
-    assert find_differences(ScanFacts(**LA | changes), training) == differences
+    second = LA_SCAN | {"size_mm": (100.0, 360, 360), "grey_median": 0.3}
+    training = summarise_scans([ScanFacts(**LA_SCAN), ScanFacts(**second)])
+    assert find_differences(ScanFacts(**LA_SCAN | changes), training) == differences
 
 
-def test_a_scan_is_assigned_to_a_part_by_its_voxels_first_and_then_by_its_name():
+def test_the_part_of_the_run_is_found_by_the_voxels_of_a_scan_first_and_then_by_its_name():
     known = KnownScans({"a": "training", "b": "test"}, {"0a": "a", "0b": "b", "0c": "c"}, {})
     parts = [find_part(known, *scan) for scan in (("b", "0a"), ("x", "0b"), ("x", "0c"), ("a", "1"), ("x", "1"))]
     assert parts == ["training", "test", "unused", "training (same name)", ""]

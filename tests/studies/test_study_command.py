@@ -124,7 +124,8 @@ def test_study_resumes_after_a_failure_and_after_a_stop(phantoms, tmp_path, caps
         ("--unet.data.labels=LA:1", "--unet.data.labels: cannot be set for a single method. Only options of model, "),
         (
             '--data={"train_patients":5}',
-            "--data: the protocol fewshot_1patient sets the number of training patients. Choose protocols with --exp",
+            "--data: cannot change the number of training patients, "
+            "which the protocol fewshot_1patient sets. Choose protocols with --exp",
         ),
         ("--unet.preprocessing.image_size=0", "--preprocessing.image_size=0: less than 1"),
         ("--unet.training.epoch=3", "--training.epoch … did you mean --training.epochs?"),

@@ -200,7 +200,7 @@ def test_damaged_latest_checkpoint_is_replaced_by_the_previous_one(run, like, un
     damage(latest / str(newest))
     code, output = run(stopped_copy)
     assert code == 0, output
-    assert f"{latest / str(newest)}: damaged checkpoint: " in output
+    assert f"{latest / str(newest)}: damaged checkpoint (" in output
     assert "the previous one is used" in output
     assert "resuming after 5 epochs and 0 steps" in output
     assert_same(stopped_copy, like, uninterrupted)
@@ -227,7 +227,7 @@ def test_a_damaged_best_checkpoint_is_replaced_by_the_next_best(run, like, unint
     assert record == {"epoch": 4, "dice": lines[3]["val_dice"]}
     code, output = run(stopped_copy)
     assert code == 0, output
-    assert f"{best / '5'}: damaged checkpoint: " in output
+    assert f"{best / '5'}: damaged checkpoint (" in output
     assert "the checkpoint of the best epoch, 5, was lost; epoch 4 replaces it" in output
 
     assert checkpoint_steps(best) == [4]

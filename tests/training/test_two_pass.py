@@ -1,4 +1,4 @@
-"""Two passes over windows give the gradient of the volume in the memory of one window."""
+"""Two passes over windows compute the gradient of the loss on a whole volume with the memory of one window."""
 
 from functools import partial
 
@@ -11,7 +11,7 @@ from flax import nnx
 from jaxla.config import Augmentation
 from jaxla.models.networks.base import FAST_COMPILATION
 from jaxla.models.networks.windows import WindowDecoder, WindowSegmenter
-from jaxla.training.augmentation import augment
+from jaxla.training.augmentation import augment as augment_batch
 from jaxla.training.losses import cross_entropy, dice_cross_entropy, per_volume
 from jaxla.training.step import make_gradient, split_network
 from jaxla.training.two_pass import make_two_pass_gradient
@@ -47,13 +47,13 @@ def make_batch(outputs=1):
     }
 
 
-def compute_gradients(make, network, batch, losses=(DICE,), train_backbone=False, changes=None):
+def compute_gradients(make, network, batch, losses=(DICE,), train_backbone=False, augment=None):
     """Return loss and gradient of every trained parameter for several losses, compiled once."""
     parts = split_network(network, train_backbone)
 
     @partial(jax.jit, compiler_options=FAST_COMPILATION)
     def gradient(chosen, *arguments):
-        return make(parts.training, changes, lambda *inputs: jax.lax.switch(chosen, losses, *inputs))(*arguments)
+        return make(parts.training, augment, lambda *inputs: jax.lax.switch(chosen, losses, *inputs))(*arguments)
 
     results = []
     for chosen in range(len(losses)):
@@ -75,7 +75,7 @@ def relative_l2(ours, theirs, part="") -> float:
 # --- the gradient ---
 
 
-def test_gradient_on_cached_features_equals_that_in_one_pass_on_images_for_any_loss():
+def test_two_pass_gradient_on_cached_features_equals_one_pass_gradient_on_images_for_any_loss():
     """Two volumes of 7 and 5 slices of 5 × 7 patches, padded to one shape, on a frozen backbone."""
     network, batch = make_network((5, 2, 3)), make_batch()
     features = np.stack([jax.jit(network.features)(jnp.asarray(volume)) for volume in batch["input"]])
@@ -91,16 +91,16 @@ def test_gradient_on_cached_features_equals_that_in_one_pass_on_images_for_any_l
     assert relative_l2(on_images[-1][1], on_images[1][1]) > 1e-2
 
 
-def test_gradient_of_a_finetuned_backbone_on_augmented_volumes_equals_that_in_one_pass():
-    changes = partial(augment, Augmentation(rotation=20, flips=True, intensity=0.2))
+def test_two_pass_gradient_of_finetuned_backbone_with_augmentation_equals_one_pass_gradient():
+    augment = partial(augment_batch, Augmentation(rotation=20, flips=True, intensity=0.2))
     batch, network = make_batch(outputs=3), make_network((2, 2, 2), outputs=3)
     ((value, ours),), ((_, one_pass),) = (
-        compute_gradients(make, network, batch, train_backbone=True, changes=changes)
+        compute_gradients(make, network, batch, train_backbone=True, augment=augment)
         for make in (make_two_pass_gradient, make_gradient)
     )
     for part in ("backbone", "decoder"):
         assert relative_l2(ours, one_pass, part) <= 1e-5  # measured: at most 6.7e-8
-    images, masks = changes(KEY, batch["input"], batch["mask"])
+    images, masks = augment(KEY, batch["input"], batch["mask"])
     assert np.abs(images - batch["input"]).max() > 0.5
     logits = nnx.jit(lambda network: network(images, batch["weight"] > 0))(network)
     assert value == pytest.approx(float(DICE(logits, masks, batch["weight"])), rel=1e-5)

@@ -156,7 +156,7 @@ def check_widths(option_name: str, widths: Sequence[int], count: int | None = No
         problem = f"{len(widths)} widths, but the network needs {count}"
         raise InputError(where, problem, f"Set {count} widths{meaning}.")
     if not widths or min(widths) < 1:
-        raise InputError(where, "needs positive widths", "Set at least one, such as [64,32].")
+        raise InputError(where, "expected one or more positive widths", "Use [64,32], for example.")
 
 
 def check_smallest_size(option_name: str, size: int, smallest: int, arch: str) -> None:
