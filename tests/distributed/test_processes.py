@@ -125,7 +125,7 @@ def test_a_missing_process_is_reported_after_the_wait(failed, index):
     assert codes == [2]
     assert last_lines(err) == [
         f"error: --coordinator=127.0.0.1:{ports[f'only {index}']}: the 2 processes could not connect. Start every "
-        "with its own --process and the same --processes. Raise --wait if they start late."
+        "process with its own --process and the same --processes. Raise --wait if they start late."
     ]
 
 
