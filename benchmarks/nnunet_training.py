@@ -1,9 +1,9 @@
 """python -m benchmarks.nnunet_training --exp=paper1 --method=nnunet_3d_short --data.root=DIR: compare with PyTorch.
 
 Trains nnU-Net on a data set with this package and with the PyTorch module of the parity suite, from the same parameters
-on the same augmented patches, each with its own loss, gradients, SGD and poly schedule. Takes the options of
-`jaxla.train`, except the run folder. Both trained networks then segment the test cases with this package's inference
-(`tests/parity` checks that their logits are equal), and are scored per volume.
+on the same augmented patches, each with its own implementation of the loss, gradients, SGD and poly schedule. Takes the
+options of `jaxla.train`, except the run folder. Both trained networks then segment the test cases with this package's
+inference (`tests/parity` checks that their logits are equal), and are scored per volume.
 
 The two training runs differ only by rounding, which training amplifies: the losses of the first steps agree in all
 printed digits, and at the end losses and Dice differ by at most as much as between two seeds.
@@ -61,7 +61,7 @@ def main(arguments):
     sides = {"jaxla": OurTraining(task, network)} | sides  # built second: its steps donate the parameters' buffers
     losses, seconds = train(sides, task, task.make_sources(data, options.cache_dir).train)
 
-    dice = {name: test_dice(task, side.network(), data) for name, side in sides.items()}
+    dice = {name: score_test_cases(task, side.network(), data) for name, side in sides.items()}
     mean = {name: float(np.mean(list(cases.values()))) for name, cases in dice.items()}
     by_epoch = {name: np.reshape(values, (-1, task.recipe.steps)).mean(1) for name, values in losses.items()}
     difference = np.abs(np.subtract(losses["jaxla"], losses["torch"]))
@@ -149,7 +149,7 @@ class TorchTraining:
         return trained
 
 
-def test_dice(task, network, data):
+def score_test_cases(task, network, data):
     """Return the mean Dice over the structures of each test case, by case id."""
     segment = task.make_segment([network])
     rows = []

@@ -69,7 +69,7 @@ def test_training_refuses_a_scan_that_cannot_be_used(tmp_path, name):
             ["--model.windows=40"],
             r"\S+/data/\w+.nii.gz: has [45] slices, fewer than the 40 windows along the slices\. Use",
         ),
-        (["--model.windows=1x1x9"], r"--preprocessing.image_size=64: 8 x 8 patches are fewer than 1 x 9 windows\. Use"),
+        (["--model.windows=1x1x9"], r"--preprocessing.image_size=64: 8x8 patches are too few for 1x9 windows\. Use"),
         (["--model.windows=two"], r"--model.windows=two: not a number of windows\. Use 2 for two along the slices"),
         (["--preprocessing.image_size=4"], r"--preprocessing.image_size=4: not a multiple of the patch size 8 of vit"),
         (["--data.other_labels=background"], r"--data.other_labels=background: --data.labels is missing\. List the"),

@@ -23,7 +23,7 @@ PARTS = ("train", "val", "test")
 
 
 def dry_run(folder, phantoms, *options):
-    """Return the forecast's lines by title; the command must write nothing but prepared volumes in the cache."""
+    """Return the forecast's lines by title; the command must write nothing outside the cache."""
     before = snapshot(folder)
     arguments = [
         "--exp=quickstart",

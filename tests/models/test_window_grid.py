@@ -58,7 +58,7 @@ def test_window_sizes_differ_by_one_at_most(seed):
     assert (present.reshape(*grid.counts, 3)[:, 0, 0].sum(0) == slices).all()
 
 
-def test_division_by_hand():
+def test_division_matches_a_worked_example():
     """Seven slices in three windows start at 0, 2 and 4; five rows in two start at 0 and 2, the first one padded."""
     grid = WindowGrid((3, 2, 1), (7, 5, 1), jnp.array([7]))
     x = jnp.arange(35.0).reshape(1, 7, 1, 5, 1, 1)  # with an axis between slices and rows, as features have

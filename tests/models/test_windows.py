@@ -143,7 +143,7 @@ def test_logits_of_a_volume_equal_pytorch_on_its_windows():
 
 @fast
 @pytest.mark.parametrize(("kind", "reached"), [("3D", {3, 4, 5}), ("2D", {3})])
-def test_a_slice_changes_its_own_window_only_and_in_2d_itself_only(kind, reached):
+def test_a_changed_slice_affects_only_its_window_and_in_2d_only_itself(kind, reached):
     network = FeatureWindows(make_decoder(**KINDS[kind]), SIZE, (2, 1, 2))
     features = random_features(1)
     changed = features.copy()
@@ -242,7 +242,7 @@ def test_impossible_options_are_refused(options, line):
 def test_images_with_fewer_patches_than_windows_are_refused():
     model = WindowOptions("vit_mini8", windows="1x9x1")
     model.check_size("preprocessing.image_size", 72)
-    line = "^preprocessing.image_size=64: 8 x 8 patches are fewer than 9 x 1 windows. Use fewer model.windows."
+    line = "^preprocessing.image_size=64: 8x8 patches are too few for 9x1 windows. Use fewer model.windows."
     with pytest.raises(InputError, match=line):
         model.check_size("preprocessing.image_size", 64)
 
@@ -252,7 +252,7 @@ def test_scans_with_fewer_slices_than_windows_are_refused():
     model.check_depth("scan.nii.gz", 5)
     with pytest.raises(InputError, match=r"^scan.nii.gz: has 4 slices, fewer than the 5 windows along the slices\. "):
         model.check_depth("scan.nii.gz", 4)
-    with pytest.raises(ValueError, match=r"^volumes of 4×4×8 slices, .*: fewer than the network's 5×1×1 w"):
+    with pytest.raises(ValueError, match=r"^volumes have 4×4×8 slices, .*: too few for the network's 5×1×1 w"):
         FeatureWindows(make_decoder(), SIZE, (5, 1, 1))(random_features(slices=4))
 
 

@@ -18,7 +18,7 @@ log = logging.getLogger("jaxla.tests")
 
 @pytest.fixture
 def package():
-    """The package's logger, at the level of a command; a test must leave its handlers as they were."""
+    """The package's logger, at the level that commands set; a test must leave its handlers as they were."""
     package = logging.getLogger("jaxla")
     handlers, level = package.handlers[:], package.level
     package.setLevel(logging.INFO)

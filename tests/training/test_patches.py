@@ -31,7 +31,7 @@ def draw_starts(fraction, seed=0):
     return starts
 
 
-def test_patches_cover_all_positions_and_follow_from_the_key():
+def test_patches_cover_all_positions_and_are_determined_by_the_key():
     starts = draw_starts(0.0)
     counts = [starts.count(start) for start in STARTS]
     assert sum(counts) == COUNT

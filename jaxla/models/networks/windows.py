@@ -73,7 +73,7 @@ class WindowOptions(TransformerOptions):
         super().check_size(option_name, size)
         _, rows, columns = self.window_counts()
         if max(rows, columns) > (patches := size // TRANSFORMERS[self.arch].patch):
-            problem = f"{patches} x {patches} patches are fewer than {rows} x {columns} windows"
+            problem = f"{patches}x{patches} patches are too few for {rows}x{columns} windows"
             raise InputError(f"{option_name}={size}", problem, f"Use fewer {option('model.windows')}.")
 
     def check_depth(self, scan: str | Path, slices: int) -> None:
@@ -133,13 +133,13 @@ class FeatureWindows(nnx.Module):
         return self.size
 
     def divide(self, features: jax.Array, present: jax.Array | None = None) -> WindowGrid:
-        """Return the division of volumes into windows; raise a ValueError if there are more than slices or patches."""
+        """Return the division of volumes into windows; raise a ValueError if an axis is shorter than its windows."""
         batch, depth, _, *plane, _ = features.shape
         size = (depth, *plane)
         if any(n < k for n, k in zip(size, self.counts, strict=True)):
             expected, found = ("×".join(map(str, numbers)) for numbers in (self.counts, size))
             raise ValueError(
-                f"volumes of {found} slices, rows and columns of patches: fewer than the network's {expected} windows"
+                f"volumes have {found} slices, patch rows and columns: too few for the network's {expected} windows"
             )
         slices = jnp.full(batch, depth) if present is None else present.sum(1)
         return WindowGrid(self.counts, size, slices)
