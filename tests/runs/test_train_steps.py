@@ -61,6 +61,6 @@ def test_a_frozen_random_backbone_is_kept_and_restored(run, caplog):
 
 def test_a_lost_backbone_is_never_replaced_by_a_different_one(run):
     write_record(run.folder, replace(read_record(run.folder), backbone_sha256="hash of another version's numbers"))
-    with pytest.raises(InputError, match="missing or damaged, and with the installed packages seed 1 gives"):
+    with pytest.raises(InputError, match="cannot be recreated: with the installed package versions, seed 1 gives"):
         build_network(run)
     assert not (run.folder / BACKBONE).exists()

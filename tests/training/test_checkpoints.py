@@ -96,7 +96,7 @@ def test_trees_with_lists_and_integer_keys_are_restored(tmp_path):
 
 def test_a_folder_without_checkpoints_has_no_newest_one(tmp_path):
     checkpoints = Checkpoints(tmp_path / "best")
-    assert checkpoints.find_newest_intact() is None
+    assert checkpoints.find_newest_intact() == 0
     checkpoints.close()
     assert checkpoint_steps(tmp_path / "best") == checkpoint_steps(tmp_path / "nowhere") == []
 
@@ -240,6 +240,7 @@ def test_damage_is_reported_and_the_previous_checkpoint_is_used(tmp_path, caplog
     assert message.startswith(f"{folder / '2'}")
     assert word in message
     assert restores(checkpoints, 1)
+    checkpoints.remove_after(1)
     assert names(folder) == {"1", "1.sha256"}
 
     for step in (2, 3):  # training continues, and reaches that step again
@@ -282,9 +283,12 @@ def test_if_all_checkpoints_are_damaged_none_is_used(tmp_path, caplog):
     folder = save(tmp_path / "latest", 1, 2)
     for step in (1, 2):
         truncate(files(folder / str(step))[0])
+    before = names(folder)
     checkpoints = Checkpoints(folder)
-    assert checkpoints.find_newest_intact() is None
+    assert checkpoints.find_newest_intact() == 0
+    assert names(folder) == before
     assert [message.split(":")[0] for message in package_messages(caplog)] == [str(folder / "2"), str(folder / "1")]
+    checkpoints.remove_after(0)
     checkpoints.save(1, make_trees(1), {"epoch": 1})
     assert restores(checkpoints, 1)
     checkpoints.close()
