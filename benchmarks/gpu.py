@@ -26,7 +26,7 @@ ROOT = Path(__file__).parents[1]
 PLAN = "tests/golden/nnunet_plans/LAlike.json"
 TINY_PLAN = "tests/golden/nnunet_plans/Hippocampus.json"
 MIN_SECONDS = 10  # a stage is not started with less time left
-TINY_SECONDS = 600  # time limit of each stage with --tiny; a busy CPU may need it
+TINY_SECONDS = 1200  # time limit of each stage with --tiny; a busy CPU may need it
 
 
 class Stage(NamedTuple):
