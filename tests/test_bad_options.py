@@ -5,9 +5,7 @@ import re
 import pytest
 
 from tests.commands import refuse, refuse_to_train
-from tests.data.nifti import (
-    flat,
-)
+from tests.data.nifti import flat
 
 
 @pytest.mark.quick

@@ -112,7 +112,7 @@ def find_images(root: str | Path, image: str = "") -> dict[str, Path]:
         image: pattern of the images in the folder, as in `config.Data`; empty recognises the layout.
 
     Raises:
-        InputError: there is no image.
+        InputError: no image was found.
     """
     root = Path(root)
     where = option("input", root)

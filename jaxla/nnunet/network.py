@@ -64,7 +64,7 @@ class NNUNetOptions(NetworkOptions):
         """Return the network's configuration in `plan`, or in the options' plan file; `batch_size` replaces the plan's.
 
         Raises:
-            InputError: there is no plan, or the plan lacks the configuration.
+            InputError: the plan is missing, or lacks the configuration.
         """
         if plan is None and not self.plan:
             problem = f"{self.arch} needs a plan"

@@ -50,8 +50,8 @@ def make_rates(recipe: Training, steps: int) -> Callable[[int], dict[str, jax.Ar
 
     @jax.jit  # compiled, the rates are rounded as they would be within a compiled step
     def rates(step: jax.Array) -> dict[str, jax.Array]:
-        change = step // recipe.accumulated_steps
-        return {name: jnp.float32(schedule(change)) for name, schedule in schedules.items()}
+        updates = step // recipe.accumulated_steps
+        return {name: jnp.float32(schedule(updates)) for name, schedule in schedules.items()}
 
     return lambda step: rates(np.int32(step))
 

@@ -1,4 +1,4 @@
-"""Sliding-window inference: where overlapping tiles lie, what each weighs, and a network applied to all of them."""
+"""Sliding-window inference: the positions and weights of overlapping tiles, and a network applied to all of them."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ import jax.numpy as jnp
 import numpy as np
 from scipy import ndimage
 
-STEP_FRACTION = 0.5  # of a tile's side: the largest distance between two tiles
-SIGMA_FRACTION = 1 / 8  # of a tile's side: how its weight falls from the centre to the border
+STEP_FRACTION = 0.5  # largest distance between two tiles, relative to a tile's side
+SIGMA_FRACTION = 1 / 8  # standard deviation of a tile's Gaussian weights, relative to its side
 
 
 def tile_starts(n: int, side: int) -> list[int]:
-    """Return where tiles begin along n voxels: evenly spaced, at most half a tile apart."""
+    """Return the starts of the tiles along n voxels: evenly spaced, at most half a tile apart."""
     count = int(np.ceil((n - side) / (side * STEP_FRACTION))) + 1
     return [round((n - side) / max(count - 1, 1) * i) for i in range(count)]
 
@@ -31,7 +31,7 @@ def gaussian_weights(size: Sequence[int]) -> np.ndarray:
 
 
 def apply_in_tiles(network: Callable[..., jax.Array], side: int, images: jax.Array, *rest: Any) -> jax.Array:
-    """Return logits [B, H, W, K] of images [B, H, W, C]: the mean over tiles, weighted towards each tile's centre.
+    """Return logits [B, H, W, K] of images [B, H, W, C], float32: the mean over tiles, weighted to their centres.
 
     The network reads one tile of all images at a time, so it needs the memory of a single tile.
 
@@ -54,5 +54,5 @@ def apply_in_tiles(network: Callable[..., jax.Array], side: int, images: jax.Arr
         return jax.lax.dynamic_update_slice(total, present + logits * weight, corner), None
 
     logits = jax.eval_shape(tile_logits, jnp.array(starts[0]))
-    total = jnp.zeros((count, height, width, logits.shape[-1]), logits.dtype)
+    total = jnp.zeros((count, height, width, logits.shape[-1]), jnp.float32)
     return jax.lax.scan(add_tile, total, jnp.array(starts))[0] / weights
