@@ -108,7 +108,7 @@ def _open_checked(path: Path) -> Iterator[BinaryIO]:
 
 def _read_header(path: Path, file: BinaryIO) -> nib.Nifti1Header:
     """Return the header as it is stored, and check what is needed to find the voxels."""
-    not_nifti = InputError(path, "not a NIfTI file", "Convert it to .nii.gz.")
+    not_nifti = InputError(path, "not a NIfTI file", "Convert it to NIfTI, or replace a damaged file.")
     block = file.read(nib.Nifti2Header.sizeof_hdr)
     kinds = [(kind, order) for kind in (nib.Nifti1Header, nib.Nifti2Header) for order in ("little", "big")]
     found = [k for k in kinds if int.from_bytes(block[:4], k[1]) == k[0].sizeof_hdr]
