@@ -169,6 +169,8 @@ class Training:
         learning_rate: Learning rate of randomly initialised parameters.
         schedule: `constant`, `cosine` (2 % warm-up, then down to zero) or nnU-Net's `poly` (power 0.9).
         loss: `cross_entropy`, or nnU-Net's `dice_cross_entropy`.
+        false_negative_weight: Weight of missed pixels, from 0 to 1, in the Dice of `dice_cross_entropy`; surplus pixels
+            have the rest. More than 0.5 (Dice) makes masks larger (Tversky index).
         patience: Stop after this many epochs without a lower validation loss; 0 never stops early.
         checkpoint: Epoch to keep: that with the `best` validation Dice, or the `last`.
         average_decay: Evaluate an exponential moving average of the parameters, with this decay per step; 0 for none.
@@ -186,6 +188,7 @@ class Training:
     learning_rate: float = 1e-3
     schedule: Literal["constant", "cosine", "poly"] = "constant"
     loss: Literal["cross_entropy", "dice_cross_entropy"] = "cross_entropy"
+    false_negative_weight: float = 0.5
     patience: int = 10
     checkpoint: Literal["best", "last"] = "best"
     average_decay: float = 0.0

@@ -238,4 +238,4 @@ def make_loss(recipe: Training, batch_dice: bool) -> Loss:
     """Return the loss that a recipe names; with `batch_dice`, Dice is computed over a whole batch, not per sample."""
     if recipe.loss == "cross_entropy":
         return cross_entropy
-    return partial(dice_cross_entropy, batch_dice=batch_dice)
+    return partial(dice_cross_entropy, batch_dice=batch_dice, false_negative_weight=recipe.false_negative_weight)

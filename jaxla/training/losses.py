@@ -27,21 +27,27 @@ def cross_entropy(logits: jax.Array, mask: jax.Array, weight: jax.Array) -> jax.
     return jnp.sum(losses.mean(axis=_pixel_axes(mask)) * weight) / jnp.maximum(weight.sum(), 1)
 
 
-def dice_cross_entropy(logits: jax.Array, mask: jax.Array, weight: jax.Array, *, batch_dice: bool) -> jax.Array:
+def dice_cross_entropy(
+    logits: jax.Array, mask: jax.Array, weight: jax.Array, *, batch_dice: bool, false_negative_weight: float = 0.5
+) -> jax.Array:
     """Return nnU-Net's loss: cross-entropy minus the mean soft Dice of the foreground classes.
 
-    Reference code: nnunetv2 2.8.1, `DC_and_CE_loss`.
+    Reference code: nnunetv2 2.8.1, `DC_and_CE_loss`. With a `false_negative_weight` other than 0.5, the Tversky index
+    (Salehi et al. 2017) takes the place of Dice: TP / (TP + (1 - w) FP + w FN).
 
     Args:
         mask, weight: see `cross_entropy`.
         batch_dice: whether Dice is computed over the batch as a whole rather than per image and then averaged.
+        false_negative_weight: w, from 0 to 1. More than 0.5 penalises missed pixels more than surplus ones.
     """
     foreground = jnp.arange(1, max(2, logits.shape[-1]))
     predicted = jax.nn.sigmoid(logits) if logits.shape[-1] == 1 else jax.nn.softmax(logits)[..., 1:]
     reference = (mask[..., None] == foreground).astype(predicted.dtype)
     sums = [x.sum(axis=_pixel_axes(mask)) * weight[:, None] for x in (predicted * reference, predicted, reference)]
     intersection, predicted_size, reference_size = (x.sum(0) for x in sums) if batch_dice else sums
-    dice = ((2 * intersection + SMOOTH) / (predicted_size + reference_size + SMOOTH)).mean(-1)
+    # TP + (1 - w) FP + w FN = (1 - w) predicted_size + w reference_size
+    sizes = 2 * (1 - false_negative_weight) * predicted_size + 2 * false_negative_weight * reference_size
+    dice = ((2 * intersection + SMOOTH) / (sizes + SMOOTH)).mean(-1)
     if not batch_dice:
         dice = jnp.sum(dice * weight) / jnp.maximum(weight.sum(), 1)
     return cross_entropy(logits, mask, weight) - dice

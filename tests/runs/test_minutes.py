@@ -124,6 +124,15 @@ def test_a_forecast_includes_the_time_for_measuring_steps():
             "slices. Remove the option.",
         ),
         (
+            ["--training.false_negative_weight=1"],
+            "--training.false_negative_weight=1.0: must be between 0 and 1. Use 0.7, for example, or 0.5 for Dice.",
+        ),
+        (
+            ["--exp=laptop", "--training.loss=cross_entropy"],
+            "--training.false_negative_weight=0.7: has no effect, because --training.loss=cross_entropy does not use "
+            "it. Add --training.false_negative_weight=0.5.",
+        ),
+        (
             ["--method=nnunet_2d", "--training.minutes=5"],
             "--training.minutes=5: cannot be used with nnunet_2d, whose validation depends on its steps. Use "
             "--training.epochs and --training.steps.",

@@ -79,16 +79,20 @@ def test_the_predicted_class_has_a_positive_logit_or_the_largest_one():
 # --- nnU-Net ---
 
 
-def soft_dice(probabilities, reference):
-    return (2 * (probabilities * reference).sum() + 1e-5) / (probabilities.sum() + reference.sum() + 1e-5)
+def soft_tversky(probabilities, reference, weight):
+    """Return TP / (TP + (1 - weight) FP + weight FN), smoothed as nnU-Net's Dice; Dice if `weight` is 0.5."""
+    true_positives = (probabilities * reference).sum()
+    false_positives, false_negatives = (probabilities * ~reference).sum(), ((1 - probabilities) * reference).sum()
+    denominator = true_positives + (1 - weight) * false_positives + weight * false_negatives
+    return (2 * true_positives + 1e-5) / (2 * denominator + 1e-5)
 
 
 @pytest.mark.parametrize("weight", WEIGHTS)
 @pytest.mark.parametrize("batch_dice", [True, False])
 @pytest.mark.parametrize("shape", [(4, 6, 9), (4, 3, 6, 5)])
-@pytest.mark.parametrize("outputs", [1, 3])
-def test_dice_cross_entropy_equals_its_formula(weight, batch_dice, shape, outputs):
-    """Cross-entropy minus soft Dice, written out for each weighted patch and structure."""
+@pytest.mark.parametrize(("outputs", "false_negative_weight"), [(1, 0.5), (3, 0.5), (3, 0.7)])
+def test_dice_cross_entropy_equals_its_formula(weight, batch_dice, shape, outputs, false_negative_weight):
+    """Cross-entropy minus soft Dice or the Tversky index, written out for each weighted patch and structure."""
     logits = 2 * RNG.standard_normal((*shape, outputs), dtype=np.float32)
     mask = RNG.integers(0, max(2, outputs), shape, np.uint8)
     counted = np.flatnonzero(weight)
@@ -96,11 +100,13 @@ def test_dice_cross_entropy_equals_its_formula(weight, batch_dice, shape, output
     probabilities = 1 / (1 + np.exp(-z)) if outputs == 1 else np.exp(z) / np.exp(z).sum(-1, keepdims=True)
     structures = [(probabilities[..., 0 if outputs == 1 else k], mask[counted] == k) for k in range(1, max(2, outputs))]
     if batch_dice:
-        dice = np.mean([soft_dice(p, r) for p, r in structures])
+        dice = np.mean([soft_tversky(p, r, false_negative_weight) for p, r in structures])
     else:
-        dice = np.mean([[soft_dice(p[i], r[i]) for p, r in structures] for i in range(len(counted))])
+        by_row = [[soft_tversky(p[i], r[i], false_negative_weight) for p, r in structures] for i in range(len(counted))]
+        dice = np.mean(by_row)
     expected = float(cross_entropy(jnp.asarray(logits), mask, np.float32(weight))) - dice
-    loss = dice_cross_entropy(jnp.asarray(logits), mask, np.float32(weight), batch_dice=batch_dice)
+    options = {"batch_dice": batch_dice, "false_negative_weight": false_negative_weight}
+    loss = dice_cross_entropy(jnp.asarray(logits), mask, np.float32(weight), **options)
     np.testing.assert_allclose(loss, expected, atol=1e-6)  # measured: 2.4e-7
 
 
