@@ -62,7 +62,7 @@ def keep_compiled_programs(cache_dir: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         with FileLock(folder / ".lockfile", timeout=10):  # JAX's own lock
             for program in folder.glob("*-cache"):
-                # JAX writes the file with the access time after the program. A process was killed in between.
+                # JAX writes the file with the access time last. If it is missing, the process was killed before that.
                 if not program.with_name(program.name.removesuffix("-cache") + "-atime").exists():
                     program.unlink()
     except (OSError, Timeout):
@@ -73,7 +73,7 @@ def keep_compiled_programs(cache_dir: Path) -> None:
 
 
 def _processor_key() -> str:
-    """Return a hash of the processor's features and cores: XLA's code may depend on them, JAX's own key does not."""
+    """Return a hash of the processor's features and cores: XLA's code may depend on them, but JAX's key does not."""
     cpuinfo = Path("/proc/cpuinfo")
     lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
     features = sorted({line for line in lines if line.startswith(("model name", "flags", "Features"))})

@@ -133,7 +133,7 @@ def describe_weights(path: Path) -> dict[str, str]:
         "architecture": metadata["arch"],
         "parameters": f"{parameters} in {tensors} arrays, {path.stat().st_size / 1e6:.1f} MB",
         "source": metadata["source"] + (f" (sha256 {sha256})" if sha256 else ""),
-        "licence": metadata.get("licence") or "none: these weights were not released by anyone",
+        "licence": metadata.get("licence") or "none: these weights were never released",
     }
 
 

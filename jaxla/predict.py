@@ -87,11 +87,11 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("--input", type=str, required=True, help="a scan, a DICOM series, or a folder of them")
     parser.add_argument("--data.image", type=str, default="", help="pattern of the images in --input, as for training")
     parser.add_argument("--output", type=str, required=True, help="file for the mask, or folder for masks <case>.*")
-    formats = "format of the masks; `scan` is that of each scan, and dicom-seg for a DICOM series"
+    formats = "format of the masks; `scan` uses the format of each scan, and dicom-seg for a DICOM series"
     parser.add_argument("--format", type=Literal["scan", *EXTENSIONS], default="scan", help=formats)
     probabilities = "also write probabilities/<case>.* (float32; a value per class for several classes)"
     parser.add_argument("--probabilities", action="store_true", help=probabilities)
-    parser.add_argument("--continue", action="store_true", help="keep the masks of an interrupted command")
+    parser.add_argument("--continue", action="store_true", help="keep the masks that an interrupted command wrote")
     parser.add_argument("--overwrite", action="store_true", help="replace existing masks")
     add_devices_option(parser)
     add_processes_options(parser)
@@ -118,7 +118,7 @@ def predict(options: Namespace, resume_command: str) -> None:
     columns = check_scans(local_items(outputs), task, record, options.run)
     sizes = {str(output.scan): f"{output.scan.stat().st_size} bytes" for output in outputs}
     # This is also a barrier: no process writes while another one still checks its scans.
-    require_same(sizes, "Give all processes the same scans.")
+    require_same(sizes, "Pass the same scans to all processes.")
     with suppress(InputError):  # without a home folder nothing is kept
         keep_compiled_programs(default_cache_dir())
     with use_devices(options.devices), use_local_devices():
@@ -317,7 +317,7 @@ def remove_leftovers(outputs: Sequence[Output]) -> None:
 
 
 def name_outputs(scans: Mapping[str, Path], source: Path, target: Path, options: Namespace) -> list[Output]:
-    """Return the outputs of each scan: `target` for one scan and a file name, else `<case>.*` in that folder."""
+    """Return the outputs of each scan: `target` itself if it is a mask file, else `<case>.*` in that folder."""
     if is_mask_file(target):
         if source.is_dir() and not is_dicom_series(source):
             raise InputError(f"--output={target}", f"a file, but --input={source} is a folder", "Pass a folder.")

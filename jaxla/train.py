@@ -188,7 +188,7 @@ def require_same_content(data: PreparedData, weights_sha256: str) -> None:
     """Raise an InputError unless all processes have the same scans, masks, split and weights."""
     contents = {f"case {name}": sha256 for name, sha256 in data.content_keys.items()}
     contents |= {"--data.split": data.split.sha256, "--model.weights": weights_sha256 or "random"}
-    require_same(contents, "Give all processes the same scans, masks, split and weights.")
+    require_same(contents, "Use the same scans, masks, split and weights in all processes.")
 
 
 def print_forecast(experiment: Experiment, network_words: str, data: PreparedData, task: Task, cache_dir: Path) -> None:
@@ -216,9 +216,9 @@ def train_and_test(run: Run) -> dict[str, Any] | None:
 
 
 def train_folds(run: Run, record: Record) -> dict[str, Any] | None:
-    """Train and test a network for each fold, each in a folder of its own, then test the mean of their logits.
+    """Train and test a network for each fold, each in its own folder, then test the mean of their logits.
 
-    Return that test's summary in process 0.
+    Return the summary of the last test in process 0.
     """
     run.task.save(run.folder)
     command = files.resume_command(record.command, run.folder)
@@ -240,7 +240,7 @@ def train_folds(run: Run, record: Record) -> dict[str, Any] | None:
                 train_and_test(replace(run, experiment=experiment, data=data, folder=folder))
         except Stopped as stop:
             raise Stopped(f"in fold {fold + 1} of {FOLDS}, {stop.reason}") from stop
-        gc.collect()  # arrays that only cycles hold would take the next fold's memory
+        gc.collect()  # frees arrays in reference cycles, whose memory the next fold needs
     if run.experiment.method.postprocessing.largest == "if_better" and is_first():
         trials = {case: trial for f in folders for case, trial in read_trials(f / files.LARGEST).items()}
         write_choice(trials, run.data.dataset.labels.names, run.folder / files.LARGEST)
@@ -355,7 +355,7 @@ def train_network(run: Run, network: nnx.Module, features: Features | None) -> P
 
 
 def test_network(run: Run, features: Features | None, step_bytes: int) -> dict[str, Any] | None:
-    """Test the trained network on scans that it never saw; write `test/`, cost.json and report.html.
+    """Test the trained network on the test cases; write `test/`, cost.json and report.html.
 
     Return the summary of the test in process 0; without test cases it has no scores.
 
@@ -376,9 +376,9 @@ def test_network(run: Run, features: Features | None, step_bytes: int) -> dict[s
     if not is_first():
         return None
     split = run.data.split
-    deepest = max(volume.shape[0] for volume in run.data.select_volumes(split.train + split.val))
+    max_slices = max(volume.shape[0] for volume in run.data.select_volumes(split.train + split.val))
     timed = run.data.select_volumes(split.test or split.train)
-    cost = asdict(measure_cost(trained, segment, timed, step_bytes, deepest))
+    cost = asdict(measure_cost(trained, segment, timed, step_bytes, max_slices))
     write_atomically(run.folder / files.COST, json.dumps(cost, indent=1) + "\n")
     write_reports(run.folder, run.data.volumes, rows, summary, cost)
     return summary
