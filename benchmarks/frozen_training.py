@@ -122,7 +122,7 @@ def measure(task, folder, options):
     }
     once = compare(time_in_turn({"jaxla": our_features, "torch": torch_features}, options.epochs))
     arrays = cache.features(volumes)
-    features = Features({volume.id: array for volume, array in zip(volumes, arrays, strict=True)}, network.READS_IMAGES)
+    features = Features({volume.id: array for volume, array in zip(volumes, arrays, strict=True)}, network.reads_images)
     cached = SliceSource(volumes, task.canvas, arrays, features.with_images)
     decoder_inputs = load_arrays(cached)[0].astype(np.float32)
     torch_arrays = (

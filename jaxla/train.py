@@ -295,7 +295,7 @@ def compute_features(run: Run, network: nnx.Module) -> Features | None:
             reason = "The frozen backbone ran in every epoch: its features did not fit on the disk of the cache folder."
         else:
             by_case = {volume.id: array for volume, array in zip(run.data.used_volumes, arrays, strict=True)}
-            features = Features(by_case, network.READS_IMAGES)
+            features = Features(by_case, network.reads_images)
             reason = f"The frozen backbone's features were computed once per slice, in {cache.dtype.name}, and cached."
     if is_first():
         record = read_record(run.folder)

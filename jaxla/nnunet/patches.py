@@ -14,7 +14,7 @@ import numpy as np
 from jaxla.data.batches import MAX_PASSES, Batch, Source
 from jaxla.nnunet.preprocessing import OUTSIDE, PreprocessedVolume
 
-FOREGROUND_FRACTION = 0.33  # of a batch: its last rows, each centred on a voxel of a class
+FOREGROUND_FRACTION = 0.33  # fraction of the rows of a batch, the last ones, that are centred on a voxel of a class
 
 
 class PatchSource(Source):

@@ -28,18 +28,18 @@ log = logging.getLogger(__name__)
 NON_MRI_CHANNELS = ("ct", "nonorm", "rescale_0_1", "rescale_to_0_1", "rgb_to_0_1")
 
 # The limits below hold for a GPU with DEFAULT_MEMORY_GB, by the number of axes.
-MAX_ACTIVATIONS = {2: 85_000_000, 3: 560_000_000}  # for a batch of REFERENCE_BATCH_SIZE
+MAX_ACTIVATIONS = {2: 85_000_000, 3: 560_000_000}  # values per batch of REFERENCE_BATCH_SIZE patches
 INITIAL_PATCH_VOXELS, REFERENCE_BATCH_SIZE = {2: 2048**2, 3: 256**3}, {2: 12, 3: 2}
 MIN_BATCH_SIZE = 2
-MAX_BATCH_FRACTION = 0.05  # of the data set's voxels
+MAX_BATCH_FRACTION = 0.05  # fraction of the data set's voxels in a batch
 
 BASE_FEATURES, MAX_FEATURES = 32, {2: 512, 3: 320}
-CONVOLUTIONS_PER_STAGE = 2  # in the encoder, and in the decoder
+CONVOLUTIONS_PER_STAGE = 2  # both in the encoder and in the decoder
 MIN_MAP_SIDE = 4  # voxels on each side of the coarsest feature map
 SIMILAR_SPACING_RATIO = 2  # axes whose spacings differ by less are halved, and convolved, together
 
 SPACING_STEP = 1.03  # factor by which the low resolution is made coarser
-MIN_PATCH_FRACTION = 0.25  # of a scan; if a patch covers less, a low resolution is planned
+MIN_PATCH_FRACTION = 0.25  # fraction of a scan; if a patch covers less, a low resolution is planned
 MIN_REDUCTION = 2  # factor by which a low resolution must reduce the scan's voxels
 
 
@@ -193,7 +193,7 @@ def _plan_low_resolution(
     patch = math.prod(full.patch_size)
     voxels = float(np.prod(size))
     while patch / voxels < MIN_PATCH_FRACTION:
-        is_fine = coarse.max() / coarse > 2  # these axes first, until the spacings are similar
+        is_fine = coarse.max() / coarse > 2  # these axes are made coarser first, until the spacings are similar
         coarse = np.where(is_fine, coarse * SPACING_STEP, coarse) if is_fine.any() else coarse * SPACING_STEP
         voxels = float(np.prod(spacing / coarse * size))
         low = configure(coarse, [round(n) for n in (spacing / coarse * size).tolist()], False, voxels)

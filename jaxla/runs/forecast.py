@@ -155,7 +155,7 @@ def forecast_features(
         for volume in data.used_volumes
     }
     found = replace(found, seconds=batch_seconds * batches, seconds_per_slice=batch_seconds / cache.batch)
-    return found, Features(stand_ins, network.READS_IMAGES)
+    return found, Features(stand_ins, network.reads_images)
 
 
 def forecast_test(

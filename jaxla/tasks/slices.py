@@ -152,7 +152,7 @@ class SliceTask(Task):
         self, networks: Sequence[nnx.Module]
     ) -> Callable[[PreparedVolume, CachedFeatures], np.ndarray]:
         slice_probabilities = self.make_slice_probabilities([self.reduce_network(network) for network in networks])
-        reads_images = networks[0].READS_IMAGES
+        reads_images = networks[0].reads_images
 
         def segment(volume: PreparedVolume, features: CachedFeatures) -> np.ndarray:
             frame = self.canvas.frame(volume.shape[1:], volume.spacing[1:])
