@@ -1,13 +1,13 @@
 """python -m benchmarks.windows: memory and time of a training step on volumes, by the number of windows.
 
 All windows have the same size, so volumes grow with the number of windows. Computes the gradient of one loss on the
-volume (Dice and cross-entropy) with respect to the decoder's parameters from given features, in float32 on CPU and in
-bfloat16 on a GPU: with this package in two passes over the windows, and of all windows at once ("one graph"), and with
-PyTorch in the same two modes from the same parameters. The four gradients are compared before timing.
+volume (Dice and cross-entropy) with respect to the decoder's parameters, from given features, in float32 on CPU and in
+bfloat16 on a GPU. This package and PyTorch compute it from the same parameters in two modes: in two passes over the
+windows ("two passes"), and for all windows at once ("one graph"). The four gradients are compared before timing.
 
 Prints JSON. `bytes` are the temporaries of XLA's program, without arguments (parameters, features, masks) and results
-(gradients): the decoder's activations, the assembled logits, the loss and its derivative. `grown_bytes` is how much
-the process grew during a step. It is omitted for PyTorch, which keeps freed memory for reuse.
+(gradients): the decoder's activations, the assembled logits, the loss and its derivative. `memory_growth_bytes` is the
+increase of the process's peak memory during a step. It is omitted for PyTorch, which keeps freed memory for reuse.
 """
 
 import os
@@ -69,11 +69,11 @@ def main(arguments):
         **environment("jax", "flax", "torch"),
         "method": options.method,
         "size": options.size,
-        "slices_of_a_window": options.slices,
+        "slices_per_window": options.slices,
         "batch": options.batch,
         "repeats": options.repeats,
         "windows": rows,
-        "bytes_of_last_over_first": {mode: rows[-1]["bytes"][mode] / rows[0]["bytes"][mode] for mode in MODES},
+        "bytes_last_over_first": {mode: rows[-1]["bytes"][mode] / rows[0]["bytes"][mode] for mode in MODES},
     }
     print_result(result, options.output)
 
@@ -95,10 +95,11 @@ def measure(decoder, slice_shape, count, options):
         for mode, make in MODES.items()
     }
     theirs = {f"torch {mode}": TorchGradient(decoder, features, mask, count, mode) for mode in MODES}
-    sides = {mode: partial(run_program, program, parts, batch) for mode, program in programs.items()} | theirs
+    ours = {mode: partial(run_program, program, parts, batch) for mode, program in programs.items()}
+    runs = ours | theirs
 
-    gradients = {mode: as_theirs(decoder, decoder_gradients(side())) for mode, side in sides.items() if mode in MODES}
-    gradients |= {mode: side() for mode, side in theirs.items()}
+    gradients = {mode: as_theirs(decoder, decoder_gradients(run())) for mode, run in ours.items()}
+    gradients |= {mode: run() for mode, run in theirs.items()}
     reference = gradients["torch one graph"]
     for mode, gradient in gradients.items():
         error = relative_l2(gradient, reference)
@@ -106,15 +107,15 @@ def measure(decoder, slice_shape, count, options):
             sys.exit(f"{count} windows: gradients of {mode} differ from PyTorch's by {error:.1e}; nothing was timed")
     difference = relative_l2(gradients["two passes"], gradients["one graph"])
 
-    seconds, grown = time_steps(sides, options.repeats)
+    seconds, memory_growth = time_steps(runs, options.repeats)
     timing = median_and_fastest(seconds)
     medians = timing["median_seconds"]
     return {
         "windows": count,
         "slices": depth,
-        "gradient_relative_l2_of_two_passes": difference,
+        "two_passes_gradient_relative_l2": difference,
         "bytes": {mode: program.memory_analysis().temp_size_in_bytes for mode, program in programs.items()},
-        "grown_bytes": {mode: max(grown[mode]) for mode in MODES},
+        "memory_growth_bytes": {mode: max(memory_growth[mode]) for mode in MODES},
         **timing,
         "torch_over_jaxla": {mode: medians[f"torch {mode}"] / medians[mode] for mode in MODES},
     }
