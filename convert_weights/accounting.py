@@ -13,7 +13,7 @@ from convert_weights.architectures import RELEASED, Architecture, architecture_r
 from convert_weights.checkpoint import SHARD, Checkpoint
 from convert_weights.huggingface import hub_name, hub_shapes, to_authors
 from convert_weights.layout import Row
-from convert_weights.tensors import Tensor, summarize
+from convert_weights.tensors import Tensor, join_first
 from jaxla.config import InputError
 from jaxla.models.backbones import TRANSFORMERS
 
@@ -32,7 +32,7 @@ class Reading(NamedTuple):
     expected: Mapping[str, Row]
 
     def missing(self) -> list[str]:
-        """Return the missing tensors; an optional one counts only if another of its group is present."""
+        """Return the missing tensors; an optional tensor counts only if another one of its group is present."""
         groups = {_group(name) for name, row in self.expected.items() if row.optional and name in self.tensors}
         lacking = {name: row for name, row in self.expected.items() if name not in self.tensors}
         return [name for name, row in lacking.items() if not row.optional or _group(name) in groups]
@@ -50,12 +50,12 @@ class Reading(NamedTuple):
     def describe_faults(self) -> str:
         faults = []
         if names := self.missing():
-            faults.append(f"{len(names)} of {len(self.expected)} tensors missing ({summarize(names)})")
+            faults.append(f"{len(names)} of {len(self.expected)} tensors missing ({join_first(names)})")
         if names := self.unexpected():
-            faults.append(f"{len(names)} unexpected ({summarize(names)})")
+            faults.append(f"{len(names)} unexpected ({join_first(names)})")
         if names := self.misshapen():
             shapes = (f"{name}: {self.tensors[name].shape}, expected {self.expected[name].shape}" for name in names)
-            faults.append(f"{len(names)} with the wrong shape ({summarize(shapes)})")
+            faults.append(f"{len(names)} with the wrong shape ({join_first(shapes)})")
         return ", ".join(faults)
 
 
@@ -142,7 +142,7 @@ def _require_dtypes(checkpoint: Checkpoint, reading: Reading) -> None:
         if dtype not in reading.expected[name].dtypes
     ]
     if wrong:
-        problem = f"wrong dtype in {len(wrong)} of {len(found)} tensors ({summarize(wrong)})"
+        problem = f"wrong dtype in {len(wrong)} of {len(found)} tensors ({join_first(wrong)})"
         fix = "Use the file as it was released: a rounded copy does not give the authors' numbers."
         raise InputError(checkpoint.path, problem, fix)
 

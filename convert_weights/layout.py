@@ -64,7 +64,7 @@ def batch_norm(theirs: str, ours: str, width: int) -> list[Row]:
 
 
 def unused(theirs: str, shape: tuple[int, ...], dtype: str = "float32") -> Row:
-    """Return the row of a tensor that no forward pass uses: it is kept unchanged if the checkpoint has it."""
+    """Return the row of a tensor that no forward pass uses; if the checkpoint has it, it is kept unchanged."""
     return Row(theirs, shape, f"{UNUSED_PREFIX}{theirs}", dtypes=(dtype,), optional=True)
 
 
