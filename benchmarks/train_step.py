@@ -58,7 +58,7 @@ from tests.tiny import flat_state
 
 CONVOLUTIONAL = ("unet", "attention_unet", "resnet50_unet", "resnet152_unet", "segnet", "nnunet_2d", "nnunet_3d")
 TRANSFORMERS = ("vit_mini8", "dinov2_vits14", "dinov2_vitb14", "dinov2_vitl14", "dinov2_vitg14")
-MEASURED = (*CONVOLUTIONAL, *TRANSFORMERS)
+TIMED_METHODS = (*CONVOLUTIONAL, *TRANSFORMERS)
 PLAN = Path(__file__).parents[1] / "tests" / "golden" / "nnunet_plans" / "Hippocampus.json"
 CLASSES = 3  # for nnU-Net: background and the two structures of the hippocampus
 LEARNING_RATE = 1e-4
@@ -69,14 +69,14 @@ MAX_TOLERANCE = 0.3  # even if PyTorch's two layouts differ by more; for ResNet-
 def main(arguments):
     parser = command_parser("benchmarks.train_step", "Time a training step with jaxla and with PyTorch.")
     add = parser.add_argument
-    add("--method", type=str, default="unet", help=f"one of {', '.join(MEASURED)}")
+    add("--method", type=str, default="unet", help=f"one of {', '.join(TIMED_METHODS)}")
     add("--size", type=int, default=320, help="side of the square image in pixels; nnU-Net ignores it")
     add("--batch", type=int | None, default=None, help="batch size (default: 4, or the plan's)")
     add("--plan", type=str, default=str(PLAN), help="nnU-Net plan (default: the plan of the Decathlon hippocampus)")
     add("--repeats", type=int, default=5, help="timed steps of each implementation")
     add("--output", type=str, help="also write the JSON to this file")
     options = parse_arguments(parser, arguments)
-    method = lookup("--method", options.method, {name: METHODS[name] for name in MEASURED})
+    method = lookup("--method", options.method, {name: METHODS[name] for name in TIMED_METHODS})
     if min(4 if options.batch is None else options.batch, options.repeats) < 1:
         raise InputError("--batch and --repeats", "must be at least 1", "Choose larger numbers.")
 
@@ -147,13 +147,13 @@ def make_patch_steps(method, options):
         changed = replace(method, training=recipe, augmentation=PatchAugmentation(is_augmented))
         return PatchTask(Experiment(method.name, method.summary, Data(), changed), CLASSES, plan)
 
-    task, augmented = make_task(False), make_task(True)
+    task, augmented_task = make_task(False), make_task(True)
     network, configuration, size = task.build_network(), task.configuration, task.configuration.patch_size
     rng = np.random.default_rng(0)
     images = rng.standard_normal((task.batch_size, *size, 1), np.float32)
     mask = rng.integers(0, CLASSES, images.shape[:-1]).astype(np.int8)
-    large = rng.standard_normal((task.batch_size, *initial_patch_size(size), 1), np.float32)
-    large_mask = rng.integers(-1, CLASSES, large.shape[:-1]).astype(np.int8)
+    large_images = rng.standard_normal((task.batch_size, *initial_patch_size(size), 1), np.float32)
+    large_mask = rng.integers(-1, CLASSES, large_images.shape[:-1]).astype(np.int8)
     parts = TorchParts(
         nnunet_reference_of(configuration, network),
         lambda logits, mask: their_loss([level.float() for level in logits], mask, configuration.batch_dice),
@@ -164,7 +164,7 @@ def make_patch_steps(method, options):
     to_torch = partial(nnunet_as_theirs, configuration)
     return task, {
         "jaxla": Step(task, network, images, mask, to_torch),
-        "jaxla augmented": Step(augmented, augmented.build_network(), large, large_mask, to_torch),
+        "jaxla augmented": Step(augmented_task, augmented_task.build_network(), large_images, large_mask, to_torch),
         **torch_steps,
     }
 

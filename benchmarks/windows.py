@@ -36,7 +36,7 @@ from jaxla.training.step import make_gradient, split_network
 from jaxla.training.two_pass import make_two_pass_gradient
 from tests.parity.references import as_theirs, reference_of
 
-WINDOWED = {name: method for name, method in METHODS.items() if isinstance(method.model, WindowOptions)}
+WINDOW_METHODS = {name: method for name, method in METHODS.items() if isinstance(method.model, WindowOptions)}
 MODES = {"two passes": make_two_pass_gradient, "one graph": make_gradient}
 LOSS = per_volume(partial(dice_cross_entropy, batch_dice=True))
 # Relative L2 from PyTorch's gradients, with room for rounding that moves activations across a ReLU's zero.
@@ -47,7 +47,7 @@ KEY = jax.random.key(0)
 def main(arguments):
     parser = command_parser("benchmarks.windows", "Measure memory and time of a step by the number of windows.")
     add = parser.add_argument
-    add("--method", type=str, default="windows_dinov3_vits16", help=f"one of {', '.join(WINDOWED)}")
+    add("--method", type=str, default="windows_dinov3_vits16", help=f"one of {', '.join(WINDOW_METHODS)}")
     add("--size", type=int, default=224, help="side of the square slices in pixels")
     add("--slices", type=int, default=8, help="slices per window")
     add("--windows", type=tuple[int, ...], default=(1, 2, 4, 8), help="numbers of windows along the slice axis")
@@ -55,7 +55,7 @@ def main(arguments):
     add("--repeats", type=int, default=3, help="timed steps of each implementation")
     add("--output", type=str, help="also write the JSON to this file")
     options = parse_arguments(parser, arguments)
-    model = lookup("--method", options.method, WINDOWED).model
+    model = lookup("--method", options.method, WINDOW_METHODS).model
     if min(options.slices, options.repeats, options.size, options.batch, *options.windows) < 1:
         where = "--slices, --size, --windows, --batch and --repeats"
         raise InputError(where, "must be at least 1", "Choose larger numbers.")

@@ -221,7 +221,7 @@ class VolumeTraining(BackboneTraining):
 class NetworkOptions:
     """Base class for the options of a network. Each file in `jaxla/models/networks` derives its own.
 
-    A derived class adds the fields that a user may set and a method `build` (see `jaxla.models.networks`). The class
+    A derived class adds a method `build`, and the fields that a user may set (see `jaxla.models.networks`). The class
     variables below have the values for a network without a pretrained part; `BackboneOptions` turns them into options.
     """
 

@@ -52,8 +52,8 @@ def require_float32() -> None:
 def keep_compiled_programs(cache_dir: Path) -> None:
     """Make JAX keep compiled programs in the cache folder: the next process starts sooner, with the same results.
 
-    JAX_COMPILATION_CACHE_DIR names another folder, and JAX_ENABLE_COMPILATION_CACHE=0 keeps no programs. Call this
-    before the first program is compiled. Without a writable folder, nothing is kept.
+    JAX_COMPILATION_CACHE_DIR sets another folder, and JAX_ENABLE_COMPILATION_CACHE=0 turns the cache off. Call this
+    before the first program is compiled. If the folder cannot be written, nothing is kept.
     """
     if jax.config.jax_compilation_cache_dir:
         return

@@ -129,26 +129,26 @@ def run(options: Options, command: str) -> Path | None:
         folder = Path(broadcast(str(options.run_dir or f"runs/{experiment.name}_{time.strftime('%Y%m%d-%H%M%S')}")))
         check_session(options, experiment, folder)
         experiment, weights_sha256 = find_weights(experiment, options.cache_dir)
-        network_words = describe_network(experiment, METHODS)
+        network_text = describe_network(experiment, METHODS)
         if not weights_sha256:
-            log.info("%s: no pretrained weights are used", network_words)
+            log.info("%s: no pretrained weights are used", network_text)
 
         with mark_cache_in_use(options.cache_dir), use_devices(options.devices, options.shard_params):
             keep_compiled_programs(options.cache_dir)
-            environment_here = environment()
-            installed = {**environment_here["versions"], "device": environment_here["device"]}
+            local_environment = environment()
+            installed = {**local_environment["versions"], "device": local_environment["device"]}
             require_same(installed, "Use hosts with the same packages and devices.")
             data = prepare_data(experiment, options.cache_dir, local_items)
             require_same_content(data, weights_sha256)
             task = make_checked_task(experiment, data)
             if options.dry_run:
-                print_forecast(experiment, network_words, data, task, options.cache_dir)
+                print_forecast(experiment, network_text, data, task, options.cache_dir)
                 return None
 
             record = Record(
                 experiment=experiment,
                 label=method_label(experiment, METHODS),
-                network=network_words,
+                network=network_text,
                 input=task.describe_input(),
                 unit=task.unit,
                 labels=data.dataset.labels,
@@ -159,7 +159,7 @@ def run(options: Options, command: str) -> Path | None:
                 extent=task.extent,
                 command=command,
                 begun=datetime.now().astimezone().isoformat(timespec="seconds"),
-                environment=environment_here,
+                environment=local_environment,
             )
             opened = Run(experiment, data, task, folder, options.cache_dir)
             with open_run(folder, record, data, early_log.buffer, resume=options.resume):
@@ -191,17 +191,17 @@ def require_same_content(data: PreparedData, weights_sha256: str) -> None:
     require_same(contents, "Use the same scans, masks, split and weights in all processes.")
 
 
-def print_forecast(experiment: Experiment, network_words: str, data: PreparedData, task: Task, cache_dir: Path) -> None:
+def print_forecast(experiment: Experiment, network_text: str, data: PreparedData, task: Task, cache_dir: Path) -> None:
     """Print the forecast of the run, or with --fold=all that of its first fold."""
     if experiment.fold == ALL_FOLDS:
         log.info("forecast of the first of %d folds; each takes as long, then all are tested together", FOLDS)
         data = data.for_fold("0", experiment)
-    forecast = forecast_run(experiment, network_words, data, task, cache_dir)
+    forecast = forecast_run(experiment, network_text, data, task, cache_dir)
     print(wrap(describe_forecast(forecast, experiment.name), indent=12 * " "))
 
 
 def train_and_test(run: Run) -> dict[str, Any] | None:
-    """Train and test one network, from where an earlier session stopped; return the test's summary in process 0."""
+    """Train one network, or resume its training, and test it; return the summary of the test in process 0."""
     run.task.save(run.folder)
     log_network_input(run.data, run.task)
     with on_host():

@@ -1,4 +1,4 @@
-"""Random patches of preprocessed volumes, as nnU-Net draws them: a third of each batch contains a structure.
+"""Random patches of preprocessed volumes, as nnU-Net draws them: about a third are centred on a structure.
 
 Reference code: nnunetv2 2.8.1, `nnUNetDataLoader`.
 """
