@@ -162,17 +162,17 @@ def run_experiment(name: str, options: Mapping[str, Any] | None = None) -> Path 
     from jaxla.cli.process import log_to_terminal
     from jaxla.experiments import EXPERIMENTS, METHODS
 
-    words = [f"--exp={name}"]
+    arguments = [f"--exp={name}"]
     for key, value in (options or {}).items():
         if key in ("resume", "dry-run", "shard-params"):  # flags, which take no value
-            words += [f"--{key}"] if value else []
+            arguments += [f"--{key}"] if value else []
         elif isinstance(value, list | tuple):
-            words.append(f"--{key}=[{','.join(map(str, value))}]")
+            arguments.append(f"--{key}=[{','.join(map(str, value))}]")
         else:
-            words.append(f"--{key}={str(value).lower() if isinstance(value, bool) else value}")
+            arguments.append(f"--{key}={str(value).lower() if isinstance(value, bool) else value}")
     log_to_terminal()
-    parsed = parse_experiment(words, EXPERIMENTS, METHODS)
-    return train.run(parsed, shlex.join(["python", "-m", "jaxla.train", *words]))
+    parsed = parse_experiment(arguments, EXPERIMENTS, METHODS)
+    return train.run(parsed, shlex.join(["python", "-m", "jaxla.train", *arguments]))
 
 
 def load_run(path: str | Path) -> TrainedRun:

@@ -130,15 +130,15 @@ def predict(options: Namespace, resume_command: str) -> None:
                 f"using its {training.checkpoint} epoch so far, {run.epoch}"
             )
         origin = Origin(options.run, run_id(record), run.epoch)
-        kept = set(find_kept({o.case: o.mask for o in outputs}, table, origin)) if options["continue"] else set()
-        kept = {o.case for o in outputs if o.case in kept and all(path.exists() for path in o.files)}
-        rows = describe_kept(local_items([o for o in outputs if o.case in kept]), record)
+        found = set(find_kept({o.case: o.mask for o in outputs}, table, origin)) if options["continue"] else set()
+        kept_cases = {o.case for o in outputs if o.case in found and all(path.exists() for path in o.files)}
+        rows = describe_kept(local_items([o for o in outputs if o.case in kept_cases]), record)
         barrier()  # no process writes while another one still reads which masks exist
         cases = [output.case for output in outputs]
         with mark_unfinished(table, origin, cases, options.overwrite), explain_stop(resume_command):
             if options["continue"] and is_first():
                 remove_leftovers(outputs)
-            rows |= segment_scans(run, [o for o in outputs if o.case not in kept])
+            rows |= segment_scans(run, [o for o in outputs if o.case not in kept_cases])
             write_table(table, outputs, columns, rows, origin)
 
 

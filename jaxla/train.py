@@ -285,7 +285,7 @@ def compute_features(run: Run, network: nnx.Module) -> Features | None:
 
     Otherwise return None: the whole network runs in every epoch. The record says which applies, and why.
     """
-    reason = run.task.why_not_cached(network)
+    reason = run.task.explain_uncached(network)
     features = None
     if not reason:
         with use_local_devices():

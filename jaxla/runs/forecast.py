@@ -137,7 +137,7 @@ def forecast_features(
     network: nnx.Module, data: PreparedData, task: Task, cache_dir: Path, volumes: Sequence[PreparedVolume]
 ) -> tuple[FeaturesForecast, Features | None]:
     """Forecast the features of volumes; also return stand-ins for the run's own, which take as long to train on."""
-    if task.why_not_cached(network):
+    if task.explain_uncached(network):
         return FeaturesForecast(), None
     with use_local_devices():
         cache = task.make_feature_cache(network, cache_dir)

@@ -193,7 +193,7 @@ class Task(ABC):
             memory_advice=self.memory_advice,
         )
 
-    def why_not_cached(self, network: nnx.Module) -> str:
+    def explain_uncached(self, network: nnx.Module) -> str:
         """Return a sentence that says why the whole network runs in every epoch; "" if features can be cached."""
         if self.model.backbone != "frozen":
             return "The whole network is trained, so all of it runs in every epoch."
