@@ -1,14 +1,16 @@
 """python -m benchmarks.correctness [--methods=…] [--size=…] [--output=FILE]: check this device's results.
 
-- Gradients of one training step of each method, in float32 at `highest` precision and in this device's preferred dtype,
-  against gradients that JAX computes on this machine's CPU, in a separate process, from the same parameters on the same
-  batch. Methods with windows use their two-pass gradient.
-- Attention in this device's variant, and its gradients, against XLA's attention in float32, for even and odd numbers of
-  tokens.
-- nnU-Net's logits against the golden files in tests/golden, which nnU-Net's own code computed.
+Compares
 
-Prints JSON: each relative L2 difference with its bound. Exits with 1 if any exceeds its bound. The bounds for gradients
-allow for rounding that moves activations across a ReLU's zero (see benchmarks.train_step).
+- the gradients of one training step of each method with those that JAX computes on this machine's CPU, in a separate
+  process, from the same parameters on the same batch: in float32 at `highest` precision, and in this device's preferred
+  dtype. Methods with windows use their two-pass gradient.
+- attention in this device's variant, and its gradients, with XLA's attention in float32, for even and odd numbers of
+  tokens.
+- nnU-Net's logits with the golden files in tests/golden, which nnU-Net's own code computed.
+
+Prints JSON: each relative L2 difference and its bound. Exits with 1 if a difference exceeds its bound. The bounds for
+gradients allow for rounding that moves activations across a ReLU's zero (see benchmarks.train_step).
 """
 
 import json

@@ -1,6 +1,6 @@
 """python -m benchmarks.few_patients --data.root=DIR: accuracy after training on few patients for a few minutes.
 
-For each number of training patients and each seed, these are compared on the same held-out patients:
+For each number of training patients and each seed, compares three methods on the same held-out patients:
 
 - `laptop`: `python -m jaxla.train --exp=laptop`, run in a separate process.
 - `monai`: MONAI's two-dimensional BasicUNet with its default widths, trained on slices of the same size and with the

@@ -1,8 +1,8 @@
 """python -m benchmarks.mesh [--arch=…] [--backbone=…] [--size=…] [--batch=…]: cost of a mesh of one device.
 
-Times one training step (loss, gradients, Adam) within a mesh of one device, as in every run, and without a mesh, in
-turn, from the same parameters on the same batch. Prints JSON: seconds per step (median and fastest) and the ratio of
-the medians. Checks first that both give the same loss, bit for bit.
+Times a training step (loss, gradients, Adam) in turn within a mesh of one device, as in every run, and without a mesh,
+from the same parameters on the same batch. Prints JSON: seconds per step (median and fastest) and the ratio of the
+medians. Before timing, checks that both steps give the same loss, bit for bit.
 """
 
 from contextlib import nullcontext

@@ -8,9 +8,9 @@ inference (`tests/parity` checks that their logits are equal), and are scored pe
 The two training runs differ only by rounding, which training amplifies: the losses of the first steps agree in all
 printed digits, and at the end losses and Dice differ by at most as much as between two seeds.
 
-Prints JSON: for both, the Dice over the structures of each test volume, its mean over the volumes, the mean loss of
-each epoch, and the median seconds per step; the difference between the mean Dice; and the largest difference between
-the losses in the first 50 steps, in all steps, and between the epoch means.
+Prints JSON: for both networks, the Dice of each test volume, averaged over the structures, the mean over these volumes,
+the mean loss of each epoch and the median seconds per step; the difference between the two mean Dice; and the largest
+difference between the losses in the first 50 steps, in all steps, and between their epoch means.
 """
 
 import logging

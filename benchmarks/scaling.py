@@ -7,7 +7,7 @@ JSON, in bytes per device:
 - `state_bytes`: the state (parameters and Adam's two moments), computed from `jaxla.distributed.SHARDED`
 - `argument_bytes`: the arguments of the compiled program, mostly the state, as reported by XLA
 - `temporary_bytes`: the temporary memory of the compiled program, mostly activations, as reported by XLA
-- `sent_bytes`: what a device sends per step
+- `sent_bytes`: the bytes that a device sends per step
 
 In a ring of N devices, each sends (N - 1) / N of an array's bytes for an all-gather, as many for a reduce-scatter, and
 twice as many for an all-reduce. `sent_bytes` is the minimum for this sharding: a compiler may use an all-reduce for
