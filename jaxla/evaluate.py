@@ -90,7 +90,7 @@ def main(arguments: list[str]) -> None:
     print(f"{plural(len(pairs), 'case')}; {summary['averaging']}; {summary['empty_rule']}")
     if options.empty == "skip":
         skipped = summary["skipped"]
-        print(f"left out: {skipped['units']} {options.unit}s, {skipped['rows']} rows of cases.csv")
+        print(f"skipped: {skipped['units']} {options.unit}s, {skipped['rows']} rows of cases.csv")
     print(f"written to {shlex.quote(str(output))}")
 
 
@@ -146,7 +146,7 @@ def match_cases(
             raise InputError(f"--cases={split}", problem, "Use the split and the references of the same data set.")
         referenced = {name: referenced[name] for name in test_cases}
         if ignored := predicted.keys() - referenced.keys():
-            log.info("--cases=%s: %s of other cases not scored", split, plural(len(ignored), "prediction"))
+            log.info("--cases=%s: %s of other cases ignored", split, plural(len(ignored), "prediction"))
             predicted = {name: path for name, path in predicted.items() if name in referenced}
 
     for role, partner, files, partners in (

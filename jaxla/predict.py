@@ -205,7 +205,7 @@ def check_scans(outputs: Sequence[Output], task: Task, record: Record, run: str)
     columns = {}
     slice_counts = []
     if not known.training and is_first():
-        log_progress(f"{run}: recorded nothing about its training scans; scans are not compared with them")
+        log_progress(f"{run}: the run did not record its training scans, so scans are not compared with them")
     for output in outputs:
         volume = read_image(output.scan)
         log_warnings(output.scan, volume.warnings)

@@ -194,7 +194,7 @@ def require_same_content(data: PreparedData, weights_sha256: str) -> None:
 def print_forecast(experiment: Experiment, network_text: str, data: PreparedData, task: Task, cache_dir: Path) -> None:
     """Print the forecast of the run, or with --fold=all that of its first fold."""
     if experiment.fold == ALL_FOLDS:
-        log.info("forecast of the first of %d folds; each takes as long, then all are tested together", FOLDS)
+        log.info("forecast of the first of %d folds; each fold takes as long; all are tested together", FOLDS)
         data = data.for_fold("0", experiment)
     forecast = forecast_run(experiment, network_text, data, task, cache_dir)
     print(wrap(describe_forecast(forecast, experiment.name), indent=12 * " "))

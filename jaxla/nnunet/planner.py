@@ -67,7 +67,7 @@ def check_plan(plan: Plan, name: str, volumes: Iterable[PreparedVolume], where: 
     if (np.maximum(found / expected, expected / found) > 2).any():
         found, expected = ("×".join(f"{side:g}" for side in sides) for sides in (found, expected))
         problem = f"the scans have {found} voxels (median) at the plan's spacing, but the plan was made for {expected}"
-        raise InputError(where, problem, "Use a plan of these data, or remove the option to make a new one.")
+        raise InputError(where, problem, "Use a plan made for these scans, or remove the option to make a new plan.")
 
 
 def warn_unless_mri(root: Path) -> None:
