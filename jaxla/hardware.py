@@ -20,7 +20,7 @@ from filelock import FileLock, Timeout
 
 from jaxla.config import InputError
 
-AMPERE = (8, 0)  # the first NVIDIA generation with bfloat16 products and cuDNN attention
+AMPERE = (8, 0)  # compute capability of the first NVIDIA GPUs with bfloat16 products and cuDNN attention
 
 # Containers and schedulers limit the memory of a process with control groups. Controller ("" in version 2) -> mount
 # point of its groups, and name of the file in each group that holds the limit.

@@ -147,7 +147,7 @@ def choose_spacing(spacings: np.ndarray, shapes: np.ndarray) -> np.ndarray:
 def _configure(
     spacing: np.ndarray, size: Sequence[float], batch_dice: bool, voxels: float, class_count: int, memory_gb: float
 ) -> Configuration:
-    """Plan patches and network for images of a spacing and a median size, with `voxels` in total."""
+    """Plan patches and network for images of a spacing and a median size; the data set has `voxels` in total."""
     axes = len(spacing)
     budget = MAX_ACTIVATIONS[axes] * (memory_gb / DEFAULT_MEMORY_GB)
     batch_size = REFERENCE_BATCH_SIZE[axes]

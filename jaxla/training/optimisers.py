@@ -67,7 +67,7 @@ class AverageState(NamedTuple):
 def average_parameters(decay: float, statistics: Any = None) -> optax.GradientTransformationExtraArgs:
     """Return the last part of an optimiser, which keeps an exponential running mean of the parameters in its state.
 
-    BatchNorm's statistics, first `statistics` and then an argument of each update, are averaged in the same way.
+    BatchNorm's statistics are averaged in the same way: the initial `statistics`, and those passed to each update.
     Step n, from 0, keeps at most (1 + n) / (10 + n) of the mean, so that initial parameters are soon forgotten
     (TensorFlow's `ExponentialMovingAverage` with `num_updates`).
     """
