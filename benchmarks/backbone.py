@@ -62,12 +62,12 @@ def main(arguments):
     if gpu:
         theirs = theirs.to("cuda", getattr(torch, dtype.name))
     channels_first = torch.from_numpy(images.transpose(0, 3, 1, 2).copy()).to(theirs.device, theirs.dtype)
-    on_device = jnp.asarray(images)
+    device_images = jnp.asarray(images)
 
     def run_ours():
-        return jax.block_until_ready(ours(on_device))
+        return jax.block_until_ready(ours(device_images))
 
-    def torch_run(model):
+    def make_torch_run(model):
         def run():
             with torch.inference_mode():
                 tokens = model(channels_first).last_hidden_state
@@ -77,9 +77,9 @@ def main(arguments):
 
         return run
 
-    runs = {"jaxla": run_ours, "torch": torch_run(theirs)}
+    runs = {"jaxla": run_ours, "torch": make_torch_run(theirs)}
     if gpu:
-        runs["torch.compile"] = torch_run(torch.compile(theirs))
+        runs["torch.compile"] = make_torch_run(torch.compile(theirs))
     first_call = {name: timed(run) for name, run in runs.items()}
     patches = runs["torch"]()[:, 1 + variant.registers :].float().cpu().numpy()
     difference = deviation(run_ours().patches.reshape(patches.shape), patches).relative_l2
@@ -93,8 +93,8 @@ def main(arguments):
     def forward(state, images):
         return nnx.merge(graph, state)(images)
 
-    program = jax.jit(forward).lower(state, on_device).compile()
-    operations = 2 * multiply_adds(forward, state, on_device)
+    program = jax.jit(forward).lower(state, device_images).compile()
+    operations = 2 * multiply_adds(forward, state, device_images)
     result = {
         **environment("jax", "flax", "torch", "transformers"),
         "arch": arch,

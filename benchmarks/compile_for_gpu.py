@@ -35,7 +35,7 @@ from tests.gpu import AMPERE, HOPPER, lowered_step, pretend_gpu, task_without_da
 
 PLAN = Path(__file__).parents[1] / "tests" / "golden" / "nnunet_plans" / "Hippocampus.json"
 SLICES = 40  # per volume
-DEVICES = {"h200": HOPPER, "a100": AMPERE}  # device, described to XLA in <device>.txtpb -> compute capability
+DEVICES = {"h200": HOPPER, "a100": AMPERE}  # device -> compute capability; <device>.txtpb describes it to XLA
 
 
 def main(arguments):
@@ -47,7 +47,7 @@ def main(arguments):
     parser.add_argument("--output", type=str, help="also write the rows to this file as JSON")
     options = parse_arguments(parser, arguments)
     require_folder(options.output)
-    # a short method differs only in its epochs and steps
+    # the `_short` methods are excluded: they differ from the full ones only in epochs and steps
     methods = {name: method for name, method in METHODS.items() if not name.endswith("_short")}
     if options.method != "all":
         methods = {options.method: lookup("--method", options.method, METHODS)}
@@ -66,9 +66,9 @@ def main(arguments):
 
 
 def target_device(name):
-    """Return one of the DEVICES, which JAX can compile for but not run on.
+    """Return the device with this name in DEVICES, for compilation only.
 
-    Changes JAX's lookup of platforms for the rest of the process.
+    Changes JAX's platform lookup for the rest of the process.
     """
     canonical = xla_bridge.canonicalize_platform
     try:

@@ -1,14 +1,16 @@
 """python -m benchmarks.correctness [--methods=…] [--size=…] [--output=FILE]: check this device's results.
 
-- Gradients of one training step of each method, in float32 at `highest` precision and in this device's preferred dtype,
-  against gradients that JAX computes on this machine's CPU, in a separate process, from the same parameters on the same
-  batch. Methods with windows use their two-pass gradient.
-- Attention in this device's variant, and its gradients, against XLA's attention in float32, for even and odd numbers of
-  tokens.
-- nnU-Net's logits against the golden files in tests/golden, which nnU-Net's own code computed.
+Compares
 
-Prints JSON: each relative L2 difference with its bound. Exits with 1 if any exceeds its bound. The bounds for gradients
-allow for rounding that moves activations across a ReLU's zero (see benchmarks.train_step).
+- the gradients of one training step of each method with those that JAX computes on this machine's CPU, in a separate
+  process, from the same parameters on the same batch: in float32 at `highest` precision, and in this device's preferred
+  dtype. Methods with windows use their two-pass gradient.
+- attention in this device's variant, and its gradients, with XLA's attention in float32, for even and odd numbers of
+  tokens.
+- nnU-Net's logits with the golden files in tests/golden, which nnU-Net's own code computed.
+
+Prints JSON: each relative L2 difference and its bound. Exits with 1 if a difference exceeds its bound. The bounds for
+gradients allow for rounding that moves activations across a ReLU's zero (see benchmarks.train_step).
 """
 
 import json
@@ -44,7 +46,7 @@ from tests.gpu import task_without_data
 from tests.parity.nnunet_reference import fill_nnunet
 from tests.tiny import TINY_PLAN, flat_state
 
-COMPARED = ["vit_mini8", "dinov2_vits14", "windows_dinov3_vits16", "unet", "nnunet_3d"]
+METHOD_NAMES = ["vit_mini8", "dinov2_vits14", "windows_dinov3_vits16", "unet", "nnunet_3d"]
 BATCH, SLICES, OUTPUTS = 2, 8, 3
 ATTENTION_SHAPES = [(4, 1024, 12, 64), (4, 1025, 12, 64), (2, 197, 6, 64)]  # [B, N, heads, D]
 MAX_ATTENTION_DIFFERENCE = {"float32": 1e-4, "bfloat16": 2e-2}  # relative L2
@@ -55,7 +57,7 @@ def main(arguments):
     parser = command_parser(
         "benchmarks.correctness", "Compare this device's results with the CPU's and nnU-Net's results."
     )
-    parser.add_argument("--methods", type=list[str], default=COMPARED, help="methods whose gradients are compared")
+    parser.add_argument("--methods", type=list[str], default=METHOD_NAMES, help="methods whose gradients are compared")
     parser.add_argument("--size", type=int, default=112, help="side of the square image in pixels")
     parser.add_argument("--reference", type=str, help="only write this device's float32 gradients to this folder")
     parser.add_argument("--output", type=str, help="also write the JSON to this file")

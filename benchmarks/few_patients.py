@@ -1,11 +1,11 @@
 """python -m benchmarks.few_patients --data.root=DIR: accuracy after training on few patients for a few minutes.
 
-For each number of training patients and each seed, these are compared on the same held-out patients:
+For each number of training patients and each seed, compares three methods on the same held-out patients:
 
 - `laptop`: `python -m jaxla.train --exp=laptop`, run in a separate process.
-- `monai`: MONAI's two-dimensional BasicUNet with its default widths, trained on slices with the size and the grey
-  values of `laptop`'s. The loss is MONAI's Dice and cross-entropy, the optimiser Adam with a learning rate of 0.001,
-  the batch size 16. The slices are not augmented. Like `laptop`, it keeps only the largest connected component.
+- `monai`: MONAI's two-dimensional BasicUNet with its default widths, trained on slices of the same size and with the
+  same grey values as for `laptop`, without augmentation. The loss is MONAI's Dice and cross-entropy, the optimiser Adam
+  with a learning rate of 0.001, the batch size 16. As in `laptop`, only the largest connected component is kept.
 - `atlas`: the mean training mask (`jaxla.evaluation.atlas`).
 
 `laptop` and `monai` train for the same number of minutes, not counting startup, compilation and testing. One patient is
@@ -49,22 +49,23 @@ POOL_SEED = 7  # draws the held-out patients
 
 
 def main(arguments):
-    parser = command_parser("benchmarks.few_patients", "train on few patients for a few minutes, here and in MONAI")
+    parser = command_parser("benchmarks.few_patients", "Train on few patients for a few minutes, with jaxla and MONAI.")
     parser.add_argument("--data.root", type=str, required=True, help="folder of scans with masks")
     parser.add_argument("--patients", type=list[int], default=[1, 4, 12], help="numbers of training patients")
-    parser.add_argument("--minutes", type=float, default=8, help="of each training")
-    parser.add_argument("--seeds", type=int, default=3, help="trainings for each number of patients")
+    parser.add_argument("--minutes", type=float, default=8, help="training time of each network")
+    parser.add_argument("--seeds", type=int, default=3, help="number of seeds for each number of patients")
     parser.add_argument("--output", type=str, default="", help="file for the JSON")
     options = parse_arguments(parser, arguments)
     require_folder(options.output)
-    root, most = options.data.root, max(options.patients)
+    root = options.data.root
+    most = max(options.patients)
     dataset = find_cases(root)
     ids = [case.id for case in dataset.cases]
     if len(dataset.labels.names) > 1:
         raise InputError(f"--data.root={root}", "has several structures", "Use scans with one structure.")
     if most + 2 > len(ids):
-        problem = f"{most} training patients, one for validation and one held out need more than {len(ids)}"
-        raise InputError(f"--patients={options.patients}", problem, "Use fewer.")
+        problem = f"needs {most + 2} scans ({most} for training, 1 for validation, 1 held out), but found {len(ids)}"
+        raise InputError(f"--patients={options.patients}", problem, "Use fewer patients.")
     ids = [ids[i] for i in np.random.default_rng(POOL_SEED).permutation(len(ids))]
     split = {"train": ids[:most], "val": ids[most : most + 1], "test": ids[most + 1 :]}
     result = {
@@ -81,15 +82,15 @@ def main(arguments):
         for count in options.patients:
             for seed in range(options.seeds):
                 data = Data(root=root, split=str(split_file), train_patients=count, subset_seed=seed)
-                scores = train_here(data, seed, options.minutes, Path(folder) / f"{count}_{seed}")
+                scores = train_laptop(data, seed, options.minutes, Path(folder) / f"{count}_{seed}")
                 scores["monai"] = train_monai(data, seed, options.minutes)
                 result["runs"].append({"patients": count, "seed": seed, **scores})
                 log.info("%d patients, seed %d: %s", count, seed, scores)
     print_result(result, options.output)
 
 
-def train_here(data, seed, minutes, folder):
-    """Run the command; return the scores of the network and of the atlas."""
+def train_laptop(data, seed, minutes, folder):
+    """Run `jaxla.train --exp=laptop` in `folder`; return the scores of the network and of the atlas."""
     values = {f"data.{name}": getattr(data, name) for name in ("root", "split", "train_patients", "subset_seed")}
     values |= {"seed": seed, "training.minutes": minutes, "run-dir": folder}
     words = [f"--{name}={value}" for name, value in values.items()]
@@ -110,11 +111,14 @@ def train_monai(data, seed, minutes):
     images = torch.from_numpy(np.stack([row["input"][..., 0] for row in rows])[:, None])
     masks = torch.from_numpy(np.stack([row["mask"] for row in rows])[:, None].astype(np.float32))
     torch.manual_seed(seed)
-    network, loss = BasicUNet(spatial_dims=2, in_channels=1, out_channels=1), DiceCELoss(sigmoid=True)
-    optimiser, draw = torch.optim.Adam(network.parameters(), LEARNING_RATE), np.random.default_rng(seed)
-    steps, end = 0, time.perf_counter() + 60 * minutes
+    network = BasicUNet(spatial_dims=2, in_channels=1, out_channels=1)
+    loss = DiceCELoss(sigmoid=True)
+    optimiser = torch.optim.Adam(network.parameters(), LEARNING_RATE)
+    rng = np.random.default_rng(seed)
+    steps = 0
+    end = time.perf_counter() + 60 * minutes
     while time.perf_counter() < end:
-        chosen = torch.from_numpy(draw.integers(0, len(images), BATCH_SIZE))
+        chosen = torch.from_numpy(rng.integers(0, len(images), BATCH_SIZE))
         optimiser.zero_grad()
         loss(network(images[chosen]), masks[chosen]).backward()
         optimiser.step()
@@ -134,8 +138,8 @@ def score(network, volume, names):
 
 
 def describe(rows):
-    dice, distance = ([row[name] for row in rows] for name in ("dice", "hd95_mm"))
-    return {"mean_dice": np.mean(dice), "worst_dice": np.min(dice), "mean_hd95_mm": np.mean(distance)}
+    dice, hd95 = ([row[name] for row in rows] for name in ("dice", "hd95_mm"))
+    return {"mean_dice": np.mean(dice), "worst_dice": np.min(dice), "mean_hd95_mm": np.mean(hd95)}
 
 
 if __name__ == "__main__":

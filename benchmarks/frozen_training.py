@@ -8,10 +8,12 @@ of the medians; first calls, which compile, are listed separately.
 
 This package reads slices and features from disk with its own loader; PyTorch holds the same arrays in memory (on a GPU,
 in GPU memory). `loader_seconds` is the time to read the cached epoch without training, `extraction_compute_seconds` the
-time of the backbone alone on slices in memory: the loader is not the bottleneck if the former is much shorter than the
-cached epoch and the latter almost as long as `features_once`. PyTorch runs the `transformers` model with
-scaled-dot-product attention, and the decoder in its fastest form: two memory formats, and on a GPU `torch.compile`.
-The losses of both decoders, with the same parameters on the same batch, are compared before timing.
+time of the backbone alone on slices in memory. The loader is not the bottleneck if `loader_seconds` is much shorter
+than the cached epoch, and `extraction_compute_seconds` almost as long as `features_once`.
+
+PyTorch runs the `transformers` model with scaled-dot-product attention, and the fastest variant of the decoder:
+channels last, channels first or, on a GPU, compiled with `torch.compile`. The losses of both decoders, with the same
+parameters on the same batch, are compared before timing.
 """
 
 import copy
@@ -55,8 +57,8 @@ from tests.parity.references import reference_of
 DEVICE = "cuda" if on_gpu() else "cpu"
 NETWORKS = {"transformer_segmenter": TransformerSegmenterOptions, "fusion": FusionOptions}
 MAX_LOSS_DIFFERENCE = {"float32": 1e-4, "bfloat16": 2e-2}  # relative
-MIN_SLICES = 20  # the fewest slices of a small phantom
-FORMS = ("channels last", "channels first")  # PyTorch's decoder; on a GPU also "compiled", in channels last
+MIN_SLICES = 20  # lowest number of slices in a small phantom
+TORCH_VARIANTS = ("channels last", "channels first")  # on a GPU also "compiled", with channels last
 
 
 def main(arguments):
@@ -64,14 +66,16 @@ def main(arguments):
     parser = command_parser(
         "benchmarks.frozen_training", "Time training on a frozen backbone, with jaxla and with PyTorch."
     )
-    parser.add_argument("--network", type=Literal["transformer_segmenter", "fusion"], default="transformer_segmenter")
-    parser.add_argument("--arch", type=str, default="dinov2_vits14")
+    networks = "`transformer_segmenter` of paper 1, or `fusion` of paper 2"
+    choices = Literal["transformer_segmenter", "fusion"]
+    parser.add_argument("--network", type=choices, default="transformer_segmenter", help=networks)
+    parser.add_argument("--arch", type=str, default="dinov2_vits14", help="backbone, a vision transformer")
     parser.add_argument("--size", type=int, default=224, help="side of the square image in pixels")
     parser.add_argument("--slices", type=int, default=16, help="slices per epoch, a multiple of the batch size")
-    parser.add_argument("--batch", type=int, default=4)
+    parser.add_argument("--batch", type=int, default=4, help="slices per step")
     parser.add_argument("--data", type=str, default="phantom", help="folder of scans (default: small phantoms)")
     parser.add_argument("--output", type=str, help="also write the JSON to this file")
-    parser.add_argument("--epochs", type=int, default=3, help="timed epochs of each kind")
+    parser.add_argument("--epochs", type=int, default=3, help="timed epochs, both cached and uncached")
     options = parse_arguments(parser, arguments)
     model = NETWORKS[options.network](options.arch, weights="random", backbone="frozen").resolve()
     model.check_size("--size", options.size)
@@ -120,9 +124,9 @@ def measure(task, folder, options):
         "jaxla": {"features": timed(partial(extract_only, 1))},
         "torch": {"features": timed(lambda: synchronize(backbone(images[:BATCH])))},
     }
-    once = compare(time_in_turn({"jaxla": our_features, "torch": torch_features}, options.epochs))
+    feature_timing = compare(time_in_turn({"jaxla": our_features, "torch": torch_features}, options.epochs))
     arrays = cache.features(volumes)
-    features = Features({volume.id: array for volume, array in zip(volumes, arrays, strict=True)}, network.READS_IMAGES)
+    features = Features({volume.id: array for volume, array in zip(volumes, arrays, strict=True)}, network.reads_images)
     cached = SliceSource(volumes, task.canvas, arrays, features.with_images)
     decoder_inputs = load_arrays(cached)[0].astype(np.float32)
     torch_arrays = (
@@ -138,38 +142,38 @@ def measure(task, folder, options):
     if not difference <= MAX_LOSS_DIFFERENCE[jax.numpy.dtype(compute_dtype()).name]:
         sys.exit(f"the losses of the two decoders have a relative difference of {difference:.1e}; nothing was timed")
 
-    form_seconds = time_forms(decoder, torch_arrays, options.batch)
-    form = min(form_seconds, key=form_seconds.get)
+    variant_seconds = time_variants(decoder, torch_arrays, options.batch)
+    torch_variant = min(variant_seconds, key=variant_seconds.get)
     epochs = {}
     our_uncached = OurTraining(task, network, uncached)
     for mode, ours, torch_backbone in (("cached", our_cached, None), ("uncached", our_uncached, backbone)):
-        theirs = TorchTraining(torch_backbone, decoder, *torch_arrays, options.batch, form)
-        sides = {"jaxla": ours, "torch": theirs}
-        for name, training in sides.items():
+        theirs = TorchTraining(torch_backbone, decoder, *torch_arrays, options.batch, torch_variant)
+        trainings = {"jaxla": ours, "torch": theirs}
+        for name, training in trainings.items():
             first_call[name][mode] = timed(partial(training.steps, 1))
-        runs = {name: partial(training.steps, options.slices // options.batch) for name, training in sides.items()}
+        runs = {name: partial(training.steps, options.slices // options.batch) for name, training in trainings.items()}
         epochs[mode] = compare(time_in_turn(runs, options.epochs))
         ours.batches.close()
     return {
-        "torch_memory_format": form,
-        "torch_step_seconds_by_format": form_seconds,
+        "torch_variant": torch_variant,
+        "torch_step_seconds_by_variant": variant_seconds,
         "relative_loss_difference": difference,
         "first_call_seconds": first_call,
-        "features_once": once,
+        "features_once": feature_timing,
         "extraction_compute_seconds": timed(partial(extract_only, -(-options.slices // BATCH))),
         "loader_seconds": timed(partial(read_epoch, cached, options)),
         "epoch": epochs,
     }
 
 
-def time_forms(decoder, arrays, batch):
-    """Return the seconds per PyTorch step on cached features in each form."""
-    form_seconds = {}
-    for form in (*FORMS, *(["compiled"] if on_gpu() else [])):
-        trial = TorchTraining(None, decoder, *arrays, batch, form)
+def time_variants(decoder, arrays, batch):
+    """Return the seconds per PyTorch step on cached features with each variant of the decoder."""
+    variant_seconds = {}
+    for variant in (*TORCH_VARIANTS, *(["compiled"] if on_gpu() else [])):
+        trial = TorchTraining(None, decoder, *arrays, batch, variant)
         trial.steps(1)
-        form_seconds[form] = timed(partial(trial.steps, 2)) / 2
-    return form_seconds
+        variant_seconds[variant] = timed(partial(trial.steps, 2)) / 2
+    return variant_seconds
 
 
 def read_epoch(source, options):
@@ -222,11 +226,11 @@ class OurTraining:
 class TorchTraining:
     """The same steps in PyTorch on arrays in memory: images if there is a backbone, otherwise features."""
 
-    def __init__(self, backbone, decoder, features, images, masks, batch, form):
+    def __init__(self, backbone, decoder, features, images, masks, batch, variant):
         self.backbone, self.features, self.images, self.masks, self.batch = backbone, features, images, masks, batch
-        self.memory_format = torch.contiguous_format if form == "channels first" else torch.channels_last
+        self.memory_format = torch.contiguous_format if variant == "channels first" else torch.channels_last
         decoder = decoder.to(DEVICE, memory_format=self.memory_format).train()
-        self.decoder = torch.compile(decoder) if form == "compiled" else decoder
+        self.decoder = torch.compile(decoder) if variant == "compiled" else decoder
         self.is_fusion = isinstance(decoder, ReferenceFusionDecoder)
         self.optimiser = torch.optim.Adam(decoder.parameters(), lr=BackboneTraining().learning_rate)
         self.order = []

@@ -3,8 +3,8 @@
 Runs the STAGES, the most valuable first, each in a separate process with its own time limit, until the minutes are used
 up. A stage that fails or hangs does not stop the next one. Each stage writes `DIR/<stage>.json` as soon as it finishes;
 its output goes to `DIR/<stage>.log`, and `DIR/stages.json` records how each stage ended. `--tiny` runs all stages with
-small networks, to test them on any machine. Exits with 1 if a stage failed or was stopped, with
-`--tiny` also if one was not started.
+small networks, to test them on any machine. Exits with 1 if a stage failed or was stopped; with `--tiny`, also if a
+stage was not started.
 """
 
 import contextlib
@@ -113,8 +113,8 @@ def main(arguments):
         stages = [stage._replace(options=stage.tiny, seconds=TINY_SECONDS) for stage in stages]
     stages = [stage._replace(options=stage.options.format(data=data)) for stage in stages]
     outcomes = run_stages(stages, options.output.absolute(), 60 * options.minutes, options.tiny)
-    bad = ("failed", "stopped", "not started") if options.tiny else ("failed", "stopped")
-    if any(outcome["status"] in bad for outcome in outcomes):
+    failures = ("failed", "stopped", "not started") if options.tiny else ("failed", "stopped")
+    if any(outcome["status"] in failures for outcome in outcomes):
         sys.exit(1)
 
 

@@ -3,10 +3,10 @@
 #
 #   benchmarks/gpu.sh pack FOLDER [DATA]   on this machine: put the working tree, wheels and scans into FOLDER (< 64 MiB)
 #   bash FOLDER/run.sh OUTPUT [options]    on the GPU machine, with a copy of FOLDER: write OUTPUT/results.tar.gz
-#   benchmarks/gpu.sh unpack FILE          on this machine: put the results into benchmarks/results/, render the tables
+#   benchmarks/gpu.sh unpack FILE          on this machine: put the results into benchmarks/results/, update the tables
 #
-# The GPU machine needs Python 3.12 with jax, torch and transformers for its GPU. Set PYTHON to use another command than
-# python3, PYTHON_VERSION to pack wheels for another version. The options are those of `python -m benchmarks.gpu`.
+# The GPU machine needs Python 3.12 with jax, torch and transformers for its GPU. Set PYTHON to use a command other than
+# python3, and PYTHON_VERSION to pack wheels for another version. The options are those of `python -m benchmarks.gpu`.
 set -euo pipefail
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 python=${PYTHON:-python3}

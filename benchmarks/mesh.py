@@ -1,8 +1,8 @@
 """python -m benchmarks.mesh [--arch=…] [--backbone=…] [--size=…] [--batch=…]: cost of a mesh of one device.
 
-Times one training step (loss, gradients, Adam) within a mesh of one device, as in every run, and without a mesh, in
-turn, from the same parameters on the same batch. Prints JSON: seconds per step (median and fastest) and the ratio of
-the medians. Checks first that both give the same loss, bit for bit.
+Times a training step (loss, gradients, Adam) in turn within a mesh of one device, as in every run, and without a mesh,
+from the same parameters on the same batch. Prints JSON: seconds per step (median and fastest) and the ratio of the
+medians. Before timing, checks that both steps give the same loss, bit for bit.
 """
 
 from contextlib import nullcontext
@@ -25,9 +25,10 @@ from jaxla.training.trainer import Trainer
 def main(arguments):
     parser = command_parser("benchmarks.mesh", "Time a training step with a mesh of one device and without a mesh.")
     parser.add_argument("--arch", type=str, default="vit_mini8", help="a vision transformer")
-    parser.add_argument("--backbone", type=Literal["frozen", "finetuned"], default="finetuned")
+    backbone = "`frozen` trains only the decoder"
+    parser.add_argument("--backbone", type=Literal["frozen", "finetuned"], default="finetuned", help=backbone)
     parser.add_argument("--size", type=int, default=96, help="side of the square image in pixels")
-    parser.add_argument("--batch", type=int, default=4)
+    parser.add_argument("--batch", type=int, default=4, help="slices per step")
     parser.add_argument("--repeats", type=int, default=31, help="timed steps with and without the mesh")
     options = parse_arguments(parser, arguments)
     arch = HUB_SPELLINGS.get(options.arch, options.arch)

@@ -8,9 +8,9 @@ inference (`tests/parity` checks that their logits are equal), and are scored pe
 The two training runs differ only by rounding, which training amplifies: the losses of the first steps agree in all
 printed digits, and at the end losses and Dice differ by at most as much as between two seeds.
 
-Prints JSON: the mean foreground Dice per test volume of both and their difference, the loss of both in each epoch, the
-largest differences between the losses (`losses_apart`: in the first 50 steps, in all steps, and of epoch means), and
-the seconds per step.
+Prints JSON: for both networks, the Dice of each test volume, averaged over the structures, the mean over these volumes,
+the mean loss of each epoch and the median seconds per step; the difference between the two mean Dice; and the largest
+difference between the losses in the first 50 steps, in all steps, and between their epoch means.
 """
 
 import logging
@@ -53,15 +53,16 @@ def main(arguments):
     data = prepare_data(experiment, options.cache_dir)
     names = data.dataset.labels.names
     if len(names) < 2:
-        problem = f"only {names[0]}, for which this package's network has one output but PyTorch's has two"
+        problem = f"the only class is {names[0]}, for which jaxla's network has one output and PyTorch's has two"
         raise InputError("--data.labels", problem, "Use a data set with several structures.")
     task = make_task(experiment, data)
     network = task.build_network()
-    sides = {"torch": TorchTraining(task, network)}
-    sides = {"jaxla": OurTraining(task, network)} | sides  # built second: its steps donate the parameters' buffers
-    losses, seconds = train(sides, task, task.make_sources(data, options.cache_dir).train)
+    torch_training = TorchTraining(task, network)
+    our_training = OurTraining(task, network)  # built second: its steps donate the parameters' buffers
+    trainings = {"jaxla": our_training, "torch": torch_training}
+    losses, seconds = train(trainings, task, task.make_sources(data, options.cache_dir).train)
 
-    dice = {name: score_test_cases(task, side.network(), data) for name, side in sides.items()}
+    dice = {name: score_test_cases(task, training.network(), data) for name, training in trainings.items()}
     mean = {name: float(np.mean(list(cases.values()))) for name, cases in dice.items()}
     by_epoch = {name: np.reshape(values, (-1, task.recipe.steps)).mean(1) for name, values in losses.items()}
     difference = np.abs(np.subtract(losses["jaxla"], losses["torch"]))
@@ -76,31 +77,32 @@ def main(arguments):
         "dice": mean,
         "dice_difference": mean["jaxla"] - mean["torch"],
         "dice_by_case": dice,
-        "losses_apart": {
-            "most_in_the_first_50_steps": float(difference[:50].max()),
-            "most": float(difference.max()),
-            "most_of_an_epoch's_mean": float(np.abs(by_epoch["jaxla"] - by_epoch["torch"]).max()),
+        "max_loss_difference": {
+            "first_50_steps": float(difference[:50].max()),
+            "all_steps": float(difference.max()),
+            "epoch_means": float(np.abs(by_epoch["jaxla"] - by_epoch["torch"]).max()),
         },
         "loss_by_epoch": {name: values.tolist() for name, values in by_epoch.items()},
-        "median_seconds_of_a_step": {name: float(np.median(values)) for name, values in seconds.items()},
+        "median_step_seconds": {name: float(np.median(values)) for name, values in seconds.items()},
     }
     print_result(result)
 
 
-def train(sides, task, source):
-    """Train both sides on the same augmented patches; return the loss and the seconds of each step, by side."""
+def train(trainings, task, source):
+    """Train both networks on the same augmented patches; return the loss and the seconds of each step, by name."""
     recipe, seed = task.recipe, task.experiment.seed
     augment = jax.jit(task.augment)
     key = jax.random.key(seed)
-    losses, seconds = {name: [] for name in sides}, {name: [] for name in sides}
+    losses = {name: [] for name in trainings}
+    seconds = {name: [] for name in trainings}
     with closing(training_batches(source, task.batch_size, seed)) as batches:
         for epoch in range(recipe.epochs):
             for step in range(epoch * recipe.steps, (epoch + 1) * recipe.steps):
                 batch, step_key = next(batches), jax.random.fold_in(key, step)
                 images, mask = (np.asarray(array) for array in augment(step_key, batch["input"], batch["mask"]))
-                for name, side in sides.items():
+                for name, training in trainings.items():
                     began = time.perf_counter()
-                    losses[name].append(side.step(images, mask, step))
+                    losses[name].append(training.step(images, mask, step))
                     seconds[name].append(time.perf_counter() - began)
             epoch_losses = [f"{np.mean(values[-recipe.steps :]):.4f} {name}" for name, values in losses.items()]
             log.info("epoch %d/%d: loss %s", epoch + 1, recipe.epochs, ", ".join(epoch_losses))

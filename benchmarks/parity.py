@@ -2,7 +2,7 @@
 
 Prints one row for each golden file in tests/golden, which the authors' own code computed, and rows at 448 pixels and
 more, whose reference is computed during the benchmark: the `transformers` model with the same parameters and the
-authors' position grid. Both sides compute in float32 (ours at `highest` matmul precision) with synthetic weights,
+authors' position grid. Both models compute in float32 (ours at `highest` matmul precision) with synthetic weights,
 written as the authors' checkpoint and converted by `python -m convert_weights`. The last column is the lowest cosine
 similarity between our tokens in bfloat16, which GPUs use, and in float32.
 
@@ -35,7 +35,7 @@ from tests.golden.errors import (
 from tests.golden.fake_weights import fake_image
 from tests.golden.live import live_model, live_tokens
 
-MAX_SMALL_WIDTH = 768  # up to which a CPU runs an architecture at full size within minutes
+MAX_SMALL_WIDTH = 768  # width of the largest architecture that a CPU runs at full size within minutes
 ROUNDING = "PyTorch's own float32"
 COLUMNS = (
     "architecture", "image", "reference", "max abs", "relative L2", f"{ROUNDING}: max abs", f"{ROUNDING}: relative L2",
@@ -92,13 +92,15 @@ def measure(arch, live_sizes):
 
     vit = golden_backbone(arch)
     model = live_model(vit)
-    in_float32, errors, cosines = {}, {}, {}
+    float32_tokens, errors, cosines = {}, {}, {}
     with jax.default_matmul_precision("highest"):
         for size in sizes:
             images = fake_image(*size).transpose(0, 2, 3, 1)
-            in_float32[size] = live_tokens(model, images)
-            golden = size in files
-            array_errors = golden_errors(vit, files[size]) if golden else live_errors(vit, images, *in_float32[size])
+            float32_tokens[size] = live_tokens(model, images)
+            if size in files:
+                array_errors = golden_errors(vit, files[size])
+            else:
+                array_errors = live_errors(vit, images, *float32_tokens[size])
             errors[size] = worst(array_errors.values())
             cosines[size] = lowest_bfloat16_cosine(vit, images)
 
@@ -106,7 +108,7 @@ def measure(arch, live_sizes):
     model = model.double()
     for size in sizes:
         tokens, block_tokens = live_tokens(model, fake_image(*size).transpose(0, 2, 3, 1))
-        rounded, rounded_block_tokens = in_float32[size]
+        rounded, rounded_block_tokens = float32_tokens[size]
         rounding = worst([deviation(rounded, tokens), *map(deviation, rounded_block_tokens, block_tokens)])
         source = (arch, f"{size[0]}×{size[1]}", "authors' code" if size in files else "`transformers`")
         yield dict(zip(COLUMNS, (*source, *errors[size], *rounding, cosines[size]), strict=True))

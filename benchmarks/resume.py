@@ -27,7 +27,7 @@ from tests.tiny import flat_arrays
 from tests.training.resume_driver import make_trainer
 from tests.training.scans import disc_scans
 
-MAX_FACTOR = 10  # times the difference between two uninterrupted runs
+MAX_FACTOR = 10  # allowed difference, relative to the difference between two uninterrupted runs
 
 
 def main(arguments):

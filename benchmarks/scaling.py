@@ -4,10 +4,10 @@ Compiles one training step of a fine-tuned backbone with paper 1's decoder for 1
 share a batch, in float32, with replicated and with sharded parameters. Runs nothing and allocates no arrays. Prints
 JSON, in bytes per device:
 
-- `held_bytes_by_table`: the state (parameters and Adam's two moments), computed from `jaxla.distributed.SHARDED`
-- `held_bytes_by_program`: the arguments of the compiled program, mostly the state
-- `other_bytes_by_program`: the temporary memory of the compiled program, mostly activations
-- `sent_bytes`: what a device sends per step
+- `state_bytes`: the state (parameters and Adam's two moments), computed from `jaxla.distributed.SHARDED`
+- `argument_bytes`: the arguments of the compiled program, mostly the state, as reported by XLA
+- `temporary_bytes`: the temporary memory of the compiled program, mostly activations, as reported by XLA
+- `sent_bytes`: the bytes that a device sends per step
 
 In a ring of N devices, each sends (N - 1) / N of an array's bytes for an all-gather, as many for a reduce-scatter, and
 twice as many for an all-reduce. `sent_bytes` is the minimum for this sharding: a compiler may use an all-reduce for
@@ -68,9 +68,9 @@ def measure_step(model, options, devices, shard_params):
 
         trainable, frozen, state = map(shard, (parts.trainable, parts.frozen, moments))
         images = (options.batch, options.size, options.size)
-        rows = NamedSharding(mesh, BATCH)
+        batch_sharding = NamedSharding(mesh, BATCH)
         arrays = {"input": ((*images, 1), np.float32), "mask": (images, np.uint8), "weight": (images[:1], np.float32)}
-        inputs = {name: jax.ShapeDtypeStruct(*array, sharding=rows) for name, array in arrays.items()}
+        inputs = {name: jax.ShapeDtypeStruct(*array, sharding=batch_sharding) for name, array in arrays.items()}
         step = make_step(make_gradient(parts.training), optimiser)
         key, rates = jax.random.key(0), make_rates(recipe, 1)(0)
         memory = step.lower(trainable, frozen, state, inputs, key, rates).compile().memory_analysis()
@@ -80,9 +80,9 @@ def measure_step(model, options, devices, shard_params):
         replicated = sum(4 * leaf.size for leaf in leaves) - sharded
         ring = (devices - 1) / devices
         return {
-            "held_bytes_by_table": 3 * (replicated + sharded // devices),
-            "held_bytes_by_program": memory.argument_size_in_bytes,
-            "other_bytes_by_program": memory.temp_size_in_bytes,
+            "state_bytes": 3 * (replicated + sharded // devices),
+            "argument_bytes": memory.argument_size_in_bytes,
+            "temporary_bytes": memory.temp_size_in_bytes,
             # The forward and the backward pass gather sharded parameters; their gradients are reduce-scattered.
             "sent_bytes": round(ring * (2 * replicated + 3 * sharded)),
         }

@@ -24,7 +24,7 @@ ROOT = Path(__file__).parents[1]
 RESULTS, PAGE = ROOT / "benchmarks" / "results", ROOT / "docs" / "benchmarks.md"
 TABLE = re.compile(r"(?<=<!-- table: )(\w+)( -->\n).*?(?=<!-- end of table -->)", re.DOTALL)
 SPEED_COLUMNS = ("stage", "jaxla", "PyTorch's fastest", "PyTorch / jaxla", "memory: jaxla", "PyTorch", "of the peak")
-NONE = "–"
+NO_VALUE = "–"
 
 
 def main(arguments):
@@ -111,16 +111,16 @@ def device_tables(folder):
 
 def speed_rows(name, result, peak):
     """Return the rows of a result for the table of speeds."""
-    peak_fraction = f"{result['tflops']['jaxla'] / peak:.0%}" if peak and name.startswith("backbone") else NONE
+    peak_fraction = f"{result['tflops']['jaxla'] / peak:.0%}" if peak and name.startswith("backbone") else NO_VALUE
     memory = [result.get("jaxla_program_bytes", result.get("jaxla_peak_bytes")), result.get("torch_peak_bytes")]
-    memory = [format_bytes(value) if value else NONE for value in memory]
+    memory = [format_bytes(value) if value else NO_VALUE for value in memory]
     if "epoch" in result:
         timings = {"features": result["features_once"]}
         timings |= {f"{mode} epoch": timing for mode, timing in result["epoch"].items()}
     elif "windows" in result:
         last = result["windows"][-1]
-        seconds = {"jaxla": "two passes", "torch": "torch two passes"}
-        seconds = {side: last["median_seconds"][mode] for side, mode in seconds.items()}
+        modes = {"jaxla": "two passes", "torch": "torch two passes"}
+        seconds = {name: last["median_seconds"][mode] for name, mode in modes.items()}
         timings = {f"{last['windows']} windows": {"median_seconds": seconds}}
     elif "median_seconds" in result:
         timings = {"": result}
@@ -140,13 +140,13 @@ def check_rows(name, result):
     """Return the rows of a result for the table of checks."""
     if name.startswith("parity"):
         error, cosine = COLUMNS[4], COLUMNS[-1]
-        names = "{architecture}, {image}: tokens in float32; in bfloat16, lowest cosine {cosine:.5f}"
+        template = "{architecture}, {image}: tokens in float32; in bfloat16, lowest cosine {cosine:.5f}"
         return [
-            [names.format(**row, cosine=row[cosine]), format_value(row[error]), f"{BOUND.relative_l2:g}"]
+            [template.format(**row, cosine=row[cosine]), format_value(row[error]), f"{BOUND.relative_l2:g}"]
             for row in result["rows"]
         ]
     if name == "resume":
-        return [[key, format_value(value), NONE] for key, value in result["relative_l2_from_uninterrupted"].items()]
+        return [[key, format_value(value), NO_VALUE] for key, value in result["relative_l2_from_uninterrupted"].items()]
     checks = result.get("checks", {})
     return [[key, format_value(check["relative_l2"]), f"{check['bound']:g}"] for key, check in checks.items()]
 
@@ -167,7 +167,7 @@ def read_json(path):
     return json.loads(path.read_text(encoding="utf-8"))
 
 
-TABLES = {"exactness": parity_table, "gpu": gpu_tables}
+TABLES = {"parity": parity_table, "gpu": gpu_tables}
 
 if __name__ == "__main__":
     run_command(main)

@@ -36,17 +36,18 @@ def time_steps(steps, repeats):
     """Time training steps in turn, as `time_in_turn` does, each after an untimed step.
 
     Returns:
-        The lists of seconds by name, and the lists of bytes by which the process grew, by name; 0 except on Linux.
+        Seconds: name -> list. Increase of the process's peak memory in bytes: name -> list; zeros except on Linux.
     """
-    seconds, grown = {name: [] for name in steps}, {name: [] for name in steps}
+    seconds = {name: [] for name in steps}
+    memory_growth = {name: [] for name in steps}
     for _ in range(repeats):
         for name, step in steps.items():
             time.sleep(PAUSE_SECONDS)
             step()  # warms the caches and reclaims memory
             before = peak_memory(reset=True)
             seconds[name].append(timed(step))
-            grown[name].append(peak_memory() - before if before else 0)
-    return seconds, grown
+            memory_growth[name].append(peak_memory() - before if before else 0)
+    return seconds, memory_growth
 
 
 def peak_memory(reset=False):

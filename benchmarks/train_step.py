@@ -15,9 +15,10 @@ each other (rounding flips ReLUs and the positions of maxima, and a deep network
 but never by more than `MAX_TOLERANCE`. `tests/parity` compares them in float64, where they agree to 1e-13.
 
 Prints JSON: seconds per step (median and fastest), slices per second, PyTorch's median divided by this package's for
-each form of PyTorch (above 1: this package is faster) and for the fastest form, the difference between the gradients,
-and on Linux how much the process grew during a step. Before each timed step, a pause lets the other implementation's
-threads go idle, and an untimed step warms the caches, as the previous step does in training.
+each PyTorch variant (channels first, channels last, compiled; above 1: this package is faster) and for the fastest one,
+the difference between the gradients, and on Linux the increase of the process's peak memory during a step. Before each
+timed step, a pause lets the other implementation's threads go idle, and an untimed step warms the caches, as the
+previous step does in training.
 """
 
 import copy
@@ -57,7 +58,7 @@ from tests.tiny import flat_state
 
 CONVOLUTIONAL = ("unet", "attention_unet", "resnet50_unet", "resnet152_unet", "segnet", "nnunet_2d", "nnunet_3d")
 TRANSFORMERS = ("vit_mini8", "dinov2_vits14", "dinov2_vitb14", "dinov2_vitl14", "dinov2_vitg14")
-MEASURED = (*CONVOLUTIONAL, *TRANSFORMERS)
+TIMED_METHODS = (*CONVOLUTIONAL, *TRANSFORMERS)
 PLAN = Path(__file__).parents[1] / "tests" / "golden" / "nnunet_plans" / "Hippocampus.json"
 CLASSES = 3  # for nnU-Net: background and the two structures of the hippocampus
 LEARNING_RATE = 1e-4
@@ -68,14 +69,14 @@ MAX_TOLERANCE = 0.3  # even if PyTorch's two layouts differ by more; for ResNet-
 def main(arguments):
     parser = command_parser("benchmarks.train_step", "Time a training step with jaxla and with PyTorch.")
     add = parser.add_argument
-    add("--method", type=str, default="unet", help=f"one of {', '.join(MEASURED)}")
+    add("--method", type=str, default="unet", help=f"one of {', '.join(TIMED_METHODS)}")
     add("--size", type=int, default=320, help="side of the square image in pixels; nnU-Net ignores it")
     add("--batch", type=int | None, default=None, help="batch size (default: 4, or the plan's)")
     add("--plan", type=str, default=str(PLAN), help="nnU-Net plan (default: the plan of the Decathlon hippocampus)")
     add("--repeats", type=int, default=5, help="timed steps of each implementation")
     add("--output", type=str, help="also write the JSON to this file")
     options = parse_arguments(parser, arguments)
-    method = lookup("--method", options.method, {name: METHODS[name] for name in MEASURED})
+    method = lookup("--method", options.method, {name: METHODS[name] for name in TIMED_METHODS})
     if min(4 if options.batch is None else options.batch, options.repeats) < 1:
         raise InputError("--batch and --repeats", "must be at least 1", "Choose larger numbers.")
 
@@ -83,7 +84,7 @@ def main(arguments):
     task, steps = make_steps(method, options)
     dtype = jnp.dtype(compute_dtype())
     difference, torch_difference = compare_gradients(steps, MAX_DIFFERENCE[dtype.name])
-    seconds, grown = time_steps(steps, options.repeats + 1)  # the first is not counted
+    seconds, memory_growth = time_steps(steps, options.repeats + 1)  # the first is not counted
     timing = compare({name: times[1:] for name, times in seconds.items()})
     size = task.input_shape(1)[:-1]
     batch = task.batch_size
@@ -96,11 +97,13 @@ def main(arguments):
         "dtype": dtype.name,
         "repeats": options.repeats,
         "gradient_relative_l2": difference,
-        "gradient_relative_l2_of_torch": torch_difference,
+        "torch_gradient_relative_l2": torch_difference,
         **timing,
         "fastest_torch_over_jaxla": min(timing["torch_over_jaxla"].values()),
         "slices_per_second": {name: slices / median for name, median in timing["median_seconds"].items()},
-        "grown_bytes": {name: max(values[1:]) if all(values[1:]) else None for name, values in grown.items()},
+        "memory_growth_bytes": {
+            name: max(values[1:]) if all(values[1:]) else None for name, values in memory_growth.items()
+        },
         "jaxla_program_bytes": steps["jaxla"].bytes,
     }
     if on_gpu():
@@ -126,13 +129,13 @@ def make_slice_steps(method, options):
         torch_images = (images - np.float32(IMAGENET_MEAN)) / np.float32(IMAGENET_DEVIATION)
     if options.method in TRANSFORMERS:
         module = TorchSegmenter(network, (options.size, options.size))
-        to_torch_names = partial(segmenter_as_theirs, network, module.backbone)
+        to_torch = partial(segmenter_to_torch, network, module.backbone)
     else:
-        module, to_torch_names = reference_of(network), partial(as_theirs, network)
+        module, to_torch = reference_of(network), partial(as_theirs, network)
     parts = TorchParts(module, binary_cross_entropy, partial(torch.optim.Adam, lr=LEARNING_RATE))
     # PyTorch's steps are built first, because our step donates the buffers of the network's parameters.
     torch_steps = make_torch_steps(parts, torch_images, mask)
-    return task, {"jaxla": Step(task, network, images, mask, to_torch_names), **torch_steps}
+    return task, {"jaxla": Step(task, network, images, mask, to_torch), **torch_steps}
 
 
 def make_patch_steps(method, options):
@@ -144,13 +147,13 @@ def make_patch_steps(method, options):
         changed = replace(method, training=recipe, augmentation=PatchAugmentation(is_augmented))
         return PatchTask(Experiment(method.name, method.summary, Data(), changed), CLASSES, plan)
 
-    task, augmented = make_task(False), make_task(True)
+    task, augmented_task = make_task(False), make_task(True)
     network, configuration, size = task.build_network(), task.configuration, task.configuration.patch_size
     rng = np.random.default_rng(0)
     images = rng.standard_normal((task.batch_size, *size, 1), np.float32)
     mask = rng.integers(0, CLASSES, images.shape[:-1]).astype(np.int8)
-    large = rng.standard_normal((task.batch_size, *initial_patch_size(size), 1), np.float32)
-    large_mask = rng.integers(-1, CLASSES, large.shape[:-1]).astype(np.int8)
+    large_images = rng.standard_normal((task.batch_size, *initial_patch_size(size), 1), np.float32)
+    large_mask = rng.integers(-1, CLASSES, large_images.shape[:-1]).astype(np.int8)
     parts = TorchParts(
         nnunet_reference_of(configuration, network),
         lambda logits, mask: their_loss([level.float() for level in logits], mask, configuration.batch_dice),
@@ -158,17 +161,17 @@ def make_patch_steps(method, options):
         MAX_GRADIENT_NORM,
     )
     torch_steps = make_torch_steps(parts, images, mask)
-    to_torch_names = partial(nnunet_as_theirs, configuration)
+    to_torch = partial(nnunet_as_theirs, configuration)
     return task, {
-        "jaxla": Step(task, network, images, mask, to_torch_names),
-        "jaxla augmented": Step(augmented, augmented.build_network(), large, large_mask, to_torch_names),
+        "jaxla": Step(task, network, images, mask, to_torch),
+        "jaxla augmented": Step(augmented_task, augmented_task.build_network(), large_images, large_mask, to_torch),
         **torch_steps,
     }
 
 
 def make_torch_steps(parts, images, mask):
-    forms = ("channels first", "channels last", *(["compiled"] if on_gpu() else []))
-    return {f"torch {form}": TorchStep(parts, images, mask, form) for form in forms}
+    variants = ("channels first", "channels last", *(["compiled"] if on_gpu() else []))
+    return {f"torch {variant}": TorchStep(parts, images, mask, variant) for variant in variants}
 
 
 def compare_gradients(steps, max_difference):
@@ -195,14 +198,14 @@ def relative_l2(gradients, reference):
 class Step:
     """This package's training step; a call takes one step and returns the loss."""
 
-    def __init__(self, task, network, images, mask, to_torch_names):
+    def __init__(self, task, network, images, mask, to_torch):
         self.trainer = task.make_trainer(network, ArraySource(images, mask))
-        self.to_torch_names = to_torch_names
+        self.to_torch = to_torch
         self.batch = {"input": images, "mask": mask, "weight": np.ones(len(images), np.float32)}
         self.bytes = self.trainer.compile(self.batch)
 
     def gradients(self):
-        return self.to_torch_names(self.trainer.gradients(self.batch)[1])
+        return self.to_torch(self.trainer.gradients(self.batch)[1])
 
     def __call__(self):
         return float(self.trainer.step(self.batch, 0))
@@ -223,7 +226,7 @@ class TorchSegmenter(torch.nn.Module):
         return self.decoder(tokens.unflatten(1, (side, side)).permute(0, 3, 1, 2))
 
 
-def segmenter_as_theirs(network, model, gradients):
+def segmenter_to_torch(network, model, gradients):
     """Return gradients of our network as arrays, by their names in `TorchSegmenter`."""
     gradients = nnx.to_pure_dict(gradients)
     backbone, decoder = (nnx.State(gradients[name]) for name in ("backbone", "decoder"))
@@ -249,17 +252,17 @@ def binary_cross_entropy(logits, mask):
 class TorchStep:
     """PyTorch's training step; a call takes one step and returns the loss."""
 
-    def __init__(self, parts, images, mask, form):
+    def __init__(self, parts, images, mask, variant):
         torch.set_num_threads(os.cpu_count())
         self.device = device = "cuda" if on_gpu() else "cpu"
-        last = torch.channels_last if images.ndim == 4 else torch.channels_last_3d
-        layout = torch.contiguous_format if form == "channels first" else last
+        channels_last = torch.channels_last if images.ndim == 4 else torch.channels_last_3d
+        layout = torch.contiguous_format if variant == "channels first" else channels_last
         module = copy.deepcopy(parts.module).to(device, memory_format=layout).train()
         images = torch.from_numpy(np.moveaxis(images, -1, 1).copy())
         self.images = images.to(device).contiguous(memory_format=layout)
         self.mask = torch.from_numpy(mask).to(device)
         self.module, self.parts = module, parts
-        self.run = torch.compile(module) if form == "compiled" else module
+        self.run = torch.compile(module) if variant == "compiled" else module
         self.optimiser = parts.optimiser(module.parameters())
 
     def loss(self):

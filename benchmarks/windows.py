@@ -1,13 +1,13 @@
 """python -m benchmarks.windows: memory and time of a training step on volumes, by the number of windows.
 
 All windows have the same size, so volumes grow with the number of windows. Computes the gradient of one loss on the
-volume (Dice and cross-entropy) with respect to the decoder's parameters from given features, in float32 on CPU and in
-bfloat16 on a GPU: with this package in two passes over the windows, and of all windows at once ("one graph"), and with
-PyTorch in the same two modes from the same parameters. The four gradients are compared before timing.
+volume (Dice and cross-entropy) with respect to the decoder's parameters, from given features, in float32 on CPU and in
+bfloat16 on a GPU. This package and PyTorch compute it from the same parameters in two modes: in two passes over the
+windows ("two passes"), and for all windows at once ("one graph"). The four gradients are compared before timing.
 
 Prints JSON. `bytes` are the temporaries of XLA's program, without arguments (parameters, features, masks) and results
-(gradients): the decoder's activations, the assembled logits, the loss and its derivative. `grown_bytes` is how much
-the process grew during a step. It is omitted for PyTorch, which keeps freed memory for reuse.
+(gradients): the decoder's activations, the assembled logits, the loss and its derivative. `memory_growth_bytes` is the
+increase of the process's peak memory during a step. It is omitted for PyTorch, which keeps freed memory for reuse.
 """
 
 import os
@@ -36,7 +36,7 @@ from jaxla.training.step import make_gradient, split_network
 from jaxla.training.two_pass import make_two_pass_gradient
 from tests.parity.references import as_theirs, reference_of
 
-WINDOWED = {name: method for name, method in METHODS.items() if isinstance(method.model, WindowOptions)}
+WINDOW_METHODS = {name: method for name, method in METHODS.items() if isinstance(method.model, WindowOptions)}
 MODES = {"two passes": make_two_pass_gradient, "one graph": make_gradient}
 LOSS = per_volume(partial(dice_cross_entropy, batch_dice=True))
 # Relative L2 from PyTorch's gradients, with room for rounding that moves activations across a ReLU's zero.
@@ -47,7 +47,7 @@ KEY = jax.random.key(0)
 def main(arguments):
     parser = command_parser("benchmarks.windows", "Measure memory and time of a step by the number of windows.")
     add = parser.add_argument
-    add("--method", type=str, default="windows_dinov3_vits16", help=f"one of {', '.join(WINDOWED)}")
+    add("--method", type=str, default="windows_dinov3_vits16", help=f"one of {', '.join(WINDOW_METHODS)}")
     add("--size", type=int, default=224, help="side of the square slices in pixels")
     add("--slices", type=int, default=8, help="slices per window")
     add("--windows", type=tuple[int, ...], default=(1, 2, 4, 8), help="numbers of windows along the slice axis")
@@ -55,7 +55,7 @@ def main(arguments):
     add("--repeats", type=int, default=3, help="timed steps of each implementation")
     add("--output", type=str, help="also write the JSON to this file")
     options = parse_arguments(parser, arguments)
-    model = lookup("--method", options.method, WINDOWED).model
+    model = lookup("--method", options.method, WINDOW_METHODS).model
     if min(options.slices, options.repeats, options.size, options.batch, *options.windows) < 1:
         where = "--slices, --size, --windows, --batch and --repeats"
         raise InputError(where, "must be at least 1", "Choose larger numbers.")
@@ -69,11 +69,11 @@ def main(arguments):
         **environment("jax", "flax", "torch"),
         "method": options.method,
         "size": options.size,
-        "slices_of_a_window": options.slices,
+        "slices_per_window": options.slices,
         "batch": options.batch,
         "repeats": options.repeats,
         "windows": rows,
-        "bytes_of_last_over_first": {mode: rows[-1]["bytes"][mode] / rows[0]["bytes"][mode] for mode in MODES},
+        "bytes_last_over_first": {mode: rows[-1]["bytes"][mode] / rows[0]["bytes"][mode] for mode in MODES},
     }
     print_result(result, options.output)
 
@@ -95,10 +95,11 @@ def measure(decoder, slice_shape, count, options):
         for mode, make in MODES.items()
     }
     theirs = {f"torch {mode}": TorchGradient(decoder, features, mask, count, mode) for mode in MODES}
-    sides = {mode: partial(run_program, program, parts, batch) for mode, program in programs.items()} | theirs
+    ours = {mode: partial(run_program, program, parts, batch) for mode, program in programs.items()}
+    runs = ours | theirs
 
-    gradients = {mode: as_theirs(decoder, decoder_gradients(side())) for mode, side in sides.items() if mode in MODES}
-    gradients |= {mode: side() for mode, side in theirs.items()}
+    gradients = {mode: as_theirs(decoder, decoder_gradients(run())) for mode, run in ours.items()}
+    gradients |= {mode: run() for mode, run in theirs.items()}
     reference = gradients["torch one graph"]
     for mode, gradient in gradients.items():
         error = relative_l2(gradient, reference)
@@ -106,15 +107,15 @@ def measure(decoder, slice_shape, count, options):
             sys.exit(f"{count} windows: gradients of {mode} differ from PyTorch's by {error:.1e}; nothing was timed")
     difference = relative_l2(gradients["two passes"], gradients["one graph"])
 
-    seconds, grown = time_steps(sides, options.repeats)
+    seconds, memory_growth = time_steps(runs, options.repeats)
     timing = median_and_fastest(seconds)
     medians = timing["median_seconds"]
     return {
         "windows": count,
         "slices": depth,
-        "gradient_relative_l2_of_two_passes": difference,
+        "two_passes_gradient_relative_l2": difference,
         "bytes": {mode: program.memory_analysis().temp_size_in_bytes for mode, program in programs.items()},
-        "grown_bytes": {mode: max(grown[mode]) for mode in MODES},
+        "memory_growth_bytes": {mode: max(memory_growth[mode]) for mode in MODES},
         **timing,
         "torch_over_jaxla": {mode: medians[f"torch {mode}"] / medians[mode] for mode in MODES},
     }

@@ -31,7 +31,7 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("--force", action="store_true", help="replace an existing output")
     parser.add_argument("--verify", action="store_true", help="check the output and run its network on one image")
     parser.add_argument(
-        "--to-torch", action="store_true", help="convert a converted --source back into a .pth --output"
+        "--to-torch", action="store_true", help="convert a converted file, --source, back into a .pth file, --output"
     )
     options = parse_arguments(parser, arguments)
 

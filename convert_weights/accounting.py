@@ -13,7 +13,7 @@ from convert_weights.architectures import RELEASED, Architecture, architecture_r
 from convert_weights.checkpoint import SHARD, Checkpoint
 from convert_weights.huggingface import hub_name, hub_shapes, to_authors
 from convert_weights.layout import Row
-from convert_weights.tensors import Tensor, summarize
+from convert_weights.tensors import Tensor, join_first
 from jaxla.config import InputError
 from jaxla.models.backbones import TRANSFORMERS
 
@@ -23,7 +23,7 @@ AUTHORS, HUGGING_FACE = "authors' layout", "Hugging Face's layout"
 MAX_FAULT_FRACTION = 0.1
 
 
-class Reading(NamedTuple):
+class Comparison(NamedTuple):
     """A checkpoint compared with one architecture in one layout."""
 
     arch: str
@@ -32,7 +32,7 @@ class Reading(NamedTuple):
     expected: Mapping[str, Row]
 
     def missing(self) -> list[str]:
-        """Return the missing tensors; an optional one counts only if another of its group is present."""
+        """Return the missing tensors; an optional tensor counts only if another one of its group is present."""
         groups = {_group(name) for name, row in self.expected.items() if row.optional and name in self.tensors}
         lacking = {name: row for name, row in self.expected.items() if name not in self.tensors}
         return [name for name, row in lacking.items() if not row.optional or _group(name) in groups]
@@ -50,12 +50,12 @@ class Reading(NamedTuple):
     def describe_faults(self) -> str:
         faults = []
         if names := self.missing():
-            faults.append(f"{len(names)} of {len(self.expected)} tensors missing ({summarize(names)})")
+            faults.append(f"{len(names)} of {len(self.expected)} tensors missing ({join_first(names)})")
         if names := self.unexpected():
-            faults.append(f"{len(names)} unexpected ({summarize(names)})")
+            faults.append(f"{len(names)} unexpected ({join_first(names)})")
         if names := self.misshapen():
             shapes = (f"{name}: {self.tensors[name].shape}, expected {self.expected[name].shape}" for name in names)
-            faults.append(f"{len(names)} with the wrong shape ({summarize(shapes)})")
+            faults.append(f"{len(names)} with the wrong shape ({join_first(shapes)})")
         return ", ".join(faults)
 
 
@@ -67,11 +67,11 @@ def identify_tensors(checkpoint: Checkpoint, architecture: Architecture) -> tupl
             or dtype; or copies of the same tensor differ.
     """
     arch, rows = architecture.name, architecture.rows
-    readings = list(_readings(checkpoint))
+    comparisons = list(_compare_all(checkpoint))
     if arch not in RELEASED:
-        readings.append(_authors_reading(checkpoint, arch, rows))
-    best = min(readings, key=Reading.fault_count)
-    requested = min((reading for reading in readings if reading.arch == arch), key=Reading.fault_count)
+        comparisons.append(_compare_in_authors_layout(checkpoint, arch, rows))
+    best = min(comparisons, key=Comparison.fault_count)
+    requested = min((comparison for comparison in comparisons if comparison.arch == arch), key=Comparison.fault_count)
     if not requested.fault_count():
         _require_dtypes(checkpoint, requested)
         _require_equal_copies(checkpoint, rows)
@@ -84,7 +84,7 @@ def identify_tensors(checkpoint: Checkpoint, architecture: Architecture) -> tupl
     _report_faults(checkpoint.path, requested, best)
 
 
-def _report_faults(path: Path, requested: Reading, best: Reading) -> NoReturn:
+def _report_faults(path: Path, requested: Comparison, best: Comparison) -> NoReturn:
     """Raise the InputError for a checkpoint that fits no architecture."""
     if SHARD.search(path.name):
         fix = "This is one of several shards. Pass the *.index.json that lists all of them"
@@ -104,28 +104,28 @@ def _require_no_prefix(checkpoint: Checkpoint) -> None:
     prefix = os.path.commonprefix(list(checkpoint.tensors))  # noqa: RUF071  (names, not paths)
     prefix = prefix[: prefix.rfind(".") + 1]
     tensors = {name.removeprefix(prefix): tensor for name, tensor in checkpoint.tensors.items()}
-    best = min(_readings(checkpoint._replace(tensors=tensors)), key=Reading.fault_count)
+    best = min(_compare_all(checkpoint._replace(tensors=tensors)), key=Comparison.fault_count)
     if not best.fault_count():
         code = f"{{name.removeprefix({prefix!r}): tensor for name, tensor in state.items()}}"
         problem = f"contains {best.arch} ({best.layout}), but all names begin with {prefix!r}"
         raise InputError(checkpoint.path, problem, f"Save its state dict without this prefix: `{code}`.")
 
 
-def _readings(checkpoint: Checkpoint) -> Iterator[Reading]:
+def _compare_all(checkpoint: Checkpoint) -> Iterator[Comparison]:
     """Compare a checkpoint with every released architecture in every layout."""
     hub_tensors = {hub_name(name): tensor for name, tensor in checkpoint.tensors.items()}
     for arch in RELEASED:
         rows = architecture_rows(arch)
-        yield _authors_reading(checkpoint, arch, rows)
+        yield _compare_in_authors_layout(checkpoint, arch, rows)
         if arch not in TRANSFORMERS or len(hub_tensors) < len(checkpoint.tensors):
             continue
         shapes = hub_shapes(rows, hub_tensors).items()
         expected = {name: Row(name, shape, "", optional=optional) for name, (shape, optional) in shapes}
-        yield Reading(arch, HUGGING_FACE, hub_tensors, expected)
+        yield Comparison(arch, HUGGING_FACE, hub_tensors, expected)
 
 
-def _authors_reading(checkpoint: Checkpoint, arch: str, rows: Sequence[Row]) -> Reading:
-    return Reading(arch, AUTHORS, checkpoint.tensors, {row.theirs: row for row in rows})
+def _compare_in_authors_layout(checkpoint: Checkpoint, arch: str, rows: Sequence[Row]) -> Comparison:
+    return Comparison(arch, AUTHORS, checkpoint.tensors, {row.theirs: row for row in rows})
 
 
 def _group(name: str) -> str:
@@ -134,15 +134,15 @@ def _group(name: str) -> str:
     return kind if kind == "num_batches_tracked" else module
 
 
-def _require_dtypes(checkpoint: Checkpoint, reading: Reading) -> None:
-    found = {name: reading.tensors[name].dtype for name in reading.expected if name in reading.tensors}
+def _require_dtypes(checkpoint: Checkpoint, comparison: Comparison) -> None:
+    found = {name: comparison.tensors[name].dtype for name in comparison.expected if name in comparison.tensors}
     wrong = [
-        f"{name}: {dtype}, expected {' or '.join(reading.expected[name].dtypes)}"
+        f"{name}: {dtype}, expected {' or '.join(comparison.expected[name].dtypes)}"
         for name, dtype in found.items()
-        if dtype not in reading.expected[name].dtypes
+        if dtype not in comparison.expected[name].dtypes
     ]
     if wrong:
-        problem = f"wrong dtype in {len(wrong)} of {len(found)} tensors ({summarize(wrong)})"
+        problem = f"wrong dtype in {len(wrong)} of {len(found)} tensors ({join_first(wrong)})"
         fix = "Use the file as it was released: a rounded copy does not give the authors' numbers."
         raise InputError(checkpoint.path, problem, fix)
 

@@ -21,7 +21,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from tqdm import tqdm
 
-from convert_weights.tensors import Tensor, require_finite, summarize
+from convert_weights.tensors import Tensor, join_first, require_finite
 from convert_weights.torch_file import open_torch_file, require_archive_checksums
 from jaxla.cli.files import report_os_errors
 from jaxla.cli.terminal import plural
@@ -30,7 +30,7 @@ from jaxla.models.weights_format import FORMAT
 
 log = logging.getLogger("jaxla.convert_weights")
 
-# Hugging Face's file names of shards. A file "-00001-of-00001" is complete, so it is not a shard.
+# Matches Hugging Face's names of shards, except "-00001-of-00001", which is a complete checkpoint.
 SHARD = re.compile(r"-\d+-of-(?!0*1\.)\d+\.")
 
 # Every Hugging Face repository uses these names; the index of shards has `.index.json` appended.
@@ -55,7 +55,7 @@ def open_checkpoint(path: Path, state_dict_key: str = "") -> Checkpoint:
         state_dict_key: key of the state dict in a PyTorch file that contains more; a plain state dict is also accepted.
 
     Raises:
-        InputError: the file is missing, damaged, incomplete or not a checkpoint, or it would run code, or needs torch.
+        InputError: the file is missing, damaged or incomplete, is not a checkpoint, would run code, or needs torch.
     """
     path = find_checkpoint(path)
     if _file_kind(path) == "index":
@@ -105,14 +105,14 @@ def _find_in_folder(folder: Path) -> Path:
         problem = "contains no checkpoint (*.safetensors, *.pth, *.bin or their *.index.json)"
         raise InputError(where, problem, "Pass the folder or file of a checkpoint.")
     if shards := [path.name for path in found if SHARD.search(path.name)]:
-        problem = f"contains shards ({summarize(shards)}) without their *.index.json"
+        problem = f"contains shards ({join_first(shards)}) without their *.index.json"
         raise InputError(where, problem, "Download the index too, or pass a checkpoint that is a single file.")
     if sorted(path.name.removesuffix(".index.json") for path in found) == HUGGING_FACE_FILES:
         used, ignored = sorted(found)  # the same weights in two formats
         log.info("%s: using %s, ignoring %s", folder, used.name, ignored.name)
         return used
     if len(found) > 1:
-        names = summarize(path.name for path in found)
+        names = join_first(path.name for path in found)
         raise InputError(where, f"contains {len(found)} checkpoints ({names})", "Pass one of these files.")
     return found[0]
 
@@ -139,17 +139,17 @@ def _open_shards(index: Path) -> Checkpoint:
     shard_names = _read_index(index)
     files = [index.parent / name for name in sorted(set(shard_names.values()))]
     if missing := [file.name for file in files if not os.path.isfile(file)]:
-        problem = f"lacks {len(missing)} of its {len(files)} shards ({summarize(missing)})"
+        problem = f"lacks {len(missing)} of its {len(files)} shards ({join_first(missing)})"
         raise InputError(index, problem, f"Download them into {index.parent}.")
     tensors: dict[str, Tensor] = {}
     for file in files:
         found = _open_file(file)
         expected = {name for name, shard in shard_names.items() if shard == file.name}
         if missing := sorted(expected - set(found)):
-            problem = f"lacks {plural(len(missing), 'tensor')} that {index.name} lists ({summarize(missing)})"
+            problem = f"lacks {plural(len(missing), 'tensor')} that {index.name} lists ({join_first(missing)})"
             raise InputError(file, problem, "Download both files again.")
         if extra := sorted(set(found) - expected):
-            problem = f"contains {plural(len(extra), 'tensor')} that {index.name} does not list ({summarize(extra)})"
+            problem = f"contains {plural(len(extra), 'tensor')} that {index.name} does not list ({join_first(extra)})"
             raise InputError(file, problem, "Download both files again.")
         tensors |= found
     return Checkpoint(index, tuple(files), tensors)

@@ -21,7 +21,7 @@ from convert_weights.checkpoint import (
     require_not_source,
 )
 from convert_weights.layout import to_ours
-from convert_weights.tensors import Tensor, summarize
+from convert_weights.tensors import Tensor, join_first
 from jaxla.models.weights_format import UNUSED_PREFIX, StreamedArray, require_free_space, save_weights
 
 log = logging.getLogger("jaxla.convert_weights")
@@ -59,10 +59,10 @@ def _log_peculiarities(architecture: Architecture, path: Path, layout: str, tens
     rows = architecture.rows
     if unused := [row.theirs for row in rows if row.theirs in tensors and row.ours.startswith(UNUSED_PREFIX)]:
         count = f" ({len(unused)} in all)" if len(unused) > 3 else ""
-        log.info("%s: kept, although no forward pass uses it: %s%s", path, summarize(unused), count)
+        log.info("%s: kept, although no forward pass uses it: %s%s", path, join_first(unused), count)
     classifier = [row.theirs for row in rows if row.theirs.startswith(("fc.", "classifier."))]
     if classifier and not set(classifier) & set(tensors):
-        log.info("%s: contains no classifier (%s); --to-torch will not write one", path, summarize(classifier))
+        log.info("%s: contains no classifier (%s); --to-torch will not write one", path, join_first(classifier))
     if layout == HUGGING_FACE and "rope_embed.periods" in tensors:
         log.info(
             "%s: contains no rotary periods; they are computed by Hugging Face's formula. The authors' .pth contains "
@@ -72,7 +72,7 @@ def _log_peculiarities(architecture: Architecture, path: Path, layout: str, tens
 
 
 def _source_name(path: Path) -> str:
-    """Return the file's name, after its folder's name if every Hugging Face repository has a file of that name."""
+    """Return the file's name; with its folder's name in front if all Hugging Face repositories use this file name."""
     if path.name.removesuffix(".index.json") in HUGGING_FACE_FILES:
         return f"{Path(os.path.abspath(path)).parent.name}/{path.name}"
     return path.name

@@ -28,7 +28,7 @@ class Row(NamedTuple):
     axes: tuple[int, ...] = ()  # the permutation of the authors' axes that gives ours; empty keeps their order
     theirs_index: Index = ...  # the part of the authors' tensor that this row maps
     ours_index: Index = ...  # where this part goes in our parameter, or in one block of it
-    block: int | None = None  # which block of a parameter that stacks all blocks along its first axis
+    block: int | None = None  # index of the block in a parameter that stacks all blocks along its first axis
     dtypes: tuple[str, ...] = ("float32",)  # the dtypes that the authors' tensor may have
     optional: bool = False
     copy_of: str = ""  # name of the tensor that this one duplicates; both must be equal
@@ -64,7 +64,7 @@ def batch_norm(theirs: str, ours: str, width: int) -> list[Row]:
 
 
 def unused(theirs: str, shape: tuple[int, ...], dtype: str = "float32") -> Row:
-    """Return the row of a tensor that no forward pass uses: it is kept unchanged if the checkpoint has it."""
+    """Return the row of a tensor that no forward pass uses; if the checkpoint has it, it is kept unchanged."""
     return Row(theirs, shape, f"{UNUSED_PREFIX}{theirs}", dtypes=(dtype,), optional=True)
 
 

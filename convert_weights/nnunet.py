@@ -30,7 +30,7 @@ def nnunet_rows(configuration: Configuration, outputs: int) -> list[Row]:
     decoder = [_copy(row, f"decoder.{row.theirs}") for row in down]
     join, up, logits = [], [], []
     for i, level in enumerate(reversed(range(configuration.n_stages - 1))):
-        below, features = configuration.features_per_stage[level + 1], configuration.features_per_stage[level]
+        coarser, features = configuration.features_per_stage[level + 1], configuration.features_per_stage[level]
         inputs = 2 * features
         for j in range(configuration.n_conv_per_stage_decoder[i]):
             unit = f"decoder.stages.{i}.convs.{j}"
@@ -38,7 +38,7 @@ def nnunet_rows(configuration: Configuration, outputs: int) -> list[Row]:
             inputs = features
         strides = configuration.strides[level + 1]
         axes = (0, *range(2, 2 + len(strides)), 1)  # PyTorch's kernel is [in, out, *size], ours [in, *size, out]
-        up.append(Row(f"decoder.transpconvs.{i}.weight", (below, features, *strides), f"up.{i}.kernel", axes))
+        up.append(Row(f"decoder.transpconvs.{i}.weight", (coarser, features, *strides), f"up.{i}.kernel", axes))
         up.append(Row(f"decoder.transpconvs.{i}.bias", (features,), f"up.{i}.bias"))
         ones = (1,) * len(strides)
         logits += convolution(f"decoder.seg_layers.{i}", f"logits.{i}", features, outputs, ones, bias=True)

@@ -26,7 +26,7 @@ def require_finite(path: Path, name: str, array: np.ndarray) -> np.ndarray:
     return array
 
 
-def summarize(names: Iterable[str]) -> str:
-    """Return the first three names as text, with `…` if there are more."""
-    names = list(names)
-    return ", ".join(names[:3]) + (", …" if len(names) > 3 else "")
+def join_first(items: Iterable[str]) -> str:
+    """Return the first three items as text, with `…` if there are more."""
+    items = list(items)
+    return ", ".join(items[:3]) + (", …" if len(items) > 3 else "")

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from convert_weights.tensors import Tensor, require_finite, summarize
+from convert_weights.tensors import Tensor, join_first, require_finite
 from jaxla.config import InputError
 
 if TYPE_CHECKING:
@@ -26,7 +26,7 @@ _NUMPY_NUMBERS = [
     (np._core.multiarray.scalar, "numpy.core.multiarray.scalar"),
     (np._core.multiarray.scalar, "numpy._core.multiarray.scalar"),
     np.dtype,
-    *(type(np.dtype(kind)) for kind in ("f8", "f4", "f2", "i8", "i4", "?")),
+    *(type(np.dtype(code)) for code in ("f8", "f4", "f2", "i8", "i4", "?")),
     codecs.encode,
 ]
 
@@ -89,7 +89,7 @@ def _require_state_dict(path: Path, state: object, tensor_type: type) -> None:
             code = f"torch.save(torch.load({str(path)!r}, weights_only=True)[{key!r}], 'new.pth')"
             raise InputError(path, f"not a state dict, but contains one under {key!r}", f"Save only this: `{code}`.")
     if unexpected:
-        problem = f"not a state dict (names mapped to tensors): contains {summarize(map(repr, unexpected))}"
+        problem = f"not a state dict (names mapped to tensors): contains {join_first(map(repr, unexpected))}"
         raise InputError(path, problem, USE_RELEASED_FILE)
 
 

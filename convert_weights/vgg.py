@@ -8,8 +8,8 @@ from __future__ import annotations
 from convert_weights.layout import Row, batch_norm, convolution, unused
 from jaxla.models.backbones.vgg import Variant
 
-# The classifier, which the encoder does not use: layer index -> width; pixels that the first layer reads.
-CLASSIFIER_WIDTHS, CLASSIFIER_PIXELS = {0: 4096, 3: 4096, 6: 1000}, 7 * 7
+CLASSIFIER_WIDTHS = {0: 4096, 3: 4096, 6: 1000}  # index of each linear layer -> width; the encoder does not use them
+CLASSIFIER_PIXELS = 7 * 7  # size of the map that the first of these layers reads
 
 
 def vgg_rows(variant: Variant) -> list[Row]:

@@ -1,8 +1,8 @@
 """Paper 3: from 2D DINOv3 features to 3D segmentation (Usman, Khan, Qasim Syed; arXiv 2602.23962), and its ablations.
 
 A frozen DINOv3, a depth embedding, a light 3D decoder that runs window by window, and one loss on the whole volume,
-whose gradient is computed in two passes. The paper segments the hippocampus of neonatal brains (ALBERT). What it leaves
-open, such as the recipe and the decoder, is this package's choice (docs/paper3.md).
+whose gradient is computed in two passes. The paper segments the hippocampus of neonatal brains (ALBERT). The recipe
+and the details of the decoder, which it leaves open, are this package's choice (docs/paper3.md).
 
 Command:   python -m jaxla.train --exp=paper3_hippocampus --method=windows_vit_mini8 --data.root=Task04_Hippocampus
 Time:      13 minutes on two busy CPU cores. Methods on a frozen DINOv3 or DINOv2: not measured.

@@ -46,7 +46,7 @@ __all__ = [
 
 
 def load_backbone(path: str | Path, dtype: jnp.dtype | None = None) -> Backbone:
-    """Return the backbone in a file that `convert_weights` wrote; the file names its architecture.
+    """Load a backbone from a file that `convert_weights` wrote, which states the architecture.
 
     The backbone takes images [B, H, W, 3] float32, ImageNet-normalised. A vision transformer, for which H and W are
     multiples of the patch size, returns `cls` [B, C], `registers` [B, R, C] and `patches` [B, h, w, C] after the final
@@ -59,7 +59,7 @@ def load_backbone(path: str | Path, dtype: jnp.dtype | None = None) -> Backbone:
             Parameters stay float32.
 
     Raises:
-        InputError: the file is missing, truncated, or does not hold the parameters of its architecture. Only
+        InputError: the file is missing or truncated, or its parameters are not those of its architecture. Only
             `convert_weights --verify` detects changed values.
     """
     from jaxla.hardware import require_float32
@@ -78,8 +78,8 @@ def build_network(
 ) -> nnx.Module:
     """Return the untrained network of a method, in evaluation mode: images [B, H, W, C] -> logits [B, H, W, K].
 
-    All networks take C = 1, grey values in 0..1; `unet_small` takes a slice between its two neighbours, C = 3. Networks
-    with a pretrained backbone also take C = 3, ImageNet-normalised.
+    All networks take C = 1, grey values in 0..1, except `unet_small`, which takes C = 3: a slice between its two
+    neighbours. Networks with a pretrained backbone also take C = 3, ImageNet-normalised.
     The `windows_` methods take whole volumes [B, D, H, W, C], with slices from head to foot, right to left or front to
     back. `nnunet_3d` takes [B, D, H, W, 1]. The input of nnU-Net is normalised to mean 0 and standard deviation 1.
 
@@ -162,24 +162,24 @@ def run_experiment(name: str, options: Mapping[str, Any] | None = None) -> Path 
     from jaxla.cli.process import log_to_terminal
     from jaxla.experiments import EXPERIMENTS, METHODS
 
-    words = [f"--exp={name}"]
+    arguments = [f"--exp={name}"]
     for key, value in (options or {}).items():
         if key in ("resume", "dry-run", "shard-params"):  # flags, which take no value
-            words += [f"--{key}"] if value else []
+            arguments += [f"--{key}"] if value else []
         elif isinstance(value, list | tuple):
-            words.append(f"--{key}=[{','.join(map(str, value))}]")
+            arguments.append(f"--{key}=[{','.join(map(str, value))}]")
         else:
-            words.append(f"--{key}={str(value).lower() if isinstance(value, bool) else value}")
+            arguments.append(f"--{key}={str(value).lower() if isinstance(value, bool) else value}")
     log_to_terminal()
-    parsed = parse_experiment(words, EXPERIMENTS, METHODS)
-    return train.run(parsed, shlex.join(["python", "-m", "jaxla.train", *words]))
+    parsed = parse_experiment(arguments, EXPERIMENTS, METHODS)
+    return train.run(parsed, shlex.join(["python", "-m", "jaxla.train", *arguments]))
 
 
 def load_run(path: str | Path) -> TrainedRun:
     """Load a trained run for `segment`; a run with --fold=all has the networks of all folds.
 
     Raises:
-        InputError: as `load_network`.
+        InputError: see `load_network`.
     """
     from jaxla.runs import trained
 
@@ -192,7 +192,7 @@ def segment(
     """Return the mask of one scan on its own grid, with the label values of the run's training masks.
 
     Args:
-        run: folder of a run; or what `load_run` returned, which compiles once for several scans.
+        run: folder of a run; or the result of `load_run`, which compiles once for several scans.
         image: nibabel image, or array [X, Y, Z].
         affine: [4, 4], voxel indices to mm (RAS+); required for an array, not allowed for a nibabel image.
 
@@ -200,7 +200,7 @@ def segment(
         A nibabel image for a nibabel image, an array [X, Y, Z] for an array.
 
     Raises:
-        InputError: the scan or its affine is unusable; or as `load_network`.
+        InputError: the scan, its affine or the run is invalid.
     """
     import nibabel as nib
     import numpy as np

@@ -32,10 +32,10 @@ def main() -> None:
         del sys.argv[1]
         start_command()
         run_command(import_module(COMMANDS[name][0]).main)
-    run_command(lambda arguments: _answer(name))
+    run_command(lambda arguments: _print_help_or_version(name))
 
 
-def _answer(name: str) -> None:
+def _print_help_or_version(name: str) -> None:
     if name == "--version":
         print(f"jaxla {__version__}")
         return

@@ -63,9 +63,10 @@ class Data:
         other_labels: Mask values that `labels` does not list are `refused` or count as `background`.
         split: A `split.json`, or nnU-Net's `splits_final.json` with a fold; or `all`: train on all patients.
         split_seed: Seed of the 70/10/20 split by patient.
-        validation: Draw validation patients: `always`, `never`, or `if_useful` (with 15 or more patients or if needed).
-        train_patients: Number of training patients to use, 0 for all. Subsets are nested: the 10 contain the 1.
-        train_percent: Percentage of the training patients to use, at least one patient. Subsets are nested.
+        validation: Draw validation patients `always`, `never`, or `if_useful`: from 15 or more patients, or if the
+            method needs them.
+        train_patients: Number of training patients to use, 0 for all. Larger subsets contain smaller ones.
+        train_percent: Percentage of the training patients to use, at least one. Larger subsets contain smaller ones.
         subset_seed: Seed of the training subset; 0 takes the first patients. Other parts of the split do not change.
         phantom_size: With root=phantom: `full` (whole chest), `small` (around the heart) or `crop` (around the atrium).
         phantom_cases: With root=phantom: number of synthetic patients.
@@ -102,7 +103,7 @@ class Preprocessing:
     """How a slice becomes the network's input.
 
     Args:
-        image_size: Side in pixels of the square that slices are resized to: the network's input, without patches.
+        image_size: Side in pixels of the square that slices are resized to: the network's input without patches.
         pad_to: Square in mm to which slices are padded or cropped before resizing: the smallest `square` around each
             slice, around the `largest` training slice, or around the `foreground` of all training masks.
         patch_size: Side in pixels of the random patches to train on; 0 trains on whole slices. Validation and
@@ -158,11 +159,12 @@ class Training:
     Args:
         epochs: Maximum number of epochs.
         steps: Steps per epoch; 0 for one pass over the training data.
-        minutes: Time for training and validation; sets the number of steps from a few timed ones; 0 for no limit.
+        minutes: Time limit for training and validation, from which a few timed steps determine the number of steps; 0
+            for no limit.
         batch_size: Samples per step; 0, for nnU-Net only, takes the plan's batch size.
         accumulated_steps: Steps over which gradients are averaged before an update: large batches in little memory.
-        foreground_fraction: Part of the slices, below 1, that are drawn from slices with a structure only; also the
-            part of the patches of slices with a structure that are drawn to contain some of it.
+        foreground_fraction: Fraction of slices, below 1, that are drawn only from slices with a structure; also, of
+            the patches of such slices, the fraction that are drawn to contain part of the structure.
         optimiser: `adam`, or `sgd` as in nnU-Net (Nesterov 0.99, weight decay 3e-5, gradients clipped to norm 12).
         weight_decay: Weight decay for Adam, decoupled as in AdamW; 0 for none.
         max_gradient_norm: Norm to which gradients are clipped, for Adam; 0 for no limit.
@@ -172,7 +174,7 @@ class Training:
         false_negative_weight: Weight of missed pixels, from 0 to 1, in the Dice of `dice_cross_entropy`; surplus pixels
             have the rest. More than 0.5 (Dice) makes masks larger (Tversky index).
         patience: Stop after this many epochs without a lower validation loss; 0 never stops early.
-        checkpoint: Epoch to keep: that with the `best` validation Dice, or the `last`.
+        checkpoint: Epoch to keep: the one with the `best` validation Dice, or the `last`.
         average_decay: Evaluate an exponential moving average of the parameters, with this decay per step; 0 for none.
     """
 
@@ -212,7 +214,7 @@ class VolumeTraining(BackboneTraining):
     """The training recipe of a network that reads whole volumes.
 
     Args:
-        gradient: Differentiate the `whole` network at once, or in `two_pass`: same result, memory of a single window.
+        gradient: Differentiate the `whole` network at once, or use `two_pass`: same result, memory of a single window.
     """
 
     gradient: Literal["whole", "two_pass"] = "whole"
@@ -222,26 +224,26 @@ class VolumeTraining(BackboneTraining):
 class NetworkOptions:
     """Base class for the options of a network. Each file in `jaxla/models/networks` derives its own.
 
-    A derived class adds the fields that a user may set and a method `build` (see `jaxla.models.networks`). The class
+    A derived class adds a method `build`, and the fields that a user may set (see `jaxla.models.networks`). The class
     variables below have the values for a network without a pretrained part; `BackboneOptions` turns them into options.
     """
 
     sample: ClassVar[str] = "slices"  # kind of training sample, a key of `jaxla.tasks.TASKS`
     needs_plan: ClassVar[bool] = False  # whether nnU-Net's plan determines the preprocessing
     arch: ClassVar[str] = ""
-    neighbours: ClassVar[int] = 0  # slices on each side of a slice that are further channels of its input
+    neighbours: ClassVar[int] = 0  # slices on each side that are added to a slice as channels
     weights: ClassVar[str] = "random"  # origin of the backbone's parameters
     backbone: ClassVar[str] = "finetuned"  # whether it stays `frozen` or is `finetuned`
 
     def resolve(self) -> Self:
-        """Return these options with every name in this package's spelling; refuse values that do not fit."""
+        """Return these options with names in this package's spelling; raise an InputError for invalid values."""
         return self
 
     def check_size(self, option_name: str, size: int) -> None:
         """Raise an InputError unless the network takes square images with sides of `size` pixels."""
 
     def unread(self) -> set[str]:
-        """Return the names of options that have no effect, given the values of others."""
+        """Return the names of options that have no effect, given the values of the others."""
         return set()
 
     def with_weights(self, weights: str) -> Self:
@@ -249,7 +251,7 @@ class NetworkOptions:
         return self
 
     def prerequisites(self, key: Any, dtype: Any, cache_dir: Path | None, plan: Any) -> dict[str, Any]:
-        """Return the further arguments of `build`: a backbone, or a plan's configuration."""
+        """Return the additional arguments of `build`: a backbone, or a plan's configuration."""
         return {}
 
     def build(self, outputs: int, dtype: Any, rngs: Any, **prerequisites: Any) -> Any:
@@ -317,7 +319,7 @@ class Published(NamedTuple):
 
 
 def choices_by_validation(method: Method) -> dict[str, object]:
-    """Return the options that make a method depend on validation cases: dotted name -> a value that does not."""
+    """Return the options that make a method depend on validation cases: dotted name -> a value without this effect."""
     training = method.training
     choices = {}
     if training.checkpoint == "best":
@@ -346,7 +348,7 @@ def option_values(experiment: Experiment) -> dict[str, Any]:
 
 
 def unread_options(experiment: Experiment) -> set[str]:
-    """Return the options, by dotted name, that have no effect in this experiment, given the values of others."""
+    """Return the options, by dotted name, that have no effect in this experiment, given the values of the others."""
     model, training = experiment.method.model, experiment.method.training
     unread = {f"model.{name}" for name in model.unread()}
     if isinstance(training, BackboneTraining):
@@ -400,6 +402,6 @@ def default_cache_dir() -> Path:
         folder = Path(platformdirs.user_cache_dir("jaxla"))
     except RuntimeError:
         folder = Path("~")
-    if folder.parts[0] == "~":  # from earlier versions of platformdirs; it would become a folder with this name
+    if folder.parts[0] == "~":  # in earlier versions of platformdirs; the cache would be written to a folder named ~
         raise InputError(option("cache-dir"), "the user has no home folder", "Pass a folder, or set XDG_CACHE_HOME.")
     return folder

@@ -1,4 +1,4 @@
-"""The device mesh, the sharding of arrays over it, and several processes by `jax.distributed`.
+"""The device mesh, the sharding of arrays over it, and runs in several processes with `jax.distributed`.
 
 Within `use_devices` all devices of the mesh share each batch. Every device holds all parameters, or with
 `shard_params` a part of the large ones (see SHARDED). Outside `use_devices` everything runs on one device.
@@ -57,7 +57,7 @@ SHARDED = {
     "blocks.mlp.contract.kernel": PartitionSpec(None, MODEL, None),
 }
 
-HEARTBEAT_SECONDS = 30  # JAX aborts a process this long after it lost contact with another one
+HEARTBEAT_SECONDS = 30  # JAX aborts a process this long after it lost contact with another process
 GRACE_SECONDS = 5  # time for a process to exit by itself: often all processes raise the same error
 MAX_WAIT_MS = 30 * 24 * 3600 * 1000
 # Variables of launchers that JAX does not detect (Open MPI 5, MPICH): number of processes and index of this process.
@@ -282,7 +282,7 @@ def name_resume_command(command: str, note: Callable[[str], None]) -> Iterator[N
 
 @contextmanager
 def join_processes(coordinator: str, processes: int | None, process: int | None, timeout: float) -> Iterator[None]:
-    """Within the context, run together with the other processes; an error in one ends all.
+    """Within the context, run together with the other processes; an error in one process ends all of them.
 
     Does nothing for a single process. Values that are not given ("" or None) are detected from `srun` or `mpirun`.
 
@@ -354,7 +354,7 @@ def find_launch(coordinator: str, processes: int | None, process: int | None) ->
 
 
 def _connect(address: str, count: int, index: int, timeout: float) -> None:
-    """Connect to the other processes, and silence this one unless it is the first.
+    """Connect to the other processes; all but process 0 print only warnings and progress.
 
     If the others do not connect in time, JAX aborts (see `_leave`).
 
@@ -391,7 +391,7 @@ def _connect(address: str, count: int, index: int, timeout: float) -> None:
 
 
 def _require_same_count() -> None:
-    """Raise an InputError if process 0 was started with another number of processes; `gather` would wait forever."""
+    """Raise an InputError if process 0 was started with a different number of processes: `gather` would never end."""
     if is_first():
         global_state.client.key_value_set("jaxla/processes", str(process_count()))
     expected = int(global_state.client.blocking_key_value_get("jaxla/processes", MAX_WAIT_MS))
@@ -449,4 +449,4 @@ _exit = SimpleNamespace(code=1, line=None, resume="", note=lambda line: None)
 _failing, _leaving = threading.Lock(), threading.Lock()
 _abort_handler = ctypes.CFUNCTYPE(None, ctypes.c_int)(_leave)
 _gathers = itertools.count(1)
-_executor = ThreadPoolExecutor(1)  # a signal interrupts the main thread while it waits for this one
+_executor = ThreadPoolExecutor(1)  # a signal interrupts the main thread while it waits for this thread

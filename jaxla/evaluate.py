@@ -66,18 +66,19 @@ def main(arguments: list[str]) -> None:
         problem = f"needs the scores of every volume, so it cannot be combined with {excluded}"
         raise InputError(protocol, problem, "Remove one of the two.")
 
-    if Path(options.predictions).resolve() == Path(options.references).resolve():
+    predictions, references = Path(options.predictions), Path(options.references)
+    if predictions.resolve() == references.resolve():
         problem = "the same folder as --predictions"
         raise InputError(f"--references={options.references}", problem, "Pass the folder of the reference masks.")
-    pairs, named = match_cases(Path(options.predictions), Path(options.references), options.cases, options.data.labels)
-    labels = check_masks(pairs, named)
+    pairs, given_labels = match_cases(predictions, references, options.cases, options.data.labels)
+    labels = check_masks(pairs, given_labels)
     if options.protocol and len(labels.names) > 1:
         problem = f"needs one class, the LA cavity, but the classes are {labels.describe()}"
         raise InputError(protocol, problem, "Set --data.labels to one class.")
 
     rows = []
     for position, pair in enumerate(pairs, start=1):
-        rows += score_pair(pair, read_prediction(pair, named), labels, options.unit, options.empty)
+        rows += score_pair(pair, read_prediction(pair, given_labels), labels, options.unit, options.empty)
         log.info("%d/%d %s", position, len(pairs), pair.case)
     summary = summarise(rows, options.unit, options.empty, labels.names)
     with report_os_errors("written", f"--output={output}", "Use another folder."), atomic_folder(output) as temporary:
@@ -89,7 +90,7 @@ def main(arguments: list[str]) -> None:
     print(f"{plural(len(pairs), 'case')}; {summary['averaging']}; {summary['empty_rule']}")
     if options.empty == "skip":
         skipped = summary["skipped"]
-        print(f"left out: {skipped['units']} {options.unit}s, {skipped['rows']} rows of cases.csv")
+        print(f"skipped: {skipped['units']} {options.unit}s, {skipped['rows']} rows of cases.csv")
     print(f"written to {shlex.quote(str(output))}")
 
 
@@ -145,7 +146,7 @@ def match_cases(
             raise InputError(f"--cases={split}", problem, "Use the split and the references of the same data set.")
         referenced = {name: referenced[name] for name in test_cases}
         if ignored := predicted.keys() - referenced.keys():
-            log.info("--cases=%s: %s of other cases not scored", split, plural(len(ignored), "prediction"))
+            log.info("--cases=%s: %s of other cases ignored", split, plural(len(ignored), "prediction"))
             predicted = {name: path for name, path in predicted.items() if name in referenced}
 
     for role, partner, files, partners in (

@@ -20,7 +20,7 @@ from filelock import FileLock, Timeout
 
 from jaxla.config import InputError
 
-AMPERE = (8, 0)  # the first NVIDIA generation with bfloat16 products and cuDNN attention
+AMPERE = (8, 0)  # compute capability of the first NVIDIA GPUs with bfloat16 products and cuDNN attention
 
 # Containers and schedulers limit the memory of a process with control groups. Controller ("" in version 2) -> mount
 # point of its groups, and name of the file in each group that holds the limit.
@@ -52,8 +52,8 @@ def require_float32() -> None:
 def keep_compiled_programs(cache_dir: Path) -> None:
     """Make JAX keep compiled programs in the cache folder: the next process starts sooner, with the same results.
 
-    JAX_COMPILATION_CACHE_DIR names another folder, and JAX_ENABLE_COMPILATION_CACHE=0 keeps no programs. Call this
-    before the first program is compiled. Without a writable folder, nothing is kept.
+    JAX_COMPILATION_CACHE_DIR sets another folder, and JAX_ENABLE_COMPILATION_CACHE=0 turns the cache off. Call this
+    before the first program is compiled. If the folder cannot be written, nothing is kept.
     """
     if jax.config.jax_compilation_cache_dir:
         return
@@ -62,7 +62,7 @@ def keep_compiled_programs(cache_dir: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         with FileLock(folder / ".lockfile", timeout=10):  # JAX's own lock
             for program in folder.glob("*-cache"):
-                # JAX writes the file with the access time after the program. A process was killed in between.
+                # JAX writes the file with the access time last. If it is missing, the process was killed before that.
                 if not program.with_name(program.name.removesuffix("-cache") + "-atime").exists():
                     program.unlink()
     except (OSError, Timeout):
@@ -73,7 +73,7 @@ def keep_compiled_programs(cache_dir: Path) -> None:
 
 
 def _processor_key() -> str:
-    """Return a hash of the processor's features and cores: XLA's code may depend on them, JAX's own key does not."""
+    """Return a hash of the processor's features and cores: XLA's code may depend on them, but JAX's key does not."""
     cpuinfo = Path("/proc/cpuinfo")
     lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
     features = sorted({line for line in lines if line.startswith(("model name", "flags", "Features"))})

@@ -58,9 +58,9 @@ def _describe_record(folder: Path, record: dict[str, Any]) -> dict[str, str]:
     summary = _read_if_present(run_files.read_summary, folder)
     split = _read_if_present(run_files.read_split_file, folder) or {}
     facts = {"run": str(folder.absolute()), "experiment": f"{experiment['name']}, method {record['label']}"}
-    facts |= _state(folder, record, len(history))
+    facts |= _describe_state(folder, record, len(history))
     if history:
-        facts["validation"] = _validation(folder, record, history, summary)
+        facts["validation"] = _describe_validation(folder, record, history, summary)
     if summary and "dice" not in summary:
         facts["test"] = "no test cases"
     elif summary:
@@ -87,7 +87,7 @@ def _describe_record(folder: Path, record: dict[str, Any]) -> dict[str, str]:
     return facts
 
 
-def _state(folder: Path, record: dict[str, Any], epochs: int) -> dict[str, str]:
+def _describe_state(folder: Path, record: dict[str, Any], epochs: int) -> dict[str, str]:
     """Return how far the run is, and the command that resumes it if it stopped."""
     done = f"{epochs} of at most {record.get('fitted_epochs') or record['experiment']['training']['epochs']} epochs"
     if record["experiment"]["fold"] == ALL_FOLDS:
@@ -102,7 +102,7 @@ def _state(folder: Path, record: dict[str, Any], epochs: int) -> dict[str, str]:
     return {"state": f"stopped: {done} are done", "resume with": run_files.resume_command(record["command"], folder)}
 
 
-def _validation(
+def _describe_validation(
     folder: Path, record: dict[str, Any], history: list[run_files.Metrics], summary: run_files.RunSummary | None
 ) -> str:
     """Return the validation Dice of the epoch that is kept."""
@@ -133,7 +133,7 @@ def describe_weights(path: Path) -> dict[str, str]:
         "architecture": metadata["arch"],
         "parameters": f"{parameters} in {tensors} arrays, {path.stat().st_size / 1e6:.1f} MB",
         "source": metadata["source"] + (f" (sha256 {sha256})" if sha256 else ""),
-        "licence": metadata.get("licence") or "none: these weights were not released by anyone",
+        "licence": metadata.get("licence") or "none: these weights were never released",
     }
 
 

@@ -1,4 +1,4 @@
-"""python -m jaxla.phantom --output=DIR [--cases=N] [--size=small|full|crop] [--seed=S]: make synthetic LGE-MRI."""
+"""python -m jaxla.phantom --output=DIR [--cases=N] [--size=small|full|crop] [--seed=S]: write synthetic LGE-MRI."""
 
 import shlex
 from pathlib import Path
@@ -16,7 +16,7 @@ def main(arguments: list[str]) -> None:
     )
     parser.add_argument("--output", type=str, required=True, help="a new or empty folder")
     parser.add_argument("--cases", type=int, default=20, help="number of synthetic patients")
-    sizes = "`small`: heart; `full`: whole chest; `crop`: atrium, as unevenly bright as in real scans"
+    sizes = "`small`: heart; `full`: whole chest; `crop`: atrium, with the uneven brightness of real scans"
     parser.add_argument("--size", type=Literal["small", "full", "crop"], default="full", help=sizes)
     parser.add_argument("--seed", type=int, default=0, help="the same seed gives the same files")
     options = parse_arguments(parser, arguments)

@@ -87,11 +87,11 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("--input", type=str, required=True, help="a scan, a DICOM series, or a folder of them")
     parser.add_argument("--data.image", type=str, default="", help="pattern of the images in --input, as for training")
     parser.add_argument("--output", type=str, required=True, help="file for the mask, or folder for masks <case>.*")
-    formats = "format of the masks; `scan` is that of each scan, and dicom-seg for a DICOM series"
+    formats = "format of the masks; `scan` uses the format of each scan, and dicom-seg for a DICOM series"
     parser.add_argument("--format", type=Literal["scan", *EXTENSIONS], default="scan", help=formats)
     probabilities = "also write probabilities/<case>.* (float32; a value per class for several classes)"
     parser.add_argument("--probabilities", action="store_true", help=probabilities)
-    parser.add_argument("--continue", action="store_true", help="keep the masks of an interrupted command")
+    parser.add_argument("--continue", action="store_true", help="keep the masks that an interrupted command wrote")
     parser.add_argument("--overwrite", action="store_true", help="replace existing masks")
     add_devices_option(parser)
     add_processes_options(parser)
@@ -118,7 +118,7 @@ def predict(options: Namespace, resume_command: str) -> None:
     columns = check_scans(local_items(outputs), task, record, options.run)
     sizes = {str(output.scan): f"{output.scan.stat().st_size} bytes" for output in outputs}
     # This is also a barrier: no process writes while another one still checks its scans.
-    require_same(sizes, "Give all processes the same scans.")
+    require_same(sizes, "Pass the same scans to all processes.")
     with suppress(InputError):  # without a home folder nothing is kept
         keep_compiled_programs(default_cache_dir())
     with use_devices(options.devices), use_local_devices():
@@ -130,15 +130,15 @@ def predict(options: Namespace, resume_command: str) -> None:
                 f"using its {training.checkpoint} epoch so far, {run.epoch}"
             )
         origin = Origin(options.run, run_id(record), run.epoch)
-        kept = set(find_kept({o.case: o.mask for o in outputs}, table, origin)) if options["continue"] else set()
-        kept = {o.case for o in outputs if o.case in kept and all(path.exists() for path in o.files)}
-        rows = describe_kept(local_items([o for o in outputs if o.case in kept]), record)
+        found = set(find_kept({o.case: o.mask for o in outputs}, table, origin)) if options["continue"] else set()
+        kept_cases = {o.case for o in outputs if o.case in found and all(path.exists() for path in o.files)}
+        rows = describe_kept(local_items([o for o in outputs if o.case in kept_cases]), record)
         barrier()  # no process writes while another one still reads which masks exist
         cases = [output.case for output in outputs]
         with mark_unfinished(table, origin, cases, options.overwrite), explain_stop(resume_command):
             if options["continue"] and is_first():
                 remove_leftovers(outputs)
-            rows |= segment_scans(run, [o for o in outputs if o.case not in kept])
+            rows |= segment_scans(run, [o for o in outputs if o.case not in kept_cases])
             write_table(table, outputs, columns, rows, origin)
 
 
@@ -205,7 +205,7 @@ def check_scans(outputs: Sequence[Output], task: Task, record: Record, run: str)
     columns = {}
     slice_counts = []
     if not known.training and is_first():
-        log_progress(f"{run}: recorded nothing about its training scans; scans are not compared with them")
+        log_progress(f"{run}: the run did not record its training scans, so scans are not compared with them")
     for output in outputs:
         volume = read_image(output.scan)
         log_warnings(output.scan, volume.warnings)
@@ -317,7 +317,7 @@ def remove_leftovers(outputs: Sequence[Output]) -> None:
 
 
 def name_outputs(scans: Mapping[str, Path], source: Path, target: Path, options: Namespace) -> list[Output]:
-    """Return the outputs of each scan: `target` for one scan and a file name, else `<case>.*` in that folder."""
+    """Return the outputs of each scan: `target` itself if it is a mask file, else `<case>.*` in that folder."""
     if is_mask_file(target):
         if source.is_dir() and not is_dicom_series(source):
             raise InputError(f"--output={target}", f"a file, but --input={source} is a folder", "Pass a folder.")

@@ -141,7 +141,7 @@ def require_unique(option: str, items: Sequence[object]) -> None:
 def divide_options(train_options: Sequence[str], methods: Sequence[str]) -> dict[str, list[str]]:
     """Return each method's options of `jaxla.train`: first those of all methods, then its own."""
     shared: list[str] = []
-    own: dict[str, list[str]] = {method: [] for method in methods}
+    by_method: dict[str, list[str]] = {method: [] for method in methods}
     target = shared
     for word in train_options:
         if not word.startswith("--"):  # the value of the option before it
@@ -160,9 +160,9 @@ def divide_options(train_options: Sequence[str], methods: Sequence[str]) -> dict
         if rest.split(".")[0] not in METHOD_GROUPS:
             fix = f"Only options of {', '.join(METHOD_GROUPS)} can differ between methods."
             raise InputError(f"--{name}", "cannot be set for a single method", fix)
-        target = own[method]
+        target = by_method[method]
         target.append(f"--{word[2:].removeprefix(f'{method}.')}")
-    return {method: shared + own[method] for method in methods}
+    return {method: shared + by_method[method] for method in methods}
 
 
 if __name__ == "__main__":

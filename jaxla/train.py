@@ -129,26 +129,26 @@ def run(options: Options, command: str) -> Path | None:
         folder = Path(broadcast(str(options.run_dir or f"runs/{experiment.name}_{time.strftime('%Y%m%d-%H%M%S')}")))
         check_session(options, experiment, folder)
         experiment, weights_sha256 = find_weights(experiment, options.cache_dir)
-        network_words = describe_network(experiment, METHODS)
+        network_text = describe_network(experiment, METHODS)
         if not weights_sha256:
-            log.info("%s: no pretrained weights are used", network_words)
+            log.info("%s: no pretrained weights are used", network_text)
 
         with mark_cache_in_use(options.cache_dir), use_devices(options.devices, options.shard_params):
             keep_compiled_programs(options.cache_dir)
-            environment_here = environment()
-            installed = {**environment_here["versions"], "device": environment_here["device"]}
+            local_environment = environment()
+            installed = {**local_environment["versions"], "device": local_environment["device"]}
             require_same(installed, "Use hosts with the same packages and devices.")
             data = prepare_data(experiment, options.cache_dir, local_items)
             require_same_content(data, weights_sha256)
             task = make_checked_task(experiment, data)
             if options.dry_run:
-                print_forecast(experiment, network_words, data, task, options.cache_dir)
+                print_forecast(experiment, network_text, data, task, options.cache_dir)
                 return None
 
             record = Record(
                 experiment=experiment,
                 label=method_label(experiment, METHODS),
-                network=network_words,
+                network=network_text,
                 input=task.describe_input(),
                 unit=task.unit,
                 labels=data.dataset.labels,
@@ -159,7 +159,7 @@ def run(options: Options, command: str) -> Path | None:
                 extent=task.extent,
                 command=command,
                 begun=datetime.now().astimezone().isoformat(timespec="seconds"),
-                environment=environment_here,
+                environment=local_environment,
             )
             opened = Run(experiment, data, task, folder, options.cache_dir)
             with open_run(folder, record, data, early_log.buffer, resume=options.resume):
@@ -188,20 +188,20 @@ def require_same_content(data: PreparedData, weights_sha256: str) -> None:
     """Raise an InputError unless all processes have the same scans, masks, split and weights."""
     contents = {f"case {name}": sha256 for name, sha256 in data.content_keys.items()}
     contents |= {"--data.split": data.split.sha256, "--model.weights": weights_sha256 or "random"}
-    require_same(contents, "Give all processes the same scans, masks, split and weights.")
+    require_same(contents, "Use the same scans, masks, split and weights in all processes.")
 
 
-def print_forecast(experiment: Experiment, network_words: str, data: PreparedData, task: Task, cache_dir: Path) -> None:
+def print_forecast(experiment: Experiment, network_text: str, data: PreparedData, task: Task, cache_dir: Path) -> None:
     """Print the forecast of the run, or with --fold=all that of its first fold."""
     if experiment.fold == ALL_FOLDS:
-        log.info("forecast of the first of %d folds; each takes as long, then all are tested together", FOLDS)
+        log.info("forecast of the first of %d folds; each fold takes as long; all are tested together", FOLDS)
         data = data.for_fold("0", experiment)
-    forecast = forecast_run(experiment, network_words, data, task, cache_dir)
+    forecast = forecast_run(experiment, network_text, data, task, cache_dir)
     print(wrap(describe_forecast(forecast, experiment.name), indent=12 * " "))
 
 
 def train_and_test(run: Run) -> dict[str, Any] | None:
-    """Train and test one network, from where an earlier session stopped; return the test's summary in process 0."""
+    """Train one network, or resume its training, and test it; return the summary of the test in process 0."""
     run.task.save(run.folder)
     log_network_input(run.data, run.task)
     with on_host():
@@ -216,9 +216,9 @@ def train_and_test(run: Run) -> dict[str, Any] | None:
 
 
 def train_folds(run: Run, record: Record) -> dict[str, Any] | None:
-    """Train and test a network for each fold, each in a folder of its own, then test the mean of their logits.
+    """Train and test a network for each fold, each in its own folder, then test the mean of their logits.
 
-    Return that test's summary in process 0.
+    Return the summary of the last test in process 0.
     """
     run.task.save(run.folder)
     command = files.resume_command(record.command, run.folder)
@@ -240,7 +240,7 @@ def train_folds(run: Run, record: Record) -> dict[str, Any] | None:
                 train_and_test(replace(run, experiment=experiment, data=data, folder=folder))
         except Stopped as stop:
             raise Stopped(f"in fold {fold + 1} of {FOLDS}, {stop.reason}") from stop
-        gc.collect()  # arrays that only cycles hold would take the next fold's memory
+        gc.collect()  # frees arrays in reference cycles, whose memory the next fold needs
     if run.experiment.method.postprocessing.largest == "if_better" and is_first():
         trials = {case: trial for f in folders for case, trial in read_trials(f / files.LARGEST).items()}
         write_choice(trials, run.data.dataset.labels.names, run.folder / files.LARGEST)
@@ -285,7 +285,7 @@ def compute_features(run: Run, network: nnx.Module) -> Features | None:
 
     Otherwise return None: the whole network runs in every epoch. The record says which applies, and why.
     """
-    reason = run.task.why_not_cached(network)
+    reason = run.task.explain_uncached(network)
     features = None
     if not reason:
         with use_local_devices():
@@ -295,7 +295,7 @@ def compute_features(run: Run, network: nnx.Module) -> Features | None:
             reason = "The frozen backbone ran in every epoch: its features did not fit on the disk of the cache folder."
         else:
             by_case = {volume.id: array for volume, array in zip(run.data.used_volumes, arrays, strict=True)}
-            features = Features(by_case, network.READS_IMAGES)
+            features = Features(by_case, network.reads_images)
             reason = f"The frozen backbone's features were computed once per slice, in {cache.dtype.name}, and cached."
     if is_first():
         record = read_record(run.folder)
@@ -355,7 +355,7 @@ def train_network(run: Run, network: nnx.Module, features: Features | None) -> P
 
 
 def test_network(run: Run, features: Features | None, step_bytes: int) -> dict[str, Any] | None:
-    """Test the trained network on scans that it never saw; write `test/`, cost.json and report.html.
+    """Test the trained network on the test cases; write `test/`, cost.json and report.html.
 
     Return the summary of the test in process 0; without test cases it has no scores.
 
@@ -376,9 +376,9 @@ def test_network(run: Run, features: Features | None, step_bytes: int) -> dict[s
     if not is_first():
         return None
     split = run.data.split
-    deepest = max(volume.shape[0] for volume in run.data.select_volumes(split.train + split.val))
+    max_slices = max(volume.shape[0] for volume in run.data.select_volumes(split.train + split.val))
     timed = run.data.select_volumes(split.test or split.train)
-    cost = asdict(measure_cost(trained, segment, timed, step_bytes, deepest))
+    cost = asdict(measure_cost(trained, segment, timed, step_bytes, max_slices))
     write_atomically(run.folder / files.COST, json.dumps(cost, indent=1) + "\n")
     write_reports(run.folder, run.data.volumes, rows, summary, cost)
     return summary

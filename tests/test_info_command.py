@@ -145,7 +145,7 @@ def test_facts_of_weights_that_were_not_released(tmp_path):
     save_weights(tmp_path / "mine.safetensors", {}, metadata)
     facts = info(tmp_path / "mine.safetensors")
     assert facts["source"] == "random, seed 5"
-    assert facts["licence"] == "none: these weights were not released by anyone"
+    assert facts["licence"] == "none: these weights were never released"
 
 
 def test_control_characters_of_a_file_are_escaped(tmp_path):

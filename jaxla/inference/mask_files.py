@@ -13,7 +13,7 @@ from jaxla.data.volumes import Volume, write_volume
 
 EXTENSIONS = {"nii.gz": ".nii.gz", "nrrd": ".nrrd", "mha": ".mha", "dicom-seg": SEG_EXTENSION}
 # Extension of a scan -> extension of its mask, which is a single file.
-OWN_EXTENSIONS = {".nrrd": ".nrrd", ".nhdr": ".nrrd", ".mha": ".mha", ".mhd": ".mha"}
+MASK_EXTENSIONS = {".nrrd": ".nrrd", ".nhdr": ".nrrd", ".mha": ".mha", ".mhd": ".mha"}
 
 
 def mask_extension(scan: Path, file_format: str = "scan") -> str:
@@ -22,7 +22,7 @@ def mask_extension(scan: Path, file_format: str = "scan") -> str:
     Raises:
         InputError: the format needs a package that is not installed, or does not suit the scan.
     """
-    default = SEG_EXTENSION if scan.is_dir() else OWN_EXTENSIONS.get(scan.suffix.lower(), ".nii.gz")
+    default = SEG_EXTENSION if scan.is_dir() else MASK_EXTENSIONS.get(scan.suffix.lower(), ".nii.gz")
     extension = EXTENSIONS[file_format] if file_format != "scan" else default
     require_writable_format(extension, scan)
     return extension
@@ -53,7 +53,7 @@ def require_writable_format(extension: str, scan: Path, where: str = "--format=d
             problem = f"a DICOM segmentation needs a DICOM series as input, which {scan} is not"
             raise InputError(where, problem, "Use nii.gz, nrrd or mha.")
         import_highdicom(scan)
-    elif extension in OWN_EXTENSIONS:
+    elif extension in MASK_EXTENSIONS:
         import_itk(Path(f"mask{extension}"))
 
 

@@ -19,12 +19,12 @@ ROWS, COLUMNS = -3, -2  # axes of images and of probabilities
 FLIPS = ((), (ROWS,), (COLUMNS,), (ROWS, COLUMNS))  # flips that inference averages over
 
 # Classes (uint8), and probabilities (float32 with a last axis K) or None if they were not requested.
-Segmented = tuple[np.ndarray, np.ndarray | None]
+Segmentation = tuple[np.ndarray, np.ndarray | None]
 # (slices [S, H, W] in the scan's grey values, geometry, with_probabilities) -> classes [S, H, W], [S, H, W, K]
-SegmentSlices = Callable[[np.ndarray, SliceGeometry, bool], Segmented]
+SegmentSlices = Callable[[np.ndarray, SliceGeometry, bool], Segmentation]
 
 
-def segment_volume(segment_slices: SegmentSlices, volume: Volume, with_probabilities: bool = False) -> Segmented:
+def segment_volume(segment_slices: SegmentSlices, volume: Volume, with_probabilities: bool = False) -> Segmentation:
     """Segment a volume on its own grid.
 
     With one class, a voxel is foreground if its probability exceeds 0.5; with several, it gets the most probable one.

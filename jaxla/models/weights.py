@@ -64,13 +64,14 @@ def load_parameters(network: M, path: Path, arch: str) -> M:
     require_parameters(path, arch, parameter_shapes(network))
     graph, state = nnx.split(network)
     for name, variable in _named_variables(state).items():
-        with safe_open(path, framework="numpy") as file:  # opened for each: an open file's pages stay mapped once read
+        # Opened for each array: the pages of an open file stay in memory once they are read.
+        with safe_open(path, framework="numpy") as file:
             variable.set_value(jnp.asarray(file.get_tensor(name), jnp.float32))
     return nnx.merge(graph, state)
 
 
 def require_parameters(path: Path, arch: str, shapes: Mapping[str, tuple[int, ...]]) -> None:
-    """Raise an InputError unless a file contains `arch` and exactly these parameters as float32; reads its header."""
+    """Raise an InputError unless a file contains `arch` and exactly these float32 parameters; reads only its header."""
     found_arch = read_metadata(path)["arch"]
     if found_arch != arch:
         # A method can be built on another architecture of the same family.

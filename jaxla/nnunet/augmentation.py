@@ -24,7 +24,7 @@ SCALE_RANGE, NOISE_RANGE, BLUR_RANGE = (0.7, 1.4), (0.0, 0.1), (0.5, 1.0)  # noi
 FACTOR_RANGE, RESOLUTION_RANGE, EXPONENT_RANGE = (0.75, 1.25), (0.5, 1.0), (0.7, 1.5)
 # As in nnU-Net: patches are read 1 / 0.85 times larger, which is less than the largest scale needs.
 INITIAL_SCALE = 0.85
-KERNEL_WIDTH = 7  # voxels of the widest blur
+KERNEL_WIDTH = 7  # width of the largest blur kernel in voxels
 EPSILON = 1e-7
 
 Arrays = tuple[jax.Array, jax.Array]

@@ -36,7 +36,7 @@ class NNUNetOptions(NetworkOptions):
 
     Args:
         arch: Configuration of the plan: two-dimensional, or three-dimensional at full resolution.
-        plan: Plan file, from `python -m jaxla.plan` or nnU-Net itself. Default: plan from the run's own cases.
+        plan: Plan file, from `python -m jaxla.plan` or nnU-Net itself. Default: a plan made from the run's cases.
         memory_gb: GPU memory to plan for, in GB; less memory gives smaller patches.
     """
 
@@ -81,7 +81,7 @@ class NNUNetOptions(NetworkOptions):
 
 
 class NNUNet(nnx.Module):
-    """U-Net that maps normalised images to logits, in training at every resolution for deep supervision.
+    """A U-Net that maps normalised images to logits; in training, to logits at every resolution (deep supervision).
 
     Args:
         configuration: a configuration of a plan.

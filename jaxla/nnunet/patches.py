@@ -1,4 +1,4 @@
-"""Random patches of preprocessed volumes, as nnU-Net draws them: a third of each batch contains a structure.
+"""Random patches of preprocessed volumes, as nnU-Net draws them: about a third are centred on a structure.
 
 Reference code: nnunetv2 2.8.1, `nnUNetDataLoader`.
 """
@@ -14,7 +14,7 @@ import numpy as np
 from jaxla.data.batches import MAX_PASSES, Batch, Source
 from jaxla.nnunet.preprocessing import OUTSIDE, PreprocessedVolume
 
-FOREGROUND_FRACTION = 0.33  # of a batch: its last rows, each centred on a voxel of a class
+FOREGROUND_FRACTION = 0.33  # fraction of the rows of a batch, the last ones, that are centred on a voxel of a class
 
 
 class PatchSource(Source):

@@ -16,7 +16,7 @@ from jaxla.config import InputError
 
 T = TypeVar("T")
 
-# Exceptions from reading damaged content, such as NaN and infinity, which nnU-Net may write, in place of integers.
+# Exceptions that damaged content may raise, such as a NaN that nnU-Net wrote in place of an integer.
 DAMAGE = (ValueError, KeyError, TypeError, AttributeError, IndexError, OverflowError, RecursionError)
 
 TRAINABLE = ("2d", "3d_fullres")  # configurations that this package trains

@@ -28,18 +28,18 @@ log = logging.getLogger(__name__)
 NON_MRI_CHANNELS = ("ct", "nonorm", "rescale_0_1", "rescale_to_0_1", "rgb_to_0_1")
 
 # The limits below hold for a GPU with DEFAULT_MEMORY_GB, by the number of axes.
-MAX_ACTIVATIONS = {2: 85_000_000, 3: 560_000_000}  # for a batch of REFERENCE_BATCH_SIZE
+MAX_ACTIVATIONS = {2: 85_000_000, 3: 560_000_000}  # values per batch of REFERENCE_BATCH_SIZE patches
 INITIAL_PATCH_VOXELS, REFERENCE_BATCH_SIZE = {2: 2048**2, 3: 256**3}, {2: 12, 3: 2}
 MIN_BATCH_SIZE = 2
-MAX_BATCH_FRACTION = 0.05  # of the data set's voxels
+MAX_BATCH_FRACTION = 0.05  # fraction of the data set's voxels in a batch
 
 BASE_FEATURES, MAX_FEATURES = 32, {2: 512, 3: 320}
-CONVOLUTIONS_PER_STAGE = 2  # in the encoder, and in the decoder
+CONVOLUTIONS_PER_STAGE = 2  # both in the encoder and in the decoder
 MIN_MAP_SIDE = 4  # voxels on each side of the coarsest feature map
 SIMILAR_SPACING_RATIO = 2  # axes whose spacings differ by less are halved, and convolved, together
 
 SPACING_STEP = 1.03  # factor by which the low resolution is made coarser
-MIN_PATCH_FRACTION = 0.25  # of a scan; if a patch covers less, a low resolution is planned
+MIN_PATCH_FRACTION = 0.25  # fraction of a scan; if a patch covers less, a low resolution is planned
 MIN_REDUCTION = 2  # factor by which a low resolution must reduce the scan's voxels
 
 
@@ -67,7 +67,7 @@ def check_plan(plan: Plan, name: str, volumes: Iterable[PreparedVolume], where: 
     if (np.maximum(found / expected, expected / found) > 2).any():
         found, expected = ("×".join(f"{side:g}" for side in sides) for sides in (found, expected))
         problem = f"the scans have {found} voxels (median) at the plan's spacing, but the plan was made for {expected}"
-        raise InputError(where, problem, "Use a plan of these data, or remove the option to make a new one.")
+        raise InputError(where, problem, "Use a plan made for these scans, or remove the option to make a new plan.")
 
 
 def warn_unless_mri(root: Path) -> None:
@@ -147,7 +147,7 @@ def choose_spacing(spacings: np.ndarray, shapes: np.ndarray) -> np.ndarray:
 def _configure(
     spacing: np.ndarray, size: Sequence[float], batch_dice: bool, voxels: float, class_count: int, memory_gb: float
 ) -> Configuration:
-    """Plan patches and network for images of a spacing and a median size, with `voxels` in total."""
+    """Plan patches and network for images of a spacing and a median size; the data set has `voxels` in total."""
     axes = len(spacing)
     budget = MAX_ACTIVATIONS[axes] * (memory_gb / DEFAULT_MEMORY_GB)
     batch_size = REFERENCE_BATCH_SIZE[axes]
@@ -193,7 +193,7 @@ def _plan_low_resolution(
     patch = math.prod(full.patch_size)
     voxels = float(np.prod(size))
     while patch / voxels < MIN_PATCH_FRACTION:
-        is_fine = coarse.max() / coarse > 2  # these axes first, until the spacings are similar
+        is_fine = coarse.max() / coarse > 2  # these axes are made coarser first, until the spacings are similar
         coarse = np.where(is_fine, coarse * SPACING_STEP, coarse) if is_fine.any() else coarse * SPACING_STEP
         voxels = float(np.prod(spacing / coarse * size))
         low = configure(coarse, [round(n) for n in (spacing / coarse * size).tolist()], False, voxels)

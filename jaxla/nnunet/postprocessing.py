@@ -1,4 +1,4 @@
-"""nnU-Net's postprocessing: keep only the largest connected component of structures if this improves validation.
+"""nnU-Net's postprocessing: keep only the largest connected component of structures if this raises the validation Dice.
 
 The rule for all structures together is tried first. If there are several structures, the rule for each is tried next. A
 rule is adopted if it raises the mean Dice of the structures that it may change, and lowers none. Reference code:
@@ -53,7 +53,7 @@ def keep_largest(classes: np.ndarray, groups: Iterable[Sequence[int]]) -> np.nda
 
 
 def choose_largest(cases: Iterable[tuple[str, np.ndarray, np.ndarray]], names: Sequence[str], path: Path) -> Groups:
-    """Choose by validation the groups whose largest part is kept; return them, and save them for later calls.
+    """Choose the groups whose largest component is kept, by validation Dice; return and save them.
 
     Every process must call it. If the file exists, `cases` is not read.
 
@@ -85,7 +85,7 @@ def try_rules(predicted: np.ndarray, reference: np.ndarray, count: int) -> Trial
 
 
 def choose_groups(trials: Mapping[str, Trials], count: int) -> list[list[int]]:
-    """Return the groups of classes of which only the largest part is kept, from trials by case id."""
+    """Return the groups of classes of which only the largest component is kept, given the trials by case id."""
     # The mean over the cases that have a structure; NaN, which is never greater, if none has it.
     with warnings.catch_warnings(action="ignore", category=RuntimeWarning):
         dice = {rule: [trial[rule] for trial in trials.values()] for rule in next(iter(trials.values()))}

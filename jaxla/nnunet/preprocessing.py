@@ -1,7 +1,7 @@
 """Preprocess scans for a plan: order axes, crop zeros, normalise and resample; keep the results in the cache.
 
-Axes are anatomical here: head to foot, anterior to posterior and left to right, regardless of a file's orientation, and
-then in the plan's order. nnU-Net uses a file's own axes; for files stored as most scanners do, the two are the same.
+Axes are anatomical here, regardless of a file's orientation: head to foot, anterior to posterior and left to right,
+reordered as in the plan. nnU-Net uses a file's own axes; for the orientation of most scanners, the two are the same.
 
 A preprocessed volume is a folder named by a hash of its sources. It holds `image.npy` [D, H, W] float32, `mask.npy`
 [D, H, W] int8 (int16 for more than 127 classes) of class indices, -1 where the scan is zero, `locations.npy` of sampled

@@ -23,14 +23,14 @@ def resampled_shape(shape: Sequence[int], spacing: Sequence[float], new_spacing:
 
 
 def find_coarse_axis(spacing: Sequence[float], new_spacing: Sequence[float]) -> int | None:
-    """Return the axis of much coarser spacing than the others, before or else after resampling; None if there is none.
+    """Return the axis of much coarser spacing than the others, or None if there is none.
 
-    Two equally coarse axes count as none.
+    The new spacing is considered only if the old one has no coarse axis. Two equally coarse axes count as none.
     """
-    for sides in (np.array(spacing), np.array(new_spacing)):
-        if sides.max() / sides.min() > ANISOTROPY_THRESHOLD:
-            longest = np.flatnonzero(sides == sides.max())
-            return int(longest[0]) if len(longest) == 1 else None
+    for spacings in (np.array(spacing), np.array(new_spacing)):
+        if spacings.max() / spacings.min() > ANISOTROPY_THRESHOLD:
+            coarsest = np.flatnonzero(spacings == spacings.max())
+            return int(coarsest[0]) if len(coarsest) == 1 else None
     return None
 
 

@@ -68,7 +68,7 @@ def _merge_tiles(
     padded = np.pad(image, [(n // 2, n - n // 2) for n in missing])
     depth, *plane = (slice(n // 2, n // 2 + side) for n, side in zip(missing, image.shape, strict=True))
     weight = gaussian_weights(size)
-    sums: dict[int, tuple[np.ndarray, np.ndarray]] = {}  # by row: weighted logits, and weights
+    sums: dict[int, tuple[np.ndarray, np.ndarray]] = {}  # row -> weighted logits, weights
 
     def pop_finished(end: int) -> Rows:
         for z in sorted(z for z in sums if z < end):

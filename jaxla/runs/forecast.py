@@ -137,7 +137,7 @@ def forecast_features(
     network: nnx.Module, data: PreparedData, task: Task, cache_dir: Path, volumes: Sequence[PreparedVolume]
 ) -> tuple[FeaturesForecast, Features | None]:
     """Forecast the features of volumes; also return stand-ins for the run's own, which take as long to train on."""
-    if task.why_not_cached(network):
+    if task.explain_uncached(network):
         return FeaturesForecast(), None
     with use_local_devices():
         cache = task.make_feature_cache(network, cache_dir)
@@ -155,7 +155,7 @@ def forecast_features(
         for volume in data.used_volumes
     }
     found = replace(found, seconds=batch_seconds * batches, seconds_per_slice=batch_seconds / cache.batch)
-    return found, Features(stand_ins, network.READS_IMAGES)
+    return found, Features(stand_ins, network.reads_images)
 
 
 def forecast_test(

@@ -16,7 +16,7 @@ from jaxla.data.split import ALL_FOLDS, FOLDS
 from jaxla.distributed import broadcast
 from jaxla.hardware import first_local_device
 from jaxla.inference.postprocessing import postprocess
-from jaxla.inference.segment import Segmented, SegmentSlices
+from jaxla.inference.segment import Segmentation, SegmentSlices
 from jaxla.models.weights import parameters_sha256
 from jaxla.models.weights_format import require_undamaged
 from jaxla.nnunet.postprocessing import keep_largest, read_groups
@@ -55,7 +55,7 @@ class TrainedRun:
         """A function that segments a scan's slices and postprocesses the classes; compiled once."""
         segment_slices = self.task.make_segment(self.networks)
 
-        def segment(slices: np.ndarray, geometry: SliceGeometry, with_probabilities: bool = False) -> Segmented:
+        def segment(slices: np.ndarray, geometry: SliceGeometry, with_probabilities: bool = False) -> Segmentation:
             classes, probabilities = segment_slices(slices, geometry, with_probabilities)
             return self.postprocess(classes), probabilities
 

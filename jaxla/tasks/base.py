@@ -34,7 +34,7 @@ class Features(NamedTuple):
 
 
 class Sources(NamedTuple):
-    """The samples that a run trains on, and the samples that it validates each epoch on."""
+    """The training samples of a run, and the samples that are evaluated after each epoch."""
 
     train: Source
     val: Source | None  # None if there are no validation cases
@@ -56,7 +56,7 @@ class Task(ABC):
         unit: what validation averages Dice over, in words.
         MIN_STEPS, MIN_BATCH_SIZE: lower bounds of these options; 0 means that the value follows from the data.
         TRAINS_ON_SLICES: whether a sample is a slice or a patch of a slice; some options have an effect only then.
-        HAS_TIME_BUDGET: whether `training.minutes` can choose the epochs and steps.
+        HAS_TIME_BUDGET: whether `training.minutes` can determine the epochs and steps.
         extent: side in mm of the square canvas that all slices share; 0 if there is none.
         tile_size: side in pixels of the tiles in which validation and inference read a sample; 0 reads it whole.
         tile_count: number of these tiles in a sample.
@@ -193,7 +193,7 @@ class Task(ABC):
             memory_advice=self.memory_advice,
         )
 
-    def why_not_cached(self, network: nnx.Module) -> str:
+    def explain_uncached(self, network: nnx.Module) -> str:
         """Return a sentence that says why the whole network runs in every epoch; "" if features can be cached."""
         if self.model.backbone != "frozen":
             return "The whole network is trained, so all of it runs in every epoch."

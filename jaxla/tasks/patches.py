@@ -18,7 +18,7 @@ from jaxla.data.dataset import PreparedData
 from jaxla.data.prepared import PreparedVolume
 from jaxla.data.slices import SliceGeometry
 from jaxla.distributed import barrier, is_first, local_items
-from jaxla.inference.segment import Segmented, SegmentSlices
+from jaxla.inference.segment import Segmentation, SegmentSlices
 from jaxla.models.networks.base import build_network
 from jaxla.nnunet.augmentation import initial_patch_size, make_augment
 from jaxla.nnunet.patches import PatchSource
@@ -150,7 +150,7 @@ class PatchTask(Task):
         configuration = self.model.configuration(self.plan)
         tile_logits = make_tile_logits(networks, configuration)
 
-        def segment(slices: np.ndarray, geometry: SliceGeometry, with_probabilities: bool = False) -> Segmented:
+        def segment(slices: np.ndarray, geometry: SliceGeometry, with_probabilities: bool = False) -> Segmentation:
             planned = preprocess_image(slices, geometry.axis, geometry.spacing, self.plan, configuration)
             classes = np.zeros(planned.shape, np.uint8)
             probabilities = None

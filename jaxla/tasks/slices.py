@@ -19,7 +19,7 @@ from jaxla.data.inputs import Canvas, Frame, input_to_slice, intensity_range, sl
 from jaxla.data.prepared import PreparedVolume
 from jaxla.data.slices import SliceGeometry
 from jaxla.distributed import device_count, local_rows, shard_batch
-from jaxla.inference.segment import Segmented, SegmentSlices, classify, mean_probabilities, pad_rows
+from jaxla.inference.segment import Segmentation, SegmentSlices, classify, mean_probabilities, pad_rows
 from jaxla.memory import require_memory
 from jaxla.models.ops.tiles import tile_starts
 from jaxla.tasks.base import Features, Sources, Task
@@ -116,10 +116,10 @@ class SliceTask(Task):
             return super().memory_advice
         return f"Lower {option('preprocessing.patch_size')} or {option('preprocessing.image_size')}."
 
-    def why_not_cached(self, network: nnx.Module) -> str:
+    def explain_uncached(self, network: nnx.Module) -> str:
         if self.tile_size and self.model.backbone == "frozen":
             return "The frozen backbone runs in every epoch, because features of random patches cannot be cached."
-        return super().why_not_cached(network)
+        return super().explain_uncached(network)
 
     def make_feature_cache(self, network: nnx.Module, cache_dir: Path) -> FeatureCache:
         return FeatureCache(cache_dir, network, self.model.arch, self.canvas)
@@ -137,7 +137,7 @@ class SliceTask(Task):
     def make_segment(self, networks: Sequence[nnx.Module]) -> SegmentSlices:
         slice_probabilities = self.make_slice_probabilities(networks)
 
-        def segment(slices: np.ndarray, geometry: SliceGeometry, with_probabilities: bool = False) -> Segmented:
+        def segment(slices: np.ndarray, geometry: SliceGeometry, with_probabilities: bool = False) -> Segmentation:
             frame = self.canvas.frame(slices.shape[1:], geometry.spacing[1:])
             grey_range = intensity_range(slices)
             inputs = (
@@ -152,7 +152,7 @@ class SliceTask(Task):
         self, networks: Sequence[nnx.Module]
     ) -> Callable[[PreparedVolume, CachedFeatures], np.ndarray]:
         slice_probabilities = self.make_slice_probabilities([self.reduce_network(network) for network in networks])
-        reads_images = networks[0].READS_IMAGES
+        reads_images = networks[0].reads_images
 
         def segment(volume: PreparedVolume, features: CachedFeatures) -> np.ndarray:
             frame = self.canvas.frame(volume.shape[1:], volume.spacing[1:])
@@ -180,7 +180,7 @@ class SliceTask(Task):
 
 def to_scan(
     outputs: Iterable[np.ndarray], frame: Frame, shape: tuple[int, int, int], with_probabilities: bool = False
-) -> Segmented:
+) -> Segmentation:
     """Return classes [S, H, W] = `shape` and, if requested, probabilities [S, H, W, K], from `SliceProbabilities`."""
     classes, probabilities = np.empty(shape, np.uint8), None
     for index, output in enumerate(outputs):

@@ -10,7 +10,7 @@ from jax.scipy.ndimage import map_coordinates
 
 from jaxla.config import Augmentation
 
-ELASTIC_POINTS = 6  # per side, where displacements are drawn; they are interpolated between the points
+ELASTIC_POINTS = 6  # points per side at which displacements are drawn; they are interpolated in between
 
 
 def augment(
@@ -20,8 +20,8 @@ def augment(
 
     Rows may be volumes, [B, D, H, W, C] and [B, D, H, W]; all slices of a volume, and all channels, change equally.
 
-    An image and its mask move together. Images are interpolated bilinearly, masks by the nearest neighbour, and pixels
-    from outside are 0 in both.
+    An image and its mask move together. Images are interpolated bilinearly, masks by nearest neighbour, and pixels
+    from outside the image are 0 in both.
     """
     keys = jax.random.split(key, images.shape[0])
     return jax.vmap(partial(_augment_row, augmentation))(keys, images, masks)

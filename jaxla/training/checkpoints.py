@@ -53,7 +53,7 @@ class _LiteralPath(type(epath.Path("."))):
 
 
 def require_usable_path(folder: Path) -> None:
-    """Raise an InputError if Orbax would write to a place other than `folder`, because of its path."""
+    """Raise an InputError if the path of `folder` makes Orbax write to another place."""
     path = f"{folder.absolute().as_posix()}/"
     if "\\" in path:
         problem = "Orbax treats the backslash in this path as a slash"

@@ -40,7 +40,7 @@ log = logging.getLogger(__name__)
 
 VERSION = 1  # to be increased when features are computed or stored differently; part of the folder's name
 BATCH = 8  # slices that the backbone encodes at once, per device
-MAX_DISK_FRACTION = 0.9  # of the free disk space
+MAX_DISK_FRACTION = 0.9  # fraction of the free disk space that new features may take
 
 
 @dataclass(frozen=True)
@@ -80,7 +80,7 @@ class FeatureCache:
         extract = jax.jit(lambda state, images: nnx.merge(graph, state).features(images))
         self.extract = partial(extract, place_on_devices(state))
         self.batch = BATCH * device_count()
-        self.how_to_fit = " or ".join([f"another {option('cache-dir')}", *network.SMALLER_FEATURES])
+        self.how_to_fit = " or ".join([f"another {option('cache-dir')}", *network.smaller_features])
         self._canvas = canvas
         size = canvas.size
         self.input_shape = (self.batch, size, size, 1)
@@ -90,7 +90,7 @@ class FeatureCache:
             "version": [VERSION, PREPARED_VERSION],
             "jaxla": importlib.metadata.version("jaxla"),
             "arch": arch,
-            "features": network.FEATURES,
+            "features": network.feature_description,
             "parameters_sha256": parameters_sha256(network.backbone),
             "image_size": size,
             "dtype": self.dtype.name,
@@ -119,8 +119,8 @@ class FeatureCache:
         """
         missing = self.find_missing(volumes)
         needed = self.count_bytes(missing)
-        fit = not missing or self.fits_on_disk(needed)
-        if not fit:
+        has_room = not missing or self.fits_on_disk(needed)
+        if not has_room:
             log.warning(
                 "features of %d volumes would take %s in %s, where %s are free: the backbone runs in every epoch "
                 "instead. To cache them, use %s",
@@ -131,7 +131,7 @@ class FeatureCache:
                 "computing the features of %d volumes once, %s, cached in %s",
                 len(missing), format_bytes(needed), self.folder,
             )  # fmt: skip
-        if not all(gather(fit)):
+        if not all(gather(has_room)):
             return None
         written: list[PreparedVolume] = []
         # Each process computes its own part, then the other parts if the other processes use another cache folder.

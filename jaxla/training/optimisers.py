@@ -15,7 +15,7 @@ from jaxla.config import BackboneTraining, Training
 
 # nnU-Net's SGD, and the exponent of its learning rate schedule.
 MOMENTUM, WEIGHT_DECAY, MAX_GRADIENT_NORM, POLY_POWER = 0.99, 3e-5, 12.0, 0.9
-WARMUP_FRACTION = 0.02  # of all steps, in the cosine schedule
+WARMUP_FRACTION = 0.02  # fraction of the parameter updates, in the cosine schedule
 
 
 def make_optimiser(
@@ -23,7 +23,7 @@ def make_optimiser(
 ) -> optax.GradientTransformationExtraArgs:
     """Return the recipe's optimiser, with its own learning rate for a pretrained backbone.
 
-    Each update takes the step's `rates` (see `make_rates`), so one compiled step serves schedules of any length.
+    Each update takes the step's `rates` (see `make_rates`), so one compiled step works for schedules of any length.
     A running mean is the last state in the optimiser's chain, initialised with the `statistics` of BatchNorm.
     """
     names = _base_rates(recipe)
@@ -45,7 +45,7 @@ def make_optimiser(
 
 
 def make_rates(recipe: Training, steps: int) -> Callable[[int], dict[str, jax.Array]]:
-    """Return `step -> rates`: the learning rate of each group of parameters in a training of that many steps."""
+    """Return `step -> rates`: the learning rate of each group of parameters, for training with `steps` steps."""
     schedules = {name: _schedule(recipe, rate, steps) for name, rate in _base_rates(recipe).items()}
 
     @jax.jit  # compiled, the rates are rounded as they would be within a compiled step
@@ -67,7 +67,7 @@ class AverageState(NamedTuple):
 def average_parameters(decay: float, statistics: Any = None) -> optax.GradientTransformationExtraArgs:
     """Return the last part of an optimiser, which keeps an exponential running mean of the parameters in its state.
 
-    BatchNorm's statistics, first `statistics` and then an argument of each update, are averaged in the same way.
+    BatchNorm's statistics are averaged in the same way: the initial `statistics`, and those passed to each update.
     Step n, from 0, keeps at most (1 + n) / (10 + n) of the mean, so that initial parameters are soon forgotten
     (TensorFlow's `ExponentialMovingAverage` with `num_updates`).
     """

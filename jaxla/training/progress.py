@@ -54,7 +54,7 @@ class TrainingCheckpoints:
     def save_best(self, trainer: Trainer, progress: Progress) -> None:
         """Save the network as that of the best epoch."""
         record = {"epoch": progress.best_epoch, "dice": progress.best_dice}
-        trainable, frozen = trainer.kept
+        trainable, frozen = trainer.kept_state
         self.best.save(progress.best_epoch, network_state(trainable, frozen.statistics), record)
 
     def resume(self, trainer: Trainer, batches: DatasetIterator, epochs_done: int) -> Progress:

@@ -128,7 +128,7 @@ def make_step(gradient: Gradient, optimiser: optax.GradientTransformationExtraAr
     return jax.jit(step, donate_argnums=(0, 2))
 
 
-class Evaluated(NamedTuple):
+class Evaluation(NamedTuple):
     """The evaluation of a batch, complete in every process."""
 
     loss: jax.Array
@@ -137,17 +137,17 @@ class Evaluated(NamedTuple):
     weight: jax.Array  # [B]
 
 
-def make_evaluation(graph: nnx.GraphDef, loss: Loss = cross_entropy, tile_size: int = 0) -> Callable[..., Evaluated]:
-    """Return `(trainable, frozen, batch) -> Evaluated`, compiled.
+def make_evaluation(graph: nnx.GraphDef, loss: Loss = cross_entropy, tile_size: int = 0) -> Callable[..., Evaluation]:
+    """Return `(trainable, frozen, batch) -> Evaluation`, compiled.
 
     With `tile_size`, the network reads images in overlapping tiles of that side (`apply_in_tiles`).
     """
 
-    def evaluate(trainable: Any, frozen: Frozen, batch: Any) -> Evaluated:
+    def evaluate(trainable: Any, frozen: Frozen, batch: Any) -> Evaluation:
         network = nnx.merge(graph, trainable, *frozen)
         logits = apply_network(partial(apply_in_tiles, network, tile_size) if tile_size else network, batch)
         mask = jnp.maximum(batch["mask"], 0)  # voxels outside the scan count as background
         value, rows = loss(logits, mask, batch["weight"]), row_weights(batch["weight"])
-        return replicate(Evaluated(value, count_overlap(logits, mask, rows), batch["volume"], rows))
+        return replicate(Evaluation(value, count_overlap(logits, mask, rows), batch["volume"], rows))
 
     return jax.jit(evaluate)

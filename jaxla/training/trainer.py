@@ -90,7 +90,7 @@ class Trainer:
         self.frozen: Frozen = place_on_devices(parts.frozen)
 
     @property
-    def kept(self) -> tuple[Any, Frozen]:
+    def kept_state(self) -> tuple[Any, Frozen]:
         """The evaluated and saved state: `trainable` and `frozen`, or their running mean if the recipe averages."""
         if not self.recipe.average_decay:
             return self.trainable, self.frozen
@@ -130,8 +130,8 @@ class Trainer:
         return loss, gradients
 
     def evaluate(self, batch: Any) -> Any:
-        """Return the loss and overlap counts of a batch (see `Evaluated`)."""
-        return self._evaluate(*self.kept, shard_batch(batch))
+        """Return the loss and overlap counts of a batch (see `Evaluation`)."""
+        return self._evaluate(*self.kept_state, shard_batch(batch))
 
     def validate(self, source: Source, stop_requested: Callable[[], bool] = lambda: False) -> Validation:
         """Evaluate all samples of a source.
@@ -162,5 +162,5 @@ class Trainer:
 
     def network(self) -> nnx.Module:
         """Return the network in its current state, in evaluation mode."""
-        trainable, frozen = self.kept
+        trainable, frozen = self.kept_state
         return nnx.merge(self._graph, trainable, *frozen, copy=True)

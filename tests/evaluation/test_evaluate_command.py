@@ -164,7 +164,7 @@ def test_predictions_of_cases_outside_the_split_are_ignored_and_counted(folders,
     with caplog.at_level("INFO", "jaxla"):
         main(options(folders, f"--cases={folders / 'split.json'}"))
     assert [row["case"] for row in read_csv(folders / "out" / "cases.csv")] == ["train_1"]
-    assert "split.json: 1 prediction of other cases not scored" in caplog.text
+    assert "split.json: 1 prediction of other cases ignored" in caplog.text
 
 
 def test_a_class_that_no_reference_contains_does_not_raise_the_mean(folders, capsys):

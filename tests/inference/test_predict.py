@@ -250,7 +250,7 @@ def test_an_unfinished_run_is_used_with_a_note(small_run, scan, tmp_path):
     epoch = json.loads((small_run / "test" / "summary.json").read_text())["best_epoch"]
     note = f"{run}: this run of at most 3 epochs is not finished; using its best epoch so far, {epoch}"
     assert note in printed.splitlines()
-    assert printed.count("recorded nothing about its training scans; scans are not compared with them") == 1
+    assert printed.count("the run did not record its training scans, so scans are not compared with them") == 1
     assert (tmp_path / "mask.nii.gz").exists()
 
 

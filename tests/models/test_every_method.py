@@ -86,7 +86,7 @@ def test_transformers_can_be_trained_on_features(method, network):
 )  # fmt: skip
 def test_network_on_features_completes_the_network(method, network):
     """Tested for one method of each kind of network and family of backbones."""
-    assert network.FEATURES
+    assert network.feature_description
     images = abstract_images(method)
     graph, state = nnx.split(network)
     *rows, height, width, _ = images.shape
@@ -94,7 +94,7 @@ def test_network_on_features_completes_the_network(method, network):
     features = jax.eval_shape(lambda state, images: nnx.merge(graph, state).features(images), state, slices)
     features = jax.ShapeDtypeStruct((*rows, *features.shape[1:]), features.dtype)
     rest = network.on_features((height, width))
-    inputs = (features, images) if network.READS_IMAGES else features
+    inputs = (features, images) if network.reads_images else features
     assert trace(rest, inputs).shape == (*images.shape[:-1], CLASSES)
     names = [{path for path, _ in nnx.to_flat_state(nnx.state(part, nnx.Param))} for part in (rest, network)]
     assert names[0] == {path for path in names[1] if path[0] != "backbone"}

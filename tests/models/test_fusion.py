@@ -236,7 +236,7 @@ def test_the_image_reaches_the_logits_through_features_and_stems(image):
     assert [stage.stem is not None for stage in rest.decoder.stages] == [image == "all", image != "none"]
     run = jitted(rest)
     if image == "none":
-        assert not network.READS_IMAGES
+        assert not network.reads_images
         np.testing.assert_allclose(run(features), jitted(network)(images), atol=1e-6)  # measured: equal
         return
     with pytest.raises(ValueError, match=r"also reads the images: call it with \(features, images\)"):

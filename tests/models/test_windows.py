@@ -198,7 +198,7 @@ def test_levels_are_the_quarters_of_the_backbones_depth():
         network = WindowSegmenter(tiny_backbone(variant=replace(TINY, depth=depth)), make_decoder(), (1, 1, 1))
         assert network.blocks == blocks
     network = nnx.eval_shape(lambda: build_network(WindowOptions("dinov3_vits16", weights="random"), 1, 0))
-    assert network.FEATURES == "patch tokens of blocks 2, 5, 8, 11 after the final norm"
+    assert network.feature_description == "patch tokens of blocks 2, 5, 8, 11 after the final norm"
 
 
 def test_the_decoder_has_few_parameters():

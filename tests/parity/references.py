@@ -54,7 +54,7 @@ def reference_of(network, size=None):
             reference = ReferenceFusionDecoder(width, blocks, rows, widths, network.logits.out_features, stems, size)
         case WindowDecoder():
             widths = [unit.norm.scale.shape[0] for unit in network.units]
-            width, places = network.levels[0].project.in_features, network.levels[0].places
+            width, places = network.levels[0].project.in_features, network.levels[0].depth_places
             depth = 1 if network.slicewise else 3
             reference = ReferenceWindowDecoder(width, widths, network.logits.out_features, places, depth)
         case AttentionUNet():

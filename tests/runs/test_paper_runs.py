@@ -54,7 +54,7 @@ def test_windows_train_on_cached_features_of_volumes(phantoms, tmp_path):
     assert {array.shape[1:] for array in arrays} == {(4, 6, 6, 128)}
     slices = sorted({len(array) for array in arrays})
     span = " to ".join(map(str, sorted({slices[0], slices[-1]})))
-    depth = f"the depth embedding's 32 entries are interpolated to {span} slices"
+    depth = f"the depth embedding's 32 positions are interpolated to {span} slices"
     assert f"windows_dinov3_vitb16: {depth}" in printed
     assert [line["epoch"] for line in map(json.loads, (run / "metrics.jsonl").read_text().splitlines())] == [1, 2]
     summary = read_json(run / "test" / "summary.json")
@@ -66,7 +66,7 @@ def test_windows_train_on_cached_features_of_volumes(phantoms, tmp_path):
     assert cost["multiply_adds"] > 0
 
     mask, printed = assert_predict_reproduces_test_mask(run, phantoms, tmp_path)
-    assert f"{run}: the depth embedding's 32 entries are interpolated to " in printed
+    assert f"{run}: the depth embedding's 32 positions are interpolated to " in printed
     assert mask.shape == nib.load(scan_file(phantoms, split["test"][0])).shape
 
     volume = jax.ShapeDtypeStruct((1, 5, 48, 48, 1), np.float32)

@@ -23,5 +23,6 @@ _PLAIN = {
 VARIANTS = {
     **_PLAIN,
     **{f"{arch}_reg": replace(variant, registers=4, antialias=True) for arch, variant in _PLAIN.items()},
+    # not one of DINOv2's models: a small one to train from random weights
     "vit_mini8": Variant(width=128, depth=4, heads=2, hidden=512, patch=8, grid=12),
 }

@@ -102,11 +102,11 @@ class ResNet(nnx.Module):
     def __init__(self, variant: Variant, *, dtype: jnp.dtype = jnp.float32, rngs: nnx.Rngs) -> None:
         self.variant = variant
         self.conv1, self.bn1 = _conv_norm(3, WIDTH, 7, dtype, rngs, stride=2)
-        one, two, three, four = variant.blocks
-        self.layer1 = Stage(one, WIDTH, WIDTH, 1, dtype, rngs)  # the max-pool before it already has a stride
-        self.layer2 = Stage(two, 4 * WIDTH, 2 * WIDTH, 2, dtype, rngs)
-        self.layer3 = Stage(three, 8 * WIDTH, 4 * WIDTH, 2, dtype, rngs)
-        self.layer4 = Stage(four, 16 * WIDTH, 8 * WIDTH, 2, dtype, rngs)
+        blocks = variant.blocks
+        self.layer1 = Stage(blocks[0], WIDTH, WIDTH, 1, dtype, rngs)  # the max-pool before it already has a stride
+        self.layer2 = Stage(blocks[1], 4 * WIDTH, 2 * WIDTH, 2, dtype, rngs)
+        self.layer3 = Stage(blocks[2], 8 * WIDTH, 4 * WIDTH, 2, dtype, rngs)
+        self.layer4 = Stage(blocks[3], 16 * WIDTH, 8 * WIDTH, 2, dtype, rngs)
 
     def __call__(self, images: jax.Array) -> jax.Array:
         """Return the last stage's features [B, H/32, W/32, 2048], sides rounded up.

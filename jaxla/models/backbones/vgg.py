@@ -86,7 +86,7 @@ class VGG(nnx.Module):
         return tuple(pools)
 
 
-# Jitted here, as in the other backbones.
+# Jitted here, so that a call outside of jit runs one compiled program.
 @partial(jax.jit, static_argnums=0)
 def _pooled(graph: nnx.GraphDef, state: nnx.State, images: jax.Array) -> tuple[Pooled, ...]:
     return nnx.merge(graph, state).run(images)

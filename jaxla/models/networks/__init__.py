@@ -18,10 +18,13 @@ A network may also have:
 - An attribute `backbone`: the part that is pretrained and may stay frozen.
 - `sample = "volumes"` in its options: it reads volumes [B, D, H, W, 1] and returns [B, D, H, W, K]. `present` is then
   [B, D], True for the slices of the volume, which come first; the others are padding.
-- For a frozen backbone that runs once per slice: `FEATURES`, a line that says which of the backbone's features it reads
-  (networks with the same line share them in the cache); `features(images)` -> [B, ...]; `on_features(size)` -> the rest
-  of the network for images of H, W = `size`, with the same attribute names, called with features, or with a pair of
-  features and images if `READS_IMAGES` is true; `SMALLER_FEATURES`, advice on options that make the features smaller.
+- Five attributes with which a frozen backbone runs only once per slice:
+    - `features(images)` returns the features [B, ...] that the rest of the network reads.
+    - `feature_description` says in words which features these are. Networks with the same description share them in
+      the cache.
+    - `on_features(size)` returns the rest of the network, with the same attribute names, for images of H, W = `size`.
+    - `reads_images` says whether the rest is called with a pair of features and images instead of features.
+    - `smaller_features` lists options that make the features smaller, as advice to the user.
 - The methods listed in `jaxla.training.two_pass`, if its gradient can be computed window by window.
 - A list of logits as its output in training, finest first, if it is supervised at several resolutions.
 - A method `block_weights()` that returns {"blocks": block numbers, "levels": the weight of each block at each decoder

@@ -1,4 +1,4 @@
-"""Attention U-Net (Oktay et al. 2018): a U-Net whose skip connections pass additive attention gates.
+"""Attention U-Net (Oktay et al. 2018): a U-Net whose skip connections pass through additive attention gates.
 
 A gate multiplies each pixel of a skip x by a weight. It computes the weights from x and from g, the decoder's features
 at the next coarser level, which have half the size of x:

@@ -86,9 +86,9 @@ class FusionSegmenter(TransformerSegmenter):
     def __init__(self, backbone: VisionTransformer, blocks: Sequence[int], decoder: FusionDecoder) -> None:
         super().__init__(backbone, decoder)
         self.blocks = tuple(blocks)
-        self.FEATURES = f"patch tokens of blocks {', '.join(map(str, self.blocks))} after the final norm"
-        self.READS_IMAGES = decoder.reads_images
-        self.SMALLER_FEATURES = (f"fewer {option('model.blocks')}",) if len(self.blocks) > 1 else ()
+        self.feature_description = f"patch tokens of blocks {', '.join(map(str, self.blocks))} after the final norm"
+        self.reads_images = decoder.reads_images
+        self.smaller_features = (f"fewer {option('model.blocks')}",) if len(self.blocks) > 1 else ()
 
     def features(self, images: jax.Array) -> jax.Array:
         """Return the chosen blocks' patch tokens [B, blocks, h, w, C] of images, in the dtype of the computation.

@@ -52,9 +52,9 @@ class TransformerSegmenterOptions(TransformerOptions):
 class TransformerSegmenter(nnx.Module):
     """A vision transformer and a decoder of its patch tokens, arranged as a map; the class token is dropped."""
 
-    FEATURES = "patch tokens after the final norm"
-    READS_IMAGES = False
-    SMALLER_FEATURES = ()
+    feature_description = "patch tokens after the final norm"
+    reads_images = False
+    smaller_features = ()
 
     def __init__(self, backbone: VisionTransformer, decoder: nnx.Module) -> None:
         self.backbone = backbone
@@ -69,7 +69,7 @@ class TransformerSegmenter(nnx.Module):
         """
         require_images(images, channels=(1, 3))
         features = self.features(images)
-        inputs = (features, images) if self.READS_IMAGES else features
+        inputs = (features, images) if self.reads_images else features
         return self.decoder(inputs, images.shape[1:3], present)
 
     def features(self, images: jax.Array) -> jax.Array:
@@ -82,7 +82,7 @@ class TransformerSegmenter(nnx.Module):
 
 
 class FeatureSegmenter(nnx.Module):
-    """A `TransformerSegmenter` without its backbone, called with features, or (features, images) if it READS_IMAGES."""
+    """A `TransformerSegmenter` without its backbone, called with features, or (features, images) if `reads_images`."""
 
     def __init__(self, decoder: nnx.Module, size: tuple[int, int]) -> None:
         self.decoder = decoder

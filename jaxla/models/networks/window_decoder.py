@@ -33,7 +33,7 @@ class WindowDecoder(nnx.Module):
         width: C, channels of the features.
         widths: channels after the deepest level, then after each ×2 stage.
         outputs: K, channels of the logits.
-        depth_places: entries of the depth embedding; 0 for none.
+        depth_places: positions of the depth embedding; 0 for none.
         slicewise: whether each slice is decoded separately, with 1×3×3 convolutions.
     """
 
@@ -94,24 +94,24 @@ class WindowDecoder(nnx.Module):
 
 
 class Level(nnx.Module):
-    """Project the features of one level; add its depth embedding, interpolated from `depth_places` entries."""
+    """Project the features of one level; add its depth embedding, interpolated from `depth_places` positions."""
 
     def __init__(self, width: int, outputs: int, depth_places: int, *, dtype: jnp.dtype, rngs: nnx.Rngs) -> None:
         self.project = nnx.Linear(width, outputs, dtype=dtype, rngs=rngs)
-        self.places = depth_places
+        self.depth_places = depth_places
         if depth_places:
             self.depth = nnx.Param(jax.nn.initializers.normal(0.02)(rngs.params(), (depth_places, outputs)))
 
     def __call__(self, features: jax.Array, position: jax.Array) -> jax.Array:
         """Return [B, d, h, w, outputs] from features [B, d, h, w, C] at positions [B, d] in 0..1 along the depth."""
         x = self.project(features)
-        if not self.places:
+        if not self.depth_places:
             return x
-        index = jnp.clip(position * self.places - 0.5, 0, self.places - 1)
+        index = jnp.clip(position * self.depth_places - 0.5, 0, self.depth_places - 1)
         lower = jnp.floor(index).astype(jnp.int32)
         fraction = (index - lower)[..., None]
         depth = self.depth[...]
-        embedding = (1 - fraction) * depth[lower] + fraction * depth[jnp.minimum(lower + 1, self.places - 1)]
+        embedding = (1 - fraction) * depth[lower] + fraction * depth[jnp.minimum(lower + 1, self.depth_places - 1)]
         return x + embedding[:, :, None, None].astype(x.dtype)
 
 

@@ -31,7 +31,7 @@ from jaxla.models.ops.images import require_images, three_channels
 from jaxla.models.ops.resizing import resize
 from jaxla.models.ops.window_grid import Counts, WindowGrid
 
-MAX_ENCODED_SLICES = 16  # of a volume at once; bounds the memory of the backbone's activations
+MAX_ENCODED_SLICES = 16  # slices that are encoded at once; bounds the memory of the backbone's activations
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ class WindowOptions(TransformerOptions):
     Args:
         decoder_widths: Channels of the decoder's four levels, deepest features first.
         windows: Windows per volume: along the slices (`2`), or along slices, rows and columns (`2x2x2`).
-        depth_places: Entries of the depth embedding, interpolated to a volume's slices; 0 for none.
+        depth_places: Positions of the depth embedding, interpolated to a volume's slices; 0 for none.
         convolutions: Decoder convolutions over neighbouring slices (`3d`), or within each slice (`2d`).
     """
 
@@ -87,7 +87,7 @@ class WindowOptions(TransformerOptions):
         if not self.depth_places or set(slice_counts) == {self.depth_places}:
             return ""
         span = " to ".join(map(str, sorted({min(slice_counts), max(slice_counts)})))
-        return f"the depth embedding's {self.depth_places} entries are interpolated to {span} slices"
+        return f"the depth embedding's {self.depth_places} positions are interpolated to {span} slices"
 
     def build(self, outputs: int, dtype: jnp.dtype, rngs: nnx.Rngs, backbone: VisionTransformer) -> WindowSegmenter:
         decoder = WindowDecoder(
@@ -133,7 +133,7 @@ class FeatureWindows(nnx.Module):
         return self.size
 
     def divide(self, features: jax.Array, present: jax.Array | None = None) -> WindowGrid:
-        """Return the division of volumes into windows; raise a ValueError if an axis is shorter than its windows."""
+        """Return the division of volumes into windows; raise a ValueError if there are too few slices or patches."""
         batch, depth, _, *plane, _ = features.shape
         size = (depth, *plane)
         if any(n < k for n, k in zip(size, self.counts, strict=True)):
@@ -156,15 +156,15 @@ class FeatureWindows(nnx.Module):
 class WindowSegmenter(FeatureWindows):
     """Map volumes to logits: the backbone encodes every slice once, and the decoder runs window by window."""
 
-    READS_IMAGES = False
-    SMALLER_FEATURES = ()
+    reads_images = False
+    smaller_features = ()
 
     def __init__(self, backbone: VisionTransformer, decoder: WindowDecoder, counts: Counts) -> None:
         super().__init__(decoder, (0, 0), counts)
         self.backbone = backbone
         depth = backbone.variant.depth
         self.blocks = tuple(-(-depth * level // LEVELS) - 1 for level in range(1, LEVELS + 1))
-        self.FEATURES = f"patch tokens of blocks {', '.join(map(str, self.blocks))} after the final norm"
+        self.feature_description = f"patch tokens of blocks {', '.join(map(str, self.blocks))} after the final norm"
 
     def __call__(self, images: jax.Array, present: jax.Array | None = None) -> jax.Array:
         """Return logits [B, D, H, W, K] float32.

@@ -24,8 +24,8 @@ from jaxla.hardware import convolution_variant
 Inputs = tuple[jax.Array, jax.Array]  # images or volumes, and the kernel
 Gradients = tuple[jax.Array, jax.Array]
 
-# The pixels in one matrix product of the kernel's gradient: as many as the cache holds, but enough that adding up the
-# products takes less time than the products.
+# A matrix product of the kernel's gradient covers as many pixels as fit in CACHE_BYTES, but at least MIN_PIXELS, so
+# that adding up the products takes less time than computing them.
 CACHE_BYTES, MIN_PIXELS = 3_000_000, 512
 
 

@@ -1,5 +1,4 @@
-"""Max-pooling over 2×2 pixels, unpooling (SegNet, Badrinarayanan et al. 2017), and overlapping max-pooling over 3×3
-pixels (ResNet, He et al. 2016).
+"""Max-pooling and unpooling of 2×2 pixels, as in SegNet, and overlapping max-pooling of 3×3 pixels, as in ResNet.
 
 Among equal values the first is the maximum, as in PyTorch, so the gradient goes to one pixel. The gradients are written
 out: XLA's gradient of overlapping pooling takes ten times as long on CPU.
@@ -17,7 +16,7 @@ class Pooled(NamedTuple):
     """The maximum of each block of 2×2 pixels."""
 
     values: jax.Array  # [B, H/2, W/2, C]
-    indices: jax.Array  # [B, H/2, W/2, C] int8, its position in the block: 0 and 1 above, 2 and 3 below
+    indices: jax.Array  # [B, H/2, W/2, C] int8, position of the maximum in its block: 0 and 1 are above 2 and 3
 
 
 def max_pool(x: jax.Array) -> jax.Array:
@@ -33,7 +32,7 @@ def max_pool_with_indices(x: jax.Array) -> Pooled:
 
 @jax.custom_vjp
 def unpool(x: jax.Array, indices: jax.Array) -> jax.Array:
-    """Put each value where its maximum was, and zeros elsewhere: [B, h, w, C] -> [B, 2h, 2w, C]."""
+    """Put each value at its index in a block of 2×2 pixels, and zeros elsewhere: [B, h, w, C] -> [B, 2h, 2w, C]."""
     return _interleave([jnp.where(indices == index, x, 0) for index in range(4)])
 
 

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-DINOV2_OFFSET = 0.1  # DINOv2 scales its grid by (n + 0.1) / G, and its weights need the same
+DINOV2_OFFSET = 0.1  # DINOv2's code scales its position grid by (n + 0.1) / G
 
 
 def resize_grid(grid: jax.Array, h: int, w: int, *, antialias: bool = False) -> jax.Array:
