@@ -1,7 +1,7 @@
-"""Slices in their own pixels <-> the network's square input.
+"""Conversion between slices in their own pixels and the network's square input.
 
-A slice is padded to a square in mm, which keeps its aspect, and the square is resized to the input. Grey values run
-from 0 to 1 over the volume's own percentiles; the padding is 0.
+A slice is padded to a square in mm, which keeps its aspect, and the square is resized to the input. Grey values are
+scaled to 0..1 between two percentiles of the volume; the padding is 0.
 """
 
 from collections.abc import Iterable
@@ -56,7 +56,7 @@ def smallest_extent(slices: Iterable[tuple[tuple[int, int], tuple[float, float]]
 
 
 def structure_extent(mask: np.ndarray, spacing: tuple[float, float]) -> float:
-    """Return the side in mm of the smallest square in the centre of slices that holds all structures; 0 without any.
+    """Return the side in mm of the smallest square in the centre of slices that holds all structures, or 0.
 
     Args:
         mask: class indices [S, H, W].

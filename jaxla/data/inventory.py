@@ -27,7 +27,7 @@ from jaxla.data.volumes import Volume, hash_voxels, read_image, read_mask, requi
 VOLUME_OUTLIER = "volume"  # kind of finding
 MAX_OUTLIER_Z = 3.5
 MIN_OUTLIER_CASES = 5
-MIN_OUTLIER_DEVIATION = 0.1  # anatomy varies by more; this keeps a few similar cases from making the next an outlier
+MIN_OUTLIER_DEVIATION = 0.1  # of log volume; a smaller one, from a few similar cases, would make any other an outlier
 OUTLIER_RULE = (
     f"modified z-score of log volume beyond ±{MAX_OUTLIER_Z} (median, median absolute deviation of at least "
     f"{100 * MIN_OUTLIER_DEVIATION:.0f} %), with at least {MIN_OUTLIER_CASES} cases"
@@ -65,7 +65,7 @@ class Inventory:
     labels: Labels | None  # None if the data set does not define them; a finding says why
     cases: tuple[CaseFacts, ...]  # every image with a mask
     split: Split | None  # the default split; None if there are too few cases
-    unread: tuple[Path, ...]  # scans without a case or finding, such as unlabelled test images
+    unread: tuple[Path, ...]  # scans that belong to no case and have no finding, such as unlabelled test images
     findings: tuple[Finding, ...]  # errors first
 
     @property
@@ -187,8 +187,8 @@ def _missing_classes(root: Path, cases: list[CaseFacts], labels: Labels, split: 
             fix = f"Check the masks, or list their values in {option('data.labels')}."
             yield Finding("class", root, f"no mask contains {name}", fix)
         elif split and with_class.isdisjoint(split.train):
-            some = ", ".join(sorted(with_class)[:3])
-            problem = f"no training case of the default split contains {name}, only {some}"
+            examples = ", ".join(sorted(with_class)[:3])
+            problem = f"no training case of the default split contains {name}, only {examples}"
             fix = f"Use another {option('data.split_seed')}, or your own {option('data.split')}."
             yield Finding("class", root, problem, fix, level="warning")
     for case in checked:
@@ -258,7 +258,7 @@ def format_sides(values: Iterable[float]) -> str:
 
 
 def _absent_cases(root: Path, cases: list[CaseFacts], findings: list[Finding]) -> Iterator[Finding]:
-    """Find out whether dataset.json lists more cases than the folder holds, as after an interrupted download."""
+    """Warn if dataset.json lists more cases than the folder holds, as after an interrupted download."""
     listed, count = listed_cases(root)
     found = {case.id for case in cases} | {finding.case for finding in findings}
     absent = [name for name in listed if name not in found]

@@ -1,7 +1,7 @@
 """Checks of NRRD and MetaImage headers, made before SimpleITK reads the file.
 
 ITK replaces a missing field by a default, allocates whatever size a header declares, and its MetaImage reader ends the
-process on some damaged headers. After these checks the file has every field that its geometry needs, and its voxels.
+process on some damaged headers. After these checks, all voxels and every field that the geometry needs are present.
 
 NRRD: teem.sourceforge.net/nrrd/format.html. MetaImage: itk.org/Wiki/MetaIO/Documentation.
 """
@@ -37,18 +37,19 @@ META_TYPES = {
     1: "MET_CHAR, MET_UCHAR",
     2: "MET_SHORT, MET_USHORT",
     4: "MET_INT, MET_UINT, MET_FLOAT",
-    8: "MET_LONG_LONG, MET_ULONG_LONG, MET_DOUBLE",  # MET_LONG has 4 or 8 bytes, depending on who wrote it
+    8: "MET_LONG_LONG, MET_ULONG_LONG, MET_DOUBLE",  # MET_LONG may have 4 or 8 bytes, so it is refused
 }
+# Spaces that ITK converts to its own axes; it takes any other for left-posterior-superior.
 NRRD_SPACES = {
     *("right-anterior-superior", "ras", "left-anterior-superior", "las", "left-posterior-superior", "lps"),
-}  # those that ITK converts to its own axes; it takes any other for left-posterior-superior
+}
 
 
 class Voxels(NamedTuple):
     """Where the voxels of a file are, according to its header."""
 
     path: Path
-    offset: int  # position of the first byte; negative if the voxels end with the file
+    offset: int  # position of the first byte; negative if the voxels are the last bytes of the file
     is_compressed: bool
     byte_count: int  # number of bytes without compression
     is_oriented: bool  # the header has a position and orientation
@@ -74,7 +75,7 @@ class Fields:
         return next((name for name in names if name in self.values), names[0])
 
     def text(self, name: str, *choices: str, default: str | None = None) -> str:
-        """Return a field in lower case. It is required without a default, and limited to `choices` if there are any."""
+        """Return a field in lower case. Without a default, it is required; with `choices`, it must be one of them."""
         value = self.values.get(name, default)
         if value is None:
             self.fail(f"the header has no field '{name}'")
@@ -111,8 +112,8 @@ class Fields:
     def require_millimetres(self, name: str) -> None:
         """Raise an InputError if lengths have a unit other than mm; ITK ignores units."""
         units = set(re.split(r"[\s\"]+", self.text(name, default="")))
-        if other := sorted(units - MILLIMETRES):
-            self.fail(f"lengths are in {shorten(', '.join(other))}", "Export the file in mm.")
+        if unsupported := sorted(units - MILLIMETRES):
+            self.fail(f"lengths are in {shorten(', '.join(unsupported))}", "Export the file in mm.")
 
 
 def check_header(path: Path) -> tuple[str, ...]:
@@ -146,7 +147,7 @@ def _check_nrrd(path: Path, start: bytes) -> Voxels:
         raise InputError(path, "not an NRRD file", EXPORT_AGAIN)
     header_end = re.search(rb"\n\r?\n", start)
     lines = start[: header_end.start() if header_end else len(start)].decode("latin-1").splitlines()[1:]
-    pairs = [line.split(":", 1) for line in lines if re.match(r"[^#:]+:(?!=)", line)]  # not `key:=value`, free text
+    pairs = [line.split(":", 1) for line in lines if re.match(r"[^#:]+:(?!=)", line)]  # without `key:=value`, free text
     fields = Fields(path, [(name.lower().replace(" ", ""), value.strip()) for name, value in pairs])
 
     sizes = fields.sizes("sizes", "dimension")
@@ -282,7 +283,7 @@ def _require_voxels(path: Path, voxels: Voxels) -> None:
 
 def _uncompressed_bytes(path: Path, voxels: Voxels) -> int:
     """Return the length of a zlib or gzip stream, checksum included; stop once it exceeds the declared length."""
-    stream = zlib.decompressobj(wbits=47)  # 47: either header
+    stream = zlib.decompressobj(wbits=47)  # 47: a zlib or gzip header
     count = 0
     try:
         with voxels.path.open("rb") as file:

@@ -53,7 +53,7 @@ def from_slices(slices: np.ndarray, geometry: SliceGeometry) -> np.ndarray:
 
 
 def slices_to_canonical(slices: np.ndarray, slice_axis: str) -> np.ndarray:
-    """Return slices [S, H, W], cut along `slice_axis`, with the axes `AXES`."""
+    """Return slices [S, H, W], cut along `slice_axis`, transposed to the order of `AXES`."""
     return slices.transpose(np.argsort(slice_row_column_axes(AXES.index(slice_axis))))
 
 

@@ -33,7 +33,7 @@ PARTS = ("train", "val", "test", "unused")
 class Split:
     """Case ids of each part."""
 
-    train: tuple[str, ...]  # in the order in which smaller protocols take them
+    train: tuple[str, ...]  # a smaller training subset is the beginning of this list
     val: tuple[str, ...]
     test: tuple[str, ...]
     unused: tuple[str, ...] = ()  # training patients left out; kept so that one file serves all protocols
@@ -75,7 +75,7 @@ def make_split(ids: Sequence[str], protocol: Data, fold: str = "", needs_validat
     """
     for name in ("split_seed", "subset_seed", "train_patients"):
         if (value := getattr(protocol, name)) < 0:
-            raise InputError(option(f"data.{name}", value), "must not be negative", "Use a whole number from 0.")
+            raise InputError(option(f"data.{name}", value), "must not be negative", "Use 0 or a positive integer.")
     groups = group_by_patient(ids, protocol.patients)
     is_file = protocol.split not in ("", ALL_CASES)
     if folds := _read_folds(Path(protocol.split)) if is_file else []:
@@ -112,7 +112,7 @@ def read_split(path: Path, option_name: str) -> Split:
     """Read a split file, with its unused training patients among the training patients.
 
     Raises:
-        InputError: the file cannot be read, or is not a split file. It names the option `option_name`.
+        InputError: the file cannot be read, or is not a split file. The error names the option `option_name`.
     """
     where = option(option_name, path)
     fix = "Pass a JSON file with the lists train, val and test of case ids."
@@ -227,7 +227,7 @@ def _fit_split(
     _require_once(named, where)
     patient_of_case = {case: patient for patient, cases in groups.items() for case in cases}
     if unknown := sorted(set(named) - set(patient_of_case)):
-        problem = f"case {unknown[0]} is not in the data ({len(unknown)} of its cases are not)"
+        problem = f"case {unknown[0]} is not in the data set ({plural(len(unknown), 'such case')})"
         raise InputError(where, problem, "Use the split of this data set.")
     patients = {part: list(dict.fromkeys(patient_of_case[case] for case in cases)) for part, cases in parts.items()}
     for a, b in itertools.combinations(parts, 2):
