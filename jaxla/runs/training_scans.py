@@ -24,7 +24,7 @@ PARTS = {"train": "training", "val": "validation", "test": "test", "unused": "un
 # within these limits.
 MAX_FACTOR = 1.5  # largest factor between spacings and between sizes
 MAX_GREY_DIFFERENCE = 0.2
-MAX_SAMPLES = 1_000_000  # about how many voxels the median grey value is taken from
+MAX_SAMPLES = 1_000_000  # approximate number of voxels whose median is taken
 
 
 Lengths = tuple[float, float, float]  # along slices, rows and columns, in mm

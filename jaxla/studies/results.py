@@ -28,7 +28,7 @@ VOLUME_METRICS = (*REPORTED_METRICS, "atlas_dice", "atlas_iou", "volume_ml", "re
 # Runs of one method may differ in the options of the protocol, and in those that a seed sets.
 PROTOCOL_OPTIONS = {"--exp", "--data.train_patients", "--data.train_percent"}
 SEED_OPTIONS = {"--seed", "--data.subset_seed"}
-SUMMARY_TOLERANCE = 1e-9  # between the means of a table and of its summary, which differ only by rounding
+SUMMARY_TOLERANCE = 1e-9  # largest difference between means in a table and in its summary, from rounding
 
 Unit = Literal["volume", "slice"]
 
@@ -73,14 +73,15 @@ class StudyRun:
 
 
 class Mean(NamedTuple):
-    """A mean over units; the value of a unit is its average over seeds. Standard deviations are those of samples."""
+    """A mean over units; the value of a unit is its average over seeds. Standard deviations divide by n − 1."""
 
     unit: Unit
     mean: float
     sd: float | None  # standard deviation over units; None for a single unit
     n: int
-    ci95_low: float | None  # bootstrap interval of the mean over cases; None for a single case and for slices
-    ci95_high: float | None  # (the slices of one case depend on each other)
+    # Bootstrap interval of the mean over cases; None for a single case, and for slices, which depend on each other.
+    ci95_low: float | None
+    ci95_high: float | None
     sd_over_seeds: float | None  # standard deviation of the seeds' means; None for a single seed
 
 
@@ -115,7 +116,7 @@ class Results:
         return max(self.protocols, key=size)
 
     def select(self, protocol: str, method: str = "") -> list[StudyRun]:
-        """Return the runs under a protocol: of one method, one for each seed, or of all methods."""
+        """Return the runs under a protocol, of one method (a run for each seed) or of all methods."""
         return [run for run in self.runs if run.protocol == protocol and method in ("", run.method)]
 
     def count_training_patients(self, protocol: str) -> int:
