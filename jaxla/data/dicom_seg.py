@@ -113,7 +113,7 @@ def _make_segmentation(
 
 
 def _complete_elements(slices: Sequence[Dataset], folder: Path) -> None:
-    """Set, in memory, elements that highdicom copies from the slices and that may be missing or wrong there."""
+    """Set the elements that highdicom copies from the slices, where they may be missing or wrong; only in memory."""
     from pydicom.valuerep import DSfloat
 
     distance = DSfloat(np.linalg.norm(slice_step(folder, slices)), auto_format=True)

@@ -46,7 +46,7 @@ NRRD_SPACES = {
 
 
 class Voxels(NamedTuple):
-    """Where the voxels of a file are, according to its header."""
+    """The position of a file's voxels, according to its header."""
 
     path: Path
     offset: int  # position of the first byte; negative if the voxels are the last bytes of the file
@@ -80,7 +80,7 @@ class Fields:
         if value is None:
             self.fail(f"the header has no field '{name}'")
         if choices and value.lower() not in choices:
-            self.fail(f"'{name}' is '{shorten(value)}' in the header; it can only be {' or '.join(choices)}")
+            self.fail(f"'{name}' is '{shorten(value)}' in the header; it must be {' or '.join(choices)}")
         return value.lower()
 
     def numbers(self, name: str, count: int) -> list[float]:
@@ -172,7 +172,7 @@ def _check_nrrd(path: Path, start: bytes) -> Voxels:
 
 
 def _check_nrrd_grid(fields: Fields) -> bool:
-    """Check spacing, orientation and origin, and return whether all are there."""
+    """Check spacing, orientation and origin, and return whether all are present."""
     if "spacedirections" in fields.values:
         text = fields.values["spacedirections"]
         vectors = [vector.split(",") for vector in re.findall(r"\(([^()]*)\)", text)]
@@ -228,7 +228,7 @@ def _check_meta(path: Path, start: bytes) -> Voxels:
 
 
 def _check_meta_grid(fields: Fields) -> bool:
-    """Check spacing, orientation and origin, and return whether all are there."""
+    """Check spacing, orientation and origin, and return whether all are present."""
     _require_positive(fields, fields.first("ElementSpacing", "ElementSize"))
     matrix = fields.first("TransformMatrix", "Rotation", "Orientation")
     offset = fields.first("Offset", "Position", "Origin")

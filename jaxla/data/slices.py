@@ -16,7 +16,7 @@ HEAD_FOOT = 2
 
 @dataclass(frozen=True)
 class SliceGeometry:
-    """How a stored array [X, Y, Z] becomes slices [S, H, W], and back."""
+    """The conversion between a stored array [X, Y, Z] and slices [S, H, W]."""
 
     order: tuple[int, int, int]  # the stored axes that become the slice, row and column axes
     flip: tuple[int, ...]  # the new axes that run against their stored axis

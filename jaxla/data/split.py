@@ -198,13 +198,13 @@ def _choose_fold(folds: Sequence[Split], protocol: Data, fold: str) -> Split:
     where = option("data.split", protocol.split)
     if not fold:
         fix = f"Choose one with {option('fold', 0)}, or train all with {option('fold', ALL_FOLDS)}."
-        raise InputError(where, f"holds {len(folds)} folds without test cases", fix)
+        raise InputError(where, f"holds {plural(len(folds), 'fold')} without test cases", fix)
     if fold == ALL_FOLDS and len(folds) != FOLDS:
-        problem = f"holds {len(folds)} folds, but {option('fold', ALL_FOLDS)} trains {FOLDS}"
+        problem = f"holds {plural(len(folds), 'fold')}, but {option('fold', ALL_FOLDS)} trains {FOLDS}"
         raise InputError(where, problem, f"Train each fold with {option('fold', '0')} and so on.")
     index = 0 if fold == ALL_FOLDS else int(fold)
     if index >= len(folds):
-        raise InputError(option("fold", fold), f"{where} holds only {len(folds)} folds", "Use another fold.")
+        raise InputError(option("fold", fold), f"{where} holds only {plural(len(folds), 'fold')}", "Use another fold.")
     return folds[index]
 
 

@@ -20,7 +20,7 @@ THRESHOLDS = np.round(np.arange(0.05, 0.951, 0.05), 2)
 
 @dataclass(frozen=True)
 class Atlas:
-    """How often each position belongs to each class."""
+    """The fraction of training masks in which each position belongs to each class."""
 
     probabilities: np.ndarray  # [K - 1, GRID_SIZE, GRID_SIZE, GRID_SIZE] float32, one map per foreground class
     threshold: float = 0.5  # a voxel is foreground if the probabilities of its classes sum to at least this

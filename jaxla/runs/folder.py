@@ -259,7 +259,7 @@ def lock_folder(folder: Path, option: str, action: str) -> Iterator[None]:
             lock.acquire()
         except Timeout as error:
             problem = f"another process {action} in this folder"
-            raise InputError(f"{option}={folder}", problem, "Wait for it.") from error
+            raise InputError(f"{option}={folder}", problem, "Wait until it has finished.") from error
     try:
         yield
     finally:
@@ -276,7 +276,9 @@ def require_resumable(folder: Path | None, experiment: Experiment) -> None:
     _require_unfinished(folder)
     require_writable("--run-dir", folder)
     if is_running(folder):
-        raise InputError(f"--run-dir={folder}", "another process is training in this folder", "Wait for it.")
+        raise InputError(
+            f"--run-dir={folder}", "another process is training in this folder", "Wait until it has finished."
+        )
     if changes := list(differences(experiment, record.experiment)):
         name, current, earlier = changes[0]
         problem = f"--{name} is {format_value(current)}, but the run in {folder} began with {format_value(earlier)}"

@@ -118,7 +118,7 @@ def fit_to_minutes(recipe: Training, speed: Speed) -> Training:
     It has fewer epochs if their validation would take more than 20 % of the time. At least one step is taken.
     """
     seconds = 60 * recipe.minutes
-    max_epochs = seconds / (speed.step_seconds + speed.validation_seconds)  # with one step each
+    max_epochs = seconds / (speed.step_seconds + speed.validation_seconds)  # if each epoch had one step
     if speed.validation_seconds:
         max_epochs = min(max_epochs, MAX_VALIDATION_FRACTION * seconds / speed.validation_seconds)
     epochs = max(1, min(recipe.epochs, math.floor(max_epochs)))

@@ -135,7 +135,7 @@ def _facts(
     axis: str, spacing: Sequence[float], shape: Sequence[int], grey_range: tuple[float, float], slices: np.ndarray
 ) -> ScanFacts:
     low, high = grey_range
-    step = max(1, slices.size // MAX_SAMPLES)  # between rows, so that most of a large file need not be read
+    step = max(1, slices.size // MAX_SAMPLES)  # distance between the rows that are read
     median = float(np.median(slices[:, step // 2 :: step] if step < slices.shape[1] else slices))
     size = tuple(n * mm for n, mm in zip(shape, spacing, strict=True))
     return ScanFacts(axis, tuple(spacing), size, (median - low) / (high - low))

@@ -29,7 +29,7 @@ def wait_for_running(runs: Sequence[ScheduledRun], output: Path) -> None:
     """Wait for runs that another process trains, such as those that a killed study left; refuse a second study."""
     if is_running(output):
         problem = "another process runs a study in this folder"
-        raise InputError(f"--output={output}", problem, "Wait for it, or stop it.")
+        raise InputError(f"--output={output}", problem, "Wait until it has finished, or stop it.")
     for run in runs:
         _wait_until_idle(run.folder)
 
