@@ -213,8 +213,8 @@ def _no_case(root: Path, content: FolderScans, is_pattern: bool) -> InputError:
     common = sorted(by_file_name.values(), key=len, reverse=True)[:2]
     common.sort(key=lambda paths: (paths[0].is_file(), -paths[0].lstat().st_size))  # images are larger than masks
     patterns = [_pattern([path.relative_to(root) for path in paths]) for paths in common]
-    given = [f"{option(f'data.{name}')}='{p}'" for name, p in zip(("image", "mask"), patterns * 2, strict=False)]
-    fix = f"{how_to_match_files()} For example: {' '.join(given)}, where * is the name of the case."
+    examples = [f"{option(f'data.{name}')}='{p}'" for name, p in zip(("image", "mask"), patterns * 2, strict=False)]
+    fix = f"{how_to_match_files()} For example: {' '.join(examples)}, where * is the name of the case."
     return InputError(root, f"no case found; {found}; recognised layouts: {RECOGNISED_LAYOUTS}", fix)
 
 

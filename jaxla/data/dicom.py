@@ -226,7 +226,7 @@ def slice_step(folder: Path, slices: Sequence[Dataset]) -> np.ndarray:
         return normal * abs(float(thickness))
     positions = np.array([_position(dataset) for dataset in slices])
     gaps = np.diff(positions @ normal)
-    usual = float(np.sort(gaps)[(len(gaps) - 1) // 2])  # the lower median
+    median_gap = float(np.sort(gaps)[(len(gaps) - 1) // 2])  # the lower median
 
     def fail(problem: str, index: int, fix: str) -> None:
         files = " and ".join(Path(dataset.filename).name for dataset in slices[index : index + 2])
@@ -236,8 +236,8 @@ def slice_step(folder: Path, slices: Sequence[Dataset]) -> np.ndarray:
         count = int((gaps < 1e-3).sum()) + 1
         problem = f"{count} slices have the same position as another, as in a time series or after copying files twice"
         fail(problem, int(gaps.argmin()), "Leave one file for each position in the folder.")
-    if gaps.max() > MISSING_GAP * usual:
-        problem = f"a slice is missing: a gap of {gaps.max():.4g} mm where others are {usual:.4g} mm"
+    if gaps.max() > MISSING_GAP * median_gap:
+        problem = f"a slice is missing: a gap of {gaps.max():.4g} mm where others are {median_gap:.4g} mm"
         fail(problem, int(gaps.argmax()), "Complete the series.")
     step = (positions[-1] - positions[0]) / (len(slices) - 1)
     tilt = np.linalg.norm(step - normal * (step @ normal)) / (step @ normal)
@@ -245,9 +245,9 @@ def slice_step(folder: Path, slices: Sequence[Dataset]) -> np.ndarray:
         problem = f"slices are tilted by {np.degrees(np.arctan(tilt)):.1f}° (gantry tilt)"
         fail(problem, 0, "Resample the scan onto a rectangular grid, for example with dcm2niix.")
     offsets = np.linalg.norm(positions - positions[0] - np.arange(len(slices))[:, None] * step, axis=1)
-    if offsets.max() > MAX_OFFSET_FRACTION * usual:
+    if offsets.max() > MAX_OFFSET_FRACTION * median_gap:
         problem = f"slices are unevenly spaced: gaps from {gaps.min():.4g} to {gaps.max():.4g} mm"
-        fail(problem, int(np.abs(gaps - usual).argmax()), "Resample the scan onto a regular grid.")
+        fail(problem, int(np.abs(gaps - median_gap).argmax()), "Resample the scan onto a regular grid.")
     return step
 
 

@@ -98,8 +98,8 @@ def slice_to_input(
     slices: np.ndarray, index: int, spacing: float, intensity_range: tuple[float, float], frame: Frame, neighbours: int
 ) -> np.ndarray:
     """Return slice `index` of [S, H, W] and its neighbours as an input [size, size, 1 + 2 · neighbours]."""
-    near = find_neighbours(index, len(slices), spacing, neighbours)
-    return np.concatenate([image_to_input(slices[i], intensity_range, frame) for i in near], axis=-1)
+    indices = find_neighbours(index, len(slices), spacing, neighbours)
+    return np.concatenate([image_to_input(slices[i], intensity_range, frame) for i in indices], axis=-1)
 
 
 def image_to_input(pixels: np.ndarray, intensity_range: tuple[float, float], frame: Frame) -> np.ndarray:

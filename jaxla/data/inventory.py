@@ -232,18 +232,18 @@ def _geometry_outliers(cases: list[CaseFacts]) -> Iterator[Finding]:
     if not read:
         return
     usual_axis, count = Counter(case.slice_axis for case in read).most_common(1)[0]
-    alike = [case for case in read if case.slice_axis == usual_axis]
-    usual = tuple(median_low(case.slice_spacing[i] for case in alike) for i in range(3))
+    same_axis = [case for case in read if case.slice_axis == usual_axis]
+    median = tuple(median_low(case.slice_spacing[i] for case in same_axis) for i in range(3))
     for case in read:
         spacing = case.slice_spacing
         if case.slice_axis != usual_axis:
-            here, elsewhere = f"(every {spacing[0]:.3g} mm)", f"{usual_axis} (every {usual[0]:.3g} mm)"
+            here, elsewhere = f"(every {spacing[0]:.3g} mm)", f"{usual_axis} (every {median[0]:.3g} mm)"
             problem = f"slices lie along {case.slice_axis} {here}, in {count} other cases along {elsewhere}"
             fix = "Check the spacing in its header; if it is right, resample the scan or leave it out."
             yield Finding("slice axis", case.image, problem, fix, case.id, "warning")
-        elif max(max(a / b, b / a) for a, b in zip(spacing, usual, strict=True)) >= MAX_SPACING_RATIO:
-            sides, usual_sides = format_sides(spacing), format_sides(usual)
-            problem = f"slices, rows and columns are {sides} mm apart, the median is {usual_sides} mm"
+        elif max(max(a / b, b / a) for a, b in zip(spacing, median, strict=True)) >= MAX_SPACING_RATIO:
+            sides, median_sides = format_sides(spacing), format_sides(median)
+            problem = f"slices, rows and columns are {sides} mm apart, the median is {median_sides} mm"
             fix = "Check the spacing in its header; if it is right, keep the scan."
             yield Finding("spacing", case.image, problem, fix, case.id, "warning")
         if case.oblique > MAX_OBLIQUE_DEGREES:

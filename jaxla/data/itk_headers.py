@@ -70,7 +70,7 @@ class Fields:
         """Raise an InputError on the file."""
         raise InputError(self.path, problem, fix)
 
-    def first(self, *names: str) -> str:
+    def first_present(self, *names: str) -> str:
         """Return the first of several names that the header has; the first name if it has none."""
         return next((name for name in names if name in self.values), names[0])
 
@@ -207,7 +207,7 @@ def _check_meta(path: Path, start: bytes) -> Voxels:
     fields.text("ElementNumberOfChannels", "1", default="1")
     fields.text("BinaryData", "true")
     if item_bytes > 1:
-        fields.text(fields.first("BinaryDataByteOrderMSB", "ElementByteOrderMSB"), "true", "false")
+        fields.text(fields.first_present("BinaryDataByteOrderMSB", "ElementByteOrderMSB"), "true", "false")
     fields.require_millimetres("DistanceUnits")
     for name, neutral in (("ElementToIntensityFunctionSlope", 1), ("ElementToIntensityFunctionOffset", 0)):
         if name in fields.values and fields.numbers(name, 1) != [neutral]:
@@ -229,9 +229,9 @@ def _check_meta(path: Path, start: bytes) -> Voxels:
 
 def _check_meta_grid(fields: Fields) -> bool:
     """Check spacing, orientation and origin, and return whether all are present."""
-    _require_positive(fields, fields.first("ElementSpacing", "ElementSize"))
-    matrix = fields.first("TransformMatrix", "Rotation", "Orientation")
-    offset = fields.first("Offset", "Position", "Origin")
+    _require_positive(fields, fields.first_present("ElementSpacing", "ElementSize"))
+    matrix = fields.first_present("TransformMatrix", "Rotation", "Orientation")
+    offset = fields.first_present("Offset", "Position", "Origin")
     if matrix in fields.values:
         axes = np.reshape(fields.numbers(matrix, 9), (3, 3))
         if np.abs(np.linalg.norm(axes, axis=1) - 1).max() > MAX_LENGTH_ERROR:

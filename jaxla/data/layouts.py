@@ -64,13 +64,15 @@ def _make_fixed_names_finder(image: str, mask: str) -> Callable[[Path, Sequence[
     """Return the function `find` of a layout whose files have the same two names in every case's folder."""
 
     def find(root: Path, scans: Sequence[Path], findings: list[Finding], for_training: bool) -> ScanPaths:
-        named = [path for path in scans if scan_name(path) in (image, mask)]
-        folders = _keep_official_cases(root, {path.parent for path in named}, for_training)
+        matching = [path for path in scans if scan_name(path) in (image, mask)]
+        folders = _keep_official_cases(root, {path.parent for path in matching}, for_training)
         _require_different_names(root, folders)
-        named = [(folder_name(path.parent), path) for path in named if path.parent in folders]
-        files = ([each for each in named if scan_name(each[1]) == name] for name in (image, mask))
-        found = (index_by_id(each, findings) for each in files)
-        return ScanPaths(*({name: each[name] for name in sorted(each, key=_numeric_order)} for each in found))
+        named = [(folder_name(path.parent), path) for path in matching if path.parent in folders]
+        by_case = (
+            index_by_id([(case, path) for case, path in named if scan_name(path) == name], findings)
+            for name in (image, mask)
+        )
+        return ScanPaths(*({case: paths[case] for case in sorted(paths, key=_numeric_order)} for paths in by_case))
 
     return find
 

@@ -110,18 +110,20 @@ def _read_header(path: Path, file: BinaryIO) -> nib.Nifti1Header:
     """Return the header as it is stored, and check what is needed to find the voxels."""
     not_nifti = InputError(path, "not a NIfTI file", "Convert it to NIfTI, or replace a damaged file.")
     block = file.read(nib.Nifti2Header.sizeof_hdr)
-    kinds = [(kind, order) for kind in (nib.Nifti1Header, nib.Nifti2Header) for order in ("little", "big")]
-    found = [k for k in kinds if int.from_bytes(block[:4], k[1]) == k[0].sizeof_hdr]
-    if not found:
+    versions = [(version, order) for version in (nib.Nifti1Header, nib.Nifti2Header) for order in ("little", "big")]
+    matching = [
+        (version, order) for version, order in versions if int.from_bytes(block[:4], order) == version.sizeof_hdr
+    ]
+    if not matching:
         raise not_nifti
-    kind, order = found[0]
-    length = kind.sizeof_hdr
+    version, order = matching[0]
+    length = version.sizeof_hdr
     if len(block) < length:
         raise InputError(path, f"truncated or damaged (its header ends after {len(block)} bytes)", COPY_AGAIN)
-    header = kind(block[:length], endianness=order, check=False)
-    if (magic := header["magic"].item()) == kind.pair_magic:
+    header = version(block[:length], endianness=order, check=False)
+    if (magic := header["magic"].item()) == version.pair_magic:
         raise InputError(path, "a header whose voxels are in a separate .img file", "Convert the pair to one .nii.gz.")
-    if magic != kind.single_magic:
+    if magic != version.single_magic:
         raise not_nifti
     if not math.isfinite(offset := float(header["vox_offset"])) or offset % 1:
         raise InputError(path, f"truncated or damaged (its header has vox_offset {offset:g})", COPY_AGAIN)

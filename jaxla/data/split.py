@@ -127,7 +127,7 @@ def read_split(path: Path, option_name: str) -> Split:
     train, val, test, unused = (tuple(map(str, content.get(part, ()))) for part in PARTS)
     if not train:
         raise InputError(where, "its list train is empty or missing", fix)
-    _require_once([*train, *val, *test, *unused], where)
+    _require_unique([*train, *val, *test, *unused], where)
     return Split(train + unused, val, test)
 
 
@@ -208,9 +208,9 @@ def _choose_fold(folds: Sequence[Split], protocol: Data, fold: str) -> Split:
     return folds[index]
 
 
-def _require_once(named: Sequence[str], where: str) -> None:
-    if twice := sorted({case for case in named if named.count(case) > 1}):
-        raise InputError(where, f"lists case {twice[0]} twice", "List each case once.")
+def _require_unique(named: Sequence[str], where: str) -> None:
+    if duplicates := sorted({case for case in named if named.count(case) > 1}):
+        raise InputError(where, f"lists case {duplicates[0]} twice", "List each case once.")
 
 
 def _fit_split(
@@ -224,16 +224,16 @@ def _fit_split(
     where = option("data.split", protocol.split)
     parts = {part: [compose_letters(case) for case in getattr(split, part)] for part in ("train", "val", "test")}
     named = [case for cases in parts.values() for case in cases]
-    _require_once(named, where)
+    _require_unique(named, where)
     patient_of_case = {case: patient for patient, cases in groups.items() for case in cases}
     if unknown := sorted(set(named) - set(patient_of_case)):
         problem = f"case {unknown[0]} is not in the data set ({plural(len(unknown), 'such case')})"
         raise InputError(where, problem, "Use the split of this data set.")
     patients = {part: list(dict.fromkeys(patient_of_case[case] for case in cases)) for part, cases in parts.items()}
     for a, b in itertools.combinations(parts, 2):
-        if both := [patient for patient in patients[a] if patient in patients[b]]:
-            one, other = (next(c for c in parts[part] if patient_of_case[c] == both[0]) for part in (a, b))
-            problem = f"separates the scans of patient {both[0]}: {one} is in {a}, {other} in {b}"
+        if shared := [patient for patient in patients[a] if patient in patients[b]]:
+            case_a, case_b = (next(c for c in parts[part] if patient_of_case[c] == shared[0]) for part in (a, b))
+            problem = f"separates the scans of patient {shared[0]}: {case_a} is in {a}, {case_b} in {b}"
             raise InputError(where, problem, "Move all scans of a patient to the same list.")
     listed = {patient: [case for case in named if patient_of_case[case] == patient] for patient in groups}
     return Split(*(tuple(patients[part]) for part in parts)), listed

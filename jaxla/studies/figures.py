@@ -212,11 +212,11 @@ def cost_figure(results: Results, styles: Styles) -> StudyFigure:
 def agreement_figure(results: Results, styles: Styles) -> StudyFigure:
     """Draw a Bland-Altman plot of each method under the largest protocol; with several classes, a row for each."""
     protocol, methods, classes = results.largest_protocol, results.methods, results.classes
-    several = len(classes) > 1
-    columns = len(methods) if several else min(3, len(methods))
-    rows = len(classes) if several else -(-len(methods) // columns)
-    figure = Figure(figsize=((2.7 if several else 3.4) * columns, 2.9 * rows + 0.4), layout="constrained")
-    shared = "row" if several else "all"
+    is_multiclass = len(classes) > 1
+    columns = len(methods) if is_multiclass else min(3, len(methods))
+    rows = len(classes) if is_multiclass else -(-len(methods) // columns)
+    figure = Figure(figsize=((2.7 if is_multiclass else 3.4) * columns, 2.9 * rows + 0.4), layout="constrained")
+    shared = "row" if is_multiclass else "all"
     grid = figure.subplots(rows, columns, squeeze=False, sharex=shared, sharey=shared)
     for axes in grid.flat[len(methods) * len(classes) :]:
         axes.set_axis_off()
@@ -229,9 +229,9 @@ def agreement_figure(results: Results, styles: Styles) -> StudyFigure:
         _draw_bland_altman(axes, agreement, styles[method])
         axes.set_title(f"{method}\n{_describe(agreement)}", fontsize="small")
         ylabel = "prediction − reference, ml"
-        axes.set(xlabel="mean of both volumes, ml", ylabel=f"{class_name}\n{ylabel}" if several else ylabel)
+        axes.set(xlabel="mean of both volumes, ml", ylabel=f"{class_name}\n{ylabel}" if is_multiclass else ylabel)
         axes.label_outer(remove_inner_ticks=False)
-        if several:
+        if is_multiclass:
             axes.tick_params(labelbottom=True)
     lines = "dashed lines: limits of agreement (bias ± 1.96 sd)"
     n = len(results.test_cases)

@@ -299,7 +299,7 @@ def _require_scheduled(folder: Path, record: Record, protocol: str, method: str,
 def _require_comparable(runs: Sequence[StudyRun]) -> None:
     """Raise an InputError that names two runs unless all runs differ in method, protocol and seed only."""
     require_same_cases({str(run.folder): run.case_values("dice") for run in runs})
-    first: dict[object, tuple[StudyRun, dict[str, object]]] = {}
+    reference_facts: dict[object, tuple[StudyRun, dict[str, object]]] = {}
     for run in runs:
         record = run.record
         options = {f"--{name}": value for name, value in comparable_options(record.experiment).items()}
@@ -322,7 +322,7 @@ def _require_comparable(runs: Sequence[StudyRun]) -> None:
             ("subset", run.protocol, run.seed): {"training patients": run.split["train"]},
         }
         for group, facts in groups.items():
-            reference, expected = first.setdefault(group, (run, facts))
+            reference, expected = reference_facts.setdefault(group, (run, facts))
             for name in sorted(facts):
                 if facts[name] != expected[name]:
                     values = f" ({facts[name]} and {expected[name]})" if isinstance(facts[name], str) else ""
