@@ -77,7 +77,7 @@ def test_the_spacing_of_a_single_dicom_slice_is_its_thickness(tmp_path):
     folder = save_dicom(tmp_path / "series", image_array(shape=(5, 6, 1)))
     assert read_image(edit_dicom(folder, set_tags(SpacingBetweenSlices=4))).spacing == (0.75, 0.75, 4)
     assert read_image(edit_dicom(folder, set_tags(SpacingBetweenSlices=None, SliceThickness=3))).spacing[2] == 3
-    assert "one slice without SliceThickness" in refusal(edit_dicom(folder, set_tags(SliceThickness=None)))
+    assert "a single slice without SliceThickness" in refusal(edit_dicom(folder, set_tags(SliceThickness=None)))
 
 
 # --- refused ---------------------------------------------------------------------------------------------------------
