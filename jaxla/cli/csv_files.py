@@ -12,9 +12,8 @@ from typing import Any
 
 from jaxla.cli.files import atomic_file
 
-FORMULA = re.compile(
-    r"'*[=+\-@\t\r]"
-)  # start of text to escape, with earlier apostrophes, so that reading is unambiguous
+# The start of text to escape. Leading apostrophes are included, so that reading is unambiguous.
+FORMULA = re.compile(r"'*[=+\-@\t\r]")
 
 
 def write_csv(path: Path, columns: Sequence[str], rows: Iterable[Mapping[str, Any]]) -> None:

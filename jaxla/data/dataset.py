@@ -123,7 +123,7 @@ def split_cases(ids: Sequence[str], experiment: Experiment, fold: str = "") -> S
 
 
 def resolve_data_root(protocol: Data, cache_dir: Path, moved_to: str = "") -> Path:
-    """Return the folder of a protocol's scans, or `moved_to` if it is given; make the phantoms if it is `phantom`."""
+    """Return the folder of a protocol's scans, or `moved_to` if given; for the root `phantom`, make the phantoms."""
     root = moved_to or protocol.root
     if root == "phantom":
         return ensure_phantoms(cache_dir, protocol.phantom_size, protocol.phantom_cases)

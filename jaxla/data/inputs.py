@@ -56,7 +56,7 @@ def smallest_extent(slices: Iterable[tuple[tuple[int, int], tuple[float, float]]
 
 
 def structure_extent(mask: np.ndarray, spacing: tuple[float, float]) -> float:
-    """Return the side in mm of the smallest square in the centre of slices that holds all structures, or 0.
+    """Return the side in mm of the smallest square, centred on slices, that holds all structures; 0 if there are none.
 
     Args:
         mask: class indices [S, H, W].

@@ -27,7 +27,9 @@ from jaxla.data.volumes import Volume, hash_voxels, read_image, read_mask, requi
 VOLUME_OUTLIER = "volume"  # kind of finding
 MAX_OUTLIER_Z = 3.5
 MIN_OUTLIER_CASES = 5
-MIN_OUTLIER_DEVIATION = 0.1  # of log volume; a smaller one, from a few similar cases, would make any other an outlier
+# Smallest deviation of log volume to assume. Anatomy varies by more, but a few similar cases may deviate by less, and
+# would make any other case an outlier.
+MIN_OUTLIER_DEVIATION = 0.1
 OUTLIER_RULE = (
     f"modified z-score of log volume beyond ±{MAX_OUTLIER_Z} (median, median absolute deviation of at least "
     f"{100 * MIN_OUTLIER_DEVIATION:.0f} %), with at least {MIN_OUTLIER_CASES} cases"

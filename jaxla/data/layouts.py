@@ -1,4 +1,4 @@
-"""The layouts of data sets: they determine which scans are images, which are masks, and which belong together.
+"""The layouts of data sets: rules for which scans are images, which are masks, and which belong together.
 
 `LAYOUTS`, at the end of this file, lists the layouts that are recognised.
 """

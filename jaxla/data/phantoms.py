@@ -206,7 +206,7 @@ def _paint_heart(
 
 
 def _paint_chest_wall(rng: np.random.Generator, grid: Grid, tissues: dict) -> tuple[Array, Array]:
-    """Return a cylinder of fat, muscle and sloping ribs filled with soft tissue, and the distance to its inside."""
+    """Return a cylinder of fat, muscle and sloping ribs around soft tissue, and the distance to its inner surface."""
     x, y, z = anatomy.box_coordinates(grid, anatomy.EVERYWHERE)
     radii = np.array([162, 106]) * rng.uniform(0.95, 1.06, 2)
     fat, muscle = np.float32(rng.uniform(7, 18)), np.float32(rng.uniform(14, 19))
@@ -251,7 +251,7 @@ def _add_bright_spots(rng: np.random.Generator, grid: Grid, signal: Array) -> Ar
 
 
 def _scan(rng: np.random.Generator, signal: Array, spacing: Sequence[float], shading: float) -> NDArray[np.int16]:
-    """Apply a scanner to the signal: thick slices, uneven coils, Rician noise and a random grey scale."""
+    """Apply a scanner to the signal: thick slices, uneven coils, Rician noise and a random intensity scale."""
     grid = tuple((np.arange(n) * step).astype(np.float32) for n, step in zip(signal.shape, spacing, strict=True))
     gain = np.float32(shading) * _smooth_field(rng, grid, anatomy.EVERYWHERE, 250)
     gain += np.float32(0.03) * _smooth_field(rng, grid, anatomy.EVERYWHERE, 14)

@@ -20,7 +20,7 @@ UNSUPPORTED_EXTENSIONS = (
 MAKE_READABLE = "Make the folder readable."
 KEEP_ONE = "Move one of the two out of the folder."
 CHANNEL_NAME = re.compile(r"(.+)_(\d{4})")  # nnU-Net names channel 1 of case X `X_0001`
-MAX_CHANNELS = 4  # more numbers than this number the patients, not channels
+MAX_CHANNELS = 4  # a longer series of numbers belongs to patients, not channels
 
 
 @dataclass(frozen=True)

@@ -143,7 +143,9 @@ def _format_affine(affine: np.ndarray) -> str:
 
 
 def write_volume(path: Path, array: np.ndarray, like: Volume | Grid) -> None:
-    """Write `array` [X, Y, Z] or [X, Y, Z, K] on the grid of `like`; `path` appears once it has been read back.
+    """Write `array` [X, Y, Z] or [X, Y, Z, K] on the grid of `like`.
+
+    The file gets its name only after it has been read back.
 
     Raises:
         InputError: the folder cannot be written.

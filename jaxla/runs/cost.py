@@ -35,7 +35,7 @@ class Cost:
 
     parameters: int  # number of parameters of the network
     trained_parameters: int  # number of parameters that training changes
-    multiply_adds: int  # per slice, in all of its tiles; for networks that read volumes, those of the volume / slices
+    multiply_adds: int  # per slice, in all of its tiles; a volume's number is divided by its slices
     step_bytes: int  # device memory of a training step, as reported by XLA
     peak_host_bytes: int | None  # peak memory of the process; None if the system does not report it
     peak_device_bytes: int | None  # peak memory on a GPU; None on CPU

@@ -102,7 +102,7 @@ def find_kept(outputs: Mapping[str, Path], table: Path, origin: Origin) -> list[
     """Return the cases whose mask exists, for `--continue`.
 
     Args:
-        outputs: case id -> path of its mask; all masks that exist are of `recorded_cases`.
+        outputs: case id -> path of its mask; all existing masks belong to `recorded_cases`.
 
     Raises:
         InputError: a mask was not, or not certainly, written by the network `origin`.
