@@ -23,7 +23,7 @@ from jaxla.data.cases import find_cases, find_masks, masks_by_image
 from jaxla.data.formats import SEG_EXTENSION
 from jaxla.data.labels import MAX_CLASSES, Labels, parse_labels
 from jaxla.data.layouts import MASK_SUFFIXES
-from jaxla.data.scan_files import scans_in
+from jaxla.data.scan_files import top_level_scans
 from jaxla.data.slices import slice_geometry, to_slices
 from jaxla.data.split import read_split
 from jaxla.data.volumes import Volume, log_warnings, read_mask, require_same_grid
@@ -127,7 +127,7 @@ def match_cases(
     referenced = find_masks(references, "references")
     classes = parse_labels(labels) if labels else None
     has_images = any(name + suffix in referenced for name in referenced for suffix in MASK_SUFFIXES)
-    has_series = any(path.is_dir() and scans_in(path) for path in referenced.values())  # DICOM slices and a mask
+    has_series = any(path.is_dir() and top_level_scans(path) for path in referenced.values())  # DICOM slices and a mask
     if has_images or has_series or not referenced:
         dataset = find_cases(references, labels)
         referenced, classes = {case.id: case.mask for case in dataset.cases}, dataset.labels

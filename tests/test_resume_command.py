@@ -245,7 +245,7 @@ def test_a_damaged_record_is_named(folder, content):
 def test_two_processes_never_train_in_one_folder(folder):
     with FileLock(folder / "run" / ".lock"):
         line = refuse_to_resume(folder)
-    assert f"error: --run-dir={folder / 'run'}: another process is training there. " in line
+    assert f"error: --run-dir={folder / 'run'}: another process is training in this folder. " in line
 
 
 def test_a_user_sees_one_line(folder):

@@ -1,4 +1,4 @@
-"""The command line: its words are parsed into options, and mistakes are reported in one line."""
+"""Parse the command line into options, and report mistakes in one line."""
 
 import argparse
 import os
@@ -139,7 +139,7 @@ def parse_experiment(
         # PRINT_CONFIG is left out, because jsonargparse has its own option of this name and changes the word.
         parsed = parser.instantiate(parse_arguments(parser, [word for word in words if word != PRINT_CONFIG]))
     except InputError as error:
-        error = _option_of_other_method(error, experiment, methods)
+        error = _explain_option_of_other_method(error, experiment, methods)
         raise _add_line(error, config, [e for e in entries if not _can_be_parsed(parser, e)]) from error
     method = replace(experiment.method, **{name: parsed[name] for name in METHOD_GROUPS if name in parsed})
     values = {name: parsed[name] for name in Options._fields if name in parsed} | {
@@ -225,16 +225,18 @@ def experiment_parser(experiment: Experiment) -> ArgumentParser:
     return parser
 
 
-def _option_of_other_method(error: InputError, experiment: Experiment, methods: Mapping[str, Method]) -> InputError:
+def _explain_option_of_other_method(
+    error: InputError, experiment: Experiment, methods: Mapping[str, Method]
+) -> InputError:
     """Return a better error if the option at fault exists, but only for other methods."""
-    own, option = experiment.method.name, error.where.removeprefix("--")
+    method_name, option = experiment.method.name, error.where.removeprefix("--")
     if option == "model.network":
-        return InputError(error.where, f"fixed by --method={own}", "Remove the option.")
-    having = [name for name, each in methods.items() if option in option_values(replace(experiment, method=each))]
-    if own in having or not having:
+        return InputError(error.where, f"fixed by --method={method_name}", "Remove the option.")
+    owners = [name for name, each in methods.items() if option in option_values(replace(experiment, method=each))]
+    if method_name in owners or not owners:
         return error
-    owners = f"{', '.join(having[:3])} and others have it" if len(having) > 3 else f"it belongs to {', '.join(having)}"
-    return InputError(error.where, f"method {own} has no such option; {owners}", "Remove the option.")
+    hint = f"{', '.join(owners[:3])} and others have it" if len(owners) > 3 else f"it belongs to {', '.join(owners)}"
+    return InputError(error.where, f"method {method_name} has no such option; {hint}", "Remove the option.")
 
 
 def strip_run_options(command: str) -> str:

@@ -12,7 +12,8 @@ from typing import Any
 
 from jaxla.cli.files import atomic_file
 
-FORMULA = re.compile(r"'*[=+\-@\t\r]")  # start of an escaped text; apostrophes count, so that reading is unambiguous
+# The start of text to escape. Leading apostrophes are included, so that reading is unambiguous.
+FORMULA = re.compile(r"'*[=+\-@\t\r]")
 
 
 def write_csv(path: Path, columns: Sequence[str], rows: Iterable[Mapping[str, Any]]) -> None:
@@ -28,7 +29,7 @@ def read_csv(path: Path) -> list[dict[str, str]]:
 
     Raises:
         OSError: the file cannot be read.
-        ValueError: it is not such a file, or a row has more or fewer cells than there are columns.
+        ValueError: it is not a CSV file, or a row has more or fewer cells than there are columns.
     """
     with path.open(encoding="utf-8", newline="") as file:
         try:

@@ -92,7 +92,7 @@ def create_folder_once(folder: Path, names: Sequence[str]) -> Iterator[Path]:
     try:
         with atomic_folder(folder) as temporary:
             yield temporary
-            if folder.exists() and not has_files(folder, names):  # somebody removed files from it
+            if folder.exists() and not has_files(folder, names):  # some of its files were removed
                 shutil.rmtree(folder)
     except OSError:
         if not has_files(folder, names):

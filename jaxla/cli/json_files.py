@@ -15,8 +15,8 @@ RESTORE = "Restore it from a backup."
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"  # some editors on Windows write it
 
 
-def read_json(path: Path, kind: type[T], fix: str = RESTORE) -> T:
-    """Return the content of a JSON file as `kind`, such as a dataclass, a TypedDict or `dict[str, str]`.
+def read_json(path: Path, expected_type: type[T], fix: str = RESTORE) -> T:
+    """Return the content of a JSON file as `expected_type`, such as a dataclass, a TypedDict or `dict[str, str]`.
 
     Raises:
         FileNotFoundError, NotADirectoryError: the file is missing.
@@ -29,21 +29,21 @@ def read_json(path: Path, kind: type[T], fix: str = RESTORE) -> T:
         raise
     except OSError as error:
         raise InputError(path, f"cannot be read ({error.strerror})", fix) from error
-    return parse_json(text, kind, path, fix)
+    return parse_json(text, expected_type, path, fix)
 
 
-def parse_json(text: bytes, kind: type[T], where: object, fix: str = RESTORE) -> T:
+def parse_json(text: bytes, expected_type: type[T], where: object, fix: str = RESTORE) -> T:
     """Return what `read_json` returns for a file with this text; `where` names it in the error."""
     try:
-        return decode_json(text, kind)
+        return decode_json(text, expected_type)
     except ValueError as error:
         raise InputError(where, f"damaged: {error}", fix) from error
 
 
-def decode_json(text: bytes, kind: type[T]) -> T:
+def decode_json(text: bytes, expected_type: type[T]) -> T:
     """Return what `read_json` returns for a file with this text; raise a ValueError if it is damaged."""
     try:
-        return msgspec.json.decode(text.removeprefix(BYTE_ORDER_MARK), type=kind)
+        return msgspec.json.decode(text.removeprefix(BYTE_ORDER_MARK), type=expected_type)
     except RecursionError as error:
         raise ValueError("nested too deeply") from error
 
@@ -53,9 +53,9 @@ def describe_damage(error: Exception) -> str:
     return f"{error} is missing or unknown" if isinstance(error, KeyError) else str(error)
 
 
-def check_types(content: Any, kind: type[T], where: object, fix: str = RESTORE) -> T:
-    """Return parsed JSON as `kind`; raise an InputError about `where` if a value has a different type."""
+def check_types(content: Any, expected_type: type[T], where: object, fix: str = RESTORE) -> T:
+    """Return parsed JSON as `expected_type`; raise an InputError about `where` if a value has a different type."""
     try:
-        return msgspec.convert(content, kind)
+        return msgspec.convert(content, expected_type)
     except (ValueError, RecursionError) as error:
         raise InputError(where, f"damaged: {error}", fix) from error

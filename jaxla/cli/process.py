@@ -21,7 +21,7 @@ REDELIVERY_SECONDS = 0.05  # delay before a discarded signal is delivered again
 
 
 class Stopped(Exception):
-    """The process was asked to stop; `reason` says where, and `resume_command` resumes if there is one."""
+    """The process was asked to stop; `reason` says at which point; `resume_command`, unless empty, resumes it."""
 
     def __init__(self, reason: str, resume_command: str = "") -> None:
         self.reason, self.resume_command = reason, resume_command
@@ -35,7 +35,7 @@ def run_command(main: Callable[[list[str]], None]) -> None:
     """
     log_to_terminal()
     sys.unraisablehook = _report_unraisable
-    for stream in (sys.stdout, sys.stderr):  # a terminal's encoding may lack a letter, such as the × of `48 × 48`
+    for stream in (sys.stdout, sys.stderr):  # a terminal's encoding may lack a character, such as ×
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")
     logging.raiseExceptions = False  # on a full disk the log file loses lines; the error itself is reported
@@ -89,7 +89,7 @@ def _report_unraisable(report: sys.UnraisableHookArgs) -> None:
         # Not at once, because this hook runs within the destructor or callback and its errors are discarded, too.
         if all(thread.name != REDELIVERY for thread in threading.enumerate()):
             timer = threading.Timer(REDELIVERY_SECONDS, _deliver_to_main_thread)
-            timer.name, timer.daemon = REDELIVERY, True  # a daemon, because the command may end before
+            timer.name, timer.daemon = REDELIVERY, True  # a daemon, because the command may end before it fires
             timer.start()
         return
     frames = traceback.extract_tb(report.exc_traceback)
@@ -98,7 +98,7 @@ def _report_unraisable(report: sys.UnraisableHookArgs) -> None:
 
 
 def _deliver_to_main_thread() -> None:
-    """Send SIGTERM, which every command handles, to the main thread, where it also ends a wait for the system."""
+    """Send SIGTERM, which every command handles, to the main thread, where it also interrupts a system call."""
     if hasattr(signal, "pthread_kill"):  # not on Windows
         signal.pthread_kill(threading.main_thread().ident, signal.SIGTERM)
     else:

@@ -26,7 +26,7 @@ def start_command() -> None:
     """
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # not if it is ignored, as behind nohup
         signal.signal(signal.SIGINT, signal.SIG_DFL)
-    os.environ["MPLBACKEND"] = "agg"  # a notebook's backend may not be installed here; commands only write files
+    os.environ["MPLBACKEND"] = "agg"  # a backend set for notebooks may not be installed; commands only write files
     for name, (value, *synonyms) in FIXED_SETTINGS.items():
         given = os.environ.get(name, "").lower()
         if given not in ("", value, *synonyms):

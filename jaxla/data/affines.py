@@ -11,7 +11,7 @@ LPS_TO_RAS = np.diag([-1.0, -1.0, 1.0, 1.0])  # the axes of ITK and DICOM point 
 
 
 def affine_from_lps(path: Path, lps: np.ndarray) -> np.ndarray:
-    """Convert an affine [4, 4], voxel indices to mm, from LPS to RAS+; raises as `check_affine`."""
+    """Convert an affine [4, 4] (voxel indices to mm) from LPS to RAS+, and check it as `check_affine` does."""
     return check_affine(path, LPS_TO_RAS @ lps)
 
 
@@ -21,7 +21,7 @@ def check_affine(path: Path, affine: np.ndarray) -> np.ndarray:
     NIfTI stores affines in float32, so a scan has the same affine in every format.
 
     Raises:
-        InputError: the axes of the scan `path` cannot be used.
+        InputError: the affine cannot be used. The error names `path`.
     """
     with np.errstate(all="ignore"):
         affine = affine.astype(np.float32).astype(np.float64) + 0.0  # + 0.0 turns -0 into 0

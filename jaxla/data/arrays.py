@@ -11,12 +11,12 @@ _HEADER = re.compile(rb"'descr': '([^']+)', 'fortran_order': False, 'shape': \((
 def open_array(path: Path) -> np.ndarray:
     """Open an array that `np.save` wrote in C order, memory-mapped and read-only.
 
-    NumPy's reader parses the header with `ast`. On Python 3.11 this rarely fails with a SystemError when several
-    threads parse at once (python/cpython issue 106905).
+    NumPy's reader parses the header with `ast`. On Python 3.11 this occasionally fails with a SystemError when
+    several threads parse at once (python/cpython issue 106905).
 
     Raises:
         OSError: the file cannot be read.
-        ValueError: the file is not such an array.
+        ValueError: the file is not in the format that `np.save` writes.
     """
     with path.open("rb") as file:
         start = file.read(10)

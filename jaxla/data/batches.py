@@ -29,8 +29,8 @@ class Batch(TypedDict):
 class Source(ABC):
     """Random access to the rows of batches, each without the axis B."""
 
-    units: int  # number of units over which Dice is averaged; `volume` of a row names its unit
-    counted = "per volume"  # how Dice is averaged, in words
+    units: int  # number of units over which Dice is averaged; a row's `volume` is the index of its unit
+    averaging = "per volume"  # what Dice is averaged over, for messages
     slices = 1.0  # mean number of slices in a row
 
     def __len__(self) -> int:
@@ -47,7 +47,7 @@ class Source(ABC):
 class ArraySource(Source):
     """Images [N, H, W, C] float32 and masks [N, H, W] of class indices in memory; a row is one of them."""
 
-    counted = "per image"
+    averaging = "per image"
 
     def __init__(self, images: np.ndarray, masks: np.ndarray) -> None:
         self.images, self.masks, self.units = images, masks, len(images)
@@ -62,9 +62,9 @@ class SliceSource(Source):
 
     Args:
         canvas: the square to which slices are padded.
-        features: for each volume its features, indexed by slice, if the network reads these instead of images.
+        features: the features of each volume, indexed by slice, if the network reads these instead of images.
         with_images: whether the network reads the images as well as the features.
-        neighbours: slices on each side that the images have as channels.
+        neighbours: number of slices on each side that the network reads as further channels.
         foreground: fraction of the training rows that are drawn only from slices with a structure.
     """
 
@@ -148,7 +148,7 @@ def training_batches(source: Source, batch_size: int, seed: int, rows: range | N
 
 
 def evaluation_batches(source: Source, batch_size: int, rows: range | None = None) -> Generator[Batch]:
-    """Yield every row once, in order; the last batch is padded. `rows` is that of `training_batches`.
+    """Yield every row once, in order; the last batch is padded. For `rows`, see `training_batches`.
 
     Close the generator if you leave it early: its threads read ahead.
     """
@@ -158,7 +158,7 @@ def evaluation_batches(source: Source, batch_size: int, rows: range | None = Non
 
 
 def steps_per_epoch(source: Source, batch_size: int, requested: int = 0) -> int:
-    """Return the requested number of steps, or if it is 0 the number that reads each row once."""
+    """Return the requested number of steps; 0 stands for as many as it takes to read each row once."""
     return requested or -(-len(source) // batch_size)
 
 

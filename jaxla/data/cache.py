@@ -30,7 +30,7 @@ CLEARABLE = ("volumes", "planned", "features", "phantoms", "compiled", "download
 
 
 class CacheEntry(NamedTuple):
-    """A file or folder of the cache, or the volumes of one kind together; `size` in bytes."""
+    """A file or folder in the cache, or all volumes of one kind; `size` in bytes."""
 
     kind: str
     size: int
@@ -54,7 +54,7 @@ def mark_cache_in_use(cache_dir: Path) -> Iterator[None]:
 
 
 def list_cache(cache_dir: Path) -> list[CacheEntry]:
-    """Return what the cache holds: volumes together, features by backbone, phantoms by set, the rest by file."""
+    """Return one entry for all volumes of a kind, and one for every other file or folder in the cache."""
     if cache_dir.exists() and not cache_dir.is_dir():
         raise InputError(option("cache-dir", cache_dir), "is a file, not a folder", "Pass a folder.")
     entries = []
@@ -90,7 +90,7 @@ def clear_cache(cache_dir: Path, kind: str) -> list[CacheEntry]:
             raise InputError(mark, problem, "Clear the cache as that user.") from error
     kinds = CLEARABLE if kind == "all" else (kind,)
     removed = [entry for entry in list_cache(cache_dir) if entry.kind in kinds]
-    for child in [path for each in kinds for path in (cache_dir / each).glob("*")]:
+    for child in [path for name in kinds for path in (cache_dir / name).glob("*")]:
         try:
             shutil.rmtree(child) if child.is_dir() else child.unlink()
         except OSError as error:

@@ -25,13 +25,13 @@ from jaxla.data.scan_files import (
     Case,
     Finding,
     FolderScans,
-    by_name,
-    choose_files,
+    how_to_match_files,
     images_by_case,
+    index_by_name,
     is_dangling,
     list_scans,
     pair,
-    scans_in,
+    top_level_scans,
 )
 
 log = logging.getLogger(__name__)
@@ -57,7 +57,7 @@ class Survey:
     layout: Layout  # the first of `LAYOUTS` that finds something, or the layout of the given patterns
     cases: tuple[Case, ...]  # the images with a mask
     findings: tuple[Finding, ...]  # errors on files that belong to no case
-    unused: tuple[Path, ...]  # scans without a case or finding, also in formats that are not read
+    unused: tuple[Path, ...]  # scans that belong to no case and have no finding, including those in unsupported formats
 
 
 def find_cases(root: str | Path, labels: str = "", image: str = "", mask: str = "") -> Dataset:
@@ -168,13 +168,13 @@ def find_masks(folder: Path, option_name: str) -> dict[str, Path]:
     with report_os_errors("read", where, MAKE_READABLE):
         if not folder.is_dir():
             raise InputError(where, "no such folder", "Pass a folder of masks.")
-        masks = by_name(scans_in(folder), findings)
+        masks = index_by_name(top_level_scans(folder), findings)
     _raise_first(findings)
     return masks
 
 
 def masks_by_image(masks: dict[str, Path]) -> dict[str, Path]:
-    """Return masks by the name of their image if all names end in one of `MASK_SUFFIXES`, otherwise nothing.
+    """Return image name -> mask if all names end in one of `MASK_SUFFIXES`, otherwise an empty dict.
 
     Raises:
         InputError: two masks belong to the same image.
@@ -199,7 +199,7 @@ def list_names(paths: Iterable[Path], root: Path) -> str:
 
 
 def _no_case(root: Path, content: FolderScans, is_pattern: bool) -> InputError:
-    """Return the error for a folder without cases, which says what the folder holds and which option reads it."""
+    """Return the error for a folder without cases, which says what the folder holds and which options to set."""
     found = _describe(content, root)
     if is_pattern:
         fix = f"Correct the patterns, which are relative to {option('data.root')}."
@@ -213,8 +213,8 @@ def _no_case(root: Path, content: FolderScans, is_pattern: bool) -> InputError:
     common = sorted(by_file_name.values(), key=len, reverse=True)[:2]
     common.sort(key=lambda paths: (paths[0].is_file(), -paths[0].lstat().st_size))  # images are larger than masks
     patterns = [_pattern([path.relative_to(root) for path in paths]) for paths in common]
-    given = [f"{option(f'data.{name}')}='{p}'" for name, p in zip(("image", "mask"), patterns * 2, strict=False)]
-    fix = f"{choose_files()} For example: {' '.join(given)}, where * is the name of the case."
+    examples = [f"{option(f'data.{name}')}='{p}'" for name, p in zip(("image", "mask"), patterns * 2, strict=False)]
+    fix = f"{how_to_match_files()} For example: {' '.join(examples)}, where * is the name of the case."
     return InputError(root, f"no case found; {found}; recognised layouts: {RECOGNISED_LAYOUTS}", fix)
 
 

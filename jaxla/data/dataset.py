@@ -80,7 +80,7 @@ def prepare_data(
         select_local: selects the cases that this process prepares first, while other processes prepare others.
 
     Raises:
-        InputError: there are no data, unusable data or too few patients, or a class is in no training mask.
+        InputError: data are missing or unusable, there are too few patients, or a class is in no training mask.
     """
     protocol, fold = experiment.data, experiment.fold
     if protocol.root == "phantom":  # check the split before making phantoms
@@ -123,7 +123,7 @@ def split_cases(ids: Sequence[str], experiment: Experiment, fold: str = "") -> S
 
 
 def resolve_data_root(protocol: Data, cache_dir: Path, moved_to: str = "") -> Path:
-    """Return the folder of a protocol's scans, or `moved_to` if it is given; make phantoms if it names them."""
+    """Return the folder of a protocol's scans, or `moved_to` if given; for the root `phantom`, make the phantoms."""
     root = moved_to or protocol.root
     if root == "phantom":
         return ensure_phantoms(cache_dir, protocol.phantom_size, protocol.phantom_cases)

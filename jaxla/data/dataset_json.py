@@ -43,12 +43,12 @@ def read_labels(root: Path) -> Labels:
         is_decathlon = _label_value(key) is not None and isinstance(content, str)
         name, value = (content, _label_value(key)) if is_decathlon else (key, _label_value(content))
         if value is None:
-            raise _unreadable(root, f"the label {key!r} has the value {content!r}, not a whole number from 0")
+            raise _unreadable(root, f"the label {key!r} has the value {content!r}, not a non-negative integer")
         if not name.strip() or not name.isprintable():
-            raise _unreadable(root, f"the label name {name!r} is not text")
+            raise _unreadable(root, f"the label name {name!r} is empty or not printable")
         name = "background" if value == 0 else name
         if name in values:
-            raise InputError(root / FILE, "a label occurs twice", _fix())
+            raise InputError(root / FILE, f"the label {name!r} occurs twice", _fix())
         values[name] = (value,)
     return make_labels(values, str(root / FILE), _fix())
 
@@ -69,7 +69,7 @@ def channel_name(root: Path) -> str:
 
 
 def listed_cases(root: Path) -> tuple[list[str], int]:
-    """Return the ids and the number of the training cases that the file lists; nothing and 0 if it lists none."""
+    """Return the ids and the number of the training cases that the file lists; [] and 0 if it lists none."""
     try:
         content = read_dataset_json(root)
     except InputError:
@@ -81,7 +81,7 @@ def listed_cases(root: Path) -> tuple[list[str], int]:
 
 
 def _label_value(content: object) -> int | None:
-    """Return a whole number from 0, which may be a string; None for anything else."""
+    """Return a non-negative integer, which may be stored as a string or float; None for anything else."""
     if isinstance(content, str) and content.isascii() and content.isdecimal() and len(content) < 10:
         return int(content)
     if isinstance(content, float) and content.is_integer():

@@ -33,7 +33,7 @@ MISSING_GAP = 1.5  # a larger gap, in slice distances, means that a slice is mis
 
 
 def dicom_meta(path: Path) -> bytes:
-    """Return the first bytes of a DICOM file, which name its SOP class; empty for any other file."""
+    """Return the first bytes of a DICOM file, which contain its SOP class; empty for any other file."""
     try:
         if not path.is_file():
             return b""
@@ -79,7 +79,7 @@ def slice_files(folder: Path) -> tuple[list[Path], list[Path]]:
 
 
 def read_dicom_grid(folder: Path) -> tuple[np.ndarray, tuple[str, ...], tuple[int, int, int]]:
-    """Read a series' affine [4, 4], voxel indices to mm (RAS+), warnings, and its shape X, Y, Z, without its voxels.
+    """Read a series' affine [4, 4] (voxel indices to mm, RAS+), warnings and shape (X, Y, Z), without its voxels.
 
     Raises:
         InputError: as `read_dicom`.
@@ -137,7 +137,7 @@ def read_slices(folder: Path, with_voxels: bool = True) -> tuple[list[Dataset], 
 
 
 def import_pydicom(where: Path) -> ModuleType:
-    """Return pydicom, without its log.
+    """Import pydicom and turn off its log.
 
     Raises:
         InputError: it is not installed.
@@ -191,7 +191,7 @@ def _check_slice(dataset: Dataset, first: Dataset) -> None:
     if np.abs(directions @ directions.T - np.eye(2)).max() > 2 * MAX_DIRECTION_ERROR:
         fail("ImageOrientationPatient is not two perpendicular unit vectors", "Export the file again.")
     if np.abs(directions - _directions(first)).max() > MAX_DIRECTION_ERROR:
-        problem = f"another orientation than {Path(first.filename).name}, as in localizer scans"
+        problem = f"a different orientation from {Path(first.filename).name}, as in localizer scans"
         fail(problem, "Move slices of other orientations out of the folder.")
     for name in ("Rows", "Columns", "PixelSpacing"):
         if dataset[name].value != first[name].value:
@@ -220,11 +220,13 @@ def slice_step(folder: Path, slices: Sequence[Dataset]) -> np.ndarray:
     if len(slices) == 1:
         thickness = slices[0].get("SpacingBetweenSlices") or slices[0].get("SliceThickness")
         if not thickness:
-            raise InputError(folder, "one slice without SliceThickness", "Convert it to .nii.gz with its thickness.")
+            raise InputError(
+                folder, "a single slice without SliceThickness", "Convert it to .nii.gz with its thickness."
+            )
         return normal * abs(float(thickness))
     positions = np.array([_position(dataset) for dataset in slices])
     gaps = np.diff(positions @ normal)
-    usual = float(np.sort(gaps)[(len(gaps) - 1) // 2])  # the lower median
+    median_gap = float(np.sort(gaps)[(len(gaps) - 1) // 2])  # the lower median
 
     def fail(problem: str, index: int, fix: str) -> None:
         files = " and ".join(Path(dataset.filename).name for dataset in slices[index : index + 2])
@@ -232,10 +234,10 @@ def slice_step(folder: Path, slices: Sequence[Dataset]) -> np.ndarray:
 
     if gaps.min() < 1e-3:
         count = int((gaps < 1e-3).sum()) + 1
-        problem = f"{count} slices share their position with another, as in a time series or a copy"
+        problem = f"{count} slices have the same position as another, as in a time series or after copying files twice"
         fail(problem, int(gaps.argmin()), "Leave one file for each position in the folder.")
-    if gaps.max() > MISSING_GAP * usual:
-        problem = f"a slice is missing: a gap of {gaps.max():.4g} mm where others are {usual:.4g} mm"
+    if gaps.max() > MISSING_GAP * median_gap:
+        problem = f"a slice is missing: a gap of {gaps.max():.4g} mm where others are {median_gap:.4g} mm"
         fail(problem, int(gaps.argmax()), "Complete the series.")
     step = (positions[-1] - positions[0]) / (len(slices) - 1)
     tilt = np.linalg.norm(step - normal * (step @ normal)) / (step @ normal)
@@ -243,9 +245,9 @@ def slice_step(folder: Path, slices: Sequence[Dataset]) -> np.ndarray:
         problem = f"slices are tilted by {np.degrees(np.arctan(tilt)):.1f}° (gantry tilt)"
         fail(problem, 0, "Resample the scan onto a rectangular grid, for example with dcm2niix.")
     offsets = np.linalg.norm(positions - positions[0] - np.arange(len(slices))[:, None] * step, axis=1)
-    if offsets.max() > MAX_OFFSET_FRACTION * usual:
+    if offsets.max() > MAX_OFFSET_FRACTION * median_gap:
         problem = f"slices are unevenly spaced: gaps from {gaps.min():.4g} to {gaps.max():.4g} mm"
-        fail(problem, int(np.abs(gaps - usual).argmax()), "Resample the scan onto a regular grid.")
+        fail(problem, int(np.abs(gaps - median_gap).argmax()), "Resample the scan onto a regular grid.")
     return step
 
 
@@ -274,7 +276,7 @@ def _grey_values(dataset: Dataset) -> np.ndarray:
     """Return a slice [rows, columns] with its rescale slope and intercept applied."""
     from pydicom.pixels import apply_modality_lut
 
-    unused = dataset.BitsAllocated - dataset.BitsStored  # these bits may hold anything
+    unused = dataset.BitsAllocated - dataset.BitsStored  # these bits may have any value
     stored = dataset.pixel_array
     stored = (stored << unused) >> unused if unused else stored
     rescale = float(dataset.get("RescaleSlope", 1)), float(dataset.get("RescaleIntercept", 0))
@@ -287,7 +289,7 @@ def _grey_values(dataset: Dataset) -> np.ndarray:
 def report_damage(path: str | Path) -> Iterator[None]:
     """Turn any error within the context into an InputError: on damaged files pydicom raises errors of many types.
 
-    Its warnings about deviations from the standard are dropped: what a volume needs is checked here.
+    Its warnings about deviations from the standard are dropped: this module checks the elements that a volume needs.
     """
     try:
         with warnings.catch_warnings(action="ignore"):

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     import highdicom as hd
     from pydicom import Dataset
 
-# Elements that may be empty, which anonymisation often removes; highdicom requires them in the slices.
+# Elements that anonymisation often removes. highdicom requires them in the slices, but accepts empty ones.
 MAY_BE_EMPTY = (
     *("PatientID", "PatientName", "PatientBirthDate", "PatientSex", "AccessionNumber"),
     *("StudyID", "StudyDate", "StudyTime"),
@@ -29,7 +29,7 @@ LEFT_ATRIUM_NAMES = ("la", "left atrium", "left_atrium")
 
 
 def import_highdicom(where: object) -> ModuleType:
-    """Return highdicom.
+    """Import highdicom.
 
     Raises:
         InputError: it is not installed.
@@ -43,7 +43,9 @@ def import_highdicom(where: object) -> ModuleType:
 
 
 def write_segmentation(path: Path, classes: np.ndarray, names: Sequence[str], series: Path) -> None:
-    """Write a segmentation that refers to the slices of a DICOM series; read it back, and only then give it its name.
+    """Write a segmentation that refers to the slices of a DICOM series.
+
+    The file gets its name only after it has been read back.
 
     Args:
         classes: [X, Y, Z] uint8, 0 is background; class n becomes segment n.
@@ -113,7 +115,7 @@ def _make_segmentation(
 
 
 def _complete_elements(slices: Sequence[Dataset], folder: Path) -> None:
-    """Set elements, in memory, that highdicom copies from the slices, which may lack them or have wrong ones."""
+    """Set, in memory, the elements that highdicom copies from the slices, because they may be missing or wrong."""
     from pydicom.valuerep import DSfloat
 
     distance = DSfloat(np.linalg.norm(slice_step(folder, slices)), auto_format=True)
@@ -124,7 +126,7 @@ def _complete_elements(slices: Sequence[Dataset], folder: Path) -> None:
 
 
 def read_segmentation(path: Path) -> tuple[np.ndarray, np.ndarray]:
-    """Read a segmentation's array [X, Y, Z], segment numbers and 0, and its affine [4, 4], voxel indices to mm (RAS+).
+    """Read a segmentation's segment numbers [X, Y, Z] (0: background) and affine [4, 4], voxel indices to mm (RAS+).
 
     X, Y and Z run as in `jaxla.data.dicom.read_dicom`.
 

@@ -47,12 +47,12 @@ def is_scan(path: Path) -> bool:
 
 
 def is_special(path: Path) -> bool:
-    """Return whether a path is neither a file nor a folder, such as a named pipe, which nobody may ever write to."""
+    """Return whether a path is neither a file nor a folder, such as a named pipe, on which reading may never end."""
     return path.exists() and not (path.is_file() or path.is_dir())
 
 
 def scan_files(path: Path) -> list[Path]:
-    """Return all files of a scan: itself, the slices of a DICOM series, or a header and the file with its voxels."""
+    """Return all files of a scan: one file, the slices of a DICOM series, or a header and the file with its voxels."""
     if path.is_dir():
         return slice_files(path)[0]
     if path.suffix.lower() in ITK_EXTENSIONS and (voxels := locate_voxels(path).path) != path:

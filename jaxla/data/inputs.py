@@ -1,7 +1,7 @@
-"""Slices in their own pixels <-> the network's square input.
+"""Conversion between slices in their own pixels and the network's square input.
 
-A slice is padded to a square in mm, which keeps its aspect, and the square is resized to the input. Grey values run
-from 0 to 1 over the volume's own percentiles; the padding is 0.
+A slice is padded to a square in mm, which keeps its aspect, and the square is resized to the input. Grey values are
+scaled to 0..1 between two percentiles of the volume; the padding is 0.
 """
 
 from collections.abc import Iterable
@@ -56,7 +56,7 @@ def smallest_extent(slices: Iterable[tuple[tuple[int, int], tuple[float, float]]
 
 
 def structure_extent(mask: np.ndarray, spacing: tuple[float, float]) -> float:
-    """Return the side in mm of the smallest square in the centre of slices that holds all structures; 0 without any.
+    """Return the side in mm of the smallest square, centred on slices, that holds all structures; 0 if there are none.
 
     Args:
         mask: class indices [S, H, W].
@@ -98,8 +98,8 @@ def slice_to_input(
     slices: np.ndarray, index: int, spacing: float, intensity_range: tuple[float, float], frame: Frame, neighbours: int
 ) -> np.ndarray:
     """Return slice `index` of [S, H, W] and its neighbours as an input [size, size, 1 + 2 · neighbours]."""
-    near = find_neighbours(index, len(slices), spacing, neighbours)
-    return np.concatenate([image_to_input(slices[i], intensity_range, frame) for i in near], axis=-1)
+    indices = find_neighbours(index, len(slices), spacing, neighbours)
+    return np.concatenate([image_to_input(slices[i], intensity_range, frame) for i in indices], axis=-1)
 
 
 def image_to_input(pixels: np.ndarray, intensity_range: tuple[float, float], frame: Frame) -> np.ndarray:

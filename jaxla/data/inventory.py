@@ -27,7 +27,9 @@ from jaxla.data.volumes import Volume, hash_voxels, read_image, read_mask, requi
 VOLUME_OUTLIER = "volume"  # kind of finding
 MAX_OUTLIER_Z = 3.5
 MIN_OUTLIER_CASES = 5
-MIN_OUTLIER_DEVIATION = 0.1  # anatomy varies by more; this keeps a few similar cases from making the next an outlier
+# Smallest deviation of log volume to assume. Anatomy varies by more, but a few similar cases may deviate by less, and
+# would make any other case an outlier.
+MIN_OUTLIER_DEVIATION = 0.1
 OUTLIER_RULE = (
     f"modified z-score of log volume beyond ±{MAX_OUTLIER_Z} (median, median absolute deviation of at least "
     f"{100 * MIN_OUTLIER_DEVIATION:.0f} %), with at least {MIN_OUTLIER_CASES} cases"
@@ -65,7 +67,7 @@ class Inventory:
     labels: Labels | None  # None if the data set does not define them; a finding says why
     cases: tuple[CaseFacts, ...]  # every image with a mask
     split: Split | None  # the default split; None if there are too few cases
-    unread: tuple[Path, ...]  # scans without a case or finding, such as unlabelled test images
+    unread: tuple[Path, ...]  # scans that belong to no case and have no finding, such as unlabelled test images
     findings: tuple[Finding, ...]  # errors first
 
     @property
@@ -187,8 +189,8 @@ def _missing_classes(root: Path, cases: list[CaseFacts], labels: Labels, split: 
             fix = f"Check the masks, or list their values in {option('data.labels')}."
             yield Finding("class", root, f"no mask contains {name}", fix)
         elif split and with_class.isdisjoint(split.train):
-            some = ", ".join(sorted(with_class)[:3])
-            problem = f"no training case of the default split contains {name}, only {some}"
+            examples = ", ".join(sorted(with_class)[:3])
+            problem = f"no training case of the default split contains {name}, only {examples}"
             fix = f"Use another {option('data.split_seed')}, or your own {option('data.split')}."
             yield Finding("class", root, problem, fix, level="warning")
     for case in checked:
@@ -232,18 +234,18 @@ def _geometry_outliers(cases: list[CaseFacts]) -> Iterator[Finding]:
     if not read:
         return
     usual_axis, count = Counter(case.slice_axis for case in read).most_common(1)[0]
-    alike = [case for case in read if case.slice_axis == usual_axis]
-    usual = tuple(median_low(case.slice_spacing[i] for case in alike) for i in range(3))
+    same_axis = [case for case in read if case.slice_axis == usual_axis]
+    median = tuple(median_low(case.slice_spacing[i] for case in same_axis) for i in range(3))
     for case in read:
         spacing = case.slice_spacing
         if case.slice_axis != usual_axis:
-            here, elsewhere = f"(every {spacing[0]:.3g} mm)", f"{usual_axis} (every {usual[0]:.3g} mm)"
+            here, elsewhere = f"(every {spacing[0]:.3g} mm)", f"{usual_axis} (every {median[0]:.3g} mm)"
             problem = f"slices lie along {case.slice_axis} {here}, in {count} other cases along {elsewhere}"
             fix = "Check the spacing in its header; if it is right, resample the scan or leave it out."
             yield Finding("slice axis", case.image, problem, fix, case.id, "warning")
-        elif max(max(a / b, b / a) for a, b in zip(spacing, usual, strict=True)) >= MAX_SPACING_RATIO:
-            sides, usual_sides = format_sides(spacing), format_sides(usual)
-            problem = f"slices, rows and columns are {sides} mm apart, the median is {usual_sides} mm"
+        elif max(max(a / b, b / a) for a, b in zip(spacing, median, strict=True)) >= MAX_SPACING_RATIO:
+            sides, median_sides = format_sides(spacing), format_sides(median)
+            problem = f"slices, rows and columns are {sides} mm apart, the median is {median_sides} mm"
             fix = "Check the spacing in its header; if it is right, keep the scan."
             yield Finding("spacing", case.image, problem, fix, case.id, "warning")
         if case.oblique > MAX_OBLIQUE_DEGREES:
@@ -258,7 +260,7 @@ def format_sides(values: Iterable[float]) -> str:
 
 
 def _absent_cases(root: Path, cases: list[CaseFacts], findings: list[Finding]) -> Iterator[Finding]:
-    """Find out whether dataset.json lists more cases than the folder holds, as after an interrupted download."""
+    """Warn if dataset.json lists more cases than the folder holds, as after an interrupted download."""
     listed, count = listed_cases(root)
     found = {case.id for case in cases} | {finding.case for finding in findings}
     absent = [name for name in listed if name not in found]

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 
 def read_itk_grid(path: Path) -> tuple[np.ndarray, tuple[str, ...], tuple[int, int, int]]:
-    """Read a file's affine [4, 4], voxel indices to mm (RAS+), warnings about its header, and its shape X, Y, Z.
+    """Read a file's affine [4, 4] (voxel indices to mm, RAS+), warnings about its header, and its shape (X, Y, Z).
 
     Raises:
         InputError: SimpleITK is not installed, or the file is damaged or holds no 3D scalar image.
@@ -64,7 +64,7 @@ def write_itk(path: Path, array: np.ndarray, affine: np.ndarray) -> None:
 
 
 def import_itk(path: Path) -> ModuleType:
-    """Return SimpleITK, with its warnings turned off.
+    """Import SimpleITK and turn off its warnings.
 
     Raises:
         InputError: it is not installed.

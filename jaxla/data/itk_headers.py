@@ -1,7 +1,7 @@
 """Checks of NRRD and MetaImage headers, made before SimpleITK reads the file.
 
 ITK replaces a missing field by a default, allocates whatever size a header declares, and its MetaImage reader ends the
-process on some damaged headers. After these checks the file has every field that its geometry needs, and its voxels.
+process on some damaged headers. After these checks, all voxels and every field that the geometry needs are present.
 
 NRRD: teem.sourceforge.net/nrrd/format.html. MetaImage: itk.org/Wiki/MetaIO/Documentation.
 """
@@ -37,18 +37,19 @@ META_TYPES = {
     1: "MET_CHAR, MET_UCHAR",
     2: "MET_SHORT, MET_USHORT",
     4: "MET_INT, MET_UINT, MET_FLOAT",
-    8: "MET_LONG_LONG, MET_ULONG_LONG, MET_DOUBLE",  # MET_LONG has 4 or 8 bytes, depending on who wrote it
+    8: "MET_LONG_LONG, MET_ULONG_LONG, MET_DOUBLE",  # MET_LONG may have 4 or 8 bytes, so it is refused
 }
+# Spaces that ITK converts to its own axes; it takes any other for left-posterior-superior.
 NRRD_SPACES = {
     *("right-anterior-superior", "ras", "left-anterior-superior", "las", "left-posterior-superior", "lps"),
-}  # those that ITK converts to its own axes; it takes any other for left-posterior-superior
+}
 
 
 class Voxels(NamedTuple):
-    """Where the voxels of a file are, according to its header."""
+    """The position of a file's voxels, according to its header."""
 
     path: Path
-    offset: int  # position of the first byte; negative if the voxels end with the file
+    offset: int  # position of the first byte; negative if the voxels are the last bytes of the file
     is_compressed: bool
     byte_count: int  # number of bytes without compression
     is_oriented: bool  # the header has a position and orientation
@@ -69,17 +70,17 @@ class Fields:
         """Raise an InputError on the file."""
         raise InputError(self.path, problem, fix)
 
-    def first(self, *names: str) -> str:
+    def first_present(self, *names: str) -> str:
         """Return the first of several names that the header has; the first name if it has none."""
         return next((name for name in names if name in self.values), names[0])
 
     def text(self, name: str, *choices: str, default: str | None = None) -> str:
-        """Return a field in lower case. It is required without a default, and limited to `choices` if there are any."""
+        """Return a field in lower case. Without a default, it is required; with `choices`, it must be one of them."""
         value = self.values.get(name, default)
         if value is None:
             self.fail(f"the header has no field '{name}'")
         if choices and value.lower() not in choices:
-            self.fail(f"'{name}' is '{shorten(value)}' in the header; it can only be {' or '.join(choices)}")
+            self.fail(f"'{name}' is '{shorten(value)}' in the header; it must be {' or '.join(choices)}")
         return value.lower()
 
     def numbers(self, name: str, count: int) -> list[float]:
@@ -111,8 +112,8 @@ class Fields:
     def require_millimetres(self, name: str) -> None:
         """Raise an InputError if lengths have a unit other than mm; ITK ignores units."""
         units = set(re.split(r"[\s\"]+", self.text(name, default="")))
-        if other := sorted(units - MILLIMETRES):
-            self.fail(f"lengths are in {shorten(', '.join(other))}", "Export the file in mm.")
+        if unsupported := sorted(units - MILLIMETRES):
+            self.fail(f"lengths are in {shorten(', '.join(unsupported))}", "Export the file in mm.")
 
 
 def check_header(path: Path) -> tuple[str, ...]:
@@ -146,7 +147,7 @@ def _check_nrrd(path: Path, start: bytes) -> Voxels:
         raise InputError(path, "not an NRRD file", EXPORT_AGAIN)
     header_end = re.search(rb"\n\r?\n", start)
     lines = start[: header_end.start() if header_end else len(start)].decode("latin-1").splitlines()[1:]
-    pairs = [line.split(":", 1) for line in lines if re.match(r"[^#:]+:(?!=)", line)]  # not `key:=value`, free text
+    pairs = [line.split(":", 1) for line in lines if re.match(r"[^#:]+:(?!=)", line)]  # without `key:=value`, free text
     fields = Fields(path, [(name.lower().replace(" ", ""), value.strip()) for name, value in pairs])
 
     sizes = fields.sizes("sizes", "dimension")
@@ -171,7 +172,7 @@ def _check_nrrd(path: Path, start: bytes) -> Voxels:
 
 
 def _check_nrrd_grid(fields: Fields) -> bool:
-    """Check spacing, orientation and origin, and return whether all are there."""
+    """Check spacing, orientation and origin, and return whether all are present."""
     if "spacedirections" in fields.values:
         text = fields.values["spacedirections"]
         vectors = [vector.split(",") for vector in re.findall(r"\(([^()]*)\)", text)]
@@ -206,7 +207,7 @@ def _check_meta(path: Path, start: bytes) -> Voxels:
     fields.text("ElementNumberOfChannels", "1", default="1")
     fields.text("BinaryData", "true")
     if item_bytes > 1:
-        fields.text(fields.first("BinaryDataByteOrderMSB", "ElementByteOrderMSB"), "true", "false")
+        fields.text(fields.first_present("BinaryDataByteOrderMSB", "ElementByteOrderMSB"), "true", "false")
     fields.require_millimetres("DistanceUnits")
     for name, neutral in (("ElementToIntensityFunctionSlope", 1), ("ElementToIntensityFunctionOffset", 0)):
         if name in fields.values and fields.numbers(name, 1) != [neutral]:
@@ -227,10 +228,10 @@ def _check_meta(path: Path, start: bytes) -> Voxels:
 
 
 def _check_meta_grid(fields: Fields) -> bool:
-    """Check spacing, orientation and origin, and return whether all are there."""
-    _require_positive(fields, fields.first("ElementSpacing", "ElementSize"))
-    matrix = fields.first("TransformMatrix", "Rotation", "Orientation")
-    offset = fields.first("Offset", "Position", "Origin")
+    """Check spacing, orientation and origin, and return whether all are present."""
+    _require_positive(fields, fields.first_present("ElementSpacing", "ElementSize"))
+    matrix = fields.first_present("TransformMatrix", "Rotation", "Orientation")
+    offset = fields.first_present("Offset", "Position", "Origin")
     if matrix in fields.values:
         axes = np.reshape(fields.numbers(matrix, 9), (3, 3))
         if np.abs(np.linalg.norm(axes, axis=1) - 1).max() > MAX_LENGTH_ERROR:
@@ -282,7 +283,7 @@ def _require_voxels(path: Path, voxels: Voxels) -> None:
 
 def _uncompressed_bytes(path: Path, voxels: Voxels) -> int:
     """Return the length of a zlib or gzip stream, checksum included; stop once it exceeds the declared length."""
-    stream = zlib.decompressobj(wbits=47)  # 47: either header
+    stream = zlib.decompressobj(wbits=47)  # 47: a zlib or gzip header
     count = 0
     try:
         with voxels.path.open("rb") as file:

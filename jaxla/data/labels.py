@@ -16,13 +16,13 @@ REST_RULE = f"{OTHERS_ARE_BACKGROUND} at the end makes all other values backgrou
 
 @dataclass(frozen=True)
 class Labels:
-    """Which mask values belong to which class.
+    """The classes of a data set and their mask values.
 
     The names of the attributes are part of the hash `jaxla.data.prepared.content_key`.
     """
 
     names: tuple[str, ...]  # the foreground classes; class c (1-based) is `names[c - 1]`
-    values: tuple[tuple[int, ...], ...] | None = None  # mask values of each class; None: all non-zero ones, one class
+    values: tuple[tuple[int, ...], ...] | None = None  # mask values of each class; None: one class, all non-zero values
     ignored: tuple[int, ...] | None = ()  # values that are background; None if every value without a class is
     one_value: bool = False  # a mask must not hold two different non-zero values; only if `values` is None
 
@@ -84,7 +84,7 @@ def parse_labels(text: str) -> Labels:
     """Parse `LA:1`, `anterior:1;posterior:2`, `hippocampus:1,2`, `LA:1;background:2,3` or `LA:1;background:rest`.
 
     Raises:
-        InputError: the text has another form, or names a class or value twice.
+        InputError: the text has none of these forms, or names a class or value twice.
     """
     where = option("data.labels", repr(text))
     fix = f"Use LA:1, for example, or a:1;b:2 for two classes; {REST_RULE}"

@@ -1,4 +1,4 @@
-"""The layouts of data sets: which scans of a folder are images, which are masks, and which belong together.
+"""The layouts of data sets: rules for which scans are images, which are masks, and which belong together.
 
 `LAYOUTS`, at the end of this file, lists the layouts that are recognised.
 """
@@ -17,11 +17,11 @@ from jaxla.data.labels import Labels
 from jaxla.data.scan_files import (
     KEEP_ONE,
     Finding,
-    by_id,
-    by_name,
-    choose_files,
     compose_letters,
+    how_to_match_files,
     images_by_case,
+    index_by_id,
+    index_by_name,
     scan_name,
 )
 
@@ -45,7 +45,7 @@ class Layout(NamedTuple):
     """One way to lay out a data set in a folder.
 
     `find` takes the folder, all scans in it, a list of findings, and whether only labelled cases are wanted, as in
-    training. It adds duplicate scans of a case to the findings, and finds nothing if the folder has another layout.
+    training. It adds duplicate scans of a case to the findings, and finds nothing if the folder has a different layout.
     """
 
     name: str
@@ -60,17 +60,19 @@ NOTHING = ScanPaths({}, {})
 # --- one folder for each case ----------------------------------------------------------------------------------------
 
 
-def _fixed_names(image: str, mask: str) -> Callable[[Path, Sequence[Path], list[Finding], bool], ScanPaths]:
+def _make_fixed_names_finder(image: str, mask: str) -> Callable[[Path, Sequence[Path], list[Finding], bool], ScanPaths]:
     """Return the function `find` of a layout whose files have the same two names in every case's folder."""
 
     def find(root: Path, scans: Sequence[Path], findings: list[Finding], for_training: bool) -> ScanPaths:
-        named = [path for path in scans if scan_name(path) in (image, mask)]
-        folders = _keep_official_cases(root, {path.parent for path in named}, for_training)
+        matching = [path for path in scans if scan_name(path) in (image, mask)]
+        folders = _keep_official_cases(root, {path.parent for path in matching}, for_training)
         _require_different_names(root, folders)
-        named = [(folder_name(path.parent), path) for path in named if path.parent in folders]
-        files = ([each for each in named if scan_name(each[1]) == name] for name in (image, mask))
-        found = (by_id(each, findings) for each in files)
-        return ScanPaths(*({name: each[name] for name in sorted(each, key=_numeric_order)} for each in found))
+        named = [(folder_name(path.parent), path) for path in matching if path.parent in folders]
+        by_case = (
+            index_by_id([(case, path) for case, path in named if scan_name(path) == name], findings)
+            for name in (image, mask)
+        )
+        return ScanPaths(*({case: paths[case] for case in sorted(paths, key=_numeric_order)} for paths in by_case))
 
     return find
 
@@ -92,7 +94,7 @@ def _numeric_order(name: str) -> tuple[list[int], str]:
     return [int(number) for number in re.findall(r"\d+", name)], name
 
 
-def _patient_folders(root: Path, scans: Sequence[Path], findings: list[Finding], for_training: bool) -> ScanPaths:
+def _find_patient_folders(root: Path, scans: Sequence[Path], findings: list[Finding], for_training: bool) -> ScanPaths:
     """Find one image and one mask in each folder; a mask has a name such as `mask`, `label` or `scan_seg`."""
     parents = {path.parent for path in scans}
     # A folder of DICOM slices may also hold the mask.
@@ -106,7 +108,7 @@ def _patient_folders(root: Path, scans: Sequence[Path], findings: list[Finding],
         return NOTHING
     _require_different_names(root, {folder for folder, _ in by_folder})
     files = ([(folder_name(folder), path) for folder, path in each] for each in (images, masks))
-    return ScanPaths(*(by_id(each, findings, f"{KEEP_ONE} {choose_files()}") for each in files))
+    return ScanPaths(*(index_by_id(each, findings, f"{KEEP_ONE} {how_to_match_files()}") for each in files))
 
 
 def folder_name(folder: Path) -> str:
@@ -119,7 +121,7 @@ def _require_different_names(root: Path, folders: Iterable[Path]) -> None:
     for folder in sorted(folders):
         if (other := by_folder_name.setdefault(folder_name(folder), folder)) != folder:
             problem = f"two case folders have the same name ({other} and {folder})"
-            raise InputError(root, problem, f"Pass the folder of a single data set. {choose_files()}")
+            raise InputError(root, problem, f"Pass the folder of a single data set. {how_to_match_files()}")
 
 
 # --- BIDS ------------------------------------------------------------------------------------------------------------
@@ -127,7 +129,7 @@ def _require_different_names(root: Path, folders: Iterable[Path]) -> None:
 DERIVED = r"_(?:space|res|den|label|desc|hemi)-[^_]+"  # parts that only the name of a mask has, not that of its scan
 
 
-def _bids(root: Path, scans: Sequence[Path], findings: list[Finding], _: bool) -> ScanPaths:
+def _find_bids(root: Path, scans: Sequence[Path], findings: list[Finding], _: bool) -> ScanPaths:
     """Find scans in folders sub-…, with masks named …_mask, …_dseg or the like, next to them or in derivatives."""
     images, masks = [], []
     for path in scans:
@@ -136,13 +138,13 @@ def _bids(root: Path, scans: Sequence[Path], findings: list[Finding], _: bool) -
         if match := re.fullmatch(r"(sub-[^_]+(?:_[^_-]+-[^_]+)*)_(.+)", scan_name(path)):
             is_mask = MASK_NAME.fullmatch(match[2])
             (masks if is_mask else images).append((re.sub(DERIVED, "", match[1]), path))
-    return ScanPaths(*(by_id(each, findings, f"{KEEP_ONE} {choose_files()}") for each in (images, masks)))
+    return ScanPaths(*(index_by_id(each, findings, f"{KEEP_ONE} {how_to_match_files()}") for each in (images, masks)))
 
 
 # --- Medical Decathlon and nnU-Net -----------------------------------------------------------------------------------
 
 
-def _decathlon(root: Path, scans: Sequence[Path], findings: list[Finding], for_training: bool) -> ScanPaths:
+def _find_decathlon(root: Path, scans: Sequence[Path], findings: list[Finding], for_training: bool) -> ScanPaths:
     where = root / dataset_json.FILE
     if not where.is_file():
         return NOTHING
@@ -150,11 +152,11 @@ def _decathlon(root: Path, scans: Sequence[Path], findings: list[Finding], for_t
     if for_training and len(names) > 1:
         problem = f"names {len(names)} image channels ({', '.join(names)}), but only one is supported"
         raise InputError(where, problem, "List one channel if the files hold only that one.")
-    masks = by_name((path for path in scans if path.parent == root / "labelsTr"), findings)
+    masks = index_by_name((path for path in scans if path.parent == root / "labelsTr"), findings)
     images = images_by_case((path for path in scans if path.parent == root / "imagesTr"), masks, findings)
     if for_training and not images and not masks:
         problem = "has a dataset.json, but imagesTr and labelsTr hold no scan"
-        raise InputError(root, problem, f"Complete the data set. Formats: {FORMATS}. {choose_files()}")
+        raise InputError(root, problem, f"Complete the data set. Formats: {FORMATS}. {how_to_match_files()}")
     return ScanPaths(images, masks)
 
 
@@ -163,7 +165,7 @@ def _decathlon(root: Path, scans: Sequence[Path], findings: list[Finding], for_t
 FLAT_PAIRS = "<case>.nii.gz + <case>_mask.nii.gz in one folder, or images/<case>.nii.gz + labels/<case>.nii.gz"
 
 
-def _flat(root: Path, scans: Sequence[Path], findings: list[Finding], for_training: bool) -> ScanPaths:
+def _find_flat_pairs(root: Path, scans: Sequence[Path], findings: list[Finding], for_training: bool) -> ScanPaths:
     parents = {path.parent for path in scans}  # a folder with DICOM slices and a mask is a patient's folder
     in_root = [path for path in scans if path.parent == root and path not in parents]
     if len(in_root) == 2 and any(re.fullmatch(MASK_WORDS, scan_name(path), re.IGNORECASE) for path in in_root):
@@ -172,8 +174,10 @@ def _flat(root: Path, scans: Sequence[Path], findings: list[Finding], for_traini
     if images or (masks and for_training):
         return ScanPaths(images, masks)
     files = [path for path in scans if path.parent in [root / name for name in MASK_FOLDERS]]
-    plain = by_name((path for path in files if not scan_name(path).endswith(MASK_SUFFIXES)), findings)
-    suffixed = by_name((path for path in files if scan_name(path).endswith(MASK_SUFFIXES)), findings, MASK_SUFFIXES)
+    plain = index_by_name((path for path in files if not scan_name(path).endswith(MASK_SUFFIXES)), findings)
+    suffixed = index_by_name(
+        (path for path in files if scan_name(path).endswith(MASK_SUFFIXES)), findings, MASK_SUFFIXES
+    )
     masks = plain | suffixed
     files = [path for path in scans if path.parent in [root / name for name in IMAGE_FOLDERS]]
     images = images_by_case(files, masks, findings)
@@ -187,7 +191,7 @@ def images_and_masks(paths: Iterable[Path], findings: list[Finding]) -> ScanPath
     masks, images = [], []
     for path in paths:
         (masks if scan_name(path).endswith(MASK_SUFFIXES) else images).append(path)
-    by_image = by_name(masks, findings, MASK_SUFFIXES)
+    by_image = index_by_name(masks, findings, MASK_SUFFIXES)
     return ScanPaths(images_by_case(images, by_image, findings), by_image)
 
 
@@ -207,9 +211,9 @@ def make_pattern_layout(image: str, mask: str) -> Layout:
         taken = {path for _, path in masks}
         images = [(i, path) for path in scans if path not in taken and (i := _match(image, path.relative_to(root)))]
         fix = "Write a * for each part of the path that differs between cases."
-        return ScanPaths(by_id(images, findings, fix), by_id(masks, findings, fix))
+        return ScanPaths(index_by_id(images, findings, fix), index_by_id(masks, findings, fix))
 
-    return Layout("given patterns", f"{image} + {mask}", find, _foreground)
+    return Layout("given patterns", f"{image} + {mask}", find, _foreground_label)
 
 
 def _check_patterns(image: str, mask: str, for_training: bool) -> None:
@@ -246,11 +250,11 @@ def _match(pattern: str, path: Path) -> str:
 # --- layouts, in the order in which they are tried -------------------------------------------------------------------
 
 
-def _atrium(root: Path) -> Labels:
+def _atrium_label(root: Path) -> Labels:
     return Labels(("LA",))
 
 
-def _foreground(root: Path) -> Labels:
+def _foreground_label(root: Path) -> Labels:
     return Labels(("foreground",), one_value=True)
 
 
@@ -261,11 +265,11 @@ DECATHLON_FILES = "Medical Decathlon or nnU-Net (dataset.json, imagesTr, labelsT
 BIDS_FILES = "BIDS (sub-<n>/…/sub-<n>_ses-<m>_<scan>.nii.gz + …_mask.nii.gz)"
 
 LAYOUTS = (
-    Layout("LAScarQS", LASCARQS_FILES, _fixed_names(LASCARQS_IMAGE, LASCARQS_MASK), _atrium),
-    Layout("LA 2018", LA2018_FILES, _fixed_names("lgemri", "laendo"), _atrium),
-    Layout("dataset.json", DECATHLON_FILES, _decathlon, dataset_json.read_labels),
-    Layout("flat pairs", f"flat pairs ({FLAT_PAIRS})", _flat, _foreground),
-    Layout("BIDS", BIDS_FILES, _bids, _foreground),
-    Layout("patient folders", "<case>/image.nii.gz + <case>/mask.nii.gz", _patient_folders, _foreground),
+    Layout("LAScarQS", LASCARQS_FILES, _make_fixed_names_finder(LASCARQS_IMAGE, LASCARQS_MASK), _atrium_label),
+    Layout("LA 2018", LA2018_FILES, _make_fixed_names_finder("lgemri", "laendo"), _atrium_label),
+    Layout("dataset.json", DECATHLON_FILES, _find_decathlon, dataset_json.read_labels),
+    Layout("flat pairs", f"flat pairs ({FLAT_PAIRS})", _find_flat_pairs, _foreground_label),
+    Layout("BIDS", BIDS_FILES, _find_bids, _foreground_label),
+    Layout("patient folders", "<case>/image.nii.gz + <case>/mask.nii.gz", _find_patient_folders, _foreground_label),
 )
 RECOGNISED_LAYOUTS = "; ".join(layout.description for layout in LAYOUTS)

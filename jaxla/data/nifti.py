@@ -58,7 +58,7 @@ def write_nifti(path: Path, array: np.ndarray, header: nib.Nifti1Header) -> None
     header = header.copy()
     header.set_data_dtype(array.dtype)
     header["cal_min"] = header["cal_max"] = 0
-    header.check_fix(error_level=100)  # the signs of pixdim, which nibabel would repair while it writes
+    header.check_fix(error_level=100)  # repairs the signs of pixdim, as nibabel does when it writes
     image_class = nib.Nifti2Image if isinstance(header, nib.Nifti2Header) else nib.Nifti1Image
     nib.save(image_class(array, None, header), path)  # without an affine, which would replace sform and qform
     with _open_checked(path) as file:
@@ -73,7 +73,7 @@ def write_nifti(path: Path, array: np.ndarray, header: nib.Nifti1Header) -> None
 
 @contextmanager
 def _report_damage(path: Path) -> Iterator[None]:
-    """Turn the errors of damaged and of unreadable files into an InputError."""
+    """Turn the errors that damaged and unreadable files cause into an InputError."""
     with report_os_errors("read", path, "Check the file and its permissions."):
         try:
             yield
@@ -110,18 +110,20 @@ def _read_header(path: Path, file: BinaryIO) -> nib.Nifti1Header:
     """Return the header as it is stored, and check what is needed to find the voxels."""
     not_nifti = InputError(path, "not a NIfTI file", "Convert it to NIfTI, or replace a damaged file.")
     block = file.read(nib.Nifti2Header.sizeof_hdr)
-    kinds = [(kind, order) for kind in (nib.Nifti1Header, nib.Nifti2Header) for order in ("little", "big")]
-    found = [k for k in kinds if int.from_bytes(block[:4], k[1]) == k[0].sizeof_hdr]
-    if not found:
+    versions = [(version, order) for version in (nib.Nifti1Header, nib.Nifti2Header) for order in ("little", "big")]
+    matching = [
+        (version, order) for version, order in versions if int.from_bytes(block[:4], order) == version.sizeof_hdr
+    ]
+    if not matching:
         raise not_nifti
-    kind, order = found[0]
-    length = kind.sizeof_hdr
+    version, order = matching[0]
+    length = version.sizeof_hdr
     if len(block) < length:
         raise InputError(path, f"truncated or damaged (its header ends after {len(block)} bytes)", COPY_AGAIN)
-    header = kind(block[:length], endianness=order, check=False)
-    if (magic := header["magic"].item()) == kind.pair_magic:
+    header = version(block[:length], endianness=order, check=False)
+    if (magic := header["magic"].item()) == version.pair_magic:
         raise InputError(path, "a header whose voxels are in a separate .img file", "Convert the pair to one .nii.gz.")
-    if magic != kind.single_magic:
+    if magic != version.single_magic:
         raise not_nifti
     if not math.isfinite(offset := float(header["vox_offset"])) or offset % 1:
         raise InputError(path, f"truncated or damaged (its header has vox_offset {offset:g})", COPY_AGAIN)
@@ -162,22 +164,22 @@ def _read_scaling(path: Path, header: nib.Nifti1Header) -> tuple[float, float]:
 
 
 def _check_size(path: Path, file: BinaryIO, shape: tuple[int, int, int], dtype: np.dtype, offset: int) -> None:
-    """Compare the bytes that the header declares with those that the file or gzip stream holds, before any is read.
+    """Compare the bytes that the header declares with those that the file or gzip stream holds, before reading voxels.
 
     A compressed file is read to its checksum: nibabel stops before it and would miss a flipped bit.
     """
     declared = offset + math.prod(shape) * dtype.itemsize
-    what = f"its header declares {declared} bytes, for voxels {'×'.join(map(str, shape))} of type {dtype}"
+    declaration = f"its header declares {declared} bytes, for voxels {'×'.join(map(str, shape))} of type {dtype}"
     held = file.seek(0, 2) if not isinstance(file, gzip.GzipFile) else _count_bytes(file, declared)
     if held < declared:
-        raise InputError(path, f"truncated or damaged ({what}, but the file holds {held})", COPY_AGAIN)
+        raise InputError(path, f"truncated or damaged ({declaration}, but the file holds {held})", COPY_AGAIN)
     if held > declared:
-        raise InputError(path, f"more voxels than expected ({what}, but the file holds more)", COPY_AGAIN)
+        raise InputError(path, f"more voxels than expected ({declaration}, but the file holds more)", COPY_AGAIN)
 
 
-def _count_bytes(file: gzip.GzipFile, enough: int) -> int:
-    """Return the number of bytes in a gzip stream, or a number above `enough` if there are more than that."""
+def _count_bytes(file: gzip.GzipFile, limit: int) -> int:
+    """Return the number of bytes in a gzip stream, or a number above `limit` if there are more than that."""
     held = file.tell()
-    while held <= enough and (chunk := file.read(CHUNK_BYTES)):
+    while held <= limit and (chunk := file.read(CHUNK_BYTES)):
         held += len(chunk)
     return held

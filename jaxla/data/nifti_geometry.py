@@ -1,4 +1,4 @@
-"""The grid of a NIfTI file in millimetres, chosen among the two or three geometries in its header.
+"""The grid of a NIfTI file in millimetres, chosen from the geometries in its header.
 
 A header may hold an affine (sform), a rotation with the voxel sizes of pixdim (qform), or pixdim alone. docs/data.md
 shows the rule as a table.
@@ -22,7 +22,7 @@ MAX_SKEW = 0.01  # cosine of the angle between two axes; rounding in a header ca
 MAX_QUATERNION_EXCESS = 1e-3  # length above 1 of a unit quaternion, from rounding
 MIN_VOXEL_MM, MAX_VOXEL_MM, MAX_EXTENT_MM = 1e-3, 100, 10_000  # beyond these the header is wrong
 MIN_USUAL_VOXEL_MM, MAX_USUAL_VOXEL_MM, MAX_USUAL_EXTENT_MM = 0.01, 20, 2500  # beyond these it may be wrong
-LIMIT_ROUNDING = 1e-3
+LIMIT_ROUNDING = 1e-3  # relative tolerance of the limits on voxel sizes
 
 CORRECT = "Correct the header, or export the file again."
 
@@ -49,7 +49,7 @@ class _Form(NamedTuple):
         return self.affine[:3, :3] / self.spacing
 
 
-@np.errstate(all="ignore")  # values that are not numbers are refused by name
+@np.errstate(all="ignore")  # NaN and infinite values raise an InputError below
 def find_grid(path: Path, stored: nib.Nifti1Header, shape: tuple[int, int, int]) -> Grid:
     """Return the grid of the file `path` with this header, in mm.
 
@@ -75,10 +75,10 @@ def find_grid(path: Path, stored: nib.Nifti1Header, shape: tuple[int, int, int])
         warnings.append(f"the code {unit} of its length unit is not defined; reading lengths as mm")
 
     header = stored.copy()
-    form, more = _choose_form(path, header)
+    form, form_warnings = _choose_form(path, header)
     affine = form.affine.copy()
     affine[:3] *= UNITS_MM.get(unit, 1.0)
-    warnings += [*more, *_check_sizes(path, nib.affines.voxel_sizes(affine), shape, unit)]
+    warnings += [*form_warnings, *_check_sizes(path, nib.affines.voxel_sizes(affine), shape, unit)]
     return Grid(affine, header, tuple(warnings))
 
 
@@ -156,7 +156,7 @@ def describe_fault(affine: np.ndarray) -> str:
 
 
 def _require_same_directions(path: Path, sform: _Form, qform: _Form) -> None:
-    """Raise an InputError if two forms give the axes different anatomical directions, one of which mirrors the scan."""
+    """Raise an InputError if two forms give the axes different anatomical directions: one may mirror the scan."""
     names = ["".join(nib.aff2axcodes(form.affine)) for form in (sform, qform)]
     if names[0] != names[1]:
         problem = f"sform and qform give the axes different directions ({names[0]} and {names[1]}); pixdim fits both"

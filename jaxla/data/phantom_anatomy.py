@@ -76,7 +76,7 @@ HEART = (
         Tube(((-20, 22, 37, 10), (16, 3, 36, 9), (44, -8, 32, 7))),
         Tube(((-20, 22, 37, 10), (-34, -6, 39, 9), (-54, -20, 36, 7))),
     )),
-    Structure("blood", 1.8, "wall", (  # aorta: root, arch, along the spine
+    Structure("blood", 1.8, "wall", (  # aorta: root, arch and descending part
         Tube(((-3, 34, 0, 11), (6, 33, 12, 14), (15, 32, 32, 14), (13, 22, 56, 14), (-2, -4, 72, 13))),
         Tube(((-2, -4, 72, 13), (-20, -34, 60, 12), (-24, -40, 20, 11.5), (-21, -42, -30, 11), (-12, -44, -150, 10.5))),
     )),
@@ -85,7 +85,7 @@ ATRIUM = Structure("blood", 2.2, "wall", (  # left atrium and its appendage
     Ellipsoid((0, 0, 0), (24, 17, 20)),
     Tube(((-15, 8, 6, 9), (-29, 20, 13, 8), (-37, 31, 9, 6))),
 ))  # fmt: skip
-VEINS = tuple(  # pulmonary; as in reference masks, the part up to the second point belongs to the atrium
+VEINS = tuple(  # pulmonary veins; as in reference masks, their first segment belongs to the atrium
     Structure("blood", 1.2, "wall", (Tube(points),))
     for points in (
         ((14, -3, 9, 7), (34, -8, 17, 5.2), (58, -14, 27, 4), (84, -16, 46, 2)),
@@ -116,7 +116,7 @@ def vary(rng: np.random.Generator, structure: Structure, rotation: NDArray, vari
     return structure._replace(parts=tuple(parts))
 
 
-def lung_vessels(rng: np.random.Generator) -> list[Structure]:
+def draw_lung_vessels(rng: np.random.Generator) -> list[Structure]:
     """Return thin branches that fan out from the root of each lung."""
     branches = []
     for side in (-1, 1):

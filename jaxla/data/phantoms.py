@@ -24,7 +24,7 @@ from jaxla.data.phantom_anatomy import Array, Box, Grid
 
 log = logging.getLogger(__name__)
 
-VERSION = 1  # version of the phantoms that a seed gives; with a new number, new folders are cached
+VERSION = 1  # part of the cache folder's name; increase it when a seed gives different phantoms
 SIZES = ("small", "full", "crop")
 SPACING = (0.625, 0.625, 2.5)  # mm, as in LAScarQS
 CROP_SPACING = (0.625, 0.625, 1.25)  # as in the challenge of 2018, whose scans were interpolated along the slices
@@ -43,7 +43,7 @@ class Phantom(NamedTuple):
 
 
 def make_phantom(size: str, seed: int, index: int) -> Phantom:
-    """Make case `index` of the set `seed`, which does not depend on the number of cases.
+    """Make case `index` of the set `seed`; it does not depend on the number of cases.
 
     Args:
         size: `full`, the whole chest (576, 608 or 640 pixels square, 44 or 88 slices), or `small`, the region around
@@ -73,9 +73,9 @@ def write_phantoms(folder: Path, cases: int, size: str, seed: int) -> None:
     if size not in SIZES:
         raise InputError(option("size", size), "unknown size", f"Use {' or '.join(SIZES)}.")
     if cases < 1:
-        raise InputError(option("cases", cases), "must be at least 1", "Use a whole number from 1.")
+        raise InputError(option("cases", cases), "must be at least 1", "Use a positive integer.")
     if seed < 0:
-        raise InputError(option("seed", seed), "must not be negative", "Use a whole number from 0.")
+        raise InputError(option("seed", seed), "must not be negative", "Use 0 or a positive integer.")
     folder = Path(folder)
     where = option("output", folder)
     fix = "Choose a new or empty folder."
@@ -182,15 +182,15 @@ def _paint_heart(
     def points(box: Box) -> Sequence[Array]:
         return [coordinate[box] for coordinate in bent]
 
-    def blood() -> np.float32:
+    def blood_signal() -> np.float32:
         return tissues["blood"] * np.float32(np.exp(rng.normal(0, 0.07)))  # a little different in each chamber
 
     veins = [anatomy.vary(rng, vein, rotation, variation=1.2) for vein in anatomy.VEINS]
-    vessels = anatomy.lung_vessels(rng)
+    vessels = anatomy.draw_lung_vessels(rng)
     for structure in (*vessels, *[anatomy.vary(rng, part, rotation) for part in anatomy.HEART], *veins):
         box, distance = anatomy.measure_distance(grid, points, structure, rotation)
         _paint(image, box, distance - np.float32(structure.shell), tissues[structure.shell_tissue])
-        _paint(image, box, distance, blood())
+        _paint(image, box, distance, blood_signal())
 
     atrium = anatomy.vary(rng, anatomy.ATRIUM, rotation)
     stumps = tuple(anatomy.Tube(vein.parts[0].points[:2]) for vein in veins)
@@ -201,12 +201,12 @@ def _paint_heart(
     scar = tissues["blood"] * np.float32(rng.uniform(1.2, 1.6))
     wall = tissues["wall"] + scarred * (scar - tissues["wall"])
     _paint(image, box, distance - np.float32(atrium.shell), wall)
-    _paint(image, box, distance, blood())
+    _paint(image, box, distance, blood_signal())
     mask[box] = distance < 0
 
 
 def _paint_chest_wall(rng: np.random.Generator, grid: Grid, tissues: dict) -> tuple[Array, Array]:
-    """Return a cylinder of fat, muscle and sloping ribs filled with soft tissue, and the distance to its inner side."""
+    """Return a cylinder of fat, muscle and sloping ribs around soft tissue, and the distance to its inner surface."""
     x, y, z = anatomy.box_coordinates(grid, anatomy.EVERYWHERE)
     radii = np.array([162, 106]) * rng.uniform(0.95, 1.06, 2)
     fat, muscle = np.float32(rng.uniform(7, 18)), np.float32(rng.uniform(14, 19))
@@ -251,7 +251,7 @@ def _add_bright_spots(rng: np.random.Generator, grid: Grid, signal: Array) -> Ar
 
 
 def _scan(rng: np.random.Generator, signal: Array, spacing: Sequence[float], shading: float) -> NDArray[np.int16]:
-    """Apply a scanner to the signal: thick slices, uneven coils, Rician noise and a scale of its own."""
+    """Apply a scanner to the signal: thick slices, uneven coils, Rician noise and a random intensity scale."""
     grid = tuple((np.arange(n) * step).astype(np.float32) for n, step in zip(signal.shape, spacing, strict=True))
     gain = np.float32(shading) * _smooth_field(rng, grid, anatomy.EVERYWHERE, 250)
     gain += np.float32(0.03) * _smooth_field(rng, grid, anatomy.EVERYWHERE, 14)
@@ -272,7 +272,7 @@ def _scan(rng: np.random.Generator, signal: Array, spacing: Sequence[float], sha
 
 
 def _coarse_noise(rng: np.random.Generator, shape: tuple[int, int, int]) -> Array:
-    """Return unit noise [X, Y, Z], X and Y even, interpolated in plane from half as many samples as scanners do."""
+    """Return unit noise [X, Y, Z], X and Y even, interpolated in plane from half as many samples, as scanners do."""
     noise = rng.standard_normal((shape[0] // 2 + 2, shape[1] // 2 + 2, shape[2]), dtype=np.float32)
     noise *= np.float32(1.6)  # two means with weights ¾ and ¼ reduce the deviation by this factor
     for axis in (0, 1):

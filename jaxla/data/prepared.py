@@ -32,7 +32,7 @@ from jaxla.data.volumes import (
     require_same_grid,
 )
 
-VERSION = 5  # version of the content of prepared folders; with a new number, new folders are written
+VERSION = 5  # part of the folders' names; increase it when their content changes
 FILES = ("image.npy", "mask.npy", "volume.json")
 MAX_MASK_VALUES = 10
 

@@ -20,7 +20,7 @@ UNSUPPORTED_EXTENSIONS = (
 MAKE_READABLE = "Make the folder readable."
 KEEP_ONE = "Move one of the two out of the folder."
 CHANNEL_NAME = re.compile(r"(.+)_(\d{4})")  # nnU-Net names channel 1 of case X `X_0001`
-MAX_CHANNELS = 4  # longer series of numbers count patients, not channels
+MAX_CHANNELS = 4  # a longer series of numbers belongs to patients, not channels
 
 
 @dataclass(frozen=True)
@@ -70,7 +70,7 @@ def list_scans(root: Path) -> FolderScans:
             folder = Path(name)
             folders[:] = sorted(f for f in folders if not f.startswith(".") and not _is_repeated(folder / f, root))
             paths = [folder / file for file in files if not file.startswith(".")]
-            # Looking into all files would be slow.
+            # Opening every file to look for DICOM slices would be slow.
             may_be_series = any(not path.name.lower().endswith(EXTENSIONS) for path in paths)
             is_series = folder != root and may_be_series and is_dicom_series(folder)
             scans += [folder] if is_series else []
@@ -101,12 +101,12 @@ def _is_repeated(folder: Path, root: Path) -> bool:
     return any(parent.resolve().is_relative_to(real) for parent in folder.parents)
 
 
-def scans_in(folder: Path) -> list[Path]:
+def top_level_scans(folder: Path) -> list[Path]:
     """Return the scans directly in a folder, in order of their names."""
     return sorted(path for path in folder.iterdir() if is_scan(path))
 
 
-def choose_files() -> str:
+def how_to_match_files() -> str:
     """Return the advice for files whose names do not show whether they are images or masks."""
     return f"If the names have another form, describe them with {option('data.image')} and {option('data.mask')}."
 
@@ -129,13 +129,13 @@ def compose_letters(name: str) -> str:
     return unicodedata.normalize("NFC", name)
 
 
-def by_name(paths: Iterable[Path], findings: list[Finding], suffixes: Iterable[str] = ()) -> dict[str, Path]:
+def index_by_name(paths: Iterable[Path], findings: list[Finding], suffixes: Iterable[str] = ()) -> dict[str, Path]:
     """Return the scans by name without extension and suffix; add a second scan with the same name to `findings`."""
     pattern = f"({'|'.join(map(re.escape, suffixes))})$"
-    return by_id(((re.sub(pattern, "", scan_name(path)), path) for path in paths), findings)
+    return index_by_id(((re.sub(pattern, "", scan_name(path)), path) for path in paths), findings)
 
 
-def by_id(named: Iterable[tuple[str, Path]], findings: list[Finding], fix: str = KEEP_ONE) -> dict[str, Path]:
+def index_by_id(named: Iterable[tuple[str, Path]], findings: list[Finding], fix: str = KEEP_ONE) -> dict[str, Path]:
     """Return the scans by id, in order of the ids; add a second scan with the same id to `findings`."""
     scans: dict[str, Path] = {}
     for name, path in named:
@@ -171,7 +171,7 @@ def images_by_case(paths: Iterable[Path], masks: Container[str], findings: list[
             problem = f"a second image channel of case {match[1]}, but only one is supported"
             fix = "Move the other channels out of the folder, or rename the scans if they are different patients."
             findings.append(Finding("channel", path, problem, fix, match[1]))
-    return by_id(named, findings)
+    return index_by_id(named, findings)
 
 
 def _are_channels(numbers: set[int]) -> bool:
@@ -183,6 +183,6 @@ def pair(images: Mapping[str, Path], masks: Mapping[str, Path], findings: list[F
     for partner, files, partners in (("mask", images, masks), ("image", masks, images)):
         for name in sorted(set(files) - set(partners)):
             fix = f"Add the {partner}, or move this file out of the folder."
-            fix += "" if partners else f" {choose_files()}"
+            fix += "" if partners else f" {how_to_match_files()}"
             findings.append(Finding(f"no {partner}", files[name], f"has no {partner}", fix, name))
     return [Case(name, path, masks[name]) for name, path in images.items() if name in masks]

@@ -16,7 +16,7 @@ HEAD_FOOT = 2
 
 @dataclass(frozen=True)
 class SliceGeometry:
-    """How a stored array [X, Y, Z] becomes slices [S, H, W], and back."""
+    """The conversion between a stored array [X, Y, Z] and slices [S, H, W]."""
 
     order: tuple[int, int, int]  # the stored axes that become the slice, row and column axes
     flip: tuple[int, ...]  # the new axes that run against their stored axis
@@ -53,7 +53,7 @@ def from_slices(slices: np.ndarray, geometry: SliceGeometry) -> np.ndarray:
 
 
 def slices_to_canonical(slices: np.ndarray, slice_axis: str) -> np.ndarray:
-    """Return slices [S, H, W], cut along `slice_axis`, with the axes `AXES`."""
+    """Return slices [S, H, W], cut along `slice_axis`, transposed to the order of `AXES`."""
     return slices.transpose(np.argsort(slice_row_column_axes(AXES.index(slice_axis))))
 
 

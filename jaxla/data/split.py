@@ -33,7 +33,7 @@ PARTS = ("train", "val", "test", "unused")
 class Split:
     """Case ids of each part."""
 
-    train: tuple[str, ...]  # in the order in which smaller protocols take them
+    train: tuple[str, ...]  # a smaller training subset is the beginning of this list
     val: tuple[str, ...]
     test: tuple[str, ...]
     unused: tuple[str, ...] = ()  # training patients left out; kept so that one file serves all protocols
@@ -75,7 +75,7 @@ def make_split(ids: Sequence[str], protocol: Data, fold: str = "", needs_validat
     """
     for name in ("split_seed", "subset_seed", "train_patients"):
         if (value := getattr(protocol, name)) < 0:
-            raise InputError(option(f"data.{name}", value), "must not be negative", "Use a whole number from 0.")
+            raise InputError(option(f"data.{name}", value), "must not be negative", "Use 0 or a positive integer.")
     groups = group_by_patient(ids, protocol.patients)
     is_file = protocol.split not in ("", ALL_CASES)
     if folds := _read_folds(Path(protocol.split)) if is_file else []:
@@ -112,7 +112,7 @@ def read_split(path: Path, option_name: str) -> Split:
     """Read a split file, with its unused training patients among the training patients.
 
     Raises:
-        InputError: the file cannot be read, or is not a split file. It names the option `option_name`.
+        InputError: the file cannot be read, or is not a split file. The error names the option `option_name`.
     """
     where = option(option_name, path)
     fix = "Pass a JSON file with the lists train, val and test of case ids."
@@ -127,7 +127,7 @@ def read_split(path: Path, option_name: str) -> Split:
     train, val, test, unused = (tuple(map(str, content.get(part, ()))) for part in PARTS)
     if not train:
         raise InputError(where, "its list train is empty or missing", fix)
-    _require_once([*train, *val, *test, *unused], where)
+    _require_unique([*train, *val, *test, *unused], where)
     return Split(train + unused, val, test)
 
 
@@ -198,19 +198,19 @@ def _choose_fold(folds: Sequence[Split], protocol: Data, fold: str) -> Split:
     where = option("data.split", protocol.split)
     if not fold:
         fix = f"Choose one with {option('fold', 0)}, or train all with {option('fold', ALL_FOLDS)}."
-        raise InputError(where, f"holds {len(folds)} folds without test cases", fix)
+        raise InputError(where, f"holds {plural(len(folds), 'fold')} without test cases", fix)
     if fold == ALL_FOLDS and len(folds) != FOLDS:
-        problem = f"holds {len(folds)} folds, but {option('fold', ALL_FOLDS)} trains {FOLDS}"
+        problem = f"holds {plural(len(folds), 'fold')}, but {option('fold', ALL_FOLDS)} trains {FOLDS}"
         raise InputError(where, problem, f"Train each fold with {option('fold', '0')} and so on.")
     index = 0 if fold == ALL_FOLDS else int(fold)
     if index >= len(folds):
-        raise InputError(option("fold", fold), f"{where} holds only {len(folds)} folds", "Use another fold.")
+        raise InputError(option("fold", fold), f"{where} holds only {plural(len(folds), 'fold')}", "Use another fold.")
     return folds[index]
 
 
-def _require_once(named: Sequence[str], where: str) -> None:
-    if twice := sorted({case for case in named if named.count(case) > 1}):
-        raise InputError(where, f"lists case {twice[0]} twice", "List each case once.")
+def _require_unique(named: Sequence[str], where: str) -> None:
+    if duplicates := sorted({case for case in named if named.count(case) > 1}):
+        raise InputError(where, f"lists case {duplicates[0]} twice", "List each case once.")
 
 
 def _fit_split(
@@ -224,16 +224,16 @@ def _fit_split(
     where = option("data.split", protocol.split)
     parts = {part: [compose_letters(case) for case in getattr(split, part)] for part in ("train", "val", "test")}
     named = [case for cases in parts.values() for case in cases]
-    _require_once(named, where)
+    _require_unique(named, where)
     patient_of_case = {case: patient for patient, cases in groups.items() for case in cases}
     if unknown := sorted(set(named) - set(patient_of_case)):
-        problem = f"case {unknown[0]} is not in the data ({len(unknown)} of its cases are not)"
+        problem = f"case {unknown[0]} is not in the data set ({plural(len(unknown), 'such case')})"
         raise InputError(where, problem, "Use the split of this data set.")
     patients = {part: list(dict.fromkeys(patient_of_case[case] for case in cases)) for part, cases in parts.items()}
     for a, b in itertools.combinations(parts, 2):
-        if both := [patient for patient in patients[a] if patient in patients[b]]:
-            one, other = (next(c for c in parts[part] if patient_of_case[c] == both[0]) for part in (a, b))
-            problem = f"separates the scans of patient {both[0]}: {one} is in {a}, {other} in {b}"
+        if shared := [patient for patient in patients[a] if patient in patients[b]]:
+            case_a, case_b = (next(c for c in parts[part] if patient_of_case[c] == shared[0]) for part in (a, b))
+            problem = f"separates the scans of patient {shared[0]}: {case_a} is in {a}, {case_b} in {b}"
             raise InputError(where, problem, "Move all scans of a patient to the same list.")
     listed = {patient: [case for case in named if patient_of_case[case] == patient] for patient in groups}
     return Split(*(tuple(patients[part]) for part in parts)), listed

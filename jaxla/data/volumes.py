@@ -1,4 +1,4 @@
-"""Scans and masks in files <-> checked volumes."""
+"""Scans and masks, read from files or arrays with checks, and written back."""
 
 import hashlib
 import logging
@@ -131,8 +131,8 @@ def require_same_grid(mask: Volume, image: Volume) -> None:
         affines = " instead of ".join(_format_affine(volume.affine) for volume in (mask, image))
         difference = f"same shape, different affine: {affines}"
         fix = (
-            "If it fits the image voxel by voxel, save its voxels with the image's header as a new file; resampling "
-            "would destroy the labels. Otherwise export it on the grid of the image."
+            "If the mask fits the image voxel by voxel, save its voxels with the image's header as a new file; "
+            "resampling would destroy the labels. Otherwise export it on the grid of the image."
         )
     raise InputError(mask.path, f"not on the grid of {image.path} ({difference})", fix)
 
@@ -143,7 +143,9 @@ def _format_affine(affine: np.ndarray) -> str:
 
 
 def write_volume(path: Path, array: np.ndarray, like: Volume | Grid) -> None:
-    """Write `array` [X, Y, Z] or [X, Y, Z, K] on the grid of `like`, read it back, and only then give it its name.
+    """Write `array` [X, Y, Z] or [X, Y, Z, K] on the grid of `like`.
+
+    The file gets its name only after it has been read back.
 
     Raises:
         InputError: the folder cannot be written.

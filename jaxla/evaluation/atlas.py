@@ -20,7 +20,7 @@ THRESHOLDS = np.round(np.arange(0.05, 0.951, 0.05), 2)
 
 @dataclass(frozen=True)
 class Atlas:
-    """How often each position belongs to each class."""
+    """The fraction of training masks in which each position belongs to each class."""
 
     probabilities: np.ndarray  # [K - 1, GRID_SIZE, GRID_SIZE, GRID_SIZE] float32, one map per foreground class
     threshold: float = 0.5  # a voxel is foreground if the probabilities of its classes sum to at least this
@@ -76,8 +76,8 @@ def apply_atlas(atlas: Atlas, shape: tuple[int, int, int]) -> np.ndarray:
 def _dice_at_thresholds(atlas: Atlas, mask: np.ndarray) -> np.ndarray:
     """Return the mean foreground Dice of the atlas against one mask for each of `THRESHOLDS`, in a single pass."""
     classes = len(atlas.probabilities)
-    # Voxels are counted by the number of thresholds that they pass; summed from the top, these are the voxels that pass
-    # each threshold.
+    # Voxels are counted by the number of thresholds that they pass. Summing these counts from the highest number down
+    # gives the voxels that pass each threshold.
     predicted, common = (np.zeros((classes, len(THRESHOLDS) + 1), np.int64) for _ in range(2))
     for slab, probabilities in _slabs(atlas, mask.shape):
         passed = np.searchsorted(THRESHOLDS.astype(np.float32), probabilities.sum(axis=0), side="right")
@@ -88,8 +88,8 @@ def _dice_at_thresholds(atlas: Atlas, mask: np.ndarray) -> np.ndarray:
             common[index] += np.bincount(passed[chosen & (mask[slab] == index + 1)], minlength=len(THRESHOLDS) + 1)
     predicted, common = (counts[:, ::-1].cumsum(axis=1)[:, ::-1][:, 1:] for counts in (predicted, common))
     present = np.array([[np.count_nonzero(mask == index + 1)] for index in range(classes)])
-    both = predicted + present
-    return np.where(both == 0, 1.0, 2 * common / np.maximum(both, 1)).mean(axis=0)
+    total = predicted + present
+    return np.where(total == 0, 1.0, 2 * common / np.maximum(total, 1)).mean(axis=0)
 
 
 def _to_grid(mask: np.ndarray) -> np.ndarray:
@@ -100,14 +100,14 @@ def _to_grid(mask: np.ndarray) -> np.ndarray:
     box = tuple(slice(indices[0], indices[-1] + 1) for indices in occupied)  # zeros outside add nothing
     values = mask[box].astype(np.float32)
     for axis in range(3):
-        weights = _resampling(mask.shape[axis], GRID_SIZE)[:, box[axis]]
+        weights = _interpolation_matrix(mask.shape[axis], GRID_SIZE)[:, box[axis]]
         values = np.moveaxis(np.tensordot(weights, values, axes=(1, axis)), 0, axis)
     return values
 
 
 def _slabs(atlas: Atlas, shape: tuple[int, int, int], rows: int = 32) -> Iterator[tuple[slice, np.ndarray]]:
     """Yield the atlas at the size of a volume in slabs of its first axis: (slab, [K - 1, rows, Y, Z])."""
-    weights, along_y, along_z = (_resampling(GRID_SIZE, size) for size in shape)
+    weights, along_y, along_z = (_interpolation_matrix(GRID_SIZE, size) for size in shape)
     planes = np.matmul(np.matmul(along_y, atlas.probabilities), along_z.T)  # [K - 1, GRID_SIZE, Y, Z]
     planes = planes.reshape(len(planes), GRID_SIZE, -1)
     for start in range(0, shape[0], rows):
@@ -116,10 +116,10 @@ def _slabs(atlas: Atlas, shape: tuple[int, int, int], rows: int = 32) -> Iterato
         yield slab, values.reshape(len(planes), -1, *shape[1:])
 
 
-def _resampling(source: int, target: int) -> np.ndarray:
-    """Return the linear interpolation from `source` to `target` half-voxel centred samples, a matrix [target, source].
+def _interpolation_matrix(source: int, target: int) -> np.ndarray:
+    """Return the matrix [target, source] of linear interpolation between voxel centres.
 
-    For fewer target samples, the triangular kernel is as wide as the step, so that every source voxel counts. Rows sum
+    For fewer target voxels, the triangular kernel is as wide as the step, so that every source voxel counts. Rows sum
     to 1.
     """
     step = source / target

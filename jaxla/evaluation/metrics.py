@@ -117,9 +117,9 @@ def score(
         values = _overlaps(prediction, reference) | _surface_metrics(prediction, reference, spacing)
     else:
         values = _empty_mask_metrics(predicted + referenced == 0, referenced == 0, float(np.linalg.norm(extent)), empty)
-    voxel = float(np.prod(spacing)) / (1000 if reference.ndim == 3 else 1)  # ml in 3D, mm² in 2D
+    voxel_size = float(np.prod(spacing)) / (1000 if reference.ndim == 3 else 1)  # ml in 3D, mm² in 2D
     size, reference_size = SIZES[reference.ndim]
-    return values | {size: predicted * voxel, reference_size: referenced * voxel}
+    return values | {size: predicted * voxel_size, reference_size: referenced * voxel_size}
 
 
 def _empty_mask_metrics(both_empty: bool, reference_empty: bool, diagonal: float, empty: EmptyPolicy) -> dict:

@@ -78,7 +78,7 @@ def correct_holm(p: Sequence[float]) -> list[float]:
 
 
 def mean_interval(values: Sequence[float]) -> tuple[float, float] | None:
-    """Return the bootstrap interval of the mean, always the same for the same values; None for a single value."""
+    """Return the bootstrap interval of the mean, drawn with a fixed seed; None for a single value."""
     if len(values) < 2:
         return None
     result = stats.bootstrap(

@@ -125,7 +125,7 @@ def summarise_test(
 
 
 def group_rows(rows: Iterable[Row], unit: Unit = "volume") -> dict[tuple, list[Row]]:
-    """Return (case,), or for slices (case, slice), -> its rows, one per class, in the order of the rows."""
+    """Return (case,) -> rows, or for slices (case, slice) -> rows, one per class, in the given order."""
     groups: dict[tuple, list[Row]] = {}
     for row in rows:
         groups.setdefault((row["case"], row["slice"]) if unit == "slice" else (row["case"],), []).append(row)
@@ -184,12 +184,13 @@ def write_lascarqs2022(rows: Sequence[Mapping], path: Path) -> None:
     Raises:
         InputError: the rows are not of volumes and one class, the LA cavity, or some were skipped.
     """
-    if any("slice" in row or row["dice"] is None for row in rows) or len({row["class"] for row in rows}) != 1:
-        raise InputError(
-            option("protocol", "lascarqs2022"),
-            "needs every case scored as a volume with one class, the LA cavity",
-            "Use one class, the unit `volume`, and do not skip empty references.",
-        )
+    where = option("protocol", "lascarqs2022")
+    if (classes := len({row["class"] for row in rows})) != 1:
+        problem = f"needs a single class, the LA cavity, but {classes} were scored"
+        raise InputError(where, problem, f"Select it with {option('data.labels')}.")
+    if any("slice" in row or row["dice"] is None for row in rows):
+        problem = "needs the scores of every volume"
+        raise InputError(where, problem, "Score volumes instead of slices, and do not skip empty references.")
     names = {"Casename": "case", "LAcavity_Dice": "dice", "LAcavity_ASD": "assd_mm", "LAcavity_HD": "hd_mm"}
     write_csv(path, list(names), [{name: row[key] for name, key in names.items()} for row in rows])
 

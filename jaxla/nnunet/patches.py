@@ -34,7 +34,7 @@ class PatchSource(Source):
     """
 
     units = 1
-    counted = "over all patches together"
+    averaging = "over all patches together"
 
     def __init__(
         self,

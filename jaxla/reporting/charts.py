@@ -16,13 +16,13 @@ MAX_BLOCKS_WITH_NUMBERS = 16
 History = Sequence[Mapping[str, float]]  # the lines of metrics.jsonl
 
 
-def draw_curves(history: History, title: str, path: Path, counted: str = "per volume", kept: str = "best") -> None:
+def draw_curves(history: History, title: str, path: Path, averaging: str = "per volume", kept: str = "best") -> None:
     """Draw all epochs so far. The file is replaced atomically, because it is redrawn while people view it."""
     figure = Figure(figsize=(9, 3.6), layout="constrained")
     losses, *overlaps = figure.subplots(1, 2 if has_validation(history) else 1, squeeze=False)[0]
     draw_losses(losses, history)
     for axes in overlaps:
-        draw_validation(axes, history, None, counted, kept)
+        draw_validation(axes, history, None, averaging, kept)
     figure.suptitle(title)
     with atomic_file(path) as temporary:
         figure.savefig(temporary, dpi=110)
@@ -41,19 +41,19 @@ def draw_losses(axes: Axes, history: History) -> None:
     axes.set(ylabel="loss", yscale="log" if is_positive else "linear")  # a loss with Dice in it may be negative
 
 
-def draw_validation(axes: Axes, history: History, best: Mapping[str, float] | None, counted: str, kept: str) -> None:
+def draw_validation(axes: Axes, history: History, best: Mapping[str, float] | None, averaging: str, kept: str) -> None:
     """Draw validation Dice and IoU over epochs, and mark the epoch that is kept.
 
     Args:
         best: the line of the kept epoch; None takes the highest Dice, or the last epoch.
-        counted: what Dice is averaged over, in words.
+        averaging: what Dice is averaged over, such as `per volume`.
         kept: which epoch is kept, `best` or `last`.
     """
     best = best or (history[-1] if kept == "last" else max(history, key=lambda line: line["val_dice"]))
     _draw_lines(axes, history, {"val_dice": "Dice", "val_iou": "IoU"})
     axes.axvline(best["epoch"], color="grey", lw=0.8, ls=":")
     axes.annotate(f"{kept} {best['val_dice']:.3f}", (best["epoch"], 0.02), fontsize="small", ha="right")
-    axes.set(ylabel=f"validation, {counted}", ylim=(0, 1))
+    axes.set(ylabel=f"validation, {averaging}", ylim=(0, 1))
 
 
 def draw_block_weights(axes: Axes, weights: Mapping[str, Any]) -> None:

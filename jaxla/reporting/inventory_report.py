@@ -126,7 +126,7 @@ def _summarise_geometry(cases: Sequence[CaseFacts]) -> Iterator[tuple[str, str]]
 
 
 def _finding_lines(findings: Iterable[Finding]) -> Iterator[str]:
-    """Yield a line for each finding, by kind; for many equal ones, list the first few and the cases of the rest."""
+    """Yield a line for each finding, by kind; of equal findings, list the first few and the cases of the others."""
     kinds: dict[str, list[Finding]] = {}
     for finding in findings:
         kinds.setdefault(finding.kind, []).append(finding)

@@ -51,8 +51,8 @@ def draw_overlays(panels: Sequence[Panel], path: Path) -> None:
 def slice_figures(panel: Panel, max_slices: int) -> Iterator[tuple[int, Figure]]:
     """Yield index and figure of different slices, spread evenly over those that the reference covers.
 
-    A figure has outlines only, in the aspect ratio in mm. Saved as SVG, it holds the slice's own H×W pixels, not
-    resampled, and the outlines as lines.
+    A figure shows a slice and its outlines without text, in its aspect ratio in mm. Saved as SVG, it holds the slice's
+    own H×W pixels, not resampled, and the outlines as lines.
     """
     limits = intensity_range(panel.image)
     (height, width), (_, row_mm, column_mm) = panel.image.shape[1:], panel.spacing
@@ -70,7 +70,7 @@ def draw_slice(
     limits: tuple[float, float],
     interpolation: str | None = None,
 ) -> None:
-    """Draw a slice in its aspect ratio in mm, with the outlines of both masks; `limits` are drawn black and white."""
+    """Draw a slice and the outlines of both masks in its aspect ratio in mm; `limits` are drawn black and white."""
     _, row_mm, column_mm = panel.spacing
     low, high = limits
     axes.imshow(

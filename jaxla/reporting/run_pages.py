@@ -75,7 +75,7 @@ def rebuild_reports(folder: Path, cache_dir: Path, data_root: str = "") -> Path:
     """
     record = read_record(folder)
     if files.is_running(folder):
-        raise InputError(folder, "another process is training there", "Wait for it.")
+        raise InputError(folder, "another process is training in this folder", "Wait until it has finished.")
     if not (folder / files.COST).exists():  # the last file before the report
         command = files.resume_command(record.command, folder)
         raise InputError(folder, "this run has not been tested", f"Finish it: {command}")

@@ -70,7 +70,7 @@ def write_report(
     Raises:
         KeyError, jinja2.UndefinedError: the arguments lack something that the report shows.
     """
-    counted = record["unit"]
+    averaging = record["unit"]
     kept = record["experiment"]["training"]["checkpoint"]
     best = next((line for line in history if line["epoch"] == summary.get("best_epoch")), None)
     write_page(
@@ -84,7 +84,7 @@ def write_report(
         method=record["label"],
         kept=kept,
         best=best,
-        counted=counted,
+        averaging=averaging,
         folds=folds,
         largest=largest,
         unread=unread,
@@ -93,9 +93,9 @@ def write_report(
         colours={"prediction": PREDICTION, "reference": REFERENCE},
         block_weights=_draw_block_weights(summary, record["experiment"]["model"].get("block_weights")),
         losses=chart(lambda axes: draw_losses(axes, history)) if history else "",
-        validation=_draw_validation(history, best, counted, kept),
+        validation=_draw_validation(history, best, averaging, kept),
         classes=record["labels"]["names"],
-        **(_result_values(rows, summary, split, best, counted) if rows else {"cases": ()}),
+        **(_result_values(rows, summary, split, best, averaging) if rows else {"cases": ()}),
         **_provenance_values(record, split, unread),
     )
 
@@ -105,7 +105,7 @@ def _result_values(
     summary: Json,
     split: Mapping[str, Sequence[str]],
     best: Mapping[str, float] | None,
-    counted: str,
+    averaging: str,
 ) -> dict[str, Any]:
     """Return the page's values about the test."""
     agreements = agreement_by_class(rows)
@@ -116,7 +116,7 @@ def _result_values(
         "metrics": list(summary["definitions"] | summary["slice"]["definitions"]),
         "titles": {name: metric.title for name, metric in COLUMNS.items()},
         "definitions": _list_definitions(summary, "validation" if split["val"] else "training"),
-        "pairs": _mean_pairs(summary, best, counted),
+        "pairs": _mean_pairs(summary, best, averaging),
         "case_pairs": _case_pairs(rows),
         "cases": cases,
         "above_atlas": sum(dice[case] > atlas[case] for case in dice),
@@ -150,21 +150,23 @@ def _flatten(experiment: Json) -> dict[str, Any]:
 
 
 def _draw_validation(
-    history: Sequence[Mapping[str, float]], best: Mapping[str, float] | None, counted: str, kept: str
+    history: Sequence[Mapping[str, float]], best: Mapping[str, float] | None, averaging: str, kept: str
 ) -> str:
     """Draw validation Dice and IoU over epochs; return "" if there was no validation."""
     if not has_validation(history):
         return ""
-    return chart(lambda axes: draw_validation(axes, history, best, counted, kept))
+    return chart(lambda axes: draw_validation(axes, history, best, averaging, kept))
 
 
-def _draw_block_weights(summary: Json, how: str | None) -> dict[str, str] | None:
+def _draw_block_weights(summary: Json, weighting: str | None) -> dict[str, str] | None:
     """Draw the block weights of a fusion network; return None for other networks."""
     if "block_weights" not in summary:
         return None
     blocks, levels = (len(summary["block_weights"][name]) for name in ("blocks", "levels"))
     inches = (max(4.6, 1.6 + 0.42 * min(blocks, 20)), 3.2)
-    origin = "The weights are equal and were not learned" if how == "uniform" else "Learned weights in the best epoch"
+    origin = (
+        "The weights are equal and were not learned" if weighting == "uniform" else "Learned weights in the best epoch"
+    )
     return {
         "uri": chart(lambda axes: draw_block_weights(axes, summary["block_weights"]), inches),
         "alt": f"Weight of each of {plural(blocks, 'block')} at each of {plural(levels, 'level')} of the decoder",
@@ -188,7 +190,7 @@ def _list_costs(cost: Json, history: Sequence[Mapping[str, float]]) -> list[tupl
     volumes, slices = len(cost["inference_seconds"]), sum(cost["inference_slices"])
     parameters, trained = cost["parameters"] / 1e6, cost["trained_parameters"] / 1e6
     inference = f"{np.mean(cost['inference_seconds']):.2f} s per volume of {slices / volumes:.0f} slices"
-    counted = f"from the scan in memory to its mask (mean, n = {plural(volumes, 'volume')})"
+    measured = f"from the scan in memory to its mask (mean, n = {plural(volumes, 'volume')})"
     lines = {
         "Parameters": f"{parameters:.1f} M, {trained:.1f} M of them trained",
         "Multiply-adds": f"{cost['multiply_adds'] / 1e9:.2f} G per slice",
@@ -196,7 +198,7 @@ def _list_costs(cost: Json, history: Sequence[Mapping[str, float]]) -> list[tupl
     if history:
         seconds = np.mean([line["seconds"] for line in history])
         lines["Training"] = f"{seconds:.1f} s per epoch" + (", including validation" if has_validation(history) else "")
-    lines["Inference"] = f"{inference}, {counted}"
+    lines["Inference"] = f"{inference}, {measured}"
     if history:
         memory = f"{cost['step_bytes'] / 1e9:.2f} GB"
         lines["Memory of a training step"] = f"{memory} for {cost['step_slices']} slices, as reported by XLA"
@@ -255,7 +257,7 @@ def _format_limits(agreement: Agreement) -> str:
     return " to ".join(format_metric(limit, "volume_ml", sign=True) for limit in agreement.limits or ()) or "–"
 
 
-def _mean_pairs(summary: Json, best: Mapping[str, float] | None, counted: str) -> list[Pair]:
+def _mean_pairs(summary: Json, best: Mapping[str, float] | None, averaging: str) -> list[Pair]:
     """Return every pair of mean Dice and mean IoU in the report."""
     names = {"volume": "Test, per volume", "atlas": "Atlas baseline, per volume", "slice": "Test, per slice"}
     pairs = []
@@ -264,7 +266,7 @@ def _mean_pairs(summary: Json, best: Mapping[str, float] | None, counted: str) -
             title = name if block["title"] == MEAN else f"{name}, {block['title']}"
             pairs.append(Pair(title, block[column]["dice"]["mean"], block[column]["iou"]["mean"]))
     if best and "val_dice" in best:
-        pairs.append(Pair(f"Validation, {counted}", best["val_dice"], best["val_iou"]))
+        pairs.append(Pair(f"Validation, {averaging}", best["val_dice"], best["val_iou"]))
     return pairs
 
 

@@ -131,12 +131,12 @@ def _check_contradictions(method: Method) -> None:
         raise InputError(f"--training.false_negative_weight={weight}", problem, fix)
     for name in ("weight_decay", "max_gradient_norm"):
         if getattr(training, name) and training.optimiser == "sgd":
-            problem = "has no effect, because --training.optimiser=sgd has its own"
+            problem = "has no effect, because --training.optimiser=sgd uses a fixed value"
             raise InputError(f"--training.{name}={getattr(training, name)}", problem, "Remove one of the two.")
 
 
 def find_weights(experiment: Experiment, cache_dir: Path) -> tuple[Experiment, str]:
-    """Return the experiment with the path of its backbone's weights, and the hash of their data; "" for random ones.
+    """Return the experiment with the path of its backbone's weights, and the hash of their data; "" for random weights.
 
     Raises:
         InputError: the weights are missing or damaged.

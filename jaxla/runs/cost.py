@@ -35,7 +35,7 @@ class Cost:
 
     parameters: int  # number of parameters of the network
     trained_parameters: int  # number of parameters that training changes
-    multiply_adds: int  # per slice, in all of its tiles; for networks that read volumes, a slice's part
+    multiply_adds: int  # per slice, in all of its tiles; a volume's number is divided by its slices
     step_bytes: int  # device memory of a training step, as reported by XLA
     peak_host_bytes: int | None  # peak memory of the process; None if the system does not report it
     peak_device_bytes: int | None  # peak memory on a GPU; None on CPU
@@ -77,7 +77,7 @@ def measure_cost(
 
 
 def time_inference(segment: SegmentSlices, volumes: Sequence[PreparedVolume]) -> list[float]:
-    """Return the seconds that each of the first volumes takes, up to a number of volumes and a total time."""
+    """Return the seconds of inference on each of the first volumes, up to a number of volumes and a total time."""
     seconds: list[float] = []
     for volume in volumes[:MAX_TIMED_VOLUMES]:
         slices = np.array(volume.image)

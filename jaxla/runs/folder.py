@@ -211,13 +211,15 @@ def run_folder(folder: Path, record: Record, split: Split, cases: Mapping[str, s
     with lock_folder(folder, "--run-dir", "is training"):
         if resume:
             _require_unfinished(folder)
-            begun = read_record(folder)
-            _require_same_run(folder, begun, record, split, cases)
+            earlier_record = read_record(folder)
+            _require_same_run(folder, earlier_record, record, split, cases)
             remove_leftovers(folder)
             session = {"begun": record.begun, "command": record.command, "environment": record.environment}
             # Scans and weights may have moved, and files that the record also covers by a hash may be gone.
-            moved = replace(begun, experiment=record.experiment, weights=record.weights, network=record.network)
-            write_record(folder, replace(moved, resumed=(*begun.resumed, session)))
+            moved = replace(
+                earlier_record, experiment=record.experiment, weights=record.weights, network=record.network
+            )
+            write_record(folder, replace(moved, resumed=(*earlier_record.resumed, session)))
             _write_first_files(folder, split, cases)
         else:
             require_free(folder)
@@ -245,7 +247,7 @@ def lock_folder(folder: Path, option: str, action: str) -> Iterator[None]:
     """Create the folder of a run or study if needed, and lock it against other processes.
 
     Args:
-        option, action: for the error `{option}={folder}: another process {action} there`.
+        option, action: for the error `{option}={folder}: another process {action} in this folder`.
 
     Raises:
         InputError: the folder cannot be written, or another process holds it.
@@ -256,7 +258,8 @@ def lock_folder(folder: Path, option: str, action: str) -> Iterator[None]:
         try:
             lock.acquire()
         except Timeout as error:
-            raise InputError(f"{option}={folder}", f"another process {action} there", "Wait for it.") from error
+            problem = f"another process {action} in this folder"
+            raise InputError(f"{option}={folder}", problem, "Wait until it has finished.") from error
     try:
         yield
     finally:
@@ -273,7 +276,9 @@ def require_resumable(folder: Path | None, experiment: Experiment) -> None:
     _require_unfinished(folder)
     require_writable("--run-dir", folder)
     if is_running(folder):
-        raise InputError(f"--run-dir={folder}", "another process is training there", "Wait for it.")
+        raise InputError(
+            f"--run-dir={folder}", "another process is training in this folder", "Wait until it has finished."
+        )
     if changes := list(differences(experiment, record.experiment)):
         name, current, earlier = changes[0]
         problem = f"--{name} is {format_value(current)}, but the run in {folder} began with {format_value(earlier)}"
@@ -284,8 +289,8 @@ def require_resumable(folder: Path | None, experiment: Experiment) -> None:
 def _with_former_defaults(command: str, changes: Sequence[tuple[str, Any, Any]]) -> str:
     """Return a run's command with the former value of each changed option that it does not set.
 
-    The defaults of such options may have changed since. If the experiment or the method has changed, only this one is
-    added, because the other options follow from it.
+    The defaults of such options may have changed since. If the experiment or the method has changed, only that option
+    is added, because the others follow from it.
     """
     given = {word.split("=")[0] for word in shlex.split(command)}
     if changes[0][0] in ("exp", "method"):
@@ -304,7 +309,9 @@ def _require_unfinished(folder: Path) -> None:
         raise InputError("--resume", f"the run in {folder} is finished", "Use another --run-dir to train again.")
 
 
-def _require_same_run(folder: Path, begun: Record, record: Record, split: Split, cases: Mapping[str, str]) -> None:
+def _require_same_run(
+    folder: Path, earlier_record: Record, record: Record, split: Split, cases: Mapping[str, str]
+) -> None:
     """Raise an InputError unless data, split and weights are those that the run began with."""
     try:
         earlier_cases = read_json(folder / CASES, dict[str, str])
@@ -312,17 +319,17 @@ def _require_same_run(folder: Path, begun: Record, record: Record, split: Split,
         earlier_cases = dict(cases)
     data = record.experiment.data
     case = changed_case(earlier_cases, cases)
-    if case or begun.data_sha256 != record.data_sha256:
+    if case or earlier_record.data_sha256 != record.data_sha256:
         problem = f"the data in {data.root} differ from those that the run in {folder} began with"
         raise InputError("--resume", problem + (f": {case}" if case else ""), "Restore them, or start a new run.")
-    if begun.split_sha256 != split.sha256:
+    if earlier_record.split_sha256 != split.sha256:
         problem = f"--data.split={data.split} differs from the split that the run began with"
         raise InputError("--resume", problem, f"Use {shlex.quote(f'--data.split={folder / SPLIT}')}.")
-    if record.weights != "random" and begun.weights_sha256 != record.weights_sha256:
-        current, earlier = (f"{sha256[:12]}…" for sha256 in (record.weights_sha256, begun.weights_sha256))
+    if record.weights != "random" and earlier_record.weights_sha256 != record.weights_sha256:
+        current, earlier = (f"{sha256[:12]}…" for sha256 in (record.weights_sha256, earlier_record.weights_sha256))
         problem = f"{record.weights} (sha256 {current}) is not the file that the run began with ({earlier})"
         raise InputError("--resume", problem, "Restore that file, or start a new run.")
-    _log_changed_environment(begun.environment, record.environment)
+    _log_changed_environment(earlier_record.environment, record.environment)
 
 
 def _log_changed_environment(earlier: Mapping[str, Any], current: Mapping[str, Any]) -> None:

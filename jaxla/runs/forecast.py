@@ -63,7 +63,7 @@ class Forecast:
     start_seconds: float  # time to build the network, compile its step, and measure the step if minutes are limited
     step_seconds: float  # time of a training step
     validation_seconds: float  # time at the end of each epoch
-    test_seconds: float  # time to segment and score the test cases, and to time some of them
+    test_seconds: float  # time to segment and score the test cases, and to time inference on some of them
 
     @property
     def epoch_seconds(self) -> float:
@@ -78,7 +78,7 @@ class Forecast:
 
 def forecast_run(
     experiment: Experiment,
-    network_words: str,
+    network_description: str,
     data: PreparedData,
     task: Task,
     cache_dir: Path,
@@ -99,7 +99,7 @@ def forecast_run(
         parameters = count_parameters(nnx.state(network, nnx.Param))
         build_seconds = time.perf_counter() - began
         volumes = data.used_volumes if needing_features is None else needing_features
-        found, features = forecast_features(network, data, task, cache_dir, volumes)
+        feature_forecast, features = forecast_features(network, data, task, cache_dir, volumes)
         sources = task.make_sources(data, cache_dir, features)  # not timed: the run finds resampled volumes cached
 
         speed = measure_speed(task, network, sources, features)
@@ -109,7 +109,7 @@ def forecast_run(
 
     parts = {name: data.select_volumes(getattr(data.split, name)) for name in ("train", "val", "test")}
     return Forecast(
-        network=network_words,
+        network=network_description,
         sample=task.sample,
         case_word=experiment.data.case_word,
         cases={name: len(volumes) for name, volumes in parts.items()},
@@ -119,7 +119,7 @@ def forecast_run(
         epochs=recipe.epochs,
         trained=speed.trained,
         frozen=parameters - speed.trained,
-        features=found,
+        features=feature_forecast,
         disk_free=free_bytes(cache_dir),
         cache_dir=cache_dir,
         # Two checkpoints of each kind are kept, and a third exists while it is written.
@@ -129,7 +129,7 @@ def forecast_run(
         start_seconds=build_seconds + speed.compile_seconds + measuring_seconds(recipe),
         step_seconds=speed.step_seconds,
         validation_seconds=speed.validation_seconds,
-        test_seconds=forecast_test(experiment, data, task, speed.batch_seconds, found.seconds_per_slice),
+        test_seconds=forecast_test(experiment, data, task, speed.batch_seconds, feature_forecast.seconds_per_slice),
     )
 
 
@@ -143,9 +143,9 @@ def forecast_features(
         cache = task.make_feature_cache(network, cache_dir)
     missing = cache.find_missing(volumes)
     size = cache.count_bytes(missing)
-    found = FeaturesForecast(size, all(gather(cache.fits_on_disk(size))), cache.how_to_fit, cache.folder)
-    if not found.fit:
-        return found, None
+    feature_forecast = FeaturesForecast(size, all(gather(cache.fits_on_disk(size))), cache.how_to_fit, cache.folder)
+    if not feature_forecast.fit:
+        return feature_forecast, None
     with use_local_devices():
         images = shard_batch(np.zeros(cache.input_shape, np.float32))
         batch_seconds = mean_seconds(lambda: cache.extract(images), 1)
@@ -154,14 +154,16 @@ def forecast_features(
         volume.id: np.broadcast_to(np.zeros(1, cache.dtype), (volume.shape[0], *cache.shape))
         for volume in data.used_volumes
     }
-    found = replace(found, seconds=batch_seconds * batches, seconds_per_slice=batch_seconds / cache.batch)
-    return found, Features(stand_ins, network.reads_images)
+    feature_forecast = replace(
+        feature_forecast, seconds=batch_seconds * batches, seconds_per_slice=batch_seconds / cache.batch
+    )
+    return feature_forecast, Features(stand_ins, network.reads_images)
 
 
 def forecast_test(
     experiment: Experiment, data: PreparedData, task: Task, batch_seconds: float, backbone_seconds_per_slice: float
 ) -> float:
-    """Return the seconds to segment and score the test cases, to time some, and to choose the postprocessing."""
+    """Return the seconds to segment and score the test cases, time inference, and choose the postprocessing."""
     test, val = data.select_volumes(data.split.test), data.select_volumes(data.split.val)
     if experiment.method.postprocessing.flips:
         batch_seconds *= len(FLIPS)

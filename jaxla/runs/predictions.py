@@ -102,12 +102,12 @@ def find_kept(outputs: Mapping[str, Path], table: Path, origin: Origin) -> list[
     """Return the cases whose mask exists, for `--continue`.
 
     Args:
-        outputs: case id -> its mask; each that exists is one of `recorded_cases`.
+        outputs: case id -> path of its mask; all existing masks belong to `recorded_cases`.
 
     Raises:
-        InputError: a mask was not written by the network `origin`, or may not have been.
+        InputError: a mask was not, or not certainly, written by the network `origin`.
     """
-    own = f"by --run={origin.run}, epoch {origin.epoch}"
+    expected = f"by --run={origin.run}, epoch {origin.epoch}"
     marker = unfinished_file(table)
     fix = "Use --overwrite to replace the masks, or another --output."
     unfinished = read_unfinished(table)
@@ -115,13 +115,13 @@ def find_kept(outputs: Mapping[str, Path], table: Path, origin: Origin) -> list[
         problem = "--overwrite was interrupted, so some masks are new and some are not"
         raise InputError(marker, problem, "Use --overwrite again, or another --output.")
     if unfinished and unfinished.origin[1:] != origin[1:]:
-        problem = f"written by --run={unfinished.origin.run}, epoch {unfinished.origin.epoch}, not {own}"
+        problem = f"written by --run={unfinished.origin.run}, epoch {unfinished.origin.epoch}, not {expected}"
         raise InputError(marker, problem, fix)
     origins = {row["case"]: (row["run_id"], row["epoch"]) for row in read_table(table)}
     kept = [case for case, mask in outputs.items() if mask.exists()]
     for case in kept:
         if case in origins and origins[case] != (origin.run_id, str(origin.epoch)):
-            raise InputError(outputs[case], f"not written {own}", fix)
+            raise InputError(outputs[case], f"not written {expected}", fix)
     return kept
 
 
@@ -174,7 +174,7 @@ def read_table(path: Path) -> list[dict[str, str]]:
     """Return the rows of `predictions.csv`, or an empty list if the file does not exist.
 
     Raises:
-        InputError: the file is not such a table.
+        InputError: the file is not a table of predictions.
     """
     if not path.exists():
         return []

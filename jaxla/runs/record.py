@@ -47,7 +47,7 @@ class Record:
     features_cached: bool = False  # whether it ran once per slice
     fitted_epochs: int = 0  # epochs that fit into training.minutes; 0 without that option
     fitted_steps: int = 0  # steps of each of these epochs
-    extent: float = 0.0  # side in mm of the square to which all slices are padded; 0 if each has its own
+    extent: float = 0.0  # side in mm of the square to which all slices are padded; 0 if each has its own square
 
 
 class _Environment(TypedDict):
@@ -130,7 +130,7 @@ def read_record_json(folder: Path) -> dict[str, Any]:
     """Return the content of `experiment.json`, without importing the networks.
 
     Raises:
-        InputError: `folder` holds no run, a damaged record, or one of another version.
+        InputError: `folder` holds no run, a damaged record, or a record of another version.
     """
     path = folder / RECORD
     try:
@@ -216,7 +216,7 @@ def experiment_from_json(content: Mapping[str, Any], methods: Mapping[str, Metho
     """Return the experiment that `experiment_to_json` wrote; `methods` are all methods by name.
 
     Raises:
-        KeyError, TypeError: the method is unknown, or has other options.
+        KeyError, TypeError: the method is unknown, or has different options.
         ValueError: an option's value has a different type.
     """
 

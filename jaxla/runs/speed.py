@@ -81,9 +81,9 @@ def measure_speed(
 
 
 def measuring_seconds(recipe: Training) -> float:
-    """Return how long a run with a time limit takes timed steps before it trains.
+    """Return the seconds that a run with a time limit spends on timed steps before training.
 
-    Training then finds the same program in the cache of compiled programs; without this cache it compiles again.
+    Training then finds the step in the cache of compiled programs; without this cache it compiles again.
     """
     return min(MAX_MEASURED_SECONDS, 60 * recipe.minutes)
 
@@ -99,13 +99,13 @@ def measure_and_fit(task: Task, sources: Sources, features: Features | None) -> 
         network = task.build_network()
     with catch_out_of_memory(task.batch_size, task.memory_advice):
         speed = measure_speed(task, network, sources, features, min(MAX_MEASURED_SECONDS, seconds))
-    gc.collect()  # arrays that only cycles hold would take the memory of the training that follows
+    gc.collect()  # arrays in reference cycles would take memory from training
     mixed_steps = speed.steps / (1 - task.recipe.foreground_fraction)  # further slices are mixed into a pass
     pass_seconds = mixed_steps * speed.step_seconds + speed.validation_seconds
     if pass_seconds > seconds and is_first():
         log.warning(
-            "--training.minutes=%g: too short for one pass over the training data, which takes %s. Some of it is not "
-            "used. Use more minutes.", task.recipe.minutes, format_duration(pass_seconds),
+            "--training.minutes=%g: too short for one pass over the training data, which takes %s. Part of the data "
+            "is not used. Use more minutes.", task.recipe.minutes, format_duration(pass_seconds),
         )  # fmt: skip
     fitted = fit_to_minutes(task.recipe, speed)
     epochs, steps = broadcast((fitted.epochs, fitted.steps))  # the same in all processes
@@ -118,7 +118,7 @@ def fit_to_minutes(recipe: Training, speed: Speed) -> Training:
     It has fewer epochs if their validation would take more than 20 % of the time. At least one step is taken.
     """
     seconds = 60 * recipe.minutes
-    max_epochs = seconds / (speed.step_seconds + speed.validation_seconds)  # with one step each
+    max_epochs = seconds / (speed.step_seconds + speed.validation_seconds)  # if each epoch had one step
     if speed.validation_seconds:
         max_epochs = min(max_epochs, MAX_VALIDATION_FRACTION * seconds / speed.validation_seconds)
     epochs = max(1, min(recipe.epochs, math.floor(max_epochs)))

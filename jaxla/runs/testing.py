@@ -43,7 +43,7 @@ def choose_postprocessing(run: TrainedRun, data: PreparedData, run_dir: Path) ->
 
 
 def make_segment_case(run: TrainedRun, segment: SegmentSlices, features: Features | None) -> SegmentCase:
-    """Return a function that segments a test case, from cached features if there are any and it averages no flips."""
+    """Return a function that segments a test case, from cached features if possible (not if flips are averaged)."""
     if features is None or run.record.experiment.method.postprocessing.flips:
         return lambda volume: segment(volume.image, slice_geometry(read_grid(volume.case.image).affine), False)[0]
     segment_features = run.task.make_segment_features(run.networks)

@@ -85,10 +85,10 @@ def load_run(folder: str | Path) -> TrainedRun:
     parts = split_network(network, train_backbone=not is_frozen)
 
     saved = network_state(parts.trainable, parts.frozen.statistics)
-    here = jax.sharding.SingleDeviceSharding(first_local_device())  # not the devices that the run was trained on
-    like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here), saved)
+    this_device = jax.sharding.SingleDeviceSharding(first_local_device())  # not the devices that the run was trained on
+    template = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=this_device), saved)
     checkpoints = Checkpoints(folder / CHECKPOINTS / BEST, read_only=True)
-    restored, progress = checkpoints.restore(like, steps[0])
+    restored, progress = checkpoints.restore(template, steps[0])
     checkpoints.close()
     network = nnx.merge(parts.evaluation, restored["trainable"], parts.frozen.parameters, restored["statistics"])
     network.eval()
@@ -103,12 +103,12 @@ def largest_groups(folder: Path, record: Record) -> tuple[tuple[int, ...], ...]:
 
 
 def _load_folds(folder: Path, record: Record) -> TrainedRun:
-    begun = [fold for fold in fold_folders(folder) if fold.exists()]
-    if len(begun) < FOLDS:
-        raise InputError(folder, f"only {len(begun)} of {FOLDS} folds have started", "Resume the run.")
-    first = load_run(begun[0])
+    started = [fold for fold in fold_folders(folder) if fold.exists()]
+    if len(started) < FOLDS:
+        raise InputError(folder, f"only {len(started)} of {FOLDS} folds have started", "Resume the run.")
+    first = load_run(started[0])
     networks = []
-    for fold in begun:
+    for fold in started:
         run = load_run(fold) if networks else first
         if networks and record.experiment.method.model.backbone == "frozen":  # all share one backbone in memory
             run.network.backbone = networks[0].backbone

@@ -24,7 +24,7 @@ PARTS = {"train": "training", "val": "validation", "test": "test", "unused": "un
 # within these limits.
 MAX_FACTOR = 1.5  # largest factor between spacings and between sizes
 MAX_GREY_DIFFERENCE = 0.2
-MAX_SAMPLES = 1_000_000  # about how many voxels the median grey value is taken from
+MAX_SAMPLES = 1_000_000  # approximate number of voxels whose median is taken
 
 
 Lengths = tuple[float, float, float]  # along slices, rows and columns, in mm
@@ -135,7 +135,7 @@ def _facts(
     axis: str, spacing: Sequence[float], shape: Sequence[int], grey_range: tuple[float, float], slices: np.ndarray
 ) -> ScanFacts:
     low, high = grey_range
-    step = max(1, slices.size // MAX_SAMPLES)  # between rows, so that most of a large file need not be read
+    step = max(1, slices.size // MAX_SAMPLES)  # distance between the rows that are read
     median = float(np.median(slices[:, step // 2 :: step] if step < slices.shape[1] else slices))
     size = tuple(n * mm for n, mm in zip(shape, spacing, strict=True))
     return ScanFacts(axis, tuple(spacing), size, (median - low) / (high - low))

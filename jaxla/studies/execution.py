@@ -1,4 +1,4 @@
-"""The execution of a study: its runs, one after the other, each in a process of its own.
+"""The execution of a study: its runs, one after the other, each in its own process.
 
 A run that fails or runs out of memory does not affect the others. Its folder is the same as after
 `python -m jaxla.train` with the same options.
@@ -29,7 +29,7 @@ def wait_for_running(runs: Sequence[ScheduledRun], output: Path) -> None:
     """Wait for runs that another process trains, such as those that a killed study left; refuse a second study."""
     if is_running(output):
         problem = "another process runs a study in this folder"
-        raise InputError(f"--output={output}", problem, "Wait for it, or stop it.")
+        raise InputError(f"--output={output}", problem, "Wait until it has finished, or stop it.")
     for run in runs:
         _wait_until_idle(run.folder)
 
@@ -71,7 +71,7 @@ def execute_runs(runs: Sequence[ScheduledRun], states: Sequence[State], seconds:
 
 
 def _execute(run: ScheduledRun) -> str:
-    """Run `jaxla.train` in a process of its own and print its output indented; return why it failed, or "".
+    """Run `jaxla.train` in a separate process and print its output indented; return why it failed, or "".
 
     Raises:
         KeyboardInterrupt: the run was asked to stop, and has stopped.
@@ -86,11 +86,11 @@ def _execute(run: ScheduledRun) -> str:
     command = [sys.executable, "-m", "jaxla.train", *run.arguments, f"--run-dir={run.folder}", "--processes=1"]
     command += ["--resume"] * (state == "started")
     last_line, stopped = "", None
-    # In its own process group, because Ctrl-C would reach it as well, and a second signal ends it at once.
-    own_group = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "process_group": 0}
+    # In its own process group: otherwise Ctrl-C would reach it as well, and a second signal ends it at once.
+    popen_options = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "process_group": 0}
     with (
         handle_signals(_stop_signals(), signal.default_int_handler),
-        subprocess.Popen(command, text=True, errors="replace", **own_group) as process,
+        subprocess.Popen(command, text=True, errors="replace", **popen_options) as process,
     ):
         while True:
             try:
@@ -111,7 +111,7 @@ def _execute(run: ScheduledRun) -> str:
 
 
 def _stop_signals() -> list[signal.Signals]:
-    """Return SIGINT, SIGTERM and that of a closed terminal (unless ignored, as under nohup)."""
+    """Return SIGINT, SIGTERM and SIGHUP, the signal of a closed terminal (unless ignored, as under nohup)."""
     signals = [signal.SIGINT, signal.SIGTERM]
     if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # Windows has no SIGHUP
         signals.append(signal.SIGHUP)

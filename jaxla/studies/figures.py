@@ -25,7 +25,7 @@ from jaxla.studies.tables import describe_devices
 
 # Okabe and Ito's colours, safe for colour-blind readers, ordered so that neighbours differ in brightness
 COLOURS = ("#0072B2", "#E69F00", "#000000", "#56B4E9", "#D55E00", "#009E73", "#CC79A7", "#8C8C00", "#5E3C99", "#999999")
-MARKERS = "os^Dv<P>X"  # one fewer than colours, so that a colour used twice gets another marker
+MARKERS = "os^Dv<P>X"  # one fewer than colours, so that a repeated colour gets a different marker
 DASHES = ("-", "--", "-.", ":")
 MAX_TITLE_CHARACTERS = 24  # characters per line above a column of Figure 3
 
@@ -40,7 +40,7 @@ class StudyFigure(NamedTuple):
 
 
 class Style(NamedTuple):
-    """How a method looks in every figure."""
+    """The appearance of a method in every figure."""
 
     colour: str
     marker: str
@@ -156,16 +156,16 @@ def overlay_figure(results: Results, cases: Mapping[str, Sequence[Panel]], case_
     for axes, title in zip(grid[0], results.methods, strict=True):
         axes.set_title(textwrap.fill(title, MAX_TITLE_CHARACTERS), fontsize="medium")
     outline = [withStroke(linewidth=2, foreground="black")]  # keeps the text readable on bright tissue
-    within = {"color": "w", "fontsize": "small", "path_effects": outline}
-    beside = {"rotation": 90, "ha": "right", "va": "center", "multialignment": "center", "fontsize": "small"}
+    dice_style = {"color": "w", "fontsize": "small", "path_effects": outline}
+    title_style = {"rotation": 90, "ha": "right", "va": "center", "multialignment": "center", "fontsize": "small"}
     for row, (title, panels) in zip(grid, cases.items(), strict=True):
         index = int(np.argmax(np.count_nonzero(panels[0].reference, axis=(1, 2))))
         rows, columns = _crop_limits([p.prediction[index] for p in panels] + [panels[0].reference[index]])
         for axes, panel in zip(row, panels, strict=True):
             draw_slice(axes, panel, index, intensity_range(panel.image), interpolation="none")
             axes.set(xlim=columns, ylim=rows[::-1])
-            axes.text(0.03, 0.03, panel.title, transform=axes.transAxes, **within)
-        row[0].text(-0.04, 0.5, f"{title}\nslice {index + 1}", transform=row[0].transAxes, **beside)
+            axes.text(0.03, 0.03, panel.title, transform=axes.transAxes, **dice_style)
+        row[0].text(-0.04, 0.5, f"{title}\nslice {index + 1}", transform=row[0].transAxes, **title_style)
     outline_legend(figure)
     caption = (
         f"Protocol {results.largest_protocol}, seed {results.seeds[0]}: the slice with the largest reference (the "
@@ -212,11 +212,11 @@ def cost_figure(results: Results, styles: Styles) -> StudyFigure:
 def agreement_figure(results: Results, styles: Styles) -> StudyFigure:
     """Draw a Bland-Altman plot of each method under the largest protocol; with several classes, a row for each."""
     protocol, methods, classes = results.largest_protocol, results.methods, results.classes
-    several = len(classes) > 1
-    columns = len(methods) if several else min(3, len(methods))
-    rows = len(classes) if several else -(-len(methods) // columns)
-    figure = Figure(figsize=((2.7 if several else 3.4) * columns, 2.9 * rows + 0.4), layout="constrained")
-    shared = "row" if several else "all"
+    is_multiclass = len(classes) > 1
+    columns = len(methods) if is_multiclass else min(3, len(methods))
+    rows = len(classes) if is_multiclass else -(-len(methods) // columns)
+    figure = Figure(figsize=((2.7 if is_multiclass else 3.4) * columns, 2.9 * rows + 0.4), layout="constrained")
+    shared = "row" if is_multiclass else "all"
     grid = figure.subplots(rows, columns, squeeze=False, sharex=shared, sharey=shared)
     for axes in grid.flat[len(methods) * len(classes) :]:
         axes.set_axis_off()
@@ -229,9 +229,9 @@ def agreement_figure(results: Results, styles: Styles) -> StudyFigure:
         _draw_bland_altman(axes, agreement, styles[method])
         axes.set_title(f"{method}\n{_describe(agreement)}", fontsize="small")
         ylabel = "prediction − reference, ml"
-        axes.set(xlabel="mean of both volumes, ml", ylabel=f"{class_name}\n{ylabel}" if several else ylabel)
+        axes.set(xlabel="mean of both volumes, ml", ylabel=f"{class_name}\n{ylabel}" if is_multiclass else ylabel)
         axes.label_outer(remove_inner_ticks=False)
-        if several:
+        if is_multiclass:
             axes.tick_params(labelbottom=True)
     lines = "dashed lines: limits of agreement (bias ± 1.96 sd)"
     n = len(results.test_cases)

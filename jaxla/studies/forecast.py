@@ -32,7 +32,7 @@ log = logging.getLogger(__name__)
 class StudyForecast:
     """Time and disk space of several runs on the same scans, one after the other."""
 
-    seconds: list[float]  # time of each run with all epochs, a method's first run with features; 0 for complete runs
+    seconds: list[float]  # time of each run, with features in a method's first run; 0 for complete runs
     run_bytes: list[int]  # largest size of each run's folder; 0 for complete runs
     features_seconds: float  # time to compute missing features, for all runs together
     features_bytes: int

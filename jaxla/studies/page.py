@@ -101,7 +101,7 @@ def _write_report(
         comparisons=comparisons,
         costs=costs,
         runs=[(link_run(r.folder), len(r.split["train"]), len(r.history), r.record.split_sha256) for r in results.runs],
-        figures={name: {**one._asdict(), "uri": data_uri(one.figure)} for name, one in figures.items()},
+        figures={name: {**drawn._asdict(), "uri": data_uri(drawn.figure)} for name, drawn in figures.items()},
         least_p=statistics.least_p(len(results.test_cases)),
         definitions=definitions | {"Empty masks": first.summary["empty_rule"]} | statistics.DEFINITIONS,
     )
@@ -123,8 +123,8 @@ def _prepare_folder(folder: Path, names: Collection[str]) -> None:
 
 def changed_options(experiment: Experiment) -> str:
     """Return the options in which a run's method differs from the table of methods, as on a command line."""
-    own = replace(experiment, method=lookup("--method", experiment.method.name, METHODS))
-    return " ".join(f"--{option}={format_value(value)}" for option, value, _ in differences(experiment, own))
+    preset = replace(experiment, method=lookup("--method", experiment.method.name, METHODS))
+    return " ".join(f"--{option}={format_value(value)}" for option, value, _ in differences(experiment, preset))
 
 
 def rank_cases(results: Results) -> dict[str, str]:

@@ -28,7 +28,7 @@ VOLUME_METRICS = (*REPORTED_METRICS, "atlas_dice", "atlas_iou", "volume_ml", "re
 # Runs of one method may differ in the options of the protocol, and in those that a seed sets.
 PROTOCOL_OPTIONS = {"--exp", "--data.train_patients", "--data.train_percent"}
 SEED_OPTIONS = {"--seed", "--data.subset_seed"}
-SUMMARY_TOLERANCE = 1e-9  # between the means of a table and of its summary, which differ only by rounding
+SUMMARY_TOLERANCE = 1e-9  # largest difference between means in a table and in its summary, from rounding
 
 Unit = Literal["volume", "slice"]
 
@@ -73,14 +73,15 @@ class StudyRun:
 
 
 class Mean(NamedTuple):
-    """A mean over units; the value of a unit is its average over seeds. Standard deviations are those of samples."""
+    """A mean over units; the value of a unit is its average over seeds. Standard deviations divide by n − 1."""
 
     unit: Unit
     mean: float
     sd: float | None  # standard deviation over units; None for a single unit
     n: int
-    ci95_low: float | None  # bootstrap interval of the mean over cases; None for a single case and for slices
-    ci95_high: float | None  # (the slices of one case depend on each other)
+    # Bootstrap interval of the mean over cases; None for a single case, and for slices, which depend on each other.
+    ci95_low: float | None
+    ci95_high: float | None
     sd_over_seeds: float | None  # standard deviation of the seeds' means; None for a single seed
 
 
@@ -115,7 +116,7 @@ class Results:
         return max(self.protocols, key=size)
 
     def select(self, protocol: str, method: str = "") -> list[StudyRun]:
-        """Return the runs under a protocol: of one method, one for each seed, or of all methods."""
+        """Return the runs under a protocol, of one method (a run for each seed) or of all methods."""
         return [run for run in self.runs if run.protocol == protocol and method in ("", run.method)]
 
     def count_training_patients(self, protocol: str) -> int:
@@ -298,7 +299,7 @@ def _require_scheduled(folder: Path, record: Record, protocol: str, method: str,
 def _require_comparable(runs: Sequence[StudyRun]) -> None:
     """Raise an InputError that names two runs unless all runs differ in method, protocol and seed only."""
     require_same_cases({str(run.folder): run.case_values("dice") for run in runs})
-    first: dict[object, tuple[StudyRun, dict[str, object]]] = {}
+    reference_facts: dict[object, tuple[StudyRun, dict[str, object]]] = {}
     for run in runs:
         record = run.record
         options = {f"--{name}": value for name, value in comparable_options(record.experiment).items()}
@@ -321,7 +322,7 @@ def _require_comparable(runs: Sequence[StudyRun]) -> None:
             ("subset", run.protocol, run.seed): {"training patients": run.split["train"]},
         }
         for group, facts in groups.items():
-            reference, expected = first.setdefault(group, (run, facts))
+            reference, expected = reference_facts.setdefault(group, (run, facts))
             for name in sorted(facts):
                 if facts[name] != expected[name]:
                     values = f" ({facts[name]} and {expected[name]})" if isinstance(facts[name], str) else ""

@@ -56,8 +56,8 @@ def schedule_runs(
             parsed = parse_experiment(arguments, EXPERIMENTS, METHODS)
             with add_method_to_errors(method):
                 experiment, sha256 = find_weights(check_experiment(parsed.experiment), cache_dir)
-            given = (output / RUNS, parsed.devices, parsed.shard_params)
-            runs.append(ScheduledRun(protocol, method, 0, experiment, tuple(arguments), sha256, *given))
+            placement = (output / RUNS, parsed.devices, parsed.shard_params)
+            runs.append(ScheduledRun(protocol, method, 0, experiment, tuple(arguments), sha256, *placement))
     _require_comparable(runs)
     return [_with_seed(run, seed) for seed in seeds for run in _with_same_patients(runs)]
 
@@ -70,10 +70,10 @@ def _with_same_patients(runs: Sequence[ScheduledRun]) -> Sequence[ScheduledRun]:
     if len({bool(choices_by_validation(run.experiment.method)) for run in runs}) == 1:
         return runs
     argument = "--data.validation=always"
-    data = [replace(run.experiment.data, validation="always") for run in runs]
+    changed_data = [replace(run.experiment.data, validation="always") for run in runs]
     return [
-        run._replace(experiment=replace(run.experiment, data=own), arguments=(*run.arguments, argument))
-        for run, own in zip(runs, data, strict=True)
+        run._replace(experiment=replace(run.experiment, data=new_data), arguments=(*run.arguments, argument))
+        for run, new_data in zip(runs, changed_data, strict=True)
     ]
 
 
@@ -145,7 +145,7 @@ def hold_study_folder(output: Path, study: Study, runs: Sequence[ScheduledRun], 
 def read_state(run: ScheduledRun) -> State:
     """Return whether a run is complete, started or new.
 
-    Refuse a folder that holds something else, or a run with different options, weights, plan or package version.
+    Raise an InputError if the folder holds no run, or one with different options, weights, plan or package version.
     """
     folder = run.folder
     if not folder.exists() or (folder.is_dir() and has_not_begun(folder)):

@@ -164,7 +164,7 @@ def _cost_caption(results: Results, protocol: str) -> str:
 
 
 def describe_devices(results: Results, protocol: str) -> str:
-    """Describe the device of a protocol's runs; if they used several, say so and name the methods on each."""
+    """Describe the device of a protocol's runs; if they used several, state this and name the methods on each."""
     methods: dict[str, list[str]] = {}
     for run in results.select(protocol):
         for environment in (run.record.environment, *(session["environment"] for session in run.record.resumed)):

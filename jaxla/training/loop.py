@@ -81,7 +81,7 @@ def fit(
             checkpoints.save_latest(trainer, batches, progress)
             if progress.best_epoch == progress.epoch:
                 checkpoints.save_best(trainer, progress)
-            _log_epoch(trainer, progress, val.counted if val else "")
+            _log_epoch(trainer, progress, val.averaging if val else "")
             on_epoch(progress.history)
 
     if progress.epoch < recipe.epochs:
@@ -163,12 +163,14 @@ def _finish_epoch(
         progress.best_dice, progress.best_epoch = validation.dice, progress.epoch
 
 
-def _log_epoch(trainer: Trainer, progress: Progress, counted: str) -> None:
-    """Log the epoch's metrics; `counted` says what validation averages Dice over, "" if there was no validation."""
+def _log_epoch(trainer: Trainer, progress: Progress, averaging: str) -> None:
+    """Log the epoch's metrics; `averaging` says what validation averages Dice over, "" if there was no validation."""
     recipe, metrics = trainer.recipe, progress.history[-1]
     remaining = (recipe.epochs - progress.epoch) * np.mean([past["seconds"] for past in progress.history[-5:]])
     is_best = progress.best_epoch == progress.epoch and recipe.checkpoint == "best"
-    scores = f", val loss {metrics['val_loss']:.4f}, val Dice {metrics['val_dice']:.3f} {counted}" if counted else ""
+    scores = (
+        f", val loss {metrics['val_loss']:.4f}, val Dice {metrics['val_dice']:.3f} {averaging}" if averaging else ""
+    )
     log.info(
         "epoch %d/%d: train loss %.4f%s%s; %.0f slices/s, at most %s of training left",
         progress.epoch, recipe.epochs, metrics["train_loss"], scores, " (best)" if is_best else "",

@@ -77,7 +77,7 @@ def test_the_spacing_of_a_single_dicom_slice_is_its_thickness(tmp_path):
     folder = save_dicom(tmp_path / "series", image_array(shape=(5, 6, 1)))
     assert read_image(edit_dicom(folder, set_tags(SpacingBetweenSlices=4))).spacing == (0.75, 0.75, 4)
     assert read_image(edit_dicom(folder, set_tags(SpacingBetweenSlices=None, SliceThickness=3))).spacing[2] == 3
-    assert "one slice without SliceThickness" in refusal(edit_dicom(folder, set_tags(SliceThickness=None)))
+    assert "a single slice without SliceThickness" in refusal(edit_dicom(folder, set_tags(SliceThickness=None)))
 
 
 # --- refused ---------------------------------------------------------------------------------------------------------
@@ -85,9 +85,13 @@ def test_the_spacing_of_a_single_dicom_slice_is_its_thickness(tmp_path):
 
 DICOM_FAULTS = {  # change, positions of the changed files, part of the message
     "uneven": (shift(2, 0.4), (1,), "unevenly spaced: gaps from 1.7 to 3.3 mm"),
-    "duplicate": (set_tags(ImagePositionPatient=[-6, -5, -4]), (0, 1), "2 slices share their position"),
+    "duplicate": (set_tags(ImagePositionPatient=[-6, -5, -4]), (0, 1), "2 slices have the same position"),
     "tilted": (shift(1, 0.5), (), "gantry tilt"),
-    "localizer": (set_tags(ImageOrientationPatient=[1, 0, 0, 0, 0, -1]), (2,), "another orientation than s1_000.dcm"),
+    "localizer": (
+        set_tags(ImageOrientationPatient=[1, 0, 0, 0, 0, -1]),
+        (2,),
+        "a different orientation from s1_000.dcm",
+    ),
     "not orthogonal": (set_tags(ImageOrientationPatient=[1, 0, 0, 1, 0, 0]), (), "not two perpendicular unit vectors"),
     "multi-frame": (set_tags(NumberOfFrames=2), (0,), "a multi-frame DICOM file (2 frames)"),
     "colour": (set_tags(SamplesPerPixel=3, PhotometricInterpretation="RGB"), (), "voxels are RGB with 3 values each"),

@@ -228,7 +228,7 @@ NRRD_FAULTS = {  # old text, new text, part of the message
     "two axes": ("(0,0,2.5)", "", "instead of three vectors"),
     "parallel": ("(0,0,2.5)", "(0.75,0,0)", "parallel"),
     "sheared": ("(0,0,2.5)", "(0.2,0,2.5)", "sheared: two axes are 4.6° off a right angle"),
-    "encoding": ("encoding: raw", "encoding: hex", "'encoding' is 'hex' in the header; it can only be raw or gzip"),
+    "encoding": ("encoding: raw", "encoding: hex", "'encoding' is 'hex' in the header; it must be raw or gzip"),
     "no byte order": ("endian", "#endian", "the header has no field 'endian'"),
     "unit": ("encoding: raw", 'encoding: raw\nspace units: "mm" "mm" "um"', "lengths are in um"),
     "unknown field": ("kinds", "kimds", "failed to parse"),

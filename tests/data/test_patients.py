@@ -156,8 +156,8 @@ def test_folds_of_nnunet_are_used_with_their_number(tmp_path):
 @pytest.mark.parametrize(
     ("folds", "fold", "message"),
     [
-        ([{"train": ["P00_t0"], "val": ["P00_t1"]}], "3", r"fold=3: data.split=.* holds only 1 folds"),
-        ([{"train": ["P00_t0"], "val": ["P00_t1"]}], "all", "holds 1 folds, but fold=all trains 5"),
+        ([{"train": ["P00_t0"], "val": ["P00_t1"]}], "3", r"fold=3: data.split=.* holds only 1 fold"),
+        ([{"train": ["P00_t0"], "val": ["P00_t1"]}], "all", "holds 1 fold, but fold=all trains 5"),
         ([{"train": ["P00_t0"], "val": ["x"]}], "0", "case x is not in the data"),
         ([{"train": ["P00_t0", "P01_t0"], "val": ["P01_t0"]}], "0", "lists case P01_t0 twice"),
         ([{"train": ["P00_t0"], "val": ["P00_t1"]}], "0", "separates the scans of patient P00"),

@@ -106,15 +106,15 @@ def test_a_second_process_is_refused(locked):
     folder, _ = locked
     before = {path: path.stat().st_mtime_ns for path in folder.iterdir()}
     assert is_running(folder)
-    with pytest.raises(InputError, match=f"^--run-dir={folder}: another process is training there"):
+    with pytest.raises(InputError, match=f"^--run-dir={folder}: another process is training in this folder"):
         require_resumable(folder, EXPERIMENT)
     with (
-        pytest.raises(InputError, match=f"^--run-dir={folder}: another process is training there"),
+        pytest.raises(InputError, match=f"^--run-dir={folder}: another process is training in this folder"),
         open_folder(folder, True),
     ):
         pass
     with (
-        pytest.raises(InputError, match=f"^--run-dir={folder}: another process is training there"),
+        pytest.raises(InputError, match=f"^--run-dir={folder}: another process is training in this folder"),
         open_folder(folder),
     ):
         pass
@@ -199,7 +199,7 @@ def test_one_of_two_processes_that_start_together_gets_the_folder(tmp_path, resu
     processes = [start_process(log, lock_until_killed, tmp_path / "run", resume) for log in logs]
     answers = sorted(wait_for_answers(*logs))
     assert answers[0] == "inside\n"
-    assert answers[1].startswith(f"refused: --run-dir={tmp_path / 'run'}: another process is training there")
+    assert answers[1].startswith(f"refused: --run-dir={tmp_path / 'run'}: another process is training in this folder")
     for process in processes:
         process.kill()
         process.join()

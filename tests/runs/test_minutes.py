@@ -139,8 +139,8 @@ def test_a_forecast_includes_the_time_for_measuring_steps():
         ),
         (
             ["--method=nnunet_2d", "--training.weight_decay=0.1"],
-            "--training.weight_decay=0.1: has no effect, because --training.optimiser=sgd has its own. Remove one of "
-            "the two.",
+            "--training.weight_decay=0.1: has no effect, because --training.optimiser=sgd uses a fixed value. Remove "
+            "one of the two.",
         ),
     ],
 )
