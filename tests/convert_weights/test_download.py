@@ -187,7 +187,7 @@ def test_server_that_does_not_announce_the_length_is_refused(server, release, tm
 
 
 @pytest.mark.parametrize("sent", ["bytes 0-307199/307200", "bytes 100000-307199/400000", None])
-def test_part_that_is_not_the_missing_one_is_never_appended(server, release, tmp_path, sent):
+def test_part_other_than_the_requested_one_is_never_appended(server, release, tmp_path, sent):
     (tmp_path / "weights.pth.part").write_bytes(CONTENT[:100_000])
     server.headers = {"Content-Range": sent}
     assert "(the server sent a different part of the file than the requested one)" in refusal(release, tmp_path)
@@ -292,7 +292,7 @@ def test_every_release_has_a_sha256():
 
 
 def replace_release(server, arch, monkeypatch, cache):
-    """Let the server's content replace the release of `arch`, and `cache` the cache folder."""
+    """Make the server's content the release of `arch`, and `cache` the cache folder."""
     monkeypatch.setitem(RELEASES, arch, Release(server.url, hashlib.sha256(server.content).hexdigest()))
     monkeypatch.setenv("XDG_CACHE_HOME", str(cache))
 

@@ -1,4 +1,4 @@
-"""The inventory finds what training refuses, on the same file and in the same words, and warns of what it accepts."""
+"""The inventory reports what training refuses, for the same file and in the same words; the rest are warnings."""
 
 import contextlib
 import math
@@ -12,7 +12,9 @@ from jaxla.data.cases import find_cases
 from jaxla.data.inventory import take_inventory
 from jaxla.data.prepared import prepare_cases
 from jaxla.data.split import make_split
-from tests.data.nifti import AFFINE, flat, image_array, mask_array, save, truncate
+from tests.data.nifti import AFFINE, image_array, mask_array, save, truncate, write_flat_pairs
+
+# Each of these functions writes one fault or peculiarity into a folder of five flat pairs.
 
 
 def nan_image(root):
@@ -145,7 +147,7 @@ def prepare_like_training(root, cache, labels=""):
 
 @pytest.mark.parametrize("change", REFUSED, ids=lambda f: f.__name__)
 def test_a_fault_that_training_refuses_is_an_error_on_the_same_file(tmp_path, change):
-    root = flat(tmp_path / "data", 5)
+    root = write_flat_pairs(tmp_path / "data", 5)
     change(root)
     with pytest.raises(InputError) as refused:
         prepare_like_training(root, tmp_path / "cache")
@@ -156,7 +158,7 @@ def test_a_fault_that_training_refuses_is_an_error_on_the_same_file(tmp_path, ch
 
 @pytest.mark.parametrize("change", ACCEPTED, ids=lambda f: f.__name__)
 def test_a_peculiarity_that_training_accepts_is_a_warning(tmp_path, change):
-    root = flat(tmp_path / "data", 5)
+    root = write_flat_pairs(tmp_path / "data", 5)
     change(root)
     prepare_like_training(root, tmp_path / "cache")
     findings = take_inventory(root).findings
@@ -166,7 +168,7 @@ def test_a_peculiarity_that_training_accepts_is_a_warning(tmp_path, change):
 
 @pytest.mark.parametrize("labels", ["", "a:1,2", "a:1;b:2", "a:1", "a:1;background:2", "a:2;background:1"])
 def test_labels_are_checked_as_in_training(tmp_path, labels):
-    root = flat(tmp_path / "data", 5)
+    root = write_flat_pairs(tmp_path / "data", 5)
     for n in range(5):
         mask = mask_array()
         mask[0, 0, 0] = 2
@@ -178,7 +180,7 @@ def test_labels_are_checked_as_in_training(tmp_path, labels):
 
 
 def test_different_values_in_two_masks_are_named_with_both_possible_labels(tmp_path):
-    root = flat(tmp_path / "data", 5)
+    root = write_flat_pairs(tmp_path / "data", 5)
     another_value_than_the_others(root)
     (error,) = take_inventory(root).errors
     values = "1 in case case_4, 2 in case case_1"

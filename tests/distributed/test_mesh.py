@@ -18,6 +18,7 @@ ROOT = Path(__file__).parents[2]
 
 @pytest.fixture(scope="module")
 def arrays(tmp_path_factory):
+    """The results of all cases of `mesh_driver`: name -> array."""
     folder = tmp_path_factory.mktemp("mesh")
     command = [sys.executable, "-m", "tests.distributed.mesh_driver", str(folder)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
@@ -52,7 +53,7 @@ def test_ten_steps_give_the_results_of_one_device(arrays, case, network):
 
 
 def test_sharded_parameters_take_less_memory(arrays):
-    """A device saves 7/8 of the kernels that the table SHARDED lists, and of Adam's two moments of each."""
+    """Each of eight devices stores 1/8 of each sharded kernel and of its two moments in Adam."""
     device_bytes = {
         case: int(arrays[f"{case}/finetuned/bytes on a device"]) for case in ("one", "four", "eight, sharded")
     }

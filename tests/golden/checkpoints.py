@@ -80,10 +80,7 @@ def convert(arch: str, source: Path, output: Path) -> None:
 
 
 def golden_backbone(arch: str) -> VisionTransformer:
-    """Return a float32 backbone with the fake checkpoint's parameters, through the conversion command.
-
-    No file remains.
-    """
+    """Return a float32 backbone with the fake checkpoint's parameters, converted by the command; no file remains."""
     with tempfile.TemporaryDirectory(prefix="jaxla_") as folder:
         source, output = (Path(folder) / f"{name}.safetensors" for name in ("source", "converted"))
         write_checkpoint(source, arch)
@@ -92,7 +89,7 @@ def golden_backbone(arch: str) -> VisionTransformer:
 
 
 def golden_backbone_in_memory(arch: str) -> VisionTransformer:
-    """Return what `golden_backbone` returns, through the conversion's tables without its files of up to 4.5 GB."""
+    """Return the same backbone as `golden_backbone`, converted in memory, without files of up to 4.5 GB."""
     tensors = {
         name: Tensor(tuple(shape), "float32", partial(checkpoint_parameter, name, shape))
         for name, shape in reference_shapes(arch).items()

@@ -65,15 +65,15 @@ def live_errors(
     """
     out, prefix = vit(images), 1 + vit.variant.registers
 
-    def flat(patches: jax.Array) -> np.ndarray:
+    def flatten(patches: jax.Array) -> np.ndarray:
         return np.asarray(patches).reshape(len(images), -1, vit.variant.width)
 
-    errors = {"cls": deviation(out.cls, tokens[:, 0]), "patches": deviation(flat(out.patches), tokens[:, prefix:])}
+    errors = {"cls": deviation(out.cls, tokens[:, 0]), "patches": deviation(flatten(out.patches), tokens[:, prefix:])}
     if vit.variant.registers:
         errors["registers"] = deviation(out.registers, tokens[:, 1:prefix])
     blocks = range(vit.variant.depth)
     for block, ours, theirs in zip(blocks, vit.intermediate(images, blocks), block_tokens, strict=True):
-        errors[f"block {block}"] = deviation(flat(ours), theirs[:, prefix:])
+        errors[f"block {block}"] = deviation(flatten(ours), theirs[:, prefix:])
     return errors
 
 

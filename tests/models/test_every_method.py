@@ -1,4 +1,4 @@
-"""The contract that every method keeps: its network's shapes, features and options. Networks are only traced."""
+"""Properties of every method: its network's shapes, features and options. Networks are only traced."""
 
 import json
 import math

@@ -74,7 +74,7 @@ def test_doubling_and_its_gradient_equal_bilinear_interpolation_in_pytorch(shape
 
 # --- positions ---
 
-# corner tokens of a map of 12 × 20, and the quarters of 96 × 160 pixels that contain them
+# corner token of a map of 12 × 20 tokens -> the quarter of 96 × 160 pixels that contains it
 CORNERS = {
     (0, 0): np.s_[:48, :80],
     (0, 19): np.s_[:48, 80:],

@@ -22,7 +22,7 @@ from tests.tiny import ROTARY, TINY, randomise, tiny_backbone
 WIDTHS = (16, 12, 8, 8)
 SIZE = (32, 64)  # H, W of the slices; h, w of the features are 4, 8
 SLICES = 6
-# The tests of parity come first, because the fixture changes all later tests of this module.
+# Tests of parity come first: once used, `fast_compilation` stays active for the rest of the module.
 fast = pytest.mark.usefixtures("fast_compilation")
 KINDS = {
     "3D": {"depth_places": 5},
@@ -159,7 +159,7 @@ def test_a_changed_slice_affects_only_its_window_and_in_2d_only_itself(kind, rea
 @fast
 @pytest.mark.parametrize("depth_places", [0, 5])
 def test_equal_slices_differ_by_the_depth_embedding_only(depth_places):
-    # slicewise, because in 3D the border of the volume makes slices different, too
+    # slicewise, because in 3D the border of the volume also makes slices different
     decoder = make_decoder(depth_places=depth_places, slicewise=True)
     equal = np.repeat(random_features(1, slices=1), SLICES, axis=1)
     logits = run(FeatureWindows(decoder, SIZE, (2, 1, 1)), equal)
@@ -204,7 +204,8 @@ def test_levels_are_the_quarters_of_the_backbones_depth():
 def test_the_decoder_has_few_parameters():
     model = METHODS["windows_dinov3_vitb16"].model
     total = parameter_count(model)
-    backbone = parameter_count(TransformerSegmenterOptions(model.arch, decoder="linear")) - 769
+    linear_head = 768 + 1  # weights and bias
+    backbone = parameter_count(TransformerSegmenterOptions(model.arch, decoder="linear")) - linear_head
     assert total - backbone < 0.02 * backbone  # 1.0 M and 85.7 M
 
 

@@ -68,7 +68,7 @@ def test_less_memory_gives_smaller_patches():
 
 
 def test_topology_halves_fine_axes_first():
-    """By hand: slices of 3 mm and pixels of 1 mm are halved together once the pixels are 2 mm."""
+    """Pixels of 1 mm are halved first; once they are 2 mm, slices of 3 mm are halved with them."""
     found = plan_topology((3.0, 1.0, 1.0), (16, 64, 64))
     assert found.strides == ((1, 1, 1), (1, 2, 2), (2, 2, 2), (2, 2, 2), (1, 2, 2))
     assert found.kernel_sizes == ((1, 3, 3), (3, 3, 3), (3, 3, 3), (3, 3, 3), (3, 3, 3))

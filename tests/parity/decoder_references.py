@@ -84,7 +84,7 @@ class ReferenceFusionDecoder(nn.Module):
         return self.logits(functional.interpolate(x, size=self.size, mode="bilinear"))
 
 
-# --- paper 3's decoder, of one window ---
+# --- paper 3's decoder, for one window ---
 
 
 class ReferenceLevel(nn.Module):

@@ -1,4 +1,4 @@
-"""Our networks' parameters in PyTorch modules written from the papers, and the way back.
+"""Build PyTorch modules, written from the papers, with the parameters of our networks.
 
 Encoders have torchvision's names, so that the conversion tables fill them; everything else has our names.
 """

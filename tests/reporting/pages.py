@@ -24,7 +24,7 @@ def mask(rows, classes=1, columns=(5, 20)):
     return array
 
 
-REFERENCE, ATLAS = (4, 14), (8, 18)
+REFERENCE, ATLAS = (4, 14), (8, 18)  # rows of their boxes
 
 
 def outcome(predictions, names=("LA",), references=None):

@@ -142,7 +142,7 @@ FAULTS = {
         lambda run: (run / "metrics.jsonl").write_text('{"epoch": 1}\n'),
         "{run}/metrics.jsonl, line 1: damaged: Object missing required field",
     ),
-    "half a cost": (
+    "an incomplete cost": (
         lambda run: edit(run / "cost.json", lambda c: c.pop("step_bytes")),
         "{run}/cost.json: damaged: Object missing required field `step_bytes`. Move",
     ),
@@ -168,7 +168,7 @@ FAULTS = {
         lambda run: change_value(run, "cases.csv", "c1", "dice", "0.0"),
         "{run}: damaged: test/cases.csv: the mean dice of LA is 0.4, but 0.6 in test/summary.json",
     ),
-    "a cell without end": (
+    "a very long cell": (
         lambda run: change_value(run, "cases.csv", "c1", "case", "c" * 131_073),
         "{run}: damaged: cases.csv: field larger than field limit (131072)",
     ),
@@ -180,7 +180,7 @@ FAULTS = {
         lambda run: (run / "test" / "cases.csv").unlink(),
         "cases.csv: cannot be read (No such file or directory), and the report needs it. Move",
     ),
-    "half a table": (
+    "an incomplete table": (
         lambda run: (run / "test" / "cases.csv").write_text("case,class,dice\nc0,LA,x\n"),
         "{run}: damaged",
     ),
@@ -192,6 +192,7 @@ def test_faulty_runs_are_refused_and_the_old_report_is_kept(fault, study, tmp_pa
     before = {path: path.read_bytes() for path in (study / "report.html", *(study / "tables").iterdir())}
     run, method = run_dir(study, method="segnet", seed=1), "segnet"
     runs = {"any": run_dir(study, "fewshot_1patient"), "first": run_dir(study, "fewshot_1patient", method)}
+    # training patients are compared with the run of the same seed, options with the first run of the protocol
     same = run_dir(study) if "patients than" in fault else run_dir(study, seed=1)
     damage, message = FAULTS[fault]
     damage(run)

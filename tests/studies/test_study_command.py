@@ -25,12 +25,12 @@ from tests.commands import succeed
 from tests.tiny import TINY_PLAN
 
 
-def study_options(phantoms, folder, *more):
+def study_options(phantoms, folder, *extra):
     return [
         "--name=fewshot_patients", "--methods=unet,attention_unet", "--experiments=fewshot_1patient", "--seeds=3",
         f"--output={folder / 'study'}", f"--cache-dir={folder / 'cache'}", f"--data.root={phantoms}",
         "--preprocessing.image_size=32", "--training.epochs=2", "--training.batch_size=8", "--model.widths=[8,16]",
-        *more,
+        *extra,
     ]  # fmt: skip
 
 

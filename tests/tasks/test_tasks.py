@@ -63,11 +63,11 @@ def test_slices_are_samples_of_most_methods(data, tmp_path):
 def test_fewer_steps_than_are_accumulated_are_refused_once_a_time_budget_has_fixed_them(
     data, tmp_path, minutes, steps, is_refused
 ):
-    """One pass has 3 steps."""
+    """One pass over the training data has 3 steps."""
     recipe = {"epochs": 1, "batch_size": 4, "accumulated_steps": 6, "schedule": "cosine"}
-    own = experiment("unet", **recipe, minutes=minutes, steps=steps)
-    own = replace(own, method=replace(own.method, model=UNetOptions(widths=(4,))))
-    task = make_task(own, data)
+    limited = experiment("unet", **recipe, minutes=minutes, steps=steps)
+    limited = replace(limited, method=replace(limited.method, model=UNetOptions(widths=(4,))))
+    task = make_task(limited, data)
     line = rf"^training.accumulated_steps=6: more than the {steps or 3} steps of this run\. Use fewer, or train longer"
     with pytest.raises(InputError, match=line) if is_refused else nullcontext():
         task.make_trainer(task.build_network(), task.make_sources(data, tmp_path).train)
@@ -112,7 +112,7 @@ def test_a_slice_is_read_in_patches(data, tmp_path):
     network = task.build_network()
     segment, trainer = task.make_segment([network]), task.make_trainer(network, source)
 
-    overlaps = []  # validation scores what prediction gives: slices in tiles
+    overlaps = []  # validation reads slices in tiles, as prediction does, so both give the same Dice
     for name in data.split.train:
         volume = data.volumes[name]
         predicted = segment(volume.image, slice_geometry(np.diag([1.0, 1.0, 3.0, 1.0])))[0]

@@ -78,6 +78,7 @@ def test_the_mask_moves_with_its_structure(name):
 
 
 def test_angles_and_sizes_stay_within_their_limits():
+    """The limits are 30 degrees and a factor of 1.3; 64 slices come close to them, and pixels limit the precision."""
     before = moments(slices(1)[1][0])
     angles = [moments(mask)[2] - before[2] for mask in augmented(KINDS["rotation"])[1]]
     angles = (np.array(angles) + 90) % 180 - 90
@@ -99,7 +100,7 @@ def test_intensity_changes_only_the_image_and_keeps_its_range():
 
 def test_elastic_displacements_have_the_given_size():
     shifts = [np.abs(moments(mask)[1] - moments(slices(1)[1][0])[1]).mean() for mask in augmented(KINDS["elastic"])[1]]
-    assert 0.3 < np.mean(shifts) < 0.03 * SIDE * 1.5
+    assert 0.3 < np.mean(shifts) < 1.5 * 0.03 * SIDE  # pixels; the standard deviation is 3 % of the side
 
 
 @pytest.mark.parametrize("name", KINDS)

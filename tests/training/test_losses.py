@@ -106,20 +106,20 @@ def test_dice_cross_entropy_equals_its_formula(weight, batch_dice, shape, output
 
 def test_each_coarser_resolution_has_half_the_weight_and_the_coarsest_none():
     mask = np.arange(2 * 8 * 12).reshape(2, 8, 12)
-    seen = []
+    targets = []
 
     def loss(logits, target, weight):
-        seen.append(np.asarray(target))
+        targets.append(np.asarray(target))
         return logits.mean()
 
     logits = [jnp.full((2, 8, 12, 1), 1.0), jnp.full((2, 4, 6, 1), 10.0), jnp.full((2, 2, 6, 1), 100.0)]
     np.testing.assert_allclose(deep_supervision(loss, logits, mask, jnp.ones(2)), (1 + 0.5 * 10) / 1.5, rtol=1e-6)
-    np.testing.assert_array_equal(seen[1], mask[:, 1::2, 1::2])  # the second of two voxels, like nearest-exact
-    assert len(seen) == 2
+    np.testing.assert_array_equal(targets[1], mask[:, 1::2, 1::2])  # the second of two voxels, like nearest-exact
+    assert len(targets) == 2
     assert deep_supervision(loss, logits[:1], mask, jnp.ones(2)) == 1  # a single resolution has all the weight
     expected = torch.nn.functional.interpolate(torch.from_numpy(mask[:, None]).float(), (2, 12), mode="nearest-exact")
     deep_supervision(loss, [logits[0], jnp.ones((2, 2, 12, 1)), logits[2]], mask, jnp.ones(2))
-    np.testing.assert_array_equal(seen[-1], expected[:, 0].numpy())
+    np.testing.assert_array_equal(targets[-1], expected[:, 0].numpy())
 
 
 def test_overlap_of_volumes_is_counted_over_all_axes():

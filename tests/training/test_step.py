@@ -23,7 +23,7 @@ from tests.tiny import flat_arrays, randomise, tiny_backbone
 CONSTANT = BackboneTraining(learning_rate=1e-2, backbone_learning_rate=1e-4, schedule="constant")
 KEY = jax.random.key(0)
 
-# Comparisons with PyTorch come first, because the fixture changes all later tests of this module.
+# Comparisons with PyTorch come first: once used, `fast_compilation` stays active for the rest of the module.
 fast = pytest.mark.usefixtures("fast_compilation")
 
 
@@ -251,7 +251,7 @@ def test_first_step_of_adam_has_the_size_of_the_learning_rate():
 
 @fast
 def test_gradient_is_the_slope_of_the_loss():
-    """Compared for one element of each of three parameters."""
+    """Finite differences are computed for one element of each of three parameters."""
     parts, batch = split_network(tiny_network(), train_backbone=True), make_batch()
     _, gradients, _ = jax.jit(make_gradient(parts.training))(parts.trainable, parts.frozen, batch, KEY)
 
