@@ -38,7 +38,7 @@ def run_module(module, *options, check=True):
 
 
 def run_in_this_process(folder, module, *options):
-    """Run a command like `in_a_new_process`, but in this process, which saves the startup time of Python and JAX.
+    """Run a command like `run_in_new_process`, but in this process, which saves the startup time of Python and JAX.
 
     NumPy's warnings, which would add a line to stderr, are raised. The command must remove the handlers that it adds to
     the package's logger.
@@ -103,7 +103,7 @@ def refuse_to_train(folder, *options, run=run_in_this_process):
 
 
 @contextlib.contextmanager
-def held_by_another_process(statements, *arguments):
+def hold_in_another_process(statements, *arguments):
     """Yield another Python process, which stays inside the context manager `hold` that `statements` define."""
     code = f"import sys; {statements}\nwith hold:\n print(flush=True); sys.stdin.read()"
     with subprocess.Popen(

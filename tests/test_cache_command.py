@@ -16,7 +16,7 @@ from jaxla.models.networks.transformer_segmenter import TransformerSegmenterOpti
 from jaxla.models.weights_format import save_weights
 from jaxla.nnunet.preprocessing import preprocess_volumes
 from jaxla.training.features import FeatureCache
-from tests.commands import held_by_another_process, parse_bytes, run_in_this_process
+from tests.commands import hold_in_another_process, parse_bytes, run_in_this_process
 from tests.data.nifti import write_flat_pairs
 from tests.nnunet.test_preprocessing import make_tiny_plan
 
@@ -179,7 +179,7 @@ def test_a_wrong_option_is_named_and_nothing_is_cleared(cache, option, message):
 
 
 def test_a_cache_in_use_is_not_cleared_until_the_process_has_ended(cache):
-    with held_by_another_process(USES_THE_CACHE, cache) as user:
+    with hold_in_another_process(USES_THE_CACHE, cache) as user:
         error = refuse(cache, "--clear=all")
         assert f"--cache-dir={cache}: process {os.uname().nodename}-{user.pid} uses it" in error
         assert len(run_cache(cache)) == 16  # lines: the cache can still be listed
@@ -188,7 +188,7 @@ def test_a_cache_in_use_is_not_cleared_until_the_process_has_ended(cache):
 
 
 def test_a_killed_process_does_not_keep_the_cache_from_being_cleared(cache):
-    with held_by_another_process(USES_THE_CACHE, cache) as user:
+    with hold_in_another_process(USES_THE_CACHE, cache) as user:
         user.send_signal(signal.SIGKILL)
         user.wait()
     (mark,) = (cache / "in-use").iterdir()  # left behind by the killed process
@@ -199,8 +199,8 @@ def test_a_killed_process_does_not_keep_the_cache_from_being_cleared(cache):
 
 def test_one_remaining_process_keeps_the_cache_from_being_cleared(cache):
     with (
-        held_by_another_process(USES_THE_CACHE, cache) as killed,
-        held_by_another_process(USES_THE_CACHE, cache) as alive,
+        hold_in_another_process(USES_THE_CACHE, cache) as killed,
+        hold_in_another_process(USES_THE_CACHE, cache) as alive,
     ):
         killed.kill()
         killed.wait()

@@ -18,7 +18,7 @@ from jaxla.models.weights_format import save_weights
 from jaxla.runs.checks import check_experiment
 from jaxla.runs.folder import require_resumable
 from jaxla.runs.machine import processor
-from tests.commands import held_by_another_process, refuse, run_in_this_process
+from tests.commands import hold_in_another_process, refuse, run_in_this_process
 
 
 def info(path):
@@ -103,7 +103,7 @@ def test_facts_of_a_run_that_stopped_in_its_first_epoch(unfinished_run):
 
 def test_running_run_has_no_command_to_resume(unfinished_run):
     hold = "from filelock import FileLock; hold = FileLock(sys.argv[1])"
-    with held_by_another_process(hold, unfinished_run / ".lock"):
+    with hold_in_another_process(hold, unfinished_run / ".lock"):
         facts = info(unfinished_run)
     assert facts["state"] == "running: 2 of at most 3 epochs are done"
     assert "resume with" not in facts

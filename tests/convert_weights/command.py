@@ -17,7 +17,7 @@ from tests.golden.fake_weights import fake_state_dict
 GOLDEN = ROOT / "tests" / "golden"
 
 
-def convert_in_a_new_process(*arguments, **environment):
+def convert_in_new_process(*arguments, **environment):
     return run_in_new_process(ROOT, "convert_weights", *arguments, **environment)
 
 

@@ -18,7 +18,7 @@ from tests.convert_weights.command import (
     GOLDEN,
     assert_same_state,
     authors_shapes,
-    convert_in_a_new_process,
+    convert_in_new_process,
     empty_state,
     full_state,
     read_weights,
@@ -106,7 +106,7 @@ def test_safetensors_are_converted_without_torch(dinov2, tmp_path):
         f"--source={tmp_path / 'vits14.safetensors'}",
         f"--output={tmp_path / 'o.safetensors'}",
     )
-    done = convert_in_a_new_process(*arguments, PYTHONPATH=str(tmp_path / "blocked"), PYTHONDONTWRITEBYTECODE="1")
+    done = convert_in_new_process(*arguments, PYTHONPATH=str(tmp_path / "blocked"), PYTHONDONTWRITEBYTECODE="1")
     assert done.returncode == 0, done.stderr
     assert read_weights(tmp_path / "o.safetensors")[1]["data_sha256"] in printed
 

@@ -22,7 +22,7 @@ from tests.training.faults import limit_file_size
 CASES = 20
 
 
-def canonical(phantom):
+def to_canonical(phantom):
     """Return image and mask [X, Y, Z] in RAS+ order."""
     arrays = (phantom.image, phantom.mask)
     return [np.asarray(nib.as_closest_canonical(nib.Nifti1Image(a, phantom.affine)).dataobj) for a in arrays]
@@ -95,7 +95,7 @@ def test_geometry_of_full_phantoms():
     phantom = make_phantom("full", 0, shapes[576, 576, 44])
     assert phantom.image.shape == phantom.mask.shape == (576, 576, 44)
     np.testing.assert_allclose(nib.affines.voxel_sizes(phantom.affine), (0.625, 0.625, 2.5))
-    image, mask = canonical(phantom)
+    image, mask = to_canonical(phantom)
     corners = image[:40, :40].mean()
     assert corners < 0.3 * image[mask > 0].mean()  # air around the chest
     assert 0.001 < (mask > 0).mean() < 0.02
@@ -196,7 +196,7 @@ def test_axes_vary_and_anatomy_follows_the_affine(small_phantoms):
     assert codes == {"LPS", "RAS", "LAS", "RPS"}
     ahead, bright_right, lung = [], [], []
     for phantom in small_phantoms:
-        image, mask = canonical(phantom)
+        image, mask = to_canonical(phantom)
         middle, size = np.argwhere(mask).mean(0), np.array(image.shape)
         x, y, z = np.round(middle).astype(int)
         blood = image > 0.8 * np.median(image[mask > 0])
@@ -217,7 +217,7 @@ def test_axes_vary_and_anatomy_follows_the_affine(small_phantoms):
 def test_descending_aorta_is_behind_and_left(small_phantoms):
     counts = {-1: [], 1: []}
     for phantom in small_phantoms:
-        image, mask = canonical(phantom)
+        image, mask = to_canonical(phantom)
         x, y, _ = np.round(np.argwhere(mask).mean(0)).astype(int)
         blood = image > 0.8 * np.median(image[mask > 0])
         blood[mask > 0] = False
@@ -244,7 +244,7 @@ def test_no_intensity_range_finds_the_atrium(small_phantoms):
 
 def test_the_mean_position_does_not_find_the_atrium(small_phantoms):
     grid = (48, 48, 24)
-    masks = [canonical(phantom)[1] > 0 for phantom in small_phantoms]
+    masks = [to_canonical(phantom)[1] > 0 for phantom in small_phantoms]
     shaped = [
         zoom(m.astype(np.float32), np.divide(grid, m.shape), order=1, grid_mode=True, mode="nearest") for m in masks
     ]

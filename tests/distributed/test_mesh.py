@@ -10,7 +10,7 @@ import pytest
 
 from jaxla.config import InputError
 from jaxla.distributed import device_count, use_devices
-from tests.distributed.group import finish, free_port, start
+from tests.distributed.group import find_free_port, finish, start
 from tests.distributed.mesh_cases import CASES, TWO_PROCESS_CASES
 
 ROOT = Path(__file__).parents[2]
@@ -23,7 +23,7 @@ def arrays(tmp_path_factory):
     command = [sys.executable, "-m", "tests.distributed.mesh_driver", str(folder)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    coordinator = f"127.0.0.1:{free_port()}"
+    coordinator = f"127.0.0.1:{find_free_port()}"
     commands = [["tests.distributed.mesh_driver", folder, coordinator, index] for index in (0, 1)]
     codes, _, err = finish(start(commands, folder), folder, seconds=900)
     assert codes == [0, 0], err

@@ -7,15 +7,15 @@ from signal import SIGKILL, SIGTERM
 
 import pytest
 
-from tests.distributed.group import finish, free_port, group_commands, start, wait_for
+from tests.distributed.group import find_free_port, finish, group_commands, start, wait_for
 
 TIMEOUT_SECONDS = 60
 
 
-def drive(folder, kind, *, port=None, count=2, indices=(0, 1), wait=60, **environ):
+def start_driver(folder, kind, *, port=None, count=2, indices=(0, 1), wait=60, **environ):
     """Start those of `count` processes whose `indices` are listed; each runs the driver's function `kind`."""
     commands = group_commands(
-        ["tests.distributed.processes_driver", kind, folder, f"--wait={wait}"], port or free_port(), count
+        ["tests.distributed.processes_driver", kind, folder, f"--wait={wait}"], port or find_free_port(), count
     )
     return start([commands[index] for index in indices], folder, **environ)
 
@@ -50,7 +50,7 @@ def pairs(tmp_path_factory):
     """
     keys = (("wait", 0, SIGKILL), ("wait", 1, SIGKILL), ("compute", 1, SIGKILL), ("wait", 1, SIGTERM))
     folders = {key: tmp_path_factory.mktemp("pair") for key in keys}
-    pairs = {key: (folder, drive(folder, key[0])) for key, folder in folders.items()}
+    pairs = {key: (folder, start_driver(folder, key[0])) for key, folder in folders.items()}
     for (_, victim, signal_number), (folder, processes) in pairs.items():
         wait_for(lambda folder=folder: all((folder / f"{k}.ready").exists() for k in (0, 1)), processes)
         processes[victim].send_signal(signal_number)
@@ -62,7 +62,7 @@ def pairs(tmp_path_factory):
 def test_processes_exchange_values_and_the_first_prints(tmp_path):
     """Clusters set variables for a web proxy, which gRPC would use; here, nothing listens at the proxy's address."""
     proxy = {"http_proxy": "http://127.0.0.1:9", "https_proxy": "http://127.0.0.1:9"}
-    processes = drive(tmp_path, "exchange", count=3, indices=(0, 1, 2), **proxy)
+    processes = start_driver(tmp_path, "exchange", count=3, indices=(0, 1, 2), **proxy)
     codes, out, err = finish(processes, tmp_path, TIMEOUT_SECONDS)
     assert codes == [0, 0, 0], err
     values = [json.loads((tmp_path / f"{k}.json").read_text()) for k in range(3)]
@@ -82,7 +82,10 @@ def test_processes_exchange_values_and_the_first_prints(tmp_path):
 def failed_groups(tmp_path_factory):
     """The outcomes of several groups of processes that run at the same time, and the port of each group."""
     kinds = ("wrong_input_in_one", "wrong_input_in_all", "bug_in_one", "different numbers", "only 0", "only 1")
-    folders, ports = {kind: tmp_path_factory.mktemp("group") for kind in kinds}, {kind: free_port() for kind in kinds}
+    folders, ports = (
+        {kind: tmp_path_factory.mktemp("group") for kind in kinds},
+        {kind: find_free_port() for kind in kinds},
+    )
     groups = {}
     for kind, folder in folders.items():
         if kind == "different numbers":
@@ -90,9 +93,9 @@ def failed_groups(tmp_path_factory):
             commands = [group_commands(command, ports[kind], count)[k] for k, count in enumerate((2, 3))]
             processes = start(commands, folder)
         elif kind.startswith("only"):
-            processes = drive(folder, "exchange", indices=[int(kind[-1])], wait=1, port=ports[kind])
+            processes = start_driver(folder, "exchange", indices=[int(kind[-1])], wait=1, port=ports[kind])
         else:
-            processes = drive(folder, kind, port=ports[kind])
+            processes = start_driver(folder, kind, port=ports[kind])
         groups[kind] = folder, processes
     return finish_together(groups), ports
 
@@ -132,7 +135,7 @@ def test_a_missing_process_is_reported_after_the_wait(failed_groups, index):
 def test_a_port_in_use_is_named(tmp_path):
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
-        codes, _, err = finish(drive(tmp_path, "exchange", indices=[0], port=port), tmp_path, TIMEOUT_SECONDS)
+        codes, _, err = finish(start_driver(tmp_path, "exchange", indices=[0], port=port), tmp_path, TIMEOUT_SECONDS)
     assert codes == [2]
     assert err[0] == (
         f"error: --coordinator=127.0.0.1:{port}: process 0 cannot use port {port} (Address already in use). Use "
@@ -141,7 +144,7 @@ def test_a_port_in_use_is_named(tmp_path):
 
 
 @pytest.fixture(scope="module")
-def signalled(pairs):
+def pair_outcomes(pairs):
     """The folder and the outcome of each pair; its survivor has TIMEOUT_SECONDS from the last signal to stop."""
     groups, signal_time = pairs
     outcomes = finish_together(groups, signal_time + TIMEOUT_SECONDS - time.monotonic())
@@ -149,9 +152,9 @@ def signalled(pairs):
 
 
 @pytest.mark.parametrize(("kind", "victim"), [("wait", 0), ("wait", 1), ("compute", 1)])
-def test_killing_one_process_stops_the_other_and_prints_the_resume_command(signalled, kind, victim):
+def test_killing_one_process_stops_the_other_and_prints_the_resume_command(pair_outcomes, kind, victim):
     """The survivor waits in `gather`, in Python code, or in a collective of XLA."""
-    folder, (codes, _, err) = signalled[kind, victim, SIGKILL]
+    folder, (codes, _, err) = pair_outcomes[kind, victim, SIGKILL]
     assert codes[victim] == -SIGKILL
     assert codes[1 - victim] == 1
     (line,) = last_lines([err[1 - victim]])
@@ -160,8 +163,8 @@ def test_killing_one_process_stops_the_other_and_prints_the_resume_command(signa
     assert (folder / f"{1 - victim}.note").read_text() == line
 
 
-def test_sigterm_to_one_process_ends_both(signalled):
+def test_sigterm_to_one_process_ends_both(pair_outcomes):
     """The signal also interrupts `gather`, in which process 1 waits."""
-    _, (codes, _, err) = signalled["wait", 1, SIGTERM]
+    _, (codes, _, err) = pair_outcomes["wait", 1, SIGTERM]
     assert codes == [1, 1]
     assert [last_lines([text]) for text in err] == [["interrupted"], []]

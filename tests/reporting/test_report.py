@@ -10,7 +10,7 @@ import pytest
 from jaxla.cli.command_line import strip_run_options
 from jaxla.reporting.page import Pair
 from jaxla.reporting.run_report import write_report
-from tests.reporting.pages import SHAPE, SPACING, Page, embedded_images, outcome
+from tests.reporting.pages import SHAPE, SPACING, Page, embedded_images, make_outcome
 
 GOOD, FAIR, POOR = (5, 14), (6, 16), (12, 18)  # rows of a box; the reference's are 4 to 14, the atlas's 8 to 18
 COLUMNS = ("volume", "atlas", "slice")
@@ -27,12 +27,12 @@ def write_page(tmp_path):
 
 @pytest.fixture
 def one_class():
-    return outcome({"a1": GOOD, "a2": POOR, "a3": FAIR})
+    return make_outcome({"a1": GOOD, "a2": POOR, "a3": FAIR})
 
 
 @pytest.fixture
 def two_classes():
-    return outcome({"a1": GOOD, "a2": POOR}, names=("Anterior", "Posterior"))
+    return make_outcome({"a1": GOOD, "a2": POOR}, names=("Anterior", "Posterior"))
 
 
 def parse_cell(cell):
@@ -206,7 +206,7 @@ def test_images_have_text_alternatives_and_table_headings_a_scope(one_class, wri
 
 def test_text_is_escaped(write_page):
     name = "<i>&amp;\"1'"
-    run = outcome({name: GOOD, "a2": FAIR})
+    run = make_outcome({name: GOOD, "a2": FAIR})
     run["record"]["experiment"]["data"]["root"] = "/scans/<i>&lt;"
     page = write_page(run)
     assert "i" not in {tag for tag, _ in page.tags}
@@ -216,7 +216,7 @@ def test_text_is_escaped(write_page):
 
 
 def test_single_case_has_no_standard_deviation(write_page):
-    run = outcome({"a1": GOOD})
+    run = make_outcome({"a1": GOOD})
     page = write_page(run)
     assert f"Test Dice {run['summary']['dice']['mean']:.3f} ± – mean ± sd per volume, n = 1" in page.text
     title, dice, *_ = page.table("Metric")[0]
@@ -226,7 +226,7 @@ def test_single_case_has_no_standard_deviation(write_page):
 
 
 def test_empty_masks_are_marked(write_page):
-    run = outcome({"a1": GOOD, "missed": (0, 0), "invented": GOOD}, references={"invented": (0, 0)})
+    run = make_outcome({"a1": GOOD, "missed": (0, 0), "invented": GOOD}, references={"invented": (0, 0)})
     run["panels"] = run["panels"] * 2 + [run["panels"][0]._replace(title="none", prediction=np.zeros(SHAPE, np.uint8))]
     page = write_page(run)
     cells = {row[0].split(" ")[0]: row for row in page.table("Case")[0]}
@@ -278,12 +278,12 @@ def test_slices_are_embedded_at_their_own_resolution_and_aspect_ratio(one_class,
 
 
 def test_agreement_of_volumes_has_n_and_limits_from_ten_cases(write_page):
-    few = outcome({"a1": GOOD, "a2": FAIR})
+    few = make_outcome({"a1": GOOD, "a2": FAIR})
     rows, _ = write_page(few).table("Class")
     bias = np.mean([row["volume_ml"] - row["reference_volume_ml"] for row in few["rows"]])
     assert rows == [["LA", "2", f"{bias:+.2f}".replace("-", "−"), "–"]]
 
-    many = outcome({f"a{n}": (4, 8 + n) for n in range(10)})
+    many = make_outcome({f"a{n}": (4, 8 + n) for n in range(10)})
     differences = [row["volume_ml"] - row["reference_volume_ml"] for row in many["rows"]]
     bias, sd = np.mean(differences), np.std(differences, ddof=1)
     ((name, n, shown_bias, limits),) = write_page(many).table("Class")[0]

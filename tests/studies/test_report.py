@@ -27,7 +27,7 @@ from tests.studies.runs import (
     REFERENCES,
     TWO_CLASSES,
     BoxRun,
-    edit,
+    edit_json,
     read_csv,
     run_dir,
     write_study,
@@ -168,7 +168,7 @@ def test_impossible_pairs_of_dice_and_iou_are_named(study, tmp_path):
             writer = csv.DictWriter(file, rows[0])
             writer.writeheader()
             writer.writerows({**row, "iou": 0.3} for row in rows)
-        edit(path.with_name("summary.json"), lambda content: content["classes"]["LA"]["iou"].update(mean=0.3))
+        edit_json(path.with_name("summary.json"), lambda content: content["classes"]["LA"]["iou"].update(mean=0.3))
     page = Page(report_study(study, tmp_path / "cache").read_text("utf-8"))
     assert "Consistency of Dice and IoU: FAILS." in page.text
     assert "These pairs fail: paper1, unet, per volume." in page.text
@@ -241,7 +241,7 @@ def test_each_of_several_classes_has_its_numbers(tmp_path):
 def test_report_of_a_smaller_study_removes_tables_of_a_larger_one(study, tmp_path, caplog):
     for name in ("notes.md", "table1_paper1_edited.tex"):
         (study / "tables" / name).write_text("mine")
-    edit(study / "study.json", lambda content: content.update(runs=content["runs"][-2:-1]))
+    edit_json(study / "study.json", lambda content: content.update(runs=content["runs"][-2:-1]))
     report_study(study, tmp_path / "cache")
     tables = {f"{name}.{extension}" for name in ("table1_paper1", "cost") for extension in ("csv", "md", "tex")}
     kept = {"notes.md", "table1_paper1_edited.tex"}
@@ -254,10 +254,10 @@ def test_report_warns_that_times_of_different_devices_cannot_be_compared(study):
     unet, segnet = (run_dir(study, method=m) / "experiment.json" for m in ("unet", "segnet"))
     gpus = {"device": "gpu: Fast", "devices": 4, "processes": 2}
     for path in (study / "runs").glob("*/experiment.json"):
-        edit(path, lambda content: content["environment"].update(processor="Z80"))
+        edit_json(path, lambda content: content["environment"].update(processor="Z80"))
     assert describe_devices(read_study(study), "paper1") == "cpu: Z80"
-    edit(segnet, lambda content: content["environment"].update(gpus))
-    edit(
+    edit_json(segnet, lambda content: content["environment"].update(gpus))
+    edit_json(
         unet, lambda content: content.update(resumed=[{"environment": {**content["environment"], "processor": "6502"}}])
     )
     assert describe_devices(read_study(study), "paper1") == (
@@ -268,14 +268,14 @@ def test_report_warns_that_times_of_different_devices_cannot_be_compared(study):
 
 def test_changed_options_are_named(study, tmp_path):
     for path in (study / "runs").glob("*_unet_*/experiment.json"):
-        edit(path, lambda content: content["experiment"]["model"].update(widths=[8, 16]))
+        edit_json(path, lambda content: content["experiment"]["model"].update(widths=[8, 16]))
     page = Page(report_study(study, tmp_path / "cache").read_text("utf-8"))
     assert "Changed options. unet: --model.widths=[8,16]. All other options have the method's own values." in page.text
 
 
 def test_large_costs_are_printed_without_an_exponent(study, tmp_path):
-    edit(run_dir(study) / "cost.json", lambda content: content.update(parameters=1_136_480_768))
-    edit(
+    edit_json(run_dir(study) / "cost.json", lambda content: content.update(parameters=1_136_480_768))
+    edit_json(
         run_dir(study, seed=1) / "cost.json",
         lambda content: content.update(inference_seconds=[3.0], inference_slices=[6]),
     )
@@ -288,7 +288,7 @@ def test_large_costs_are_printed_without_an_exponent(study, tmp_path):
 def test_largest_protocol_is_that_with_all_patients_even_if_another_has_as_many(study):
     for method, seed in PREDICTED:
         run = run_dir(study, "data_50percent", method, seed)
-        edit(run / "split.json", lambda content: content.update(train=[f"t{n}" for n in range(8)]))
+        edit_json(run / "split.json", lambda content: content.update(train=[f"t{n}" for n in range(8)]))
     assert read_study(study).largest_protocol == "paper1"
 
 
@@ -339,7 +339,7 @@ def test_cases_in_figure_3_can_be_chosen(study, tmp_path, capsys):
 def test_missing_or_changed_scans_are_refused(study, reported_study, tmp_path):
     elsewhere = shutil.copytree(reported_study.parent / "scans", tmp_path / "elsewhere")
     for run in (study / "runs").iterdir():
-        edit(run / "experiment.json", lambda content: content["experiment"]["data"].update(root="/gone"))
+        edit_json(run / "experiment.json", lambda content: content["experiment"]["data"].update(root="/gone"))
     with pytest.raises(InputError, match=r"^data.root=/gone: no such folder"):
         report_study(study, tmp_path / "cache")
     (study / "report.html").unlink()

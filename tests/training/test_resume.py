@@ -155,7 +155,7 @@ def test_best_checkpoint_is_saved_after_a_kill_between_saving_latest_and_best(
 
 
 @pytest.fixture(scope="module")
-def stopped(train, tmp_path_factory):
+def stopped_folder(train, tmp_path_factory):
     """Training that SIGTERM stopped in the validation of its sixth epoch, after the best epoch, the fifth."""
     folder = tmp_path_factory.mktemp("stopped") / "run"
     code, output = train(folder, "--stopped-in-validation=6")
@@ -166,8 +166,8 @@ def stopped(train, tmp_path_factory):
 
 
 @pytest.fixture
-def stopped_copy(stopped, tmp_path):
-    return shutil.copytree(stopped, tmp_path / "run")
+def stopped_copy(stopped_folder, tmp_path):
+    return shutil.copytree(stopped_folder, tmp_path / "run")
 
 
 def test_training_stopped_twice_in_one_validation_resumes_with_validation(

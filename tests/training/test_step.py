@@ -42,7 +42,7 @@ def make_batch(size=4, seed=0):
     }
 
 
-def by_name(state):
+def arrays_by_name(state):
     """Return copies of a state's arrays by name; a step donates the memory of its arguments."""
     return {".".join(map(str, path)): np.array(variable.get_value()) for path, variable in nnx.to_flat_state(state)}
 
@@ -54,14 +54,20 @@ def states_around_steps(train_backbone):
     states = []
     for i in range(4):
         frozen = trainer.frozen
-        states.append((by_name(trainer.trainable), by_name(frozen.parameters), by_name(frozen.statistics)))
+        states.append(
+            (arrays_by_name(trainer.trainable), arrays_by_name(frozen.parameters), arrays_by_name(frozen.statistics))
+        )
         assert np.isfinite(trainer.step(make_batch(seed=i), i))
     return states
 
 
 def split_names(train_backbone):
     parts = split_network(tiny_network(), train_backbone)
-    return set(by_name(parts.trainable)), set(by_name(parts.frozen.parameters)), set(by_name(parts.frozen.statistics))
+    return (
+        set(arrays_by_name(parts.trainable)),
+        set(arrays_by_name(parts.frozen.parameters)),
+        set(arrays_by_name(parts.frozen.statistics)),
+    )
 
 
 # --- learning rates ---
@@ -150,7 +156,7 @@ def test_twenty_steps_of_adam_equal_pytorch():
 
     assert losses[-1] < losses[0]
     np.testing.assert_allclose(losses, their_losses, atol=1e-6)  # measured: 4e-7
-    ours = by_name(trainer.trainable)
+    ours = arrays_by_name(trainer.trainable)
     for name, layer in (("first", first), ("second", second)):
         kernel = layer.weight.detach().permute(2, 3, 1, 0)
         assert np.abs(ours[f"{name}.kernel"] - start[f"{name}.kernel"]).max() > 0.05
@@ -261,7 +267,7 @@ def test_gradient_is_the_slope_of_the_loss():
         return cross_entropy(network(batch["input"]), batch["mask"], batch["weight"])
 
     for name in ("backbone.blocks.mlp.expand.kernel", "backbone.pos_grid", "decoder.mix.kernel"):
-        gradient = by_name(gradients)[name]
+        gradient = arrays_by_name(gradients)[name]
         index = np.unravel_index(np.abs(gradient).argmax(), gradient.shape)
 
         def move(shift, path, x, name=name, index=index):
@@ -285,15 +291,15 @@ def test_a_frozen_encoder_runs_in_evaluation_mode_and_keeps_its_statistics():
         return SegNet(VGG(variant, rngs=rngs), 1, rngs=rngs)
 
     parts = split_network(randomise(nnx.eval_shape(segnet)), train_backbone=False)
-    statistics_before = by_name(parts.frozen.statistics)
+    statistics_before = arrays_by_name(parts.frozen.statistics)
     assert statistics_before
-    for state in (statistics_before, by_name(parts.trainable)):
+    for state in (statistics_before, arrays_by_name(parts.trainable)):
         assert not [name for name in state if name.startswith("backbone")]
     images = np.random.default_rng(0).random((4, 32, 40, 1), dtype=np.float32)
     batch = {"input": images, "mask": (images[..., 0] > 0.5).astype(np.uint8), "weight": np.ones(4, np.float32)}
     loss, _, auxiliary = jax.jit(make_gradient(parts.training))(parts.trainable, parts.frozen, batch, KEY)
     assert np.isfinite(loss)
-    after = by_name(auxiliary["statistics"])
+    after = arrays_by_name(auxiliary["statistics"])
     assert after.keys() == statistics_before.keys()
     assert all((after[name] != before).any() for name, before in statistics_before.items())
 
