@@ -300,7 +300,7 @@ def test_training_refuses_weights_that_do_not_fit(tmp_path, parameters, kind):
 
 
 @pytest.mark.parametrize("is_named", [False, True], ids=["default file", "named file"])
-def test_missing_weights_are_reported_with_the_command_that_makes_them(tmp_path, is_named):
+def test_missing_weights_are_reported_with_the_command_that_creates_them(tmp_path, is_named):
     write_flat_pairs(tmp_path / "data", 5)
     path = tmp_path / ("mine.safetensors" if is_named else "cache/weights/dinov2_vitb14.safetensors")
     line = refuse_to_train(tmp_path, "--exp=paper1", *([f"--model.weights={path}"] if is_named else []))

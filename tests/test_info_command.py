@@ -195,7 +195,7 @@ def test_unusable_runs_are_refused(unfinished_run, kind):
     )
 
 
-def test_other_paths_are_refused(tmp_path):
+def test_paths_that_are_neither_runs_nor_weights_are_refused(tmp_path):
     (tmp_path / "notes.txt").write_text("no weights")
     assert refuse(tmp_path, "jaxla.info", "nowhere") == (
         "error: nowhere: no such file or folder. Pass a run folder or a .safetensors file."

@@ -44,7 +44,7 @@ def test_report_of_a_folder_without_findings(tmp_path):
     ]
 
 
-def test_the_report_names_outlying_volumes_or_says_that_they_were_not_checked(tmp_path):
+def test_the_report_names_outlying_volumes_or_states_that_they_were_not_checked(tmp_path):
     def report(folder):
         return verify(f"--data.root={tmp_path / folder}", "--data.labels=LA:1")[1]
 

@@ -11,7 +11,7 @@ from tests.commands import ROOT, run_in_new_process
 pytestmark = pytest.mark.quick
 
 
-def test_version_is_that_of_the_package(tmp_path):
+def test_version_option_prints_the_version_of_the_package(tmp_path):
     done = run_in_new_process(tmp_path, "jaxla", "--version")
     assert (done.returncode, done.stdout, done.stderr) == (0, f"jaxla {jaxla.__version__}\n", "")
     assert re.search(rf"^version: {re.escape(jaxla.__version__)}$", (ROOT / "CITATION.cff").read_text(), re.MULTILINE)

@@ -90,7 +90,7 @@ DISCARDED = {  # code in which Python discards the exception of a signal handler
 @pytest.mark.parametrize("number", ["SIGTERM", "SIGINT"])
 @pytest.mark.parametrize("kind", DISCARDED)
 def test_a_signal_that_python_discards_is_delivered_again(kind, number):
-    """JAX registers a callback of the garbage collector, too."""
+    """JAX also registers a callback of the garbage collector."""
     code = f"""
 import gc, signal, time, weakref
 from jaxla.cli.process import run_command

@@ -75,7 +75,7 @@ def test_error_names_a_common_prefix_and_the_code_that_removes_it(tmp_path, pref
     succeed("--arch=dinov2_vits14", f"--source={source}", f"--output={tmp_path / 'o.safetensors'}")
 
 
-def test_error_does_not_name_a_prefix_if_tensors_are_missing_too(tmp_path):
+def test_error_does_not_name_a_prefix_if_tensors_are_also_missing(tmp_path):
     state = {f"backbone.{name}": tensor for name, tensor in empty_state().items() if name != "norm.bias"}
     assert "not dinov2_vits14: 174 of 175 tensors missing" in refuse_source(save(tmp_path, state))
 

@@ -194,14 +194,14 @@ def test_part_other_than_the_requested_one_is_never_appended(server, release, tm
     assert contents(tmp_path) == {"weights.pth.part": CONTENT[:100_000]}
 
 
-def test_complete_part_is_only_checked(server, release, tmp_path):
+def test_complete_partial_file_is_only_checked(server, release, tmp_path):
     (tmp_path / "weights.pth.part").write_bytes(CONTENT)
     assert download(release, tmp_path).read_bytes() == CONTENT
     assert server.requested_ranges == [f"bytes={len(CONTENT)}-"]
 
 
 @pytest.mark.parametrize("part", [b"", b"something else" * 1000], ids=["new", "resumed"])
-def test_downloaded_file_that_is_not_the_released_one_is_removed(server, release, tmp_path, part):
+def test_downloaded_file_that_is_not_the_released_file_is_removed(server, release, tmp_path, part):
     if part:
         (tmp_path / "weights.pth.part").write_bytes(part)
     else:
@@ -210,7 +210,7 @@ def test_downloaded_file_that_is_not_the_released_one_is_removed(server, release
     assert contents(tmp_path) == {}
 
 
-def test_existing_file_that_is_not_the_released_one_is_kept(server, release, tmp_path):
+def test_existing_file_that_is_not_the_released_file_is_kept(server, release, tmp_path):
     (tmp_path / "weights.pth").write_bytes(b"mine")
     line = refusal(release, tmp_path)
     assert line.startswith(f"{tmp_path / 'weights.pth'}: not the released file, whose sha256 begins with ")

@@ -73,7 +73,7 @@ def test_checkpoint_gives_nnunets_logits_at_every_resolution_and_converts_back_b
     assert all(torch.equal(found[key], state[key]) for key in state)
 
 
-def test_state_dict_alone_and_without_copies_is_converted(tmp_path):
+def test_a_bare_state_dict_without_copies_is_converted(tmp_path):
     source = tmp_path / "state.pth"
     torch.save(nnunet_state("2d", copies=False), source)
     output = convert(tmp_path, "2d", source)

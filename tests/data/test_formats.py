@@ -111,7 +111,7 @@ def test_a_handwritten_mha_file_is_read(tmp_path):
 # --- names and files -------------------------------------------------------------------------------------------------
 
 
-def test_scans_are_recognised_by_their_names_and_dicom_by_content(tmp_path):
+def test_scans_are_recognised_by_name_and_dicom_by_content(tmp_path):
     names = ("a.NII.GZ", "b.nii", "c.Nrrd", "d.nhdr", "e.mha", "f.MHD")
     for name in (*names, "a.txt", "a.raw", "nii", ".hidden.nrrd", "notes.dcm", "c.json"):
         (tmp_path / name).touch()

@@ -59,7 +59,7 @@ def test_frames_of_any_shape_fill_the_longer_side_and_are_centred(size):
 # --- slice to input --------------------------------------------------------------------------------------------------
 
 
-def test_the_intensity_range_uses_percentiles_or_extremes_if_these_are_equal():
+def test_the_intensity_range_falls_back_to_extremes_if_the_percentiles_are_equal():
     assert intensity_range(np.arange(1001)) == (5, 995)
     outlier = np.zeros(1001)
     outlier[3] = 8

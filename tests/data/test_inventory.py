@@ -170,7 +170,7 @@ def test_all_faults_are_reported(tmp_path):
     assert (broken.shape, broken.mask_values, broken.volumes) == (None, None, None)
 
 
-def test_all_second_files_of_a_case_are_named(tmp_path):
+def test_every_second_file_of_a_case_is_named(tmp_path):
     root = write_decathlon(tmp_path, ["a", "b", "c"], ONE_CLASS)
     for seed, name in enumerate(("a", "c"), start=7):
         save(root / "imagesTr" / f"{name}.nii", image_array(seed))

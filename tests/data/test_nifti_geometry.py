@@ -149,7 +149,7 @@ def test_a_mask_keeps_every_field_of_the_scans_geometry(tmp_path, name):
     np.testing.assert_array_equal(read_mask(tmp_path / "m.nii").affine, volume.affine)
 
 
-def test_a_4d_file_of_one_volume_is_read_as_3d_and_gets_a_3d_mask(tmp_path):
+def test_a_4d_file_with_a_single_volume_is_read_as_3d_and_gets_a_3d_mask(tmp_path):
     path = save(tmp_path / "a.nii.gz", image_array()[..., None])
     volume = read_image(path)
     np.testing.assert_array_equal(volume.array, image_array())

@@ -101,7 +101,7 @@ def test_geometry_of_full_phantoms():
     assert 0.001 < (mask > 0).mean() < 0.02
 
 
-def test_crops_are_as_uneven_as_real_scans(crop_phantoms):
+def test_crops_have_intensities_as_uneven_as_real_scans(crop_phantoms):
     """Blood in these phantoms lies at 0.23 to 0.79 of the range of grey values."""
     levels = []
     for image, mask, affine in crop_phantoms:

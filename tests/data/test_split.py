@@ -43,7 +43,7 @@ def test_every_patient_is_in_exactly_one_part_and_no_part_is_empty(count):
         (3, (1, 1, 1), (2, 0, 1)),
     ],
 )
-def test_few_patients_are_used_for_validation_only_if_it_is_needed(count, needed, not_needed):
+def test_few_patients_are_used_for_validation_only_if_validation_is_needed(count, needed, not_needed):
     drawn = {need: make_split(ids(count), Data(), needs_validation=need) for need in (True, False)}
     assert sizes(drawn[True]) == needed
     assert sizes(drawn[False]) == not_needed

@@ -212,7 +212,7 @@ def make_volume(affine, shape=(3, 5, 7), name="a.nii"):
 
 @pytest.mark.parametrize(("shift", "same"), [(0.099, True), (0.101, False)])
 @pytest.mark.parametrize("axis", [0, 1, 2])
-def test_grids_may_differ_by_a_tenth_of_the_smallest_voxel_side(shift, same, axis):
+def test_grids_may_differ_by_10_percent_of_the_smallest_voxel_side(shift, same, axis):
     affine = np.diag([1.0, 2.0, 3.0, 1.0])
     moved = affine.copy()
     moved[axis, 3] = shift
@@ -324,7 +324,7 @@ def test_a_scaled_scan_does_not_scale_its_mask(tmp_path):
     np.testing.assert_array_equal(np.asarray(nib.load(tmp_path / "m.nii.gz").dataobj), mask_array())
 
 
-def test_a_written_mask_replaces_an_older_one(tmp_path):
+def test_a_written_mask_replaces_an_older_mask(tmp_path):
     scan = read_image(save(tmp_path / "scan.nii", image_array()))
     for value in (1, 3):
         write_volume(tmp_path / "m.nii.gz", mask_array(value=value), scan)

@@ -93,7 +93,7 @@ def test_sigterm_to_one_process_makes_all_finish_the_step_and_save(double_run):
     assert f"resuming after {int(where[1]) - 1} epochs and {where[2]} steps" in out[0]
 
 
-def test_two_processes_give_the_results_of_one(single_run, double_run):
+def test_two_processes_give_the_results_of_one_process(single_run, double_run):
     folder, _, _, (_, out, _) = double_run
     actual, expected = history(folder / "run"), history(single_run / "run")
     assert len(actual) == len(expected) == 4

@@ -39,7 +39,7 @@ def test_the_example_of_wilcoxon_1945():
     assert found.interval[0] < found.difference < found.interval[1]
 
 
-def test_p_of_few_cases_equals_brute_force():
+def test_p_value_of_few_cases_equals_brute_force():
     rng = np.random.default_rng(0)
     for n in (3, 6, 9):
         differences = rng.normal(0.5, 1, n)

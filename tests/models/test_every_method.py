@@ -74,7 +74,7 @@ def test_some_parameters_are_trained_and_a_frozen_network_has_a_backbone(method,
     assert bool(jax.tree.leaves(nnx.filter_state(parts.frozen.parameters, nnx.Param))) == is_frozen
 
 
-def test_transformers_can_be_trained_on_features(method, network):
+def test_only_transformers_can_be_trained_on_features(method, network):
     assert hasattr(network, "on_features") == isinstance(method.model, TransformerOptions)
 
 

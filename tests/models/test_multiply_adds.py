@@ -29,7 +29,7 @@ def convolve(x, kernel, stride=1, groups=1):
     )
 
 
-def test_cudnn_attention_counts_the_same(monkeypatch):
+def test_cudnn_attention_has_the_same_count(monkeypatch):
     """Traced as on a GPU with cuDNN, and not run."""
     pretend_gpu(monkeypatch)
     q, k = (jax.ShapeDtypeStruct((2, tokens, 4, 64), jnp.bfloat16) for tokens in (65, 33))
@@ -63,7 +63,7 @@ def test_a_while_loop_is_refused():
         multiply_adds(lambda x: jax.lax.while_loop(lambda x: x[0, 0] < 9, lambda x: x @ x, x), shape(2, 2))
 
 
-def test_fusion_counts_the_same_in_both_variants():
+def test_both_variants_of_fusion_have_the_same_count():
     weights, features = shape(4, 3), shape(2, 3, 5, 7, 32)
     expected = 4 * 3 * (2 * 5 * 7 * 32)
     assert multiply_adds(weighted_sums, weights, features) == expected

@@ -84,7 +84,7 @@ CORNERS = {
 
 
 @pytest.mark.parametrize("kind", ["linear", "convolutional"])
-def test_a_token_in_a_corner_changes_that_corner_only(kind):
+def test_a_token_in_a_corner_changes_only_that_corner(kind):
     decoder = make_decoder(kind)
     decode = jax.jit(lambda tokens: decoder(tokens, (96, 160))[0, ..., 0])
     empty = np.asarray(decode(np.zeros((1, 12, 20, 16), np.float32)))

@@ -34,7 +34,7 @@ def make_source(volumes, size=(4, 8, 6), patch_size=None, batch_size=3, seed=(0,
     return PatchSource(volumes, size, patch_size or size, batch_size, seed, length)
 
 
-def test_patches_depend_on_seed_and_number_only(volumes):
+def test_patches_depend_only_on_seed_and_index(volumes):
     first, again, reseeded = (make_source(volumes, seed=(s, 0)) for s in (1, 1, 2))
     rows = [first[n] for n in range(6)]
     for n, row in enumerate(rows):

@@ -56,7 +56,7 @@ def test_random_scans_cover_every_branch_of_the_planner():
     assert any(scan["transpose_forward"] != [0, 1, 2] for scan in RANDOM)
 
 
-def test_single_slices_are_planned_in_2d_only():
+def test_single_slices_are_planned_only_in_2d():
     plan = make_plan(fingerprint_from_json({"spacings": [[1, 1, 1]] * 3, "shapes_after_crop": [[1, 64, 80]] * 3}), 2)
     assert list(plan.configurations) == ["2d"]
 

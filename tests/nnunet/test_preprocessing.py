@@ -181,7 +181,7 @@ def test_empty_masks_have_no_locations(tmp_path):
     assert result.shape == result.image.shape
 
 
-def test_masks_of_more_than_127_classes_keep_them_all(tmp_path):
+def test_masks_keep_more_than_127_classes(tmp_path):
     root = write_flat_pairs(tmp_path / "data", 1)
     mask = np.zeros(image_array().shape, np.int16)
     mask[4:8, 4:8, 1:3] = np.arange(1, 33).reshape(4, 4, 2)

@@ -29,7 +29,7 @@ def run(phantoms, tmp_path_factory):
     return run
 
 
-def test_output_and_report_say_that_nothing_was_tested(run):
+def test_output_and_report_state_that_nothing_was_tested(run):
     printed = (run.parent / "printed.txt").read_text()
     assert "patients: 6 training, 0 validation, 0 test" in printed
     assert "unet_small (random weights, trained): trained; no test cases. To test, segment" in printed

@@ -21,7 +21,7 @@ def run(phantoms, tmp_path_factory):
     return folder
 
 
-def test_unet_learns_and_predicts_the_same_mask_again(run, phantoms, tmp_path):
+def test_unet_learns_and_predict_reproduces_its_test_mask(run, phantoms, tmp_path):
     summary = read_json(run / "test" / "summary.json")
     assert summary["backbone"] == "unet (random weights, trained)"
     assert summary["dice"]["mean"] > summary["atlas"]["dice"]["mean"] / 2

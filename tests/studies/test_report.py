@@ -205,7 +205,7 @@ def test_styles_of_methods_differ_in_colour_and_in_grey():
     assert len(set(choose_styles({m: m for m in many}, many).values())) == 12
 
 
-def test_each_of_several_classes_has_its_numbers(tmp_path):
+def test_each_of_several_classes_has_its_own_numbers(tmp_path):
     scheduled = [
         BoxRun("paper1", method, 0, dict(zip(REFERENCES, PREDICTED[method, 0], strict=True)))
         for method in ("unet", "segnet")
@@ -238,7 +238,7 @@ def test_each_of_several_classes_has_its_numbers(tmp_path):
     assert "All 15 pairs of means" in page.text  # mean and 2 classes, of 2 methods by 2 units and of the atlas baseline
 
 
-def test_report_of_a_smaller_study_removes_tables_of_a_larger_one(study, tmp_path, caplog):
+def test_report_of_a_smaller_study_removes_tables_of_a_larger_study(study, tmp_path, caplog):
     for name in ("notes.md", "table1_paper1_edited.tex"):
         (study / "tables" / name).write_text("mine")
     edit_json(study / "study.json", lambda content: content.update(runs=content["runs"][-2:-1]))
@@ -285,7 +285,7 @@ def test_large_costs_are_printed_without_an_exponent(study, tmp_path):
     assert "mean over 1 to 2 test volumes of 6 slices in each run" in printed
 
 
-def test_largest_protocol_is_that_with_all_patients_even_if_another_has_as_many(study):
+def test_the_largest_protocol_has_all_patients_even_if_another_has_as_many(study):
     for method, seed in PREDICTED:
         run = run_dir(study, "data_50percent", method, seed)
         edit_json(run / "split.json", lambda content: content.update(train=[f"t{n}" for n in range(8)]))

@@ -94,7 +94,7 @@ def test_trees_with_lists_and_integer_keys_are_restored(tmp_path):
     assert_identical(restored["tree"], tree)
 
 
-def test_a_folder_without_checkpoints_has_no_newest_one(tmp_path):
+def test_an_empty_folder_has_no_newest_checkpoint(tmp_path):
     checkpoints = Checkpoints(tmp_path / "best")
     assert checkpoints.find_newest_intact() == 0
     checkpoints.close()

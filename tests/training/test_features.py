@@ -108,7 +108,7 @@ def test_cached_features_equal_the_backbones_bit_for_bit_and_have_the_counted_si
         np.testing.assert_array_equal(to_bits(found), to_bits(compute_without_cache(volume, dtype=dtype)))
 
 
-def test_features_depend_on_the_batch_by_rounding_only(volumes, feature_folder):
+def test_features_depend_on_the_batch_only_by_rounding(volumes, feature_folder):
     for volume, volume_features in zip(volumes, make_cache(feature_folder).features(volumes), strict=True):
         for index, image in enumerate(network_inputs(volume)):
             expected = jitted_features()(image[None])[0]
@@ -315,7 +315,7 @@ def wait_for(condition):
         time.sleep(0.01)
 
 
-def test_a_process_continues_the_work_of_a_killed_one(scans, volumes, feature_folder, tmp_path):
+def test_a_process_continues_the_work_of_a_killed_process(scans, volumes, feature_folder, tmp_path):
     """The first process is killed with the second volume's file half-written, while another process waits for it."""
     killed = start_process(tmp_path / "killed.log", compute_features, scans, tmp_path, 2)
     wait_for((tmp_path / "paused").exists)

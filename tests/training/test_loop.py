@@ -119,7 +119,7 @@ def test_every_epoch_has_metrics(runs):
     assert history[-1]["train_loss"] < history[0]["train_loss"]
 
 
-def test_the_latest_checkpoint_is_that_of_the_last_epoch(runs, volumes):
+def test_the_latest_checkpoint_is_from_the_last_epoch(runs, volumes):
     folder, progress = runs["a"]
     trainer = make_trainer(train_backbone=True)
     trees, record = restore(folder, "latest", trainer)
@@ -128,7 +128,7 @@ def test_the_latest_checkpoint_is_that_of_the_last_epoch(runs, volumes):
     assert validate_restored(trainer, trees, volumes[1:2]) == scores(progress.history[-1])
 
 
-def test_the_best_checkpoint_is_that_of_the_epoch_with_the_highest_validation_dice(volumes, tmp_path):
+def test_the_best_checkpoint_is_from_the_epoch_with_the_highest_validation_dice(volumes, tmp_path):
     """Trained on a scan with an empty mask, a network that segments every pixel learns to segment none."""
     recipe = replace(RECIPE, epochs=6, learning_rate=4e-3)
     progress = train_and_check_reports(make_trainer(recipe, bias=0.5), tmp_path, volumes[2:], volumes[:1])

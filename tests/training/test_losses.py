@@ -23,7 +23,7 @@ WEIGHTS = ([1, 1, 1, 1], [1, 1, 1, 0], [0, 1, 0, 0])
 
 
 @pytest.mark.parametrize("weight", WEIGHTS)
-def test_one_class_is_binary_cross_entropy_over_weighted_slices(weight):
+def test_loss_of_one_class_is_binary_cross_entropy_over_weighted_slices(weight):
     logits = 4 * RNG.standard_normal((4, 6, 9, 1), dtype=np.float32)
     mask = RNG.integers(0, 2, (4, 6, 9), np.uint8)
     counted = np.flatnonzero(weight)
@@ -35,7 +35,7 @@ def test_one_class_is_binary_cross_entropy_over_weighted_slices(weight):
 
 
 @pytest.mark.parametrize("weight", WEIGHTS)
-def test_several_classes_are_softmax_cross_entropy_over_weighted_slices(weight):
+def test_loss_of_several_classes_is_softmax_cross_entropy_over_weighted_slices(weight):
     logits = 4 * RNG.standard_normal((4, 6, 9, 3), dtype=np.float32)
     mask = RNG.integers(0, 3, (4, 6, 9), np.uint8)
     counted = np.flatnonzero(weight)
@@ -71,7 +71,7 @@ def test_overlap_of_several_classes_excludes_the_background():
     np.testing.assert_array_equal(counts, [[[2, 3, 1], [3, 3, 2]]])
 
 
-def test_the_predicted_class_has_a_positive_logit_or_the_largest_one():
+def test_the_predicted_class_has_a_positive_logit_or_the_largest_logit():
     np.testing.assert_array_equal(predict_classes(jnp.array([-1e-6, 0.0, 1e-6])[..., None]), [0, 0, 1])
     np.testing.assert_array_equal(predict_classes(jnp.array([[0.1, 0.3, 0.2], [-1, -3, -2]])), [1, 0])
 

@@ -85,7 +85,7 @@ def test_the_running_mean_forgets_the_initial_parameters_and_then_decays():
 
 
 @pytest.mark.parametrize("schedule", ["constant", "cosine", "poly"])
-def test_trainings_of_any_length_share_one_program(schedule):
+def test_runs_of_any_length_share_one_program(schedule):
     """A run with a time budget uses the program whose steps were timed; only the learning rates differ."""
     programs, parameters = set(), {"w": jnp.ones(3)}
     for epochs, steps in ((1, 10), (7, 700)):

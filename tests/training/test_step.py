@@ -208,7 +208,7 @@ def test_a_frozen_backbone_is_not_differentiated():
 
 
 @fast
-def test_a_frozen_backbone_keeps_every_bit_while_all_of_the_decoder_changes():
+def test_a_frozen_backbone_keeps_every_bit_while_every_decoder_parameter_changes():
     (trainable, parameters, _), *_, (new_trainable, new_parameters, _) = states_around_steps(train_backbone=False)
     for name, value in parameters.items():
         np.testing.assert_array_equal(new_parameters[name], value)
@@ -216,7 +216,7 @@ def test_a_frozen_backbone_keeps_every_bit_while_all_of_the_decoder_changes():
 
 
 @fast
-def test_all_of_a_finetuned_backbone_changes():
+def test_every_parameter_of_a_finetuned_backbone_changes():
     (trainable, parameters, _), _, (new_trainable, _, _), _ = states_around_steps(train_backbone=True)
     assert parameters == {}
     assert any(name.startswith("backbone.blocks") for name in trainable)
