@@ -240,7 +240,10 @@ def test_training_refuses_a_batch_that_does_not_fit_into_memory(tmp_path, monkey
     problem = r"a training step needs \S+, but the device has 2\.00MB\. Start a new run"
     assert re.search(f"^error: --training.batch_size=99: {problem}", line)
     monkeypatch.undo()
-    for too_large in ("--preprocessing.image_size=99999", "--training.batch_size=999999999"):  # for the images alone
+    for too_large in (
+        "--preprocessing.image_size=99999",
+        "--training.batch_size=999999999",
+    ):  # the images alone do not fit
         line = refuse_to_train(tmp_path, "--method=unet", "--model.widths=[8,8]", too_large)
         assert re.search(r"^error: --training.batch_size=\d+: a training step needs .*, but the device has", line)
 

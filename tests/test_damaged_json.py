@@ -21,7 +21,7 @@ from tests.data.nifti import write_flat_pairs
 from tests.studies.runs import BoxRun, write_study
 from tests.tiny import TINY_PLAN
 
-SEEDS = range(12)  # each seed damages each file once, together with the index of the file in READERS
+SEEDS = range(12)  # each file is damaged once per seed; its index in READERS is part of the seed
 VALUES = [None, True, 1.5, -3, "x", "", [], [[1]], {}, {"a": 1}, 10**30, float("inf"), float("nan")]
 
 

@@ -109,7 +109,7 @@ def refuse_to_resume(folder, *options):
     ("options", "message"),
     [
         (["--training.epochs=5"], "--training.epochs is 5, but the run in {run} began with 3"),
-        (["--training.batch_size=4", "--training.epochs=5"], "--training.epochs is 5, but"),  # names the first
+        (["--training.batch_size=4", "--training.epochs=5"], "--training.epochs is 5, but"),  # the first of two changes
         (["--seed=2"], "--seed is 2, but the run in {run} began with 1"),
         (
             ["--method=dinov2_vits14", "--preprocessing.image_size=56"],
@@ -137,7 +137,7 @@ def test_a_changed_option_is_named_with_both_values(folder, options, message):
 
 
 def test_a_changed_default_is_added_to_the_command_that_resumes(folder):
-    """The run began with another default method, or another default of its method."""
+    """The run began when another method was the default, or when its method had another default."""
     record, run = json.loads((folder / "run" / "experiment.json").read_text()), folder / "run"
     folders = [f"--data.root={folder / 'data'}", f"--run-dir={run}", f"--cache-dir={folder / 'cache'}"]
 

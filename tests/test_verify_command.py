@@ -118,7 +118,7 @@ def test_a_relative_root_is_read_as_in_training(tmp_path, monkeypatch):
 
 
 def run_in_new_process(folder, *options):
-    code = (  # at exit, it writes which slow modules were imported
+    code = (  # writes at exit which slow modules were imported
         "import atexit, sys; from jaxla import verify; from jaxla.cli.process import run_command;"
         "atexit.register(lambda: open('modules.txt', 'w').write(' '.join({'jax', 'torch'} & set(sys.modules))));"
         "run_command(verify.main)"

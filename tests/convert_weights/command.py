@@ -40,7 +40,7 @@ def refuse(folder, *arguments):
 
 
 def refuse_source(source, arch="dinov2_vits14"):
-    """Convert `source` to a file in its own folder, which must be refused; return the one-line error."""
+    """Convert `source`, which must be refused, to a file in its own folder; return the one-line error."""
     output = source.parent / "out.safetensors"
     return refuse(source.parent, f"--arch={arch}", f"--source={source}", f"--output={output}")
 

@@ -25,7 +25,7 @@ CONTENT = bytes(range(256)) * 1200
 
 
 class Server:
-    """A server that sends `content` under any name, and records the range of each request."""
+    """A server that sends `content` for every path, and records the range of each request."""
 
     def __init__(self, certificate=None):
         self.content = CONTENT

@@ -44,7 +44,7 @@ def test_one_flipped_bit_is_found(mini, position):
 
 
 def edit_header(path, edit):
-    """Change the header of a file, as parsed JSON, but not its data."""
+    """Apply `edit` to the header of a file, parsed from JSON; the data stay the same."""
     content = path.read_bytes()
     end = 8 + int.from_bytes(content[:8], "little")
     header = json.loads(content[8:end])

@@ -40,7 +40,7 @@ def save_itk(path, array, affine=AFFINE, compressed=False):
 
 @contextmanager
 def preserve_locale():
-    """Restore the locale after SimpleITK has written DICOM, which would change the encoding of files opened later."""
+    """Restore the locale, which SimpleITK changes by writing DICOM, and with it the encoding of files opened later."""
     before = locale.setlocale(locale.LC_ALL)
     yield
     locale.setlocale(locale.LC_ALL, before)

@@ -94,7 +94,7 @@ def save_singular(path):
 
 
 def save_sheared(path):
-    """Write a file whose second axis is three degrees off a right angle to its first; return the path."""
+    """Write a file whose first two axes are three degrees off a right angle; return the path."""
     affine = AFFINE.copy()
     affine[0, 1] = 0.05 * affine[1, 1]
     return save(path, image_array(), affine)

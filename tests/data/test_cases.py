@@ -197,7 +197,7 @@ def test_the_labels_of_a_dataset_json_are_read_as_other_programs_write_them(tmp_
 def test_a_second_channel_is_refused(tmp_path):
     root = write_decathlon(tmp_path, ["a"], ONE_CLASS, "_0000")
     second = save(root / "imagesTr" / "a_0001.nii.gz", image_array(9))
-    for find in (find_cases, find_images):  # for training, and for prediction
+    for find in (find_cases, find_images):  # training and prediction
         with pytest.raises(InputError, match=f"^{second}: a second image channel"):
             find(root)
 

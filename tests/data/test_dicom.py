@@ -85,7 +85,7 @@ def test_the_spacing_of_a_single_dicom_slice_is_read_from_its_tags(tmp_path):
 # --- refused ---------------------------------------------------------------------------------------------------------
 
 
-DICOM_FAULTS = {  # change, positions of the changed files, part of the message
+DICOM_FAULTS = {  # name -> change, positions of the changed files, part of the message
     "uneven": (shift(2, 0.4), (1,), "unevenly spaced: gaps from 1.7 to 3.3 mm"),
     "duplicate": (set_tags(ImagePositionPatient=[-6, -5, -4]), (0, 1), "2 slices share their position"),
     "tilted": (shift(1, 0.5), (), "gantry tilt"),

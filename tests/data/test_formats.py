@@ -215,7 +215,7 @@ def test_scans_and_masks_of_random_geometries_agree_in_world_coordinates(tmp_pat
 
 # --- refused ---------------------------------------------------------------------------------------------------------
 
-NRRD_FAULTS = {  # old text, new text, part of the message
+NRRD_FAULTS = {  # name -> old text, new text, part of the message
     "not NRRD": ("NRRD0004", "NRRX0004", "not an NRRD file"),
     "4D": ("dimension: 3", "dimension: 4", "is 4D with shape 16 14 4"),
     "huge": ("sizes: 16 14 4", "sizes: 16 14 4000000000", "the header declares 1792000000000"),
@@ -235,7 +235,7 @@ NRRD_FAULTS = {  # old text, new text, part of the message
     "several files": ("encoding: raw", "encoding: raw\ndata file: a%d.raw 1 4 1", "in several files"),
     "no such file": ("encoding: raw", "encoding: raw\ndata file: b.raw", "'b.raw', which does not exist"),
 }
-META_FAULTS = {  # likewise
+META_FAULTS = {  # name -> old text, new text, part of the message
     "not MetaImage": ("ObjectType = Image", "ObjectType = Scene", "'ObjectType' is 'Scene'"),
     "no end": ("ElementDataFile", "ElementDataPile", "its header is truncated"),
     "many dimensions": ("NDims = 3", "NDims = 99", "is 99D with shape 16 14 4"),  # makes ITK 5.4 end the process

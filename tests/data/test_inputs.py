@@ -207,7 +207,7 @@ def test_image_and_mask_of_one_structure_coincide_in_the_input(shape, spacing, s
     bump = blob(shape, spacing, extent * (0.4, 0.55), 0.12 * min(extent))
     disc = (bump > 0.2).astype(np.uint8)
 
-    def expected(pixels):  # position of a centre in mm according to the frame
+    def expected(pixels):  # position in the input, in pixels, to which the frame maps a centre
         return centre_mm(pixels, spacing) / extent * (frame.height, frame.width) + (frame.top, frame.left) - 0.5
 
     grey = image_to_input(bump, (0, 1), frame)[..., 0]

@@ -85,7 +85,7 @@ def test_geometry_and_mask_values_of_small_phantoms(small_phantoms):
 
 
 def test_geometry_of_full_phantoms():
-    # Only one of the smaller volumes is painted: shapes are known without painting.
+    # Shapes are known without painting, so only one of the smallest volumes is painted.
     shapes = {
         tuple(map(len, _draw_grid(np.random.default_rng([SIZES.index("full"), 0, n]), "full"))): n
         for n in range(40, 0, -1)

@@ -45,7 +45,7 @@ def relative_l2(actual, expected):
     [(case, name) for case, (*_, names) in (CASES | TWO_PROCESS_CASES).items() for name in names if case != "one"],
 )
 def test_ten_steps_give_the_results_of_one_device(arrays, case, network):
-    """The devices do not divide the batch."""
+    """The batch cannot be divided equally among the devices."""
     statistics = ["statistics"] if network != "windows" else []  # the windows network has none
     for kind in ("losses", "gradients", "parameters", *statistics):
         actual, expected = (concatenate(arrays, c, network, kind) for c in (case, "one"))

@@ -21,7 +21,7 @@ def start_driver(folder, kind, *, port=None, count=2, indices=(0, 1), wait=60, *
 
 
 def last_lines(err):
-    """Return the lines of all processes that state why the command ended."""
+    """Return the lines that state why the command ended, from all processes."""
     return [
         line for text in err for line in text.splitlines() if line.startswith(("error: ", "stopped", "interrupted"))
     ]
@@ -34,7 +34,7 @@ def kill_all(groups):
 
 
 def finish_together(groups, seconds=TIMEOUT_SECONDS):
-    """Finish groups of processes that run at the same time, because most of their time is waiting."""
+    """Finish groups of processes that run at the same time, because they spend most of it waiting."""
     end = time.monotonic() + seconds
     try:
         return {key: finish(processes, folder, end - time.monotonic()) for key, (folder, processes) in groups.items()}

@@ -49,7 +49,7 @@ def split_file(phantoms, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def single_run(phantoms, split_file, tmp_path_factory):
-    """The folder of a run by one process and of its cache."""
+    """The folder that contains a run by one process, and its cache."""
     folder = tmp_path_factory.mktemp("one")
     succeed(folder, *command(folder, phantoms, f"--data.split={split_file}"))
     return folder

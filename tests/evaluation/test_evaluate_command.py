@@ -169,7 +169,7 @@ def test_predictions_of_cases_outside_the_split_are_ignored_and_counted(folders,
 
 
 def test_a_class_that_no_reference_contains_does_not_raise_the_mean(folders, capsys):
-    """Both predictions lack the class `scar` too, which counts as perfect."""
+    """Both predictions also lack the class `scar`, which counts as perfect."""
     for case in (1, 2):
         save(folders / "references" / f"train_{case}.nii.gz", BOX)
     main(options(folders, "--data.labels=LA:1;scar:7"))

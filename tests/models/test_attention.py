@@ -72,7 +72,7 @@ def test_cudnn_attention_has_a_gradient_for_any_number_of_tokens(monkeypatch, to
     forward = str(jax.make_jaxpr(cudnn_attention)(*qkv))
     assert "dot_product_attention_fwd" in forward
     assert " pad" not in forward
-    # when JAX supports this too, `cudnn_attention` is no longer needed
+    # once JAX also supports this, `cudnn_attention` is no longer needed
     with nullcontext() if tokens % 2 == 0 else pytest.raises(NotImplementedError, match="145"):
         traced_gradient(partial(jax.nn.dot_product_attention, implementation="cudnn"))
 

@@ -247,7 +247,7 @@ def test_the_image_reaches_the_logits_through_features_and_stems(image):
     changed[:, :8, :8] = 1 - changed[:, :8, :8]
     change = np.abs(before - run((features, changed)))[..., 0]
     assert change[:, :8, :8].max() > 1e-3
-    if image == "last":  # the receptive field of three convolutions at half the resolution and a resizing
+    if image == "last":  # outside the receptive field of three convolutions at half the resolution and a resizing
         assert change[:, 20:].max() == 0
         assert change[:, :, 20:].max() == 0
 
@@ -323,7 +323,7 @@ def test_batches_contain_the_images_of_their_features_and_at_most_two_large_ones
     try:
         batch = next(batches)
         time.sleep(1)
-        assert Features.read <= 1 + 2 * 3  # one slice to find the shapes, and this batch and two more
+        assert Features.read <= 1 + 2 * 3  # one slice to find the shapes, and two in this batch and in each of two more
     finally:
         batches.close()
     for features, image, volume in zip(batch["input"], batch["image"], batch["volume"], strict=True):

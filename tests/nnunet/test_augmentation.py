@@ -86,7 +86,7 @@ KEY = jax.random.key(0)
 
 
 def changed_fraction(names):
-    """Return the fraction of patches that differ from their centre if only the named changes are applied."""
+    """Return the fraction of patches that differ from the centre of the initial patch if only `names` are applied."""
     rng = np.random.default_rng(0)
     images = jnp.asarray(np.broadcast_to(rng.standard_normal((1, *SIZE, 1)), (COUNT, *SIZE, 1)), jnp.float32)
     probabilities = NONE._replace(**{name: getattr(NNUNET_PROBABILITIES, name) for name in names})

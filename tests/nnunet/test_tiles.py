@@ -93,7 +93,7 @@ def test_logits_are_the_weighted_mean_of_all_mirrored_tiles(name):
 
 
 def test_memory_for_logits_does_not_grow_with_the_scan():
-    """Slices of logits are freed once no tile reaches them."""
+    """Slices of logits are freed once no further tile overlaps them."""
     tile_logits = make_tile_logits([Identity()], make_configuration((4, 32, 32)))
     peaks = {}
     for depth in (40, 400):

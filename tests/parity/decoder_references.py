@@ -112,7 +112,7 @@ class ReferenceWindowUnit(nn.Module):
 
 
 class ReferenceWindowDecoder(nn.Module):
-    """Decode features [B, 4, C, d, h, w] of the slices `window`, a range, of a volume of `slices` slices."""
+    """Decode features [B, 4, C, d, h, w] of the slices in the range `window`, from a volume with `slices` slices."""
 
     def __init__(self, width, widths, outputs, places, depth):
         super().__init__()

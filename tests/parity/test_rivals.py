@@ -123,7 +123,7 @@ def test_training_equals_the_reference(name):
 
 
 def relative_l2(ours, theirs):
-    """Return the relative L2 difference over all arrays: the gradient of a bias before BatchNorm is only rounding."""
+    """Return the relative L2 difference over all arrays; the gradient of a bias before BatchNorm is pure rounding."""
     theirs = {name: theirs[name].numpy() for name in ours}
     difference = sum(np.square(ours[name] - theirs[name]).sum() for name in ours)
     return np.sqrt(difference / sum(np.square(array).sum() for array in theirs.values()))

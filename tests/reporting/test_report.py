@@ -272,7 +272,7 @@ def test_slices_are_embedded_at_their_own_resolution_and_aspect_ratio(one_class,
         (grey,) = embedded_images(svg)
         assert grey.shape == SHAPE[1:]
         expected_grey = np.clip((panel.image[index] - low) / (high - low), 0, 1) * 255
-        assert np.abs(grey - expected_grey).max() < 2  # of 255, because matplotlib rounds down
+        assert np.abs(grey - expected_grey).max() < 2  # grey values up to 255, which matplotlib rounds down
         width, height = map(float, re.search(r'viewBox="0 0 (\S+) (\S+)"', svg).groups())
         assert height / width == pytest.approx(SHAPE[1] * SPACING[1] / (SHAPE[2] * SPACING[2]), rel=1e-3)
 

@@ -47,7 +47,7 @@ def lock_until_killed(folder: Path, resume: bool = False) -> None:
 
 
 def wait_for_answers(*logs):
-    """Wait until every process has logged whether it is inside, and return the logs."""
+    """Wait until every process has logged whether it holds the lock, and return the logs."""
     end = time.monotonic() + 60
     while not all(log.exists() and log.read_text().endswith("\n") for log in logs):
         assert time.monotonic() < end

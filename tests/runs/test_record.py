@@ -32,7 +32,7 @@ def test_a_record_is_read_as_it_was_written(tmp_path):
 
 
 def test_an_option_that_a_record_lacks_has_its_default(tmp_path):
-    """Earlier versions did not have it."""
+    """Records of earlier versions lack options that were added later."""
     about = dict.fromkeys(("label", "network", "input", "unit", "split_sha256", "data_sha256", "command", "begun"), "")
     environment = {"device": "cpu: cpu", "versions": {}}
     record = Record(

@@ -115,7 +115,7 @@ def write_run(folder, run, references, root, labels, option):
         row |= {"atlas_dice": 0.4, "atlas_iou": 0.25}
     summary = summarise(rows, "volume", "one", labels.names)
     summary["slice"] = summarise(slice_rows, "slice", "one", labels.names)
-    summary["atlas"] = {metric: summary[metric] for metric in ("dice", "iou")}  # any values will do
+    summary["atlas"] = {metric: summary[metric] for metric in ("dice", "iou")}  # arbitrary values
     write_cases(rows, folder / "test" / "cases.csv")
     write_cases(slice_rows, folder / "test" / "slices.csv")
     write_summary(summary, folder / "test" / "summary.json")

@@ -212,7 +212,7 @@ def test_each_of_several_classes_has_its_own_numbers(tmp_path):
     ]
     write_study(tmp_path / "study", scheduled, REFERENCES, tmp_path / "scans", TWO_CLASSES)
     page = Page(report_study(tmp_path / "study", tmp_path / "cache").read_text("utf-8"))
-    dice = [1.0, 0.9, 0.8, 0.7]  # for the first class; the second is always perfect
+    dice = [1.0, 0.9, 0.8, 0.7]  # Dice of the first class; that of the second is always 1
     for unit, empty in (("volume", 0), ("slice", 2 / 6)):  # in two of six slices both masks are empty
         rows = {
             r["class"]: r

@@ -241,7 +241,7 @@ def test_changed_slices_have_separate_features(scans_copy, feature_folder, chang
 
 
 def replace_by_another_volume(path):
-    """Replace the features of a volume and their hash by those of another."""
+    """Replace the features of a volume and their hash by those of another volume."""
     source = next(p for p in sorted(path.parent.glob("*.npy")) if p != path)
     shutil.copy(source, path)
     shutil.copy(source.with_suffix(".json"), path.with_suffix(".json"))
