@@ -115,6 +115,6 @@ def hold_in_another_process(statements, *arguments):
 
 
 def parse_bytes(text):
-    """Return the number of bytes that a text such as `1.05kB` states; three digits are exact to half a percent."""
+    """Return the number of bytes that a text such as `1.05kB` states; three digits are exact to 0.5 %."""
     number, unit = re.fullmatch(r"([\d.]+)([kMG]?)B", text).groups()
     return float(number) * {"": 1, "k": 1e3, "M": 1e6, "G": 1e9}[unit]

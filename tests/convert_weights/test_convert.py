@@ -144,7 +144,7 @@ def test_resnet_without_its_classifier_is_converted(tmp_path):
 
 
 def test_vgg_gives_pytorchs_features_and_converts_back_bit_for_bit(tmp_path):
-    """The checkpoint lacks the classifier, which takes half a gigabyte."""
+    """The checkpoint lacks the classifier, which takes 0.5 GB."""
     reference = ReferenceVGG(VGGS["vgg16_bn"].stages).eval()
     state = reference.state_dict()
     generator = torch.Generator().manual_seed(0)

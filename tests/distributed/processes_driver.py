@@ -35,7 +35,7 @@ def exchange(folder, index):
         "items": local_items(["a", "b", "c", "d", "e"]),
         "first": is_first(),
     }
-    gather("x" * 5_000_000)
+    gather("x" * 5_000_000)  # larger than the default limit of a gRPC message, 4 MiB
     (folder / f"{index}.json").write_text(json.dumps(values))
     print(f"printed by {index}")
     log.info("info of %d", index)

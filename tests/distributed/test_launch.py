@@ -54,7 +54,7 @@ def test_processes_1_does_not_join_other_tasks(detect_launch, environ):
 def test_srun_and_mpirun_need_no_options(detect_launch, environ, host, index):
     coordinator, count, found_index = detect_launch(environ, "", None, None)
     assert (coordinator.rsplit(":", 1)[0], count, found_index) == (host, 2, index)
-    assert 61440 <= int(coordinator.rsplit(":", 1)[1]) < 65536
+    assert 61440 <= int(coordinator.rsplit(":", 1)[1]) < 65536  # JAX derives the port from the id of the job
 
 
 def test_options_override_the_launcher(detect_launch):

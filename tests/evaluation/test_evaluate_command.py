@@ -85,7 +85,7 @@ def test_volumes_are_sliced_along_the_coarsest_axis(folders):
     summary = json.loads((folders / "out" / "summary.json").read_text())
     assert summary["dice"] == pytest.approx({"mean": 0.25, "sd": 0.46291, "n": 8, "unit": "slice"}, abs=1e-5)
     assert summary["skipped"]["units"] == 8
-    assert len(read_csv(folders / "out" / "cases.csv")) == 16
+    assert len(read_csv(folders / "out" / "cases.csv")) == 16  # eight slices of each case
 
 
 def test_several_classes_are_taken_from_the_references(tmp_path, capsys):

@@ -97,7 +97,7 @@ def test_hd95_is_the_larger_directed_percentile_not_the_pooled_percentile():
     prediction = reference | block((4, 60), (1, 2), (58, 59))
     values = score(prediction, reference, (1.0, 1.0))
     forth = np.array([0.0] * 19 + [40.0])
-    assert values["hd_mm"] == 40
+    assert values["hd_mm"] == 40  # from column 58 to column 18
     assert values["hd95_mm"] == pytest.approx(np.percentile(forth, 95))
     assert np.percentile(np.concatenate([forth, np.zeros(19)]), 95) < values["hd95_mm"]
 

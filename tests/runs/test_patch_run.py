@@ -1,4 +1,4 @@
-"""A whole run of a frozen backbone on random patches of slices: --preprocessing.patch_size."""
+"""An end-to-end run of a frozen backbone on random patches of slices: --preprocessing.patch_size."""
 
 import json
 

@@ -1,4 +1,4 @@
-"""A whole run of a convolutional network, with its own pre- and postprocessing."""
+"""An end-to-end run of a convolutional network, with its own pre- and postprocessing."""
 
 import nibabel as nib
 import numpy as np
