@@ -18,10 +18,10 @@ from jaxla.cli.process import run_command
 ROOT = Path(__file__).parents[1]
 
 # The options of the fixture `small_run`. Runs with the same options share its compiled programs.
-SMALL_RUN = ("--method=vit_mini8", "--preprocessing.image_size=48", "--training.epochs=3", "--seed=1")
+SMALL_RUN_OPTIONS = ("--method=vit_mini8", "--preprocessing.image_size=48", "--training.epochs=3", "--seed=1")
 
 
-def in_a_new_process(folder, module, *options, **environment):
+def run_in_new_process(folder, module, *options, **environment):
     """Run `python -m <module> <options>` in `folder`, and return the finished process with its output as text."""
     command = [sys.executable, "-m", module, *map(str, options)]
     return subprocess.run(
@@ -31,14 +31,14 @@ def in_a_new_process(folder, module, *options, **environment):
 
 def run_module(module, *options, check=True):
     """Run a command in a new process, in the current folder; it must succeed unless `check` is false."""
-    done = in_a_new_process(None, module, *options)
+    done = run_in_new_process(None, module, *options)
     if check:
         assert done.returncode == 0, done.stdout + done.stderr
     return done
 
 
-def in_this_process(folder, module, *options):
-    """Run a command like `in_a_new_process`, but in this process, which saves the startup time of Python and JAX.
+def run_in_this_process(folder, module, *options):
+    """Run a command like `run_in_new_process`, but in this process, which saves the startup time of Python and JAX.
 
     NumPy's warnings, which would add a line to stderr, are raised. The command must remove the handlers that it adds to
     the package's logger.
@@ -56,19 +56,19 @@ def in_this_process(folder, module, *options):
             contextlib.redirect_stdout(stdout),
             contextlib.redirect_stderr(io.StringIO()) as stderr,
             warnings.catch_warnings(action="error", category=RuntimeWarning),
-            pytest.raises(SystemExit) as ended,
+            pytest.raises(SystemExit) as exit_info,
         ):
             run_command(main)
         assert package.handlers == [*handlers, terminal]
     finally:
         sys.argv, package.handlers[:] = arguments, handlers
         package.setLevel(level)
-    return subprocess.CompletedProcess(sys.argv, ended.value.code, stdout.getvalue(), stderr.getvalue())
+    return subprocess.CompletedProcess(sys.argv, exit_info.value.code, stdout.getvalue(), stderr.getvalue())
 
 
 def succeed(folder, module, *options):
     """Run a command in this process and return what it printed and logged; it must succeed."""
-    done = in_this_process(folder, module, *options)
+    done = run_in_this_process(folder, module, *options)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
 
@@ -79,7 +79,7 @@ def snapshot(folder, ignored="cache"):
     return {path: (path.read_bytes(), path.stat().st_mtime_ns) if path.is_file() else None for path in paths}
 
 
-def refuse(folder, module, *options, run=in_this_process, ignored="cache"):
+def refuse(folder, module, *options, run=run_in_this_process, ignored="cache"):
     """Run a command that must refuse its input, and return the one line that it prints.
 
     It must exit with code 2, without a traceback, and leave `folder`, except the entry `ignored`, unchanged.
@@ -94,7 +94,7 @@ def refuse(folder, module, *options, run=in_this_process, ignored="cache"):
     return done.stderr.rstrip("\n")
 
 
-def refuse_to_train(folder, *options, run=in_this_process):
+def refuse_to_train(folder, *options, run=run_in_this_process):
     """Run `refuse` with the quickstart on the folder `data`; `options` override its options."""
     folders = [f"--data.root={folder / 'data'}", f"--cache-dir={folder / 'cache'}", f"--run-dir={folder / 'run'}"]
     names_experiment = any(option.startswith("--exp=") for option in map(str, options))
@@ -103,8 +103,8 @@ def refuse_to_train(folder, *options, run=in_this_process):
 
 
 @contextlib.contextmanager
-def held_by_another_process(statements, *arguments):
-    """Yield a Python process that stays in the context manager `hold`, which its `statements` assign."""
+def hold_in_another_process(statements, *arguments):
+    """Yield another Python process, which stays inside the context manager `hold` that `statements` define."""
     code = f"import sys; {statements}\nwith hold:\n print(flush=True); sys.stdin.read()"
     with subprocess.Popen(
         [sys.executable, "-c", code, *map(str, arguments)], stdin=subprocess.PIPE, stdout=subprocess.PIPE
@@ -115,6 +115,6 @@ def held_by_another_process(statements, *arguments):
 
 
 def parse_bytes(text):
-    """Return the number of bytes in a text such as `1.05kB`, whose three digits are exact to half a percent."""
+    """Return the number of bytes that a text such as `1.05kB` states; three digits are exact to 0.5 %."""
     number, unit = re.fullmatch(r"([\d.]+)([kMG]?)B", text).groups()
     return float(number) * {"": 1, "k": 1e3, "M": 1e6, "G": 1e9}[unit]

@@ -7,12 +7,12 @@ from pathlib import Path
 import pytest
 from filelock import FileLock
 
-from tests.commands import SMALL_RUN, run_module, succeed
+from tests.commands import SMALL_RUN_OPTIONS, run_module, succeed
 
 # A program that one test has compiled is not compiled again by other tests, or by the commands that they start.
 if "JAX_COMPILATION_CACHE_DIR" not in os.environ:  # workers inherit the folder from the process that started them
-    COMPILED = tempfile.TemporaryDirectory(prefix="jaxla-compiled-")
-    os.environ["JAX_COMPILATION_CACHE_DIR"] = COMPILED.name
+    COMPILATION_CACHE = tempfile.TemporaryDirectory(prefix="jaxla-compiled-")
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = COMPILATION_CACHE.name
     os.environ["JAX_COMPILATION_CACHE_MAX_SIZE"] = str(2 * 1024**3)  # with a limit, JAX locks the folder
     os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.1"  # many small programs slow the locked folder down
 
@@ -65,7 +65,7 @@ def small_run(phantoms, tmp_path_factory):
 
     def make(folder):
         folders = (f"--data.root={phantoms}", f"--run-dir={folder / 'small'}", f"--cache-dir={folder / 'cache'}")
-        done = run_module("jaxla.train", "--exp=quickstart", *folders, *SMALL_RUN)
+        done = run_module("jaxla.train", "--exp=quickstart", *folders, *SMALL_RUN_OPTIONS)
         (folder / "small" / "stdout.txt").write_text(done.stdout)
 
     return make_once(tmp_path_factory, "runs", make) / "small"

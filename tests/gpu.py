@@ -1,4 +1,4 @@
-"""Lower a training step for an NVIDIA GPU on a machine without a GPU, and do not run it."""
+"""Lower a training step for an NVIDIA GPU on a machine without a GPU, without running it."""
 
 from collections.abc import Callable
 from dataclasses import replace

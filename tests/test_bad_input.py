@@ -20,29 +20,29 @@ from jaxla.models.backbones import build_backbone
 from jaxla.models.weights import parameter_shapes
 from jaxla.models.weights_format import save_weights
 from jaxla.runs.record import Record, write_record
-from tests.commands import in_a_new_process, refuse, refuse_to_train
+from tests.commands import refuse, refuse_to_train, run_in_new_process
 from tests.data.nifti import (
-    broken_voxel,
-    decathlon,
-    flat,
     image_array,
-    lascarqs,
+    image_with_voxel,
     mask_array,
     save,
     save_raw_spacing,
     truncate,
+    write_decathlon,
+    write_flat_pairs,
+    write_lascarqs,
 )
 from tests.training.faults import limit_memory
 
 
-def as_a_user(folder, module, *options):
+def run_with_default_cache(folder, module, *options):
     """Run a command in a new process, with the default cache folder inside `folder`."""
-    return in_a_new_process(folder, module, *options, XDG_CACHE_HOME=str(folder / "cache"))
+    return run_in_new_process(folder, module, *options, XDG_CACHE_HOME=str(folder / "cache"))
 
 
 BAD_SCANS = {  # examples; tests/data/test_volumes.py has every kind
     "4d.nii.gz": (lambda p: save(p, np.stack([image_array()] * 2, -1)), "4D"),
-    "nan.nii.gz": (lambda p: save(p, broken_voxel(np.nan)), "NaN"),
+    "nan.nii.gz": (lambda p: save(p, image_with_voxel(np.nan)), "NaN"),
     "constant.nii.gz": (lambda p: save(p, np.full_like(image_array(), 7)), "every voxel is 7"),
     "cut.nii.gz": (lambda p: truncate(save(p, image_array())), "truncated"),
     "text.nii": (lambda p: p.write_text("no scan " * 99), "not a NIfTI"),
@@ -54,7 +54,7 @@ BAD_SCANS = {  # examples; tests/data/test_volumes.py has every kind
 
 @pytest.mark.parametrize("name", BAD_SCANS)
 def test_training_refuses_a_scan_that_cannot_be_used(tmp_path, name):
-    root = flat(tmp_path / "data")
+    root = write_flat_pairs(tmp_path / "data")
     (root / "case_2.nii.gz").unlink()
     path = root / f"case_2.{name.split('.', 1)[1]}"
     make, message = BAD_SCANS[name]
@@ -81,13 +81,13 @@ def test_training_refuses_a_scan_that_cannot_be_used(tmp_path, name):
     ],
 )
 def test_training_refuses_windows_that_do_not_fit(tmp_path, options, line):
-    flat(tmp_path / "data")
+    write_flat_pairs(tmp_path / "data")
     assert re.search(f"^error: {line}", refuse_to_train(tmp_path, "--method=windows_vit_mini8", *options))
 
 
 def test_unknown_labels_are_refused_unless_the_experiment_makes_them_background(tmp_path):
     """In neonatal brains the structure is one of many labels."""
-    root, mask = flat(tmp_path / "data", 5), mask_array()
+    root, mask = write_flat_pairs(tmp_path / "data", 5), mask_array()
     mask[-1, -1, -1] = 7
     save(root / "case_1_mask.nii.gz", mask)
     options = ("--method=windows_vit_mini8", "--data.labels=hippocampus:1")
@@ -100,7 +100,7 @@ def test_unknown_labels_are_refused_unless_the_experiment_makes_them_background(
 @pytest.mark.parametrize("name", BAD_SCANS)
 def test_prediction_refuses_a_scan_that_cannot_be_used(tmp_path, run_folder, name):
     make, message = BAD_SCANS[name]
-    save(tmp_path / "scans" / "a_good_one.nii.gz", image_array())
+    save(tmp_path / "scans" / "a_good_scan.nii.gz", image_array())
     make(tmp_path / "scans" / name)
     run = shutil.copytree(run_folder, tmp_path / "run")
     line = refuse(tmp_path, "jaxla.predict", f"--run={run}", "--input=scans", "--output=masks")
@@ -162,14 +162,14 @@ def save_unknown_label(root):
     ],
 )
 def test_training_refuses_cases_that_do_not_fit_together(tmp_path, spoil, message):
-    path = spoil(flat(tmp_path / "data"))
+    path = spoil(write_flat_pairs(tmp_path / "data"))
     line = refuse_to_train(tmp_path, "--data.labels=LA:1")
     assert re.search(f"^error: {path}: .*{message}", line)
 
 
 def test_training_refuses_values_that_dataset_json_does_not_name(tmp_path):
     names = [f"a_{n}" for n in range(5)]
-    decathlon(tmp_path / "data", names, {"background": 0, "LA": 1}, "_0000", values=(1, 2))
+    write_decathlon(tmp_path / "data", names, {"background": 0, "LA": 1}, "_0000", values=(1, 2))
     line = refuse_to_train(tmp_path)
     assert re.search(
         rf"^error: {tmp_path}/data/labelsTr/a_0.nii.gz: label values 2 are not among the classes \(LA: 1\)", line
@@ -177,13 +177,13 @@ def test_training_refuses_values_that_dataset_json_does_not_name(tmp_path):
 
 
 def test_training_refuses_masks_that_are_all_empty(tmp_path):
-    lascarqs(tmp_path / "data", 5, value=0)
+    write_lascarqs(tmp_path / "data", 5, value=0)
     line = refuse_to_train(tmp_path)
     assert re.search(f"^error: {tmp_path}/data: none of the 3 training cases contains LA. ", line)
 
 
 def test_training_refuses_a_subset_without_a_class_that_other_patients_have(tmp_path):
-    folder = lascarqs(tmp_path / "data", 8)
+    folder = write_lascarqs(tmp_path / "data", 8)
     (first,) = make_split([path.name for path in folder.iterdir()], Data(train_patients=1)).train
     save(folder / first / "atriumSegImgMO.nii.gz", mask_array(value=0))
     assert refuse_to_train(tmp_path, "--data.train_patients=1") == (
@@ -195,7 +195,7 @@ def test_training_refuses_a_subset_without_a_class_that_other_patients_have(tmp_
 @pytest.mark.parametrize("fold", ["all", "2"])
 def test_a_fold_whose_training_cases_lack_a_class_is_refused_before_any_fold_begins(tmp_path, fold):
     """Only the validation patients of fold 2 have the class."""
-    folder = flat(tmp_path / "data", 12)
+    folder = write_flat_pairs(tmp_path / "data", 12)
     names = [path.name.removesuffix(".nii.gz") for path in folder.glob("*.nii.gz") if "mask" not in path.name]
     for name in make_split(names, Data(), "2").val:
         mask = mask_array()
@@ -221,7 +221,7 @@ def test_a_folder_without_any_case_is_named(tmp_path, module):
 
 
 def test_training_refuses_fewer_patients_than_the_protocol_needs(tmp_path):
-    flat(tmp_path / "data", 5)
+    write_flat_pairs(tmp_path / "data", 5)
     line = refuse_to_train(tmp_path, "--exp=fewshot_10patients", "--method=vit_mini8")
     assert "--data.train_patients=10: there are only 3 training patients (of 5 cases" in line
     for n in (2, 3, 4):
@@ -233,20 +233,23 @@ def test_training_refuses_fewer_patients_than_the_protocol_needs(tmp_path):
 
 
 def test_training_refuses_a_batch_that_does_not_fit_into_memory(tmp_path, monkeypatch):
-    flat(tmp_path / "data", 5)
+    write_flat_pairs(tmp_path / "data", 5)
     limit_memory(monkeypatch, 2_000_000)
     options = ("--model.widths=[8,8]", "--preprocessing.image_size=32", "--training.batch_size=99")
     line = refuse_to_train(tmp_path, "--method=unet", *options)
     problem = r"a training step needs \S+, but the device has 2\.00MB\. Start a new run"
     assert re.search(f"^error: --training.batch_size=99: {problem}", line)
     monkeypatch.undo()
-    for too_large in ("--preprocessing.image_size=99999", "--training.batch_size=999999999"):  # for the images alone
+    for too_large in (
+        "--preprocessing.image_size=99999",
+        "--training.batch_size=999999999",
+    ):  # the images alone do not fit
         line = refuse_to_train(tmp_path, "--method=unet", "--model.widths=[8,8]", too_large)
         assert re.search(r"^error: --training.batch_size=\d+: a training step needs .*, but the device has", line)
 
 
 def test_training_never_overwrites_a_run(tmp_path, run_folder):
-    flat(tmp_path / "data", 5)
+    write_flat_pairs(tmp_path / "data", 5)
     run = shutil.copytree(run_folder, tmp_path / "run")
     assert f"--run-dir={run}: holds an unfinished run. Add --resume to continue it" in refuse_to_train(tmp_path)
     (run / "report.html").touch()
@@ -268,7 +271,7 @@ def write_weights(path, parameters, arch="vit_mini8"):
     return path
 
 
-def without(parameters, name):
+def drop_parameter(parameters, name):
     return {key: value for key, value in parameters.items() if key != name}
 
 
@@ -283,13 +286,16 @@ BAD_WEIGHTS = {  # examples; tests/models/test_weights.py has every kind
     "another architecture": (lambda p, w: write_weights(p, w, "dinov2_vits14"), "dinov2_vits14, not vit_mini8"),
     "truncated": (lambda p, w: truncate(write_weights(p, w)), "truncated"),
     "a pickle": (lambda p, w: p.write_bytes(pickle.dumps(CreatesFile())), "not written by convert_weights"),
-    "a parameter missing": (lambda p, w: write_weights(p, without(w, "cls_token")), "lacks 1 parameter .*cls_token"),
+    "a parameter missing": (
+        lambda p, w: write_weights(p, drop_parameter(w, "cls_token")),
+        "lacks 1 parameter .*cls_token",
+    ),
 }
 
 
 @pytest.mark.parametrize("kind", BAD_WEIGHTS)
 def test_training_refuses_weights_that_do_not_fit(tmp_path, parameters, kind):
-    flat(tmp_path / "data", 5)
+    write_flat_pairs(tmp_path / "data", 5)
     path = tmp_path / "backbone.safetensors"
     make, message = BAD_WEIGHTS[kind]
     make(path, parameters)
@@ -297,8 +303,8 @@ def test_training_refuses_weights_that_do_not_fit(tmp_path, parameters, kind):
 
 
 @pytest.mark.parametrize("is_named", [False, True], ids=["default file", "named file"])
-def test_missing_weights_are_reported_with_the_command_that_makes_them(tmp_path, is_named):
-    flat(tmp_path / "data", 5)
+def test_missing_weights_are_reported_with_the_command_that_creates_them(tmp_path, is_named):
+    write_flat_pairs(tmp_path / "data", 5)
     path = tmp_path / ("mine.safetensors" if is_named else "cache/weights/dinov2_vitb14.safetensors")
     line = refuse_to_train(tmp_path, "--exp=paper1", *([f"--model.weights={path}"] if is_named else []))
     assert line.startswith(f"error: {path}: weights of dinov2_vitb14 not found. ")
@@ -309,7 +315,7 @@ def test_missing_weights_are_reported_with_the_command_that_makes_them(tmp_path,
 def test_conversion_never_executes_a_pickle(tmp_path):
     (tmp_path / "evil.pth").write_bytes(pickle.dumps(CreatesFile()))
     options = ("--arch=dinov2_vits14", "--source=evil.pth", "--output=new.safetensors")
-    assert "evil.pth" in refuse(tmp_path, "convert_weights", *options, run=as_a_user)
+    assert "evil.pth" in refuse(tmp_path, "convert_weights", *options, run=run_with_default_cache)
 
 
 # --- prediction ------------------------------------------------------------------------------------------------------
@@ -357,7 +363,7 @@ def scan_and_run(tmp_path, run_folder):
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else None,
 )
-def test_prediction_names_what_is_at_fault(scan_and_run, options, message):
+def test_prediction_names_the_faulty_option_or_file(scan_and_run, options, message):
     """The options of a row override the defaults."""
     defaults = ("--run=run", "--input=scan.nii.gz", "--output=mask.nii.gz")
     assert re.search(f"^error: .*{message}", refuse(scan_and_run, "jaxla.predict", *defaults, *options))
@@ -376,7 +382,7 @@ def test_prediction_names_a_damaged_record(scan_and_run):
     assert "run/experiment.json: damaged" in refuse(scan_and_run, "jaxla.predict", *options)
 
 
-# --- as a user runs them ---------------------------------------------------------------------------------------------
+# --- in a new process ------------------------------------------------------------------------------------------------
 
 
 def spoil_case_2(name):
@@ -393,15 +399,17 @@ def spoil_case_2(name):
     ("spoil", "options", "message"),
     [
         (spoil_case_2("nan.nii.gz"), [], "data/case_2.nii.gz: 1 of 896 voxels are NaN or infinite. "),
-        (flat, ["--training.epoch=3"], "error: --training.epoch: unknown option"),
+        (write_flat_pairs, ["--training.epoch=3"], "error: --training.epoch: unknown option"),
     ],
 )
 def test_a_user_who_trains_sees_one_line(tmp_path, spoil, options, message):
-    spoil(flat(tmp_path / "data"))
-    assert message in refuse_to_train(tmp_path, *options, run=as_a_user)
+    spoil(write_flat_pairs(tmp_path / "data"))
+    assert message in refuse_to_train(tmp_path, *options, run=run_with_default_cache)
 
 
 def test_a_user_who_predicts_sees_one_line(scan_and_run):
     truncate(save(scan_and_run / "cut.nii", image_array()))
     options = ("--run=run", "--input=cut.nii", "--output=mask.nii.gz")
-    assert "cut.nii: truncated or damaged" in refuse(scan_and_run, "jaxla.predict", *options, run=as_a_user)
+    assert "cut.nii: truncated or damaged" in refuse(
+        scan_and_run, "jaxla.predict", *options, run=run_with_default_cache
+    )

@@ -5,7 +5,7 @@ import re
 import pytest
 
 from tests.commands import refuse, refuse_to_train
-from tests.data.nifti import flat
+from tests.data.nifti import write_flat_pairs
 
 
 @pytest.mark.quick
@@ -133,7 +133,7 @@ from tests.data.nifti import flat
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
 def test_training_names_the_option_at_fault(tmp_path, options, message):
-    flat(tmp_path / "data", 5)
+    write_flat_pairs(tmp_path / "data", 5)
     pattern = ".*".join(map(re.escape, message.split(".*")))
     assert re.search(f"^error: {pattern}", refuse_to_train(tmp_path, *options))
 

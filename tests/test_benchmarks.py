@@ -10,7 +10,7 @@ from benchmarks import tables
 from benchmarks.gpu import STAGES, Stage, run_stages
 from tests.commands import refuse, succeed
 
-# without compile_for_gpu and scaling, which choose XLA's devices for their process
+# All commands except compile_for_gpu and scaling, which choose XLA's devices for their process.
 OTHER_COMMANDS = ("few_patients", "gpu", "mesh", "nnunet_training --exp=paper1 --method=nnunet_3d", "tables")
 COMMANDS = (*OTHER_COMMANDS, *dict.fromkeys(stage.module for stage in STAGES))
 TINY_DEVICE = next(stage.tiny for stage in STAGES if stage.name == "device")

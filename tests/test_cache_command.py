@@ -16,8 +16,8 @@ from jaxla.models.networks.transformer_segmenter import TransformerSegmenterOpti
 from jaxla.models.weights_format import save_weights
 from jaxla.nnunet.preprocessing import preprocess_volumes
 from jaxla.training.features import FeatureCache
-from tests.commands import held_by_another_process, in_this_process, parse_bytes
-from tests.data.nifti import flat
+from tests.commands import hold_in_another_process, parse_bytes, run_in_this_process
+from tests.data.nifti import write_flat_pairs
 from tests.nnunet.test_preprocessing import make_tiny_plan
 
 pytestmark = pytest.mark.usefixtures("fast_compilation")
@@ -28,7 +28,7 @@ USES_THE_CACHE = (
 )
 
 
-def size_of(folder):
+def count_bytes(folder):
     return sum(path.stat().st_size for path in (folder, *folder.rglob("*")) if path.is_file())
 
 
@@ -39,11 +39,11 @@ def contents(folder):
 
 
 @pytest.fixture(scope="module")
-def made_cache(tmp_path_factory):
+def filled_cache(tmp_path_factory):
     """A cache folder with entries of every kind: two volumes, one of them with features."""
     folder = tmp_path_factory.mktemp("cache_command")
     cache = folder / "cache"
-    volumes = prepare_cases(find_cases(flat(folder / "data", 2), ""), cache)
+    volumes = prepare_cases(find_cases(write_flat_pairs(folder / "data", 2), ""), cache)
     network = build_network(TransformerSegmenterOptions("vit_mini8", "random", decoder_widths=(8,)), 1, seed=0)
     FeatureCache(cache, network, "vit_mini8", Canvas(16)).features(volumes[:1])
     preprocess_volumes(volumes[:1], *make_tiny_plan((2.5, 0.75, 0.75)), cache)
@@ -59,13 +59,13 @@ def made_cache(tmp_path_factory):
 
 
 @pytest.fixture
-def cache(made_cache, tmp_path):
-    return shutil.copytree(made_cache, tmp_path / "cache")
+def cache(filled_cache, tmp_path):
+    return shutil.copytree(filled_cache, tmp_path / "cache")
 
 
-def run(cache, *options):
+def run_cache(cache, *options):
     """Run the command, which must succeed, and return the lines that it prints."""
-    done = in_this_process(cache.parent, "jaxla.cache", f"--cache-dir={cache}", *options)
+    done = run_in_this_process(cache.parent, "jaxla.cache", f"--cache-dir={cache}", *options)
     assert (done.returncode, done.stderr) == (0, "")
     return done.stdout.splitlines()
 
@@ -73,7 +73,7 @@ def run(cache, *options):
 def refuse(cache, *options):
     """Run the command, check that it fails without removing anything, and return its error."""
     before = contents(cache)
-    done = in_this_process(cache.parent, "jaxla.cache", f"--cache-dir={cache}", *options)
+    done = run_in_this_process(cache.parent, "jaxla.cache", f"--cache-dir={cache}", *options)
     assert (done.returncode, done.stdout, len(done.stderr.splitlines())) == (2, "", 1)
     assert contents(cache) == before
     return done.stderr
@@ -83,7 +83,7 @@ def refuse(cache, *options):
 
 
 def test_every_kind_is_listed_with_its_size(cache):
-    lines = [line.split(maxsplit=1) for line in run(cache)]
+    lines = [line.split(maxsplit=1) for line in run_cache(cache)]
     (backbone,) = (cache / "features").iterdir()
     listed = [  # text of each line, and the folder or file whose size it shows
         ("volumes: prepared volumes", cache / "volumes"),
@@ -104,21 +104,21 @@ def test_every_kind_is_listed_with_its_size(cache):
     ]
     assert [text for _, text in lines[:-1]] == [text for text, _ in listed]
     for (shown, text), (_, folder) in zip(lines, listed, strict=False):
-        assert parse_bytes(shown) == pytest.approx(size_of(folder), rel=0.005), text
+        assert parse_bytes(shown) == pytest.approx(count_bytes(folder), rel=0.005), text
     assert parse_bytes(lines[-1][0]) == pytest.approx(sum(map(len, contents(cache).values())), rel=0.005)
     assert lines[-1][1] == f"in total, in {cache}"
 
 
 def test_listing_changes_nothing(cache):
     before = sorted(cache.rglob("*"))
-    run(cache)
+    run_cache(cache)
     assert sorted(cache.rglob("*")) == before
 
 
 def test_leftovers_of_a_killed_process_are_listed_and_not_counted_as_volumes(cache):
     (cache / "volumes" / f".{32 * 'a'}.volume").mkdir()
     (cache / "volumes" / f".{32 * 'a'}.volume" / "image.npy").write_bytes(bytes(5000))
-    lines = [line.strip() for line in run(cache)]
+    lines = [line.strip() for line in run_cache(cache)]
     assert "5.00kB  incomplete, from a killed process" in lines
     assert any(line.endswith("B  2 volumes") for line in lines)
 
@@ -128,9 +128,9 @@ def test_an_empty_cache_is_listed_and_cleared(tmp_path, exists):
     cache = tmp_path / "cache"
     if exists:
         cache.mkdir()
-    (line,) = run(cache)
+    (line,) = run_cache(cache)
     assert line.split(maxsplit=1) == ["0.00B", f"in total, in {cache}"]
-    assert run(cache, "--clear=all") == [
+    assert run_cache(cache, "--clear=all") == [
         f"{cache}: volumes, planned, features, phantoms, compiled, downloads cleared, 0.00B freed"
     ]
     assert cache.exists() == exists
@@ -153,7 +153,7 @@ def test_an_empty_cache_is_listed_and_cleared(tmp_path, exists):
 )
 def test_only_the_named_kind_is_cleared_and_never_weights(cache, option, cleared):
     before = contents(cache)
-    (line,) = run(cache, f"--clear={option}")
+    (line,) = run_cache(cache, f"--clear={option}")
     after = contents(cache)
     assert after == {path: content for path, content in before.items() if path.parts[0] not in cleared}
     assert after[next(path for path in before if path.name == "mine.safetensors")]
@@ -161,7 +161,7 @@ def test_only_the_named_kind_is_cleared_and_never_weights(cache, option, cleared
     assert set(kinds.split(", ")) == cleared
     freed_bytes = sum(map(len, before.values())) - sum(map(len, after.values()))
     assert parse_bytes(freed) == pytest.approx(freed_bytes, rel=0.005)
-    listed = {line.split()[1].rstrip(":") for line in run(cache)}
+    listed = {line.split()[1].rstrip(":") for line in run_cache(cache)}
     assert not listed & cleared
 
 
@@ -179,28 +179,28 @@ def test_a_wrong_option_is_named_and_nothing_is_cleared(cache, option, message):
 
 
 def test_a_cache_in_use_is_not_cleared_until_the_process_has_ended(cache):
-    with held_by_another_process(USES_THE_CACHE, cache) as user:
+    with hold_in_another_process(USES_THE_CACHE, cache) as user:
         error = refuse(cache, "--clear=all")
         assert f"--cache-dir={cache}: process {os.uname().nodename}-{user.pid} uses it" in error
-        assert len(run(cache)) == 16  # it can still be listed
-    run(cache, "--clear=all")
+        assert len(run_cache(cache)) == 16  # lines: the cache can still be listed
+    run_cache(cache, "--clear=all")
     assert not any((cache / "volumes").iterdir())
 
 
 def test_a_killed_process_does_not_keep_the_cache_from_being_cleared(cache):
-    with held_by_another_process(USES_THE_CACHE, cache) as user:
+    with hold_in_another_process(USES_THE_CACHE, cache) as user:
         user.send_signal(signal.SIGKILL)
         user.wait()
-    (mark,) = (cache / "in-use").iterdir()  # it was left behind
-    run(cache, "--clear=all")
+    (mark,) = (cache / "in-use").iterdir()  # left behind by the killed process
+    run_cache(cache, "--clear=all")
     assert not mark.exists()
     assert not any((cache / "volumes").iterdir())
 
 
 def test_one_remaining_process_keeps_the_cache_from_being_cleared(cache):
     with (
-        held_by_another_process(USES_THE_CACHE, cache) as killed,
-        held_by_another_process(USES_THE_CACHE, cache) as alive,
+        hold_in_another_process(USES_THE_CACHE, cache) as killed,
+        hold_in_another_process(USES_THE_CACHE, cache) as alive,
     ):
         killed.kill()
         killed.wait()

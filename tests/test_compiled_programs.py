@@ -25,7 +25,7 @@ print(len(hits), result)
 """
 
 
-def run(cache_dir, **environment):
+def run_script(cache_dir, **environment):
     """Return the number of programs that were read from the cache, and the result."""
     variables = {name: value for name, value in os.environ.items() if not name.startswith("JAX_")} | environment
     done = subprocess.run([sys.executable, "-c", SCRIPT, cache_dir], capture_output=True, text=True, env=variables)
@@ -36,28 +36,28 @@ def run(cache_dir, **environment):
 
 @pytest.mark.quick
 def test_a_second_process_uses_the_programs_with_the_same_result(tmp_path):
-    hits, result = run(tmp_path)
+    hits, result = run_script(tmp_path)
     assert hits == 0
     (folder,) = (tmp_path / "compiled").iterdir()
     programs = len(list(folder.glob("*-cache")))
-    assert run(tmp_path) == (programs, result)
+    assert run_script(tmp_path) == (programs, result)
     (program,) = folder.glob("jit_step-*-cache")
     content = program.read_bytes()
     # as if a process had been killed while it wrote the program
     program.write_bytes(content[:20])
     program.with_name(program.name.removesuffix("cache") + "atime").unlink()
-    assert run(tmp_path) == (programs - 1, result)
-    assert run(tmp_path) == (programs, result)
-    assert run(tmp_path, JAX_ENABLE_COMPILATION_CACHE="0") == (0, result)
+    assert run_script(tmp_path) == (programs - 1, result)
+    assert run_script(tmp_path) == (programs, result)
+    assert run_script(tmp_path, JAX_ENABLE_COMPILATION_CACHE="0") == (0, result)
 
 
 @pytest.mark.quick
 def test_the_compilation_cache_that_the_user_chose_is_used(tmp_path):
-    run(tmp_path / "cache", JAX_COMPILATION_CACHE_DIR=str(tmp_path / "own"))
+    run_script(tmp_path / "cache", JAX_COMPILATION_CACHE_DIR=str(tmp_path / "own"))
     assert not (tmp_path / "cache").exists()
 
 
 @pytest.mark.quick
 def test_without_a_writable_folder_no_program_is_cached(tmp_path):
     (tmp_path / "file").touch()
-    assert run(tmp_path / "file")[0] == 0
+    assert run_script(tmp_path / "file")[0] == 0

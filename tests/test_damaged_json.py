@@ -17,11 +17,11 @@ from jaxla.nnunet.postprocessing import read_groups, read_trials, write_choice
 from jaxla.runs.folder import summarise_fold
 from jaxla.runs.record import read_record
 from jaxla.studies.results import read_study
-from tests.data.nifti import flat
+from tests.data.nifti import write_flat_pairs
 from tests.studies.runs import BoxRun, write_study
 from tests.tiny import TINY_PLAN
 
-SEEDS = range(12)  # one damage of each file per seed; the row of the file in READERS is a second seed
+SEEDS = range(12)  # each file is damaged once per seed; its index in READERS is part of the seed
 VALUES = [None, True, 1.5, -3, "x", "", [], [[1]], {}, {"a": 1}, 10**30, float("inf"), float("nan")]
 
 
@@ -56,18 +56,18 @@ READERS = {  # file -> functions that read it
 
 
 @pytest.fixture(scope="module")
-def intact(tmp_path_factory):
+def intact_folder(tmp_path_factory):
     """A folder with an intact example of every file."""
     folder = tmp_path_factory.mktemp("intact")
     references = {f"c{n}": (4, 14) for n in range(3)}
-    write_study(folder / "study", [BoxRun("paper1", "unet", 0, references)], references, folder / "of the study")
+    write_study(folder / "study", [BoxRun("paper1", "unet", 0, references)], references, folder / "study scans")
     summary = folder / RUN / "test" / "summary.json"
     summary.write_text(json.dumps(json.loads(summary.read_text()) | {"best_epoch": 2}))
     write_plan(folder / "plan.json", TINY_PLAN)
     write_choice(
         {"c0": {rule: [0.5] for rule in ("none", "all", "each", "all, each")}}, ["LA"], folder / "largest.json"
     )
-    prepare_cases(find_cases(flat(folder / "scans", 1), ""), folder / "cache")
+    prepare_cases(find_cases(write_flat_pairs(folder / "scans", 1), ""), folder / "cache")
     return folder
 
 
@@ -114,8 +114,8 @@ def damage_text(text, rng):
 
 
 @pytest.mark.parametrize("name", READERS)
-def test_damaged_json_is_read_as_intact_or_refused_in_one_line(intact, tmp_path, name):
-    shutil.copytree(intact, tmp_path, dirs_exist_ok=True)
+def test_damaged_json_is_read_as_intact_or_refused_in_one_line(intact_folder, tmp_path, name):
+    shutil.copytree(intact_folder, tmp_path, dirs_exist_ok=True)
     (path,) = tmp_path.glob(name)
     text, errors = path.read_text(), []
     for reader in READERS[name]:

@@ -18,12 +18,12 @@ from jaxla.models.weights_format import save_weights
 from jaxla.runs.checks import check_experiment
 from jaxla.runs.folder import require_resumable
 from jaxla.runs.machine import processor
-from tests.commands import held_by_another_process, in_this_process, refuse
+from tests.commands import hold_in_another_process, refuse, run_in_this_process
 
 
 def info(path):
     """Return the facts that the command prints about `path`, by name."""
-    done = in_this_process(path.parent, "jaxla.info", path)
+    done = run_in_this_process(path.parent, "jaxla.info", path)
     assert (done.returncode, done.stderr) == (0, "")
     return dict(re.split(r"\s{2,}", line, maxsplit=1) for line in done.stdout.splitlines())
 
@@ -33,7 +33,7 @@ def read_json(path):
 
 
 @pytest.fixture
-def unfinished(small_run, tmp_path):
+def unfinished_run(small_run, tmp_path):
     """A copy of the small run that stopped after two epochs. Its name contains a space."""
     folder = shutil.copytree(small_run, tmp_path / "my run", ignore=shutil.ignore_patterns("report.html", "test"))
     lines = (folder / "metrics.jsonl").read_text().splitlines(keepends=True)
@@ -79,42 +79,42 @@ def test_facts_of_a_finished_run(small_run, phantoms):
     assert f"--data.root={phantoms} --run-dir={small_run}" in record["command"]
 
 
-def test_stopped_run_shows_its_progress_and_the_command_that_resumes_it(unfinished):
-    facts = info(unfinished)
+def test_stopped_run_shows_its_progress_and_the_command_that_resumes_it(unfinished_run):
+    facts = info(unfinished_run)
     assert facts["state"] == "stopped: 2 of at most 3 epochs are done"
-    assert facts["validation"] == describe_best((unfinished / "metrics.jsonl").read_text().splitlines())
+    assert facts["validation"] == describe_best((unfinished_run / "metrics.jsonl").read_text().splitlines())
     assert "test" not in facts
 
     python, *words = shlex.split(facts["resume with"])
     assert python == "python"
-    assert words[-2:] == [f"--run-dir={unfinished}", "--resume"]
+    assert words[-2:] == [f"--run-dir={unfinished_run}", "--resume"]
     assert words[:2] == ["-m", "jaxla.train"]
     options = parse_experiment(words[2:], EXPERIMENTS, METHODS)
     assert options.resume
     require_resumable(options.run_dir, check_experiment(options.experiment))  # the checks of --resume
 
 
-def test_facts_of_a_run_that_stopped_in_its_first_epoch(unfinished):
-    (unfinished / "metrics.jsonl").unlink()
-    facts = info(unfinished)
+def test_facts_of_a_run_that_stopped_in_its_first_epoch(unfinished_run):
+    (unfinished_run / "metrics.jsonl").unlink()
+    facts = info(unfinished_run)
     assert facts["state"] == "stopped: 0 of at most 3 epochs are done"
     assert "validation" not in facts
 
 
-def test_running_run_has_no_command_to_resume(unfinished):
+def test_running_run_has_no_command_to_resume(unfinished_run):
     hold = "from filelock import FileLock; hold = FileLock(sys.argv[1])"
-    with held_by_another_process(hold, unfinished / ".lock"):
-        facts = info(unfinished)
+    with hold_in_another_process(hold, unfinished_run / ".lock"):
+        facts = info(unfinished_run)
     assert facts["state"] == "running: 2 of at most 3 epochs are done"
     assert "resume with" not in facts
 
 
-def test_a_run_is_not_changed(unfinished):
+def test_a_run_is_not_changed(unfinished_run):
     def contents():
-        return {path: path.read_bytes() for path in unfinished.rglob("*") if path.is_file()}
+        return {path: path.read_bytes() for path in unfinished_run.rglob("*") if path.is_file()}
 
     before = contents()
-    info(unfinished)
+    info(unfinished_run)
     assert contents() == before
 
 
@@ -187,13 +187,15 @@ BAD_RUNS = {
 
 
 @pytest.mark.parametrize("kind", BAD_RUNS)
-def test_unusable_runs_are_refused(unfinished, kind):
+def test_unusable_runs_are_refused(unfinished_run, kind):
     spoil, message = BAD_RUNS[kind]
-    spoil(unfinished)
-    assert re.search(f"^error: {unfinished}.*{message}", refuse(unfinished.parent, "jaxla.info", str(unfinished)))
+    spoil(unfinished_run)
+    assert re.search(
+        f"^error: {unfinished_run}.*{message}", refuse(unfinished_run.parent, "jaxla.info", str(unfinished_run))
+    )
 
 
-def test_other_paths_are_refused(tmp_path):
+def test_paths_that_are_neither_runs_nor_weights_are_refused(tmp_path):
     (tmp_path / "notes.txt").write_text("no weights")
     assert refuse(tmp_path, "jaxla.info", "nowhere") == (
         "error: nowhere: no such file or folder. Pass a run folder or a .safetensors file."
@@ -211,8 +213,10 @@ def test_other_paths_are_refused(tmp_path):
 # --- speed ----------------------------------------------------------------------------------------------------------
 
 
-def test_jax_is_not_imported(small_run, unfinished, weights):
+def test_jax_is_not_imported(small_run, unfinished_run, weights):
     code = "import sys, jaxla.info\nfor path in sys.argv[1:]: jaxla.info.main([path])\nsys.exit('jax' in sys.modules)"
-    done = subprocess.run([sys.executable, "-c", code, small_run, unfinished, weights], capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-c", code, small_run, unfinished_run, weights], capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stdout + done.stderr
     assert [line.split()[0] for line in done.stdout.splitlines()].count("versions") == 2

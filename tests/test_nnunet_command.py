@@ -11,7 +11,7 @@ import pytest
 
 import jaxla
 from jaxla.runs.trained import load_run
-from tests.commands import in_this_process, refuse, succeed
+from tests.commands import refuse, run_in_this_process, succeed
 from tests.training.faults import limit_memory
 
 pytestmark = pytest.mark.usefixtures("fast_compilation")
@@ -19,31 +19,39 @@ pytestmark = pytest.mark.usefixtures("fast_compilation")
 
 @pytest.fixture(scope="module")
 def plan(phantoms, tmp_path_factory):
-    """The plan for the phantoms, at a quarter of their resolution and with few features, so that steps are fast."""
+    """A plan for the phantoms with pixels four times as large and few features, so that steps are fast."""
     folder = tmp_path_factory.mktemp("plan")
     succeed(
         folder, "jaxla.plan", f"--data.root={phantoms}", f"--output={folder / 'full.json'}", f"--cache-dir={folder}"
     )
     content = json.loads((folder / "full.json").read_text())
-    for c in content["configurations"].values():
-        if "spacing" not in c:
+    strides, kernels = [[1, 1, 1], [1, 2, 2], [2, 2, 2]], [[1, 3, 3], [3, 3, 3], [3, 3, 3]]
+    for configuration in content["configurations"].values():
+        if "spacing" not in configuration:
             continue
-        axes = len(c["spacing"])
-        c["spacing"][-2:] = [4 * mm for mm in c["spacing"][-2:]]
-        c["median_image_size_in_voxels"][-2:] = [n / 4 for n in c["median_image_size_in_voxels"][-2:]]
-        c |= {"batch_size": 3, "patch_size": [8, 32, 32][3 - axes :], "n_stages": 3, "features_per_stage": [4, 8, 8]}
-        c |= {"strides": [[1, 1, 1], [1, 2, 2], [2, 2, 2]], "kernel_sizes": [[1, 3, 3], [3, 3, 3], [3, 3, 3]]}
-        c |= {name: [sides[3 - axes :] for sides in c[name]] for name in ("strides", "kernel_sizes")}
-        c |= {"n_conv_per_stage": [2, 2, 2], "n_conv_per_stage_decoder": [2, 2]}
+        axes = len(configuration["spacing"])
+        sizes = configuration["median_image_size_in_voxels"]
+        sizes[-2:] = [n / 4 for n in sizes[-2:]]
+        configuration["spacing"][-2:] = [4 * mm for mm in configuration["spacing"][-2:]]
+        configuration |= {
+            "batch_size": 3,
+            "patch_size": [8, 32, 32][3 - axes :],
+            "n_stages": 3,
+            "features_per_stage": [4, 8, 8],
+            "strides": [sides[3 - axes :] for sides in strides],
+            "kernel_sizes": [sides[3 - axes :] for sides in kernels],
+            "n_conv_per_stage": [2, 2, 2],
+            "n_conv_per_stage_decoder": [2, 2],
+        }
     (folder / "small.json").write_text(json.dumps(content))
     return folder / "small.json"
 
 
-def options(phantoms, plan, folder, *more, method="nnunet_2d_short"):
+def options(phantoms, plan, folder, *extra, method="nnunet_2d_short"):
     return (
         "--exp=quickstart", f"--method={method}", f"--data.root={phantoms}", f"--model.plan={plan}",
         f"--run-dir={folder}", f"--cache-dir={folder.parent / 'cache'}", "--training.epochs=3", "--training.steps=5",
-        *more,
+        *extra,
     )  # fmt: skip
 
 
@@ -124,11 +132,11 @@ def test_resume_with_another_plan_is_refused(run, phantoms, plan, tmp_path):
     shutil.copytree(run, folder)
     (folder / "report.html").unlink()
     content = json.loads((folder / "plan.json").read_text())
-    for c in content["configurations"].values():
-        if "spacing" in c:
-            c["batch_size"] = 4
+    for configuration in content["configurations"].values():
+        if "spacing" in configuration:
+            configuration["batch_size"] = 4
     (folder / "plan.json").write_text(json.dumps(content))
-    done = in_this_process(tmp_path, "jaxla.train", *options(phantoms, plan, folder, "--resume"))
+    done = run_in_this_process(tmp_path, "jaxla.train", *options(phantoms, plan, folder, "--resume"))
     assert done.returncode == 2
     assert "plan.json: differs from the plan of this command" in done.stderr
 
@@ -152,7 +160,7 @@ def test_dry_run_describes_the_run_and_writes_nothing(phantoms, plan, tmp_path):
 
 
 @ONLY_2D
-def test_five_equal_folds_predict_the_mask_of_one(run, phantoms, tmp_path):
+def test_five_equal_folds_predict_the_mask_of_a_single_run(run, phantoms, tmp_path):
     """The folds are copies of one run; tests/runs/test_cross_validation.py trains different ones."""
     folder, record = tmp_path / "run", json.loads((run / "experiment.json").read_text())
     for k in range(5):
@@ -177,7 +185,7 @@ def test_five_equal_folds_predict_the_mask_of_one(run, phantoms, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("more", "message"),
+    ("extra", "message"),
     [
         ("--preprocessing.image_size=64", "--preprocessing.image_size: method nnunet_2d_short has no such option"),
         ("--augmentation.flips=true", "--augmentation.flips: method nnunet_2d_short has no such option"),
@@ -190,16 +198,17 @@ def test_five_equal_folds_predict_the_mask_of_one(run, phantoms, tmp_path):
         ("--devices=0 --training.batch_size=-1", "--training.batch_size=-1: less than 0"),
     ],
 )
-def test_bad_options_are_refused_before_anything_is_written(phantoms, plan, tmp_path, more, message):
-    arguments = options(phantoms, plan, tmp_path / "run", *more.split())
+def test_bad_options_are_refused_before_anything_is_written(phantoms, plan, tmp_path, extra, message):
+    arguments = options(phantoms, plan, tmp_path / "run", *extra.split())
     assert message in refuse(tmp_path, "jaxla.train", *arguments)
 
 
 def test_plans_that_do_not_fit_the_scans_or_the_method_are_refused(phantoms, plan, tmp_path):
     content = json.loads(plan.read_text())
-    for c in content["configurations"].values():
-        if "spacing" in c:
-            c["median_image_size_in_voxels"] = [3 * n for n in c["median_image_size_in_voxels"]]
+    for configuration in content["configurations"].values():
+        if "spacing" in configuration:
+            sizes = configuration["median_image_size_in_voxels"]
+            configuration["median_image_size_in_voxels"] = [3 * n for n in sizes]
     (tmp_path / "other.json").write_text(json.dumps(content))
     arguments = options(phantoms, tmp_path / "other.json", tmp_path / "run")
     assert "but the plan was made for" in refuse(tmp_path, "jaxla.train", *arguments)
@@ -228,8 +237,8 @@ def test_dry_run_refuses_patches_too_large_for_memory(phantoms, plan, tmp_path, 
 
 
 def test_all_patients_can_be_used_for_training(phantoms, plan, tmp_path):
-    more = ("--training.epochs=1", "--data.split=all", "--postprocessing.largest=always")
-    printed = succeed(tmp_path, "jaxla.train", *options(phantoms, plan, tmp_path / "run", *more))
+    extra = ("--training.epochs=1", "--data.split=all", "--postprocessing.largest=always")
+    printed = succeed(tmp_path, "jaxla.train", *options(phantoms, plan, tmp_path / "run", *extra))
     assert "patients: 6 training, 0 validation, 0 test" in printed
     (line,) = map(json.loads, (tmp_path / "run" / "metrics.jsonl").read_text().splitlines())
     assert "val_dice" not in line

@@ -17,12 +17,12 @@ from filelock import FileLock
 from flax import nnx
 
 import jaxla
-from tests.commands import SMALL_RUN, in_a_new_process, refuse
+from tests.commands import SMALL_RUN_OPTIONS, refuse, run_in_new_process
 
 
 def small_run_options(data, run, cache):
     """Return the options of `small_run` with other folders."""
-    return ["--exp=quickstart", f"--data.root={data}", f"--run-dir={run}", f"--cache-dir={cache}", *SMALL_RUN]
+    return ["--exp=quickstart", f"--data.root={data}", f"--run-dir={run}", f"--cache-dir={cache}", *SMALL_RUN_OPTIONS]
 
 
 def start(*options):
@@ -109,7 +109,7 @@ def refuse_to_resume(folder, *options):
     ("options", "message"),
     [
         (["--training.epochs=5"], "--training.epochs is 5, but the run in {run} began with 3"),
-        (["--training.batch_size=4", "--training.epochs=5"], "--training.epochs is 5, but"),  # the first of two
+        (["--training.batch_size=4", "--training.epochs=5"], "--training.epochs is 5, but"),  # the first of two changes
         (["--seed=2"], "--seed is 2, but the run in {run} began with 1"),
         (
             ["--method=dinov2_vits14", "--preprocessing.image_size=56"],
@@ -137,7 +137,7 @@ def test_a_changed_option_is_named_with_both_values(folder, options, message):
 
 
 def test_a_changed_default_is_added_to_the_command_that_resumes(folder):
-    """The run began with another default method, or another default of its method."""
+    """The run began when another method was the default, or when its method had another default."""
     record, run = json.loads((folder / "run" / "experiment.json").read_text()), folder / "run"
     folders = [f"--data.root={folder / 'data'}", f"--run-dir={run}", f"--cache-dir={folder / 'cache'}"]
 
@@ -146,10 +146,10 @@ def test_a_changed_default_is_added_to_the_command_that_resumes(folder):
         (run / "experiment.json").write_text(json.dumps(record))
         return refuse(folder, "jaxla.train", "--exp=quickstart", *words, *folders, "--resume")
 
-    line = refuse_with(*(word for word in SMALL_RUN if not word.startswith("--method=")))
+    line = refuse_with(*(word for word in SMALL_RUN_OPTIONS if not word.startswith("--method=")))
     assert "--method is unet_small, but the run in" in line
     assert line.endswith(f" --method=vit_mini8 --run-dir={run} --resume")
-    line = refuse_with(*(word for word in SMALL_RUN if not word.startswith("--training.epochs=")))
+    line = refuse_with(*(word for word in SMALL_RUN_OPTIONS if not word.startswith("--training.epochs=")))
     assert "--training.epochs is 4, but the run in" in line
     assert line.endswith(f" --training.epochs=3 --run-dir={run} --resume")
 
@@ -256,6 +256,6 @@ def test_a_user_sees_one_line(folder):
         *small_run_options(folder / "data", folder / "run", folder / "cache"),
         "--resume",
         "--seed=2",
-        run=in_a_new_process,
+        run=run_in_new_process,
     )
     assert line.startswith("error: --resume: --seed is 2, but ")

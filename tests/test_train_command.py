@@ -83,7 +83,7 @@ def test_report_shows_the_test_case_once_and_the_reported_numbers(small_run):
     assert read_json(small_run / "experiment.json")["data_sha256"] in report
 
 
-def test_cost_is_that_of_the_network(small_run):
+def test_cost_file_describes_the_network(small_run):
     cost = read_json(small_run / "cost.json")
     parameters = sum(leaf.size for leaf in jax.tree.leaves(nnx.state(jaxla.load_network(small_run), nnx.Param)))
     assert cost["parameters"] == cost["trained_parameters"] == parameters

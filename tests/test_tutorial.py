@@ -19,8 +19,8 @@ def test_the_tutorial_notebook_runs(tmp_path, monkeypatch):
     NotebookClient(notebook, timeout=600, resources={"metadata": {"path": tmp_path}}).execute()
     summary = json.loads((tmp_path / "runs" / "tutorial" / "test" / "summary.json").read_text("utf-8"))
     scores = json.loads((tmp_path / "scores" / "summary.json").read_text("utf-8"))
-    assert summary["dice"]["n"] == 2
-    assert scores["dice"]["n"] == 8
+    assert summary["dice"]["n"] == 2  # test cases
+    assert scores["dice"]["n"] == 8  # all scans
     outputs = [output for cell in notebook.cells for output in cell.get("outputs", ())]
-    assert sum("image/png" in output.get("data", ()) for output in outputs) == 3
+    assert sum("image/png" in output.get("data", ()) for output in outputs) == 3  # overlays, a mask, and features
     assert "left atrium: " in "".join(output.get("text", "") for output in outputs)

@@ -8,13 +8,13 @@ from pathlib import Path
 
 import pytest
 
-from tests.commands import in_this_process
-from tests.data.nifti import decathlon, flat, image_array, lascarqs, mask_array, save, truncate
+from tests.commands import run_in_this_process
+from tests.data.nifti import image_array, mask_array, save, truncate, write_decathlon, write_flat_pairs, write_lascarqs
 
 
-def run(*options):
+def verify(*options):
     """Return exit code, stdout and stderr."""
-    done = in_this_process(Path.cwd(), "jaxla.verify", *options)
+    done = run_in_this_process(Path.cwd(), "jaxla.verify", *options)
     return done.returncode, done.stdout, done.stderr
 
 
@@ -24,8 +24,8 @@ def modification_times(folder):
 
 
 def test_report_of_a_folder_without_findings(tmp_path):
-    flat(tmp_path, 5)
-    code, stdout, stderr = run(f"--data.root={tmp_path}", "--data.labels=LA:1")
+    write_flat_pairs(tmp_path, 5)
+    code, stdout, stderr = verify(f"--data.root={tmp_path}", "--data.labels=LA:1")
     assert (code, stderr) == (0, "")
     assert stdout.splitlines() == [
         str(tmp_path),
@@ -44,13 +44,13 @@ def test_report_of_a_folder_without_findings(tmp_path):
     ]
 
 
-def test_the_report_names_outlying_volumes_or_says_that_they_were_not_checked(tmp_path):
+def test_the_report_names_outlying_volumes_or_states_that_they_were_not_checked(tmp_path):
     def report(folder):
-        return run(f"--data.root={tmp_path / folder}", "--data.labels=LA:1")[1]
+        return verify(f"--data.root={tmp_path / folder}", "--data.labels=LA:1")[1]
 
-    flat(tmp_path / "few", 4)
+    write_flat_pairs(tmp_path / "few", 4)
     assert "  outliers      not checked with fewer than 5 cases\n" in report("few")
-    flat(tmp_path / "many", 7)
+    write_flat_pairs(tmp_path / "many", 7)
     mask = mask_array()
     mask[2:12, 2:12] = 1
     save(tmp_path / "many" / "case_3_mask.nii.gz", mask)
@@ -58,20 +58,20 @@ def test_the_report_names_outlying_volumes_or_says_that_they_were_not_checked(tm
 
 
 def test_the_report_lists_mask_values_with_their_class_and_number_of_cases(tmp_path):
-    root = decathlon(tmp_path, ["a", "b", "c"], {"background": 0, "LA": 1, "wall": 2}, values=(1, 2, 3))
-    _, stdout, _ = run(f"--data.root={root}", "--data.labels=LA:1,7;background:3")
+    root = write_decathlon(tmp_path, ["a", "b", "c"], {"background": 0, "LA": 1, "wall": 2}, values=(1, 2, 3))
+    _, stdout, _ = verify(f"--data.root={root}", "--data.labels=LA:1,7;background:3")
     assert (
         "  label values  1 LA in 3 cases, 2 no class in 3 cases, 3 ignored (background) in 3 cases, 7 LA in 0" in stdout
     )
 
 
 def test_findings_are_listed_with_relative_paths_and_counted_on_stderr(tmp_path):
-    root = lascarqs(tmp_path / "set", 6).parent.parent
+    root = write_lascarqs(tmp_path / "set", 6).parent.parent
     cases = root / "task2" / "train_data"
     (cases / "train_2" / "atriumSegImgMO.nii.gz").unlink()
     truncate(cases / "train_4" / "enhanced.nii.gz")
     save(cases / "train_5" / "atriumSegImgMO.nii.gz", mask_array(value=0))
-    code, stdout, stderr = run(f"--data.root={root}")
+    code, stdout, stderr = verify(f"--data.root={root}")
     assert code == 2
     errors, warnings, last = stdout.split("\n\n")[1:]
     assert errors.splitlines() == [
@@ -90,8 +90,8 @@ def test_findings_are_listed_with_relative_paths_and_counted_on_stderr(tmp_path)
 
 
 def test_many_findings_of_one_kind_are_shortened(tmp_path):
-    root = decathlon(tmp_path, [f"c{n:02}" for n in range(30)], {"background": 0, "LA": 1}, values=(1, 2))
-    code, stdout, stderr = run(f"--data.root={root}")
+    root = write_decathlon(tmp_path, [f"c{n:02}" for n in range(30)], {"background": 0, "LA": 1}, values=(1, 2))
+    code, stdout, stderr = verify(f"--data.root={root}")
     assert code == 2
     errors = stdout.split("\n\n")[1].splitlines()
     assert errors[0] == "errors (30)"
@@ -103,10 +103,10 @@ def test_many_findings_of_one_kind_are_shortened(tmp_path):
 
 
 def test_a_relative_root_is_read_as_in_training(tmp_path, monkeypatch):
-    flat(tmp_path / "data", 5)
+    write_flat_pairs(tmp_path / "data", 5)
     (tmp_path / "data" / "case_1_mask.nii.gz").unlink()
     monkeypatch.chdir(tmp_path)
-    code, stdout, stderr = run("--data.root=data")
+    code, stdout, stderr = verify("--data.root=data")
     assert code == 2
     assert "\n  case_1.nii.gz: has no mask. " in stdout
     assert stderr.startswith("error: --data.root=data: 1 error prevents training: in data/case_1.nii.gz: has no mask")
@@ -115,8 +115,8 @@ def test_a_relative_root_is_read_as_in_training(tmp_path, monkeypatch):
 # --- JSON ------------------------------------------------------------------------------------------------------------
 
 
-def in_a_new_process(folder, *options):
-    code = (  # at exit, it writes which slow modules were imported
+def run_in_new_process(folder, *options):
+    code = (  # writes at exit which slow modules were imported
         "import atexit, sys; from jaxla import verify; from jaxla.cli.process import run_command;"
         "atexit.register(lambda: open('modules.txt', 'w').write(' '.join({'jax', 'torch'} & set(sys.modules))));"
         "run_command(verify.main)"
@@ -130,11 +130,11 @@ def in_a_new_process(folder, *options):
 
 def test_stdout_is_only_json_even_if_training_would_log_a_line(tmp_path):
     root = tmp_path / "set"
-    lascarqs(root, 4)
+    write_lascarqs(root, 4)
     # training would log that this scan is not read
     save(root / "task2" / "val_data" / "val_1" / "enhanced.nii.gz", image_array(9))
     before = modification_times(root)
-    done = in_a_new_process(tmp_path, f"--data.root={root}", "--json")
+    done = run_in_new_process(tmp_path, f"--data.root={root}", "--json")
     assert (done.returncode, done.stderr) == (0, "")
     report = json.loads(done.stdout)
     assert report["training_could_start"] is True
@@ -151,11 +151,11 @@ def test_stdout_is_only_json_even_if_training_would_log_a_line(tmp_path):
 
 
 def test_json_has_every_finding_and_stderr_the_first(tmp_path):
-    root = flat(tmp_path, 30)
+    root = write_flat_pairs(tmp_path, 30)
     for n in range(25):
         (root / f"case_{n}_mask.nii.gz").unlink()
     save(root / "case_27_mask.nii.gz", mask_array(value=0))
-    code, stdout, stderr = run(f"--data.root={root}", "--json")
+    code, stdout, stderr = verify(f"--data.root={root}", "--json")
     assert code == 2
     report = json.loads(stdout)
     assert report["training_could_start"] is False
@@ -173,9 +173,9 @@ def test_json_has_every_finding_and_stderr_the_first(tmp_path):
 
 
 def test_a_case_that_cannot_be_read_is_null_in_json(tmp_path):
-    root = flat(tmp_path, 4)
+    root = write_flat_pairs(tmp_path, 4)
     truncate(root / "case_2.nii.gz")
-    report = json.loads(run(f"--data.root={root}", "--json")[1])
+    report = json.loads(verify(f"--data.root={root}", "--json")[1])
     assert report["cases"][2]["shape"] is None
     assert report["cases"][2]["mask_values"] == [1]
 
@@ -200,9 +200,9 @@ def test_a_case_that_cannot_be_read_is_null_in_json(tmp_path):
 def test_bad_usage_is_one_line_on_stderr(tmp_path, monkeypatch, options, message, json_option):
     (tmp_path / "empty").mkdir()
     save(tmp_path / "file.nii.gz", image_array())
-    flat(tmp_path / "data", 3)
+    write_flat_pairs(tmp_path / "data", 3)
     monkeypatch.chdir(tmp_path)
-    code, stdout, stderr = run(*options, *json_option)
+    code, stdout, stderr = verify(*options, *json_option)
     assert (code, stdout) == (2, "")
     assert stderr.startswith(f"error: {message}")
     assert len(stderr.splitlines()) == 1

@@ -1,4 +1,4 @@
-"""The command line of training accepts every option of the method, and no others."""
+"""The command line of `jaxla.train` accepts every option of the method, and no others."""
 
 import shlex
 from dataclasses import replace
@@ -59,7 +59,7 @@ def test_command_lines_of_earlier_versions_are_parsed(command, changed):
     }
 
 
-def test_options_of_the_session_are_parsed():
+def test_run_options_are_parsed():
     options = parse(
         *("--exp=quickstart", "--run-dir=runs/a", "--cache-dir", "cache", "--resume", "--devices=2", "--shard-params")
     )
@@ -107,7 +107,7 @@ def test_an_option_of_another_method_is_refused():
         ("python -m jaxla.train --exp=a --coordinator=h:1 --processes 2 --process=0", "python -m jaxla.train --exp=a"),
     ],
 )
-def test_options_of_one_session_are_stripped_from_a_command(command, stripped):
+def test_run_options_are_stripped_from_a_command(command, stripped):
     assert strip_run_options(command) == stripped
 
 

@@ -11,7 +11,7 @@ pytestmark = pytest.mark.quick
 NAMES = ["case_1", "=1+1", "+1", "-1", "@x", "\tx", "'=x", "''=x", "'x", "a=b", 'a,"b"\nc', "é", ""]
 
 
-def test_formulas_are_written_with_an_apostrophe_and_read_without(tmp_path):
+def test_formulas_are_written_with_an_apostrophe_and_read_without_it(tmp_path):
     path = tmp_path / "table.csv"
     write_csv(path, ["case", "=dice", "none"], [{"case": name, "=dice": -0.1 + 0.4} for name in NAMES])
     assert read_csv(path) == [{"case": name, "=dice": "0.30000000000000004", "none": ""} for name in NAMES]

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from jaxla.config import InputError, default_cache_dir
-from tests.commands import ROOT, in_a_new_process, refuse
+from tests.commands import ROOT, refuse, run_in_new_process
 from tests.runs.folders import read_json, scan_file
 
 
@@ -24,18 +24,18 @@ def ctrl_c():
     signal.signal(signal.SIGINT, before)
 
 
-def run(main, stdout=subprocess.DEVNULL):
+def run_statement(statement, stdout=subprocess.DEVNULL):
     """Run a command whose `main` is one statement, in a new process."""
-    code = f"from jaxla.cli.process import run_command\ndef main(arguments): {main}\nrun_command(main)"
+    code = f"from jaxla.cli.process import run_command\ndef main(arguments): {statement}\nrun_command(main)"
     return subprocess.run([sys.executable, "-u", "-c", code], stdout=stdout, stderr=subprocess.PIPE, text=True)
 
 
 @pytest.mark.quick
 def test_a_closed_stdout_ends_a_command_silently():
-    """An example is `... | head`."""
+    """As in `... | head`."""
     reader, writer = os.pipe()
     os.close(reader)
-    done = run("print('a line')", writer)
+    done = run_statement("print('a line')", writer)
     os.close(writer)
     assert (done.returncode, done.stderr) == (1, "")
 
@@ -49,7 +49,7 @@ def test_a_closed_stdout_ends_a_command_silently():
     ],
 )
 def test_a_programming_error_shows_its_traceback(statement, error):
-    done = run(statement)
+    done = run_statement(statement)
     assert done.returncode == 1
     assert done.stderr.startswith("Traceback")
     assert done.stderr.endswith(f"{error}\n")
@@ -57,7 +57,9 @@ def test_a_programming_error_shows_its_traceback(statement, error):
 
 @pytest.mark.quick
 def test_bad_input_is_reported_in_one_line():
-    done = run("from jaxla.config import InputError, option; raise InputError(option('seed', 1), 'odd', 'Use 2.')")
+    done = run_statement(
+        "from jaxla.config import InputError, option; raise InputError(option('seed', 1), 'odd', 'Use 2.')"
+    )
     assert (done.returncode, done.stderr) == (2, "error: --seed=1: odd. Use 2.\n")
 
 
@@ -88,13 +90,13 @@ DISCARDED = {  # code in which Python discards the exception of a signal handler
 @pytest.mark.parametrize("number", ["SIGTERM", "SIGINT"])
 @pytest.mark.parametrize("kind", DISCARDED)
 def test_a_signal_that_python_discards_is_delivered_again(kind, number):
-    """JAX registers a callback of the garbage collector, too."""
+    """JAX also registers a callback of the garbage collector."""
     code = f"""
 import gc, signal, time, weakref
 from jaxla.cli.process import run_command
 NUMBER = signal.{number}
 def main(arguments):{DISCARDED[kind]}
-    time.sleep(600)  # is interrupted
+    time.sleep(600)  # interrupted by the signal
 run_command(main)
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
@@ -126,12 +128,14 @@ def test_characters_that_the_terminal_cannot_show_are_escaped():
 
 @pytest.mark.quick
 def test_control_characters_in_an_error_are_escaped():
-    done = run("from jaxla.config import InputError; raise InputError('a\\x1b[2Jb.nii', 'odd\\nerror: forged', '')")
+    done = run_statement(
+        "from jaxla.config import InputError; raise InputError('a\\x1b[2Jb.nii', 'odd\\nerror: forged', '')"
+    )
     assert (done.returncode, done.stderr) == (2, "error: a\\x1b[2Jb.nii: odd error: forged.\n")
 
 
 def test_settings_that_would_change_results_are_ignored_by_a_command(small_run, phantoms, tmp_path):
-    """The mask is bit-identical to the one that the run wrote in its test."""
+    """The mask is bit-identical to the one that the run predicted for the same test case."""
     hostile = {
         "JAX_ENABLE_X64": "1",
         "JAX_NUMPY_RANK_PROMOTION": "raise",
@@ -141,7 +145,7 @@ def test_settings_that_would_change_results_are_ignored_by_a_command(small_run, 
     }
     case = read_json(small_run / "split.json")["test"][0]
     options = (f"--run={small_run}", f"--input={scan_file(phantoms, case)}", f"--output={tmp_path / 'mask.nii.gz'}")
-    done = in_a_new_process(tmp_path, "jaxla.predict", *options, **hostile)
+    done = run_in_new_process(tmp_path, "jaxla.predict", *options, **hostile)
     assert (done.returncode, done.stderr) == (0, "")
     assert done.stdout.splitlines()[:3] == [
         "JAX_ENABLE_X64=1: ignored; commands use JAX_ENABLE_X64=0",
@@ -171,17 +175,17 @@ def test_figures_do_not_need_the_backend_of_a_notebook():
     ],
 )
 def test_a_setting_that_jax_refuses_is_reported_in_one_line(tmp_path, name, problem):
-    line = refuse(tmp_path, "jaxla.train", run=lambda *words: in_a_new_process(*words, **{name: "foo"}))
+    line = refuse(tmp_path, "jaxla.train", run=lambda *words: run_in_new_process(*words, **{name: "foo"}))
     assert line == f"error: environment: {problem}. Correct this variable, or unset it."
 
 
 @pytest.mark.parametrize("platform", ["cuda", "cpuu"])
 def test_a_platform_without_a_device_is_refused(tmp_path, platform):
-    def as_a_user(folder, module, *options):
-        return in_a_new_process(folder, module, *options, JAX_PLATFORMS=platform)
+    def run_on_platform(folder, module, *options):
+        return run_in_new_process(folder, module, *options, JAX_PLATFORMS=platform)
 
     options = ("--exp=quickstart", "--data.root=phantom", f"--run-dir={tmp_path / 'run'}")
-    line = refuse(tmp_path, "jaxla.train", *options, run=as_a_user)
+    line = refuse(tmp_path, "jaxla.train", *options, run=run_on_platform)
     message = rf"JAX_PLATFORMS={platform}: JAX finds no such device \(.*\)\. Use JAX_PLATFORMS=cpu, or unset it\."
     assert re.fullmatch(f"error: {message}", line)
 

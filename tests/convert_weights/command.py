@@ -11,19 +11,19 @@ from jaxla.models.backbones import build_backbone
 from jaxla.models.weights import parameter_shapes
 from jaxla.models.weights_format import save_weights
 from tests import commands
-from tests.commands import ROOT, in_a_new_process, in_this_process
+from tests.commands import ROOT, run_in_new_process, run_in_this_process
 from tests.golden.fake_weights import fake_state_dict
 
 GOLDEN = ROOT / "tests" / "golden"
 
 
-def convert_in_a_new_process(*arguments, **environment):
-    return in_a_new_process(ROOT, "convert_weights", *arguments, **environment)
+def convert_in_new_process(*arguments, **environment):
+    return run_in_new_process(ROOT, "convert_weights", *arguments, **environment)
 
 
 def convert(*arguments):
     """Run the command in this process, which saves importing JAX and torch."""
-    return in_this_process(ROOT, "convert_weights.__main__", *arguments)
+    return run_in_this_process(ROOT, "convert_weights.__main__", *arguments)
 
 
 def succeed(*arguments):
@@ -40,7 +40,7 @@ def refuse(folder, *arguments):
 
 
 def refuse_source(source, arch="dinov2_vits14"):
-    """Convert `source` to a file in its own folder, which must be refused; return the one-line error."""
+    """Convert `source`, which must be refused, to a file in its own folder; return the one-line error."""
     output = source.parent / "out.safetensors"
     return refuse(source.parent, f"--arch={arch}", f"--source={source}", f"--output={output}")
 
@@ -61,7 +61,7 @@ def empty_state(arch="dinov2_vits14"):
     return {name: torch.zeros((), dtype=dtypes.get(name)).expand(shape) for name, shape in authors_shapes(arch).items()}
 
 
-def write_ours(path, arch="vit_mini8", scale=0.02):
+def write_converted(path, arch="vit_mini8", scale=0.02):
     """Write a converted file with random values, by default of a small architecture without released weights."""
     shapes = parameter_shapes(nnx.eval_shape(lambda: build_backbone(arch, rngs=nnx.Rngs(0))))
     rng = np.random.default_rng(0)

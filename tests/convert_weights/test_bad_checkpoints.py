@@ -1,4 +1,4 @@
-"""Checkpoints that are refused: a different architecture, other or incomplete files, and what is wrong with tensors."""
+"""Refused checkpoints: a different architecture, wrong tensors, and damaged, incomplete or unrelated files."""
 
 import json
 import math
@@ -75,7 +75,7 @@ def test_error_names_a_common_prefix_and_the_code_that_removes_it(tmp_path, pref
     succeed("--arch=dinov2_vits14", f"--source={source}", f"--output={tmp_path / 'o.safetensors'}")
 
 
-def test_error_does_not_name_a_prefix_if_tensors_are_missing_too(tmp_path):
+def test_error_does_not_name_a_prefix_if_tensors_are_also_missing(tmp_path):
     state = {f"backbone.{name}": tensor for name, tensor in empty_state().items() if name != "norm.bias"}
     assert "not dinov2_vits14: 174 of 175 tensors missing" in refuse_source(save(tmp_path, state))
 
@@ -175,6 +175,7 @@ def test_file_that_is_not_a_checkpoint_is_refused(tmp_path, name, content):
     assert "missing" not in line
 
 
+# The file begins with the length, in little-endian order, so with " <" or " {".
 @pytest.mark.parametrize("length", [0x3C20, 0x7B20], ids=["like a web page", "like an index"])
 def test_safetensors_are_recognised_whatever_the_length_of_their_header(tmp_path, length):
     header = json.dumps({"norm.weight": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}})
@@ -224,7 +225,7 @@ def test_truncated_checkpoint_is_refused(tmp_path, kind, kept):
     assert line.endswith(" Download the file again.")
 
 
-def test_error_quotes_what_torch_says_of_a_truncated_file(tmp_path):
+def test_error_for_a_truncated_file_quotes_torch(tmp_path):
     source = tmp_path / "source.pth"
     torch.save({"norm.weight": torch.zeros(384)}, source, _use_new_zipfile_serialization=False)
     source.write_bytes(source.read_bytes()[:-100])

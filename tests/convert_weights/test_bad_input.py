@@ -19,7 +19,7 @@ from tests.convert_weights.command import (
     save,
     succeed,
 )
-from tests.training.faults import files_at_most, leave_free
+from tests.training.faults import limit_file_size, report_free_bytes
 
 # --- options ---
 
@@ -164,7 +164,7 @@ def test_error_without_a_usable_torch_names_the_command_that_installs_it(tmp_pat
 @pytest.mark.parametrize("size", [100, 30_000_000], ids=["in the header", "in the data"])
 def test_full_disk_leaves_nothing_behind(tmp_path, size):
     source = save(tmp_path, empty_state())
-    with files_at_most(size):
+    with limit_file_size(size):
         line = refuse_source(source)
     assert line.startswith(f"{tmp_path / 'out.safetensors'}: cannot be written (File too large)")
     assert line.endswith("Fix this, or choose another file.")
@@ -173,14 +173,14 @@ def test_full_disk_leaves_nothing_behind(tmp_path, size):
 def test_full_disk_in_a_conversion_to_torch_leaves_nothing_behind(tmp_path):
     source, ours, back = save(tmp_path, empty_state()), tmp_path / "ours.safetensors", tmp_path / "back.pth"
     succeed("--arch=dinov2_vits14", f"--source={source}", f"--output={ours}")
-    with files_at_most(30_000_000):
+    with limit_file_size(30_000_000):
         line = refuse(tmp_path, "--to-torch", f"--source={ours}", f"--output={back}")
     assert line.startswith(f"{back}: cannot be written (")
 
 
 def test_too_little_space_is_reported_before_anything_is_written(tmp_path, monkeypatch):
     source = save(tmp_path, empty_state())
-    leave_free(monkeypatch, 10_000_000)
+    report_free_bytes(monkeypatch, 10_000_000)
     line = refuse_source(source)
     output = tmp_path / "out.safetensors"
     assert line == (f"{output}: needs 0.09 GB, but only 0.01 GB are free. Free some space, or choose another folder.")

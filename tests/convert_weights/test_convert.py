@@ -18,7 +18,7 @@ from tests.convert_weights.command import (
     GOLDEN,
     assert_same_state,
     authors_shapes,
-    convert_in_a_new_process,
+    convert_in_new_process,
     empty_state,
     full_state,
     read_weights,
@@ -76,7 +76,8 @@ def test_every_value_is_copied(dinov2):
     theirs = np.sort(np.concatenate([value.ravel() for value in state.values()]))
     np.testing.assert_array_equal(ours, theirs)
     np.testing.assert_array_equal(arrays["blocks.mlp.expand.kernel"][7], state["blocks.7.mlp.fc1.weight"].T)
-    np.testing.assert_array_equal(arrays["pos_grid"][2, 5], state["pos_embed"][0, 1 + 2 * 37 + 5])
+    position = 1 + 2 * 37 + 5  # the class token, then a grid of 37×37 patches
+    np.testing.assert_array_equal(arrays["pos_grid"][2, 5], state["pos_embed"][0, position])
     kernel = arrays["patch_embed.kernel"].reshape(14, 14, 3, 384)
     np.testing.assert_array_equal(kernel[3, 11, 2], state["patch_embed.proj.weight"][:, 2, 3, 11])
     np.testing.assert_array_equal(arrays["unused.mask_token"], state["mask_token"])
@@ -84,7 +85,8 @@ def test_every_value_is_copied(dinov2):
 
 def test_unused_tensors_are_neither_loaded_nor_counted(dinov2):
     path = dinov2[0] / "made" / "vits14.safetensors"
-    assert parameter_count(path) == (len(architecture_shapes("dinov2_vits14")), 22_056_576 - 384)
+    unused = 384  # mask_token
+    assert parameter_count(path) == (len(architecture_shapes("dinov2_vits14")), 22_056_576 - unused)
     assert load_backbone(path).variant == RELEASED["dinov2_vits14"]
 
 
@@ -104,7 +106,7 @@ def test_safetensors_are_converted_without_torch(dinov2, tmp_path):
         f"--source={tmp_path / 'vits14.safetensors'}",
         f"--output={tmp_path / 'o.safetensors'}",
     )
-    done = convert_in_a_new_process(*arguments, PYTHONPATH=str(tmp_path / "blocked"), PYTHONDONTWRITEBYTECODE="1")
+    done = convert_in_new_process(*arguments, PYTHONPATH=str(tmp_path / "blocked"), PYTHONDONTWRITEBYTECODE="1")
     assert done.returncode == 0, done.stderr
     assert read_weights(tmp_path / "o.safetensors")[1]["data_sha256"] in printed
 
@@ -142,7 +144,7 @@ def test_resnet_without_its_classifier_is_converted(tmp_path):
 
 
 def test_vgg_gives_pytorchs_features_and_converts_back_bit_for_bit(tmp_path):
-    """The checkpoint lacks the classifier, which takes half a gigabyte."""
+    """The checkpoint lacks the classifier, which takes 0.5 GB."""
     reference = ReferenceVGG(VGGS["vgg16_bn"].stages).eval()
     state = reference.state_dict()
     generator = torch.Generator().manual_seed(0)
@@ -182,7 +184,7 @@ def test_safetensors_are_preferred_if_a_folder_has_both_formats(tmp_path, sharde
     assert read_metadata(tmp_path / "o.safetensors")["source"] == "dinov2-small/model.safetensors"
 
 
-def test_sha256_of_shards_is_that_of_their_sha256sums(tmp_path):
+def test_sha256_of_a_sharded_source_is_that_of_the_shards_sha256sum_lines(tmp_path):
     index, shards = write_shards(tmp_path, empty_state())
     succeed("--arch=dinov2_vits14", f"--source={index}", f"--output={tmp_path / 'out.safetensors'}")
     lines = [f"{hashlib.sha256(shard.read_bytes()).hexdigest()}  {shard.name}\n" for shard in shards]
@@ -195,7 +197,7 @@ def test_list_shows_released_architectures_with_their_licence():
     lines = succeed("--arch=list").splitlines()
     assert {line.split(":")[0] for line in lines} == {*RELEASED, "nnunet"}
     assert "dinov2_vits14_reg: width 384, 12 blocks, weights under Apache-2.0, use --download" in lines
-    assert sum("download them yourself and use --source" in line for line in lines) == 6
+    assert sum("download them yourself and use --source" in line for line in lines) == 6  # DINOv3
     assert [line.split("; ")[1:] for line in lines if line.startswith("dinov3_vith")] == [
         ["also called dinov3_vith16plus"]
     ]

@@ -25,7 +25,7 @@ CONTENT = bytes(range(256)) * 1200
 
 
 class Server:
-    """A server that sends `content` under any name, and records the range of each request."""
+    """A server that sends `content` for every path, and records the range of each request."""
 
     def __init__(self, certificate=None):
         self.content = CONTENT
@@ -187,21 +187,21 @@ def test_server_that_does_not_announce_the_length_is_refused(server, release, tm
 
 
 @pytest.mark.parametrize("sent", ["bytes 0-307199/307200", "bytes 100000-307199/400000", None])
-def test_part_that_is_not_the_missing_one_is_never_appended(server, release, tmp_path, sent):
+def test_part_other_than_the_requested_one_is_never_appended(server, release, tmp_path, sent):
     (tmp_path / "weights.pth.part").write_bytes(CONTENT[:100_000])
     server.headers = {"Content-Range": sent}
     assert "(the server sent a different part of the file than the requested one)" in refusal(release, tmp_path)
     assert contents(tmp_path) == {"weights.pth.part": CONTENT[:100_000]}
 
 
-def test_complete_part_is_only_checked(server, release, tmp_path):
+def test_complete_partial_file_is_only_checked(server, release, tmp_path):
     (tmp_path / "weights.pth.part").write_bytes(CONTENT)
     assert download(release, tmp_path).read_bytes() == CONTENT
     assert server.requested_ranges == [f"bytes={len(CONTENT)}-"]
 
 
 @pytest.mark.parametrize("part", [b"", b"something else" * 1000], ids=["new", "resumed"])
-def test_downloaded_file_that_is_not_the_released_one_is_removed(server, release, tmp_path, part):
+def test_downloaded_file_that_is_not_the_released_file_is_removed(server, release, tmp_path, part):
     if part:
         (tmp_path / "weights.pth.part").write_bytes(part)
     else:
@@ -210,7 +210,7 @@ def test_downloaded_file_that_is_not_the_released_one_is_removed(server, release
     assert contents(tmp_path) == {}
 
 
-def test_existing_file_that_is_not_the_released_one_is_kept(server, release, tmp_path):
+def test_existing_file_that_is_not_the_released_file_is_kept(server, release, tmp_path):
     (tmp_path / "weights.pth").write_bytes(b"mine")
     line = refusal(release, tmp_path)
     assert line.startswith(f"{tmp_path / 'weights.pth'}: not the released file, whose sha256 begins with ")
@@ -292,7 +292,7 @@ def test_every_release_has_a_sha256():
 
 
 def replace_release(server, arch, monkeypatch, cache):
-    """Let the server's content replace the release of `arch`, and `cache` the cache folder."""
+    """Make the server's content the release of `arch`, and `cache` the cache folder."""
     monkeypatch.setitem(RELEASES, arch, Release(server.url, hashlib.sha256(server.content).hexdigest()))
     monkeypatch.setenv("XDG_CACHE_HOME", str(cache))
 

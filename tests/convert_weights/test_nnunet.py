@@ -73,7 +73,7 @@ def test_checkpoint_gives_nnunets_logits_at_every_resolution_and_converts_back_b
     assert all(torch.equal(found[key], state[key]) for key in state)
 
 
-def test_state_dict_alone_and_without_copies_is_converted(tmp_path):
+def test_a_bare_state_dict_without_copies_is_converted(tmp_path):
     source = tmp_path / "state.pth"
     torch.save(nnunet_state("2d", copies=False), source)
     output = convert(tmp_path, "2d", source)
@@ -110,10 +110,8 @@ def command_options(folder, **changed):
 
 def write_small_plan(folder):
     plan = read_plan(PLANS)
-    c = plan.configurations["2d"]
-    (folder / "other.json").write_text(
-        json.dumps(plan_to_json(plan._replace(configurations={"2d": c._replace(features_per_stage=(16, 32, 64, 128))})))
-    )
+    configuration = plan.configurations["2d"]._replace(features_per_stage=(16, 32, 64, 128))
+    (folder / "other.json").write_text(json.dumps(plan_to_json(plan._replace(configurations={"2d": configuration}))))
     return folder / "other.json"
 
 
@@ -179,4 +177,4 @@ def test_backbones_and_networks_are_distinguished(tmp_path):
     assert "loading it would run code" in line  # NumPy scalars are read only with --arch=nnunet
     line = refuse(tmp_path, "--arch=dinov2_vits14", "--configuration=2d", f"--source={tmp_path / 'c.pth'}")
     assert "--configuration: applies only to --arch=nnunet" in line
-    assert plan_from_json(json.loads(PLANS.read_text()), "it").fingerprint is not None
+    assert plan_from_json(json.loads(PLANS.read_text()), "plans").fingerprint is not None

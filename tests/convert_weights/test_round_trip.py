@@ -16,7 +16,7 @@ from jaxla import InputError, load_backbone
 from jaxla.models.backbones import dinov2, dinov3, resnet, vgg
 from jaxla.models.backbones.vision_transformer import VisionTransformer
 from jaxla.models.weights import parameter_shapes
-from tests.convert_weights.command import assert_same_state, full_state, read_weights, refuse, succeed, write_ours
+from tests.convert_weights.command import assert_same_state, full_state, read_weights, refuse, succeed, write_converted
 
 
 def convert_and_back(folder, state, arch):
@@ -99,7 +99,7 @@ def test_every_kind_of_layer_survives_a_round_trip_bit_for_bit(arch, with_option
         chunks = list(stream.chunks())
         arrays[name] = np.concatenate([chunk.ravel() for chunk in chunks]).reshape(stream.shape)
         if name.startswith("blocks."):
-            assert len(chunks) == SMALL["depth"]  # one chunk per block, so that never all blocks are in memory
+            assert len(chunks) == SMALL["depth"]  # one chunk per block, so that memory never holds all blocks
     assert {name: array.shape for name, array in arrays.items() if not name.startswith("unused.")} == shapes
     assert {name for name in arrays if name.startswith("unused.")} == {
         f"unused.{row.theirs}" for row in rows if row.optional and with_optional
@@ -116,7 +116,7 @@ def test_every_kind_of_layer_survives_a_round_trip_bit_for_bit(arch, with_option
 
 @pytest.fixture
 def mini(tmp_path):
-    return write_ours(tmp_path / "mini.safetensors")
+    return write_converted(tmp_path / "mini.safetensors")
 
 
 def test_architecture_without_an_authors_format_is_refused(mini):
@@ -176,13 +176,13 @@ def test_existing_output_is_kept(mini):
 
 
 def test_source_is_never_overwritten(tmp_path):
-    source = write_ours(tmp_path / "source.pth", "dinov2_vits14")
+    source = write_converted(tmp_path / "source.pth", "dinov2_vits14")
     line = refuse(tmp_path, "--to-torch", f"--source={source}", f"--output={source}", "--force")
     assert line == f"--output={source}: is the source itself. Choose another --output."
 
 
 def test_damaged_file_is_not_converted_back(tmp_path):
-    ours, back = write_ours(tmp_path / "ours.safetensors", "dinov2_vits14"), tmp_path / "back.pth"
+    ours, back = write_converted(tmp_path / "ours.safetensors", "dinov2_vits14"), tmp_path / "back.pth"
     with ours.open("r+b") as file:
         file.seek(-1000, 2)
         file.write(b"\x3f")

@@ -8,12 +8,12 @@ from safetensors.numpy import save_file
 
 from jaxla import InputError, load_backbone
 from jaxla.models.weights_format import require_undamaged
-from tests.convert_weights.command import empty_state, read_weights, refuse, succeed, write_ours
+from tests.convert_weights.command import empty_state, read_weights, refuse, succeed, write_converted
 
 
 @pytest.fixture
 def mini(tmp_path):
-    return write_ours(tmp_path / "mini.safetensors")
+    return write_converted(tmp_path / "mini.safetensors")
 
 
 def test_existing_file_is_verified(mini):
@@ -44,7 +44,7 @@ def test_one_flipped_bit_is_found(mini, position):
 
 
 def edit_header(path, edit):
-    """Change the header of a file, as parsed JSON, but not its data."""
+    """Apply `edit` to the header of a file, parsed from JSON; the data stay the same."""
     content = path.read_bytes()
     end = 8 + int.from_bytes(content[:8], "little")
     header = json.loads(content[8:end])
@@ -89,7 +89,7 @@ def test_a_file_of_an_earlier_version_is_verified_without_its_header(mini):
 
 
 def test_weights_that_overflow_are_refused(tmp_path):
-    path = write_ours(tmp_path / "mini.safetensors", scale=1e30)
+    path = write_converted(tmp_path / "mini.safetensors", scale=1e30)
     assert "the features of a test image are not finite" in refuse(tmp_path, "--verify", f"--output={path}")
 
 

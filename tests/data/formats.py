@@ -16,7 +16,7 @@ from tests.data.nifti import AFFINE, save
 ITK_NAMES = ("a.nrrd", "a.nhdr", "a.mha", "a.mhd")
 
 OBLIQUE = np.eye(4)
-OBLIQUE[:3, :3] = euler2mat(0.3, -0.2, 0.1) * (0.7, 0.8, 2.6)  # not exact in binary
+OBLIQUE[:3, :3] = euler2mat(0.3, -0.2, 0.1) * (0.7, 0.8, 2.6)  # spacings that are not exact in binary
 OBLIQUE[:3, 3] = (1.3, -2.7, 30.9)
 
 
@@ -39,8 +39,8 @@ def save_itk(path, array, affine=AFFINE, compressed=False):
 
 
 @contextmanager
-def own_locale():
-    """Restore the locale after SimpleITK has written DICOM, which would change the encoding of files opened later."""
+def preserve_locale():
+    """Restore the locale, which SimpleITK changes by writing DICOM, and with it the encoding of files opened later."""
     before = locale.setlocale(locale.LC_ALL)
     yield
     locale.setlocale(locale.LC_ALL, before)
@@ -76,7 +76,7 @@ def save_dicom(folder, array, affine=AFFINE, series="1", **tags):
         writer.KeepOriginalImageUIDOn()
         writer.SetImageIO("GDCMImageIO")
         writer.SetFileName(str(folder / f"s{series}_{k * 7 % 101:03d}.dcm"))
-        with own_locale():
+        with preserve_locale():
             writer.Execute(slice_image)
     return folder
 
@@ -99,7 +99,7 @@ def save_any(path, array, affine=AFFINE):
 
 
 def refusal(path, read=read_image):
-    """Return the line with which a scan is refused."""
+    """Return the one-line error with which a scan is refused."""
     with pytest.raises(InputError) as refused:
         read(path)
     text = str(refused.value)

@@ -23,8 +23,8 @@ def mask_array(shape=SHAPE, value=1):
     return mask
 
 
-def broken_voxel(value):
-    """Return grey values with one voxel replaced by `value`."""
+def image_with_voxel(value):
+    """Return float32 grey values with one voxel replaced by `value`."""
     array = image_array().astype(np.float32)
     array[1, 2, 3] = value
     return array
@@ -40,7 +40,7 @@ def save(path, array, affine=AFFINE, image_class=nib.Nifti1Image):
     return path
 
 
-def save_as(path, image):
+def save_image(path, image):
     """Write a nibabel image; return the path."""
     path.parent.mkdir(parents=True, exist_ok=True)
     nib.save(image, path)
@@ -90,11 +90,11 @@ def save_singular(path):
     image.header.set_sform(affine, code=1)
     image.header.set_qform(None, code=0)
     image.header["pixdim"][1:4] = (0.75, 0.75, 2.5)
-    return save_as(path, nib.Nifti1Image(image_array(), None, image.header))
+    return save_image(path, nib.Nifti1Image(image_array(), None, image.header))
 
 
 def save_sheared(path):
-    """Write a file whose second axis is three degrees off a right angle to its first; return the path."""
+    """Write a file whose first two axes are three degrees off a right angle; return the path."""
     affine = AFFINE.copy()
     affine[0, 1] = 0.05 * affine[1, 1]
     return save(path, image_array(), affine)
@@ -107,7 +107,7 @@ def truncate(path, fraction=0.5):
     return path
 
 
-def lascarqs(root, count=6, value=255, first=1):
+def write_lascarqs(root, count=6, value=255, first=1):
     """Write a LAScarQS tree of `count` cases; return the folder with train_1, train_2, …"""
     folder = root / "task2" / "train_data"
     for n in range(first, first + count):
@@ -116,7 +116,7 @@ def lascarqs(root, count=6, value=255, first=1):
     return folder
 
 
-def decathlon(root, names, labels, suffix="", values=(1,)):
+def write_decathlon(root, names, labels, suffix="", values=(1,)):
     """Write a data set with a dataset.json, whose masks contain all of `values`; return its folder."""
     for seed, name in enumerate(names):
         mask = mask_array(value=values[0])
@@ -128,7 +128,7 @@ def decathlon(root, names, labels, suffix="", values=(1,)):
     return root
 
 
-def flat(root, count=5, value=1):
+def write_flat_pairs(root, count=5, value=1):
     """Write `count` flat pairs case_0.nii.gz + case_0_mask.nii.gz, …; return the folder."""
     for n in range(count):
         save(root / f"case_{n}.nii.gz", image_array(n))
@@ -136,11 +136,11 @@ def flat(root, count=5, value=1):
     return root
 
 
-def oblique(spacing=(0.7, 0.8, 2.5)):
-    """Return axes rotated by about 20 degrees around each direction, so that none lies along a world axis."""
-    turn = np.eye(3)
+def oblique_affine(spacing=(0.7, 0.8, 2.5)):
+    """Return an affine with axes rotated by about 20 degrees around each world axis, so that none lies along one."""
+    rotation = np.eye(3)
     for i, j in ((0, 1), (1, 2), (2, 0)):
         single = np.eye(3)
         single[[i, i, j, j], [i, j, i, j]] = np.cos(0.35), -np.sin(0.35), np.sin(0.35), np.cos(0.35)
-        turn = single @ turn
-    return nib.affines.from_matvec(turn @ np.diag(spacing), (-40, 30, 7))
+        rotation = single @ rotation
+    return nib.affines.from_matvec(rotation @ np.diag(spacing), (-40, 30, 7))

@@ -10,7 +10,7 @@ import pytest
 from jaxla.config import InputError
 from jaxla.data.cases import LAYOUTS, find_cases, find_images
 from jaxla.data.labels import Labels
-from tests.data.nifti import decathlon, flat, image_array, lascarqs, mask_array, save
+from tests.data.nifti import image_array, mask_array, save, write_decathlon, write_flat_pairs, write_lascarqs
 
 ONE_CLASS = {"background": 0, "LA": 1}
 
@@ -24,7 +24,7 @@ def case_ids(dataset):
 
 @pytest.mark.parametrize("level", ["..", ".", "task2", "task2/train_data"])
 def test_lascarqs_is_found_at_every_level_in_numeric_order(tmp_path, level):
-    folder = lascarqs(tmp_path / "LAScarQS2022", count=11)
+    folder = write_lascarqs(tmp_path / "LAScarQS2022", count=11)
     dataset = find_cases(tmp_path / "LAScarQS2022" / level)
     assert case_ids(dataset) == [f"train_{n}" for n in range(1, 12)]
     assert dataset.layout == "LAScarQS"
@@ -35,12 +35,12 @@ def test_lascarqs_is_found_at_every_level_in_numeric_order(tmp_path, level):
 
 
 def test_a_single_lascarqs_case_folder_is_a_data_set_with_one_case(tmp_path):
-    dataset = find_cases(lascarqs(tmp_path) / "train_3")
+    dataset = find_cases(write_lascarqs(tmp_path) / "train_3")
     assert case_ids(dataset) == ["train_3"]
 
 
 def test_a_relative_root_gives_the_same_case_ids(tmp_path, monkeypatch):
-    folder = lascarqs(tmp_path)
+    folder = write_lascarqs(tmp_path)
     monkeypatch.chdir(folder)
     assert case_ids(find_cases(".")) == [f"train_{n}" for n in range(1, 7)]
     monkeypatch.chdir(folder / "train_3")
@@ -48,8 +48,8 @@ def test_a_relative_root_gives_the_same_case_ids(tmp_path, monkeypatch):
 
 
 def test_task_1_is_read_only_if_there_is_no_task_2(tmp_path, caplog):
-    lascarqs(tmp_path, count=3)
-    shutil.move(lascarqs(tmp_path / "other", count=2), tmp_path / "task1" / "train_data")
+    write_lascarqs(tmp_path, count=3)
+    shutil.move(write_lascarqs(tmp_path / "other", count=2), tmp_path / "task1" / "train_data")
     shutil.rmtree(tmp_path / "other")
     with caplog.at_level(logging.INFO, "jaxla"):
         assert case_ids(find_cases(tmp_path)) == ["train_1", "train_2", "train_3"]
@@ -57,8 +57,8 @@ def test_task_1_is_read_only_if_there_is_no_task_2(tmp_path, caplog):
     assert case_ids(find_cases(tmp_path / "task1")) == ["train_1", "train_2"]
 
 
-def test_two_case_folders_with_one_name_are_refused(tmp_path):
-    shutil.copytree(lascarqs(tmp_path / "a", count=1), tmp_path / "b")
+def test_two_case_folders_with_the_same_name_are_refused(tmp_path):
+    shutil.copytree(write_lascarqs(tmp_path / "a", count=1), tmp_path / "b")
     shutil.copytree(tmp_path / "b", tmp_path / "c")
     shutil.rmtree(tmp_path / "a")
     with pytest.raises(InputError, match="two case folders have the same name"):
@@ -67,7 +67,7 @@ def test_two_case_folders_with_one_name_are_refused(tmp_path):
 
 @pytest.mark.parametrize("value", [255, 420])
 def test_any_non_zero_value_of_a_lascarqs_mask_is_the_atrium_and_is_logged(tmp_path, caplog, value):
-    lascarqs(tmp_path, count=1, value=value)
+    write_lascarqs(tmp_path, count=1, value=value)
     with caplog.at_level(logging.INFO, "jaxla"):
         labels = find_cases(tmp_path).labels
     assert "1 case (LAScarQS); classes LA: any non-zero value" in caplog.text
@@ -97,7 +97,7 @@ def test_unlabelled_validation_scans_of_lascarqs_are_not_cases(tmp_path, caplog)
 
 
 def test_cases_of_an_nnunet_data_set_are_found(tmp_path):
-    root = decathlon(tmp_path, ["LA_010", "LA_002"], {"background": 0, "LA": 1, "wall": 3}, "_0000", (1, 3))
+    root = write_decathlon(tmp_path, ["LA_010", "LA_002"], {"background": 0, "LA": 1, "wall": 3}, "_0000", (1, 3))
     dataset = find_cases(root)
     assert case_ids(dataset) == ["LA_002", "LA_010"]
     assert dataset.cases[0].image == root / "imagesTr" / "LA_002_0000.nii.gz"
@@ -109,13 +109,13 @@ def test_cases_of_an_nnunet_data_set_are_found(tmp_path):
 
 def test_cases_of_a_decathlon_task_are_found(tmp_path):
     labels = {"0": "background", "1": "Anterior", "2": "Posterior"}
-    dataset = find_cases(decathlon(tmp_path, ["hippocampus_001", "hippocampus_003"], labels, values=(1, 2)))
+    dataset = find_cases(write_decathlon(tmp_path, ["hippocampus_001", "hippocampus_003"], labels, values=(1, 2)))
     assert case_ids(dataset) == ["hippocampus_001", "hippocampus_003"]
     assert dataset.labels == Labels(("Anterior", "Posterior"), ((1,), (2,)))
 
 
 def test_hidden_files_are_not_scans(tmp_path):
-    root = decathlon(tmp_path, ["a", "b"], ONE_CLASS)
+    root = write_decathlon(tmp_path, ["a", "b"], ONE_CLASS)
     for folder in ("imagesTr", "labelsTr"):
         (root / folder / "._a.nii.gz").write_bytes(b"resource fork")
     (root / "._atlas.nii.gz").write_bytes(b"resource fork")
@@ -123,24 +123,24 @@ def test_hidden_files_are_not_scans(tmp_path):
 
 
 def test_a_stray_volume_next_to_dataset_json_is_ignored(tmp_path):
-    root = decathlon(tmp_path, ["a", "b"], ONE_CLASS)
+    root = write_decathlon(tmp_path, ["a", "b"], ONE_CLASS)
     save(root / "atlas.nii.gz", image_array())
     assert case_ids(find_cases(root)) == ["a", "b"]
 
 
 @pytest.mark.parametrize("zero", ["background", "Background", "nothing"])
 def test_the_value_0_is_the_background_whatever_its_name(tmp_path, zero):
-    dataset = find_cases(decathlon(tmp_path, ["a"], {"0": zero, "1": "LA"}))
+    dataset = find_cases(write_decathlon(tmp_path, ["a"], {"0": zero, "1": "LA"}))
     assert dataset.labels == Labels(("LA",), ((1,),))
 
 
 def test_given_labels_replace_the_labels_of_the_data_set(tmp_path):
-    root = decathlon(tmp_path, ["a"], {"0": "background", "1": "Anterior", "2": "Posterior"}, values=(1, 2))
+    root = write_decathlon(tmp_path, ["a"], {"0": "background", "1": "Anterior", "2": "Posterior"}, values=(1, 2))
     assert find_cases(root, "hippocampus:1,2").labels == Labels(("hippocampus",), ((1, 2),))
 
 
 def test_given_labels_replace_overlapping_labels_of_the_data_set(tmp_path):
-    root = decathlon(tmp_path, ["a"], {"background": 0, "whole": [1, 2], "core": [2]}, values=(1, 2))
+    root = write_decathlon(tmp_path, ["a"], {"background": 0, "whole": [1, 2], "core": [2]}, values=(1, 2))
     with pytest.raises(InputError, match=r"dataset.json: overlapping .*\. Set data.labels\."):
         find_cases(root)
     assert find_cases(root, "whole:1,2").labels == Labels(("whole",), ((1, 2),))
@@ -172,7 +172,7 @@ def test_given_labels_replace_overlapping_labels_of_the_data_set(tmp_path):
     ],
 )
 def test_a_dataset_json_without_usable_labels_is_named(tmp_path, text, message):
-    root = decathlon(tmp_path, ["a"], ONE_CLASS)
+    root = write_decathlon(tmp_path, ["a"], ONE_CLASS)
     (root / "dataset.json").write_text(text)
     with pytest.raises(InputError, match=f"^{root / 'dataset.json'}: .*{message}"):
         find_cases(root)
@@ -189,21 +189,21 @@ def test_a_dataset_json_without_usable_labels_is_named(tmp_path, text, message):
     ],
 )
 def test_the_labels_of_a_dataset_json_are_read_as_other_programs_write_them(tmp_path, content):
-    root = decathlon(tmp_path, ["a"], ONE_CLASS)
+    root = write_decathlon(tmp_path, ["a"], ONE_CLASS)
     (root / "dataset.json").write_bytes(content)
     assert find_cases(root).labels == Labels(("LA",), ((1,),))
 
 
 def test_a_second_channel_is_refused(tmp_path):
-    root = decathlon(tmp_path, ["a"], ONE_CLASS, "_0000")
+    root = write_decathlon(tmp_path, ["a"], ONE_CLASS, "_0000")
     second = save(root / "imagesTr" / "a_0001.nii.gz", image_array(9))
-    for find in (find_cases, find_images):  # for training, and for prediction
+    for find in (find_cases, find_images):  # training and prediction
         with pytest.raises(InputError, match=f"^{second}: a second image channel"):
             find(root)
 
 
 def test_a_dataset_json_with_several_channels_is_refused(tmp_path):
-    root = decathlon(tmp_path, ["a"], ONE_CLASS, "_0000")
+    root = write_decathlon(tmp_path, ["a"], ONE_CLASS, "_0000")
     content = json.loads((root / "dataset.json").read_text())
     for key in ("channel_names", "modality"):
         (root / "dataset.json").write_text(json.dumps(content | {key: {"0": "LGE", "1": "cine"}}))
@@ -248,15 +248,15 @@ def test_pairs_in_two_folders_are_found(tmp_path, images, masks, suffix):
 
 
 def test_a_case_with_two_masks_is_refused(tmp_path):
-    flat(tmp_path, 2)
+    write_flat_pairs(tmp_path, 2)
     save(tmp_path / "case_1_seg.nii.gz", mask_array(value=2))
     with pytest.raises(InputError, match="case_1"):
         find_cases(tmp_path)
 
 
 @pytest.mark.parametrize("folder", ["imagesTr", "labelsTr"])
-def test_a_case_with_two_images_or_two_masks_of_one_name_is_refused(tmp_path, folder):
-    root = decathlon(tmp_path, ["a", "b"], ONE_CLASS)
+def test_a_case_with_two_images_or_two_masks_of_the_same_name_is_refused(tmp_path, folder):
+    root = write_decathlon(tmp_path, ["a", "b"], ONE_CLASS)
     save(root / folder / "a.nii", mask_array(value=2))
     with pytest.raises(InputError, match=f"{folder}/a.nii"):
         find_cases(root)
@@ -265,11 +265,11 @@ def test_a_case_with_two_images_or_two_masks_of_one_name_is_refused(tmp_path, fo
 # --- incomplete and missing cases ------------------------------------------------------------------------------------
 
 
-def layouts(tmp_path):
+def write_layouts(tmp_path):
     """Make a data set of at least two cases in each layout; return layout -> (image, mask) of its last case."""
-    lascarqs(tmp_path / "lascarqs", 2)
-    decathlon(tmp_path / "decathlon", ["a", "b"], ONE_CLASS)
-    flat(tmp_path / "flat", 2)
+    write_lascarqs(tmp_path / "lascarqs", 2)
+    write_decathlon(tmp_path / "decathlon", ["a", "b"], ONE_CLASS)
+    write_flat_pairs(tmp_path / "flat", 2)
     for name in ("a", "b"):
         save(tmp_path / "folders" / "images" / f"{name}.nii.gz", image_array())
         save(tmp_path / "folders" / "labels" / f"{name}.nii.gz", mask_array())
@@ -284,7 +284,7 @@ def layouts(tmp_path):
 
 @pytest.mark.parametrize("layout", ["lascarqs", "decathlon", "flat", "folders"])
 def test_an_image_without_mask_and_a_mask_without_image_are_named(tmp_path, layout):
-    image, mask = layouts(tmp_path)[layout]
+    image, mask = write_layouts(tmp_path)[layout]
     backup = tmp_path / "backup"
     mask.rename(backup)
     with pytest.raises(InputError, match=f"^{image}: has no mask\\. Add the mask"):
@@ -296,7 +296,7 @@ def test_an_image_without_mask_and_a_mask_without_image_are_named(tmp_path, layo
 
 
 def test_other_images_without_mask_are_counted(tmp_path):
-    flat(tmp_path, 4)
+    write_flat_pairs(tmp_path, 4)
     for n in (0, 2, 3):
         (tmp_path / f"case_{n}_mask.nii.gz").unlink()
     with pytest.raises(InputError, match=r"case_0.nii.gz: has no mask \(and 2 more\)"):
@@ -322,7 +322,7 @@ def test_a_single_file_is_the_image_to_predict(tmp_path):
 
 
 def test_the_images_of_a_folder_are_found_without_its_masks(tmp_path, caplog):
-    flat(tmp_path, 2)
+    write_flat_pairs(tmp_path, 2)
     with caplog.at_level(logging.INFO, "jaxla"):
         assert find_images(tmp_path) == {f"case_{n}": tmp_path / f"case_{n}.nii.gz" for n in range(2)}
     assert "masks are skipped (2): case_0_mask.nii.gz, case_1_mask.nii.gz" in caplog.text
@@ -338,14 +338,14 @@ def test_the_images_of_a_folder_are_found_without_its_masks(tmp_path, caplog):
     ],
 )
 def test_the_images_of_a_data_set_are_found_without_its_masks(tmp_path, layout, ids):
-    last_images = [image for image, _ in layouts(tmp_path).values()]
+    last_images = [image for image, _ in write_layouts(tmp_path).values()]
     images = find_images(tmp_path / layout)
     assert list(images) == ids
     assert images[ids[-1]] in last_images
 
 
 def test_lascarqs_images_need_no_masks_to_be_predicted(tmp_path):
-    folder = lascarqs(tmp_path, 2)
+    folder = write_lascarqs(tmp_path, 2)
     for mask in folder.glob("*/atriumSegImgMO.nii.gz"):
         mask.unlink()
     assert find_images(tmp_path) == {name: folder / name / "enhanced.nii.gz" for name in ("train_1", "train_2")}

@@ -13,7 +13,7 @@ from tests.data.nifti import AFFINE, image_array, mask_array
 
 HEADER_BYTES = 352
 SCALING = range(112, 120)  # bytes of scl_slope and scl_inter, for which any value may be intended
-SPECIAL = [  # in little and big endian
+SPECIAL_VALUES = [  # values that header fields may treat specially, in little and big endian
     np.array(value, order + code).tobytes()
     for order in "<>"
     for code, values in (
@@ -37,7 +37,7 @@ def intact_scan(path):
 
 def damage_header(rng, content):
     """Overwrite one to four bytes in the header; return the content and the range of bytes."""
-    new = rng.bytes(rng.integers(1, 3)) if rng.random() < 0.4 else SPECIAL[rng.integers(len(SPECIAL))]
+    new = rng.bytes(rng.integers(1, 3)) if rng.random() < 0.4 else SPECIAL_VALUES[rng.integers(len(SPECIAL_VALUES))]
     start = rng.integers(HEADER_BYTES // len(new)) * len(new)
     return content[:start] + new + content[start + len(new) :], range(start, start + len(new))
 
@@ -90,6 +90,7 @@ def assert_correct(volume, damaged):
 
 
 def check_seed(seed, folder):
+    """Damage a scan, read it and check the outcome, which is returned: "refused", "warned" or "correct"."""
     volume, damaged = read_damaged(seed, folder)
     if isinstance(volume, InputError):
         assert volume.where.startswith(f"{folder}/damaged.nii")

@@ -6,7 +6,7 @@ import pytest
 import SimpleITK as sitk
 
 from jaxla.data.volumes import read_image
-from tests.data.formats import edit_dicom, own_locale, refusal, save_dicom
+from tests.data.formats import edit_dicom, preserve_locale, refusal, save_dicom
 from tests.data.nifti import image_array
 
 
@@ -19,6 +19,8 @@ def set_tags(**values):
 
 
 def shift(axis, mm):
+    """Return a change that moves slice n by n * mm along an axis of the patient."""
+
     def change(dataset):
         position = [float(value) for value in dataset.ImagePositionPatient]
         position[axis] += mm * dataset.InstanceNumber
@@ -52,7 +54,7 @@ def test_compressed_dicom_slices_are_read(tmp_path, compressor, syntax):
         writer.KeepOriginalImageUIDOn()
         writer.UseCompressionOn()
         writer.SetCompressor(compressor)
-        with own_locale():
+        with preserve_locale():
             writer.Execute(sitk.ReadImage(str(path)))
     assert pydicom.dcmread(path).file_meta.TransferSyntaxUID == syntax
     np.testing.assert_array_equal(read_image(folder).array, image_array())
@@ -73,7 +75,7 @@ def test_other_files_in_a_dicom_folder_are_named(tmp_path):
     assert read_image(folder).warnings == ("files that are not DICOM slices are not used (1): notes.txt",)
 
 
-def test_the_spacing_of_a_single_dicom_slice_is_its_thickness(tmp_path):
+def test_the_spacing_of_a_single_dicom_slice_is_read_from_its_tags(tmp_path):
     folder = save_dicom(tmp_path / "series", image_array(shape=(5, 6, 1)))
     assert read_image(edit_dicom(folder, set_tags(SpacingBetweenSlices=4))).spacing == (0.75, 0.75, 4)
     assert read_image(edit_dicom(folder, set_tags(SpacingBetweenSlices=None, SliceThickness=3))).spacing[2] == 3
@@ -83,7 +85,7 @@ def test_the_spacing_of_a_single_dicom_slice_is_its_thickness(tmp_path):
 # --- refused ---------------------------------------------------------------------------------------------------------
 
 
-DICOM_FAULTS = {  # change, positions of the changed files, part of the message
+DICOM_FAULTS = {  # name -> change, positions of the changed files, part of the message
     "uneven": (shift(2, 0.4), (1,), "unevenly spaced: gaps from 1.7 to 3.3 mm"),
     "duplicate": (set_tags(ImagePositionPatient=[-6, -5, -4]), (0, 1), "2 slices have the same position"),
     "tilted": (shift(1, 0.5), (), "gantry tilt"),

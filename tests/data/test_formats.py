@@ -52,7 +52,7 @@ def test_mirrored_axes_are_read(tmp_path, name, flips):
 @pytest.mark.parametrize("compressed", [False, True])
 @pytest.mark.parametrize("name", ITK_NAMES)
 @pytest.mark.parametrize("dtype", ["uint8", "int8", "int16", "uint16", "int32", "float32", "float64"])
-def test_every_type_of_voxel_is_read(tmp_path, name, dtype, compressed):
+def test_every_voxel_type_is_read(tmp_path, name, dtype, compressed):
     values = (image_array() - 500).astype(dtype)
     volume = read_image(save_itk(tmp_path / name, values, compressed=compressed))
     np.testing.assert_array_equal(volume.array, values)
@@ -111,7 +111,7 @@ def test_a_handwritten_mha_file_is_read(tmp_path):
 # --- names and files -------------------------------------------------------------------------------------------------
 
 
-def test_scans_are_recognised_by_their_names_and_dicom_by_content(tmp_path):
+def test_scans_are_recognised_by_name_and_dicom_by_content(tmp_path):
     names = ("a.NII.GZ", "b.nii", "c.Nrrd", "d.nhdr", "e.mha", "f.MHD")
     for name in (*names, "a.txt", "a.raw", "nii", ".hidden.nrrd", "notes.dcm", "c.json"):
         (tmp_path / name).touch()
@@ -215,7 +215,7 @@ def test_scans_and_masks_of_random_geometries_agree_in_world_coordinates(tmp_pat
 
 # --- refused ---------------------------------------------------------------------------------------------------------
 
-NRRD_FAULTS = {  # old text, new text, part of the message
+NRRD_FAULTS = {  # name -> old text, new text, part of the message
     "not NRRD": ("NRRD0004", "NRRX0004", "not an NRRD file"),
     "4D": ("dimension: 3", "dimension: 4", "is 4D with shape 16 14 4"),
     "huge": ("sizes: 16 14 4", "sizes: 16 14 4000000000", "the header declares 1792000000000"),
@@ -235,10 +235,10 @@ NRRD_FAULTS = {  # old text, new text, part of the message
     "several files": ("encoding: raw", "encoding: raw\ndata file: a%d.raw 1 4 1", "in several files"),
     "no such file": ("encoding: raw", "encoding: raw\ndata file: b.raw", "'b.raw', which does not exist"),
 }
-META_FAULTS = {
+META_FAULTS = {  # name -> old text, new text, part of the message
     "not MetaImage": ("ObjectType = Image", "ObjectType = Scene", "'ObjectType' is 'Scene'"),
     "no end": ("ElementDataFile", "ElementDataPile", "its header is truncated"),
-    "many dimensions": ("NDims = 3", "NDims = 99", "is 99D with shape 16 14 4"),  # ends the process in ITK 5.4
+    "many dimensions": ("NDims = 3", "NDims = 99", "is 99D with shape 16 14 4"),  # makes ITK 5.4 end the process
     "huge": ("DimSize = 16 14 4", "DimSize = 4000 1400 1400", "the header declares 15680000000"),
     "few": ("DimSize = 16 14 4", "DimSize = 16 14", "instead of three positive integers"),
     "no spacing": ("ElementSpacing", "Spacing", "the header has no field 'ElementSpacing'"),
@@ -301,9 +301,9 @@ def test_a_header_without_orientation_is_read_with_a_warning(tmp_path, name, fie
 
 
 def test_mutations_of_headers_are_refused_in_one_line_or_keep_the_geometry_that_they_declare(tmp_path, capfd):
-    """There are sixty seeded mutations of one to three bytes; SimpleITK reads every accepted file."""
-    path = {name: save_itk(tmp_path / name, image_array(), OBLIQUE, compressed=True) for name in ("a.nrrd", "a.mha")}
-    original = {name: file.read_bytes() for name, file in path.items()}
+    """Each of sixty seeded mutations changes one to three bytes; SimpleITK reads every accepted file."""
+    paths = {name: save_itk(tmp_path / name, image_array(), OBLIQUE, compressed=True) for name in ("a.nrrd", "a.mha")}
+    original = {name: path.read_bytes() for name, path in paths.items()}
     accepted = 0
     for seed in range(60):
         rng = np.random.default_rng(seed)
@@ -311,14 +311,14 @@ def test_mutations_of_headers_are_refused_in_one_line_or_keep_the_geometry_that_
         content = bytearray(original[name])
         for position in rng.integers(0, 400 if seed % 3 else len(content), 1 + seed % 3):
             content[position] = rng.integers(256) if seed % 4 else rng.choice(list(b"0123456789 .-=:\n"))
-        path[name].write_bytes(content)
-        volume, refused = read_or_refuse(path[name])
+        paths[name].write_bytes(content)
+        volume, refused = read_or_refuse(paths[name])
         assert "\n" not in refused, seed
         assert "0x" not in refused, seed  # no memory address
         if volume is None:
             continue
         accepted += 1
-        expected = sitk.ReadImage(str(path[name]))
+        expected = sitk.ReadImage(str(paths[name]))
         np.testing.assert_array_equal(volume.array.T, sitk.GetArrayFromImage(expected), str(seed))
         np.testing.assert_allclose(volume.spacing, expected.GetSpacing(), rtol=1e-6, err_msg=str(seed))
     assert capfd.readouterr().err == ""

@@ -30,15 +30,15 @@ def test_a_square_slice_fills_the_input(pixels):
     ("shape", "spacing", "expected"),
     [
         ((50, 100), (1, 1), Frame(96, 24, 0, 48, 96)),  # wide: padding above and below
-        ((100, 50), (1, 1), Frame(96, 0, 24, 96, 48)),  # high: padding on both sides
-        ((100, 100), (0.5, 1), Frame(96, 24, 0, 48, 96)),  # the aspect ratio is that in mm
+        ((100, 50), (1, 1), Frame(96, 0, 24, 96, 48)),  # tall: padding left and right
+        ((100, 100), (0.5, 1), Frame(96, 24, 0, 48, 96)),  # the aspect ratio in mm is kept
         ((50, 100), (2, 1), Frame(96, 0, 0, 96, 96)),
         ((10, 96), (1, 1), Frame(96, 43, 0, 10, 96)),
         ((11, 96), (1, 1), Frame(96, 42, 0, 11, 96)),  # odd padding: one row more below
         ((1, 1000), (1, 1), Frame(96, 47, 0, 1, 96)),  # at least one row
     ],
 )
-def test_a_slice_keeps_its_aspect_in_mm_and_is_centred(shape, spacing, expected):
+def test_a_slice_keeps_its_aspect_ratio_in_mm_and_is_centred(shape, spacing, expected):
     assert Canvas(96).frame(shape, spacing) == expected
 
 
@@ -59,7 +59,7 @@ def test_frames_of_any_shape_fill_the_longer_side_and_are_centred(size):
 # --- slice to input --------------------------------------------------------------------------------------------------
 
 
-def test_the_intensity_range_is_given_by_percentiles_or_if_equal_by_extremes():
+def test_the_intensity_range_falls_back_to_extremes_if_the_percentiles_are_equal():
     assert intensity_range(np.arange(1001)) == (5, 995)
     outlier = np.zeros(1001)
     outlier[3] = 8
@@ -109,8 +109,8 @@ def test_grey_values_are_resized_like_pytorch_with_antialiasing(shape):
     np.testing.assert_allclose(ours, theirs, rtol=0, atol=5e-6)  # measured: 3.3e-6
 
 
-def test_bilinear_resizing_by_hand():
-    """A row 0, 1 is doubled: the new centres lie at -1/4, 1/4, 3/4, 5/4 between the two pixels."""
+def test_bilinear_resizing_matches_a_worked_example():
+    """A row 0, 1 is doubled: relative to the two old centres, 0 and 1, the new ones are -1/4, 1/4, 3/4 and 5/4."""
     row = image_to_input(np.array([[0, 1], [0, 1]], np.float32), (0, 1), Frame(4, 0, 0, 4, 4))[1, :, 0]
     assert row.tolist() == [0, 0.25, 0.75, 1]
 
@@ -118,7 +118,7 @@ def test_bilinear_resizing_by_hand():
 def test_mask_pixels_get_the_class_that_covers_them():
     row = np.array([[1, 2, 3]], np.uint8)
     assert mask_to_input(row, Frame(6, 0, 0, 1, 6))[0].tolist() == [1, 1, 2, 2, 3, 3]
-    # centres of five pixels lie 0.3, 0.9, 1.5, 2.1, 2.7 pixels along three
+    # in units of the three pixels, the centres of the five are 0.3, 0.9, 1.5, 2.1 and 2.7
     assert mask_to_input(row, Frame(5, 0, 0, 1, 5))[0].tolist() == [1, 1, 2, 3, 3]
     nine = np.array([[1, 1, 2, 2, 3, 3, 4, 5, 4]], np.uint8)
     assert mask_to_input(nine, Frame(3, 0, 0, 1, 3))[0].tolist() == [1, 3, 4]
@@ -128,7 +128,7 @@ def test_mask_pixels_get_the_class_that_covers_them():
 @pytest.mark.parametrize(("pixels", "size"), [(192, 96), (576, 320), (100, 180)])
 @pytest.mark.parametrize(("smallest", "largest"), [(2, 6), (15, 40)])
 def test_structures_keep_their_position_and_area(pixels, size, smallest, largest):
-    """Nearest-neighbour resizing would move structures by a quarter of an input pixel where two pixels become one."""
+    """Nearest-neighbour resizing to half the size would move structures by a quarter of an input pixel."""
     rng, frame = np.random.default_rng(0), Canvas(size).frame((pixels, pixels), (1, 1))
     scale = pixels / size
     rows, columns = np.indices((pixels, pixels))
@@ -207,7 +207,7 @@ def test_image_and_mask_of_one_structure_coincide_in_the_input(shape, spacing, s
     bump = blob(shape, spacing, extent * (0.4, 0.55), 0.12 * min(extent))
     disc = (bump > 0.2).astype(np.uint8)
 
-    def expected(pixels):  # position of a centre in mm according to the frame
+    def expected(pixels):  # position in the input, in pixels, to which the frame maps a centre
         return centre_mm(pixels, spacing) / extent * (frame.height, frame.width) + (frame.top, frame.left) - 0.5
 
     grey = image_to_input(bump, (0, 1), frame)[..., 0]
@@ -231,11 +231,11 @@ def test_channels_are_resized_independently():
     rng = np.random.default_rng(0)
     frame = Canvas(96).frame((60, 100), (1, 1))
     channels = rng.random((96, 96, 3), np.float32)
-    together = input_to_slice(channels, frame, (60, 100))
-    assert (together.shape, together.dtype) == ((60, 100, 3), np.float32)
+    group_commands = input_to_slice(channels, frame, (60, 100))
+    assert (group_commands.shape, group_commands.dtype) == ((60, 100, 3), np.float32)
     for k in range(3):
         alone = input_to_slice(channels[..., k : k + 1], frame, (60, 100))
-        np.testing.assert_array_equal(together[..., k], alone[..., 0])
+        np.testing.assert_array_equal(group_commands[..., k], alone[..., 0])
 
 
 def test_probabilities_still_sum_to_1_on_the_slice():
@@ -283,12 +283,12 @@ def test_the_extent_of_structures_is_the_side_of_a_square_in_the_centre(rows, co
 
 
 def test_the_result_equals_padding_followed_by_resizing():
-    """A slice is padded to the largest size and then halved by hand; the values inside the slice are equal."""
+    """The expected result is the slice padded to the largest size, then halved; values inside the slice are equal."""
     pixels = np.random.default_rng(0).random((24, 28), dtype=np.float32)
     padded = np.pad(pixels, ((8, 8), (6, 6)))
-    by_hand = np.asarray(Image.fromarray(padded).resize((20, 20), Image.Resampling.BILINEAR))
+    halved = np.asarray(Image.fromarray(padded).resize((20, 20), Image.Resampling.BILINEAR))
     ours = image_to_input(pixels, (0, 1), Canvas(20, 40.0).frame(pixels.shape, (1, 1)))[..., 0]
-    np.testing.assert_allclose(ours[5:-5, 4:-4], by_hand[5:-5, 4:-4], atol=1e-6)  # measured: 6e-8
+    np.testing.assert_allclose(ours[5:-5, 4:-4], halved[5:-5, 4:-4], atol=1e-6)  # measured: 6e-8
     assert not ours[:4].any()
     assert not ours[:, :3].any()
 

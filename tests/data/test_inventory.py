@@ -14,7 +14,16 @@ from jaxla.data.cases import find_cases
 from jaxla.data.inventory import find_volume_outliers, take_inventory
 from jaxla.data.prepared import prepare_cases
 from jaxla.data.split import make_split
-from tests.data.nifti import AFFINE, decathlon, flat, image_array, lascarqs, mask_array, save, truncate
+from tests.data.nifti import (
+    AFFINE,
+    image_array,
+    mask_array,
+    save,
+    truncate,
+    write_decathlon,
+    write_flat_pairs,
+    write_lascarqs,
+)
 
 BOX_ML = 50 * 0.75 * 0.75 * 2.5 / 1000  # volume of nifti.mask_array
 ONE_CLASS = {"background": 0, "LA": 1}
@@ -30,7 +39,7 @@ def summarise(inventory, level=None):
 
 
 def test_the_facts_of_a_case_are_exact(tmp_path):
-    flat(tmp_path, 3)
+    write_flat_pairs(tmp_path, 3)
     inventory = take_inventory(tmp_path)
     assert inventory.layout == "flat pairs"
     assert [case.id for case in inventory.cases] == ["case_0", "case_1", "case_2"]
@@ -67,7 +76,7 @@ def test_slices_and_spacing_equal_those_of_training_in_every_orientation(tmp_pat
 
 
 def test_the_volumes_of_several_classes_are_exact(tmp_path):
-    decathlon(tmp_path, ["a", "b", "c"], TWO_CLASSES, values=(1, 2))
+    write_decathlon(tmp_path, ["a", "b", "c"], TWO_CLASSES, values=(1, 2))
     case = take_inventory(tmp_path).cases[0]
     voxel_ml = 0.75 * 0.75 * 2.5 / 1000
     assert case.volumes == {"LA": pytest.approx(50 * voxel_ml), "wall": pytest.approx(voxel_ml)}
@@ -76,12 +85,12 @@ def test_the_volumes_of_several_classes_are_exact(tmp_path):
 
 
 def test_the_default_split_equals_that_of_training(tmp_path):
-    flat(tmp_path, 10)
+    write_flat_pairs(tmp_path, 10)
     assert take_inventory(tmp_path).split == make_split([f"case_{n}" for n in range(10)], Data())
 
 
 def test_scans_without_a_case_are_listed(tmp_path):
-    root = decathlon(tmp_path, ["a", "b", "c"], ONE_CLASS)
+    root = write_decathlon(tmp_path, ["a", "b", "c"], ONE_CLASS)
     unlabelled = save(root / "imagesTs" / "d.nii.gz", image_array(8))
     stray = save(root / "atlas.nii.gz", image_array(9))
     (root / "imagesTr" / "._a.nii.gz").write_bytes(b"resource fork")
@@ -91,7 +100,7 @@ def test_scans_without_a_case_are_listed(tmp_path):
 
 
 def test_a_misspelt_lascarqs_file_is_listed(tmp_path):
-    folder = lascarqs(tmp_path, 4)
+    folder = write_lascarqs(tmp_path, 4)
     for n in (2, 4):
         (folder / f"train_{n}" / "atriumSegImgMO.nii.gz").rename(folder / f"train_{n}" / "mask.nii.gz")
     (folder / "train_4" / "enhanced.nii.gz").rename(folder / "train_4" / "Enhanced.nii.gz")
@@ -107,14 +116,14 @@ def test_a_misspelt_lascarqs_file_is_listed(tmp_path):
 
 
 def test_a_class_that_no_mask_contains_is_an_error(tmp_path):
-    flat(tmp_path, 5)
+    write_flat_pairs(tmp_path, 5)
     inventory = take_inventory(tmp_path, "LA:1;wall:2")
     assert [(f.level, f.kind, f.problem) for f in inventory.findings] == [("error", "class", "no mask contains wall")]
-    assert take_inventory(lascarqs(tmp_path / "empty", 4, value=0)).errors[0].problem == "no mask contains LA"
+    assert take_inventory(write_lascarqs(tmp_path / "empty", 4, value=0)).errors[0].problem == "no mask contains LA"
 
 
 def test_a_class_missing_from_the_default_training_set_is_a_warning(tmp_path):
-    root = decathlon(tmp_path, [f"c{n}" for n in range(6)], TWO_CLASSES)
+    root = write_decathlon(tmp_path, [f"c{n}" for n in range(6)], TWO_CLASSES)
     split = take_inventory(root).split
     mask = mask_array()
     mask[0, 0, 0] = 2
@@ -131,7 +140,7 @@ def test_a_class_missing_from_the_default_training_set_is_a_warning(tmp_path):
 
 
 def test_all_faults_are_reported(tmp_path):
-    root = flat(tmp_path, 12)
+    root = write_flat_pairs(tmp_path, 12)
     for n in (0, 3, 5):
         (root / f"case_{n}_mask.nii.gz").unlink()
     for n in (1, 2):
@@ -161,8 +170,8 @@ def test_all_faults_are_reported(tmp_path):
     assert (broken.shape, broken.mask_values, broken.volumes) == (None, None, None)
 
 
-def test_all_second_files_of_a_case_are_named(tmp_path):
-    root = decathlon(tmp_path, ["a", "b", "c"], ONE_CLASS)
+def test_every_second_file_of_a_case_is_named(tmp_path):
+    root = write_decathlon(tmp_path, ["a", "b", "c"], ONE_CLASS)
     for seed, name in enumerate(("a", "c"), start=7):
         save(root / "imagesTr" / f"{name}.nii", image_array(seed))
     inventory = take_inventory(root)
@@ -170,7 +179,7 @@ def test_all_second_files_of_a_case_are_named(tmp_path):
 
 
 def test_cases_are_reported_even_without_readable_labels(tmp_path):
-    root = decathlon(tmp_path, ["a", "b", "c"], ONE_CLASS, values=(1, 4))
+    root = write_decathlon(tmp_path, ["a", "b", "c"], ONE_CLASS, values=(1, 4))
     (root / "dataset.json").write_text("{}")
     inventory = take_inventory(root)
     (error,) = inventory.errors
@@ -183,7 +192,7 @@ def test_cases_are_reported_even_without_readable_labels(tmp_path):
 
 
 def test_a_mask_that_lacks_one_of_several_classes_is_a_warning(tmp_path):
-    root = decathlon(tmp_path, [f"c{n}" for n in range(6)], TWO_CLASSES, values=(1, 2))
+    root = write_decathlon(tmp_path, [f"c{n}" for n in range(6)], TWO_CLASSES, values=(1, 2))
     save(root / "labelsTr" / "c1.nii.gz", mask_array())
     save(root / "labelsTr" / "c4.nii.gz", mask_array(value=0))
     inventory = take_inventory(root)
@@ -192,7 +201,7 @@ def test_a_mask_that_lacks_one_of_several_classes_is_a_warning(tmp_path):
 
 
 def test_an_incomplete_download_of_a_decathlon_task_is_a_warning(tmp_path):
-    root = decathlon(tmp_path, ["a", "b", "c"], ONE_CLASS)
+    root = write_decathlon(tmp_path, ["a", "b", "c"], ONE_CLASS)
     names = ("a", "b", "c", "d", "e")
     training = [{"image": f"./imagesTr/{n}.nii.gz", "label": f"./labelsTr/{n}.nii.gz"} for n in names]
     (root / "dataset.json").write_text(json.dumps({"labels": ONE_CLASS, "numTraining": 5, "training": training}))
@@ -205,7 +214,7 @@ def test_an_incomplete_download_of_a_decathlon_task_is_a_warning(tmp_path):
     ("count", "warns"), [(3, False), (5, True), (None, False), ("many", False), (float("inf"), False), ([5], False)]
 )
 def test_the_number_of_cases_in_an_nnunet_dataset_json_is_checked(tmp_path, count, warns):
-    root = decathlon(tmp_path, ["a", "b", "c"], ONE_CLASS, "_0000")
+    root = write_decathlon(tmp_path, ["a", "b", "c"], ONE_CLASS, "_0000")
     (root / "dataset.json").write_text(json.dumps({"labels": ONE_CLASS, "numTraining": count}))
     problems = [finding.problem for finding in take_inventory(root).findings]
     assert problems == (["lists 5 training cases, but the folder holds 3"] if warns else [])
@@ -218,10 +227,10 @@ def by_case(volumes):
     return {str(n): volume for n, volume in enumerate(volumes)}
 
 
-def test_outliers_by_hand():
+def test_outlier_scores_match_a_worked_example():
     # Logarithms -4, -0.6, -0.3, 0, 0.3, 0.6, 4: median 0, median absolute deviation 0.6
     scores = find_volume_outliers(by_case(np.exp([-4, -0.6, -0.3, 0, 0.3, 0.6, 4])))
-    z = 4 * 0.6744897501960817 / 0.6  # 0.6745: median absolute deviation / standard deviation
+    z = 4 * 0.6744897501960817 / 0.6  # 0.6745: ratio of median absolute to standard deviation of a normal distribution
     assert scores == {"0": pytest.approx(-z), "6": pytest.approx(z)}
     assert find_volume_outliers(by_case(np.exp([-3, -0.6, -0.3, 0, 0.3, 0.6, 3]))) == {}  # z = 3.37
 
@@ -249,7 +258,7 @@ def test_outliers_do_not_depend_on_the_unit():
 
 
 def test_an_outlier_is_named_with_its_class(tmp_path):
-    root = decathlon(tmp_path, [f"c{n}" for n in range(6)], TWO_CLASSES, values=(1, 2))
+    root = write_decathlon(tmp_path, [f"c{n}" for n in range(6)], TWO_CLASSES, values=(1, 2))
     mask = mask_array()
     mask[0] = 2
     save(root / "labelsTr" / "c3.nii.gz", mask)
@@ -264,7 +273,7 @@ def test_an_outlier_is_named_with_its_class(tmp_path):
 def test_memory_does_not_grow_with_the_number_of_cases(tmp_path):
     shape = (64, 64, 40)
     for n in range(12):
-        for root in (tmp_path / "few", tmp_path / "many")[n >= 3 :]:
+        for root in (tmp_path / "few", tmp_path / "many")[n >= 3 :]:  # three cases in few, twelve in many
             save(root / f"{n}.nii.gz", image_array(n, shape))  # compressed: an uncompressed file would be memory-mapped
             save(root / f"{n}_mask.nii.gz", mask_array(shape))
     peaks = []

@@ -34,7 +34,7 @@ def relative_paths(root, cases):
 
 # --- recognised layouts ----------------------------------------------------------------------------------------------
 
-LAYOUTS = {  # name -> layout and class that are found, and case id -> image and mask
+LAYOUTS = {  # name -> expected layout, expected class, and expected case id -> image and mask
     "LA challenge 2018": (
         "LA 2018",
         "LA",
@@ -103,8 +103,8 @@ LAYOUTS = {  # name -> layout and class that are found, and case id -> image and
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_images_and_masks_are_paired_in_every_layout(tmp_path, name):
     layout, label, expected = LAYOUTS[name]
-    is_folder = {path for pair in expected.values() for path in pair if not Path(path).suffix}
-    write(tmp_path, *(path + "/" * (path in is_folder) for pair in expected.values() for path in pair))
+    folders = {path for pair in expected.values() for path in pair if not Path(path).suffix}
+    write(tmp_path, *(path + "/" * (path in folders) for pair in expected.values() for path in pair))
     if layout == "dataset.json":
         write(tmp_path, "dataset.json")
     dataset = find_cases(tmp_path)
@@ -118,7 +118,7 @@ def test_images_and_masks_are_paired_in_every_layout(tmp_path, name):
     }
 
 
-def test_masks_of_2018_may_have_any_non_zero_value(tmp_path):
+def test_masks_of_the_2018_challenge_may_have_any_non_zero_value(tmp_path):
     """The released masks contain 0 and 255."""
     write(tmp_path, "a/lgemri.nrrd", "a/laendo.nrrd")
     assert find_cases(tmp_path).labels == Labels(("LA",))

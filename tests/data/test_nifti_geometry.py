@@ -1,4 +1,4 @@
-"""Geometry of NIfTI headers: which form is used, in which unit, and what causes a warning or is refused."""
+"""Geometry of NIfTI headers: which of sform and qform is used, in which unit, and what causes a warning or error."""
 
 import contextlib
 import gzip
@@ -13,12 +13,12 @@ from jaxla.config import InputError
 from jaxla.data.cases import find_cases
 from jaxla.data.prepared import prepare_cases
 from jaxla.data.volumes import read_grid, read_image, read_mask, write_volume
-from tests.commands import in_this_process, succeed
-from tests.data.nifti import AFFINE, edit_header, flat, image_array, mask_array, save, save_as
+from tests.commands import run_in_this_process, succeed
+from tests.data.nifti import AFFINE, edit_header, image_array, mask_array, save, save_image, write_flat_pairs
 
 IDENTITY = (1, 0, 0, 0, 0, 1, 0, 0, 0, 0, 1, 0)
 NAN = float("nan")
-ACDC = {"srow": IDENTITY, "quatern": (0, 0, 0), "pixdim": (1, 1.32, 1.32, 10, 1, 1, 1, 1)}  # of the public data set
+ACDC = {"srow": IDENTITY, "quatern": (0, 0, 0), "pixdim": (1, 1.32, 1.32, 10, 1, 1, 1, 1)}  # as in the public data set
 
 
 def sform(*factors):
@@ -26,28 +26,28 @@ def sform(*factors):
     return tuple((AFFINE @ np.diag([*factors, 1]))[:3].ravel())
 
 
-def rotated(degrees):
+def rotated_sform(degrees):
     """Return the sform of `AFFINE` rotated about the head-foot axis."""
     c, s = np.cos(np.radians(degrees)), np.sin(np.radians(degrees))
     return tuple((np.array([[c, -s, 0, 0], [s, c, 0, 0], [0, 0, 1, 0], [0, 0, 0, 1]]) @ AFFINE)[:3].ravel())
 
 
-def scan(path, **fields):
+def write_scan(path, **fields):
     """Write a scan whose sform and qform agree (codes 1), then overwrite fields of its header; return the path."""
     image = nib.Nifti1Image(image_array(), AFFINE)
     image.set_qform(AFFINE, 1)
     image.set_sform(AFFINE, 1)
-    return edit_header(save_as(path, image), **fields)
+    return edit_header(save_image(path, image), **fields)
 
 
-# fields of the header, expected spacing in mm, expected directions, expected warning
+# name -> changed fields of the header, expected spacing in mm, expected directions, expected warning
 USED = {
     "both forms agree": ({}, (0.75, 0.75, 2.5), "LPS", None),
     "both forms agree within 1 percent": ({"srow": sform(1.009, 1, 1)}, (0.75675, 0.75, 2.5), "LPS", None),
     "sform of 1 mm, qform with pixdim": (ACDC, (1.32, 1.32, 10), "RAS", r"1×1×1 and 1.32×1.32×10\); using qform"),
     "forms differ by 1.1 percent": ({"srow": sform(1, 1, 1.011)}, (0.75, 0.75, 2.5), "LPS", "using qform"),
-    "forms rotated by 0.9°": ({"srow": rotated(0.9)}, (0.75, 0.75, 2.5), "LPS", None),
-    "forms rotated by 7°": ({"srow": rotated(7)}, (0.75, 0.75, 2.5), "LPS", r"rotated by 7\.0°.*using sform"),
+    "forms rotated by 0.9°": ({"srow": rotated_sform(0.9)}, (0.75, 0.75, 2.5), "LPS", None),
+    "forms rotated by 7°": ({"srow": rotated_sform(7)}, (0.75, 0.75, 2.5), "LPS", r"rotated by 7\.0°.*using sform"),
     "only sform": ({"qform_code": 0, "quatern": (NAN, 9, 9)}, (0.75, 0.75, 2.5), "LPS", None),
     "only qform": ({"sform_code": 0, "srow": (NAN,) * 12}, (0.75, 0.75, 2.5), "LPS", None),
     "no form": ({"sform_code": 0, "qform_code": 0}, (0.75, 0.75, 2.5), "LAS", "no orientation is recorded"),
@@ -79,9 +79,9 @@ USED = {
 
 @pytest.mark.parametrize("name", USED)
 @pytest.mark.parametrize("extension", [".nii", ".nii.gz"])
-def test_the_geometry_of_a_header_that_can_be_used(tmp_path, name, extension):
+def test_the_geometry_of_a_usable_header_is_read(tmp_path, name, extension):
     fields, spacing, directions, warning = USED[name]
-    volume = read_image(scan(tmp_path / f"a{extension}", **fields))
+    volume = read_image(write_scan(tmp_path / f"a{extension}", **fields))
     np.testing.assert_array_equal(volume.array, image_array())
     assert volume.spacing == pytest.approx(spacing, rel=1e-5)
     assert "".join(nib.aff2axcodes(volume.affine)) == directions
@@ -93,7 +93,7 @@ def test_the_geometry_of_a_header_that_can_be_used(tmp_path, name, extension):
     assert grid.warnings == volume.warnings
 
 
-REFUSED = {
+REFUSED = {  # name -> changed fields of the header, expected error
     "forms mirrored": ({"srow": sform(-1, 1, 1)}, r"directions \(RPS and LPS\); pixdim fits both\. Set the"),
     "sform alone against pixdim": ({**ACDC, "qform_code": 0}, "sform has voxels of 1×1×1, but pixdim of 1.32×1.32×10"),
     "both forms broken": ({"srow": (NAN,) * 12, "quatern": (0, 0, 2)}, "sform holds .* and the quaternion of qform"),
@@ -126,17 +126,17 @@ REFUSED = {
 @pytest.mark.parametrize("name", REFUSED)
 @pytest.mark.parametrize("extension", [".nii", ".nii.gz"])
 @pytest.mark.filterwarnings("error")  # a warning would be a second line on the terminal
-def test_a_header_that_cannot_be_used_is_refused(tmp_path, name, extension):
+def test_an_unusable_header_is_refused(tmp_path, name, extension):
     fields, message = REFUSED[name]
-    path = scan(tmp_path / f"a{extension}", **fields)
+    path = write_scan(tmp_path / f"a{extension}", **fields)
     with pytest.raises(InputError, match=f"^{path}: .*{message}"):
         read_image(path)
 
 
 @pytest.mark.parametrize("name", USED)
 def test_a_mask_keeps_every_field_of_the_scans_geometry(tmp_path, name):
-    """This includes the form that is not used, so that any viewer shows scan and mask at the same position."""
-    volume = read_image(scan(tmp_path / "a.nii", **USED[name][0]))
+    """This includes the unused one of sform and qform, so that any viewer shows scan and mask at the same position."""
+    volume = read_image(write_scan(tmp_path / "a.nii", **USED[name][0]))
     write_volume(tmp_path / "m.nii", mask_array(), volume)
     before, after = ((tmp_path / name).read_bytes() for name in ("a.nii", "m.nii"))
     spacing, expected = (np.frombuffer(content[80:92], "<f4") for content in (after, before))
@@ -149,7 +149,7 @@ def test_a_mask_keeps_every_field_of_the_scans_geometry(tmp_path, name):
     np.testing.assert_array_equal(read_mask(tmp_path / "m.nii").affine, volume.affine)
 
 
-def test_a_4d_file_of_one_volume_is_read_as_3d_and_gets_a_3d_mask(tmp_path):
+def test_a_4d_file_with_a_single_volume_is_read_as_3d_and_gets_a_3d_mask(tmp_path):
     path = save(tmp_path / "a.nii.gz", image_array()[..., None])
     volume = read_image(path)
     np.testing.assert_array_equal(volume.array, image_array())
@@ -163,12 +163,12 @@ def test_a_4d_file_of_one_volume_is_read_as_3d_and_gets_a_3d_mask(tmp_path):
 
 @pytest.mark.parametrize("stored", ["a.nii", "a.nii.gz"])
 def test_a_file_with_the_wrong_extension_is_refused_with_the_right_name(tmp_path, stored):
-    content = scan(tmp_path / "scan.nii").read_bytes()
+    content = write_scan(tmp_path / "scan.nii").read_bytes()
     is_compressed = stored == "a.nii"
     path = tmp_path / stored
     path.write_bytes(gzip.compress(content) if is_compressed else content)
-    right = "a.nii.gz" if is_compressed else "a.nii"
-    with pytest.raises(InputError, match=f"^{path}: .*compressed.*, but its name .*Rename it to {right}\\."):
+    correct_name = "a.nii.gz" if is_compressed else "a.nii"
+    with pytest.raises(InputError, match=f"^{path}: .*compressed.*, but its name .*Rename it to {correct_name}\\."):
         read_image(path)
 
 
@@ -213,7 +213,7 @@ def test_labels_that_a_scale_factor_changed_slightly_are_rounded_to_integers(tmp
 
 
 def test_warnings_of_headers_appear_once_per_file_in_every_command(tmp_path, caplog):
-    root = flat(tmp_path / "data", 3)
+    root = write_flat_pairs(tmp_path / "data", 3)
     for path in (root / "case_1.nii.gz", root / "case_1_mask.nii.gz"):
         edit_header(path, sform_code=0, qform_code=0)
     warning = (
@@ -240,11 +240,11 @@ def test_warnings_of_headers_appear_once_per_file_in_every_command(tmp_path, cap
 
 
 def test_one_bad_file_does_not_end_the_report(tmp_path):
-    root = flat(tmp_path / "data", 5)
+    root = write_flat_pairs(tmp_path / "data", 5)
     edit_header(root / "case_1.nii.gz", dim=(3, 4000, 1400, 1400, 1, 1, 1, 1))
     edit_header(root / "case_2.nii.gz", vox_offset=-np.inf)
     edit_header(root / "case_3_mask.nii.gz", dim=(3, -16, 14, 4, 1, 1, 1, 1))
-    done = in_this_process(tmp_path, "jaxla.verify", "--data.root=data")
+    done = run_in_this_process(tmp_path, "jaxla.verify", "--data.root=data")
     assert done.returncode == 2
     for name in ("case_1.nii.gz", "case_2.nii.gz", "case_3_mask.nii.gz"):
         assert f"  {name}: truncated or damaged (its header " in done.stdout

@@ -12,13 +12,13 @@ from jaxla.config import Data, InputError
 from jaxla.data.dataset import prepare_data
 from jaxla.data.patients import describe_shared_patients, group_by_patient
 from jaxla.data.split import make_split
-from tests.commands import in_this_process
+from tests.commands import run_in_this_process
 from tests.data.nifti import image_array, mask_array, save
 
 IDS = [f"P{n:02}_t{k}" for n in range(20) for k in range(2)]
 
 
-def patients(cases):
+def patient_ids(cases):
     return {case[:3] for case in cases}
 
 
@@ -111,11 +111,11 @@ def test_no_drawn_split_separates_a_patient(fold):
     split = make_split(IDS, Data(patients="auto"), fold)
     parts = (split.train, split.val, split.test)
     assert sorted(case for part in parts for case in part) == IDS
-    assert sum(len(patients(part)) for part in parts) == 20
+    assert sum(len(patient_ids(part)) for part in parts) == 20
     assert len(split.test) == 8
 
 
-def test_patients_are_drawn_like_cases_of_the_same_names():
+def test_patients_are_drawn_like_cases_with_the_same_names():
     """The patients P00 to P19 are split like twenty cases of these names."""
     names = [f"P{n:02}" for n in range(20)]
     for options in ({}, {"split_seed": 3}, {"train_patients": 3}, {"train_percent": 50, "subset_seed": 2}):
@@ -198,13 +198,13 @@ def test_training_warns_once_unless_patients_are_grouped(visits, tmp_path, caplo
         split = prepare_data(replace(EXPERIMENTS["quickstart"], data=grouped), tmp_path / "cache").split
         assert caplog.messages == []
     assert (len(split.train), len(split.val), len(split.test)) == (4, 2, 2)
-    assert not patients(split.train) & patients(split.val + split.test)
+    assert not patient_ids(split.train) & patient_ids(split.val + split.test)
 
 
 def test_verify_reads_patterns_and_patients_as_training_does(visits, tmp_path):
     options = (f"--data.root={visits}", "--data.image=*/lge", "--data.mask=*/atrium")
     ungrouped, grouped = (
-        in_this_process(tmp_path, "jaxla.verify", *options, *p) for p in ((), ("--data.patients=auto",))
+        run_in_this_process(tmp_path, "jaxla.verify", *options, *p) for p in ((), ("--data.patients=auto",))
     )
     assert (ungrouped.returncode, grouped.returncode) == (0, 0)
     assert "cases P00_t0 and P00_t1 seem to be scans of one patient" in ungrouped.stdout

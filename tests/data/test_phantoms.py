@@ -16,13 +16,13 @@ from jaxla.data.inputs import Canvas, intensity_range, mask_to_input, slice_to_i
 from jaxla.data.phantoms import SIZES, _draw_grid, make_phantom, write_phantoms
 from jaxla.data.slices import slice_geometry, to_slices
 from jaxla.tasks.slices import SliceTask
-from tests.commands import in_a_new_process, refuse, run_module
-from tests.training.faults import files_at_most
+from tests.commands import refuse, run_in_new_process, run_module
+from tests.training.faults import limit_file_size
 
 CASES = 20
 
 
-def canonical(phantom):
+def to_canonical(phantom):
     """Return image and mask [X, Y, Z] in RAS+ order."""
     arrays = (phantom.image, phantom.mask)
     return [np.asarray(nib.as_closest_canonical(nib.Nifti1Image(a, phantom.affine)).dataobj) for a in arrays]
@@ -33,17 +33,17 @@ def dice(prediction, reference):
 
 
 @pytest.fixture(scope="module")
-def small():
+def small_phantoms():
     return [make_phantom("small", 0, index) for index in range(1, CASES + 1)]
 
 
 @pytest.fixture(scope="module")
-def crops():
+def crop_phantoms():
     return [make_phantom("crop", 0, index) for index in range(1, 9)]
 
 
 def blood_level(image, mask):
-    """Return where the atrium's grey value lies between the 0.5 and 99.5 percentile of a scan."""
+    """Return the atrium's median grey value, where 0 and 1 are the 0.5th and 99.5th percentile of the scan."""
     low, high = np.percentile(image, (0.5, 99.5))
     return (np.median(image[mask > 0]) - low) / (high - low)
 
@@ -71,8 +71,8 @@ def test_layout_is_lascarqs(tmp_path, caplog):
     assert image.header.get_xyzt_units()[0] == "mm"
 
 
-def test_geometry_and_mask_values_of_small_phantoms(small):
-    for image, mask, affine in small:
+def test_geometry_and_mask_values_of_small_phantoms(small_phantoms):
+    for image, mask, affine in small_phantoms:
         assert image.shape == mask.shape
         assert image.shape[0] == image.shape[1]
         assert 160 <= image.shape[0] <= 192
@@ -85,7 +85,7 @@ def test_geometry_and_mask_values_of_small_phantoms(small):
 
 
 def test_geometry_of_full_phantoms():
-    # Only one of the smaller volumes is painted: shapes are known without painting.
+    # Shapes are known without painting, so only one of the smallest volumes is painted.
     shapes = {
         tuple(map(len, _draw_grid(np.random.default_rng([SIZES.index("full"), 0, n]), "full"))): n
         for n in range(40, 0, -1)
@@ -95,16 +95,16 @@ def test_geometry_of_full_phantoms():
     phantom = make_phantom("full", 0, shapes[576, 576, 44])
     assert phantom.image.shape == phantom.mask.shape == (576, 576, 44)
     np.testing.assert_allclose(nib.affines.voxel_sizes(phantom.affine), (0.625, 0.625, 2.5))
-    image, mask = canonical(phantom)
+    image, mask = to_canonical(phantom)
     corners = image[:40, :40].mean()
     assert corners < 0.3 * image[mask > 0].mean()  # air around the chest
     assert 0.001 < (mask > 0).mean() < 0.02
 
 
-def test_crops_are_as_uneven_as_real_scans(crops):
+def test_crops_have_intensities_as_uneven_as_real_scans(crop_phantoms):
     """Blood in these phantoms lies at 0.23 to 0.79 of the range of grey values."""
     levels = []
-    for image, mask, affine in crops:
+    for image, mask, affine in crop_phantoms:
         np.testing.assert_allclose(nib.affines.voxel_sizes(affine), (0.625, 0.625, 1.25))
         assert 160 <= image.shape[0] <= 240
         assert 132 <= image.shape[1] <= 158
@@ -131,13 +131,15 @@ def small_slices(phantom):
     [("instance", 0.4, (0.3, 1)), ("batch", 0, (0, 0.1))],
     ids=["laptop", "BatchNorm without intensity"],
 )
-def test_dim_crops_with_bright_spots_are_segmented_by_the_recipe_for_few_patients(crops, norm, intensity, dim_dice):
-    """Both networks learn from four crops with blood at 0.56 to 0.79 of the range, but one fails at 0.23 and 0.39.
+def test_dim_crops_with_bright_spots_are_segmented_by_the_recipe_for_few_patients(
+    crop_phantoms, norm, intensity, dim_dice
+):
+    """Both networks learn from four crops with blood at 0.56 to 0.79 of the range; BatchNorm fails at 0.23 and 0.39.
 
-    So did BatchNorm without random changes of brightness on a real scan with blood at 0.33: its Dice was 0.04.
+    Without random changes of brightness, BatchNorm also failed on a real scan with blood at 0.33: its Dice was 0.04.
     """
-    bright = [crop for crop in crops if blood_level(crop.image, crop.mask) > 0.55][:4]
-    dim = [crop for crop in crops if blood_level(crop.image, crop.mask) < 0.4]
+    bright = [crop for crop in crop_phantoms if blood_level(crop.image, crop.mask) > 0.55][:4]
+    dim = [crop for crop in crop_phantoms if blood_level(crop.image, crop.mask) < 0.4]
     assert (len(bright), len(dim)) == (4, 2)
     laptop = METHODS["unet_small"]
     assert (laptop.model.norm, laptop.augmentation.intensity) == ("instance", 0.4)
@@ -154,25 +156,30 @@ def test_dim_crops_with_bright_spots_are_segmented_by_the_recipe_for_few_patient
         for step in range(60):
             trainer.step(next(batches), step)
 
-    def dice_of(crop):
+    def score(crop):
         images, mask = small_slices(crop)
         weight, volume = np.ones(len(mask), np.float32), np.zeros(len(mask), np.int32)
         counts = trainer.evaluate({"input": images, "mask": mask, "volume": volume, "weight": weight}).counts
         predicted, reference, both = np.sum(counts, axis=(0, 1))
         return 2 * both / (predicted + reference)
 
-    assert np.mean([dice_of(crop) for crop in bright]) > 0.6
+    assert np.mean([score(crop) for crop in bright]) > 0.6
     # measured: 0.44 with `laptop`, 0.00 with BatchNorm and `intensity` 0
-    assert dim_dice[0] <= np.mean([dice_of(crop) for crop in dim]) < dim_dice[1]
+    assert dim_dice[0] <= np.mean([score(crop) for crop in dim]) < dim_dice[1]
 
 
-def test_the_same_seed_gives_identical_phantoms(small):
-    for first, second in zip(small[2], make_phantom("small", 0, 3), strict=True):
+def test_the_same_seed_gives_identical_phantoms(small_phantoms):
+    for first, second in zip(small_phantoms[2], make_phantom("small", 0, 3), strict=True):
         np.testing.assert_array_equal(first, second)
 
 
-def test_different_cases_and_seeds_give_different_phantoms(small):
-    masks = [small[0].mask, small[4].mask, make_phantom("small", 1, 1).mask, make_phantom("small", 4, 1).mask]
+def test_different_cases_and_seeds_give_different_phantoms(small_phantoms):
+    masks = [
+        small_phantoms[0].mask,
+        small_phantoms[4].mask,
+        make_phantom("small", 1, 1).mask,
+        make_phantom("small", 4, 1).mask,
+    ]
     assert len({mask.tobytes() for mask in masks}) == len(masks)
 
 
@@ -184,12 +191,12 @@ def test_a_case_does_not_depend_on_the_number_of_cases(tmp_path):
     np.testing.assert_array_equal(one.affine, two.affine)
 
 
-def test_axes_vary_and_anatomy_follows_the_affine(small):
-    codes = {"".join(nib.aff2axcodes(phantom.affine)) for phantom in small}
+def test_axes_vary_and_anatomy_follows_the_affine(small_phantoms):
+    codes = {"".join(nib.aff2axcodes(phantom.affine)) for phantom in small_phantoms}
     assert codes == {"LPS", "RAS", "LAS", "RPS"}
     ahead, bright_right, lung = [], [], []
-    for phantom in small:
-        image, mask = canonical(phantom)
+    for phantom in small_phantoms:
+        image, mask = to_canonical(phantom)
         middle, size = np.argwhere(mask).mean(0), np.array(image.shape)
         x, y, z = np.round(middle).astype(int)
         blood = image > 0.8 * np.median(image[mask > 0])
@@ -207,10 +214,10 @@ def test_axes_vary_and_anatomy_follows_the_affine(small):
     assert np.mean(np.array(lung) < 0) > 0.9  # lungs on both sides of the spine are dark
 
 
-def test_descending_aorta_is_behind_and_left(small):
+def test_descending_aorta_is_behind_and_left(small_phantoms):
     counts = {-1: [], 1: []}
-    for phantom in small:
-        image, mask = canonical(phantom)
+    for phantom in small_phantoms:
+        image, mask = to_canonical(phantom)
         x, y, _ = np.round(np.argwhere(mask).mean(0)).astype(int)
         blood = image > 0.8 * np.median(image[mask > 0])
         blood[mask > 0] = False
@@ -220,9 +227,9 @@ def test_descending_aorta_is_behind_and_left(small):
     assert np.mean(counts[-1]) > 2 * np.mean(counts[1])
 
 
-def test_no_intensity_range_finds_the_atrium(small):
+def test_no_intensity_range_finds_the_atrium(small_phantoms):
     above, within = [], []
-    for phantom in small:
+    for phantom in small_phantoms:
         inside = phantom.mask > 0
         top = np.percentile(phantom.image, 99.95)
         edges = np.linspace(0, top, 101)
@@ -235,9 +242,9 @@ def test_no_intensity_range_finds_the_atrium(small):
     assert np.mean(within) < 0.6
 
 
-def test_the_mean_position_does_not_find_the_atrium(small):
+def test_the_mean_position_does_not_find_the_atrium(small_phantoms):
     grid = (48, 48, 24)
-    masks = [canonical(phantom)[1] > 0 for phantom in small]
+    masks = [to_canonical(phantom)[1] > 0 for phantom in small_phantoms]
     shaped = [
         zoom(m.astype(np.float32), np.divide(grid, m.shape), order=1, grid_mode=True, mode="nearest") for m in masks
     ]
@@ -262,7 +269,7 @@ def test_a_failed_write_names_the_reason_and_leaves_nothing(tmp_path):
     (tmp_path / "empty").mkdir()
     for name in ("new", "empty"):
         line = re.escape(f"output={tmp_path / name}: cannot be written (File too large)")
-        with files_at_most(50_000), pytest.raises(InputError, match=f"^{line}.* Choose a new or empty folder.$"):
+        with limit_file_size(50_000), pytest.raises(InputError, match=f"^{line}.* Choose a new or empty folder.$"):
             write_phantoms(tmp_path / name, 2, "small", 0)
     assert [str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*")] == ["empty"]
 
@@ -283,5 +290,5 @@ def test_an_output_below_a_file_is_refused(tmp_path):
 def test_the_command_refuses_a_folder_that_is_not_empty(tmp_path):
     options = ("jaxla.phantom", f"--output={tmp_path / 'made'}", "--cases=1", "--size=small")
     assert "phantoms: 1 of 1 cases" in run_module(*options).stdout
-    line = refuse(tmp_path, *options, run=in_a_new_process)
+    line = refuse(tmp_path, *options, run=run_in_new_process)
     assert line.startswith(f"error: --output={tmp_path / 'made'}: the folder is not empty")

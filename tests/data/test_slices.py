@@ -1,4 +1,4 @@
-"""Slices: which axis of a scan they lie along, their orientation, and the way back."""
+"""Slices: the axis along which a scan is sliced, their orientation, and the conversion back."""
 
 import itertools
 
@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from jaxla.data.slices import canonical_to_slices, from_slices, slice_geometry, slices_to_canonical, to_slices
-from tests.data.nifti import oblique
+from tests.data.nifti import oblique_affine
 
 ORIENTATIONS = [
     [[axis, sign] for axis, sign in zip(order, signs, strict=True)]
@@ -16,7 +16,7 @@ ORIENTATIONS = [
 ]
 
 
-@pytest.mark.parametrize("affine", [np.diag([0.7, 0.8, 2.5, 1]), oblique()], ids=["straight", "oblique"])
+@pytest.mark.parametrize("affine", [np.diag([0.7, 0.8, 2.5, 1]), oblique_affine()], ids=["straight", "oblique"])
 @pytest.mark.parametrize("orientation", ORIENTATIONS, ids=str)
 def test_slices_do_not_depend_on_the_stored_orientation(orientation, affine):
     scan = np.arange(3 * 4 * 5).reshape(3, 4, 5)
@@ -54,9 +54,9 @@ def test_all_48_orientations_are_tested():
         ((1.002, 1, 1), "left-right"),
     ],
 )
-@pytest.mark.parametrize("turned", [False, True], ids=["straight", "oblique"])
-def test_slices_lie_along_the_coarsest_spacing_and_ties_go_to_head_foot(spacing, axis, turned):
-    affine = oblique(spacing) if turned else np.diag([*spacing, 1.0])
+@pytest.mark.parametrize("is_oblique", [False, True], ids=["straight", "oblique"])
+def test_scans_are_sliced_along_the_axis_with_the_coarsest_spacing_or_else_head_foot(spacing, axis, is_oblique):
+    affine = oblique_affine(spacing) if is_oblique else np.diag([*spacing, 1.0])
     geometry = slice_geometry(affine)
     assert geometry.axis == axis
     along = {"left-right": 0, "anterior-posterior": 1, "head-foot": 2}[axis]
@@ -90,7 +90,7 @@ def test_slices_follow_the_radiological_convention(spacing, shape, first, last):
 
 
 @pytest.mark.parametrize("spacing", [(3, 1, 1), (1, 3, 1), (1, 1, 3)])
-def test_canonical_axes_are_the_same_whichever_way_slices_were_cut(spacing):
+def test_canonical_axes_do_not_depend_on_the_slice_axis(spacing):
     array = np.arange(2 * 3 * 4).reshape(2, 3, 4)
     # LPI, the order of slices, so that no axis is flipped
     geometry = slice_geometry(np.diag([-spacing[0], -spacing[1], -spacing[2], 1.0]))

@@ -31,7 +31,7 @@ def test_every_patient_is_in_exactly_one_part_and_no_part_is_empty(count):
     assert sorted([*split.train, *split.val, *split.test]) == sorted(ids(count))
     assert min(sizes(split)) >= 1
     for part, fraction in zip(sizes(split), (0.7, 0.1, 0.2), strict=True):
-        assert abs(part - fraction * count) <= (1.11 if count < 5 else 1)  # of 3 patients 1 is for training, not 2.1
+        assert abs(part - fraction * count) <= (1.11 if count < 5 else 1)  # 3 patients: 1 for training, not 2.1
 
 
 @pytest.mark.parametrize(
@@ -43,7 +43,7 @@ def test_every_patient_is_in_exactly_one_part_and_no_part_is_empty(count):
         (3, (1, 1, 1), (2, 0, 1)),
     ],
 )
-def test_few_patients_are_used_for_validation_only_if_it_is_needed(count, needed, not_needed):
+def test_few_patients_are_used_for_validation_only_if_validation_is_needed(count, needed, not_needed):
     drawn = {need: make_split(ids(count), Data(), needs_validation=need) for need in (True, False)}
     assert sizes(drawn[True]) == needed
     assert sizes(drawn[False]) == not_needed
@@ -74,7 +74,9 @@ def test_different_seeds_give_different_splits():
     parts = {make_split(ids(60), Data(split_seed=seed)).test for seed in range(20)}
     assert len(parts) == 20
     tested = {name for part in parts for name in part}
-    assert len(tested) > 55  # of 60; 20 draws of a fifth miss a patient with a probability of 1 %
+    assert (
+        len(tested) > 55
+    )  # 20 random test sets of 12 out of 60 patients miss a given patient with a probability of 1 %
 
 
 def test_few_shot_protocols_are_nested_with_the_same_validation_and_test_patients():
@@ -105,7 +107,7 @@ def test_another_subset_seed_changes_only_the_training_patients():
         assert (split.val, split.test) == (full.val, full.test)
         assert sorted(split.train + split.unused) == sorted(full.train)
         firsts.update(split.train)
-    assert len(firsts) > 25  # of 42; 59 draws find 32 on average, and fewer than 26 with a probability below 1 %
+    assert len(firsts) > 25  # 59 draws out of 42 find 32 on average, and fewer than 26 with a probability below 1 %
     protocol = Data(train_patients=5, subset_seed=3)
     assert make_split(ids(60), protocol) == make_split(ids(60), protocol)
 

@@ -21,13 +21,13 @@ from jaxla.data.volumes import (
 from tests.data.nifti import (
     AFFINE,
     SHAPE,
-    broken_voxel,
     edit_header,
     image_array,
+    image_with_voxel,
     mask_array,
-    oblique,
+    oblique_affine,
     save,
-    save_as,
+    save_image,
     save_raw_spacing,
     save_sheared,
     save_singular,
@@ -65,7 +65,7 @@ def test_the_axes_of_the_file_are_kept(tmp_path):
 
 def test_slope_and_intercept_are_applied(tmp_path):
     image = nib.Nifti1Image(image_array(), AFFINE)
-    path = save_as(tmp_path / "a.nii", image)
+    path = save_image(tmp_path / "a.nii", image)
     volume = read_image(edit_header(path, scl_slope=0.5, scl_inter=-10))
     assert volume.array.dtype == np.float32
     np.testing.assert_array_equal(volume.array, image_array() * 0.5 - 10)  # exact: halves of small whole numbers
@@ -96,23 +96,23 @@ def test_an_empty_mask_is_a_mask(tmp_path):
     assert not read_mask(save(tmp_path / "m.nii.gz", np.zeros(SHAPE, np.uint8))).array.any()
 
 
-def not_gzip(path):
+def write_text(path):
     path.write_bytes(b"not a scan at all" * 40)
     return path
 
 
-def rgb(path):
+def save_rgb(path):
     colours = np.zeros(SHAPE, np.dtype([("R", "u1"), ("G", "u1"), ("B", "u1")]))
-    return save_as(path, nib.Nifti1Image(colours, AFFINE))
+    return save_image(path, nib.Nifti1Image(colours, AFFINE))
 
 
 BAD_FILES = {
     "4d.nii.gz": (lambda p: save(p, np.ones((4, 4, 4, 2), np.int16)), r"4D with shape \(4, 4, 4, 2\).*one 3D volume"),
     "2d.nii.gz": (lambda p: save(p, np.ones((4, 5), np.int16)), r"2D with shape \(4, 5\)"),
     "no_voxels.nii": (lambda p: save(p, np.ones((4, 0, 4), np.int16)), "no voxels"),
-    "nan.nii.gz": (lambda p: save(p, broken_voxel(np.nan)), "1 of 896 voxels are NaN or infinite"),
-    "inf.nii.gz": (lambda p: save(p, broken_voxel(-np.inf)), "1 of 896 voxels are NaN or infinite"),
-    "too_large_for_float32.nii": (lambda p: save(p, broken_voxel(1).astype("f8") * 1e300), "NaN or infinite"),
+    "nan.nii.gz": (lambda p: save(p, image_with_voxel(np.nan)), "1 of 896 voxels are NaN or infinite"),
+    "inf.nii.gz": (lambda p: save(p, image_with_voxel(-np.inf)), "1 of 896 voxels are NaN or infinite"),
+    "too_large_for_float32.nii": (lambda p: save(p, image_with_voxel(1).astype("f8") * 1e300), "NaN or infinite"),
     "cut.nii.gz": (lambda p: truncate(save(p, image_array())), "truncated or damaged"),
     "cut_in_header.nii.gz": (lambda p: truncate(save(p, image_array()), 0.02), "truncated or damaged|not a NIfTI"),
     "cut.nii": (
@@ -121,11 +121,11 @@ BAD_FILES = {
     ),
     "cut_in_header.nii": (lambda p: truncate(save(p, image_array()), 0.1), "truncated or damaged|not a NIfTI"),
     "empty.nii": (lambda p: p.write_bytes(b""), "the file is empty"),
-    "text.nii": (not_gzip, "not a NIfTI"),
-    "text.nii.gz": (not_gzip, "not a NIfTI"),
-    "other_format.mgz": (lambda p: save_as(p, nib.MGHImage(image_array(), AFFINE)), "not a NIfTI file"),
+    "text.nii": (write_text, "not a NIfTI"),
+    "text.nii.gz": (write_text, "not a NIfTI"),
+    "other_format.mgz": (lambda p: save_image(p, nib.MGHImage(image_array(), AFFINE)), "not a NIfTI file"),
     "other_format.nii": (
-        lambda p: save_as(p.with_suffix(".mgh"), nib.MGHImage(image_array(), AFFINE)).rename(p),
+        lambda p: save_image(p.with_suffix(".mgh"), nib.MGHImage(image_array(), AFFINE)).rename(p),
         "not a NIfTI",
     ),
     "zero_spacing.nii": (lambda p: save_raw_spacing(p, (0.75, 0, 2.5)), r"voxel spacing \[0.75, 0.0, 2.5\]"),
@@ -133,7 +133,7 @@ BAD_FILES = {
     "singular.nii.gz": (save_singular, "sform is singular"),
     "sheared.nii.gz": (save_sheared, r"sform is sheared: two axes are 2\.9° off a right angle"),
     "complex.nii": (lambda p: save(p, image_array().astype(np.complex64)), "complex64 are not grey values"),
-    "colours.nii": (rgb, "not grey values"),
+    "colours.nii": (save_rgb, "not grey values"),
     "missing.nii.gz": (lambda p: None, "no such file"),
     "folder.nii.gz": (lambda p: p.mkdir(), "no DICOM slice in this folder"),
     "pipe.nii.gz": (os.mkfifo, "neither a file nor a folder"),
@@ -206,26 +206,26 @@ def test_an_array_with_an_unusable_affine_is_refused(affine, message):
 # --- grids -----------------------------------------------------------------------------------------------------------
 
 
-def volume(affine, shape=(3, 5, 7), name="a.nii"):
+def make_volume(affine, shape=(3, 5, 7), name="a.nii"):
     return Volume(name, np.zeros(shape, np.int16), affine, None)
 
 
 @pytest.mark.parametrize(("shift", "same"), [(0.099, True), (0.101, False)])
 @pytest.mark.parametrize("axis", [0, 1, 2])
-def test_grids_may_differ_by_a_tenth_of_the_smallest_voxel_side(shift, same, axis):
+def test_grids_may_differ_by_10_percent_of_the_smallest_voxel_side(shift, same, axis):
     affine = np.diag([1.0, 2.0, 3.0, 1.0])
     moved = affine.copy()
     moved[axis, 3] = shift
-    assert same_grid(volume(affine), volume(moved)) is same
-    assert same_grid(volume(moved), volume(affine)) is same
+    assert same_grid(make_volume(affine), make_volume(moved)) is same
+    assert same_grid(make_volume(moved), make_volume(affine)) is same
 
 
 def test_grids_that_differ_only_in_the_last_corner_are_different():
     affine = np.diag([1.0, 1.0, 1.0, 1.0])
     stretched = np.diag([1.0, 1.0, 1.016, 1.0])  # the last of 7 voxels lies 0.096 off
     further = np.diag([1.0, 1.0, 1.017, 1.0])  # 0.102
-    assert same_grid(volume(affine), volume(stretched))
-    assert not same_grid(volume(affine), volume(further))
+    assert same_grid(make_volume(affine), make_volume(stretched))
+    assert not same_grid(make_volume(affine), make_volume(further))
 
 
 def test_grids_that_differ_only_in_the_first_corner_are_different():
@@ -233,7 +233,7 @@ def test_grids_that_differ_only_in_the_first_corner_are_different():
     affine, shape = np.diag([1.0, 1.0, 1.0, 1.0]), (3, 5, 7)
     stretched = np.diag([1.0, 1.0, 1.02, 1.0])
     stretched[2, 3] = -0.02 * 6
-    assert not same_grid(volume(affine, shape), volume(stretched, shape))
+    assert not same_grid(make_volume(affine, shape), make_volume(stretched, shape))
 
 
 @pytest.mark.parametrize(("side", "same"), [(0.5, False), (2.0, True)])
@@ -241,17 +241,17 @@ def test_the_tolerance_is_relative_to_the_voxel_size(side, same):
     affine = np.diag([side, side, side, 1.0])
     moved = affine.copy()
     moved[0, 3] = 0.08
-    assert same_grid(volume(affine), volume(moved)) is same
+    assert same_grid(make_volume(affine), make_volume(moved)) is same
 
 
 def test_a_mask_on_another_grid_is_refused_with_the_difference():
     with pytest.raises(InputError, match=r"^m: not on the grid of i \(shape \(3, 5, 7\) instead of \(3, 5, 6\)\)"):
-        require_same_grid(volume(AFFINE, name="m"), volume(AFFINE, (3, 5, 6), "i"))
+        require_same_grid(make_volume(AFFINE, name="m"), make_volume(AFFINE, (3, 5, 6), "i"))
     with pytest.raises(
         InputError, match=r"^m: not on the grid of i \(same shape, different affine: \[-0.75 0 0 6; 0 -0"
     ):
-        require_same_grid(volume(AFFINE, name="m"), volume(np.eye(4), name="i"))
-    require_same_grid(volume(AFFINE), volume(AFFINE))
+        require_same_grid(make_volume(AFFINE, name="m"), make_volume(np.eye(4), name="i"))
+    require_same_grid(make_volume(AFFINE), make_volume(AFFINE))
 
 
 def test_the_hash_of_a_scan_depends_on_voxels_and_shape_but_not_on_memory_order():
@@ -264,7 +264,7 @@ def test_the_hash_of_a_scan_depends_on_voxels_and_shape_but_not_on_memory_order(
 
 # --- writing ---------------------------------------------------------------------------------------------------------
 
-GEOMETRY = (
+GEOMETRY_FIELDS = (
     "qform_code", "sform_code", "quatern_b", "quatern_c", "quatern_d", "qoffset_x", "qoffset_y", "qoffset_z",
     "srow_x", "srow_y", "srow_z", "xyzt_units",
 )  # fmt: skip
@@ -275,13 +275,13 @@ def scan_with_codes(path, qform_code, sform_code, image_class=nib.Nifti1Image, e
     header = image_class.header_class(endianness=endianness)
     header.set_data_dtype(np.dtype(np.int16).newbyteorder(endianness))
     image = image_class(image_array(), None, header)
-    turned = oblique()
-    image.header.set_qform(turned, code=qform_code)
-    turned[:3, 3] += 0.01
-    image.header.set_sform(turned, code=sform_code)
+    affine = oblique_affine()
+    image.header.set_qform(affine, code=qform_code)
+    affine[:3, 3] += 0.01
+    image.header.set_sform(affine, code=sform_code)
     image.header.set_xyzt_units("mm", "sec")
     image.header["cal_max"], image.header["descrip"] = 500, b"LGE"
-    return save_as(path, image_class(image_array(), None, image.header))
+    return save_image(path, image_class(image_array(), None, image.header))
 
 
 @pytest.mark.parametrize("codes", [(1, 1), (1, 2), (0, 1), (2, 0), (0, 0)], ids=str)
@@ -297,7 +297,7 @@ def test_a_written_mask_has_exactly_the_geometry_of_its_scan(tmp_path, codes, im
     np.testing.assert_array_equal(np.asarray(written.dataobj), mask_array())
     assert written.get_data_dtype() == np.uint8
     np.testing.assert_array_equal(written.affine, source.affine)
-    for key in GEOMETRY:
+    for key in GEOMETRY_FIELDS:
         np.testing.assert_array_equal(written.header[key], source.header[key], err_msg=key)
     np.testing.assert_array_equal(written.header["pixdim"][:4], source.header["pixdim"][:4])
     assert written.header.get_zooms() == source.header.get_zooms()
@@ -324,7 +324,7 @@ def test_a_scaled_scan_does_not_scale_its_mask(tmp_path):
     np.testing.assert_array_equal(np.asarray(nib.load(tmp_path / "m.nii.gz").dataobj), mask_array())
 
 
-def test_a_written_mask_replaces_an_older_one(tmp_path):
+def test_a_written_mask_replaces_an_older_mask(tmp_path):
     scan = read_image(save(tmp_path / "scan.nii", image_array()))
     for value in (1, 3):
         write_volume(tmp_path / "m.nii.gz", mask_array(value=value), scan)

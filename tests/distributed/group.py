@@ -10,7 +10,7 @@ from pathlib import Path
 ROOT = Path(__file__).parents[2]
 
 
-def free_port():
+def find_free_port():
     with socket.socket() as listening:
         listening.bind(("127.0.0.1", 0))
         return listening.getsockname()[1]
@@ -32,7 +32,7 @@ def start(commands, folder, **environ):
     return processes
 
 
-def together(command, port, count=2):
+def group_commands(command, port, count=2):
     """Return one command per process, with the options by which `count` processes join."""
     return [
         [*command, f"--coordinator=127.0.0.1:{port}", f"--processes={count}", f"--process={index}"]
@@ -53,7 +53,7 @@ def finish(processes, folder, seconds):
 
 
 def wait_for(condition, processes, seconds=300):
-    """Wait until the condition holds; if a process exits before, or after `seconds`, kill all of them and fail."""
+    """Wait until the condition holds; kill all processes and fail if one exits first, or after `seconds`."""
     end = time.monotonic() + seconds
     while not condition():
         if time.monotonic() > end or any(process.poll() is not None for process in processes):

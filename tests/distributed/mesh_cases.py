@@ -2,10 +2,10 @@
 
 STEPS = 10
 BATCH = 6  # slices or volumes; not divisible by four or eight devices
-NETWORKS = ("convolutional", "finetuned", "windows")  # the last on a frozen backbone
+NETWORKS = ("convolutional", "finetuned", "windows")  # `windows` on a frozen backbone
 CASES = {  # devices, whether parameters are sharded, networks
     "one": (1, False, NETWORKS),
-    "four": (4, False, ("finetuned", "windows")),  # the third runs on four devices of two processes
+    "four": (4, False, ("finetuned", "windows")),  # `convolutional` runs on four devices in two processes
     "eight, sharded": (8, True, ("finetuned",)),
 }
 TWO_PROCESS_CASES = {  # each process has two devices

@@ -37,7 +37,7 @@ from tests.training.scans import disc_scans
 RECIPE = BackboneTraining(learning_rate=1e-3, backbone_learning_rate=1e-4)
 
 
-def network(name):
+def tiny_network(name):
     if name == "convolutional":
         return randomise(nnx.eval_shape(lambda: UNet((4, 8), 1, rngs=nnx.Rngs(0))))
     if name == "fusion":
@@ -54,7 +54,7 @@ def batches(slices=None):
     """Yield the rows of each batch that the devices of this process compute.
 
     Args:
-        slices: slices per volume if rows are volumes; every other volume has one slice less.
+        slices: slices per volume if rows are volumes; every other volume has one slice fewer.
     """
     rng, rows = np.random.default_rng(0), local_rows(BATCH)
     for _ in range(STEPS):
@@ -73,7 +73,7 @@ def train(name):
     """Return losses, first gradients, and final parameters and statistics: name -> array."""
     is_windows = name == "windows"
     trainer = Trainer(
-        network(name),
+        tiny_network(name),
         RECIPE,
         STEPS,
         loss=per_volume(partial(dice_cross_entropy, batch_dice=True)) if is_windows else cross_entropy,
@@ -84,7 +84,7 @@ def train(name):
     arrays, losses = {}, []
     for i, batch in enumerate(batches(3 if is_windows else None)):
         losses.append(trainer.step(batch, i))
-        if i == 0:  # Adam's first moment is a tenth of the first gradient
+        if i == 0:  # Adam's first moment is now 0.1 times the gradient
             moments = flatten_by_name("gradients", trainer.optimiser_state)
             arrays |= {key: array for key, array in moments.items() if ".mu." in key}
     leaves = jax.tree.leaves((trainer.trainable, trainer.optimiser_state))
@@ -113,17 +113,19 @@ def train_in_parts(folder, devices_by_epoch):
         with use_devices(count, shard_params=count == 4):
             train, val = SliceSource(volumes[:2], Canvas(32)), SliceSource(volumes[1:], Canvas(32))
             recipe = replace(RECIPE, epochs=epoch, batch_size=BATCH, patience=9)
-            trainer = Trainer(network("finetuned"), recipe, steps_per_epoch(train, BATCH), has_pretrained_backbone=True)
+            trainer = Trainer(
+                tiny_network("finetuned"), recipe, steps_per_epoch(train, BATCH), has_pretrained_backbone=True
+            )
             progress = fit(trainer, train, val, folder / "checkpoints")
     kinds = ("train_loss", "val_loss", "val_dice", "val_iou")
     return np.array([[metrics[kind] for kind in kinds] for metrics in progress.history])
 
 
 def block_weights():
-    """Return the block weights of a network that is on one device, as after loading, within a mesh of eight devices."""
-    state = jax.device_put(nnx.state(network("fusion")), jax.devices()[0])
+    """Within a mesh of eight devices, return the block weights of a network on one device, as after loading."""
+    state = jax.device_put(nnx.state(tiny_network("fusion")), jax.devices()[0])
     with use_devices(8):
-        return np.array(nnx.merge(nnx.graphdef(network("fusion")), state).block_weights()["levels"])
+        return np.array(nnx.merge(nnx.graphdef(tiny_network("fusion")), state).block_weights()["levels"])
 
 
 def train_cases(cases):

@@ -1,4 +1,7 @@
-"""One of several processes: python -m tests.distributed.processes_driver KIND FOLDER --coordinator=HOST:PORT …"""
+"""Run one of several processes: python -m tests.distributed.processes_driver KIND FOLDER --coordinator=HOST:PORT …
+
+KIND is the name of a function below that takes a folder and the index of the process.
+"""
 
 import argparse
 import json
@@ -32,7 +35,7 @@ def exchange(folder, index):
         "items": local_items(["a", "b", "c", "d", "e"]),
         "first": is_first(),
     }
-    gather("x" * 5_000_000)
+    gather("x" * 5_000_000)  # larger than the default limit of a gRPC message, 4 MiB
     (folder / f"{index}.json").write_text(json.dumps(values))
     print(f"printed by {index}")
     log.info("info of %d", index)
@@ -41,7 +44,7 @@ def exchange(folder, index):
 
 
 def wait(folder, index):
-    """Wait in Python code (process 0) or for a value that never comes (process 1)."""
+    """Process 0 sleeps; process 1 waits for a value that process 0 has not sent."""
     with name_resume_command("that command", (folder / f"{index}.note").write_text):
         (folder / f"{index}.ready").touch()
         if index == 0:
@@ -67,7 +70,7 @@ def wrong_input_in_all(folder, index):
     raise InputError("--x", "wrong", "Remove the option.")
 
 
-def bug(folder, index):
+def bug_in_one(folder, index):
     if index == 1:
         raise RuntimeError("a bug")
     with name_resume_command("that command", (folder / f"{index}.note").write_text):

@@ -6,7 +6,7 @@ import nibabel as nib
 import numpy as np
 import pytest
 
-from tests.commands import SMALL_RUN, refuse_to_train, run_module, succeed
+from tests.commands import SMALL_RUN_OPTIONS, refuse_to_train, run_module, succeed
 
 
 @pytest.fixture
@@ -17,11 +17,11 @@ def four_devices(monkeypatch):
 
 def train(run, phantoms, *options, check=True):
     folders = (f"--data.root={phantoms}", f"--run-dir={run}", f"--cache-dir={run.parent / 'cache'}")
-    return run_module("jaxla.train", "--exp=quickstart", *folders, *SMALL_RUN, *options, check=check)
+    return run_module("jaxla.train", "--exp=quickstart", *folders, *SMALL_RUN_OPTIONS, *options, check=check)
 
 
 def test_four_devices_give_the_results_of_one(four_devices, small_run, phantoms, tmp_path):
-    """`small_run` used one device. Here, four devices share the parameters; then one and three devices predict."""
+    """`small_run` used one device. Here, four devices share the parameters; prediction uses one and three devices."""
     run = tmp_path / "run"
     train(run, phantoms, "--shard-params")
     actual, expected = (

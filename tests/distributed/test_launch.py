@@ -23,7 +23,7 @@ RANK_5 = {name: value for name, value in RANK.items() if name != "OMPI_MCA_orte_
 
 
 @pytest.fixture
-def launch_in(monkeypatch):
+def detect_launch(monkeypatch):
     """A function that finds the launch in an environment with these variables, and none of another launcher."""
     for name in [name for name in os.environ if name.startswith(("SLURM_", "OMPI_", "PMI_", "WORLD_SIZE", "RANK"))]:
         monkeypatch.delenv(name)
@@ -37,35 +37,35 @@ def launch_in(monkeypatch):
 
 
 @pytest.mark.parametrize("environ", [{}, BATCH_SCRIPT, SHELL, {**RANK, "OMPI_COMM_WORLD_SIZE": "1"}])
-def test_a_single_process_joins_nothing(launch_in, environ):
-    assert launch_in(environ, "", None, None) is None
-    assert launch_in(environ, "node1:7000", 1, 0) is None
+def test_a_single_process_joins_nothing(detect_launch, environ):
+    assert detect_launch(environ, "", None, None) is None
+    assert detect_launch(environ, "node1:7000", 1, 0) is None
 
 
 @pytest.mark.parametrize("environ", [TASK, RANK])
-def test_processes_1_does_not_join_other_tasks(launch_in, environ):
-    assert launch_in(environ, "", 1, None) is None
+def test_processes_1_does_not_join_other_tasks(detect_launch, environ):
+    assert detect_launch(environ, "", 1, None) is None
 
 
 @pytest.mark.parametrize(
     ("environ", "host", "index"),
     [(TASK, "node07", 0), ({**TASK, "SLURM_PROCID": "1"}, "node07", 1), (RANK, "192.0.2.2", 1)],
 )
-def test_srun_and_mpirun_need_no_options(launch_in, environ, host, index):
-    coordinator, count, found_index = launch_in(environ, "", None, None)
+def test_srun_and_mpirun_need_no_options(detect_launch, environ, host, index):
+    coordinator, count, found_index = detect_launch(environ, "", None, None)
     assert (coordinator.rsplit(":", 1)[0], count, found_index) == (host, 2, index)
-    assert 61440 <= int(coordinator.rsplit(":", 1)[1]) < 65536
+    assert 61440 <= int(coordinator.rsplit(":", 1)[1]) < 65536  # JAX derives the port from the id of the job
 
 
-def test_options_override_the_launcher(launch_in):
-    assert launch_in(TASK, "here:7000", 3, 2) == ("here:7000", 3, 2)
+def test_options_override_the_launcher(detect_launch):
+    assert detect_launch(TASK, "here:7000", 3, 2) == ("here:7000", 3, 2)
 
 
 @pytest.mark.parametrize("environ", [RANK_5, {"PMI_SIZE": "2", "PMI_RANK": "1"}, {"WORLD_SIZE": "2", "RANK": "1"}])
-def test_other_launchers_need_only_the_coordinator(launch_in, environ):
-    assert launch_in(environ, "here:7000", None, None) == ("here:7000", 2, 1)
+def test_other_launchers_need_only_the_coordinator(detect_launch, environ):
+    assert detect_launch(environ, "here:7000", None, None) == ("here:7000", 2, 1)
     with pytest.raises(InputError, match="--coordinator: missing, but several processes need it"):
-        launch_in(environ, "", None, None)
+        detect_launch(environ, "", None, None)
 
 
 @pytest.mark.parametrize(
@@ -81,7 +81,7 @@ def test_other_launchers_need_only_the_coordinator(launch_in, environ):
         (("here:7000", 0, 0), "--process=0: must be from 0 to N-1, where N is --processes=0"),
     ],
 )
-def test_missing_and_wrong_options_are_named(launch_in, options, message):
+def test_missing_and_wrong_options_are_named(detect_launch, options, message):
     with pytest.raises(InputError) as error:
-        launch_in({}, *options)
+        detect_launch({}, *options)
     assert str(error.value).startswith(message)

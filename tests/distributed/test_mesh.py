@@ -10,7 +10,7 @@ import pytest
 
 from jaxla.config import InputError
 from jaxla.distributed import device_count, use_devices
-from tests.distributed.group import finish, free_port, start
+from tests.distributed.group import find_free_port, finish, start
 from tests.distributed.mesh_cases import CASES, TWO_PROCESS_CASES
 
 ROOT = Path(__file__).parents[2]
@@ -18,11 +18,12 @@ ROOT = Path(__file__).parents[2]
 
 @pytest.fixture(scope="module")
 def arrays(tmp_path_factory):
+    """The results of all cases of `mesh_driver`: name -> array."""
     folder = tmp_path_factory.mktemp("mesh")
     command = [sys.executable, "-m", "tests.distributed.mesh_driver", str(folder)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    coordinator = f"127.0.0.1:{free_port()}"
+    coordinator = f"127.0.0.1:{find_free_port()}"
     commands = [["tests.distributed.mesh_driver", folder, coordinator, index] for index in (0, 1)]
     codes, _, err = finish(start(commands, folder), folder, seconds=900)
     assert codes == [0, 0], err
@@ -44,7 +45,7 @@ def relative_l2(actual, expected):
     [(case, name) for case, (*_, names) in (CASES | TWO_PROCESS_CASES).items() for name in names if case != "one"],
 )
 def test_ten_steps_give_the_results_of_one_device(arrays, case, network):
-    """The devices do not divide the batch."""
+    """The batch cannot be divided equally among the devices."""
     statistics = ["statistics"] if network != "windows" else []  # the windows network has none
     for kind in ("losses", "gradients", "parameters", *statistics):
         actual, expected = (concatenate(arrays, c, network, kind) for c in (case, "one"))
@@ -52,7 +53,7 @@ def test_ten_steps_give_the_results_of_one_device(arrays, case, network):
 
 
 def test_sharded_parameters_take_less_memory(arrays):
-    """A device saves 7/8 of the kernels that the table SHARDED lists, and of Adam's two moments of each."""
+    """Each of eight devices stores 1/8 of each sharded kernel and of its two moments in Adam."""
     device_bytes = {
         case: int(arrays[f"{case}/finetuned/bytes on a device"]) for case in ("one", "four", "eight, sharded")
     }

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from tests.commands import succeed
-from tests.distributed.group import finish, free_port, start, together, wait_for
+from tests.distributed.group import find_free_port, finish, group_commands, start, wait_for
 
 
 def command(folder, phantoms, *options, run="run"):
@@ -49,7 +49,7 @@ def split_file(phantoms, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def single_run(phantoms, split_file, tmp_path_factory):
-    """The folder of a run by one process and of its cache."""
+    """The folder that contains a run by one process, and its cache."""
     folder = tmp_path_factory.mktemp("one")
     succeed(folder, *command(folder, phantoms, f"--data.split={split_file}"))
     return folder
@@ -67,11 +67,11 @@ def double_run(phantoms, split_file, tmp_path_factory):
     metrics = folder / "run" / "metrics.jsonl"
     launches = []
     for epochs, signal_number, resume in ((1, signal.SIGKILL, []), (2, signal.SIGTERM, ["--resume"])):
-        processes = start(together([*train, *resume], free_port()), folder)
+        processes = start(group_commands([*train, *resume], find_free_port()), folder)
         wait_for(lambda: metrics.exists() and len(history(folder / "run")) >= epochs, processes)  # noqa: B023
         processes[1].send_signal(signal_number)
         launches.append(finish(processes, folder, seconds=60))
-    launches.append(finish(start(together([*train, "--resume"], free_port()), folder), folder, seconds=900))
+    launches.append(finish(start(group_commands([*train, "--resume"], find_free_port()), folder), folder, seconds=900))
     assert launches[-1][0] == [0, 0], launches[-1]
     return folder, *launches
 
@@ -93,7 +93,7 @@ def test_sigterm_to_one_process_makes_all_finish_the_step_and_save(double_run):
     assert f"resuming after {int(where[1]) - 1} epochs and {where[2]} steps" in out[0]
 
 
-def test_two_processes_give_the_results_of_one(single_run, double_run):
+def test_two_processes_give_the_results_of_one_process(single_run, double_run):
     folder, _, _, (_, out, _) = double_run
     actual, expected = history(folder / "run"), history(single_run / "run")
     assert len(actual) == len(expected) == 4
@@ -130,7 +130,7 @@ def test_each_scan_is_predicted_by_one_process(double_run, phantoms, tmp_path):
         shutil.copy(path, scans / f"{path.parent.name}.nii.gz")
     predict = ["jaxla.predict", f"--run={folder / 'run'}", f"--input={scans}"]
     succeed(tmp_path, *predict, f"--output={tmp_path / 'one'}")
-    processes = start(together([*predict, f"--output={tmp_path / 'two'}"], free_port()), tmp_path)
+    processes = start(group_commands([*predict, f"--output={tmp_path / 'two'}"], find_free_port()), tmp_path)
     codes, out, err = finish(processes, tmp_path, 900)
     assert codes == [0, 0], err
     masks = sorted(path.name for path in scans.iterdir())
@@ -146,7 +146,7 @@ def test_each_scan_is_predicted_by_one_process(double_run, phantoms, tmp_path):
 
 def test_two_processes_make_one_forecast(single_run, phantoms, split_file, tmp_path):
     dry = command(single_run, phantoms, f"--data.split={split_file}", "--dry-run", run="dry")
-    codes, out, err = finish(start(together(dry, free_port()), tmp_path), tmp_path, 900)
+    codes, out, err = finish(start(group_commands(dry, find_free_port()), tmp_path), tmp_path, 900)
     assert codes == [0, 0], err
     assert re.search(r"^patients +2 train, 1 val, 3 test$", out[0], re.MULTILINE)
     assert "patients" not in out[1]
@@ -163,7 +163,9 @@ def test_differences_between_processes_are_refused(single_run, phantoms, split_f
     scan = next(path for path in changed.rglob("enhanced.nii.gz") if path.parent.name == "train_2")
     image = nib.load(scan)
     nib.save(nib.Nifti1Image(np.asarray(image.dataobj) + 1, image.affine, image.header), scan)
-    commands = together(command(single_run, phantoms, f"--data.split={split_file}", run="refused"), free_port())
+    commands = group_commands(
+        command(single_run, phantoms, f"--data.split={split_file}", run="refused"), find_free_port()
+    )
     commands[1].append(option.replace("CHANGED", str(changed)))
     codes, _, err = finish(start(commands, tmp_path), tmp_path, 900)
     assert codes == [2, 2]
@@ -172,13 +174,13 @@ def test_differences_between_processes_are_refused(single_run, phantoms, split_f
     assert not (single_run / "refused").exists()
 
 
-def test_two_processes_fit_the_same_steps_into_their_minutes(phantoms, tmp_path):
+def test_two_processes_choose_the_same_number_of_steps_for_a_time_limit(phantoms, tmp_path):
     train = [
         "jaxla.train", "--exp=laptop", f"--data.root={phantoms}", f"--run-dir={tmp_path / 'run'}",
         f"--cache-dir={tmp_path / 'cache'}", "--data.split=all", "--preprocessing.image_size=32",
         "--model.widths=[4,8]", "--training.epochs=2", "--training.minutes=0.005", "--training.schedule=constant",
     ]  # fmt: skip
-    codes, out, err = finish(start(together(train, free_port()), tmp_path), tmp_path, seconds=300)
+    codes, out, err = finish(start(group_commands(train, find_free_port()), tmp_path), tmp_path, seconds=300)
     assert codes == [0, 0], err
     record = json.loads((tmp_path / "run" / "experiment.json").read_text())
     epochs, steps = record["fitted_epochs"], record["fitted_steps"]  # fewer on a slow machine

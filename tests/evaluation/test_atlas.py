@@ -30,7 +30,7 @@ def test_the_atlas_of_one_mask_reproduces_it(shape):
 
 
 @pytest.mark.parametrize("shape", [(12, 33, 64), (47, 49, 200)])
-def test_there_is_no_shift_between_grids(shape):
+def test_transfer_between_grids_causes_no_shift(shape):
     """Half-voxel centres in both directions keep a symmetric mask symmetric."""
     mask = cuboid(shape, (0.25, 0.25, 0.25), (0.75, 0.75, 0.75))
     mask = mask | mask[::-1] | mask[:, ::-1] | mask[:, :, ::-1]

@@ -10,7 +10,7 @@ import pytest
 from jaxla.config import InputError
 from jaxla.data.dicom_seg import write_segmentation
 from jaxla.evaluate import main
-from tests.commands import ROOT, in_a_new_process
+from tests.commands import ROOT, run_in_new_process
 from tests.data.formats import save_dicom
 from tests.data.nifti import image_array, mask_array
 from tests.data.nifti import save as save_mask
@@ -20,7 +20,7 @@ SHAPE = (16, 14, 8)
 
 
 def save(path, *boxes, values=(1, 2), affine=AFFINE, shape=SHAPE):
-    """Write a mask with boxes of (start, stop) along each axis."""
+    """Write a mask with a box of each value; a box is (start, stop) along each axis."""
     array = np.zeros(shape, np.int16)
     for value, box in zip(values, boxes, strict=False):
         array[tuple(slice(*r) for r in box)] = value
@@ -41,13 +41,13 @@ def folders(tmp_path):
     return tmp_path
 
 
-def options(folder, *more):
+def options(folder, *extra):
     names = {"predictions": folder / "predictions", "references": folder / "references", "output": folder / "out"}
-    return [*(f"--{name}={path}" for name, path in names.items()), *more]
+    return [*(f"--{name}={path}" for name, path in names.items()), *extra]
 
 
-def run(*arguments):
-    return in_a_new_process(ROOT, "jaxla.evaluate", *arguments)
+def run_evaluate(*arguments):
+    return run_in_new_process(ROOT, "jaxla.evaluate", *arguments)
 
 
 def read_csv(path):
@@ -56,7 +56,7 @@ def read_csv(path):
 
 
 def test_evaluation_writes_all_tables(folders):
-    done = run(*options(folders, "--protocol=lascarqs2022"))
+    done = run_evaluate(*options(folders, "--protocol=lascarqs2022"))
     assert (done.returncode, done.stderr) == (0, "")
     assert "one class: any non-zero value (found [1, 255, 420])" in done.stdout
     assert "dice" in done.stdout
@@ -79,12 +79,13 @@ def test_evaluation_writes_all_tables(folders):
     assert [row["Casename"] for row in challenge] == ["train_1", "train_2"]
 
 
-def test_slices_lie_along_the_coarsest_axis(folders):
+def test_volumes_are_sliced_along_the_coarsest_axis(folders):
+    """Dice is 1 in two and 0 in two slices of `train_1`, and 0 in four slices of `train_2`."""
     main(options(folders, "--unit=slice", "--empty=skip"))
     summary = json.loads((folders / "out" / "summary.json").read_text())
     assert summary["dice"] == pytest.approx({"mean": 0.25, "sd": 0.46291, "n": 8, "unit": "slice"}, abs=1e-5)
     assert summary["skipped"]["units"] == 8
-    assert len(read_csv(folders / "out" / "cases.csv")) == 16
+    assert len(read_csv(folders / "out" / "cases.csv")) == 16  # eight slices of each case
 
 
 def test_several_classes_are_taken_from_the_references(tmp_path, capsys):
@@ -168,7 +169,7 @@ def test_predictions_of_cases_outside_the_split_are_ignored_and_counted(folders,
 
 
 def test_a_class_that_no_reference_contains_does_not_raise_the_mean(folders, capsys):
-    """Both predictions lack the class `scar` too, which counts as perfect."""
+    """Both predictions also lack the class `scar`, which counts as perfect."""
     for case in (1, 2):
         save(folders / "references" / f"train_{case}.nii.gz", BOX)
     main(options(folders, "--data.labels=LA:1;scar:7"))
@@ -210,7 +211,7 @@ def test_probabilities_among_the_masks_are_logged_and_not_scored(folders, caplog
 
 def test_an_error_is_one_line_and_writes_no_files(folders):
     save(folders / "predictions" / "stray.nii.gz")
-    done = run(*options(folders))
+    done = run_evaluate(*options(folders))
     assert done.returncode == 2
     assert len(done.stderr.splitlines()) == 1
     assert "stray.nii.gz: this prediction has no reference" in done.stderr
@@ -225,7 +226,7 @@ def two_masks_of_one_case(folder):
 
 
 @pytest.mark.parametrize(
-    ("change", "more", "message"),
+    ("change", "extra", "message"),
     [
         (
             lambda f: (f / "predictions" / "train_2.nii").unlink(),
@@ -253,11 +254,11 @@ def two_masks_of_one_case(folder):
         (lambda f: None, ("--predictions=nowhere",), "^predictions=nowhere: no such folder"),
     ],
 )
-def test_bad_input_is_named(folders, change, more, message):
+def test_bad_input_is_named(folders, change, extra, message):
     change(folders)
     before = sorted(folders.rglob("*"))
     with pytest.raises(InputError, match=message):
-        main(options(folders, *more))
+        main(options(folders, *extra))
     assert sorted(folders.rglob("*")) == before
 
 

@@ -39,7 +39,7 @@ FULL, NONE = np.ones((3, 4), bool), np.zeros((3, 4), bool)
         (NONE, NONE, (1, 1), 1, 1, 0, 0, 0),
         (NONE, FULL, (1, 1), 0, 0, 5, 5, 5),
         (FULL, NONE, (1, 1), 0, 0, 5, 5, 5),
-        # two voxels, two slices of 2.5 mm apart
+        # two voxels at a distance of two slices of 2.5 mm
         (
             block((5, 3, 3), (1, 2), (1, 2), (1, 2)),
             block((5, 3, 3), (3, 4), (1, 2), (1, 2)),
@@ -56,23 +56,23 @@ FULL, NONE = np.ones((3, 4), bool), np.zeros((3, 4), bool)
         (FULL, block((3, 4), (0, 3), (0, 3)), (1, 0.5), 18 / 21, 9 / 12, 0.5, 0.5, 2 / 18),
     ],
 )
-def test_small_masks_by_hand(prediction, reference, spacing, dice, iou, hd, hd95, assd):
+def test_small_masks_match_hand_computed_values(prediction, reference, spacing, dice, iou, hd, hd95, assd):
     values = score(prediction, reference, spacing)
     named = {"dice": dice, "iou": iou, "hd_mm": hd, "hd95_mm": hd95, "assd_mm": assd}
     assert {metric: values[metric] for metric in named} == pytest.approx(named, rel=1e-12)
 
 
-def test_two_single_voxels_by_hand():
+def test_two_single_voxels_match_hand_computed_values():
     a, b = block((8, 9, 10), (1, 2), (1, 2), (1, 2)), block((8, 9, 10), (4, 5), (1, 2), (3, 4))
     values = score(a, b, (1.0, 0.5, 2.0))
-    # 3 voxels of 1 mm and 2 voxels of 2 mm apart: 5 mm
+    # distances of 3 × 1 mm and 2 × 2 mm along two axes: 5 mm
     assert values == {
         "dice": 0, "iou": 0, "precision": 0, "recall": 0, "nsd_1mm": 0, "nsd_2mm": 0,
         "hd_mm": 5, "hd95_mm": 5, "assd_mm": 5, "volume_ml": 0.001, "reference_volume_ml": 0.001,
     }  # fmt: skip
 
 
-def test_shifted_cubes_by_hand():
+def test_shifted_cubes_match_hand_computed_values():
     # two cubes of 4³ voxels, the prediction shifted by one voxel along the axis with 1.5 mm
     reference = block((12, 12, 12), (3, 7), (3, 7), (3, 7))
     prediction = block((12, 12, 12), (4, 8), (3, 7), (3, 7))
@@ -97,7 +97,7 @@ def test_hd95_is_the_larger_directed_percentile_not_the_pooled_percentile():
     prediction = reference | block((4, 60), (1, 2), (58, 59))
     values = score(prediction, reference, (1.0, 1.0))
     forth = np.array([0.0] * 19 + [40.0])
-    assert values["hd_mm"] == 40
+    assert values["hd_mm"] == 40  # from column 58 to column 18
     assert values["hd95_mm"] == pytest.approx(np.percentile(forth, 95))
     assert np.percentile(np.concatenate([forth, np.zeros(19)]), 95) < values["hd95_mm"]
 
@@ -135,7 +135,7 @@ def mask_pairs(rng, shape):
     yield from ((one, reference), (one, one), (corners, one), (full, corners), (full, one), (reference, full))
 
 
-def with_monai(prediction, reference, spacing):
+def score_with_monai(prediction, reference, spacing):
     p, r = (torch.from_numpy(mask)[None, None].float() for mask in (prediction, reference))
     shared = {"include_background": True, "spacing": spacing}
     with warnings.catch_warnings():
@@ -152,7 +152,7 @@ def with_monai(prediction, reference, spacing):
     return {metric: value.item() for metric, value in values.items()}
 
 
-def with_simpleitk(prediction, reference, spacing):
+def score_with_simpleitk(prediction, reference, spacing):
     images = []
     for mask in (prediction, reference):
         # padded, because SimpleITK has no contour at the edge of the array
@@ -186,7 +186,7 @@ def with_simpleitk(prediction, reference, spacing):
     ("shape", "spacing"),
     [((24, 20, 16), (1, 1, 1)), ((24, 20, 16), (0.625, 0.7, 2.5)), ((32, 28), (0.8, 1.3)), ((20, 31), (0.625, 0.625))],
 )
-@pytest.mark.parametrize("compute", [with_monai, with_simpleitk])
+@pytest.mark.parametrize("compute", [score_with_monai, score_with_simpleitk])
 def test_metrics_agree_with_other_packages(compute, shape, spacing):
     worst = {}
     for prediction, reference in mask_pairs(np.random.default_rng(0), shape):
@@ -199,7 +199,7 @@ def test_metrics_agree_with_other_packages(compute, shape, spacing):
 
 
 @pytest.mark.parametrize("axis", [0, 1, 2])
-@pytest.mark.parametrize("compute", [with_monai, with_simpleitk])
+@pytest.mark.parametrize("compute", [score_with_monai, score_with_simpleitk])
 def test_a_volume_of_one_slice_has_the_distances_of_that_slice(compute, axis):
     spacing = np.insert((0.8, 1.3), axis, 10.0)
     for prediction, reference in mask_pairs(np.random.default_rng(0), (32, 28)):
@@ -258,7 +258,7 @@ def test_a_missed_structure_gets_the_worst_score_under_every_policy(empty):
     shape, spacing = (10, 20, 30), (1.0, 0.5, 0.2)
     box, nothing = block(shape, (4, 6), (4, 6), (4, 6)), np.zeros(shape, bool)
     missed = score(nothing, box, spacing, empty)
-    diagonal = (10**2 + 10**2 + 6**2) ** 0.5  # of the array, not of the bounding box of the mask
+    diagonal = (10**2 + 10**2 + 6**2) ** 0.5  # the array's diagonal, not that of the mask's bounding box
     assert [missed[metric] for metric in OVERLAPS] == [0] * len(OVERLAPS)
     assert [missed[metric] for metric in DISTANCES] == pytest.approx([diagonal] * 3)
     assert missed["volume_ml"] == 0

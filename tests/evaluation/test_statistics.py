@@ -35,11 +35,11 @@ def test_the_example_of_wilcoxon_1945():
     assert found.p_holm == found.p
     assert (found.first, found.second, found.n) == ("cross", "self", 15)
     assert found.difference == pytest.approx(np.mean(CORN))
-    assert found.effect == pytest.approx((96 - 24) / 120)
+    assert found.effect == pytest.approx((96 - 24) / 120)  # the rank sums of positive and negative differences
     assert found.interval[0] < found.difference < found.interval[1]
 
 
-def test_p_of_few_cases_equals_brute_force():
+def test_p_value_of_few_cases_equals_brute_force():
     rng = np.random.default_rng(0)
     for n in (3, 6, 9):
         differences = rng.normal(0.5, 1, n)
@@ -92,7 +92,7 @@ def test_every_pair_is_compared_and_p_is_corrected():
         ([], []),
     ],
 )
-def test_holm_correction_by_hand(p, corrected):
+def test_holm_correction_matches_hand_computed_values(p, corrected):
     assert correct_holm(p) == pytest.approx(corrected)
 
 
@@ -111,7 +111,7 @@ def test_the_same_values_give_the_same_interval():
 
 
 @pytest.mark.parametrize(("differences", "effect"), [([1, 2, 3], 1), ([-1, -2], -1), ([1, -1], 0), ([0, 0, 2], 1)])
-def test_effect_sizes_by_hand(differences, effect):
+def test_effect_sizes_match_hand_computed_values(differences, effect):
     assert rank_biserial(np.array(differences, float)) == effect
 
 

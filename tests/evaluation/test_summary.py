@@ -143,7 +143,7 @@ def test_cases_csv_has_extra_columns_and_empty_cells_for_skipped_rows(tmp_path):
     assert (first["dice"], first["atlas_dice"], second["dice"]) == ("1.0", "0.5", "")
 
 
-def test_cases_csv_has_a_slice_column_for_slices_only(tmp_path):
+def test_cases_csv_has_a_slice_column_only_for_slices(tmp_path):
     rows = score_case("x", labels(a=A), labels(a=A), SPACING, ["a"], unit="slice")
     write_cases(rows, tmp_path / "cases.csv")
     header = (tmp_path / "cases.csv").read_text().splitlines()[0]

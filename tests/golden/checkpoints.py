@@ -45,7 +45,7 @@ def reference_shapes(arch: str) -> dict[str, list[int]]:
     """Return name -> shape of every parameter in the authors' checkpoint of an architecture."""
     arch = _AUTHORS_SPELLING.get(arch, arch)
     registers = {}
-    if arch in ("dinov2_vitl14_reg", "dinov2_vitg14_reg"):  # without a golden file, and with one more parameter
+    if arch in ("dinov2_vitl14_reg", "dinov2_vitg14_reg"):  # no golden file; one more parameter than without registers
         arch = arch.removesuffix("_reg")
         registers = {"register_tokens": [1, 4, 1024 if "vitl" in arch else 1536]}
     return json.loads((FOLDER / f"{arch}.shapes.json").read_text()) | registers
@@ -59,7 +59,7 @@ def checkpoint_parameter(name: str, shape: list[int]) -> np.ndarray:
 
 
 def write_checkpoint(path: Path, arch: str) -> None:
-    """Write the fake checkpoint as safetensors, one parameter at a time, since that of ViT-g is 4.5 GB."""
+    """Write the fake checkpoint as safetensors, one parameter at a time, because ViT-g's has 4.5 GB."""
     shapes = reference_shapes(arch)
     header, end = {}, 0
     for name, shape in shapes.items():
@@ -80,10 +80,7 @@ def convert(arch: str, source: Path, output: Path) -> None:
 
 
 def golden_backbone(arch: str) -> VisionTransformer:
-    """Return a float32 backbone with the fake checkpoint's parameters, through the conversion command.
-
-    No file remains.
-    """
+    """Return a float32 backbone with the fake checkpoint's parameters, converted by the command; no file remains."""
     with tempfile.TemporaryDirectory(prefix="jaxla_") as folder:
         source, output = (Path(folder) / f"{name}.safetensors" for name in ("source", "converted"))
         write_checkpoint(source, arch)
@@ -92,7 +89,7 @@ def golden_backbone(arch: str) -> VisionTransformer:
 
 
 def golden_backbone_in_memory(arch: str) -> VisionTransformer:
-    """Return what `golden_backbone` returns, through the conversion's tables without its files of up to 4.5 GB."""
+    """Return the same backbone as `golden_backbone`, converted in memory, without files of up to 4.5 GB."""
     tensors = {
         name: Tensor(tuple(shape), "float32", partial(checkpoint_parameter, name, shape))
         for name, shape in reference_shapes(arch).items()

@@ -40,7 +40,7 @@ def live_model(vit: VisionTransformer, authors_grid: bool = True) -> PreTrainedM
         model = (_dinov2(vit.variant) if vit.variant.grid else _dinov3(vit.variant, parameters)).eval()
     model.load_state_dict(live_state(vit.variant, parameters, model), assign=True)
     if not vit.variant.grid:
-        # from the checkpoint's periods, which may be rounded, instead of their formula
+        # use the checkpoint's periods, which may be rounded, instead of the formula
         model.rope_embeddings.inv_freq = 1 / torch.tensor(parameters["periods"])
     elif authors_grid:
         registers = vit.variant.antialias

@@ -18,7 +18,7 @@ DTYPES = ("u1", "i1", "i2", "u2", "i4", "u4", "f4", "f8")
 
 
 def threshold(slices, geometry, with_probabilities):
-    """Segment the voxels above 50; replaces a network."""
+    """Segment the voxels above 50, in place of a network."""
     return (slices > 50).astype(np.uint8), None
 
 

@@ -67,7 +67,8 @@ def test_training_prepares_the_same_slices_from_every_format(scan, tmp_path, nam
     def prepare(name):
         folder = tmp_path / name
         case = Case(
-            "case", *(save_any(folder / kind / name, array, OBLIQUE) for kind, array in zip("im", scan, strict=True))
+            "case",
+            *(save_any(folder / k / name, array, OBLIQUE) for k, array in zip(("image", "mask"), scan, strict=True)),
         )
         (volume,) = prepare_cases(Dataset(folder, "flat", (case,), Labels(("LA",))), tmp_path / "cache")
         return volume

@@ -93,20 +93,20 @@ def test_slices_are_independent_and_zero_changes_nothing():
     np.testing.assert_array_equal(postprocess(speck, BOTH), mask)
 
 
-def test_only_the_largest_part_of_a_group_is_kept():
+def test_only_the_largest_component_of_a_group_is_kept():
     """Voxels are connected by their corners. The classes of a group count as one structure and keep their values."""
     classes = np.zeros((4, 8, 8), np.uint8)
     classes[0, :2, :2] = 1
     classes[1, 2, 2] = 2  # shares a corner with a voxel of class 1
-    classes[3, 6, 6], classes[3, 6, 7] = 2, 1  # a separate part
-    together = keep_largest(classes, [(1, 2)])
+    classes[3, 6, 6], classes[3, 6, 7] = 2, 1  # a separate component
+    grouped = keep_largest(classes, [(1, 2)])
     expected = classes.copy()
     expected[3] = 0
-    np.testing.assert_array_equal(together, expected)
-    each = keep_largest(classes, [(1,), (2,)])
-    assert each[3, 6, 7] == 0
-    assert np.count_nonzero(each == 1) == 4
-    assert np.count_nonzero(each == 2) == 2  # two equal parts
+    np.testing.assert_array_equal(grouped, expected)
+    separate = keep_largest(classes, [(1,), (2,)])
+    assert separate[3, 6, 7] == 0
+    assert np.count_nonzero(separate == 1) == 4
+    assert np.count_nonzero(separate == 2) == 2  # two components of the same size
     np.testing.assert_array_equal(keep_largest(classes, []), classes)
     np.testing.assert_array_equal(keep_largest(np.zeros_like(classes), [(1, 2)]), 0)
     assert classes[3, 6, 6] == 2  # the argument is not changed

@@ -45,7 +45,7 @@ def canonical_mask(path):
 
 
 def test_a_folder_of_reoriented_copies_gets_the_same_masks_and_probabilities(small_run, scan, tmp_path):
-    """Runs the command in a new process."""
+    """The command runs in a new process."""
     scans, masks = tmp_path / "scans", tmp_path / "masks"
     scans.mkdir()
     shutil.copy(scan, scans / "scan_0000.nii.gz")
@@ -107,7 +107,7 @@ class StopAt(logging.Handler):
 
 
 def stop_at(text, *options):
-    """Run the command until it logs `text`; return the options of the command that it prints for continuing."""
+    """Run the command until it logs `text`; return the options of the resume command that it prints."""
     handler, package = StopAt(text), logging.getLogger("jaxla")
     level = package.level
     package.addHandler(handler)
@@ -170,7 +170,7 @@ def test_an_interrupted_prediction_can_be_continued_only_by_the_same_run(small_r
 
 def test_overwrite_replaces_masks_and_keeps_the_rows_of_other_cases(small_run, thin_scans, tmp_path):
     masks = tmp_path / "masks"
-    for name in "ab":  # scans one by one into one folder
+    for name in "ab":  # one command per scan, into the same folder
         main([f"--run={small_run}", f"--input={thin_scans / f'{name}.nii.gz'}", f"--output={masks}"])
     rows = read_csv(masks / "predictions.csv")
     assert [row["case"] for row in rows] == ["a", "b"]
@@ -216,7 +216,7 @@ def test_overwrite_leaves_no_probabilities_of_earlier_masks(small_run, thin_scan
     assert "masks/probabilities/b.nii.gz: would not match the new mask that --overwrite writes" in line
 
 
-def test_scans_of_the_run_are_recognised_by_their_voxels_and_unlike_scans_are_reported(
+def test_scans_of_the_run_are_recognised_by_their_voxels_and_unusual_scans_are_reported(
     small_run, phantoms, hippocampus, tmp_path
 ):
     split = json.loads((small_run / "split.json").read_text())

@@ -72,24 +72,24 @@ def test_cudnn_attention_has_a_gradient_for_any_number_of_tokens(monkeypatch, to
     forward = str(jax.make_jaxpr(cudnn_attention)(*qkv))
     assert "dot_product_attention_fwd" in forward
     assert " pad" not in forward
-    # when JAX supports this too, `cudnn_attention` is no longer needed
+    # once JAX also supports this, `cudnn_attention` is no longer needed
     with nullcontext() if tokens % 2 == 0 else pytest.raises(NotImplementedError, match="145"):
         traced_gradient(partial(jax.nn.dot_product_attention, implementation="cudnn"))
 
 
-def device(platform, version="", **attributes):
+def make_device(platform, version="", **attributes):
     return SimpleNamespace(platform=platform, client=SimpleNamespace(platform_version=version), **attributes)
 
 
 @pytest.mark.parametrize(
     ("device", "bfloat16", "cudnn"),
     [
-        (device("cpu", "cpu"), False, False),
-        (device("gpu", "PJRT C API\ncuda 12090", compute_capability="7.5"), False, False),  # T4
-        (device("gpu", "PJRT C API\ncuda 12090", compute_capability="8.0"), True, True),  # A100
-        (device("gpu", "PJRT C API\ncuda 13000", compute_capability="12.0"), True, True),
-        (device("gpu", "PJRT C API\nrocm 60443483", compute_capability="gfx942"), True, False),
-        (device("tpu", "TFRT TPU v5 lite"), True, False),
+        (make_device("cpu", "cpu"), False, False),
+        (make_device("gpu", "PJRT C API\ncuda 12090", compute_capability="7.5"), False, False),  # T4
+        (make_device("gpu", "PJRT C API\ncuda 12090", compute_capability="8.0"), True, True),  # A100
+        (make_device("gpu", "PJRT C API\ncuda 13000", compute_capability="12.0"), True, True),
+        (make_device("gpu", "PJRT C API\nrocm 60443483", compute_capability="gfx942"), True, False),
+        (make_device("tpu", "TFRT TPU v5 lite"), True, False),
     ],
     ids=["CPU", "Turing", "Ampere", "Blackwell", "AMD", "TPU"],
 )

@@ -1,4 +1,4 @@
-"""The contract that every method keeps: its network's shapes, features and options. Networks are only traced."""
+"""Properties of every method: its network's shapes, features and options. Networks are only traced."""
 
 import json
 import math
@@ -33,7 +33,7 @@ def network(method):
     return nnx.eval_shape(lambda: build_network(method.model.with_weights("random"), CLASSES, 0, plan=TINY_PLAN))
 
 
-def quickstart_with(method):
+def make_quickstart(method):
     return replace(EXPERIMENTS["quickstart"], method=method)
 
 
@@ -44,7 +44,7 @@ def trace(network, *arguments):
 
 def abstract_images(method, slices=3):
     plan = [TINY_PLAN] if method.preprocessing is None else []
-    task = TASKS[method.model.sample](quickstart_with(method), CLASSES, *plan)
+    task = TASKS[method.model.sample](make_quickstart(method), CLASSES, *plan)
     return jax.ShapeDtypeStruct((2, *task.input_shape(slices)), jnp.float32)
 
 
@@ -74,7 +74,7 @@ def test_some_parameters_are_trained_and_a_frozen_network_has_a_backbone(method,
     assert bool(jax.tree.leaves(nnx.filter_state(parts.frozen.parameters, nnx.Param))) == is_frozen
 
 
-def test_transformers_can_be_trained_on_features(method, network):
+def test_only_transformers_can_be_trained_on_features(method, network):
     assert hasattr(network, "on_features") == isinstance(method.model, TransformerOptions)
 
 
@@ -102,12 +102,12 @@ def test_network_on_features_completes_the_network(method, network):
 
 @pytest.mark.quick
 def test_options_are_accepted_and_resolved(method):
-    assert check_experiment(quickstart_with(method)).method == method
+    assert check_experiment(make_quickstart(method)).method == method
 
 
 @pytest.mark.quick
 def test_options_survive_the_record_of_a_run(method):
-    experiment = replace(quickstart_with(method), data=Data("scans", labels="LA:1", train_percent=12.5), fold="3")
+    experiment = replace(make_quickstart(method), data=Data("scans", labels="LA:1", train_percent=12.5), fold="3")
     content = json.loads(json.dumps(experiment_to_json(experiment)))
     assert experiment_from_json(content, METHODS) == experiment
 
@@ -131,7 +131,7 @@ def test_options_without_effect_are_found(name, unread):
     method = METHODS[name.removesuffix("_linear")]
     if name.endswith("_linear"):
         method = replace(method, model=replace(method.model, decoder="linear"))
-    assert unread_options(quickstart_with(method)) == unread
+    assert unread_options(make_quickstart(method)) == unread
     on_scans = Experiment("", "", Data("scans", split="split.json"), method)
     unread = unread | {"data.phantom_size", "data.phantom_cases", "data.validation"}
     assert unread_options(on_scans) == unread | {"data.split_seed"}

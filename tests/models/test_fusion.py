@@ -35,7 +35,7 @@ WIDTHS = (12, 8, 4)
 IMAGE_STAGES = ("all", "last", "none")
 VARIANTS = (weighted_sums, weighted_product)
 
-# The tests of parity and memory come first, because the fixture changes all later tests of this module.
+# Tests of parity and memory come first: once used, `fast_compilation` stays active for the rest of the module.
 fast = pytest.mark.usefixtures("fast_compilation")
 
 
@@ -121,7 +121,7 @@ def test_gradients_and_statistics_equal_pytorch():
 
 
 def test_memory_of_fine_tuning_is_linear_in_the_number_of_blocks():
-    """Compares the gradient of the features for 4 and for 32 blocks of 1 MB each."""
+    """The gradient of the features is compiled for 4 and for 32 blocks of 1 MB each."""
 
     def temporary_bytes(blocks):
         fusion = Fusion(4, blocks, "per_level")
@@ -247,7 +247,7 @@ def test_the_image_reaches_the_logits_through_features_and_stems(image):
     changed[:, :8, :8] = 1 - changed[:, :8, :8]
     change = np.abs(before - run((features, changed)))[..., 0]
     assert change[:, :8, :8].max() > 1e-3
-    if image == "last":  # the receptive field of three convolutions at half the resolution and a resizing
+    if image == "last":  # outside the receptive field of three convolutions at half the resolution and a resizing
         assert change[:, 20:].max() == 0
         assert change[:, :, 20:].max() == 0
 
@@ -270,7 +270,7 @@ def test_default_decoder_on_vit_b_has_the_parameters_of_its_layers():
     expected = 768 * 512 + 512 + 5 * 12 + 9 * 32 + 1  # first level, weights of the blocks, logits
     for i, o in pairwise(widths):
         expected += 768 * i + i  # projection of the weighted sum
-        expected += 9 * 3 * 16 + 2 * 16  # the image
+        expected += 9 * 3 * 16 + 2 * 16  # stem of the image
         expected += 9 * (i + 16) * o + 2 * o + 9 * o * o + 2 * o
     assert sum(leaf.size for leaf in jax.tree.leaves(nnx.state(decoder, nnx.Param))) == expected == 3_555_293
 
@@ -303,8 +303,8 @@ def test_impossible_options_are_refused(changed, line):
 # --- batches ---
 
 
-def test_batches_contain_the_images_of_their_features_and_few_large_ones_are_read_ahead(tmp_path):
-    """A batch takes 520 MB here, so at most two are read ahead."""
+def test_batches_contain_the_images_of_their_features_and_at_most_two_large_ones_are_read_ahead(tmp_path):
+    """A batch takes 520 MB here."""
 
     class Features:
         read = 0
@@ -323,7 +323,7 @@ def test_batches_contain_the_images_of_their_features_and_few_large_ones_are_rea
     try:
         batch = next(batches)
         time.sleep(1)
-        assert Features.read <= 1 + 2 * 3  # a slice for the shapes; the batch, one waiting, one being read
+        assert Features.read <= 1 + 2 * 3  # one slice to find the shapes, and two in this batch and in each of two more
     finally:
         batches.close()
     for features, image, volume in zip(batch["input"], batch["image"], batch["volume"], strict=True):

@@ -1,4 +1,4 @@
-"""Multiply-adds against counts by hand, and those of networks against PyTorch's counter of operations."""
+"""Counts of multiply-adds against hand-computed ones, and those of networks against PyTorch's FLOP counter."""
 
 from functools import partial
 
@@ -29,14 +29,14 @@ def convolve(x, kernel, stride=1, groups=1):
     )
 
 
-def test_cudnn_attention_counts_the_same(monkeypatch):
+def test_cudnn_attention_has_the_same_count(monkeypatch):
     """Traced as on a GPU with cuDNN, and not run."""
     pretend_gpu(monkeypatch)
     q, k = (jax.ShapeDtypeStruct((2, tokens, 4, 64), jnp.bfloat16) for tokens in (65, 33))
-    by_hand = 2 * (2 * 4 * 65 * 33 * 64)
+    expected = 2 * (2 * 4 * 65 * 33 * 64)
     for implementation in ("xla", "cudnn"):
         attention = partial(jax.nn.dot_product_attention, implementation=implementation)
-        assert multiply_adds(attention, q, k, k) == by_hand
+        assert multiply_adds(attention, q, k, k) == expected
     assert multiply_adds(cudnn_attention, q, q, q) == 2 * (2 * 4 * 65 * 65 * 64)
 
 
@@ -54,7 +54,7 @@ def test_cudnn_attention_counts_the_same(monkeypatch):
         (lambda a: jnp.tanh(a) * 2 + a.sum(), [shape(9, 9)], 0),
     ],
 )
-def test_count_equals_the_count_by_hand(function, arguments, expected):
+def test_counts_equal_hand_computed_counts(function, arguments, expected):
     assert multiply_adds(function, *arguments) == expected
 
 
@@ -63,7 +63,7 @@ def test_a_while_loop_is_refused():
         multiply_adds(lambda x: jax.lax.while_loop(lambda x: x[0, 0] < 9, lambda x: x @ x, x), shape(2, 2))
 
 
-def test_fusion_counts_the_same_in_both_variants():
+def test_both_variants_of_fusion_have_the_same_count():
     weights, features = shape(4, 3), shape(2, 3, 5, 7, 32)
     expected = 4 * 3 * (2 * 5 * 7 * 32)
     assert multiply_adds(weighted_sums, weights, features) == expected
@@ -85,7 +85,7 @@ def test_convolutional_networks_equal_pytorchs_counter(method):
     assert count_network(network, 64) == counter.get_total_flops() // 2
 
 
-def test_a_transformer_equals_its_formula():
+def test_the_count_of_a_transformer_equals_its_formula():
     backbone = tiny_backbone()
     variant, tokens = backbone.variant, (32 // backbone.variant.patch) ** 2 + 1
     images = shape(1, 32, 32, 3)

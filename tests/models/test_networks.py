@@ -14,7 +14,7 @@ from jaxla.models.networks.resnet_unet import ResNetUNetOptions
 from jaxla.models.networks.unet import UNet, UNetOptions
 from jaxla.models.ops.images import IMAGENET_DEVIATION, IMAGENET_MEAN
 from jaxla.train import list_experiments
-from tests.parity.test_rivals import NETWORKS, network_of
+from tests.parity.test_rivals import NETWORKS, make_network
 from tests.tiny import randomise
 
 # U-Net: the common PyTorch version has 31 043 521, with biases and three input channels. ResNet U-Nets: as in
@@ -32,9 +32,9 @@ run = nnx.jit(lambda network, images: network(images))
 
 
 @pytest.mark.parametrize("name", NETWORKS)
-def test_padding_is_cropped_again(name):
+def test_padding_is_cropped_from_the_logits(name):
     """An image gives the same logits as a copy that was padded beforehand by repeating its border."""
-    net, rng = network_of(name), np.random.default_rng(0)
+    net, rng = make_network(name), np.random.default_rng(0)
     small = rng.random((1, 50, 57, 1), dtype=np.float32)
     padding = [-side % getattr(net, "multiple", 32) for side in (50, 57)]
     top, left = (side // 2 for side in padding)
@@ -45,13 +45,13 @@ def test_padding_is_cropped_again(name):
 
 @pytest.mark.parametrize("name", ["resnet_unet", "segnet"])
 def test_grey_images_are_normalised_like_imagenet(name):
-    net, images = network_of(name), np.random.default_rng(0).random((1, 40, 40, 1), dtype=np.float32)
+    net, images = make_network(name), np.random.default_rng(0).random((1, 40, 40, 1), dtype=np.float32)
     normalised = (images - np.float32(IMAGENET_MEAN)) / np.float32(IMAGENET_DEVIATION)
     np.testing.assert_allclose(run(net, images), run(net, normalised), rtol=0, atol=1e-5)  # measured: 0
 
 
 @pytest.mark.parametrize("method", PARAMETERS)
-def test_parameter_count_equals_the_published_one(method):
+def test_parameter_count_equals_the_published_count(method):
     assert parameter_count(METHODS[method].model) == PARAMETERS[method]
 
 
@@ -132,7 +132,7 @@ def test_decoder_widths_must_match_the_stages():
 
 
 @pytest.mark.parametrize(("norm", "is_robust"), [("instance", True), ("batch", False)])
-def test_only_instance_norm_gives_a_dim_scan_the_logits_of_a_bright_one(norm, is_robust):
+def test_only_instance_norm_gives_a_dim_scan_the_logits_of_a_bright_scan(norm, is_robust):
     """Bright spots stretch a scan's grey range, so that its blood pool lies at 0.33 of the range instead of at 0.8."""
     network = randomise(nnx.eval_shape(lambda: UNet((4, 8, 8), 1, norm=norm, neighbours=1, rngs=nnx.Rngs(0))))
     network.eval()

@@ -1,4 +1,4 @@
-"""BatchNorm against PyTorch's: values, gradients, and both running statistics."""
+"""BatchNorm against PyTorch's: values, gradients, and both running statistics; GroupNorm without voxels."""
 
 import jax
 import jax.numpy as jnp

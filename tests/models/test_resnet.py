@@ -43,7 +43,7 @@ def relative_l2(ours, theirs):
 
 
 def test_features_equal_the_reference():
-    resnet, images = small_resnet(), random_images(2, 65, 97)  # tests/parity has even sides
+    resnet, images = small_resnet(), random_images(2, 65, 97)  # odd sides; tests/parity has even ones
     features = resnet.intermediate(images)
     for ours, theirs in zip(features, reference_of(resnet)(channels_first(images))[1:], strict=True):
         assert relative_l2(ours, channels_last(theirs)) <= 1e-6  # measured: 5.2e-7
@@ -65,9 +65,10 @@ def test_program_does_not_grow_with_the_depth():
     def convolutions(arch):
         resnet = nnx.eval_shape(lambda: build_backbone(arch, rngs=nnx.Rngs(0)))
         program = str(jax.make_jaxpr(resnet.intermediate)(random_images(1, 64, 64)))
-        # convolutions with one pixel are matrix products
+        # 1×1 convolutions are matrix products
         return program.count("conv_general_dilated[") + program.count("dot_general[")
 
+    # the stem; in each of four stages, the first block with its projection, and the body of a loop over the others
     assert convolutions("resnet152") == convolutions("resnet50") == 1 + 4 * (4 + 3)
 
 

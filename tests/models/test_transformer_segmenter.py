@@ -74,7 +74,7 @@ def test_doubling_and_its_gradient_equal_bilinear_interpolation_in_pytorch(shape
 
 # --- positions ---
 
-# corner tokens of a map of 12 × 20, and the quarters of 96 × 160 pixels that contain them
+# corner token of a map of 12 × 20 tokens -> the quarter of 96 × 160 pixels that contains it
 CORNERS = {
     (0, 0): np.s_[:48, :80],
     (0, 19): np.s_[:48, 80:],
@@ -84,7 +84,7 @@ CORNERS = {
 
 
 @pytest.mark.parametrize("kind", ["linear", "convolutional"])
-def test_a_token_in_a_corner_changes_that_corner_only(kind):
+def test_a_token_in_a_corner_changes_only_that_corner(kind):
     decoder = make_decoder(kind)
     decode = jax.jit(lambda tokens: decoder(tokens, (96, 160))[0, ..., 0])
     empty = np.asarray(decode(np.zeros((1, 12, 20, 16), np.float32)))

@@ -34,7 +34,7 @@ def image_with_one_patch(row, column, rows, columns):
 @pytest.mark.parametrize("variant", [TINY, REGISTERS, ROTARY], ids=["plain", "registers", "rotary"])
 def test_embedding_changes_only_the_token_of_a_changed_patch(variant):
     vit, (rows, columns) = tiny_backbone(variant=variant), (3, 5)
-    before = 1 + variant.registers
+    prefix = 1 + variant.registers
     embed = jax.jit(vit.embed)
     empty = np.asarray(embed(np.zeros((1, 24, 40, 3), np.float32)))
     moved = []
@@ -44,7 +44,7 @@ def test_embedding_changes_only_the_token_of_a_changed_patch(variant):
             tokens = embed(image)
             change = np.asarray(vit.to_map(tokens, (rows, columns)) - vit.to_map(empty, (rows, columns)))[0]
             assert np.argwhere(np.abs(change).max(-1) > 0).tolist() == [[row, column]]
-            assert np.argwhere(np.abs(tokens - empty).max(-1) > 0).tolist() == [[0, before + row * columns + column]]
+            assert np.argwhere(np.abs(tokens - empty).max(-1) > 0).tolist() == [[0, prefix + row * columns + column]]
             moved.append(change[row, column])
     np.testing.assert_allclose(moved, np.broadcast_to(moved[0], (15, 32)), atol=2e-6)  # measured: 2.4e-7
 
@@ -102,10 +102,10 @@ def test_rotary_positions_change_the_tokens():
 
 def test_images_of_a_batch_are_independent():
     vit, images = tiny_backbone(variant=ROTARY), random_images(2, 24, 40)
-    together, alone = vit(images), [vit(images[i : i + 1]) for i in range(2)]
+    group_commands, alone = vit(images), [vit(images[i : i + 1]) for i in range(2)]
     for i in range(2):
-        np.testing.assert_allclose(together.cls[i], alone[i].cls[0], atol=5e-6)  # measured: 0
-        np.testing.assert_allclose(together.patches[i], alone[i].patches[0], atol=5e-6)  # measured: 0
+        np.testing.assert_allclose(group_commands.cls[i], alone[i].cls[0], atol=5e-6)  # measured: 0
+        np.testing.assert_allclose(group_commands.patches[i], alone[i].patches[0], atol=5e-6)  # measured: 0
 
 
 def test_intermediate_tokens_equal_those_of_a_shorter_network():

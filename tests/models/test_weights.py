@@ -121,7 +121,7 @@ def test_error_names_an_unexpected_parameter(mini_file):
     refusal(lambda: jaxla.load_backbone(mini_file), mini_file, "contains 1 parameter", "vit_mini8", "head")
 
 
-def test_error_names_a_wrong_shape_and_the_expected_one(mini_file):
+def test_error_names_the_wrong_and_the_expected_shape(mini_file):
     rewrite(mini_file, lambda arrays: arrays.update(pos_cls=np.zeros((1, 128), np.float32)))
     refusal(lambda: jaxla.load_backbone(mini_file), mini_file, "pos_cls", "(1, 128)", "(128,)")
 
@@ -245,7 +245,7 @@ def test_command_and_notebook_name_the_option_differently(tmp_path):
 # --- checksums ---
 
 
-def test_unchanged_file_is_hashed_once_and_a_changed_one_again(mini_file, monkeypatch):
+def test_an_unchanged_file_is_hashed_once_and_a_changed_file_again(mini_file, monkeypatch):
     hashed = []
     file_digest = hashlib.file_digest
     monkeypatch.setattr(hashlib, "file_digest", lambda *arguments: hashed.append(1) or file_digest(*arguments))

@@ -59,7 +59,7 @@ def test_window_sizes_differ_by_one_at_most(seed):
 
 
 def test_division_matches_a_worked_example():
-    """Seven slices in three windows start at 0, 2 and 4; five rows in two start at 0 and 2, the first one padded."""
+    """Three windows over seven slices start at 0, 2 and 4; two over five rows start at 0 and 2, the first padded."""
     grid = WindowGrid((3, 2, 1), (7, 5, 1), jnp.array([7]))
     x = jnp.arange(35.0).reshape(1, 7, 1, 5, 1, 1)  # with an axis between slices and rows, as features have
     assert grid.window_shape == (3, 3, 1)
@@ -69,7 +69,7 @@ def test_division_matches_a_worked_example():
     np.testing.assert_array_equal(grid.cut(x, 5)[0, :, 0, :, 0, 0], [[22, 23, 24], [27, 28, 29], [32, 33, 34]])
 
 
-def test_windows_twice_as_fine_are_assembled_twice_as_fine():
+def test_windows_with_twice_the_resolution_are_assembled_with_twice_the_resolution():
     grid = WindowGrid((2, 2, 3), (5, 4, 7), jnp.array([5, 3]))
     fine = np.random.default_rng(0).standard_normal((2, 5, 8, 14, 1), dtype=np.float32)
     coarse = fine.reshape(2, 5, 4, 2, 7, 2, 1).transpose(0, 1, 3, 5, 2, 4, 6)  # [B, D, 2, 2, h, w, 1]

@@ -22,7 +22,7 @@ from tests.tiny import ROTARY, TINY, randomise, tiny_backbone
 WIDTHS = (16, 12, 8, 8)
 SIZE = (32, 64)  # H, W of the slices; h, w of the features are 4, 8
 SLICES = 6
-# The tests of parity come first, because the fixture changes all later tests of this module.
+# Tests of parity come first: once used, `fast_compilation` stays active for the rest of the module.
 fast = pytest.mark.usefixtures("fast_compilation")
 KINDS = {
     "3D": {"depth_places": 5},
@@ -158,8 +158,8 @@ def test_a_changed_slice_affects_only_its_window_and_in_2d_only_itself(kind, rea
 
 @fast
 @pytest.mark.parametrize("depth_places", [0, 5])
-def test_equal_slices_differ_by_the_depth_embedding_only(depth_places):
-    # slicewise, because in 3D the border of the volume makes slices different, too
+def test_equal_slices_differ_only_by_the_depth_embedding(depth_places):
+    # slicewise, because in 3D the border of the volume also makes slices different
     decoder = make_decoder(depth_places=depth_places, slicewise=True)
     equal = np.repeat(random_features(1, slices=1), SLICES, axis=1)
     logits = run(FeatureWindows(decoder, SIZE, (2, 1, 1)), equal)
@@ -193,7 +193,7 @@ def test_network_on_features_equals_the_network():
     np.testing.assert_allclose(on_features, run(network, images), atol=1e-5)  # measured: 2.8e-6
 
 
-def test_levels_are_the_quarters_of_the_backbones_depth():
+def test_levels_read_blocks_at_the_quarters_of_the_backbones_depth():
     for depth, blocks in ((12, (2, 5, 8, 11)), (24, (5, 11, 17, 23)), (4, (0, 1, 2, 3)), (3, (0, 1, 2, 2))):
         network = WindowSegmenter(tiny_backbone(variant=replace(TINY, depth=depth)), make_decoder(), (1, 1, 1))
         assert network.blocks == blocks
@@ -204,7 +204,8 @@ def test_levels_are_the_quarters_of_the_backbones_depth():
 def test_the_decoder_has_few_parameters():
     model = METHODS["windows_dinov3_vitb16"].model
     total = parameter_count(model)
-    backbone = parameter_count(TransformerSegmenterOptions(model.arch, decoder="linear")) - 769
+    linear_head = 768 + 1  # weights and bias
+    backbone = parameter_count(TransformerSegmenterOptions(model.arch, decoder="linear")) - linear_head
     assert total - backbone < 0.02 * backbone  # 1.0 M and 85.7 M
 
 
@@ -214,7 +215,7 @@ def test_the_decoder_has_few_parameters():
 @pytest.mark.parametrize(
     ("windows", "counts"), [("1", (1, 1, 1)), ("3", (3, 1, 1)), ("2x2x2", (2, 2, 2)), ("4x1x12", (4, 1, 12))]
 )
-def test_window_counts_are_those_along_slices_rows_and_columns(windows, counts):
+def test_window_counts_are_read_for_slices_rows_and_columns(windows, counts):
     assert WindowOptions(windows=windows).window_counts() == counts
 
 

@@ -77,7 +77,7 @@ def augment(patch, probabilities, key, images, masks, keep_zeros=False):
     return make_augment(patch, 1, keep_zeros, probabilities)(key, images, masks)
 
 
-# Comparisons with nnU-Net come first, because the fixture changes all later tests of this module.
+# Comparisons with nnU-Net come first: once used, `fast_compilation` stays active for the rest of the module.
 fast = pytest.mark.usefixtures("fast_compilation")
 NONE = Probabilities(*(0.0,) * len(NNUNET_PROBABILITIES))
 PATCH, COUNT = (8, 8, 8), 400
@@ -86,7 +86,7 @@ KEY = jax.random.key(0)
 
 
 def changed_fraction(names):
-    """Return the fraction of patches that differ from their centre if only the named changes are applied."""
+    """Return the fraction of patches that differ from the centre of the initial patch if only `names` are applied."""
     rng = np.random.default_rng(0)
     images = jnp.asarray(np.broadcast_to(rng.standard_normal((1, *SIZE, 1)), (COUNT, *SIZE, 1)), jnp.float32)
     probabilities = NONE._replace(**{name: getattr(NNUNET_PROBABILITIES, name) for name in names})
@@ -175,8 +175,7 @@ def test_zeros_of_the_scan_stay_zero_if_requested():
 
 
 @fast
-def test_same_key_gives_same_patches():
-    """Tested with 2D patches."""
+def test_same_key_gives_same_2d_patches():
     patch = (10, 12)
     size = initial_patch_size(patch)
     images = jnp.asarray(np.random.default_rng(0).standard_normal((4, *size, 1)), jnp.float32)

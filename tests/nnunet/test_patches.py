@@ -34,7 +34,7 @@ def make_source(volumes, size=(4, 8, 6), patch_size=None, batch_size=3, seed=(0,
     return PatchSource(volumes, size, patch_size or size, batch_size, seed, length)
 
 
-def test_patches_depend_on_seed_and_number_only(volumes):
+def test_patches_depend_only_on_seed_and_index(volumes):
     first, again, reseeded = (make_source(volumes, seed=(s, 0)) for s in (1, 1, 2))
     rows = [first[n] for n in range(6)]
     for n, row in enumerate(rows):
@@ -74,7 +74,7 @@ def test_image_and_mask_show_the_same_voxels(volumes, size):
 
 @pytest.mark.parametrize("batch_size", [2, 3, 9])
 def test_last_third_of_a_batch_contains_a_structure_of_either_class(volumes, batch_size):
-    """These are the second of two rows, the third of three, the last three of nine: rounded as in nnU-Net."""
+    """This is the second of two rows, the third of three, or the last three of nine, rounded as in nnU-Net."""
     patches = make_source(volumes[:2], (2, 2, 2), batch_size=batch_size)
     foreground = [n for n in range(40 * batch_size) if n % batch_size >= round(batch_size * 0.67)]
     classes = [set(np.unique(patches[n]["mask"]).tolist()) for n in foreground]
@@ -89,8 +89,8 @@ def test_patches_of_scans_without_structures_lie_anywhere(volumes):
     assert len({patches[n]["input"].tobytes() for n in range(20)}) > 10
 
 
-def test_initial_patches_reach_beyond_the_scan_as_far_as_their_margin(volumes):
-    """Their centre, which the network sees, touches the border of the scan but does not cross it."""
+def test_initial_patches_extend_beyond_the_scan_by_at_most_their_margin(volumes):
+    """The centre of the patch, which the network sees, may touch the border of the scan, but not cross it."""
     image = volumes[0].image
     starts = set()
     patches = make_source(volumes[:1], (6, 12, 10), (4, 8, 6), batch_size=1000)

@@ -56,7 +56,7 @@ def test_random_scans_cover_every_branch_of_the_planner():
     assert any(scan["transpose_forward"] != [0, 1, 2] for scan in RANDOM)
 
 
-def test_single_slices_are_planned_in_2d_only():
+def test_single_slices_are_planned_only_in_2d():
     plan = make_plan(fingerprint_from_json({"spacings": [[1, 1, 1]] * 3, "shapes_after_crop": [[1, 64, 80]] * 3}), 2)
     assert list(plan.configurations) == ["2d"]
 
@@ -68,7 +68,7 @@ def test_less_memory_gives_smaller_patches():
 
 
 def test_topology_halves_fine_axes_first():
-    """By hand: slices of 3 mm and pixels of 1 mm are halved together once the pixels are 2 mm."""
+    """Pixels of 1 mm are halved first; once they are 2 mm, slices of 3 mm are halved with them."""
     found = plan_topology((3.0, 1.0, 1.0), (16, 64, 64))
     assert found.strides == ((1, 1, 1), (1, 2, 2), (2, 2, 2), (2, 2, 2), (1, 2, 2))
     assert found.kernel_sizes == ((1, 3, 3), (3, 3, 3), (3, 3, 3), (3, 3, 3), (3, 3, 3))

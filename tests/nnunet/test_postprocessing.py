@@ -1,4 +1,4 @@
-"""Small parts are removed only if that improves validation, as in nnU-Net's `determine_postprocessing`."""
+"""Small components are removed only if that improves validation, as in nnU-Net's `determine_postprocessing`."""
 
 import json
 
@@ -22,7 +22,7 @@ TWO_CLASSES = {"none": [0.6, 0.8], "all": [0.7, 0.8], "each": [0.7, 0.7], "all, 
         (TWO_CLASSES | {"all, each": [0.6, 0.7]}, 2, [[1, 2]]),
     ],
 )
-def test_parts_are_removed_only_if_that_helps_the_validation_cases(trials, count, groups):
+def test_components_are_removed_only_if_that_improves_the_validation_dice(trials, count, groups):
     worse = {rule: [value - 0.1 for value in values] for rule, values in trials.items()}
     better = {rule: [value + 0.1 for value in values] for rule, values in trials.items()}
     assert choose_groups({"a": worse, "b": better}, count) == groups
@@ -39,7 +39,7 @@ def test_cases_without_a_structure_are_excluded_from_its_mean():
     assert choose_groups({"a": without}, 2) == [[1]]
 
 
-def test_dice_of_each_rule_is_computed_from_the_parts_it_keeps():
+def test_dice_of_each_rule_is_computed_from_the_components_that_it_keeps():
     rng = np.random.default_rng(0)
     reference = rng.integers(0, 3, (5, 9, 8)).astype(np.uint8)
     predicted = np.where(rng.random(reference.shape) < 0.3, reference, 0).astype(np.uint8)

@@ -14,7 +14,7 @@ from jaxla.data.slices import slice_geometry, to_slices
 from jaxla.nnunet.plan import Configuration, Plan
 from jaxla.nnunet.planner import check_plan, collect_fingerprint
 from jaxla.nnunet.preprocessing import preprocess_image, preprocess_volumes
-from tests.data.nifti import AFFINE, flat, image_array, mask_array, save
+from tests.data.nifti import AFFINE, image_array, mask_array, save, write_flat_pairs
 
 GOLDEN = np.load(Path(__file__).parents[1] / "golden" / "nnunet_preprocessing.npz")
 
@@ -59,8 +59,8 @@ def test_orientation_of_the_file_does_not_change_the_image(tmp_path):
     """nnU-Net uses the axes of the file; jaxla gives the same image however the scan is stored."""
     image, plan = image_array(1), make_tiny_plan((2.0, 1.0, 1.0), size=(5, 10, 12))
     found = []
-    for turn in ([[0, 1], [1, 1], [2, 1]], [[2, -1], [0, 1], [1, -1]], [[1, 1], [2, -1], [0, -1]]):
-        stored = nib.Nifti1Image(image, AFFINE).as_reoriented(np.array(turn))
+    for orientation in ([[0, 1], [1, 1], [2, 1]], [[2, -1], [0, 1], [1, -1]], [[1, 1], [2, -1], [0, -1]]):
+        stored = nib.Nifti1Image(image, AFFINE).as_reoriented(np.array(orientation))
         geometry = slice_geometry(stored.affine)
         slices = to_slices(np.asarray(stored.dataobj), geometry)
         found.append(preprocess_image(slices, geometry.axis, geometry.spacing, *plan))
@@ -70,23 +70,23 @@ def test_orientation_of_the_file_does_not_change_the_image(tmp_path):
 
 
 def test_volumes_are_cached_by_spacing_axes_and_normalisation(tmp_path):
-    volumes = prepare_cases(find_cases(flat(tmp_path / "data", 2)), tmp_path / "cache")
+    volumes = prepare_cases(find_cases(write_flat_pairs(tmp_path / "data", 2)), tmp_path / "cache")
     plan, configuration = make_tiny_plan((2.0, 1.0, 1.0))
 
     def folders(plan, configuration):
         return {v.folder for v in preprocess_volumes(volumes, plan, configuration, tmp_path / "cache")}
 
     first = folders(plan, configuration)
-    stamps = {path: path.stat().st_mtime_ns for path in (tmp_path / "cache").rglob("*") if path.is_file()}
+    modified = {path: path.stat().st_mtime_ns for path in (tmp_path / "cache").rglob("*") if path.is_file()}
     assert folders(plan, configuration._replace(batch_size=9, patch_size=(8, 8, 8))) == first
-    assert stamps == {path: path.stat().st_mtime_ns for path in (tmp_path / "cache").rglob("*") if path.is_file()}
+    assert modified == {path: path.stat().st_mtime_ns for path in (tmp_path / "cache").rglob("*") if path.is_file()}
     changed = [
         folders(plan, configuration._replace(spacing=(2.0, 1.0, 1.5))),
         folders(plan, configuration._replace(spacing=(1.0, 1.0))),
         folders(plan._replace(use_mask_for_norm=True), configuration),
         folders(plan._replace(transpose_forward=(1, 0, 2)), configuration),
     ]
-    assert len(set.union(first, *changed)) == 2 * 5
+    assert len(set.union(first, *changed)) == 2 * 5  # two volumes, five different plans
     (next(iter(first)) / "locations.npy").unlink()  # an incomplete folder is replaced
     assert folders(plan, configuration) == first
     assert all((folder / "locations.npy").exists() for folder in first)
@@ -120,7 +120,9 @@ def test_fingerprint_describes_the_cropped_scan(tmp_path):
 
 
 def test_plan_for_scans_of_another_size_is_refused(tmp_path):
-    volumes = prepare_cases(find_cases(flat(tmp_path / "data", 2)), tmp_path / "cache")  # 4 × 14 × 16 voxels
+    volumes = prepare_cases(
+        find_cases(write_flat_pairs(tmp_path / "data", 2)), tmp_path / "cache"
+    )  # 4 × 14 × 16 voxels
     plan, configuration = make_tiny_plan((2.5, 0.75, 0.75), size=(4, 14, 16))
 
     def check(**changes):
@@ -171,7 +173,7 @@ def test_normalisation_within_the_nonzero_region_includes_structures(tmp_path):
 
 
 def test_empty_masks_have_no_locations(tmp_path):
-    folder = flat(tmp_path / "data", 1)
+    folder = write_flat_pairs(tmp_path / "data", 1)
     save(next(folder.glob("*_mask.nii.gz")), np.zeros_like(mask_array()))
     (volume,) = prepare_cases(find_cases(folder, "LA:1"), tmp_path / "cache")
     (result,) = preprocess_volumes([volume], *make_tiny_plan((2.5, 0.75, 0.75)), tmp_path / "cache")
@@ -179,8 +181,8 @@ def test_empty_masks_have_no_locations(tmp_path):
     assert result.shape == result.image.shape
 
 
-def test_masks_of_more_than_127_classes_keep_them_all(tmp_path):
-    root = flat(tmp_path / "data", 1)
+def test_masks_keep_more_than_127_classes(tmp_path):
+    root = write_flat_pairs(tmp_path / "data", 1)
     mask = np.zeros(image_array().shape, np.int16)
     mask[4:8, 4:8, 1:3] = np.arange(1, 33).reshape(4, 4, 2)
     mask[8, 8, 1:3] = 127, 140

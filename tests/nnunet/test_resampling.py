@@ -41,7 +41,7 @@ def test_coarse_axis_is_found(spacing, new_spacing, axis):
     assert find_coarse_axis(spacing, new_spacing) == axis
 
 
-def test_nearest_and_linear_indices_by_hand():
+def test_nearest_and_linear_indices_match_hand_computed_values():
     np.testing.assert_array_equal(nearest_indices(4, 2), [1, 3])  # 0.5 and 2.5 are rounded up
     np.testing.assert_array_equal(nearest_indices(2, 5), [0, 0, 1, 1, 1])
     first, second, weight = linear_indices(2, 4)

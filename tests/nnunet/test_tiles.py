@@ -67,7 +67,7 @@ def test_logits_return_to_their_voxels(size, shape):
 
 @pytest.mark.parametrize("name", TINY)
 def test_logits_are_the_weighted_mean_of_all_mirrored_tiles(name):
-    """Compared with plain loops over tiles and flips."""
+    """The expected logits are computed by plain loops over tiles and flips."""
     configuration = TINY[name]
     networks = [randomise(nnx.eval_shape(lambda: NNUNet(configuration, 3, rngs=nnx.Rngs(0))), seed) for seed in (0, 1)]
     run = nnx.jit(lambda network, images: network(images))
@@ -93,7 +93,7 @@ def test_logits_are_the_weighted_mean_of_all_mirrored_tiles(name):
 
 
 def test_memory_for_logits_does_not_grow_with_the_scan():
-    """Slices of logits are freed once no tile reaches them."""
+    """Slices of logits are freed once no further tile overlaps them."""
     tile_logits = make_tile_logits([Identity()], make_configuration((4, 32, 32)))
     peaks = {}
     for depth in (40, 400):
@@ -158,5 +158,7 @@ def test_count_tiles_includes_flips():
         slice_axis, shape, spacing = "head-foot", (10, 13, 9), (1.0, 1.0, 1.0)
 
     plan = TINY_PLAN._replace(transpose_forward=(0, 1, 2))
-    assert count_tiles([Scan, Scan], plan, make_configuration((4, 6, 6))) == 2 * 8 * (4 * 4 * 2)
-    assert count_tiles([Scan], plan, make_configuration((6, 6))) == 4 * 10 * (4 * 2)
+    assert count_tiles([Scan, Scan], plan, make_configuration((4, 6, 6))) == 2 * 8 * (
+        4 * 4 * 2
+    )  # scans × flips × tiles
+    assert count_tiles([Scan], plan, make_configuration((6, 6))) == 4 * 10 * (4 * 2)  # flips × slices × tiles

@@ -84,7 +84,7 @@ class ReferenceFusionDecoder(nn.Module):
         return self.logits(functional.interpolate(x, size=self.size, mode="bilinear"))
 
 
-# --- paper 3's decoder, of one window ---
+# --- paper 3's decoder, for one window ---
 
 
 class ReferenceLevel(nn.Module):
@@ -112,7 +112,7 @@ class ReferenceWindowUnit(nn.Module):
 
 
 class ReferenceWindowDecoder(nn.Module):
-    """Decode features [B, 4, C, d, h, w] of the slices `window`, a range, of a volume of `slices` slices."""
+    """Decode features [B, 4, C, d, h, w] of the slices in the range `window`, from a volume with `slices` slices."""
 
     def __init__(self, width, widths, outputs, places, depth):
         super().__init__()

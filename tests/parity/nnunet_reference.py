@@ -1,4 +1,4 @@
-"""PyTorch's nnU-Net (Isensee, Jaeger et al. 2021) as its plan says, with the names of its own state dicts."""
+"""nnU-Net (Isensee, Jaeger et al. 2021) in PyTorch, built from a plan, with the names of nnU-Net's state dicts."""
 
 from itertools import pairwise
 

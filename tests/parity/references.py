@@ -1,4 +1,4 @@
-"""Our networks' parameters in PyTorch modules written from the papers, and the way back.
+"""Build PyTorch modules, written from the papers, with the parameters of our networks.
 
 Encoders have torchvision's names, so that the conversion tables fill them; everything else has our names.
 """
@@ -58,9 +58,9 @@ def reference_of(network, size=None):
             depth = 1 if network.slicewise else 3
             reference = ReferenceWindowDecoder(width, widths, network.logits.out_features, places, depth)
         case AttentionUNet():
-            reference = ReferenceAttentionUNet(widths_of(network), network.logits.out_features)
+            reference = ReferenceAttentionUNet(unet_widths(network), network.logits.out_features)
         case UNet():
-            reference = ReferenceUNet(widths_of(network), network.logits.out_features)
+            reference = ReferenceUNet(unet_widths(network), network.logits.out_features)
             if isinstance(network.down[0].first.norm, InstanceNorm):
                 for unit in reference.modules():
                     if isinstance(unit, Unit):
@@ -83,7 +83,7 @@ def reference_of(network, size=None):
     return reference.to(dtype).eval()
 
 
-def widths_of(unet):
+def unet_widths(unet):
     return [convolutions.second.norm.scale.shape[0] for convolutions in unet.down]
 
 
@@ -96,20 +96,20 @@ def as_theirs(network, source):
     """
     arrays = flat_arrays(source, nnx.Variable) if isinstance(source, nnx.Module) else flat_state(source)
     if isinstance(network, ResNet | VGG):
-        return encoder_as_theirs(network, arrays)
+        return encoder_to_torch(network, arrays)
     ours = {name: array for name, array in arrays.items() if not name.startswith("backbone.")}
-    theirs = dict(to_torch(name, array) for name, array in ours.items())
+    theirs = dict(array_to_torch(name, array) for name, array in ours.items())
     if hasattr(network, "backbone"):
         backbone_arrays = {
             name.removeprefix("backbone."): array for name, array in arrays.items() if name.startswith("backbone.")
         }
         theirs |= {
-            f"backbone.{name}": array for name, array in encoder_as_theirs(network.backbone, backbone_arrays).items()
+            f"backbone.{name}": array for name, array in encoder_to_torch(network.backbone, backbone_arrays).items()
         }
     return theirs
 
 
-def encoder_as_theirs(encoder, arrays):
+def encoder_to_torch(encoder, arrays):
     rows = resnet_rows(encoder.variant) if isinstance(encoder, ResNet) else vgg_rows(encoder.variant)
 
     def read(name, block):
@@ -125,7 +125,7 @@ def encoder_as_theirs(encoder, arrays):
     return theirs
 
 
-def to_torch(name, array):
+def array_to_torch(name, array):
     """Return the reference's name of one of our arrays, and the array in its layout."""
     module, _, leaf = name.rpartition(".")
     if leaf == "kernel" and module.startswith("up.") and array.shape[1:3] == (2, 2):  # a transposed convolution

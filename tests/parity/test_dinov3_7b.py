@@ -34,7 +34,7 @@ AUTHORS_BLOCK = {
     "mlp.w3.bias": (4096,),
     "ls2.gamma": (4096,),
 }
-AUTHORS = {
+AUTHORS_SHAPES = {
     "cls_token": (1, 1, 4096),
     "storage_tokens": (1, 4, 4096),
     "patch_embed.proj.weight": (4096, 3, 16, 16),
@@ -44,7 +44,7 @@ AUTHORS = {
     "norm.weight": (4096,),
     "norm.bias": (4096,),
 }
-OURS = {
+OUR_SHAPES = {
     "cls_token": (4096,),
     "register_tokens": (4, 4096),
     "periods": (32,),
@@ -70,14 +70,14 @@ OURS = {
 
 def test_parameters_have_the_authors_number_and_shapes():
     abstract = nnx.eval_shape(lambda: build_backbone("dinov3_vit7b16", rngs=nnx.Rngs(0)))
-    assert parameter_shapes(abstract) == OURS
-    theirs, ours = (sum(int(np.prod(shape)) for shape in shapes.values()) for shapes in (AUTHORS, OURS))
+    assert parameter_shapes(abstract) == OUR_SHAPES
+    theirs, ours = (sum(int(np.prod(shape)) for shape in shapes.values()) for shapes in (AUTHORS_SHAPES, OUR_SHAPES))
     assert theirs == ours == 6_716_031_008
 
 
 def test_conversion_expects_the_authors_tensors():
     unused = {"mask_token": (1, 4096), "local_cls_norm.weight": (4096,), "local_cls_norm.bias": (4096,)}
-    assert {row.theirs: row.shape for row in architecture_rows("dinov3_vit7b16")} == AUTHORS | unused
+    assert {row.theirs: row.shape for row in architecture_rows("dinov3_vit7b16")} == AUTHORS_SHAPES | unused
 
 
 def test_two_blocks_equal_live_pytorch():

@@ -38,7 +38,7 @@ TINY = {
 @pytest.mark.parametrize("name", TINY)
 @pytest.mark.parametrize("outputs", [1, 3])
 def test_gradients_of_the_loss_equal_the_reference(name, outputs):
-    """Dice and cross-entropy with deep supervision; if we have one output, the reference has two, as nnU-Net has."""
+    """Dice and cross-entropy with deep supervision. For our one output, the reference has two, as in nnU-Net."""
     with jax.enable_x64():
         configuration, rng = TINY[name], np.random.default_rng(0)
         network = randomise(nnx.eval_shape(lambda: NNUNet(configuration, outputs, dtype=jnp.float64, rngs=nnx.Rngs(0))))

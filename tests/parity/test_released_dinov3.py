@@ -28,7 +28,7 @@ def test_tokens_of_a_checkpoint_like_the_released_ones_equal_live_pytorch(tmp_pa
     torch.save(state, source)
     convert("dinov3_vits16", source, output)
     vit = load_backbone(output, jnp.float32)
-    for file in (source, output):  # pytest keeps the folders of its last three sessions
+    for file in (source, output):  # pytest would keep these large files for three sessions
         file.unlink()
 
     assert np.asarray(vit.blocks.attention.qkv_bias[...]).any()

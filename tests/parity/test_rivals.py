@@ -51,7 +51,7 @@ NETWORKS = {
 }
 
 
-def network_of(name, outputs=1, dtype=jnp.float32):
+def make_network(name, outputs=1, dtype=jnp.float32):
     network = randomise(nnx.eval_shape(lambda: NETWORKS[name](outputs, dtype=dtype, rngs=nnx.Rngs(0))))
     for _, variable in nnx.to_flat_state(nnx.state(network)):
         variable.set_value(jnp.asarray(np.asarray(variable), dtype))
@@ -72,7 +72,7 @@ def their_input(name, images):
 
 @pytest.mark.parametrize("name", NETWORKS)
 def test_logits_equal_the_reference(name):
-    network, images = network_of(name, outputs=3), random_batch()[0]
+    network, images = make_network(name, outputs=3), random_batch()[0]
     logits = nnx.jit(lambda network: network(images))(network)
     with torch.no_grad():
         theirs = reference_of(network)(their_input(name, images).float()).numpy().transpose(0, 2, 3, 1)
@@ -85,7 +85,7 @@ def test_logits_equal_the_reference(name):
 def test_training_equals_the_reference(name):
     """The gradients of binary cross-entropy, and BatchNorm's statistics after five steps of Adam."""
     with jax.enable_x64():
-        network = network_of(name, dtype=jnp.float64)
+        network = make_network(name, dtype=jnp.float64)
         images, mask = random_batch(np.float64)
         reference = reference_of(network).train()
         network.train()
@@ -123,7 +123,7 @@ def test_training_equals_the_reference(name):
 
 
 def relative_l2(ours, theirs):
-    """Return the relative L2 difference over all arrays: the gradient of a bias before BatchNorm is only rounding."""
+    """Return the relative L2 difference over all arrays; the gradient of a bias before BatchNorm is pure rounding."""
     theirs = {name: theirs[name].numpy() for name in ours}
     difference = sum(np.square(ours[name] - theirs[name]).sum() for name in ours)
     return np.sqrt(difference / sum(np.square(array).sum() for array in theirs.values()))

@@ -15,7 +15,7 @@ SPACING = (2.5, 1.5, 0.75)  # mm along slices, rows, columns
 SHAPE = (10, 20, 30)
 
 
-def mask(rows, classes=1, columns=(5, 20)):
+def make_box_mask(rows, classes=1, columns=(5, 20)):
     """Return a mask [S, H, W] with a box of each class in slices 1 to 8, side by side; `rows` (0, 0) gives no box."""
     array = np.zeros(SHAPE, np.uint8)
     for value in range(1, classes + 1):
@@ -24,10 +24,10 @@ def mask(rows, classes=1, columns=(5, 20)):
     return array
 
 
-REFERENCE, ATLAS = (4, 14), (8, 18)
+REFERENCE, ATLAS = (4, 14), (8, 18)  # rows of their boxes
 
 
-def outcome(predictions, names=("LA",), references=None):
+def make_outcome(predictions, names=("LA",), references=None):
     """Return the arguments of `write_report` for a run.
 
     Args:
@@ -39,10 +39,10 @@ def outcome(predictions, names=("LA",), references=None):
     rows, slice_rows, atlas_rows, panels = [], [], [], []
     rng = np.random.default_rng(0)
     for name, rows_of_box in predictions.items():
-        predicted, reference = mask(rows_of_box, k), mask(references[name], k)
+        predicted, reference = make_box_mask(rows_of_box, k), make_box_mask(references[name], k)
         rows += score_case(name, predicted, reference, SPACING, names)
         slice_rows += score_case(name, predicted, reference, SPACING, names, "slice")
-        atlas_rows += score_case(name, mask(ATLAS, k), reference, SPACING, names)
+        atlas_rows += score_case(name, make_box_mask(ATLAS, k), reference, SPACING, names)
         image = rng.integers(0, 900, SHAPE).astype(np.int16)
         panels.append(Panel(f"{name}, shown", image, predicted, reference, SPACING))
     rows, summary = summarise_test(rows, slice_rows, atlas_rows, names)

@@ -8,7 +8,7 @@ from PIL import Image
 
 from jaxla.reporting.charts import draw_block_weights, draw_curves
 from jaxla.reporting.overlays import PREDICTION, REFERENCE, draw_overlays, slice_figures
-from tests.reporting.pages import SHAPE, outcome
+from tests.reporting.pages import SHAPE, make_outcome
 
 
 def count_pixels(path, colour):
@@ -19,7 +19,7 @@ def count_pixels(path, colour):
 
 @pytest.fixture
 def panel():
-    return outcome({"a1": (6, 16)})["panels"][0]
+    return make_outcome({"a1": (6, 16)})["panels"][0]
 
 
 def test_overlays_outline_prediction_and_reference(panel, tmp_path):
@@ -40,7 +40,7 @@ def test_no_slice_is_repeated(panel):
 
 
 def test_curves_replace_an_older_file(tmp_path):
-    history = outcome({"a1": (6, 16)})["history"]
+    history = make_outcome({"a1": (6, 16)})["history"]
     path = tmp_path / "progress.png"
     draw_curves(history[:1], "tiny", path)
     first = np.asarray(Image.open(path))

@@ -1,4 +1,4 @@
-"""Helpers of the tests of whole runs."""
+"""Helpers for the tests of end-to-end runs."""
 
 import json
 

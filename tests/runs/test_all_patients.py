@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 
-from tests.commands import in_this_process, succeed
+from tests.commands import run_in_this_process, succeed
 from tests.runs.folders import predict, read_json, scan_file, train
 
 pytestmark = pytest.mark.usefixtures("fast_compilation")
@@ -29,7 +29,7 @@ def run(phantoms, tmp_path_factory):
     return run
 
 
-def test_output_and_report_say_that_nothing_was_tested(run):
+def test_output_and_report_state_that_nothing_was_tested(run):
     printed = (run.parent / "printed.txt").read_text()
     assert "patients: 6 training, 0 validation, 0 test" in printed
     assert "unet_small (random weights, trained): trained; no test cases. To test, segment" in printed
@@ -55,7 +55,7 @@ def test_evaluate_refuses_a_split_without_test_cases(run, phantoms, tmp_path):
     (tmp_path / "masks").mkdir()
     predict(run, scan_file(phantoms, "train_1"), tmp_path / "masks" / "train_1.nii.gz")
     options = ("--predictions=masks", f"--references={phantoms}", "--output=scores", f"--cases={run / 'split.json'}")
-    done = in_this_process(tmp_path, "jaxla.evaluate", *options)
+    done = run_in_this_process(tmp_path, "jaxla.evaluate", *options)
     assert (done.returncode, done.stderr) == (
         2, f"error: --cases={run / 'split.json'}: lists no test cases. Remove --cases to score every prediction.\n",
     )  # fmt: skip
@@ -77,7 +77,7 @@ def test_training_on_whole_volumes_works_without_validation(phantoms, tmp_path):
 
 @pytest.fixture(scope="module")
 def folds(phantoms, tmp_path_factory):
-    """Five folds, each within its minutes, and what was printed. With a constant rate they share compiled programs."""
+    """A run of five folds with a time limit, and its output. At a constant rate, the folds share compiled programs."""
     options = [word for word in LAPTOP if not word.startswith("--training.steps=")]
     options += ["--fold=all", "--training.minutes=0.0001", "--training.schedule=constant"]
     return train(tmp_path_factory.mktemp("folds"), phantoms, *options)
@@ -93,7 +93,7 @@ def test_five_folds_validate_every_patient_once(folds):
     assert page.count("<td>–</td>") == 10  # test Dice and IoU of each fold
 
 
-def test_a_time_too_short_for_a_pass_says_how_long_one_takes(folds):
+def test_the_warning_about_a_too_short_time_limit_states_the_time_of_one_epoch(folds):
     run, printed = folds
     line = "--training.minutes=0.0001: too short for one pass over the training data, which takes "
     assert printed.count(line) == 5

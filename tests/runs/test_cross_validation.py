@@ -22,8 +22,9 @@ OPTIONS = (
 )  # fmt: skip
 
 
-def options(phantoms, folder, *more):
-    return (*OPTIONS, f"--data.root={phantoms}", f"--run-dir={folder}", f"--cache-dir={folder.parent / 'cache'}", *more)
+def options(phantoms, folder, *extra):
+    folders = (f"--data.root={phantoms}", f"--run-dir={folder}", f"--cache-dir={folder.parent / 'cache'}")
+    return (*OPTIONS, *folders, *extra)
 
 
 @pytest.fixture(scope="module")

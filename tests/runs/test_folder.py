@@ -15,7 +15,7 @@ from jaxla.data.labels import Labels
 from jaxla.data.split import Split
 from jaxla.runs.folder import is_running, require_free, require_resumable, run_folder
 from jaxla.runs.record import Record, read_record
-from tests.training.faults import files_at_most, start_process
+from tests.training.faults import limit_file_size, start_process
 
 EXPERIMENT = EXPERIMENTS["quickstart"]
 SPLIT = Split(("a", "b"), ("c",), ("d",))
@@ -47,7 +47,7 @@ def lock_until_killed(folder: Path, resume: bool = False) -> None:
 
 
 def wait_for_answers(*logs):
-    """Wait until every process has logged whether it is inside, and return the logs."""
+    """Wait until every process has logged whether it holds the lock, and return the logs."""
     end = time.monotonic() + 60
     while not all(log.exists() and log.read_text().endswith("\n") for log in logs):
         assert time.monotonic() < end
@@ -56,7 +56,7 @@ def wait_for_answers(*logs):
 
 
 @pytest.fixture
-def locked(tmp_path):
+def locked_folder(tmp_path):
     """A run's folder, and the process that keeps it locked."""
     folder = tmp_path / "runs" / "run"
     process = start_process(tmp_path / "holder.log", lock_until_killed, folder)
@@ -96,14 +96,14 @@ def test_files_of_a_run_killed_at_its_start_are_replaced(tmp_path):
 
 def test_a_full_disk_leaves_no_folder(tmp_path):
     """The record, which is written last, is larger than the other files."""
-    with files_at_most(1000), pytest.raises(InputError) as error, open_folder(tmp_path / "run"):
+    with limit_file_size(1000), pytest.raises(InputError) as error, open_folder(tmp_path / "run"):
         pass
     assert str(error.value).startswith(f"--run-dir={tmp_path / 'run'}: cannot be written (File too large)")
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_second_process_is_refused(locked):
-    folder, _ = locked
+def test_a_second_process_is_refused(locked_folder):
+    folder, _ = locked_folder
     before = {path: path.stat().st_mtime_ns for path in folder.iterdir()}
     assert is_running(folder)
     with pytest.raises(InputError, match=f"^--run-dir={folder}: another process is training in this folder"):
@@ -122,8 +122,8 @@ def test_a_second_process_is_refused(locked):
     assert names(folder.parent) == {"run"}
 
 
-def test_a_killed_process_releases_the_folder(locked):
-    folder, process = locked
+def test_a_killed_process_releases_the_folder(locked_folder):
+    folder, process = locked_folder
     os.kill(process.pid, 9)
     process.join()
     assert not is_running(folder)

@@ -1,4 +1,4 @@
-"""Whole runs of papers 2 and 3 on a small backbone: features are cached, and `predict` reproduces the test masks."""
+"""End-to-end runs of papers 2 and 3 on a small backbone: features are cached, `predict` reproduces the test masks."""
 
 import json
 

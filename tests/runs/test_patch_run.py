@@ -1,4 +1,4 @@
-"""A whole run of a frozen backbone on random patches of slices: --preprocessing.patch_size."""
+"""An end-to-end run of a frozen backbone on random patches of slices: --preprocessing.patch_size."""
 
 import json
 
@@ -21,7 +21,7 @@ OPTIONS = (
 
 
 def test_a_run_trains_on_patches_and_segments_in_tiles(phantoms, tmp_path):
-    """The transformer's patches of 8 pixels do not divide slices of 42 pixels, only patches of 32."""
+    """The transformer's patches of 8 pixels divide training patches of 32 pixels, but not slices of 42 pixels."""
     run, _ = train(tmp_path, phantoms, *OPTIONS)
     record = read_json(run / "experiment.json")
     assert record["input"] == "patches of 32 × 32 pixels from slices of 42 × 42 pixels"
@@ -32,7 +32,7 @@ def test_a_run_trains_on_patches_and_segments_in_tiles(phantoms, tmp_path):
     assert record["input"] in succeed(tmp_path, "jaxla.info", run)
     metrics = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     assert metrics[-1]["val_loss"] < metrics[0]["val_loss"]
-    operations = multiply_adds(jaxla.load_network(run), jax.ShapeDtypeStruct((1, 32, 32, 1), np.float32))
-    assert read_json(run / "cost.json")["multiply_adds"] == 4 * operations
+    tile_operations = multiply_adds(jaxla.load_network(run), jax.ShapeDtypeStruct((1, 32, 32, 1), np.float32))
+    assert read_json(run / "cost.json")["multiply_adds"] == 4 * tile_operations  # four tiles cover a slice
     mask, _ = assert_predict_reproduces_test_mask(run, phantoms, tmp_path)
     assert mask.any()

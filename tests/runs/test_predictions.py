@@ -78,7 +78,7 @@ def test_a_scan_is_different_if_it_exceeds_the_range_of_the_training_scans_by_a_
     assert find_differences(ScanFacts(**LA_SCAN | changes), training) == differences
 
 
-def test_the_part_of_the_run_is_found_by_the_voxels_of_a_scan_first_and_then_by_its_name():
+def test_the_part_of_a_scan_is_found_by_its_voxels_first_and_then_by_its_name():
     known = KnownScans({"a": "training", "b": "test"}, {"0a": "a", "0b": "b", "0c": "c"}, {})
     parts = [find_part(known, *scan) for scan in (("b", "0a"), ("x", "0b"), ("x", "0c"), ("a", "1"), ("x", "1"))]
     assert parts == ["training", "test", "unused", "training (same name)", ""]

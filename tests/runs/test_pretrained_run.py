@@ -1,4 +1,4 @@
-"""Whole runs on pretrained backbones: fine-tuned, and frozen with a weights file that must not change."""
+"""End-to-end runs on pretrained backbones: fine-tuned, and frozen with a weights file that must not change."""
 
 import shutil
 

@@ -1,4 +1,4 @@
-"""A whole run on real scans with several classes."""
+"""An end-to-end run on real scans with several classes."""
 
 import json
 import shutil

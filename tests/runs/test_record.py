@@ -32,7 +32,7 @@ def test_a_record_is_read_as_it_was_written(tmp_path):
 
 
 def test_an_option_that_a_record_lacks_has_its_default(tmp_path):
-    """Earlier versions did not have it."""
+    """Records of earlier versions lack options that were added later."""
     about = dict.fromkeys(("label", "network", "input", "unit", "split_sha256", "data_sha256", "command", "begun"), "")
     environment = {"device": "cpu: cpu", "versions": {}}
     record = Record(
@@ -79,7 +79,7 @@ def test_a_network_is_described_by_its_label_and_weights(name, options, words):
     assert describe_network(experiment, METHODS) == f"{name} {words}"
 
 
-def test_differences_are_those_that_resuming_must_refuse():
+def test_only_differences_that_prevent_resuming_are_listed():
     moved = replace(PAPER1, data=replace(PAPER1.data, root="/elsewhere", split="other.json"))
     assert list(differences(moved, PAPER1)) == []  # the content of files is compared instead
     assert list(differences(with_model(PAPER1, weights="a.safetensors"), with_model(PAPER1, weights="b"))) == []

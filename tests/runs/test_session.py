@@ -85,7 +85,7 @@ def test_a_stop_in_a_fold_names_the_command_of_the_whole_run(package, tmp_path):
 
 @pytest.mark.quick
 def test_a_run_too_large_for_memory_is_removed_only_if_nothing_was_saved(tmp_path):
-    """The checkpoints of a fold count, too."""
+    """Checkpoints of a fold count as well."""
     too_large = StepTooLarge(2, "too large")
     for saved in ("checkpoints/latest", "fold_0/checkpoints/latest", "fold_3/checkpoints/latest"):
         run_dir = tmp_path / saved.replace("/", "_")

@@ -1,4 +1,4 @@
-"""A whole run of a convolutional network, with its own pre- and postprocessing."""
+"""An end-to-end run of a convolutional network, with its own pre- and postprocessing."""
 
 import nibabel as nib
 import numpy as np
@@ -21,7 +21,7 @@ def run(phantoms, tmp_path_factory):
     return folder
 
 
-def test_unet_learns_and_predicts_the_same_mask_again(run, phantoms, tmp_path):
+def test_unet_learns_and_predict_reproduces_its_test_mask(run, phantoms, tmp_path):
     summary = read_json(run / "test" / "summary.json")
     assert summary["backbone"] == "unet (random weights, trained)"
     assert summary["dice"]["mean"] > summary["atlas"]["dice"]["mean"] / 2

@@ -1,4 +1,4 @@
-"""One study of boxes with its report, which several files read."""
+"""A study of box masks with its report, shared by several test files."""
 
 import shutil
 
@@ -9,7 +9,7 @@ from tests.studies.runs import LASCARQS_FILES, PREDICTED, PROTOCOLS, REFERENCES,
 
 
 @pytest.fixture(scope="session")
-def reported(tmp_path_factory):
+def reported_study(tmp_path_factory):
     """A study with its report. Read-only."""
     folder = tmp_path_factory.mktemp("reported")
     scheduled = [
@@ -23,6 +23,6 @@ def reported(tmp_path_factory):
 
 
 @pytest.fixture
-def study(reported, tmp_path):
-    """A copy of `reported`."""
-    return shutil.copytree(reported, tmp_path / "study")
+def study(reported_study, tmp_path):
+    """A copy of `reported_study`."""
+    return shutil.copytree(reported_study, tmp_path / "study")

@@ -43,7 +43,7 @@ class BoxRun(NamedTuple):
     predicted: dict
 
 
-def box(rows, labels=ONE_CLASS):
+def make_box_mask(rows, labels=ONE_CLASS):
     """Return a mask with a box of the first class; a second class is the same in all masks."""
     mask = np.zeros(SHAPE, np.uint8)
     mask[rows[0] : rows[1], 5:15, 1:5] = 1
@@ -67,7 +67,7 @@ def write_study(folder, scheduled, references, root, labels=ONE_CLASS, files=("{
     rng = np.random.default_rng(0)
     for case, rows in references.items():
         save(rng.integers(0, 500, SHAPE).astype(np.int16), root / files[0].format(case))
-        save(box(rows, labels), root / files[1].format(case))
+        save(make_box_mask(rows, labels), root / files[1].format(case))
     option = labels.describe().replace(", ", ";").replace(": ", ":") if labels.values else ""
     hashes = {case.id: content_key(case, labels) for case in find_cases(root, option).cases}
     runs = []
@@ -106,8 +106,8 @@ def write_run(folder, run, references, root, labels, option):
 
     rows, slice_rows = [], []
     for case, rows_of_box in run.predicted.items():
-        save(box(rows_of_box, labels), folder / "test" / "predictions" / f"{case}.nii.gz")
-        predicted, reference = (np.moveaxis(box(b, labels), 2, 0) for b in (rows_of_box, references[case]))
+        save(make_box_mask(rows_of_box, labels), folder / "test" / "predictions" / f"{case}.nii.gz")
+        predicted, reference = (np.moveaxis(make_box_mask(b, labels), 2, 0) for b in (rows_of_box, references[case]))
         spacing = (SPACING[2], *SPACING[:2])
         rows += score_case(case, predicted, reference, spacing, labels.names)
         slice_rows += score_case(case, predicted, reference, spacing, labels.names, "slice")
@@ -115,7 +115,7 @@ def write_run(folder, run, references, root, labels, option):
         row |= {"atlas_dice": 0.4, "atlas_iou": 0.25}
     summary = summarise(rows, "volume", "one", labels.names)
     summary["slice"] = summarise(slice_rows, "slice", "one", labels.names)
-    summary["atlas"] = {metric: summary[metric] for metric in ("dice", "iou")}  # any values will do
+    summary["atlas"] = {metric: summary[metric] for metric in ("dice", "iou")}  # arbitrary values
     write_cases(rows, folder / "test" / "cases.csv")
     write_cases(slice_rows, folder / "test" / "slices.csv")
     write_summary(summary, folder / "test" / "summary.json")
@@ -131,7 +131,7 @@ def run_dir(study, protocol="paper1", method="unet", seed=0):
     return study / "runs" / f"{protocol}_{method}_seed{seed}"
 
 
-def edit(path, change):
+def edit_json(path, change):
     """Apply `change(content)` to a JSON file."""
     content = json.loads(path.read_text())
     change(content)

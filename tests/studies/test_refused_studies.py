@@ -12,11 +12,11 @@ from jaxla.config import InputError
 from jaxla.report import main
 from jaxla.studies.page import report_study
 from jaxla.studies.results import REPORTED_METRICS, read_study
-from tests.studies.runs import edit, read_csv, run_dir
+from tests.studies.runs import edit_json, read_csv, run_dir
 
 
 def test_schedule_without_a_run_for_each_protocol_method_and_seed_is_refused(study):
-    edit(study / "study.json", lambda content: content["runs"].pop())
+    edit_json(study / "study.json", lambda content: content["runs"].pop())
     with pytest.raises(InputError, match=r"study.json: damaged: expected a run for each protocol, method and seed"):
         read_study(study)
 
@@ -29,7 +29,7 @@ def test_unwritable_report_is_an_input_error(study, tmp_path):
 
 
 def remove_case(run):
-    edit(run / "split.json", lambda content: content["test"].remove("c3"))
+    edit_json(run / "split.json", lambda content: content["test"].remove("c3"))
     summary = json.loads((run / "test" / "summary.json").read_text())
     summary["slice"]["dice"]["n"] = 18
     for name, statistics in (("cases.csv", summary), ("slices.csv", summary["slice"])):
@@ -63,19 +63,19 @@ FAULTS = {
     "not a run": (lambda run: (run / "experiment.json").unlink(), "{run}: not a run folder (no experiment.json)"),
     "damaged": (lambda run: (run / "experiment.json").write_text("{"), "experiment.json: damaged"),
     "another format": (
-        lambda run: edit(run / "experiment.json", lambda c: c.update(version=99)),
+        lambda run: edit_json(run / "experiment.json", lambda c: c.update(version=99)),
         "{run}: written by a newer version of jaxla",
     ),
     "another version": (
-        lambda run: edit(run / "experiment.json", lambda c: c["environment"]["versions"].update(jaxla="0.0.1")),
+        lambda run: edit_json(run / "experiment.json", lambda c: c["environment"]["versions"].update(jaxla="0.0.1")),
         "{run}: cannot be compared with {any}: different versions of jaxla (0.0.1 and ",
     ),
     "different scans": (
-        lambda run: edit(run / "cases.json", lambda c: c.update(c0="another")),
+        lambda run: edit_json(run / "cases.json", lambda c: c.update(c0="another")),
         "{run}: cannot be compared with {any}: different scans or masks. Move one of the two folders",
     ),
     "different validation patients": (
-        lambda run: edit(run / "split.json", lambda c: c.update(val=["t0"])),
+        lambda run: edit_json(run / "split.json", lambda c: c.update(val=["t0"])),
         "{run}: cannot be compared with {any}: different validation patients. Move one of the two folders",
     ),
     "different test cases": (
@@ -83,11 +83,11 @@ FAULTS = {
         "{any} and {run}: not tested on the same cases (c3 is a test case of {any}, but not of {run})",
     ),
     "another seed": (
-        lambda run: edit(run / "experiment.json", lambda c: c["experiment"].update(seed=7)),
+        lambda run: edit_json(run / "experiment.json", lambda c: c["experiment"].update(seed=7)),
         "{run}: holds a run with --seed=7, but the study schedules 1 here. Move the folder away",
     ),
     "another protocol": (
-        lambda run: edit(run / "experiment.json", lambda c: c["experiment"].update(name="data_25percent")),
+        lambda run: edit_json(run / "experiment.json", lambda c: c["experiment"].update(name="data_25percent")),
         "{run}: holds a run with --exp=data_25percent, but the study schedules paper1 here",
     ),
     "another method": (
@@ -95,19 +95,19 @@ FAULTS = {
         "{run}: holds a run with --method=unet, but the study schedules segnet here",
     ),
     "different options": (
-        lambda run: edit(run / "experiment.json", lambda c: c["experiment"]["training"].update(epochs=3)),
+        lambda run: edit_json(run / "experiment.json", lambda c: c["experiment"]["training"].update(epochs=3)),
         "{run}: cannot be compared with {first}: different --training.epochs (3 and 75). Move",
     ),
     "more patients than its protocol": (
-        lambda run: edit(run / "experiment.json", lambda c: c["experiment"]["data"].update(train_patients=3)),
+        lambda run: edit_json(run / "experiment.json", lambda c: c["experiment"]["data"].update(train_patients=3)),
         "{run}: cannot be compared with {same}: different --data.train_patients (3 and 0). Move",
     ),
     "different training patients": (
-        lambda run: edit(run / "split.json", lambda c: c.update(train=c["train"][::-1])),
+        lambda run: edit_json(run / "split.json", lambda c: c.update(train=c["train"][::-1])),
         "{run}: cannot be compared with {same}: different training patients. Move",
     ),
     "different weights": (
-        lambda run: edit(run / "experiment.json", lambda c: c.update(weights="vgg.safetensors")),
+        lambda run: edit_json(run / "experiment.json", lambda c: c.update(weights="vgg.safetensors")),
         "{run}: cannot be compared with {first}: different weights (000",
     ),
     "a case twice": (
@@ -123,7 +123,7 @@ FAULTS = {
         "{run}: damaged: slices.csv: expected 24 rows, one per slice and class of the test cases. Move",
     ),
     "no hash": (
-        lambda run: edit(run / "cases.json", lambda c: c.pop("c2")),
+        lambda run: edit_json(run / "cases.json", lambda c: c.pop("c2")),
         "{run}: damaged: cases.json lacks c2. Move",
     ),
     "no epoch": (
@@ -131,7 +131,7 @@ FAULTS = {
         "{run}: damaged: metrics.jsonl: expected at least one epoch",
     ),
     "no versions": (
-        lambda run: edit(run / "experiment.json", lambda c: c["environment"].pop("versions")),
+        lambda run: edit_json(run / "experiment.json", lambda c: c["environment"].pop("versions")),
         "experiment.json: damaged: Object missing required field `versions` - at `$.environment`. Restore",
     ),
     "damaged hashes": (
@@ -142,8 +142,8 @@ FAULTS = {
         lambda run: (run / "metrics.jsonl").write_text('{"epoch": 1}\n'),
         "{run}/metrics.jsonl, line 1: damaged: Object missing required field",
     ),
-    "half a cost": (
-        lambda run: edit(run / "cost.json", lambda c: c.pop("step_bytes")),
+    "an incomplete cost": (
+        lambda run: edit_json(run / "cost.json", lambda c: c.pop("step_bytes")),
         "{run}/cost.json: damaged: Object missing required field `step_bytes`. Move",
     ),
     "a long field": (
@@ -168,7 +168,7 @@ FAULTS = {
         lambda run: change_value(run, "cases.csv", "c1", "dice", "0.0"),
         "{run}: damaged: test/cases.csv: the mean dice of LA is 0.4, but 0.6 in test/summary.json",
     ),
-    "a cell without end": (
+    "a very long cell": (
         lambda run: change_value(run, "cases.csv", "c1", "case", "c" * 131_073),
         "{run}: damaged: cases.csv: field larger than field limit (131072)",
     ),
@@ -180,7 +180,7 @@ FAULTS = {
         lambda run: (run / "test" / "cases.csv").unlink(),
         "cases.csv: cannot be read (No such file or directory), and the report needs it. Move",
     ),
-    "half a table": (
+    "an incomplete table": (
         lambda run: (run / "test" / "cases.csv").write_text("case,class,dice\nc0,LA,x\n"),
         "{run}: damaged",
     ),
@@ -192,6 +192,7 @@ def test_faulty_runs_are_refused_and_the_old_report_is_kept(fault, study, tmp_pa
     before = {path: path.read_bytes() for path in (study / "report.html", *(study / "tables").iterdir())}
     run, method = run_dir(study, method="segnet", seed=1), "segnet"
     runs = {"any": run_dir(study, "fewshot_1patient"), "first": run_dir(study, "fewshot_1patient", method)}
+    # training patients are compared with the run of the same seed, options with the first run of the protocol
     same = run_dir(study) if "patients than" in fault else run_dir(study, seed=1)
     damage, message = FAULTS[fault]
     damage(run)

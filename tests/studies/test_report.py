@@ -27,7 +27,7 @@ from tests.studies.runs import (
     REFERENCES,
     TWO_CLASSES,
     BoxRun,
-    edit,
+    edit_json,
     read_csv,
     run_dir,
     write_study,
@@ -36,8 +36,8 @@ from tests.studies.runs import (
 DICE = {"unet": [1.0, 0.9, 0.8, 0.6], "segnet": [0.85, 0.8, 0.6, 0.3]}  # by case, averaged over seeds
 
 
-def test_each_case_counts_once_averaged_over_seeds(reported):
-    rows = {(r["method"], r["metric"], r["unit"]): r for r in read_csv(reported / "tables" / "table1_paper1.csv")}
+def test_each_case_counts_once_averaged_over_seeds(reported_study):
+    rows = {(r["method"], r["metric"], r["unit"]): r for r in read_csv(reported_study / "tables" / "table1_paper1.csv")}
     for method, dice in DICE.items():
         row = rows[method, "dice", "volume"]
         assert float(row["mean"]) == pytest.approx(np.mean(dice))
@@ -54,12 +54,12 @@ def test_each_case_counts_once_averaged_over_seeds(reported):
     assert float(rows["atlas baseline", "dice", "volume"]["mean"]) == pytest.approx(0.4)
 
 
-def test_published_numbers_have_their_own_columns(reported):
-    rows = {(r["method"], r["metric"], r["unit"]): r for r in read_csv(reported / "tables" / "table1_paper1.csv")}
+def test_published_numbers_have_their_own_columns(reported_study):
+    rows = {(r["method"], r["metric"], r["unit"]): r for r in read_csv(reported_study / "tables" / "table1_paper1.csv")}
     assert [float(rows["unet", m, "volume"]["published_mean"]) for m in ("dice", "iou")] == [0.841, 0.764]
     assert [float(rows["unet", m, "volume"]["published_sd"]) for m in ("dice", "iou")] == [0.083, 0.128]
     assert rows["segnet", "dice", "volume"]["published_mean"] == rows["unet", "dice", "slice"]["published_mean"] == ""
-    printed = (reported / "tables" / "table1_paper1.md").read_text()
+    printed = (reported_study / "tables" / "table1_paper1.md").read_text()
     head, _, first, *_ = printed.splitlines()
     assert (
         re.sub(r"\s+", " ", head)
@@ -72,7 +72,7 @@ def test_published_numbers_have_their_own_columns(reported):
     (atlas,) = (re.sub(r"\s+", " ", line) for line in printed.splitlines() if line.startswith("| atlas"))
     assert " | 0.000 | – | – | – |" in atlas  # equal for both seeds, and not compared with itself
     assert "Published: by paper 1, on LAScarQS 2022, with its own recipe, which may differ from" in printed
-    few = (reported / "tables" / "table1_fewshot_1patient.md").read_text()
+    few = (reported_study / "tables" / "table1_fewshot_1patient.md").read_text()
     assert "Published: by paper 1, on LAScarQS 2022, read off its Figure 2, with its own recipe" in few
     assert "(8 training patients): mean ± sd over 4 test volumes and over their 24 slices; values are aver" in printed
 
@@ -93,8 +93,8 @@ def test_each_published_number_names_its_own_paper(tmp_path):
     assert "These pairs fail: paper2, fusion_vitg14, published." in page.text
 
 
-def test_methods_are_compared_case_by_case(reported):
-    rows = read_csv(reported / "tables" / "comparisons.csv")
+def test_methods_are_compared_case_by_case(reported_study):
+    rows = read_csv(reported_study / "tables" / "comparisons.csv")
     assert len(rows) == len(PROTOCOLS) * 4  # one pair of methods by four metrics
     (row,) = (r for r in rows if (r["protocol"], r["metric"]) == ("paper1", "dice"))
     differences = np.round(np.subtract(DICE["unet"], DICE["segnet"]), 12)
@@ -104,13 +104,13 @@ def test_methods_are_compared_case_by_case(reported):
     assert float(row["effect"]) == 1
 
 
-def test_cost_table_averages_times_and_takes_the_highest_peak(reported):
-    unet, segnet = read_csv(reported / "tables" / "cost.csv")
+def test_cost_table_averages_times_and_takes_the_highest_peak(reported_study):
+    unet, segnet = read_csv(reported_study / "tables" / "cost.csv")
     assert (unet["method"], segnet["method"]) == ("unet", "segnet")
     assert unet["protocol"] == "paper1"  # the protocol with the most training patients
     assert float(unet["epoch_seconds"]) == 15  # mean of 10 and 20 s
     assert float(unet["inference_seconds"]) == 2  # mean of 1, 2, 2 and 3 s
-    assert float(unet["peak_bytes"]) == 4_000_000_001
+    assert float(unet["peak_bytes"]) == 4_000_000_001  # maximum of 4 GB and one byte more
     assert float(unet["dice"]) == pytest.approx(np.mean(DICE["unet"]))
 
 
@@ -133,16 +133,16 @@ def test_report_writes_all_tables_and_figures_reproducibly(study, tmp_path):
     assert all(path.read_bytes() == content for path, content in before.items())
 
 
-def test_latex_is_ascii_with_special_characters_escaped(reported):
-    for path in (reported / "tables").glob("*.tex"):
+def test_latex_is_ascii_with_special_characters_escaped(reported_study):
+    for path in (reported_study / "tables").glob("*.tex"):
         text = path.read_text()
         assert text.isascii(), path
         assert not re.search(r"(?<!\\)[_%#]", text), path
         assert text.count("{tabular}") == text.count("\\toprule") * 2 == 2
 
 
-def test_page_is_complete_and_needs_no_other_file(reported):
-    page = Page((reported / "report.html").read_text("utf-8"))
+def test_page_is_complete_and_needs_no_other_file(reported_study):
+    page = Page((reported_study / "report.html").read_text("utf-8"))
     assert not {tag for tag, _ in page.tags} & {"script", "link", "iframe", "object", "embed", "base", "form"}
     loaded = [a for tag, a in page.tags if tag != "a"]  # links to the reports of runs are not loaded
     references = [a[key] for a in loaded for key in ("src", "href", "srcset", "data") if key in a]
@@ -168,14 +168,14 @@ def test_impossible_pairs_of_dice_and_iou_are_named(study, tmp_path):
             writer = csv.DictWriter(file, rows[0])
             writer.writeheader()
             writer.writerows({**row, "iou": 0.3} for row in rows)
-        edit(path.with_name("summary.json"), lambda content: content["classes"]["LA"]["iou"].update(mean=0.3))
+        edit_json(path.with_name("summary.json"), lambda content: content["classes"]["LA"]["iou"].update(mean=0.3))
     page = Page(report_study(study, tmp_path / "cache").read_text("utf-8"))
     assert "Consistency of Dice and IoU: FAILS." in page.text
     assert "These pairs fail: paper1, unet, per volume." in page.text
 
 
-def test_figure_2_has_a_panel_by_percentage_and_one_by_number(reported):
-    results = read_study(reported)
+def test_figure_2_has_a_panel_by_percentage_and_one_by_number_of_patients(reported_study):
+    results = read_study(reported_study)
     by_percentage, by_number = list_series(results)
     assert (by_percentage.ticks, by_percentage.protocols) == (["50 %", "100 %"], ["data_50percent", "paper1"])
     assert (by_number.ticks, by_number.protocols) == (["1", "all (8)"], ["fewshot_1patient", "paper1"])
@@ -205,14 +205,14 @@ def test_styles_of_methods_differ_in_colour_and_in_grey():
     assert len(set(choose_styles({m: m for m in many}, many).values())) == 12
 
 
-def test_each_of_several_classes_has_its_numbers(tmp_path):
+def test_each_of_several_classes_has_its_own_numbers(tmp_path):
     scheduled = [
         BoxRun("paper1", method, 0, dict(zip(REFERENCES, PREDICTED[method, 0], strict=True)))
         for method in ("unet", "segnet")
     ]
     write_study(tmp_path / "study", scheduled, REFERENCES, tmp_path / "scans", TWO_CLASSES)
     page = Page(report_study(tmp_path / "study", tmp_path / "cache").read_text("utf-8"))
-    dice = [1.0, 0.9, 0.8, 0.7]  # for the first class; the second is always perfect
+    dice = [1.0, 0.9, 0.8, 0.7]  # Dice of the first class; that of the second is always 1
     for unit, empty in (("volume", 0), ("slice", 2 / 6)):  # in two of six slices both masks are empty
         rows = {
             r["class"]: r
@@ -238,10 +238,10 @@ def test_each_of_several_classes_has_its_numbers(tmp_path):
     assert "All 15 pairs of means" in page.text  # mean and 2 classes, of 2 methods by 2 units and of the atlas baseline
 
 
-def test_report_of_a_smaller_study_removes_tables_of_a_larger_one(study, tmp_path, caplog):
+def test_report_of_a_smaller_study_removes_tables_of_a_larger_study(study, tmp_path, caplog):
     for name in ("notes.md", "table1_paper1_edited.tex"):
         (study / "tables" / name).write_text("mine")
-    edit(study / "study.json", lambda content: content.update(runs=content["runs"][-2:-1]))
+    edit_json(study / "study.json", lambda content: content.update(runs=content["runs"][-2:-1]))
     report_study(study, tmp_path / "cache")
     tables = {f"{name}.{extension}" for name in ("table1_paper1", "cost") for extension in ("csv", "md", "tex")}
     kept = {"notes.md", "table1_paper1_edited.tex"}
@@ -254,10 +254,10 @@ def test_report_warns_that_times_of_different_devices_cannot_be_compared(study):
     unet, segnet = (run_dir(study, method=m) / "experiment.json" for m in ("unet", "segnet"))
     gpus = {"device": "gpu: Fast", "devices": 4, "processes": 2}
     for path in (study / "runs").glob("*/experiment.json"):
-        edit(path, lambda content: content["environment"].update(processor="Z80"))
+        edit_json(path, lambda content: content["environment"].update(processor="Z80"))
     assert describe_devices(read_study(study), "paper1") == "cpu: Z80"
-    edit(segnet, lambda content: content["environment"].update(gpus))
-    edit(
+    edit_json(segnet, lambda content: content["environment"].update(gpus))
+    edit_json(
         unet, lambda content: content.update(resumed=[{"environment": {**content["environment"], "processor": "6502"}}])
     )
     assert describe_devices(read_study(study), "paper1") == (
@@ -268,14 +268,14 @@ def test_report_warns_that_times_of_different_devices_cannot_be_compared(study):
 
 def test_changed_options_are_named(study, tmp_path):
     for path in (study / "runs").glob("*_unet_*/experiment.json"):
-        edit(path, lambda content: content["experiment"]["model"].update(widths=[8, 16]))
+        edit_json(path, lambda content: content["experiment"]["model"].update(widths=[8, 16]))
     page = Page(report_study(study, tmp_path / "cache").read_text("utf-8"))
     assert "Changed options. unet: --model.widths=[8,16]. All other options have the method's own values." in page.text
 
 
 def test_large_costs_are_printed_without_an_exponent(study, tmp_path):
-    edit(run_dir(study) / "cost.json", lambda content: content.update(parameters=1_136_480_768))
-    edit(
+    edit_json(run_dir(study) / "cost.json", lambda content: content.update(parameters=1_136_480_768))
+    edit_json(
         run_dir(study, seed=1) / "cost.json",
         lambda content: content.update(inference_seconds=[3.0], inference_slices=[6]),
     )
@@ -285,10 +285,10 @@ def test_large_costs_are_printed_without_an_exponent(study, tmp_path):
     assert "mean over 1 to 2 test volumes of 6 slices in each run" in printed
 
 
-def test_largest_protocol_is_that_with_all_patients_even_if_another_has_as_many(study):
+def test_the_largest_protocol_has_all_patients_even_if_another_has_as_many(study):
     for method, seed in PREDICTED:
         run = run_dir(study, "data_50percent", method, seed)
-        edit(run / "split.json", lambda content: content.update(train=[f"t{n}" for n in range(8)]))
+        edit_json(run / "split.json", lambda content: content.update(train=[f"t{n}" for n in range(8)]))
     assert read_study(study).largest_protocol == "paper1"
 
 
@@ -302,15 +302,15 @@ def test_published_numbers_are_left_out_if_the_data_have_another_layout(tmp_path
     assert (dice["metric"], dice["published_mean"], dice["published_sd"]) == ("dice", "", "")
 
 
-def test_runs_are_linked_to_their_reports(reported):
-    page = Page((reported / "report.html").read_text("utf-8"))
+def test_runs_are_linked_to_their_reports(reported_study):
+    page = Page((reported_study / "report.html").read_text("utf-8"))
     links = [attributes["href"] for tag, attributes in page.tags if tag == "a"]
     assert len(links) == len(PROTOCOLS) * len(PREDICTED)
-    assert all((reported / link).is_file() for link in links)
+    assert all((reported_study / link).is_file() for link in links)
 
 
-def test_the_page_has_a_row_for_each_cost_and_a_column_for_each_method(reported):
-    page = Page((reported / "report.html").read_text("utf-8"))
+def test_the_page_has_a_row_for_each_cost_and_a_column_for_each_method(reported_study):
+    page = Page((reported_study / "report.html").read_text("utf-8"))
     costs = next(table for table in page.tables if table[1][0] == "parameters, M")
     assert costs[0] == ["method", "unet", "segnet"]
     assert costs[1:4] == [["parameters, M", "31", "31"], ["trained, M", "31", "31"], ["multiply-adds, G", "75", "75"]]
@@ -336,10 +336,10 @@ def test_cases_in_figure_3_can_be_chosen(study, tmp_path, capsys):
         main([f"--study={study}", "--cases=c9"])
 
 
-def test_missing_or_changed_scans_are_refused(study, reported, tmp_path):
-    elsewhere = shutil.copytree(reported.parent / "scans", tmp_path / "elsewhere")
+def test_missing_or_changed_scans_are_refused(study, reported_study, tmp_path):
+    elsewhere = shutil.copytree(reported_study.parent / "scans", tmp_path / "elsewhere")
     for run in (study / "runs").iterdir():
-        edit(run / "experiment.json", lambda content: content["experiment"]["data"].update(root="/gone"))
+        edit_json(run / "experiment.json", lambda content: content["experiment"]["data"].update(root="/gone"))
     with pytest.raises(InputError, match=r"^data.root=/gone: no such folder"):
         report_study(study, tmp_path / "cache")
     (study / "report.html").unlink()

@@ -25,12 +25,12 @@ from tests.commands import succeed
 from tests.tiny import TINY_PLAN
 
 
-def study_options(phantoms, folder, *more):
+def study_options(phantoms, folder, *extra):
     return [
         "--name=fewshot_patients", "--methods=unet,attention_unet", "--experiments=fewshot_1patient", "--seeds=3",
         f"--output={folder / 'study'}", f"--cache-dir={folder / 'cache'}", f"--data.root={phantoms}",
         "--preprocessing.image_size=32", "--training.epochs=2", "--training.batch_size=8", "--model.widths=[8,16]",
-        *more,
+        *extra,
     ]  # fmt: skip
 
 
@@ -231,7 +231,7 @@ def test_complete_runs_on_a_different_split_or_different_data_are_refused(phanto
         require_same_data([run], ["complete"], tmp_path)
 
 
-def test_methods_that_need_no_validation_share_the_split_of_those_that_do(phantoms, tmp_path):
+def test_methods_without_validation_share_the_split_of_methods_that_need_it(phantoms, tmp_path):
     def schedule(*methods):
         options = {method: [f"--data.root={phantoms}"] for method in methods}
         return schedule_runs(options, ["paper1"], [0], tmp_path, tmp_path)

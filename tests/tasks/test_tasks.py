@@ -28,7 +28,7 @@ from tests.training.scans import disc_scans
 pytestmark = pytest.mark.quick
 
 
-def experiment(name, **training):
+def make_experiment(name, **training):
     method = METHODS[name]
     method = replace(method, training=replace(method.training, **training))
     return replace(EXPERIMENTS["quickstart"], method=method)
@@ -48,7 +48,7 @@ def train_volumes(data):
 
 
 def test_slices_are_samples_of_most_methods(data, tmp_path):
-    task = make_task(experiment("unet", batch_size=4), data)
+    task = make_task(make_experiment("unet", batch_size=4), data)
     assert type(task) is SliceTask
     assert (task.sample, task.unit) == (("slice", "slices"), "per volume")
     sources = task.make_sources(data, tmp_path)
@@ -63,11 +63,11 @@ def test_slices_are_samples_of_most_methods(data, tmp_path):
 def test_fewer_steps_than_are_accumulated_are_refused_once_a_time_budget_has_fixed_them(
     data, tmp_path, minutes, steps, is_refused
 ):
-    """One pass has 3 steps."""
+    """One pass over the training data has 3 steps."""
     recipe = {"epochs": 1, "batch_size": 4, "accumulated_steps": 6, "schedule": "cosine"}
-    own = experiment("unet", **recipe, minutes=minutes, steps=steps)
-    own = replace(own, method=replace(own.method, model=UNetOptions(widths=(4,))))
-    task = make_task(own, data)
+    limited = make_experiment("unet", **recipe, minutes=minutes, steps=steps)
+    limited = replace(limited, method=replace(limited.method, model=UNetOptions(widths=(4,))))
+    task = make_task(limited, data)
     line = rf"^training.accumulated_steps=6: more than the {steps or 3} steps of this run\. Use fewer, or train longer"
     with pytest.raises(InputError, match=line) if is_refused else nullcontext():
         task.make_trainer(task.build_network(), task.make_sources(data, tmp_path).train)
@@ -76,7 +76,7 @@ def test_fewer_steps_than_are_accumulated_are_refused_once_a_time_budget_has_fix
 def test_the_input_can_be_limited_to_the_centre_that_contains_the_training_structures(data, caplog):
     """The discs cover rows 5 to 19 and 8 to 22, and columns 11 to 25, of 32: up to 11 mm from the centre."""
     first, second, _ = data.volumes
-    foreground = experiment("unet")
+    foreground = make_experiment("unet")
     foreground = replace(foreground, method=replace(foreground.method, preprocessing=Preprocessing(48, "foreground")))
     task = make_task(foreground, data)
     assert task.extent == pytest.approx(1.2 * 22)
@@ -112,7 +112,7 @@ def test_a_slice_is_read_in_patches(data, tmp_path):
     network = task.build_network()
     segment, trainer = task.make_segment([network]), task.make_trainer(network, source)
 
-    overlaps = []  # validation scores what prediction gives: slices in tiles
+    overlaps = []  # validation reads slices in tiles, as prediction does, so both give the same Dice
     for name in data.split.train:
         volume = data.volumes[name]
         predicted = segment(volume.image, slice_geometry(np.diag([1.0, 1.0, 3.0, 1.0])))[0]
@@ -124,7 +124,7 @@ def test_a_slice_is_read_in_patches(data, tmp_path):
 
 @pytest.mark.parametrize(("gradient", "make"), [("two_pass", make_two_pass_gradient), ("whole", make_gradient)])
 def test_volumes_are_samples_of_windows_and_the_recipe_chooses_the_gradient(data, tmp_path, gradient, make):
-    task = make_task(experiment("windows_vit_mini8", gradient=gradient), data)
+    task = make_task(make_experiment("windows_vit_mini8", gradient=gradient), data)
     assert type(task) is VolumeTask
     assert task.make_gradient is make
     sources = task.make_sources(data, tmp_path)
@@ -134,10 +134,10 @@ def test_volumes_are_samples_of_windows_and_the_recipe_chooses_the_gradient(data
 
 
 def test_patches_are_samples_of_nnunet():
-    task = PatchTask(experiment("nnunet_3d"), 1, TINY_PLAN)
+    task = PatchTask(make_experiment("nnunet_3d"), 1, TINY_PLAN)
     depth = task.configuration.patch_size[0]
     assert task.sample == (f"patch of {depth} slices", f"patches of {depth} slices")
     assert task.input_shape(99) == (*task.configuration.patch_size, 1)
     assert task.batch_size == task.configuration.batch_size
-    assert PatchTask(experiment("nnunet_3d", batch_size=7), 1, TINY_PLAN).resolved_recipe.batch_size == 7
+    assert PatchTask(make_experiment("nnunet_3d", batch_size=7), 1, TINY_PLAN).resolved_recipe.batch_size == 7
     assert task.steps_per_epoch([]) == task.recipe.steps

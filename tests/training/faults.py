@@ -23,7 +23,7 @@ def truncate(path):
 
 
 @contextmanager
-def files_at_most(size):
+def limit_file_size(size):
     """Make the system refuse to write more than `size` bytes into any file."""
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
@@ -33,7 +33,7 @@ def files_at_most(size):
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
-def leave_free(monkeypatch, free_bytes):
+def report_free_bytes(monkeypatch, free_bytes):
     """Make the operating system report this many free bytes on every disk."""
     usage = shutil.disk_usage(".")
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=free_bytes))

@@ -11,25 +11,25 @@ from jaxla.models.networks.fusion import FusionDecoder, FusionSegmenter
 from jaxla.models.networks.transformer_segmenter import LinearDecoder, TransformerSegmenter
 from jaxla.training.features import FeatureCache
 from tests.tiny import randomise, tiny_backbone
-from tests.training.scans import prepared
+from tests.training.scans import prepare_scans
 
 
-def network(seed=0, **options):
+def make_network(seed=0, **options):
     decoder = nnx.eval_shape(lambda: LinearDecoder(32, 1, rngs=nnx.Rngs(0)))
     network = TransformerSegmenter(tiny_backbone(seed, **options), randomise(decoder, 1))
     network.eval()
     return network
 
 
-def fusion():
-    """Return a fusion of two blocks that reads the image, too."""
+def make_fusion():
+    """Return a fusion of two blocks that also reads the image."""
     decoder = nnx.eval_shape(lambda: FusionDecoder(32, 2, (8, 4), 1, rngs=nnx.Rngs(0)))
     network = FusionSegmenter(tiny_backbone(), (0, 2), randomise(decoder, 1))
     network.eval()
     return network
 
 
-def compute(scans: Path, folder: Path, pause_at: int = 0) -> None:
+def compute_features(scans: Path, folder: Path, pause_at: int = 0) -> None:
     """Compute the features of all scans in `folder`.
 
     Args:
@@ -38,7 +38,7 @@ def compute(scans: Path, folder: Path, pause_at: int = 0) -> None:
     """
     logging.basicConfig()
     logging.getLogger("jaxla").setLevel(logging.INFO)
-    cache = FeatureCache(folder, network(), "tiny", Canvas(32))
+    cache = FeatureCache(folder, make_network(), "tiny", Canvas(32))
     extract, calls = cache.extract, []
 
     def extract_and_count(images):
@@ -52,4 +52,4 @@ def compute(scans: Path, folder: Path, pause_at: int = 0) -> None:
         return extract(images)
 
     cache.extract = extract_and_count
-    assert cache.features(prepared(scans)) is not None
+    assert cache.features(prepare_scans(scans)) is not None

@@ -18,7 +18,7 @@ from jaxla.runs.folder import count_epochs, write_metrics
 from jaxla.training import loop, trainer
 from jaxla.training.progress import TrainingCheckpoints
 from tests.tiny import randomise, tiny_backbone
-from tests.training.scans import prepared
+from tests.training.scans import prepare_scans
 
 RECIPE = BackboneTraining(epochs=9, batch_size=4, learning_rate=8e-3, backbone_learning_rate=1e-3, patience=1)
 STEPS = 4  # per epoch of 13 slices
@@ -66,7 +66,7 @@ def main(arguments):
 
     TrainingCheckpoints.save_best, trainer.evaluation_batches = save_best_or_die, batches_and_sigterm
     options.folder.mkdir(exist_ok=True)
-    volumes = prepared(options.scans)
+    volumes = prepare_scans(options.scans)
     loop.fit(
         make_trainer(),
         SliceSource(volumes[1:], Canvas(32)),
@@ -77,7 +77,7 @@ def main(arguments):
     )
 
 
-def as_command(arguments):
+def run_as_command(arguments):
     """Run `main` as a command, with a command's exit codes and handling of SIGTERM."""
     sys.argv = ["driver", *map(str, arguments)]
     run_command(main)

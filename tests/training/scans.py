@@ -18,9 +18,9 @@ def disc_scans(folder):
         affine = np.diag([1.0, 1.0, 3.0, 1.0])
         nib.save(nib.Nifti1Image(image, affine), folder / f"case{i}.nii.gz")
         nib.save(nib.Nifti1Image(np.uint8(disc if i < 2 else 0 * disc), affine), folder / f"case{i}_mask.nii.gz")
-    return prepared(folder)
+    return prepare_scans(folder)
 
 
-def prepared(folder):
+def prepare_scans(folder):
     """Prepare the scans of a folder, with the cache inside it."""
     return prepare_cases(find_cases(folder), folder / "cache")

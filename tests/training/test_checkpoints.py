@@ -18,7 +18,7 @@ from jaxla.training.checkpoints import Checkpoints, checkpoint_steps
 from jaxla.training.optimisers import make_optimiser, make_rates
 from jaxla.training.step import make_gradient, make_step, split_network
 from tests.tiny import randomise, tiny_backbone
-from tests.training.faults import files_at_most, flip_a_bit, package_messages, truncate
+from tests.training.faults import flip_a_bit, limit_file_size, package_messages, truncate
 
 RECORD = {"epoch": 2, "best_dice": 0.5, "lowest_loss": float("inf"), "batches": {"next_index": 7}}
 
@@ -47,7 +47,7 @@ def training():
     return step, step(step(trees))
 
 
-def shapes_of(trees):
+def abstract_trees(trees):
     return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), trees)
 
 
@@ -64,7 +64,7 @@ def test_parameters_optimiser_and_record_are_restored_bit_for_bit(tmp_path, trai
     checkpoints.close()
 
     reopened = Checkpoints(tmp_path / "latest")
-    restored, record = reopened.restore(shapes_of(trees), 2)
+    restored, record = reopened.restore(abstract_trees(trees), 2)
     reopened.close()
     assert record == RECORD
     assert len(jax.tree.leaves(restored["optimiser"])) > 2 * len(jax.tree.leaves(restored["trainable"]))
@@ -89,12 +89,12 @@ def test_trees_with_lists_and_integer_keys_are_restored(tmp_path):
     tree = {"stages": [{"x": jnp.arange(3.0)}, {"x": jnp.arange(4)}], "rest": (jnp.float32(2), {7: jnp.ones(2)})}
     checkpoints = Checkpoints(tmp_path)
     checkpoints.save(1, {"tree": tree}, {})
-    restored, _ = checkpoints.restore(shapes_of({"tree": tree}), 1)
+    restored, _ = checkpoints.restore(abstract_trees({"tree": tree}), 1)
     checkpoints.close()
     assert_identical(restored["tree"], tree)
 
 
-def test_a_folder_without_checkpoints_has_no_newest_one(tmp_path):
+def test_an_empty_folder_has_no_newest_checkpoint(tmp_path):
     checkpoints = Checkpoints(tmp_path / "best")
     assert checkpoints.find_newest_intact() == 0
     checkpoints.close()
@@ -177,7 +177,7 @@ def make_trees(step):
 
 
 def restores(checkpoints, step):
-    trees, record = checkpoints.restore(shapes_of(make_trees(step)), step)
+    trees, record = checkpoints.restore(abstract_trees(make_trees(step)), step)
     assert_identical(trees, make_trees(step))
     assert record == {"epoch": step}
     return True
@@ -273,7 +273,7 @@ def test_a_damaged_checkpoint_is_refused(tmp_path):
     flip_a_bit(files(folder / "1")[0])
     checkpoints = Checkpoints(folder, read_only=True)
     with pytest.raises(InputError) as error:
-        checkpoints.restore(shapes_of(make_trees(1)), 1)
+        checkpoints.restore(abstract_trees(make_trees(1)), 1)
     checkpoints.close()
     assert str(error.value).startswith(f"{folder / '1'}: damaged checkpoint (")
     assert "\n" not in str(error.value)
@@ -322,7 +322,7 @@ def test_a_full_disk_is_reported_and_saved_checkpoints_are_kept(tmp_path, caplog
     folder = save(tmp_path / "latest", 1, 2)
     noise = {"trainable": {"x": jax.random.normal(jax.random.key(0), (floats,))}}
     checkpoints = Checkpoints(folder)
-    with files_at_most(size), command_line_wording(), pytest.raises(InputError) as error:
+    with limit_file_size(size), command_line_wording(), pytest.raises(InputError) as error:
         checkpoints.save(3, noise, {"epoch": 3})
     message = str(error.value)
     assert message.startswith(f"{folder / '3'}: cannot be written ({os.strerror(errno.EFBIG)}")

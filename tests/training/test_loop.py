@@ -28,7 +28,7 @@ def volumes(tmp_path_factory):
     return disc_scans(tmp_path_factory.mktemp("scans"))
 
 
-def source(volumes):
+def make_source(volumes):
     return SliceSource(volumes, Canvas(32))
 
 
@@ -43,7 +43,9 @@ def make_trainer(recipe=RECIPE, seed=0, train_backbone=False, bias=0.0):
 def train_and_check_reports(trainer, folder, train, val):
     """Train, check that each epoch was reported, and return the progress."""
     reported = []
-    progress = fit(trainer, source(train), source(val), folder, on_epoch=lambda history: reported.append(len(history)))
+    progress = fit(
+        trainer, make_source(train), make_source(val), folder, on_epoch=lambda history: reported.append(len(history))
+    )
     assert reported == list(range(len(progress.history) + 1))
     return progress
 
@@ -61,7 +63,7 @@ def validate_restored(trainer, trees, val):
     """Validate a trainer with the parameters of a checkpoint."""
     trainer.trainable = trees["trainable"]
     trainer.frozen = trainer.frozen._replace(statistics=trees["statistics"])
-    return tuple(trainer.validate(source(val)))
+    return tuple(trainer.validate(make_source(val)))
 
 
 def leaves(trees):
@@ -77,7 +79,7 @@ def scores(metrics):
 
 @pytest.fixture(scope="module")
 def runs(volumes, tmp_path_factory):
-    """Folders and progress of three fine-tuning runs: two with the same seed, and one with another."""
+    """Folders and progress of three fine-tuning runs: two with the same seed, and one with another seed."""
     folder = tmp_path_factory.mktemp("runs")
     return {
         name: (
@@ -117,7 +119,7 @@ def test_every_epoch_has_metrics(runs):
     assert history[-1]["train_loss"] < history[0]["train_loss"]
 
 
-def test_the_latest_checkpoint_is_that_of_the_last_epoch(runs, volumes):
+def test_the_latest_checkpoint_is_from_the_last_epoch(runs, volumes):
     folder, progress = runs["a"]
     trainer = make_trainer(train_backbone=True)
     trees, record = restore(folder, "latest", trainer)
@@ -126,7 +128,7 @@ def test_the_latest_checkpoint_is_that_of_the_last_epoch(runs, volumes):
     assert validate_restored(trainer, trees, volumes[1:2]) == scores(progress.history[-1])
 
 
-def test_the_best_checkpoint_is_that_of_the_epoch_with_the_highest_validation_dice(volumes, tmp_path):
+def test_the_best_checkpoint_is_from_the_epoch_with_the_highest_validation_dice(volumes, tmp_path):
     """Trained on a scan with an empty mask, a network that segments every pixel learns to segment none."""
     recipe = replace(RECIPE, epochs=6, learning_rate=4e-3)
     progress = train_and_check_reports(make_trainer(recipe, bias=0.5), tmp_path, volumes[2:], volumes[:1])
@@ -146,19 +148,19 @@ def test_the_best_checkpoint_is_that_of_the_epoch_with_the_highest_validation_di
 
 def test_without_validation_the_last_epoch_is_kept_and_restored_if_it_is_lost(volumes, tmp_path):
     recipe = replace(RECIPE, checkpoint="last", patience=0)
-    progress = fit(make_trainer(recipe), source(volumes[:1]), None, tmp_path)
+    progress = fit(make_trainer(recipe), make_source(volumes[:1]), None, tmp_path)
     assert [list(line) for line in progress.history] == [["epoch", "train_loss", "seconds", "slices_per_second"]] * 3
     (kept, record), (latest, _) = (restore(tmp_path, kind, make_trainer(recipe)) for kind in ("best", "latest"))
     assert record["epoch"] == 3
     shutil.rmtree(tmp_path / "best")
-    fit(make_trainer(recipe), source(volumes[:1]), None, tmp_path, epochs_done=3)
+    fit(make_trainer(recipe), make_source(volumes[:1]), None, tmp_path, epochs_done=3)
     restored, record = restore(tmp_path, "best", make_trainer(recipe))
     assert record["epoch"] == 3
     for a, b, c in zip(*map(leaves, (kept, latest, restored)), strict=True):
         np.testing.assert_array_equal(a, b)
         np.testing.assert_array_equal(a, c)
     with pytest.raises(ValueError, match="the recipe needs checkpoint='last' and patience=0"):
-        fit(make_trainer(), source(volumes[:1]), None, tmp_path / "other")
+        fit(make_trainer(), make_source(volumes[:1]), None, tmp_path / "other")
 
 
 def test_training_stops_after_patience_epochs_without_a_lower_loss(volumes, tmp_path):
@@ -188,8 +190,8 @@ class Nothing(nnx.Module):
 
 
 def test_validation_averages_the_dice_of_each_volume(volumes):
-    slices = source(volumes)
-    assert len(slices) == 18  # batches of 4 contain slices of two volumes, and the last one is half empty
+    slices = make_source(volumes)
+    assert len(slices) == 18  # some batches of 4 contain slices of two volumes, and the last batch is half empty
     found = Trainer(Brightness(), Training(batch_size=4), STEPS).validate(slices)
 
     losses, dice, iou = [], [], []
@@ -209,5 +211,5 @@ def test_validation_averages_the_dice_of_each_volume(volumes):
 
 
 def test_an_empty_prediction_of_an_empty_mask_has_a_dice_of_1(volumes):
-    found = Trainer(Nothing(), Training(batch_size=4), STEPS).validate(source(volumes[1:]))
+    found = Trainer(Nothing(), Training(batch_size=4), STEPS).validate(make_source(volumes[1:]))
     assert (found.dice, found.iou) == (0.5, 0.5)  # the mean of 0 for the disc and 1 for the empty mask

@@ -23,7 +23,7 @@ WEIGHTS = ([1, 1, 1, 1], [1, 1, 1, 0], [0, 1, 0, 0])
 
 
 @pytest.mark.parametrize("weight", WEIGHTS)
-def test_one_class_is_binary_cross_entropy_over_weighted_slices(weight):
+def test_loss_of_one_class_is_binary_cross_entropy_over_weighted_slices(weight):
     logits = 4 * RNG.standard_normal((4, 6, 9, 1), dtype=np.float32)
     mask = RNG.integers(0, 2, (4, 6, 9), np.uint8)
     counted = np.flatnonzero(weight)
@@ -35,7 +35,7 @@ def test_one_class_is_binary_cross_entropy_over_weighted_slices(weight):
 
 
 @pytest.mark.parametrize("weight", WEIGHTS)
-def test_several_classes_are_softmax_cross_entropy_over_weighted_slices(weight):
+def test_loss_of_several_classes_is_softmax_cross_entropy_over_weighted_slices(weight):
     logits = 4 * RNG.standard_normal((4, 6, 9, 3), dtype=np.float32)
     mask = RNG.integers(0, 3, (4, 6, 9), np.uint8)
     counted = np.flatnonzero(weight)
@@ -71,7 +71,7 @@ def test_overlap_of_several_classes_excludes_the_background():
     np.testing.assert_array_equal(counts, [[[2, 3, 1], [3, 3, 2]]])
 
 
-def test_the_predicted_class_has_a_positive_logit_or_the_largest_one():
+def test_the_predicted_class_has_a_positive_logit_or_the_largest_logit():
     np.testing.assert_array_equal(predict_classes(jnp.array([-1e-6, 0.0, 1e-6])[..., None]), [0, 0, 1])
     np.testing.assert_array_equal(predict_classes(jnp.array([[0.1, 0.3, 0.2], [-1, -3, -2]])), [1, 0])
 
@@ -112,20 +112,20 @@ def test_dice_cross_entropy_equals_its_formula(weight, batch_dice, shape, output
 
 def test_each_coarser_resolution_has_half_the_weight_and_the_coarsest_none():
     mask = np.arange(2 * 8 * 12).reshape(2, 8, 12)
-    seen = []
+    targets = []
 
     def loss(logits, target, weight):
-        seen.append(np.asarray(target))
+        targets.append(np.asarray(target))
         return logits.mean()
 
     logits = [jnp.full((2, 8, 12, 1), 1.0), jnp.full((2, 4, 6, 1), 10.0), jnp.full((2, 2, 6, 1), 100.0)]
     np.testing.assert_allclose(deep_supervision(loss, logits, mask, jnp.ones(2)), (1 + 0.5 * 10) / 1.5, rtol=1e-6)
-    np.testing.assert_array_equal(seen[1], mask[:, 1::2, 1::2])  # the second of two voxels, like nearest-exact
-    assert len(seen) == 2
+    np.testing.assert_array_equal(targets[1], mask[:, 1::2, 1::2])  # the second of two voxels, like nearest-exact
+    assert len(targets) == 2
     assert deep_supervision(loss, logits[:1], mask, jnp.ones(2)) == 1  # a single resolution has all the weight
     expected = torch.nn.functional.interpolate(torch.from_numpy(mask[:, None]).float(), (2, 12), mode="nearest-exact")
     deep_supervision(loss, [logits[0], jnp.ones((2, 2, 12, 1)), logits[2]], mask, jnp.ones(2))
-    np.testing.assert_array_equal(seen[-1], expected[:, 0].numpy())
+    np.testing.assert_array_equal(targets[-1], expected[:, 0].numpy())
 
 
 def test_overlap_of_volumes_is_counted_over_all_axes():

@@ -42,7 +42,7 @@ def test_weight_decay_and_clipping_equal_pytorch(decay, clip):
 
 
 def test_accumulated_gradients_give_one_update_with_their_mean():
-    """Four updates, whose learning rate falls as a cosine from the first."""
+    """Four updates, whose learning rates follow a cosine from the first update on."""
     ours, theirs = {"w": jnp.asarray(draw(5, 3))}, torch.nn.Parameter(torch.from_numpy(draw(5, 3)))
     recipe = replace(RECIPE, accumulated_steps=3, schedule="cosine")
     optimiser = make_optimiser(recipe, has_pretrained_backbone=False)
@@ -74,7 +74,7 @@ def test_polynomial_decay_counts_the_accumulated_steps():
 
 
 def test_the_running_mean_forgets_the_initial_parameters_and_then_decays():
-    """By hand: step n keeps min(decay, (1 + n) / (10 + n)) of the mean."""
+    """Step n keeps the fraction min(decay, (1 + n) / (10 + n)) of the mean."""
     average, parameters = average_parameters(0.15), jnp.array([8.0])
     state, expected = average.init(parameters), 8.0
     for n, kept in enumerate((1 / 10, 0.15, 0.15)):
@@ -85,8 +85,8 @@ def test_the_running_mean_forgets_the_initial_parameters_and_then_decays():
 
 
 @pytest.mark.parametrize("schedule", ["constant", "cosine", "poly"])
-def test_trainings_of_any_length_share_one_program(schedule):
-    """A time budget is filled with the steps of the program that was measured: only the rates differ."""
+def test_runs_of_any_length_share_one_program(schedule):
+    """A run with a time budget uses the program whose steps were timed; only the learning rates differ."""
     programs, parameters = set(), {"w": jnp.ones(3)}
     for epochs, steps in ((1, 10), (7, 700)):
         recipe = replace(RECIPE, schedule=schedule, epochs=epochs)

@@ -10,12 +10,12 @@ from jaxla.training.patches import cut_patches
 
 SIDE, PATCH, COUNT = 9, 4, 2000
 STARTS = {(row, column) for row in range(6) for column in range(6)}
-PIXEL = (1, 5)  # the structure; of the patches, those that start in rows 0 and 1 and columns 2 to 5 contain it
-CONTAINING = {(row, column) for row in (0, 1) for column in (2, 3, 4, 5)}
+PIXEL = (1, 5)  # the only pixel of the structure
+CONTAINING = {(row, column) for row in (0, 1) for column in (2, 3, 4, 5)}  # starts of the patches that contain it
 
 
 def draw_starts(fraction, seed=0):
-    """Return where the patches of slices start, half of which have a structure of a single pixel."""
+    """Return the start of one patch of each slice. Every other slice has a structure, of a single pixel."""
     grid = np.stack(np.indices((SIDE, SIDE)), -1)
     mask = np.zeros((SIDE, SIDE), np.uint8)
     mask[PIXEL] = 2
@@ -41,8 +41,8 @@ def test_patches_cover_all_positions_and_are_determined_by_the_key():
 
 
 @pytest.mark.parametrize("fraction", [0.5, 1.0])
-def test_patches_of_slices_with_a_structure_contain_it(fraction):
-    """The rest of the patches, and those of slices without a structure, are anywhere."""
+def test_the_given_fraction_of_patches_contains_the_structure(fraction):
+    """All other patches may start anywhere."""
     starts = draw_starts(fraction)
     with_structure, without = starts[::2], starts[1::2]
     assert set(without) == STARTS

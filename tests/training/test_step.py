@@ -23,7 +23,7 @@ from tests.tiny import flat_arrays, randomise, tiny_backbone
 CONSTANT = BackboneTraining(learning_rate=1e-2, backbone_learning_rate=1e-4, schedule="constant")
 KEY = jax.random.key(0)
 
-# Comparisons with PyTorch come first, because the fixture changes all later tests of this module.
+# Comparisons with PyTorch come first: once used, `fast_compilation` stays active for the rest of the module.
 fast = pytest.mark.usefixtures("fast_compilation")
 
 
@@ -42,7 +42,7 @@ def make_batch(size=4, seed=0):
     }
 
 
-def by_name(state):
+def arrays_by_name(state):
     """Return copies of a state's arrays by name; a step donates the memory of its arguments."""
     return {".".join(map(str, path)): np.array(variable.get_value()) for path, variable in nnx.to_flat_state(state)}
 
@@ -54,14 +54,20 @@ def states_around_steps(train_backbone):
     states = []
     for i in range(4):
         frozen = trainer.frozen
-        states.append((by_name(trainer.trainable), by_name(frozen.parameters), by_name(frozen.statistics)))
+        states.append(
+            (arrays_by_name(trainer.trainable), arrays_by_name(frozen.parameters), arrays_by_name(frozen.statistics))
+        )
         assert np.isfinite(trainer.step(make_batch(seed=i), i))
     return states
 
 
 def split_names(train_backbone):
     parts = split_network(tiny_network(), train_backbone)
-    return set(by_name(parts.trainable)), set(by_name(parts.frozen.parameters)), set(by_name(parts.frozen.statistics))
+    return (
+        set(arrays_by_name(parts.trainable)),
+        set(arrays_by_name(parts.frozen.parameters)),
+        set(arrays_by_name(parts.frozen.statistics)),
+    )
 
 
 # --- learning rates ---
@@ -150,7 +156,7 @@ def test_twenty_steps_of_adam_equal_pytorch():
 
     assert losses[-1] < losses[0]
     np.testing.assert_allclose(losses, their_losses, atol=1e-6)  # measured: 4e-7
-    ours = by_name(trainer.trainable)
+    ours = arrays_by_name(trainer.trainable)
     for name, layer in (("first", first), ("second", second)):
         kernel = layer.weight.detach().permute(2, 3, 1, 0)
         assert np.abs(ours[f"{name}.kernel"] - start[f"{name}.kernel"]).max() > 0.05
@@ -202,7 +208,7 @@ def test_a_frozen_backbone_is_not_differentiated():
 
 
 @fast
-def test_a_frozen_backbone_keeps_every_bit_while_all_of_the_decoder_changes():
+def test_a_frozen_backbone_keeps_every_bit_while_every_decoder_parameter_changes():
     (trainable, parameters, _), *_, (new_trainable, new_parameters, _) = states_around_steps(train_backbone=False)
     for name, value in parameters.items():
         np.testing.assert_array_equal(new_parameters[name], value)
@@ -210,7 +216,7 @@ def test_a_frozen_backbone_keeps_every_bit_while_all_of_the_decoder_changes():
 
 
 @fast
-def test_all_of_a_finetuned_backbone_changes():
+def test_every_parameter_of_a_finetuned_backbone_changes():
     (trainable, parameters, _), _, (new_trainable, _, _), _ = states_around_steps(train_backbone=True)
     assert parameters == {}
     assert any(name.startswith("backbone.blocks") for name in trainable)
@@ -251,7 +257,7 @@ def test_first_step_of_adam_has_the_size_of_the_learning_rate():
 
 @fast
 def test_gradient_is_the_slope_of_the_loss():
-    """Compared for one element of each of three parameters."""
+    """Finite differences are computed for one element of each of three parameters."""
     parts, batch = split_network(tiny_network(), train_backbone=True), make_batch()
     _, gradients, _ = jax.jit(make_gradient(parts.training))(parts.trainable, parts.frozen, batch, KEY)
 
@@ -261,7 +267,7 @@ def test_gradient_is_the_slope_of_the_loss():
         return cross_entropy(network(batch["input"]), batch["mask"], batch["weight"])
 
     for name in ("backbone.blocks.mlp.expand.kernel", "backbone.pos_grid", "decoder.mix.kernel"):
-        gradient = by_name(gradients)[name]
+        gradient = arrays_by_name(gradients)[name]
         index = np.unravel_index(np.abs(gradient).argmax(), gradient.shape)
 
         def move(shift, path, x, name=name, index=index):
@@ -285,15 +291,15 @@ def test_a_frozen_encoder_runs_in_evaluation_mode_and_keeps_its_statistics():
         return SegNet(VGG(variant, rngs=rngs), 1, rngs=rngs)
 
     parts = split_network(randomise(nnx.eval_shape(segnet)), train_backbone=False)
-    statistics_before = by_name(parts.frozen.statistics)
+    statistics_before = arrays_by_name(parts.frozen.statistics)
     assert statistics_before
-    for state in (statistics_before, by_name(parts.trainable)):
+    for state in (statistics_before, arrays_by_name(parts.trainable)):
         assert not [name for name in state if name.startswith("backbone")]
     images = np.random.default_rng(0).random((4, 32, 40, 1), dtype=np.float32)
     batch = {"input": images, "mask": (images[..., 0] > 0.5).astype(np.uint8), "weight": np.ones(4, np.float32)}
     loss, _, auxiliary = jax.jit(make_gradient(parts.training))(parts.trainable, parts.frozen, batch, KEY)
     assert np.isfinite(loss)
-    after = by_name(auxiliary["statistics"])
+    after = arrays_by_name(auxiliary["statistics"])
     assert after.keys() == statistics_before.keys()
     assert all((after[name] != before).any() for name, before in statistics_before.items())
 

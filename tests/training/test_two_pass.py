@@ -58,9 +58,9 @@ def compute_gradients(make, network, batch, losses=(DICE,), train_backbone=False
     results = []
     for chosen in range(len(losses)):
         value, gradients, _ = gradient(chosen, parts.trainable, parts.frozen, batch, KEY)
-        flat = dict(nnx.to_flat_state(gradients))
-        assert flat.keys() == dict(nnx.to_flat_state(parts.trainable)).keys()
-        arrays = {path: np.asarray(leaf.get_value(), np.float64) for path, leaf in flat.items()}
+        flat_gradients = dict(nnx.to_flat_state(gradients))
+        assert flat_gradients.keys() == dict(nnx.to_flat_state(parts.trainable)).keys()
+        arrays = {path: np.asarray(leaf.get_value(), np.float64) for path, leaf in flat_gradients.items()}
         results.append((float(value), arrays))
     return results
 
