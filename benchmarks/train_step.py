@@ -51,8 +51,8 @@ from jaxla.tasks.patches import PatchTask
 from jaxla.tasks.slices import SliceTask
 from jaxla.training.optimisers import MAX_GRADIENT_NORM, MOMENTUM, WEIGHT_DECAY
 from tests.golden.live import live_model, live_state
-from tests.parity.nnunet_reference import nnunet_as_theirs, nnunet_reference_of
-from tests.parity.references import as_theirs, reference_of
+from tests.parity.nnunet_reference import nnunet_to_torch, nnunet_reference_of
+from tests.parity.references import network_to_torch, reference_of
 from tests.parity.test_nnunet import their_loss
 from tests.tiny import flat_state
 
@@ -131,7 +131,7 @@ def make_slice_steps(method, options):
         module = TorchSegmenter(network, (options.size, options.size))
         to_torch = partial(segmenter_to_torch, network, module.backbone)
     else:
-        module, to_torch = reference_of(network), partial(as_theirs, network)
+        module, to_torch = reference_of(network), partial(network_to_torch, network)
     parts = TorchParts(module, binary_cross_entropy, partial(torch.optim.Adam, lr=LEARNING_RATE))
     # PyTorch's steps are built first, because our step donates the buffers of the network's parameters.
     torch_steps = make_torch_steps(parts, torch_images, mask)
@@ -161,7 +161,7 @@ def make_patch_steps(method, options):
         MAX_GRADIENT_NORM,
     )
     torch_steps = make_torch_steps(parts, images, mask)
-    to_torch = partial(nnunet_as_theirs, configuration)
+    to_torch = partial(nnunet_to_torch, configuration)
     return task, {
         "jaxla": Step(task, network, images, mask, to_torch),
         "jaxla augmented": Step(augmented_task, augmented_task.build_network(), large_images, large_mask, to_torch),
@@ -232,7 +232,7 @@ def segmenter_to_torch(network, model, gradients):
     backbone, decoder = (nnx.State(gradients[name]) for name in ("backbone", "decoder"))
     theirs = live_state(network.backbone.variant, flat_state(backbone), model)
     return {f"backbone.{name}": value.numpy() for name, value in theirs.items()} | {
-        f"decoder.{name}": value for name, value in as_theirs(network.decoder, decoder).items()
+        f"decoder.{name}": value for name, value in network_to_torch(network.decoder, decoder).items()
     }
 
 

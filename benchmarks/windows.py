@@ -34,7 +34,7 @@ from jaxla.models.networks.windows import LEVELS, FeatureWindows, WindowOptions
 from jaxla.training.losses import SMOOTH, dice_cross_entropy, per_volume
 from jaxla.training.step import make_gradient, split_network
 from jaxla.training.two_pass import make_two_pass_gradient
-from tests.parity.references import as_theirs, reference_of
+from tests.parity.references import network_to_torch, reference_of
 
 WINDOW_METHODS = {name: method for name, method in METHODS.items() if isinstance(method.model, WindowOptions)}
 MODES = {"two passes": make_two_pass_gradient, "one graph": make_gradient}
@@ -98,7 +98,7 @@ def measure(decoder, slice_shape, count, options):
     ours = {mode: partial(run_program, program, parts, batch) for mode, program in programs.items()}
     runs = ours | theirs
 
-    gradients = {mode: as_theirs(decoder, decoder_gradients(run())) for mode, run in ours.items()}
+    gradients = {mode: network_to_torch(decoder, decoder_gradients(run())) for mode, run in ours.items()}
     gradients |= {mode: run() for mode, run in theirs.items()}
     reference = gradients["torch one graph"]
     for mode, gradient in gradients.items():

@@ -26,7 +26,7 @@ from jaxla.models.networks.fusion import (
 from jaxla.models.ops.images import three_channels
 from jaxla.training.features import FeatureCache
 from jaxla.training.step import make_gradient, split_network
-from tests.parity.references import as_theirs, reference_of
+from tests.parity.references import network_to_torch, reference_of
 from tests.tiny import ROTARY, TINY, randomise, tiny_backbone
 from tests.training.scans import disc_scans
 
@@ -105,13 +105,13 @@ def test_gradients_and_statistics_equal_pytorch():
 
         gradients, statistics = jax.jit(jax.grad(loss, has_aux=True))(parameters)
         (theirs(*to_torch(features, images)) * torch.from_numpy(weight.transpose(0, 3, 1, 2).copy())).mean().backward()
-        ours, expected = as_theirs(decoder, gradients), dict(theirs.named_parameters())
+        ours, expected = network_to_torch(decoder, gradients), dict(theirs.named_parameters())
         assert ours.keys() == expected.keys()
         for name, parameter in expected.items():
             error = np.linalg.norm(ours[name] - parameter.grad.numpy()) / np.linalg.norm(parameter.grad.numpy())
             assert error <= 1e-13, name  # measured: 4.6e-15
         buffers = dict(theirs.named_buffers())
-        ours = as_theirs(decoder, statistics)
+        ours = network_to_torch(decoder, statistics)
         assert len(ours) == 2 * 3 * 2  # mean and variance of the stem and two convolutions in two stages
         for name, value in ours.items():
             np.testing.assert_allclose(value, buffers[name], rtol=1e-13, err_msg=name)  # measured: 3.3e-15

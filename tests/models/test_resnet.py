@@ -11,7 +11,7 @@ from jaxla import InputError
 from jaxla.models.backbones import build_backbone
 from jaxla.models.backbones.resnet import ResNet, Variant
 from jaxla.models.networks.base import TransformerOptions
-from tests.parity.references import as_theirs, reference_of
+from tests.parity.references import network_to_torch, reference_of
 from tests.tiny import flat_arrays, randomise
 
 SMALL = Variant(blocks=(2, 3, 2, 2))
@@ -106,7 +106,7 @@ def test_training_equals_the_reference():
         reference.named_buffers()
     )
     for state in (gradients, statistics):
-        errors += [relative_l2(array, theirs[name].numpy()) for name, array in as_theirs(resnet, state).items()]
+        errors += [relative_l2(array, theirs[name].numpy()) for name, array in network_to_torch(resnet, state).items()]
     assert len(errors) == 5 + 5 * 32  # features; weight, scale, bias, mean and variance of each convolution
     assert max(errors) <= 1e-12  # measured: 7.6e-14
 

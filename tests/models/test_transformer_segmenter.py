@@ -10,7 +10,7 @@ from flax import nnx
 from jaxla.models.backbones.vision_transformer import VisionTransformer
 from jaxla.models.networks.transformer_segmenter import ConvolutionalDecoder, LinearDecoder, TransformerSegmenter
 from jaxla.models.ops.resizing import double, resize
-from tests.parity.references import as_theirs, reference_of
+from tests.parity.references import network_to_torch, reference_of
 from tests.tiny import TINY, flat_arrays, randomise, tiny_backbone
 
 WIDTHS = (8, 6, 4)
@@ -192,12 +192,12 @@ def test_convolutional_decoder_equals_pytorch_in_training():
     np.testing.assert_allclose(ours, from_torch(expected), atol=1e-5)  # measured: 1.9e-6
 
     buffers = dict(theirs.named_buffers())
-    found = as_theirs(decoder, statistics)
+    found = network_to_torch(decoder, statistics)
     assert len(found) == 4
     for name, value in found.items():  # measured: 1.2e-8 for means, 6e-8 for variances
         np.testing.assert_allclose(value, buffers[name], atol=5e-7 if name.endswith("mean") else 1e-6, err_msg=name)
 
-    found = as_theirs(decoder, gradients)
+    found = network_to_torch(decoder, gradients)
     assert found.keys() == dict(theirs.named_parameters()).keys()
     for name, parameter in theirs.named_parameters():
         assert parameter.grad.abs().max() > 0.02

@@ -16,7 +16,7 @@ from jaxla.config import InputError
 from jaxla.models.networks.base import build_network, parameter_count
 from jaxla.models.networks.transformer_segmenter import TransformerSegmenterOptions
 from jaxla.models.networks.windows import FeatureWindows, WindowDecoder, WindowOptions, WindowSegmenter
-from tests.parity.references import as_theirs, reference_of
+from tests.parity.references import network_to_torch, reference_of
 from tests.tiny import ROTARY, TINY, randomise, tiny_backbone
 
 WIDTHS = (16, 12, 8, 8)
@@ -111,7 +111,7 @@ def test_gradients_equal_pytorch():
         gradients = jax.jit(jax.grad(loss))(parameters)
         logits = theirs(to_torch(features), SLICES, range(SLICES))
         (logits * torch.from_numpy(weight.transpose(0, 4, 1, 2, 3).copy())).mean().backward()
-        ours, expected = as_theirs(decoder, gradients), dict(theirs.named_parameters())
+        ours, expected = network_to_torch(decoder, gradients), dict(theirs.named_parameters())
         assert ours.keys() == expected.keys()
         for name, parameter in expected.items():
             error = np.linalg.norm(ours[name] - parameter.grad.numpy()) / np.linalg.norm(parameter.grad.numpy())

@@ -71,7 +71,7 @@ class ReferenceNNUNet(nn.Module):
         return logits[::-1]
 
 
-def nnunet_as_theirs(configuration, source):
+def nnunet_to_torch(configuration, source):
     """Return our parameters or gradients of nnU-Net under the names of nnU-Net's state dict."""
     arrays = flat_arrays(source, nnx.Variable) if isinstance(source, nnx.Module) else flat_state(source)
     rows = nnunet_rows(configuration, arrays["logits.0.bias"].shape[0])
@@ -94,7 +94,7 @@ def fill_nnunet(network, configuration, tensors):
 
 def nnunet_reference_of(configuration, network):
     """Return the PyTorch reference of nnU-Net with our parameters."""
-    state = {name: torch.from_numpy(a.copy()) for name, a in nnunet_as_theirs(configuration, network).items()}
+    state = {name: torch.from_numpy(a.copy()) for name, a in nnunet_to_torch(configuration, network).items()}
     reference = ReferenceNNUNet(configuration, state["decoder.seg_layers.0.bias"].shape[0])
     reference.to(next(iter(state.values())).dtype).load_state_dict(state)
     return reference

@@ -75,7 +75,7 @@ def reference_of(network, size=None):
             reference = ReferenceResNet(network.variant.blocks)
         case VGG():
             reference = ReferenceVGG(network.variant.stages)
-    state = {name: torch.from_numpy(array.copy()) for name, array in as_theirs(network, network).items()}
+    state = {name: torch.from_numpy(array.copy()) for name, array in network_to_torch(network, network).items()}
     missing, extra = reference.load_state_dict(state, strict=False)
     assert not extra
     assert all(name.endswith("num_batches_tracked") for name in missing)
@@ -87,7 +87,7 @@ def unet_widths(unet):
     return [convolutions.second.norm.scale.shape[0] for convolutions in unet.down]
 
 
-def as_theirs(network, source):
+def network_to_torch(network, source):
     """Return our parameters, statistics or gradients under the reference's names and in its layout: name -> array.
 
     Args:

@@ -18,7 +18,7 @@ import jaxla
 from jaxla.nnunet.network import NNUNet
 from jaxla.nnunet.plan import Configuration
 from jaxla.training.losses import deep_supervision, dice_cross_entropy
-from tests.parity.nnunet_reference import nnunet_as_theirs, nnunet_reference_of
+from tests.parity.nnunet_reference import nnunet_to_torch, nnunet_reference_of
 from tests.tiny import randomise
 
 PLAN = Path(__file__).parents[1] / "golden" / "nnunet_plans" / "Hippocampus.json"
@@ -68,7 +68,7 @@ def test_gradients_of_the_loss_equal_the_reference(name, outputs):
         )
         theirs.backward()
         assert abs(float(value) - theirs.item()) <= 1e-12  # measured: 5.6e-16
-        ours = nnunet_as_theirs(configuration, gradients)
+        ours = nnunet_to_torch(configuration, gradients)
         # the coarsest logits do not contribute to the loss
         expected = {
             key: np.zeros(p.shape) if p.grad is None else p.grad.numpy() for key, p in reference.named_parameters()

@@ -22,7 +22,7 @@ from jaxla.models.networks.attention_unet import AttentionUNet
 from jaxla.models.networks.resnet_unet import ResNetUNet
 from jaxla.models.networks.segnet import SegNet
 from jaxla.models.networks.unet import UNet
-from tests.parity.references import as_theirs, reference_of
+from tests.parity.references import network_to_torch, reference_of
 from tests.tiny import randomise
 
 pytestmark = pytest.mark.usefixtures("fast_compilation")
@@ -112,11 +112,11 @@ def test_training_equals_the_reference(name):
             torch.nn.functional.binary_cross_entropy_with_logits(reference(inputs), targets).backward()
             if i == 0:
                 theirs = {name: parameter.grad for name, parameter in reference.named_parameters()}
-                ours = as_theirs(network, gradients)
+                ours = network_to_torch(network, gradients)
                 assert ours.keys() == theirs.keys()
                 assert relative_l2(ours, theirs) <= 1e-12  # measured: 1.1e-13
             optimiser.step()
-        ours = as_theirs(network, statistics)
+        ours = network_to_torch(network, statistics)
         assert len(ours) == 2 * sum(isinstance(module, torch.nn.BatchNorm2d) for module in reference.modules())
         if ours:
             assert relative_l2(ours, dict(reference.named_buffers())) <= 1e-12  # measured: 6.3e-14
