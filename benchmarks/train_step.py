@@ -51,7 +51,7 @@ from jaxla.tasks.patches import PatchTask
 from jaxla.tasks.slices import SliceTask
 from jaxla.training.optimisers import MAX_GRADIENT_NORM, MOMENTUM, WEIGHT_DECAY
 from tests.golden.live import live_model, live_state
-from tests.parity.nnunet_reference import nnunet_to_torch, nnunet_reference_of
+from tests.parity.nnunet_reference import nnunet_reference_of, nnunet_to_torch
 from tests.parity.references import network_to_torch, reference_of
 from tests.parity.test_nnunet import their_loss
 from tests.tiny import flat_state

@@ -18,7 +18,7 @@ import jaxla
 from jaxla.nnunet.network import NNUNet
 from jaxla.nnunet.plan import Configuration
 from jaxla.training.losses import deep_supervision, dice_cross_entropy
-from tests.parity.nnunet_reference import nnunet_to_torch, nnunet_reference_of
+from tests.parity.nnunet_reference import nnunet_reference_of, nnunet_to_torch
 from tests.tiny import randomise
 
 PLAN = Path(__file__).parents[1] / "golden" / "nnunet_plans" / "Hippocampus.json"
