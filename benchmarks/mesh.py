@@ -14,7 +14,7 @@ from benchmarks.timing import environment, median_and_fastest, print_result, tim
 from jaxla.cli.command_line import command_parser, parse_arguments
 from jaxla.cli.process import run_command
 from jaxla.config import InputError, Training, lookup
-from jaxla.distributed import use_devices
+from jaxla.mesh import use_devices
 from jaxla.models.backbones import TRANSFORMERS
 from jaxla.models.backbones.dinov3 import HUB_SPELLINGS
 from jaxla.models.networks.base import build_network

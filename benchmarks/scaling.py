@@ -4,7 +4,7 @@ Compiles one training step of a fine-tuned backbone with paper 1's decoder for 1
 share a batch, in float32, with replicated and with sharded parameters. Runs nothing and allocates no arrays. Prints
 JSON, in bytes per device:
 
-- `state_bytes`: the state (parameters and Adam's two moments), computed from `jaxla.distributed.SHARDED`
+- `state_bytes`: the state (parameters and Adam's two moments), computed from `jaxla.mesh.SHARDED`
 - `argument_bytes`: the arguments of the compiled program, mostly the state, as reported by XLA
 - `temporary_bytes`: the temporary memory of the compiled program, mostly activations, as reported by XLA
 - `sent_bytes`: the bytes that a device sends per step
@@ -28,7 +28,7 @@ from benchmarks.timing import print_result
 from jaxla.cli.command_line import command_parser, parse_arguments
 from jaxla.cli.process import run_command
 from jaxla.config import Training
-from jaxla.distributed import BATCH, MODEL, shardings, use_devices
+from jaxla.mesh import BATCH, MODEL, shardings, use_devices
 from jaxla.models.networks.base import build_network
 from jaxla.models.networks.transformer_segmenter import TransformerSegmenterOptions
 from jaxla.training.optimisers import make_optimiser, make_rates

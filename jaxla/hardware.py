@@ -1,6 +1,6 @@
 """The capabilities of the devices, and the variant of each operation that suits them.
 
-Other modules do not query devices, except `jaxla.distributed`, which lists them to build its mesh. Variants are chosen
+Other modules do not query devices, except `jaxla.mesh`, which lists them to build its mesh. Variants are chosen
 when JAX traces a function.
 """
 

@@ -32,8 +32,6 @@ from jaxla.distributed import (
     log_progress,
     name_resume_command,
     require_same,
-    use_devices,
-    use_local_devices,
 )
 from jaxla.hardware import keep_compiled_programs
 from jaxla.inference.mask_files import (
@@ -46,6 +44,7 @@ from jaxla.inference.mask_files import (
     write_mask,
 )
 from jaxla.inference.segment import segment_volume
+from jaxla.mesh import use_devices, use_local_devices
 from jaxla.runs.folder import is_finished
 from jaxla.runs.predictions import (
     Origin,

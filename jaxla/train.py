@@ -37,20 +37,11 @@ from jaxla.config import Experiment, InputError
 from jaxla.data.cache import mark_cache_in_use
 from jaxla.data.dataset import PreparedData, prepare_data
 from jaxla.data.split import ALL_FOLDS, FOLDS
-from jaxla.distributed import (
-    barrier,
-    broadcast,
-    is_first,
-    join_processes,
-    local_items,
-    on_host,
-    require_same,
-    use_devices,
-    use_local_devices,
-)
+from jaxla.distributed import barrier, broadcast, is_first, join_processes, local_items, require_same
 from jaxla.experiments import EXPERIMENTS, METHODS
 from jaxla.hardware import keep_compiled_programs
 from jaxla.memory import catch_out_of_memory
+from jaxla.mesh import on_host, use_devices, use_local_devices
 from jaxla.models.weights import parameters_sha256, save_random
 from jaxla.nnunet.postprocessing import read_trials, write_choice
 from jaxla.reporting.charts import draw_curves

@@ -12,7 +12,7 @@ from flax import nnx
 
 from jaxla.data.slices import SliceGeometry, from_slices, slice_geometry, to_slices
 from jaxla.data.volumes import Volume
-from jaxla.distributed import place_on_devices
+from jaxla.mesh import place_on_devices
 from jaxla.models.ops.tiles import apply_in_tiles
 
 ROWS, COLUMNS = -3, -2  # axes of images and of probabilities

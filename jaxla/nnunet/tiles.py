@@ -16,7 +16,7 @@ import numpy as np
 from flax import nnx
 
 from jaxla.data.prepared import PreparedVolume
-from jaxla.distributed import device_count, place_on_devices, shard_batch
+from jaxla.mesh import device_count, place_on_devices, shard_batch
 from jaxla.models.ops.tiles import gaussian_weights, tile_starts
 from jaxla.nnunet.plan import Configuration, Plan
 from jaxla.nnunet.preprocessing import PreprocessedImage, preprocessed_shape

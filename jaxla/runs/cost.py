@@ -15,9 +15,9 @@ from flax import nnx
 from jaxla.data.prepared import PreparedVolume
 from jaxla.data.slices import from_slices, slice_geometry
 from jaxla.data.volumes import read_grid
-from jaxla.distributed import on_host
 from jaxla.hardware import peak_device_bytes, peak_host_bytes
 from jaxla.inference.segment import SegmentSlices
+from jaxla.mesh import on_host
 from jaxla.models.ops.multiply_adds import multiply_adds
 from jaxla.runs.trained import TrainedRun
 from jaxla.training.step import count_parameters, split_network

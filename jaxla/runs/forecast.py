@@ -15,11 +15,12 @@ from jaxla.cli.terminal import format_bytes, format_duration, plural
 from jaxla.config import Experiment
 from jaxla.data.dataset import PreparedData
 from jaxla.data.prepared import PreparedVolume
-from jaxla.distributed import gather, local_items, on_host, process_count, shard_batch, use_local_devices
+from jaxla.distributed import gather, local_items, process_count
 from jaxla.evaluation.summary import score_case
 from jaxla.hardware import device_bytes, device_name
 from jaxla.inference.segment import FLIPS
 from jaxla.memory import catch_out_of_memory
+from jaxla.mesh import on_host, shard_batch, use_local_devices
 from jaxla.runs.cost import MAX_TIMED_SECONDS, MAX_TIMED_VOLUMES
 from jaxla.runs.speed import MEASURED_STEPS, fit_to_minutes, mean_seconds, measure_speed, measuring_seconds
 from jaxla.tasks import Features, Task

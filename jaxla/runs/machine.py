@@ -26,8 +26,9 @@ NUMERIC_SETTINGS = (
 
 def environment() -> dict[str, Any]:
     """Return the packages, devices and processor of this process, ready for JSON."""
-    from jaxla.distributed import device_count, process_count
+    from jaxla.distributed import process_count
     from jaxla.hardware import first_local_device
+    from jaxla.mesh import device_count
 
     device = first_local_device()
     return {

@@ -17,8 +17,9 @@ from flax import nnx
 from jaxla.cli.terminal import format_duration
 from jaxla.config import Training
 from jaxla.data.batches import evaluation_batches, sample_batch, training_batches
-from jaxla.distributed import broadcast, is_first, local_rows, on_host
+from jaxla.distributed import broadcast, is_first
 from jaxla.memory import catch_out_of_memory
+from jaxla.mesh import local_rows, on_host
 from jaxla.tasks import Features, Task
 from jaxla.tasks.base import Sources
 from jaxla.training.step import count_parameters

@@ -16,8 +16,8 @@ from jaxla.cli.terminal import format_bytes, format_duration, plural
 from jaxla.config import Experiment, InputError, command_line_wording
 from jaxla.data.cache import mark_cache_in_use
 from jaxla.data.dataset import prepare_data, require_classes
-from jaxla.distributed import use_devices
 from jaxla.hardware import device_name, keep_compiled_programs, on_cpu
+from jaxla.mesh import use_devices
 from jaxla.runs.forecast import Forecast, forecast_run
 from jaxla.runs.machine import processor
 from jaxla.runs.speed import MEASURED_STEPS

@@ -16,8 +16,9 @@ from jaxla.config import Augmentation, Experiment, InputError, Training, option
 from jaxla.data.batches import Source, steps_per_epoch
 from jaxla.data.dataset import PreparedData
 from jaxla.data.prepared import PreparedVolume
-from jaxla.distributed import device_count, process_count
+from jaxla.distributed import process_count
 from jaxla.inference.segment import SegmentSlices
+from jaxla.mesh import device_count
 from jaxla.models.networks.base import build_network
 from jaxla.training.augmentation import augment
 from jaxla.training.features import CachedFeatures, FeatureCache

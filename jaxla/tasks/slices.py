@@ -18,9 +18,9 @@ from jaxla.data.dataset import PreparedData
 from jaxla.data.inputs import Canvas, Frame, input_to_slice, intensity_range, slice_to_input
 from jaxla.data.prepared import PreparedVolume
 from jaxla.data.slices import SliceGeometry
-from jaxla.distributed import device_count, local_rows, shard_batch
 from jaxla.inference.segment import Segmentation, SegmentSlices, classify, mean_probabilities, pad_rows
 from jaxla.memory import require_memory
+from jaxla.mesh import device_count, local_rows, shard_batch
 from jaxla.models.ops.tiles import tile_starts
 from jaxla.tasks.base import Features, Sources, Task
 from jaxla.training.features import CachedFeatures, FeatureCache

@@ -13,8 +13,8 @@ from jaxla.config import option
 from jaxla.data.batches import VolumeSource
 from jaxla.data.dataset import PreparedData
 from jaxla.data.prepared import PreparedVolume
-from jaxla.distributed import local_rows, shard_batch
 from jaxla.inference.segment import mean_probabilities, pad_rows
+from jaxla.mesh import local_rows, shard_batch
 from jaxla.tasks.base import Features, Sources
 from jaxla.tasks.slices import SliceProbabilities, SliceTask
 from jaxla.training.losses import Loss, per_volume

@@ -33,7 +33,8 @@ from jaxla.data.arrays import open_array
 from jaxla.data.inputs import Canvas
 from jaxla.data.prepared import VERSION as PREPARED_VERSION
 from jaxla.data.prepared import PreparedVolume
-from jaxla.distributed import device_count, gather, local_items, place_on_devices, shard_batch
+from jaxla.distributed import gather, local_items
+from jaxla.mesh import device_count, place_on_devices, shard_batch
 from jaxla.models.weights import parameters_sha256
 
 log = logging.getLogger(__name__)

@@ -20,7 +20,8 @@ from jaxla.cli.process import Stopped, stop_requests
 from jaxla.cli.terminal import format_duration
 from jaxla.config import InputError, option
 from jaxla.data.batches import Source, sample_batch, training_batches
-from jaxla.distributed import global_max, local_rows, process_count
+from jaxla.distributed import process_count
+from jaxla.mesh import global_max, local_rows
 from jaxla.training.progress import Progress, TrainingCheckpoints
 from jaxla.training.trainer import Trainer, Validation
 

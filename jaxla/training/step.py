@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import optax
 from flax import nnx
 
-from jaxla.distributed import constrain_sharding, device_count, replicate
+from jaxla.mesh import constrain_sharding, device_count, replicate
 from jaxla.models.ops.tiles import apply_in_tiles
 from jaxla.training.losses import Loss, count_overlap, cross_entropy, deep_supervision, row_weights
 

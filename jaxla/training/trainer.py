@@ -14,9 +14,9 @@ from jaxla.cli.process import Stopped
 from jaxla.cli.terminal import show_elapsed
 from jaxla.config import Training
 from jaxla.data.batches import Source, evaluation_batches
-from jaxla.distributed import constrain_sharding, local_rows, place_on_devices, shard_batch
 from jaxla.hardware import require_float32
 from jaxla.memory import program_bytes, require_memory
+from jaxla.mesh import constrain_sharding, local_rows, place_on_devices, shard_batch
 from jaxla.training.losses import Loss, cross_entropy
 from jaxla.training.optimisers import make_optimiser, make_rates
 from jaxla.training.step import Augment, Frozen, MakeGradient, make_evaluation, make_gradient, make_step, split_network

@@ -20,7 +20,8 @@ from flax import nnx
 from jaxla.config import BackboneTraining
 from jaxla.data.batches import SliceSource, steps_per_epoch
 from jaxla.data.inputs import Canvas
-from jaxla.distributed import is_first, join_processes, local_rows, replicate, use_devices
+from jaxla.distributed import is_first, join_processes
+from jaxla.mesh import local_rows, replicate, use_devices
 from jaxla.models.networks.fusion import FusionDecoder, FusionSegmenter
 from jaxla.models.networks.transformer_segmenter import ConvolutionalDecoder, TransformerSegmenter
 from jaxla.models.networks.unet import UNet

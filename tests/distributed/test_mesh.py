@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from jaxla.config import InputError
-from jaxla.distributed import device_count, use_devices
+from jaxla.mesh import device_count, use_devices
 from tests.distributed.group import find_free_port, finish, start
 from tests.distributed.mesh_cases import CASES, TWO_PROCESS_CASES
 

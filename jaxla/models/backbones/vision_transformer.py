@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from jaxla.distributed import replicate
+from jaxla.mesh import replicate
 from jaxla.models.ops.attention import attention
 from jaxla.models.ops.images import require_images
 from jaxla.models.ops.positions import Rotation, resize_grid, rotary_periods, rotary_rotation

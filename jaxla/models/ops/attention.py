@@ -7,8 +7,8 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 
-from jaxla.distributed import map_over_devices
 from jaxla.hardware import attention_variant
+from jaxla.mesh import map_over_devices
 
 
 def attention(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
