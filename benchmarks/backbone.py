@@ -46,14 +46,17 @@ def main(arguments):
     parser.add_argument("--output", type=str, help="also write the JSON to this file")
     options = parse_arguments(parser, arguments)
     arch = HUB_SPELLINGS.get(options.arch, options.arch)
-    variant = lookup("--arch", arch, TRANSFORMERS)
-    size = options.size
-    if size % variant.patch or size < 1:
-        raise InputError(f"--size={size}", f"not a multiple of the patch size {variant.patch}", "Choose another size.")
+    size, patch = options.size, lookup("--arch", arch, TRANSFORMERS).patch
+    if size % patch or size < 1:
+        raise InputError(f"--size={size}", f"not a multiple of the patch size {patch}", "Choose another size.")
     if min(options.batch, options.repeats) < 1:
         raise InputError("--batch and --repeats", "must be at least 1", "Choose larger numbers.")
-    gpu = on_gpu()
+    print_result(environment("jax", "flax", "torch", "transformers") | measure(arch, options), options.output)
 
+
+def measure(arch, options):
+    """Return sizes, times and memory; exit if the two implementations compute different tokens."""
+    size, variant, gpu = options.size, TRANSFORMERS[arch], on_gpu()
     images = np.random.default_rng(0).standard_normal((options.batch, size, size, 3), np.float32)
     dtype = jnp.dtype(compute_dtype())
     ours = randomise(nnx.eval_shape(lambda: build_backbone(arch, dtype=dtype, rngs=nnx.Rngs(0))))
@@ -96,7 +99,6 @@ def main(arguments):
     program = jax.jit(forward).lower(state, device_images).compile()
     operations = 2 * multiply_adds(forward, state, device_images)
     result = {
-        **environment("jax", "flax", "torch", "transformers"),
         "arch": arch,
         "size": size,
         "batch": options.batch,
@@ -113,7 +115,7 @@ def main(arguments):
     if gpu:
         result["torch_peak_bytes"] = torch.cuda.max_memory_allocated()
         result["jaxla_peak_bytes"] = peak_device_bytes()
-    print_result(result, options.output)
+    return result
 
 
 if __name__ == "__main__":
