@@ -52,7 +52,7 @@ from jaxla.tasks.slices import SliceTask
 from jaxla.training.features import BATCH
 from tests.golden.live import live_model
 from tests.parity.decoder_references import ReferenceFusionDecoder
-from tests.parity.references import reference_of
+from tests.parity.references import make_reference
 
 DEVICE = "cuda" if on_gpu() else "cpu"
 NETWORKS = {"transformer_segmenter": TransformerSegmenterOptions, "fusion": FusionOptions}
@@ -103,7 +103,7 @@ def measure(task, folder, options):
     volumes, network = take_slices(folder, options.slices, options.data), task.build_network()
     cache = task.make_feature_cache(network, folder / "cache")
     backbone = TorchBackbone(network.backbone, getattr(network, "blocks", None))
-    decoder = reference_of(network.decoder, (options.size, options.size))
+    decoder = make_reference(network.decoder, (options.size, options.size))
     uncached = SliceSource(volumes, task.canvas)
     images, masks = load_arrays(uncached)
     images = torch.from_numpy(images).to(DEVICE)

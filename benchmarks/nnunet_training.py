@@ -38,7 +38,7 @@ from jaxla.runs.checks import check_experiment
 from jaxla.tasks import make_task
 from jaxla.training.optimisers import MAX_GRADIENT_NORM, MOMENTUM, POLY_POWER, WEIGHT_DECAY
 from jaxla.training.trainer import Trainer
-from tests.parity.nnunet_reference import fill_nnunet, nnunet_reference_of
+from tests.parity.nnunet_reference import fill_nnunet, make_nnunet_reference
 from tests.parity.test_nnunet import their_loss
 
 log = logging.getLogger("jaxla.benchmarks")
@@ -126,7 +126,7 @@ class TorchTraining:
 
     def __init__(self, task, network):
         self.task, self.configuration, self.recipe = task, task.configuration, task.recipe
-        self.module = nnunet_reference_of(self.configuration, network).train()
+        self.module = make_nnunet_reference(self.configuration, network).train()
         options = {"lr": self.recipe.learning_rate, "momentum": MOMENTUM, "weight_decay": WEIGHT_DECAY}
         self.optimiser = torch.optim.SGD(self.module.parameters(), nesterov=True, **options)
 

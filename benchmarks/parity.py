@@ -21,7 +21,7 @@ from jaxla.cli.command_line import command_parser, parse_arguments
 from jaxla.cli.process import run_command
 from jaxla.config import lookup
 from jaxla.models.backbones import TRANSFORMERS, dinov3
-from tests.golden.checkpoints import files_of, golden_backbone, image_of
+from tests.golden.checkpoints import golden_backbone, golden_files, golden_image
 from tests.golden.errors import (
     BOUND,
     COSINE_BOUND,
@@ -85,7 +85,7 @@ def select_architectures(option):
 
 def measure(arch, live_sizes):
     """Yield the rows of one architecture, each a dict with the columns as keys; `live_sizes` adds larger sizes."""
-    files = {image_of(file).shape[1:3]: file for file in files_of(arch)}
+    files = {golden_image(file).shape[1:3]: file for file in golden_files(arch)}
     sizes = dict.fromkeys(files or [(98, 98)])
     if live_sizes and TRANSFORMERS[arch].width <= MAX_SMALL_WIDTH:
         sizes |= dict.fromkeys([(448, 448), (518, 518)] if TRANSFORMERS[arch].grid else [(448, 448), (512, 512)])

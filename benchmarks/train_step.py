@@ -51,8 +51,8 @@ from jaxla.tasks.patches import PatchTask
 from jaxla.tasks.slices import SliceTask
 from jaxla.training.optimisers import MAX_GRADIENT_NORM, MOMENTUM, WEIGHT_DECAY
 from tests.golden.live import live_model, live_state
-from tests.parity.nnunet_reference import nnunet_reference_of, nnunet_to_torch
-from tests.parity.references import network_to_torch, reference_of
+from tests.parity.nnunet_reference import make_nnunet_reference, nnunet_to_torch
+from tests.parity.references import make_reference, network_to_torch
 from tests.parity.test_nnunet import their_loss
 from tests.tiny import flat_state
 
@@ -131,7 +131,7 @@ def make_slice_steps(method, options):
         module = TorchSegmenter(network, (options.size, options.size))
         to_torch = partial(segmenter_to_torch, network, module.backbone)
     else:
-        module, to_torch = reference_of(network), partial(network_to_torch, network)
+        module, to_torch = make_reference(network), partial(network_to_torch, network)
     parts = TorchParts(module, binary_cross_entropy, partial(torch.optim.Adam, lr=LEARNING_RATE))
     # PyTorch's steps are built first, because our step donates the buffers of the network's parameters.
     torch_steps = make_torch_steps(parts, torch_images, mask)
@@ -155,7 +155,7 @@ def make_patch_steps(method, options):
     large_images = rng.standard_normal((task.batch_size, *initial_patch_size(size), 1), np.float32)
     large_mask = rng.integers(-1, CLASSES, large_images.shape[:-1]).astype(np.int8)
     parts = TorchParts(
-        nnunet_reference_of(configuration, network),
+        make_nnunet_reference(configuration, network),
         lambda logits, mask: their_loss([level.float() for level in logits], mask, configuration.batch_dice),
         partial(torch.optim.SGD, lr=LEARNING_RATE, momentum=MOMENTUM, weight_decay=WEIGHT_DECAY, nesterov=True),
         MAX_GRADIENT_NORM,
@@ -216,7 +216,7 @@ class TorchSegmenter(torch.nn.Module):
 
     def __init__(self, network, size):
         super().__init__()
-        self.backbone, self.decoder = live_model(network.backbone), reference_of(network.decoder, size)
+        self.backbone, self.decoder = live_model(network.backbone), make_reference(network.decoder, size)
         self.backbone.set_attn_implementation("sdpa")
         self.variant = network.backbone.variant
 

@@ -34,7 +34,7 @@ from jaxla.models.networks.windows import LEVELS, FeatureWindows, WindowOptions
 from jaxla.training.losses import SMOOTH, dice_cross_entropy, per_volume
 from jaxla.training.step import make_gradient, split_network
 from jaxla.training.two_pass import make_two_pass_gradient
-from tests.parity.references import network_to_torch, reference_of
+from tests.parity.references import make_reference, network_to_torch
 
 WINDOW_METHODS = {name: method for name, method in METHODS.items() if isinstance(method.model, WindowOptions)}
 MODES = {"two passes": make_two_pass_gradient, "one graph": make_gradient}
@@ -135,7 +135,7 @@ class TorchGradient:
 
     def __init__(self, decoder, features, mask, count, mode):
         self.device = "cuda" if on_gpu() else "cpu"
-        self.decoder = reference_of(decoder).train().to(self.device)
+        self.decoder = make_reference(decoder).train().to(self.device)
         windows = np.split(np.ascontiguousarray(features.transpose(0, 2, 5, 1, 3, 4)), count, axis=3)
         self.features = [torch.from_numpy(part.copy()).to(self.device) for part in windows]
         self.mask = torch.from_numpy(mask > 0).float().unsqueeze(1).to(self.device)

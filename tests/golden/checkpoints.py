@@ -29,13 +29,13 @@ FOLDER = Path(__file__).parent
 _AUTHORS_SPELLING = {ours: authors for authors, ours in HUB_SPELLINGS.items()}
 
 
-def files_of(arch: str) -> list[str]:
+def golden_files(arch: str) -> list[str]:
     """Return the names of an architecture's golden files; `arch` has this package's spelling."""
     found = FOLDER.glob(f"{_AUTHORS_SPELLING.get(arch, arch)}_[0-9]*.npz")
-    return sorted((path.stem for path in found), key=lambda file: image_of(file).size)
+    return sorted((path.stem for path in found), key=lambda file: golden_image(file).size)
 
 
-def image_of(file: str) -> np.ndarray:
+def golden_image(file: str) -> np.ndarray:
     """Return the image [1, H, W, 3] of a golden file."""
     height, width = map(int, file.rsplit("_", 1)[1].split("x"))
     return fake_image(height, width).transpose(0, 2, 3, 1)

@@ -9,7 +9,7 @@ import numpy as np
 from flax import nnx
 
 from jaxla.models.backbones.vision_transformer import VisionTransformer
-from tests.golden.checkpoints import FOLDER, image_of
+from tests.golden.checkpoints import FOLDER, golden_image
 
 
 class Deviation(NamedTuple):
@@ -36,7 +36,7 @@ def beyond_bounds(errors: Mapping[str, Deviation]) -> dict[str, Deviation]:
 
 def golden_errors(vit: VisionTransformer, file: str) -> dict[str, Deviation]:
     """Return the deviation of each array from that in a golden file."""
-    golden, image = np.load(FOLDER / f"{file}.npz"), image_of(file)
+    golden, image = np.load(FOLDER / f"{file}.npz"), golden_image(file)
     step, channels = int(golden["patch_step"]), vit.variant.width
 
     out = vit(image)

@@ -26,7 +26,7 @@ from jaxla.models.networks.fusion import (
 from jaxla.models.ops.images import three_channels
 from jaxla.training.features import FeatureCache
 from jaxla.training.step import make_gradient, split_network
-from tests.parity.references import network_to_torch, reference_of
+from tests.parity.references import make_reference, network_to_torch
 from tests.tiny import ROTARY, TINY, randomise, tiny_backbone
 from tests.training.scans import disc_scans
 
@@ -84,7 +84,7 @@ def test_logits_equal_pytorch(image, weights):
     inputs = (features, images) if decoder.reads_images else features
     ours = jax.jit(lambda inputs: decoder(inputs, SIZE))(inputs)
     with torch.no_grad():
-        theirs = reference_of(decoder, SIZE)(*to_torch(features, images)).numpy().transpose(0, 2, 3, 1)
+        theirs = make_reference(decoder, SIZE)(*to_torch(features, images)).numpy().transpose(0, 2, 3, 1)
     assert (ours.shape, ours.dtype) == ((2, *SIZE, 3), jnp.float32)
     assert np.std(theirs) > 0.2
     np.testing.assert_allclose(ours, theirs, atol=2e-6)  # measured: 3.6e-7
@@ -95,7 +95,7 @@ def test_gradients_and_statistics_equal_pytorch():
     with jax.enable_x64():
         decoder, (features, images) = make_decoder(dtype=jnp.float64), random_inputs(dtype=np.float64)
         weight = np.random.default_rng(2).standard_normal((2, *SIZE, 1))
-        theirs = reference_of(decoder, SIZE).train()
+        theirs = make_reference(decoder, SIZE).train()
         decoder.train()
         graph, parameters, rest = nnx.split(decoder, nnx.Param, ...)
 

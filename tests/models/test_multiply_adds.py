@@ -15,7 +15,7 @@ from jaxla.models.networks.fusion import weighted_product, weighted_sums
 from jaxla.models.ops.attention import cudnn_attention
 from jaxla.models.ops.multiply_adds import multiply_adds
 from tests.gpu import pretend_gpu
-from tests.parity.references import reference_of
+from tests.parity.references import make_reference
 from tests.tiny import randomise, tiny_backbone
 
 
@@ -81,7 +81,7 @@ def test_convolutional_networks_equal_pytorchs_counter(method):
     network = randomise(nnx.eval_shape(lambda: build_network(model, 1, 0)))
     channels = 3 if hasattr(network, "backbone") else 1
     with FlopCounterMode(display=False) as counter, torch.no_grad():
-        reference_of(network).eval()(torch.zeros(1, channels, 64, 64))
+        make_reference(network).eval()(torch.zeros(1, channels, 64, 64))
     assert count_network(network, 64) == counter.get_total_flops() // 2
 
 

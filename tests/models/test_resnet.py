@@ -11,7 +11,7 @@ from jaxla import InputError
 from jaxla.models.backbones import build_backbone
 from jaxla.models.backbones.resnet import ResNet, Variant
 from jaxla.models.networks.base import TransformerOptions
-from tests.parity.references import network_to_torch, reference_of
+from tests.parity.references import make_reference, network_to_torch
 from tests.tiny import flat_arrays, randomise
 
 SMALL = Variant(blocks=(2, 3, 2, 2))
@@ -45,7 +45,7 @@ def relative_l2(ours, theirs):
 def test_features_equal_the_reference():
     resnet, images = small_resnet(), random_images(2, 65, 97)  # odd sides; tests/parity has even ones
     features = resnet.intermediate(images)
-    for ours, theirs in zip(features, reference_of(resnet)(channels_first(images))[1:], strict=True):
+    for ours, theirs in zip(features, make_reference(resnet)(channels_first(images))[1:], strict=True):
         assert relative_l2(ours, channels_last(theirs)) <= 1e-6  # measured: 5.2e-7
     np.testing.assert_array_equal(resnet(images), features[-1])
     assert [x.shape[-1] for x in features] == [64, 256, 512, 1024, 2048]
@@ -81,7 +81,7 @@ def test_training_equals_the_reference():
         resnet, images = small_resnet(jnp.float64), random_images(2, 33, 49).astype(np.float64)
         for _, variable in nnx.to_flat_state(nnx.state(resnet)):
             variable.set_value(jnp.asarray(np.asarray(variable), jnp.float64))
-        reference = reference_of(resnet).train()
+        reference = make_reference(resnet).train()
         their_features = reference(channels_first(images))[1:]
         draw = np.random.default_rng(1).standard_normal
         weights = [draw(channels_last(x).shape) for x in their_features]

@@ -10,7 +10,7 @@ from flax import nnx
 from jaxla.models.backbones.vision_transformer import VisionTransformer
 from jaxla.models.networks.transformer_segmenter import ConvolutionalDecoder, LinearDecoder, TransformerSegmenter
 from jaxla.models.ops.resizing import double, resize
-from tests.parity.references import network_to_torch, reference_of
+from tests.parity.references import make_reference, network_to_torch
 from tests.tiny import TINY, flat_arrays, randomise, tiny_backbone
 
 WIDTHS = (8, 6, 4)
@@ -164,7 +164,7 @@ def random_tokens():
 
 def test_convolutional_decoder_equals_pytorch_in_evaluation():
     decoder = make_decoder("convolutional", outputs=3)
-    theirs = reference_of(decoder, (40, 56))
+    theirs = make_reference(decoder, (40, 56))
     before = flat_arrays(decoder, nnx.BatchStat)
     ours = jax.jit(lambda tokens: decoder(tokens, (40, 56)))(random_tokens())
     expected = from_torch(theirs(to_torch(random_tokens())))
@@ -176,7 +176,7 @@ def test_convolutional_decoder_equals_pytorch_in_evaluation():
 
 def test_convolutional_decoder_equals_pytorch_in_training():
     decoder = make_decoder("convolutional", outputs=3)
-    theirs = reference_of(decoder, (40, 56)).train()
+    theirs = make_reference(decoder, (40, 56)).train()
     decoder.train()
     graph, parameters, rest = nnx.split(decoder, nnx.Param, ...)
     weight = 100 * np.random.default_rng(4).standard_normal((4, 40, 56, 3), dtype=np.float32)

@@ -16,7 +16,7 @@ from jaxla.config import InputError
 from jaxla.models.networks.base import build_network, parameter_count
 from jaxla.models.networks.transformer_segmenter import TransformerSegmenterOptions
 from jaxla.models.networks.windows import FeatureWindows, WindowDecoder, WindowOptions, WindowSegmenter
-from tests.parity.references import network_to_torch, reference_of
+from tests.parity.references import make_reference, network_to_torch
 from tests.tiny import ROTARY, TINY, randomise, tiny_backbone
 
 WIDTHS = (16, 12, 8, 8)
@@ -83,7 +83,7 @@ def test_logits_of_a_window_equal_pytorch(kind):
     window = range(2, 5)
     decoder = make_decoder(outputs=3, **KINDS[kind])
     features = random_features(slices=len(window))
-    reference = reference_of(decoder)
+    reference = make_reference(decoder)
     with torch.no_grad():
         theirs = reference(to_torch(features), SLICES, window)
         if kind == "2D":  # GroupNorm normalises each slice by itself
@@ -102,7 +102,7 @@ def test_gradients_equal_pytorch():
     with jax.enable_x64():
         decoder, features = make_decoder(dtype=jnp.float64), random_features(dtype=np.float64)
         weight = np.random.default_rng(2).standard_normal((2, SLICES, 32, 64, 1))
-        theirs = reference_of(decoder)
+        theirs = make_reference(decoder)
         graph, parameters = nnx.split(decoder)
 
         def loss(parameters):
@@ -121,7 +121,7 @@ def test_gradients_equal_pytorch():
 def test_logits_of_a_volume_equal_pytorch_on_its_windows():
     counts = (4, 1, 3)  # windows of different sizes along slices and columns
     decoder, features = make_decoder(), random_features()
-    reference = reference_of(decoder)
+    reference = make_reference(decoder)
     assembled = torch.zeros(2, 1, SLICES, 32, 64)
     for index in product(*map(range, counts)):
         window, rows, columns = (

@@ -92,7 +92,7 @@ def fill_nnunet(network, configuration, tensors):
     assert not variables
 
 
-def nnunet_reference_of(configuration, network):
+def make_nnunet_reference(configuration, network):
     """Return the PyTorch reference of nnU-Net with our parameters."""
     state = {name: torch.from_numpy(a.copy()) for name, a in nnunet_to_torch(configuration, network).items()}
     reference = ReferenceNNUNet(configuration, state["decoder.seg_layers.0.bias"].shape[0])

@@ -34,7 +34,7 @@ from tests.parity.network_references import (
 from tests.tiny import flat_arrays, flat_state
 
 
-def reference_of(network, size=None):
+def make_reference(network, size=None):
     """Return the reference of a network, encoder or decoder, with its parameters and statistics, in evaluation mode.
 
     Args:

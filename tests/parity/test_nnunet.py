@@ -18,7 +18,7 @@ import jaxla
 from jaxla.nnunet.network import NNUNet
 from jaxla.nnunet.plan import Configuration
 from jaxla.training.losses import deep_supervision, dice_cross_entropy
-from tests.parity.nnunet_reference import nnunet_reference_of, nnunet_to_torch
+from tests.parity.nnunet_reference import make_nnunet_reference, nnunet_to_torch
 from tests.tiny import randomise
 
 PLAN = Path(__file__).parents[1] / "golden" / "nnunet_plans" / "Hippocampus.json"
@@ -46,7 +46,7 @@ def test_gradients_of_the_loss_equal_the_reference(name, outputs):
             variable.set_value(jnp.asarray(np.asarray(variable), jnp.float64))
         images = rng.standard_normal((2, *configuration.patch_size, 1))
         mask = rng.integers(0, max(2, outputs), images.shape[:-1])
-        reference = nnunet_reference_of(configuration, network)
+        reference = make_nnunet_reference(configuration, network)
         network.train()
         graph, parameters = nnx.split(network)
         weight = jnp.ones(2)

@@ -22,7 +22,7 @@ from jaxla.models.networks.attention_unet import AttentionUNet
 from jaxla.models.networks.resnet_unet import ResNetUNet
 from jaxla.models.networks.segnet import SegNet
 from jaxla.models.networks.unet import UNet
-from tests.parity.references import network_to_torch, reference_of
+from tests.parity.references import make_reference, network_to_torch
 from tests.tiny import randomise
 
 pytestmark = pytest.mark.usefixtures("fast_compilation")
@@ -75,7 +75,7 @@ def test_logits_equal_the_reference(name):
     network, images = make_network(name, outputs=3), random_batch()[0]
     logits = nnx.jit(lambda network: network(images))(network)
     with torch.no_grad():
-        theirs = reference_of(network)(their_input(name, images).float()).numpy().transpose(0, 2, 3, 1)
+        theirs = make_reference(network)(their_input(name, images).float()).numpy().transpose(0, 2, 3, 1)
     assert logits.dtype == np.float32
     bound = 8e-6 if "Instance" in name else 2e-6  # measured: 3.9e-6 and 6e-7, for values with an SD of 0.02 to 0.6
     assert np.abs(logits - theirs).max() <= bound
@@ -87,7 +87,7 @@ def test_training_equals_the_reference(name):
     with jax.enable_x64():
         network = make_network(name, dtype=jnp.float64)
         images, mask = random_batch(np.float64)
-        reference = reference_of(network).train()
+        reference = make_reference(network).train()
         network.train()
         graph, parameters, statistics = nnx.split(network, nnx.Param, ...)
         adam = optax.adam(1e-4)
