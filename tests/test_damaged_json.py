@@ -22,7 +22,7 @@ from tests.studies.runs import BoxRun, write_study
 from tests.tiny import TINY_PLAN
 
 SEEDS = range(12)  # each file is damaged once per seed; its index in READERS is part of the seed
-VALUES = [None, True, 1.5, -3, "x", "", [], [[1]], {}, {"a": 1}, 10**30, float("inf"), float("nan")]
+VALUES = [None, True, 1.5, -3, "x", "", [], [[1]], {}, {"a": 1}, 10**30, 1e300, float("inf"), float("nan")]
 
 
 def read_plan_to_train(path):

@@ -175,6 +175,12 @@ def change_version(folder, change):
     (folder / "experiment.json").write_text(json.dumps(record))
 
 
+def change_metric(folder, name, value):
+    lines = (folder / "metrics.jsonl").read_text().splitlines()
+    lines[0] = json.dumps(json.loads(lines[0]) | {name: value})
+    (folder / "metrics.jsonl").write_text("\n".join(lines))
+
+
 BAD_RUNS = {
     "newer": (lambda folder: change_version(folder, 1), "written by a newer version of jaxla. Update jaxla."),
     "earlier": (
@@ -182,6 +188,8 @@ BAD_RUNS = {
         "written by an earlier version of jaxla. Use that version, or train again.",
     ),
     "damaged": (lambda folder: (folder / "experiment.json").write_text('{"version": 4'), "experiment.json: damaged"),
+    "a Dice of 7": (lambda folder: change_metric(folder, "val_dice", 7), r"metrics.jsonl, line 1: damaged: .*<= 1"),
+    "an infinite loss": (lambda folder: change_metric(folder, "val_loss", 1e300), "metrics.jsonl, line 1: damaged"),
     "no record": (lambda folder: (folder / "experiment.json").unlink(), r"not a run folder \(no experiment.json\)"),
 }
 

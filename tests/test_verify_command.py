@@ -102,6 +102,19 @@ def test_many_findings_of_one_kind_are_shortened(tmp_path):
     assert ": 30 errors prevent training. The first, in " in stderr
 
 
+def test_control_characters_of_names_are_escaped(tmp_path):
+    root = decathlon(tmp_path, ["a", "b", "c\x1b[2J"], {"background": 0, "LA": 1})
+    content = json.loads((root / "dataset.json").read_text())
+    content["training"] = [{"image": f"imagesTr/{name}.nii.gz"} for name in ("a", "b", "c\x1b[2J", "d\nerrors")]
+    (root / "dataset.json").write_text(json.dumps(content))
+    _, stdout, _ = run(f"--data.root={root}")
+    assert r"d\nerrors" in stdout
+    (root / "labelsTr" / "c\x1b[2J.nii.gz").unlink()
+    _, stdout, stderr = run(f"--data.root={root}")
+    assert r"  imagesTr/c\x1b[2J.nii.gz: has no mask." in stdout
+    assert "\x1b" not in stdout + stderr
+
+
 def test_a_relative_root_is_read_as_in_training(tmp_path, monkeypatch):
     write_flat_pairs(tmp_path / "data", 5)
     (tmp_path / "data" / "case_1_mask.nii.gz").unlink()

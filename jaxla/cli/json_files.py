@@ -3,13 +3,20 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Annotated, Any, TypeVar
 
 import msgspec
 
 from jaxla.config import InputError
 
 T = TypeVar("T")
+
+# Numbers that are refused outside their range.
+Fraction = Annotated[float, msgspec.Meta(ge=0, le=1)]
+Float32 = Annotated[float, msgspec.Meta(ge=-3.5e38, le=3.5e38)]
+Seconds = Annotated[float, msgspec.Meta(ge=0, le=1e9)]
+Count = Annotated[int, msgspec.Meta(ge=0)]
+PositiveCount = Annotated[int, msgspec.Meta(ge=1)]
 
 RESTORE = "Restore it from a backup."
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"  # some editors on Windows write it

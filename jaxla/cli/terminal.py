@@ -74,7 +74,14 @@ def wrap(text: str, indent: str = "  ") -> str:
     return "\n".join(line if len(line) <= columns else wrapper.fill(line) for line in text.split("\n"))
 
 
-class WrappedFormatter(logging.Formatter):
+class EscapingFormatter(logging.Formatter):
+    """Formats each message as one line, in which the control characters of file names are escapes."""
+
+    def formatMessage(self, record: logging.LogRecord) -> str:
+        return escape_controls(super().formatMessage(record))
+
+
+class WrappedFormatter(EscapingFormatter):
     """Formats log lines to fit the terminal."""
 
     def format(self, record: logging.LogRecord) -> str:

@@ -20,6 +20,7 @@ from jaxla.data.nifti_geometry import Grid, find_grid
 
 GZIP_MAGIC = b"\x1f\x8b"
 CHUNK_BYTES = 1 << 22
+MIN_SLOPE = float(np.finfo(np.float32).tiny)  # a smaller scale factor would lose digits, or all values, in float32
 COPY_AGAIN = "Copy or export the file again."
 
 # nibabel logs what it repairs in a header; the checks below and in nifti_geometry.py raise an error instead
@@ -157,7 +158,7 @@ def _find_grid(path: Path, header: nib.Nifti1Header, shape: tuple[int, int, int]
 
 def _read_scaling(path: Path, header: nib.Nifti1Header) -> tuple[float, float]:
     """Return slope and intercept; a slope of 0 or NaN means that voxels are not scaled."""
-    if math.isinf(header["scl_slope"]):
+    if math.isinf(header["scl_slope"]) or 0 < abs(header["scl_slope"]) < MIN_SLOPE:
         raise InputError(path, f"invalid scl_slope {header['scl_slope']} in the header", COPY_AGAIN)
     slope, intercept = header.get_slope_inter()
     return 1.0 if slope is None else slope, 0.0 if intercept is None else intercept

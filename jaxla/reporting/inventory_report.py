@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from jaxla.cli.terminal import plural
+from jaxla.cli.terminal import escape_controls, plural
 from jaxla.data.cases import Finding
 from jaxla.data.inventory import MIN_OUTLIER_CASES, OUTLIER_RULE, VOLUME_OUTLIER, CaseFacts, Inventory, format_sides
 
@@ -73,10 +73,9 @@ def to_text(inventory: Inventory) -> str:
             lines += ["", f"{level} ({len(findings)})", *_finding_lines(findings)]
     counts = f"{plural(len(errors), 'error')}, {plural(len(warnings), 'warning')}"
     lines += ["", f"Training {'cannot' if errors else 'can'} start: {counts}."]
-    text = "\n".join(lines)
     for folder in (inventory.root, inventory.root.resolve()):
-        text = re.sub(rf"(?<!\S){re.escape(str(folder))}/", "", text)
-    return f"{inventory.root}\n{text}"
+        lines = [re.sub(rf"(?<!\S){re.escape(str(folder))}/", "", line) for line in lines]
+    return "\n".join(map(escape_controls, (str(inventory.root), *lines)))
 
 
 def _summary(inventory: Inventory) -> Iterator[tuple[str, str]]:

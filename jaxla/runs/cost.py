@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from jaxla.cli.json_files import Count, PositiveCount, Seconds
 from jaxla.data.prepared import PreparedVolume
 from jaxla.data.slices import from_slices, slice_geometry
 from jaxla.data.volumes import read_grid
@@ -33,15 +34,15 @@ class Cost:
     whole network and without compilation.
     """
 
-    parameters: int  # number of parameters of the network
-    trained_parameters: int  # number of parameters that training changes
-    multiply_adds: int  # per slice, in all of its tiles; a volume's number is divided by its slices
-    step_bytes: int  # device memory of a training step, as reported by XLA
-    peak_host_bytes: int | None  # peak memory of the process; None if the system does not report it
-    peak_device_bytes: int | None  # peak memory on a GPU; None on CPU
-    inference_seconds: tuple[float, ...]
-    inference_slices: tuple[int, ...]  # number of slices of each timed volume
-    step_slices: int = 0  # number of slices that a training step reads
+    parameters: PositiveCount  # number of parameters of the network
+    trained_parameters: Count  # number of parameters that training changes
+    multiply_adds: Count  # per slice, in all of its tiles; a volume's number is divided by its slices
+    step_bytes: Count  # device memory of a training step, as reported by XLA
+    peak_host_bytes: PositiveCount | None  # peak memory of the process; None if the system does not report it
+    peak_device_bytes: PositiveCount | None  # peak memory on a GPU; None on CPU
+    inference_seconds: tuple[Seconds, ...]
+    inference_slices: tuple[PositiveCount, ...]  # number of slices of each timed volume
+    step_slices: Count = 0  # number of slices that a training step reads
 
 
 def measure_cost(

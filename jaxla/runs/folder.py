@@ -15,7 +15,7 @@ from filelock import FileLock, Timeout
 
 from jaxla.cli.command_line import require_writable, strip_run_options
 from jaxla.cli.files import is_leftover, remove_leftovers, report_os_errors, write_atomically
-from jaxla.cli.json_files import RESTORE, check_types, parse_json, read_json
+from jaxla.cli.json_files import RESTORE, Float32, Fraction, Seconds, check_types, parse_json, read_json
 from jaxla.config import Experiment, InputError
 from jaxla.data.split import FOLDS, Split, SplitFile, write_split
 from jaxla.runs.record import RECORD, Record, changed_case, differences, format_value, read_record, write_record
@@ -86,11 +86,11 @@ class Metrics(TypedDict):
     """A line of `metrics.jsonl`."""
 
     epoch: int
-    train_loss: float
-    val_loss: NotRequired[float]  # this and the next two are missing from all lines without validation cases
-    val_dice: NotRequired[float]
-    val_iou: NotRequired[float]
-    seconds: float
+    train_loss: Float32
+    val_loss: NotRequired[Float32]  # this and the next two are missing from all lines without validation cases
+    val_dice: NotRequired[Fraction]
+    val_iou: NotRequired[Fraction]
+    seconds: Seconds
     slices_per_second: float
 
 
@@ -98,9 +98,9 @@ VALIDATION_METRICS = frozenset(("val_loss", "val_dice", "val_iou"))
 
 
 class Mean(TypedDict):
-    """A mean in `summary.json`."""
+    """A mean Dice or IoU in `summary.json`."""
 
-    mean: float
+    mean: Fraction
     sd: float | None
     n: int
     unit: str

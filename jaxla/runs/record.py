@@ -216,7 +216,7 @@ def experiment_from_json(content: Mapping[str, Any], methods: Mapping[str, Metho
     """Return the experiment that `experiment_to_json` wrote; `methods` are all methods by name.
 
     Raises:
-        KeyError, TypeError: the method is unknown, or has different options.
+        KeyError, TypeError: the method is unknown, a group of options is missing, or an option is unknown.
         ValueError: an option's value has a different type.
     """
 
@@ -226,6 +226,6 @@ def experiment_from_json(content: Mapping[str, Any], methods: Mapping[str, Metho
         return msgspec.convert(values, type(group))
 
     own = methods[content["method"]]
-    groups = {name: read(getattr(own, name), content[name]) for name in METHOD_GROUPS if name in content}
+    groups = {name: read(getattr(own, name), content[name]) for name in METHOD_GROUPS if getattr(own, name) is not None}
     about = {key: content[key] for key in ("name", "summary", "seed", "fold")}
     return Experiment(**about, data=read(Data(), content["data"]), method=replace(own, **groups))

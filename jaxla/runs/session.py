@@ -12,6 +12,7 @@ from pathlib import Path
 
 from jaxla.cli.files import WRITE_FAULTS
 from jaxla.cli.process import Stopped
+from jaxla.cli.terminal import EscapingFormatter
 from jaxla.config import InputError
 from jaxla.data.dataset import PreparedData
 from jaxla.distributed import broadcast, is_first, name_resume_command
@@ -89,6 +90,7 @@ def _require_shared_folder(run_dir: Path) -> None:
 def log_file(path: Path, early_log: Sequence[logging.LogRecord]) -> Iterator[logging.Handler]:
     """Write the package's log lines to a file, those of `early_log` first."""
     handler = logging.FileHandler(path, encoding="utf-8")
+    handler.setFormatter(EscapingFormatter())
     package = logging.getLogger("jaxla")
     for line in early_log:
         handler.handle(line)

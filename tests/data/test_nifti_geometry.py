@@ -117,6 +117,7 @@ REFUSED = {  # name -> changed fields of the header, expected error
     "fractional vox_offset": ({"vox_offset": 352.5}, "vox_offset 352.5"),
     "small vox_offset": ({"vox_offset": 100}, "vox offset 100 too low"),
     "infinite slope": ({"scl_slope": np.inf}, "scl_slope inf"),
+    "slope that is not a normal number": ({"scl_slope": 4.6e-41}, "scl_slope 4.6"),
     "infinite intercept": ({"scl_slope": 1, "scl_inter": np.inf}, "invalid intercept inf"),
     "separate voxels": ({"magic": b"ni1"}, "voxels are in a separate .img file. Convert the pair to one .nii.gz"),
     "no magic": ({"magic": b"abc"}, "not a NIfTI file"),
@@ -210,6 +211,16 @@ def test_labels_that_a_scale_factor_changed_slightly_are_rounded_to_integers(tmp
     edit_header(path, scl_slope=1.001, scl_inter=0)
     with pytest.raises(InputError, match=r"m.nii: holds the value 3\.003, which is not a label"):
         read_mask(path)
+
+
+def test_a_scale_factor_that_would_erase_all_labels_is_refused(tmp_path):
+    path = save(tmp_path / "m.nii", mask_array(value=3).astype(np.int16))
+    for slope, intercept, value in ((1e-20, 0, "3e-20"), (1e-4, 2, "2")):
+        edit_header(path, scl_slope=slope, scl_inter=intercept)
+        with pytest.raises(InputError, match=f"m.nii: holds the value {value}"):
+            read_mask(path)
+    empty = save(tmp_path / "empty.nii", np.zeros((3, 4, 5), np.int16))
+    assert not read_mask(edit_header(empty, scl_slope=1e-20, scl_inter=1e-4)).array.any()
 
 
 def test_warnings_of_headers_appear_once_per_file_in_every_command(tmp_path, caplog):

@@ -46,14 +46,21 @@ def test_an_option_that_a_record_lacks_has_its_default(tmp_path):
     assert read_record(tmp_path) == record
 
 
-def test_a_record_of_an_unknown_method_is_refused(tmp_path):
+@pytest.mark.parametrize(
+    ("old", "new", "problem"),
+    [
+        ('"method": "', '"method": "unknown_', r"'unknown_\w+' is missing"),
+        ('"preprocessing": ', '"preprocessed": ', "'preprocessing' is missing"),
+    ],
+)
+def test_a_record_of_an_unknown_method_or_without_a_group_of_options_is_refused(tmp_path, old, new, problem):
     record = Record(
         PAPER1, "", "", "", "", Labels(("LA",)), "random", "", "", "", "", "", {"device": "cpu: cpu", "versions": {}}
     )
     write_record(tmp_path, record)
     path = tmp_path / "experiment.json"
-    path.write_text(path.read_text().replace('"method": "', '"method": "unknown_'))
-    with pytest.raises(InputError, match=r"experiment.json: damaged: 'unknown_\w+' is missing or unknown"):
+    path.write_text(path.read_text().replace(old, new))
+    with pytest.raises(InputError, match=f"experiment.json: damaged: {problem} or unknown"):
         read_record(tmp_path)
 
 

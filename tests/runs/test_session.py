@@ -39,11 +39,13 @@ def test_log_begins_with_the_lines_logged_before_the_folder_existed(package, tmp
     with buffered_log() as early:
         log.info("before the folder")
         with log_file(tmp_path / "train.log", early.buffer):
-            log.info("within the run")
+            log.info("within the run of %s", "a\x1b[2J.nii")
             with log_file(tmp_path / "fold.log", ()):
                 log.info("within the fold")
         log.info("after the run")
-    assert (tmp_path / "train.log").read_text() == "before the folder\nwithin the run\nwithin the fold\n"
+    assert (
+        tmp_path / "train.log"
+    ).read_text() == "before the folder\nwithin the run of a\\x1b[2J.nii\nwithin the fold\n"
     assert (tmp_path / "fold.log").read_text() == "within the fold\n"
 
 

@@ -146,6 +146,10 @@ FAULTS = {
         lambda run: edit_json(run / "cost.json", lambda c: c.pop("step_bytes")),
         "{run}/cost.json: damaged: Object missing required field `step_bytes`. Move",
     ),
+    "a negative cost": (
+        lambda run: edit(run / "cost.json", lambda c: c.update(parameters=-3)),
+        "{run}/cost.json: damaged: Expected `int` >= 1 - at `$.parameters`. Move",
+    ),
     "a long field": (
         lambda run: (run / "test" / "cases.csv").write_text(f"case,class,dice\nc0,LA,{'1' * 200_000}\n"),
         "{run}: damaged: cases.csv: field larger than field limit (131072). Move",
