@@ -103,14 +103,14 @@ def test_many_findings_of_one_kind_are_shortened(tmp_path):
 
 
 def test_control_characters_of_names_are_escaped(tmp_path):
-    root = decathlon(tmp_path, ["a", "b", "c\x1b[2J"], {"background": 0, "LA": 1})
+    root = write_decathlon(tmp_path, ["a", "b", "c\x1b[2J"], {"background": 0, "LA": 1})
     content = json.loads((root / "dataset.json").read_text())
     content["training"] = [{"image": f"imagesTr/{name}.nii.gz"} for name in ("a", "b", "c\x1b[2J", "d\nerrors")]
     (root / "dataset.json").write_text(json.dumps(content))
-    _, stdout, _ = run(f"--data.root={root}")
+    _, stdout, _ = verify(f"--data.root={root}")
     assert r"d\nerrors" in stdout
     (root / "labelsTr" / "c\x1b[2J.nii.gz").unlink()
-    _, stdout, stderr = run(f"--data.root={root}")
+    _, stdout, stderr = verify(f"--data.root={root}")
     assert r"  imagesTr/c\x1b[2J.nii.gz: has no mask." in stdout
     assert "\x1b" not in stdout + stderr
 

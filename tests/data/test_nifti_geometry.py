@@ -259,4 +259,4 @@ def test_one_bad_file_does_not_end_the_report(tmp_path):
     assert done.returncode == 2
     for name in ("case_1.nii.gz", "case_2.nii.gz", "case_3_mask.nii.gz"):
         assert f"  {name}: truncated or damaged (its header " in done.stdout
-    assert "3 errors, first in " in done.stderr
+    assert "3 errors prevent training. The first, in " in done.stderr

@@ -147,7 +147,7 @@ FAULTS = {
         "{run}/cost.json: damaged: Object missing required field `step_bytes`. Move",
     ),
     "a negative cost": (
-        lambda run: edit(run / "cost.json", lambda c: c.update(parameters=-3)),
+        lambda run: edit_json(run / "cost.json", lambda c: c.update(parameters=-3)),
         "{run}/cost.json: damaged: Expected `int` >= 1 - at `$.parameters`. Move",
     ),
     "a long field": (
