@@ -4,6 +4,7 @@ import logging
 import os
 import pty
 import re
+import select
 import termios
 from contextlib import contextmanager, redirect_stdout
 
@@ -30,7 +31,14 @@ def stdout_on_a_terminal():
     reader, writer = pty.openpty()
     termios.tcsetwinsize(writer, (24, 200))
     with open(writer, "w", encoding="utf-8") as stdout, redirect_stdout(stdout):
-        yield lambda: os.read(reader, 10_000).decode()
+
+        def read():
+            shown = b""
+            while select.select([reader], [], [], 0.3)[0]:  # what was written may arrive in parts
+                shown += os.read(reader, 10_000)
+            return shown.decode()
+
+        yield read
     os.close(reader)
 
 
