@@ -23,7 +23,7 @@ from flax import nnx
 
 from jaxla.models.networks.unet import UNet, UNetOptions
 from jaxla.models.ops.layers import LECUN_NORMAL, convolution
-from jaxla.models.ops.resizing import double
+from jaxla.models.ops.resizing import upsample_2x
 
 
 @dataclass(frozen=True)
@@ -62,4 +62,4 @@ class Gate(nnx.Module):
         """Return x [B, 2h, 2w, C] with each pixel multiplied by its weight in 0..1; g is [B, h, w, G]."""
         stacked = jnp.concatenate([x[:, i::2, j::2] for i in (0, 1) for j in (0, 1)], axis=-1)
         weight = jax.nn.sigmoid(self.psi(jax.nn.relu(self.project_skip(stacked) + self.project_gating(g))))
-        return x * double(weight)
+        return x * upsample_2x(weight)

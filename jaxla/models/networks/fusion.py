@@ -27,7 +27,7 @@ from jaxla.models.networks.transformer_segmenter import TransformerSegmenter
 from jaxla.models.networks.unet import DoubleConvolution
 from jaxla.models.ops.images import three_channels
 from jaxla.models.ops.layers import ConvolutionUnit, logits_layer
-from jaxla.models.ops.resizing import double, resize
+from jaxla.models.ops.resizing import resize, upsample_2x
 
 STEM_WIDTH = 16  # channels that a stage computes from the image
 
@@ -222,7 +222,7 @@ class Stage(nnx.Module):
         self, x: jax.Array, fused: jax.Array, images: jax.Array | None, present: jax.Array | None
     ) -> jax.Array:
         """Return [B, 2H, 2W, outputs] from x [B, H, W, inputs], fused features [B, h, w, C] and images [B, …, …, 3]."""
-        x = double(x)
+        x = upsample_2x(x)
         size = x.shape[1:3]
         x = x + resize(self.project(fused), size)
         if self.stem is not None:

@@ -17,7 +17,7 @@ from jaxla.models.backbones.vision_transformer import VisionTransformer
 from jaxla.models.networks.base import TransformerOptions, check_widths
 from jaxla.models.ops.images import require_images, three_channels
 from jaxla.models.ops.layers import LECUN_NORMAL, ConvolutionUnit, convolution, logits_layer
-from jaxla.models.ops.resizing import double, resize
+from jaxla.models.ops.resizing import resize, upsample_2x
 
 
 @dataclass(frozen=True)
@@ -129,5 +129,5 @@ class ConvolutionalDecoder(nnx.Module):
         """Map tokens [B, h, w, C] to logits [B, H, W, K] float32; BatchNorm's statistics use the rows `present`."""
         x = self.mix(jax.nn.selu(self.token_classifier(tokens)))
         for stage in self.stages:
-            x = stage(double(x), present)
+            x = stage(upsample_2x(x), present)
         return self.logits(resize(x, size))

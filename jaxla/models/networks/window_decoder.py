@@ -15,7 +15,7 @@ from flax import nnx
 
 from jaxla.models.ops.layers import LECUN_NORMAL, convolution_nd
 from jaxla.models.ops.norms import GroupNorm
-from jaxla.models.ops.resizing import double, resize
+from jaxla.models.ops.resizing import resize, upsample_2x
 
 LEVELS = 4  # levels of features, taken after 1/4, 2/4, 3/4 and all of the backbone's blocks
 
@@ -86,7 +86,7 @@ class WindowDecoder(nnx.Module):
             else:
                 if plane_size is not None:
                     x = _repeat_last(x, *(side << (i - 1) for side in plane_size))
-                x = map_slices(double, x)
+                x = map_slices(upsample_2x, x)
                 x = x + map_slices(lambda y, size=x.shape[2:4]: resize(y, size), projected)
             x = unit(x, present, plane_size and tuple(side << i for side in plane_size))
         logits = self.logits(x)

@@ -38,22 +38,22 @@ def _shrink(x: jax.Array, axis: int, pixels: int, groups: int) -> jax.Array:
 
 
 @jax.custom_vjp
-def double(x: jax.Array) -> jax.Array:
+def upsample_2x(x: jax.Array) -> jax.Array:
     """Resize [B, h, w, C] to [B, 2h, 2w, C], as `resize` does.
 
     Along each axis a new pixel is ¾ of the pixel that contains it and ¼ of the nearest neighbour. These sums, with
     their gradient written out, are three to four times as fast on CPU as the matrix products of `jax.image.resize`.
     """
-    return _double(_double(x, 1), 2)
+    return _upsample_axis(_upsample_axis(x, 1), 2)
 
 
-def _double(x: jax.Array, axis: int) -> jax.Array:
+def _upsample_axis(x: jax.Array, axis: int) -> jax.Array:
     before, after = _neighbours(x, axis, edges=(x, x))
-    doubled = jnp.stack([0.75 * x + 0.25 * before, 0.75 * x + 0.25 * after], axis + 1)
-    return doubled.reshape(*x.shape[:axis], 2 * x.shape[axis], *x.shape[axis + 1 :])
+    upsampled = jnp.stack([0.75 * x + 0.25 * before, 0.75 * x + 0.25 * after], axis + 1)
+    return upsampled.reshape(*x.shape[:axis], 2 * x.shape[axis], *x.shape[axis + 1 :])
 
 
-def _double_transposed(gradient: jax.Array, axis: int) -> jax.Array:
+def _upsample_axis_transposed(gradient: jax.Array, axis: int) -> jax.Array:
     shape = gradient.shape
     pairs = gradient.reshape(*shape[:axis], shape[axis] // 2, 2, *shape[axis + 1 :])
     first, second = (jax.lax.index_in_dim(pairs, i, axis + 1, keepdims=False) for i in (0, 1))
@@ -64,7 +64,10 @@ def _double_transposed(gradient: jax.Array, axis: int) -> jax.Array:
 
 
 def _neighbours(x: jax.Array, axis: int, edges: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
-    """Return the neighbours before and after each pixel; beyond the image, the end pixels of `edges`."""
+    """Return the neighbours before and after each pixel.
+
+    The first pixel of `edges[0]` stands before the image, and the last pixel of `edges[1]` after it.
+    """
     n = x.shape[axis]
     first, last = jax.lax.slice_in_dim(edges[0], 0, 1, axis=axis), jax.lax.slice_in_dim(edges[1], n - 1, n, axis=axis)
     before = jnp.concatenate([first, jax.lax.slice_in_dim(x, 0, n - 1, axis=axis)], axis)
@@ -72,7 +75,7 @@ def _neighbours(x: jax.Array, axis: int, edges: tuple[jax.Array, jax.Array]) -> 
     return before, after
 
 
-double.defvjp(
-    lambda x: (double(x), None),
-    lambda _, gradient: (_double_transposed(_double_transposed(gradient, 2), 1),),
+upsample_2x.defvjp(
+    lambda x: (upsample_2x(x), None),
+    lambda _, gradient: (_upsample_axis_transposed(_upsample_axis_transposed(gradient, 2), 1),),
 )
