@@ -59,7 +59,7 @@ def _log_peculiarities(architecture: Architecture, path: Path, layout: str, tens
     rows = architecture.rows
     if unused := [row.theirs for row in rows if row.theirs in tensors and row.ours.startswith(UNUSED_PREFIX)]:
         count = f" ({len(unused)} in all)" if len(unused) > 3 else ""
-        log.info("%s: kept, although no forward pass uses it: %s%s", path, join_first(unused), count)
+        log.info("%s: tensors that no forward pass uses are kept: %s%s", path, join_first(unused), count)
     classifier = [row.theirs for row in rows if row.theirs.startswith(("fc.", "classifier."))]
     if classifier and not set(classifier) & set(tensors):
         log.info("%s: contains no classifier (%s); --to-torch will not write one", path, join_first(classifier))

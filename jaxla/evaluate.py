@@ -102,7 +102,7 @@ def make_parser() -> ArgumentParser:
     references = "folder of masks, <case>.nii.gz or <case>_mask.nii.gz or another format; or a data set"
     add("--references", type=str, required=True, help=references)
     add("--output", type=str, required=True, help="new folder for cases.csv and summary.json")
-    add("--unit", type=Unit, default="volume", help="what is scored as a unit; means are over units")
+    add("--unit", type=Unit, default="volume", help="score and average per volume or per slice")
     add("--protocol", type=Literal["lascarqs2022"] | None, default=None, help="also write the table of this challenge")
     empty = "`one` scores two empty masks as perfect, `zero` as worst; `skip` leaves out empty references"
     add("--empty", type=EmptyPolicy, default="one", help=empty)
@@ -154,9 +154,9 @@ def match_cases(
         ("reference", "prediction", referenced, predicted),
     ):
         if unmatched := [name for name in files if name not in partners]:
-            more = f" (and {len(unmatched) - 1} more)" if len(unmatched) > 1 else ""
+            others = f" and {plural(len(unmatched) - 1, 'other')} have" if len(unmatched) > 1 else " has"
             fix = f"Files are matched by name: add {unmatched[0]}.nii.gz to the {partner}s."
-            raise InputError(files[unmatched[0]], f"this {role} has no {partner}{more}", fix)
+            raise InputError(files[unmatched[0]], f"this {role}{others} no {partner}", fix)
     return [Pair(name, predicted[name], path) for name, path in referenced.items()], classes
 
 
@@ -185,7 +185,8 @@ def check_masks(pairs: list[Pair], labels: Labels | None) -> Labels:
         for pair in pairs:  # a prediction may hold 1 for the class, whatever its value in the references
             if unknown := values[pair.prediction] - reference_values - {1}:
                 problem = f"holds the value {unknown.pop()}, which no reference has"
-                raise InputError(pair.prediction, problem, "Set --data.labels.")
+                fix = "Correct the mask, or list the values of the class in --data.labels."
+                raise InputError(pair.prediction, problem, fix)
         log.info("one class: any non-zero value (found %s)", sorted(set().union(*values.values())))
     elif labels is None:
         if len(reference_values) > MAX_CLASSES:

@@ -138,7 +138,7 @@ def test_resume_with_another_plan_is_refused(run, phantoms, plan, tmp_path):
     (folder / "plan.json").write_text(json.dumps(content))
     done = run_in_this_process(tmp_path, "jaxla.train", *options(phantoms, plan, folder, "--resume"))
     assert done.returncode == 2
-    assert "plan.json: differs from the plan of this command" in done.stderr
+    assert "plan.json: differs from the plan that this command would use" in done.stderr
 
 
 @ONLY_2D

@@ -255,5 +255,7 @@ def _raise_first(findings: Sequence[Finding]) -> None:
     if not findings:
         return
     first = findings[0]
-    more = sum(f.kind == first.kind for f in findings[1:]) if first.kind in ("no mask", "no image") else 0
-    raise InputError(first.file, f"{first.problem}{f' (and {more} more)' if more else ''}", first.fix)
+    problem, role = first.problem, {"no mask": "image", "no image": "mask"}.get(first.kind)
+    if role and (others := sum(finding.kind == first.kind for finding in findings[1:])):
+        problem = f"this {role} and {plural(others, 'other')} have {first.kind}"
+    raise InputError(first.file, problem, first.fix)

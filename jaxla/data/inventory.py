@@ -14,6 +14,7 @@ import nibabel as nib
 import numpy as np
 from scipy.stats import median_abs_deviation
 
+from jaxla.cli.terminal import plural
 from jaxla.config import Data, InputError, option
 from jaxla.data.cases import Case, Finding, survey_cases
 from jaxla.data.dataset_json import listed_cases
@@ -265,8 +266,8 @@ def _absent_cases(root: Path, cases: list[CaseFacts], findings: list[Finding]) -
     found = {case.id for case in cases} | {finding.case for finding in findings}
     absent = [name for name in listed if name not in found]
     if absent or (not listed and count > len(found - {""})):
-        more = f" (and {len(absent) - 1} more)" if len(absent) > 1 else ""
-        detail = f"{absent[0]} is missing{more}" if absent else f"the folder holds {len(cases)}"
+        missing = f" and {plural(len(absent) - 1, 'other')} are missing" if len(absent) > 1 else " is missing"
+        detail = f"{absent[0]}{missing}" if absent else f"the folder holds {len(cases)}"
         problem = f"lists {count} training cases, but {detail}"
         fix = "Complete the download, unless cases were left out on purpose."
         yield Finding("missing cases", root / "dataset.json", problem, fix, level="warning")

@@ -131,10 +131,11 @@ def require_one_value(labels: Labels, root: Path, mask_values: Mapping[str, Iter
         return
     (a, case_a), (b, case_b), *more = case_by_value.items()
     values = f"{a} in case {case_a}, {b} in case {case_b}"
-    problem = f"the masks contain different values ({values}), but no classes are defined"
     if more:
-        others = sorted(value for value, _ in more)
-        fix = f"The masks hold {len(more)} more values: {_first_values(np.array(others))}. List all of them in"
-        raise InputError(root, problem, f"{fix} {option('data.labels')}; {REST_RULE}")
+        count, others = len(case_by_value), np.array(sorted(value for value, _ in more))
+        problem = f"the masks contain {count} different values ({values}; also {_first_values(others)}), but no classes"
+        fix = f"List all {count} values in {option('data.labels')}; {REST_RULE}"
+        raise InputError(root, f"{problem} are defined", fix)
+    problem = f"the masks contain different values ({values}), but no classes are defined"
     one, two = (option("data.labels", text) for text in (f"'a:{a},{b}'", f"'a:{a};b:{b}'"))
     raise InputError(root, problem, f"Set {one} if both are the same class, or {two} if not.")

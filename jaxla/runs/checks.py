@@ -114,7 +114,7 @@ def _check_contradictions(method: Method) -> None:
         problem = f"has no effect, because the plan of {method.name} sets the mirroring"
         raise InputError("--postprocessing.flips=true", problem, "Remove the option.")
     if training.minutes and not task.HAS_TIME_BUDGET:
-        problem = f"cannot be used with {method.name}, whose validation depends on its steps"
+        problem = f"cannot be used with {method.name}, whose number of validation batches follows from --training.steps"
         fix = "Use --training.epochs and --training.steps."
         raise InputError(f"--training.minutes={training.minutes:g}", problem, fix)
     if training.minutes and training.steps != METHODS[method.name].training.steps:

@@ -86,7 +86,8 @@ class PatchTask(Task):
                 write_plan(path, self.plan)
         barrier()
         if read_plan(path)._replace(fingerprint=None) != self.plan._replace(fingerprint=None):
-            raise InputError(path, "differs from the plan of this command", "Restore the plan, or start a new run.")
+            problem = "differs from the plan that this command would use"
+            raise InputError(path, problem, "Restore this file, or start a new run.")
 
     def describe(self, slice_counts: Collection[int]) -> str:
         return f"{self.model.arch}: {describe_configuration(self.configuration)}"

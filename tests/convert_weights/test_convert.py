@@ -62,7 +62,7 @@ def test_command_reports_what_it_kept_and_wrote(dinov2):
     source, output = folder / "vits14.pth", folder / "made" / "vits14.safetensors"
     assert printed.splitlines() == [
         f"{source}: dinov2_vits14 in authors' layout, 0.09 GB",
-        f"{source}: kept, although no forward pass uses it: mask_token",
+        f"{source}: tensors that no forward pass uses are kept: mask_token",
         f"{output}: dinov2_vits14 from {source}, sha256 of its data {read_weights(output)[1]['data_sha256']}",
     ]
     assert [path.name for path in output.parent.iterdir()] == [output.name]

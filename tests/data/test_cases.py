@@ -299,7 +299,7 @@ def test_other_images_without_mask_are_counted(tmp_path):
     write_flat_pairs(tmp_path, 4)
     for n in (0, 2, 3):
         (tmp_path / f"case_{n}_mask.nii.gz").unlink()
-    with pytest.raises(InputError, match=r"case_0.nii.gz: has no mask \(and 2 more\)"):
+    with pytest.raises(InputError, match=r"case_0.nii.gz: this image and 2 others have no mask\."):
         find_cases(tmp_path)
 
 

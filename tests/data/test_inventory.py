@@ -207,7 +207,7 @@ def test_an_incomplete_download_of_a_decathlon_task_is_a_warning(tmp_path):
     (root / "dataset.json").write_text(json.dumps({"labels": ONE_CLASS, "numTraining": 5, "training": training}))
     (warning,) = take_inventory(root).findings
     assert (warning.level, warning.file) == ("warning", root / "dataset.json")
-    assert warning.problem == "lists 5 training cases, but d is missing (and 1 more)"
+    assert warning.problem == "lists 5 training cases, but d and 1 other are missing"
 
 
 @pytest.mark.parametrize(

@@ -134,8 +134,8 @@ def test_a_forecast_includes_the_time_for_measuring_steps():
         ),
         (
             ["--method=nnunet_2d", "--training.minutes=5"],
-            "--training.minutes=5: cannot be used with nnunet_2d, whose validation depends on its steps. Use "
-            "--training.epochs and --training.steps.",
+            "--training.minutes=5: cannot be used with nnunet_2d, whose number of validation batches follows from "
+            "--training.steps. Use --training.epochs and --training.steps.",
         ),
         (
             ["--method=nnunet_2d", "--training.weight_decay=0.1"],
