@@ -132,7 +132,8 @@ def run_stages(stages, folder, seconds, is_tiny):
         status = run_stage(stage, folder, limit) if has_time else "not started"
         outcomes.append({"stage": stage.name, "status": status, "seconds": round(time.monotonic() - began, 1)})
         write_result({"tiny": is_tiny, "stages": outcomes}, folder / "stages.json")
-        print(f"{stage.name}: {status} after {outcomes[-1]['seconds']:.0f} s", flush=True)
+        duration = f" after {outcomes[-1]['seconds']:.0f} s" if has_time else ""
+        print(f"{stage.name}: {status}{duration}", flush=True)
     return outcomes
 
 

@@ -1,8 +1,8 @@
 """python -m benchmarks.tables [--unpack=FILE]: write the tables of docs/benchmarks.md from benchmarks/results.
 
 A table is between the lines `<!-- table: NAME -->` and `<!-- end of table -->`. `--unpack` first extracts a GPU's
-results, from the archive that `benchmarks/gpu.sh` wrote, to a folder in benchmarks/results named after the GPU. Results
-of stages that ran again replace earlier ones.
+results, from the archive that `run.sh` wrote on the GPU machine, to a folder in benchmarks/results named after the GPU.
+Results of stages that ran again replace earlier ones.
 """
 
 import json
@@ -23,13 +23,16 @@ from tests.golden.errors import BOUND
 ROOT = Path(__file__).parents[1]
 RESULTS, PAGE = ROOT / "benchmarks" / "results", ROOT / "docs" / "benchmarks.md"
 TABLE = re.compile(r"(?<=<!-- table: )(\w+)( -->\n).*?(?=<!-- end of table -->)", re.DOTALL)
-SPEED_COLUMNS = ("stage", "jaxla", "PyTorch's fastest", "PyTorch / jaxla", "memory: jaxla", "PyTorch", "of the peak")
+SPEED_COLUMNS = (
+    "stage", "jaxla", "PyTorch's fastest", "PyTorch / jaxla", "memory: jaxla", "memory: PyTorch", "of the peak",
+)  # fmt: skip
 NO_VALUE = "–"
 
 
 def main(arguments):
     parser = command_parser("benchmarks.tables", "Write the tables of docs/benchmarks.md from benchmarks/results.")
-    parser.add_argument("--unpack", type=Path, help="results.tar.gz of a GPU run, added before rendering")
+    added = "results.tar.gz of a GPU run; its results are added before the tables are written"
+    parser.add_argument("--unpack", type=Path, help=added)
     options = parse_arguments(parser, arguments)
     if options.unpack:
         print(f"results are in {unpack(options.unpack, RESULTS)}")
@@ -39,14 +42,14 @@ def main(arguments):
 def unpack(archive, results):
     """Add the results in an archive to the folder `results`; return the folder of their GPU."""
     if not archive.is_file():
-        raise InputError(f"--unpack={archive}", "no such file", "Pass the results.tar.gz that benchmarks/gpu.sh wrote.")
+        raise InputError(f"--unpack={archive}", "no such file", "Pass the results.tar.gz that run.sh wrote.")
     with tempfile.TemporaryDirectory() as name:
         with tarfile.open(archive) as tar:
             tar.extractall(name, filter="data")
         found = {path.stem: read_json(path) for path in sorted(Path(name).glob("*.json"))}
     outcomes = found.pop("stages", {"tiny": True})
     if outcomes["tiny"] or not found:
-        raise InputError(f"--unpack={archive}", "no results at full size", "Run benchmarks/gpu.sh without --tiny.")
+        raise InputError(f"--unpack={archive}", "contains no full-size results", "Rerun run.sh without --tiny.")
     device = next(iter(found.values()))["device"]
     folder = results / re.sub(r"\W+", "_", device.lower())
     folder.mkdir(exist_ok=True)
@@ -105,7 +108,7 @@ def device_tables(folder):
         parts.append(table(("options of `jaxla.train`", "time", "Dice", "atlas", "HD95", "n"), runs))
     missing = [f"`{name}` ({row['status']})" for name, row in outcomes.items() if row["status"] != "finished"]
     if missing:
-        parts.append(f"Without a complete result: {', '.join(missing)}.")
+        parts.append(f"Stages without a complete result: {', '.join(missing)}.")
     return "\n\n".join(parts)
 
 

@@ -36,7 +36,7 @@ def time_steps(steps, repeats):
     """Time training steps in turn, as `time_in_turn` does, each after an untimed step.
 
     Returns:
-        Seconds: name -> list. Increase of the process's peak memory in bytes: name -> list; zeros except on Linux.
+        Two dicts, name -> list: seconds, and the increase of the process's peak memory in bytes (0 unless on Linux).
     """
     seconds = {name: [] for name in steps}
     memory_growth = {name: [] for name in steps}

@@ -1,13 +1,14 @@
-"""python -m benchmarks.windows: memory and time of a training step on volumes, by the number of windows.
+"""python -m benchmarks.windows: memory and time of a training step on volumes, for several numbers of windows.
 
 All windows have the same size, so volumes grow with the number of windows. Computes the gradient of one loss on the
 volume (Dice and cross-entropy) with respect to the decoder's parameters, from given features, in float32 on CPU and in
 bfloat16 on a GPU. This package and PyTorch compute it from the same parameters in two modes: in two passes over the
 windows ("two passes"), and for all windows at once ("one graph"). The four gradients are compared before timing.
 
-Prints JSON. `bytes` are the temporaries of XLA's program, without arguments (parameters, features, masks) and results
-(gradients): the decoder's activations, the assembled logits, the loss and its derivative. `memory_growth_bytes` is the
-increase of the process's peak memory during a step. It is omitted for PyTorch, which keeps freed memory for reuse.
+Prints JSON. `bytes` is the temporary memory of the compiled program, without arguments (parameters, features, masks)
+and results (gradients): the decoder's activations, the assembled logits, the loss and its derivative.
+`memory_growth_bytes` is the increase of the process's peak memory during a step. It is omitted for PyTorch, which keeps
+freed memory for reuse.
 """
 
 import os
@@ -45,7 +46,7 @@ KEY = jax.random.key(0)
 
 
 def main(arguments):
-    parser = command_parser("benchmarks.windows", "Measure memory and time of a step by the number of windows.")
+    parser = command_parser("benchmarks.windows", "Measure memory and time of a step for several numbers of windows.")
     add = parser.add_argument
     add("--method", type=str, default="windows_dinov3_vits16", help=f"one of {', '.join(WINDOW_METHODS)}")
     add("--size", type=int, default=224, help="side of the square slices in pixels")

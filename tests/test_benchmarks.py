@@ -78,7 +78,7 @@ EXPECTED = """### NVIDIA H200
 2026-12-01; jax 0.11.2, flax 0.12.12, torch 2.11.0, transformers 5.17.0. Matrix products in TFLOP/s: \
 800 (jax bfloat16), 790 (torch bfloat16); memory at 4.25 TB/s.
 
-| stage | jaxla | PyTorch's fastest | PyTorch / jaxla | memory: jaxla | PyTorch | of the peak |
+| stage | jaxla | PyTorch's fastest | PyTorch / jaxla | memory: jaxla | memory: PyTorch | of the peak |
 |---|---|---|---|---|---|---|
 | backbone_vitb | 100 ms | 125 ms | 1.25 | 5.00GB | 6.00GB | 60% |
 
@@ -91,7 +91,7 @@ EXPECTED = """### NVIDIA H200
 |---|---|---|---|---|---|
 | `--exp=laptop` | 150 s | 0.850 | 0.716 | 2.0 mm | 12 |
 
-Without a complete result: `windows` (stopped)."""
+Stages without a complete result: `windows` (stopped)."""
 
 
 def write_archive(folder, outcomes, is_tiny=False, **results):
@@ -124,10 +124,10 @@ def test_results_of_a_gpu_are_unpacked_and_shown_in_tables(tmp_path):
     assert "| attention | 4.0e-3 | 0.02 |" in rendered
     assert "| `--exp=laptop` | 150 s |" in rendered
     assert "backbone_vitb |" not in rendered
-    assert "Without a complete result: `backbone_vitb` (failed), `windows` (stopped)." in rendered
+    assert "Stages without a complete result: `backbone_vitb` (failed), `windows` (stopped)." in rendered
 
 
 def test_tiny_results_are_refused(tmp_path):
     archive = write_archive(tmp_path / "run", {"device": "finished"}, is_tiny=True, device=DEVICE)
     message = refuse(tmp_path, "benchmarks.tables", f"--unpack={archive}")
-    assert message.endswith("results.tar.gz: no results at full size. Run benchmarks/gpu.sh without --tiny.")
+    assert message.endswith("results.tar.gz: contains no full-size results. Rerun run.sh without --tiny.")
