@@ -2,8 +2,8 @@
 
 DINOv2 methods: frozen backbone, convolutional decoder, 448×448 pixels, Adam 1e-3, at most 35 epochs, batches of 32.
 Convolutional methods: 320×320 pixels, Adam 1e-4, at most 75 epochs, batches of 24, binary opening, then closing, of the
-masks. All use binary cross-entropy and early stopping. Protocols: all training patients; 1 and 10 of them, and 2, 5 and
-20, which are not in the paper; 25, 50 and 75 % of them.
+masks. All use binary cross-entropy and early stopping. Protocols: 1, 2, 5, 10, 20 or all training patients (2, 5 and
+20 are not in the paper), or 25, 50 or 75 % of them.
 
 Command:   python -m jaxla.train --exp=paper1 --data.root=/path/to/LAScarQS2022
            python -m jaxla.study --name=paper1 --output=studies/paper1 --data.root=/path/to/LAScarQS2022
@@ -101,8 +101,8 @@ STUDIES = [
 # All training patients: Table 1. Other protocols: read off Figure 2, to 0.1 %.
 _SOURCE = "by paper 1, on LAScarQS 2022"
 _CAVEAT = (
-    "it does not state the unit of its means, and its abstract mentions fine-tuning the transformers that its text "
-    "calls frozen"
+    "the paper does not state whether its means are over volumes or slices, and its abstract mentions fine-tuning the "
+    "transformers that its text calls frozen"
 )
 PUBLISHED = {
     ("attention_unet", "paper1"): Published(_SOURCE, _CAVEAT, 79.2, 12.3, 72.1, 13.8),

@@ -1,7 +1,7 @@
 """Paper 2: multi-scale feature fusion with image-driven spatial integration (arXiv 2502.06615), and its ablations.
 
 Learned weights fuse the features of a frozen DINOv2's blocks, and a U-Net-like decoder also reads the image. The
-recipe is paper 1's, with 50 epochs, as another abstract of the group states.
+recipe is paper 1's, but with 50 epochs, as stated in another abstract by the same group.
 
 Command:   python -m jaxla.train --exp=paper2 --data.root=/path/to/LAScarQS2022
            python -m jaxla.study --name=paper2_ablation --output=studies/ablation --data.root=/path/to/LAScarQS2022
@@ -81,9 +81,13 @@ STUDIES = [
     ),
 ]
 
-# The abstract's numbers. They are not means over the same units: a mean Dice of 92.3 % implies a mean IoU >= 85.7 %.
+# The abstract's numbers. They cannot be means over the same volumes or slices: a mean Dice of 92.3 % implies a mean IoU
+# of at least 85.7 %.
 PUBLISHED = {
     ("fusion_vitg14", "paper2"): Published(
-        "by paper 2, on LAScarQS 2022", "it does not state the unit of its means", 92.3, iou=84.1
+        "by paper 2, on LAScarQS 2022",
+        "the paper does not state whether its means are over volumes or slices",
+        92.3,
+        iou=84.1,
     ),
 }

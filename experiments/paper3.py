@@ -98,7 +98,7 @@ STUDIES = [
 PUBLISHED = {
     ("windows_dinov3_vitb16", "paper3_albert"): Published(
         "by paper 3, for the hippocampus in ALBERT, with a single window",
-        "the size of its transformer and the unit of its mean are unknown",
+        "the paper does not state the size of its transformer, or whether its mean is over volumes or slices",
         65.0,
     ),
 }

@@ -28,7 +28,7 @@ class Metric(NamedTuple):
     title: str  # title of its column in reports
     definition: str  # one line
     perfect: float = 1.0  # value for two equal masks, and for two empty masks if they count as perfect
-    worst: float | None = 0.0  # value of a missed structure; None is the diagonal of the unit in mm
+    worst: float | None = 0.0  # value of a missed structure; None is the diagonal, in mm, of the volume or slice
     maximum: float = 1.0  # the largest possible value; the smallest is 0
     digits: int = 3  # number of printed decimals
 
@@ -72,7 +72,7 @@ SIZES = {  # by number of dimensions: prediction, reference
 }
 COLUMNS = METRICS | SIZES[3] | SIZES[2]
 
-_WORST = "worst (overlaps 0, distances the diagonal of the unit in mm)"
+_WORST = "worst (overlaps 0, distances the diagonal of the volume or slice in mm)"
 EMPTY_POLICIES = {
     "one": f"two empty masks count as perfect (overlaps 1, distances 0), one empty mask as {_WORST}",
     "zero": f"one or two empty masks count as {_WORST}",

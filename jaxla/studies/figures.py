@@ -1,4 +1,4 @@
-"""The figures of a study: Dice over training patients (Figure 2), overlays (Figure 3), cost, agreement of volumes.
+"""The figures of a study: Dice against training patients (Figure 2), overlays (Figure 3), cost, agreement of volumes.
 
 A method has the same colour, marker and line style in all figures. The colours also differ in brightness, so that the
 figures can be read in greyscale.
@@ -132,7 +132,7 @@ def draw_series(axes: Axes, results: Results, styles: Styles, series: Series) ->
 
 
 def patients_figure(results: Results, styles: Styles, series: Sequence[Series]) -> StudyFigure:
-    """Draw Figure 2: Dice over the number of training patients."""
+    """Draw Figure 2: Dice against the number of training patients."""
     figure = Figure(figsize=(4.6 * len(series), 3.9), layout="constrained")
     grid = figure.subplots(1, len(series), squeeze=False, sharey=True)[0]
     for axes, axis_series in zip(grid, series, strict=True):
@@ -142,11 +142,11 @@ def patients_figure(results: Results, styles: Styles, series: Sequence[Series]) 
     _legend_below(figure, [*handles[1:], handles[0]], [*labels[1:], labels[0]])
     seeds = len(results.seeds)
     caption = (
-        f"Test Dice over training patients, mean over {_test_volumes(results)}; "
+        f"Test Dice against training patients, mean over {_test_volumes(results)}; "
         + (f"error bars: sd of the mean over {seeds} seeds" if seeds > 1 else "one seed")
         + ". The atlas baseline is the mean training mask; it does not use the image."
     )
-    return StudyFigure("figure2", figure, caption, "Dice over training patients by method")
+    return StudyFigure("figure2", figure, caption, "Dice against training patients for each method")
 
 
 def overlay_figure(results: Results, cases: Mapping[str, Sequence[Panel]], case_note: str) -> StudyFigure:
@@ -173,12 +173,12 @@ def overlay_figure(results: Results, cases: Mapping[str, Sequence[Panel]], case_
         "reference blue and dashed. Dice is that of the volume"
         f"{', averaged over classes' if len(results.classes) > 1 else ''}. {case_note}"
     )
-    alt = "Outlines of prediction and reference over the scan by method"
+    alt = "Outlines of prediction and reference on the scan, for each method"
     return StudyFigure("figure3", figure, caption.rstrip(), alt)
 
 
 def cost_figure(results: Results, styles: Styles) -> StudyFigure:
-    """Draw Dice over multiply-adds and over inference time, under the largest protocol."""
+    """Draw Dice against multiply-adds and against inference time, under the largest protocol."""
     protocol = results.largest_protocol
     means = {method: results.mean(protocol, method, "dice") for method in results.methods}
     costs = {method: results.cost(protocol, method) for method in results.methods}
@@ -202,11 +202,11 @@ def cost_figure(results: Results, styles: Styles) -> StudyFigure:
         axes.label_outer()
     _legend_below(figure, *axes.get_legend_handles_labels())
     caption = (
-        f"Protocol {protocol}: test Dice over cost, mean over {_test_volumes(results)}"
+        f"Protocol {protocol}: test Dice against cost, mean over {_test_volumes(results)}"
         f"{' with 95 % bootstrap interval' if len(results.test_cases) > 1 else ''}. "
         f"Device: {describe_devices(results, protocol)}."
     )
-    return StudyFigure("cost", figure, caption, "Dice over cost by method")
+    return StudyFigure("cost", figure, caption, "Dice against cost for each method")
 
 
 def agreement_figure(results: Results, styles: Styles) -> StudyFigure:
@@ -238,7 +238,7 @@ def agreement_figure(results: Results, styles: Styles) -> StudyFigure:
     if n < MIN_CASES_FOR_LIMITS:
         lines = f"limits of agreement need at least {MIN_CASES_FOR_LIMITS} cases"
     caption = f"Protocol {protocol}, n = {n} test volumes, each averaged over seeds. Solid line: bias; {lines}."
-    return StudyFigure("agreement", figure, caption, "Bland-Altman plots by method")
+    return StudyFigure("agreement", figure, caption, "Bland-Altman plots for each method")
 
 
 def _draw_bland_altman(axes: Axes, agreement: Agreement, style: Style) -> None:

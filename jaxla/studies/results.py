@@ -73,11 +73,11 @@ class StudyRun:
 
 
 class Mean(NamedTuple):
-    """A mean over units; the value of a unit is its average over seeds. Standard deviations divide by n − 1."""
+    """A mean over volumes or slices, each first averaged over seeds. Standard deviations divide by n − 1."""
 
     unit: Unit
     mean: float
-    sd: float | None  # standard deviation over units; None for a single unit
+    sd: float | None  # standard deviation over volumes or slices; None if there is only one
     n: int
     # Bootstrap interval of the mean over cases; None for a single case, and for slices, which depend on each other.
     ci95_low: float | None
@@ -134,7 +134,7 @@ class Results:
         return dict(zip(self.test_cases, values.tolist(), strict=True))
 
     def mean(self, protocol: str, method: str, metric: str, unit: Unit = "volume", class_name: str = "") -> Mean:
-        """Return the mean over units, of one class or averaged over classes."""
+        """Return the mean over volumes or slices, of one class or averaged over classes."""
         by_seed = self.seed_values(protocol, method, metric, unit, class_name)
         values, seed_means = by_seed.mean(axis=0), by_seed.mean(axis=1)
         low, high = (mean_interval(values) if unit == "volume" else None) or (None, None)

@@ -1,4 +1,4 @@
-"""The tables of a study (results, comparisons, cost): CSV with all digits, Markdown and LaTeX to print."""
+"""The tables of a study (results, comparisons, cost): CSV in full precision, Markdown and LaTeX to print."""
 
 from collections.abc import Mapping, Sequence
 from itertools import product
@@ -42,7 +42,7 @@ class Table(NamedTuple):
     name: str
     caption: str
     rows: list[dict[str, str]]  # column title -> cell, for each row; the first column names the row
-    records: list[dict[str, Any]]  # the same with all digits: column -> value, for each line of the CSV file
+    records: list[dict[str, Any]]  # the same in full precision: column -> value, for each line of the CSV file
 
     @property
     def cells(self) -> list[list[str]]:
@@ -88,7 +88,7 @@ def _results_caption(results: Results, protocol: str, printed: Sequence[Publishe
         f"over {plural(volumes, 'test volume')} and over their {slices} slices; {_seed_note(results)}"
         f"{f' ({MEAN}: also over classes)' if len(results.classes) > 1 else ''}. "
         "HD95 is the larger of the two directed 95th percentiles, not the percentile of the pooled distances. If both "
-        "masks of a unit are empty, its metrics are perfect; if only one is, they are the worst possible. "
+        "masks of a volume or slice are empty, its metrics are perfect; if only one is, they are the worst possible. "
     )
     if absent := results.runs[0].absent_classes:
         caption += f"No reference contains {', '.join(absent)}, so the mean over classes leaves it out. "
@@ -98,7 +98,7 @@ def _results_caption(results: Results, protocol: str, printed: Sequence[Publishe
     caption += "Above atlas: test cases with a higher Dice than the baseline's."
     if printed:
         sources, caveats = ("; ".join(dict.fromkeys(text)) for text in zip(*(row[:2] for row in printed), strict=True))
-        caption += f" Published: {sources}, with its own recipe, which may differ from this study's; {caveats}."
+        caption += f" Published: {sources}, with the paper's own recipe, which may differ from this study's; {caveats}."
     return caption
 
 

@@ -71,9 +71,9 @@ def test_published_numbers_have_their_own_columns(reported_study):
     assert re.sub(r"\s+", " ", first).endswith("| 0.035 | 4 of 4 | 0.841 ± 0.083 | 0.764 ± 0.128 |")
     (atlas,) = (re.sub(r"\s+", " ", line) for line in printed.splitlines() if line.startswith("| atlas"))
     assert " | 0.000 | – | – | – |" in atlas  # equal for both seeds, and not compared with itself
-    assert "Published: by paper 1, on LAScarQS 2022, with its own recipe, which may differ from" in printed
+    assert "Published: by paper 1, on LAScarQS 2022, with the paper's own recipe, which may differ from" in printed
     few = (reported_study / "tables" / "table1_fewshot_1patient.md").read_text()
-    assert "Published: by paper 1, on LAScarQS 2022, read off its Figure 2, with its own recipe" in few
+    assert "Published: by paper 1, on LAScarQS 2022, read off its Figure 2, with the paper's own recipe" in few
     assert "(8 training patients): mean ± sd over 4 test volumes and over their 24 slices; values are aver" in printed
 
 
@@ -86,8 +86,8 @@ def test_each_published_number_names_its_own_paper(tmp_path):
     page = Page(report_study(tmp_path / "study", tmp_path / "cache").read_text("utf-8"))
     printed = (tmp_path / "study" / "tables" / "table1_paper2.md").read_text()
     assert printed.rstrip().endswith(
-        "Published: by paper 2, on LAScarQS 2022, with its own recipe, which may differ from this study's; it "
-        "does not state the unit of its means."
+        "Published: by paper 2, on LAScarQS 2022, with the paper's own recipe, which may differ from this study's; the "
+        "paper does not state whether its means are over volumes or slices."
     )
     # the published IoU is lower than is possible with the published Dice
     assert "These pairs fail: paper2, fusion_vitg14, published." in page.text
