@@ -187,7 +187,7 @@ def test_both_variants_have_the_same_values_and_gradients(dtype, tolerance):
     for sums, product in zip(*map(jax.tree.leaves, results), strict=True):
         assert sums.dtype == product.dtype
         difference = np.asarray(sums, np.float64) - np.asarray(product, np.float64)
-        # measured: 1.2e-15 and 3.7e-3
+        # measured: at most 1.2e-15 in float64 and 3.7e-3 in bfloat16
         assert np.linalg.norm(difference) <= tolerance * np.linalg.norm(np.asarray(sums, np.float64))
 
 

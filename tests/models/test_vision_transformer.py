@@ -144,7 +144,7 @@ def test_memory_of_intermediate_tokens_grows_with_their_number_not_with_the_dept
         return compiled.memory_analysis().temp_size_in_bytes / token_bytes
 
     four = temporary_memory(40, (9, 19, 29, 39))
-    # measured: 0, 4.0 and 36.0 more
+    # measured differences: 0, 4.0 and 36.0
     assert abs(four - temporary_memory(20, (4, 9, 14, 19))) < 0.5
     assert temporary_memory(40, tuple(range(4, 40, 5))) - four < 5
     assert temporary_memory(40, tuple(range(40))) - four > 30

@@ -1,4 +1,4 @@
-"""Gradients of nnU-Net's network against a PyTorch module in float64, and its initial parameters.
+"""Gradients of nnU-Net's network against those of a PyTorch module in float64, and the network's initial parameters.
 
 tests/convert_weights/test_nnunet.py compares logits with those of nnU-Net's code.
 """
@@ -38,7 +38,10 @@ TINY = {
 @pytest.mark.parametrize("name", TINY)
 @pytest.mark.parametrize("outputs", [1, 3])
 def test_gradients_of_the_loss_equal_the_reference(name, outputs):
-    """Dice and cross-entropy with deep supervision. For our one output, the reference has two, as in nnU-Net."""
+    """The loss is Dice and cross-entropy with deep supervision.
+
+    If our network has one output, the reference has two, as nnU-Net does.
+    """
     with jax.enable_x64():
         configuration, rng = TINY[name], np.random.default_rng(0)
         network = randomise(nnx.eval_shape(lambda: NNUNet(configuration, outputs, dtype=jnp.float64, rngs=nnx.Rngs(0))))
@@ -135,7 +138,7 @@ def test_training_refuses_sides_that_evaluation_pads():
 
 
 def test_initial_parameters_are_distributed_as_in_nnunet():
-    """He initialisation: normal, by fan-in, for LeakyReLU with slope 0.01; biases are zero."""
+    """He initialisation: normal, scaled by the fan-in for LeakyReLU with slope 0.01; biases are zero."""
     two_stages = {"n_stages": 2, "features_per_stage": (64, 128), "strides": ((1, 1, 1), (2, 2, 2))}
     configuration = TINY["3d"]._replace(
         **two_stages, kernel_sizes=((3, 3, 3),) * 2, n_conv_per_stage=(1, 1), n_conv_per_stage_decoder=(1,)

@@ -34,5 +34,5 @@ def model_pair(arch):
 def test_all_tokens_of_all_blocks_equal(arch, batch, height, width):
     vit, model = model_pair(arch)
     images = fake_image(height, width, batch).transpose(0, 2, 3, 1)
-    # measured at most: 4.5e-6 and 6.0e-7
+    # measured: at most 4.5e-6 (max abs) and 6.0e-7 (relative L2)
     assert not beyond_bounds(live_errors(vit, images, *live_tokens(model, images)))

@@ -25,7 +25,8 @@ IMAGES = random_images(3, 24, 40)  # one shape, so that each function compiles o
 @pytest.mark.parametrize("variant", TINY_VARIANTS.values(), ids=TINY_VARIANTS)
 def test_all_tokens_of_all_blocks_equal(variant):
     vit = tiny_backbone(variant=variant)
-    # measured at most: 2.6e-6 and 5.2e-7 after the norm, 3.2e-6 and 4.3e-7 before it, where values reach 10
+    # measured (max abs and relative L2): at most 2.6e-6 and 5.2e-7 after the final norm, 3.2e-6 and 4.3e-7 before the
+    # norm, where values reach 10
     assert not beyond_bounds(live_errors(vit, IMAGES, *live_tokens(live_model(vit), IMAGES)))
 
 

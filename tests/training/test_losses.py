@@ -23,7 +23,7 @@ WEIGHTS = ([1, 1, 1, 1], [1, 1, 1, 0], [0, 1, 0, 0])
 
 
 @pytest.mark.parametrize("weight", WEIGHTS)
-def test_loss_of_one_class_is_binary_cross_entropy_over_weighted_slices(weight):
+def test_loss_of_one_class_is_binary_cross_entropy_over_slices_with_nonzero_weight(weight):
     logits = 4 * RNG.standard_normal((4, 6, 9, 1), dtype=np.float32)
     mask = RNG.integers(0, 2, (4, 6, 9), np.uint8)
     counted = np.flatnonzero(weight)
@@ -35,7 +35,7 @@ def test_loss_of_one_class_is_binary_cross_entropy_over_weighted_slices(weight):
 
 
 @pytest.mark.parametrize("weight", WEIGHTS)
-def test_loss_of_several_classes_is_softmax_cross_entropy_over_weighted_slices(weight):
+def test_loss_of_several_classes_is_softmax_cross_entropy_over_slices_with_nonzero_weight(weight):
     logits = 4 * RNG.standard_normal((4, 6, 9, 3), dtype=np.float32)
     mask = RNG.integers(0, 3, (4, 6, 9), np.uint8)
     counted = np.flatnonzero(weight)
@@ -52,7 +52,7 @@ def test_large_logits_give_finite_losses():
     assert cross_entropy(logits, np.array([[[0, 1]]]), np.ones(1)) == 1e4
 
 
-def test_without_weighted_slices_the_loss_is_zero():
+def test_loss_is_zero_if_all_weights_are_zero():
     assert cross_entropy(jnp.ones((2, 3, 3, 1)), np.ones((2, 3, 3)), np.zeros(2)) == 0
 
 
@@ -80,7 +80,7 @@ def test_the_predicted_class_has_a_positive_logit_or_the_largest_logit():
 
 
 def soft_tversky(probabilities, reference, weight):
-    """Return TP / (TP + (1 - weight) FP + weight FN), smoothed as nnU-Net's Dice; Dice if `weight` is 0.5."""
+    """Return TP / (TP + (1 - weight) FP + weight FN), smoothed as in nnU-Net's Dice; Dice if `weight` is 0.5."""
     true_positives = (probabilities * reference).sum()
     false_positives, false_negatives = (probabilities * ~reference).sum(), ((1 - probabilities) * reference).sum()
     denominator = true_positives + (1 - weight) * false_positives + weight * false_negatives
@@ -92,7 +92,10 @@ def soft_tversky(probabilities, reference, weight):
 @pytest.mark.parametrize("shape", [(4, 6, 9), (4, 3, 6, 5)])
 @pytest.mark.parametrize(("outputs", "false_negative_weight"), [(1, 0.5), (3, 0.5), (3, 0.7)])
 def test_dice_cross_entropy_equals_its_formula(weight, batch_dice, shape, outputs, false_negative_weight):
-    """Cross-entropy minus soft Dice or the Tversky index, written out for each weighted patch and structure."""
+    """Cross-entropy minus soft Dice or the Tversky index, written out for each structure.
+
+    Only patches with non-zero weight count.
+    """
     logits = 2 * RNG.standard_normal((*shape, outputs), dtype=np.float32)
     mask = RNG.integers(0, max(2, outputs), shape, np.uint8)
     counted = np.flatnonzero(weight)

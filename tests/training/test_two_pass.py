@@ -110,7 +110,7 @@ def test_two_pass_gradient_of_finetuned_backbone_with_augmentation_equals_one_pa
 
 
 def decoder_bytes(make, count):
-    """Return the temporary memory of a gradient's program for `count` windows of four slices."""
+    """Return the bytes of temporary memory that the compiled gradient of `count` windows of four slices needs."""
     network = make_network((count, 1, 1))
     parts = split_network(network.on_features(SIZE), train_backbone=False)
     shape = (1, 4 * count)
