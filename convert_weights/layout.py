@@ -19,7 +19,7 @@ Index = EllipsisType | tuple
 class Row(NamedTuple):
     """One of the authors' tensors, or a part of it, and our parameter for its values.
 
-    A checkpoint may lack an `optional` tensor together with the other tensors of its group (see `accounting`).
+    An `optional` tensor may be missing, but only if all others of its group are missing too (see `accounting`).
     """
 
     theirs: str  # name of the authors' tensor
@@ -80,7 +80,7 @@ def stacked(rows: Sequence[Row], depth: int) -> list[Row]:
 def to_ours(
     rows: Sequence[Row], tensors: Mapping[str, Tensor], shapes: Mapping[str, tuple[int, ...]]
 ) -> dict[str, StreamedArray]:
-    """Return our parameters, which read the authors' tensors one block of one parameter at a time.
+    """Return our parameters as streams, which read the authors' tensors one block of one parameter at a time.
 
     Args:
         tensors: the authors' tensors by name; those of optional rows may be missing.

@@ -1,4 +1,4 @@
-"""Pages of the documentation site that are made when it is built: a hook of MkDocs.
+"""An MkDocs hook that generates pages of the documentation site during the build.
 
 The README, the changelog, CONTRIBUTING.md and the notebook become pages. Options come from the commands' own parsers.
 """
@@ -29,8 +29,8 @@ The public interface of `jaxla`. Axes: B batch, H W image, h w patch grid, C cha
 SAME = "`jaxla COMMAND` and `python -m jaxla.COMMAND` are the same; `jaxla convert` is `python -m convert_weights`."
 TRAIN = """# Options of `jaxla train`
 
-`jaxla train --exp=NAME --method=METHOD --help` prints the options of one method, with its own values.
-`--print_config` prints them as a YAML file, which `--config=FILE.yaml` reads. The methods are described in
+`jaxla train --exp=NAME --method=METHOD --help` prints the options of one method, with that method's defaults.
+`--print_config` prints these options as a YAML file, which `--config=FILE.yaml` reads. The methods are described in
 [Experiments and methods](../experiments.md).
 """
 
@@ -52,7 +52,10 @@ def on_files(files: Files, config: Any) -> Files:
 
 
 def on_page_markdown(markdown: str, **_: Any) -> str:
-    """Change links that hold in the repository into links within the site; code is not part of the site."""
+    """Rewrite links between files of the repository as links within the site.
+
+    Links to code, which is not on the site, are replaced by their text.
+    """
     markdown = markdown.replace("](docs/", "](").replace("](../README.md", "](index.md")
     markdown = markdown.replace("](CONTRIBUTING.md)", "](contributing.md)")
     markdown = markdown.replace("](tutorial.ipynb)", "](notebook.md)")
@@ -60,7 +63,7 @@ def on_page_markdown(markdown: str, **_: Any) -> str:
 
 
 def describe_notebook(path: Path) -> str:
-    """Return a notebook's texts, code and stored outputs as Markdown."""
+    """Return a notebook's text, code and stored outputs as Markdown."""
     parts = []
     for cell in json.loads(path.read_text(encoding="utf-8"))["cells"]:
         source = "".join(cell["source"])
@@ -105,17 +108,17 @@ def describe_option(option: str, found: list[tuple[str, Any]]) -> str:
     line = f"- `{option}`: {meaning}."
     defaults = [list(action.default) if isinstance(action.default, tuple) else action.default for _, action in found]
     defaults = set(map(str, defaults))
-    if "Default:" in line:  # in the words of its docstring
+    if "Default:" in line:  # the help text already states the default
         pass
     elif len(defaults) > 1:
-        line += " Default: by method."
+        line += " Default: depends on the method."
     elif (default := defaults.pop()) not in ("None", "", "False", "==SUPPRESS=="):
         line += f" Default: `{default}`."
     return line if len(found) == len(METHODS) else f"{line} Methods: {shorten_names([name for name, _ in found])}."
 
 
 def shorten_names(names: list[str]) -> str:
-    """Return names of methods in words, with `dinov2*` for all methods whose names begin so."""
+    """Return a comma-separated list of method names, with `dinov2*` in place of a family that is complete."""
     families = {name: name.partition("_")[0] for name in METHODS}
     incomplete = {family for name, family in families.items() if name not in names}
     return ", ".join(dict.fromkeys(n if families[n] in incomplete else f"`{families[n]}*`" for n in names))
