@@ -171,8 +171,8 @@ class Training:
         learning_rate: Learning rate of randomly initialised parameters.
         schedule: `constant`, `cosine` (2 % warm-up, then down to zero) or nnU-Net's `poly` (power 0.9).
         loss: `cross_entropy`, or nnU-Net's `dice_cross_entropy`.
-        false_negative_weight: Weight of missed pixels, from 0 to 1, in the Dice of `dice_cross_entropy`; surplus pixels
-            have the rest. More than 0.5 (Dice) makes masks larger (Tversky index).
+        false_negative_weight: Weight of missed pixels in the Dice of `dice_cross_entropy`, above 0 and below 1; surplus
+            pixels have the rest. More than 0.5 (Dice) makes masks larger (Tversky index).
         patience: Stop after this many epochs without a lower validation loss; 0 never stops early.
         checkpoint: Epoch to keep: the one with the `best` validation Dice, or the `last`.
         average_decay: Evaluate an exponential moving average of the parameters, with this decay per step; 0 for none.
@@ -364,6 +364,8 @@ def unread_options(experiment: Experiment) -> set[str]:
         unread.add("data.split_seed")
     if training.minutes:
         unread.add("training.steps")
+    if training.loss == "cross_entropy":
+        unread.add("training.false_negative_weight")
     return unread
 
 

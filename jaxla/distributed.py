@@ -30,6 +30,7 @@ from jax._src.clusters import OmpiCluster, SlurmCluster
 from jax._src.distributed import global_state
 
 from jaxla.cli.process import Stopped, exit_status
+from jaxla.cli.terminal import EscapingFormatter
 from jaxla.config import InputError
 from jaxla.hardware import require_devices
 
@@ -212,7 +213,9 @@ def _connect(address: str, count: int, index: int, timeout: float) -> None:
     ).result()  # fmt: skip
     _exit.code, _exit.line = 1, None
     if index > 0:
-        logging.basicConfig(force=True, format=f"process {index}: %(message)s", stream=sys.stdout)
+        handler = logging.StreamHandler(sys.stdout)
+        handler.setFormatter(EscapingFormatter(f"process {index}: %(message)s"))
+        logging.basicConfig(force=True, handlers=[handler])
         log.setLevel(logging.WARNING)
         progress_log.setLevel(logging.INFO)
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115  (as long as the process lives)

@@ -10,6 +10,7 @@ from functools import partial
 
 from jaxla.cli.command_line import command_parser, parse_arguments
 from jaxla.cli.process import run_command
+from jaxla.cli.terminal import plural
 from jaxla.config import InputError
 
 
@@ -41,8 +42,8 @@ def main(arguments: list[str]) -> None:
     print(json.dumps(to_json(inventory), indent=1, ensure_ascii=False) if options.json else to_text(inventory))
     if errors := inventory.errors:
         first = errors[0]
-        count = f"{len(errors)} errors prevent training. The first," if errors[1:] else "1 error prevents training:"
-        problem = f"{count} in {first.file}: {first.problem}"
+        count = f"{plural(len(errors), 'error')} in the scans, so training cannot start"
+        problem = f"{count}. First error: {first.file}: {first.problem}"
         raise InputError(f"--data.root={options.data.root}", problem, first.fix)
 
 

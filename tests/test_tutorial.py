@@ -7,7 +7,7 @@ import nbformat
 from nbclient import NotebookClient
 
 ROOT = Path(__file__).parents[1]
-TRAINING_STEPS = 'training.steps\\": 8'  # per epoch, in the notebook's JSON; here, one
+TRAINING_STEPS = 'training.steps\\": 8,'  # per epoch, in the notebook's JSON; here, one
 
 
 def test_the_tutorial_notebook_runs(tmp_path, monkeypatch):

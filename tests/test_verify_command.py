@@ -84,8 +84,8 @@ def test_findings_are_listed_with_relative_paths_and_counted_on_stderr(tmp_path)
     assert warnings.splitlines()[1].startswith("  task2/train_data/train_5/atriumSegImgMO.nii.gz: the mask is empty. ")
     assert last == "Training cannot start: 2 errors, 1 warning.\n"
     assert stderr == (
-        f"error: --data.root={root}: 2 errors prevent training. The first, in {cases}/train_2/enhanced.nii.gz: "
-        "has no mask. Add the mask, or move this file out of the folder.\n"
+        f"error: --data.root={root}: 2 errors in the scans, so training cannot start. First error: "
+        f"{cases}/train_2/enhanced.nii.gz: has no mask. Add the mask, or move this file out of the folder.\n"
     )
 
 
@@ -99,7 +99,7 @@ def test_many_findings_of_one_kind_are_shortened(tmp_path):
     assert errors[4].startswith("  and 27 more of this kind (labels): c03, c04, ")
     assert errors[4].endswith("c12, … 17 more; --json lists all")
     assert len(errors) == 5
-    assert ": 30 errors prevent training. The first, in " in stderr
+    assert ": 30 errors in the scans, so training cannot start. First error: " in stderr
 
 
 def test_control_characters_of_names_are_escaped(tmp_path):
@@ -122,7 +122,10 @@ def test_a_relative_root_is_read_as_in_training(tmp_path, monkeypatch):
     code, stdout, stderr = verify("--data.root=data")
     assert code == 2
     assert "\n  case_1.nii.gz: has no mask. " in stdout
-    assert stderr.startswith("error: --data.root=data: 1 error prevents training: in data/case_1.nii.gz: has no mask")
+    assert stderr.startswith(
+        "error: --data.root=data: 1 error in the scans, so training cannot start. First error: data/case_1.nii.gz: has "
+        "no mask"
+    )
 
 
 # --- JSON ------------------------------------------------------------------------------------------------------------
@@ -182,7 +185,9 @@ def test_json_has_every_finding_and_stderr_the_first(tmp_path):
         "level": "error",
     }
     assert len(stderr.splitlines()) == 1
-    assert stderr.startswith(f"error: --data.root={root}: 25 errors prevent training. The first, in ")
+    assert stderr.startswith(
+        f"error: --data.root={root}: 25 errors in the scans, so training cannot start. First error: "
+    )
 
 
 def test_a_case_that_cannot_be_read_is_null_in_json(tmp_path):

@@ -80,7 +80,7 @@ def exit_status(error: BaseException) -> tuple[int, str]:
     """Return the exit code of a command that ends with this error, and the line to print."""
     if isinstance(error, InputError):
         return 2, "error: " + escape_controls(" ".join(str(error).split()))
-    return 1, f"stopped {error}" if isinstance(error, Stopped) else "interrupted"
+    return 1, f"stopped {escape_controls(str(error))}" if isinstance(error, Stopped) else "interrupted"
 
 
 def _report_unraisable(report: sys.UnraisableHookArgs) -> None:

@@ -99,8 +99,6 @@ def read_mask(path: str | Path) -> Volume:
     is_label = (labels >= 0) & (labels <= MAX_VALUE)
     if labels is not values:
         is_label &= np.abs(values - labels) <= MAX_LABEL_ROUNDING
-        if labels.min() == labels.max():  # a scale factor near 0 would erase all labels
-            is_label &= (values == labels) | (values.min() == values.max())
     if not is_label.all():
         problem = f"holds the value {values[~is_label][0]:.6g}, which is not a label"
         raise InputError(path, problem, f"Use whole numbers from 0 to {MAX_VALUE}.")
@@ -133,8 +131,8 @@ def require_same_grid(mask: Volume, image: Volume) -> None:
         affines = " instead of ".join(_format_affine(volume.affine) for volume in (mask, image))
         difference = f"same shape, different affine: {affines}"
         fix = (
-            "If the two fit voxel by voxel, save the voxels of the one whose header is wrong as a new file with the "
-            "scan's header; resampling would destroy the labels. Otherwise export the mask on the grid of the scan."
+            "If the two fit voxel by voxel, one header is wrong: save that file's voxels with the header of the other "
+            "as a new file; resampling would destroy the labels. Otherwise export the mask on the grid of the image."
         )
     raise InputError(mask.path, f"not on the grid of {image.path} ({difference})", fix)
 

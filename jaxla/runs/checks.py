@@ -100,7 +100,7 @@ def _check_numbers(experiment: Experiment) -> None:
             raise InputError(f"--training.{name}={value}", "must be at least 0 and less than 1", fix)
     if not 0 < (weight := training.false_negative_weight) < 1:
         fix = "Use 0.7, for example, or 0.5 for Dice."
-        raise InputError(f"--training.false_negative_weight={weight}", "must be between 0 and 1", fix)
+        raise InputError(f"--training.false_negative_weight={weight}", "must be above 0 and below 1", fix)
     for name in ("learning_rate", "backbone_learning_rate"):
         rate = getattr(training, name, 1.0)
         if not 0 < rate < math.inf:
@@ -125,9 +125,10 @@ def _check_contradictions(method: Method) -> None:
         if value and not task.TRAINS_ON_SLICES:
             problem = f"has no effect, because {method.name} does not train on single slices"
             raise InputError(f"--{name}={value}", problem, "Remove the option.")
-    if training.loss == "cross_entropy" and (weight := training.false_negative_weight) != 0.5:
+    weight = training.false_negative_weight
+    if training.loss == "cross_entropy" and weight != METHODS[method.name].training.false_negative_weight:
         problem = "has no effect, because --training.loss=cross_entropy does not use it"
-        fix = "Add --training.false_negative_weight=0.5."
+        fix = "Use --training.loss=dice_cross_entropy, or remove the option."
         raise InputError(f"--training.false_negative_weight={weight}", problem, fix)
     for name in ("weight_decay", "max_gradient_norm"):
         if getattr(training, name) and training.optimiser == "sgd":

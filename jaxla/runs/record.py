@@ -226,6 +226,8 @@ def experiment_from_json(content: Mapping[str, Any], methods: Mapping[str, Metho
         return msgspec.convert(values, type(group))
 
     own = methods[content["method"]]
+    if surplus := {name for name in METHOD_GROUPS if getattr(own, name) is None} & set(content):
+        raise KeyError(min(surplus))
     groups = {name: read(getattr(own, name), content[name]) for name in METHOD_GROUPS if getattr(own, name) is not None}
     about = {key: content[key] for key in ("name", "summary", "seed", "fold")}
     return Experiment(**about, data=read(Data(), content["data"]), method=replace(own, **groups))

@@ -145,7 +145,8 @@ def hold_study_folder(output: Path, study: Study, runs: Sequence[ScheduledRun], 
 def read_state(run: ScheduledRun) -> State:
     """Return whether a run is complete, started or new.
 
-    Raise an InputError if the folder holds no run, or one with different options, weights, plan or package version.
+    Raise an InputError if the folder holds files other than a run's, or a run with different options, weights, plan or
+    package version.
     """
     folder = run.folder
     if not folder.exists() or (folder.is_dir() and has_not_begun(folder)):

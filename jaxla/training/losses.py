@@ -38,7 +38,7 @@ def dice_cross_entropy(
     Args:
         mask, weight: see `cross_entropy`.
         batch_dice: whether Dice is computed over the batch as a whole rather than per image and then averaged.
-        false_negative_weight: w, from 0 to 1. More than 0.5 penalises missed pixels more than surplus ones.
+        false_negative_weight: w, above 0 and below 1. More than 0.5 penalises missed pixels more than surplus ones.
     """
     foreground = jnp.arange(1, max(2, logits.shape[-1]))
     predicted = jax.nn.sigmoid(logits) if logits.shape[-1] == 1 else jax.nn.softmax(logits)[..., 1:]

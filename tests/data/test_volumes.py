@@ -249,7 +249,7 @@ def test_a_mask_on_another_grid_is_refused_with_the_difference():
         require_same_grid(make_volume(AFFINE, name="m"), make_volume(AFFINE, (3, 5, 6), "i"))
     with pytest.raises(
         InputError,
-        match=r"^m: not on the grid of i \(same shape, different affine: \[-0.75 0 0 6; 0 -0.* the scan's header",
+        match=r"^m: not on the grid of i \(same shape, different affine: \[-0.75 0 0 6; 0 -0.* the header of the other",
     ):
         require_same_grid(make_volume(AFFINE, name="m"), make_volume(np.eye(4), name="i"))
     require_same_grid(make_volume(AFFINE), make_volume(AFFINE))

@@ -125,12 +125,12 @@ def test_a_forecast_includes_the_time_for_measuring_steps():
         ),
         (
             ["--training.false_negative_weight=1"],
-            "--training.false_negative_weight=1.0: must be between 0 and 1. Use 0.7, for example, or 0.5 for Dice.",
+            "--training.false_negative_weight=1.0: must be above 0 and below 1. Use 0.7, for example, or 0.5 for Dice.",
         ),
         (
-            ["--exp=laptop", "--training.loss=cross_entropy"],
+            ["--training.false_negative_weight=0.7"],
             "--training.false_negative_weight=0.7: has no effect, because --training.loss=cross_entropy does not use "
-            "it. Add --training.false_negative_weight=0.5.",
+            "it. Use --training.loss=dice_cross_entropy, or remove the option.",
         ),
         (
             ["--method=nnunet_2d", "--training.minutes=5"],

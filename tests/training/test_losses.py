@@ -7,6 +7,8 @@ import numpy as np
 import pytest
 import torch
 
+from jaxla.config import Training
+from jaxla.tasks.base import make_loss
 from jaxla.training.losses import (
     count_overlap,
     cross_entropy,
@@ -90,7 +92,7 @@ def soft_tversky(probabilities, reference, weight):
 @pytest.mark.parametrize("weight", WEIGHTS)
 @pytest.mark.parametrize("batch_dice", [True, False])
 @pytest.mark.parametrize("shape", [(4, 6, 9), (4, 3, 6, 5)])
-@pytest.mark.parametrize(("outputs", "false_negative_weight"), [(1, 0.5), (3, 0.5), (3, 0.7)])
+@pytest.mark.parametrize(("outputs", "false_negative_weight"), [(1, 0.5), (1, 0.7), (3, 0.5), (3, 0.7)])
 def test_dice_cross_entropy_equals_its_formula(weight, batch_dice, shape, outputs, false_negative_weight):
     """Cross-entropy minus soft Dice or the Tversky index, written out for each structure.
 
@@ -111,6 +113,14 @@ def test_dice_cross_entropy_equals_its_formula(weight, batch_dice, shape, output
     options = {"batch_dice": batch_dice, "false_negative_weight": false_negative_weight}
     loss = dice_cross_entropy(jnp.asarray(logits), mask, np.float32(weight), **options)
     np.testing.assert_allclose(loss, expected, atol=1e-6)  # measured: 2.4e-7
+
+
+def test_the_loss_of_a_recipe_has_its_weight_of_missed_pixels():
+    logits, mask, weight = jnp.array([[[[0.5], [-1.0]]]]), np.array([[[1, 0]]]), np.ones(1, np.float32)
+    recipe = Training(loss="dice_cross_entropy", false_negative_weight=0.7)
+    loss = make_loss(recipe, batch_dice=True)(logits, mask, weight)
+    expected = dice_cross_entropy(logits, mask, weight, batch_dice=True, false_negative_weight=0.7)
+    assert loss == expected != dice_cross_entropy(logits, mask, weight, batch_dice=True)
 
 
 def test_each_coarser_resolution_has_half_the_weight_and_the_coarsest_none():
