@@ -34,8 +34,9 @@ from monai.networks.nets import BasicUNet
 
 from benchmarks.timing import environment, print_result, require_folder
 from jaxla.cli.command_line import command_parser, parse_arguments
+from jaxla.cli.files import default_cache_dir
 from jaxla.cli.process import run_command
-from jaxla.config import Data, InputError, default_cache_dir
+from jaxla.config import Data, InputError
 from jaxla.data.batches import SliceSource
 from jaxla.data.cases import find_cases
 from jaxla.data.dataset import prepare_data

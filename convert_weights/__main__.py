@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from jaxla.cli.command_line import command_parser, parse_arguments, require_writable
+from jaxla.cli.files import default_cache_dir
 from jaxla.cli.process import run_command
-from jaxla.config import InputError, default_cache_dir, lookup
+from jaxla.config import InputError, lookup
 
 if TYPE_CHECKING:
     from jsonargparse import Namespace

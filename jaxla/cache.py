@@ -4,9 +4,9 @@ from pathlib import Path
 from typing import Literal
 
 from jaxla.cli.command_line import command_parser, parse_arguments
+from jaxla.cli.files import default_cache_dir
 from jaxla.cli.process import run_command
 from jaxla.cli.terminal import format_bytes
-from jaxla.config import default_cache_dir
 from jaxla.data.cache import CLEARABLE, KINDS, clear_cache, list_cache
 
 

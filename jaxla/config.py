@@ -390,20 +390,3 @@ def suggestion(name: str, known: Iterable[str]) -> str:
     ]
     close = short_forms[:1] or difflib.get_close_matches(name, groups, n=1, cutoff=0.6)
     return f" (did you mean {close[0]}?)" if close else ""
-
-
-def default_cache_dir() -> Path:
-    """Return the default cache folder, which all runs share.
-
-    Raises:
-        InputError: the user has no home folder.
-    """
-    import platformdirs
-
-    try:
-        folder = Path(platformdirs.user_cache_dir("jaxla"))
-    except RuntimeError:
-        folder = Path("~")
-    if folder.parts[0] == "~":  # in earlier versions of platformdirs; the cache would be written to a folder named ~
-        raise InputError(option("cache-dir"), "the user has no home folder", "Pass a folder, or set XDG_CACHE_HOME.")
-    return folder

@@ -6,10 +6,10 @@ from pathlib import Path
 from jsonargparse import Namespace
 
 from jaxla.cli.command_line import command_parser, parse_arguments, require_writable
-from jaxla.cli.files import report_os_errors
+from jaxla.cli.files import default_cache_dir, report_os_errors
 from jaxla.cli.process import run_command
 from jaxla.cli.terminal import plural
-from jaxla.config import Data, InputError, default_cache_dir
+from jaxla.config import Data, InputError
 from jaxla.nnunet.plan import DEFAULT_MEMORY_GB, Plan, describe_configuration, read_fingerprint, write_plan
 
 

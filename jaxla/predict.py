@@ -15,9 +15,9 @@ from jaxla.cli.command_line import (
     parse_arguments,
     require_writable,
 )
-from jaxla.cli.files import is_leftover
+from jaxla.cli.files import default_cache_dir, is_leftover
 from jaxla.cli.process import Stopped, run_command
-from jaxla.config import InputError, default_cache_dir
+from jaxla.config import InputError
 from jaxla.data.cases import find_images
 from jaxla.data.dicom import is_dicom_series
 from jaxla.data.formats import scan_extension, strip_extension

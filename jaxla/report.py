@@ -4,8 +4,9 @@ import shlex
 from pathlib import Path
 
 from jaxla.cli.command_line import command_parser, parse_arguments, require_writable
+from jaxla.cli.files import default_cache_dir
 from jaxla.cli.process import run_command
-from jaxla.config import InputError, default_cache_dir
+from jaxla.config import InputError
 
 
 def main(arguments: list[str]) -> None:

@@ -6,9 +6,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from jaxla.cli.command_line import require_writable
+from jaxla.cli.files import default_cache_dir
 from jaxla.cli.process import run_command
 from jaxla.cli.terminal import wrap
-from jaxla.config import METHOD_GROUPS, InputError, Study, default_cache_dir, lookup
+from jaxla.config import METHOD_GROUPS, InputError, Study, lookup
 from jaxla.experiments import EXPERIMENTS, METHODS, STUDIES
 
 # Options of a run that a study sets itself -> what to do instead

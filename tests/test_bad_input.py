@@ -1,6 +1,5 @@
 """Commands refuse bad input with exit code 2 and one line that names the file or option, and leave nothing behind."""
 
-import pickle
 import re
 import shutil
 from dataclasses import replace
@@ -8,7 +7,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from flax import nnx
 from jaxla.experiments import EXPERIMENTS
 
 from jaxla.config import Data
@@ -16,9 +14,6 @@ from jaxla.data.cases import find_cases
 from jaxla.data.labels import Labels
 from jaxla.data.prepared import prepare_cases
 from jaxla.data.split import make_split
-from jaxla.models.backbones import build_backbone
-from jaxla.models.weights import parameter_shapes
-from jaxla.models.weights_format import save_weights
 from jaxla.runs.record import Record, write_record
 from tests.commands import refuse, refuse_to_train, run_in_new_process
 from tests.data.nifti import (
@@ -254,68 +249,6 @@ def test_training_never_overwrites_a_run(tmp_path, run_folder):
     assert f"--run-dir={run}: holds an unfinished run. Add --resume to continue it" in refuse_to_train(tmp_path)
     (run / "report.html").touch()
     assert f"--run-dir={run}: holds a finished run. Use another folder." in refuse_to_train(tmp_path)
-
-
-# --- weights ---------------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def parameters():
-    """The parameters of a vit_mini8 backbone by name, all zero."""
-    network = nnx.eval_shape(lambda: build_backbone("vit_mini8", rngs=nnx.Rngs(0)))
-    return {name: np.zeros(shape, np.float32) for name, shape in parameter_shapes(network).items()}
-
-
-def write_weights(path, parameters, arch="vit_mini8"):
-    save_weights(path, parameters, {"arch": arch, "source": "a test", "licence": ""})
-    return path
-
-
-def drop_parameter(parameters, name):
-    return {key: value for key, value in parameters.items() if key != name}
-
-
-class CreatesFile:
-    """Its pickle creates the file `executed` when it is loaded."""
-
-    def __reduce__(self):
-        return (open, ("executed", "w"))
-
-
-BAD_WEIGHTS = {  # examples; tests/models/test_weights.py has every kind
-    "another architecture": (lambda p, w: write_weights(p, w, "dinov2_vits14"), "dinov2_vits14, not vit_mini8"),
-    "truncated": (lambda p, w: truncate(write_weights(p, w)), "truncated"),
-    "a pickle": (lambda p, w: p.write_bytes(pickle.dumps(CreatesFile())), "not written by convert_weights"),
-    "a parameter missing": (
-        lambda p, w: write_weights(p, drop_parameter(w, "cls_token")),
-        "lacks 1 parameter .*cls_token",
-    ),
-}
-
-
-@pytest.mark.parametrize("kind", BAD_WEIGHTS)
-def test_training_refuses_weights_that_do_not_fit(tmp_path, parameters, kind):
-    write_flat_pairs(tmp_path / "data", 5)
-    path = tmp_path / "backbone.safetensors"
-    make, message = BAD_WEIGHTS[kind]
-    make(path, parameters)
-    assert re.search(f"^error: {path}: .*{message}", refuse_to_train(tmp_path, f"--model.weights={path}"))
-
-
-@pytest.mark.parametrize("is_named", [False, True], ids=["default file", "named file"])
-def test_missing_weights_are_reported_with_the_command_that_creates_them(tmp_path, is_named):
-    write_flat_pairs(tmp_path / "data", 5)
-    path = tmp_path / ("mine.safetensors" if is_named else "cache/weights/dinov2_vitb14.safetensors")
-    line = refuse_to_train(tmp_path, "--exp=paper1", *([f"--model.weights={path}"] if is_named else []))
-    assert line.startswith(f"error: {path}: weights of dinov2_vitb14 not found. ")
-    assert "python -m convert_weights --arch=dinov2_vitb14 --download --output=" in line
-    assert "--model.weights=random" in line
-
-
-def test_conversion_never_executes_a_pickle(tmp_path):
-    (tmp_path / "evil.pth").write_bytes(pickle.dumps(CreatesFile()))
-    options = ("--arch=dinov2_vits14", "--source=evil.pth", "--output=new.safetensors")
-    assert "evil.pth" in refuse(tmp_path, "convert_weights", *options, run=run_with_default_cache)
 
 
 # --- prediction ------------------------------------------------------------------------------------------------------

@@ -11,17 +11,8 @@ from typing import Any, Literal, NamedTuple
 from jsonargparse import ArgumentError, ArgumentParser, Namespace
 
 from jaxla.cli.config_file import Entry, find_overridden, read_config
-from jaxla.config import (
-    METHOD_GROUPS,
-    Experiment,
-    InputError,
-    Method,
-    default_cache_dir,
-    lookup,
-    option_groups,
-    option_values,
-    suggestion,
-)
+from jaxla.cli.files import default_cache_dir
+from jaxla.config import METHOD_GROUPS, Experiment, InputError, Method, lookup, option_groups, option_values, suggestion
 
 PRINT_CONFIG = "--print_config"
 RUN_OPTIONS = ("--run-dir", "--coordinator", "--processes", "--process")

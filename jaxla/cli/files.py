@@ -1,4 +1,4 @@
-"""Files on disk: atomic writes, locks between processes, hashes and free space."""
+"""Files on disk: the cache folder, atomic writes, locks between processes, hashes and free space."""
 
 import contextlib
 import errno
@@ -14,11 +14,28 @@ from typing import Literal
 
 from filelock import FileLock, Timeout
 
-from jaxla.config import InputError
+from jaxla.config import InputError, option
 
 WRITE_FAULTS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES)  # a full or read-only disk
 
 log = logging.getLogger(__name__)
+
+
+def default_cache_dir() -> Path:
+    """Return the default cache folder, which all runs share.
+
+    Raises:
+        InputError: the user has no home folder.
+    """
+    import platformdirs
+
+    try:
+        folder = Path(platformdirs.user_cache_dir("jaxla"))
+    except RuntimeError:
+        folder = Path("~")
+    if folder.parts[0] == "~":  # in earlier versions of platformdirs; the cache would be written to a folder named ~
+        raise InputError(option("cache-dir"), "the user has no home folder", "Pass a folder, or set XDG_CACHE_HOME.")
+    return folder
 
 
 @contextlib.contextmanager

@@ -5,6 +5,7 @@ import shutil
 import sys
 import textwrap
 import threading
+import unicodedata
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
@@ -29,7 +30,11 @@ def track(items: Iterable, label: str) -> Iterable:
 
 def escape_controls(text: str) -> str:
     """Return text from a file with its control characters, such as newlines and colour codes, as escapes like `\\n`."""
-    return "".join(letter if letter.isprintable() else letter.encode("unicode_escape").decode() for letter in text)
+
+    def is_shown(letter: str) -> bool:
+        return letter.isprintable() or unicodedata.category(letter) == "Zs"  # no-break and ideographic spaces, too
+
+    return "".join(letter if is_shown(letter) else letter.encode("unicode_escape").decode() for letter in text)
 
 
 def shorten(text: str, length: int = 60) -> str:

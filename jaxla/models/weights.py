@@ -13,8 +13,9 @@ import numpy as np
 from flax import nnx
 from safetensors import safe_open
 
+from jaxla.cli.files import default_cache_dir
 from jaxla.cli.terminal import plural
-from jaxla.config import InputError, default_cache_dir, option
+from jaxla.config import InputError, option
 from jaxla.hardware import compute_dtype
 from jaxla.models.backbones import VARIANTS, Backbone, build_backbone
 from jaxla.models.weights_format import CONVERT_AGAIN, UNUSED_PREFIX, read_metadata, save_weights, suggest_conversion

@@ -10,7 +10,8 @@ import jax
 import numpy as np
 from flax import nnx
 
-from jaxla.config import InputError, default_cache_dir
+from jaxla.cli.files import default_cache_dir
+from jaxla.config import InputError
 from jaxla.data.slices import SliceGeometry
 from jaxla.data.split import ALL_FOLDS, FOLDS
 from jaxla.distributed import broadcast

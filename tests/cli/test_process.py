@@ -11,7 +11,8 @@ import nibabel as nib
 import numpy as np
 import pytest
 
-from jaxla.config import InputError, default_cache_dir
+from jaxla.cli.files import default_cache_dir
+from jaxla.config import InputError
 from tests.commands import ROOT, refuse, run_in_new_process
 from tests.runs.folders import read_json, scan_file
 

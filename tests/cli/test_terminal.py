@@ -65,8 +65,8 @@ def test_lines_are_not_wrapped_in_a_file(monkeypatch):
 
 
 def test_control_characters_of_file_names_are_escaped_in_the_log():
-    record = logging.LogRecord("jaxla", logging.INFO, "", 0, "%s: read", ("\x1b[2Jé\ndone.nii",), None)
-    assert WrappedFormatter().format(record) == r"\x1b[2Jé\ndone.nii: read"
+    record = logging.LogRecord("jaxla", logging.INFO, "", 0, "%s: read", ("\x1b[2Jé\u3000\u202e\ndone.nii",), None)
+    assert WrappedFormatter().format(record) == "\\x1b[2Jé\u3000\\u202e\\ndone.nii: read"
 
 
 def test_a_terminal_shows_the_time_that_a_step_takes_and_clears_the_line():

@@ -72,7 +72,7 @@ def test_cudnn_attention_has_a_gradient_for_any_number_of_tokens(monkeypatch, to
     forward = str(jax.make_jaxpr(cudnn_attention)(*qkv))
     assert "dot_product_attention_fwd" in forward
     assert " pad" not in forward
-    # once JAX also supports this, `cudnn_attention` is no longer needed
+    # JAX itself refuses odd numbers of tokens; once it does not, this fails and `cudnn_attention` can be deleted
     with nullcontext() if tokens % 2 == 0 else pytest.raises(NotImplementedError, match="145"):
         traced_gradient(partial(jax.nn.dot_product_attention, implementation="cudnn"))
 
