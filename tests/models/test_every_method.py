@@ -112,17 +112,20 @@ def test_options_survive_the_record_of_a_run(method):
     assert experiment_from_json(content, METHODS) == experiment
 
 
+LOSS_WEIGHT = "training.false_negative_weight"  # cross-entropy does not use it
+
+
 @pytest.mark.quick
 @pytest.mark.parametrize(
     ("name", "unread"),
     [
-        ("vit_mini8", {"training.backbone_learning_rate", "training.cache_features"}),
-        ("dinov2_vitb14", {"training.backbone_learning_rate"}),
-        ("dinov2_vitb14_linear", {"training.backbone_learning_rate", "model.decoder_widths"}),
-        ("fusion_vitb14", {"training.backbone_learning_rate"}),
+        ("vit_mini8", {LOSS_WEIGHT, "training.backbone_learning_rate", "training.cache_features"}),
+        ("dinov2_vitb14", {LOSS_WEIGHT, "training.backbone_learning_rate"}),
+        ("dinov2_vitb14_linear", {LOSS_WEIGHT, "training.backbone_learning_rate", "model.decoder_widths"}),
+        ("fusion_vitb14", {LOSS_WEIGHT, "training.backbone_learning_rate"}),
         ("windows_dinov3_vits16", {"training.backbone_learning_rate"}),
-        ("resnet50_unet", {"training.cache_features"}),
-        ("unet", set()),
+        ("resnet50_unet", {LOSS_WEIGHT, "training.cache_features"}),
+        ("unet", {LOSS_WEIGHT}),
         ("nnunet_3d", set()),
     ],
 )
